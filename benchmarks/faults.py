@@ -20,8 +20,8 @@ from torch import Tensor
 from benchmarks.trained import CORPUS
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data.corpus import Loader, load_corpus
-from dsmini.diagnosis.interventions.machine import cores
-from dsmini.diagnosis.subject import Subject
+from dsmini.diagnosis.contention import cores
+from dsmini.diagnosis.training import Subject
 from dsmini.machine import DTYPES, pick_dtype
 from dsmini.training.trainer import Trainer
 

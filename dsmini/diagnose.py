@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -37,8 +37,8 @@ class DiagnoseCommand:
     """
 
     what: Annotated[Path | None, tyro.conf.Positional] = None
-    """Config or run to diagnose; left out: the default run of dsmini.train. Training wants an unfinished run; decoding
-    also takes a finished one, a checkpoint, and a DeepSeek or Hugging Face folder."""
+    """Config or run to diagnose; left out: the default run of dsmini.train. A run is taken from its last checkpoint.
+    Decoding also takes a checkpoint, and a DeepSeek or Hugging Face folder."""
     work: Literal["train", "decode"] = "train"
     """Diagnose steps of training, or of decoding."""
     context: int | None = None
@@ -119,22 +119,21 @@ def _written(out: Path) -> Iterator[None]:
 def _answer(command: DiagnoseCommand, line: str, bar: Progress) -> "DiagnosisAnswer":
     """Diagnose what the command asks for."""
     from dsmini.diagnosis.answer import answer
-    from dsmini.diagnosis.decoding.answer import answer_decoding
 
     def on_part(share: float, what: str) -> None:
         bar.label = what
         bar.update(share)
 
-    options: dict[str, Any] = {"quick": command.quick, "rounds": command.rounds, "only": command.only}
-    if command.work == "train":
-        return answer(command.what, command=line, on_part=on_part, **options)
-    return answer_decoding(
+    return answer(
         command.what,
+        work=command.work,
         context=command.context,
-        batch=command.batch or 1,
+        batch=command.batch,
+        quick=command.quick,
+        rounds=command.rounds,
+        only=command.only,
         command=line,
         on_part=on_part,
-        **options,
     )
 
 

@@ -11,16 +11,18 @@ from functools import partial
 
 from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick
 from benchmarks.faults import Fault, faults
-from dsmini.diagnosis.diagnosis import Diagnosis, LookPlan, diagnose
+from dsmini.diagnosis.diagnosis import MOST_ROUNDS, Diagnosis, Plan, diagnose
 from dsmini.measure import step_rates
 from dsmini.report.charts import over_labels
 
 NAME = "diagnose"
 SEEDS, QUICK_SEEDS = 5, 1
-SECONDS = 12.0
-"""Time of the rounds of a diagnosis."""
+SECONDS, ROUNDS = 12.0, MOST_ROUNDS
+"""Time of the rounds of a diagnosis, and the most rounds."""
 WITHIN = 0.10
 """Largest error of a predicted gain that counts as right."""
+MUCH = 0.10
+"""Gain above which a predicted gain is counted apart: most are near zero, and easily right."""
 LEAST_RIGHT = 4
 """Seeds of five in which a fault must be named rightly."""
 OPTIONS = ("Data", "Algorithm", "Machine", "nothing")
@@ -39,7 +41,7 @@ def measure(setting: Setting, by_name: dict[str, Fault], name: str, seed: int) -
     fault = by_name[name]
     rates = step_rates.rates_beyond(setting.roofs, setting.device)
     with fault.subject(seed) as subject:
-        found = diagnose(subject, LookPlan(seconds=SECONDS), rates)
+        found = diagnose(subject, Plan(seconds=SECONDS, rounds=ROUNDS), rates)
     yield from figures_of(fault, seed, found)
 
 
@@ -47,13 +49,13 @@ def figures_of(fault: Fault, seed: int, found: Diagnosis) -> Iterator[Figure]:
     """Yield whether the fault was named, and each gain with its prediction."""
     want, got = fault.axis or "nothing", found.named or "nothing"
     case = {"run": fault.name, "seed": seed, "want": want}
-    note = f"{fault.name}, seed {seed}: {got} named, {found.verdict.outcome.value}"
+    note = f"{fault.name}, seed {seed}: {got} named, {found.verdict.outcome}"
     yield figure("right", {**case, "got": got}, float(want == got), note=note)
-    for name, g in found.gains.items():
-        predicted = None if found.prediction is None else found.prediction.gain(name)
-        if predicted is not None:
-            gained = {"run": fault.name, "seed": seed, "free": name, "axis": found.work.changes[name].axis.value}
-            yield figure("gain", gained, g.value, predicted=predicted, low=g.low, high=g.high)
+    for arm in found.compared.measured:
+        predicted, gain = found.compared.predicted_gain(arm), found.gains[arm.name]
+        if predicted is not None and gain.is_clear:
+            gained = {"run": fault.name, "seed": seed, "free": arm.name, "axis": arm.axis}
+            yield figure("gain", gained, gain.value, predicted=predicted, low=gain.low, high=gain.high)
 
 
 def confusion(figures: list[Figure]) -> dict[tuple[str, str], int]:
@@ -73,11 +75,17 @@ def finding(figures: list[Figure]) -> str:
     seeds = max(runs.values(), default=0)
     alarms = sum(f.measured == 0 for f in healthy)
     gains = [f for f in pick(figures, "gain") if f.measured is not None and f.predicted is not None]
-    near = sum(abs((f.measured or 0.0) - (f.predicted or 0.0)) <= WITHIN for f in gains)
+    large = [f for f in gains if (f.measured or 0.0) > MUCH]
+    near, near_of_large = (
+        sum(abs((f.measured or 0.0) - (f.predicted or 0.0)) <= WITHIN for f in some) for some in (gains, large)
+    )
     often = f" in at least {LEAST_RIGHT} of {SEEDS} seeds" if seeds == SEEDS else ""
     text = f"{named} of {len(runs)} faults are named{often}, {sum(right.values())} of {len(sick)} runs; "
     text += f"{alarms} false alarms in {len(healthy)} healthy runs and traps"
-    return text + (f"; {near} of {len(gains)} predicted gains within {WITHIN:.0%} of a step." if gains else ".")
+    if not gains:
+        return f"{text}."
+    text += f"; {near} of {len(gains)} predicted gains within {WITHIN:.0%} of a step"
+    return f"{text}, {near_of_large} of the {len(large)} above {MUCH:.0%}."
 
 
 def plots(figures: list[Figure]) -> list[Plot]:

@@ -1,35 +1,31 @@
 """The answer of the command: reads what is named, measures this machine if need be, and diagnoses."""
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from dsmini.diagnosis.diagnosis import LookPlan, diagnose
-from dsmini.diagnosis.evidence.evidence import Evidence
-from dsmini.diagnosis.evidence.gather import EVERY, Gathered, gather
-from dsmini.diagnosis.interventions.intervention import Intervention, StepSubject
-from dsmini.diagnosis.kind import KindOfWork
-from dsmini.diagnosis.pages import report_of, short_report_of
-from dsmini.diagnosis.record import record_of
-from dsmini.diagnosis.subject import config_of, subject_of
-from dsmini.diagnosis.training_work import TRAINING
+from dsmini.diagnosis.decoding import DecodingSubject
+from dsmini.diagnosis.diagnosis import OnPart, Plan, diagnose
+from dsmini.diagnosis.evidence import gather
+from dsmini.diagnosis.loading import decoded_model, training_subject
+from dsmini.diagnosis.pages import Gathered, record_of, report_of, short_report_of
+from dsmini.diagnosis.training import Subject
 from dsmini.machine import card
 from dsmini.measure.step_rates import load_or_measure_rates, stored_rates
 from dsmini.report import Report
 
-SECONDS, QUICK_SECONDS = 75.0, 25.0
-"""Time of the rounds."""
+SECONDS = {"train": (75.0, 25.0), "decode": (30.0, 18.0)}
+"""Time of the rounds, and that of a quick diagnosis; decoding steps are short."""
 TOTAL_SECONDS = 150.0
 """Time of predictions, rounds and evidence, so that a command takes less than three minutes where rates are stored. A
 quick diagnosis gathers no evidence."""
-
 RATES, ROUNDS = 0.3, 0.65
 """Shares of the progress after which rates are there, and rounds are over."""
-OnPart = Callable[[float, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,101 +40,75 @@ class DiagnosisAnswer:
     stopped: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """The request for a diagnosis, whatever the kind of work."""
-
-    quick: bool
-    rounds: int | None
-    only: Sequence[str] = ()
-    """Names of the interventions to try; none: all that apply."""
-    command: str
-    on_part: OnPart
-    seconds: float
-    """Time of the rounds."""
-    evidence: Sequence[Evidence[Any]] = field(default=EVERY)
-
-
 def answer(
     what: Path | None,
     *,
+    work: Literal["train", "decode"] = "train",
+    context: int | None = None,
+    batch: int | None = None,
     quick: bool,
     rounds: int | None,
     only: Sequence[str] = (),
     command: str,
     on_part: OnPart,
 ) -> DiagnosisAnswer:
-    """Diagnose training by a config or a run.
+    """Diagnose training or decoding by a config, a run or a model's folder; gather evidence in the time that is left.
 
-    Raises: ValueError for what is neither, a run that is finished or damaged, and an intervention that does not apply.
+    Args:
+        only: names of the arms to try; none: all that apply.
+
+    Raises: ValueError for what is none of them, a damaged run, a context longer than the model's, and an arm that does
+        not apply.
     """
-    chosen_of(TRAINING, only)
-    config, run = config_of(what)
     on_part(0.0, "reading")
-    subject = subject_of(config, run)
+    subject: Subject | DecodingSubject
+    if work == "train":
+        subject = training_subject(what)
+        title, facts = f"Diagnosis of {what or 'the default run'}", training_facts(subject, what)
+    else:
+        subject = DecodingSubject(decoded_model(what), batch or 1, context)
+        title, facts = f"Diagnosis of decoding, {what or 'the default config'}", decoding_facts(subject, what)
+    device, rates = subject.device, None
+    if device.type == "cpu":
+        rates = (
+            stored_rates(device) if quick else load_or_measure_rates(device, on_part=lambda s, w: on_part(RATES * s, w))
+        )
+    plan = Plan(seconds=SECONDS[work][quick], only=only)
+    if rounds is not None:
+        plan = Plan(seconds=math.inf, rounds=rounds, only=only)
+    start, end = time.perf_counter(), 1.0 if quick else ROUNDS
+    found = diagnose(subject, plan, rates, lambda share, part: on_part(RATES + (end - RATES) * share, part))
+    gathered = Gathered()
+    if not quick and not found.compared.stopped:
+        left = TOTAL_SECONDS - (time.perf_counter() - start)
+        gathered = gather(subject, found.seconds, left, lambda share, part: on_part(end + (1 - end) * share, part))
+    all_facts = {"The run": facts, "The machine": card(device)}
+    return DiagnosisAnswer(
+        report=report_of(found, gathered, title, all_facts, command),
+        short=short_report_of(found, gathered, title),
+        record=record_of(found, gathered),
+        stopped=found.compared.stopped or gathered.stopped,
+    )
+
+
+def training_facts(subject: Subject, what: Path | None) -> Mapping[str, str]:
+    """Return what was diagnosed, for the page."""
     train = subject.config.train
-    facts = {
+    return {
         "what": str(what or "the default run"),
         "batch": f"{subject.rows} x {subject.config.seq_len} tokens",
         "products": f"{train.dtype}, threads: {torch.get_num_threads()}",
         "text": subject.trainer.corpus.source,
         "weights": f"after step {subject.at}" if subject.at else "random",
     }
-    seconds = QUICK_SECONDS if quick else SECONDS
-    asked = Asked(quick=quick, rounds=rounds, only=only, command=command, on_part=on_part, seconds=seconds)
-    return answer_of(subject, TRAINING, f"Diagnosis of {what or 'the default run'}", facts, asked)
 
 
-def answer_of(
-    subject: StepSubject[Any], work: KindOfWork[Any, Any], title: str, facts: Mapping[str, str], asked: Asked
-) -> DiagnosisAnswer:
-    """Diagnose a subject, and gather evidence in the time that is left.
-
-    Args:
-        facts: what was diagnosed, for the page.
-
-    Raises: ValueError for an intervention that does not apply.
-    """
-    chosen, quick, on_part = chosen_of(work, asked.only), asked.quick, asked.on_part
-    rates, device = None, subject.device
-    if device.type == "cpu":
-        rates = (
-            stored_rates(device) if quick else load_or_measure_rates(device, on_part=lambda s, w: on_part(RATES * s, w))
-        )
-    if asked.only:
-        for each in chosen:
-            if why := each.why_not(subject):
-                raise ValueError(f"--only {each.name} does not apply: {why}; leave it out")
-    plan = LookPlan(seconds=asked.seconds, interventions=chosen)
-    if asked.rounds is not None:
-        plan.rounds, plan.least = asked.rounds, asked.rounds
-    start, rounds_end = time.perf_counter(), 1.0 if quick else ROUNDS
-    found = diagnose(subject, plan, rates, lambda s, part: on_part(RATES + (rounds_end - RATES) * s, part), work)
-    gathered = Gathered(not_tried={})
-    if not quick and not found.stopped:
-        left = TOTAL_SECONDS - (time.perf_counter() - start)
-        step = found.measured.seconds
-
-        def on_evidence(share: float, part: str) -> None:
-            on_part(ROUNDS + (1 - ROUNDS) * share, part)
-
-        gathered = gather(subject, rates, left, on_evidence, every=asked.evidence, step=step)
-    all_facts = {"The run": dict(facts), "The machine": card(device)}
-    evidence = {section.name: [figure.as_json() for figure in section.figures] for section in gathered.sections}
-    warned = {section.name: list(section.warnings) for section in gathered.sections if section.warnings}
-    return DiagnosisAnswer(
-        report=report_of(found, title, all_facts, asked.command, gathered),
-        short=short_report_of(found, title, gathered),
-        record=record_of(found)
-        | {"evidence": evidence, "evidence_warnings": warned, "evidence_not_tried": dict(gathered.not_tried)},
-        stopped=found.stopped or gathered.stopped,
-    )
-
-
-def chosen_of(work: KindOfWork[Any, Any], only: Sequence[str]) -> Sequence[Intervention[Any]]:
-    """Return the interventions of these names, or all; raise ValueError for an unknown name."""
-    by_name = {each.name: each for each in work.interventions}
-    unknown = [name for name in only if name not in by_name]
-    if unknown:
-        raise ValueError(f"unknown intervention {unknown[0]!r}; use one of {', '.join(by_name)}")
-    return [by_name[name] for name in only] or work.interventions
+def decoding_facts(subject: DecodingSubject, what: Path | None) -> Mapping[str, str]:
+    """Return what was diagnosed, for the page."""
+    return {
+        "what": str(what or "the default config") + ("" if subject.trained else ", random weights"),
+        "step": f"1 token of each of {subject.batch} sequences, {subject.context} tokens in the cache of each",
+        "weights": f"{subject.weight_dtype}, products and cache: {subject.compute_dtype}, "
+        f"threads: {torch.get_num_threads()}",
+        "text": subject.source,
+    }

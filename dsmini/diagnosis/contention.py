@@ -1,22 +1,30 @@
 """Contention: what other programs take of this machine while the steps run.
 
-Two things are watched. The operating system says how much CPU time others got. Probes, a product and a read of memory,
-say how much slower they run now than when this machine's rates were measured. A program may hold a core without slowing
-the step, and a probe may be slow for a moment, so that the step's loss is taken as the smaller of both:
+The operating system says how many cores others kept busy, and how long this process's threads were ready without a
+core. Probes, a product and a read of memory, say how much slower they run now than when this machine's rates were
+measured. Others may hold a core without slowing a step, and a probe may be slow for a moment, so that the loss is
 
-    loss = min(CPU time of others / (seconds * cores), 1 - rate of the probes now / their stored rate)
+    loss = min(cores of others / cores, max(time without a core / threads, 1 - rate of the probes now / stored rate))
 
 It is an estimate: other programs cannot be stopped to see.
 """
 
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from dsmini.diagnosis.interventions.machine import cores
+from dsmini.diagnosis.arms import Arm
 from dsmini.measure.calibration import steadiness
 from dsmini.measure.cpu_time import CpuTimes
 from dsmini.measure.rates import Roofs
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,29 +33,43 @@ class Contention:
 
     others: float
     """Cores that other programs, or other guests of the host, kept busy."""
-    steadiness: float
+    delayed: float = 0.0
+    """Share of the time that a thread of this process was ready to run and had no core."""
+    steadiness: float = 1.0
     """Rate of the probes now over their stored rate; 1 without stored rates."""
 
     @property
     def loss(self) -> float:
         """Share of a step's time that others cost, estimated."""
-        return max(0.0, min(self.others / cores(), 1 - self.steadiness))
+        return max(0.0, min(self.others / cores(), max(self.delayed, 1 - self.steadiness)))
 
 
-class Watch:
-    """Watches the machine during turns. Without stored rates, only the CPU time of others."""
+def watch(roofs: Roofs | None, device: torch.device) -> Callable[[], Contention]:
+    """Begin to watch the machine; return what ends it, runs the probes, and tells what others took meanwhile."""
+    before = CpuTimes.now()
 
-    def __init__(self, roofs: Roofs | None, device: torch.device) -> None:
-        self.roofs, self.device = roofs, device
-        self._before: CpuTimes | None = None
+    def end() -> Contention:
+        rates = CpuTimes.now().rates_since(before)
+        if device.type != "cpu":
+            return Contention(others=rates.others)
+        steady = 1.0 if roofs is None else steadiness(roofs, device)
+        delayed = rates.delayed / torch.get_num_threads()
+        return Contention(others=rates.others, delayed=delayed, steadiness=min(1.0, steady))
 
-    def begin(self) -> None:
-        """Begin a turn."""
-        self._before = CpuTimes.now()
+    return end
 
-    def end(self) -> Contention:
-        """End it, and run the probes."""
-        assert self._before is not None, "a turn ends that did not begin"
-        others = CpuTimes.now().rates_since(self._before).others
-        steady = 1.0 if self.roofs is None or self.device.type != "cpu" else steadiness(self.roofs, self.device)
-        return Contention(others=others, steadiness=min(1.0, steady))
+
+def quiet_arm(latest: Callable[[], Contention], advice: str) -> Arm:
+    """Return the arm without other programs, which takes no steps of its own.
+
+    Args:
+        latest: returns what others took in the plain steps of this turn.
+    """
+    return Arm(
+        name="quiet_machine",
+        words="other programs take nothing; estimated",
+        advice=advice,
+        apply=lambda: nullcontext(lambda base: base * (1 - latest().loss)),
+        uncounted=0,
+        counted=1,
+    )

@@ -1,146 +1,135 @@
-"""A diagnosis: predictions first, then the experiment, then the verdict.
+"""A diagnosis: predictions first, then arms in turns, then the verdict.
 
-The predictions are registered before any step runs, and shown next to what was measured whatever came out. An
-interrupted diagnosis keeps the rounds that are whole, and gives the verdict that they allow.
+The predictions are made before any step runs, and shown next to what was measured whatever came out.
 """
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-from dsmini.diagnosis.contention import Watch
-from dsmini.diagnosis.experiment import Measured, run_in_turns
-from dsmini.diagnosis.finding import Finding
-from dsmini.diagnosis.gains import LEAST_ROUNDS, Gain, gain, gain_of_rounds
-from dsmini.diagnosis.interventions.intervention import Intervention, StepSubject
-from dsmini.diagnosis.kind import QUIET, KindOfWork
-from dsmini.diagnosis.predictions import Prediction
-from dsmini.diagnosis.training_work import TRAINING
-from dsmini.diagnosis.verdict import Outcome, Verdict, verdict
+from dsmini.diagnosis.arms import Arm, Axis, Comparison, measure, predict
+from dsmini.diagnosis.decoding import DecodingSubject
+from dsmini.diagnosis.findings import Finding
+from dsmini.diagnosis.training import Subject
+from dsmini.diagnosis.verdict import Verdict, best_arms, gains_by_axis, verdict
+from dsmini.measure.forecast import Forecast
 from dsmini.measure.step_rates import Rates
-from dsmini.planner.binding import Axis
+from dsmini.measure.turns import Estimate
 
 OnPart = Callable[[float, str], None]
+MOST_ROUNDS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Time of a diagnosis, and the arms that it tries."""
+
+    seconds: float = 75.0
+    """Time of all rounds; infinite where their number is given."""
+    rounds: int = MOST_ROUNDS
+    only: Sequence[str] = ()
+    """Names of the arms to try; none: all that apply."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
     """Predictions, measurements and conclusions."""
 
-    work: KindOfWork[Any, Any]
+    compared: Comparison
     verdict: Verdict
-    gains: Mapping[str, Gain]
-    """Measured gains by intervention."""
-    prediction: Prediction | None
-    """None without stored rates of this machine."""
-    measured: Measured[Any]
-    not_tried: Mapping[str, str]
-    """Reasons by intervention."""
     findings: Sequence[Finding]
-    stopped: bool
-    """The experiment was interrupted; what is here rests on the whole rounds before."""
+    not_tried: Mapping[str, str] = field(default_factory=dict)
+    """Reasons by arm."""
+    forecast: Forecast | None = None
+    """Forecast of a plain step that waits for nothing; None without stored rates of this machine."""
+
+    @property
+    def gains(self) -> dict[str, Estimate]:
+        """Measured gains by arm."""
+        return self.compared.gains
+
+    @property
+    def seconds(self) -> float:
+        """Median seconds of a plain step."""
+        turns = self.compared.turns
+        return turns.median(self.compared.plain) if turns.seconds else math.nan
+
+    @property
+    def best(self) -> dict[Axis, Arm]:
+        """Arm of each axis with the largest gain."""
+        return best_arms(self.compared)
+
+    @property
+    def faults(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.is_fault]
 
     @property
     def named(self) -> str:
         """Name of the axis at fault: the one that binds, else that of the first fault that costs no time, else ""."""
-        if self.verdict.axis is not None:
-            return self.verdict.axis.value
-        return next((finding.axis for finding in self.findings if finding.is_fault), "")
-
-    @property
-    def best(self) -> Mapping[Axis, str]:
-        """Name of each axis's intervention with the largest gain."""
-        return self.work.best(self.gains)
+        return self.verdict.axis or next((finding.axis for finding in self.faults), "")
 
     @property
     def sentence(self) -> str:
         """The verdict, with the fault that costs no time, if there is one."""
-        faults = [finding for finding in self.findings if finding.is_fault]
-        if self.verdict.outcome is Outcome.BINDS or not faults:
+        if self.verdict.outcome == "binds" or not self.faults:
             return self.verdict.sentence
-        return f"{faults[0].axis} is at fault: {faults[0].sentence} {self.verdict.sentence}"
-
-
-@dataclass(kw_only=True)
-class LookPlan:
-    """Time of a diagnosis, and the things that it looks at."""
-
-    rounds: int = 60
-    seconds: float = 75.0
-    least: int = LEAST_ROUNDS
-    interventions: Sequence[Intervention[Any]] | None = None
-    """None: all of the kind of work."""
+        return f"{self.faults[0].axis} is at fault: {self.faults[0].sentence} {self.verdict.sentence}"
 
 
 def diagnose(
-    subject: StepSubject[Any],
-    plan: LookPlan,
-    rates: Rates | None,
-    on_part: OnPart = lambda done, what: None,
-    work: KindOfWork[Any, Any] = TRAINING,
+    subject: Subject | DecodingSubject, plan: Plan, rates: Rates | None, on_part: OnPart = lambda done, what: None
 ) -> Diagnosis:
-    """Diagnose a subject of a kind of work.
+    """Diagnose training or decoding.
 
     Args:
         rates: this machine's; None: nothing is predicted.
         on_part: told the share that is done and what is next.
 
-    Raises: KeyboardInterrupt if it is interrupted before the least number of rounds.
+    Raises: ValueError for an arm that is unknown or does not apply; KeyboardInterrupt if it is interrupted before
+        there are rounds enough for an interval.
     """
-    wanted = work.interventions if plan.interventions is None else plan.interventions
-    not_tried = {each.name: why for each in wanted if (why := each.why_not(subject)) is not None}
-    tried = [each for each in wanted if each.name not in not_tried]
+    arms = chosen(subject.arms(rates), plan.only)
+    tried = [arm for arm in arms if arm.why_not is None]
     on_part(0.0, "predicting")
-    prediction = None if rates is None else work.predict(subject, [each.name for each in tried], rates)
+    predicted = predict(tried)
     on_part(0.08, "looking")
-    findings = work.look(subject)
-    kept: list[Measured[Any]] = []
+    findings = subject.look()
 
-    def on_round(share: float, measured: Measured[Any]) -> None:
-        kept[:] = [measured]
-        on_part(0.15 + 0.85 * share, f"round {min(measured.rounds + 1, plan.rounds)}")
+    def on_turn(share: float, number: int) -> None:
+        on_part(0.15 + 0.85 * share, f"round {min(number + 1, plan.rounds)}")
 
-    watch = Watch(None if rates is None else rates.roofs, subject.device)
-    stopped = False
-    try:
-        run_in_turns(
-            subject,
-            tried,
-            watch,
-            rounds=plan.rounds,
-            seconds=plan.seconds,
-            least=plan.least,
-            on_round=on_round,
-        )
-    except KeyboardInterrupt:
-        if not kept or kept[0].rounds < LEAST_ROUNDS:
-            raise
-        stopped = True
-    findings = [*findings, *work.look_back(subject, kept[0])]
-    return conclude(kept[0], prediction, {**work.not_here, **not_tried}, findings, stopped, work)
+    until = time.perf_counter() + plan.seconds
+    compared = measure(tried, predicted, count=plan.rounds, until=until, on_turn=on_turn)
+    not_tried = {arm.name: arm.why_not for arm in arms if arm.why_not is not None}
+    return conclude(compared, [*subject.look_back(), *findings], not_tried, subject.forecast())
 
 
 def conclude(
-    measured: Measured[Any],
-    prediction: Prediction | None,
-    not_tried: Mapping[str, str],
+    compared: Comparison,
     findings: Sequence[Finding],
-    stopped: bool = False,
-    work: KindOfWork[Any, Any] = TRAINING,
+    not_tried: Mapping[str, str] | None = None,
+    forecast: Forecast | None = None,
 ) -> Diagnosis:
     """Return the diagnosis of what was measured."""
-    n = measured.rounds
-    gains = {name: gain(measured.plain[:n], taken[:n]) for name, taken in measured.free.items()}
-    gains[QUIET.name] = gain_of_rounds([turn.loss for turn in measured.contention])
-    gains |= work.estimated(measured, gains)
-    axes = work.by_axis(gains)
     return Diagnosis(
-        work=work,
-        verdict=verdict(axes),
-        gains=gains,
-        prediction=prediction,
-        measured=measured,
-        not_tried=not_tried,
-        findings=[*(each for each in work.findings(measured, prediction) if each is not None), *findings],
-        stopped=stopped,
+        compared=compared,
+        verdict=verdict(gains_by_axis(compared)),
+        findings=findings,
+        not_tried=not_tried or {},
+        forecast=forecast,
     )
+
+
+def chosen(arms: Sequence[Arm], only: Sequence[str]) -> list[Arm]:
+    """Return plain steps and the arms of these names, or all; what is estimated from plain steps is in any case.
+
+    Raises: ValueError for a name that is unknown, or of an arm that does not apply.
+    """
+    by_name = {arm.name: arm for arm in arms[1:] if arm.uncounted}
+    for name in only:
+        if name not in by_name:
+            raise ValueError(f"unknown intervention {name!r}; use one of {', '.join(by_name)}")
+        if why := by_name[name].why_not:
+            raise ValueError(f"--only {name} does not apply: {why}; leave it out")
+    return [arm for arm in arms if not only or arm.name in (arms[0].name, *only) or not arm.uncounted]

@@ -1,28 +1,153 @@
-"""A diagnosis as a report: the verdict first, then gains and what to try, then the evidence. A terminal shows less."""
+"""A diagnosis in words: the verdict first, then gains and what to try, then the evidence. A terminal shows less.
 
-from dataclasses import replace
+Every comparison of arms, that of the verdict and those of the evidence, has the same table, plot and record.
+"""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from dsmini.diagnosis.arms import Arm, Comparison
 from dsmini.diagnosis.diagnosis import Diagnosis
-from dsmini.diagnosis.evidence.gather import Gathered
-from dsmini.diagnosis.tries import tries_of
-from dsmini.report import Figure, Plot, Report, Section, Series, Table
+from dsmini.diagnosis.verdict import percent
+from dsmini.report import Plot, Report, Section, Series, Table
+from dsmini.report.figures import plain
+from dsmini.report.units import plural
 
-NO_EVIDENCE = Gathered(not_tried={})
+LEAST_GAIN = 0.02
+"""Gain below which nothing is worth a line."""
 NOTHING_GAINS = "Nothing that was tried gains: less work, or a faster machine, is what is left."
 
 
+@dataclass(kw_only=True)
+class Gathered:
+    """Evidence of all experiments that were made besides the verdict's."""
+
+    sections: list[Section] = field(default_factory=list)
+    compared: dict[str, Comparison] = field(default_factory=dict)
+    """Comparisons by the name of their section."""
+    not_tried: dict[str, str] = field(default_factory=dict)
+    """Reasons by experiment."""
+    stopped: bool = False
+    """It was interrupted; the sections are those before."""
+
+
+# --- any comparison
+
+
+def table_of(compared: Comparison) -> Table:
+    """Return the table of all arms: seconds and gains, predicted and measured."""
+    gains, rows = compared.gains, []
+    for arm in [arm for arm in compared.arms if arm.name in compared.turns.seconds]:
+        gain, said = gains.get(arm.name), compared.predicted_gain(arm) if arm.name in gains else None
+        apart = "" if gain is None or said is None else f"{100 * (gain.value - said):+.0f}"
+        seconds = [compared.predicted.get(arm.name), compared.turns.median(arm.name)]
+        times = ["" if s is None else f"{1e3 * s:.4g}" for s in seconds]
+        axis = arm.axis if arm.name in gains else ""
+        rows.append([arm.name, axis, arm.words, *times, percent(said), percent(gain), apart])
+    columns = ("made free", "axis", "meaning", "predicted ms", "ms", "predicted", "gain", "points apart")
+    return Table(columns=columns, rows=rows, numeric=columns[3:])
+
+
+def plot_of(compared: Comparison, title: str, x: str) -> Plot:
+    """Return the plot: seconds on lines where the arms have places, else bars of gains."""
+    seconds, gains = compared.turns.seconds, compared.gains
+    placed = [arm for arm in compared.arms if arm.at is not None and arm.name in seconds]
+    if not placed:
+        arms = compared.measured
+        found = [gains[arm.name] for arm in arms]
+        ends: dict[str, Any] = {"low": [g.low for g in found], "high": [g.high for g in found]}
+        if not all(gain.is_clear for gain in found):
+            ends = {}
+        series = [Series(label="measured", x=(), y=[g.value for g in found], kind="bars", **ends)]
+        if compared.predicted:
+            said = [compared.predicted_gain(arm) or 0.0 for arm in arms]
+            series.append(Series(label="predicted", x=(), y=said, kind="bars", dashed=True, of="measured"))
+        return Plot(title=title, x=x, y="gain", series=series, labels=[arm.name for arm in arms])
+    lines = []
+    for label in dict.fromkeys(arm.line for arm in placed):
+        line = sorted((arm for arm in placed if arm.line == label), key=lambda arm: arm.at or 0.0)
+        at = [arm.at or 0.0 for arm in line]
+        lines.append(Series(label=label, x=at, y=[1e3 * compared.turns.median(arm.name) for arm in line]))
+        if compared.predicted:
+            y = [1e3 * compared.predicted[arm.name] for arm in line]
+            lines.append(Series(label=f"{label}, predicted", x=at, y=y, dashed=True, of=label))
+    return Plot(title=title, x=x, y="ms", series=lines, log_x=True, log_y=True)
+
+
+def sentence_of(compared: Comparison) -> str:
+    """Return which arm is fastest, and by how much."""
+    gains = compared.gains
+    best = max(gains, key=lambda name: gains[name].value, default="")
+    if not best or gains[best].value <= 0:
+        return f"Nothing is faster than {compared.plain}, as it is."
+    return f"With {best} a token takes {percent(gains[best])} less time than with {compared.plain}."
+
+
+def record_of_arms(compared: Comparison) -> dict[str, Any]:
+    """Return seconds and gains by arm, as JSON."""
+    gains = compared.gains
+    return {
+        arm.name: {
+            "axis": arm.axis,
+            "measured": gains[arm.name].value,
+            "low": gains[arm.name].low,
+            "high": gains[arm.name].high,
+            "rounds": gains[arm.name].turns,
+            "predicted": compared.predicted_gain(arm),
+            "step_seconds": compared.turns.median(arm.name),
+        }
+        for arm in compared.measured
+    }
+
+
+# --- the whole
+
+
+def record_of(found: Diagnosis, gathered: Gathered) -> dict[str, Any]:
+    """Return the verdict, each gain with its prediction, what was not tried and why, findings and evidence, as JSON."""
+    compared = found.compared
+    record = {
+        "outcome": found.verdict.outcome,
+        "axis": found.verdict.axis,
+        "named": found.named,
+        "sentence": found.sentence,
+        "decides": found.verdict.decides,
+        "step_seconds": found.seconds,
+        "predicted_step_seconds": compared.predicted.get(compared.plain),
+        "gains": record_of_arms(compared),
+        "not_tried": dict(found.not_tried),
+        "findings": [asdict(finding) for finding in found.findings],
+        "stopped": compared.stopped,
+        "evidence": {
+            section.name: record_of_arms(gathered.compared[section.name])
+            if section.name in gathered.compared
+            else [figure.as_json() for figure in section.figures]
+            for section in gathered.sections
+        },
+        "evidence_not_tried": gathered.not_tried,
+    }
+    return plain(record)  # an open interval has no ends
+
+
 def report_of(
-    found: Diagnosis, title: str, facts: dict[str, dict[str, str]], command: str, gathered: Gathered = NO_EVIDENCE
+    found: Diagnosis,
+    gathered: Gathered,
+    title: str,
+    facts: Mapping[str, Mapping[str, str]],
+    command: str,
+    warnings: Sequence[str] = (),
 ) -> Report:
-    """Return the report of a diagnosis."""
-    sections = [_verdict(found), _evidence(found), _to_try(found, gathered), _findings(found), _step(found)]
+    """Return the report for a page."""
+    gains = found.gains
+    sections = [_verdict(found), _evidence(found), _to_try(found, gathered), _findings(found), *_step(found)]
     return Report(
         title=title,
         lead=found.sentence,
         sections=[*sections, *gathered.sections, *_not_tried(found, gathered)],
-        warnings=_warnings(found, gathered),
+        warnings=[*warnings, *_interrupted(found, gathered)],
         highlights=[
-            (_percent(found.gains[name].value), f"{axis.value}: gain of {name}") for axis, name in found.best.items()
+            (percent(gains[arm.name].value), f"{axis}: gain of {arm.name}") for axis, arm in found.best.items()
         ],
         facts_title="What was diagnosed",
         facts=facts,
@@ -30,55 +155,105 @@ def report_of(
     )
 
 
-def short_report_of(found: Diagnosis, title: str, gathered: Gathered = NO_EVIDENCE) -> Report:
+def short_report_of(found: Diagnosis, gathered: Gathered, title: str, warnings: Sequence[str] = ()) -> Report:
     """Return what a terminal shows: the verdict, gains, what to try, and faults."""
-    gains = [
-        [
-            name,
-            found.work.changes[name].axis.value,
-            str(g),
-            "" if (p := _predicted(found, name)) is None else _percent(p),
-        ]
-        for name, g in found.gains.items()
-    ]
-    table = Table(columns=("made free", "axis", "gain", "predicted"), rows=gains, numeric=("gain", "predicted"))
-    verdict, measured, faults = _verdict(found), _evidence(found), [f for f in found.findings if f.is_fault]
-    rows = [[fault.axis, fault.sentence, fault.fix] for fault in faults]
+    whole = table_of(found.compared)
+    kept = [whole.columns.index(name) for name in ("made free", "axis", "gain", "predicted")]
+    rows = [[row[at] for at in kept] for row in whole.rows if row[1]]
+    table = Table(columns=[whole.columns[at] for at in kept], rows=rows, numeric=("gain", "predicted"))
+    faults = [[fault.axis, fault.sentence, fault.fix] for fault in found.faults]
+    wrong = Table(columns=("axis", "fault", "what to do first"), rows=faults)
     return Report(
         title=title,
         sections=[
-            replace(verdict, tables=()),
-            replace(measured, figures=(), plots=(), tables=[table]),
+            replace(_verdict(found), tables=()),
+            replace(_evidence(found), plots=(), tables=[table]),
             _to_try(found, gathered),
             Section(
                 name="faults",
                 title="What is wrong?",
                 finding="These faults were seen." if faults else "No fault was seen.",
-                tables=[Table(columns=("axis", "fault", "what to do first"), rows=rows)] if faults else [],
+                tables=[wrong] if faults else [],
             ),
         ],
-        warnings=_warnings(found, gathered),
+        warnings=[*warnings, *_interrupted(found, gathered)],
     )
 
 
-def _warnings(found: Diagnosis, gathered: Gathered) -> list[str]:
-    seen = [words for section in gathered.sections for words in section.warnings]
-    if found.stopped:
-        return ["It was interrupted, and rests on the rounds until then.", *seen]
-    return ["It was interrupted after the verdict; some evidence is missing.", *seen] if gathered.stopped else seen
+def _interrupted(found: Diagnosis, gathered: Gathered) -> list[str]:
+    if found.compared.stopped:
+        return ["It was interrupted, and rests on the rounds until then."]
+    return ["It was interrupted after the verdict; some evidence is missing."] if gathered.stopped else []
+
+
+def _verdict(found: Diagnosis) -> Section:
+    rows = [[axis, percent(found.gains[arm.name]), arm.name, arm.advice] for axis, arm in found.best.items()]
+    return Section(
+        name="verdict",
+        title="What binds?",
+        finding=f"{found.sentence} {found.verdict.decides}".strip(),
+        tables=[Table(columns=("axis", "gain", "by", "what to do where it gains"), rows=rows)],
+    )
+
+
+def _evidence(found: Diagnosis) -> Section:
+    compared = found.compared
+    said = compared.predicted.get(compared.plain)
+    words = f"{plural(compared.turns.count, 'round')} in turns; a plain step takes {1e3 * found.seconds:.4g} ms"
+    return Section(
+        name="evidence",
+        title="What gains how much, predicted first and then measured?",
+        finding=f"{words}." if said is None else f"{words}, {1e3 * said:.4g} ms were predicted.",
+        tables=[table_of(compared)],
+        plots=[plot_of(compared, "Share of a step that would go", "what is made free")],
+        about="Brackets hold 95 % intervals of the median over rounds, of replay the mean. Those of an axis hold "
+        "together, as its best arm counts.",
+    )
+
+
+def tries_of(found: Diagnosis, gathered: Gathered) -> list[tuple[Arm, Comparison]]:
+    """Return the arms that gained, best first: those of the verdict, and those of the evidence, each advice once."""
+    tried = [(arm, compared) for compared in (found.compared, *gathered.compared.values()) for arm in compared.measured]
+    gained = [(arm, compared) for arm, compared in tried if arm.advice and compared.gains[arm.name].value >= LEAST_GAIN]
+    gained.sort(key=lambda pair: -pair[1].gains[pair[0].name].value)
+    return [*{arm.advice: (arm, compared) for arm, compared in reversed(gained)}.values()][::-1]
 
 
 def _to_try(found: Diagnosis, gathered: Gathered) -> Section:
     """Return what gained, best first."""
-    tries = tries_of(found, gathered.sections)
-    rows = [[each.what, each.gain, each.action, each.predicted] for each in tries]
+    tries = tries_of(found, gathered)
+    rows = [
+        [arm.name, percent(compared.gains[arm.name]), arm.advice, percent(compared.predicted_gain(arm))]
+        for arm, compared in tries
+    ]
     table = Table(columns=("try", "gain", "how", "predicted"), rows=rows, numeric=("gain", "predicted"))
-    return Section(
-        name="what_to_try",
-        title="What to try, best first?",
-        finding=f"First {tries[0].what}: {tries[0].gain} of a token's time would go." if tries else NOTHING_GAINS,
-        tables=[table] if tries else [],
-    )
+    words = NOTHING_GAINS
+    if tries:
+        arm, compared = tries[0]
+        gain = compared.gains[arm.name]
+        would = "would go" if gain.low > 0 else "may go; less than nothing is possible too"
+        words = f"First {arm.name}: {percent(gain)} of a token's time {would}."
+    return Section(name="what_to_try", title="What to try, best first?", finding=words, tables=[table] if tries else [])
+
+
+def _findings(found: Diagnosis) -> Section:
+    words = " ".join(fault.fix for fault in found.faults) or "Nothing of it needs an action."
+    rows = [[each.axis, each.name, "fault" if each.is_fault else "fine", each.sentence] for each in found.findings]
+    table = Table(columns=("axis", "name", "state", "what was seen"), rows=rows)
+    return Section(name="findings", title="What else was seen?", finding=words, tables=[table])
+
+
+def _step(found: Diagnosis) -> list[Section]:
+    """Return the section of the parts of a step, if they were forecast."""
+    if found.forecast is None:
+        return []
+    parts = found.forecast.by_class
+    bars = Series(label="forecast", x=(), y=[1e3 * s for s in parts.values()], kind="bars", dashed=True)
+    plot = Plot(title="Parts of a step", x="class of operations", y="ms", series=[bars], labels=list(parts))
+    largest = max(parts, key=lambda name: parts[name])
+    share = parts[largest] / sum(parts.values())
+    words = f"Most of it, {share:.0%}, is {largest}, by the forecast of this machine's rates."
+    return [Section(name="step", title="What does a step consist of?", finding=words, plots=[plot])]
 
 
 def _not_tried(found: Diagnosis, gathered: Gathered) -> list[Section]:
@@ -87,111 +262,3 @@ def _not_tried(found: Diagnosis, gathered: Gathered) -> list[Section]:
     table = Table(columns=("not tried", "why"), rows=rows)
     words = f"{len(rows)} of the experiments {'does' if len(rows) == 1 else 'do'} not apply, or had no time."
     return [Section(name="not_tried", title="What was not tried?", finding=words, tables=[table])] if rows else []
-
-
-def _verdict(found: Diagnosis) -> Section:
-    rows = [
-        [axis.value, str(found.gains[name]), name, found.work.changes[name].action]
-        for axis, name in sorted(found.best.items(), key=lambda item: -found.gains[item[1]].low)
-    ]
-    finding = found.sentence + (f" {found.verdict.decides}" if found.verdict.decides else "")
-    table = Table(columns=("axis", "gain", "by", "what to do where it gains"), rows=rows)
-    words = Table(columns=("here", "meaning", "article", "textbook"), rows=found.work.vocabulary)
-    return Section(
-        name="verdict",
-        title="What binds?",
-        finding=finding,
-        tables=[table, words],
-        prose=[("Two vocabularies", found.work.about_words)],
-    )
-
-
-def _evidence(found: Diagnosis) -> Section:
-    names, rows = list(found.gains), []
-    for name, g in found.gains.items():
-        said = _predicted(found, name)
-        apart = "" if said is None else f"{100 * (g.value - said):+.0f}"
-        rows.append(
-            [
-                name,
-                found.work.changes[name].axis.value,
-                found.work.changes[name].words,
-                "" if said is None else _percent(said),
-                str(g),
-                apart,
-            ]
-        )
-    table = Table(
-        columns=("made free", "axis", "meaning", "predicted", "measured", "points apart"),
-        rows=rows,
-        numeric=("predicted", "measured", "points apart"),
-    )
-    gains = found.gains.values()
-    bars = [
-        Series(
-            label="measured",
-            x=(),
-            y=[g.value for g in gains],
-            low=[g.low for g in gains],
-            high=[g.high for g in gains],
-            kind="bars",
-        )
-    ]
-    if found.prediction is not None:
-        predicted = [_predicted(found, name) or 0.0 for name in names]
-        bars.append(Series(label="predicted", x=(), y=predicted, kind="bars", dashed=True, of="measured"))
-    plot = Plot(title="Share of a step that would go", x="what is made free", y="gain", series=bars, labels=names)
-    return Section(
-        name="evidence",
-        title="What gains how much, predicted first and then measured?",
-        finding=f"{found.measured.rounds} rounds in turns; a plain step takes {1e3 * found.measured.seconds:.4g} ms"
-        + (f", {1e3 * found.prediction.plain:.4g} ms were predicted." if found.prediction else "."),
-        tables=[table],
-        plots=[plot],
-    )
-
-
-def _step(found: Diagnosis) -> Section:
-    measured = found.work.parts(found.measured)
-    if found.prediction is None:
-        words = " and ".join(f"{1e3 * s:.4g} ms are {name}" for name, s in measured.items())
-        return Section(
-            name="step",
-            title="What does a step consist of?",
-            finding=f"A plain step takes {1e3 * found.measured.seconds:.4g} ms" + (f"; {words}." if words else "."),
-        )
-    parts = {**measured, **found.prediction.forecast.by_class}
-    figures = [
-        Figure(question="step", case={"part": name}, metric="seconds", unit="s", predicted=seconds)
-        for name, seconds in parts.items()
-    ]
-    bars = Series(label="forecast", x=(), y=[1e3 * s for s in parts.values()], kind="bars", dashed=True)
-    plot = Plot(title="Parts of a step", x="class of operations", y="ms", series=[bars], labels=list(parts))
-    largest = max(parts, key=lambda name: parts[name])
-    share = parts[largest] / sum(parts.values())
-    return Section(
-        name="step",
-        title="What does a step consist of?",
-        finding=f"Most of it, {share:.0%}, is {largest}, by the forecast of this machine's rates.",
-        figures=figures,
-        plots=[plot],
-    )
-
-
-def _findings(found: Diagnosis) -> Section:
-    faults = [finding for finding in found.findings if finding.is_fault]
-    words = "; ".join(finding.fix for finding in faults) if faults else "Nothing of it needs an action."
-    rows = [
-        [finding.axis, finding.name, "fault" if finding.is_fault else "fine", finding.sentence]
-        for finding in found.findings
-    ]
-    table = Table(columns=("axis", "name", "state", "what was seen"), rows=rows)
-    return Section(name="findings", title="What else was seen?", finding=words, tables=[table])
-
-
-def _predicted(found: Diagnosis, name: str) -> float | None:
-    return None if found.prediction is None else found.prediction.gain(name)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"

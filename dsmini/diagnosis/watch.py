@@ -36,11 +36,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dsmini.diagnosis.findings import steps as of_steps
-from dsmini.diagnosis.interventions.machine import cores
+from dsmini.diagnosis.arms import Axis
+from dsmini.diagnosis.contention import cores
+from dsmini.diagnosis.findings import MOST_IDLE, load
 from dsmini.diagnosis.verdict import LEAST
 from dsmini.measure.cpu_time import CpuRates, CpuTimes
-from dsmini.planner.binding import Axis
 from dsmini.training.trainer import StepResult
 from dsmini.training.watcher import BindingChange
 
@@ -154,8 +154,8 @@ class RunWatch:
             return None
         signs = list(self._signs())
         found = self._first([sign for sign in signs if sign.is_over])
-        axis = "" if found is None else found.axis.value
-        if found is None and any(sign.axis.value == self.binds and not sign.is_below for sign in signs):
+        axis = "" if found is None else found.axis
+        if found is None and any(sign.axis == self.binds and not sign.is_below for sign in signs):
             axis = self.binds or ""  # it may still bind
         if axis != self._next:
             self._next, self._held_steps, self._held_seconds = axis, 0, 0.0
@@ -172,7 +172,7 @@ class RunWatch:
         """Return the sign that binds: the largest, or that of the axis of the last look if none is clearly larger."""
         over = [sign for sign in over if sign.takes_time] or list(over)
         over.sort(key=lambda sign: -sign.share.value)
-        before = next((sign for sign in over if sign.axis.value == self._next), None)
+        before = next((sign for sign in over if sign.axis == self._next), None)
         if before is None or over[0].share.low > before.share.high:
             return next(iter(over), None)
         return before
@@ -182,7 +182,7 @@ class RunWatch:
         share = Spread.of([step.data_wait for step in self.steps])
         yield Sign(
             name="waiting",
-            axis=Axis.DATA,
+            axis="Data",
             share=share,
             words=f"a step waits {share.value:.0%} ({share.low:.0%} to {share.high:.0%}) of its time for its batch",
             fix="Prepare batches in more threads (data.workers), or make them cheaper to read.",
@@ -192,20 +192,20 @@ class RunWatch:
         lost = sum(step.seconds for step in self.steps if step.skipped) / seconds
         yield Sign(
             name="lost steps",
-            axis=Axis.ALGORITHM,
+            axis="Algorithm",
             share=Spread.exact(lost),
             words=f"{lost:.0%} of the time went into steps without a finite gradient, which change nothing",
             fix="Lower the learning rate, or look at the data of these steps.",
         )
-        idle = of_steps.load(self.steps)
+        idle = load(self.steps)
         if idle is not None:
             yield Sign(
                 name="idle experts",
-                axis=Axis.ALGORITHM,
+                axis="Algorithm",
                 share=Spread.exact(idle.value),
                 words=idle.sentence.removesuffix("."),
                 fix=idle.fix,
-                limit=of_steps.MOST_IDLE,
+                limit=MOST_IDLE,
                 takes_time=False,
             )
 
@@ -223,7 +223,7 @@ class RunWatch:
         alone = others < LEAST * self.cores
         yield Sign(
             name="slower steps",
-            axis=Axis.MACHINE,
+            axis="Machine",
             share=share,
             words=f"a step computes for {now.value:.3g} s, and for {fastest:.3g} s when such steps were fastest; "
             f"{'no other program is seen' if alone else of_others}",
@@ -236,7 +236,7 @@ class RunWatch:
         delayed = rates.delayed / threads
         yield Sign(
             name="CPU time lost",
-            axis=Axis.MACHINE,
+            axis="Machine",
             share=Spread.exact(min(others / self.cores, delayed)),
             words=f"{of_others}, and each of this run's {threads} threads waits {delayed:.0%} of the time for a core",
             fix=QUIET,
@@ -244,7 +244,7 @@ class RunWatch:
         idle = self.usable - max(rates.own, threads) - others
         yield Sign(
             name="idle cores",
-            axis=Axis.MACHINE,
+            axis="Machine",
             share=Spread.exact(idle / self.usable),
             words=f"{idle:.1f} of {self.usable} cores are idle; products run in {threads}",
             fix="Leave train.threads out, so that all cores are used.",

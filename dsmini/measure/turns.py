@@ -183,8 +183,12 @@ def in_turns(
     return taken
 
 
-def median_of(values: Sequence[float], seed: int = 0) -> Estimate:
+def median_of(values: Sequence[float], seed: int = 0, together: int = 1) -> Estimate:
     """Return the median of independent values, with its 95 % interval: bootstrap, at least that of the sign test.
+
+    Args:
+        together: number of intervals that shall all hold at once in 95 % of the cases, as where the best of several is
+            taken. Each then holds in 1 - 5 % / together (Bonferroni), as far as the turns allow.
 
     Raises: ValueError without values.
     """
@@ -194,19 +198,19 @@ def median_of(values: Sequence[float], seed: int = 0) -> Estimate:
     middle, n = float(np.median(found)), len(found)
     if n < LEAST_TURNS:
         return Estimate(value=middle, low=-math.inf, high=math.inf, turns=n)
-    drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    low, high = np.quantile(np.median(found[drawn], axis=1), [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    k, ordered = sign_test_rank(n), np.sort(found)
+    drawn, tail = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n)), (1 - COVERAGE) / 2 / together
+    low, high = np.quantile(np.median(found[drawn], axis=1), [tail, 1 - tail])
+    k, ordered = sign_test_rank(n, tail), np.sort(found)
     return Estimate(value=middle, low=float(min(low, ordered[k - 1])), high=float(max(high, ordered[-k])), turns=n)
 
 
-def sign_test_rank(n: int) -> int:
-    """Return the largest k for which the k-th smallest of n draws is above their median by chance 2.5 % at most.
+def sign_test_rank(n: int, tail: float = (1 - COVERAGE) / 2) -> int:
+    """Return the largest k for which the k-th smallest of n draws is above their median by chance `tail` at most.
 
     At least 1, whose chance is 2^-n.
     """
     k, below = 1, 1
-    while k < n and (below + math.comb(n, k)) / 2**n <= (1 - COVERAGE) / 2:
+    while k < n and (below + math.comb(n, k)) / 2**n <= tail:
         below += math.comb(n, k)
         k += 1
     return k

@@ -37,8 +37,7 @@ from benchmarks.questions import (
 )
 from dsmini import RunConfig, TrainConfig, Transformer, ops
 from dsmini.config.parallel import CHUNKS
-from dsmini.diagnosis import experiment
-from dsmini.diagnosis.interventions import machine
+from dsmini.diagnosis import training
 from dsmini.measure import timing as measuring
 from dsmini.measure.rates import why_unusable
 from dsmini.measure.workloads import StepShape
@@ -131,8 +130,8 @@ def small_sizes(corpus: Path) -> list[tuple[Any, str, Any]]:
         *((peers, "QUICK", peers.Size((16, 24), rounds=2, batch=1)), (peers, "PROMPT", 16)),
         *((quantize, "QUICK_SHAPE", (64, 256)), (quantize, "CALLS", 10)),
         *((kernel_calls, "CACHES", 0.01), (kernel_calls, "QUICK_ACTIVATIONS", (64, 256)), (kernels, "QUICK_TURN", 0.0)),
-        *((diagnose, "faults", lambda: [run]), (diagnose, "SECONDS", 0.0), (faults, "CORPUS", corpus)),
-        *((experiment, "UNCOUNTED", 0), (experiment, "COUNTED", 1), (machine, "cores", lambda: 1)),
+        *((diagnose, "faults", lambda: [run]), (diagnose, "SECONDS", math.inf), (diagnose, "ROUNDS", 5)),
+        *((faults, "CORPUS", corpus), (training, "cores", lambda: 1)),
         *((plan, "held_out", lambda quick: forecast), (plan, "SECONDS", 0.0)),
         *((plan.step_rates, "rates_beyond", lambda *_: invented_rates()), (trained, "CORPUS", corpus)),
         (plan, "peak_of_process", lambda shape: 400 << 20),

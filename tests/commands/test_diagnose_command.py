@@ -4,18 +4,16 @@ import hashlib
 import json
 import shutil
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dsmini.console.progress import Progress
-from dsmini.diagnosis.decoding.alternatives import INTERVENTIONS
-from dsmini.diagnosis.kind import MadeFree
-from dsmini.diagnosis.training_work import TRAINING
 from tests.helpers.commands import check_refused, let_rates_be_invented, run, run_all
 
+TRAINING = "replay uniform_routing dense_active all_threads fastest_dtype"
+DECODING = "free_cache expanded_mla mha_baseline uniform_routing dense_active drafts all_threads fp8_weights"
 SMALL = """
 [model]
 dim = 32
@@ -50,6 +48,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("unfinished", "damaged"):
         shutil.copytree(folder / "finished", folder / name)
         (folder / name / "summary.json").unlink()
+    shutil.copytree(folder / "finished", folder / "odd_summary")
+    (folder / "odd_summary" / "summary.json").write_text("{")
     for file in (folder / "damaged" / "checkpoints").glob("*/model.safetensors"):
         file.write_bytes(file.read_bytes()[:-9])
     assert run("dsmini.convert finished folder", folder).returncode == 0
@@ -62,7 +62,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invent the machine's rates, and let it have one core: two threads crawl where another program takes a core."""
     let_rates_be_invented(monkeypatch)
-    monkeypatch.setattr("dsmini.diagnosis.interventions.machine.cores", lambda: 1)
+    for module in ("contention", "training", "decoding", "prices"):
+        monkeypatch.setattr(f"dsmini.diagnosis.{module}.cores", lambda: 1)
 
 
 def hashes(*folders: Path) -> dict[Path, str]:
@@ -79,10 +80,10 @@ def diagnoses(place: Path, *lines: str) -> list[tuple[str, Any]]:
     return [(said, json.loads(next(line for line in said.splitlines() if line.startswith("{")))) for _, said in answers]
 
 
-def check_all(place: Path, out: str, record: Any, interventions: Sequence[MadeFree]) -> str:
-    """Check a record of all interventions, and that it is in a folder; return the page there."""
+def check_all(place: Path, out: str, record: Any, arms: str) -> str:
+    """Check a record of all arms, and that it is in a folder; return the page there."""
     assert json.loads((place / out / "diagnosis.json").read_text()) == record
-    names = {each.name for each in interventions}
+    names = {*arms.split()}
     assert {record["gains"][name]["rounds"] for name in names & record["gains"].keys()} == {5}
     assert record["gains"].keys() | record["not_tried"].keys() >= names
     assert record["step_seconds"] > 0 and record["sentence"]
@@ -90,11 +91,14 @@ def check_all(place: Path, out: str, record: Any, interventions: Sequence[MadeFr
 
 
 def test_training_is_diagnosed_by_a_run_or_a_config(place: Path) -> None:
-    (said, of_run), (_, of_config) = diagnoses(place, "unfinished --out found", "small.toml --only replay")
+    (said, of_run), (_, of_config), (_, of_finished) = diagnoses(
+        place, "unfinished --out found", "small.toml --only replay", "finished --only replay --out found_finished"
+    )
     for words in ("replay", "dense_active", "5 rounds in turns", "made free", "what to do first"):
         assert words in said, words
-    assert "<svg" in check_all(place, "found", of_run, TRAINING.interventions)
-    assert "replay" in of_config["gains"] and of_config["gains"].keys() <= {"replay", "waiting", "quiet_machine"}
+    assert "after step 1" in check_all(place, "found_finished", of_finished, "replay"), "its own weights"
+    assert "<svg" in check_all(place, "found", of_run, TRAINING)
+    assert "replay" in of_config["gains"] and of_config["gains"].keys() == {"replay", "quiet_machine"}
 
 
 def test_decoding_is_diagnosed_by_a_config_a_run_or_a_folder(place: Path) -> None:
@@ -107,7 +111,7 @@ def test_decoding_is_diagnosed_by_a_config_a_run_or_a_folder(place: Path) -> Non
     )
     for words in ("free_cache", "expanded_mla", "dense_active", "5 rounds in turns", "made free"):
         assert words in said, words
-    page = check_all(place, "found_decoding", of_config, INTERVENTIONS)
+    page = check_all(place, "found_decoding", of_config, DECODING)
     for words in ("<svg", "random weights", "24 tokens in the cache of each", "decoding waits for no data"):
         assert words in page, words
     assert "accepted_guesses" in {finding["name"] for finding in of_config["findings"]}
@@ -121,7 +125,7 @@ def test_mistake_is_one_sentence(place: Path) -> None:
         "empty": "empty has no config.toml, so it is not a training run",
         "odd.toml": "n_headz",
         "lost.toml": "lost.txt",
-        "finished": "finished is finished; diagnose its config instead",
+        "odd_summary": "odd_summary/summary.json is damaged",
         "damaged": "cannot read damaged",
         "small.toml --only nonsense": "unknown intervention 'nonsense'; use one of replay",
         "small.toml --only all_threads fastest_dtype --model.dim 3": "unknown flag '--model.dim'",
@@ -133,7 +137,8 @@ def test_mistake_is_one_sentence(place: Path) -> None:
         "small.toml --work decode --context 32": "--context 32 is not from 1 to 31",
         "small.toml --work decode --context 0": "--context 0 is not from 1 to 31",
         "small.toml --work decode --batch 0": "--batch 0 is not from 1 to 1024",
-        "small.toml --work decode --only replay": "unknown intervention 'replay'; use one of free_cache",
+        "small.toml --work decode --only replays": "unknown intervention 'replays'; use one of free_cache",
+        "small.toml --work decode --only replay": "--only replay does not apply: decoding waits for no data",
         "empty --work decode": "empty",
         "bare --work decode": "bare",
         "nothing.toml --work decode": "there is no file nothing.toml",

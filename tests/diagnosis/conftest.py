@@ -1,9 +1,11 @@
 """A small run whose steps take milliseconds, the same run with a clock of its own, and an invented machine."""
 
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,12 @@ import torch
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config import DataConfig
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.diagnosis import contention
+from dsmini.diagnosis import training
+from dsmini.diagnosis.arms import Step
 from dsmini.diagnosis.contention import Contention
-from dsmini.diagnosis.decoding.subject import DecodedModel, DecodingSubject
-from dsmini.diagnosis.interventions import machine
-from dsmini.diagnosis.subject import Subject
+from dsmini.diagnosis.decoding import DecodingSubject
+from dsmini.diagnosis.loading import DecodedModel
+from dsmini.diagnosis.training import Subject
 from dsmini.measure.step_rates import OTHERS, Rates, StepRates
 from dsmini.nn import MoE
 from dsmini.training.trainer import StepResult, Trainer
@@ -68,7 +71,12 @@ def decoding_subject(config: ModelConfig, batch: int = 1, context: int = 64) -> 
     """Return a subject that decodes with random weights, in FP32."""
     torch.manual_seed(0)
     model = Transformer(config, compute_dtype=torch.float32).eval()
-    return DecodingSubject(DecodedModel(model=model, trained=False, text=None, source="random tokens"), batch, context)
+    return DecodingSubject(DecodedModel(model=model), batch, context)
+
+
+def idle() -> AbstractContextManager[Step]:
+    """Return the context of an arm that takes no time."""
+    return nullcontext(lambda base: base)
 
 
 def step_of(seconds: float = 0.1, wait: float = 0.0, counts: Any = None, tokens: int = 32) -> StepResult:
@@ -91,7 +99,12 @@ class World:
     row: float = 0.0
     """Seconds more for each sequence of a batch."""
     batch: float = 0.0
-    """Seconds to prepare a batch, while the step before computes."""
+    """Seconds of a worker to prepare a batch, while steps compute."""
+    workers: int = 1
+    stalls: tuple[float, ...] = ()
+    """Seconds that the loader blocks each step, step by step, again and again."""
+    preparing: float = 0.0
+    """CPU seconds of preparing a batch, which a step takes longer."""
     imbalance: float = 0.0
     """Seconds more where experts get unequal numbers of tokens."""
     routing: float = 0.0
@@ -108,20 +121,32 @@ class World:
     jitter: float = 0.01
     """Share of a step that is chance."""
     now: float = 0.0
+    cpu: float = 0.0
 
     def __post_init__(self) -> None:
         self.loader, self.draw = self.subject.trainer.loader, np.random.default_rng(0)
+        self.free, self.queue, self.blocked = (
+            [0.0] * self.workers,
+            list[float](),
+            itertools.cycle(self.stalls or (0.0,)),
+        )
 
     def enter(self, patch: pytest.MonkeyPatch) -> "World":
         """Let steps of the subject take their time from here."""
-        fastest = torch.bfloat16 if self.slow_dtype > 1 else torch.float32
-        seen = Contention(others=self.others, steadiness=1 - self.others / self.cores)
+        fastest = "bfloat16" if self.slow_dtype > 1 else "float32"
+        trainer, config, prepared = self.subject.trainer, self.subject.config, self.loader.prepared
+        data = dataclasses.replace(config.data, workers=self.workers)
+        patch.setattr(trainer, "config", dataclasses.replace(config, data=data))
         patch.setattr(time, "perf_counter", lambda: self.now)
+        patch.setattr(time, "thread_time", lambda: self.cpu)
         patch.setattr(os, "sched_getaffinity", lambda _: set(range(self.cores)), raising=False)
-        patch.setattr(machine, "pick_dtype", lambda *_: fastest)
-        patch.setattr(contention.Watch, "end", lambda _: seen)
-        patch.setattr(self.subject.trainer, "step", self.step)
-        patch.setattr(self.subject.trainer, "forward_backward", lambda rows: self.spend(self.compute()))
+        patch.setattr(training, "fastest_dtype", lambda _: fastest)
+        seen = Contention(others=self.others, steadiness=1 - self.others / self.cores)
+        patch.setattr(training, "watch", lambda *_: lambda: seen)
+        patch.setattr(trainer, "step", self.step)
+        patch.setattr(trainer, "forward_backward", lambda rows: self.spend(self.compute()))
+        patch.setattr(self.loader, "prepared", lambda request: (self.prepare(), prepared(request))[1])
+        patch.setattr(self.subject, "turns", [])
         return self
 
     def spend(self, seconds: float) -> float:
@@ -129,6 +154,9 @@ class World:
         seconds = seconds * (1 + self.jitter * self.draw.standard_normal()) + self.noise()
         self.now += seconds
         return seconds
+
+    def prepare(self) -> None:
+        self.cpu += self.preparing
 
     def compute(self) -> float:
         """Return the seconds of a forward and backward in the state that the run has now."""
@@ -141,12 +169,23 @@ class World:
         seconds /= min(torch.get_num_threads(), self.cores)
         return float(seconds * (self.slow_dtype if model.compute_dtype == torch.float32 else 1.0))
 
+    def wait(self) -> float:
+        """Return the seconds until the next batch is there. Each worker prepares one of the next, as a Loader does."""
+        while len(self.queue) < 1 + self.workers:
+            worker = self.free.index(min(self.free))
+            self.free[worker] = max(self.now, self.free[worker]) + self.batch
+            self.queue.append(self.free[worker])
+        return max(0.0, self.queue.pop(0) - self.now) + next(self.blocked)
+
     def step(self) -> StepResult:
         """Take a step."""
-        computing = self.compute()
-        late = self.batch - computing if self.subject.trainer.loader is self.loader else 0.0
-        seconds = self.spend(computing + max(0.0, late))
-        return step_of(seconds, max(0.0, late) / seconds, self.counts)
+        waited = taken = 0.0
+        if self.subject.trainer.loader is self.loader:
+            self.loader.prepared((0, 1))
+            waited, taken = self.wait(), self.preparing
+            self.now += waited
+        seconds = waited + self.spend(self.compute() + taken)
+        return step_of(seconds, waited / seconds, self.counts)
 
 
 @pytest.fixture

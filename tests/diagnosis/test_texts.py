@@ -5,32 +5,22 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dsmini.config import DataConfig
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.diagnosis.finding import Finding
-from dsmini.diagnosis.findings import passages
-from dsmini.diagnosis.findings import text as text_module
-from dsmini.diagnosis.findings.labels import ENOUGH, label_damage
-from dsmini.diagnosis.findings.text import (
-    DUPLICATES,
-    LEAK,
-    duplicates,
-    epochs,
-    held_out_leak,
-    loss_above_frequencies,
-    text_findings,
-    unigram_entropy,
-)
+from dsmini.diagnosis import texts
+from dsmini.diagnosis.findings import finding, padding
+from dsmini.diagnosis.labels import ENOUGH, label_damage
+from dsmini.diagnosis.texts import DUPLICATES, LEAK, duplicates, held_out_leak, text_findings, unigram_entropy
+from dsmini.measure.turns import Estimate
+from dsmini.nn.losses import IGNORE
 from tests.helpers.token_texts import batches, corpus, random_text
 
 LENGTH = 200
@@ -42,10 +32,10 @@ LENGTH = 200
 
 def test_default_corpus_is_healthy(default: Corpus) -> None:
     """Check all findings: licence headers are copies, and there is room for other versions of Python."""
-    found = {each.name: each for each in text_findings(default, batches(default), trained=1_000_000, loss=2.0)}
-    names = ["duplicates", "held_out_leak", "label_damage", "unigram_entropy", "epochs", "loss_above_frequencies"]
+    found = {each.name: each for each in text_findings(default, batches(default))}
+    names = ["duplicates", "held_out_leak", "label_damage", "unigram_entropy"]
     assert [*found] == names and not any(each.is_fault for each in found.values())
-    assert [each.name for each in text_findings(corpus(random_text(500)), [])] == names[:4]
+    assert [each.name for each in text_findings(corpus(random_text(500)), [])] == names
     assert all(each.sentence.endswith((".", ").")) for each in found.values())
     assert 0.005 < found["duplicates"].value < DUPLICATES / 3 and found["held_out_leak"].value < LEAK / 2
     assert found["label_damage"].low > 0.3 and found["label_damage"].unit == "nats a token"
@@ -133,12 +123,13 @@ def test_copied_share_is_that_of_brute_force(text: list[int], other: list[int], 
     """Compare texts that are hashed in blocks of 8 tokens, which passages cross."""
     both = np.array(text, dtype=np.uint32), np.array(other, dtype=np.uint32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passages, "BLOCK", 8)
-        for found, want in (
-            (passages.copied_within(both[0], length, 0), brute_force(text, None, length)),
-            (passages.copied_from(*both, length, 0), brute_force(text, other, length)),
+        patch.setattr(texts, "BLOCK", 8)
+        hashes, others = (texts.passage_hashes(each, length) for each in both)
+        for copied, want in (
+            (texts.repeated(hashes), brute_force(text, None, length)),
+            (texts.occurring(hashes, others), brute_force(text, other, length)),
         ):
-            assert found.low == found.value == found.high == want
+            assert texts.covered(copied, length).mean() == want
 
 
 def test_repeated_finds_each_of_many_equal_hashes() -> None:
@@ -147,134 +138,45 @@ def test_repeated_finds_each_of_many_equal_hashes() -> None:
     counts = rng.integers(1, 4, len(kinds))
     order = rng.permutation(counts.sum())
     hashes = np.repeat(kinds, counts)[order]
-    assert np.array_equal(passages.repeated(hashes), np.repeat(counts > 1, counts)[order])
+    assert np.array_equal(texts.repeated(hashes), np.repeat(counts > 1, counts)[order])
 
 
-# --- samples of large texts
+# --- large texts
 
 
-@pytest.fixture
-def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sample texts of more than 2^16 tokens, and read 2^17 of them in blocks of 2^8."""
-    for name, value in {"EXACT": 1 << 16, "READ": 1 << 17, "BLOCK": 1 << 8, "ALL_ASKED": 1 << 10}.items():
-        monkeypatch.setattr(passages, name, value)
-    for name, value in {"EXACT": 1 << 16, "BLOCK": 1 << 8, "_COUNTED": 1 << 18}.items():
-        monkeypatch.setattr(text_module, name, value)
-
-
-def sampled(train: NDArray[Any], val: NDArray[Any] | None = None) -> Corpus:
-    """Return a corpus whose passages have 10 tokens, much less than a block of `small_limits`."""
-    held_out = random_text(1_000, 50_000, seed=2) if val is None else val
-    return corpus(train, held_out, val_bytes=20 * len(held_out))
-
-
-@pytest.mark.usefixtures("small_limits")
-@pytest.mark.parametrize("n", [100_000, 500_000])
-@pytest.mark.parametrize("share", [0.0, 0.15, 0.6, 1.0])
-def test_sample_covers_the_true_share(n: int, share: float) -> None:
-    text = random_text(n, 50_000)
-    half = int(share * n / 2)
-    text[n // 2 : n // 2 + half] = text[:half]
-    found = duplicates(sampled(text))
-    assert found.low - 0.01 <= share <= found.high + 0.01  # tokens at a block's beginning lose passages
-    # five standard errors of the draws that are independent, of which a fraction sees its copy
-    fraction = min(1.0, passages.READ / n)
-    draws = passages.ASKED if fraction == 1.0 else passages.ASKED / (1 + 2 * passages.ASKED / 512)
-    error = 5 * (share * fraction * (1 - share * fraction) / draws) ** 0.5 / fraction
-    assert found.value == pytest.approx(share, abs=error + 0.01)
-    assert found.is_fault == (share > DUPLICATES)
-    assert "random tokens were looked for in" in found.sentence
-
-
-@pytest.mark.usefixtures("small_limits")
-def test_sample_is_right_on_average_over_seeds() -> None:
-    """Half of a text of 2^19 tokens occurs three times, a quarter of the text is read."""
-    n = 1 << 19
-    text = random_text(n, 50_000)
-    third = n // 6
-    text[:third] = text[third : 2 * third] = text[2 * third : 3 * third]
-    found = [duplicates(sampled(text), seed) for seed in range(20)]
-    spread = float(np.std([one.value for one in found], ddof=1))
-    assert np.mean([one.value for one in found]) == pytest.approx(0.5, abs=4 * spread / 20**0.5 + 0.02)
-    assert sum(one.low <= 0.5 <= one.high for one in found) >= 18
-    often = duplicates(sampled(np.tile(random_text(60_000, 50_000), 10)))
-    assert often.value > 0.7 and often.high == 1.0 and often.is_fault
-    assert duplicates(sampled(text), 3) == found[3] != found[4], "the seed decides the sample"
+def test_of_a_large_text_the_beginning_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a copy inside the first 10,000 tokens, and one after them that is not seen; the sentence says so."""
+    monkeypatch.setattr(texts, "MOST_READ", 10_000)
+    monkeypatch.setattr(texts, "MOST_HELD_OUT", 1_000)
+    text, held_out = random_text(50_000), random_text(5_000, seed=1)
+    text[5_000:5_500] = text[1_000:1_500] = held_out[:500]
+    text[30_000:31_000] = text[20_000:21_000] = held_out[2_000:3_000]
+    copies, leak = duplicates(corpus(text, held_out)), held_out_leak(corpus(text, held_out))
+    assert copies.value == 0.1 and "the first 10,000 of 50,000 tokens were compared" in copies.sentence
+    assert leak.value == 0.5 and "the first 1,000 of 5,000 tokens" in leak.sentence
+    assert "the first 10,000 of 50,000" in unigram_entropy(corpus(text, held_out)).sentence
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("small_limits")
-def test_interval_holds_where_a_quarter_is_read() -> None:
-    text = random_text(1 << 19, 50_000)
-    copied = int(0.15 * len(text))
-    text[-copied:] = text[:copied]
-    found = [duplicates(sampled(text), seed) for seed in range(60)]
-    assert sum(one.low <= 0.3 <= one.high for one in found) >= 57, "95% of them"
-
-
-@pytest.mark.usefixtures("small_limits")
-@pytest.mark.parametrize(("n", "share"), [(100_000, 0.5), (500_000, 0.5), (500_000, 0.0)])
-def test_sampled_leak_covers_the_true_share(n: int, share: float) -> None:
-    train, val = random_text(n, 50_000), random_text(20_000, 50_000, seed=1)
-    pieces = int(share * 400)  # spread, so that the blocks that are read hold their part of them
-    for i in range(pieces):
-        val[i * 50 : i * 50 + 50] = train[i * (n // 401) : i * (n // 401) + 50]
-    found = held_out_leak(sampled(train, val))
-    assert found.low - 0.01 <= share <= found.high + 0.01
-    assert found.is_fault == (share > LEAK)
-
-
-class Counted(np.ndarray):
-    """Tokens that count how many of them are read."""
-
-    read = 0
-
-    def __getitem__(self, place: Any) -> Any:
-        found = np.asarray(self)[place]
-        self.read += found.size
-        return found
-
-
-@pytest.mark.usefixtures("small_limits")
-def test_large_text_is_read_in_part() -> None:
-    """Check that no more tokens are read, and no more memory taken, of a text that is four times as long."""
-    read, most = [], []
-    for n in (1 << 19, 1 << 21):
-        text = random_text(n, 50_000).view(Counted)
-        tracemalloc.start()
-        found = [find(sampled(text)) for find in (duplicates, held_out_leak, unigram_entropy)]
-        most.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-        read.append(text.read)
-        assert not found[0].is_fault and found[2].value == pytest.approx(np.log(50_000), abs=0.1)
-    # twice READ with what blocks overlap, the entropy's sample, and the passages around each asked token
-    assert max(read) < 2 * (1 << 17) * 1.1 + (1 << 18) + 2 * passages.ASKED * 20
-    assert most[1] < 1.2 * most[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("n", [passages.EXACT, 200_000_000])
-def test_largest_texts_fit_into_memory(tmp_path: Path, n: int) -> None:
-    """Map 100 million random tokens, written twice: half of it is never read, and none is held."""
+def test_largest_texts_fit_into_memory(tmp_path: Path) -> None:
+    """Map 100 million random tokens: most of it is never read, and none is held."""
     path = tmp_path / "train.bin"
     with path.open("wb") as file:
-        for _ in range(2 if n > passages.EXACT else 1):
-            rng = np.random.default_rng(0)
-            for _ in range(100):
-                file.write(rng.bytes(2_000_000))
+        rng = np.random.default_rng(0)
+        for _ in range(100):
+            file.write(rng.bytes(2_000_000))
     mapped = np.memmap(path, dtype=np.uint16, mode="r")
-    text = corpus(mapped[:n], mapped[-1_000_000:])
+    text = corpus(mapped, mapped[-1_000_000:])
     tracemalloc.start()
     try:
         found = [duplicates(text), held_out_leak(text), unigram_entropy(text)]
         assert tracemalloc.get_traced_memory()[1] < 1 << 30
     finally:
         tracemalloc.stop()
-    assert found[0].is_fault == (n == 200_000_000)
-    assert found[2].value == pytest.approx(np.log(65_536), abs=0.001)
+    assert not any(each.is_fault for each in found) and found[2].value == pytest.approx(np.log(65_536), abs=0.001)
 
 
-# --- entropies and epochs
+# --- entropies, and what a finding is
 
 
 @pytest.mark.parametrize("kinds", [256, 129_280])
@@ -285,26 +187,33 @@ def test_entropy_of_uniform_tokens_is_log_of_their_number(kinds: int) -> None:
     assert found.low == found.value == found.high and not found.is_fault
 
 
-def test_loss_above_the_entropy_is_named() -> None:
-    text = corpus(random_text(100_000))
-    above, below = (loss_above_frequencies(text, loss) for loss in (5.6, 5.4))
-    assert above.is_fault and above.axis == "Algorithm" and "knows less" in above.sentence and above.fix
-    assert not below.is_fault and "knows more" in below.sentence and below.value < 0 < above.value
-    with pytest.raises(ValueError, match="finite"):
-        loss_above_frequencies(text, float("nan"))
+def test_finding_is_a_fault_only_with_a_fix() -> None:
+    interval = Estimate(value=0.5, low=0.4, high=0.6, turns=9)
+    found = [finding("Data", "x", interval, "A.", fix, is_fault=fault) for fix, fault in (("B.", True), ("B.", False))]
+    assert [(each.is_fault, each.fix) for each in found] == [(True, "B."), (False, "")]
+    assert (found[0].low, found[0].value, found[0].high) == (0.4, 0.5, 0.6)
+    assert finding("Data", "x", 0.3, "A.").high == 0.3
 
 
-def test_epochs_are_tokens_trained_over_tokens() -> None:
-    found = epochs(corpus(random_text(1_000)), 2_500)
-    assert found.value == 2.5 and found.unit == "epochs" and not found.is_fault
+# --- padding
+
+OUT = IGNORE
+# targets, the share that is left out, if it is a fault, and words of the sentence
+PADDED: dict[str, tuple[list[list[int]], float, bool, str]] = {
+    "none": ([[0] * 8] * 6, 0.0, False, "0.0% of the 48 targets"),
+    "two of three at the end": ([[1, 2, OUT, 4, OUT, OUT]], 0.5, True, "33.3% stand after"),
+    "a masked prompt is context": ([[OUT] * 9 + [1]] * 2, 0.9, False, "0.0% stand after"),
+    "a row without a target": ([[1, 2], [OUT, OUT]], 0.5, True, "50.0% stand after"),
+    "a tenth": ([[0] * 90 + [OUT] * 10], 0.1, False, "10.0% stand after"),
+    "more than a tenth": ([[0] * 89 + [OUT] * 11], 0.11, True, "11.0% stand after"),
+}
 
 
-def test_finding_outside_its_interval_raises() -> None:
-    about: Any = {"axis": "Data", "name": "x", "unit": "share", "sentence": "A.", "low": 0.0, "high": 1.0}
-    with pytest.raises(ValueError, match="outside"):
-        Finding(value=2.0, is_fault=False, **about)
-    with pytest.raises(ValueError, match="without a fix"):
-        Finding(value=0.5, is_fault=True, **about)
+@pytest.mark.parametrize("case", PADDED)
+def test_targets_after_the_last_that_counts_are_for_nothing(case: str) -> None:
+    rows, share, is_fault, words = PADDED[case]
+    found = padding([torch.tensor(rows)])
+    assert (found.value, found.is_fault, bool(found.fix)) == (share, is_fault, is_fault) and words in found.sentence
 
 
 # --- labels: targets that do not follow from their tokens

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,56 +15,59 @@ import torch
 from torch import Tensor
 
 from dsmini.diagnosis import answer as answering
-from dsmini.diagnosis import experiment, predictions
+from dsmini.diagnosis import contention, prices, training
 from dsmini.diagnosis.answer import answer
-from dsmini.diagnosis.contention import Contention, Watch
-from dsmini.diagnosis.diagnosis import Diagnosis, LookPlan, diagnose
-from dsmini.diagnosis.evidence.evidence import to_try
-from dsmini.diagnosis.evidence.gather import Gathered
-from dsmini.diagnosis.experiment import COUNTED, UNCOUNTED, run_in_turns
-from dsmini.diagnosis.finding import Finding
-from dsmini.diagnosis.interventions import algorithm, machine
-from dsmini.diagnosis.interventions.algorithm import dense, uniformly
-from dsmini.diagnosis.interventions.intervention import Intervention
-from dsmini.diagnosis.pages import report_of, short_report_of
-from dsmini.diagnosis.predictions import BatchTime, Prediction
-from dsmini.diagnosis.record import record_of
-from dsmini.diagnosis.subject import Subject
-from dsmini.diagnosis.training_work import TRAINING
-from dsmini.diagnosis.verdict import Outcome
+from dsmini.diagnosis.arms import Arm, Comparison, measure
+from dsmini.diagnosis.contention import Contention
+from dsmini.diagnosis.diagnosis import Diagnosis, Plan, diagnose
+from dsmini.diagnosis.findings import Finding
+from dsmini.diagnosis.pages import Gathered, record_of, report_of, short_report_of
+from dsmini.diagnosis.prices import BatchTime, dense_baseline
+from dsmini.diagnosis.training import Subject, uniformly
 from dsmini.measure import cpu_time
 from dsmini.measure.step_rates import Rates
+from dsmini.measure.turns import Turns
 from dsmini.nn import FeedForward, Gate, MoE
-from dsmini.report import Figure, Section
+from dsmini.report import Section
 from tests.diagnosis.conftest import World
 from tests.helpers.pages import check_page, on_terminal, text_of
 
 Worlds = Callable[..., World]
 PAGES = Path(__file__).parent / "pages"
-BY_NAME = {each.name: each for each in TRAINING.interventions}
-QUIET = dataclasses.replace(TRAINING, look=lambda _: [], look_back=lambda *_: [])
-"""Training, of whose text and batches nothing is looked at."""
+NAMES = ("replay", "uniform_routing", "dense_active", "all_threads", "fastest_dtype")
 
 
-def diagnosed(subject: Subject, rounds: int = 8, seconds: float = 1e9, **more: Any) -> Diagnosis:
-    return diagnose(subject, LookPlan(rounds=rounds, least=5, seconds=seconds), None, work=QUIET, **more)
+@pytest.fixture(autouse=True)
+def _text_is_not_looked_at(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "real" not in request.node.name:
+        monkeypatch.setattr(Subject, "look", lambda _: [])
+
+
+def diagnosed(subject: Subject, rounds: int = 8, seconds: float = math.inf, **more: Any) -> Diagnosis:
+    return diagnose(subject, Plan(rounds=rounds, seconds=seconds), None, **more)
+
+
+def arm_of(subject: Subject, name: str) -> Arm:
+    return next(arm for arm in subject.arms(None) if arm.name == name)
 
 
 # --- faults
 
 # what a run's state costs, the axis that is named, the verdict's outcome, and what gains most of that axis
-FAULTS: dict[str, tuple[dict[str, Any], str, Outcome, str]] = {
-    "none": ({}, "", Outcome.NOTHING_BINDS, ""),
-    "batches that come late": ({"batch": 0.16}, "Data", Outcome.BINDS, "waiting"),
-    "batches that come just in time": ({"batch": 0.09}, "", Outcome.NOTHING_BINDS, ""),
-    "unequal loads": ({"imbalance": 0.03}, "Algorithm", Outcome.BINDS, "uniform_routing"),
-    "dear routing": ({"routing": 0.03}, "Algorithm", Outcome.BINDS, "dense_active"),
-    "routing that costs little": ({"routing": 0.003}, "", Outcome.NOTHING_BINDS, ""),
-    "one of two cores": ({"cores": 2}, "Machine", Outcome.BINDS, "all_threads"),
-    "the slower dtype": ({"slow_dtype": 1.4}, "Machine", Outcome.BINDS, "fastest_dtype"),
-    "other programs": ({"others": 0.4}, "Machine", Outcome.BINDS, "quiet_machine"),
-    "two at once": ({"routing": 0.05, "slow_dtype": 1.5}, "", Outcome.MIXED, ""),
-    "idle experts": ({"counts": [[10, 10, 0, 0]]}, "Algorithm", Outcome.NOTHING_BINDS, ""),
+FAULTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    "none": ({}, "", "nothing binds", ""),
+    "batches that come late": ({"batch": 0.16}, "Data", "binds", "replay"),
+    "batches that come just in time": ({"batch": 0.09}, "", "nothing binds", ""),
+    "batches that take a core": ({"preparing": 0.06}, "Data", "binds", "replay"),
+    "stalls of one step in five": ({"stalls": (0.6, 0, 0, 0, 0)}, "Data", "binds", "replay"),
+    "unequal loads": ({"imbalance": 0.03}, "Algorithm", "binds", "uniform_routing"),
+    "dear routing": ({"routing": 0.03}, "Algorithm", "binds", "dense_active"),
+    "routing that costs little": ({"routing": 0.003}, "", "nothing binds", ""),
+    "one of two cores": ({"cores": 2}, "Machine", "binds", "all_threads"),
+    "the slower dtype": ({"slow_dtype": 1.4}, "Machine", "binds", "fastest_dtype"),
+    "other programs": ({"others": 0.4}, "Machine", "binds", "quiet_machine"),
+    "two at once": ({"routing": 0.05, "slow_dtype": 1.5}, "", "mixed", ""),
+    "idle experts": ({"counts": [[10, 10, 0, 0]]}, "Algorithm", "nothing binds", ""),
 }
 
 
@@ -71,34 +75,57 @@ FAULTS: dict[str, tuple[dict[str, Any], str, Outcome, str]] = {
 def test_fault_put_into_a_run_is_named(subject: Subject, world: Worlds, fault: str) -> None:
     costs, named, outcome, best = FAULTS[fault]
     world(**costs)
-    found = diagnosed(subject)
+    found = diagnosed(subject, rounds=20 if "stalls" in costs else 8)
     assert (found.named, found.verdict.outcome) == (named, outcome)
     if best:
-        assert best in found.best.values() and found.gains[best].low > 0.1
+        assert best in [arm.name for arm in found.best.values()] and found.gains[best].low > 0.1
         assert found.sentence.startswith(f"{named} binds")
     if fault == "batches that come late":
-        assert found.gains["waiting"].value == pytest.approx(0.06 / 0.16, abs=0.01)
-        assert [each.name for each in found.findings if each.is_fault] == ["waiting"]
+        assert found.gains["replay"].value == pytest.approx(0.06 / 0.16, abs=0.01)
+        assert [each.name for each in found.faults] == ["waiting"]
+    if fault == "stalls of one step in five":
+        assert found.gains["replay"].value == pytest.approx(0.12 / 0.22, abs=0.1)
     if fault == "idle experts":
         assert "50% of the experts" in found.sentence and "MaxVio 1.00" in found.sentence
 
 
-def test_replay_decides_where_the_steps_clock_sees_nothing(subject: Subject, world: Worlds) -> None:
-    """Check a loader whose threads take the cores: no step waits, and replaying gains 40 %."""
-    there = world(batch=0.16)
-    step = there.step
-    subject.trainer.step = lambda: dataclasses.replace(step(), data_wait=0.0)  # the world puts it back
+@pytest.mark.parametrize("workers", [1, 3, 4])
+def test_more_workers_do_not_hide_a_slow_loader(subject: Subject, world: Worlds, workers: int) -> None:
+    """Check batches of 0.3 s beside steps of 20 ms, whose workers are idle while other arms run."""
+    world(batch=0.3, computing=0.02, workers=workers)
     found = diagnosed(subject)
-    assert found.named == "Data" and "waiting" not in found.gains
+    assert found.gains["replay"].value == pytest.approx(1 - 0.02 / (0.3 / workers), abs=0.03)
+    assert found.named == "Data" and found.faults[0].name == "waiting"
+
+
+def test_gain_of_data_is_bounded_by_what_was_seen(subject: Subject, world: Worlds) -> None:
+    """Check that noise of the steps makes no gain of a loader that nobody waits for."""
+    draw = np.random.default_rng(0)
+    world(noise=lambda: 0.1 * draw.pareto(1.2))
+    gain = diagnosed(subject).gains["replay"]
+    assert gain.low == pytest.approx(0.0, abs=1e-9) and gain.high == pytest.approx(0.0, abs=1e-9)
 
 
 def test_neither_probes_nor_times_of_others_are_blamed_alone(subject: Subject, world: Worlds, monkeypatch: Any) -> None:
     world()
     for others, steady in ((1.0, 1.0), (0.0, 0.6)):
         seen = Contention(others=others, steadiness=steady)
-        monkeypatch.setattr(Watch, "end", lambda _, seen=seen: seen)
+        monkeypatch.setattr(training, "watch", lambda *_, seen=seen: lambda: seen)
         found = diagnosed(subject)
-        assert found.named == "" and not any(each.is_fault for each in found.findings)
+        assert found.named == "" and not found.faults
+
+
+def test_others_who_take_cores_from_threads_cost_time_without_rates(subject: Subject, world: Worlds) -> None:
+    """Check that busy neighbours and a loss of nothing do not stand side by side: time without a core is seen."""
+    seen = Contention(others=1.3, delayed=0.4)
+    with pytest.MonkeyPatch.context() as patch:
+        world(cores=2)
+        patch.setattr(training, "watch", lambda *_: lambda: seen)
+        torch_threads = torch.get_num_threads()
+        found = diagnosed(subject)
+    assert torch.get_num_threads() == torch_threads
+    assert found.gains["quiet_machine"].value == pytest.approx(0.4)
+    assert "1.3 of" in next(each.sentence for each in found.findings if each.name == "other_programs")
 
 
 def test_noise_hides_a_fault_and_makes_none(subject: Subject, world: Worlds) -> None:
@@ -109,7 +136,7 @@ def test_noise_hides_a_fault_and_makes_none(subject: Subject, world: Worlds) -> 
         there = world(imbalance=0.014, noise=lambda draw=draw: 0.05 * draw.pareto(1.2))
         noisy = diagnosed(subject, rounds=12)
         assert noisy.named in ("", "Algorithm")
-        if noisy.verdict.outcome is Outcome.UNDETERMINED:
+        if noisy.verdict.outcome == "undetermined":
             hidden += 1
             assert noisy.sentence.startswith("Undetermined") and noisy.verdict.decides
         there.noise = lambda: 0.0
@@ -120,34 +147,40 @@ def test_noise_hides_a_fault_and_makes_none(subject: Subject, world: Worlds) -> 
 # --- turns
 
 
-def test_turns_take_turns(subject: Subject, world: Worlds) -> None:
-    """Check the order of steps: a turn of plain ones, one of each intervention, and nobody always first."""
-    there, order = world(), list[str]()
-    plain = there.step
-    subject.trainer.step = lambda: order.append("plain") or plain()
-
-    def named(name: str) -> Any:
-        step = lambda _base: order.append(name) or 0.05  # noqa: E731
-        return Intervention(
-            name=name, axis=BY_NAME["replay"].axis, words="", action="", why_not=lambda _: None,
-            apply=lambda _: nullcontext(step),
-        )  # fmt: skip
-
-    watch = Watch(None, torch.device("cpu"))
-    found = run_in_turns(subject, [named("a"), named("b")], watch, rounds=2, seconds=9, least=1)
-    turn = UNCOUNTED + COUNTED
-    assert order[::turn] == ["plain", "a", "b", "plain", "a", "b", "plain", "b", "a"] and len(order) == 9 * turn
-    assert found.rounds == 2 and found.free == {"a": [0.05, 0.05], "b": [0.05, 0.05]}
-    assert len(found.steps) == 2 * COUNTED and found.seconds == pytest.approx(0.1, rel=0.02)
+def counted_arm(name: str, order: list[str], seconds: float = 0.05, **more: Any) -> Arm:
+    """Return an arm that notes its steps, and what it was told of the plain ones."""
+    step = lambda base: order.append(f"{name} {base:g}") or seconds  # noqa: E731
+    return Arm(name=name, apply=lambda: nullcontext(step), **more)
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 5), (20.0, 13), (1e9, 50)])
-def test_time_ends_an_experiment_after_the_least_rounds(
-    subject: Subject, world: Worlds, seconds: float, rounds: int
-) -> None:
+def test_arms_take_turns_and_are_told_of_the_plain_steps() -> None:
+    order: list[str] = []
+    arms = [counted_arm("plain", order, 0.1, uncounted=2, counted=1), counted_arm("a", order, uncounted=0)]
+    found = measure(arms, count=2)
+    assert order == ["plain 0"] * 3 + ["a 0.1"] * 2 + (["plain 0.1"] * 3 + ["a 0.1"] * 2) * 2
+    assert found.turns.seconds == {"plain": [0.1] * 2, "a": [0.05] * 2} and found.gains["a"].value == 0.5
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(20.0, 12), (1e9, 50)])
+def test_time_ends_an_experiment(subject: Subject, world: Worlds, seconds: float, rounds: int) -> None:
     """Check rounds of 15 steps, which take 1.5 s, and one more that only warms up."""
     world()
-    assert diagnosed(subject, 50, seconds).measured.rounds == rounds
+    assert diagnosed(subject, 50, seconds).compared.turns.count == rounds
+
+
+@pytest.mark.parametrize(("seconds", "rounds", "words"), [(0.5, 1, "0 of 5"), (4.0, 1, "1 of 5"), (9.0, 2, "2 of 5")])
+def test_clock_decides_and_what_is_known_is_said(
+    subject: Subject, world: Worlds, seconds: float, rounds: int, words: str
+) -> None:
+    """Check less time than the least rounds need: in 0.5 s not even one is whole."""
+    there = world(batch=0.3)
+    found = diagnosed(subject, 50, seconds)
+    assert there.now < seconds + 1.0 and found.compared.turns.count == rounds
+    assert found.verdict.outcome == "undetermined" and words in found.sentence
+    if seconds > 1:
+        assert "Data 67 %" in found.sentence and "--rounds 5" in found.verdict.decides
+    json.dumps(record_of(found, Gathered()), allow_nan=False)
+    report_of(found, Gathered(), "Diagnosis", {}, "").html()
 
 
 def stop_at(round_: str) -> Callable[[float, str], None]:
@@ -163,24 +196,21 @@ def stop_at(round_: str) -> Callable[[float, str], None]:
 def test_interrupted_diagnosis_keeps_its_whole_rounds(subject: Subject, world: Worlds) -> None:
     world()
     found = diagnosed(subject, 50, on_part=stop_at("round 7"))
-    assert found.stopped and found.measured.rounds == 6
-    assert all(len(taken) == 6 for taken in found.measured.free.values())
+    assert found.compared.stopped and {len(taken) for taken in found.compared.turns.seconds.values()} == {6}
     with pytest.raises(KeyboardInterrupt):
-        diagnosed(subject, 50, on_part=stop_at("round 3"))
+        diagnosed(subject, 50, on_part=stop_at("round 5"))
 
 
-def test_cpu_time_of_others_is_what_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_are_what_is_busy_and_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check 3 busy seconds in 2 seconds, of which 1.5 are ours: others keep 0.75 of a core busy."""
     clock, busy, own = iter([10.0, 12.0]), iter([100.0, 103.0]), iter([(5.0, 1.0), (6.0, 1.5)])
     monkeypatch.setattr(cpu_time.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(cpu_time, "_busy_seconds", lambda: next(busy))
     monkeypatch.setattr(cpu_time.os, "times", lambda: next(own))
-    watch = Watch(None, torch.device("cpu"))
-    watch.begin()
-    assert watch.end().others == pytest.approx(0.75)
+    assert contention.watch(None, torch.device("cpu"))().others == pytest.approx(0.75)
 
 
-# --- interventions
+# --- arms
 
 
 def losses_and_routing(subject: Subject) -> list[Tensor]:
@@ -190,23 +220,27 @@ def losses_and_routing(subject: Subject) -> list[Tensor]:
     return [found.total.detach(), *(r.indices for r in found.routing), *(r.weights.detach() for r in found.routing)]
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", ["plain", *NAMES])
 def test_change_is_taken_back(subject: Subject, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that modules, loader, threads and what a forward gives are as before, also after an error."""
-    monkeypatch.setattr(machine, "cores", lambda: torch.get_num_threads() + 1)
-    monkeypatch.setattr(machine, "pick_dtype", lambda *_: torch.bfloat16)
-    model = subject.trainer.model
+    monkeypatch.setattr(training, "cores", lambda: torch.get_num_threads() + 1)
+    monkeypatch.setattr(training, "fastest_dtype", lambda _: "bfloat16")
+    monkeypatch.setattr(subject, "turns", [SimpleNamespace(seconds=1.0, waited=0.0, preparing=0.0)])
+    arm, model = arm_of(subject, name), subject.trainer.model
     threads, loader, modules = torch.get_num_threads(), subject.trainer.loader, list(model.modules())
     before = losses_and_routing(subject)
     for error in (False, True):
-        with pytest.raises(KeyboardInterrupt) if error else nullcontext(), BY_NAME[name].apply(subject):
+        with pytest.raises(KeyboardInterrupt) if error else nullcontext(), arm.apply() as step:
             changed = (torch.get_num_threads() > threads, model.compute_dtype == torch.bfloat16)
             assert changed == (name == "all_threads", name == "fastest_dtype")
             assert all(p.dtype == torch.float32 for p in model.parameters())
             if error:
                 raise KeyboardInterrupt
+            if name == "plain":
+                step(0.0)
+                before = losses_and_routing(subject)
     assert torch.get_num_threads() == threads and subject.trainer.loader is loader
-    assert list(model.modules()) == modules
+    assert list(model.modules()) == modules and "prepared" not in vars(loader)
     assert all(map(torch.equal, losses_and_routing(subject), before))
 
 
@@ -223,13 +257,24 @@ def test_replay_takes_one_batch_again_and_again(subject: Subject, monkeypatch: p
     vars(subject).pop("one_batch", None)
     whole, asked = subject.trainer.loader.prepared, list[object]()
     monkeypatch.setattr(subject.trainer.loader, "prepared", lambda request: asked.append(request) or whole(request))
-    with BY_NAME["replay"].apply(subject) as step:
+    with subject.replayed() as step:
         for _ in range(4):
             step(0.0)
     assert len(asked) == 1, "it is prepared once"
     subject.step()
     subject.step()
     assert len(asked) > 1, "and the loader is back"
+
+
+@pytest.mark.parametrize(("replayed", "want"), [(0.05, 0.07), (0.08, 0.08), (0.2, 0.09)])
+def test_replay_saves_what_was_waited_and_at_most_what_was_prepared(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, replayed: float, want: float
+) -> None:
+    """Check plain steps of 100 ms, 10 of them waited, with 20 ms of preparing."""
+    monkeypatch.setattr(subject, "turns", [SimpleNamespace(seconds=0.1, waited=0.01, preparing=0.02)])
+    monkeypatch.setattr(subject, "replayed", lambda: nullcontext(lambda _: replayed))
+    with arm_of(subject, "replay").apply() as step:
+        assert step(0.1) == pytest.approx(want)
 
 
 def test_uniform_routing_balances_every_gate(subject: Subject) -> None:
@@ -240,7 +285,7 @@ def test_uniform_routing_balances_every_gate(subject: Subject) -> None:
         for gate in gates:
             assert gate.bias is not None
             gate.bias[:2] = 10.0  # all tokens choose the same experts
-        with BY_NAME["uniform_routing"].apply(subject):
+        with subject.uniform_routing():
             text = torch.arange(4 * 9).view(4, 9) % 256
             found = subject.trainer.model.losses(text[:, :-1], text[:, 1:])
         assert losses_and_routing(subject)[1].unique().tolist() == [0, 1], "the bias is as it was"
@@ -264,7 +309,7 @@ def test_uniform_routing_weighs_as_its_gate_does(normed: bool) -> None:
 
 
 @pytest.mark.parametrize(("total", "width"), [(False, 3 * 16), (True, 9 * 16)])
-def test_dense_twin_has_as_many_parameters(subject: Subject, total: bool, width: int) -> None:
+def test_dense_baseline_has_as_many_parameters(subject: Subject, total: bool, width: int) -> None:
     """Check the width of what stands in: two chosen experts and the shared one, or all of them."""
     seen: list[Sequence[int]] = []
     real = FeedForward.forward
@@ -273,10 +318,11 @@ def test_dense_twin_has_as_many_parameters(subject: Subject, total: bool, width:
         seen.append(self.w1.weight.shape)
         return real(self, x)
 
-    with pytest.MonkeyPatch.context() as patch, dense(subject, total) as step:
+    with pytest.MonkeyPatch.context() as patch, subject.dense_pair(total) as pair:
         patch.setattr(FeedForward, "forward", watched)
-        step(1.0)
+        assert min(pair()) > 0
     assert [tuple(shape) for shape in seen].count((width, 32)) == 2
+    assert dense_baseline(subject.config.model, total).w1.weight.shape == (width, 32)
     assert all(isinstance(block.ffn, MoE) for block in subject.blocks())
     assert all(p.grad is None for p in subject.trainer.model.parameters()), "nothing is left for the next step"
 
@@ -286,8 +332,8 @@ def test_pair_of_a_slow_moment_is_no_longer_than_its_step(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, base: float, free: float
 ) -> None:
     """Check 0.4 s with experts and 0.2 without, next to plain steps of 1 s and of 0.3."""
-    monkeypatch.setattr(algorithm, "dense_pair", lambda *_: nullcontext(lambda: (0.4, 0.2)))
-    with dense(subject) as step:
+    monkeypatch.setattr(subject, "dense_pair", lambda: nullcontext(lambda: (0.4, 0.2)))
+    with subject.dense() as step:
         assert step(base) == pytest.approx(free)
 
 
@@ -301,17 +347,20 @@ def test_forward_backward_leaves_no_gradient(subject: Subject) -> None:
 def test_reasons_not_to_try(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     used = torch.get_num_threads()
     for cores, fastest, threads, dtype in (
-        (used, torch.float32, f"all {used} cores are used already", "float32 is the fastest dtype here, and used"),
-        (used + 1, torch.bfloat16, None, None),
+        (used, "float32", f"all {used} cores are used already", "float32 is the fastest dtype here, and used"),
+        (used + 1, "bfloat16", None, None),
     ):
-        monkeypatch.setattr(machine, "cores", lambda n=cores: n)
-        monkeypatch.setattr(machine, "pick_dtype", lambda *_, dtype=fastest: dtype)
-        assert BY_NAME["all_threads"].why_not(subject) == threads
-        assert BY_NAME["fastest_dtype"].why_not(subject) == dtype
+        monkeypatch.setattr(training, "cores", lambda n=cores: n)
+        monkeypatch.setattr(training, "fastest_dtype", lambda _, name=fastest: name)
+        assert arm_of(subject, "all_threads").why_not == threads
+        assert arm_of(subject, "fastest_dtype").why_not == dtype
     train = dataclasses.replace(subject.config.train, compile=True)
     monkeypatch.setattr(subject.trainer, "config", dataclasses.replace(subject.config, train=train))
     for name in ("uniform_routing", "dense_active", "fastest_dtype"):
-        assert "compiled" in (BY_NAME[name].why_not(subject) or "")
+        assert "compiled" in (arm_of(subject, name).why_not or "")
+
+
+# --- predictions
 
 
 @pytest.mark.parametrize(
@@ -328,69 +377,96 @@ def test_reasons_not_to_try(subject: Subject, monkeypatch: pytest.MonkeyPatch) -
 def test_predicted_wait(
     workers: int, seconds: float, cpu: float, threads: int, wait: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predictions, "cores", lambda: 2)
-    monkeypatch.setattr(predictions.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(prices, "cores", lambda: 2)
+    monkeypatch.setattr(prices.torch, "get_num_threads", lambda: threads)
     batch = BatchTime(seconds=seconds, cpu=cpu)
-    assert predictions.waiting_seconds(batch, 0.1, workers) == pytest.approx(wait)
+    assert prices.waiting_seconds(batch, 0.1, workers) == pytest.approx(wait)
+
+
+BY_CLASS = {"product": 0.10, "pointwise": 0.06, "calls": 0.04}
+
+
+@pytest.mark.parametrize(("measured", "want"), [(0.8, 0.170), (0.6, 0.140), (1.0, 0.200), (1.1, 0.215)])
+def test_step_of_another_model_says_which_share_is_real(
+    measured: float, want: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check the worked example, all of the ideal change, none of it, and threads that slow a step down."""
+    of_other = SimpleNamespace(by_class={"product": 0.8, "calls": 0.2}, seconds=1.0)
+    now: Any = SimpleNamespace(by_class=BY_CLASS, seconds=0.2, shape=SimpleNamespace(work="training", dtype="bfloat16"))
+    monkeypatch.setattr(prices, "rates_by_threads", lambda *_: {1: (1.0, 1.0), 2: (2.0, 1.2)})
+    monkeypatch.setattr(prices, "forecast", lambda *_: of_other)
+    monkeypatch.setattr(prices.StepShape, "make", lambda *_: lambda: [])
+    monkeypatch.setattr(prices, "in_turns", lambda *_, **__: Turns({"1": [1.0], "2": [measured]}))
+    there: Any = None
+    assert prices.seconds_with_threads(now, [1, 2], there) == pytest.approx([0.2, want])
+    assert torch.get_num_threads() == 1
 
 
 # --- whole diagnoses, and what is shown
 
 
 def test_whole_diagnosis_of_a_real_run(subject: Subject, rates: Rates, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that every intervention is predicted and tried or says why not, with real steps and this text."""
-    monkeypatch.setattr(experiment, "UNCOUNTED", 0)
-    monkeypatch.setattr(experiment, "COUNTED", 1)
-    monkeypatch.setattr(machine, "cores", lambda: torch.get_num_threads())
-    monkeypatch.setattr(machine, "pick_dtype", lambda *_: torch.bfloat16)
-    monkeypatch.setattr(predictions, "pick_dtype", lambda *_: torch.bfloat16)
+    """Check that every arm is predicted and tried or says why not, with real steps and this text."""
+    monkeypatch.setattr(training, "cores", lambda: torch.get_num_threads())
+    monkeypatch.setattr(training, "fastest_dtype", lambda _: "bfloat16")
+    monkeypatch.setattr(subject, "turns", [])
     parts: list[tuple[float, str]] = []
-    found = diagnose(subject, LookPlan(rounds=5, least=5), rates, lambda share, what: parts.append((share, what)))
+    plan = Plan(rounds=5, seconds=math.inf)
+    found = diagnose(subject, plan, rates, lambda share, what: parts.append((share, what)))
     tried = {"replay", "uniform_routing", "dense_active", "fastest_dtype"}
-    assert tried == found.gains.keys() - {"quiet_machine", "waiting"} and found.not_tried.keys() == {"all_threads"}
-    assert found.measured.rounds == len(found.measured.steps) == 5
-    assert all(found.prediction and found.prediction.gain(name) is not None for name in tried)
+    assert tried == found.gains.keys() - {"quiet_machine"} and found.not_tried.keys() == {"all_threads"}
+    assert found.compared.turns.count == len(subject.seen) == 5 and len(subject.seen[0].steps) == 2
+    assert all(
+        (found.compared.predicted_gain(arm) is None) == (arm.name == "quiet_machine") for arm in found.compared.measured
+    )
     assert [share for share, _ in parts] == sorted(share for share, _ in parts) and parts[-1][0] == 1.0
     named = [each.name for each in found.findings]
-    assert {"waiting", "idle_experts", "other_programs", "duplicates", "padding", "loader_rate"} <= {*named}
+    assert {"waiting", "idle_experts", "imbalance_loss", "other_programs", "duplicates", "padding"} <= {*named}
     assert len({*named}) == len(named)
-    record = json.loads(json.dumps(record_of(found)))
-    assert record["gains"]["replay"]["rounds"] == 5 and record["outcome"] in {o.value for o in Outcome}
-    assert all(json.loads(line) for line in report_of(found, "Diagnosis", {}, "command").json_lines())
+    record = json.loads(json.dumps(record_of(found, Gathered()), allow_nan=False))
+    assert record["gains"]["replay"]["rounds"] == 5 and record["outcome"]
 
 
 def gathered_evidence() -> Gathered:
-    gain = [to_try("batch_sweep", "batch x 4", "Set train.batch_size = 16.", [0.48, 0.5, 0.51], 1.0, 0.45)]
-    gain.append(to_try("batch_sweep", "batch x 2", "Set train.batch_size = 8.", [0.99], 1.0, None))
-    times = [Figure(question="batch_sweep", case={"batch": 4}, metric="step", unit="s", measured=0.16)]
-    sweep = Section(
-        name="batch_sweep",
-        title="What does a larger batch give?",
-        finding="Four times the batch halves the time of a token.",
-        figures=[*gain, *times],
-        warnings=["A warning of the evidence."],
+    """Return a sweep of batches of which one gains 50 %, one nothing, and one what is not sure."""
+    arms = [counted_arm("batch 4", [], tokens=1.0)] + [
+        counted_arm(f"batch x {n}", [], advice=f"Set train.batch_size = {4 * n}.", at=4.0 * n, tokens=float(n))
+        for n in (2, 4)
+    ]
+    taken = {"batch 4": [1.0, 1.02, 1.0, 0.98, 1.0], "batch x 2": [1.99, 2.0, 2.0, 2.01, 1.99]}
+    taken["batch x 4"] = [2.0, 1.92, 2.0, 2.04, 2.0]
+    sweep = Comparison(arms=arms, turns=Turns(taken), predicted={"batch 4": 1.0, "batch x 2": 1.5, "batch x 4": 2.2})
+    section = Section(
+        name="batch_sweep", title="What does a larger batch give?", finding="Four times the batch halves it."
     )
-    return Gathered(sections=[sweep], not_tried={"threads": "all cores are used already"})
+    not_tried = {"threads": "all cores are used already"}
+    return Gathered(sections=[section], compared={"batch_sweep": sweep}, not_tried=not_tried)
 
 
-def test_pages_of_a_diagnosis(subject: Subject, world: Worlds, rates: Rates) -> None:
+@pytest.fixture
+def predicted(subject: Subject, rates: Rates, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: Any = SimpleNamespace(by_class={"experts": 0.06, "product": 0.04, "calls": 0.01}, seconds=0.11)
+    monkeypatch.setattr(prices.TrainingPrices, "computing", parts)
+    monkeypatch.setattr(prices.TrainingPrices, "wait", 0.04)
+    monkeypatch.setattr(prices.TrainingPrices, "routed_and_dense", lambda _self, total=False: (0.05, 0.04))
+
+
+def test_pages_of_a_diagnosis(subject: Subject, world: Worlds, rates: Rates, predicted: None, monkeypatch: Any) -> None:
     """Compare terminal and page with those that are stored: verdict, gains, what to try, and what is wrong."""
     world(batch=0.16, routing=0.01, counts=[[5, 5, 6, 4]])
-    parts: Any = SimpleNamespace(by_class={"experts": 0.06, "product": 0.04, "calls": 0.01}, seconds=0.11)
-    predicted = Prediction(plain=0.15, free={"replay": 0.11, "dense_active": 0.15}, forecast=parts)
-    finding = Finding(
+    copies = Finding(
         axis="Data", name="duplicates", value=0.3, unit="share", low=0.3, high=0.3, is_fault=True,
         sentence="30.0% of the tokens are copies.", fix="Remove them.",
     )  # fmt: skip
-    work = dataclasses.replace(QUIET, look=lambda _: [finding], predict=lambda *_: predicted)
-    found = diagnose(subject, LookPlan(rounds=8, least=8), rates, work=work)
-    short = short_report_of(found, "Diagnosis of a run", gathered_evidence())
+    monkeypatch.setattr(Subject, "look", lambda _: [copies])
+    found = diagnose(subject, Plan(rounds=8, seconds=math.inf), rates)
+    short = short_report_of(found, gathered_evidence(), "Diagnosis of a run")
     check_page(PAGES / "diagnosis.terminal.txt", on_terminal(short))
-    report = report_of(
-        found, "Diagnosis of a run", {"The run": {"batch": "4 x 8 tokens"}}, "command", gathered_evidence()
-    )
+    facts = {"The run": {"batch": "4 x 8 tokens"}}
+    report = report_of(found, gathered_evidence(), "Diagnosis of a run", facts, "command")
     check_page(PAGES / "diagnosis.page.txt", text_of(report.html()))
     assert report.html().count("<svg") == 4, "gains, and parts of a step, in light and dark"
+    assert all(json.loads(line) for line in report.json_lines())
 
 
 # --- the answer of the command
@@ -401,37 +477,36 @@ def asked(subject: Subject, world: Worlds, monkeypatch: pytest.MonkeyPatch) -> l
     """Let the small subject answer in a world of its own, and return the arguments of each call of `gather`."""
     calls: list[Any] = []
 
-    def gather(*args: Any, **named: Any) -> Gathered:
-        calls.append((*args, named))
+    def gather(*args: Any) -> Gathered:
+        calls.append(args)
         return gathered_evidence()
 
     world()
     for name, value in {
-        "config_of": lambda _: (subject.config, None),
-        "subject_of": lambda *_: subject,
+        "training_subject": lambda _: subject,
         "stored_rates": lambda _: None,
         "load_or_measure_rates": lambda *_, **__: None,
         "card": lambda _: {"processor": "A processor"},
         "gather": gather,
-        "TRAINING": QUIET,
     }.items():
         monkeypatch.setattr(answering, name, value)
     return calls
 
 
-def told(quick: bool, on_part: Any = lambda share, what: None) -> Any:
-    return answer(None, quick=quick, rounds=5, command="command", on_part=on_part)
+def told(quick: bool, on_part: Any = lambda share, what: None, **more: Any) -> Any:
+    return answer(None, quick=quick, command="command", on_part=on_part, **{"rounds": 5, **more})
 
 
 def test_evidence_gets_what_is_left_of_the_time(asked: Sequence[Any]) -> None:
     shares: list[float] = []
     found = told(False, lambda share, _: shares.append(share))
-    ((_, _, left, _, named),) = asked
-    # 6 rounds of 15 steps of 0.1 s, and as many for the dense twins
-    assert left == pytest.approx(answering.TOTAL_SECONDS - 6 * 15 * 0.1, abs=1.0) and named["step"] > 0
+    ((_, step, left, _),) = asked
+    # 6 rounds of 9 steps of 0.1 s, and 3 pairs of passes
+    assert left == pytest.approx(answering.TOTAL_SECONDS - 6 * 15 * 0.1, abs=1.0) and step > 0
     assert shares == sorted(shares) and max(shares) <= answering.ROUNDS, "the rest is for evidence"
     record = json.loads(json.dumps(found.record))
-    assert record["evidence"]["batch_sweep"][0]["measured"] == 0.5 and record["outcome"] == "nothing binds"
+    assert record["evidence"]["batch_sweep"]["batch x 4"]["measured"] == pytest.approx(0.5, abs=0.02)
+    assert record["outcome"] == "nothing binds"
     assert record["evidence_not_tried"] == {"threads": "all cores are used already"}
     assert "batch x 4" in found.report.html()
     assert "batch x 4" in found.short.sections[2].finding, "the largest gain is first"
@@ -442,23 +517,30 @@ def test_quick_diagnosis_gathers_none(asked: Sequence[Any]) -> None:
     assert not asked and found.record["evidence"] == {} and not found.stopped
 
 
+def test_quick_diagnosis_ends_with_its_time(asked: Sequence[Any], world: Worlds) -> None:
+    """Check steps of 10 s in the 25 s of a quick diagnosis."""
+    there = world(computing=10.0)
+    found = told(True, rounds=None)
+    assert there.now < 100 and found.record["outcome"] == "undetermined" and found.record["step_seconds"] > 9
+
+
 def test_interrupted_rounds_gather_none(asked: Sequence[Any]) -> None:
-    found = answer(None, quick=False, rounds=50, command="", on_part=stop_at("round 7"))
+    found = told(False, stop_at("round 7"), rounds=50)
     assert not asked and found.stopped and found.record["stopped"]
 
 
 def test_interrupted_evidence_keeps_the_verdict(asked: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = Gathered(not_tried={"threads": "it was interrupted"}, stopped=True)
-    monkeypatch.setattr(answering, "gather", lambda *_, **__: stopped)
+    monkeypatch.setattr(answering, "gather", lambda *_: stopped)
     found = told(False)
     assert found.stopped and not found.record["stopped"] and found.record["outcome"]
     assert "some evidence is missing" in found.report.warnings[0]
 
 
-def test_unknown_or_useless_intervention_is_refused(asked: Sequence[Any]) -> None:
+def test_unknown_or_useless_arm_is_refused(asked: Sequence[Any]) -> None:
     for name, words in (
         ("replays", "unknown intervention 'replays'; use one of replay, "),
         ("all_threads", "leave it out"),
     ):
         with pytest.raises(ValueError, match=words):
-            answer(None, quick=True, rounds=5, only=[name], command="", on_part=lambda *_: None)
+            told(True, only=[name])

@@ -120,6 +120,16 @@ def test_interval_of_a_median_holds_the_truth(n: int, draw: Callable[..., np.nda
     assert sum(each.low <= truth <= each.high for each in found) >= 0.91 * 400
 
 
+@pytest.mark.parametrize("n", [9, 20])
+def test_best_of_five_intervals_is_corrected(n: int) -> None:
+    """In 400 times five samples, at most 2.5 % and three standard errors have a lower end above the truth."""
+    rng = np.random.default_rng(n)
+    samples = [rng.normal(0, 1, (5, n)) for _ in range(400)]
+    most = 400 * 0.025 + 3 * (400 * 0.025) ** 0.5
+    wrong = {k: sum(max(median_of(each, together=k).low for each in five) > 0 for five in samples) for k in (1, 5)}
+    assert wrong[5] <= most < wrong[1]
+
+
 def test_interval_of_a_mean_is_students() -> None:
     found = mean_of([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found.value == 3

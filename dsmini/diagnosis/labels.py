@@ -31,8 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsmini.diagnosis.finding import Finding
-from dsmini.diagnosis.findings.passages import Z_95
+from dsmini.diagnosis.findings import Finding, finding
+from dsmini.measure.turns import Estimate
 
 PAIRS = 1 << 17
 """Pairs of token and target that are read: a quarter of a second for all shuffles."""
@@ -41,6 +41,7 @@ ENOUGH = 1 << 11
 BINS = 256
 """Bins of tokens; fewer for few pairs, so that a cell has two pairs on average."""
 SHUFFLES = 32
+Z_95 = 1.96
 BAND = 4.0
 """Standard deviations of the shuffles above their mean that chance does not reach."""
 _GROUPS = 32
@@ -57,16 +58,9 @@ def label_damage(batches: Iterable[tuple[Tensor, Tensor]], seed: int = 0) -> Fin
     tokens, targets, wrong, checked = _read(batches)
     n = sum(len(row) for row in targets if len(row) > 1)  # a row of one target cannot be shuffled
     if n < ENOUGH and not wrong:
-        return Finding(
-            axis="Data",
-            name="label_damage",
-            value=0.0,
-            unit="nats a token",
-            low=0.0,
-            high=float(np.log(BINS)),
-            is_fault=False,
-            sentence=f"{n:,} targets were read, too few to measure what their tokens say about them (want {ENOUGH:,}).",
-        )
+        sentence = f"{n:,} targets were read, too few to measure what their tokens say about them (want {ENOUGH:,})."
+        unknown = Estimate(value=0.0, low=0.0, high=float(np.log(BINS)), turns=n)
+        return finding("Data", "label_damage", unknown, sentence, unit="nats a token")
     value, error, band = _information(tokens, targets, np.random.default_rng(seed))
     sentence = f"A token says {value:.3f} nats about its target; shuffled targets reach {band:.3f}."
     if wrong:
@@ -79,17 +73,8 @@ def label_damage(batches: Iterable[tuple[Tensor, Tensor]], seed: int = 0) -> Fin
     else:
         sentence += f" All {checked:,} targets that can be checked are the next token."
         fix = ""
-    return Finding(
-        axis="Data",
-        name="label_damage",
-        value=value,
-        unit="nats a token",
-        low=value - Z_95 * error,
-        high=value + Z_95 * error,
-        is_fault=bool(fix),
-        sentence=sentence,
-        fix=fix,
-    )
+    interval = Estimate(value=value, low=value - Z_95 * error, high=value + Z_95 * error, turns=n)
+    return finding("Data", "label_damage", interval, sentence, fix, "nats a token")
 
 
 def _read(

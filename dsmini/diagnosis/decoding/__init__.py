@@ -1,1 +1,0 @@
-"""Decoding as work that is diagnosed: its subject, its interventions, its predictions and its evidence."""

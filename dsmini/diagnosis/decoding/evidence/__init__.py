@@ -1,1 +1,0 @@
-"""Evidence for decoding: experiments whose outcome is predicted first, one a file."""

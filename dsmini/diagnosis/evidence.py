@@ -1,0 +1,488 @@
+"""Evidence: experiments next to the verdict, which do not enter it. Most are arms at several places: a sweep.
+
+    training   timeline, roofline, batch_sweep, threads, dtypes, dense_total
+    decoding   context_slope, batches, threads, weights, roofline
+
+A sweep over a size fits a line through its arms, all with the same relative error:
+
+    T(n) = a + b n,    knee = a / b        what does not depend on the size, such as the optimizer, is half at the knee
+
+Worked example: a = 60 ms, b = 10 ms. The knee is at 6 sequences. A batch of 8 takes 140 ms, 17.5 a sequence; one of 16
+takes 220 ms, 13.75 a sequence: 21 % of a token's time goes. From 32 to 64 it is 8 %.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from dsmini.accounting.kv_cache import kv_bytes_per_token, mha_twin
+from dsmini.diagnosis.arms import Arm, Comparison, Step, measure, patched, predict
+from dsmini.diagnosis.contention import cores
+from dsmini.diagnosis.decoding import DecodingSubject, no_forms, no_kernels, no_mha
+from dsmini.diagnosis.decoding_steps import EXPANDED, MHA, PLAIN, WEIGHTS, Point, Variant, timed
+from dsmini.diagnosis.pages import Gathered, plot_of, sentence_of, table_of
+from dsmini.diagnosis.roofline import decoding_roofline, training_roofline
+from dsmini.diagnosis.training import Stub, Subject
+from dsmini.inference.fused.decoder import MOST_TOKENS
+from dsmini.machine import DTYPES, memory_bytes, slow_bf16
+from dsmini.nn.cache import KEY_STEP
+from dsmini.report import Figure, Plot, Section, Series
+
+LEAST_TURNS, MOST_TURNS = 2, 15
+FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+BATCHES = (1, 2, 4, 8, 16, 32)
+"""Sequences that are decoded together; above MOST_TOKENS other code decodes."""
+CONTEXTS = (0.125, 0.25, 0.5, 0.75, 1.0)
+"""Shares of the longest context, which is LONGER contexts of the subject where the model allows it."""
+LONGER = 4
+MOST_MEMORY = 0.25
+"""Share of memory that a sweep's largest arm, or all of its caches together, may take."""
+PARTS: Sequence[str] = ("wait", "forward", "backward", "optimizer")
+"""Phases of a step as the trainer tells them; it waits before the first."""
+PHASE_STEPS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """An experiment."""
+
+    name: str
+    why_not: str | None = None
+    """Reason why it cannot be made; None if it can."""
+    run: Callable[[float], tuple[Section, Comparison | None]]
+    """Makes it in about this many seconds."""
+
+
+def gather(
+    subject: Subject | DecodingSubject,
+    step: float,
+    seconds: float,
+    on_part: Callable[[float, str], None] = lambda done, what: None,
+) -> Gathered:
+    """Make all experiments that apply and fit into the seconds. An interruption keeps those that are done.
+
+    Args:
+        step: seconds of a plain step.
+        on_part: told the share that is done and what is next.
+    """
+    found, until = Gathered(), time.perf_counter() + seconds
+    every = training_evidence(subject, step) if isinstance(subject, Subject) else decoding_evidence(subject, step)
+    found.not_tried |= {each.name: each.why_not for each in every if each.why_not is not None}
+    left = [each for each in every if each.why_not is None]
+    try:
+        for number, each in enumerate(left):
+            on_part(number / len(left), each.name.replace("_", " "))
+            share = (until - time.perf_counter()) / (len(left) - number)
+            if share <= 0:
+                found.not_tried[each.name] = "the time was over"
+                continue
+            try:
+                section, compared = each.run(share)
+            except (
+                ValueError,
+                RuntimeError,
+                MemoryError,
+            ) as error:  # of memory or rates; the verdict stands without it
+                lines = str(error).splitlines() or [type(error).__name__]
+                found.not_tried[each.name] = f"it failed: {lines[0]}"
+                continue
+            found.sections.append(section)
+            if compared is not None:
+                found.compared[each.name] = compared
+                if compared.stopped:
+                    raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        done = {section.name for section in found.sections} | found.not_tried.keys()
+        found.not_tried |= {each.name: "it was interrupted" for each in left if each.name not in done}
+        found.stopped = True
+    on_part(1.0, "evidence")
+    return found
+
+
+def sweep(
+    name: str,
+    title: str,
+    x: str,
+    arms: Sequence[Arm],
+    step: float,
+    *,
+    about: str = "",
+    words: Callable[[Comparison], str] = sentence_of,
+    why_not: str | None = None,
+) -> Evidence:
+    """Return the experiment in which arms take turns, the first as the work is."""
+
+    def run(seconds: float) -> tuple[Section, Comparison]:
+        start = time.perf_counter()
+        tried = affordable(arms, step, seconds)
+        predicted = predict(tried)
+        compared = measure(tried, predicted, count=MOST_TURNS, until=start + seconds)
+        plot = plot_of(compared, title, x)
+        section = Section(
+            name=name, title=title, finding=words(compared), tables=[table_of(compared)], plots=[plot], about=about
+        )
+        return section, compared
+
+    return Evidence(name=name, why_not=why_not, run=run)
+
+
+def affordable(arms: Sequence[Arm], step: float, seconds: float) -> list[Arm]:
+    """Return the arms without those that take longest, until a few turns fit into the seconds."""
+    left = list(arms)
+    while len(left) > 1 and (1 + LEAST_TURNS) * step * sum(arm.cost for arm in left) > seconds:
+        left.remove(max(left[1:], key=lambda arm: arm.cost))
+    return left
+
+
+def line_through(compared: Comparison, line: str = "measured") -> tuple[float, float]:
+    """Return a and b of the line a + b n through the measured arms of a line."""
+    placed = [arm for arm in compared.arms if arm.line == line and arm.name in compared.turns.seconds]
+    at, seconds = [arm.at or 0.0 for arm in placed], [compared.turns.median(arm.name) for arm in placed]
+    if len(placed) < 2:
+        return seconds[0] if seconds else 0.0, 0.0
+    each, fixed = np.polyfit(at, seconds, 1, w=1 / np.asarray(seconds))
+    return float(fixed), float(each)
+
+
+def knee_words(compared: Comparison) -> str:
+    """Return where the knee is, and which batch is best."""
+    fixed, each = line_through(compared)
+    knee = f"The knee is at {max(0.0, fixed / each):.1f} sequences. " if each > 0 else ""
+    return knee + sentence_of(compared)
+
+
+def thread_arms(
+    subject: Subject | DecodingSubject,
+    make: Callable[[int], AbstractContextManager[Step]],
+    price: Callable[[int], float] | None,
+) -> list[Arm]:
+    """Return an arm for each number of threads: powers of two, all cores, and the one in use, which is first."""
+    used, most = torch.get_num_threads(), cores()
+    counts = sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
+    advice = "Set train.threads = {}." if isinstance(subject, Subject) else "Decode with {} threads."
+    return [
+        Arm(
+            name=f"{n} threads",
+            apply=partial(make, n),
+            advice=advice.format(n),
+            predict=price and partial(price, n),
+            at=float(n),
+            uncounted=0,
+            counted=1,
+        )
+        for n in (used, *(n for n in counts if n != used))
+    ]
+
+
+def no_threads(device: torch.device) -> str | None:
+    """Return why threads cannot be tried; None if they can."""
+    if device.type != "cpu":
+        return f"products run on {device}"
+    return "this process may use one core only" if cores() == 1 else None
+
+
+# --- training
+
+
+def training_evidence(subject: Subject, step: float) -> list[Evidence]:
+    """Return all evidence of training."""
+    prices, config, device, rows = subject.prices, subject.config, subject.device, subject.rows
+    compiled = "the model is compiled; run without --train.compile" if config.train.compile else None
+    on_device = None if device.type == "cpu" else f"on {device} work continues after the call that starts it"
+    no_rates = "this machine's rates are not measured" if prices is None else None
+
+    @contextmanager
+    def batch_of(n: int) -> Iterator[Step]:
+        """Let steps take a number of sequences, which are in memory."""
+        trainer = subject.trainer
+        batch = trainer.loader.prepared((trainer.sequences, n))
+        train = replace(config.train, batch_size=n, batch_start=None)
+        with (
+            patched(trainer, "config", replace(config, train=train)),
+            patched(trainer, "loader", Stub(lambda _: batch)),
+        ):
+            yield lambda _base: subject.step().seconds
+
+    @contextmanager
+    def replayed_with(change: AbstractContextManager[object]) -> Iterator[Step]:
+        """Let steps have their batch in memory, and a change."""
+        with subject.replayed() as step, change:
+            yield step
+
+    sizes = [round(rows * f) for f in FACTORS if rows * f >= config.train.grad_accum]
+    sizes = [n for n in sizes if n % config.train.grad_accum == 0 and n != rows and fits(subject, n)]
+    batches = [
+        Arm(
+            name=f"batch x {n / rows:g}" if n != rows else f"batch {n}",
+            apply=partial(batch_of, n),
+            advice=f"Set train.batch_size = {n}, if fewer and larger steps learn as much from as many tokens.",
+            predict=prices and partial(prices.batch, n),
+            tokens=n / rows,
+            cost=n / rows,
+            at=float(n),
+            uncounted=0,
+            counted=1,
+        )
+        for n in (rows, *sizes)
+    ]
+    threads = thread_arms(
+        subject,
+        lambda n: replayed_with(subject.threads(n)),
+        prices and (lambda n: prices.threads(n) - prices.wait),
+    )
+    now = config.train.dtype
+    dtypes = [
+        Arm(
+            name=d,
+            apply=lambda d=d: replayed_with(subject.dtype(d)),
+            advice=f'Set train.dtype = "{d}".',
+            predict=prices and partial(prices.computing_in, d),
+            uncounted=0,
+            counted=1,
+        )
+        for d in (now, *(d for d in DTYPES if d != now and not (d == "bfloat16" and slow_bf16(device))))
+    ]
+
+    @contextmanager
+    def dense_total() -> Iterator[Step]:
+        with subject.dense_pair(total=True) as pair:
+            yield lambda _base: pair()[1]
+
+    @contextmanager
+    def routed() -> Iterator[Step]:
+        with subject.replayed():
+            yield lambda _base: subject.forward_backward()
+
+    dense = [
+        Arm(
+            name=name,
+            axis="Algorithm",
+            apply=apply,
+            words=words,
+            predict=prices and partial(prices.all_parameters, at == 1),
+            uncounted=0,
+            counted=1,
+        )
+        for at, (name, apply, words) in enumerate(
+            (
+                ("experts", routed, "a forward and backward with experts"),
+                ("dense, all parameters", dense_total, "one feed-forward has the parameters of all experts of a block"),
+            )
+        )
+    ]
+    in_memory = "Every step has its batch in memory."
+    return [
+        Evidence(name="timeline", why_not=on_device, run=lambda _: (timeline(subject), None)),
+        Evidence(name="roofline", why_not=compiled or no_rates, run=lambda _: (training_roofline(subject), None)),
+        sweep(
+            "batch_sweep",
+            "What does a token cost in a larger batch?",
+            "sequences",
+            batches,
+            step,
+            words=knee_words,
+            about=f"{in_memory} How much a larger batch teaches is not measured here.",
+        ),
+        sweep(
+            "threads",
+            "Which part of a step gets faster with more cores?",
+            "threads",
+            threads,
+            step,
+            why_not=no_threads(device),
+            about=f"{in_memory} Only what waits for arithmetic scales with cores.",
+        ),
+        sweep(
+            "dtypes",
+            "How fast is a step in another dtype?",
+            "dtype",
+            dtypes,
+            step,
+            why_not=compiled or ("this machine multiplies one dtype only" if len(dtypes) < 2 else None),
+            about=in_memory,
+        ),
+        sweep(
+            "dense_total",
+            "What would a dense model with as many parameters cost?",
+            "model",
+            dense,
+            step,
+            why_not=compiled or (None if subject.trainer.model.gates() else "the model has no routed experts"),
+            about="The optimizer is left out: it moves as much in both.",
+        ),
+    ]
+
+
+def fits(subject: Subject, rows: int) -> bool:
+    """Return if a step of this many sequences fits into memory, by its forecast; without one, up to twice the run's."""
+    if rows <= subject.rows or subject.prices is None:
+        return rows <= 2 * subject.rows
+    return subject.prices.forecast(rows=rows).process < 2 * MOST_MEMORY * memory_bytes(subject.device)
+
+
+def timeline(subject: Subject) -> Section:
+    """Return the section of the seconds in which a step waits, goes forward and backward, and updates."""
+    trainer, totals = subject.trainer, {part: 0.0 for part in PARTS}
+    last, name = 0.0, "wait"
+
+    def begins(phase: str) -> None:
+        nonlocal last, name
+        now = time.perf_counter()
+        totals[name] += now - last
+        last, name = now, phase
+
+    subject.step()
+    with patched(trainer, "phase", begins):
+        for _ in range(PHASE_STEPS):
+            last, name = time.perf_counter(), "wait"
+            subject.step()
+            begins("wait")
+    figures = [
+        Figure(question="timeline", case={"part": part}, metric="seconds", unit="s", measured=seconds / PHASE_STEPS)
+        for part, seconds in totals.items()
+    ]
+    bars = [Series(label="measured", x=(), y=[1e3 * (f.measured or 0.0) for f in figures], kind="bars")]
+    return Section(
+        name="timeline",
+        title="When does a step wait, compute and update?",
+        finding=f"In ms: {', '.join(f'{part} {1e3 * s / PHASE_STEPS:.1f}' for part, s in totals.items())}.",
+        figures=figures,
+        plots=[Plot(title="A step from its start to its end", x="part", y="ms", series=bars, labels=list(totals))],
+        about=f"Means of {PHASE_STEPS} steps.",
+    )
+
+
+# --- decoding
+
+
+def decoding_evidence(subject: DecodingSubject, step: float) -> list[Evidence]:
+    """Return all evidence of decoding."""
+    prices, c, batch = subject.prices, subject.config, subject.batch
+    room = MOST_MEMORY * memory_bytes(subject.device)
+
+    @contextmanager
+    def at(variant: Variant, n: int, context: int) -> Iterator[Step]:
+        if (variant, n, context) not in made:
+            made[variant, n, context] = timed(variant.steps(subject.model, Point(batch=n, context=context)))
+        yield lambda _base: made[variant, n, context]()
+
+    made: dict[object, Callable[[], float]] = {}
+    own = "absorbed" if no_forms(c) is None else c.attention.upper()
+    forms = {own: PLAIN}
+    forms |= {"expanded": EXPANDED} if no_forms(c) is None else {}
+    forms |= {"MHA": MHA} if no_mha(c) is None else {}
+    slopes = [
+        Arm(
+            name=f"{form} {n}",
+            apply=partial(at, variant, batch, n),
+            predict=prices and partial(prices.seconds, variant, context=n),
+            line=form,
+            at=float(n),
+            uncounted=0,
+            counted=1,
+        )
+        for form, variant in forms.items()
+        for n in contexts_of(subject, len(forms))
+    ]
+
+    def slope_words(compared: Comparison) -> str:
+        words = [f"{1e6 * line_through(compared, form)[1]:.3g} us {form}" for form in forms]
+        bound = ""
+        if prices is not None:
+            nbytes = kv_bytes_per_token(c, 2 if subject.compute_dtype == "bfloat16" else 4)
+            least = 1e6 * batch * nbytes / prices.rates.roofs.bandwidth
+            bound = f"; reading its {nbytes:,.0f} bytes from memory takes {least:.3g} us"
+        return f"One more cached token costs {', '.join(words)}{bound}."
+
+    sizes = [n for n in BATCHES if n <= MOST_TOKENS and n != batch]
+    row = kv_bytes_per_token(c, 4) * subject.context
+    while sizes and (batch + sum(sizes)) * row > room:
+        sizes.pop()
+    batches = [
+        Arm(
+            name=f"batch {n}",
+            apply=partial(at, PLAIN, n, subject.context),
+            advice=f"Decode {n} sequences at a time: give dsmini.generate several prompts.",
+            predict=prices and partial(prices.seconds, batch=n),
+            tokens=n / batch,
+            cost=n / batch,
+            at=float(n),
+            uncounted=0,
+            counted=1,
+        )
+        for n in (batch, *sizes)
+    ]
+    now = subject.weight_dtype
+    weights = [
+        Arm(
+            name=dtype,
+            apply=lambda variant=variant: nullcontext(lambda _base: subject.seconds(variant)),
+            predict=prices and partial(prices.seconds, variant),
+            uncounted=0,
+            counted=1,
+        )
+        for dtype, variant in ({now: PLAIN} | {d: v for d, v in WEIGHTS.items() if d != now}).items()
+    ]
+    threads = thread_arms(subject, subject.threads, prices and prices.threads)
+    return [
+        sweep(
+            "context_slope",
+            "What does one more cached token cost?",
+            "cached tokens",
+            slopes,
+            step,
+            words=slope_words,
+            why_not="the model allows too few cached tokens for a line" if c.max_seq_len < 16 else None,
+            about="Rows of the caches are random. Expanded runs by modules, the others by kernels where they serve: "
+            "slopes can be compared, levels cannot.",
+        ),
+        sweep(
+            "batches",
+            "What does a token cost when more sequences are decoded together?",
+            "sequences",
+            batches,
+            step,
+            words=knee_words,
+            about="Rows of the caches are random, so that experts are chosen as they come.",
+        ),
+        sweep(
+            "threads",
+            "How much faster is a step with more cores?",
+            "threads",
+            threads,
+            step,
+            why_not=no_threads(subject.device),
+        ),
+        sweep(
+            "weights",
+            "How fast is a step with weights of other bytes?",
+            "weights",
+            weights,
+            step,
+            why_not=no_kernels(subject),
+            about="FP8 weights are codes with scales, which kernels read as they lie. Accuracy is not measured here.",
+        ),
+        Evidence(
+            name="roofline",
+            why_not="this machine's rates are not measured" if prices is None else None,
+            run=lambda _: (decoding_roofline(subject), None),
+        ),
+    ]
+
+
+def contexts_of(subject: DecodingSubject, forms: int) -> list[int]:
+    """Return the cached tokens to try, ascending: as many as the model allows and memory holds.
+
+    With as many rows as a multiple of KEY_STEP, the new one included, nothing needs a mask.
+    """
+    c = subject.config
+    most = min(c.max_seq_len - 1, LONGER * subject.context)
+    row = kv_bytes_per_token(mha_twin(c) if no_mha(c) is None else c, 4) * subject.batch * forms * sum(CONTEXTS)
+    most = max(1, min(most, int(MOST_MEMORY * memory_bytes(subject.device) / row)))
+    wanted = [max(1, round((most * share + 1) / KEY_STEP)) * KEY_STEP - 1 for share in CONTEXTS]
+    return sorted({n if n <= most else max(1, round(most * share)) for n, share in zip(wanted, CONTEXTS, strict=True)})

@@ -1,1 +1,0 @@
-"""Findings: what was seen of a run besides its gains, each with its interval, and whether it is a fault."""

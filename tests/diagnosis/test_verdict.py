@@ -1,0 +1,161 @@
+"""The verdict that gains of arms allow, and how rarely noise makes one."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsmini.diagnosis.arms import AXES, Arm, Axis, Comparison
+from dsmini.diagnosis.diagnosis import Diagnosis, conclude
+from dsmini.diagnosis.verdict import LEAST, gains_by_axis, percent, verdict
+from dsmini.measure.turns import Estimate, Turns
+from tests.diagnosis.conftest import idle
+
+DATA, ALGORITHM, MACHINE = AXES
+BINDS, NOTHING, MIXED, UNDETERMINED = "binds", "nothing binds", "mixed", "undetermined"
+
+
+def exactly(low: float, high: float | None = None, rounds: int = 20) -> Estimate:
+    high = low if high is None else high
+    return Estimate(value=(low + high) / 2, low=low, high=high, turns=rounds)
+
+
+def arm(name: str, axis: Axis = "Machine", **more: Any) -> Arm:
+    return Arm(name=name, axis=axis, apply=idle, **more)
+
+
+# --- gains
+
+
+def test_slow_turn_cancels() -> None:
+    """Check the worked example: the third turn is twice as slow, on both sides."""
+    taken = {"plain": [0.2, 0.21, 0.4, 0.2, 0.2], "replay": [0.1, 0.104, 0.205, 0.1, 0.1]}
+    found = Comparison(arms=[arm("plain"), arm("replay")], turns=Turns(taken)).gains["replay"]
+    assert found.value == pytest.approx(0.5) and found.low > 0.48 and found.high < 0.51 and found.turns == 5
+
+
+def test_gain_of_rare_stalls_is_that_of_all_turns_together() -> None:
+    """Check stalls of 9 s in two of ten turns of 1 s: 18 of 28 s would go, and a median says nothing would."""
+    taken = {"plain": [1.0] * 8 + [10.0] * 2, "replay": [1.0] * 10}
+    rare, usual = (Comparison(arms=[arm("plain"), arm("replay", is_rare=r)], turns=Turns(taken)) for r in (True, False))
+    assert rare.gains["replay"].value == pytest.approx(18 / 28) and usual.gains["replay"].value == 0.0
+
+
+def test_gain_is_of_a_token() -> None:
+    """Check a step that makes twice the tokens in 1.5 times the time, measured and predicted."""
+    arms = [arm("batch 1"), arm("batch 2", tokens=2.0)]
+    turns = Turns({"batch 1": [1.0] * 5, "batch 2": [1.5] * 5})
+    found = Comparison(arms=arms, turns=turns, predicted={"batch 1": 2.0, "batch 2": 2.0})
+    assert found.gains["batch 2"].value == 0.25 and found.predicted_gain(arms[1]) == 0.5
+
+
+def test_arms_of_an_axis_have_wider_intervals() -> None:
+    """Check that the best of several is corrected, and that other axes do not count."""
+    draw = np.random.default_rng(0)
+    taken = {name: list(1 + 0.1 * draw.standard_normal(30)) for name in ("plain", "a", "b", "c", "d")}
+    names: list[tuple[str, Axis]] = [("a", "Algorithm"), ("b", "Algorithm"), ("c", "Algorithm"), ("d", "Data")]
+    arms = [arm("plain"), *(arm(name, axis) for name, axis in names)]
+    alone = Comparison(arms=arms[:2], turns=Turns(taken)).gains["a"]
+    many = Comparison(arms=arms, turns=Turns(taken)).gains["a"]
+    assert many.low < alone.low and many.high > alone.high and many.value == alone.value
+    assert Comparison(arms=[arms[0], arms[1], arms[4]], turns=Turns(taken)).gains["a"] == alone
+
+
+def test_few_rounds_have_no_interval_and_no_axis() -> None:
+    taken = Turns({"plain": [1.0] * 4, "replay": [0.2] * 4})
+    for rare in (True, False):
+        compared = Comparison(arms=[arm("plain"), arm("replay", "Data", is_rare=rare)], turns=taken)
+        assert percent(compared.gains["replay"]) == "80 %"
+        found = conclude(compared, [])
+        assert found.verdict.outcome == UNDETERMINED and "4 of 5 rounds" in found.sentence and not found.named
+
+
+# --- verdicts
+
+# ends of the gain of Data, Algorithm and Machine; the outcome, and the axis that binds
+VERDICTS: list[tuple[list[tuple[float, float]], str, Axis | None]] = [
+    ([(0.4, 0.5), (0.0, 0.05), (0.0, 0.2)], BINDS, DATA),
+    ([(0.0, 0.01), (0.11, 0.2), (0.0, 0.1)], BINDS, ALGORITHM),
+    ([(0.0, 0.0), (0.0, 0.0), (0.11, 0.12)], BINDS, MACHINE),
+    ([(0.0, 0.01), (0.0, LEAST), (0.0, 0.02)], NOTHING, None),
+    ([(0.3, 0.5), (0.2, 0.4), (0.0, 0.0)], MIXED, None),
+    ([(0.05, 0.2), (0.0, 0.05), (0.0, 0.0)], UNDETERMINED, None),
+    ([(0.2, 0.3), (-0.3, 0.4), (0.0, 0.0)], UNDETERMINED, None),
+    ([(0.2, 0.3), (0.0, 0.2), (0.0, 0.0)], UNDETERMINED, None),
+    ([(-0.2, 0.3), (-0.3, 0.2), (0.0, 0.0)], UNDETERMINED, None),
+]
+
+
+@pytest.mark.parametrize(("ends", "outcome", "axis"), VERDICTS)
+def test_verdict(ends: list[tuple[float, float]], outcome: str, axis: Axis | None) -> None:
+    found = verdict({name: exactly(*pair) for name, pair in zip(AXES, ends, strict=True)})
+    assert (found.outcome, found.axis) == (outcome, axis)
+    assert bool(found.decides) == (outcome in (MIXED, UNDETERMINED))
+    assert "  " not in found.sentence and found.sentence.endswith(".")
+    assert axis is None or axis in found.sentence
+    if outcome == MIXED or ends[1] == (-0.3, 0.4):
+        assert "Algorithm" in found.sentence and "Machine" not in found.sentence, "every axis that hides the answer"
+
+
+def test_rounds_that_would_decide_grow_with_noise() -> None:
+    """Check that four times the width asks for sixteen times the rounds, and a hopeless case for a quiet machine."""
+    narrow = verdict({DATA: exactly(0.13, 0.17, 8), ALGORITHM: exactly(0.0, 0.14, 8)})
+    assert narrow.outcome == UNDETERMINED and "--rounds" in narrow.decides
+    leads = "Undetermined: Data 15 % (13 to 17) of a step leads, and Algorithm 7 % (0 to 14) may be as much."
+    assert narrow.sentence == leads
+    on_the_line = verdict({DATA: exactly(0.09, 0.11), ALGORITHM: exactly(0.0)})
+    words = "Undetermined: Data 10 % (9 to 11) of a step may be more or less than the 10%"
+    assert on_the_line.sentence.startswith(words)
+    assert on_the_line.decides.startswith("The interval is narrow already")
+    hopeless = verdict({DATA: exactly(0.0, 0.22, 60), ALGORITHM: exactly(0.0)})
+    assert "quiet machine" in hopeless.decides
+    assert verdict({}).outcome == UNDETERMINED, "the time was over"
+
+
+def test_change_that_noise_hides_keeps_its_axis_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a gain of 30 % (-2 to 60) is not dropped for one of 1 % (0 to 2) of the same axis."""
+    gains = {"uniform_routing": exactly(-0.02, 0.6), "dense_active": exactly(0.0, 0.02), "replay": exactly(0.0)}
+    axes: dict[str, Axis] = {"uniform_routing": "Algorithm", "dense_active": "Algorithm", "replay": "Data"}
+    arms = [arm("plain"), *(arm(name, axis) for name, axis in axes.items()), arm("all_threads")]
+
+    def by_axis(**others: Estimate) -> dict[Axis, Estimate]:
+        found = gains | others
+        monkeypatch.setattr(Comparison, "gains", found)
+        return gains_by_axis(Comparison(arms=arms, turns=Turns({name: [1.0] for name in ("plain", *found)})))
+
+    assert (by_axis()[ALGORITHM].low, by_axis()[ALGORITHM].high) == (0.0, 0.6)
+    assert verdict(by_axis()).outcome == UNDETERMINED
+    assert verdict(by_axis(all_threads=exactly(0.15, 0.25))).outcome == UNDETERMINED
+    assert verdict(by_axis(uniform_routing=exactly(0.0, 0.03))).outcome == NOTHING
+
+
+# --- verdicts under noise
+
+
+def concluded(seed: int, gain: float, rounds: int, noise: float, arms: int = 1) -> Diagnosis:
+    """Conclude from steps of 1 s, of which arms of an axis gain a share; each takes Pareto noise of its own."""
+    draw = np.random.default_rng(seed)
+
+    def taken(seconds: float) -> list[float]:
+        return list(seconds * (1 + noise * draw.pareto(1.2, rounds) + 0.002 * draw.standard_normal(rounds)))
+
+    names = [f"arm {n}" for n in range(arms)]
+    turns = Turns({"plain": taken(1.0), "replay": taken(1.0)} | {name: taken(1.0 - gain) for name in names})
+    every = [arm("plain"), arm("replay", "Data"), *(arm(name, "Algorithm") for name in names)]
+    return conclude(Comparison(arms=every, turns=turns), [])
+
+
+# a gain, the noise of a step, and how many of 200 runs may name an axis: none where nothing is to be gained; where the
+# gain is the limit itself, 2.5 % by a 95 % interval, and three standard deviations of a binomial more
+ALARMS = [(0.0, 0.05, 0.0), (LEAST, 0.2, 200 * 0.025 + 3 * (200 * 0.025 * 0.975) ** 0.5)]
+
+
+@pytest.mark.parametrize("arms", [1, 5])
+@pytest.mark.parametrize("rounds", [9, *(pytest.param(n, marks=pytest.mark.slow) for n in (10, 13, 20))])
+@pytest.mark.parametrize(("gain", "noise", "most"), ALARMS, ids=["nothing to gain", "at the limit"])
+def test_alarms_are_as_rare_as_the_interval_says(
+    gain: float, noise: float, most: float, rounds: int, arms: int
+) -> None:
+    """Check one arm, and the best of five, whose intervals are corrected for the choice."""
+    named = [concluded(seed, gain, rounds, noise, arms).named for seed in range(200)]
+    assert named.count("Algorithm") <= most and named.count("") == 200 - named.count("Algorithm")
