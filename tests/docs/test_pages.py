@@ -3,6 +3,7 @@
 import re
 import runpy
 
+import pytest
 import torch
 
 import dsmini
@@ -52,3 +53,13 @@ def test_gallery_shows_every_picture_of_its_folder() -> None:
     files = list((ROOT / "docs" / "gallery").iterdir())
     assert shown == {file.name for file in files}
     assert sum(file.stat().st_size for file in files) < 1_500_000
+
+
+@pytest.mark.parametrize("name", ["architecture.md", "decisions.md", "reading.md", "equations.md"])
+def test_names_in_the_text_are_names_of_the_code(name: str) -> None:
+    """Compare every name in backquotes, such as `Trainer.step`, with the words of sources, configs and dependencies."""
+    folders = ("dsmini", "kernels", "benchmarks", "configs", ".ci", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".toml", ".h")]
+    words = set(re.findall(r"\w+", " ".join([*map(str, files), *(path.read_text() for path in files)])))
+    named = {part for text in re.findall(r"`([\w./]+)`", page(name)) for part in re.findall(r"[^\W\d]\w+", text)}
+    assert len(named) > 10 and named - words == set()
