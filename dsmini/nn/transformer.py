@@ -312,17 +312,13 @@ class Transformer(nn.Module):
     ) -> Losses:
         """Compute `losses` from the states of the tokens, as the last stage of a pipeline has them."""
         counted = (targets != IGNORE).sum().clamp(min=1) if n_targets is None else n_targets
-
-        def cross_entropy(hidden: Tensor, target: Tensor) -> Tensor:
-            return self.cross_entropy(hidden.flatten(0, 1), target.flatten(), chunk_rows) / counted
-
         # 1. the next token, from hidden states [b, s, m]
-        main = cross_entropy(states.normed, targets)
+        main = self.cross_entropy(states.normed, targets, chunk_rows) / counted
         # 2. the tokens after it, from those of each depth k, [b, s - k, m]
         normed, found = self.mtp(tokens, states.given, self.embedded, documents, recompute, train_indexers=True)
         mtp = balance = torch.zeros_like(main)
         if normed:
-            depths = [cross_entropy(h, targets[:, k:]) for k, h in enumerate(normed, 1)]
+            depths = [self.cross_entropy(h, targets[:, k:], chunk_rows) / counted for k, h in enumerate(normed, 1)]
             mtp = torch.stack(depths).mean()
         # 3. the balance of each MoE layer, from its scores [b * s, e]
         of_mtp, indexers_of_mtp = _listed(found)
@@ -336,9 +332,10 @@ class Transformer(nn.Module):
         return Losses(main, mtp, balance, total, routing, indexers)
 
     def cross_entropy(
-        self, hidden: Float[Tensor, "n m"], targets: Int[Tensor, " n"], chunk_rows: int | None = None
+        self, hidden: Float[Tensor, "*b m"], targets: Int[Tensor, "*b"], chunk_rows: int | None = None
     ) -> Float[Tensor, ""]:
-        """Return the sum over rows of the head's cross-entropy, in nats, FP32, without a tensor [n, vocab]."""
+        """Return the sum over rows of the head's cross-entropy, in nats, FP32, without a tensor [*b, vocab]."""
+        hidden, targets = hidden.flatten(0, -2), targets.flatten()
         if is_plain(self.head):
             return linear_cross_entropy(hidden, self.head.weight, targets, chunk_rows)
         return chunked_cross_entropy(self.head, hidden, targets, rows_at_a_time(chunk_rows, self.config.vocab_size))
