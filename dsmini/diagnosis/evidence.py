@@ -115,18 +115,15 @@ def sweep(
     words: Callable[[Comparison], str] = sentence_of,
     why_not: str | None = None,
 ) -> Evidence:
-    """Return the experiment in which arms take turns, the first as the work is."""
+    """Return the experiment in which arms take turns of one step, the first as the work is."""
 
     def run(seconds: float) -> tuple[Section, Comparison]:
         start = time.perf_counter()
-        tried = affordable(arms, step, seconds)
+        tried = [replace(arm, uncounted=0, counted=1) for arm in affordable(arms, step, seconds)]
         predicted = predict(tried)
         compared = measure(tried, predicted, count=MOST_TURNS, until=start + seconds)
-        plot = plot_of(compared, title, x)
-        section = Section(
-            name=name, title=title, finding=words(compared), tables=[table_of(compared)], plots=[plot], about=about
-        )
-        return section, compared
+        shown = {"tables": [table_of(compared)], "plots": [plot_of(compared, title, x)]}
+        return Section(name=name, title=title, finding=words(compared), about=about, **shown), compared
 
     return Evidence(name=name, why_not=why_not, run=run)
 
@@ -172,8 +169,6 @@ def thread_arms(
             advice=advice.format(n),
             predict=price and partial(price, n),
             at=float(n),
-            uncounted=0,
-            counted=1,
         )
         for n in (used, *(n for n in counts if n != used))
     ]
@@ -225,8 +220,6 @@ def training_evidence(subject: Subject, step: float) -> list[Evidence]:
             tokens=n / rows,
             cost=n / rows,
             at=float(n),
-            uncounted=0,
-            counted=1,
         )
         for n in (rows, *sizes)
     ]
@@ -242,8 +235,6 @@ def training_evidence(subject: Subject, step: float) -> list[Evidence]:
             apply=lambda d=d: replayed_with(subject.dtype(d)),
             advice=f'Set train.dtype = "{d}".',
             predict=prices and partial(prices.computing_in, d),
-            uncounted=0,
-            counted=1,
         )
         for d in (now, *(d for d in DTYPES if d != now and not (d == "bfloat16" and slow_bf16(device))))
     ]
@@ -265,8 +256,6 @@ def training_evidence(subject: Subject, step: float) -> list[Evidence]:
             apply=apply,
             words=words,
             predict=prices and partial(prices.all_parameters, at == 1),
-            uncounted=0,
-            counted=1,
         )
         for at, (name, apply, words) in enumerate(
             (
@@ -383,8 +372,6 @@ def decoding_evidence(subject: DecodingSubject, step: float) -> list[Evidence]:
             predict=prices and partial(prices.seconds, variant, context=n),
             line=form,
             at=float(n),
-            uncounted=0,
-            counted=1,
         )
         for form, variant in forms.items()
         for n in contexts_of(subject, len(forms))
@@ -412,8 +399,6 @@ def decoding_evidence(subject: DecodingSubject, step: float) -> list[Evidence]:
             tokens=n / batch,
             cost=n / batch,
             at=float(n),
-            uncounted=0,
-            counted=1,
         )
         for n in (batch, *sizes)
     ]
@@ -423,8 +408,6 @@ def decoding_evidence(subject: DecodingSubject, step: float) -> list[Evidence]:
             name=dtype,
             apply=lambda variant=variant: nullcontext(lambda _base: subject.seconds(variant)),
             predict=prices and partial(prices.seconds, variant),
-            uncounted=0,
-            counted=1,
         )
         for dtype, variant in ({now: PLAIN} | {d: v for d, v in WEIGHTS.items() if d != now}).items()
     ]
