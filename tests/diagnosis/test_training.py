@@ -78,7 +78,7 @@ def test_fault_put_into_a_run_is_named(subject: Subject, world: Worlds, fault: s
     found = diagnosed(subject, rounds=20 if "stalls" in costs else 8)
     assert (found.named, found.verdict.outcome) == (named, outcome)
     if best:
-        assert best in [arm.name for arm in found.best.values()] and found.gains[best].low > 0.1
+        assert found.gains[best].low > 0.1, "without experts there is no imbalance either"
         assert found.sentence.startswith(f"{named} binds")
     if fault == "batches that come late":
         assert found.gains["replay"].value == pytest.approx(0.06 / 0.16, abs=0.01)
