@@ -152,32 +152,36 @@ def _memory(s: Sheet, c: ModelConfig, layout: Layout) -> list[Sheet]:
     s.local_moe = _on_gpu(s, [*block, *(use for use in main if use.module == "shared experts")])
     s.local_experts = s.experts_per_gpu * s.or_zero("expert_parameters")
     norms = total(use.numbers for use in block if use.form == "fp32")
-    parts = {
-        "dense": (s.local_dense, norms, s.activations_dense),
-        "moe": (s.local_moe, norms + s.or_zero("gate_parameters"), s.activations_moe),
-        "embedding": (0, c.dim if c.embed_norm else 0, s.activations_embedding),
-        "head": (0, c.dim, s.activations_head),
-        "mtp": (0, 3 * c.dim + 2 * c.dim * c.dim, s.activations_mtp),
-        "vocabulary": (0, s.vocabulary_parameters / s.tensor, 0),
-    }  # of each part the numbers of matrices, those of what is never FP8, and the bytes that a token saves
+    matrices_of = {"dense": s.local_dense, "moe": s.local_moe}
+    plain_of = {  # what is never FP8
+        "dense": norms,
+        "moe": norms + s.or_zero("gate_parameters"),
+        "embedding": c.dim if c.embed_norm else 0,
+        "head": c.dim,
+        "mtp": 3 * c.dim + 2 * c.dim * c.dim,
+        "vocabulary": s.vocabulary_parameters / s.tensor,
+    }
+    saved_of = {part: getattr(s, f"activations_{part}") for part in ("dense", "moe", "embedding", "head", "mtp")}
     working = _working(s, c, layout)
     found: list[Sheet] = []
     for place, stages in _stages(s, c, layout).items():
         gpu = s.each(f"{{}}_{place}")
-        held = [[(one[part], *parts[part]) for part in parts if part in one] for one in stages]
-        matrices = total(number * each for one in held for number, each, _, _ in one)
-        plain = total(number * each for one in held for number, _, each, _ in one)
+        matrices, plain = (total(_held(one, of) for one in stages) for of in (matrices_of, plain_of))
         gpu.expert_parameters = total(one["moe"] for one in stages) * s.local_experts
         gpu.parameters = matrices + plain + gpu.expert_parameters
         _gpu_state(s, gpu, layout, matrices, plain)
-        tokens = [total(number * saved for number, _, _, saved in one) for one in held]
-        saved = total(one["in_flight"] * amount for one, amount in zip(stages, tokens, strict=True))
+        saved = total(one["in_flight"] * _held(one, saved_of) for one in stages)
         gpu.memory_activations = saved * s.micro_batch_tokens
         gpu.memory_working = working
         state = gpu.memory_weights + gpu.memory_gradients + gpu.memory_master + gpu.memory_moments
         gpu.memory = state + gpu.memory_activations + gpu.memory_working
         found.append(gpu)
     return found
+
+
+def _held(stage: Stage, of: dict[str, Any]) -> Any:
+    """Return the sum over the parts of a stage, each with its amount."""
+    return total(stage[part] * amount for part, amount in of.items() if part in stage)
 
 
 def _on_gpu(s: Sheet, uses: list[TensorUse]) -> Any:

@@ -137,12 +137,7 @@ class Variation:
         return any(len(several) > 1 for several in values.values())
 
 
-def vary(
-    made: Setup,
-    axes: Sequence[VariedAxis],
-    names: Sequence[str] = (),
-    on_part: OnPart = quiet,
-) -> Variation:
+def vary(made: Setup, axes: Sequence[VariedAxis], names: Sequence[str] = (), on_part: OnPart = quiet) -> Variation:
     """Return the plans of one axis, or of all pairs of two.
 
     Args:
