@@ -282,9 +282,8 @@ def _choose(made: Setup, stage: Stage) -> tuple[Deployment, str]:
             return published, preset["sources"][stage]
 
     def of(count: int, shared: int) -> Deployment:
-        return made.deployment(
-            stage, gpus=count, tensor=shared, redundant=-experts % count if redundant is None else redundant
-        )
+        spare = -experts % count if redundant is None else redundant
+        return made.deployment(stage, gpus=count, tensor=shared, redundant=spare)
 
     if gpus is not None:
         of(gpus, tensor or 1).check(made.model.config, made.hardware)
@@ -293,17 +292,14 @@ def _choose(made: Setup, stage: Stage) -> tuple[Deployment, str]:
     if not counts:
         raise ValueError(_cannot_share(made, stage, tensor))
     slots = experts + (redundant or 0)
-    tried: list[Deployment] = []
-    for count, shared in counts:
-        if redundant is None or slots % count == 0:
-            tried.append(of(count, shared))
-            if _fits(made, tried[-1]):
-                return tried[-1], "the fewest GPUs that hold weights and cache"
+    tried = [of(count, shared) for count, shared in counts if redundant is None or slots % count == 0]
+    for deployment in tried:
+        if _fits(made, deployment):
+            return deployment, "the fewest GPUs that hold weights and cache"
     if len(tried) < len(counts):
-        raise ValueError(
-            f"{stage}_redundant={redundant} makes {slots} experts of a layer, which no number of GPUs that holds the "
-            f"model divides; leave it out, or name {stage}_gpus too"
-        )
+        whole = f"{stage}_redundant={redundant} makes {slots} experts of a layer"
+        fix = f"leave it out, or name {stage}_gpus too"
+        raise ValueError(f"{whole}, which no number of GPUs that holds the model divides; {fix}")
     memory = [_memory(made, deployment) for deployment in tried]
     best = max(range(len(tried)), key=lambda i: (float(memory[i].sequences_that_fit), -float(memory[i].memory_share)))
     return tried[best], "what has memory for most sequences, since none fits"

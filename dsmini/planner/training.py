@@ -288,8 +288,9 @@ def _compute(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout) -> No
 
 def _products(s: Sheet, uses: list[TensorUse]) -> Any:
     """Return the time of a token with some matrices of a block: at the rate of FP8 those that may be FP8."""
-    fp8 = 2 * total(use.numbers for use in uses if use.form == "fp8") / s.fp8_rate
-    return fp8 + 2 * total(use.numbers for use in uses if use.form == "fp32") / s.plain_rate
+    fp8, plain = ([use.numbers for use in uses if use.form == form] for form in ("fp8", "fp32"))
+    seconds = 2 * total(fp8) / s.fp8_rate
+    return seconds + 2 * total(plain) / s.plain_rate if plain else seconds
 
 
 def _step(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout, gpus: list[Sheet]) -> None:

@@ -10,7 +10,7 @@ from dsmini.planner.figure import Figure, titles
 from dsmini.planner.pages import words
 from dsmini.planner.plan import SECTIONS, plan
 from dsmini.planner.vary import COMPARED, read_axis
-from tests.helpers.plans import Formulas, figures_of, hardware_of, plan_of, planned_with, setup_of, values_of
+from tests.helpers.plans import Formulas, figures_of, hardware_of, in_layout, plan_of, planned_with, setup_of, values_of
 
 V3_LAYOUT = "gpus=2048 pipeline=16 expert=64 moments=bfloat16"
 BF16 = f"{V3_LAYOUT} tensor=2 zero=1 schedule=zb1p precision=bf16 recompute=full"
@@ -136,24 +136,13 @@ def test_record_has_every_figure_in_base_units() -> None:
     figures = {name: figure for section in record["figures"].values() for name, figure in section.items()}
     assert {name: figure["value"] for name, figure in figures.items()} == {n: f.value for n, f in found.figures.items()}
     assert list(record["figures"]) == list(SECTIONS) and len(figures) > 280
-    assert {figure["unit"] for figure in figures.values()} >= {
-        "",
-        "B",
-        "FLOP",
-        "s",
-        "token",
-        "$",
-        "J",
-        "1/s",
-        "B/token",
-    }
+    units = {figure["unit"] for figure in figures.values()}
+    assert units >= {"", "B", "FLOP", "s", "token", "$", "J", "1/s", "B/token"}
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "toy"])
 def test_search_in_plain_numbers_is_the_explained_plan(name: str) -> None:
     made = setup_of(name)
-    from tests.helpers.plans import in_layout
-
     plain, explained = in_layout(made), plan_of(name).sheet
     for figure in explained:
         value = plain.get(figure.name)
