@@ -12,6 +12,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,20 @@ def read_table(path: Path, most: int = MOST_VALUES) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, want a table of keys")
     return value
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the tables of a file with a line of JSON for each; none if there is no file.
+
+    Lines that are torn, or hold something else, are left out: a kill or a full disk leaves such lines.
+    """
+    rows = []
+    if is_there(path):
+        with open_regular(path) as file:
+            for line in file:
+                with suppress(ValueError):
+                    rows.append(parse_json(line.decode(errors="replace"), path.name))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def parse_json(text: str, source: str, most: int = MOST_VALUES) -> Any:

@@ -82,7 +82,7 @@ def main(args: Sequence[str]) -> int:
         if training.config.train.diagnose:
             from dsmini.diagnosis.watch import RunWatch
 
-            training.watcher = RunWatch(training.trainer.device, chosen)
+            training.watch = RunWatch(training.trainer.device, chosen).see
         folder = training.folder
         complete = training.train()
         if not speaks():

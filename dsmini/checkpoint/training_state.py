@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dsmini.atomic import as_json, new_folder, remove_folders, remove_leftovers
-from dsmini.checkpoint.safetensors_files import SafetensorsReader, entries_of, write_safetensors
+from dsmini.atomic import as_json, remove_folders
+from dsmini.checkpoint.safetensors_files import SafetensorsReader
 from dsmini.config import RunConfig
 from dsmini.config.fields import build, check_types
 from dsmini.reading import UnreadableError, check_path, is_there, open_regular, parse_json, read_table, read_text
@@ -77,27 +77,6 @@ class Checkpoint:
     state: RunState
 
 
-def save_checkpoint(config: RunConfig, tensors: Tensors, state: RunState) -> Path:
-    """Save a checkpoint whole or not at all; then remove all but the newest train.keep up to this one.
-
-    Later ones are removed too: they are damaged, since the run did not continue from them. While steps are skipped all
-    earlier ones stay, because the run may have to return to one of them.
-
-    Raises: OSError; every earlier checkpoint is still there.
-    """
-    folder = checkpoint_folder(config, state.step)
-    remove_leftovers(folder.parent)  # no other process is writing there
-    with new_folder(folder, replace=True) as partial:
-        for part, named in tensors.items():
-            write_safetensors(partial / f"{part}.safetensors", entries_of(named), {"step": str(state.step)})
-        texts = state_texts(config, state)
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        write_manifest(partial, [*(f"{part}.safetensors" for part in tensors), *texts])
-    prune(config, state)
-    return folder
-
-
 def checkpoint_folder(config: RunConfig, step: int) -> Path:
     """Return the folder of a run's checkpoint after this many steps."""
     assert config.out is not None
@@ -110,7 +89,11 @@ def state_texts(config: RunConfig, state: RunState) -> dict[str, str]:
 
 
 def prune(config: RunConfig, state: RunState) -> None:
-    """Remove the checkpoints that `save_checkpoint` does not keep after one of this state."""
+    """Remove all checkpoints but the newest train.keep up to one of this state.
+
+    Later ones are removed too: they are damaged, since the run did not continue from them. While steps are skipped all
+    earlier ones stay, because the run may have to return to one of them.
+    """
     assert config.out is not None
     there = checkpoint_folders(config.out)
     keep = None if state.skipped_in_a_row else config.train.keep

@@ -42,7 +42,6 @@ from dsmini.diagnosis.findings import MOST_IDLE, load
 from dsmini.diagnosis.verdict import LEAST
 from dsmini.measure.cpu_time import CpuRates, CpuTimes
 from dsmini.training.trainer import StepResult
-from dsmini.training.watcher import BindingChange
 
 WINDOW = 20
 """Number of steps that a look rests on, and that a change must hold."""

@@ -1,4 +1,4 @@
-"""Save a checkpoint from all ranks: every rank writes its pieces into the same files.
+"""Save a checkpoint from all ranks, or the only one: every rank writes its pieces into the same files.
 
     rank 0    makes the hidden folder, and in it each file: its header, and room for all tensors
     all       write their own rows at their place in the file
@@ -68,12 +68,12 @@ def _plan(world: World, held: Held) -> tuple[dict[str, list[Entry]], Held]:
     Ranks that hold the same piece take turns: the first piece is written by the first of them, and so on.
     """
     mine = {part: {name: (t.dtype, piece) for name, (piece, t) in of.items()} for part, of in held.items()}
-    files: dict[str, dict[str, Entry]] = {}
+    files: dict[str, dict[str, Entry]] = {part: {} for part in held}  # all ranks have the same parts; one may be empty
     holders: dict[tuple[str, str, int], list[int]] = {}
     for rank, of_rank in enumerate(world.gather(mine)):
         for part, named in of_rank.items():
             for name, (dtype, piece) in named.items():
-                files.setdefault(part, {})[name] = Entry(name, dtype, piece.shape, lambda: torch.empty(0))
+                files[part][name] = Entry(name, dtype, piece.shape, lambda: torch.empty(0))
                 holders.setdefault((part, name, piece.first), []).append(rank)
     writers = {key: ranks[turn % len(ranks)] for turn, (key, ranks) in enumerate(sorted(holders.items()))}
     my_part = {

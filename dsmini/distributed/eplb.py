@@ -17,6 +17,7 @@ Source: github.com/deepseek-ai/EPLB and the DeepSeek-V3 report, sections 3.4.1 a
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,7 @@ from dsmini.config.fields import require
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
-from dsmini.reading import is_there, open_regular, parse_json
+from dsmini.reading import is_there, read_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,13 +173,9 @@ def loads_of_run(folder: Path, last: int | None = None) -> Int[np.ndarray, "laye
     path = folder / "metrics.jsonl"
     require(is_there(path), f"{folder} has no {path.name}; name the folder of a training run")
     steps: list[np.ndarray] = []
-    with open_regular(path) as file:
-        for line in file:
-            try:
-                row = parse_json(line.decode(errors="replace"), path.name)
-                table = np.array(row.get("loads") if isinstance(row, dict) else None)
-            except ValueError:  # a torn line, or rows of different lengths
-                continue
+    for row in read_rows(path):
+        with suppress(ValueError):  # rows of different lengths
+            table = np.array(row.get("loads"))
             if table.ndim == 2 and table.size and table.dtype.kind == "i" and (table >= 0).all():
                 steps.append(table)
     require(bool(steps), f"{path} has no loads of experts; name a run of a model with experts, not a dense one")

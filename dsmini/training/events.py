@@ -25,7 +25,7 @@ from dsmini.atomic import sync
 from dsmini.checkpoint.training_state import checkpoint_folder, checkpoint_folders
 from dsmini.config import RunConfig
 from dsmini.console.printable import printable
-from dsmini.reading import is_there, open_regular, parse_json
+from dsmini.reading import read_rows
 
 Event = Mapping[str, Any]
 """A line of the log."""
@@ -75,17 +75,9 @@ def _append(path: Path, line: bytes) -> None:
 
 def read_events(run: Path, rank: int = 0) -> list[Event]:
     """Return the events of a run as a rank wrote them, without torn lines; none if there is no log."""
-    path, events = log_path(run, rank), []
-    if not is_there(path):
-        return events
     kinds = {"event": str, "time": int | float, "attempt": int, "step": int}
-    with open_regular(path) as file:
-        for line in file:
-            with suppress(ValueError):
-                row = parse_json(line.decode(errors="replace"), path.name)
-                if isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
-                    events.append(row)
-    return events
+    rows = read_rows(log_path(run, rank))
+    return [row for row in rows if all(isinstance(row.get(name), kind) for name, kind in kinds.items())]
 
 
 # --- crash loops

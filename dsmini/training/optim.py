@@ -1,12 +1,14 @@
 """The optimizers: Muon for the matrices inside the blocks, AdamW for the rest or for all; and their state.
 
+The parameters that learn in a stage of sparse attention, and the average of the parameters, are here too.
+
 Muon (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982) turns a matrix's momentum into the nearest matrix whose
 singular values are all 1, so that no direction of the update is lost next to a few large ones.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.optim import Optimizer
 from dsmini.checkpoint.training_state import check_tensors
 from dsmini.config import TrainConfig
 from dsmini.distributed.data_parallel import local
+from dsmini.nn import dsa_layers
 from dsmini.numerics.orthogonalize import JORDAN, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz, muon_update
 
 
@@ -177,6 +180,30 @@ def is_of_indexer(name: str) -> bool:
     return ".indexer." in name
 
 
+def begin_stage(model: nn.Module, stage: Literal["warmup", "sparse"]) -> list[set[str]]:
+    """Let the parameters of a stage learn, and no others; return the names of each group that is clipped apart.
+
+        warmup    attention to all keys    the indexers learn, nothing else has a gradient    1000 steps, rate 1e-3
+        sparse    attention to the picks   all learns, each part from its own loss            15000 steps, 7.3e-6
+
+    The indexers are a group of their own: the main model moves as far as it would without their loss. There are no
+    groups in a model without indexers: it is clipped as a whole, whatever the stage.
+
+    Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1.1.
+    """
+    named = dict(model.named_parameters())
+    layers = dsa_layers(model)
+    if not layers:
+        return []
+    for layer in layers:
+        layer.stage = stage
+    of_indexers = set(filter(is_of_indexer, named))
+    rest = named.keys() - of_indexers
+    for name in rest:
+        named[name].requires_grad_(stage == "sparse")
+    return [rest, of_indexers] if stage == "sparse" else [of_indexers]
+
+
 # --- their state
 
 
@@ -245,3 +272,33 @@ def _kinds(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor]:
         return {"momentum": like}
     moments = like.bfloat16() if isinstance(optimizer, AdamWBF16) else like
     return {"step": torch.empty((), device="meta"), "exp_avg": moments, "exp_avg_sq": moments}
+
+
+# --- the average of the parameters
+
+
+class ParameterAverage:
+    """An exponential moving average of a model's parameters, on the CPU in FP32.
+
+    V3 has one to estimate the model after the decay of the learning rate (report, section 3.2.3). It starts as a copy
+    of the parameters. Its decay grows from 0.1 as min(decay, (1 + t) / (10 + t)), so the start is soon forgotten.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.tensors = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in named}
+
+    @torch.no_grad()
+    def update(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Add the parameters after one more step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        for name, p in named:
+            self.tensors[name].lerp_(p.detach().to("cpu", torch.float32), 1 - decay)
+
+    def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
+        """Load a saved average."""
+        for name, mean in self.tensors.items():
+            mean.copy_(tensors[name])
+        self.updates = updates

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsmini.checkpoint.run_folder import is_model_folder, read_summary, run_config, tokenizer_file
 from dsmini.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from dsmini.config.fields import Effect, plain
+from dsmini.config.fields import Effect, plain, require
 from dsmini.console.commandline import take_folder
 from dsmini.reading import is_there, read_bytes, read_table
 
@@ -125,35 +125,20 @@ def _first_weights(path: Path, say: Callable[[str], None]) -> FirstWeights:
 
     if is_model_folder(path):
         there, tokenizer = find_initial_weights(path)
-        model = there.config
-        train = TrainConfig(seq_len=min(model.max_seq_len, FOLDER_SEQ_LEN))
-        run = RunConfig(model=model, data=DataConfig(tokenizer=tokenizer), train=train)
+        train = TrainConfig(seq_len=min(there.config.max_seq_len, FOLDER_SEQ_LEN))
+        run = RunConfig(model=there.config, data=DataConfig(tokenizer=tokenizer), train=train)
         return FirstWeights(folder=path, step=None, rows=there.rows, run=run)
     found = model_checkpoint(path, say=say)
-    data = found.config.data
+    data, mapped = found.config.data, model_tensors(found)  # views of the file
     copy = found.folder.resolve().parent.parent / "tokenizer.json"
     if data.tokenizer is not None and is_there(copy):  # the original may have changed, or be gone
         data = dataclasses.replace(data, tokenizer=copy)
     run = RunConfig(model=found.config.model, data=data)
-    mapped = model_tensors(found)  # views of the file
     return FirstWeights(folder=found.folder, step=found.state.step, rows=lambda name, rows: mapped[name][rows], run=run)
 
 
-def _first_weights_again(run: Path, say: Callable[[str], None]) -> FirstWeights | None:
-    """Read the weights that a run without a checkpoint started from; None if they were random."""
-    if not is_there(run / INIT):
-        return None
-    table = read_table(run / INIT)
-    folder = table.get("checkpoint", table.get("folder"))
-    if not isinstance(folder, str):
-        raise ValueError(f"{run / INIT} names no checkpoint or folder; start a new run with --init")
-    try:
-        return _first_weights(Path(folder), say)
-    except ValueError as error:
-        raise ValueError(f"{run} has no checkpoint, and the weights it started from cannot be read: {error}") from None
-
-
 def _origin_of_stopped(run: Path, say: Callable[[str], None]) -> RunOrigin:
+    """Find a run to continue; if it has no checkpoint, the weights that it started from too, unless they were drawn."""
     if run.resolve().parent.name == "checkpoints":
         whole = run.resolve().parent.parent
         raise ValueError(
@@ -162,8 +147,16 @@ def _origin_of_stopped(run: Path, say: Callable[[str], None]) -> RunOrigin:
         )
     from dsmini.checkpoint.training_state import checkpoint_folders
 
-    before = dataclasses.replace(run_config(run), out=run)
-    weights = None if checkpoint_folders(run) else _first_weights_again(run, say)
+    before, weights = dataclasses.replace(run_config(run), out=run), None
+    if not checkpoint_folders(run) and is_there(run / INIT):
+        table = read_table(run / INIT)
+        folder = table.get("checkpoint", table.get("folder"))
+        require(isinstance(folder, str), f"{run / INIT} names no checkpoint or folder; start a new run with --init")
+        try:
+            weights = _first_weights(Path(str(folder)), say)
+        except ValueError as error:
+            sentence = f"{run} has no checkpoint, and the weights it started from cannot be read: {error}"
+            raise ValueError(sentence) from None
     return RunOrigin(config=before, resume=run, weights=weights, before=before)
 
 
@@ -190,13 +183,11 @@ def _check_tokenizer(run: Path, old: RunConfig, config: RunConfig) -> None:
     own, given = tokenizer_file(run, config), config.data.tokenizer
     if own is None or given is None or given == old.data.tokenizer:
         return
-    if not given.is_file():
-        raise ValueError(f"there is no file {given}; leave --data.tokenizer out: {own} is used")
-    if read_bytes(given) != read_bytes(own):
-        raise ValueError(
-            f"{run} was trained with {own}, {given} is another tokenizer; leave --data.tokenizer out, "
-            "or start a new run"
-        )
+    require(given.is_file(), f"there is no file {given}; leave --data.tokenizer out: {own} is used")
+    require(
+        read_bytes(given) == read_bytes(own),
+        f"{run} was trained with {own}, {given} is another tokenizer; leave --data.tokenizer out, or start a new run",
+    )
 
 
 # --- the changes that are allowed

@@ -1,17 +1,15 @@
 """The plots of a run: losses, gradient norm and learning rate, the loads of the experts, the figures of indexers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from dsmini.atomic import new_file
 from dsmini.training.record import StepRecord
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LN2 = math.log(2)
 PALE, BLUE, ORANGE = "#9db4d0", "#1f4e8c", "#c8501e"
@@ -33,95 +31,86 @@ def plot_run(run: Path, steps: Sequence[StepRecord], loads: Mapping[str, Sequenc
 
 
 def _plot_loss(path: Path, steps: Sequence[StepRecord]) -> None:
-    from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
-
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    axes, below = figure.subplots(2, 1, height_ratios=(3.4, 1), sharex=True)
-    x, raw = [record.step for record in steps], _column([record.loss for record in steps])
-    mtp = _smooth(_column([record.mtp_loss for record in steps]))
-    axes.plot(x, raw, color=PALE, linewidth=0.8, label="training, each step")
-    if any(value > 0 for value in mtp):
-        axes.plot(x, mtp, color="#7a7a7a", linewidth=0.9, label="multi-token prediction, smoothed")
-    axes.plot(x, _smooth(raw), color=BLUE, linewidth=1.8, label="training, smoothed")
-    validated = [(record.step, record.val_loss) for record in steps if record.val_loss is not None]
-    if validated:
-        label = f"validation, last {validated[-1][1]:.3f}"
-        axes.plot(*zip(*validated, strict=True), "o-", color=ORANGE, markersize=4, label=label)
-    axes.set(ylabel="cross-entropy, nats a token", title="Loss")
-    right = axes.secondary_yaxis("right", functions=(lambda v: np.divide(v, LN2), lambda v: np.multiply(v, LN2)))
-    right.set_ylabel("bits a token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-
-    norms = _column([record.grad_norm for record in steps])
-    below.plot(x, norms, color=PALE, linewidth=0.8)
-    if any(norm > 0 for norm in norms):
-        below.set_yscale("log")
-    below.set(xlabel="step", ylabel="gradient norm")
-    below.grid(alpha=0.3)
-    rate = below.twinx()
-    rate.plot(x, _column([record.lr for record in steps]), color=ORANGE, linewidth=1.4)
-    rate.set_ylabel("learning rate", color=ORANGE)
-    rate.set_ylim(bottom=0)
-    _save(figure, path)
+    with _picture(path, 6, (3.4, 1)) as (axes, below):
+        x, raw = [record.step for record in steps], _column(steps, "loss")
+        mtp = _smooth(_column(steps, "mtp_loss"))
+        axes.plot(x, raw, color=PALE, linewidth=0.8, label="training, each step")
+        if any(value > 0 for value in mtp):
+            axes.plot(x, mtp, color="#7a7a7a", linewidth=0.9, label="multi-token prediction, smoothed")
+        axes.plot(x, _smooth(raw), color=BLUE, linewidth=1.8, label="training, smoothed")
+        validated = [(record.step, record.val_loss) for record in steps if record.val_loss is not None]
+        if validated:
+            label = f"validation, last {validated[-1][1]:.3f}"
+            axes.plot(*zip(*validated, strict=True), "o-", color=ORANGE, markersize=4, label=label)
+        axes.set(ylabel="cross-entropy, nats a token", title="Loss")
+        right = axes.secondary_yaxis("right", functions=(lambda v: np.divide(v, LN2), lambda v: np.multiply(v, LN2)))
+        right.set_ylabel("bits a token")
+        axes.legend()
+        norms = _column(steps, "grad_norm")
+        below.plot(x, norms, color=PALE, linewidth=0.8)
+        if any(norm > 0 for norm in norms):
+            below.set_yscale("log")
+        below.set(xlabel="step", ylabel="gradient norm")
+        rate = below.twinx()
+        rate.plot(x, _column(steps, "lr"), color=ORANGE, linewidth=1.4)
+        rate.set_ylabel("learning rate", color=ORANGE)
+        rate.set_ylim(bottom=0)
 
 
 def _plot_loads(path: Path, steps: Sequence[StepRecord], loads: Mapping[str, Sequence[float]]) -> None:
     from matplotlib.colors import TwoSlopeNorm
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 1.8 + 0.35 * len(loads) + 2.4), layout="constrained")
-    heat, line = figure.subplots(2, 1, height_ratios=(1 + 0.35 * len(loads), 2.4))
-    largest = max(max(shares) for shares in loads.values())
-    norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=max(2, largest))  # white is an equal share, whatever the largest is
-    image = heat.imshow(list(loads.values()), cmap="RdBu_r", norm=norm, aspect="auto")
-    heat.set(xlabel="expert", title="Load of each expert in the last steps, 1 = an equal share")
-    heat.set_yticks(range(len(loads)), list(loads))
-    figure.colorbar(image, ax=heat)
-    line.plot([record.step for record in steps], _smooth(_column([record.max_vio for record in steps])), color=BLUE)
-    line.set(xlabel="step", ylabel="MaxVio", title="(largest load - mean) / mean, smoothed; 0 = perfect balance")
-    line.set_ylim(bottom=0)
-    line.grid(alpha=0.3)
-    _save(figure, path)
+    heights = (1 + 0.35 * len(loads), 2.4)
+    with _picture(path, 0.8 + sum(heights), heights, sharex=False) as (heat, line):
+        largest = max(max(shares) for shares in loads.values())
+        norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=max(2, largest))  # white is an equal share, whatever the largest is
+        image = heat.imshow(list(loads.values()), cmap="RdBu_r", norm=norm, aspect="auto")
+        heat.set(xlabel="expert", title="Load of each expert in the last steps, 1 = an equal share")
+        heat.set_yticks(range(len(loads)), list(loads))
+        heat.grid(visible=False)
+        heat.figure.colorbar(image, ax=heat)
+        line.plot([record.step for record in steps], _smooth(_column(steps, "max_vio")), color=BLUE)
+        line.set(xlabel="step", ylabel="MaxVio", title="(largest load - mean) / mean, smoothed; 0 = perfect balance")
+        line.set_ylim(bottom=0)
 
 
 def _plot_indexers(path: Path, steps: Sequence[StepRecord]) -> None:
-    from matplotlib.figure import Figure
+    with _picture(path, 6, (1, 1)) as (top, below):
+        x = [record.step for record in steps]
+        layers = [record.scores.get("layer_indexer_kl") for record in steps]
+        for layer in range(max((len(of) for of in layers if isinstance(of, list)), default=0)):
+            kl = [of[layer] if isinstance(of, list) and layer < len(of) else math.nan for of in layers]
+            top.plot(x, _smooth(kl), color=PALE, linewidth=0.8, label="each layer" if layer == 0 else None)
+        top.plot(x, _smooth(_column(steps, "indexer_kl")), color=BLUE, linewidth=1.8, label="mean")
+        top.set(ylabel="KL divergence, nats", title="Attention that the indexers miss")
+        top.set_ylim(bottom=0)
+        for name, color, label in (
+            ("indexer_mass", BLUE, "share of attention on the picks"),
+            ("indexer_recall", ORANGE, "share of the top-k keys that is picked"),
+        ):
+            below.plot(x, _smooth(_column(steps, name)), color=color, label=label)
+        below.set(xlabel="step", ylim=(0, 1.02))
+        top.legend()
+        below.legend()
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    top, below = figure.subplots(2, 1, sharex=True)
-    x = [record.step for record in steps]
-    layers = [record.scores.get("layer_indexer_kl") for record in steps]
-    for layer in range(max((len(of) for of in layers if isinstance(of, list)), default=0)):
-        kl = [of[layer] if isinstance(of, list) and layer < len(of) else None for of in layers]
-        top.plot(x, _smooth(_column(kl)), color=PALE, linewidth=0.8, label="each layer" if layer == 0 else None)
-    top.plot(x, _smooth(_scores(steps, "indexer_kl")), color=BLUE, linewidth=1.8, label="mean")
-    top.set(ylabel="KL divergence, nats", title="Attention that the indexers miss")
-    below.plot(x, _smooth(_scores(steps, "indexer_mass")), color=BLUE, label="share of attention on the picks")
-    below.plot(
-        x, _smooth(_scores(steps, "indexer_recall")), color=ORANGE, label="share of the top-k keys that is picked"
-    )
-    below.set(xlabel="step", ylim=(0, 1.02))
-    for axes in (top, below):
+
+@contextmanager
+def _picture(path: Path, height: float, heights: tuple[float, float], sharex: bool = True) -> Iterator[tuple[Any, Any]]:
+    """Yield two axes, one below the other, and save the whole picture, or leave the one before."""
+    from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
+
+    figure = Figure(figsize=(8, height), layout="constrained")
+    both = figure.subplots(2, 1, height_ratios=heights, sharex=sharex)
+    for axes in both:
         axes.grid(alpha=0.3)
-        axes.legend()
-    top.set_ylim(bottom=0)
-    _save(figure, path)
-
-
-def _scores(steps: Sequence[StepRecord], name: str) -> list[float]:
-    values = [record.scores.get(name) for record in steps]
-    return _column([value if isinstance(value, float) else None for value in values])
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    """Save a whole picture or leave the one before, so that nobody sees half of one during the run."""
+    yield both
     with new_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
 
-def _column(values: Sequence[float | None]) -> list[float]:
-    """Return one figure of every step, with NaN where it was not finite."""
+def _column(steps: Sequence[StepRecord], name: str) -> list[float]:
+    """Return one figure of every step, with NaN where there is none, or it was not finite."""
+    values = [getattr(record, name, record.scores.get(name)) for record in steps]
     return [math.nan if value is None else value for value in values]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from dsmini.checkpoint.training_state import RunState
 from dsmini.nn import max_violation
-from dsmini.reading import is_there, open_regular, parse_json
+from dsmini.reading import read_rows
 from dsmini.training.trainer import StepResult
 
 METRICS = "metrics.jsonl"
@@ -127,15 +127,10 @@ KINDS = {name: _kinds(hint) for name, hint in get_type_hints(StepRecord).items()
 
 def read_records(run: Path) -> list[StepRecord]:
     """Read metrics.jsonl, leaving out lines that are torn or incomplete."""
-    path = run / METRICS
     records = []
-    if not is_there(path):
-        return records
-    with open_regular(path) as file:
-        for line in file:
-            with suppress(ValueError):
-                row = parse_json(line.decode(errors="replace"), METRICS)
-                records.append(StepRecord.from_row(row if isinstance(row, dict) else {}))
+    for row in read_rows(run / METRICS):
+        with suppress(ValueError):
+            records.append(StepRecord.from_row(row))
     return records
 
 

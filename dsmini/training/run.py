@@ -1,4 +1,4 @@
-"""A whole training run: the loop of batch, step, log, save and validate, up to the end or a stop."""
+"""A whole training run, as one loop: step, log, save, validate, record, up to the end or a stop."""
 
 import io
 import json
@@ -6,19 +6,18 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from rich.console import Console
 
 from dsmini.atomic import write_json, write_text
-from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.checkpoint.run_folder import run_tokenizer
-from dsmini.checkpoint.safetensors_files import SafetensorsReader
+from dsmini.checkpoint.trained_model import load_run
 from dsmini.checkpoint.training_state import (
     Checkpoint,
     checkpoint_folder,
@@ -45,12 +44,23 @@ from dsmini.training.spikes import Spikes
 from dsmini.training.stopping import StopAskedError, StopSignals, asked_to_stop
 from dsmini.training.tensorboard import TensorBoard
 from dsmini.training.trainer import StepResult, Trainer
-from dsmini.training.watcher import BindingChange, Watcher
 
 PLOT_EVERY = 30.0
 """Shortest training time between two drawings on the way, in seconds."""
 PLOT_SHARE = 0.01
 """Largest share of the training time that drawing may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BindingChange:
+    """A change of what binds a run."""
+
+    binds: str
+    """Data, Algorithm, Machine, or "" for nothing."""
+    share: float | None
+    """Share of what binds, such as the share of a step that waits; None for nothing."""
+    sentence: str
+    """The change for people, with its step and its figures."""
 
 
 class TrainingRun:
@@ -74,11 +84,14 @@ class TrainingRun:
         self.spikes = Spikes()
         self.heartbeat: Heartbeat | None = None
         trainer.phase = self.phase
-        self.board: TensorBoard | None = None
-        self.watcher: Watcher | None = None
-        """Told of every step, to say when what binds the run changes."""
+        self.watch: Callable[[StepResult], BindingChange | None] | None = None
+        """Told of every step, to say when what binds the run changes. It changes no tensor and draws no number."""
+        self.asked = StopSignals()
+        """The signals that ask this run to stop."""
+        self.progress = TrainingProgress(console, config.train.steps)
         self.metrics: TextIO = io.StringIO()
         """metrics.jsonl while steps are taken."""
+        self.board: TensorBoard | None = None
         self.failure: OSError | None = None
         """The error of rank 0 for which all processes stop."""
         self.plot_seconds = 0.0
@@ -93,55 +106,53 @@ class TrainingRun:
             differ, and after more than train.max_rewinds spikes; OSError, or rich's exit for a closed pipe, where
             something could not be written, after saving the state if that can be done.
         """
-        progress = TrainingProgress(self.console, self.config.train.steps, self.config.seq_len)
         self._begin(self.trainer.steps_done)
+        agree = self.world.any if self.world.size > 1 else None
+        self.progress = TrainingProgress(self.console, self.config.train.steps)
         try:
-            with self._watched(), asked_to_stop(self.world.any if self.world.size > 1 else None) as asked, progress:
+            with self._heard(), asked_to_stop(agree) as self.asked, self.progress:
                 self._open_records()
-                self._take_steps(progress, asked)
+                self._take_steps()
             if self.failure is not None:
                 raise self.failure
             self.saver.finish()
         except BaseException as error:
-            with suppress(NotSavedError):  # the first error is the one to tell
-                self.saver.finish()
-            self.note("failed", error=type(error).__name__)
-            records = self.history.records
-            failed_to_write = isinstance(error, OSError | SystemExit) and not isinstance(error, NotSavedError)
-            whole = bool(records) and records[-1].step == self.trainer.steps_done
-            if failed_to_write and self.world.size == 1 and whole:
-                self._save()
+            self._save_what_is_whole(error)
             raise
         finally:
             self._close_records()
-        self.note("stopped" if asked.agreed else "finished")
-        return not asked.agreed
+        self.note("stopped" if self.asked.agreed else "finished")
+        return not self.asked.agreed
 
-    def _take_steps(self, progress: TrainingProgress, asked: StopSignals) -> None:
-        train, history, trainer = self.config.train, self.history, self.trainer
+    def _take_steps(self) -> None:
+        train, trainer, history, asked = self.config.train, self.trainer, self.history, self.asked
         trainer.stop = lambda: bool(asked.numbers)
         if history.records:  # resumed: the last step may not have been validated yet
             if history.records[-1].val_loss is None:
-                self._validate(progress, asked)
-            self._record(asked)
+                self._validate()
+            self._record()
         while trainer.steps_done < train.steps and not (asked.agreed and history.records):
+            # 1. step
             step = trainer.step()
             stopping = asked.agreed = asked.agreed or step.stopping
-            change = None if self.watcher is None else self.watcher.see(step)
+            change = None if self.watch is None else self.watch(step)
             self._after_step(step)
             spiked = train.max_rewinds > 0 and self.spikes.see(step.step, step.loss)
-            if spiked and self._rewind(step, progress, asked):
+            if spiked and self._rewind(step):
                 continue
+            # 2. log
             self._keep(step, change)
-            progress.show(step, history.tokens_per_s(), "" if change is None else change.sentence)
+            self.progress.show(step, history.tokens_per_s(), "" if change is None else change.sentence)
+            # 3. save
             last, lost = step.step == train.steps, history.skipped_in_a_row >= train.max_skipped
             if last or stopping or lost:
-                self._tell_failure(self.saver.finish, progress)
+                self._tell_failure(self.saver.finish)
                 self._save()
             elif step.step % train.save_every == 0 and not step.skipped:  # else nothing new is to be saved
-                self._tell_failure(lambda: self._save(background=train.save_in_background), progress)
-            self._validate(progress, asked)
-            self._record(asked)
+                self._tell_failure(lambda: self._save(background=train.save_in_background))
+            # 4. validate, record
+            self._validate()
+            self._record()
             if lost:
                 raise told(ArithmeticError(self._why_lost()))
             validated = history.records[-1].val_loss is not None
@@ -150,69 +161,33 @@ class TrainingRun:
         if asked.agreed:
             self._save()  # if the signal came after the last save
 
+    def _after_step(self, step: StepResult) -> None:
+        """Log a step, and compare replicas from time to time."""
+        self.note("step", seconds=step.seconds)
+        self.phase("between")
+        every = self.config.parallel.check_replicas
+        if every and step.step % every == 0:
+            self._compare_replicas()
+
     def _keep(self, step: StepResult, change: BindingChange | None = None) -> None:
-        """Add a step to the history, with the change that the watcher saw at it."""
-        asked = {"val_loss_ema": self.trainer.average is not None}
-        asked |= {"val_loss_at_eval_context": self.config.train.eval_context is not None}
-        asked |= dict.fromkeys(("binds", "binds_share"), self.watcher is not None)
-        scores: dict[str, float | str | None] = {name: None for name, wanted in asked.items() if wanted}
+        """Add a step to the history, with the change of what binds that was seen at it."""
+        scores: dict[str, Any] = {} if self.trainer.average is None else {"val_loss_ema": None}
+        scores |= {} if self.config.train.eval_context is None else {"val_loss_at_eval_context": None}
+        if self.watch is not None:
+            scores |= {"binds": change and change.binds, "binds_share": change and change.share}
         if step.spread is not None:
             scores |= {"spread": step.spread, "busiest": float(max(range(len(step.work)), key=step.work.__getitem__))}
-        if change is not None:
-            scores |= {"binds": change.binds, "binds_share": change.share}
         self.history.add(StepRecord.of(step, peak_memory(self.trainer.device), scores))
 
-    def _validate(self, progress: TrainingProgress, asked: StopSignals) -> None:
+    def _validate(self) -> None:
         """Validate the last step if that is due, and save it if a signal comes: a resumed run validates it again."""
         self.phase("validating")
         try:
-            if not asked.agreed and (scores := validate(self.trainer, progress, asked)):
+            if not self.asked.agreed and (scores := validate(self.trainer, self.progress, self.asked)):
                 self.history.validated(**scores)
                 self.note("validated")
         except StopAskedError:
             self._save()
-
-    def _save(self, *, background: bool = False) -> None:
-        if self.saver.saved_at == self.trainer.steps_done:
-            return
-        self.phase("saving")
-        with patience(self.console, "saving"):
-            self._compare_replicas()  # a flipped bit must not be saved
-            self.saver.save(background=background)
-
-    def _tell_failure(self, save: Callable[[], None], progress: TrainingProgress) -> None:
-        """Do something for a checkpoint on the way. A failure is only reported: nothing is lost yet."""
-        try:
-            save()
-        except NotSavedError as error:
-            progress.say(f"{error}; training continues")
-
-    def _rewind(self, step: StepResult, progress: TrainingProgress, asked: StopSignals) -> bool:
-        """Return to the last checkpoint after a spike, and leave out the batches since; False if there is none.
-
-        Raises: ArithmeticError after train.max_rewinds of them.
-        """
-        most = self.config.train.max_rewinds
-        self._tell_failure(self.saver.finish, progress)
-        if not self.world.first(lambda: bool(checkpoint_folders(self.folder))):
-            progress.say(f"step {step.step}: the loss is a spike; there is no checkpoint to return to")
-            return False
-        checkpoint = self.newest_checkpoint(progress.say)
-        left_out = self.trainer.left_out.skip(checkpoint.state.sequences, self.trainer.sequences, most_rewinds=most)
-        self._close_records()
-        self.saver.restore(checkpoint)
-        self.trainer.left_out = left_out
-        self.spikes.rewind(self.trainer.steps_done)
-        self.note("rewound")
-        self._open_records()
-        self._record(asked)
-        self.saver.saved_at = None  # saved again, so that a run that is killed now knows what it leaves out
-        self._tell_failure(self._save, progress)
-        progress.say(
-            f"step {step.step}: the loss {step.loss:.3f} is a spike; back to step {checkpoint.state.step}, without the "
-            f"batches since (rewind {left_out.rewinds} of {most})"
-        )
-        return True
 
     def _why_lost(self) -> str:
         """Return in words what happened, and where to continue with a smaller learning rate."""
@@ -228,6 +203,32 @@ class TrainingRun:
         )
 
     # --- checkpoints
+
+    def _save(self, *, background: bool = False) -> None:
+        if self.saver.saved_at == self.trainer.steps_done:
+            return
+        self.phase("saving")
+        with patience(self.console, "saving"):
+            self._compare_replicas()  # a flipped bit must not be saved
+            self.saver.save(background=background)
+
+    def _tell_failure(self, save: Callable[[], None]) -> None:
+        """Do something for a checkpoint on the way. A failure is only reported: nothing is lost yet."""
+        try:
+            save()
+        except NotSavedError as error:
+            self.progress.say(f"{error}; training continues")
+
+    def _save_what_is_whole(self, error: BaseException) -> None:
+        """Note that a run ends by an error; save it where only a file of its figures could not be written."""
+        with suppress(NotSavedError):  # the first error is the one to tell
+            self.saver.finish()
+        self.note("failed", error=type(error).__name__)
+        records = self.history.records
+        failed_to_write = isinstance(error, OSError | SystemExit) and not isinstance(error, NotSavedError)
+        whole = bool(records) and records[-1].step == self.trainer.steps_done
+        if failed_to_write and self.world.size == 1 and whole:
+            self._save()
 
     def newest_checkpoint(self, say: Callable[[str], None]) -> Checkpoint:
         """Return the newest checkpoint that is whole and fits, as all processes read it. Raises: as last_checkpoint."""
@@ -248,6 +249,33 @@ class TrainingRun:
             of = f"{lost} of {checkpoint.state.step} steps"
             say(self.console, f"{METRICS} lacks {of}; the plots leave them out")
 
+    def _rewind(self, step: StepResult) -> bool:
+        """Return to the last checkpoint after a spike, and leave out the batches since; False if there is none.
+
+        Raises: ArithmeticError after train.max_rewinds of them.
+        """
+        most = self.config.train.max_rewinds
+        self._tell_failure(self.saver.finish)
+        if not self.world.first(lambda: bool(checkpoint_folders(self.folder))):
+            self.progress.say(f"step {step.step}: the loss is a spike; there is no checkpoint to return to")
+            return False
+        checkpoint = self.newest_checkpoint(self.progress.say)
+        left_out = self.trainer.left_out.skip(checkpoint.state.sequences, self.trainer.sequences, most_rewinds=most)
+        self._close_records()
+        self.saver.restore(checkpoint)
+        self.trainer.left_out = left_out
+        self.spikes.rewind(self.trainer.steps_done)
+        self.note("rewound")
+        self._open_records()
+        self._record()
+        self.saver.saved_at = None  # saved again, so that a run that is killed now knows what it leaves out
+        self._tell_failure(self._save)
+        self.progress.say(
+            f"step {step.step}: the loss {step.loss:.3f} is a spike; back to step {checkpoint.state.step}, without the "
+            f"batches since (rewind {left_out.rewinds} of {most})"
+        )
+        return True
+
     # --- what is written on the way
 
     def _open_records(self) -> None:
@@ -266,7 +294,7 @@ class TrainingRun:
         if self.board is not None:
             self.board.close()
 
-    def _record(self, asked: StopSignals) -> None:
+    def _record(self) -> None:
         """Write the record of the last step, which is complete now.
 
         Where there are other processes, an error asks all to stop after this step, and comes after their save.
@@ -283,7 +311,7 @@ class TrainingRun:
             if self.world.size == 1:
                 raise
             self.failure = error
-            asked.numbers.append(0)
+            self.asked.numbers.append(0)
 
     def note(self, event: str, step: int | None = None, **fields: Any) -> None:
         """Log an event of the whole run, once."""
@@ -329,14 +357,6 @@ class TrainingRun:
         if self.heartbeat is not None:
             self.heartbeat.beat(self.trainer.steps_done, name)
 
-    def _after_step(self, step: StepResult) -> None:
-        """Log a step, and compare replicas from time to time."""
-        self.note("step", seconds=step.seconds)
-        self.phase("between")
-        every = self.config.parallel.check_replicas
-        if every and step.step % every == 0:
-            self._compare_replicas()
-
     def _compare_replicas(self) -> None:
         """Compare what several ranks hold alike, bit for bit.
 
@@ -347,16 +367,15 @@ class TrainingRun:
         ranks, words = unequal_replicas(self.world, self.trainer.held_alike())
         if words:
             self.note("corrupted", rank=ranks)
-            raise told(
-                ArithmeticError(
-                    f"after step {self.trainer.steps_done} {words}: a bit flipped in memory; the run continues from "
-                    f"its last checkpoint with --resume {self.folder}"
-                )
+            sentence = (
+                f"after step {self.trainer.steps_done} {words}: a bit flipped in memory; the run continues from "
+                f"its last checkpoint with --resume {self.folder}"
             )
+            raise told(ArithmeticError(sentence))
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Watch over the processes of the run inside the block."""
+    def _heard(self) -> Iterator[None]:
+        """Exchange heartbeats with the other processes of the run inside the block."""
         world, timeout = self.world, self.config.parallel.timeout
         if world.size == 1:
             yield
@@ -388,22 +407,18 @@ class TrainingRun:
         return run_tokenizer(self.folder, self.config)
 
     def whole_model(self) -> Transformer:
-        """Return the model, or where several processes have parts of it, the saved one, whose memory is the file's.
+        """Return the model, or where several processes have parts of it, the saved one.
 
         Raises: ValueError for one that does not fit into this process next to its part.
         """
         if self.world.size == 1:
             return self.trainer.model
-        reader = SafetensorsReader(checkpoint_folder(self.config, self.trainer.steps_done) / "model.safetensors")
-        nbytes, device = sum(stored.nbytes for stored in reader.tensors.values()), self.trainer.device
-        refuse_too_large(nbytes, "the whole model in one process", device)
-        with torch.device("meta"):
-            model = Transformer(self.config.model, compute_dtype=self.trainer.model.compute_dtype)
-        model.load_state_dict(reader.read_all(), assign=True)
-        return model.to(device)
+        saved = checkpoint_folder(self.config, self.trainer.steps_done)
+        model, _ = load_run(saved, self.trainer.model.compute_dtype, verified=True)
+        return model.to(self.trainer.device)
 
 
-def moe_layers(config: ModelConfig) -> list[str]:
+def moe_layers(config: ModelConfig) -> Sequence[str]:
     """Return the names of the layers with experts, for people."""
-    names = [f"block {i}" for i in range(config.n_layers) if config.is_moe(i)]
-    return names + [f"MTP {k + 1}" for k in range(config.n_mtp_layers) if config.is_moe(config.n_layers + k)]
+    names = [f"block {i}" for i in range(config.n_layers)] + [f"MTP {k + 1}" for k in range(config.n_mtp_layers)]
+    return [name for layer, name in enumerate(names) if config.is_moe(layer)]

@@ -11,7 +11,6 @@ from dsmini.checkpoint.training_state import (
     check_tensors,
     checkpoint_folder,
     prune,
-    save_checkpoint,
     state_texts,
 )
 from dsmini.config import RunConfig
@@ -59,6 +58,8 @@ class Saver:
         """The stems of the tensor files of this run's checkpoints."""
         return ["model", "optimizer", "rng", *([] if self.trainer.average is None else ["average"])]
 
+    # --- restore
+
     def fits(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint that this run cannot continue from; ValueError says why. Changes nothing."""
         self.trainer.check(self.trainer.mine(checkpoint.tensors))
@@ -73,32 +74,29 @@ class Saver:
 
         Rank 0 alone has all records, which it writes and draws. All ranks have the last one, with its validation.
         """
-        records: list[StepRecord] = []
-
-        def read() -> list[StepRecord]:
-            assert self.config.out is not None
-            records.extend(read_records(self.config.out))
-            return [record for record in records if record.step == checkpoint.state.step]
-
-        last = self.world.first(read)
+        assert self.config.out is not None
+        records: list[StepRecord] = [] if self.world.rank else read_records(self.config.out)
+        last = self.world.first(lambda: [record for record in records if record.step == checkpoint.state.step])
         return self.world.together(lambda: self._restore(checkpoint, records or last))
 
     def _restore(self, checkpoint: Checkpoint, records: list[StepRecord]) -> int:
-        state, train = checkpoint.state, self.config.train
-        self.trainer.load(
-            self.trainer.mine(checkpoint.tensors),
+        state, train, trainer = checkpoint.state, self.config.train, self.trainer
+        trainer.load(
+            trainer.mine(checkpoint.tensors),
             steps_done=state.step,
             sequences=state.sequences,
             average_updates=state.average_updates,
         )
         if state.left_out:
-            self.trainer.left_out = SkippedBatches.from_json(state.left_out)
-        set_random_state(checkpoint.tensors["rng"], self.trainer.device)
+            trainer.left_out = SkippedBatches.from_json(state.left_out)
+        set_random_state(checkpoint.tensors["rng"], trainer.device)
         lost = self.history.restore(state, records, complete=state.step >= train.steps)
         if state.skipped_in_a_row >= train.max_skipped:  # it gave up; whoever resumes it gets that number again
             self.history.skipped_in_a_row = 0
         self.saved_at = state.step
         return lost
+
+    # --- save
 
     def save(self, *, background: bool = False) -> None:
         """Save the state after the last step, unless it is saved; NotSavedError names the newest checkpoint.
@@ -134,19 +132,16 @@ class Saver:
             writing.result()
 
     def _write(self, tensors: Tensors, pieces: Pieces, state: RunState, world: World) -> None:
-        """Write a checkpoint of these tensors, with those of the other processes."""
+        """Write a checkpoint of these tensors, with those of the other processes; then remove old ones."""
         config = self.config
         assert config.out is not None
         metrics = config.out / METRICS
+        held = {part: {name: (pieces[part][name], t) for name, t in of.items()} for part, of in tensors.items()}
         try:
             world.first(lambda: sync(metrics))  # the lines before the state's own must not be lost after it
-            if world.size == 1:
-                save_checkpoint(config, tensors, state)
-            else:
-                held = {part: {name: (pieces[part][name], t) for name, t in of.items()} for part, of in tensors.items()}
-                texts, metadata = state_texts(config, state), {"step": str(state.step)}
-                save_pieces(world, checkpoint_folder(config, state.step), held, texts, metadata)
-                world.first(lambda: prune(config, state))
+            texts, metadata = state_texts(config, state), {"step": str(state.step)}
+            save_pieces(world, checkpoint_folder(config, state.step), held, texts, metadata)
+            world.first(lambda: prune(config, state))
         except OSError as error:
             kept = self.saved_at is not None and checkpoint_folder(config, self.saved_at).is_dir()
             there = f"step {self.saved_at} is still there" if kept else "no earlier one is there"

@@ -10,6 +10,7 @@ out the batches since then, which did not spike again when they were fed to an o
 
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf, isfinite
@@ -56,14 +57,6 @@ class SkippedBatches:
     """Ranges (first, end) of sequence numbers, the end excluded; sorted, with a gap between two."""
     rewinds: int = 0
 
-    def __post_init__(self) -> None:
-        ends = [end for pair in self.ranges for end in pair]
-        if self.rewinds < 0 or any(end < 0 for end in ends) or any(a >= b for a, b in pairwise(ends)):
-            raise ValueError(
-                f"skipped batches are ranges={self.ranges}, rewinds={self.rewinds}; want ranges that are not empty, "
-                "sorted and apart, so restore the file that held them"
-            )
-
     def skip(self, first: int, end: int, *, most_rewinds: int) -> "SkippedBatches":
         """Return what is skipped after one more rewind, which leaves out the sequences from `first` to before `end`.
 
@@ -77,9 +70,9 @@ class SkippedBatches:
         merged: list[tuple[int, int]] = []
         for start, stop in sorted([*self.ranges, (first, end)]):
             if merged and start <= merged[-1][1]:
-                last = merged.pop()
-                start, stop = last[0], max(stop, last[1])
-            merged.append((start, stop))
+                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+            else:
+                merged.append((start, stop))
         return SkippedBatches(ranges=tuple(merged), rewinds=self.rewinds + 1)
 
     def next(self, first: int, rows: int) -> list[tuple[int, int]]:
@@ -103,8 +96,9 @@ class SkippedBatches:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "SkippedBatches":
         """Return the value that `to_json` wrote. Raises: ValueError for another one."""
-        try:
-            ranges = tuple((int(first), int(end)) for first, end in value["ranges"])
-            return cls(ranges=ranges, rewinds=int(value["rewinds"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"skipped batches are {value!r}, want ranges of two numbers each, and rewinds") from error
+        with suppress(KeyError, TypeError, ValueError):
+            ranges, rewinds = tuple((int(first), int(end)) for first, end in value["ranges"]), int(value["rewinds"])
+            ends = [-1, *(end for pair in ranges for end in pair)]
+            if rewinds >= 0 and all(a < b for a, b in pairwise(ends)):
+                return cls(ranges=ranges, rewinds=rewinds)
+        raise ValueError(f"skipped batches are {value!r}, want sorted ranges with gaps between them, and rewinds")

@@ -90,35 +90,29 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
 
 
 def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return a summary's figures in words."""
-    lines = []
-    if s["val_loss"] is not None:
-        where = f"{s['val_tokens']:,} held-out tokens: all whole windows of {s['seq_len']}"
-        if s["val_tokens"] < s["held_out_tokens"]:
-            where = f"{s['val_tokens']:,} of {s['held_out_tokens']:,} held-out tokens, in windows of {s['seq_len']}"
-        lines.append(("validation", f"{s['val_loss']:.4f} nats, {s['val_bits_per_byte']:.4f} bits a byte ({where})"))
-    if s["val_loss_at_eval_context"] is not None:
-        lines.append(("at context", f"{s['val_loss_at_eval_context']:.4f} nats in windows of {s['eval_context']}"))
-    if s["val_loss_ema"] is not None:
-        lines.append(("average", f"{s['val_loss_ema']:.4f} nats with the parameters' average over the steps"))
-    vs = f"{s['mha_cache_bytes_per_token']:,} with the same heads as MHA, {s['cache_saved']:.1%} less"
-    lines += [
-        ("parameters", f"{s['parameters']:,}, of which {s['active_parameters']:,} are active for a token"),
-        ("training", f"{s['tokens']:,} tokens in {s['train_seconds']:.0f} s: {s['tokens_per_s']:,.0f} tokens/s"),
-        ("speed", f"{s['flops_per_s'] / 1e9:.1f} GFLOP/s in {s['dtype']}"),
-        ("memory", f"{s['peak_memory'] / 2**20:,.0f} MiB at the peak"),
-        ("cache", f"{s['cache_bytes_per_token']:,} bytes a token in {s['dtype']}; {vs}"),
+    """Return a summary's figures in words. A line whose figure is None or 0 is left out."""
+    where = f"{s['val_tokens']:,} held-out tokens: all whole windows of {s['seq_len']}"
+    if s["val_tokens"] < s["held_out_tokens"]:
+        where = f"{s['val_tokens']:,} of {s['held_out_tokens']:,} held-out tokens, in windows of {s['seq_len']}"
+    saved = f"{{mha_cache_bytes_per_token:,}} with the same heads as MHA, {s['cache_saved']:.1%} less"
+    speed = f"{s['flops_per_s'] / 1e9:.1f} GFLOP/s in {{dtype}}"
+    rest = "the rest in starts, stops, saves, validations, and steps that were done again"
+    goodput = s["goodput"] if s["attempts"] > 1 else None
+    lines = [
+        ("val_loss", "validation", "{val_loss:.4f} nats, {val_bits_per_byte:.4f} bits a byte (" + where + ")"),
+        ("val_loss_at_eval_context", "at context", "{val_loss_at_eval_context:.4f} nats in windows of {eval_context}"),
+        ("val_loss_ema", "average", "{val_loss_ema:.4f} nats with the parameters' average over the steps"),
+        ("parameters", "parameters", "{parameters:,}, of which {active_parameters:,} are active for a token"),
+        ("tokens", "training", "{tokens:,} tokens in {train_seconds:.0f} s: {tokens_per_s:,.0f} tokens/s"),
+        ("dtype", "speed", speed),
+        ("dtype", "memory", f"{s['peak_memory'] / 2**20:,.0f} MiB at the peak"),
+        ("dtype", "cache", "{cache_bytes_per_token:,} bytes a token in {dtype}; " + saved),
+        ("max_vio", "balance", "MaxVio {max_vio:.2f}, mean over the layers and the last tenth of the steps"),
+        ("goodput", "time", "started {attempts} times; {goodput:.0%} of the time in training steps, " + rest),
+        ("skipped", "skipped", "{skipped} steps, for a gradient that was not finite"),
     ]
-    if s["max_vio"] is not None:
-        lines.append(("balance", f"MaxVio {s['max_vio']:.2f}, mean over the layers and the last tenth of the steps"))
-    if s["attempts"] > 1 and s["goodput"] is not None:
-        rest = "the rest in starts, stops, saves, validations, and steps that were done again"
-        lines.append(
-            ("time", f"started {s['attempts']} times; {s['goodput']:.0%} of the time in training steps, {rest}")
-        )
-    if s["skipped"]:
-        lines.append(("skipped", f"{s['skipped']} steps, for a gradient that was not finite"))
-    return lines
+    shown = s | {"goodput": goodput, "skipped": s["skipped"] or None}
+    return [(name, words.format_map(s)) for figure, name, words in lines if shown[figure] is not None]
 
 
 def write_sample(run: TrainingRun) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,19 +42,18 @@ class TensorBoard:
 
     def add(self, record: StepRecord) -> None:
         """Write a step. Missing figures are left out. Histograms of the loads come with each validation."""
-        step = record.step
-        for name in SCALARS:
-            if (value := getattr(record, name)) is not None:
-                self.writer.add_scalar(name, float(value), step)
-        for name, value in record.scores.items():
-            if name.startswith("indexer_") and isinstance(value, float):
-                self.writer.add_scalar(name, value, step)
-        for layer, vio in zip(self.layers, record.layer_max_vio or (), strict=False):
-            self.writer.add_scalar(f"max_vio/{layer}", vio, step)
+        scalars: dict[str, Any] = {name: getattr(record, name) for name in SCALARS}
+        scalars |= {name: value for name, value in record.scores.items() if name.startswith("indexer_")}
+        scalars |= {
+            f"max_vio/{layer}": vio for layer, vio in zip(self.layers, record.layer_max_vio or (), strict=False)
+        }
+        for name, value in scalars.items():
+            if value is not None:
+                self.writer.add_scalar(name, float(value), record.step)
         if record.val_loss is not None:
             for layer, loads in zip(self.layers, record.loads or (), strict=False):
                 counts = np.asarray(loads, dtype=np.float64)
-                self.writer.add_histogram(f"load/{layer}", counts / max(counts.mean(), 1.0), step)
+                self.writer.add_histogram(f"load/{layer}", counts / max(counts.mean(), 1.0), record.step)
 
     def close(self) -> None:
         """Write all events that are still in memory."""

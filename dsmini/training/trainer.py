@@ -18,9 +18,14 @@ from dsmini.distributed.pieces import HeldRows, Pieces
 from dsmini.machine import synchronize
 from dsmini.nn import IndexerLoss, Transformer, max_violation
 from dsmini.nn.losses import IGNORE
-from dsmini.training.average import ParameterAverage
-from dsmini.training.dsa_stage import begin_stage
-from dsmini.training.optim import check_optimizer_state, load_optimizer_state, optimizer_state, optimizers
+from dsmini.training.optim import (
+    ParameterAverage,
+    begin_stage,
+    check_optimizer_state,
+    load_optimizer_state,
+    optimizer_state,
+    optimizers,
+)
 from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
 from dsmini.training.spikes import SkippedBatches
 

@@ -9,7 +9,7 @@ import torch
 from dsmini import ModelConfig, Transformer, ops
 from dsmini.accounting import activation_bytes
 from dsmini.measure.memory import saved_for_backward
-from dsmini.training.dsa_stage import begin_stage
+from dsmini.training.optim import begin_stage
 from tests.helpers.accounting import DTYPES, attention_by, fused, sized
 from tests.helpers.configs import DSA, released
 

@@ -18,7 +18,7 @@ from dsmini.accounting import (
     training_bytes,
 )
 from dsmini.accounting.memory import saved_weight_bytes
-from dsmini.training.dsa_stage import begin_stage
+from dsmini.training.optim import begin_stage
 from tests.helpers.accounting import GROUPED, WHOLE, attention_by, explicit, sized
 from tests.helpers.configs import DSA, V32, released
 

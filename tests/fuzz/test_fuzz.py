@@ -21,8 +21,11 @@ from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, load_pretra
 from dsmini.atomic import as_json
 from dsmini.checkpoint.run_folder import read_summary, run_config, run_tokenizer
 from dsmini.checkpoint.trained_model import load_run
-from dsmini.checkpoint.training_state import MANIFEST, RunState, save_checkpoint, write_manifest
+from dsmini.checkpoint.training_state import MANIFEST, RunState, checkpoint_folder, state_texts, write_manifest
 from dsmini.data.cache import _damage
+from dsmini.distributed.checkpoint import save_pieces
+from dsmini.distributed.pieces import whole
+from dsmini.distributed.world import World
 from dsmini.text.text_side import read_text_side
 from dsmini.text.tokenizer import BPETokenizer
 from dsmini.training.record import StepRecord, read_records
@@ -136,7 +139,9 @@ def run_files(place: Path) -> Files:
     best = {"best_val_loss": 1.0, "best_val_step": 1, "seconds": 1.0, "corpus_sha256": "0"}
     for step in (2, 4):
         tensors = {"model": model().state_dict(), "rng": {"cpu": torch.get_rng_state()}}
-        save_checkpoint(config, tensors, RunState(step=step, row=row, **counts, **best))
+        state = RunState(step=step, row=row, **counts, **best)
+        held = {part: {name: (whole(t), t) for name, t in of.items()} for part, of in tensors.items()}
+        save_pieces(World(), checkpoint_folder(config, step), held, state_texts(config, state), {"step": str(step)})
     (place / "config.toml").write_text(config.to_toml())
     (place / "metrics.jsonl").write_text("".join(json.dumps(row | {"step": step}) + "\n" for step in range(1, 5)))
     (place / "summary.json").write_text(as_json({"steps": 4, "val_loss": 1.0}))

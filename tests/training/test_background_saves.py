@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini.checkpoint import training_state as checkpoints
+from dsmini.distributed import checkpoint as checkpoints
 from dsmini.training import saving
 from dsmini.training.events import read_events
 from dsmini.training.run import TrainingRun
@@ -20,13 +20,13 @@ BEHIND: dict[str, Any] = {"save_in_background": True, "keep": 9}
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Hold every save until the event is set."""
-    opened, real = threading.Event(), saving.save_checkpoint
+    opened, real = threading.Event(), saving.save_pieces
 
-    def held(*args: Any) -> Path:
+    def held(*args: Any) -> None:
         assert opened.wait(20)
-        return real(*args)
+        real(*args)
 
-    monkeypatch.setattr(saving, "save_checkpoint", held)
+    monkeypatch.setattr(saving, "save_pieces", held)
     return opened
 
 
@@ -86,14 +86,14 @@ def test_run_is_the_same_run(tmp_path: Path) -> None:
 
 def test_full_disk_is_reported_and_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = new_run(tmp_path, **BEHIND)
-    real = checkpoints.write_safetensors
+    real = checkpoints._write
 
     def full(path: Path, *rest: Any) -> None:
         if "000004" in path.parent.name:
             raise OSError(28, "No space left on device")
         real(path, *rest)
 
-    monkeypatch.setattr(checkpoints, "write_safetensors", full)
+    monkeypatch.setattr(checkpoints, "_write", full)
     assert training.train()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-000002", "step-000006", "step-000008"]
@@ -123,7 +123,7 @@ def test_first_error_is_told_and_not_that_of_a_save(tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(training.trainer, "step", failing)
-    monkeypatch.setattr(saving, "save_checkpoint", full)
+    monkeypatch.setattr(saving, "save_pieces", full)
     with pytest.raises(ZeroDivisionError, match="the first error"):
         training.train()
 

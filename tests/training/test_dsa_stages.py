@@ -170,7 +170,7 @@ def test_metrics_bar_and_picture_show_them(tmp_path: Path, capsys: pytest.Captur
     step = run.trainer.step()
     assert step.indexers is not None
     kl, recall = (sum(step.indexers[name]) / LAYERS for name in ("kl", "recall"))
-    with TrainingProgress(Console(width=200), 10, 16) as progress:
+    with TrainingProgress(Console(width=200), 10) as progress:
         progress.show(step, 1.0)
     assert f"indexer KL {kl:.4f} recall {recall:.0%}" in capsys.readouterr().out
 

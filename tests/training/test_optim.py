@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from dsmini import TrainConfig, Transformer
 from dsmini.numerics.orthogonalize import JORDAN, NEWTON_SCHULZ, NewtonSchulz
-from dsmini.training.average import ParameterAverage
-from dsmini.training.optim import AdamWBF16, Muon, optimizers
+from dsmini.training.optim import AdamWBF16, Muon, ParameterAverage, optimizers
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
 
 # Who moves what

@@ -25,7 +25,7 @@ from dsmini.checkpoint.trained_model import load_run
 from dsmini.console.progress import patience
 from dsmini.data.corpus import Corpus, Windows
 from dsmini.machine import peak_memory
-from dsmini.training.average import ParameterAverage
+from dsmini.training.optim import ParameterAverage
 from dsmini.training.plots import plot_run
 from dsmini.training.progress import TrainingProgress, final_eval_tokens
 from dsmini.training.record import StepRecord, read_records
@@ -262,7 +262,7 @@ def test_record_has_data_wait_and_memory_of_the_step(training: TrainingRun, monk
 def test_the_bar_shows_a_wait_for_data_that_counts(training: TrainingRun, share: float, words: str) -> None:
     said = io.StringIO()
     step = dataclasses.replace(training.trainer.step(), data_wait=share)
-    TrainingProgress(Console(file=said), 20, 16).show(step, 1.0)
+    TrainingProgress(Console(file=said), 20).show(step, 1.0)
     assert ("data wait" in said.getvalue()) == bool(words) and words in said.getvalue()
 
 

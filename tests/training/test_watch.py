@@ -14,9 +14,8 @@ from rich.console import Console
 from dsmini.diagnosis.watch import WINDOW, RunWatch
 from dsmini.measure.cpu_time import CpuTimes
 from dsmini.training.record import read_records
-from dsmini.training.run import TrainingRun
+from dsmini.training.run import BindingChange, TrainingRun
 from dsmini.training.trainer import StepResult
-from dsmini.training.watcher import BindingChange
 from tests.conftest import Clock
 from tests.helpers.runs import RICH, TIMING, calls, kill, new_run, resumed, stopped, unequal, whole
 
@@ -207,7 +206,7 @@ def test_metrics_have_what_binds_only_with_a_watcher(tmp_path: Path) -> None:
     plain = new_run(tmp_path / "plain")
     assert plain.train()
     watched, said = new_run(tmp_path / "watched"), io.StringIO()
-    watched.watcher, watched.console = Scripted(), Console(file=said, width=200)
+    watched.watch, watched.console = Scripted().see, Console(file=said, width=200)
     assert watched.train()
     rows = rows_of(watched)
     changes = [(row["step"], row["binds"], row["binds_share"]) for row in rows if row["binds"] is not None]
@@ -228,15 +227,16 @@ def test_watched_run_that_stops_and_resumes_is_the_run_without_to_the_bit(
     assert never.train()
     want = whole(never)
     training = new_run(tmp_path / "watched", **RICH)
-    training.watcher = RunWatch(CPU, 1)
+    training.watch = RunWatch(CPU, 1).see
     with monkeypatch.context() as patch:
         kill(patch, training.trainer, "forward_backward", calls(training, 5, 0), True)
         stopped(training)
     again = resumed(tmp_path / "watched", **RICH)
-    again.watcher = RunWatch(CPU, 1)
+    watch = RunWatch(CPU, 1)
+    again.watch = watch.see
     assert again.train()
     got = whole(again)
-    assert len(again.watcher.times) > 1, "it looked"
+    assert len(watch.times) > 1, "it looked"
     rows = json.loads(got["rows"])
     assert all("binds" in row for row in rows)
     got["rows"] = json.dumps(without(rows, "binds", "binds_share"))
@@ -245,7 +245,7 @@ def test_watched_run_that_stops_and_resumes_is_the_run_without_to_the_bit(
 
 def test_watched_run_resumes_without_its_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = new_run(tmp_path)
-    training.watcher = Scripted()
+    training.watch = Scripted().see
     with monkeypatch.context() as patch:
         kill(patch, training.trainer, "step", calls(training, 4, 0), False)
         stopped(training)
@@ -259,7 +259,7 @@ def test_slow_loader_of_a_run_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     """Check the step's own clock, the watch, the record and what is printed, in steps of scripted times."""
     clock = Clock(monkeypatch)
     training = new_run(tmp_path, model={"n_dense_layers": 4}, steps=80, eval_every=1000, save_every=1000)
-    training.watcher = RunWatch(CPU, 1, lambda: CpuTimes(at=clock.now, busy=clock.now, own=clock.now, delayed=0.0))
+    training.watch = RunWatch(CPU, 1, lambda: CpuTimes(at=clock.now, busy=clock.now, own=clock.now, delayed=0.0)).see
     training.console = Console(file=io.StringIO(), width=200)
     real = training.trainer.loader.take
 
