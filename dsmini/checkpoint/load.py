@@ -7,6 +7,7 @@ unpickled, and no code is run.
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from dsmini.checkpoint.safetensors_files import DTYPES, SafetensorsReader, Store
 from dsmini.checkpoint.tensor_names import (
     hf_name,
     inference_name,
+    inference_split,
     is_derived,
     is_indexer,
     is_stacked,
@@ -56,30 +58,59 @@ Holding = Callable[[Transformer], Sequence[Sequence[int]]]
 called with the whole model on the meta device, and raises ValueError for one that it does not fit."""
 
 
-class Slot(NamedTuple):
+class Part(NamedTuple):
     """A part of a model that is one tensor of a folder."""
 
-    name: str
+    ours: str
     """Name in the state dict."""
     expert: int | None
     """Index in a stacked tensor; None if it is not stacked."""
     shape: tuple[int, ...]
+    name: str
+    """Name in the folder."""
+    scales: "Part | None" = None
+    """The scales of a matrix where it is stored in FP8; None for what never is."""
 
 
-def slots(state: Mapping[str, Tensor]) -> Iterator[Slot]:
-    """Yield the slots of a state dict, experts one by one."""
-    for name, tensor in state.items():
-        if is_stacked(name):
-            yield from (Slot(name, i, tuple(tensor.shape[1:])) for i in range(tensor.shape[0]))
-        else:
-            yield Slot(name, None, tuple(tensor.shape))
+def parts_of(model: Transformer, ranks: int | None = None) -> Iterator[Part]:
+    """Yield the parts of a model, experts one by one. This is the walk of both directions: to load and to save.
+
+    Args:
+        model: may be on the meta device, and may hold FP8 weights, whose scales are no parts by themselves.
+        ranks: the layout of DeepSeek's inference code for this many ranks, with the shapes of one rank's share;
+            None: Hugging Face's layout.
+
+    Raises: ValueError for a tensor that DeepSeek's architecture does not have.
+    """
+    weights = {ours: _scales_name(ours) for ours in fp8_weights(model)}
+    held_scales = set(weights.values())
+    for ours, tensor in model.state_dict().items():
+        if ours in held_scales:
+            continue
+        stacked = is_stacked(ours)
+        for expert in range(len(tensor)) if stacked else (None,):
+            name, shape = _folder_name(model, ours, expert, ranks), list(tensor.shape[1:] if stacked else tensor.shape)
+            dim = None if ranks is None else inference_split(name)
+            if dim is not None:
+                shape[dim] //= ranks or 1
+            scales = None
+            if theirs := weights.get(ours):
+                scales = Part(theirs, expert, blocks_of(shape), _folder_name(model, theirs, expert, ranks))
+            yield Part(ours, expert, tuple(shape), name, scales)
 
 
-def scale_slot(slot: Slot) -> Slot:
-    """Return the slot of the scales that belong to a weight."""
-    path, _, attribute = slot.name.rpartition(".")
-    shape = tuple(-(-n // t) for n, t in zip(slot.shape, WEIGHT_TILE, strict=True))
-    return Slot(f"{path}.{FP8_SCALES[attribute]}", slot.expert, shape)
+def _folder_name(model: Transformer, ours: str, expert: int | None, ranks: int | None) -> str:
+    return inference_name(ours, expert) if ranks else hf_name(ours, model.config.n_layers, expert)
+
+
+def _scales_name(ours: str) -> str:
+    path, _, attribute = ours.rpartition(".")
+    return f"{path}.{FP8_SCALES[attribute]}"
+
+
+def blocks_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of the scales of a matrix [rows, columns]."""
+    return tuple(-(-n // t) for n, t in zip(shape, WEIGHT_TILE, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,15 +194,14 @@ def read_pretrained(
         require(not mixed, f"{there.folder} has some experts in FP8 and others not, {fix}")
     if holding is not None:
         hold_experts(model, holding(model))
-    rows = _rows_of(model, there.names)
-    there.refuse_bad_values(rows)
+    rows = list(_rows_of(model, there.parts))
+    there.refuse_bad_values(part for part, _ in rows)
     held = {name: FP8 if fp8 == "keep" and FP8 in of else _held(model, name, of, dtype) for name, of in kinds.items()}
-    state = model.state_dict()
-    nbytes = sum(tensor.numel() * held[name].itemsize for name, tensor in state.items())
+    nbytes = sum(tensor.numel() * held[name].itemsize for name, tensor in model.state_dict().items())
     refuse_too_large(nbytes, f"the model of {there.folder}", place)
     _allocate(model, held, place)
     console = Console(stderr=True, quiet=not speaks())
-    total = sum(there.nbytes(slot) for slot in rows) + there.nbytes_of_copies
+    total = sum(there.nbytes(part) for part, _ in rows) + there.nbytes_of_copies
     with Progress(console, total, f"reading {there.folder.name}", unit="bytes") as progress:
         there.fill(model, rows, progress.add)
     origin = PretrainedOrigin(
@@ -205,10 +235,7 @@ class PretrainedTensors:
         with torch.device("meta"):
             self.model = Transformer(self.config)
         """The model without memory."""
-        self.names: dict[Slot, str] = {}
-        """The folder's names of all weights, and of the scales of those that it stores in FP8."""
-        self.scales: dict[Slot, Slot] = {}
-        """Scales of each FP8 weight."""
+        self.parts = list(parts_of(self.model, 1 if is_inference_layout(folder) else None))
         copies = mtp_copies(self.config.n_layers, range(self.config.n_mtp_layers))
         self.copies = {theirs: ours for theirs, ours in copies.items() if theirs in tensors}
         """The MTP blocks' copies of embedding and head that are there, each with our name of the original."""
@@ -216,10 +243,10 @@ class PretrainedTensors:
 
     def _find(self, tensors: Mapping[str, Stored]) -> None:
         """Find the model's tensors among the folder's. Raises: ValueError listing all that do not fit."""
-        inference = is_inference_layout(self.folder)
         used, missing, wrong = set[str](), list[str](), list[str]()
 
-        def take(name: str, shape: tuple[int, ...], kinds: tuple[str, ...]) -> Stored | None:
+        def take(name: str, shape: tuple[int, ...], kinds: tuple[str, ...]) -> bool:
+            """Note what is wrong with a tensor; return whether it is there in FP8."""
             used.add(name)
             got = tensors.get(name)
             if got is None:
@@ -228,20 +255,14 @@ class PretrainedTensors:
                 wrong.append(f"{name} is {list(got.shape)}, want {list(shape)}")
             elif got.dtype not in kinds:
                 wrong.append(f"{name} is {got.dtype}, want {' or '.join(kinds)}")
-            return got
+            return got is not None and got.dtype == "F8_E4M3"
 
-        def place(slot: Slot, kinds: tuple[str, ...]) -> Stored | None:
-            of = (slot.name, slot.expert)
-            name = inference_name(*of) if inference else hf_name(slot.name, self.config.n_layers, slot.expert)
-            self.names[slot] = name
-            return take(name, slot.shape, kinds)
-
-        weights = fp8_weights(self.model) if not is_hugging_face(self.raw) or is_quantized(self.raw) else {}
-        for slot in slots(self.model.state_dict()):
-            got = place(slot, ("F8_E4M3", *PLAIN) if slot.name in weights else PLAIN)
-            if got is not None and slot.name in weights and got.dtype == "F8_E4M3":
-                self.scales[slot] = scale_slot(slot)
-                place(self.scales[slot], SCALES)
+        plain = is_hugging_face(self.raw) and not is_quantized(self.raw)
+        for part in self.parts:
+            may_be_fp8 = part.scales is not None and not plain
+            if take(part.name, part.shape, ("F8_E4M3", *PLAIN) if may_be_fp8 else PLAIN) and may_be_fp8:
+                assert part.scales is not None
+                take(part.scales.name, part.scales.shape, SCALES)
         for theirs, ours in self.copies.items():
             take(theirs, tuple(self.model.get_parameter(ours).shape), PLAIN)
         lost = [name for name in missing if is_indexer(name)]
@@ -261,9 +282,17 @@ class PretrainedTensors:
             "fetch its files again, or mend the config",
         )
 
-    def nbytes(self, slot: Slot) -> int:
-        """Return the stored bytes of a slot."""
-        return self._reader.tensors[self.names[slot]].nbytes
+    def stored(self, part: Part) -> torch.dtype:
+        """Return the stored dtype of a part."""
+        return DTYPES[self._reader.tensors[part.name].dtype]
+
+    def tensors(self, part: Part) -> list[Part]:
+        """Return a part, and its scales where it is stored in FP8."""
+        return [part, part.scales] if part.scales is not None and self.stored(part) == FP8 else [part]
+
+    def nbytes(self, part: Part) -> int:
+        """Return the stored bytes of a part, its scales included."""
+        return sum(self._reader.tensors[one.name].nbytes for one in self.tensors(part))
 
     @property
     def nbytes_of_copies(self) -> int:
@@ -272,62 +301,58 @@ class PretrainedTensors:
 
     def kinds(self) -> dict[str, set[torch.dtype]]:
         """Return the stored dtypes of the parts of each tensor of the state dict."""
-        out: dict[str, set[torch.dtype]] = {name: set() for name in self.model.state_dict()}
-        for slot, name in self.names.items():
-            if slot.name in out:  # scales are not
-                out[slot.name].add(DTYPES[self._reader.tensors[name].dtype])
+        out: dict[str, set[torch.dtype]] = {}
+        for part in self.parts:
+            out.setdefault(part.ours, set()).add(self.stored(part))
         return out
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Return the stored dtype of each tensor by its Hugging Face name."""
-        theirs = {hf_name(slot.name, self.config.n_layers, slot.expert): name for slot, name in self.names.items()}
-        theirs |= {name: name for name in self.copies}
-        return {hf: DTYPES[self._reader.tensors[name].dtype] for hf, name in theirs.items()}
+        every = [one for part in self.parts for one in self.tensors(part)]
+        out = {hf_name(one.ours, self.config.n_layers, one.expert): self.stored(one) for one in every}
+        return out | {name: DTYPES[self._reader.tensors[name].dtype] for name in self.copies}
 
-    def read(self, slot: Slot, dtype: torch.dtype) -> Tensor:
-        """Return the tensor of a slot. FP8 codes are dequantized to a dtype that is not theirs; others may differ."""
-        value = self._reader.read(self.names[slot])
-        if slot not in self.scales or dtype == value.dtype:
+    def read(self, part: Part, dtype: torch.dtype) -> Tensor:
+        """Return the tensor of a part. FP8 codes are dequantized to a dtype that is not theirs; others may differ."""
+        value, *scales = [self._reader.read(one.name) for one in self.tensors(part)]
+        if not scales or dtype == value.dtype:
             return value
-        scales = self._reader.read(self.names[self.scales[slot]]).float()
-        return dequantize_tiles(value, scales, WEIGHT_TILE, "e4m3", dtype)
+        return dequantize_tiles(value, scales[0].float(), WEIGHT_TILE, "e4m3", dtype)
 
     @functools.cached_property
-    def _slots(self) -> dict[str, list[Slot]]:
-        """The slots of each tensor of the state dict."""
-        by_name: dict[str, list[Slot]] = {}
-        for slot in self.names:
-            by_name.setdefault(slot.name, []).append(slot)
+    def _parts(self) -> dict[str, list[Part]]:
+        """The parts of each tensor of the state dict."""
+        by_name: dict[str, list[Part]] = {}
+        for part in self.parts:
+            by_name.setdefault(part.ours, []).append(part)
         return by_name
 
     def check(self) -> None:
         """Refuse values without a meaning, and warn of copies that are not the originals, before rows are read."""
-        self.refuse_bad_values(self.names)
+        self.refuse_bad_values(self.parts)
         self.warn_of_copies({ours: self.rows(ours) for ours in self.copies.values()})
 
     def rows(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Return rows of a tensor of the state dict in FP32. Only those of stacked experts are read."""
-        of = self._slots[name]
+        of = self._parts[name]
         stacked = of[0].expert is not None
-        parts = [self.read(slot, torch.float32) for slot in (of[rows] if stacked else of)]
+        parts = [self.read(part, torch.float32) for part in (of[rows] if stacked else of)]
         return (torch.stack(parts) if stacked else parts[0][rows]).float()
 
-    def refuse_bad_values(self, wanted: Iterable[Slot]) -> None:
-        """Raise ValueError for scales and selection biases of these slots that have no meaning."""
-        scales = set(self.scales.values())
-        for slot in wanted:
-            module, _, attribute = slot.name.rpartition(".")
-            is_bias = attribute == "bias" and isinstance(self.model.get_submodule(module), Gate)
-            if not is_bias and slot not in scales:
-                continue
-            name = self.names[slot]
-            values = self._reader.read(name).float()
-            good = values.isfinite() if is_bias else values.isfinite() & (values > 0)
-            if bool(good.all()):
-                continue
-            worst = float(values[~good].flatten()[0])
-            words = "selection bias {}; want finite ones" if is_bias else "FP8 scale {}; want finite ones above 0"
-            raise ValueError(f"{self.folder}: {name} has the {words.format(worst)}: fetch the file again")
+    def refuse_bad_values(self, parts: Iterable[Part]) -> None:
+        """Raise ValueError for scales and selection biases of these parts that have no meaning."""
+        biases = {f"{path}.bias" for path, module in self.model.named_modules() if isinstance(module, Gate)}
+        for part in parts:
+            if part.ours in biases:
+                self._refuse_bad(part, "selection bias {}; want finite ones", -math.inf)
+            for scales in self.tensors(part)[1:]:
+                self._refuse_bad(scales, "FP8 scale {}; want finite ones above 0", 0.0)
+
+    def _refuse_bad(self, part: Part, words: str, above: float) -> None:
+        values = self._reader.read(part.name).float()
+        bad = values[~(values.isfinite() & (values > above))].flatten()
+        if len(bad):
+            raise ValueError(f"{self.folder}: {part.name} has the {words.format(float(bad[0]))}: fetch the file again")
 
     def warn_of_copies(self, originals: Mapping[str, Tensor]) -> None:
         """Warn if the MTP blocks' copies of embedding and head are not the originals, given by our names."""
@@ -338,21 +363,21 @@ class PretrainedTensors:
                 stacklevel=5,
             )
 
-    def fill(self, model: Transformer, rows: Mapping[Slot, int | None], read: Callable[[int], None]) -> None:
+    def fill(self, model: Transformer, rows: Sequence[tuple[Part, int | None]], read: Callable[[int], None]) -> None:
         """Copy tensors into a model in the order of the files, and let go of each file's memory on the way.
 
         Args:
-            rows: the row of each slot in its tensor; None for the whole tensor.
+            rows: each part with its row in the model's tensor; None for the whole tensor.
         """
         state, unreleased = model.state_dict(), 0
         order = {name: number for number, name in enumerate(self._reader.tensors)}
-        for slot in sorted(rows, key=lambda slot: order[self.names[slot]]):
-            if slot.name in state:  # scales are not, where weights are dequantized
-                row = rows[slot]
-                target = state[slot.name] if row is None else state[slot.name][row]
-                target.copy_(self.read(slot, target.dtype))
-            read(self.nbytes(slot))
-            unreleased += self.nbytes(slot)
+        for part, row in sorted(rows, key=lambda pair: order[pair[0].name]):
+            for one in self.tensors(part):
+                if one.ours in state:  # scales are not, where weights are dequantized
+                    target = state[one.ours] if row is None else state[one.ours][row]
+                    target.copy_(self.read(one, target.dtype))
+            read(self.nbytes(part))
+            unreleased += self.nbytes(part)
             if unreleased > RELEASED:
                 self._reader.release()
                 unreleased = 0
@@ -442,16 +467,14 @@ def held_experts(model: Transformer) -> Mapping[str, Sequence[int]]:
     return {name: held.get(name, every) for name, module in model.named_modules() if isinstance(module, Experts)}
 
 
-def _rows_of(model: Transformer, wanted: Iterable[Slot]) -> dict[Slot, int | None]:
-    """Return the row of each slot in the model's tensor, without the experts that this process does not hold."""
+def _rows_of(model: Transformer, parts: Iterable[Part]) -> Iterator[tuple[Part, int | None]]:
+    """Yield each part with its row in the model's tensor, without the experts that this process does not hold."""
     rows = {module: {expert: row for row, expert in enumerate(own)} for module, own in held_experts(model).items()}
-    found: dict[Slot, int | None] = {}
-    for slot in wanted:
-        if slot.expert is None:
-            found[slot] = None
-        elif (row := rows[slot.name.rpartition(".")[0]].get(slot.expert)) is not None:
-            found[slot] = row
-    return found
+    for part in parts:
+        if part.expert is None:
+            yield part, None
+        elif (row := rows[part.ours.rpartition(".")[0]].get(part.expert)) is not None:
+            yield part, row
 
 
 def _held(model: Transformer, name: str, kinds: set[torch.dtype], dtype: torch.dtype | None) -> torch.dtype:
@@ -466,10 +489,9 @@ def _allocate(model: Transformer, held_dtypes: Mapping[str, torch.dtype], device
     """Allocate memory for every parameter and buffer of a model on the meta device; values come later."""
     for name, tensor in model.state_dict().items():
         if held_dtypes[name] == FP8:
-            blocks = scale_slot(Slot(name, None, tuple(tensor.shape[-2:]))).shape
+            blocks = (*tensor.shape[:-2], *blocks_of(tensor.shape[-2:]))
             codes = torch.empty(tensor.shape, dtype=FP8, device=device)
-            scales = torch.empty((*tensor.shape[:-2], *blocks), dtype=torch.float32, device=device)
-            hold_fp8(model, name, codes, scales)
+            hold_fp8(model, name, codes, torch.empty(blocks, dtype=torch.float32, device=device))
             continue
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)

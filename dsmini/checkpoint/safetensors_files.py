@@ -243,11 +243,6 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
-    """Return entries that write tensors as they are."""
-    return [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
-
-
 def begin_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> dict[str, int]:
     """Write a file with a header and room for its tensors; return the byte at which each starts, in that order."""
     # wide types first, as the library has it, so that every tensor starts at a multiple of its width

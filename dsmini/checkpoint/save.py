@@ -22,9 +22,9 @@ from rich.console import Console
 from torch import Tensor
 
 from dsmini.atomic import as_json, new_folder
-from dsmini.checkpoint.load import FP8, PretrainedOrigin, Slot, check_dtype, origin_of, scale_slot, slots
+from dsmini.checkpoint.load import FP8, Part, PretrainedOrigin, check_dtype, origin_of, parts_of
 from dsmini.checkpoint.safetensors_files import INDEX, ONE_FILE, Entry, write_safetensors
-from dsmini.checkpoint.tensor_names import hf_name, inference_name, inference_split, mtp_copies
+from dsmini.checkpoint.tensor_names import hf_name, inference_split, mtp_copies
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
 from dsmini.config.huggingface import (
@@ -145,8 +145,8 @@ def save_inference(
     config = model.config
     raw = inference_to_json(dataclasses.asdict(config), config.extended)
     _refuse_ranks(config, ranks)
-    plans = {f"model{rank}-mp{ranks}.safetensors": RankPlan(model, fp8, dtype, rank, ranks) for rank in range(ranks)}
-    shards = {name: plan.entries() for name, plan in plans.items()}
+    plans = {f"model{rank}-mp{ranks}.safetensors": SavePlan(model, fp8, dtype, ranks, rank) for rank in range(ranks)}
+    shards = {name: [entry for unit in plan.units() for entry in unit] for name, plan in plans.items()}
     has_fp8 = any(entry.dtype == FP8 for entries in shards.values() for entry in entries)
     raw["dtype"] = "fp8" if has_fp8 else "bf16"
     origin, plan = origin_of(model), next(iter(plans.values()))
@@ -193,147 +193,121 @@ def _write(
 
 
 class SavePlan:
-    """The tensors of a model's folder, each with the dtype that it is written in.
+    """The tensors of a folder, or of a rank's file in the inference layout, each with the dtype that it is written in.
 
     Args:
         fp8: write matrices as FP8 codes; see save_pretrained.
         dtype: dtype of all that is not FP8; None: as it was stored, or is held.
+        ranks: number of ranks of the inference layout; None: a Hugging Face folder.
+        rank: the rank of the file.
     """
 
-    def __init__(self, model: Transformer, fp8: bool, dtype: torch.dtype | None) -> None:
-        self.model, self.fp8, self.dtype = model, fp8, dtype
-        self.n_layers = model.config.n_layers
-        self.state, self.weights = model.state_dict(), fp8_weights(model)
-        self.copies = mtp_copies(self.n_layers, range(model.config.n_mtp_layers))
-        """Names of the MTP blocks' copies of embedding and head, each with our name of the original."""
+    def __init__(
+        self, model: Transformer, fp8: bool, dtype: torch.dtype | None, ranks: int | None = None, rank: int = 0
+    ) -> None:
+        self.model, self.fp8, self.dtype, self.ranks, self.rank = model, fp8, dtype, ranks, rank
+        self.state = model.state_dict()
         origin = origin_of(model)
         self.stored: Mapping[str, torch.dtype] | None = None if origin is None else origin.dtypes
         """Stored dtypes of a loaded model by their Hugging Face names."""
         self.gates = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Gate))
-        self.quantizes = fp8 and any(self.state[name].dtype != FP8 for name in self.weights)
+        self.quantizes = fp8 and any(self.state[name].dtype != FP8 for name in fp8_weights(model))
         self.not_finite: str | None = None
         """Name of the first written tensor with infinities or NaN."""
-        self.scales: dict[Slot, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
         """Scales of weights that are being quantized: made when they are written, and used again for the codes."""
 
     def units(self) -> Iterator[Sequence[Entry]]:
-        """Yield the entries of the folder in the order of the model, a weight and its scales together."""
-        scales = {scale_slot(Slot(name, None, (1, 1))).name for name in self.weights}
-        for slot in self.parts():
-            if slot.name not in scales:
-                yield self._matrix(slot) if slot.name in self.weights else [self._plain(slot)]
+        """Yield the entries in the order of the model, a weight and its scales together.
 
-    def parts(self) -> Iterator[Slot]:
-        """Yield the parts of the model that are written."""
-        yield from slots(self.state)
-        for theirs, ours in self.copies.items():
+        Raises: ValueError if a rank's part would cut a block of FP8 scales.
+        """
+        for part in self.parts():
+            unit = [self._plain(part)] if part.scales is None else self._matrix(part, part.scales)
+            dim = inference_split(part.name) if self.ranks else None
+            if unit[0].dtype == FP8 and dim is not None and self.ranks != 1:
+                n, tile = part.shape[dim], WEIGHT_TILE[dim]
+                require(
+                    n % tile == 0,
+                    f"{part.name} in FP8 has {n} {('rows', 'columns')[dim]} on each of {self.ranks} ranks, want a "
+                    f"multiple of {tile}, the side of a block with one scale; use fewer ranks, or another dtype",
+                )
+            yield unit
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the parts of the model that are written; last the MTP blocks' copies of embedding and head."""
+        config = self.model.config
+        if self.ranks is not None:
+            n = config.n_routed_experts // self.ranks
+            for part in parts_of(self.model, self.ranks):
+                mine = part.expert is None or part.expert // n == self.rank
+                if mine and not part.ours.startswith("mtp."):
+                    yield part
+            return
+        yield from parts_of(self.model)
+        for theirs, ours in mtp_copies(config.n_layers, range(config.n_mtp_layers)).items():
             if self.stored is None or theirs in self.stored:
-                yield Slot(theirs, None, tuple(self.state[ours].shape))
+                yield Part(ours, None, tuple(self.state[ours].shape), theirs)
 
-    def _hf_name(self, slot: Slot) -> str:
-        return slot.name if slot.name in self.copies else hf_name(slot.name, self.n_layers, slot.expert)
-
-    def name(self, slot: Slot) -> str:
-        """Return the name that a part of the model is written under."""
-        return self._hf_name(slot)
-
-    def value(self, slot: Slot) -> Tensor:
+    def value(self, part: Part) -> Tensor:
         """Return the values of a part of the model, as they are held."""
-        whole = self.state[self.copies.get(slot.name, slot.name)]
-        return whole if slot.expert is None else whole[slot.expert]
+        whole = self.state[part.ours]
+        whole = whole if part.expert is None else whole[part.expert]
+        dim = None if self.ranks is None else inference_split(part.name)
+        return whole if dim is None else whole.chunk(self.ranks or 1, dim)[self.rank]
 
-    def _plain(self, slot: Slot) -> Entry:
+    def _stored_as(self, part: Part, otherwise: torch.dtype) -> torch.dtype:
+        """Return the dtype in which a part was stored; another if the model was not loaded."""
+        name = part.name if self.ranks is None else hf_name(part.ours, self.model.config.n_layers, part.expert)
+        return (self.stored or {}).get(name, otherwise)
+
+    def _plain(self, part: Part) -> Entry:
         """Return the entry of a part that is not FP8."""
-        held = self.value(slot).dtype
-        dtype = (self.stored or {}).get(self._hf_name(slot), held)
+        held = self.value(part).dtype
+        dtype = self._stored_as(part, held)
         if dtype == FP8:  # and dequantized since
             dtype = torch.bfloat16 if held == FP8 else held
         if self.dtype is not None:
-            dtype = torch.float32 if slot.name.startswith(self.gates) else self.dtype
-        return self._entry(slot, dtype)
+            dtype = torch.float32 if part.ours.startswith(self.gates) else self.dtype
+        return self._entry(part, dtype)
 
-    def _entry(self, slot: Slot, dtype: torch.dtype) -> Entry:
-        def make() -> Tensor:
-            return self._looked_at(slot).to(dtype)
+    def _entry(self, part: Part, dtype: torch.dtype) -> Entry:
+        return Entry(part.name, dtype, part.shape, lambda: self._looked_at(part).to(dtype))
 
-        return Entry(self.name(slot), dtype, slot.shape, make)
-
-    def _looked_at(self, slot: Slot) -> Tensor:
-        value = self.value(slot)
+    def _looked_at(self, part: Part) -> Tensor:
+        value = self.value(part)
         if self.not_finite is None and not _is_finite(value):
-            self.not_finite = self.name(slot)
+            self.not_finite = part.name
         return value
 
-    def _matrix(self, slot: Slot) -> list[Entry]:
+    def _matrix(self, part: Part, scales: Part) -> list[Entry]:
         """Return the entry of a weight that may be FP8, and if it is, that of its scales."""
-        scale = scale_slot(slot)
-        kept = self.state[slot.name].dtype == FP8
+        kept = self.state[part.ours].dtype == FP8
         if kept and (self.fp8 or self.dtype is None):
-            stored = (self.stored or {}).get(self._hf_name(scale), torch.float32)
-            return [self._entry(slot, FP8), self._entry(scale, stored)]
+            return [self._entry(part, FP8), self._entry(scales, self._stored_as(scales, torch.float32))]
         if self.fp8:
             return [
-                Entry(self.name(slot), FP8, slot.shape, partial(self._codes, slot)),
-                Entry(self.name(scale), torch.float32, scale.shape, partial(self._new_scales, slot)),
+                Entry(part.name, FP8, part.shape, partial(self._codes, part)),
+                Entry(scales.name, torch.float32, scales.shape, partial(self._new_scales, part)),
             ]
         if kept:
             assert self.dtype is not None
-            return [Entry(self.name(slot), self.dtype, slot.shape, partial(self._dequantized, slot, scale, self.dtype))]
-        return [self._plain(slot)]
+            return [Entry(part.name, self.dtype, part.shape, partial(self._dequantized, part, scales, self.dtype))]
+        return [self._plain(part)]
 
-    def _dequantized(self, slot: Slot, scale: Slot, dtype: torch.dtype) -> Tensor:
-        return dequantize_tiles(self._looked_at(slot), self.value(scale).float(), WEIGHT_TILE, "e4m3", dtype)
+    def _dequantized(self, part: Part, scales: Part, dtype: torch.dtype) -> Tensor:
+        return dequantize_tiles(self._looked_at(part), self.value(scales).float(), WEIGHT_TILE, "e4m3", dtype)
 
-    def _new_scales(self, slot: Slot) -> Tensor:
-        scales = tile_scales(self.value(slot), WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
+    def _new_scales(self, part: Part) -> Tensor:
+        scales = tile_scales(self.value(part), WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
         if not scales.isfinite().all():
-            raise ValueError(f"{slot.name} holds infinities or NaN; E4M3 has no codes for them; save without fp8=True")
-        self.scales[slot] = scales
+            raise ValueError(f"{part.ours} holds infinities or NaN; E4M3 has no codes for them; save without fp8=True")
+        self.scales[part.name] = scales
         return scales
 
-    def _codes(self, slot: Slot) -> Tensor:
+    def _codes(self, part: Part) -> Tensor:
         # scales are the wider type, so that they come first in a file
-        return encode_tiles(self.value(slot), self.scales.pop(slot), WEIGHT_TILE)
-
-
-class RankPlan(SavePlan):
-    """The tensors of one rank's file in the inference layout, each with the dtype that it is written in."""
-
-    def __init__(self, model: Transformer, fp8: bool, dtype: torch.dtype | None, rank: int, ranks: int) -> None:
-        super().__init__(model, fp8, dtype)
-        self.rank, self.ranks = rank, ranks
-
-    def entries(self) -> list[Entry]:
-        """Return all entries of the file. Raises: ValueError if a rank's part would cut a block of FP8 scales."""
-        out = [entry for unit in self.units() for entry in unit]
-        for entry in out:
-            dim = inference_split(entry.name)
-            if entry.dtype == FP8 and dim is not None and self.ranks > 1:
-                n, tile = entry.shape[dim], WEIGHT_TILE[dim]
-                require(
-                    n % tile == 0,
-                    f"{entry.name} in FP8 has {n} {('rows', 'columns')[dim]} on each of {self.ranks} ranks, want a "
-                    f"multiple of {tile}, the side of a block with one scale; use fewer ranks, or another dtype",
-                )
-        return out
-
-    def parts(self) -> Iterator[Slot]:
-        """Yield the parts of the model that are in this rank's file, with the shapes that they have there."""
-        n = self.model.config.n_routed_experts // self.ranks
-        for slot in slots(self.state):
-            if slot.name.startswith("mtp.") or (slot.expert is not None and slot.expert // n != self.rank):
-                continue
-            shape, dim = list(slot.shape), inference_split(self.name(slot))
-            if dim is not None:
-                shape[dim] //= self.ranks
-            yield slot._replace(shape=tuple(shape))
-
-    def name(self, slot: Slot) -> str:
-        return inference_name(slot.name, slot.expert)
-
-    def value(self, slot: Slot) -> Tensor:
-        whole, dim = super().value(slot), inference_split(self.name(slot))
-        return whole if dim is None else whole.chunk(self.ranks, dim)[self.rank]
+        return encode_tiles(self.value(part), self.scales.pop(part.name), WEIGHT_TILE)
 
 
 def _is_finite(tensor: Tensor) -> bool:

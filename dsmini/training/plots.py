@@ -110,7 +110,7 @@ def _picture(path: Path, height: float, heights: tuple[float, float], sharex: bo
 
 def _column(steps: Sequence[StepRecord], name: str) -> list[float]:
     """Return one figure of every step, with NaN where there is none, or it was not finite."""
-    values = [getattr(record, name, record.scores.get(name)) for record in steps]
+    values: list[Any] = [getattr(record, name, record.scores.get(name)) for record in steps]
     return [math.nan if value is None else value for value in values]
 
 

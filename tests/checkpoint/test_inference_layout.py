@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dsmini import Transformer, load_pretrained, save_pretrained
-from dsmini.checkpoint.save import RankPlan, save_inference
+from dsmini.checkpoint.save import SavePlan, save_inference
 from dsmini.convert import main
 from tests.helpers import folders
 from tests.helpers.configs import refusal
@@ -115,9 +115,9 @@ def test_written_tensors_are_views_of_the_model(build: Any) -> None:
     """Tensors of the held dtype are not copied before their turn comes, and no rank plans another's experts."""
     model, _ = build("v3")
     held = {t.untyped_storage().data_ptr(): t.nbytes for t in model.state_dict().values()}
-    plans = [RankPlan(model, False, None, rank, 2) for rank in range(2)]
+    plans = [SavePlan(model, False, None, 2, rank) for rank in range(2)]
     for plan in plans:
-        entries = plan.entries()
+        entries = [entry for unit in plan.units() for entry in unit]
         assert {entry.make().untyped_storage().data_ptr() for entry in entries} <= held.keys()
         assert sum(entry.nbytes for entry in entries) < 0.75 * sum(held.values())
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsmini.checkpoint.safetensors_files import SafetensorsReader, entries_of, write_safetensors
+from dsmini.checkpoint.safetensors_files import Entry, SafetensorsReader, write_safetensors
 from tests.helpers import folders
 from tests.helpers.configs import refusal
 
@@ -19,6 +19,10 @@ TENSORS = {
     "step": torch.tensor([5]),
     "mask": torch.tensor([True, False]),
 }
+
+
+def entries_of(tensors: dict[str, torch.Tensor]) -> list[Entry]:
+    return [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
 
 
 def test_written_file_is_the_librarys_byte_for_byte(tmp_path: Path) -> None:
