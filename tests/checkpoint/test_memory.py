@@ -83,12 +83,3 @@ def test_swap_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda path: said if path == Path("/proc/meminfo") else "none")
     monkeypatch.setattr(resource, "getrlimit", lambda what: (resource.RLIM_INFINITY,) * 2)
     assert free_bytes(CPU) == 140 << 10
-
-
-@NEEDS_PROC
-def test_limit_on_virtual_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    monkeypatch.setattr(resource, "getrlimit", lambda what: (taken + 2**24, taken + 2**24))
-    free = free_bytes(CPU)
-    assert free is not None
-    assert abs(free - 2**24) < 2**23

@@ -250,30 +250,6 @@ def test_signal_to_one_rank_ends_all_with_what_is_written(place: Path) -> None:
 # --- what ranks cannot divide
 
 
-def refusals(world: World, cases: list[tuple[Path, Any]]) -> list[str]:
-    """Return the error of each case."""
-    said: list[str] = []
-    for path, placement in cases:
-        with pytest.raises(ValueError, match=";") as error:
-            load_part(world, path, placement=placement)
-        said.append(str(error.value))
-    return said
-
-
-@pytest.mark.slow
-def test_every_rank_raises_what_is_wrong(tmp_path: Path) -> None:
-    folder, damaged = new_folder(tmp_path / "model"), new_folder(tmp_path / "damaged")
-    dense = new_folder(tmp_path / "dense", n_dense_layers=3, n_mtp_layers=0)
-    shard = damaged / "model-00002-of-00003.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    cases = [(tmp_path / "nothing", None), (damaged, None), (dense, None), (folder, [[0] * 8] * 4), (folder, None)]
-    first, *others = run_ranks(3, refusals, cases)
-    assert all(other == first for other in others)
-    words = ["there is no folder", "cut short", "no experts to divide", "8 places, not divisible by 3 processes"]
-    words.append("8 experts are not divisible by 3 processes; start 2, say")
-    assert [said for said, part in zip(first, words, strict=True) if part not in said] == []
-
-
 def test_what_ranks_cannot_divide_is_refused() -> None:
     with torch.device("meta"):
         model = Transformer(ModelConfig(**SIZES))

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks import schedules as programs
 from benchmarks.schedules import record_timeline
@@ -170,10 +169,6 @@ def test_each_parameter_is_on_one_rank_but_the_embedding(name: str, rest: list[d
             assert set(compared) <= set(of_rank[name]["compared"][0, 1])
 
 
-def test_programs_have_the_same_stages_as_the_config() -> None:
-    assert {name: programs.CHUNKS[name] for name in CHUNKS} == dict(CHUNKS)
-
-
 # Checkpoints
 
 
@@ -194,43 +189,6 @@ def test_one_process_continues_a_pipeline_and_the_other_way_round(tmp_path: Path
             else:
                 run(World(), tmp_path / name, until=until, grad_accum=2)
         assert_near(tmp_path / name, tmp_path / "whole")
-
-
-def checks(world: World, edits: list[tuple[str, str, Tensor | None]]) -> list[str]:
-    """Return what each rank says of a whole run's tensors after each edit."""
-    options = {"grad_accum": 2, "ema_decay": 0.9}
-    trainer, whole = new_trainer(world, {"pp": 2}, {}, options), new_trainer(World(), {}, {}, options)
-    whole.step()
-    said: list[str] = []
-    for part, name, tensor in edits:
-        tensors = {of: dict(named) for of, named in whole.tensors().items()}
-        if tensor is None:
-            tensors[part].pop(name, None)
-        else:
-            tensors[part][name] = tensor
-        try:
-            world.together(lambda tensors=tensors: trainer.check(trainer.mine(tensors)))
-            said.append("")
-        except ValueError as error:
-            said.append(str(error))
-    return said
-
-
-@pytest.mark.slow
-def test_a_checkpoint_with_a_missing_or_unknown_tensor_is_refused() -> None:
-    edits: list[tuple[str, str, Tensor | None, str]] = [
-        ("model", "nothing", None, ""),
-        ("model", "layers.0.attn_norm.weight", None, "rank 0"),
-        ("model", "head.weight", None, "rank 1"),
-        ("model", "layers.7.attn_norm.weight", torch.zeros(24), ""),
-        ("optimizer", "layers.1.attn_norm.weight/speed", torch.zeros(24), ""),
-        ("optimizer", "layers.0.attn_norm.weight/exp_avg", torch.zeros(23), ""),
-        ("average", "norm.weight", None, ""),
-    ]
-    for said in run_ranks(2, checks, [edit[:3] for edit in edits]):
-        assert said[0] == ""
-        for sentence, (_, name, _, rank) in zip(said[1:], edits[1:], strict=True):
-            assert name in sentence and rank in sentence
 
 
 # Config and layout
@@ -260,11 +218,6 @@ def test_config_refuses_what_a_pipeline_cannot_do(
     config, recipe = ParallelConfig(**parallel), TrainConfig(batch_size=840, **train)
     with pytest.raises(ValueError, match=said):
         config.check(ModelConfig(**{**SMALL, "n_layers": n_layers}), recipe, config.pp)
-
-
-def test_config_refuses_an_unknown_schedule() -> None:
-    with pytest.raises(ValueError, match=r"gpipe.*dualpipev"):
-        ParallelConfig(schedule="gpipe")  # pyright: ignore
 
 
 def test_layers_are_divided_where_the_largest_cost_is_smallest() -> None:

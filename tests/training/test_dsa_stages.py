@@ -121,16 +121,6 @@ def test_the_indexers_loss_does_not_change_how_far_the_main_model_moves(
     assert any(relative_error(others[name], grads[name]) > 0.1 for name in grads if ".indexer." in name)
 
 
-def test_a_step_whose_indexers_fail_is_skipped(new: New) -> None:
-    trainer = new()
-    with torch.no_grad():
-        dsa_layers(trainer.model)[0].indexer.weights_proj.weight.fill_(math.nan)
-    before = state(trainer)
-    assert trainer.step().skipped and not changed(
-        {n: t.nan_to_num() for n, t in before.items()}, {n: t.nan_to_num() for n, t in state(trainer).items()}
-    )
-
-
 # what is recorded
 
 
@@ -173,14 +163,6 @@ def test_metrics_bar_and_picture_show_them(tmp_path: Path, capsys: pytest.Captur
     with TrainingProgress(Console(width=200), 10) as progress:
         progress.show(step, 1.0)
     assert f"indexer KL {kl:.4f} recall {recall:.0%}" in capsys.readouterr().out
-
-
-def test_dense_runs_have_none_of_it(tmp_path: Path) -> None:
-    run = new_run(tmp_path, steps=2)
-    assert run.train()
-    assert not any("indexer" in key for record in read_records(tmp_path) for key in record.row())
-    plot_run(tmp_path, read_records(tmp_path), {})
-    assert not (tmp_path / "indexer.png").exists()
 
 
 def test_a_figure_that_is_not_finite_is_left_out(new: New, tmp_path: Path) -> None:

@@ -49,11 +49,6 @@ def test_torn_line_costs_only_itself(tmp_path: Path, cut: int, garbage: bytes) -
     assert len(read) <= complete + 2, "the torn line at most"
 
 
-def test_lines_of_other_programs_are_ignored(tmp_path: Path) -> None:
-    log_path(tmp_path).write_text('[]\n{"event": "step"}\n{"event": 3, "time": 1, "attempt": 1, "step": 1}\n\n\x00\n')
-    assert read_events(tmp_path) == []
-
-
 def test_full_disk_is_said_once_and_torn_line_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

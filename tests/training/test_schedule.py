@@ -1,6 +1,5 @@
 """Schedules over a run against values worked out by hand, and the published recipe against the report."""
 
-import dataclasses
 from bisect import bisect_left
 from itertools import accumulate, pairwise
 
@@ -127,23 +126,6 @@ def test_v32_is_v3_with_indexers_and_its_printed_stage() -> None:
     assert round(1000 * 16 * sequence / 1e8) == 21
 
 
-def test_short_run_keeps_the_published_shape() -> None:
-    """V3's shares on 1000 steps: every phase is there, at its share of them."""
-    short = dataclasses.replace(V3, steps=1000)
-    found = rates(short)
-    assert found[7] == found[681] == 1.0 > found[683]
-    assert found[966] == pytest.approx(0.1) == found[988] and found[989] == found[999] == phases(V3)[-1].level
-
-
-def test_learning_rate_rises_to_the_peak_and_falls() -> None:
-    train = TrainConfig(steps=101, lr_schedule=("warmup 0.1", "cosine to 0.1"), lr=2.0)
-    by_hand = {0: 0.2, 4: 1.0, 9: 2.0, 10: 2.0, 55: 1.1, 100: 0.2}
-    for step, want in by_hand.items():
-        assert 2.0 * learning_rate_share(step, train) == pytest.approx(want), step
-    down = rates(train)[10:]
-    assert down == sorted(down, reverse=True)
-
-
 @pytest.mark.parametrize(
     ("schedule", "want"),
     {
@@ -171,12 +153,6 @@ def test_phases_of_any_length_by_hand(schedule: str, want: list[float]) -> None:
     assert rates(TrainConfig(steps=10, lr_schedule=(schedule,))) == pytest.approx(want)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_shortest_runs_have_a_learning_rate(steps: int) -> None:
-    assert all(0 < rate <= 1 for rate in rates(TrainConfig(steps=steps)))
-    assert rates(TrainConfig(steps=steps))[0] == 1.0
-
-
 @st.composite
 def recipes(draw: st.DrawFn) -> TrainConfig:
     """Draw runs of 1 to 300 steps with phases of any length, also of none and of all steps."""
@@ -199,26 +175,6 @@ def recipes(draw: st.DrawFn) -> TrainConfig:
         bias_until=draw(st.sampled_from([0.0, 0.5, 1.0])),
         mtp_until=draw(st.sampled_from([0.0, 0.5, 1.0])),
     )
-
-
-@given(train=recipes())
-def test_learning_rate_has_phases_of_their_lengths(train: TrainConfig) -> None:
-    found = rates(train)
-    warmup_share, constant_share, _, final_share, last_share = shares(train)
-    lr_final = phases(train)[2].level
-    assert warmup_share is not None and constant_share is not None and lr_final is not None
-    assert final_share is not None and last_share is not None
-    warmup = round(warmup_share * train.steps)
-    assert found[:warmup] == sorted(set(found[:warmup])) and all(0 < rate <= 1 for rate in found[:warmup])
-    assert warmup == 0 or found[warmup - 1] == 1.0
-    last = sum(rate == 0.03 for rate in found[warmup:])
-    assert abs(last - last_share * train.steps) <= 1
-    middle = found[warmup : train.steps - last]
-    assert middle == sorted(middle, reverse=True) and all(lr_final <= rate <= 1 for rate in middle)
-    at_peak = sum(rate == 1.0 for rate in middle)
-    assert lr_final == 1 or at_peak >= constant_share * train.steps - 1
-    at_final = sum(rate == pytest.approx(lr_final) for rate in middle)
-    assert at_final >= final_share * train.steps - 1
 
 
 @given(train=recipes())

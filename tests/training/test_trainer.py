@@ -14,7 +14,7 @@ from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data.corpus import Corpus
 from dsmini.training.schedule import learning_rate_share
 from dsmini.training.trainer import Trainer
-from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, relative_error, rounding
+from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
 
 TRAIN = TrainConfig(optimizer="adamw", gate_lr=None, steps=20, batch_size=4, seq_len=16, lr=1e-2, bias_speed=0.01)
 NewTrainer = Callable[..., Trainer]
@@ -87,15 +87,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(new_trainer: NewTrai
         assert p.grad is not None
         assert q.grad is not None
         assert relative_error(q.grad, p.grad) < rounding(FP32_UNIT, terms=64, chained=30), name
-
-
-@pytest.mark.parametrize("grad_accum", [2, 4])
-def test_losses_of_a_step_are_means_over_all_its_parts(new_trainer: NewTrainer, grad_accum: int) -> None:
-    """Each loss is a mean of 4 * 16 tokens or fewer, in other groups: they differ by rounding alone."""
-    whole, parts = new_trainer().step(), new_trainer(grad_accum=grad_accum).step()
-    for name in ("loss", "mtp_loss", "balance_loss"):
-        want = getattr(whole, name)
-        assert want > 0 and getattr(parts, name) == pytest.approx(want, rel=FP32_MODEL + rounding(FP32_UNIT, 64)), name
 
 
 def test_the_optimizer_follows_the_schedule(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,11 +219,6 @@ def test_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert not trainer.step().skipped
     changed = state(trainer)
     assert {name for name in before if torch.equal(before[name], changed[name])} == set()
-
-
-def test_a_dense_model_trains_without_loads(new_trainer: NewTrainer) -> None:
-    step = new_trainer({"n_dense_layers": 4}).step()
-    assert step.counts is None and step.max_vio is None and step.balance_loss == 0
 
 
 def test_document_mask_separates_documents_in_training(new_trainer: NewTrainer) -> None:

@@ -154,31 +154,11 @@ def test_a_second_ctrl_c_interrupts_at_once(training: TrainingRun, monkeypatch: 
     assert training.trainer.steps_done == 0
 
 
-def test_signal_before_the_first_step_stops_after_it(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = training._open_records
-    monkeypatch.setattr(training, "_open_records", lambda: (os.kill(os.getpid(), TERM), real()))
-    before = signal.signal(TERM, lambda *_: pytest.fail("nobody was listening"))
-    try:
-        assert not training.train()
-    finally:
-        signal.signal(TERM, before)
-    assert training.trainer.steps_done == training.saver.saved_at == 1
-
-
 def test_steps_without_finite_gradient_save_and_end_the_run(training: TrainingRun) -> None:
     training.trainer.model.head.weight.register_hook(lambda grad: grad * torch.nan)
     with pytest.raises(ArithmeticError, match="no finite gradient in the 10 steps up to step 10; look"):
         training.train()
     assert (training.folder / "checkpoints/step-000010/model.safetensors").exists()
-
-
-def test_what_is_drawn_are_shares_of_the_mean_load(training: TrainingRun) -> None:
-    assert training.train()
-    loads = torch.tensor(training.history.load_shares())
-    assert loads.shape == (3, 8)
-    assert torch.allclose(loads.mean(1), torch.ones(3))
-    training.plot()
-    assert (training.folder / "expert_load.png").exists()
 
 
 def test_default_folders_are_numbered_and_never_shared(tmp_path: Path) -> None:
@@ -219,23 +199,6 @@ def test_final_validation_takes_half_the_trained_tokens_and_a_least_number() -> 
     assert final_eval_tokens(TrainConfig(final_eval_tokens=16), trained=1_638_400) == 16
 
 
-def test_the_end_is_scored_at_a_second_context_too(training: TrainingRun) -> None:
-    short = dataclasses.replace(training.config.train, steps=1, eval_context=5)
-    training.config = training.trainer.config = dataclasses.replace(training.config, train=short)
-    training.train()
-    row = training.history.records[-1].row()
-    assert row["val_loss_at_eval_context"] == pytest.approx(
-        training.trainer.validate(training.trainer.corpus.windows(5)), rel=1e-6
-    )
-    x, y = next(training.trainer.corpus.windows(5).blocks(1000))
-    assert x.shape == (19, 5) and x.numel() == training.trainer.corpus.windows(5).tokens
-    with torch.no_grad():
-        logits = training.trainer.model(x)
-    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
-    assert row["val_loss_at_eval_context"] == pytest.approx(want, rel=1e-6)
-    assert row["val_loss_at_eval_context"] != pytest.approx(row["val_loss"], rel=1e-6)
-
-
 def test_record_has_data_wait_and_memory_of_the_step(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step takes 2 s, of which it waits half a second for its batch."""
     clock = Clock(monkeypatch)
@@ -264,22 +227,6 @@ def test_the_bar_shows_a_wait_for_data_that_counts(training: TrainingRun, share:
     step = dataclasses.replace(training.trainer.step(), data_wait=share)
     TrainingProgress(Console(file=said), 20).show(step, 1.0)
     assert ("data wait" in said.getvalue()) == bool(words) and words in said.getvalue()
-
-
-def test_pictures_are_drawn_anew_as_the_run_goes_on_but_seldom(
-    training: TrainingRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """20 steps of 25 seconds, a validation after every third."""
-    drawn: list[int] = []
-    real = training.trainer.step
-    monkeypatch.setattr(training.trainer, "step", lambda: dataclasses.replace(real(), seconds=25.0))
-
-    def plot_run(folder: Path, records: list[StepRecord], loads: object) -> None:
-        drawn.append(len(records))
-
-    monkeypatch.setattr("dsmini.training.run.plot_run", plot_run)
-    assert training.train()
-    assert drawn == [6, 9, 12, 15, 18]  # step 3 comes after 75 s, before the first 100
 
 
 def test_drawing_takes_no_more_than_a_hundredth_of_the_run(
