@@ -3,20 +3,15 @@
 import ast
 import difflib
 import importlib
-import io
 import runpy
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Union
 
 from dsmini.console.command import run
 from dsmini.distributed.meeting import tell
 
 COMMANDS = ("train", "generate", "tokenize", "convert", "explain", "plan", "diagnose")
-SHELLS = ("bash", "zsh", "fish")
-"""Shells for which tyro writes completions on its own."""
 
 
 def main() -> None:
@@ -32,8 +27,6 @@ def _main(args: Sequence[str]) -> int:
     if args[0] == "--version":
         print(f"dsmini {importlib.import_module('dsmini').__version__}")
         return 0
-    if args[0].startswith("--tyro-"):
-        return _complete(args)
     name, *rest = args
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -54,7 +47,6 @@ def _help() -> str:
             *(f"  {name:{width}}{_about(name)}" for name in COMMANDS),
             "",
             "Flags of a command: dsmini COMMAND --help; the version: dsmini --version",
-            "Completion in bash, and likewise in zsh and fish: dsmini --tyro-write-completion bash FILE; source FILE",
         ]
     )
 
@@ -63,48 +55,6 @@ def _about(name: str) -> str:
     """Return the description of a command: the first line of its module, without its name."""
     said = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")))
     return (said or "").partition("\n")[0].partition(": ")[2]
-
-
-def _complete(args: Sequence[str]) -> int:
-    """Write or print the completion of all commands for a shell, by the flags that tyro has for it."""
-    flag, *rest = args
-    want = {"--tyro-write-completion": 2, "--tyro-print-completion": 1}.get(flag)
-    if want != len(rest) or rest[0] not in SHELLS:
-        raise ValueError(
-            f"'{' '.join(args)}' is not complete; use dsmini --tyro-write-completion SHELL FILE, where SHELL is "
-            f"one of {', '.join(SHELLS)}"
-        )
-    script = _completion(rest[0])
-    if want == 1:
-        print(script)
-    else:
-        Path(rest[1]).write_text(script, encoding="utf-8")
-    return 0
-
-
-def _completion(shell: str) -> str:
-    """Return tyro's completion script, with descriptions of one line each.
-
-    A shell takes each line that the script prints for a candidate, so a line break in a description would offer words.
-    """
-    import tyro
-
-    kinds = [
-        Annotated[
-            getattr(importlib.import_module(f"dsmini.{name}"), f"{name.capitalize()}Command"),
-            tyro.conf.subcommand(name=name, description=_about(name)),
-        ]
-        for name in COMMANDS
-    ]
-    every: Any = Union[tuple(kinds)]  # noqa: UP007
-    with redirect_stdout(io.StringIO()) as out:
-        try:
-            tyro.cli(every, prog="dsmini", args=["--tyro-print-completion", shell])
-        except SystemExit as stop:
-            if stop.code:
-                raise
-    lines = out.getvalue().rstrip("\n").split("\n")
-    return "\n".join(line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC = ") else line for line in lines)
 
 
 if __name__ == "__main__":

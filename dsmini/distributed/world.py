@@ -53,10 +53,10 @@ class World:
             try:
                 answer[0] = work()
             except Exception as error:
-                answer[1] = _Sent.of(error)
+                answer[1] = _portable(error)
         dist.broadcast_object_list(answer, src=0, group=self.group)
         if answer[1] is not None:
-            raise told(answer[1].error())
+            raise told(answer[1])
         return answer[0]
 
     def together(self, work: Callable[[], T]) -> T:
@@ -69,7 +69,7 @@ class World:
         except Exception as error:
             if tells_of_loss(error):  # nobody is left to ask
                 raise
-            mine = _Sent.of(error)
+            mine = _portable(error)
         errors = self.gather(mine)
         if any(errors):
             raise told(_joint(errors))
@@ -87,37 +87,30 @@ class World:
         return self if self.size == 1 else replace(self, group=dist.new_group(backend="gloo"))
 
 
-@dataclass(frozen=True)
-class _Sent:
-    """An error on its way to other ranks."""
-
-    kind: type[Exception]
-    words: str
-    errno: int | None
-
-    @classmethod
-    def of(cls, error: Exception) -> "_Sent":
-        kind = next((kind for kind in KINDS if isinstance(error, kind)), RuntimeError)
-        words = (isinstance(error, OSError) and error.strerror) or str(error)
-        if kind is RuntimeError and type(error) is not RuntimeError:
-            words = f"{type(error).__name__}: {words}"
-        return cls(kind, words, getattr(error, "errno", None))
-
-    def error(self) -> Exception:
-        return OSError(self.errno, self.words) if self.kind is OSError else self.kind(self.words)
+def _words(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
-def _joint(errors: Sequence[_Sent | None]) -> Exception:
+def _portable(error: Exception, words: str = "") -> Exception:
+    """Return an error that any process can read: of a type in KINDS or a RuntimeError, with its words or others."""
+    kind = next((kind for kind in KINDS if isinstance(error, kind)), RuntimeError)
+    words = words or _words(error)
+    if kind is RuntimeError and type(error) is not RuntimeError:
+        words = f"{type(error).__name__}: {words}"
+    return OSError(getattr(error, "errno", None), words) if kind is OSError else kind(words)
+
+
+def _joint(errors: Sequence[Exception | None]) -> Exception:
     """Return one error for those of some ranks. Ranks with the same words are named together."""
     by_words: dict[str, list[int]] = {}
     for rank, error in enumerate(errors):
         if error is not None:
-            by_words.setdefault(error.words, []).append(rank)
+            by_words.setdefault(_words(error), []).append(rank)
     first = next(error for error in errors if error is not None)
-    if len(by_words[first.words]) == len(errors):
-        return first.error()
+    if len(by_words[_words(first)]) == len(errors):
+        return first
     named = (f"rank{'s' if ranks[1:] else ''} {', '.join(map(str, ranks))}: {w}" for w, ranks in by_words.items())
-    return replace(first, words="; ".join(named)).error()
+    return _portable(first, "; ".join(named))
 
 
 def device_of_rank(name: str) -> str:

@@ -11,11 +11,6 @@ from tests.helpers.commands import ROOT, run_all
 BAD = {
     "trian": "unknown command 'trian'; did you mean 'train'?",
     "zzz": f"unknown command 'zzz'; there are {', '.join(COMMANDS)}",
-    **{
-        f"--tyro-{arguments}": f"'--tyro-{arguments}' is not complete; use dsmini --tyro-write-completion SHELL FILE, "
-        "where SHELL is one of bash, zsh, fish"
-        for arguments in ("write-completion", "write-completion bash", "write-completion csh c", "x")
-    },
 }
 
 

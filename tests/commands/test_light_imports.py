@@ -4,8 +4,6 @@ import ast
 import importlib
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +12,7 @@ from types import ModuleType
 import pytest
 
 import dsmini
-from dsmini.__main__ import COMMANDS, main
+from dsmini.__main__ import COMMANDS
 from tests.conftest import SMALL
 from tests.helpers.commands import ROOT
 
@@ -69,30 +67,6 @@ def test_function_generate_survives_the_import_of_its_command() -> None:
     command = importlib.import_module("dsmini.generate")
     assert isinstance(command, ModuleType) and callable(command.main)
     assert dsmini.generate is importlib.import_module("dsmini.inference").generate
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_bash_completes_commands_flags_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["dsmini", "--tyro-write-completion", "bash", str(tmp_path / "c")])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert not stop.value.code
-    descriptions = re.findall(r"'description': ('.*?'|\".*?\"), 'type'", (tmp_path / "c").read_text())
-    assert len(descriptions) > 100 and not [text for text in descriptions if "\\n" in text], "a line is a candidate"
-    asked = {
-        "dsmini ge": "generate",
-        "dsmini generate --max": "--max-new-tokens",
-        "dsmini generate --eos i": "ignore",
-        "dsmini train --train.optimizer m": "muon",
-        "dsmini train --train.lr": "--train.lr --train.lr-schedule",
-    }
-    lines = [f"source {tmp_path / 'c'}"]
-    for line in asked:
-        lines.append(
-            f"COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _tyro_dsmini; echo ${{COMPREPLY[@]}}"
-        )
-    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True)
-    assert done.stdout.splitlines() == list(asked.values()), done.stderr
 
 
 def test_layers_and_loading_load_no_compiler(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from dsmini.distributed import world as worlds
 from dsmini.distributed.meeting import launcher
-from dsmini.distributed.world import World, _joint, _Sent, device_of_rank, joined, tells_of_loss
+from dsmini.distributed.world import World, _joint, _portable, device_of_rank, joined, tells_of_loss
 from tests.distributed.ranks import new_store, outcomes, run_ranks
 
 
@@ -45,14 +46,14 @@ def errors() -> dict[str, tuple[Exception, str, str, str]]:
 @pytest.mark.parametrize("kind", errors())
 def test_error_is_sent_with_its_words_and_named_with_its_rank(kind: str) -> None:
     error, of_first, joint, words = errors()[kind]
-    sent = _Sent.of(error)
-    assert type(sent.error()).__name__ == of_first and words in str(sent.error())
+    sent = pickle.loads(pickle.dumps(_portable(error)))
+    assert type(sent).__name__ == of_first and words in str(sent)
     of_some = _joint([None, sent])
     assert type(of_some).__name__ == joint and "rank 1: " in str(of_some) and words in str(of_some)
 
 
 def test_ranks_with_equal_words_are_named_together() -> None:
-    a, b = _Sent.of(ValueError("a")), _Sent.of(OSError(errno.EIO, "b"))
+    a, b = ValueError("a"), OSError(errno.EIO, "b")
     assert str(_joint([a, b, a])) == "ranks 0, 2: a; rank 1: b"
     assert str(_joint([a, a])) == "a"
 
