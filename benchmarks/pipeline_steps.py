@@ -103,7 +103,7 @@ def run_steps(world: World, size: Size) -> dict[str, list[Step]]:
     found: dict[str, list[Step]] = {name: [] for name in CHUNKS}
     for _ in range(size.steps):
         for name, trainer in trainers.items():
-            passes = trainer.passes
+            passes = trainer.pipeline
             assert isinstance(passes, Pipeline), "pp is 2"
             world.gather(None)  # both ranks start together
             start = time.perf_counter()

@@ -26,7 +26,6 @@ from dsmini.distributed import data_parallel
 from dsmini.distributed.exchange import SentBytes
 from dsmini.distributed.expert_parallel import ExpertExchange, TwoHopExchange, keep_own_experts, moe_layers
 from dsmini.distributed.muon import MatrixOwners, muon_update_divided
-from dsmini.distributed.passes import Passes
 from dsmini.distributed.pieces import HeldRows
 from dsmini.distributed.stages import StageLayout
 from dsmini.nn import Transformer
@@ -124,10 +123,10 @@ class Mesh:
                 inside, between = inner[node], outer[number]
         return TwoHopExchange(between, inside, self.slow_traffic, self.traffic)
 
-    def passes(self, model: Transformer, compiled: bool) -> Any:
-        """Return what runs forwards and backwards through the model: Passes, or a Pipeline."""
+    def pipeline(self, model: Transformer) -> Any:
+        """Return what runs forwards and backwards through the stages of all ranks; None without a pipeline."""
         if self.layout is None:
-            return Passes(model, compiled, self.begin_part)
+            return None
         from dsmini.distributed.pipeline import Pipeline
 
         dtype = model.compute_dtype or torch.float32

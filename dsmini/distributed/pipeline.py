@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from dsmini.config.parallel import ScheduleName
-from dsmini.distributed.passes import StepBatch
-from dsmini.distributed.stages import ModelStage, StageLayout
+from dsmini.distributed.stages import ModelStage, StageLayout, StepBatch
 from dsmini.nn import Transformer
 
 SCHEDULES: dict[str, Any] = {
@@ -77,7 +76,7 @@ class Pipeline:
         return counts[self.layout.rows(self.rank)]
 
     def score(self, tokens: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
-        """Return what Passes.score does, on the rank of the last stage, and 0 elsewhere."""
+        """Return the sum of the cross-entropy of the first rows of tokens, which have targets; 0 without the last stage."""
         x, total = tokens, torch.zeros((), device=tokens.device)
         for index, stage in self.stages.items():
             if not stage.first and index - 1 not in self.stages:

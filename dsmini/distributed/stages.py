@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config.parallel import CHUNKS, ParallelConfig
-from dsmini.distributed.passes import StepBatch
 from dsmini.nn import Routing, Transformer
 from dsmini.nn.attention import AttentionContext
 from dsmini.nn.balance import sequence_balance_loss
@@ -121,6 +120,25 @@ def _cost(module: nn.Module, model: Transformer) -> float:
     every, of_experts = (sum(p.numel() for p in ps if p.dim() > 1) for ps in (module.parameters(), routed))
     share = model.config.n_activated_experts / model.config.n_routed_experts
     return every - of_experts * (1 - share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """This rank's part of a step's batch, and what its losses are made of."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor | None
+    accumulate: int
+    """Number of parts that it is cut into, one forward and backward each."""
+    parts: float
+    """Number that the losses are divided by: of such parts of the whole step, on all ranks."""
+    phase: Callable[[str], None]
+    """Told where a forward and a backward begin."""
+    n_targets: Tensor
+    """Mean number of targets of a part."""
+    options: dict[str, Any]
+    """Further options of Transformer.losses."""
 
 
 class ModelStage(nn.Module):

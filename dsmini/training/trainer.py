@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader, Windows
 from dsmini.distributed.data_parallel import divided_like, local
 from dsmini.distributed.mesh import Mesh
-from dsmini.distributed.passes import StepBatch
 from dsmini.distributed.pieces import HeldRows, Pieces
+from dsmini.distributed.stages import StepBatch
 from dsmini.machine import synchronize
 from dsmini.nn import IndexerLoss, Transformer, max_violation
 from dsmini.nn.losses import IGNORE
@@ -92,7 +93,8 @@ class Trainer:
         self.optimizers = optimizers(model, config.train, dtype, self.mesh.muon_update, self.mesh.owned)
         decay = config.train.ema_decay
         self.average = None if decay is None else ParameterAverage(self._here(), decay)
-        self.passes = self.mesh.passes(model, config.train.compile)
+        self.losses = torch.compile(model.losses) if config.train.compile else model.losses
+        self.pipeline: Any = self.mesh.pipeline(model)
         self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
         self.steps_done = 0
         self.sequences = 0
@@ -134,7 +136,8 @@ class Trainer:
                 optimizer.step()
             mesh.exchange_moved()
             speed = bias_speed(self.steps_done, train)
-            own = self.passes.own_counts(loads[0]) if loads else []
+            own = loads[0] if loads else []
+            own = own if self.pipeline is None else self.pipeline.own_counts(own)
             for gate, load in zip(self.model.gates(), own, strict=True):
                 gate.update_bias(load, speed)
             if self.average is not None:
@@ -165,7 +168,8 @@ class Trainer:
     def forward_backward(self, rows: int) -> tuple[Tensor, Tensor | None, float]:
         """Add up the gradients of the mean loss over this rank's part of a step of so many rows.
 
-        Return this rank's shares of the means, as Passes.train does, its loads, and the seconds of waiting for data.
+        Return this rank's shares of the means [main, mtp, balance, and each indexer's kl, recall, mass], its loads [MoE
+        layers, experts], and the seconds of waiting for data.
         """
         train, start = self.config.train, time.perf_counter()
         tokens, targets = self._batch(rows)
@@ -187,7 +191,34 @@ class Trainer:
                 "recompute": train.recompute,
             },
         )
-        return *self.passes.train(batch, self.device), waited
+        return *self.train_parts(batch), waited
+
+    def train_parts(self, batch: StepBatch) -> tuple[Tensor, Tensor | None]:
+        """Run forward and backward for each part of a batch; return the sums and loads of forward_backward."""
+        if self.pipeline is not None:
+            return self.pipeline.train(batch, self.device)
+        sums, counts = torch.zeros((), device=self.device), None
+        n = batch.accumulate
+        documents = [None] * n if batch.documents is None else batch.documents.chunk(n)
+        parts = zip(batch.tokens.chunk(n), batch.targets.chunk(n), documents, strict=True)
+        for number, (x, y, of) in enumerate(parts, 1):
+            self.mesh.begin_part(self.model, last=number == n)
+            self.phase("forward")
+            losses = self.losses(
+                x.to(self.device),
+                y.to(self.device),
+                documents=None if of is None else of.to(self.device),
+                n_targets=batch.n_targets,
+                **batch.options,
+            )
+            self.phase("backward")
+            (losses.total / batch.parts).backward()
+            fits = [figure for fit in losses.indexers for figure in fit]
+            sums = sums + torch.stack([losses.main, losses.mtp, losses.balance, *fits]).detach() / batch.parts
+            if losses.routing:
+                load = torch.stack([routing.counts for routing in losses.routing])
+                counts = load if counts is None else counts + load
+        return sums, counts
 
     def _clip(self, names: set[str], norm: Tensor) -> None:
         """Scale the gradients of some parameters so that their norm is at most train.grad_clip."""
@@ -245,13 +276,20 @@ class Trainer:
                 inputs = (tokens, targets[:counted], self._documents(tokens))
                 x, y, documents = (None if t is None else t.to(self.device) for t in inputs)
                 assert x is not None and y is not None
-                total += self.passes.score(x, y, documents).double().cpu()
+                total += self._score(x, y, documents).double().cpu()
                 done += len(tokens)
                 on_part(done / len(mine))
         finally:
             self.model.train()
             self.mesh.release(self.model)
         return self.mesh.sum_all(total)[0].item() / windows.tokens
+
+    def _score(self, tokens: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
+        """Return the sum of the cross-entropy of the first rows of tokens, which have targets."""
+        if self.pipeline is not None:
+            return self.pipeline.score(tokens, targets, documents)
+        hidden = self.model.hidden(tokens, documents=documents)
+        return self.model.cross_entropy(hidden[: len(targets)].flatten(0, 1), targets.flatten())
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -112,19 +112,19 @@ def inject(training: TrainingRun, faults: Sequence[Fault]) -> None:
     """Let a run meet faults."""
     mine, trainer = Faults(faults, training), training.trainer
     of_this_process[:] = [mine]
-    real_phase, real_passes = training.phase, trainer.passes.train
+    real_phase, real_parts = training.phase, trainer.train_parts
 
     def phase(name: str) -> None:
         real_phase(name)
         mine.at(name)
 
-    def passes(batch: Any, device: torch.device) -> Any:
+    def train_parts(batch: Any) -> Any:
         fault = mine.take("forward", *LOSS)
         factor = 1.0 if fault is None else LOSS[fault.kind]
-        return real_passes(dataclasses.replace(batch, parts=batch.parts / factor), device)
+        return real_parts(dataclasses.replace(batch, parts=batch.parts / factor))
 
     training.phase = trainer.phase = phase
-    trainer.passes.train = passes
+    trainer.train_parts = train_parts
     for module, name, before, after in (
         (saving, "save_pieces", "staged", None),
         (checkpoint, "_write_all", "writing", "written"),

@@ -3,12 +3,18 @@
 A run with many faults in a row is compared, so that each start is one of the group of processes.
 """
 
+import os
+import random
+import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dsmini.distributed.world import World
 from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault
 from tests.distributed.ranks import outcomes, run_ranks
 from tests.distributed.runs import KILLED, differences, events, run, statuses, until_end
@@ -16,6 +22,9 @@ from tests.distributed.runs import KILLED, differences, events, run, statuses, u
 EP: dict[str, Any] = {"ep": 2}
 LOST = {1, -signal.SIGABRT}
 """Statuses of a rank whose peer died: it leaves, or gloo aborts it."""
+RUNS = int(os.environ.get("DSMINI_KILLED_RUNS", "2"))
+"""Number of runs that are killed at random moments, for each number of ranks."""
+LONGER: dict[str, Any] = {"steps": 30, "eval_every": 10}
 ENDS = {
     **{"kill": KILLED, "kill_saving": KILLED, "exception": 1},
     **{"abort": -signal.SIGABRT, "segfault": -signal.SIGSEGV},
@@ -49,6 +58,41 @@ def test_kill_in_each_phase_of_a_step_on_each_rank(tmp_path: Path, whole: Path) 
     places = [(phase, rank) for phase in STEP_PHASES for rank in (0, 1)]
     faults = [Fault("kill", rank, step, phase) for step, (phase, rank) in enumerate(places, 1)]
     assert_survived(tmp_path / "run", faults, whole)
+
+
+def killed_at_random(world: World, folder: Path, parallel: dict[str, Any], rank: int, seconds: float) -> bool:
+    """Train, saving after each step; a rank is killed after some seconds, unless it has come to its end."""
+    if world.rank == rank:
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+        try:
+            return run(world, folder, parallel, save_every=1, **LONGER)
+        finally:
+            timer.cancel()
+    return run(world, folder, parallel, save_every=1, **LONGER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_kill_at_random_moments_ends_with_the_same_bytes(n: int, tmp_path: Path) -> None:
+    """Kill each run again and again at moments that are drawn, of steps, of saves and of starts."""
+    parallel: dict[str, Any] = {"ep": min(n, 2), "dp": max(1, n // 2)}
+    start = time.monotonic()
+    assert run_ranks(n, killed_at_random, tmp_path / "whole", parallel, -1, 0.0) == [True] * n
+    longest, kills = time.monotonic() - start, 0
+    for seed in range(RUNS):
+        draw, folder = random.Random(f"{n} {seed}"), tmp_path / f"{seed}"
+        ends = [KILLED]
+        while KILLED in ends:
+            ends = statuses(
+                outcomes(n, killed_at_random, folder, parallel, draw.randrange(n), draw.uniform(0, longest))
+            )
+            kills += KILLED in ends
+        assert ends == [0] * n
+        assert differences(folder, tmp_path / "whole", LONGER["steps"]) == []
+        shutil.rmtree(folder)
+    print(f"{n} ranks: {RUNS} runs, killed {kills} times, all equal")
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def timeline_and_rest(world: World) -> dict[str, Any]:
     for name in CHUNKS:
         options = {"grad_accum": 4, "eval_tokens": 64}
         trainer = new_trainer(world, {"pp": 2, "schedule": name}, {"n_layers": 4}, options)
-        passes = trainer.passes
+        passes = trainer.pipeline
         assert isinstance(passes, Pipeline)
         trainer.step()
         phases: list[str] = []

@@ -127,14 +127,14 @@ def test_the_indexers_loss_does_not_change_how_far_the_main_model_moves(
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])
 def test_figures_are_means_over_the_parts_of_the_batch(new: New, stage: Any) -> None:
     trainer = new(dsa_stage=stage, grad_accum=2)
-    real, fits = trainer.passes.losses, []
+    real, fits = trainer.losses, []
 
     def losses(*args: Any, **kwargs: Any) -> Any:
         found = real(*args, **kwargs)
         fits.append([[value.item() for value in fit] for fit in found.indexers])
         return found
 
-    trainer.passes.losses = losses
+    trainer.losses = losses
     figures = trainer.step().indexers
     assert figures is not None and list(figures) == list(IndexerLoss._fields)
     want = torch.tensor(fits).mean(0).T

@@ -63,8 +63,8 @@ def at_step_4(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path],
 
 Kill = Callable[[TrainingRun, pytest.MonkeyPatch], None]
 PHASES: dict[str, Kill] = {
-    "before the micro-batches": lambda t, m: kill(m, t.trainer.passes, "losses", calls(t, 5, 0), False),
-    "between micro-batches": lambda t, m: kill(m, t.trainer.passes, "losses", calls(t, 5, 1), False),
+    "before the micro-batches": lambda t, m: kill(m, t.trainer, "losses", calls(t, 5, 0), False),
+    "between micro-batches": lambda t, m: kill(m, t.trainer, "losses", calls(t, 5, 1), False),
     "after backward": lambda t, m: kill(m, t.trainer, "forward_backward", calls(t, 5, 0), True),
     "before the optimizer": lambda t, m: kill(m, t.trainer.optimizers[0], "step", calls(t, 5, 0), False),
     "between the optimizers": lambda t, m: kill(m, t.trainer.optimizers[-1], "step", calls(t, 5, 0), False),

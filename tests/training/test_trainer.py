@@ -116,8 +116,8 @@ def test_the_losses_are_weighted_as_the_config_says(new_trainer: NewTrainer, mon
     options = {"mtp_weight": 0.7, "balance_alpha": 0.2, "balance_counts": "routed", "recompute": True}
     trainer = new_trainer(**options)
     seen: list[dict[str, Any]] = []
-    real = trainer.passes.losses
-    monkeypatch.setattr(trainer.passes, "losses", lambda x, y, **kwargs: (seen.append(kwargs), real(x, y, **kwargs))[1])
+    real = trainer.losses
+    monkeypatch.setattr(trainer, "losses", lambda x, y, **kwargs: (seen.append(kwargs), real(x, y, **kwargs))[1])
     trainer.step()
     assert seen == [{**options, "documents": None, "n_targets": torch.tensor(64.0)}]
 
@@ -152,7 +152,7 @@ def spoil_loss(name: str, value: float) -> Callable[[Trainer, pytest.MonkeyPatch
             last = next(calls) == trainer.config.train.grad_accum
             return out._replace(**{name: getattr(out, name) * value}) if last else out
 
-        patch.setattr(trainer.passes, "losses", losses)
+        patch.setattr(trainer, "losses", losses)
 
     return spoil
 
@@ -227,9 +227,8 @@ def test_document_mask_separates_documents_in_training(new_trainer: NewTrainer) 
     data = dataclasses.replace(masked.config.data, document_mask=True)
     masked.config = dataclasses.replace(masked.config, data=data)
     seen: list[Any] = []
-    passes: Any = masked.passes
-    real = passes.losses
-    passes.losses = lambda *args, **kwargs: (seen.append((args[0], kwargs["documents"])), real(*args, **kwargs))[1]
+    real: Any = masked.losses
+    masked.losses = lambda *args, **kwargs: (seen.append((args[0], kwargs["documents"])), real(*args, **kwargs))[1]
     assert masked.step().loss != plain.step().loss
     tokens, documents = seen[0]
     assert documents.max() > 0

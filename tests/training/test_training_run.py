@@ -210,7 +210,7 @@ def test_record_has_data_wait_and_memory_of_the_step(training: TrainingRun, monk
 
         return slow
 
-    monkeypatch.setattr(training.trainer.passes, "train", after(1.5, training.trainer.passes.train))
+    monkeypatch.setattr(training.trainer, "train_parts", after(1.5, training.trainer.train_parts))
     assert training.trainer.step().data_wait == 0
     monkeypatch.setattr(training.trainer.loader, "take", after(0.5, training.trainer.loader.take))
     step = training.trainer.step()

@@ -267,12 +267,12 @@ def test_slow_loader_of_a_run_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         clock.now += 0.2 if training.trainer.steps_done >= 40 else 0.0
         return real(requests)
 
-    def passes(*_: Any) -> tuple[torch.Tensor, None]:
+    def parts(*_: Any) -> tuple[torch.Tensor, None]:
         clock.now += 0.3
         return torch.zeros(3), None
 
     monkeypatch.setattr(training.trainer.loader, "take", take)
-    monkeypatch.setattr(training.trainer.passes, "train", passes)
+    monkeypatch.setattr(training.trainer, "train_parts", parts)
     assert training.train()
     changes = [(row["step"], row["binds"], row["binds_share"]) for row in rows_of(training) if row["binds"] is not None]
     assert changes == [(20, "", None), (75, "Data", pytest.approx(0.4))]
