@@ -76,7 +76,7 @@ class Pipeline:
         return counts[self.layout.rows(self.rank)]
 
     def score(self, tokens: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
-        """Return the sum of the cross-entropy of the first rows of tokens, which have targets; 0 without the last stage."""
+        """Return the sum of the cross-entropy of the first rows, which have targets; 0 without the last stage."""
         x, total = tokens, torch.zeros((), device=tokens.device)
         for index, stage in self.stages.items():
             if not stage.first and index - 1 not in self.stages:

@@ -10,7 +10,7 @@ import torch
 from dsmini import Transformer, load_pretrained, save_pretrained
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.convert import main
-from tests.helpers import commands, folders
+from tests.helpers import folders
 from tests.helpers.configs import refusal
 from tests.helpers.inference_layouts import BUILT
 from tests.helpers.runs import new_run
@@ -124,12 +124,3 @@ def test_mistakes_are_refused_and_write_nothing(
         assert sentence in refusal(main, arguments.split()), arguments
     assert {path.name for path in tmp_path.iterdir()} == {"a"}
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
-
-
-def test_help_and_mistakes_of_the_command(tmp_path: Path) -> None:
-    (status, said), (wrong, sentence) = commands.run_all(
-        [("dsmini.convert", "--help"), ("dsmini.convert", "nowhere b")], tmp_path
-    )
-    assert status == 0
-    assert "usage: python -m dsmini.convert SRC DST [FLAGS]" in said and "--shard-size 5GB" in said
-    assert wrong == 2 and "there is no folder nowhere" in sentence and "Traceback" not in sentence

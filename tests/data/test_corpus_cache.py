@@ -1,7 +1,6 @@
 """The cache of tokenized corpora: read when nothing changed, built when something did, whole or not there."""
 
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -32,13 +31,6 @@ def test_corpus_is_tokenized_once(place: Path, monkeypatch: pytest.MonkeyPatch) 
     meta = json.loads((entry / "meta.json").read_text())
     assert meta["sha256"] == first.sha256 and meta["train_tokens"] == len(first.train)
     assert (entry / "meta.json").stat().st_size < 1000
-
-
-def test_source_is_named_as_in_this_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpora.load(place)
-    monkeypatch.chdir(place)
-    again = corpora.load(place, path=Path("texts"))
-    assert "read from" in again.cache and again.source == "texts (40 files)"
 
 
 CHANGES: dict[str, Change] = {
@@ -129,23 +121,6 @@ def build(place: Path, barrier: Any, answers: Any) -> None:
     barrier.wait()
     corpus = corpora.load(place)
     answers.put((corpus.sha256, int(corpus.train.sum()), int(corpus.val.sum())))
-
-
-@pytest.mark.slow
-def test_two_processes_building_at_once_both_succeed(place: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    barrier, answers = context.Barrier(2), context.Queue()
-    for _ in range(3):
-        processes = [context.Process(target=build, args=(place, barrier, answers)) for _ in range(2)]
-        for process in processes:
-            process.start()
-        said = {answers.get(timeout=100) for _ in processes}
-        for process in processes:
-            process.join(100)
-            assert process.exitcode == 0
-        assert len(said) == 1
-        (entry,) = corpora.entries(place)
-        DAMAGES["shorter"](entry)  # in the next round both find it damaged
 
 
 @pytest.mark.parametrize("damaged", [False, True])

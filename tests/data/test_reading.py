@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dsmini.config import DataConfig
 from dsmini.data import cache as corpus_cache
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.data.documents import CHUNK, Document, find, left_out_in_words, not_utf8_in_words
+from dsmini.data.documents import CHUNK, Document, left_out_in_words, not_utf8_in_words
 from dsmini.data.split import cut_once
 from tests.helpers import corpora
 from tests.helpers.configs import refusal
@@ -62,16 +62,6 @@ def test_few_files_are_split_at_the_end_of_the_text(tmp_path: Path) -> None:
     corpus = load(tmp_path, {"t": text}, path=tmp_path / "texts/t")
     assert (corpus.train.tobytes(), corpus.val.tobytes()) == (text[:180], text[180:])
     assert corpus.sha256 == hashlib.sha256(text).hexdigest()
-
-
-def test_file_of_just_the_held_out_share_is_held_out_whole(tmp_path: Path) -> None:
-    corpus = load(tmp_path, {f"{i}.txt": bytes([65 + i]) * 99 for i in range(10)})
-    assert corpus.split == "1 whole files" and len(corpus.val) == 100
-
-
-def test_library_is_read_in_the_order_of_names() -> None:
-    names = [document.name for document in find(None).documents]
-    assert names == sorted(names) and len(names) > 100
 
 
 @pytest.mark.parametrize(("text", "reason"), [("abcd", "binary"), ("abcde", "UTF-16LE")])
@@ -134,11 +124,6 @@ def test_text_in_another_encoding_is_named_with_the_command(tmp_path: Path, enco
     if shutil.which("iconv"):
         subprocess.run(said.rpartition("convert it: ")[2], shell=True, check=True)
         assert (tmp_path / "texts/0.txt.utf8").read_text() == text
-
-
-def test_encodings_beyond_the_names_that_are_shown_have_advice_too() -> None:
-    words = left_out_in_words([*(f"{i}.bin (binary)" for i in range(3)), "x (UTF-16)", "y (UTF-32)"], "corpus.json")
-    assert "UTF-16)" not in words and words.count("iconv") == 2
 
 
 def test_text_of_single_bytes_is_read_and_named(tmp_path: Path) -> None:

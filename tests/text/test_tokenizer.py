@@ -16,7 +16,7 @@ from dsmini.config import DataConfig
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import find, measure
 from dsmini.data.split import split
-from dsmini.data.texts import lines, read_texts
+from dsmini.data.texts import read_texts
 from dsmini.text.bpe import SPECIAL_TOKENS, train_bpe
 from dsmini.text.tokenizer import (
     END_TOKENS,
@@ -26,7 +26,7 @@ from dsmini.text.tokenizer import (
     byte_tokenizer_json,
     load_tokenizer,
 )
-from tests.helpers.commands import TINY, run_all
+from tests.helpers.commands import TINY
 from tests.helpers.configs import refusal
 from tests.helpers.text_folders import tokenizers
 
@@ -165,13 +165,6 @@ def test_no_character_is_cut(trained: Path, tmp_path: Path, bpe: BPETokenizer) -
         assert bpe.decode(corpus.train.tolist()) + bpe.decode(corpus.val.tolist()) == text
 
 
-def test_pieces_of_a_text_have_its_tokens(bpe: BPETokenizer) -> None:
-    text, size = Path(__file__).read_bytes(), 999
-    pieces = list(lines((text[i : i + size] for i in range(0, len(text), size)), size))
-    assert len(pieces) > 10
-    assert np.array_equal(np.concatenate(bpe.encode_all(pieces)), bpe.encode(text))
-
-
 def test_the_vocabulary_must_hold_all_tokens(trained: Path, tmp_path: Path, bpe: BPETokenizer) -> None:
     size = bpe.vocab_size
     said = rf"vocab_size={size - 1} is less than the {size} tokens of .*; use --model.vocab-size {size}"
@@ -193,11 +186,6 @@ def test_the_end_token_is_the_first_known_one(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == max(library.get_vocab().values()) + 1
     with pytest.raises(ValueError, match=r"fim_rate=0.5 needs the tokens .*fim.* which .*t.json does not have"):
         corpus_with(tmp_path, tmp_path, tokenizer=tmp_path / "t.json", fim_rate=0.5)
-
-
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    tokenizers()
-    assert f"there is no tokenizer file {tmp_path / 't.json'}; name a" in refusal(load_tokenizer, tmp_path / "t.json")
 
 
 def test_a_missing_library_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,11 +261,3 @@ def test_mistakes_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for arguments, sentence in MISTAKES.items():
         assert sentence in refusal(tokenize.main, arguments.split()), arguments
     assert {path.name for path in tmp_path.iterdir()} == {"book.txt", "there.json"}
-
-
-@pytest.mark.slow
-def test_help_and_mistakes_of_the_command(tmp_path: Path) -> None:
-    commands = [("dsmini.tokenize", "--help"), ("dsmini.tokenize", "nothing.txt")]
-    (status, said), (wrong, sentence) = run_all(commands, tmp_path)
-    assert status == 0 and "python -m dsmini.tokenize" in said and "default" in said
-    assert wrong == 2 and "does not exist" in sentence and "Traceback" not in sentence
