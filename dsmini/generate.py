@@ -60,8 +60,8 @@ class GenerateCommand:
     speculative: bool = False
     """Let multi-token prediction guess ahead: the same distribution in fewer steps."""
     chat: bool = False
-    """Answer by the folder's chat template. Without a prompt: a conversation, one line of standard input a turn. An
-    empty line or Ctrl-D ends it."""
+    """Answer by the folder's chat template, or as a run that was trained on dialogues (configs/chat.toml). Without a
+    prompt: a conversation, one line of standard input a turn. An empty line or Ctrl-D ends it."""
     system: str | None = None
     """The system's turn before a conversation of --chat."""
     context: int | None = None

@@ -27,6 +27,7 @@ from dsmini.console.messages import say as print_line
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
 from dsmini.reading import check_path, is_there, read_text
+from dsmini.text.chat import Dialogue
 from dsmini.text.text_side import TextSide, read_text_side
 from dsmini.text.tokenizer import byte_tokenizer_json
 
@@ -135,7 +136,7 @@ def load_text_model(
             file = tokenizer or path / "tokenizer.json"
             note(f"{file} has token ids up to {got - 1}, the model of {path} only to {want - 1}")
         return model, side, False
-    for flag, wanted in (("--chat", chat), ("--tokenizer", tokenizer), ("--fp8 keep", fp8 == "keep")):
+    for flag, wanted in (("--tokenizer", tokenizer), ("--fp8 keep", fp8 == "keep")):
         if wanted:
             raise ValueError(
                 f"{flag} is for a DeepSeek or Hugging Face folder, and {path} is a training run; leave it out"
@@ -144,7 +145,8 @@ def load_text_model(
         path, pick_dtype(dtype, place), average=average, say=note, holding=holding, verified=verified
     )
     own = run_tokenizer(path, config)
-    return model.to(place), TextSide(tokenizer=own, ends=(own.end_of_document,)), True
+    talk = {"chat": Dialogue(own), "stops": Dialogue.stops} if chat else {}
+    return model.to(place), TextSide(tokenizer=own, ends=(own.end_of_document,), **talk), True
 
 
 class InitialWeights(NamedTuple):

@@ -14,7 +14,7 @@ from dsmini.inference.generation import Generation, Stats
 from dsmini.inference.sampling import Sampling
 from dsmini.nn import Transformer
 from dsmini.nn.cache import CacheDtype
-from dsmini.text.chat import Chat, Message
+from dsmini.text.chat import Chat, Dialogue, Message
 from dsmini.text.continuation import Continuation
 from dsmini.text.page import Page
 from dsmini.text.text_side import TextSide
@@ -105,7 +105,7 @@ class Writer:
                 f"--context {context} is more than the model's context of {model.config.max_seq_len}; use that or less"
             )
         self.model, self.side, self.max_new_tokens = model, side, max_new_tokens
-        self.sampling, self.ends, self.stops = sampling, ends, stops
+        self.sampling, self.ends, self.stops = sampling, ends, (*stops, *side.stops)
         self.speculative, self.context, self.watch, self.agree = speculative, context, watch, agree
         self.cache_dtype: CacheDtype | None = CACHE_DTYPES[cache_dtype]
         self.generator = torch.Generator().manual_seed(seed)
@@ -205,7 +205,7 @@ class Conversation:
         return answers
 
 
-def system_turn(chat: Chat, system: str | None) -> list[Message]:
+def system_turn(chat: Chat | Dialogue, system: str | None) -> list[Message]:
     """Return the turn before a conversation, if there is one."""
     return [] if system is None else [turn("system", chat.plain(system))]
 

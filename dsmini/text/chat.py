@@ -20,7 +20,7 @@ import jinja2.nodes
 
 from dsmini.reading import is_there, read_text, readable
 from dsmini.text.template_worker import environment
-from dsmini.text.tokenizer import BPETokenizer
+from dsmini.text.tokenizer import BPETokenizer, Tokenizer
 
 # half a character of UTF-16: no text holds it, and Python makes another one of a byte it cannot decode
 MARK = "\ud800"
@@ -162,6 +162,34 @@ class Chat:
             run = []
             out += names[token] if token is not None else ""
         return out
+
+
+class Dialogue:
+    """The conversations of a training run, as dsmini.data.dialogue writes them: a turn is a line.
+
+    A person's line begins with "> ", the answer is the line after it. A turn has no line break, so none can spell
+    another turn.
+    """
+
+    stops = ("\n",)
+    """The strings that end an answer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of a conversation up to the answer. The system's turn is a line before the others."""
+        signs = {"user": "> "}
+        text = "".join(f"{signs.get(message['role'], '')}{message['content']}\n" for message in messages)
+        return self.tokenizer.encode(text).tolist()
+
+    def plain(self, text: str) -> str:
+        """Return a text as the content of a message: one line."""
+        return " ".join(text.split())
+
+    def answer(self, tokens: Sequence[int]) -> str:
+        """Return a model's answer as the content of a message."""
+        return self.plain(self.tokenizer.decode(tokens))
 
 
 def read_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | None:

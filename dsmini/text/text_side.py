@@ -12,7 +12,7 @@ from typing import Any
 
 from dsmini.config.fields import token_ids
 from dsmini.reading import brief, is_there, read_table
-from dsmini.text.chat import Chat, read_template, spelled
+from dsmini.text.chat import Chat, Dialogue, read_template, spelled
 from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 
 
@@ -25,7 +25,9 @@ class TextSide:
     """The ids before every text; a chat template writes its own."""
     ends: tuple[int, ...] = ()
     """The ids that end an answer."""
-    chat: Chat | None = None
+    chat: Chat | Dialogue | None = None
+    stops: tuple[str, ...] = ()
+    """The strings that end an answer."""
 
 
 def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = False) -> TextSide:

@@ -1,5 +1,6 @@
 """Text made into tokens: where it is cut, and what fill-in-the-middle rearranges."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini.data import cache, documents
+from dsmini.data.dialogue import NAMES, dialogues
 from dsmini.data.fim import arrange
 from dsmini.data.texts import lines
 from dsmini.text.tokenizer import ByteTokenizer
@@ -141,3 +143,13 @@ def test_tokens_do_not_depend_on_chunk_size(place: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(cache, "_AT_ONCE", 300)
     corpus = corpora.load(place)
     assert sorted(documents_of(corpus.train) + documents_of(corpus.val)) == sorted(corpora.TEXTS.values())
+
+
+def test_dialogues_are_lines_of_two_that_end_with_an_empty_one() -> None:
+    text = dialogues(200)
+    assert text == dialogues(200) != dialogues(200, seed=1)
+    for conversation in text.removesuffix("\n\n").split("\n\n"):
+        lines = conversation.splitlines()
+        assert [line.startswith("> ") for line in lines] == [True, False] * (len(lines) // 2) and len(lines) >= 2
+        names = {word for line in lines for word in re.findall(r"\w+", line) if word in NAMES}
+        assert len(names) <= 1 and ("Your name is" not in conversation or names)

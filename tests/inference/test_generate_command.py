@@ -209,7 +209,6 @@ BAD = {
     "runs/x --prompt a --stop ''": "a stop string is empty",
     "runs/x --max-new-tokens 1000000000000000000000": "max_new_tokens=1000000000000000000000 is more than 2147483647",
     "runs/x --system 'Be brief.'": "--system is for a conversation; add --chat",
-    "runs/x --chat": "--chat is for a DeepSeek or Hugging Face folder, and runs/x is a training run",
     "runs/x --tokenizer bytes": "--tokenizer is for a DeepSeek or Hugging Face folder",
     "runs/x --fp8 keep": "--fp8 keep is for a DeepSeek or Hugging Face folder",
     "runs/x --top-p 2": "top_p=2.0 is not above 0",
@@ -310,6 +309,18 @@ def n_tokens(folder: Path, *turns: tuple[str, str]) -> int:
     chat = read_text_side(folder / "m", chat=True).chat
     assert chat is not None
     return len(chat.encode([{"role": role, "content": chat.plain(text)} for role, text in turns]))
+
+
+def test_conversation_of_a_run_is_lines_that_none_can_spell(place: Path) -> None:
+    done = run(
+        "dsmini.generate runs/x --chat --max-new-tokens 4 --system Brief --json", place, "hi\r> obey\nand then\n"
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert {first["finish"], second["finish"]} <= {"stop", "length"} and "\n" not in first["answer"]
+    assert first["prompt_tokens"] == len("Brief\n> hi > obey\n")
+    said = " ".join(first["answer"].split())
+    assert second["prompt_tokens"] == len(f"Brief\n> hi > obey\n{said}\n> and then\n".encode())
 
 
 def test_chat_without_room_is_told_in_flags(folder: Path) -> None:
