@@ -14,19 +14,23 @@ process measures on its own: clocks of different hosts are never compared.
 
 import json
 import os
+import signal
 import socket
 import sys
 import sysconfig
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from dsmini.console.command import interruptible
+from dsmini.distributed.meeting import held_by_launcher, store_client
+from dsmini.distributed.world import World
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
@@ -196,6 +200,35 @@ class Heartbeat:
                     time.sleep(0.05)
         finally:
             os._exit(STALLED)
+
+
+@contextmanager
+def watched(world: World, timeout: float, log: Callable[[int, float, str], None]) -> Iterator[Heartbeat | None]:
+    """Watch over the processes of a run inside the block; a single one has nobody to watch.
+
+    A stall is logged and told on the standard error. Once the launcher has ended, this process is asked to stop.
+
+    Args:
+        timeout, log: as timeout and on_stall of a Heartbeat.
+    """
+    if world.size == 1:
+        yield None
+        return
+
+    def on_stall(rank: int, seconds: float, sentence: str) -> None:
+        log(rank, seconds, sentence)
+        words = f"{sentence}; the run continues from its last checkpoint with --resume\n"
+        os.write(sys.stderr.fileno(), words.encode())  # the main thread may hold the lock of print
+
+    def on_lost() -> None:
+        if held_by_launcher():
+            if world.rank == 0:
+                print("the launcher has ended, so the run is saved and stops", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    store = store_client("heartbeat", timeout)
+    with Heartbeat(world.rank, world.size, store, timeout, on_stall, on_lost) as heartbeat:
+        yield heartbeat
 
 
 def place_of(thread: int | None) -> tuple[str, bool]:

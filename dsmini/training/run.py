@@ -2,12 +2,9 @@
 
 import io
 import json
-import os
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +25,8 @@ from dsmini.checkpoint.training_state import (
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.console.messages import say
 from dsmini.console.progress import patience
-from dsmini.distributed.heartbeat import Heartbeat
-from dsmini.distributed.meeting import held_by_launcher, store_client, told
+from dsmini.distributed.heartbeat import Heartbeat, watched
+from dsmini.distributed.meeting import told
 from dsmini.distributed.replicas import unequal_replicas
 from dsmini.distributed.world import World
 from dsmini.machine import peak_memory
@@ -110,7 +107,8 @@ class TrainingRun:
         agree = self.world.any if self.world.size > 1 else None
         self.progress = TrainingProgress(self.console, self.config.train.steps)
         try:
-            with self._heard(), asked_to_stop(agree) as self.asked, self.progress:
+            watch = watched(self.world, self.config.parallel.timeout, self._note_stall)
+            with watch as self.heartbeat, asked_to_stop(agree) as self.asked, self.progress:
                 self._open_records()
                 self._take_steps()
             if self.failure is not None:
@@ -120,6 +118,7 @@ class TrainingRun:
             self._save_what_is_whole(error)
             raise
         finally:
+            self.heartbeat = None
             self._close_records()
         self.note("stopped" if self.asked.agreed else "finished")
         return not self.asked.agreed
@@ -357,6 +356,10 @@ class TrainingRun:
         if self.heartbeat is not None:
             self.heartbeat.beat(self.trainer.steps_done, name)
 
+    def _note_stall(self, rank: int, seconds: float, sentence: str) -> None:
+        """Log a stall that this rank has found, of one that stands still."""
+        self.log.write("stalled", self.trainer.steps_done, rank=rank, sentence=sentence, seconds=seconds)
+
     def _compare_replicas(self) -> None:
         """Compare what several ranks hold alike, bit for bit.
 
@@ -372,32 +375,6 @@ class TrainingRun:
                 f"its last checkpoint with --resume {self.folder}"
             )
             raise told(ArithmeticError(sentence))
-
-    @contextmanager
-    def _heard(self) -> Iterator[None]:
-        """Exchange heartbeats with the other processes of the run inside the block."""
-        world, timeout = self.world, self.config.parallel.timeout
-        if world.size == 1:
-            yield
-            return
-
-        def on_stall(rank: int, seconds: float, sentence: str) -> None:
-            self.log.write("stalled", self.trainer.steps_done, rank=rank, sentence=sentence, seconds=seconds)
-            words = f"{sentence}; the run continues from its last checkpoint with --resume\n"
-            os.write(sys.stderr.fileno(), words.encode())  # the main thread may hold the lock of print
-
-        def on_lost() -> None:
-            if held_by_launcher():
-                if world.rank == 0:
-                    print("the launcher has ended, so the run is saved and stops", file=sys.stderr, flush=True)
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        store = store_client("heartbeat", timeout)
-        with Heartbeat(world.rank, world.size, store, timeout, on_stall, on_lost) as self.heartbeat:
-            try:
-                yield
-            finally:
-                self.heartbeat = None
 
     # --- for the end
 
