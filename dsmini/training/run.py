@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from dsmini.atomic import write_json, write_text
+from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.checkpoint.training_state import (
@@ -390,9 +391,12 @@ class TrainingRun:
         """
         if self.world.size == 1:
             return self.trainer.model
-        saved = checkpoint_folder(self.config, self.trainer.steps_done)
+        saved, device = checkpoint_folder(self.config, self.trainer.steps_done), self.trainer.device
         model, _ = load_run(saved, self.trainer.model.compute_dtype, verified=True)
-        return model.to(self.trainer.device)
+        if device.type != "cpu":
+            nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+            refuse_too_large(nbytes, "the whole model in one process", device)
+        return model.to(device)
 
 
 def moe_layers(config: ModelConfig) -> Sequence[str]:

@@ -75,8 +75,13 @@ class Saver:
         Rank 0 alone has all records, which it writes and draws. All ranks have the last one, with its validation.
         """
         assert self.config.out is not None
-        records: list[StepRecord] = [] if self.world.rank else read_records(self.config.out)
-        last = self.world.first(lambda: [record for record in records if record.step == checkpoint.state.step])
+        out, records = self.config.out, list[StepRecord]()
+
+        def read() -> list[StepRecord]:
+            records.extend(read_records(out))
+            return [record for record in records if record.step == checkpoint.state.step]
+
+        last = self.world.first(read)
         return self.world.together(lambda: self._restore(checkpoint, records or last))
 
     def _restore(self, checkpoint: Checkpoint, records: list[StepRecord]) -> int:

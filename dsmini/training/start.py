@@ -253,9 +253,10 @@ def _corpus_before(folder: Path) -> str | None:
             f"{folder} has saved {len(saved)} checkpoints, the last after step {saved[-1]}, and they are gone; put one "
             "back into its checkpoints, or start a new run in another folder"
         )
+    before = None
     with suppress(ValueError):  # the file is damaged
-        return read_table(folder / "corpus.json").get("sha256")
-    return None
+        before = read_table(folder / "corpus.json").get("sha256")
+    return before if isinstance(before, str) else None
 
 
 def _introduction(config: RunConfig, corpus: Corpus) -> list[str]:
