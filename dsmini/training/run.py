@@ -36,11 +36,10 @@ from dsmini.text.tokenizer import Tokenizer
 from dsmini.training.events import EventLog, log_path, put_aside_crash_loops, read_events
 from dsmini.training.plots import plot_run
 from dsmini.training.progress import TrainingProgress, validate
-from dsmini.training.record import METRICS, History, StepRecord
+from dsmini.training.record import METRICS, History, StepRecord, TensorBoard
 from dsmini.training.saving import NotSavedError, Saver
 from dsmini.training.spikes import Spikes
 from dsmini.training.stopping import StopAskedError, StopSignals, asked_to_stop
-from dsmini.training.tensorboard import TensorBoard
 from dsmini.training.trainer import StepResult, Trainer
 
 PLOT_EVERY = 30.0

@@ -40,8 +40,8 @@ from dsmini.reading import read_bytes, read_table
 from dsmini.training.events import read_events
 from dsmini.training.origin import INIT, RunOrigin, absolute, check_resume
 from dsmini.training.part_memory import refuse_oversized
+from dsmini.training.record import require_tensorboard
 from dsmini.training.run import TrainingRun
-from dsmini.training.tensorboard import require_tensorboard
 from dsmini.training.trainer import Trainer
 
 LONGEST_WAIT = 86400.0

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from dsmini.train import main
-from dsmini.training.record import StepRecord
-from dsmini.training.tensorboard import SCALARS, TensorBoard
+from dsmini.training.record import SCALARS, StepRecord, TensorBoard
 from tests.helpers.commands import TINY, run
 from tests.helpers.configs import refusal
 from tests.helpers.runs import calls, kill, new_run, resumed, stopped
