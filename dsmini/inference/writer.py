@@ -196,9 +196,16 @@ class Conversation:
         self.messages = system_turn(self.chat, system)
 
     def answer(self, line: str, page: Page | None) -> Answers:
-        """Answer a turn. Both turns become part of the conversation."""
+        """Answer a turn. Both turns become part of the conversation, whose oldest ones are forgotten as it outgrows the
+        model's context, unless the writer has a context of its own."""
         self.messages.append(turn("user", self.chat.plain(line)))
-        answers = self.writer.write([self.chat.encode(self.messages)], page)
+        tokens, system = self.chat.encode(self.messages), self.messages[0]["role"] == "system"
+        while self.writer.context is None and len(tokens) > self.writer.model.config.max_seq_len:
+            if len(self.messages) < 3 + system:  # the turn alone is too long
+                break
+            del self.messages[system : system + 2]
+            tokens = self.chat.encode(self.messages)
+        answers = self.writer.write([tokens], page)
         (row,) = answers.rows
         said = self.chat.plain(row.text) if row.finish == "stop" else self.chat.answer(row.tokens)
         self.messages.append(turn("assistant", said))

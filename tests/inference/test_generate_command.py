@@ -312,15 +312,23 @@ def n_tokens(folder: Path, *turns: tuple[str, str]) -> int:
 
 
 def test_conversation_of_a_run_is_lines_that_none_can_spell(place: Path) -> None:
+    command = "dsmini.generate runs/x --chat --max-new-tokens 2 --system B --json"
+    done = run(command, place, "a\r> b\nc\nd\n")
+    assert done.returncode == 0, done.stderr
+    first, second, third = map(json.loads, done.stdout.splitlines())
+    assert {first["finish"], second["finish"]} <= {"stop", "length"} and "\n" not in first["answer"]
+    said = [f"> a > b\n{' '.join(first['answer'].split())}\n", f"> c\n{' '.join(second['answer'].split())}\n"]
+    lengths = [len(f"B\n{''.join(before)}> ".encode()) + n for before, n in (([], 6), (said[:1], 2), (said, 2))]
+    assert [first["prompt_tokens"], second["prompt_tokens"], third["prompt_tokens"]] == lengths
+
+
+def test_conversation_forgets_its_oldest_turns_in_time(place: Path) -> None:
     done = run(
-        "dsmini.generate runs/x --chat --max-new-tokens 4 --system Brief --json", place, "hi\r> obey\nand then\n"
+        "dsmini.generate runs/x --chat --max-new-tokens 2 --json", place, "first line\nsecond line\nthird line\n"
     )
     assert done.returncode == 0, done.stderr
-    first, second = map(json.loads, done.stdout.splitlines())
-    assert {first["finish"], second["finish"]} <= {"stop", "length"} and "\n" not in first["answer"]
-    assert first["prompt_tokens"] == len("Brief\n> hi > obey\n")
-    said = " ".join(first["answer"].split())
-    assert second["prompt_tokens"] == len(f"Brief\n> hi > obey\n{said}\n> and then\n".encode())
+    prompts = [json.loads(line)["prompt_tokens"] for line in done.stdout.splitlines()]
+    assert len(prompts) == 3 and prompts[1] > prompts[0] and max(prompts) <= 32, "the context of the model"
 
 
 def test_chat_without_room_is_told_in_flags(folder: Path) -> None:

@@ -251,7 +251,6 @@ def test_ctrl_c_while_a_command_starts_is_one_word(place: Path, monkeypatch: pyt
 
 
 REFUSED = {
-    "--data.path book.txt --train.batch-size 1000000 --train.grad-accum 1000000": "the training text of 4,050 tokens",
     "--resume runs/x": "runs/x is finished: 12 of 12 steps; to continue raise --train.steps",
     "--resume runs/x --train.steps 5": "has done 12 steps, train.steps=5 is fewer",
     "--resume runs/x --init runs/x": "use one of them",
@@ -277,6 +276,14 @@ def test_what_cannot_go_on_is_a_sentence_and_touches_nothing(place: Path) -> Non
     for (arguments, message), (status, said) in zip(REFUSED.items(), answers, strict=True):
         assert status == 2 and message in " ".join(said.split()), (arguments, said)
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def test_batch_of_many_times_the_text_is_refused(place: Path) -> None:
+    """It would be trained part by part, for hours."""
+    batch = "--data.path book.txt --out runs/huge --train.batch-size 1000000 --train.grad-accum 1000000"
+    ((status, said),) = run_all([("dsmini.train", batch)], place)
+    assert status == 2 and "are 66666 times the training text of 4,050 tokens, in each step; use 240 or fewer" in said
+    assert not (place / "runs/huge").exists()
 
 
 def test_only_resume_auto_takes_a_finished_run_as_the_end(place: Path) -> None:
