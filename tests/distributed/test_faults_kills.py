@@ -24,7 +24,7 @@ LOST = {1, -signal.SIGABRT}
 """Statuses of a rank whose peer died: it leaves, or gloo aborts it."""
 RUNS = int(os.environ.get("DSMINI_KILLED_RUNS", "2"))
 """Number of runs that are killed at random moments, for each number of ranks."""
-LONGER: dict[str, Any] = {"steps": 30, "eval_every": 10}
+LONGER: dict[str, Any] = {"steps": 12, "eval_every": 5}
 ENDS = {
     **{"kill": KILLED, "kill_saving": KILLED, "exception": 1},
     **{"abort": -signal.SIGABRT, "segfault": -signal.SIGSEGV},
