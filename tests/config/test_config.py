@@ -97,7 +97,7 @@ def test_own_file_comes_before_a_config_of_that_name(tmp_path: Path, monkeypatch
         ("toy-dens", "did you mean toy-dense or toy-dsa?"),
         ("configs/toy-dsa.toml", "did you mean toy-dsa or toy-dense or toy-mha?"),
         ("deepseek-v3.1", "did you mean deepseek-v3.2 or deepseek-v3 or deepseek-v2?"),
-        ("qqq", "name a file, or one of deepseek-v2, deepseek-v2-lite, "),
+        ("qqq", "name a file, or one of chat, deepseek-v2, deepseek-v2-lite, "),
     ],
 )
 def test_unknown_name_of_a_config_lists_near_ones(

@@ -67,7 +67,7 @@ def test_unreadable_file_is_refused(tmp_path: Path, kind: Any) -> None:
     missing, binary = tmp_path / "nope.toml", tmp_path / "y.toml"
     binary.write_bytes(b"\xff\xfe")
     assert refusal(kind.from_file, missing).startswith(
-        f"there is no file {missing}; name a file, or one of deepseek-v2, "
+        f"there is no file {missing}; name a file, or one of chat, deepseek-v2, "
     )
     assert refusal(kind.from_file, tmp_path).startswith(f"cannot read {tmp_path}: it is a folder")
     assert refusal(kind.from_file, binary).startswith(f"cannot read {binary}: 'utf-8' codec")
