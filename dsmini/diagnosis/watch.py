@@ -41,6 +41,7 @@ from dsmini.diagnosis.contention import cores
 from dsmini.diagnosis.findings import MOST_IDLE, load
 from dsmini.diagnosis.verdict import LEAST
 from dsmini.measure.cpu_time import CpuRates, CpuTimes
+from dsmini.training.run import BindingChange
 from dsmini.training.trainer import StepResult
 
 WINDOW = 20
