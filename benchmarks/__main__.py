@@ -1,17 +1,8 @@
-"""Run python -m benchmarks: measure, compare with predictions, and draw a report."""
+"""Run python -m benchmarks: measure, compare with predictions, and write a page."""
 
-import sys
-
-from benchmarks.command_line import listed, parse
-from benchmarks.questions import questions_here
+from benchmarks.questions import QUESTIONS
+from benchmarks.run import main
+from dsmini.console.command import run
 
 if __name__ == "__main__":
-    known = questions_here()
-    if sys.argv[1:] in (["--list"], ["--help"], ["-h"]):  # without torch, which takes seconds to import
-        parse(sys.argv[1:], known)
-        print("\n".join(listed(known)))
-        sys.exit()
-    from benchmarks.runner import main
-    from dsmini.console.command import run
-
-    run(lambda args: main(args, known))
+    run(lambda args: main(args, QUESTIONS))

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from benchmarks.trained import CORPUS
+from benchmarks.models import CORPUS
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data.corpus import Loader, load_corpus
 from dsmini.diagnosis.contention import cores

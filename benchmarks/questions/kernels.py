@@ -1,47 +1,33 @@
-"""How close do the CPU kernels come to the roof of this machine?
+"""The CPU kernels next to the roof of this machine and to plain PyTorch.
 
-Each kernel runs at the shapes of a model with DeepSeek's widths of heads. First its result is compared with the
-reference, bit for bit where it rounds. Predicted is the roof: the bytes that the operation must move over the measured
-bandwidth, or its FLOPs over the measured matrix peak, whichever takes longer. Each call takes other weights, so that no
-cache holds them, as in decoding. Kernel, plain PyTorch (eager), the reference and a plain read of memory take turns.
+Each kernel runs at two sizes: rows of a product, keys of attention, bytes of what only moves. First its result is
+compared with the reference, bit for bit where it rounds. Predicted is the roof: the bytes that the operation must move
+over the measured bandwidth, or its FLOPs over the measured matrix peak, whichever takes longer. Each call takes other
+operands, so that no cache holds them, as in decoding. Kernel, plain PyTorch and the reference take turns.
 DSMINI_CPU_ISA forces a narrower instruction set.
 """
 
-import copy
-import dataclasses
-import itertools
-import math
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import kernel_calls
-from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick, values
-from benchmarks.kernel_calls import CALLS, Calls
-from benchmarks.questions.quantize import freed_memory_kept, why_not
-from benchmarks.steps import FASTEST, check_bandwidth
+from benchmarks.question import Case, Figure, Question, Setting, cases_over, check_bandwidth, figure, left_out, pick
 from dsmini import ops
-from dsmini.machine import once
+from dsmini.machine import DTYPES
+from dsmini.measure.calibration import rotating
 from dsmini.measure.costs import Cost, cost_of
-from dsmini.measure.timing import interleaved
-from dsmini.ops.explanation import instruction_set, operations
+from dsmini.measure.kernels import FP8, KERNELS, OTHERS, Kernel
+from dsmini.measure.turns import in_turns
+from dsmini.ops.explanation import instruction_set
 from dsmini.report.charts import over_labels
-from dsmini.report.units import plural
 
-NAME = "kernels"
-CPU = torch.device("cpu")
-ROUNDS, QUICK_ROUNDS = 15, 5
-TURN, QUICK_TURN = 0.01, 0.003
-"""Least seconds of a turn."""
-SLOW_ROUNDS, SLOW_SECONDS = 3, 2.0
-"""Rounds with plain PyTorch, and seconds after which no such round begins."""
-ROUNDING = ("quantize", "dequantize", "quantize_dequantize")
-
-figure = Figures(NAME, higher={"share_of_roof": "", "over_eager": "x", "over_reference": "x"}, lower={"seconds": "s"})
+ALL = {**KERNELS, **OTHERS}
+BACKENDS = {"kernel": "cpu", "plain PyTorch": "eager", "reference": "reference"}
+FASTEST = 1.25
+"""Rate of the best kernels over that of the products which are the measured peak."""
 
 
 class Work:
@@ -53,147 +39,114 @@ class Work:
     def kernel_ran(self, call: ops.Call) -> None:
         self.costs.append(cost_of(call.name, call.result, *call.args, **call.kwargs))
 
-    def mean(self) -> tuple[float, float]:
-        """Return the bytes and the FLOPs of a call."""
-        bytes_, flops = [sum(part) for part in zip(*((c.read + c.written, c.flops) for c in self.costs), strict=True)]
-        return bytes_ / len(self.costs), flops / len(self.costs)
-
 
 def cases(setting: Setting) -> list[Case]:
-    seconds = 0.6 if setting.quick else 25.0
-    return cases_over("kernel={}", [(name,) for name in CALLS], seconds, partial(measure, setting))
+    return cases_over("kernel={}", ((name,) for name in ALL), 0.6 if setting.quick else 25.0, partial(measure, setting))
 
 
 @torch.no_grad()
 def measure(setting: Setting, name: str) -> Iterator[Figure]:
+    kernel, case = ALL[name], {"kernel": name, "instructions": instruction_set()}
     if reason := "they run on a CPU" if setting.device.type != "cpu" else why_not():
-        yield figure.left_out("share_of_roof", {"kernel": name}, reason)
+        yield left_out("share_of_roof", case, reason)
         return
     torch.manual_seed(0)
-    plain = torch.ones(int(kernel_calls.CACHES * setting.roofs.cache_bytes) // 4)
-    with freed_memory_kept():
-        for calls in CALLS[name](setting):
-            case = {"kernel": name, "operands": calls.operands, "rows": calls.rows, "instructions": instruction_set()}
-            yield from _measured(operations()[name], case, calls, setting, plain)
+    for dtype in kernel.dtypes:
+        for size in {kernel.sizes[0]: 0, kernel.sizes[len(kernel.sizes) // 2 if setting.quick else -1]: 0}:
+            yield from one(kernel, {**case, "dtype": dtype, "size": size}, dtype, size, setting)
 
 
-def _measured(operation: Any, case: dict[str, Any], calls: Calls, setting: Setting, plain: Tensor) -> Iterator[Figure]:
-    """Yield the figures of some calls. `plain` is memory to read in the same rounds: a stored roof may be too low."""
+def why_not() -> str:
+    """Return the reason why the kernels do not run here; "" if they do."""
+    serving = ops.serving("cpu")
+    return "" if serving == "cpu" else f"{serving} serves tensors in main memory; see python -m dsmini.explain"
+
+
+def one(kernel: Kernel, case: dict[str, str | int], dtype: str, size: int, setting: Setting) -> Iterator[Figure]:
+    """Check a call against the plain version, then yield its time next to the roof and to plain PyTorch."""
+    here = FP8 if dtype == "fp8" else DTYPES[dtype]
+    run, inputs, _ = kernel.make(size if kernel.is_product else size // here.itemsize, here, setting.device)
+    check(kernel, run, inputs, str(case))
     work = Work()
-    check(operation, calls)
     with ops.counting(work), ops.use("cpu"):
-        for arguments in calls.turns:
-            operation(*arguments, **calls.keywords)
-    if len(work.costs) < len(calls.turns):
-        yield figure.left_out("share_of_roof", case, "plain PyTorch serves these calls")
+        run(*inputs)
+    if not work.costs:
+        yield left_out("share_of_roof", case, "plain PyTorch serves this call")
         return
-    taken = _timed(operation, calls, setting, plain)
-    read = max(setting.roofs.bandwidth, plain.nbytes / min(taken.pop("read")))
-    setting = dataclasses.replace(setting, roofs=dataclasses.replace(setting.roofs, bandwidth=read))
-    seconds = statistics.median(taken["kernel"])
-    operands = (*calls.turns[0], *calls.keywords.values())
-    roof = roof_seconds(" ".join(map(str, case.values())), *work.mean(), operands, seconds, setting)
-    yield figure("seconds", case, taken["kernel"], predicted=roof, bound=True, note="of a call; predicted: the roof")
-    yield figure("share_of_roof", case, [roof / t for t in taken["kernel"]], note="the roof's time over the kernel's")
-    for other in ("eager", "reference"):
-        if other in taken:
-            yield figure(
-                f"over_{other}", case, [t / seconds for t in taken[other]], note=f"{other}'s time over the kernel's"
-            )
+    turn = rotating(run, inputs)  # other operands each time, so that no cache holds them
 
-
-def _timed(operation: Any, calls: Calls, setting: Setting, plain: Tensor) -> dict[str, list[float]]:
-    """Return the seconds of a call by implementation; each takes the operands that were not used for longest.
-
-    "read" has the seconds of a sum over `plain`.
-    """
-    turns = calls.turns
-    following = itertools.cycle(turns)
-    kept: list[object] = [None] * len(turns)  # results, so that they are not written into a cache either
-
-    def run(backend: str, n: int) -> None:
+    def under(backend: str) -> None:
         with ops.use(backend):
-            for i in range(n):
-                kept[i % len(kept)] = operation(*next(following), **calls.keywords)
+            turn()
 
-    names = {"kernel": "cpu", "eager": "eager", "reference": "reference"}
-    if operation.plain is operation.reference:
-        del names["eager"]
-    least = QUICK_TURN if setting.quick else TURN
-    repeats = {}
-    for name, backend in names.items():
-        run(backend, 1)
-        repeats[name] = max(1, min(len(turns), math.ceil(least / once(partial(run, backend, 1), CPU))))
-    runs = {name: partial(run, backend, repeats[name]) for name, backend in names.items()}
-    taken = interleaved(runs, CPU, SLOW_ROUNDS, SLOW_SECONDS)
-    fast = {"kernel": runs["kernel"], "read": plain.sum}
-    for name, more in interleaved(fast, CPU, QUICK_ROUNDS if setting.quick else ROUNDS).items():
-        taken.setdefault(name, []).extend(more)
-    return {name: [t / repeats.get(name, 1) for t in seconds] for name, seconds in taken.items()}
+    runs = {who: partial(under, backend) for who, backend in BACKENDS.items()}
+    how = {"count": 5, "seconds": 0.2} if setting.quick else {"count": 15, "seconds": 6.0}
+    turns = in_turns(runs, setting.device, least=3, least_seconds=0.002 if setting.quick else 0.01, **how)
+    cost, what = work.costs[0], " ".join(map(str, case.values()))
+    roof = roof_seconds(what, cost, turns.median("kernel"), setting)
+    yield figure("seconds", case, turns.estimate("kernel"), predicted=roof, bound=True, note="of a call")
+    yield figure("share_of_roof", case, [roof / seconds for seconds in turns.seconds["kernel"]])
+    for who in list(BACKENDS)[1:]:
+        yield figure("times_as_long", {**case, "who": who, "than": "kernel"}, turns.ratio(who, "kernel"))
 
 
-def roof_seconds(
-    what: str, moved: float, flops: float, arguments: Sequence[Any], seconds: float, setting: Setting
-) -> float:
-    """Return the least seconds of a call on this machine.
+def roof_seconds(what: str, cost: Cost, seconds: float, setting: Setting) -> float:
+    """Return the least seconds of a call on this machine: its bytes over bandwidth or FLOPs over peak, the longer.
 
-    The matrix peak is that of FP32, or of BF16 where an operand is BF16, or multiplied as such, and the machine
-    multiplies it faster.
+    The matrix peak is that of FP32, or of BF16 for matrices in BF16 and FP8 where the machine multiplies it faster.
 
     Raises: ValueError for a call that took clearly less, which can only be an error of counting.
     """
-    memory = moved / check_bandwidth(f"{NAME} {what}", moved / seconds, setting)
-    tensors = [t for a in arguments for t in ((a,) if isinstance(a, Tensor) else getattr(a, "tensors", ()))]
-    found = [*(t.dtype for t in tensors), *(a for a in arguments if isinstance(a, torch.dtype))]
-    dtypes = {"float32", *(str(dtype).removeprefix("torch.") for dtype in found)}
-    arithmetic = flops / max(rate for name, rate in setting.roofs.peak.items() if name in dtypes)
-    if arithmetic > FASTEST * seconds:
+    moved, peaks = cost.read + cost.written, setting.roofs.peak
+    memory = moved / check_bandwidth(f"kernels {what}", moved / seconds, setting)
+    peak = peaks["float32"] if cost.dtype == torch.float32 else max(peaks.values())
+    if cost.flops / peak > FASTEST * seconds:
         raise ValueError(
-            f"{NAME} {what}: {flops / seconds / 1e9:.0f} GFLOP/s are above the measured matrix peak: FLOPs are counted "
-            "wrong, or the stored peak is too low; --fresh measures it again"
+            f"kernels {what}: {cost.flops / seconds / 1e9:.0f} GFLOP/s are above the measured matrix peak: FLOPs are "
+            "counted wrong, or the stored peak is too low; --fresh measures it again"
         )
-    return max(memory, arithmetic)
+    return max(memory, cost.flops / peak)
 
 
-def check(operation: Any, calls: Calls) -> None:
-    """Compare the kernel's result with the reference: bit for bit where it rounds, else within calls.close.
+def check(kernel: Kernel, run: Callable[..., object], inputs: Sequence[Tensor], what: str) -> None:
+    """Compare the kernel's result with the reference: bit for bit where it rounds, else within kernel.close.
 
     The result of a call that returns none is what it made of copies of its operands.
     """
     results: list[list[Tensor]] = []
     for backend in ("cpu", "reference"):
+        copies = [t.clone() for t in inputs]
         with ops.use(backend):
-            arguments = copy.deepcopy(calls.turns[0]) if calls.in_place else calls.turns[0]
-            got = operation(*arguments, **calls.keywords)
-            changed = (
-                [w - v for w, v in zip(arguments[0].tensors, calls.turns[0][0].tensors, strict=True)]
-                if got is None
-                else got
-            )
-            results.append([changed] if isinstance(changed, Tensor) else list(changed))
-    if operation.name in ROUNDING:
+            got = run(*copies)
+        results.append(_tensors(copies[0] - inputs[0] if got is None else got))
+    if not kernel.close:
         pairs = zip(*([t.view(torch.uint8) for t in result] for result in results), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs), f"{operation.name}: the kernel's bits are not the reference's"
+        assert all(torch.equal(a, b) for a, b in pairs), f"{what}: the kernel's bits are not the reference's"
         return
     # picks are sets, without an order
     a, b = ((t if t.is_floating_point() else t.sort().values).float() for (t, *_) in results)
     error = float((a - b).norm() / b.norm())
-    assert error <= calls.close, (
-        f"{operation.name}: the kernel differs from the reference by {error:.2g}, want {calls.close}"
-    )
+    assert error <= kernel.close, f"{what}: the kernel differs from the reference by {error:.2g}, want {kernel.close}"
 
 
-def finding(figures: list[Figure]) -> str:
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors of a result: one, several, or those of a quantized one."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for part in value for t in _tensors(part)] if isinstance(value, tuple | list) else list(value.parts)
+
+
+def answer(figures: list[Figure]) -> str:
     shares = [f for f in pick(figures, "share_of_roof") if f.measured is not None]
     if not shares:
         return ""
-    by_kernel = {str(f.case["kernel"]): values(shares, "share_of_roof", kernel=f.case["kernel"]) for f in shares}
-    told = [f"{name} {_range([100 * s for s in found])} %" for name, found in by_kernel.items()]
-    sets = " and ".join(dict.fromkeys(str(f.case["instructions"]) for f in shares))
-    text = f"With {sets}, kernels reach these shares of the roof: {', '.join(told)}"
-    if faster := values(figures, "over_eager") + values(figures, "over_reference"):
-        text += f"; they are {_range(faster)} times as fast as plain PyTorch"
-    return f"{text}."
+    by_kernel: dict[str, list[float]] = {}
+    for f in shares:
+        by_kernel.setdefault(str(f.case["kernel"]), []).append(100 * (f.measured or 0.0))
+    told = [f"{name} {_range(found)} %" for name, found in by_kernel.items()]
+    text = f"With {shares[0].case['instructions']}, kernels reach these shares of the roof: {', '.join(told)}"
+    slower = [f.measured for f in pick(figures, "times_as_long") if f.measured is not None]
+    return f"{text}; plain PyTorch takes {_range(slower)} times as long." if slower else f"{text}."
 
 
 def _range(found: Sequence[float]) -> str:
@@ -201,26 +154,32 @@ def _range(found: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def plots(figures: list[Figure]) -> list[Plot]:
-    drawn: list[Plot] = []
-    for metrics, title, y, line, log in (
-        (("share_of_roof",), "Kernels and the roof", "share of the roof", ("the roof", 1.0), False),
-        (
-            ("over_eager", "over_reference"),
-            "Kernels compared with plain PyTorch",
-            "times as fast",
-            ("equal", 1.0),
-            True,
+def _by_size(figures: list[Figure], metric: str) -> dict[str, dict[str, Figure]]:
+    """Return figures by kernel and dtype, with a group for the smaller and for the larger size."""
+    found: dict[str, dict[str, Figure]] = {}
+    for f in pick(figures, metric):
+        if "size" in f.case and f.case.get("who", "plain PyTorch") == "plain PyTorch":
+            small = ALL[str(f.case["kernel"])].sizes[0] == f.case["size"]
+            found.setdefault("small" if small else "large", {})[f"{f.case['kernel']}, {f.case['dtype']}"] = f
+    return found
+
+
+QUESTION = Question(
+    name="kernels",
+    title="How close do the CPU kernels come to the roof of this machine?",
+    about=__doc__,
+    cases=cases,
+    answer=answer,
+    plots=(
+        lambda figures: over_labels(
+            "Kernels and the roof", "share of the roof", _by_size(figures, "share_of_roof"), line=("the roof", 1.0)
         ),
-    ):
-        found = [(metric, f) for metric in metrics for f in pick(figures, metric) if "operands" in f.case]
-        groups: dict[str, dict[str, Figure]] = {}
-        for metric, f in found:
-            name = _size(f) if len(metrics) == 1 else f"{metric.removeprefix('over_')}, {_size(f)}"
-            groups.setdefault(name, {})[f"{f.case['kernel']} {f.case['operands']}"] = f
-        drawn += over_labels(title, y, groups, line=line, log_y=log)
-    return drawn
-
-
-def _size(f: Figure) -> str:
-    return plural(int(f.case["rows"]), "row")
+        lambda figures: over_labels(
+            "Plain PyTorch compared with kernels",
+            "times as long",
+            _by_size(figures, "times_as_long"),
+            line=("equal", 1.0),
+            log_y=True,
+        ),
+    ),
+)

@@ -1,4 +1,4 @@
-"""How much smaller is MLA's cache, and how much faster is decoding?
+"""Size of the cache and speed of decoding with each kind of attention.
 
 Bytes are those of the storage for a token in all layers, and must equal the formula. The time is that of one layer with
 a small feed-forward, decoding from a cache of random rows; the kinds of attention take turns. GQA has a quarter of the
@@ -11,47 +11,37 @@ from functools import partial
 
 import torch
 
-from benchmarks import shapes
-from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, cases_over, pick, values
-from benchmarks.steps import decode_in_turns
+from benchmarks import models
+from benchmarks.models import decoding
+from benchmarks.question import Case, Figure, Question, Setting, cases_over, compared, figure, pick, race
 from dsmini import ModelConfig, accounting
 from dsmini.machine import memory_bytes
 from dsmini.measure.workloads import random_model, random_tokens
 from dsmini.nn import Cache
 from dsmini.report.charts import lines, over_labels
 from dsmini.report.units import human
-from dsmini.report.verdicts import compared
-
-NAME = "kv-cache"
-KINDS = ("mla", "mha", "gqa", "mqa")
 
 SYSTEM_SHARE, SYSTEM_LEAST = 0.1, 2 << 30
 """Share of memory, and least bytes, that are left to the system and to activations."""
-
-figure = Figures(
-    NAME,
-    lower={"bytes_per_token": "bytes", "seconds_per_layer": "s"},
-    neither={"context_that_fits": "tokens"},
-)
 
 
 def kinds(config: ModelConfig) -> dict[str, ModelConfig]:
     """Return the same model with each kind of attention; GQA with a quarter of the heads."""
     heads = {"gqa": max(1, config.n_heads // 4)}
-    return {kind: dataclasses.replace(config, attention=kind, n_kv_heads=heads.get(kind)) for kind in KINDS}  # pyright: ignore[reportArgumentType]
+    every = ("mla", "mha", "gqa", "mqa")
+    return {k.upper(): dataclasses.replace(config, attention=k, n_kv_heads=heads.get(k)) for k in every}  # pyright: ignore[reportArgumentType]
 
 
 def cases(setting: Setting) -> list[Case]:
-    contexts = [512, 4096] if setting.quick else [512, 2048, 8192, 32000]
-    sizes = Case(key="bytes", seconds=1.0, run=partial(measure_bytes, setting))
-    seconds = 1.0 if setting.quick else 8.0
-    return [sizes, *cases_over("context={}", ((n,) for n in contexts), seconds, partial(measure_speed, setting))]
+    contexts = [(512,), (4096,)] if setting.quick else [(512,), (2048,), (8192,), (32000,)]
+    sizes = Case(key="bytes", seconds=1.0, run=partial(cache_bytes, setting))
+    return [sizes, *cases_over("context={}", contexts, 3.0 if setting.quick else 15.0, partial(layer_speed, setting))]
 
 
-def measure_bytes(setting: Setting) -> Iterator[Figure]:
+def cache_bytes(setting: Setting) -> Iterator[Figure]:
     """Yield the bytes of a token in the cache, and the number of tokens that fit into this machine's memory."""
-    for kind, config in kinds(shapes.BIG).items():
-        for dtype in (torch.bfloat16, "fp8") if kind == "mla" else (torch.bfloat16,):
+    for kind, config in kinds(models.BIG).items():
+        for dtype in (torch.bfloat16, "fp8") if kind == "MLA" else (torch.bfloat16,):
             name = "fp8" if dtype == "fp8" else "bfloat16"
             case, predicted = {"attention": kind, "cache": name}, accounting.kv_bytes_per_token(config, dtype=name)
             held = Cache(config, 2, 64, dtype, setting.device).nbytes_per_token
@@ -65,47 +55,43 @@ def measure_bytes(setting: Setting) -> Iterator[Figure]:
 
 
 @torch.no_grad()
-def measure_speed(setting: Setting, context: int) -> Iterator[Figure]:
+def layer_speed(setting: Setting, context: int) -> Iterator[Figure]:
     """Yield the time of a layer with each kind of attention."""
     # few layers, dense and narrow, so that attention dominates
     layers = 1 if setting.quick else 2
-    base = dataclasses.replace(shapes.BIG, n_layers=layers, n_dense_layers=layers, vocab_size=256, inter_dim=512)
-    models = {kind: random_model(config, setting.device, setting.dtype) for kind, config in kinds(base).items()}
-    rounds, token = 15 if setting.quick else 40, random_tokens(base, 1, 1, setting.device)
-    timed = decode_in_turns(models, setting, 1, context, rounds, lambda model, cache: model(token, cache))
-    for kind, (predicted, taken) in timed.items():
-        case, each = {"attention": kind, "context": context}, [s / layers for s in taken]
-        yield figure("seconds_per_layer", case, each, predicted=predicted / layers)
+    base = dataclasses.replace(models.BIG, n_layers=layers, n_dense_layers=layers, vocab_size=256, inter_dim=512)
+    every = {kind: random_model(config, setting.device, setting.dtype) for kind, config in kinds(base).items()}
+    token = random_tokens(base, 1, 1, setting.device)
+    runs, predicted = decoding(every, setting, 1, context, lambda model, cache: model(token, cache))
+    yield from race(setting, {"context": context}, runs, key="attention", each=layers, predicted=predicted)
 
 
-def finding(figures: list[Figure]) -> str:
-    mla, mha, fp8 = (
-        values(figures, "bytes_per_token", attention=attention, cache=cache)
-        for attention, cache in (("mla", "bfloat16"), ("mha", "bfloat16"), ("mla", "fp8"))
-    )
+def answer(figures: list[Figure]) -> str:
+    held = {(f.case["attention"], f.case["cache"]): f.measured or 0 for f in pick(figures, "bytes_per_token")}
+    mla, mha, fp8 = (held.get(key) for key in (("MLA", "bfloat16"), ("MHA", "bfloat16"), ("MLA", "fp8")))
     if not mla or not mha:
         return ""
-    layers = shapes.BIG.n_layers
-    text = f"MLA stores {mla[0]:,.0f} bytes a token in all {layers} layers"
-    text += f" ({fp8[0]:,.0f} in FP8)" if fp8 else ""
-    text += f", {1 - mla[0] / mha[0]:.1%} less than MHA with the same heads ({mha[0]:,.0f})"
-    speed = pick(figures, "seconds_per_layer")
-    longest = max((f.case["context"] for f in speed), default=0)
-    timed = {str(f.case["attention"]): f for f in speed if f.case["context"] == longest and f.measured}
-    if "mla" in timed and "mha" in timed:
-        faster = compared(timed["mha"], timed["mla"], "as fast", decimals=1)
-        text += f"; at context {longest:,} its layer decodes {faster}"
-    return text + "."
+    text = f"MLA stores {mla:,.0f} bytes a token in all {models.BIG.n_layers} layers"
+    text += f" ({fp8:,.0f} in FP8)" if fp8 else ""
+    text += f", {1 - mla / mha:.1%} less than MHA with the same heads ({mha:,.0f})"
+    slower = compared(figures, "context", "at context {}", key="attention")
+    return f"{text}. Time to decode a token, next to MLA: {slower}." if slower else f"{text}."
 
 
-def _name(kind: Value) -> str:
-    return str(kind).upper()
+QUESTION = Question(
+    name="kv-cache",
+    title="How much smaller is MLA's cache, and how much faster is decoding?",
+    about=__doc__,
+    cases=cases,
+    answer=answer,
+    plots=(
+        lambda figures: over_labels(
+            "Cache of a token", "bytes in all layers", {"measured": _by_cache(figures)}, kind="bars"
+        ),
+        lambda figures: lines(figures, "seconds", x="context", by="attention", title="Time of a token in one layer"),
+    ),
+)
 
 
-def plots(figures: list[Figure]) -> list[Plot]:
-    sizes = {f"{_name(f.case['attention'])}, {f.case['cache']}": f for f in pick(figures, "bytes_per_token")}
-    title = "Time of a token in one layer"
-    return [
-        *over_labels("Cache of a token", "bytes in all layers", {"measured": sizes}, kind="bars"),
-        *lines(figures, "seconds_per_layer", x="context", by="attention", title=title, label=_name),
-    ]
+def _by_cache(figures: list[Figure]) -> dict[str, Figure]:
+    return {f"{f.case['attention']}, {f.case['cache']}": f for f in pick(figures, "bytes_per_token")}

@@ -1,4 +1,4 @@
-"""Is speculative decoding with multi-token prediction faster?
+"""Speculative decoding with multi-token prediction.
 
 A small model trains for a short while on real text. It then continues held-out prompts one by one, without and with
 drafts of its multi-token prediction, in turns, in FP32. A step without drafts makes one token. A step with d drafts
@@ -9,32 +9,25 @@ drafts on held-out text, and from the cost of a step at this machine's rates.
 import dataclasses
 import itertools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, pick, values
-from benchmarks.trained import trainer, training_flops
+from benchmarks.models import trainer, training_flops
+from benchmarks.question import Case, Figure, Question, Setting, figure, pick, times
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data.corpus import Corpus
 from dsmini.inference.generation import Generation, Stats, generate
 from dsmini.measure import prediction
 from dsmini.measure.counting import count
 from dsmini.measure.rates import Roofs
+from dsmini.measure.turns import Turns
 from dsmini.report.charts import over_labels
-from dsmini.report.verdicts import compared
 
-NAME = "mtp"
 TEMPERATURES = (0.0, 0.8)
-
-figure = Figures(
-    NAME,
-    higher={"acceptance": "", "tokens_per_step": "tokens", "speedup": "x", "tokens_per_s": "tokens/s"},
-    neither={"same_continuations": "prompts"},
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +44,7 @@ class Size:
     """Estimated seconds of a depth."""
 
 
-FULL = Size(model=ModelConfig(), steps=160, prompts=6, prompt_tokens=64, new_tokens=160, depths=(1, 2), seconds=55)
+FULL = Size(model=ModelConfig(), steps=160, prompts=7, prompt_tokens=64, new_tokens=160, depths=(1, 2), seconds=60)
 TOY = ModelConfig(
     dim=128,
     inter_dim=384,
@@ -62,7 +55,7 @@ TOY = ModelConfig(
     n_expert_groups=1,
     n_limited_groups=1,
 )
-QUICK = Size(model=TOY, steps=60, prompts=3, prompt_tokens=48, new_tokens=64, depths=(1,), seconds=8)
+QUICK = Size(model=TOY, steps=60, prompts=5, prompt_tokens=48, new_tokens=40, depths=(1,), seconds=8)
 BATCH = 4
 """Sequences of a training step."""
 
@@ -71,10 +64,9 @@ def cases(setting: Setting) -> list[Case]:
     of = QUICK if setting.quick else FULL
     out = []
     for depth in of.depths:
-        model = dataclasses.replace(of.model, n_mtp_layers=depth)
-        flops = training_flops(model, of.steps * BATCH)
-        key, run = f"depth={depth} steps={of.steps}", partial(measure, depth, setting, of)
-        out.append(Case(key=key, seconds=of.seconds, flops=flops, run=run))
+        flops = training_flops(dataclasses.replace(of.model, n_mtp_layers=depth), of.steps * BATCH)
+        run = partial(measure, depth, setting, of)
+        out.append(Case(key=f"depth={depth} steps={of.steps}", seconds=of.seconds, flops=flops, run=run))
     return out
 
 
@@ -83,11 +75,23 @@ def measure(depth: int, setting: Setting, of: Size) -> Iterator[Figure]:
     windows = corpus.windows(model.config.max_seq_len, of.prompts * model.config.max_seq_len)
     tokens = torch.cat([tokens for tokens, _ in windows.blocks(of.prompts)]).to(setting.device)
     prompts = [row[: of.prompt_tokens] for row in tokens]
-    cost = step_seconds(model, prompts[0], True, setting.roofs) / step_seconds(model, prompts[0], False, setting.roofs)
+    drafting, plain = (step_seconds(model, prompts[0], drafts, setting.roofs) for drafts in (True, False))
     for temperature in TEMPERATURES:
+        case = {"depth": depth, "temperature": temperature}
         expected = tokens_per_step(expected_acceptance(model, tokens, temperature))
-        plain, drafting = in_turns(model, prompts, temperature, of.new_tokens)
-        yield from _figures({"depth": depth, "temperature": temperature}, expected, cost, plain, drafting)
+        turns, stats = in_turns(model, prompts, temperature, of.new_tokens)
+        note = "predicted from held-out text; median over prompts"
+        share = (expected - 1) / depth  # of all drafts, those after a rejected one included
+        yield figure("acceptance", case, [s.acceptance_rate for s in stats], predicted=share, note=note)
+        yield figure("tokens_per_step", case, [s.tokens_per_step for s in stats], predicted=expected, note=note)
+        for name, seconds in turns.seconds.items():
+            yield figure("tokens_per_s", {**case, "with": name}, [1 / s for s in seconds])
+        note = "a token without drafts, over one with; predicted: tokens a step over the cost of a step"
+        ratio = turns.ratio("no drafts", "drafts")
+        yield figure("times_as_long", case, ratio, predicted=expected * plain / drafting, note=note)
+        if not temperature:  # in_turns raises if continuations differ
+            note = "greedy, with drafts and without"
+            yield figure("same_continuations", case, len(stats), predicted=len(prompts), exact=True, note=note)
 
 
 def trained(depth: int, setting: Setting, of: Size) -> tuple[Transformer, Corpus]:
@@ -98,29 +102,6 @@ def trained(depth: int, setting: Setting, of: Size) -> tuple[Transformer, Corpus
     made.loader.close()
     made.model.compute_dtype = None  # BF16 logits tie, and steps of several tokens break ties differently
     return made.model.eval(), made.corpus
-
-
-def _figures(
-    case: Mapping[str, Value], expected: float, cost: float, plain: list[Stats], drafting: list[Stats]
-) -> Iterator[Figure]:
-    """Yield acceptance, tokens per step and speedup of drafts.
-
-    Args:
-        expected: predicted tokens of a step.
-        cost: predicted time of a step with drafts, over that of a step without.
-    """
-    accepted_of_all = (expected - 1) / int(case["depth"])  # of all drafts, those after a rejected one included
-    faster = [g.tokens_per_s / p.tokens_per_s for p, g in zip(plain, drafting, strict=True)]
-    note = "predicted from held-out text; quartiles over prompts"
-    yield figure("acceptance", case, [s.acceptance_rate for s in drafting], predicted=accepted_of_all, note=note)
-    yield figure("tokens_per_step", case, [s.tokens_per_step for s in drafting], predicted=expected, note=note)
-    note = "predicted: tokens a step over the cost of a step from counted operations; quartiles over prompts"
-    yield figure("speedup", case, faster, predicted=expected / cost, note=note)
-    for name, stats in (("no drafts", plain), ("drafts", drafting)):
-        yield figure("tokens_per_s", {**case, "with": name}, [s.tokens_per_s for s in stats])
-    if not case["temperature"]:  # in_turns raises if continuations differ
-        note = "greedy, with drafts and without"
-        yield figure("same_continuations", case, len(drafting), predicted=len(plain), exact=True, note=note)
 
 
 def step_seconds(model: Transformer, prompt: Tensor, speculative: bool, roofs: Roofs) -> float:
@@ -161,41 +142,53 @@ def expected_acceptance(model: Transformer, tokens: Tensor, temperature: float) 
 
 def in_turns(
     model: Transformer, prompts: list[Tensor], temperature: float, new_tokens: int
-) -> tuple[list[Stats], list[Stats]]:
-    """Continue each prompt without and with drafts, in turns, after a first one that warms up."""
-    stats: dict[bool, list[Stats]] = {False: [], True: []}
+) -> tuple[Turns, list[Stats]]:
+    """Continue each prompt without and with drafts, after a first one that warms up.
+
+    Returns: the seconds of a token, a turn for each prompt, and what drafting did.
+    """
+    turns, drafted = Turns({"no drafts": [], "drafts": []}), list[Stats]()
     for i, prompt in enumerate([prompts[0], *prompts]):
         rows: list[Tensor] = []
-        for speculative in (False, True):
+        for name, seconds in turns.seconds.items():
             generator = torch.Generator(prompt.device).manual_seed(i)
-            how = {"temperature": temperature, "speculative": speculative, "generator": generator}
+            how = {"temperature": temperature, "speculative": name == "drafts", "generator": generator}
             done = generate(model, prompt[None], new_tokens, **how)
             rows.append(done.tokens)
             if i:
-                stats[speculative].append(done.stats)
+                seconds.append(1 / done.stats.tokens_per_s)
+                drafted += [done.stats] if name == "drafts" else []
         assert temperature or torch.equal(*rows), f"drafts changed the greedy continuation of prompt {i}"
-    return stats[False], stats[True]
+    return turns, drafted
 
 
-def finding(figures: list[Figure]) -> str:
-    told, faster = [], 0
-    for f in pick(figures, "speedup"):
-        tokens = values(figures, "tokens_per_step", **f.case)
+def _label(f: Figure) -> str:
+    how = f"at temperature {f.case['temperature']}" if f.case["temperature"] else "greedy"
+    return f"depth {f.case['depth']}, {how}"
+
+
+def answer(figures: list[Figure]) -> str:
+    told = []
+    for f in pick(figures, "times_as_long"):
+        tokens = [step.measured for step in pick(figures, "tokens_per_step", **f.case) if step.measured]
         if f.measured is not None and tokens:
-            how = f"at temperature {f.case['temperature']}" if f.case["temperature"] else "greedily"
-            gain = f"{compared(f, words='as fast')} with {tokens[0]:.2f} tokens a step"
-            told.append(f"depth {f.case['depth']} {how} {gain}")
-            faster += (f.low or 0.0) > 1  # by more than prompts differ
-    pays = f"is faster in {faster} of {len(told)} cases" if faster else "is not faster"
-    return f"On a model this small speculative decoding {pays}: {'; '.join(told)}." if told else ""
+            told.append(f"{_label(f)}: {times(f)} as fast, with {tokens[0]:.2f} tokens a step")
+    return f"Speculative decoding of a small model, next to decoding without drafts: {'; '.join(told)}." if told else ""
 
 
-def plots(figures: list[Figure]) -> list[Plot]:
-    drawn: list[Plot] = []
-    for metric, title, y in (
-        ("tokens_per_step", "Tokens of a decoding step", "tokens a step"),
-        ("speedup", "Speed with drafts", "times the speed without"),
-    ):
-        found = {f"depth {f.case['depth']}, temperature {f.case['temperature']}": f for f in pick(figures, metric)}
-        drawn += over_labels(title, y, {"measured": found}, kind="bars", predicted=True)
-    return drawn
+QUESTION = Question(
+    name="mtp",
+    title="Is speculative decoding with multi-token prediction faster?",
+    about=__doc__,
+    cases=cases,
+    answer=answer,
+    plots=tuple(
+        lambda figures, metric=metric, words=words: over_labels(
+            *words, {"measured": {_label(f): f for f in pick(figures, metric)}}, kind="bars", predicted=True
+        )
+        for metric, words in (
+            ("tokens_per_step", ("Tokens of a decoding step", "tokens a step")),
+            ("times_as_long", ("Speed with drafts", "times the speed without")),
+        )
+    ),
+)

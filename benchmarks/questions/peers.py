@@ -1,7 +1,7 @@
-"""How fast is dsmini compared with other implementations of the same shape?
+"""dsmini next to transformers, llama.cpp and ik_llama.cpp.
 
 Models of one shape with random weights decode, read prompts and train on the same number of tokens. All take turns, and
-each round gives one ratio. transformers 5.24 also stores MLA's latent, but expands all of it in every step. llama.cpp
+each turn gives one ratio. transformers 5.24 also stores MLA's latent, but expands all of it in every step. llama.cpp
 and ik_llama.cpp, where installed and only on a CPU, run our weights from a GGUF file: in BF16, and in 8-bit integers
 (Q8_0) next to dsmini in FP8. Their cache is FP16, and they compute the logits of the last token only. ik_llama.cpp
 serves only DeepSeek's widths of heads, and does not limit the groups of experts: "wide" is such a model. --peer-python
@@ -10,115 +10,141 @@ names another Python that has them.
 
 import dataclasses
 import functools
-import itertools
-import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from benchmarks import shapes
-from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, pick
+from benchmarks import models
+from benchmarks.models import trainer, training_flops
 from benchmarks.peer_models.engines import Engine, engines
-from benchmarks.peer_models.sides import Ours, Side, Theirs, deepseek_v3
+from benchmarks.question import Case, Figure, Question, Setting, figure, left_out, pick, race, times
 from benchmarks.questions.fp8 import hold_in_fp8
-from benchmarks.trained import trainer, training_flops
-from dsmini import ModelConfig, RunConfig, TrainConfig, accounting, ops
+from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting, ops
+from dsmini.config.huggingface import config_to_json
+from dsmini.inference.fused.decoder import Decoder
 from dsmini.machine import once
 from dsmini.measure.rates import why_unusable
-from dsmini.measure.timing import interleaved, ratios
-from dsmini.measure.workloads import dtype_name, random_model, random_tokens
+from dsmini.measure.turns import reported
+from dsmini.measure.workloads import dtype_name, random_cache, random_model, random_tokens
+from dsmini.nn.cache import CacheDtype
 from dsmini.report.charts import lines, over_labels
-from dsmini.report.verdicts import compared
 
-NAME = "peers"
 OURS, THEIRS, LLAMA, IK = "dsmini", "transformers", "llama.cpp", "ik_llama.cpp"
 LOW, FP8, Q8 = "dsmini BF16", "dsmini FP8", "Q8_0"
-PEERS = (THEIRS, LLAMA, f"{LLAMA} {Q8}", IK, f"{IK} {Q8}")
-"""Others in the order of the finding. dsmini BF16 decodes where dsmini is FP32, because this CPU has no BF16 units."""
-PROMPT = 512
-TURN = 4
-"""Tokens that one side decodes in its turn; the first of them, on a cold cache, does not count."""
-
-figure = Figures(
-    NAME,
-    higher={"tokens_per_s": "tokens/s", "speed_ratio": "x"},
-    lower={"cache_bytes_per_token": "bytes"},
-)
-Make = Callable[[], dict[str, Side]]
+PROMPT, PART = 512, 512
+"""Tokens of the prompt that is read, and of a part of a longer one."""
+COUNTED = 3
+"""Tokens that one side decodes in its turn, after one on a cold cache that does not count."""
 
 
 class Size(NamedTuple):
-    """Contexts to decode at, rounds of turns, and sequences of a training step."""
+    """Contexts to decode at, turns, and sequences of a training step."""
 
     contexts: tuple[int, ...]
-    rounds: int
+    turns: int
     batch: int
 
 
-FULL, QUICK = Size((128, 2048, 8192), 4, 16), Size((128, 1024), 2, 4)
+FULL, QUICK = Size((128, 2048, 8192), 7, 16), Size((128, 1024), 5, 4)
 
 
 def _size(setting: Setting) -> Size:
     return QUICK if setting.quick else FULL
 
 
-def _room(setting: Setting) -> int:
-    """Return the number of tokens that a cache has room for after a context."""
-    return (_size(setting).rounds + 1) * TURN + PROMPT
+# --- the sides
 
 
-def cases(setting: Setting) -> list[Case]:
-    found = engines(setting.peer_pythons) if setting.device.type == "cpu" else {}
-    size, quick = _size(setting), setting.quick
-    rounds, out = size.rounds + 1, list[Case]()
-    for dtype, seconds in ((torch.float32, 15), (torch.bfloat16, 60)):
-        usable = not why_unusable(dtype, setting.roofs.peak)
-        flops = usable * training_flops(shapes.TRAINED, 2 * rounds * size.batch)  # ours and theirs
-        key, run = f"train dtype={dtype_name(dtype)}", partial(train, dataclasses.replace(setting, dtype=dtype))
-        out.append(Case(key=key, seconds=4 if quick else seconds, flops=flops, dtype=dtype, run=run))
-    out += _of_shape(setting, shapes.decoded(quick), {LLAMA: found[LLAMA]} if LLAMA in found else {}, {})
-    if IK in found:
-        wide = dataclasses.replace(shapes.wide(quick), n_expert_groups=1, n_limited_groups=1)
-        out += _of_shape(setting, wide, {IK: found[IK]}, {"shape": "wide"})
-    return out
+class Side(Protocol):
+    """Model that reads tokens into a cache."""
+
+    def fill(self, tokens: Tensor, room: int) -> None:
+        """Fill the cache with rows for tokens [1, s], and make room for this many more."""
+
+    def start(self, room: int) -> None:
+        """Empty the cache and make room for this many tokens."""
+
+    def feed(self, tokens: Tensor) -> float | None:
+        """Append tokens [1, s] and compute at least the logits of the last one.
+
+        Return the seconds by the side's own clock, or None if it has none.
+        """
+
+    def bytes_per_token(self) -> float | None:
+        """Return the bytes of a token in the cache's storage; None where the storage is hidden."""
 
 
-def _of_shape(
-    setting: Setting, config: ModelConfig, found: Mapping[str, str], shape: Mapping[str, Value]
-) -> list[Case]:
-    """Return the cases of decoding and reading with a model of one shape, for which it is made once.
+class Ours:
+    """Model of dsmini that decodes, with weights and a cache in the dtype of the model or in FP8."""
 
-    Args:
-        found: the Python of each engine to compare with.
-        shape: keys of the case that tell the shape.
-    """
-    make: Make = functools.cache(lambda: sides(setting, config, found, not shape))
-    size, quick, rounds = _size(setting), setting.quick, _size(setting).rounds + 1
+    def __init__(self, model: Transformer, cache_dtype: CacheDtype | None = None) -> None:
+        self.model, self.decoder = model, Decoder(model)
+        self.cache_dtype: CacheDtype | None = cache_dtype
 
-    def reading(tokens: int) -> float:
-        """Return the FLOPs of reading a prompt of this length with ours and with theirs."""
-        return 2 * tokens * accounting.flops_per_token(config, tokens).total
+    def fill(self, tokens: Tensor, room: int) -> None:
+        # random rows: a CPU without BF16 units would take minutes to read a prompt in BF16
+        self.cache = random_cache(self.model, 1, tokens.shape[1], room, self.cache_dtype)
 
-    def read() -> Iterator[Figure]:
-        yield from prefill(setting, config, make, shape)
-        make.cache_clear()  # the last case that needs the models
+    def start(self, room: int) -> None:
+        self.cache = self.model.new_cache(1, room, self.cache_dtype)
 
-    out: list[Case] = []
-    with_whom = "".join(f" {name}" for name in (*shape.values(), *found))
-    for context in size.contexts:
-        key, run = f"decode context={context}{with_whom}", partial(decode, context, setting, config, make, shape)
-        # the first case makes the models and the engines' files
-        seconds = 2 + context / 170 + (0 if quick else 60) * (context == size.contexts[0])
-        out.append(Case(key=key, seconds=seconds, flops=reading(context), run=run))
-    key, seconds = f"prefill tokens={PROMPT}{with_whom}", 3 if quick else 10
-    return [*out, Case(key=key, seconds=seconds, flops=rounds * reading(PROMPT), run=read)]
+    def feed(self, tokens: Tensor) -> None:
+        self.decoder.logits(tokens, self.cache)
+
+    def bytes_per_token(self) -> float:
+        return self.cache.nbytes_per_token
+
+
+def deepseek_v3(config: ModelConfig) -> Any:
+    """Return transformers' DeepseekV3ForCausalLM of this shape, with random weights and SDPA attention."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    fields: dict[str, Any] = config_to_json(dataclasses.asdict(config)) | {"attn_implementation": "sdpa"}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**fields))
+
+
+class Theirs:
+    """Model of transformers with random weights."""
+
+    def __init__(self, config: ModelConfig, setting: Setting) -> None:
+        self.model = deepseek_v3(config).to(setting.dtype).to(setting.device).eval()
+
+    def fill(self, tokens: Tensor, room: int) -> None:
+        self.start(tokens.shape[1] + room)
+        for part in tokens.split(PART, 1):
+            self.feed(part)
+
+    def start(self, room: int) -> None:
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config)
+
+    def feed(self, tokens: Tensor) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions rename an argument
+            self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True)
+
+    def bytes_per_token(self) -> float:
+        layers: list[Any] = list(self.cache.layers)
+        held = [t for layer in layers for t in (layer.keys, layer.values)]
+        return sum(t.numel() * t.element_size() for t in held) / held[0].shape[-2]
+
+
+Make = Callable[[], dict[str, Side]]
 
 
 def sides(setting: Setting, config: ModelConfig, found: Mapping[str, str], theirs: bool) -> dict[str, Side]:
-    """Return the models of all implementations that are here. On a CPU with kernels ours decode in BF16 and FP8 too."""
+    """Return the models of all implementations that are here. On a CPU with kernels ours decode in BF16 and FP8 too.
+
+    Args:
+        found: the Python of each engine.
+    """
     native = random_model(config, setting.device, setting.dtype)
     out: dict[str, Side] = {OURS: Ours(native)}
     if setting.device.type == "cpu" and ops.serving("cpu") == "cpu":
@@ -134,6 +160,11 @@ def sides(setting: Setting, config: ModelConfig, found: Mapping[str, str], their
     return out
 
 
+def _room(setting: Setting) -> int:
+    """Return the number of tokens that a cache has room for after a context."""
+    return (_size(setting).turns + 1) * (COUNTED + 1) + PROMPT
+
+
 def partner(peer: str, names: Collection[str]) -> str:
     """Return our side that a peer is compared with: that of its number of bits, if there is one."""
     if peer.endswith(Q8):
@@ -141,28 +172,78 @@ def partner(peer: str, names: Collection[str]) -> str:
     return LOW if peer != THEIRS and LOW in names else OURS
 
 
+def pairs(names: Collection[str]) -> list[tuple[str, str]]:
+    """Return each peer with our side that it is compared with."""
+    return [(peer, partner(peer, names)) for peer in names if not peer.startswith(OURS)]
+
+
+# --- the measurement
+
+
+def cases(setting: Setting) -> list[Case]:
+    found = engines(setting.peer_pythons) if setting.device.type == "cpu" else {}
+    quick, size, out = setting.quick, _size(setting), list[Case]()
+    for dtype, seconds in ((torch.float32, 15), (torch.bfloat16, 60)):
+        usable = not why_unusable(dtype, setting.roofs.peak)
+        flops = usable * training_flops(models.TRAINED, 2 * (size.turns + 1) * size.batch)  # ours and theirs
+        key, run = f"train dtype={dtype_name(dtype)}", partial(train, dataclasses.replace(setting, dtype=dtype))
+        out.append(Case(key=key, seconds=4 if quick else seconds, flops=flops, dtype=dtype, run=run))
+    config = models.decoded(quick)
+    out += _of_shape(setting, config, {LLAMA: found[LLAMA]} if LLAMA in found else {}, "")
+    if IK in found:
+        out += _of_shape(setting, dataclasses.replace(config, **models.WIDE), {IK: found[IK]}, "wide")
+    return out
+
+
+def _of_shape(setting: Setting, config: ModelConfig, found: Mapping[str, str], shape: str) -> list[Case]:
+    """Return the cases of decoding and reading with a model of one shape, for which it is made once."""
+    make: Make = functools.cache(lambda: sides(setting, config, found, not shape))
+    size, case = _size(setting), {"shape": shape} if shape else {}
+
+    def flops(tokens: int) -> float:
+        """Return the FLOPs of reading a prompt of this length with ours and with theirs."""
+        return 2 * tokens * accounting.flops_per_token(config, tokens).total
+
+    def read() -> Iterator[Figure]:
+        yield from prefill(setting, config, make, {"tokens": PROMPT, **case})
+        make.cache_clear()  # the last case that needs the models
+
+    out: list[Case] = []
+    with_whom = "".join(f" {name}" for name in (*case.values(), *found))
+    for context in size.contexts:
+        run = partial(decode, setting, config, make, {"context": context, **case})
+        # the first case makes the models and the engines' files
+        seconds = 2 + context / 170 + (0 if setting.quick else 60) * (context == size.contexts[0])
+        out.append(Case(key=f"decode context={context}{with_whom}", seconds=seconds, flops=flops(context), run=run))
+    seconds, work = 3 if setting.quick else 10, (size.turns + 1) * flops(PROMPT)
+    return [*out, Case(key=f"prefill tokens={PROMPT}{with_whom}", seconds=seconds, flops=work, run=read)]
+
+
 @torch.inference_mode()
-def decode(
-    context: int, setting: Setting, config: ModelConfig, make: Make, shape: Mapping[str, Value]
-) -> Iterator[Figure]:
-    all_sides, case = make(), {"what": "decode", "context": context, **shape}
-    for side in all_sides.values():
-        side.fill(random_tokens(config, 1, context, setting.device), _room(setting))
-    taken: dict[str, list[float]] = {name: [] for name in all_sides}
-    for i in range(_size(setting).rounds + 1):
-        for name, side in all_sides.items():
-            tokens = random_tokens(config, TURN, 1, setting.device)[:, None]
-            seconds = [timed(side, token, setting.device) for token in tokens]
-            taken[name] += [statistics.median(seconds[1:])] if i else []
-    pairs = [(partner(name, all_sides), name) for name in all_sides if not name.startswith(OURS)]
-    yield from speeds(case, taken, 1, pairs=pairs)
-    for name, side in all_sides.items():
-        held = side.bytes_per_token()
+def decode(setting: Setting, config: ModelConfig, make: Make, case: Mapping[str, Any]) -> Iterator[Figure]:
+    every = make()
+    for side in every.values():
+        side.fill(random_tokens(config, 1, case["context"], setting.device), _room(setting))
+
+    def token(side: Side) -> float:
+        return timed(side, random_tokens(config, 1, 1, setting.device), setting.device)
+
+    how = {
+        "count": _size(setting).turns,
+        "uncounted": 1,
+        "repeats": COUNTED,
+        "clock": reported,
+        "seconds": float("inf"),
+    }
+    runs = {name: partial(token, side) for name, side in every.items()}
+    yield from race(setting, {"what": "decode", **case}, runs, key="who", tokens=1, pairs=pairs(every), **how)
+    for name, side in every.items():
+        held, ours = side.bytes_per_token(), name == OURS
         if held is not None:
-            expected = accounting.kv_bytes_per_token(config, setting.dtype.itemsize) if name == OURS else None
+            expected = accounting.kv_bytes_per_token(config, setting.dtype.itemsize) if ours else None
             note = f"of a token, in all {config.n_layers} layers; read off the storage"
-            checked = {"predicted": expected, "exact": name == OURS, "note": note}
-            yield figure("cache_bytes_per_token", {**case, "who": name}, held, **checked)
+            known = {"predicted": expected, "exact": ours, "note": note}
+            yield figure("bytes_per_token", {"what": "cache", "who": name, **case}, held, **known)
 
 
 def timed(side: Side, tokens: Tensor, device: torch.device) -> float:
@@ -173,41 +254,42 @@ def timed(side: Side, tokens: Tensor, device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def prefill(setting: Setting, config: ModelConfig, make: Make, shape: Mapping[str, Value]) -> Iterator[Figure]:
+def prefill(setting: Setting, config: ModelConfig, make: Make, case: Mapping[str, Any]) -> Iterator[Figure]:
     def read(side: Side) -> None:
         side.start(PROMPT)
         side.feed(random_tokens(config, 1, PROMPT, setting.device))
 
     # our other sides only decode: they read a prompt as the first does, or far slower
     runs = {name: partial(read, side) for name, side in make().items() if name not in (LOW, FP8)}
-    taken = interleaved(runs, setting.device, _size(setting).rounds)
-    yield from speeds({"what": "prefill", "tokens": PROMPT, **shape}, taken, PROMPT)
+    how = {"count": _size(setting).turns, "seconds": float("inf")}
+    yield from race(setting, {"what": "prefill", **case}, runs, key="who", tokens=PROMPT, pairs=pairs(runs), **how)
 
 
 def train(setting: Setting) -> Iterator[Figure]:
-    batch, config = _size(setting).batch, shapes.TRAINED
-    case = {"what": "train", "dtype": dtype_name(setting.dtype)}
+    batch, case = _size(setting).batch, {"what": "train", "dtype": dtype_name(setting.dtype)}
     if reason := why_unusable(setting.dtype, setting.roofs.peak):
-        yield figure.left_out("speed_ratio", case, reason)
+        yield left_out("times_as_long", case, reason)
         return
     trainers = {}
-    for name in (OURS, f"{OURS} compiled") if setting.dtype == torch.bfloat16 and not setting.quick else (OURS,):
+    compiled = [f"{OURS} compiled"] if setting.dtype == torch.bfloat16 and not setting.quick else []
+    for name in (OURS, *compiled):
         how = TrainConfig(batch_size=batch, steps=1000, compile=name != OURS, optimizer="adamw")
-        trainers[name] = trainer(RunConfig(model=config, train=how), setting)
-    steps = {OURS: trainers[OURS].step, THEIRS: _their_step(batch, setting)}
-    steps |= {name: each.step for name, each in trainers.items()}
-    taken = interleaved(steps, setting.device, _size(setting).rounds)
+        trainers[name] = trainer(RunConfig(model=models.TRAINED, train=how), setting)
+    runs = {name: each.step for name, each in trainers.items()} | {THEIRS: their_step(batch, setting)}
+    note = "whole steps with AdamW: ours with batch, clipping and routing bias, theirs without"
+    tokens = batch * trainers[OURS].config.seq_len
+    both = [(THEIRS, name) for name in trainers]
+    turns = {"count": _size(setting).turns, "seconds": float("inf")}
+    yield from race(setting, case, runs, key="who", tokens=tokens, pairs=both, note=note, **turns)
     for each in trainers.values():
         each.loader.close()
-    note = "whole steps with AdamW: ours with batch, clipping and routing bias, theirs without"
-    yield from speeds(case, taken, batch * trainers[OURS].config.seq_len, note)
 
 
-def _their_step(batch: int, setting: Setting) -> Callable[[], None]:
-    torch.manual_seed(0)
-    model = deepseek_v3(shapes.TRAINED).to(setting.device).train()
+def their_step(batch: int, setting: Setting) -> Callable[[], None]:
+    """Return a training step of transformers' model."""
+    model = deepseek_v3(models.TRAINED).to(setting.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    tokens = random_tokens(shapes.TRAINED, batch, shapes.TRAINED.max_seq_len, setting.device)
+    tokens = random_tokens(models.TRAINED, batch, models.TRAINED.max_seq_len, setting.device)
 
     def step() -> None:
         with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.dtype == torch.bfloat16):
@@ -219,52 +301,52 @@ def _their_step(batch: int, setting: Setting) -> Callable[[], None]:
     return step
 
 
-def speeds(
-    case: Mapping[str, Value],
-    taken: Mapping[str, Sequence[float]],
-    tokens: int,
-    note: str = "",
-    pairs: Sequence[tuple[str, str]] | None = None,
-) -> Iterator[Figure]:
-    """Yield the tokens a second of each side, and ours over each other side's, round by round.
-
-    Args:
-        pairs: our side and the other one of each ratio; None: all pairs.
-    """
-    for name, seconds in taken.items():
-        yield figure("tokens_per_s", {**case, "who": name}, [tokens / t for t in seconds], note=note)
-    mine = [name for name in taken if name.startswith(OURS)]
-    for ours, peer in itertools.product(mine, [n for n in taken if n not in mine]) if pairs is None else pairs:
-        beside = {**case, "who": ours, "beside": peer}
-        yield figure("speed_ratio", beside, ratios(taken, peer, ours), note=note)
+# --- the answer
 
 
-def finding(figures: list[Figure]) -> str:
-    told = []
-    for peer in PEERS:
-        faster = [f for f in pick(figures, "speed_ratio", beside=peer) if f.measured is not None]
-        if faster:
-            told.append(f"{peer}: {', '.join(compared(f, words=f'in {_label(f)}', decimals=1) for f in faster)}")
-    return f"Speed compared with {'; with '.join(told)}." if told else ""
+def _ratios(figures: list[Figure]) -> dict[str, dict[str, Figure]]:
+    """Return how many times as long each peer takes, by peer and by what was compared."""
+    found: dict[str, dict[str, Figure]] = {}
+    for f in pick(figures, "times_as_long"):
+        if f.measured is not None:
+            where = f"training in {f.case.get('dtype')}"
+            if f.case["what"] == "decode":
+                where = f"decoding at {f.case['context']:,}"
+            if f.case["what"] == "prefill":
+                where = f"reading {f.case['tokens']:,}"
+            label = f"{where}{str(f.case['than']).removeprefix(OURS)}"
+            found.setdefault(str(f.case["who"]), {})[label] = f
+    return found
 
 
-def _label(f: Figure) -> str:
-    where = f"training in {f.case.get('dtype')}"
-    if f.case["what"] == "decode":
-        where = f"decoding at {f.case['context']:,}"
-    if f.case["what"] == "prefill":
-        where = f"reading {f.case['tokens']:,}"
-    return f"{where}{str(f.case['who']).removeprefix(OURS)}"
+def answer(figures: list[Figure]) -> str:
+    told = [
+        f"{peer} {', '.join(f'{times(f)} in {where}' for where, f in of.items())}"
+        for peer, of in _ratios(figures).items()
+    ]
+    return f"Time of others, next to dsmini: {'; '.join(told)}." if told else ""
 
 
-def plots(figures: list[Figure]) -> list[Plot]:
-    decoded = pick(figures, "tokens_per_s", what="decode")
-    drawn: list[Plot] = []
-    for title, wide in (("Decoding", False), ("Decoding with DeepSeek's widths of heads", True)):
-        some = [f for f in decoded if ("shape" in f.case) == wide]
-        drawn += lines(some, "tokens_per_s", x="context", by="who", title=title, label=str)
-    groups = {
-        f"compared with {peer}": {_label(f): f for f in pick(figures, "speed_ratio", beside=peer)} for peer in PEERS
-    }
-    line = ("equal", 1.0)
-    return drawn + over_labels("Speed compared with others", "times theirs", groups, line=line, log_y=True)
+def _decoded(figures: list[Figure], wide: bool) -> list[Figure]:
+    return [f for f in pick(figures, "tokens_per_s", what="decode") if ("shape" in f.case) == wide]
+
+
+QUESTION = Question(
+    name="peers",
+    title="How fast is dsmini compared with other implementations of the same shape?",
+    about=__doc__,
+    cases=cases,
+    answer=answer,
+    plots=(
+        lambda figures: lines(_decoded(figures, False), "tokens_per_s", x="context", by="who", title="Decoding"),
+        lambda figures: lines(
+            _decoded(figures, True),
+            "tokens_per_s",
+            x="context",
+            by="who",
+            title="Decoding with DeepSeek's widths of heads",
+        ),
+        lambda figures: over_labels("Time of others", "times ours", _ratios(figures), line=("equal", 1.0), log_y=True),
+    ),
+    needs="" if find_spec("transformers") else "transformers is not installed; pip install 'dsmini[peers]'",
+)

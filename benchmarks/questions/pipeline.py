@@ -1,34 +1,153 @@
-"""How large are the bubbles of pipeline schedules, next to the published formulas and to the simulation?
+"""Bubbles of pipeline schedules on two processes.
 
 Two processes of one thread each, on the CPU and in FP32, train a small model of eight equal MoE blocks through each
 schedule, with eight micro-batches a step. They send by gloo on the loopback interface. The simulation takes the median
 seconds of forwards and backwards from the record, and sends in no time. The formulas are those of table 2 of the
-DeepSeek-V3 report, with the same seconds. A bubble is the share of the time in which a rank computes nothing.
-The first stage's backward of the input computes nothing, because tokens have no gradient. That of its weights is all.
+DeepSeek-V3 report, with the same seconds. A bubble is the share of the time in which a rank computes nothing. The first
+stage's backward of the input computes nothing, because tokens have no gradient.
 """
 
+import dataclasses
+import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 import torch.distributed as dist
 
-from benchmarks import pipeline_steps, replay
-from benchmarks.case import Case, Figure, Figures, Plot, Setting, pick
-from benchmarks.pipeline_steps import PARTS, RANKS, Size, Step
-from benchmarks.schedules import Programs, Row, Timeline, bubble_formula, draw, programs, simulate
-from dsmini.config.parallel import CHUNKS
+from benchmarks.question import Case, Figure, Question, Setting, figure, left_out, pick
+from benchmarks.results import ROOT
+from benchmarks.schedules import Row, Timeline, bubble_formula, draw, programs, record_timeline, simulate
+from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini.config.parallel import CHUNKS, ParallelConfig
+from dsmini.data.corpus import Corpus
+from dsmini.distributed.mesh import Mesh
+from dsmini.distributed.pipeline import Pipeline
+from dsmini.distributed.world import World, joined
 from dsmini.report.charts import over_labels
+from dsmini.training.trainer import Trainer
 
-NAME = "pipeline"
-FULL, QUICK = Size(), Size(sequences=1, tokens=128, warm=1)
-KINDS = {"F": "forward", "B": "backward", "I": "backward of the input", "W": "backward of the weights"}
+RANKS, PARTS = 2, 8
+"""Number of ranks, and of micro-batches of a step."""
+MODEL = ModelConfig(dim=128, n_layers=8, n_dense_layers=0, n_mtp_layers=0)
+"""All blocks are alike, so that the stages are."""
+TIMEOUT = 60.0
+"""Seconds after which a rank gives up waiting for the other."""
 PREDICTIONS = ("simulation", "formula")
 
-figure = Figures(
-    NAME, lower={"bubble": "", "pipeline_seconds": "s", "step_seconds": "s"}, neither={"action_seconds": "s", "gap": ""}
-)
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """Sizes of the steps."""
+
+    model: ModelConfig = MODEL
+    sequences: int = 2
+    """Sequences of a micro-batch."""
+    tokens: int = 256
+    """Tokens of a sequence."""
+    warm: int = 2
+    """Steps before those that are recorded."""
+    steps: int = 5
+
+
+FULL, QUICK = Size(), Size(sequences=1, tokens=128, warm=1)
+
+
+class Step(NamedTuple):
+    """A step of a schedule."""
+
+    seconds: float
+    """Time of the whole step, with the loader and the optimizer: that of the slower rank."""
+    rows: list[Row]
+    """Actions of all ranks."""
+
+
+# --- the processes: `python -m benchmarks.questions.pipeline SIZE` on each rank; schedules take turns step by step
+
+
+def record(size: Size) -> dict[str, list[Step]]:
+    """Return the recorded steps of each schedule.
+
+    Raises: RuntimeError with the messages of a process that fails.
+    """
+    # this process holds the store, as torchrun does
+    store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=TIMEOUT), wait_for_workers=False)
+    at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    at |= {"WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "OMP_NUM_THREADS": 1}
+    command = [sys.executable, "-m", "benchmarks.questions.pipeline", json.dumps(dataclasses.asdict(size))]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / str(rank) for rank in range(RANKS)]
+        processes: list[subprocess.Popen[str]] = []
+        try:
+            for rank, output in enumerate(outputs):
+                env = os.environ | {k: str(v) for k, v in {**at, "RANK": rank, "LOCAL_RANK": rank}.items()}
+                with output.open("w") as out, output.with_suffix(".err").open("w") as err:
+                    processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err, text=True))
+            failed = [rank for rank, process in enumerate(processes) if process.wait()]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        if failed:
+            said = outputs[failed[0]].with_suffix(".err").read_text()[-2000:]
+            raise RuntimeError(f"rank {failed[0]} of the pipeline ended with an error: {said}")
+        found: dict[str, list[Any]] = json.loads(outputs[0].read_text().splitlines()[-1])
+    return {name: [Step(seconds, list(map(Row._make, rows))) for seconds, rows in of] for name, of in found.items()}
+
+
+def run_steps(world: World, size: Size) -> dict[str, list[Step]]:
+    """Train with each schedule in turns. Return the recorded steps, on every rank."""
+    trainers = {name: _trainer(ParallelConfig(pp=RANKS, schedule=name), size) for name in CHUNKS}
+    found: dict[str, list[Step]] = {name: [] for name in CHUNKS}
+    for turn in range(-size.warm, size.steps):
+        for name, trainer in trainers.items():
+            passes = trainer.pipeline
+            assert isinstance(passes, Pipeline), "pp is 2"
+            world.gather(None)  # both ranks start together
+            start = time.perf_counter()
+            with record_timeline(passes.schedule(size.sequences, size.tokens, PARTS)) as rows:
+                trainer.step()
+            both = world.gather((time.perf_counter() - start, rows))
+            if turn >= 0:
+                found[name].append(Step(max(seconds for seconds, _ in both), [row for _, rows in both for row in rows]))
+    return found
+
+
+def _trainer(parallel: ParallelConfig, size: Size) -> Trainer:
+    """Return a trainer of random text, in FP32."""
+    batch: Any = {"batch_size": size.sequences * PARTS, "grad_accum": PARTS, "seq_len": size.tokens}
+    train = TrainConfig(steps=100, optimizer="adamw", dtype="float32", threads=1, **batch)
+    config = RunConfig(model=size.model, train=train, parallel=parallel)
+    parallel.check(config.model, config.train, RANKS)
+    text = np.random.default_rng(0).integers(0, 256, 64 * size.tokens * PARTS, np.uint8)
+    corpus = Corpus(train=text, val=text[: 4 * size.tokens], source="", files=1, skipped=0, split="", sha256="")
+    torch.manual_seed(0)
+    model = Transformer(config.model, compute_dtype=torch.float32)
+    return Trainer(model, corpus, config, torch.device("cpu"), Mesh(parallel))
+
+
+def main() -> None:
+    """Be one rank. Rank 0 prints the steps."""
+    given = json.loads(sys.argv[1])
+    size = Size(**given | {"model": ModelConfig(**given["model"])})
+    torch.set_num_threads(1)
+    with joined(TIMEOUT) as world:
+        found = run_steps(world, size)
+        if world.rank == 0:
+            print(json.dumps(found))
+
+
+# --- the question
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -38,89 +157,56 @@ def cases(setting: Setting) -> list[Case]:
     return [Case(key=key, seconds=25.0 if setting.quick else 60.0, run=partial(measure, setting, size))]
 
 
-def cores() -> int:
-    """Return the number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def why_not() -> str:
     """Return the reason why no pipeline runs here; empty if it does."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not dist.is_available() or not dist.is_gloo_available():
         return "this torch has no torch.distributed with gloo"
-    if cores() < RANKS:
-        return f"{RANKS} ranks need {RANKS} processor cores, and there is {cores()}"
-    return ""
+    return f"{RANKS} ranks need {RANKS} processor cores, and there is {cores}" if cores < RANKS else ""
 
 
 def measure(setting: Setting, size: Size) -> Iterator[Figure]:
     if reason := why_not():
-        yield from (figure.left_out("bubble", {"schedule": name}, reason) for name in CHUNKS)
+        yield from (left_out("bubble", {"schedule": name}, reason) for name in CHUNKS)
         return
-    folder = setting.out / NAME
+    folder = setting.out / "pipeline"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, steps in pipeline_steps.record(size).items():
-        program = programs(name, RANKS, PARTS)
+    for name, steps in record(size).items():
+        simulated, formula = predicted(name, steps)
         lines = [Timeline.measured(step.rows) for step in steps]
-        by_kind = replay.medians([row for step in steps for row in step.rows])
-        simulated = simulate(program, *replay.times_for_simulation(by_kind))
         middle = sorted(lines, key=lambda line: line.total)[len(lines) // 2]
         draw({f"{name}, measured": middle, f"{name}, simulated": simulated}, folder / f"{name}.png")
-        yield from _figures(name, program, steps, simulated, f"time lines: {folder / name}.png")
+        shares, note = [line.bubble_share for line in lines], f"time lines: {folder / name}.png"
+        for of, share in zip(PREDICTIONS, (simulated.bubble_share, formula), strict=True):
+            yield figure("bubble", {"schedule": name, "predicted by": of}, shares, predicted=share, note=note)
+        yield figure("seconds", {"schedule": name}, [line.total for line in lines], predicted=simulated.total)
+        whole = [step.seconds for step in steps]
+        yield figure("step_seconds", {"schedule": name}, whole, note="with the loader and the optimizer")
 
 
-def _figures(name: str, program: Programs, steps: Sequence[Step], simulated: Timeline, note: str) -> Iterator[Figure]:
-    """Yield the figures of a schedule."""
-    every = [row for step in steps for row in step.rows]
-    lines = [Timeline.measured(step.rows) for step in steps]
-    by_kind = replay.medians(every)
-    formula = bubble_formula(name, RANKS, *replay.times_for_simulation(by_kind))
-    busy = simulated.total - replay.mean_bubble(simulated)
-    shares = [line.bubble_share for line in lines]
-    predicted = dict(zip(PREDICTIONS, (simulated.bubble_share, formula / (busy + formula)), strict=True))
-    for of, share in predicted.items():
-        yield figure("bubble", {"schedule": name, "predicted by": of}, shares, predicted=share, note=note)
-    case = {"schedule": name}
-    totals = [line.total for line in lines]
-    yield figure("pipeline_seconds", case, totals, predicted=simulated.total)
-    yield figure("step_seconds", case, [step.seconds for step in steps], note="with the optimizer")
-    for kind, words in KINDS.items():
-        if times := [row[5] - row[4] for row in every if row[1] == kind]:
-            yield figure("action_seconds", {**case, "action": words}, times, note="a stage on one micro-batch")
-    found = [replay.causes(program, step.rows, every, simulated) for step in steps]
-    for cause in replay.CAUSES:
-        part = [of[cause] / total for of, total in zip(found, totals, strict=True)]
-        note = f"share of the time that it adds to the simulated bubble; {_stages(every)}" if "stages" in cause else ""
-        yield figure("gap", {**case, "cause": cause}, part, note=note)
+def predicted(name: str, steps: Sequence[Step]) -> tuple[Timeline, float]:
+    """Return the simulated time line, and the share of bubbles by the formula, from the median seconds of actions.
+
+    A schedule with whole backwards alone has no halves; all is backward of the input then.
+    """
+    taken: dict[str, list[float]] = {}
+    for row in (row for step in steps for row in step.rows):
+        taken.setdefault(row.kind, []).append(row.end - row.start)
+    middle = {kind: statistics.median(seconds) for kind, seconds in taken.items()}
+    times = middle["F"], middle.get("I", middle.get("B", 0.0)), middle.get("W", 0.0)
+    line = simulate(programs(name, RANKS, PARTS), *times)
+    formula = bubble_formula(name, RANKS, *times)
+    busy = line.total - statistics.fmean(line.bubbles)
+    return line, formula / (busy + formula)
 
 
-def _stages(every: Sequence[Row]) -> str:
-    """Return the median milliseconds of each kind of action, stage by stage."""
-    times = replay.medians_by_stage(every)
-    kinds = [kind for kind in KINDS if (kind, 0) in times]
-    stages = range(1 + max(stage for _, stage in times))
-    told = [
-        f"{kind} {', '.join(f'{times[kind, s] * 1e3:.1f}' for s in stages if (kind, s) in times)}" for kind in kinds
-    ]
-    return f"ms by stage: {'; '.join(told)}"
-
-
-def finding(figures: list[Figure]) -> str:
+def answer(figures: list[Figure]) -> str:
     told = []
     for name in CHUNKS:
-        by = {of: pick(figures, "bubble", **{"schedule": name, "predicted by": of}) for of in PREDICTIONS}
-        measured = next((f.measured for found in by.values() for f in found), None)
-        if measured is not None:
-            words = [f"{of} {found[0].predicted:.0%}" for of, found in by.items() if found]
-            told.append(f"{name} {measured:.0%} ({', '.join(words)})")
-    causes = {c: [f.measured or 0.0 for f in pick(figures, "gap", cause=c)] for c in replay.CAUSES}
-    sizes = {cause: statistics.mean(parts) for cause, parts in causes.items() if parts}
-    if sizes:
-        largest = max(sizes, key=lambda cause: abs(sizes[cause]))
-        told.append(f"most of what the simulation leaves out is: {largest}, {sizes[largest]:+.0%} on average")
-    halves = [f.measured or 0.0 for k in "IW" for f in pick(figures, "action_seconds", schedule="zbv", action=KINDS[k])]
-    whole = pick(figures, "action_seconds", schedule="interleaved1f1b", action=KINDS["B"])  # of as many stages
-    if len(halves) == 2 and whole and whole[0].measured:
-        told.append(f"a backward in two halves takes {sum(halves) / whole[0].measured:.3g} times one in one piece")
+        by = {str(f.case["predicted by"]): f for f in pick(figures, "bubble", schedule=name) if f.measured is not None}
+        if by:
+            expected = [f"{of} {f.predicted:.0%}" for of, f in by.items()]
+            told.append(f"{name} {next(iter(by.values())).measured:.0%} ({', '.join(expected)})")
     seconds = {str(f.case["schedule"]): f.measured for f in pick(figures, "step_seconds") if f.measured}
     if seconds:
         fastest = min(seconds, key=lambda name: seconds[name])
@@ -128,13 +214,24 @@ def finding(figures: list[Figure]) -> str:
     return f"Bubbles on {RANKS} ranks: {'; '.join(told)}." if told else ""
 
 
-def plots(figures: list[Figure]) -> list[Plot]:
-    bubbles = {
-        of: {str(f.case["schedule"]): f for f in pick(figures, "bubble", **{"predicted by": of})} for of in PREDICTIONS
-    }
-    gaps = {c: {str(f.case["schedule"]): f for f in pick(figures, "gap", cause=c)} for c in replay.CAUSES}
-    title = "What the simulation leaves out, by cause"
-    return [
-        *over_labels("Bubbles, measured and predicted", "share of the time", bubbles, predicted=True),
-        *over_labels(title, "share of the time", gaps, kind="bars"),
-    ]
+def _by_prediction(figures: list[Figure]) -> dict[str, dict[str, Figure]]:
+    bubbles = [f for f in pick(figures, "bubble") if "predicted by" in f.case]
+    return {of: {str(f.case["schedule"]): f for f in bubbles if f.case["predicted by"] == of} for of in PREDICTIONS}
+
+
+QUESTION = Question(
+    name="pipeline",
+    title="How large are the bubbles of pipeline schedules, next to the published formulas and to the simulation?",
+    about=__doc__,
+    cases=cases,
+    answer=answer,
+    plots=(
+        lambda figures: over_labels(
+            "Bubbles, measured and predicted", "share of the time", _by_prediction(figures), predicted=True
+        ),
+    ),
+    on_request=True,
+)
+
+if __name__ == "__main__":
+    main()

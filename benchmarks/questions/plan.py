@@ -1,9 +1,9 @@
-"""How far is a plan of this machine from what it then does?
+"""Forecasts of steps on this machine, next to what they then take.
 
 Six steps are forecast, then run, in each dtype: two of training, two of reading a prompt, two of decoding. A forecast
-runs nothing of the model: the operations are counted dry, and priced with rates that were measured on other models.
-FP8 is simulated in training; in serving, matrices are E4M3 codes and products BF16. Memory is that of all tensors at
-the peak of a step, and the resident memory of a process that trains.
+runs nothing of the model: the operations are counted dry, and priced with rates that were measured on other models. FP8
+is simulated in training; in serving, matrices are E4M3 codes and products BF16. Memory is that of all tensors at the
+peak of a step, and the resident memory of a process that trains.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import get_args
 
-from benchmarks import shapes
-from benchmarks.case import Case, Figure, Figures, Plot, Setting, pick
-from benchmarks.trained import recipe
+from benchmarks import models
+from benchmarks.models import recipe
+from benchmarks.question import Case, Figure, Question, Setting, figure, pick
 from dsmini import ModelConfig, TrainConfig
 from dsmini.machine import DTYPES
 from dsmini.measure import step_rates
@@ -22,24 +22,21 @@ from dsmini.measure.dry import Holding, counted_twice
 from dsmini.measure.forecast import forecast
 from dsmini.measure.process import peak_of_process
 from dsmini.measure.rates import why_unusable
-from dsmini.measure.timing import times
+from dsmini.measure.turns import in_turns
 from dsmini.measure.workloads import StepDtype, StepShape, Work
 from dsmini.report.charts import over_labels
 
-NAME = "plan"
 SECONDS = 1.5
 """Time to fill with steps of a shape."""
 MEDIAN, WORST, PEAK = 0.15, 0.30, 0.10
 """Errors that the forecasts should keep: of time, the median and the worst; of a process's peak memory."""
 DTYPE_NAMES: tuple[StepDtype, ...] = get_args(StepDtype)
 
-figure = Figures(NAME, lower={"seconds": "s"}, neither={"tensor_memory": "bytes", "process_memory": "bytes"})
-
 
 def held_out(quick: bool) -> dict[str, StepShape]:
     """Return the six steps by name, in FP32. None has the sizes of a step that rates were measured on."""
-    toy, mha, trained = recipe("toy"), recipe("toy-mha"), dataclasses.replace(shapes.TRAINED, n_layers=2)
-    adamw, served = TrainConfig(optimizer="adamw"), shapes.QUICK
+    toy, mha, trained = recipe("toy"), recipe("toy-mha"), dataclasses.replace(models.TRAINED, n_layers=2)
+    adamw, served = TrainConfig(optimizer="adamw"), models.QUICK
     many = dataclasses.replace(trained, n_routed_experts=48, moe_inter_dim=48, n_activated_experts=8)
     rows: list[tuple[str, Work, ModelConfig, int, int, TrainConfig]] = [
         ("toy with MHA", "training", mha.model, 6, 192, mha.train),
@@ -52,18 +49,20 @@ def held_out(quick: bool) -> dict[str, StepShape]:
     found: dict[str, StepShape] = {}
     for name, work, config, batch, tokens, train in rows:
         roomy = dataclasses.replace(config, max_seq_len=max(config.max_seq_len, tokens + 1))
-        found[f"{work} {name}"] = StepShape(
-            work=work, config=roomy, dtype="float32", batch=batch, tokens=tokens, train=train
-        )
+        how = {"dtype": "float32", "batch": batch, "tokens": tokens, "train": train}
+        found[f"{work} {name}"] = StepShape(work=work, config=roomy, **how)
     return found
 
 
 def cases(setting: Setting) -> list[Case]:
-    found = []
-    for i, (name, shape) in enumerate(held_out(setting.quick).items()):
-        key = f"step={name} batch={shape.batch} tokens={shape.tokens}"
-        found.append(Case(key=key, seconds=20.0 + 40.0 * (i == 0), run=partial(measure, setting, name, shape)))
-    return found
+    return [
+        Case(
+            key=f"step={name} batch={shape.batch} tokens={shape.tokens}",
+            seconds=20.0 + 40.0 * (i == 0),  # the first measures the machine's rates
+            run=partial(measure, setting, name, shape),
+        )
+        for i, (name, shape) in enumerate(held_out(setting.quick).items())
+    ]
 
 
 def usable(setting: Setting) -> list[StepDtype]:
@@ -80,7 +79,8 @@ def measure(setting: Setting, name: str, shape: StepShape) -> Iterator[Figure]:
         expected = forecast(here, rates)
         case = {"step": name, "work": shape.work, "batch": shape.batch, "tokens": shape.tokens, "dtype": dtype}
         step = here.make(setting.device)
-        yield figure("seconds", case, times(step, setting.device, SECONDS), predicted=expected.seconds)
+        turns = in_turns({"step": step}, setting.device, seconds=SECONDS, least=3)
+        yield figure("seconds", case, turns.estimate("step"), predicted=expected.seconds)
         del step
         there = counted_twice(lambda here=here: here.make(setting.device), Holding())
         yield figure("tensor_memory", case, float(there.peak), predicted=float(expected.peak))
@@ -90,27 +90,41 @@ def measure(setting: Setting, name: str, shape: StepShape) -> Iterator[Figure]:
 
 def errors(figures: Sequence[Figure], metric: str) -> list[float]:
     """Return the errors of the predictions, as shares of what was measured."""
-    found = pick(list(figures), metric)
-    return [abs(f.predicted / f.measured - 1) for f in found if f.predicted is not None and f.measured]
+    return [abs(f.predicted / f.measured - 1) for f in pick(figures, metric) if f.predicted is not None and f.measured]
 
 
-def finding(figures: list[Figure]) -> str:
-    times_, peaks, tensors = (errors(figures, metric) for metric in ("seconds", "process_memory", "tensor_memory"))
-    if not times_:
+def answer(figures: list[Figure]) -> str:
+    seconds, peaks, tensors = (errors(figures, metric) for metric in ("seconds", "process_memory", "tensor_memory"))
+    if not seconds:
         return ""
-    middle, worst = statistics.median(times_), max(times_)
-    kept = "as asked" if middle <= MEDIAN and worst <= WORST else f"asked: {MEDIAN:.0%} and {WORST:.0%}"
-    text = f"{len(times_)} steps, forecast before they ran: error of the time {middle:.0%} in the median, "
+
+    def asked(kept: bool, words: str) -> str:
+        return "as asked" if kept else f"asked: {words}"
+
+    middle, worst = statistics.median(seconds), max(seconds)
+    kept = asked(middle <= MEDIAN and worst <= WORST, f"{MEDIAN:.0%} and {WORST:.0%}")
+    text = f"{len(seconds)} steps, forecast before they ran: error of the time {middle:.0%} in the median, "
     text += f"{worst:.0%} at worst ({kept})"
     if peaks:
-        kept = "as asked" if max(peaks) <= PEAK else f"asked: {PEAK:.0%}"
-        text += f"; of a process's peak memory at most {max(peaks):.0%} ({kept})"
+        text += f"; of a process's peak memory at most {max(peaks):.0%} ({asked(max(peaks) <= PEAK, f'{PEAK:.0%}')})"
     if tensors:
         text += f", of the tensors' {max(tensors):.1%}"
     return text + "."
 
 
-def plots(figures: list[Figure]) -> list[Plot]:
-    found = pick(figures, "seconds")
-    by = {d: {str(f.case["step"]): f for f in found if f.case["dtype"] == d} for d in DTYPE_NAMES}
-    return over_labels("Measured seconds of a step", "s", {d: group for d, group in by.items() if group})
+def _by_dtype(figures: list[Figure]) -> dict[str, dict[str, Figure]]:
+    found: dict[str, dict[str, Figure]] = {}
+    for f in pick(figures, "seconds"):
+        found.setdefault(str(f.case["dtype"]), {})[str(f.case["step"])] = f
+    return found
+
+
+QUESTION = Question(
+    name="plan",
+    title="How far is a plan of this machine from what it then does?",
+    about=__doc__,
+    cases=cases,
+    answer=answer,
+    plots=(lambda figures: over_labels("Measured seconds of a step", "s", _by_dtype(figures)),),
+    on_request=True,
+)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dsmini.atomic import write_text
 from dsmini.config import ModelConfig
 from dsmini.machine import DTYPES, card, last_level_cache, matmul_rate, synchronize
 from dsmini.measure.counting import count
-from dsmini.measure.kernel_kinds import FP8, KERNEL_DTYPES, KERNEL_POINTS, KERNEL_PRODUCTS, KERNEL_ROWS
+from dsmini.measure.kernels import FP8, KERNELS, Kernel
 from dsmini.measure.kinds import POINTS, PRODUCTS, Maker
 from dsmini.measure.rates import Curve, Roofs, from_json
 from dsmini.nn import Transformer
@@ -153,14 +154,10 @@ def _kernel_jobs(device: torch.device) -> list[tuple[str, Callable[[float], Any]
     """Return the parts to measure of dsmini's own kernels; none where they do not run."""
     if device.type != "cpu" or ops.serving("cpu") != "cpu":
         return []
-    sizes = {**KERNEL_ROWS, **dict.fromkeys(KERNEL_POINTS, BYTES[1:])}
     return [
-        (
-            f"{where} kernel {kind} {name}",
-            lambda most, m=make, k=kind, n=name, w=where: _kernel_curve(m, k, sizes[k], n, device, w == "cold", most),
-        )
-        for kind, make in {**KERNEL_POINTS, **KERNEL_PRODUCTS}.items()
-        for name in KERNEL_DTYPES.get(kind, tuple(DTYPES))
+        (f"{where} kernel {kind} {name}", partial(_kernel_curve, kernel, name, device, where == "cold"))
+        for kind, kernel in KERNELS.items()
+        for name in kernel.dtypes
         for where in ("warm", "cold")
     ]
 
@@ -279,11 +276,9 @@ def _curve_of(kind: str, dtype: torch.dtype, device: torch.device, cold: bool, m
 
 
 @torch.no_grad()
-def _kernel_curve(
-    make: Maker, kind: str, sizes: Sequence[int], name: str, device: torch.device, cold: bool, most: float
-) -> Curve:
+def _kernel_curve(kernel: Kernel, name: str, device: torch.device, cold: bool, most: float) -> Curve:
     dtype = FP8 if name == "fp8" else DTYPES[name]
-    return _curve(make, sizes, kind in KERNEL_PRODUCTS, dtype, device, cold, most, least=KERNEL_ROUND)
+    return _curve(kernel.make, kernel.sizes, kernel.is_product, dtype, device, cold, most, least=KERNEL_ROUND)
 
 
 def _curve(
@@ -304,7 +299,7 @@ def _curve(
     for size in at:
         run, inputs, amount = make(size if is_product else max(1, size // dtype.itemsize), dtype, device)
         if cold:
-            run, inputs = _rotating(run, inputs), ()
+            run, inputs = rotating(run, inputs), ()
         rounds = 3 if amount > 1 << 24 else ROUNDS
         seconds = seconds_of(lambda run=run, inputs=inputs: run(*inputs), device, rounds, least, most / 3)
         sizes.append(size if is_product else amount)
@@ -322,7 +317,7 @@ def _curve(
     return Curve(sizes=sizes, costs=costs)
 
 
-def _rotating(run: Callable[..., object], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+def rotating(run: Callable[..., object], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
     """Return the operation on other inputs in each call, with old outputs kept, so that nothing is in a cache."""
     held = sum(t.nbytes for t in inputs)
     n = max(2, min(512, BUFFERS * last_level_cache(inputs[0].device) // max(1, held)))

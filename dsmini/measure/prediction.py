@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from dsmini.measure.counting import Count, CountedOperation, count
-from dsmini.measure.kernel_kinds import KERNEL_CURVES, NARROW, WIDE
+from dsmini.measure.kernels import CURVES, NARROW, WIDE
 from dsmini.measure.rates import Roofs, between, flops_rate, point_seconds, product_rate
 
 CLASSES = {"scatter": "gather", "optimizer": "pointwise"}
@@ -55,7 +55,7 @@ def operation_seconds(op: CountedOperation, roofs: Roofs) -> float:
 
 def _kernel_seconds(op: CountedOperation, roofs: Roofs) -> float | None:
     """Return the seconds of a kernel by its own curve; None for one that has none here."""
-    kind = KERNEL_CURVES.get(op.name)
+    kind = CURVES.get(op.name)
     dtype = "fp8" if op.dtype == torch.float8_e4m3fn else str(op.dtype).removeprefix("torch.")
     if kind is None or f"warm kernel {kind} {dtype}" not in roofs.curves:
         dtype = "float32"

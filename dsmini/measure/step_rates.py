@@ -25,7 +25,7 @@ from dsmini.measure.calibration import load_or_measure, stored_roofs
 from dsmini.measure.counting import CountedOperation, count
 from dsmini.measure.cpu_time import CpuTimes
 from dsmini.measure.dry import dry_count
-from dsmini.measure.kernel_kinds import KERNEL_CURVES
+from dsmini.measure.kernels import CURVES
 from dsmini.measure.prediction import operation_seconds
 from dsmini.measure.process import peak_of_process
 from dsmini.measure.rates import Roofs, from_json
@@ -131,7 +131,7 @@ class Rates:
 
 def class_of(op: CountedOperation) -> str:
     """Return the class of an operation: the curve of a kernel, else the kind of torch's operation."""
-    return KERNEL_CURVES.get(op.name, op.kind) if op.is_kernel else op.kind
+    return CURVES.get(op.name, op.kind) if op.is_kernel else op.kind
 
 
 def load_or_measure_rates(

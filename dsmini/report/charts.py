@@ -1,35 +1,26 @@
 """Plots from figures: lines over a number, points or bars over labels. A list is empty without values."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from dsmini.report.figures import Figure, Plot, Series, Value, pick
+from dsmini.report.figures import Figure, Plot, Series, pick
 
 Kind = Literal["line", "points", "bars"]
 
 
-def lines(
-    figures: Sequence[Figure],
-    metric: str,
-    *,
-    x: str,
-    by: str,
-    title: str,
-    label: Callable[[Value], str] | None = None,
-) -> list[Plot]:
+def lines(figures: Sequence[Figure], metric: str, *, x: str, by: str, title: str) -> list[Plot]:
     """Draw a metric over one key of the case, with a line for each value of another key and dashed predictions.
 
     Args:
-        x: key of the horizontal axis.
+        x: key of the horizontal axis. Figures without it are left out.
         by: key that has a line for each value.
-        label: function that names a line; None uses key and value.
     """
-    found = [f for f in pick(figures, metric) if f.measured]
+    found = [f for f in pick(figures, metric) if f.measured and x in f.case]
     series: list[Series] = []
     for value in dict.fromkeys(f.case[by] for f in found):
         line = sorted((f for f in found if f.case[by] == value), key=lambda f: f.case[x])
         at = [float(f.case[x]) for f in line]
-        words = label(value) if label else f"{by} {value}"
+        words = value if isinstance(value, str) else f"{by} {value}"
         series.append(_series(words, at, line, "line"))
         if all(f.predicted for f in line):
             series.append(_predicted(at, line, "line", words))
@@ -47,7 +38,7 @@ def over_labels(
     log_y: bool = False,
     caption: str = "",
 ) -> list[Plot]:
-    """Draw groups of figures, each over its label, with quartiles if there are any.
+    """Draw groups of figures, each over its label, with 95 % intervals if there are any.
 
     Args:
         groups: figures by label, by the name of the group. Figures without a measurement are left out.
@@ -72,7 +63,7 @@ def over_labels(
 
 
 def _series(label: str, x: Sequence[float], figures: Sequence[Figure], kind: Kind) -> Series:
-    """Return the measured values of figures, with quartiles if all figures have them."""
+    """Return the measured values of figures, with their intervals if all figures have them."""
     low, high = ([getattr(f, end) for f in figures] for end in ("low", "high"))
     if None in low or None in high:
         low = high = None

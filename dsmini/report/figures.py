@@ -28,7 +28,7 @@ class Figure:
     predicted: float | None = None
     low: float | None = None
     high: float | None = None
-    """Lower and upper quartile of repeated measurements; None without them."""
+    """Ends of the 95 % interval of the measured value; None without one."""
     better: Literal["higher", "lower"] | None = None
     exact: bool = False
     """True for a count, whose measurement must equal the prediction."""
@@ -43,13 +43,6 @@ class Figure:
         if self.measured is None or not self.predicted:
             return None
         return self.measured / self.predicted
-
-    @property
-    def spread(self) -> float | None:
-        """Half the range between the quartiles, as a share of the measured value."""
-        if self.low is None or self.high is None or not self.measured:
-            return None
-        return (self.high - self.low) / 2 / abs(self.measured)
 
     @property
     def is_time(self) -> bool:
@@ -130,11 +123,6 @@ class Detail:
 def pick(figures: Iterable[Figure], metric: str, **case: Value) -> list[Figure]:
     """Return the figures of a metric whose cases have these values."""
     return [f for f in figures if f.metric == metric and all(f.case.get(k) == v for k, v in case.items())]
-
-
-def values(figures: Iterable[Figure], metric: str, **case: Value) -> list[float]:
-    """Return the measured values of the figures that pick finds."""
-    return [f.measured for f in pick(figures, metric, **case) if f.measured is not None]
 
 
 def plain(value: Any) -> Any:

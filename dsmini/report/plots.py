@@ -28,7 +28,7 @@ PREDICTED = "predicted"
 LEGEND_WIDTH, HANDLE = 70, 8
 """Width of a line of the legend, and of the mark of an entry, in characters."""
 ERRORS: dict[str, Any] = {"elinewidth": 1.1, "capsize": 2.5, "capthick": 1.1}
-"""Style of quartiles."""
+"""Style of 95 % intervals."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,7 @@ def colours_of(series: Sequence[Series]) -> list[int]:
 
 
 def _draw(axes: "Axes", s: Series, plot: Plot, theme: Theme, colour: str) -> None:
-    """Draw a line or points with quartiles. Over labels the two axes are swapped."""
+    """Draw a line or points with intervals. Over labels the two axes are swapped."""
     line: Any = "none"
     marker = "" if s.kind == "line" and s.dashed and len(s.x) > 1 else "o"
     if s.kind == "line":
@@ -178,9 +178,9 @@ def _draw(axes: "Axes", s: Series, plot: Plot, theme: Theme, colour: str) -> Non
     look: Any = {"color": colour, "markerfacecolor": face, "markersize": 4.6, "zorder": order, **ERRORS}
     look |= {"linestyle": line, "marker": marker, "label": s.label}
     if plot.labels:
-        axes.errorbar(s.y, s.x, xerr=_quartiles(s), **look)
+        axes.errorbar(s.y, s.x, xerr=_ends(s), **look)
     else:
-        axes.errorbar(s.x, s.y, yerr=_quartiles(s), **look)
+        axes.errorbar(s.x, s.y, yerr=_ends(s), **look)
 
 
 def _draw_bars(axes: "Axes", s: Series, theme: Theme, colour: str, thick: float) -> None:
@@ -188,11 +188,11 @@ def _draw_bars(axes: "Axes", s: Series, theme: Theme, colour: str, thick: float)
     if s.dashed:
         look = {"facecolor": "none", "edgecolor": colour, "linestyle": (0, (3, 2)), "linewidth": 1.2}
     errors = {"ecolor": theme.ink, "zorder": 6, **ERRORS}
-    axes.barh(s.x, s.y, thick, xerr=_quartiles(s), error_kw=errors, zorder=3, label=s.label, **look)
+    axes.barh(s.x, s.y, thick, xerr=_ends(s), error_kw=errors, zorder=3, label=s.label, **look)
 
 
-def _quartiles(s: Series) -> Any:
-    """Return the distances from the values to their quartiles, below and above."""
+def _ends(s: Series) -> Any:
+    """Return the distances from the values to the ends of their intervals, below and above."""
     if s.low is None or s.high is None:
         return None
     return [

@@ -18,9 +18,6 @@ from dsmini.report.heat_map import HeatMap
 from dsmini.report.rows import Group, groups
 from dsmini.report.units import words
 
-WITHIN = 0.3
-"""Relative error within which a prediction of time counts as good."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
@@ -111,16 +108,26 @@ class Report:
     """Cards of names and values, such as the machine and the versions, by title."""
     facts_title: str = "Where and when"
     highlights: Sequence[tuple[str, str]] = ()
-    """Numbers at the top, each with its name; without any, `numbers` counts questions, figures and good predictions."""
+    """Numbers at the top, each with its name."""
     command: str = ""
     """Command that made the report."""
 
+    @property
+    def measured(self) -> bool:
+        """True if some figure was measured."""
+        return any(figure.measured is not None for section in self.sections for figure in section.figures)
+
     def show(self, console: Console) -> None:
-        """Print tables, warnings and findings. Only the page has plots."""
+        """Print each answer with its warnings above its tables. Only the page has plots."""
         for warning in self.warnings:
             say(console, warning, style="yellow")
         for section in self.sections:
-            terminal.show_question(console, section.title, section.finding, section.figures, section.warnings)
+            console.print()
+            say(console, section.title, style="bold")
+            say(console, section.finding, style="cyan")
+            for warning in section.warnings:
+                say(console, warning, style="yellow")
+            terminal.show_figures(console, section.figures)
             for heading, details in section.details.items():
                 terminal.show_details(console, heading, details)
             for table in section.tables:
@@ -145,23 +152,6 @@ class Report:
             yield json.dumps({"kind": "finding", "question": section.title, "finding": section.finding})
             for figure in section.figures:
                 yield json.dumps({"kind": "figure"} | figure.as_json())
-
-    @property
-    def numbers(self) -> list[tuple[str, str]]:
-        """Up to four numbers that summarize the report, each with its name."""
-        if self.highlights:
-            return list(self.highlights)
-        asked = [section for section in self.sections if section.figures or section.errors]
-        figures = [figure for section in asked for figure in section.figures]
-        equal = [figure.equal for figure in figures if figure.equal is not None]
-        repeated = [f.ratio for f in figures if f.is_time and f.low is not None and not f.bound and f.ratio]
-        within = sum(1 - WITHIN <= ratio <= 1 + WITHIN for ratio in repeated)
-        found = [(str(len(asked)), "question" if len(asked) == 1 else "questions"), (f"{len(figures):,}", "figures")]
-        if equal:
-            found.append((f"{sum(equal)} of {len(equal)}", "counts exactly as predicted"))
-        if repeated:
-            found.append((f"{within} of {len(repeated)}", f"repeated timings within {WITHIN:.0%} of the prediction"))
-        return found
 
 
 class Drawing(NamedTuple):

@@ -11,7 +11,7 @@ NEAR, FAR = 1.1, 1.5
 """Factors between measurement and prediction: near below the first, far above the second."""
 WIDEST = 4.0
 """Ratio at one end of its bar; the other end is the inverse."""
-COLUMNS = ("predicted", "measured", "spread", "ratio")
+COLUMNS = ("predicted", "measured", "interval", "ratio")
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,13 @@ class Row:
         return units.human(self.figure.measured, self.figure.unit, self.figure.exact)
 
     @property
-    def spread(self) -> str:
-        """Spread in percent."""
-        share = self.figure.spread
-        return "" if share is None else f"±{share:.{1 if share < 0.1 else 0}%}".replace("%", " %")
+    def interval(self) -> str:
+        """Ends of the 95 % interval."""
+        if self.figure.low is None or self.figure.high is None:
+            return ""
+        low, high = (units.human(end, self.figure.unit) for end in (self.figure.low, self.figure.high))
+        same_unit = low.partition(" ")[2] == high.partition(" ")[2]
+        return f"{low.partition(' ')[0] if same_unit else low} to {high}"
 
     @property
     def ratio(self) -> str:

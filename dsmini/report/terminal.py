@@ -1,6 +1,6 @@
 """Print sections of a report in a terminal."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import rich.table
 from rich.console import Console
@@ -18,28 +18,21 @@ LONGEST = 30
 """Number of figures of a question that a terminal shows; the page has all."""
 
 
-def show_question(
-    console: Console, title: str, finding: str, figures: Sequence[Figure], warnings: Iterable[str] = ()
-) -> None:
-    """Print the first figures of a question, the warnings, and the finding."""
-    console.print()
+def show_figures(console: Console, figures: Sequence[Figure]) -> None:
+    """Print the first figures as a table, and why others were left out."""
     common = shared(figures)
-    said = ", ".join(f"{words(key)} {shown(value)}" for key, value in common.items())
     rows: list[Sequence[str | Text]] = []
     for r in map(Row, figures[:LONGEST]):
         first = (case_words(r.figure, without=common), words(r.figure.metric))
-        rows.append((*first, r.predicted, r.measured, Text(r.ratio, STYLES.get(r.tone, "")), r.spread))
+        rows.append((*first, r.predicted, r.measured, r.interval, Text(r.ratio, STYLES.get(r.tone, ""))))
     if rows:
-        heading = Text(title, style="bold") + Text(f"  ({said})" if said else "", style="dim")
-        numeric = ("predicted", "measured", "ratio", "spread")
+        heading = Text(", ".join(f"{words(key)} {shown(value)}" for key, value in common.items()), style="dim")
+        numeric = ("predicted", "measured", "95 % interval", "ratio")
         _print(console, heading, ("case", "metric", *numeric), numeric, rows)
     if len(figures) > LONGEST:
         say(console, f"... and {len(figures) - LONGEST} more, in the report", style="dim")
     for note in dict.fromkeys(f.note for f in figures if f.measured is None and f.note.startswith("left out")):
         say(console, note, style="yellow")
-    for warning in warnings:
-        say(console, warning, style="yellow")
-    say(console, finding, style="bold cyan")
 
 
 def show_details(console: Console, title: str, details: Sequence[Detail]) -> None:

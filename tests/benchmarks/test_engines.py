@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import shapes
-from benchmarks.case import pick
-from benchmarks.command_line import parse
+from benchmarks import models
 from benchmarks.peer_models import engines
 from benchmarks.peer_models.engines import Engine
-from benchmarks.questions import peers, questions_here
+from benchmarks.questions import QUESTIONS, peers
+from benchmarks.run import BenchmarksCommand, checked
 from dsmini import Transformer
+from dsmini.report import pick
 from tests.helpers.questions import TINY, setting
 
 LOG = "calls.jsonl"
@@ -105,9 +105,9 @@ def test_engine_that_cannot_load_the_model_says_why(python: Path) -> None:
 
 def test_wrong_peer_python_is_one_sentence(tmp_path: Path, python: Path) -> None:
     pytest.importorskip("gguf")
-    with pytest.raises(ValueError, match="--peer-python: there is no file nowhere/python; name a Python"):
-        parse(["peers", "--peer-python", "nowhere/python"], questions_here())
-    assert parse(["peers", "--peer-python", str(python)], questions_here()).peer_python == [python]
+    with pytest.raises(ValueError, match="--peer-python: there is no file nowhere/python; name another"):
+        checked(BenchmarksCommand(peer_python=(Path("nowhere/python"),)), QUESTIONS)
+    assert checked(BenchmarksCommand(peer_python=(python,)), QUESTIONS).peer_python == (python,)
     bare = tmp_path / "bare"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     bare.chmod(0o700)
@@ -124,21 +124,22 @@ def test_each_engine_is_compared_with_the_side_of_its_bits(
     python: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     pytest.importorskip("gguf")
-    monkeypatch.setattr(shapes, "QUICK_WIDE", dataclasses.replace(TINY, max_seq_len=512))
-    monkeypatch.setattr(peers, "QUICK", peers.Size((16,), rounds=1, batch=1))
+    monkeypatch.setattr(models, "QUICK", dataclasses.replace(TINY, max_seq_len=512))
+    monkeypatch.setattr(models, "WIDE", {"n_expert_groups": 1, "n_limited_groups": 1})
+    monkeypatch.setattr(peers, "QUICK", peers.Size((16,), turns=1, batch=1))
     monkeypatch.setattr(peers, "PROMPT", 16)
     here = dataclasses.replace(setting(), dtype=dtype, peer_pythons=(python,))
     figures = [f for case in peers.cases(here) if "wide" in case.key for f in case.run()]
-    decoded = {str(f.case["beside"]): f.case["who"] for f in pick(figures, "speed_ratio", what="decode")}
+    decoded = {str(f.case["who"]): f.case["than"] for f in pick(figures, "times_as_long", what="decode")}
     native = "dsmini" if dtype == torch.bfloat16 else "dsmini BF16"
     assert decoded == {"ik_llama.cpp": native, "ik_llama.cpp Q8_0": "dsmini FP8"}
-    read = {str(f.case["beside"]): f.case["who"] for f in pick(figures, "speed_ratio", what="prefill")}
+    read = {str(f.case["who"]): f.case["than"] for f in pick(figures, "times_as_long", what="prefill")}
     assert read == {"ik_llama.cpp": "dsmini", "ik_llama.cpp Q8_0": "dsmini"}
     assert {f.case["shape"] for f in figures} == {"wide"}
     bits, eight = (size for call in noted(python) if isinstance(size := call.get("file"), int))
     assert eight < 0.8 * bits
-    told = peers.finding(figures)
-    assert "with ik_llama.cpp Q8_0: " in told and "decoding at 16 FP8" in told
+    told = peers.answer(figures)
+    assert "ik_llama.cpp Q8_0 " in told and "decoding at 16 FP8" in told
 
 
 def test_without_engines_only_transformers_is_beside(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Findings say what figures show, and hedge where they do not; what questions compute besides is as by hand."""
+"""What questions compute besides, as by hand, and the words of comparisons."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,75 +7,80 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import shapes, steps
-from benchmarks.case import pick
-from benchmarks.questions import fp8, kv_cache, moe_or_dense, mtp, plan
+from benchmarks import models, question
+from benchmarks.question import check_bandwidth, compared, figure, race, times
+from benchmarks.questions import kernels, kv_cache, mtp, plan, sparse, steps
 from benchmarks.questions.mtp import expected_acceptance, in_turns, tokens_per_step
-from benchmarks.steps import check_bandwidth, step_figures
 from dsmini import Transformer, accounting
+from dsmini.measure.costs import Cost
 from dsmini.measure.counting import count
 from dsmini.measure.step_rates import SHAPES
-from tests.conftest import randomise
+from dsmini.measure.turns import median_of
+from dsmini.report import pick
+from tests.conftest import Clock, randomise
 from tests.helpers.questions import TINY, setting
 
-# --- sentences
+# --- comparisons in words
 
 
-def cached(spread: float) -> str:
-    """Return the finding of a layer that is 1.2 times as fast, with quartiles of this spread."""
-    figures = [
-        kv_cache.figure("bytes_per_token", {"attention": kind, "cache": "bfloat16"}, size)
-        for kind, size in (("mla", 1.0), ("mha", 8.0))
+def ratio(middle: float, spread: float = 0.0, turns: int = 5, **case: Any) -> question.Figure:
+    """Return how many times as long MHA takes as MLA, over turns that differ by this share."""
+    values = [middle * (1 + spread * (i - (turns - 1) / 2)) for i in range(turns)]
+    return figure("times_as_long", {"attention": "MHA", "than": "MLA", **case}, values)
+
+
+def test_ratios_are_told_with_their_interval() -> None:
+    assert times(ratio(1.62, 0.01)) == "1.62 times (1.59 to 1.65)"
+    assert times(ratio(1.1, 0.1)) == "1.10 times (0.88 to 1.32, unclear)"
+    assert times(ratio(12.34, 0.0, turns=4)) == "12.3 times", "four turns have no interval"
+
+
+def test_comparison_tells_both_ends() -> None:
+    figures = [ratio(x / 100, context=x) for x in (400, 100, 200)]
+    assert compared(figures, "context", "at context {}", key="attention") == (
+        "MHA 1.00 times (1.00 to 1.00, unclear) at context 100 and 4.00 times (4.00 to 4.00) at context 400"
+    )
+    assert compared(figures[:1], key="attention") == "MHA 4.00 times (4.00 to 4.00)"
+
+
+def test_race_compares_turn_by_turn(clock: Clock) -> None:
+    """A slow turn slows both sides, and leaves the ratio as it is."""
+    runs = {"a": clock.work("a", 1, 1, 10, 1, 1, 1), "b": clock.work("b", 2, 2, 20, 2, 2, 2)}
+    found = list(race(setting(), {"n": 1}, runs, predicted={"a": 3.0, "b": 9.0}, each=2, count=5, seconds=99, least=5))
+    assert [(f.metric, f.measured, f.predicted) for f in found] == [
+        ("seconds", 0.5, 1.5),
+        ("seconds", 1.0, 4.5),
+        ("times_as_long", 2.0, 3.0),
     ]
-    for kind, t in (("mla", 1.0), ("mha", 1.2)):
-        case = {"attention": kind, "context": 4096}
-        figures.append(kv_cache.figure("seconds_per_layer", case, [t * (1 - spread), t, t * (1 + spread)]))
-    return kv_cache.finding(figures)
+    assert found[2].low == found[2].high == 2 and found[2].case == {"n": 1, "model": "b", "than": "a"}
 
 
-def better(*gains: float) -> str:
-    return moe_or_dense.finding([moe_or_dense.figure("gain", {"seed": i}, gain) for i, gain in enumerate(gains)])
-
-
-def short() -> str:
-    figures = [fp8.figure("bytes", fp8._case("weights", kind), size) for kind, size in (("fp8", 6), ("bfloat16", 10))]
-    return fp8.finding([*figures, fp8.figure("decode_ratio", fp8._case("weights"), [1.7, 1.71, 1.72])])
+def test_sparse_attention_pays_between_two_cases() -> None:
+    gains = [figure("times_as_long", {"context": n}, gain, predicted=1.1) for n, gain in ((1000, 0.5), (4000, 2.0))]
+    assert sparse.break_even(gains, "context", "measured") == "2,000 tokens"
+    assert sparse.break_even(gains, "context", "predicted") == "every length"
+    assert sparse.break_even(gains[:1], "context", "measured") == "no length"
 
 
 def forecast(*predicted: float, memory: bool = False) -> str:
-    found = [plan.figure("seconds", {"step": str(i)}, 1.0, predicted=p) for i, p in enumerate(predicted)]
+    found = [figure("seconds", {"step": str(i)}, 1.0, predicted=p) for i, p in enumerate(predicted)]
     if memory:
-        found += [plan.figure("process_memory", {"step": "a"}, 100.0, predicted=112.0)]
-        found += [plan.figure("tensor_memory", {"step": "a"}, 100.0, predicted=101.0)]
-    return plan.finding(found)
+        found += [figure("process_memory", {"step": "a"}, 100.0, predicted=112.0)]
+        found += [figure("tensor_memory", {"step": "a"}, 100.0, predicted=101.0)]
+    return plan.QUESTION.answer(found)
 
 
 @pytest.mark.parametrize(
     ("told", "words"),
     [
-        (cached(0.01), "at context 4,096 its layer decodes 1.2 times as fast."),
-        (cached(0.5), "at context 4,096 its layer decodes 0.7 to 2.0 times as fast (unclear)."),
-        (short(), "FP8 stores weights in 60% of the bytes (a decoding step takes 1.71 times as long)."),
-        (better(0.02, 0.021, 0.019), "MoE is better by 0.0200 nats a byte, 95 % interval"),
-        (better(-0.02, -0.021, -0.019), "MoE is worse by 0.0200 nats a byte"),
-        (better(0.02, -0.01, 0.005), "No difference is clear"),
-        (
-            forecast(1.1, 0.9, 1.29),
-            "3 steps, forecast before they ran: error of the time 10% in the median, 29% at worst (as asked)",
-        ),
+        (forecast(1.1, 0.9, 1.29), "error of the time 10% in the median, 29% at worst (as asked)"),
         (forecast(1.1, 0.9, 1.31), "10% in the median, 31% at worst (asked: 15% and 30%)"),
         (forecast(0.8, 1.2, 1.0), "20% in the median, 20% at worst (asked: 15% and 30%)"),
         (forecast(1.0, memory=True), "peak memory at most 12% (asked: 10%), of the tensors' 1.0%"),
     ],
 )
-def test_findings_say_what_figures_show(told: str, words: str) -> None:
+def test_plan_says_how_far_its_forecasts_were(told: str, words: str) -> None:
     assert words in told
-
-
-def test_interval_of_five_seeds_is_students() -> None:
-    mean, half = moe_or_dense.interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert mean == 3
-    assert half == pytest.approx(2.776 * 2.5**0.5 / 5**0.5)
 
 
 # --- the cache that fits
@@ -84,8 +89,8 @@ def test_interval_of_five_seeds_is_students() -> None:
 @pytest.mark.parametrize(("memory", "left"), [(8 << 30, 2 << 30), (100 << 30, 10 << 30)])
 def test_context_that_fits_leaves_room_for_the_system(monkeypatch: pytest.MonkeyPatch, memory: int, left: int) -> None:
     monkeypatch.setattr(kv_cache, "memory_bytes", lambda device: memory)
-    fits = pick(kv_cache.measure_bytes(setting()), "context_that_fits", attention="mla", cache="bfloat16")[0]
-    config = shapes.BIG
+    fits = pick(kv_cache.cache_bytes(setting()), "context_that_fits", attention="MLA", cache="bfloat16")[0]
+    config = models.BIG
     used = accounting.weight_bytes(config).total + (fits.predicted or 0) * accounting.kv_bytes_per_token(config)
     assert 0 <= memory - left - used < accounting.kv_bytes_per_token(config)
     assert f"with {left >> 30}.00 GiB of memory left to the system" in fits.note.replace("10.0 ", "10.00 ")
@@ -93,7 +98,7 @@ def test_context_that_fits_leaves_room_for_the_system(monkeypatch: pytest.Monkey
 
 def test_context_that_fits_is_not_said_where_memory_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "memory_bytes", lambda device: 0)
-    assert pick(kv_cache.measure_bytes(setting()), "context_that_fits") == []
+    assert pick(kv_cache.cache_bytes(setting()), "context_that_fits") == []
 
 
 # --- plans
@@ -167,7 +172,7 @@ def test_a_bandwidth_far_above_the_roof_is_an_error(
     monkeypatch: pytest.MonkeyPatch, reached: float, readings: list[float], roof: float | None
 ) -> None:
     left: Iterator[float] = iter(readings)
-    monkeypatch.setattr(steps, "read_bandwidth", lambda device: next(left))
+    monkeypatch.setattr(question, "read_bandwidth", lambda device: next(left))
     if roof is None:
         with pytest.raises(ValueError, match=r"x: 12.6 GB/s from memory is above the roof of 10.0: .* --fresh"):
             check_bandwidth("x", reached, setting(**ROOF))
@@ -177,12 +182,38 @@ def test_a_bandwidth_far_above_the_roof_is_an_error(
 
 
 def test_figures_of_a_step_are_over_its_bytes_and_flops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "read_bandwidth", lambda device: 9e9)
+    monkeypatch.setattr(question, "read_bandwidth", lambda device: 9e9)
     counted, here = count(lambda: torch.rand(1 << 16) * 2, 1 << 10), setting(**ROOF)
     moved = sum(op.cold for op in counted.operations)
-    here = dataclasses.replace(here, dtype=torch.float32)
-    figures = {f.metric: f for f in step_figures("q", {}, counted, [moved / 9e9] * 3, 2, here, flops_bound=50.0)}
+    figures = {
+        f.metric: f
+        for f in steps.step_figures({}, counted, median_of([moved / 9e9] * 5), here, 2, 50.0, 8.0, counted.bytes / 2)
+    }
     assert figures["bandwidth"].measured == pytest.approx(9e9) and figures["bandwidth"].bound
-    assert figures["useful_share"].measured == pytest.approx(50.0 * 2 / (moved / 9e9) / 1e11)
+    assert figures["tokens_per_s"].measured == pytest.approx(2 / (moved / 9e9))
+    assert figures["flops_per_token"].predicted == 50 and figures["bytes_per_token"].predicted == 8
     with pytest.raises(ValueError, match="above the roof"):
-        list(step_figures("q", {}, counted, [moved / 13e9] * 3, 2, here, flops_bound=50.0))
+        list(steps.step_figures({}, counted, median_of([moved / 13e9] * 5), here, 2, 50.0, 8.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("moved", "flops", "dtype", "seconds"),
+    [
+        (2e10, 0, "float32", 1.0),
+        (1e10, 1e11, "float32", 1.0),
+        (1e10, 1e11, "bfloat16", 0.5),
+        (2.6e10, 0, "float32", "kernels x: 26.0 GB/s from memory is above the roof of 20.0"),
+        (1, 1.3e11, "float32", "kernels x: 130 GFLOP/s are above the measured matrix peak"),
+    ],
+)
+def test_roof_of_a_kernel_is_the_slower_of_memory_and_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, moved: float, flops: float, dtype: str, seconds: float | str
+) -> None:
+    """Expect 20 GB/s and 100 GFLOP/s in FP32, 300 in BF16, of the invented machine, for a call of a second."""
+    monkeypatch.setattr(question, "read_bandwidth", lambda device: 2e10)
+    cost = Cost(int(moved), 0, int(flops), dtype=getattr(torch, dtype))
+    if isinstance(seconds, str):
+        with pytest.raises(ValueError, match=seconds):
+            kernels.roof_seconds("x", cost, 1.0, setting())
+    else:
+        assert kernels.roof_seconds("x", cost, 1.0, setting()) == seconds

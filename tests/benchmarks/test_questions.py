@@ -1,10 +1,7 @@
 """Run all questions of benchmarks/ in small sizes: figures are complete, and counts equal their predictions."""
 
-import ctypes
 import dataclasses
-import json
 import math
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,42 +10,26 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import faults, kernel_calls, pipeline_steps, shapes, steps, trained
-from benchmarks.case import Figure, Setting, pick
+from benchmarks import faults, models
+from benchmarks.claims import moe_or_dense, nanogpt, shakespeare, sparse_training, study
+from benchmarks.claims.study import Study, Trial
 from benchmarks.faults import Fault
-from benchmarks.peer_models import nanogpt
 from benchmarks.peer_models.llamacpp_model import write_gguf
-from benchmarks.questions import (
-    Question,
-    decode,
-    diagnose,
-    fp8,
-    fp8_error,
-    kernels,
-    moe_or_dense,
-    mtp,
-    peers,
-    pipeline,
-    plan,
-    quantize,
-    questions_here,
-    shakespeare,
-    sparse_training,
-)
+from benchmarks.question import Question, Setting
+from benchmarks.questions import QUESTIONS, diagnose, fp8, fp8_error, kernels, mtp, peers, pipeline, plan, roofline
 from dsmini import RunConfig, TrainConfig, Transformer, ops
 from dsmini.config.parallel import CHUNKS
 from dsmini.diagnosis import training
-from dsmini.measure import timing as measuring
+from dsmini.measure.kernels import KERNELS, OTHERS
 from dsmini.measure.rates import why_unusable
 from dsmini.measure.workloads import StepShape
-from dsmini.report.terminal import show_question
+from dsmini.report import Figure, pick
+from dsmini.report.terminal import show_figures
 from tests.conftest import randomise
 from tests.helpers.commands import TINY as TINY_RUN
 from tests.helpers.questions import TINY, invented_rates, invented_steps, setting
 from tests.helpers.tolerances import relative_error
 
-SUMMARY = ("val_loss", "val_loss_at_eval_context", "tokens", "tokens_per_s", "active_parameters")
-"""Keys of a run's summary that questions read."""
 LONG = dataclasses.replace(TINY, max_seq_len=32768)
 
 
@@ -64,82 +45,72 @@ class Want(NamedTuple):
     plots: int = 2
 
 
-STEP = "tokens_per_s bytes_per_token flops_per_token bandwidth flop_rate seconds_by_kind"
+STEP = Want("tokens_per_s bytes_per_token flops_per_token bandwidth flop_rate", "peak_memory", plots=1)
 WANTED = {
-    "kv-cache": Want("bytes_per_token seconds_per_layer", "context_that_fits", exact="bytes_per_token"),
-    "moe": Want("tokens_per_s distinct_experts expert_bytes_per_token", "max_violation"),
-    "decode": Want(STEP, "peak_memory useful_share", plots=1),
-    "prefill": Want(STEP, "peak_memory useful_share", plots=1),
-    "train": Want(STEP, "peak_memory useful_share", plots=1),
+    "kv-cache": Want("bytes_per_token seconds times_as_long", "context_that_fits", exact="bytes_per_token"),
+    "moe": Want("tokens_per_s times_as_long distinct_experts"),
+    "decode": STEP,
+    "prefill": STEP,
+    "train": STEP,
     "roofline": Want("flop_rate", "share_of_time roof"),
     "fp8": Want(
         "bytes error kept_ratio bytes_per_token",
-        "decode_seconds decode_ratio logit_error kept_by_linears kept step_seconds step_ratio",
+        "seconds times_as_long logit_error kept_by_linears kept",
         exact="bytes bytes_per_token",
     ),
-    "fp8-error": Want("error error_with_e5m2_gradients error_with_fp32_scales", "gain_of_tiles underflow"),
-    "mtp": Want("acceptance tokens_per_step speedup same_continuations", "tokens_per_s", exact="same_continuations"),
-    "peers": Want("", "tokens_per_s speed_ratio cache_bytes_per_token", exact="cache_bytes_per_token"),
-    "kernels": Want("seconds", "share_of_roof over_eager over_reference"),
-    "quantize": Want("", "bandwidth share_of_copy over_eager call_seconds"),
+    "fp8-error": Want("error", "times_the_error underflow"),
+    "mtp": Want("acceptance tokens_per_step times_as_long same_continuations", "tokens_per_s", "same_continuations"),
+    "peers": Want("", "tokens_per_s times_as_long bytes_per_token", exact="bytes_per_token"),
+    "kernels": Want("seconds", "share_of_roof times_as_long"),
     "plan": Want("seconds tensor_memory process_memory", plots=1),
     "diagnose": Want("gain", "right", plots=1),
-    "shakespeare": Want("", "seconds loss_as_peer loss"),
-    "moe-or-dense": Want("", "loss tokens_per_s active_parameters gain"),
-    "pipeline": Want("bubble pipeline_seconds", "step_seconds action_seconds gap"),
-    "sparse": Want("decode_seconds prompt_seconds decode_gain prompt_gain bytes_per_token", plots=3),
-    "sparse-training": Want("", "loss recall mass kl answered", plots=3),
+    "shakespeare": Want("", "seconds loss_as_peer difference"),
+    "moe-or-dense": Want("", "loss tokens_per_s active_parameters difference"),
+    "pipeline": Want("bubble seconds", "step_seconds", plots=1),
+    "sparse": Want("seconds times_as_long bytes_per_token", plots=3),
+    "sparse-training": Want("", "loss answered recall difference"),
 }
-QUESTIONS = questions_here()
 
 
-def fake_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]]:
-    """Return seconds and summary of a run without training; the seed changes the loss."""
-    loss = 1.5 + 0.01 * int(arguments[arguments.index("--train.seed") + 1]) ** 2 * ("384" in arguments)
-    return 1.0, dict.fromkeys(SUMMARY, 1000) | {"val_loss": loss, "val_loss_at_eval_context": loss}
-
-
-def fake_module(module: str, *arguments: str) -> str:
-    """Write what a run leaves that sparse_training reads."""
-    if module == "dsmini.train":
-        out = Path(arguments[arguments.index("--out") + 1])
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "summary.json").write_text(json.dumps({"val_loss": 1.5}))
-        fits = {f"layer_indexer_{name}": [0.25, 0.75] for name in ("recall", "mass", "kl")}
-        (out / "metrics.jsonl").write_text(f"{json.dumps(fits)}\n" * 20)
-    return ""
+def fake_train(trial: Trial, name: str, recipe: str, *flags: str, **how: Any) -> dict[str, Any]:
+    """Return the summary of a run without training; the seed changes the loss."""
+    folder = trial.folder / name
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text('{"layer_indexer_recall": [0.25, 0.75]}\n' * 20)
+    loss = 1.5 + 0.01 * (trial.seed + 1) ** 2 * ("384" in flags)
+    summary = dict.fromkeys(("tokens", "tokens_per_s", "active_parameters", "command_seconds"), 1000.0)
+    return summary | {"val_loss": loss, "val_loss_at_eval_context": loss}
 
 
 def small_sizes(corpus: Path) -> list[tuple[Any, str, Any]]:
-    """Return the constants and functions to replace: small models, few rounds, and no other processes."""
+    """Return the constants and functions to replace: small models, few turns, and no other processes."""
     config = RunConfig(model=dataclasses.replace(TINY, precision="fp8"), train=TrainConfig(batch_size=3))
     guesses = dataclasses.replace(
         mtp.QUICK, model=TINY, steps=3, prompts=2, prompt_tokens=8, new_tokens=6, depths=(1, 2)
     )
-    wide = dataclasses.replace(LONG, inter_dim=1024, vocab_size=1152)  # smaller ones are left to torch
     run = Fault(name="small", axis="", model=TINY, train=TrainConfig(batch_size=2, optimizer="adamw", threads=1))
     one: dict[str, Any] = {"config": TINY, "dtype": "float32", "batch": 1, "train": config.train}
     forecast = {w: StepShape(work=w, tokens=16, **one) for w in ("training", "decode")}
     random_weights = Transformer(dataclasses.replace(TINY, vocab_size=256, max_seq_len=192))
+    few = {"linear": kernels.ALL["linear"]._replace(sizes=(1, 16), dtypes=("float32", "fp8"))}
+    few |= {name: kernels.ALL[name] for name in ("norm", "quantize", "muon")}
     return [
-        *((shapes, "BIG", LONG), (shapes, "QUICK", LONG), (shapes, "TRAINED", TINY), (shapes, "QUICK_WIDE", wide)),
-        *((each, "times", lambda run, device, _: measuring.times(run, device, 0.0)) for each in (decode, steps)),
+        *((models, "BIG", LONG), (models, "QUICK", LONG), (models, "TRAINED", TINY), (models, "CORPUS", corpus)),
+        (Setting, "turns", {"count": 5, "seconds": 0.0, "least": 2}),
         *((fp8, "trained_config", lambda quick: config), (fp8, "QUICK_CONTEXT", 16)),
         *((fp8_error, "QUICK", TINY), (fp8_error, "QUICK_STEPS", 2)),
         *((mtp, "QUICK", guesses), (mtp, "BATCH", 2)),
-        *((peers, "QUICK", peers.Size((16, 24), rounds=2, batch=1)), (peers, "PROMPT", 16)),
-        *((quantize, "QUICK_SHAPE", (64, 256)), (quantize, "CALLS", 10)),
-        *((kernel_calls, "CACHES", 0.01), (kernel_calls, "QUICK_ACTIVATIONS", (64, 256)), (kernels, "QUICK_TURN", 0.0)),
+        *((peers, "QUICK", peers.Size((16, 24), turns=2, batch=1)), (peers, "PROMPT", 16)),
+        (kernels, "ALL", few),
         *((diagnose, "faults", lambda: [run]), (diagnose, "SECONDS", math.inf), (diagnose, "ROUNDS", 5)),
         *((faults, "CORPUS", corpus), (training, "cores", lambda: 1)),
         *((plan, "held_out", lambda quick: forecast), (plan, "SECONDS", 0.0)),
-        *((plan.step_rates, "rates_beyond", lambda *_: invented_rates()), (trained, "CORPUS", corpus)),
+        (plan.step_rates, "rates_beyond", lambda *_: invented_rates()),
         (plan, "peak_of_process", lambda shape: 400 << 20),
-        (shakespeare, "run_command", lambda *_: (2.0, {"loss": 2.0})),
-        *((each, "run_recipe", fake_recipe) for each in (shakespeare, moe_or_dense)),
+        *((shakespeare, "run_module", lambda *_: '{"loss": 2.0}'), (Trial, "train", fake_train)),
         *((pipeline, "why_not", lambda: ""), (pipeline, "draw", lambda lines, path: None)),
-        (pipeline_steps, "record", lambda size: {name: invented_steps(name) for name in CHUNKS}),
-        *((sparse_training, "run_module", fake_module), (sparse_training, "CONTEXT", 192)),
+        (pipeline, "record", lambda size: {name: invented_steps(name) for name in CHUNKS}),
+        *((sparse_training, "run_module", lambda *_: ""), (sparse_training, "CONTEXT", 192)),
         (sparse_training, "load_run", lambda _: (random_weights, None)),
         (sparse_training, "load_pretrained", lambda _: random_weights),
     ]
@@ -151,7 +122,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
     corpus = tmp_path_factory.mktemp("corpus")
     (corpus / "book.txt").write_text("A line of a book.\n" * 200)
     # kernels may read such small weights from a cache, and are faster than the invented machine
-    fast: dict[str, Any] = {"bandwidth": 1e12, "peak": {"float32": 1e12, "bfloat16": 1e13}}
+    fast: dict[str, Any] = {"bandwidth": 1e13, "peak": {"float32": 1e13, "bfloat16": 1e13}}
     there = {"text": corpus / "book.txt", "out": corpus}
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in small_sizes(corpus):
@@ -165,13 +136,15 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
 def run(question: Question, here: Setting) -> list[Figure]:
     if question.needs:
         return []
-    return [figure for case in question.cases(here) for figure in case.run()]
+    return [
+        dataclasses.replace(figure, question=question.name) for case in question.cases(here) for figure in case.run()
+    ]
 
 
 def figures_of(answers: dict[str, list[Figure]], name: str) -> list[Figure]:
     if QUESTIONS[name].needs:
         pytest.skip(f"{name}: {QUESTIONS[name].needs}")
-    if name in ("kernels", "quantize") and (reason := quantize.why_not()):
+    if name == "kernels" and (reason := kernels.why_not()):
         pytest.skip(f"{name}: {reason}")
     return answers[name]
 
@@ -179,9 +152,8 @@ def figures_of(answers: dict[str, list[Figure]], name: str) -> list[Figure]:
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_question_is_answered_by_its_figures(answers: dict[str, list[Figure]], name: str) -> None:
     figures, want = figures_of(answers, name), WANTED[name]
-    assert {f.metric for f in figures} == {*want.predicted.split(), *want.others.split()}
-    assert {f.question for f in figures} == {name}
-    keys = [(f.metric, *sorted(f.case.items())) for f in figures]
+    assert {f.metric.split(" of ")[0] for f in figures} == {*want.predicted.split(), *want.others.split()}
+    keys = [(f.metric, *sorted((k, str(v)) for k, v in f.case.items())) for f in figures]
     assert len(set(keys)) == len(keys)
     for f in figures:
         assert f.metric == "context_that_fits" or (f.measured is not None and math.isfinite(f.measured)), f
@@ -193,42 +165,32 @@ def test_a_question_is_answered_by_its_figures(answers: dict[str, list[Figure]],
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_findings_and_plots_are_made_of_what_there_is(answers: dict[str, list[Figure]], name: str) -> None:
+def test_answers_and_plots_are_made_of_what_there_is(answers: dict[str, list[Figure]], name: str) -> None:
     question, figures = QUESTIONS[name], figures_of(answers, name)
-    assert question.finding([]) == "Nothing was measured yet."
-    assert question.plots([]) == []
-    whole = question.finding(figures)
-    assert any(digit in whole for digit in "123456789") and whole.endswith(".")
-    assert len(question.plots(figures)) == WANTED[name].plots
+    assert question.answer([]) == "" and [plot for draw in question.plots for plot in draw([])] == []
+    whole = question.answer(figures)
+    assert any(digit in whole for digit in "123456789") and whole.endswith(".") and "  " not in whole
+    assert len([plot for draw in question.plots for plot in draw(figures)]) == WANTED[name].plots
     half = len(figures) // 2
     for some in (figures[:half], figures[half:], figures[::2], figures[1::2], *([f] for f in figures)):
-        assert question.finding(some).endswith(".")
-        for plot in question.plots(some):
-            for series in plot.series:
-                assert len(series.x) == len(series.y) > 0
-                assert series.dashed or plot.labels is None or max(series.x) < len(plot.labels)
+        assert question.answer(some).endswith(".") or question.answer(some) == ""
+        for series in (series for draw in question.plots for plot in draw(some) for series in plot.series):
+            assert len(series.x) == len(series.y) > 0
 
 
 def test_the_roofline_is_drawn_without_the_rates_of_a_kind(answers: dict[str, list[Figure]]) -> None:
     figures = answers["roofline"]
     for kind in {str(f.case["kind"]) for f in pick(figures, "flop_rate")}:
         some = [f for f in figures if f.metric != "flop_rate" or f.case["kind"] != kind]
-        drawn = [series.label for plot in QUESTIONS["roofline"].plots(some) for series in plot.series]
+        drawn = [series.label for plot in roofline.plots(some) for series in plot.series]
         assert "roof" in drawn and kind not in drawn
 
 
-def test_keys_of_cases_differ_between_quick_and_full() -> None:
+def test_keys_of_cases_are_unique() -> None:
     for question in QUESTIONS.values():
-        cases = [question.cases(dataclasses.replace(setting(), quick=quick)) for quick in (True, False)]
-        for each in cases:
-            assert len({case.key for case in each}) == len(each)
-            assert all(case.seconds > 0 for case in each)
-
-
-def test_ratios_are_taken_round_by_round() -> None:
-    taken = {"dsmini": [1.0, 2.0, 4.0], "transformers": [2.0, 4.0, 8.0]}
-    (ratio,) = pick(peers.speeds({"what": "train", "dtype": "float32"}, taken, 1), "speed_ratio")
-    assert ratio.measured == ratio.low == ratio.high == 2
+        for quick in (True, False):
+            cases = question.cases(dataclasses.replace(setting(), quick=quick))
+            assert len({case.key for case in cases}) == len(cases) and all(case.seconds > 0 for case in cases)
 
 
 def test_a_gguf_file_has_the_models_logits(tmp_path: Path) -> None:
@@ -246,56 +208,6 @@ def test_a_gguf_file_has_the_models_logits(tmp_path: Path) -> None:
     assert relative_error(got, want) < 2e-3  # llama.cpp's cache is FP16
 
 
-# --- runs of whole commands
-
-
-@pytest.mark.slow
-def test_recipe_gives_the_summary_that_questions_read(tmp_path: Path) -> None:
-    book = tmp_path / "book.txt"
-    book.write_text("It was a bright cold day in April. " * 200)
-    tiny = [*TINY_RUN.split(), "--train.eval-context", "16", "--train.steps", "2", "--data.path", str(book)]
-    seconds, summary = trained.run_recipe(dataclasses.replace(setting(), dtype=torch.float32), *tiny)
-    assert seconds > 0
-    assert all(isinstance(summary[key], int | float) for key in SUMMARY)
-
-
-def test_command_that_fails_says_why() -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)json.tool ended with status 2: .*--no-such"):
-        trained.run_command("json.tool", "--no-such")
-
-
-def test_nanogpt_learns_a_text() -> None:
-    text = "It was a bright cold day in April. " * 60
-    first, last = (nanogpt.train(text, seed=0, steps=steps) for steps in (1, 15))
-    assert 0 < last < first - 0.1 < math.log(len(set(text))) + 0.4
-
-
-# --- kernels, and machines without BF16 units
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this is not glibc")
-def test_freed_memory_is_kept_only_inside() -> None:
-    """Count the pages that the system gives for a tensor of 128 MiB when it is made again."""
-
-    def pages() -> int:
-        torch.ones(1 << 25)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(1 << 25)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    with quantize.freed_memory_kept():
-        assert pages() < 20
-    assert pages() > 50
-
-
-def test_kernel_whose_bits_differ_is_an_error() -> None:
-    def run() -> torch.Tensor:
-        return torch.tensor([1.0 if ops.chosen() == "cpu" else 2.0])
-
-    with pytest.raises(AssertionError, match="round: the kernel's bits are not those of plain PyTorch"):
-        quantize.check("round", run)
-
-
 def test_bf16_cases_are_left_out_where_its_products_are_slow(answers: dict[str, list[Figure]]) -> None:
     """Expect the reason in the figure's note; counts that need no product remain."""
     fast = setting()
@@ -308,12 +220,108 @@ def test_bf16_cases_are_left_out_where_its_products_are_slow(answers: dict[str, 
     left = [f for f in figures if f.measured is None]
     assert [(f.case["what"], f.note) for f in left] == [(w, told.note) for w in ("weights", "activations", "cache")]
     assert {f.metric for f in figures if f.measured is not None} == {"bytes", "error", "bytes_per_token"}
-    assert all(f.measured == f.predicted for f in figures if f.exact)
-    for question, some in (("peers", [told]), ("fp8", figures), ("fp8", left)):
-        assert QUESTIONS[question].finding(some).endswith(".")
-        QUESTIONS[question].plots(some)
+    assert QUESTIONS["fp8"].answer(figures).endswith(".") and QUESTIONS["fp8"].answer(left) == ""
     console = Console(record=True, width=120)
-    show_question(console, "Others?", "Nothing was measured yet.", [told])
+    show_figures(console, [told])
     assert f"\n{told.note}\n" in console.export_text()
     assert why_unusable(torch.float32, slow.peak) is why_unusable(torch.bfloat16, fast.roofs.peak) is None
-    assert why_unusable(torch.bfloat16, {}) is None
+
+
+# --- kernels
+
+
+def test_every_kernel_is_in_the_catalogue() -> None:
+    from dsmini_kernels import cpu  # pyright: ignore[reportMissingImports]
+
+    assert set(cpu.OPERATIONS) - {"blocks_step"} <= _operations()
+
+
+def _operations() -> set[str]:
+    """Return the names of the operations that some call of the catalogue runs."""
+    heard: set[str] = set()
+
+    class Names:
+        def kernel_ran(self, call: ops.Call) -> None:
+            heard.add(call.name)
+
+    for kernel in {**KERNELS, **OTHERS}.values():  # not those that the small sizes leave
+        for dtype in kernel.dtypes:
+            here = kernels.FP8 if dtype == "fp8" else kernels.DTYPES[dtype]
+            size = kernel.sizes[0] if kernel.is_product else kernel.sizes[0] // here.itemsize
+            run, inputs, _ = kernel.make(size, here, torch.device("cpu"))
+            with torch.no_grad(), ops.counting(Names()), ops.use("cpu"):
+                run(*inputs)
+    return heard
+
+
+def test_kernel_that_differs_from_the_reference_is_an_error() -> None:
+    def off(x: torch.Tensor) -> torch.Tensor:
+        return x * (1.03 if ops.chosen() == "reference" else 1.0)
+
+    def flips(x: torch.Tensor) -> torch.Tensor:
+        return x + (2**-23 if ops.chosen() == "reference" else 0)
+
+    def in_place(x: torch.Tensor) -> None:
+        x.mul_(1.1 if ops.chosen() == "reference" else 1.2)
+
+    kernel, ones = kernels.ALL["linear"], [torch.ones(2, 2)]
+    for run, close, words in (
+        (off, 0.02, "by 0.029"),
+        (flips, 0.0, "bits are not the reference's"),
+        (in_place, 0.05, "by 1"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            kernels.check(kernel._replace(close=close), run, ones, "x")
+        kernels.check(kernel._replace(close=2.0), run, ones, "x")
+
+
+# --- claims
+
+
+def test_study_pairs_its_arms_by_seed(tmp_path: Path) -> None:
+    """Losses differ by far more between seeds than between arms, and the difference is clear all the same."""
+    losses = {"small": lambda seed: 1.0 + seed, "large": lambda seed: 0.9 + seed + 0.001 * seed}
+
+    def run_arm(trial: Trial, arm: str) -> dict[str, float]:
+        assert trial.folder.is_dir()
+        return {"loss": losses[arm](trial.seed)}
+
+    arms = {"small": [], "large": []}
+    here = Study(name="s", title="?", about="", arms=arms, run=run_arm, pairs=[("loss", "small", "large")]).question()
+    figures = run(here, dataclasses.replace(setting(), quick=False, out=tmp_path))
+    assert here.answer(figures).startswith(
+        "loss of small 3 nats, of large 2.902: +0.0980 (+0.0960 to +0.1000 in 95 %, 5"
+    )
+    assert "clear" not in here.answer(figures) and not list((tmp_path / "s").iterdir()), "runs are not left behind"
+    again = [f for f in figures if f.case["seed"] in (0, 4)]
+    flipped = [dataclasses.replace(f, measured=-(f.measured or 0)) if f.case["seed"] else f for f in again]
+    assert "no clear difference" in here.answer(flipped) and "with one seed" in here.answer(figures[:3])
+
+
+@pytest.mark.slow
+def test_trial_trains_and_resumes(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("It was a bright cold day in April. " * 200)
+    tiny = [*TINY_RUN.split(), "--train.eval-context", "16", "--train.steps", "2", "--data.path", str(book)]
+    trial = Trial(setting=dataclasses.replace(setting(), dtype=torch.float32), seed=0, folder=tmp_path)
+    first, again = (trial.train("run", "shakespeare", *tiny) for _ in range(2))
+    for key in ("val_loss", "val_loss_at_eval_context", "tokens_per_s", "active_parameters", "command_seconds"):
+        assert isinstance(first[key], int | float)
+    assert again["val_loss"] == first["val_loss"], "a finished run is not trained again"
+
+
+def test_command_that_fails_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)json.tool ended with status 2: .*--no-such"):
+        study.run_module("json.tool", "--no-such")
+
+
+def test_nanogpt_learns_a_text() -> None:
+    text = "It was a bright cold day in April. " * 60
+    first, last = (nanogpt.train(text, seed=0, steps=steps) for steps in (1, 15))
+    assert 0 < last < first - 0.1 < math.log(len(set(text))) + 0.4
+
+
+def test_dense_model_is_as_wide_as_the_experts_of_a_token() -> None:
+    config = models.recipe("shakespeare").model
+    width = int(moe_or_dense.STUDY.arms["dense"][-1])
+    assert width == config.moe_inter_dim * (config.n_activated_experts + config.n_shared_experts)

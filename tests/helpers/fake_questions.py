@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.case import Case, Figure, Plot, Series, Setting, pick
-from benchmarks.questions import Question
+from benchmarks.question import Case, Question, Setting
 from dsmini.measure.rates import Curve, Roofs
+from dsmini.report import Figure, Plot, Series, pick
 
 ROOFS = Roofs(
     card={"processor": "an 8-core <test> & more", "cores": "2", "memory": "16 GiB", "device": "cpu"},
@@ -37,11 +37,11 @@ def roofs(device: torch.device, *, on_part: Callable[[float, str], None], fresh:
 
 
 def decode(on_case: Callable[[str], None] = lambda key: None, speed: float = 1.0, spread: float = 0.025) -> Question:
-    """Return a question with times and quartiles, a line of predictions, and notes.
+    """Return a question with times and intervals, a line of predictions, and notes.
 
     Args:
         on_case: called with each case before it is measured; may raise.
-        spread: half the range between the quartiles, as a share of the rate.
+        spread: half the interval, as a share of the rate.
     """
 
     def measure(who: str, context: int) -> Iterator[Figure]:
@@ -72,7 +72,7 @@ def decode(on_case: Callable[[str], None] = lambda key: None, speed: float = 1.0
             if who == "dsmini":
                 y = [f.predicted or math.nan for f in mine]
                 series.append(Series(label="dsmini, predicted", x=x, y=y, dashed=True, of="dsmini"))
-        caption = "Medians, and the quartiles of 24 tokens."
+        caption = "Medians of 24 turns, with their intervals."
         title = "Decoding at growing contexts"
         return [Plot(title=title, x="context, tokens", y="tokens/s", log_x=True, series=series, caption=caption)]
 
@@ -80,8 +80,8 @@ def decode(on_case: Callable[[str], None] = lambda key: None, speed: float = 1.0
         name="fake_decode",
         title="How fast does a model decode, and does it stay fast at long contexts?",
         cases=cases,
-        finding=lambda figures: f"At context 8,192 it decodes {len(figures)} times as fast as before.",
-        plots=plots,
+        answer=lambda figures: f"At context 8,192 it decodes {len(figures)} times as fast as before.",
+        plots=(plots,),
         about="Both sides take turns. Nothing is simulated.",
     )
 
@@ -113,8 +113,8 @@ def cache(measured: int | None = None) -> Question:
         name="fake_cache",
         title="How many bytes does a token store?",
         cases=lambda setting: [Case(key=kind, seconds=0.1, run=lambda kind=kind: run(kind)) for kind in KINDS],
-        finding=lambda figures: "MLA stores 70,272 bytes a token, 98.24 % less than multi-head attention.",
-        plots=lambda figures: [bars(figures, "Cache of a token, by attention"), bars(figures[:2], "The small ones")],
+        answer=lambda figures: "MLA stores 70,272 bytes a token, 98.24 % less than multi-head attention.",
+        plots=(lambda figures: [bars(figures, "Cache of a token, by attention"), bars(figures[:2], "The small ones")],),
         about="Read off the storages.",
     )
 
@@ -144,8 +144,9 @@ def roofline() -> Question:
         name="fake_roofline",
         title="How close does every operation come to what this machine can do?",
         cases=lambda setting: [Case(key="all", seconds=1.0, run=run)],
-        finding=lambda figures: "Two of three operations reach more than half of their roof.",
-        plots=plots,
+        answer=lambda figures: "Two of three operations reach more than half of their roof.",
+        about="Each is timed alone.",
+        plots=(plots,),
     )
 
 
@@ -154,6 +155,6 @@ def known() -> Mapping[str, Question]:
 
 
 def main() -> None:
-    from benchmarks import runner
+    from benchmarks.run import main
 
-    sys.exit(runner.main(sys.argv[1:], known(), roofs))
+    sys.exit(main(sys.argv[1:], known(), roofs))

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import replay
-from benchmarks.case import Setting
-from benchmarks.pipeline_steps import PARTS, RANKS, Step
-from benchmarks.schedules import programs
+from benchmarks.question import Setting
+from benchmarks.questions.pipeline import PARTS, RANKS, Step
+from benchmarks.schedules import programs, simulate
 from dsmini import ModelConfig
 from dsmini.measure.kinds import POINTS, PRODUCTS
 from dsmini.measure.rates import Curve, Roofs
@@ -80,14 +79,10 @@ def setting(**given: Any) -> Setting:
     return Setting(quick=True, device=torch.device("cpu"), dtype=torch.bfloat16, roofs=roofs, text=Path("book.txt"))
 
 
-def invented_steps(name: str, steps: int = 3, ranks: int = RANKS) -> list[Step]:
-    """Return steps of a schedule, whose actions and pauses have unequal lengths."""
+def invented_steps(name: str, steps: int = 3) -> list[Step]:
+    """Return steps of a schedule, whose actions have unequal lengths."""
     found: list[Step] = []
     for n in range(steps):
-        rows = replay.replay(
-            programs(name, ranks, PARTS),
-            lambda a, n=n: {"F": 1.0, "I": 1.0, "W": 0.5, "B": 1.4}[a.kind] + 0.1 * a.stage + 0.01 * (a.microbatch + n),
-            lambda a, n=n: 0.05 + 0.01 * ((7 * a.microbatch + 3 * a.stage + n) % 5),
-        )
-        found.append(Step(1.1 * max(row[5] for row in rows), [(*row[:4], row[4] + 9.0, row[5] + 9.0) for row in rows]))
+        line = simulate(programs(name, RANKS, PARTS), 1.0 + 0.01 * n, 1.0, 0.5, send=0.05)
+        found.append(Step(1.1 * line.total, [row._replace(start=row.start + 9, end=row.end + 9) for row in line.rows]))
     return found

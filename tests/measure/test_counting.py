@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.shapes import QUICK
+from benchmarks.models import QUICK
 from dsmini import Transformer, accounting, ops, quantize
 from dsmini.functional import attention
 from dsmini.measure import counting

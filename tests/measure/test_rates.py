@@ -176,7 +176,7 @@ def calibrated(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[float
             "POINTS": dict.fromkeys(calibration.POINTS, make),
             "PRODUCTS": dict.fromkeys(calibration.PRODUCTS, make),
             "_kernel_jobs": lambda device: [],
-            "_rotating": lambda run, inputs: run,
+            "rotating": lambda run, inputs: run,
             "matmul_rate": lambda device, dtype, seconds: 1.0,
             "probes": lambda device: {},
             **dict.fromkeys(("read_bandwidth", "_copy", "_call"), lambda device: 1.0),

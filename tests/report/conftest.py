@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import runner
+from benchmarks import run
 from dsmini.report import Detail, Figure, HeatMap, Plot, Report, Section, Series, Table
 from tests.helpers import fake_questions as fake
 
@@ -82,8 +82,8 @@ def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         slow = {"fake_decode": fake.decode(speed=0.5)}
-        assert runner.main(["--device", "cpu", "--out", str(folder / "old")], slow, fake.roofs) == 0
+        assert run.main(["--device", "cpu", "--out", str(folder / "old")], slow, fake.roofs) == 0
         known = {**fake.known(), "fake_decode": fake.decode(fail)}
         arguments = ["--device", "cpu", "--out", str(folder / "new"), "--compare", str(folder / "old/results.jsonl")]
-        assert runner.main(arguments, known, fake.roofs) == 1
+        assert run.main(arguments, known, fake.roofs) == 1
     return folder / "new" / "report.html"

@@ -1,4 +1,4 @@
-"""Train nanoGPT's laptop recipe on transformers' GPT-2: python -m benchmarks.peer_models.nanogpt TEXT
+"""Train nanoGPT's laptop recipe on transformers' GPT-2: python -m benchmarks.claims.nanogpt TEXT
 
 4 layers, 4 heads, width 128, context 64, 12 sequences a step, 2000 steps, in FP32. Training uses the characters of the
 first nine tenths of a text. The command prints {"loss": ...}, nats a character over the whole last tenth.

@@ -1,29 +1,30 @@
-"""Calls of dsmini's own kernels in any size, for calibration, as kinds.py has torch's operations.
+"""Calls of dsmini's own kernels in any size: the one catalogue, for calibration and for python -m benchmarks kernels.
 
 A kernel has rates of its own: it reads a weight once for all rows, in the dtype in which the weight is stored. "FP8"
-is E4M3 codes with scales, as in serving. Training multiplies no codes.
+is E4M3 codes with scales, as in serving. Training multiplies no codes. kinds.py has torch's operations.
 """
 
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dsmini import ops
 from dsmini.config import ModelConfig
-from dsmini.functional.trained_experts import trained_experts, trained_experts_gradients
-from dsmini.inference.fused.operations import attention_step
-from dsmini.inference.fused.weights import AttentionWeights, extract_weights
+from dsmini.inference.fused.operations import attention_step, feed_forward_step, grouped_attention_step, normed
+from dsmini.inference.fused.weights import extract_weights
 from dsmini.measure.costs import cost_of
 from dsmini.measure.kinds import Job, Maker
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
+from dsmini.nn import RMSNorm
 from dsmini.nn.dsa import pick_keys, picked_attention
 from dsmini.nn.fp8 import quantized_experts, quantized_linear
 from dsmini.nn.layers import linear
 from dsmini.nn.moe import experts
-from dsmini.numerics import WEIGHT_TILE, QuantizedTensor, quantize
+from dsmini.numerics import AMAX_MIN, WEIGHT_TILE, QuantizedTensor, quantize, round_tiles
 from dsmini.numerics.orthogonalize import NEWTON_SCHULZ, MuonMatrices, muon_update
 
 FP8 = torch.float8_e4m3fn
@@ -38,6 +39,7 @@ MLA: Mapping[str, Any] = {
     **{"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "n_mtp_layers": 0},
 }
 INDEXER: Mapping[str, Any] = {"attention": "dsa", "index_n_heads": 8, "index_head_dim": 64, "index_topk": 64}
+MHA: Mapping[str, Any] = {**MLA, "attention": "mha", "q_lora_rank": None}
 QUERIES = 32
 """Queries of a call that picks keys or attends to picks."""
 
@@ -100,12 +102,14 @@ def _trained(backward: bool, width: int = EXPERT_WIDTH, hidden: int = EXPERT_HID
         up, down = (EXPERTS, hidden, width), (EXPERTS, width, hidden)
         matrices = [_numbers(torch.float32, device, *shape) for shape in (up, down, up)]
         flops = 6 * n * hidden * width
+        # declared in dsmini.functional, which is found by name alone
+        run = ops.Operation.declared["trained_experts_gradients" if backward else "trained_experts"]
         if not backward:
-            return lambda x, *w: trained_experts(x, *routing, *w), (x, *matrices), flops
+            return lambda x, *w: run(x, *routing, *w), (x, *matrices), flops
         grad, gate, up_ = (_numbers(dtype, device, n, numbers) for numbers in (width, hidden, hidden))
 
         def call(grad: Tensor, x: Tensor, gate: Tensor, up: Tensor, *w: Tensor) -> object:
-            return trained_experts_gradients(grad, x, *routing, gate, up, *w)
+            return run(grad, x, *routing, gate, up, *w)
 
         return call, (grad, x, gate, up_, *matrices), 2 * flops
 
@@ -116,7 +120,7 @@ def _muon(side: int, dtype: torch.dtype, device: torch.device) -> Job:
     """Return an update of matrices whose smaller side is `side`, twice as long."""
     n, steps = max(1, MUON_NUMBERS // (2 * side * side)), NEWTON_SCHULZ["jordan"]
     tensors = tuple(_numbers(torch.float32, device, n, side, 2 * side) for _ in range(3))
-    how: Any = {"lr": 1e-6, "momentum": 0.95, "weight_decay": 0.0, "matmul_dtype": dtype}
+    how: Any = {"lr": 1e-3, "momentum": 0.95, "weight_decay": 0.0, "matmul_dtype": dtype}
 
     def call(params: Tensor, grads: Tensor, momenta: Tensor) -> None:
         muon_update(MuonMatrices(params=[params], grads=[grads], momenta=[momenta]), steps, **how)
@@ -140,13 +144,13 @@ def _dequantize(n: int, dtype: torch.dtype, device: torch.device) -> Job:
     return call, (q.codes, q.scales), x.nbytes + q.nbytes
 
 
-def _attention_step(part: Literal["attention", "scores"]) -> Maker:
+def _attention(sizes: Mapping[str, Any], run: Any, part: Literal["attention", "scores"] = "attention") -> Maker:
     """Return the maker of a decoding step of one attention whose weights are small next to its cache.
 
     Args:
+        run: the operation.
         part: "attention" attends to all keys; with "scores" an indexer scores all keys and picks a few.
     """
-    sizes = {**MLA, **(INDEXER if part == "scores" else {})}
 
     def make(keys: int, dtype: torch.dtype, device: torch.device) -> Job:
         config = ModelConfig(dim=64, inter_dim=64, n_layers=1, n_dense_layers=1, max_seq_len=keys + 64, **sizes)
@@ -154,11 +158,9 @@ def _attention_step(part: Literal["attention", "scores"]) -> Maker:
         cache, token = random_cache(model, 1, keys, 64), random_tokens(config, 1, 1, device)
         at = cache.place(config, token)
         taken, view = extract_weights(model.layers[0]), cache.views(at)[0]
-        attention = None if taken is None else taken.attention
-        assert isinstance(attention, AttentionWeights), "a plain block of MLA can be taken apart"
+        assert taken is not None, "a plain block can be taken apart"
         x, cos_sin = model.embedded(token).float(), model.rope.cos_sin(at.positions)
-        starts = torch.full((1,), keys)
-
+        rest: Any = (x, taken.attention, view, cos_sin, torch.full((1,), keys))
         index = view.store.index
         cached = view.store if index is None else index
 
@@ -169,9 +171,9 @@ def _attention_step(part: Literal["attention", "scores"]) -> Maker:
                 store = own
             else:
                 store.index = own
-            return attention_step(x, attention, replace(view, store=store), cos_sin, starts)
+            return run(*rest[:2], replace(view, store=store), *rest[3:])
 
-        return call, (cached.data,), getattr(cost_of("attention_step", None, x, attention, view, cos_sin, starts), part)
+        return call, (cached.data,), getattr(cost_of(run.name, None, *rest), part)
 
     return make
 
@@ -198,54 +200,82 @@ def _picked_attention(picks: int, dtype: torch.dtype, device: torch.device) -> J
     )
 
 
-KERNEL_PRODUCTS: Mapping[str, Maker] = {
-    "linear": _linear,
-    "experts": _experts,
-    "trained experts": _trained(backward=False),
-    "trained experts gradients": _trained(backward=True),
-    "narrow trained experts": _trained(False, NARROW_WIDTH, NARROW_HIDDEN),
-    "narrow trained experts gradients": _trained(True, NARROW_WIDTH, NARROW_HIDDEN),
-    "muon": _muon,
-    "cached attention": _attention_step("attention"),
-    "index scores": _attention_step("scores"),
-    "pick keys": _pick_keys,
-    "picked attention": _picked_attention,
+def _fed_forward(dense: bool) -> Maker:
+    """Return the maker of a decoding step's feed-forward, dense or routed.
+
+    The plain version runs the block's own modules, whose weights may be in a cache.
+    """
+
+    def make(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+        sizes: Any = {"dim": WIDTH, "inter_dim": 2 * WIDTH, "moe_inter_dim": 256, "n_routed_experts": 16, "n_layers": 1}
+        config = ModelConfig(**sizes, n_activated_experts=4, n_dense_layers=int(dense), vocab_size=64, n_mtp_layers=0)
+        taken = extract_weights(random_model(config, device, dtype).layers[0])
+        assert taken is not None, "a plain block can be taken apart"
+        part, names = taken.feed_forward, ("w1", "w2", "w3") if dense else ("e1", "e2", "e3")
+        weights = tuple(getattr(part, name) for name in names)
+
+        def call(x: Tensor, *w: Tensor) -> object:
+            return feed_forward_step(x, replace(part, **dict(zip(names, w, strict=True)), prepared={}))
+
+        return call, (_numbers(torch.float32, device, rows, WIDTH), *weights), 1
+
+    return make
+
+
+def _normed(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+    norm = RMSNorm(WIDTH).to(device)
+    return lambda x: normed(x, norm), (_numbers(torch.float32, device, rows, WIDTH),), 1
+
+
+def _rounded(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+    x = _numbers(dtype, device, max(1, n // WIDTH), min(n, WIDTH))
+    return lambda x: round_tiles(x, (1, 128), "ue8m0", "e4m3", AMAX_MIN, torch.bfloat16), (x,), 1
+
+
+class Kernel(NamedTuple):
+    """Calls of a kernel in several sizes."""
+
+    make: Maker
+    sizes: tuple[int, ...]
+    """Rows; sides of a matrix for Muon, keys for attention, bytes for what only moves."""
+    operations: tuple[str, ...]
+    """Names of the operations that have its rates."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    """Dtypes of the weights, or of the products where weights are FP32."""
+    is_product: bool = True
+    close: float = 0.02
+    """Largest relative error of the result, next to the plain version; 0: bit for bit."""
+
+
+POINTS = (1 << 14, 1 << 18, 1 << 21, 1 << 24, 1 << 27)
+TRAINED, NARROW_TRAINED, WEIGHTS = (8, 32, 128, 512), (8, 64, 512), ("float32", "bfloat16", "fp8")
+STEPS = ("linear", "quantized_linear", "attention_step", "grouped_attention_step", "feed_forward_step")
+KERNELS: Mapping[str, Kernel] = {
+    "quantize": Kernel(_quantize, POINTS, ("quantize", "quantize_dequantize"), is_product=False, close=0.0),
+    "dequantize": Kernel(_dequantize, POINTS, ("dequantize",), is_product=False, close=0.0),
+    "linear": Kernel(_linear, (1, 4, 16, 32, 64, 256, 1024), STEPS, WEIGHTS),
+    "experts": Kernel(_experts, (1, 4, 16, 64, 256), ("experts", "quantized_experts"), WEIGHTS),
+    "trained experts": Kernel(_trained(backward=False), TRAINED, ("trained_experts",)),
+    "trained experts gradients": Kernel(_trained(backward=True), TRAINED, ("trained_experts_gradients",)),
+    "narrow trained experts": Kernel(_trained(False, NARROW_WIDTH, NARROW_HIDDEN), NARROW_TRAINED, ()),
+    "narrow trained experts gradients": Kernel(_trained(True, NARROW_WIDTH, NARROW_HIDDEN), NARROW_TRAINED, ()),
+    # BF16 rounds in each of 15 products: both sides are off by one or two per cent
+    "muon": Kernel(_muon, (32, 64, 128, 256, 512), ("muon_update",), close=0.05),
+    "cached attention": Kernel(_attention(MLA, attention_step), (64, 512, 4096), ()),
+    "index scores": Kernel(_attention({**MLA, **INDEXER}, attention_step, "scores"), (1024, 4096, 16384), ()),
+    "pick keys": Kernel(_pick_keys, (256, 2048, 8192), ("pick_keys",)),
+    "picked attention": Kernel(_picked_attention, (64, 512, 2048), ("picked_attention",)),
 }
+"""Kernels that have a curve of rates, by its name."""
+OTHERS: Mapping[str, Kernel] = {
+    "round": Kernel(_rounded, POINTS, (), is_product=False, close=0.0),
+    "norm": Kernel(_normed, (1, 8), (), dtypes=("float32",)),
+    "grouped attention": Kernel(_attention(MHA, grouped_attention_step), (64, 512, 4096), ()),
+    "dense feed-forward": Kernel(_fed_forward(dense=True), (1, 8), ()),
+    "routed feed-forward": Kernel(_fed_forward(dense=False), (1, 8), ()),
+}
+"""Kernels without a curve. blocks_step joins the steps of all blocks; the question decode measures it."""
 NARROW, WIDE = NARROW_WIDTH * NARROW_HIDDEN, EXPERT_WIDTH * EXPERT_HIDDEN
 """Numbers of an expert's matrix in the narrow curves and in the others."""
-KERNEL_ROWS: Mapping[str, tuple[int, ...]] = {
-    "linear": (1, 4, 16, 32, 64, 256, 1024),
-    "experts": (1, 4, 16, 64, 256),
-    "trained experts": (8, 32, 128, 512),
-    "trained experts gradients": (8, 32, 128, 512),
-    "narrow trained experts": (8, 64, 512),
-    "narrow trained experts gradients": (8, 64, 512),
-    "muon": (32, 64, 128, 256, 512),
-    "cached attention": (64, 512, 4096),
-    "index scores": (1024, 4096, 16384),
-    "pick keys": (256, 2048, 8192),
-    "picked attention": (64, 512, 2048),
-}
-"""Rows that are measured; sides of a matrix for Muon, and keys for attention."""
-KERNEL_DTYPES: Mapping[str, tuple[str, ...]] = {
-    "linear": ("float32", "bfloat16", "fp8"),
-    "experts": ("float32", "bfloat16", "fp8"),
-}
-"""Dtypes of the weights; for other kernels those of the products, FP32 and BF16."""
-KERNEL_POINTS: Mapping[str, Maker] = {
-    "quantize": _quantize,
-    "dequantize": _dequantize,
-}
-KERNEL_CURVES: Mapping[str, str] = {
-    **dict.fromkeys(("linear", "quantized_linear", "attention_step", "grouped_attention_step"), "linear"),
-    "feed_forward_step": "linear",
-    **dict.fromkeys(("experts", "quantized_experts"), "experts"),
-    "trained_experts": "trained experts",
-    "trained_experts_gradients": "trained experts gradients",
-    "muon_update": "muon",
-    "pick_keys": "pick keys",
-    "picked_attention": "picked attention",
-    **dict.fromkeys(("quantize", "quantize_dequantize"), "quantize"),
-    "dequantize": "dequantize",
-}
+CURVES: Mapping[str, str] = {name: kind for kind, kernel in KERNELS.items() for name in kernel.operations}
 """Curve of each operation that kernels serve."""

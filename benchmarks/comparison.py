@@ -18,7 +18,7 @@ ONCE_FLOOR = 0.5
 FINE_FLOOR = 0.001
 """The same for a figure that does not depend on the clock, such as an error or a loss."""
 RULE = (
-    "A figure is unchanged if the quartile ranges overlap, or if a time, rate or size differs by less than 5 %, or "
+    "A figure is unchanged if the 95 % intervals overlap, or if a time, rate or size differs by less than 5 %, or "
     "50 % if it was measured once. Counts are compared exactly."
 )
 
@@ -110,7 +110,7 @@ def _verdict(old: Figure, new: Figure) -> Verdict:
 
 
 def _is_noise(old: Figure, new: Figure) -> bool:
-    """Return True if the quartile ranges touch, or the difference is below the floor."""
+    """Return True if the intervals touch, or the difference is below the floor."""
     then, now = _value(old), _value(new)
     if then is None or now is None:
         return False

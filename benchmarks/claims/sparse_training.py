@@ -1,0 +1,93 @@
+"""Training that learns to attend to a few keys, in V3.2's stages at toy size. Source: V3.2 report, section 2.1.1.
+
+The stages are V3.2's, at toy size, on a text with hidden pairs of a key and a value. Losses are over the whole held-out
+part, which has no pairs. A needle is a pair among others in some of that text; its value must be the likeliest byte,
+and a guess finds 1 of 6. Fresh is the sparse model before its indexers have learned. Recall is the share of the top-k
+keys that the indexers pick, in the last tenth of the steps. Runs that were stopped continue.
+"""
+
+import json
+import random
+import statistics
+from collections.abc import Mapping
+
+from benchmarks.claims.needles import hide_pairs, share_answered, test_text
+from benchmarks.claims.study import Study, Trial, run_module
+from dsmini.atomic import write_text
+from dsmini.checkpoint.load import load_pretrained
+from dsmini.checkpoint.trained_model import load_run
+
+CONTEXT, TOPK = 2048, 256
+HELD_OUT = 0.1
+DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.95)
+NEEDLES, QUICK_NEEDLES = 24, 2
+STEPS, QUICK_STEPS = {"short": 700, "dense": 500, "longer": 200, "warmup": 100, "sparse": 200}, 3
+STARTS = {"short": "", "dense": "short", "longer": "dense", "warmup": "fresh", "sparse": "warmup"}
+LONG = ["--train.seq-len", str(CONTEXT), "--train.batch-size", "1"]
+KEYS = ["--model.index-topk", str(TOPK)]
+GENTLY = ["--train.lr", "3e-4", "--train.muon-lr", "1e-3", "--train.lr-schedule", "constant"]
+
+
+def run(trial: Trial, arm: str) -> Mapping[str, float]:
+    """Train a stage, or convert the dense model to one with fresh indexers; return what it has learned."""
+    assert trial.setting.text is not None, "needs_text makes the command ask for it"
+    words, path = trial.setting.text.read_text(encoding="ascii"), trial.folder / "text.txt"
+    cut = int((1 - HELD_OUT) * len(words))
+    mixed = hide_pairs(words[:cut], trial.seed) + words[cut:]
+    if not path.exists():
+        write_text(path, mixed)
+    found: dict[str, float] = {}
+    if arm == "fresh":
+        if not (trial.folder / arm).exists():
+            both = (str(trial.folder / name) for name in ("dense", arm))
+            run_module("dsmini.convert", *both, "--dsa", *STUDY.arms[arm])
+        model = load_pretrained(trial.folder / arm)
+    else:
+        steps = QUICK_STEPS if trial.setting.quick else STEPS[arm]
+        text = ["--data.path", str(path), "--data.val-fraction", f"{(len(words) - cut) / len(mixed):.6f}"]
+        size = ["--model.max-seq-len", str(CONTEXT), "--model.n-mtp-layers", "0", "--train.steps", str(steps)]
+        recipe = "toy-dsa" if arm in ("warmup", "sparse") else "toy"
+        flags = [*size, *text, "--train.save-every", "100", *STUDY.arms[arm]]
+        found["loss"] = trial.train(
+            arm, recipe, *flags, start=STARTS[arm], eval_tokens=4096 if trial.setting.quick else 10**12
+        )["val_loss"]
+        if recipe == "toy-dsa":
+            lines = (trial.folder / arm / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            last = lines[-max(1, len(lines) // 10) :]
+            found["recall"] = statistics.fmean(x for line in last for x in json.loads(line)["layer_indexer_recall"])
+        model = load_run(trial.folder / arm)[0]
+    draw, needles = random.Random(0), QUICK_NEEDLES if trial.setting.quick else NEEDLES  # the same texts for all
+    every = [test_text(words[cut:], CONTEXT, depth, draw) for depth in DEPTHS for _ in range(needles)]
+    return {**found, "answered": share_answered(model.eval(), every)}
+
+
+STUDY = Study(
+    name="sparse-training",
+    title="Does a model lose anything when it learns to attend to a few keys?",
+    about=__doc__,
+    arms={
+        "short": ["--train.seq-len", "256", "--train.batch-size", "16"],
+        "dense": LONG,
+        "longer": [*LONG, *GENTLY],
+        "fresh": ["--index-n-heads", "4", "--index-head-dim", "32", "--index-topk", str(TOPK)],
+        "warmup": [
+            *LONG,
+            *KEYS,
+            "--train.dsa-stage",
+            "warmup",
+            "--train.lr",
+            "1e-3",
+            "--train.lr-schedule",
+            "constant",
+        ],
+        "sparse": [*LONG, *KEYS, *GENTLY],
+    },
+    run=run,
+    pairs=[("loss", "sparse", "longer"), ("answered", "sparse", "longer"), ("answered", "fresh", "longer")],
+    seeds=3,
+    quick_seeds=1,
+    seconds=700,
+    quick_seconds=60,
+    needs_text=True,
+)
+QUESTION = STUDY.question()

@@ -1,0 +1,237 @@
+"""Questions, their cases and figures: what every question of the benchmarks is made of.
+
+A question is data: words, cases that are measured one by one, a function that answers in one sentence, and plots. Its
+cases follow from the setting alone. Answers and plots use figures alone, so a page can be drawn again from a file.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dsmini.measure.calibration import read_bandwidth
+from dsmini.measure.rates import Roofs
+from dsmini.measure.turns import Estimate, Run, in_turns, median_of
+from dsmini.measure.workloads import dtype_name
+from dsmini.report import Figure, Plot, Value, pick
+from dsmini.report.units import shown
+
+REACHED = 0.5
+"""Share of the peak rate that a model's products are assumed to reach in estimates of time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Settings that all cases share."""
+
+    quick: bool
+    """Small sizes, for all questions in two minutes on two cores."""
+    device: torch.device
+    dtype: torch.dtype
+    roofs: Roofs
+    """Measured rates of this machine."""
+    text: Path | None = None
+    """File that --text names, for the questions that read one."""
+    peer_pythons: tuple[Path, ...] = ()
+    """Pythons that --peer-python names, which may have other implementations."""
+    out: Path = Path("results")
+    """Folder of --out, for files that a question writes besides its figures."""
+
+    @property
+    def turns(self) -> dict[str, Any]:
+        """Number and seconds of the turns of a comparison, as in_turns takes them."""
+        return {"count": 9, "seconds": 1.5, "least": 3} if self.quick else {"count": 40, "seconds": 12.0, "least": 5}
+
+    @property
+    def dtype_name(self) -> Literal["float32", "bfloat16"]:
+        """Name of the dtype in accounting and in this machine's rates."""
+        return dtype_name(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Part of a question that is measured in one go and stays done when a run is interrupted."""
+
+    key: str
+    """Name within the question, with everything its figures depend on: "context=2048 dtype=bfloat16"."""
+    seconds: float
+    """Estimated seconds on any machine: turns of fixed length, and setting up."""
+    run: Callable[[], Iterable[Figure]]
+    flops: float = 0.0
+    """FLOPs of products that are not in seconds, because a slow machine takes longer for them."""
+    dtype: torch.dtype | None = None
+    """Dtype of these products, if not the setting's."""
+
+    def estimate(self, setting: Setting) -> float:
+        """Return the expected seconds on this machine."""
+        peak = setting.roofs.peak.get(dtype_name(self.dtype or setting.dtype))
+        return self.seconds + (self.flops / (REACHED * peak) if peak else 0.0)
+
+
+def cases_over(
+    key: str, points: Iterable[tuple[Any, ...]], seconds: float, measure: Callable[..., Iterable[Figure]]
+) -> list[Case]:
+    """Return a case for each point, whose values fill the key ("context={}") and are the last arguments of measure."""
+    return [Case(key=key.format(*point), seconds=seconds, run=partial(measure, *point)) for point in points]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Question of the benchmarks."""
+
+    name: str
+    """Name in python -m benchmarks NAME."""
+    title: str
+    about: str | None
+    """Docstring of its module: how it is measured, with all that is simulated."""
+    cases: Callable[[Setting], list[Case]]
+    answer: Callable[[list[Figure]], str]
+    """Function that makes one sentence from figures, which may be incomplete; "" if they are not enough."""
+    plots: Sequence[Callable[[list[Figure]], list[Plot]]] = ()
+    needs: str = ""
+    """Reason why the question cannot run here, such as a missing package; empty if it can."""
+    on_request: bool = False
+    """True for a question that takes long: only a run that names it includes it."""
+    needs_text: bool = False
+    """True if it reads the file of --text."""
+
+
+METRICS: Mapping[str, tuple[str, Literal["higher", "lower"] | None]] = {
+    **dict.fromkeys(("seconds", "step_seconds"), ("s", "lower")),
+    **dict.fromkeys(("times_as_long", "kept_ratio"), ("x", "lower")),
+    **dict.fromkeys(("bytes_per_token", "bytes", "kept", "kept_by_linears", "peak_memory"), ("bytes", "lower")),
+    **dict.fromkeys(("tensor_memory", "process_memory"), ("bytes", None)),
+    **dict.fromkeys(("error", "logit_error", "underflow", "bubble"), ("", "lower")),
+    **dict.fromkeys(("share_of_roof", "acceptance", "right", "recall", "answered"), ("", "higher")),
+    **dict.fromkeys(("gain", "share_of_time"), ("", None)),
+    **dict.fromkeys(("times_the_error", "gain_of_tiles"), ("x", None)),
+    **dict.fromkeys(("loss", "loss_as_peer"), ("nats", "lower")),
+    **dict.fromkeys(("flop_rate", "roof"), ("FLOP/s", None)),
+    "tokens_per_s": ("tokens/s", "higher"),
+    "tokens_per_step": ("tokens", "higher"),
+    "context_that_fits": ("tokens", None),
+    "same_continuations": ("prompts", None),
+    "distinct_experts": ("experts", None),
+    "flops_per_token": ("FLOP", None),
+    "bandwidth": ("bytes/s", None),
+    "active_parameters": ("parameters", None),
+}
+"""Unit of each metric, and the end that is better."""
+
+
+def figure(
+    metric: str, case: Mapping[str, Value], measured: float | Estimate | Sequence[float] | None = None, **more: Any
+) -> Figure:
+    """Return a figure; of several independent values the median, with its 95 % interval.
+
+    A metric that is not in METRICS, such as "difference of loss", has the unit of its last word. The runner names the
+    question.
+    """
+    unit, better = METRICS[metric] if metric in METRICS else (METRICS[metric.split()[-1]][0], None)
+    found = median_of(measured) if isinstance(measured, Sequence) else measured
+    if isinstance(found, Estimate):
+        more = {"low": found.low if found.is_clear else None, "high": found.high if found.is_clear else None, **more}
+        found = found.value
+    return Figure(question="", case=case, metric=metric, unit=unit, better=better, measured=found, **more)
+
+
+def left_out(metric: str, case: Mapping[str, Value], reason: str) -> Figure:
+    """Return a figure that was not measured, with the reason."""
+    return figure(metric, case, note=f"left out: {reason}")
+
+
+def race(
+    setting: Setting,
+    case: Mapping[str, Value],
+    runs: Mapping[str, Run],
+    *,
+    key: str = "model",
+    each: float = 1.0,
+    predicted: Mapping[str, float] | None = None,
+    tokens: float = 0.0,
+    pairs: Sequence[tuple[str, str]] | None = None,
+    note: str = "",
+    **turns: Any,
+) -> Iterator[Figure]:
+    """Let runs take turns. Yield the seconds of each, and how many times as long the others take as the first.
+
+    Args:
+        key: name of the runs in a case, such as "attention".
+        each: steps in a run; seconds are of one.
+        predicted: seconds of a run, by name.
+        tokens: of a run; then tokens a second take the place of seconds.
+        pairs: runs to compare, each with the one that it is compared with; None: all with the first.
+        turns: arguments of in_turns, instead of the setting's.
+    """
+    taken = in_turns(runs, setting.device, **{**setting.turns, **turns})
+    for name, seconds in taken.seconds.items():
+        here, said = {**case, key: name}, None if predicted is None else predicted[name]
+        if tokens:
+            expected = None if said is None else tokens / said
+            yield figure("tokens_per_s", here, [tokens / s for s in seconds], predicted=expected, note=note)
+        else:
+            expected = None if said is None else said / each
+            yield figure("seconds", here, [s / each for s in seconds], predicted=expected, note=note)
+    first, *others = runs
+    for name, than in [(other, first) for other in others] if pairs is None else pairs:
+        expected = None if predicted is None else predicted[name] / predicted[than]
+        here = {**case, key: name, "than": than}
+        yield figure("times_as_long", here, taken.ratio(name, than), predicted=expected, note=note)
+
+
+def times(f: Figure) -> str:
+    """Return a ratio in words, with its interval: "1.62 times (1.55 to 1.70)"; unclear if the interval holds 1."""
+    assert f.measured is not None, "the caller picks measured figures"
+    digits = 1 if f.measured >= 10 else 2
+    if f.low is None or f.high is None:
+        return f"{f.measured:.{digits}f} times"
+    unclear = ", unclear" if f.low <= 1 <= f.high else ""
+    return f"{f.measured:.{digits}f} times ({f.low:.{digits}f} to {f.high:.{digits}f}{unclear})"
+
+
+def compared(figures: Iterable[Figure], x: str = "", at: str = "at {}", key: str = "model") -> str:
+    """Return in words how many times as long runs take as the first one of their race, at both ends of x.
+
+    "MHA 1.21 times (1.18 to 1.25) at context 512 and 1.62 times (1.55 to 1.70) at context 4,096; GQA 1.10 times"
+
+    Args:
+        x: key of the case whose smallest and largest value are told; "": a single race.
+        at: words after a ratio, with the value of x.
+    """
+    told = []
+    ratios = [f for f in pick(figures, "times_as_long") if f.measured is not None and key in f.case]
+    for name in dict.fromkeys(f.case[key] for f in ratios):
+        mine = sorted((f for f in ratios if f.case[key] == name), key=lambda f: f.case.get(x, 0))
+        ends = [f"{times(f)} {at.format(shown(f.case[x])) if x else ''}".rstrip() for f in (mine[:1] + mine[1:][-1:])]
+        told.append(f"{name} {' and '.join(ends)}")
+    return "; ".join(told)
+
+
+FASTEST = 1.25
+"""Rate of the best kernels over that of the plain reading which is the roof (docs/log.md)."""
+READINGS = 4
+"""Times that the roof is measured again before a rate is far above it: other programs may slow one of them."""
+
+
+def check_bandwidth(what: str, reached: float, setting: Setting) -> float:
+    """Return the roof of reading memory, in bytes/s, for a rate that was reached.
+
+    A rate above the stored roof has it measured again: other processes may have slowed its first measurement. A rate
+    far above it has it measured up to READINGS times.
+
+    Raises: ValueError for a rate far above the roof, which can only be an error of counting.
+    """
+    roof = max(setting.roofs.bandwidth, setting.roofs.copy)
+    for reading in range(READINGS):
+        if reached <= (FASTEST if reading else 1.0) * roof:
+            break
+        roof = max(roof, read_bandwidth(setting.device))
+    if reached > FASTEST * roof:
+        raise ValueError(
+            f"{what}: {reached / 1e9:.1f} GB/s from memory is above the roof of {roof / 1e9:.1f}: bytes are "
+            "counted wrong, or the stored roof is too low; --fresh measures it again"
+        )
+    return roof
