@@ -37,6 +37,8 @@ from dsmini.report.units import duration
 STARTED = time.monotonic()
 QUICK = 135.0
 """Seconds after the start in which --quick measures; drawing the page takes the rest of two minutes and a half."""
+QUICK_RATES = 30.0
+"""Seconds that --quick takes for the rates of a machine where none are stored."""
 TIMES, LEAST = 10.0, 30.0
 """A case is stopped after ten times its estimate, but not before half a minute."""
 GRACE = 10.0
@@ -263,7 +265,8 @@ class Session:
             torch.set_num_threads(command.threads)
         label = "measuring this machine's rates, once: half a minute"
         with Progress(self.console, 1.0, label, line_every=1, refresh_per_second=1) as bar:
-            roofs = measure(device, on_part=bar.update, fresh=command.fresh)
+            seconds = QUICK_RATES if command.quick else calibration.BUDGET
+            roofs = measure(device, on_part=bar.update, fresh=command.fresh, seconds=seconds)
         dtype = pick_dtype(command.dtype, device)
         if command.dtype == "auto" and {"float32", "bfloat16"} <= set(roofs.peak):  # a rerun picks the same
             dtype = faster_dtype(roofs.peak["float32"], roofs.peak["bfloat16"])

@@ -48,10 +48,12 @@ def load_or_measure(
     keep: Path | None = None,
     on_part: Callable[[float, str], None] = lambda done, what: None,
     fresh: bool = False,
+    seconds: float = BUDGET,
 ) -> Roofs:
     """Return the roofs of this machine for the current number of threads, stored or measured now (half a minute).
 
     Args:
+        seconds: approximate time of the measurement. Roofs that had less than BUDGET are not stored.
         keep: file that stores the roofs of one or more machines; None: a file in the user's cache.
         on_part: called with the share that is done and the name of the next part.
         fresh: measure even if roofs are stored.
@@ -60,7 +62,9 @@ def load_or_measure(
     if not fresh:
         with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is stored, or it is damaged
             return from_json(stored[key])
-    roofs = measure(device, on_part)
+    roofs = measure(device, on_part, seconds)
+    if seconds < BUDGET:
+        return roofs
     stored[key] = asdict(roofs)
     with suppress(OSError):  # measured again next time
         keep.parent.mkdir(parents=True, exist_ok=True)

@@ -183,7 +183,7 @@ def in_turns(
     return taken
 
 
-def median_of(values: Sequence[float], seed: int = 0, together: int = 1) -> Estimate:
+def median_of(values: Sequence[float] | np.ndarray, seed: int = 0, together: int = 1) -> Estimate:
     """Return the median of independent values, with its 95 % interval: bootstrap, at least that of the sign test.
 
     Args:

@@ -335,16 +335,18 @@ def test_rates_are_measured_as_the_command_asks(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked: list[object] = []
 
-    def measure(device: torch.device, on_part: Callable[[float, str], None]) -> Roofs:
+    def measure(device: torch.device, on_part: Callable[[float, str], None], seconds: float) -> Roofs:
         on_part(0.5, "products")
         asked.append(device)
         return fake.ROOFS
 
     monkeypatch.setattr(calibration, "measure", measure)
     monkeypatch.setattr(plots, "svg", lambda *_: None)
-    for _ in range(2):  # the second call finds stored rates
-        assert run.main(["fake_roofline", "--out", str(tmp_path / "out"), "--device", "cpu"], fake.known()) == 0
-    assert asked == [torch.device("cpu")]
+    here = ["fake_roofline", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    for more, times in (["--quick"], 1), (["--quick"], 2), ([], 3), ([], 3), (["--quick"], 3):
+        assert run.main([*here, *more], fake.known()) == 0
+        assert len(asked) == times, "short measurements are not stored, others are"
+    assert asked[0] == torch.device("cpu")
     assert (tmp_path / "dsmini" / "roofs.json").is_file()
 
 

@@ -31,7 +31,7 @@ POINTS = {"rmsnorm": (0.3, 8e9), "gate": (1.1, 30e9), "w1, w3": (180.0, 6e11)}
 """FLOP a byte and FLOP/s of operations."""
 
 
-def roofs(device: torch.device, *, on_part: Callable[[float, str], None], fresh: bool) -> Roofs:
+def roofs(device: torch.device, *, on_part: Callable[[float, str], None], fresh: bool, seconds: float) -> Roofs:
     on_part(0.5, "peak float32")
     return ROOFS
 
