@@ -74,7 +74,8 @@ def answer(figures: list[Figure]) -> str:
     text = f"MLA stores {mla:,.0f} bytes a token in all {models.BIG.n_layers} layers"
     text += f" ({fp8:,.0f} in FP8)" if fp8 else ""
     text += f", {1 - mla / mha:.1%} less than MHA with the same heads ({mha:,.0f})"
-    slower = compared(figures, "context", "at context {}", key="attention")
+    with_heads = [f for f in pick(figures, "times_as_long") if f.case["attention"] == "MHA"]
+    slower = compared(with_heads, "context", "at context {}", key="attention")
     return f"{text}. Time to decode a token, next to MLA: {slower}." if slower else f"{text}."
 
 
