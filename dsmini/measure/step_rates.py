@@ -29,7 +29,7 @@ from dsmini.measure.kernels import CURVES
 from dsmini.measure.prediction import operation_seconds
 from dsmini.measure.process import peak_of_process
 from dsmini.measure.rates import Roofs, from_json
-from dsmini.measure.timing import times
+from dsmini.measure.turns import in_turns
 from dsmini.measure.workloads import StepDtype, StepShape, Work
 
 VERSION = 3
@@ -226,7 +226,7 @@ def _measured(shape: StepShape, roofs: Roofs, device: torch.device) -> MeasuredS
     found: list[tuple[float, MeasuredStep]] = []
     while len(found) < ATTEMPTS and (not found or found[-1][0] > DELAYED):
         before = CpuTimes.now()
-        taken = sorted(times(step, device, SECONDS))
+        taken = sorted(in_turns({"step": step}, device, seconds=SECONDS, least=3).seconds["step"])
         passes = [count(step, roofs.cache_bytes) for _ in range(1 + PASSES)][1:]
         delayed = CpuTimes.now().rates_since(before).delayed
         operations = [each.operations for each in passes]

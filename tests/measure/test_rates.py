@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from dsmini import machine
-from dsmini.machine import matmul_rate, once, pick_dtype, slow_bf16
+from dsmini.machine import matmul_rate, pick_dtype, slow_bf16
 from dsmini.measure import calibration, step_rates
 from dsmini.measure.calibration import load_or_measure, seconds_of
 from dsmini.measure.counting import CountedOperation, count
 from dsmini.measure.prediction import operation_seconds
 from dsmini.measure.rates import Roofs
 from dsmini.measure.step_rates import OTHERS, MeasuredStep, StepRates, rates_beyond, rates_of
-from dsmini.measure.timing import interleaved, ratios, spread, times
 from dsmini.measure.workloads import StepShape
 from tests.conftest import Clock
 from tests.helpers.questions import TINY, plain_roofs
@@ -29,35 +28,7 @@ CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
 Rates = dict[torch.dtype, float]
 
-# --- turns
-
-
-def test_once_waits_for_the_device(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    def synchronize(device: torch.device) -> None:
-        clock.log.append("wait")
-        clock.pay(10.0 * (clock.log == ["wait", "run", "wait"]))  # the device works longer than the call
-
-    monkeypatch.setattr(machine, "synchronize", synchronize)
-    assert once(clock.work("run", 1.0), CPU) == 11
-    assert clock.log == ["wait", "run", "wait"]
-
-
-def test_times_leave_out_the_warm_up(clock: Clock) -> None:
-    assert times(clock.work("a", 9.0, 1.0), CPU, seconds=0.0) == [1, 1, 1]
-    assert len(times(clock.work("a", 1.0), CPU, seconds=5.0)) == 5
-    assert len(times(clock.work("a", 1.0), CPU, seconds=0.0, least=7)) == 7
-
-
-def test_interleaved_takes_turns_after_a_warm_up(clock: Clock) -> None:
-    taken = interleaved({"a": clock.work("a", 9.0, 1.0), "b": clock.work("b", 9.0, 2.0)}, CPU, rounds=2)
-    assert clock.log == list("ababab")
-    assert taken == {"a": [1, 1], "b": [2, 2]}
-
-
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 1), (7.0, 2), (100.0, 5)])
-def test_interleaved_begins_no_round_after_its_time(clock: Clock, seconds: float, rounds: int) -> None:
-    taken = interleaved({"a": clock.work("a", 1.0), "b": clock.work("b", 2.0)}, CPU, 5, seconds)
-    assert taken == {"a": [1] * rounds, "b": [2] * rounds}
+# --- one call
 
 
 def test_seconds_of_begins_no_round_beyond_its_budget(clock: Clock) -> None:
@@ -69,21 +40,6 @@ def test_seconds_of_begins_no_round_beyond_its_budget(clock: Clock) -> None:
 
 def test_seconds_of_is_the_second_fastest_round(clock: Clock) -> None:
     assert seconds_of(clock.work("a", 9.0, 1.0, 3.0, 2.0, 5.0, 4.0), CPU, rounds=5) == 2.0
-
-
-def test_ratios_of_a_slow_round_cancel() -> None:
-    taken = {"ours": [1.0, 10.0, 1.0], "theirs": [2.0, 20.0, 2.0]}
-    assert ratios(taken, "theirs", "ours") == [2, 2, 2]
-    with pytest.raises(ValueError, match="zip"):
-        ratios({"a": [1.0], "b": [1.0, 2.0]}, "a", "b")
-
-
-@pytest.mark.parametrize(
-    ("values", "low", "median", "high"),
-    [([3.0], 3, 3, 3), ([1.0, 3.0], 1.5, 2, 2.5), ([5.0, 1.0, 2.0, 4.0, 3.0], 2, 3, 4)],
-)
-def test_spread_is_median_and_quartiles(values: list[float], low: float, median: float, high: float) -> None:
-    assert spread(values) == {"measured": median, "low": low, "high": high}
 
 
 # --- products
