@@ -10,7 +10,7 @@ of the tensors that were used last would hold them.
 If a measured time is far above the prediction, the machine was busy, or an operation is slower than its class.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 
@@ -73,18 +73,6 @@ def _kernel_seconds(op: CountedOperation, roofs: Roofs) -> float | None:
         if part:
             seconds += part / flops_rate(roofs, f"kernel {of}", cached, 4096, op.cold_share)
     return seconds
-
-
-def by_kind(operations: Iterable[CountedOperation], roofs: Roofs) -> dict[str, dict[str, float]]:
-    """Return the sums of calls, FLOPs, measured and predicted seconds of each kind of operation."""
-    totals: dict[str, dict[str, float]] = {}
-    for op in operations:
-        total = totals.setdefault(op.kind, dict.fromkeys(("calls", "flops", "measured", "predicted"), 0.0))
-        total["calls"] += 1
-        total["flops"] += op.flops
-        total["measured"] += op.seconds
-        total["predicted"] += operation_seconds(op, roofs)
-    return totals
 
 
 def _dtype(op: CountedOperation, roofs: Roofs) -> str:

@@ -20,6 +20,7 @@ from dsmini.measure.counting import CountedOperation, count
 from dsmini.measure.prediction import operation_seconds
 from dsmini.measure.rates import Roofs
 from dsmini.measure.step_rates import OTHERS, MeasuredStep, StepRates, rates_beyond, rates_of
+from dsmini.measure.turns import Turns
 from dsmini.measure.workloads import StepShape
 from tests.conftest import Clock
 from tests.helpers.questions import TINY, plain_roofs
@@ -199,7 +200,7 @@ def test_stored_rates_are_those_of_one_machine(tmp_path: Path, monkeypatch: pyte
     measured = list[str]()
     here = {"processor": "a"}
 
-    def measure(device: torch.device, on_part: object) -> Roofs:
+    def measure(device: torch.device, on_part: object, seconds: float) -> Roofs:
         measured.append(here["processor"])
         return plain_roofs(card=dict(here))
 
@@ -282,7 +283,7 @@ def test_step_is_measured_again_while_others_have_the_cores(
     """Check that the first quiet attempt counts, and where none is quiet, the quietest."""
     seconds, moments = iter(range(1, 9)), iter(range(9))
     shape = StepShape(work="prefill", config=TINY, dtype="float32", batch=1, tokens=8)
-    monkeypatch.setattr(step_rates, "times", lambda *_: [float(next(seconds))])
+    monkeypatch.setattr(step_rates, "in_turns", lambda *_, **__: Turns({"step": [float(next(seconds))]}))
     monkeypatch.setattr(step_rates, "count", lambda *_: SimpleNamespace(operations=[], views=0))
 
     class Times:
