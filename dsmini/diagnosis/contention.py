@@ -35,13 +35,14 @@ class Contention:
     """Cores that other programs, or other guests of the host, kept busy."""
     delayed: float = 0.0
     """Share of the time that a thread of this process was ready to run and had no core."""
-    steadiness: float = 1.0
-    """Rate of the probes now over their stored rate; 1 without stored rates."""
+    steadiness: float | None = None
+    """Rate of the probes now over their stored rate; None without stored rates."""
 
     @property
     def loss(self) -> float:
         """Share of a step's time that others cost, estimated."""
-        return max(0.0, min(self.others / cores(), max(self.delayed, 1 - self.steadiness)))
+        slower = 0.0 if self.steadiness is None else 1 - self.steadiness
+        return max(0.0, min(self.others / cores(), max(self.delayed, slower)))
 
 
 def watch(roofs: Roofs | None, device: torch.device) -> Callable[[], Contention]:
@@ -52,9 +53,8 @@ def watch(roofs: Roofs | None, device: torch.device) -> Callable[[], Contention]
         rates = CpuTimes.now().rates_since(before)
         if device.type != "cpu":
             return Contention(others=rates.others)
-        steady = 1.0 if roofs is None else steadiness(roofs, device)
-        delayed = rates.delayed / torch.get_num_threads()
-        return Contention(others=rates.others, delayed=delayed, steadiness=min(1.0, steady))
+        steady = None if roofs is None else min(1.0, steadiness(roofs, device))
+        return Contention(others=rates.others, delayed=rates.delayed / torch.get_num_threads(), steadiness=steady)
 
     return end
 

@@ -126,14 +126,13 @@ def imbalance_loss(steps: Sequence[StepResult], forecast: Forecast | None) -> Fi
 
 def other_programs(turns: Sequence[Contention], fix: str) -> Finding:
     """Return what other programs took of the machine."""
-    others, delayed, steady = (
-        statistics.median(getattr(turn, name) for turn in turns) for name in ("others", "delayed", "steadiness")
-    )
+    others, delayed = (statistics.median(getattr(turn, name) for turn in turns) for name in ("others", "delayed"))
+    steady = [turn.steadiness for turn in turns if turn.steadiness is not None]
     loss = median_of([turn.loss for turn in turns])
+    rates = f" This machine runs at {statistics.median(steady):.0%} of its measured rates." if steady else ""
     sentence = (
-        f"Other programs keep {others:.1f} of {cores()} cores busy, a thread of this run is {delayed:.0%} of the time "
-        f"without a core, and this machine runs at {steady:.0%} of its measured rates; others cost about "
-        f"{loss.value:.0%} of a step."
+        f"Other programs keep {others:.1f} of {cores()} cores busy, and a thread of this run is {delayed:.0%} of the "
+        f"time without a core.{rates} Others cost about {loss.value:.0%} of a step."
     )
     return finding("Machine", "other_programs", loss, sentence, fix, is_fault=loss.low > MUCH)
 

@@ -164,7 +164,8 @@ class Subject:
 
     @property
     def counted(self) -> int:
-        """Plain steps of a turn that count: workers whose batches come together are idle together."""
+        """Plain steps of a turn that count. After arms that take no batches each worker has one ready, and of as many
+        steps one waits for all."""
         return max(2, self.config.data.workers)
 
     def changed(self, _base: float = 0.0) -> float:
@@ -285,7 +286,6 @@ def training_arms(subject: Subject, rates: Rates | None, prices: TrainingPrices 
         Arm(
             name="plain",
             apply=lambda: subject.plain(None if rates is None else rates.roofs),
-            uncounted=max(1, config.data.workers),  # each worker has a batch ready after arms that did not ask for it
             counted=subject.counted,
             predict=prices and prices.plain,
         ),
