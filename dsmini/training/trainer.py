@@ -136,10 +136,10 @@ class Trainer:
                 optimizer.step()
             mesh.exchange_moved()
             speed = bias_speed(self.steps_done, train)
-            own = loads[0] if loads else []
-            own = own if self.pipeline is None else self.pipeline.own_counts(own)
-            for gate, load in zip(self.model.gates(), own, strict=True):
-                gate.update_bias(load, speed)
+            if loads:
+                own = loads[0] if self.pipeline is None else self.pipeline.own_counts(loads[0])
+                for gate, load in zip(self.model.gates(), own, strict=True):
+                    gate.update_bias(load, speed)
             if self.average is not None:
                 self.average.update(self._here())
         self.model.zero_grad(set_to_none=True)
