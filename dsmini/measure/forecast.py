@@ -73,13 +73,3 @@ def forecast_training(
     """Forecast an optimizer step over `batch` sequences."""
     shape = StepShape(work="training", config=config, dtype=dtype, batch=batch, tokens=seq_len, train=train)
     return forecast(shape, rates)
-
-
-def forecast_prefill(config: ModelConfig, dtype: StepDtype, batch: int, prompt: int, rates: Rates) -> Forecast:
-    """Forecast the reading of prompts in one call."""
-    return forecast(StepShape(work="prefill", config=config, dtype=dtype, batch=batch, tokens=prompt), rates)
-
-
-def forecast_decode(config: ModelConfig, dtype: StepDtype, batch: int, context: int, rates: Rates) -> Forecast:
-    """Forecast a step that decodes one token of each sequence."""
-    return forecast(StepShape(work="decode", config=config, dtype=dtype, batch=batch, tokens=context), rates)

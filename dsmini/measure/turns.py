@@ -65,11 +65,6 @@ class Estimate:
         """True if the interval has an end on each side: there were enough turns."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
-    def scaled(self, factor: float) -> "Estimate":
-        """Return the estimate of a multiple. A negative factor swaps the ends."""
-        low, high = sorted((self.low * factor, self.high * factor))
-        return Estimate(value=self.value * factor, low=low, high=high, turns=self.turns)
-
 
 @dataclass(frozen=True)
 class Turns:
@@ -101,10 +96,6 @@ class Turns:
     def ratio(self, over: str, under: str) -> Estimate:
         """Return the seconds of one run over those of another."""
         return self.paired(lambda a, b: a / b, over, under)
-
-    def difference(self, of: str, less: str) -> Estimate:
-        """Return the seconds of one run less those of another."""
-        return self.paired(lambda a, b: a - b, of, less)
 
 
 Clock = Callable[[Run, int], float]

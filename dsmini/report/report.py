@@ -32,8 +32,6 @@ class Section:
     figures: Sequence[Figure] = ()
     plots: Sequence[Plot] = ()
     heat_maps: Sequence[HeatMap] = ()
-    prose: Sequence[tuple[str, str]] = ()
-    """Paragraphs, each with its heading."""
     details: Mapping[str, Sequence[Detail]] = field(default_factory=dict)
     """Numbers that show their computation on a click, by heading."""
     folded: Mapping[str, Sequence[Detail]] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from dsmini import TrainConfig, Transformer, ops
 from dsmini.measure import counting, prediction
 from dsmini.measure.costs import Cost
 from dsmini.measure.counting import Count, CountedOperation, count
-from dsmini.measure.forecast import forecast, forecast_decode, forecast_prefill, forecast_training
+from dsmini.measure.forecast import forecast, forecast_training
 from dsmini.measure.prediction import operation_seconds, predicted_seconds
 from dsmini.measure.rates import Curve, Roofs, flops_rate, point_seconds, product_rate
 from dsmini.measure.step_rates import OTHERS, Rates, StepRates
@@ -170,10 +170,11 @@ def test_forecast_sums_operations_with_factors_and_calls() -> None:
 
 def test_more_work_is_forecast_to_take_longer() -> None:
     here, config = rates(), dataclasses.replace(TINY, n_layers=1)
+    prompt, replace = StepShape(work="prefill", config=config, dtype="float32", batch=1, tokens=32), dataclasses.replace
     for few, many in (
         [forecast_training(config, TrainConfig(optimizer="adamw"), "float32", b, 64, here) for b in (1, 4)],
-        [forecast_prefill(config, "float32", 1, n, here) for n in (16, 64)],
-        [forecast_decode(config, "bfloat16", b, 32, here) for b in (1, 8)],
+        [forecast(replace(prompt, tokens=n), here) for n in (16, 64)],
+        [forecast(replace(prompt, work="decode", dtype="bfloat16", batch=b), here) for b in (1, 8)],
     ):
         assert few.seconds < many.seconds
         assert few.flops < many.flops
@@ -181,4 +182,4 @@ def test_more_work_is_forecast_to_take_longer() -> None:
 
 def test_forecast_without_rates_says_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"no rates of decode fp8 here; have training float32, .*decode bfloat16"):
-        forecast_decode(TINY, "fp8", 1, 16, rates())
+        forecast(StepShape(work="decode", config=TINY, dtype="fp8", batch=1, tokens=16), rates())

@@ -25,7 +25,7 @@ def heat_map(values: list[list[float | None]]) -> HeatMap:
 
 
 def planned() -> Report:
-    """Return a report with figures, plot, table, details, heat map, prose, a warning and a failed case."""
+    """Return a report with figures, plot, table, details, heat map, a warning and a failed case."""
     figures = [
         Figure(question="fit", case={"gpus": n}, metric="bytes_per_gpu", unit="bytes", predicted=80e9 / n, note="BF16")
         for n in (1, 2, 4)
@@ -53,7 +53,6 @@ def planned() -> Report:
         name="memory",
         title="How much?",
         finding="Little.",
-        prose=[("Machine to Algorithm", "Links are slow & dear.")],
         details={"Cache": [cache, Detail(name="row", title="Row of a <layer>", value="1152 B")]},
         heat_maps=[heat_map([[1.0, 2.0], [None, 3.0]])],
     )
