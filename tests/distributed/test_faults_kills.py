@@ -23,7 +23,7 @@ EP: dict[str, Any] = {"ep": 2}
 LOST = {1, -signal.SIGABRT}
 """Statuses of a rank whose peer died: it leaves, or gloo aborts it."""
 RUNS = int(os.environ.get("DSMINI_KILLED_RUNS", "2"))
-"""Number of runs that are killed at random moments, for each number of ranks."""
+"""Number of runs that are killed at random moments."""
 LONGER: dict[str, Any] = {"steps": 12, "eval_every": 5}
 ENDS = {
     **{"kill": KILLED, "kill_saving": KILLED, "exception": 1},
@@ -60,39 +60,33 @@ def test_kill_in_each_phase_of_a_step_on_each_rank(tmp_path: Path, whole: Path) 
     assert_survived(tmp_path / "run", faults, whole)
 
 
-def killed_at_random(world: World, folder: Path, parallel: dict[str, Any], rank: int, seconds: float) -> bool:
-    """Train, saving after each step; a rank is killed after some seconds, unless it has come to its end."""
-    if world.rank == rank:
-        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-        timer.daemon = True
-        timer.start()
-        try:
-            return run(world, folder, parallel, save_every=1, **LONGER)
-        finally:
-            timer.cancel()
-    return run(world, folder, parallel, save_every=1, **LONGER)
+def killed_at_random(world: World, folder: Path, seconds: float) -> bool:
+    """Train, saving after each step; this process is killed after some seconds, unless it has come to its end."""
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
+    try:
+        return run(world, folder, save_every=1, **LONGER)
+    finally:
+        timer.cancel()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_kill_at_random_moments_ends_with_the_same_bytes(n: int, tmp_path: Path) -> None:
-    """Kill each run again and again at moments that are drawn, of steps, of saves and of starts."""
-    parallel: dict[str, Any] = {"ep": min(n, 2), "dp": max(1, n // 2)}
-    assert run_ranks(n, killed_at_random, tmp_path / "whole", parallel, -1, 0.0) == [True] * n
+def test_kill_at_random_moments_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """Kill each run again and again at moments that are drawn, of steps and of saves."""
+    assert run(World(), tmp_path / "whole", save_every=1, **LONGER)
     first, *_, last = read_events(tmp_path / "whole")
     longest, kills = last["time"] - first["time"], 0
     for seed in range(RUNS):
-        draw, folder = random.Random(f"{n} {seed}"), tmp_path / f"{seed}"
+        draw, folder = random.Random(seed), tmp_path / f"{seed}"
         ends = [KILLED]
         while KILLED in ends:
-            ends = statuses(
-                outcomes(n, killed_at_random, folder, parallel, draw.randrange(n), draw.uniform(0, longest))
-            )
+            ends = statuses(outcomes(1, killed_at_random, folder, draw.uniform(0, longest)))
             kills += KILLED in ends
-        assert ends == [0] * n
+        assert ends == [0]
         assert differences(folder, tmp_path / "whole", LONGER["steps"]) == []
         shutil.rmtree(folder)
-    print(f"{n} ranks: {RUNS} runs, killed {kills} times, all equal")
+    print(f"{RUNS} runs, killed {kills} times, all equal")
 
 
 @pytest.mark.slow
