@@ -77,7 +77,7 @@ def attention_mask(mask: Mask | None, queries: Int[Tensor, "#b s"], t: int) -> B
 
 def refuse_blind(hidden: Bool[Tensor, "#b s t"], queries: Int[Tensor, "#b s"]) -> None:
     """Raise ValueError for a query that sees no key, in eager mode on a CPU."""
-    if ops.shows_numbers(hidden) and bool((blind := hidden.all(-1)).any()):
+    if ops.can_read_values(hidden) and bool((blind := hidden.all(-1)).any()):
         position = int(queries.expand(blind.shape)[blind][0])
         raise ValueError(f"mask hides all keys from the query at position {position}; let each query see itself")
 

@@ -271,7 +271,7 @@ def check_ids(what: str, ids: Int[Tensor, "*batch"], vocab_size: int) -> None:
 
     On an accelerator the check would wait for the device in every step. There the commands check their data once.
     """
-    if ops.shows_numbers(ids) and ids.numel():
+    if ops.can_read_values(ids) and ids.numel():
         low, high = (int(i) for i in ids.aminmax())
         if low < 0 or high >= vocab_size:
             wrong = low if low < 0 else high

@@ -236,7 +236,7 @@ def _check_operands(x: Tensor | QuantizedTensor, w: Tensor | QuantizedTensor, en
             raise ValueError(f"x is on {x.device} and {name} on {other.device}; move one of them")
     if ops.is_transformed():
         raise ValueError("FP8 products do not work inside torch.func; use backward(), or a model without FP8")
-    if ends is not None and ops.shows_numbers(ends):
+    if ends is not None and ops.can_read_values(ends):
         cuts = [0, *ends.tolist()]
         if ends.is_floating_point() or cuts != sorted(cuts) or cuts[-1] != x.shape[0]:
             raise ValueError(

@@ -318,7 +318,7 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and _transform() is not None
 
 
-def shows_numbers(tensor: Tensor) -> bool:
+def can_read_values(tensor: Tensor) -> bool:
     """Return True where a check may look at a tensor's numbers without a wait: in eager mode on a CPU."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and _transform() is None
 
