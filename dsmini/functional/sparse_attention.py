@@ -25,12 +25,12 @@ def queries_at_a_time(x: Tensor, query_bytes: int) -> int:
     return max(1, BLOCK_BYTES * (1 if x.is_cpu else OFF_CPU) // query_bytes)
 
 
-@ops.eager("pick_keys")
+@ops.eager("topk_keys")
 @torch.no_grad()
 def _(q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) -> Tensor:
     """Score some queries at a time, so that the products of all heads with a long context never exist together."""
     if not q.numel():
-        return ops.find("pick_keys").reference(q, k, weights, topk, mask)
+        return ops.find("topk_keys").reference(q, k, weights, topk, mask)
     (b, s, h, _), t = q.shape, k.shape[1]
     rows = queries_at_a_time(q, 4 * b * h * t)
     index_scores, blocks = ops.find("index_scores"), []
@@ -56,13 +56,13 @@ def _first_largest(scores: Float[Tensor, "b s t"], k: int) -> Int[Tensor, "b s k
     return rank.new_full((*scores.shape[:-1], k + 1), -1).scatter_(-1, rank, places)[..., :k]
 
 
-@ops.eager("picked_attention")
+@ops.eager("topk_attention")
 def _(
     q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, topk_indices: Tensor
 ) -> Tensor:
     """Gather the picked rows of some queries at a time; each query then is a sequence of its own, with k keys."""
     if not topk_indices.numel():
-        return ops.find("picked_attention").reference(q_nope, q_rope, rows, w_uk, w_uv, scale, topk_indices)
+        return ops.find("topk_attention").reference(q_nope, q_rope, rows, w_uk, w_uv, scale, topk_indices)
     b, k, row = len(rows), topk_indices.shape[2], rows[0, 0].nbytes
     sequence = torch.arange(b, device=rows.device)[:, None, None]
     blocks = []

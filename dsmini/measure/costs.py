@@ -153,13 +153,13 @@ def _scores(q: Tensor, k: Tensor, weights: Tensor) -> Cost:
     return Cost(_nbytes(q, k, weights), 4 * b * s * t, 2 * b * s * h * t * d, t, q.dtype)
 
 
-def _pick_keys(result: Any, q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) -> Cost:
+def _topk_keys(result: Any, q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) -> Cost:
     (b, s), chosen = q.shape[:2], min(topk, k.shape[1])
     scores = _scores(q, k, weights)
     return scores._replace(read=scores.read + mask.nbytes, written=8 * b * s * chosen)
 
 
-def _picked_attention(
+def _topk_attention(
     result: Any, q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, chosen: Tensor
 ) -> Cost:
     (b, s, h, n), width, (c, v), k = q_nope.shape, rows.shape[2], w_uv.shape[1:], chosen.shape[2]
@@ -250,8 +250,8 @@ COSTS: MappingProxyType[str, Callable[..., Cost]] = MappingProxyType(
         "trained_experts": _trained_experts,
         "trained_experts_gradients": _trained_experts_gradients,
         "muon_update": _muon,
-        "pick_keys": _pick_keys,
-        "picked_attention": _picked_attention,
+        "topk_keys": _topk_keys,
+        "topk_attention": _topk_attention,
         "normed": _normed,
         "attention_step": _attention_step,
         "grouped_attention_step": _grouped_attention_step,

@@ -20,7 +20,7 @@ from dsmini.measure.costs import cost_of
 from dsmini.measure.kinds import Job, Maker
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
 from dsmini.nn import RMSNorm
-from dsmini.nn.dsa import pick_keys, picked_attention
+from dsmini.nn.dsa import topk_attention, topk_keys
 from dsmini.nn.fp8 import quantized_experts, quantized_linear
 from dsmini.nn.layers import linear
 from dsmini.nn.moe import experts
@@ -178,25 +178,25 @@ def _attention(sizes: Mapping[str, Any], run: Any, part: Literal["attention", "s
     return make
 
 
-def _pick_keys(keys: int, dtype: torch.dtype, device: torch.device) -> Job:
+def _topk_keys(keys: int, dtype: torch.dtype, device: torch.device) -> Job:
     """Return the picks of some queries, a quarter of the keys."""
     q, k = _numbers(dtype, device, 1, QUERIES, 8, 64), _numbers(dtype, device, 1, keys, 64)
     weights = _numbers(torch.float32, device, 1, QUERIES, 8)
     hidden = torch.zeros(1, QUERIES, keys, dtype=torch.bool, device=device)
-    flops = cost_of("pick_keys", None, q, k, weights, keys // 4, hidden).flops
-    return lambda q, k: pick_keys(q, k, weights, keys // 4, hidden), (q, k), flops
+    flops = cost_of("topk_keys", None, q, k, weights, keys // 4, hidden).flops
+    return lambda q, k: topk_keys(q, k, weights, keys // 4, hidden), (q, k), flops
 
 
-def _picked_attention(picks: int, dtype: torch.dtype, device: torch.device) -> Job:
+def _topk_attention(picks: int, dtype: torch.dtype, device: torch.device) -> Job:
     """Return attention of some queries to a quarter of the rows."""
     shapes = ((1, QUERIES, 16, 32), (1, QUERIES, 16, 32), (1, 4 * picks, 288), (16, 32, 256), (16, 256, 32))
     tensors = tuple(_numbers(dtype, device, *shape) for shape in shapes)
     chosen = torch.rand(1, QUERIES, 4 * picks, device=device).topk(picks).indices
-    run: Any = picked_attention
+    run: Any = topk_attention
     return (
         lambda *tensors: run(*tensors, 0.1, chosen),
         tensors,
-        cost_of("picked_attention", None, *tensors, 0.1, chosen).flops,
+        cost_of("topk_attention", None, *tensors, 0.1, chosen).flops,
     )
 
 
@@ -263,8 +263,8 @@ KERNELS: Mapping[str, Kernel] = {
     "muon": Kernel(_muon, (32, 64, 128, 256, 512), ("muon_update",), close=0.05),
     "cached attention": Kernel(_attention(MLA, attention_step), (64, 512, 4096), ()),
     "index scores": Kernel(_attention({**MLA, **INDEXER}, attention_step, "scores"), (1024, 4096, 16384), ()),
-    "pick keys": Kernel(_pick_keys, (256, 2048, 8192), ("pick_keys",)),
-    "picked attention": Kernel(_picked_attention, (64, 512, 2048), ("picked_attention",)),
+    "pick keys": Kernel(_topk_keys, (256, 2048, 8192), ("topk_keys",)),
+    "picked attention": Kernel(_topk_attention, (64, 512, 2048), ("topk_attention",)),
 }
 """Kernels that have a curve of rates, by its name."""
 OTHERS: Mapping[str, Kernel] = {

@@ -98,9 +98,9 @@ def index_scores(
         return einsum(products.relu(), weights, "b s h t, b s h -> b s t")
 
 
-@ops.operation("pick_keys")
+@ops.operation("topk_keys")
 @torch.no_grad()
-def pick_keys(
+def topk_keys(
     q: Float[Tensor, "b s h d"],
     k: Float[Tensor, "b t d"],
     weights: Float[Tensor, "b s h"],
@@ -129,8 +129,8 @@ def topk_mask(topk_indices: Int[Tensor, "b s k"], t: int) -> Bool[Tensor, "b s t
     return mask.scatter_(-1, torch.where(topk_indices < 0, t, topk_indices), False)[..., :t]
 
 
-@ops.operation("picked_attention")
-def picked_attention(
+@ops.operation("topk_attention")
+def topk_attention(
     q_nope: Float[Tensor, "b s h n"],
     q_rope: Float[Tensor, "b s h r"],
     rows: Float[Tensor, "b t w"],
@@ -401,7 +401,7 @@ class DSA(MLA):
         for start in range(0, q.shape[1], BLOCK):
             part, t = slice(start, start + BLOCK), _keys_before(start + BLOCK, keys.shape[1], context.cache)
             mask = context.mask(self.mask, start, min(start + BLOCK, q.shape[1]), t)
-            chosen = pick_keys(q[:, part], keys[:, :t], weights[:, part], k, mask)
+            chosen = topk_keys(q[:, part], keys[:, :t], weights[:, part], k, mask)
             blocks.append(F.pad(chosen, (0, k - chosen.shape[2]), value=-1))
         return torch.cat(blocks, 1)
 
@@ -417,7 +417,7 @@ class DSA(MLA):
         rows = cache.store.read(cache.at.end, q.dtype)
         q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
         w_uk, w_uv = self.prepared_halves(q.dtype, cache)
-        return picked_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, topk_indices)
+        return topk_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, topk_indices)
 
     def masked(
         self,

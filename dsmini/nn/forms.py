@@ -85,7 +85,7 @@ def cheapest_form(layer: "MLA", queries: int, cache: LayerCacheView) -> ChosenFo
         return "expanded"
     indexer: Any = getattr(layer, "indexer", None)
     topk = None if indexer is None or int(cache.at.lengths.max()) <= indexer.topk else indexer.topk
-    if topk is not None and ops.serves("picked_attention", layer.wkv_b.weight):
+    if topk is not None and ops.serves("topk_attention", layer.wkv_b.weight):
         return "absorbed"
     keys = cache.at.end
     return attention_work(layer, queries, keys, None if topk is None else min(keys, topk)).cheaper

@@ -103,7 +103,7 @@ def test_each_part_of_a_kernel_has_a_rate_of_its_own(monkeypatch: pytest.MonkeyP
     whole = Cost(32, 32, 7_000_000, attention=4_000_000, scores=1_000_000)
     for name, cost, want in (
         ("attention_step", whole, 2e6 / 1e9 + 4e6 / 2e9 + 1e6 / 5e8),
-        ("pick_keys", Cost(32, 32, 8_000_000), 8e6 / 4e9),
+        ("topk_keys", Cost(32, 32, 8_000_000), 8e6 / 4e9),
     ):
         counter = Count()
         monkeypatch.setattr(counting, "cost_of", lambda *_, cost=cost: cost)

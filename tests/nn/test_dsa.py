@@ -11,7 +11,7 @@ from dsmini.functional import sparse_attention
 from dsmini.nn import DSA, Cache, attention, dsa
 from dsmini.nn.attention import cached_attention, context_of
 from dsmini.nn.cache import LayerCache
-from dsmini.nn.dsa import picked_attention, topk_mask
+from dsmini.nn.dsa import topk_attention, topk_mask
 from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
 from tests.helpers import configs
@@ -100,11 +100,11 @@ def test_mask_and_gather_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch, 
     picks = torch.rand(b, s, t).topk(k).indices
     picks[..., 1:] = picks[..., 1:].masked_fill(torch.rand(b, s, k - 1) < 0.3, -1)
     with ops.use("reference"):
-        want = picked_attention(*operands, 0.4, picks)
+        want = topk_attention(*operands, 0.4, picks)
     for nbytes, order in ((1 << 20, torch.arange(k)), (1, torch.arange(k)), (1, torch.randperm(k))):
         monkeypatch.setattr(sparse_attention, "BLOCK_BYTES", nbytes)
         with ops.use("eager"):
-            got = picked_attention(*operands, 0.4, picks[..., order])
+            got = topk_attention(*operands, 0.4, picks[..., order])
         direction = torch.linspace(-1, 1, got.numel(), dtype=torch.float64).view_as(got)
         grads = [torch.autograd.grad((y * direction).sum(), operands, retain_graph=True) for y in (got, want)]
         assert all(relative_error(a, b) <= 1e-13 for a, b in [(got, want), *zip(*grads, strict=True)])

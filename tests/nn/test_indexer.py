@@ -9,7 +9,7 @@ from torch import Tensor
 from dsmini import ModelConfig, ops
 from dsmini.functional import sparse_attention
 from dsmini.nn import Indexer, Rope, dsa
-from dsmini.nn.dsa import hadamard, index_scores, pick_keys
+from dsmini.nn.dsa import hadamard, index_scores, topk_keys
 from dsmini.nn.layers import FP32Linear
 from dsmini.nn.rope import apply_rope, apply_rope_to_halves
 from dsmini.numerics import quantize
@@ -146,7 +146,7 @@ def test_picks_are_the_largest_scores_that_a_query_sees(s: int, t: int, topk: in
     want = index_scores(q, k, weights).masked_fill(hidden, -torch.inf)
     for backend in ("reference", "eager"):
         with ops.use(backend):
-            picks = pick_keys(q, k, weights, topk, hidden)
+            picks = topk_keys(q, k, weights, topk, hidden)
         assert picks.shape == (2, s, min(topk, t)) and picks.dtype == torch.int64
         for row, chosen in zip(want.flatten(0, 1), picks.flatten(0, 1), strict=True):
             valid = chosen[chosen >= 0]
@@ -163,11 +163,11 @@ def test_both_versions_pick_the_earlier_of_equal_keys(monkeypatch: pytest.Monkey
     k[:, :60, 0], k[:, 60:, 0] = 1.0, -1.0
     assert (index_scores(q, k, weights)[..., :60] == 0).all()
     with ops.use("reference"):
-        want = pick_keys(q, k, weights, 16, hidden)
+        want = topk_keys(q, k, weights, 16, hidden)
     for nbytes in (1, 4 * 2 * 3 * 70 * 7, 1 << 20):
         monkeypatch.setattr(sparse_attention, "BLOCK_BYTES", nbytes)
         with ops.use("eager"):
-            assert sets(pick_keys(q, k, weights, 16, hidden)) == sets(want)
+            assert sets(topk_keys(q, k, weights, 16, hidden)) == sets(want)
     assert sets(want)[0][0] == set(range(16))  # at position 30
 
 
@@ -176,7 +176,7 @@ def test_a_score_of_nan_is_picked_by_those_who_see_it(backend: str) -> None:
     q, k, weights, hidden = inputs(40, 40)
     k[:, 5] = torch.nan
     with ops.use(backend):
-        found = sets(pick_keys(q, k, weights, 4, hidden))
+        found = sets(topk_keys(q, k, weights, 4, hidden))
     assert [5 in row for row in found[0]] == [t >= 5 for t in range(40)]
     assert all(len(row) == min(t + 1, 4) for t, row in enumerate(found[0]))
 
@@ -186,7 +186,7 @@ def test_a_context_beyond_128k_is_scored_whole() -> None:
     q, k, weights, hidden = inputs(1, 2**17 + 700, h=2, d=4)
     k[:, 2**17 :] *= 3
     want = index_scores(q, k, weights).topk(64).indices
-    assert sets(pick_keys(q, k, weights, 64, hidden)) == sets(want) and 0 < (want < 2**17).sum() < 128
+    assert sets(topk_keys(q, k, weights, 64, hidden)) == sets(want) and 0 < (want < 2**17).sum() < 128
 
 
 def test_products_of_all_heads_with_a_long_context_never_exist_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_products_of_all_heads_with_a_long_context_never_exist_together(monkeypa
 
     monkeypatch.setitem(ops.Operation.declared, "index_scores", watched)
     with ops.use("eager"):
-        pick_keys(q, k, weights, 16, hidden)
+        topk_keys(q, k, weights, 16, hidden)
     most = max(rows) * 2 * 8 * 20_000 * 4
     assert sum(rows) == 48 and most <= sparse_attention.BLOCK_BYTES < 2 * most
 
@@ -207,8 +207,8 @@ def test_products_of_all_heads_with_a_long_context_never_exist_together(monkeypa
 def test_picks_of_bf16_are_those_of_fp32_products() -> None:
     q, k, weights, hidden = inputs(60, 900, d=64)
     q, k = q.bfloat16(), k.bfloat16()
-    want = sets(pick_keys(q.float(), k.float(), weights, 32, hidden))
-    assert sets(pick_keys(q, k, weights, 32, hidden)) == want
+    want = sets(topk_keys(q.float(), k.float(), weights, 32, hidden))
+    assert sets(topk_keys(q, k, weights, 32, hidden)) == want
     rounded = torch.einsum("bshd,btd->bsht", q, k).float().relu()
     short = (rounded * weights[..., None]).sum(2).masked_fill(hidden, -torch.inf).topk(32).indices
     assert sets(short) != want

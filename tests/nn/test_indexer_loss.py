@@ -13,7 +13,7 @@ from dsmini import ModelConfig, Transformer
 from dsmini.functional import sparse_attention
 from dsmini.nn import DSA, dsa, dsa_layers
 from dsmini.nn.attention import context_of
-from dsmini.nn.dsa import IndexerLoss, indexer_agreement, kl_of_scores, pick_keys
+from dsmini.nn.dsa import IndexerLoss, indexer_agreement, kl_of_scores, topk_keys
 from tests.conftest import SMALL, randomise
 from tests.helpers import configs
 from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, FP64_UNIT, relative_error, rounding
@@ -52,7 +52,7 @@ def problem(s: int = S, topk: int = TOPK, documents: Tensor | None = None) -> tu
     shapes = ((2, s, 3, 8), (2, s, 8), (2, s, 3))
     a, b, c = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     index = a, b, c
-    picks = pick_keys(*index, topk, mask)
+    picks = topk_keys(*index, topk, mask)
     return index, Main(q, k, lambda start, end: mask[:, start:end, :end]), picks
 
 
@@ -134,7 +134,7 @@ def test_a_perfect_indexer_has_no_loss() -> None:
     _, main, _ = problem()
     q, k = main.q[:, :, :1].abs(), main.k[:, :, :1].abs()  # no product is cut by the ReLU
     weights = torch.full((2, S, 1), SCALE, dtype=torch.float64)
-    picks = pick_keys(q, k[:, :, 0], weights, TOPK, main.mask(0, S))
+    picks = topk_keys(q, k[:, :, 0], weights, TOPK, main.mask(0, S))
     for stage in ("warmup", "sparse"):
         fit = compare((q, k[:, :, 0], weights), main._replace(q=q, k=k), picks, stage)
         assert abs(fit.kl.item()) < EXACT and fit.recall == 1 and fit.mass < 1

@@ -6,7 +6,6 @@ from dsmini_kernels.cpu.calls import without_running
 from dsmini_kernels.cpu.muon import muon_update
 from dsmini_kernels.cpu.norms import normed
 from dsmini_kernels.cpu.panels import experts, quantized_experts, trained_experts, trained_experts_gradients
-from dsmini_kernels.cpu.picks import pick_keys, picked_attention
 from dsmini_kernels.cpu.steps import (
     attention_step,
     blocks_step,
@@ -16,13 +15,14 @@ from dsmini_kernels.cpu.steps import (
     quantized_linear,
 )
 from dsmini_kernels.cpu.tiles import dequantize, quantize, quantize_dequantize
+from dsmini_kernels.cpu.topk import topk_attention, topk_keys
 
 OPERATIONS = (
     *("quantize", "dequantize", "quantize_dequantize"),
     *("linear", "quantized_linear", "normed"),
     *("attention_step", "grouped_attention_step", "feed_forward_step", "blocks_step"),
     *("experts", "quantized_experts", "trained_experts", "trained_experts_gradients", "muon_update"),
-    *("pick_keys", "picked_attention"),
+    *("topk_keys", "topk_attention"),
 )
 __all__ = [
     "OPERATIONS",
@@ -38,12 +38,12 @@ __all__ = [
     "linear",
     "muon_update",
     "normed",
-    "pick_keys",
-    "picked_attention",
     "quantize",
     "quantize_dequantize",
     "quantized_experts",
     "quantized_linear",
+    "topk_attention",
+    "topk_keys",
     "trained_experts",
     "trained_experts_gradients",
     "why_not",

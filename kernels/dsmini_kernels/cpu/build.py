@@ -59,8 +59,8 @@ SOURCES = {
     "feed_forward.cpp": PRODUCTS,
     "muon.cpp": PRODUCTS,
     "experts.cpp": PRODUCTS,
-    "pick_keys.cpp": PRODUCTS,
-    "picked_attention.cpp": PRODUCTS,
+    "topk_keys.cpp": PRODUCTS,
+    "topk_attention.cpp": PRODUCTS,
     "trained_experts.cpp": ("-O2", "-ffp-contract=fast"),  # compiled in half the time (docs/log.md)
 }
 """Sources and their flags."""
@@ -87,11 +87,11 @@ LAYOUTS = {
     "muon": "=9q3d",
     "experts": "=39q",
     "trained_experts": "=56q",
-    "pick_keys": "=20q",
-    "picked_attention": "=18qd",
+    "topk_keys": "=20q",
+    "topk_attention": "=18qd",
 }
 """Functions of the library, and how the call of each is packed: struct Call of tiles.h, and the calls of steps.h."""
-CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON, EXPERTS, TRAINED, PICKS, PICKED = map(
+CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON, EXPERTS, TRAINED, TOPK_KEYS, TOPK_ATTENTION = map(
     Struct, LAYOUTS.values()
 )
 TRIAL_LAYOUTS = [f"{name}{layout}" for name, layout in LAYOUTS.items()]
@@ -124,8 +124,8 @@ class Library:
     muon: "ctypes._NamedFuncPointer"
     experts: "ctypes._NamedFuncPointer"
     trained_experts: "ctypes._NamedFuncPointer"
-    pick_keys: "ctypes._NamedFuncPointer"
-    picked_attention: "ctypes._NamedFuncPointer"
+    topk_keys: "ctypes._NamedFuncPointer"
+    topk_attention: "ctypes._NamedFuncPointer"
     blocks: "ctypes._NamedFuncPointer"
 
 

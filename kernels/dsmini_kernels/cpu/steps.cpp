@@ -287,8 +287,8 @@ ENTRY(feed_forward, FeedForwardCall)
 ENTRY(muon, MuonCall)
 ENTRY(experts, ExpertsCall)
 ENTRY(trained_experts, TrainedCall)
-ENTRY(pick_keys, PicksCall)
-ENTRY(picked_attention, PickedCall)
+ENTRY(topk_keys, PicksCall)
+ENTRY(topk_attention, PickedCall)
 
 // A step of many blocks: calls one after the other, each after a header of its entry and its bytes (build.py, ENTRIES).
 extern "C" __attribute__((visibility("default"))) int64_t dsmini_blocks(const char* calls, int64_t bytes) {

@@ -208,8 +208,8 @@ bool feed_forward(const FeedForwardCall&);
 bool experts(const ExpertsCall&);
 bool trained_experts(const TrainedCall&);
 bool muon(const MuonCall&);
-bool pick_keys(const PicksCall&);
-bool picked_attention(const PickedCall&);
+bool topk_keys(const PicksCall&);
+bool topk_attention(const PickedCall&);
 
 // Memory of a thread that calls, kept from call to call unless it is large. Null if there is none left.
 float* scratch_of(int64_t numbers);

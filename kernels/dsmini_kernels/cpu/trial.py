@@ -97,9 +97,9 @@ def step_calls(memory: Memory) -> Iterator[tuple[str, tuple[float, ...]]]:
     for bf16, backward in itertools.product(range(2), range(2)):
         yield "trained_experts", trained_experts_call(memory, bf16, backward)
     for bf16, (b, s), topk in itertools.product(range(2), ((1, 1), (2, 11)), (7, 150)):
-        yield "pick_keys", picks_call(memory, b, s, bf16, topk)
+        yield "topk_keys", topk_keys_call(memory, b, s, bf16, topk)
     for bf16, (b, s), (heads, latent) in itertools.product(range(2), ((1, 1), (2, 3)), ((3, 37), (19, 64), (130, 32))):
-        yield "picked_attention", picked_call(memory, b, s, bf16, heads, latent)
+        yield "topk_attention", topk_attention_call(memory, b, s, bf16, heads, latent)
     for bf16, by_gram in itertools.product(range(2), range(2)):
         yield "muon", muon_call(memory, bf16, by_gram)
 
@@ -206,7 +206,7 @@ def trained_experts_call(memory: Memory, bf16: int, backward: int) -> tuple[floa
     return (1, n, dim, inter, experts, k, bf16, backward, *parts, *matrices)
 
 
-def picks_call(memory: Memory, b: int, s: int, bf16: int, topk: int) -> tuple[float, ...]:
+def topk_keys_call(memory: Memory, b: int, s: int, bf16: int, topk: int) -> tuple[float, ...]:
     heads, width, t, size = 5, 18, 150, (4, 2)[bf16]
     q, k, weights, hidden, picks = _spans(
         *(memory, b * s * heads * width * size, b * t * width * size, b * s * heads * 4, s * t, b * s * topk * 8)
@@ -214,7 +214,7 @@ def picks_call(memory: Memory, b: int, s: int, bf16: int, topk: int) -> tuple[fl
     return (1, b, s, t, heads, width, topk, bf16, *q, *k, t * width * size, *weights, *hidden, 1, *picks)
 
 
-def picked_call(memory: Memory, b: int, s: int, bf16: int, heads: int, latent: int) -> tuple[float, ...]:
+def topk_attention_call(memory: Memory, b: int, s: int, bf16: int, heads: int, latent: int) -> tuple[float, ...]:
     width, t, k, size = latent + 6, 150, 71, (4, 2)[bf16]
     queries, row = b * s * heads * size, width * size
     q, rows, picks, out = _spans(memory, queries * width, b * t * row, b * s * k * 8, queries * latent)

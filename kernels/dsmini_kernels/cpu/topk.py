@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import PICKED, PICKS, library
+from dsmini_kernels.cpu.build import TOPK_ATTENTION, TOPK_KEYS, library
 from dsmini_kernels.cpu.steps import detached, n_threads, run, span
 
 
-def pick_keys(q: Tensor, k: Tensor, weights: Tensor, topk: int, hidden: Tensor) -> Tensor:
+def topk_keys(q: Tensor, k: Tensor, weights: Tensor, topk: int, hidden: Tensor) -> Tensor:
     """Return the places of the topk largest scores of each query in order, and -1 where it sees fewer keys."""
     (b, s, heads, width), t = q.shape, k.shape[1]
     topk = min(topk, t)
@@ -23,11 +23,11 @@ def pick_keys(q: Tensor, k: Tensor, weights: Tensor, topk: int, hidden: Tensor) 
         *(n_threads(), b, s, t, heads, width, topk, bf16),
         *(*span(q), *k_span, k_stride, *span(weights), *span(hidden), hidden.shape[0], *span(picks)),
     )
-    run(library().pick_keys, PICKS, call)
+    run(library().topk_keys, TOPK_KEYS, call)
     return picks
 
 
-def picked_attention(
+def topk_attention(
     q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, picks: Tensor
 ) -> Tensor:
     """Return absorbed attention of each query to the rows that it chose. Sums are FP32, of BF16 numbers if rows are.
@@ -48,7 +48,7 @@ def picked_attention(
         *(n_threads(), b, s, t, heads, width, latent, k, bf16),
         *(*span(q), *rows_span, rows_stride, *span(picks), *span(out), scale),
     )
-    run(library().picked_attention, PICKED, call)
+    run(library().topk_attention, TOPK_ATTENTION, call)
     y = (out.flatten(0, 1).transpose(0, 1) @ w_uv).transpose(0, 1)
     return y.reshape(b, s, heads * w_uv.shape[2])
 

@@ -77,7 +77,7 @@ void step(const PicksCall& c, const Buffers<Words>& m) {
 
 }  // namespace
 
-bool pick_keys(const PicksCall& c) {
+bool topk_keys(const PicksCall& c) {
   bool fine = true;
   with_words(c.bf16, c.bf16 ? WEIGHT_BF16 : WEIGHT_FP32, [&](auto words) {
     using Words = decltype(words);

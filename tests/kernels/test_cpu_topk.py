@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsmini import ops
-from dsmini.nn.dsa import index_scores, pick_keys, picked_attention
+from dsmini.nn.dsa import index_scores, topk_attention, topk_keys
 from dsmini_kernels import Unserved, cpu
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 from tests.kernels.conftest import assert_threads_change_no_bit
@@ -29,7 +29,7 @@ ATTENDED = (
 
 
 def scored(b: int, s: int, t: int, heads: int, width: int, topk: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Return the arguments of pick_keys. Keys are the first of a longer cache, and some are hidden."""
+    """Return the arguments of topk_keys. Keys are the first of a longer cache, and some are hidden."""
     q, k = torch.randn(b, s, heads, width).to(dtype), torch.randn(b, t + 3, width).to(dtype)[:, :t]
     hidden = torch.rand(b, s, t) < 0.3
     hidden[..., 0] = False
@@ -39,7 +39,7 @@ def scored(b: int, s: int, t: int, heads: int, width: int, topk: int, dtype: tor
 def attended(
     b: int, s: int, t: int, h: int, n: int, r: int, c: int, v: int, k: int, dtype: torch.dtype
 ) -> tuple[Any, ...]:
-    """Return the arguments of picked_attention. Some picks are none."""
+    """Return the arguments of topk_attention. Some picks are none."""
     shapes = ((b, s, h, n), (b, s, h, r), (b, t + 2, c + r), (h, n, c), (h, c, v))
     q_nope, q_rope, rows, w_uk, w_uv = (torch.randn(shape) for shape in shapes)
     operands = (q_nope, q_rope, rows, w_uk / n**0.5, w_uv / c**0.5)
@@ -53,7 +53,7 @@ def test_picks_are_the_keys_with_the_largest_scores(isa: str) -> None:
     for shape in SCORED:
         for dtype in DTYPES:
             q, k, weights, topk, hidden = scored(*shape, dtype)
-            got = cpu.pick_keys(q, k, weights, topk, hidden)
+            got = cpu.topk_keys(q, k, weights, topk, hidden)
             with ops.use("reference"):
                 scores = index_scores(q.double(), k.double(), weights.double()).masked_fill(hidden, -torch.inf)
             assert got.shape == (*shape[:2], topk) and got.dtype == torch.int64
@@ -75,31 +75,31 @@ def test_of_equal_scores_the_first_keys_are_picked(isa: str) -> None:
     q[..., 0], k[:, :250, 0], k[:, 250:, 0] = -20.0, 1.0, 0.9  # all heads are rectified
     for order in (slice(None), slice(None, None, 2)):
         with ops.use("eager"):
-            want = pick_keys(q[:, order], k, weights[:, order], topk, hidden[:, order])
-        assert torch.equal(cpu.pick_keys(q[:, order], k, weights[:, order], topk, hidden[:, order]), want)
+            want = topk_keys(q[:, order], k, weights[:, order], topk, hidden[:, order])
+        assert torch.equal(cpu.topk_keys(q[:, order], k, weights[:, order], topk, hidden[:, order]), want)
 
 
 def test_a_score_of_nan_is_picked_and_no_hidden_key_is(isa: str) -> None:
     q, k, weights, topk, hidden = scored(1, 4, 200, 3, 16, 5, torch.bfloat16)
     k[0, 7], hidden[:, :2, 7], hidden[:, 2:, 7] = torch.nan, True, False
-    got = cpu.pick_keys(q, k, weights, topk, hidden)[0]
+    got = cpu.topk_keys(q, k, weights, topk, hidden)[0]
     assert [7 in row for row in got.tolist()] == [False, False, True, True]
-    assert not cpu.pick_keys(q, k, weights, topk, torch.ones_like(hidden)).ge(0).any()
+    assert not cpu.topk_keys(q, k, weights, topk, torch.ones_like(hidden)).ge(0).any()
 
 
 def test_one_mask_serves_all_sequences(isa: str) -> None:
     q, k, weights, topk, hidden = scored(3, 5, 140, 2, 16, 9, torch.float32)
-    want = cpu.pick_keys(q, k, weights, topk, hidden[:1].expand(3, -1, -1))
-    assert torch.equal(cpu.pick_keys(q, k, weights, topk, hidden[:1]), want)
+    want = cpu.topk_keys(q, k, weights, topk, hidden[:1].expand(3, -1, -1))
+    assert torch.equal(cpu.topk_keys(q, k, weights, topk, hidden[:1]), want)
 
 
 def test_attention_to_picked_rows_agrees(isa: str) -> None:
     for shape in ATTENDED:
         for dtype in DTYPES:
             call = attended(*shape, dtype)
-            got = cpu.picked_attention(*call)
+            got = cpu.topk_attention(*call)
             with ops.use("reference"):
-                want = picked_attention(*(x.double() for x in call[:5]), *call[5:])
+                want = topk_attention(*(x.double() for x in call[:5]), *call[5:])
             # sums over a head's numbers, a row's, the keys and the latent's; in BF16 the operands of three are rounded
             unit, terms = (FP32_UNIT, max(shape[4:])) if dtype == torch.float32 else (BF16_UNIT, 1)
             assert got.dtype == dtype and got.shape == want.shape
@@ -110,19 +110,19 @@ def test_attention_to_picked_rows_agrees(isa: str) -> None:
 def test_the_order_of_picks_and_rows_not_picked_do_not_matter(isa: str) -> None:
     for dtype in DTYPES:
         *operands, scale, chosen = attended(1, 3, 200, 5, 16, 8, 64, 16, 70, dtype)
-        want = cpu.picked_attention(*operands, scale, chosen)
+        want = cpu.topk_attention(*operands, scale, chosen)
         tolerance = rounding(FP32_UNIT, terms=70) + (dtype == torch.bfloat16) * rounding(BF16_UNIT)
-        assert relative_error(cpu.picked_attention(*operands, scale, chosen.flip(-1)), want) < tolerance
+        assert relative_error(cpu.topk_attention(*operands, scale, chosen.flip(-1)), want) < tolerance
         unseen = set(range(200)) - set(chosen[0, 1].tolist())
         operands[2][0, sorted(unseen)] = torch.nan
-        got = cpu.picked_attention(*operands, scale, chosen)
+        got = cpu.topk_attention(*operands, scale, chosen)
         assert torch.equal(got[0, 1], want[0, 1]) and got[0, 0].isnan().all()
 
 
 def test_threads_compute_the_same_bits(isa: str) -> None:
     index = scored(2, 40, 300, 4, 32, 50, torch.bfloat16)
     main = attended(2, 21, 300, 8, 16, 8, 64, 16, 50, torch.bfloat16)
-    assert_threads_change_no_bit(lambda: [cpu.pick_keys(*index), cpu.picked_attention(*main)])
+    assert_threads_change_no_bit(lambda: [cpu.topk_keys(*index), cpu.topk_attention(*main)])
 
 
 def changed(call: tuple[Any, ...], place: int, value: Any) -> list[Any]:
@@ -133,16 +133,16 @@ def test_calls_that_are_not_served_say_why() -> None:
     index = scored(1, 2, 30, 2, 8, 5, torch.float32)
     main = attended(1, 2, 30, 2, 8, 4, 32, 8, 5, torch.float32)
     with pytest.raises(Unserved, match="tensors in torch"):
-        cpu.pick_keys(*changed(index, 1, index[1].bfloat16()))
+        cpu.topk_keys(*changed(index, 1, index[1].bfloat16()))
     with pytest.raises(Unserved, match=r"weights of torch\.bfloat16"):
-        cpu.pick_keys(*changed(index, 2, index[2].bfloat16()))
+        cpu.topk_keys(*changed(index, 2, index[2].bfloat16()))
     with pytest.raises(Unserved, match="tensors in torch"):
-        cpu.picked_attention(*changed(main, 2, main[2].double()))
+        cpu.topk_attention(*changed(main, 2, main[2].double()))
     with torch.enable_grad(), pytest.raises(Unserved, match="no gradients"):
-        cpu.picked_attention(*changed(main, 2, main[2].clone().requires_grad_()))
+        cpu.topk_attention(*changed(main, 2, main[2].clone().requires_grad_()))
     with torch.enable_grad():  # picks have none, so these are
         wanting = changed(index, 0, index[0].clone().requires_grad_())
-        assert torch.equal(cpu.pick_keys(*wanting), cpu.pick_keys(*index))
+        assert torch.equal(cpu.topk_keys(*wanting), cpu.topk_keys(*index))
 
 
 def test_picks_outside_the_rows_and_queries_without_picks_are_refused() -> None:
@@ -150,14 +150,14 @@ def test_picks_outside_the_rows_and_queries_without_picks_are_refused() -> None:
     for pick in (30, -2, 1 << 40):
         picks = main[6].index_put((torch.tensor(0), torch.tensor(1), torch.tensor(2)), torch.tensor(pick))
         with pytest.raises(RuntimeError, match="beyond their memory"):
-            cpu.picked_attention(*changed(main, 6, picks))
+            cpu.topk_attention(*changed(main, 6, picks))
     with pytest.raises(RuntimeError, match="size"):
-        cpu.picked_attention(*changed(main, 6, torch.full_like(main[6], -1)))
+        cpu.topk_attention(*changed(main, 6, torch.full_like(main[6], -1)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_operations_give_their_calls_to_the_kernels(dtype: torch.dtype) -> None:
     index, main = scored(1, 9, 120, 2, 16, 9, dtype), attended(1, 9, 120, 2, 8, 4, 32, 8, 5, dtype)
     with ops.use("cpu"):  # raises where a call is not served
-        assert torch.equal(pick_keys(*index), cpu.pick_keys(*index))
-        assert torch.equal(picked_attention(*main), cpu.picked_attention(*main))
+        assert torch.equal(topk_keys(*index), cpu.topk_keys(*index))
+        assert torch.equal(topk_attention(*main), cpu.topk_attention(*main))

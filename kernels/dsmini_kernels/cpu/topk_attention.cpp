@@ -220,4 +220,4 @@ void step(const PickedCall& c, const Buffers& m) {
 
 }  // namespace
 
-bool picked_attention(const PickedCall& c) { return with_memory<Buffers>(c, step); }
+bool topk_attention(const PickedCall& c) { return with_memory<Buffers>(c, step); }
