@@ -18,7 +18,7 @@ from dsmini import quantize as quantize_weight
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles, quantize_tiles, round_tiles
 from dsmini.numerics.tiles import FormatName, Scale, Tile
 from dsmini_kernels import cpu
-from dsmini_kernels.cpu import build, folder, muon, norms, panels, picks, steps, tiles
+from dsmini_kernels.cpu import build, folder, muon, norms, panels, steps, tiles
 from tests.helpers.gpu import gpu_device
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -179,7 +179,7 @@ def force(name: str, monkeypatch: pytest.MonkeyPatch, library: build.Library) ->
     if name not in build.isas_here() or names.index(name) > names.index(library.isa):
         pytest.skip(f"this CPU has no {name}")
     forced = load(name)
-    for module in (tiles, steps, panels, norms, picks, muon):
+    for module in (tiles, steps, panels, norms, topk, muon):
         monkeypatch.setattr(module, "library", lambda: forced)
     return name
 
