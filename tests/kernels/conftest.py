@@ -18,7 +18,7 @@ from dsmini import quantize as quantize_weight
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles, quantize_tiles, round_tiles
 from dsmini.numerics.tiles import FormatName, Scale, Tile
 from dsmini_kernels import cpu
-from dsmini_kernels.cpu import build, folder, muon, norms, panels, steps, tiles
+from dsmini_kernels.cpu import build, folder, muon, norms, panels, steps, tiles, topk
 from tests.helpers.gpu import gpu_device
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
