@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -58,7 +58,8 @@ Holding = Callable[[Transformer], Sequence[Sequence[int]]]
 called with the whole model on the meta device, and raises ValueError for one that it does not fit."""
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """A part of a model that is one tensor of a folder."""
 
     ours: str
