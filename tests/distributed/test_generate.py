@@ -106,7 +106,7 @@ def test_rows_in_simulated_fp8_are_divided_too() -> None:
 
 def refuse_gradients(world: World, folder: Path) -> None:
     model = load_part(world, folder)
-    assert Decoder(model).parts[-1] is None, "the kernels of a step would take all experts to be here"
+    assert Decoder(model).blocks[-1] is None, "the kernels of a step would take all experts to be here"
     with pytest.raises(ValueError, match=r"use torch.no_grad\(\)"):
         model(torch.tensor([[1, 2, 3]]))
 
