@@ -111,11 +111,13 @@ def roof_seconds(what: str, cost: Cost, seconds: float, setting: Setting) -> flo
 def check(kernel: Kernel, run: Callable[..., object], inputs: Sequence[Tensor], what: str) -> None:
     """Compare the kernel's result with the reference: bit for bit where it rounds, else within kernel.close.
 
-    The result of a call that returns none is what it made of copies of its operands.
+    The reference then computes in FP32, so that the roundings are the kernel's alone. The result of a call that returns
+    none is what it made of copies of its operands.
     """
     results: list[list[Tensor]] = []
     for backend in ("cpu", "reference"):
-        copies = [t.clone() for t in inputs]
+        wide = backend == "reference" and kernel.close
+        copies = [t.float() if wide and t.dtype == torch.bfloat16 else t.clone() for t in inputs]
         with ops.use(backend):
             got = run(*copies)
         results.append(_tensors(copies[0] - inputs[0] if got is None else got))
