@@ -28,9 +28,9 @@ MAY_IMPORT = {
     "checkpoint": "config console nn numerics text",
     "distributed": "checkpoint config console nn numerics ops report",
     "training": "accounting checkpoint config console data distributed inference nn numerics ops text",
-    "measure": "config functional inference nn numerics ops training",
+    "measure": "config inference nn numerics ops training",
     "planner": "accounting config console measure report",
-    "diagnosis": "accounting checkpoint config data functional inference measure nn numerics ops planner report text "
+    "diagnosis": "accounting checkpoint config data inference measure nn numerics ops planner report text "
     "training",
 }
 SHARED = ("atomic", "machine", "reading")
