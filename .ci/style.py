@@ -30,8 +30,7 @@ MAY_IMPORT = {
     "training": "accounting checkpoint config console data distributed inference nn numerics ops text",
     "measure": "config inference nn numerics ops training",
     "planner": "accounting config console measure report",
-    "diagnosis": "accounting checkpoint config data inference measure nn numerics ops planner report text "
-    "training",
+    "diagnosis": "accounting checkpoint config data inference measure nn numerics ops planner report text training",
 }
 SHARED = ("atomic", "machine", "reading")
 COMMANDS = ["train", "generate", "tokenize", "convert", "explain", "plan", "diagnose", "__main__", "__init__"]
