@@ -61,7 +61,7 @@ def slow_bf16(device: torch.device) -> bool:
 @functools.cache
 def multiplies_bf16() -> bool:
     """Return True if this CPU has units for BF16 products that torch uses; without them FP32 products are faster."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     return platform.machine() not in ("x86_64", "AMD64") or (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -153,12 +153,9 @@ class FP8Weights(nn.Module):
 
     @classmethod
     def in_place_of(cls, layer: nn.Module) -> "FP8Weights":
-        """Return a layer of this class with the parameters and sizes of a plain one."""
+        """Return a layer of this class with the parameters, sizes and hooks of a plain one."""
         made = cls.__new__(cls)
-        nn.Module.__init__(made)
-        vars(made).update({name: value for name, value in vars(layer).items() if not name.startswith("_")})
-        for name, parameter in layer._parameters.items():
-            made.register_parameter(name, parameter)
+        vars(made).update(vars(layer) | {"_parameters": {**layer._parameters}, "_buffers": {**layer._buffers}})
         made._add_buffers()
         return made
 

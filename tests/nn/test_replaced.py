@@ -128,10 +128,15 @@ def test_replaced_linears_are_seen_by_all_that_reads_weights(kind: str, config: 
 
 
 def test_sizes_of_a_linear_that_holds_codes_are_its_weights() -> None:
-    layers = nn.ModuleList([Linear(130, 3)])
+    plain, heard = Linear(130, 3), []
+    layers = nn.ModuleList([plain])
+    plain.register_forward_hook(lambda *_: heard.append("hook"))
     hold_fp8(layers, "0.weight", torch.zeros(3, 130).to(torch.float8_e4m3fn), torch.ones(1, 2))
     layer: Any = layers[0]
     assert type(layer) is QuantizedLinear and (layer.in_features, layer.out_features) == (130, 3)
+    assert plain.weight.dtype == torch.float32 and layer.weight.dtype == torch.float8_e4m3fn
+    layer(torch.zeros(1, 130))
+    assert heard == ["hook"]
     assert (FP8Linear(130, 3).in_features, FP8Linear(130, 3).out_features) == (130, 3)
 
 
