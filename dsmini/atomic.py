@@ -28,7 +28,7 @@ STOPPED = (Exception, KeyboardInterrupt, SystemExit)
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield the name of a temporary file to write; it becomes `path` when the block ends without an error."""
-    _remove_leftovers_of(path)
+    remove_leftovers(path.parent, STALE_AFTER, path.name)
     partial = _hidden_name(path, "partial")
     try:
         yield partial
@@ -85,7 +85,7 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder next to `path`, for `finish_folder`; without that call it is removed after the block."""
-    _remove_leftovers_of(path)
+    remove_leftovers(path.parent, STALE_AFTER, path.name)
     partial = _hidden_name(path, "partial")
     try:
         partial.mkdir(parents=True)
@@ -117,34 +117,24 @@ def remove_folders(folders: Iterable[Path]) -> None:
         shutil.rmtree(_put_aside(folder), ignore_errors=True)  # what stays is a leftover
 
 
-def remove_leftovers(parent: Path, older_than: float = 0.0) -> None:
-    """Remove what interrupted writes and removals left in a folder that belongs to dsmini alone.
+def remove_leftovers(parent: Path, older_than: float = 0.0, of: str | None = None) -> None:
+    """Remove what interrupted writes and removals left in a folder.
 
     Args:
         older_than: seconds without a change; 0 only where no other process may be writing in `parent`.
+        of: name of the one file or folder that was written; None: of all, in a folder that belongs to dsmini alone.
     """
-    for pattern in ("*.partial-*", ".*.old-*"):
-        for path in parent.glob(pattern):
-            _remove_if_stale(path, older_than)
-
-
-def _remove_leftovers_of(path: Path) -> None:
-    """Remove what killed writers of one file or folder left next to it; other files stay."""
-    ours = re.compile(rf"\.{re.escape(path.name)}\.(partial|old)-\d+-[0-9a-f]{{8}}")
+    ours = re.compile(r"\..+\.(partial|old)-.+")
+    if of is not None:
+        ours = re.compile(rf"\.{re.escape(of)}\.(partial|old)-\d+-[0-9a-f]{{8}}")
     with suppress(OSError):  # a folder that is not there, or cannot be read, has none
-        for other in path.parent.iterdir():
-            if ours.fullmatch(other.name):
-                _remove_if_stale(other, STALE_AFTER)
-
-
-def _remove_if_stale(path: Path, older_than: float) -> None:
-    if older_than and time.time() - _changed(path) <= older_than:
-        return
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
+        for path in [path for path in parent.iterdir() if ours.fullmatch(path.name)]:
+            if older_than and time.time() - _changed(path) <= older_than:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _put_aside(folder: Path) -> Path:

@@ -21,7 +21,7 @@ from dsmini.text.page import Page
 from dsmini.text.prompts import read_line, read_prompts, without_surrogates
 
 if TYPE_CHECKING:  # they load torch, so they are imported where they are used: --help is instant
-    from dsmini.distributed.generation import Shared
+    from dsmini.distributed.decode import Sharing
     from dsmini.inference.writer import Answers, Writer
 
 
@@ -111,7 +111,7 @@ def main(args: Sequence[str]) -> int:
         raise ValueError(f"--seed {command.seed} is too large; use less than 2^63")
     if command.system is not None and not command.chat:
         raise ValueError("--system is for a conversation; add --chat, or put it into the prompt")
-    from dsmini.distributed.generation import sharing
+    from dsmini.distributed.decode import sharing
     from dsmini.training.stopping import asked_to_stop
 
     talks = command.chat and not command.prompt and not command.prompt_file
@@ -124,7 +124,7 @@ def main(args: Sequence[str]) -> int:
             phases.close()
 
 
-def _answer(writer: "Writer", command: GenerateCommand, shared: "Shared") -> int:
+def _answer(writer: "Writer", command: GenerateCommand, shared: "Sharing") -> int:
     """Continue the prompts of the command line; return the exit status."""
     prompts = shared.world.first(lambda: list(read_prompts(command.prompt, command.prompt_file, about=command.chat)))
     page = Page([heading for heading, _ in prompts]) if speaks() and not command.json else None
@@ -136,7 +136,7 @@ def _answer(writer: "Writer", command: GenerateCommand, shared: "Shared") -> int
     return _end(command, only | {"answers": rows}, answers)
 
 
-def _writer(command: GenerateCommand, phases: Phases, shared: "Shared") -> "Writer":
+def _writer(command: GenerateCommand, phases: Phases, shared: "Sharing") -> "Writer":
     from dsmini.checkpoint.trained_model import load_text_model
     from dsmini.inference.sampling import Sampling
     from dsmini.inference.writer import Writer
@@ -166,11 +166,11 @@ def _writer(command: GenerateCommand, phases: Phases, shared: "Shared") -> "Writ
         context=command.context,
         seed=command.seed,
         watch=phases if speaks() else None,
-        agree=shared.agree,
+        agree=None if shared.alone else shared.agree,
     )
 
 
-def _converse(writer: "Writer", command: GenerateCommand, shared: "Shared") -> int:
+def _converse(writer: "Writer", command: GenerateCommand, shared: "Sharing") -> int:
     """Hold a conversation on standard input, one line a turn; return the exit status."""
     from dsmini.inference.writer import Conversation
 

@@ -11,7 +11,8 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
@@ -26,18 +27,10 @@ LARGEST_TOML = 1_000_000
 """Maximum size of a TOML file in bytes."""
 DEEPEST = 64
 """Maximum number of tables and lists inside one another."""
-LONGEST_NUMBER = 308
-"""Maximum number of digits of a whole number: those that a float can hold."""
 LONGEST_NAME = 255
 """Maximum number of bytes in one part of a path; no file system in use has more."""
 
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 class UnreadableError(ValueError):
@@ -125,25 +118,17 @@ def open_regular(path: Path) -> BufferedReader:
     """
     check_path(path, "path")
     try:
-        _refuse_special(path, path.stat().st_mode)
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-        file = os.fdopen(descriptor, "rb")
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}; check the name") from None
     except OSError as error:
         raise UnreadableError(f"cannot read {path}: {error.strerror}; check its permissions") from None
-    try:
-        _refuse_special(path, os.fstat(descriptor).st_mode)  # it may have been replaced in between
-    except ValueError:
-        file.close()
-        raise
-    return file
-
-
-def _refuse_special(path: Path, mode: int) -> None:
+    mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
+        os.close(descriptor)
         kind = _KINDS.get(stat.S_IFMT(mode), "something else")
         raise ValueError(f"cannot read {path}: it is {kind}, want a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
@@ -202,45 +187,29 @@ def parse_json(text: str, source: str, most: int = MOST_VALUES) -> Any:
         source: name of the file or place, for errors.
         most: maximum number of values, counted by commas and brackets, before any is made.
 
-    Raises: ValueError for no JSON, a key given twice, NaN, a number beyond a float, too many values, and too deep
+    Raises: ValueError for no JSON, a key given twice, numbers that no finite float holds, too many values, and too deep
         nesting.
     """
     values = sum(map(text.count, ",[{"))
     if values > most:
         raise ValueError(f"{source} holds about {values:,} values, want {most:,} or fewer; name another file")
-    bad: list[_Refused] = []
-
-    def refused(words: str) -> _Refused:
-        bad.append(_Refused(words))
-        return bad[-1]
-
-    def whole(digits: str) -> Any:
-        return int(digits) if len(digits) <= LONGEST_NUMBER else refused(f"a number of {len(digits):,} digits")
-
-    def real(digits: str) -> Any:
-        value = float(digits)
-        return value if math.isfinite(value) else refused(f"{digits[:30]}, which is beyond any float")
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
         if len(out) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise _TwiceError(f"{source} names {brief(twice)} twice; keep one of the two")
+            ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"names {brief(twice)} twice; keep one of the two")
         return out
 
     try:
-        value = json.loads(text, parse_int=whole, parse_float=real, parse_constant=refused, object_pairs_hook=table)
-    except _TwiceError as error:
-        raise ValueError(str(error)) from None
-    except ValueError as error:
+        value = json.loads(text, object_pairs_hook=table)
+    except json.JSONDecodeError as error:
         raise ValueError(f"{source} is not JSON: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{source} {_in_words(error)}") from None
     except RecursionError:
-        raise ValueError(_too_deep(source)) from None
-    if text.count("{") + text.count("[") > DEEPEST:
-        _refuse_deep(value, source)
-    if bad:
-        raise ValueError(f"{source}: {readable(_place(value, bad[0]))} is {bad[0].words}; want a finite number")
+        raise ValueError(f"{source} {TOO_DEEP}") from None
+    _check([value], source, finite=True)
     return value
 
 
@@ -248,70 +217,50 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Return the tables of a TOML file. Raises: ValueError naming the file and what is wrong with it."""
     text = read_text(path, LARGEST_TOML)
     # dotted keys take tomllib a time that grows with the square of their parts
-    bare = re.sub(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*', "", text)
-    if any(part.count(".") > 10 * DEEPEST for line in bare.splitlines() for part in line.split(",")):
-        raise ValueError(_too_deep(f"{path}"))
+    if re.search(rf"(?:\.\s*[\w\"'-]+\s*){{{10 * DEEPEST}}}", text):
+        raise ValueError(f"{path} {TOO_DEEP}")
     try:
         value = tomllib.loads(text)
-    except RecursionError:
-        raise ValueError(_too_deep(f"{path}")) from None
-    except ValueError as error:
-        if "integer string conversion" in str(error):
-            error = "it has a number of thousands of digits; want one that a float can hold"
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    _refuse_deep(value, f"{path}")
-    for key, number in _numbers(value):
-        if number.bit_length() > 1024:
-            key = readable(key)
-            raise ValueError(f"{path}: {key} is a number of hundreds of digits; want one that a float can hold")
+    except ValueError as error:
+        raise ValueError(f"{path} {_in_words(error)}") from None
+    except RecursionError:
+        raise ValueError(f"{path} {TOO_DEEP}") from None
+    _check([value], f"{path}", finite=False)  # a config says what a number must be
     return value
 
 
-class _Refused:
-    """The place of a number in parsed JSON that no caller could use."""
-
-    def __init__(self, words: str) -> None:
-        self.words = words
+TOO_DEEP = f"nests tables or lists more than {DEEPEST} deep; want a flatter one"
 
 
-class _TwiceError(ValueError):
-    """A table names a key twice."""
+def _in_words(error: ValueError) -> str:
+    """Return what a parser says, but for Python's limit of the digits of an integer."""
+    many = "integer string conversion" in str(error)
+    return "has a number of thousands of digits; want one that a float can hold" if many else str(error)
 
 
-def _too_deep(source: str) -> str:
-    return f"{source} nests tables or lists more than {DEEPEST} deep; want a flatter one"
+def _check(outer: Any, source: str, *, finite: bool, place: str = "", depth: int = 0) -> None:
+    """Refuse deep nesting, and numbers inside a table or a list that no float holds, by their path of keys.
+
+    Args:
+        finite: refuse infinity and NaN too.
+    """
+    if depth > DEEPEST:
+        raise ValueError(f"{source} {TOO_DEEP}")
+    for key, inner in outer.items() if isinstance(outer, dict) else enumerate(outer):
+        if isinstance(inner, dict | list):
+            _check(inner, source, finite=finite, place=_below(place, key, depth), depth=depth + 1)
+        elif isinstance(inner, int) and inner.bit_length() > 1024:
+            where = readable(_below(place, key, depth) or "its value")
+            raise ValueError(f"{source}: {where} is a number of hundreds of digits; want one that a float can hold")
+        elif finite and isinstance(inner, float) and not math.isfinite(inner):
+            where = readable(_below(place, key, depth) or "its value")
+            raise ValueError(f"{source}: {where} is {inner}; want a finite number")
 
 
-def _refuse_deep(value: Any, source: str) -> None:
-    level = [value]
-    for _ in range(DEEPEST):
-        level = [inner for outer in level for inner in _children(outer) if isinstance(inner, dict | list)]
-        if not level:
-            return
-    raise ValueError(_too_deep(source))
-
-
-def _children(value: Any) -> Any:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
-
-
-def _walk(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each value inside a parsed one with its path of keys, such as rope_scaling.factor."""
-    todo = [("", value)]
-    while todo:
-        place, outer = todo.pop()
-        yield place or "its value", outer
-        if isinstance(outer, dict):
-            todo += [(f"{place}.{key}" if place else key, inner) for key, inner in outer.items()]
-        elif isinstance(outer, list):
-            todo += [(f"{place}[{i}]", inner) for i, inner in enumerate(outer)]
-
-
-def _place(value: Any, wanted: Any) -> str:
-    return next(place for place, inner in _walk(value) if inner is wanted)
-
-
-def _numbers(value: Any) -> Iterator[tuple[str, int]]:
-    return ((place, inner) for place, inner in _walk(value) if isinstance(inner, int))
+def _below(place: str, key: str | int, depth: int) -> str:
+    """Return the path of a value, such as rope_scaling.factor; that of the outermost is empty."""
+    if isinstance(key, int):
+        return f"{place}[{key}]" if depth else ""
+    return f"{place}.{key}" if place else key

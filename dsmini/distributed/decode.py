@@ -1,4 +1,4 @@
-"""Experts divided among ranks that all have the same tokens, as in decoding with several processes.
+"""Several processes of dsmini.generate share a model: its experts are divided among them, and all have the same tokens.
 
 Every rank runs the same sequences through attention, gates and shared experts. It computes the token-expert pairs of
 its own routed experts, and the weighted sums are added over the ranks:
@@ -15,171 +15,122 @@ rank r has r P/n ... (r + 1) P/n - 1. The copies of an expert take turns: pair n
 mod copies. All ranks compute that alike, and send no word about it (DeepSeek-V3 report, section 3.4).
 
 The sums over the ranks have another order of additions than one process, and are the same bits on all ranks. So with
-equal machines, threads and seeds all ranks draw the same tokens. `Agreement` compares them after each step.
+equal machines, threads and seeds all ranks draw the same tokens, which `Sharing.agree` compares after each step. Rank 0
+reads the prompts and shows the texts.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dsmini.distributed.meeting import told
-from dsmini.distributed.world import World
+from dsmini.checkpoint.run_folder import is_model_folder
+from dsmini.checkpoint.trained_model import model_checkpoint
+from dsmini.config.fields import require
+from dsmini.distributed.meeting import launched, told
+from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank
+from dsmini.machine import pick_device
 from dsmini.nn import Transformer
 from dsmini.nn.gate import Routing
 from dsmini.nn.moe import Experts, MoE
 from dsmini.numerics import rows_of
+from dsmini.reading import brief, read_json
 
-Rows = Any
-"""Tokens [n, m]: a tensor, or a QuantizedTensor."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertHolders:
-    """The ranks that hold each expert of a layer."""
-
-    held: tuple[tuple[int, ...], ...]
-    """Experts of each rank, ascending."""
-    ranks: Int[Tensor, "e most"]
-    """Ranks that hold each expert, ascending, then -1 up to the largest number of copies."""
-    copies: Int[Tensor, " e"]
-    """Number of ranks that hold each expert."""
-
-    @classmethod
-    def of_places(cls, places: Sequence[int], n_ranks: int, n_experts: int) -> "ExpertHolders":
-        """Return the holders of a layer's experts, from the expert of each place."""
-        each = len(places) // n_ranks
-        held = tuple(tuple(sorted(set(places[r * each : (r + 1) * each]))) for r in range(n_ranks))
-        ranks = [[rank for rank, own in enumerate(held) if expert in own] for expert in range(n_experts)]
-        most = max(map(len, ranks))
-        return cls(
-            held=held,
-            ranks=torch.tensor([of + [-1] * (most - len(of)) for of in ranks]),
-            copies=torch.tensor([len(of) for of in ranks]),
-        )
-
-    def rank_of_pairs(self, indices: Int[Tensor, "n k"]) -> Int[Tensor, "n k"]:
-        """Return the rank that computes each token-expert pair."""
-        if self.ranks.shape[1] == 1:
-            return self.ranks.to(indices.device)[indices, 0]
-        n, k = indices.shape
-        turn = torch.arange(n, device=indices.device)[:, None] + torch.arange(k, device=indices.device)
-        return self.ranks.to(indices.device)[indices, turn % self.copies.to(indices.device)[indices]]
+TIMEOUT = 300.0
+"""Seconds after which a process that does not answer ends the others."""
+LONGEST_WAIT = 24 * 3600.0
+"""The same in a conversation, where all wait for a person."""
+Places = Sequence[Sequence[int]]
+"""Expert at each place, [layers, places], redundant copies included."""
 
 
-def layers_of_holders(
-    model: Transformer, n_ranks: int, placement: Sequence[Sequence[int]] | None
-) -> list[ExpertHolders]:
-    """Return the holders of each layer with experts, in the order of the model's modules (MTP blocks last).
+def held_by_ranks(model: Transformer, n_ranks: int, placement: Places | None) -> list[Bool[Tensor, "ranks e"]]:
+    """Return which rank holds which experts, for each layer with experts in the order of modules (MTP blocks last).
 
     Args:
         model: may be on the meta device.
-        placement: expert at each place, [layers, places]. None: experts in order, each once.
+        placement: None: experts in order, each once.
 
     Raises: ValueError for a model without experts, and for ranks or a placement that do not fit it.
     """
     layers, e = sum(isinstance(module, Experts) for module in model.modules()), model.config.n_routed_experts
-    if not layers:
-        raise ValueError(
-            f"the model has no experts to divide among {n_ranks} processes; start one process, without torchrun"
-        )
+    require(
+        layers > 0,
+        f"the model has no experts to divide among {n_ranks} processes; start one process, without torchrun",
+    )
     if placement is None:
-        if n_ranks > e:
-            raise ValueError(f"there are {n_ranks} processes for {e} experts; start at most {e}")
-        if e % n_ranks:
-            fit = max(n for n in range(1, n_ranks) if e % n == 0)
-            raise ValueError(f"{e} experts are not divisible by {n_ranks} processes; start {fit}, say")
+        require(n_ranks <= e, f"there are {n_ranks} processes for {e} experts; start at most {e}")
+        fit = max(n for n in range(1, n_ranks + 1) if e % n == 0)
+        require(fit == n_ranks, f"{e} experts are not divisible by {n_ranks} processes; start {fit}, say")
         placement = [range(e)] * layers
-    else:
-        check_placement(placement, layers, e, n_ranks)
-    return [ExpertHolders.of_places(places, n_ranks, e) for places in placement]
+    require(
+        len(placement) == layers,
+        f"the placement has {len(placement)} layers, and the model has {layers} with experts, MTP blocks included; "
+        "make it from loads of this model",
+    )
+    return [_held(places, n_ranks, e, f"layer {layer} of the placement") for layer, places in enumerate(placement)]
 
 
-def check_placement(placement: Sequence[Sequence[int]], layers: int, n_experts: int, n_ranks: int) -> None:
-    """Raise ValueError unless a placement has a row for each layer, places for each rank, and every expert."""
-    if len(placement) != layers:
-        raise ValueError(
-            f"the placement has {len(placement)} layers, and the model has {layers} with experts, MTP blocks included; "
-            "make it from loads of this model"
-        )
-    for layer, places in enumerate(placement):
-        where = f"layer {layer} of the placement"
-        if len(places) % n_ranks or not places:
-            raise ValueError(
-                f"{where} has {len(places)} places, not divisible by {n_ranks} processes; use a multiple of {n_ranks}"
-            )
-        if strange := [expert for expert in places if not 0 <= expert < n_experts]:
-            raise ValueError(f"{where} names expert {strange[0]}; the model has experts 0 to {n_experts - 1}")
-        if missing := set(range(n_experts)) - set(places):
-            raise ValueError(f"{where} has no place for expert {min(missing)}; give each expert one or more")
-
-
-class ExpertShare:
-    """The share of each layer's experts that a rank holds of a model. Loaders call it as a `Holding`.
-
-    Args:
-        placement: expert at each place, [layers, places], redundant copies included; None: each expert once.
-    """
-
-    def __init__(self, world: World, placement: Sequence[Sequence[int]] | None = None) -> None:
-        self.world, self.placement = world, placement
-        self.computed = self.wanted = 0
-        """Number of token-expert pairs that this rank computed, and that all ranks together had to."""
-
-    def __call__(self, model: Transformer) -> list[tuple[int, ...]]:
-        """Return the experts that this rank holds of each layer.
-
-        Raises: ValueError for a model or a placement that the ranks do not fit.
-        """
-        return [layer.held[self.world.rank] for layer in layers_of_holders(model, self.world.size, self.placement)]
-
-    def connect(self, model: Transformer) -> None:
-        """Let the layers of a model that was loaded with this share sum over the ranks."""
-        if self.world.size == 1:
-            return
-        layers = [module for module in model.modules() if isinstance(module, MoE)]
-        for moe, holders in zip(layers, layers_of_holders(model, self.world.size, self.placement), strict=True):
-            moe.exchange = SharedTokens(holders, self)
+def _held(places: Sequence[int], n_ranks: int, e: int, where: str) -> Bool[Tensor, "ranks e"]:
+    """Return which rank holds which experts of a layer, from the expert of each place."""
+    require(
+        len(places) > 0 and len(places) % n_ranks == 0,
+        f"{where} has {len(places)} places, not divisible by {n_ranks} processes; use a multiple of {n_ranks}",
+    )
+    strange, missing = set(places) - set(range(e)), set(range(e)) - set(places)
+    require(not strange, f"{where} names expert {min(strange, default=0)}; the model has experts 0 to {e - 1}")
+    require(not missing, f"{where} has no place for expert {min(missing, default=0)}; give each expert one or more")
+    return torch.zeros(n_ranks, e, dtype=torch.bool).scatter(1, torch.tensor(places).view(n_ranks, -1), True)
 
 
 class SharedTokens:
-    """The exchange of a MoE layer on ranks that all have the same tokens. All ranks call it together."""
+    """The exchange of a MoE layer on ranks that all have the same tokens. All ranks call it together.
 
-    def __init__(self, holders: ExpertHolders, share: ExpertShare) -> None:
-        self.holders, self.share, self.rank = holders, share, share.world.rank
-        own = holders.held[self.rank]
-        self.row = torch.zeros(len(holders.copies), dtype=torch.int64).index_put(
-            (torch.tensor(own),), torch.arange(len(own))
-        )
-        """Row of each expert in this rank's stacked tensors."""
+    Args:
+        held: which rank holds which experts.
+        pairs: adds up the token-expert pairs that this rank computed, and that all ranks together had to, [2].
+    """
 
-    def __call__(self, experts: nn.Module, shared: nn.Module | None, x: Rows, routing: Routing) -> Float[Tensor, "n m"]:
+    def __init__(self, held: Bool[Tensor, "ranks e"], rank: int, pairs: Int[Tensor, "2"]) -> None:
+        self.rank, self.pairs = rank, pairs
+        self.row = held[rank].cumsum(0) - 1
+        """Row of each own expert in this rank's stacked tensors."""
+        self.copies, self.holders = held.sum(0), held.T.int().argsort(dim=1, descending=True, stable=True)
+        """Number of ranks that hold each expert; those ranks first, ascending."""
+
+    def rank_of_pairs(self, indices: Int[Tensor, "n k"]) -> Int[Tensor, "n k"]:
+        """Return the rank that computes each token-expert pair."""
+        rows, choices = (torch.arange(size, device=indices.device) for size in indices.shape)
+        turn = (rows[:, None] + choices) % self.copies.to(indices.device)[indices]
+        return self.holders.to(indices.device)[indices, turn]
+
+    def __call__(self, experts: nn.Module, shared: nn.Module | None, x: Any, routing: Routing) -> Float[Tensor, "n m"]:
         """Return the sum of each token's experts, routed and shared, as MoE does.
 
         Raises: ValueError while gradients are recorded: backward would not sum them over the ranks.
         """
-        if torch.is_grad_enabled():
-            raise ValueError(
-                "the experts of this model are divided for inference, where no gradient passes; use torch.no_grad()"
-            )
+        require(
+            not torch.is_grad_enabled(),
+            "the experts of this model are divided for inference, where no gradient passes; use torch.no_grad()",
+        )
         assert isinstance(experts, Experts)
-        mine = self.holders.rank_of_pairs(routing.indices) == self.rank
-        y = self._own(experts, x, routing, mine)
+        y = self._own(experts, x, routing)
         work: Any = dist.all_reduce(y, async_op=True)
         y_shared = None if shared is None else shared(x)
         work.wait()
         y = y.to(x.dtype)
         return y if y_shared is None else y + y_shared
 
-    def _own(self, experts: Experts, x: Rows, routing: Routing, mine: Tensor) -> Float[Tensor, "n m"]:
+    def _own(self, experts: Experts, x: Any, routing: Routing) -> Float[Tensor, "n m"]:
         """Return the FP32 sums of this rank's token-expert pairs."""
+        mine = self.rank_of_pairs(routing.indices) == self.rank
         token, choice = mine.nonzero(as_tuple=True)
-        self.share.computed += len(token)
-        self.share.wanted += mine.numel()
+        self.pairs += torch.tensor([len(token), mine.numel()])
         y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         if not len(token):
             return y
@@ -192,35 +143,146 @@ class SharedTokens:
         return y.index_add_(0, token, rows.float() * weight[:, None])
 
 
-class Agreement:
-    """A comparison of the ranks after each step of a generation, in one small message.
-
-    They must have drawn the same tokens and lost no pair. A signal that asked one to stop stops all.
+class Sharing:
+    """A process of dsmini.generate: alone, or one of several that share a model. Loaders call it as a `Holding`.
 
     Args:
-        stop: returns True once this rank was asked to stop.
+        device: of this process.
+        placement: of the experts of the model; None: in order, each once.
+        signals: hears signals for the time of a block; its `numbers` are those that came.
     """
 
-    def __init__(self, world: World, share: ExpertShare, stop: Callable[[], bool]) -> None:
-        self.world, self.share, self.stop = world, share, stop
+    def __init__(
+        self,
+        world: World,
+        device: str = "cpu",
+        placement: Places | None = None,
+        signals: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        self.world, self.device, self.placement, self.signals = world, device, placement, signals
+        self.alone = world.size == 1
+        self.pairs = torch.zeros(2, dtype=torch.int64)
+        """Token-expert pairs of this step that this rank computed, and that all ranks together had to."""
+        self.stop: Callable[[], bool] = lambda: False
+        """Says whether this process was asked to stop."""
 
-    def __call__(self, picked: Sequence[Sequence[int]]) -> None:
-        """Compare the tokens of a step.
+    def __call__(self, model: Transformer) -> list[list[int]]:
+        """Return the experts that this rank holds of each layer.
+
+        Raises: ValueError for a model or a placement that the ranks do not fit.
+        """
+        every = held_by_ranks(model, self.world.size, self.placement)
+        return [held[self.world.rank].nonzero().flatten().tolist() for held in every]
+
+    def load(self, path: Path, average: bool, say: Callable[[str], None], load: Callable[..., Any]) -> Any:
+        """Return load(path, holding=..., verified=...), of whose result the first is a model. Its experts are divided.
+
+        Args:
+            say: told about each damaged checkpoint that is passed over.
+        """
+        if self.alone:
+            return load(path)
+
+        def whole_folder() -> Path:  # compared with its checksums once
+            return path if is_model_folder(path) else model_checkpoint(path, average=average, say=say).folder
+
+        whole = self.world.first(whole_folder)
+        loaded = self.world.together(lambda: load(whole, holding=self, verified=True))
+        self.connect(loaded[0])
+        return loaded
+
+    def connect(self, model: Transformer) -> None:
+        """Let the layers of a model that was loaded with this holding sum over the ranks."""
+        layers = [module for module in model.modules() if isinstance(module, MoE)]
+        for moe, held in zip(layers, held_by_ranks(model, self.world.size, self.placement), strict=True):
+            moe.exchange = SharedTokens(held, self.world.rank, self.pairs)
+
+    @contextlib.contextmanager
+    def stopping(self) -> Iterator[None]:
+        """Let a signal to any process end a generation on all of them, after the same step."""
+        if self.alone:
+            yield
+            return
+        with self.signals() as asked:
+            self.stop = lambda: bool(asked.numbers)
+            yield
+
+    def agree(self, picked: Sequence[Sequence[int]]) -> None:
+        """Compare the ranks after a step of a generation: they must have drawn the same tokens and lost no pair.
 
         Raises: KeyboardInterrupt on all ranks if one was asked to stop. ValueError on all if they do not agree.
         """
-        share, drawn = self.share, hash(tuple(map(tuple, picked)))
-        mine = torch.tensor([self.stop(), drawn, share.computed, share.wanted])
-        share.computed = share.wanted = 0
-        said = [torch.empty_like(mine) for _ in range(self.world.size)]
-        dist.all_gather(said, mine)
-        stops, *drawn_and_wanted, computed = torch.stack(said)[:, [0, 1, 3, 2]].unbind(1)
+        mine = torch.tensor([self.stop(), hash(tuple(map(tuple, picked))), *self.pairs.tolist()])
+        self.pairs.zero_()
+        everyone = [torch.empty_like(mine) for _ in range(self.world.size)]
+        dist.all_gather(everyone, mine)
+        stops, drawn, computed, wanted = torch.stack(everyone).unbind(1)
         if stops.any():
             raise KeyboardInterrupt
-        if any(bool((same != same[0]).any()) for same in drawn_and_wanted) or computed.sum() != mine[3]:
+        if (drawn != drawn[0]).any() or (wanted != computed.sum()).any():
             raise told(
                 ValueError(
                     "the processes computed different numbers from the same tokens, so they cannot share a model; "
                     "start all on machines of one kind, with the same number of threads"
                 )
             )
+
+
+@contextlib.contextmanager
+def sharing(
+    command: object,
+    device: str,
+    placement: Path | None,
+    signals: Callable[[], contextlib.AbstractContextManager[Any]],
+    *,
+    waits: bool = False,
+) -> Iterator[Sharing]:
+    """Join the processes that a launcher started, and yield what they share; without a launcher, a process alone.
+
+    Args:
+        command: must be equal on all.
+        device: as dsmini.generate takes it.
+        placement: file for `read_placement`.
+        signals: as in Sharing.
+        waits: a person is asked meanwhile.
+
+    Raises: ValueError if the processes cannot be reached, or were started with unequal commands.
+    """
+    if launched()[1] == 1:
+        require(
+            placement is None,
+            f"--placement {placement} divides experts among processes, and there is one; start torchrun "
+            "--nproc-per-node 2 -m dsmini.generate, or leave it out",
+        )
+        yield Sharing(World(), device)
+        return
+    device = device_of_rank(device)
+    if threads := threads_of_rank(None):
+        torch.set_num_threads(threads)
+    with joined(TIMEOUT, pick_device(device), longest_wait=LONGEST_WAIT if waits else None) as world:
+        try:
+            commands = world.gather(repr(command))
+            unequal = [rank for rank, other in enumerate(commands) if other != commands[0]]
+            require(
+                not unequal,
+                f"rank {unequal[0] if unequal else 0} was started with other flags than rank 0; start all processes "
+                "with the same command",
+            )
+            places = None if placement is None else world.first(lambda: read_placement(placement))
+            yield Sharing(world, device, places, signals)
+        except ValueError as error:  # of the model, the prompts and the flags, which are the same on all
+            raise told(error) from None
+
+
+def read_placement(path: Path) -> list[list[int]]:
+    """Read the expert at each place, [layers, places], from a JSON file: this table, or an object with it as "experts".
+
+    Raises: ValueError for anything else.
+    """
+    content = read_json(path)
+    table: Any = content.get("experts") if isinstance(content, dict) else content
+    good = isinstance(table, list) and all(
+        isinstance(row, list) and all(type(expert) is int for expert in row) for row in table
+    )
+    require(good, f"{path} holds {brief(table)}, want a list of layers, each a list of experts' numbers")
+    return table

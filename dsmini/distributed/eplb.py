@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
@@ -34,20 +34,12 @@ from dsmini.console.messages import say
 from dsmini.reading import is_there, read_rows
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
-    """Copies of the experts of each layer over GPUs. Of n GPUs with R places, g holds g * R/n to (g+1) * R/n - 1."""
-
-    experts: Int[np.ndarray, "layers replicas"]
-    """Expert at each place."""
-    counts: Int[np.ndarray, "layers e"]
-    """Number of copies of each expert."""
-
-
 def place_experts(
     loads: Real[np.ndarray, "layers e"], n_replicas: int, n_groups: int, n_nodes: int, n_gpus: int
-) -> Placement:
+) -> Int[np.ndarray, "layers replicas"]:
     """Place experts and redundant copies so that the loads of the GPUs are as equal as the published heuristic gets.
+
+    Return the expert at each place. Of n GPUs with R places, g has places g * R/n to (g+1) * R/n - 1.
 
     Args:
         loads: tokens that each expert received. All ranks' tokens must be in it, not those of one rank.
@@ -56,12 +48,15 @@ def place_experts(
 
     Raises: ValueError for sizes that do not divide, and for loads that are negative or not finite.
     """
-    weights = _checked(loads, n_replicas, n_groups, n_nodes, n_gpus)
+    weights = np.asarray(loads, dtype=np.float64)
+    table = weights.ndim == 2 and weights.size > 0
+    require(table, f"loads of shape {list(weights.shape)} are not [layers, experts]; give one row for each layer")
+    good = bool((np.isfinite(weights) & (weights >= 0)).all())
+    require(good, "loads hold a negative or non-finite number; give the number of tokens of each expert")
+    _check_sizes(weights.shape[1], n_replicas, n_groups, n_nodes, n_gpus)
     if n_groups % n_nodes:  # the global policy
         n_groups = n_nodes = 1
-    layers = [_place_layer(w, n_replicas // n_nodes, n_groups, n_nodes, n_gpus // n_nodes) for w in weights]
-    counts = np.array([np.bincount(row, minlength=weights.shape[1]) for row in layers])
-    return Placement(experts=np.array(layers), counts=counts)
+    return np.array([_place_layer(w, n_replicas // n_nodes, n_groups, n_nodes, n_gpus // n_nodes) for w in weights])
 
 
 def _place_layer(loads: np.ndarray, n_places: int, n_groups: int, n_nodes: int, n_gpus: int) -> list[int]:
@@ -93,20 +88,13 @@ def _pack(weights: np.ndarray, n_packs: int) -> list[list[int]]:
     return packs
 
 
-def _checked(loads: np.ndarray, n_replicas: int, n_groups: int, n_nodes: int, n_gpus: int) -> np.ndarray:
-    """Return the loads as float64. Raises: ValueError for loads and sizes that allow no placement."""
+def _check_sizes(e: int, n_replicas: int, n_groups: int, n_nodes: int, n_gpus: int) -> None:
+    """Raise ValueError for sizes that allow no placement of e experts."""
     for name, value in (("n_groups", n_groups), ("n_nodes", n_nodes), ("n_gpus", n_gpus)):
         require(value >= 1, f"{name}={value} is not positive; use 1 or more")
-    weights = np.asarray(loads, dtype=np.float64)
-    table = weights.ndim == 2 and weights.size > 0
-    require(table, f"loads of shape {list(weights.shape)} are not [layers, experts]; give one row for each layer")
-    good = bool((np.isfinite(weights) & (weights >= 0)).all())
-    require(good, "loads hold a negative or non-finite number; give the number of tokens of each expert")
-    e = weights.shape[1]
     require(e % n_groups == 0, f"n_groups={n_groups} does not divide {e} experts; use the groups of the model's gate")
-    require(
-        n_gpus % n_nodes == 0, f"n_nodes={n_nodes} does not divide n_gpus={n_gpus}; use nodes with equally many GPUs"
-    )
+    whole = n_gpus % n_nodes == 0
+    require(whole, f"n_nodes={n_nodes} does not divide n_gpus={n_gpus}; use nodes with equally many GPUs")
     fits = -(-max(e, n_replicas) // n_gpus) * n_gpus
     require(
         n_replicas >= e and n_replicas % n_gpus == 0,
@@ -114,18 +102,11 @@ def _checked(loads: np.ndarray, n_replicas: int, n_groups: int, n_nodes: int, n_
         f"{fits}, which is {fits - e} redundant",
     )
     most = e * (n_gpus if n_groups % n_nodes else n_gpus // n_nodes)
-    require(
-        n_replicas <= most,
-        f"n_replicas={n_replicas} is more than every expert on every GPU that may have it; use {most}",
-    )
-    return weights
+    too_many = f"n_replicas={n_replicas} is more than every expert on every GPU that may have it; use {most}"
+    require(n_replicas <= most, too_many)
 
 
-# --- the balance
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GpuBalance:
+class GpuBalance(NamedTuple):
     """Largest load of a GPU over the mean in each layer. 1 is perfect; the time of a step grows with it."""
 
     before: Float[np.ndarray, " layers"]
@@ -136,25 +117,27 @@ class GpuBalance:
     """Copies on a GPU that has another copy of the same expert, which the published heuristic makes."""
 
 
-def balance(loads: Real[np.ndarray, "layers e"], placement: Placement, n_gpus: int) -> GpuBalance:
+def copies_of(experts: Int[np.ndarray, "layers replicas"], n_experts: int) -> Int[np.ndarray, "layers e"]:
+    """Return the number of copies of each expert in a placement."""
+    return np.array([np.bincount(row, minlength=n_experts) for row in experts])
+
+
+def balance(
+    loads: Real[np.ndarray, "layers e"], experts: Int[np.ndarray, "layers replicas"], n_gpus: int
+) -> GpuBalance:
     """Return the balance before and after a placement.
 
     The loads may be others than those that the placement was made from, such as those of later steps. Before, where
     the GPUs do not divide the experts, the first GPUs have one expert more.
     """
     weights = np.asarray(loads, dtype=np.float64)
-    require(
-        weights.shape == placement.counts.shape and n_gpus > 0 and placement.experts.shape[1] % n_gpus == 0,
-        f"loads {list(weights.shape)} and n_gpus={n_gpus} do not fit a placement of {list(placement.counts.shape)} "
-        f"experts at {placement.experts.shape[1]} places; give the sizes that it was made with",
-    )
     before = np.stack([part.sum(1) for part in np.array_split(weights, n_gpus, axis=1)], axis=1)
-    shares = np.take_along_axis(weights / placement.counts, placement.experts, axis=1)
+    shares = np.take_along_axis(weights / copies_of(experts, weights.shape[1]), experts, axis=1)
     after = shares.reshape(len(weights), n_gpus, -1).sum(2)
     mean = before.mean(1)
     even = np.ones_like(mean)  # a layer without any load counts as balanced
     largest = [np.divide(loads.max(1), mean, out=even.copy(), where=mean > 0) for loads in (before, after)]
-    per_gpu = placement.experts.reshape(len(weights), n_gpus, -1).tolist()
+    per_gpu = experts.reshape(len(weights), n_gpus, -1).tolist()
     duplicates = np.array([sum(len(gpu) - len(set(gpu)) for gpu in layer) for layer in per_gpu], dtype=np.int64)
     return GpuBalance(before=largest[0], after=largest[1], duplicates=duplicates)
 
@@ -226,11 +209,10 @@ def main(args: Sequence[str]) -> int:
     require(command.redundant >= 0, f"--redundant {command.redundant} is negative; use 0 for one copy of each expert")
     loads = loads_of_run(command.run or Path(), command.last)
     places = loads.shape[1] + command.redundant
-    placement = place_experts(loads, places, command.groups, command.nodes, command.gpus)
-    found = balance(loads, placement, command.gpus)
+    experts = place_experts(loads, places, command.groups, command.nodes, command.gpus)
+    found = balance(loads, experts, command.gpus)
     if command.json:
-        arrays = {"before": found.before, "after": found.after, "duplicates": found.duplicates}
-        arrays |= {"experts": placement.experts, "counts": placement.counts}
+        arrays = {**found._asdict(), "experts": experts, "counts": copies_of(experts, loads.shape[1])}
         print(json.dumps({name: array.tolist() for name, array in arrays.items()}))
     else:
         _show(found, f"Largest load over the mean, {places} places, {command.gpus} GPUs")
@@ -243,9 +225,9 @@ def _show(found: GpuBalance, title: str) -> None:
     from dsmini.report.terminal import show_table
 
     console, columns = Console(), ("MoE layer", "before", "after", "useless copies")
-    rows: list[Any] = [
+    rows = [
         [str(layer), f"{before:.3f}", f"{after:.3f}", str(same)]
-        for layer, (before, after, same) in enumerate(zip(found.before, found.after, found.duplicates, strict=True))
+        for layer, (before, after, same) in enumerate(zip(*found, strict=True))
     ]
     show_table(console, Table(columns=columns, rows=rows, numeric=columns), title)
     words = f"The busiest GPU has {found.before.mean():.3f} times the mean load before, {found.after.mean():.3f} after"

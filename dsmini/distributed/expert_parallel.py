@@ -2,20 +2,26 @@
 
     rank r of ep holds experts r e/ep ... (r + 1) e/ep - 1; every rank has tokens of its own
 
-    1. sort the visits by expert, so that those of a rank are together            `dispatch` of functional/
+    1. sort the pairs by expert, so that those of a rank are together             `dispatch` of functional/
     2. tell each rank how many rows it gets for each of its experts               all-to-all of counts, [ep, e/ep]
     3. send the rows: codes and scales in FP8, else in the compute dtype          all-to-all, shared experts meanwhile
-    4. run the own experts on what came: a row is one visit, of weight 1
+    4. run the own experts on what came: a row is one pair, of weight 1
     5. send the results back, in the compute dtype                                all-to-all
     6. weight and sum them by token                                               `combine` of functional/
 
 The rows of an expert come in the order (rank, token), as in one process whose batch is all ranks' batches one after
 the other. So each row's result has the same bits. The gradient of an expert is the sum over all these tokens: it needs
-no more sum over ep.
+no more sum over ep. Backward sends gradients the way back of their rows.
+
+FP8 rows travel as bytes, codes and scales side by side: neither gloo nor NCCL sends float8.
 
 Source: DeepSeek-V3 report, sections 3.2.2 and 3.3.3.
 """
 
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,42 +29,120 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsmini.distributed.exchange import Route, RowExchange, SentBytes, exchange_counts, scattered_sum
-from dsmini.nn.fp8 import SCALES
+from dsmini import ops
 from dsmini.nn.gate import Routing
 from dsmini.nn.moe import Experts, MoE
 from dsmini.numerics import QuantizedTensor, rows_of
 from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
 
-Visits = Any
-"""Visits [n, m]: a tensor, or a QuantizedTensor."""
+Rows = Any
+"""Rows [n, m]: a tensor, or a QuantizedTensor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """The numbers of rows that this rank sends to each rank of a group, and receives from each."""
+
+    group: dist.ProcessGroup
+    send: Sequence[int]
+    receive: Sequence[int]
+    traffic: Counter[str]
+    """Bytes that this rank sent to other ranks, by what they were: dispatch (rows on the way to their experts), combine
+    (results of the experts), the gradients of both as NAME_gradients, and counts."""
+
+    @property
+    def back(self) -> "Route":
+        """The way back of the same rows."""
+        return replace(self, send=self.receive, receive=self.send)
+
+    def start(self, rows: Tensor, name: str) -> Callable[[], Tensor]:
+        """Start to send rows; return what waits for the rows that come, without a gradient."""
+        sent = rows.detach().contiguous()
+        came = sent.new_empty(sum(self.receive), *sent.shape[1:])
+        work = dist.all_to_all_single(came, sent, list(self.receive), list(self.send), group=self.group, async_op=True)
+        leaving = sum(self.send) - self.send[dist.get_rank(self.group)]
+        self.traffic[name] += leaving * sent.shape[1] * sent.element_size()
+        return partial(_arrived, work, sent, came)
+
+    def exchange(self, rows: Rows, name: str) -> Callable[[], Any]:
+        """Start to send rows [sent, m]; return what waits for those that come, [received, m], which have the graph."""
+        packed = rows if isinstance(rows, Tensor) else _packed(rows)
+        arrived = self.start(packed, name)
+        if isinstance(rows, Tensor):
+            return lambda: _Exchanged.apply(rows, arrived(), self, name)
+        return lambda: _unpacked(arrived(), rows, self, name)
+
+
+def _arrived(work: Any, sent: Tensor, came: Tensor) -> Tensor:
+    """Wait for rows; what was sent lives until then."""
+    work.wait()
+    return came
+
+
+class _Exchanged(torch.autograd.Function):
+    """Rows that came, in place of those that were sent. Backward sends the gradients the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, came: Tensor, route: Route, name: str) -> Tensor:
+        ctx.back, ctx.name = route.back, f"{name}_gradients"
+        return came.view_as(came)
+
+    @staticmethod
+    @ops.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back.start(grad, ctx.name)(), None, None, None
+
+
+def _packed(x: QuantizedTensor) -> Tensor:
+    """Return codes and scales of each row as bytes, [rows, m + 4 m/128]."""
+    codes, scales = (part.contiguous().view(torch.uint8).flatten(1) for part in x.parts)
+    return torch.cat((codes, scales), 1)
+
+
+def _unpacked(came: Tensor, like: QuantizedTensor, route: Route, name: str) -> QuantizedTensor:
+    rows, width = came.shape[0], like.shape[1]
+    codes, scales = came.split((width, came.shape[1] - width), 1)
+    source: Any = like.source
+    if source is not None:
+        source = _Exchanged.apply(source, source.new_zeros(()).expand(rows, width), route, name)
+    return replace(
+        like,
+        codes=codes.contiguous().view(like.codes.dtype),
+        scales=scales.contiguous().view(torch.float32).view(rows, *like.scales.shape[1:]),
+        shape=torch.Size((rows, width)),
+        source=source,
+    )
+
+
+def new_route(counts: Int[Tensor, "ranks each"], group: Any, traffic: Counter[str]) -> tuple[Route, Tensor]:
+    """Return the route of rows of which this rank sends so many to each rank, and how many of each come here.
+
+    Args:
+        counts: the rows of a rank may be of several kinds, such as its experts.
+    """
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts.contiguous(), group=group)
+    traffic["counts"] += counts.nbytes - counts[0].nbytes
+    send, receive = counts.sum(1).tolist(), received.sum(1).tolist()
+    return Route(group=group, send=send, receive=receive, traffic=traffic), received
 
 
 class ExpertExchange:
-    """The exchange of a MoE layer whose experts are divided among the ranks of a group. All ranks call it together.
+    """The exchange of a MoE layer whose experts are divided among the ranks of a group. All ranks call it together."""
 
-    Args:
-        traffic: counts what is sent.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, traffic: SentBytes) -> None:
+    def __init__(self, group: dist.ProcessGroup, traffic: Counter[str]) -> None:
         self.group, self.traffic = group, traffic
         self.size = dist.get_world_size(group)
 
-    def __call__(
-        self, experts: nn.Module, shared: nn.Module | None, x: Visits, routing: Routing
-    ) -> Float[Tensor, "n m"]:
+    def __call__(self, experts: nn.Module, shared: nn.Module | None, x: Rows, routing: Routing) -> Float[Tensor, "n m"]:
         """Return the sum of each token's experts, routed and shared, as MoE does."""
         slots = sort_by_expert(routing.indices, routing.counts)
-        sent = routing.counts.view(self.size, -1)
-        received = exchange_counts(sent, self.group, self.traffic)
-        route = Route(group=self.group, send=sent.sum(1).tolist(), receive=received.sum(1).tolist())
-        to_experts = RowExchange(route, self.traffic, ("dispatch", "dispatch_gradients"))
-        to_experts.start(dispatch_quantized(x, slots) if isinstance(x, QuantizedTensor) else dispatch(x, slots))
+        route, received = new_route(routing.counts.view(self.size, -1), self.group, self.traffic)
+        rows = dispatch_quantized(x, slots) if isinstance(x, QuantizedTensor) else dispatch(x, slots)
+        arrived = route.exchange(rows, "dispatch")
         y_shared = None if shared is None else shared(x)
-        y = run_local(experts, to_experts.finish(), received)
-        y = RowExchange(route.back, self.traffic, ("combine", "combine_gradients"))(y)
-        y = combine(y, routing.weights, slots)
+        y = run_local(experts, arrived(), received)
+        y = combine(route.back.exchange(y, "combine")(), routing.weights, slots)
         return y if y_shared is None else y + y_shared
 
 
@@ -77,14 +161,14 @@ class TwoHopExchange:
     Source: DeepSeek-V3 report, section 3.2.2.
     """
 
-    def __init__(self, between: dist.ProcessGroup, inside: dist.ProcessGroup, slow: SentBytes, fast: SentBytes) -> None:
+    def __init__(
+        self, between: dist.ProcessGroup, inside: dist.ProcessGroup, slow: Counter[str], fast: Counter[str]
+    ) -> None:
         self.between, self.slow = between, slow
         self.nodes = dist.get_world_size(between)
         self.inside = ExpertExchange(inside, fast)
 
-    def __call__(
-        self, experts: nn.Module, shared: nn.Module | None, x: Visits, routing: Routing
-    ) -> Float[Tensor, "n m"]:
+    def __call__(self, experts: nn.Module, shared: nn.Module | None, x: Rows, routing: Routing) -> Float[Tensor, "n m"]:
         """Return the sum of each token's experts, routed and shared, as MoE does."""
         indices, weights, _, counts = routing
         n, per_node = x.shape[0], counts.shape[0] // self.nodes
@@ -92,32 +176,32 @@ class TwoHopExchange:
         visits = torch.zeros(self.nodes, n, dtype=torch.bool, device=indices.device)
         visits[(indices // per_node).T, torch.arange(n, device=indices.device)] = True
         node, token = visits.nonzero(as_tuple=True)
-        sent = visits.sum(1, keepdim=True)
-        received = exchange_counts(sent, self.between, self.slow)
-        route = Route(group=self.between, send=sent.flatten().tolist(), receive=received.flatten().tolist())
-        to_nodes = RowExchange(route, self.slow, ("dispatch", "dispatch_gradients"))
-        to_nodes.start(rows_of(x, token))
+        route, _ = new_route(visits.sum(1, keepdim=True), self.between, self.slow)
+        arriving = route.exchange(rows_of(x, token), "dispatch")
         # 2. the choices go with the rows: experts by their number in the node, or outside of its range
-        local = indices[token] - (node * per_node)[:, None]
-        chosen = RowExchange(route, self.slow, ("counts", "counts"))(local)
-        weight = RowExchange(route, self.slow, ("counts", "counts"))(weights[token])
+        chosen = route.exchange(indices[token] - (node * per_node)[:, None], "counts")()
+        weight = route.exchange(weights[token], "counts")()
         y_shared = None if shared is None else shared(x)
-        # 3. inside the node: one visit a row, weighted, and summed by the row that came
-        arrived = to_nodes.finish()
+        # 3. inside the node: one pair a row, weighted, and summed by the row that came
+        arrived = arriving()
         row, choice = ((chosen >= 0) & (chosen < per_node)).nonzero(as_tuple=True)
         expert = chosen[row, choice]
-        visit = Routing(
+        pairs = Routing(
             expert[:, None], weight[row, choice][:, None], weight, torch.bincount(expert, minlength=per_node)
         )
-        y = self.inside(experts, None, rows_of(arrived, row), visit)
+        y = self.inside(experts, None, rows_of(arrived, row), pairs)
         y = scattered_sum(y, row, arrived.shape[0])
         # 4. back, and the sum over the nodes of a token
-        y = RowExchange(route.back, self.slow, ("combine", "combine_gradients"))(y)
-        y = scattered_sum(y, token, n)
+        y = scattered_sum(route.back.exchange(y, "combine")(), token, n)
         return y if y_shared is None else y + y_shared
 
 
-def run_local(experts: nn.Module, rows: Visits, received: Int[Tensor, "ranks own"]) -> Float[Tensor, "rows m"]:
+def scattered_sum(rows: Float[Tensor, "rows m"], place: Int[Tensor, " rows"], n: int) -> Float[Tensor, "{n} m"]:
+    """Return the sums of the rows of each place 0 ... n - 1, added in their order on a CPU."""
+    return rows.new_zeros(n, rows.shape[1]).index_add(0, place, rows)
+
+
+def run_local(experts: nn.Module, rows: Rows, received: Int[Tensor, "ranks own"]) -> Float[Tensor, "rows m"]:
     """Return the output of this rank's experts for rows that are sorted by the rank they came from, then by expert."""
     own = torch.arange(received.shape[1], device=received.device).expand_as(received)
     expert = own.flatten().repeat_interleave(received.flatten())
@@ -130,11 +214,9 @@ def keep_own_experts(moe: MoE, rank: int, size: int) -> None:
     experts = moe.experts
     assert isinstance(experts, Experts)
     for name in ("w1", "w2", "w3"):
-        weight, scales = getattr(experts, name), SCALES[name]
+        weight = getattr(experts, name)
         own = weight.detach().chunk(size)[rank].clone()
         setattr(experts, name, nn.Parameter(own, requires_grad=weight.requires_grad))
-        if getattr(experts, scales, None) is not None:
-            setattr(experts, scales, getattr(experts, scales).chunk(size)[rank].clone())
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:

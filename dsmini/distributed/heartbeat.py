@@ -22,11 +22,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dsmini.console.command import interruptible
 from dsmini.distributed.meeting import held_by_launcher, store_client
@@ -37,20 +36,19 @@ if TYPE_CHECKING:
 
 STALLED = 75
 """Exit status of every process of a run that stood still: a temporary failure, as sysexits.h has it."""
-LONG_PHASES = ("starting", "saving", "validating")
+LONG_PHASES: tuple[str, ...] = ("starting", "saving", "validating")
 LONG = 900.0
 """Seconds that the main thread may stand still in one of these phases; in any other it is the time-out."""
 ENDED = "ended"
 """Phase of a rank that does not watch any more."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Beat:
+class Beat(NamedTuple):
     """One rank's message to the others."""
 
     rank: int
-    process: str
-    """Its number and host, for people."""
+    who: str
+    """The rank, with its process and host, for people."""
     count: int
     """Number of this message: a new one is a sign of life."""
     step: int
@@ -61,11 +59,6 @@ class Beat:
     """The main thread is inside a collective."""
     where: str
     """Place of the main thread, as FILE:LINE FUNCTION."""
-
-    @property
-    def who(self) -> str:
-        """The rank in words."""
-        return f"rank {self.rank} ({self.process})"
 
     @property
     def at(self) -> str:
@@ -97,7 +90,6 @@ class Heartbeat:
         self.rank, self.size, self.store, self.timeout, self.period = rank, size, store, timeout, period
         self.on_stall, self.on_lost = on_stall, on_lost
         self.step, self.phase, self.moves, self.seen = 0, "starting", 0, -1
-        self.before = (rank - 1) % size
         self.count, self.still, self.silent = 0, 0.0, 0.0
         self.last: Beat | None = None
         """The newest message of the rank before this one."""
@@ -117,6 +109,9 @@ class Heartbeat:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.closed.set()
+        with suppress(RuntimeError):  # the store has ended
+            if error is not None and self.store.check(["stall"]):  # another process has ended for it just before
+                os._exit(STALLED)
         self.thread.join(timeout=5 * self.period)
 
     def _run(self) -> None:
@@ -145,40 +140,32 @@ class Heartbeat:
         if self.store.check(["stall"]):
             self.store.add("heard", 1)
             os._exit(STALLED)
-        beat = self._read(self.before)
+        before = (self.rank - 1) % self.size
+        beat = self._read(before)
         self.silent = 0.0 if beat != self.last else self.silent + passed
         self.last = beat
         if self.silent > self.timeout and not (beat and beat.phase == ENDED):
-            who = beat.who if beat else f"rank {self.before}"
-            after = f" after {beat.at}" if beat else ""
+            who, after = (beat.who, f" after {beat.at}") if beat else (f"rank {before}", "")
             words = f"{who} has given no sign of life for {self.silent:.0f} s; it was stopped or killed{after}"
-            self._end(self.before, self.silent, words)
+            self._end(before, self.silent, words)
         if self.rank == 0:
             self._judge([self._read(rank) for rank in range(self.size)])
 
     def _publish(self, phase: str) -> None:
         where, waits = place_of(self.main)
         self.count += 1
-        beat = Beat(
-            rank=self.rank,
-            process=f"pid {os.getpid()} on {socket.gethostname()}",
-            count=self.count,
-            step=self.step,
-            phase=phase,
-            still=self.still,
-            waits=waits,
-            where=where,
-        )
-        self.store.set(str(self.rank), json.dumps(asdict(beat)))
+        who = f"rank {self.rank} (pid {os.getpid()} on {socket.gethostname()})"
+        beat = Beat(self.rank, who, self.count, self.step, phase, self.still, waits, where)
+        self.store.set(str(self.rank), json.dumps(beat))
 
     def _read(self, rank: int) -> Beat | None:
         there = self.store.check([str(rank)])
-        return Beat(**json.loads(self.store.get(str(rank)))) if there else None
+        return Beat(*json.loads(self.store.get(str(rank)))) if there else None
 
     def _judge(self, read: list[Beat | None]) -> None:
         """End a run of which every rank stands still."""
         beats = [beat for beat in read if beat is not None and beat.phase != ENDED]
-        limits = {phase: max(self.timeout, LONG) for phase in LONG_PHASES}
+        limits = dict.fromkeys(LONG_PHASES, max(self.timeout, LONG))
         if None in read or not beats or any(beat.still <= limits.get(beat.phase, self.timeout) for beat in beats):
             return
         places = Counter(beat.where for beat in beats)
@@ -193,8 +180,8 @@ class Heartbeat:
         """Tell of a stall, and end this process once the others have heard: else they only see it close its pipes."""
         try:
             if self.store.add("stalls", 1) == 1:
-                self.store.set("stall", "")
                 self.on_stall(culprit, seconds, words)
+                self.store.set("stall", "")
                 end = time.monotonic() + 5 * self.period
                 while time.monotonic() < end and self.store.add("heard", 0) < self.size - 1:
                     time.sleep(0.05)

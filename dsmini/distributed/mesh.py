@@ -13,6 +13,7 @@ since the tokens of all ep ranks came to the expert. That of all else is summed 
 the loss is divided once, by what the whole step has of targets. One process is a mesh of 1, which sends nothing.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,7 +24,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dsmini.config.parallel import ParallelConfig
 from dsmini.distributed import data_parallel
-from dsmini.distributed.exchange import SentBytes
 from dsmini.distributed.expert_parallel import ExpertExchange, TwoHopExchange, keep_own_experts, moe_layers
 from dsmini.distributed.muon import MatrixOwners, muon_update_divided
 from dsmini.distributed.pieces import HeldRows
@@ -46,7 +46,7 @@ class Mesh:
         """Number of parts of the batch, dp x ep."""
         self.pp_index, self.part = divmod(self.rank, self.parts)
         self.ep_index = self.part % config.ep
-        self.traffic, self.slow_traffic = SentBytes(), SentBytes()
+        self.traffic, self.slow_traffic = Counter[str](), Counter[str]()
         """Bytes of the expert exchange inside a node, or of all where there is one; between nodes."""
         self.zero = config.zero if self.parts > 1 else 0
         self.layout: StageLayout | None = None
@@ -57,20 +57,21 @@ class Mesh:
         """Names of the tensors of the whole model that other ranks have, and this one has nothing of."""
         self.own_experts: set[Tensor] = set()
         """Parameters that only the ranks of `dp` hold alike."""
-        self.twins: set[Tensor] = set()
-        """Parameters that the first and the last stage both have, on two ranks."""
         self.ends: Any = None
         """The ranks of the first and the last stage of this part of the batch, on these ranks."""
+        self.shared_by_ends: set[Tensor] = set()
+        """Parameters that the first and the last stage both have, on two ranks."""
         self.owners: list[MatrixOwners] = []
         """Matrices that Muon moves on one of the ranks that hold them."""
         self.groups: dict[str, Any] = {}
         if self.size > 1:
-            shape = (config.pp, self.parts // config.ep, config.ep)
+            names, dp = ("pp", "dp", "node", "inside"), self.parts // config.ep
+            shape = (config.pp, dp, config.nodes, config.ep // config.nodes)
             kind = "cpu" if device is None else device.type
-            self.device_mesh = init_device_mesh(kind, shape, mesh_dim_names=("pp", "dp", "ep"))
-            self.parts_mesh = self.device_mesh["dp", "ep"]._flatten("parts")
-            self.groups = {name: self.device_mesh.get_group(name) for name in ("pp", "dp", "ep")}
-            self.groups["parts"] = self.parts_mesh.get_group()
+            whole = init_device_mesh(kind, shape, mesh_dim_names=names)
+            self.meshes = {name: whole[name] for name in names}
+            self.meshes |= {"ep": whole[names[2:]]._flatten("ep"), "parts": whole[names[1:]]._flatten("parts")}
+            self.groups = {name: mesh.get_group() for name, mesh in self.meshes.items()}
 
     # --- the division of a model
 
@@ -85,8 +86,8 @@ class Mesh:
                 keep_own_experts(moe, self.ep_index, self.config.ep)
                 moe.exchange = exchange
         if self.zero:
-            dp = self.device_mesh["dp"] if self.config.ep > 1 else None
-            data_parallel.shard(model, [*model.layers, *model.mtp], self.zero, self.parts_mesh, dp)
+            dp = self.meshes["dp"] if self.config.ep > 1 else None
+            data_parallel.shard(model, [*model.layers, *model.mtp], self.zero, self.meshes["parts"], dp)
         self.note(model)
 
     def note(self, model: Transformer) -> None:
@@ -94,34 +95,25 @@ class Mesh:
         if self.config.ep > 1:
             self.own_experts = {p for moe in moe_layers(model) for p in moe.experts.parameters()}
         if self.ends is not None:
-            self.twins = {p for name, p in model.named_parameters() if name.startswith("embed")}
+            self.shared_by_ends = {p for name, p in model.named_parameters() if name.startswith("embed")}
 
     def _keep_stages(self, model: Transformer) -> None:
         before = set(model.state_dict())
         self.layout = layout = StageLayout.of(model, self.config)
-        twice = bool(len(model.mtp)) and layout.ends_apart()
+        first, last = layout.ranks[0], layout.ranks[-1]
+        embeds_twice = bool(len(model.mtp)) and first != last
         layout.keep(model, self.pp_index)
         self.elsewhere = before - set(model.state_dict())
-        for part in range(self.parts if twice else 0):  # every rank makes every group, in one order
-            ends = [layout.ranks[0] * self.parts + part, layout.ranks[-1] * self.parts + part]
+        for part in range(self.parts if embeds_twice else 0):  # every rank makes every group, in one order
+            ends = [stage * self.parts + part for stage in (first, last)]
             group = dist.new_group(ends)
             if self.rank in ends:
                 self.ends = group
 
     def _exchange(self) -> ExpertExchange | TwoHopExchange:
-        nodes, ep = self.config.nodes, self.config.ep
-        if nodes == 1:
+        if self.config.nodes == 1:
             return ExpertExchange(self.groups["ep"], self.traffic)
-        node, number = divmod(self.ep_index, ep // nodes)
-        inside: Any = None
-        between: Any = None
-        for first in range(0, self.size, ep):  # every rank makes every group, in one order
-            by_node = torch.arange(first, first + ep).view(nodes, ep // nodes)
-            inner = [dist.new_group(ranks) for ranks in by_node.tolist()]
-            outer = [dist.new_group(ranks) for ranks in by_node.T.tolist()]
-            if first <= self.rank < first + ep:
-                inside, between = inner[node], outer[number]
-        return TwoHopExchange(between, inside, self.slow_traffic, self.traffic)
+        return TwoHopExchange(self.groups["node"], self.groups["inside"], self.slow_traffic, self.traffic)
 
     def pipeline(self, model: Transformer) -> Any:
         """Return what runs forwards and backwards through the stages of all ranks; None without a pipeline."""
@@ -160,11 +152,10 @@ class Mesh:
         """Return the ranks that hold the same values as this one in a parameter or a buffer."""
         if self.size == 1 or data_parallel.local(tensor) is not tensor:
             return (self.rank,)
-        if tensor in self.twins:
+        if tensor in self.shared_by_ends:
             last = self.config.pp - 1
             return tuple(stage * self.parts + part for stage in (0, last) for part in range(self.parts))
-        group = self.groups["dp" if tensor in self.own_experts else "parts"]
-        return tuple(dist.get_process_group_ranks(group))
+        return tuple(dist.get_process_group_ranks(self.groups["dp" if tensor in self.own_experts else "parts"]))
 
     def piece(self, parameter: Tensor) -> HeldRows:
         """Return which piece of the whole model's parameter this rank holds."""
@@ -195,15 +186,14 @@ class Mesh:
         """Replace gradients by their sums over the ranks that hold the same parameter; Muon's at owners alone."""
         if self.size == 1 or self.zero:  # FSDP2 has summed them
             return
-        by_one = {p for owners in self.owners if owners.n > 1 for p in owners.params}
         for owners in self.owners:
             owners.sum_gradients()
-        for_all = [p for p in parameters if p.grad is not None and p not in by_one]
+        moved_by_one = self._moved_by_one()
+        for_all = [p for p in parameters if p.grad is not None and p not in moved_by_one]
         for name, own in (("parts", False), ("dp", True)):
-            if dist.get_world_size(self.groups[name]) > 1:
-                sum_in_buckets([p.grad for p in for_all if (p in self.own_experts) == own], self.groups[name])
+            sum_in_buckets([p.grad for p in for_all if (p in self.own_experts) == own], self.groups[name])
         if self.ends is not None:
-            sum_in_buckets([p.grad for p in for_all if p in self.twins], self.ends)
+            sum_in_buckets([p.grad for p in for_all if p in self.shared_by_ends], self.ends)
 
     @torch.no_grad()
     def squared_norms(self, model: nn.Module) -> Tensor:
@@ -212,12 +202,11 @@ class Mesh:
         Over all ranks each element of the whole model's gradient counts once: in the sum of what they return.
         """
         squares = torch.zeros(len(self.names), dtype=torch.float64)
-        places = {name: place for place, name in enumerate(self.names)}
-        by_one = {p for owners in self.owners if owners.n > 1 for p in owners.params}
+        places, moved_by_one = {name: place for place, name in enumerate(self.names)}, self._moved_by_one()
         counted = [
             (places[name], data_parallel.local(p.grad))
             for name, p in model.named_parameters()
-            if p.grad is not None and (p in by_one or self.holders(p)[0] == self.rank)
+            if p.grad is not None and (p in moved_by_one or self.holders(p)[0] == self.rank)
         ]
         if counted:
             norms = torch._foreach_norm([grad for _, grad in counted])  # pyright: ignore[reportPrivateImportUsage]
@@ -242,22 +231,27 @@ class Mesh:
         for owners in self.owners:
             owners.share()
 
+    def _moved_by_one(self) -> set[Tensor]:
+        """Return the matrices whose gradients only their owner among several ranks has."""
+        return {p for owners in self.owners if owners.n > 1 for p in owners.params}
+
     @property
     def muon_update(self) -> Any:
         """The update of Muon's matrices: that of whole ones, or of ones that FSDP2 divides."""
         return muon_update_divided if self.zero else muon_update
 
 
-def sum_in_buckets(tensors: Sequence[Tensor | None], group: Any) -> None:
+def sum_in_buckets(gradients: Sequence[Tensor | None], group: Any) -> None:
     """Replace tensors by their sums over a group, in messages of up to BUCKET numbers of one dtype."""
-    bucket: list[Tensor] = []
-    for tensor in [*tensors, None]:
-        full = sum(t.numel() for t in bucket) + (0 if tensor is None else tensor.numel()) > BUCKET
-        if bucket and (tensor is None or full or tensor.dtype != bucket[0].dtype):
-            flat = torch.cat([t.flatten() for t in bucket])
-            dist.all_reduce(flat, group=group)
-            for t, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                t.copy_(summed.view_as(t))
-            bucket = []
-        if tensor is not None:
-            bucket.append(tensor)
+    if dist.get_world_size(group) == 1:
+        return
+    buckets: list[list[Tensor]] = []
+    for grad in (grad for grad in gradients if grad is not None):
+        last = buckets[-1] if buckets else []
+        fits = last and last[0].dtype == grad.dtype and sum(t.numel() for t in last) + grad.numel() <= BUCKET
+        last.append(grad) if fits else buckets.append([grad])
+    for bucket in buckets:
+        flat = torch.cat([t.flatten() for t in bucket])
+        dist.all_reduce(flat, group=group)
+        for t, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            t.copy_(summed.view_as(t))

@@ -48,32 +48,22 @@ class World:
         """Run work on rank 0 alone; return its result, or raise its error, on all."""
         if self.size == 1:
             return work()
-        answer: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                answer[0] = work()
-            except Exception as error:
-                answer[1] = _portable(error)
-        dist.broadcast_object_list(answer, src=0, group=self.group)
-        if answer[1] is not None:
-            raise told(answer[1])
-        return answer[0]
+        outcome: list[Any] = [_outcome(work) if self.rank == 0 else None]
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        result, error = outcome[0]
+        if error is not None:
+            raise told(error)
+        return result
 
     def together(self, work: Callable[[], T]) -> T:
         """Run work on all ranks; an error of some is raised by all, and names them."""
         if self.size == 1:
             return work()
-        result, mine = None, None
-        try:
-            result = work()
-        except Exception as error:
-            if tells_of_loss(error):  # nobody is left to ask
-                raise
-            mine = _portable(error)
+        result, mine = _outcome(work)
         errors = self.gather(mine)
         if any(errors):
             raise told(_joint(errors))
-        return result  # pyright: ignore[reportReturnType]
+        return result
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in order."""
@@ -85,6 +75,16 @@ class World:
     def fork(self) -> "World":
         """Return the same processes with messages of their own, for another thread. All ranks call it together."""
         return self if self.size == 1 else replace(self, group=dist.new_group(backend="gloo"))
+
+
+def _outcome(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """Return the result of work, and the error that it raised in a form for other ranks."""
+    try:
+        return work(), None
+    except Exception as error:
+        if tells_of_loss(error):  # nobody is left to ask
+            raise
+        return None, _portable(error)
 
 
 def _words(error: Exception) -> str:
@@ -156,7 +156,8 @@ def joined(
         if TOLD not in getattr(error, "__notes__", ()) and (reason := tells_of_loss(error)):
             words = f"rank {rank}: lost another process ({reason}); a run of dsmini.train continues with --resume"
             print(words, file=sys.stderr, flush=True)
-            leave(1)
+            sys.stdout.flush()
+            os._exit(1)  # without the destructors that wait for, or abort after, a group that is dead
         raise
     finally:
         if dist.is_initialized():
@@ -192,10 +193,3 @@ def tells_of_loss(error: BaseException) -> str | None:
     found = next((part for part in LOST if part in str(error)), None)
     cause = error.__cause__ or error.__context__  # torch's pipeline raises an error of its own
     return found if found or cause is None else tells_of_loss(cause)
-
-
-def leave(status: int) -> None:
-    """End this process now, without the destructors that wait for, or abort after, a group that is dead."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

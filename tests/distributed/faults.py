@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dsmini.console.command import run
@@ -89,7 +90,9 @@ def do(fault: Fault) -> None:
         raise OSError(ERRNO[fault.kind], os.strerror(ERRNO[fault.kind]), "a fault")
     elif fault.kind == "exception":
         raise RuntimeError(f"{fault}")
-    elif fault.kind == "hang":
+    elif fault.kind in ("hang", "alone"):
+        if fault.kind == "alone":  # in a collective that the others never join
+            dist.broadcast(torch.zeros(1), src=0)
         while True:
             time.sleep(3600)
     else:
@@ -159,9 +162,10 @@ def inject_into_command(faults: Sequence[Fault]) -> None:
 
 
 def parsed(text: str) -> list[Fault]:
+    """Return the faults of a text, each KIND:RANK:STEP:PHASE, separated by commas."""
     return [
         Fault(kind, int(rank), int(step), phase)
-        for kind, rank, step, phase in (one.split(":", 3) for one in text.split(","))
+        for kind, rank, step, phase in (one.split(":", 3) for one in filter(None, text.split(",")))
     ]
 
 

@@ -13,7 +13,7 @@ import dsmini
 from dsmini import ModelConfig, Transformer
 from dsmini.checkpoint import load
 from dsmini.checkpoint.safetensors_files import SafetensorsReader
-from dsmini.distributed.decode import ExpertShare
+from dsmini.distributed.decode import Sharing
 from dsmini.distributed.world import World
 from tests.conftest import SMALL, randomise
 from tests.helpers import folders
@@ -111,7 +111,11 @@ def load_part(
     world: World, folder: Path, dtype: Any = None, fp8: Any = "dequantize", placement: Any = None
 ) -> Transformer:
     """Load a rank's part of a folder's model, as dsmini.generate does."""
-    share = ExpertShare(world, placement)
-    model = world.together(lambda: load.load_pretrained(folder, dtype, fp8, holding=share))
-    share.connect(model)
+    return load_shared(Sharing(world, placement=placement), folder, dtype, fp8)
+
+
+def load_shared(sharing: Sharing, folder: Path, dtype: Any = None, fp8: Any = "dequantize") -> Transformer:
+    """Load the part of a folder's model that a process shares."""
+    model = sharing.world.together(lambda: load.load_pretrained(folder, dtype, fp8, holding=sharing))
+    sharing.connect(model)
     return model

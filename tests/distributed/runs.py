@@ -146,14 +146,14 @@ def new_run(
 ) -> TrainingRun:
     """Make a run in a folder, and restore it if it has a checkpoint; faults that have come do not come again."""
     trainer = new_trainer(world, parallel or {}, {}, RECIPE | changes, folder)
+    folder.mkdir(exist_ok=True)
     if world.rank == 0:
-        folder.mkdir(exist_ok=True)
         (folder / "config.toml").write_text(trainer.config.to_toml())
-    training = TrainingRun(trainer.config, trainer, Console(quiet=True), world)
+    said = Console(file=(folder / f"said-{world.rank}").open("a"), width=1000)
+    training = TrainingRun(trainer.config, trainer, said, world)
     if world.first(lambda: bool(checkpoint_folders(folder))):
         saver, share = training.saver, (world.rank, world.size)
-        said: list[str] = []
-        training.resume(last_checkpoint(folder, saver.parts, saver.fits, said.append, world.together, share))
+        training.resume(last_checkpoint(folder, saver.parts, saver.fits, str, world.together, share))
     inject(training, faults)
     return training
 

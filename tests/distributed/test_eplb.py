@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dsmini.distributed.eplb import balance, loads_of_run, main, place_experts
+from dsmini.distributed.eplb import balance, copies_of, loads_of_run, main, place_experts
 
 README = np.array(
     [
@@ -27,8 +27,7 @@ PLACED = [
 
 def test_readme_example_is_reproduced() -> None:
     placed = place_experts(README, 16, 4, 2, 8)
-    assert placed.experts.tolist() == PLACED
-    assert placed.counts[0].tolist() == [1, 2, 1, 1, 2, 2, 1, 1, 1, 1, 2, 1]
+    assert placed.tolist() == PLACED
 
 
 @st.composite
@@ -53,16 +52,16 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, int, int, int, int]:
 def test_placement_keeps_its_invariants(case: tuple[np.ndarray, int, int, int, int]) -> None:
     loads, n_replicas, n_groups, n_nodes, n_gpus = case
     placed = place_experts(loads, n_replicas, n_groups, n_nodes, n_gpus)
-    assert placed.experts.shape == (len(loads), n_replicas)
-    assert (placed.counts >= 1).all() and (placed.counts.sum(1) == n_replicas).all()
-    for layer, experts in enumerate(placed.experts):
-        assert placed.counts[layer].tolist() == np.bincount(experts, minlength=loads.shape[1]).tolist()
+    counts = copies_of(placed, loads.shape[1])
+    assert placed.shape == (len(loads), n_replicas)
+    assert (counts >= 1).all() and (counts.sum(1) == n_replicas).all()
+    for experts in placed:
         if n_groups % n_nodes == 0:  # a group stays whole on one node
             nodes = np.arange(n_replicas) // (n_replicas // n_nodes)
             groups = experts // (loads.shape[1] // n_groups)
             assert len(set(zip(groups.tolist(), nodes.tolist(), strict=True))) == n_groups
     found = balance(loads, placed, n_gpus)
-    shares = np.take_along_axis(loads / placed.counts, placed.experts, axis=1).reshape(len(loads), n_gpus, -1).sum(2)
+    shares = np.take_along_axis(loads / counts, placed, axis=1).reshape(len(loads), n_gpus, -1).sum(2)
     mean = loads.sum(1) / n_gpus
     assert shares.sum(1) == pytest.approx(loads.sum(1)), "no load is lost, none is counted twice"
     assert found.after * mean == pytest.approx(shares.max(1) * (mean > 0))
@@ -89,23 +88,23 @@ def test_largest_load_per_copy_is_the_smallest_possible(seed: int) -> None:
     loads = np.random.default_rng(seed).random((1, 4)) ** 2
     placed = place_experts(loads, 8, 1, 1, 2)
     ways = [counts for counts in itertools.product(range(1, 6), repeat=4) if sum(counts) == 8]
-    assert (loads / placed.counts).max() == min((loads[0] / np.array(counts)).max() for counts in ways)
+    assert (loads / copies_of(placed, 4)).max() == min((loads[0] / np.array(counts)).max() for counts in ways)
 
 
 def test_two_copies_on_one_gpu_are_counted() -> None:
     loads = np.array([[100, 70, 1, 1]])
     placed = place_experts(loads, 8, 1, 1, 2)
-    assert placed.counts.tolist() == [[3, 3, 1, 1]], "loads per copy 100, 70, 50, 35 get one more in turn"
+    assert copies_of(placed, 4).tolist() == [[3, 3, 1, 1]], "loads per copy 100, 70, 50, 35 get one more in turn"
     assert balance(loads, placed, 2).duplicates.tolist() == [2], "three copies on two GPUs must meet"
 
 
 def test_balance_by_hand_on_other_loads() -> None:
     placed = place_experts(np.array([[8, 5, 2, 2]]), 6, 1, 1, 2)
-    assert placed.counts.tolist() == [[2, 2, 1, 1]]
+    assert copies_of(placed, 4).tolist() == [[2, 2, 1, 1]]
     found = balance(np.array([[4, 4, 8, 0]]), placed, 2)
     assert found.before.tolist() == [1.0]
     shares = {0: 2.0, 1: 2.0, 2: 8.0, 3: 0.0}
-    sums = [sum(shares[x] for x in placed.experts[0, at : at + 3].tolist()) for at in (0, 3)]
+    sums = [sum(shares[x] for x in placed[0, at : at + 3].tolist()) for at in (0, 3)]
     assert found.after.tolist() == [max(sums) / 8]
 
 

@@ -1,4 +1,4 @@
-"""The state that a checkpoint must hold, and numbers that go wrong: on all ranks alike, or not at all."""
+"""The state that a checkpoint must hold; fewer ranks than before, and more again; and experts without a token."""
 
 import dataclasses
 import os
@@ -15,18 +15,14 @@ from dsmini.checkpoint.training_state import Checkpoint, RunState
 from dsmini.distributed.world import World
 from dsmini.training.spikes import SkippedBatches
 from tests.distributed.faults import Fault
-from tests.distributed.ranks import outcomes, run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import (
     RECIPE,
     before_each_step,
     differences,
-    events,
     new_run,
     rows,
     run,
-    saved,
-    statuses,
-    until_end,
 )
 
 pytestmark = pytest.mark.slow
@@ -106,51 +102,77 @@ def test_each_part_that_is_dropped_is_seen(part: str, resumed: Path) -> None:
     assert "step-000008" not in steps or differences(resumed / part, resumed / "whole") != []
 
 
-# --- numbers
+# --- other numbers of ranks
 
 
-def test_nan_on_one_rank_skips_the_step_on_all(tmp_path: Path) -> None:
-    """Compare what the ranks hold alike after each step."""
-    for rank in (0, 1):
-        faults = [Fault("nan", rank, 3, "forward")]
-        assert run_ranks(2, run, tmp_path / f"{rank}", {"dp": 2, "check_replicas": 1}, faults) == [True, True]
-    assert [row["step"] for row in rows(tmp_path / "0") if row["skipped"]] == [3]
-    got, want = saved(tmp_path / "1"), saved(tmp_path / "0")
-    assert all(torch.equal(got[name], want[name]) for name in want)
+def recorded(world: World, folder: Path, until: int) -> list[tuple[int, list[int]]]:
+    """Train until a step; return the sequences that this rank took in each step."""
+    taken: list[tuple[int, list[int]]] = []
+    real = Trainer._batch
+
+    def batch(trainer: Trainer, n: int) -> Any:
+        pieces = trainer._requests(n)[0]
+        taken.append((trainer.steps_done, [one for first, count in pieces for one in range(first, first + count)]))
+        return real(trainer, n)
+
+    with mock.patch.object(Trainer, "_batch", batch):
+        run(world, folder, until=until)
+    return taken
 
 
-SPIKE: dict[str, Any] = {"steps": 40, "max_rewinds": 2, "eval_every": 40, "ema_decay": None, "optimizer": "adamw"}
+def test_four_three_and_four_ranks_take_each_sequence_once(tmp_path: Path) -> None:
+    assert run(World(), tmp_path / "whole")
+    steps: dict[int, list[int]] = {}
+    for n, until, done in ((4, 3, 3), (3, 6, 3), (4, 0, 2)):
+        everyone = run_ranks(n, recorded, tmp_path / "run", until)
+        assert all(len(of_rank) == done for of_rank in everyone)
+        for of_rank in everyone:
+            for step, sequences in of_rank:
+                assert len(sequences) == ROWS // n
+                steps.setdefault(step, []).extend(sequences)
+    for step in range(STEPS):
+        assert sorted(steps[step]) == list(range(step * ROWS, (step + 1) * ROWS))
+    for got, want in zip(rows(tmp_path / "run"), rows(tmp_path / "whole"), strict=True):
+        assert abs(got["loss"] - want["loss"]) <= FP32_MODEL * STEPS * abs(want["loss"])
+    assert_near(tmp_path / "run", tmp_path / "whole")
 
 
-def left_out(world: World, folder: Path, ranges: Any) -> bool:
-    training = new_run(world, folder, EP, **SPIKE)
-    training.trainer.left_out = SkippedBatches(ranges=ranges, rewinds=1)
-    return training.train()
+def lonely(world: World, parallel: dict[str, Any], avoided: list[int]) -> dict[str, Any]:
+    """Take two steps in which no token goes to some experts; return this rank's gradients of experts, and moments."""
+    trainer = new_trainer(world, parallel, {"n_limited_groups": 4}, {"optimizer": "adamw"})
+    gates = list(trainer.model.gates())
+    grads: dict[str, Any] = {}
+
+    def phase(name: str) -> None:
+        if name == "optimizer":
+            for p_name, p in trainer.model.named_parameters():
+                if ".experts." in p_name:
+                    grads[p_name] = None if p.grad is None else local(p.grad).clone()
+
+    trainer.phase = phase
+    for _ in range(2):
+        for gate in gates:
+            gate.bias[avoided] = -1e4
+        result = trainer.step()
+        assert result.counts is not None and not result.counts[:, avoided].any() and result.counts.sum() > 0
+    state = optimizer_state(trainer.optimizers, trainer.model.named_parameters())
+    steps = {name: t.item() for name, t in state.items() if name.endswith("/step")}
+    moments = {name: local(t).clone() for name, t in state.items() if "exp_avg" in name}
+    return {"grads": grads, "steps": steps, "moments": moments, "bias": [gate.bias.clone() for gate in gates]}
 
 
-def test_spike_rewinds_and_leaves_its_batches_out(tmp_path: Path) -> None:
-    faults = [Fault("spike", 1, 36, "forward")]
-    assert run_ranks(2, run, tmp_path / "run", EP, faults, **SPIKE) == [True, True]
-    (rewound,) = events(tmp_path / "run", "rewound")
-    assert rewound["step"] == 34
-    assert run_ranks(2, left_out, tmp_path / "want", ((34 * ROWS, 36 * ROWS),)) == [True, True]
-    assert differences(tmp_path / "run", tmp_path / "want", 40) == []
-
-
-def test_more_spikes_than_rewinds_end_the_run(tmp_path: Path) -> None:
-    faults = [Fault("spike", rank, step, "forward") for rank, step in ((1, 36), (0, 37))]
-    ends = outcomes(2, run, tmp_path / "run", EP, faults, **SPIKE | {"max_rewinds": 1})
-    assert statuses(ends) == [1, 1] and all("spiked again after 1 rewinds" in end.failure for end in ends)
-
-
-def test_flipped_bit_is_caught_within_its_steps_and_never_saved(tmp_path: Path) -> None:
-    layout, changes = {"dp": 3, "check_replicas": 2}, {"keep": 8, "optimizer": "adamw"}
-    run_ranks(3, run, tmp_path / "whole", layout, **changes)
-    faults = [Fault("flip", 1, 4, "between")]  # after step 3, before the step that is saved
-    attempts = until_end(3, tmp_path / "run", layout, faults, **changes)
-    assert [statuses(ends) for ends in attempts] == [[1] * 3, [0] * 3]
-    assert all("rank 1 differs in" in end.failure for end in attempts[0])
-    (found,) = events(tmp_path / "run", "corrupted")
-    assert found["step"] <= 3 + 2 and found["rank"] == [1]
-    for step in (2, 4, 6, 8):
-        assert differences(tmp_path / "run", tmp_path / "whole", step) == []
+@pytest.mark.parametrize("zero", [0, 3])
+def test_experts_without_a_token_have_zero_gradients_and_go_on_in_step(zero: int) -> None:
+    avoided = [1, 4, 5, 6, 7]  # one of rank 0, and all of rank 1
+    whole = lonely(World(), {}, avoided)
+    for rank, got in enumerate(run_ranks(2, lonely, {"ep": 2, "zero": zero}, avoided)):
+        assert got["grads"].keys() == whole["grads"].keys()
+        for name, grad in got["grads"].items():
+            assert grad is not None, name
+            empty = [number for number in range(4) if rank * 4 + number in avoided]
+            assert not grad[empty].any() and (rank == 1 or grad[0].any())
+        assert got["steps"] == whole["steps"] and set(got["steps"].values()) == {2.0}
+        for name, moment in got["moments"].items():
+            if ".experts." in name:
+                torch.testing.assert_close(moment, whole["moments"][name][4 * rank : 4 * rank + 4])
+        assert all(torch.equal(a, b) for a, b in zip(got["bias"], whole["bias"], strict=True))

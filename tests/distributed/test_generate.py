@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, load_pretrained
-from dsmini.distributed.decode import Agreement, ExpertHolders, ExpertShare, SharedTokens, layers_of_holders
-from dsmini.distributed.generation import read_placement, sharing
+from dsmini.distributed.decode import SharedTokens, Sharing, held_by_ranks, read_placement, sharing
 from dsmini.distributed.world import World
 from dsmini.inference.fused.decoder import Decoder
 from dsmini.inference.generation import Generation
@@ -24,6 +23,7 @@ from tests.distributed.generating import (
     Part,
     generated,
     load_part,
+    load_shared,
     logits_of,
     new_folder,
     part,
@@ -94,7 +94,8 @@ def layer_of_simulated_fp8(world: World) -> tuple[torch.Tensor, torch.Tensor]:
         own = slice(4 * world.rank, 4 * world.rank + 4)
         for name in ("w1", "w2", "w3"):
             setattr(moe.experts, name, torch.nn.Parameter(getattr(moe.experts, name)[own]))
-        moe.exchange = SharedTokens(ExpertHolders.of_places(range(8), 2, 8), ExpertShare(world))
+        held = torch.arange(8) // 4 == torch.arange(2)[:, None]
+        moe.exchange = SharedTokens(held, world.rank, torch.zeros(2, dtype=torch.int64))
         return want, moe(x)[0]
 
 
@@ -118,23 +119,22 @@ def test_gradients_through_divided_experts_are_refused(tmp_path: Path) -> None:
 
 def agreement(world: World, folder: Path, what: str) -> tuple[str, int]:
     """Generate where rank 1 is stopped, draws with another seed or loses a visit; return the error and the tokens."""
-    model = load_part(world, folder)
-    share = next(m.exchange.share for m in model.modules() if isinstance(m, MoE) and m.exchange)
-    asked: list[int] = []
+    shared, asked = Sharing(world), list[int]()
+    shared.stop = lambda: bool(asked)
     seed = world.rank if what == "seed" else 0
     generation = Generation(
-        model,
+        load_shared(shared, folder),
         PROMPTS,
         20,
         generator=torch.Generator().manual_seed(seed),
-        agree=Agreement(world, share, lambda: bool(asked)),
+        agree=shared.agree,
         sampling=Sampling(temperature=1.0 if what == "seed" else 0.0),
     )
     try:
         for step, _ in enumerate(generation):
             if step == 4 and world.rank == 1:
                 asked += [1] * (what == "stop")
-                share.computed -= what == "visit"
+                shared.pairs[0] -= what == "visit"
     except (ValueError, KeyboardInterrupt) as error:
         return f"{type(error).__name__} {error}", generation.stats.new_tokens
     return "", generation.stats.new_tokens
@@ -263,16 +263,14 @@ def test_what_ranks_cannot_divide_is_refused() -> None:
         (2, [[], *good[1:]], "layer 0 of the placement has 0 places"),
     ):
         with pytest.raises(ValueError, match=words):
-            layers_of_holders(model, n, placement)
+            held_by_ranks(model, n, placement)
 
 
 def test_copies_of_an_expert_take_turns() -> None:
-    holders = ExpertHolders.of_places([0, 1, 2, 0, 3, 2, 0, 0], 4, 4)
-    assert holders.held == ((0, 1), (0, 2), (2, 3), (0,))
+    held = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1], [1, 0, 0, 0]], dtype=torch.bool)
     indices = torch.rand(300, 4).argsort(1)[:, :2]
-    ranks = holders.rank_of_pairs(indices)
+    ranks = SharedTokens(held, 0, torch.zeros(2, dtype=torch.int64)).rank_of_pairs(indices)
     for expert in range(4):
-        visits = ranks[indices == expert].bincount(minlength=4)
-        holds = torch.tensor([expert in own for own in holders.held])
-        mean = visits.sum() / holds.sum()
-        assert ((visits - holds * mean).abs() <= 4 * mean.sqrt() * (holds.sum() > 1)).all()
+        pairs = ranks[indices == expert].bincount(minlength=4)
+        mean = pairs.sum() / held[:, expert].sum()
+        assert ((pairs - held[:, expert] * mean).abs() <= 4 * mean.sqrt() * (held[:, expert].sum() > 1)).all()

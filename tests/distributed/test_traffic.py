@@ -1,6 +1,5 @@
 """Bytes that the expert exchange sends: counted, worked out from the routing, and predicted by the planner."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -43,8 +42,8 @@ def exchange(world: World, nodes: int) -> dict[str, Any]:
     reached = torch.zeros(TOKENS, nodes, dtype=torch.bool).scatter(1, on_node, True)
     reached[:, own_node] = False
     return {
-        "fast": dataclasses.asdict(ranks.traffic),
-        "slow": dataclasses.asdict(ranks.slow_traffic),
+        "fast": ranks.traffic,
+        "slow": ranks.slow_traffic,
         "remote visits": int((on_rank != world.rank).sum()),
         "remote nodes": int(reached.sum()),
     }

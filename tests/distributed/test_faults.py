@@ -1,0 +1,474 @@
+"""Faults: each rank that dies, stands still, computes a wrong number or cannot write ends as the table says.
+
+A run that is started again ends with the bits of one that met no fault. A row with many faults is a run that is
+started again after each of them.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dsmini.distributed.heartbeat import STALLED
+from dsmini.distributed.world import World
+from dsmini.machine import random_state
+from dsmini.training.events import read_events
+from dsmini.training.run import TrainingRun
+from dsmini.training.spikes import SkippedBatches
+from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault, of_this_process, parsed
+from tests.distributed.ranks import START, new_store, outcomes, run_ranks, spoken, start
+from tests.distributed.runs import (
+    KILLED,
+    RECIPE,
+    STEPS,
+    before_each_step,
+    differences,
+    events,
+    new_run,
+    run,
+    saved,
+    small_config,
+    statuses,
+    until_end,
+)
+
+EP: dict[str, Any] = {"ep": 2}
+THREE: dict[str, Any] = {"dp": 3}
+WATCHED: dict[str, Any] = {"timeout": 5.0}
+EACH: dict[str, Any] = {"save_every": 1}
+LOST = {1, -signal.SIGABRT}
+"""Statuses of a rank whose peer died: it leaves, or gloo aborts it."""
+ENDS: dict[str, tuple[set[int | None], set[int | None]]] = {
+    **dict.fromkeys(("kill", "kill_saving"), ({KILLED}, LOST)),
+    "exception": ({1}, LOST),
+    "abort": ({-signal.SIGABRT}, LOST),
+    "segfault": ({-signal.SIGSEGV}, LOST),
+    **dict.fromkeys(("hang", "alone"), ({STALLED}, {STALLED})),
+    "stop": ({None}, {STALLED}),
+    "terminate": ({0}, {0}),
+    "flip": ({1}, {1}),
+}
+"""For faults that end an attempt: statuses of their rank, and of the others."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Faults of a run, and what comes of them."""
+
+    faults: str
+    n: int = 2
+    parallel: dict[str, Any] = field(default_factory=lambda: EP)
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Of the train config."""
+    events: dict[str, list[int]] = field(default_factory=dict)
+    """Steps of events of rank 0 by name."""
+    words: tuple[str, ...] = ()
+    """Said on the way, by the run, an event or an error of each rank that raises."""
+    like: str = ""
+    """Faults of the run with the same bits."""
+
+
+def at_each(kind: str, places: list[tuple[str, int]]) -> str:
+    """Return a fault of a kind for each phase and rank, one step after the other."""
+    return ",".join(f"{kind}:{rank}:{step}:{phase}" for step, (phase, rank) in enumerate(places, 1))
+
+
+def saves(rank: int) -> list[tuple[str, int]]:
+    """Return the phases of a save that a rank takes part in."""
+    phases = SAVE_PHASES if rank == 0 else SAVE_PHASES[: SAVE_PHASES.index("before_rename")]
+    return [(f"save:{phase}", rank) for phase in phases]
+
+
+STOPPED = {"saved": [3, STEPS], "stopped": [3]}
+DISK = "full_disk:1:4:save:writing,full_disk:2:4:save:writing,full_disk:0:6:save:before_rename"
+DISK_WORDS = (
+    "step 2: rank 1: Input/output error; no earlier one is there",
+    "step 4: ranks 1, 2: No space left on device",
+    "step 6: No space left on device",  # rank 0 alone finishes a save
+)
+TABLE: dict[str, Row] = {
+    "kill": Row("kill:1:3:backward", changes=EACH),
+    "hang of rank 1": Row(
+        "hang:1:3:backward", 2, WATCHED, EACH, words=("rank 1 (pid", "step 2, backward, in tests/distributed/faults.py")
+    ),
+    # slow from here on
+    "kill in each phase of a step": Row(
+        at_each("kill", [(phase, rank) for phase in STEP_PHASES for rank in (0, 1)]), changes=EACH
+    ),
+    "kill in each phase of a save of rank 0": Row(at_each("kill_saving", saves(0)), changes=EACH),
+    "kill in each phase of a save of rank 1 in the background": Row(
+        at_each("kill_saving", saves(1)), changes=EACH | {"save_in_background": True}
+    ),
+    # torch's pipeline wraps the error of the exchange
+    "kill of a stage": Row("kill:3:2:forward", 4, {"pp": 2, "ep": 2}, {"grad_accum": 2}),
+    "exception, abort and segfault": Row(
+        "exception:0:2:backward,abort:1:3:backward,segfault:0:4:backward", changes=EACH
+    ),
+    **{
+        f"SIGTERM of rank {rank}": Row(f"terminate:{rank}:3:forward", changes={"save_every": 8}, events=STOPPED)
+        for rank in (0, 1)
+    },
+    "crash loop puts its checkpoint aside": Row(
+        "exception:1:5:forward,abort:1:5:forward,kill:1:5:forward,segfault:1:5:forward",
+        events={"quarantined": [4], "started": [0, 4, 4, 4, 2]},
+    ),
+    **{
+        f"{kind} of rank {rank}": Row(f"{kind}:{rank}:4:forward", 2, WATCHED, EACH, words=(f"rank {rank} (pid",))
+        for kind, rank in (("hang", 0), ("stop", 0), ("stop", 1))
+    },
+    "a collective left out": Row("hang:1:3:optimizer", 3, WATCHED, words=("rank 1 (pid", "optimizer")),
+    "another collective": Row("alone:1:3:optimizer", 3, WATCHED, words=("rank 1 (pid", "optimizer")),
+    "NaN": Row("nan:1:3:forward", 2, {"dp": 2, "check_replicas": 1}, like="nan:0:3:forward"),
+    "bit that flips": Row(
+        "flip:1:4:between",  # after step 3, before the step that is saved
+        3,
+        THREE | {"check_replicas": 2},
+        {"keep": 8, "optimizer": "adamw"},
+        events={"corrupted": [4]},
+        words=("rank 1 differs in",),
+    ),
+    **{
+        f"disk errors{' in the background' * background}": Row(
+            f"io_error:1:2:save:writing,{DISK}", 3, THREE, {"save_in_background": background}, words=DISK_WORDS
+        )
+        for background in (False, True)
+    },
+}
+QUICK, SLOW = [*TABLE][:2], [*TABLE][2:]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row], Path]:
+    """Return the folder of a run without a row's faults."""
+
+    @cache
+    def of(n: int, parallel: str, like: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        layout, changes = eval(parallel)
+        assert run_ranks(n, run, folder, layout, parsed(like), **changes) == [True] * n
+        return folder
+
+    return lambda row: of(row.n, repr((row.parallel, row.changes | {"save_in_background": False})), row.like)
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_fault_ends_as_the_table_says(name: str, tmp_path: Path, whole: Callable[[Row], Path]) -> None:
+    row, folder = TABLE[name], tmp_path / "run"
+    faults = parsed(row.faults)
+    attempts = until_end(row.n, folder, row.parallel, faults, **row.changes)
+    ending = [fault for fault in faults if fault.kind in ENDS]
+    assert len(attempts) == len(ending) + 1
+    for fault, ends in zip(ending, attempts, strict=False):
+        for rank, end in enumerate(ends):
+            assert end.status in ENDS[fault.kind][rank != fault.rank], (fault, statuses(ends), end.failure)
+            assert fault.kind == "flip" or rank == fault.rank or end.failure == "", end.failure
+    for event, steps in row.events.items():
+        assert [found["step"] for found in events(folder, event)] == steps
+    told = [found.get("sentence", "") for rank in range(row.n) for found in read_events(folder, rank)]
+    told += [path.read_text() for path in folder.glob("said-*")] + [e.failure for ends in attempts for e in ends]
+    assert all(word in "\n".join(told) for word in row.words), told
+    assert not list(folder.rglob(".*partial*"))
+    assert differences(folder, whole(row)) == []
+
+
+def test_failed_last_save_raises_on_all_ranks(tmp_path: Path) -> None:
+    ends = outcomes(3, run, tmp_path / "run", THREE, parsed(f"full_disk:2:{STEPS}:save:written"))
+    said = f"step {STEPS}: rank 2: No space left on device; step 6 is still there"
+    assert all(end.status == 1 and said in end.failure for end in ends), ends
+
+
+# --- kills at any moment
+
+RUNS = int(os.environ.get("DSMINI_KILLED_RUNS", "2"))
+"""Number of runs that are killed at random moments."""
+LONGER: dict[str, Any] = {"steps": 12, "eval_every": 5, **EACH}
+
+
+def killed_at_random(world: World, folder: Path, seconds: float) -> bool:
+    """Train, saving after each step; this process is killed after some seconds, unless it has come to its end."""
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
+    try:
+        return run(world, folder, **LONGER)
+    finally:
+        timer.cancel()
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """Kill each run again and again at moments that are drawn, of steps and of saves."""
+    assert run(World(), tmp_path / "whole", **LONGER)
+    first, *_, last = read_events(tmp_path / "whole")
+    longest, kills = last["time"] - first["time"], 0
+    for seed in range(RUNS):
+        draw, folder = random.Random(seed), tmp_path / f"{seed}"
+        ends = [KILLED]
+        while KILLED in ends:
+            ends = statuses(outcomes(1, killed_at_random, folder, draw.uniform(0, longest)))
+            kills += KILLED in ends
+        assert ends == [0]
+        assert differences(folder, tmp_path / "whole", LONGER["steps"]) == []
+        shutil.rmtree(folder)
+    print(f"{RUNS} runs, killed {kills} times, all equal")
+
+
+# --- no stall, and the end of a launcher
+
+
+def paused(world: World, folder: Path) -> bool:
+    """Train; stop rank 1 for less than the time-out, and let it continue."""
+    training = new_run(world, folder, WATCHED)
+    if world.rank == 1 and os.fork() == 0:  # a child that wakes its parent
+        parent = os.getppid()
+        time.sleep(0.3)
+        os.kill(parent, signal.SIGSTOP)
+        time.sleep(1.5)
+        os.kill(parent, signal.SIGCONT)
+        os._exit(0)
+    before_each_step(training, lambda: time.sleep(0.1))
+    return training.train()
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_no_stall(tmp_path: Path) -> None:
+    assert run_ranks(2, paused, tmp_path / "run") == [True, True]
+    assert [events(tmp_path / "run", "stalled", rank) for rank in (0, 1)] == [[], []]
+
+
+def hold_store(sender: Any) -> None:
+    """Hold the store as a launcher does, until it is killed."""
+    store = new_store()
+    sender.send(store.port)
+    time.sleep(600)
+
+
+@pytest.mark.slow
+def test_a_run_whose_launcher_is_killed_is_saved_and_stops(tmp_path: Path) -> None:
+    folder, (ours, theirs) = tmp_path / "run", START.Pipe(duplex=False)
+    launcher = start(hold_store, theirs)
+
+    def kill_after_three_steps() -> None:
+        until = time.monotonic() + 150
+        while time.monotonic() < until and not any(event["step"] >= 3 for event in events(folder, "step")):
+            time.sleep(0.1)
+        launcher.kill()
+
+    killer = threading.Thread(target=kill_after_three_steps)
+    killer.start()
+    changes = {"steps": 1_000_000, "save_every": 1_000_000}
+    ends = outcomes(2, run, folder, store=SimpleNamespace(port=ours.recv()), **changes)
+    killer.join()
+    assert [(end.status, end.value) for end in ends] == [(0, False)] * 2, ends
+    (stopped,) = events(folder, "stopped")
+    assert stopped["step"] >= 3 and [event["step"] for event in events(folder, "saved")] == [stopped["step"]]
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the config of a small run of 6 steps."""
+    return small_config(tmp_path_factory.mktemp("config"))
+
+
+def ends_of(folder: Path, *line: object) -> list[int | None]:
+    """Return the exit statuses of two ranks of the command."""
+    return spoken(folder, *[[str(word) for word in line]] * 2).statuses
+
+
+@pytest.mark.slow
+def test_a_stall_of_the_command_is_told_on_the_standard_error(config: Path, tmp_path: Path) -> None:
+    """Leave the output to the line of JSON."""
+    args = [str(config), "--out", str(tmp_path / "run"), "--json", "--parallel.timeout", "5"]
+    got = spoken(tmp_path, args, args, faults=[Fault("hang", 1, 3, "forward")])
+    assert got.statuses == [STALLED] * 2 and got.outputs == ["", ""]
+    assert got.errors[0].count("rank 1 (pid") == 1 and "--resume" in got.errors[0]
+
+
+@pytest.mark.slow
+def test_nothing_whole_to_start_from_is_an_error_and_no_step_zero(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    line = (config, "--out", folder, "--resume", "auto", "--train.steps")
+    assert ends_of(tmp_path, *line, 2) == [0, 0]
+    for path in folder.glob("checkpoints/*/model.safetensors"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    before = sorted(path.name for path in folder.glob("checkpoints/*"))
+    for _ in range(2):
+        assert ends_of(tmp_path, *line, 4) == [2, 2]
+    assert sorted(path.name for path in folder.glob("checkpoints/*")) == before
+    shutil.rmtree(folder / "checkpoints")
+    assert ends_of(tmp_path, *line, 4) == [2, 2]
+    assert [event["step"] for event in events(folder, "started")] == [0]
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_until_its_restarts_are_exhausted(config: Path, tmp_path: Path) -> None:
+    """Let the second of two kills use up the one restart; then start all again by hand."""
+    assert ends_of(tmp_path, config, "--out", tmp_path / "whole") == [0, 0]
+    args = [str(config), "--out", str(tmp_path / "run"), "--resume", "auto"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
+    torchrun += ["127.0.0.1:0", "--local-addr", "127.0.0.1", "--max-restarts", "1", "--monitor-interval", "0.1"]
+    torchrun += ["--nproc-per-node", "2", "-m", "tests.distributed.faults"]
+    torchrun += ["kill:1:3:backward,kill:0:5:forward", *args]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, timeout=250
+    )
+    assert done.returncode == 1, done.stdout
+    assert len(events(tmp_path / "run", "started")) == 2, done.stdout
+    assert events(tmp_path / "run", "started")[1]["step"] > 0
+    assert ends_of(tmp_path, *args) == [0, 0]
+    got, want = saved(tmp_path / "run", 6), saved(tmp_path / "whole", 6)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+# --- a save in the background
+
+
+def background(world: World, folder: Path) -> list[str]:
+    """Train with slow saves in the background, in which rank 1 is late: messages of saves must not be those of steps.
+
+    Return the phases of saves and steps of this rank, in their order.
+    """
+    training = new_run(world, folder, EP, save_in_background=True)
+    told: list[str] = []
+
+    def slow(phase: str) -> None:
+        told.extend([phase] if phase.startswith("save:") else [])
+        if phase == "save:writing":
+            writing = len(told)
+            while len(told) == writing and training.trainer.steps_done < STEPS:  # until a step changed the parameters
+                time.sleep(0.1 * world.rank)
+
+    real = training.trainer.step
+
+    def step() -> Any:
+        result = real()
+        told.append("step")
+        return result
+
+    of_this_process[0].at, training.trainer.step = slow, step
+    training.train()
+    return told
+
+
+@pytest.mark.slow
+def test_steps_while_a_save_writes_do_not_change_its_files(tmp_path: Path) -> None:
+    run_ranks(2, run, tmp_path / "whole", EP)
+    told = run_ranks(2, background, tmp_path / "run")[0]
+    for step in (4, 6, 8):
+        assert differences(tmp_path / "run", tmp_path / "whole", step) == []
+    after = [second for first, second in pairwise(told) if first == "save:writing"]
+    assert "step" in after and set(after) <= {"step", "save:written"}
+    phases = [phase for phase in told if phase.startswith("save:")]
+    assert phases == phases[: len(phases) // 4] * 4  # one save after the other
+
+
+# --- damage
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def swap(folder: Path) -> None:
+    for old, new in (("model", "x"), ("average", "model"), ("x", "average")):
+        (folder / f"{old}.safetensors").rename(folder / f"{new}.safetensors")
+
+
+def change_the_step(folder: Path) -> None:
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"step": 8', '"step": 7'))
+
+
+ALL_DAMAGED = "all checkpoints"
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    **{"bit": flip_a_bit, "swapped": swap, "step": change_the_step, ALL_DAMAGED: flip_a_bit},
+    "truncated": lambda folder: os.truncate(folder / "optimizer.safetensors", 1000),
+    "deleted": lambda folder: (folder / "optimizer.safetensors").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "no state": lambda folder: (folder / "state.json").unlink(),
+}
+
+
+def look(world: World, place: Path) -> dict[str, tuple[bool, int, list[str]]]:
+    """Return for each damage: whether nothing changed, the step that is read or 0, and what is said."""
+    training = new_run(world, place / "live", EP)
+    training.trainer.step()
+    found = {}
+    for name in DAMAGE:
+        before, said, step = live(training), [], 0
+        training.folder = place / name
+        try:
+            step = training.newest_checkpoint(said.append).state.step
+        except ValueError as failure:
+            said = [str(failure)]
+        after = live(training)
+        found[name] = (all(torch.equal(after[key], tensor) for key, tensor in before.items()), step, said)
+    return found
+
+
+def live(training: TrainingRun) -> dict[str, torch.Tensor]:
+    parts = {**training.trainer.tensors(), "rng": random_state(training.trainer.device)}
+    tensors = {f"{part}/{name}": t.detach().clone() for part, of in parts.items() for name, t in of.items()}
+    return tensors | {"steps": torch.tensor(training.trainer.steps_done)}
+
+
+@pytest.mark.slow
+def test_damaged_checkpoint_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    run_ranks(2, run, tmp_path / "whole", EP)
+    for name, damage in DAMAGE.items():
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        for path in (tmp_path / name / "checkpoints").iterdir():
+            if name == ALL_DAMAGED or path.name == f"step-{STEPS:06d}":
+                damage(path)
+    for of_rank in run_ranks(2, look, tmp_path):
+        for name, (unchanged, step, said) in of_rank.items():
+            assert unchanged and len(said) == 1, name
+            if name == ALL_DAMAGED:
+                assert step == 0 and said[0].count("cannot read") == 3 and "no other checkpoint" in said[0]
+            else:
+                assert step == 6 and f"step-{STEPS:06d}" in said[0] and "using step-000006" in said[0], name
+
+
+# --- spikes
+
+SPIKE: dict[str, Any] = {"steps": 40, "max_rewinds": 2, "eval_every": 40, "ema_decay": None, "optimizer": "adamw"}
+
+
+def left_out(world: World, folder: Path, ranges: Any) -> bool:
+    training = new_run(world, folder, EP, **SPIKE)
+    training.trainer.left_out = SkippedBatches(ranges=ranges, rewinds=1)
+    return training.train()
+
+
+@pytest.mark.slow
+def test_spike_rewinds_and_leaves_its_batches_out(tmp_path: Path) -> None:
+    n = RECIPE["batch_size"]
+    assert run_ranks(2, run, tmp_path / "run", EP, parsed("spike:1:36:forward"), **SPIKE) == [True, True]
+    assert [event["step"] for event in events(tmp_path / "run", "rewound")] == [34]
+    assert run_ranks(2, left_out, tmp_path / "want", ((34 * n, 36 * n),)) == [True, True]
+    assert differences(tmp_path / "run", tmp_path / "want", 40) == []
+    faults = parsed("spike:1:36:forward,spike:0:37:forward")
+    ends = outcomes(2, run, tmp_path / "many", EP, faults, **SPIKE | {"max_rewinds": 1})
+    assert statuses(ends) == [1, 1] and all("spiked again after 1 rewinds" in end.failure for end in ends)
