@@ -1,8 +1,7 @@
 """Compare two runs and tell changes from noise."""
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,13 +58,6 @@ def compare(old: Iterable[Figure], new: Iterable[Figure]) -> list[Change]:
     then, now = ({_identity(figure): figure for figure in figures} for figures in (old, new))
     changes = [_change(then.get(name), now.get(name)) for name in {**then, **now}]
     return sorted(changes, key=lambda c: (c.verdict == "unchanged", c.verdict in ("new", "gone"), -c.size))
-
-
-def counted(changes: Sequence[Change]) -> str:
-    """Return the number of figures by verdict: 3 better, 1 worse, 40 unchanged."""
-    counts = Counter(change.verdict for change in changes)
-    always = [f"{counts.pop(verdict, 0)} {verdict}" for verdict in ("better", "worse", "unchanged")]
-    return ", ".join([*always, *(f"{count} {verdict}" for verdict, count in sorted(counts.items()))])
 
 
 def table(changes: Iterable[Change]) -> Table:

@@ -1,5 +1,6 @@
 """Show results: the figures that a reader came for, one answer for each question, the page, and JSON."""
 
+import dataclasses
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,13 +11,12 @@ from rich.console import Console
 
 from benchmarks import comparison
 from benchmarks.question import Question
-from benchmarks.results import ROOT, Results
+from benchmarks.results import ROOT, Measured, Results
 from dsmini.atomic import write_text
 from dsmini.console.messages import say
 from dsmini.measure.rates import from_json
 from dsmini.report import Figure, Report, Section, pick
 from dsmini.report.rows import case_words
-from dsmini.report.terminal import show_figures, show_table
 from dsmini.report.units import human, plural, words
 
 NOTHING = "Nothing was measured yet."
@@ -39,75 +39,89 @@ class Answer:
         left_out: Mapping[str, str],
         old: Results | None,
     ) -> None:
-        self.results, self.known, self.asked, self.left_out = results, known, asked, left_out
-        self.names = [name for name in known if results.run_of(name) and name not in left_out]
+        self.results, self.asked, self.left_out = results, asked, left_out
+        self.of = {name: results.of(name) for name in known if name not in left_out}
         """Questions that have figures or errors."""
-        self.old = old
-        self.changes = comparison.compare(old.figures(asked), results.figures(asked)) if old else []
-
-    def answer(self, name: str) -> str:
-        """Return a question's answer, marked where the machine was busy; the figures may not be enough for it."""
-        try:
-            said = self.known[name].answer(self.results.figures([name])) or NOTHING
-        except Exception as error:  # a missing case or a defect of one question must not spoil the others
-            return f"No answer: {type(error).__name__}: {error}"
-        mark = "Times are unreliable, the machine was not steady. " if self.results.unsteady(name) else ""
-        return spaced(f"{mark}{said}")
-
-    def show(self, console: Console, tables: bool) -> None:
-        """Print the headline, then the answers, each above its table if tables are wanted."""
-        for value, what in headline(self.results, [name for name in self.names if name in self.asked]):
-            say(console, f"{value}  {what}", style="bold")
-        for name in (name for name in self.names if name in self.asked):
-            say(console)
-            say(console, self.known[name].title, style="bold")
-            say(console, self.answer(name), style="cyan")
-            for warning in filter(None, [self.results.unsteady(name), self._left(name)]):
-                say(console, warning, style="yellow")
-            if tables:
-                show_figures(console, self.results.figures([name]))
-        say(console)
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.left_out.items():
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            say(console, f"left out: {', '.join(names)} ({reason})", style="dim")
-        if self.old:
+        self.of = {name: found for name, found in self.of.items() if found.figures or found.errors}
+        self.sections = {name: self._section(known[name], found) for name, found in self.of.items()}
+        self.mine = {name: results.of(name) for name in asked}
+        figures = results.figures(asked)
+        self.changes = comparison.compare(old.figures(asked), figures) if old else []
+        if old:
             different = [change for change in self.changes if change.verdict != "unchanged"]
-            if different:
-                show_table(console, comparison.table(different), "Changes")
-            say(console, f"{len(self.changes) - len(different)} of {len(self.changes)} figures are unchanged")
-            for warning in self._differences():
-                say(console, warning, style="yellow")
+            self.sections["changes"] = Section(
+                name="changes",
+                title="What changed?",
+                finding=f"{len(self.changes) - len(different)} of {len(self.changes)} figures are unchanged.",
+                tables=[comparison.table(different)] if different else [],
+                about=comparison.RULE,
+                warnings=self._differences(old),
+            )
 
-    def _left(self, name: str) -> str:
-        left = self.results.left(name)
-        return f"{plural(len(left), 'case')} still to be measured." if left else ""
+    def _section(self, question: Question, found: Measured) -> Section:
+        """Return a question with all that was measured."""
+        run, latest, plots = found.run, self.results.latest, []
+        left = f"{plural(len(found.left), 'case')} still to be measured." if found.left else ""
+        warnings = [found.unsteady, left]
+        if run.id != latest.id:
+            warnings.insert(0, f"Measured earlier than the rest: {run.date[:10]}, commit {run.commit}, {run.words}.")
+        mark = "Times are unreliable, the machine was not steady. " if found.unsteady else ""
+        # the figures may not be enough, and a defect of one question must not spoil the others
+        try:
+            finding = f"{mark}{question.answer(found.figures) or NOTHING}"
+        except Exception as error:
+            finding = f"No answer: {type(error).__name__}: {error}"
+        try:
+            plots = [plot for draw in question.plots for plot in draw(found.figures)]
+        except Exception as error:
+            warnings.append(f"No plots: {type(error).__name__}: {error}")
+        s = run.setting
+        where = f"--device {s['device']} --dtype {s['dtype']} --threads {s['threads']} --fresh"
+        return Section(
+            name=question.name,
+            title=question.title,
+            finding=spaced(finding),
+            figures=found.figures,
+            plots=plots,
+            about=" ".join((question.about or "").split()),
+            command=f"python -m benchmarks {question.name}{' --quick' * s['quick']} {where}",
+            warnings=list(filter(None, warnings)),
+            errors=list(found.errors.items()),
+        )
 
-    def _differences(self) -> list[str]:
+    def _differences(self, old: Results) -> list[str]:
         """Return warnings: what besides the code may have changed the figures."""
-        assert self.old is not None, "something is compared"
-        before, now = self.old.latest, self.results.latest
-        said = []
-        if before and now and before.words != now.words:
-            said.append(f"The settings differ: {before.words} before, {now.words} now.")
-        for when, found in (("before", self.old), ("now", self.results)):
-            if busy := [name for name in self.asked if found.unsteady(name)]:
+        before, now = old.latest, self.results.latest
+        different = f"The settings differ: {before.words} before, {now.words} now."
+        said = [different] if before.words != now.words else []
+        for when, found in (("before", old), ("now", self.results)):
+            if busy := [name for name in self.asked if found.of(name).unsteady]:
                 said.append(f"The machine was not steady {when} in {', '.join(busy)}.")
         return said
 
+    def show(self, console: Console, tables: bool) -> None:
+        """Print the headline, then the answers, each above its table if tables are wanted."""
+        for value, what in headline(self.results, [name for name in self.asked if name in self.of]):
+            say(console, f"{value}  {what}", style="bold")
+        sections = [section for name, section in self.sections.items() if name in (*self.asked, "changes")]
+        sections = [section if tables else dataclasses.replace(section, figures=()) for section in sections]
+        Report(title="", sections=sections).show(console)
+        say(console)
+        for reason in dict.fromkeys(self.left_out.values()):
+            names = [name for name, why in self.left_out.items() if why == reason]
+            say(console, f"left out: {', '.join(names)} ({reason})", style="dim")
+
     def problems(self, console: Console) -> int:
         """Print the number of failed cases and each count that differs from its prediction. Return the exit status."""
-        status = 0
-        if failed := sum(len(self.results.failed(name)) for name in self.asked):
-            say(console, f"{plural(failed, 'case')} failed; the page has the tracebacks", style="bold red")
-            status = 1
+        problems = []
+        if failed := sum(len(found.errors) for found in self.mine.values()):
+            problems.append(f"{plural(failed, 'case')} failed; the page has the tracebacks")
         for f in (f for f in self.results.figures(self.asked) if f.equal is False):
             got, want = (human(value, f.unit, exact=True) for value in (f.measured, f.predicted))
-            said = f"{f.question} {case_words(f)}: {words(f.metric)} is {got}, predicted: {want}"
-            say(console, said, style="bold red")
-            status = 1
-        return status
+            problems.append(f"{f.question} {case_words(f)}: {words(f.metric)} is {got}, predicted: {want}")
+        for problem in problems:
+            say(console, problem, style="bold red")
+        return int(bool(problems))
 
     def draw(self, console: Console, out: Path) -> int:
         """Write the page. Return 1 if it cannot be written: the figures are saved."""
@@ -125,57 +139,21 @@ class Answer:
     def report(self) -> Report:
         """Return the page of all questions that have figures or errors."""
         latest = self.results.latest
-        assert latest is not None, "a page is drawn once a run has begun"
-        sections = [self._section(name) for name in self.names]
-        if self.old:
-            finding, table = f"{comparison.counted(self.changes)}.", comparison.table(self.changes)
-            about = {"about": comparison.RULE, "warnings": self._differences()}
-            tables = [table] if self.changes else []
-            sections.append(Section(name="changes", title="What changed?", finding=finding, tables=tables, **about))
-        setting = latest.setting
-        facts = {
-            "The machine": {words(key): str(value) for key, value in setting["machine"].items()},
-            "Its measured rates": rates(latest.rates),
-            "The run": {"date": latest.date[:16].replace("T", " "), "commit": latest.commit, "setting": latest.words}
-            | setting["versions"],
-        }
-        busy = [name for name in self.names if self.results.unsteady(name)]
+        run = {"date": latest.date[:16].replace("T", " "), "commit": latest.commit, "setting": latest.words}
+        busy = [name for name, found in self.of.items() if found.unsteady]
         warning = f"The machine was not steady during {', '.join(busy)}: do not rely on the times and ratios there."
         return Report(
             title="dsmini benchmarks",
             lead="What was measured, next to what was predicted from counts and from this machine's own rates.",
-            sections=sections,
+            sections=list(self.sections.values()),
             warnings=[warning] if busy else [],
-            facts=facts,
-            highlights=headline(self.results, self.names),
+            facts={
+                "The machine": {words(key): str(value) for key, value in latest.setting["machine"].items()},
+                "Its measured rates": rates(latest.rates),
+                "The run": run | latest.setting["versions"],
+            },
+            highlights=headline(self.results, list(self.of)),
             command=latest.command,
-        )
-
-    def _section(self, name: str) -> Section:
-        """Return a question with all that was measured."""
-        question, figures, run = self.known[name], self.results.figures([name]), self.results.run_of(name)
-        latest = self.results.latest
-        assert run and latest, "only questions that have a run are shown"
-        warnings = [self.results.unsteady(name), self._left(name)]
-        if run.id != latest.id:
-            warnings.insert(0, f"Measured earlier than the rest: {run.date[:10]}, commit {run.commit}, {run.words}.")
-        setting, plots = run.setting, []
-        try:
-            plots = [plot for draw in question.plots for plot in draw(figures)]
-        except Exception as error:  # as above
-            warnings.append(f"No plots: {type(error).__name__}: {error}")
-        sizes = " --quick" if setting["quick"] else ""
-        where = f"--device {setting['device']} --dtype {setting['dtype']} --threads {setting['threads']} --fresh"
-        return Section(
-            name=name,
-            title=question.title,
-            finding=self.answer(name),
-            figures=figures,
-            plots=plots,
-            about=" ".join((question.about or "").split()),
-            command=f"python -m benchmarks {name}{sizes} {where}",
-            warnings=list(filter(None, warnings)),
-            errors=list(self.results.failed(name).items()),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -189,19 +167,17 @@ class Answer:
         changes: figures that are not unchanged since --compare.
         """
         run = self.results.latest
-        assert run is not None, "the caller has begun a run, or found one"
-        failed = {name: self.results.failed(name) for name in self.asked}
         return {
             **{"date": run.date, "command": run.command, "commit": run.commit, **run.setting},
-            "figures": [figure.as_json() for figure in self.results.figures(self.asked)],
+            "figures": [figure.as_json() for found in self.mine.values() for figure in found.figures],
             "failed": [
                 {"question": name, "case": key, "error": error.strip().splitlines()[-1]}
-                for name, errors in failed.items()
-                for key, error in errors.items()
+                for name, found in self.mine.items()
+                for key, error in found.errors.items()
             ],
-            "left": {name: left for name in self.asked if (left := self.results.left(name))},
+            "left": {name: found.left for name, found in self.mine.items() if found.left},
             "left_out": dict(self.left_out),
-            "steadiness": {name: self.results.steadiness(name) for name in self.asked if self.results.of(name)},
+            "steadiness": {name: found.steadiness for name, found in self.mine.items() if found.figures},
             "changes": [change.as_json() for change in self.changes if change.verdict != "unchanged"],
         }
 

@@ -17,6 +17,7 @@ from dsmini.measure.rates import Roofs
 from dsmini.measure.turns import Estimate, Run, in_turns, median_of
 from dsmini.measure.workloads import dtype_name
 from dsmini.report import Figure, Plot, Value, pick
+from dsmini.report.charts import lines, over_labels
 from dsmini.report.units import shown
 
 REACHED = 0.5
@@ -91,12 +92,48 @@ class Question:
     answer: Callable[[list[Figure]], str]
     """Function that makes one sentence from figures, which may be incomplete; "" if they are not enough."""
     plots: Sequence[Callable[[list[Figure]], list[Plot]]] = ()
+    """Functions that draw figures, such as those of `drawing`."""
     needs: str = ""
     """Reason why the question cannot run here, such as a missing package; empty if it can."""
     on_request: bool = False
     """True for a question that takes long: only a run that names it includes it."""
     needs_text: bool = False
     """True if it reads the file of --text."""
+
+
+def drawing(
+    metric: str,
+    title: str,
+    *,
+    x: str = "",
+    by: str = "",
+    label: str | Callable[[Figure], str] = "",
+    y: str = "",
+    only: Callable[[Figure], bool] = lambda f: True,
+    **more: Any,
+) -> Callable[[Sequence[Figure]], list[Plot]]:
+    """Return a function that plots a metric over a number of the case, or over labels that are made of the case.
+
+    Args:
+        x: key of the number on the horizontal axis; "" draws over labels.
+        by: key whose values have a line or a group each.
+        label: label of a figure; a string is filled with its case, such as "{block} {linear}".
+        y: words of the vertical axis, over labels.
+        only: True for the figures to draw.
+        more: other arguments of over_labels.
+    """
+
+    def draw(figures: Sequence[Figure]) -> list[Plot]:
+        found = [f for f in pick(figures, metric) if (not by or by in f.case) and only(f)]
+        if x:
+            return lines(found, metric, x=x, by=by, title=title)
+        groups: dict[str, dict[str, Figure]] = {}
+        for f in found:
+            words = label.format(**f.case) if isinstance(label, str) else label(f)
+            groups.setdefault(str(f.case[by]) if by else "measured", {})[words] = f
+        return over_labels(title, y, groups, **more)
+
+    return draw
 
 
 METRICS: Mapping[str, tuple[str, Literal["higher", "lower"] | None]] = {

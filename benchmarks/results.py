@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -98,6 +98,29 @@ def versions() -> dict[str, str]:
     return found
 
 
+class Measured(NamedTuple):
+    """All that a file has of a question, in the setting of its latest run."""
+
+    run: Run
+    figures: list[Figure]
+    errors: dict[str, str]
+    """Tracebacks of failed cases by key."""
+    left: list[str]
+    """Keys of planned cases that are still to be measured."""
+    steadiness: float
+    """Least share of its stored rates that the machine reached; 1 for figures without times."""
+
+    @property
+    def unsteady(self) -> str:
+        """Warning if the machine was busy, or faster than its rates; "" if not."""
+        if self.steadiness >= STEADY:
+            return ""
+        return (
+            f"The machine was busy or throttled: it reached as little as {self.steadiness:.0%} of the rates that "
+            "predictions rest on. --fresh measures again."
+        )
+
+
 @dataclass
 class Results:
     """Contents of a file of results."""
@@ -110,48 +133,25 @@ class Results:
     """Tracebacks of failed cases that have not been measured since."""
 
     @property
-    def latest(self) -> Run | None:
-        return next(reversed(self.runs.values()), None)
+    def latest(self) -> Run:
+        """Latest run; a caller has begun one, or found one."""
+        return next(reversed(self.runs.values()))
 
-    def run_of(self, question: str) -> Run | None:
-        """Return the latest run in whose setting a question has figures or errors."""
+    def of(self, question: str) -> Measured:
+        """Return what there is of a question."""
         there = {key[0] for key in (*self.cases, *self.errors) if key[1] == question}
-        return next((run for id, run in reversed(self.runs.items()) if id in there), None)
-
-    def of(self, question: str) -> list[Mapping[str, Any]]:
-        """Return the finished cases of a question, in the setting of its latest run."""
-        run = self.run_of(question)
-        return [line for key, line in self.cases.items() if run and key[:2] == (run.id, question)]
+        run = next((run for id, run in reversed(self.runs.items()) if id in there), self.latest)
+        place = run.id, question
+        cases = {key[2]: line for key, line in self.cases.items() if key[:2] == place}
+        errors = {key[2]: error for key, error in self.errors.items() if key[:2] == place}
+        figures = [figure for line in cases.values() for figure in line["figures"]]
+        timed = [line["steadiness"] for line in cases.values() if any(f.is_time for f in line["figures"])]
+        left = [key for key in run.plan.get(question, []) if key not in cases]
+        return Measured(run, figures, errors, left, min(timed, default=1.0))
 
     def figures(self, questions: Iterable[str]) -> list[Figure]:
         """Return the figures of some questions."""
-        return [figure for name in questions for line in self.of(name) for figure in line["figures"]]
-
-    def failed(self, question: str) -> dict[str, str]:
-        """Return the errors of a question by case, in the setting of its latest run."""
-        run = self.run_of(question)
-        return {key[2]: error for key, error in self.errors.items() if run and key[:2] == (run.id, question)}
-
-    def left(self, question: str) -> list[str]:
-        """Return the keys of planned cases that are still to be measured."""
-        run = self.run_of(question) or self.latest
-        planned = run.plan.get(question, []) if run else []
-        return [key for key in planned if run and (run.id, question, key) not in self.cases]
-
-    def steadiness(self, question: str) -> float:
-        """Return the least share of its stored rates that the machine reached; 1 for figures without times."""
-        lines = [line for line in self.of(question) if any(figure.is_time for figure in line["figures"])]
-        return min((line["steadiness"] for line in lines), default=1.0)
-
-    def unsteady(self, question: str) -> str:
-        """Return a warning if the machine was busy, or faster than its rates; "" if not."""
-        share = self.steadiness(question)
-        if share >= STEADY:
-            return ""
-        return (
-            f"The machine was busy or throttled: it reached as little as {share:.0%} of the rates that predictions "
-            "rest on. --fresh measures again."
-        )
+        return [figure for name in questions for figure in self.of(name).figures]
 
     def take(self, line: dict[str, Any]) -> None:
         """Take a line of the file."""
@@ -162,7 +162,7 @@ class Results:
             if run.fresh:
                 self.cases = {k: v for k, v in self.cases.items() if k[0] != run.id or k[1] not in run.plan}
             return
-        key = line["setting"], line["question"], line["key"]
+        key = self.runs[line["setting"]].id, line["question"], line["key"]
         self.errors.pop(key, None)
         if line["kind"] == "error":
             self.errors[key] = line["error"]

@@ -1,15 +1,13 @@
 """python -m benchmarks: choose questions, measure their cases, and show answers, a page, or JSON."""
 
 import contextlib
-import ctypes
 import dataclasses
 import json
-import os
+import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,9 +19,8 @@ from rich.console import Console
 
 from benchmarks import page, results
 from benchmarks.question import Case, Question, Setting
-from benchmarks.results import Results, Run, Writer
+from benchmarks.results import Run, Writer
 from dsmini import ops
-from dsmini.console.command import T
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
@@ -41,9 +38,10 @@ QUICK_RATES = 30.0
 """Seconds that --quick takes for the rates of a machine where none are stored."""
 TIMES, LEAST = 10.0, 30.0
 """A case is stopped after ten times its estimate, but not before half a minute."""
-GRACE = 10.0
-"""Seconds that one call into torch may continue after that."""
+GRACE = 5.0
+"""Seconds that a case of --quick may take beyond QUICK."""
 MOST_THREADS = 1024
+NO_TIME = "--quick has no time for it; name it to measure it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,36 +96,40 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[.
     command = checked(parse(BenchmarksCommand, "benchmarks", args, help=HELP), known)
     console = Console(stderr=command.json, width=None if sys.stdout.isatty() else 120)
     if command.list:
-        wide = max(map(len, known))
         for name, question in known.items():
             more = f"  (cannot run here: {question.needs})" if question.needs else ""
-            say(console, f"{name:{wide}}  {question.title}{more or '  (only by name)' * question.on_request}")
+            more = more or "  (only by name)" * question.on_request
+            say(console, f"{name:{max(map(len, known))}}  {question.title}{more}")
         return 0
     ops.check_forced()
     old = results.read(command.compare) if command.compare else None  # before measuring, because it may be damaged
     if old and not old.cases:
         raise ValueError(f"--compare: {command.compare} has no results; name the results.jsonl of another run")
     asked = [name for name in known if not command.names or name in command.names]
-    path = command.out / "results.jsonl"
+    path, interrupted, left_out = command.out / "results.jsonl", False, dict[str, str]()
     if command.report_only:
-        found = Session(command, known, {name: "" for name in asked}, results.read(path))
-        if not found.results.cases:
+        found = results.read(path)
+        if not found.cases:
             raise ValueError(f"{path} has no results yet; leave out --report-only to measure some")
     else:
-        found = Session(command, known, {name: why_not(known[name], command) for name in asked})
-        found.measure(path, args, measure or calibration.load_or_measure)
-    answer = page.Answer(found.results, known, found.asked, found.left_out, old)
+        left_out |= {name: reason for name in asked if (reason := why_not(known[name], command))}
+        asked = [name for name in asked if name not in left_out]
+        if not asked:
+            raise ValueError("no question can run here; python -m benchmarks --list gives the reasons")
+        questions, device = {name: known[name] for name in asked}, pick_device(command.device)
+        with Writer(path) as writer, contextlib.redirect_stdout(sys.stderr):  # measured libraries may print
+            setting = setting_of(command, device, measure or calibration.load_or_measure)
+            interrupted = measure_cases(command, questions, setting, writer, " ".join(args), left_out)
+            found = writer.results
+    asked = [name for name in asked if name not in left_out]
+    answer = page.Answer(found, known, asked, left_out, old)
     answer.show(console, tables=bool(command.names))
-    status = answer.draw(console, command.out)
-    status = 130 if found.interrupted else status or answer.problems(console)
-    if found.interrupted:
+    status = answer.draw(console, command.out) or answer.problems(console)
+    if interrupted:
+        status = 130
         say(console, f"stopped; finished cases are saved in {path}, and the same command without --fresh continues")
     if command.json:
         print(json.dumps(answer.as_json()))
-    if found.stuck:  # a thread that never returns would keep Python from ending
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
     return status
 
 
@@ -167,199 +169,140 @@ def why_not(question: Question, command: BenchmarksCommand) -> str:
     return reason
 
 
+# --- the measurement
+
+
 class TookTooLong(BaseException):
     """End of the time of a case; not an Exception, because measured code must not catch it."""
 
-    def __init__(self, stuck: bool = False) -> None:
-        self.stuck = stuck
-        """True if the case still runs, in a call that hears nothing."""
 
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise TookTooLong after some seconds, at the next line of Python: one call into torch is not interrupted."""
 
-def within(seconds: float, work: Callable[[], T]) -> T:
-    """Return the result of work in a thread of its own, so that Ctrl-C and the clock end it wherever it is.
+    def stop(*_: object) -> None:
+        raise TookTooLong
 
-    Raises: TookTooLong after the seconds. The thread gets the same exception at its next line of Python; one call into
-        torch that does not return within GRACE is left alone, and then nothing else can be measured.
-    """
-    found: list[T] = []
-    errors: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            found.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    def stop() -> None:
-        ident = ctypes.c_ulong(thread.ident or 0)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(TookTooLong))
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    end = time.monotonic() + seconds
+    before, (left, _) = signal.signal(signal.SIGALRM, stop), signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        while thread.is_alive() and time.monotonic() < end:
-            thread.join(0.1)
-    except KeyboardInterrupt:
-        stop()
-        thread.join(GRACE)
-        raise
-    if thread.is_alive():
-        stop()
-        thread.join(GRACE)
-        raise TookTooLong(stuck=thread.is_alive())
-    if errors:
-        raise errors[0]
-    return found[0]
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.signal(signal.SIGALRM, before)
 
 
-class Session:
-    """Measurement of the questions of a call.
+def setting_of(command: BenchmarksCommand, device: torch.device, measure: Callable[..., Roofs]) -> Setting:
+    """Return the settings that all cases share. Measure the machine's rates if none are stored."""
+    if command.threads:
+        torch.set_num_threads(command.threads)
+    label = "measuring this machine's rates, once: half a minute"
+    with Progress(Console(stderr=True), 1.0, label, line_every=1, refresh_per_second=1) as bar:
+        seconds = QUICK_RATES if command.quick else calibration.BUDGET
+        roofs = measure(device, on_part=bar.update, fresh=command.fresh, seconds=seconds)
+    dtype = pick_dtype(command.dtype, device)
+    if command.dtype == "auto" and {"float32", "bfloat16"} <= set(roofs.peak):  # a rerun picks the same
+        dtype = faster_dtype(roofs.peak["float32"], roofs.peak["bfloat16"])
+    more = {"text": command.text, "peer_pythons": command.peer_python, "out": command.out}
+    return Setting(quick=command.quick, device=device, dtype=dtype, roofs=roofs, **more)
+
+
+def run_of(setting: Setting, words: str, fresh: bool) -> Run:
+    """Return the provenance of the figures of this call, with an empty plan."""
+    kernels = f"cpu {instruction_set()}" if ops.serving("cpu") == "cpu" else ops.serving("cpu")
+    depends = {
+        "code": results.code(),
+        "versions": results.versions() | {"kernels": kernels},
+        "quick": setting.quick,
+        "device": str(setting.device),
+        "dtype": setting.dtype_name,
+        "threads": torch.get_num_threads(),
+        "machine": dict(setting.roofs.card),
+    }
+    date, rates = datetime.now().astimezone().isoformat(timespec="seconds"), dataclasses.asdict(setting.roofs)
+    command = f"python -m benchmarks {words}".rstrip()
+    return Run(date=date, command=command, commit=results.commit(), setting=depends, rates=rates, fresh=fresh)
+
+
+def spent() -> float:
+    """Return the seconds since the start."""
+    return time.monotonic() - STARTED
+
+
+def measure_cases(
+    command: BenchmarksCommand,
+    questions: Mapping[str, Question],
+    setting: Setting,
+    writer: Writer,
+    words: str,
+    left_out: dict[str, str],
+) -> bool:
+    """Measure the cases that are not done, and save each when it is. Return True if Ctrl-C ended it.
 
     Args:
-        asked: why each question is left out; "" for those that are measured.
+        words: the command line.
+        left_out: gets the questions for which --quick has no time, as a whole.
     """
-
-    def __init__(
-        self,
-        command: BenchmarksCommand,
-        known: Mapping[str, Question],
-        asked: Mapping[str, str],
-        results: Results | None = None,
-    ) -> None:
-        self.command, self.known = command, known
-        self.left_out = {name: reason for name, reason in asked.items() if reason}
-        """Reason for each question that is left out."""
-        self.asked = [name for name in asked if not asked[name]]
-        self.results = results or Results()
-        self.console = Console(stderr=True)
-        self.interrupted = self.stuck = False
-
-    def measure(self, path: Path, args: Sequence[str], measure: Callable[..., Roofs]) -> None:
-        """Measure the cases that are not done."""
-        if not self.asked:
-            raise ValueError("no question can run here; python -m benchmarks --list gives the reasons")
-        device = pick_device(self.command.device)
-        with Writer(path) as writer, contextlib.redirect_stdout(sys.stderr):  # measured libraries may print
-            setting = self._setting(device, measure)
-            cases = {name: self.known[name].cases(setting) for name in self.asked}
-            self.results = writer.results
-            run = self._run(setting, args)
-            todo = {
-                name: [case for case in of if self.command.fresh or (run.id, name, case.key) not in self.results.cases]
-                for name, of in cases.items()
-            }
-            todo = self._in_time(todo, setting) if self.command.quick else todo
-            run = dataclasses.replace(run, plan={name: [case.key for case in cases[name]] for name in todo})
-            writer.add("run", **dataclasses.asdict(run))
-            self._tell_done(sum(map(len, cases.values())), sum(map(len, todo.values())))
-            try:
-                self._measure(todo, setting, run, writer)
-            except KeyboardInterrupt:
-                self.interrupted = True
-
-    def _setting(self, device: torch.device, measure: Callable[..., Roofs]) -> Setting:
-        """Return the settings that all cases share. Measure the machine's rates if none are stored."""
-        command = self.command
-        if command.threads:
-            torch.set_num_threads(command.threads)
-        label = "measuring this machine's rates, once: half a minute"
-        with Progress(self.console, 1.0, label, line_every=1, refresh_per_second=1) as bar:
-            seconds = QUICK_RATES if command.quick else calibration.BUDGET
-            roofs = measure(device, on_part=bar.update, fresh=command.fresh, seconds=seconds)
-        dtype = pick_dtype(command.dtype, device)
-        if command.dtype == "auto" and {"float32", "bfloat16"} <= set(roofs.peak):  # a rerun picks the same
-            dtype = faster_dtype(roofs.peak["float32"], roofs.peak["bfloat16"])
-        more = {"text": command.text, "peer_pythons": command.peer_python, "out": command.out}
-        return Setting(quick=command.quick, device=device, dtype=dtype, roofs=roofs, **more)
-
-    def _run(self, setting: Setting, args: Sequence[str]) -> Run:
-        """Return the provenance of the figures, with an empty plan."""
-        kernels = f"cpu {instruction_set()}" if ops.serving("cpu") == "cpu" else ops.serving("cpu")
-        depends = {
-            "code": results.code(),
-            "versions": results.versions() | {"kernels": kernels},
-            "quick": setting.quick,
-            "device": str(setting.device),
-            "dtype": setting.dtype_name,
-            "threads": torch.get_num_threads(),
-            "machine": dict(setting.roofs.card),
-        }
-        date, words = datetime.now().astimezone().isoformat(timespec="seconds"), " ".join(args)
-        rates, fresh = dataclasses.asdict(setting.roofs), self.command.fresh
-        command = f"python -m benchmarks {words}".rstrip()
-        return Run(date=date, command=command, commit=results.commit(), setting=depends, rates=rates, fresh=fresh)
-
-    def _in_time(self, todo: Mapping[str, list[Case]], setting: Setting) -> dict[str, list[Case]]:
-        """Return the questions for which --quick has time, in their order; leave out the others as a whole."""
-        found: dict[str, list[Case]] = {}
-        left = QUICK - self._spent()
-        for name, cases in todo.items():
-            seconds = sum(case.estimate(setting) for case in cases)
-            if seconds > left:
-                self._leave_out(name)
-            else:
-                left -= seconds
-                found[name] = cases
-        return found
-
-    def _leave_out(self, name: str) -> None:
-        stuck = "a case before it does not return; the same command measures it"
-        self.left_out[name] = stuck if self.stuck else "--quick has no time for it; name it to measure it"
-        self.asked.remove(name)
-
-    def _tell_done(self, planned: int, left: int) -> None:
-        if planned > left and not self.command.quick:
-            say(self.console, f"{planned - left} of {planned} cases are already done; --fresh measures them again")
-
-    def _spent(self) -> float:
-        return time.monotonic() - STARTED
-
-    def _measure(self, todo: Mapping[str, list[Case]], setting: Setting, run: Run, writer: Writer) -> None:
-        """Measure the cases of each question, and save each when it is done."""
-        estimates = {name: sum(case.estimate(setting) for case in cases) for name, cases in todo.items()}
-        expected, begun = 0.0, time.monotonic()
-        how: dict[str, Any] = {"delay": 0, "line_every": 0, "refresh_per_second": 1}  # a quiet bar
-        with Progress(self.console, sum(estimates.values()), **how) as bar:
-            for name, cases in todo.items():
+    run, quick = run_of(setting, words, command.fresh), command.quick
+    cases = {name: question.cases(setting) for name, question in questions.items()}
+    done = () if command.fresh else writer.results.cases
+    todo = {name: [c for c in of if (run.id, name, c.key) not in done] for name, of in cases.items()}
+    estimates = {name: sum(case.estimate(setting) for case in of) for name, of in todo.items()}
+    left = QUICK - spent() if quick else float("inf")
+    for name, seconds in estimates.items():
+        if seconds > left:
+            left_out[name] = NO_TIME
+            del todo[name]
+        else:
+            left -= seconds
+    run = dataclasses.replace(run, plan={name: [case.key for case in cases[name]] for name in todo})
+    writer.add("run", **dataclasses.asdict(run))
+    console, planned, new = Console(stderr=True), sum(map(len, cases.values())), sum(map(len, todo.values()))
+    if planned > new and not quick:
+        say(console, f"{planned - new} of {planned} cases are already done; --fresh measures them again")
+    expected, begun = 0.0, time.monotonic()
+    how: dict[str, Any] = {"delay": 0, "line_every": 0, "refresh_per_second": 1}  # a quiet bar
+    try:
+        with Progress(console, sum(estimates[name] for name in todo), **how) as bar:
+            for name, of in todo.items():
                 slower = max(1.0, (time.monotonic() - begun) / expected) if expected > 10 else 1.0
-                if self.stuck or (self.command.quick and cases and self._spent() + slower * estimates[name] > QUICK):
-                    self._leave_out(name)
-                    continue
-                for case in cases:
+                if quick and of and spent() + slower * estimates[name] > QUICK:
+                    left_out[name] = NO_TIME
+                for case in of if name not in left_out else ():
                     bar.update(expected, f"{name} {case.key}", left=slower * (bar.total - expected))
-                    if not self._measured(name, case, setting, run, writer):
+                    try:
+                        measure_case(name, case, setting, run, writer)
+                    except TookTooLong:
+                        left_out[name] = NO_TIME
                         break
                     expected += case.estimate(setting)
-
-    def _measured(self, name: str, case: Case, setting: Setting, run: Run, writer: Writer) -> bool:
-        """Measure a case and save its figures, or the reason why it failed. Return False to leave out the rest."""
-        estimate, start = case.estimate(setting), time.monotonic()
-        allowed = max(LEAST, TIMES * estimate)
-        if self.command.quick:
-            allowed = min(allowed, max(1.0, QUICK + GRACE / 2 - self._spent()))
-        place = {"setting": run.id, "question": name, "key": case.key}
-
-        def work() -> dict[str, Any]:
-            before = steadiness(setting.roofs, setting.device)
-            found = [dataclasses.replace(figure, question=name).as_json() for figure in case.run()]
-            steady = min(before, steadiness(setting.roofs, setting.device))
-            return {"figures": found, "steadiness": round(steady, 3)}
-
-        try:
-            line = within(allowed, work)
-        except TookTooLong as stopped:
-            self.stuck = self.stuck or stopped.stuck
-            if self.command.quick:
-                self._leave_out(name)
-                return False
-            why = f"stopped after {duration(allowed)}; its estimate was {duration(estimate)}"
-            writer.add("error", **place, error=why)
-            say(self.console, f"{name} {case.key} failed: {why}", style="bold red")
-            return not self.stuck
-        except Exception as error:  # from the measured code; errors of writing are not caught here
-            writer.add("error", **place, error=traceback.format_exc())
-            say(self.console, f"{name} {case.key} failed: {type(error).__name__}: {error}", style="bold red")
-            return True
-        writer.add("case", **place, seconds=round(time.monotonic() - start, 3), **line)
+    except KeyboardInterrupt:
         return True
+    return False
+
+
+def measure_case(name: str, case: Case, setting: Setting, run: Run, writer: Writer) -> None:
+    """Measure a case and save its figures, or the reason why it failed.
+
+    Raises: TookTooLong with --quick.
+    """
+    estimate, start = case.estimate(setting), time.monotonic()
+    allowed = max(LEAST, TIMES * estimate)
+    if setting.quick:
+        allowed = min(allowed, max(1.0, QUICK + GRACE - spent()))
+    place = {"setting": run.id, "question": name, "key": case.key}
+    try:
+        with limited(allowed):
+            steady = steadiness(setting.roofs, setting.device)
+            figures = [dataclasses.replace(figure, question=name).as_json() for figure in case.run()]
+            steady = min(steady, steadiness(setting.roofs, setting.device))
+    except (Exception, TookTooLong) as error:  # from the measured code; errors of writing are not caught here
+        if setting.quick and isinstance(error, TookTooLong):
+            raise
+        why, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+        if isinstance(error, TookTooLong):
+            why = trace = f"stopped after {duration(allowed)}; its estimate was {duration(estimate)}"
+        writer.add("error", **place, error=trace)
+        say(Console(stderr=True), f"{name} {case.key} failed: {why}", style="bold red")
+        return
+    seconds = round(time.monotonic() - start, 3)
+    writer.add("case", **place, seconds=seconds, figures=figures, steadiness=round(steady, 3))

@@ -5,6 +5,7 @@ runs. DualPipe, with two copies of the weights, is not in torch; its program is 
 """
 
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from rich.console import Console
 from dsmini.atomic import new_file
 from dsmini.config.parallel import CHUNKS as STAGES
 from dsmini.console.command import run
-from dsmini.console.commandline import Help, parse
+from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.report import Table
 from dsmini.report.terminal import show_table
@@ -70,7 +71,13 @@ def programs(name: str, n_ranks: int, n_microbatches: int) -> Programs:
 
     Raises: ValueError for an unknown name, and for sizes that the schedule does not take.
     """
-    _check(name, n_ranks, n_microbatches)
+    if name not in CHUNKS:
+        raise ValueError(f"there is no schedule '{name}'; use one of {', '.join(CHUNKS)}")
+    least = {"1f1b": n_ranks, "dualpipe": 2 * n_ranks, "dualpipev": 2 * n_ranks}.get(name, 1)
+    if n_ranks < 1 or n_microbatches < least:
+        raise ValueError(f"{name} on {n_ranks} ranks takes {least} micro-batches or more, got {n_microbatches}")
+    if name == "dualpipe" and (n_ranks % 2 or n_microbatches % 2):
+        raise ValueError(f"dualpipe takes even numbers of ranks and micro-batches, got {n_ranks} and {n_microbatches}")
     if name == "1f1b":
         # torch's own list has the forwards of the last rank one micro-batch too high; its runtime does what is here
         return [_one_forward_one_backward(rank, n_ranks, n_microbatches) for rank in range(n_ranks)]
@@ -82,28 +89,6 @@ def programs(name: str, n_ranks: int, n_microbatches: int) -> Programs:
     stages = [SimpleNamespace(stage_index=i, **known) for i in range(CHUNKS[name])]
     order = getattr(schedules, _CLASSES[name])(stages, n_microbatches).pipeline_order
     return [_actions(order[rank]) for rank in range(n_ranks)]
-
-
-def _check(name: str, n_ranks: int, n_microbatches: int) -> None:
-    """Raise ValueError for a schedule that does not exist for these sizes."""
-    if name not in CHUNKS:
-        raise ValueError(f"there is no schedule '{name}'; use one of {', '.join(CHUNKS)}")
-    if n_ranks < 1 or n_microbatches < 1:
-        raise ValueError(f"{n_ranks} ranks with {n_microbatches} micro-batches run nothing; use 1 or more of each")
-    if name == "dualpipe" and (n_ranks % 2 or n_microbatches % 2):
-        raise ValueError(
-            f"dualpipe takes an even number of ranks and of micro-batches, got {n_ranks} and {n_microbatches}; "
-            f"use {n_ranks + n_ranks % 2} and {max(n_microbatches + n_microbatches % 2, 2 * n_ranks)}"
-        )
-    least = {"1f1b": n_ranks, "dualpipe": 2 * n_ranks, "dualpipev": 2 * n_ranks}.get(name, 1)
-    if n_microbatches < least:
-        raise ValueError(f"{name} on {n_ranks} ranks takes {least} micro-batches or more, got {n_microbatches}")
-    rounds = max(1, n_microbatches // n_ranks)
-    if name in ("interleaved1f1b", "zero_bubble") and n_microbatches % rounds:
-        raise ValueError(
-            f"{name} runs {n_microbatches} micro-batches on {n_ranks} ranks in {rounds} rounds, which are unequal; "
-            f"use {rounds * n_ranks} or {(rounds + 1) * n_ranks}"
-        )
 
 
 def _actions(order: Sequence[Any]) -> list[Action]:
@@ -223,8 +208,15 @@ class Timeline:
 
     @property
     def bubbles(self) -> list[float]:
-        """Time that each rank computes nothing."""
-        return [self.total - sum(end - start for start, end in _busy(rank)) for rank in self.ranks]
+        """Time that each rank computes nothing. Actions that overlap count once."""
+        found = []
+        for rank in self.ranks:
+            busy, reached = 0.0, -math.inf
+            for start, end in sorted((row.start, row.end) for row in rank):
+                busy += max(0.0, end - max(start, reached))
+                reached = max(reached, end)
+            found.append(self.total - busy)
+        return found
 
     @property
     def bubble_share(self) -> float:
@@ -237,25 +229,11 @@ class Timeline:
 
         Activations are held from the start of the forward to the end of the backward of the weights.
         """
-        return [max(itertools.accumulate(_held(rank)), default=0) for rank in self.ranks]
-
-
-def _busy(rows: Iterable[Row]) -> list[tuple[float, float]]:
-    """Return the times in which a rank computes, without overlaps."""
-    busy: list[tuple[float, float]] = []
-    for start, end in sorted((row.start, row.end) for row in rows):
-        if busy and start <= busy[-1][1]:
-            busy[-1] = (busy[-1][0], max(end, busy[-1][1]))
-        else:
-            busy.append((start, end))
-    return busy
-
-
-def _held(rows: Sequence[Row]) -> Iterator[int]:
-    """Yield the change of the number of activations at each start and end. At one time ends come first."""
-    events = [(row.start, 1) for row in rows if row.kind == "F"]
-    events += [(row.end, -1) for row in rows if row.kind in "BW"]
-    yield from (change for _, change in sorted(events))
+        events = [
+            sorted([(r.start, 1) for r in rank if r.kind == "F"] + [(r.end, -1) for r in rank if r.kind in "BW"])
+            for rank in self.ranks
+        ]  # at one time ends come first
+        return [max(itertools.accumulate((change for _, change in rank), initial=0)) for rank in events]
 
 
 @contextmanager
@@ -312,11 +290,9 @@ def simulate(
             pair starts when all its inputs are there, and sends when both are done, as torch's runtime does.
         send: time from the end of an action until its result is on another rank. A rank sends while it computes.
 
-    Raises: ValueError for negative times, and for programs that wait for each other or for what is in none of them.
+    Raises: ValueError for programs that wait for each other or for what is in none of them.
     """
     times = {"F": forward, "I": backward_input, "W": backward_weight, "B": backward_input + backward_weight}
-    if min(*times.values(), send, overlap or 0.0) < 0 or max(times.values()) <= 0:
-        raise ValueError(f"times {times}, overlap={overlap}, send={send} are not times; use numbers from 0, not all 0")
     last = max((action.stage for program in programs for action in program), default=0)
     ends: dict[tuple[str, int, int], tuple[float, int]] = {}  # when each result is there, and on which rank
     at, free = [0] * len(programs), [0.0] * len(programs)
@@ -332,13 +308,11 @@ def simulate(
                     break
                 arrivals = [end + send * (place != rank) for end, place in (ends[need] for need in needs)]
                 start = max([free[rank], *arrivals])
+                hidden = overlap if len(together) == 2 else None
                 for action in together:
-                    begin, end = start, start + times[action.kind]
-                    if len(together) == 2 and overlap is not None:
-                        end = start + overlap
-                    else:
-                        start = end
-                    ranks[rank].append(Row(rank, action.kind, action.stage, action.microbatch, begin, end))
+                    end = start + (times[action.kind] if hidden is None else hidden)
+                    ranks[rank].append(Row(rank, *action[:3], start, end))
+                    start = end if hidden is None else start
                 free[rank] = ranks[rank][-1].end
                 ends |= {_result(action): (free[rank], rank) for action in together}
                 at[rank] += len(together)
@@ -421,19 +395,17 @@ def _draw(axes: Any, title: str, line: Timeline) -> None:
     total, first = line.total or 1.0, min(row.start for row in line.rows)
     for rank, rows in enumerate(line.ranks):
         lowest = min(row.stage for row in rows)
-        for before, row, after in zip([None, *rows], rows, [*rows[1:], None], strict=False):
-            shares = any(other is not None and _overlap(row, other) > 1e-9 * total for other in (before, after))
+        for row in rows:
+            shares = any(other is not row and _overlap(row, other) > 1e-9 * total for other in rows)
             high = 0.42 if shares else 0.84
             low = rank + (0.0 if shares and row.kind != "F" else -0.42)
             _, colour, pale = KINDS[row.kind]
             face, ink = (colour, "white") if row.stage == lowest else (pale, "#22262b")
-            box = [(row.start, row.end - row.start)]
+            box, words = [(row.start, row.end - row.start)], str(row.microbatch)
             axes.broken_barh(box, (low, high), facecolors=face, edgecolors="white", linewidth=0.5)
-            words, wide = str(row.microbatch), (row.end - row.start) / total * WIDTH * 0.93
-            if wide > 0.075 * len(words) + 0.02:
-                place = (row.start + row.end) / 2, low + high / 2
-                size = 5.5 if shares else 7
-                axes.text(*place, words, ha="center", va="center_baseline", fontsize=size, color=ink)
+            if (row.end - row.start) / total * WIDTH * 0.93 > 0.075 * len(words) + 0.02:
+                style: Any = {"ha": "center", "va": "center_baseline", "fontsize": 5.5 if shares else 7, "color": ink}
+                axes.text((row.start + row.end) / 2, low + high / 2, words, **style)
     ranks = len(line.ranks)
     axes.set(xlim=(first, first + total), ylim=(ranks - 0.5, -0.5), ylabel="rank", yticks=range(ranks))
     axes.set_title(f"{title}: {line.bubble_share:.1%} bubbles, {line.total:.4g} in total", loc="left", fontsize=10)
@@ -467,18 +439,11 @@ class SchedulesCommand:
     """File for a picture of all."""
 
 
-HELP = Help(
-    usage="[FLAGS]",
-    examples=("", "--ranks 8 --microbatches 20 --overlap 2.4 --out schedules.png"),
-    main=("ranks", "microbatches", "overlap", "send", "out"),
-)
-
-
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(SchedulesCommand, "schedules", args, help=HELP)
-    console, rows, left_out = Console(), [], []
+    command, console = parse(SchedulesCommand, "schedules", args), Console()
     lines: dict[str, Timeline] = {}
+    rows, left_out = list[list[str]](), list[str]()
     for name, chunks in CHUNKS.items():
         times = 1.0 / chunks, 1.0 / chunks, 1.0 / chunks
         overlap = None if command.overlap is None else command.overlap / chunks

@@ -15,6 +15,7 @@ Student's t over them.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,19 +28,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.question import METRICS, Case, Figure, Question, Setting, cases_over, figure, pick
+from benchmarks.question import METRICS, Case, Figure, Question, Setting, cases_over, drawing, figure, pick
 from benchmarks.results import ROOT
 from dsmini.measure.turns import mean_of
-from dsmini.report.charts import over_labels
 from dsmini.report.units import words
 
 
-def run_module(module: str, *arguments: str) -> str:
-    """Run python -m module from this checkout and return what it printed.
+def run_module(module: str, *arguments: str, **environment: str) -> str:
+    """Run python -m module from this checkout, with these variables, and return what it printed.
 
     Raises: RuntimeError with its messages if it fails.
     """
-    done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True)
+    how: dict[str, Any] = {"cwd": ROOT, "env": os.environ | environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-m", module, *arguments], **how)
     if done.returncode:
         raise RuntimeError(f"python -m {module} ended with status {done.returncode}: {done.stderr[-2000:]}")
     return done.stdout
@@ -105,7 +106,7 @@ class Study:
             about=f"{self.about} Each seed gives one difference; the interval is Student's t over the seeds.",
             cases=self.cases,
             answer=self.answer,
-            plots=tuple(partial(self.plots, metric=metric) for metric in drawn),
+            plots=[drawing(m, words(m), by="arm", label="seed {seed}", y=METRICS[m][0]) for m in drawn],
             on_request=True,
             needs=self.needs,
             needs_text=self.needs_text,
@@ -151,8 +152,3 @@ class Study:
                 text += f": {mean.value:+.4f}, with one seed"
             told.append(text.replace("  ", " "))
         return f"{'; '.join(told)}." if told else ""
-
-    def plots(self, figures: list[Figure], metric: str) -> list[Any]:
-        """Draw a metric over the seeds, with a group for each arm."""
-        groups = {arm: {f"seed {f.case['seed']}": f for f in pick(figures, metric, arm=arm)} for arm in self.arms}
-        return over_labels(words(metric), METRICS[metric][0], groups)

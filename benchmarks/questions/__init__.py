@@ -12,13 +12,12 @@ from benchmarks.questions import (
     peers,
     pipeline,
     plan,
-    roofline,
     sparse,
     steps,
 )
 
 ASKED = (kv_cache.QUESTION, steps.DECODE, steps.TRAIN, fp8_error.QUESTION, fp8.QUESTION, experts.QUESTION)
-ASKED += (steps.PREFILL, mtp.QUESTION, roofline.QUESTION, peers.QUESTION, kernels.QUESTION, sparse.QUESTION)
+ASKED += (steps.PREFILL, mtp.QUESTION, peers.QUESTION, kernels.QUESTION, sparse.QUESTION)
 ASKED += (pipeline.QUESTION, plan.QUESTION, diagnose.QUESTION)
 ASKED += (moe_or_dense.QUESTION, sparse_training.QUESTION, shakespeare.QUESTION)
 QUESTIONS = {question.name: question for question in ASKED}

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from functools import partial
 
 from benchmarks.faults import Fault, faults
-from benchmarks.question import Case, Figure, Question, Setting, cases_over, figure, pick
+from benchmarks.question import Case, Figure, Question, Setting, cases_over, drawing, figure, pick
 from dsmini.diagnosis.diagnosis import MOST_ROUNDS, Diagnosis, Plan, diagnose
 from dsmini.measure import step_rates
-from dsmini.report.charts import over_labels
 
 SEEDS, QUICK_SEEDS = 5, 1
 SECONDS, ROUNDS = 12.0, MOST_ROUNDS
@@ -73,14 +72,6 @@ def answer(figures: list[Figure]) -> str:
     return f"{text}."
 
 
-def _by_axis(figures: list[Figure]) -> dict[str, dict[str, Figure]]:
-    """Return the gains of the first seed."""
-    found: dict[str, dict[str, Figure]] = {}
-    for f in pick(figures, "gain", seed=0):
-        found.setdefault(str(f.case["axis"]), {})[f"{f.case['run']}: {f.case['free']}"] = f
-    return found
-
-
 QUESTION = Question(
     name="diagnose",
     title="Does a diagnosis name the fault that was put into a run, and nothing in a healthy one?",
@@ -88,8 +79,14 @@ QUESTION = Question(
     cases=cases,
     answer=answer,
     plots=(
-        lambda figures: over_labels(
-            "Gains, measured and predicted, first seed", "share of a step", _by_axis(figures), predicted=True
+        drawing(
+            "gain",
+            "Gains, measured and predicted, first seed",
+            by="axis",
+            label="{run}: {free}",
+            y="share of a step",
+            only=lambda f: f.case["seed"] == 0,
+            predicted=True,
         ),
     ),
     on_request=True,

@@ -5,6 +5,7 @@ equal active and of equal total parameters. Each step decodes one token per sequ
 """
 
 import dataclasses
+import statistics
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,11 +13,10 @@ import torch
 
 from benchmarks import models
 from benchmarks.models import decoding
-from benchmarks.question import Case, Figure, Question, Setting, cases_over, compared, figure, pick, race
+from benchmarks.question import Case, Figure, Question, Setting, cases_over, compared, drawing, figure, pick, race
 from dsmini import ModelConfig, Transformer, accounting
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
 from dsmini.nn import Cache
-from dsmini.report.charts import lines
 
 
 def configs(setting: Setting) -> dict[str, ModelConfig]:
@@ -47,14 +47,12 @@ def measure(setting: Setting, batch: int) -> Iterator[Figure]:
     runs, predicted = decoding(every, setting, batch, 64, decode)
     yield from race(setting, {"batch": batch}, runs, predicted=predicted, tokens=batch)
     moe = every["experts"]
-    distinct: list[float] = []
-    for _ in range(20):
-        out = moe.run(random_tokens(moe.config, batch, 1, setting.device), random_cache(moe, batch, 64, 8))
-        distinct += [float((routing.counts > 0).sum()) for routing in out.routing]
+    draws = (random_tokens(moe.config, batch, 1, setting.device) for _ in range(20))
+    routing = [r for tokens in draws for r in moe.run(tokens, random_cache(moe, batch, 64, 8)).routing]
+    mean, expected = statistics.fmean(float((r.counts > 0).sum()) for r in routing), accounting.expected_experts
     note = "of a layer in a step; predicted for independent tokens and equally likely experts; the gate is random"
-    expected = accounting.expected_experts(moe.config, batch)
-    mean = sum(distinct) / len(distinct)
-    yield figure("distinct_experts", {"batch": batch, "model": "experts"}, mean, predicted=expected, note=note)
+    case = {"batch": batch, "model": "experts"}
+    yield figure("distinct_experts", case, mean, predicted=expected(moe.config, batch), note=note)
 
 
 def answer(figures: list[Figure]) -> str:
@@ -71,9 +69,7 @@ QUESTION = Question(
     cases=cases,
     answer=answer,
     plots=(
-        lambda figures: lines(figures, "tokens_per_s", x="batch", by="model", title="Decoded tokens a second"),
-        lambda figures: lines(
-            figures, "distinct_experts", x="batch", by="model", title="Distinct experts of a layer in a step"
-        ),
+        drawing("tokens_per_s", "Decoded tokens a second", x="batch", by="model"),
+        drawing("distinct_experts", "Distinct experts of a layer in a step", x="batch", by="model"),
     ),
 )

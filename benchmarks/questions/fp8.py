@@ -8,39 +8,23 @@ time here, while FP8 hardware saves some.
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import torch
 
 from benchmarks import models
-from benchmarks.fp8_products import operand_error
 from benchmarks.models import recipe, trainer
-from benchmarks.question import (
-    Case,
-    Figure,
-    Question,
-    Setting,
-    figure,
-    left_out,
-    pick,
-    race,
-    times,
-)
-from dsmini import RunConfig, Transformer, accounting, ops, quantize
+from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, left_out, pick, race, times
+from dsmini import RunConfig, Transformer, accounting, ops
 from dsmini.measure.memory import saved_for_backward, storage_bytes
 from dsmini.measure.rates import why_unusable
 from dsmini.measure.workloads import random_model, random_tokens
 from dsmini.nn.cache import Cache
-from dsmini.nn.fp8 import fp8_weights, hold_fp8
-from dsmini.numerics import E4M3, WEIGHT_TILE
-from dsmini.report.charts import over_labels
+from dsmini.nn.fp8 import hold_all_fp8
 
-BF16: Literal["bfloat16"] = "bfloat16"
-FP8: Literal["fp8"] = "fp8"
-PLAIN = "fp8 in plain PyTorch"
-Format = Literal["bfloat16", "fp8"]
+BF16, FP8, PLAIN = "bfloat16", "fp8", "fp8 in plain PyTorch"
 TURN = 5
 """Decoding steps of one side before the other side's turn."""
 CONTEXT, QUICK_CONTEXT = 2048, 512
@@ -49,13 +33,6 @@ TARGET = 1.5
 """Target: longest time of a training step in simulated FP8, as a multiple of a step in BF16."""
 KEPT = (1 + 4 / 128) / 2
 """Bytes of an activation in FP8, a code and its share of an FP32 scale, over those in BF16."""
-SIZES = {
-    "weights": "bytes",
-    "activations": "kept",
-    "activations of Linears": "kept_by_linears",
-    "cache": "bytes_per_token",
-}
-"""Metric of the bytes of each part."""
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -68,37 +45,33 @@ def cases(setting: Setting) -> list[Case]:
     ]
 
 
-@torch.no_grad()
-def hold_in_fp8(model: Transformer) -> tuple[Transformer, float]:
-    """Return a copy of a model with the matrices in FP8 that DeepSeek stores in FP8, and their relative error.
+def sizes(what: str, metric: str, held: Mapping[str, float], note: str, **known: Any) -> Iterator[Figure]:
+    """Yield the bytes of a part by format, and those in FP8 over those in BF16.
 
-    The error is the norm of all differences over the norm of all matrices.
+    Args:
+        known: predictions by format as `predicted`, and other fields of a figure.
     """
-    held = copy.deepcopy(model)
-    off = size = 0.0
-    for name in fp8_weights(held):
-        weight = held.get_parameter(name).detach()
-        q = quantize(weight, WEIGHT_TILE, "fp32")
-        off += (q.dequantize() - weight.float()).square().sum().item()
-        size += weight.float().square().sum().item()
-        hold_fp8(held, name, q.codes, q.scales)
-    return held, (off / size) ** 0.5
+    predicted = known.pop("predicted", {})
+    for format, nbytes in held.items():
+        here = {"what": what, "format": format}
+        yield figure(metric, here, float(nbytes), predicted=predicted.get(format), note=note, **known)
+    share = {"predicted": KEPT, "note": "predicted: a code and its share of a scale"} if what == "Linears" else {}
+    yield figure("kept_ratio", {"what": what, "format": FP8}, held[FP8] / held[BF16], **share)
 
 
 @torch.inference_mode()
 def weights(setting: Setting) -> Iterator[Figure]:
-    """Yield bytes, error and decoding with weights in FP8, which are dequantized on use."""
+    """Yield bytes and decoding with weights in FP8, which are dequantized on use."""
     config = models.decoded(setting.quick)
     native = random_model(config, setting.device, setting.dtype)
-    held, error = hold_in_fp8(native)
-    both: dict[Format, Transformer] = {BF16: native, FP8: held}
-    for format, model in both.items():
-        case, predicted = {"what": "weights", "format": format}, accounting.weight_bytes(config, format).total
-        note = "whole model: codes, scales, and the parts that stay in BF16"
-        yield figure("bytes", case, float(storage_bytes(model)), predicted=predicted, exact=True, note=note)
-    yield figure("error", {"what": "weights", "format": FP8}, error, predicted=operand_error(E4M3))
-    caches: dict[Format, Cache] = {format: model.new_cache(1, 128) for format, model in both.items()}
-    yield from decoding("weights", both, caches, 56, setting)
+    both = {BF16: native, FP8: hold_all_fp8(copy.deepcopy(native))}
+    predicted = {format: accounting.weight_bytes(config, format).total for format in both}  # pyright: ignore[reportArgumentType]
+    note = "whole model: codes, scales, and the parts that stay in BF16"
+    held = {format: storage_bytes(model) for format, model in both.items()}
+    yield from sizes("weights", "bytes", held, note, predicted=predicted, exact=True)
+    yield from decoding(
+        "weights", both, {format: model.new_cache(1, 128) for format, model in both.items()}, 56, setting
+    )
 
 
 @torch.inference_mode()
@@ -106,19 +79,19 @@ def cache(setting: Setting, context: int) -> Iterator[Figure]:
     """Yield bytes and decoding with a cache in FP8, whose rows are dequantized on reading."""
     config = models.decoded(setting.quick)
     model = random_model(config, setting.device, setting.dtype)
-    caches: dict[Format, Cache] = {
+    caches = {
         BF16: model.new_cache(1, context + 64, torch.bfloat16),
         FP8: model.new_cache(1, context + 64, "fp8"),
     }
-    for format, each in caches.items():
-        predicted, note = accounting.kv_bytes_per_token(config, dtype=format), f"in all {config.n_layers} layers"
-        held = {"predicted": predicted, "exact": True, "note": f"of a token, {note}; read off the storage"}
-        yield figure("bytes_per_token", {"what": "cache", "format": format}, each.nbytes_per_token, **held)
+    held = {format: each.nbytes_per_token for format, each in caches.items()}
+    predicted = {format: accounting.kv_bytes_per_token(config, dtype=format) for format in caches}  # pyright: ignore[reportArgumentType]
+    note = f"of a token, in all {config.n_layers} layers; read off the storage"
+    yield from sizes("cache", "bytes_per_token", held, note, predicted=predicted, exact=True)
     yield from decoding("cache", dict.fromkeys(caches, model), caches, context, setting)
 
 
 def decoding(
-    what: str, both: Mapping[Format, Transformer], caches: Mapping[Format, Cache], context: int, setting: Setting
+    what: str, both: Mapping[str, Transformer], caches: Mapping[str, Cache], context: int, setting: Setting
 ) -> Iterator[Figure]:
     """Read a prompt, compare the logits of eight more tokens, and time decoding steps after them, by format."""
     if reason := why_unusable(torch.bfloat16, setting.roofs.peak):
@@ -135,12 +108,12 @@ def decoding(
     error, note = ((got - want).norm() / want.norm()).item(), "random weights, whose routing is near ties"
     yield figure("logit_error", {"what": what, "format": FP8}, error, note=note)
 
-    def turn(format: Format) -> None:
+    def turn(format: str) -> None:
         caches[format].truncate(context + 8)
         for token in random_tokens(config, TURN, 1, setting.device):
             both[format](token[None], caches[format])
 
-    runs = {format: partial(turn, format) for format in both}
+    runs: dict[str, Callable[[], None]] = {format: partial(turn, format) for format in both}
     yield from race(setting, {"what": what, "context": context}, runs, key="format", each=TURN)
 
 
@@ -156,14 +129,13 @@ def activations(setting: Setting) -> Iterator[Figure]:
     b, s = run.train.batch_size, run.seq_len
     tokens = torch.randint(0, run.model.vocab_size, (b, s + 1)).to(setting.device)
     saved = {format: saved_for_backward(trainers[format].model, tokens) for format in (BF16, FP8)}
-    for format, (by_linears, total) in saved.items():
-        case, note = {"what": "activations", "format": format}, f"of a training step on {b * s:,} tokens"
-        yield figure("kept_by_linears", case, float(by_linears), note=note)
-        least = accounting.activation_bytes(configs[format], batch_size=b, seq_len=s, dtype="bfloat16").total
-        note += "; predicted: lower bound, with fused attention"
-        yield figure("kept", case, float(total), predicted=least, bound=True, note=note)
-    share, note = saved[FP8].by_linears / saved[BF16].by_linears, "predicted: a code and its share of a scale"
-    yield figure("kept_ratio", {"what": "activations", "format": FP8}, share, predicted=KEPT, note=note)
+    note = f"of a training step on {b * s:,} tokens"
+    yield from sizes("Linears", "kept_by_linears", {format: each.by_linears for format, each in saved.items()}, note)
+    size: Any = {"batch_size": b, "seq_len": s, "dtype": "bfloat16"}
+    least = {format: accounting.activation_bytes(configs[format], **size).total for format in saved}
+    note += "; predicted: lower bound, with fused attention"
+    held = {format: each.total for format, each in saved.items()}
+    yield from sizes("activations", "kept", held, note, predicted=least, bound=True)
 
     def step(name: str) -> None:
         with ops.use("eager" if name == PLAIN else None):
@@ -185,25 +157,15 @@ def trained_config(quick: bool) -> RunConfig:
 
 
 def answer(figures: list[Figure]) -> str:
-    told, held = [], shares(figures)
+    told = []
     for what in ("weights", "activations", "cache"):
-        parts = [f"{held[what].measured:.0%} of BF16's bytes"] if what in held else []
+        parts = [f"{f.measured:.0%} of BF16's bytes" for f in pick(figures, "kept_ratio", what=what)]
         step = "training step" if what == "activations" else "decoding step"
         for f in pick(figures, "times_as_long", what=what, format=FP8):
             parts += [f"a {step} takes {times(f)} as long"] if f.measured else []
         parts += [f"logits are off by {f.measured:.1%}" for f in pick(figures, "logit_error", what=what)]
         told += [f"{what}: {', '.join(parts)}"] if parts else []
     return f"Simulated FP8, next to BF16: {'; '.join(told)}." if told else ""
-
-
-def shares(figures: list[Figure]) -> dict[str, Figure]:
-    """Return the bytes in FP8 over those in BF16, where both were measured."""
-    found = {}
-    for label, metric in SIZES.items():
-        by = {f.case["format"]: f for f in pick(figures, metric, what=label.split()[0]) if f.measured}
-        if {BF16, FP8} <= set(by):
-            found[label] = figure("kept_ratio", {"what": label}, (by[FP8].measured or 0) / (by[BF16].measured or 1))
-    return found
 
 
 QUESTION = Question(
@@ -213,13 +175,20 @@ QUESTION = Question(
     cases=cases,
     answer=answer,
     plots=(
-        lambda figures: over_labels(
-            "Bytes in FP8", "share of BF16's bytes", {"fp8": shares(figures)}, kind="bars", line=("half", 0.5)
+        drawing(
+            "kept_ratio",
+            "Bytes in FP8",
+            label="{what}",
+            y="share of BF16's bytes",
+            kind="bars",
+            line=("half", 0.5),
         ),
-        lambda figures: over_labels(
+        drawing(
+            "times_as_long",
             "Time in FP8",
-            "times BF16's time",
-            {"fp8": {f"{f.case['what']}, {f.case['format']}": f for f in pick(figures, "times_as_long")}},
+            label="{what}, {format}",
+            y="times BF16's time",
+            only=lambda f: "format" in f.case,
             kind="bars",
             line=("target of a training step", TARGET),
         ),

@@ -1,32 +1,32 @@
 """Error of each product of a training step in FP8.
 
 A model of the shape of configs/fp8.toml (quick: a smaller one) trains natively for a few steps on real text. One more
-step yields the inputs, weights and output gradients of all Linears that FP8 training rounds. Each product is then
-computed twice in FP32: from these matrices, and from the same rounded to E4M3 as in DeepSeek-V3. Simulated: sums are in
-FP32. Simplified: the input of w2 is rounded itself, not its two factors.
+step yields inputs, weights and output gradients of all Linears and experts that FP8 training rounds. Each of their
+products y = x w^T (fprop), dx = dy w (dgrad) and dw = dy^T x (wgrad) is then computed by dsmini.fp8_matmul, and in FP32
+without rounding. Simulated: values are rounded to FP8 and multiplied with sums in FP32. Simplified: the input of w2 is
+rounded itself, not its two factors. Source: DeepSeek-V3 report, section 3.3.
 """
 
 import dataclasses
+import math
+import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from benchmarks import models
-from benchmarks.fp8_products import PRODUCTS, capture, losses, product_error
 from benchmarks.models import recipe, trainer, training_flops
-from benchmarks.question import (
-    Case,
-    Figure,
-    Question,
-    Setting,
-    figure,
-    pick,
-)
-from dsmini import ModelConfig, RunConfig, TrainConfig
-from dsmini.numerics import E4M3, E5M2
-from dsmini.report.charts import over_labels
+from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, pick
+from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, fp8_matmul, ops
+from dsmini.nn.fp8 import fp8_weights
+from dsmini.numerics import AMAX_MIN, E4M3, E5M2, SMALLEST_AMAX, Format, round_tiles
 
 QUICK = dataclasses.replace(
     models.TRAINED, n_layers=2, inter_dim=512, moe_inter_dim=128, q_lora_rank=128, kv_lora_rank=128
@@ -35,7 +35,109 @@ QUICK = dataclasses.replace(
 STEPS, QUICK_STEPS, BATCH = 24, 20, 4
 ROWS, QUICK_ROWS = 4, 2
 """Sequences of the step whose products are computed twice."""
+PRODUCTS = ("fprop", "dgrad", "wgrad")
+
+
+def operand_error(format: Format) -> float:
+    """Return the expected relative error (RMS) of rounding to a format, within its normal numbers.
+
+    A value with fraction f, 1 <= f < 2, has a uniform error of at most half a step of 2^-m. Its relative RMS error is
+    2^-m / sqrt(12) / f. With arbitrary scales log f is uniform, and the mean of 1 / f^2 is 3 / (8 ln 2).
+    """
+    return 2.0**-format.mantissa_bits / math.sqrt(12) * math.sqrt(3 / (8 * math.log(2)))
+
+
+def product_error(a: Format, b: Format) -> float:
+    """Return the expected relative error of a product of two rounded matrices.
+
+    It does not depend on the length of the sums: with terms of either sign, errors add up as the terms do.
+    """
+    return math.hypot(operand_error(a), operand_error(b))
+
+
 EXPECTED = product_error(E4M3, E4M3)
+
+
+# --- the products of a step
+
+
+class Gemm(NamedTuple):
+    """Product y = x w^T of a training step: x [n, k], w [o, k], and the gradient dy [n, o]."""
+
+    name: str
+    """Name of the parameter w."""
+    x: Tensor
+    w: Tensor
+    dy: Tensor
+
+    def exact(self) -> tuple[Tensor, ...]:
+        """Return y, dx and dw without rounding."""
+        return self.x @ self.w.T, self.dy @ self.w, self.dy.T @ self.x
+
+    def rounded(self, **how: Any) -> tuple[Tensor, ...]:
+        """Return y, dx and dw as FP8 training computes them; the arguments are those of fp8_matmul."""
+        x, w = self.x.clone().requires_grad_(), self.w.clone().requires_grad_()
+        saved: Any = "e5m6" if self.name.endswith("wo.weight") else "e4m3"  # of the Linear after attention
+        y = fp8_matmul(x, w, saved_format=saved, **how)
+        return (y.detach(), *torch.autograd.grad(y, (x, w), self.dy))
+
+    def rounded_whole(self) -> tuple[Tensor, ...]:
+        """Return y, dx and dw of operands with one scale for a whole matrix."""
+        operands = ((self.x, AMAX_MIN), (self.w, AMAX_MIN), (self.dy, SMALLEST_AMAX))
+        x, w, dy = (round_tiles(t, (t.shape[0], t.shape[1]), "ue8m0", "e4m3", a, torch.float32) for t, a in operands)
+        return Gemm(self.name, x, w, dy).exact()
+
+
+WAYS: Mapping[str, Callable[[Gemm], tuple[Tensor, ...]]] = {
+    "tiles": Gemm.rounded,
+    "one scale": Gemm.rounded_whole,
+    "e5m2 gradients": partial(Gemm.rounded, grad_format="e5m2"),
+    "fp32 scales": partial(Gemm.rounded, scale="fp32"),
+}
+"""DeepSeek-V3's way to round, and alternatives."""
+
+
+class _Recorder(TorchFunctionMode):
+    """Record each product with one of these parameters, in PyTorch code."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names = {id(p): name for name, p in parameters.items()}
+        self.gemms: list[Gemm] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func in (F.linear, torch.Tensor.matmul, torch.Tensor.__matmul__):
+            x, w = args[0], args[1] if func is F.linear else args[1].mT
+            # an expert's matrix is a view of the stack
+            if name := self.names.get(id(args[1] if args[1]._base is None else args[1]._base)):
+                y.register_hook(lambda dy: self._add(name, x, w, dy))
+        return y
+
+    def _add(self, name: str, x: Tensor, w: Tensor, dy: Tensor) -> None:
+        self.gemms.append(Gemm(name, x.detach().flatten(0, -2), w.detach(), dy.flatten(0, -2)))
+
+
+def record(model: Transformer, tokens: Tensor, targets: Tensor) -> list[Gemm]:
+    """Return every product that precision "fp8" rounds, in one step of a native model in FP32."""
+    with ops.use("reference"), _Recorder({n: model.get_parameter(n) for n in fp8_weights(model)}) as recorder:
+        model.losses(tokens, targets).total.backward()
+    model.zero_grad(set_to_none=True)
+    return recorder.gemms
+
+
+def errors_of(gemms: Sequence[Gemm]) -> dict[tuple[str, str, str], float]:
+    """Return the relative error of products by way, parameter and product; experts of a block count together."""
+    sums: dict[tuple[str, str, str], Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+    for g in gemms:
+        exact = g.exact()
+        for way, rounded in WAYS.items():
+            for product, y, want in zip(PRODUCTS, rounded(g), exact, strict=True):
+                sums[way, g.name, product] += torch.stack(((y - want).square().sum(), want.square().sum())).cpu()
+    return {key: math.sqrt(off / whole) if whole else 0.0 for key, (off, whole) in sums.items()}
+
+
+# --- the question
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -53,12 +155,12 @@ def errors(setting: Setting, model: ModelConfig, steps: int) -> Iterator[Figure]
     trained.model.compute_dtype = torch.float32
     rows = QUICK_ROWS if setting.quick else ROWS
     tokens, targets = trained.corpus.batch(trained.sequences, rows, config.seq_len, 0)
-    found, underflow = losses(capture(trained.model, tokens.to(setting.device), targets.to(setting.device)))
+    found = errors_of(record(trained.model, tokens.to(setting.device), targets.to(setting.device)))
     others: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for (way, block, linear, product), error in found.items():
+    for (way, name, product), error in found.items():
         if way == "tiles":
-            yield figure("error", {"block": block, "linear": linear, "product": product}, error, predicted=EXPECTED)
-        elif plain := found["tiles", block, linear, product]:
+            yield figure("error", {**place_of(name), "product": product}, error, predicted=EXPECTED)
+        elif plain := found["tiles", name, product]:
             others[way, product].append(error / plain)
     for (way, product), ratios in others.items():
         e5m2 = way == "e5m2 gradients" and product != "fprop"
@@ -66,8 +168,15 @@ def errors(setting: Setting, model: ModelConfig, steps: int) -> Iterator[Figure]
         note = "median over all products of the error, over that with a power-of-two scale a tile"
         case = {"rounded with": way, "product": product}
         yield figure("times_the_error", case, statistics.median(ratios), predicted=predicted, note=note)
-    for (way, linear, operand), share in underflow.items():
-        yield figure("underflow", {"linear": linear, "operand": operand, "scales": way}, share)
+
+
+def place_of(name: str) -> dict[str, str]:
+    """Return a parameter's block and Linear in words: layers.2.ffn.shared_experts.w1.weight is shared.w1 of block 2."""
+    found = re.fullmatch(r"(layers|mtp)\.(\d+)(?:\.block)?\.(?:attn|ffn)\.(.*?)(?:\.weight)?", name)
+    assert found, name
+    blocks, number, linear = found.groups()
+    block = f"MTP {int(number) + 1}" if blocks == "mtp" else f"block {number}"
+    return {"block": block, "linear": linear.replace("shared_experts", "shared")}
 
 
 def answer(figures: list[Figure]) -> str:
@@ -81,19 +190,8 @@ def answer(figures: list[Figure]) -> str:
     text = f"Median relative errors of FP8 products: {', '.join(parts)} ({EXPECTED:.1%} are expected from rounding)"
     text += f"; at most {worst.measured:.1%}, in {where}"
     one = [f.measured for f in pick(figures, "times_the_error", **{"rounded with": "one scale"}) if f.measured]
-    return (
-        f"{text}; one scale for a whole matrix makes them {statistics.median(one):.2f} times as large."
-        if one
-        else f"{text}."
-    )
-
-
-def _flushed(figures: list[Figure]) -> dict[str, dict[str, Figure]]:
-    """Return the values that become zero, without groups of zeros, which would only lengthen the legend."""
-    groups: dict[str, dict[str, Figure]] = {}
-    for f in pick(figures, "underflow"):
-        groups.setdefault(f"{f.case['operand']}, {f.case['scales']}", {})[str(f.case["linear"])] = f
-    return {name: group for name, group in groups.items() if any(f.measured for f in group.values())}
+    more = f"; one scale for a whole matrix makes them {statistics.median(one):.2f} times as large" if one else ""
+    return f"{text}{more}."
 
 
 QUESTION = Question(
@@ -103,21 +201,14 @@ QUESTION = Question(
     cases=cases,
     answer=answer,
     plots=(
-        lambda figures: over_labels(
+        drawing(
+            "error",
             "Relative error of FP8 products",
-            "relative error",
-            {
-                p: {f"{f.case['block']} {f.case['linear']}": f for f in pick(figures, "error", product=p)}
-                for p in PRODUCTS
-            },
+            by="product",
+            label="{block} {linear}",
+            y="relative error",
             line=("rounding alone", EXPECTED),
-            caption="Error of the result compared with the FP32 product without rounding; experts of a layer together.",
-        ),
-        lambda figures: over_labels(
-            "Values that become zero",
-            "share of the values",
-            _flushed(figures),
-            caption="Share of the values that were not zero before; all blocks together.",
+            caption="Error of the result compared with the FP32 product; experts of a layer together.",
         ),
     ),
 )

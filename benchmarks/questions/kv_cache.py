@@ -13,12 +13,11 @@ import torch
 
 from benchmarks import models
 from benchmarks.models import decoding
-from benchmarks.question import Case, Figure, Question, Setting, cases_over, compared, figure, pick, race
+from benchmarks.question import Case, Figure, Question, Setting, cases_over, compared, drawing, figure, pick, race
 from dsmini import ModelConfig, accounting
 from dsmini.machine import memory_bytes
 from dsmini.measure.workloads import random_model, random_tokens
 from dsmini.nn import Cache
-from dsmini.report.charts import lines, over_labels
 from dsmini.report.units import human
 
 SYSTEM_SHARE, SYSTEM_LEAST = 0.1, 2 << 30
@@ -86,13 +85,9 @@ QUESTION = Question(
     cases=cases,
     answer=answer,
     plots=(
-        lambda figures: over_labels(
-            "Cache of a token", "bytes in all layers", {"measured": _by_cache(figures)}, kind="bars"
+        drawing(
+            "bytes_per_token", "Cache of a token", label="{attention}, {cache}", y="bytes in all layers", kind="bars"
         ),
-        lambda figures: lines(figures, "seconds", x="context", by="attention", title="Time of a token in one layer"),
+        drawing("seconds", "Time of a token in one layer", x="context", by="attention"),
     ),
 )
-
-
-def _by_cache(figures: list[Figure]) -> dict[str, Figure]:
-    return {f"{f.case['attention']}, {f.case['cache']}": f for f in pick(figures, "bytes_per_token")}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import trainer, training_flops
-from benchmarks.question import Case, Figure, Question, Setting, figure, pick, times
+from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, pick, times
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data.corpus import Corpus
 from dsmini.inference.generation import Generation, Stats, generate
@@ -25,7 +25,6 @@ from dsmini.measure import prediction
 from dsmini.measure.counting import count
 from dsmini.measure.rates import Roofs
 from dsmini.measure.turns import Turns
-from dsmini.report.charts import over_labels
 
 TEMPERATURES = (0.0, 0.8)
 
@@ -183,12 +182,10 @@ QUESTION = Question(
     cases=cases,
     answer=answer,
     plots=tuple(
-        lambda figures, metric=metric, words=words: over_labels(
-            *words, {"measured": {_label(f): f for f in pick(figures, metric)}}, kind="bars", predicted=True
-        )
-        for metric, words in (
-            ("tokens_per_step", ("Tokens of a decoding step", "tokens a step")),
-            ("times_as_long", ("Speed with drafts", "times the speed without")),
+        drawing(metric, title, label=_label, y=y, kind="bars", predicted=True)
+        for metric, title, y in (
+            ("tokens_per_step", "Tokens of a decoding step", "tokens a step"),
+            ("times_as_long", "Speed with drafts", "times the speed without"),
         )
     ),
 )

@@ -8,6 +8,7 @@ serves only DeepSeek's widths of heads, and does not limit the groups of experts
 names another Python that has them.
 """
 
+import copy
 import dataclasses
 import functools
 import warnings
@@ -22,8 +23,7 @@ from torch import Tensor
 from benchmarks import models
 from benchmarks.models import trainer, training_flops
 from benchmarks.peer_models.engines import Engine, engines
-from benchmarks.question import Case, Figure, Question, Setting, figure, left_out, pick, race, times
-from benchmarks.questions.fp8 import hold_in_fp8
+from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, left_out, pick, race, times
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting, ops
 from dsmini.config.huggingface import config_to_json
 from dsmini.inference.fused.decoder import Decoder
@@ -32,7 +32,7 @@ from dsmini.measure.rates import why_unusable
 from dsmini.measure.turns import reported
 from dsmini.measure.workloads import dtype_name, random_cache, random_model, random_tokens
 from dsmini.nn.cache import CacheDtype
-from dsmini.report.charts import lines, over_labels
+from dsmini.nn.fp8 import hold_all_fp8
 
 OURS, THEIRS, LLAMA, IK = "dsmini", "transformers", "llama.cpp", "ik_llama.cpp"
 LOW, FP8, Q8 = "dsmini BF16", "dsmini FP8", "Q8_0"
@@ -48,6 +48,11 @@ class Size(NamedTuple):
     contexts: tuple[int, ...]
     turns: int
     batch: int
+
+    @property
+    def room(self) -> int:
+        """Tokens that a cache has room for after a context."""
+        return (self.turns + 1) * (COUNTED + 1) + PROMPT
 
 
 FULL, QUICK = Size((128, 2048, 8192), 7, 16), Size((128, 1024), 5, 4)
@@ -150,31 +155,24 @@ def sides(setting: Setting, config: ModelConfig, found: Mapping[str, str], their
     if setting.device.type == "cpu" and ops.serving("cpu") == "cpu":
         low = native if setting.dtype == torch.bfloat16 else random_model(config, setting.device, torch.bfloat16)
         out |= {} if low is native else {LOW: Ours(low)}
-        out[FP8] = Ours(hold_in_fp8(low)[0], "fp8")
+        out[FP8] = Ours(hold_all_fp8(copy.deepcopy(low)), "fp8")
     if theirs:
         out[THEIRS] = Theirs(config, setting)
-    room = max(_size(setting).contexts) + _room(setting)
+    size = _size(setting)
     for name, python in found.items():
         for ending, kind in (("", "BF16"), (f" {Q8}", Q8)):
-            out[f"{name}{ending}"] = Engine(name, python, native, kind, room, PROMPT)
+            out[f"{name}{ending}"] = Engine(name, python, native, kind, max(size.contexts) + size.room, PROMPT)
     return out
 
 
-def _room(setting: Setting) -> int:
-    """Return the number of tokens that a cache has room for after a context."""
-    return (_size(setting).turns + 1) * (COUNTED + 1) + PROMPT
-
-
-def partner(peer: str, names: Collection[str]) -> str:
-    """Return our side that a peer is compared with: that of its number of bits, if there is one."""
-    if peer.endswith(Q8):
-        return FP8 if FP8 in names else OURS
-    return LOW if peer != THEIRS and LOW in names else OURS
-
-
 def pairs(names: Collection[str]) -> list[tuple[str, str]]:
-    """Return each peer with our side that it is compared with."""
-    return [(peer, partner(peer, names)) for peer in names if not peer.startswith(OURS)]
+    """Return each peer with our side that it is compared with: that of its number of bits, if there is one."""
+
+    def partner(peer: str) -> str:
+        wanted = FP8 if peer.endswith(Q8) else OURS if peer == THEIRS else LOW
+        return wanted if wanted in names else OURS
+
+    return [(peer, partner(peer)) for peer in names if not peer.startswith(OURS)]
 
 
 # --- the measurement
@@ -189,52 +187,45 @@ def cases(setting: Setting) -> list[Case]:
         key, run = f"train dtype={dtype_name(dtype)}", partial(train, dataclasses.replace(setting, dtype=dtype))
         out.append(Case(key=key, seconds=4 if quick else seconds, flops=flops, dtype=dtype, run=run))
     config = models.decoded(quick)
-    out += _of_shape(setting, config, {LLAMA: found[LLAMA]} if LLAMA in found else {}, "")
-    if IK in found:
-        out += _of_shape(setting, dataclasses.replace(config, **models.WIDE), {IK: found[IK]}, "wide")
+    shapes = [(config, {LLAMA: found[LLAMA]} if LLAMA in found else {}, "")]
+    shapes += [(dataclasses.replace(config, **models.WIDE), {IK: found[IK]}, "wide")] if IK in found else []
+    for config, here, shape in shapes:
+        # the models are made once, for the cases of decoding and of reading
+        make: Make = functools.cache(partial(sides, setting, config, here, not shape))
+        case, with_whom = (
+            {"shape": shape} if shape else {},
+            "".join(f" {name}" for name in (*filter(None, [shape]), *here)),
+        )
+        for context in size.contexts:
+            first = (0 if quick else 60) * (context == size.contexts[0])  # makes the models and the engines' files
+            known: dict[str, Any] = {"seconds": 2 + context / 170 + first, "flops": _flops(config, context)}
+            run = partial(decode, setting, config, make, {"context": context, **case})
+            out.append(Case(key=f"decode context={context}{with_whom}", run=run, **known))
+        known = {"seconds": 3 if quick else 10, "flops": (size.turns + 1) * _flops(config, PROMPT)}
+        run = partial(prefill, setting, config, make, {"tokens": PROMPT, **case})
+        out.append(Case(key=f"prefill tokens={PROMPT}{with_whom}", run=run, **known))
     return out
 
 
-def _of_shape(setting: Setting, config: ModelConfig, found: Mapping[str, str], shape: str) -> list[Case]:
-    """Return the cases of decoding and reading with a model of one shape, for which it is made once."""
-    make: Make = functools.cache(lambda: sides(setting, config, found, not shape))
-    size, case = _size(setting), {"shape": shape} if shape else {}
-
-    def flops(tokens: int) -> float:
-        """Return the FLOPs of reading a prompt of this length with ours and with theirs."""
-        return 2 * tokens * accounting.flops_per_token(config, tokens).total
-
-    def read() -> Iterator[Figure]:
-        yield from prefill(setting, config, make, {"tokens": PROMPT, **case})
-        make.cache_clear()  # the last case that needs the models
-
-    out: list[Case] = []
-    with_whom = "".join(f" {name}" for name in (*case.values(), *found))
-    for context in size.contexts:
-        run = partial(decode, setting, config, make, {"context": context, **case})
-        # the first case makes the models and the engines' files
-        seconds = 2 + context / 170 + (0 if setting.quick else 60) * (context == size.contexts[0])
-        out.append(Case(key=f"decode context={context}{with_whom}", seconds=seconds, flops=flops(context), run=run))
-    seconds, work = 3 if setting.quick else 10, (size.turns + 1) * flops(PROMPT)
-    return [*out, Case(key=f"prefill tokens={PROMPT}{with_whom}", seconds=seconds, flops=work, run=read)]
+def _flops(config: ModelConfig, tokens: int) -> float:
+    """Return the FLOPs of reading a prompt of this length with ours and with theirs."""
+    return 2 * tokens * accounting.flops_per_token(config, tokens).total
 
 
 @torch.inference_mode()
 def decode(setting: Setting, config: ModelConfig, make: Make, case: Mapping[str, Any]) -> Iterator[Figure]:
-    every = make()
+    every, size = make(), _size(setting)
     for side in every.values():
-        side.fill(random_tokens(config, 1, case["context"], setting.device), _room(setting))
+        side.fill(random_tokens(config, 1, case["context"], setting.device), size.room)
 
     def token(side: Side) -> float:
-        return timed(side, random_tokens(config, 1, 1, setting.device), setting.device)
+        """Decode a token; return the seconds by the side's own clock, if it has one."""
+        own, tokens = list[float | None](), random_tokens(config, 1, 1, setting.device)
+        seconds = once(lambda: own.append(side.feed(tokens)), setting.device)
+        return own[0] or seconds
 
-    how = {
-        "count": _size(setting).turns,
-        "uncounted": 1,
-        "repeats": COUNTED,
-        "clock": reported,
-        "seconds": float("inf"),
-    }
+    how = {"uncounted": 1, "repeats": COUNTED, "clock": reported}
+    how |= {"count": size.turns, "seconds": float("inf")}
     runs = {name: partial(token, side) for name, side in every.items()}
     yield from race(setting, {"what": "decode", **case}, runs, key="who", tokens=1, pairs=pairs(every), **how)
     for name, side in every.items():
@@ -246,15 +237,8 @@ def decode(setting: Setting, config: ModelConfig, make: Make, case: Mapping[str,
             yield figure("bytes_per_token", {"what": "cache", "who": name, **case}, held, **known)
 
 
-def timed(side: Side, tokens: Tensor, device: torch.device) -> float:
-    """Return the seconds in which a side appends tokens, by its own clock if it has one."""
-    own: list[float | None] = []
-    seconds = once(lambda: own.append(side.feed(tokens)), device)
-    return own[0] or seconds
-
-
 @torch.inference_mode()
-def prefill(setting: Setting, config: ModelConfig, make: Make, case: Mapping[str, Any]) -> Iterator[Figure]:
+def prefill(setting: Setting, config: ModelConfig, make: Any, case: Mapping[str, Any]) -> Iterator[Figure]:
     def read(side: Side) -> None:
         side.start(PROMPT)
         side.feed(random_tokens(config, 1, PROMPT, setting.device))
@@ -263,23 +247,23 @@ def prefill(setting: Setting, config: ModelConfig, make: Make, case: Mapping[str
     runs = {name: partial(read, side) for name, side in make().items() if name not in (LOW, FP8)}
     how = {"count": _size(setting).turns, "seconds": float("inf")}
     yield from race(setting, {"what": "prefill", **case}, runs, key="who", tokens=PROMPT, pairs=pairs(runs), **how)
+    make.cache_clear()  # the last case that needs the models
 
 
 def train(setting: Setting) -> Iterator[Figure]:
-    batch, case = _size(setting).batch, {"what": "train", "dtype": dtype_name(setting.dtype)}
+    size, case = _size(setting), {"what": "train", "dtype": dtype_name(setting.dtype)}
     if reason := why_unusable(setting.dtype, setting.roofs.peak):
         yield left_out("times_as_long", case, reason)
         return
     trainers = {}
     compiled = [f"{OURS} compiled"] if setting.dtype == torch.bfloat16 and not setting.quick else []
     for name in (OURS, *compiled):
-        how = TrainConfig(batch_size=batch, steps=1000, compile=name != OURS, optimizer="adamw")
+        how = TrainConfig(batch_size=size.batch, steps=1000, compile=name != OURS, optimizer="adamw")
         trainers[name] = trainer(RunConfig(model=models.TRAINED, train=how), setting)
-    runs = {name: each.step for name, each in trainers.items()} | {THEIRS: their_step(batch, setting)}
+    runs = {name: each.step for name, each in trainers.items()} | {THEIRS: their_step(size.batch, setting)}
     note = "whole steps with AdamW: ours with batch, clipping and routing bias, theirs without"
-    tokens = batch * trainers[OURS].config.seq_len
-    both = [(THEIRS, name) for name in trainers]
-    turns = {"count": _size(setting).turns, "seconds": float("inf")}
+    tokens, both = size.batch * trainers[OURS].config.seq_len, [(THEIRS, name) for name in trainers]
+    turns = {"count": size.turns, "seconds": float("inf")}
     yield from race(setting, case, runs, key="who", tokens=tokens, pairs=both, note=note, **turns)
     for each in trainers.values():
         each.loader.close()
@@ -303,32 +287,25 @@ def their_step(batch: int, setting: Setting) -> Callable[[], None]:
 
 # --- the answer
 
+WHERE = {"train": "training in {dtype}", "decode": "decoding at {context:,}", "prefill": "reading {tokens:,}"}
 
-def _ratios(figures: list[Figure]) -> dict[str, dict[str, Figure]]:
-    """Return how many times as long each peer takes, by peer and by what was compared."""
-    found: dict[str, dict[str, Figure]] = {}
-    for f in pick(figures, "times_as_long"):
-        if f.measured is not None:
-            where = f"training in {f.case.get('dtype')}"
-            if f.case["what"] == "decode":
-                where = f"decoding at {f.case['context']:,}"
-            if f.case["what"] == "prefill":
-                where = f"reading {f.case['tokens']:,}"
-            label = f"{where}{str(f.case['than']).removeprefix(OURS)}"
-            found.setdefault(str(f.case["who"]), {})[label] = f
-    return found
+
+def _where(f: Figure) -> str:
+    """Return what a peer was compared in, with the bits of ours if they are not the model's."""
+    return WHERE[str(f.case["what"])].format(**f.case) + str(f.case["than"]).removeprefix(OURS)
 
 
 def answer(figures: list[Figure]) -> str:
-    told = [
-        f"{peer} {', '.join(f'{times(f)} in {where}' for where, f in of.items())}"
-        for peer, of in _ratios(figures).items()
-    ]
+    by_peer: dict[str, list[str]] = {}
+    for f in pick(figures, "times_as_long"):
+        if f.measured is not None:
+            by_peer.setdefault(str(f.case["who"]), []).append(f"{times(f)} in {_where(f)}")
+    told = [f"{peer} {', '.join(of)}" for peer, of in by_peer.items()]
     return f"Time of others, next to dsmini: {'; '.join(told)}." if told else ""
 
 
-def _decoded(figures: list[Figure], wide: bool) -> list[Figure]:
-    return [f for f in pick(figures, "tokens_per_s", what="decode") if ("shape" in f.case) == wide]
+def decodes(f: Figure, wide: bool) -> bool:
+    return f.case["what"] == "decode" and ("shape" in f.case) == wide
 
 
 QUESTION = Question(
@@ -338,15 +315,21 @@ QUESTION = Question(
     cases=cases,
     answer=answer,
     plots=(
-        lambda figures: lines(_decoded(figures, False), "tokens_per_s", x="context", by="who", title="Decoding"),
-        lambda figures: lines(
-            _decoded(figures, True),
-            "tokens_per_s",
+        drawing("tokens_per_s", "Decoding", x="context", by="who", only=partial(decodes, wide=False)),
+        drawing(
+            *("tokens_per_s", "Decoding with DeepSeek's widths of heads"),
             x="context",
             by="who",
-            title="Decoding with DeepSeek's widths of heads",
+            only=partial(decodes, wide=True),
         ),
-        lambda figures: over_labels("Time of others", "times ours", _ratios(figures), line=("equal", 1.0), log_y=True),
+        drawing(
+            *("times_as_long", "Time of others"),
+            by="who",
+            label=_where,
+            y="times ours",
+            line=("equal", 1.0),
+            log_y=True,
+        ),
     ),
     needs="" if find_spec("transformers") else "transformers is not installed; pip install 'dsmini[peers]'",
 )

@@ -11,22 +11,18 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.question import Case, Figure, Question, Setting, figure, left_out, pick
-from benchmarks.results import ROOT
+from benchmarks.claims.study import run_module
+from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, left_out, pick
 from benchmarks.schedules import Row, Timeline, bubble_formula, draw, programs, record_timeline, simulate
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config.parallel import CHUNKS, ParallelConfig
@@ -34,7 +30,6 @@ from dsmini.data.corpus import Corpus
 from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.pipeline import Pipeline
 from dsmini.distributed.world import World, joined
-from dsmini.report.charts import over_labels
 from dsmini.training.trainer import Trainer
 
 RANKS, PARTS = 2, 8
@@ -80,28 +75,9 @@ def record(size: Size) -> dict[str, list[Step]]:
 
     Raises: RuntimeError with the messages of a process that fails.
     """
-    # this process holds the store, as torchrun does
-    store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=TIMEOUT), wait_for_workers=False)
-    at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
-    at |= {"WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "OMP_NUM_THREADS": 1}
-    command = [sys.executable, "-m", "benchmarks.questions.pipeline", json.dumps(dataclasses.asdict(size))]
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / str(rank) for rank in range(RANKS)]
-        processes: list[subprocess.Popen[str]] = []
-        try:
-            for rank, output in enumerate(outputs):
-                env = os.environ | {k: str(v) for k, v in {**at, "RANK": rank, "LOCAL_RANK": rank}.items()}
-                with output.open("w") as out, output.with_suffix(".err").open("w") as err:
-                    processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err, text=True))
-            failed = [rank for rank, process in enumerate(processes) if process.wait()]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        if failed:
-            said = outputs[failed[0]].with_suffix(".err").read_text()[-2000:]
-            raise RuntimeError(f"rank {failed[0]} of the pipeline ended with an error: {said}")
-        found: dict[str, list[Any]] = json.loads(outputs[0].read_text().splitlines()[-1])
+    launch = ("--standalone", "--nproc-per-node", str(RANKS), "-m", "benchmarks.questions.pipeline")
+    said = run_module("torch.distributed.run", *launch, json.dumps(dataclasses.asdict(size)), OMP_NUM_THREADS="1")
+    found: dict[str, list[Any]] = json.loads(said.splitlines()[-1])
     return {name: [Step(seconds, list(map(Row._make, rows))) for seconds, rows in of] for name, of in found.items()}
 
 
@@ -214,11 +190,6 @@ def answer(figures: list[Figure]) -> str:
     return f"Bubbles on {RANKS} ranks: {'; '.join(told)}." if told else ""
 
 
-def _by_prediction(figures: list[Figure]) -> dict[str, dict[str, Figure]]:
-    bubbles = [f for f in pick(figures, "bubble") if "predicted by" in f.case]
-    return {of: {str(f.case["schedule"]): f for f in bubbles if f.case["predicted by"] == of} for of in PREDICTIONS}
-
-
 QUESTION = Question(
     name="pipeline",
     title="How large are the bubbles of pipeline schedules, next to the published formulas and to the simulation?",
@@ -226,8 +197,13 @@ QUESTION = Question(
     cases=cases,
     answer=answer,
     plots=(
-        lambda figures: over_labels(
-            "Bubbles, measured and predicted", "share of the time", _by_prediction(figures), predicted=True
+        drawing(
+            "bubble",
+            "Bubbles, measured and predicted",
+            by="predicted by",
+            label="{schedule}",
+            y="share of the time",
+            predicted=True,
         ),
     ),
     on_request=True,

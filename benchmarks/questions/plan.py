@@ -14,7 +14,7 @@ from typing import get_args
 
 from benchmarks import models
 from benchmarks.models import recipe
-from benchmarks.question import Case, Figure, Question, Setting, figure, pick
+from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, pick
 from dsmini import ModelConfig, TrainConfig
 from dsmini.machine import DTYPES
 from dsmini.measure import step_rates
@@ -24,7 +24,6 @@ from dsmini.measure.process import peak_of_process
 from dsmini.measure.rates import why_unusable
 from dsmini.measure.turns import in_turns
 from dsmini.measure.workloads import StepDtype, StepShape, Work
-from dsmini.report.charts import over_labels
 
 SECONDS = 1.5
 """Time to fill with steps of a shape."""
@@ -112,19 +111,12 @@ def answer(figures: list[Figure]) -> str:
     return text + "."
 
 
-def _by_dtype(figures: list[Figure]) -> dict[str, dict[str, Figure]]:
-    found: dict[str, dict[str, Figure]] = {}
-    for f in pick(figures, "seconds"):
-        found.setdefault(str(f.case["dtype"]), {})[str(f.case["step"])] = f
-    return found
-
-
 QUESTION = Question(
     name="plan",
     title="How far is a plan of this machine from what it then does?",
     about=__doc__,
     cases=cases,
     answer=answer,
-    plots=(lambda figures: over_labels("Measured seconds of a step", "s", _by_dtype(figures)),),
+    plots=(drawing("seconds", "Measured seconds of a step", by="dtype", label="{step}", y="s"),),
     on_request=True,
 )

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import models
 from benchmarks.models import decoding
-from benchmarks.question import Case, Figure, Question, Setting, cases_over, compared, figure, pick, race
+from benchmarks.question import Case, Figure, Question, Setting, cases_over, compared, drawing, figure, pick, race
 from dsmini import ModelConfig, Transformer, accounting
 from dsmini.inference.fused.decoder import Decoder
 from dsmini.inference.generation import prefill
@@ -27,7 +27,6 @@ from dsmini.measure.turns import Run
 from dsmini.measure.workloads import ROOM, prefill_step, random_cache, random_model, random_tokens
 from dsmini.nn import Cache
 from dsmini.nn.transformer import States
-from dsmini.report.charts import lines
 
 TOPK, QUICK_TOPK = 2048, 256
 PROMPT_LAYERS = 2
@@ -144,9 +143,9 @@ QUESTION = Question(
     cases=cases,
     answer=answer,
     plots=(
-        lambda figures: lines(figures, "seconds", x="context", by="model", title="Time of a decoded token"),
-        lambda figures: lines(figures, "bytes_per_token", x="context", by="model", title="Bytes of a decoded token"),
-        lambda figures: lines(figures, "seconds", x="prompt", by="model", title="Time of a prompt"),
+        drawing("seconds", "Time of a decoded token", x="context", by="model"),
+        drawing("bytes_per_token", "Bytes of a decoded token", x="context", by="model"),
+        drawing("seconds", "Time of a prompt", x="prompt", by="model"),
     ),
     on_request=True,
 )

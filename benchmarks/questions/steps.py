@@ -7,14 +7,14 @@ what kernels can still save.
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks import models
-from benchmarks.question import Case, Figure, Question, Setting, cases_over, check_bandwidth, figure, pick
+from benchmarks.question import Case, Figure, Question, Setting, cases_over, check_bandwidth, drawing, figure, pick
 from dsmini import TrainConfig, accounting
 from dsmini.inference.fused.decoder import Decoder
 from dsmini.measure import prediction
@@ -24,6 +24,7 @@ from dsmini.measure.turns import Estimate, in_turns
 from dsmini.measure.workloads import (
     ROOM,
     Step,
+    Work,
     prefill_step,
     random_cache,
     random_model,
@@ -32,7 +33,6 @@ from dsmini.measure.workloads import (
 )
 from dsmini.nn import Routing
 from dsmini.report import Value
-from dsmini.report.charts import lines
 
 DRAWN = 8
 """Number of decoding steps, each of other tokens, whose bytes and experts are averaged."""
@@ -42,41 +42,38 @@ COLD = "measured: bytes from memory, not from a cache; predicted: the roof"
 ADAMW = TrainConfig(optimizer="adamw")
 
 
-def decode(setting: Setting, batch: int, context: int) -> Iterator[Figure]:
-    model = random_model(models.decoded(setting.quick), setting.device, setting.dtype)
-    cache, decoder = random_cache(model, batch, context, ROOM), Decoder(model)
+def measure(work: Work, setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
+    """Yield the figures of a step. tokens: those of a sequence; in decoding, those in the cache."""
+    device, size = setting.device, dict[str, Any](batch_size=batch, seq_len=tokens)
+    if work == "training":
+        config = dataclasses.replace(models.TRAINED, max_seq_len=1024)
+        step: Step = training_step(config, ADAMW, setting.dtype, batch, tokens, device)
+        flops = accounting.step_flops(config, **size).total / (batch * tokens)
+        least = partial(accounting.training_bytes_per_token, config, **size, dtype=setting.dtype_name)
+        yield from measured({"batch": batch, "tokens": tokens}, step, setting, batch * tokens, flops, least)
+        return
+    model = random_model(models.decoded(setting.quick), device, setting.dtype)
+    if work == "prefill":
+        step = prefill_step(model, batch, tokens)
+        flops = accounting.step_flops(model.config, **size, training=False, last_logits=True).total / (batch * tokens)
+        known = {"seq_len": tokens, "batch": batch, "dtype": setting.dtype_name}
+        least = partial(accounting.prefill_bytes_per_token, model.config, **known)
+        yield from measured({"batch": batch, "tokens": tokens}, step, setting, batch * tokens, flops, least)
+        return
+    cache, decoder = random_cache(model, batch, tokens, ROOM), Decoder(model)
 
     @torch.no_grad()
-    def step() -> list[Routing]:
+    def decode() -> list[Routing]:
         """Decode other tokens each time, which choose other experts."""
-        cache.truncate(context)
-        states = decoder.states(random_tokens(model.config, batch, 1, setting.device), cache)
+        cache.truncate(tokens)
+        states = decoder.states(random_tokens(model.config, batch, 1, device), cache)
         model.head(states.normed)
         return states.routing
 
-    new = {"context": context + 1, "batch": batch, "dtype": setting.dtype_name}
-    least = partial(accounting.decode_bytes_per_token, model.config, **new)
-    flops = accounting.decode_flops_per_token(model.config, context=context + 1).total
-    yield from measured({"batch": batch, "context": context}, step, setting, batch, flops, least, DRAWN)
-
-
-def prefill(setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
-    model = random_model(models.decoded(setting.quick), setting.device, setting.dtype)
-    config, step = model.config, prefill_step(model, batch, tokens)
-    flops = accounting.step_flops(config, batch_size=batch, seq_len=tokens, training=False, last_logits=True).total
-    size = {"seq_len": tokens, "batch": batch, "dtype": setting.dtype_name}
-    least = partial(accounting.prefill_bytes_per_token, config, **size)
-    n = batch * tokens
-    yield from measured({"batch": batch, "tokens": tokens}, step, setting, n, flops / n, least)
-
-
-def train(setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
-    config = dataclasses.replace(models.TRAINED, max_seq_len=1024)
-    flops = accounting.step_flops(config, batch_size=batch, seq_len=tokens).total
-    size = {"seq_len": tokens, "batch_size": batch, "dtype": setting.dtype_name}
-    least = partial(accounting.training_bytes_per_token, config, **size)
-    step, n = training_step(config, ADAMW, setting.dtype, batch, tokens, setting.device), batch * tokens
-    yield from measured({"batch": batch, "tokens": tokens}, step, setting, n, flops / n, least)
+    known = {"context": tokens + 1, "batch": batch, "dtype": setting.dtype_name}
+    least = partial(accounting.decode_bytes_per_token, model.config, **known)
+    flops = accounting.decode_flops_per_token(model.config, context=tokens + 1).total
+    yield from measured({"batch": batch, "context": tokens}, decode, setting, batch, flops, least, DRAWN)
 
 
 def measured(
@@ -85,7 +82,7 @@ def measured(
     setting: Setting,
     tokens: int,
     least_flops: float,
-    least_bytes: Callable[..., Any],
+    least_bytes: Any,
     drawn: int = 1,
 ) -> Iterator[Figure]:
     """Measure a step that returns its routing, and yield its figures.
@@ -131,11 +128,9 @@ def step_figures(
 
     cold = sum(op.cold for op in counted.operations)
     memory = check_bandwidth(f"a step of {dict(case)}", cold / seconds.value, setting)
-    expected = tokens / prediction.seconds(counted, setting.roofs)
-    peak = setting.roofs.peak[setting.dtype_name]
-    yield figure("tokens_per_s", case, rate(tokens), predicted=expected)
+    peak, flops = setting.roofs.peak[setting.dtype_name], counted.flops / tokens
+    yield figure("tokens_per_s", case, rate(tokens), predicted=tokens / prediction.seconds(counted, setting.roofs))
     yield figure("bytes_per_token", case, moved, predicted=least_bytes, bound=True, note=LEAST)
-    flops = counted.flops / tokens
     yield figure("flops_per_token", case, flops, predicted=least_flops, bound=True, note=LEAST_FLOPS)
     yield figure("bandwidth", case, rate(cold), predicted=memory, bound=True, note=COLD)
     yield figure("flop_rate", case, rate(counted.flops), predicted=peak, bound=True, note="predicted: the roof")
@@ -149,55 +144,72 @@ def answer(figures: list[Figure], what: str) -> str:
     if not speed:
         return ""
     told = [f"{f.measured:,.1f} tokens/s with {what.format(**f.case)}" for f in speed[:1] + speed[1:][-1:]]
-    first = speed[0].case
+    first, more = speed[0], list[str]()
     for metric, words in (("bandwidth", "what memory allows"), ("flop_rate", "the matrix peak")):
-        told += [f"at {f.ratio:.0%} of {words}" for f in pick(figures, metric, **first) if f.ratio]
-    if speed[0].ratio:
-        told.append(f"{speed[0].ratio:.2f} times the predicted speed")
-    told += [f"bytes are {f.ratio:.2f} times the least" for f in pick(figures, "bytes_per_token", **first) if f.ratio]
-    return f"{'; '.join(told[: len(speed[:2])])}. The first is {', '.join(told[len(speed[:2]) :])}." if told else ""
+        more += [f"at {f.ratio:.0%} of {words}" for f in pick(figures, metric, **first.case) if f.ratio]
+    if first.ratio:
+        more.append(f"{first.ratio:.2f} times the predicted speed")
+    least = pick(figures, "bytes_per_token", **first.case)
+    more += [f"bytes are {f.ratio:.2f} times the least" for f in least if f.ratio]
+    return f"{'; '.join(told)}. The first is {', '.join(more)}."
 
 
-def _points(quick: list[tuple[int, int]], full: list[tuple[int, int]], setting: Setting) -> list[tuple[int, int]]:
-    return quick if setting.quick else full
+Points = list[tuple[int, int]]
 
 
-def decode_cases(setting: Setting) -> list[Case]:
-    points = _points([(1, 128), (1, 1024), (4, 128)], [(1, 128), (1, 2048), (1, 8192), (4, 2048), (16, 2048)], setting)
-    return cases_over("batch={} context={}", points, 3.0 if setting.quick else 18.0, partial(decode, setting))
+def question(
+    work: Work, title: str, about: str, quick: Points, full: Points, seconds: tuple[float, float], **words: str
+) -> Question:
+    """Return the question of one kind of step.
+
+    Args:
+        quick, full: batches, and tokens of a sequence or in the cache.
+        seconds: estimates of a case, quick and full.
+        words: `what` of the answer, and title of the `plot`.
+    """
+    key = "context" if work == "decode" else "tokens"
+
+    def cases(setting: Setting) -> list[Case]:
+        points, estimate = (quick, seconds[0]) if setting.quick else (full, seconds[1])
+        return cases_over("batch={} " + key + "={}", points, estimate, partial(measure, work, setting))
+
+    return Question(
+        name=work.replace("training", "train"),
+        title=title,
+        about=f"{about} {__doc__}",
+        cases=cases,
+        answer=partial(answer, what=words["what"]),
+        plots=(drawing("tokens_per_s", words["plot"], x=key, by="batch"),),
+    )
 
 
-def prefill_cases(setting: Setting) -> list[Case]:
-    points = _points([(1, 128), (1, 512)], [(1, 128), (1, 512), (1, 2048), (4, 512)], setting)
-    return cases_over("batch={} tokens={}", points, 3.0 if setting.quick else 20.0, partial(prefill, setting))
-
-
-def train_cases(setting: Setting) -> list[Case]:
-    points = _points([(4, 256)], [(4, 256), (16, 256), (4, 1024)], setting)
-    return cases_over("batch={} tokens={}", points, 6.0 if setting.quick else 30.0, partial(train, setting))
-
-
-DECODE = Question(
-    name="decode",
-    title="How fast is decoding, and how many bytes does a token move?",
-    about=f"Single tokens are decoded from a cache of random rows. {__doc__}",
-    cases=decode_cases,
-    answer=partial(answer, what="batch {batch} at context {context:,}"),
-    plots=(lambda figures: lines(figures, "tokens_per_s", x="context", by="batch", title="Decoded tokens a second"),),
+DECODE = question(
+    "decode",
+    "How fast is decoding, and how many bytes does a token move?",
+    "Single tokens are decoded from a cache of random rows.",
+    [(1, 128), (1, 1024), (4, 128)],
+    [(1, 128), (1, 2048), (1, 8192), (4, 2048), (16, 2048)],
+    (3.0, 18.0),
+    what="batch {batch} at context {context:,}",
+    plot="Decoded tokens a second",
 )
-PREFILL = Question(
-    name="prefill",
-    title="How fast does a model read a prompt?",
-    about=f"The whole prompt goes through the model in one call; the head takes its last token. {__doc__}",
-    cases=prefill_cases,
-    answer=partial(answer, what="a prompt of {tokens:,} in batches of {batch}"),
-    plots=(lambda figures: lines(figures, "tokens_per_s", x="tokens", by="batch", title="Prompt tokens a second"),),
+PREFILL = question(
+    "prefill",
+    "How fast does a model read a prompt?",
+    "The whole prompt goes through the model in one call; the head takes its last token.",
+    [(1, 128), (1, 512)],
+    [(1, 128), (1, 512), (1, 2048), (4, 512)],
+    (3.0, 20.0),
+    what="a prompt of {tokens:,} in batches of {batch}",
+    plot="Prompt tokens a second",
 )
-TRAIN = Question(
-    name="train",
-    title="How fast does a model train, compared with the roofs of this machine?",
-    about=f"A step is forward, backward, clipping and AdamW of 7.6M parameters on random tokens. {__doc__}",
-    cases=train_cases,
-    answer=partial(answer, what="sequences of {tokens:,} in batches of {batch}"),
-    plots=(lambda figures: lines(figures, "tokens_per_s", x="tokens", by="batch", title="Training tokens a second"),),
+TRAIN = question(
+    "training",
+    "How fast does a model train, compared with the roofs of this machine?",
+    "A step is forward, backward, clipping and AdamW of 7.6M parameters on random tokens.",
+    [(4, 256)],
+    [(4, 256), (16, 256), (4, 1024)],
+    (6.0, 30.0),
+    what="sequences of {tokens:,} in batches of {batch}",
+    plot="Training tokens a second",
 )

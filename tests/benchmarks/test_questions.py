@@ -16,14 +16,14 @@ from benchmarks.claims.study import Study, Trial
 from benchmarks.faults import Fault
 from benchmarks.peer_models.llamacpp_model import write_gguf
 from benchmarks.question import Question, Setting
-from benchmarks.questions import QUESTIONS, diagnose, fp8, fp8_error, kernels, mtp, peers, pipeline, plan, roofline
+from benchmarks.questions import QUESTIONS, diagnose, fp8, fp8_error, kernels, mtp, peers, pipeline, plan
 from dsmini import RunConfig, TrainConfig, Transformer, ops
 from dsmini.config.parallel import CHUNKS
 from dsmini.diagnosis import training
 from dsmini.measure.kernels import KERNELS, OTHERS
 from dsmini.measure.rates import why_unusable
 from dsmini.measure.workloads import StepShape
-from dsmini.report import Figure, pick
+from dsmini.report import Figure
 from dsmini.report.terminal import show_figures
 from tests.conftest import randomise
 from tests.helpers.commands import TINY as TINY_RUN
@@ -52,13 +52,12 @@ WANTED = {
     "decode": STEP,
     "prefill": STEP,
     "train": STEP,
-    "roofline": Want("flop_rate", "share_of_time roof"),
     "fp8": Want(
-        "bytes error kept_ratio bytes_per_token",
-        "seconds times_as_long logit_error kept_by_linears kept",
+        "bytes bytes_per_token kept",
+        "kept_ratio kept_by_linears seconds times_as_long logit_error",
         exact="bytes bytes_per_token",
     ),
-    "fp8-error": Want("error", "times_the_error underflow"),
+    "fp8-error": Want("error", "times_the_error", plots=1),
     "mtp": Want("acceptance tokens_per_step times_as_long same_continuations", "tokens_per_s", "same_continuations"),
     "peers": Want("", "tokens_per_s times_as_long bytes_per_token", exact="bytes_per_token"),
     "kernels": Want("seconds", "share_of_roof times_as_long"),
@@ -178,14 +177,6 @@ def test_answers_and_plots_are_made_of_what_there_is(answers: dict[str, list[Fig
             assert len(series.x) == len(series.y) > 0
 
 
-def test_the_roofline_is_drawn_without_the_rates_of_a_kind(answers: dict[str, list[Figure]]) -> None:
-    figures = answers["roofline"]
-    for kind in {str(f.case["kind"]) for f in pick(figures, "flop_rate")}:
-        some = [f for f in figures if f.metric != "flop_rate" or f.case["kind"] != kind]
-        drawn = [series.label for plot in roofline.plots(some) for series in plot.series]
-        assert "roof" in drawn and kind not in drawn
-
-
 def test_keys_of_cases_are_unique() -> None:
     for question in QUESTIONS.values():
         for quick in (True, False):
@@ -219,7 +210,7 @@ def test_bf16_cases_are_left_out_where_its_products_are_slow(answers: dict[str, 
     figures = run(QUESTIONS["fp8"], here)
     left = [f for f in figures if f.measured is None]
     assert [(f.case["what"], f.note) for f in left] == [(w, told.note) for w in ("weights", "activations", "cache")]
-    assert {f.metric for f in figures if f.measured is not None} == {"bytes", "error", "bytes_per_token"}
+    assert {f.metric for f in figures if f.measured is not None} == {"bytes", "kept_ratio", "bytes_per_token"}
     assert QUESTIONS["fp8"].answer(figures).endswith(".") and QUESTIONS["fp8"].answer(left) == ""
     console = Console(record=True, width=120)
     show_figures(console, [told])

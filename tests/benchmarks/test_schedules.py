@@ -177,23 +177,20 @@ def test_one_forward_one_backward_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("name", "ranks", "microbatches", "said"),
     [
-        (lambda: programs("gpipe", 4, 8), "there is no schedule 'gpipe'"),
-        (lambda: programs("1f1b", 4, 3), "takes 4 micro-batches or more, got 3"),
-        (lambda: programs("dualpipev", 4, 7), "takes 8 micro-batches or more, got 7"),
-        (lambda: programs("dualpipe", 3, 8), "even number"),
-        (lambda: programs("dualpipe", 4, 9), "even number"),
-        (lambda: programs("dualpipe", 4, 6), "takes 8 micro-batches or more, got 6"),
-        (lambda: programs("interleaved1f1b", 4, 9), "use 8 or 12"),
-        (lambda: programs("zbv", 0, 8), "run nothing"),
-        (lambda: simulate(programs("1f1b", 2, 2), -1.0, 1.0, 1.0), "are not times"),
-        (lambda: simulate(programs("1f1b", 2, 2), 0.0, 0.0, 0.0), "are not times"),
+        ("gpipe", 4, 8, "there is no schedule 'gpipe'"),
+        ("1f1b", 4, 3, "takes 4 micro-batches or more, got 3"),
+        ("dualpipev", 4, 7, "takes 8 micro-batches or more, got 7"),
+        ("dualpipe", 3, 8, "even numbers"),
+        ("dualpipe", 4, 9, "even numbers"),
+        ("interleaved1f1b", 4, 9, "multiple of the number of rounds"),
+        ("zbv", 0, 8, "on 0 ranks"),
     ],
 )
-def test_wrong_sizes_times_and_rows_are_refused(call: Callable[[], Any], said: str) -> None:
+def test_wrong_sizes_are_refused(name: str, ranks: int, microbatches: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        call()
+        programs(name, ranks, microbatches)
 
 
 def test_measured_rows_become_a_timeline_and_a_picture(tmp_path: Path) -> None:
@@ -212,6 +209,6 @@ def test_command_prints_and_draws_every_schedule(tmp_path: Path, capsys: pytest.
     assert all(name in out for name in CHUNKS) and "27.3%" in out
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
     assert main(["--ranks", "3", "--microbatches", "6"]) == 0
-    assert "even number" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="run nothing"):
+    assert "even numbers" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="on 0 ranks"):
         main(["--ranks", "0"])

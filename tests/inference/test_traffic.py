@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.questions.fp8 import hold_in_fp8
 from dsmini import accounting, ops
 from dsmini.accounting import traffic
 from dsmini.inference.generation import Generation
@@ -17,6 +16,7 @@ from dsmini.measure.costs import Cost, cost_of
 from dsmini.measure.counting import count
 from dsmini.measure.workloads import random_model
 from dsmini.nn.cache import CacheDtype
+from dsmini.nn.fp8 import hold_all_fp8
 from tests.helpers.configs import DSA
 from tests.helpers.questions import TINY
 
@@ -39,7 +39,7 @@ def generation(weights: str, prompts: list[list[int]], speculative: bool = False
     cpu = torch.device("cpu")
     model = random_model(config, cpu, torch.float32 if weights == "float32" else torch.bfloat16)
     if weights == "fp8":
-        model = hold_in_fp8(model)[0]
+        model = hold_all_fp8(model)
     made = Generation(model, prompts, 8, speculative=speculative, cache_dtype=DTYPES[weights])
     next(made)
     return made
