@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,12 @@ class Answer:
         self.changes = comparison.compare(old.figures(asked), figures) if old else []
         if old:
             different = [change for change in self.changes if change.verdict != "unchanged"]
+            told = [f"{count} {verdict}" for verdict, count in Counter(c.verdict for c in different).items()]
+            told.append(f"{len(self.changes) - len(different)} of {len(self.changes)} figures are unchanged.")
             self.sections["changes"] = Section(
                 name="changes",
                 title="What changed?",
-                finding=f"{len(self.changes) - len(different)} of {len(self.changes)} figures are unchanged.",
+                finding=", ".join(told),
                 tables=[comparison.table(different)] if different else [],
                 about=comparison.RULE,
                 warnings=self._differences(old),
