@@ -206,7 +206,7 @@ def test_compare_shows_what_changed(go: Go, tmp_path: Path, speed: float, verdic
     go(known={"fake_decode": fake.decode()}, out="old")
     known = {"fake_decode": fake.decode(speed=speed)}
     ran = go("--compare", str(tmp_path / "old" / "results.jsonl"), known=known)
-    assert ran.err.count(f" {verdict}") == (8 if verdict else 0)
+    assert ran.err.count(f" {verdict}") == (9 if verdict else 0), "a row each, and their count"
     assert f"{0 if verdict else 8} of 8 figures are unchanged" in ran.err and 'id="changes"' in ran.page
     assert len(ran.answer["changes"]) == (8 if verdict else 0)
 
