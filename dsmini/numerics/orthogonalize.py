@@ -45,7 +45,7 @@ POLAR_EXPRESS = NewtonSchulz(
 """The odd quintics that are closest to 1, each on the interval that the one before leaves; the first on [LEAST, 1].
 
 All but the last take x / ROOM: beyond its interval a polynomial grows steeply. Singular values from LEAST on end
-between 0.79 and 1.21. tests/functional/test_muon.py computes the coefficients.
+between 0.79 and 1.21. tests/functional/test_muon.py checks that no others are closer.
 
 Source: Amsel et al. 2025, arXiv 2505.16932, theorem 3.1 and section 3.4. The division by the Gram matrix is ours.
 """

@@ -22,56 +22,17 @@ from dsmini.numerics.orthogonalize import (
 )
 from tests.helpers.tolerances import FP64_UNIT, relative_error, rounding
 
-Triple = tuple[float, float, float]
-
-
-def quintic(coefficients: Triple, x: Tensor) -> Tensor:
-    a, b, c = coefficients
-    return a * x + b * x**3 + c * x**5
-
-
-def best_quintic(low: float, high: float) -> tuple[Triple, float]:
-    """Return the odd quintic that is closest to 1 on [low, high], and its largest error, by Remez' algorithm."""
-    inner = [(3 * low + high) / 4, (low + 3 * high) / 4]
-    a = b = c = error = 0.0
-    for _ in range(60):
-        points = torch.tensor([low, *inner, high], dtype=torch.float64)
-        errors = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-        system = torch.stack([points, points**3, points**5, errors], 1)
-        a, b, c, error = torch.linalg.solve(system, torch.ones(4, dtype=torch.float64)).tolist()
-        root = math.sqrt(9 * b * b - 20 * a * c)  # of the derivative, a quadratic in x^2
-        inner = [math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))]
-    return (a, b, c), abs(error)
-
-
-def best_chain(low: float, steps: int) -> tuple[list[Triple], float]:
-    """Return the quintics of an iteration whose every step is the best for what the step before left."""
-    high, chain, error = 1.0, [], 0.0
-    for _ in range(steps):
-        coefficients, error = best_quintic(low, high)
-        chain.append(coefficients)
-        low, high = 1 - error, 1 + error
-    return chain, error
-
-
-def without_room(steps: NewtonSchulz) -> list[Triple]:
-    """Return the quintics that take numbers up to 1, not up to ROOM above it."""
-    *first, last = steps.coefficients
-    return [*((a * ROOM, b * ROOM**3, c * ROOM**5) for a, b, c in first), last]
-
-
-def test_coefficients_are_the_best_of_each_step() -> None:
-    chain, _ = best_chain(LEAST, len(POLAR_EXPRESS.coefficients))
-    got = torch.tensor(without_room(POLAR_EXPRESS))
-    assert torch.allclose(got, torch.tensor(chain), rtol=2e-6, atol=0), chain
+STEPS = pytest.mark.parametrize("steps", [JORDAN, POLAR_EXPRESS], ids=["jordan", "polar express"])
 
 
 def test_error_of_each_step_alternates_four_times() -> None:
-    """By Chebyshev's theorem no other odd quintic is then closer to 1."""
+    """By Chebyshev's theorem no other odd quintic is then closer to 1, on the interval that the step before leaves."""
+    *first, last = POLAR_EXPRESS.coefficients
     low, high = LEAST, 1.0
-    for coefficients in without_room(POLAR_EXPRESS):
+    # all but the last take numbers up to ROOM above 1
+    for a, b, c in [*((a * ROOM, b * ROOM**3, c * ROOM**5) for a, b, c in first), last]:
         x = torch.linspace(low, high, 200_001, dtype=torch.float64)
-        error = quintic(coefficients, x) - 1
+        error = a * x + b * x**3 + c * x**5 - 1
         most = error.abs().max().item()
         # six decimals of the steps before move the ends of the interval
         extreme = error[(error.abs() > most * (1 - 1e-3))].sign().tolist()
@@ -87,16 +48,11 @@ def spectrum(steps: NewtonSchulz, values: Tensor, dtype: torch.dtype = torch.flo
     return torch.linalg.svdvals(orthogonalize(g[None], steps)[0].double())
 
 
-def below_one(low: float) -> Tensor:
-    """Return 40 singular values from `low` on, whose squares add up to 1."""
-    small = torch.logspace(math.log10(low), -1, 39, dtype=torch.float64)
-    return torch.cat([small, (1 - small.square().sum()).sqrt()[None]])
-
-
 def test_steps_bring_singular_values_near_1() -> None:
-    """Four of the best steps come closer than five of Jordan's."""
+    """Four of the best steps come closer than five of Jordan's, for singular values whose squares add up to 1."""
     for steps, low, least in ((JORDAN, 0.0021, 0.68), (JORDAN, LEAST, 0.68), (POLAR_EXPRESS, LEAST, 0.79)):
-        values = spectrum(steps, below_one(low))
+        small = torch.logspace(math.log10(low), -1, 39, dtype=torch.float64)
+        values = spectrum(steps, torch.cat([small, (1 - small.square().sum()).sqrt()[None]]))
         assert values.min() >= least and values.max() <= 1.21
     assert len(POLAR_EXPRESS.coefficients) < len(JORDAN.coefficients)
 
@@ -106,60 +62,47 @@ def test_equal_singular_values_stay_equal(dtype: torch.dtype) -> None:
     """All at the upper end of the interval, where polynomials are steepest: rounding needs room above 1."""
     one = torch.cat([torch.ones(1), torch.full((39,), 1e-3)]).double()
     for values in (torch.ones(40, dtype=torch.float64), one):
-        got = spectrum(POLAR_EXPRESS, values, dtype)
-        assert got.max() <= 1.3
+        assert spectrum(POLAR_EXPRESS, values, dtype).max() <= 1.3
 
 
-SIZES = [(1, 1), (1, 7), (7, 1), (5, 17), (17, 5), (63, 130), (3, 9, 5), (4, 5, 9), (1, 6, 6)]
-
-
-def moved(backend: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, steps: NewtonSchulz) -> list[Tensor]:
+def updated(backend: str, shapes: list[tuple[int, ...]], steps: NewtonSchulz) -> list[Tensor]:
     """Return parameters and momenta after three updates from the same numbers, with an expert without gradient."""
-    draw = torch.Generator().manual_seed(3)
+    draw, dtype = torch.Generator().manual_seed(3), torch.float64
     params, momenta = ([torch.randn(s, generator=draw, dtype=dtype) for s in shapes] for _ in range(2))
+    options: Any = {"lr": 0.07, "momentum": 0.9, "weight_decay": 0.3, "matmul_dtype": dtype}
     for k in range(3):
         grads = [torch.randn(s, generator=draw, dtype=dtype) for s in shapes]
         for grad in grads:
             if grad.dim() > 2 and k:
                 grad[0] = 0
         with ops.use(backend):
-            muon_update(
-                MuonMatrices(params=params, grads=grads, momenta=momenta),
-                *(steps,),
-                **dict[str, Any](lr=0.07, momentum=0.9, weight_decay=0.3, matmul_dtype=dtype),
-            )
+            muon_update(MuonMatrices(params=params, grads=grads, momenta=momenta), steps, **options)
     return [*params, *momenta]
 
 
-@pytest.mark.parametrize("steps", [JORDAN, POLAR_EXPRESS], ids=["jordan", "polar express"])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@STEPS
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (17, 5), (63, 130), (3, 9, 5), (4, 5, 9), (1, 6, 6)], ids=str)
 def test_eager_update_is_the_reference(size: tuple[int, ...], steps: NewtonSchulz) -> None:
     *stack, o, i = size
     shapes = [size, (*stack, i, o), (i, o)]
     # three updates of 0.07, each of at most 15 products, which magnify an error by at most 485
     tolerance = 3 * 0.07 * 485 * rounding(FP64_UNIT, terms=max(o, i), chained=15) + rounding(FP64_UNIT, chained=8)
-    for got, want in zip(*(moved(b, shapes, torch.float64, steps) for b in ("eager", "reference")), strict=True):
+    for got, want in zip(*(updated(backend, shapes, steps) for backend in ("eager", "reference")), strict=True):
         assert relative_error(got, want) <= tolerance
 
 
-@pytest.mark.parametrize("steps", [JORDAN, POLAR_EXPRESS], ids=["jordan", "polar express"])
+@STEPS
 def test_zeros_and_tiny_numbers_stay_finite(steps: NewtonSchulz) -> None:
     for size in (0.0, 1e-30, 1e-12, 1e12):
-        g = size * torch.randn(2, 3, 4)
-        got = orthogonalize(g, steps)
-        assert got.isfinite().all()
-        assert bool(got.any()) == bool(size)
+        got = orthogonalize(size * torch.randn(2, 3, 4), steps)
+        assert got.isfinite().all() and bool(got.any()) == bool(size)
 
 
 def test_cost_counts_half_of_the_symmetric_products() -> None:
     p = torch.zeros(2, 5, 3)
-    cost = cost_of(
-        "muon_update",
-        None,
-        MuonMatrices(params=[p], grads=[p], momenta=[p]),
-        NewtonSchulz(((1.0, 0.0, 0.0),)),
-        **dict[str, Any](lr=0.1, momentum=0.9, weight_decay=0.0, matmul_dtype=torch.float32),
-    )
+    matrices = MuonMatrices(params=[p], grads=[p], momenta=[p])
+    options: Any = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "matmul_dtype": torch.float32}
+    cost = cost_of("muon_update", None, matrices, NewtonSchulz(((1.0, 0.0, 0.0),)), **options)
     # 3 x 3 entries, 6 of them different: sums of 5 and of 3 terms; then 3 x 5 sums of 3
     assert cost.flops == 2 * 2 * (6 * 5 + 6 * 3 + 15 * 3)
     assert (cost.read, cost.written) == (3 * p.nbytes, 2 * p.nbytes)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsmini import Transformer, ops
 from dsmini.functional import experts as functional_experts
@@ -20,35 +20,27 @@ from tests.helpers.configs import refusal
 from tests.helpers.tolerances import E4M3_UNIT, FP32_UNIT, relative_error, rounding
 
 Build = Callable[..., Transformer]
+PRECISION = pytest.mark.parametrize("precision", ["native", "fp8"])
+NEAR = {"native": rounding(FP32_UNIT, terms=40, chained=40), "fp8": E4M3_UNIT}
+"""In FP8, sums of another order move a code to its neighbour here and there."""
 
 
-def only_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask for the reference backend, and fail where a tuned version runs or a part of one."""
+@pytest.fixture
+def only_references(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function that asks for the reference backend, and fails where a tuned version runs or a part of one."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("an eager version ran")
 
-    for operation in operations().values():
-        monkeypatch.setattr(operation, "plain", refuse)
-    for module in (functional_experts, fp8_products):
-        for name in ("grouped_linear", "grouped_outer", "sort_by_expert", "combine", "_times_transposed"):
-            monkeypatch.setattr(module, name, refuse, raising=False)
-    monkeypatch.setenv(ops.VARIABLE, "reference")
+    def ask() -> None:
+        for operation in operations().values():
+            monkeypatch.setattr(operation, "plain", refuse)
+        for module in (functional_experts, fp8_products):
+            for name in ("grouped_linear", "grouped_outer", "sort_by_expert", "combine"):
+                monkeypatch.setattr(module, name, refuse, raising=False)
+        monkeypatch.setenv(ops.VARIABLE, "reference")
 
-
-def test_reference_backend_runs_the_equations(monkeypatch: pytest.MonkeyPatch, small_model: Any) -> None:
-    """A whole model under DSMINI_BACKEND=reference calls no eager version, and agrees."""
-    model = small_model(n_mtp_layers=0)
-    tokens = torch.randint(0, 61, (2, 20))
-    want = model(tokens)
-
-    only_references(monkeypatch)
-    assert relative_error(model(tokens), want) <= rounding(FP32_UNIT, terms=40, chained=40)
-    with torch.no_grad():
-        for form in ("expanded", "absorbed"):
-            cache = model.new_cache(2, form=form)
-            parts = [model(part, cache=cache) for part in tokens.split([9, 1, 10], 1)]
-            assert relative_error(torch.cat(parts, 1), want) <= rounding(FP32_UNIT, terms=40, chained=40)
+    return ask
 
 
 def step(model: Transformer, tokens: Tensor) -> list[Tensor]:
@@ -57,32 +49,32 @@ def step(model: Transformer, tokens: Tensor) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
 
 
-@pytest.mark.parametrize("precision", ["native", "fp8"])
-def test_reference_backend_trains_by_equations(
-    monkeypatch: pytest.MonkeyPatch, small_model: Build, precision: str
-) -> None:
+@PRECISION
+def test_reference_backend_trains_by_equations(only_references: Any, small_model: Build, precision: str) -> None:
     model, tokens = small_model(precision=precision), torch.randint(0, 61, (2, 20))
     want = step(model, tokens)
-    only_references(monkeypatch)
+    only_references()
     got = step(model, tokens)
-    # in FP8, sums of another order move a code to its neighbour here and there
-    tolerance = rounding(FP32_UNIT, terms=40, chained=40) if precision == "native" else E4M3_UNIT
-    assert relative_error(got[0], want[0]) <= tolerance / 10
+    assert relative_error(got[0], want[0]) <= NEAR[precision] / 10
     wrong = torch.cat([(a - b).flatten() for a, b in zip(got, want, strict=True)]).norm()
-    assert wrong <= tolerance * torch.cat([b.flatten() for b in want]).norm()
+    assert wrong <= NEAR[precision] * torch.cat([b.flatten() for b in want]).norm()
 
 
-@pytest.mark.parametrize("precision", ["native", "fp8"])
-def test_reference_backend_reads_held_codes_by_equations(
-    monkeypatch: pytest.MonkeyPatch, small_model: Build, precision: str
+@PRECISION
+@pytest.mark.parametrize("held", [False, True], ids=["numbers", "codes"])
+@torch.no_grad()
+def test_reference_backend_decodes_by_equations(
+    only_references: Any, small_model: Build, precision: str, held: bool
 ) -> None:
-    model, tokens = hold_all_fp8(small_model(precision=precision, n_mtp_layers=0)).eval(), torch.randint(0, 61, (2, 20))
-    with torch.no_grad():
-        want = model(tokens)
-        only_references(monkeypatch)
-        got = model(tokens)
-    tolerance = rounding(FP32_UNIT, terms=40, chained=40) if precision == "native" else E4M3_UNIT
-    assert relative_error(got, want) <= tolerance
+    model, tokens = small_model(precision=precision, n_mtp_layers=0), torch.randint(0, 61, (2, 20))
+    model = hold_all_fp8(model).eval() if held else model
+    want = model(tokens)
+    only_references()
+    assert relative_error(model(tokens), want) <= NEAR[precision]
+    for form in ("expanded", "absorbed") if precision == "native" else ():
+        cache = model.new_cache(2, form=form)
+        parts = [model(part, cache=cache) for part in tokens.split([9, 1, 10], 1)]
+        assert relative_error(torch.cat(parts, 1), want) <= NEAR[precision]
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, names: set[str]) -> list[str]:
@@ -118,33 +110,32 @@ def test_kernels_of_fp8_products_serve_training(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize(
-    ("precision", "hold", "served"),
+    ("precision", "held", "served"),
     [
         ("native", False, {"experts", "linear"}),
-        ("fp8", False, {"fp8_experts", "fp8_fprop", "fp8_swiglu_fprop"}),
         ("native", True, {"quantized_experts", "quantized_linear"}),
+        ("fp8", False, {"fp8_experts", "fp8_fprop", "fp8_swiglu_fprop"}),
         ("fp8", True, {"fp8_experts", "fp8_fprop", "fp8_swiglu_fprop"}),
     ],
 )
+@torch.no_grad()
 def test_kernels_serve_inference_and_are_counted_by_cost(
-    monkeypatch: pytest.MonkeyPatch, small_model: Build, precision: str, hold: bool, served: set[str]
+    monkeypatch: pytest.MonkeyPatch, small_model: Build, precision: str, held: bool, served: set[str]
 ) -> None:
-    model: nn.Module = small_model(precision=precision, n_mtp_layers=0)
-    model = hold_all_fp8(model).eval() if hold else model.eval()
-    tokens = torch.randint(0, 61, (2, 20))
-    with torch.no_grad():
-        want = model(tokens)
-        ran = stand_in(monkeypatch, served)
-        assert torch.equal(model(tokens), want)
-        assert set(ran) == served
-        ran.clear()
-        if served <= COSTS.keys():
-            counted = count(lambda: model(tokens))
-            # kernels alone are counted under their names, each by the cost of its operation
-            assert sorted(op.name for op in counted.operations if op.name in served) == sorted(ran)
-            assert all(op.flops and op.read and op.written for op in counted.operations if op.name in served)
-        else:
-            assert "has no cost, so it cannot be counted" in refusal(count, lambda: model(tokens))
+    model, tokens = small_model(precision=precision, n_mtp_layers=0), torch.randint(0, 61, (2, 20))
+    model = hold_all_fp8(model).eval() if held else model.eval()
+    want = model(tokens)
+    ran = stand_in(monkeypatch, served)
+    assert torch.equal(model(tokens), want)
+    assert set(ran) == served
+    ran.clear()
+    if not served <= COSTS.keys():
+        assert "has no cost, so it cannot be counted" in refusal(count, lambda: model(tokens))
+        return
+    counted = count(lambda: model(tokens))
+    # kernels alone are counted under their names, each by the cost of its operation
+    assert sorted(op.name for op in counted.operations if op.name in served) == sorted(ran)
+    assert all(op.flops and op.read and op.written for op in counted.operations if op.name in served)
 
 
 def test_gradient_of_quantized_input_keeps_kernels_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,9 @@ from tests.helpers.decoding import GROUPED, MODELS, SPARSE, model_of
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 Model = Callable[..., Transformer]
-Change = Callable[[Transformer], None]
+Change = Callable[[Transformer], Any]
+WEIGHTS = pytest.mark.parametrize("weights", ["float32", "bfloat16", "fp8"])
+NEAR = FP32_MODEL * 4  # sums of 512 terms
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +31,10 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("no cpu kernels here")
 
 
-def both(model: Transformer, lengths: list[int], s: int, new: torch.Tensor | None = None) -> list[Any]:
-    """Return the states and the cache after a step: by the model as the reference, and by a decoder."""
+def check_step(
+    model: Transformer, lengths: list[int], s: int, new: list[int] | None = None, tolerance: float = FP32_MODEL
+) -> None:
+    """Compare the states and the cache after a step of a decoder with those of the model as the reference."""
     results = []
     for backend in ("reference", None):
         with ops.use(backend), torch.no_grad():
@@ -39,50 +43,40 @@ def both(model: Transformer, lengths: list[int], s: int, new: torch.Tensor | Non
             model(prompt, cache, torch.tensor(lengths))
             tokens = torch.arange(len(lengths) * s).view(-1, s) % 61
             step = model.states if backend else Decoder(model).states
-            results.append((step(tokens, cache, new), cache))
-    return results
+            results.append((step(tokens, cache, None if new is None else torch.tensor(new)), cache))
+    (want, a), (got, b) = results
+    for row, n in enumerate(new or [s] * len(lengths)):
+        for x, y in ((got.normed, want.normed), (got.given, want.given)):
+            assert not n or relative_error(x[row, :n], y[row, :n]) < tolerance
+    assert torch.equal(a.lengths, b.lengths)
+    for x, y in zip(a.stores, b.stores, strict=True):
+        for i, length in enumerate(a.lengths.tolist()):
+            assert relative_error(y.data[i, :length], x.data[i, :length]) < tolerance
+    for x, y in zip(got.routing, want.routing, strict=True) if new is None else ():
+        assert torch.equal(x.indices, y.indices) and torch.equal(x.counts, y.counts)
+        assert relative_error(x.weights, y.weights) < tolerance
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "fp8"])
+@WEIGHTS
 @pytest.mark.parametrize("name", MODELS | GROUPED | SPARSE)
 def test_a_step_agrees_with_the_model(name: str, weights: str) -> None:
     model = model_of(name, weights)
     assert None not in Decoder(model).blocks
-    for lengths, s in (([70], 1), ([9, 66, 1], 3)):
-        (want, a), (got, b) = both(model, lengths, s)
-        assert relative_error(got.normed, want.normed) < FP32_MODEL * 4  # sums of 512 terms
-        assert relative_error(got.given, want.given) < FP32_MODEL * 4
-        assert torch.equal(a.lengths, b.lengths)
-        for x, y in zip(got.routing, want.routing, strict=True):
-            assert torch.equal(x.indices, y.indices) and torch.equal(x.counts, y.counts)
-            assert relative_error(x.weights, y.weights) < FP32_MODEL * 4
+    check_step(model, [70], 1, tolerance=NEAR)
+    check_step(model, [9, 66, 1], 3, tolerance=NEAR)
 
 
-def test_rows_that_have_ended_keep_their_cache(small_model: Model) -> None:
+def test_rows_that_have_ended_and_padding_agree_with_the_model(small_model: Model) -> None:
+    """In the last case an ended row's place is the end of the cache: that runs the model itself."""
     model = small_model(n_mtp_layers=0)
-    lengths, new = [9, 20, 4], torch.tensor([2, 0, 2])
-    (want, a), (got, b) = both(model, lengths, 2, new)
-    live = new > 0
-    assert relative_error(got.normed[live], want.normed[live]) < FP32_MODEL
-    assert a.lengths.tolist() == b.lengths.tolist() == [11, 20, 6]
-    for x, y in zip(a.stores, b.stores, strict=True):
-        for i, length in enumerate(a.lengths.tolist()):
-            assert relative_error(y.data[i, :length], x.data[i, :length]) < FP32_MODEL
-
-
-@pytest.mark.parametrize("new", [torch.tensor([1, 2]), torch.tensor([0, 2])])
-def test_other_lengths_agree_with_the_model(small_model: Model, new: torch.Tensor) -> None:
-    """Padding between rows, and an ended row whose place is the end of the cache: that runs the model itself."""
-    model = small_model(n_mtp_layers=0)
-    (want, a), (got, b) = both(model, [32, 8] if new[0] == 0 else [9, 8], 2, new)
-    assert torch.equal(a.lengths, b.lengths)
-    assert relative_error(got.normed[1], want.normed[1]) < FP32_MODEL
+    for lengths, new in (([9, 20, 4], [2, 0, 2]), ([9, 8], [1, 2]), ([32, 8], [0, 2])):
+        check_step(model, lengths, 2, new)
 
 
 def drafted(
     model: Transformer, lengths: list[int], s: int, new: list[int] | None, decoder: Decoder | None
-) -> tuple[list[torch.Tensor], Cache]:
-    """Return the states of multi-token prediction after s tokens, and the cache: of the modules, or of a decoder."""
+) -> tuple[list[torch.Tensor], Any]:
+    """Return the states of multi-token prediction after s tokens, and its cache: of the modules, or of a decoder."""
     torch.manual_seed(5)
     cache = model.new_cache(len(lengths), dtype=torch.float32, mtp=True)
     assert cache.mtp is not None
@@ -94,44 +88,43 @@ def drafted(
         before = torch.randn(embedding.shape).to(embedding.dtype)
         count = None if new is None else torch.tensor(new)
         decode = model.mtp.decode if decoder is None else decoder.mtp
-        return decode(embedding, before, cache.mtp, count), cache
+        return decode(embedding, before, cache.mtp, count), cache.mtp
 
 
 def check_drafts(
-    model: Transformer, lengths: list[int], s: int, new: list[int] | None = None, tolerance: float = FP32_MODEL * 4
+    model: Transformer, lengths: list[int], s: int, new: list[int] | None = None, tolerance: float = FP32_MODEL
 ) -> None:
     want, a = drafted(model, lengths, s, new, None)
     got, b = drafted(model, lengths, s, new, Decoder(model))
-    assert a.mtp is not None and b.mtp is not None
-    assert torch.equal(a.mtp.lengths, b.mtp.lengths)
-    valid = [s] * len(lengths) if new is None else new
+    assert torch.equal(a.lengths, b.lengths)
     for x, y in zip(got, want, strict=True):
-        for row, n in enumerate(valid):
+        for row, n in enumerate(new or [s] * len(lengths)):
             assert not n or relative_error(x[row, :n], y[row, :n]) < tolerance
-    for k, (x, y) in enumerate(zip(b.mtp.stores, a.mtp.stores, strict=True), 1):
-        for row, length in enumerate(a.mtp.lengths.tolist()):
+    for k, (x, y) in enumerate(zip(b.stores, a.stores, strict=True), 1):
+        for row, length in enumerate(a.lengths.tolist()):
             filled = max(0, length - k)
             assert not filled or relative_error(x.data[row, :filled], y.data[row, :filled]) < tolerance
-    for x, y in zip(b.mtp.last, a.mtp.last, strict=True):
-        assert relative_error(x, y) < tolerance
+    assert all(relative_error(x, y) < tolerance for x, y in zip(b.last, a.last, strict=True))
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "fp8"])
+@WEIGHTS
 @pytest.mark.parametrize("mtp_input", ["pre_norm", "post_norm"])
 def test_drafts_agree_with_the_modules(weights: str, mtp_input: str) -> None:
-    model = model_of("blocks", weights, n_mtp_layers=2, mtp_input=mtp_input)
-    assert None not in Decoder(model).mtp_blocks
-    check_drafts(model, [70], 1)
-    check_drafts(model, [9, 66, 5], 3)
-    check_drafts(model, [9, 66, 5], 3, [2, 0, 3])
-    check_drafts(model_of("gqa", weights, n_mtp_layers=2, mtp_input=mtp_input), [9, 66, 5], 3, [2, 0, 3])
+    for name in ("blocks", "gqa"):
+        model = model_of(name, weights, n_mtp_layers=2, mtp_input=mtp_input)
+        assert None not in Decoder(model).mtp_blocks
+        check_drafts(model, [70], 1, tolerance=NEAR)
+        check_drafts(model, [9, 66, 5], 3, [2, 0, 3], NEAR)
 
 
 def test_drafts_at_the_ends_of_a_cache_agree_with_the_modules(small_model: Model) -> None:
     """The first tokens of a row have no entry at a depth, and an ended row has no room for padding."""
     model = small_model(n_mtp_layers=2)
     for lengths, s, new in (([1, 9], 1, None), ([2, 9], 2, None), ([9, 32], 2, [2, 0]), ([30], 2, None)):
-        check_drafts(model, lengths, s, new, FP32_MODEL)
+        check_drafts(model, lengths, s, new)
+
+
+# models with changes, which run as they are
 
 
 class Half(nn.Module):
@@ -168,32 +161,25 @@ class Twice(MTPChain):
         return normed * 2, given * 2
 
 
-def _wrap(path: str) -> Change:
+def wrap(path: str) -> Change:
     return lambda model: model.set_submodule(path, Half(model.get_submodule(path)))
 
 
-def _hook(path: str) -> Change:
-    def change(model: Transformer) -> None:
-        model.get_submodule(path).register_forward_hook(lambda module, args, out: out * 0.5)
-
-    return change
+def hook(path: str, change: Any = lambda module, args, out: out * 0.5) -> Change:
+    return lambda model: model.get_submodule(path).register_forward_hook(change)
 
 
-def _hook_depth(model: Transformer) -> None:
-    model.mtp[0].register_forward_hook(lambda module, args, out: ((out[0][0] * 2, out[0][1] * 2), out[1]))
-
-
-def _subclass(path: str, kind: type) -> Change:
+def subclass(path: str, kind: type) -> Change:
     return lambda model: setattr(model.get_submodule(path), "__class__", kind)
 
 
 CHANGES_OF_MTP: dict[str, Change] = {
-    "hook on a norm of a block": _hook("mtp.1.block.ffn_norm"),
-    "hook on a norm": _hook("mtp.0.hnorm"),
-    "hook on a depth": _hook_depth,
-    "depth": _subclass("mtp.0", DoubledMTP),
-    "wrapped projection": _wrap("mtp.1.eh_proj"),
-    "chain": _subclass("mtp", Twice),
+    "hook on a norm of a block": hook("mtp.1.block.ffn_norm"),
+    "hook on a norm": hook("mtp.0.hnorm"),
+    "hook on a depth": hook("mtp.0", lambda module, args, out: ((out[0][0] * 2, out[0][1] * 2), out[1])),
+    "depth": subclass("mtp.0", DoubledMTP),
+    "wrapped projection": wrap("mtp.1.eh_proj"),
+    "chain": subclass("mtp", Twice),
 }
 
 
@@ -202,64 +188,53 @@ def test_a_change_of_a_prediction_block_is_heeded(small_model: Model, name: str)
     model = small_model(n_mtp_layers=2)
     CHANGES_OF_MTP[name](model)
     assert None in Decoder(model).mtp_blocks
-    check_drafts(model, [9, 20], 2, tolerance=FP32_MODEL)
+    check_drafts(model, [9, 20], 2)
 
 
-def _leave(model: Transformer) -> None:
-    """Change nothing: the blocks are others already."""
-
-
-def _score(model: Transformer) -> None:
-    model.layers[1].ffn.gate.options["score_func"] = torch.tanh
-
-
-def _method(model: Transformer) -> None:
+def method(model: Transformer) -> None:
     attn: Any = model.layers[1].attn
     latents = attn.latents
     attn.latents = lambda x, cos_sin: tuple(2 * each for each in latents(x, cos_sin))
 
 
-def _attention(kind: type) -> Any:
+def masked(kind: type) -> Any:
     """Return a maker of blocks whose attention sees no key closer than 4."""
-    return partial(Block, attention_class=partial(kind, mask=lambda q, k: q - k >= 4))
+    return {"make_block": partial(Block, attention_class=partial(kind, mask=lambda q, k: q - k >= 4))}
 
 
-# the kind of attention, the maker of blocks, and what is changed in the model
-CHANGES: dict[str, tuple[str, Any, Change]] = {
-    "wrapped attn.wkv_b": ("mla", Block, _wrap("layers.1.attn.wkv_b")),
-    "wrapped attn.wo": ("mla", Block, _wrap("layers.1.attn.wo")),
-    "wrapped ffn.shared_experts.w2": ("mla", Block, _wrap("layers.1.ffn.shared_experts.w2")),
-    "hook on attn": ("mla", Block, _hook("layers.1.attn")),
-    "hook on attn.kv_norm": ("mla", Block, _hook("layers.1.attn.kv_norm")),
-    "hook on attn_norm": ("mla", Block, _hook("layers.1.attn_norm")),
-    "hook on attn.wq_a": ("mla", Block, _hook("layers.1.attn.wq_a")),
-    "score function": ("mla", Block, _score),
-    "method of attn": ("mla", Block, _method),
-    "mask": ("mla", _attention(MLA), _leave),
-    "gate": ("mla", partial(Block, moe_class=partial(MoE, gate_class=OtherGate)), _leave),
-    "block": ("mla", Doubled, _leave),
-    "mask of mha": ("mha", _attention(Attention), _leave),
-    "hook on wk of mha": ("mha", Block, _hook("layers.1.attn.wk")),
-    "wrapped wv of mha": ("mha", Block, _wrap("layers.1.attn.wv")),
+def nothing(model: Transformer) -> None:
+    """Change nothing: the model is another already."""
+
+
+# how the model is made, and what is changed in it
+CHANGES: dict[str, tuple[dict[str, Any], Change]] = {
+    **{
+        f"wrapped {path}": ({}, wrap(f"layers.1.{path}")) for path in ("attn.wkv_b", "attn.wo", "ffn.shared_experts.w2")
+    },
+    **{
+        f"hook on {path}": ({}, hook(f"layers.1.{path}")) for path in ("attn", "attn.kv_norm", "attn_norm", "attn.wq_a")
+    },
+    "score function": ({}, lambda model: model.layers[1].ffn.gate.options.update(score_func=torch.tanh)),
+    "method of attn": ({}, method),
+    "mask": (masked(MLA), nothing),
+    "gate": ({"make_block": partial(Block, moe_class=partial(MoE, gate_class=OtherGate))}, nothing),
+    "block": ({"make_block": Doubled}, nothing),
+    "mask of mha": (masked(Attention) | {"attention": "mha"}, nothing),
+    "hook on wk of mha": ({"attention": "mha"}, hook("layers.1.attn.wk")),
+    "wrapped wv of mha": ({"attention": "mha"}, wrap("layers.1.attn.wv")),
+    "normed heads": ({"qk_norm": True}, nothing),
+    "normed heads of mha": ({"qk_norm": True, "attention": "mha"}, nothing),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_of_the_model_is_heeded(name: str) -> None:
-    attention, make_block, change = CHANGES[name]
-    config = ModelConfig(**(SMALL | {"n_mtp_layers": 0, "attention": attention}))
-    model = randomise(Transformer(config, make_block=make_block)).eval()
+    made, change = CHANGES[name]
+    model = randomise(Transformer(**SMALL | {"n_mtp_layers": 0} | made)).eval()
     change(model)
-    (want, _), (got, _) = both(model, [9, 20], 1)
-    assert relative_error(got.normed, want.normed) < FP32_MODEL
-
-
-@pytest.mark.parametrize("attention", ["mla", "mha"])
-def test_normed_heads_run_as_they_are(small_model: Model, attention: str) -> None:
-    model = small_model(n_mtp_layers=0, attention=attention, qk_norm=True)
-    assert set(Decoder(model).blocks) == {None}
-    (want, _), (got, _) = both(model, [9, 20], 1)
-    assert relative_error(got.normed, want.normed) < FP32_MODEL
+    if name != "score function":
+        assert None in Decoder(model).blocks
+    check_step(model, [9, 20], 1)
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
@@ -291,8 +266,7 @@ def test_a_moved_model_leaves_the_decoder_its_weights(small_model: Model) -> Non
     [
         ("mla", True),
         ("mqa", False),
-        pytest.param("mla", False, marks=pytest.mark.slow),
-        pytest.param("mqa", True, marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("mla", False), ("mqa", True))),
     ],
 )
 def test_texts_are_those_of_plain_torch(attention: str, speculative: bool) -> None:

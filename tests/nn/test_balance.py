@@ -39,30 +39,6 @@ def test_loss_follows_the_report_over_either_selection(counts: Any, batch_size: 
     assert relative_error(got, want) < rounding(FP64_UNIT, terms=11 * e)
 
 
-def test_loss_counts_the_published_selection_by_default() -> None:
-    scores, worst = torch.tensor([[0.9, 0.5, 0.1]]), torch.tensor([[2]])
-    assert sequence_balance_loss(scores, worst, 1) == sequence_balance_loss(scores, worst, 1, "published")
-    assert sequence_balance_loss(scores, worst, 1).item() == pytest.approx(3 * 0.9 / 1.5)
-    assert sequence_balance_loss(scores, worst, 1, "routed").item() == pytest.approx(3 * 0.1 / 1.5)
-
-
-@EITHER
-def test_loss_is_of_each_sequence_and_not_of_the_batch(counts: Any) -> None:
-    """Two sequences that crowd opposite experts are each unbalanced, though the batch is even."""
-    one, other = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.1, 0.9]])
-    scores = torch.cat((one.expand(5, 2), other.expand(5, 2)))
-    indices = torch.tensor([[0]] * 5 + [[1]] * 5)
-    assert sequence_balance_loss(scores, indices, 2, counts).item() == pytest.approx(1.8)
-    assert sequence_balance_loss(scores, indices, 1, counts).item() == pytest.approx(1.0)
-
-
-def test_sigmoid_scores_are_normalised_token_by_token() -> None:
-    scores, indices = torch.rand(10, 5, dtype=torch.float64), torch.rand(10, 5).argsort()[:, :2]
-    scaled = scores * torch.rand(10, 1, dtype=torch.float64).add(0.5)
-    got, want = (sequence_balance_loss(x, indices, 2, "routed").item() for x in (scaled, scores))
-    assert got == pytest.approx(want, rel=rounding(FP64_UNIT, terms=50))
-
-
 @EITHER
 def test_balance_loss_is_in_the_total_and_reaches_every_gate(small_model: Model, counts: Any) -> None:
     model = small_model().double()
@@ -108,16 +84,6 @@ def test_bias_sees_one_token_more_among_many() -> None:
     without = Gate(topk_method="greedy", n_expert_groups=1, n_limited_groups=1)
     without.update_bias(torch.arange(16), 1e-3)
     assert without.bias is None
-
-
-def test_bias_moves_the_load_towards_the_mean() -> None:
-    gate = gate_with([0.0] * 8)
-    torch.nn.init.normal_(gate.weight)
-    x = torch.randn(512, 8) + 1.0
-    before = max_violation(gate(x).counts)
-    for _ in range(300):
-        gate.update_bias(gate(x).counts, 1e-2)
-    assert max_violation(gate(x).counts) < before / 4
 
 
 def test_gates_come_in_the_order_of_routing_mtp_last(small_model: Model) -> None:

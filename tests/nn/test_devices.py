@@ -7,7 +7,6 @@ import torch
 
 import dsmini
 from dsmini import Transformer
-from dsmini.machine import matmul_rate, peak_memory, pick_device, pick_dtype
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 HAVE = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -50,16 +49,3 @@ def test_greedy_text_is_the_cpus(small_model: Model, device: str) -> None:
     model = small_model().eval()
     want = dsmini.generate(model, torch.tensor([[1, 2, 3]]), 10).tokens
     assert torch.equal(dsmini.generate(model.to(device), torch.tensor([[1, 2, 3]]), 10).tokens, want)
-
-
-@pytest.mark.parametrize("device", ["cpu", *DEVICES])
-def test_the_machine_is_measured(device: str) -> None:
-    assert pick_device(device).type == device
-    assert pick_dtype("auto", torch.device(device)) in (torch.float32, torch.bfloat16)
-    assert 1e8 < matmul_rate(torch.device(device), torch.float32, seconds=0.01) < 1e16
-    assert peak_memory(torch.device(device)) > 0
-
-
-def test_auto_takes_an_accelerator_where_there_is_one() -> None:
-    want = "cuda" if HAVE["cuda"] else "mps" if HAVE["mps"] else "cpu"
-    assert pick_device("auto").type == want

@@ -149,8 +149,8 @@ def test_mask_hides_keys_with_and_without_a_cache(attention: str, form: Any) -> 
     assert padded.isfinite().all() and again.isfinite().all()
     row = torch.cat((tokens[:1, :4], tokens[:1, 9:21]), 1)
     assert relative_error(again[:1], model(row)[:, 4:]) < FP32_MODEL
-    both = model.hidden(tokens[:1], documents=(torch.arange(23) >= 8).long()[None])
-    alone = torch.cat([model.hidden(part) for part in tokens[:1].split((8, 15), 1)], 1)
+    both = model.states(tokens[:1], documents=(torch.arange(23) >= 8).long()[None]).normed
+    alone = torch.cat([model.states(part).normed for part in tokens[:1].split((8, 15), 1)], 1)
     assert relative_error(both, alone) < FP32_MODEL
 
 
@@ -227,12 +227,6 @@ def test_gate_asks_for_a_row_a_token(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("change", [ScaledResidual, AttentionWithoutPositions, SoftplusGate, sliding])
 def test_each_change_takes_under_25_lines(change: Any) -> None:
     assert len(inspect.getsource(change).splitlines()) < 25
-
-
-def test_layers_show_their_sizes() -> None:
-    model = Transformer(**SMALL)
-    assert "Gate(24, 3 of 8 experts, 2 of 4 groups, sigmoid)" in repr(model)
-    assert "Experts(24, 12, 8 experts)" in repr(model) and "Embedding(61, 24)" in repr(model)
 
 
 def test_a_block_that_returns_something_else_is_told_what_is_wanted() -> None:

@@ -14,7 +14,6 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from dsmini import MoE, Transformer, ops
-from dsmini.nn.moe import experts
 from tests.conftest import SMALL, randomise
 from tests.helpers.tolerances import BF16_UNIT, FP32_MODEL, relative_error, rounding
 
@@ -77,16 +76,6 @@ def test_fp8_in_torch_func_is_refused(tokens: Tensor) -> None:
     for transform in (grad(loss), lambda p, row: vmap(loss, (None, 0))(p, row[None])):
         with pytest.raises(ValueError, match=r"FP8 .* do not work inside torch.func; use backward\(\)"):
             transform(parameters, tokens[0])
-
-
-def test_experts_of_transforms_equal_the_reference() -> None:
-    x, weights = torch.randn(9, 5), torch.rand(9, 2)
-    indices = torch.stack([torch.randperm(4)[:2] for _ in range(9)]).clamp(max=2)  # expert 3 has no rows
-    indices[:, 1] = torch.where(indices[:, 0] == indices[:, 1], (indices[:, 0] + 1) % 3, indices[:, 1])
-    counts = indices.flatten().bincount(minlength=4)
-    matrices = torch.randn(4, 7, 5), torch.randn(4, 5, 7), torch.randn(4, 7, 5)
-    got, want = (run(x, indices, weights, counts, *matrices) for run in (experts.static, experts.reference))
-    assert relative_error(got, want) < FP32_MODEL
 
 
 def test_second_derivatives_run_on_the_reference(model: Transformer, tokens: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The indexer against the report's equation 1, its gradients, its picks, and the bugs of others."""
+"""The indexer against the report's equation 1, its gradients, and the keys that it chooses."""
 
 from typing import Any
 
@@ -8,9 +8,8 @@ from torch import Tensor
 
 from dsmini import ModelConfig, ops
 from dsmini.functional import sparse_attention
-from dsmini.nn import Indexer, Rope, dsa
+from dsmini.nn import Indexer, Rope
 from dsmini.nn.dsa import hadamard, index_scores, topk_keys
-from dsmini.nn.layers import FP32Linear
 from dsmini.nn.rope import apply_rope, apply_rope_to_halves
 from dsmini.numerics import quantize
 from tests import reference_model as reference
@@ -84,134 +83,11 @@ def test_fp8_scores_are_those_of_the_codes() -> None:
 def test_norm_and_head_weights_stay_fp32(dtype: torch.dtype) -> None:
     layer, _, x, _, _ = made(dtype=torch.float32)
     short = layer.to(dtype)
-    assert {n for n, p in short.named_parameters() if p.dtype == torch.float32} == {
-        *("k_norm.weight", "k_norm.bias", "weights_proj.weight")
-    }
+    fp32 = {name for name, p in short.named_parameters() if p.dtype == torch.float32}
+    assert fp32 == {"k_norm.weight", "k_norm.bias", "weights_proj.weight"}
     weights = short.head_weights(x.to(dtype))
     want = x.detach().to(dtype).double() @ short.weights_proj.weight.double().T / (5 * 16) ** 0.5
     assert weights.dtype == torch.float32 and relative_error(weights, want) <= rounding(FP32_UNIT, terms=23)
-
-
-def test_a_layer_that_is_not_sparse_has_no_indexer() -> None:
-    assert refusal(Indexer, attention="mla") == "attention='mla' has no indexer; use attention='dsa'"
-
-
-# what others got wrong, each seen by the tests above
-
-
-def last_numbers_rotated(layer: Indexer, x: Tensor, table: Any) -> Tensor:
-    nope, rope = x.tensor_split((x.shape[-1] - 2 * table[0].shape[-1],), -1)
-    return hadamard(torch.cat((nope, apply_rope_to_halves(rope, table)), -1))
-
-
-def in_bf16(layer: FP32Linear, x: Tensor) -> Tensor:
-    return (x.bfloat16() @ layer.weight.bfloat16().T).to(x.dtype)
-
-
-MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "interleaved pairs": (dsa, "apply_rope_to_halves", apply_rope),
-    "the last numbers rotated": (Indexer, "_rotated", last_numbers_rotated),
-    "hadamard of queries alone": (dsa, "hadamard", lambda x: hadamard(x) if x.shape[2] > 1 else x),
-    "no relu": (Tensor, "relu", lambda x: x),
-    "weights_proj in BF16": (FP32Linear, "forward", in_bf16),
-}
-
-
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_known_bugs_of_others_are_seen(monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
-    monkeypatch.setattr(*MUTANTS[mutant])
-    layer, c, x, latent, table = made()
-    want = reference.index_scores(layer, x, latent, c)
-    assert relative_error(scores(layer, x, latent, table), want) > 50 * TOLERANCE
-
-
-# picks
-
-
-def inputs(s: int, t: int, h: int = 3, d: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, weights = torch.randn(2, s, h, d), torch.randn(2, t, d), torch.randn(2, s, h)
-    positions = torch.arange(t - s, t)[None, :, None]
-    return q, k, weights, torch.arange(t) > positions
-
-
-def sets(picks: Tensor) -> list[list[set[int]]]:
-    return [[set(row.tolist()) - {-1} for row in sequence] for sequence in picks]
-
-
-@pytest.mark.parametrize(("s", "t"), [(1, 1), (1, 63), (63, 63), (9, 130)])
-@pytest.mark.parametrize("topk", [1, 8, 63, 200])
-def test_picks_are_the_largest_scores_that_a_query_sees(s: int, t: int, topk: int) -> None:
-    """Any valid set is right: each pick is at least as good as each key that was left."""
-    q, k, weights, hidden = inputs(s, t)
-    want = index_scores(q, k, weights).masked_fill(hidden, -torch.inf)
-    for backend in ("reference", "eager"):
-        with ops.use(backend):
-            picks = topk_keys(q, k, weights, topk, hidden)
-        assert picks.shape == (2, s, min(topk, t)) and picks.dtype == torch.int64
-        for row, chosen in zip(want.flatten(0, 1), picks.flatten(0, 1), strict=True):
-            valid = chosen[chosen >= 0]
-            assert len(valid.unique()) == len(valid) == min(topk, int(row.isfinite().sum()))
-            left = row.index_fill(0, valid, -torch.inf)
-            assert row[valid].min() >= left.max() - 1e-5
-
-
-def test_both_versions_pick_the_earlier_of_equal_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All heads rectified: most scores are exactly zero."""
-    q, k, weights, hidden = inputs(40, 70)
-    weights = weights.abs()
-    q[..., 0] = -20.0
-    k[:, :60, 0], k[:, 60:, 0] = 1.0, -1.0
-    assert (index_scores(q, k, weights)[..., :60] == 0).all()
-    with ops.use("reference"):
-        want = topk_keys(q, k, weights, 16, hidden)
-    for nbytes in (1, 4 * 2 * 3 * 70 * 7, 1 << 20):
-        monkeypatch.setattr(sparse_attention, "BLOCK_BYTES", nbytes)
-        with ops.use("eager"):
-            assert sets(topk_keys(q, k, weights, 16, hidden)) == sets(want)
-    assert sets(want)[0][0] == set(range(16))  # at position 30
-
-
-@pytest.mark.parametrize("backend", ["reference", "eager"])
-def test_a_score_of_nan_is_picked_by_those_who_see_it(backend: str) -> None:
-    q, k, weights, hidden = inputs(40, 40)
-    k[:, 5] = torch.nan
-    with ops.use(backend):
-        found = sets(topk_keys(q, k, weights, 4, hidden))
-    assert [5 in row for row in found[0]] == [t >= 5 for t in range(40)]
-    assert all(len(row) == min(t + 1, 4) for t, row in enumerate(found[0]))
-
-
-def test_a_context_beyond_128k_is_scored_whole() -> None:
-    """A buffer that was too small gave zeros there, and the last tokens won."""
-    q, k, weights, hidden = inputs(1, 2**17 + 700, h=2, d=4)
-    k[:, 2**17 :] *= 3
-    want = index_scores(q, k, weights).topk(64).indices
-    assert sets(topk_keys(q, k, weights, 64, hidden)) == sets(want) and 0 < (want < 2**17).sum() < 128
-
-
-def test_products_of_all_heads_with_a_long_context_never_exist_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, weights, hidden = inputs(48, 20_000, h=8, d=4)
-    rows: list[int] = []
-
-    def watched(part: Tensor, *rest: Tensor) -> Tensor:
-        rows.append(part.shape[1])
-        return index_scores(part, *rest)
-
-    monkeypatch.setitem(ops.Operation.declared, "index_scores", watched)
-    with ops.use("eager"):
-        topk_keys(q, k, weights, 16, hidden)
-    most = max(rows) * 2 * 8 * 20_000 * 4
-    assert sum(rows) == 48 and most <= sparse_attention.BLOCK_BYTES < 2 * most
-
-
-def test_picks_of_bf16_are_those_of_fp32_products() -> None:
-    q, k, weights, hidden = inputs(60, 900, d=64)
-    q, k = q.bfloat16(), k.bfloat16()
-    want = sets(topk_keys(q.float(), k.float(), weights, 32, hidden))
-    assert sets(topk_keys(q, k, weights, 32, hidden)) == want
-    rounded = torch.einsum("bshd,btd->bsht", q, k).float().relu()
-    short = (rounded * weights[..., None]).sum(2).masked_fill(hidden, -torch.inf).topk(32).indices
-    assert sets(short) != want
 
 
 def test_halves_are_turned_as_pairs_are() -> None:
@@ -222,8 +98,81 @@ def test_halves_are_turned_as_pairs_are() -> None:
     assert (apply_rope_to_halves(x, table) - apply_rope(x, table)).abs().max() > 0.1
 
 
-def test_autocast_leaves_scores_in_fp32() -> None:
-    q, k, weights = torch.randn(1, 5, 2, 16), torch.randn(1, 9, 16), torch.randn(1, 5, 2)
-    with ops.use("reference"), torch.autocast("cpu", torch.bfloat16):
-        got = index_scores(q, k, weights)
-    assert torch.equal(got, index_scores.reference(q, k, weights))
+def test_a_layer_that_is_not_sparse_has_no_indexer() -> None:
+    assert refusal(Indexer, attention="mla") == "attention='mla' has no indexer; use attention='dsa'"
+
+
+# the keys that are chosen
+
+
+def inputs(s: int, t: int, h: int = 3, d: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, weights = torch.randn(2, s, h, d), torch.randn(2, t, d), torch.randn(2, s, h)
+    positions = torch.arange(t - s, t)[None, :, None]
+    return q, k, weights, torch.arange(t) > positions
+
+
+def sets(topk_indices: Tensor) -> list[list[set[int]]]:
+    return [[set(row.tolist()) - {-1} for row in sequence] for sequence in topk_indices]
+
+
+@pytest.mark.parametrize(("s", "t"), [(1, 1), (1, 63), (63, 63), (9, 130)])
+@pytest.mark.parametrize("topk", [1, 8, 63, 200])
+def test_chosen_keys_have_the_largest_scores_that_a_query_sees(s: int, t: int, topk: int) -> None:
+    """Any valid set is right: each key is at least as good as each that was left."""
+    q, k, weights, mask = inputs(s, t)
+    want = index_scores(q, k, weights).masked_fill(mask, -torch.inf)
+    for backend in ("reference", "eager"):
+        with ops.use(backend):
+            indices = topk_keys(q, k, weights, topk, mask)
+        assert indices.shape == (2, s, min(topk, t)) and indices.dtype == torch.int64
+        for row, chosen in zip(want.flatten(0, 1), indices.flatten(0, 1), strict=True):
+            valid = chosen[chosen >= 0]
+            assert len(valid.unique()) == len(valid) == min(topk, int(row.isfinite().sum()))
+            left = row.index_fill(0, valid, -torch.inf)
+            assert row[valid].min() >= left.max() - 1e-5
+
+
+def test_both_versions_choose_the_earlier_of_equal_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All heads rectified: most scores are exactly zero."""
+    q, k, weights, mask = inputs(40, 70)
+    weights = weights.abs()
+    q[..., 0] = -20.0
+    k[:, :60, 0], k[:, 60:, 0] = 1.0, -1.0
+    assert (index_scores(q, k, weights)[..., :60] == 0).all()
+    with ops.use("reference"):
+        want = topk_keys(q, k, weights, 16, mask)
+    for nbytes in (1, 4 * 2 * 3 * 70 * 7, 1 << 20):
+        monkeypatch.setattr(sparse_attention, "BLOCK_BYTES", nbytes)
+        with ops.use("eager"):
+            assert sets(topk_keys(q, k, weights, 16, mask)) == sets(want)
+    assert sets(want)[0][0] == set(range(16))  # at position 30
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_a_score_of_nan_is_chosen_by_those_who_see_it(backend: str) -> None:
+    q, k, weights, mask = inputs(40, 40)
+    k[:, 5] = torch.nan
+    with ops.use(backend):
+        found = sets(topk_keys(q, k, weights, 4, mask))
+    assert [5 in row for row in found[0]] == [t >= 5 for t in range(40)]
+    assert all(len(row) == min(t + 1, 4) for t, row in enumerate(found[0]))
+
+
+def test_a_context_beyond_128k_is_scored_whole() -> None:
+    """A buffer that was too small gave zeros there, and the last tokens won."""
+    q, k, weights, mask = inputs(1, 2**17 + 700, h=2, d=4)
+    k[:, 2**17 :] *= 3
+    want = index_scores(q, k, weights).topk(64).indices
+    assert sets(topk_keys(q, k, weights, 64, mask)) == sets(want) and 0 < (want < 2**17).sum() < 128
+
+
+def test_bf16_queries_choose_by_fp32_scores() -> None:
+    q, k, weights, mask = inputs(60, 900, d=64)
+    q, k = q.bfloat16(), k.bfloat16()
+    want = sets(topk_keys(q.float(), k.float(), weights, 32, mask))
+    assert sets(topk_keys(q, k, weights, 32, mask)) == want
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sets(topk_keys.reference(q, k, weights, 32, mask)) == want
+    rounded = torch.einsum("bshd,btd->bsht", q, k).float().relu()
+    short = (rounded * weights[..., None]).sum(2).masked_fill(mask, -torch.inf).topk(32).indices
+    assert sets(short) != want

@@ -90,11 +90,6 @@ def test_sequence_too_short_for_mtp_depth_raises(small_model: Model) -> None:
         model.run(torch.zeros(1, 2, dtype=torch.int64), mtp=True)
 
 
-def test_slice_of_the_chain_is_a_list_of_its_blocks(small_model: Any) -> None:
-    chain = small_model().mtp
-    assert list(chain[:1]) == [chain[0]] and chain[-1] is list(chain)[1]
-
-
 def test_mtp_sees_no_other_document(small_model: Model) -> None:
     """The document of a position is that of its hidden state, not of the token that is embedded next to it."""
     model = small_model(n_mtp_layers=2)
@@ -102,7 +97,7 @@ def test_mtp_sees_no_other_document(small_model: Model) -> None:
     changed = tokens.clone()
     changed[:, :7] = torch.randint(0, 61, (1, 7))
     documents = (torch.arange(16)[None] >= 7).long()
-    hidden = [model.hidden(t, documents=documents) for t in (tokens, changed)]
+    hidden = [model.states(t, documents=documents).normed for t in (tokens, changed)]
     one, two = (model.mtp(t, h, model.embedded, documents)[0] for t, h in zip((tokens, changed), hidden, strict=True))
     for a, b in zip(one, two, strict=True):
         assert relative_error(a[:, 7:], b[:, 7:]) < 1e-5 < relative_error(a[:, 6:7], b[:, 6:7])

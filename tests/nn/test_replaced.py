@@ -10,11 +10,10 @@ from torch.nn.utils import parametrize
 
 import dsmini
 from dsmini import Transformer
-from dsmini.nn import Embedding, FP8Linear, Linear
+from dsmini.nn import FP8Linear, Linear
 from dsmini.nn.fp8 import QuantizedLinear, hold_fp8
-from dsmini.nn.layers import dense_weight, is_plain
+from dsmini.nn.layers import is_plain
 from tests.conftest import SMALL, randomise
-from tests.helpers.configs import refusal
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 
@@ -186,12 +185,6 @@ def test_bias_is_expanded_and_absorbed_refuses_it() -> None:
         model(tokens, model.new_cache(1, form="absorbed"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weight_of_another_module_is_exact(dtype: torch.dtype) -> None:
-    layer = nn.Linear(130, 63, bias=False).to(dtype)
-    assert torch.equal(dense_weight(layer, 130, dtype), layer.weight)
-
-
 def test_replaced_fp8_linears_quantize_on_their_own() -> None:
     """A wrapper that adds nothing changes no bit, wherever it stands."""
     model = randomise(Transformer(**SMALL | {"n_mtp_layers": 0}, precision="fp8"))
@@ -207,12 +200,6 @@ def test_replaced_fp8_linears_quantize_on_their_own() -> None:
         setattr(parent, child, base)
 
 
-def test_embedding_subclass_computes_in_its_own_dtype() -> None:
-    model = Transformer(**SMALL)
-    model.embed = Embedding(61, 24).double()
-    assert model.embedded(torch.tensor([[1]])).dtype == torch.float64
-
-
 @pytest.mark.parametrize("name", ["head", "layers.0.attn.wkv_b", "layers.0.ffn.w2"])
 @pytest.mark.parametrize("precision", ["native", "fp8"])
 def test_backward_hook_of_a_linear_is_called(name: str, precision: str) -> None:
@@ -222,12 +209,3 @@ def test_backward_hook_of_a_linear_is_called(name: str, precision: str) -> None:
     tokens = torch.randint(0, SMALL["vocab_size"], (2, 12))
     model.losses(tokens[:, :-1], tokens[:, 1:]).total.backward()
     assert seen
-
-
-@pytest.mark.parametrize("own_head", [True, False])
-def test_chunk_rows_below_one_are_refused(own_head: bool) -> None:
-    model, tokens = Transformer(**SMALL), torch.zeros(2, 12, dtype=torch.int64)
-    if not own_head:
-        model.head = nn.Linear(SMALL["dim"], SMALL["vocab_size"], bias=False)  # pyright: ignore[reportAttributeAccessIssue]
-    for n in (0, -1):
-        assert f"chunk_rows={n} is less than 1" in refusal(model.losses, tokens, tokens, chunk_rows=n)

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dsmini import MLA, MTP, Attention, Block, Experts, FeedForward, Gate, ModelConfig, MoE, RMSNorm, Transformer, ops
-from dsmini.nn import Embedding, Rope
+from dsmini.nn import Rope
 from tests import reference_model as reference
 from tests.conftest import randomise
 from tests.helpers.configs import refusal
 from tests.helpers.strategies import model_configs
-from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, MOVED, UNMOVED, relative_error, rounding
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, MOVED, UNMOVED, relative_error, rounding
 from tests.helpers.watching import saved_for_backward
 
 B, S, VOCAB = 2, 17, 61
@@ -172,17 +172,6 @@ def test_compute_dtype_changes_activations_not_parameters(small_model: Model, sm
     assert all(relative_error(grads[n], want[n]) <= 2 * rounding(BF16_UNIT, chained=30) for n in want)
 
 
-def test_float64_agrees_with_float32(small_model: Model) -> None:
-    model = small_model()
-    tokens, targets = batch()
-    single, losses = model(tokens), model.losses(tokens, targets)
-    model.double()
-    assert model(tokens).dtype == model.losses(tokens, targets).total.dtype == torch.float64
-    tolerance = rounding(FP32_UNIT, terms=40, chained=30)
-    assert FP64_UNIT < relative_error(single, model(tokens)) <= tolerance
-    assert relative_error(losses.total, model.losses(tokens, targets).total) <= tolerance
-
-
 # building and calling
 
 
@@ -206,7 +195,6 @@ def test_layers_run_alone() -> None:
     assert MLA()(x).shape == Attention()(x).shape == FeedForward()(x).shape == RMSNorm(192)(x).shape == x.shape
     assert MoE()(x)[0].shape == Block(layer=0)(x)[0].shape == MTP()(x, x)[0].shape == x.shape
     assert Gate()(x[0]).indices.shape == (9, 4)
-    assert Embedding(7, 192)(torch.tensor([[0, 6]])).shape == (1, 2, 192)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
@@ -223,6 +211,8 @@ def test_what_a_model_cannot_read_is_refused(small_model: Model, backend: str | 
             want = f"token id {token} is outside the vocabulary; want 0 to 60"
             assert want in refusal(model, tokens[:, :9])
             assert want in refusal(model.losses, tokens[:, :9], tokens[:, :9].clamp(0, 60))
+            want = f"target id {token} is outside the vocabulary; want 0 to 60"
+            assert want in refusal(model.losses, tokens[:, :9].clamp(0, 60), tokens[:, :9])
         for kind in (MLA, Attention, FeedForward):
             forward: Any = inspect.unwrap(kind.forward)
             assert "x is (1, 4, 32), want [..., 64]" in refusal(forward, kind(dim=64), torch.randn(1, 4, 32))
@@ -234,12 +224,3 @@ def test_routing_bias_is_saved_and_never_optimised(small_model: Model) -> None:
     assert biases == {f"{block}.ffn.gate.bias" for block in ("layers.1", "mtp.0.block", "mtp.1.block")}
     assert set(model.state_dict()) == biases | {name for name, _ in model.named_parameters()}
     assert not biases & {name for name, _ in model.named_parameters()}
-
-
-@pytest.mark.parametrize("n_dense_layers", range(5))
-def test_blocks_after_n_dense_layers_have_experts(small_model: Model, n_dense_layers: int) -> None:
-    model = small_model(n_dense_layers=n_dense_layers)
-    blocks = [*model.layers, *(mtp.block for mtp in model.mtp)]
-    assert [isinstance(block.ffn, MoE) for block in blocks] == [i >= n_dense_layers for i in range(4)]
-    routing = model.run(batch()[0], mtp=True).routing
-    assert len(routing) == len(model.gates()) == 4 - n_dense_layers
