@@ -42,7 +42,7 @@ def measure(setting: Setting, batch: int) -> Iterator[Figure]:
     every = {name: random_model(config, setting.device, setting.dtype) for name, config in configs(setting).items()}
 
     def decode(model: Transformer, cache: Cache) -> None:
-        model.hidden(random_tokens(model.config, batch, 1, setting.device), cache)
+        model.states(random_tokens(model.config, batch, 1, setting.device), cache)
 
     runs, predicted = decoding(every, setting, batch, 64, decode)
     yield from race(setting, {"batch": batch}, runs, predicted=predicted, tokens=batch)

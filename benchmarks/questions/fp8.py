@@ -102,7 +102,7 @@ def decoding(
     logits: list[torch.Tensor] = []
     for format, model in both.items():
         for part in prompt.split(512, 1):
-            model.hidden(part, caches[format])
+            model.states(part, caches[format])
         logits.append(model(further, caches[format]).float())
     want, got = logits
     error, note = ((got - want).norm() / want.norm()).item(), "random weights, whose routing is near ties"

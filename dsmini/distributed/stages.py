@@ -187,10 +187,8 @@ class ModelStage(nn.Module):
             new = [self._balance(r, tokens) for r in routing]
             balances = [*([] if before is None else [before]), *([torch.stack(new)] if new else [])]
             return (x, torch.cat(balances)) if balances else x
-        states = model.states_of(x, found)
-        losses = model.losses_of(
-            states, tokens, targets, documents=documents, n_targets=batch.n_targets, **batch.options
-        )
+        options = {"documents": documents, "n_targets": batch.n_targets, "states": model.states_of(x, found)}
+        losses = model.losses(tokens, targets, **options, **batch.options)
         self._count(losses.routing)
         # the balance losses of all layers, added in the order of one process
         balance, weight = losses.balance, batch.options

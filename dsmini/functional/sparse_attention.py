@@ -45,7 +45,7 @@ def _first_largest(scores: Float[Tensor, "b s t"], k: int) -> Int[Tensor, "b s k
     """Return the places of the k largest above -inf, first places first among equals, and -1 where there are fewer.
 
     torch.topk finds the k-th value alone: the places that it returns among equals depend on the length of a row. NaN is
-    as large as infinity, so that it is picked, and seen in the output.
+    as large as infinity, so that it is chosen, and seen in the output.
     """
     scores = scores.nan_to_num(torch.inf, torch.inf, -torch.inf)
     edge = scores.topk(k, sorted=False).values.amin(-1, keepdim=True)
@@ -60,7 +60,7 @@ def _first_largest(scores: Float[Tensor, "b s t"], k: int) -> Int[Tensor, "b s k
 def _(
     q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, topk_indices: Tensor
 ) -> Tensor:
-    """Gather the picked rows of some queries at a time; each query then is a sequence of its own, with k keys."""
+    """Gather the chosen rows of some queries at a time; each query then is a sequence of its own, with k keys."""
     if not topk_indices.numel():
         return ops.find("topk_attention").reference(q_nope, q_rope, rows, w_uk, w_uv, scale, topk_indices)
     b, k, row = len(rows), topk_indices.shape[2], rows[0, 0].nbytes

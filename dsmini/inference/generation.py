@@ -120,32 +120,18 @@ class Generation:
         self._begin = [0] * len(prompts)  # first token of each row that is in the cache
         self.cache = model.new_cache(len(prompts), room, cache_dtype, mtp=speculative)
         self.decoder = Decoder(model)
-        self.traffic = StepTraffic(model, self.cache)
         self.drafter = Drafter(self.decoder, self.cache, self.sampling, generator) if speculative else None
+        self._traffic = StepTraffic(model, self.cache)
         self._active = list(range(len(prompts)))
         """The row that each sequence of the cache belongs to."""
-        self._device = model.device
-        self._prompt_tokens, self._new_tokens, self._steps, self._batches = sum(map(len, prompts)), 0, 0, 0
-        self._prefill_seconds = self._seconds = 0.0
-        self._started = False
-
-    @property
-    def stats(self) -> Stats:
-        """Counts and times so far."""
-        return Stats(
-            prompt_tokens=self._prompt_tokens,
-            new_tokens=self._new_tokens,
-            prefill_seconds=self._prefill_seconds,
-            seconds=self._seconds,
-            steps=self._steps,
-            drafted=0 if self.drafter is None else self.drafter.drafted,
-            accepted=0 if self.drafter is None else self.drafter.accepted,
+        self._device, self._started = model.device, False
+        self.stats = Stats(
+            prompt_tokens=sum(map(len, prompts)),
+            rows=len(prompts),
             cache_bytes=self.cache.nbytes + self.cache.mtp_nbytes,
             cache_bytes_per_token=self.cache.nbytes_per_token,
-            rows=len(self.rows),
-            moved_bytes=self.traffic.total,
-            batches=self._batches,
         )
+        """Counts and times so far."""
 
     def end(self, row: int) -> None:
         """End this row early."""
@@ -163,17 +149,17 @@ class Generation:
             self._started = True
             logits = prefill(self.model, self.cache, self.rows, self.drafter, self._watch)
             first = draw(self.sampling.probabilities(logits, self._seen()), self.generator)
-            picked = [[token] for token in first.tolist()]
-            self._prefill_seconds += time.perf_counter() - start
+            chosen = [[token] for token in first.tolist()]
+            self.stats.prefill_seconds += time.perf_counter() - start
         else:
             self._drop_ended()
             self._make_room()
-            picked = self._step()
-            self._seconds += time.perf_counter() - start
+            chosen = self._step()
+            self.stats.seconds += time.perf_counter() - start
         if self._agree is not None:
-            self._agree(picked)
+            self._agree(chosen)
         new: list[list[int]] = [[] for _ in self.rows]
-        for row, tokens in zip(self._active, picked, strict=True):
+        for row, tokens in zip(self._active, chosen, strict=True):
             new[row] = self._take(row, tokens)
         return new
 
@@ -187,7 +173,7 @@ class Generation:
         ended = bool(taken) and taken[-1] in self._ends
         self._left[row] = 0 if ended else self._left[row] - len(taken)
         self.rows[row] += taken
-        self._new_tokens += len(taken)
+        self.stats.new_tokens += len(taken)
         return taken
 
     def _step(self) -> list[list[int]]:
@@ -206,17 +192,19 @@ class Generation:
         logits = self.model.head(states.normed)
         # 3. the accepted guesses of each row, and one more token
         if self.sampling.greedy:
-            picked = [agreed(*row) for row in zip(guesses.tolist(), likeliest(logits).tolist(), strict=True)]
+            chosen = [agreed(*row) for row in zip(guesses.tolist(), likeliest(logits).tolist(), strict=True)]
         else:
             p = self._probabilities(logits, guesses)
-            picked = [accept(guesses[i].tolist(), [d[i] for d in q], p[i], self.generator) for i in range(len(p))]
+            chosen = [accept(guesses[i].tolist(), [d[i] for d in q], p[i], self.generator) for i in range(len(p))]
         if self.drafter is not None:
-            kept = [len(tokens) * is_live for tokens, is_live in zip(picked, live, strict=True)]
-            self.drafter.settle(start, padded(picked).to(self._device), kept, states.given)
-        self._steps += sum(live)
-        self._batches += 1
-        self.traffic.add(start, tokens.shape[1], states.routing)
-        return picked
+            kept = [len(tokens) * is_live for tokens, is_live in zip(chosen, live, strict=True)]
+            self.drafter.settle(start, padded(chosen).to(self._device), kept, states.given)
+            self.stats.drafted += guesses.shape[1] * sum(live)
+            self.stats.accepted += sum(kept) - sum(live)
+        self.stats.steps += sum(live)
+        self.stats.batches += 1
+        self.stats.moved_bytes += self._traffic.nbytes(start, tokens.shape[1], states.routing)
+        return chosen
 
     def _probabilities(self, logits: Float[Tensor, "b s v"], guesses: Int[Tensor, "b n"]) -> Float[Tensor, "b s v"]:
         """Return the distribution of the next token after each column."""
@@ -364,15 +352,15 @@ def check_room(model: Transformer, longest: int, max_new_tokens: int, room: int,
         raise ValueError(f"a prompt of {longest} tokens is longer than the model's context of {context}; shorten it")
     if longest > room:
         raise ValueError(f"a prompt of {longest} tokens is longer than the cache's {room}; make that larger")
-    max_new_tokens = 1 if slide else max_new_tokens
-    # the last new token is never fed back
-    if longest + max_new_tokens - 1 > room:
+    if longest + max_new_tokens - 1 <= room:  # the last new token is never fed back
+        return
+    if not slide:
         limit = f"the model's context of {context}" if room >= context else f"the cache's {room}"
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than {limit}; "
             f"use max_new_tokens={max(0, room - longest + 1)}, or a shorter prompt"
         )
-    if slide and room < 2:
+    if room < 2:
         raise ValueError(f"a cache of {room} token cannot forget its older half; use 2 or more")
 
 

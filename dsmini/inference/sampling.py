@@ -109,7 +109,7 @@ def draw(probabilities: Float[Tensor, "b v"], generator: torch.Generator | None 
 
 
 def _top_k(scores: Tensor, k: int) -> Tensor:
-    """Return a mask of the k highest scores of each row. torch.topk alone picks any among equals."""
+    """Return a mask of the k highest scores of each row. torch.topk alone takes any among equals."""
     floor = scores.topk(k, -1).values[:, -1:]
     above, level = scores > floor, scores == floor
     return above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))

@@ -32,8 +32,6 @@ class Drafter:
         self.decoder, self.model, self.sampling, self.generator = decoder, decoder.model, sampling, generator
         self.cache, self.mtp = cache, cache.mtp
         self.depths = len(self.model.mtp)
-        self.drafted = self.accepted = 0
-        """Number of guesses, and number of accepted ones."""
         self._unseen: tuple[Tensor, Tensor, list[int]] | None = None
         """Tokens that the blocks have not seen [b, n], the hidden state before each [b, n, m], and their number in each
         row [b]. None stands for the one token after those that were read."""
@@ -105,7 +103,7 @@ class Drafter:
     def settle(
         self,
         start: Int[Tensor, " b"],
-        picked: Int[Tensor, "b n"],
+        tokens: Int[Tensor, "b n"],
         kept: list[int],
         given: Float[Tensor, "b s m"],
     ) -> None:
@@ -113,17 +111,13 @@ class Drafter:
 
         Args:
             start: valid length of each row before the step.
-            picked: the new tokens of each row, padded on the right.
+            tokens: the new tokens of each row, padded on the right.
             kept: number of new tokens of each row; 0 in rows that have ended.
             given: the model's hidden states at the last token and the guesses, States.given.
         """
-        guesses = given.shape[1] - 1
-        live = [n > 0 for n in kept]
-        if any(0 < n <= guesses for n in kept):
+        if any(0 < n < given.shape[1] for n in kept):
             self.cache.truncate(start + torch.tensor(kept))
-        self._unseen = (picked, given[:, : picked.shape[1]], kept)
-        self.drafted += guesses * sum(live)
-        self.accepted += sum(kept) - sum(live)
+        self._unseen = (tokens, given[:, : tokens.shape[1]], kept)
 
     def select(self, rows: list[int]) -> None:
         """Select these rows, in this order. The cache's owner selects the rows of the cache."""

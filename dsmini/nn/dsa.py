@@ -92,7 +92,7 @@ def index_scores(
 
     Source: DeepSeek-V3.2 report, equation 1.
     """
-    # fp32: scores in BF16 tie, and ties pick different keys on different devices
+    # fp32: scores in BF16 tie, and ties choose different keys on different devices
     with without_autocast(q):
         products = einsum(at_least_fp32(q), at_least_fp32(k), "b s h d, b t d -> b s h t")
         return einsum(products.relu(), weights, "b s h t, b s h -> b s t")
@@ -303,97 +303,58 @@ class DSA(MLA):
         """Attend to the keys that the indexer chooses; to all where there are no more than index_topk.
 
         The indexer's keys are cached in any case. While the indexer learns, and the context asks for its loss, the
-        result is the output [b, s, m] and an IndexerLoss.
+        result is the output [b, s, m] and an IndexerLoss. The loss moves the indexer alone, whose inputs are detached.
         """
         check_sequences(x, context)
         context = context or context_of(x, self.rope)
-        if self.learns(context):
-            return self.learn(x, context)
         cache = context.cache
+        stage = self.stage if self.training and cache is None else None
+        learns = stage is not None and context.train_indexers
         longest = x.shape[1] if cache is None else int(cache.at.lengths.max())
-        if longest <= self.indexer.topk or (self.training and cache is None and self.stage == "warmup"):
+        if not learns and (stage == "warmup" or longest <= self.indexer.topk):
             if cache is not None:
                 cache.index.append((self.indexer.keys(x, context.cos_sin),))
             return super().forward(x, context)
-        # 1. queries, and what they are made of: [b, s, h, n + r] and [b, s, l]
-        latent, q, new = self.queries_and_latents(x, context.cos_sin)
-        # 2. the keys of each query: [b, s, k]
-        topk_indices = self.select_topk(x, latent, context)
-        # 3. attention to them: [b, s, h v]
-        if cache is not None and form_of(self, x.shape[1], cache) == "absorbed":
-            return self.wo(self.gathered(q, new, topk_indices, cache))
-        c_kv, k_rope = new if cache is None else cache.extend(new, q.dtype)
-        return self.wo(self.masked(q, *self.keys_and_values(c_kv, k_rope), topk_indices, cache))
-
-    def learns(self, context: AttentionContext) -> bool:
-        """Return True if the indexer is in a stage of training, and its loss is wanted."""
-        return context.train_indexers and context.cache is None and self.training and self.stage is not None
-
-    def learn(self, x: Float[Tensor, "b s m"], context: AttentionContext) -> tuple[Float[Tensor, "b s m"], IndexerLoss]:
-        """Return the output, and the indexer's loss in its stage.
-
-        The loss moves the indexer, and nothing else: its inputs are detached.
-        """
-        latent, q, new = self.queries_and_latents(x, context.cos_sin)
-        k, v = self.keys_and_values(*new)
-        index = self.indexer.all_of(x.detach(), latent.detach(), context.cos_sin)
-        topk_indices = self.topk_of(index, context)
-        loss = self.indexer_loss(index, q, k, topk_indices, context)
-        if self.stage == "sparse":
-            return self.wo(self.masked(q, k, v, topk_indices, None)), loss
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        y = attend(q, k, v, self.scale, context, self.mask)
-        return self.wo(rearrange(y, "b h s v -> b s (h v)")), loss
-
-    def indexer_loss(
-        self,
-        index: tuple[Float[Tensor, "b s i d"], Float[Tensor, "b s d"], Float[Tensor, "b s i"]],
-        q: Float[Tensor, "b s h n"],
-        k: Float[Tensor, "b s h n"],
-        topk_indices: Int[Tensor, "b s k"],
-        context: AttentionContext,
-    ) -> IndexerLoss:
-        """Compare the indexer's queries, keys and head weights with attention by the queries q and keys k."""
-        assert self.stage is not None, "an indexer that learns is in a stage"
-
-        def mask(start: int, stop: int) -> Bool[Tensor, "#b n t"]:
-            return context.mask(self.mask, start, stop, stop)
-
-        sums = indexer_agreement(*index, q.detach(), k.detach(), self.scale, topk_indices, mask, self.stage)
-        kl, mass, found, asked = sums.unbind()
-        queries = q.shape[0] * q.shape[1]
-        recall = torch.where(asked > 0, found / asked.clamp(min=1), 1.0)
-        return IndexerLoss(kl / queries, recall.detach(), mass.detach() / queries)
-
-    def queries_and_latents(
-        self, x: Float[Tensor, "b s m"], cos_sin: CosSin
-    ) -> tuple[Float[Tensor, "b s l"], Float[Tensor, "b s h d"], tuple[Float[Tensor, "b s c"], Float[Tensor, "b s r"]]]:
-        """Return the query latent, the queries, and what is cached: MLA's latent and rotary key."""
+        # 1. queries, and what they are made of: [b, s, h, n + r], [b, s, l], [b, s, c] and [b, s, r]
         codes = quantize_once(x, self.wkv_a, self.wq if self.wq_a is None else self.wq_a)
         latent = self.query_latent(codes)
-        q, new = self.queries(latent, cos_sin), self.latents(codes, cos_sin)
-        return (latent if isinstance(latent, Tensor) else x), q, new
+        q, new = self.queries(latent, context.cos_sin), self.latents(codes, context.cos_sin)
+        # 2. the keys of each query: [b, s, k]
+        latent = x if self.wq_a is None else latent
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            index = self.indexer.all_of(x.detach(), latent.detach(), context.cos_sin)
+        topk_indices = self.select_topk(index, context)
+        # 3. attention to the chosen rows of the cache, absorbed: [b, s, h v]
+        if cache is not None and form_of(self, x.shape[1], cache) == "absorbed":
+            cache.append(new)
+            rows = cache.store.read(cache.at.end, q.dtype)
+            q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
+            w_uk, w_uv = self.prepared_halves(q.dtype, cache)
+            return self.wo(topk_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, topk_indices))
+        # 4. or to keys and values of every head, all but the chosen ones masked: [b, h, s, v]
+        k, v = self.keys_and_values(*(new if cache is None else cache.extend(new, q.dtype)))
+        loss = self.indexer_loss(index, q, k, topk_indices, context, stage) if learns and stage else None
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        if stage == "warmup":
+            y = attend(q, k, v, self.scale, context, self.mask)
+        else:
+            y = self.masked(q, k, v, topk_indices, cache)
+        y = self.wo(rearrange(y, "b h s v -> b s (h v)"))
+        return y if loss is None else (y, loss)
 
     @torch.no_grad()
     def select_topk(
-        self, x: Float[Tensor, "b s m"], latent: Float[Tensor, "b s l"], context: AttentionContext
+        self,
+        index: tuple[Float[Tensor, "b s i d"], Float[Tensor, "b s d"], Float[Tensor, "b s i"]],
+        context: AttentionContext,
     ) -> Int[Tensor, "b s k"]:
         """Return the positions of the keys that each new token attends to; -1 where it sees fewer than index_topk.
 
         With a cache the indexer's keys are appended to it.
 
         Args:
-            latent: the normed compressed query, or x where none is compressed.
+            index: the indexer's queries, keys and head weights of the new tokens.
         """
-        return self.topk_of(self.indexer.all_of(x, latent, context.cos_sin), context)
-
-    @torch.no_grad()
-    def topk_of(
-        self,
-        index: tuple[Float[Tensor, "b s i d"], Float[Tensor, "b s d"], Float[Tensor, "b s i"]],
-        context: AttentionContext,
-    ) -> Int[Tensor, "b s k"]:
-        """Do what select_topk does with the indexer's queries, keys and head weights of the new tokens."""
         q, keys, weights = index
         if context.cache is not None:
             (keys,) = context.cache.index.extend((keys,), keys.dtype)
@@ -405,35 +366,40 @@ class DSA(MLA):
             blocks.append(F.pad(chosen, (0, k - chosen.shape[2]), value=-1))
         return torch.cat(blocks, 1)
 
-    def gathered(
+    def indexer_loss(
         self,
-        q: Float[Tensor, "b s h d"],
-        new: tuple[Float[Tensor, "b s c"], Float[Tensor, "b s r"]],
+        index: tuple[Float[Tensor, "b s i d"], Float[Tensor, "b s d"], Float[Tensor, "b s i"]],
+        q: Float[Tensor, "b s h n"],
+        k: Float[Tensor, "b s h n"],
         topk_indices: Int[Tensor, "b s k"],
-        cache: LayerCacheView,
-    ) -> Float[Tensor, "b s hv"]:
-        """Append the new rows to the cache and attend to the chosen ones, absorbed."""
-        cache.append(new)
-        rows = cache.store.read(cache.at.end, q.dtype)
-        q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
-        w_uk, w_uv = self.prepared_halves(q.dtype, cache)
-        return topk_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, topk_indices)
+        context: AttentionContext,
+        stage: Literal["warmup", "sparse"],
+    ) -> IndexerLoss:
+        """Compare the indexer's queries, keys and head weights with attention by the queries q and keys k."""
+
+        def mask(start: int, stop: int) -> Bool[Tensor, "#b n t"]:
+            return context.mask(self.mask, start, stop, stop)
+
+        sums = indexer_agreement(*index, q.detach(), k.detach(), self.scale, topk_indices, mask, stage)
+        kl, mass, found, asked = sums.unbind()
+        queries = q.shape[0] * q.shape[1]
+        recall = torch.where(asked > 0, found / asked.clamp(min=1), 1.0)
+        return IndexerLoss(kl / queries, recall.detach(), mass.detach() / queries)
 
     def masked(
         self,
-        q: Float[Tensor, "b s h d"],
-        k: Float[Tensor, "b t h d"],
-        v: Float[Tensor, "b t h v"],
+        q: Float[Tensor, "b h s d"],
+        k: Float[Tensor, "b h t d"],
+        v: Float[Tensor, "b h t v"],
         topk_indices: Int[Tensor, "b s k"],
         cache: LayerCacheView | None,
-    ) -> Float[Tensor, "b s hv"]:
+    ) -> Float[Tensor, "b h s v"]:
         """Attend to keys and values of every head, all but the chosen ones masked."""
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         y = []
         for i, (part, chosen) in enumerate(zip(q.split(BLOCK, 2), topk_indices.split(BLOCK, 1), strict=True)):
             t = _keys_before((i + 1) * BLOCK, k.shape[2], cache)
             y.append(cached_attention(part, k[:, :, :t], v[:, :, :t], self.scale, topk_mask(chosen, t)))
-        return rearrange(torch.cat(y, 2), "b h s v -> b s (h v)")
+        return torch.cat(y, 2)
 
 
 def dsa_layers(model: nn.Module) -> list[DSA]:

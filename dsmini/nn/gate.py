@@ -51,7 +51,7 @@ def route(
     norm_topk_prob: bool = True,
     route_scale: float = 1.0,
 ) -> Routing:
-    """Pick experts per token by group-limited top-k.
+    """Choose experts per token by group-limited top-k.
 
     The bias steers selection only; the weights use the unbiased scores. With a bias a group is scored by its best two
     experts (V3), without one by its best (V2). Excluded groups are -inf, not 0: biased scores may be negative.
@@ -138,7 +138,7 @@ class Gate(FP32Module):
         if x.dim() != 2 or x.shape[1] != m:
             fix = "; use x.flatten(0, -2)" if x.shape[-1:] == (m,) else ""
             raise ValueError(f"the gate got {tuple(x.shape)}; want [n, {m}], a row for each token{fix}")
-        # fp32: bf16 scores tie, and ties pick different experts on different devices
+        # fp32: bf16 scores tie, and ties choose different experts on different devices
         with without_autocast(x):
             logits = linear(at_least_fp32(x), self.weight)
         return route(logits, self.bias, **self.options)

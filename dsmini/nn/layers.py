@@ -23,7 +23,7 @@ def draw_normal(weight: Tensor, std: float, generator: torch.Generator | None) -
 class FP32Module(nn.Module):
     """Base of the norms and the gate. `.to(torch.bfloat16)` and `.half()` leave their tensors in FP32.
 
-    A router in BF16 ties scores and picks other experts on other devices; a bias rounded to BF16 no longer
+    A router in BF16 ties scores and chooses other experts on other devices; a bias rounded to BF16 no longer
     moves by its update speed. `.double()` and moves between devices work as usual.
     """
 

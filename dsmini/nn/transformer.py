@@ -185,16 +185,6 @@ class Transformer(nn.Module):
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         return x if self.embed_norm is None else self.embed_norm(x)
 
-    def hidden(
-        self,
-        tokens: Int[Tensor, "b s"],
-        cache: Cache | None = None,
-        lengths: Int[Tensor, " b"] | None = None,
-        documents: Int[Tensor, "b s"] | None = None,
-    ) -> Float[Tensor, "b s m"]:
-        """Return the hidden states after the final norm, from which `head` makes the logits."""
-        return self.states(tokens, cache, lengths, documents).normed
-
     def run(
         self,
         tokens: Int[Tensor, "b s"],
@@ -262,6 +252,7 @@ class Transformer(nn.Module):
         recompute: bool = False,
         chunk_rows: int | None = None,
         n_targets: Float[Tensor, ""] | None = None,
+        states: States | None = None,
     ) -> Losses:
         """Compute the training losses without a tensor [b, s, vocab].
 
@@ -273,6 +264,7 @@ class Transformer(nn.Module):
             chunk_rows: number of rows of logits that exist at a time.
             n_targets: number of targets that the cross-entropies are divided by; None: those of this call. The parts
                 of a batch whose losses are averaged share the mean of theirs.
+            states: the states of the tokens, where another stage of a pipeline computed them; None: `states` of them.
 
         A depth k of MTP is scored at s - k positions and, as published, divided by the number of targets of the main
         loss. Source: DeepSeek-V3 report, equations 17 to 20 (balance), 24 and 25 (MTP); DeepSeek-V3.2
@@ -282,35 +274,8 @@ class Transformer(nn.Module):
             got = f"targets are {tuple(targets.shape)}, tokens {tuple(tokens.shape)}"
             raise ValueError(f"{got}; want a target for each token: losses(x[:, :-1], x[:, 1:])")
         check_ids("target", targets.masked_fill(targets == IGNORE, 0), self.config.vocab_size)
-        states = self.states(tokens, documents=documents, recompute=recompute, train_indexers=True)
-        return self.losses_of(
-            states,
-            tokens,
-            targets,
-            mtp_weight=mtp_weight,
-            balance_alpha=balance_alpha,
-            balance_counts=balance_counts,
-            documents=documents,
-            recompute=recompute,
-            chunk_rows=chunk_rows,
-            n_targets=n_targets,
-        )
-
-    def losses_of(
-        self,
-        states: States,
-        tokens: Int[Tensor, "b s"],
-        targets: Int[Tensor, "b s"],
-        *,
-        mtp_weight: float,
-        balance_alpha: float,
-        balance_counts: Literal["published", "routed"],
-        documents: Int[Tensor, "b s"] | None,
-        recompute: bool,
-        n_targets: Float[Tensor, ""] | None,
-        chunk_rows: int | None = None,
-    ) -> Losses:
-        """Compute `losses` from the states of the tokens, as the last stage of a pipeline has them."""
+        if states is None:
+            states = self.states(tokens, documents=documents, recompute=recompute, train_indexers=True)
         counted = (targets != IGNORE).sum().clamp(min=1) if n_targets is None else n_targets
         # 1. the next token, from hidden states [b, s, m]
         main = self.cross_entropy(states.normed, targets, chunk_rows) / counted

@@ -4,16 +4,16 @@
     dgrad   dx = Q(dy) Q(W)        dy in 1x128 tiles along o
     wgrad   dW = Q(dy)^T Q(x)      summed over tokens, so both in 128x1 tiles
 
-Each reference dequantizes, multiplies in FP32 and adds 128 terms at a time, expert by expert. The eager versions run
-one product, or one grouped product. gemm.py calls the operations with gradients off, in forward and in backward, so
-that a kernel can serve them in training too.
+The plain version of each multiplies in FP32 and adds 128 terms at a time, expert by expert. The tuned one is the same
+function with `recipe.tuned`: one product, or one grouped product, of operands in BF16 where that is exact. gemm.py
+calls the operations with gradients off, in forward and in backward, so that a kernel can serve them in training too.
 
 Arguments of all of them:
     codes, scales   as `quantize_tiles` returns them, of matrices; w_codes is [o, k], or [e, o, k] with ends
     ends            row after each expert's last; None: one matrix for all rows
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,7 @@ from dsmini import ops
 from dsmini.numerics.accumulation import Accumulator
 from dsmini.numerics.products import grouped_linear, grouped_outer
 from dsmini.numerics.quantization import ACTIVATION_TILE, AMAX_MIN, SMALLEST_AMAX, TOKEN_TILE, WEIGHT_TILE
-from dsmini.numerics.tiles import (
-    FormatName,
-    Scale,
-    dequantize_tiles,
-    listed_sizes,
-    quantize_tiles,
-    round_tiles,
-)
+from dsmini.numerics.tiles import FormatName, Scale, dequantize_tiles, listed_sizes, round_tiles
 
 BLOCK = 128
 """Terms of a sum that are added before the sum so far: N_C of the report, section 3.3.2."""
@@ -51,14 +44,27 @@ class Recipe(NamedTuple):
     """Emulated accumulator of all three products; None: FP32."""
     backend: str | None
     """Backend of the forward, which backward uses too."""
+    tuned: bool = False
+    """Run one product of whole operands; False: FP32 products of 128 terms at a time, expert by expert."""
 
     @property
     def operands(self) -> torch.dtype:
         """Dtype of dequantized operands: BF16, where that holds them exactly and the result is BF16."""
         exact = self.scale == self.weight_scale == "ue8m0" and self.accumulator is None
-        return torch.bfloat16 if exact and self.out_dtype == torch.bfloat16 else torch.float32
+        return torch.bfloat16 if self.tuned and exact and self.out_dtype == torch.bfloat16 else torch.float32
 
 
+def tuned(product: ops.Operation[..., Tensor]) -> ops.Operation[..., Tensor]:
+    """Declare the tuned version of a product, whose last argument is the recipe."""
+
+    def run(*args: Any) -> Tensor:
+        return product.reference(*args[:-1], args[-1]._replace(tuned=True))
+
+    ops.eager(product.name)(run)
+    return product
+
+
+@tuned
 @ops.operation("fp8_fprop")
 def fp8_fprop(
     x_codes: Tensor,
@@ -72,20 +78,12 @@ def fp8_fprop(
 
     Source: DeepSeek-V3 report, section 3.3.
     """
-    x = dequantize_tiles(x_codes, x_scales, ACTIVATION_TILE)
-    w = dequantize_tiles(w_codes, w_scales, WEIGHT_TILE)
-    y = [_add_blocks(rows, matrix, recipe) for rows, matrix in zip(_rows_of(x, ends), _matrices(w, ends), strict=True)]
-    return torch.cat(y).to(recipe.out_dtype)
+    x = dequantize_tiles(x_codes, x_scales, ACTIVATION_TILE, "e4m3", recipe.operands)
+    w = dequantize_tiles(w_codes, w_scales, WEIGHT_TILE, "e4m3", recipe.operands)
+    return _times_transposed(x, w, ends, recipe)
 
 
-@ops.eager("fp8_fprop")
-def _(
-    x_codes: Tensor, x_scales: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe
-) -> Tensor:
-    x = dequantize_tiles(x_codes, x_scales, ACTIVATION_TILE, "e4m3", recipe.operands, x_codes.shape[-1])
-    return _times_transposed(x, _weights(w_codes, w_scales, recipe), ends, recipe)
-
-
+@tuned
 @ops.operation("fp8_swiglu_fprop")
 def fp8_swiglu_fprop(
     gate: Float[Tensor, "rows k"],
@@ -96,18 +94,13 @@ def fp8_swiglu_fprop(
     recipe: Recipe,
 ) -> Float[Tensor, "rows o"]:
     """Return Q(silu(gate) * up) W^T."""
-    hidden = F.silu(gate) * up
-    codes, scales = quantize_tiles(hidden, ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN)
-    return fp8_fprop.reference(codes, scales, w_codes, w_scales, ends, recipe)
-
-
-@ops.eager("fp8_swiglu_fprop")
-def _(gate: Tensor, up: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe) -> Tensor:
     hidden = F.silu(gate).mul_(up)
     x = round_tiles(hidden, ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands)
-    return _times_transposed(x, _weights(w_codes, w_scales, recipe), ends, recipe)
+    w = dequantize_tiles(w_codes, w_scales, WEIGHT_TILE, "e4m3", recipe.operands)
+    return _times_transposed(x, w, ends, recipe)
 
 
+@tuned
 @ops.operation("fp8_dgrad")
 def fp8_dgrad(
     dy: Float[Tensor, "rows o"],
@@ -117,19 +110,12 @@ def fp8_dgrad(
     recipe: Recipe,
 ) -> Float[Tensor, "rows k"]:
     """Return the gradient of x: Q(dy) W, with dy rounded in 1x128 tiles."""
-    g = round_tiles(dy, ACTIVATION_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, torch.float32)
-    w = dequantize_tiles(w_codes, w_scales, WEIGHT_TILE)
-    dx = [_add_blocks(r, matrix.T, recipe) for r, matrix in zip(_rows_of(g, ends), _matrices(w, ends), strict=True)]
-    return torch.cat(dx).to(recipe.out_dtype)
-
-
-@ops.eager("fp8_dgrad")
-def _(dy: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe) -> Tensor:
-    w = _weights(w_codes, w_scales, recipe)
+    w = dequantize_tiles(w_codes, w_scales, WEIGHT_TILE, "e4m3", recipe.operands)
     g = round_tiles(dy, ACTIVATION_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, recipe.operands)
     return _times_transposed(g, w.mT, ends, recipe)
 
 
+@tuned
 @ops.operation("fp8_wgrad")
 def fp8_wgrad(
     dy: Float[Tensor, "rows o"],
@@ -145,56 +131,39 @@ def fp8_wgrad(
         x: codes in the format that x is kept in, or, without scales, its values [rows, k].
         columns: k, which packed codes do not tell.
     """
-    values = x
-    if x_scales is not None:
-        values = dequantize_tiles(x, x_scales, ACTIVATION_TILE, recipe.saved_format, torch.float32, columns)
-    dw = []
-    for g, rows in zip(_rows_of(dy, ends), _rows_of(values, ends), strict=True):
-        g = round_tiles(g, TOKEN_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, torch.float32)
-        rows = round_tiles(rows, TOKEN_TILE, recipe.scale, "e4m3", AMAX_MIN, torch.float32)
-        dw.append(_add_blocks(g.T, rows.T, recipe).to(recipe.out_dtype))
-    return dw[0] if ends is None else torch.stack(dw)
-
-
-@ops.eager("fp8_wgrad")
-def _(dy: Tensor, x: Tensor, x_scales: Tensor | None, columns: int, ends: Tensor | None, recipe: Recipe) -> Tensor:
     if x_scales is not None:
         x = dequantize_tiles(x, x_scales, ACTIVATION_TILE, recipe.saved_format, recipe.operands, columns)
     g = round_tiles(dy, TOKEN_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, recipe.operands, ends)
     x = round_tiles(x, TOKEN_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands, ends)
-    if ends is not None:
-        return grouped_outer(g, x, ends)
-    return _times_transposed(g.T, x.T, None, recipe)
+    if ends is None:
+        return _times_transposed(g.T, x.T, None, recipe)
+    if recipe.tuned:
+        return grouped_outer(g, x, ends).to(recipe.out_dtype)
+    sizes = listed_sizes(ends, x.shape[0])
+    groups = zip(g.split(sizes), x.split(sizes), strict=True)
+    return torch.stack([_add_blocks(a.T, b.T) for a, b in groups]).to(recipe.out_dtype)
 
 
-def _add_blocks(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"], recipe: Recipe) -> Float[Tensor, "n m"]:
-    """Return a b^T in FP32: products of 128 terms, added one block after the other."""
+def _times_transposed(
+    a: Float[Tensor, "n k"], b: Float[Tensor, "*e m k"], ends: Tensor | None, recipe: Recipe
+) -> Float[Tensor, "n m"]:
+    """Return a b^T in the result's dtype, for each expert's rows of a with its matrix b."""
     if recipe.accumulator is not None:
-        return recipe.accumulator.matmul(a, b)
+        y = recipe.accumulator.matmul(a, b)
+    elif recipe.tuned:
+        y = F.linear(a, b) if ends is None else grouped_linear(a, b, ends)
+    elif ends is None:
+        y = _add_blocks(a, b)
+    else:
+        rows = a.split(listed_sizes(ends, a.shape[0]))
+        y = torch.cat([_add_blocks(part, matrix) for part, matrix in zip(rows, b.unbind(0), strict=True)])
+    return y.to(recipe.out_dtype)
+
+
+def _add_blocks(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n m"]:
+    """Return a b^T in FP32: products of 128 terms, added one block after the other."""
     y = a.new_zeros(a.shape[0], b.shape[0])
     for start in range(0, a.shape[1], BLOCK):
         block = slice(start, start + BLOCK)
         y = y + a[:, block] @ b[:, block].T
     return y
-
-
-def _rows_of(x: Tensor, ends: Tensor | None) -> tuple[Tensor, ...]:
-    """Return the rows of each expert."""
-    return (x,) if ends is None else x.split(listed_sizes(ends, x.shape[0]))
-
-
-def _matrices(w: Tensor, ends: Tensor | None) -> tuple[Tensor, ...]:
-    """Return the matrix of each expert."""
-    return (w,) if ends is None else w.unbind(0)
-
-
-def _weights(codes: Tensor, scales: Tensor, recipe: Recipe) -> Tensor:
-    return dequantize_tiles(codes, scales, WEIGHT_TILE, "e4m3", recipe.operands)
-
-
-def _times_transposed(a: Tensor, b: Tensor, ends: Tensor | None, recipe: Recipe) -> Tensor:
-    """Return a b^T of dequantized operands in the result's dtype."""
-    if ends is not None:
-        return grouped_linear(a, b, ends).to(recipe.out_dtype)
-    y = F.linear(a, b) if recipe.accumulator is None else recipe.accumulator.matmul(a, b)
-    return y.to(recipe.out_dtype)

@@ -288,7 +288,7 @@ class Trainer:
         """Return the sum of the cross-entropy of the first rows of tokens, which have targets."""
         if self.pipeline is not None:
             return self.pipeline.score(tokens, targets, documents)
-        hidden = self.model.hidden(tokens, documents=documents)
+        hidden = self.model.states(tokens, documents=documents).normed
         return self.model.cross_entropy(hidden[: len(targets)].flatten(0, 1), targets.flatten())
 
     @contextmanager
