@@ -330,7 +330,8 @@ class DSA(MLA):
             rows = cache.store.read(cache.at.end, q.dtype)
             q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
             w_uk, w_uv = self.prepared_halves(q.dtype, cache)
-            return self.wo(topk_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, topk_indices))
+            y = topk_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, topk_indices)
+            return self.wo(y)
         # 4. or to keys and values of every head, all but the chosen ones masked: [b, h, s, v]
         k, v = self.keys_and_values(*(new if cache is None else cache.extend(new, q.dtype)))
         loss = self.indexer_loss(index, q, k, topk_indices, context, stage) if learns and stage else None
