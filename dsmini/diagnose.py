@@ -22,7 +22,7 @@ from dsmini.console.progress import Progress
 from dsmini.reading import find_config
 
 if TYPE_CHECKING:  # it loads torch: --help is instant
-    from dsmini.diagnosis.answer import DiagnosisAnswer
+    from dsmini.diagnosis.pages import Diagnosis
 
 MOST_BATCH = 1024
 """Largest number of sequences that are decoded together."""
@@ -92,14 +92,20 @@ def main(args: Sequence[str]) -> int:
         with _written(command.out):
             pass
     with Progress(console, 1.0, "diagnosing", delay=0.5, refresh_per_second=1) as bar:
-        found = _answer(command, shlex.join(["python", "-m", "dsmini.diagnose", *args]), bar)
-    found.short.show(console)
+        found = _answer(command, bar)
+    from dsmini.diagnosis.pages import record_of, report_of, short_report_of
+    from dsmini.machine import card, pick_device
+
+    short_report_of(found).show(console)
+    record = record_of(found)
     if command.json:
-        print(json.dumps(found.record))
+        print(json.dumps(record))
     if command.out is not None:
+        line = shlex.join(["python", "-m", "dsmini.diagnose", *args])
         with _written(command.out):
-            write_text(command.out / "diagnosis.html", found.report.html())
-            write_json(command.out / "diagnosis.json", found.record)
+            page = report_of(found, line, card(pick_device("auto"))).html()
+            write_text(command.out / "diagnosis.html", page)
+            write_json(command.out / "diagnosis.json", record)
         say(console, f"written  {command.out / 'diagnosis.html'}")
     return 130 if found.stopped else 0
 
@@ -116,25 +122,16 @@ def _written(out: Path) -> Iterator[None]:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}; choose another folder") from None
 
 
-def _answer(command: DiagnoseCommand, line: str, bar: Progress) -> "DiagnosisAnswer":
+def _answer(command: DiagnoseCommand, bar: Progress) -> "Diagnosis":
     """Diagnose what the command asks for."""
-    from dsmini.diagnosis.answer import answer
+    from dsmini.diagnosis.diagnosis import answer
 
     def on_part(share: float, what: str) -> None:
         bar.label = what
         bar.update(share)
 
-    return answer(
-        command.what,
-        work=command.work,
-        context=command.context,
-        batch=command.batch,
-        quick=command.quick,
-        rounds=command.rounds,
-        only=command.only,
-        command=line,
-        on_part=on_part,
-    )
+    asked = {name: value for name, value in vars(command).items() if name not in ("out", "json")}
+    return answer(**asked, on_part=on_part)
 
 
 if __name__ == "__main__":

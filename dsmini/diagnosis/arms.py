@@ -21,14 +21,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from dsmini.measure.turns import LEAST_TURNS, Estimate, Turns, in_turns, mean_of, median_of, reported
+from dsmini.reading import read_toml
 
 Axis = Literal["Data", "Algorithm", "Machine"]
+Work = Literal["training", "decoding"]
 AXES: tuple[Axis, ...] = ("Data", "Algorithm", "Machine")
 Step = Callable[[float], float]
 """Takes one step. It is told the seconds of this turn's plain step, and returns the seconds of its own."""
+Apply = Callable[[], AbstractContextManager[Step]]
+"""Changes the work until the context ends, and yields what takes a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +42,7 @@ class Arm:
     """A step with one thing changed."""
 
     name: str
-    apply: Callable[[], AbstractContextManager[Step]]
-    """Changes the work until the context ends, and yields what takes a step."""
+    apply: Apply
     axis: Axis = "Machine"
     words: str = ""
     """The change in words."""
@@ -60,6 +65,17 @@ class Arm:
     """Place on the axis of a plot; None for a bar."""
     line: str = "measured"
     """Name of the line on which the place is."""
+
+
+@cache
+def words() -> dict[str, Any]:
+    """Return the words of arms and evidence by work and name."""
+    return read_toml(Path(__file__).with_name("words.toml"))
+
+
+def arm_of(work: Work, name: str, apply: Apply, **more: Any) -> Arm:
+    """Return the arm of that name, with its axis and its words."""
+    return Arm(name=name, apply=apply, **words()[work][name], **more)
 
 
 @dataclass(kw_only=True)

@@ -11,12 +11,12 @@ It is an estimate: other programs cannot be stopped to see.
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from dsmini.diagnosis.arms import Arm
+from dsmini.diagnosis.arms import Step
 from dsmini.measure.calibration import steadiness
 from dsmini.measure.cpu_time import CpuTimes
 from dsmini.measure.rates import Roofs
@@ -59,17 +59,10 @@ def watch(roofs: Roofs | None, device: torch.device) -> Callable[[], Contention]
     return end
 
 
-def quiet_arm(latest: Callable[[], Contention], advice: str) -> Arm:
-    """Return the arm without other programs, which takes no steps of its own.
+def quiet(seen: Contention) -> AbstractContextManager[Step]:
+    """Return the context of an arm without other programs, which takes no steps of its own.
 
     Args:
-        latest: returns what others took in the plain steps of this turn.
+        seen: what others took in the plain steps of this turn.
     """
-    return Arm(
-        name="quiet_machine",
-        words="other programs take nothing; estimated",
-        advice=advice,
-        apply=lambda: nullcontext(lambda base: base * (1 - latest().loss)),
-        uncounted=0,
-        counted=1,
-    )
+    return nullcontext(lambda base: base * (1 - seen.loss))

@@ -25,13 +25,23 @@ guessing gains 19 %. At 20 % accepted it takes 10.8 ms, and guessing loses 8 %. 
 the text and on the training, not on the machine. So it is counted on its own, in a short greedy generation.
 
 Source: DeepSeek-V3 report, section 5.4.3 (85 to 90 % accepted).
+
+Predictions price the operations of a step that runs dry (measure/forecast.py). Two parts are not in these rates:
+Python, which is most of a short step, and attention with heads of other sizes. A model with as many blocks, experts and
+heads, but only WIDTH wide, tells both. It is timed after `low` and `high` cached tokens, and priced in the same way:
+
+    slope = (T(narrow, high) - T(narrow, low)) / (high - low)
+    T(t)  = T(narrow, low) + price(low) - price(narrow, low) + slope (t - low)
+
+Worked example: a narrow model takes 0.45 ms after 63 tokens, 0.20 by its price, and 0.57 ms after 1023: 0.125 us a
+token. A price of 0.31 ms predicts 0.45 + 0.11 = 0.56 ms after 63 tokens, and 1.32 ms after 6143.
 """
 
 import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -41,29 +51,36 @@ from dsmini import accounting, ops
 from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.config import ModelConfig
 from dsmini.diagnosis import decoding_steps as steps
-from dsmini.diagnosis.arms import Arm, Axis, Step
-from dsmini.diagnosis.contention import Contention, cores, quiet_arm, watch
-from dsmini.diagnosis.decoding_prices import DecodingPrices
+from dsmini.diagnosis.arms import Arm, Step, arm_of
+from dsmini.diagnosis.contention import Contention, cores, quiet, watch
 from dsmini.diagnosis.decoding_steps import Point, Variant, timed
 from dsmini.diagnosis.findings import Finding, finding, other_programs
 from dsmini.diagnosis.loading import DecodedModel
-from dsmini.diagnosis.prices import threads_put_back
+from dsmini.diagnosis.prices import seconds_with_threads, threads_put_back
+from dsmini.diagnosis.training import no_more_threads
 from dsmini.inference import Generation
 from dsmini.inference.generation import prefill
 from dsmini.inference.sampling import likeliest
-from dsmini.measure.forecast import Forecast
-from dsmini.measure.rates import Roofs
+from dsmini.measure.forecast import Forecast, forecast
 from dsmini.measure.step_rates import Rates
-from dsmini.measure.turns import Estimate
-from dsmini.measure.workloads import ROOM, StepDtype, dtype_name
+from dsmini.measure.turns import Estimate, in_turns, reported
+from dsmini.measure.workloads import ROOM, StepDtype, StepShape, dtype_name
 from dsmini.nn import Transformer
+from dsmini.nn.cache import KEY_STEP
 
 MOST_CONTEXT = 4096
 """Largest number of cached tokens where none is asked for: more take long to read."""
 PROMPT, NEW_TOKENS, SECONDS = 64, 96, 4.0
 """Most tokens of a prompt, most new tokens, and seconds after which the counting of accepted guesses ends."""
 Z_95 = 1.96
-LEAVE_A_CORE = "Stop other programs, or leave them a core."
+WIDTH = 16
+"""Width of all that is narrow in a narrow model."""
+TURNS = 8
+"""Turns of a narrow model, of which the fastest counts."""
+LEAST = 0.05
+"""Least share of its price that a step takes, whatever narrow models say."""
+LONGEST = 1024
+"""Most tokens after which narrow models are timed, the new one included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +177,16 @@ class DecodingSubject:
         self.prices = None if rates is None else DecodingPrices(self, rates)
         return decoding_arms(self, self.prices)
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What is diagnosed, in words."""
+        weights = f"{self.weight_dtype}{'' if self.trained else ', random weights'}"
+        return {
+            "step": f"1 token of each of {self.batch} sequences, {self.context} tokens in the cache of each",
+            "weights": f"{weights}, products and cache: {self.compute_dtype}, threads: {torch.get_num_threads()}",
+            "text": self.source,
+        }
+
     def forecast(self) -> Forecast | None:
         """Return the forecast of a plain step; None without rates."""
         return None if self.prices is None else self.prices.forecast()
@@ -180,12 +207,12 @@ class DecodingSubject:
 
     def look_back(self) -> list[Finding]:
         """Return findings of the plain steps that were taken."""
-        return [other_programs(self.turns[1:] or self.turns, LEAVE_A_CORE)] if self.turns else []
+        return [other_programs(self.turns[1:] or self.turns, "decoding")] if self.turns else []
 
     @contextmanager
-    def plain(self, roofs: Roofs | None) -> Iterator[Step]:
+    def plain(self) -> Iterator[Step]:
         """Yield plain steps, and note what others took meanwhile."""
-        ended = watch(roofs, self.device)
+        ended = watch(None if self.prices is None else self.prices.rates.roofs, self.device)
         yield lambda _base: self.seconds()
         self.turns.append(ended())
 
@@ -220,6 +247,89 @@ def _rows(text: Tensor | None, vocab_size: int, batch: int, context: int) -> lis
         return torch.randint(vocab_size, (batch, context), generator=generator).tolist()
     whole = text.repeat(math.ceil(batch * context / len(text)))
     return whole[: batch * context].view(batch, context).tolist()
+
+
+# --- predictions
+
+
+class DecodingPrices:
+    """Forecasts of a subject's steps, each made once."""
+
+    def __init__(self, subject: DecodingSubject, rates: Rates) -> None:
+        self.subject, self.rates = subject, rates
+        self.low, self.high = ends_of(subject.config)
+        self.narrow: dict[tuple[Variant, int], tuple[float, float]] = {}
+        """What narrow models tell, by variant and batch."""
+        self.known: dict[tuple[Variant, int, int], Forecast] = {}
+
+    def seconds(self, variant: Variant = steps.PLAIN, batch: int | None = None, context: int | None = None) -> float:
+        """Return the forecast seconds of a variant's step; None: at the subject's batch and context."""
+        return self.forecast(variant, batch, context).seconds
+
+    def forecast(
+        self, variant: Variant = steps.PLAIN, batch: int | None = None, context: int | None = None
+    ) -> Forecast:
+        """Return the forecast of a variant's step; None: at the subject's batch and context."""
+        point = Point(batch=batch or self.subject.batch, context=context or self.subject.context)
+        if (key := (variant, point.batch, point.context)) not in self.known:
+            price = self.priced(variant, point.batch, self.subject.config)
+            beyond, slope = self.told(variant, point.batch)
+            parts = dict(price.by_class)
+            parts["calls"] += max(beyond, (LEAST - 1) * price.seconds)
+            parts["cached tokens"] = slope * (variant.at(point).context - self.low)
+            parts = dict(sorted(parts.items(), key=lambda part: -part[1]))
+            seconds = max(LEAST * price.seconds, sum(parts.values()))
+            self.known[key] = replace(price, by_class=parts, seconds=seconds)
+        return self.known[key]
+
+    def priced(self, variant: Variant, batch: int, config: ModelConfig) -> Forecast:
+        """Return the price of a variant's step after few cached tokens."""
+        dtype, point = variant.dtype or self.subject.weight_dtype, Point(batch=batch, context=self.low)
+        shape = StepShape(work="decode", config=config, dtype=dtype, batch=batch, tokens=self.low)
+        at_low = replace(variant, context=None)
+        make = lambda: at_low.steps(like(self.subject, config), point)  # noqa: E731
+        return forecast(shape, self.rates, make, f"{variant.rates_of} {dtype}")
+
+    def told(self, variant: Variant, batch: int) -> tuple[float, float]:
+        """Return the seconds of a narrow model's step beyond its price, and those of one more cached token."""
+        variant = replace(variant, context=None)
+        if (key := (variant, batch)) not in self.narrow:
+            model = like(self.subject, narrow(self.subject.config))
+            ends = {name: Point(batch=batch, context=n) for name, n in (("low", self.low), ("high", self.high))}
+            runs = {name: timed(variant.steps(model, point)) for name, point in ends.items()}
+            taken = in_turns(runs, count=TURNS, clock=reported).seconds
+            low, high = (min(taken[name]) for name in ends)  # other programs only make it slower
+            slope = max(0.0, high - low) / max(1, self.high - self.low)
+            if variant.keeps_attention and (variant.dtype is None or self.subject.compute_dtype == "bfloat16"):
+                slope = self.told(steps.PLAIN, batch)[1]
+            self.narrow[key] = low - self.priced(variant, batch, model.config).seconds, slope
+        return self.narrow[key]
+
+    def threads(self, number: int) -> float:
+        """Return the predicted seconds of a plain step on a number of threads."""
+        return seconds_with_threads(self.forecast(), number, self.rates)
+
+
+def ends_of(config: ModelConfig) -> tuple[int, int]:
+    """Return the numbers of cached tokens after which narrow models are timed, with room for a guess of each depth."""
+    most = min(LONGEST, config.max_seq_len - config.n_mtp_layers)
+    if most < 2 * KEY_STEP:
+        return 1, max(1, most - 1)
+    return KEY_STEP - 1, most // KEY_STEP * KEY_STEP - 1  # whole steps of rows need no mask
+
+
+def like(subject: DecodingSubject, config: ModelConfig) -> Transformer:
+    """Return a random model in the subject's dtypes; made dry, it takes no memory."""
+    with torch.random.fork_rng(devices=[]):
+        model = Transformer(config, compute_dtype=subject.model.compute_dtype)
+    return model.to(subject.device, subject.model.embed.weight.dtype).eval()
+
+
+def narrow(config: ModelConfig) -> ModelConfig:
+    """Return a config with the same blocks, experts and heads, whose matrices are as small as can be."""
+    widths = ("dim", "inter_dim", "moe_inter_dim", "vocab_size")
+    rank = None if config.q_lora_rank is None else min(WIDTH, config.q_lora_rank)
+    return replace(config, q_lora_rank=rank, **{n: min(WIDTH, getattr(config, n)) for n in widths})
 
 
 # --- reasons not to try
@@ -258,25 +368,20 @@ def no_kernels(subject: DecodingSubject) -> str | None:
     return "the model multiplies in simulated FP8" if subject.config.precision == "fp8" else None
 
 
+# --- arms
+
+
 def decoding_arms(subject: DecodingSubject, prices: DecodingPrices | None) -> list[Arm]:
     """Return all arms of decoding, the plain steps first. Without prices nothing is predicted."""
-    c, device, used = subject.config, subject.device, torch.get_num_threads()
+    c, arm = subject.config, partial(arm_of, "decoding")
     experts = None if c.n_dense_layers < c.n_layers else "the model has no routed experts"
     few = "one token has different experts, however they are chosen; try --batch 8"
     one_token = few if subject.batch == 1 else None
-    kernels, all_cores = no_kernels(subject), f"all {used} cores are used already" if used >= cores() else None
-    guesses = no_guesses(subject)
+    kernels, guesses = no_kernels(subject), no_guesses(subject)
+    two_bytes = "the weights have 2 bytes already" if subject.weight_dtype == "bfloat16" else None
 
     def of(
-        name: str,
-        axis: Axis,
-        variant: Variant,
-        words: str,
-        advice: str,
-        *,
-        why_not: str | None = None,
-        reference: Variant | None = None,
-        tokens: float = 1.0,
+        name: str, variant: Variant, why_not: str | None, reference: Variant | None = None, tokens: float = 1.0
     ) -> Arm:
         """Return the arm of a variant, or of its ratio to a reference that runs in the same way."""
 
@@ -288,103 +393,35 @@ def decoding_arms(subject: DecodingSubject, prices: DecodingPrices | None) -> li
             seconds = prices.seconds(variant)
             return seconds if reference is None else prices.seconds() * seconds / prices.seconds(reference)
 
-        return Arm(
-            name=name,
-            axis=axis,
-            words=words,
-            advice=advice,
-            why_not=why_not,
-            apply=lambda: nullcontext(step),
-            predict=None if prices is None else partial(predicted, prices),
-            tokens=tokens,
-        )
+        predict = None if prices is None else partial(predicted, prices)
+        return arm(name, lambda: nullcontext(step), why_not=why_not, predict=predict, tokens=tokens)
 
     return [
-        Arm(
-            name="plain",
-            apply=lambda: subject.plain(None if prices is None else prices.rates.roofs),
-            predict=prices and prices.seconds,
-        ),
-        of(
-            "free_cache",
-            "Machine",
-            steps.FREE_CACHE,
-            "1 cached token in place of all: the rest is not attended to",
-            "Keep contexts shorter, or the cache smaller: fewer kv_lora_rank numbers a token, --cache-dtype fp8.",
-            why_not=None if subject.context > 1 else "there is only 1 cached token",
-        ),
-        of(
-            "expanded_mla",
-            "Algorithm",
-            steps.EXPANDED,
-            "keys and values of all cached tokens are made again, instead of absorbing",
-            "Expand: at so few cached tokens absorbing costs more than it saves.",
-            why_not=no_forms(c),
-            reference=steps.ABSORBED,
-        ),
-        of(
-            "mha_baseline",
-            "Algorithm",
-            steps.MHA,
-            "multi-head attention of as many heads, which caches keys and values of each",
-            'Set model.attention = "mha" where contexts stay this short: it has a larger cache and fewer projections.',
-            why_not=no_mha(c),
-        ),
-        of(
-            "uniform_routing",
-            "Algorithm",
-            steps.UNIFORM,
-            "tokens go to all experts in turn",
-            "Choose experts that more sequences of a batch share, or balance them in training.",
-            why_not=experts or one_token,
-            reference=steps.ROUTED,
-        ),
-        of(
-            "dense_active",
-            "Algorithm",
-            steps.DENSE,
-            "a dense feed-forward with as many active parameters stands in for the experts",
-            "Make fewer and wider experts: routing and small products cost more than they save at this size.",
-            why_not=experts,
-        ),
+        Arm(name="plain", apply=subject.plain, predict=prices and prices.seconds),
+        of("free_cache", steps.FREE_CACHE, None if subject.context > 1 else "there is only 1 cached token"),
+        of("expanded_mla", steps.EXPANDED, no_forms(c), reference=steps.ABSORBED),
+        of("mha_baseline", steps.MHA, no_mha(c)),
+        of("uniform_routing", steps.UNIFORM, experts or one_token, reference=steps.ROUTED),
+        of("dense_active", steps.DENSE, experts),
         of(
             "drafts",
-            "Algorithm",
             steps.DRAFTS,
-            "multi-token prediction guesses, and one step checks all guesses",
-            "Add --speculative to dsmini.generate.",
-            why_not=guesses,
+            guesses,
             tokens=1.0 if guesses or subject.acceptance is None else subject.acceptance.tokens_per_step,
         ),
-        Arm(
-            name="all_threads",
-            words="products run on all cores",
-            advice="Leave train.threads out, so that all cores are used.",
-            why_not=f"products run on {device}" if device.type != "cpu" else all_cores,
-            apply=lambda: subject.threads(cores()),
+        arm(
+            "all_threads",
+            lambda: subject.threads(cores()),
+            why_not=no_more_threads(subject.device, torch.get_num_threads()),
             predict=prices and (lambda: prices.threads(cores())),
         ),
-        of(
-            "bfloat16_weights",
-            "Machine",
-            steps.WEIGHTS["bfloat16"],
-            "weights are held in BF16",
-            "Make a folder in BF16 with python -m dsmini.convert RUN FOLDER --dtype bfloat16, and decode from it.",
-            why_not=kernels or ("the weights have 2 bytes already" if subject.weight_dtype == "bfloat16" else None),
-        ),
-        of(
-            "fp8_weights",
-            "Machine",
-            steps.WEIGHTS["fp8"],
-            "weights inside the blocks are held as FP8 codes with scales",
-            "Make a folder in FP8 with python -m dsmini.convert RUN FOLDER --fp8, and decode with --fp8 keep.",
-            why_not=kernels,
-        ),
+        of("bfloat16_weights", steps.WEIGHTS["bfloat16"], kernels or two_bytes),
+        of("fp8_weights", steps.WEIGHTS["fp8"], kernels),
         Arm(
             name="replay",
             axis="Data",
             why_not="decoding waits for no data: the model makes each token itself",
             apply=lambda: nullcontext(lambda base: base),
         ),
-        quiet_arm(lambda: subject.turns[-1], LEAVE_A_CORE),
+        arm("quiet_machine", lambda: quiet(subject.turns[-1]), uncounted=0, counted=1),
     ]

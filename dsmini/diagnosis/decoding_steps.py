@@ -12,8 +12,8 @@ and the model stays as it is.
 
 import copy
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -22,16 +22,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from dsmini.accounting.kv_cache import mha_twin
-from dsmini.diagnosis.arms import patched
-from dsmini.diagnosis.prices import dense_baseline
-from dsmini.diagnosis.training import uniformly
+from dsmini.diagnosis.training import dense_baseline, uniformly
 from dsmini.inference.fused.decoder import Decoder
 from dsmini.inference.sampling import Sampling, likeliest
 from dsmini.inference.speculative import Drafter, agreed
 from dsmini.measure.workloads import ROOM, StepDtype, random_cache, random_tokens
 from dsmini.nn import Block, Cache, MoE, Rope, Transformer
 from dsmini.nn.attention import Attention
-from dsmini.nn.cache import Form, LayerCache
+from dsmini.nn.cache import Form
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.nn.mtp import MTPChain
 
@@ -60,41 +58,27 @@ Run = Callable[[], object]
 Maker = Callable[[Transformer, Point], Run]
 
 
-def kernel_steps(model: Transformer, point: Point) -> Run:
-    """Return steps as generation takes them: by kernels where they serve, MLA absorbed."""
-    return steps_with(model, filled_cache(model, point), tokens_of(model, point))
+def steps_at(form: Form | None) -> Maker:
+    """Return the maker of steps: by the modules in a form of MLA, or as generation takes them, for None."""
+    return lambda model, point: steps_with(model, filled_cache(model, point), tokens_of(model, point), form)
 
 
-def steps_with(model: Transformer, cache: Cache, tokens: Int[Tensor, "b 1"]) -> Run:
-    """Return steps as generation takes them, with this cache."""
-    decoder, context = Decoder(model), cache.lengths.clone()
+def steps_with(model: Transformer, cache: Cache, tokens: Int[Tensor, "b 1"], form: Form | None = None) -> Run:
+    """Return steps with this cache: as generation takes them, by kernels where they serve and MLA absorbed.
+
+    Args:
+        form: form of MLA of steps by the modules themselves, which have both; None: as generation takes them.
+    """
+    states_of, context = Decoder(model).states if form is None else model.states, cache.lengths.clone()
+    cache.form = form or cache.form
 
     @torch.no_grad()
     def step() -> object:
-        states = decoder.states(tokens, cache)
+        states = states_of(tokens, cache)
         cache.truncate(context)
         return likeliest(model.head(states.normed))
 
     return step
-
-
-def module_steps(form: Form) -> Maker:
-    """Return the maker of steps by the modules themselves, which have both forms of MLA."""
-
-    def make(model: Transformer, point: Point) -> Run:
-        cache, tokens = filled_cache(model, point), tokens_of(model, point)
-        context = cache.lengths.clone()
-
-        @torch.no_grad()
-        def step() -> object:
-            with patched(cache, "form", form):
-                states = model.states(tokens, cache)
-            cache.truncate(context)
-            return likeliest(model.head(states.normed))
-
-        return step
-
-    return make
 
 
 def guessing_steps(model: Transformer, point: Point) -> Run:
@@ -104,7 +88,8 @@ def guessing_steps(model: Transformer, point: Point) -> Run:
     cache = model.new_cache(point.batch, point.context + room, mtp=True)
     mtp = cache.mtp
     assert mtp is not None, "the cache was made with mtp=True"
-    fill([*cache.stores, *mtp.stores], point.context)
+    for store in [*cache.stores, *mtp.stores]:
+        store.data[:, : point.context].normal_(generator=torch.Generator(store.data.device).manual_seed(0))
     lengths = torch.full((point.batch,), point.context)
     live, hidden = [True] * point.batch, [torch.randn_like(each) for each in mtp.last]
 
@@ -130,13 +115,6 @@ def filled_cache(model: Transformer, point: Point) -> Cache:
             if store.data.shape[2] == given.data.shape[2] and given.data.shape[1] >= point.context:
                 store.data[:, : point.context] = given.data[:, : point.context].to(store.data.dtype)
     return cache
-
-
-def fill(stores: Sequence[LayerCache], context: int) -> None:
-    """Write random rows for the first tokens of a cache."""
-    for store in stores:
-        generator = torch.Generator(store.data.device).manual_seed(0)
-        store.data[:, :context].normal_(generator=generator)
 
 
 def tokens_of(model: Transformer, point: Point) -> Int[Tensor, "b 1"]:
@@ -168,7 +146,7 @@ class Variant:
     """Steps of a changed model. The same variant is the same object, so that what is known of it is stored by it."""
 
     change: Callable[[Transformer], Transformer] = lambda model: model
-    make: Maker = kernel_steps
+    make: Maker = field(default=steps_at(None))
     context: int | None = None
     """Number of cached tokens instead of the point's."""
     dtype: StepDtype | None = None
@@ -256,15 +234,14 @@ def with_fp8_weights(model: Transformer) -> Transformer:
 
 PLAIN = Variant()
 FREE_CACHE = Variant(context=1)
-ABSORBED = Variant(make=module_steps("absorbed"), rates_of="prefill")
-EXPANDED = Variant(make=module_steps("expanded"), rates_of="prefill")
-ROUTED = Variant(make=module_steps("auto"), rates_of="prefill")
+ABSORBED = Variant(make=steps_at("absorbed"), rates_of="prefill")
+EXPANDED = Variant(make=steps_at("expanded"), rates_of="prefill")
+ROUTED = Variant(make=steps_at("auto"), rates_of="prefill")
 UNIFORM = Variant(change=with_uniform_routing, make=ROUTED.make, rates_of="prefill")
 MHA = Variant(change=with_mha)
 DENSE = Variant(change=with_dense, keeps_attention=True)
 DRAFTS = Variant(make=guessing_steps)
 WEIGHTS = {
-    "float32": Variant(change=partial(with_weights_in, torch.float32), dtype="float32"),
     "bfloat16": Variant(change=partial(with_weights_in, torch.bfloat16), dtype="bfloat16", keeps_attention=True),
     "fp8": Variant(change=with_fp8_weights, dtype="fp8", keeps_attention=True),
 }

@@ -1,4 +1,4 @@
-"""A diagnosis: predictions first, then arms in turns, then the verdict.
+"""A diagnosis: predictions first, then arms in turns, then the verdict. `answer` is all that the command does.
 
 The predictions are made before any step runs, and shown next to what was measured whatever came out.
 """
@@ -6,19 +6,31 @@ The predictions are made before any step runs, and shown next to what was measur
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-from dsmini.diagnosis.arms import Arm, Axis, Comparison, measure, predict
+from dsmini.diagnosis import evidence
+from dsmini.diagnosis.arms import Arm, Comparison, measure, predict
 from dsmini.diagnosis.decoding import DecodingSubject
 from dsmini.diagnosis.findings import Finding
+from dsmini.diagnosis.loading import decoded_model, training_subject
+from dsmini.diagnosis.pages import Diagnosis
 from dsmini.diagnosis.training import Subject
-from dsmini.diagnosis.verdict import Verdict, best_arms, gains_by_axis, verdict
+from dsmini.diagnosis.verdict import gains_by_axis, verdict
+from dsmini.measure import step_rates
 from dsmini.measure.forecast import Forecast
 from dsmini.measure.step_rates import Rates
-from dsmini.measure.turns import Estimate
 
 OnPart = Callable[[float, str], None]
 MOST_ROUNDS = 60
+SECONDS = {"train": (75.0, 25.0), "decode": (30.0, 18.0)}
+"""Time of the rounds, and that of a quick diagnosis; decoding steps are short."""
+TOTAL_SECONDS = 150.0
+"""Time of predictions, rounds and evidence, so that a command takes less than three minutes where rates are stored. A
+quick diagnosis gathers no evidence."""
+RATES, ROUNDS = 0.3, 0.65
+"""Shares of the progress after which rates are there, and rounds are over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,49 +44,46 @@ class Plan:
     """Names of the arms to try; none: all that apply."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Diagnosis:
-    """Predictions, measurements and conclusions."""
+def answer(
+    what: Path | None,
+    *,
+    work: Literal["train", "decode"] = "train",
+    context: int | None = None,
+    batch: int | None = None,
+    quick: bool = False,
+    rounds: int | None = None,
+    only: Sequence[str] = (),
+    on_part: OnPart = lambda done, what: None,
+) -> Diagnosis:
+    """Diagnose training or decoding by a config, a run or a model's folder; gather evidence in the time that is left.
 
-    compared: Comparison
-    verdict: Verdict
-    findings: Sequence[Finding]
-    not_tried: Mapping[str, str] = field(default_factory=dict)
-    """Reasons by arm."""
-    forecast: Forecast | None = None
-    """Forecast of a plain step that waits for nothing; None without stored rates of this machine."""
+    Args:
+        only: names of the arms to try; none: all that apply.
 
-    @property
-    def gains(self) -> dict[str, Estimate]:
-        """Measured gains by arm."""
-        return self.compared.gains
-
-    @property
-    def seconds(self) -> float:
-        """Median seconds of a plain step."""
-        turns = self.compared.turns
-        return turns.median(self.compared.plain) if turns.seconds else math.nan
-
-    @property
-    def best(self) -> dict[Axis, Arm]:
-        """Arm of each axis with the largest gain."""
-        return best_arms(self.compared)
-
-    @property
-    def faults(self) -> list[Finding]:
-        return [finding for finding in self.findings if finding.is_fault]
-
-    @property
-    def named(self) -> str:
-        """Name of the axis at fault: the one that binds, else that of the first fault that costs no time, else ""."""
-        return self.verdict.axis or next((finding.axis for finding in self.faults), "")
-
-    @property
-    def sentence(self) -> str:
-        """The verdict, with the fault that costs no time, if there is one."""
-        if self.verdict.outcome == "binds" or not self.faults:
-            return self.verdict.sentence
-        return f"{self.faults[0].axis} is at fault: {self.faults[0].sentence} {self.verdict.sentence}"
+    Raises: ValueError for what is none of them, a damaged run, a context longer than the model's, and an arm that does
+        not apply.
+    """
+    on_part(0.0, "reading")
+    subject: Subject | DecodingSubject
+    subject = training_subject(what) if work == "train" else DecodingSubject(decoded_model(what), batch or 1, context)
+    device, rates = subject.device, None
+    if device.type == "cpu" and quick:
+        rates = step_rates.stored_rates(device)
+    elif device.type == "cpu":
+        rates = step_rates.load_or_measure_rates(device, on_part=lambda s, w: on_part(RATES * s, w))
+    plan = Plan(seconds=SECONDS[work][quick], only=only)
+    if rounds is not None:
+        plan = Plan(seconds=math.inf, rounds=rounds, only=only)
+    start, end = time.perf_counter(), 1.0 if quick else ROUNDS
+    found = diagnose(subject, plan, rates, lambda share, part: on_part(RATES + (end - RATES) * share, part))
+    if not quick and not found.compared.stopped:
+        left = TOTAL_SECONDS - (time.perf_counter() - start)
+        found.gathered = evidence.gather(
+            subject, found.seconds, left, lambda share, part: on_part(end + (1 - end) * share, part)
+        )
+    found.of = f"{'decoding, ' if work == 'decode' else ''}{what or 'the default run'}"
+    found.facts = subject.facts
+    return found
 
 
 def diagnose(

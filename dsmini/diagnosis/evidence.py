@@ -1,7 +1,7 @@
 """Evidence: experiments next to the verdict, which do not enter it. Most are arms at several places: a sweep.
 
-    training   timeline, roofline, batch_sweep, threads, dtypes, dense_total
-    decoding   context_slope, batches, threads, weights, roofline
+    training   timeline, roofline, batch_sweep, threads
+    decoding   context_slope, batches, threads, roofline
 
 A sweep over a size fits a line through its arms, all with the same relative error:
 
@@ -13,25 +13,28 @@ takes 220 ms, 13.75 a sequence: 21 % of a token's time goes. From 32 to 64 it is
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
+from dsmini import accounting
 from dsmini.accounting.kv_cache import kv_bytes_per_token, mha_twin
-from dsmini.diagnosis.arms import Arm, Comparison, Step, measure, patched, predict
+from dsmini.diagnosis.arms import Arm, Comparison, Step, measure, patched, predict, words
 from dsmini.diagnosis.contention import cores
-from dsmini.diagnosis.decoding import DecodingSubject, no_forms, no_kernels, no_mha
-from dsmini.diagnosis.decoding_steps import EXPANDED, MHA, PLAIN, WEIGHTS, Point, Variant, timed
+from dsmini.diagnosis.decoding import DecodingSubject, no_forms, no_mha
+from dsmini.diagnosis.decoding_steps import EXPANDED, MHA, PLAIN, Point, Variant, timed
 from dsmini.diagnosis.pages import Gathered, plot_of, sentence_of, table_of
-from dsmini.diagnosis.roofline import decoding_roofline, training_roofline
+from dsmini.diagnosis.roofline import roofline
 from dsmini.diagnosis.training import Stub, Subject
 from dsmini.inference.fused.decoder import MOST_TOKENS
-from dsmini.machine import DTYPES, memory_bytes, slow_bf16
+from dsmini.machine import memory_bytes
+from dsmini.measure.forecast import forecast
 from dsmini.nn.cache import KEY_STEP
-from dsmini.report import Figure, Plot, Section, Series
+from dsmini.report import Plot, Section, Series
 
 LEAST_TURNS, MOST_TURNS = 2, 15
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -42,9 +45,8 @@ CONTEXTS = (0.125, 0.25, 0.5, 0.75, 1.0)
 LONGER = 4
 MOST_MEMORY = 0.25
 """Share of memory that a sweep's largest arm, or all of its caches together, may take."""
-PARTS: Sequence[str] = ("wait", "forward", "backward", "optimizer")
-"""Phases of a step as the trainer tells them; it waits before the first."""
 PHASE_STEPS = 10
+NO_RATES = "this machine's rates are not measured"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +85,7 @@ def gather(
                 continue
             try:
                 section, compared = each.run(share)
-            except (
-                ValueError,
-                RuntimeError,
-                MemoryError,
-            ) as error:  # of memory or rates; the verdict stands without it
+            except (ValueError, RuntimeError, MemoryError) as error:  # the verdict stands without it
                 lines = str(error).splitlines() or [type(error).__name__]
                 found.not_tried[each.name] = f"it failed: {lines[0]}"
                 continue
@@ -106,24 +104,28 @@ def gather(
 
 def sweep(
     name: str,
-    title: str,
-    x: str,
     arms: Sequence[Arm],
     step: float,
-    *,
-    about: str = "",
-    words: Callable[[Comparison], str] = sentence_of,
+    say: Callable[[Comparison], str] = sentence_of,
     why_not: str | None = None,
+    of: str = "",
 ) -> Evidence:
-    """Return the experiment in which arms take turns of one step, the first as the work is."""
+    """Return the experiment in which arms take turns of one step, the first as the work is.
+
+    Args:
+        say: returns the answer in a sentence.
+        of: name of its words; "": that of the experiment.
+    """
+    said = words()["evidence"][of or name]
 
     def run(seconds: float) -> tuple[Section, Comparison]:
         start = time.perf_counter()
         tried = [replace(arm, uncounted=0, counted=1) for arm in affordable(arms, step, seconds)]
         predicted = predict(tried)
         compared = measure(tried, predicted, count=MOST_TURNS, until=start + seconds)
-        shown = {"tables": [table_of(compared)], "plots": [plot_of(compared, title, x)]}
-        return Section(name=name, title=title, finding=words(compared), about=about, **shown), compared
+        shown = {"tables": [table_of(compared)], "plots": [plot_of(compared, said["title"], said["x"])]}
+        section = Section(name=name, title=said["title"], finding=say(compared), about=said["about"], **shown)
+        return section, compared
 
     return Evidence(name=name, why_not=why_not, run=run)
 
@@ -153,16 +155,14 @@ def knee_words(compared: Comparison) -> str:
     return knee + sentence_of(compared)
 
 
-def thread_arms(
-    subject: Subject | DecodingSubject,
-    make: Callable[[int], AbstractContextManager[Step]],
-    price: Callable[[int], float] | None,
-) -> list[Arm]:
-    """Return an arm for each number of threads: powers of two, all cores, and the one in use, which is first."""
+def thread_sweep(
+    subject: Subject | DecodingSubject, make: Callable[[int], AbstractContextManager[Step]], step: float, advice: str
+) -> Evidence:
+    """Return the sweep over numbers of threads: powers of two, all cores, and the one in use, which is first."""
     used, most = torch.get_num_threads(), cores()
-    counts = sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
-    advice = "Set train.threads = {}." if isinstance(subject, Subject) else "Decode with {} threads."
-    return [
+    counts = sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most} - {used})
+    price = None if subject.prices is None else subject.prices.threads
+    arms = [
         Arm(
             name=f"{n} threads",
             apply=partial(make, n),
@@ -172,13 +172,11 @@ def thread_arms(
         )
         for n in (used, *(n for n in counts if n != used))
     ]
-
-
-def no_threads(device: torch.device) -> str | None:
-    """Return why threads cannot be tried; None if they can."""
-    if device.type != "cpu":
-        return f"products run on {device}"
-    return "this process may use one core only" if cores() == 1 else None
+    why_not = "this process may use one core only" if most == 1 else None
+    if subject.device.type != "cpu":
+        why_not = f"products run on {subject.device}"
+    of = "training_threads" if isinstance(subject, Subject) else "decoding_threads"
+    return sweep("threads", arms, step, why_not=why_not, of=of)
 
 
 # --- training
@@ -189,7 +187,6 @@ def training_evidence(subject: Subject, step: float) -> list[Evidence]:
     prices, config, device, rows = subject.prices, subject.config, subject.device, subject.rows
     compiled = "the model is compiled; run without --train.compile" if config.train.compile else None
     on_device = None if device.type == "cpu" else f"on {device} work continues after the call that starts it"
-    no_rates = "this machine's rates are not measured" if prices is None else None
 
     @contextmanager
     def batch_of(n: int) -> Iterator[Step]:
@@ -204,9 +201,8 @@ def training_evidence(subject: Subject, step: float) -> list[Evidence]:
             yield lambda _base: subject.step().seconds
 
     @contextmanager
-    def replayed_with(change: AbstractContextManager[object]) -> Iterator[Step]:
-        """Let steps have their batch in memory, and a change."""
-        with subject.replayed() as step, change:
+    def threads(n: int) -> Iterator[Step]:
+        with subject.replayed() as step, subject.threads(n):
             yield step
 
     sizes = [round(rows * f) for f in FACTORS if rows * f >= config.train.grad_accum]
@@ -223,87 +219,15 @@ def training_evidence(subject: Subject, step: float) -> list[Evidence]:
         )
         for n in (rows, *sizes)
     ]
-    threads = thread_arms(
-        subject,
-        lambda n: replayed_with(subject.threads(n)),
-        prices and (lambda n: prices.threads(n) - prices.wait),
-    )
-    now = config.train.dtype
-    dtypes = [
-        Arm(
-            name=d,
-            apply=lambda d=d: replayed_with(subject.dtype(d)),
-            advice=f'Set train.dtype = "{d}".',
-            predict=prices and partial(prices.computing_in, d),
-        )
-        for d in (now, *(d for d in DTYPES if d != now and not (d == "bfloat16" and slow_bf16(device))))
-    ]
-
-    @contextmanager
-    def dense_total() -> Iterator[Step]:
-        with subject.dense_pair(total=True) as pair:
-            yield lambda _base: pair()[1]
-
-    @contextmanager
-    def routed() -> Iterator[Step]:
-        with subject.replayed():
-            yield lambda _base: subject.forward_backward()
-
-    dense = [
-        Arm(
-            name=name,
-            axis="Algorithm",
-            apply=apply,
-            words=words,
-            predict=prices and partial(prices.all_parameters, at == 1),
-        )
-        for at, (name, apply, words) in enumerate(
-            (
-                ("experts", routed, "a forward and backward with experts"),
-                ("dense, all parameters", dense_total, "one feed-forward has the parameters of all experts of a block"),
-            )
-        )
-    ]
-    in_memory = "Every step has its batch in memory."
     return [
         Evidence(name="timeline", why_not=on_device, run=lambda _: (timeline(subject), None)),
-        Evidence(name="roofline", why_not=compiled or no_rates, run=lambda _: (training_roofline(subject), None)),
-        sweep(
-            "batch_sweep",
-            "What does a token cost in a larger batch?",
-            "sequences",
-            batches,
-            step,
-            words=knee_words,
-            about=f"{in_memory} How much a larger batch teaches is not measured here.",
+        Evidence(
+            name="roofline",
+            why_not=compiled or (None if prices else NO_RATES),
+            run=lambda _: (training_roofline(subject), None),
         ),
-        sweep(
-            "threads",
-            "Which part of a step gets faster with more cores?",
-            "threads",
-            threads,
-            step,
-            why_not=no_threads(device),
-            about=f"{in_memory} Only what waits for arithmetic scales with cores.",
-        ),
-        sweep(
-            "dtypes",
-            "How fast is a step in another dtype?",
-            "dtype",
-            dtypes,
-            step,
-            why_not=compiled or ("this machine multiplies one dtype only" if len(dtypes) < 2 else None),
-            about=in_memory,
-        ),
-        sweep(
-            "dense_total",
-            "What would a dense model with as many parameters cost?",
-            "model",
-            dense,
-            step,
-            why_not=compiled or (None if subject.trainer.model.gates() else "the model has no routed experts"),
-            about="The optimizer is left out: it moves as much in both.",
-        ),
+        sweep("batch_sweep", batches, step, knee_words),
+        thread_sweep(subject, threads, step, "Set train.threads = {}."),
     ]
 
 
@@ -311,12 +235,22 @@ def fits(subject: Subject, rows: int) -> bool:
     """Return if a step of this many sequences fits into memory, by its forecast; without one, up to twice the run's."""
     if rows <= subject.rows or subject.prices is None:
         return rows <= 2 * subject.rows
-    return subject.prices.forecast(rows=rows).process < 2 * MOST_MEMORY * memory_bytes(subject.device)
+    needed = forecast(subject.prices.shape(rows), subject.prices.rates).process
+    return needed < 2 * MOST_MEMORY * memory_bytes(subject.device)
+
+
+def training_roofline(subject: Subject) -> Section:
+    """Return the section of a training step's operations."""
+    assert subject.prices is not None, "without rates there is no roof"
+    c, train = subject.config, subject.config.train
+    how: dict[str, Any] = {"recompute": train.recompute, "dsa_stage": train.dsa_stage}
+    formula = accounting.step_flops(c.model, batch_size=subject.rows, seq_len=c.seq_len, **how).total
+    return roofline(subject.step, subject.prices.rates.roofs, train.dtype, formula)
 
 
 def timeline(subject: Subject) -> Section:
     """Return the section of the seconds in which a step waits, goes forward and backward, and updates."""
-    trainer, totals = subject.trainer, {part: 0.0 for part in PARTS}
+    totals: dict[str, float] = {name: 0.0 for name in ("wait", "forward", "backward", "optimizer")}
     last, name = 0.0, "wait"
 
     def begins(phase: str) -> None:
@@ -326,22 +260,18 @@ def timeline(subject: Subject) -> Section:
         last, name = now, phase
 
     subject.step()
-    with patched(trainer, "phase", begins):
+    with patched(subject.trainer, "phase", begins):
         for _ in range(PHASE_STEPS):
             last, name = time.perf_counter(), "wait"
             subject.step()
             begins("wait")
-    figures = [
-        Figure(question="timeline", case={"part": part}, metric="seconds", unit="s", measured=seconds / PHASE_STEPS)
-        for part, seconds in totals.items()
-    ]
-    bars = [Series(label="measured", x=(), y=[1e3 * (f.measured or 0.0) for f in figures], kind="bars")]
+    ms = {part: 1e3 * seconds / PHASE_STEPS for part, seconds in totals.items()}
+    bars = [Series(label="measured", x=(), y=list(ms.values()), kind="bars")]
     return Section(
         name="timeline",
         title="When does a step wait, compute and update?",
-        finding=f"In ms: {', '.join(f'{part} {1e3 * s / PHASE_STEPS:.1f}' for part, s in totals.items())}.",
-        figures=figures,
-        plots=[Plot(title="A step from its start to its end", x="part", y="ms", series=bars, labels=list(totals))],
+        finding=f"In ms: {', '.join(f'{part} {each:.1f}' for part, each in ms.items())}.",
+        plots=[Plot(title="A step from its start to its end", x="part", y="ms", series=bars, labels=list(ms))],
         about=f"Means of {PHASE_STEPS} steps.",
     )
 
@@ -352,7 +282,7 @@ def timeline(subject: Subject) -> Section:
 def decoding_evidence(subject: DecodingSubject, step: float) -> list[Evidence]:
     """Return all evidence of decoding."""
     prices, c, batch = subject.prices, subject.config, subject.batch
-    room = MOST_MEMORY * memory_bytes(subject.device)
+    made: dict[object, Callable[[], float]] = {}
 
     @contextmanager
     def at(variant: Variant, n: int, context: int) -> Iterator[Step]:
@@ -360,9 +290,7 @@ def decoding_evidence(subject: DecodingSubject, step: float) -> list[Evidence]:
             made[variant, n, context] = timed(variant.steps(subject.model, Point(batch=n, context=context)))
         yield lambda _base: made[variant, n, context]()
 
-    made: dict[object, Callable[[], float]] = {}
-    own = "absorbed" if no_forms(c) is None else c.attention.upper()
-    forms = {own: PLAIN}
+    forms = {"absorbed" if no_forms(c) is None else c.attention.upper(): PLAIN}
     forms |= {"expanded": EXPANDED} if no_forms(c) is None else {}
     forms |= {"MHA": MHA} if no_mha(c) is None else {}
     slopes = [
@@ -378,17 +306,17 @@ def decoding_evidence(subject: DecodingSubject, step: float) -> list[Evidence]:
     ]
 
     def slope_words(compared: Comparison) -> str:
-        words = [f"{1e6 * line_through(compared, form)[1]:.3g} us {form}" for form in forms]
+        each = [f"{1e6 * line_through(compared, form)[1]:.3g} us {form}" for form in forms]
         bound = ""
         if prices is not None:
             nbytes = kv_bytes_per_token(c, 2 if subject.compute_dtype == "bfloat16" else 4)
             least = 1e6 * batch * nbytes / prices.rates.roofs.bandwidth
             bound = f"; reading its {nbytes:,.0f} bytes from memory takes {least:.3g} us"
-        return f"One more cached token costs {', '.join(words)}{bound}."
+        return f"One more cached token costs {', '.join(each)}{bound}."
 
     sizes = [n for n in BATCHES if n <= MOST_TOKENS and n != batch]
     row = kv_bytes_per_token(c, 4) * subject.context
-    while sizes and (batch + sum(sizes)) * row > room:
+    while sizes and (batch + sum(sizes)) * row > MOST_MEMORY * memory_bytes(subject.device):
         sizes.pop()
     batches = [
         Arm(
@@ -402,60 +330,23 @@ def decoding_evidence(subject: DecodingSubject, step: float) -> list[Evidence]:
         )
         for n in (batch, *sizes)
     ]
-    now = subject.weight_dtype
-    weights = [
-        Arm(
-            name=dtype,
-            apply=lambda variant=variant: nullcontext(lambda _base: subject.seconds(variant)),
-            predict=prices and partial(prices.seconds, variant),
-        )
-        for dtype, variant in ({now: PLAIN} | {d: v for d, v in WEIGHTS.items() if d != now}).items()
-    ]
-    threads = thread_arms(subject, subject.threads, prices and prices.threads)
+    no_rates = None if prices else NO_RATES
+    few = "the model allows too few cached tokens for a line" if c.max_seq_len < 16 else None
     return [
-        sweep(
-            "context_slope",
-            "What does one more cached token cost?",
-            "cached tokens",
-            slopes,
-            step,
-            words=slope_words,
-            why_not="the model allows too few cached tokens for a line" if c.max_seq_len < 16 else None,
-            about="Rows of the caches are random. Expanded runs by modules, the others by kernels where they serve: "
-            "slopes can be compared, levels cannot.",
-        ),
-        sweep(
-            "batches",
-            "What does a token cost when more sequences are decoded together?",
-            "sequences",
-            batches,
-            step,
-            words=knee_words,
-            about="Rows of the caches are random, so that experts are chosen as they come.",
-        ),
-        sweep(
-            "threads",
-            "How much faster is a step with more cores?",
-            "threads",
-            threads,
-            step,
-            why_not=no_threads(subject.device),
-        ),
-        sweep(
-            "weights",
-            "How fast is a step with weights of other bytes?",
-            "weights",
-            weights,
-            step,
-            why_not=no_kernels(subject),
-            about="FP8 weights are codes with scales, which kernels read as they lie. Accuracy is not measured here.",
-        ),
-        Evidence(
-            name="roofline",
-            why_not="this machine's rates are not measured" if prices is None else None,
-            run=lambda _: (decoding_roofline(subject), None),
-        ),
+        sweep("context_slope", slopes, step, slope_words, few),
+        sweep("batches", batches, step, knee_words),
+        thread_sweep(subject, subject.threads, step, "Decode with {} threads."),
+        Evidence(name="roofline", why_not=no_rates, run=lambda _: (decoding_roofline(subject), None)),
     ]
+
+
+def decoding_roofline(subject: DecodingSubject) -> Section:
+    """Return the section of a decoding step's operations."""
+    assert subject.prices is not None, "without rates there is no roof"
+    formula = accounting.decode_flops_per_token(subject.config, context=subject.context + 1).total
+    about = " Each block's operations are timed apart, which takes longer than the one call that decodes."
+    roofs = subject.prices.rates.roofs
+    return roofline(subject.run, roofs, subject.compute_dtype, round(subject.batch * formula), about)
 
 
 def contexts_of(subject: DecodingSubject, forms: int) -> list[int]:

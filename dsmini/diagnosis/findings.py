@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsmini.diagnosis.arms import Axis
+from dsmini.diagnosis.arms import Axis, Work, words
 from dsmini.diagnosis.contention import Contention, cores
-from dsmini.measure.forecast import Forecast
 from dsmini.measure.turns import Estimate, mean_of, median_of
 from dsmini.nn import max_violation
 from dsmini.nn.losses import IGNORE
@@ -61,18 +60,11 @@ def finding(
     axis: Axis, name: str, value: float | Estimate, sentence: str, fix: str = "", unit: str = "", is_fault: bool = True
 ) -> Finding:
     """Return the finding of an exact value or an estimate; a fault if there is a fix and `is_fault`."""
-    ends = (value.value, value.low, value.high) if isinstance(value, Estimate) else (value,) * 3
-    fault = is_fault and bool(fix)
+    found = value if isinstance(value, Estimate) else Estimate(value=value, low=value, high=value, turns=1)
+    is_fault = is_fault and bool(fix)
+    ends = {"value": found.value, "low": found.low, "high": found.high}
     return Finding(
-        axis=axis,
-        name=name,
-        value=ends[0],
-        unit=unit,
-        low=ends[1],
-        high=ends[2],
-        is_fault=fault,
-        sentence=sentence,
-        fix=fix if fault else "",
+        axis=axis, name=name, **ends, unit=unit, is_fault=is_fault, sentence=sentence, fix=fix if is_fault else ""
     )
 
 
@@ -107,24 +99,7 @@ def load(steps: Sequence[StepResult]) -> Finding | None:
     return finding("Algorithm", "idle_experts", idle, sentence, fix, is_fault=idle > MOST_IDLE)
 
 
-def imbalance_loss(steps: Sequence[StepResult], forecast: Forecast | None) -> Finding | None:
-    """Return the share of a step that imbalance would cost with each expert on a device of its own.
-
-    loss = time of the experts * (largest load / mean load - 1). In one process nobody waits for the fullest expert.
-    """
-    vios = [step.max_vio for step in steps if step.max_vio is not None]
-    if not vios or forecast is None:
-        return None
-    experts = sum(s for name, s in forecast.by_class.items() if "experts" in name) / forecast.seconds
-    losses = median_of([experts * vio for vio in vios])
-    sentence = (
-        f"With each expert on a device of its own, a step would take {losses.value:.0%} longer than with equal loads: "
-        f"experts take {experts:.0%} of it, and the fullest has {1 + statistics.median(vios):.1f} times the mean load."
-    )
-    return finding("Algorithm", "imbalance_loss", losses, sentence)
-
-
-def other_programs(turns: Sequence[Contention], fix: str) -> Finding:
+def other_programs(turns: Sequence[Contention], work: Work) -> Finding:
     """Return what other programs took of the machine."""
     others, delayed = (statistics.median(getattr(turn, name) for turn in turns) for name in ("others", "delayed"))
     steady = [turn.steadiness for turn in turns if turn.steadiness is not None]
@@ -134,6 +109,7 @@ def other_programs(turns: Sequence[Contention], fix: str) -> Finding:
         f"Other programs keep {others:.1f} of {cores()} cores busy, and a thread of this run is {delayed:.0%} of the "
         f"time without a core.{rates} Others cost about {loss.value:.0%} of a step."
     )
+    fix = words()[work]["quiet_machine"]["advice"]
     return finding("Machine", "other_programs", loss, sentence, fix, is_fault=loss.low > MUCH)
 
 
@@ -142,8 +118,8 @@ def padding(targets: Sequence[Tensor]) -> Finding:
     ignored = sum(int((y == IGNORE).sum()) for y in targets)
     after = sum(int(((y != IGNORE).flip(1).cumsum(1) == 0).sum()) for y in targets)
     n = sum(y.numel() for y in targets)
-    words = f"{ignored / n:.1%} of the {n:,} targets looked at teach nothing"
+    said = f"{ignored / n:.1%} of the {n:,} targets looked at teach nothing"
     if ignored:
-        words += f"; {after / n:.1%} stand after the last one of their row that does, so that their work is for nothing"
+        said += f"; {after / n:.1%} stand after the last one of their row that does, so that their work is for nothing"
     fix = "Pack several documents into a row, or put rows of like length into a batch."
-    return finding("Algorithm", "padding", ignored / n, f"{words}.", fix, "share of targets", is_fault=after / n > MUCH)
+    return finding("Algorithm", "padding", ignored / n, f"{said}.", fix, "share of targets", is_fault=after / n > MUCH)

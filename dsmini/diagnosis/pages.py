@@ -3,13 +3,16 @@
 Every comparison of arms, that of the verdict and those of the evidence, has the same table, plot and record.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dsmini.diagnosis.arms import Arm, Comparison
-from dsmini.diagnosis.diagnosis import Diagnosis
-from dsmini.diagnosis.verdict import percent
+from dsmini.diagnosis.findings import Finding
+from dsmini.diagnosis.verdict import Verdict, best_arms, percent
+from dsmini.measure.forecast import Forecast
+from dsmini.measure.turns import Estimate
 from dsmini.report import Plot, Report, Section, Series, Table
 from dsmini.report.figures import plain
 from dsmini.report.units import plural
@@ -104,9 +107,70 @@ def record_of_arms(compared: Comparison) -> dict[str, Any]:
 # --- the whole
 
 
-def record_of(found: Diagnosis, gathered: Gathered) -> dict[str, Any]:
+@dataclass(kw_only=True)
+class Diagnosis:
+    """Predictions, measurements and conclusions, with the evidence and what was diagnosed."""
+
+    compared: Comparison
+    verdict: Verdict
+    findings: Sequence[Finding]
+    not_tried: Mapping[str, str] = field(default_factory=dict)
+    """Reasons by arm."""
+    forecast: Forecast | None = None
+    """Forecast of a plain step that waits for nothing; None without stored rates of this machine."""
+    gathered: Gathered = field(default_factory=Gathered)
+    of: str = "a run"
+    """What was diagnosed, in words."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """More about it."""
+    warnings: list[str] = field(default_factory=list)
+    """What a reader must know first."""
+
+    @property
+    def gains(self) -> dict[str, Estimate]:
+        """Measured gains by arm."""
+        return self.compared.gains
+
+    @property
+    def stopped(self) -> bool:
+        """It was interrupted."""
+        return self.compared.stopped or self.gathered.stopped
+
+    @property
+    def seconds(self) -> float:
+        """Median seconds of a plain step."""
+        turns = self.compared.turns
+        return turns.median(self.compared.plain) if turns.seconds else math.nan
+
+    @property
+    def faults(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.is_fault]
+
+    @property
+    def named(self) -> str:
+        """Name of the axis at fault: the one that binds, else that of the first fault that costs no time, else ""."""
+        return self.verdict.axis or next((finding.axis for finding in self.faults), "")
+
+    @property
+    def sentence(self) -> str:
+        """The verdict, with the fault that costs no time, if there is one."""
+        if self.verdict.outcome == "binds" or not self.faults:
+            return self.verdict.sentence
+        return f"{self.faults[0].axis} is at fault: {self.faults[0].sentence} {self.verdict.sentence}"
+
+    @property
+    def tries(self) -> list[tuple[Arm, Comparison]]:
+        """Arms that gained, best first: those of the verdict, and those of the evidence, each advice once."""
+        every = (self.compared, *self.gathered.compared.values())
+        tried = [(arm, compared) for compared in every for arm in compared.measured]
+        gained = [(a, compared) for a, compared in tried if a.advice and compared.gains[a.name].value >= LEAST_GAIN]
+        gained.sort(key=lambda pair: -pair[1].gains[pair[0].name].value)
+        return [*{arm.advice: (arm, compared) for arm, compared in reversed(gained)}.values()][::-1]
+
+
+def record_of(found: Diagnosis) -> dict[str, Any]:
     """Return the verdict, each gain with its prediction, what was not tried and why, findings and evidence, as JSON."""
-    compared = found.compared
+    compared, gathered = found.compared, found.gathered
     record = {
         "outcome": found.verdict.outcome,
         "axis": found.verdict.axis,
@@ -130,70 +194,50 @@ def record_of(found: Diagnosis, gathered: Gathered) -> dict[str, Any]:
     return plain(record)  # an open interval has no ends
 
 
-def report_of(
-    found: Diagnosis,
-    gathered: Gathered,
-    title: str,
-    facts: Mapping[str, Mapping[str, str]],
-    command: str,
-    warnings: Sequence[str] = (),
-) -> Report:
+def report_of(found: Diagnosis, command: str = "", machine: Mapping[str, str] | None = None) -> Report:
     """Return the report for a page."""
-    gains = found.gains
-    sections = [_verdict(found), _evidence(found), _to_try(found, gathered), _findings(found), *_step(found)]
+    best = best_arms(found.compared)
+    sections = [_verdict(found), _evidence(found), _to_try(found), _findings(found), *_step(found)]
     return Report(
-        title=title,
+        title=f"Diagnosis of {found.of}",
         lead=found.sentence,
-        sections=[*sections, *gathered.sections, *_not_tried(found, gathered)],
-        warnings=[*warnings, *_interrupted(found, gathered)],
-        highlights=[
-            (percent(gains[arm.name].value), f"{axis}: gain of {arm.name}") for axis, arm in found.best.items()
-        ],
+        sections=[*sections, *found.gathered.sections, *_not_tried(found)],
+        warnings=_warnings(found),
+        highlights=[(percent(found.gains[a.name].value), f"{axis}: gain of {a.name}") for axis, a in best.items()],
         facts_title="What was diagnosed",
-        facts=facts,
+        facts={"The run": found.facts, "The machine": machine or {}},
         command=command,
     )
 
 
-def short_report_of(found: Diagnosis, gathered: Gathered, title: str, warnings: Sequence[str] = ()) -> Report:
+def short_report_of(found: Diagnosis) -> Report:
     """Return what a terminal shows: the verdict, gains, what to try, and faults."""
     whole = table_of(found.compared)
     kept = [whole.columns.index(name) for name in ("made free", "axis", "gain", "predicted")]
     rows = [[row[at] for at in kept] for row in whole.rows if row[1]]
     table = Table(columns=[whole.columns[at] for at in kept], rows=rows, numeric=("gain", "predicted"))
     faults = [[fault.axis, fault.sentence, fault.fix] for fault in found.faults]
-    wrong = Table(columns=("axis", "fault", "what to do first"), rows=faults)
-    return Report(
-        title=title,
-        sections=[
-            replace(_verdict(found), tables=()),
-            replace(_evidence(found), plots=(), tables=[table]),
-            _to_try(found, gathered),
-            Section(
-                name="faults",
-                title="What is wrong?",
-                finding="These faults were seen." if faults else "No fault was seen.",
-                tables=[wrong] if faults else [],
-            ),
-        ],
-        warnings=[*warnings, *_interrupted(found, gathered)],
+    wrong = Section(
+        name="faults",
+        title="What is wrong?",
+        finding="These faults were seen." if faults else "No fault was seen.",
+        tables=[Table(columns=("axis", "fault", "what to do first"), rows=faults)] if faults else [],
     )
+    gains = replace(_evidence(found), plots=(), tables=[table])
+    sections = [_verdict(found), gains, _to_try(found), wrong]
+    return Report(title=f"Diagnosis of {found.of}", sections=sections, warnings=_warnings(found))
 
 
-def _interrupted(found: Diagnosis, gathered: Gathered) -> list[str]:
+def _warnings(found: Diagnosis) -> list[str]:
     if found.compared.stopped:
-        return ["It was interrupted, and rests on the rounds until then."]
-    return ["It was interrupted after the verdict; some evidence is missing."] if gathered.stopped else []
+        return [*found.warnings, "It was interrupted, and rests on the rounds until then."]
+    interrupted = ["It was interrupted after the verdict; some evidence is missing."]
+    return [*found.warnings, *(interrupted if found.gathered.stopped else [])]
 
 
 def _verdict(found: Diagnosis) -> Section:
-    rows = [[axis, percent(found.gains[arm.name]), arm.name, arm.advice] for axis, arm in found.best.items()]
-    return Section(
-        name="verdict",
-        title="What binds?",
-        finding=f"{found.sentence} {found.verdict.decides}".strip(),
-        tables=[Table(columns=("axis", "gain", "by", "what to do where it gains"), rows=rows)],
-    )
+    words = f"{found.sentence} {found.verdict.decides}".strip()
+    return Section(name="verdict", title="What binds?", finding=words)
 
 
 def _evidence(found: Diagnosis) -> Section:
@@ -211,29 +255,20 @@ def _evidence(found: Diagnosis) -> Section:
     )
 
 
-def tries_of(found: Diagnosis, gathered: Gathered) -> list[tuple[Arm, Comparison]]:
-    """Return the arms that gained, best first: those of the verdict, and those of the evidence, each advice once."""
-    tried = [(arm, compared) for compared in (found.compared, *gathered.compared.values()) for arm in compared.measured]
-    gained = [(arm, compared) for arm, compared in tried if arm.advice and compared.gains[arm.name].value >= LEAST_GAIN]
-    gained.sort(key=lambda pair: -pair[1].gains[pair[0].name].value)
-    return [*{arm.advice: (arm, compared) for arm, compared in reversed(gained)}.values()][::-1]
-
-
-def _to_try(found: Diagnosis, gathered: Gathered) -> Section:
+def _to_try(found: Diagnosis) -> Section:
     """Return what gained, best first."""
-    tries = tries_of(found, gathered)
     rows = [
         [arm.name, percent(compared.gains[arm.name]), arm.advice, percent(compared.predicted_gain(arm))]
-        for arm, compared in tries
+        for arm, compared in found.tries
     ]
     table = Table(columns=("try", "gain", "how", "predicted"), rows=rows, numeric=("gain", "predicted"))
     words = NOTHING_GAINS
-    if tries:
-        arm, compared = tries[0]
+    if rows:
+        arm, compared = found.tries[0]
         gain = compared.gains[arm.name]
         would = "would go" if gain.low > 0 else "may go; less than nothing is possible too"
         words = f"First {arm.name}: {percent(gain)} of a token's time {would}."
-    return Section(name="what_to_try", title="What to try, best first?", finding=words, tables=[table] if tries else [])
+    return Section(name="what_to_try", title="What to try, best first?", finding=words, tables=[table] if rows else [])
 
 
 def _findings(found: Diagnosis) -> Section:
@@ -247,7 +282,7 @@ def _step(found: Diagnosis) -> list[Section]:
     """Return the section of the parts of a step, if they were forecast."""
     if found.forecast is None:
         return []
-    parts = found.forecast.by_class
+    parts = found.forecast.by_class  # longest first
     bars = Series(label="forecast", x=(), y=[1e3 * s for s in parts.values()], kind="bars", dashed=True)
     plot = Plot(title="Parts of a step", x="class of operations", y="ms", series=[bars], labels=list(parts))
     largest = max(parts, key=lambda name: parts[name])
@@ -256,9 +291,9 @@ def _step(found: Diagnosis) -> list[Section]:
     return [Section(name="step", title="What does a step consist of?", finding=words, plots=[plot])]
 
 
-def _not_tried(found: Diagnosis, gathered: Gathered) -> list[Section]:
+def _not_tried(found: Diagnosis) -> list[Section]:
     """Return the section of what was not tried; none if all was."""
-    rows = [[name, why] for name, why in {**found.not_tried, **gathered.not_tried}.items()]
+    rows = [[name, why] for name, why in {**found.not_tried, **found.gathered.not_tried}.items()]
     table = Table(columns=("not tried", "why"), rows=rows)
     words = f"{len(rows)} of the experiments {'does' if len(rows) == 1 else 'do'} not apply, or had no time."
     return [Section(name="not_tried", title="What was not tried?", finding=words, tables=[table])] if rows else []

@@ -1,4 +1,4 @@
-"""Findings in the text of a run: copies inside it, copies that were held out, what its frequencies alone tell.
+"""Findings in the text of a run: copies inside it, and copies that were held out.
 
 Repeated text is worth less than its size: up to four epochs are nearly as good as fresh text, and with more the value
 of another epoch falls to nothing (Muennighoff et al., "Scaling Data-Constrained Language Models", 2023). A copied
@@ -18,9 +18,10 @@ in a row hold the same 200 bytes eleven times.
 
 The hash of the passage of n tokens at i is a polynomial in an odd base B, modulo 2^64, of its mixed tokens x:
 
-    hash(i) = x[i] + x[i+1] B + ... + x[i+n-1] B^(n-1)  =  (P[i+n] - P[i]) B^-i     P[i] = sum of x[j] B^j, j < i
+    hash(i) = x[i] + x[i+1] B + ... + x[i+n-1] B^(n-1)
 
-So one running sum gives all hashes. Passages that differ in one token never share a hash, because B is odd and the
+A passage of a + b tokens is one of a and one of b: hash_(a+b)(i) = hash_a(i) + B^a hash_b(i+a). So passages of 1, 2, 4,
+8, ... tokens give all others. Passages that differ in one token never share a hash, because B is odd and the
 mixing loses nothing. Others share one with a chance of about 2^-64: in a text of 2^24 tokens there are 2^47 pairs, and
 the chance of a single false match is 2^-17, less than 1 in 100,000. Of a longer text the first 2^24 tokens are read.
 
@@ -28,18 +29,14 @@ Source: 50 tokens in a row are what Lee et al., "Deduplicating Training Data Mak
 section 4.2, call a duplicate; their tokens have about 4 bytes.
 """
 
-from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dsmini.data.cache import forget
 from dsmini.data.corpus import Corpus
 from dsmini.diagnosis.findings import Finding, finding
-from dsmini.diagnosis.labels import label_damage
 
 PASSAGE_BYTES = 200
 """Bytes of a passage: 50 tokens of 4 bytes. Source: Lee et al. 2022, section 4.2. Bytes, so that tokenizers compare."""
@@ -47,8 +44,6 @@ MOST_READ = 1 << 24
 """Tokens that are compared: one to three seconds and 440 MB on one core."""
 MOST_HELD_OUT = 1 << 20
 """Held-out tokens whose passages are looked for."""
-BLOCK = 1 << 14
-"""Tokens that are read and hashed together: they fit in the processor's cache."""
 DUPLICATES = 0.3
 """Share of copied training tokens that is a fault: above every text of the table that was not copied by design."""
 LEAK = 0.1
@@ -56,11 +51,6 @@ LEAK = 0.1
 default corpus has 2%."""
 _BASE = 0x9E3779B97F4A7C15
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
-
-
-def text_findings(corpus: Corpus, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Finding]:
-    """Return all findings of a text and its batches."""
-    return [duplicates(corpus), held_out_leak(corpus), label_damage(batches), unigram_entropy(corpus)]
 
 
 def passage_tokens(corpus: Corpus) -> int:
@@ -103,25 +93,6 @@ def held_out_leak(corpus: Corpus) -> Finding:
     return finding("Data", "held_out_leak", share, sentence, fix, "share of tokens", is_fault=share > LEAK)
 
 
-def unigram_entropy(corpus: Corpus) -> Finding:
-    """Return the entropy of the training tokens' frequencies in nats a token; a figure, never a fault.
-
-    A model that knows these frequencies and nothing else has this loss. Counts of n tokens of K kinds give about
-    (K - 1) / 2n nats too little, which is added (Miller 1955).
-    """
-    text = corpus.train[:MOST_READ]
-    counts = np.bincount(text)
-    counts = counts[counts > 0]
-    n = len(text)
-    value = float(np.log(n) - (counts * np.log(counts)).sum() / n) + (len(counts) - 1) / (2 * n)
-    sentence = (
-        f"A model that knows only how frequent each token is would have a loss of {value:.3f} nats a token "
-        f"(counted in {_read(text, corpus.train)} training tokens)."
-    )
-    forget(corpus.train)
-    return finding("Data", "unigram_entropy", value, sentence, unit="nats a token")
-
-
 def _read(part: NDArray[Any], whole: NDArray[Any]) -> str:
     if len(part) == len(whole):
         return f"all {len(whole):,}"
@@ -133,23 +104,28 @@ def _read(part: NDArray[Any], whole: NDArray[Any]) -> str:
 
 def passage_hashes(tokens: NDArray[Any], length: int) -> NDArray[np.uint64]:
     """Return the hash of each passage of this length: length - 1 fewer than tokens, or none."""
-    out = np.empty(max(0, len(tokens) - length + 1), dtype=np.uint64)
-    for at in range(0, len(out), BLOCK):
-        part = _hash_block(tokens[at : at + BLOCK + length - 1], length)
-        out[at : at + len(part)] = part
-    return out
+    if len(tokens) < length:
+        return np.empty(0, dtype=np.uint64)
+    piece = (tokens.astype(np.uint64) + np.uint64(1)) * _MIX  # of `span` tokens: 1, 2, 4, ...
+    piece ^= piece >> np.uint64(32)
+    whole, done, span = np.zeros(len(tokens) + 1, dtype=np.uint64), 0, 1  # of `done` tokens
+    while True:
+        if length & span:
+            whole = whole[: len(piece) - done] + piece[done:] * np.uint64(pow(_BASE, done, 1 << 64))
+            done += span
+        if done == length:
+            return whole
+        piece = piece[:-span] + piece[span:] * np.uint64(pow(_BASE, span, 1 << 64))
+        span *= 2
 
 
 def repeated(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Return for each hash if another one is equal.
-
-    The hashes are first sorted by their top byte, so that the tables of a part fit in the processor's cache.
-    """
-    top = (hashes >> np.uint64(56)).astype(np.uint8)
-    order = np.argsort(top, kind="stable")  # a radix sort
-    out = np.empty(len(hashes), dtype=bool)
-    for part in np.split(order, np.cumsum(np.bincount(top, minlength=256))[:-1]):
-        out[part] = _repeated_part(hashes[part])
+    """Return for each hash if another one is equal."""
+    order = np.argsort(hashes)
+    ordered = hashes[order]
+    same = ordered[1:] == ordered[:-1]
+    out = np.zeros(len(hashes), dtype=bool)
+    out[order[1:][same]] = out[order[:-1][same]] = True
     return out
 
 
@@ -170,47 +146,3 @@ def covered(starts: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
     ended = np.zeros(n, dtype=np.int32)
     ended[length:] = begun[1 : n - length + 1]
     return begun[1:] > ended
-
-
-def _hash_block(tokens: NDArray[Any], length: int) -> NDArray[np.uint64]:
-    powers, inverse = _powers(BLOCK + length)
-    x = tokens.astype(np.uint64) + np.uint64(1)
-    x *= _MIX
-    x ^= x >> np.uint64(32)
-    x *= powers[: len(x)]
-    total = np.zeros(len(x) + 1, dtype=np.uint64)
-    np.cumsum(x, out=total[1:])
-    return (total[length:] - total[:-length]) * inverse[: len(total) - length]
-
-
-@cache
-def _powers(n: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Return the powers 0 .. n - 1 of the base and of its inverse, modulo 2^64."""
-    both = []
-    for base in (_BASE, pow(_BASE, -1, 1 << 64)):
-        factors = np.full(n, base, dtype=np.uint64)
-        factors[0] = 1
-        both.append(np.cumprod(factors))
-    return both[0], both[1]
-
-
-def _repeated_part(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Each hash writes its place into a slot of a table. All equal hashes share a slot, and read there who wrote last.
-
-    A slot may hold several hashes: those that were not equal to the last one meet again in another table.
-    """
-    out = np.zeros(len(hashes), dtype=bool)
-    places, left, factor = np.arange(len(hashes)), hashes, _BASE
-    while len(places):
-        bits = len(places).bit_length() + 1
-        slots = ((left * np.uint64(factor)) >> np.uint64(64 - bits)).astype(np.int64)
-        table = np.empty(1 << bits, dtype=np.int64)
-        table[slots] = places
-        others = np.flatnonzero(table[slots] != places)
-        last = table[slots[others]]
-        equal = hashes[last] == left[others]
-        out[last[equal]] = True
-        out[places[others[equal]]] = True
-        others = others[~equal]
-        places, left, factor = places[others], left[others], factor + 2
-    return out

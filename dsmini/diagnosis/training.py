@@ -2,20 +2,30 @@
 
     replay            Data       every step takes the same batch, which is in memory
     uniform_routing   Algorithm  all experts get equally many tokens
-    dense_active      Algorithm  a dense feed-forward with as many active parameters stands in for the experts
+    dense_active      Algorithm  a dense feed-forward with as many active parameters
     all_threads       Machine    products run on all cores
     fastest_dtype     Machine    products run in the dtype that this machine multiplies fastest
     quiet_machine     Machine    other programs take nothing (contention.py)
 
 Data binds by what its arm saves, within what the plain steps of the same turn have seen: at least the time that they
 waited, and at most that and the CPU time in which batches were prepared, since threads that prepare take a core from
-the products. The other arms leave the wait as it is. Waiting comes in stalls, so that its mean counts, not its median.
+the products. The other arms leave the wait as it is, and gain no more than what is not waited. Waiting comes in stalls,
+so that its mean counts, not its median.
 
     T - waited - preparing  <=  T_replay  <=  T - waited
 
 Without routing, each mixture of experts is a dense feed-forward with as many active parameters. Both do the same
 multiplications, so the difference is what routing costs: choosing, sorting, many small products. The optimizer is left
 out, as it moves all experts, also those that no token has chosen.
+
+Predictions are made before any step runs. A forecast of this machine prices the operations of a step. A batch is timed
+alone, without the model: its seconds, and the CPU seconds among them. A thread that prepares batches takes these from
+the products, whose threads all wait for the one that shares its core:
+
+    wait = max(CPU seconds of a batch where products use all cores, seconds of a batch / workers - computing)
+
+and is all of the batch's seconds without workers. A plain step takes computing + wait, and the wait stays in all arms
+but the one that replays a batch.
 """
 
 import dataclasses
@@ -28,23 +38,23 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from dsmini.config import RunConfig
-from dsmini.diagnosis.arms import Arm, Step, patched
-from dsmini.diagnosis.contention import Contention, cores, quiet_arm, watch
-from dsmini.diagnosis.findings import Finding, imbalance_loss, load, other_programs, padding, waiting
-from dsmini.diagnosis.prices import TrainingPrices, dense_baseline, fastest_dtype, threads_put_back
-from dsmini.diagnosis.texts import text_findings
-from dsmini.machine import DTYPES
-from dsmini.measure.forecast import Forecast
-from dsmini.measure.rates import Roofs
+from dsmini.config import ModelConfig, RunConfig
+from dsmini.diagnosis.arms import Arm, Step, arm_of, patched
+from dsmini.diagnosis.contention import Contention, cores, quiet, watch
+from dsmini.diagnosis.findings import Finding, load, other_programs, padding, waiting
+from dsmini.diagnosis.labels import label_damage
+from dsmini.diagnosis.prices import seconds_with_threads, threads_put_back
+from dsmini.diagnosis.texts import duplicates, held_out_leak
+from dsmini.machine import DTYPES, pick_dtype
+from dsmini.measure.forecast import Forecast, forecast
 from dsmini.measure.step_rates import Rates
-from dsmini.nn import Block, Gate, Routing
+from dsmini.measure.workloads import StepDtype, StepShape
+from dsmini.nn import Block, FeedForward, Gate, Routing
 from dsmini.training.schedule import batch_size
 from dsmini.training.trainer import StepResult, Trainer
 
 BATCHES = 4
-"""Batches whose targets are looked at."""
-STOP_OTHERS = "Stop other programs, or leave them a core and set train.threads to the rest."
+"""Batches whose targets are looked at, and which are timed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +105,17 @@ class Subject:
     def arms(self, rates: Rates | None) -> list[Arm]:
         """Return all arms, plain steps first."""
         self.prices = None if rates is None else TrainingPrices(self, rates)
-        return training_arms(self, rates, self.prices)
+        return training_arms(self, self.prices)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What is diagnosed, in words."""
+        return {
+            "batch": f"{self.rows} x {self.config.seq_len} tokens",
+            "products": f"{self.config.train.dtype}, threads: {torch.get_num_threads()}",
+            "text": self.trainer.corpus.source,
+            "weights": f"after step {self.at}" if self.at else "random",
+        }
 
     def forecast(self) -> Forecast | None:
         """Return the forecast of a step that waits for nothing; None without rates."""
@@ -104,18 +124,18 @@ class Subject:
     def look(self) -> list[Finding]:
         """Return findings of the text and of the first batches."""
         batches = [self.trainer.loader.prepared((i * self.rows, self.rows)) for i in range(BATCHES)]
-        return [*text_findings(self.trainer.corpus, batches), padding([targets for _, targets in batches])]
+        corpus = self.trainer.corpus
+        of_batches = [label_damage(batches), padding([targets for _, targets in batches])]
+        return [duplicates(corpus), held_out_leak(corpus), *of_batches]
 
     def look_back(self) -> list[Finding]:
         """Return findings of the plain steps that were taken."""
-        steps = [step for turn in self.seen for step in turn.steps]
-        found = [
+        idle = load([step for turn in self.seen for step in turn.steps])
+        return [
             waiting([turn.waited for turn in self.seen], [turn.seconds for turn in self.seen]),
-            load(steps),
-            imbalance_loss(steps, self.forecast()),
-            other_programs([turn.contention for turn in self.seen], STOP_OTHERS),
+            *([] if idle is None else [idle]),
+            other_programs([turn.contention for turn in self.seen], "training"),
         ]
-        return [each for each in found if each is not None]
 
     def step(self) -> StepResult:
         """Take one optimizer step, and return to the same place of the schedules."""
@@ -128,13 +148,8 @@ class Subject:
         start = time.perf_counter()
         self.trainer.forward_backward(self.rows)
         seconds = time.perf_counter() - start
-        for optimizer in self.trainer.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.trainer.model.zero_grad(set_to_none=True)
         return seconds
-
-    def blocks(self) -> Iterator[Block]:
-        """Yield all blocks with a mixture of experts, those of multi-token prediction too."""
-        yield from (m for m in self.trainer.model.modules() if isinstance(m, Block) and hasattr(m.ffn, "gate"))
 
     @cached_property
     def one_batch(self) -> tuple[Tensor, Tensor]:
@@ -142,8 +157,9 @@ class Subject:
         return self.trainer.loader.prepared((self.trainer.sequences, self.rows))
 
     @contextmanager
-    def plain(self, roofs: Roofs | None) -> Iterator[Step]:
+    def plain(self) -> Iterator[Step]:
         """Yield plain steps, and add a turn of what was seen of them."""
+        roofs = None if self.prices is None else self.prices.rates.roofs
         steps, cpu, ended = list[StepResult](), list[float](), watch(roofs, self.device)
         prepared = self.trainer.loader.prepared
 
@@ -181,6 +197,14 @@ class Subject:
             yield lambda _base: self.step().seconds
 
     @contextmanager
+    def replay(self) -> Iterator[Step]:
+        """Let every step take the same batch; its seconds are within what plain steps have seen."""
+        with self.replayed() as step:
+            seen = self.turns[-1]
+            most = seen.seconds - seen.waited
+            yield lambda base: min(max(step(base), most - seen.preparing), most)
+
+    @contextmanager
     def threads(self, number: int) -> Iterator[Step]:
         """Let products run on a number of cores."""
         with threads_put_back():
@@ -208,42 +232,24 @@ class Subject:
     @contextmanager
     def dense(self) -> Iterator[Step]:
         """Let a dense feed-forward stand in for each mixture of experts, forward and backward."""
-        with self.dense_pair() as pair:
-
-            def step(base: float) -> float:
-                routed, dense = pair()
-                # the pair may have had a slower moment than the plain step, of which it is a part
-                return base - min(base, routed) * (1 - dense / routed)
-
-            yield step
-
-    @contextmanager
-    def dense_pair(self, total: bool = False) -> Iterator[Callable[[], tuple[float, float]]]:
-        """Yield what takes a forward and backward with experts and one without, and returns both seconds.
-
-        Args: as of dense_baseline.
-        """
-        blocks = list(self.blocks())
+        blocks = routed_blocks(self.trainer.model)
         routed: list[nn.Module] = [block.ffn for block in blocks]
-        plain: list[nn.Module] = [dense_baseline(self.config.model, total).to(self.device) for _ in blocks]
+        plain = [dense_baseline(self.config.model).to(self.device) for _ in blocks]
 
-        def put(parts: Sequence[nn.Module]) -> None:
-            for block, part in zip(blocks, parts, strict=True):
-                block.ffn = part
-
-        def pair() -> tuple[float, float]:
+        def step(base: float) -> float:
             with_routing = self.forward_backward()
-            put(plain)
+            for block, part in zip(blocks, plain, strict=True):
+                block.ffn = part
             try:
                 without = self.forward_backward()
-                for part in plain:
-                    part.zero_grad(set_to_none=True)
             finally:
-                put(routed)
-            return with_routing, without
+                for block, part in zip(blocks, routed, strict=True):
+                    block.ffn = part
+            # the pair may have had a slower moment than the plain step, whose computing it is a part of
+            return base - min(base - self.turns[-1].waited, with_routing) * (1 - without / with_routing)
 
         with self.replayed():  # neither side waits
-            yield pair
+            yield step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +257,17 @@ class Stub:
     """The part of a loader that a trainer asks for."""
 
     take: Callable[..., tuple[Tensor, Tensor]]
+
+
+def routed_blocks(model: nn.Module) -> list[Block]:
+    """Return all blocks with a mixture of experts, those of multi-token prediction too."""
+    return [m for m in model.modules() if isinstance(m, Block) and hasattr(m.ffn, "gate")]
+
+
+def dense_baseline(config: ModelConfig) -> FeedForward:
+    """Make the dense feed-forward with the active parameters of a mixture of experts."""
+    active = config.n_activated_experts + config.n_shared_experts
+    return FeedForward(config, inter_dim=active * config.moe_inter_dim)
 
 
 def uniformly(gate: Gate, forward: Callable[[Tensor], Routing], x: Tensor) -> Routing:
@@ -266,71 +283,128 @@ def uniformly(gate: Gate, forward: Callable[[Tensor], Routing], x: Tensor) -> Ro
     return Routing(indices, weights * gate.options["route_scale"], chosen.scores, counts)
 
 
-def training_arms(subject: Subject, rates: Rates | None, prices: TrainingPrices | None) -> list[Arm]:
+def fastest_dtype(device: torch.device) -> str:
+    """Return the name of the dtype that a device multiplies fastest."""
+    return str(pick_dtype("auto", device)).removeprefix("torch.")
+
+
+# --- predictions
+
+
+class TrainingPrices:
+    """Predicted seconds of a subject's steps. What several of them need is computed once."""
+
+    def __init__(self, subject: Subject, rates: Rates) -> None:
+        self.subject, self.rates = subject, rates
+
+    @cached_property
+    def computing(self) -> Forecast:
+        """Forecast of a step that waits for nothing."""
+        return forecast(self.shape(), self.rates)
+
+    @cached_property
+    def wait(self) -> float:
+        """Seconds that the loader adds to a step."""
+        subject = self.subject
+        return waiting_seconds(*time_batches(subject), self.computing.seconds, subject.config.data.workers)
+
+    def plain(self) -> float:
+        return self.computing.seconds + self.wait
+
+    def dense(self) -> float:
+        """Return the seconds without what routing adds to a forward and backward."""
+        shape, device = self.shape(), torch.device("cpu")
+
+        def put_dense(model: nn.Module) -> None:
+            for block in routed_blocks(model):
+                block.ffn = dense_baseline(shape.config)
+
+        routed, dense = (
+            forecast(shape, self.rates, partial(shape.make, device, change, update=False)).seconds
+            for change in (lambda model: None, put_dense)
+        )
+        return self.plain() - (routed - dense)
+
+    def dtype(self, name: str) -> float:
+        return forecast(self.shape(dtype=name), self.rates).seconds + self.wait
+
+    def batch(self, rows: int) -> float:
+        return forecast(self.shape(rows), self.rates).seconds
+
+    def threads(self, number: int) -> float:
+        """Return the seconds of a step that waits for nothing, on a number of threads."""
+        return seconds_with_threads(self.computing, number, self.rates)
+
+    def shape(self, rows: int | None = None, dtype: str | None = None) -> StepShape:
+        """Return a step of the run with other rows, or another dtype; in FP8 if that is the model's precision."""
+        config = self.subject.config
+        name: StepDtype = "float32" if (dtype or config.train.dtype) == "float32" else "bfloat16"
+        name = "fp8" if config.model.precision == "fp8" else name
+        sizes = {"batch": rows or self.subject.rows, "tokens": config.seq_len}
+        return StepShape(work="training", config=config.model, dtype=name, train=config.train, **sizes)
+
+
+def time_batches(subject: Subject) -> tuple[float, float]:
+    """Return the seconds to prepare a batch, and the CPU seconds: means of a few batches, as a stall counts."""
+    start, busy = time.perf_counter(), time.thread_time()
+    for i in range(BATCHES):
+        subject.trainer.loader.prepared((subject.trainer.sequences + i * subject.rows, subject.rows))
+    return (time.perf_counter() - start) / BATCHES, (time.thread_time() - busy) / BATCHES
+
+
+def waiting_seconds(batch: float, cpu: float, computing: float, workers: int) -> float:
+    """Return what the loader adds to a step.
+
+    Args:
+        batch, cpu: seconds to prepare a batch with nothing else at work, and CPU seconds.
+        computing: seconds of a step that waits for nothing.
+    """
+    if workers == 0:
+        return batch
+    shared = torch.get_num_threads() >= cores()
+    return max(cpu if shared else 0.0, batch / workers - computing)
+
+
+# --- arms
+
+
+def training_arms(subject: Subject, prices: TrainingPrices | None) -> list[Arm]:
     """Return all arms of training, the plain steps first. Without prices nothing is predicted."""
     config, device, used = subject.config, subject.device, torch.get_num_threads()
     fastest = fastest_dtype(device)
     no_experts = None if subject.trainer.model.gates() else "the model has no routed experts"
     compiled = "the model is compiled; run without --train.compile" if config.train.compile else None
     same_dtype = f"{fastest} is the fastest dtype here, and used" if config.train.dtype == fastest else None
-    all_cores = f"all {used} cores are used already" if used >= cores() else None
-
-    @contextmanager
-    def replay() -> Iterator[Step]:
-        with subject.replayed() as step:
-            seen = subject.turns[-1]
-            most = seen.seconds - seen.waited
-            yield lambda base: min(max(step(base), most - seen.preparing), most)
-
+    arm = partial(arm_of, "training")
     return [
-        Arm(
-            name="plain",
-            apply=lambda: subject.plain(None if rates is None else rates.roofs),
-            counted=subject.counted,
+        Arm(name="plain", apply=subject.plain, counted=subject.counted, predict=prices and prices.plain),
+        arm("replay", subject.replay, is_rare=True, predict=prices and (lambda: prices.computing.seconds)),
+        # in one process all experts run on the same cores: only the sum of their tokens counts
+        arm(
+            "uniform_routing",
+            subject.uniform_routing,
+            why_not=compiled or no_experts,
             predict=prices and prices.plain,
         ),
-        Arm(
-            name="replay",
-            axis="Data",
-            words="every step takes the same batch, which is in memory",
-            advice="Prepare batches earlier or faster: raise data.workers, read plain files, tokenize once.",
-            apply=replay,
-            predict=prices and prices.without_waiting,
-            is_rare=True,
+        arm("dense_active", subject.dense, why_not=compiled or no_experts, predict=prices and prices.dense),
+        arm(
+            "all_threads",
+            lambda: subject.threads(cores()),
+            why_not=no_more_threads(device, used),
+            predict=prices and (lambda: prices.threads(cores()) + prices.wait),
         ),
-        Arm(
-            name="uniform_routing",
-            axis="Algorithm",
-            words="all experts get equally many tokens",
-            advice="Balance the experts: raise train.bias_speed, or the weight of the balance loss.",
-            why_not=compiled or no_experts,
-            apply=subject.uniform_routing,
-            predict=prices and prices.plain,  # in one process all experts run on the same cores: only their sum counts
-        ),
-        Arm(
-            name="dense_active",
-            axis="Algorithm",
-            words="a dense feed-forward with as many active parameters stands in for the experts",
-            advice="Make fewer and wider experts, or larger batches, so that each product has more rows.",
-            why_not=compiled or no_experts,
-            apply=subject.dense,
-            predict=prices and prices.dense,
-        ),
-        Arm(
-            name="all_threads",
-            words="products run on all cores",
-            advice="Leave train.threads out, so that all cores are used.",
-            why_not=f"products run on {device}" if device.type != "cpu" else all_cores,
-            apply=lambda: subject.threads(cores()),
-            predict=prices and (lambda: prices.threads(cores())),
-        ),
-        Arm(
-            name="fastest_dtype",
-            words="products run in the dtype that this machine multiplies fastest",
-            advice="Leave train.dtype at auto.",
+        arm(
+            "fastest_dtype",
+            lambda: subject.dtype(fastest),
             why_not=compiled or same_dtype,
-            apply=lambda: subject.dtype(fastest),
             predict=prices and (lambda: prices.dtype(fastest)),
         ),
-        quiet_arm(lambda: subject.turns[-1].contention, STOP_OTHERS),
+        arm("quiet_machine", lambda: quiet(subject.turns[-1].contention), uncounted=0, counted=1),
     ]
+
+
+def no_more_threads(device: torch.device, used: int) -> str | None:
+    """Return why more threads cannot be tried; None if they can."""
+    if device.type != "cpu":
+        return f"products run on {device}"
+    return f"all {used} cores are used already" if used >= cores() else None

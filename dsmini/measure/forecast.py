@@ -12,7 +12,7 @@ by which operations of its class take longer inside a step (step_rates.py). No n
 Simulated: experts are chosen at random, all alike likely.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,15 +44,21 @@ class Forecast:
     """Resident bytes of a process at its peak: `peak`, and what Python, torch and its buffers take."""
 
 
-def forecast(shape: StepShape, rates: Rates) -> Forecast:
+def forecast(
+    shape: StepShape, rates: Rates, make: Callable[[], Callable[[], object]] | None = None, of: str = ""
+) -> Forecast:
     """Forecast a step on the CPU that the rates are of. Takes about a second; computes and holds nothing of the model.
+
+    Args:
+        make: makes the step, where it is not a plain one of this shape.
+        of: the rates that price it, such as "prefill float32"; "": those of the shape's work and dtype.
 
     Raises: ValueError where this machine has no rates for the dtype.
     """
-    name = f"{shape.work} {shape.dtype}"
+    name = of or f"{shape.work} {shape.dtype}"
     if name not in rates.steps:
         raise ValueError(f"there are no rates of {name} here; have {', '.join(rates.steps)}")
-    counted = dry_count(lambda: shape.make(torch.device("cpu")), rates.roofs.cache_bytes)
+    counted = dry_count(make or (lambda: shape.make(torch.device("cpu"))), rates.roofs.cache_bytes)
     parts = rates.steps[name].seconds(counted.operations, counted.views, rates.roofs)
     return Forecast(
         shape=shape,

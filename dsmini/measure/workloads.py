@@ -40,12 +40,14 @@ class StepShape:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimizer, moments, recompute and grad_accum of training."""
 
-    def make(self, device: torch.device) -> Step:
-        """Return the step of a random model."""
+    def make(
+        self, device: torch.device, change: Callable[[Transformer], object] = lambda model: None, update: bool = True
+    ) -> Step:
+        """Return the step of a random model. Args: as of training_step."""
         compute = torch.float32 if self.dtype == "float32" else torch.bfloat16
         if self.work == "training":
             config = replace(self.config, precision="fp8") if self.dtype == "fp8" else self.config
-            return training_step(config, self.train, compute, self.batch, self.tokens, device)
+            return training_step(config, self.train, compute, self.batch, self.tokens, device, change, update)
         model = random_model(self.config, device, compute)
         model = hold_all_fp8(model) if self.dtype == "fp8" else model
         make = prefill_step if self.work == "prefill" else decoding_step
@@ -85,17 +87,27 @@ def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
 
 
 def training_step(
-    config: ModelConfig, train: TrainConfig, dtype: torch.dtype, batch: int, seq_len: int, device: torch.device
+    config: ModelConfig,
+    train: TrainConfig,
+    dtype: torch.dtype,
+    batch: int,
+    seq_len: int,
+    device: torch.device,
+    change: Callable[[Transformer], object] = lambda model: None,
+    update: bool = True,
 ) -> Step:
     """Return a step that trains a random model on random tokens: forward, backward, clipping and the optimizers.
 
     Args:
         train: its optimizer, moments, recompute and grad_accum count.
         dtype: of activations and products.
+        change: changes the model before.
+        update: False for a forward and backward alone.
     """
     torch.manual_seed(0)
     with torch.device(device):
         model = Transformer(config, compute_dtype=dtype)
+    change(model)
     moving = optimizers(model, train, dtype)
     text = random_tokens(config, batch, seq_len + 1, device)
 
@@ -105,10 +117,11 @@ def training_step(
             losses = model.losses(part[:, :-1], part[:, 1:], recompute=train.recompute)
             (losses.total / train.grad_accum).backward()
             routing = losses.routing
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        for optimizer in moving:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        if update:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+            for optimizer in moving:
+                optimizer.step()
+        model.zero_grad(set_to_none=True)
         return routing
 
     return step

@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 
 from dsmini import Transformer, ops
-from dsmini.diagnosis import arms, decoding_prices, evidence, prices
+from dsmini.diagnosis import arms, decoding, evidence, prices
 from dsmini.diagnosis import decoding_steps as steps
 from dsmini.diagnosis.arms import Arm, predict
-from dsmini.diagnosis.decoding import Acceptance, DecodingSubject, accepted_guesses, checked_context
-from dsmini.diagnosis.decoding_prices import DecodingPrices, Narrow
+from dsmini.diagnosis.decoding import Acceptance, DecodingPrices, DecodingSubject, accepted_guesses, checked_context
 from dsmini.diagnosis.decoding_steps import EXPANDED, MHA, PLAIN, WEIGHTS, Point, Variant, filled_cache, guessing_steps
 from dsmini.diagnosis.diagnosis import Plan, diagnose
 from dsmini.diagnosis.evidence import decoding_evidence, line_through
 from dsmini.diagnosis.loading import DecodedModel
-from dsmini.diagnosis.pages import Gathered, record_of
-from dsmini.diagnosis.prices import scaled
+from dsmini.diagnosis.pages import record_of
 from dsmini.inference.fused.decoder import Decoder
 from dsmini.inference.speculative import Drafter
 from dsmini.measure.turns import Turns
@@ -60,8 +58,7 @@ def rows(subject: DecodingSubject) -> list[Tensor]:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let few steps be timed together, and two threads have twice the products and 1.25 times the memory of one."""
     monkeypatch.setattr(steps, "TURN", 0.001)
-    monkeypatch.setattr(decoding_prices, "TURNS", 1)
-    monkeypatch.setattr(decoding_prices, "MOST_TURNS", 1)
+    monkeypatch.setattr(decoding, "TURNS", 1)
     monkeypatch.setattr(prices, "matmul_rate", lambda *_: 1e9 * torch.get_num_threads())
     monkeypatch.setattr(prices, "read_bandwidth", lambda *_: 1e9 * (3 + torch.get_num_threads()))
 
@@ -274,7 +271,7 @@ def test_free_cache_is_predicted_to_gain_on_a_long_context_alone() -> None:
     for context in (2, 8000):
         subject = decoding_subject(config, context=2)
         found = DecodingPrices(subject, invented_rates())
-        subject.context, found.narrow[PLAIN, 1] = context, Narrow(beyond=0.0, slope=1e-7)
+        subject.context, found.narrow[PLAIN, 1] = context, (0.0, 1e-7)
         gains[context] = 1 - found.seconds(steps.FREE_CACHE) / found.seconds()
     assert abs(gains[2]) < 0.02 and gains[8000] > 0.3, gains
 
@@ -288,18 +285,12 @@ def test_every_arm_is_predicted(decoding: DecodingSubject) -> None:
     assert torch.equal(logits(decoding), before)
 
 
-def test_threads_scale_products_and_memory_apart() -> None:
-    classes = {"linear": 4.0, "experts": 2.0, "calls": 1.0, "move": 0.5}
-    cold = {"linear": 0.0, "experts": 1.0}
-    assert scaled(classes, cold, (10.0, 4.0), (20.0, 5.0)) == pytest.approx(2.0 + 2.0 * 4 / 5 + 1.0 + 0.5)
-
-
 def test_narrow_model_tells_seconds_of_a_cached_token(decoding: DecodingSubject, paid: Any) -> None:
     """Check a slope of 0.1 ms a token, and that it stands in the forecast."""
     paid(lambda cached: 1e-4 * cached)
     priced = DecodingPrices(decoding, invented_rates())
     found = priced.forecast(PLAIN)
-    assert priced.narrow[PLAIN, 2].slope == pytest.approx(1e-4)
+    assert priced.narrow[PLAIN, 2][1] == pytest.approx(1e-4)
     assert found.by_class["cached tokens"] == pytest.approx(1e-4 * (64 - priced.low))
     assert found.seconds > 64e-4
 
@@ -312,7 +303,7 @@ def test_slowed_cached_attention_is_found(paid: Any, slow: bool) -> None:
     found = diagnose(decoding_subject(LONG), plan, None)
     assert (found.gains["free_cache"].low > 0.5) == slow
     assert (found.verdict.outcome == "binds" and found.named == "Machine") == slow
-    assert record_of(found, Gathered())["gains"]["free_cache"]["axis"] == "Machine"
+    assert record_of(found)["gains"]["free_cache"]["axis"] == "Machine"
 
 
 # --- evidence
@@ -325,7 +316,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence, "CONTEXTS", (0.25, 1.0))
 
 
-SECTIONS = ("context_slope", "batches", "threads", "weights", "roofline")
+SECTIONS = ("context_slope", "batches", "threads", "roofline")
 
 
 @pytest.mark.parametrize("with_rates", [True, False])
@@ -351,7 +342,7 @@ def test_slopes_of_all_forms(decoding: DecodingSubject, quick: None) -> None:
     decoding.arms(invented_rates())
     assert decoding.prices is not None
     for variant, slope in zip((PLAIN, EXPANDED, MHA), slopes.values(), strict=True):
-        decoding.prices.narrow[variant, decoding.batch] = Narrow(beyond=0.0, slope=slope)
+        decoding.prices.narrow[variant, decoding.batch] = (0.0, slope)
     section, compared = decoding_evidence(decoding, 0.001)[0].run(1e6)
     assert compared is not None and {arm.line for arm in compared.arms} == slopes.keys()
     predicted = dataclasses.replace(compared, turns=Turns({name: [s] for name, s in compared.predicted.items()}))
@@ -380,9 +371,9 @@ def sweep_arms(subject: DecodingSubject, name: str, monkeypatch: pytest.MonkeyPa
     seen: dict[str, list[Arm]] = {}
     real = evidence.sweep
 
-    def noted(name: str, title: str, x: str, every: list[Arm], *args: Any, **named: Any) -> evidence.Evidence:
+    def noted(name: str, every: list[Arm], *args: Any, **named: Any) -> evidence.Evidence:
         seen[name] = every
-        return real(name, title, x, every, *args, **named)
+        return real(name, every, *args, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(evidence, "sweep", noted)

@@ -1,4 +1,4 @@
-"""Findings in texts: copies, leaks, entropies and damaged labels, put into texts whose truth is known."""
+"""Findings in texts: copies, leaks and damaged labels, put into texts whose truth is known."""
 
 import itertools
 import tracemalloc
@@ -18,7 +18,7 @@ from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.diagnosis import texts
 from dsmini.diagnosis.findings import finding, padding
 from dsmini.diagnosis.labels import ENOUGH, label_damage
-from dsmini.diagnosis.texts import DUPLICATES, LEAK, duplicates, held_out_leak, text_findings, unigram_entropy
+from dsmini.diagnosis.texts import DUPLICATES, LEAK, duplicates, held_out_leak
 from dsmini.measure.turns import Estimate
 from dsmini.nn.losses import IGNORE
 from tests.helpers.token_texts import batches, corpus, random_text
@@ -32,16 +32,10 @@ LENGTH = 200
 
 def test_default_corpus_is_healthy(default: Corpus) -> None:
     """Check all findings: licence headers are copies, and there is room for other versions of Python."""
-    found = {each.name: each for each in text_findings(default, batches(default))}
-    names = ["duplicates", "held_out_leak", "label_damage", "unigram_entropy"]
-    assert [*found] == names and not any(each.is_fault for each in found.values())
-    assert [each.name for each in text_findings(corpus(random_text(500)), [])] == names
-    assert all(each.sentence.endswith((".", ").")) for each in found.values())
-    assert 0.005 < found["duplicates"].value < DUPLICATES / 3 and found["held_out_leak"].value < LEAK / 2
-    assert found["label_damage"].low > 0.3 and found["label_damage"].unit == "nats a token"
-    share = np.bincount(default.train) / len(default.train)
-    share = share[share > 0]
-    assert found["unigram_entropy"].value == pytest.approx(-(share * np.log(share)).sum(), abs=1e-4)
+    copies, leak, labels = duplicates(default), held_out_leak(default), label_damage(batches(default))
+    assert not any(each.is_fault for each in (copies, leak, labels))
+    assert 0.005 < copies.value < DUPLICATES / 3 and leak.value < LEAK / 2
+    assert labels.low > 0.3 and labels.unit == "nats a token"
 
 
 def test_default_corpus_twice_is_a_fault(default: Corpus) -> None:
@@ -120,16 +114,13 @@ ids = st.lists(tokens, min_size=5, max_size=80)
 
 @given(text=ids, other=ids, length=st.integers(1, 5))
 def test_copied_share_is_that_of_brute_force(text: list[int], other: list[int], length: int) -> None:
-    """Compare texts that are hashed in blocks of 8 tokens, which passages cross."""
     both = np.array(text, dtype=np.uint32), np.array(other, dtype=np.uint32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "BLOCK", 8)
-        hashes, others = (texts.passage_hashes(each, length) for each in both)
-        for copied, want in (
-            (texts.repeated(hashes), brute_force(text, None, length)),
-            (texts.occurring(hashes, others), brute_force(text, other, length)),
-        ):
-            assert texts.covered(copied, length).mean() == want
+    hashes, others = (texts.passage_hashes(each, length) for each in both)
+    for copied, want in (
+        (texts.repeated(hashes), brute_force(text, None, length)),
+        (texts.occurring(hashes, others), brute_force(text, other, length)),
+    ):
+        assert texts.covered(copied, length).mean() == want
 
 
 def test_repeated_finds_each_of_many_equal_hashes() -> None:
@@ -154,7 +145,6 @@ def test_of_a_large_text_the_beginning_is_read(monkeypatch: pytest.MonkeyPatch) 
     copies, leak = duplicates(corpus(text, held_out)), held_out_leak(corpus(text, held_out))
     assert copies.value == 0.1 and "the first 10,000 of 50,000 tokens were compared" in copies.sentence
     assert leak.value == 0.5 and "the first 1,000 of 5,000 tokens" in leak.sentence
-    assert "the first 10,000 of 50,000" in unigram_entropy(corpus(text, held_out)).sentence
 
 
 @pytest.mark.slow
@@ -169,22 +159,14 @@ def test_largest_texts_fit_into_memory(tmp_path: Path) -> None:
     text = corpus(mapped, mapped[-1_000_000:])
     tracemalloc.start()
     try:
-        found = [duplicates(text), held_out_leak(text), unigram_entropy(text)]
+        found = [duplicates(text), held_out_leak(text)]
         assert tracemalloc.get_traced_memory()[1] < 1 << 30
     finally:
         tracemalloc.stop()
-    assert not any(each.is_fault for each in found) and found[2].value == pytest.approx(np.log(65_536), abs=0.001)
+    assert not any(each.is_fault for each in found)
 
 
-# --- entropies, and what a finding is
-
-
-@pytest.mark.parametrize("kinds", [256, 129_280])
-def test_entropy_of_uniform_tokens_is_log_of_their_number(kinds: int) -> None:
-    found = unigram_entropy(corpus(random_text(500_000, kinds)))
-    # counts of n uniform draws miss (K - 1) / 2n, 0.13 nats; the next term of the series is K^2 / 12 n^2, 0.006
-    assert found.value == pytest.approx(np.log(kinds), abs=0.02)
-    assert found.low == found.value == found.high and not found.is_fault
+# --- what a finding is
 
 
 def test_finding_is_a_fault_only_with_a_fix() -> None:

@@ -14,17 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini.diagnosis import answer as answering
-from dsmini.diagnosis import contention, prices, training
-from dsmini.diagnosis.answer import answer
+from dsmini.diagnosis import contention, evidence, prices, training
+from dsmini.diagnosis import diagnosis as whole
 from dsmini.diagnosis.arms import Arm, Comparison, measure
 from dsmini.diagnosis.contention import Contention
-from dsmini.diagnosis.diagnosis import Diagnosis, Plan, diagnose
+from dsmini.diagnosis.diagnosis import Plan, answer, diagnose
 from dsmini.diagnosis.findings import Finding
-from dsmini.diagnosis.pages import Gathered, record_of, report_of, short_report_of
-from dsmini.diagnosis.prices import BatchTime, dense_baseline
-from dsmini.diagnosis.training import Subject, uniformly
-from dsmini.measure import cpu_time
+from dsmini.diagnosis.pages import Diagnosis, Gathered, record_of, report_of, short_report_of
+from dsmini.diagnosis.training import Subject, dense_baseline, routed_blocks, uniformly
+from dsmini.measure import cpu_time, step_rates
 from dsmini.measure.step_rates import Rates
 from dsmini.measure.turns import Turns
 from dsmini.nn import FeedForward, Gate, MoE
@@ -181,8 +179,8 @@ def test_clock_decides_and_what_is_known_is_said(
     assert found.verdict.outcome == "undetermined" and words in found.sentence
     if seconds > 1:
         assert "Data 67 %" in found.sentence and "--rounds 5" in found.verdict.decides
-    json.dumps(record_of(found, Gathered()), allow_nan=False)
-    report_of(found, Gathered(), "Diagnosis", {}, "").html()
+    json.dumps(record_of(found), allow_nan=False)
+    report_of(found).html()
 
 
 def stop_at(round_: str) -> Callable[[float, str], None]:
@@ -310,31 +308,32 @@ def test_uniform_routing_weighs_as_its_gate_does(normed: bool) -> None:
     torch.testing.assert_close(found.weights, gate.options["route_scale"] * want)
 
 
-@pytest.mark.parametrize(("total", "width"), [(False, 3 * 16), (True, 9 * 16)])
-def test_dense_baseline_has_as_many_parameters(subject: Subject, total: bool, width: int) -> None:
-    """Check the width of what stands in: two chosen experts and the shared one, or all of them."""
+def test_dense_baseline_has_as_many_active_parameters(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the width of what stands in: two chosen experts and the shared one; nothing is left for the next step."""
     seen: list[Sequence[int]] = []
     real = FeedForward.forward
 
     def watched(self: FeedForward, x: Tensor) -> Tensor:
-        seen.append(self.w1.weight.shape)
+        seen.append(tuple(self.w1.weight.shape))
         return real(self, x)
 
-    with pytest.MonkeyPatch.context() as patch, subject.dense_pair(total) as pair:
-        patch.setattr(FeedForward, "forward", watched)
-        assert min(pair()) > 0
-    assert [tuple(shape) for shape in seen].count((width, 32)) == 2
-    assert dense_baseline(subject.config.model, total).w1.weight.shape == (width, 32)
-    assert all(isinstance(block.ffn, MoE) for block in subject.blocks())
-    assert all(p.grad is None for p in subject.trainer.model.parameters()), "nothing is left for the next step"
+    monkeypatch.setattr(subject, "turns", [SimpleNamespace(waited=0.0)])
+    monkeypatch.setattr(FeedForward, "forward", watched)
+    with subject.dense() as step:
+        assert step(1.0) < 2.0
+    assert seen.count((3 * 16, 32)) == 2 and dense_baseline(subject.config.model).w1.weight.shape == (3 * 16, 32)
+    assert all(isinstance(block.ffn, MoE) for block in routed_blocks(subject.trainer.model))
+    assert all(p.grad is None for p in subject.trainer.model.parameters())
 
 
-@pytest.mark.parametrize(("base", "free"), [(1.0, 0.8), (0.3, 0.15)])
-def test_pair_of_a_slow_moment_is_no_longer_than_its_step(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, base: float, free: float
+@pytest.mark.parametrize(("base", "waited", "free"), [(1.0, 0.0, 0.8), (0.3, 0.0, 0.15), (1.0, 0.9, 0.95)])
+def test_gain_of_dense_is_at_most_what_is_not_waited(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, base: float, waited: float, free: float
 ) -> None:
-    """Check 0.4 s with experts and 0.2 without, next to plain steps of 1 s and of 0.3."""
-    monkeypatch.setattr(subject, "dense_pair", lambda: nullcontext(lambda: (0.4, 0.2)))
+    """Check 0.4 s with experts and 0.2 without, next to plain steps of 1 s, of 0.3, and of 0.1 and a wait of 0.9."""
+    seconds = iter([0.4, 0.2])
+    monkeypatch.setattr(subject, "turns", [SimpleNamespace(waited=waited)])
+    monkeypatch.setattr(subject, "forward_backward", lambda: next(seconds))
     with subject.dense() as step:
         assert step(base) == pytest.approx(free)
 
@@ -379,10 +378,9 @@ def test_reasons_not_to_try(subject: Subject, monkeypatch: pytest.MonkeyPatch) -
 def test_predicted_wait(
     workers: int, seconds: float, cpu: float, threads: int, wait: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prices, "cores", lambda: 2)
-    monkeypatch.setattr(prices.torch, "get_num_threads", lambda: threads)
-    batch = BatchTime(seconds=seconds, cpu=cpu)
-    assert prices.waiting_seconds(batch, 0.1, workers) == pytest.approx(wait)
+    monkeypatch.setattr(training, "cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert training.waiting_seconds(seconds, cpu, 0.1, workers) == pytest.approx(wait)
 
 
 BY_CLASS = {"product": 0.10, "pointwise": 0.06, "calls": 0.04}
@@ -395,12 +393,14 @@ def test_step_of_another_model_says_which_share_is_real(
     """Check the worked example, all of the ideal change, none of it, and threads that slow a step down."""
     of_other = SimpleNamespace(by_class={"product": 0.8, "calls": 0.2}, seconds=1.0)
     now: Any = SimpleNamespace(by_class=BY_CLASS, seconds=0.2, shape=SimpleNamespace(work="training", dtype="bfloat16"))
-    monkeypatch.setattr(prices, "rates_by_threads", lambda *_: {1: (1.0, 1.0), 2: (2.0, 1.2)})
+    monkeypatch.setattr(prices, "matmul_rate", lambda *_: float(torch.get_num_threads()))
+    monkeypatch.setattr(prices, "read_bandwidth", lambda *_: {1: 1.0, 2: 1.2}[torch.get_num_threads()])
     monkeypatch.setattr(prices, "forecast", lambda *_: of_other)
     monkeypatch.setattr(prices.StepShape, "make", lambda *_: lambda: [])
     monkeypatch.setattr(prices, "in_turns", lambda *_, **__: Turns({"1": [1.0], "2": [measured]}))
     there: Any = None
-    assert prices.seconds_with_threads(now, [1, 2], there) == pytest.approx([0.2, want])
+    assert prices.seconds_with_threads(now, 1, there) == 0.2
+    assert prices.seconds_with_threads(now, 2, there) == pytest.approx(want)
     assert torch.get_num_threads() == 1
 
 
@@ -423,9 +423,9 @@ def test_whole_diagnosis_of_a_real_run(subject: Subject, rates: Rates, monkeypat
     )
     assert [share for share, _ in parts] == sorted(share for share, _ in parts) and parts[-1][0] == 1.0
     named = [each.name for each in found.findings]
-    assert {"waiting", "idle_experts", "imbalance_loss", "other_programs", "duplicates", "padding"} <= {*named}
+    assert {"waiting", "idle_experts", "other_programs", "duplicates", "padding"} <= {*named}
     assert len({*named}) == len(named)
-    record = json.loads(json.dumps(record_of(found, Gathered()), allow_nan=False))
+    record = json.loads(json.dumps(record_of(found), allow_nan=False))
     assert record["gains"]["replay"]["rounds"] == 5 and record["outcome"]
 
 
@@ -448,9 +448,9 @@ def gathered_evidence() -> Gathered:
 @pytest.fixture
 def predicted(subject: Subject, rates: Rates, monkeypatch: pytest.MonkeyPatch) -> None:
     parts: Any = SimpleNamespace(by_class={"experts": 0.06, "product": 0.04, "calls": 0.01}, seconds=0.11)
-    monkeypatch.setattr(prices.TrainingPrices, "computing", parts)
-    monkeypatch.setattr(prices.TrainingPrices, "wait", 0.04)
-    monkeypatch.setattr(prices.TrainingPrices, "routed_and_dense", lambda _self, total=False: (0.05, 0.04))
+    monkeypatch.setattr(training.TrainingPrices, "computing", parts)
+    monkeypatch.setattr(training.TrainingPrices, "wait", 0.04)
+    monkeypatch.setattr(training.TrainingPrices, "dense", lambda _: 0.14)
 
 
 def test_pages_of_a_diagnosis(subject: Subject, world: Worlds, rates: Rates, predicted: None, monkeypatch: Any) -> None:
@@ -462,10 +462,9 @@ def test_pages_of_a_diagnosis(subject: Subject, world: Worlds, rates: Rates, pre
     )  # fmt: skip
     monkeypatch.setattr(Subject, "look", lambda _: [copies])
     found = diagnose(subject, Plan(rounds=8, seconds=math.inf), rates)
-    short = short_report_of(found, gathered_evidence(), "Diagnosis of a run")
-    check_page(PAGES / "diagnosis.terminal.txt", on_terminal(short))
-    facts = {"The run": {"batch": "4 x 8 tokens"}}
-    report = report_of(found, gathered_evidence(), "Diagnosis of a run", facts, "command")
+    found.gathered, found.facts = gathered_evidence(), {"batch": "4 x 8 tokens"}
+    check_page(PAGES / "diagnosis.terminal.txt", on_terminal(short_report_of(found)))
+    report = report_of(found, "command")
     check_page(PAGES / "diagnosis.page.txt", text_of(report.html()))
     assert report.html().count("<svg") == 4, "gains, and parts of a step, in light and dark"
     assert all(json.loads(line) for line in report.json_lines())
@@ -484,19 +483,15 @@ def asked(subject: Subject, world: Worlds, monkeypatch: pytest.MonkeyPatch) -> l
         return gathered_evidence()
 
     world()
-    for name, value in {
-        "training_subject": lambda _: subject,
-        "stored_rates": lambda _: None,
-        "load_or_measure_rates": lambda *_, **__: None,
-        "card": lambda _: {"processor": "A processor"},
-        "gather": gather,
-    }.items():
-        monkeypatch.setattr(answering, name, value)
+    monkeypatch.setattr(whole, "training_subject", lambda _: subject)
+    monkeypatch.setattr(step_rates, "stored_rates", lambda _: None)
+    monkeypatch.setattr(step_rates, "load_or_measure_rates", lambda *_, **__: None)
+    monkeypatch.setattr(evidence, "gather", gather)
     return calls
 
 
-def told(quick: bool, on_part: Any = lambda share, what: None, **more: Any) -> Any:
-    return answer(None, quick=quick, command="command", on_part=on_part, **{"rounds": 5, **more})
+def told(quick: bool, on_part: Any = lambda share, what: None, **more: Any) -> Diagnosis:
+    return answer(None, quick=quick, on_part=on_part, **{"rounds": 5, **more})
 
 
 def test_evidence_gets_what_is_left_of_the_time(asked: Sequence[Any]) -> None:
@@ -504,39 +499,33 @@ def test_evidence_gets_what_is_left_of_the_time(asked: Sequence[Any]) -> None:
     found = told(False, lambda share, _: shares.append(share))
     ((_, step, left, _),) = asked
     # 6 rounds of 9 steps of 0.1 s, and 3 pairs of passes
-    assert left == pytest.approx(answering.TOTAL_SECONDS - 6 * 15 * 0.1, abs=1.0) and step > 0
-    assert shares == sorted(shares) and max(shares) <= answering.ROUNDS, "the rest is for evidence"
-    record = json.loads(json.dumps(found.record))
+    assert left == pytest.approx(whole.TOTAL_SECONDS - 6 * 15 * 0.1, abs=1.0) and step > 0
+    assert shares == sorted(shares) and max(shares) <= whole.ROUNDS, "the rest is for evidence"
+    record = json.loads(json.dumps(record_of(found)))
     assert record["evidence"]["batch_sweep"]["batch x 4"]["measured"] == pytest.approx(0.5, abs=0.02)
     assert record["outcome"] == "nothing binds"
     assert record["evidence_not_tried"] == {"threads": "all cores are used already"}
-    assert "batch x 4" in found.report.html()
-    assert "batch x 4" in found.short.sections[2].finding, "the largest gain is first"
+    assert "batch x 4" in report_of(found).html()
+    assert "batch x 4" in short_report_of(found).sections[2].finding, "the largest gain is first"
 
 
-def test_quick_diagnosis_gathers_none(asked: Sequence[Any]) -> None:
+def test_quick_diagnosis_gathers_none_and_ends_with_its_time(asked: Sequence[Any], world: Worlds) -> None:
+    """Check also steps of 10 s in the 25 s of a quick diagnosis."""
     found = told(True)
-    assert not asked and found.record["evidence"] == {} and not found.stopped
-
-
-def test_quick_diagnosis_ends_with_its_time(asked: Sequence[Any], world: Worlds) -> None:
-    """Check steps of 10 s in the 25 s of a quick diagnosis."""
+    assert not asked and record_of(found)["evidence"] == {} and not found.stopped
     there = world(computing=10.0)
-    found = told(True, rounds=None)
-    assert there.now < 100 and found.record["outcome"] == "undetermined" and found.record["step_seconds"] > 9
+    record = record_of(told(True, rounds=None))
+    assert there.now < 100 and record["outcome"] == "undetermined" and record["step_seconds"] > 9
 
 
-def test_interrupted_rounds_gather_none(asked: Sequence[Any]) -> None:
+def test_interruption_keeps_what_is_known(asked: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found = told(False, stop_at("round 7"), rounds=50)
-    assert not asked and found.stopped and found.record["stopped"]
-
-
-def test_interrupted_evidence_keeps_the_verdict(asked: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not asked and found.stopped and record_of(found)["stopped"]
     stopped = Gathered(not_tried={"threads": "it was interrupted"}, stopped=True)
-    monkeypatch.setattr(answering, "gather", lambda *_: stopped)
+    monkeypatch.setattr(evidence, "gather", lambda *_: stopped)
     found = told(False)
-    assert found.stopped and not found.record["stopped"] and found.record["outcome"]
-    assert "some evidence is missing" in found.report.warnings[0]
+    assert found.stopped and not record_of(found)["stopped"] and found.verdict.outcome
+    assert "some evidence is missing" in report_of(found).warnings[0]
 
 
 def test_unknown_or_useless_arm_is_refused(asked: Sequence[Any]) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dsmini.diagnosis.arms import AXES, Arm, Axis, Comparison
-from dsmini.diagnosis.diagnosis import Diagnosis, conclude
+from dsmini.diagnosis.diagnosis import conclude
+from dsmini.diagnosis.pages import Diagnosis
 from dsmini.diagnosis.verdict import LEAST, gains_by_axis, percent, verdict
 from dsmini.measure.turns import Estimate, Turns
 from tests.diagnosis.conftest import idle

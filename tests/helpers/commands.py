@@ -144,7 +144,7 @@ def let_rates_be_invented(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = invented_rates()
     for module in ("measure.calibration", "planner.hardware"):
         monkeypatch.setattr(f"dsmini.{module}.load_or_measure", lambda *_, **__: rates.roofs, raising=False)
-    for module in ("measure.step_rates", "diagnosis.answer", "planner.here"):
+    for module in ("measure.step_rates", "planner.here"):
         monkeypatch.setattr(f"dsmini.{module}.load_or_measure_rates", lambda *_, **__: rates, raising=False)
 
 
