@@ -179,7 +179,7 @@ class DecodingSubject:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What is diagnosed, in words."""
+        """The subject in words."""
         weights = f"{self.weight_dtype}{'' if self.trained else ', random weights'}"
         return {
             "step": f"1 token of each of {self.batch} sequences, {self.context} tokens in the cache of each",
@@ -259,7 +259,7 @@ class DecodingPrices:
         self.subject, self.rates = subject, rates
         self.low, self.high = ends_of(subject.config)
         self.narrow: dict[tuple[Variant, int], tuple[float, float]] = {}
-        """What narrow models tell, by variant and batch."""
+        """Seconds beyond the price, and of a cached token, of narrow models, by variant and batch."""
         self.known: dict[tuple[Variant, int, int], Forecast] = {}
 
     def seconds(self, variant: Variant = steps.PLAIN, batch: int | None = None, context: int | None = None) -> float:

@@ -120,11 +120,11 @@ class Diagnosis:
     """Forecast of a plain step that waits for nothing; None without stored rates of this machine."""
     gathered: Gathered = field(default_factory=Gathered)
     of: str = "a run"
-    """What was diagnosed, in words."""
+    """Name of the subject."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """More about it."""
     warnings: list[str] = field(default_factory=list)
-    """What a reader must know first."""
+    """Sentences that a reader must see first."""
 
     @property
     def gains(self) -> dict[str, Estimate]:

@@ -62,7 +62,7 @@ class PlainTurn:
     """What was seen of the plain steps of a turn."""
 
     steps: Sequence[StepResult]
-    """Those that are counted."""
+    """The steps that are counted."""
     contention: Contention
     preparing: float
     """CPU seconds of preparing a step's batch, by threads or by the step itself."""
@@ -109,7 +109,7 @@ class Subject:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What is diagnosed, in words."""
+        """The subject in words."""
         return {
             "batch": f"{self.rows} x {self.config.seq_len} tokens",
             "products": f"{self.config.train.dtype}, threads: {torch.get_num_threads()}",
@@ -292,7 +292,7 @@ def fastest_dtype(device: torch.device) -> str:
 
 
 class TrainingPrices:
-    """Predicted seconds of a subject's steps. What several of them need is computed once."""
+    """Predicted seconds of a subject's steps. Parts that several of them need are computed once."""
 
     def __init__(self, subject: Subject, rates: Rates) -> None:
         self.subject, self.rates = subject, rates

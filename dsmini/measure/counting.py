@@ -105,7 +105,7 @@ class Count(TorchDispatchMode):
         self._add(name_of(func), work, cold, dtype, tensors_in([*args, *kwargs.values()])[:3], seconds)
 
     def kernel_ran(self, call: ops.Call) -> None:
-        """Count a kernel by the cost of its operation. What is read beyond the operands is cold."""
+        """Count a kernel by the cost of its operation. Bytes beyond the operands are cold."""
         cost, operands = cost_of(call.name, call.result, *call.args, **call.kwargs), call.operands
         results = tensors_in(call.result) or operands  # no result: it changes its operands
         warm = sum(size_of(t) - self.cache.touch(t, size_of(t)) for t in operands)

@@ -25,7 +25,7 @@ from dsmini.measure.workloads import StepDtype, StepShape
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What a step will take here."""
+    """Time and memory that a step will take here."""
 
     shape: StepShape
     seconds: float
