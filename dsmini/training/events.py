@@ -114,24 +114,18 @@ def crash_loops(events: Sequence[Event]) -> list[int]:
 def put_aside_crash_loops(config: RunConfig, log: EventLog, events: Sequence[Event]) -> list[Path]:
     """Rename the checkpoints of crash loops, so that the next attempt takes the one before; return the new names.
 
-    Raises: ValueError if a run that had checkpoints has none left. To start from step 0 would throw away its training.
+    The last one stays in any case: a machine that ends every attempt early says nothing about its checkpoints.
     """
     assert config.out is not None
     there, renamed = config.out / "checkpoints", []
-    for folder in (checkpoint_folder(config, step) for step in crash_loops(events)):
-        if folder.is_dir():
+    for folder in (checkpoint_folder(config, step) for step in reversed(crash_loops(events))):
+        if folder.is_dir() and len(checkpoint_folders(config.out)) > 1:
             names = (f"quarantined-{folder.name}{end}" for end in ("", *(f"-{n}" for n in range(2, 1000))))
             target = next(there / name for name in names if not os.path.lexists(there / name))
             os.rename(folder, target)
             sync(there)
             log.write("quarantined", int(folder.name.removeprefix("step-")), folder=target.name)
             renamed.append(target)
-    aside = sorted(path.name for path in there.glob("quarantined-step-*"))
-    if aside and not checkpoint_folders(config.out):
-        raise ValueError(
-            f"{config.out} has no checkpoint left: {AT_MOST} attempts in a row failed from each of {', '.join(aside)}; "
-            "find the cause in its logs, then rename one to step-... to continue from it, or start a new run"
-        )
     return renamed
 
 

@@ -4,6 +4,7 @@ A run that is started again ends with the bits of one that met no fault. A row w
 started again after each of them.
 """
 
+import math
 import os
 import random
 import shutil
@@ -195,34 +196,38 @@ def test_failed_last_save_raises_on_all_ranks(tmp_path: Path) -> None:
 
 RUNS = int(os.environ.get("DSMINI_KILLED_RUNS", "2"))
 """Number of runs that are killed at random moments."""
-LONGER: dict[str, Any] = {"steps": 12, "eval_every": 5, **EACH}
+LONGER: dict[str, Any] = {"steps": 12, "eval_every": 5, "grad_accum": 2, **EACH}
 
 
-def killed_at_random(world: World, folder: Path, seconds: float) -> bool:
-    """Train, saving after each step; this process is killed after some seconds, unless it has come to its end."""
+def killed_at_random(world: World, folder: Path, seconds: float, rank: int, layout: dict[str, Any]) -> bool:
+    """Train, saving after each step; one rank is killed after some seconds, unless it has come to its end."""
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
     timer.daemon = True
-    timer.start()
+    if world.rank == rank:
+        timer.start()
     try:
-        return run(world, folder, **LONGER)
+        return run(world, folder, layout, **LONGER)
     finally:
         timer.cancel()
 
 
 @pytest.mark.slow
-def test_kill_at_random_moments_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    """Kill each run again and again at moments that are drawn, of steps and of saves."""
-    assert run(World(), tmp_path / "whole", **LONGER)
+@pytest.mark.parametrize("layout", [{}, EP, EP | {"pp": 2}], ids=["1 process", "2 ranks", "4 ranks"])
+def test_kill_at_random_moments_ends_with_the_same_bytes(layout: dict[str, Any], tmp_path: Path) -> None:
+    """Kill a rank of each run again and again at moments that are drawn, of steps and of saves."""
+    n, steps = math.prod(layout.values()), LONGER["steps"]
+    assert all(end.value for end in outcomes(n, run, tmp_path / "whole", layout, **LONGER))
     first, *_, last = read_events(tmp_path / "whole")
     longest, kills = last["time"] - first["time"], 0
     for seed in range(RUNS):
-        draw, folder = random.Random(seed), tmp_path / f"{seed}"
-        ends = [KILLED]
-        while KILLED in ends:
-            ends = statuses(outcomes(1, killed_at_random, folder, draw.uniform(0, longest)))
-            kills += KILLED in ends
-        assert ends == [0]
-        assert differences(folder, tmp_path / "whole", LONGER["steps"]) == []
+        draw, folder, ended = random.Random(seed), tmp_path / f"{seed}", False
+        while not ended:
+            victim = draw.randrange(n)
+            ends = outcomes(n, killed_at_random, folder, draw.uniform(0, longest), victim, layout)
+            killed, ended = ends[victim].status == KILLED, statuses(ends) == [0] * n
+            assert ended or (killed and all(end.status in {*LOST, KILLED, 0} for end in ends)), ends
+            kills += killed
+        assert differences(folder, tmp_path / "whole", steps) == []
         shutil.rmtree(folder)
     print(f"{RUNS} runs, killed {kills} times, all equal")
 
