@@ -72,7 +72,11 @@ WRONG: list[tuple[Callable[..., int], str, list[dict[str, Any]]]] = [
     (muon, "", [{"count": 4}, {"count": -1}, {"count": 2**61}, {"rows": 0}, {"rows": 5}, {"columns": 7}]),
     (muon, "", [{"columns": HUGE}, *({name: 0} for name in "pgm"), *({f"{n}_bytes": STACK.nbytes - 1} for n in "pgm")]),
     (experts, "", [{"less": 1}, {"index": -1}, {"index": 2}]),
-    (experts, "", [{"kind": 3}, {"kind": 2}]),  # a type that there is not, and codes without scales
+    (
+        experts,
+        "",
+        [{"kind": 4}, {"kind": -1}, {"kind": 3}, {"kind": 2}],
+    ),  # a type that there is not, and codes without scales
     (experts, "", [{"sizes": sizes} for sizes in ((4, 8, 5, 2, 2, 0), (3, 9, 5, 2, 2, 0), (3, 8, 6, 2, 2, 0))]),
     (experts, "", [{"sizes": sizes} for sizes in ((3, 8, 5, 3, 2, 0), (3, 8, 5, 2, 3, 0), (-1, 8, 5, 2, 2, 0))]),
     (experts, "", [{"sizes": sizes} for sizes in ((3, 0, 5, 2, 2, 0), (3, 8, 5, 2, 0, 0), (HUGE, 8, 5, 2, 2, 0))]),

@@ -35,10 +35,12 @@ class Decoder:
         floats = (torch.float32, torch.bfloat16)
         dtype = model.compute_dtype or model.embed.weight.dtype
         fast = dtype in floats and model.device.type == "cpu" and ops.serving("cpu") == "cpu"
-        self.blocks: list[BlockWeights | None] = [extract_weights(block) if fast else None for block in model.layers]
+        self.blocks: list[BlockWeights | None] = [
+            extract_weights(block, dtype) if fast else None for block in model.layers
+        ]
         """The weights of each block, or None for one that runs as it is."""
         fast_chain = fast and type(model.mtp) is MTPChain
-        self.mtp_blocks = [extract_mtp_weights(block) if fast_chain else None for block in model.mtp]
+        self.mtp_blocks = [extract_mtp_weights(block, dtype) if fast_chain else None for block in model.mtp]
         """The same of the multi-token prediction blocks."""
         self._plain_norm = supports_fused(model.norm)
         self._angles = _Angles(model.rope)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -41,6 +42,8 @@ class StepWeights:
     eps: float
     modules: tuple[Any, nn.Module]
     """The norm's module, and that of attention or of the feed-forward: the plain version of a step runs them."""
+    dtype: torch.dtype
+    """Dtype of products with codes: in BF16 a kernel may round the other operand to it, as the modules do."""
     prepared: dict[str, Any] = field(default_factory=dict)
     """What a backend makes of the weights, by its name."""
 
@@ -125,24 +128,25 @@ def supports_fused(module: nn.Module) -> bool:
     return True
 
 
-def extract_weights(block: nn.Module) -> BlockWeights | None:
-    """Take a block apart, or return None if some module of it must run as it is."""
+def extract_weights(block: nn.Module, dtype: torch.dtype = torch.float32) -> BlockWeights | None:
+    """Take a block apart, with products in this dtype, or return None if some module of it must run as it is."""
     if type(block) is not Block or not supports_fused(block):
         return None
     norm, attn, ffn = block.attn_norm, block.attn, block.ffn
     take_apart = {MLA: _mla, DSA: _mla, Attention: _grouped}.get(type(attn))
     if take_apart is None or type(ffn) not in (FeedForward, MoE):
         return None
-    return BlockWeights(take_apart(attn, **_half(norm, attn)), _feed_forward(ffn, **_half(block.ffn_norm, ffn)))
+    halves = _half(norm, attn, dtype), _half(block.ffn_norm, ffn, dtype)
+    return BlockWeights(take_apart(attn, **halves[0]), _feed_forward(ffn, **halves[1]))
 
 
-def extract_mtp_weights(module: nn.Module) -> BlockWeights | None:
+def extract_mtp_weights(module: nn.Module, dtype: torch.dtype = torch.float32) -> BlockWeights | None:
     """Take the block of a multi-token prediction module apart, or return None if the module must run as it is."""
-    return extract_weights(module.block) if type(module) is MTP and supports_fused(module) else None
+    return extract_weights(module.block, dtype) if type(module) is MTP and supports_fused(module) else None
 
 
-def _half(norm: Any, module: nn.Module) -> dict[str, Any]:
-    return {"norm": norm.weight.detach(), "eps": norm.eps, "modules": (norm, module)}
+def _half(norm: Any, module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    return {"norm": norm.weight.detach(), "eps": norm.eps, "modules": (norm, module), "dtype": dtype}
 
 
 def _mla(attn: Any, **half: Any) -> AttentionWeights:

@@ -82,12 +82,44 @@ struct DecodeE4m3WithNan {
   }
 };
 
+#if BF16_UNITS
+// E4M3 numbers as BF16, looked up by their code without the sign, NaN too: 64 codes at a time, in pairs with those of x in
+// BF16, for CPUs that multiply those. A dot product alone reads them so.
+struct PairedE4m3 : DecodeE4m3 {
+  static constexpr int64_t CODES = 64;
+};
+struct PairedTable {
+  uint8_t low[128] = {}, high[128] = {};
+  constexpr PairedTable() {
+    for (int code = 0; code < 128; ++code) {
+      int fraction = code % 8, exponent = code / 8 + 120;
+      if (code < 8) {  // subnormal: its first one goes
+        for (exponent = fraction ? 121 : 0; fraction && fraction < 8; fraction *= 2) --exponent;
+        fraction %= 8;
+      }
+      const int bits = code == 0x7F ? 0x7FC0 : exponent << 7 | fraction << 4;
+      low[code] = uint8_t(bits), high[code] = uint8_t(bits >> 8);
+    }
+  }
+};
+alignas(64) constexpr PairedTable PAIRED_TABLE{};
+
+inline bool multiplies_pairs() {
+  static const bool both = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  return both;
+}
+#endif
+
 // Calls body(decoder) with the decoder of a weight's type.
 template <class Body>
 inline void with_decoder(int64_t type, Body body) {
   switch (type) {
     case WEIGHT_FP32: return body(DecodeFp32());
     case WEIGHT_BF16: return body(DecodeBf16());
+#if BF16_UNITS
+    case WEIGHT_E4M3_BF16:
+      if (multiplies_pairs()) return body(PairedE4m3());
+#endif
     default: return body(DecodeE4m3());
   }
 }
@@ -110,6 +142,26 @@ inline float factor_for(const float* x, int64_t n) {
   return load<float>(&bits);
 }
 
+inline uint16_t rounded_bf16(float x) {  // to nearest even
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+#if BF16_UNITS
+// The place of code i of PairedE4m3::CODES among the numbers that are looked up: each 16 codes give 8 to one vector, and 8
+// to the next.
+constexpr int64_t paired_place(int64_t i) { return i % 16 / 8 * 32 + i / 16 * 8 + i % 8; }
+
+inline void arrange_pairs(const float* x, int64_t columns, float* out) {
+  uint16_t* to = reinterpret_cast<uint16_t*>(out);
+  const int64_t all = round_up(columns, PairedE4m3::CODES);
+  if (all > columns) memset(to + all - PairedE4m3::CODES, 0, 2 * PairedE4m3::CODES);
+  for (int64_t i = 0; i < columns; ++i)
+    to[i / PairedE4m3::CODES * PairedE4m3::CODES + paired_place(i % PairedE4m3::CODES)] = rounded_bf16(x[i]);
+}
+#endif
+
 // Copies x in the order of a weight of that type: padded(columns) numbers.
 inline void arrange(const float* x, int64_t columns, int64_t type, float* out) {
   const int64_t all = round_up(columns, UNIT);
@@ -122,10 +174,13 @@ inline void arrange(const float* x, int64_t columns, int64_t type, float* out) {
       }
     return;
   }
-  const float factor = type == WEIGHT_E4M3 ? factor_for(x, columns) : 1.0f;
+#if BF16_UNITS
+  if (type == WEIGHT_E4M3_BF16 && multiplies_pairs()) return arrange_pairs(x, columns, out);
+#endif
+  const float factor = type >= WEIGHT_E4M3 ? factor_for(x, columns) : 1.0f;
   for (int64_t i = 0; i < columns; ++i) out[i] = x[i] * factor;
   memset(out + columns, 0, (all - columns) * 4);
-  if (type == WEIGHT_E4M3) out[all] = UP / factor;
+  if (type >= WEIGHT_E4M3) out[all] = UP / factor;
 }
 
 // Looks for the codes of NaN among those that are read.
@@ -168,12 +223,6 @@ inline void along_units(const char* p, int64_t columns, Watch<W>& watch, Body bo
   }
 }
 
-inline uint16_t rounded_bf16(float x) {  // to nearest even
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
 // The sum of a vector's numbers: halves are added until one number is left.
 #if BYTES >= 32
 inline float sum(F v) {
@@ -192,9 +241,57 @@ inline float sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 constexpr int64_t AHEAD = 8192;  // bytes
 
+#if BF16_UNITS
+template <int R, int N>
+__attribute__((target("avx512bf16,avx512vbmi"), noinline)) void paired_dots(const Matrix& w, int64_t row, const float* x,
+                                                                           int64_t stride, float* out) {
+  constexpr int64_t CODES = PairedE4m3::CODES;
+  const int64_t group = R * w.stride, ahead = group * (AHEAD > group ? AHEAD / group : 1);
+  const __m512i low[2] = {load<__m512i>(PAIRED_TABLE.low), load<__m512i>(PAIRED_TABLE.low + 64)};
+  const __m512i high[2] = {load<__m512i>(PAIRED_TABLE.high), load<__m512i>(PAIRED_TABLE.high + 64)};
+  const __m512i signs = _mm512_set1_epi8(char(0x80));
+  F total[R][N] = {};
+  const char* p = w.row(row);
+  for (int64_t at = 0; at < w.columns; at += BLOCK) {
+    const int64_t end = least(w.columns, at + BLOCK);
+    F part[R][N] = {};
+    for (int64_t i = at; i < end; i += CODES) {
+      __m512bh xs[N][2];
+      UNROLL for (int n = 0; n < N; ++n) {
+        const char* of = reinterpret_cast<const char*>(x + n * stride) + 2 * i;
+        xs[n][0] = (__m512bh)load<__m512i>(of), xs[n][1] = (__m512bh)load<__m512i>(of + 64);
+      }
+      const __mmask64 there = end - i >= CODES ? ~uint64_t{0} : (uint64_t{1} << (end - i)) - 1;
+      UNROLL for (int r = 0; r < R; ++r) {
+        const char* from = p + r * w.stride + i;
+        if constexpr (R > 1) __builtin_prefetch(from + ahead);
+        const __m512i code = _mm512_maskz_loadu_epi8(there, from);
+        const __m512i lows = _mm512_permutex2var_epi8(low[0], code, low[1]);
+        const __m512i highs = _mm512_permutex2var_epi8(high[0], code, high[1]);
+        const __m512i with_sign = _mm512_ternarylogic_epi64(highs, code, signs, 0xF8);
+        const __m512bh first = (__m512bh)_mm512_unpacklo_epi8(lows, with_sign);
+        const __m512bh second = (__m512bh)_mm512_unpackhi_epi8(lows, with_sign);
+        UNROLL for (int n = 0; n < N; ++n) {
+          part[r][n] = (F)_mm512_dpbf16_ps((__m512)part[r][n], first, xs[n][0]);
+          part[r][n] = (F)_mm512_dpbf16_ps((__m512)part[r][n], second, xs[n][1]);
+        }
+      }
+    }
+    UNROLL for (int r = 0; r < R; ++r) {
+      const F scale = splat(w.scales_of(row + r)[at / BLOCK]);
+      UNROLL for (int n = 0; n < N; ++n) total[r][n] += part[r][n] * scale;
+    }
+  }
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int n = 0; n < N; ++n) out[r * N + n] = sum(total[r][n]);
+}
+#endif
+
 // R rows of the weight from `row` on, times N rows of x (arranged, `stride` numbers apart): out[r * N + n].
 template <class W, int R, int N>
 inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, float* out) {
+#if BF16_UNITS
+  if constexpr (std::is_same_v<W, PairedE4m3>) return paired_dots<R, N>(w, row, x, stride, out);
+#endif
   // processors look ahead less than this, and not from one page of memory into the next
   const int64_t group = R * w.stride, ahead = group * (AHEAD > group ? AHEAD / group : 1);
   F total[R][N] = {};

@@ -4,7 +4,8 @@
 
 #include <cstdint>
 
-enum WeightType : int64_t { WEIGHT_FP32, WEIGHT_BF16, WEIGHT_E4M3, WEIGHT_TYPES };
+// WEIGHT_E4M3_BF16: codes like those of WEIGHT_E4M3, whose products are wanted in BF16, where that is faster.
+enum WeightType : int64_t { WEIGHT_FP32, WEIGHT_BF16, WEIGHT_E4M3, WEIGHT_E4M3_BF16, WEIGHT_TYPES };
 constexpr int64_t BLOCK = 128;  // rows and columns that share a scale, in E4M3
 
 // Inlined always: a function with linkage that was compiled for AVX-512 might be linked for a CPU without it.
@@ -20,6 +21,7 @@ struct Matrix {
   int64_t scales_bytes;
 
   INLINE bool none() const { return data == nullptr && rows == 0; }
+  INLINE bool codes() const { return type >= WEIGHT_E4M3; }
   INLINE const char* row(int64_t i) const { return data + i * stride; }
   INLINE const float* scales_of(int64_t i) const { return scales + i / BLOCK * ((columns + BLOCK - 1) / BLOCK); }
 
@@ -33,12 +35,12 @@ struct Matrix {
     if (type < 0 || type >= WEIGHT_TYPES || rows != want || columns != want_columns) return false;
     if (rows < 0 || columns < 0 || stride < 0) return false;
     if (rows == 0 || columns == 0) return true;
-    constexpr int64_t SIZES[] = {4, 2, 1};
+    constexpr int64_t SIZES[] = {4, 2, 1, 1};
     int64_t last, row, end, all;
     if (__builtin_mul_overflow(rows - 1, stride, &last) || __builtin_mul_overflow(columns, SIZES[type], &row) ||
         __builtin_add_overflow(last, row, &end) || stride < row || data == nullptr || end > bytes)
       return false;
-    if (type != WEIGHT_E4M3) return true;
+    if (!codes()) return true;
     const int64_t down = count * ((want_rows - 1) / BLOCK + 1), across = (columns - 1) / BLOCK + 1;
     return !__builtin_mul_overflow(down, across, &all) && !__builtin_mul_overflow(all, int64_t{4}, &all) &&
            scales != nullptr && all <= scales_bytes;
@@ -49,6 +51,6 @@ struct Matrix {
 INLINE Matrix part_of(const Matrix& stack, int64_t index, int64_t rows) {
   Matrix one = stack;
   one.data += index * rows * stack.stride, one.bytes -= index * rows * stack.stride, one.rows = rows;
-  if (stack.type == WEIGHT_E4M3) one.scales += index * ((rows + BLOCK - 1) / BLOCK) * ((stack.columns + BLOCK - 1) / BLOCK);
+  if (stack.codes()) one.scales += index * ((rows + BLOCK - 1) / BLOCK) * ((stack.columns + BLOCK - 1) / BLOCK);
   return one;
 }

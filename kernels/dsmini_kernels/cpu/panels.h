@@ -153,7 +153,7 @@ const char* get_row(const Matrix& w, int64_t row, float* memory) {
     });
   };
   const auto plain = [](int64_t) { return splat(1.0f); };
-  if (w.type == WEIGHT_E4M3) {
+  if (w.codes()) {
     const float* scales = w.scales_of(row);
     convert(DecodeE4m3WithNan(), [&](int64_t i) { return splat(scales[i / BLOCK] * 0x1p8f); });
   } else if (w.type == WEIGHT_BF16) {

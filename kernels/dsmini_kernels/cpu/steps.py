@@ -35,6 +35,8 @@ SMALL = 1 << 15
 THREADED = 1 << 16
 """Number of multiplications from which two threads are faster than one."""
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
+CODES_IN_BF16 = 3
+"""Type of codes whose products are in BF16."""
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 SCORES = {"sigmoid": 0, "softmax": 1}
 NONE = (0,) * 8
@@ -59,7 +61,7 @@ def quantized_linear(x: Tensor, weight: Any) -> Tensor:
     if rows < 1:
         raise Unserved
     x = detached(x).contiguous()
-    w = weight_matrix(weight)
+    w = weight_matrix(weight, x.dtype)
     if x.shape[-1] == 0:
         raise Unserved
     if x.shape[-1] != w[4] or len(weight.shape) != 2:
@@ -148,7 +150,7 @@ def _attention_call(
     x = detached(x).contiguous()
     cos, sin = (t if t.is_contiguous() and t.dtype == torch.float32 else t.float().contiguous() for t in table)
     starts = starts.to(torch.int64).contiguous()
-    index = () if _is_grouped(part) else _index_call(part.indexer, past.store.index)
+    index = () if _is_grouped(part) else _index_call(part.indexer, past.store.index, part.dtype)
     y = torch.empty_like(x)
     return (
         *(n_threads(), *x.shape, *sizes, *span(x), *span(y), *norms, cos.data_ptr(), sin.data_ptr()),
@@ -158,7 +160,7 @@ def _attention_call(
     ), (y, x, cos, sin, starts)
 
 
-def _index_call(part: Any, store: Any) -> tuple[int, ...]:
+def _index_call(part: Any, store: Any, dtype: torch.dtype) -> tuple[int, ...]:
     """Describe an indexer and the cache of its keys to the C++."""
     if part is None:
         return NO_INDEXER
@@ -166,7 +168,7 @@ def _index_call(part: Any, store: Any) -> tuple[int, ...]:
     if data.dtype not in (torch.float32, torch.bfloat16) or not data.is_contiguous() or not data.is_cpu:
         raise Unserved(f"keys of an indexer in {data.dtype} on {data.device}")
     (norm, bias, *sizes), (at, size) = vectors(part.k_norm, part.k_bias), span(data)
-    matrices = _matrices((part.wq_b, part.wk, part.weights_proj))
+    matrices = _matrices((part.wq_b, part.wk, part.weights_proj), dtype)
     cache = (at, size, CACHE_TYPES[data.dtype], data.shape[2] * data.element_size())
     return (part.n_heads, width, part.topk, int(part.halves), norm, bias, *sizes, *cache, *matrices)
 
@@ -217,10 +219,10 @@ def _prepared_attention(part: Any) -> Prepared:
     q_rank = 0 if part.wq_a is None else part.wq_a.shape[0]
     sizes = (part.n_heads, part.nope, part.rope, part.latent, part.value, q_rank)
     weights = (part.wq_a, part.wq_b, part.wkv_a, part.wkv_b, part.wo)
-    if part.indexer is not None and matrix(part.indexer.wq_b)[2] != matrix(part.wq_b)[2]:
+    if part.indexer is not None and len({matrix(w, part.dtype)[2] for w in (part.wq_b, part.indexer.wq_b)}) > 1:
         raise Unserved("queries of MLA and of its indexer from weights of different types")
     numbers = (part.scale, part.eps, part.q_eps, part.kv_eps, 0.0 if part.indexer is None else part.indexer.k_eps)
-    part.prepared["cpu"] = sizes, vectors(part.norm, part.q_norm, part.kv_norm), _matrices(weights), numbers
+    part.prepared["cpu"] = sizes, vectors(part.norm, part.q_norm, part.kv_norm), _matrices(weights, part.dtype), numbers
     return part.prepared["cpu"]
 
 
@@ -229,7 +231,7 @@ def _prepared_grouped(part: Any) -> Prepared:
     heads, groups = part.n_heads, part.n_kv_heads
     sizes = (groups, heads // groups, part.wk.shape[0] // groups, part.wv.shape[0] // groups)
     weights = (part.wq, part.wk, part.wv, part.wo)
-    part.prepared["cpu"] = sizes, vectors(part.norm), _matrices(weights), (part.scale, part.eps)
+    part.prepared["cpu"] = sizes, vectors(part.norm), _matrices(weights, part.dtype), (part.scale, part.eps)
     return part.prepared["cpu"]
 
 
@@ -248,7 +250,7 @@ def _prepared_feed_forward(part: Any) -> Prepared:
         if type(first) is not type(third) or (first is not None and first.dtype != third.dtype):
             raise Unserved("w1 and w3 of different types")
     numbers = (part.eps, options.get("route_scale", 1.0))
-    part.prepared["cpu"] = sizes, vectors(part.norm, part.gate, part.bias), _matrices(weights), numbers
+    part.prepared["cpu"] = sizes, vectors(part.norm, part.gate, part.bias), _matrices(weights, part.dtype), numbers
     return part.prepared["cpu"]
 
 
@@ -261,8 +263,8 @@ def vectors(*tensors: Tensor | None) -> tuple[int, ...]:
     return (*(at for at, _ in spans), *(size for _, size in spans))
 
 
-def _matrices(weights: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(number for w in weights for number in (NONE if w is None else matrix(w)))
+def _matrices(weights: Sequence[Any], dtype: torch.dtype) -> tuple[int, ...]:
+    return tuple(number for w in weights for number in (NONE if w is None else matrix(w, dtype)))
 
 
 def n_threads() -> int:
@@ -275,7 +277,7 @@ def span(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.data_ptr(), x.numel() * x.element_size())
 
 
-def weight_matrix(weight: Any) -> tuple[int, ...]:
+def weight_matrix(weight: Any, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:
     """Describe a weight whose gradient is not asked for.
 
     Raises: Unserved as `matrix` does, and for a weight that is not the numbers in its memory.
@@ -284,11 +286,14 @@ def weight_matrix(weight: Any) -> tuple[int, ...]:
         if weight.is_neg():  # its numbers would be a copy, which nobody holds while the C++ runs
             raise Unserved("a weight whose sign is not in its memory")
         detached(weight)
-    return matrix(weight)
+    return matrix(weight, dtype)
 
 
-def matrix(weight: Any) -> tuple[int, ...]:
+def matrix(weight: Any, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:
     """Describe a weight [o, i], or a stack of weights [e, o, i] as one of e * o rows.
+
+    Args:
+        dtype: of products with codes.
 
     Raises: Unserved for another dtype, tile or layout.
     """
@@ -310,7 +315,8 @@ def matrix(weight: Any) -> tuple[int, ...]:
     size = data.element_size()
     stride = size * (data.stride(-2) if data.shape[-2] > 1 else data.shape[-1])
     memory = int(data.untyped_storage().nbytes() - data.storage_offset() * size)
-    return (data.data_ptr(), memory, WEIGHT_TYPES[data.dtype], rows, data.shape[-1], stride, *span(scales))
+    kind = WEIGHT_TYPES[data.dtype] if scales is None or dtype != torch.bfloat16 else CODES_IN_BF16
+    return (data.data_ptr(), memory, kind, rows, data.shape[-1], stride, *span(scales))
 
 
 def detached(x: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ PACKED = 2
 TILES = ((1, 128), (128, 1), (3, 5))
 VALUES = [(-1.0) ** i * 2.0 ** (i % 5 - 3) for i in range(ROWS * COLUMNS)]
 """Numbers that all formats hold."""
-WEIGHT_SIZES = (4, 2, 1)
+WEIGHT_SIZES = (4, 2, 1, 1)
+WEIGHTS = range(len(WEIGHT_SIZES))
 """Bytes of a number in FP32, BF16 and E4M3."""
 Memory = Callable[[int], int]
 """Returns the address of this many bytes, all zero."""
@@ -80,19 +81,19 @@ def check(values: list[float]) -> None:
 
 def step_calls(memory: Memory) -> Iterator[tuple[str, tuple[float, ...]]]:
     """Yield calls of products and decoding steps with sizes that no vector divides: entry, and fields of its struct."""
-    for weight, n in itertools.product(range(3), (1, 2, 7)):
+    for weight, n in itertools.product(WEIGHTS, (1, 2, 7)):
         for bf16, rows in itertools.product(range(2), (n, 40 * n)):
             yield "linear", linear_call(memory, rows, 37, 131, weight, bf16)
         for inputs in (1, 2):
             yield "norms", norms_call(memory, n, 131, inputs)
         for experts in (0, 6):
             yield "feed_forward", feed_forward_call(memory, n, weight, experts)
-    for weight, cache, (b, s), q_rank in itertools.product(range(3), range(3), ((1, 1), (2, 3)), (0, 19)):
+    for weight, cache, (b, s), q_rank in itertools.product(WEIGHTS, range(3), ((1, 1), (2, 3)), (0, 19)):
         for topk in (0, 50, 150):
             yield "attention", attention_call(memory, b, s, weight, cache, q_rank, topk)
-    for weight, cache, (b, s), group in itertools.product(range(3), range(2), ((1, 1), (2, 3)), (1, 3)):
+    for weight, cache, (b, s), group in itertools.product(WEIGHTS, range(2), ((1, 1), (2, 3)), (1, 3)):
         yield "grouped", grouped_call(memory, b, s, weight, cache, group)
-    for weight, bf16, n in itertools.product(range(3), range(2), (1, 40)):
+    for weight, bf16, n in itertools.product(WEIGHTS, range(2), (1, 40)):
         yield "experts", experts_call(memory, n, weight, bf16)
     for bf16, backward in itertools.product(range(2), range(2)):
         yield "trained_experts", trained_experts_call(memory, bf16, backward)
@@ -244,7 +245,7 @@ def _choose(at: int, visits: int, experts: int) -> None:
 
 def _matrix(memory: Memory, rows: int, columns: int, weight: int, count: int = 1) -> tuple[int, ...]:
     stride = columns * WEIGHT_SIZES[weight]
-    scales = count * -(-rows // 128) * -(-columns // 128) * 4 if weight == 2 else 0
+    scales = count * -(-rows // 128) * -(-columns // 128) * 4 if weight >= 2 else 0
     data, scales_at = _spans(memory, count * rows * stride, scales)
     return (*data, weight, count * rows, columns, stride, *scales_at)
 
