@@ -16,7 +16,8 @@ from rich.console import Console
 from dsmini.atomic import as_json
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.tensor_names import mtp_prefixes
-from dsmini.config import ModelConfig, RunConfig
+from dsmini.config import RunConfig
+from dsmini.config.fields import require
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import rate, say
@@ -94,26 +95,23 @@ def main(args: Sequence[str]) -> int:
     tell = partial(say, Console(stderr=command.json))
     refuse_filled(command.dst)
     parse_size(command.shard_size)
-    _refuse_other_layout(command)
-    sizes = _index_sizes(command)
-    model, nbytes, seconds, files, ids = _read(command, tell)
-    tell(rate("read", nbytes, seconds))
-    if command.dsa:
-        add_indexers(model, **sizes)
-        _tell_of_no_choice(model.config, tell)
-    inference = command.layout == "inference"
-    options: dict[str, Any] = {
-        "dtype": None if command.dtype == "stored" else getattr(torch, command.dtype),
-        "files": files,
-        "say": tell,
-    }
+    sizes, inference = _checked(command), command.layout == "inference"
+    dtype = None if command.dtype == "stored" else getattr(torch, command.dtype)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: tell(str(message))
+        model, nbytes, seconds, files, ids = _read(command, tell)
+        tell(rate("read", nbytes, seconds))
+        if command.dsa:
+            add_indexers(model, **sizes)
+            topk, most = model.config.index_topk or 0, model.config.max_seq_len
+            if topk >= most:
+                tell(f"no token will have a choice: index_topk={topk} of at most {most} tokens; lower --index-topk")
         if inference:
-            saved = save_inference(model, command.dst, command.ranks or 1, command.fp8, **options)
+            saved = save_inference(model, command.dst, command.ranks or 1, command.fp8, dtype=dtype, files=files)
         else:
-            options |= {"shard_size": command.shard_size, "config": ids}
-            saved = save_pretrained(model, command.dst, command.fp8, **options)
+            shards: dict[str, Any] = {"shard_size": command.shard_size, "config": ids}
+            saved = save_pretrained(model, command.dst, command.fp8, dtype=dtype, files=files, **shards)
+    tell(rate("wrote", saved.nbytes, saved.seconds))
     written_config = dataclasses.replace(model.config, n_mtp_layers=0) if inference else model.config
     n_parameters = accounting.parameters(written_config).total
     written = f"{len(saved.files)} file" + "s" * (len(saved.files) != 1)
@@ -140,30 +138,23 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _refuse_other_layout(command: ConvertCommand) -> None:
-    """Raise ValueError for an option of the layout that is not written."""
-    if command.layout == "inference" and command.shard_size != SHARD_SIZE:
-        raise ValueError("--shard-size is for Hugging Face's layout; with --layout inference, each rank has one file")
-    if command.ranks is not None and command.ranks < 1:
-        raise ValueError(f"--ranks {command.ranks} is not positive; use 1 or more")
-    if command.layout != "inference" and command.ranks is not None:
-        raise ValueError("--ranks is for DeepSeek's inference layout; add --layout inference, or leave it out")
-
-
-def _index_sizes(command: ConvertCommand) -> dict[str, int]:
-    """Return the given sizes of fresh indexers. Raises: ValueError for sizes without --dsa."""
-    names = ("n_heads", "head_dim", "topk")
-    given = {name: size for name in names if (size := getattr(command, f"index_{name}")) is not None}
-    if given and not command.dsa:
-        flags = ", ".join(f"--index-{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{flags}: these are sizes of fresh indexers; add --dsa, or leave them out")
-    return given
-
-
-def _tell_of_no_choice(config: ModelConfig, tell: Callable[[str], None]) -> None:
-    topk, most = config.index_topk, config.max_seq_len
-    if topk is not None and topk >= most:
-        tell(f"no token will have a choice: index_topk={topk} of at most {most} tokens; lower --index-topk")
+def _checked(command: ConvertCommand) -> dict[str, int]:
+    """Return the given sizes of fresh indexers. Raises: ValueError for an option of what is not written."""
+    inference, ranks = command.layout == "inference", command.ranks
+    sizes = {name: getattr(command, f"index_{name}") for name in ("n_heads", "head_dim", "topk")}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    flags = ", ".join(f"--index-{name.replace('_', '-')}" for name in sizes)
+    require(
+        not inference or command.shard_size == SHARD_SIZE,
+        "--shard-size is for Hugging Face's layout; with --layout inference, each rank has one file",
+    )
+    require(ranks is None or ranks > 0, f"--ranks {ranks} is not positive; use 1 or more")
+    require(
+        inference or ranks is None,
+        "--ranks is for DeepSeek's inference layout; add --layout inference, or leave it out",
+    )
+    require(command.dsa or not sizes, f"{flags}: these are sizes of fresh indexers; add --dsa, or leave them out")
+    return sizes
 
 
 def _read(
@@ -179,11 +170,8 @@ def _read(
         model, config = load_run(command.src, average=command.average, say=tell)
         nbytes, seconds = sum(t.nbytes for t in model.state_dict().values()), time.monotonic() - start
         return model, nbytes, seconds, *_tokenizer_files(command.src, config)
-    if command.average:
-        raise ValueError(f"--average is for a training run, and {command.src} is not one; leave it out")
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: tell(str(message))
-        model = read_pretrained(command.src, fp8="keep")
+    require(not command.average, f"--average is for a training run, and {command.src} is not one; leave it out")
+    model = read_pretrained(command.src, fp8="keep")
     origin = origin_of(model)
     assert origin is not None
     return model, origin.nbytes, origin.seconds, {}, {}

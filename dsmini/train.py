@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dsmini.atomic import write_text
+from dsmini.atomic import write_json, write_text
 from dsmini.config import RunConfig
 from dsmini.console.command import run, speaks
 from dsmini.console.commandline import Help, parse, take_file, take_folder
@@ -122,7 +122,7 @@ def _results(training: "TrainingRun", complete: bool) -> tuple[dict[str, Any], s
             return None
         summary, sample = summarise(training), write_sample(training)
         write_text(training.folder / "sample.txt", sample)
-        training.finish(summary)
+        write_json(training.folder / "summary.json", summary)  # the last file: with it the run is complete
     except KeyboardInterrupt:
         return None
     return summary, sample

@@ -18,23 +18,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from dsmini.checkpoint import tensor_names as names
 from dsmini.checkpoint.memory import refuse_more_parts, refuse_too_large
 from dsmini.checkpoint.safetensors_files import DTYPES, SafetensorsReader, Stored, is_inference_layout
-from dsmini.checkpoint.tensor_names import (
-    hf_name,
-    inference_name,
-    inference_split,
-    is_derived,
-    is_indexer,
-    is_stacked,
-    mtp_copies,
-    mtp_prefixes,
-)
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
 from dsmini.config.huggingface import is_hugging_face, is_quantized
 from dsmini.console.command import speaks
-from dsmini.console.messages import rate
 from dsmini.console.progress import Progress
 from dsmini.machine import pick_device, slow_bf16
 from dsmini.nn import Experts, Transformer
@@ -53,6 +43,7 @@ SCALES = ("F32", "F8_E8M0")
 FP8 = torch.float8_e4m3fn
 RELEASED = 16 << 20
 """Bytes that are read between two releases of the mapped files, so that these do not count as memory twice."""
+Treatment = Literal["dequantize", "keep"]
 Holding = Callable[[Transformer], Sequence[Sequence[int]]]
 """Returns the experts that this process holds of each layer with experts, in the order of the model's modules. It is
 called with the whole model on the meta device, and raises ValueError for one that it does not fit."""
@@ -83,30 +74,26 @@ def parts_of(model: Transformer, ranks: int | None = None) -> Iterator[Part]:
 
     Raises: ValueError for a tensor that DeepSeek's architecture does not have.
     """
-    weights = {ours: _scales_name(ours) for ours in fp8_weights(model)}
-    held_scales = set(weights.values())
+
+    def folder_name(ours: str, expert: int | None) -> str:
+        return names.inference_name(ours, expert) if ranks else names.hf_name(ours, model.config.n_layers, expert)
+
+    scales_of = {}
+    for ours in fp8_weights(model):
+        path, _, attribute = ours.rpartition(".")
+        scales_of[ours] = f"{path}.{FP8_SCALES[attribute]}"
     for ours, tensor in model.state_dict().items():
-        if ours in held_scales:
+        if ours in scales_of.values():
             continue
-        stacked = is_stacked(ours)
+        stacked = names.is_stacked(ours)
         for expert in range(len(tensor)) if stacked else (None,):
-            name, shape = _folder_name(model, ours, expert, ranks), list(tensor.shape[1:] if stacked else tensor.shape)
-            dim = None if ranks is None else inference_split(name)
-            if dim is not None:
-                shape[dim] //= ranks or 1
+            name, shape = folder_name(ours, expert), list(tensor.shape[1:] if stacked else tensor.shape)
+            if ranks is not None and (dim := names.inference_split(name)) is not None:
+                shape[dim] //= ranks
             scales = None
-            if theirs := weights.get(ours):
-                scales = Part(theirs, expert, blocks_of(shape), _folder_name(model, theirs, expert, ranks))
+            if theirs := scales_of.get(ours):
+                scales = Part(theirs, expert, blocks_of(shape), folder_name(theirs, expert))
             yield Part(ours, expert, tuple(shape), name, scales)
-
-
-def _folder_name(model: Transformer, ours: str, expert: int | None, ranks: int | None) -> str:
-    return inference_name(ours, expert) if ranks else hf_name(ours, model.config.n_layers, expert)
-
-
-def _scales_name(ours: str) -> str:
-    path, _, attribute = ours.rpartition(".")
-    return f"{path}.{FP8_SCALES[attribute]}"
 
 
 def blocks_of(shape: Sequence[int]) -> tuple[int, ...]:
@@ -129,34 +116,28 @@ class PretrainedOrigin:
     """Time of reading."""
 
 
-ORIGIN = "pretrained_origin"
-"""Name of the attribute of a loaded Transformer that has its PretrainedOrigin."""
-
-
 def origin_of(model: Transformer) -> PretrainedOrigin | None:
     """Return the source of a loaded model; None for a model that was not loaded."""
-    return getattr(model, ORIGIN, None)
+    return getattr(model, "pretrained_origin", None)
 
 
 def load_pretrained(
     folder: str | Path,
     dtype: torch.dtype | None = None,
-    fp8: Literal["dequantize", "keep"] = "dequantize",
+    fp8: Treatment = "dequantize",
     device: str | torch.device = "cpu",
     *,
-    say: Callable[[str], None] | None = None,
     holding: Holding | None = None,
 ) -> Transformer:
     """Return the model of a DeepSeek or Hugging Face folder (deepseek_v2, deepseek_v3, deepseek_v32, kimi_k2).
 
     Folders in DeepSeek's inference layout work too: the files of all ranks next to their config JSON. The model is
-    ready to be evaluated.
+    ready to be evaluated. A long load shows a bar on the standard error.
 
     Args:
         dtype: dtype of matrices and embedding; None: as each is stored. Norms and gates are FP32 in any case.
         fp8: treatment of FP8 weights. "dequantize": they are held in `dtype`, by default BF16. "keep": codes and
             scales are held, and dequantized where they are used; such a model cannot be trained.
-        say: told how many bytes were read, and how fast. A long load shows a bar on the standard error.
         holding: the experts that this process holds of those that several divide, for
             dsmini.distributed.decode. Only their tensors are read. None: all.
 
@@ -168,19 +149,23 @@ def load_pretrained(
     Raises: ValueError for a folder that does not hold the model its config describes, with all that is wrong; for a
         config that cannot be honoured; for a damaged file. Before memory for the model is taken.
     """
-    model = read_pretrained(folder, dtype, fp8, device, say=say, holding=holding)
-    if dtype is None:
-        _warn_of_slow_bf16(model, Path(folder), kept=fp8 == "keep")
+    model, cpu = read_pretrained(folder, dtype, fp8, device, holding=holding), torch.device("cpu")
+    held = {p.dtype for p in model.parameters() if p.dim() > 1 and p.device == cpu}
+    if dtype is None and torch.bfloat16 in held and slow_bf16(cpu):
+        warnings.warn(
+            f"the model of {folder} has weights in bfloat16, which this CPU multiplies many times more slowly than "
+            "float32; load it with dtype=torch.float32 (--dtype float32 on the command line), at twice their memory",
+            stacklevel=2,
+        )
     return model
 
 
 def read_pretrained(
     folder: str | Path,
     dtype: torch.dtype | None = None,
-    fp8: Literal["dequantize", "keep"] = "dequantize",
+    fp8: Treatment = "dequantize",
     device: str | torch.device = "cpu",
     *,
-    say: Callable[[str], None] | None = None,
     holding: Holding | None = None,
 ) -> Transformer:
     """Load a model without the warning about slow BF16, to write or train it. See load_pretrained."""
@@ -201,20 +186,18 @@ def read_pretrained(
     nbytes = sum(tensor.numel() * held[name].itemsize for name, tensor in model.state_dict().items())
     refuse_too_large(nbytes, f"the model of {there.folder}", place)
     _allocate(model, held, place)
-    console = Console(stderr=True, quiet=not speaks())
-    total = sum(there.nbytes(part) for part, _ in rows) + there.nbytes_of_copies
-    with Progress(console, total, f"reading {there.folder.name}", unit="bytes") as progress:
+    total = there.nbytes(there.copies) + sum(there.nbytes(there.stored_names(part)) for part, _ in rows)
+    with Progress(
+        Console(stderr=True, quiet=not speaks()), total, f"reading {there.folder.name}", unit="bytes"
+    ) as progress:
         there.fill(model, rows, progress.add)
-    origin = PretrainedOrigin(
+    model.pretrained_origin = PretrainedOrigin(  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
         folder=there.folder.absolute(),
         raw=there.raw if is_hugging_face(there.raw) else {},
         dtypes=there.dtypes(),
         nbytes=int(progress.done),
         seconds=progress.seconds,
     )
-    setattr(model, ORIGIN, origin)
-    if say is not None:
-        say(rate("read", origin.nbytes, origin.seconds))
     return model.eval()
 
 
@@ -229,7 +212,7 @@ class PretrainedTensors:
         self.raw, config = _read_config(folder)
         """Content of the config file."""
         self._reader = SafetensorsReader(folder)
-        tensors = {name: stored for name, stored in self._reader.tensors.items() if not is_derived(name)}
+        tensors = {name: stored for name, stored in self._reader.tensors.items() if not names.is_derived(name)}
         self.config = _without_absent_mtp(config, tensors, folder)
         """Config of the model, without multi-token prediction blocks that the folder does not hold."""
         refuse_more_parts(self.config, len(tensors), str(folder))
@@ -237,88 +220,72 @@ class PretrainedTensors:
             self.model = Transformer(self.config)
         """The model without memory."""
         self.parts = list(parts_of(self.model, 1 if is_inference_layout(folder) else None))
-        copies = mtp_copies(self.config.n_layers, range(self.config.n_mtp_layers))
+        copies = names.mtp_copies(self.config.n_layers, range(self.config.n_mtp_layers))
         self.copies = {theirs: ours for theirs, ours in copies.items() if theirs in tensors}
         """The MTP blocks' copies of embedding and head that are there, each with our name of the original."""
         self._find(tensors)
 
     def _find(self, tensors: Mapping[str, Stored]) -> None:
         """Find the model's tensors among the folder's. Raises: ValueError listing all that do not fit."""
-        used, missing, wrong = set[str](), list[str](), list[str]()
-
-        def take(name: str, shape: tuple[int, ...], kinds: tuple[str, ...]) -> bool:
-            """Note what is wrong with a tensor; return whether it is there in FP8."""
-            used.add(name)
-            got = tensors.get(name)
-            if got is None:
-                missing.append(name)
-            elif got.shape != shape:
-                wrong.append(f"{name} is {list(got.shape)}, want {list(shape)}")
-            elif got.dtype not in kinds:
-                wrong.append(f"{name} is {got.dtype}, want {' or '.join(kinds)}")
-            return got is not None and got.dtype == "F8_E4M3"
-
         plain = is_hugging_face(self.raw) and not is_quantized(self.raw)
+        wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
         for part in self.parts:
             may_be_fp8 = part.scales is not None and not plain
-            if take(part.name, part.shape, ("F8_E4M3", *PLAIN) if may_be_fp8 else PLAIN) and may_be_fp8:
-                assert part.scales is not None
-                take(part.scales.name, part.scales.shape, SCALES)
+            wanted[part.name] = (part.shape, ("F8_E4M3", *PLAIN) if may_be_fp8 else PLAIN)
+            stored = tensors.get(part.name)
+            if may_be_fp8 and part.scales and stored and stored.dtype == "F8_E4M3":
+                wanted[part.scales.name] = (part.scales.shape, SCALES)
         for theirs, ours in self.copies.items():
-            take(theirs, tuple(self.model.get_parameter(ours).shape), PLAIN)
-        lost = [name for name in missing if is_indexer(name)]
+            wanted[theirs] = (tuple(self.model.get_parameter(ours).shape), PLAIN)
+        missing = [name for name in wanted if name not in tensors]
+        lost = [name for name in missing if names.is_indexer(name)]
         require(
-            not lost or lost != missing or any(map(is_indexer, tensors)),
+            not lost or lost != missing or any(map(names.is_indexer, tensors)),
             f"{self.folder} has an indexer in its config and no tensor of one, of which it wants {len(lost):,}; fetch "
             "the files of DeepSeek-V3.2, or give V3's config.json to V3's tensors and add a fresh indexer by python -m "
             "dsmini.convert --dsa",
         )
-        unknown = sorted(tensors.keys() - used)
-        parts = [f"it lacks {listed(missing)}"] if missing else []
-        parts += [f"it has tensors that belong nowhere: {listed(unknown)}"] if unknown else []
-        parts += [*wrong[:50], *([f"and {len(wrong) - 50:,} more"] if len(wrong) > 50 else [])]
+        unknown = sorted(tensors.keys() - wanted.keys())
+        faults = [f"it lacks {listed(missing)}"] if missing else []
+        faults += [f"it has tensors that belong nowhere: {listed(unknown)}"] if unknown else []
+        for name, (shape, kinds) in wanted.items():
+            got = tensors.get(name)
+            if got and got.shape != shape:
+                faults.append(f"{name} is {list(got.shape)}, want {list(shape)}")
+            elif got and got.dtype not in kinds:
+                faults.append(f"{name} is {got.dtype}, want {' or '.join(kinds)}")
+        more = [f"and {len(faults) - 50:,} more"] if len(faults) > 50 else []
         require(
-            not parts,
-            f"{self.folder} does not hold the model that its config describes: {'; '.join(parts)}; "
+            not faults,
+            f"{self.folder} does not hold the model that its config describes: {'; '.join([*faults[:50], *more])}; "
             "fetch its files again, or mend the config",
         )
 
-    def stored(self, part: Part) -> torch.dtype:
-        """Return the stored dtype of a part."""
-        return DTYPES[self._reader.tensors[part.name].dtype]
+    def stored(self, name: str) -> torch.dtype:
+        """Return the stored dtype of a tensor of the folder."""
+        return DTYPES[self._reader.tensors[name].dtype]
 
     def tensors(self, part: Part) -> list[Part]:
         """Return a part, and its scales where it is stored in FP8."""
-        return [part, part.scales] if part.scales is not None and self.stored(part) == FP8 else [part]
+        return [part, part.scales] if part.scales is not None and self.stored(part.name) == FP8 else [part]
 
-    def nbytes(self, part: Part) -> int:
-        """Return the stored bytes of a part, its scales included."""
-        return sum(self._reader.tensors[one.name].nbytes for one in self.tensors(part))
+    def stored_names(self, part: Part) -> list[str]:
+        """Return the names in the folder of a part and its scales."""
+        return [one.name for one in self.tensors(part)]
 
-    @property
-    def nbytes_of_copies(self) -> int:
-        """Bytes of the MTP blocks' copies of embedding and head."""
-        return sum(self._reader.tensors[name].nbytes for name in self.copies)
+    def nbytes(self, stored: Iterable[str]) -> int:
+        """Return the stored bytes of tensors of the folder."""
+        return sum(self._reader.tensors[name].nbytes for name in stored)
 
     def kinds(self) -> dict[str, set[torch.dtype]]:
         """Return the stored dtypes of the parts of each tensor of the state dict."""
-        out: dict[str, set[torch.dtype]] = {}
-        for part in self.parts:
-            out.setdefault(part.ours, set()).add(self.stored(part))
-        return out
+        return {ours: {self.stored(part.name) for part in parts} for ours, parts in self._parts.items()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Return the stored dtype of each tensor by its Hugging Face name."""
-        every = [one for part in self.parts for one in self.tensors(part)]
-        out = {hf_name(one.ours, self.config.n_layers, one.expert): self.stored(one) for one in every}
-        return out | {name: DTYPES[self._reader.tensors[name].dtype] for name in self.copies}
-
-    def read(self, part: Part, dtype: torch.dtype) -> Tensor:
-        """Return the tensor of a part. FP8 codes are dequantized to a dtype that is not theirs; others may differ."""
-        value, *scales = [self._reader.read(one.name) for one in self.tensors(part)]
-        if not scales or dtype == value.dtype:
-            return value
-        return dequantize_tiles(value, scales[0].float(), WEIGHT_TILE, "e4m3", dtype)
+        every = (one for part in self.parts for one in self.tensors(part))
+        out = {names.hf_name(one.ours, self.config.n_layers, one.expert): self.stored(one.name) for one in every}
+        return out | {name: self.stored(name) for name in self.copies}
 
     @functools.cached_property
     def _parts(self) -> dict[str, list[Part]]:
@@ -328,32 +295,38 @@ class PretrainedTensors:
             by_name.setdefault(part.ours, []).append(part)
         return by_name
 
+    def read(self, part: Part, dtype: torch.dtype) -> Tensor:
+        """Return the tensor of a part. FP8 codes are dequantized to a dtype that is not theirs; others may differ."""
+        value, *scales = map(self._reader.read, self.stored_names(part))
+        if not scales or dtype == value.dtype:
+            return value
+        return dequantize_tiles(value, scales[0].float(), WEIGHT_TILE, "e4m3", dtype)
+
+    def rows(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Return rows of a tensor of the state dict in FP32. Only those of stacked experts are read."""
+        of = self._parts[name]
+        if of[0].expert is None:
+            return self.read(of[0], torch.float32)[rows].float()
+        return torch.stack([self.read(part, torch.float32) for part in of[rows]]).float()
+
     def check(self) -> None:
         """Refuse values without a meaning, and warn of copies that are not the originals, before rows are read."""
         self.refuse_bad_values(self.parts)
         self.warn_of_copies({ours: self.rows(ours) for ours in self.copies.values()})
 
-    def rows(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Return rows of a tensor of the state dict in FP32. Only those of stacked experts are read."""
-        of = self._parts[name]
-        stacked = of[0].expert is not None
-        parts = [self.read(part, torch.float32) for part in (of[rows] if stacked else of)]
-        return (torch.stack(parts) if stacked else parts[0][rows]).float()
-
     def refuse_bad_values(self, parts: Iterable[Part]) -> None:
         """Raise ValueError for scales and selection biases of these parts that have no meaning."""
         biases = {f"{path}.bias" for path, module in self.model.named_modules() if isinstance(module, Gate)}
         for part in parts:
+            checks = [(one.name, "FP8 scale {}; want finite ones above 0", 0.0) for one in self.tensors(part)[1:]]
             if part.ours in biases:
-                self._refuse_bad(part, "selection bias {}; want finite ones", -math.inf)
-            for scales in self.tensors(part)[1:]:
-                self._refuse_bad(scales, "FP8 scale {}; want finite ones above 0", 0.0)
-
-    def _refuse_bad(self, part: Part, words: str, above: float) -> None:
-        values = self._reader.read(part.name).float()
-        bad = values[~(values.isfinite() & (values > above))].flatten()
-        if len(bad):
-            raise ValueError(f"{self.folder}: {part.name} has the {words.format(float(bad[0]))}: fetch the file again")
+                checks.append((part.name, "selection bias {}; want finite ones", -math.inf))
+            for name, words, above in checks:
+                values = self._reader.read(name).float()
+                bad = values[~(values.isfinite() & (values > above))].flatten()
+                if len(bad):
+                    words = words.format(float(bad[0]))
+                    raise ValueError(f"{self.folder}: {name} has the {words}: fetch the file again")
 
     def warn_of_copies(self, originals: Mapping[str, Tensor]) -> None:
         """Warn if the MTP blocks' copies of embedding and head are not the originals, given by our names."""
@@ -377,33 +350,15 @@ class PretrainedTensors:
                 if one.ours in state:  # scales are not, where weights are dequantized
                     target = state[one.ours] if row is None else state[one.ours][row]
                     target.copy_(self.read(one, target.dtype))
-            read(self.nbytes(part))
-            unreleased += self.nbytes(part)
+            nbytes = self.nbytes(self.stored_names(part))
+            read(nbytes)
+            unreleased += nbytes
             if unreleased > RELEASED:
                 self._reader.release()
                 unreleased = 0
         self.warn_of_copies(state)
         self._reader.release()
-        read(self.nbytes_of_copies)
-
-
-def _warn_of_slow_bf16(model: Transformer, folder: Path, kept: bool) -> None:
-    cpu = torch.device("cpu")
-    held = {p.dtype for p in model.parameters() if p.dim() > 1 and p.device == cpu}
-    if torch.bfloat16 not in held or not slow_bf16(cpu):
-        return
-    origin = origin_of(model)
-    assert origin is not None
-    stored, cost = "is stored in bfloat16", "at twice the memory"
-    if FP8 in origin.dtypes.values():
-        stored = "is stored in FP8 and dequantized to bfloat16"
-        if kept:
-            stored, cost = "keeps FP8 weights and has the others in bfloat16", "at twice the memory of the others"
-    warnings.warn(
-        f"{folder} {stored}, which this CPU multiplies many times more slowly than float32; load it "
-        f"with dtype=torch.float32 (--dtype float32 on the command line), {cost}",
-        stacklevel=3,
-    )
+        read(self.nbytes(self.copies))
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -414,8 +369,7 @@ def check_dtype(dtype: torch.dtype | None) -> None:
 def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     check_path(folder, "folder")
     require(folder.is_dir(), f"there is no folder {folder}; name one that holds config.json and safetensors files")
-    inference = is_inference_layout(folder)
-    path = folder / "config.json"
+    inference, path = is_inference_layout(folder), folder / "config.json"
     others = sorted(folder.glob("config*.json"))
     if inference and not is_there(path) and len(others) == 1:  # DeepSeek's are config_16B.json, config_671B.json
         path = others[0]
@@ -435,7 +389,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Path) -> ModelConfig:
-    prefixes = mtp_prefixes(config.n_layers, config.n_mtp_layers)
+    prefixes = names.mtp_prefixes(config.n_layers, config.n_mtp_layers)
     if not prefixes or any(name.startswith(prefixes) for name in tensors):
         return config
     warnings.warn(
@@ -489,14 +443,13 @@ def _held(model: Transformer, name: str, kinds: set[torch.dtype], dtype: torch.d
 def _allocate(model: Transformer, held_dtypes: Mapping[str, torch.dtype], device: torch.device) -> None:
     """Allocate memory for every parameter and buffer of a model on the meta device; values come later."""
     for name, tensor in model.state_dict().items():
-        if held_dtypes[name] == FP8:
+        held = torch.empty(tensor.shape, dtype=held_dtypes[name], device=device)
+        if held.dtype == FP8:
             blocks = (*tensor.shape[:-2], *blocks_of(tensor.shape[-2:]))
-            codes = torch.empty(tensor.shape, dtype=FP8, device=device)
-            hold_fp8(model, name, codes, torch.empty(blocks, dtype=torch.float32, device=device))
+            hold_fp8(model, name, held, torch.empty(blocks, dtype=torch.float32, device=device))
             continue
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
-        held = torch.empty(tensor.shape, dtype=held_dtypes[name], device=device)
         is_parameter = attribute in dict(module.named_parameters(recurse=False))
         setattr(module, attribute, nn.Parameter(held) if is_parameter else held)
 

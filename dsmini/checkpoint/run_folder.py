@@ -24,10 +24,6 @@ from dsmini.config import RunConfig
 from dsmini.reading import check_path, is_there, read_table
 from dsmini.text.tokenizer import Tokenizer, load_tokenizer
 
-FILES = ("config.toml", "metrics.jsonl", "summary.json", "sample.txt", "loss.png", "expert_load.png")
-"""Files of a run, with those of BEFORE_CONFIG."""
-FOLDERS = ("checkpoints", "tensorboard")
-"""Folders in a run's folder."""
 BEFORE_CONFIG = ("corpus.json", "tokenizer.json", "init.json")
 """Files of a new run that are written before its config.toml."""
 
@@ -56,31 +52,13 @@ def refuse_taken(out: Path | None) -> None:
     if out is None:
         return
     try:
-        taken = out.exists() and (not out.is_dir() or _is_taken(out))
+        names = {path.name for path in out.iterdir()} if out.exists() else set()
     except OSError as error:
         raise ValueError(f"cannot make the folder {out}: {error.strerror}; choose another with --out") from None
-    if not taken:
-        return
-    if not out.is_dir():
-        raise ValueError(f"--out {out} is not a folder; choose a new one")
-    held = "another run" if (out / "config.toml").exists() else "other files"
-    raise ValueError(f"--out {out} holds {held}; choose a new folder, or remove that one")
-
-
-def refuse_misplaced(run: Path) -> None:
-    """Raise ValueError if a folder is in the place of a file that training writes, or the other way round."""
-    for name in (*BEFORE_CONFIG, *FILES):
-        if os.path.isdir(run / name):
-            raise ValueError(f"{run / name} is a folder, want a file; remove it, and start the command again")
-    for name in FOLDERS:
-        if os.path.lexists(run / name) and not os.path.isdir(run / name):
-            raise ValueError(f"{run / name} is not a folder, want one; remove it, and start the command again")
-
-
-def _is_taken(folder: Path) -> bool:
-    names = {path.name for path in folder.iterdir()}
-    begun = {name for name in names if name not in BEFORE_CONFIG and not name.startswith(".")}
-    return bool(begun) or (bool(names) and ".lock" not in names)
+    begun = any(name not in BEFORE_CONFIG and not name.startswith(".") for name in names)
+    if begun or (names and ".lock" not in names):
+        held = "another run" if "config.toml" in names else "other files"
+        raise ValueError(f"--out {out} holds {held}; choose a new folder, or remove that one")
 
 
 def _next_folder(base: Path, name: str) -> Path:

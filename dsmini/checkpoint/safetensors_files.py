@@ -12,8 +12,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsmini.checkpoint.tensor_names import inference_split, is_routed_expert
-from dsmini.reading import UnreadableError, brief, check_path, is_there, listed, open_regular, read_table, readable
+from dsmini.reading import UnreadableError, brief, is_there, listed, open_regular, read_table, readable
 
 DTYPES = {
     "F64": torch.float64,
@@ -43,6 +43,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _RANK = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,20 @@ class SafetensorsReader:
 
     def __init__(self, path: Path) -> None:
         self._open: dict[Path, Any] = {}
-        self.metadata: dict[str, str] = {}
-        """Texts in the header of a single file; empty for a folder."""
-        if path.is_dir():
-            self.tensors = _inference_tensors(path) if is_inference_layout(path) else _folder_tensors(path)
-        else:
+        if not path.is_dir():
             self.tensors = _header(path)
-            self.metadata = self._file(path).metadata() or {}
+        elif is_inference_layout(path):
+            self.tensors = _joined_ranks(path)
+        else:
+            self.tensors = _indexed(path)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU; one in a single file is a view of the file, with copy on write."""
         stored = self.tensors[name]
-        parts = [self._file(file).get_tensor(name) for file in stored.files]
+        for file in stored.files:
+            if file not in self._open:
+                self._open[file] = _opened(file)
+        parts = [self._open[file].get_tensor(name) for file in stored.files]
         if len(parts) == 1:
             return parts[0]
         # as bytes, for torch cannot join numbers of every dtype
@@ -95,11 +98,6 @@ class SafetensorsReader:
     def release(self) -> None:
         """Let go of the memory of what was read, where no tensor uses it any more."""
         self._open.clear()
-
-    def _file(self, path: Path) -> Any:
-        if path not in self._open:
-            self._open[path] = _opened(path)
-        return self._open[path]
 
 
 def _opened(path: Path) -> Any:
@@ -127,58 +125,39 @@ def _header(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _folder_tensors(folder: Path) -> dict[str, Stored]:
+def _indexed(folder: Path) -> dict[str, Stored]:
     """Find all tensors of a folder in Hugging Face's layout, in the order of the files and their places."""
-    one, index = folder / ONE_FILE, folder / INDEX
-    if is_there(one) and is_there(index):
+    one, index = is_there(folder / ONE_FILE), is_there(folder / INDEX)
+    if one and index:
         raise ValueError(f"{folder} has both {ONE_FILE} and {INDEX}; remove the one that is not the model's")
-    if is_there(one):
-        return _header(one)
-    if not is_there(index):
-        raise ValueError(_no_tensors(folder))
-    weight_map = _read_index(index)
+    if one:
+        return _header(folder / ONE_FILE)
+    if not index:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        fix = "fetch its files again, or name a folder that holds a model"
+        if pickles:
+            fix = f"dsmini opens no pickles, such as {pickles[0]}, for they can run code: convert them to safetensors"
+        raise ValueError(f"{folder} has neither {ONE_FILE} nor {INDEX}, which says what is in several files; {fix}")
+    weight_map: Any = read_table(folder / INDEX).get("weight_map")
+    odd = [x for x in weight_map.values() if not _is_plain(x)] if isinstance(weight_map, dict) else [weight_map]
+    if odd:
+        raise ValueError(
+            f"{folder / INDEX} names {brief(odd[0])}; want a safetensors file of that folder for each tensor of its "
+            "weight_map: fetch it again"
+        )
     files = sorted(set(weight_map.values()))
     if missing := [name for name in files if not is_there(folder / name)]:
         raise ValueError(f"{folder} lacks {listed(missing)}, which {INDEX} names; fetch what is missing")
-    tensors: dict[str, Stored] = {}
-    for file in files:
-        for name, stored in _header(folder / file).items():
-            if weight_map.get(name, file) != file:
-                raise ValueError(
-                    f"{folder / file} holds {readable(name)}, which {INDEX} has in {weight_map[name]}; fetch both"
-                )
-            tensors[name] = stored
-    if missing := sorted(weight_map.keys() - tensors.keys()):
-        raise ValueError(f"{folder} lacks tensors that {INDEX} names: {listed(missing)}; fetch its files again")
+    tensors = {name: stored for file in files for name, stored in _header(folder / file).items()}
+    wrong = [name for name, file in weight_map.items() if name not in tensors or tensors[name].files[0].name != file]
+    if wrong:
+        raise ValueError(f"{folder} has not in the files that {INDEX} names: {listed(sorted(wrong))}; fetch both again")
     return tensors
 
 
-def _no_tensors(folder: Path) -> str:
-    there = [path.name for path in sorted(folder.iterdir())]
-    if pickles := [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
-        return (
-            f"{folder} has no safetensors file, only {listed(pickles)}; dsmini opens no pickles, for they can run "
-            "code: convert them to safetensors first"
-        )
-    if shards := [name for name in there if name.endswith(".safetensors")]:
-        return f"{folder} has {listed(shards)} and no {INDEX} that says what is in them; fetch the index"
-    return f"{folder} has neither {ONE_FILE} nor {INDEX}; name a folder that holds a model"
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    weight_map = read_table(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(
-            f"{path} is not an index of tensors: weight_map is {brief(weight_map)}, want the name of a file for each; "
-            "fetch it again"
-        )
-    for file in sorted(set(weight_map.values())):
-        check_path(Path(file), f"weight_map of {path}")
-        if file != Path(file).name or "\\" in file or file in ("", ".", ".."):
-            raise ValueError(f"{path} names the file {brief(file)}, which is not in the folder; want plain file names")
-        if not file.endswith(".safetensors"):
-            raise ValueError(f"{path} names {brief(file)}; dsmini opens safetensors files only")
-    return weight_map
+def _is_plain(file: object) -> bool:
+    """Return whether this can be the name of a safetensors file in the folder itself."""
+    return isinstance(file, str) and re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", file) is not None
 
 
 def is_inference_layout(folder: Path) -> bool:
@@ -186,46 +165,42 @@ def is_inference_layout(folder: Path) -> bool:
     return any(_RANK.fullmatch(path.name) for path in folder.glob("*.safetensors"))
 
 
-def _inference_tensors(folder: Path) -> dict[str, Stored]:
-    found = [m for path in folder.glob("*.safetensors") if (m := _RANK.fullmatch(path.name))]
-    groups = {int(m[2]) for m in found}
-    if len(groups) > 1:
-        raise ValueError(f"{folder} has files of {sorted(groups)} ranks mixed; keep those of one conversion")
-    n, there = int(found[0][2]), {m[0] for m in found}
-    if n > 2 * len(found):  # before that many names are made
-        raise ValueError(f"{folder} has {len(found)} files of {n:,} ranks, by their names; fetch what is missing")
-    ranks = [f"model{i}-mp{found[0][2]}.safetensors" for i in range(n)]
-    if missing := [name for name in ranks if name not in there]:
-        raise ValueError(f"{folder} lacks {listed(missing)}; fetch what is missing")
-    if extra := sorted(there - set(ranks)):
-        raise ValueError(f"{folder} has {listed(extra)}, which belong to none of the {len(ranks)} ranks; remove them")
-    headers = {rank: _header(folder / rank) for rank in ranks}
-    lacking = []
-    tensors: dict[str, Stored] = {}
+def _joined_ranks(folder: Path) -> dict[str, Stored]:
+    """Find all tensors of a folder in DeepSeek's inference layout, joined from the files of all ranks."""
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    ranks = len(found)
+    files = [f"model{rank}-mp{ranks}.safetensors" for rank in range(ranks)]
+    if found != sorted(files):
+        raise ValueError(
+            f"{folder} has {listed(found)}; want the files of one conversion, model0-mpN to model(N-1)-mpN, and no "
+            "others: fetch what is missing"
+        )
+    headers = {file: _header(folder / file) for file in files}
+    lacking, tensors = [], {}
     for name in dict.fromkeys(name for header in headers.values() for name in header):
-        parts = {rank: header[name] for rank, header in headers.items() if name in header}
+        parts = {file: header[name] for file, header in headers.items() if name in header}
         if not is_routed_expert(name):
-            lacking += [f"{name} in {rank}" for rank in ranks if rank not in parts]
-        tensors[name] = _joined(name, parts)
+            lacking += [f"{name} in {file}" for file in files if file not in parts]
+        tensors[name] = _joined(name, list(parts.values()))
     if lacking:
         raise ValueError(f"{folder} lacks {listed(lacking)}; convert the model again")
     return tensors
 
 
-def _joined(name: str, parts: Mapping[str, Stored]) -> Stored:
+def _joined(name: str, parts: Sequence[Stored]) -> Stored:
     """Return a tensor whose parts are in the files of several ranks."""
-    (first_rank, first), dim = next(iter(parts.items())), inference_split(name)
-    for rank, other in parts.items():
+    first, dim = parts[0], inference_split(name)
+    for other in parts:
         if (other.dtype, other.shape) != (first.dtype, first.shape):
-            raise ValueError(
-                f"{readable(name)} is {other.dtype} {list(other.shape)} in {rank}, and {first.dtype} "
-                f"{list(first.shape)} in {first_rank}; convert the model again"
-            )
+            words = [f"{part.dtype} {list(part.shape)} in {part.files[0].name}" for part in (other, first)]
+            raise ValueError(f"{readable(name)} is {words[0]}, and {words[1]}; convert the model again")
     if dim is None:
         return first
-    shape = list(first.shape)
-    shape[dim] *= len(parts)
-    return Stored(first.dtype, tuple(shape), tuple(part.files[0] for part in parts.values()), dim)
+    shape = tuple(n * len(parts) if d == dim else n for d, n in enumerate(first.shape))
+    return replace(first, shape=shape, files=tuple(part.files[0] for part in parts), dim=dim)
+
+
+# --- writing
 
 
 @dataclass(frozen=True)
@@ -243,14 +218,13 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def begin_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> dict[str, int]:
+def begin_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> dict[str, int]:
     """Write a file with a header and room for its tensors; return the byte at which each starts, in that order."""
-    # wide types first, as the library has it, so that every tensor starts at a multiple of its width
-    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     places: dict[str, int] = {}
     end = 0
-    for entry in ordered:
+    # wide types first, as the library has it, so that every tensor starts at a multiple of its width
+    for entry in sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name)):
         places[entry.name], end = end, end + entry.nbytes
         place = [places[entry.name], end]
         header[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": place}

@@ -11,7 +11,7 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,21 +22,13 @@ from rich.console import Console
 from torch import Tensor
 
 from dsmini.atomic import as_json, new_folder
-from dsmini.checkpoint.load import FP8, Part, PretrainedOrigin, check_dtype, origin_of, parts_of
+from dsmini.checkpoint.load import FP8, Part, check_dtype, origin_of, parts_of
 from dsmini.checkpoint.safetensors_files import INDEX, ONE_FILE, Entry, write_safetensors
 from dsmini.checkpoint.tensor_names import hf_name, inference_split, mtp_copies
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
-from dsmini.config.huggingface import (
-    UNKNOWN_IDS,
-    config_from_json,
-    config_to_json,
-    is_hugging_face,
-    with_dtypes,
-    with_mtp_layers,
-)
+from dsmini.config.huggingface import UNKNOWN_IDS, config_from_json, config_to_json, with_dtypes, with_mtp_layers
 from dsmini.config.inference_json import BIASED_DIM, inference_to_json
-from dsmini.console.messages import rate
 from dsmini.console.progress import Progress
 from dsmini.nn import Transformer
 from dsmini.nn.fp8 import fp8_weights
@@ -51,8 +43,6 @@ BESIDE = re.compile(
 )
 TENSORS = (".safetensors", ".bin", ".pt", ".pth")
 LOST = ", which no config says: the folder would be read as another model; save model.state_dict() with your code"
-LARGEST_FILE = 2**60
-"""Maximum size of a file in bytes; no file system takes more."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -75,13 +65,12 @@ def save_pretrained(
     shard_size: int | str = "5GB",
     files: Mapping[str, str] | None = None,
     config: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] | None = None,
 ) -> Saved:
     """Write the model as a new Hugging Face folder: safetensors, config.json, and the small files it came with.
 
     The tensors of a loaded model are written in their stored dtypes, whatever they are held in, so a folder that is
     loaded and saved has the same tensors. Its tokenizer and other small files are copied. A model that was not loaded
-    is written as it is held. The folder is written whole or not at all.
+    is written as it is held. The folder is written whole or not at all. A long save shows a bar on the standard error.
 
     Args:
         fp8: write the matrices of attention and feed-forwards as E4M3 codes with FP32 scales for 128x128 blocks.
@@ -90,7 +79,6 @@ def save_pretrained(
         shard_size: maximum size of a file in bytes, or a text such as "5GB"; a larger tensor has a file of its own.
         files: texts of further files, by name; they replace copied ones of the same name.
         config: further keys of config.json, such as eos_token_id.
-        say: told how many bytes were written, and how fast. A long save shows a bar on the standard error.
 
     Warns: if a tensor holds infinities or NaN; the first one is named.
 
@@ -100,25 +88,31 @@ def save_pretrained(
     path = Path(path)
     limit = parse_size(shard_size)
     refuse_filled(path)
-    check_dtype(dtype)
     refuse_changed_ideas(model)
     raw = _described(model)
     plan = SavePlan(model, fp8, dtype)
-    shards = _plan_shards(plan.units(), limit)
-    written = {entry.name: entry.dtype for entries in shards.values() for entry in entries}
+    shards: list[list[Entry]] = [[]]
+    for unit in plan.units():
+        if shards[-1] and sum(entry.nbytes for entry in [*shards[-1], *unit]) > limit:
+            shards.append([])
+        shards[-1] += unit
+    several = len(shards) > 1
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    named = dict(zip(names if several else [ONE_FILE], shards, strict=True))
+    written = {entry.name: entry for entries in shards for entry in entries}
     raw = with_dtypes(
         raw,
-        str(written[hf_name("embed.weight", 0)]).removeprefix("torch."),
+        str(written[hf_name("embed.weight", 0)].dtype).removeprefix("torch."),
         replace=dtype is not None,
-        fp8=FP8 in written.values(),
+        fp8=plan.has_fp8,
         keep_quantization=not plan.quantizes,
     )
     texts = {**(files or {}), "config.json": as_json(raw | dict(config or {}))}
-    if len(shards) > 1:
-        weight_map = {entry.name: file for file, entries in shards.items() for entry in entries}
-        total = sum(entry.nbytes for entries in shards.values() for entry in entries)
+    if several:
+        weight_map = {entry.name: file for file, entries in named.items() for entry in entries}
+        total = sum(entry.nbytes for entry in written.values())
         texts[INDEX] = as_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    return _write(model, path, shards, texts, {path: plan}, say)
+    return _write(model, path, named, texts, [plan])
 
 
 def save_inference(
@@ -129,7 +123,6 @@ def save_inference(
     *,
     dtype: torch.dtype | None = None,
     files: Mapping[str, str] | None = None,
-    say: Callable[[str], None] | None = None,
 ) -> Saved:
     """Write the model as a new folder for DeepSeek's inference code on this many ranks. See save_pretrained.
 
@@ -140,21 +133,19 @@ def save_inference(
     Raises: ValueError if the folder holds anything already, or if the layout cannot hold the model on these ranks.
     """
     path = Path(path)
-    check_dtype(dtype)
     refuse_filled(path)
-    config = model.config
+    config, origin = model.config, origin_of(model)
     raw = inference_to_json(dataclasses.asdict(config), config.extended)
     _refuse_ranks(config, ranks)
-    plans = {f"model{rank}-mp{ranks}.safetensors": SavePlan(model, fp8, dtype, ranks, rank) for rank in range(ranks)}
-    shards = {name: [entry for unit in plan.units() for entry in unit] for name, plan in plans.items()}
-    has_fp8 = any(entry.dtype == FP8 for entries in shards.values() for entry in entries)
-    raw["dtype"] = "fp8" if has_fp8 else "bf16"
-    origin, plan = origin_of(model), next(iter(plans.values()))
-    stated = None if origin is None or plan.quantizes else origin.raw.get("quantization_config")
-    if has_fp8 and stated is not None and stated.get("scale_fmt") == "ue8m0":
+    plans = [SavePlan(model, fp8, dtype, ranks, rank) for rank in range(ranks)]
+    shards = {
+        f"model{plan.rank}-mp{ranks}.safetensors": [entry for unit in plan.units() for entry in unit] for plan in plans
+    }
+    raw["dtype"] = "fp8" if plans[0].has_fp8 else "bf16"
+    stated = origin and not plans[0].quantizes and origin.raw.get("quantization_config")
+    if plans[0].has_fp8 and stated and stated.get("scale_fmt") == "ue8m0":
         raw["scale_fmt"] = "ue8m0"
-    texts = {**(files or {}), "config.json": as_json(raw)}
-    return _write(model, path, shards, texts, plans, say, _losses(config, path))
+    return _write(model, path, shards, {**(files or {}), "config.json": as_json(raw)}, plans, _losses(config, path))
 
 
 def _write(
@@ -162,8 +153,7 @@ def _write(
     path: Path,
     shards: Mapping[str, Sequence[Entry]],
     texts: Mapping[str, str],
-    plans: Mapping[Any, "SavePlan"],
-    say: Callable[[str], None] | None,
+    plans: Sequence["SavePlan"],
     losses: Sequence[str] = (),
 ) -> Saved:
     """Write a new folder, whole or not at all: the tensors of each file, what the model came with, and further texts.
@@ -171,7 +161,8 @@ def _write(
     Args:
         losses: what the folder does not hold of the model, for warnings.
     """
-    nbytes = sum(entry.nbytes for entries in shards.values() for entry in entries)
+    nbytes, words = sum(entry.nbytes for entries in shards.values() for entry in entries), list(losses)
+    origin = origin_of(model)
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(new_folder(path))
@@ -180,15 +171,17 @@ def _write(
         with Progress(Console(stderr=True), nbytes, f"writing {path.name}", unit="bytes") as progress, torch.no_grad():
             for name, entries in shards.items():
                 write_safetensors(folder / name, entries, {"format": "pt"}, progress.add)
-        _copy_beside(origin_of(model), folder)
+        if origin and not origin.folder.is_dir():
+            words.append(f"{origin.folder}, from which the model was loaded, is gone; its tokenizer is not copied")
+        for file in sorted(origin.folder.iterdir()) if origin and origin.folder.is_dir() else ():
+            if file.is_file() and BESIDE.fullmatch(file.name) and file.suffix not in TENSORS:
+                shutil.copyfile(file, folder / file.name)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-    damaged = [plan.not_finite for plan in plans.values() if plan.not_finite is not None]
-    words = [f"{path} has infinities or NaN in {name}, as the model has; check it" for name in damaged[:1]]
-    for warning in (*losses, *words):
+    damaged = [plan.not_finite for plan in plans if plan.not_finite is not None]
+    words += [f"{path} has infinities or NaN in {name}, as the model has; check it" for name in damaged[:1]]
+    for warning in words:
         warnings.warn(warning, stacklevel=3)
-    if say is not None:
-        say(rate("wrote", nbytes, progress.seconds))
     return Saved(nbytes, progress.seconds, list(shards))
 
 
@@ -205,34 +198,21 @@ class SavePlan:
     def __init__(
         self, model: Transformer, fp8: bool, dtype: torch.dtype | None, ranks: int | None = None, rank: int = 0
     ) -> None:
+        check_dtype(dtype)
         self.model, self.fp8, self.dtype, self.ranks, self.rank = model, fp8, dtype, ranks, rank
         self.state = model.state_dict()
         origin = origin_of(model)
         self.stored: Mapping[str, torch.dtype] | None = None if origin is None else origin.dtypes
         """Stored dtypes of a loaded model by their Hugging Face names."""
         self.gates = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Gate))
-        self.quantizes = fp8 and any(self.state[name].dtype != FP8 for name in fp8_weights(model))
+        held = [self.state[name].dtype == FP8 for name in fp8_weights(model)]
+        self.quantizes = fp8 and not all(held)
+        self.has_fp8 = bool(held) and (fp8 or (dtype is None and any(held)))
+        """True if some tensors are written as FP8 codes."""
         self.not_finite: str | None = None
         """Name of the first written tensor with infinities or NaN."""
         self.scales: dict[str, Tensor] = {}
         """Scales of weights that are being quantized: made when they are written, and used again for the codes."""
-
-    def units(self) -> Iterator[Sequence[Entry]]:
-        """Yield the entries in the order of the model, a weight and its scales together.
-
-        Raises: ValueError if a rank's part would cut a block of FP8 scales.
-        """
-        for part in self.parts():
-            unit = [self._plain(part)] if part.scales is None else self._matrix(part, part.scales)
-            dim = inference_split(part.name) if self.ranks else None
-            if unit[0].dtype == FP8 and dim is not None and self.ranks != 1:
-                n, tile = part.shape[dim], WEIGHT_TILE[dim]
-                require(
-                    n % tile == 0,
-                    f"{part.name} in FP8 has {n} {('rows', 'columns')[dim]} on each of {self.ranks} ranks, want a "
-                    f"multiple of {tile}, the side of a block with one scale; use fewer ranks, or another dtype",
-                )
-            yield unit
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts of the model that are written; last the MTP blocks' copies of embedding and head."""
@@ -249,6 +229,26 @@ class SavePlan:
             if self.stored is None or theirs in self.stored:
                 yield Part(ours, None, tuple(self.state[ours].shape), theirs)
 
+    def units(self) -> Iterator[Sequence[Entry]]:
+        """Yield the entries in the order of the model, a weight and its scales together.
+
+        Raises: ValueError if a rank's part would cut a block of FP8 scales.
+        """
+        for part in self.parts():
+            scales, held = part.scales, self.state[part.ours].dtype
+            if scales is not None and (self.fp8 or (held == FP8 and self.dtype is None)):
+                self._refuse_cut_blocks(part)
+                kind = self._stored_as(scales, torch.float32) if held == FP8 else torch.float32
+                weight = Entry(part.name, FP8, part.shape, partial(self._codes, part))
+                yield [weight, Entry(scales.name, kind, scales.shape, partial(self._scales, part, scales, kind))]
+                continue
+            dtype = self._stored_as(part, held)
+            if dtype == FP8:  # and dequantized since
+                dtype = held
+            if self.dtype is not None:
+                dtype = torch.float32 if part.ours.startswith(self.gates) else self.dtype
+            yield [Entry(part.name, dtype, part.shape, partial(self._plain, part, dtype))]
+
     def value(self, part: Part) -> Tensor:
         """Return the values of a part of the model, as they are held."""
         whole = self.state[part.ours]
@@ -261,18 +261,15 @@ class SavePlan:
         name = part.name if self.ranks is None else hf_name(part.ours, self.model.config.n_layers, part.expert)
         return (self.stored or {}).get(name, otherwise)
 
-    def _plain(self, part: Part) -> Entry:
-        """Return the entry of a part that is not FP8."""
-        held = self.value(part).dtype
-        dtype = self._stored_as(part, held)
-        if dtype == FP8:  # and dequantized since
-            dtype = torch.bfloat16 if held == FP8 else held
-        if self.dtype is not None:
-            dtype = torch.float32 if part.ours.startswith(self.gates) else self.dtype
-        return self._entry(part, dtype)
-
-    def _entry(self, part: Part, dtype: torch.dtype) -> Entry:
-        return Entry(part.name, dtype, part.shape, lambda: self._looked_at(part).to(dtype))
+    def _refuse_cut_blocks(self, part: Part) -> None:
+        dim = inference_split(part.name) if self.ranks else None
+        if dim is not None and self.ranks != 1:
+            n, tile = part.shape[dim], WEIGHT_TILE[dim]
+            require(
+                n % tile == 0,
+                f"{part.name} in FP8 has {n} {('rows', 'columns')[dim]} on each of {self.ranks} ranks, want a "
+                f"multiple of {tile}, the side of a block with one scale; use fewer ranks, or another dtype",
+            )
 
     def _looked_at(self, part: Part) -> Tensor:
         value = self.value(part)
@@ -280,32 +277,25 @@ class SavePlan:
             self.not_finite = part.name
         return value
 
-    def _matrix(self, part: Part, scales: Part) -> list[Entry]:
-        """Return the entry of a weight that may be FP8, and if it is, that of its scales."""
-        kept = self.state[part.ours].dtype == FP8
-        if kept and (self.fp8 or self.dtype is None):
-            return [self._entry(part, FP8), self._entry(scales, self._stored_as(scales, torch.float32))]
-        if self.fp8:
-            return [
-                Entry(part.name, FP8, part.shape, partial(self._codes, part)),
-                Entry(scales.name, torch.float32, scales.shape, partial(self._new_scales, part)),
-            ]
-        if kept:
-            assert self.dtype is not None
-            return [Entry(part.name, self.dtype, part.shape, partial(self._dequantized, part, scales, self.dtype))]
-        return [self._plain(part)]
+    def _plain(self, part: Part, dtype: torch.dtype) -> Tensor:
+        value = self._looked_at(part)
+        if value.dtype != FP8 or part.scales is None:
+            return value.to(dtype)
+        return dequantize_tiles(value, self.value(part.scales).float(), WEIGHT_TILE, "e4m3", dtype)
 
-    def _dequantized(self, part: Part, scales: Part, dtype: torch.dtype) -> Tensor:
-        return dequantize_tiles(self._looked_at(part), self.value(scales).float(), WEIGHT_TILE, "e4m3", dtype)
-
-    def _new_scales(self, part: Part) -> Tensor:
-        scales = tile_scales(self.value(part), WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
-        if not scales.isfinite().all():
+    def _scales(self, part: Part, scales: Part, dtype: torch.dtype) -> Tensor:
+        """Return the scales of a weight, new ones if it is not held in FP8."""
+        if self.state[part.ours].dtype == FP8:
+            return self._looked_at(scales).to(dtype)
+        new = tile_scales(self.value(part), WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
+        if not new.isfinite().all():
             raise ValueError(f"{part.ours} holds infinities or NaN; E4M3 has no codes for them; save without fp8=True")
-        self.scales[part.name] = scales
-        return scales
+        self.scales[part.name] = new
+        return new
 
     def _codes(self, part: Part) -> Tensor:
+        if self.state[part.ours].dtype == FP8:
+            return self._looked_at(part)
         # scales are the wider type, so that they come first in a file
         return encode_tiles(self.value(part), self.scales.pop(part.name), WEIGHT_TILE)
 
@@ -316,26 +306,6 @@ def _is_finite(tensor: Tensor) -> bool:
         return all(int((part.view(torch.uint8) & 0x7F).max()) < 0x7F for part in tensor.reshape(-1).split(1 << 20))
     least, most = torch.aminmax(tensor)
     return math.isfinite(least) and math.isfinite(most)
-
-
-def _plan_shards(units: Iterator[Sequence[Entry]], shard_size: int) -> dict[str, list[Entry]]:
-    """Spread entries over files of at most shard_size bytes, unless one unit alone is larger.
-
-    Args:
-        units: groups of entries that stay in one file, such as a weight and its scales.
-    """
-    shards: list[list[Entry]] = [[]]
-    size = 0
-    for unit in units:
-        more = sum(entry.nbytes for entry in unit)
-        if shards[-1] and size + more > shard_size:
-            shards.append([])
-            size = 0
-        shards[-1] += unit
-        size += more
-    if len(shards) == 1:
-        return {ONE_FILE: shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 def refuse_changed_ideas(model: Transformer) -> None:
@@ -363,12 +333,9 @@ def refuse_changed_ideas(model: Transformer) -> None:
 
 def parse_size(size: int | str) -> int:
     """Return bytes from a number or a text such as "5GB", "500MB" or "2GiB"."""
-    text = str(size).strip().upper() if isinstance(size, str) or abs(size) < LARGEST_FILE else ""
-    part = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMG]I?|)B?", text)
+    part = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMG]I?|)B?", str(size).strip().upper())
     nbytes = 0 if part is None else int(float(part[1]) * UNITS[part[2]])
-    require(
-        0 < nbytes <= LARGEST_FILE, f"shard size {brief(size)} is not the size of a file; use for example 5GB or 500MB"
-    )
+    require(nbytes > 0, f"shard size {brief(size)} is not the size of a file; use for example 5GB or 500MB")
     return nbytes
 
 
@@ -385,7 +352,7 @@ def refuse_filled(path: Path) -> None:
 def _described(model: Transformer) -> dict[str, Any]:
     """Return a config.json without the dtypes of tensors: the one that was loaded, if it still fits the model."""
     origin = origin_of(model)
-    if origin is not None and is_hugging_face(origin.raw):
+    if origin is not None and origin.raw:
         read = ModelConfig(**config_from_json(origin.raw, "config.json"))
         # it may have been loaded without its MTP blocks
         if dataclasses.replace(read, n_mtp_layers=model.config.n_mtp_layers) == model.config:
@@ -393,22 +360,8 @@ def _described(model: Transformer) -> dict[str, Any]:
     return {**UNKNOWN_IDS, **config_to_json(dataclasses.asdict(model.config))}
 
 
-def _copy_beside(origin: PretrainedOrigin | None, folder: Path) -> None:
-    """Copy the tokenizer and the other small files that a model came with."""
-    if origin is None:
-        return
-    if not origin.folder.is_dir():
-        warnings.warn(
-            f"{origin.folder}, from which the model was loaded, is gone; its tokenizer is not copied",
-            stacklevel=4,
-        )
-        return
-    for path in sorted(origin.folder.iterdir()):
-        if path.is_file() and BESIDE.fullmatch(path.name) and path.suffix not in TENSORS:
-            shutil.copyfile(path, folder / path.name)
-
-
 def _refuse_ranks(config: ModelConfig, ranks: int) -> None:
+    require(ranks >= 1, f"ranks={ranks} is not positive; use 1 or more")
     sizes = {name: getattr(config, name) for name in ("vocab_size", "n_heads")}
     blocks = [config.is_moe(layer) for layer in range(config.n_layers)]
     if any(blocks):
@@ -416,12 +369,9 @@ def _refuse_ranks(config: ModelConfig, ranks: int) -> None:
         sizes["the width of shared experts"] = config.n_shared_experts * config.moe_inter_dim
     if not all(blocks):
         sizes["inter_dim"] = config.inter_dim
-    require(ranks >= 1, f"ranks={ranks} is not positive; use 1 or more")
     for name, size in sizes.items():
-        require(
-            size % ranks == 0,
-            f"{name}={size} is not divisible by ranks={ranks}; use {math.gcd(*sizes.values())} or a divisor of it",
-        )
+        fix = f"use {math.gcd(*sizes.values())} or a divisor of it"
+        require(size % ranks == 0, f"{name}={size} is not divisible by ranks={ranks}; {fix}")
 
 
 def _losses(config: ModelConfig, path: Path) -> list[str]:

@@ -5,13 +5,13 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from dsmini.checkpoint.load import Holding, PretrainedTensors, held_experts, hold_experts, load_pretrained
+from dsmini.checkpoint.load import Holding, held_experts, hold_experts, load_pretrained
 from dsmini.checkpoint.memory import refuse_more_parts, refuse_too_large
 from dsmini.checkpoint.run_folder import is_model_folder, run_config, run_tokenizer
 from dsmini.checkpoint.training_state import (
@@ -26,10 +26,9 @@ from dsmini.console.command import speaks
 from dsmini.console.messages import say as print_line
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
-from dsmini.reading import check_path, is_there, read_text
+from dsmini.reading import check_path
 from dsmini.text.chat import Dialogue
 from dsmini.text.text_side import TextSide, read_text_side
-from dsmini.text.tokenizer import byte_tokenizer_json
 
 
 def load_run(
@@ -147,24 +146,3 @@ def load_text_model(
     own = run_tokenizer(path, config)
     talk = {"chat": Dialogue(own), "stops": Dialogue.stops} if chat else {}
     return model.to(place), TextSide(tokenizer=own, ends=(own.end_of_document,), **talk), True
-
-
-class InitialWeights(NamedTuple):
-    """The start of a training run from a DeepSeek or Hugging Face folder."""
-
-    tensors: PretrainedTensors
-    """Its model, checked."""
-    tokenizer: Path | None
-    """The folder's tokenizer.json; None if it has none, or that of bytes, which dsmini.convert writes."""
-
-
-def find_initial_weights(folder: Path) -> InitialWeights:
-    """Find the weights of a folder that training may start from.
-
-    Raises: ValueError for a folder that load_pretrained refuses.
-    """
-    tokenizer = folder / "tokenizer.json"
-    own = is_there(tokenizer) and read_text(tokenizer) != byte_tokenizer_json()
-    tensors = PretrainedTensors(folder)
-    tensors.check()
-    return InitialWeights(tensors, tokenizer if own else None)

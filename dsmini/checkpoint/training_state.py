@@ -60,8 +60,8 @@ class RunState:
     """Hash of the corpus that was trained on."""
     row: dict
     """Line of the last step in metrics.jsonl; a validation due at this step is not yet in it."""
-    left_out: dict = dataclasses.field(default_factory=dict)
-    """Ranges of sequences that the run leaves out after spikes of the loss, and the number of rewinds for them."""
+    rewinds: int = 0
+    """Number of times that the run went back to a checkpoint after a spike of the loss."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -133,20 +133,13 @@ def verify(folder: Path, names: Iterable[str], share: tuple[int, int] = (0, 1)) 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     if not is_there(path):
         raise ValueError(f"{MANIFEST} is missing")
-    text = read_text(path)
-    raw = parse_json(text, MANIFEST)
-    if text != as_json(raw) or not isinstance(raw, dict):
-        raise ValueError(f"{MANIFEST} is damaged: it is not as it was written")
-    form, files = raw.get("format"), raw.get("files")
+    raw = parse_json(read_text(path), MANIFEST)
+    form, files = (raw.get("format"), raw.get("files")) if isinstance(raw, dict) else (None, None)
     if isinstance(form, int) and form > FORMAT:
         raise UnreadableError(f"{MANIFEST} has format {form}, this dsmini reads {FORMAT}")
-    whole = isinstance(files, dict) and all(
-        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
-        for entry in files.values()
-    )
-    if form != FORMAT or not whole:
-        raise ValueError(f"{MANIFEST} is damaged: it gives no format {FORMAT}, or not bytes and sha256 for every file")
-    return files  # pyright: ignore[reportReturnType]
+    if form != FORMAT or not isinstance(files, dict) or any(set(of) != {"bytes", "sha256"} for of in files.values()):
+        raise ValueError(f"{MANIFEST} is damaged: want format {FORMAT}, and bytes and sha256 for every file")
+    return files
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -220,6 +213,7 @@ def read_checkpoint(folder: Path, parts: Sequence[str], share: tuple[int, int] =
     config = RunConfig.from_file(folder / "config.toml")
     tensors = {part: _read_tensors(folder / f"{part}.safetensors") for part in parts}
     raw = read_table(folder / "state.json")
+    raw.pop("left_out", None)  # of versions that did not count sequences which a rewind left out
     try:
         state = build(RunState, raw, "state.json", "")
     except (ValueError, TypeError) as error:  # the last: a field is missing

@@ -35,17 +35,17 @@ class Bounds(NamedTuple):
 
     def check(self, name: str, value: float) -> None:
         """Raise ValueError for a value outside, with the nearest one inside."""
-        if (self.least is not None and value < self.least) or (self.above is not None and value <= self.above):
-            fault = "negative" if self.least == 0 else "not positive"
-            raise ValueError(
-                f"{name}={value} is {fault}; use "
-                + (f"more than {self.above:g}" if self.least is None else f"{self.least:g} or more")
-            )
-        if (self.most is not None and value > self.most) or (self.below is not None and value >= self.below):
-            largest, words = (self.below, "less than {}") if self.most is None else (self.most, "{} or less")
-            assert largest is not None
+        least, above, most, below = self
+        if (least is not None and value < least) or (above is not None and value <= above):
+            fault = "negative" if least == 0 else "not positive"
+            fix = f"more than {above:g}" if least is None else f"{least:g} or more"
+        elif (most is not None and value > most) or (below is not None and value >= below):
+            largest = below if most is None else most
             number = f"{largest:,}" if isinstance(largest, int) else f"{largest:g}"
-            raise ValueError(f"{name}={value} is too large; use {words.format(number)}")
+            fault, fix = "too large", f"less than {number}" if most is None else f"{number} or less"
+        else:
+            return
+        raise ValueError(f"{name}={value} is {fault}; use {fix}")
 
 
 def setting(
@@ -55,6 +55,7 @@ def setting(
     none_stays: bool = False,
     shapes: bool = False,
     function: bool = False,
+    only: str | None = None,
     **bounds: float,
 ) -> Any:
     """Declare a field of a config.
@@ -64,10 +65,11 @@ def setting(
         none_stays: a run that resumes may neither begin nor end to have a value.
         shapes: it decides which tensors a model has, and their shapes.
         function: in Python it may be a function too. Its type stays that of files and flags.
+        only: the kind of attention that has it; needed there if the default is None, and left out elsewhere.
         bounds: least or above, most or below; see Bounds.
     """
     said: dict[str, Any] = {"resume": resume, "none_stays": none_stays, "shapes": shapes, "function": function}
-    said["bounds"] = Bounds(**bounds)
+    said |= {"only": only, "bounds": Bounds(**bounds) if bounds else None}
     return dataclasses.field(default=default, metadata=said)
 
 
@@ -79,10 +81,9 @@ def require(condition: bool, message: str) -> None:
 
 def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
     """Raise ValueError unless the value is a multiple of the divisor, with the nearest multiples."""
-    if value % divisor:
-        below, above = value // divisor * divisor, -(-value // divisor) * divisor
-        choice = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(f"{name}={value} is not divisible by {divisor_name}={divisor}; use {choice}")
+    below = value // divisor * divisor
+    choice = f"{below} or {below + divisor}" if below else divisor
+    require(below == value, f"{name}={value} is not divisible by {divisor_name}={divisor}; use {choice}")
 
 
 def mask_function(given: C) -> C:
@@ -121,28 +122,24 @@ def build(cls: type[C], values: dict[str, Any], source: str, prefix: str, base: 
 
     Raises: ValueError naming the unknown key and the nearest right one, or the wrong value.
     """
-    if not isinstance(values, dict):
-        raise ValueError(f"'{prefix.rstrip('.')}' in {source} is {brief(values)}, want a table [{prefix.rstrip('.')}]")
+    table = prefix.rstrip(".")
+    require(isinstance(values, dict), f"'{table}' in {source} is {brief(values)}, want a table [{table}]")
     hints = _hints(cls)
     refuse_unknown(values, [f.name for f in dataclasses.fields(cls)], source, prefix)  # pyright: ignore[reportArgumentType]
     given = {}
     for key, value in values.items():
+        choices = typing.get_args(hints[key])
         if dataclasses.is_dataclass(hints[key]):
-            given[key] = build(hints[key], value, source, f"{prefix}{key}.", base and getattr(base, key))
-        else:
-            given[key] = _from_toml(value, hints[key])
+            value = build(hints[key], value, source, f"{prefix}{key}.", base and getattr(base, key))
+        elif value == "none" and type(None) in choices:  # TOML has neither None nor paths
+            value = None
+        elif isinstance(value, str) and Path in choices:
+            value = Path(value)
+        given[key] = value
     try:
         return cls(**given) if base is None else dataclasses.replace(base, **given)  # pyright: ignore[reportArgumentType, reportReturnType, reportCallIssue]
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-
-
-def _from_toml(value: Any, hint: Any) -> Any:
-    """Return None for "none" and a path for a text, where the field has that type: TOML has neither."""
-    choices = typing.get_args(hint)
-    if value == "none" and type(None) in choices:
-        return None
-    return Path(value) if isinstance(value, str) and Path in choices else value
 
 
 @functools.cache  # a search makes thousands of one kind
@@ -162,26 +159,18 @@ def check_types(config: Any, prefix: str = "", whole: Bounds = Bounds(), real: B
     for f in dataclasses.fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
         name, choices = f"{prefix}{f.name}", typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if float in choices and _is_a(value, int) and value.bit_length() < 1024:  # else it is beyond any float
+        if float in choices and _is_a(value, int) and abs(value) < 2**1023:  # else it is beyond any float
             value = float(value)
         if isinstance(value, list):
             value = tuple(value)
-        function = callable(value) and f.metadata.get("function")
-        if not function and not any(_is_a(value, choice) for choice in choices):
+        if not any(_is_a(value, choice) for choice in choices) and not (callable(value) and f.metadata.get("function")):
             want = " or ".join(_describe(choice) for choice in choices)
-            raise ValueError(f"{name}={_shown(getattr(config, f.name))} is not {want}{_nearest(value, choices)}")
+            raise ValueError(f"{name}={brief(getattr(config, f.name))} is not {want}{_nearest(value, choices)}")
         object.__setattr__(config, f.name, value)
         if isinstance(value, Path):
             check_path(value, name)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            bounds = f.metadata.get("bounds", Bounds())
-            usual = whole if isinstance(value, int) else real
-            (bounds if any(bound is not None for bound in bounds) else usual).check(name, value)
-
-
-def _shown(value: Any) -> str:
-    too_long = isinstance(value, int) and value.bit_length() > 1024  # Python refuses to write out longer ones
-    return "a number of hundreds of digits" if too_long else brief(value)
+            (f.metadata.get("bounds") or (whole if isinstance(value, int) else real)).check(name, value)
 
 
 def _is_a(value: Any, hint: Any) -> bool:
@@ -196,16 +185,14 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(arg) for arg in typing.get_args(hint))
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", Path: "a path"}
     return words.get(hint, "a list of texts" if typing.get_origin(hint) is tuple else '"none"')
 
 
 def _nearest(value: Any, choices: tuple[Any, ...]) -> str:
-    options = [
-        str(arg) for choice in choices if typing.get_origin(choice) is Literal for arg in typing.get_args(choice)
-    ]
-    near = difflib.get_close_matches(brief(value).strip("'"), options, n=1)
+    literals = [arg for hint in choices if typing.get_origin(hint) is Literal for arg in typing.get_args(hint)]
+    near = difflib.get_close_matches(str(value)[:100], map(str, literals), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -225,7 +212,7 @@ def token_ids(value: Any, vocab_size: Any, where: str) -> tuple[int, ...]:
     Raises: ValueError for anything else, and for an id that the model does not have.
     """
     ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
+    if not all(_is_a(id, int) and id >= 0 for id in ids):
         raise ValueError(f"{where} is {brief(value)}, which is neither a token's id nor a list of them")
     most = vocab_size if isinstance(vocab_size, int) else 2**31
     if any(id >= most for id in ids):

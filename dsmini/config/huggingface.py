@@ -1,12 +1,14 @@
 """Hugging Face's config.json, read and written. No other file spells its keys."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from dsmini.config.fields import refuse_unread, token_ids
 from dsmini.config.inference_json import inference_from_json
 from dsmini.reading import brief
+
+Allowed = Mapping[str, tuple[Any, ...]]
+"""The values that each key may have, the usual one first."""
 
 # keys of config.json with the same name here
 _SAME = ("vocab_size", "n_routed_experts", "n_shared_experts", "topk_method", "norm_topk_prob", "rope_theta")
@@ -30,8 +32,8 @@ _CONFIG = {name: name for name in _SAME} | {
     "num_nextn_predict_layers": "n_mtp_layers",
     "num_mtp_layers": "n_mtp_layers",
 }
-# theirs -> ours, for the config.json of deepseek_v32
-_INDEXER = {"index_n_heads": "index_n_heads", "index_head_dim": "index_head_dim", "index_topk": "index_topk"}
+# keys of deepseek_v32, the same here
+_INDEXER = ("index_n_heads", "index_head_dim", "index_topk")
 # keys of deepseek_v32 that repeat others, as transformers writes them; and GLM's switch
 _SPARSE = {*_INDEXER, "indexer_rope_interleave", "layer_types", "mlp_layer_types"}
 _YARN = {
@@ -42,20 +44,20 @@ _YARN = {
     "mscale_all_dim": "mscale_all_dim",
     "original_max_position_embeddings": "original_seq_len",
 }
-# keys with the only value that dsmini can honour; any other value is refused
-_FIXED: dict[str, tuple[Any, ...]] = {
+# keys with the only values that dsmini can honour, as it writes them
+_FIXED: Allowed = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "attention_dropout": (0, 0.0),
+    "attention_dropout": (0.0,),
     "tie_word_embeddings": (False,),
-    "rope_interleave": (True,),
     "moe_layer_freq": (1,),
     "pretraining_tp": (1,),
     "ep_size": (1,),
 }
-# keys of quantization_config with the values that dsmini can read
-_FP8: dict[str, tuple[Any, ...]] = {
+# the same, of keys that are only read
+_READ: Allowed = {"mlp_bias": (False,), "rope_interleave": (True,)}
+_FP8: Allowed = {
+    "quant_method": ("fp8",),
     "fmt": ("e4m3",),
     "weight_block_size": ([128, 128], (128, 128)),
     "scale_fmt": ("ue8m0", "float"),
@@ -68,8 +70,6 @@ _SILENT = {
     *("aux_loss_alpha", "seq_aux", "output_router_logits", "quantization_config", "rope_scaling", "rope_parameters"),
     *("_name_or_path", "num_local_experts"),
 }
-LONGEST_LIST = 10_000
-"""Number of layers up to which lists of layers are compared; no model has more."""
 UNKNOWN_IDS = {"bos_token_id": None, "eos_token_id": None}
 """Special ids of a config.json whose tokenizer is not known."""
 
@@ -89,116 +89,101 @@ def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 
     Raises: ValueError for a key that is unknown or that dsmini cannot honour.
     """
-    return _from_hf_config(raw, source) if is_hugging_face(raw) else inference_from_json(raw, source)
-
-
-def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    if not is_hugging_face(raw):
+        return inference_from_json(raw, source)
     kind = raw["model_type"]
     if kind not in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2"):
-        later = isinstance(kind, str) and kind.startswith("deepseek_v4")
-        also = "; a plan of DeepSeek-V3's config shows the attention of V4 too" if later else ""
+        also = "; a plan of DeepSeek-V3's config shows the attention of V4 too" if "deepseek_v4" in str(kind) else ""
         raise ValueError(
             f"{source} has model_type={brief(kind)}; dsmini reads deepseek_v2, deepseek_v3, deepseek_v32 and "
             f"kimi_k2{also}"
         )
-    refuse_unread(
-        set(raw) - set(_CONFIG) - set(_FIXED) - _SILENT - (_SPARSE if kind == "deepseek_v32" else set()), source
-    )
-    for key, allowed in _FIXED.items():
-        if raw.get(key) is not None and raw[key] not in allowed:
-            raise ValueError(f"{source} has {key}={brief(raw[key])}, which dsmini cannot honour; want {allowed[0]!r}")
-    _check_quantization(raw, source)
+    v2, sparse = kind == "deepseek_v2", kind == "deepseek_v32"
+    refuse_unread(set(raw).difference(_CONFIG, _FIXED, _READ, _SILENT, _SPARSE if sparse else ()), source)
+    quantized = raw.get("quantization_config")
+    if quantized and not isinstance(quantized, dict):
+        raise ValueError(f"{source} has quantization_config={brief(quantized)}; want a table of keys, or none")
+    _refuse_other(raw, {**_FIXED, **_READ}, source)
+    _refuse_other({"quant_method": "unnamed", **quantized} if quantized else {}, _FP8, source, "quantization_config.")
     if raw.get("eos_token_id") is not None:
         token_ids(raw["eos_token_id"], raw.get("vocab_size"), f"eos_token_id in {source}")
-    v2 = kind == "deepseek_v2"
     out: dict[str, Any] = {"score_func": "softmax" if v2 else "sigmoid", "n_mtp_layers": 0, "q_lora_rank": None}
     out |= {"topk_method": "greedy" if v2 else "noaux_tc", "norm_eps": 1e-6, "init_std": 0.02}
     out |= {ours: raw[theirs] for theirs, ours in _CONFIG.items() if theirs in raw}
-    if out.get("n_shared_experts") is None:
-        out["n_shared_experts"] = 0
+    out |= _yarn(raw, source)
+    out["n_shared_experts"] = out.get("n_shared_experts") or 0
     if v2 and out["topk_method"] == "greedy":
         out |= {"n_expert_groups": 1, "n_limited_groups": 1}
-    out |= _yarn(raw, source)
-    sizes = _CONFIG
-    if kind == "deepseek_v32":
-        sizes = _CONFIG | _INDEXER
-        out |= _sparse(raw, out, source)
+    sizes = dict(_CONFIG)
+    if sparse:
+        sizes |= dict(zip(_INDEXER, _INDEXER, strict=True))
+        out |= {"attention": "dsa"} | {key: raw[key] for key in (*_INDEXER, "indexer_rope_interleave") if key in raw}
     # a missing size is not taken from another model
-    missing = sorted(theirs for theirs, ours in sizes.items() if ours not in out)
-    if missing:
+    if missing := sorted(theirs for theirs, ours in sizes.items() if ours not in out):
         raise ValueError(f"{source} lacks {', '.join(missing)}; want every size of the model")
-    heads = out["n_heads"]
-    if raw.get("num_key_value_heads", heads) not in (heads, None):
-        raise ValueError(
-            f"{source} has num_key_value_heads={brief(raw['num_key_value_heads'])}, but MLA has one for each head; "
-            f"want {heads}"
-        )
+    _refuse_unequal_layers(raw, out, source)
     return out
 
 
-def _sparse(raw: Mapping[str, Any], out: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return the fields of the indexer. Lists of layers, which transformers writes, must say what other keys say."""
-    n, dense = out.get("n_layers"), out.get("n_dense_layers")
-    if isinstance(n, int) and isinstance(dense, int) and n <= LONGEST_LIST:
-        lists = {"layer_types": ["indexed_attention"] * n}
-        lists["mlp_layer_types"] = ["dense"] * min(dense, n) + ["sparse"] * (n - dense)
-        for key, want in lists.items():
-            if raw.get(key) is not None and raw[key] != want:
-                raise ValueError(
-                    f"{source} has {key}={brief(raw[key])}, which dsmini cannot honour; want indexed_attention in "
-                    "every layer, and first_k_dense_replace dense layers before sparse ones"
-                )
-    interleave = raw.get("indexer_rope_interleave")
-    switch = {} if interleave is None else {"indexer_rope_interleave": interleave}
-    return {"attention": "dsa", **switch, **{ours: raw[theirs] for theirs, ours in _INDEXER.items() if theirs in raw}}
-
-
-def _check_quantization(raw: Mapping[str, Any], source: str) -> None:
-    quantized = raw.get("quantization_config") or {"quant_method": "fp8"}
-    if not isinstance(quantized, dict) or quantized.get("quant_method") != "fp8":
-        raise ValueError(
-            f"{source} has quantization_config={brief(quantized)}, which dsmini cannot read; want fp8 or none"
-        )
-    for key, allowed in _FP8.items():
-        if quantized.get(key) is not None and quantized[key] not in allowed:
+def _refuse_other(raw: Mapping[str, Any], allowed: Allowed, source: str, prefix: str = "") -> None:
+    """Refuse a value that dsmini cannot honour; None counts as left out."""
+    for key, values in allowed.items():
+        if raw.get(key) is not None and raw[key] not in values:
             raise ValueError(
-                f"{source} has quantization_config.{key}={brief(quantized[key])}, which dsmini cannot read; "
-                f"want {allowed[0]!r}"
+                f"{source} has {prefix}{key}={brief(raw[key])}, which dsmini cannot honour; want {values[0]!r}"
+            )
+
+
+def _refuse_unequal_layers(raw: Mapping[str, Any], out: Mapping[str, Any], source: str) -> None:
+    """Refuse key-value heads, and lists of layers as transformers writes them, that other keys do not say."""
+    _refuse_other(raw, {"num_key_value_heads": (out["n_heads"],)}, source)
+    for key, first, rest in (
+        ("layer_types", 0, "indexed_attention"),
+        ("mlp_layer_types", out["n_dense_layers"], "sparse"),
+    ):
+        layers = raw.get(key)
+        if layers is None or not isinstance(first, int):
+            continue
+        want = [rest if i >= first else "dense" for i in range(len(layers))] if isinstance(layers, list) else None
+        if layers != want or len(layers) != out["n_layers"]:
+            raise ValueError(
+                f"{source} has {key}={brief(layers)}, which dsmini cannot honour; want indexed_attention in "
+                "every layer, and first_k_dense_replace dense layers before sparse ones"
             )
 
 
 def _yarn(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the fields of RoPE, from either spelling."""
     spellings = [raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
     if not all(isinstance(rope, dict) for rope in spellings):
         raise ValueError(f"{source} has rope_scaling={brief(spellings[0])}; want a table of keys, or none")
     if len(spellings) == 2 and spellings[0] != spellings[1]:
         raise ValueError(f"{source} has both rope_scaling and rope_parameters, and they differ; keep one")
     rope = dict(spellings[0]) if spellings else {}
-    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    kinds = [kind for key in ("type", "rope_type") if (kind := rope.pop(key, None)) is not None] or ["default"]
-    if all(kind == "default" for kind in kinds):
-        refuse_unread(set(rope), source)
-        return {"rope_theta": theta, "original_seq_len": None}
-    if not all(kind == "yarn" for kind in kinds):
+    out = {"rope_theta": rope.pop("rope_theta", raw.get("rope_theta", 10000.0)), "original_seq_len": None}
+    kinds = [kind for key in ("type", "rope_type") if (kind := rope.pop(key, None))] or ["default"]
+    if any(kind != kinds[0] or kind not in ("default", "yarn") for kind in kinds):
         raise ValueError(f"{source} has rope type {brief(kinds[:1])}, which dsmini cannot honour; want 'yarn' or none")
-    refuse_unread(set(rope) - set(_YARN), source)
+    yarn = kinds[0] == "yarn"
+    refuse_unread(set(rope).difference(_YARN if yarn else ()), source)
+    if not yarn:
+        return out
     for key in ("factor", "original_max_position_embeddings"):
         if key not in rope:
             raise ValueError(f"{source} asks for YaRN and lacks {key}; want it next to the type")
-    longest, original = raw.get("max_position_embeddings", math.inf), rope["original_max_position_embeddings"]
+    longest, original = raw.get("max_position_embeddings"), rope["original_max_position_embeddings"]
     if isinstance(longest, int) and isinstance(original, int) and longest <= original:
         raise ValueError(
             f"{source} asks for YaRN with max_position_embeddings={longest}, which is no more than "
             f"original_max_position_embeddings={original}; dsmini has YaRN only where a context is extended"
         )
-    if rope.get("mscale_all_dim") and not rope.get("mscale"):
+    if not rope.get("mscale_all_dim"):
+        rope |= {"mscale": 1.0, "mscale_all_dim": 0.0}
+    elif not rope.get("mscale"):
         raise ValueError(
             f"{source} has mscale_all_dim={rope['mscale_all_dim']} and no mscale; dsmini wants both or none"
         )
-    if not rope.get("mscale_all_dim"):
-        rope |= {"mscale": 1.0, "mscale_all_dim": 0.0}
-    defaults = {"beta_fast": 32.0, "beta_slow": 1.0}
-    return {"rope_theta": theta} | defaults | {_YARN[key]: value for key, value in rope.items()}
+    return out | {"beta_fast": 32.0, "beta_slow": 1.0} | {_YARN[key]: value for key, value in rope.items()}
 
 
 def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,31 +192,23 @@ def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     Raises: ValueError for a model that none of deepseek_v2, deepseek_v3 and deepseek_v32 describes, naming the field.
     """
     v2, sparse = fields["score_func"] == "softmax", fields["attention"] == "dsa"
-    v3 = "deepseek_v32" if sparse else "deepseek_v3"
-    kind = "deepseek_v2" if v2 else v3
-    methods = ("greedy", "group_limited_greedy") if v2 else ("noaux_tc",)
-    wanted: dict[str, tuple[Any, ...]] = {"attention": ("mla",) if v2 else ("mla", "dsa"), "topk_method": methods}
-    wanted |= {"embed_norm": (False,), "qk_norm": (False,), "score_func": ("sigmoid", "softmax")}
-    wanted |= {"norm_topk_prob": (False,)} if v2 else {}
-    wanted |= {"mtp_input": ("post_norm",)} if fields["n_mtp_layers"] else {}
+    wanted = {"attention": ("mla", "dsa"), "topk_method": ("noaux_tc",), "score_func": ("sigmoid", "softmax")}
+    wanted |= {"embed_norm": (False,), "qk_norm": (False,)}
+    if v2:
+        wanted |= {"attention": ("mla",), "topk_method": ("greedy", "group_limited_greedy"), "norm_topk_prob": (False,)}
+    if fields["n_mtp_layers"]:
+        wanted["mtp_input"] = ("post_norm",)
+    version = "2" if v2 else {"dsa": "32"}.get(fields["attention"], "3")
     for key, allowed in wanted.items():
         if fields[key] not in allowed:
-            raise ValueError(
-                f"a model with {key}={fields[key]!r} has no {kind} folder; want {' or '.join(map(repr, allowed))}"
-            )
-    silent = ("num_mtp_layers",)
-    out: dict[str, Any] = {
-        "architectures": [f"DeepseekV{kind.removeprefix('deepseek_v')}ForCausalLM"],
-        "model_type": kind,
-        **{theirs: fields[ours] for theirs, ours in _CONFIG.items() if theirs not in silent},
-        **{key: allowed[0] for key, allowed in _FIXED.items() if key not in ("mlp_bias", "rope_interleave")},
-        "attention_dropout": 0.0,  # transformers takes no 0
-        "num_key_value_heads": fields["n_heads"],
-        "rope_scaling": _yarn_to_json(fields),
-        "use_cache": True,
-        **{theirs: fields[ours] for theirs, ours in _INDEXER.items() if sparse},
-        **{key: True for key in ("indexer_rope_interleave",) if fields[key]},
-    }
+            want = " or ".join(map(repr, allowed))
+            raise ValueError(f"a model with {key}={fields[key]!r} has no deepseek_v{version} folder; want {want}")
+    out: dict[str, Any] = {theirs: fields[ours] for theirs, ours in _CONFIG.items() if theirs != "num_mtp_layers"}
+    out |= {key: values[0] for key, values in _FIXED.items()}
+    out |= {key: fields[key] for key in _INDEXER if sparse}
+    out |= {key: True for key in ("indexer_rope_interleave",) if fields[key]}
+    out |= {"model_type": f"deepseek_v{version}", "architectures": [f"DeepseekV{version}ForCausalLM"]}
+    out |= {"num_key_value_heads": fields["n_heads"], "rope_scaling": _yarn_to_json(fields), "use_cache": True}
     return dict(sorted(out.items()))
 
 
@@ -249,11 +226,6 @@ def _yarn_to_json(fields: Mapping[str, Any]) -> dict[str, Any] | None:
             "want both above 0, or 1.0 and 0.0"
         )
     return out
-
-
-def _fp8_to_json() -> dict[str, Any]:
-    """Return the quantization_config of FP8 weights with FP32 scales, as DeepSeek-V3's."""
-    return {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
 def with_mtp_layers(raw: Mapping[str, Any], n_mtp_layers: int) -> dict[str, Any]:
@@ -277,7 +249,8 @@ def with_dtypes(
     key = "dtype" if "dtype" in out else "torch_dtype"
     if replace or key not in out:
         out[key] = dtype
-    quantization = out.pop("quantization_config", None)
-    if fp8:
-        out["quantization_config"] = (keep_quantization and quantization) or _fp8_to_json()
+    stated = out.pop("quantization_config", None)
+    if fp8:  # as DeepSeek-V3's, with FP32 scales
+        new = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+        out["quantization_config"] = (keep_quantization and stated) or new
     return out

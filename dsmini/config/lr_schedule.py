@@ -19,16 +19,11 @@ from functools import cache
 
 from dsmini.config.fields import require
 
-KINDS = ("warmup", "constant", "cosine", "linear")
 SPELLINGS = "'warmup SHARE', 'constant [SHARE] [at LEVEL]', 'cosine [SHARE] to LEVEL' or 'linear [SHARE] to LEVEL'"
 NUMBER = r"-?\d*\.?\d+(?:[eE][+-]?\d+)?|-?\d+\."
-PHASE = re.compile(
-    rf"(?P<kind>warmup|constant|cosine|linear)(?: (?P<share>{NUMBER}))?(?: (?P<word>to|at) (?P<level>{NUMBER}))?"
-)
-LONGEST = 2000
-"""Maximum length of a schedule in characters; reading a number takes a time that grows with its square."""
+PHASE = re.compile(rf"(\w+)(?: ({NUMBER}))?(?: (to|at) ({NUMBER}))?")
 WORDS = {"warmup": (None,), "constant": (None, "at"), "cosine": ("to",), "linear": ("to",)}
-"""Words that may stand before the level of a phase; None: it needs no level."""
+"""Words that may stand before the level of a phase, by its kind; None: it needs no level."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,14 +38,10 @@ class Phase:
     """Learning rate at the end of the phase, as a share of the peak; None: the peak after a warm-up, else as before."""
 
     def __str__(self) -> str:
-        share = "" if self.share is None else f" {number(self.share)}"
         word = "at" if self.kind == "constant" else "to"
-        return self.kind + share + ("" if self.level is None else f" {word} {number(self.level)}")
-
-
-def number(value: float) -> str:
-    """Return the shortest text that float() reads as the same bits."""
-    return repr(value).removesuffix(".0")
+        parts = (("", self.share), (f" {word}", self.level))
+        # the shortest text that float() reads as the same bits
+        return self.kind + "".join(f"{w} {n!r}".removesuffix(".0") for w, n in parts if n is not None)
 
 
 @cache
@@ -59,32 +50,32 @@ def read_phases(texts: tuple[str, ...]) -> tuple[Phase, ...]:
 
     Raises: ValueError for a text that is not a phase, and for phases that do not fit together.
     """
-    require(
-        sum(map(len, texts)) <= LONGEST,
-        f"train.lr_schedule has more than {LONGEST:,} characters; write a few phases such as {SPELLINGS}",
-    )
     phases = tuple(_read(text) for text in _split(texts))
     written = ", ".join(map(str, phases))
-    require(len(phases) > 0, f"train.lr_schedule is empty; write phases such as {SPELLINGS}")
-    late = [phase for phase in phases[1:] if phase.kind == "warmup"]
-    require(not late, f"train.lr_schedule={written!r} has a warm-up that is not the first phase; move it to the front")
-    opened = [f"{phase}" for phase in phases if phase.share is None]
-    require(
-        len(opened) <= 1,
-        f"train.lr_schedule={written!r} leaves out the share of {' and of '.join(map(repr, opened))}; "
-        "only one phase can take the remaining steps",
-    )
+    opened = [repr(str(phase)) for phase in phases if phase.share is None]
     taken = sum(phase.share or 0.0 for phase in phases)
-    require(
-        taken <= 1 + 1e-9,
-        f"train.lr_schedule={written!r} takes {taken:g} of the steps; want 1 or less, what is left is the phase "
-        "without a share",
-    )
-    require(
-        len(opened) == 1 or taken >= 1 - 1e-9,
-        f"train.lr_schedule={written!r} takes only {taken:g} of the steps; leave out the share of one phase, "
-        "which then takes the rest",
-    )
+    for wrong, words in (
+        (not phases, f" is empty; write phases such as {SPELLINGS}"),
+        (
+            any(phase.kind == "warmup" for phase in phases[1:]),
+            f"={written!r} has a warm-up that is not the first phase; move it to the front",
+        ),
+        (
+            len(opened) > 1,
+            f"={written!r} leaves out the share of {' and of '.join(opened)}; only one phase can take the remaining "
+            "steps",
+        ),
+        (
+            taken > 1 + 1e-9,
+            f"={written!r} takes {taken:g} of the steps; want 1 or less, what is left is the phase without a share",
+        ),
+        (
+            not opened and taken < 1 - 1e-9,
+            f"={written!r} takes only {taken:g} of the steps; leave out the share of one phase, which then takes the "
+            "rest",
+        ),
+    ):
+        require(not wrong, f"train.lr_schedule{words}")
     return phases
 
 
@@ -92,7 +83,7 @@ def _split(texts: Iterable[str]) -> list[str]:
     """Join the texts, and split them again before each kind of phase."""
     phases: list[str] = []
     for word in " ".join(texts).replace(",", " ").split():
-        if word in KINDS or not phases:
+        if word in WORDS or not phases:
             phases.append(word)
         else:
             phases[-1] += f" {word}"
@@ -101,15 +92,12 @@ def _split(texts: Iterable[str]) -> list[str]:
 
 def _read(text: str) -> Phase:
     match = PHASE.fullmatch(text)
-    require(
-        match is not None and match["word"] in WORDS[match["kind"]],
-        f"train.lr_schedule has {text!r}, which is not a phase; write {SPELLINGS}",
-    )
-    assert match is not None
-    share, level = (None if match[part] is None else float(match[part]) for part in ("share", "level"))
+    if match is None or match[3] not in WORDS.get(match[1], ()):
+        raise ValueError(f"train.lr_schedule has {text!r}, which is not a phase; write {SPELLINGS}")
+    share, level = (None if number is None else float(number) for number in match.group(2, 4))
     for name, value in (("share", share), ("level", level)):
         require(
             value is None or 0 <= value <= 1,
             f"train.lr_schedule has {text!r}, whose {name} is not between 0 and 1; use a share of one",
         )
-    return Phase(kind=match["kind"], share=share, level=level)
+    return Phase(kind=match[1], share=share, level=level)

@@ -16,15 +16,6 @@ LARGEST_SIZE = 2**31 - 1
 LARGEST_MATRIX = 2**50
 """Maximum number of parameters in one tensor; no machine holds a petabyte."""
 
-NO_INDEXER = {
-    "index_n_heads": None,
-    "index_head_dim": None,
-    "index_topk": None,
-    "indexer_rope_interleave": False,
-    "indexer_fp8": False,
-}
-"""Fields of a model without an indexer: of every attention but "dsa"."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -48,7 +39,7 @@ class ModelConfig:
     attention: Literal["mla", "dsa", "mha", "gqa", "mqa"] = setting("mla", shapes=True)
     """Kind of attention: MLA; DSA, V3.2's MLA that reads only the keys its indexer picks; or a baseline with keys of
     qk_nope_head_dim and values of v_head_dim."""
-    n_kv_heads: int | None = setting(None, shapes=True)
+    n_kv_heads: int | None = setting(None, shapes=True, only="gqa")
     """Number of key-value heads; only for attention "gqa"."""
     q_lora_rank: int | None = setting(96, shapes=True)
     """Width of the compressed query; None projects the query directly."""
@@ -60,15 +51,15 @@ class ModelConfig:
     """Width of the rotary part of a query head, and of the rotary key that all heads share."""
     v_head_dim: int = setting(32, shapes=True)
     """Width of a value head."""
-    index_n_heads: int | None = setting(None, shapes=True)
+    index_n_heads: int | None = setting(None, shapes=True, only="dsa")
     """Number of the indexer's heads (V3.2: 64); only for attention "dsa"."""
-    index_head_dim: int | None = setting(None, shapes=True)
+    index_head_dim: int | None = setting(None, shapes=True, only="dsa")
     """Width of an indexer's head and of its key (V3.2: 128), a power of two; only for attention "dsa"."""
-    index_topk: int | None = None
+    index_topk: int | None = setting(None, only="dsa")
     """Number of keys that a query attends to (V3.2: 2048); only for attention "dsa"."""
-    indexer_rope_interleave: bool = False
+    indexer_rope_interleave: bool = setting(False, only="dsa")
     """Adjacent pairs in the indexer's RoPE, as in GLM; off: pairs of the two halves, as in V3.2."""
-    indexer_fp8: bool = False
+    indexer_fp8: bool = setting(False, only="dsa")
     """Simulated FP8 in the indexer: queries and keys are rounded to E4M3 with a scale for each 128 numbers."""
 
     n_routed_experts: int = setting(16, shapes=True)
@@ -131,7 +122,6 @@ class ModelConfig:
         """Raise ValueError for every combination of sizes that cannot be built."""
         check_types(self, whole=Bounds(least=1, most=LARGEST_SIZE), real=Bounds(above=0, most=1e30))
         self._check_sizes()
-        self._check_layers()
         self._check_attention()
         self._check_experts()
 
@@ -140,15 +130,13 @@ class ModelConfig:
         heads = self.n_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
         experts = self.moe_inter_dim * max(self.n_routed_experts, self.n_shared_experts)
         indexer = (self.index_n_heads or 0) * (self.index_head_dim or 0)
-        widest = max(self.vocab_size, self.inter_dim, heads, experts, self.q_lora_rank or 0, self.kv_lora_rank, indexer)
-        largest = widest * max(self.dim, self.q_lora_rank or 0, self.kv_lora_rank)
+        latents = (self.q_lora_rank or 0, self.kv_lora_rank)
+        largest = max(self.vocab_size, self.inter_dim, heads, experts, indexer, *latents) * max(self.dim, *latents)
         require(
             largest <= LARGEST_MATRIX,
             f"dim={self.dim}, inter_dim={self.inter_dim}, n_heads={self.n_heads} and the other sizes make a matrix of "
             f"{largest:,} numbers; use smaller ones, which make at most {LARGEST_MATRIX:,}",
         )
-
-    def _check_layers(self) -> None:
         deepest = self.n_layers + self.n_mtp_layers
         require(
             self.n_dense_layers <= deepest,
@@ -158,47 +146,30 @@ class ModelConfig:
 
     def _check_attention(self) -> None:
         rotary = "qk_rope_head_dim" if self.is_mla else "qk_nope_head_dim"
-        width = getattr(self, rotary)
+        width, kind = getattr(self, rotary), self.attention
         require(width % 2 == 0, f"{rotary}={width} is odd; RoPE turns pairs, use {width + 1}")
-        if self.attention == "gqa":
-            require(self.n_kv_heads is not None, "attention='gqa' needs n_kv_heads; set it to a divisor of n_heads")
-            assert self.n_kv_heads is not None
-            require_multiple("n_heads", self.n_heads, "n_kv_heads", self.n_kv_heads)
-        else:
+        for f in (f for f in dataclasses.fields(self) if f.metadata.get("only")):
+            value, only = getattr(self, f.name), f.metadata["only"]
+            require(kind != only or value is not None, f"attention='{kind}' needs {f.name}; set it")
             require(
-                self.n_kv_heads is None,
-                f"n_kv_heads={self.n_kv_heads} has no meaning with attention='{self.attention}'; "
-                "leave it out, or use attention='gqa'",
+                kind == only or value == f.default,
+                f"{f.name}={value} has no meaning with attention='{kind}'; leave it out, or use attention='{only}'",
             )
-        self._check_indexer()
+        if self.n_kv_heads is not None:
+            require_multiple("n_heads", self.n_heads, "n_kv_heads", self.n_kv_heads)
+        if self.index_head_dim is not None:
+            self._check_indexer(self.index_head_dim, self.qk_rope_head_dim)
         require(self.rope_theta > 1, f"rope_theta={self.rope_theta} makes no slower frequencies; use more than 1")
         if self.extended:
             require(self.rope_factor >= 1, f"rope_factor={self.rope_factor} shrinks the context; use 1 or more")
-            require(
-                self.beta_fast >= self.beta_slow,
-                f"beta_fast={self.beta_fast} is below beta_slow={self.beta_slow}; swap them",
-            )
+            swapped = f"beta_fast={self.beta_fast} is below beta_slow={self.beta_slow}; swap them"
+            require(self.beta_fast >= self.beta_slow, swapped)
 
-    def _check_indexer(self) -> None:
-        values = {name: getattr(self, name) for name in NO_INDEXER}
-        if self.attention != "dsa":
-            given = [f"{name}={value}" for name, value in values.items() if value != NO_INDEXER[name]]
-            require(
-                not given,
-                f"{' and '.join(given)}: only attention='dsa' has an indexer, got attention='{self.attention}'; "
-                "leave it out, or use attention='dsa'",
-            )
-            return
-        missing = [name for name, value in values.items() if value is None]
-        require(
-            not missing, f"attention='dsa' needs {', '.join(missing)}; V3.2 has 64 heads of 128 and a top-k of 2048"
-        )
+    def _check_indexer(self, d: int, r: int) -> None:
         require(
             not self.qk_norm,
             "attention='dsa' with qk_norm: DSA is MLA in its absorbed form, which normed heads have not; leave one out",
         )
-        d, r = self.index_head_dim, self.qk_rope_head_dim
-        assert d is not None
         require(
             d & (d - 1) == 0,
             f"index_head_dim={d} is not a power of two, as the Hadamard transform needs; use {1 << d.bit_length()}",
@@ -210,22 +181,24 @@ class ModelConfig:
 
     def _check_experts(self) -> None:
         e, g, k = self.n_routed_experts, self.n_expert_groups, self.n_activated_experts
+        limited, method = self.n_limited_groups, self.topk_method
+        reachable = e // g * limited
         require_multiple("n_routed_experts", e, "n_expert_groups", g)
-        require(
-            self.n_limited_groups <= g,
-            f"n_limited_groups={self.n_limited_groups} is more than n_expert_groups={g}; use {g} or fewer",
-        )
+        require(limited <= g, f"n_limited_groups={limited} is more than n_expert_groups={g}; use {g} or fewer")
         require(k <= e, f"n_activated_experts={k} is more than n_routed_experts={e}; use {e} or fewer")
-        reachable = e // g * self.n_limited_groups
         require(
             k <= reachable,
-            f"n_activated_experts={k} is more than the {reachable} experts in n_limited_groups="
-            f"{self.n_limited_groups} groups of {e // g}; use {reachable} or fewer, or allow more groups",
+            f"n_activated_experts={k} is more than the {reachable} experts in n_limited_groups={limited} groups of "
+            f"{e // g}; use {reachable} or fewer, or allow more groups",
         )
-        if self.topk_method == "greedy":
-            require(g == 1, f"topk_method='greedy' ignores groups, got n_expert_groups={g}; use 1, or another method")
-        if self.topk_method == "noaux_tc" and g > 1:
-            require(e // g >= 2, f"noaux_tc scores a group by its best two, got groups of {e // g}; use fewer groups")
+        require(
+            method != "greedy" or g == 1,
+            f"topk_method='greedy' ignores groups, got n_expert_groups={g}; use 1, or another method",
+        )
+        require(
+            method != "noaux_tc" or g == 1 or e // g >= 2,
+            f"noaux_tc scores a group by its best two, got groups of {e // g}; use fewer groups",
+        )
 
     @property
     def extended(self) -> bool:
@@ -284,3 +257,7 @@ def layer_config(config: ModelConfig | None, arguments: dict[str, Any]) -> Model
         return config or ModelConfig()
     refuse_unknown(arguments, [f.name for f in dataclasses.fields(ModelConfig)], "the arguments", "")
     return dataclasses.replace(config or ModelConfig(), **arguments)
+
+
+NO_INDEXER = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.metadata.get("only") == "dsa"}
+"""Fields of a model without an indexer: of every attention but "dsa"."""

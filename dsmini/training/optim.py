@@ -7,7 +7,7 @@ singular values are all 1, so that no direction of the update is lost next to a 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,9 @@ from dsmini.config import TrainConfig
 from dsmini.distributed.data_parallel import local
 from dsmini.nn import dsa_layers
 from dsmini.numerics.orthogonalize import JORDAN, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz, muon_update
+
+Named = Iterable[tuple[str, Tensor]]
+"""Parameters with their names."""
 
 
 class AdamWBF16(Optimizer):
@@ -39,17 +42,14 @@ class AdamWBF16(Optimizer):
         """Move the parameters that have a gradient."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32)
                     state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
                     state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
                 state["step"] += 1
-                t = state["step"].item()
-                grad = p.grad.float()
+                t, grad = state["step"].item(), p.grad.float()
                 m = state["exp_avg"].float().lerp_(grad, 1 - beta1)
                 v = state["exp_avg_sq"].float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
                 state["exp_avg"].copy_(m)
@@ -94,26 +94,13 @@ class Muon(Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     by_size[tuple(sorted(p.shape[-2:]))].append(p)
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
             for params in by_size.values():
-                self.update(
-                    MuonMatrices(
-                        params=params,
-                        grads=[p.grad for p in params if p.grad is not None],
-                        momenta=[self._momentum(p) for p in params],
-                    ),
-                    self.newton_schulz,
-                    lr=group["lr"],
-                    momentum=group["momentum"],
-                    weight_decay=group["weight_decay"],
-                    matmul_dtype=self.matmul_dtype,
-                )
-
-    def _momentum(self, p: Tensor) -> Tensor:
-        """Return the momentum of a parameter, zeros at first."""
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
-        return state["momentum"]
+                grads = [p.grad for p in params if p.grad is not None]
+                matrices = MuonMatrices(params=params, grads=grads, momenta=[self.state[p]["momentum"] for p in params])
+                options = {key: group[key] for key in ("lr", "momentum", "weight_decay")}
+                self.update(matrices, self.newton_schulz, **options, matmul_dtype=self.matmul_dtype)
 
 
 def optimizers(
@@ -136,16 +123,19 @@ def optimizers(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     by_muon = {name for name, p in named if config.optimizer == "muon" and is_inner_matrix(name, p)}
     muon = owned([p for name, p in named if name in by_muon])
-    rest = [(name, p) for name, p in named if name not in by_muon]
-    gates = [p for name, p in rest if name.endswith("gate.weight")]
-    norms = [p for _, p in rest if p.dim() <= 1]
-    matrices = [p for name, p in rest if p.dim() > 1 and not name.endswith("gate.weight")]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "peak_lr": config.lr},
-        {"params": norms, "weight_decay": 0.0, "peak_lr": config.lr},
-        {"params": gates, "weight_decay": 0.0, "peak_lr": config.gate_lr or config.lr},
-    ]
-    groups = [alike for group in groups for alike in _alike(group)]
+    kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "norm": [], "gate": []}
+    for name, p in named:
+        if name not in by_muon:
+            kind = "norm" if p.dim() <= 1 else "matrix"
+            kinds["gate" if name.endswith("gate.weight") else kind].append(p)
+    groups = []
+    for kind, params in kinds.items():
+        lr = config.gate_lr or config.lr if kind == "gate" else config.lr
+        decay = config.weight_decay if kind == "matrix" else 0.0
+        # the parameters of a group are of one class: divided among processes, or whole
+        for divided in dict.fromkeys(type(p.data) for p in params):
+            alike = [p for p in params if type(p.data) is divided]
+            groups.append({"params": alike, "weight_decay": decay, "peak_lr": lr})
     betas = (config.beta1, config.beta2)
     adamw: Optimizer
     if config.moments == "bfloat16":
@@ -159,25 +149,14 @@ def optimizers(
     return [Muon([inner], config.muon_lr, config.muon_momentum, matmul_dtype, steps, update), adamw]
 
 
-def _alike(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a group in parts whose parameters are of one class: divided among processes, or whole."""
-    kinds = dict.fromkeys(type(p.data) for p in group["params"])
-    return [{**group, "params": [p for p in group["params"] if type(p.data) is kind]} for kind in kinds]
-
-
 def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Return whether Muon moves a parameter.
 
     It moves matrices, and stacks of experts' matrices, that map hidden states to hidden states: not the embedding, the
     head, the gates, and the indexers, which choose as gates do and have V3.2's optimizer and learning rate.
     """
-    outer = name in ("embed.weight", "head.weight") or name.endswith("gate.weight") or is_of_indexer(name)
+    outer = name in ("embed.weight", "head.weight") or name.endswith("gate.weight") or ".indexer." in name
     return parameter.dim() > 1 and not outer
-
-
-def is_of_indexer(name: str) -> bool:
-    """Return whether a parameter is of an indexer, which learns from a loss of its own."""
-    return ".indexer." in name
 
 
 def begin_stage(model: nn.Module, stage: Literal["warmup", "sparse"]) -> list[set[str]]:
@@ -191,24 +170,23 @@ def begin_stage(model: nn.Module, stage: Literal["warmup", "sparse"]) -> list[se
 
     Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1.1.
     """
-    named = dict(model.named_parameters())
-    layers = dsa_layers(model)
-    if not layers:
-        return []
+    named, layers = dict(model.named_parameters()), dsa_layers(model)
     for layer in layers:
         layer.stage = stage
-    of_indexers = set(filter(is_of_indexer, named))
+    if not layers:
+        return []
+    of_indexers = {name for name in named if ".indexer." in name}
     rest = named.keys() - of_indexers
     for name in rest:
         named[name].requires_grad_(stage == "sparse")
     return [rest, of_indexers] if stage == "sparse" else [of_indexers]
 
 
-# --- their state
+# --- their state, as PARAMETER/KEY
 
 
-def optimizer_state(optimizers: Iterable[Optimizer], named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the state of each parameter that was moved, as PARAMETER/KEY."""
+def optimizer_state(optimizers: Iterable[Optimizer], named: Named) -> dict[str, Tensor]:
+    """Return the state of each parameter that was moved."""
     names = {p: name for name, p in named}
     return {
         f"{names[p]}/{key}": value
@@ -218,19 +196,15 @@ def optimizer_state(optimizers: Iterable[Optimizer], named: Iterable[tuple[str, 
     }
 
 
-def check_optimizer_state(
-    tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer], named: Iterable[tuple[str, Tensor]]
-) -> None:
+def check_optimizer_state(tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer], named: Named) -> None:
     """Refuse tensors that cannot be the state of these optimizers for the parts of parameters that are here.
 
     Raises: ValueError naming the first.
     """
     names, want, moved = {p: name for name, p in named}, {}, set()
-    for optimizer in optimizers:
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            moved.add(names[p])
-            kinds = {f"{names[p]}/{key}": kind for key, kind in _kinds(optimizer, local(p)).items()}
-            want |= kinds if kinds.keys() & tensors.keys() else {}
+    for _, p, kinds in _expected(optimizers, names, local):
+        moved.add(names[p])
+        want |= kinds if kinds.keys() & tensors.keys() else {}
     elsewhere = set(names.values()) - moved  # moved in other processes
     here = {name: t for name, t in tensors.items() if name.rpartition("/")[0] not in elsewhere}
     check_tensors(here, want, "optimizer.safetensors")
@@ -238,8 +212,8 @@ def check_optimizer_state(
 
 def load_optimizer_state(
     tensors: Mapping[str, Tensor],
-    optimizers: Iterable[Optimizer],
-    named: Iterable[tuple[str, Tensor]],
+    optimizers: Sequence[Optimizer],
+    named: Named,
     divided_like: Callable[[Tensor, Tensor], Tensor] = lambda p, state: state,
 ) -> None:
     """Load what `optimizer_state` returned. Optimizer.load_state_dict would make FP32 of moments in BF16.
@@ -247,31 +221,32 @@ def load_optimizer_state(
     Args:
         divided_like: makes of this rank's part of a state, given the parameter, what the optimizer holds.
     """
-    names = {p: name for name, p in named}
     for optimizer in optimizers:
         optimizer.state.clear()
+    for optimizer, p, kinds in _expected(optimizers, {p: name for name, p in named}):
+        # the number of steps is a tensor on the CPU, except in the fused AdamW
+        fused = optimizer.defaults.get("fused", False)
+        for name in (name for name in kinds if name in tensors):
+            value = tensors[name].to(p.device if tensors[name].dim() or fused else "cpu", copy=True)
+            optimizer.state[p][name.rpartition("/")[2]] = divided_like(p, value) if value.dim() else value
+
+
+def _expected(
+    optimizers: Iterable[Optimizer], names: Mapping[Tensor, str], part: Callable[[Tensor], Tensor] = lambda p: p
+) -> Iterator[tuple[Optimizer, Tensor, dict[str, Tensor]]]:
+    """Yield each parameter with its optimizer, and tensors without memory like those stored for it once it has moved.
+
+    Args:
+        part: returns the part of a parameter that counts.
+    """
+    for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
-            saved = {key: f"{names[p]}/{key}" for key in _kinds(optimizer, p)}
-            state = {key: tensors[name] for key, name in saved.items() if name in tensors}
-            # the number of steps is a tensor on the CPU, except in the fused AdamW
-            fused = optimizer.defaults.get("fused", False)
-            if state:
-                optimizer.state[p] = {key: _placed(value, p, fused, divided_like) for key, value in state.items()}
-
-
-def _placed(value: Tensor, p: Tensor, fused: bool, divided_like: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return a copy of a state on the device where the optimizer has it."""
-    copied = value.to(p.device if value.dim() or fused else "cpu", copy=True)
-    return divided_like(p, copied) if copied.dim() else copied
-
-
-def _kinds(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor]:
-    """Return tensors without memory like those that an optimizer stores for a parameter it has moved."""
-    like = torch.empty(p.shape, dtype=p.dtype, device="meta")
-    if isinstance(optimizer, Muon):
-        return {"momentum": like}
-    moments = like.bfloat16() if isinstance(optimizer, AdamWBF16) else like
-    return {"step": torch.empty((), device="meta"), "exp_avg": moments, "exp_avg_sq": moments}
+            like = torch.empty(part(p).shape, dtype=p.dtype, device="meta")
+            kinds = {"momentum": like}
+            if not isinstance(optimizer, Muon):
+                moments = like.bfloat16() if isinstance(optimizer, AdamWBF16) else like
+                kinds = {"step": torch.empty((), device="meta"), "exp_avg": moments, "exp_avg_sq": moments}
+            yield optimizer, p, {f"{names[p]}/{key}": kind for key, kind in kinds.items()}
 
 
 # --- the average of the parameters
@@ -284,13 +259,13 @@ class ParameterAverage:
     of the parameters. Its decay grows from 0.1 as min(decay, (1 + t) / (10 + t)), so the start is soon forgotten.
     """
 
-    def __init__(self, named: Iterable[tuple[str, Tensor]], decay: float) -> None:
+    def __init__(self, named: Named, decay: float) -> None:
         self.decay = decay
         self.updates = 0
         self.tensors = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in named}
 
     @torch.no_grad()
-    def update(self, named: Iterable[tuple[str, Tensor]]) -> None:
+    def update(self, named: Named) -> None:
         """Add the parameters after one more step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1

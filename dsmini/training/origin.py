@@ -14,7 +14,8 @@ from dsmini.checkpoint.run_folder import is_model_folder, read_summary, run_conf
 from dsmini.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dsmini.config.fields import Effect, plain, require
 from dsmini.console.commandline import take_folder
-from dsmini.reading import is_there, read_bytes, read_table
+from dsmini.reading import is_there, read_bytes, read_table, read_text
+from dsmini.text.tokenizer import byte_tokenizer_json
 
 if TYPE_CHECKING:  # what reads weights loads torch, so it is imported where it is used: --help is instant
     from torch import Tensor
@@ -63,17 +64,26 @@ class RunOrigin:
     """The config of the run to continue."""
 
     def accept(self, config: RunConfig) -> RunConfig:
-        """Return the config that this origin allows, after all flags.
+        """Return the config that this origin allows, after all flags, with absolute paths to compare.
 
         Raises: ValueError for what a resumed run or other weights do not allow.
         """
-        if self.resume is not None:
-            assert self.before is not None
-            config = _as_before(config, self.before)
-            check_resume(self.before, config)
-            _check_tokenizer(self.resume, self.before, config)
-        elif self.weights is not None:
-            check_init(self.weights.run.model, config.model, str(self.init))
+        if self.resume is None or self.before is None:
+            if self.weights is not None:
+                check_init(self.weights.run.model, config.model, str(self.init))
+            return config
+        used = {key: getattr(self.before.train, key) for key in ("device", "dtype", "threads")}
+        auto = {key: value for key, value in used.items() if getattr(config.train, key) in ("auto", None)}
+        config = dataclasses.replace(absolute(config), train=dataclasses.replace(config.train, **auto))
+        check_resume(self.before, config)
+        own, given = tokenizer_file(self.resume, config), config.data.tokenizer
+        if own is not None and given is not None and given != self.before.data.tokenizer:
+            require(given.is_file(), f"there is no file {given}; leave --data.tokenizer out: {own} is used")
+            require(
+                read_bytes(given) == read_bytes(own),
+                f"{self.resume} was trained with {own}, {given} is another tokenizer; leave --data.tokenizer out, or "
+                "start a new run",
+            )
         return config
 
 
@@ -86,8 +96,10 @@ def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: 
 
     Raises: ValueError for what cannot go together, or is not a run.
     """
-    if resume and init:
-        raise ValueError("--resume continues a run, --init starts a new one from its weights; use one of them")
+    require(
+        not (resume and init), "--resume continues a run, --init starts a new one from its weights; use one of them"
+    )
+    origin = RunOrigin(config=RunConfig())
     if resume:
         origin = _origin_of_stopped(resume, say)
     elif init:
@@ -95,8 +107,6 @@ def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: 
         whole = weights.folder.resolve()
         name = whole.name if weights.step is None else re.sub(r"-\d+$", "", whole.parent.parent.name)
         origin = RunOrigin(config=weights.run, name=name or "model", init=init, weights=weights)
-    else:
-        origin = RunOrigin(config=RunConfig())
     if file is None:
         return origin
     return dataclasses.replace(origin, config=RunConfig.from_file(file, origin.config), name=file.stem)
@@ -121,12 +131,16 @@ def is_finished(origin: RunOrigin, steps: int) -> bool:
 
 def _first_weights(path: Path, say: Callable[[str], None]) -> FirstWeights:
     """Find the weights of a run, a checkpoint, or a DeepSeek or Hugging Face folder."""
-    from dsmini.checkpoint.trained_model import find_initial_weights, model_checkpoint, model_tensors
+    from dsmini.checkpoint.load import PretrainedTensors
+    from dsmini.checkpoint.trained_model import model_checkpoint, model_tensors
 
     if is_model_folder(path):
-        there, tokenizer = find_initial_weights(path)
+        there, tokenizer = PretrainedTensors(path), path / "tokenizer.json"
+        there.check()
+        # that of bytes, which dsmini.convert writes, is none
+        own = is_there(tokenizer) and read_text(tokenizer) != byte_tokenizer_json()
         train = TrainConfig(seq_len=min(there.config.max_seq_len, FOLDER_SEQ_LEN))
-        run = RunConfig(model=there.config, data=DataConfig(tokenizer=tokenizer), train=train)
+        run = RunConfig(model=there.config, data=DataConfig(tokenizer=tokenizer if own else None), train=train)
         return FirstWeights(folder=path, step=None, rows=there.rows, run=run)
     found = model_checkpoint(path, say=say)
     data, mapped = found.config.data, model_tensors(found)  # views of the file
@@ -139,55 +153,29 @@ def _first_weights(path: Path, say: Callable[[str], None]) -> FirstWeights:
 
 def _origin_of_stopped(run: Path, say: Callable[[str], None]) -> RunOrigin:
     """Find a run to continue; if it has no checkpoint, the weights that it started from too, unless they were drawn."""
-    if run.resolve().parent.name == "checkpoints":
-        whole = run.resolve().parent.parent
-        raise ValueError(
-            f"{run} is a checkpoint, a run continues from its last one: use --resume {whole}, or start a new run from "
-            f"this one's weights with --init {run}"
-        )
     from dsmini.checkpoint.training_state import checkpoint_folders
 
+    whole = run.resolve().parent
+    require(
+        whole.name != "checkpoints",
+        f"{run} is a checkpoint, a run continues from its last one: use --resume {whole.parent}, or start a new run "
+        f"from this one's weights with --init {run}",
+    )
     before, weights = dataclasses.replace(run_config(run), out=run), None
     if not checkpoint_folders(run) and is_there(run / INIT):
         table = read_table(run / INIT)
-        folder = table.get("checkpoint", table.get("folder"))
-        require(isinstance(folder, str), f"{run / INIT} names no checkpoint or folder; start a new run with --init")
         try:
-            weights = _first_weights(Path(str(folder)), say)
+            weights = _first_weights(Path(str(table.get("checkpoint", table.get("folder")))), say)
         except ValueError as error:
             sentence = f"{run} has no checkpoint, and the weights it started from cannot be read: {error}"
             raise ValueError(sentence) from None
     return RunOrigin(config=before, resume=run, weights=weights, before=before)
 
 
-def _as_before(config: RunConfig, old: RunConfig) -> RunConfig:
-    """Return the config with "auto" replaced by what the run has used so far, and with absolute paths to compare."""
-    t, before = config.train, old.train
-    train = dataclasses.replace(
-        t,
-        device=before.device if t.device == "auto" else t.device,
-        dtype=before.dtype if t.dtype == "auto" else t.dtype,
-        threads=t.threads or before.threads,
-    )
-    return dataclasses.replace(config, train=train, data=absolute(config).data)
-
-
 def absolute(config: RunConfig) -> RunConfig:
     """Return the config with absolute paths of the text and the tokenizer."""
     path, tokenizer = (given and given.resolve() for given in (config.data.path, config.data.tokenizer))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path, tokenizer=tokenizer))
-
-
-def _check_tokenizer(run: Path, old: RunConfig, config: RunConfig) -> None:
-    """Refuse a tokenizer other than the run's own, which is used in any case."""
-    own, given = tokenizer_file(run, config), config.data.tokenizer
-    if own is None or given is None or given == old.data.tokenizer:
-        return
-    require(given.is_file(), f"there is no file {given}; leave --data.tokenizer out: {own} is used")
-    require(
-        read_bytes(given) == read_bytes(own),
-        f"{run} was trained with {own}, {given} is another tokenizer; leave --data.tokenizer out, or start a new run",
-    )
 
 
 # --- the changes that are allowed
@@ -233,10 +221,12 @@ def check_resume(old: RunConfig, new: RunConfig) -> list[str]:
             f"--init {old.out}"
         )
     lines = [f"{change.key}: {plain(change.before)} -> {plain(change.after)}" for change in changes]
-    if rounding := [change.key for change in changes if change.effect == "rounding"]:
-        lines.append(f"with another {', '.join(rounding)} the result is no longer bit-identical to an unstopped run's")
-    if recipe := [change.key for change in changes if change.effect == "recipe"]:
-        lines.append(f"with another {', '.join(recipe)} the schedule changes from here on")
+    for effect, words in (
+        ("rounding", "the result is no longer bit-identical to an unstopped run's"),
+        ("recipe", "the schedule changes from here on"),
+    ):
+        if keys := [change.key for change in changes if change.effect == effect]:
+            lines.append(f"with another {', '.join(keys)} {words}")
     return lines
 
 
@@ -244,20 +234,23 @@ def check_init(old: ModelConfig, new: ModelConfig, source: str) -> None:
     """Refuse a model that the weights of another do not fit, by its keys."""
     _refuse_missing_indexers(old, new, source)
     shapes = {f.name for f in dataclasses.fields(ModelConfig) if f.metadata.get("shapes")}
-    changed = [change for change in differences(old, new) if change.key in shapes]
-    if changed:
-        got = [f"model.{change.key}={plain(change.after)} (there {plain(change.before)})" for change in changed]
-        raise ValueError(
-            f"the weights of {source} do not fit {', '.join(got)}; leave out what changes shapes. The context may "
-            "change: max_seq_len, original_seq_len, rope_theta, rope_factor, beta_fast, beta_slow, mscale and "
-            "mscale_all_dim"
-        )
+    got = [
+        f"model.{change.key}={plain(change.after)} (there {plain(change.before)})"
+        for change in differences(old, new)
+        if change.key in shapes
+    ]
+    require(
+        not got,
+        f"the weights of {source} do not fit {', '.join(got)}; leave out what changes shapes. The context may "
+        "change: max_seq_len, original_seq_len, rope_theta, rope_factor, beta_fast, beta_slow, mscale and "
+        "mscale_all_dim",
+    )
 
 
 def _refuse_missing_indexers(old: ModelConfig, new: ModelConfig, source: str) -> None:
     """Refuse sparse attention with the weights of dense attention."""
-    if old.attention == "mla" and new.attention == "dsa":
-        raise ValueError(
-            f"{source} has no indexers, which model.attention='dsa' needs; give it some with python -m dsmini.convert "
-            f"{source} OUT --dsa, and start a new run from that with --init OUT"
-        )
+    require(
+        (old.attention, new.attention) != ("mla", "dsa"),
+        f"{source} has no indexers, which model.attention='dsa' needs; give it some with python -m dsmini.convert "
+        f"{source} OUT --dsa, and start a new run from that with --init OUT",
+    )

@@ -9,36 +9,36 @@ from typing import Any
 import numpy as np
 
 from dsmini.atomic import new_file
-from dsmini.training.record import StepRecord
+from dsmini.training.record import Row
 
 LN2 = math.log(2)
 PALE, BLUE, ORANGE = "#9db4d0", "#1f4e8c", "#c8501e"
 
 
-def plot_run(run: Path, steps: Sequence[StepRecord], loads: Mapping[str, Sequence[float]]) -> None:
+def plot_run(run: Path, rows: Sequence[Row], loads: Mapping[str, Sequence[float]]) -> None:
     """Write loss.png and, for a model with experts or indexers, expert_load.png or indexer.png into the run folder.
 
     Each is written whole or not at all.
 
     Args:
+        rows: of all steps.
         loads: for each MoE layer, by name, its experts' loads as shares of the mean, over the last steps.
     """
-    _plot_loss(run / "loss.png", steps)
+    _plot_loss(run / "loss.png", rows)
     if loads:
-        _plot_loads(run / "expert_load.png", steps, loads)
-    if any("indexer_kl" in record.scores for record in steps):
-        _plot_indexers(run / "indexer.png", [record for record in steps if "indexer_kl" in record.scores])
+        _plot_loads(run / "expert_load.png", rows, loads)
+    if of_indexers := [row for row in rows if "indexer_kl" in row]:
+        _plot_indexers(run / "indexer.png", of_indexers)
 
 
-def _plot_loss(path: Path, steps: Sequence[StepRecord]) -> None:
+def _plot_loss(path: Path, rows: Sequence[Row]) -> None:
     with _picture(path, 6, (3.4, 1)) as (axes, below):
-        x, raw = [record.step for record in steps], _column(steps, "loss")
-        mtp = _smooth(_column(steps, "mtp_loss"))
+        x, raw, mtp = (_column(rows, name) for name in ("step", "loss", "mtp_loss"))
         axes.plot(x, raw, color=PALE, linewidth=0.8, label="training, each step")
         if any(value > 0 for value in mtp):
-            axes.plot(x, mtp, color="#7a7a7a", linewidth=0.9, label="multi-token prediction, smoothed")
+            axes.plot(x, _smooth(mtp), color="#7a7a7a", linewidth=0.9, label="multi-token prediction, smoothed")
         axes.plot(x, _smooth(raw), color=BLUE, linewidth=1.8, label="training, smoothed")
-        validated = [(record.step, record.val_loss) for record in steps if record.val_loss is not None]
+        validated = [(row["step"], row["val_loss"]) for row in rows if row["val_loss"] is not None]
         if validated:
             label = f"validation, last {validated[-1][1]:.3f}"
             axes.plot(*zip(*validated, strict=True), "o-", color=ORANGE, markersize=4, label=label)
@@ -46,18 +46,18 @@ def _plot_loss(path: Path, steps: Sequence[StepRecord]) -> None:
         right = axes.secondary_yaxis("right", functions=(lambda v: np.divide(v, LN2), lambda v: np.multiply(v, LN2)))
         right.set_ylabel("bits a token")
         axes.legend()
-        norms = _column(steps, "grad_norm")
+        norms = _column(rows, "grad_norm")
         below.plot(x, norms, color=PALE, linewidth=0.8)
         if any(norm > 0 for norm in norms):
             below.set_yscale("log")
         below.set(xlabel="step", ylabel="gradient norm")
         rate = below.twinx()
-        rate.plot(x, _column(steps, "lr"), color=ORANGE, linewidth=1.4)
+        rate.plot(x, _column(rows, "lr"), color=ORANGE, linewidth=1.4)
         rate.set_ylabel("learning rate", color=ORANGE)
         rate.set_ylim(bottom=0)
 
 
-def _plot_loads(path: Path, steps: Sequence[StepRecord], loads: Mapping[str, Sequence[float]]) -> None:
+def _plot_loads(path: Path, rows: Sequence[Row], loads: Mapping[str, Sequence[float]]) -> None:
     from matplotlib.colors import TwoSlopeNorm
 
     heights = (1 + 0.35 * len(loads), 2.4)
@@ -69,26 +69,26 @@ def _plot_loads(path: Path, steps: Sequence[StepRecord], loads: Mapping[str, Seq
         heat.set_yticks(range(len(loads)), list(loads))
         heat.grid(visible=False)
         heat.figure.colorbar(image, ax=heat)
-        line.plot([record.step for record in steps], _smooth(_column(steps, "max_vio")), color=BLUE)
+        line.plot(_column(rows, "step"), _smooth(_column(rows, "max_vio")), color=BLUE)
         line.set(xlabel="step", ylabel="MaxVio", title="(largest load - mean) / mean, smoothed; 0 = perfect balance")
         line.set_ylim(bottom=0)
 
 
-def _plot_indexers(path: Path, steps: Sequence[StepRecord]) -> None:
+def _plot_indexers(path: Path, rows: Sequence[Row]) -> None:
     with _picture(path, 6, (1, 1)) as (top, below):
-        x = [record.step for record in steps]
-        layers = [record.scores.get("layer_indexer_kl") for record in steps]
-        for layer in range(max((len(of) for of in layers if isinstance(of, list)), default=0)):
-            kl = [of[layer] if isinstance(of, list) and layer < len(of) else math.nan for of in layers]
+        x = _column(rows, "step")
+        of_layers = [row["layer_indexer_kl"] or [] for row in rows]
+        for layer in range(max(map(len, of_layers))):
+            kl = [of[layer] if of else math.nan for of in of_layers]
             top.plot(x, _smooth(kl), color=PALE, linewidth=0.8, label="each layer" if layer == 0 else None)
-        top.plot(x, _smooth(_column(steps, "indexer_kl")), color=BLUE, linewidth=1.8, label="mean")
+        top.plot(x, _smooth(_column(rows, "indexer_kl")), color=BLUE, linewidth=1.8, label="mean")
         top.set(ylabel="KL divergence, nats", title="Attention that the indexers miss")
         top.set_ylim(bottom=0)
         for name, color, label in (
             ("indexer_mass", BLUE, "share of attention on the picks"),
             ("indexer_recall", ORANGE, "share of the top-k keys that is picked"),
         ):
-            below.plot(x, _smooth(_column(steps, name)), color=color, label=label)
+            below.plot(x, _smooth(_column(rows, name)), color=color, label=label)
         below.set(xlabel="step", ylim=(0, 1.02))
         top.legend()
         below.legend()
@@ -108,10 +108,9 @@ def _picture(path: Path, height: float, heights: tuple[float, float], sharex: bo
         figure.savefig(partial, dpi=120, format="png")
 
 
-def _column(steps: Sequence[StepRecord], name: str) -> list[float]:
+def _column(rows: Sequence[Row], name: str) -> list[float]:
     """Return one figure of every step, with NaN where there is none, or it was not finite."""
-    values: list[Any] = [getattr(record, name, record.scores.get(name)) for record in steps]
-    return [math.nan if value is None else value for value in values]
+    return [math.nan if row.get(name) is None else row[name] for row in rows]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -3,6 +3,8 @@
 A validation on the way scores a part of the held-out split; that at the end all of it, unless it is large.
 """
 
+from contextlib import nullcontext
+
 from rich.console import Console
 
 from dsmini.config import TrainConfig
@@ -46,9 +48,7 @@ def final_eval_tokens(train: TrainConfig, trained: int) -> int:
     a training step, so this takes about a tenth of the training time, and more of a short one, for which
     LEAST_AT_THE_END holds. A time limit would make the loss depend on the machine.
     """
-    if train.final_eval_tokens is not None:
-        return train.final_eval_tokens
-    return max(trained // 2, LEAST_AT_THE_END)
+    return max(trained // 2, LEAST_AT_THE_END) if train.final_eval_tokens is None else train.final_eval_tokens
 
 
 def final_windows(trainer: Trainer, seq_len: int | None = None) -> Windows:
@@ -68,39 +68,39 @@ def validate(trainer: Trainer, progress: TrainingProgress, asked: StopSignals) -
 
     Raises: StopAskedError as soon as one has come. Nothing is changed then.
     """
-    config, corpus, step = trainer.config, trainer.corpus, trainer.steps_done
-    seq_len, context = config.seq_len, config.train.eval_context
+    train, step, seq_len = trainer.config.train, trainer.steps_done, trainer.config.seq_len
 
-    def score(windows: Windows, line: str = "") -> float:
+    def score(windows: Windows) -> float:
         def check(done: float) -> None:
             show(done)
             if done < 1 and asked.came():
                 raise StopAskedError
 
-        if line:
-            progress.say(line)
         with progress.part("validation") as show:
             return trainer.validate(windows, on_part=check)
 
-    if step < config.train.steps:
-        if step % config.train.eval_every:
+    if step < train.steps:
+        if step % train.eval_every:
             return {}
-        windows = corpus.windows(seq_len, config.train.eval_tokens)
+        windows = trainer.corpus.windows(seq_len, train.eval_tokens)
         nats = score(windows)
         progress.say(f"step {step}: validation {nats:.3f} nats ({windows.tokens:,} held-out tokens, context {seq_len})")
         return {"val_loss": nats}
-    windows, every = final_windows(trainer), corpus.windows(seq_len)
+    windows, every = final_windows(trainer), trainer.corpus.windows(seq_len)
     line = "validating on the whole held-out split"
     if len(windows) < len(every):
         line = (
             f"validating on {windows.tokens:,} of {every.tokens:,} held-out tokens, spread evenly "
             f"(all of them: --train.final-eval-tokens {every.tokens})"
         )
-    scores = {"val_loss": score(windows, line)}
-    if context is not None:
-        shorter = final_windows(trainer, context)
-        scores["val_loss_at_eval_context"] = score(shorter, f"{line} at context {context}")
+    kinds = {"val_loss": (seq_len, "")}
+    if train.eval_context is not None:
+        kinds["val_loss_at_eval_context"] = (train.eval_context, f" at context {train.eval_context}")
     if trainer.average is not None:
-        with trainer.averaged():
-            scores["val_loss_ema"] = score(windows, f"{line}, with the average of the parameters")
+        kinds["val_loss_ema"] = (seq_len, ", with the average of the parameters")
+    scores = {}
+    for key, (length, words) in kinds.items():
+        progress.say(line + words)
+        with trainer.averaged() if key == "val_loss_ema" else nullcontext():
+            scores[key] = score(final_windows(trainer, length))
     return scores

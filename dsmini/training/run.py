@@ -6,15 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 
-from dsmini.atomic import write_json, write_text
+from dsmini.atomic import write_text
 from dsmini.checkpoint.memory import refuse_too_large
-from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.checkpoint.training_state import (
     Checkpoint,
@@ -32,11 +30,10 @@ from dsmini.distributed.replicas import unequal_replicas
 from dsmini.distributed.world import World
 from dsmini.machine import peak_memory
 from dsmini.nn import Transformer
-from dsmini.text.tokenizer import Tokenizer
 from dsmini.training.events import EventLog, log_path, put_aside_crash_loops, read_events
 from dsmini.training.plots import plot_run
 from dsmini.training.progress import TrainingProgress, validate
-from dsmini.training.record import METRICS, History, StepRecord, TensorBoard
+from dsmini.training.record import METRICS, History, TensorBoard, finite, row_of
 from dsmini.training.saving import NotSavedError, Saver
 from dsmini.training.spikes import Spikes
 from dsmini.training.stopping import StopAskedError, StopSignals, asked_to_stop
@@ -127,7 +124,7 @@ class TrainingRun:
         train, trainer, history, asked = self.config.train, self.trainer, self.history, self.asked
         trainer.stop = lambda: bool(asked.numbers)
         if history.records:  # resumed: the last step may not have been validated yet
-            if history.records[-1].val_loss is None:
+            if history.records[-1]["val_loss"] is None:
                 self._validate()
             self._record()
         while trainer.steps_done < train.steps and not (asked.agreed and history.records):
@@ -135,9 +132,12 @@ class TrainingRun:
             step = trainer.step()
             stopping = asked.agreed = asked.agreed or step.stopping
             change = None if self.watch is None else self.watch(step)
-            self._after_step(step)
-            spiked = train.max_rewinds > 0 and self.spikes.see(step.step, step.loss)
-            if spiked and self._rewind(step):
+            self.note("step", seconds=step.seconds)
+            self.phase("between")
+            every = self.config.parallel.check_replicas
+            if every and step.step % every == 0:
+                self._compare_replicas()
+            if train.max_rewinds and self.spikes.see(step.step, step.loss) and self._rewind(step):
                 continue
             # 2. log
             self._keep(step, change)
@@ -154,36 +154,30 @@ class TrainingRun:
             self._record()
             if lost:
                 raise told(ArithmeticError(self._why_lost()))
-            validated = history.records[-1].val_loss is not None
+            validated = history.records[-1]["val_loss"] is not None
             if validated and not last and not stopping and history.seconds >= self.next_plot:
                 self.plot()
         if asked.agreed:
             self._save()  # if the signal came after the last save
 
-    def _after_step(self, step: StepResult) -> None:
-        """Log a step, and compare replicas from time to time."""
-        self.note("step", seconds=step.seconds)
-        self.phase("between")
-        every = self.config.parallel.check_replicas
-        if every and step.step % every == 0:
-            self._compare_replicas()
-
     def _keep(self, step: StepResult, change: BindingChange | None = None) -> None:
         """Add a step to the history, with the change of what binds that was seen at it."""
-        scores: dict[str, Any] = {} if self.trainer.average is None else {"val_loss_ema": None}
-        scores |= {} if self.config.train.eval_context is None else {"val_loss_at_eval_context": None}
+        row = row_of(step, peak_memory(self.trainer.device))
+        measured = {
+            "val_loss_ema": self.trainer.average,
+            "val_loss_at_eval_context": self.config.train.eval_context,
+        }
+        row |= {key: None for key, by in measured.items() if by is not None}
         if self.watch is not None:
-            scores |= {"binds": change and change.binds, "binds_share": change and change.share}
-        if step.spread is not None:
-            scores |= {"spread": step.spread, "busiest": float(max(range(len(step.work)), key=step.work.__getitem__))}
-        self.history.add(StepRecord.of(step, peak_memory(self.trainer.device), scores))
+            row |= {"binds": change and change.binds, "binds_share": change and change.share}
+        self.history.add(row)
 
     def _validate(self) -> None:
         """Validate the last step if that is due, and save it if a signal comes: a resumed run validates it again."""
         self.phase("validating")
         try:
             if not self.asked.agreed and (scores := validate(self.trainer, self.progress, self.asked)):
-                self.history.validated(**scores)
+                self.history.records[-1] |= finite(scores)
                 self.note("validated")
         except StopAskedError:
             self._save()
@@ -225,7 +219,7 @@ class TrainingRun:
         self.note("failed", error=type(error).__name__)
         records = self.history.records
         failed_to_write = isinstance(error, OSError | SystemExit) and not isinstance(error, NotSavedError)
-        whole = bool(records) and records[-1].step == self.trainer.steps_done
+        whole = bool(records) and records[-1]["step"] == self.trainer.steps_done
         if failed_to_write and self.world.size == 1 and whole:
             self._save()
 
@@ -253,16 +247,19 @@ class TrainingRun:
 
         Raises: ArithmeticError after train.max_rewinds of them.
         """
-        most = self.config.train.max_rewinds
+        rewinds, most, place = self.history.rewinds, self.config.train.max_rewinds, self.trainer.sequences
         self._tell_failure(self.saver.finish)
         if not self.world.first(lambda: bool(checkpoint_folders(self.folder))):
             self.progress.say(f"step {step.step}: the loss is a spike; there is no checkpoint to return to")
             return False
-        checkpoint = self.newest_checkpoint(self.progress.say)
-        left_out = self.trainer.left_out.skip(checkpoint.state.sequences, self.trainer.sequences, most_rewinds=most)
+        if rewinds >= most:
+            raise ArithmeticError(
+                f"the loss spiked again after {rewinds} rewinds, and {most} are allowed; look at the data, or continue "
+                "with a smaller learning rate"
+            )
         self._close_records()
-        self.saver.restore(checkpoint)
-        self.trainer.left_out = left_out
+        self.saver.restore(self.newest_checkpoint(self.progress.say))
+        self.trainer.sequences, self.history.rewinds = place, rewinds + 1  # the data continues after the spike
         self.spikes.rewind(self.trainer.steps_done)
         self.note("rewound")
         self._open_records()
@@ -270,22 +267,22 @@ class TrainingRun:
         self.saver.saved_at = None  # saved again, so that a run that is killed now knows what it leaves out
         self._tell_failure(self._save)
         self.progress.say(
-            f"step {step.step}: the loss {step.loss:.3f} is a spike; back to step {checkpoint.state.step}, without the "
-            f"batches since (rewind {left_out.rewinds} of {most})"
+            f"step {step.step}: the loss {step.loss:.3f} is a spike; back to step {self.trainer.steps_done}, without "
+            f"the batches since (rewind {rewinds + 1} of {most})"
         )
         return True
 
     # --- what is written on the way
 
     def _open_records(self) -> None:
-        """Open metrics.jsonl to append, with the lines of all steps before the last record, which comes again."""
+        """Open metrics.jsonl to append, with the lines of all steps before the last row, which comes again."""
         if self.world.rank:
             return
         path, records = self.folder / METRICS, self.history.records
-        write_text(path, "".join(json.dumps(record.row()) + "\n" for record in records[:-1]))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in records[:-1]))
         self.metrics = path.open("a", encoding="utf-8")
         if self.config.train.tensorboard:
-            first = records[-1].step if records else 1
+            first = records[-1]["step"] if records else 1
             self.board = TensorBoard(self.folder / "tensorboard", moe_layers(self.config.model), first)
 
     def _close_records(self) -> None:
@@ -294,18 +291,18 @@ class TrainingRun:
             self.board.close()
 
     def _record(self) -> None:
-        """Write the record of the last step, which is complete now.
+        """Write the row of the last step, which is complete now.
 
         Where there are other processes, an error asks all to stop after this step, and comes after their save.
         """
-        record = self.history.close_last()
+        row = self.history.close_last()
         if self.world.rank:
             return
         try:
-            self.metrics.write(json.dumps(record.row()) + "\n")
+            self.metrics.write(json.dumps(row) + "\n")
             self.metrics.flush()
             if self.board is not None:
-                self.board.add(record)
+                self.board.add(row)
         except OSError as error:
             if self.world.size == 1:
                 raise
@@ -318,7 +315,7 @@ class TrainingRun:
             self.log.write(event, self.trainer.steps_done if step is None else step, **fields)
 
     def plot(self) -> None:
-        """Draw the records so far, and set next_plot so that drawing takes at most PLOT_SHARE of the time."""
+        """Draw the rows so far, and set next_plot so that drawing takes at most PLOT_SHARE of the time."""
         if self.world.rank:
             return
         start = time.perf_counter()
@@ -330,10 +327,6 @@ class TrainingRun:
         self.note("plotted")
         self.plot_seconds += taken
         self.next_plot = max(self.history.seconds + PLOT_EVERY, (self.plot_seconds + taken) / PLOT_SHARE)
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, the last file of a run: with it the run is complete."""
-        write_json(self.folder / "summary.json", summary)
 
     # --- survival
 
@@ -377,11 +370,6 @@ class TrainingRun:
             raise told(ArithmeticError(sentence))
 
     # --- for the end
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer in the run's folder, or that of bytes."""
-        return run_tokenizer(self.folder, self.config)
 
     def whole_model(self) -> Transformer:
         """Return the model, or where several processes have parts of it, the saved one.

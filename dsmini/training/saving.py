@@ -14,13 +14,12 @@ from dsmini.checkpoint.training_state import (
     state_texts,
 )
 from dsmini.config import RunConfig
+from dsmini.config.fields import require
 from dsmini.distributed.checkpoint import save_pieces
 from dsmini.distributed.meeting import told
-from dsmini.distributed.pieces import Pieces
 from dsmini.distributed.world import World
 from dsmini.machine import random_state, set_random_state
-from dsmini.training.record import METRICS, History, StepRecord, read_records
-from dsmini.training.spikes import SkippedBatches
+from dsmini.training.record import METRICS, History, Row, is_whole, read_records
 from dsmini.training.trainer import Trainer
 
 
@@ -45,8 +44,9 @@ class Saver:
         world: World,
         on_saved: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self.on_saved = on_saved
+        assert config.out is not None
         self.config, self.trainer, self.history, self.world = config, trainer, history, world
+        self.metrics, self.on_saved = config.out / METRICS, on_saved
         self.saved_at: int | None = None
         """Step of the last checkpoint."""
         self._behind: World | None = None
@@ -63,39 +63,32 @@ class Saver:
     def fits(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint that this run cannot continue from; ValueError says why. Changes nothing."""
         self.trainer.check(self.trainer.mine(checkpoint.tensors))
-        StepRecord.from_row(checkpoint.state.row)
+        require(is_whole(checkpoint.state.row), "the row of the last step in state.json lacks a figure")
         got, want = checkpoint.tensors["rng"], random_state(self.trainer.device)
         there = (want.keys() & got.keys()) | {"cpu"}  # another kind of device than before has no state in it
         of_both = [{name: state for name, state in states.items() if name in there} for states in (got, want)]
         check_tensors(of_both[0], of_both[1], "rng.safetensors")
 
     def restore(self, checkpoint: Checkpoint) -> int:
-        """Restore a checkpoint of this run that `fits`; return the number of steps whose records are lost.
+        """Restore a checkpoint of this run that `fits`; return the number of steps whose rows are lost.
 
-        Rank 0 alone has all records, which it writes and draws. All ranks have the last one, with its validation.
+        Rank 0 alone has all rows, which it writes and draws. All ranks have the last one, with its validation.
         """
-        assert self.config.out is not None
-        out, records = self.config.out, list[StepRecord]()
+        rows: list[Row] = []
 
-        def read() -> list[StepRecord]:
-            records.extend(read_records(out))
-            return [record for record in records if record.step == checkpoint.state.step]
+        def read() -> list[Row]:
+            rows.extend(read_records(self.metrics.parent))
+            return [row for row in rows if row["step"] == checkpoint.state.step]
 
         last = self.world.first(read)
-        return self.world.together(lambda: self._restore(checkpoint, records or last))
+        return self.world.together(lambda: self._restore(checkpoint, rows or last))
 
-    def _restore(self, checkpoint: Checkpoint, records: list[StepRecord]) -> int:
+    def _restore(self, checkpoint: Checkpoint, rows: list[Row]) -> int:
         state, train, trainer = checkpoint.state, self.config.train, self.trainer
-        trainer.load(
-            trainer.mine(checkpoint.tensors),
-            steps_done=state.step,
-            sequences=state.sequences,
-            average_updates=state.average_updates,
-        )
-        if state.left_out:
-            trainer.left_out = SkippedBatches.from_json(state.left_out)
+        where = {"sequences": state.sequences, "average_updates": state.average_updates}
+        trainer.load(trainer.mine(checkpoint.tensors), steps_done=state.step, **where)
         set_random_state(checkpoint.tensors["rng"], trainer.device)
-        lost = self.history.restore(state, records, complete=state.step >= train.steps)
+        lost = self.history.restore(state, rows, complete=state.step >= train.steps)
         if state.skipped_in_a_row >= train.max_skipped:  # it gave up; whoever resumes it gets that number again
             self.history.skipped_in_a_row = 0
         self.saved_at = state.step
@@ -116,17 +109,16 @@ class Saver:
             failed = error
         if self.saved_at == self.trainer.steps_done:
             return
-        tensors = {**self.trainer.tensors(), "rng": random_state(self.trainer.device)}
-        pieces, state = self.trainer.pieces(tensors), self._state()
+        tensors, state = {**self.trainer.tensors(), "rng": random_state(self.trainer.device)}, self._state()
         if not background:
-            self._write(tensors, pieces, state, self.world)
+            self._write(tensors, state, self.world)
             return
         if self._behind is None:  # the thread's messages must not mix with those of the steps
             self._behind = self.world.fork()
         staged = {
             part: {name: t.detach().to("cpu", copy=True) for name, t in of.items()} for part, of in tensors.items()
         }
-        self._writing = self._thread.submit(self._write, staged, pieces, state, self._behind)
+        self._writing = self._thread.submit(self._write, staged, state, self._behind)
         if failed is not None:
             raise failed
 
@@ -136,14 +128,12 @@ class Saver:
         if writing is not None:
             writing.result()
 
-    def _write(self, tensors: Tensors, pieces: Pieces, state: RunState, world: World) -> None:
+    def _write(self, tensors: Tensors, state: RunState, world: World) -> None:
         """Write a checkpoint of these tensors, with those of the other processes; then remove old ones."""
-        config = self.config
-        assert config.out is not None
-        metrics = config.out / METRICS
+        config, pieces = self.config, self.trainer.pieces(tensors)
         held = {part: {name: (pieces[part][name], t) for name, t in of.items()} for part, of in tensors.items()}
         try:
-            world.first(lambda: sync(metrics))  # the lines before the state's own must not be lost after it
+            world.first(lambda: sync(self.metrics))  # the lines before the state's own must not be lost after it
             texts, metadata = state_texts(config, state), {"step": str(state.step)}
             save_pieces(world, checkpoint_folder(config, state.step), held, texts, metadata)
             world.first(lambda: prune(config, state))
@@ -167,7 +157,7 @@ class Saver:
             best_val_loss=best_val_loss,
             best_val_step=best_val_step,
             seconds=history.seconds,
-            left_out=trainer.left_out.to_json(),
+            rewinds=history.rewinds,
             corpus_sha256=trainer.corpus.sha256,
-            row=history.records[-1].row(),
+            row=dict(history.records[-1]),
         )

@@ -1,7 +1,6 @@
 """Start a run: resolve its config, read its text, make and lock its folder, build or restore its model."""
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -17,7 +16,6 @@ from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.checkpoint.run_folder import (
     new_run_folder,
     read_summary,
-    refuse_misplaced,
     refuse_taken,
     replace_config,
     sole_trainer,
@@ -25,7 +23,7 @@ from dsmini.checkpoint.run_folder import (
 )
 from dsmini.checkpoint.training_state import checkpoint_folders
 from dsmini.config import RunConfig
-from dsmini.config.fields import plain, require
+from dsmini.config.fields import require
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
@@ -38,7 +36,7 @@ from dsmini.distributed.world import World, device_of_rank, joined, threads_of_r
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.reading import read_bytes, read_table
 from dsmini.training.events import read_events
-from dsmini.training.origin import INIT, RunOrigin, absolute, check_resume
+from dsmini.training.origin import INIT, RunOrigin, absolute, check_resume, differences
 from dsmini.training.part_memory import refuse_oversized
 from dsmini.training.record import require_tensorboard
 from dsmini.training.run import TrainingRun
@@ -46,9 +44,6 @@ from dsmini.training.trainer import Trainer
 
 LONGEST_WAIT = 86400.0
 """Seconds in which all ranks must come to a message. Rank 0 tokenizes alone; a rank that hangs is found otherwise."""
-
-LARGEST_STEP = 16
-"""Number of times that a step may read the training text. Small texts are read more than once."""
 
 
 @contextmanager
@@ -74,7 +69,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         torch.set_num_threads(threads)
     with joined(config.parallel.timeout, device, longest_wait=LONGEST_WAIT) as world, ExitStack() as stack:
         _refuse_unequal(world, origin, config)
-        world.first(lambda: _check_place(origin, config))
+        world.first(lambda: None if origin.resume else refuse_taken(config.out))
         if world.size == 1:  # before each layer of an absurd model is made, even without memory
             least = 4 * accounting.parameters(config.model).total
             refuse_too_large(least, "training this model with such a batch", device)
@@ -84,15 +79,20 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         read: list[Corpus] = []
         world.first(lambda: read.append(_read_corpus(config, origin.resume, console)))
         corpus = read[0] if read else _read_corpus(config, origin.resume, console)
-        _check_batch(config, corpus)
         # 3. the folder
         config = dataclasses.replace(config, train=world.first(lambda: resolved(config, device).train))
         out = world.first(lambda: origin.resume or new_run_folder(config.out, origin.name))
         config = dataclasses.replace(absolute(config), out=out)
         world.first(lambda: stack.enter_context(sole_trainer(out)) and None)
         # 4. the model, and its first values or those of the last checkpoint
-        trainer = _new_trainer(origin, config, corpus, device, part, world, console)
-        training = TrainingRun(config, trainer, console, world)
+        torch.manual_seed(config.train.seed)
+        part.model.compute_dtype = DTYPES[config.train.dtype]
+        with patience(console, "making the model"):  # before the Trainer, whose average of the parameters starts so
+            part.fill(device, None if origin.weights is None else origin.weights.rows)
+        if config.train.optimizer == "muon":  # its kernel may have to be compiled
+            with patience(console, "preparing kernels"):
+                world.first(lambda: ops.serving(device.type) and None)
+        training = TrainingRun(config, Trainer(part.model, corpus, config, device, part.mesh), console, world)
         lines = _continued(origin, training) if origin.resume else world.first(lambda: _begun(origin, training))
         aside = [f"{folder} was put aside: no attempt survived it" for folder in training.put_aside]
         for line in [*_introduction(config, corpus), *aside, *lines]:
@@ -105,44 +105,26 @@ def _refuse_unequal(world: World, origin: RunOrigin, config: RunConfig) -> None:
     if world.size == 1:
         return
     options = {"--resume": str(origin.resume or "none"), "--init": str(origin.init or "none")}
-    if origin.weights is not None:
-        weights = origin.weights
+    if weights := origin.weights:
         names = meta_model(weights.run.model).state_dict()
         hashes = [(name, hashed(weights.rows(name, slice(1)))) for name in names]  # no rank reads all of them
         of_all = sha256(repr(hashes).encode()).hexdigest()[:16]
         options["weights to start from"] = f"step {weights.step}, hash {of_all}"
-    keys = {
-        f"{part}.{key}" if isinstance(of, dict) else part: value
-        for part, of in plain(dataclasses.asdict(config)).items()
-        for key, value in (of.items() if isinstance(of, dict) else [("", of)])
-    }
-    everyone = world.gather((options, keys))
-    of_first, keys_of_first = everyone[0]
-    for rank, (mine, own_keys) in enumerate(everyone):
+    everyone = world.gather((options, config))
+    of_first, config_of_first = everyone[0]
+    for rank, (own, own_config) in enumerate(everyone):
         other = [
-            f"{name} ({mine.get(name, 'none')}, not {of_first.get(name, 'none')})"
-            for name in mine | of_first
-            if mine.get(name) != of_first.get(name)
-        ] or sorted(key for key in own_keys | keys_of_first if own_keys.get(key) != keys_of_first.get(key))
-        if other:
-            words = (", another " if "(" in other[0] else ", ").join(other)
+            f"{name} ({own.get(name, 'none')}, not {of_first.get(name, 'none')})"
+            for name in own | of_first
+            if own.get(name) != of_first.get(name)
+        ]
+        keys = sorted(change.key for change in differences(config_of_first, own_config))
+        if words := ", another ".join(other) or ", ".join(keys):
             sentence = (
                 f"rank {rank} was started with another {words} than rank 0; start all processes with the same "
                 "command, where they see the same files"
             )
             raise told(ValueError(sentence))
-
-
-def _check_place(origin: RunOrigin, config: RunConfig) -> None:
-    """Refuse a folder that this run cannot be written to."""
-    run = origin.resume
-    if run is None:
-        refuse_taken(config.out)
-    else:
-        fix = "copy the run to a place that allows it, and resume it there"
-        require(os.access(run, os.W_OK), f"cannot write into {run}; {fix}")
-    if place := run or config.out:
-        refuse_misplaced(place)
 
 
 def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Corpus:
@@ -155,42 +137,12 @@ def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Co
         )
 
 
-def _check_batch(config: RunConfig, corpus: Corpus) -> None:
-    """Refuse steps that would never end: of a batch with many times the training text."""
-    rows, windows = config.train.batch_size, len(corpus.train) // config.seq_len
-    require(
-        rows <= LARGEST_STEP * windows,
-        f"train.batch_size={rows:,} sequences of {config.seq_len} tokens are {rows // windows} times the training text "
-        f"of {len(corpus.train):,} tokens, in each step; use {LARGEST_STEP * windows:,} or fewer",
-    )
-
-
 def resolved(config: RunConfig, device: torch.device) -> RunConfig:
     """Return the config with the device, dtype and threads that are in use now, and with absolute paths."""
     dtype = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
     name = str(device) if launched()[1] == 1 else device.type  # each process has a number of its own
     train = dataclasses.replace(config.train, device=name, dtype=dtype, threads=torch.get_num_threads())
     return dataclasses.replace(absolute(config), train=train)
-
-
-def _new_trainer(
-    origin: RunOrigin,
-    config: RunConfig,
-    corpus: Corpus,
-    device: torch.device,
-    part: ModelPart,
-    world: World,
-    console: Console,
-) -> Trainer:
-    """Give the model, or this rank's part of it, its first values, and make what trains it."""
-    torch.manual_seed(config.train.seed)
-    part.model.compute_dtype = DTYPES[config.train.dtype]
-    with patience(console, "making the model"):  # before the Trainer, whose average of the parameters starts from it
-        part.fill(device, None if origin.weights is None else origin.weights.rows)
-    if config.train.optimizer == "muon":  # its kernel may have to be compiled
-        with patience(console, "preparing kernels"):
-            world.first(lambda: ops.serving(device.type) and None)
-    return Trainer(part.model, corpus, config, device, part.mesh)
 
 
 def _begun(origin: RunOrigin, training: TrainingRun) -> list[str]:
@@ -261,25 +213,20 @@ def _corpus_before(folder: Path) -> str | None:
 
 def _introduction(config: RunConfig, corpus: Corpus) -> list[str]:
     """Return lines about what will be trained, on what, and where."""
-    parameters, where = accounting.parameters(config.model), f"{config.out}/corpus.json"
-    as_bytes = config.data.tokenizer is None
-    kind = "a token is a byte"
-    if not as_bytes:
-        kind = f"tokens of {config.data.tokenizer}, {corpus.bytes_per_token:.2f} bytes each"
+    parameters, where, tokenizer = (
+        accounting.parameters(config.model),
+        f"{config.out}/corpus.json",
+        config.data.tokenizer,
+    )
+    kind = f"tokens of {tokenizer}, {corpus.bytes_per_token:.2f} bytes each" if tokenizer else "a token is a byte"
     if config.data.fim_rate:
         kind += f"; {corpus.rearranged:,} training documents rearranged for fill-in-the-middle"
-    notes = [left_out_in_words(corpus.left_out, where)] if corpus.left_out else []
-    notes += [not_utf8_in_words(corpus.not_utf8, where, as_bytes)] if corpus.not_utf8 else []
-    about = [
-        *notes,
-        f"{len(corpus.train):,} training tokens, {len(corpus.val):,} held out ({corpus.split})",
-        kind,
-        f"sha256 {corpus.sha256}",
-        corpus.cache,
-    ]
+    about = [left_out_in_words(corpus.left_out, where)] if corpus.left_out else []
+    about += [not_utf8_in_words(corpus.not_utf8, where, tokenizer is None)] if corpus.not_utf8 else []
+    about.append(f"{len(corpus.train):,} training tokens, {len(corpus.val):,} held out ({corpus.split})")
     return [
         f"corpus  {corpus.source}, {corpus.files} files",
-        *(f"        {line}" for line in about),
+        *(f"        {line}" for line in [*about, kind, f"sha256 {corpus.sha256}", corpus.cache]),
         f"model   {parameters.total:,} parameters, {parameters.active:,} active for a token",
         f"run     {config.out}, {config.train.dtype} on {config.train.device}, threads: {config.train.threads}",
     ]

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsmini import accounting
+from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.console.messages import say
 from dsmini.console.printable import printable
 from dsmini.inference.generation import Generation
@@ -21,37 +22,33 @@ from dsmini.training.progress import final_windows
 from dsmini.training.run import TrainingRun
 
 TEMPERATURE = 0.8
-PROMPT_WORDS = 3
-"""Maximum number of words in the prompt that a run offers."""
-PROMPT_CHARACTERS = 40
-"""Maximum number of characters in it."""
 
 
 def summarise(run: TrainingRun) -> dict[str, Any]:
     """Return the figures of the whole run."""
     config, trainer, model = run.config, run.trainer, run.trainer.model.config
     history, last = run.history, run.history.records[-1]
-    device, dtype = trainer.device, DTYPES[config.train.dtype]
+    train, itemsize = config.train, DTYPES[config.train.dtype].itemsize
     parameters = accounting.parameters(model)
     tokens = trainer.sequences * config.seq_len
     rate = tokens / history.seconds
-    stage = config.train.dsa_stage
-    flops = accounting.flops_per_token(model, config.seq_len, training=True, dsa_stage=stage).total * rate
-    cache = accounting.kv_bytes_per_token(model, dtype.itemsize)
-    mha_cache = accounting.mha_kv_bytes_per_token(model, dtype.itemsize)
-    vio = [record.max_vio for record in history.recent() if record.max_vio is not None]
+    flops = accounting.flops_per_token(model, config.seq_len, training=True, dsa_stage=train.dsa_stage).total
+    cache, mha_cache = (
+        bytes_of(model, itemsize) for bytes_of in (accounting.kv_bytes_per_token, accounting.mha_kv_bytes_per_token)
+    )
+    vio = [row["max_vio"] for row in history.recent() if row["max_vio"] is not None]
     best_val_loss, best_val_step = history.best or (None, None)
-    nats = last.val_loss
-    time_so_far = time_of_run(read_events(run.folder))
+    nats = last["val_loss"]
+    spent = time_of_run(read_events(run.folder))
     return {
         "run": str(run.folder),
         "steps": trainer.steps_done,
-        "loss": last.loss,
+        "loss": last["loss"],
         "val_loss": nats,
         "val_bits_per_byte": None if nats is None else nats / math.log(2) / trainer.corpus.bytes_per_token,
-        "val_loss_ema": last.scores.get("val_loss_ema"),
-        "val_loss_at_eval_context": last.scores.get("val_loss_at_eval_context"),
-        "eval_context": config.train.eval_context,
+        "val_loss_ema": last.get("val_loss_ema"),
+        "val_loss_at_eval_context": last.get("val_loss_at_eval_context"),
+        "eval_context": train.eval_context,
         "best_val_loss": best_val_loss,
         "best_val_step": best_val_step,
         "val_tokens": final_windows(trainer).tokens,
@@ -62,18 +59,18 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "tokens_per_s": rate,
         "parameters": parameters.total,
         "active_parameters": parameters.active,
-        "flops_per_s": flops,
-        "dtype": config.train.dtype,
-        "device": config.train.device,
+        "flops_per_s": flops * rate,
+        "dtype": train.dtype,
+        "device": train.device,
         "threads": torch.get_num_threads(),
-        "peak_memory": peak_memory(device),
+        "peak_memory": peak_memory(trainer.device),
         "cache_bytes_per_token": cache,
         "mha_cache_bytes_per_token": mha_cache,
         "cache_saved": 1 - cache / mha_cache,
         "max_vio": sum(vio) / len(vio) if vio else None,
         "skipped": history.skipped,
-        "attempts": time_so_far["attempts"],
-        "goodput": time_so_far["counted"] / time_so_far["seconds"] if time_so_far["seconds"] else None,
+        "attempts": spent["attempts"],
+        "goodput": spent["counted"] / spent["seconds"] if spent["seconds"] else None,
         "corpus_sha256": trainer.corpus.sha256,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -97,7 +94,6 @@ def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
     saved = f"{{mha_cache_bytes_per_token:,}} with the same heads as MHA, {s['cache_saved']:.1%} less"
     speed = f"{s['flops_per_s'] / 1e9:.1f} GFLOP/s in {{dtype}}"
     rest = "the rest in starts, stops, saves, validations, and steps that were done again"
-    goodput = s["goodput"] if s["attempts"] > 1 else None
     lines = [
         ("val_loss", "validation", "{val_loss:.4f} nats, {val_bits_per_byte:.4f} bits a byte (" + where + ")"),
         ("val_loss_at_eval_context", "at context", "{val_loss_at_eval_context:.4f} nats in windows of {eval_context}"),
@@ -111,7 +107,7 @@ def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
         ("goodput", "time", "started {attempts} times; {goodput:.0%} of the time in training steps, " + rest),
         ("skipped", "skipped", "{skipped} steps, for a gradient that was not finite"),
     ]
-    shown = s | {"goodput": goodput, "skipped": s["skipped"] or None}
+    shown = s | {"goodput": s["goodput"] if s["attempts"] > 1 else None, "skipped": s["skipped"] or None}
     return [(name, words.format_map(s)) for figure, name, words in lines if shown[figure] is not None]
 
 
@@ -128,7 +124,7 @@ def write_sample(run: TrainingRun) -> str:
     except ValueError as error:
         say(console, f"no sample: {error}")
         return ""
-    tokenizer = run.tokenizer
+    tokenizer = run_tokenizer(run.folder, run.config)
     decoder, text = tokenizer.stream(), train.sample_prompt
     console.rule(f"a sample at temperature {TEMPERATURE}")
     console.out(printable(text), end="", highlight=False)
@@ -154,17 +150,10 @@ def write_sample(run: TrainingRun) -> str:
 
 
 def offered_prompt(run: TrainingRun) -> str:
-    """Return a prompt from the text that a run was trained on, as a shell takes it."""
+    """Return a prompt for a trained model, as a shell takes it: the first whole words of the held-out text."""
     if run.config.data.path is None:  # the source code of Python's library
         return "'def '"
-    corpus = run.trainer.corpus
-    text = corpus.val if corpus.rearranged else corpus.train  # held-out text is never rearranged
-    tokens = text[:256].tolist()
-    first = tokens[: tokens.index(corpus.end_of_document)] if corpus.end_of_document in tokens else tokens
-    lines = run.tokenizer.decode(first).splitlines()
-    for words in (line.split()[:PROMPT_WORDS] for line in lines):
-        prompt = " ".join(words)
-        fits = 0 < len(prompt) <= PROMPT_CHARACTERS and prompt.isprintable() and "\ufffd" not in prompt
-        if fits and not prompt.startswith("-"):  # else the command line takes it for a flag
-            return shlex.quote(prompt)
-    return "TEXT"
+    text = run_tokenizer(run.folder, run.config).decode(run.trainer.corpus.val[:128].tolist())
+    prompt = " ".join(text.split()[1:4])
+    fits = 0 < len(prompt) <= 40 and prompt.isprintable() and "\ufffd" not in prompt and not prompt.startswith("-")
+    return shlex.quote(prompt) if fits else "TEXT"

@@ -14,7 +14,7 @@ from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader, Windows
 from dsmini.distributed.data_parallel import divided_like, local
 from dsmini.distributed.mesh import Mesh
-from dsmini.distributed.pieces import HeldRows, Pieces
+from dsmini.distributed.pieces import Pieces
 from dsmini.distributed.stages import StepBatch
 from dsmini.machine import synchronize
 from dsmini.nn import IndexerLoss, Transformer, max_violation
@@ -28,14 +28,13 @@ from dsmini.training.optim import (
     optimizers,
 )
 from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
-from dsmini.training.spikes import SkippedBatches
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """The results of one optimizer step as computed: losses may be NaN, loads are a tensor.
 
-    Losses are in nats a token, before the update. metrics.jsonl stores a step as a StepRecord.
+    Losses are in nats a token, before the update. metrics.jsonl stores a step as a row of record.py.
     """
 
     step: int
@@ -92,15 +91,13 @@ class Trainer:
         dtype = model.compute_dtype or torch.float32
         self.optimizers = optimizers(model, config.train, dtype, self.mesh.muon_update, self.mesh.owned)
         decay = config.train.ema_decay
-        self.average = None if decay is None else ParameterAverage(self._here(), decay)
+        self.average = None if decay is None else ParameterAverage(self._here().items(), decay)
         self.losses = torch.compile(model.losses) if config.train.compile else model.losses
         self.pipeline: Any = self.mesh.pipeline(model)
         self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
         self.steps_done = 0
         self.sequences = 0
         """Place in the corpus's stream of sequences where the data continues."""
-        self.left_out = SkippedBatches()
-        """Sequences of the stream that no step takes."""
         self.phase: Callable[[str], None] = lambda name: None
         """Told where a phase of a step begins: forward, backward, optimizer."""
         self.stop: Callable[[], bool] = lambda: False
@@ -141,10 +138,10 @@ class Trainer:
                 for gate, load in zip(self.model.gates(), own, strict=True):
                     gate.update_bias(load, speed)
             if self.average is not None:
-                self.average.update(self._here())
+                self.average.update(self._here().items())
         self.model.zero_grad(set_to_none=True)
         self.steps_done += 1
-        self.sequences = self.left_out.next(self.sequences, rows)[-1][1]
+        self.sequences += rows
         main, mtp, balance, *fits = sums.tolist()
         synchronize(self.device)
         seconds = time.perf_counter() - start
@@ -172,7 +169,7 @@ class Trainer:
         layers, experts], and the seconds of waiting for data.
         """
         train, start = self.config.train, time.perf_counter()
-        tokens, targets = self._batch(rows)
+        tokens, targets = self.loader.take(self._requests(rows))
         waited = time.perf_counter() - start
         parts = train.grad_accum * self.mesh.parts
         counted = self.mesh.sum_parts((targets != IGNORE).sum())  # of all ranks: every loss is divided by it once
@@ -231,23 +228,14 @@ class Trainer:
         """Return the documents to mask from each other; None without such a mask."""
         return self.corpus.documents(tokens) if self.config.data.document_mask else None
 
-    def _batch(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Return tokens and targets of this rank's part of a step, each [rows / parts, seq_len]."""
-        requests = self._requests(rows)
-        if len(requests[0]) == 1:
-            return self.loader.take([one for (one, *more) in requests if not more])
-        pieces = [self.loader.prepared(piece) for piece in requests[0]]  # what is left out lies in between
-        return torch.cat([x for x, _ in pieces]), torch.cat([y for _, y in pieces])
-
-    def _requests(self, rows: int) -> list[list[tuple[int, int]]]:
-        """Return this rank's sequences of this step, and of those that the workers prepare at the same time."""
-        steps, at = [], self.sequences
+    def _requests(self, rows: int) -> list[tuple[int, int]]:
+        """Return (first, number) of this rank's sequences of this step, and of those that are prepared meanwhile."""
+        requests, at, mesh = [], self.sequences, self.mesh
         for step in range(self.steps_done, self.steps_done + 1 + self.config.data.workers):
-            rows = rows if step == self.steps_done else batch_size(step, self.config.train, self.mesh.parts)
-            ranges = self.left_out.next(at, rows)
-            steps.append(self.mesh.share(ranges))
-            at = ranges[-1][1]
-        return steps
+            rows = rows if step == self.steps_done else batch_size(step, self.config.train, mesh.parts)
+            requests.append((at + mesh.part * (rows // mesh.parts), rows // mesh.parts))
+            at += rows
+        return requests
 
     # --- a validation
 
@@ -266,17 +254,15 @@ class Trainer:
         """
         windows = windows or self.corpus.windows(self.config.seq_len)
         mine, real = windows.share(self.mesh.part, self.mesh.parts)
-        rows = max(1, tokens_at_a_time // windows.seq_len)
-        total = torch.zeros((), dtype=torch.float64)
-        done = 0
+        total, done = torch.zeros((), dtype=torch.float64), 0
         self.model.eval()
         try:
-            for tokens, targets in mine.blocks(rows):
+            for tokens, targets in mine.blocks(max(1, tokens_at_a_time // windows.seq_len)):
                 counted = max(0, min(len(tokens), real - done))
-                inputs = (tokens, targets[:counted], self._documents(tokens))
-                x, y, documents = (None if t is None else t.to(self.device) for t in inputs)
-                assert x is not None and y is not None
-                total += self._score(x, y, documents).double().cpu()
+                documents = self._documents(tokens)
+                documents = None if documents is None else documents.to(self.device)
+                loss = self._score(tokens.to(self.device), targets[:counted].to(self.device), documents)
+                total += loss.double().cpu()
                 done += len(tokens)
                 on_part(done / len(mine))
         finally:
@@ -295,72 +281,69 @@ class Trainer:
     def averaged(self) -> Iterator[None]:
         """Put the average in place of the model's parameters, which come back bitwise afterwards."""
         assert self.average is not None, "there is no average: ema_decay is None"
-        named = dict(self._here())
+        named = self._here()
         live = {name: p.detach().clone() for name, p in named.items()}
-        _copy(named, self.average.tensors)
-        self.mesh.release(self.model)
+        self._copy(named, self.average.tensors)
         try:
             yield
         finally:
-            _copy(named, live)
-            self.mesh.release(self.model)
+            self._copy(named, live)
+
+    @torch.no_grad()
+    def _copy(self, named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        for name, p in named.items():
+            p.copy_(values[name])
+        self.mesh.release(self.model)
 
     # --- the state
+
+    def _here(self) -> dict[str, Tensor]:
+        """Return the parts of the parameters that are on this rank."""
+        return {name: local(p) for name, p in self.model.named_parameters()}
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return the parts of the model's tensors that are on this rank."""
+        return {name: local(t) for name, t in self.model.state_dict().items()}
 
     def tensors(self) -> Tensors:
         """Return all tensors that a step reads, by part: the live ones, not copies."""
         state = optimizer_state(self.optimizers, self.model.named_parameters())
-        parts = {
-            "model": {name: local(t) for name, t in self.model.state_dict().items()},
-            "optimizer": {name: local(t) for name, t in state.items()},
-        }
+        parts = {"model": self._state(), "optimizer": {name: local(t) for name, t in state.items()}}
         return parts if self.average is None else {**parts, "average": self.average.tensors}
 
-    def _here(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the parts of the parameters that are on this rank."""
-        return ((name, local(p)) for name, p in self.model.named_parameters())
-
-    def _like(self) -> Callable[[str, Tensor], Tensor]:
-        """Return a function that finds the parameter which a saved tensor is divided as: NAME, or NAME/MOMENT."""
+    def _divided(self, tensors: Tensors) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+        """Yield part, name, tensor, and the parameter that the tensor is divided as: NAME, or NAME/MOMENT."""
         named = dict(self.model.named_parameters())
-        return lambda name, tensor: named.get(name, named.get(name.rpartition("/")[0], tensor))
+        for part, of in tensors.items():
+            for name, tensor in of.items():
+                yield part, name, tensor, named.get(name, named.get(name.rpartition("/")[0], tensor))
 
     def pieces(self, tensors: Tensors) -> Pieces:
         """Return which piece each tensor of `tensors` is of the whole run's."""
-        like = self._like()
-
-        def piece(name: str, tensor: Tensor) -> HeldRows:
-            parameter = like(name, tensor)
-            return self.mesh.piece(parameter if local(parameter).shape == tensor.shape else tensor)
-
-        return {part: {name: piece(name, t) for name, t in of.items()} for part, of in tensors.items()}
+        out = {part: {} for part in tensors}
+        for part, name, tensor, like in self._divided(tensors):
+            out[part][name] = self.mesh.piece(like if local(like).shape == tensor.shape else tensor)
+        return out
 
     def mine(self, tensors: Tensors) -> Tensors:
         """Return this rank's pieces of the tensors of a whole run."""
-        like, elsewhere = self._like(), self.mesh.elsewhere
-
-        def cut(name: str, tensor: Tensor) -> Tensor:
-            piece = self.mesh.piece(like(name, tensor))
-            return piece.of(tensor) if piece.shape == tuple(tensor.shape) else tensor
-
-        def is_here(name: str) -> bool:
-            return name not in elsewhere and name.rpartition("/")[0] not in elsewhere
-
-        return {part: {name: cut(name, t) for name, t in of.items() if is_here(name)} for part, of in tensors.items()}
+        out, elsewhere = {part: {} for part in tensors}, self.mesh.elsewhere
+        for part, name, tensor, like in self._divided(tensors):
+            if name not in elsewhere and name.rpartition("/")[0] not in elsewhere:
+                piece = self.mesh.piece(like)
+                out[part][name] = piece.of(tensor) if piece.shape == tuple(tensor.shape) else tensor
+        return out
 
     def held_alike(self) -> dict[tuple[int, ...], dict[str, Tensor]]:
         """Return the tensors that other ranks hold too, by those ranks."""
-        like = self._like()
         held: dict[tuple[int, ...], dict[str, Tensor]] = {}
-        for part, tensors in self.tensors().items():
-            for name, tensor in tensors.items():
-                held.setdefault(self.mesh.holders(like(name, tensor)), {})[f"{part}/{name}"] = tensor
+        for part, name, tensor, like in self._divided(self.tensors()):
+            held.setdefault(self.mesh.holders(like), {})[f"{part}/{name}"] = tensor
         return {holders: named for holders, named in held.items() if len(holders) > 1}
 
     def check(self, tensors: Tensors) -> None:
         """Refuse tensors that `load` cannot take; ValueError names the first. Changes nothing."""
-        want = {name: local(t) for name, t in self.model.state_dict().items()}
-        check_tensors(tensors["model"], want, "model.safetensors")
+        check_tensors(tensors["model"], self._state(), "model.safetensors")
         check_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters())
         if self.average is not None:
             check_tensors(tensors["average"], self.average.tensors, "average.safetensors")
@@ -368,15 +351,8 @@ class Trainer:
     def load(self, tensors: Tensors, *, steps_done: int, sequences: int, average_updates: int) -> None:
         """Load the tensors of a run after this many steps. All are checked before anything changes."""
         self.check(tensors)
-        _copy({name: local(t) for name, t in self.model.state_dict().items()}, tensors["model"])
-        self.mesh.release(self.model)
+        self._copy(self._state(), tensors["model"])
         load_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters(), divided_like)
         if self.average is not None:
             self.average.load(tensors["average"], average_updates)
         self.steps_done, self.sequences = steps_done, sequences
-
-
-@torch.no_grad()
-def _copy(named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, p in named.items():
-        p.copy_(values[name])

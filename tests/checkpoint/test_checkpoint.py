@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dsmini.checkpoint import safetensors_files
 from dsmini.checkpoint.run_folder import read_summary, sole_trainer
 from dsmini.checkpoint.trained_model import load_run
-from dsmini.checkpoint.training_state import MANIFEST, last_checkpoint, read_checkpoint, write_manifest
+from dsmini.checkpoint.training_state import MANIFEST, last_checkpoint, write_manifest
 from dsmini.distributed import checkpoint as checkpoints
 from dsmini.machine import random_state
 from dsmini.training.record import read_records
@@ -53,7 +52,7 @@ def flip(path: Path, where: float, mask: int = 0xFF) -> None:
 
 
 def cut(path: Path, where: float) -> None:
-    path.write_bytes(path.read_bytes()[: int(where * (path.stat().st_size - 1))])
+    path.write_bytes(path.read_bytes()[: int(where * (path.stat().st_size - 2))])
 
 
 PLACES = (0.0, 0.01, 0.3, 0.5, 0.99, 1.0)
@@ -125,16 +124,6 @@ def test_whole_checkpoint_that_does_not_fit_is_refused(
     assert sentence in said[0]
 
 
-def test_misfit_is_refused_before_anything_is_loaded(run: Path) -> None:
-    training = new_run(run, **OPTIONS)
-    before = whole(training)
-    tensors = read_checkpoint(run / "checkpoints/step-000004", training.saver.parts).tensors
-    del tensors["average"]["norm.weight"]  # the last part to be loaded
-    with pytest.raises(ValueError, match=r"average.safetensors lacks tensor norm.weight"):
-        training.trainer.load(tensors, steps_done=4, sequences=16, average_updates=4)
-    assert unequal(whole(training), before) == set()
-
-
 def test_run_whose_checkpoints_are_all_damaged_is_refused(run: Path) -> None:
     first, last = run / "checkpoints/step-000002", run / "checkpoints/step-000004"
     first.rename(run / "checkpoints/step-000007")
@@ -190,22 +179,6 @@ def test_checkpoint_of_a_newer_version_is_not_passed_over(run: Path) -> None:
     assert names(run) == ["step-000002", "step-000004"]
 
 
-def test_model_loads_without_the_other_files(run: Path) -> None:
-    for name in ("optimizer", "rng", "average"):
-        cut(run / f"checkpoints/step-000004/{name}.safetensors", 0.5)
-    said: list[str] = []
-    model, config = load_run(run, say=said.append)
-    assert said == [] and config.train.steps == 4
-    saved = load_file(run / "checkpoints/step-000004/model.safetensors")
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
-    load_run(run, average=True, say=said.append)
-    assert len(said) == 1 and "average.safetensors" in said[0]
-    with pytest.raises(ValueError, match=r"cannot read .*step-000004: average.safetensors has"):
-        load_run(run / "checkpoints/step-000004", average=True)
-    with pytest.warns(UserWarning, match="using step-000002"):
-        load_run(run, average=True)
-
-
 def test_average_is_loaded_in_place_of_parameters(run: Path) -> None:
     model, _ = load_run(run, average=True)
     average = load_file(run / "checkpoints/step-000004/average.safetensors")
@@ -213,16 +186,6 @@ def test_average_is_loaded_in_place_of_parameters(run: Path) -> None:
     assert all(torch.equal(p, average[name]) for name, p in model.named_parameters())
     assert not all(torch.equal(p, last[name]) for name, p in model.named_parameters())
     assert all(torch.equal(b, last[name]) for name, b in model.named_buffers())
-
-
-def test_validating_the_average_restores_parameters(run: Path) -> None:
-    training = resumed(run, **OPTIONS)
-    before = whole(training)
-    with training.trainer.averaged():
-        averaged = training.trainer.validate()
-    assert unequal(whole(training), before) == set()
-    assert averaged == json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val_loss_ema"]
-    assert averaged != training.trainer.validate()
 
 
 def names(run: Path) -> list[str]:
@@ -243,14 +206,6 @@ def test_damaged_later_checkpoint_does_not_count_as_kept(run: Path) -> None:
     assert training.train()
     assert names(run) == ["step-000003"]
     assert resumed(run, **OPTIONS).trainer.steps_done == 3
-
-
-def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
-    for name in (".step-000002.partial-17", ".step-000001.old-17"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        (tmp_path / "checkpoints" / name / "model.safetensors").write_text("half")
-    assert new_run(tmp_path, **OPTIONS).train()
-    assert names(tmp_path) == ["step-000002", "step-000004"]
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, training: TrainingRun, name: str, steps: tuple[int, ...]) -> None:

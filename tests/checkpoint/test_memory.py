@@ -1,6 +1,5 @@
 """Memory of a load: what it takes, and models that are refused because it is not there."""
 
-import resource
 from pathlib import Path
 
 import pytest
@@ -76,10 +75,3 @@ def test_free_memory_is_at_most_what_there_is() -> None:
     assert 2**20 < free < 2**50
     refuse_too_large(2**20, "it", CPU)
     assert "it needs 1,125,899,906,842,624 bytes of memory" in refusal(refuse_too_large, 2**50, "it", CPU)
-
-
-def test_swap_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "MemTotal: 999 kB\nMemAvailable: 100 kB\nSwapFree: 40 kB\n"
-    monkeypatch.setattr(Path, "read_text", lambda path: said if path == Path("/proc/meminfo") else "none")
-    monkeypatch.setattr(resource, "getrlimit", lambda what: (resource.RLIM_INFINITY,) * 2)
-    assert free_bytes(CPU) == 140 << 10

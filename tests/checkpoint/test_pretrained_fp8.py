@@ -3,17 +3,12 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dsmini import Experts, Linear, Transformer, load_pretrained, save_pretrained
-from dsmini.checkpoint.run_folder import is_model_folder
-from dsmini.checkpoint.trained_model import find_initial_weights
-from dsmini.functional import experts as functional_experts
-from dsmini.nn import Projection
+from dsmini import Transformer, load_pretrained, save_pretrained
 from dsmini.numerics import quantize_tiles
 from tests.helpers import folders
 from tests.helpers.configs import refusal
@@ -32,25 +27,6 @@ def test_ragged_fp8_dequantizes_block_by_block(fp8_folder: tuple[Path, dict[str,
         {name: t.bfloat16() if folders.is_matrix(name) else t for name, t in meant.items()},
         to_hf(short),
     )
-
-
-@pytest.mark.parametrize(
-    ("fp8", "stored", "memory"),
-    [
-        ("dequantize", "is stored in FP8 and dequantized to bfloat16", "at twice the memory"),
-        ("keep", "keeps FP8 weights and has the others in bfloat16", "at twice the memory of the others"),
-    ],
-)
-def test_fp8_folder_warns_of_slow_bf16_by_what_is_held(
-    tmp_path: Path, fp8_model: Build, monkeypatch: pytest.MonkeyPatch, fp8: Any, stored: str, memory: str
-) -> None:
-    model = fp8_model()
-    tensors, _ = folders.in_fp8(folders.tensors_of(model, torch.bfloat16))
-    raw = folders.config_json(model.config, quantization_config=folders.QUANTIZED)
-    folder = folders.write(tmp_path / "fp8", tensors, raw)
-    monkeypatch.setattr("dsmini.checkpoint.load.slow_bf16", lambda _: True)
-    with pytest.warns(UserWarning, match=f"{stored}, which this CPU .*, {memory}$"):
-        load_pretrained(folder, fp8=fp8)
 
 
 def test_kept_fp8_computes_the_dequantized_logits(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
@@ -86,18 +62,6 @@ def test_kept_fp8_survives_casts_and_moves(fp8_folder: tuple[Path, dict[str, Ten
     cast = copy.deepcopy(kept).to(torch.bfloat16)
     want = load_pretrained(fp8_folder[0], dtype=torch.bfloat16)
     assert relative_error(cast(tokens), want(tokens)) < rounding(BF16_UNIT, chained=30)
-
-
-def test_only_chosen_experts_are_dequantized(
-    fp8_folder: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = load_pretrained(fp8_folder[0], fp8="keep")
-    taken: list[int] = []
-    plain = functional_experts.matrix_of
-    monkeypatch.setattr(functional_experts, "matrix_of", lambda w, i: taken.append(i) or plain(w, i))
-    out = kept.run(torch.randint(0, 61, (1, 1)))
-    assert sorted(set(taken)) == out.routing[0].indices.flatten().sort().values.tolist()
-    assert len(taken) == 3 * kept.config.n_activated_experts  # w1, w2 and w3
 
 
 def test_kept_fp8_refuses_training(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
@@ -152,34 +116,3 @@ def test_save_in_fp8_quantizes_matrices_alone(tmp_path: Path, fp8_model: Build) 
     again = load_pretrained(tmp_path / "a", fp8="keep")
     save_pretrained(again, tmp_path / "b", fp8=True)
     assert not folders.different(written, folders.read(tmp_path / "b"))
-
-
-def test_dense_weights_and_experts_of_kept_fp8(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
-    """Other forms of attention and of the experts take their weights from these."""
-    folder, meant = fp8_folder
-    kept = load_pretrained(folder, fp8="keep")
-    linear, experts = kept.layers[1].get_submodule("attn.wkv_b"), kept.layers[1].get_submodule("ffn.experts")
-    assert isinstance(linear, Projection)
-    assert isinstance(experts, Experts)
-    for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(linear.dense(dtype), meant["model.layers.1.self_attn.kv_b_proj.weight"].to(dtype))
-        for got, name in zip(experts.expert(5, dtype), ("gate_proj", "down_proj", "up_proj"), strict=True):
-            assert torch.equal(got, meant[f"model.layers.1.mlp.experts.5.{name}.weight"].to(dtype))
-    plain = Linear(3, 4)
-    assert torch.equal(plain.dense(torch.bfloat16), plain.weight.bfloat16())
-
-
-def test_weights_of_a_folder_start_a_run(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
-    folder, meant = fp8_folder
-    assert is_model_folder(folder)
-    start = find_initial_weights(folder)
-    assert start.tokenizer is None
-    model = Transformer(start.tensors.config)
-    tensors = {name: start.tensors.rows(name) for name in model.state_dict()}
-    model.load_state_dict(tensors)
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    assert torch.equal(model.layers[0].get_parameter("ffn.w1.weight"), meant["model.layers.0.mlp.gate_proj.weight"])
-    (folder / "tokenizer.json").write_text("{}")
-    assert find_initial_weights(folder).tokenizer == folder / "tokenizer.json"
-    (folder / "config.toml").write_text("")
-    assert not is_model_folder(folder)

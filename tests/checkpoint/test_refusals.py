@@ -129,9 +129,12 @@ FOLDERS: dict[str, list[tuple[Damage, str]]] = {  # by the folder that is damage
         (renamed("config.json", "x.json"), "{folder} has no config.json; name a folder that holds a model"),
         (lambda folder: written(folder, {}, "config.json"), "{folder}/config.json has no model_type; want"),
         (removed(FILE), "{folder} has neither model.safetensors nor model.safetensors.index.json"),
-        (pickle_instead, "{folder} has no safetensors file, only pytorch_model.bin; dsmini opens no pickles"),
+        (pickle_instead, "; dsmini opens no pickles, such as pytorch_model.bin, for they can run code: convert them"),
         (lambda folder: written(folder, "{}", INDEX), f"{{folder}} has both {FILE} and {INDEX}"),
-        (renamed(FILE, "model0-mp1000000000.safetensors"), "{folder} has 1 files of 1,000,000,000 ranks, by their nam"),
+        (
+            renamed(FILE, "model0-mp1000000000.safetensors"),
+            "has model0-mp1000000000.safetensors; want the files of one",
+        ),
         # damaged files
         *(
             (content(change), "{folder}/model.safetensors is no safetensors file, is cut short or damaged: ")
@@ -165,16 +168,18 @@ FOLDERS: dict[str, list[tuple[Damage, str]]] = {  # by the folder that is damage
         ),
     ],
     "sharded": [
-        (removed(INDEX), f"and no {INDEX} that says what is in them"),
+        (removed(INDEX), f"{{folder}} has neither {FILE} nor {INDEX}, which says what is in several files; fetch its"),
         (removed(SHARDS[0], SHARDS[2]), f"{{folder}} lacks {SHARDS[0]}, {SHARDS[2]}, which {INDEX} names; fetch what"),
         *(
-            (index(lambda m, file=file: m.update(a=file)), f"names the file {file!r}, which is not in the folder")
-            for file in ("../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b.safetensors")
+            (
+                index(lambda m, file=file: m.update(a=file)),
+                f"{INDEX} names {file!r}; want a safetensors file of that folder",
+            )
+            for file in ("../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b.safetensors", "x.bin")
         ),
-        (index(lambda m: m.update(a="x.bin")), "names 'x.bin'; dsmini opens safetensors files only"),
-        (index(lambda m: m.update(a=SHARDS[0], b=SHARDS[1])), f"lacks tensors that {INDEX} names: a, b;"),
-        (index(lambda m: m.update({NORM: m["lm_head.weight"]})), f"holds {NORM}, which {INDEX} has in"),
-        (lambda folder: written(folder, {}, INDEX), f"{{folder}}/{INDEX} is not an index of tensors"),
+        (index(lambda m: m.update(a=SHARDS[0], b=SHARDS[1])), f"has not in the files that {INDEX} names: a, b; fetch"),
+        (index(lambda m: m.update({NORM: m["lm_head.weight"]})), f"not in the files that {INDEX} names: {NORM};"),
+        (lambda folder: written(folder, {}, INDEX), f"{{folder}}/{INDEX} names None; want"),
     ],
     "fp8": [
         *(
@@ -196,38 +201,22 @@ FOLDERS: dict[str, list[tuple[Damage, str]]] = {  # by the folder that is damage
     "ranks": [
         (part(without("embed.weight", "norm.weight")), f"lacks embed.weight in {RANK}, norm.weight in {RANK}; convert"),
         (part(without("layers.1.ffn.experts.3.w1.weight")), "it lacks layers.1.ffn.experts.3.w1.weight;"),
-        (part(dict, "model2-mp2.safetensors"), f"{{folder}} lacks {RANK}; fetch what is missing"),
-        (
-            part(dict, "model1-mp3.safetensors"),
-            "{folder} has files of [2, 3] ranks mixed; keep those of one conversion",
-        ),
+        (part(dict, "model2-mp2.safetensors"), "model2-mp2.safetensors; want the files of one conversion"),
+        (part(dict, "model1-mp3.safetensors"), "model1-mp3.safetensors; want the files of one conversion"),
         (removed("config.json"), "inference code there, such as config_671B.json"),
     ],
 }
-YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 4096}
 CONFIGS: list[tuple[dict[str, Any], str]] = [  # changes of config.json, and what is said before a model is made
     ({"model_type": "llama"}, "has model_type='llama'; dsmini reads deepseek_v2, deepseek_v3, deepseek_v32"),
-    ({"attention_bias": True}, "{folder}/config.json has attention_bias=True, which dsmini cannot honour; want False"),
     (
         {"quantization_config": folders.QUANTIZED | {"weight_block_size": [64, 64]}},
-        "has quantization_config.weight_block_size=[64, 64], which dsmini cannot read; want [128, 128]",
+        "has quantization_config.weight_block_size=[64, 64], which dsmini cannot honour; want [128, 128]",
     ),
-    (
-        {"quantization_config": folders.QUANTIZED | {"fmt": "e5m2"}},
-        "has quantization_config.fmt='e5m2', which dsmini cannot read; want 'e4m3'",
-    ),
-    ({"rope_scaling": YARN}, "asks for YaRN with max_position_embeddings=32, which is no more than original_max"),
-    ({"rope_scaling": {"type": ["yarn"]}}, "has rope type [['yarn']], which dsmini cannot honour"),
     ({"num_nextn_predict_layers": 10**18}, f"config.json: n_mtp_layers={10**18} is too large; use 10,000 or less"),
-    ({"n_shared_experts": 10**18}, f"n_shared_experts={10**18} is too large; use 2,147,483,647 or"),
-    ({"num_hidden_layers": 10**6}, "n_layers=1000000 is too large; use 10,000 or less"),
     ({"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1}, "make a matrix of 4,611,686,014,132,420,609 numbers"),
     ({"num_hidden_layers": 9000, "num_nextn_predict_layers": 0}, "tensors for the 9000 layers of its config"),
     ({"n_routed_experts": 2**20}, "experts of its config; use the model's own"),
-    ({"eos_token_id": 10**30}, f"eos_token_id in {{folder}}/config.json is {10**30}, but the model has 61 tokens"),
     ({"eos_token_id": [3, 61]}, "is [3, 61], but the model has 61 tokens; want ids below that"),
-    ({"rms_norm_eps": 1e22}, "norm_eps=1e+22 is too large; use 1 or less"),
-    ({"rope_theta": 10**40}, "rope_theta=1e+40 is too large; use 1e+30 or less"),
 ]
 SPECIAL: dict[str, Callable[[Path], object]] = {
     "pipe": os.mkfifo,
@@ -271,11 +260,6 @@ def test_only_regular_files_are_read(folder: Path, kind: str, name: str) -> None
     assert name in refusal(load_pretrained, folder)
 
 
-def test_tensor_that_the_index_leaves_out_is_read(sharded: Path) -> None:
-    index(lambda weight_map: weight_map.pop("lm_head.weight"))(sharded)
-    load_pretrained(sharded)
-
-
 def test_experts_half_in_fp8_load_only_dequantized(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
     folder, meant = fp8_folder
     tensors(lambda t: (t.pop(SCALE), t.update({EXPERT: meant[EXPERT].bfloat16()})))(folder)
@@ -291,25 +275,11 @@ CALLS: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: load_pretrained(LONG), "is too long for a path"),
     (lambda folder: new_run_folder(None, LONG), "is too long for a path"),
     (lambda folder: save_pretrained(load_pretrained(folder), folder), "holds files already"),
+    (lambda folder: ModelConfig(rope_theta=10**400), "... is not a finite number"),
+    (lambda folder: ModelConfig(rope_theta=-(10**400)), "... is not a finite number"),
     (
-        lambda folder: ModelConfig(rope_theta=10**400),
-        "rope_theta=a number of hundreds of digits is not a finite number",
-    ),
-    (
-        lambda folder: ModelConfig(rope_theta=-(10**400)),
-        "rope_theta=a number of hundreds of digits is not a finite number",
-    ),
-    (
-        lambda folder: ModelConfig(rope_theta=2**1024),
-        "rope_theta=a number of hundreds of digits is not a finite number",
-    ),
-    *(
-        (lambda folder, text=text: RunConfig.from_file(written(folder, text, "x.toml")), sentence)
-        for text, sentence in (
-            ('out = "a\\u0000b"', "x.toml: out='a\\x00b' holds a NUL character"),
-            ('[data]\npath = "a\\u0000b"', "x.toml: data.path='a\\x00b' holds a NUL character"),
-            (f'[data]\ntokenizer = "{LONG}"', "x.toml: data.tokenizer='aaa"),
-        )
+        lambda folder: RunConfig.from_file(written(folder, '[data]\npath = "a\\u0000b"', "x.toml")),
+        "x.toml: data.path='a\\x00b' holds a NUL character",
     ),
 ]
 
@@ -323,7 +293,7 @@ SOFTMAX = {"score_func": "softmax", "topk_method": "group_limited_greedy"}
 MODELS: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # changes of a model, arguments of save_pretrained
     *(
         ({}, {"shard_size": size}, "is not the size of a file; use for example 5GB or 500MB")
-        for size in ("big", "1e9GB", f"{10**12}GB", 10**400, 0)
+        for size in ("big", "1e9GB", 10**400, 0)
     ),
     ({"attention": "mha", "n_mtp_layers": 0}, {}, "a model with attention='mha' has no deepseek_v3 folder; want 'mla'"),
     ({"qk_norm": True}, {}, "a model with qk_norm=True has no deepseek_v3 folder"),

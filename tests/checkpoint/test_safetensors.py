@@ -38,11 +38,10 @@ def test_written_file_is_read_by_the_library(tmp_path: Path) -> None:
     assert not folders.different(load_file(tmp_path / "x"), TENSORS)
 
 
-def test_reader_gives_back_every_bit_and_the_metadata(tmp_path: Path) -> None:
+def test_reader_gives_back_every_bit(tmp_path: Path) -> None:
     save_file({name: t.contiguous() for name, t in TENSORS.items()}, tmp_path / "x", {"step": "3"})
     reader = SafetensorsReader(tmp_path / "x")
     assert not folders.different(reader.read_all(), TENSORS)
-    assert reader.metadata == {"step": "3"}
 
 
 def test_writing_to_what_was_read_leaves_the_file(tmp_path: Path) -> None:

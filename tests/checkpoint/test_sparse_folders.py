@@ -12,7 +12,7 @@ import torch
 from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
 from dsmini.checkpoint.fresh_indexer import add_indexers, fresh_sizes
 from dsmini.convert import main
-from dsmini.nn import Indexer, dsa_layers
+from dsmini.nn import Indexer
 from tests.helpers import folders
 from tests.helpers.commands import ROOT
 from tests.helpers.configs import DSA, V32, refusal, released, written
@@ -76,15 +76,6 @@ def test_released_config_is_v3_with_an_indexer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"index_topk": 0}, "x.json: index_topk=0 is not positive; use 1 or more"),
-        (
-            {"index_head_dim": 96},
-            "x.json: index_head_dim=96 is not a power of two, as the Hadamard transform needs; use",
-        ),
-        (
-            {"model_type": "deepseek_v3"},
-            "{path} has keys that dsmini does not know and so cannot honour: index_head_dim",
-        ),
         ({"layer_types": ["full_attention"] * 61}, "{path} has layer_types=['full_attention', "),
         ({"mlp_layer_types": ["sparse"] * 61}, "{path} has mlp_layer_types=['sparse', "),
         ({"indexer_rope_interleave": 1}, "x.json: indexer_rope_interleave=1 is not true or false"),
@@ -124,24 +115,6 @@ def test_convert_adds_fresh_indexers(
     assert figures["parameters"] == sum(p.numel() for p in sparse.parameters())
 
 
-def test_indexers_that_never_choose_are_told_of(
-    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for topk, told in ((31, False), (32, True)):
-        sizes = f"--dsa --index-n-heads 3 --index-head-dim 32 --index-topk {topk}"
-        assert main([str(folder), str(tmp_path / str(topk)), *sizes.split()]) == 0
-        said = capsys.readouterr()
-        words = f"no token will have a choice: index_topk={topk} of at most 32 tokens; lower --index-topk"
-        assert (words in " ".join((said.out + said.err).split())) == told
-
-
-def test_fresh_indexers_learn_in_a_model_that_they_joined(small_model: Build) -> None:
-    model = small_model()
-    add_indexers(model, n_heads=3, head_dim=32, topk=8)
-    model.train()(torch.randint(0, 61, (2, 20))).sum().backward()
-    assert all(layer.stage is None for layer in dsa_layers(model))
-
-
 def test_fresh_indexers_have_the_sizes_of_their_model() -> None:
     """V3 gets V3.2's sizes, a toy sizes so small enough that its tokens have a choice."""
     v3 = ModelConfig.from_file(ROOT / "configs" / "deepseek-v3.toml")
@@ -150,15 +123,6 @@ def test_fresh_indexers_have_the_sizes_of_their_model() -> None:
     assert toy == {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 64}
     odd = ModelConfig(n_heads=1, qk_nope_head_dim=24, qk_rope_head_dim=48, max_seq_len=3)
     dataclasses.replace(odd, attention="dsa", **fresh_sizes(odd))
-
-
-def test_fresh_indexers_are_the_same_each_time(small_model: Build) -> None:
-    model = small_model()
-    twins = [small_model(), small_model()]
-    for twin in twins:
-        twin.load_state_dict(model.state_dict())
-        add_indexers(twin, n_heads=3, head_dim=32, topk=8)
-    assert not folders.different(*(twin.state_dict() for twin in twins))
 
 
 @pytest.mark.parametrize(

@@ -84,13 +84,6 @@ def test_config_is_found_by_name_from_anywhere(path: Path, tmp_path: Path, monke
     assert RunConfig.from_file(path.stem) == RunConfig.from_file(path)
 
 
-def test_own_file_comes_before_a_config_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert find_config(Path("toy")) == CONFIGS / "toy.toml"
-    (tmp_path / "toy").touch()
-    assert find_config(Path("toy")) == Path("toy")
-
-
 @pytest.mark.parametrize(
     ("name", "fix"),
     [
@@ -105,11 +98,6 @@ def test_unknown_name_of_a_config_lists_near_ones(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert refusal(find_config, Path(name)).startswith(f"there is no file {name}; {fix}")
-
-
-def test_none_is_a_text_where_none_may_not_be(tmp_path: Path) -> None:
-    config = RunConfig(data=DataConfig(path=None), train=TrainConfig(sample_prompt="none"))
-    assert RunConfig.from_file(written(tmp_path, config.to_toml(), "x.toml")) == config
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def saved(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl without what differs from run to run."""
-    return [_untimed(record.row()) for record in read_records(folder)]
+    return [_untimed(row) for row in read_records(folder)]
 
 
 def _untimed(row: dict[str, Any]) -> dict[str, Any]:

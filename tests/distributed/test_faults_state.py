@@ -13,7 +13,6 @@ import torch
 
 from dsmini.checkpoint.training_state import Checkpoint, RunState
 from dsmini.distributed.world import World
-from dsmini.training.spikes import SkippedBatches
 from tests.distributed.faults import Fault
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import (
@@ -30,17 +29,15 @@ EP: dict[str, Any] = {"ep": 2}
 ROWS = RECIPE["batch_size"]
 NANS = [Fault("nan", 1, step, "forward") for step in (7, 8)]
 """Steps that are skipped before and after the stop: nothing that comes later hides a count, or the best loss."""
-LEFT_OUT = SkippedBatches(ranges=((60, 65),), rewinds=1)
 PARTS = ("model", "optimizer", "average", "rng")
-TIMES = ("seconds", "corpus_sha256")
-"""Fields that change no step: the time so far, and what a resumed run only compares."""
-DROPPED = [*PARTS, *(f.name for f in dataclasses.fields(RunState) if f.name not in TIMES)]
+OTHERS = ("seconds", "corpus_sha256", "rewinds")
+"""Fields that change no step: the time so far, what a resumed run only compares, and a count of spikes."""
+DROPPED = [*PARTS, *(f.name for f in dataclasses.fields(RunState) if f.name not in OTHERS)]
 
 
 def stopped_after_seven(world: World, folder: Path, stop: bool) -> bool:
-    """Train with a skipped step and sequences that are left out; stop after step 7 if asked to."""
+    """Train with a skipped step; stop after step 7 if asked to."""
     training = new_run(world, folder, EP, NANS)
-    training.trainer.left_out = LEFT_OUT
 
     def before() -> None:
         torch.rand(1)  # so that the random numbers are in another state after each step
@@ -60,7 +57,7 @@ def without(checkpoint: Checkpoint, dropped: str) -> Checkpoint:
         if dropped == "rng":
             tensors = {name: torch.Generator().manual_seed(9).get_state() for name in tensors}
         return dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, dropped: tensors})
-    fresh: dict[str, Any] = {"left_out": {}, "row": {**checkpoint.state.row, "loss": 0.0}}
+    fresh: dict[str, Any] = {"row": {**checkpoint.state.row, "loss": 0.0}}
     changes = {dropped: fresh.get(dropped, 0)}
     if dropped.startswith("best_val"):  # they go together
         changes = {"best_val_loss": None, "best_val_step": None}
@@ -75,7 +72,6 @@ def resumed_without(world: World, before: Path, place: Path, parts: Sequence[str
         checkpoint = without(training.newest_checkpoint(str), part)
         torch.manual_seed(5)
         training.saver.saved_at = None
-        training.trainer.left_out = SkippedBatches()
         training.history.best = None
         training.resume(checkpoint)
         before_each_step(training, lambda: torch.rand(1))
@@ -108,14 +104,15 @@ def test_each_part_that_is_dropped_is_seen(part: str, resumed: Path) -> None:
 def recorded(world: World, folder: Path, until: int) -> list[tuple[int, list[int]]]:
     """Train until a step; return the sequences that this rank took in each step."""
     taken: list[tuple[int, list[int]]] = []
-    real = Trainer._batch
+    real = Trainer._requests
 
-    def batch(trainer: Trainer, n: int) -> Any:
-        pieces = trainer._requests(n)[0]
-        taken.append((trainer.steps_done, [one for first, count in pieces for one in range(first, first + count)]))
-        return real(trainer, n)
+    def requests(trainer: Trainer, n: int) -> Any:
+        found = real(trainer, n)
+        first, count = found[0]
+        taken.append((trainer.steps_done, list(range(first, first + count))))
+        return found
 
-    with mock.patch.object(Trainer, "_batch", batch):
+    with mock.patch.object(Trainer, "_requests", requests):
         run(world, folder, until=until)
     return taken
 

@@ -28,7 +28,7 @@ from dsmini.distributed.pieces import whole
 from dsmini.distributed.world import World
 from dsmini.text.text_side import read_text_side
 from dsmini.text.tokenizer import BPETokenizer
-from dsmini.training.record import StepRecord, read_records
+from dsmini.training.record import KEYS, read_records
 from tests.conftest import randomise
 from tests.fuzz.mutations import damaged, edited, edited_toml, with_edited_header
 from tests.helpers import folders
@@ -133,8 +133,13 @@ def run_files(place: Path) -> Files:
     """Return the files of a run with two checkpoints."""
     place.mkdir()
     config = RunConfig(model=model().config, train=TrainConfig(steps=4, dtype="float32", device="cpu"), out=place)
-    fields = {field.name: 1 for field in dataclasses.fields(StepRecord) if field.name != "scores"}
-    row = fields | {"skipped": False, "layer_max_vio": [1.0], "loads": [[1]], "val_loss": None}
+    row = dict.fromkeys(KEYS, 1) | {
+        "seconds": 1.0,
+        "skipped": False,
+        "layer_max_vio": [1.0],
+        "loads": [[1]],
+        "val_loss": None,
+    }
     counts = dict.fromkeys(("sequences", "average_updates", "skipped", "skipped_in_a_row"), 0)
     best = {"best_val_loss": 1.0, "best_val_step": 1, "seconds": 1.0, "corpus_sha256": "0"}
     for step in (2, 4):

@@ -23,7 +23,7 @@ from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.world import World
 from dsmini.nn.cache import CacheDtype
 from dsmini.train import main
-from dsmini.training.record import StepRecord, read_records
+from dsmini.training.record import Row, read_records
 from dsmini.training.trainer import Trainer
 from tests.conftest import SMALL, randomise
 from tests.helpers import folders
@@ -179,15 +179,15 @@ def arguments(tmp_path: Path, device: str) -> list[str]:
     return ["--data.path", str(tmp_path / "text.txt"), *TINY.split(), *how.split(), "--train.final-eval-tokens", "64"]
 
 
-def records(folder: Path) -> list[StepRecord]:
+def records(folder: Path) -> list[Row]:
     found = read_records(folder)
-    assert [record.step for record in found] == [1, 2, 3, 4]
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
     return found
 
 
-def assert_alike(got: list[StepRecord], want: list[StepRecord]) -> None:
+def assert_alike(got: list[Row], want: list[Row]) -> None:
     for name in ("loss", "mtp_loss", "grad_norm"):
-        values = [torch.tensor([getattr(record, name) for record in found]) for found in (got, want)]
+        values = [torch.tensor([row[name] for row in found]) for found in (got, want)]
         assert relative_error(*values) < DEFAULT_MODEL, name
 
 

@@ -99,9 +99,7 @@ def whole(training: TrainingRun) -> dict[str, Any]:
         for part, named in {**trainer.tensors(), "rng": random_state(trainer.device)}.items()
         for name, tensor in named.items()
     }
-    rows = [
-        {key: v for key, v in record.row().items() if key not in TIMING} for record in read_records(training.folder)
-    ]
+    rows = [{key: v for key, v in row.items() if key not in TIMING} for row in read_records(training.folder)]
     return {
         **tensors,
         "steps": trainer.steps_done,

@@ -57,19 +57,6 @@ def test_file_has_the_state_of_the_moment_it_was_asked_for(tmp_path: Path, gate:
         assert a == b
 
 
-def test_saves_come_one_after_the_other(tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate opens when the second save begins to wait for the first."""
-    training = begun(tmp_path)
-    training.saver.save(background=True)
-    step(training)
-    real = training.saver.finish
-    monkeypatch.setattr(training.saver, "finish", lambda: (gate.set(), real()))
-    training.saver.save(background=True)
-    assert (tmp_path / "checkpoints" / "step-000001").is_dir()
-    training.saver.finish()
-    assert training.saver.saved_at == 2
-
-
 def test_run_is_the_same_run(tmp_path: Path) -> None:
     never = new_run(tmp_path / "a", keep=9)
     assert never.train()
@@ -107,24 +94,6 @@ def test_checkpoint_is_logged_once_its_files_are_on_the_disk(tmp_path: Path, gat
     gate.set()
     training.saver.finish()
     assert [event["step"] for event in read_events(tmp_path) if event["event"] == "saved"] == [1]
-
-
-def test_first_error_is_told_and_not_that_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = new_run(tmp_path, **BEHIND)
-    real = training.trainer.step
-
-    def failing() -> Any:
-        if training.trainer.steps_done == 2:
-            raise ZeroDivisionError("the first error")
-        return real()
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(training.trainer, "step", failing)
-    monkeypatch.setattr(saving, "save_pieces", full)
-    with pytest.raises(ZeroDivisionError, match="the first error"):
-        training.train()
 
 
 def test_thread_of_a_save_does_not_say_that_the_steps_move(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dsmini.config.parallel import ParallelConfig
 from dsmini.nn import IndexerLoss, dsa_layers
 from dsmini.training.plots import plot_run
 from dsmini.training.progress import TrainingProgress
-from dsmini.training.record import StepRecord, read_records
+from dsmini.training.record import read_records, row_of
 from dsmini.training.trainer import Trainer
 from tests.conftest import SMALL
 from tests.helpers.configs import DSA, refusal
@@ -124,25 +124,6 @@ def test_the_indexers_loss_does_not_change_how_far_the_main_model_moves(
 # what is recorded
 
 
-@pytest.mark.parametrize("stage", ["warmup", "sparse"])
-def test_figures_are_means_over_the_parts_of_the_batch(new: New, stage: Any) -> None:
-    trainer = new(dsa_stage=stage, grad_accum=2)
-    real, fits = trainer.losses, []
-
-    def losses(*args: Any, **kwargs: Any) -> Any:
-        found = real(*args, **kwargs)
-        fits.append([[value.item() for value in fit] for fit in found.indexers])
-        return found
-
-    trainer.losses = losses
-    figures = trainer.step().indexers
-    assert figures is not None and list(figures) == list(IndexerLoss._fields)
-    want = torch.tensor(fits).mean(0).T
-    got = torch.tensor(list(figures.values()))
-    assert got.shape == (3, LAYERS) and relative_error(got, want) <= FP32_MODEL
-    assert 0 < got[1].min() < 1 and 0 < got[2].min() < 1
-
-
 def test_metrics_bar_and_picture_show_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = new_run(tmp_path, model=DSA, steps=4)
     assert run.train()
@@ -153,7 +134,7 @@ def test_metrics_bar_and_picture_show_them(tmp_path: Path, capsys: pytest.Captur
         for name in IndexerLoss._fields:
             of_layers = row[f"layer_indexer_{name}"]
             assert len(of_layers) == LAYERS and row[f"indexer_{name}"] == pytest.approx(sum(of_layers) / LAYERS)
-        assert StepRecord.from_row(row).row() == row == record.row()
+        assert row == record
     plot_run(tmp_path, records, {})
     assert (tmp_path / "indexer.png").read_bytes().startswith(b"\x89PNG")
 
@@ -169,9 +150,9 @@ def test_a_figure_that_is_not_finite_is_left_out(new: New, tmp_path: Path) -> No
     step = new().step()
     assert step.indexers is not None
     step.indexers["kl"][1] = math.nan
-    record = StepRecord.of(step, 0, {})
-    assert record.scores["indexer_kl"] is None and record.scores["layer_indexer_kl"] is None
-    plot_run(tmp_path, [record], {})
+    row = row_of(step, 0)
+    assert row["indexer_kl"] is None and row["layer_indexer_kl"] is None
+    plot_run(tmp_path, [row], {})
 
 
 # refusals

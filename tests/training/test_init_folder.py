@@ -44,57 +44,38 @@ def test_origin_is_the_loaded_model_in_float32(place: Path, form: str) -> None:
 def test_a_run_starts_from_a_folder_and_may_extend_its_context(place: Path) -> None:
     longer = "--model.max-seq-len 128 --model.original-seq-len 32 --model.rope-factor 4 --train.seq-len 128"
     train = f"--init fp8 --data.path book.txt --train.steps 2 --train.batch-size 2 {longer} {STILL}"
-    again = "--resume runs/fp8-001"
     ((status, said),) = run_all([("dsmini.train", train)], place)
-    assert status == 0, said
-    assert "weights fp8" in said
+    assert status == 0 and "weights fp8" in said, said
     model, config = load_run(place / "runs/fp8-001")
     assert config.model.extended and config.seq_len == 128
     assert json.loads((place / "runs/fp8-001/init.json").read_text()) == {"folder": str((place / "fp8").resolve())}
-    before = load_pretrained(place / "fp8", torch.float32).state_dict()
-    after = model.state_dict()
+    before, after = load_pretrained(place / "fp8", torch.float32).state_dict(), model.state_dict()
     assert all(torch.allclose(after[name], before[name], rtol=0, atol=1e-6) for name in before)
     shutil.rmtree(place / "runs/fp8-001/checkpoints")  # as if killed before the first one
     (place / "runs/fp8-001/events.jsonl").unlink()
     (place / "runs/fp8-001/summary.json").unlink()
-    ((status, said),) = run_all([("dsmini.train", again)], place)
+    ((status, said),) = run_all([("dsmini.train", "--resume runs/fp8-001")], place)
     assert status == 0 and "starting again from step 0 of 2" in said, said
     model, _ = load_run(place / "runs/fp8-001")
     assert all(torch.equal(tensor, after[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_tokenizer_of_a_folder_is_used(place: Path) -> None:
-    shutil.copytree(place / "float32", place / "own")
-    (place / "own/tokenizer.json").write_text(byte_tokenizer_json())
-    assert find_origin(None, None, place / "own", say=pytest.fail).config.data.tokenizer is None
-    (place / "own/tokenizer.json").write_text(
-        byte_tokenizer_json().replace('"version"', '"truncation": null, "version"')
-    )
-    origin = find_origin(None, None, place / "own", say=pytest.fail)
-    assert origin.config.data.tokenizer == place / "own/tokenizer.json"
-
-
-def test_a_long_context_is_not_the_default_length(place: Path) -> None:
-    path = place / "bfloat16/config.json"
-    config = json.loads(path.read_text())
-    short = find_origin(None, None, place / "bfloat16", say=pytest.fail).config
-    assert short.seq_len == config["max_position_embeddings"]
-    path.write_text(json.dumps({**config, "max_position_embeddings": 100_000}))
-    long = find_origin(None, None, place / "bfloat16", say=pytest.fail).config
-    path.write_text(json.dumps(config))
-    assert (long.model.max_seq_len, long.seq_len) == (100_000, 512)
+def test_tokenizer_and_length_of_a_folder_are_used(place: Path) -> None:
+    own = place / "own"
+    shutil.copytree(place / "float32", own)
+    config = json.loads((own / "config.json").read_text())
+    (own / "tokenizer.json").write_text(byte_tokenizer_json())
+    found = find_origin(None, None, own, say=pytest.fail).config
+    assert found.data.tokenizer is None and found.seq_len == config["max_position_embeddings"]
+    (own / "tokenizer.json").write_text(byte_tokenizer_json().replace('"version"', '"truncation": null, "version"'))
+    (own / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100_000}))
+    long = find_origin(None, None, own, say=pytest.fail).config
+    assert (long.data.tokenizer, long.model.max_seq_len, long.seq_len) == (own / "tokenizer.json", 100_000, 512)
 
 
 def test_a_bad_folder_gets_the_sentence_of_load_pretrained(place: Path) -> None:
     shutil.copytree(place / "float32", place / "bad")
     config = json.loads((place / "bad/config.json").read_text())
     (place / "bad/config.json").write_text(json.dumps({**config, "hidden_size": 64}))
-    with pytest.raises(ValueError, match="does not hold the model that its config describes") as refused:
-        load_pretrained(place / "bad", torch.float32)
-    (place / "nothing").mkdir()
-    commands = ["--init bad", "--init nothing", "--init float32 --model.dim 64"]
-    answers = run_all([("dsmini.train", arguments) for arguments in commands], place)
-    assert [status for status, _ in answers] == [2, 2, 2], answers
-    assert str(refused.value).replace(str(place / "bad"), "bad")[:200] in answers[0][1]
-    assert "nothing has neither the config.toml of a training run nor" in answers[1][1]
-    assert "the weights of float32 do not fit model.dim=64 (there 24)" in answers[2][1]
+    ((status, said),) = run_all([("dsmini.train", "--init bad")], place)
+    assert status == 2 and "bad does not hold the model that its config describes" in " ".join(said.split())

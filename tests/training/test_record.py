@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from dsmini.checkpoint.training_state import last_checkpoint
-from dsmini.training.record import StepRecord, read_records
+from dsmini.training import record
+from dsmini.training.record import finite, read_records, row_of
 from dsmini.training.trainer import StepResult
 from tests.helpers.runs import RICH, new_run
 
@@ -26,23 +27,21 @@ def test_metrics_have_their_keys_in_order_and_read_back_equal(
 ) -> None:
     lines = (never_and_stopped[1] / "metrics.jsonl").read_text().splitlines()
     assert [tuple(json.loads(line)) for line in lines] == [(*KEYS, "val_loss_ema")] * len(lines)
-    assert tuple(StepRecord.__dataclass_fields__) == (*KEYS, "scores")
+    assert tuple(record.KEYS) == KEYS
     records = read_records(never_and_stopped[1])
-    assert [json.dumps(record.row()) for record in records] == lines
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(records[0].row() | {"of_another_version": [1, "x"]}))
-    assert read_records(tmp_path)[0].row()["of_another_version"] == [1, "x"]
+    assert [json.dumps(row) for row in records] == lines
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(records[0] | {"of_another_version": [1, "x"]}))
+    assert read_records(tmp_path)[0]["of_another_version"] == [1, "x"]
 
 
 def test_record_without_finite_figures_holds_none() -> None:
     losses = dict.fromkeys(("loss", "mtp_loss", "balance_loss", "lr", "data_wait"), math.nan)
     step = StepResult(**losses, step=3, grad_norm=math.inf, tokens=8, seconds=0.5, counts=None, skipped=True)
-    record = StepRecord.of(step, memory=7, scores={"val_loss_ema": None})
+    row = row_of(step, memory=7)
     figures = ("loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "data_wait", "max_vio", "layer_max_vio", "loads")
-    assert all(getattr(record, name) is None for name in figures)
-    assert (record.step, record.tokens_per_s, record.memory, record.skipped) == (3, 16.0, 7, True)
-    validated = record.validated(float("inf"), val_loss_ema=2.0)
-    assert validated.val_loss is None and validated.scores == {"val_loss_ema": 2.0}
-    assert record.scores == {"val_loss_ema": None}
+    assert all(row[name] is None for name in figures)
+    assert (row["step"], row["tokens_per_s"], row["memory"], row["skipped"]) == (3, 16.0, 7, True)
+    assert finite({"val_loss": math.inf, "val_loss_ema": 2.0}) == {"val_loss": None, "val_loss_ema": 2.0}
 
 
 def test_row_with_a_missing_or_wrong_value_is_left_out(
@@ -56,7 +55,7 @@ def test_row_with_a_missing_or_wrong_value_is_left_out(
     for bad in (lacking, wrong):
         for key, other in bad.items():
             (tmp_path / "metrics.jsonl").write_text("\n".join([lines[1], json.dumps(other), lines[2]]))
-            assert [r.step for r in read_records(tmp_path)] == [2, *([1] if key in optional else []), 3], key
+            assert [r["step"] for r in read_records(tmp_path)] == [2, *([1] if key in optional else []), 3], key
 
 
 def test_run_resumes_without_the_rows_that_are_not_whole(
@@ -74,4 +73,4 @@ def test_run_resumes_without_the_rows_that_are_not_whole(
     assert said == []
     assert training.train()
     training.plot()
-    assert [record.step for record in training.history.records] == [1, 3, 4, 5, 6, 7, 8]
+    assert [row["step"] for row in training.history.records] == [1, 3, 4, 5, 6, 7, 8]

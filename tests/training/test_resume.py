@@ -168,14 +168,3 @@ def test_a_run_stopped_again_and_again(unstopped: Callable[[str], dict[str, Any]
     assert training.trainer.steps_done == 8
     assert training.train()
     assert unequal(whole(training), unstopped("rich")) == set()
-
-
-def test_metrics_with_a_torn_last_line(unstopped: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
-    training = new_run(tmp_path, steps=8)
-    assert training.train()
-    shutil.rmtree(tmp_path / "checkpoints/step-000008")
-    lines = (tmp_path / "metrics.jsonl").read_text()
-    (tmp_path / "metrics.jsonl").write_text(lines[:-40])
-    again = resumed(tmp_path)
-    assert again.train()
-    assert unequal(whole(again), unstopped("adamw")) == set()

@@ -52,22 +52,15 @@ def test_interrupted_sample_ends_its_line(run: TrainingRun, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("text", "prompt"),
     [
-        (b"It was a bright cold day in April", "'It was a'"),
-        (b"\n\n   Chapter\t1\nIt was", "'Chapter 1'"),
-        (b"don't stop", "'don'\"'\"'t stop'"),
-        (b"a\0second document", "a"),
-        (b"--flag\nthen a text", "'then a text'"),
-        ("\u00dcber allen Gipfeln".encode(), "'\u00dcber allen Gipfeln'"),
-        (b"\x1b[31mred\nplain", "plain"),
-        (b"\xff\xfe\n" + b"x" * 300, "TEXT"),
+        (b"It was a bright cold day in April", "'was a bright'"),
+        (b"x don't stop", "'don'\"'\"'t stop'"),
+        (b"x --flag then", "TEXT"),
+        (b"\xff\xfe " + b"x" * 300, "TEXT"),
+        (b"x \x1b[31mred", "TEXT"),
     ],
 )
-def test_offered_prompt_is_the_first_words_of_the_text(run: TrainingRun, text: bytes, prompt: str) -> None:
-    tokens = np.frombuffer(text, np.uint8)
-    corpus = dataclasses.replace(run.trainer.corpus, train=tokens, val=tokens[::-1])
-    run.trainer.corpus = corpus
-    assert offered_prompt(run) == prompt
-    run.trainer.corpus = dataclasses.replace(corpus, train=tokens[::-1], val=tokens, rearranged=1)
+def test_offered_prompt_is_the_first_whole_words_of_the_text(run: TrainingRun, text: bytes, prompt: str) -> None:
+    run.trainer.corpus = dataclasses.replace(run.trainer.corpus, val=np.frombuffer(text, np.uint8))
     assert offered_prompt(run) == prompt
     run.config = dataclasses.replace(run.config, data=DataConfig())
     assert offered_prompt(run) == "'def '"
