@@ -136,18 +136,6 @@ class Mesh:
 
     # --- who holds what
 
-    def share(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Return this rank's sequences of a step as (first, number), from those of all parts as (first, end)."""
-        each = sum(end - first for first, end in ranges) // self.parts
-        skip, left = self.part * each, each
-        out = []
-        for first, end in ranges:
-            start = min(end, first + skip)
-            taken = min(left, end - start)
-            skip, left = skip - (start - first), left - taken
-            out += [(start, taken)] if taken else []
-        return out
-
     def holders(self, tensor: Tensor) -> tuple[int, ...]:
         """Return the ranks that hold the same values as this one in a parameter or a buffer."""
         if self.size == 1 or data_parallel.local(tensor) is not tensor:
