@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsmini.checkpoint import safetensors_files
-from dsmini.checkpoint.run_folder import read_summary, sole_trainer
+from dsmini.checkpoint.run_folder import read_summary
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.checkpoint.training_state import MANIFEST, last_checkpoint, write_manifest
 from dsmini.distributed import checkpoint as checkpoints
@@ -267,21 +267,6 @@ def test_other_write_errors_still_save_the_state(tmp_path: Path, monkeypatch: py
     again = resumed(tmp_path / "x", **OPTIONS)
     assert again.train()
     assert unequal(whole(again), whole(never)) == set()
-
-
-def test_second_trainer_of_a_run_is_refused(tmp_path: Path) -> None:
-    with sole_trainer(tmp_path):
-        assert "another process is training in" in refusal(sole_trainer(tmp_path).__enter__)
-    with sole_trainer(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
-def test_lock_and_metrics_that_are_not_files_are_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
-    make(tmp_path / ".lock")
-    make(tmp_path / "metrics.jsonl")
-    assert refusal(sole_trainer(tmp_path).__enter__).startswith(f"cannot write {tmp_path / '.lock'}: ")
-    assert refusal(read_records, tmp_path).startswith(f"cannot read {tmp_path / 'metrics.jsonl'}: it is a ")
 
 
 def test_damaged_summary_and_lines_of_metrics_count_as_absent(tmp_path: Path) -> None:
