@@ -38,7 +38,7 @@ Tensors = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """The progress of a run apart from its tensors; the content of state.json."""
+    """The progress of a run apart from its tensors and its rows in metrics.jsonl; the content of state.json."""
 
     step: int
     """Number of optimizer steps done."""
@@ -46,16 +46,8 @@ class RunState:
     """Number of training sequences taken from the corpus: the place where the data continues."""
     average_updates: int
     """Number of steps in the parameters' average."""
-    skipped: int
-    """Number of steps skipped because the loss or the gradient was not finite."""
     skipped_in_a_row: int
-    """Number of skipped steps in a row at the end."""
-    best_val_loss: float | None
-    """Lowest validation loss so far, in nats."""
-    best_val_step: int | None
-    """Step of that loss."""
-    seconds: float
-    """Seconds spent in training steps."""
+    """Number of steps in a row at the end that were skipped because the loss or the gradient was not finite."""
     corpus_sha256: str
     """Hash of the corpus that was trained on."""
     row: dict
@@ -212,8 +204,8 @@ def read_checkpoint(folder: Path, parts: Sequence[str], share: tuple[int, int] =
     verify(folder, [*(f"{part}.safetensors" for part in parts), "config.toml", "state.json"], share)
     config = RunConfig.from_file(folder / "config.toml")
     tensors = {part: _read_tensors(folder / f"{part}.safetensors") for part in parts}
-    raw = read_table(folder / "state.json")
-    raw.pop("left_out", None)  # of versions that did not count sequences which a rewind left out
+    known = {f.name for f in dataclasses.fields(RunState)}  # earlier versions wrote totals of the rows too
+    raw = {key: value for key, value in read_table(folder / "state.json").items() if key in known}
     try:
         state = build(RunState, raw, "state.json", "")
     except (ValueError, TypeError) as error:  # the last: a field is missing

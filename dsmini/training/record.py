@@ -89,7 +89,7 @@ def read_records(run: Path) -> list[Row]:
 
 
 class History:
-    """The rows of a run's steps, those before a stop included, and their totals.
+    """The rows of a run's steps, those before a stop included, and what follows from them.
 
     Args:
         steps: number of steps of the whole run.
@@ -99,22 +99,14 @@ class History:
         self.window = max(10, steps // 10)
         """Number of steps that count as recent: a tenth of all, at least ten."""
         self.records: list[Row] = []
-        self.seconds = 0.0
-        """Time spent in training steps."""
-        self.skipped = 0
-        """Number of steps whose gradient or loss was not finite."""
         self.skipped_in_a_row = 0
-        """Number of such steps since the last one that was not skipped."""
+        """Number of steps without a finite gradient and loss since the last one that was not skipped."""
         self.rewinds = 0
         """Number of times that the run went back to a checkpoint after a spike of the loss."""
-        self.best: tuple[float, int] | None = None
-        """The lowest validation loss, and its step."""
 
     def add(self, row: Row) -> None:
         """Append the row of a step."""
         self.records.append(row)
-        self.seconds += row["seconds"]
-        self.skipped += row["skipped"]
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
 
     def close_last(self) -> Row:
@@ -122,12 +114,9 @@ class History:
 
         The loads of one old row are dropped from memory. They are in metrics.jsonl.
         """
-        last = self.records[-1]
-        if last["val_loss"] is not None and (self.best is None or last["val_loss"] < self.best[0]):
-            self.best = (last["val_loss"], last["step"])
         if len(self.records) > self.window:
             self.records[-1 - self.window] |= {"loads": None}
-        return last
+        return self.records[-1]
 
     def restore(self, state: RunState, recorded: list[Row], *, complete: bool) -> int:
         """Restore a saved state; return the number of steps whose rows are lost.
@@ -136,10 +125,7 @@ class History:
             recorded: lines of metrics.jsonl.
             complete: the state is that of the last step, which is validated again in any case.
         """
-        self.seconds, self.skipped, self.skipped_in_a_row = state.seconds, state.skipped, state.skipped_in_a_row
-        self.rewinds = state.rewinds
-        if state.best_val_loss is not None and state.best_val_step is not None:
-            self.best = (state.best_val_loss, state.best_val_step)
+        self.skipped_in_a_row, self.rewinds = state.skipped_in_a_row, state.rewinds
         by_step = {row["step"]: row for row in recorded if row["step"] <= state.step}
         last = dict(state.row)
         if not complete and state.step in by_step:
@@ -147,6 +133,11 @@ class History:
         by_step[state.step] = last
         self.records = [by_step[step] for step in sorted(by_step)]
         return state.step - len(self.records)
+
+    @property
+    def seconds(self) -> float:
+        """Return the time spent in training steps."""
+        return sum(row["seconds"] for row in self.records)
 
     def recent(self) -> list[Row]:
         """Return the rows of the recent steps."""

@@ -147,16 +147,11 @@ class Saver:
 
     def _state(self) -> RunState:
         trainer, history = self.trainer, self.history
-        best_val_loss, best_val_step = history.best or (None, None)
         return RunState(
             step=trainer.steps_done,
             sequences=trainer.sequences,
             average_updates=0 if trainer.average is None else trainer.average.updates,
-            skipped=history.skipped,
             skipped_in_a_row=history.skipped_in_a_row,
-            best_val_loss=best_val_loss,
-            best_val_step=best_val_step,
-            seconds=history.seconds,
             rewinds=history.rewinds,
             corpus_sha256=trainer.corpus.sha256,
             row=dict(history.records[-1]),

@@ -37,7 +37,8 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         bytes_of(model, itemsize) for bytes_of in (accounting.kv_bytes_per_token, accounting.mha_kv_bytes_per_token)
     )
     vio = [row["max_vio"] for row in history.recent() if row["max_vio"] is not None]
-    best_val_loss, best_val_step = history.best or (None, None)
+    validated = [(row["val_loss"], row["step"]) for row in history.records if row["val_loss"] is not None]
+    best_val_loss, best_val_step = min(validated, default=(None, None))
     nats = last["val_loss"]
     spent = time_of_run(read_events(run.folder))
     return {
@@ -68,7 +69,7 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "mha_cache_bytes_per_token": mha_cache,
         "cache_saved": 1 - cache / mha_cache,
         "max_vio": sum(vio) / len(vio) if vio else None,
-        "skipped": history.skipped,
+        "skipped": sum(row["skipped"] for row in history.records),
         "attempts": spent["attempts"],
         "goodput": spent["counted"] / spent["seconds"] if spent["seconds"] else None,
         "corpus_sha256": trainer.corpus.sha256,

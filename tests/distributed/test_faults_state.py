@@ -30,8 +30,8 @@ ROWS = RECIPE["batch_size"]
 NANS = [Fault("nan", 1, step, "forward") for step in (7, 8)]
 """Steps that are skipped before and after the stop: nothing that comes later hides a count, or the best loss."""
 PARTS = ("model", "optimizer", "average", "rng")
-OTHERS = ("seconds", "corpus_sha256", "rewinds")
-"""Fields that change no step: the time so far, what a resumed run only compares, and a count of spikes."""
+OTHERS = ("corpus_sha256", "rewinds")
+"""Fields that change no step: what a resumed run only compares, and a count of spikes."""
 DROPPED = [*PARTS, *(f.name for f in dataclasses.fields(RunState) if f.name not in OTHERS)]
 
 
@@ -59,8 +59,6 @@ def without(checkpoint: Checkpoint, dropped: str) -> Checkpoint:
         return dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, dropped: tensors})
     fresh: dict[str, Any] = {"row": {**checkpoint.state.row, "loss": 0.0}}
     changes = {dropped: fresh.get(dropped, 0)}
-    if dropped.startswith("best_val"):  # they go together
-        changes = {"best_val_loss": None, "best_val_step": None}
     return dataclasses.replace(checkpoint, state=dataclasses.replace(checkpoint.state, **changes))
 
 
@@ -72,7 +70,6 @@ def resumed_without(world: World, before: Path, place: Path, parts: Sequence[str
         checkpoint = without(training.newest_checkpoint(str), part)
         torch.manual_seed(5)
         training.saver.saved_at = None
-        training.history.best = None
         training.resume(checkpoint)
         before_each_step(training, lambda: torch.rand(1))
         training.train()

@@ -12,7 +12,7 @@ import torch
 
 from dsmini.checkpoint.training_state import Checkpoint
 from dsmini.training.summary import summarise
-from tests.helpers.runs import RICH, asked_after, falling_behind, new_run, resumed, unequal, whole
+from tests.helpers.runs import RICH, asked_after, new_run, resumed, unequal, whole
 
 
 def part(name: str, **named: Any) -> Callable[[Checkpoint], Checkpoint]:
@@ -46,8 +46,7 @@ LOST: dict[str, Callable[[Checkpoint], Checkpoint]] = {
     "random state": lambda c: part("rng", cpu=torch.Generator().manual_seed(1).get_state())(c),
     "step": state(step=3),
     "data position": state(sequences=0),
-    "skipped": state(skipped=0),
-    "best": state(best_val_loss=None, best_val_step=None),
+    "rewinds": state(rewinds=1),
     "row": lambda c: state(row={**c.state.row, "loss": 0.0})(c),
 }
 
@@ -58,7 +57,7 @@ def test_whatever_is_not_restored_is_noticed(
 ) -> None:
     never, folder = never_and_stopped
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    again = falling_behind(resumed(tmp_path, LOST[lost] if lost else lambda c: c, **RICH))
+    again = resumed(tmp_path, LOST[lost] if lost else lambda c: c, **RICH)
     assert again.train()
     assert bool(unequal(whole(again), never)) == bool(lost)
 
@@ -89,7 +88,7 @@ def test_a_run_that_gave_up_keeps_what_it_can_go_back_to(tmp_path: Path) -> None
     assert f"--resume {tmp_path} {lower}, or from further back with --init {folders[0]} {lower}" in str(error.value)
     again = resumed(tmp_path, **options, save_every=2, nan_at=(8, 9, 10))  # as many as it had before
     assert again.train()
-    assert again.history.skipped == 7
+    assert sum(row["skipped"] for row in again.history.records) == 7
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000012"]
 
 
