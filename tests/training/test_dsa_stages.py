@@ -16,7 +16,7 @@ from dsmini.config.parallel import ParallelConfig
 from dsmini.nn import IndexerLoss, dsa_layers
 from dsmini.training.plots import plot_run
 from dsmini.training.progress import TrainingProgress
-from dsmini.training.record import read_records, row_of
+from dsmini.training.record import read_records
 from dsmini.training.trainer import Trainer
 from tests.conftest import SMALL
 from tests.helpers.configs import DSA, refusal
@@ -144,15 +144,6 @@ def test_metrics_bar_and_picture_show_them(tmp_path: Path, capsys: pytest.Captur
     with TrainingProgress(Console(width=200), 10) as progress:
         progress.show(step, 1.0)
     assert f"indexer KL {kl:.4f} recall {recall:.0%}" in capsys.readouterr().out
-
-
-def test_a_figure_that_is_not_finite_is_left_out(new: New, tmp_path: Path) -> None:
-    step = new().step()
-    assert step.indexers is not None
-    step.indexers["kl"][1] = math.nan
-    row = row_of(step, 0)
-    assert row["indexer_kl"] is None and row["layer_indexer_kl"] is None
-    plot_run(tmp_path, [row], {})
 
 
 # refusals

@@ -1,7 +1,6 @@
 """The training loop: the effects of a step, and what validation and bad gradients leave unchanged."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -134,61 +133,42 @@ def test_validation_is_the_mean_over_every_held_out_token(new_trainer: NewTraine
     assert trainer.validate(tokens_at_a_time=16) == pytest.approx(want, rel=1e-6)
 
 
-def spoil_loss(name: str, value: float) -> Callable[[Trainer, pytest.MonkeyPatch], None]:
-    """One loss of the last micro-batch is not finite."""
+Spoil = Callable[[Trainer], Callable[[], object]]
+"""Makes a number of each step not finite; returns what undoes it."""
 
-    def spoil(trainer: Trainer, patch: pytest.MonkeyPatch) -> None:
-        real, calls = trainer.model.losses, itertools.count(1)
 
-        def losses(*args: Any, **kwargs: Any) -> Any:
-            out = real(*args, **kwargs)
-            last = next(calls) == trainer.config.train.grad_accum
-            return out._replace(**{name: getattr(out, name) * value}) if last else out
-
-        patch.setattr(trainer, "losses", losses)
+def loss(name: str, value: float) -> Spoil:
+    def spoil(trainer: Trainer) -> Callable[[], object]:
+        real = trainer.losses
+        trainer.losses = lambda *x, **more: (out := real(*x, **more))._replace(**{name: getattr(out, name) * value})
+        return lambda: setattr(trainer, "losses", real)
 
     return spoil
 
 
-def spoil_gradient(name: str, value: float) -> Callable[[Trainer, pytest.MonkeyPatch], None]:
-    """One entry of one parameter's gradient is not finite."""
-
-    def spoil(trainer: Trainer, patch: pytest.MonkeyPatch) -> None:
-        real = trainer.forward_backward
-
-        def accumulate(rows: int) -> Any:
-            out = real(rows)
-            grad = trainer.model.get_parameter(name).grad
-            assert grad is not None
-            grad.view(-1)[-1] = value
-            return out
-
-        patch.setattr(trainer, "forward_backward", accumulate)
-
-    return spoil
+def gradient(name: str, value: float) -> Spoil:
+    return lambda trainer: trainer.model.get_parameter(name).register_hook(lambda grad: grad * value).remove
 
 
-def spoil_hidden(trainer: Trainer, patch: pytest.MonkeyPatch) -> None:
-    """One activation of one token is infinite."""
-    real = trainer.model.layers[1].forward
+def activation(trainer: Trainer) -> Callable[[], object]:
+    def hook(module: object, args: object, out: Any) -> Any:
+        x = out[0].clone()
+        x[-1, -1, 0] = torch.inf
+        return x, out[1]
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        x, routing = real(*args, **kwargs)
-        return x + torch.nn.functional.pad(torch.tensor([[[torch.inf]]]), (0, 23, 0, 15, 0, len(x) - 1)), routing
-
-    patch.setattr(trainer.model.layers[1], "forward", forward)
+    return trainer.model.layers[1].register_forward_hook(hook).remove
 
 
-PLACES = {
-    "total": spoil_loss("total", torch.nan),
-    "main": spoil_loss("main", torch.inf),
-    "mtp": spoil_loss("mtp", torch.nan),
-    "balance": spoil_loss("balance", -torch.inf),
-    "embedding": spoil_gradient("embed.weight", torch.nan),
-    "norm": spoil_gradient("norm.weight", torch.inf),
-    "gate": spoil_gradient("layers.1.ffn.gate.weight", -torch.inf),
-    "experts": spoil_gradient("layers.1.ffn.experts.w2", torch.nan),
-    "activation": spoil_hidden,
+PLACES: dict[str, Spoil] = {
+    "total": loss("total", torch.nan),
+    "main": loss("main", torch.inf),
+    "mtp": loss("mtp", torch.nan),
+    "balance": loss("balance", -torch.inf),
+    "embedding": gradient("embed.weight", torch.nan),
+    "norm": gradient("norm.weight", torch.inf),
+    "gate": gradient("layers.1.ffn.gate.weight", -torch.inf),
+    "experts": gradient("layers.1.ffn.experts.w2", torch.nan),
+    "activation": activation,
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"grad_accum": 2},
@@ -199,14 +179,14 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_step_that_is_not_finite_changes_nothing_and_is_counted(
-    new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch, place: str, optimizer: str
+    new_trainer: NewTrainer, place: str, optimizer: str
 ) -> None:
     trainer = new_trainer(**OPTIMIZERS[optimizer])
     trainer.step()
     before = state(trainer)
-    with monkeypatch.context() as patch:
-        PLACES[place](trainer, patch)
-        assert trainer.step().skipped
+    undo = PLACES[place](trainer)
+    assert trainer.step().skipped
+    undo()
     assert same(state(trainer), before)
     assert (trainer.steps_done, trainer.sequences) == (2, 8)
     assert not trainer.step().skipped
