@@ -1,7 +1,5 @@
 """Our own configs: TOML files written and read again, and sizes that just fit. test_refusals.py has what does not."""
 
-import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +59,6 @@ def test_run_is_the_same_after_toml(run: RunConfig, tmp_path_factory: pytest.Tem
     path = written(tmp_path_factory.mktemp("run"), run.to_toml(), "x.toml")
     assert RunConfig.from_file(path) == run
     assert ModelConfig.from_file(path) == run.model
-
-
-def test_toml_has_every_field() -> None:
-    text = RunConfig(out=Path("runs/x")).to_toml()
-    for part in (ModelConfig, DataConfig, TrainConfig):
-        for f in dataclasses.fields(part):
-            assert re.search(rf"^{f.name} = ", text, re.MULTILINE), f.name
-    assert 'out = "runs/x"' in text
 
 
 def test_empty_file_and_toy_file_are_the_defaults(tmp_path: Path) -> None:
