@@ -88,6 +88,7 @@ class TrainingRun:
         self.board: TensorBoard | None = None
         self.failure: OSError | None = None
         """The error of rank 0 for which all processes stop."""
+        self.plot_seconds = 0.0
         self.next_plot = 1 / PLOT_SHARE  # as if drawing took a second
 
     # --- the loop
@@ -324,7 +325,8 @@ class TrainingRun:
             plot_run(self.folder, self.history.records, loads)
         taken = time.perf_counter() - start
         self.note("plotted")
-        self.next_plot = self.history.seconds + max(PLOT_EVERY, taken / PLOT_SHARE)
+        self.plot_seconds += taken
+        self.next_plot = max(self.history.seconds + PLOT_EVERY, (self.plot_seconds + taken) / PLOT_SHARE)
 
     # --- survival
 
