@@ -20,6 +20,7 @@ from dsmini.diagnosis.training import Subject
 from dsmini.diagnosis.verdict import gains_by_axis, verdict
 from dsmini.measure import step_rates
 from dsmini.measure.forecast import Forecast
+from dsmini.measure.rates import BUSY, BUSY_WORDS
 from dsmini.measure.step_rates import Rates
 
 OnPart = Callable[[float, str], None]
@@ -83,6 +84,8 @@ def answer(
         )
     found.of = f"{'decoding, ' if work == 'decode' else ''}{what or 'the default run'}"
     found.facts = subject.facts
+    if rates is not None and rates.busy > BUSY:
+        found.warnings.append(f"{BUSY_WORDS.format(rates.busy).capitalize()}.")
     return found
 
 

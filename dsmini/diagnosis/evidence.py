@@ -155,6 +155,28 @@ def knee_words(compared: Comparison) -> str:
     return knee + sentence_of(compared)
 
 
+def batch_arms(
+    sizes: Sequence[int],
+    apply: Callable[[int], AbstractContextManager[Step]],
+    price: Callable[[int], float] | None,
+    advice: str,
+) -> list[Arm]:
+    """Return an arm for each number of sequences, the one in use first."""
+    own = sizes[0]
+    return [
+        Arm(
+            name=f"batch x {n / own:g}" if n != own else f"batch {n}",
+            apply=partial(apply, n),
+            advice=advice.format(n),
+            predict=price and partial(price, n),
+            tokens=n / own,
+            cost=n / own,
+            at=float(n),
+        )
+        for n in sizes
+    ]
+
+
 def thread_sweep(
     subject: Subject | DecodingSubject, make: Callable[[int], AbstractContextManager[Step]], step: float, advice: str
 ) -> Evidence:
@@ -207,18 +229,8 @@ def training_evidence(subject: Subject, step: float) -> list[Evidence]:
 
     sizes = [round(rows * f) for f in FACTORS if rows * f >= config.train.grad_accum]
     sizes = [n for n in sizes if n % config.train.grad_accum == 0 and n != rows and fits(subject, n)]
-    batches = [
-        Arm(
-            name=f"batch x {n / rows:g}" if n != rows else f"batch {n}",
-            apply=partial(batch_of, n),
-            advice=f"Set train.batch_size = {n}, if fewer and larger steps learn as much from as many tokens.",
-            predict=prices and partial(prices.batch, n),
-            tokens=n / rows,
-            cost=n / rows,
-            at=float(n),
-        )
-        for n in (rows, *sizes)
-    ]
+    advice = "Set train.batch_size = {}, if fewer and larger steps learn as much from as many tokens."
+    batches = batch_arms([rows, *sizes], batch_of, prices and prices.batch, advice)
     return [
         Evidence(name="timeline", why_not=on_device, run=lambda _: (timeline(subject), None)),
         Evidence(
@@ -318,18 +330,9 @@ def decoding_evidence(subject: DecodingSubject, step: float) -> list[Evidence]:
     row = kv_bytes_per_token(c, 4) * subject.context
     while sizes and (batch + sum(sizes)) * row > MOST_MEMORY * memory_bytes(subject.device):
         sizes.pop()
-    batches = [
-        Arm(
-            name=f"batch {n}",
-            apply=partial(at, PLAIN, n, subject.context),
-            advice=f"Decode {n} sequences at a time: give dsmini.generate several prompts.",
-            predict=prices and partial(prices.seconds, batch=n),
-            tokens=n / batch,
-            cost=n / batch,
-            at=float(n),
-        )
-        for n in (batch, *sizes)
-    ]
+    advice = "Decode {} sequences at a time: give dsmini.generate several prompts."
+    price = prices and (lambda n: prices.seconds(batch=n))
+    batches = batch_arms([batch, *sizes], lambda n: at(PLAIN, n, subject.context), price, advice)
     no_rates = None if prices else NO_RATES
     few = "the model allows too few cached tokens for a line" if c.max_seq_len < 16 else None
     return [

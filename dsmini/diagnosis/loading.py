@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,16 +27,11 @@ MOST_TEXT = 1 << 20
 """Tokens of a text that are looked at in decoding."""
 
 
-def config_of(path: Path | None) -> tuple[RunConfig, Path | None]:
-    """Return the config that a path names, and the run's folder if it is one.
-
-    Raises: ValueError for a path that is neither.
-    """
+def config_of(path: Path | None) -> RunConfig:
+    """Return the config that a path names: a file, or the folder of a run. Raises: ValueError if it is neither."""
     if path is None:
-        return RunConfig(), None
-    if path.is_dir():
-        return run_config(path), path
-    return RunConfig.from_file(path), None
+        return RunConfig()
+    return run_config(path) if path.is_dir() else RunConfig.from_file(path)
 
 
 def training_subject(what: Path | None) -> Subject:
@@ -43,10 +39,8 @@ def training_subject(what: Path | None) -> Subject:
 
     Raises: ValueError for a run that is damaged, and a text that is missing or too short.
     """
-    config, run = config_of(what)
-    device = pick_device(config.train.device)
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
+    config, run = config_of(what), what if what is not None and what.is_dir() else None
+    device = _device_of(config)
     refuse_oversized(config, device)
     config = resolved(config, device)
     data, cache = config.data, Path("runs/corpus") if run is None else run.parent / "corpus"
@@ -59,23 +53,26 @@ def training_subject(what: Path | None) -> Subject:
     model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype]).to(device)
     trainer = Trainer(model, corpus, config, device)
     if run is not None and checkpoint_folders(run):
-        _load(trainer, run)
+        parts = ["model", "optimizer", *([] if trainer.average is None else ["average"])]
+        notes: list[str] = []
+        checkpoint = last_checkpoint(run, parts, lambda found: trainer.check(found.tensors), notes.append)
+        _refuse_damaged(run, notes)
+        state, done = checkpoint.state, min(checkpoint.state.step, trainer.config.train.steps - 1)
+        rest = {"sequences": state.sequences, "average_updates": state.average_updates}
+        trainer.load(checkpoint.tensors, steps_done=done, **rest)
     return Subject(trainer)
 
 
-def _load(trainer: Trainer, run: Path) -> None:
-    parts = ["model", "optimizer", *([] if trainer.average is None else ["average"])]
-    notes: list[str] = []
-    checkpoint = last_checkpoint(run, parts, lambda found: trainer.check(found.tensors), notes.append)
+def _device_of(config: RunConfig) -> torch.device:
+    """Return the device of a run, after its threads are set."""
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    return pick_device(config.train.device)
+
+
+def _refuse_damaged(run: Path, notes: Sequence[str]) -> None:
     if notes:
         raise ValueError(f"{run} is damaged: {notes[0]}; resume it once, or name an older copy")
-    state = checkpoint.state
-    trainer.load(
-        checkpoint.tensors,
-        steps_done=min(state.step, trainer.config.train.steps - 1),
-        sequences=state.sequences,
-        average_updates=state.average_updates,
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +97,7 @@ def decoded_model(what: Path | None) -> DecodedModel:
     Raises: ValueError for a path that is none of them, a damaged run or folder, and a model larger than memory.
     """
     if what is None or not what.is_dir():
-        return DecodedModel(model=_random_model(config_of(what)[0]))
+        return DecodedModel(model=_random_model(config_of(what)))
     device = pick_device("auto")
     if not is_model_folder(what):
         return _of_run(what, device)
@@ -110,9 +107,7 @@ def decoded_model(what: Path | None) -> DecodedModel:
 
 
 def _random_model(config: RunConfig) -> Transformer:
-    device = pick_device(config.train.device)
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
+    device = _device_of(config)
     nbytes = accounting.weight_bytes(config.model, "float32").total
     refuse_too_large(int(nbytes), "this model with random weights", device)
     torch.manual_seed(config.train.seed)
@@ -123,8 +118,7 @@ def _random_model(config: RunConfig) -> Transformer:
 def _of_run(run: Path, device: torch.device) -> DecodedModel:
     notes: list[str] = []
     model, config = load_run(run, pick_dtype("auto", device), say=notes.append)
-    if notes:
-        raise ValueError(f"{run} is damaged: {notes[0]}; resume it once, or name an older copy")
+    _refuse_damaged(run, notes)
     folder, text = run if (run / "checkpoints").is_dir() else run.parent.parent, None
     try:
         data = dataclasses.replace(config.data, tokenizer=tokenizer_file(folder, config))

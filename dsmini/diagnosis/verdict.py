@@ -9,7 +9,7 @@ Where nothing binds, a step is the work itself, done at the speed that this mach
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -72,28 +72,33 @@ def verdict(gains: Mapping[Axis, Estimate]) -> Verdict:
     if not gains or not all(gain.is_clear for gain in gains.values()):
         return _too_early(gains)
     ranked = sorted(gains.items(), key=lambda item: -item[1].low)
-    (axis, best), others = ranked[0], [g for _, g in ranked[1:]]
-    if best.low > LEAST and best.low > max((g.high for g in others), default=-math.inf):
+    (axis, best), others = ranked[0], ranked[1:]
+    clear = [(a, g) for a, g in ranked if g.low > LEAST]
+    near = [(a, g) for a, g in others if g.high >= best.low]
+    across = [(a, g) for a, g in gains.items() if g.low <= LEAST < g.high]
+    if clear and not near:
         words = f"{axis} binds: {percent(best)} of a step would go if it were free."
         return Verdict(outcome="binds", axis=axis, sentence=words)
     if all(g.high <= LEAST for g in gains.values()):
-        name, most = max(gains.items(), key=lambda item: item[1].high)
-        words = f"Nothing binds: no axis has {LEAST:.0%} of a step to give. The most is {name}, {percent(most)}."
+        most = _named([max(gains.items(), key=lambda item: item[1].high)], ", ")
+        words = f"Nothing binds: no axis has {LEAST:.0%} of a step to give. The most is {most}."
         return Verdict(outcome="nothing binds", sentence=words)
-    clear: list[Axis] = [a for a, g in ranked if g.low > LEAST]
     if len(clear) > 1:
-        both = " and ".join(f"{a} {percent(gains[a])}" for a in clear)
-        words = f"Mixed: {both}. Their intervals overlap, so neither comes first."
+        words = f"Mixed: {_named(clear)}. Their intervals overlap, so neither comes first."
         return Verdict(outcome="mixed", sentence=words, decides=_more_rounds(gains))
-    if best.low > LEAST:
-        near = " and ".join(f"{a} {percent(g)}" for a, g in ranked[1:] if g.high >= best.low)
-        words = f"Undetermined: {axis} {percent(best)} of a step leads, and {near} may be as much."
+    if clear:
+        words = f"Undetermined: {axis} {percent(best)} of a step leads, and {_named(near)} may be as much."
         return Verdict(outcome="undetermined", sentence=words, decides=_more_rounds(gains))
-    across = {a: g for a, g in gains.items() if g.low <= LEAST < g.high}
-    named = " and ".join(f"{a} {percent(g)}" for a, g in across.items())
-    words = f"Undetermined: {named} of a step may be more or less than the {LEAST:.0%} that is worth an action."
-    narrow = all(g.high - g.low <= NARROW for g in across.values())
+    words = (
+        f"Undetermined: {_named(across)} of a step may be more or less than the {LEAST:.0%} that is worth an action."
+    )
+    narrow = all(g.high - g.low <= NARROW for _, g in across)
     return Verdict(outcome="undetermined", sentence=words, decides=ON_THE_LINE if narrow else _more_rounds(gains))
+
+
+def _named(gains: Sequence[tuple[str, Estimate]], between: str = " ") -> str:
+    """Return axes with their gains in words."""
+    return " and ".join(f"{axis}{between}{percent(gain)}" for axis, gain in gains)
 
 
 def _too_early(gains: Mapping[Axis, Estimate]) -> Verdict:

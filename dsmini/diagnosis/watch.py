@@ -32,11 +32,12 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-from dsmini.diagnosis.arms import Axis
+from dsmini.diagnosis.arms import Axis, words
 from dsmini.diagnosis.contention import cores
 from dsmini.diagnosis.findings import MOST_IDLE, load
 from dsmini.diagnosis.verdict import LEAST
@@ -57,7 +58,6 @@ EQUAL_VIO = 0.5
 all experts have work then."""
 DRIFT = 0.20
 """Limit of slower steps where no other program is seen: a shared machine drifts by up to 15 % in minutes."""
-QUIET = "Stop other programs, or leave them a core and set train.threads to the rest."
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,20 @@ class Sign:
     @property
     def is_below(self) -> bool:
         return self.share.high <= self.limit or self.share.value <= self.limit / 2
+
+
+def sign(name: str, share: Spread | float, said: str = "", limit: float = LEAST, **figures: Any) -> Sign:
+    """Return a sign with its words.
+
+    Args:
+        share: of the window, or of all of it together.
+        said: name of the words; "": the sign's own.
+        figures: that the words need besides the share.
+    """
+    share = share if isinstance(share, Spread) else Spread.exact(share)
+    found = words()["watch"][said or name]
+    observed = found["words"].format(**asdict(share), **figures)
+    return Sign(name=name, axis=found["axis"], share=share, words=observed, fix=found["fix"], limit=limit)
 
 
 class RunWatch:
@@ -179,35 +193,15 @@ class RunWatch:
 
     def _signs(self) -> Iterator[Sign]:
         """Yield the signs of the window."""
-        share = Spread.of([step.data_wait for step in self.steps])
-        yield Sign(
-            name="waiting",
-            axis="Data",
-            share=share,
-            words=f"a step waits {share.value:.0%} ({share.low:.0%} to {share.high:.0%}) of its time for its batch",
-            fix="Prepare batches in more threads (data.workers), or make them cheaper to read.",
-        )
+        yield sign("waiting", Spread.of([step.data_wait for step in self.steps]))
         yield from self._of_machine()
-        seconds = sum(step.seconds for step in self.steps)
-        lost = sum(step.seconds for step in self.steps if step.skipped) / seconds
-        yield Sign(
-            name="lost steps",
-            axis="Algorithm",
-            share=Spread.exact(lost),
-            words=f"{lost:.0%} of the time went into steps without a finite gradient, which change nothing",
-            fix="Lower the learning rate, or look at the data of these steps.",
-        )
+        lost = sum(step.seconds for step in self.steps if step.skipped)
+        yield sign("lost steps", lost / sum(step.seconds for step in self.steps))
         idle = load(self.steps)
         if idle is not None:
-            yield Sign(
-                name="idle experts",
-                axis="Algorithm",
-                share=Spread.exact(idle.value),
-                words=idle.sentence.removesuffix("."),
-                fix=idle.fix,
-                limit=MOST_IDLE,
-                takes_time=False,
-            )
+            share, observed = Spread.exact(idle.value), idle.sentence.removesuffix(".")
+            kind: dict[str, Any] = {"limit": MOST_IDLE, "takes_time": False}
+            yield Sign(name="idle experts", axis="Algorithm", share=share, words=observed, fix=idle.fix, **kind)
 
     def _of_machine(self) -> Iterator[Sign]:
         """Yield the signs of the machine: slower steps, and on a CPU what others take and what nobody uses."""
@@ -221,31 +215,13 @@ class RunWatch:
         fastest = self.fastest[work] = min(self.fastest.get(work, math.inf), now.high)
         share = Spread(*(max(0.0, 1 - fastest / seconds) for seconds in (now.value, now.low, now.high)))
         alone = others < LEAST * self.cores
-        yield Sign(
-            name="slower steps",
-            axis="Machine",
-            share=share,
-            words=f"a step computes for {now.value:.3g} s, and for {fastest:.3g} s when such steps were fastest; "
-            f"{'no other program is seen' if alone else of_others}",
-            fix="Look at clock speed, memory, and other guests of the host." if alone else QUIET,
-            limit=DRIFT if alone else LEAST,
-        )
+        said, limit = ("slower steps alone", DRIFT) if alone else ("slower steps", LEAST)
+        yield sign("slower steps", share, said, limit, now=now.value, fastest=fastest, others=of_others)
         if not self.is_cpu or len(self.times) < 2:
             return
         threads = torch.get_num_threads()
         delayed = rates.delayed / threads
-        yield Sign(
-            name="CPU time lost",
-            axis="Machine",
-            share=Spread.exact(min(others / self.cores, delayed)),
-            words=f"{of_others}, and each of this run's {threads} threads waits {delayed:.0%} of the time for a core",
-            fix=QUIET,
-        )
+        lost = min(others / self.cores, delayed)
+        yield sign("CPU time lost", lost, others=of_others, threads=threads, delayed=delayed)
         idle = self.usable - max(rates.own, threads) - others
-        yield Sign(
-            name="idle cores",
-            axis="Machine",
-            share=Spread.exact(idle / self.usable),
-            words=f"{idle:.1f} of {self.usable} cores are idle; products run in {threads}",
-            fix="Leave train.threads out, so that all cores are used.",
-        )
+        yield sign("idle cores", idle / self.usable, idle=idle, usable=self.usable, threads=threads)

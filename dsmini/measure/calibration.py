@@ -3,11 +3,9 @@
 import itertools
 import json
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,23 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.atomic import write_text
 from dsmini.config import ModelConfig
-from dsmini.machine import DTYPES, card, last_level_cache, matmul_rate, synchronize
+from dsmini.machine import DTYPES, card, last_level_cache, matmul_rate
 from dsmini.measure.counting import count
+from dsmini.measure.cpu_time import watched
 from dsmini.measure.kernels import FP8, KERNELS, Kernel
-from dsmini.measure.kinds import POINTS, PRODUCTS, Maker
-from dsmini.measure.rates import Curve, Roofs, from_json
+from dsmini.measure.kinds import POINTS, PRODUCTS
+from dsmini.measure.rates import Curve, Roofs, Store, from_json
+from dsmini.measure.turns import in_turns
 from dsmini.nn import Transformer
-from dsmini.reading import read_table
 
 VERSION = 12
 """Version of the measurement; roofs stored by another version are measured again."""
 LARGE = 1 << 28
 """Bytes that fit into no cache."""
 ROUNDS = 5
-KERNEL_ROUND = 2e-3
-"""Least seconds of a round of a kernel; waking its threads costs more than a small call."""
+ROUND, KERNEL_ROUND = 2e-4, 2e-3
+"""Least seconds of a round, and of one of a kernel: waking its threads costs more than a small call."""
 BUDGET = 60.0
 """Seconds for all measurements together; a quiet machine needs half of them."""
 LEAST_TURN = 0.5
@@ -53,34 +51,24 @@ def load_or_measure(
     """Return the roofs of this machine for the current number of threads, stored or measured now (half a minute).
 
     Args:
-        seconds: approximate time of the measurement. Roofs that had less than BUDGET are not stored.
+        seconds: approximate time of the measurement. Roofs that had less than BUDGET, or of a busy machine, are not
+            stored.
         keep: file that stores the roofs of one or more machines; None: a file in the user's cache.
         on_part: called with the share that is done and the name of the next part.
         fresh: measure even if roofs are stored.
     """
-    keep, key, stored = stored_roofs(device, keep)
-    if not fresh:
-        with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is stored, or it is damaged
-            return from_json(stored[key])
+    store, key = Store.at(keep), key_of(device)
+    if not fresh and (stored := store.read(key, from_json)) is not None:
+        return stored
     roofs = measure(device, on_part, seconds)
-    if seconds < BUDGET:
-        return roofs
-    stored[key] = asdict(roofs)
-    with suppress(OSError):  # measured again next time
-        keep.parent.mkdir(parents=True, exist_ok=True)
-        write_text(keep, json.dumps(stored))
+    if seconds >= BUDGET:
+        store.write(key, asdict(roofs), roofs.busy)
     return roofs
 
 
-def stored_roofs(device: torch.device, keep: Path | None) -> tuple[Path, str, dict[str, Any]]:
-    """Return the file of stored roofs, this machine's key in it, and its contents."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    keep = keep or cache / "dsmini" / "roofs.json"
-    try:
-        stored = read_table(keep)
-    except ValueError:
-        stored = {}
-    return keep, json.dumps([VERSION, card(device)], sort_keys=True), stored
+def key_of(device: torch.device) -> str:
+    """Return the key of this machine's roofs in a store."""
+    return json.dumps([VERSION, card(device)], sort_keys=True)
 
 
 def quick_bandwidth(device: torch.device, reached: float, keep: Path | None = None) -> float | None:
@@ -92,10 +80,9 @@ def quick_bandwidth(device: torch.device, reached: float, keep: Path | None = No
 
     Returns None where there is no memory left to measure it.
     """
-    _, key, stored = stored_roofs(device, keep)
-    with suppress(KeyError, TypeError, AttributeError, ValueError):
-        if (roof := from_json(stored[key]).bandwidth) >= reached:
-            return roof
+    stored = Store.at(keep).read(key_of(device), from_json)
+    if stored is not None and stored.bandwidth >= reached:
+        return stored.bandwidth
     size = min(LARGE, max(LARGE // 4, 2 * last_level_cache(device)))
     try:
         return read_bandwidth(device, size, 2)
@@ -113,14 +100,17 @@ def measure(
     Args:
         seconds: approximate time for all. A slow or busy machine gets fewer rounds and shorter curves.
     """
-    jobs = _jobs(device)
-    done: dict[str, Any] = {}
-    start = time.perf_counter()
-    for i, (name, job) in enumerate(jobs):
-        on_part(i / len(jobs), name)
-        left = max(0.0, seconds - (time.perf_counter() - start)) / (len(jobs) - i)
-        # most parts need far less than their share; an interruption must not take it from all that follow
-        done[name] = job(max(3 * left, LEAST_TURN * seconds / len(jobs)))
+    jobs, done = _jobs(device), dict[str, Any]()
+
+    def measure_all() -> None:
+        start = time.perf_counter()
+        for i, (name, job) in enumerate(jobs):
+            on_part(i / len(jobs), name)
+            left = max(0.0, seconds - (time.perf_counter() - start)) / (len(jobs) - i)
+            # most parts need far less than their share; an interruption must not take it from all that follow
+            done[name] = job(max(3 * left, LEAST_TURN * seconds / len(jobs)))
+
+    _, busy = watched(measure_all)
     return Roofs(
         card=card(device),
         peak={name: done[f"peak {name}"] for name in DTYPES},
@@ -130,6 +120,7 @@ def measure(
         probes={name: statistics.mean((a, done["probes again"][name])) for name, a in done["probes"].items()},
         cache_bytes=last_level_cache(device),
         curves={name: curve for name, curve in done.items() if isinstance(curve, Curve)},
+        busy=busy,
     )
 
 
@@ -144,30 +135,29 @@ def _jobs(device: torch.device) -> list[tuple[str, Callable[[float], Any]]]:
         ("call", lambda most: _call(device)),
         ("probes", lambda most: probes(device)),
     ]
-    jobs += [
-        (f"{where} {kind} {name}", lambda most, k=kind, d=dtype, w=where: _curve_of(k, d, device, w == "cold", most))
-        for name, dtype in DTYPES.items()
-        for kind in (*POINTS, *PRODUCTS)
-        for where in ("warm", "cold")
+    curves = [
+        (kind, name, Kernel(make, ROWS if kind in PRODUCTS else BYTES, (), is_product=kind in PRODUCTS), ROUND)
+        for name in DTYPES
+        for kind, make in {**POINTS, **PRODUCTS}.items()
     ]
-    jobs += _kernel_jobs(device)
+    if device.type == "cpu" and ops.serving("cpu") == "cpu":  # dsmini's own kernels run
+        curves += [
+            (f"kernel {kind}", name, kernel, KERNEL_ROUND) for kind, kernel in KERNELS.items() for name in kernel.dtypes
+        ]
+    jobs += [
+        (f"{where} {kind} {name}", partial(curve_of, kernel, FP8 if name == "fp8" else DTYPES[name], device, *how))
+        for kind, name, kernel, least in curves
+        for where, how in (("warm", (False, least)), ("cold", (True, least)))
+    ]
     return [*jobs, ("probes again", lambda most: probes(device))]
 
 
-def _kernel_jobs(device: torch.device) -> list[tuple[str, Callable[[float], Any]]]:
-    """Return the parts to measure of dsmini's own kernels; none where they do not run."""
-    if device.type != "cpu" or ops.serving("cpu") != "cpu":
-        return []
-    return [
-        (f"{where} kernel {kind} {name}", partial(_kernel_curve, kernel, name, device, where == "cold"))
-        for kind, kernel in KERNELS.items()
-        for name in kernel.dtypes
-        for where in ("warm", "cold")
-    ]
-
-
 def seconds_of(
-    run: Callable[[], object], device: torch.device, rounds: int = ROUNDS, least: float = 2e-4, most: float = math.inf
+    run: Callable[[], object],
+    device: torch.device,
+    rounds: int = ROUNDS,
+    least: float = ROUND,
+    most: float = math.inf,
 ) -> float:
     """Return the second fastest of some rounds, in seconds: other programs only make a round slower.
 
@@ -175,25 +165,8 @@ def seconds_of(
         least: seconds of a round, which repeats short runs.
         most: seconds after which no round begins; the first always runs.
     """
-    start = time.perf_counter()
-    run()
-    fastest = time.perf_counter() - start
-    times: list[float] = []
-    repeats = 1
-    # a round that was interrupted must not end the others
-    while len(times) < rounds and not (times and len(times) * repeats * fastest > most):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        synchronize(device)
-        elapsed = time.perf_counter() - start
-        if elapsed < least and repeats < 1 << 14:
-            repeats = max(repeats * 2, int(repeats * least / max(elapsed, 1e-7)))
-            continue
-        times.append(elapsed / repeats)
-        fastest = min(fastest, times[-1])
-    return sorted(times)[len(times) > 2]
+    taken = in_turns({"run": run}, device, count=rounds, seconds=most, least_seconds=least).seconds["run"]
+    return sorted(taken)[len(taken) > 2]
 
 
 def read_bandwidth(device: torch.device, size: int = LARGE, rounds: int = 3) -> float:
@@ -241,18 +214,9 @@ def _copy(device: torch.device) -> float:
 @torch.no_grad()
 def _call(device: torch.device) -> float:
     """Return the seconds of a call in a decoding step of a tiny model, where calls dominate."""
-    config = ModelConfig(
-        dim=16,
-        inter_dim=16,
-        moe_inter_dim=16,
-        n_layers=4,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
-        v_head_dim=16,
-        n_mtp_layers=0,
-    )
+    widths = "dim inter_dim moe_inter_dim q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
+    sizes: dict[str, Any] = dict.fromkeys(widths.split(), 16)
+    config = ModelConfig(**sizes, n_layers=4, n_mtp_layers=0)
     with torch.device(device):
         model = Transformer(config).eval()
         token = torch.zeros(1, 1, dtype=torch.int64)
@@ -273,35 +237,16 @@ BUFFERS = 4
 """Total size of cold inputs and outputs, as a multiple of the last-level cache."""
 
 
-def _curve_of(kind: str, dtype: torch.dtype, device: torch.device, cold: bool, most: float) -> Curve:
-    if kind in PRODUCTS:
-        return _curve(PRODUCTS[kind], ROWS, True, dtype, device, cold, most)
-    return _curve(POINTS[kind], BYTES, False, dtype, device, cold, most)
-
-
 @torch.no_grad()
-def _kernel_curve(kernel: Kernel, name: str, device: torch.device, cold: bool, most: float) -> Curve:
-    dtype = FP8 if name == "fp8" else DTYPES[name]
-    return _curve(kernel.make, kernel.sizes, kernel.is_product, dtype, device, cold, most, least=KERNEL_ROUND)
-
-
-def _curve(
-    make: Maker,
-    at: Sequence[int],
-    is_product: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-    cold: bool,
-    most: float,
-    least: float = 2e-4,
-) -> Curve:
+def curve_of(kernel: Kernel, dtype: torch.dtype, device: torch.device, cold: bool, least: float, most: float) -> Curve:
     """Measure growing sizes, as many as will probably fit into `most` seconds, and at least one."""
     spent, before = 0.0, time.perf_counter()
     sizes: list[float] = []
     amounts: list[float] = []
     taken: list[float] = []
-    for size in at:
-        run, inputs, amount = make(size if is_product else max(1, size // dtype.itemsize), dtype, device)
+    is_product = kernel.is_product
+    for size in kernel.sizes:
+        run, inputs, amount = kernel.make(size if is_product else max(1, size // dtype.itemsize), dtype, device)
         if cold:
             run, inputs = rotating(run, inputs), ()
         rounds = 3 if amount > 1 << 24 else ROUNDS

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsmini.numerics import FORMATS, QuantizedTensor, Weight, number_dtype
+from dsmini.measure.torch_operations import tensors_in
+from dsmini.numerics import QuantizedTensor, Weight, number_dtype
 
 
 class Cost(NamedTuple):
@@ -60,29 +61,8 @@ def _numbers(*weights: Any) -> int:
 # number formats
 
 
-def _quantize(result: Any, x: Tensor, tile: tuple[int, int], scale: str, format: str, amax_min: float) -> Cost:
-    last = -(-x.shape[-1] // 8) * 12 if FORMATS[format].packed else x.shape[-1]
-    tiles = math.prod(x.shape[:-2]) * -(-x.shape[-2] // tile[0]) * -(-x.shape[-1] // tile[1])
-    return Cost(x.nbytes, math.prod(x.shape[:-1]) * last + 4 * tiles, 0)
-
-
-def _dequantize(
-    result: Any,
-    codes: Tensor,
-    scales: Tensor,
-    tile: Any,
-    format: str = "e4m3",
-    dtype: torch.dtype = torch.float32,
-    columns: int | None = None,
-) -> Cost:
-    shape = (*codes.shape[:-1], codes.shape[-1] if columns is None else columns)
-    return Cost(_nbytes(codes, scales), math.prod(shape) * dtype.itemsize, 0)
-
-
-def _round(
-    result: Any, x: Tensor, tile: Any, scale: str, format: str, amax_min: float, dtype: torch.dtype, ends: Any = None
-) -> Cost:
-    return Cost(x.nbytes, x.numel() * dtype.itemsize, 0)
+def _converted(result: Any, *operands: Any, **_: Any) -> Cost:
+    return Cost(_nbytes(*tensors_in(operands)), _nbytes(*tensors_in(result)), 0)
 
 
 # products
@@ -240,9 +220,9 @@ def _blocks_step(
 
 COSTS: MappingProxyType[str, Callable[..., Cost]] = MappingProxyType(
     {
-        "quantize": _quantize,
-        "dequantize": _dequantize,
-        "quantize_dequantize": _round,
+        "quantize": _converted,
+        "dequantize": _converted,
+        "quantize_dequantize": _converted,
         "linear": _linear,
         "quantized_linear": _linear,
         "experts": _experts,

@@ -2,12 +2,15 @@
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 STAT = Path("/proc/stat")
 TASKS = Path("/proc/self/task")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,13 @@ class CpuTimes:
             others=max(0.0, (self.busy - before.busy - own) / passed),
             delayed=max(0.0, (self.delayed - before.delayed) / passed),
         )
+
+
+def watched(run: Callable[[], T]) -> tuple[T, float]:
+    """Return what a function returns, and the share of the time in which a thread had no core meanwhile, summed up."""
+    before = CpuTimes.now()
+    result = run()
+    return result, CpuTimes.now().rates_since(before).delayed
 
 
 def _busy_seconds() -> float:

@@ -1,18 +1,34 @@
-"""This machine's roofs: rates of products and of memory, and the cost of a call.
+"""This machine's roofs: rates of products and of memory, and the cost of a call; and the file that stores rates.
 
 calibration.py measures them. Each class of operations has a curve of costs by size, from sizes where only the call
 counts to sizes that fit into no cache. Between measured sizes the curve is interpolated on logarithmic scales.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
+from dsmini.atomic import write_text
+from dsmini.reading import read_table
+
+R = TypeVar("R")
+
 LEAST_SHARE = 0.2
 """Least share of FP32's rate that a usable dtype reaches."""
+BUSY = 0.1
+"""Share of the time without a core above which rates are those of a busy machine."""
+BUSY_WORDS = (
+    "other programs had the cores while this machine's rates were measured ({:.0%} of the time): the rates are too "
+    "low and not stored; predictions are too slow until it is measured again on a quiet machine"
+)
 SMALL, LARGE_MATRIX = 256 * 1024, 1024 * 1024
 """Elements in the matrices of the two measured products."""
 
@@ -57,11 +73,48 @@ class Roofs:
     curves: Mapping[str, Curve]
     """Seconds by bytes, such as "warm pointwise float32", and FLOP/s by rows, such as "cold product bfloat16". Cold
     operations read from memory and write to memory that is not in a cache."""
+    busy: float = 0.0
+    """Cores that this process waited for while it measured. Above BUSY the rates are those of a busy machine: they are
+    too low, and are not stored."""
 
 
 def from_json(raw: Mapping[str, Any]) -> Roofs:
     """Return roofs from JSON."""
     return Roofs(**{**raw, "curves": {name: Curve(**curve) for name, curve in raw["curves"].items()}})
+
+
+@dataclass(frozen=True)
+class Store:
+    """A file of rates of one or more machines, each with a key. A damaged file has none."""
+
+    path: Path
+
+    @classmethod
+    def at(cls, path: Path | None) -> "Store":
+        """Return the store of a file; None: that in the user's cache."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return cls(path or cache / "dsmini" / "roofs.json")
+
+    def contents(self) -> dict[str, Any]:
+        try:
+            return read_table(self.path)
+        except ValueError:
+            return {}
+
+    def read(self, key: str, parse: Callable[[Any], R]) -> R | None:
+        """Return what is stored under a key; None if nothing is, or if it is damaged."""
+        with suppress(KeyError, TypeError, AttributeError, ValueError):
+            return parse(self.contents()[key])
+        return None
+
+    def write(self, key: str, value: Mapping[str, Any], busy: float) -> None:
+        """Store rates under a key, unless they are those of a busy machine; that is said."""
+        if busy > BUSY:
+            warnings.warn(BUSY_WORDS.format(busy), stacklevel=2)
+            return
+        with suppress(OSError):  # measured again next time
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps({**self.contents(), key: value}))
 
 
 def why_unusable(dtype: torch.dtype, peak: Mapping[str, float]) -> str | None:

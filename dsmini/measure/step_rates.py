@@ -1,4 +1,4 @@
-"""How much longer an operation takes inside a step than alone: factors of this machine, measured on other models.
+"""Factors of this machine by which operations take longer inside a step than alone, measured on other models.
 
 A curve of calibration.py times one operation over and over. In a step its inputs were just written by others, its
 memory may be new to the process, and its size may be none of those measured. Steps of a few small models say by how
@@ -6,93 +6,47 @@ much: for each kind of work and dtype, and each class of operations,
 
     factor = sum of measured seconds / sum of predicted seconds
 
-What a step takes beyond its operations, in Python and in autograd, is divided by its calls. The models are not those
+The time of a step beyond its operations, in Python and in autograd, is divided by its calls. The models are not those
 that anyone forecasts: forecast.py takes factors and cost of a call for other sizes.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from dsmini.atomic import write_text
 from dsmini.config import ModelConfig, TrainConfig
-from dsmini.measure.calibration import load_or_measure, stored_roofs
+from dsmini.measure.calibration import key_of, load_or_measure
 from dsmini.measure.counting import CountedOperation, count
-from dsmini.measure.cpu_time import CpuTimes
+from dsmini.measure.cpu_time import watched
 from dsmini.measure.dry import dry_count
 from dsmini.measure.kernels import CURVES
 from dsmini.measure.prediction import operation_seconds
 from dsmini.measure.process import peak_of_process
-from dsmini.measure.rates import Roofs, from_json
+from dsmini.measure.rates import BUSY, Roofs, Store, from_json
 from dsmini.measure.turns import in_turns
 from dsmini.measure.workloads import StepDtype, StepShape, Work
+from dsmini.reading import read_toml
 
 VERSION = 3
 """Version of this measurement; factors stored by another version are measured again."""
 SECONDS = 0.7
 """Time to fill with steps of one shape, and again with counted ones."""
 PASSES = 5
-ATTEMPTS, DELAYED = 4, 0.1
-"""A step is measured up to so many times, as long as its threads wait for a core more than this share of the time."""
+ATTEMPTS = 4
+"""A step is measured up to so many times, as long as the machine is busy."""
 LEAST_SHARE = 0.01
 """Share of a step's predicted time below which a class has the factor of all small classes together."""
 OTHERS = "others"
-SMALL = ModelConfig(
-    vocab_size=320,
-    dim=160,
-    inter_dim=416,
-    moe_inter_dim=112,
-    n_layers=3,
-    n_heads=4,
-    q_lora_rank=80,
-    kv_lora_rank=64,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    n_routed_experts=12,
-    n_activated_experts=3,
-    max_seq_len=2048,
-)
-"""1.3M parameters, with multi-token prediction."""
-WIDER = replace(
-    SMALL,
-    vocab_size=2048,
-    dim=384,
-    inter_dim=1024,
-    moe_inter_dim=160,
-    n_heads=6,
-    q_lora_rank=128,
-    n_routed_experts=24,
-    n_activated_experts=4,
-    n_mtp_layers=0,
-)
-SERVED = replace(
-    WIDER,
-    vocab_size=12000,
-    dim=768,
-    inter_dim=2048,
-    moe_inter_dim=192,
-    n_layers=5,
-    n_heads=12,
-    q_lora_rank=256,
-    kv_lora_rank=192,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=32,
-    v_head_dim=64,
-    n_routed_experts=48,
-    n_expert_groups=8,
-    n_limited_groups=4,
-    max_seq_len=4096,
-)
+_MODELS = {name: ModelConfig(**sizes) for name, sizes in read_toml(Path(__file__).with_name("steps.toml")).items()}
 SHAPES: Mapping[Work, tuple[tuple[ModelConfig, int, int], ...]] = {
-    "training": ((SMALL, 5, 192), (WIDER, 2, 320)),
-    "prefill": ((WIDER, 2, 150), (SERVED, 1, 320)),
-    "decode": ((WIDER, 1, 200), (SERVED, 1, 900), (SERVED, 6, 300)),
+    "training": ((_MODELS["small"], 5, 192), (_MODELS["wider"], 2, 320)),
+    "prefill": ((_MODELS["wider"], 2, 150), (_MODELS["served"], 1, 320)),
+    "decode": ((_MODELS["wider"], 1, 200), (_MODELS["served"], 1, 900), (_MODELS["served"], 6, 300)),
 }
 """Config, batch and tokens of the steps that are measured."""
 
@@ -127,6 +81,8 @@ class Rates:
     """Rates by work and dtype, such as "training bfloat16"."""
     process: int = 0
     """Bytes that a process takes besides the tensors of its steps: Python, torch, buffers of products."""
+    busy: float = 0.0
+    """As of Roofs."""
 
 
 def class_of(op: CountedOperation) -> str:
@@ -150,10 +106,9 @@ def load_or_measure_rates(
 
 def stored_rates(device: torch.device, keep: Path | None = None) -> Rates | None:
     """Return this machine's rates if they are stored, else None. Measures nothing."""
-    _, key, stored = stored_roofs(device, keep)
-    with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is stored, or it is damaged
-        return _from_json(stored[_steps_key(key)], from_json(stored[key]))
-    return None
+    store, key = Store.at(keep), key_of(device)
+    roofs = store.read(key, from_json)
+    return None if roofs is None else store.read(_steps_key(key), partial(_from_json, roofs=roofs))
 
 
 def rates_beyond(
@@ -164,16 +119,14 @@ def rates_beyond(
     fresh: bool = False,
 ) -> Rates:
     """Return these roofs with this machine's rates of steps, stored or measured now. Args: as of load_or_measure."""
-    keep, key, stored = stored_roofs(device, keep)
-    key = _steps_key(key)
-    if not fresh:
-        with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is stored, or it is damaged
-            return _from_json(stored[key], roofs)
-    rates = Rates(roofs=roofs, steps=measure_steps(roofs, device, on_part), process=measure_process())
-    stored[key] = {"steps": {name: asdict(each) for name, each in rates.steps.items()}, "process": rates.process}
-    with suppress(OSError):  # measured again next time
-        keep.parent.mkdir(parents=True, exist_ok=True)
-        write_text(keep, json.dumps(stored))
+    store, key = Store.at(keep), _steps_key(key_of(device))
+    stored = None if fresh else store.read(key, partial(_from_json, roofs=roofs))
+    if stored is not None:
+        return stored
+    steps, busy = watched(lambda: measure_steps(roofs, device, on_part))
+    rates = Rates(roofs=roofs, steps=steps, process=measure_process(), busy=max(busy, roofs.busy))
+    found = {"steps": {name: asdict(each) for name, each in rates.steps.items()}, "process": rates.process}
+    store.write(key, found, rates.busy)
     return rates
 
 
@@ -223,16 +176,17 @@ class MeasuredStep:
 def _measured(shape: StepShape, roofs: Roofs, device: torch.device) -> MeasuredStep:
     """Measure a step; again if other programs kept the cores meanwhile, and take the time when they did so least."""
     step = shape.make(device)
-    found: list[tuple[float, MeasuredStep]] = []
-    while len(found) < ATTEMPTS and (not found or found[-1][0] > DELAYED):
-        before = CpuTimes.now()
+
+    def attempt() -> MeasuredStep:
         taken = sorted(in_turns({"step": step}, device, seconds=SECONDS, least=3).seconds["step"])
         passes = [count(step, roofs.cache_bytes) for _ in range(1 + PASSES)][1:]
-        delayed = CpuTimes.now().rates_since(before).delayed
         operations = [each.operations for each in passes]
-        measured = MeasuredStep(passes=operations, views=passes[0].views, seconds=taken[len(taken) // 4])
-        found.append((delayed, measured))
-    return min(found, key=lambda attempt: attempt[0])[1]
+        return MeasuredStep(passes=operations, views=passes[0].views, seconds=taken[len(taken) // 4])
+
+    found: list[tuple[MeasuredStep, float]] = []
+    while len(found) < ATTEMPTS and (not found or found[-1][1] > BUSY):
+        found.append(watched(attempt))
+    return min(found, key=lambda measured: measured[1])[0]
 
 
 def rates_of(steps: Iterable[MeasuredStep], roofs: Roofs) -> StepRates:

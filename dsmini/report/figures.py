@@ -93,14 +93,28 @@ class Plot:
     caption: str = ""
 
 
+class Toned(str):
+    """A cell with a colour, by name, and a bar behind a ratio: its start and length in percent."""
+
+    tone: str
+    bar: tuple[float, float] | None
+
+    def __new__(cls, text: str, tone: str, bar: tuple[float, float] | None = None) -> "Toned":
+        made = super().__new__(cls, text)
+        made.tone, made.bar = tone, bar
+        return made
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Table of words and numbers that are not figures. Cells such as "worse" or "far" are coloured."""
+    """Table of words and numbers. Cells that are Toned, or such as "worse" or "far", are coloured."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     numeric: Sequence[str] = ()
     """Columns that are aligned on the right."""
+    common: str = ""
+    """Line above: words that all rows share."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 5.0, 3.2
 """Size in inches, at which text of 10.5 points is readable on a phone."""
-
-PREDICTED = "predicted"
-"""Entry of the legend for all predictions."""
 LEGEND_WIDTH, HANDLE = 70, 8
 """Width of a line of the legend, and of the mark of an entry, in characters."""
 ERRORS: dict[str, Any] = {"elinewidth": 1.1, "capsize": 2.5, "capthick": 1.1}
@@ -106,12 +103,9 @@ def svg(plot: Plot, theme: str, name: str) -> str | None:
                 _draw(axes, s, plot, colours, colours.series[place])
         _scale(axes, plot, series)
         if entries:
-            handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-            rows_first = [entry for column in range(columns) for entry in list(entries)[column::columns]]
-            shown = [handles[entries[entry]] for entry in rows_first]
-            drawn = figure.legend(shown, rows_first, loc="outside upper left", ncols=columns)
-            if PREDICTED in entries:
-                _mute(drawn.legend_handles[rows_first.index(PREDICTED)], colours)
+            handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+            rows_first = [entry for column in range(columns) for entry in entries[column::columns]]
+            figure.legend([handles[e] for e in rows_first], rows_first, loc="outside upper left", ncols=columns)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     axis = f" by {plot.x}" if plot.x else ""
@@ -133,16 +127,10 @@ def drawable(series: Series, plot: Plot) -> Series:
     return dataclasses.replace(series, **kept)
 
 
-def legend(series: Sequence[Series], plot: Plot) -> dict[str, str]:
-    """Return the entries of the legend, each with the label of the series whose mark it shows.
-
-    All predictions share the last entry. A single series needs no entry if its label repeats the title or the axis.
-    """
-    entries = {s.label: s.label for s in series if s.label and not s.of}
-    predictions = [s.label for s in series if s.of]
-    if predictions:
-        return entries | {PREDICTED: predictions[0]}
-    return {} if set(entries) <= {"measured", plot.title, plot.y} else entries
+def legend(series: Sequence[Series], plot: Plot) -> list[str]:
+    """Return the entries of the legend; none for a single series whose label repeats the title or the axis."""
+    entries = [s.label for s in series if s.label]
+    return [] if set(entries) <= {"measured", plot.title, plot.y} else entries
 
 
 def _columns(entries: Collection[str]) -> int:
@@ -150,16 +138,6 @@ def _columns(entries: Collection[str]) -> int:
     if sum(len(entry) + HANDLE for entry in entries) <= LEGEND_WIDTH:
         return max(1, len(entries))
     return max(1, LEGEND_WIDTH // (max(map(len, entries)) + HANDLE))
-
-
-def _mute(handle: Any, theme: Theme) -> None:
-    """Give the common entry of all predictions a neutral colour."""
-    for part in [handle, *getattr(handle, "get_children", list)()]:
-        if hasattr(part, "set_markerfacecolor"):
-            part.set_color(theme.muted)
-            part.set_markerfacecolor(theme.card)
-        elif hasattr(part, "set_edgecolor"):
-            part.set_edgecolor(theme.muted)
 
 
 def colours_of(series: Sequence[Series]) -> list[int]:

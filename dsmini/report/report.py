@@ -12,11 +12,9 @@ from markupsafe import Markup
 from rich.console import Console
 
 from dsmini.console.messages import say
-from dsmini.report import plots, terminal
+from dsmini.report import plots, rows, terminal
 from dsmini.report.figures import Detail, Figure, Plot, Table
 from dsmini.report.heat_map import HeatMap
-from dsmini.report.rows import Group, groups
-from dsmini.report.units import words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +46,9 @@ class Section:
     """Cases that failed, with their tracebacks."""
 
     @property
-    def groups(self) -> list[Group]:
+    def figure_tables(self) -> list[Table]:
         """Figures as tables of the page."""
-        return groups(self.figures)
+        return rows.tables(self.figures, self.notes)
 
     @cached_property
     def notes(self) -> list[str]:
@@ -138,7 +136,7 @@ class Report:
         loader = jinja2.FileSystemLoader(Path(__file__).parent)
         strict: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
         environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
-        environment.filters |= {"svg": Markup, "words": words}  # safe: we draw the SVG and escape its labels
+        environment.filters |= {"svg": Markup}  # safe: we draw the SVG and escape its labels
         page = environment.get_template("page.html.j2")
         groups = [g for s in self.sections for part in (s.details, s.folded) for g in part.values()]
         names = {detail.name for group in groups for detail in group}

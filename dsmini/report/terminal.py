@@ -7,9 +7,8 @@ from rich.console import Console
 from rich.text import Text
 
 from dsmini.console.messages import say
-from dsmini.report.figures import Detail, Figure, Table
-from dsmini.report.rows import Row, case_words, shared
-from dsmini.report.units import shown, words
+from dsmini.report.figures import Detail, Figure, Table, Toned
+from dsmini.report.rows import tables
 
 STYLES = {"near": "green", "equal": "green", "off": "yellow", "far": "red", "unequal": "bold red", "better": "green"}
 STYLES |= {"worse": "red", "new": "cyan", "gone": "cyan", "changed": "yellow", "reproduced": "green"}
@@ -19,16 +18,9 @@ LONGEST = 30
 
 
 def show_figures(console: Console, figures: Sequence[Figure]) -> None:
-    """Print the first figures as a table, and why others were left out."""
-    common = shared(figures)
-    rows: list[Sequence[str | Text]] = []
-    for r in map(Row, figures[:LONGEST]):
-        first = (case_words(r.figure, without=common), words(r.figure.metric))
-        rows.append((*first, r.predicted, r.measured, r.interval, Text(r.ratio, STYLES.get(r.tone, ""))))
-    if rows:
-        heading = Text(", ".join(f"{words(key)} {shown(value)}" for key, value in common.items()), style="dim")
-        numeric = ("predicted", "measured", "95 % interval", "ratio")
-        _print(console, heading, ("case", "metric", *numeric), numeric, rows)
+    """Print the first figures as tables, and why others were left out."""
+    for table in tables(figures[:LONGEST]):
+        show_table(console, table)
     if len(figures) > LONGEST:
         say(console, f"... and {len(figures) - LONGEST} more, in the report", style="dim")
     for note in dict.fromkeys(f.note for f in figures if f.measured is None and f.note.startswith("left out")):
@@ -44,10 +36,15 @@ def show_details(console: Console, title: str, details: Sequence[Detail]) -> Non
 
 def show_table(console: Console, table: Table, title: str = "") -> None:
     """Print a table of words, in parts if it is too wide; colour cells that are names of colours, such as "worse"."""
+    heading = Text(title, style="bold") if title else Text(table.common, style="dim")
     for columns in _parts(table, console.width):
         console.print()
-        rows = [[Text(cells[i], STYLES.get(cells[i], "")) for i in columns] for cells in table.rows]
-        _print(console, Text(title, style="bold"), [table.columns[i] for i in columns], table.numeric, rows)
+        rows = [[_cell(cells[i]) for i in columns] for cells in table.rows]
+        _print(console, heading, [table.columns[i] for i in columns], table.numeric, rows)
+
+
+def _cell(cell: str) -> Text:
+    return Text(cell, STYLES.get(cell.tone if isinstance(cell, Toned) else cell, ""))
 
 
 def _parts(table: Table, width: int) -> Iterator[list[int]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsmini import Transformer, ops
-from dsmini.diagnosis import arms, decoding, evidence, prices
+from dsmini.diagnosis import decoding, evidence, prices
 from dsmini.diagnosis import decoding_steps as steps
 from dsmini.diagnosis.arms import Arm, predict
 from dsmini.diagnosis.decoding import Acceptance, DecodingPrices, DecodingSubject, accepted_guesses, checked_context
@@ -26,7 +26,7 @@ from dsmini.measure.turns import Turns
 from dsmini.nn import MLA, Cache, FeedForward, MoE, mla
 from dsmini.report import Report
 from tests.conftest import Clock
-from tests.diagnosis.conftest import MODEL, decoding_subject, idle
+from tests.diagnosis.conftest import MODEL, decoding_subject
 from tests.helpers.questions import invented_rates
 
 LONG = dataclasses.replace(MODEL, max_seq_len=160)
@@ -101,14 +101,6 @@ def test_text_is_what_was_read() -> None:
         model(torch.tensor(found.rows), cache=cache)
     for got, want in zip(rows(found), cache.stores, strict=True):
         torch.testing.assert_close(got, want.data)
-
-
-def test_point_has_random_rows_where_none_fit(decoding: DecodingSubject) -> None:
-    longer = filled_cache(decoding.model, dataclasses.replace(point_of(decoding), context=100))
-    same = filled_cache(decoding.model, point_of(decoding))
-    assert longer.lengths.tolist() == [100, 100] and longer.stores[0].data[:, :100].std() > 0.5
-    assert torch.equal(same.stores[0].data[:, :64], decoding.cache.stores[0].data[:, :64])
-    assert filled_cache(decoding.model, Point(batch=3, context=5)).batch_size == 3
 
 
 def test_context_leaves_room_for_a_token() -> None:
@@ -264,18 +256,6 @@ def test_time_of_a_token_is_shared_by_accepted_guesses(
 # --- predictions
 
 
-def test_free_cache_is_predicted_to_gain_on_a_long_context_alone() -> None:
-    """Check the prediction on 8,000 cached tokens and on 2, where a narrow model took 0.1 us a token."""
-    config = dataclasses.replace(MODEL, max_seq_len=8192)
-    gains = {}
-    for context in (2, 8000):
-        subject = decoding_subject(config, context=2)
-        found = DecodingPrices(subject, invented_rates())
-        subject.context, found.narrow[PLAIN, 1] = context, (0.0, 1e-7)
-        gains[context] = 1 - found.seconds(steps.FREE_CACHE) / found.seconds()
-    assert abs(gains[2]) < 0.02 and gains[8000] > 0.3, gains
-
-
 def test_every_arm_is_predicted(decoding: DecodingSubject) -> None:
     """Check that each has a prediction, and that nothing of the model changes."""
     before = logits(decoding)
@@ -348,34 +328,3 @@ def test_slopes_of_all_forms(decoding: DecodingSubject, quick: None) -> None:
     predicted = dataclasses.replace(compared, turns=Turns({name: [s] for name, s in compared.predicted.items()}))
     assert {form: line_through(predicted, form)[1] for form in slopes} == pytest.approx(slopes, rel=1e-3)
     assert "us absorbed" in section.finding and "bytes from memory" in section.finding
-
-
-def test_line_through_arms() -> None:
-    places = [10, 100, 1000]
-    every = [Arm(name=f"{n}", at=float(n), apply=idle) for n in places]
-    found = arms.Comparison(arms=every, turns=Turns({f"{n}": [0.2 + 3e-4 * n] for n in places}))
-    assert line_through(found) == pytest.approx((0.2, 3e-4))
-
-
-def test_batches_and_contexts_end_where_memory_does(decoding: DecodingSubject, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoding.arms(None)
-    for memory, batches, contexts in ((1 << 40, [2, 1, 4, 8, 16, 32], 5), (1, [2], 1)):
-        monkeypatch.setattr(evidence, "memory_bytes", lambda _, n=memory: n)
-        names = [arm.at for arm in sweep_arms(decoding, "batches", monkeypatch)]
-        assert names == batches, "the subject's own stays"
-        assert len(evidence.contexts_of(decoding, 3)) <= contexts
-
-
-def sweep_arms(subject: DecodingSubject, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Arm]:
-    """Return the arms that a sweep would have."""
-    seen: dict[str, list[Arm]] = {}
-    real = evidence.sweep
-
-    def noted(name: str, every: list[Arm], *args: Any, **named: Any) -> evidence.Evidence:
-        seen[name] = every
-        return real(name, every, *args, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evidence, "sweep", noted)
-        decoding_evidence(subject, 0.001)
-    return seen[name]

@@ -10,7 +10,7 @@ import torch
 from dsmini import accounting
 from dsmini.diagnosis import evidence, training
 from dsmini.diagnosis.arms import Arm, Comparison
-from dsmini.diagnosis.evidence import Evidence, affordable, gather, sweep, training_evidence
+from dsmini.diagnosis.evidence import Evidence, gather, sweep, training_evidence
 from dsmini.diagnosis.pages import Diagnosis, Gathered, plot_of, sentence_of, table_of
 from dsmini.diagnosis.roofline import flops_of, points_of
 from dsmini.diagnosis.training import Subject
@@ -143,13 +143,6 @@ def test_what_to_try_ranks_gains_of_all_experiments() -> None:
     tries = Diagnosis(compared=first, verdict=nothing, findings=[], gathered=Gathered(compared=sweeps)).tries
     assert [arm.name for arm, _ in tries] == ["batch x 4", "waiting"]
     assert tries[1][1] is sweeps["batches"], "the larger gain of both"
-
-
-def test_sweep_leaves_out_what_takes_too_long() -> None:
-    """Check three turns of 1 + 2 + 4 + 8 steps of a second, in 60, 30 and no seconds; the first stays."""
-    arms = [Arm(name=f"{n}", apply=idle, cost=float(n)) for n in (1, 2, 4, 8)]
-    for seconds, names in ((60.0, "1 2 4 8"), (30.0, "1 2 4"), (0.0, "1")):
-        assert [arm.name for arm in affordable(arms, 1.0, seconds)] == names.split()
 
 
 # --- gathering

@@ -7,24 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from dsmini import machine
-from dsmini.machine import once
 from dsmini.measure.turns import Turns, in_turns, mean_of, median_of, reported, students_t
 from tests.conftest import Clock
 
 CPU = torch.device("cpu")
 
 # --- the stopwatch
-
-
-def test_once_waits_for_the_device(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    def synchronize(device: torch.device) -> None:
-        clock.log.append("wait")
-        clock.pay(10.0 * (clock.log == ["wait", "run", "wait"]))  # the device works longer than the call
-
-    monkeypatch.setattr(machine, "synchronize", synchronize)
-    assert once(clock.work("run", 1.0), CPU) == 11
-    assert clock.log == ["wait", "run", "wait"]
 
 
 def test_runs_take_turns_after_a_warm_up(clock: Clock) -> None:

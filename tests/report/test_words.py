@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from dsmini.report import Figure, units
-from dsmini.report.rows import Row
+from dsmini.report.rows import ratio
 
 
 def figure(measured: float | None, **given: Any) -> Figure:
@@ -50,7 +50,7 @@ def test_values_are_shown_in_readable_units(value: float | None, unit: str, said
 def test_tone_says_how_far_a_prediction_was_off(
     measured: float, predicted: float | None, bound: bool, tone: str
 ) -> None:
-    row = Row(figure(measured, unit="bytes", predicted=predicted, bound=bound))
-    assert row.tone == tone
+    found = ratio(figure(measured, unit="bytes", predicted=predicted, bound=bound))
+    assert found.tone == tone
     if tone == "bound":
-        assert row.ratio == f"{measured / 100:.2f}"
+        assert found == f"{measured / 100:.2f}"
