@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from dsmini import ops
 from dsmini.measure.counting import Count
-from dsmini.measure.torch_operations import is_free, name_of, tensors_in
+from dsmini.measure.torch_operations import is_free, name_of, operands_of, tensors_in
 
 INDEX_DTYPES = frozenset((torch.int64, torch.int32, torch.bool))
 """Dtypes of numbers that shapes depend on."""
@@ -90,7 +90,7 @@ class Dry(Holding):
         given = tensors_in([*args, *kwargs.values()])
         if name == "_local_scalar_dense" and given[0].dtype not in INDEX_DTYPES:
             return 1.0
-        changed = _changed(func, args, kwargs)
+        _, changed = operands_of(func, args, kwargs)
         on_indices = all(t.dtype in INDEX_DTYPES for t in (*given, *changed))
         if is_free(func) or (on_indices and changed):
             return func(*args, **kwargs)
@@ -123,13 +123,6 @@ class Dry(Holding):
             indices.copy_(self._chosen(indices, scores.shape[1]))
             counts.copy_(torch.bincount(indices.flatten(), minlength=scores.shape[1]))
         super().kernel_ran(call)
-
-
-def _changed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors that an operation writes into, in the order of its arguments."""
-    values = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return tensors_in([values[name] for name in written if name in values])
 
 
 def _returned(func: Any, changed: list[Tensor]) -> Any:

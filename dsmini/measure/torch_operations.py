@@ -14,7 +14,7 @@ as computed; causal attention counts as half of the square plus the diagonal.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +73,7 @@ class Work(NamedTuple):
 def work_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
     """Count one operation that ran with these arguments and this result."""
     name = name_of(func)
-    inputs, changed = _operands(func, args, kwargs)
+    inputs, changed = operands_of(func, args, kwargs)
     outputs = [t for t in tensors_in(out) if not any(t is c for c in changed)]
     base = name.rstrip("_") if name not in OVERWRITES else name
     touched = list({t.data_ptr(): t for t in [*inputs, *changed, *outputs]}.values())
@@ -131,24 +131,17 @@ def _is_view(func: Any) -> bool:
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
-def _operands(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+def operands_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors that are only read, and the tensors that are changed."""
     inputs: list[Tensor] = []
     changed: list[Tensor] = []
-    for argument, value in _arguments(func, args, kwargs):
+    values = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    for argument in func._schema.arguments:
         writes = argument.alias_info is not None and argument.alias_info.is_write
         # fused optimizers write gradients only to unscale them
         writes = writes and not (argument.name == "grads" and kwargs.get("grad_scale") is None)
-        (changed if writes else inputs).extend(tensors_in(value))
+        (changed if writes else inputs).extend(tensors_in(values.get(argument.name)))
     return inputs, changed
-
-
-def _arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    for i, argument in enumerate(func._schema.arguments):
-        if i < len(args):
-            yield argument, args[i]
-        elif argument.name in kwargs:
-            yield argument, kwargs[argument.name]
 
 
 def _gathered(base: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[int, int]:
