@@ -29,7 +29,7 @@ def main(args: Sequence[str]) -> int:
     from dsmini.ops import explanation
 
     if command.json:
-        print(json.dumps({row.operation: row.cells for row in explanation.rows("cpu")}))
+        print(json.dumps(explanation.rows("cpu")))
     else:
         ops.explain()
     return 0

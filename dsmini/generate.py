@@ -155,9 +155,9 @@ def _writer(command: GenerateCommand, phases: Phases, shared: "Sharing") -> "Wri
     with patience(console, f"reading {command.model}"):
         model, side, is_run = shared.load(command.model, command.average, partial(say, console), load)
     return Writer(
-        model,
-        side,
-        command.max_new_tokens,
+        model=model,
+        side=side,
+        max_new_tokens=command.max_new_tokens,
         sampling=sampling,
         ends=() if command.eos == "ignore" or (command.eos == "auto" and is_run) else side.ends,
         stops=command.stop,

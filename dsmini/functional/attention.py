@@ -1,7 +1,6 @@
 """Fast attention in plain PyTorch: causal, as in training and prefill, and of new tokens to a cache."""
 
 import functools
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,30 +24,12 @@ SPLIT_FROM, PART = 32 << 20, 8 << 20
 
 
 @ops.eager("causal_attention")
-def causal_attention_eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    documents: Tensor | None = None,
-    method: Literal["auto", "explicit", "sdpa"] = "auto",
-) -> Tensor:
-    """Compute causal_attention by one of two ways.
-
-    Args:
-        method: "explicit" computes the logits in q's dtype, for 128 queries at a time and the keys up to the last of
-            them. "sdpa" runs torch's flash attention. It needs q, k and v of equal width, so zeros are appended to the
-            narrower ones. "auto" runs explicit for short sequences on a CPU, else sdpa.
-    """
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
+    """Compute causal_attention of short sequences on a CPU with explicit logits, else by torch's flash attention."""
     if not q.numel():
         return ops.find("causal_attention").reference(q, k, v, scale, documents)
-    if method == "auto":
-        method = "explicit" if q.device.type == "cpu" and q.shape[2] <= _explicit_up_to(q.dtype) else "sdpa"
-    if method == "sdpa":
-        return _sdpa(q, k, v, scale, documents)
-    if method != "explicit":
-        raise ValueError(f"method={method!r} is unknown; use auto, explicit or sdpa")
-    return _explicit(q, k, v, scale, _mask(documents, q.shape[2], q.device))
+    short = q.device.type == "cpu" and q.shape[2] <= _explicit_up_to(q.dtype)
+    return (explicit_attention if short else flash_attention)(q, k, v, scale, documents)
 
 
 def _explicit_up_to(dtype: torch.dtype) -> int:
@@ -65,7 +46,8 @@ def _takes_fp32(x: Tensor, rows: int) -> bool:
     return not machine.multiplies_bf16()
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
+    """Compute causal_attention by torch, which wants equal widths: zeros are appended to the narrower operands."""
     width = max(q.shape[-1], v.shape[-1])
     wide_q, wide_k, wide_v = (t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
     seen = None if documents is None else ~_mask(documents, q.shape[2], q.device)
@@ -73,13 +55,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | Non
     return y[..., : v.shape[-1]]
 
 
-def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
-    """Compute attention block by block of queries.
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
+    """Compute causal_attention for 128 queries at a time and the keys up to the last of them, with logits in q's dtype.
 
     One operation multiplies q and k, scales the product and adds the mask. The softmax reads and writes q's dtype and
     computes in FP32.
     """
-    b, h, s, _ = q.shape
+    (b, h, s, _), mask = q.shape, _mask(documents, q.shape[2], q.device)
     added = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(mask, -torch.inf)
     added = added if added.dim() == 2 else added.expand(b, h, s, s).flatten(0, 1)
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)

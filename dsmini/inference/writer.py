@@ -65,50 +65,44 @@ class Answers:
     """Device of the model."""
 
 
+@dataclass(kw_only=True)
 class Writer:
     """Writes with a model.
-
-    Args:
-        ends: the tokens that end a text.
-        stops: the strings that end a text and are left out of it.
-        cache_dtype: auto is the model's.
-        context: number of tokens of a text that the cache has room for; more are an error. None: the model's context,
-            and when a text outgrows it, its older half is forgotten.
-        seed: seed of the random draws.
-        watch: shows the progress of long phases: a label, the number of tokens that are done, and that of all.
-        agree: as in Generation.
-        The others are as in generate.
 
     Raises: ValueError for a context of less than a token, or of more than the model's.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        side: TextSide,
-        max_new_tokens: int,
-        *,
-        sampling: Sampling,
-        ends: Collection[int] = (),
-        stops: Sequence[str] = (),
-        speculative: bool = False,
-        cache_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto",
-        context: int | None = None,
-        seed: int = 0,
-        watch: Callable[[str, int, int], None] | None = None,
-        agree: Callable[[list[list[int]]], None] | None = None,
-    ) -> None:
-        if context is not None and context < 1:
-            raise ValueError(f"--context {context} is less than 1; use the tokens a text may come to")
-        if context is not None and context > model.config.max_seq_len:
+    model: Transformer
+    side: TextSide
+    max_new_tokens: int
+    sampling: Sampling
+    ends: Collection[int] = ()
+    """Tokens that end a text."""
+    stops: Sequence[str] = ()
+    """Strings that end a text and are left out of it; those of the text side are added."""
+    speculative: bool = False
+    cache_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
+    """Dtype of the cache; auto is the model's."""
+    context: int | None = None
+    """Number of tokens of a text that the cache has room for; more are an error. None: the model's context, and when a
+    text outgrows it, its older half is forgotten."""
+    seed: int = 0
+    """Seed of the random draws."""
+    watch: Callable[[str, int, int], None] | None = None
+    """Shows the progress of long phases: a label, the number of tokens that are done, and that of all."""
+    agree: Callable[[list[list[int]]], None] | None = None
+    """As in Generation."""
+
+    def __post_init__(self) -> None:
+        longest = self.model.config.max_seq_len
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"--context {self.context} is less than 1; use the tokens a text may come to")
+        if self.context is not None and self.context > longest:
             raise ValueError(
-                f"--context {context} is more than the model's context of {model.config.max_seq_len}; use that or less"
+                f"--context {self.context} is more than the model's context of {longest}; use that or less"
             )
-        self.model, self.side, self.max_new_tokens = model, side, max_new_tokens
-        self.sampling, self.ends, self.stops = sampling, ends, (*stops, *side.stops)
-        self.speculative, self.context, self.watch, self.agree = speculative, context, watch, agree
-        self.cache_dtype: CacheDtype | None = CACHE_DTYPES[cache_dtype]
-        self.generator = torch.Generator().manual_seed(seed)
+        self.stops = (*self.stops, *self.side.stops)
+        self.generator = torch.Generator().manual_seed(self.seed)
 
     def encode(self, text: str, system: str | None = None) -> list[int]:
         """Return the tokens of a prompt; with a chat template those of a conversation with one turn."""
@@ -127,7 +121,20 @@ class Writer:
         """
         for number, tokens in enumerate(prompts, 1):
             self._refuse_length(number, len(tokens))
-        generation = self._generation(prompts)
+        generation = Generation(
+            self.model,
+            prompts,
+            self.max_new_tokens,
+            sampling=self.sampling,
+            eos_token_id=list(self.ends) or None,
+            speculative=self.speculative,
+            generator=self.generator,
+            cache_dtype=CACHE_DTYPES[self.cache_dtype],
+            max_seq_len=self.context,
+            slide=self.context is None,
+            watch=None if self.watch is None else partial(self.watch, "reading the prompt"),
+            agree=self.agree,
+        )
         rows, shown = zip(*(self._continuation(row) for row in prompts), strict=True)
         watch = self.watch if page is None else None
         interrupted = follow(generation, rows, shown, self.max_new_tokens, page, watch)
@@ -154,22 +161,6 @@ class Writer:
                 f"--context {self.context} has no room for a prompt of {n_tokens} tokens and {self.max_new_tokens} new "
                 f"ones; {fix}, or a shorter prompt"
             )
-
-    def _generation(self, prompts: Sequence[list[int]]) -> Generation:
-        return Generation(
-            self.model,
-            prompts,
-            self.max_new_tokens,
-            sampling=self.sampling,
-            eos_token_id=list(self.ends) or None,
-            speculative=self.speculative,
-            generator=self.generator,
-            cache_dtype=self.cache_dtype,
-            max_seq_len=self.context,
-            slide=self.context is None,
-            watch=None if self.watch is None else partial(self.watch, "reading the prompt"),
-            agree=self.agree,
-        )
 
     def _continuation(self, tokens: list[int]) -> tuple[Continuation, str]:
         """Return the reader of a prompt's new tokens and the text shown before them: the prompt, but not in a chat.
@@ -237,28 +228,29 @@ def follow(
     Args:
         prompts: the text that the page shows before each row, once the prompts are read.
     """
-    interrupted = False
-    before = list(prompts)
+    interrupted, before = False, list(prompts)
+
+    def show(i: int, piece: str, ended: bool) -> None:
+        piece, before[i] = before[i] + piece, ""
+        if page is not None:
+            page.add(i, piece)
+            if ended:
+                page.end(i)
+
     try:
         for new in generation:
             for i, (row, tokens) in enumerate(zip(rows, new, strict=True)):
-                piece, before[i] = before[i] + row.add(tokens), ""
-                if row.ended is not None or row.n_tokens == max_new_tokens:
+                piece = row.add(tokens)
+                ended = row.ended is not None or row.n_tokens == max_new_tokens
+                if ended:
                     generation.end(i)
-                    piece += row.close()
-                if page is not None:
-                    page.add(i, piece)
-                    if row.ended is not None or row.n_tokens == max_new_tokens:
-                        page.end(i)
+                show(i, piece + (row.close() if ended else ""), ended)
             if watch is not None:
                 watch("writing", sum(row.n_tokens for row in rows), len(rows) * max_new_tokens)
     except KeyboardInterrupt:
         interrupted = True
     for i, row in enumerate(rows):
-        piece = before[i] + row.close()
-        if page is not None:
-            page.add(i, piece)
-            page.end(i)
+        show(i, row.close(), ended=True)
     return interrupted
 
 

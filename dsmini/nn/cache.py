@@ -133,19 +133,15 @@ def new_layer_cache(
     c: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device
 ) -> LayerCache:
     """Return the empty cache of one layer of a model, with that of its indexer."""
-    sizes = (batch_size, max_seq_len)
-    if c.is_mla and dtype == "fp8":
-        layer = FP8LayerCache(*sizes, c.kv_lora_rank, c.qk_rope_head_dim, device)
+    sizes, d = (batch_size, max_seq_len), c.index_head_dim if c.attention == "dsa" else None
+    if dtype == "fp8":
+        layer: LayerCache = FP8LayerCache(*sizes, c.kv_lora_rank, c.qk_rope_head_dim, device)
+        index = None if d is None else FP8LayerCache(*sizes, d, 0, device, "ue8m0", AMAX_MIN)
     else:
-        assert dtype != "fp8", "Cache refuses it"
         latent, heads = c.kv_lora_rank + c.qk_rope_head_dim, c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim)
         layer = LayerCache(*sizes, latent if c.is_mla else heads, dtype, device)
-    if c.attention == "dsa":
-        assert c.index_head_dim is not None
-        if dtype == "fp8":
-            layer.index = FP8LayerCache(*sizes, c.index_head_dim, 0, device, "ue8m0", AMAX_MIN)
-        else:
-            layer.index = LayerCache(*sizes, c.index_head_dim, dtype, device)
+        index = None if d is None else LayerCache(*sizes, d, dtype, device)
+    layer.index = index
     return layer
 
 

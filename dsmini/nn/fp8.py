@@ -250,7 +250,8 @@ class FP8Linear(FP8Weights, Projection, precision="fp8"):
         return fp8_swiglu_matmul(gate, up, self.operand("weight"))
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
-        return _as_multiplied(self.operand("weight"), dtype)
+        weight = self.operand("weight")
+        return (quantize(weight, WEIGHT_TILE) if isinstance(weight, Tensor) else weight).dequantize(dtype)
 
 
 class QuantizedExperts(FP8Weights, Experts):
@@ -265,10 +266,6 @@ class QuantizedExperts(FP8Weights, Experts):
     ) -> Float[Tensor, "n m"]:
         w1, w2, w3 = (self.operand(name) for name in ("w1", "w2", "w3"))
         return quantized_experts(untrainable(x), indices, weights, counts, w1, w2, w3)
-
-    def expert(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        w1, w2, w3 = (matrix_of(self.operand(name), i) for name in ("w1", "w2", "w3"))
-        return dense(w1, dtype), dense(w2, dtype), dense(w3, dtype)
 
 
 class FP8Experts(FP8Weights, Experts, precision="fp8"):
@@ -288,15 +285,6 @@ class FP8Experts(FP8Weights, Experts, precision="fp8"):
         codes = untrainable(codes) if self.holds_fp8 else codes
         w1, w2, w3 = (self.operand(name) for name in ("w1", "w2", "w3"))
         return fp8_experts(codes, indices, weights, counts, w1, w2, w3)
-
-    def expert(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        w1, w2, w3 = (_as_multiplied(matrix_of(self.operand(name), i), dtype) for name in ("w1", "w2", "w3"))
-        return w1, w2, w3
-
-
-def _as_multiplied(weight: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """Return a weight's values after rounding to FP8, in that dtype."""
-    return (quantize(weight, WEIGHT_TILE) if isinstance(weight, Tensor) else weight).dequantize(dtype)
 
 
 class _Untrainable(torch.autograd.Function):

@@ -49,18 +49,8 @@ def linear_cross_entropy(
     Args:
         chunk_rows: rows of logits that exist at a time. None: about 16 MiB of them. The plain version holds all rows.
     """
-    rows_at_a_time(chunk_rows, weight.shape[0])
     logits = at_least_fp32(hidden @ weight.to(hidden.dtype).T)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-
-
-def rows_at_a_time(chunk_rows: int | None, vocab_size: int) -> int:
-    """Return chunk_rows, which must be 1 or more; for None the number of rows whose FP32 logits take about 16 MiB."""
-    if chunk_rows is None:
-        return max(1, 2**22 // vocab_size)
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows={chunk_rows} is less than 1; use 1 or more, or leave it out")
-    return chunk_rows
 
 
 def chunked_cross_entropy(

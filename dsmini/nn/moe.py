@@ -110,10 +110,6 @@ class Experts(nn.Module):
         e, f, m = self.w1.shape
         return f"{m}, {f}, {e} experts"
 
-    def expert(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Return w1, w2 and w3 of expert i in that dtype."""
-        return self.w1[i].to(dtype), self.w2[i].to(dtype), self.w3[i].to(dtype)
-
 
 class MoE(nn.Module):
     """A DeepSeekMoE layer: the gate, its routed experts, and the shared experts. From a config or plain arguments.

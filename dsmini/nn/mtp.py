@@ -127,6 +127,7 @@ class MTPChain(nn.ModuleList):
         before: Float[Tensor, "b s m"],
         cache: MTPCache,
         lengths: Int[Tensor, " b"] | None = None,
+        run: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> list[Float[Tensor, "b s m"]]:
         """Append tokens to the cache, and return each depth's normed states: after each token, of the next.
 
@@ -134,8 +135,16 @@ class MTPChain(nn.ModuleList):
             embedding: of the new tokens, which the main model has seen or is about to see.
             before: the main model's hidden state at the position before each new token.
             lengths: number of new tokens of each row, padded on the right; None: all columns are tokens.
+            run: does what decode_depth does, in its place.
         """
-        return decode_depths(self.decode_depth, embedding, before, cache, lengths)
+        at, depths, all_normed = cache.place(embedding.shape[1], lengths), len(cache.stores), []
+        for k in range(depths):
+            normed, given = (run or self.decode_depth)(k, embedding, before, cache, at)
+            all_normed.append(normed)
+            if k + 1 < depths:
+                before = cache.shift(k + 1, given, lengths)
+        cache.lengths = at.lengths
+        return all_normed
 
     def decode_depth(
         self,
@@ -151,22 +160,3 @@ class MTPChain(nn.ModuleList):
         context = AttentionContext(cos_sin=self.rope.cos_sin(at.positions), cache=view)
         (x, normed), _ = block(before, embedding, context, True)
         return normed, x if self.pre_norm else normed
-
-
-def decode_depths(
-    run: Callable[[int, Tensor, Tensor, MTPCache, CachePositions], tuple[Tensor, Tensor]],
-    embedding: Float[Tensor, "b s m"],
-    before: Float[Tensor, "b s m"],
-    cache: MTPCache,
-    lengths: Int[Tensor, " b"] | None,
-) -> list[Float[Tensor, "b s m"]]:
-    """Run one depth after the other on new tokens, by MTPChain.decode_depth or what does the same."""
-    at = cache.place(embedding.shape[1], lengths)
-    all_normed: list[Tensor] = []
-    for k in range(len(cache.stores)):
-        normed, given = run(k, embedding, before, cache, at)
-        all_normed.append(normed)
-        if k + 1 < len(cache.stores):
-            before = cache.shift(k + 1, given, lengths)
-    cache.lengths = at.lengths
-    return all_normed

@@ -17,7 +17,7 @@ from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy
 from dsmini.nn.dsa import IndexerLoss
 from dsmini.nn.gate import Gate, Routing
 from dsmini.nn.layers import Embedding, FP32Linear, LayerNorm, Linear, Projection, RMSNorm, check_ids, is_plain
-from dsmini.nn.losses import IGNORE, Losses, chunked_cross_entropy, linear_cross_entropy, rows_at_a_time
+from dsmini.nn.losses import IGNORE, Losses, chunked_cross_entropy, linear_cross_entropy
 from dsmini.nn.moe import Experts
 from dsmini.nn.mtp import MTPChain
 from dsmini.nn.rope import Rope
@@ -303,7 +303,8 @@ class Transformer(nn.Module):
         hidden, targets = hidden.flatten(0, -2), targets.flatten()
         if is_plain(self.head):
             return linear_cross_entropy(hidden, self.head.weight, targets, chunk_rows)
-        return chunked_cross_entropy(self.head, hidden, targets, rows_at_a_time(chunk_rows, self.config.vocab_size))
+        rows = max(1, 2**22 // self.config.vocab_size) if chunk_rows is None else chunk_rows
+        return chunked_cross_entropy(self.head, hidden, targets, rows)
 
     @property
     def device(self) -> torch.device:

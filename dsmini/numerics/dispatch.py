@@ -95,19 +95,13 @@ class _Dispatch(torch.autograd.Function):
         return F.embedding_bag(slot, grad, mode="sum"), None, None
 
 
-class _QuantizedDispatch(torch.autograd.Function):
+class _QuantizedDispatch(_Dispatch):
     """_Dispatch for rows that exist as codes: a tensor for the graph of autograd, of one element in memory."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, slot: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, source: Tensor, slot: Tensor, rows: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(slot)
         return source.new_zeros(()).expand(rows, source.shape[1])
-
-    @staticmethod
-    @ops.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (slot,) = ctx.saved_tensors
-        return F.embedding_bag(slot, grad, mode="sum"), None, None
 
 
 class _Combine(torch.autograd.Function):

@@ -66,10 +66,6 @@ class Format:
         """Return all finite values from 0 to max in FP32, ordered by their codes without sign."""
         return torch.tensor(_values(self.mantissa_bits, self.bias, self.max), device=device)
 
-    def step(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """Return the distance between neighbouring values at x, in FP32."""
-        return (self._exponent(x.float().abs().clamp(max=self.max)) - self.mantissa_bits << 23).view(torch.float32)
-
     def round(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Return the nearest value in FP32, ties to an even last bit.
 

@@ -1,7 +1,7 @@
 """Quantize a tensor: codes in a short format, and a scale for each tile."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -105,11 +105,8 @@ class QuantizedTensor:
 
     def __reduce__(self) -> tuple[Callable[..., "QuantizedTensor"], tuple[Any, ...]]:
         """Return the parts for pickle and deepcopy, which give the same without a gradient."""
-        # as bytes: not every version of torch pickles FP8 tensors
-        rest = {
-            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("codes", "source")
-        }
-        return _restore, (type(self), self.codes.view(torch.uint8), self.codes.dtype, rest)
+        # as bytes: torch pickles no FP8 tensors
+        return _restore, (vars(self) | {"codes": self.codes.view(torch.uint8), "source": None}, self.codes.dtype)
 
     def __repr__(self) -> str:
         seen = self.scales.numel() and self.scales.device.type != "meta"
@@ -198,8 +195,8 @@ def quantize(
     )
 
 
-def _restore(kind: type[QuantizedTensor], codes: Tensor, dtype: torch.dtype, rest: dict[str, Any]) -> QuantizedTensor:
-    return kind(codes=codes.view(dtype), **rest)
+def _restore(fields: dict[str, Any], dtype: torch.dtype) -> QuantizedTensor:
+    return QuantizedTensor(**fields | {"codes": fields["codes"].view(dtype)})
 
 
 def check_source(x: Any, what: str) -> None:
@@ -236,20 +233,6 @@ def check_options(scale: str, amax_min: float, **formats: str) -> None:
         raise ValueError(
             f"amax_min={amax_min!r}; want a finite number, 2^-100 or more: use {AMAX_MIN} or, for gradients, 2**-100"
         )
-
-
-def check_parts(codes: Tensor, scales: Tensor, shape: torch.Size, tile: Tile, format: FormatName) -> None:
-    """Refuse codes and scales that do not fit a tensor of that shape in such tiles."""
-    f = FORMATS[format]
-    height, width = _pair(tile)
-    *batch, c = shape
-    of_tiles = [*batch[:-1], *(-(-n // height) for n in batch[-1:]), -(-c // width)]
-    coded = [*batch, -(-c // 8) * 12 if f.packed else c]
-    one = [1] * len(shape)
-    if list(codes.shape) != coded or codes.dtype != f.dtype:
-        raise ValueError(f"codes are {list(codes.shape)} {codes.dtype}; want {coded} {f.dtype}")
-    if list(scales.shape) not in (of_tiles, one) or scales.dtype != torch.float32:
-        raise ValueError(f"scales are {list(scales.shape)} {scales.dtype}; want {of_tiles} torch.float32")
 
 
 def _pair(tile: Any) -> Tile:

@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, ClassVar, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -129,32 +129,26 @@ class Operation(Generic[P, R]):
         if wanted and any(t.requires_grad for a in every for t in tensors_of(a)):
             return self.plain(*args, **kwargs)
         kernels = _load(backend)
-        if not isinstance(kernels, ModuleType):
-            return self._without(kernels, *args, **kwargs)
-        try:
-            return self._run_kernel(getattr(kernels, self.name), *args, **kwargs)
-        except kernels.Unserved as reason:
-            return self._without(str(reason) or None, *args, **kwargs)
-
-    def _without(self, reason: str | None, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run PyTorch code, or raise ValueError if the backend is forced and gave a reason."""
-        forced = chosen()
-        if forced is not None and reason is not None:
+        reason = kernels
+        if isinstance(kernels, ModuleType):
+            kernel = getattr(kernels, self.name)
+            try:
+                return kernel(*args, **kwargs) if _counter.get() is None else self._counted(kernel, args, kwargs)
+            except kernels.Unserved as error:
+                reason = str(error)
+        if reason and chosen() is not None:
             raise ValueError(
-                f"backend {forced!r} is forced and cannot run {self.name}: {reason}; use another, or 'auto'"
+                f"backend {chosen()!r} is forced and cannot run {self.name}: {reason}; use another, or 'auto'"
             )
         return self.plain(*args, **kwargs)
 
-    def _run_kernel(self, kernel: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        counter = _counter.get()
-        if counter is None:
-            return kernel(*args, **kwargs)
+    def _counted(self, kernel: Callable[P, R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+        """Run a kernel and report it to the counter."""
         start = time.perf_counter()
-        with torch._C._DisableTorchDispatch():
-            result = kernel(*args, **kwargs)
-        seconds = time.perf_counter() - start
         with torch._C._DisableTorchDispatch():  # what a counter computes is no work of the call
-            counter.kernel_ran(Call(self.name, args, kwargs, result, seconds))
+            result = kernel(*args, **kwargs)
+            call = Call(self.name, args, kwargs, result, time.perf_counter() - start)
+            cast(Counter, _counter.get()).kernel_ran(call)
         return result
 
 

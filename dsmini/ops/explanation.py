@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -30,14 +30,6 @@ REASONS = {
 """Meaning of each cell of the table."""
 
 
-class Implementations(NamedTuple):
-    """An operation, and what each implementation does with a call: a key of REASONS by the name of the backend."""
-
-    operation: str
-    device: str
-    cells: dict[str, str]
-
-
 def operations() -> dict[str, Operation[..., Any]]:
     """Return the operations of dsmini by name."""
     for module in DECLARE:
@@ -45,27 +37,24 @@ def operations() -> dict[str, Operation[..., Any]]:
     return dict(sorted(Operation.declared.items()))
 
 
-def rows(device: str) -> list[Implementations]:
-    """Return a row for each operation on tensors of a device type, "cpu" or "cuda".
+def rows(device: str) -> dict[str, dict[str, str]]:
+    """Return for each operation what each backend does with a call on a device type, "cpu" or "cuda".
+
+    The words are keys of REASONS, by the name of the backend.
 
     Raises: ValueError if DSMINI_BACKEND is unknown.
     """
-    forced = ops.chosen()
-    wanted = forced or FOR_DEVICE.get(device, "eager")
-    return [
-        Implementations(name, device, _cells(operation, device, forced, wanted))
-        for name, operation in operations().items()
-    ]
-
-
-def _cells(operation: Operation[..., Any], device: str, forced: str | None, wanted: str) -> dict[str, str]:
-    is_tuned = operation.plain is not operation.reference
-    cells = {backend: _kernel_cell(operation.name, backend, device, forced) for backend in FOR_DEVICE.values()}
-    by_kernel = {RUNS, "raises"} & set(cells.values())
-    plain = "forced away" if wanted == "reference" else "gradient" if by_kernel else RUNS
-    if is_tuned:
-        return {"reference": RUNS if wanted == "reference" else "on request", "eager": plain, **cells}
-    return {"reference": RUNS if wanted == "reference" else plain, "eager": "none", **cells}
+    forced, found = ops.chosen(), {}
+    for name, operation in operations().items():
+        kernels = {backend: _kernel_cell(name, backend, device, forced) for backend in FOR_DEVICE.values()}
+        is_tuned = operation.plain is not operation.reference
+        if forced == "reference":
+            reference, plain = RUNS, "forced away"
+        else:
+            plain = "gradient" if {RUNS, "raises"} & set(kernels.values()) else RUNS
+            reference = "on request" if is_tuned else plain
+        found[name] = {"reference": reference, "eager": plain if is_tuned else "none", **kernels}
+    return found
 
 
 def _kernel_cell(name: str, backend: str, device: str, forced: str | None) -> str:
@@ -102,31 +91,21 @@ def lines() -> Iterator[str]:
     yield f"{ISA_VARIABLE}: {os.environ.get(ISA_VARIABLE) or 'not set'}"
     for backend in FOR_DEVICE.values():
         kernels, _ = _kernels(backend)
-        state = f"ready: {kernels.describe()}" if isinstance(kernels, ModuleType) else f"not here: {kernels}"
-        yield f"{backend}: {state}"
-    met: set[str] = set()
+        yield f"{backend}: " + (
+            f"ready: {kernels.describe()}" if isinstance(kernels, ModuleType) else f"not here: {kernels}"
+        )
+    columns, met = [*reversed(BACKENDS)], set[str]()
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
-        table = rows(device)
-        met |= {cell for row in table for cell in row.cells.values()}
-        yield from ("", *_aligned(table))
+        isas = {name: instruction_set(name) for name in columns}
+        table = [(f"tensors on {device}", *(f"{name} ({isa})" if isa else name for name, isa in isas.items()))]
+        table += [(name, *(cells[backend] for backend in columns)) for name, cells in rows(device).items()]
+        met |= {cell for row in table[1:] for cell in row[1:]}
+        wide = [max(map(len, column)) for column in zip(*table, strict=True)]
+        yield ""
+        yield from ("  ".join(f"{cell:{w}}" for cell, w in zip(row, wide, strict=True)).rstrip() for row in table)
     yield ""
-    wide = max(map(len, met))
-    yield from (f"{cell:{wide}}  {meaning}" for cell, meaning in REASONS.items() if cell in met)
-
-
-def _aligned(table: list[Implementations]) -> Iterator[str]:
-    """Yield a table's head and rows, in columns."""
-    columns = [*reversed(BACKENDS)]
-    cells = [(f"tensors on {table[0].device}", *map(_heading, columns))]
-    cells += [(row.operation, *(row.cells[backend] for backend in columns)) for row in table]
-    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        yield "  ".join(f"{cell:{w}}" for cell, w in zip(row, wide, strict=True)).rstrip()
-
-
-def _heading(backend: str) -> str:
-    instructions = instruction_set(backend)
-    return f"{backend} ({instructions})" if instructions else backend
+    longest = max(map(len, met))
+    yield from (f"{cell:{longest}}  {meaning}" for cell, meaning in REASONS.items() if cell in met)
 
 
 def instruction_set(backend: str = "cpu") -> str:

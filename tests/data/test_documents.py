@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsmini import MLA, Attention, Transformer
-from dsmini.functional.attention import causal_attention_eager
+from dsmini.functional.attention import explicit_attention, flash_attention
 from dsmini.nn.attention import context_of
 from tests.helpers.tolerances import FP32_UNIT, ROPE_TABLE, relative_error, rounding
 
@@ -37,11 +37,11 @@ def test_both_ways_of_attention_mask_alike_row_by_row(s: int) -> None:
     documents = torch.stack([torch.arange(s) // 11, torch.arange(s) // 29])
     direction = torch.randn(2, 3, s, 7)
 
-    def run(method: Any) -> list[torch.Tensor]:
-        y = causal_attention_eager(q, k, v, 0.4, documents, method)
+    def run(attend: Any) -> list[torch.Tensor]:
+        y = attend(q, k, v, 0.4, documents)
         return [y, *torch.autograd.grad((y * direction).sum(), [q, k, v])]
 
-    explicit, sdpa = run("explicit"), run("sdpa")
+    explicit, sdpa = run(explicit_attention), run(flash_attention)
     for a, b in zip(sdpa, explicit, strict=True):
         assert (a - b).norm() <= rounding(FP32_UNIT, terms=s, chained=4) * max(b.norm(), explicit[0].norm())
 

@@ -122,7 +122,7 @@ def test_a_backend_that_is_unknown_or_cannot_serve_says_why(monkeypatch: pytest.
 def explained(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, list[str]]]:
     """Return a function that explains two operations: the cells by operation, in the order of ops.BACKENDS."""
     monkeypatch.setattr(explanation, "operations", lambda: {"speak": speak, "whisper": whisper})
-    return lambda: {row.operation: [row.cells[name] for name in ops.BACKENDS] for row in explanation.rows("cpu")}
+    return lambda: {name: [of[backend] for backend in ops.BACKENDS] for name, of in explanation.rows("cpu").items()}
 
 
 def test_explain_prints_an_aligned_table(
@@ -177,7 +177,7 @@ def test_every_declared_operation_is_explained_and_declared_once() -> None:
     known = explanation.operations().keys()
     assert len(declared) > 15 and known - {"speak", "whisper"} == declared
     assert {name for _, name in ops.Operation.fast} <= known, "a version under a misspelt name would never run"
-    assert explanation.REASONS.keys() >= {cell for row in explanation.rows("cpu") for cell in row.cells.values()}
+    assert explanation.REASONS.keys() >= {cell for cells in explanation.rows("cpu").values() for cell in cells.values()}
     with pytest.raises(ValueError, match=r"declares the operation 'linear' again; it is that of dsmini\.nn\.layers"):
         ops.operation("linear")(lambda x: x)
 

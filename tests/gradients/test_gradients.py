@@ -1,7 +1,7 @@
 """Every layer's gradient against finite differences, in FP64, with respect to its inputs and all its parameters."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from dsmini import MLA, MTP, Attention, Experts, FeedForward, ModelConfig, MoE, 
 from dsmini.nn import DSA, Rope, apply_rope, linear_cross_entropy, sequence_balance_loss
 from dsmini.nn.layers import rms_norm
 from dsmini.nn.losses import IGNORE
+from tests.conftest import randomise
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 TINY: dict[str, Any] = {
@@ -22,7 +23,7 @@ TINY: dict[str, Any] = {
     "moe_inter_dim": 3,
     "n_layers": 2,
     "n_dense_layers": 1,
-    "n_heads": 3,
+    "n_heads": 4,
     "q_lora_rank": 5,
     "kv_lora_rank": 3,
     "qk_nope_head_dim": 2,
@@ -36,23 +37,55 @@ TINY: dict[str, Any] = {
     "max_seq_len": 64,
 }
 YARN: dict[str, Any] = {"original_seq_len": 8, "rope_factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.3}
+INDEX = {"index_n_heads": 2, "index_head_dim": 4, "index_topk": 3}
 
 
 def rand(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def check(
-    module: nn.Module,
-    inputs: Sequence[Any],
-    output: Callable[[Any], Any] = lambda y: y,
-    only: Sequence[str] | None = None,
-    fast: bool = False,
-) -> None:
-    """gradcheck of output(module(*inputs)) with respect to the inputs and the parameters (`only`, if given)."""
-    module.double()
-    parameters = {n: p for n, p in module.named_parameters() if only is None or n in only}
-    assert only is None or len(parameters) == len(only)
+class Layer(NamedTuple):
+    """A layer, the sizes of its inputs, the part of its output that is checked, and whether all entries are."""
+
+    make: Callable[[], nn.Module]
+    inputs: Sequence[Sequence[int]]
+    output: Callable[[Any], Any] = lambda y: y
+    fast: bool = True
+
+
+def tiny(kind: Any, **changes: Any) -> Callable[[], nn.Module]:
+    return lambda: kind(**TINY | changes)
+
+
+def moe(**changes: Any) -> Layer:
+    return Layer(tiny(MoE, **changes), [(1, 5, 5)], lambda out: (out[0], out[1].weights, out[1].scores))
+
+
+LAYERS = {
+    "rms_norm": Layer(lambda: RMSNorm(7), [(3, 7)], fast=False),
+    **{
+        f"mla {name}{' direct query' * (rank is None)}": Layer(tiny(MLA, **rope, q_lora_rank=rank), [(2, 5, 5)])
+        for name, rope in (("", {}), ("yarn", YARN))
+        for rank in (None, 5)
+    },
+    # no choice moves within a step; the indexer has no gradient of the output
+    "dsa": Layer(tiny(DSA, **INDEX), [(2, 6, 5)]),
+    "dsa direct query": Layer(tiny(DSA, **INDEX, q_lora_rank=None), [(2, 6, 5)]),
+    "mha": Layer(tiny(Attention, attention="mha"), [(2, 5, 5)]),
+    "gqa": Layer(tiny(Attention, attention="gqa", n_kv_heads=2), [(2, 5, 5)]),
+    "mqa": Layer(tiny(Attention, attention="mqa"), [(2, 5, 5)]),
+    "feed-forward": Layer(tiny(FeedForward), [(3, 5)], fast=False),
+    "moe v3": moe(),
+    "moe, weights as they are": moe(norm_topk_prob=False),
+    "moe v2": moe(score_func="softmax", topk_method="group_limited_greedy"),
+    "mtp": Layer(tiny(MTP), [(1, 5, 5), (1, 5, 5)], lambda out: out[0]),
+}
+
+
+def check(module: nn.Module, inputs: Sequence[Any], output: Any, only: Sequence[str], fast: bool = True) -> None:
+    """gradcheck of output(module(*inputs)) with respect to the inputs and the parameters `only`."""
+    parameters = {name: p for name, p in module.double().named_parameters() if name in only}
+    assert len(parameters) == len(only)
 
     def run(*values: Any) -> Any:
         given, rest = values[: len(parameters)], values[len(parameters) :]
@@ -61,102 +94,42 @@ def check(
     assert gradcheck(run, (*parameters.values(), *inputs), fast_mode=fast)
 
 
-def test_rms_norm(randomise: Any) -> None:
-    check(randomise(RMSNorm(7)), [rand(3, 7)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_a_layer(name: str) -> None:
+    layer = LAYERS[name]
+    module = randomise(layer.make())
+    only = [name for name, _ in module.named_parameters() if not name.startswith("indexer.")]
+    check(module, [rand(*size) for size in layer.inputs], layer.output, only, layer.fast)
 
 
-@pytest.mark.parametrize(("size", "eps"), [(1.0, 1e-6), (1.0, 0.5), (1e-3, 1e-6), (1e4, 1e-6), (0.0, 1e-6)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_rms_norm_on_a_cpu_equals_torchs(randomise: Any, dtype: torch.dtype, size: float, eps: float) -> None:
-    norm = randomise(RMSNorm(63, eps))
-    x = (size * torch.randn(2, 5, 63)).to(dtype).requires_grad_()
-    direction = torch.randn(2, 5, 63).to(dtype)
-    unit = BF16_UNIT if dtype == torch.bfloat16 else FP32_UNIT
-    got, want = norm(x), rms_norm(x, norm.weight, eps)
-    grads = [torch.autograd.grad((y * direction).sum(), [x, norm.weight]) for y in (got, want)]
-    for a, b in [(got, want), *zip(*grads, strict=True)]:
-        assert a.dtype == b.dtype
-        assert relative_error(a, b) <= rounding(unit, terms=63 if unit == FP32_UNIT else 1)
-
-
-def test_norms_and_rotations_of_bf16_round_only_their_result(randomise: Any) -> None:
-    """Computed in FP32 they are the exact result rounded, but for the few that lie halfway between two BF16 numbers."""
-    norm, x = randomise(RMSNorm(64)), torch.randn(1, 130, 1, 64).bfloat16()
-    cos, sin = Rope(dim=64).cos_sin(torch.arange(130))
-    exact = [rms_norm(x.double(), norm.weight.double(), norm.eps), apply_rope(x.double(), (cos.double(), sin.double()))]
-    for got, want in zip([norm(x), apply_rope(x, (cos, sin))], exact, strict=True):
-        assert got.dtype == torch.bfloat16
-        assert (got != want.bfloat16()).double().mean() < 2**-9
+def test_gradients_of_experts_with_an_empty_one() -> None:
+    indices = torch.tensor([[0, 2], [2, 5], [5, 0], [3, 2], [0, 5]])
+    counts = torch.bincount(indices.flatten(), minlength=6)
+    assert counts[1] == 0
+    experts = randomise(Experts(**TINY))
+    check(experts, [rand(5, 5), indices, rand(5, 2), counts], lambda y: y, ("w1", "w2", "w3"), fast=False)
 
 
 @pytest.mark.parametrize("original_seq_len", [None, 8])
-def test_apply_rope(original_seq_len: int | None) -> None:
+def test_gradients_of_apply_rope(original_seq_len: int | None) -> None:
     rope = Rope(dim=6, original_seq_len=original_seq_len, factor=8.0, mscale=0.7)
     table = rope.cos_sin(torch.tensor([0, 3, 11]))
     assert gradcheck(lambda x: apply_rope(x, table), (rand(2, 3, 1, 6),))
 
 
-@pytest.mark.parametrize("q_lora_rank", [None, 5])
-@pytest.mark.parametrize("rope", [{}, YARN], ids=["plain", "yarn"])
-def test_mla(randomise: Any, q_lora_rank: int | None, rope: dict[str, Any]) -> None:
-    check(randomise(MLA(**TINY | rope | {"q_lora_rank": q_lora_rank})), [rand(2, 5, 5)], fast=True)
-
-
-@pytest.mark.parametrize("q_lora_rank", [5, None])
-def test_dsa(randomise: Any, q_lora_rank: int | None) -> None:
-    """No pick moves within a step; the indexer has no gradient of the output."""
-    sizes = {"q_lora_rank": q_lora_rank, "index_n_heads": 2, "index_head_dim": 4, "index_topk": 3}
-    layer = randomise(DSA(**TINY | sizes))
-    learnt = [name for name, _ in layer.named_parameters() if not name.startswith("indexer.")]
-    check(layer, [rand(2, 6, 5)], only=learnt, fast=True)
-
-
-@pytest.mark.parametrize(("kind", "n_kv_heads"), [("mha", None), ("gqa", 2), ("mqa", None)])
-def test_twins_of_mla(randomise: Any, kind: str, n_kv_heads: int | None) -> None:
-    baseline = Attention(**TINY | {"attention": kind, "n_heads": 4, "n_kv_heads": n_kv_heads})
-    check(randomise(baseline), [rand(2, 5, 5)], fast=True)
-
-
-def test_feed_forward(randomise: Any) -> None:
-    check(randomise(FeedForward(**TINY)), [rand(3, 5)])
-
-
-def test_experts_with_an_empty_one(randomise: Any) -> None:
-    indices = torch.tensor([[0, 2], [2, 5], [5, 0], [3, 2], [0, 5]])
-    counts = torch.bincount(indices.flatten(), minlength=6)
-    assert counts[1] == 0
-
-    experts = randomise(Experts(**TINY))
-    check(experts, [rand(5, 5), indices, rand(5, 2), counts])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"norm_topk_prob": False}, {"score_func": "softmax", "topk_method": "group_limited_greedy"}],
-    ids=["v3", "weights as they are", "v2"],
-)
-def test_moe_through_the_gate(randomise: Any, options: dict[str, Any]) -> None:
-    moe = randomise(MoE(**TINY | options))
-    check(moe, [rand(1, 5, 5)], lambda out: (out[0], out[1].weights, out[1].scores), fast=True)
-
-
-def test_mtp(randomise: Any) -> None:
-    check(randomise(MTP(**TINY)), [rand(1, 5, 5), rand(1, 5, 5)], lambda out: out[0], fast=True)
-
-
 @pytest.mark.parametrize("chunk_rows", [1, 3, 7, None])
-def test_linear_cross_entropy(chunk_rows: int | None) -> None:
+def test_gradients_of_linear_cross_entropy(chunk_rows: int | None) -> None:
     targets = torch.tensor([4, IGNORE, 0, 8, 8, IGNORE, 3])
     assert gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, chunk_rows), (rand(7, 5), rand(9, 5)))
 
 
 @pytest.mark.parametrize("counts", ["published", "routed"])
-def test_sequence_balance_loss(counts: Any) -> None:
+def test_gradients_of_sequence_balance_loss(counts: Any) -> None:
     logits, indices = rand(6, 5), torch.rand(6, 5).argsort()[:, :2]
     assert gradcheck(lambda x: sequence_balance_loss(x.sigmoid(), indices, 2, counts), (logits,))
 
 
-def test_total_loss_of_a_whole_model(randomise: Any) -> None:
+def test_gradients_of_the_total_loss_of_a_whole_model() -> None:
     class Total(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -171,4 +144,27 @@ def test_total_loss_of_a_whole_model(randomise: Any) -> None:
         *("embed.weight", "head.weight", "norm.weight", "layers.0.attn.wkv_b.weight", "layers.1.ffn.gate.weight"),
         *("layers.1.ffn.experts.w2", "layers.1.ffn_norm.weight", "mtp.0.eh_proj.weight", "mtp.0.block.ffn.gate.weight"),
     )
-    check(Total(), [tokens, targets], only=[f"model.{name}" for name in names], fast=True)
+    check(Total(), [tokens, targets], lambda y: y, [f"model.{name}" for name in names])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rms_norm_on_a_cpu_equals_torchs(dtype: torch.dtype) -> None:
+    unit = BF16_UNIT if dtype == torch.bfloat16 else FP32_UNIT
+    for size, eps in ((1.0, 1e-6), (1.0, 0.5), (1e-3, 1e-6), (1e4, 1e-6), (0.0, 1e-6)):
+        norm, x = randomise(RMSNorm(63, eps)), (size * torch.randn(2, 5, 63)).to(dtype).requires_grad_()
+        direction = torch.randn(2, 5, 63).to(dtype)
+        got, want = norm(x), rms_norm.reference(x, norm.weight, eps)
+        grads = [torch.autograd.grad((y * direction).sum(), [x, norm.weight]) for y in (got, want)]
+        for a, b in [(got, want), *zip(*grads, strict=True)]:
+            assert a.dtype == b.dtype
+            assert relative_error(a, b) <= rounding(unit, terms=63 if unit == FP32_UNIT else 1)
+
+
+def test_norms_and_rotations_of_bf16_round_only_their_result() -> None:
+    """Computed in FP32 they are the exact result rounded, but for the few that lie halfway between two BF16 numbers."""
+    norm, x = randomise(RMSNorm(64)), torch.randn(1, 130, 1, 64).bfloat16()
+    cos, sin = Rope(dim=64).cos_sin(torch.arange(130))
+    exact = [rms_norm(x.double(), norm.weight.double(), norm.eps), apply_rope(x.double(), (cos.double(), sin.double()))]
+    for got, want in zip([norm(x), apply_rope(x, (cos, sin))], exact, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got != want.bfloat16()).double().mean() < 2**-9

@@ -1,9 +1,7 @@
 """Small models for the tests of accounting, and ways to run them."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +9,9 @@ import torch
 from torch import Tensor
 
 from dsmini import ModelConfig
-from dsmini.functional.attention import causal_attention_eager
+from dsmini.functional import attention as fast
 from dsmini.nn import attention
 
-eager: Any = causal_attention_eager  # with its methods, which the type of the operation lacks
 WHOLE = 1 << 20
 """Number of queries in a block that holds all of them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,14 +49,14 @@ def attention_by(function: Callable[..., Tensor], block: int = 128) -> Iterator[
     """Let all attentions compute by this function, with this many queries in a block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "causal_attention", function)  # attend calls it there
-        patch.setattr(sys.modules[causal_attention_eager.__module__], "BLOCK", block)
+        patch.setattr(fast, "BLOCK", block)
         yield
 
 
-explicit = partial(eager, method="explicit")
+explicit = fast.explicit_attention
 """Attention that makes its square of logits."""
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
     """Attend by torch's flash attention, with values in their own storage."""
-    return eager(q, k, v.contiguous(), scale, documents, method="sdpa")
+    return fast.flash_attention(q, k, v.contiguous(), scale, documents)

@@ -14,6 +14,7 @@ from dsmini.nn import FP8Linear, Linear
 from dsmini.nn.fp8 import QuantizedLinear, hold_fp8
 from dsmini.nn.layers import is_plain
 from tests.conftest import SMALL, randomise
+from tests.helpers.configs import refusal
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 
@@ -54,10 +55,6 @@ def subclass(base: Any, delta: Tensor) -> nn.Module:
     return layer
 
 
-def parametrization(base: Any, delta: Tensor) -> nn.Module:
-    return parametrize.register_parametrization(base, "weight", Shifted(delta))
-
-
 def hook(base: Any, delta: Tensor) -> nn.Module:
     base.register_forward_hook(lambda _, inputs, out: out + inputs[0] @ delta.T)
     return base
@@ -69,35 +66,25 @@ def torch_linear(base: Any, delta: Tensor) -> nn.Module:
     return layer
 
 
-KINDS: dict[str, Callable[[Any, Tensor], nn.Module]] = {
+KINDS: dict[str, Callable[[Any, Tensor], Any]] = {
     "wrapper": Added,
     "subclass": subclass,
-    "parametrization": parametrization,
+    "parametrization": lambda base, delta: parametrize.register_parametrization(base, "weight", Shifted(delta)),
     "hook": hook,
     "nn.Linear": torch_linear,
 }
-
-
-def replace_all(model: Transformer, kind: Callable[[Any, Tensor], nn.Module]) -> Transformer:
-    """Replace every Linear of the model, the head included, and return the model with merged weights."""
-    want = Transformer(model.config)
-    want.load_state_dict(model.state_dict())
-    for name in [name for name, module in model.named_modules() if type(module) is Linear]:
-        base, (path, _, child) = model.get_submodule(name), name.rpartition(".")
-        delta = torch.randn_like(base.weight) * base.weight.shape[1] ** -0.5
-        want.get_submodule(name).weight = nn.Parameter((base.weight + delta).detach())
-        setattr(model.get_submodule(path), child, kind(base, delta))
-    return want
-
-
 CONFIGS: dict[str, dict[str, Any]] = {
     "mla": {},
     "without q_lora": {"q_lora_rank": None},
     "gqa": {"attention": "gqa", "n_kv_heads": 1},
 }
+SLOW = [(kind, config) for kind in KINDS for config in CONFIGS if kind != "wrapper" and config != "mla"]
 
 
-OTHERS = [(kind, config) for kind in KINDS for config in CONFIGS if kind != "wrapper" and config != "mla"]
+def copy_of(model: Transformer) -> Transformer:
+    other = Transformer(model.config)
+    other.load_state_dict(model.state_dict())
+    return other
 
 
 @pytest.mark.parametrize(
@@ -105,12 +92,18 @@ OTHERS = [(kind, config) for kind in KINDS for config in CONFIGS if kind != "wra
     [
         *((kind, "mla") for kind in KINDS),
         *(("wrapper", "without q_lora"), ("wrapper", "gqa")),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
     ],
 )
 def test_replaced_linears_are_seen_by_all_that_reads_weights(kind: str, config: str) -> None:
+    """Every Linear is replaced, the head included, and compared with a model of merged weights."""
     model = randomise(Transformer(**SMALL | CONFIGS[config]))
-    want = replace_all(model, KINDS[kind])
+    want = copy_of(model)
+    for name in [name for name, module in model.named_modules() if type(module) is Linear]:
+        base: Any = model.get_submodule(name)
+        delta = torch.randn_like(base.weight) * base.weight.shape[1] ** -0.5
+        want.get_submodule(name).weight = nn.Parameter((base.weight + delta).detach())
+        model.set_submodule(name, KINDS[kind](base, delta))
     assert not is_plain(model.head) and not is_plain(model.layers[0].ffn.w2)
     tokens = torch.randint(0, SMALL["vocab_size"], (2, 13))
     expected = want(tokens)
@@ -126,7 +119,19 @@ def test_replaced_linears_are_seen_by_all_that_reads_weights(kind: str, config: 
     assert torch.equal(*texts)
 
 
-def test_sizes_of_a_linear_that_holds_codes_are_its_weights() -> None:
+def test_replaced_head_and_embedding_get_gradients() -> None:
+    model: Any = randomise(Transformer(**SMALL))
+    want = copy_of(model)
+    model.head, model.embed = nn.Linear(24, 61, bias=False), nn.Sequential(nn.Embedding(61, 24))
+    model.head.weight, model.embed[0].weight = want.head.weight, want.embed.weight
+    tokens, leaves = torch.randint(0, 61, (2, 13)), [want.head.weight, want.embed.weight]
+    totals = [m.losses(tokens[:, :-1], tokens[:, 1:], chunk_rows=5).total for m in (model, want)]
+    grads = [torch.autograd.grad(total, leaves) for total in totals]
+    assert all(relative_error(a, b) < FP32_MODEL for a, b in zip(*grads, strict=True))
+    assert model.new_cache(1).nbytes == want.new_cache(1).nbytes and model.device == want.device
+
+
+def test_a_linear_that_holds_codes_keeps_sizes_and_hooks() -> None:
     plain, heard = Linear(130, 3), []
     layers = nn.ModuleList([plain])
     plain.register_forward_hook(lambda *_: heard.append("hook"))
@@ -136,25 +141,6 @@ def test_sizes_of_a_linear_that_holds_codes_are_its_weights() -> None:
     assert plain.weight.dtype == torch.float32 and layer.weight.dtype == torch.float8_e4m3fn
     layer(torch.zeros(1, 130))
     assert heard == ["hook"]
-    assert (FP8Linear(130, 3).in_features, FP8Linear(130, 3).out_features) == (130, 3)
-
-
-def test_replaced_head_and_embedding_get_gradients() -> None:
-    model = randomise(Transformer(**SMALL))
-    want = Transformer(model.config)
-    want.load_state_dict(model.state_dict())
-    model.head = nn.Linear(24, 61, bias=False)  # pyright: ignore[reportAttributeAccessIssue]
-    model.embed = nn.Sequential(nn.Embedding(61, 24))  # pyright: ignore[reportAttributeAccessIssue]
-    model.head.weight, model.embed[0].weight = want.head.weight, want.embed.weight
-    tokens = torch.randint(0, 61, (2, 13))
-    grads = [
-        torch.autograd.grad(
-            m.losses(tokens[:, :-1], tokens[:, 1:], chunk_rows=5).total, [want.head.weight, want.embed.weight]
-        )
-        for m in (model, want)
-    ]
-    assert all(relative_error(a, b) < FP32_MODEL for a, b in zip(*grads, strict=True))
-    assert model.new_cache(1).nbytes == want.new_cache(1).nbytes and model.device == want.device
 
 
 def test_nothing_of_a_replaced_module_is_kept_in_the_cache() -> None:
@@ -166,23 +152,21 @@ def test_nothing_of_a_replaced_module_is_kept_in_the_cache() -> None:
     with torch.no_grad():
         wrapper.delta.mul_(3)
     got = model(torch.tensor([[3]]), cache)
-    fresh = model.new_cache(1, form="absorbed")
-    fresh.stores, fresh.lengths = [*cache.stores], cache.lengths.clone() - 1
-    for store in fresh.stores:
+    cache.truncate(2)
+    for store in cache.stores:
         store._prepared = None
-    assert torch.equal(model(torch.tensor([[3]]), fresh), got)
+    assert torch.equal(model(torch.tensor([[3]]), cache), got)
 
 
 def test_bias_is_expanded_and_absorbed_refuses_it() -> None:
     model = randomise(Transformer(**SMALL))
-    mla = model.layers[0].attn
-    mla.wkv_b = nn.Linear(10, 33)
+    model.layers[0].attn.wkv_b = nn.Linear(10, 33)
     tokens = torch.randint(0, 61, (1, 9))
     want, cache = model(tokens), model.new_cache(1)
     got = torch.cat([model(part, cache) for part in tokens.split((7, 1, 1), 1)], 1)
     assert relative_error(got, want) < FP32_MODEL
-    with pytest.raises(ValueError, match=r"a Linear adds a bias, .*; use form='expanded'"):
-        model(tokens, model.new_cache(1, form="absorbed"))
+    said = refusal(model, tokens, model.new_cache(1, form="absorbed"))
+    assert said.startswith("a Linear adds a bias, ") and said.endswith("; use form='expanded'")
 
 
 def test_replaced_fp8_linears_quantize_on_their_own() -> None:
@@ -193,19 +177,17 @@ def test_replaced_fp8_linears_quantize_on_their_own() -> None:
     linears = [name for name, module in model.named_modules() if type(module) is FP8Linear]
     assert len(linears) > 15
     for name in linears:
-        path, _, child = name.rpartition(".")
-        parent, base = model.get_submodule(path), model.get_submodule(name)
-        setattr(parent, child, nn.Sequential(base))
+        base = model.get_submodule(name)
+        model.set_submodule(name, nn.Sequential(base))
         assert torch.equal(model.losses(tokens[:, :-1], tokens[:, 1:]).total, want.total), name
-        setattr(parent, child, base)
+        model.set_submodule(name, base)
 
 
-@pytest.mark.parametrize("name", ["head", "layers.0.attn.wkv_b", "layers.0.ffn.w2"])
 @pytest.mark.parametrize("precision", ["native", "fp8"])
-def test_backward_hook_of_a_linear_is_called(name: str, precision: str) -> None:
-    model = Transformer(**SMALL, precision=precision)
-    seen: list[int] = []
-    model.get_submodule(name).register_full_backward_hook(lambda *_: seen.append(1))
-    tokens = torch.randint(0, SMALL["vocab_size"], (2, 12))
+def test_backward_hook_of_a_linear_is_called(precision: str) -> None:
+    model, tokens = Transformer(**SMALL, precision=precision), torch.randint(0, SMALL["vocab_size"], (2, 12))
+    names, seen = ("head", "layers.0.attn.wkv_b", "layers.0.ffn.w2"), set[str]()
+    for name in names:
+        model.get_submodule(name).register_full_backward_hook(lambda *_, name=name: seen.add(name))
     model.losses(tokens[:, :-1], tokens[:, 1:]).total.backward()
-    assert seen
+    assert seen == set(names)

@@ -22,23 +22,9 @@ from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, calc_diff, relative_e
 
 # N, K of DeepSeek-V3's own products: wq_a with wkv_a, wkv_a, wq_b, wkv_b, wo, w1 with w3 and w2 of an expert
 RELEASED = [(2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
-
-
-@pytest.mark.parametrize(
-    ("n", "k"),
-    # a weight of 117 million numbers in FP32 and FP64
-    [pytest.param(n, k, marks=[pytest.mark.slow, pytest.mark.memory(2)] if n * k > 2**24 else []) for n, k in RELEASED],
-)
-@pytest.mark.parametrize("m", [1, 128])
-def test_the_released_shapes(m: int, n: int, k: int) -> None:
-    check_product(m, n, k)
-
-
-@pytest.mark.parametrize(
-    ("m", "n", "k"), [(4096, 128, 7168), (4096, 512, 2048), (4001, 576, 1536), (8001, 512, 576), (0, 576, 512)]
-)
-def test_many_tokens(m: int, n: int, k: int) -> None:
-    check_product(m, n, k)
+MANY_TOKENS = [(4096, 128, 7168), (4096, 512, 2048), (4001, 576, 1536), (8001, 512, 576)]
+LARGE = [pytest.mark.slow, pytest.mark.memory(2)]
+"""Marks of a weight of 117 million numbers in FP32 and FP64."""
 
 
 def weights(n: int, k: int, kind: str) -> Tensor:
@@ -50,7 +36,14 @@ def weights(n: int, k: int, kind: str) -> Tensor:
     return out
 
 
-def check_product(m: int, n: int, k: int) -> None:
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        *(pytest.param(m, n, k, marks=LARGE if n * k > 2**24 else []) for n, k in RELEASED for m in (1, 128)),
+        *MANY_TOKENS,
+    ],
+)
+def test_the_released_shapes(m: int, n: int, k: int) -> None:
     """Check a sample of rows and columns, since FP64 is slow.
 
     DeepGEMM's bound on the error of quantization holds for normally distributed numbers. If a few tiles outweigh the
@@ -63,10 +56,7 @@ def check_product(m: int, n: int, k: int) -> None:
         x = varied(m, k, dtype=torch.bfloat16, seed=1) if kind == "varied" else torch.randn(m, k).bfloat16()
         w = weights(n, k, kind)
         y = fp8_matmul(x, w)
-        assert y.shape == (m, n)
-        assert y.dtype == torch.bfloat16
-        if not m:
-            continue
+        assert y.shape == (m, n) and y.dtype == torch.bfloat16
         got = y[rows][:, columns]
         rounded_w = round_tiles(w[columns], (128, 128), "ue8m0", "e4m3", AMAX_MIN, torch.float32).double()
         assert calc_diff(got, rounded(x[rows], (1, 128)) @ rounded_w.T) < SIMULATED
@@ -91,8 +81,7 @@ def test_zeros_in_poisoned_memory(n: int, poisoned_memory: None) -> None:
     x, w = varied(130, 576), varied(n, 576, seed=1)
     x[:, :128], x[5], w[:, 128:256] = 0, 0, 0
     y = fp8_matmul(x, w)
-    assert y.isfinite().all()
-    assert (y[5] == 0).all()
+    assert y.isfinite().all() and (y[5] == 0).all()
     assert calc_diff(y, rounded(x, (1, 128)) @ rounded(w, (128, 128)).T) < SIMULATED
 
 
@@ -102,11 +91,9 @@ def test_nan_and_infinity_reach_the_results() -> None:
         x[1, 200] = bad
         x.requires_grad_()
         y = fp8_matmul(x, w)
-        assert y[1].isnan().all()
-        assert y[[0, 2, 3]].isfinite().all()
-        y.backward(torch.ones_like(y))
-        assert x.grad is not None and x.grad.isfinite().all()
-        assert w.grad is not None and w.grad[:, 128:].isnan().all() and w.grad[:, :128].isfinite().all()
+        assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all()
+        dx, dw = torch.autograd.grad(y, [x, w], torch.ones_like(y))
+        assert dx.isfinite().all() and dw[:, 128:].isnan().all() and dw[:, :128].isfinite().all()
 
 
 @pytest.mark.parametrize("product", ["matmul", "swiglu"])
@@ -127,48 +114,49 @@ def test_backward_runs_on_the_backend_of_forward(product: str, monkeypatch: pyte
     assert seen and set(seen) == {"reference"}
 
 
-def test_second_derivatives_are_refused() -> None:
-    x, w = torch.randn(4, 128, requires_grad=True), torch.randn(8, 128, requires_grad=True)
+def test_sizes_of_zero_and_a_vector() -> None:
+    for m, n, k in ((0, 8, 128), (4, 0, 128), (4, 8, 0)):
+        x, w = torch.randn(m, k, requires_grad=True), torch.randn(n, k, requires_grad=True)
+        y = fp8_matmul(x, w)
+        assert y.shape == (m, n) and (y == 0).all()
+        dx, dw = torch.autograd.grad(y.sum(), [x, w])
+        assert dx.shape == (m, k) and dw.shape == (n, k)
+    x, w = torch.randn(300, requires_grad=True), torch.randn(8, 300)
+    y = fp8_matmul(x, w)
+    assert y.shape == (8,) and torch.equal(y, fp8_matmul(x[None], w)[0])
+    assert torch.autograd.grad(y.sum(), x)[0].shape == (300,)
+
+
+def test_what_cannot_be_multiplied_is_refused() -> None:
+    x, w = torch.randn(4, 128, requires_grad=True), torch.randn(8, 128)
+    meta = torch.device("meta")
+    for words, given, options in (
+        ("x is torch.float64; want float32, bfloat16 or float16", (x.double(), w), {}),
+        ("w is torch.int64", (x, w.long()), {}),
+        ("x is 64 wide and w 128", (x[:, :64], w), {}),
+        ("want x [..., k] and w [o, k]", (x, w[None]), {}),
+        ("with ends [e]", (x, w[None]), {"ends": torch.tensor([2, 4])}),
+        ("x is on meta and w on cpu", (x.to(meta), w), {}),
+        ("scale='e8m0' is unknown", (x, w), {"scale": "e8m0"}),
+        ("grad_format='e3m4' is unknown", (x, w), {"grad_format": "e3m4"}),
+        ("saved_format='e5m7' is unknown", (x, w), {"saved_format": "e5m7"}),
+        ("out_dtype=torch.float64", (x, w), {"out_dtype": torch.float64}),
+        ("want 1x128, along the contraction: quantize(x, tile=(1, 128))", (quantize(x, (128, 128)), w), {}),
+        ("want e4m3 blocks of 128x128: quantize(w, tile=(128, 128))", (x, quantize(w)), {}),
+        ("not with ends", (x, w[None]), {"ends": torch.tensor([4]), "accumulator": Accumulator()}),
+        ("ends on meta", (x, w[None]), {"ends": torch.tensor([4], device=meta)}),
+        ("accumulator=14", (x, w), {"accumulator": 14}),
+        *(
+            ("do not cut 4 rows", (x, w.expand(len(ends), -1, -1)), {"ends": torch.tensor(ends)})
+            for ends in ([2, 3], [3, 2, 4], [-1, 4, 4], [1.0, 4.0])
+        ),
+    ):
+        assert words in refusal(fp8_matmul, *given, **options)
+    for gate, up in ((x, x[:2]), (x.to(meta), x)):
+        assert "want them alike" in refusal(fp8_swiglu_matmul, gate, up, w)
+    for bits, every in ((14.5, 128), (1, 128), (14, 100)):
+        said = refusal(Accumulator, bits=bits, promote_every=every)
+        assert said.startswith(f"promote_every={every}" if bits == 14 else f"bits={bits}")
     for y in (fp8_matmul(x, w), fp8_swiglu_matmul(x, x, w)):
         with pytest.raises(ValueError, match="create_graph=True wants second derivatives"):
             torch.autograd.grad(y.square().sum(), x, create_graph=True)
-
-
-@pytest.mark.parametrize(("m", "n", "k"), [(0, 8, 128), (4, 0, 128), (4, 8, 0)])
-def test_sizes_of_zero(m: int, n: int, k: int) -> None:
-    x, w = torch.randn(m, k, requires_grad=True), torch.randn(n, k, requires_grad=True)
-    y = fp8_matmul(x, w)
-    assert y.shape == (m, n) and (y == 0).all()
-    dx, dw = torch.autograd.grad(y.sum(), [x, w])
-    assert dx.shape == (m, k) and dw.shape == (n, k)
-
-
-def test_operands_that_do_not_fit_are_refused() -> None:
-    x, w = torch.randn(4, 128), torch.randn(8, 128)
-    assert "x is torch.float64; want float32, bfloat16 or float16" in refusal(fp8_matmul, x.double(), w)
-    assert "w is torch.int64" in refusal(fp8_matmul, x, w.long())
-    assert "x is 64 wide and w 128" in refusal(fp8_matmul, x[:, :64], w)
-    assert "want x [..., k] and w [o, k]" in refusal(fp8_matmul, x, w[None])
-    assert "with ends [e]" in refusal(fp8_matmul, x, w[None], ends=torch.tensor([2, 4]))
-    assert "x is on meta and w on cpu" in refusal(fp8_matmul, x.to("meta"), w)
-    assert "scale='e8m0' is unknown" in refusal(fp8_matmul, x, w, scale="e8m0")
-    assert "grad_format='e3m4' is unknown" in refusal(fp8_matmul, x, w, grad_format="e3m4")
-    assert "saved_format='e5m7' is unknown" in refusal(fp8_matmul, x, w, saved_format="e5m7")
-    assert "out_dtype=torch.float64" in refusal(fp8_matmul, x, w, out_dtype=torch.float64)
-    other = refusal(fp8_matmul, quantize(x, (128, 128)), w)
-    assert "x is quantized" in other and "want 1x128" in other and "quantize(x, tile=(1, 128))" in other
-    other = refusal(fp8_matmul, x, quantize(w))
-    assert "w is quantized" in other and "want e4m3 blocks of 128x128" in other
-    assert "quantize(w, tile=(128, 128))" in other
-    assert "not with ends" in refusal(fp8_matmul, x, w[None], ends=torch.tensor([4]), accumulator=Accumulator())
-    assert "want them alike" in refusal(fp8_swiglu_matmul, x, x[:2], w)
-    assert "want them alike" in refusal(fp8_swiglu_matmul, x.to("meta"), x, w)
-    for ends in ([2, 3], [3, 2, 4], [-1, 4, 4], [0, 2, 5], [1.0, 4.0]):
-        given = torch.tensor(ends)
-        assert "do not cut 4 rows" in refusal(fp8_matmul, x, w.expand(len(ends), -1, -1), ends=given)
-    assert "ends on meta" in refusal(fp8_matmul, x, w[None], ends=torch.tensor([4], device="meta"))
-    assert "accumulator=14" in refusal(fp8_matmul, x, w, accumulator=14)
-    assert "bits=14.5" in refusal(Accumulator, bits=14.5)
-    assert "x is a list" in refusal(fp8_matmul, [1.0], w)
-    assert "bits=1" in refusal(Accumulator, bits=1)
-    assert "promote_every=100" in refusal(Accumulator, promote_every=100)

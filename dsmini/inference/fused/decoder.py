@@ -16,7 +16,7 @@ from dsmini.inference.fused.operations import blocks_step, normed
 from dsmini.inference.fused.weights import BlockWeights, extract_mtp_weights, extract_weights, supports_fused
 from dsmini.nn import MTP, Cache, Routing, Transformer
 from dsmini.nn.cache import CachePositions, LayerCacheView, MTPCache
-from dsmini.nn.mtp import MTPChain, decode_depths
+from dsmini.nn.mtp import MTPChain
 from dsmini.nn.rope import CosSin, Rope
 from dsmini.nn.transformer import States
 
@@ -79,7 +79,7 @@ class Decoder:
         lengths: Int[Tensor, " b"] | None = None,
     ) -> list[Float[Tensor, "b s m"]]:
         """Do what MTPChain.decode does. States are FP32 of a block that is taken apart."""
-        return decode_depths(self.mtp_depth, embedding, before, cache, lengths)
+        return self.model.mtp.decode(embedding, before, cache, lengths, run=self.mtp_depth)
 
     def mtp_depth(
         self,
