@@ -16,17 +16,14 @@ from dsmini.functional.trained_experts import train_experts
 from dsmini.numerics import (
     QuantizedTensor,
     Weight,
-    combine,
     dense,
-    dispatch,
-    dispatch_quantized,
     fp8_matmul,
     fp8_swiglu_matmul,
     grouped_linear,
     matrix_of,
     rows_of,
-    sort_by_expert,
 )
+from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
 
 X = TypeVar("X", Tensor, QuantizedTensor)
 

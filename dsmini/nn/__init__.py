@@ -19,7 +19,6 @@ from dsmini.nn.moe import Experts, FeedForward, MoE
 from dsmini.nn.mtp import MTP
 from dsmini.nn.rope import Rope, apply_rope
 from dsmini.nn.transformer import Output, Transformer
-from dsmini.numerics import grouped_linear
 
 __all__ = [
     "DSA",
@@ -53,7 +52,6 @@ __all__ = [
     "cached_attention",
     "causal_attention",
     "dsa_layers",
-    "grouped_linear",
     "linear_cross_entropy",
     "max_violation",
     "route",

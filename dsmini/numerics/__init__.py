@@ -1,11 +1,10 @@
 """Short number formats, tiles with a scale each, and products of them."""
 
 from dsmini.numerics.accumulation import Accumulator
-from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
 from dsmini.numerics.formats import E4M3, E5M2, E5M6, FORMATS, UE8M0, Format
 from dsmini.numerics.fp32 import at_least_fp32, without_autocast
 from dsmini.numerics.gemm import fp8_matmul, fp8_swiglu_matmul
-from dsmini.numerics.products import grouped_linear, grouped_outer
+from dsmini.numerics.products import grouped_linear
 from dsmini.numerics.quantization import (
     ACTIVATION_TILE,
     AMAX_MIN,
@@ -38,23 +37,18 @@ __all__ = [
     "QuantizedTensor",
     "Weight",
     "at_least_fp32",
-    "combine",
     "dense",
     "dequantize_tiles",
-    "dispatch",
-    "dispatch_quantized",
     "encode_tiles",
     "fp8_matmul",
     "fp8_swiglu_matmul",
     "grouped_linear",
-    "grouped_outer",
     "matrix_of",
     "number_dtype",
     "quantize",
     "quantize_tiles",
     "round_tiles",
     "rows_of",
-    "sort_by_expert",
     "tile_scales",
     "without_autocast",
 ]

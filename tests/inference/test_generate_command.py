@@ -1,7 +1,5 @@
 """python -m dsmini.generate as a user runs it, on a run and on a model's folder."""
 
-import dataclasses
-import importlib
 import io
 import json
 import re
@@ -13,10 +11,6 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, save_pretrained
-from dsmini.inference.stats import Stats
-from dsmini.inference.writer import Answers
-from dsmini.machine import last_level_cache
-from dsmini.measure import calibration
 from dsmini.text.page import Page
 from dsmini.text.text_side import read_text_side
 from tests.conftest import SMALL, randomise
@@ -121,22 +115,6 @@ def test_texts_stream_under_headings_and_figures_come_last(place: Path) -> None:
     (answer,) = ask(place, asked)
     streamed = run(f"dsmini.generate runs/x/checkpoints/step-000005 {asked}", place)
     assert answer["text"].startswith("The qu") and streamed.stdout.rstrip("\n") == answer["text"].rstrip("\n")
-
-
-def test_roof_is_asked_for_only_after_steps_that_read_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take a second of decoding, and steps larger than the last-level cache, as enough."""
-    command = importlib.import_module("dsmini.generate")
-    monkeypatch.setattr(calibration, "quick_bandwidth", lambda device, reached: 4e10)
-    cpu = torch.device("cpu")
-    enough = {"seconds": 1.0, "batches": 10, "moved_bytes": 10.0 * last_level_cache(cpu)}
-
-    def asked(interrupted: bool = False, **given: float) -> float | None:
-        zeros = {f.name: 0 for f in dataclasses.fields(Stats)}
-        stats = Stats(**(zeros | enough | given))  # pyright: ignore[reportArgumentType]
-        return command._bandwidth(Answers(rows=[], stats=stats, interrupted=interrupted, device=cpu))
-
-    assert asked() == 4e10
-    assert asked(seconds=0.9) is None and asked(batches=11) is None and asked(interrupted=True) is None
 
 
 class Interrupting(io.StringIO):

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsmini import Experts, MoE
-from dsmini.nn import grouped_linear
-from dsmini.numerics import products
+from dsmini.numerics import grouped_linear, products
 from dsmini.numerics.dispatch import sort_by_expert
 from dsmini.numerics.products import grouped_linear_by_expert
 from tests import reference_model as reference
