@@ -102,7 +102,7 @@ def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
         raise ValueError(f"--published compares published runs alone, without {', '.join(others)}; leave that out")
     if command.of and not command.vary:
         raise ValueError("--of names the figures that --vary compares; add --vary, or --explain one figure")
-    if command.search and (chosen := {"pipeline", "expert", "tensor"} & command.layout_fields.keys()):
+    if command.search and (chosen := {"pipeline", "expert", "tensor"} & command.given().keys()):
         raise ValueError(f"--search chooses {', '.join(sorted(chosen))}; leave that out, or leave out --search")
     if "--out=" in args or ("--out", "") in itertools.pairwise(args):
         raise ValueError("--out '' names no folder; name one, such as --out plan")
@@ -124,7 +124,8 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Ans
     # what loads numpy and jinja2 is imported after --help
     from dsmini.planner import answers
     from dsmini.planner.hardware import load_hardware, this_machine
-    from dsmini.planner.setup import Model, setup
+    from dsmini.planner.request import Model
+    from dsmini.planner.setup import setup
 
     def progress(label: str) -> Progress:
         return Progress(console, 1.0, label, delay=2.0)

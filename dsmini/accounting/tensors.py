@@ -67,6 +67,11 @@ def largest(a: Any, b: Any) -> Any:
     return max(a, b) if _whole(a, b) else np.maximum(a, b)
 
 
+def divisors(number: int, most: int | None = None) -> list[int]:
+    """Return the divisors of a number, up to `most`."""
+    return [n for n in range(1, min(number, most or number) + 1) if number % n == 0]
+
+
 def total(parts: Iterable[Any]) -> Any:
     """Return the sum; of nothing 0."""
     return functools.reduce(operator.add, parts, 0)

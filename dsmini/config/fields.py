@@ -158,7 +158,8 @@ def check_types(config: Any, prefix: str = "", whole: Bounds = Bounds(), real: B
     hints = _hints(type(config))
     for f in dataclasses.fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
-        name, choices = f"{prefix}{f.name}", typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # the latter is Literal[...] | None
+        name, choices = f"{prefix}{f.name}", typing.get_args(hint) if union else (hint,)
         if float in choices and _is_a(value, int) and abs(value) < 2**1023:  # else it is beyond any float
             value = float(value)
         if isinstance(value, list):

@@ -17,10 +17,11 @@ from dsmini.planner.figure import Figure
 from dsmini.planner.hardware import OnPart, quiet
 from dsmini.planner.here import record_here, section_here, steps_here, with_forecast
 from dsmini.planner.pages import heading, plan_report, search_section, ten_lines, variation_section
-from dsmini.planner.plan import SECTIONS, Plan, changed, plan
-from dsmini.planner.published import published_figures, published_record, published_section
-from dsmini.planner.search import Candidate, search
-from dsmini.planner.setup import Setup, problem_of
+from dsmini.planner.plan import SECTIONS, Plan, plan
+from dsmini.planner.published import published_figures, published_section
+from dsmini.planner.request import ONE_PROCESS, Setup
+from dsmini.planner.search import search
+from dsmini.planner.setup import changed
 from dsmini.planner.vary import Variation, read_axis, vary
 from dsmini.report import Report, Section, Table
 from dsmini.report.figures import plain
@@ -36,9 +37,9 @@ class Answer:
     record: Any
     """Answer as JSON."""
     lines: Sequence[str] = ()
-    """Lines to print before the report."""
-    report: Report | None = None
-    """Report for a terminal."""
+    """Lines to print before the sections."""
+    sections: Sequence[Section] = ()
+    """Sections for a terminal."""
     page: Callable[[], Report] | None = None
     """Report for the page; made on demand, since its formulas and plots take longer than a plan."""
 
@@ -46,15 +47,13 @@ class Answer:
         """Print the answer."""
         for line in self.lines:
             say(console, line)
-        if self.report is not None:
-            self.report.show(console)
+        Report(title="", sections=self.sections).show(console)
 
     def write(self, folder: Path) -> list[Path]:
         """Write plan.html and plan.json into a folder that check_folder has seen; return their paths."""
-        report = self.page() if self.page is not None else self.report
-        assert report is not None, "an answer without a report has no page"
+        assert self.page is not None, "an answer without a page"
         page, record = (folder / name for name in FILES)
-        write_text(page, report.html())
+        write_text(page, self.page().html())
         write_json(record, self.record)
         return [page, record]
 
@@ -86,11 +85,10 @@ def planned(made: Setup, command: str, on_part: OnPart = quiet, *, whole: bool =
         section, extra = section_here(steps), {"here": record_here(steps)}
         more = [replace(section, about=f"{section.about} They took {time.perf_counter() - start:.1f} s to count.")]
         found = plan(with_forecast(made, found, steps))
-    sections = plan_report(found, full=False).sections if whole else []
     return Answer(
         record=plan_record(found) | extra,
         lines=[heading(found)] if whole else ten_lines(found),
-        report=Report(title="", sections=[*sections, *more]),
+        sections=[*(plan_report(found, full=False).sections if whole else ()), *more],
         page=lambda: plan_report(found, full=True, more=more, command=command),
     )
 
@@ -100,15 +98,14 @@ def searched(made: Setup, command: str, on_part: OnPart = quiet) -> Answer:
 
     Raises: ValueError if no layout fits, with what would fit.
     """
-    layout, given = made.layout, {name: (value,) for name, value in made.asked.layout_fields.items()}
-    options = {"gpus": (layout.gpus,), **({"precision": ("fp32",)} if layout.precision == "fp32" else {}), **given}
-    found = search(problem_of(made.request, made.model, made.hardware).of(**options), on_part=on_part)
-    best = plan(changed(made, asdict(found[0].layout), made.hardware, "the fastest of all that fit"))
-    section = search_section(found)
+    found = search(made, on_part=on_part)
+    best = plan(changed(made, found[0][0].request.given(), made.hardware, "the fastest of all that fit"))
+    records = [record for _, record in found]
+    section = search_section(records)
     return Answer(
-        record={"layouts": [_candidate_record(one) for one in found]},
+        record={"layouts": records},
         lines=[heading(best)],
-        report=Report(title="", sections=[section]),
+        sections=[section],
         page=lambda: plan_report(best, full=True, more=[section], command=command),
     )
 
@@ -120,7 +117,7 @@ def varied(made: Setup, axes: Sequence[str], names: Sequence[str], command: str,
     return Answer(
         record=variation_record(found),
         lines=[f"{made.model.name} on {made.hardware.title}"],
-        report=Report(title="", sections=[there]),
+        sections=[there],
         page=lambda: plan_report(plan(made), full=True, more=[on_page], command=command),
     )
 
@@ -129,11 +126,10 @@ def published() -> Answer:
     """Return the published figures next to ours."""
     figures = published_figures()
     there, on_page = (published_section(figures, full=full) for full in (False, True))
-    title = "Published figures, and ours"
     return Answer(
-        record=published_record(figures),
-        report=Report(title=title, sections=[there]),
-        page=lambda: Report(title=title, sections=[on_page]),
+        record=[figure.record for figure in figures],
+        sections=[there],
+        page=lambda: Report(title="Published figures, and ours", sections=[on_page]),
     )
 
 
@@ -145,12 +141,13 @@ def explained(made: Setup, name: str, width: int) -> Answer:
     figures = plan(made).figures
     if name != "list":
         found = explain(find(figures.values(), name))
-        return Answer(record=asdict(found), lines=[text(found, width).rstrip()])
+        record = {kind: [asdict(step) for step in steps] for kind, steps in found.items()}
+        return Answer(record=record, lines=[text(found, width)])
     every = named(figures.values())
     rows = [(key, shown(figure), figure.title.title) for key, figure in every.items()]
     table = Table(columns=("name", "value", "figure"), rows=rows, numeric=("value",))
     section = Section(name="names", title="Figures", finding=f"{len(every)} figures and inputs.", tables=[table])
-    return Answer(record=figures_record(every), report=Report(title="Figures", sections=[section]))
+    return Answer(record=figures_record(every), sections=[section])
 
 
 # --- JSON
@@ -162,7 +159,7 @@ def plan_record(found: Plan) -> Record:
     return {
         "config": made.model.source,
         "hardware": made.hardware.name,
-        "layout": asdict(made.layout) | {"chosen": made.sources["layout"]},
+        "layout": made.request.given(ONE_PROCESS) | {"chosen": made.sources["layout"]},
         "fits": found.fits,
         "misfit": dict(made.misfit),
         "unserved": made.unserved,
@@ -177,12 +174,6 @@ def figures_record(figures: Mapping[str, Figure]) -> Record:
         name: {"value": plain(f.value), "unit": f.title.unit, "title": f.title.title, "source": f.source}
         for name, f in figures.items()
     }
-
-
-def _candidate_record(found: Candidate) -> Record:
-    """Return a layout with its memory, seconds of a step, utilization and what binds."""
-    record = asdict(found)
-    return record.pop("layout") | record
 
 
 def variation_record(variation: Variation) -> Record:

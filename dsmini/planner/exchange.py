@@ -79,25 +79,28 @@ def row_of(c: ModelConfig, dtype: str) -> Any:
     return c.dim * {"float32": 4, "bfloat16": 2}[dtype]
 
 
-def copies(s: Sheet, t: Sheet, c: ModelConfig, gpus: Any, *, two_hop: bool, chosen: Any = None) -> None:
-    """Name the rows of a token that cross the slow and the fast link.
+def exchange(s: Sheet, t: Sheet, c: ModelConfig, gpus: Any, dtype: str, one_hop: Any = None) -> Any:
+    """Name the rows of a token that cross the slow and the fast link; return the bytes of a row both ways.
 
     Args:
         s: sheet with the hardware's numbers.
         t: sheet for the figures, the same one or a stage's.
         gpus: GPUs that share the experts.
-        chosen: experts of a token in one hop, shared ones that are reached like routed ones among them.
+        dtype: of rows on their way to the experts.
+        one_hop: experts of a token, each of which gets a row of its own, with shared ones that are reached like routed
+            ones; None: two hops.
     """
     t.expert_nodes = largest(1.0, gpus / s.gpus_per_node)
-    inside = np.minimum(gpus, s.gpus_per_node)
-    if two_hop:
+    if one_hop is None:
         t.nodes_reached = reached(c, t.expert_nodes)
         t.gpus_reached = reached(c, gpus)
         t.slow_copies = t.nodes_reached * (1 - 1 / t.expert_nodes)
-        t.fast_copies = t.gpus_reached * (1 - 1 / inside)
+        t.fast_copies = t.gpus_reached * (1 - 1 / np.minimum(gpus, s.gpus_per_node))
     else:
-        t.slow_copies = chosen * (1 - 1 / t.expert_nodes)
-        t.fast_copies = chosen * (1 / t.expert_nodes - 1 / gpus)
+        t.slow_copies = one_hop * (1 - 1 / t.expert_nodes)
+        t.fast_copies = one_hop * (1 / t.expert_nodes - 1 / gpus)
+    t.dispatch_row, t.combine_row = row_of(c, dtype), row_of(c, "bfloat16")
+    return t.dispatch_row + t.combine_row
 
 
 def training_exchange(s: Sheet, c: ModelConfig, hardware: Hardware, nodes: float, dtype: str) -> None:
@@ -113,23 +116,13 @@ def training_exchange(s: Sheet, c: ModelConfig, hardware: Hardware, nodes: float
         raise ValueError(f"{hardware.title} has no fast link between GPUs, which experts on several need; use expert=1")
     if not hardware.networked and nodes > 1:
         raise ValueError(f"{hardware.title} has no link between nodes, which experts on several need; use fewer GPUs")
-    copies(s, s, c, s.expert, two_hop=True)
+    both = exchange(s, s, c, s.expert, dtype)
     s.nodes_drawn = reached(c, s.expert_nodes, limited=False)
     s.node_limit = c.n_limited_groups * np.maximum(1.0, s.expert_nodes / c.n_expert_groups)
     s.slow_copies_unlimited = c.n_activated_experts * (1 - 1 / s.expert_nodes)
-    s.dispatch_row, s.combine_row = row_of(c, dtype), row_of(c, "bfloat16")
-    both = s.dispatch_row + s.combine_row
     s.slow_bytes = s.slow_copies * both
     s.slow_bytes_unlimited = s.slow_copies_unlimited * both
     s.fast_bytes = s.fast_copies * both
     s.dispatch_slow_seconds = s.slow_bytes / s.slow_link if hardware.networked else 0.0
     s.dispatch_fast_seconds = s.fast_bytes / s.fast_link
     s.dispatch_seconds = np.maximum(s.dispatch_slow_seconds, s.dispatch_fast_seconds)
-
-
-def serving_exchange(s: Sheet, t: Sheet, c: ModelConfig, *, two_hop: bool, chosen: Any, dtype: str) -> None:
-    """Name the traffic of a token among the GPUs of a deployment."""
-    copies(s, t, c, t.expert_parallel, two_hop=two_hop, chosen=chosen)
-    t.dispatch_row, t.combine_row = row_of(c, dtype), row_of(c, "bfloat16")
-    t.slow_row_bytes = t.slow_copies * (t.dispatch_row + t.combine_row)
-    t.fast_row_bytes = t.fast_copies * (t.dispatch_row + t.combine_row)

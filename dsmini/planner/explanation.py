@@ -19,7 +19,7 @@ The figure that was asked for comes first, then each named figure that it needs,
 
 import difflib
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,45 +51,42 @@ class Step:
     needs: tuple[str, ...] = ()
     """Names of the figures and inputs in the formula."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Explanation:
-    """Steps of a figure, what was asked for first, and the inputs in the order of their use."""
-
-    steps: Sequence[Step]
-    inputs: Sequence[Step]
+    @property
+    def lines(self) -> list[str]:
+        """Formula in names and in numbers, where these say more than the result does."""
+        written = dict.fromkeys((self.formula, self.numbers))
+        return [line for line in written if line and not line == self.value == self.exact]
 
 
-def explain(figure: Figure) -> Explanation:
-    """Return the explanation of a named figure or an input."""
+def explain(figure: Figure) -> dict[str, list[Step]]:
+    """Return the steps of a named figure, what was asked for first, and the inputs in the order of their use."""
     nodes = list(_needed(figure))
-    return Explanation(
-        steps=[step_of(node) for node in nodes if node.op != "input"],
-        inputs=[step_of(node) for node in nodes if node.op == "input"],
-    )
+    return {
+        "steps": [step_of(node) for node in nodes if node.op != "input"],
+        "inputs": [step_of(node) for node in nodes if node.op == "input"],
+    }
 
 
 def step_of(figure: Figure) -> Step:
     """Return the formula, the numbers and the result of one named figure, or an input's value and source."""
-    labels: dict[str, Any] = {"name": figure.name, "title": figure.title.title, "source": figure.source}
-    labels |= {"value": shown(figure), "exact": exactly(figure)}
-    if figure.op == "input":
-        return Step(**labels)
-    formula = figure.args[0]
-    inside = list(_inside(formula))
-    choices: list[str] = []
-    for node in inside:
-        if node.op in CHOICES and not node.name:
-            chosen = next(arg for arg in node.args if arg.value == node.value)
-            words = dict.fromkeys((_written(chosen, _name), _number(chosen)))
-            choices.append(f"{CHOICES[node.op]}: {' = '.join(words)}")
+    formulas = () if figure.op == "input" else figure.args
+    inside = [node for formula in formulas for node in _inside(formula)]
     return Step(
-        **labels,
-        formula=_written(formula, _name),
-        numbers=_written(formula, _number),
-        choices=tuple(choices),
+        name=figure.name,
+        title=figure.title.title,
+        value=shown(figure),
+        exact=exactly(figure),
+        source=figure.source,
+        formula="".join(_written(formula, _name) for formula in formulas),
+        numbers="".join(_written(formula, _number) for formula in formulas),
+        choices=tuple(_choice(node) for node in inside if node.op in CHOICES and not node.name),
         needs=tuple(dict.fromkeys(node.name for node in inside if node.name)),
     )
+
+
+def _choice(node: Figure) -> str:
+    chosen = next(arg for arg in node.args if arg.value == node.value)
+    return f"{CHOICES[node.op]}: {' = '.join(dict.fromkeys((_written(chosen, _name), _number(chosen))))}"
 
 
 def named(figures: Iterable[Figure]) -> dict[str, Figure]:
@@ -111,28 +108,29 @@ def find(figures: Iterable[Figure], name: str) -> Figure:
     return known[name]
 
 
-def text(explanation: Explanation, width: int = 100) -> str:
+def text(explanation: Mapping[str, list[Step]], width: int = 100) -> str:
     """Return an explanation as lines of at most this many characters, if no name or number is longer."""
     lines: list[str] = []
-    for step in explanation.steps:
-        lines += _filled(f"{step.name}: {step.title}", width, "")
-        for formula in dict.fromkeys((step.formula, step.numbers)):
-            if not formula == step.value == step.exact:  # else it names another figure
-                lines += _filled(formula, width, "  = ")
-        lines += [line for choice in step.choices for line in _filled(choice, width, "    ")]
-        lines += _filled(step.value if step.value == step.exact else f"{step.value} ({step.exact})", width, "  = ")
-        lines += _filled(f"source: {step.source}", width, "  ") if step.source else []
+
+    def say(line: str, first: str = "") -> None:
+        how: dict[str, Any] = {"initial_indent": first, "subsequent_indent": f"{first and '  '}  "}
+        lines.extend(textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False, **how))
+
+    for step in explanation["steps"]:
+        say(f"{step.name}: {step.title}")
+        for line in step.lines:
+            say(line, "  = ")
+        for choice in step.choices:
+            say(choice, "    ")
+        say(step.value if step.value == step.exact else f"{step.value} ({step.exact})", "  = ")
+        if step.source:
+            say(f"source: {step.source}", "  ")
         lines.append("")
-    if explanation.inputs:
+    if explanation["inputs"]:
         lines.append("inputs")
-    for line in explanation.inputs:
-        lines += _filled(f"{line.name} = {line.value}: {line.title} ({line.source})", width, "  ")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _filled(line: str, width: int, first: str) -> list[str]:
-    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.wrap(line, width, initial_indent=first, subsequent_indent=f"{first and '  '}  ", **options)
+    for step in explanation["inputs"]:
+        say(f"{step.name} = {step.value}: {step.title} ({step.source})", "  ")
+    return "\n".join(lines).rstrip()
 
 
 def _needed(figure: Figure) -> Iterator[Figure]:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
+from dsmini.planner.display import WAYS
 from dsmini.reading import read_toml
 
 STAGES = ("decode", "prefill", "verify", "draft")
@@ -32,7 +33,6 @@ PLACES = ("only", "first", "second", "middle", "last")
 EACH = {
     "stage": (STAGES, "{0}_{1}", "inference"),
     "gpu": (PLACES, "{1}_{0}", "training"),
-    "v4": (("pro", "flash"), "{0}_{1}", "attention"),
 }
 """Tables of titles.toml whose figures exist several times: the words, the names with a word, and the section."""
 
@@ -121,6 +121,9 @@ class Figure(NDArrayOperatorsMixin):
     def title(self) -> Title:
         """Title of a named figure."""
         return titles()[self.name]
+
+    def __format__(self, way: str) -> str:
+        return WAYS[way](self) if way in WAYS else format(float(self.value), way)
 
     def __repr__(self) -> str:
         return f"{self.name or 'Figure'} = {self.value:.6g}"

@@ -7,13 +7,12 @@ A plan divides by these numbers: 1 GB over 200 GB/s takes 5 ms.
 import datetime
 import functools
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsmini.config.fields import refuse_unknown, require
+from dsmini.config.fields import build, check_types, refuse_unknown, require, setting
 from dsmini.planner.figure import Sheet
 from dsmini.reading import brief, read_toml
 
@@ -31,11 +30,13 @@ PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 BYTES = {f"{p}B": size for p, size in PREFIXES.items()} | {f"{p}iB": 1024.0**i for i, p in enumerate("KMGT", 1)}
 RATES = {f"{p}B/s": size for p, size in PREFIXES.items()} | {f"{p}b/s": size / 8 for p, size in PREFIXES.items()}
 SPEEDS = {f"{p}FLOP/s": size for p, size in PREFIXES.items()}
+COUNT = {"": 1.0}
 NUMBERS: Mapping[str, tuple[str, Mapping[str, float]]] = {
+    **{f"peaks.{dtype}": (f"peak_{dtype}", SPEEDS) for dtype in DTYPES},
     "memory": ("gpu_memory", BYTES),
     "memory_bandwidth": ("memory_bandwidth", RATES),
-    "gpus_per_node": ("gpus_per_node", {}),
-    "multiprocessors": ("multiprocessors", {}),
+    "gpus_per_node": ("gpus_per_node", COUNT),
+    "multiprocessors": ("multiprocessors", COUNT),
     "fast_link": ("fast_link", RATES),
     "slow_link": ("slow_link", RATES),
     "fast_link_effective": ("fast_link", RATES),
@@ -45,7 +46,6 @@ NUMBERS: Mapping[str, tuple[str, Mapping[str, float]]] = {
     "power": ("gpu_power", {"W": 1.0, "kW": 1e3}),
 }
 """Numbers of a file: the figure that each gives, and the units that it may have. Effective links come after nominal."""
-NEEDED = ("memory", "memory_bandwidth", "gpus_per_node")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,11 +65,6 @@ class Hardware:
         return [dtype for dtype in DTYPES if f"peak_{dtype}" in self.numbers]
 
     @property
-    def node(self) -> int:
-        """Number of accelerators that the fast link connects; 1 without one."""
-        return round(self.numbers["gpus_per_node"][0]) if self.linked else 1
-
-    @property
     def linked(self) -> bool:
         """True for hardware with a link inside a node."""
         return "fast_link" in self.numbers
@@ -78,6 +73,21 @@ class Hardware:
     def networked(self) -> bool:
         """True for hardware with links inside a node and between nodes."""
         return self.linked and "slow_link" in self.numbers
+
+    @property
+    def gpus_per_node(self) -> int:
+        """Number of accelerators in a node."""
+        return round(self.value("gpus_per_node"))
+
+    @property
+    def node(self) -> int:
+        """Number of accelerators that the fast link connects; 1 without one."""
+        return self.gpus_per_node if self.linked else 1
+
+    @property
+    def most_gpus(self) -> float:
+        """Number of accelerators that the links connect."""
+        return math.inf if self.networked else self.node
 
     def value(self, name: str) -> float:
         """Return a number by the name of its figure."""
@@ -132,40 +142,44 @@ def load_hardware(name_or_path: str | Path, on_part: OnPart = quiet) -> Hardware
     return read(read_toml(path), path.stem, path.name)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Number:
+    """Number of a hardware file."""
+
+    value: float = setting(0.0, above=0, most=1e290)
+    unit: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(bool(self.source.strip()), "it has no source; add source = the text that says where it comes from")
+
+
 def read(raw: dict[str, Any], name: str, file: str) -> Hardware:
     """Return hardware from the tables of a file. Raises: ValueError naming what is wrong."""
+    title, peaks = raw.get("title"), raw.get("peaks", {})
     refuse_unknown(raw, ["title", "peaks", *NUMBERS], file, "")
-    title, peaks = raw.get("title"), raw.get("peaks")
     if not isinstance(title, str) or not title.strip():
         raise ValueError(f"{file} has no title; add title = the name of the hardware")
     if not isinstance(peaks, dict) or not peaks:
         raise ValueError(f"{file} has no peaks; add a table [peaks.bfloat16] with value, unit and source")
     refuse_unknown(peaks, list(DTYPES), file, "peaks.")
-    for key in NEEDED:
+    there = raw | {f"peaks.{dtype}": table for dtype, table in peaks.items()}
+    for key in ("memory", "memory_bandwidth", "gpus_per_node"):
         require(key in raw, f"{file} has no {key}; add a table [{key}]")
-    there = [(f"peak_{dtype}", f"peaks.{dtype}", peaks[dtype], SPEEDS) for dtype in DTYPES if dtype in peaks]
-    there += [(figure, key, raw[key], units) for key, (figure, units) in NUMBERS.items() if key in raw]
-    numbers = {figure: _number(key, table, units, file) for figure, key, table, units in there}
+    numbers: dict[str, tuple[float, str]] = {}
+    for key, (figure, units) in NUMBERS.items():
+        if key in there:
+            number = build(Number, there[key], f"[{key}] of {file}", f"{key}.")
+            require(
+                number.unit in units,
+                f"{key}.unit in {file} is {brief(number.unit)}, want {', '.join(filter(None, units)) or 'none'}",
+            )
+            scaled = number.value * units[number.unit]
+            whole = scaled.is_integer() and scaled < 2.0**53
+            require(whole or units is not COUNT, f"{key}.value in {file} is {number.value}, want a whole number")
+            numbers[figure] = (int(scaled) if whole else scaled), number.source
     return Hardware(name=name, title=title, numbers=numbers)
-
-
-def _number(key: str, table: Any, units: Mapping[str, float], file: str) -> tuple[float, str]:
-    """Return the value in base units and the source of a table with value, unit and source."""
-    parts = ["value", "unit", "source"] if units else ["value", "source"]
-    if not isinstance(table, dict):
-        raise ValueError(f"{key} in {file} is {brief(table)}, want a table [{key}] with {', '.join(parts)}")
-    refuse_unknown(table, parts, file, f"{key}.")
-    value, unit, source = table.get("value"), str(table.get("unit", "")), table.get("source")
-    if not isinstance(source, str) or not source.strip():
-        raise ValueError(f"{key} in {file} has no source; add source = the text that says where it comes from")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        raise ValueError(f"{key}.value in {file} is {brief(value)}, want a positive finite number")
-    require(bool(units) or value == int(value), f"{key}.value in {file} is {value}, want a whole number")
-    require(not units or unit in units, f"{key}.unit in {file} is {brief(unit)}, want {', '.join(units)}")
-    scaled = value * units.get(unit, 1)
-    beyond = f"{key} in {file} is {value} {unit}, beyond what a float can hold; check its unit"
-    require(0 < scaled < math.inf, beyond)
-    return (int(scaled) if float(scaled).is_integer() and scaled < 2.0**53 else scaled), source
 
 
 def this_machine(on_part: OnPart | None = None) -> Hardware:
@@ -184,8 +198,7 @@ def this_machine(on_part: OnPart | None = None) -> Hardware:
     if not memory:
         raise ValueError("the memory of this machine is unknown; write its numbers into a .toml file of your own")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
-    title, numbers = "", {"gpu_memory": memory, "gpus_per_node": count}
-    rates: dict[str, float] = dict.fromkeys(("peak_float32", "peak_bfloat16", "memory_bandwidth"), 1.0)
+    title, rates = "", {"peak_float32": 1.0, "peak_bfloat16": 1.0, "memory_bandwidth": 1.0}
     if on_part is not None:
         roofs = load_or_measure(device, on_part=on_part)
         usable = [name for name, dtype in machine.DTYPES.items() if why_unusable(dtype, roofs.peak) is None]
@@ -193,4 +206,5 @@ def this_machine(on_part: OnPart | None = None) -> Hardware:
         rates["memory_bandwidth"] = roofs.bandwidth
         title = roofs.card["device" if device.type == "cuda" else "processor"]
     source = f"measured here by dsmini.measure, {datetime.date.today()}"
-    return Hardware(name="this", title=title, numbers={key: (x, source) for key, x in {**numbers, **rates}.items()})
+    numbers: dict[str, float] = {"gpu_memory": memory, "gpus_per_node": count, **rates}
+    return Hardware(name="this", title=title, numbers={key: (value, source) for key, value in numbers.items()})

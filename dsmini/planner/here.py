@@ -9,13 +9,12 @@ Only `--hardware this` comes here; it imports torch. Other plans do not.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsmini.config import TrainConfig
 from dsmini.planner.hardware import OnPart, quiet
 from dsmini.planner.plan import Plan
-from dsmini.planner.request import DTYPES
-from dsmini.planner.setup import Setup
+from dsmini.planner.request import DTYPES, Setup
 from dsmini.report import Section, Table
 from dsmini.report.units import human
 
@@ -51,12 +50,15 @@ def steps_here(plan: Plan, on_part: OnPart = quiet) -> list[StepHere]:
     from dsmini.measure.step_rates import load_or_measure_rates
 
     device = pick_device("auto")
-    shapes = [(name, roof, shape) for name, roof, shape in _shapes(plan) if shape.batch * shape.tokens <= MOST_TOKENS]
-    if device.type != "cpu" or not shapes:
+    steps = [each for each in _steps(plan) if each[2].batch * each[2].tokens <= MOST_TOKENS]
+    if device.type != "cpu" or not steps:
         return []
     rates = load_or_measure_rates(device, on_part=on_part)
-    known = [each for each in shapes if f"{each[2].work} {each[2].dtype}" in rates.steps]
-    return [StepHere(name=name, roof=roof, forecast=forecast(shape, rates)) for name, roof, shape in known]
+    return [
+        StepHere(name=name, roof=float(roof), forecast=forecast(shape, rates))
+        for name, roof, shape in steps
+        if f"{shape.work} {shape.dtype}" in rates.steps
+    ]
 
 
 def with_forecast(made: Setup, planned: Plan, steps: Sequence[StepHere]) -> Setup:
@@ -66,37 +68,28 @@ def with_forecast(made: Setup, planned: Plan, steps: Sequence[StepHere]) -> Setu
         return made
     reached = float(planned.sheet.assumed_step_seconds * planned.sheet.utilization) / seconds[0]
     sources = {**made.sources, "utilization": "forecast of a step of this machine"}
-    return replace(made, request=replace(made.request, utilization=reached), sources=sources)
+    return replace(made.asking(utilization=reached), sources=sources)
 
 
-def _shapes(plan: Plan) -> Iterator[tuple[str, float, "StepShape"]]:
+def _steps(plan: Plan) -> Iterator[tuple[str, Any, "StepShape"]]:
     """Yield the name, the seconds by roofs, and the shape of each step."""
     from dsmini.measure.workloads import ROOM, StepShape
 
-    r, s, layout, config = plan.setup.request, plan.sheet, plan.setup.layout, plan.setup.model.config
-    run = plan.setup.model.run
-    assert r.batch is not None and r.seq_len is not None, "the request is complete"
-    if plan.fits and layout.gpus == 1 and (run is not None or r.batch * config.max_seq_len <= MOST_TOKENS):
-        train = run.train if run is not None else TrainConfig(optimizer=layout.optimizer, moments=layout.moments)
-        sizes = {"batch": r.batch, "tokens": r.seq_len, "config": config}
-        yield (
-            "training step",
-            float(s.roof_step_seconds),
-            StepShape(work="training", dtype=DTYPES[layout.precision], train=train, **sizes),
-        )
-    if not plan.setup.served:
-        return
-    assert r.weight_dtype and r.prompt and r.context and r.sequences, "the request is complete"
-    read = StepShape(work="prefill", config=config, dtype=r.weight_dtype, batch=1, tokens=r.prompt)
-    yield "prompt", float(s.prefill_step_time), read
-    context = min(r.context, config.max_seq_len - ROOM)
-    decode = StepShape(work="decode", config=config, dtype=r.weight_dtype, batch=r.sequences, tokens=context)
-    yield "decoding step", float(s.decode_step_time), decode
+    r: Any = plan.setup.request
+    s, config, run = plan.sheet, plan.setup.model.config, plan.setup.model.run
+    if plan.fits and r.gpus == 1 and (run is not None or r.batch * config.max_seq_len <= MOST_TOKENS):
+        train = run.train if run is not None else TrainConfig(optimizer=r.optimizer, moments=r.moments)
+        how: dict[str, Any] = {"work": "training", "dtype": DTYPES[r.precision], "train": train}
+        yield "training step", s.roof_step_seconds, StepShape(batch=r.batch, tokens=r.seq_len, config=config, **how)
+    if plan.setup.served:
+        how = {"config": config, "dtype": r.weight_dtype}
+        yield "prompt", s.prefill_step_time, StepShape(work="prefill", batch=1, tokens=r.prompt, **how)
+        context = min(r.context, config.max_seq_len - ROOM)
+        yield "decoding step", s.decode_step_time, StepShape(work="decode", batch=r.sequences, tokens=context, **how)
 
 
 def section_here(steps: Sequence[StepHere]) -> Section:
     """Return the forecasts of this machine as a section: each step next to its roofs, and what takes longest."""
-    rows = [_row(step.name, step.roof, step.forecast) for step in steps]
     first = steps[0]
     return Section(
         name="here_section",
@@ -104,7 +97,7 @@ def section_here(steps: Sequence[StepHere]) -> Section:
         finding=(
             f"{first.name.capitalize()}: {human(first.forecast.seconds, 's')}; by roofs alone {human(first.roof, 's')}."
         ),
-        tables=[Table(columns=COLUMNS, rows=rows, numeric=("forecast", "by roofs", "tensors", "process"))],
+        tables=[Table(columns=COLUMNS, rows=[_row(step) for step in steps], numeric=COLUMNS[2:6])],
         about=(
             "Forecast from the operations that the step would run here, at rates of this machine that were measured "
             "on other models; nothing of this model has run. Memory is at the peak of a step. "
@@ -113,12 +106,12 @@ def section_here(steps: Sequence[StepHere]) -> Section:
     )
 
 
-def _row(name: str, roof: float, found: "Forecast") -> tuple[str, ...]:
-    shape = found.shape
-    size = f"{shape.batch} x {shape.tokens:,} tokens, {shape.dtype}"
+def _row(step: StepHere) -> tuple[str, ...]:
+    found, shape = step.forecast, step.forecast.shape
     longest = [f"{kind} {seconds / found.seconds:.0%}" for kind, seconds in list(found.by_class.items())[:SHOWN]]
-    memory = (human(float(each), "bytes") for each in (found.peak, found.process))
-    return (name, size, human(found.seconds, "s"), human(roof, "s"), *memory, ", ".join(longest))
+    amounts = ((found.seconds, "s"), (step.roof, "s"), (float(found.peak), "bytes"), (float(found.process), "bytes"))
+    size = f"{shape.batch} x {shape.tokens:,} tokens, {shape.dtype}"
+    return (step.name, size, *(human(value, unit) for value, unit in amounts), ", ".join(longest))
 
 
 def record_here(steps: Sequence[StepHere]) -> dict[str, dict[str, float | int]]:

@@ -12,7 +12,6 @@ Source: DeepSeek-V3 report, section 4.2; "Insights into DeepSeek-V3" (INS, arXiv
 """  # noqa: RUF002
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,6 @@ from dsmini.accounting.tensors import (
     total,
 )
 from dsmini.config import ModelConfig
-from dsmini.config.model import NO_INDEXER
 from dsmini.planner.figure import Sheet, titles
 
 PARAMETERS = {
@@ -228,14 +226,3 @@ def sparse_figures(s: Sheet, c: ModelConfig, context: Any, indexer: ModelConfig)
     s.v32_read = s.v32_index_row * context + s.v32_row * chosen
     s.v32_dense_read = s.v32_row * context
     s.v32_read_ratio = s.v32_dense_read / s.v32_read
-    active = s.parameters_active
-    if c.index_n_heads is None:
-        width = c.dim if c.q_lora_rank is None else c.q_lora_rank
-        active = active + c.n_layers * (h * d * width + d * c.dim + h * c.dim)
-    s.v32_context_flops = c.n_layers * (s.v32_index_flops + 2 * s.v32_attention_flops)
-    s.v32_token_flops = 2 * active + s.v32_context_flops
-
-
-def without_indexer(config: ModelConfig) -> ModelConfig:
-    """Return the same model with MLA in place of DSA."""
-    return replace(config, attention="mla", **NO_INDEXER) if config.attention == "dsa" else config

@@ -40,7 +40,7 @@ MOST_LOST = 7.0
 """Longest restart, checkpoint and work between two, in mean times to failure: less than 0.1 % would train."""
 
 
-def reliability_figures(s: Sheet, layout: Layout) -> None:
+def reliability_figures(s: Sheet, r: Layout) -> None:
     """Name what failures do to a run. Raises: ValueError for more of them than a run survives."""
     failure_rate(s)
     s.checkpoint_interval = np.sqrt(2 * s.checkpoint_halt * s.mean_time_to_failure)
@@ -50,13 +50,10 @@ def reliability_figures(s: Sheet, layout: Layout) -> None:
             f"a failure every {shown(s.mean_time_to_failure)} leaves no time to train, with {shown(s.restart_time)} "
             f"for a restart and {shown(s.checkpoint_halt)} for a checkpoint; lower one of the three"
         )
-    checkpoint(s, layout)
-    s.effective_share_at_any_rate = share_at_any_rate(
-        s.mean_time_to_failure, s.checkpoint_interval, s.restart_time, s.checkpoint_halt
-    )
-    s.effective_share = first_order_share(
-        s.mean_time_to_failure, s.checkpoint_interval, s.restart_time, s.checkpoint_halt
-    )
+    checkpoint(s, r)
+    times = s.mean_time_to_failure, s.checkpoint_interval, s.restart_time, s.checkpoint_halt
+    s.effective_share_at_any_rate = share_at_any_rate(*times)
+    s.effective_share = first_order_share(*times)
     s.elapsed_time = s.training_time / s.effective_share_at_any_rate
     s.failures = s.elapsed_time / s.mean_time_to_failure
     if s.get("gpu_price") is not None:
@@ -66,14 +63,16 @@ def reliability_figures(s: Sheet, layout: Layout) -> None:
 
 
 def failure_rate(s: Sheet) -> None:
-    """Name the rate of failures of all nodes, and the mean time between two."""
+    """Name the rate of failures of all nodes, and the mean time between two; what the sheet lacks is Meta's."""
+    for name, default in FAILURES.items():
+        s.put(name, *default)
     s.failure_rate = s.gpus / s.put("gpus_per_failing_node", *NODE_GPUS) * s.failures_per_node_day / 86400
     s.mean_time_to_failure = 1 / s.failure_rate
 
 
-def checkpoint(s: Sheet, layout: Layout) -> None:
+def checkpoint(s: Sheet, r: Layout) -> None:
     """Name the bytes of a checkpoint, FP32 weights and moments of all parameters, and the time to write it."""
-    weights = s.state_weight if layout.precision == "fp32" else s.state_master
+    weights = s.state_weight if r.precision == "fp32" else s.state_master
     s.checkpoint_bytes = s.parameters_total * (weights + s.state_moments)
     nodes = np.ceil(s.gpus / s.gpus_per_node)
     s.checkpoint_write_time = s.checkpoint_bytes / (nodes * s.put("checkpoint_rate", *WRITE_RATE))

@@ -1,4 +1,4 @@
-"""Choices of a plan: the layout of a training run, and the request, which is everything that a user may choose.
+"""Request: everything that a user may choose; the rules of a layout; and the setup, which a plan is computed from.
 
 A field of a request that is None is left open; setup.py fills it in. Numbers that are hardware's are in a hardware
 file, those that are the model's in its config. All else is here: how the model is trained, how it is served, and how
@@ -14,146 +14,43 @@ micro-batches of one sequence for each part.
 Source: DeepSeek-V3 report, section 3.2.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from dsmini.accounting.activations import Recompute
 from dsmini.accounting.kv_cache import CacheDtype
 from dsmini.accounting.memory import Optimizer
-from dsmini.accounting.tensors import Dtype, WeightDtype
-from dsmini.config import ModelConfig
-from dsmini.config.fields import Bounds, check_types, require
-from dsmini.reading import brief
+from dsmini.accounting.tensors import Dtype, WeightDtype, divisors
+from dsmini.config import ModelConfig, RunConfig
+from dsmini.config.fields import Bounds, build, check_types, setting
+from dsmini.config.model import NO_INDEXER
+from dsmini.planner.figure import titles
+from dsmini.planner.hardware import Hardware
+from dsmini.planner.serving import STAGES, Deployment, Stage
+from dsmini.reading import find_config, listed, read_table, read_toml
 
 Zero = Literal[0, 1, 2, 3]
 Precision = Literal["fp32", "bf16", "fp8"]
 DTYPES: Mapping[Precision, WeightDtype] = {"fp32": "float32", "bf16": "bfloat16", "fp8": "fp8"}
 """Dtype of weights and of the products' peak, by precision."""
 Schedule = Literal["1f1b", "zb1p", "dualpipe"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """Parallelism, precision and recomputation of a training run. The defaults are one process.
-
-    Raises: ValueError for numbers that do not divide each other, and options that contradict each other.
-    """
-
-    gpus: int = 1
-    """Number of GPUs."""
-    pipeline: int = 1
-    """Number of pipeline stages."""
-    expert: int = 1
-    """Number of GPUs that share the routed experts of a layer."""
-    tensor: int = 1
-    """Number of GPUs that share each matrix, and with sequence parallelism the activations; experts are not divided."""
-    zero: Zero = 0
-    """Stage of ZeRO: 1 divides the optimizer's state over the data-parallel GPUs, 2 gradients too, 3 weights too."""
-    recompute: Recompute = "none"
-    """Activations computed again in backward. selective (V3): norms, MLA's up-projections and SwiGLU; full: blocks."""
-    precision: Precision = "bf16"
-    """Precision of matrix products. fp8: those of attention and feed-forwards; activations between them stay BF16."""
-    micro_batch: int = 1
-    """Number of sequences that go through a stage at a time."""
-    schedule: Schedule = "1f1b"
-    """Pipeline schedule."""
-    optimizer: Optimizer = "adamw"
-    """Optimizer of the matrices in blocks; AdamW for all else."""
-    moments: Dtype = "float32"
-    """Dtype of AdamW's moments."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("gpus", "pipeline", "expert", "tensor", "micro_batch"):
-            Bounds(least=1).check(name, getattr(self, name))
-        gpus, p, t = self.gpus, self.pipeline, self.tensor
-        if gpus % (p * t):
-            fit = [n for n in range(1, gpus // t + 1) if gpus % (n * t) == 0]
-            fix = f"use a pipeline of {_listed(fit)}" if fit else f"use a tensor of {_listed(divisors(gpus))}"
-            raise ValueError(f"pipeline={p} and tensor={t} do not divide gpus={gpus}; {fix}")
-        if gpus // p % self.expert:
-            fit = _listed(divisors(gpus // p))
-            raise ValueError(
-                f"expert={self.expert} does not divide the {gpus // p} GPUs of a stage; use an expert of {fit}"
-            )
-        require(
-            self.schedule != "dualpipe" or p % 2 == 0,
-            f"schedule='dualpipe' pairs stages, got pipeline={p}; use an even number, or 1f1b",
-        )
-        require(
-            self.zero == 0 or self.data * self.copies > 1,
-            f"zero={self.zero} divides the state over data-parallel GPUs, of which there is one; use zero=0",
-        )
-
-    @property
-    def data(self) -> int:
-        """Number of parts of the batch that are computed at the same time."""
-        return self.gpus // (self.pipeline * self.tensor)
-
-    @property
-    def copies(self) -> int:
-        """Number of copies of the parameters in a pipeline: two with DualPipe, whose halves hold the same stages."""
-        return 2 if self.schedule == "dualpipe" else 1
-
-
-def check_layout(layout: Layout, config: ModelConfig, node: int, batch: int) -> None:
-    """Refuse a layout that this model, nodes of this many GPUs or this batch cannot have, with one sentence.
-
-    Args:
-        batch: sequences in an optimizer step.
-    """
-    p, e, t, m, most = layout.pipeline, layout.expert, layout.tensor, layout.micro_batch, config.n_layers
-    require(p <= most, f"pipeline={p} is more than n_layers={most}; use {most} or fewer stages")
-    moe = config.n_dense_layers < config.n_layers + config.n_mtp_layers
-    require(moe or e == 1, f"expert={e} but the model has no MoE layers; use expert=1")
-    _check_divides("n_routed_experts", config.n_routed_experts, "expert", e)
-    fills = e % node == 0 or node % e == 0
-    require(fills, f"expert={e} neither fills nodes of {node} GPUs nor divides one; use a multiple or a divisor")
-    require(t <= node, f"tensor={t} is more than the {node} GPUs of a node; use {node} or fewer")
-    _check_divides("n_heads", config.n_heads, "tensor", t)
-    _check_divides("n_kv_heads", config.kv_heads, "tensor", t)
-    if batch % m:
-        raise ValueError(f"micro_batch={m} does not divide batch={batch} sequences; use {_listed(divisors(batch))}")
-    rows = layout.data * m
-    whole = f"a step of batch={batch} sequences is not divisible by data={layout.data} parts of micro_batch={m}"
-    require(batch % rows == 0, f"{whole}; use a batch of {max(rows, batch // rows * rows)}")
-    number, fix = batch // rows, "use a larger batch, a smaller micro_batch or fewer stages"
-    needs = f"schedule='dualpipe' with pipeline={p} needs an even number of micro-batches from {2 * p}, got {number}"
-    fits = layout.schedule != "dualpipe" or (number >= 2 * p and number % 2 == 0)
-    require(fits, f"{needs}; {fix}")
-    require(number >= p, f"pipeline={p} needs at least {p} micro-batches a step, got {number}; {fix}")
-
-
-def _check_divides(name: str, number: int, of: str, parts: int) -> None:
-    if number % parts:
-        raise ValueError(f"{name}={number} is not divisible by {of}={parts}; use {_listed(divisors(number))}")
-
-
-def divisors(number: int, most: int | None = None) -> list[int]:
-    """Return the divisors of a number, up to `most`."""
-    return [n for n in range(1, min(number, most or number) + 1) if number % n == 0]
-
-
-def _listed(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    shown = numbers if len(numbers) <= 8 else [*numbers[:7], numbers[-1]]
-    return f"{', '.join(map(str, shown[:-1]))} or {shown[-1]}"
-
-
-LARGEST = 1e18
+ONE_PROCESS: Mapping[str, Any] = {
+    **{"gpus": 1, "pipeline": 1, "expert": 1, "tensor": 1, "zero": 0, "recompute": "none", "precision": "bf16"},
+    **{"micro_batch": 1, "schedule": "1f1b", "optimizer": "adamw", "moments": "float32"},
+}
+"""Fields of a request that are the layout of a training run, with their values in one process."""
+LARGEST = 10**18
 """Maximum of every number, so that products of some of them are floats."""
-SHARES = {"utilization": "of the peak, such as 0.39", "acceptance": "that a draft is accepted, such as 0.85"}
-"""Fields that are a share from 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanRequest:
     """Choices of a plan.
 
-    Raises: ValueError for numbers that are not positive or beyond a float, and choices that contradict each other.
+    Raises: ValueError for a value of a wrong type, and for numbers that are not positive or beyond a float.
     """
 
     hardware: str = "h800"
@@ -165,13 +62,13 @@ class PlanRequest:
     expert: int | None = None
     """Number of GPUs that share the routed experts of a layer."""
     tensor: int | None = None
-    """Number of GPUs that share each matrix."""
-    zero: Zero | None = None
-    """Stage of ZeRO: 1 divides the optimizer's state, 2 gradients too, 3 weights too."""
+    """Number of GPUs that share each matrix, and with sequence parallelism the activations; experts are not divided."""
+    zero: Zero | None = setting(None, least=0)
+    """Stage of ZeRO: 1 divides the optimizer's state over the data-parallel GPUs, 2 gradients too, 3 weights too."""
     recompute: Recompute | None = None
     """Activations that backward computes again. selective (V3): norms, up-projections and SwiGLU; full: blocks."""
     precision: Precision | None = None
-    """Precision of training's matrix products."""
+    """Precision of training's products. fp8: those of attention and feed-forwards; activations between stay BF16."""
     micro_batch: int | None = None
     """Number of sequences that go through a stage at a time."""
     schedule: Schedule | None = None
@@ -186,8 +83,8 @@ class PlanRequest:
     """Length of a training sequence in tokens."""
     tokens: float | None = None
     """Number of tokens of the whole training, such as 14.8e12."""
-    utilization: float | None = None
-    """Share of the peak that your training reaches (MFU); left out: V3's 0.3894."""
+    utilization: float | None = setting(None, above=0, below=1)
+    """Share of the peak that your training reaches (MFU), such as 0.39; left out: V3's 0.3894."""
 
     context: int | None = None
     """Number of tokens that a decoding sequence holds; left out: 4096, or as many as the model takes."""
@@ -203,17 +100,17 @@ class PlanRequest:
     """Number of GPUs that decode together; left out: as DeepSeek-V3 was served, or the fewest that fit."""
     decode_tensor: int | None = None
     """Number of GPUs that share attention's heads in decoding."""
-    decode_redundant: int | None = None
+    decode_redundant: int | None = setting(None, least=0)
     """Number of redundant experts in decoding; left out: as many as make the experts divide."""
     prefill_gpus: int | None = None
     """Number of GPUs that read prompts together."""
     prefill_tensor: int | None = None
     """Number of GPUs that share attention's heads in reading prompts."""
-    prefill_redundant: int | None = None
+    prefill_redundant: int | None = setting(None, least=0)
     """Number of redundant experts in reading prompts."""
-    drafts: int = 1
+    drafts: int = setting(1, least=0)
     """Number of tokens that multi-token prediction drafts in a step; 0: plain decoding."""
-    acceptance: float = 0.85
+    acceptance: float = setting(0.85, above=0, below=1)
     """Probability that a draft is accepted, if those before it were (V3: 0.85 to 0.9)."""
 
     failures_per_node_day: float | None = None
@@ -226,45 +123,203 @@ class PlanRequest:
     """Rent of a GPU in dollars an hour; left out: the hardware's."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or field.name == "zero":
-                continue
-            may_be_zero = field.name in ("decode_redundant", "prefill_redundant", "drafts")
-            if not 0 <= value <= LARGEST or (value == 0 and not may_be_zero):
-                fix = "0 or more" if may_be_zero else "more than 0"
-                raise ValueError(f"{field.name}={brief(value)} is out of range; use {fix}, and at most {LARGEST:g}")
-            if field.name in SHARES and value >= 1:
-                raise ValueError(f"{field.name}={value} is no share below 1; give the share {SHARES[field.name]}")
-        _refuse_contradictions(self)
+        check_types(self, whole=Bounds(least=1, most=LARGEST), real=Bounds(above=0, most=LARGEST))
 
-    @property
-    def layout_fields(self) -> dict[str, Any]:
-        """Fields of the training layout that are chosen, by name."""
-        names = (field.name for field in dataclasses.fields(Layout))
+    def given(self, names: Mapping[str, Any] | tuple[str, ...] = ONE_PROCESS) -> dict[str, Any]:
+        """Return the fields among some names, those of the layout, that are chosen."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
-    def layout(self) -> Layout:
-        """Layout of a complete request. Raises: ValueError for a layout that contradicts itself."""
-        return Layout(**self.layout_fields)
+    def serving(self) -> dict[str, Any]:
+        """Fields of serving that are chosen."""
+        stages = (f"{stage}_{name}" for stage in STAGES for name in ("gpus", "tensor", "redundant"))
+        return self.given(("context", "sequences", "prompt", "weight_dtype", "cache_dtype", *stages))
+
+
+Layout = Any
+"""Complete request: every field of its layout has a value. In a search sizes may be arrays of layouts."""
+
+
+def copies(r: Layout) -> int:
+    """Return the copies of the parameters in a pipeline: two with DualPipe, whose halves hold the same stages."""
+    return 2 if r.schedule == "dualpipe" else 1
+
+
+Rule = tuple[Any, Callable[[], str]]
+"""Condition, and the sentence for what does not meet it."""
+
+
+def rules(r: Layout, c: ModelConfig, node: int) -> Iterator[Rule]:
+    """Yield what a layout must meet: in itself, with the model, with nodes of this many GPUs, and with the batch.
+
+    Args:
+        r: complete layout with its batch; sizes may be arrays of layouts, for which the rest is the same.
+    """
+    gpus, p, e, t, m, batch = r.gpus, r.pipeline, r.expert, r.tensor, r.micro_batch, r.batch
+    moe, dual = c.n_dense_layers < c.n_layers + c.n_mtp_layers, r.schedule == "dualpipe"
+    yield (
+        gpus % (p * t) == 0,
+        lambda: f"pipeline={p} and tensor={t} do not divide gpus={gpus}; change one of the three",
+    )
+    yield _divides("expert", e, "gpus/pipeline", gpus // p)
+    yield p <= c.n_layers, lambda: f"pipeline={p} is more than n_layers={c.n_layers}; use {c.n_layers} or fewer stages"
+    yield (e == 1) | moe, lambda: f"expert={e} but the model has no MoE layers; use expert=1"
+    yield _divides("expert", e, "n_routed_experts", c.n_routed_experts)
+    yield (
+        (e % node == 0) | (node % e == 0),
+        lambda: f"expert={e} neither fills nodes of {node} GPUs nor divides one; use a multiple or a divisor",
+    )
+    yield t <= node, lambda: f"tensor={t} is more than the {node} GPUs of a node; use {node} or fewer"
+    yield _divides("tensor", t, "n_heads", c.n_heads)
+    yield _divides("tensor", t, "n_kv_heads", c.kv_heads)
+    yield (
+        (p % 2 == 0) | (not dual),
+        lambda: f"schedule='dualpipe' pairs stages, got pipeline={p}; use an even number, or 1f1b",
+    )
+    data = gpus // (p * t)
+    yield (
+        (data * copies(r) > 1) | (r.zero == 0),
+        lambda: f"zero={r.zero} divides the state over data-parallel GPUs, of which there is one; use zero=0",
+    )
+    yield _divides("micro_batch", m, "batch", batch)
+    rows = data * m
+    yield (
+        batch % rows == 0,
+        lambda: (
+            f"a step of batch={batch} sequences is not divisible by data={data} parts of micro_batch={m}; "
+            f"use a batch of {max(rows, batch // rows * rows)}"
+        ),
+    )
+    number, fix = batch // rows, "use a larger batch, a smaller micro_batch or fewer stages"
+    yield (
+        (number >= 2 * p) & (number % 2 == 0) | (not dual),
+        lambda: (
+            f"schedule='dualpipe' with pipeline={p} needs an even number of micro-batches from {2 * p}, "
+            f"got {number}; {fix}"
+        ),
+    )
+    yield number >= p, lambda: f"pipeline={p} needs at least {p} micro-batches a step, got {number}; {fix}"
+
+
+def _divides(name: str, part: Any, of: str, whole: Any) -> Rule:
+    return (
+        whole % part == 0,
+        lambda: (
+            f"{name}={part} does not divide {of}={whole}; use one of {listed([str(n) for n in divisors(whole)], 8)}"
+        ),
+    )
+
+
+def check(found: Iterator[Rule]) -> None:
+    """Raise ValueError with the sentence of the first rule that is broken."""
+    for holds, sentence in found:
+        if not holds:
+            raise ValueError(sentence())
+
+
+# --- models, and the setup of a plan
+
+
+@functools.cache
+def presets() -> dict[str, Any]:
+    """Return the published runs and models of presets.toml."""
+    return read_toml(Path(__file__).parent / "presets.toml")
+
+
+@functools.cache
+def reference(name: str) -> ModelConfig:
+    """Return a model of published figures by name: of configs/, or a dense one of presets.toml."""
+    if name in presets()["models"]:
+        return build(ModelConfig, presets()["models"][name], "presets.toml", f"models.{name}.")
+    return ModelConfig.from_file(find_config(Path(name)))
+
+
+def is_v3(config: ModelConfig, indexer: bool = False) -> bool:
+    """Return True for a model with DeepSeek-V3's sizes, whatever its training, context and RoPE.
+
+    Args:
+        indexer: also for V3.2, which has an indexer more.
+    """
+    if indexer and config.attention == "dsa":
+        config = replace(config, attention="mla", **NO_INDEXER)
+    sizes = ["attention", *(field.name for field in fields(config) if field.name in titles())]
+    return all(getattr(config, name) == getattr(reference("deepseek-v3"), name) for name in sizes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A config and what its file says of training."""
+
+    config: ModelConfig
+    source: str
+    """Name of the file."""
+    run: RunConfig | None = None
+    """Recipe, where the file has the section [train]."""
 
     @property
-    def serving_fields(self) -> list[str]:
-        """Names of the fields of serving that are chosen."""
-        names = ["context", "sequences", "prompt", "weight_dtype", "cache_dtype"]
-        names += [f"{stage}_{name}" for stage in ("decode", "prefill") for name in ("gpus", "tensor", "redundant")]
-        return [name for name in names if getattr(self, name) is not None]
+    def name(self) -> str:
+        """Name for people: of the file, or of its folder for a config.json."""
+        path = Path(self.source)
+        return path.resolve().parent.name if path.name == "config.json" else path.stem
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Model":
+        """Read a TOML file, DeepSeek's inference JSON, or Hugging Face's config.json."""
+        config, is_toml = ModelConfig.from_file(path), path.suffix == ".toml"
+        raw = read_toml(path) if is_toml else read_table(path)
+        if not (raw.get("model") if is_toml else raw):
+            raise ValueError(f"{path} has no size of a model; write some, or name a config, such as configs/toy.toml")
+        run = RunConfig.from_file(path) if is_toml and "train" in raw else None
+        return cls(config=config, source=str(path), run=run)
 
 
-def _refuse_contradictions(r: PlanRequest) -> None:
-    sizes = {name: "gpus" for name in ("pipeline", "expert", "tensor")}
-    sizes |= {f"{stage}_tensor": f"{stage}_gpus" for stage in ("decode", "prefill")}
-    for name, whole in sizes.items():
-        part, gpus = getattr(r, name), getattr(r, whole)
-        if part is not None and gpus is not None and gpus % part:
-            raise ValueError(f"{name}={part} does not divide {whole}={gpus}; change one of them")
-    if r.schedule == "dualpipe" and (r.pipeline == 1 or r.gpus == 1):
-        raise ValueError("schedule='dualpipe' needs pipeline stages, got one; use pipeline=2 or more, or leave it out")
-    if r.zero and r.gpus == 1:
-        raise ValueError(f"zero={r.zero} divides the state over GPUs, of which there is one; use zero=0 or more gpus")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """Everything that a plan is computed from."""
+
+    model: Model
+    hardware: Hardware
+    request: PlanRequest
+    """Complete request. Where serving has no plan, decode_gpus is None."""
+    asked: PlanRequest
+    """Request as it was before it was completed."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Source of each field of the request that is an input of a figure, in words."""
+    misfit: Mapping[str, str] = field(default_factory=dict)
+    """Sentences about what does not fit, with what would: of training, decode and prefill."""
+    published: bool = False
+    """Deployments of DeepSeek-V3's sizes send rows as its own do: it is the model, or one that is varied from it."""
+    unserved: str = ""
+    """Reason why serving has no plan, in one sentence; "" if it has one."""
+
+    def asking(self, **changes: Any) -> "Setup":
+        """Return the setup with some fields of its request changed."""
+        return replace(self, request=replace(self.request, **changes))
+
+    def check_layout(self) -> None:
+        """Raise ValueError for a layout that the model, the nodes or the batch cannot have."""
+        check(rules(self.request, self.model.config, self.hardware.gpus_per_node))
+
+    def deployment(self, stage: Stage, **sizes: Any) -> Deployment:
+        """Return the deployment of a stage in the request, or one of other sizes: gpus, tensor, redundant.
+
+        V3's own has its ways to send rows.
+        """
+        r, preset, names = self.request, presets()["deepseek-v3"][stage], ("gpus", "tensor", "redundant")
+        sizes = sizes or {name: getattr(r, f"{stage}_{name}") for name in names}
+        ways = {"micro_batches": 1 if sizes["gpus"] == 1 else 2, "two_hop": stage == "prefill"}
+        if self.published and sizes.items() <= preset.items():
+            ways = {name: value for name, value in preset.items() if name not in names}
+        dtypes: dict[str, Any] = {"weight_dtype": r.weight_dtype, "cache_dtype": r.cache_dtype}
+        return Deployment(stage=stage, **sizes, **ways, **dtypes)
+
+    @property
+    def served(self) -> bool:
+        """True if serving has a plan."""
+        return self.request.decode_gpus is not None
+
+    @property
+    def refused(self) -> str:
+        """Sentence about a plan in which nothing fits; "" if training or serving does."""
+        fits = "training" not in self.misfit or (self.served and not {*STAGES} & self.misfit.keys())
+        return "" if fits else next(iter(self.misfit.values()))

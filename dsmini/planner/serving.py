@@ -29,22 +29,24 @@ Source: DeepSeek-V3 report, sections 3.4 and 5.4.3; INS, section 2.3.2; Leviatha
 """
 
 import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from dsmini.accounting.kv_cache import CacheDtype
-from dsmini.accounting.tensors import WeightDtype, key_width, largest, smallest, total
+from dsmini.accounting.tensors import WeightDtype, divisors, key_width, largest, smallest, total
 from dsmini.accounting.traffic import expected_experts
 from dsmini.config import ModelConfig
-from dsmini.config.fields import require
-from dsmini.planner.exchange import serving_exchange
+from dsmini.planner.exchange import exchange
 from dsmini.planner.figure import Sheet
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.model import context_products, keys_met, mean_keys
+from dsmini.reading import listed
 
 Stage = Literal["decode", "prefill"]
+STAGES: tuple[Stage, ...] = ("decode", "prefill")
 RESOURCES = {
     "memory_time": "memory traffic",
     "compute_time": "compute",
@@ -59,34 +61,42 @@ class Deployment:
     """GPUs that serve one copy of a model."""
 
     stage: Stage
-    gpus: int = 1
+    gpus: int
     """GPUs that divide the routed experts: all of the deployment."""
-    tensor: int = 1
+    tensor: int
     """GPUs that divide attention's heads and share their sequences."""
-    redundant: int = 0
+    redundant: int
     """Copies of experts beyond one of each; in V3's decoding also places of shared experts."""
-    micro_batches: int = 1
+    micro_batches: int
     """Parts of a step's batch, of which one communicates while another computes."""
     shared_remote: bool = False
     """Shared experts are reached like routed ones, instead of being on every GPU."""
     two_hop: bool = False
     """A token is sent to each chosen node once, and within it to each chosen GPU once; else once for each expert."""
-    weight_dtype: WeightDtype = "fp8"
-    cache_dtype: CacheDtype = "bfloat16"
+    weight_dtype: WeightDtype
+    cache_dtype: CacheDtype
 
-    def check(self, config: ModelConfig, hardware: Hardware) -> None:
-        """Refuse a model or hardware that it does not go with. Raises: ValueError with the number to change."""
-        slots, node = config.n_routed_experts + self.redundant, round(hardware.value("gpus_per_node"))
-        gpus, tensor, title = self.gpus, self.tensor, hardware.title
-        require(gpus % tensor == 0, f"{gpus} GPUs are no multiple of tensor_parallel={tensor}; use a divisor of {gpus}")
-        require(tensor <= node, f"tensor_parallel={tensor} is more than a node has; use {node}")
-        divide = f"{slots} experts, redundant ones included, do not divide by {gpus} GPUs"
-        require(slots % gpus == 0, f"{divide}; add {-slots % gpus} redundant ones")
-        networked, linked = hardware.networked or gpus <= node, hardware.linked or gpus == 1
-        require(networked, f"{title} has no slow link, want one for several nodes; plan one node")
-        require(linked, f"{title} has no fast link, want one for several GPUs in a node; plan one GPU")
-        absorbed = not (config.is_mla and config.qk_norm and self.stage == "decode")
-        require(absorbed, "qk_norm=True has no absorbed form, which decoding is planned in; use qk_norm=False")
+
+def deployment_rules(d: Deployment, c: ModelConfig, hardware: Hardware) -> Iterator[tuple[bool, Callable[[], str]]]:
+    """Yield what a deployment must meet, and the sentence for one that does not."""
+    slots, node, title = c.n_routed_experts + d.redundant, hardware.gpus_per_node, hardware.title
+    of, use = f"{d.stage}_tensor={d.tensor}", listed([str(n) for n in divisors(c.n_heads, hardware.node)])
+    yield d.gpus % d.tensor == 0, lambda: f"{of} does not divide {d.stage}_gpus={d.gpus}; use a divisor of it"
+    yield d.tensor <= node, lambda: f"{of} is more than the GPUs of a node; use one of {use}"
+    yield c.n_heads % d.tensor == 0, lambda: f"{of} does not divide n_heads={c.n_heads}; use one of {use}"
+    yield (
+        slots % d.gpus == 0,
+        lambda: (
+            f"{slots} experts, redundant ones included, do not divide by {d.gpus} GPUs; "
+            f"add {-slots % d.gpus} redundant ones"
+        ),
+    )
+    one_node = hardware.networked or d.gpus <= node
+    yield one_node, lambda: f"{title} has no slow link, want one for several nodes; plan one node"
+    linked = hardware.linked or d.gpus == 1
+    yield linked, lambda: f"{title} has no fast link, want one for several GPUs in a node; plan one GPU"
+    absorbed = not (c.is_mla and c.qk_norm and d.stage == "decode")
+    yield absorbed, lambda: "qk_norm=True has no absorbed form, which decoding is planned in; use qk_norm=False"
 
 
 class Work(NamedTuple):
@@ -219,9 +229,11 @@ def _scores(c: Any) -> Any:
 
 def _exchange(s: Sheet, t: Sheet, c: ModelConfig, d: Deployment) -> None:
     """Name the rows of experts of a deployment on more than one GPU."""
-    chosen = c.n_activated_experts + c.n_shared_experts if d.shared_remote else c.n_activated_experts
     if d.gpus > 1:
-        serving_exchange(s, t, c, two_hop=d.two_hop, chosen=chosen, dtype=d.weight_dtype)
+        chosen = None if d.two_hop else c.n_activated_experts + (c.n_shared_experts if d.shared_remote else 0)
+        both = exchange(s, t, c, t.expert_parallel, d.weight_dtype, one_hop=chosen)
+        t.slow_row_bytes = t.slow_copies * both
+        t.fast_row_bytes = t.fast_copies * both
 
 
 def _step(s: Sheet, t: Sheet, of: Sheet, c: ModelConfig, hardware: Hardware, d: Deployment, work: Work) -> None:

@@ -42,7 +42,7 @@ from dsmini.planner.exchange import training_exchange
 from dsmini.planner.figure import Figure, Sheet
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.model import placed_tensors
-from dsmini.planner.request import Layout, Schedule
+from dsmini.planner.request import Layout, Schedule, copies
 
 BF16_EFFICIENCY = (0.51, "LL3, table 4: 0.43 of the peak in a whole step, its bubbles and all-reduces taken out")
 FP8_EFFICIENCY = (0.29, "fitted to the 143.8 ms of a forward with a backward that INS, table 4, implies")
@@ -65,12 +65,12 @@ Stage = dict[str, Any]
 its depths; 1 for embedding and head; matrices of the size of the vocabulary; and the micro-batches in flight."""
 
 
-def training_figures(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout) -> None:
+def training_figures(s: Sheet, c: ModelConfig, hardware: Hardware, r: Layout) -> None:
     """Name the figures of a training run.
 
     Args:
         s: sheet with the model's figures, the hardware's numbers, and as inputs the sizes of the layout, batch, seq_len
-            and tokens. In a search the sizes are arrays of layouts, of which `layout` is one.
+            and tokens. In a search the sizes are arrays of layouts, of which `r` is one.
 
     Raises: ValueError for a precision or a link that the hardware lacks.
     """
@@ -81,43 +81,43 @@ def training_figures(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layou
     s.micro_batch_tokens = s.micro_batch * s.seq_len / s.tensor
     s.layers_first = np.ceil(c.n_layers / s.pipeline)
     s.layers_last = np.floor(c.n_layers / s.pipeline)
-    _state(s, layout)
-    _activations(s, c, layout)
-    gpus = _memory(s, c, layout)
-    if layout.gpus == 1:
-        _process(s, c, layout)
-    s.memory_needed = s.process_memory if layout.gpus == 1 else _most(gpu.memory for gpu in gpus)
+    _state(s, r)
+    _activations(s, c, r)
+    gpus = _memory(s, c, r)
+    if r.gpus == 1:
+        _process(s, c, r)
+    s.memory_needed = s.process_memory if r.gpus == 1 else _most(gpu.memory for gpu in gpus)
     s.memory_free = s.gpu_memory - s.memory_needed
-    _compute(s, c, hardware, layout)
-    _step(s, c, hardware, layout, gpus)
+    _compute(s, c, hardware, r)
+    _step(s, c, hardware, r, gpus)
 
 
 # --- memory
 
 
-def _state(s: Sheet, layout: Layout) -> None:
+def _state(s: Sheet, r: Layout) -> None:
     """Name the bytes of the training state of one parameter of a matrix, undivided."""
-    fp32, moment = layout.precision == "fp32", SIZES[layout.moments]
-    s.state_weight = {"fp32": 4, "bf16": 2, "fp8": 1 + 4 / (128 * 128)}[layout.precision]
+    fp32, moment = r.precision == "fp32", SIZES[r.moments]
+    s.state_weight = {"fp32": 4, "bf16": 2, "fp8": 1 + 4 / (128 * 128)}[r.precision]
     s.state_gradient = 4
     s.state_master = 0 if fp32 else 4  # in FP32 the weight is its own master
-    s.state_moments = 2 * moment if layout.optimizer == "adamw" else 4
+    s.state_moments = 2 * moment if r.optimizer == "adamw" else 4
     s.state_parameter = s.state_weight + s.state_gradient + s.state_master + s.state_moments
 
 
-def _activations(s: Sheet, c: ModelConfig, layout: Layout) -> None:
+def _activations(s: Sheet, c: ModelConfig, r: Layout) -> None:
     """Name the bytes that a token saves for backward in each part of the model."""
-    size = 4 if layout.precision == "fp32" else 2
-    saved = Saved(c=c, size=size, fp8=layout.precision == "fp8", recompute=layout.recompute)
+    size = 4 if r.precision == "fp32" else 2
+    saved = Saved(c=c, size=size, fp8=r.precision == "fp8", recompute=r.recompute)
     for part in ("embedding", "dense", "moe", "head", "state", "mtp"):
         setattr(s, f"activations_{part}", total(amount for _, amount in saved.part(part)))
-    if layout.recompute == "full":
+    if r.recompute == "full":
         s.activations_again = saved.largest_block()
 
 
-def _stages(s: Sheet, c: ModelConfig, layout: Layout) -> dict[str, list[Stage]]:
+def _stages(s: Sheet, c: ModelConfig, r: Layout) -> dict[str, list[Stage]]:
     """Return the stages of each kind of GPU: the only one, or the first, a second, a middle one and the last."""
-    dual, most, least = layout.schedule == "dualpipe", s.layers_first, s.layers_last
+    dual, most, least = r.schedule == "dualpipe", s.layers_first, s.layers_last
 
     def stage(layers: Any, dense: Any, in_flight: Any, **ends: Any) -> Stage:
         return {"dense": dense, "moe": layers - dense, "in_flight": in_flight, **ends}
@@ -126,25 +126,25 @@ def _stages(s: Sheet, c: ModelConfig, layout: Layout) -> dict[str, list[Stage]]:
         mtp = {"dense": found["dense"] + s.mtp_dense_layers, "moe": found["moe"] + s.mtp_moe_layers}
         return {**found, **mtp, "mtp": c.n_mtp_layers, "head": 1, "vocabulary": vocabularies, **ends}
 
-    if layout.pipeline == 1:
+    if r.pipeline == 1:
         return {"only": [with_mtp(stage(c.n_layers, s.dense_layers, 1), vocabularies=2, embedding=1)]}
     dense = smallest(s.dense_layers, most)
     first = stage(most, dense, s.pipeline, embedding=1, vocabulary=1)
     dense_last = largest(0, s.dense_layers - (c.n_layers - least))
-    last = stage(least, dense_last, s.pipeline if layout.schedule == "zb1p" else 1)
+    last = stage(least, dense_last, s.pipeline if r.schedule == "zb1p" else 1)
     last = with_mtp(last, vocabularies=1 if dual or not c.n_mtp_layers else 2)  # a copy of the embedding
-    in_flight = {"1f1b": s.pipeline - 1, "zb1p": s.pipeline, "dualpipe": (s.pipeline + 1) / 2}[layout.schedule]
+    in_flight = {"1f1b": s.pipeline - 1, "zb1p": s.pipeline, "dualpipe": (s.pipeline + 1) / 2}[r.schedule]
     middle = stage(most, most - smallest(s.moe_layers, most), in_flight)
     found = {"first": [first, last] if dual else [first]}
-    if layout.pipeline > 2 and c.n_dense_layers > 1:
+    if r.pipeline > 2 and c.n_dense_layers > 1:
         second = stage(most, smallest(s.dense_layers - dense, most), in_flight)
         found["second"] = [second, middle] if dual else [second]
-    if layout.pipeline > 2:
+    if r.pipeline > 2:
         found["middle"] = [middle, middle] if dual else [middle]
     return found if dual else found | {"last": [last]}
 
 
-def _memory(s: Sheet, c: ModelConfig, layout: Layout) -> list[Sheet]:
+def _memory(s: Sheet, c: ModelConfig, r: Layout) -> list[Sheet]:
     """Name the parameters and the memory of each kind of GPU; return its part of the sheet."""
     main = list(main_tensors(c))
     block = [use for use in main if use.place == "block"]
@@ -162,14 +162,14 @@ def _memory(s: Sheet, c: ModelConfig, layout: Layout) -> list[Sheet]:
         "vocabulary": s.vocabulary_parameters / s.tensor,
     }
     saved_of = {part: getattr(s, f"activations_{part}") for part in ("dense", "moe", "embedding", "head", "mtp")}
-    working = _working(s, c, layout)
+    working = _working(s, c, r)
     found: list[Sheet] = []
-    for place, stages in _stages(s, c, layout).items():
+    for place, stages in _stages(s, c, r).items():
         gpu = s.each(f"{{}}_{place}")
         matrices, plain = (total(_held(one, of) for one in stages) for of in (matrices_of, plain_of))
         gpu.expert_parameters = total(one["moe"] for one in stages) * s.local_experts
         gpu.parameters = matrices + plain + gpu.expert_parameters
-        _gpu_state(s, gpu, layout, matrices, plain)
+        _gpu_state(s, gpu, r, matrices, plain)
         saved = total(one["in_flight"] * _held(one, saved_of) for one in stages)
         gpu.memory_activations = saved * s.micro_batch_tokens
         gpu.memory_working = working
@@ -190,49 +190,49 @@ def _on_gpu(s: Sheet, uses: list[TensorUse]) -> Any:
     return total(use.numbers for use in uses if use.form == "fp8" and use.split != "whole") / s.tensor + whole
 
 
-def _gpu_state(s: Sheet, gpu: Sheet, layout: Layout, matrices: Any, plain: Any) -> None:
+def _gpu_state(s: Sheet, gpu: Sheet, r: Layout, matrices: Any, plain: Any) -> None:
     """Name the bytes of the training state of a GPU, each part divided from a stage of ZeRO on."""
     for part, divided_from, of_matrices, of_plain in (
-        ("weights", 3, s.state_weight, 4 if layout.precision == "fp32" else 2),
+        ("weights", 3, s.state_weight, 4 if r.precision == "fp32" else 2),
         ("gradients", 2, s.state_gradient, s.state_gradient),
         ("master", 1, s.state_master, s.state_master),
-        ("moments", 1, s.state_moments, 2 * SIZES[layout.moments]),
+        ("moments", 1, s.state_moments, 2 * SIZES[r.moments]),
     ):
         rest, experts = matrices * of_matrices + plain * of_plain, gpu.expert_parameters * of_matrices
-        if layout.zero >= divided_from:
-            rest, experts = rest / (s.data * layout.copies), experts / (s.expert_data * layout.copies)
+        if r.zero >= divided_from:
+            rest, experts = rest / (s.data * copies(r)), experts / (s.expert_data * copies(r))
         setattr(gpu, f"memory_{part}", rest + experts)
 
 
-def _working(s: Sheet, c: ModelConfig, layout: Layout) -> Any:
+def _working(s: Sheet, c: ModelConfig, r: Layout) -> Any:
     """Return the bytes of a block that is made again, and of layers whose weights are gathered."""
-    parts = [s.activations_again * s.micro_batch_tokens] if layout.recompute == "full" else []
-    if layout.zero == 3:
+    parts = [s.activations_again * s.micro_batch_tokens] if r.recompute == "full" else []
+    if r.zero == 3:
         has_moe = c.n_dense_layers < c.n_layers + c.n_mtp_layers
         widest = largest(s.local_dense, s.local_moe + s.local_experts) if has_moe else s.local_dense
         parts.append(ZERO3_GATHERED * widest * s.state_weight)
     return total(parts)
 
 
-def _process(s: Sheet, c: ModelConfig, layout: Layout) -> None:
+def _process(s: Sheet, c: ModelConfig, r: Layout) -> None:
     """Name what one process holds at the end of a forward, as dsmini itself trains; see dsmini.accounting.memory.
 
     Left out: AdamW's counts of steps, 4 bytes a tensor.
     """
     main, mtp = placed_tensors(s, c)
-    dtype = "float32" if layout.precision == "fp32" else "bfloat16"
+    dtype = "float32" if r.precision == "fp32" else "bfloat16"
     owned = [use for use in main + mtp if use.owned]
     s.process_parameters = 4 * (s.parameters_total + s.routing_biases)
     s.process_gradients = 4 * s.parameters_total
-    if layout.optimizer == "adamw":
-        s.process_optimizer = 2 * SIZES[layout.moments] * s.parameters_total
+    if r.optimizer == "adamw":
+        s.process_optimizer = 2 * SIZES[r.moments] * s.parameters_total
     else:
-        s.process_optimizer = total(state_bytes(use, "muon", layout.moments) * use.parameters for use in owned)
-    copies = (saved_copy(use, dtype, fp8=layout.precision == "fp8") for use in owned)
+        s.process_optimizer = total(state_bytes(use, "muon", r.moments) * use.parameters for use in owned)
+    copies = (saved_copy(use, dtype, fp8=r.precision == "fp8") for use in owned)
     s.process_copies = total(copies)
     s.process_head_gradient = 4 * (1 + c.n_mtp_layers) * s.vocabulary_parameters
     parts = (tokens * getattr(s, f"activations_{part}") for _, part, tokens in passes(c, s.seq_len))
-    again = [s.seq_len * s.activations_again] if layout.recompute == "full" else []
+    again = [s.seq_len * s.activations_again] if r.recompute == "full" else []
     tables = (rotary_table(c, s.seq_len - depth) for depth in range(int(c.n_mtp_layers) + 1))
     s.process_activations = s.micro_batch * total([*parts, *again]) + total(tables)
     held = s.process_parameters + s.process_gradients + s.process_optimizer + s.process_activations
@@ -242,17 +242,17 @@ def _process(s: Sheet, c: ModelConfig, layout: Layout) -> None:
 # --- time
 
 
-def _compute(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout) -> None:
+def _compute(s: Sheet, c: ModelConfig, hardware: Hardware, r: Layout) -> None:
     """Name the computing time of a token, and of a micro-batch in a stage."""
     s.put("bf16_efficiency", *BF16_EFFICIENCY)
     s.put("fp8_efficiency", *FP8_EFFICIENCY)
     share = 1
-    if layout.expert > 1 and "multiprocessors" in hardware.numbers:
+    if r.expert > 1 and "multiprocessors" in hardware.numbers:
         share = 1 - s.put("communication_multiprocessors", *CARRYING) / s.multiprocessors
     s.computing_share = share
-    peak = hardware.peak(s, "float32" if layout.precision == "fp32" else "bfloat16")
+    peak = hardware.peak(s, "float32" if r.precision == "fp32" else "bfloat16")
     s.plain_rate = peak * s.bf16_efficiency * s.computing_share
-    fp8 = layout.precision == "fp8"
+    fp8 = r.precision == "fp8"
     s.fp8_rate = hardware.peak(s, "fp8") * s.fp8_efficiency * s.computing_share if fp8 else s.plain_rate
     # of an indexer's operations over the context, as of all products, backward takes two thirds
     s.pair_seconds = (s.attention_flops + s.or_zero("indexer_flops") / 3) / c.n_layers / s.plain_rate
@@ -275,7 +275,7 @@ def _compute(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout) -> No
     s.forward_seconds = layers + s.outside_seconds
     up = [use for use in block if use.name in ("wkv_b", "wq_b") and use.module == "attention"]
     again = {"none": 0.0, "selective": blocks * _products(s, up) if c.is_mla else 0.0, "full": layers}
-    s.again_seconds = again[layout.recompute]
+    s.again_seconds = again[r.recompute]
     if indexer:
         s.detached_seconds = blocks * _products(s, indexer)
     s.stage_share = largest(1 / s.pipeline, s.layers_first * functools.reduce(smallest, kinds) / s.forward_seconds)
@@ -293,44 +293,44 @@ def _products(s: Sheet, uses: list[TensorUse]) -> Any:
     return seconds + 2 * total(plain) / s.plain_rate if plain else seconds
 
 
-def _step(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout, gpus: list[Sheet]) -> None:
+def _step(s: Sheet, c: ModelConfig, hardware: Hardware, r: Layout, gpus: list[Sheet]) -> None:
     """Name the parts of a step's time, and the step without each resource."""
     rows = between = within = 0.0
-    if layout.expert > 1:
-        nodes = layout.expert / hardware.value("gpus_per_node")
-        training_exchange(s, c, hardware, nodes, "fp8" if layout.precision == "fp8" else "bfloat16")
+    if r.expert > 1:
+        nodes = r.expert / hardware.value("gpus_per_node")
+        training_exchange(s, c, hardware, nodes, "fp8" if r.precision == "fp8" else "bfloat16")
         s.stage_moe_layers = (s.moe_layers + s.mtp_moe_layers) / s.pipeline
         s.chunk_slow = s.dispatch_slow_seconds * s.micro_batch_tokens * s.stage_moe_layers
         s.chunk_fast = s.dispatch_fast_seconds * s.micro_batch_tokens * s.stage_moe_layers
         s.chunk_dispatch = s.dispatch_seconds * s.micro_batch_tokens * s.stage_moe_layers
         s.compute_to_dispatch = (s.chunk_forward + s.chunk_backward) / (2 * s.chunk_dispatch)
         between, within, rows = s.chunk_slow, s.chunk_fast, s.chunk_dispatch
-    s.chunk_tensor = _reduce_seconds(s, c, hardware, layout)
-    s.state_seconds = _state_seconds(s, hardware, layout, gpus)
+    s.chunk_tensor = _reduce_seconds(s, c, hardware, r)
+    s.state_seconds = _state_seconds(s, hardware, r, gpus)
     moved = s.state_gradient + 2 * s.state_master + 2 * s.state_moments + s.state_weight
-    if layout.precision == "fp32":
+    if r.precision == "fp32":
         moved = moved + s.state_weight  # its own master: read too
-    s.update_seconds = _most(_owned(s, layout, gpu) for gpu in gpus) * moved / s.memory_bandwidth
+    s.update_seconds = _most(_owned(s, r, gpu) for gpu in gpus) * moved / s.memory_bandwidth
     computing = {"forward": s.chunk_forward, "backward": s.chunk_backward, "weights": s.chunk_weights}
     load = {**computing, "rows": rows, "reduce": s.chunk_tensor, "state": s.state_seconds}
-    for name, part in _parts(s, layout, **load).items():
+    for name, part in _parts(s, r, **load).items():
         setattr(s, f"{name}_seconds", part)
     waiting = s.computing_seconds + s.dispatching_seconds + s.reducing_seconds + s.bubble_seconds
     s.roof_step_seconds = waiting + s.exchange_seconds + s.update_seconds
-    one_node = layout.gpus <= hardware.value("gpus_per_node")
+    one_node = r.gpus <= hardware.value("gpus_per_node")
     for name, change in {
         "computing": dict.fromkeys(computing, 0.0),
         "links_between": {"rows": within, "state": s.state_seconds if one_node else 0.0},
         "links_within": {"rows": between, "reduce": 0.0, "state": 0.0 if one_node else s.state_seconds},
     }.items():
-        parts = _parts(s, layout, **{**load, **change})
+        parts = _parts(s, r, **{**load, **change})
         setattr(s, f"step_without_{name}", total(parts.values()) + s.update_seconds)
     s.step_without_bubble = s.roof_step_seconds - s.bubble_seconds
     s.step_without_update = s.roof_step_seconds - s.update_seconds
 
 
 def _parts(
-    s: Sheet, layout: Layout, forward: Any, backward: Any, weights: Any, rows: Any, reduce: Any, state: Any
+    s: Sheet, r: Layout, forward: Any, backward: Any, weights: Any, rows: Any, reduce: Any, state: Any
 ) -> dict[str, Any]:
     """Return what a GPU waits for in a step: computing, rows, all-reduces, the pipeline, gradients and weights.
 
@@ -338,21 +338,21 @@ def _parts(
         forward, backward, weights, rows, reduce: times of a micro-batch in a stage and pass, before any hides another.
         state: time of gradients and weights of a step.
     """
-    dual, number = layout.schedule == "dualpipe", s.micro_batches
+    dual, number = r.schedule == "dualpipe", s.micro_batches
     alone, sent = forward + backward, 2 * rows
     both = largest(alone, sent) if dual else alone + sent
     found = {"computing": number * alone, "dispatching": number * sent, "reducing": number * (2 * reduce)}
     if dual:  # in the middle of a step, a forward and a backward hide each other's rows
         found["dispatching"] = found["dispatching"] - (number - s.pipeline) * (alone + sent - both)
     found["bubble"] = bubble_seconds(
-        layout.schedule,
+        r.schedule,
         s.pipeline,
         forward=forward + rows + reduce,
         backward=backward + rows + reduce,
         weights=weights,
         both=both + 2 * reduce,
     )
-    found["exchange"] = state if layout.zero < 2 else largest(0.0, state - found["computing"])
+    found["exchange"] = state if r.zero < 2 else largest(0.0, state - found["computing"])
     return found
 
 
@@ -370,48 +370,48 @@ def bubble_seconds(schedule: Schedule, pipeline: Any, *, forward: Any, backward:
     return (pipeline - 1) * (alone - 2 * weights if schedule == "zb1p" else alone)
 
 
-def _reduce_seconds(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout) -> Any:
+def _reduce_seconds(s: Sheet, c: ModelConfig, hardware: Hardware, r: Layout) -> Any:
     """Return the time of two all-reduces a layer in one pass; each moves every row twice but for the own part."""
-    if layout.tensor == 1:
+    if r.tensor == 1:
         return 0.0
     if not hardware.linked:
-        raise ValueError(f"{hardware.title} has no fast link between GPUs, which tensor={layout.tensor} needs; use 1")
+        raise ValueError(f"{hardware.title} has no fast link between GPUs, which tensor={r.tensor} needs; use 1")
     layers = (c.n_layers + c.n_mtp_layers) / s.pipeline
     return 2 * c.dim * s.micro_batch_tokens * (4 * (s.tensor - 1) * layers) / s.fast_link
 
 
-def _state_seconds(s: Sheet, hardware: Hardware, layout: Layout, gpus: list[Sheet]) -> Any:
+def _state_seconds(s: Sheet, hardware: Hardware, r: Layout, gpus: list[Sheet]) -> Any:
     """Return the time of gradients and weights between data-parallel GPUs, before computing hides any of it."""
-    if layout.gpus == 1:
+    if r.gpus == 1:
         return 0.0
-    one_node = layout.gpus <= hardware.value("gpus_per_node")
+    one_node = r.gpus <= hardware.value("gpus_per_node")
     if not (hardware.linked if one_node else hardware.networked):
         most = f"{hardware.node} or fewer" if hardware.linked else 1
-        raise ValueError(f"{hardware.title} has no link that gpus={layout.gpus} need; use {most}")
+        raise ValueError(f"{hardware.title} has no link that gpus={r.gpus} need; use {most}")
     s.sent_gradients, s.sent_weights = (
-        _most(_sent(s, layout, gpu, size) for gpu in gpus) for size in (s.state_gradient, s.state_weight)
+        _most(_sent(s, r, gpu, size) for gpu in gpus) for size in (s.state_gradient, s.state_weight)
     )
     sent = {
         0: 2 * s.sent_gradients,
         1: s.sent_gradients + s.sent_weights,
         2: s.micro_batches * s.sent_gradients + s.sent_weights,
         3: s.micro_batches * (s.sent_gradients + 2 * s.sent_weights),
-    }[layout.zero]
+    }[r.zero]
     return sent / (s.fast_link if one_node else s.slow_link)
 
 
-def _sent(s: Sheet, layout: Layout, gpu: Sheet, size: Any) -> Any:
+def _sent(s: Sheet, r: Layout, gpu: Sheet, size: Any) -> Any:
     """Return the bytes that a GPU sends when a number of `size` for each parameter is reduced or gathered once."""
-    rest = (gpu.parameters - gpu.expert_parameters) * (1 - 1 / (s.data * layout.copies))
-    return (rest + gpu.expert_parameters * (1 - 1 / (s.expert_data * layout.copies))) * size
+    rest = (gpu.parameters - gpu.expert_parameters) * (1 - 1 / (s.data * copies(r)))
+    return (rest + gpu.expert_parameters * (1 - 1 / (s.expert_data * copies(r)))) * size
 
 
-def _owned(s: Sheet, layout: Layout, gpu: Sheet) -> Any:
+def _owned(s: Sheet, r: Layout, gpu: Sheet) -> Any:
     """Return the parameters that a GPU updates."""
-    if layout.zero == 0:
+    if r.zero == 0:
         return gpu.parameters
-    rest = (gpu.parameters - gpu.expert_parameters) / (s.data * layout.copies)
-    return rest + gpu.expert_parameters / (s.expert_data * layout.copies)
+    rest = (gpu.parameters - gpu.expert_parameters) / (s.data * copies(r))
+    return rest + gpu.expert_parameters / (s.expert_data * copies(r))
 
 
 def _most(amounts: Iterable[Any]) -> Any:
@@ -421,7 +421,7 @@ def _most(amounts: Iterable[Any]) -> Any:
 # --- the whole run
 
 
-def run_figures(s: Sheet, hardware: Hardware, layout: Layout, utilization: tuple[float, str] | None) -> None:
+def run_figures(s: Sheet, hardware: Hardware, r: Layout, utilization: tuple[float, str] | None) -> None:
     """Name the time and the cost of a run, at the assumed utilization or by the parts of a step if these take longer.
 
     Operations are those of training_flops, without multi-token prediction and recomputation. The peak is that of BF16
@@ -431,7 +431,7 @@ def run_figures(s: Sheet, hardware: Hardware, layout: Layout, utilization: tuple
         utilization: the share of the peak that the user measured, and its source; None: V3's 0.3894.
     """
     s.put("utilization", *(utilization or UTILIZATION))
-    peak = s.gpus * hardware.peak(s, "float32" if layout.precision == "fp32" else "bfloat16")
+    peak = s.gpus * hardware.peak(s, "float32" if r.precision == "fp32" else "bfloat16")
     s.step_tokens = s.batch * s.seq_len
     s.step_flops = s.training_flops * s.step_tokens
     s.assumed_step_seconds = s.step_flops / (peak * s.utilization)
@@ -441,7 +441,7 @@ def run_figures(s: Sheet, hardware: Hardware, layout: Layout, utilization: tuple
         smallest, (getattr(s, f"step_without_{name}") for name in WITHOUT)
     )
     speed_figures(s, s.step_seconds)
-    if layout.expert > 1 and hardware.networked:
+    if r.expert > 1 and hardware.networked:
         passes_of_stage = 2 * s.stage_moe_layers
         tokens = s.training_tokens_per_second / (s.data * s.tensor)
         s.slow_link_rate = tokens * passes_of_stage * s.slow_bytes

@@ -14,9 +14,10 @@ from dsmini.planner.exchange import places_hit
 from dsmini.planner.explanation import named, step_of
 from dsmini.planner.figure import Figure, Sheet
 from dsmini.planner.hardware import Hardware, load_hardware
-from dsmini.planner.plan import Plan, changed, plan
-from dsmini.planner.request import PlanRequest
-from dsmini.planner.setup import Model, Setup, problem_of, setup
+from dsmini.planner.plan import Plan, plan
+from dsmini.planner.request import Model, PlanRequest, Setup
+from dsmini.planner.search import layout_figures
+from dsmini.planner.setup import changed, setup
 from tests.helpers.configs import CONFIGS
 from tests.helpers.pages import check_page
 
@@ -90,8 +91,7 @@ def values_of(words: str) -> dict[str, float]:
 
 def in_layout(made: Setup, **layout: Any) -> Sheet:
     """Return the training figures of a setup in another layout, as plain numbers."""
-    problem = problem_of(made.request, made.model, made.hardware)
-    return problem.planned(dataclasses.replace(made.layout, **layout))
+    return layout_figures(made.asking(**layout))
 
 
 def planned_with(made: Setup, **changes: Any) -> Plan:

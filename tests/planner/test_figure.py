@@ -37,11 +37,14 @@ def test_whole_numbers_stay_exact_beyond_64_bits() -> None:
 
 def test_explanation_has_the_formula_the_numbers_and_the_inputs() -> None:
     found = explain(cache_sheet().kv_cache)
-    assert [step.name for step in found.steps] == ["kv_cache", "cache_row"]
-    assert (found.steps[0].formula, found.steps[0].numbers) == ("n_layers × cache_row", "61 × 1.152 kB")  # noqa: RUF001
-    assert (found.steps[0].value, found.steps[0].exact) == ("70.3 kB/token", "70,272 B/token")
-    assert found.steps[1].formula == "(kv_lora_rank + 64) × 2"  # noqa: RUF001
-    assert [(line.name, line.source) for line in found.inputs] == [("n_layers", "a file"), ("kv_lora_rank", "a file")]
+    assert [step.name for step in found["steps"]] == ["kv_cache", "cache_row"]
+    assert (found["steps"][0].formula, found["steps"][0].numbers) == ("n_layers × cache_row", "61 × 1.152 kB")  # noqa: RUF001
+    assert (found["steps"][0].value, found["steps"][0].exact) == ("70.3 kB/token", "70,272 B/token")
+    assert found["steps"][1].formula == "(kv_lora_rank + 64) × 2"  # noqa: RUF001
+    assert [(line.name, line.source) for line in found["inputs"]] == [
+        ("n_layers", "a file"),
+        ("kv_lora_rank", "a file"),
+    ]
     assert all(len(line) <= 60 for line in text(found, 60).splitlines())
 
 

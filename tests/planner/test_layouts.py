@@ -1,6 +1,5 @@
 """Choices that a user leaves open: layouts, deployments, precision; the search for layouts; and advice that fits."""
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Iterator
@@ -11,8 +10,9 @@ import pytest
 
 from dsmini.planner import answers, search
 from dsmini.planner.hardware import load_hardware
-from dsmini.planner.request import Layout, PlanRequest
-from dsmini.planner.setup import Model, problem_of, setup
+from dsmini.planner.request import Model, PlanRequest, Setup
+from dsmini.planner.search import layout_figures
+from dsmini.planner.setup import setup
 from dsmini.planner.training import WITHOUT
 from tests.helpers.plans import plan_of, read, setup_of, values_of
 from tests.helpers.released_configs import HF_V3
@@ -58,7 +58,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
 
 def chosen(words: str) -> dict[str, Any]:
     made, plan = setup_of(words), plan_of(words)
-    found: dict[str, Any] = {name: getattr(made.layout, name) for name in Layout.__dataclass_fields__}
+    found: dict[str, Any] = made.request.given()
     found |= {"how": made.sources["layout"], "fits": plan.fits, "weights": made.request.weight_dtype}
     for stage in ("decode", "prefill") if made.served else ():
         deployed = made.deployment(stage)
@@ -76,7 +76,7 @@ def test_what_is_left_open_is_chosen(words: str) -> None:
 def test_half_of_the_fewest_gpus_hold_nothing() -> None:
     """Advice for training names all choices, for serving the memory of a GPU."""
     for words in ("deepseek-v2-lite gpus=2", "deepseek-v3 gpus=112 pipeline=7 precision=fp8 moments=bfloat16"):
-        gpus, said = setup_of(words).layout.gpus, setup_of(words).misfit["training"]
+        gpus, said = setup_of(words).request.gpus or 1, setup_of(words).misfit["training"]
         assert said.startswith(f"no layout on gpus={gpus} fits 80 GB") and said.endswith(f"; use gpus={2 * gpus}")
     for words in ("deepseek-v2 gpus=128 decode_gpus=8 sequences=1", "kimi-k2 gpus=4096 decode_gpus=32 sequences=1"):
         assert values_of(words)["decode_memory_share"] > 1
@@ -97,10 +97,10 @@ FULL = [
 
 @pytest.mark.parametrize(("words", "gpus"), FULL)
 def test_sizes_left_out_early_would_not_be_chosen(words: str, gpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = setup_of(f"{words} {gpus}").layout
+    first = setup_of(f"{words} {gpus}").request
     monkeypatch.setattr(search, "SLACK", 1e9)
     model, hardware, request = read(f"{words} {gpus}")
-    assert setup(request, model, hardware).layout == first
+    assert setup(request, model, hardware).request == first
 
 
 def test_name_is_of_the_file_or_of_its_folder(tmp_path: Path) -> None:
@@ -176,9 +176,9 @@ def found(words: str) -> list[dict[str, Any]]:
     return answers.searched(setup_of(words), words).record["layouts"]
 
 
-def every_layout(words: str) -> Iterator[Layout]:
-    """Yield all layouts that the choices of a request allow."""
-    request = read(words)[2]
+def every_layout(words: str) -> Iterator[Setup]:
+    """Yield all layouts that the choices of a request allow, and some that no model has."""
+    made, request = setup_of(words), read(words)[2]
     gpus = request.gpus or 1
     sizes = [n for n in range(1, gpus + 1) if gpus % n == 0]
     choices = {
@@ -188,27 +188,23 @@ def every_layout(words: str) -> Iterator[Layout]:
     }
     names = [name for name in choices if getattr(request, name) is None]
     for values in itertools.product(*(choices[name] for name in names)):
-        try:
-            state = problem_of(setup_of(words).request, *read(words)[:2]).state
-            yield dataclasses.replace(state, **(request.layout_fields | dict(zip(names, values, strict=True))))
-        except ValueError:
-            continue
+        yield made.asking(**dict(zip(names, values, strict=True)))
 
 
 @pytest.mark.parametrize("words", SEARCHED)
 def test_search_finds_the_best_of_all_plans(words: str) -> None:
     """And what binds: the part that gains most without time, or memory, if what does not fit gains more."""
-    made, plans = setup_of(words), dict[tuple[int, ...], list[dict[str, float]]]()
-    problem = problem_of(made.request, made.model, made.hardware)
+    plans = dict[tuple[Any, ...], list[dict[str, float]]]()
     names = ["memory_free", "memory_needed", "roof_step_seconds", *(f"step_without_{part}" for part in WITHOUT)]
     for layout in every_layout(words):
         try:
-            planned = problem.planned(layout)
+            planned = layout_figures(layout)
         except ValueError:
             continue
-        sizes = (layout.pipeline, layout.tensor, layout.expert, layout.micro_batch)
+        r = layout.request
+        sizes = (r.pipeline, r.tensor, r.expert, r.micro_batch)
         plans.setdefault(sizes, []).append({name: float(planned.get(name)) for name in names})
-    best: dict[tuple[int, ...], tuple[float, float, str]] = {}
+    best: dict[tuple[Any, ...], tuple[float, float, str]] = {}
     for sizes, each in plans.items():
         if fitting := [found for found in each if found["memory_free"] >= 0]:
             one = min(fitting, key=lambda found: (found["roof_step_seconds"], found["memory_needed"]))
@@ -245,12 +241,12 @@ def test_choice_for_a_trillion_parameters_builds_few_formulas(monkeypatch: pytes
     assert 12 < len(built) <= 80
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[Layout]:
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return a list that gets the layout of each formula that is computed."""
-    built: list[Layout] = []
+    built: list[Any] = []
     figures = search.training_figures
 
-    def count(s: Any, c: Any, hardware: Any, layout: Layout) -> None:
+    def count(s: Any, c: Any, hardware: Any, layout: Any) -> None:
         built.append(layout)
         figures(s, c, hardware, layout)
 

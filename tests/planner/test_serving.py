@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsmini.planner.setup import is_v3
+from dsmini.planner.request import is_v3
 from tests.helpers.plans import plan_of, setup_of, values_of
 
 SERVED = ["deepseek-v3", "deepseek-v3 context=32768 drafts=3", "deepseek-v2-lite decode_gpus=4", "toy-mha @laptop"]
@@ -63,21 +63,12 @@ def test_indexer_saves_as_v32_reports() -> None:
     assert found["v32_flops_ratio"] == pytest.approx(13.43, rel=1e-3)
     assert (found["v32_kv_cache"], found["v32_crossover"]) == (48_068, pytest.approx(2176))
     assert found["v32_read_ratio"] == pytest.approx(656 * 131072 / (132 * 131072 + 656 * 2048))
-    own = values_of("deepseek-v3.2")
-    assert own["kv_cache"] == 61 * 1408 and own["pro_cache_ratio"] == pytest.approx(9.55, abs=0.01)
+    assert values_of("deepseek-v3.2")["kv_cache"] == 61 * 1408
 
 
 def test_narrow_heads_never_pay_for_an_indexer() -> None:
     assert "v32_crossover" not in values_of("toy") and "v32_dense_flops" in values_of("toy")
-    assert not any(name.startswith("pro_") for name in values_of("toy"))
     assert is_v3(setup_of("deepseek-v3").model.config) and not is_v3(setup_of("toy").model.config)
-
-
-def test_v4_models_are_counted_from_their_sizes() -> None:
-    found = values_of("deepseek-v3 context=163840 sequences=1")
-    assert (found["pro_parameters"], found["flash_parameters"]) == (1_572_997_201_763, 284_332_240_471)
-    assert found["pro_kv_cache"] == pytest.approx(30 * (584 + 68) / 4 + 31 * 584 / 128)
-    assert found["v41_kv_cache"] == 890
 
 
 def test_serving_is_planned_where_training_does_not_fit() -> None:

@@ -10,9 +10,8 @@ import torch
 from dsmini.accounting import parameters
 from dsmini.nn import route
 from dsmini.planner.exchange import places_hit
-from dsmini.planner.request import Layout, Schedule
-from dsmini.planner.search import Problem
-from dsmini.planner.setup import reference
+from dsmini.planner.request import ONE_PROCESS, Model, PlanRequest, Schedule, Setup, reference
+from dsmini.planner.search import layout_figures
 from dsmini.planner.training import WITHOUT
 from tests.helpers.plans import hardware_of, in_layout, plan_of, setup_of, values_of
 
@@ -51,7 +50,7 @@ def test_activations_of_one_stage_are_those_of_one_process(recompute: Any, name:
         in_layout(made, gpus=gpus, pipeline=1, expert=1, recompute=recompute, micro_batch=2, zero=0, schedule="1f1b")
         for gpus in (1, 4)
     )
-    size = 4 if made.layout.precision == "fp32" else 2
+    size = 4 if made.request.precision == "fp32" else 2
     between = 2 * length * config.dim * size * config.n_mtp_layers
     tables = length * 4 * config.qk_rope_head_dim * (1 + config.n_mtp_layers)
     found = four.memory_activations_only + four.memory_working_only
@@ -78,7 +77,7 @@ def test_optimizer_that_was_chosen_is_planned(name: str) -> None:
     assert muon["state_moments"] == 4 and adamw["state_moments"] in (4, 8)
     moved = (adamw["state_moments"] - muon["state_moments"]) / 8
     assert muon["update_seconds"] <= adamw["update_seconds"] and (moved == 0 or muon != adamw)
-    assert setup_of(f"{name} gpus=1024 optimizer=muon batch=4096").layout.optimizer == "muon"
+    assert setup_of(f"{name} gpus=1024 optimizer=muon batch=4096").request.optimizer == "muon"
 
 
 # --- rows of experts
@@ -119,9 +118,10 @@ def test_multiprocessors_that_carry_rows_are_those_of_the_hardware() -> None:
 
 def test_efficiencies_give_the_printed_runs() -> None:
     """Llama 3's 43 % of a whole step, with all-reduces and the bubble of 8 interleaved stages; V3's 143.8 ms."""
-    config, layout = reference("llama-3.1-405b"), Layout(gpus=8192, pipeline=16, tensor=8, zero=1)
-    problem = Problem(config=config, hardware=hardware_of("h100"), batch=2048, seq_len=8192, state=layout, options={})
-    s = problem.planned(layout)
+    model = Model(config=reference("llama-3.1-405b"), source="a test")
+    sizes = {**ONE_PROCESS, "gpus": 8192, "pipeline": 16, "tensor": 8, "zero": 1, "batch": 2048, "seq_len": 8192}
+    r = PlanRequest(**sizes)
+    s = layout_figures(Setup(model=model, hardware=hardware_of("h100"), request=r, asked=r))
     whole = (s.computing_seconds + s.reducing_seconds) * (1 + 15 / (8 * s.micro_batches))
     assert s.training_flops * 2048 * 8192 / whole / (8192 * 989.4e12) == pytest.approx(0.43, rel=0.01)
     v3 = values_of("deepseek-v3")
