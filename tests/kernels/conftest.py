@@ -18,7 +18,7 @@ from dsmini import quantize as quantize_weight
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles, quantize_tiles, round_tiles
 from dsmini.numerics.tiles import FormatName, Scale, Tile
 from dsmini_kernels import cpu
-from dsmini_kernels.cpu import build, folder, muon, norms, panels, steps, tiles, topk
+from dsmini_kernels.cpu import build, calls, folder, panels, tiles
 from tests.helpers.gpu import gpu_device
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -179,7 +179,7 @@ def force(name: str, monkeypatch: pytest.MonkeyPatch, library: build.Library) ->
     if name not in build.isas_here() or names.index(name) > names.index(library.isa):
         pytest.skip(f"this CPU has no {name}")
     forced = load(name)
-    for module in (tiles, steps, panels, norms, topk, muon):
+    for module in (calls, tiles):
         monkeypatch.setattr(module, "library", lambda: forced)
     return name
 
@@ -231,7 +231,7 @@ def serves_all(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, without_g
 def private_folder(tmp_path: Path) -> Path:
     """Return the real path of a temporary folder, or skip the test where others can change all of them."""
     try:
-        return folder.private(tmp_path, own=1)
+        return folder.private(tmp_path)
     except folder.UntrustedFolderError as error:
         pytest.skip(f"the folder for temporary files does not do for compiled code: {error}")
 

@@ -1,6 +1,5 @@
 """The C++ functions check their arguments before they touch memory, and stay within their buffers."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -13,13 +12,19 @@ import torch
 
 from dsmini_kernels import cpu
 from dsmini_kernels.cpu import build, steps
+from dsmini_kernels.cpu.calls import ERRORS
 from dsmini_kernels.cpu.muon import PIECE
-from dsmini_kernels.cpu.tiles import ERRORS
 
 HUGE = 2**62
 X, OUT, ENDS = torch.zeros(4, 128), torch.zeros(4, 128), torch.tensor([2, 4])
 STACK = torch.zeros(3, 4, 6)
 MATRICES = [torch.zeros(2, *shape) for shape in ((5, 8), (8, 5), (5, 8))]
+
+
+def called(entry: str, *fields: Any) -> int:
+    """Return the C function's answer."""
+    call = build.STRUCTS[entry].pack(*fields)
+    return build.library().entries[entry](call, len(call))
 
 
 def tiles(**changes: Any) -> int:
@@ -32,7 +37,7 @@ def tiles(**changes: Any) -> int:
         **{"ends": 0, "ends_bytes": 0, "groups": 0, "amax_min": 1e-4, "parallel": 0},
     }
     assert changes.keys() <= fields.keys()
-    return build.library().tiles(build.CALL.pack(*(fields | changes).values()), build.CALL.size)
+    return called("tiles", *(fields | changes).values())
 
 
 def muon(threads: int = 1, steps: int = 2, gram: int = 0, pieces: int = 1, **piece: int) -> int:
@@ -43,8 +48,7 @@ def muon(threads: int = 1, steps: int = 2, gram: int = 0, pieces: int = 1, **pie
     table = torch.frombuffer(bytearray(PIECE.pack(*(fields[name] for name in order), 1)), dtype=torch.uint8)
     numbers = torch.ones(2, 3, dtype=torch.float64)
     spans = (table.data_ptr(), table.nbytes, numbers.data_ptr(), numbers.nbytes)
-    call = build.MUON.pack(threads, 0, gram, pieces, steps, *spans, 0.1, 0.9, 0.0)
-    return build.library().muon(call, build.MUON.size)
+    return called("muon", threads, 0, gram, pieces, steps, *spans, 0.1, 0.9, 0.0)
 
 
 def experts(sizes: tuple[int, ...] = (3, 8, 5, 2, 2, 0), less: int = 0, index: int = 1, kind: int = 0) -> int:
@@ -52,8 +56,7 @@ def experts(sizes: tuple[int, ...] = (3, 8, 5, 2, 2, 0), less: int = 0, index: i
     tensors = (torch.zeros(3, 8), torch.zeros(3, 8), torch.tensor([[0, 1], [0, index], [0, 1]]), torch.zeros(3, 2))
     spans = [number for t in tensors for number in (t.data_ptr(), t.nbytes - less)]
     w1, w2, w3 = map(steps.matrix, MATRICES)
-    call = build.EXPERTS.pack(1, *sizes, *spans, *w1[:2], kind, *w1[3:], *w2, *w3)
-    return build.library().experts(call, build.EXPERTS.size)
+    return called("experts", 1, *sizes, *spans, *w1[:2], kind, *w1[3:], *w2, *w3)
 
 
 GROUPS = {"ends": ENDS.data_ptr(), "ends_bytes": 16, "groups": 2}
@@ -95,14 +98,13 @@ def test_wrong_calls_are_refused_before_memory_is_touched() -> None:
 
 
 def test_calls_of_another_size_are_refused(library: build.Library) -> None:
-    for name, layout in build.LAYOUTS.items():
-        size = build.Struct(layout).size
-        assert ERRORS[getattr(library, name)(bytes(size), size - 8)] == "the call is malformed", name
+    for name, struct in build.STRUCTS.items():
+        assert ERRORS[library.entries[name](bytes(struct.size), struct.size - 8)] == "the call is malformed", name
 
 
 def test_error_codes_of_c_raise(library: build.Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = dataclasses.replace(library, tiles=lambda *_: 5)
-    monkeypatch.setattr("dsmini_kernels.cpu.tiles.library", lambda: broken)
+    broken = library._replace(entries={**library.entries, "tiles": lambda *_: 5})
+    monkeypatch.setattr("dsmini_kernels.cpu.calls.library", lambda: broken)
     with pytest.raises(RuntimeError, match="beyond their memory"):
         cpu.quantize(torch.randn(3, 4), (1, 128), "ue8m0", "e4m3", 1e-4)
 

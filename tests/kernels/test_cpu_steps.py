@@ -215,7 +215,7 @@ def test_one_call_for_all_blocks_has_the_bits_of_many(isa: str, name: str) -> No
 
 
 def test_blocks_that_are_not_whole_calls_are_refused() -> None:
-    run = build.library().blocks
+    run = build.library().entries["blocks"]
     arguments = step("wide", [9])  # whose memory the call reads
     call, held = steps._attention_call(*arguments)
     header, packed = steps._packed("attention", call)

@@ -1,21 +1,25 @@
 """Kernels in C++ for tensors in main memory, compiled on first use."""
 
-from dsmini_kernels import Unserved
+from dsmini_kernels import Unserved as Unserved
 from dsmini_kernels.cpu.build import BuildError, library
-from dsmini_kernels.cpu.calls import without_running
-from dsmini_kernels.cpu.muon import muon_update
-from dsmini_kernels.cpu.norms import normed
-from dsmini_kernels.cpu.panels import experts, quantized_experts, trained_experts, trained_experts_gradients
-from dsmini_kernels.cpu.steps import (
-    attention_step,
-    blocks_step,
-    feed_forward_step,
-    grouped_attention_step,
-    linear,
-    quantized_linear,
-)
-from dsmini_kernels.cpu.tiles import dequantize, quantize, quantize_dequantize
-from dsmini_kernels.cpu.topk import topk_attention, topk_keys
+from dsmini_kernels.cpu.calls import without_running as without_running
+from dsmini_kernels.cpu.muon import muon_update as muon_update
+from dsmini_kernels.cpu.norms import normed as normed
+from dsmini_kernels.cpu.panels import experts as experts
+from dsmini_kernels.cpu.panels import quantized_experts as quantized_experts
+from dsmini_kernels.cpu.panels import trained_experts as trained_experts
+from dsmini_kernels.cpu.panels import trained_experts_gradients as trained_experts_gradients
+from dsmini_kernels.cpu.steps import attention_step as attention_step
+from dsmini_kernels.cpu.steps import blocks_step as blocks_step
+from dsmini_kernels.cpu.steps import feed_forward_step as feed_forward_step
+from dsmini_kernels.cpu.steps import grouped_attention_step as grouped_attention_step
+from dsmini_kernels.cpu.steps import linear as linear
+from dsmini_kernels.cpu.steps import quantized_linear as quantized_linear
+from dsmini_kernels.cpu.tiles import dequantize as dequantize
+from dsmini_kernels.cpu.tiles import quantize as quantize
+from dsmini_kernels.cpu.tiles import quantize_dequantize as quantize_dequantize
+from dsmini_kernels.cpu.topk import topk_attention as topk_attention
+from dsmini_kernels.cpu.topk import topk_keys as topk_keys
 
 OPERATIONS = (
     *("quantize", "dequantize", "quantize_dequantize"),
@@ -24,31 +28,6 @@ OPERATIONS = (
     *("experts", "quantized_experts", "trained_experts", "trained_experts_gradients", "muon_update"),
     *("topk_keys", "topk_attention"),
 )
-__all__ = [
-    "OPERATIONS",
-    "Unserved",
-    "attention_step",
-    "blocks_step",
-    "dequantize",
-    "describe",
-    "expected",
-    "experts",
-    "feed_forward_step",
-    "grouped_attention_step",
-    "linear",
-    "muon_update",
-    "normed",
-    "quantize",
-    "quantize_dequantize",
-    "quantized_experts",
-    "quantized_linear",
-    "topk_attention",
-    "topk_keys",
-    "trained_experts",
-    "trained_experts_gradients",
-    "why_not",
-    "without_running",
-]
 
 
 def why_not() -> str | None:

@@ -14,6 +14,7 @@ tiles run in one thread. Products of many rows run on it too. Decoding steps hav
 wait for nobody.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -26,11 +27,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from struct import Struct
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,31 +45,18 @@ from dsmini_kernels.cpu.folder import (
     shared_temporary,
     user_cache,
 )
-from dsmini_kernels.cpu.processes import Done, run_together
 
 HERE = Path(__file__).parent
 ROUNDING = ("-O2", "-ffp-contract=off")
 """Flags of kernels whose bits are defined: no multiplication and addition may become one operation."""
 PRODUCTS = ("-O3", "-ffp-contract=fast")
 SOURCES = {
-    **dict.fromkeys(("library.cpp", "steps.cpp", "team.cpp"), ROUNDING),
-    "tiles.cpp": ROUNDING,
-    "linear.cpp": PRODUCTS,
-    "norms.cpp": PRODUCTS,
-    "attention.cpp": PRODUCTS,
-    "grouped_attention.cpp": PRODUCTS,
-    "feed_forward.cpp": PRODUCTS,
-    "muon.cpp": PRODUCTS,
-    "experts.cpp": PRODUCTS,
-    "topk_keys.cpp": PRODUCTS,
-    "topk_attention.cpp": PRODUCTS,
+    **dict.fromkeys(("library.cpp", "steps.cpp", "team.cpp", "tiles.cpp"), ROUNDING),
+    **dict.fromkeys(("attention.cpp", "grouped_attention.cpp", "feed_forward.cpp", "linear.cpp"), PRODUCTS),
+    **dict.fromkeys(("norms.cpp", "experts.cpp", "muon.cpp", "topk_attention.cpp", "topk_keys.cpp"), PRODUCTS),
     "trained_experts.cpp": ("-O2", "-ffp-contract=fast"),  # compiled in half the time (docs/log.md)
 }
-"""Sources and their flags."""
-HEADERS = (
-    *("tiles.h", "lanes.h", "magnitudes.h", "rows.h", "steps.h", "matrix.h", "team.h"),
-    *("dots.h", "activations.h", "attention.h", "panels.h", "indexer.h"),
-)
+"""Sources and their flags. Headers are all *.h."""
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 ISAS = {
@@ -91,13 +80,11 @@ LAYOUTS = {
     "topk_attention": "=18qd",
 }
 """Functions of the library, and how the call of each is packed: struct Call of tiles.h, and the calls of steps.h."""
-CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON, EXPERTS, TRAINED, TOPK_KEYS, TOPK_ATTENTION = map(
-    Struct, LAYOUTS.values()
-)
+STRUCTS = {name: Struct(layout) for name, layout in LAYOUTS.items()}
 TRIAL_LAYOUTS = [f"{name}{layout}" for name, layout in LAYOUTS.items()]
 """Arguments of trial.py."""
 ENTRIES = (*LAYOUTS, "blocks")
-"""Functions of the library, in the order of Library's fields."""
+"""Functions of the library, in the order of their numbers."""
 HEADER = Struct("=2q")
 """Before each call of `dsmini_blocks`: the entry's place in ENTRIES, and the bytes of the call."""
 VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 300.0, 60.0
@@ -108,25 +95,17 @@ class BuildError(Exception):
     """A missing or failing compiler; the message is one sentence."""
 
 
-@dataclass(frozen=True)
-class Library:
+Done = subprocess.CompletedProcess[str]
+
+
+class Library(NamedTuple):
     path: Path
     isa: str
     """Instruction set, of ISAS."""
     parallel: int
     """Address of GOMP_parallel, or 0."""
-    tiles: "ctypes._NamedFuncPointer"
-    linear: "ctypes._NamedFuncPointer"
-    norms: "ctypes._NamedFuncPointer"
-    attention: "ctypes._NamedFuncPointer"
-    grouped: "ctypes._NamedFuncPointer"
-    feed_forward: "ctypes._NamedFuncPointer"
-    muon: "ctypes._NamedFuncPointer"
-    experts: "ctypes._NamedFuncPointer"
-    trained_experts: "ctypes._NamedFuncPointer"
-    topk_keys: "ctypes._NamedFuncPointer"
-    topk_attention: "ctypes._NamedFuncPointer"
-    blocks: "ctypes._NamedFuncPointer"
+    entries: Mapping[str, Any]
+    """Functions by their names in ENTRIES."""
 
 
 @functools.cache
@@ -160,14 +139,14 @@ def load(isa: str) -> Library:
         path = find_or_build(isa)
         loaded = ctypes.CDLL(str(path))
         loaded.dsmini_borrow.argtypes, loaded.dsmini_borrow.restype = [ctypes.c_void_p], None
-        entries = [getattr(loaded, f"dsmini_{name}") for name in ENTRIES]
-        for entry in entries:
+        entries = {name: getattr(loaded, f"dsmini_{name}") for name in ENTRIES}
+        for entry in entries.values():
             entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
     except (OSError, AttributeError) as error:  # a folder from which no code may be run
         raise BuildError(f"the compiled library cannot be loaded: {error}") from None
     parallel = _gomp_parallel()
     loaded.dsmini_borrow(parallel or None)
-    return Library(path, isa, parallel, *entries)
+    return Library(path, isa, parallel, entries)
 
 
 def find_or_build(isa: str, sanitize: bool = False) -> Path:
@@ -193,7 +172,9 @@ def find_or_build(isa: str, sanitize: bool = False) -> Path:
                 path = _find(folder, key) or _build(compiler, flags, folder, key, trial=not sanitize)
         if path is not None:
             if refused:
-                _warn_of_folders(refused, folder)
+                fix = "let XDG_CACHE_HOME be a folder that you alone can write to, or take that right from others"
+                stored = f"dsmini's compiled kernels are stored in {folder}, because {'; '.join(refused)}"
+                warnings.warn(f"{stored}; {fix} (chmod go-w)", stacklevel=2)
             return path
     raise BuildError(f"no folder for the compiled library can be written{''.join(f'; {why}' for why in refused)}")
 
@@ -207,14 +188,6 @@ def _folders(refused: list[str]) -> Iterator[Path]:
             refused.append(str(error))
         except OSError:  # it cannot be made
             continue
-
-
-def _warn_of_folders(refused: list[str], folder: Path) -> None:
-    warnings.warn(
-        f"dsmini's compiled kernels are stored in {folder}, because {'; '.join(refused)}; let XDG_CACHE_HOME be a "
-        "folder that you alone can write to, or take that right from others (chmod go-w)",
-        stacklevel=2,
-    )
 
 
 def find_compiler() -> tuple[str, ...]:
@@ -241,11 +214,9 @@ def _key(compiler: tuple[str, ...], flags: tuple[str, ...]) -> str:
     if version.returncode != 0:
         raise BuildError(f"{shlex.join(compiler)} --version failed: {_first_error(version)}")
     parts = [repr((compiler, flags, SOURCES)), version.stdout, platform.machine(), _cpu_flags()]
+    files = [*sorted(HERE.glob("*.h")), *(HERE / name for name in SOURCES)]
     hashed = hashlib.sha256()
-    for part in [
-        *(p.encode() for p in parts),
-        *((HERE / name).read_bytes() for name in (*HEADERS, *SOURCES)),
-    ]:
+    for part in [*(p.encode() for p in parts), *(file.read_bytes() for file in files)]:
         hashed.update(len(part).to_bytes(8, "little") + part)
     return hashed.hexdigest()[:24]
 
@@ -319,10 +290,32 @@ def _try(library: Path, compiler: tuple[str, ...]) -> None:
 
 
 def _run(what: str, commands: Sequence[list[str]], seconds: float) -> list[Done]:
-    try:
-        return run_together(commands, seconds)
-    except subprocess.TimeoutExpired:
-        raise BuildError(f"{what} did not end within {seconds:.0f} s") from None
+    """Run commands at the same time; return how each ended, with its output and errors as one text.
+
+    After the time limit, and when this process is interrupted, all of them are killed with what they started.
+    """
+    deadline, running = time.monotonic() + seconds, list[subprocess.Popen[Any]]()
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in commands]
+        try:
+            for command, output in zip(commands, outputs, strict=True):
+                how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+                # a group of its own: a script that is killed alone leaves the compiler that it started
+                running.append(subprocess.Popen(command, process_group=0, **how))
+            for process in running:
+                process.wait(max(0.0, deadline - time.monotonic()))
+        except BaseException as error:
+            for process in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise BuildError(f"{what} did not end within {seconds:.0f} s") from None
+            if isinstance(error, OSError):  # the program cannot be run
+                return [Done(command, -1, str(error)) for command in commands]
+            raise
+        texts = [(output.seek(0), output.read())[1].decode(errors="replace") for output in outputs]
+    return [Done(process.args, process.returncode, text) for process, text in zip(running, texts, strict=True)]
 
 
 def _first_error(done: Done) -> str:

@@ -1,17 +1,39 @@
 """Enter the C++, or describe its calls without running them."""
 
-import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
+from dsmini_kernels import Unserved
+from dsmini_kernels.cpu.build import STRUCTS, library
+
+GROUPS = 4
+ERRORS = {
+    1: "the call is malformed",
+    2: "a size is negative, or a tile has none",
+    3: "a stride is negative",
+    GROUPS: "`ends` must not fall, and must end with the number of rows",
+    5: "the tensors reach beyond their memory",
+    6: "there is no memory left",
+}
 _runs: ContextVar[bool] = ContextVar("runs", default=True)
 """False inside `without_running`."""
 
 
-def enter(entry: "ctypes._NamedFuncPointer", call: bytes) -> int:
-    """Run a function of the library and return its error, or 0; inside `without_running` do nothing."""
-    return entry(call, len(call)) if _runs.get() else 0
+def run(entry: str, fields: Sequence[Any]) -> None:
+    """Call an entry of the library with the fields of its struct; inside `without_running` do nothing.
+
+    Raises: RuntimeError where it refuses; Unserved for groups of rows that do not cover them.
+    """
+    enter(entry, STRUCTS[entry].pack(*fields))
+
+
+def enter(entry: str, call: bytes) -> None:
+    """Call an entry with a packed call, as `run` does."""
+    function = library().entries[entry]
+    if _runs.get() and (error := function(call, len(call))):
+        raise (Unserved if error == GROUPS else RuntimeError)(ERRORS[error])
 
 
 @contextmanager

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import MUON, library
-from dsmini_kernels.cpu.steps import n_threads, run, span
+from dsmini_kernels.cpu.calls import run
+from dsmini_kernels.cpu.steps import n_threads
+from dsmini_kernels.cpu.tiles import span
 
 PIECE = Struct("=10q")
 """struct MuonPiece of steps.h."""
@@ -32,7 +33,6 @@ def muon_update(
     for p, grad, m in zip(matrices.params, matrices.grads, matrices.momenta, strict=True):
         spans = (number for x in (p, grad, m) for number in _numbers(x, p.shape))
         pieces += PIECE.pack(*spans, p.numel() // (o * i), *p.shape[-2:], p.dim() > 2)
-    lib = library()
     flat = [number for each in steps.coefficients for number in each]
     coefficients = Struct(f"={len(flat)}d").pack(*flat)
     held = torch.frombuffer(pieces, dtype=torch.uint8), torch.frombuffer(bytearray(coefficients), dtype=torch.uint8)
@@ -40,7 +40,7 @@ def muon_update(
         *(n_threads(), matmul_dtype == torch.bfloat16, steps.by_gram, len(matrices.params), len(steps.coefficients)),
         *(*span(held[0]), *span(held[1]), lr, momentum, weight_decay),
     )
-    run(lib.muon, MUON, call)
+    run("muon", call)
 
 
 def _numbers(x: Tensor, shape: torch.Size) -> tuple[int, int]:

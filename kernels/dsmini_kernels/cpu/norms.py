@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import NORMS, library
-from dsmini_kernels.cpu.steps import MOST_TOKENS, detached, n_threads, run, span, vectors
+from dsmini_kernels.cpu.calls import run
+from dsmini_kernels.cpu.steps import MOST_TOKENS, detached, n_threads, vectors
+from dsmini_kernels.cpu.tiles import span
 
 
 def normed(x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) -> Tensor:
@@ -22,10 +23,9 @@ def normed(x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) ->
     out = x.new_empty(*x.shape[:-1], inputs * x.shape[-1])
     (a, x_bytes), (b, y_bytes) = span(x), span(y)
     weights = vectors(norm.weight, None if y is None else y_norm.weight)
-    lib = library()
     call = (
         *(n_threads(), rows, x.shape[-1], a, b, x_bytes, y_bytes, *weights, *span(out)),
         *(norm.eps, 0.0 if y is None else y_norm.eps),
     )
-    run(lib.norms, NORMS, call)
+    run("norms", call)
     return out

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import EXPERTS, TRAINED, library
-from dsmini_kernels.cpu.steps import detached, n_threads, run, span, weight_matrix
+from dsmini_kernels.cpu.calls import run
+from dsmini_kernels.cpu.steps import detached, n_threads, weight_matrix
+from dsmini_kernels.cpu.tiles import span
 
 LEAST = 1 << 20
 """Number of multiplications below which torch's calls cost no more."""
@@ -35,7 +36,7 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Any
         *(*span(x), *span(y), *span(indices), *span(weights)),
         *(number for w in matrices for number in w),
     )
-    run(library().experts, EXPERTS, call)
+    run("experts", call)
     return y
 
 
@@ -102,4 +103,4 @@ def _run_trained(
         return (*(at for at, _ in spans), *(size for _, size in spans))
 
     numbers = (*call, *(i for t in inputs for i in span(t)), *addresses(kept), *span(dx), *addresses(grads))
-    run(library().trained_experts, TRAINED, (*numbers, *(i for w in matrices for i in weight_matrix(w))))
+    run("trained_experts", (*numbers, *(i for w in matrices for i in weight_matrix(w))))

@@ -6,24 +6,15 @@ A weight is a tensor in FP32 or BF16, or E4M3 codes with FP32 scales of 128x128 
 import functools
 import os
 from collections.abc import Sequence
-from struct import Struct
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import (
-    ATTENTION,
-    ENTRIES,
-    FEED_FORWARD,
-    GROUPED,
-    HEADER,
-    LINEAR,
-    library,
-)
-from dsmini_kernels.cpu.calls import enter
-from dsmini_kernels.cpu.tiles import ERRORS
+from dsmini_kernels.cpu.build import ENTRIES, HEADER, STRUCTS
+from dsmini_kernels.cpu.calls import enter, run
+from dsmini_kernels.cpu.tiles import span
 
 MOST_TOKENS = 32
 """Number of tokens of a decoding step up to which a product reads each weight once and is bound by memory."""
@@ -67,10 +58,8 @@ def quantized_linear(x: Tensor, weight: Any) -> Tensor:
     if x.shape[-1] != w[4] or len(weight.shape) != 2:
         raise Unserved(f"x of shape {list(x.shape)} for a weight of {list(weight.shape)}")
     y = x.new_empty(*x.shape[:-1], w[3])
-    lib = library()
-    threads = n_threads()
-    threads = threads if weight.shape.numel() * rows >= THREADED else 1
-    run(lib.linear, LINEAR, (threads, rows, x.dtype == torch.bfloat16, *span(x), *span(y), *w))
+    threads = n_threads() if weight.shape.numel() * rows >= THREADED else 1
+    run("linear", (threads, rows, x.dtype == torch.bfloat16, *span(x), *span(y), *w))
     return y
 
 
@@ -90,14 +79,14 @@ def _has_bf16_units() -> bool:
 def attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
     """Return x + MLA(norm(x)), absorbed, and append the new rows to the cache."""
     call, held = _attention_call(x, part, past, table, starts)
-    run(library().attention, ATTENTION, call)
+    run("attention", call)
     return held[0]
 
 
 def grouped_attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
     """Return x + Attention(norm(x)) of MHA, GQA or MQA, and append the new rows to the cache."""
     call, held = _attention_call(x, part, past, table, starts)
-    run(library().grouped, GROUPED, call)
+    run("grouped", call)
     return held[0]
 
 
@@ -117,13 +106,8 @@ def blocks_step(
         packed += _packed("feed_forward", call)
         routing += held[1:5] if feed_forward.gate is not None else ()
         x = held[0].view(x.shape)
-    calls = b"".join(packed)
-    if error := enter(library().blocks, calls):
-        raise RuntimeError(ERRORS[error])
+    enter("blocks", b"".join(packed))
     return (x, *routing)
-
-
-STRUCTS = {"attention": ATTENTION, "grouped": GROUPED, "feed_forward": FEED_FORWARD}
 
 
 def _packed(entry: str, call: Sequence[Any]) -> tuple[bytes, bytes]:
@@ -176,7 +160,7 @@ def _index_call(part: Any, store: Any, dtype: torch.dtype) -> tuple[int, ...]:
 def feed_forward_step(x: Tensor, part: Any) -> tuple[Tensor, ...]:
     """Return x + FFN(norm(x)), and the indices, weights, scores and counts of the routing."""
     call, held = _feed_forward_call(x, part)
-    run(library().feed_forward, FEED_FORWARD, call)
+    run("feed_forward", call)
     return held[:5]
 
 
@@ -272,11 +256,6 @@ def n_threads() -> int:
     return min(torch.get_num_threads(), MOST_THREADS)
 
 
-def span(x: Tensor | None) -> tuple[int, int]:
-    """Return the address of a contiguous tensor, and the bytes from there on."""
-    return (0, 0) if x is None else (x.data_ptr(), x.numel() * x.element_size())
-
-
 def weight_matrix(weight: Any, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:
     """Describe a weight whose gradient is not asked for.
 
@@ -331,13 +310,3 @@ def detached(x: Tensor) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         raise Unserved("kernels have no gradients, and this tensor wants one")
     return x.resolve_neg()
-
-
-def run(entry: Any, struct: Struct, call: Sequence[Any]) -> None:
-    """Call the C++.
-
-    Raises: RuntimeError where it refuses.
-    """
-    error = enter(entry, struct.pack(*call))
-    if error:
-        raise RuntimeError(ERRORS[error])

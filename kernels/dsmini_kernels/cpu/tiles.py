@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import CALL, library
-from dsmini_kernels.cpu.calls import enter
+from dsmini_kernels.cpu.calls import library, run
 
 QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE = range(3)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -19,14 +18,6 @@ FORMATS = {"e4m3": 0, "e5m2": 1, "e5m6": 2}
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8)
 PACKED = 2
 SCALES = {"fp32": 0, "ue8m0": 1}
-ERRORS = {
-    1: "the call is malformed",
-    2: "a size is negative, or a tile has none",
-    3: "a stride is negative",
-    4: "`ends` must not fall, and must end with the number of rows",
-    5: "the tensors reach beyond their memory",
-    6: "there is no memory left",
-}
 THREADED = 1 << 17
 """Number of elements from which two threads are faster than one."""
 LARGEST = 2.0**127
@@ -98,6 +89,11 @@ def _plain(x: Tensor, dtypes: Container[torch.dtype]) -> Tensor:
     return x.contiguous()
 
 
+def span(x: Tensor | None) -> tuple[int, int]:
+    """Return the address of a contiguous tensor, and the bytes from there on."""
+    return (0, 0) if x is None else (x.data_ptr(), x.numel() * x.element_size())
+
+
 def _pick(table: dict[Any, int], key: Any, what: str) -> int:
     try:
         return table[key]
@@ -127,44 +123,18 @@ def _call(
 ) -> None:
     if not -LARGEST < amax_min < LARGEST:
         raise Unserved(f"amax_min={amax_min}")
-    lib = library()
     *batch, rows, last = x.shape
-    strides = x.stride()
     if x.dim() == 2:
         batches, batch_stride = 1, 0
     elif x.dim() == 3:
-        batches, batch_stride = batch[0], strides[0]
+        batches, batch_stride = batch[0], x.stride(0)
     else:  # contiguous, by _plain
         batches, batch_stride = x.numel() // max(1, rows * last), rows * last
-    item = x.itemsize
-    error = enter(
-        lib.tiles,
-        CALL.pack(
-            operation,
-            torch.get_num_threads() if out.numel() >= THREADED else 1,
-            in_type,
-            out_type,
-            format,
-            scale,
-            batches,
-            rows,
-            columns,
-            tile[0],
-            tile[1],
-            x.data_ptr(),
-            x.untyped_storage().nbytes() - x.storage_offset() * item,
-            batch_stride,
-            strides[-2],
-            out.data_ptr(),
-            out.numel() * out.itemsize,
-            0 if scales is None else scales.data_ptr(),
-            0 if scales is None else scales.numel() * scales.itemsize,
-            0 if ends is None else ends.data_ptr(),
-            0 if ends is None else ends.numel() * 8,
-            0 if ends is None else ends.numel(),
-            amax_min,
-            lib.parallel,
-        ),
+    threads = torch.get_num_threads() if out.numel() >= THREADED else 1
+    held = x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize
+    fields = (
+        *(operation, threads, in_type, out_type, format, scale, batches, rows, columns, *tile),
+        *(x.data_ptr(), held, batch_stride, x.stride(-2), *span(out), *span(scales), *span(ends)),
+        *(0 if ends is None else ends.numel(), amax_min, library().parallel),
     )
-    if error:
-        raise (Unserved if error == 4 else RuntimeError)(ERRORS[error])
+    run("tiles", fields)

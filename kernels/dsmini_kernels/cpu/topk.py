@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import TOPK_ATTENTION, TOPK_KEYS, library
-from dsmini_kernels.cpu.steps import detached, n_threads, run, span
+from dsmini_kernels.cpu.calls import run
+from dsmini_kernels.cpu.steps import detached, n_threads
+from dsmini_kernels.cpu.tiles import span
 
 
 def topk_keys(q: Tensor, k: Tensor, weights: Tensor, topk: int, hidden: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def topk_keys(q: Tensor, k: Tensor, weights: Tensor, topk: int, hidden: Tensor) 
         *(n_threads(), b, s, t, heads, width, topk, bf16),
         *(*span(q), *k_span, k_stride, *span(weights), *span(hidden), hidden.shape[0], *span(picks)),
     )
-    run(library().topk_keys, TOPK_KEYS, call)
+    run("topk_keys", call)
     return picks
 
 
@@ -48,7 +49,7 @@ def topk_attention(
         *(n_threads(), b, s, t, heads, width, latent, k, bf16),
         *(*span(q), *rows_span, rows_stride, *span(picks), *span(out), scale),
     )
-    run(library().topk_attention, TOPK_ATTENTION, call)
+    run("topk_attention", call)
     y = (out.flatten(0, 1).transpose(0, 1) @ w_uv).transpose(0, 1)
     return y.reshape(b, s, heads * w_uv.shape[2])
 
