@@ -249,22 +249,17 @@ def compared(figures: Iterable[Figure], x: str = "", at: str = "at {}", key: str
 
 FASTEST = 1.25
 """Rate of the best kernels over that of the plain reading which is the roof (docs/log.md)."""
-READINGS = 4
-"""Times that the roof is measured again before a rate is far above it: other programs may slow one of them."""
 
 
 def check_bandwidth(what: str, reached: float, setting: Setting) -> float:
     """Return the roof of reading memory, in bytes/s, for a rate that was reached.
 
-    A rate above the stored roof has it measured again: other processes may have slowed its first measurement. A rate
-    far above it has it measured up to READINGS times.
+    A rate above the stored roof has it measured again: other processes may have slowed its first measurement.
 
     Raises: ValueError for a rate far above the roof, which can only be an error of counting.
     """
     roof = max(setting.roofs.bandwidth, setting.roofs.copy)
-    for reading in range(READINGS):
-        if reached <= (FASTEST if reading else 1.0) * roof:
-            break
+    if reached > roof:
         roof = max(roof, read_bandwidth(setting.device))
     if reached > FASTEST * roof:
         raise ValueError(

@@ -1,12 +1,12 @@
-"""Train nanoGPT's laptop recipe on transformers' GPT-2: python -m benchmarks.claims.nanogpt TEXT
+"""Train nanoGPT's laptop recipe on transformers' GPT-2: python -m benchmarks.claims.nanogpt TEXT SEED STEPS THREADS
 
 4 layers, 4 heads, width 128, context 64, 12 sequences a step, 2000 steps, in FP32. Training uses the characters of the
 first nine tenths of a text. The command prints {"loss": ...}, nats a character over the whole last tenth.
 """
 
-import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,7 @@ def _gpt2(vocab_size: int) -> Any:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--threads", type=int)
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    print(json.dumps({"loss": train(options.text.read_text(), options.seed, options.steps)}))
-
-
 if __name__ == "__main__":
-    main()
+    path, seed, steps, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    print(json.dumps({"loss": train(Path(path).read_text(), int(seed), int(steps))}))

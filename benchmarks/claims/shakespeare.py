@@ -27,7 +27,7 @@ def run(trial: Trial, arm: str) -> Mapping[str, float]:
         summary = trial.train(arm, "shakespeare", "--data.path", text, *length)
         return {"seconds": summary["command_seconds"], "loss_as_peer": summary["val_loss_at_eval_context"]}
     begun = time.perf_counter()
-    how = ["--seed", str(trial.seed), "--steps", steps, "--threads", str(torch.get_num_threads())]
+    how = str(trial.seed), steps, str(torch.get_num_threads())
     answer = json.loads(run_module("benchmarks.claims.nanogpt", text, *how).splitlines()[-1])
     return {"seconds": time.perf_counter() - begun, "loss_as_peer": answer["loss"]}
 

@@ -92,9 +92,6 @@ class Engine:
     def feed(self, tokens: Tensor) -> float:
         return self._ask(tokens[0].tolist())
 
-    def bytes_per_token(self) -> None:
-        return None
-
     def _ask(self, tokens: list[int]) -> float:
         assert self.process.stdin is not None
         try:

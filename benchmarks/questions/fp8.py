@@ -1,30 +1,30 @@
 """Bytes and time in FP8, next to BF16.
 
-Weights: E4M3 codes with an FP32 scale for each 128x128 block, dequantized on use. Activations: the bytes that the
-Linears of configs/fp8.toml save for backward, and whole training steps, with kernels and in plain PyTorch. Cache: the
-layout of DeepSeek-V3.2. All sides take turns. Simulated: values are rounded to FP8 and multiplied in BF16, so FP8 costs
+Weights: E4M3 codes with an FP32 scale for each 128x128 block, dequantized on use. Cache: the layout of DeepSeek-V3.2.
+Activations: the bytes that the Linears of configs/fp8.toml save for backward, and whole training steps, with kernels
+and in plain PyTorch. All sides take turns. Simulated: values are rounded to FP8 and multiplied in BF16, so FP8 costs
 time here, while FP8 hardware saves some.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import models
 from benchmarks.models import recipe, trainer
 from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, left_out, pick, race, times
-from dsmini import RunConfig, Transformer, accounting, ops
+from dsmini import RunConfig, accounting, ops
 from dsmini.measure.memory import saved_for_backward, storage_bytes
 from dsmini.measure.rates import why_unusable
 from dsmini.measure.workloads import random_model, random_tokens
-from dsmini.nn.cache import Cache
 from dsmini.nn.fp8 import hold_all_fp8
 
-BF16, FP8, PLAIN = "bfloat16", "fp8", "fp8 in plain PyTorch"
+BF16, FP8, PLAIN = "bfloat16", "fp8", "activations in plain PyTorch"
 TURN = 5
 """Decoding steps of one side before the other side's turn."""
 CONTEXT, QUICK_CONTEXT = 2048, 512
@@ -39,9 +39,8 @@ def cases(setting: Setting) -> list[Case]:
     quick, bf16 = setting.quick, dataclasses.replace(setting, dtype=torch.bfloat16)
     context = QUICK_CONTEXT if quick else CONTEXT
     return [
-        Case(key="weights", seconds=4 if quick else 35, run=partial(weights, bf16)),
+        Case(key=f"decoding context={context}", seconds=8 if quick else 50, run=partial(decoding, bf16, context)),
         Case(key="activations", seconds=6 if quick else 60, run=partial(activations, bf16)),
-        Case(key=f"cache context={context}", seconds=4 if quick else 25, run=partial(cache, bf16, context)),
     ]
 
 
@@ -60,61 +59,50 @@ def sizes(what: str, metric: str, held: Mapping[str, float], note: str, **known:
 
 
 @torch.inference_mode()
-def weights(setting: Setting) -> Iterator[Figure]:
-    """Yield bytes and decoding with weights in FP8, which are dequantized on use."""
+def decoding(setting: Setting, context: int) -> Iterator[Figure]:
+    """Yield bytes, logits and time of decoding in BF16, with weights in FP8, and with a cache in FP8.
+
+    Weights and rows in FP8 are dequantized on use.
+    """
     config = models.decoded(setting.quick)
     native = random_model(config, setting.device, setting.dtype)
-    both = {BF16: native, FP8: hold_all_fp8(copy.deepcopy(native))}
-    predicted = {format: accounting.weight_bytes(config, format).total for format in both}  # pyright: ignore[reportArgumentType]
-    note = "whole model: codes, scales, and the parts that stay in BF16"
-    held = {format: storage_bytes(model) for format, model in both.items()}
-    yield from sizes("weights", "bytes", held, note, predicted=predicted, exact=True)
-    yield from decoding(
-        "weights", both, {format: model.new_cache(1, 128) for format, model in both.items()}, 56, setting
-    )
-
-
-@torch.inference_mode()
-def cache(setting: Setting, context: int) -> Iterator[Figure]:
-    """Yield bytes and decoding with a cache in FP8, whose rows are dequantized on reading."""
-    config = models.decoded(setting.quick)
-    model = random_model(config, setting.device, setting.dtype)
-    caches = {
-        BF16: model.new_cache(1, context + 64, torch.bfloat16),
-        FP8: model.new_cache(1, context + 64, "fp8"),
+    held = hold_all_fp8(copy.deepcopy(native))
+    room = context + 64
+    sides = {
+        BF16: (native, native.new_cache(1, room, torch.bfloat16)),
+        "weights": (held, held.new_cache(1, room, torch.bfloat16)),
+        "cache": (native, native.new_cache(1, room, "fp8")),
     }
-    held = {format: each.nbytes_per_token for format, each in caches.items()}
-    predicted = {format: accounting.kv_bytes_per_token(config, dtype=format) for format in caches}  # pyright: ignore[reportArgumentType]
+    both: Any = (BF16, FP8)
+    known = {format: accounting.weight_bytes(config, format).total for format in both}
+    note = "whole model: codes, scales, and the parts that stay in BF16"
+    nbytes = dict(zip(both, map(storage_bytes, (native, held)), strict=True))
+    yield from sizes("weights", "bytes", nbytes, note, predicted=known, exact=True)
+    known = {format: accounting.kv_bytes_per_token(config, dtype=format) for format in both}
     note = f"of a token, in all {config.n_layers} layers; read off the storage"
-    yield from sizes("cache", "bytes_per_token", held, note, predicted=predicted, exact=True)
-    yield from decoding("cache", dict.fromkeys(caches, model), caches, context, setting)
-
-
-def decoding(
-    what: str, both: Mapping[str, Transformer], caches: Mapping[str, Cache], context: int, setting: Setting
-) -> Iterator[Figure]:
-    """Read a prompt, compare the logits of eight more tokens, and time decoding steps after them, by format."""
+    nbytes = {BF16: sides[BF16][1].nbytes_per_token, FP8: sides["cache"][1].nbytes_per_token}
+    yield from sizes("cache", "bytes_per_token", nbytes, note, predicted=known, exact=True)
     if reason := why_unusable(torch.bfloat16, setting.roofs.peak):
-        yield left_out("times_as_long", {"what": what}, reason)
+        yield left_out("times_as_long", {"what": "weights"}, reason)
         return
-    config = both[FP8].config
     prompt, further = (random_tokens(config, 1, n, setting.device) for n in (context, 8))
-    logits: list[torch.Tensor] = []
-    for format, model in both.items():
+    logits: dict[str, Tensor] = {}
+    for name, (model, cache) in sides.items():
         for part in prompt.split(512, 1):
-            model.states(part, caches[format])
-        logits.append(model(further, caches[format]).float())
-    want, got = logits
-    error, note = ((got - want).norm() / want.norm()).item(), "random weights, whose routing is near ties"
-    yield figure("logit_error", {"what": what, "format": FP8}, error, note=note)
+            model.states(part, cache)
+        logits[name] = model(further, cache).float()
+    for name in ("weights", "cache"):
+        error = ((logits[name] - logits[BF16]).norm() / logits[BF16].norm()).item()
+        note = "random weights, whose routing is near ties"
+        yield figure("logit_error", {"what": name}, error, note=note)
 
-    def turn(format: str) -> None:
-        caches[format].truncate(context + 8)
+    def turn(name: str) -> None:
+        model, cache = sides[name]
+        cache.truncate(context + 8)
         for token in random_tokens(config, TURN, 1, setting.device):
-            both[format](token[None], caches[format])
+            model(token[None], cache)
 
-    runs: dict[str, Callable[[], None]] = {format: partial(turn, format) for format in both}
-    yield from race(setting, {"what": what, "context": context}, runs, key="format", each=TURN)
+    yield from race(setting, {"context": context}, {n: partial(turn, n) for n in sides}, key="what", each=TURN)
 
 
 def activations(setting: Setting) -> Iterator[Figure]:
@@ -123,16 +111,17 @@ def activations(setting: Setting) -> Iterator[Figure]:
         yield left_out("times_as_long", {"what": "activations"}, reason)
         return
     run = trained_config(setting.quick)
-    precisions = {BF16: "native", FP8: "fp8", PLAIN: "fp8"}
+    precisions = {BF16: "native", "activations": "fp8", PLAIN: "fp8"}
     configs = {name: dataclasses.replace(run.model, precision=of) for name, of in precisions.items()}  # pyright: ignore[reportArgumentType]
     trainers = {name: trainer(dataclasses.replace(run, model=config), setting) for name, config in configs.items()}
     b, s = run.train.batch_size, run.seq_len
     tokens = torch.randint(0, run.model.vocab_size, (b, s + 1)).to(setting.device)
-    saved = {format: saved_for_backward(trainers[format].model, tokens) for format in (BF16, FP8)}
+    sides = {BF16: BF16, FP8: "activations"}
+    saved = {format: saved_for_backward(trainers[name].model, tokens) for format, name in sides.items()}
     note = f"of a training step on {b * s:,} tokens"
     yield from sizes("Linears", "kept_by_linears", {format: each.by_linears for format, each in saved.items()}, note)
     size: Any = {"batch_size": b, "seq_len": s, "dtype": "bfloat16"}
-    least = {format: accounting.activation_bytes(configs[format], **size).total for format in saved}
+    least = {format: accounting.activation_bytes(configs[name], **size).total for format, name in sides.items()}
     note += "; predicted: lower bound, with fused attention"
     held = {format: each.total for format, each in saved.items()}
     yield from sizes("activations", "kept", held, note, predicted=least, bound=True)
@@ -142,7 +131,7 @@ def activations(setting: Setting) -> Iterator[Figure]:
             trainers[name].step()
 
     note = "a whole training step; values are rounded to FP8 and multiplied as BF16"
-    yield from race(setting, {"what": "activations"}, {n: partial(step, n) for n in trainers}, key="format", note=note)
+    yield from race(setting, {}, {n: partial(step, n) for n in trainers}, key="what", note=note)
     for each in trainers.values():
         each.loader.close()
 
@@ -161,7 +150,7 @@ def answer(figures: list[Figure]) -> str:
     for what in ("weights", "activations", "cache"):
         parts = [f"{f.measured:.0%} of BF16's bytes" for f in pick(figures, "kept_ratio", what=what)]
         step = "training step" if what == "activations" else "decoding step"
-        for f in pick(figures, "times_as_long", what=what, format=FP8):
+        for f in pick(figures, "times_as_long", what=what):
             parts += [f"a {step} takes {times(f)} as long"] if f.measured else []
         parts += [f"logits are off by {f.measured:.1%}" for f in pick(figures, "logit_error", what=what)]
         told += [f"{what}: {', '.join(parts)}"] if parts else []
@@ -186,9 +175,8 @@ QUESTION = Question(
         drawing(
             "times_as_long",
             "Time in FP8",
-            label="{what}, {format}",
+            label="{what}",
             y="times BF16's time",
-            only=lambda f: "format" in f.case,
             kind="bars",
             line=("target of a training step", TARGET),
         ),

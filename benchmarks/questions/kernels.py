@@ -9,12 +9,24 @@ DSMINI_CPU_ISA forces a narrower instruction set.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.question import Case, Figure, Question, Setting, cases_over, check_bandwidth, figure, left_out, pick
+from benchmarks.question import (
+    Case,
+    Figure,
+    Question,
+    Setting,
+    cases_over,
+    check_bandwidth,
+    drawing,
+    figure,
+    left_out,
+    pick,
+)
 from dsmini import ops
 from dsmini.machine import DTYPES
 from dsmini.measure.calibration import rotating
@@ -22,22 +34,11 @@ from dsmini.measure.costs import Cost, cost_of
 from dsmini.measure.kernels import FP8, KERNELS, OTHERS, Kernel
 from dsmini.measure.turns import in_turns
 from dsmini.ops.explanation import instruction_set
-from dsmini.report.charts import over_labels
 
 ALL = {**KERNELS, **OTHERS}
 BACKENDS = {"kernel": "cpu", "plain PyTorch": "eager", "reference": "reference"}
 FASTEST = 1.25
 """Rate of the best kernels over that of the products which are the measured peak."""
-
-
-class Work:
-    """Work of the kernels that ran, by the costs of their operations."""
-
-    def __init__(self) -> None:
-        self.costs: list[Cost] = []
-
-    def kernel_ran(self, call: ops.Call) -> None:
-        self.costs.append(cost_of(call.name, call.result, *call.args, **call.kwargs))
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -51,9 +52,10 @@ def measure(setting: Setting, name: str) -> Iterator[Figure]:
         yield left_out("share_of_roof", case, reason)
         return
     torch.manual_seed(0)
+    large = kernel.sizes[len(kernel.sizes) // 2 if setting.quick else -1]
     for dtype in kernel.dtypes:
-        for size in {kernel.sizes[0]: 0, kernel.sizes[len(kernel.sizes) // 2 if setting.quick else -1]: 0}:
-            yield from one(kernel, {**case, "dtype": dtype, "size": size}, dtype, size, setting)
+        for size, words in {large: "large", kernel.sizes[0]: "small"}.items():
+            yield from one(kernel, {**case, "dtype": dtype, "size": size, "at": words}, dtype, size, setting)
 
 
 def why_not() -> str:
@@ -67,10 +69,11 @@ def one(kernel: Kernel, case: dict[str, str | int], dtype: str, size: int, setti
     here = FP8 if dtype == "fp8" else DTYPES[dtype]
     run, inputs, _ = kernel.make(size if kernel.is_product else size // here.itemsize, here, setting.device)
     check(kernel, run, inputs, str(case))
-    work = Work()
-    with ops.counting(work), ops.use("cpu"):
+    calls: list[ops.Call] = []
+    counter: Any = SimpleNamespace(kernel_ran=calls.append)
+    with ops.counting(counter), ops.use("cpu"):
         run(*inputs)
-    if not work.costs:
+    if not calls:
         yield left_out("share_of_roof", case, "plain PyTorch serves this call")
         return
     turn = rotating(run, inputs)  # other operands each time, so that no cache holds them
@@ -82,8 +85,8 @@ def one(kernel: Kernel, case: dict[str, str | int], dtype: str, size: int, setti
     runs = {who: partial(under, backend) for who, backend in BACKENDS.items()}
     how = {"count": 5, "seconds": 0.2} if setting.quick else {"count": 15, "seconds": 6.0}
     turns = in_turns(runs, setting.device, least=3, least_seconds=0.002 if setting.quick else 0.01, **how)
-    cost, what = work.costs[0], " ".join(map(str, case.values()))
-    roof = roof_seconds(what, cost, turns.median("kernel"), setting)
+    cost = cost_of(calls[0].name, calls[0].result, *calls[0].args, **calls[0].kwargs)
+    roof = roof_seconds(" ".join(map(str, case.values())), cost, turns.median("kernel"), setting)
     yield figure("seconds", case, turns.estimate("kernel"), predicted=roof, bound=True, note="of a call")
     yield figure("share_of_roof", case, [roof / seconds for seconds in turns.seconds["kernel"]])
     for who in list(BACKENDS)[1:]:
@@ -108,7 +111,7 @@ def roof_seconds(what: str, cost: Cost, seconds: float, setting: Setting) -> flo
     return max(memory, cost.flops / peak)
 
 
-def check(kernel: Kernel, run: Callable[..., object], inputs: Sequence[Tensor], what: str) -> None:
+def check(kernel: Kernel, run: Callable[..., Any], inputs: Sequence[Tensor], what: str) -> None:
     """Compare the kernel's result with the reference: bit for bit where it rounds, else within kernel.close.
 
     The reference then computes in FP32, so that the roundings are the kernel's alone. The result of a call that returns
@@ -120,33 +123,28 @@ def check(kernel: Kernel, run: Callable[..., object], inputs: Sequence[Tensor], 
         copies = [t.float() if wide and t.dtype == torch.bfloat16 else t.clone() for t in inputs]
         with ops.use(backend):
             got = run(*copies)
-        results.append(_tensors(copies[0] - inputs[0] if got is None else got))
+        got = copies[0] - inputs[0] if got is None else got
+        results.append(list(got if isinstance(got, tuple) else getattr(got, "parts", (got,))))
+    (a, *_), (b, *_) = results
     if not kernel.close:
-        pairs = zip(*([t.view(torch.uint8) for t in result] for result in results), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs), f"{what}: the kernel's bits are not the reference's"
+        same = all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(*results, strict=True))
+        assert same, f"{what}: the kernel's bits are not the reference's"
         return
     # picks are sets, without an order
-    a, b = ((t if t.is_floating_point() else t.sort().values).float() for (t, *_) in results)
+    a, b = ((t if t.is_floating_point() else t.sort().values).float() for t in (a, b))
     error = float((a - b).norm() / b.norm())
     assert error <= kernel.close, f"{what}: the kernel differs from the reference by {error:.2g}, want {kernel.close}"
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """Return the tensors of a result: one, several, or those of a quantized one."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for part in value for t in _tensors(part)] if isinstance(value, tuple | list) else list(value.parts)
-
-
 def answer(figures: list[Figure]) -> str:
-    shares = [f for f in pick(figures, "share_of_roof") if f.measured is not None]
-    if not shares:
-        return ""
     by_kernel: dict[str, list[float]] = {}
-    for f in shares:
-        by_kernel.setdefault(str(f.case["kernel"]), []).append(100 * (f.measured or 0.0))
-    told = [f"{name} {_range(found)} %" for name, found in by_kernel.items()]
-    text = f"With {shares[0].case['instructions']}, kernels reach these shares of the roof: {', '.join(told)}"
+    for f in pick(figures, "share_of_roof"):
+        if f.measured is not None:
+            by_kernel.setdefault(str(f.case["kernel"]), []).append(100 * f.measured)
+    if not by_kernel:
+        return ""
+    told = ", ".join(f"{name} {_range(found)} %" for name, found in by_kernel.items())
+    text = f"With {figures[0].case['instructions']}, kernels reach these shares of the roof: {told}"
     slower = [f.measured for f in pick(figures, "times_as_long") if f.measured is not None]
     return f"{text}; plain PyTorch takes {_range(slower)} times as long." if slower else f"{text}."
 
@@ -156,32 +154,25 @@ def _range(found: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _by_size(figures: list[Figure], metric: str) -> dict[str, dict[str, Figure]]:
-    """Return figures by kernel and dtype, with a group for the smaller and for the larger size."""
-    found: dict[str, dict[str, Figure]] = {}
-    for f in pick(figures, metric):
-        if "size" in f.case and f.case.get("who", "plain PyTorch") == "plain PyTorch":
-            small = ALL[str(f.case["kernel"])].sizes[0] == f.case["size"]
-            found.setdefault("small" if small else "large", {})[f"{f.case['kernel']}, {f.case['dtype']}"] = f
-    return found
-
-
 QUESTION = Question(
     name="kernels",
     title="How close do the CPU kernels come to the roof of this machine?",
     about=__doc__,
     cases=cases,
     answer=answer,
-    plots=(
-        lambda figures: over_labels(
-            "Kernels and the roof", "share of the roof", _by_size(figures, "share_of_roof"), line=("the roof", 1.0)
-        ),
-        lambda figures: over_labels(
-            "Plain PyTorch compared with kernels",
-            "times as long",
-            _by_size(figures, "times_as_long"),
-            line=("equal", 1.0),
-            log_y=True,
-        ),
+    plots=tuple(
+        drawing(
+            *(metric, title),
+            by="at",
+            label="{kernel}, {dtype}",
+            y=words,
+            only=lambda f: f.case.get("who", "plain PyTorch") == "plain PyTorch",
+            line=(limit, 1.0),
+            log_y=metric == "times_as_long",
+        )
+        for metric, title, words, limit in (
+            ("share_of_roof", "Kernels and the roof", "share of the roof", "the roof"),
+            ("times_as_long", "Plain PyTorch compared with kernels", "times as long", "equal"),
+        )
     ),
 )

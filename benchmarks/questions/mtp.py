@@ -10,8 +10,8 @@ import dataclasses
 import itertools
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,17 +20,15 @@ from benchmarks.models import trainer, training_flops
 from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, pick, times
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data.corpus import Corpus
-from dsmini.inference.generation import Generation, Stats, generate
-from dsmini.measure import prediction
-from dsmini.measure.counting import count
+from dsmini.inference.generation import Generated, Generation, Stats, generate
+from dsmini.measure.prediction import predicted_seconds
 from dsmini.measure.rates import Roofs
-from dsmini.measure.turns import Turns
+from dsmini.measure.turns import Turns, in_turns, reported
 
 TEMPERATURES = (0.0, 0.8)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Size:
+class Size(NamedTuple):
     """Sizes of the training and of the generation."""
 
     model: ModelConfig
@@ -43,18 +41,10 @@ class Size:
     """Estimated seconds of a depth."""
 
 
-FULL = Size(model=ModelConfig(), steps=160, prompts=7, prompt_tokens=64, new_tokens=160, depths=(1, 2), seconds=60)
-TOY = ModelConfig(
-    dim=128,
-    inter_dim=384,
-    moe_inter_dim=64,
-    n_layers=3,
-    n_routed_experts=8,
-    n_activated_experts=2,
-    n_expert_groups=1,
-    n_limited_groups=1,
-)
-QUICK = Size(model=TOY, steps=60, prompts=5, prompt_tokens=48, new_tokens=40, depths=(1,), seconds=8)
+GROUPS: dict[str, Any] = {"n_expert_groups": 1, "n_limited_groups": 1, "n_routed_experts": 8, "n_activated_experts": 2}
+TOY = ModelConfig(dim=128, inter_dim=384, moe_inter_dim=64, n_layers=3, **GROUPS)
+FULL = Size(ModelConfig(), steps=160, prompts=7, prompt_tokens=64, new_tokens=160, depths=(1, 2), seconds=60)
+QUICK = Size(TOY, steps=60, prompts=5, prompt_tokens=48, new_tokens=40, depths=(1,), seconds=8)
 BATCH = 4
 """Sequences of a training step."""
 
@@ -78,7 +68,7 @@ def measure(depth: int, setting: Setting, of: Size) -> Iterator[Figure]:
     for temperature in TEMPERATURES:
         case = {"depth": depth, "temperature": temperature}
         expected = tokens_per_step(expected_acceptance(model, tokens, temperature))
-        turns, stats = in_turns(model, prompts, temperature, of.new_tokens)
+        turns, stats = continued(model, prompts, temperature, of.new_tokens)
         note = "predicted from held-out text; median over prompts"
         share = (expected - 1) / depth  # of all drafts, those after a rejected one included
         yield figure("acceptance", case, [s.acceptance_rate for s in stats], predicted=share, note=note)
@@ -88,7 +78,7 @@ def measure(depth: int, setting: Setting, of: Size) -> Iterator[Figure]:
         note = "a token without drafts, over one with; predicted: tokens a step over the cost of a step"
         ratio = turns.ratio("no drafts", "drafts")
         yield figure("times_as_long", case, ratio, predicted=expected * plain / drafting, note=note)
-        if not temperature:  # in_turns raises if continuations differ
+        if not temperature:  # continued raises if they differ
             note = "greedy, with drafts and without"
             yield figure("same_continuations", case, len(stats), predicted=len(prompts), exact=True, note=note)
 
@@ -106,9 +96,8 @@ def trained(depth: int, setting: Setting, of: Size) -> tuple[Transformer, Corpus
 def step_seconds(model: Transformer, prompt: Tensor, speculative: bool, roofs: Roofs) -> float:
     """Predict the seconds of a decoding step from its counted operations."""
     generation = Generation(model, [prompt.tolist()], 8, speculative=speculative)
-    for _ in range(2):  # the first reads the prompt, the second fills caches that later steps use
-        next(generation)
-    return prediction.seconds(count(lambda: next(generation), roofs.cache_bytes), roofs)
+    next(generation)  # reads the prompt
+    return predicted_seconds(lambda: next(generation), roofs)
 
 
 def tokens_per_step(accepted: list[float]) -> float:
@@ -139,26 +128,30 @@ def expected_acceptance(model: Transformer, tokens: Tensor, temperature: float) 
     return accepted
 
 
-def in_turns(
+def continued(
     model: Transformer, prompts: list[Tensor], temperature: float, new_tokens: int
 ) -> tuple[Turns, list[Stats]]:
     """Continue each prompt without and with drafts, after a first one that warms up.
 
     Returns: the seconds of a token, a turn for each prompt, and what drafting did.
+
+    Raises: AssertionError where drafts change a greedy continuation.
     """
-    turns, drafted = Turns({"no drafts": [], "drafts": []}), list[Stats]()
-    for i, prompt in enumerate([prompts[0], *prompts]):
-        rows: list[Tensor] = []
-        for name, seconds in turns.seconds.items():
-            generator = torch.Generator(prompt.device).manual_seed(i)
-            how = {"temperature": temperature, "speculative": name == "drafts", "generator": generator}
-            done = generate(model, prompt[None], new_tokens, **how)
-            rows.append(done.tokens)
-            if i:
-                seconds.append(1 / done.stats.tokens_per_s)
-                drafted += [done.stats] if name == "drafts" else []
-        assert temperature or torch.equal(*rows), f"drafts changed the greedy continuation of prompt {i}"
-    return turns, drafted
+    done: dict[str, list[Generated]] = {"no drafts": [], "drafts": []}
+
+    def token(name: str) -> float:
+        """Continue the next prompt; return the seconds of a token."""
+        i = len(done[name])
+        generator = torch.Generator(prompts[0].device).manual_seed(i)
+        how = {"temperature": temperature, "speculative": name == "drafts", "generator": generator}
+        done[name].append(generate(model, prompts[max(0, i - 1)][None], new_tokens, **how))
+        return 1 / done[name][-1].stats.tokens_per_s
+
+    turns = in_turns({name: partial(token, name) for name in done}, count=len(prompts), clock=reported)
+    for i, (plain, drafted) in enumerate(zip(*done.values(), strict=True)):
+        equal = temperature or torch.equal(plain.tokens, drafted.tokens)
+        assert equal, f"drafts changed the greedy continuation of prompt {i}"
+    return turns, [each.stats for each in done["drafts"][1:]]
 
 
 def _label(f: Figure) -> str:

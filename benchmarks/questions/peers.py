@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks import models
 from benchmarks.models import trainer, training_flops
 from benchmarks.peer_models.engines import Engine, engines
-from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, left_out, pick, race, times
+from benchmarks.question import Case, Figure, Question, Setting, drawing, left_out, pick, race, times
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting, ops
 from dsmini.config.huggingface import config_to_json
 from dsmini.inference.fused.decoder import Decoder
@@ -80,9 +80,6 @@ class Side(Protocol):
         Return the seconds by the side's own clock, or None if it has none.
         """
 
-    def bytes_per_token(self) -> float | None:
-        """Return the bytes of a token in the cache's storage; None where the storage is hidden."""
-
 
 class Ours:
     """Model of dsmini that decodes, with weights and a cache in the dtype of the model or in FP8."""
@@ -100,9 +97,6 @@ class Ours:
 
     def feed(self, tokens: Tensor) -> None:
         self.decoder.logits(tokens, self.cache)
-
-    def bytes_per_token(self) -> float:
-        return self.cache.nbytes_per_token
 
 
 def deepseek_v3(config: ModelConfig) -> Any:
@@ -134,11 +128,6 @@ class Theirs:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions rename an argument
             self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True)
-
-    def bytes_per_token(self) -> float:
-        layers: list[Any] = list(self.cache.layers)
-        held = [t for layer in layers for t in (layer.keys, layer.values)]
-        return sum(t.numel() * t.element_size() for t in held) / held[0].shape[-2]
 
 
 Make = Callable[[], dict[str, Side]]
@@ -228,13 +217,6 @@ def decode(setting: Setting, config: ModelConfig, make: Make, case: Mapping[str,
     how |= {"count": size.turns, "seconds": float("inf")}
     runs = {name: partial(token, side) for name, side in every.items()}
     yield from race(setting, {"what": "decode", **case}, runs, key="who", tokens=1, pairs=pairs(every), **how)
-    for name, side in every.items():
-        held, ours = side.bytes_per_token(), name == OURS
-        if held is not None:
-            expected = accounting.kv_bytes_per_token(config, setting.dtype.itemsize) if ours else None
-            note = f"of a token, in all {config.n_layers} layers; read off the storage"
-            known = {"predicted": expected, "exact": ours, "note": note}
-            yield figure("bytes_per_token", {"what": "cache", "who": name, **case}, held, **known)
 
 
 @torch.inference_mode()

@@ -59,7 +59,7 @@ WANTED = {
     ),
     "fp8-error": Want("error", "times_the_error", plots=1),
     "mtp": Want("acceptance tokens_per_step times_as_long same_continuations", "tokens_per_s", "same_continuations"),
-    "peers": Want("", "tokens_per_s times_as_long bytes_per_token", exact="bytes_per_token"),
+    "peers": Want("", "tokens_per_s times_as_long"),
     "kernels": Want("seconds", "share_of_roof times_as_long"),
     "plan": Want("seconds tensor_memory process_memory", plots=1),
     "diagnose": Want("gain", "right", plots=1),
@@ -84,9 +84,7 @@ def fake_train(trial: Trial, name: str, recipe: str, *flags: str, **how: Any) ->
 def small_sizes(corpus: Path) -> list[tuple[Any, str, Any]]:
     """Return the constants and functions to replace: small models, few turns, and no other processes."""
     config = RunConfig(model=dataclasses.replace(TINY, precision="fp8"), train=TrainConfig(batch_size=3))
-    guesses = dataclasses.replace(
-        mtp.QUICK, model=TINY, steps=3, prompts=2, prompt_tokens=8, new_tokens=6, depths=(1, 2)
-    )
+    guesses = mtp.Size(TINY, steps=3, prompts=2, prompt_tokens=8, new_tokens=6, depths=(1, 2), seconds=1)
     run = Fault(name="small", axis="", model=TINY, train=TrainConfig(batch_size=2, optimizer="adamw", threads=1))
     one: dict[str, Any] = {"config": TINY, "dtype": "float32", "batch": 1, "train": config.train}
     forecast = {w: StepShape(work=w, tokens=16, **one) for w in ("training", "decode")}
@@ -209,7 +207,7 @@ def test_bf16_cases_are_left_out_where_its_products_are_slow(answers: dict[str, 
     assert told.note == "left out: bfloat16 products run at 0.3 GFLOP/s here, float32 at 170"
     figures = run(QUESTIONS["fp8"], here)
     left = [f for f in figures if f.measured is None]
-    assert [(f.case["what"], f.note) for f in left] == [(w, told.note) for w in ("weights", "activations", "cache")]
+    assert [(f.case["what"], f.note) for f in left] == [(w, told.note) for w in ("weights", "activations")]
     assert {f.metric for f in figures if f.measured is not None} == {"bytes", "kept_ratio", "bytes_per_token"}
     assert QUESTIONS["fp8"].answer(figures).endswith(".") and QUESTIONS["fp8"].answer(left) == ""
     console = Console(record=True, width=120)
