@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dsmini.report import units
 from dsmini.report.figures import FOUND, Figure, Table
@@ -22,8 +21,7 @@ RULE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
+class Change(NamedTuple):
     """Values of one figure in both runs."""
 
     name: Figure
@@ -39,11 +37,9 @@ class Change:
 
     @property
     def size(self) -> float:
-        """Absolute logarithm of the factor, the same for twice and half."""
+        """Absolute logarithm of the factor, the same for twice and half; the least for a figure of one run alone."""
         if self.verdict in ("new", "gone"):
-            return -1.0
-        if self.old == self.new:
-            return 0.0
+            return -math.inf
         return abs(math.log(self.factor)) if self.factor is not None and self.factor > 0 else math.inf
 
     def as_json(self) -> dict[str, Any]:
@@ -56,21 +52,27 @@ class Change:
 def compare(old: Iterable[Figure], new: Iterable[Figure]) -> list[Change]:
     """Return every figure of either run, the largest changes first."""
     then, now = ({_identity(figure): figure for figure in figures} for figures in (old, new))
-    changes = [_change(then.get(name), now.get(name)) for name in {**then, **now}]
-    return sorted(changes, key=lambda c: (c.verdict == "unchanged", c.verdict in ("new", "gone"), -c.size))
+    changes = []
+    for place in {**then, **now}:
+        before, after = then.get(place), now.get(place)
+        if before is None or after is None:
+            verdict: Verdict = "gone" if after is None else "new"
+        else:
+            verdict = _verdict(before, after)
+        changes.append(Change(now.get(place) or then[place], _value(before), _value(after), verdict))
+    return sorted(changes, key=lambda c: (c.verdict == "unchanged", -c.size))
 
 
 def table(changes: Iterable[Change]) -> Table:
     """Return changes as a table of words."""
     columns = ("question", "case", "metric", "before", "now", "factor", "verdict")
-    return Table(columns=columns, rows=[_words(change) for change in changes], numeric=columns[3:6])
-
-
-def _words(change: Change) -> list[str]:
-    figure = change.name
-    numbers = [units.human(value, figure.unit, figure.exact) for value in (change.old, change.new)]
-    factor = "" if change.factor is None else f"{change.factor:.2f} ×"  # noqa: RUF001
-    return [figure.question, case_words(figure), units.words(figure.metric), *numbers, factor, change.verdict]
+    rows = []
+    for name, *values, verdict in changes:
+        numbers = [units.human(value, name.unit, name.exact) for value in values]
+        old, new = values
+        factor = f"{new / old:.2f} ×" if old and new is not None else ""  # noqa: RUF001
+        rows.append([name.question, case_words(name), units.words(name.metric), *numbers, factor, verdict])
+    return Table(columns=columns, rows=rows, numeric=columns[3:6])
 
 
 def _identity(figure: Figure) -> tuple[str, str, frozenset[tuple[str, object]]]:
@@ -83,42 +85,30 @@ def _value(figure: Figure | None) -> float | None:
     return figure.predicted if figure.measured is None else figure.measured
 
 
-def _change(old: Figure | None, new: Figure | None) -> Change:
-    name = new or old
-    assert name is not None, "at least one run has the figure"
-    verdict: Verdict = "new" if new else "gone"
-    if old and new:
-        verdict = _verdict(old, new)
-    return Change(name=name, old=_value(old), new=_value(new), verdict=verdict)
-
-
 def _verdict(old: Figure, new: Figure) -> Verdict:
     then, now = _value(old), _value(new)
-    if then == now or (not new.exact and _is_noise(old, new)):
+    if then == now:
         return "unchanged"
-    if then is None or now is None or new.better is None:
+    if then is None or now is None:
+        return "changed"
+    if not new.exact and _is_noise(old, new, then, now):
+        return "unchanged"
+    if new.better is None:
         return "changed"
     return "better" if (now > then) == (new.better == "higher") else "worse"
 
 
-def _is_noise(old: Figure, new: Figure) -> bool:
+def _is_noise(old: Figure, new: Figure, then: float, now: float) -> bool:
     """Return True if the intervals touch, or the difference is below the floor."""
-    then, now = _value(old), _value(new)
-    if then is None or now is None:
-        return False
-    (low, high), (new_low, new_high) = _range(old, then), _range(new, now)
+    ends = [
+        (value if f.low is None else f.low, value if f.high is None else f.high)
+        for f, value in ((old, then), (new, now))
+    ]
+    (low, high), (new_low, new_high) = ends
     if low <= new_high and new_low <= high and (low < high or new_low < new_high):
         return True
+    clock = new.unit == "s" or new.unit.endswith("/s")
+    floor = FLOOR if clock or new.unit in ("", "x", "bytes") else FINE_FLOOR
+    floor = ONCE_FLOOR if clock and new.low is None else floor
     # a share of the smaller value, so that twice and half count the same
-    return abs(now - then) <= _floor(new) * min(abs(then), abs(now))
-
-
-def _floor(figure: Figure) -> float:
-    clock = figure.unit == "s" or figure.unit.endswith("/s")
-    if clock and figure.low is None:
-        return ONCE_FLOOR
-    return FLOOR if clock or figure.unit in ("", "x", "bytes") else FINE_FLOOR
-
-
-def _range(figure: Figure, value: float) -> tuple[float, float]:
-    return value if figure.low is None else figure.low, value if figure.high is None else figure.high
+    return abs(now - then) <= floor * min(abs(then), abs(now))

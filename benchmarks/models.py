@@ -17,27 +17,7 @@ from dsmini.measure.workloads import random_cache
 from dsmini.nn import Cache
 from dsmini.training.trainer import Trainer
 
-BIG = ModelConfig(
-    vocab_size=32000,
-    dim=1024,
-    inter_dim=2816,
-    moe_inter_dim=256,
-    n_layers=8,
-    n_dense_layers=1,
-    n_heads=16,
-    q_lora_rank=384,
-    kv_lora_rank=256,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=32,
-    v_head_dim=64,
-    n_routed_experts=64,
-    n_activated_experts=6,
-    n_expert_groups=8,
-    n_limited_groups=4,
-    n_mtp_layers=0,
-    max_seq_len=32768,
-)
-"""455M parameters, 103M of them active for a token: 910 and 206 MB in BF16, more than caches hold."""
+BIG = ModelConfig.from_file(Path(__file__).with_name("big.toml"))
 QUICK = dataclasses.replace(BIG, vocab_size=8192, n_layers=3, n_routed_experts=32)
 """85M parameters, 170 MB in BF16."""
 WIDE: Mapping[str, int] = {
@@ -45,22 +25,7 @@ WIDE: Mapping[str, int] = {
     **{"n_expert_groups": 1, "n_limited_groups": 1},
 }
 """DeepSeek's own widths of heads and latent, in a model of the same size. All groups of experts may be chosen."""
-TRAINED = ModelConfig(
-    dim=256,
-    inter_dim=704,
-    moe_inter_dim=96,
-    n_layers=6,
-    n_dense_layers=1,
-    n_heads=4,
-    q_lora_rank=96,
-    kv_lora_rank=64,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    n_mtp_layers=0,
-    max_seq_len=256,
-)
-"""7.6M parameters, as a laptop can train."""
+TRAINED = ModelConfig.from_file(Path(__file__).with_name("trained.toml"))
 CORPUS = Path("runs/corpus")
 
 

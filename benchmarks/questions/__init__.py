@@ -8,7 +8,6 @@ from benchmarks.questions import (
     fp8_error,
     kernels,
     kv_cache,
-    mtp,
     peers,
     pipeline,
     plan,
@@ -17,7 +16,7 @@ from benchmarks.questions import (
 )
 
 ASKED = (kv_cache.QUESTION, steps.DECODE, steps.TRAIN, fp8_error.QUESTION, fp8.QUESTION, experts.QUESTION)
-ASKED += (steps.PREFILL, mtp.QUESTION, peers.QUESTION, kernels.QUESTION, sparse.QUESTION)
+ASKED += (steps.PREFILL, peers.QUESTION, kernels.QUESTION, sparse.QUESTION)
 ASKED += (pipeline.QUESTION, plan.QUESTION, diagnose.QUESTION)
 ASKED += (moe_or_dense.QUESTION, sparse_training.QUESTION, shakespeare.QUESTION)
 QUESTIONS = {question.name: question for question in ASKED}

@@ -1,6 +1,5 @@
 """What questions compute besides, as by hand, and the words of comparisons."""
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -8,16 +7,15 @@ import torch
 
 from benchmarks import models, question
 from benchmarks.question import check_bandwidth, compared, figure, race, times
-from benchmarks.questions import kernels, kv_cache, mtp, plan, sparse, steps
-from benchmarks.questions.mtp import continued, expected_acceptance, tokens_per_step
-from dsmini import Transformer, accounting
+from benchmarks.questions import kernels, kv_cache, plan, sparse, steps
+from dsmini import accounting
 from dsmini.measure.costs import Cost
 from dsmini.measure.counting import count
 from dsmini.measure.step_rates import SHAPES
 from dsmini.measure.turns import median_of
 from dsmini.report import pick
-from tests.conftest import Clock, randomise
-from tests.helpers.questions import TINY, setting
+from tests.conftest import Clock
+from tests.helpers.questions import setting
 
 # --- comparisons in words
 
@@ -115,41 +113,6 @@ def test_held_out_steps_are_none_of_those_that_rates_are_of() -> None:
 def test_dtypes_too_slow_here_are_left_out() -> None:
     assert plan.usable(setting()) == ["float32", "bfloat16", "fp8"]
     assert plan.usable(setting(peak={"float32": 1e11, "bfloat16": 1e9})) == ["float32"]
-
-
-# --- speculative decoding
-
-
-def test_tokens_of_a_step() -> None:
-    for accepted, tokens in (([], 1), ([0.8], 1.8), ([0.5, 0.5, 0.5], 1.875), ([0.0, 1.0], 1)):
-        assert tokens_per_step(accepted) == tokens
-
-
-def test_expected_acceptance_of_guesses_that_are_the_trunks_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accept drafts that equal the main model's prediction, and reject drafts that are one token late."""
-    model = randomise(Transformer(dataclasses.replace(TINY, n_mtp_layers=2)))
-    tokens = torch.randint(0, 256, (2, 32))
-    out = model.run(tokens, mtp=True)
-    right = [out.logits[:, 1:], out.logits[:, 1:-1]]  # the second depth is one token late
-    monkeypatch.setattr(model, "run", lambda *_, **__: out._replace(mtp_logits=right))
-    for temperature in (0.0, 0.8):
-        first, second = expected_acceptance(model, tokens, temperature)
-        assert first == pytest.approx(1)
-        assert second < 0.9
-
-
-def test_an_unequal_continuation_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomise(Transformer(dataclasses.replace(TINY, n_mtp_layers=1))).eval()
-    generate = mtp.generate
-
-    def wrong(*args: Any, speculative: bool, **more: Any) -> Any:
-        done = generate(*args, speculative=speculative, **more)
-        return done._replace(tokens=done.tokens + speculative)
-
-    continued(model, [torch.tensor([1, 2])], 0.0, 3)
-    monkeypatch.setattr(mtp, "generate", wrong)
-    with pytest.raises(AssertionError, match="changed the greedy continuation"):
-        continued(model, [torch.tensor([1, 2])], 0.0, 3)
 
 
 # --- bandwidth above the roof

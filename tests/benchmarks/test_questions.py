@@ -16,7 +16,7 @@ from benchmarks.claims.study import Study, Trial
 from benchmarks.faults import Fault
 from benchmarks.peer_models.llamacpp_model import write_gguf
 from benchmarks.question import Question, Setting
-from benchmarks.questions import QUESTIONS, diagnose, fp8, fp8_error, kernels, mtp, peers, pipeline, plan
+from benchmarks.questions import QUESTIONS, diagnose, fp8, fp8_error, kernels, peers, pipeline, plan
 from dsmini import RunConfig, TrainConfig, Transformer, ops
 from dsmini.config.parallel import CHUNKS
 from dsmini.diagnosis import training
@@ -58,7 +58,6 @@ WANTED = {
         exact="bytes bytes_per_token",
     ),
     "fp8-error": Want("error", "times_the_error", plots=1),
-    "mtp": Want("acceptance tokens_per_step times_as_long same_continuations", "tokens_per_s", "same_continuations"),
     "peers": Want("", "tokens_per_s times_as_long"),
     "kernels": Want("seconds", "share_of_roof times_as_long"),
     "plan": Want("seconds tensor_memory process_memory", plots=1),
@@ -84,7 +83,6 @@ def fake_train(trial: Trial, name: str, recipe: str, *flags: str, **how: Any) ->
 def small_sizes(corpus: Path) -> list[tuple[Any, str, Any]]:
     """Return the constants and functions to replace: small models, few turns, and no other processes."""
     config = RunConfig(model=dataclasses.replace(TINY, precision="fp8"), train=TrainConfig(batch_size=3))
-    guesses = mtp.Size(TINY, steps=3, prompts=2, prompt_tokens=8, new_tokens=6, depths=(1, 2), seconds=1)
     run = Fault(name="small", axis="", model=TINY, train=TrainConfig(batch_size=2, optimizer="adamw", threads=1))
     one: dict[str, Any] = {"config": TINY, "dtype": "float32", "batch": 1, "train": config.train}
     forecast = {w: StepShape(work=w, tokens=16, **one) for w in ("training", "decode")}
@@ -96,7 +94,6 @@ def small_sizes(corpus: Path) -> list[tuple[Any, str, Any]]:
         (Setting, "turns", {"count": 5, "seconds": 0.0, "least": 2}),
         *((fp8, "trained_config", lambda quick: config), (fp8, "QUICK_CONTEXT", 16)),
         *((fp8_error, "QUICK", TINY), (fp8_error, "QUICK_STEPS", 2)),
-        *((mtp, "QUICK", guesses), (mtp, "BATCH", 2)),
         *((peers, "QUICK", peers.Size((16, 24), turns=2, batch=1)), (peers, "PROMPT", 16)),
         (kernels, "ALL", few),
         *((diagnose, "faults", lambda: [run]), (diagnose, "SECONDS", math.inf), (diagnose, "ROUNDS", 5)),
