@@ -12,7 +12,6 @@ from rich.console import Console
 
 from dsmini import accounting, ops
 from dsmini.atomic import remove_leftovers, write_bytes, write_json, write_text
-from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.checkpoint.run_folder import (
     new_run_folder,
     read_summary,
@@ -70,11 +69,10 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
     with joined(config.parallel.timeout, device, longest_wait=LONGEST_WAIT) as world, ExitStack() as stack:
         _refuse_unequal(world, origin, config)
         world.first(lambda: None if origin.resume else refuse_taken(config.out))
-        if world.size == 1:  # before each layer of an absurd model is made, even without memory
-            least = 4 * accounting.parameters(config.model).total
-            refuse_too_large(least, "training this model with such a batch", device)
-        part = ModelPart.divided(config.model, Mesh(config.parallel, device))  # without memory yet
+        divided = partial(ModelPart.divided, config.model, Mesh(config.parallel, device))  # without memory yet
+        part = divided() if world.size > 1 else None
         refuse_oversized(config, device, part, world)
+        part = part or divided()  # alone: only now, for even without memory the layers of an absurd model take long
         # 2. the text: rank 0 tokenizes it into a file, which the others read
         read: list[Corpus] = []
         world.first(lambda: read.append(_read_corpus(config, origin.resume, console)))
