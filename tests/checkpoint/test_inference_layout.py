@@ -148,8 +148,6 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [  # kind, cha
         for kind, key, value, want in [
             ("v3", "attention", "mha", "'mla' or 'dsa'"),
             ("v3", "qk_norm", True, ""),
-            ("v3", "norm_eps", 1e-5, ""),
-            ("v3", "mscale_all_dim", 0.5, ""),
             ("v3", "norm_topk_prob", False, ""),
             ("v3", "n_shared_experts", 0, ""),
             ("v32", "indexer_rope_interleave", True, ""),

@@ -13,7 +13,7 @@ from dsmini.numerics import quantize_tiles
 from tests.helpers import folders
 from tests.helpers.configs import refusal
 from tests.helpers.hf_names import to_hf
-from tests.helpers.tolerances import BF16_UNIT, relative_error, rounding
+from tests.helpers.tolerances import relative_error
 
 Build = Callable[..., Transformer]
 
@@ -40,11 +40,11 @@ def test_kept_fp8_computes_the_dequantized_logits(fp8_folder: tuple[Path, dict[s
     assert held < 0.35 * dequantised
 
 
-def test_kept_fp8_survives_casts_and_moves(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
+def test_kept_fp8_survives_casts(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
     kept = load_pretrained(fp8_folder[0], fp8="keep")
     before = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
     tokens = torch.randint(0, 61, (2, 20))
-    for cast in (torch.bfloat16, torch.float16, torch.float64):
+    for cast in (torch.bfloat16, torch.float64):
         model = copy.deepcopy(kept).to(cast)
         after = model.state_dict()
         fp8 = [name for name, tensor in before.items() if tensor.dtype == folders.FP8 or "scale" in name]
@@ -55,13 +55,6 @@ def test_kept_fp8_survives_casts_and_moves(fp8_folder: tuple[Path, dict[str, Ten
             still = {name for name in after if "norm" in name or ".gate." in name}
             assert not folders.different({n: before[n] for n in still}, {n: after[n] for n in still})
         model(tokens)
-    moved = copy.deepcopy(kept).to("meta")
-    assert {n: (t.dtype, t.device.type) for n, t in moved.state_dict().items()} == {
-        n: (t.dtype, "meta") for n, t in before.items()
-    }
-    cast = copy.deepcopy(kept).to(torch.bfloat16)
-    want = load_pretrained(fp8_folder[0], dtype=torch.bfloat16)
-    assert relative_error(cast(tokens), want(tokens)) < rounding(BF16_UNIT, chained=30)
 
 
 def test_kept_fp8_refuses_training(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:

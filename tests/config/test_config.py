@@ -94,12 +94,8 @@ def test_unknown_name_of_a_config_lists_near_ones(
     "changes",
     [
         {"vocab_size": 2**26, "dim": 2**24},
-        {"n_dense_layers": 5},
-        {"n_activated_experts": 8},
         {"n_limited_groups": 4, "n_activated_experts": 16},
         {"attention": "mha", "qk_rope_head_dim": 7},
-        {"qk_nope_head_dim": 33, "v_head_dim": 31},
-        {"rope_factor": 0.5},
         {"original_seq_len": 256, "beta_fast": 0.5},
         {"n_expert_groups": 1, "n_limited_groups": 1, "topk_method": "greedy"},
         {"n_expert_groups": 16, "n_limited_groups": 4, "topk_method": "group_limited_greedy"},

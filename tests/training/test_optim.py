@@ -209,21 +209,7 @@ def test_the_average_is_the_one_by_hand() -> None:
     w = nn.Parameter(torch.randn(5, 3))
     average = ParameterAverage([("w", w)], decay=0.6)
     want = w.detach().double().clone()
-    by_hand = [
-        1 / 10,
-        2 / 11,
-        3 / 12,
-        4 / 13,
-        5 / 14,
-        6 / 15,
-        7 / 16,
-        8 / 17,
-        9 / 18,
-        10 / 19,
-        11 / 20,
-        12 / 21,
-        13 / 22,
-    ]
+    by_hand = [n / (n + 9) for n in range(1, 14)]  # 1/10, 2/11, ..., 13/22
     for decay in [*by_hand, 0.6, 0.6, 0.6]:  # the next would be 14 / 23, which is more
         with torch.no_grad():
             w.add_(torch.randn(5, 3))

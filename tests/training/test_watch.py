@@ -16,7 +16,6 @@ from dsmini.measure.cpu_time import CpuTimes
 from dsmini.training.record import read_records
 from dsmini.training.run import BindingChange, TrainingRun
 from dsmini.training.trainer import StepResult
-from tests.conftest import Clock
 from tests.helpers.runs import RICH, TIMING, calls, kill, new_run, resumed, stopped, unequal, whole
 
 CPU = torch.device("cpu")
@@ -219,29 +218,3 @@ def test_watched_run_that_stops_and_resumes_is_the_run_without_to_the_bit(
     assert all("binds" in row for row in rows)
     got["rows"] = json.dumps(without(rows, "binds", "binds_share"))
     assert unequal(got, want) == set()
-
-
-def test_slow_loader_of_a_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the step's own clock, the watch, the record and what is printed, in steps of scripted times."""
-    clock = Clock(monkeypatch)
-    training = new_run(tmp_path, model={"n_dense_layers": 4}, steps=80, eval_every=1000, save_every=1000)
-    training.watch = RunWatch(CPU, 1, lambda: CpuTimes(at=clock.now, busy=clock.now, own=clock.now, delayed=0.0)).see
-    training.console = Console(file=io.StringIO(), width=200)
-    real = training.trainer.loader.take
-
-    def take(requests: Any) -> Any:
-        clock.now += 0.2 if training.trainer.steps_done >= 40 else 0.0
-        return real(requests)
-
-    def parts(*_: Any) -> tuple[torch.Tensor, None]:
-        clock.now += 0.3
-        return torch.zeros(3), None
-
-    monkeypatch.setattr(training.trainer.loader, "take", take)
-    monkeypatch.setattr(training.trainer, "train_parts", parts)
-    assert training.train()
-    changes = [(row["step"], row["binds"], row["binds_share"]) for row in rows_of(training) if row["binds"] is not None]
-    assert changes == [(20, "", None), (75, "Data", pytest.approx(0.4))]
-    said = training.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert "step 20: nothing binds" in said
-    assert "step 75: Data binds: a step waits 40% (40% to 40%) of its time for its batch." in said
