@@ -161,7 +161,7 @@ def _read(
     command: ConvertCommand, tell: Callable[[str], None]
 ) -> "tuple[Transformer, int, float, dict[str, str], dict[str, Any]]":
     """Read SRC; return its model, the bytes and seconds of that, and a run's tokenizer files and special ids."""
-    from dsmini.checkpoint.load import origin_of, read_pretrained
+    from dsmini.checkpoint.load import SlowDtypeWarning, load_pretrained, origin_of
     from dsmini.checkpoint.trained_model import load_run
 
     start = time.monotonic()
@@ -171,7 +171,8 @@ def _read(
         nbytes, seconds = sum(t.nbytes for t in model.state_dict().values()), time.monotonic() - start
         return model, nbytes, seconds, *_tokenizer_files(command.src, config)
     require(not command.average, f"--average is for a training run, and {command.src} is not one; leave it out")
-    model = read_pretrained(command.src, fp8="keep")
+    warnings.simplefilter("ignore", SlowDtypeWarning)  # nothing is multiplied
+    model = load_pretrained(command.src, fp8="keep")
     origin = origin_of(model)
     assert origin is not None
     return model, origin.nbytes, origin.seconds, {}, {}

@@ -49,6 +49,10 @@ Holding = Callable[[Transformer], Sequence[Sequence[int]]]
 called with the whole model on the meta device, and raises ValueError for one that it does not fit."""
 
 
+class SlowDtypeWarning(UserWarning):
+    """Weights are held in a dtype that this hardware multiplies slowly."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of a model that is one tensor of a folder."""
@@ -144,31 +148,11 @@ def load_pretrained(
     Warns: if config.json promises multi-token prediction blocks of which the folder holds nothing (transformers
         leaves them out when it saves a model); the model has none then. If those blocks' copies of embedding and
         head are not what the model's are, which are used. If matrices are held in BF16 for want of a dtype, and this
-        CPU multiplies BF16 slowly.
+        CPU multiplies BF16 slowly: a SlowDtypeWarning.
 
     Raises: ValueError for a folder that does not hold the model its config describes, with all that is wrong; for a
         config that cannot be honoured; for a damaged file. Before memory for the model is taken.
     """
-    model, cpu = read_pretrained(folder, dtype, fp8, device, holding=holding), torch.device("cpu")
-    held = {p.dtype for p in model.parameters() if p.dim() > 1 and p.device == cpu}
-    if dtype is None and torch.bfloat16 in held and slow_bf16(cpu):
-        warnings.warn(
-            f"the model of {folder} has weights in bfloat16, which this CPU multiplies many times more slowly than "
-            "float32; load it with dtype=torch.float32 (--dtype float32 on the command line), at twice their memory",
-            stacklevel=2,
-        )
-    return model
-
-
-def read_pretrained(
-    folder: str | Path,
-    dtype: torch.dtype | None = None,
-    fp8: Treatment = "dequantize",
-    device: str | torch.device = "cpu",
-    *,
-    holding: Holding | None = None,
-) -> Transformer:
-    """Load a model without the warning about slow BF16, to write or train it. See load_pretrained."""
     require(fp8 in ("dequantize", "keep"), f"fp8={fp8!r} is unknown; use 'dequantize' or 'keep'")
     check_dtype(dtype)
     place = pick_device(str(device))
@@ -198,6 +182,14 @@ def read_pretrained(
         nbytes=int(progress.done),
         seconds=progress.seconds,
     )
+    cpu = torch.device("cpu")
+    if dtype is None and torch.bfloat16 in held.values() and place == cpu and slow_bf16(cpu):
+        warnings.warn(
+            f"the model of {folder} has weights in bfloat16, which this CPU multiplies many times more slowly than "
+            "float32; load it with dtype=torch.float32 (--dtype float32 on the command line), at twice their memory",
+            SlowDtypeWarning,
+            stacklevel=2,
+        )
     return model.eval()
 
 
@@ -334,7 +326,7 @@ class PretrainedTensors:
             warnings.warn(
                 f"{self.folder} has {listed(different)} other than the model's own; dsmini's multi-token prediction "
                 "uses the model's embedding and head",
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def fill(self, model: Transformer, rows: Sequence[tuple[Part, int | None]], read: Callable[[int], None]) -> None:
@@ -373,13 +365,10 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     others = sorted(folder.glob("config*.json"))
     if inference and not is_there(path) and len(others) == 1:  # DeepSeek's are config_16B.json, config_671B.json
         path = others[0]
-    if not is_there(path):
-        fix = "name a folder that holds a model"
-        if is_there(folder / "config.toml"):
-            fix = "it is a training run, so use python -m dsmini.convert"
-        elif inference:
-            fix = "copy the one of DeepSeek's inference code there, such as config_671B.json"
-        raise ValueError(f"{folder} has no config.json; {fix}")
+    fix = "copy the one of DeepSeek's inference code there" if inference else "name a folder that holds a model"
+    if is_there(folder / "config.toml"):
+        fix = "it is a training run, so use python -m dsmini.convert"
+    require(is_there(path), f"{folder} has no config.json; {fix}")
     raw = read_table(path)
     require(
         inference or is_hugging_face(raw),
@@ -395,7 +384,7 @@ def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Pat
     warnings.warn(
         f"{folder} holds nothing of the {config.n_mtp_layers} multi-token prediction layers that its config.json "
         "promises; the model is loaded without them",
-        stacklevel=5,
+        stacklevel=4,
     )
     return dataclasses.replace(config, n_mtp_layers=0)
 

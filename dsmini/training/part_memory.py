@@ -24,10 +24,10 @@ def least_bytes(config: RunConfig, part: ModelPart | None = None) -> int:
     if part is not None and part.mesh.size > 1:
         return 2 * sum(local(p).nbytes for p in part.model.parameters())
     train = config.train
-    sizes = {"batch_size": train.batch_size // train.grad_accum, "seq_len": config.seq_len}
     needed = accounting.training_bytes(
         config.model,
-        **sizes,
+        batch_size=train.batch_size // train.grad_accum,
+        seq_len=config.seq_len,
         dtype="float32" if train.dtype == "float32" else "bfloat16",
         optimizer=train.optimizer,
         moments=train.moments,

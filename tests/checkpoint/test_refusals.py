@@ -198,7 +198,7 @@ FOLDERS: dict[str, list[tuple[Damage, str]]] = {  # by the folder that is damage
         (part(without("layers.1.ffn.experts.3.w1.weight")), "it lacks layers.1.ffn.experts.3.w1.weight;"),
         (part(dict, "model2-mp2.safetensors"), "model2-mp2.safetensors; want the files of one conversion"),
         (part(dict, "model1-mp3.safetensors"), "model1-mp3.safetensors; want the files of one conversion"),
-        (removed("config.json"), "inference code there, such as config_671B.json"),
+        (removed("config.json"), "copy the one of DeepSeek's inference code there"),
     ],
 }
 CONFIGS: list[tuple[dict[str, Any], str]] = [  # changes of config.json, and what is said before a model is made
