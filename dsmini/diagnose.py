@@ -94,7 +94,6 @@ def main(args: Sequence[str]) -> int:
     with Progress(console, 1.0, "diagnosing", delay=0.5, refresh_per_second=1) as bar:
         found = _answer(command, bar)
     from dsmini.diagnosis.pages import record_of, report_of, short_report_of
-    from dsmini.machine import card, pick_device
 
     short_report_of(found).show(console)
     record = record_of(found)
@@ -103,8 +102,7 @@ def main(args: Sequence[str]) -> int:
     if command.out is not None:
         line = shlex.join(["python", "-m", "dsmini.diagnose", *args])
         with _written(command.out):
-            page = report_of(found, line, card(pick_device("auto"))).html()
-            write_text(command.out / "diagnosis.html", page)
+            write_text(command.out / "diagnosis.html", report_of(found, line).html())
             write_json(command.out / "diagnosis.json", record)
         say(console, f"written  {command.out / 'diagnosis.html'}")
     return 130 if found.stopped else 0

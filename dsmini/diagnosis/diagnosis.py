@@ -18,6 +18,7 @@ from dsmini.diagnosis.loading import decoded_model, training_subject
 from dsmini.diagnosis.pages import Diagnosis
 from dsmini.diagnosis.training import Subject
 from dsmini.diagnosis.verdict import gains_by_axis, verdict
+from dsmini.machine import card
 from dsmini.measure import step_rates
 from dsmini.measure.forecast import Forecast
 from dsmini.measure.rates import BUSY, BUSY_WORDS
@@ -83,7 +84,7 @@ def answer(
             subject, found.seconds, left, lambda share, part: on_part(end + (1 - end) * share, part)
         )
     found.of = f"{'decoding, ' if work == 'decode' else ''}{what or 'the default run'}"
-    found.facts = subject.facts
+    found.facts, found.machine = subject.facts, card(device)
     if rates is not None and rates.busy > BUSY:
         found.warnings.append(f"{BUSY_WORDS.format(rates.busy).capitalize()}.")
     return found

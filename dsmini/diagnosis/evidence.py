@@ -34,7 +34,7 @@ from dsmini.inference.fused.decoder import MOST_TOKENS
 from dsmini.machine import memory_bytes
 from dsmini.measure.forecast import forecast
 from dsmini.nn.cache import KEY_STEP
-from dsmini.report import Plot, Section, Series
+from dsmini.report import Figure, Plot, Section, Series
 
 LEAST_TURNS, MOST_TURNS = 2, 15
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -257,7 +257,8 @@ def training_roofline(subject: Subject) -> Section:
     c, train = subject.config, subject.config.train
     how: dict[str, Any] = {"recompute": train.recompute, "dsa_stage": train.dsa_stage}
     formula = accounting.step_flops(c.model, batch_size=subject.rows, seq_len=c.seq_len, **how).total
-    return roofline(subject.step, subject.prices.rates.roofs, train.dtype, formula)
+    about = " The formula takes the half of the square of queries and keys that the mask leaves."
+    return roofline(subject.step, subject.prices.rates.roofs, train.dtype, formula, about)
 
 
 def timeline(subject: Subject) -> Section:
@@ -278,11 +279,13 @@ def timeline(subject: Subject) -> Section:
             subject.step()
             begins("wait")
     ms = {part: 1e3 * seconds / PHASE_STEPS for part, seconds in totals.items()}
+    known: dict[str, Any] = {"question": "timeline", "metric": "seconds", "unit": "s"}
     bars = [Series(label="measured", x=(), y=list(ms.values()), kind="bars")]
     return Section(
         name="timeline",
         title="When does a step wait, compute and update?",
         finding=f"In ms: {', '.join(f'{part} {each:.1f}' for part, each in ms.items())}.",
+        figures=[Figure(case={"part": part}, measured=each / 1e3, **known) for part, each in ms.items()],
         plots=[Plot(title="A step from its start to its end", x="part", y="ms", series=bars, labels=list(ms))],
         about=f"Means of {PHASE_STEPS} steps.",
     )

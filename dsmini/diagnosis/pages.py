@@ -123,6 +123,8 @@ class Diagnosis:
     """Name of the subject."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """More about it."""
+    machine: Mapping[str, str] = field(default_factory=dict)
+    """Description of the machine."""
     warnings: list[str] = field(default_factory=list)
     """Sentences that a reader must see first."""
 
@@ -194,7 +196,7 @@ def record_of(found: Diagnosis) -> dict[str, Any]:
     return plain(record)  # an open interval has no ends
 
 
-def report_of(found: Diagnosis, command: str = "", machine: Mapping[str, str] | None = None) -> Report:
+def report_of(found: Diagnosis, command: str = "") -> Report:
     """Return the report for a page."""
     best = best_arms(found.compared)
     sections = [_verdict(found), _evidence(found), _to_try(found), _findings(found), *_step(found)]
@@ -205,7 +207,7 @@ def report_of(found: Diagnosis, command: str = "", machine: Mapping[str, str] | 
         warnings=_warnings(found),
         highlights=[(percent(found.gains[a.name].value), f"{axis}: gain of {a.name}") for axis, a in best.items()],
         facts_title="What was diagnosed",
-        facts={"The run": found.facts, "The machine": machine or {}},
+        facts={"The run": found.facts, "The machine": found.machine},
         command=command,
     )
 

@@ -19,6 +19,7 @@ from dsmini.measure.counting import CountedOperation, count
 from dsmini.measure.prediction import operation_seconds
 from dsmini.measure.rates import Roofs
 from dsmini.report import Figure, Plot, Section, Series
+from dsmini.report.units import human
 
 PASSES = 3
 LEAST_SHARE = 0.005
@@ -102,8 +103,8 @@ def roofline(step: Callable[[], object], roofs: Roofs, dtype: str, formula: int,
         name="roofline",
         title="Which operations does memory limit, and which arithmetic?",
         finding=f"{memory:.0%} of the time of operations lies below {ridge:.0f} FLOPs a byte, where memory or a cache "
-        f"is the limit. Products take {flops_of(passes[0]) / 1e6:,.2f} MFLOP a step, "
-        f"{formula / 1e6:,.2f} by formula.",
+        f"is the limit. Products take {human(flops_of(passes[0]), 'FLOP')} a step, "
+        f"{human(formula, 'FLOP')} by formula.",
         figures=figures,
         plots=[roof_plot(shown, roofs.bandwidth, peak)],
         about=f"Above the sloping roof an operation's bytes come from a cache.{about}",

@@ -14,7 +14,7 @@ from dsmini import Transformer, ops
 from dsmini.diagnosis import decoding, evidence, prices
 from dsmini.diagnosis import decoding_steps as steps
 from dsmini.diagnosis.arms import Arm, predict
-from dsmini.diagnosis.decoding import Acceptance, DecodingPrices, DecodingSubject, accepted_guesses, checked_context
+from dsmini.diagnosis.decoding import Acceptance, DecodingPrices, DecodingSubject, accepted_guesses
 from dsmini.diagnosis.decoding_steps import EXPANDED, MHA, PLAIN, WEIGHTS, Point, Variant, filled_cache, guessing_steps
 from dsmini.diagnosis.diagnosis import Plan, diagnose
 from dsmini.diagnosis.evidence import decoding_evidence, line_through
@@ -101,15 +101,6 @@ def test_text_is_what_was_read() -> None:
         model(torch.tensor(found.rows), cache=cache)
     for got, want in zip(rows(found), cache.stores, strict=True):
         torch.testing.assert_close(got, want.data)
-
-
-def test_context_leaves_room_for_a_token() -> None:
-    config = dataclasses.replace(MODEL, max_seq_len=256)
-    assert checked_context(config, None) == 192 and checked_context(config, 255) == 255
-    assert checked_context(dataclasses.replace(MODEL, max_seq_len=100_000), None) == 4096
-    for context in (0, 256):
-        with pytest.raises(ValueError, match=f"--context {context} is not from 1 to 255"):
-            checked_context(config, context)
 
 
 # --- alternatives

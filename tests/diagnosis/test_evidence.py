@@ -10,7 +10,7 @@ import torch
 from dsmini import accounting
 from dsmini.diagnosis import evidence, training
 from dsmini.diagnosis.arms import Arm, Comparison
-from dsmini.diagnosis.evidence import Evidence, gather, sweep, training_evidence
+from dsmini.diagnosis.evidence import Evidence, gather, training_evidence
 from dsmini.diagnosis.pages import Diagnosis, Gathered, plot_of, sentence_of, table_of
 from dsmini.diagnosis.roofline import flops_of, points_of
 from dsmini.diagnosis.training import Subject
@@ -61,7 +61,7 @@ def test_experiments_predict_measure_and_leave_the_subject(
     assert found.not_tried == ({} if with_rates else {"roofline": "this machine's rates are not measured"})
     for section in found.sections:
         assert section.finding.endswith(".") and section.plots[0].series, section.name
-        assert section.figures or section.tables or section.name == "timeline", section.name
+        assert section.figures or section.tables[0].rows, section.name
     for name, compared in found.compared.items():
         assert bool(compared.predicted) == with_rates and set(compared.turns.seconds) >= set(compared.predicted), name
     assert [arm.at for arm in found.compared["batch_sweep"].arms] == [4, 8]
@@ -188,24 +188,6 @@ def test_what_is_not_gathered_says_why(subject: Subject, case: str, monkeypatch:
     assert found.stopped == (case == "an interruption")
 
 
-def test_time_is_shared(subject: Subject, clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = [fake("a"), fake("b", lambda: clock.pay(60.0)), fake("c")]
-    monkeypatch.setattr(evidence, "training_evidence", lambda *_: every)
-    found = gather(subject, 1.0, 60.0)
-    assert [section.finding for section in found.sections] == ["20.0", "30.0"]
-    assert found.not_tried == {"c": "the time was over"}
-
-
-def test_sweep_that_is_interrupted_ends_the_evidence(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    half = compared({"a": 1.0, "b": 0.5})
-    half.stopped = True
-    monkeypatch.setattr(evidence, "measure", lambda *_, **__: half)
-    every = [sweep("a", half.arms, 1.0, of="batches"), fake("b")]
-    monkeypatch.setattr(evidence, "training_evidence", lambda *_: every)
-    found = gather(subject, 1.0, 60.0)
-    assert found.stopped and found.compared == {"a": half} and found.not_tried == {"b": "it was interrupted"}
-
-
 # --- the roofline
 
 
@@ -233,6 +215,6 @@ def test_phases_are_the_whole_step(subject: Subject, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(evidence, "PHASE_STEPS", 2)
     taken, step = list[float](), subject.step
     monkeypatch.setattr(subject, "step", lambda: taken.append(step().seconds))
-    (plot,) = evidence.timeline(subject).plots
-    assert plot.labels == ["wait", "forward", "backward", "optimizer"] and min(plot.series[0].y) > 0
-    assert math.fsum(plot.series[0].y) == pytest.approx(1e3 * sum(taken[1:]) / 2, rel=0.05)
+    figures = evidence.timeline(subject).figures
+    assert [figure.case["part"] for figure in figures] == ["wait", "forward", "backward", "optimizer"]
+    assert math.fsum(f.measured or 0.0 for f in figures) == pytest.approx(sum(taken[1:]) / 2, rel=0.05)

@@ -37,14 +37,6 @@ def test_default_corpus_is_healthy(default: Corpus) -> None:
     assert labels.low > 0.3 and labels.unit == "nats a token"
 
 
-def test_default_corpus_twice_is_a_fault(default: Corpus) -> None:
-    once = default.train[:1_000_000]
-    twice = corpus(np.tile(once, 2), once[500_000:800_000])
-    copies, leak = duplicates(twice), held_out_leak(twice)
-    assert copies.value == leak.value == 1.0 and copies.is_fault and leak.is_fault
-    assert "100.0%" in copies.sentence and copies.fix
-
-
 # --- copies
 
 

@@ -246,19 +246,6 @@ def test_steps_stay_at_their_place_of_the_schedules(subject: Subject, monkeypatc
     assert subject.trainer.sequences == sequences + 3 * 4, "the data go on"
 
 
-def test_replay_takes_one_batch_again_and_again(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    vars(subject).pop("one_batch", None)
-    whole, asked = subject.trainer.loader.prepared, list[object]()
-    monkeypatch.setattr(subject.trainer.loader, "prepared", lambda request: asked.append(request) or whole(request))
-    with subject.replayed() as step:
-        for _ in range(4):
-            step(0.0)
-    assert len(asked) == 1, "it is prepared once"
-    subject.step()
-    subject.step()
-    assert len(asked) > 1, "and the loader is back"
-
-
 @pytest.mark.parametrize(("replayed", "want"), [(0.05, 0.07), (0.08, 0.08), (0.2, 0.09)])
 def test_replay_saves_what_was_waited_and_at_most_what_was_prepared(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, replayed: float, want: float

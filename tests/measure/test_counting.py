@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.models import QUICK
-from dsmini import Transformer, accounting, ops, quantize
+from dsmini import Transformer, accounting, ops
 from dsmini.functional import attention
 from dsmini.measure import counting
 from dsmini.measure.costs import Cost
@@ -185,42 +184,3 @@ def test_flops_of_a_training_step_are_the_configs(
     assert 1 <= counted.flops / least < 1.4
     if (seq_len, dtype) == (100, torch.float32):
         assert abs(counted.flops / square - 1) < 0.01
-
-
-@pytest.mark.parametrize("batch", [1, 5])
-@torch.no_grad()
-def test_bytes_and_flops_of_a_decoding_step_are_bounded(batch: int) -> None:
-    config = dataclasses.replace(QUICK, n_layers=2, vocab_size=256, max_seq_len=512)
-    model = randomise(Transformer(config)).bfloat16()
-    cache = model.new_cache(batch, 512)
-    model(torch.randint(0, 256, (batch, 150)), cache)
-    token = torch.randint(0, config.vocab_size, (batch, 1))
-
-    def step() -> None:
-        cache.truncate(150)
-        model(token, cache)
-
-    step()
-    counted = count(step)
-    cache.truncate(150)
-    experts = [(r.counts > 0).sum().item() for r in model.run(token, cache=cache).routing]
-    least = accounting.decode_bytes_per_token(config, context=151, batch=batch, experts=sum(experts) / len(experts))
-    assert 1 <= counted.bytes / batch / least.total < 1.15
-    flops = accounting.decode_flops_per_token(config, context=151)
-    assert 1 <= counted.flops / batch / flops.total < 1.1
-
-
-def test_kernels_are_counted_by_their_declared_cost() -> None:
-    """Count one call in C++ and in plain PyTorch: the kernel moves its operands once, PyTorch also its copies."""
-    if ops.serving("cpu") != "cpu":
-        pytest.skip("no kernels here")
-    x = torch.randn(256, 384)
-    with ops.use("cpu"):
-        kernel = count(lambda: quantize(x))
-    with ops.use("eager"):
-        plain = count(lambda: quantize(x))
-    declared = Cost(x.nbytes, x.numel() + 4 * 256 * 3, 0)
-    (ran,) = [op for op in kernel.operations if op.name == "quantize"]
-    assert (ran.read, ran.written, ran.flops) == declared[:3]
-    assert not [op for op in plain.operations if op.name == "quantize"]
-    assert kernel.bytes < plain.bytes / 2

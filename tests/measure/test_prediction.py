@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsmini import TrainConfig, Transformer, ops
+from dsmini import Transformer, ops
 from dsmini.measure import counting, prediction
 from dsmini.measure.costs import Cost
 from dsmini.measure.counting import Count, CountedOperation, count
-from dsmini.measure.forecast import forecast, forecast_training
+from dsmini.measure.forecast import forecast
 from dsmini.measure.prediction import operation_seconds, predicted_seconds
 from dsmini.measure.rates import Curve, Roofs, flops_rate, point_seconds, product_rate
 from dsmini.measure.step_rates import OTHERS, Rates, StepRates
@@ -166,18 +166,6 @@ def test_forecast_sums_operations_with_factors_and_calls() -> None:
     assert longer.seconds == pytest.approx(plain.seconds + 2 * plain.by_class["product"] + 1e-3 * plain.calls)
     numbers = sum(p.numel() for p in Transformer(config).parameters())
     assert plain.process == plain.peak + 1000 and plain.peak > plain.held > 2 * 4 * numbers, "weights and moments"
-
-
-def test_more_work_is_forecast_to_take_longer() -> None:
-    here, config = rates(), dataclasses.replace(TINY, n_layers=1)
-    prompt, replace = StepShape(work="prefill", config=config, dtype="float32", batch=1, tokens=32), dataclasses.replace
-    for few, many in (
-        [forecast_training(config, TrainConfig(optimizer="adamw"), "float32", b, 64, here) for b in (1, 4)],
-        [forecast(replace(prompt, tokens=n), here) for n in (16, 64)],
-        [forecast(replace(prompt, work="decode", dtype="bfloat16", batch=b), here) for b in (1, 8)],
-    ):
-        assert few.seconds < many.seconds
-        assert few.flops < many.flops
 
 
 def test_forecast_without_rates_says_what_there_is() -> None:

@@ -58,13 +58,6 @@ def luminance(colour: list[float]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_wide_tables_scroll_on_a_phone(benchmarks: Path, browser: Chromium) -> None:
-    browser.open(benchmarks, 400)
-    inside = "[...document.querySelectorAll('.scroll')].map(s => s.scrollWidth > s.clientWidth)"
-    assert any(browser.evaluate(inside)), "at least one is wider than the phone"
-    assert browser.evaluate("document.documentElement.scrollWidth") <= 400
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
 def test_browser_draws_every_plot_and_asks_for_nothing(
@@ -100,19 +93,6 @@ def test_text_of_plots_stays_inside_them_in_the_font_of_the_page(benchmarks: Pat
     fonts = "['body', 'svg.plot text'].map(what => getComputedStyle(document.querySelector(what)).fontFamily)"
     body, plot = browser.evaluate(fonts)
     assert body == plot
-
-
-def test_dark_changes_page_and_plots(benchmarks: Path, browser: Chromium) -> None:
-    look = """(() => {
-        const plot = [...document.querySelectorAll("svg.plot")].find(svg => svg.getBoundingClientRect().width > 0)
-        const bar = [...plot.querySelectorAll("path")].find(path => path.style.fill.startsWith("rgb"))
-        return [getComputedStyle(document.body).backgroundColor, getComputedStyle(bar).fill,
-            getComputedStyle(plot.querySelector("text")).fill]})()"""
-    seen = []
-    for scheme in ("light", "dark"):
-        browser.open(benchmarks, prefers_color_scheme=scheme)
-        seen.append(browser.evaluate(look))
-    assert all(light != dark for light, dark in zip(*seen, strict=True)), seen
 
 
 def test_print_is_light_and_shows_whole_tables(benchmarks: Path, browser: Chromium) -> None:

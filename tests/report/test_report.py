@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dsmini.report import Plot, Report, Section, Series
 from dsmini.report.heat_map import DARKEST, LIGHTEST
-from dsmini.report.plots import THEMES, colours_of, drawable, legend, svg
+from dsmini.report.plots import THEMES, colours_of, legend, svg
 from tests.helpers.pages import check_page, on_terminal, text_of
 from tests.report.conftest import heat_map, planned
 
@@ -61,13 +61,6 @@ def test_ids_are_unique_and_references_lead_somewhere(plan: Path, benchmarks: Pa
     assert "fake-cache-0-" in "".join(ids), "those of the plots are among them"
 
 
-def test_json_has_a_line_for_each_finding_and_figure() -> None:
-    found = [json.loads(line) for line in planned().json_lines()]
-    assert [line["kind"] for line in found] == ["finding", *["figure"] * 3, "finding"]
-    assert found[0]["finding"] == "It fits on 4 GPUs."
-    assert found[1]["predicted"] == 80e9 and found[1]["measured"] is None
-
-
 def test_example_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     lines = (Report.__doc__ or "").splitlines()
     first = next(i for i, line in enumerate(lines) if "from dsmini.report import" in line)
@@ -111,15 +104,6 @@ def test_each_plot_has_the_colours_of_its_theme(benchmarks: Path) -> None:
         assert mine.ink in plot and mine.series[0] in plot
         allowed = {mine.ink, mine.muted, mine.rule, mine.card, *mine.series, "#000000"}  # markers' outlines in <defs>
         assert set(re.findall(r"(?:fill|stroke): (#\w+)", plot)) <= allowed
-
-
-def test_points_stand_over_their_labels() -> None:
-    labels = ["training", "decoding", "reading"]
-    some = Series(label="another", x=[1, 2], y=[2.0, 3.0], kind="points")
-    line = Series(label="equal", x=[0, 2], y=[1.0, 1.0], dashed=True)
-    bars = Series(label="bars", x=(), y=[1.0, 2.0, 3.0], kind="bars")
-    plot = Plot(title="t", x="", y="y", series=[some, line, bars], labels=labels)
-    assert [list(drawable(s, plot).x) for s in plot.series] == [[1, 2], [0, 2], [0, 1, 2]]
 
 
 def test_predictions_share_the_colour_of_their_series() -> None:
