@@ -42,9 +42,8 @@ from dsmini.config import ModelConfig, RunConfig
 from dsmini.diagnosis.arms import Arm, Step, arm_of, patched
 from dsmini.diagnosis.contention import Contention, cores, quiet, watch
 from dsmini.diagnosis.findings import Finding, load, other_programs, padding, waiting
-from dsmini.diagnosis.labels import label_damage
 from dsmini.diagnosis.prices import seconds_with_threads, threads_put_back
-from dsmini.diagnosis.texts import duplicates, held_out_leak
+from dsmini.diagnosis.texts import duplicates, held_out_leak, label_damage
 from dsmini.machine import DTYPES, pick_dtype
 from dsmini.measure.forecast import Forecast, forecast
 from dsmini.measure.step_rates import Rates

@@ -10,9 +10,8 @@ import torch
 from dsmini import accounting
 from dsmini.diagnosis import evidence, training
 from dsmini.diagnosis.arms import Arm, Comparison
-from dsmini.diagnosis.evidence import Evidence, gather, training_evidence
+from dsmini.diagnosis.evidence import Evidence, flops_of, gather, points_of, training_evidence
 from dsmini.diagnosis.pages import Diagnosis, Gathered, plot_of, sentence_of, table_of
-from dsmini.diagnosis.roofline import flops_of, points_of
 from dsmini.diagnosis.training import Subject
 from dsmini.diagnosis.verdict import verdict
 from dsmini.measure.counting import CountedOperation, count

@@ -16,8 +16,7 @@ from torch import Tensor
 from dsmini.data.corpus import Corpus
 from dsmini.diagnosis import texts
 from dsmini.diagnosis.findings import finding, padding
-from dsmini.diagnosis.labels import ENOUGH, label_damage
-from dsmini.diagnosis.texts import DUPLICATES, LEAK, duplicates, held_out_leak
+from dsmini.diagnosis.texts import DUPLICATES, ENOUGH, LEAK, duplicates, held_out_leak, label_damage
 from dsmini.measure.turns import Estimate
 from dsmini.nn.losses import IGNORE
 from tests.helpers.token_texts import batches, corpus, random_text
