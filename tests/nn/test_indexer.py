@@ -10,7 +10,6 @@ from dsmini import ModelConfig, ops
 from dsmini.functional import sparse_attention
 from dsmini.nn import Indexer, Rope
 from dsmini.nn.dsa import hadamard, index_scores, topk_keys
-from dsmini.nn.rope import apply_rope, apply_rope_to_halves
 from dsmini.numerics import quantize
 from tests import reference_model as reference
 from tests.conftest import randomise
@@ -88,14 +87,6 @@ def test_norm_and_head_weights_stay_fp32(dtype: torch.dtype) -> None:
     weights = short.head_weights(x.to(dtype))
     want = x.detach().to(dtype).double() @ short.weights_proj.weight.double().T / (5 * 16) ** 0.5
     assert weights.dtype == torch.float32 and relative_error(weights, want) <= rounding(FP32_UNIT, terms=23)
-
-
-def test_halves_are_turned_as_pairs_are() -> None:
-    rope, x = Rope(dim=6, theta=100.0), torch.randn(1, 5, 2, 6)
-    table = rope.cos_sin(torch.arange(5))
-    order = [0, 3, 1, 4, 2, 5]
-    assert torch.equal(apply_rope_to_halves(x, table)[..., order], apply_rope(x[..., order], table))
-    assert (apply_rope_to_halves(x, table) - apply_rope(x, table)).abs().max() > 0.1
 
 
 def test_a_layer_that_is_not_sparse_has_no_indexer() -> None:

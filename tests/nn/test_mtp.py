@@ -1,14 +1,13 @@
 """Multi-token prediction: what each depth sees, and what it is scored on."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsmini import MTP, Transformer
+from dsmini import Transformer
 from dsmini.nn.losses import IGNORE
 from tests.helpers.tolerances import FP64_UNIT, MOVED, UNMOVED, relative_error, rounding
 
@@ -63,24 +62,6 @@ def test_mtp_loss_divides_by_the_count_of_the_main_loss(small_model: Model, igno
             want += F.cross_entropy(logits[:, i], targets[:, i + k], ignore_index=IGNORE, reduction="sum").item()
     got = model.losses(tokens, targets).mtp.item()
     assert got == pytest.approx(want / 2 / (B * S - ignored), rel=rounding(FP64_UNIT, terms=B * S * VOCAB))
-
-
-def test_mtp_block_takes_the_embedding_first(randomise: Any) -> None:
-    block = randomise(MTP(dim=24))
-    hidden, other, embedding = torch.randn(3, 2, 9, 24).unbind()
-    with torch.no_grad():
-        block.eh_proj.weight[:, 24:] = 0
-    assert torch.equal(block(hidden, embedding)[0], block(other, embedding)[0])
-    assert not torch.equal(block(hidden, embedding)[0], block(hidden, other)[0])
-
-
-def test_without_mtp_its_loss_is_zero_and_the_rest_unchanged(small_model: Model) -> None:
-    model, none = small_model(), small_model(n_mtp_layers=0)
-    none.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("mtp.")})
-    tokens, targets = torch.randint(0, VOCAB, (2, B, S)).unbind()
-    a, b = model.losses(tokens, targets, balance_alpha=0.0), none.losses(tokens, targets, balance_alpha=0.0)
-    assert b.mtp == 0 and torch.equal(a.main, b.main) and torch.equal(b.total, b.main)
-    assert none.run(tokens, mtp=True).mtp_logits == []
 
 
 def test_sequence_too_short_for_mtp_depth_raises(small_model: Model) -> None:
