@@ -42,16 +42,16 @@ class AttentionContext:
         """
         if self.cache is None:
             device = self.cos_sin[0].device
-            hidden = attention_mask(mask, torch.arange(start, stop, device=device)[None], t)
+            masked = attention_mask(mask, torch.arange(start, stop, device=device)[None], t)
         else:
             # positions of padding may lie after all keys
-            hidden = attention_mask(mask, self.cache.at.positions[:, start:stop].clamp(max=t - 1), t)
+            masked = attention_mask(mask, self.cache.at.positions[:, start:stop].clamp(max=t - 1), t)
         if self.documents is None:
-            return hidden
-        hidden = hidden | (self.documents[:, start:stop, None] != self.documents[:, None, :t])
+            return masked
+        masked = masked | (self.documents[:, start:stop, None] != self.documents[:, None, :t])
         if mask is not None:  # which may leave keys of other documents alone
-            refuse_blind(hidden, torch.arange(start, stop, device=hidden.device)[None])
-        return hidden
+            refuse_blind(masked, torch.arange(start, stop, device=masked.device)[None])
+        return masked
 
 
 def attention_mask(mask: Mask | None, queries: Int[Tensor, "#b s"], t: int) -> Bool[Tensor, "#b s t"]:
@@ -62,22 +62,22 @@ def attention_mask(mask: Mask | None, queries: Int[Tensor, "#b s"], t: int) -> B
     keys, positions = torch.arange(t, device=queries.device), queries[..., None]
     if mask is None:
         return keys > positions
-    hidden = mask(positions, keys)
+    masked = mask(positions, keys)
     shape = (*queries.shape, t)
-    if not isinstance(hidden, Tensor) or hidden.dtype != torch.bool or not _expands(hidden.shape, shape):
-        got = f"{hidden.dtype} {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
+    if not isinstance(masked, Tensor) or masked.dtype != torch.bool or not _expands(masked.shape, shape):
+        got = f"{masked.dtype} {tuple(masked.shape)}" if isinstance(masked, Tensor) else type(masked).__name__
         raise ValueError(
             f"mask returned {got}, want torch.bool {shape}, True for keys that a query may not see; compare the "
             "positions that it is given"
         )
-    hidden = hidden | (keys > positions)
-    refuse_blind(hidden, queries)
-    return hidden
+    masked = masked | (keys > positions)
+    refuse_blind(masked, queries)
+    return masked
 
 
-def refuse_blind(hidden: Bool[Tensor, "#b s t"], queries: Int[Tensor, "#b s"]) -> None:
+def refuse_blind(masked: Bool[Tensor, "#b s t"], queries: Int[Tensor, "#b s"]) -> None:
     """Raise ValueError for a query that sees no key, in eager mode on a CPU."""
-    if ops.can_read_values(hidden) and bool((blind := hidden.all(-1)).any()):
+    if ops.can_read_values(masked) and bool((blind := masked.all(-1)).any()):
         position = int(queries.expand(blind.shape)[blind][0])
         raise ValueError(f"mask hides all keys from the query at position {position}; let each query see itself")
 

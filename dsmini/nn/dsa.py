@@ -268,16 +268,16 @@ def indexer_agreement(
     """
     t, topk = k.shape[1], topk_indices.shape[2]
     # 1. the attention of the main model to all keys: [b, s, t]
-    hidden, left_out = mask(start, t), topk_mask(topk_indices, t)
+    masked, left_out = mask(start, t), topk_mask(topk_indices, t)
     logits = at_least_fp32(einsum(main_q, main_k, "b s h d, b t h d -> b h s t")) * scale
-    attention = head_sum(logits, hidden)
+    attention = head_sum(logits, masked)
     # 2. the indexer's scores next to it, of the keys that are compared
-    target, compared = (head_sum(logits, left_out), left_out) if stage == "sparse" else (attention, hidden)
+    target, compared = (head_sum(logits, left_out), left_out) if stage == "sparse" else (attention, masked)
     kl = kl_of_scores(target, index_scores(q, k, weights), compared.expand_as(left_out)).sum()
     # 3. how much of the attention was chosen
     mass = attention.masked_fill(left_out, 0.0).sum()
     wanted = attention.topk(min(topk, t), sorted=False).indices
-    many = ((~hidden).sum(-1) > topk).expand(left_out.shape[:2])
+    many = ((~masked).sum(-1) > topk).expand(left_out.shape[:2])
     found = ((~left_out).gather(-1, wanted) & many[..., None]).sum()
     return torch.stack((kl, mass.detach(), found.to(kl.dtype), (many.sum() * topk).to(kl.dtype)))
 

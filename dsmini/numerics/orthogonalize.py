@@ -31,7 +31,7 @@ JORDAN = NewtonSchulz(((3.4445, -4.7750, 2.0315),) * 5)
 Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
 """
 
-LEAST, ROOM = 0.003, 1.01
+MIN_SIGMA, SAFETY = 0.003, 1.01
 """Smallest singular value that POLAR_EXPRESS brings near 1, and the room that it leaves for rounding above 1."""
 POLAR_EXPRESS = NewtonSchulz(
     (
@@ -42,9 +42,9 @@ POLAR_EXPRESS = NewtonSchulz(
     ),
     by_gram=True,
 )
-"""The odd quintics that are closest to 1, each on the interval that the one before leaves; the first on [LEAST, 1].
+"""The odd quintics that are closest to 1, each on the interval that the one before leaves; the first on [MIN_SIGMA, 1].
 
-All but the last take x / ROOM: beyond its interval a polynomial grows steeply. Singular values from LEAST on end
+All but the last take x / SAFETY: beyond its interval a polynomial grows steeply. Singular values from MIN_SIGMA on end
 between 0.79 and 1.21. tests/functional/test_muon.py checks that no others are closer.
 
 Source: Amsel et al. 2025, arXiv 2505.16932, theorem 3.1 and section 3.4. The division by the Gram matrix is ours.

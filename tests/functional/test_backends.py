@@ -40,10 +40,10 @@ def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 def mask_of(s: int, t: int, batch: int) -> Tensor:
     """Hide a later key from each query, and some of the middle from the first row."""
-    hidden = torch.arange(t) > torch.arange(t - s, t)[:, None]
-    hidden = hidden.expand(batch, s, t).clone()
-    hidden[0, :, t // 3 : t // 2] = True
-    return hidden
+    mask = torch.arange(t) > torch.arange(t - s, t)[:, None]
+    mask = mask.expand(batch, s, t).clone()
+    mask[0, :, t // 3 : t // 2] = True
+    return mask
 
 
 def expert_case(

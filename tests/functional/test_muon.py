@@ -12,9 +12,9 @@ from dsmini import ops
 from dsmini.measure.costs import cost_of
 from dsmini.numerics.orthogonalize import (
     JORDAN,
-    LEAST,
+    MIN_SIGMA,
     POLAR_EXPRESS,
-    ROOM,
+    SAFETY,
     MuonMatrices,
     NewtonSchulz,
     muon_update,
@@ -28,9 +28,9 @@ STEPS = pytest.mark.parametrize("steps", [JORDAN, POLAR_EXPRESS], ids=["jordan",
 def test_error_of_each_step_alternates_four_times() -> None:
     """By Chebyshev's theorem no other odd quintic is then closer to 1, on the interval that the step before leaves."""
     *first, last = POLAR_EXPRESS.coefficients
-    low, high = LEAST, 1.0
-    # all but the last take numbers up to ROOM above 1
-    for a, b, c in [*((a * ROOM, b * ROOM**3, c * ROOM**5) for a, b, c in first), last]:
+    low, high = MIN_SIGMA, 1.0
+    # all but the last take numbers up to SAFETY above 1
+    for a, b, c in [*((a * SAFETY, b * SAFETY**3, c * SAFETY**5) for a, b, c in first), last]:
         x = torch.linspace(low, high, 200_001, dtype=torch.float64)
         error = a * x + b * x**3 + c * x**5 - 1
         most = error.abs().max().item()
@@ -50,7 +50,7 @@ def spectrum(steps: NewtonSchulz, values: Tensor, dtype: torch.dtype = torch.flo
 
 def test_steps_bring_singular_values_near_1() -> None:
     """Four of the best steps come closer than five of Jordan's, for singular values whose squares add up to 1."""
-    for steps, low, least in ((JORDAN, 0.0021, 0.68), (JORDAN, LEAST, 0.68), (POLAR_EXPRESS, LEAST, 0.79)):
+    for steps, low, least in ((JORDAN, 0.0021, 0.68), (JORDAN, MIN_SIGMA, 0.68), (POLAR_EXPRESS, MIN_SIGMA, 0.79)):
         small = torch.logspace(math.log10(low), -1, 39, dtype=torch.float64)
         values = spectrum(steps, torch.cat([small, (1 - small.square().sum()).sqrt()[None]]))
         assert values.min() >= least and values.max() <= 1.21

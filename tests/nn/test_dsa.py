@@ -28,12 +28,12 @@ def model_of(stage: Any = None, **changes: Any) -> Transformer:
     return model
 
 
-def dense_twin(model: Transformer) -> Transformer:
+def dense_baseline(model: Transformer) -> Transformer:
     """Return MLA with the same weights."""
     changes = {"attention": "mla", "index_n_heads": None, "index_head_dim": None, "index_topk": None}
-    twin = Transformer(model.config, **changes)
-    twin.load_state_dict({name: t for name, t in model.state_dict().items() if ".indexer." not in name})
-    return twin
+    dense = Transformer(model.config, **changes)
+    dense.load_state_dict({name: t for name, t in model.state_dict().items() if ".indexer." not in name})
+    return dense
 
 
 def tokens_of(b: int, s: int) -> Tensor:
@@ -71,7 +71,7 @@ def test_a_sliding_window_leaves_the_rest_to_choose_from() -> None:
 def test_up_to_k_keys_the_model_is_v3_to_the_bit(changes: dict[str, Any]) -> None:
     """A prompt takes MLA's form too."""
     model, tokens = model_of(**changes), tokens_of(2, 20)
-    dense = dense_twin(model)
+    dense = dense_baseline(model)
     assert torch.equal(model(tokens[:, :8]), dense(tokens[:, :8]))
     for form in ("auto", "expanded", "absorbed"):
         caches = [each.new_cache(2, form=form) for each in (model, dense)]

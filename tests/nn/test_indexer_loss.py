@@ -16,7 +16,7 @@ from tests.conftest import SMALL, randomise
 from tests.helpers import configs
 from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, FP64_UNIT, relative_error, rounding
 from tests.helpers.watching import Operations
-from tests.nn.test_dsa import SPARSE, dense_twin, model_of, tokens_of
+from tests.nn.test_dsa import SPARSE, dense_baseline, model_of, tokens_of
 from tests.nn.test_indexer import INDEX
 from tests.nn.test_mla import CASES, SIZES
 
@@ -97,11 +97,11 @@ def test_the_gradient_of_a_score_is_softmax_minus_target() -> None:
     scores = torch.randn(7, 9, dtype=torch.float64)
     scores[0, 0] = -200.0
     scores.requires_grad_()
-    hidden = torch.ones(7, 9, dtype=torch.bool).triu(2)
-    target = torch.rand(7, 9).double().masked_fill(hidden, 0.0)
+    mask = torch.ones(7, 9, dtype=torch.bool).triu(2)
+    target = torch.rand(7, 9).double().masked_fill(mask, 0.0)
     target /= target.sum(-1, keepdim=True)
-    (got,) = torch.autograd.grad(kl_of_scores(target, scores, hidden).sum(), scores)
-    want = scores.masked_fill(hidden, -torch.inf).softmax(-1) - target
+    (got,) = torch.autograd.grad(kl_of_scores(target, scores, mask).sum(), scores)
+    want = scores.masked_fill(mask, -torch.inf).softmax(-1) - target
     assert relative_error(got, want) <= EXACT
 
 
@@ -171,13 +171,13 @@ def test_each_loss_moves_its_own_parameters(compressed: bool) -> None:
 
 def test_warmup_attends_to_all_keys_and_evaluation_to_the_chosen() -> None:
     model, tokens = model_of("warmup"), tokens_of(2, 24)
-    twin = dense_twin(model)
-    assert relative_error(model(tokens), twin(tokens)) <= FP32_MODEL
+    dense = dense_baseline(model)
+    assert relative_error(model(tokens), dense(tokens)) <= FP32_MODEL
     model.eval()
     sparse = model(tokens)
     for layer in dsa_layers(model):
         layer.stage = None
-    assert torch.equal(sparse, model(tokens)) and relative_error(sparse, twin(tokens)) > 1e-2
+    assert torch.equal(sparse, model(tokens)) and relative_error(sparse, dense(tokens)) > 1e-2
 
 
 @STAGES
