@@ -22,7 +22,7 @@ from dsmini.accounting.flops import Flops, decode_flops_per_token, flops_per_tok
 from dsmini.accounting.kv_cache import cache_bytes, kv_bytes_per_token, mha_kv_bytes_per_token, mha_twin
 from dsmini.accounting.memory import gradient_bytes, optimizer_bytes, saved_weight_bytes, training_bytes, weight_bytes
 from dsmini.accounting.parameters import Parameters, parameters
-from dsmini.accounting.table import Bytes
+from dsmini.accounting.tensors import Bytes
 from dsmini.accounting.traffic import (
     Traffic,
     decode_bytes_per_token,

@@ -33,17 +33,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from dsmini.accounting.table import Bytes, check_depths, check_dtype, check_sizes
 from dsmini.accounting.tensors import (
     BLOCK,
     INDEXER,
     MTP,
     OVER,
     SIZES,
+    Bytes,
     Dtype,
     Stage,
     blocks,
     ceiling,
+    check_depths,
+    check_dtype,
+    check_sizes,
     key_width,
     largest,
     total,

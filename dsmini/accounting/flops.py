@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
-from dsmini.accounting.table import check_context, check_depths, check_sizes
 from dsmini.accounting.tensors import (
     INDEXER,
     MTP,
@@ -39,6 +38,9 @@ from dsmini.accounting.tensors import (
     SCORES,
     Stage,
     TensorUse,
+    check_context,
+    check_depths,
+    check_sizes,
     collect,
     key_width,
     main_tensors,
@@ -47,6 +49,7 @@ from dsmini.accounting.tensors import (
 )
 from dsmini.config import ModelConfig
 
+Amounts = Iterator[tuple[str, Any]]
 LOSS = "loss of the indexer"
 """Name of the products of an indexer's loss."""
 Form = Literal["auto", "expanded", "absorbed"]
@@ -88,22 +91,10 @@ def flops_per_token(
     Source: "Insights into DeepSeek-V3", table 2. Raises: ValueError for a seq_len below 1.
     """
     check_sizes(seq_len=seq_len)
-    mtp = training if mtp is None else mtp
-
     stage = dsa_stage if training else None
-
     if uses is None:
-        uses = tensors(config) if mtp else main_tensors(config)
-
-    def amounts() -> Iterator[tuple[str, Any]]:
-        for use in uses:
-            pairs = whole(twice_the_keys(use.most_keys, seq_len, causal, stage) * use.per_pair)
-            yield use.module, _passes(use, stage) * (2 * use.per_token + use.times * pairs)
-            if stage and _part(use) == SCORES:
-                compared, seen = (twice_the_keys(most, seq_len, causal, stage) for most in (config.index_topk, None))
-                yield _loss_module(use), use.times * whole(_loss(config, use, compared, seen))
-
-    return _flops(collect(amounts()))
+        uses = tensors(config) if (training if mtp is None else mtp) else main_tensors(config)
+    return _flops(part for use in uses for part in _work(config, use, seq_len, 1, causal, stage, False))
 
 
 def decode_flops_per_token(config: ModelConfig, *, context: int, form: Form = "auto") -> Flops:
@@ -122,7 +113,7 @@ def decode_flops_per_token(config: ModelConfig, *, context: int, form: Form = "a
     check_context(config, context)
     absorbed = is_absorbed(config, form)
 
-    def amounts() -> Iterator[tuple[str, int]]:
+    def amounts() -> Amounts:
         for use in main_tensors(config):
             if use.name == "wkv_b" and not absorbed:
                 yield "expanding the cache", 2 * context * use.per_token
@@ -132,7 +123,7 @@ def decode_flops_per_token(config: ModelConfig, *, context: int, form: Form = "a
             met = min(context, use.most_keys) if use.most_keys and absorbed else context
             yield use.module, 2 * met * use.times * pair
 
-    return _flops(collect(amounts()))
+    return _flops(amounts())
 
 
 def step_flops(
@@ -165,31 +156,53 @@ def step_flops(
         check_depths(config, seq_len)
     if training and last_logits:
         raise ValueError("last_logits=True in training, whose losses want all logits; use training=False")
-    again = training and recompute
     stage = dsa_stage if training else None
 
-    def amounts_of(use: TensorUse, s: int) -> Iterator[tuple[str, int]]:
-        # Backward needs no result of the last product. Two results it needs: the routed experts', whose weights learn
-        # from them, and in FP8 SwiGLU's with the product after it, one function. MTP's blocks end with a norm.
-        last = use.name == "w2" and config.precision == "native" and not use.module.endswith("routed experts")
-        last = last and not use.module.startswith("mtp")
-        if dsa_stage == "warmup" and config.attention == "dsa":  # the last result that it needs is the indexer's
-            last = use.name == "wo" or _part(use) not in (INDEXER, SCORES, "attention", "projection")
-        repeated = again and use.name != "head" and not last
-        passes = _passes(use, stage) + repeated
-        positions = 1 if use.name == "head" and last_logits else s
-        pairs = whole(s * twice_the_keys(use.most_keys, s, causal, stage) * use.per_pair)
-        yield use.module, batch_size * passes * (2 * positions * use.per_token + use.times * pairs)
-        if stage and _part(use) == SCORES:
-            keys = (s * twice_the_keys(most, s, causal, stage) for most in (config.index_topk, None))
-            yield _loss_module(use), batch_size * use.times * (1 + repeated) * whole(_loss(config, use, *keys))
-
-    def amounts() -> Iterator[tuple[str, int]]:
+    def amounts() -> Amounts:
         for use in tensors(config) if training else main_tensors(config):
-            for each, positions in by_depth(use, seq_len):
-                yield from amounts_of(each, positions)
+            again = training and recompute and _is_repeated(config, use, dsa_stage)
+            for each, s in by_depth(use, seq_len):
+                tokens = 1 if use.name == "head" and last_logits else s
+                for module, flops in _work(config, each, s, tokens, causal, stage, again):
+                    yield module, batch_size * flops
 
-    return _flops(collect(amounts()))
+    return _flops(amounts())
+
+
+def _work(c: ModelConfig, use: TensorUse, s: Any, n: Any, causal: bool, stage: Stage | None, again: bool) -> Amounts:
+    """Yield the FLOPs of a tensor for n tokens of a sequence of s, and of an indexer's loss next to its scores.
+
+    Args:
+        stage: of a training step; None: a forward.
+        again: a forward more in backward.
+    """
+    part = use.module.removeprefix(MTP)
+    keys, all_ = (twice_the_keys(most, s, causal, stage) for most in (use.most_keys, None))
+    passes = 3  # forward, and the gradients of both factors
+    if stage is None or part == SCORES or (stage == "warmup" and part != INDEXER):
+        passes = 1
+    elif part == INDEXER:  # whose inputs have no gradient
+        passes = 2
+    pairs = whole(n * keys * use.per_pair)
+    yield use.module, (passes + again) * (2 * n * use.per_token + use.times * pairs)
+    if stage and part == SCORES:  # scores with their backward, and the target's logits of all keys
+        compared = twice_the_keys(c.index_topk, s, causal, stage)
+        loss = 3 * compared * use.per_pair + all_ * (c.n_heads * key_width(c))
+        yield use.module.replace(SCORES, LOSS), (1 + again) * use.times * whole(n * loss)
+
+
+def _is_repeated(c: ModelConfig, use: TensorUse, stage: Stage) -> bool:
+    """Return whether a block that is made again in backward runs a product again.
+
+    Backward needs no result of the last one. Two it needs: the routed experts', whose weights learn from them, and in
+    FP8 SwiGLU's with the product after it, one function. MTP's blocks end with a norm. In the warm-up the last result
+    that it needs is the indexer's.
+    """
+    if stage == "warmup" and c.attention == "dsa":
+        read = (INDEXER, SCORES, "attention", "projection")
+        return use.module.removeprefix(MTP) in read and use.name not in ("wo", "head")
+    last = use.name == "w2" and c.precision == "native" and use.module in ("dense feed-forward", "shared experts")
+    return use.name != "head" and not last
 
 
 def by_depth(use: TensorUse, seq_len: int) -> Iterator[tuple[TensorUse, int]]:
@@ -199,28 +212,6 @@ def by_depth(use: TensorUse, seq_len: int) -> Iterator[tuple[TensorUse, int]]:
         return
     for depth in range(use.first, use.first + use.times):
         yield use._replace(times=1), seq_len - depth - 1
-
-
-def _part(use: TensorUse) -> str:
-    return use.module.removeprefix(MTP)
-
-
-def _passes(use: TensorUse, stage: Stage | None) -> int:
-    """Return how many times the work of a forward is done; a stage is that of a training step."""
-    if stage is None or _part(use) == SCORES:
-        return 1
-    if _part(use) == INDEXER:
-        return 2
-    return 1 if stage == "warmup" else 3
-
-
-def _loss_module(use: TensorUse) -> str:
-    return use.module.replace(SCORES, LOSS)
-
-
-def _loss(c: ModelConfig, use: TensorUse, compared: Any, seen: Any) -> Any:
-    """Return the products of an indexer's loss: scores with their backward, and the target's logits of all keys."""
-    return 3 * compared * use.per_pair + seen * (c.n_heads * key_width(c))
 
 
 def twice_the_keys(most_keys: Any, s: Any, causal: bool = True, stage: Stage | None = None) -> Any:
@@ -262,5 +253,6 @@ def absorbed_pair(c: ModelConfig) -> Any:
     return c.n_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
 
 
-def _flops(by_module: Mapping[str, int]) -> Flops:
+def _flops(amounts: Amounts) -> Flops:
+    by_module = collect(amounts)
     return Flops(total=sum(by_module.values()), by_module=by_module)

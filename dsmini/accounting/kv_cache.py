@@ -13,8 +13,7 @@ Source: DeepSeek-V2 report, table 1; "Insights into DeepSeek-V3" (arXiv 2505.093
 import dataclasses
 from typing import Any, Literal
 
-from dsmini.accounting.table import Bytes
-from dsmini.accounting.tensors import BLOCK, MTP, SIZES, ceiling
+from dsmini.accounting.tensors import BLOCK, MTP, SIZES, Bytes, ceiling
 from dsmini.config import ModelConfig
 from dsmini.config.model import NO_INDEXER
 

@@ -16,8 +16,18 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from dsmini.accounting.activations import activation_bytes
-from dsmini.accounting.table import Bytes, check_dtype
-from dsmini.accounting.tensors import INDEXER, SIZES, Dtype, Stage, TensorUse, WeightDtype, number_bytes, tensors
+from dsmini.accounting.tensors import (
+    INDEXER,
+    SIZES,
+    Bytes,
+    Dtype,
+    Stage,
+    TensorUse,
+    WeightDtype,
+    check_dtype,
+    number_bytes,
+    tensors,
+)
 from dsmini.config import ModelConfig
 
 Optimizer = Literal["adamw", "muon"]

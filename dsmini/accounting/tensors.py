@@ -18,8 +18,9 @@ Source: the shapes of the released checkpoints; DeepSeek-V3 report, section 4.2.
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -284,3 +285,44 @@ def collect(amounts: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         if amount:
             out[name] = out[name] + amount if name in out else amount
     return out
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bytes:
+    """An amount of memory or traffic."""
+
+    total: float
+    """Bytes; a whole number unless something is a mean or an expectation."""
+    by_part: Mapping[str, float]
+    """Bytes of each part; they sum to total. The names of multi-token prediction begin with "mtp "."""
+
+    @classmethod
+    def of(cls, amounts: Iterable[tuple[str, float]]) -> Self:
+        """Return the table of these names and amounts; amounts of one name are added up."""
+        by_part = collect(amounts)
+        return cls(total=sum(by_part.values()), by_part=by_part)
+
+
+def check_dtype(dtype: str, known: tuple[str, ...]) -> None:
+    """Refuse a dtype that is not among the known ones."""
+    if dtype not in known:
+        raise ValueError(f"dtype={dtype!r} is unknown; use {', '.join(known[:-1])} or {known[-1]}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse a size below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} is not positive; use 1 or more")
+
+
+def check_context(c: ModelConfig, context: int) -> None:
+    """Refuse a context that the model cannot have."""
+    if not 1 <= context <= c.max_seq_len:
+        raise ValueError(f"context={context} is not from 1 to max_seq_len={c.max_seq_len}; use such a number")
+
+
+def check_depths(c: ModelConfig, seq_len: int) -> None:
+    """Refuse training sequences that leave a depth of multi-token prediction without a position."""
+    if seq_len <= c.n_mtp_layers:
+        raise ValueError(f"seq_len={seq_len} is too short for n_mtp_layers={c.n_mtp_layers}; use more tokens")

@@ -26,15 +26,19 @@ from dsmini.accounting.flops import Form, by_depth, is_absorbed
 from dsmini.accounting.kv_cache import CacheDtype, index_row_bytes, row_bytes, row_width
 from dsmini.accounting.memory import Optimizer, optimizer_bytes
 from dsmini.accounting.parameters import parameters
-from dsmini.accounting.table import Bytes, check_context, check_depths, check_dtype, check_sizes
 from dsmini.accounting.tensors import (
     BLOCK,
     MTP,
     SCORES,
     SIZES,
+    Bytes,
     Dtype,
     TensorUse,
     WeightDtype,
+    check_context,
+    check_depths,
+    check_dtype,
+    check_sizes,
     collect,
     key_width,
     main_tensors,
@@ -85,34 +89,33 @@ def decode_bytes_per_token(
     """
     check_context(config, context)
     check_sizes(batch=batch)
-    products = _products(config, batch, dtype, experts)
-    size, absorbed = products.size, is_absorbed(config, form)
-    row, index_row = (count(config, cache_dtype or products.compute) for count in (row_bytes, index_row_bytes))
+    c, products = config, _products(config, batch, dtype, experts)
+    size, absorbed = products.size, is_absorbed(c, form)
+    row, index_row = (count(c, cache_dtype or products.compute) for count in (row_bytes, index_row_bytes))
 
     def amounts() -> Amounts:
-        for use in main_tensors(config):
-            halves = use.name == "wkv_b" and absorbed
-            yield use.module, use.parameters * size if halves else products.weights(use)
-            if halves:  # of every head's query into the latent, and of its sum out of it
-                width = config.qk_nope_head_dim + 2 * config.kv_lora_rank + config.v_head_dim
-                yield "activations", batch * use.times * config.n_heads * width * size
-            elif use.name == "head":
-                yield from products.head(batch)
-            elif use.name != "wkv_b":  # which reads the cache, and writes keys and values
-                yield "activations", products.activations(use)
-            if use.per_pair and use.module == SCORES:
+        for use in main_tensors(c):
+            if use.name == "wkv_b" and absorbed:  # two halves: of every head's query into the latent, and of its sum
+                yield use.module, use.parameters * size
+                width = c.qk_nope_head_dim + 2 * c.kv_lora_rank + c.v_head_dim
+                yield "activations", batch * use.times * c.n_heads * width * size
+            elif use.name == "wkv_b":  # which reads the cache, and writes keys and values
+                yield use.module, products.weights(use)
+            else:
+                yield from products.of(use, batch)
+            if use.module == SCORES:
                 yield ATTENDED, batch * use.times * use.per_pair * size
-        met = min(context, config.index_topk or context) if absorbed else context
-        yield WRITE, config.n_layers * batch * (row + index_row)
-        yield READ, config.n_layers * batch * (met * row + context * index_row)
+        met = min(context, c.index_topk or context) if absorbed else context
+        yield WRITE, c.n_layers * batch * (row + index_row)
+        yield READ, c.n_layers * batch * (met * row + context * index_row)
         # absorbed, every head reads the row as its key, and the latent in it as its value
-        key, value = (row_width(config), config.kv_lora_rank) if absorbed else (key_width(config), config.v_head_dim)
-        yield ATTENDED, config.n_layers * batch * config.n_heads * (key + value) * size
-        if config.is_mla and not absorbed:
-            made = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
-            yield EXPANDED, config.n_layers * 2 * batch * context * made * size
+        widths = row_width(c) + c.kv_lora_rank if absorbed else key_width(c) + c.v_head_dim
+        yield ATTENDED, c.n_layers * batch * c.n_heads * widths * size
+        if c.is_mla and not absorbed:
+            made = c.n_heads * (c.qk_nope_head_dim + c.v_head_dim)
+            yield EXPANDED, c.n_layers * 2 * batch * context * made * size
 
-    return Traffic.of((name, amount / batch) for name, amount in collect(amounts()).items())
+    return _per_token(amounts(), batch)
 
 
 def prefill_bytes_per_token(
@@ -142,16 +145,12 @@ def prefill_bytes_per_token(
 
     def amounts() -> Amounts:
         for use in main_tensors(config):
-            yield use.module, products.weights(use)
-            if use.name == "head":
-                yield from products.head(batch if last_logits else n)
-            else:
-                yield "activations", products.activations(use)
+            yield from products.of(use, batch if last_logits else n)
             if use.per_pair:
                 yield ATTENDED, n * use.times * _fused(config, use) * products.size
         yield WRITE, config.n_layers * n * row
 
-    return Traffic.of((name, amount / n) for name, amount in collect(amounts()).items())
+    return _per_token(amounts(), n)
 
 
 def training_bytes_per_token(
@@ -192,15 +191,13 @@ def training_bytes_per_token(
         products = _Products(config=config, n=tokens, compute=dtype, fp8=fp8, experts=visited)
         yield use.module, (2 if use.visits else 1) * products.weights(use)
         yield "weight gradients", 4 * use.parameters
-        if fp8 and use.form == "fp8":
-            into, out = (tokens * width for width in use.widths)
-            yield "activations", 2 * (into + out) * (1 + 4 / BLOCK) + (into + out) * size
-        else:
-            yield "activations", 3 * products.activations(use)
-        if use.per_pair and use.module.removeprefix(MTP) == SCORES:
-            yield ATTENDED, tokens * use.times * _fused(config, use) * size
-        elif use.per_pair:
-            numbers = 3 * _fused(config, use) + config.n_heads * config.v_head_dim
+        moved = products.activations(use)
+        # codes and their scales are read twice, and results are written in dtype
+        yield "activations", moved * (2 * (1 + 4 / BLOCK) / size + 1 if fp8 and use.form == "fp8" else 3)
+        if use.per_pair:
+            numbers = _fused(config, use)
+            if use.module.removeprefix(MTP) != SCORES:
+                numbers = 3 * numbers + config.n_heads * config.v_head_dim
             yield ATTENDED, tokens * use.times * numbers * size
 
     def amounts() -> Amounts:
@@ -210,7 +207,11 @@ def training_bytes_per_token(
         yield "optimizer", 3 * 4 * parameters(config).total
         yield "optimizer", 2 * optimizer_bytes(config, optimizer, moments).total
 
-    return Traffic.of((name, amount / n) for name, amount in collect(amounts()).items())
+    return _per_token(amounts(), n)
+
+
+def _per_token(amounts: Amounts, tokens: int) -> Traffic:
+    return Traffic.of((name, amount / tokens) for name, amount in collect(amounts).items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,10 +243,14 @@ class _Products:
         """Return the bytes that its products read of their inputs and write of their results."""
         return self.n * sum(use.widths) * (4 if use.form == "fp32" else self.size)
 
-    def head(self, rows: int) -> Amounts:
-        """Yield what the head reads of the rows it is asked for, and the logits that it writes."""
-        yield "activations", rows * self.config.dim * self.size
-        yield "logits", rows * self.config.vocab_size * self.size
+    def of(self, use: TensorUse, rows: int) -> Amounts:
+        """Yield what a forward moves of a tensor; the head for the rows that it is asked for."""
+        yield use.module, self.weights(use)
+        if use.name != "head":
+            yield "activations", self.activations(use)
+        else:
+            yield "activations", rows * self.config.dim * self.size
+            yield "logits", rows * self.config.vocab_size * self.size
 
 
 def _products(config: ModelConfig, n: int, dtype: WeightDtype, experts: float | None) -> _Products:

@@ -41,7 +41,6 @@ NUMBERS: Mapping[str, tuple[str, Mapping[str, float]]] = {
     "slow_link": ("slow_link", RATES),
     "fast_link_effective": ("fast_link", RATES),
     "slow_link_effective": ("slow_link", RATES),
-    "link_latency": ("link_latency", {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}),
     "price": ("gpu_price", {"$/h": 1 / 3600, "$/s": 1.0}),
     "power": ("gpu_power", {"W": 1.0, "kW": 1e3}),
 }

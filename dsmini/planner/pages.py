@@ -243,10 +243,9 @@ def _section(plan: Plan, name: str, finding: str, full: bool) -> Section:
 
 def _detail(figure: Figure) -> Detail:
     step = step_of(figure)
-    formulas = [f"= {line}" for line in dict.fromkeys((step.formula, step.numbers)) if line]
-    exact = [f"= {step.exact}"] if formulas and step.exact != step.value else []
+    exact = [step.exact] if step.formula and step.exact != step.value else []
+    lines = [*(f"= {line}" for line in [*step.lines, *exact]), *step.choices]
     note = f"Source: {step.source}" if step.source else ""
-    lines = [*formulas, *exact, *step.choices]
     return Detail(name=step.name, title=step.title, value=step.value, lines=lines, note=note, needs=step.needs)
 
 

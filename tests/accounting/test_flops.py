@@ -1,6 +1,5 @@
 """Floating-point operations, counted from the config, against print and against torch's counter."""
 
-import dataclasses
 import re
 from collections import Counter
 from typing import Any
@@ -105,35 +104,6 @@ def test_flops_of_each_module_against_torch(case: str) -> None:
     assert training == measured(config, True).get_total_flops() == measured(config, True, losses=True).get_total_flops()
 
 
-@pytest.mark.parametrize("n_mtp_layers", [1, 2])
-def test_flops_of_multi_token_prediction_against_torch(n_mtp_layers: int) -> None:
-    """Depth k runs on S - k positions, and for these the count is exact."""
-    config = dense(n_mtp_layers=n_mtp_layers, n_dense_layers=2 + n_mtp_layers)
-
-    def depths(count: int, seq_len: int) -> int:
-        """FLOPs of the first `count` depths over a batch."""
-        part = dataclasses.replace(config, n_mtp_layers=count, n_dense_layers=2 + count)
-        by_module = flops_per_token(part, seq_len, causal=False, training=True).by_module
-        return B * seq_len * sum(flops for module, flops in by_module.items() if module.startswith("mtp "))
-
-    main = flops_per_token(config, S, causal=False, training=True, mtp=False).total * B * S
-    mtp = sum(depths(k, S - k) - depths(k - 1, S - k) for k in range(1, n_mtp_layers + 1))
-    assert measured(config, training=True, losses=True).get_total_flops() == main + mtp
-
-
-def test_multi_token_prediction_runs_in_training() -> None:
-    config = ModelConfig(n_mtp_layers=2)
-    without = dataclasses.replace(config, n_mtp_layers=0)
-    for causal in (True, False):
-        forward = flops_per_token(config, 64, causal)
-        assert forward == flops_per_token(config, 64, causal, mtp=False) == flops_per_token(without, 64, causal)
-        training = flops_per_token(config, 64, causal, training=True)
-        assert training == flops_per_token(config, 64, causal, training=True, mtp=True)
-        assert training.total == 3 * flops_per_token(config, 64, causal, mtp=True).total
-        assert training.by_module["mtp head"] == 2 * training.by_module["head"]
-        assert flops_per_token(config, 64, causal, training=True, mtp=False).total == 3 * forward.total
-
-
 @given(config=model_configs())
 def test_flops_of_any_model(config: ModelConfig) -> None:
     """Twice the active parameters, and what grows with the context: of which causality leaves a half."""
@@ -147,13 +117,6 @@ def test_flops_of_any_model(config: ModelConfig) -> None:
         k = min(17, config.index_topk or 17) if module.endswith("the context") else 17
         share = (k * k + 2 * k * (17 - k)) / (2 * 17 * 17) if module in over else 1
         assert abs(half[module] - share * count) < config.n_layers + 1  # which are rounded down one by one
-
-
-def test_half_the_square_is_what_a_causal_mask_keeps() -> None:
-    """But for the diagonal: T (T + 1) / 2 pairs are kept, T^2 / 2 are counted."""
-    over, t = "attention over the context", 100
-    kept = sum(flops_per_token(dense(), keys, causal=False).by_module[over] for keys in range(1, t + 1))
-    assert kept / (t * flops_per_token(dense(), t).by_module[over]) == pytest.approx((t + 1) / t, rel=1e-12)
 
 
 # --- decoding
@@ -246,15 +209,3 @@ def test_flops_of_a_step_are_a_lower_bound(precision: Any) -> None:
         how: dict[str, Any] = {"training": training, "recompute": recompute}
         least = step_flops(config, batch_size=2, seq_len=140, **how).total
         assert least < run_flops(config, 2, 140, "bfloat16", **how, block=70) < 1.5 * least
-
-
-def test_a_step_is_its_tokens() -> None:
-    """Without multi-token prediction, a step is batch_size * seq_len times a token."""
-    config = sized(n_mtp_layers=0)
-    for training, causal in ((True, True), (True, False), (False, False), (False, True)):
-        counted = step_flops(config, batch_size=3, seq_len=100, training=training, causal=causal)
-        token = flops_per_token(config, 100, causal=causal, training=training)
-        assert counted.by_module == {name: 300 * flops for name, flops in token.by_module.items()}
-    last = step_flops(config, batch_size=3, seq_len=100, training=False, last_logits=True)
-    assert last.by_module["head"] * 100 == counted.by_module["head"]
-    assert {**last.by_module, "head": 0} == {**counted.by_module, "head": 0}

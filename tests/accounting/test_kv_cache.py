@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 
 from dsmini import ModelConfig, Transformer
@@ -53,14 +52,6 @@ def test_cache_against_the_mha_twin() -> None:
     assert f"{1 - kv_bytes_per_token(V3) / wider:.2%}" == "98.59%"
 
 
-@pytest.mark.parametrize(("kind", "heads"), [("mha", 6), ("gqa", 3), ("mqa", 1)])
-def test_cache_of_the_twins(kind: Any, heads: int) -> None:
-    sizes: dict[str, Any] = {"n_heads": 6, "qk_nope_head_dim": 10, "v_head_dim": 7, "n_layers": 5, "n_mtp_layers": 1}
-    config = ModelConfig(attention=kind, n_kv_heads=3 if kind == "gqa" else None, **sizes)
-    assert kv_bytes_per_token(config, 1) == 5 * heads * (10 + 7)
-    assert mha_twin(config) == ModelConfig(attention="mha", **sizes)
-
-
 @settings(max_examples=30)
 @given(config=model_configs())
 def test_bytes_of_the_cache_are_those_of_its_storage(config: ModelConfig) -> None:
@@ -73,9 +64,3 @@ def test_bytes_of_the_cache_are_those_of_its_storage(config: ModelConfig) -> Non
             assert counted.by_part["cache"] == made.nbytes
             assert counted.by_part.get("mtp cache", 0) == made.mtp_nbytes
             assert made.nbytes_per_token == kv_bytes_per_token(config, dtype=name)
-
-
-def test_fp8_cache_of_v3() -> None:
-    """656 bytes a token and layer: the layout of V3.2."""
-    assert kv_bytes_per_token(released("deepseek-v3"), dtype="fp8") == 656 * 61
-    assert kv_bytes_per_token(released("deepseek-v3"), dtype="bfloat16") == 70_272

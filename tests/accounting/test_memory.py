@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from dsmini import ModelConfig, TrainConfig, Transformer, ops
-from dsmini.accounting import Bytes, gradient_bytes, optimizer_bytes, training_bytes, weight_bytes
+from dsmini.accounting import gradient_bytes, optimizer_bytes, training_bytes, weight_bytes
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.training.optim import optimizer_state, optimizers
 from tests.helpers.accounting import DTYPES, attention_by, fused
@@ -38,12 +38,6 @@ def test_bytes_of_weights_with_ragged_blocks(config: ModelConfig) -> None:
     assert counted.total == bytes_of(model)
     scales = {name: buffer for name, buffer in model.named_buffers() if name.endswith("scale")}
     assert counted.by_part["scales"] == sum(scale.nbytes for scale in scales.values())
-
-
-def test_bytes_of_weights_without_multi_token_prediction() -> None:
-    for dtype in ("float32", "bfloat16", "fp8"):
-        without = weight_bytes(ModelConfig(n_mtp_layers=0), dtype)
-        assert weight_bytes(ModelConfig(n_mtp_layers=2), dtype, mtp=False) == without
 
 
 def test_bytes_of_v3_by_hand() -> None:
@@ -125,14 +119,3 @@ def test_training_state_of_v3_by_parameter() -> None:
     assert state() == pytest.approx(16, rel=1e-4)
     assert state(moments="bfloat16") == pytest.approx(12, rel=1e-4)
     assert state(optimizer="muon") == pytest.approx(12, rel=2e-3)
-
-
-def test_bytes_read_as_a_table() -> None:
-    table = Bytes.of([("weights", 3 * 2**20), ("cache", 512), ("nothing", 0), ("weights", 2**20)])
-    assert table == Bytes(total=4 * 2**20 + 512, by_part={"weights": 4 * 2**20, "cache": 512})
-    assert str(table).splitlines() == [
-        "weights     4.00 MiB   99.99%",
-        "cache          512 B    0.01%",
-        "total       4.00 MiB  100.00%",
-    ]
-    assert str(Bytes.of([])).startswith("total")

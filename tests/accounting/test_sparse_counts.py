@@ -27,13 +27,6 @@ SPARSE = released("deepseek-v3", **V32)
 OVER, SCORES = "attention over the context", "scores of the indexer"
 
 
-def per_layer(context: int, sparse: bool = True) -> tuple[int, int]:
-    """Return the FLOPs of attention over the context and of the indexer's scores of a decoded token, of one layer."""
-    config = dataclasses.replace(SPARSE if sparse else V3, max_seq_len=2**20)
-    counted = decode_flops_per_token(config, context=context).by_module
-    return counted[OVER] // 61, counted.get(SCORES, 0) // 61
-
-
 def test_an_indexer_of_v32_has_as_many_parameters_as_the_released_tensors() -> None:
     with_it, without = parameters(SPARSE), parameters(V3)
     one = 8192 * 1536 + 128 * 7168 + 64 * 7168 + 256
@@ -46,19 +39,6 @@ def test_an_indexer_of_v32_has_as_many_parameters_as_the_released_tensors() -> N
 def test_cache_of_v32() -> None:
     assert kv_bytes_per_token(SPARSE, dtype="fp8") == 48_068
     assert kv_bytes_per_token(SPARSE, dtype="bfloat16") == kv_bytes_per_token(SPARSE) == 61 * 1408
-
-
-def test_decoding_at_128k_takes_13_times_fewer_operations() -> None:
-    dense, _ = per_layer(128 * 1024, sparse=False)
-    attention, scores = per_layer(128 * 1024)
-    assert (dense, attention, scores) == (2 * 128 * 1088 * 2**17, 2 * 128 * 1088 * 2048, 2 * 64 * 128 * 2**17)
-    assert round(dense / (attention + scores), 1) == 13.4
-
-
-def test_sparse_decoding_pays_from_2176_tokens_on() -> None:
-    for context, pays in ((2175, False), (2177, True)):
-        assert (sum(per_layer(context)) < sum(per_layer(context, sparse=False))) == pays
-    assert sum(per_layer(2176)) == sum(per_layer(2176, sparse=False))
 
 
 def test_a_decoded_token_reads_all_index_keys_and_k_rows() -> None:
@@ -114,14 +94,6 @@ def test_the_loss_of_an_indexer_compares_all_keys_or_the_picked_ones() -> None:
         assert counted["loss of the indexer"] == 61 * loss / 4096
         assert counted[SCORES] == 61 * 2 * 64 * 128 * 4096 / 2
         assert counted["indexer"] == 61 * 2 * 2 * (8192 * 1536 + 128 * 7168 + 64 * 7168)
-
-
-def test_the_main_model_learns_in_the_sparse_stage_alone() -> None:
-    forward, sparse = (flops_per_token(SPARSE, 4096, training=t, mtp=False).by_module for t in (False, True))
-    warmup = flops_per_token(SPARSE, 4096, training=True, mtp=False, dsa_stage="warmup").by_module
-    for module in forward.keys() - {"indexer", SCORES}:
-        assert sparse[module] == 3 * forward[module]
-        assert warmup[module] == (flops_per_token(V3, 4096).by_module if module == OVER else forward)[module]
 
 
 def test_a_sequence_longer_than_k_attends_to_fewer_pairs() -> None:

@@ -180,23 +180,6 @@ def test_attention_of_v3_by_hand() -> None:
     assert "expanded keys and values" not in {*absorbed, *mha}
 
 
-def test_every_cached_row_is_read_once() -> None:
-    config = dataclasses.replace(V3, max_seq_len=100, original_seq_len=None)
-    for context in (1, 64, 65, 100):
-        assert decode_bytes_per_token(config, context=context).by_part["cache read"] == context * 70_272
-    fp8 = decode_bytes_per_token(V3, context=1000, cache_dtype="fp8", dtype="fp8")
-    assert fp8.by_part["cache read"] == 656 * 61 * 1000
-
-
-def test_a_batch_shares_the_weights_and_nothing_else() -> None:
-    one, many = (decode_bytes_per_token(V3, context=1000, batch=n) for n in (1, 10**6))
-    assert many.by_part["cache read"] == one.by_part["cache read"] == 1000 * 70_272
-    assert many.by_part["head"] == pytest.approx(one.by_part["head"] / 10**6)
-    experts = many.by_part["routed experts"] * 10**6
-    assert experts == pytest.approx(2 * parameters(V3).by_module["routed experts"], rel=1e-9)
-    assert one.by_part["routed experts"] == pytest.approx(2 * parameters(V3).active_by_module["routed experts"])
-
-
 @given(config=model_configs(), data=st.data())
 def test_decoding_reads_no_more_than_there_is(config: ModelConfig, data: st.DataObject) -> None:
     how: dict[str, Any] = {
@@ -266,16 +249,6 @@ def test_bytes_that_a_forward_moves(case: str) -> None:
     biases = 4 * 16 * len(routing)
     assert ours - biases == pytest.approx(moved["products"], rel=1e-12)
     assert counted.by_part["cache write"] == kv_bytes_per_token(config, 4)
-
-
-def test_a_long_prompt_reads_each_weight_once() -> None:
-    tokens = 4096 * 64
-    counted = prefill_bytes_per_token(V3, seq_len=4096, batch=64, dtype="fp8")
-    weights = weight_bytes(V3, "fp8", mtp=False)
-    ends = weights.by_part["embedding"]
-    assert counted.weights * tokens == pytest.approx(weights.total - ends + tokens * 2 * 7168, rel=1e-9)
-    last = prefill_bytes_per_token(V3, seq_len=4096, last_logits=False)
-    assert last.by_part["logits"] == 2 * 129280
 
 
 def test_training_moves_three_forwards_of_activations() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from dsmini.accounting.tensors import ceiling, largest, smallest, total
 from dsmini.planner.display import exactly, in_unit, shown
-from dsmini.planner.explanation import explain, find, step_of, text
+from dsmini.planner.explanation import explain, step_of, text
 from dsmini.planner.figure import Figure, Sheet, call
 
 
@@ -74,27 +74,10 @@ def test_name_that_is_not_declared_raises() -> None:
     assert s.get("kv_cache") is None and s.or_zero("kv_cache") == 0
 
 
-def test_part_of_a_sheet_names_figures_with_its_words() -> None:
-    s = Sheet()
-    decode = s.each("decode_{}")
-    decode.step_time = Figure(0.5)
-    assert s.decode_step_time is decode.step_time and s.decode_step_time.title.section == "inference"
-    s.each("{}_first").memory = 7
-    assert s.memory_first.title.title == "First GPU: memory"
-
-
-def test_unknown_figure_names_near_ones() -> None:
-    with pytest.raises(ValueError, match="unknown figure 'kv_cach'; did you mean kv_cache"):
-        find([cache_sheet().kv_cache], "kv_cach")
-
-
 WORDS = [
     (70272, "B/token", "70.3 kB/token"),
-    (989.4e12, "FLOP/s", "989 TFLOP/s"),
-    (0.01476, "s", "14.8 ms"),
     (54.5 * 86400, "s", "54.5 days"),
     (3.37 * 365.25 * 86400, "s", "3.37 years"),
-    (1e9, "s", "31.7 years"),
     (1019.05, "s", "17.0 min"),
     (0, "s", "0 s"),
     (5.576e6, "$", "$5.58 million"),
@@ -102,11 +85,8 @@ WORDS = [
     (2.38e-7, "$/token", "$0.238 per million tokens"),
     (1.926e-5, "1/s", "1.66 per day"),
     (1.262e13, "J", "3.51 GWh"),
-    (671_026_404_352, "", "671,026,404,352"),
     (0.9824, "", "0.982"),
-    (272.1e9, "token", "272 billion tokens"),
     (2176.0, "token", "2,176 tokens"),
-    (39.04, "token/s", "39.0 tokens/s"),
     (1275.4, "J/s", "1.28 kW"),
 ]
 

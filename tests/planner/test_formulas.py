@@ -1,17 +1,14 @@
 """Laws of all figures: they are what their explanations say, have fitting units, and are all declared and used."""
 
-import dataclasses
 import functools
 
 import pytest
 
-from dsmini.planner.answers import plan_record
 from dsmini.planner.explanation import named
 from dsmini.planner.figure import Figure, titles
 from dsmini.planner.pages import words
-from dsmini.planner.plan import SECTIONS, plan
 from dsmini.planner.vary import COMPARED, read_axis
-from tests.helpers.plans import Formulas, figures_of, hardware_of, in_layout, plan_of, planned_with, setup_of, values_of
+from tests.helpers.plans import Formulas, figures_of, in_layout, plan_of, planned_with, setup_of, values_of
 
 V3_LAYOUT = "gpus=2048 pipeline=16 expert=64 moments=bfloat16"
 BF16 = f"{V3_LAYOUT} tensor=2 zero=1 schedule=zb1p precision=bf16 recompute=full"
@@ -111,13 +108,6 @@ def test_units_of_formulas_are_those_that_titles_declare(words_: str) -> None:
             assert computed(figure.args[0]) == dimension(figure.title.unit), name
 
 
-@pytest.mark.parametrize("words_", CASES)
-def test_figures_have_titles_and_inputs_have_sources(words_: str) -> None:
-    for name, figure in figures_of(words_).items():
-        assert name.isidentifier() and name == name.lower() and figure.title.title[:1].isupper(), figure
-        assert figure.source or figure.op != "input", figure
-
-
 def test_every_title_is_of_a_figure_of_some_plan() -> None:
     """And each headline and compared figure is declared, so that no name is misspelt."""
     of_kinds = ["toy", "shakespeare", "toy gpus=4 pipeline=4 n_dense_layers=2 batch=8", "toy recompute=full gpus=1"]
@@ -125,20 +115,10 @@ def test_every_title_is_of_a_figure_of_some_plan() -> None:
     of_kinds += ["deepseek-v3 gpus=2048 pipeline=16 expert=64 schedule=1f1b recompute=full precision=fp8 zero=1"]
     used = {figure.name for words_ in [*CASES, "deepseek-v3", *of_kinds] for figure in plan_of(words_).sheet}
     unused = titles().keys() - used
-    stages = ("verify_", "draft_", "prefill_", "decode_", "link_latency")
+    stages = ("verify_", "draft_", "prefill_", "decode_")
     assert {name for name in unused if not name.startswith(stages)} == set()
     headlines = {name for names in words()["headlines"].values() for name in names}
     assert headlines | set(COMPARED) <= titles().keys()
-
-
-def test_record_has_every_figure_in_base_units() -> None:
-    found = plan_of("deepseek-v3")
-    record = plan_record(found)
-    figures = {name: figure for section in record["figures"].values() for name, figure in section.items()}
-    assert {name: figure["value"] for name, figure in figures.items()} == {n: f.value for n, f in found.figures.items()}
-    assert list(record["figures"]) == list(SECTIONS) and len(figures) > 280
-    units = {figure["unit"] for figure in figures.values()}
-    assert units >= {"", "B", "FLOP", "s", "token", "$", "J", "1/s", "B/token"}
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "toy"])
@@ -149,15 +129,3 @@ def test_search_in_plain_numbers_is_the_explained_plan(name: str) -> None:
         value = plain.get(figure.name)
         if value is not None and figure.title.section == "training":
             assert float(value) == pytest.approx(float(figure.value), rel=1e-12), figure.name
-
-
-def test_other_hardware_changes_what_it_must() -> None:
-    """Twice every rate and half the memory: times halve, and what is counted stays."""
-    words_ = "deepseek-v3 gpus=2048 pipeline=16 expert=64 tensor=1 decode_gpus=320 prefill_gpus=32"
-    made = setup_of(words_)
-    rates = "memory_bandwidth*2 fast_link*2 slow_link*2 float32*2 bfloat16*2 fp8*2"
-    twice = plan(dataclasses.replace(made, hardware=hardware_of(f"h800 {rates}")))
-    for name in ("roof_step_seconds", "decode_step_time", "prefill_step_time", "dispatch_seconds", "update_seconds"):
-        assert twice.sheet.get(name).value == pytest.approx(values_of(words_)[name] / 2), name
-    for name in ("memory_needed", "step_flops", "decode_weights_read", "slow_bytes"):
-        assert twice.sheet.get(name).value == values_of(words_)[name], name

@@ -14,7 +14,7 @@ from dsmini.planner.request import Model, PlanRequest, Setup
 from dsmini.planner.search import layout_figures
 from dsmini.planner.setup import setup
 from dsmini.planner.training import WITHOUT
-from tests.helpers.plans import plan_of, read, setup_of, values_of
+from tests.helpers.plans import plan_of, read, setup_of
 from tests.helpers.released_configs import HF_V3
 
 V3 = {
@@ -23,8 +23,6 @@ V3 = {
 }
 """Layout of DeepSeek-V3 (report, section 3.2)."""
 SERVED_AS_V3 = {"decode": (4, 320, 64), "prefill": (4, 32, 32), "decode how": "as DeepSeek-V3 is served"}
-LLAMA = "toy-dense @b200 memory*3.8 attention=gqa n_kv_heads=8 dim=16384 inter_dim=53248 n_layers=126 n_heads=128"
-LLAMA += " vocab_size=128256 qk_nope_head_dim=128 v_head_dim=128 n_dense_layers=126 n_mtp_layers=0 gpus=8"
 CHOSEN: dict[str, dict[str, Any]] = {
     "deepseek-v3": V3 | SERVED_AS_V3 | {"how": "as DeepSeek-V3 was trained", "weights": "fp8"},
     "deepseek-v3 gpus=1024 zero=2": V3
@@ -46,7 +44,6 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "toy": {"gpus": 1, "optimizer": "muon", "decode": (1, 1, 0)},
     "toy-mha": {"recompute": "selective"},
     "toy @laptop": {"precision": "fp32", "weights": "float32"},
-    LLAMA: {"decode": (8, 8, 0)},
     "deepseek-v2 gpus=128 decode_gpus=48": {"decode": (1, 48, 32), "decode how": "as chosen"},
     "deepseek-v2 gpus=128 decode_gpus=48 decode_tensor=4 decode_redundant=80": {"decode": (4, 48, 80)},
     "deepseek-v3 decode_redundant=64": {"decode": (1, 16, 64)},
@@ -73,29 +70,7 @@ def test_what_is_left_open_is_chosen(words: str) -> None:
     assert {name: found[name] for name in CHOSEN[words]} == CHOSEN[words]
 
 
-def test_half_of_the_fewest_gpus_hold_nothing() -> None:
-    """Advice for training names all choices, for serving the memory of a GPU."""
-    for words in ("deepseek-v2-lite gpus=2", "deepseek-v3 gpus=112 pipeline=7 precision=fp8 moments=bfloat16"):
-        gpus, said = setup_of(words).request.gpus or 1, setup_of(words).misfit["training"]
-        assert said.startswith(f"no layout on gpus={gpus} fits 80 GB") and said.endswith(f"; use gpus={2 * gpus}")
-    for words in ("deepseek-v2 gpus=128 decode_gpus=8 sequences=1", "kimi-k2 gpus=4096 decode_gpus=32 sequences=1"):
-        assert values_of(words)["decode_memory_share"] > 1
-    assert values_of("deepseek-v2 gpus=128 decode_gpus=16 sequences=1")["decode_memory_share"] <= 1
-
-
-FULL = [
-    ("deepseek-v2-lite", ""),
-    ("deepseek-v3 n_layers=60", "gpus=512"),
-    *(
-        pytest.param(f"{name} {machine} n_mtp_layers=0", gpus, marks=pytest.mark.slow)
-        for name, machine, gpus in itertools.product(
-            ("deepseek-v3", "deepseek-v2-lite", "kimi-k2"), ("@h800", "@a100-pcie"), ("", "gpus=512")
-        )
-    ),
-]
-
-
-@pytest.mark.parametrize(("words", "gpus"), FULL)
+@pytest.mark.parametrize(("words", "gpus"), [("deepseek-v2-lite", ""), ("deepseek-v3 n_layers=60", "gpus=512")])
 def test_sizes_left_out_early_would_not_be_chosen(words: str, gpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = setup_of(f"{words} {gpus}").request
     monkeypatch.setattr(search, "SLACK", 1e9)
@@ -145,11 +120,6 @@ def test_each_advice_fits_when_it_is_taken(words: str) -> None:
         rest = [word for word in words.split() if not word.startswith(names)]
         better = " ".join([*rest, *(change for change in changes if not change.endswith("="))])
         assert setup_of(better).misfit == {}, advice
-
-
-def test_what_does_not_fit_is_still_explained() -> None:
-    """A figure such as the memory that is needed tells why."""
-    assert answers.explained(setup_of("deepseek-v3 gpus=8"), "memory_needed", 80).lines
 
 
 def test_either_of_training_and_serving_may_not_fit() -> None:
@@ -234,13 +204,6 @@ def test_search_of_a_large_cluster_finds_the_published_layout(monkeypatch: pytes
     assert told == sorted(told, key=lambda part: part[0]) and told[-1][0] == 1 and all(what for _, what in told)
 
 
-def test_choice_for_a_trillion_parameters_builds_few_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = counted(monkeypatch)
-    model, hardware, request = read("kimi-k2")
-    setup(request, model, hardware)
-    assert 12 < len(built) <= 80
-
-
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return a list that gets the layout of each formula that is computed."""
     built: list[Any] = []
@@ -252,20 +215,3 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(search, "training_figures", count)
     return built
-
-
-def test_search_holds_what_was_chosen() -> None:
-    words = "deepseek-v3 gpus=256 precision=fp8 schedule=1f1b recompute=full zero=3"
-    layouts = found(words)
-    held = {(one["precision"], one["schedule"], one["recompute"], one["zero"]) for one in layouts}
-    assert held == {("fp8", "1f1b", "full", 3)}
-    assert {one["moments"] for one in layouts} == {"bfloat16"}, "as the config's recipe says"
-    steps = [one["step_seconds"] for one in layouts]
-    assert steps == sorted(steps) and all(one["memory"] <= 80e9 for one in layouts)
-
-
-def test_search_counts_the_optimizer_that_was_chosen() -> None:
-    least = {
-        o: min(one["memory"] for one in found(f"deepseek-v2-lite gpus=16 optimizer={o}")) for o in ("adamw", "muon")
-    }
-    assert least["muon"] < least["adamw"]

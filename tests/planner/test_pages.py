@@ -6,7 +6,7 @@ UPDATE_PAGES=1 pytest tests/planner/test_pages.py writes the snapshots again. Re
 import functools
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,8 @@ from dsmini.planner import answers
 from dsmini.planner.answers import Answer, check_folder
 from dsmini.planner.explanation import step_of
 from dsmini.planner.hardware import known_hardware
-from dsmini.planner.pages import findings, ten_lines, variation_section
+from dsmini.planner.pages import findings, ten_lines
 from dsmini.planner.vary import read_axis, vary
-from dsmini.report import Section
-from tests.helpers.chromium import BROWSER, Chromium
 from tests.helpers.plans import figures_of, plan_of, same_page, setup_of, values_of
 
 V3 = "deepseek-v3 @invented"
@@ -48,30 +46,6 @@ def on_terminal(answer: Answer, width: int = 100) -> str:
     return out.getvalue()
 
 
-def on_page(*axes: str, of: tuple[str, ...] = ()) -> str:
-    """Return the plots, warnings and tables of a variation as a page shows them."""
-    section = variation_section(vary(setup_of(V3), [read_axis(axis) for axis in axes], of), full=True)
-    return "\n".join(_lines(section))
-
-
-def _lines(section: Section) -> Iterator[str]:
-    yield from ("", f"## {section.title}", section.finding)
-    yield from (f"! {warning}" for warning in section.warnings)
-    for table in section.tables:
-        yield from (" | ".join(row) for row in (table.columns, *table.rows))
-    for plot in section.plots:
-        yield f"plot: {plot.title}, {plot.y} over {plot.x}; logarithmic {plot.log_x} {plot.log_y}; {plot.labels}"
-        yield from (f"  {series.kind} {_rounded(series.x)} {_rounded(series.y)}" for series in plot.series)
-    for heat in section.heat_maps:
-        yield f"heat map: {heat.title}; {heat.y} {list(heat.rows)} by {heat.x} {list(heat.columns)}"
-        for values, cells in zip(heat.values, heat.cells, strict=True):
-            yield f"  {_rounded(values)} {list(cells)}"
-
-
-def _rounded(values: Iterable[float | None]) -> list[str]:
-    return ["" if value is None else f"{value:.4g}" for value in values]
-
-
 def formulas() -> str:
     """Return the formulas of all figures of some plans, each once."""
     seen: set[str] = set()
@@ -96,9 +70,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "variation": lambda: (
         on_terminal(varied("context=4096,1024,65536", of=("decode_gpu_cache", "decode_cost")))
         + on_terminal(varied("pipeline=8,7,16"))
-        + on_page("context=4096,1024,65536", of=("decode_sequences", "decode_cost"))
-        + on_page("precision=fp8,bf16", "zero=0,1", of=("memory_needed", "training_days"))
-        + on_page("weight_dtype=fp8,bfloat16", of=("roof_step_seconds", "decode_time_per_token"))
+        + on_terminal(varied("precision=fp8,bf16", "zero=0,1", of=("memory_needed", "training_days")))
     ),
     "heat-map": lambda: on_terminal(
         varied(
@@ -121,25 +93,17 @@ def test_page_is_as_it_was(name: str) -> None:
 # --- what snapshots do not show
 
 
-def test_plan_is_about_ten_lines_and_says_context_with_sequences() -> None:
-    lines = ten_lines(plan_of("deepseek-v3"))
-    assert 9 <= len(lines) <= 13 and lines[-1].startswith("next ")
-    assert "60 sequences of 4,096 tokens a GPU take 77.7 GB of 80 GB" in "\n".join(lines)
+PLANNED = [("toy", name) for name in known_hardware()]
+PLANNED += [
+    ("deepseek-v3", "a100-pcie"),
+    ("deepseek-v3", "laptop"),
+    ("deepseek-v2-lite", "gb200-nvl72"),
+    ("toy-mha", "h100"),
+]
 
 
-MODELS = ["deepseek-v3", "deepseek-v2-lite", "toy", "toy-dense", "toy-mha", "shakespeare"]
-QUICK = {("deepseek-v3", "a100-pcie"), ("deepseek-v3", "laptop"), ("deepseek-v2-lite", "gb200-nvl72")}
-
-
-@pytest.mark.parametrize(
-    ("name", "hardware"),
-    [
-        pytest.param(name, hardware, marks=[] if name == "toy" or (name, hardware) in QUICK else pytest.mark.slow)
-        for name in MODELS
-        for hardware in known_hardware()
-    ],
-)
-def test_every_model_is_planned_on_every_machine(name: str, hardware: str) -> None:
+@pytest.mark.parametrize(("name", "hardware"), PLANNED)
+def test_models_are_planned_on_every_machine(name: str, hardware: str) -> None:
     plan = plan_of(f"{name} @{hardware}")
     found = findings(plan)
     assert all(finding.endswith(".") and "None" not in finding for finding in found.values()), found
@@ -183,24 +147,6 @@ def test_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     for name, why in (("file", "it is a file"), ("taken", "plan.html in it is a folder")):
         with pytest.raises(ValueError, match=rf"--out .*{name} cannot be written: {why}; choose another folder"):
             check_folder(tmp_path / name)
-
-
-def test_folder_without_permission_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def deny(path: Path) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "touch", deny)  # root may write anywhere
-    with pytest.raises(ValueError, match="cannot be written: Permission denied; choose another folder"):
-        check_folder(tmp_path)
-
-
-@pytest.mark.parametrize("words", [V3, "toy @invented"])
-def test_few_titles_wrap_in_80_columns(words: str) -> None:
-    """At most one line in ten of the tables of figures is the rest of a title."""
-    lines = [line.rstrip() for line in on_terminal(planned(words, whole=True), 80).splitlines()]
-    rows = [i for i, line in enumerate(lines) if line.endswith(tuple(f"  {key}" for key in figures_of(words)))]
-    wrapped = [lines[i + 1] for i in rows if lines[i + 1] and i + 1 not in rows]
-    assert len(rows) > 40 and len(wrapped) <= 0.1 * len(rows), wrapped
 
 
 # --- variations
@@ -251,51 +197,4 @@ def test_variation_by_the_plans_own_value_changes_nothing(axis: str) -> None:
     )
 
 
-def test_figures_of_drafts_are_marked_where_decoding_does_not_fit() -> None:
-    found = vary(setup_of("deepseek-v3"), [read_axis("sequences=30,300")], ("speculation_gain", "verify_step_time"))
-    for name in found.names:
-        assert [found.cell(name, (i,)).startswith("! ") for i in range(2)] == [False, True], name
-
-
-def test_sequences_that_were_asked_for_stay_when_the_context_grows() -> None:
-    found = vary(setup_of("deepseek-v3 sequences=30"), [read_axis("context=4096,8192")], ("decode_sequences",))
-    assert [plan.sheet.decode_sequences.value for plan in found.plans.values()] == [60, 60]
-    assert found.cell("decode_sequences", (1,)) == "! 60"
-
-
-def test_progress_of_a_variation_is_told() -> None:
-    seen: list[tuple[float, str]] = []
-    vary(setup_of(V3), [read_axis("context=100,200")], (), lambda done, what: seen.append((done, what)))
-    assert seen == [(0.5, "1 of 2 plans"), (1.0, "2 of 2 plans")]
-
-
 # --- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    if BROWSER is None:
-        pytest.skip("there is no Chromium here: apt-get install chromium")
-    with Chromium(tmp_path_factory.mktemp("profile")) as chromium:
-        yield chromium
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [390, 1200])
-def test_page_fits_and_asks_for_nothing_in_a_browser(page: Path, browser: Chromium, width: int) -> None:
-    browser.open(page, width)
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    asked = [event["request"]["url"] for event in browser.said("Network.requestWillBeSent")]
-    assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
-    assert browser.said("Log.entryAdded") == []
-
-
-@pytest.mark.slow
-def test_link_opens_a_figure_inside_a_folded_list(page: Path, browser: Chromium) -> None:
-    browser.open(page, 1200)
-    is_open = "document.getElementById('memory_first').closest('details').open"
-    assert not browser.evaluate(is_open)
-    browser.evaluate("document.querySelector('#memory_needed').closest('details').querySelector('summary').click()")
-    browser.evaluate("document.querySelector('a[href=\"#memory_first\"]').click()")
-    waited = "new Promise(done => setTimeout(() => done(document.getElementById('memory_first').offsetHeight), 100))"
-    assert browser.evaluate(waited) > 0 and browser.evaluate(is_open)

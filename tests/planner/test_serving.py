@@ -2,7 +2,6 @@
 
 import pytest
 
-from dsmini.planner.request import is_v3
 from tests.helpers.plans import plan_of, setup_of, values_of
 
 SERVED = ["deepseek-v3", "deepseek-v3 context=32768 drafts=3", "deepseek-v2-lite decode_gpus=4", "toy-mha @laptop"]
@@ -40,13 +39,6 @@ def test_v3_decodes_as_worked_out_by_hand() -> None:
     assert found["decode_fast_bytes"] == pytest.approx(inside + gathered)
 
 
-def test_prefill_sends_a_row_once_to_each_node_that_routing_allows() -> None:
-    found = values_of("deepseek-v3")
-    assert found["prefill_nodes_reached"] == pytest.approx(3.12, abs=0.01) and found["prefill_expert_nodes"] == 4
-    rows = 2 * 4096 * 58
-    assert found["prefill_slow_bytes"] == pytest.approx(rows * found["prefill_nodes_reached"] * 3 / 4 * 21_728)
-
-
 def test_no_drafts_is_plain_decoding() -> None:
     none, one, three = (values_of(f"deepseek-v3 drafts={n}") for n in (0, 1, 3))
     assert "speculation_gain" not in none and none["decode_step_time"] == one["decode_step_time"]
@@ -64,15 +56,3 @@ def test_indexer_saves_as_v32_reports() -> None:
     assert (found["v32_kv_cache"], found["v32_crossover"]) == (48_068, pytest.approx(2176))
     assert found["v32_read_ratio"] == pytest.approx(656 * 131072 / (132 * 131072 + 656 * 2048))
     assert values_of("deepseek-v3.2")["kv_cache"] == 61 * 1408
-
-
-def test_narrow_heads_never_pay_for_an_indexer() -> None:
-    assert "v32_crossover" not in values_of("toy") and "v32_dense_flops" in values_of("toy")
-    assert is_v3(setup_of("deepseek-v3").model.config) and not is_v3(setup_of("toy").model.config)
-
-
-def test_serving_is_planned_where_training_does_not_fit() -> None:
-    words = "deepseek-v2-lite @h100 gpus=1"
-    assert not plan_of(words).fits and setup_of(words).refused == ""
-    assert setup_of(words).misfit["training"].startswith("no layout on gpus=1 fits 80 GB a GPU")
-    assert values_of(words)["decode_memory_share"] <= 1 and "elapsed_time" not in values_of(words)

@@ -97,11 +97,6 @@ def test_places_are_those_that_the_gate_reaches(groups: int, limited: int, metho
         assert ours == pytest.approx(float(there.mean()), abs=0.006 * places)
 
 
-def test_redundant_experts_fill_all_places() -> None:
-    assert places_hit(256, 8, 8, 4, 2, 320) == pytest.approx(8)
-    assert places_hit(256, 8, 1, 1, 2, 8) == pytest.approx(5.2947, abs=1e-4)
-
-
 def test_rows_of_both_passes_have_the_scales_of_fp8() -> None:
     found = values_of("deepseek-v3")
     assert found["dispatch_row"] == found["decode_dispatch_row"] == found["prefill_dispatch_row"] == 7168 + 4 * 56
@@ -109,11 +104,6 @@ def test_rows_of_both_passes_have_the_scales_of_fp8() -> None:
     assert found["slow_link_rate"] == pytest.approx(
         found["training_tokens_per_second"] / 128 * 2 * 59 / 16 * found["slow_bytes"]
     ), "58 MoE layers, and that of multi-token prediction"
-
-
-def test_multiprocessors_that_carry_rows_are_those_of_the_hardware() -> None:
-    assert values_of("deepseek-v3")["computing_share"] == pytest.approx(112 / 132)
-    assert values_of("deepseek-v3 multiprocessors*0")["computing_share"] == 1
 
 
 def test_efficiencies_give_the_printed_runs() -> None:
