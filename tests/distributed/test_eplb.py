@@ -83,12 +83,12 @@ def test_published_sizes_reach_the_known_balance(
         assert found.after.max() < found.before.min()
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_largest_load_per_copy_is_the_smallest_possible(seed: int) -> None:
-    loads = np.random.default_rng(seed).random((1, 4)) ** 2
-    placed = place_experts(loads, 8, 1, 1, 2)
-    ways = [counts for counts in itertools.product(range(1, 6), repeat=4) if sum(counts) == 8]
-    assert (loads / copies_of(placed, 4)).max() == min((loads[0] / np.array(counts)).max() for counts in ways)
+def test_largest_load_per_copy_is_the_smallest_possible() -> None:
+    ways = np.array([counts for counts in itertools.product(range(1, 6), repeat=4) if sum(counts) == 8])
+    for seed in range(20):
+        loads = np.random.default_rng(seed).random((1, 4)) ** 2
+        counts = copies_of(place_experts(loads, 8, 1, 1, 2), 4)
+        assert (loads / counts).max() == (loads / ways).max(1).min()
 
 
 def test_two_copies_on_one_gpu_are_counted() -> None:
@@ -96,16 +96,6 @@ def test_two_copies_on_one_gpu_are_counted() -> None:
     placed = place_experts(loads, 8, 1, 1, 2)
     assert copies_of(placed, 4).tolist() == [[3, 3, 1, 1]], "loads per copy 100, 70, 50, 35 get one more in turn"
     assert balance(loads, placed, 2).duplicates.tolist() == [2], "three copies on two GPUs must meet"
-
-
-def test_balance_by_hand_on_other_loads() -> None:
-    placed = place_experts(np.array([[8, 5, 2, 2]]), 6, 1, 1, 2)
-    assert copies_of(placed, 4).tolist() == [[2, 2, 1, 1]]
-    found = balance(np.array([[4, 4, 8, 0]]), placed, 2)
-    assert found.before.tolist() == [1.0]
-    shares = {0: 2.0, 1: 2.0, 2: 8.0, 3: 0.0}
-    sums = [sum(shares[x] for x in placed[0, at : at + 3].tolist()) for at in (0, 3)]
-    assert found.after.tolist() == [max(sums) / 8]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """Several processes of a command that do not start alike, or not all: one sentence, once, and status 2."""
 
 import os
+import re
+import shlex
 import signal
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,81 @@ def test_store_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 # --- commands
 
 
+@dataclass(frozen=True)
+class Start:
+    """A start of a command by several processes, which ends with one sentence of one of them."""
+
+    lines: Sequence[str | None]
+    """The arguments of each rank; None for one that is missing."""
+    words: str
+    """In the sentence, which names no other rank at its beginning."""
+    name: str = "train"
+    environment: dict[str, str] = field(default_factory=dict)
+    """Changes of what the launcher sets; {PORT} is a free port, and {SILENT} that of a service that never answers."""
+
+
+LATE = "--train.batch-size 6 --parallel.timeout 900"
+"""Longer than a test has: processes without a mistake must not wait for the others."""
+MISTAKE = "--train.lr 'nonsense' is not a number"
+OWN_STORE = HELD_BY_RANK_0 | {"MASTER_PORT": "{PORT}"}
+ONE, TWO = "{place}/one", "{place}/two"
+TABLE: dict[str, Start] = {
+    "unequal keys": Start(
+        ["", "--train.lr 0.5 --train.steps 9"],
+        "error: rank 1 was started with another train.lr, train.steps than rank 0",
+    ),
+    # slow from here on
+    "unequal weights": Start(
+        [f"--init {ONE}", f"--init {TWO}"], r"another --init \(.*/two, not .* weights to start from"
+    ),
+    "weights of one": Start([f"--init {ONE}", ""], r"another --init \(none, not "),
+    "two are missing": Start(
+        ["--parallel.timeout 3", None] * 2, "error: 2 of 4 processes came to .* within 3 s, without ranks 1, 3;"
+    ),
+    "one is missing": Start([None, "--parallel.timeout 3"], "error: 1 of 2 .* within 3 s, without rank 0;"),
+    **{
+        f"no store at {port}": Start(
+            ["--parallel.timeout 1", None],
+            f"error: rank 1: cannot join the 2 processes .*{words}",
+            environment=HELD_BY_RANK_0 | {"MASTER_PORT": port, "RANK": "1"},
+        )
+        for port, words in (("{PORT}", "nobody answers within 1 s"), ("{SILENT}", "it takes longer than 1.5 s"))
+    },
+    "network that refuses": Start(
+        ["", ""],
+        "the 2 processes met, but cannot connect to each other: ",
+        environment={"GLOO_SOCKET_IFNAME": "none0"},
+    ),
+    **{
+        f"mistake of {wrong}, {store}": Start(
+            [f"{LATE} --train.lr nonsense" if rank in wrong else LATE for rank in range(3)],
+            f"error: {'' if 0 in wrong else 'rank [12]: '}{MISTAKE}",
+            environment=environment,
+        )
+        for wrong in ((0,), (1,), (0, 1, 2), (1, 2))
+        for store, environment in (("store of the launcher", {}), ("store of rank 0", OWN_STORE))
+    },
+    "layout that does not fit": Start(
+        ["--parallel.pp 2 --parallel.schedule zbv --train.grad-accum 4"] * 2,
+        "has 4 stages, more than model.n_layers=",
+    ),
+    "finished run": Start([f"--resume {ONE}"] * 2, "error: .*/one is finished: 1 of 1 steps"),
+    **{
+        f"generate {lines}": Start(lines, words, "generate")
+        for lines, words in (
+            (["none", "none"], "error: there is no folder none"),
+            ([ONE, f"{ONE} --top-k x"], "error: rank 1: --top-k 'x' is not a whole number"),
+            ([ONE, f"{ONE} --seed 3"], "error: rank 1 was started with other flags"),
+            ([ONE] * 3, "error: 8 experts are not divisible by 3 processes; start 2, say"),
+            ([f"{ONE} --prompt {'T' * 300} --context 20"] * 2, "has no room for a prompt of 300 tokens"),
+            ([f"{ONE} --placement {{place}}/text.txt"] * 2, "error: .*text.txt is not JSON"),
+            ([f"{ONE} --temperature -1"] * 2, "temperature"),
+        )
+    },
+}
+QUICK, SLOW = [*TABLE][:1], [*TABLE][1:]
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_config(tmp_path_factory.mktemp("config"))
@@ -105,69 +183,22 @@ def place(config: Path) -> Path:
     return config.parent
 
 
-def assert_refused(got: Speech, *words: str, speaker: int = 0, missing: int = 0) -> None:
-    """Check that one rank alone said one sentence, with these words, and all that came ended with status 2."""
-    assert got.statuses == [2] * (got.n - missing) + [0] * missing, got.errors
-    assert [rank for rank, text in enumerate(got.errors) if text] == [speaker], got.errors
-    sentence = got.errors[speaker]
-    assert sentence.startswith("error: ") and sentence.count("\n") == 1, sentence
-    assert all(word in sentence for word in words), sentence
-
-
-def only_sentence(got: Speech, ends: list[int]) -> str:
-    assert got.statuses == ends, got.errors
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_one_process_says_one_sentence_and_all_end_with_status_2(
+    name: str, request: pytest.FixtureRequest, config: Path, tmp_path: Path
+) -> None:
+    start = TABLE[name]
+    place = request.getfixturevalue("place") if name in SLOW else config.parent
+    own = f"{config} --out {tmp_path / 'run'} " if start.name == "train" and "finished" not in name else ""
+    lines = [None if line is None else shlex.split((own + line).format(place=place)) for line in start.lines]
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # another service
+        ports = {"PORT": free_port(), "SILENT": silent.getsockname()[1]}
+        environment = {name: value.format(**ports) for name, value in start.environment.items()}
+        got = spoken(tmp_path, *lines, name=start.name, environment=environment)
+    assert got.statuses == [0 if line is None else 2 for line in lines], got.errors
     (sentence,) = filter(None, got.errors)
-    assert sentence.startswith("error: ") and sentence.count("\n") == 1
-    return sentence
-
-
-def test_unequal_keys_are_named(config: Path, tmp_path: Path) -> None:
-    args = [str(config), "--out", str(tmp_path / "run")]
-    got = spoken(tmp_path, args, [*args, "--train.lr", "0.5", "--train.steps", "9"])
-    assert_refused(got, "rank 1 was started with another train.lr, train.steps than rank 0")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("lines", "words"),
-    [
-        ([["--init", "{}/one"], ["--init", "{}/two"]], ["another --init (", "/two, not ", "weights to start from"]),
-        ([["--init", "{}/one"], []], ["another --init (none, not "]),
-    ],
-)
-def test_unequal_options_are_named(
-    lines: Sequence[Sequence[str]], words: Sequence[str], place: Path, tmp_path: Path
-) -> None:
-    own = [str(place / "small.toml"), "--out", str(tmp_path / "run")]
-    got = spoken(tmp_path, *([*own, *(word.format(place) for word in line)] for line in lines))
-    assert_refused(got, "rank 1 was started with", *words)
-    assert not (tmp_path / "run").exists()
-
-
-# --- a missing process
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("gone", "words"), [((1, 3), "2 of 4"), ((0,), "1 of 2")])
-def test_missing_ranks_are_named_after_the_timeout(
-    gone: Sequence[int], words: str, config: Path, tmp_path: Path
-) -> None:
-    args, n = [str(config), "--out", str(tmp_path / "run"), "--parallel.timeout", "3"], int(words[-1])
-    got = spoken(tmp_path, *(None if rank in gone else args for rank in range(n)))
-    sentence = only_sentence(got, [0 if rank in gone else 2 for rank in range(n)])
-    names = f"rank{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))};"
-    assert f"error: {words} processes came to 127.0.0.1:" in sentence and f"within 3 s, without {names}" in sentence
-
-
-@pytest.mark.slow
-def test_missing_holder_of_the_store_is_told(config: Path, tmp_path: Path) -> None:
-    args = [str(config), "--out", str(tmp_path / "run"), "--parallel.timeout", "1"]
-    for port, words in ((free_port(), "nobody answers within 1 s"), (None, "it takes longer than 1.5 s")):
-        with socket.create_server(("127.0.0.1", 0)) as silent:  # another service
-            environment = {"MASTER_PORT": str(port or silent.getsockname()[1]), "RANK": "1"}
-            got = spoken(tmp_path, args, None, environment=HELD_BY_RANK_0 | environment)
-        assert_refused(got, "error: rank 1: cannot join the 2 processes", words, missing=1)
+    assert sentence.startswith("error: ") and sentence.count("\n") == 1 and re.search(start.words, sentence), sentence
+    assert got.outputs == [""] * len(lines) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -180,53 +211,3 @@ def test_sigterm_ends_a_process_that_waits_for_another(config: Path, tmp_path: P
 
     got = spoken(tmp_path, args, None, store=store, meanwhile=stop_once_it_waits)
     assert (got.statuses, got.errors) == ([130, 0], ["stopped\n", ""])
-
-
-@pytest.mark.slow
-def test_network_that_refuses_is_told_once(config: Path, tmp_path: Path) -> None:
-    args = [str(config), "--out", str(tmp_path / "run")]
-    sentence = only_sentence(spoken(tmp_path, args, args, environment={"GLOO_SOCKET_IFNAME": "none0"}), [2, 2])
-    assert "the 2 processes met, but cannot connect to each other: " in sentence
-
-
-# --- a mistake before the processes meet
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("environment", [{}, HELD_BY_RANK_0], ids=["store of the launcher", "store of rank 0"])
-@pytest.mark.parametrize("wrong", [(0,), (1,), (0, 1, 2), (1, 2)], ids=str)
-def test_mistake_of_some_ranks_is_told_once(
-    wrong: Sequence[int], environment: dict[str, str], config: Path, tmp_path: Path
-) -> None:
-    """Give the processes longer to come than a test has: those without a mistake must not wait for the others."""
-    own = [str(config), "--out", str(tmp_path / "run"), "--train.batch-size", "6", "--parallel.timeout", "900"]
-    lines = [[*own, "--train.lr", "nonsense"] if rank in wrong else own for rank in range(3)]
-    port = {"MASTER_PORT": str(free_port())} if environment else {}
-    sentence = only_sentence(spoken(tmp_path, *lines, environment=environment | port), [2] * 3)
-    assert "--train.lr 'nonsense' is not a number" in sentence and ("rank" in sentence) == (0 not in wrong)
-
-
-@pytest.mark.slow
-def test_layout_that_does_not_fit_is_told_once(config: Path, tmp_path: Path) -> None:
-    args = [str(config), "--parallel.pp", "2", "--parallel.schedule", "zbv", "--train.grad-accum", "4"]
-    assert_refused(spoken(tmp_path, args, args), "has 4 stages, more than model.n_layers=")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("lines", "words"),
-    [
-        ([["none"], ["none"]], "error: there is no folder none"),
-        ([["{}/one"], ["{}/one", "--top-k", "x"]], "error: rank 1: --top-k 'x' is not a whole number"),
-        ([["{}/one"], ["{}/one", "--seed", "3"]], "error: rank 1 was started with other flags"),
-    ],
-)
-def test_generate_tells_a_mistake_once(lines: Sequence[Sequence[str]], words: str, place: Path, tmp_path: Path) -> None:
-    got = spoken(tmp_path, *([word.format(place) for word in line] for line in lines), name="generate")
-    assert_refused(got, words)
-
-
-@pytest.mark.slow
-def test_error_that_all_ranks_raise_is_told_once(place: Path, tmp_path: Path) -> None:
-    args = ["--resume", str(place / "one")]
-    assert_refused(spoken(tmp_path, args, args), f"{place / 'one'} is finished: 1 of 1 steps")
