@@ -10,20 +10,7 @@ from collections.abc import Iterator
 CONVERSATIONS = 6000
 """Number of conversations in a text."""
 NAMES = (
-    "Ada",
-    "Alan",
-    "Ben",
-    "Clara",
-    "David",
-    "Emil",
-    "Grace",
-    "Ivan",
-    "Jana",
-    "Karl",
-    "Lena",
-    "Maria",
-    "Paul",
-    "Tom",
+    *("Ada", "Alan", "Ben", "Clara", "David", "Emil", "Grace", "Ivan", "Jana", "Karl", "Lena", "Maria", "Paul", "Tom"),
 )
 COLORS = {"grass": "green", "snow": "white", "the sky": "blue", "a lemon": "yellow", "coal": "black", "blood": "red"}
 SOUNDS = {"a dog": "barks", "a cat": "meows", "a cow": "moos", "a duck": "quacks", "a lion": "roars", "a bee": "hums"}

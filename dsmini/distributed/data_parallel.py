@@ -47,7 +47,7 @@ def shard(model: nn.Module, blocks: list[nn.Module], zero: int, parts: DeviceMes
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    for name in ("losses", "hidden"):
+    for name in ("losses", "states"):
         register_fsdp_forward_method(model, name)
 
 

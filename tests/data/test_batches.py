@@ -82,17 +82,6 @@ def test_batches_do_not_depend_on_workers(workers: int) -> None:
     loader.close()
 
 
-def test_workers_prepare_the_next_batches_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    real = Corpus.batch
-    monkeypatch.setattr(Corpus, "batch", lambda self, first, *rest: (asked.append(first), real(self, first, *rest))[1])
-    loader = Loader(corpus_of(), 8, seed=0, workers=1)
-    loader.take([(0, 2), (2, 2), (4, 2)])
-    loader.take([(2, 2), (4, 2)])
-    loader.close()
-    assert asked == [0, 2, 4]
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_error_in_a_worker_reaches_the_training(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     def fail(self: Corpus, first: int, *rest: int) -> None:

@@ -1,7 +1,6 @@
 """Texts as they are read for a corpus: found, left out, split, packed, damaged, changing, large."""
 
 import gzip
-import hashlib
 import os
 import shutil
 import subprocess
@@ -51,23 +50,6 @@ def test_folder_is_read_in_order_and_split_by_files(tmp_path: Path) -> None:
     assert train == [text for text in order if text in train]
     assert val == [text for text in order if text in val]
     assert 0.08 <= len(corpus.val) / (len(corpus.val) + len(corpus.train)) <= 0.1
-
-
-def test_few_files_are_split_at_the_end_of_the_text(tmp_path: Path) -> None:
-    corpus = load(tmp_path, {"a": b"a" * 500, "b": b"b" * 500})
-    assert corpus.split == "the last 10% of the text"
-    assert corpus.train.tobytes() == b"a" * 500 + b"\0" + b"b" * 399
-    assert corpus.val.tobytes() == b"b" * 101
-    text = bytes(range(1, 201))
-    corpus = load(tmp_path, {"t": text}, path=tmp_path / "texts/t")
-    assert (corpus.train.tobytes(), corpus.val.tobytes()) == (text[:180], text[180:])
-    assert corpus.sha256 == hashlib.sha256(text).hexdigest()
-
-
-@pytest.mark.parametrize(("text", "reason"), [("abcd", "binary"), ("abcde", "UTF-16LE")])
-def test_encoding_shows_from_nine_bytes_on(tmp_path: Path, text: str, reason: str) -> None:
-    corpus = load(tmp_path, {"a.txt": b"text " * 50, "b.txt": text.encode("utf-16-le")})
-    assert corpus.left_out == (f"b.txt ({reason})",)
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 99))
@@ -170,9 +152,6 @@ def test_progress_ends_at_the_total(place: Path) -> None:
     for what in ("reading", "tokenizing"):
         steps = [(done, total) for name, done, total in told if name == what]
         assert steps == sorted(steps) and steps[-1] == (size, size)
-    told.clear()
-    load_corpus(config, 8, 256, place / "corpus", progress=lambda *args: told.append(args))
-    assert told == []
 
 
 PACKED = gzip.compress(np.random.default_rng(0).bytes(5000))
@@ -237,12 +216,6 @@ def test_what_may_not_be_looked_at_is_named(
     path = corpora.lay_out(tmp_path / "texts", {"a": b"text", "d/a": b"text"})
     monkeypatch.setattr(call, below)
     assert sentence.format(path=path) in refusal(corpora.load, tmp_path)
-
-
-def test_document_that_became_special_is_never_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a")
-    document = Document(name="a", path=tmp_path / "a", stored=1, modified=0)
-    assert "it is a FIFO, want a regular file" in refusal(lambda: list(document.chunks()))
 
 
 @pytest.mark.parametrize("vocab_size", [100, 400])

@@ -100,10 +100,6 @@ def test_cuts_fall_between_characters(text: str, seed: int) -> None:
     assert prefix.decode() + middle.decode() + suffix.decode() == text
 
 
-def test_empty_document_is_not_rearranged() -> None:
-    assert arrange(b"", "name", 1.0, 0, ByteTokenizer()) is None
-
-
 def test_cuts_are_uniform() -> None:
     seen = np.zeros(5)
     for seed in range(5000):
@@ -120,13 +116,6 @@ def test_documents_with_marks_or_too_large_stay_unchanged(place: Path, monkeypat
     monkeypatch.setattr("dsmini.data.fim.LARGEST", 1000)
     corpus = corpora.load(place, fim_rate=1.0)
     assert corpus.rearranged == 0 and corpus.sha256 == corpora.load(place).sha256
-
-
-def test_documents_up_to_a_mebibyte_are_rearranged(place: Path) -> None:
-    (place / "texts/fits.txt").write_bytes(b"x" * 2**20)
-    (place / "texts/large.txt").write_bytes(b"y" * (2**20 + 1))
-    texts = documents_of(corpora.load(place, fim_rate=1.0, val_fraction=0.0005).train)
-    assert any(BEGIN in text and b"x" * 99 in text for text in texts) and b"y" * (2**20 + 1) in texts
 
 
 def test_only_too_large_documents_for_fim_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

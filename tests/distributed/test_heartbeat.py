@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dsmini.distributed.heartbeat import ENDED, STALLED, Beat, Heartbeat, place_of
+from dsmini.distributed.heartbeat import ENDED, STALLED, Heartbeat, place_of
 
 
 class Ended(BaseException):
@@ -115,12 +115,3 @@ def test_place_is_the_innermost_line_of_ours() -> None:
 
     where, waits = place_of(threading.main_thread().ident)
     assert where.startswith("dsmini/distributed/heartbeat.py:") and where.endswith(" place_of") and not waits
-
-
-def test_beat_is_read_as_written() -> None:
-    store: Any = dist.HashStore()
-    beat = Heartbeat(0, 1, store, 3.0, lambda *_: None)
-    beat.beat(7, "forward")
-    beat._publish("forward")
-    read = beat._read(0)
-    assert isinstance(read, Beat) and (read.step, read.phase, read.rank) == (7, "forward", 0)

@@ -124,24 +124,15 @@ def test_tokens_of_an_answer_stay_where_the_template_cuts(chat: Chat) -> None:
     assert "see</think>It" in chat.tokenizer.decode(chat.encode(messages))
 
 
-def add_tokens(folder: Path, to: Path, *tokens: str) -> None:
+def test_words_are_read_in_a_text_and_the_longer_of_two_tokens_that_begin_alike(folder: Path, tmp_path: Path) -> None:
+    """DeepSeek's vocabularies hold a few letters as added tokens; without them those letters could not be written."""
     content = json.loads((folder / "tokenizer.json").read_text())
     last = content["added_tokens"][-1]
-    content["added_tokens"] += [last | {"id": last["id"] + i, "content": token} for i, token in enumerate(tokens, 1)]
-    (to / "tokenizer.json").write_text(json.dumps(content))
-
-
-def test_added_tokens_that_are_words_are_read_in_a_text(folder: Path, tmp_path: Path) -> None:
-    """DeepSeek's vocabularies hold a few letters as added tokens; without them those letters could not be written."""
-    add_tokens(folder, tmp_path, "ŋgo")
-    chat = chat_of(tmp_path, "{{ 'aŋgo ' + messages[0]['content'] + '<｜User｜>' }}")
-    assert chat.encode(user(chat, "bŋgo")).count(chat.tokenizer.added["ŋgo"]) == 2
-
-
-def test_of_two_tokens_that_begin_alike_the_longer_is_read(folder: Path, tmp_path: Path) -> None:
-    add_tokens(folder, tmp_path, "<tool>", "<tool>2")
-    chat = chat_of(tmp_path, "{{ '<tool>' }}{{ '<tool>2' }}")
-    assert chat.encode([]) == ids(chat, "<tool>", "<tool>2")
+    new = [last | {"id": last["id"] + i, "content": token} for i, token in enumerate(["ŋgo", "<tool>", "<tool>2"], 1)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": content["added_tokens"] + new}))
+    chat = chat_of(tmp_path, "{{ 'aŋgo ' + messages[0]['content'] }}{{ '<tool>' }}{{ '<tool>2' }}")
+    tokens = chat.encode(user(chat, "bŋgo"))
+    assert markup(chat, tokens) == ids(chat, "ŋgo", "ŋgo", "<tool>", "<tool>2")
 
 
 def test_the_templates_surroundings(folder: Path) -> None:

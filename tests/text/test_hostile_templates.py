@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dsmini.text import chat
-from dsmini.text.chat import LONGEST, MARK, ChatTemplate, read_template
+from dsmini.text.chat import LONGEST, MARK, ChatTemplate
 from tests.helpers.configs import refusal
 
 LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
@@ -58,12 +58,6 @@ def test_template_that_fails_is_refused_in_a_sentence(source: str, sentence: str
     said = refusal(render, source)
     assert said.startswith(f"the chat template of t.jinja {sentence}")
     assert said.isprintable() and len(said) < 400
-
-
-def test_template_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").mkdir()
-    with pytest.raises(ValueError, match=r"chat_template.jinja: it is a folder, want a regular file"):
-        read_template(tmp_path, {"chat_template": "x"})
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +103,9 @@ def test_vocabulary_without_its_unknown_token_is_a_sentence(tmp_path: Path) -> N
     assert "t.json fails on token ids" in refusal(tokenizer.decode, [2**40])
 
 
-KINDS: dict[str, Callable[[Path], object]] = {
-    "folder": Path.mkdir,
-    "pipe": os.mkfifo,
-    "device": lambda path: path.symlink_to("/dev/null"),
-    "broken link": lambda path: path.symlink_to("nothing"),
-}
-
-
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_regular_files_are_read(tmp_path: Path, name: str, kind: str) -> None:
+def test_only_regular_files_are_read(tmp_path: Path, name: str) -> None:
     folder = save_text_side(tmp_path / "m")
     (folder / name).unlink(missing_ok=True)
-    KINDS[kind](folder / name)
-    with pytest.raises(ValueError, match=rf"{name}: it is .*, want a regular file|there is no file .*{name}"):
-        read_text_side(folder)
+    os.mkfifo(folder / name)
+    assert f"{name}: it is a FIFO, want a regular file" in refusal(read_text_side, folder)

@@ -98,12 +98,6 @@ def test_an_end_token_is_not_shown_and_nothing_is_read_after_it(tokenizer: Token
     assert row.add(tokens) == row.close() == ""
 
 
-def test_without_end_tokens_the_text_continues(tokenizer: Tokenizer) -> None:
-    row = Continuation(tokenizer.stream())
-    end = tokenizer.end_of_document
-    assert row.add([*tokenizer.encode("a").tolist(), end]) == "a" + tokenizer.decode([end])
-
-
 def test_unfinished_character_is_given_up_at_the_end() -> None:
     row = Continuation(ByteTokenizer().stream(), ends={0})
     first, *rest = "🙂".encode()

@@ -1,101 +1,21 @@
-"""The state that a checkpoint must hold; fewer ranks than before, and more again; and experts without a token."""
+"""Fewer ranks than before, and more again; and experts without a token."""
 
-import dataclasses
-import os
-import shutil
-import signal
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dsmini.checkpoint.training_state import Checkpoint, RunState
 from dsmini.distributed.world import World
-from tests.distributed.faults import Fault
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import (
     RECIPE,
-    before_each_step,
-    differences,
-    new_run,
     rows,
     run,
 )
 
 pytestmark = pytest.mark.slow
-EP: dict[str, Any] = {"ep": 2}
 ROWS = RECIPE["batch_size"]
-NANS = [Fault("nan", 1, step, "forward") for step in (7, 8)]
-"""Steps that are skipped before and after the stop: nothing that comes later hides a count, or the best loss."""
-PARTS = ("model", "optimizer", "average", "rng")
-OTHERS = ("corpus_sha256", "rewinds")
-"""Fields that change no step: what a resumed run only compares, and a count of spikes."""
-DROPPED = [*PARTS, *(f.name for f in dataclasses.fields(RunState) if f.name not in OTHERS)]
-
-
-def stopped_after_seven(world: World, folder: Path, stop: bool) -> bool:
-    """Train with a skipped step; stop after step 7 if asked to."""
-    training = new_run(world, folder, EP, NANS)
-
-    def before() -> None:
-        torch.rand(1)  # so that the random numbers are in another state after each step
-        if stop and training.trainer.steps_done == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before_each_step(training, before)
-    return training.train()
-
-
-def without(checkpoint: Checkpoint, dropped: str) -> Checkpoint:
-    """Return a checkpoint in which a part is as that of a new run."""
-    if dropped == "nothing":
-        return checkpoint
-    if dropped in PARTS:
-        tensors = {name: torch.zeros_like(t) for name, t in checkpoint.tensors[dropped].items()}
-        if dropped == "rng":
-            tensors = {name: torch.Generator().manual_seed(9).get_state() for name in tensors}
-        return dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, dropped: tensors})
-    fresh: dict[str, Any] = {"row": {**checkpoint.state.row, "loss": 0.0}}
-    changes = {dropped: fresh.get(dropped, 0)}
-    return dataclasses.replace(checkpoint, state=dataclasses.replace(checkpoint.state, **changes))
-
-
-def resumed_without(world: World, before: Path, place: Path, parts: Sequence[str]) -> None:
-    """For each part: continue a stopped run from a checkpoint that lacks it, in a folder of its own."""
-    for part in parts:
-        world.first(lambda part=part: shutil.copytree(before, place / part) and None)
-        training = new_run(world, place / part, EP, NANS)
-        checkpoint = without(training.newest_checkpoint(str), part)
-        torch.manual_seed(5)
-        training.saver.saved_at = None
-        training.resume(checkpoint)
-        before_each_step(training, lambda: torch.rand(1))
-        training.train()
-
-
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with `whole`, a run that never stopped, and one without each part."""
-    place = tmp_path_factory.mktemp("dropped")
-    run_ranks(2, stopped_after_seven, place / "whole", False)
-    assert run_ranks(2, stopped_after_seven, place / "before", True) == [False, False]
-    run_ranks(2, resumed_without, place / "before", place, ["nothing", *DROPPED])
-    return place
-
-
-def test_nothing_dropped_equals_the_whole_run(resumed: Path) -> None:
-    assert differences(resumed / "nothing", resumed / "whole") == []
-
-
-@pytest.mark.parametrize("part", DROPPED)
-def test_each_part_that_is_dropped_is_seen(part: str, resumed: Path) -> None:
-    steps = {path.name for path in (resumed / part / "checkpoints").iterdir()}
-    assert "step-000008" not in steps or differences(resumed / part, resumed / "whole") != []
-
-
-# --- other numbers of ranks
 
 
 def recorded(world: World, folder: Path, until: int) -> list[tuple[int, list[int]]]:
