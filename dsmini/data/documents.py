@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsmini.reading import listed, open_regular
+from dsmini.reading import is_there, listed, open_regular
 
 NAMED = 3
 """Number of files that are named where some are left out."""
@@ -133,11 +133,7 @@ def find(path: Path | None, leave_out: Path | None = None) -> Source:
     """
     if path is None:
         return _standard_library()
-    try:
-        exists = path.exists()
-    except OSError as error:
-        raise ValueError(f"data.path={path} cannot be a path: {error.strerror}; name a text file or a folder") from None
-    if not exists:
+    if not is_there(path):
         raise ValueError(f"data.path={path} does not exist; name a text file or a folder of text files")
     if path.is_file():
         return Source(root=path.parent, words=str(path), kind="file", documents=[_document(path.parent, path)])

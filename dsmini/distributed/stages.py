@@ -14,6 +14,7 @@ two ranks, both have it. Their gradients are summed, so that both stay equal.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,10 +66,6 @@ class StageLayout:
         """Return the number of MoE layers before a stage."""
         return sum(self.moe[: self.layers[stage].start])
 
-    def ends_apart(self) -> bool:
-        """Return whether the first and the last stage are on two ranks."""
-        return self.ranks[0] != self.ranks[-1]
-
     def keep(self, model: Transformer, rank: int) -> None:
         """Leave of a whole model the modules of a rank's stages, with their names."""
         stages = self.stages(rank)
@@ -94,24 +91,21 @@ def ranks_of_stages(config: ParallelConfig) -> tuple[int, ...]:
 
 def divided(costs: Sequence[float], stages: int) -> tuple[range, ...]:
     """Return consecutive layers for each stage, one or more, such that the largest sum of costs is smallest."""
-    n = len(costs)
-    assert stages <= n, "the config allows no more stages than layers"
-    sums = [sum(costs[:i]) for i in range(n + 1)]
-    # best[i]: of the first i layers in the stages so far, largest cost, sum of squares, and the first layers
-    best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
-    for stage in range(1, stages + 1):
-        best = {
-            end: min(_longer(before, begin, sums[end] - sums[begin]) for begin, before in best.items() if begin < end)
-            for end in range(stage, n - stages + stage + 1)
-        }
-    begins = best[n][2]
-    return tuple(range(a, b) for a, b in zip(begins, [*begins[1:], n], strict=True))
+    assert stages <= len(costs), "the config allows no more stages than layers"
 
+    @cache
+    def best(end: int, stages: int) -> tuple[float, float, tuple[int, ...]]:
+        """Return the largest cost, the sum of squares (less for stages that are more even) and the first layers."""
+        if stages == 1:
+            return sum(costs[:end]), sum(costs[:end]) ** 2, (0,)
+        ways = []
+        for begin in range(stages - 1, end):
+            (largest, squares, begins), cost = best(begin, stages - 1), sum(costs[begin:end])
+            ways.append((max(largest, cost), squares + cost**2, (*begins, begin)))
+        return min(ways)
 
-def _longer(before: tuple[float, float, list[int]], begin: int, cost: float) -> tuple[float, float, list[int]]:
-    """Return stages and one more, of this cost. Stages that are more even compare as smaller."""
-    largest, squares, begins = before
-    return max(largest, cost), squares + cost**2, [*begins, begin]
+    begins = best(len(costs), stages)[2]
+    return tuple(map(range, begins, (*begins[1:], len(costs))))
 
 
 def _cost(module: nn.Module, model: Transformer) -> float:
@@ -184,17 +178,15 @@ class ModelStage(nn.Module):
         if not self.last:
             routing = [aux.routing for aux in found if aux.routing is not None]
             self._count(routing)
-            new = [self._balance(r, tokens) for r in routing]
-            balances = [*([] if before is None else [before]), *([torch.stack(new)] if new else [])]
-            return (x, torch.cat(balances)) if balances else x
+            balances = self._balances(before, routing, tokens)
+            return (x, torch.stack(balances)) if balances else x
         options = {"documents": documents, "n_targets": batch.n_targets, "states": model.states_of(x, found)}
         losses = model.losses(tokens, targets, **options, **batch.options)
         self._count(losses.routing)
         # the balance losses of all layers, added in the order of one process
         balance, weight = losses.balance, batch.options
         if before is not None:
-            own = [self._balance(routing, tokens) for routing in losses.routing]
-            balance = torch.stack([*before.unbind(), *own]).sum().to(losses.main.dtype)
+            balance = torch.stack(self._balances(before, losses.routing, tokens)).sum().to(losses.main.dtype)
         total = losses.main + weight["mtp_weight"] * losses.mtp + weight["balance_alpha"] * balance
         assert self.sums is not None
         self.sums += torch.stack([losses.main, losses.mtp, balance]).detach() / batch.parts
@@ -213,10 +205,12 @@ class ModelStage(nn.Module):
             found.append(aux)
         return x, found
 
-    def _balance(self, routing: Routing, tokens: Tensor) -> Tensor:
+    def _balances(self, before: Tensor | None, routing: Sequence[Routing], tokens: Tensor) -> list[Tensor]:
+        """Return the balance losses of the MoE layers before this stage, and of its own."""
         assert self.batch is not None
-        counts = self.batch.options["balance_counts"]
-        return sequence_balance_loss(routing.scores, routing.indices, tokens.shape[0], counts)
+        rows, counts = tokens.shape[0], self.batch.options["balance_counts"]
+        own = [sequence_balance_loss(r.scores, r.indices, rows, counts) for r in routing]
+        return [*(() if before is None else before.unbind()), *own]
 
     def _count(self, routing: list[Routing]) -> None:
         if routing:

@@ -249,26 +249,15 @@ def byte_tokenizer_json() -> str:
     others = [byte for byte in range(256) if byte not in printable]
     characters = {byte: chr(0x100 + i) for i, byte in enumerate(others)} | {byte: chr(byte) for byte in printable}
     as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    model = {
+        "type": "BPE",
+        **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
+        **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
+        "vocab": {characters[byte]: byte for byte in range(256)},
+        "merges": [],
+    }
     content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": as_bytes,
-        "post_processor": None,
-        "decoder": as_bytes,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {characters[byte]: byte for byte in range(256)},
-            "merges": [],
-        },
+        **{"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None},
+        **{"pre_tokenizer": as_bytes, "post_processor": None, "decoder": as_bytes, "model": model},
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -20,7 +20,6 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -37,22 +36,11 @@ SECONDS = 200.0
 TIMEOUT = 60.0
 """Seconds of a collective, against hangs alone."""
 START = multiprocessing.get_context("forkserver")
-PRELOADED = ["tests.distributed.preloaded"]
-
-
-def serve(modules: list[str]) -> None:
-    """Let processes be forked from one that has imported these modules."""
-    server: Any = forkserver._forkserver  # pyright: ignore[reportAttributeAccessIssue]
-    if server._preload_modules != modules:
-        if server._forkserver_pid is not None:  # the next start of a process starts another one
-            os.kill(server._forkserver_pid, signal.SIGKILL)
-            os.waitid(os.P_PID, server._forkserver_pid, os.WEXITED | os.WNOWAIT)
-        START.set_forkserver_preload(modules)
+START.set_forkserver_preload(["tests.distributed.preloaded"])
 
 
 def start(work: Callable[..., None], *args: Any) -> Any:
     """Start a process that does work(*args), and ends with this one."""
-    serve(PRELOADED)
     process = START.Process(target=work, args=args, daemon=True)
     process.start()
     return process

@@ -2,17 +2,18 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from dsmini.distributed.data_parallel import local
 from dsmini.distributed.world import World
+from dsmini.training.optim import optimizer_state
+from dsmini.training.trainer import Trainer
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import (
-    RECIPE,
-    rows,
-    run,
-)
+from tests.distributed.runs import RECIPE, STEPS, assert_near, new_trainer, rows, run
+from tests.helpers.tolerances import FP32_MODEL
 
 pytestmark = pytest.mark.slow
 ROWS = RECIPE["batch_size"]

@@ -1,6 +1,6 @@
 """Training in every layout of ranks equals training in one process: losses, loads, and all tensors afterwards."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,10 +19,6 @@ SPARSE = DSA | {"init_std": 0.1}
 """Indexers whose loss is far above the rounding errors of its gradient."""
 
 
-def one_process(train_options: dict[str, Any] | None = None, model: dict[str, Any] | None = None) -> Trained:
-    return train(World(), None, model, train_options, STEPS)
-
-
 def assert_alike(ranks: list[Trained], want: Trained) -> None:
     """Compare all ranks up to the order of sums. AdamW divides by the size of a gradient: a tiny one may be noise."""
     most = rounding(FP32_UNIT, 48, 80) * want.losses.abs().max() * STEPS
@@ -38,27 +34,59 @@ def assert_alike(ranks: list[Trained], want: Trained) -> None:
     assert biases and far_apart(held, biases, exactly) == []
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
-def test_two_ranks_are_two_parts_bit_for_bit(optimizer: str) -> None:
-    want = one_process({"grad_accum": 2, "optimizer": optimizer})
-    ranks = run_ranks(2, train, {"dp": 2}, None, {"optimizer": optimizer}, STEPS)
-    assert all(got.losses.equal(want.losses) for got in ranks)
-    assert far_apart([got.pieces for got in ranks], want.tensors, exactly) == []
+class Row(NamedTuple):
+    """A layout that trains as one process does, up to the order of sums or bit for bit."""
+
+    n: int
+    parallel: dict[str, Any]
+    train: dict[str, Any] = {}  # noqa: RUF012
+    alone: dict[str, Any] | None = None
+    """Changes of the train config in one process, which then has the same bits."""
+    model: dict[str, Any] | None = None
+    steps: int = STEPS
 
 
-@pytest.mark.parametrize(
-    ("n", "parallel"),
-    [
-        (2, {"ep": 2}),
-        *(
-            pytest.param(4, parallel, marks=pytest.mark.slow)
-            for parallel in ({"dp": 4}, {"ep": 2, "dp": 2}, {"ep": 4}, {"ep": 4, "nodes": 2})
-        ),
-    ],
-    ids=str,
-)
-def test_layout_equals_one_process(n: int, parallel: dict[str, Any]) -> None:
-    assert_alike(run_ranks(n, train, parallel, None, None, STEPS), one_process())
+MUON = {"optimizer": "muon"}
+PARTS = {"grad_accum": 2}
+ROWS: list[Row] = [
+    Row(2, {"dp": 2}, alone=PARTS),
+    Row(2, {"ep": 2}),
+    # slow from here on
+    Row(2, {"dp": 2}, MUON, alone=PARTS),
+    *(Row(4, parallel) for parallel in ({"dp": 4}, {"ep": 2, "dp": 2}, {"ep": 4}, {"ep": 4, "nodes": 2})),
+    Row(4, {"ep": 2}, MUON | PARTS | {"recompute": True, "ema_decay": 0.9}),
+    Row(2, {"dp": 2, "zero": 3}, MUON),
+    Row(4, {"dp": 4, "zero": 1}, PARTS),
+    Row(4, {"dp": 4, "zero": 2}, MUON | PARTS),
+    Row(4, {"ep": 2, "zero": 3}, MUON | {"ema_decay": 0.9}),
+    Row(4, {"ep": 4, "zero": 3}, {"recompute": True, "balance_counts": "routed"}),
+    *(Row(2, {"dp": 2}, MUON | {"dsa_stage": stage}, PARTS, SPARSE) for stage in ("warmup", "sparse")),
+    # two steps: later a key that is picked or not for a last bit makes another run
+    *(
+        Row(2, parallel, options, None, SPARSE, 2)
+        for parallel, options in (
+            ({"ep": 2}, {"dsa_stage": "warmup"}),
+            ({"ep": 2}, {"recompute": True}),
+            ({"dp": 2, "zero": 1}, {}),
+            ({"dp": 2, "zero": 3}, PARTS | {"recompute": True}),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("row", [*ROWS[:2], *(pytest.param(row, marks=pytest.mark.slow) for row in ROWS[2:])], ids=str)
+def test_layout_equals_one_process(row: Row) -> None:
+    want = train(World(), None, row.model, row.train | (row.alone or {}), row.steps)
+    ranks = run_ranks(row.n, train, row.parallel, row.model, row.train, row.steps)
+    if row.alone is None:
+        assert_alike(ranks, want)
+    else:
+        assert all(got.losses.equal(want.losses) for got in ranks)
+        assert far_apart([got.pieces for got in ranks], want.tensors, exactly) == []
+    for got, step in zip(ranks[0].steps, want.steps, strict=True):
+        assert (got.indexers is None) == (step.indexers is None) == (row.model is None)
+        for name, figures in (step.indexers or {}).items():
+            assert (got.indexers or {})[name] == pytest.approx(figures, rel=FP32_MODEL * STEPS), name
 
 
 @pytest.mark.parametrize(
@@ -94,63 +122,9 @@ def test_mean_is_over_the_targets_of_all_ranks() -> None:
 
 
 @pytest.mark.slow
-def test_recompute_parts_and_muon_equal_one_process() -> None:
-    options = {"recompute": True, "grad_accum": 2, "optimizer": "muon", "ema_decay": 0.9}
-    assert_alike(run_ranks(4, train, {"ep": 2}, None, options, STEPS), one_process(options))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("n", "parallel", "options"),
-    [
-        (2, {"dp": 2, "zero": 3}, {"optimizer": "muon"}),
-        (4, {"dp": 4, "zero": 1}, {"grad_accum": 2}),
-        (4, {"dp": 4, "zero": 2}, {"grad_accum": 2, "optimizer": "muon"}),
-        (4, {"ep": 2, "zero": 3}, {"optimizer": "muon", "ema_decay": 0.9}),
-        (4, {"ep": 4, "zero": 3}, {"recompute": True, "balance_counts": "routed"}),
-    ],
-    ids=str,
-)
-def test_divided_state_equals_one_process(n: int, parallel: dict[str, Any], options: dict[str, Any]) -> None:
-    assert_alike(run_ranks(n, train, parallel, None, options, STEPS), one_process(options))
-
-
-@pytest.mark.slow
 def test_two_runs_of_a_layout_have_the_same_bits() -> None:
     a, b = (run_ranks(4, train, {"ep": 2}, None, None, 3) for _ in range(2))
     assert all(one.tensors[n].equal(t) for one, other in zip(a, b, strict=True) for n, t in other.tensors.items())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["warmup", "sparse"])
-def test_indexers_learn_from_all_parts_bit_for_bit(stage: str) -> None:
-    options = {"dsa_stage": stage, "optimizer": "muon"}
-    want = one_process(options | {"grad_accum": 2}, SPARSE)
-    ranks = run_ranks(2, train, {"dp": 2}, SPARSE, options, STEPS)
-    assert far_apart([got.pieces for got in ranks], want.tensors, exactly) == []
-    for got in ranks:
-        assert [step.indexers for step in got.steps] == [step.indexers for step in want.steps] != [None] * STEPS
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("parallel", "options"),
-    [
-        ({"ep": 2}, {"dsa_stage": "warmup"}),
-        ({"ep": 2}, {"recompute": True}),
-        ({"dp": 2, "zero": 1}, {}),
-        ({"dp": 2, "zero": 3}, {"recompute": True, "grad_accum": 2}),
-    ],
-    ids=str,
-)
-def test_indexers_learn_as_in_one_process(parallel: dict[str, Any], options: dict[str, Any]) -> None:
-    """Two steps: later a key that is picked or not for a last bit makes another run."""
-    ranks, want = run_ranks(2, train, parallel, SPARSE, options, 2), train(World(), None, SPARSE, options, 2)
-    assert_alike(ranks, want)
-    for g, w in zip(ranks[0].steps, want.steps, strict=True):
-        assert g.indexers is not None and w.indexers is not None
-        for name, figures in w.indexers.items():
-            assert g.indexers[name] == pytest.approx(figures, rel=FP32_MODEL * STEPS), name
 
 
 @pytest.mark.slow
