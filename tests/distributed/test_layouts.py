@@ -104,16 +104,16 @@ def test_growing_batch_takes_the_sequences_of_one_process(size: int, start: int,
 def masked(world: World, parallel: dict[str, Any]) -> Trained:
     """Take steps of clipped gradients in which half of the rows have one target alone."""
     trainer = new_trainer(world, parallel, {}, {"grad_clip": 0.1})
-    real = trainer._batch
+    real = trainer.loader.take
 
-    def batch(rows: int) -> tuple[Tensor, Tensor]:
-        tokens, targets = real(rows)
+    def take(requests: Any) -> tuple[Tensor, Tensor]:
+        tokens, targets = real(requests)
         first = trainer.mesh.part * len(targets)
         targets = targets.clone()
         targets[[row for row in range(len(targets)) if first + row < 4], 1:] = IGNORE
         return tokens, targets
 
-    trainer._batch = batch
+    trainer.loader.take = take
     return Trained([trainer.step() for _ in range(STEPS)], held_pieces(trainer))
 
 
