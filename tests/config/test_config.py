@@ -15,9 +15,12 @@ from tests.helpers.strategies import model_configs
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_config_file_builds(path: Path) -> None:
-    config = ModelConfig.from_file(path)
-    assert RunConfig.from_file(path).model == config
+def test_every_config_is_found_by_name_from_anywhere_and_builds(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = ModelConfig.from_file(path.stem)
+    assert RunConfig.from_file(path.stem).model == config == ModelConfig.from_file(path)
     with torch.device("meta"):
         assert Transformer(config).config == config
 
@@ -65,13 +68,6 @@ def test_empty_file_and_toy_file_are_the_defaults(tmp_path: Path) -> None:
     path = written(tmp_path, "", "x.toml")
     assert ModelConfig.from_file(path) == ModelConfig()
     assert RunConfig.from_file(path) == RunConfig.from_file(CONFIGS / "toy.toml") == RunConfig()
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
-def test_config_is_found_by_name_from_anywhere(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert ModelConfig.from_file(path.stem) == ModelConfig.from_file(path)
-    assert RunConfig.from_file(path.stem) == RunConfig.from_file(path)
 
 
 @pytest.mark.parametrize(
