@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +26,8 @@ from dsmini.diagnosis.training import Subject
 from dsmini.machine import DTYPES, pick_dtype
 from dsmini.training.trainer import Trainer
 
-MODEL = ModelConfig(
-    dim=96,
-    inter_dim=384,
-    moe_inter_dim=192,
-    n_layers=2,
-    n_routed_experts=4,
-    n_activated_experts=2,
-    n_expert_groups=1,
-    n_limited_groups=1,
-    n_mtp_layers=0,
-)
+FEW: dict[str, Any] = {"n_routed_experts": 4, "n_activated_experts": 2, "n_expert_groups": 1, "n_limited_groups": 1}
+MODEL = ModelConfig(dim=96, inter_dim=384, moe_inter_dim=192, n_layers=2, n_mtp_layers=0, **FEW)
 """Few and wide experts, so that routing costs little."""
 DENSE = dataclasses.replace(MODEL, n_dense_layers=2)
 LARGER = dataclasses.replace(MODEL, dim=192, inter_dim=768, moe_inter_dim=512)

@@ -23,9 +23,9 @@ DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.95)
 NEEDLES, QUICK_NEEDLES = 24, 2
 STEPS, QUICK_STEPS = {"short": 700, "dense": 500, "longer": 200, "warmup": 100, "sparse": 200}, 3
 STARTS = {"short": "", "dense": "short", "longer": "dense", "warmup": "fresh", "sparse": "warmup"}
-LONG = ["--train.seq-len", str(CONTEXT), "--train.batch-size", "1"]
-KEYS = ["--model.index-topk", str(TOPK)]
-GENTLY = ["--train.lr", "3e-4", "--train.muon-lr", "1e-3", "--train.lr-schedule", "constant"]
+LONG = f"--train.seq-len {CONTEXT} --train.batch-size 1"
+KEYS = f"--model.index-topk {TOPK}"
+GENTLY = "--train.lr 3e-4 --train.muon-lr 1e-3 --train.lr-schedule constant"
 
 
 def run(trial: Trial, arm: str) -> Mapping[str, float]:
@@ -43,14 +43,12 @@ def run(trial: Trial, arm: str) -> Mapping[str, float]:
             run_module("dsmini.convert", *both, "--dsa", *STUDY.arms[arm])
         model = load_pretrained(trial.folder / arm)
     else:
-        steps = QUICK_STEPS if trial.setting.quick else STEPS[arm]
+        quick, recipe = trial.setting.quick, "toy-dsa" if arm in ("warmup", "sparse") else "toy"
         text = ["--data.path", str(path), "--data.val-fraction", f"{(len(words) - cut) / len(mixed):.6f}"]
-        size = ["--model.max-seq-len", str(CONTEXT), "--model.n-mtp-layers", "0", "--train.steps", str(steps)]
-        recipe = "toy-dsa" if arm in ("warmup", "sparse") else "toy"
-        flags = [*size, *text, "--train.save-every", "100", *STUDY.arms[arm]]
-        found["loss"] = trial.train(
-            arm, recipe, *flags, start=STARTS[arm], eval_tokens=4096 if trial.setting.quick else 10**12
-        )["val_loss"]
+        size = f"--model.max-seq-len {CONTEXT} --model.n-mtp-layers 0 --train.save-every 100 --train.steps".split()
+        flags = [*size, str(QUICK_STEPS if quick else STEPS[arm]), *text, *STUDY.arms[arm]]
+        how = {"start": STARTS[arm], "eval_tokens": 4096 if quick else 10**12}
+        found["loss"] = trial.train(arm, recipe, *flags, **how)["val_loss"]
         if recipe == "toy-dsa":
             lines = (trial.folder / arm / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             last = lines[-max(1, len(lines) // 10) :]
@@ -67,20 +65,11 @@ STUDY = Study(
     about=__doc__,
     arms={
         "short": ["--train.seq-len", "256", "--train.batch-size", "16"],
-        "dense": LONG,
-        "longer": [*LONG, *GENTLY],
-        "fresh": ["--index-n-heads", "4", "--index-head-dim", "32", "--index-topk", str(TOPK)],
-        "warmup": [
-            *LONG,
-            *KEYS,
-            "--train.dsa-stage",
-            "warmup",
-            "--train.lr",
-            "1e-3",
-            "--train.lr-schedule",
-            "constant",
-        ],
-        "sparse": [*LONG, *KEYS, *GENTLY],
+        "dense": LONG.split(),
+        "longer": f"{LONG} {GENTLY}".split(),
+        "fresh": f"--index-n-heads 4 --index-head-dim 32 --index-topk {TOPK}".split(),
+        "warmup": f"{LONG} {KEYS} --train.dsa-stage warmup --train.lr 1e-3 --train.lr-schedule constant".split(),
+        "sparse": f"{LONG} {KEYS} {GENTLY}".split(),
     },
     run=run,
     pairs=[("loss", "sparse", "longer"), ("answered", "sparse", "longer"), ("answered", "fresh", "longer")],

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -134,21 +135,18 @@ class Study:
     def answer(self, figures: list[Figure]) -> str:
         told = []
         for metric, arm, less in self.pairs:
-            mine, other = (
-                [f.measured for f in pick(figures, metric, arm=a) if f.measured is not None] for a in (arm, less)
+            found, mine, other = (
+                [f.measured for f in pick(figures, name, **case) if f.measured is not None]
+                for name, case in (
+                    (f"difference of {metric}", {"arm": arm, "less": less}),
+                    *((metric, {"arm": each}) for each in (arm, less)),
+                )
             )
-            changes = [f.measured for f in pick(figures, f"difference of {metric}", arm=arm, less=less)]
-            found = [change for change in changes if change is not None]
             if not found or not mine or not other:
                 continue
-            unit, mean = METRICS[metric][0], mean_of(found)
-            text = (
-                f"{words(metric)} of {arm} {sum(mine) / len(mine):.4g} {unit}, of {less} {sum(other) / len(other):.4g}"
-            )
-            if mean.is_clear:
-                clear = "" if mean.low > 0 or mean.high < 0 else ", no clear difference"
-                text += f": {mean.value:+.4f} ({mean.low:+.4f} to {mean.high:+.4f} in 95 %, {mean.turns} seeds{clear})"
-            else:
-                text += f": {mean.value:+.4f}, with one seed"
-            told.append(text.replace("  ", " "))
+            unit, mean = f" {METRICS[metric][0]}".rstrip(), mean_of(found)
+            text = f"{words(metric)} of {arm} {fmean(mine):.4g}{unit}, of {less} {fmean(other):.4g}: {mean.value:+.4f}"
+            clear = "" if mean.low > 0 or mean.high < 0 else ", no clear difference"
+            sure = f" ({mean.low:+.4f} to {mean.high:+.4f} in 95 %, {mean.turns} seeds{clear})"
+            told.append(text + (sure if mean.is_clear else ", with one seed"))
         return f"{'; '.join(told)}." if told else ""

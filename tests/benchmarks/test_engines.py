@@ -87,15 +87,6 @@ def test_engine_of_another_python_appends_in_parts_at_the_right_place(
         engine.feed(torch.tensor([[99]]))
 
 
-def test_engine_ends_with_its_owner(python: Path) -> None:
-    pytest.importorskip("gguf")
-    engine = Engine("ik_llama.cpp", str(python), Transformer(TINY), "BF16", room=64, at_once=4)
-    process = engine.process
-    assert process.poll() is None
-    del engine
-    assert process.wait(120) is not None
-
-
 def test_engine_that_cannot_load_the_model_says_why(python: Path) -> None:
     pytest.importorskip("gguf")
     (python.parent / "refuse").touch()
@@ -140,9 +131,3 @@ def test_each_engine_is_compared_with_the_side_of_its_bits(
     assert eight < 0.8 * bits
     told = peers.answer(figures)
     assert "ik_llama.cpp Q8_0 " in told and "decoding at 16 FP8" in told
-
-
-def test_without_engines_only_transformers_is_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "engines", lambda pythons: {})
-    keys = [case.key for case in peers.cases(setting())]
-    assert keys[2:] == ["decode context=128", "decode context=1024", "prefill tokens=512"]

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import faults, models
-from benchmarks.claims import moe_or_dense, nanogpt, shakespeare, sparse_training, study
+from benchmarks.claims import nanogpt, shakespeare, sparse_training, study
 from benchmarks.claims.study import Study, Trial
 from benchmarks.faults import Fault
 from benchmarks.peer_models.llamacpp_model import write_gguf
@@ -305,9 +305,3 @@ def test_nanogpt_learns_a_text() -> None:
     text = "It was a bright cold day in April. " * 60
     first, last = (nanogpt.train(text, seed=0, steps=steps) for steps in (1, 15))
     assert 0 < last < first - 0.1 < math.log(len(set(text))) + 0.4
-
-
-def test_dense_model_is_as_wide_as_the_experts_of_a_token() -> None:
-    config = models.recipe("shakespeare").model
-    width = int(moe_or_dense.STUDY.arms["dense"][-1])
-    assert width == config.moe_inter_dim * (config.n_activated_experts + config.n_shared_experts)

@@ -104,18 +104,6 @@ def test_activations_in_flight_are_as_published(ranks: int, microbatches: int) -
     assert most("dualpipev") == (2 * ranks + 1) / 2, "PP + 1 of 2 * ranks stages, each half a rank"
 
 
-@pytest.mark.parametrize(("ranks", "microbatches"), [*SIZES, (6, 12), (6, 14)])
-def test_dualpipe_runs_half_the_microbatches_in_each_direction(ranks: int, microbatches: int) -> None:
-    for rank, program in enumerate(programs("dualpipe", ranks, microbatches)):
-        forwards = Counter(action.stage for action in program if action.kind == "F")
-        assert forwards == {rank: microbatches // 2, ranks - 1 - rank: microbatches // 2}
-        for action in program:
-            assert (action.stage == rank) == (action.microbatch < microbatches // 2)
-        # its mirror does the same in the other direction
-        mirror = programs("dualpipe", ranks, microbatches)[ranks - 1 - rank]
-        assert [(a.kind, a.stage, a.overlaps) for a in mirror] == [(a.kind, a.stage, a.overlaps) for a in program]
-
-
 def test_dualpipe_of_the_first_and_a_middle_rank() -> None:
     def words(rank: int) -> str:
         return " ".join(f"{a.kind}{a.stage}.{a.microbatch}{'&' * a.overlaps}" for a in programs("dualpipe", 4, 8)[rank])

@@ -81,12 +81,3 @@ def test_shapes_in_a_figure_are_those_of_a_model(
 @pytest.mark.parametrize("name", FIGURES)
 def test_figure_is_the_one_that_the_script_draws(name: str) -> None:
     assert (FOLDER / f"{name}.svg").read_text() == draw(FIGURES[name]), "run: python docs/figures.py"
-
-
-def test_length_of_an_axis() -> None:
-    assert [length(axis, {"c": 512, "r": 64, "k": 8}) for axis in ("c+r", "n*k", "c*k", "n")] == [
-        "576",
-        "n*8",
-        "4096",
-        "n",
-    ]

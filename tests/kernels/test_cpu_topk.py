@@ -87,12 +87,6 @@ def test_a_score_of_nan_is_picked_and_no_hidden_key_is(isa: str) -> None:
     assert not cpu.topk_keys(q, k, weights, topk, torch.ones_like(hidden)).ge(0).any()
 
 
-def test_one_mask_serves_all_sequences(isa: str) -> None:
-    q, k, weights, topk, hidden = scored(3, 5, 140, 2, 16, 9, torch.float32)
-    want = cpu.topk_keys(q, k, weights, topk, hidden[:1].expand(3, -1, -1))
-    assert torch.equal(cpu.topk_keys(q, k, weights, topk, hidden[:1]), want)
-
-
 def test_attention_to_picked_rows_agrees(isa: str) -> None:
     for shape in ATTENDED:
         for dtype in DTYPES:
@@ -153,11 +147,3 @@ def test_picks_outside_the_rows_and_queries_without_picks_are_refused() -> None:
             cpu.topk_attention(*changed(main, 6, picks))
     with pytest.raises(RuntimeError, match="size"):
         cpu.topk_attention(*changed(main, 6, torch.full_like(main[6], -1)))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_operations_give_their_calls_to_the_kernels(dtype: torch.dtype) -> None:
-    index, main = scored(1, 9, 120, 2, 16, 9, dtype), attended(1, 9, 120, 2, 8, 4, 32, 8, 5, dtype)
-    with ops.use("cpu"):  # raises where a call is not served
-        assert torch.equal(topk_keys(*index), cpu.topk_keys(*index))
-        assert torch.equal(topk_attention(*main), cpu.topk_attention(*main))
