@@ -14,15 +14,17 @@ the loss is divided once, by what the whole step has of targets. One process is 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dsmini.config.parallel import ParallelConfig
+from dsmini.console.command import interruptible
 from dsmini.distributed import data_parallel
 from dsmini.distributed.expert_parallel import ExpertExchange, TwoHopExchange, keep_own_experts, moe_layers
 from dsmini.distributed.muon import MatrixOwners, muon_update_divided
@@ -31,6 +33,7 @@ from dsmini.distributed.stages import StageLayout
 from dsmini.nn import Transformer
 from dsmini.numerics.orthogonalize import muon_update
 
+T = TypeVar("T")
 BUCKET = 1 << 23
 """Numbers of gradients that are summed in one message."""
 
@@ -68,10 +71,24 @@ class Mesh:
             names, dp = ("pp", "dp", "node", "inside"), self.parts // config.ep
             shape = (config.pp, dp, config.nodes, config.ep // config.nodes)
             kind = "cpu" if device is None else device.type
-            whole = init_device_mesh(kind, shape, mesh_dim_names=names)
-            self.meshes = {name: whole[name] for name in names}
-            self.meshes |= {"ep": whole[names[2:]]._flatten("ep"), "parts": whole[names[1:]]._flatten("parts")}
+
+            def make() -> dict[str, DeviceMesh]:
+                whole = init_device_mesh(kind, shape, mesh_dim_names=names)
+                joint = {"ep": whole[names[2:]]._flatten("ep"), "parts": whole[names[1:]]._flatten("parts")}
+                return {name: whole[name] for name in names} | joint
+
+            self.meshes = self._in_time(make)
             self.groups = {name: mesh.get_group() for name, mesh in self.meshes.items()}
+
+    def _in_time(self, make: Callable[[], T]) -> T:
+        """Make groups of ranks. torch waits half an hour for one that died meanwhile, before any heartbeat tells.
+
+        Raises: RuntimeError after parallel.timeout.
+        """
+        try:
+            return interruptible(make, self.config.timeout)
+        except TimeoutError:
+            raise RuntimeError(f"Timed out after {self.config.timeout:g} s of making groups of ranks") from None
 
     # --- the division of a model
 
@@ -106,7 +123,7 @@ class Mesh:
         self.elsewhere = before - set(model.state_dict())
         for part in range(self.parts if embeds_twice else 0):  # every rank makes every group, in one order
             ends = [stage * self.parts + part for stage in (first, last)]
-            group = dist.new_group(ends)
+            group = self._in_time(partial(dist.new_group, ends))
             if self.rank in ends:
                 self.ends = group
 

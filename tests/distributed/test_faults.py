@@ -215,20 +215,34 @@ def killed_at_random(world: World, folder: Path, seconds: float, rank: int, layo
 def test_kill_at_random_moments_ends_with_the_same_bytes(layout: dict[str, Any], tmp_path: Path) -> None:
     """Kill a rank of each run again and again at moments that are drawn, of steps and of saves."""
     n, steps = math.prod(layout.values()), LONGER["steps"]
-    assert all(end.value for end in outcomes(n, run, tmp_path / "whole", layout, **LONGER))
+    assert all(end.value for end in outcomes(n, run, tmp_path / "whole", layout | {"timeout": 60.0}, **LONGER))
     first, *_, last = read_events(tmp_path / "whole")
     longest, kills = last["time"] - first["time"], 0
     for seed in range(RUNS):
         draw, folder, ended = random.Random(seed), tmp_path / f"{seed}", False
         while not ended:
             victim = draw.randrange(n)
-            ends = outcomes(n, killed_at_random, folder, draw.uniform(0, longest), victim, layout)
+            ends = outcomes(n, killed_at_random, folder, draw.uniform(0, longest), victim, layout | {"timeout": 60.0})
             killed, ended = ends[victim].status == KILLED, statuses(ends) == [0] * n
             assert ended or (killed and all(end.status in {*LOST, KILLED, 0} for end in ends)), ends
             kills += killed
         assert differences(folder, tmp_path / "whole", steps) == []
         shutil.rmtree(folder)
     print(f"{RUNS} runs, killed {kills} times, all equal")
+
+
+def dies_before_the_mesh(world: World, folder: Path, parallel: dict[str, Any]) -> bool:
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run(world, folder, parallel, grad_accum=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [EP, EP | {"pp": 2}], ids=["mesh", "ends of a pipeline"])
+def test_death_while_groups_are_made_ends_the_others(layout: dict[str, Any], tmp_path: Path) -> None:
+    n = math.prod(layout.values())
+    ends = outcomes(n, dies_before_the_mesh, tmp_path / "run", layout | {"timeout": 5.0})
+    assert statuses(ends) == [1, KILLED, *[1] * (n - 2)], ends
 
 
 # --- no stall, and the end of a launcher
