@@ -37,17 +37,3 @@ class HeldRows:
 
 Pieces = Mapping[str, Mapping[str, HeldRows]]
 """The rows that a rank holds of the tensors of each part of a run, by name."""
-
-
-def whole(tensor: Tensor) -> HeldRows:
-    """Return the piece that is all of a tensor."""
-    return HeldRows(shape=tuple(tensor.shape), first=0, rows=tensor.shape[0] if tensor.dim() else 1)
-
-
-def joined_pieces(pieces: list[tuple[HeldRows, Tensor]]) -> Tensor:
-    """Return the whole tensor from pieces that cover it; copies of one piece may differ in nothing."""
-    piece, tensor = pieces[0]
-    out = tensor.new_empty(piece.shape)
-    for piece, tensor in pieces:
-        piece.of(out).copy_(tensor.view(piece.of(out).shape))
-    return out
