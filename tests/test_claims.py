@@ -26,7 +26,7 @@ CASES = {
     "tests/nn/test_compile.py": 6,
     "tests/distributed/test_layouts.py tests/distributed/test_pipeline.py": 80,
     "tests/distributed/test_drawing.py": 17,
-    "tests/distributed -k faults": 34,
+    "tests/distributed -k faults": 36,
     "tests/distributed/test_checkpoints.py": 9,
     "tests/commands/test_commands.py -k equal": 2,
     "tests/checkpoint/test_checkpoint.py -k damaged": 37,
