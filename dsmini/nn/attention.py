@@ -1,6 +1,6 @@
 """Causal attention, what it needs besides its input, and MHA, GQA and MQA: the baselines of MLA."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,8 @@ def attention_mask(mask: Mask | None, queries: Int[Tensor, "#b s"], t: int) -> B
     if mask is None:
         return keys > positions
     masked = mask(positions, keys)
-    shape = (*queries.shape, t)
-    if not isinstance(masked, Tensor) or masked.dtype != torch.bool or not _expands(masked.shape, shape):
+    shape, ok = (*queries.shape, t), isinstance(masked, Tensor) and masked.dtype == torch.bool and masked.dim() <= 3
+    if not ok or any(a not in (1, b) for a, b in zip(reversed(masked.shape), reversed(shape), strict=False)):
         got = f"{masked.dtype} {tuple(masked.shape)}" if isinstance(masked, Tensor) else type(masked).__name__
         raise ValueError(
             f"mask returned {got}, want torch.bool {shape}, True for keys that a query may not see; compare the "
@@ -80,12 +80,6 @@ def refuse_blind(masked: Bool[Tensor, "#b s t"], queries: Int[Tensor, "#b s"]) -
     if ops.can_read_values(masked) and bool((blind := masked.all(-1)).any()):
         position = int(queries.expand(blind.shape)[blind][0])
         raise ValueError(f"mask hides all keys from the query at position {position}; let each query see itself")
-
-
-def _expands(shape: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Return True if a tensor of this shape can be expanded to the wanted one."""
-    pairs = zip(reversed(shape), reversed(wanted), strict=False)
-    return len(shape) <= len(wanted) and all(a in (1, b) for a, b in pairs)
 
 
 @ops.operation("causal_attention")
@@ -159,11 +153,8 @@ def cached_mask(cache: LayerCacheView, mask: Mask | None) -> Bool[Tensor, "#b s 
     return attention_mask(mask, cache.at.positions.clamp(max=cache.at.end - 1), cache.at.end)
 
 
-def check_sequences(x: Tensor, context: AttentionContext | None = None) -> None:
+def check_sequences(x: Tensor) -> None:
     """Raise ValueError for hidden states that are not [b, s, m], such as the rows [n, m] that a gate takes."""
-    if not isinstance(context, AttentionContext | None):
-        got = type(context).__name__
-        raise ValueError(f"attention got a {got} as its context; want AttentionContext(cos_sin=..., cache=...) or None")
     if x.dim() != 3:
         fix = "x[None] is one sequence" if x.dim() == 2 else "join its first dimensions"
         raise ValueError(f"attention got {tuple(x.shape)}; want [b, s, m], sequences of hidden states; {fix}")
@@ -203,7 +194,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None) -> Float[Tensor, "b s m"]:
         """Attend causally, to the sequence or, with a cache in the context, to all its rows."""
-        check_sequences(x, context)
+        check_sequences(x)
         context = context or context_of(x, self.rope)
         # 1. queries and keys, rotated: [b, s, h, d] and [b, s, g, d]
         x = quantize_once(x, self.wq, self.wk, self.wv)

@@ -305,7 +305,7 @@ class DSA(MLA):
         The indexer's keys are cached in any case. While the indexer learns, and the context asks for its loss, the
         result is the output [b, s, m] and an IndexerLoss. The loss moves the indexer alone, whose inputs are detached.
         """
-        check_sequences(x, context)
+        check_sequences(x)
         context = context or context_of(x, self.rope)
         cache = context.cache
         stage = self.stage if self.training and cache is None else None
@@ -320,7 +320,7 @@ class DSA(MLA):
         latent = self.query_latent(codes)
         q, new = self.queries(latent, context.cos_sin), self.latents(codes, context.cos_sin)
         # 2. the keys of each query: [b, s, k]
-        latent = x if self.wq_a is None else latent
+        latent = latent if isinstance(latent, Tensor) else x
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             index = self.indexer.all_of(x.detach(), latent.detach(), context.cos_sin)
         topk_indices = self.select_topk(index, context)

@@ -98,7 +98,7 @@ class MLA(nn.Module):
 
     def forward(self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None) -> Float[Tensor, "b s m"]:
         """Attend causally, to the sequence or, with a cache in the context, to all its rows in one of the forms."""
-        check_sequences(x, context)
+        check_sequences(x)
         context = context or context_of(x, self.rope)
         if context.cache is not None and form_of(self, x.shape[1], context.cache) == "absorbed":
             return self.absorbed(x, context.cos_sin, context.cache)

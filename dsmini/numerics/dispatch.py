@@ -99,7 +99,7 @@ class _QuantizedDispatch(_Dispatch):
     """_Dispatch for rows that exist as codes: a tensor for the graph of autograd, of one element in memory."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, slot: Tensor, rows: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, source: Tensor, slot: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(slot)
         return source.new_zeros(()).expand(rows, source.shape[1])
 

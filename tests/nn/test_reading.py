@@ -47,10 +47,10 @@ def generate(model: Transformer) -> None:
 @pytest.mark.parametrize(
     ("call", "backend", "files", "functions"),
     [
-        (losses, "reference", 13, 45),
-        (losses, None, 20, 70),
-        (generate, "reference", 20, 116),
-        (generate, None, 27, 144),
+        (losses, "reference", 13, 43),
+        (losses, None, 20, 66),
+        (generate, "reference", 20, 114),
+        (generate, None, 26, 139),
     ],
 )
 def test_few_files_and_functions_run(
