@@ -87,8 +87,8 @@ def _model(s: Sheet) -> str:
 def _layout(plan: Plan) -> str:
     """Return the layout, the workload, and where both come from."""
     r, s, sources = plan.setup.request, plan.sheet, plan.setup.sources
-    sizes = (f"{name} {value}" for name in ("pipeline", "expert", "tensor", "zero") if (value := getattr(r, name)))
-    options = [size for size in sizes if size == "zero 1" or not size.endswith(" 1")]
+    worth = {"pipeline": 2, "expert": 2, "tensor": 2, "zero": 1}
+    options = [f"{name} {value}" for name, least in worth.items() if (value := getattr(r, name)) >= least]
     options += [f"recompute {r.recompute}"] * (r.recompute != "none")
     options += [str(r.precision), str(r.optimizer), *([str(r.schedule)] if s.pipeline > 1 else [])]
     work = sources["tokens"]
@@ -103,12 +103,14 @@ def _training(plan: Plan) -> str:
     needs = f"{'It' if gpus == 1 else 'The fullest GPU'} needs {s.memory_needed} of {s.gpu_memory:3}."
     if not plan.fits:
         return f"It does not fit: {plan.setup.misfit['training']}. {needs}"
-    one = "This machine takes" if plan.setup.hardware.name == "this" else "One device takes"
-    mfu = f"the parts of a step, at an MFU of {s.roof_utilization:3}" if plan.is_slowed else ""
-    return (
-        f"{one if gpus == 1 else f'{gpus:,} GPUs take'} {s.training_time}{_if_there(' and ', s.get('training_cost'))} "
-        f"for {s.tokens:words} tokens, {f'by {mfu}' if mfu else f'at an MFU of {_assumed(plan)}'}. {needs}"
-    )
+    who = f"{gpus:,} GPUs take"
+    if gpus == 1:
+        who = "This machine takes" if plan.setup.hardware.name == "this" else "One device takes"
+    by = f"at an MFU of {_assumed(plan)}"
+    if plan.is_slowed:
+        by = f"by the parts of a step, at an MFU of {s.roof_utilization:3}"
+    cost = _if_there(" and ", s.get("training_cost"))
+    return f"{who} {s.training_time}{cost} for {s.tokens:words} tokens, {by}. {needs}"
 
 
 def _assumed(plan: Plan) -> str:

@@ -26,7 +26,7 @@ from dsmini.planner.hardware import load_hardware
 from dsmini.planner.model import cache_figures, model_figures
 from dsmini.planner.plan import plan
 from dsmini.planner.reliability import failure_rate, first_order_share
-from dsmini.planner.request import Model, PlanRequest, reference
+from dsmini.planner.request import Model, PlanRequest, Schedule, reference
 from dsmini.planner.serving import accepted_tokens
 from dsmini.planner.setup import setup
 from dsmini.planner.training import bubble_seconds, speed_figures
@@ -46,6 +46,8 @@ LINKS = {"h800": 50e9, "gb200": 900e9}
 """Links as on data sheets, which INS computes with."""
 WIDTH = 7000
 """Width of V3's rows as INS rounds it."""
+EXAMPLE = {"forward": 1, "backward": 2, "weights": 1, "both": 3}
+"""Times by which the bubbles of V3's table 2 are worked out."""
 EXTENSION = ((32768, 1920), (131072, 480))
 """Tokens and sequences of the steps in V3's two phases of context extension, 1000 each (V3, section 4.3)."""
 LARGE = 1e6
@@ -142,7 +144,7 @@ def computed() -> dict[str, Any]:
     return {
         **{f"{name}_block_exchange": seconds for name, seconds in blocks.items()},
         **{f"{name}_token_exchange": 2 * 61 * seconds for name, seconds in blocks.items()},
-        **{f"bubble_{name}": bubble(name) for name in ("1f1b", "zb1p", "dualpipe")},
+        **{f"bubble_{name}": bubble_seconds(name, 16, **EXAMPLE) for name in get_args(Schedule)},
         "v3_bubble": bubble_seconds("dualpipe", 16, forward=0, **chunks),
         "v3_link_share": v3.slow_link_share_unlimited * v3.step_seconds / v3.computing_seconds,
         "v3_extension_hours": work / sheet_of("printed step").flops_per_gpu / 3600,
@@ -151,11 +153,6 @@ def computed() -> dict[str, Any]:
         "llama_training": 6 * llama.parameters_main * LLAMA_TOKENS,
         "effective_share_12k": first_order_share(mean, np.sqrt(2 * halt * mean), failing.restart_time, halt),
     }
-
-
-def bubble(schedule: Any) -> float:
-    """Return the bubble of 16 stages and times of 1, 2, 1 and 3."""
-    return bubble_seconds(schedule, 16, forward=1, backward=2, weights=1, both=3)
 
 
 def published_figures() -> Sequence[PublishedFigure]:

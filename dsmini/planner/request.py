@@ -29,7 +29,7 @@ from dsmini.config.fields import Bounds, build, check_types, setting
 from dsmini.config.model import NO_INDEXER
 from dsmini.planner.figure import titles
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.serving import STAGES, Deployment, Stage
+from dsmini.planner.serving import SIZES, STAGES, Deployment, Stage
 from dsmini.reading import find_config, listed, read_table, read_toml
 
 Zero = Literal[0, 1, 2, 3]
@@ -132,7 +132,7 @@ class PlanRequest:
     @property
     def serving(self) -> dict[str, Any]:
         """Fields of serving that are chosen."""
-        stages = (f"{stage}_{name}" for stage in STAGES for name in ("gpus", "tensor", "redundant"))
+        stages = (f"{stage}_{name}" for stage in STAGES for name in SIZES)
         return self.given(("context", "sequences", "prompt", "weight_dtype", "cache_dtype", *stages))
 
 
@@ -305,11 +305,11 @@ class Setup:
 
         V3's own has its ways to send rows.
         """
-        r, preset, names = self.request, presets()["deepseek-v3"][stage], ("gpus", "tensor", "redundant")
-        sizes = sizes or {name: getattr(r, f"{stage}_{name}") for name in names}
+        r, preset = self.request, presets()["deepseek-v3"][stage]
+        sizes = sizes or {name: getattr(r, f"{stage}_{name}") for name in SIZES}
         ways = {"micro_batches": 1 if sizes["gpus"] == 1 else 2, "two_hop": stage == "prefill"}
         if self.published and sizes.items() <= preset.items():
-            ways = {name: value for name, value in preset.items() if name not in names}
+            ways = {name: value for name, value in preset.items() if name not in SIZES}
         dtypes: dict[str, Any] = {"weight_dtype": r.weight_dtype, "cache_dtype": r.cache_dtype}
         return Deployment(stage=stage, **sizes, **ways, **dtypes)
 

@@ -129,13 +129,13 @@ def evaluate(made: Setup, options: Options, on_part: OnPart = quiet, sizes: Any 
     sizes = _sizes(made, options) if sizes is None else sizes
     choices = list(itertools.product(*(options[name] for name in CHOICES)))
     time, memory = (np.full((len(choices), len(sizes)), np.inf) for _ in range(2))
-    table, base = Table(made=made, options=options, sizes=sizes, choices=choices, time=time, memory=memory), None
+    table = Table(made=made, options=options, sizes=sizes, choices=choices, time=time, memory=memory)
+    base = base_sheet(made)
     kinds = np.minimum(sizes[:, 0], 3) * 2 + (sizes[:, 2] > 1)  # each with one formula
     for number, choice in enumerate(choices):
         allowed = _allowed(made, sizes, choice)
         for kind in np.unique(kinds[allowed]):
-            rows, base = np.flatnonzero(allowed & (kinds == kind)), base or base_sheet(made)
-            s = base.copy()
+            rows, s = np.flatnonzero(allowed & (kinds == kind)), base.copy()
             for name, column in zip(SIZES, sizes[rows].T.astype(np.float64), strict=True):
                 s.put(name, column, "")
             # a formula with tensor parallelism holds for tensor=1 too, and one with several nodes for one

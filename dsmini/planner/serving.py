@@ -47,6 +47,8 @@ from dsmini.reading import listed
 
 Stage = Literal["decode", "prefill"]
 STAGES: tuple[Stage, ...] = ("decode", "prefill")
+SIZES = ("gpus", "tensor", "redundant")
+"""Sizes of a deployment."""
 RESOURCES = {
     "memory_time": "memory traffic",
     "compute_time": "compute",

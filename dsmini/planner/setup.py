@@ -20,7 +20,7 @@ from dsmini.planner.hardware import USER, Hardware
 from dsmini.planner.model import cache_figures, placed_tensors, weight_figures
 from dsmini.planner.request import DTYPES, ONE_PROCESS, Model, PlanRequest, Precision, Setup, check, is_v3, presets
 from dsmini.planner.search import choose_layout
-from dsmini.planner.serving import STAGES, Deployment, Stage, deployment_figures, deployment_rules
+from dsmini.planner.serving import SIZES, STAGES, Deployment, Stage, deployment_figures, deployment_rules
 from dsmini.report.units import plural
 
 CONTEXT, SEQUENCES = 4096, 32
@@ -138,7 +138,7 @@ def _served(made: Setup) -> Setup:
     one = made.asking(sequences=r.sequences or 1)
     chosen = {stage: _choose(one, stage) for stage in STAGES}
     for stage, (d, how) in chosen.items():
-        sizes = {f"{stage}_{name}": getattr(d, name) for name in ("gpus", "tensor", "redundant")}
+        sizes = {f"{stage}_{name}": getattr(d, name) for name in SIZES}
         made = replace(made.asking(**sizes), sources={stage: how, **made.sources})
     decode, _ = chosen["decode"]
     fit = float(memory_of(made.asking(sequences=1), decode).sequences_that_fit) / decode.micro_batches
@@ -166,23 +166,20 @@ def _choose(made: Setup, stage: Stage) -> tuple[Deployment, str]:
     Raises: ValueError for a deployment that does not divide the model or that the hardware has no links or units for.
     """
     experts, preset = made.model.config.n_routed_experts, presets()["deepseek-v3"]
-    gpus, tensor, redundant = (getattr(made.request, f"{stage}_{name}") for name in ("gpus", "tensor", "redundant"))
+    gpus, tensor, redundant = (getattr(made.request, f"{stage}_{name}") for name in SIZES)
     if made.published and made.hardware.networked and gpus is None and tensor is None and redundant is None:
-        published = made.deployment(stage, **{name: preset[stage][name] for name in ("gpus", "tensor", "redundant")})
+        published = made.deployment(stage, **{name: preset[stage][name] for name in SIZES})
         if memory_of(made, published).memory_share <= 1:
             return published, preset["sources"][stage]
 
-    def of(count: int, shared: int) -> Deployment:
-        return made.deployment(
-            stage, gpus=count, tensor=shared, redundant=-experts % count if redundant is None else redundant
-        )
-
     if gpus is not None:
-        return of(gpus, tensor or 1), "as chosen"
-    slots, tried = experts + (redundant or 0), [of(*pair) for pair in _counts(made, tensor)]
+        return _of(made, stage, gpus, tensor or 1, redundant), "as chosen"
+    slots = experts + (redundant or 0)
+    tried = [_of(made, stage, *pair, redundant) for pair in _counts(made, tensor)]
     tried = [d for d in tried if redundant is None or slots % d.gpus == 0]
     if not tried:
-        check(deployment_rules(of(tensor or 1, tensor or 1), made.model.config, made.hardware))
+        alone = _of(made, stage, tensor or 1, tensor or 1, redundant)
+        check(deployment_rules(alone, made.model.config, made.hardware))
     memory: list[Sheet] = []
     for deployment in tried:
         memory.append(memory_of(made, deployment))
@@ -194,6 +191,12 @@ def _choose(made: Setup, stage: Stage) -> tuple[Deployment, str]:
         raise ValueError(f"{whole}, which no number of GPUs that holds the model divides; {fix}")
     best = max(range(len(tried)), key=lambda i: (float(memory[i].sequences_that_fit), -float(memory[i].memory_share)))
     return tried[best], "what has memory for most sequences, since none fits"
+
+
+def _of(made: Setup, stage: Stage, count: int, shared: int, redundant: int | None = None) -> Deployment:
+    """Return the deployment on a number of GPUs, with as many redundant experts as make the experts divide."""
+    spare = -made.model.config.n_routed_experts % count if redundant is None else redundant
+    return made.deployment(stage, gpus=count, tensor=shared, redundant=spare)
 
 
 def _counts(made: Setup, tensor: int | None) -> Iterator[tuple[int, int]]:
@@ -212,8 +215,8 @@ def _counts(made: Setup, tensor: int | None) -> Iterator[tuple[int, int]]:
 
 def _misfit(made: Setup, stage: Stage) -> str:
     """Return one sentence for a deployment that does not hold weights and cache, with what would; "" if it does."""
-    d, experts = made.deployment(stage), made.model.config.n_routed_experts
-    memory, fixes = memory_of(made, d), list[str]()
+    d, fixes = made.deployment(stage), list[str]()
+    memory = memory_of(made, d)
     if memory.memory_share <= 1:
         return ""
     if stage == "decode" and (fit := int(float(memory.sequences_that_fit) / d.micro_batches)):
@@ -221,8 +224,7 @@ def _misfit(made: Setup, stage: Stage) -> str:
     elif memory.longest_context >= 1:
         fixes.append(f"use {'context' if stage == 'decode' else 'prompt'}={float(memory.longest_context):.0f}")
     for count, shared in _counts(made, None if d.tensor == 1 else d.tensor):
-        more = made.deployment(stage, gpus=count, tensor=shared, redundant=-experts % count)
-        if count > d.gpus and memory_of(made, more).memory_share <= 1:
+        if count > d.gpus and memory_of(made, _of(made, stage, count, shared)).memory_share <= 1:
             fixes.append(f"use {stage}_gpus={count}" + (f" and {stage}_tensor={shared}" if shared != d.tensor else ""))
             break
     return (

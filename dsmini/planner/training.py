@@ -402,16 +402,18 @@ def _state_seconds(s: Sheet, hardware: Hardware, r: Layout, gpus: list[Sheet]) -
 
 def _sent(s: Sheet, r: Layout, gpu: Sheet, size: Any) -> Any:
     """Return the bytes that a GPU sends when a number of `size` for each parameter is reduced or gathered once."""
-    rest = (gpu.parameters - gpu.expert_parameters) * (1 - 1 / (s.data * copies(r)))
-    return (rest + gpu.expert_parameters * (1 - 1 / (s.expert_data * copies(r)))) * size
+    return total(numbers * (1 - 1 / holders) for numbers, holders in _held_by(s, r, gpu)) * size
 
 
 def _owned(s: Sheet, r: Layout, gpu: Sheet) -> Any:
     """Return the parameters that a GPU updates."""
-    if r.zero == 0:
-        return gpu.parameters
-    rest = (gpu.parameters - gpu.expert_parameters) / (s.data * copies(r))
-    return rest + gpu.expert_parameters / (s.expert_data * copies(r))
+    return gpu.parameters if r.zero == 0 else total(numbers / holders for numbers, holders in _held_by(s, r, gpu))
+
+
+def _held_by(s: Sheet, r: Layout, gpu: Sheet) -> list[tuple[Any, Any]]:
+    """Return the parameters of a GPU that are of no expert, and those of experts, each with the GPUs that hold them."""
+    rest = gpu.parameters - gpu.expert_parameters
+    return [(rest, s.data * copies(r)), (gpu.expert_parameters, s.expert_data * copies(r))]
 
 
 def _most(amounts: Iterable[Any]) -> Any:

@@ -155,20 +155,11 @@ UP, DOWN = "grows", "falls"
 VARIED: list[tuple[str, str, list[float] | str]] = [
     # values of one thing, a figure, and its values, factors to the plan's own, or the direction
     ("kv_lora_rank=128,256,512", "kv_cache", [192 * 122 / 70_272, 320 * 122 / 70_272, 1]),
-    ("gpus=4096", "assumed_step_seconds", [0.5]),
-    ("tokens=7.4e12", "training_days", [0.5]),
     ("price=4", "training_cost", [2]),
     ("utilization=0.7788", "assumed_step_seconds", [0.5]),
     ("context=8192,16384", "decode_sequences", [0.5, 14 / 60]),
-    ("sequences=15", "decode_gpu_cache", [0.5]),
     ("cache_dtype=fp8", "kv_cache", [656 / 1152]),
-    ("failures_per_node_day=0.013", "mean_time_to_failure", [0.5]),
     ("sequences=8,24", "decode_tokens_per_second", DOWN),
-    ("sequences=8,24", "decode_gpu_tokens_per_second", UP),
-    ("acceptance=0.5,0.9", "speculation_gain", UP),
-    ("restart_time=100,1000", "effective_share_at_any_rate", DOWN),
-    ("checkpoint_halt=1,100", "elapsed_time", UP),
-    ("seq_len=2048,4096", "training_flops", UP),
     ("pipeline=16,8", "memory_needed", UP),
     ("hardware=h800,b200", "roof_step_seconds", DOWN),
 ]
