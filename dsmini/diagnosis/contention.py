@@ -59,10 +59,11 @@ def watch(roofs: Roofs | None, device: torch.device) -> Callable[[], Contention]
     return end
 
 
-def quiet(seen: Contention) -> AbstractContextManager[Step]:
+def quiet(seen: Contention, asleep: float = 0.0) -> AbstractContextManager[Step]:
     """Return the context of an arm without other programs, which takes no steps of its own.
 
     Args:
         seen: what others took in the plain steps of this turn.
+        asleep: seconds of a step in which nothing of this process wants a core: others cannot make them longer.
     """
-    return nullcontext(lambda base: base * (1 - seen.loss))
+    return nullcontext(lambda base: base - max(0.0, base - asleep) * seen.loss)

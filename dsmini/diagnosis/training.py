@@ -32,7 +32,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 
 import torch
@@ -75,6 +75,10 @@ class PlainTurn:
     def waited(self) -> float:
         """Mean seconds that a step waited for its batch."""
         return statistics.fmean(step.data_wait * step.seconds for step in self.steps)
+
+    def quiet(self) -> AbstractContextManager[Step]:
+        """Return the arm without other programs: a wait in which no batch is prepared stays."""
+        return quiet(self.contention, max(0.0, self.waited - self.preparing))
 
 
 class Subject:
@@ -398,7 +402,7 @@ def training_arms(subject: Subject, prices: TrainingPrices | None) -> list[Arm]:
             why_not=compiled or same_dtype,
             predict=prices and (lambda: prices.dtype(fastest)),
         ),
-        arm("quiet_machine", lambda: quiet(subject.turns[-1].contention), uncounted=0, counted=1),
+        arm("quiet_machine", lambda: subject.turns[-1].quiet(), uncounted=0, counted=1),
     ]
 
 

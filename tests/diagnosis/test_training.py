@@ -21,13 +21,13 @@ from dsmini.diagnosis.contention import Contention
 from dsmini.diagnosis.diagnosis import Plan, answer, diagnose
 from dsmini.diagnosis.findings import Finding
 from dsmini.diagnosis.pages import Diagnosis, Gathered, record_of, report_of, short_report_of
-from dsmini.diagnosis.training import Subject, dense_baseline, routed_blocks, uniformly
+from dsmini.diagnosis.training import PlainTurn, Subject, dense_baseline, routed_blocks, uniformly
 from dsmini.measure import cpu_time, step_rates
 from dsmini.measure.step_rates import Rates
 from dsmini.measure.turns import Turns
 from dsmini.nn import FeedForward, Gate, MoE
 from dsmini.report import Section
-from tests.diagnosis.conftest import World
+from tests.diagnosis.conftest import World, step_of
 from tests.helpers.pages import check_page, on_terminal, text_of
 
 Worlds = Callable[..., World]
@@ -113,6 +113,14 @@ def test_neither_probes_nor_times_of_others_are_blamed_alone(subject: Subject, w
         monkeypatch.setattr(training, "watch", lambda *_, seen=seen: lambda: seen)
         found = diagnosed(subject)
         assert found.named == "" and not found.faults
+
+
+def test_others_cannot_make_a_sleep_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a step of 1 s that waits for 0.9, of which 0.1 are CPU time of its batch, where others cost 40 %."""
+    monkeypatch.setattr(contention, "cores", lambda: 1)
+    seen = Contention(others=0.4, delayed=0.4)
+    with PlainTurn(steps=[step_of(1.0, 0.9)], contention=seen, preparing=0.1).quiet() as step:
+        assert step(1.0) == pytest.approx(1 - 0.2 * 0.4)
 
 
 def test_others_who_take_cores_from_threads_cost_time_without_rates(subject: Subject, world: Worlds) -> None:
