@@ -323,7 +323,7 @@ class TrainingPrices:
                 block.ffn = dense_baseline(shape.config)
 
         routed, dense = (
-            forecast(shape, self.rates, partial(shape.make, device, change, update=False)).seconds
+            forecast(shape, self.rates, partial(shape.make, device, change=change, update=False)).seconds
             for change in (lambda model: None, put_dense)
         )
         return self.plain() - (routed - dense)

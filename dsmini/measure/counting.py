@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsmini import ops
 from dsmini.machine import once, synchronize
 from dsmini.measure.costs import cost_of
-from dsmini.measure.torch_operations import Work, is_composite, is_free, name_of, size_of, tensors_in, work_of
+from dsmini.measure.torch_operations import is_composite, is_free, name_of, size_of, tensors_in, work_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +97,13 @@ class Count(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _torch_ran(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, seconds: float) -> None:
-        work = work_of(func, args, kwargs, out)
-        moved = work.read + work.written
+        counts = work_of(func, args, kwargs, out)._asdict()
+        touched, moved = counts.pop("touched"), counts["read"] + counts["written"]
         # rows of a table that are not indexed do not move
-        cold = min(moved, sum(self.cache.touch(t, min(size_of(t), moved)) for t in work.touched))
-        dtype = next((t.dtype for t in [*tensors_in(out), *work.touched] if t.is_floating_point()), torch.int64)
-        self._add(name_of(func), work, cold, dtype, tensors_in([*args, *kwargs.values()])[:3], seconds)
+        cold = min(moved, sum(self.cache.touch(t, min(size_of(t), moved)) for t in touched))
+        dtype = next((t.dtype for t in [*tensors_in(out), *touched] if t.is_floating_point()), torch.int64)
+        shown = tensors_in([*args, *kwargs.values()])[:3]
+        self._add(shown, name=name_of(func), cold=cold, dtype=dtype, seconds=seconds, **counts)
 
     def kernel_ran(self, call: ops.Call) -> None:
         """Count a kernel by the cost of its operation. Bytes beyond the operands are cold."""
@@ -110,26 +111,12 @@ class Count(TorchDispatchMode):
         results = tensors_in(call.result) or operands  # no result: it changes its operands
         warm = sum(size_of(t) - self.cache.touch(t, size_of(t)) for t in operands)
         cold = max(0, cost.read - warm) + min(cost.written, sum(self.cache.touch(t, size_of(t)) for t in results))
-        kind, rows = ("product", cost.rows) if cost.flops else ("move", 0)
-        work = Work(cost.read, cost.written, cost.flops, rows, kind, results)
-        more = {"is_kernel": True, "attention": cost.attention, "scores": cost.scores, "matrix": cost.matrix}
-        self._add(call.name, work, cold, cost.dtype or results[0].dtype, results, max(1e-7, call.seconds), **more)
+        counts = cost._asdict() | {"dtype": cost.dtype or results[0].dtype, "seconds": max(1e-7, call.seconds)}
+        counts |= {"kind": "product"} if cost.flops else {"kind": "move", "rows": 0}
+        self._add(results, name=call.name, cold=cold, is_kernel=True, **counts)
 
-    def _add(
-        self,
-        name: str,
-        work: Work,
-        cold: int,
-        dtype: torch.dtype,
-        tensors: Sequence[Tensor],
-        seconds: float,
-        **more: Any,
-    ) -> None:
-        counted = {key: value for key, value in work._asdict().items() if key != "touched"}
-        shape = tuple(tuple(t.shape) for t in tensors)
-        self.operations.append(
-            CountedOperation(name=name, cold=cold, dtype=dtype, shape=shape, seconds=seconds, **counted, **more)
-        )
+    def _add(self, tensors: Sequence[Tensor], **counts: Any) -> None:
+        self.operations.append(CountedOperation(shape=tuple(tuple(t.shape) for t in tensors), **counts))
 
     def _measured_overhead(self) -> float:
         x = torch.ones(1)

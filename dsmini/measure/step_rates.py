@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 import torch
 
-from dsmini.config import ModelConfig, TrainConfig
+from dsmini.config import ModelConfig
 from dsmini.measure.calibration import key_of, load_or_measure
 from dsmini.measure.counting import CountedOperation, count
 from dsmini.measure.cpu_time import watched
@@ -156,10 +156,7 @@ def measure_steps(
     jobs: list[tuple[Work, StepDtype]] = [(work, dtype) for work in works for dtype in dtypes]
     for i, (work, dtype) in enumerate(jobs):
         on_part(i / len(jobs), f"{work} {dtype}")
-        shapes = [
-            StepShape(work=work, config=c, dtype=dtype, batch=b, tokens=n, train=TrainConfig())
-            for c, b, n in SHAPES[work]
-        ]
+        shapes = [StepShape(work=work, config=c, dtype=dtype, batch=b, tokens=n) for c, b, n in SHAPES[work]]
         found[f"{work} {dtype}"] = rates_of([_measured(shape, roofs, device) for shape in shapes], roofs)
     return found
 

@@ -6,7 +6,7 @@ two exceptions: the experts that a token visits, and the accepted drafts of mult
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,14 +40,16 @@ class StepShape:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimizer, moments, recompute and grad_accum of training."""
 
-    def make(
-        self, device: torch.device, change: Callable[[Transformer], object] = lambda model: None, update: bool = True
-    ) -> Step:
-        """Return the step of a random model. Args: as of training_step."""
+    def make(self, device: torch.device, **training: Any) -> Step:
+        """Return the step of a random model.
+
+        Args:
+            training: change and update, as of training_step.
+        """
         compute = torch.float32 if self.dtype == "float32" else torch.bfloat16
         if self.work == "training":
             config = replace(self.config, precision="fp8") if self.dtype == "fp8" else self.config
-            return training_step(config, self.train, compute, self.batch, self.tokens, device, change, update)
+            return training_step(config, self.train, compute, self.batch, self.tokens, device, **training)
         model = random_model(self.config, device, compute)
         model = hold_all_fp8(model) if self.dtype == "fp8" else model
         make = prefill_step if self.work == "prefill" else decoding_step
