@@ -263,6 +263,7 @@ def test_narrow_model_tells_seconds_of_a_cached_token(decoding: DecodingSubject,
     found = priced.forecast(PLAIN)
     assert priced.narrow[PLAIN, 2][1] == pytest.approx(1e-4)
     assert found.by_class["cached tokens"] == pytest.approx(1e-4 * (64 - priced.low))
+    assert priced.forecast(steps.FREE_CACHE).by_class["cached tokens"] == pytest.approx(1e-4 * (1 - priced.low))
     assert found.seconds > 64e-4
 
 
