@@ -20,8 +20,7 @@ from dsmini.config import ModelConfig
 from dsmini.machine import DTYPES, card, last_level_cache, matmul_rate
 from dsmini.measure.counting import count
 from dsmini.measure.cpu_time import watched
-from dsmini.measure.kernels import FP8, KERNELS, Kernel
-from dsmini.measure.kinds import POINTS, PRODUCTS
+from dsmini.measure.kernels import FP8, KERNELS, TORCH, Kernel
 from dsmini.measure.rates import Curve, Roofs, Store, from_json
 from dsmini.measure.turns import in_turns
 from dsmini.nn import Transformer
@@ -37,8 +36,6 @@ BUDGET = 60.0
 """Seconds for all measurements together; a quiet machine needs half of them."""
 LEAST_TURN = 0.5
 """Least time of a part, as a share of the mean over all parts."""
-BYTES = (1 << 8, 1 << 14, 1 << 18, 1 << 21, 1 << 24, 1 << 27)
-ROWS = (1, 4, 16, 64, 256, 1024)
 
 
 def load_or_measure(
@@ -135,11 +132,7 @@ def _jobs(device: torch.device) -> list[tuple[str, Callable[[float], Any]]]:
         ("call", lambda most: _call(device)),
         ("probes", lambda most: probes(device)),
     ]
-    curves = [
-        (kind, name, Kernel(make, ROWS if kind in PRODUCTS else BYTES, (), is_product=kind in PRODUCTS), ROUND)
-        for name in DTYPES
-        for kind, make in {**POINTS, **PRODUCTS}.items()
-    ]
+    curves = [(kind, name, kernel, ROUND) for name in DTYPES for kind, kernel in TORCH.items()]
     if device.type == "cpu" and ops.serving("cpu") == "cpu":  # dsmini's own kernels run
         curves += [
             (f"kernel {kind}", name, kernel, KERNEL_ROUND) for kind, kernel in KERNELS.items() for name in kernel.dtypes

@@ -1,15 +1,17 @@
-"""Calls of dsmini's own kernels in any size: the one catalogue, for calibration and for python -m benchmarks kernels.
+"""Calls of operations in any size: the one catalogue, for calibration and for python -m benchmarks kernels.
 
-A kernel has rates of its own: it reads a weight once for all rows, in the dtype in which the weight is stored. "FP8"
-is E4M3 codes with scales, as in serving. Training multiplies no codes. kinds.py has torch's operations.
+It has torch's operations by kind, and dsmini's own kernels. A kernel has rates of its own: it reads a weight once for
+all rows, in the dtype in which the weight is stored. "FP8" is E4M3 codes with scales, as in serving. Training
+multiplies no codes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import ops
@@ -17,7 +19,6 @@ from dsmini.config import ModelConfig
 from dsmini.inference.fused.operations import attention_step, feed_forward_step, grouped_attention_step, normed
 from dsmini.inference.fused.weights import extract_weights
 from dsmini.measure.costs import cost_of
-from dsmini.measure.kinds import Job, Maker
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
 from dsmini.nn import RMSNorm
 from dsmini.nn.dsa import topk_attention, topk_keys
@@ -27,7 +28,13 @@ from dsmini.nn.moe import experts
 from dsmini.numerics import AMAX_MIN, WEIGHT_TILE, QuantizedTensor, quantize, round_tiles
 from dsmini.numerics.orthogonalize import NEWTON_SCHULZ, MuonMatrices, muon_update
 
+Job = tuple[Callable[..., object], tuple[Tensor, ...], int]
+"""Operation, inputs, and bytes or FLOPs."""
+Maker = Callable[[int, torch.dtype, torch.device], Job]
+"""Maker of a job with this many numbers, or this many rows of a product."""
 FP8 = torch.float8_e4m3fn
+BYTES = (1 << 8, 1 << 14, 1 << 18, 1 << 21, 1 << 24, 1 << 27)
+ROWS = (1, 4, 16, 64, 256, 1024)
 STEP_ROWS = 32
 """Rows up to which a call is one of a decoding step, where numbers between layers are FP32."""
 WIDTH, EXPERTS, EXPERT_WIDTH, EXPERT_HIDDEN = 1024, 16, 512, 256
@@ -44,8 +51,95 @@ QUERIES = 32
 """Queries of a call that picks keys or attends to picks."""
 
 
+# --- torch's operations
+
+
 def _numbers(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
     return torch.randn(*shape, device=device).to(dtype)
+
+
+def _rows(n: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _numbers(dtype, device, max(1, n // width), min(n, width))
+
+
+def _point(run: Callable[..., object], width: int, inputs: int, moved: int) -> Maker:
+    """Return the maker of an operation on rows of this width that moves `moved` times the bytes of one input."""
+
+    def make(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+        tensors = tuple(_rows(n, width, dtype, device) for _ in range(inputs))
+        return run, tensors, moved * tensors[0].nbytes
+
+    return make
+
+
+def _cast(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+    # the dtype of an operation is that of its result
+    a = _rows(n, 512, torch.bfloat16 if dtype == torch.float32 else torch.float32, device)
+    return lambda a: a.to(dtype), (a,), a.numel() * 6
+
+
+def _gather(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+    a = _rows(n, 256, dtype, device)
+    index = torch.randint(0, len(a), (len(a),), device=device)
+    return lambda a: a.index_select(0, index), (a,), 2 * a.nbytes + index.nbytes
+
+
+def _order(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+    a = torch.randint(0, 64, (max(1, min(n, 1 << 20)),), device=device)
+    return lambda a: a.argsort(stable=True), (a,), 3 * a.nbytes
+
+
+TORCH_POINTS: Mapping[str, Maker] = {
+    "pointwise": _point(torch.mul, width=512, inputs=2, moved=3),
+    "slow pointwise": _point(F.silu, width=512, inputs=1, moved=2),
+    "softmax": _point(lambda a: a.softmax(-1), width=256, inputs=1, moved=2),
+    "reduction": _point(lambda a: a.mean(-1), width=512, inputs=1, moved=1),
+    "move": _point(lambda a, b: torch.cat((a, b), -1), width=32, inputs=2, moved=4),
+    "cast": _cast,
+    "gather": _gather,
+    "order": _order,
+}
+
+
+def _product(columns: int) -> Maker:
+    """Return the maker of a product of rows with a matrix of 1024 rows and this many columns."""
+
+    def make(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+        w, x = (_numbers(dtype, device, n, 1024) for n in (columns, rows))
+        return lambda w, x: F.linear(x, w), (w, x), 2 * rows * 1024 * columns
+
+    return make
+
+
+def _batched(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+    k, q = (_numbers(dtype, device, 16, n, 64) for n in (512, rows))
+    return lambda k, q: k @ q.mT, (k, q), 2 * 16 * 512 * rows * 64
+
+
+def _grouped(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+    w, x = _numbers(dtype, device, 16, 512, 512), _numbers(dtype, device, 16 * rows, 512)
+    ends = torch.arange(1, 17, device=device, dtype=torch.int32) * rows
+    if hasattr(F, "grouped_mm"):
+        return lambda w, x: F.grouped_mm(x, w.mT, offs=ends), (w, x), 2 * 16 * rows * 512 * 512
+    return lambda w, x: [F.linear(a, b) for a, b in zip(x.split(rows), w, strict=True)], (w, x), 2 * x.numel() * 512
+
+
+def _torch_attention(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+    q, k, v = (_numbers(dtype, device, 4, 8, rows, 64) for _ in range(3))
+    flops = 2 * 32 * (rows * (rows + 1) // 2) * 128
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), flops
+
+
+TORCH_PRODUCTS: Mapping[str, Maker] = {
+    "product": _product(1024),
+    "small product": _product(256),
+    "batched product": _batched,
+    "grouped product": _grouped,
+    "attention": _torch_attention,
+}
+
+
+# --- dsmini's kernels
 
 
 def _weight(dtype: torch.dtype, device: torch.device, *shape: int) -> tuple[Tensor, ...]:
@@ -247,6 +341,11 @@ class Kernel(NamedTuple):
     """Largest relative error of the result, next to the plain version; 0: bit for bit."""
 
 
+TORCH: Mapping[str, Kernel] = {
+    **{kind: Kernel(make, BYTES, (), is_product=False) for kind, make in TORCH_POINTS.items()},
+    **{kind: Kernel(make, ROWS, ()) for kind, make in TORCH_PRODUCTS.items()},
+}
+"""Operations of torch that have a curve of rates, by kind."""
 POINTS = (1 << 14, 1 << 18, 1 << 21, 1 << 24, 1 << 27)
 TRAINED, NARROW_TRAINED, WEIGHTS = (8, 32, 128, 512), (8, 64, 512), ("float32", "bfloat16", "fp8")
 STEPS = ("linear", "quantized_linear", "attention_step", "grouped_attention_step", "feed_forward_step")

@@ -11,7 +11,7 @@ from benchmarks.question import Setting
 from benchmarks.questions.pipeline import PARTS, RANKS, Step
 from benchmarks.schedules import programs, simulate
 from dsmini import ModelConfig
-from dsmini.measure.kinds import POINTS, PRODUCTS
+from dsmini.measure.kernels import TORCH
 from dsmini.measure.rates import Curve, Roofs
 from dsmini.measure.step_rates import OTHERS, SHAPES, Rates, StepRates
 
@@ -32,9 +32,9 @@ def made_up_roofs(point: Curve, product: Curve, cold: float = 1.0, **given: Any)
         return Curve(sizes=curve.sizes, costs=[cost * by for cost in curve.costs])
 
     curves = {
-        f"{where} {kind} {dtype}": slower(product, 1 / by) if kind in PRODUCTS else slower(point, by)
+        f"{where} {kind} {dtype}": slower(product, 1 / by) if TORCH[kind].is_product else slower(point, by)
         for where, by in (("warm", 1.0), ("cold", cold))
-        for kind in (*POINTS, *PRODUCTS)
+        for kind in TORCH
         for dtype in ("float32", "bfloat16")
     }
     usual = dict(card={}, peak={"float32": 1e11, "bfloat16": 3e11}, bandwidth=2e10, copy=2e10, call=1e-6)

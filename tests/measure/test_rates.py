@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,8 +132,7 @@ def calibrated(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[float
             return lambda *_: clock.pay(1e-4 + per_element * n), (torch.zeros(1),), n
 
         for name, value in {
-            "POINTS": dict.fromkeys(calibration.POINTS, make),
-            "PRODUCTS": dict.fromkeys(calibration.PRODUCTS, make),
+            "TORCH": {kind: kernel._replace(make=make) for kind, kernel in calibration.TORCH.items()},
             "KERNELS": {},
             "rotating": lambda run, inputs: run,
             "matmul_rate": lambda device, dtype, seconds: 1.0,
@@ -147,10 +147,10 @@ def calibrated(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[float
 
 def test_a_fast_machine_gets_curves_of_every_size(calibrated: Callable[[float], Roofs]) -> None:
     roofs = calibrated(1e-10)
-    assert len(roofs.curves) == 2 * 2 * len((*calibration.POINTS, *calibration.PRODUCTS))
+    assert len(roofs.curves) == 2 * 2 * len(calibration.TORCH)
     for name, curve in roofs.curves.items():
-        is_product = any(kind in name for kind in calibration.PRODUCTS)
-        assert len(curve.sizes) == len(calibration.ROWS if is_product else calibration.BYTES), name
+        _, kind, _ = re.split(r"^(?:warm|cold) | (?=\w+$)", name)
+        assert len(curve.sizes) == len(calibration.TORCH[kind].sizes), name
         assert all(a < b for a, b in itertools.pairwise(curve.sizes))
 
 
