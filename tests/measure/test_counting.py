@@ -155,7 +155,7 @@ def test_a_kernel_finds_in_the_cache_what_was_used_last(
     monkeypatch.setattr(counting, "cost_of", lambda *_: Cost(x.nbytes, x.nbytes, 0))
     for _ in range(2):
         counter.kernel_ran(ops.Call("kernel", (x,), {}, None, 1.0))
-    assert [op.cold for op in counter.operations] == [first, again]
+    assert [(op.cold, op.kind, op.rows) for op in counter.operations] == [(first, "move", 0), (again, "move", 0)]
 
 
 @pytest.mark.parametrize("shapes", [((1, 64), (64, 512)), ((512, 64), (64, 1))])
