@@ -1,4 +1,4 @@
-"""Plots by matplotlib, as SVG for a page: one for light, one for dark.
+"""Plots by matplotlib, as SVG for a page, whose style sheet has the colours: light and dark share a drawing.
 
 Over numbers, values are on the vertical axis. Over labels they are on the horizontal axis, so that long labels have
 room. A prediction has the colour of the series that it predicts, dashed or hollow.
@@ -39,6 +39,12 @@ class Theme:
     series: Sequence[str]
 
     @property
+    def variables(self) -> dict[str, str]:
+        """Colours by the name of their variable in the page."""
+        named = {name: getattr(self, name) for name in ("ink", "muted", "rule", "card")}
+        return named | {f"series-{i}": colour for i, colour in enumerate(self.series)}
+
+    @property
     def style(self) -> dict[Any, Any]:
         """Settings of matplotlib: a base line and a faint grid."""
         ticks = {"color": self.muted, "labelcolor": self.ink, "major.size": 0, "major.pad": 5}
@@ -74,11 +80,10 @@ DARK = Theme(ink="#e4e6e9", muted="#99a1ac", rule="#2f353d", card="#1b1f24", ser
 THEMES = {"light": LIGHT, "dark": DARK}
 
 
-def svg(plot: Plot, theme: str, name: str) -> str | None:
+def svg(plot: Plot, name: str) -> str | None:
     """Return a plot as an element of a page, or None if there is nothing to draw.
 
     Args:
-        theme: a key of THEMES.
         name: prefix of every id in the SVG, unique in the page.
     """
     series = [kept for s in plot.series if (kept := drawable(s, plot)).y]
@@ -87,7 +92,7 @@ def svg(plot: Plot, theme: str, name: str) -> str | None:
     import matplotlib
     from matplotlib.figure import Figure  # takes half a second to import
 
-    colours, bars = THEMES[theme], [s for s in series if s.kind == "bars"]
+    colours, bars = LIGHT, [s for s in series if s.kind == "bars"]
     entries = legend(series, plot)
     columns = _columns(entries)
     height = max(HEIGHT, 1.0 + 0.3 * len(plot.labels or ()) * max(1, len(bars))) + 0.2 * (len(entries) // columns)
@@ -110,7 +115,7 @@ def svg(plot: Plot, theme: str, name: str) -> str | None:
         figure.savefig(out, format="svg", metadata={"Date": None})
     axis = f" by {plot.x}" if plot.x else ""
     label = f"{plot.title}: {plot.y}{axis}. " + "; ".join(s.label for s in series if s.label)
-    return _inline(out.getvalue(), f'class="plot {theme}" role="img" aria-label="{escape(label)}"', name)
+    return _inline(out.getvalue(), f'class="plot" role="img" aria-label="{escape(label)}"', name)
 
 
 def drawable(series: Series, plot: Plot) -> Series:
@@ -221,4 +226,6 @@ def _inline(svg: str, attributes: str, name: str) -> str:
     body = svg[svg.index(">", svg.index("<svg")) + 1 :].replace("xlink:href", "href")
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
+    for variable, colour in LIGHT.variables.items():
+        body = body.replace(colour, f"var(--{variable})")
     return f"<svg {view.group()} {attributes}>{body.strip()}"

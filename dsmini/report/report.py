@@ -155,13 +155,12 @@ class Drawing(NamedTuple):
 
     title: str
     caption: str
-    svgs: Sequence[str]
-    """SVG for each theme; empty if there is nothing to draw yet."""
+    svg: str | None
+    """None if there is nothing to draw yet."""
 
 
 def _drawing(plot: Plot, name: str) -> Drawing:
     try:
-        drawn = [plots.svg(plot, theme, f"{name}-{theme}") for theme in plots.THEMES]
+        return Drawing(title=plot.title, caption=plot.caption, svg=plots.svg(plot, name))
     except Exception as error:  # a defect of one plot must not spoil the page
-        return Drawing(title=plot.title, caption=f"{type(error).__name__}: {error}", svgs=())
-    return Drawing(title=plot.title, caption=plot.caption, svgs=[svg for svg in drawn if svg])
+        return Drawing(title=plot.title, caption=f"{type(error).__name__}: {error}", svg=None)

@@ -447,7 +447,7 @@ def test_pages_of_a_diagnosis(subject: Subject, world: Worlds, rates: Rates, pre
     check_page(PAGES / "diagnosis.terminal.txt", on_terminal(short_report_of(found)))
     report = report_of(found, "command")
     check_page(PAGES / "diagnosis.page.txt", text_of(report.html()))
-    assert report.html().count("<svg") == 4, "gains, and parts of a step, in light and dark"
+    assert report.html().count("<svg") == 2, "gains, and parts of a step"
     assert all(json.loads(line) for line in report.json_lines())
 
 
