@@ -479,7 +479,7 @@ def without_two_batches(world: World, folder: Path, step: int, sequences: int) -
 
     def skip() -> None:
         if training.trainer.steps_done == step:
-            training.trainer.sequences = sequences
+            training.trainer.sequences, training.history.rewinds = sequences, 1
 
     before_each_step(training, skip)
     return training.train()
