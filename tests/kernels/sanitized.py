@@ -16,10 +16,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels/dsmini_kernels/cpu"))
 import trial
-
-QUANTIZE, DEQUANTIZE, BOTH = range(3)
-SIZES = (4, 2, 2)
-PACKED = 2
+from trial import DEQUANTIZE, PACKED, QUANTIZE, SIZES
+from trial import QUANTIZE_DEQUANTIZE as BOTH
 
 
 def up(a: int, b: int) -> int:

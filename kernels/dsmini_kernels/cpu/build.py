@@ -41,7 +41,6 @@ from dsmini_kernels.cpu.folder import (
     alone_in,
     can_write,
     is_private_file,
-    new_temporary,
     shared_temporary,
     user_cache,
 )
@@ -181,7 +180,7 @@ def find_or_build(isa: str, sanitize: bool = False) -> Path:
 
 def _folders(refused: list[str]) -> Iterator[Path]:
     """Yield folders that only this user can change; append to `refused` why others are not used."""
-    for private_folder in (user_cache, shared_temporary, new_temporary):
+    for private_folder in (user_cache, shared_temporary):
         try:
             yield private_folder()
         except UntrustedFolderError as error:

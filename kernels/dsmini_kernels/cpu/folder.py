@@ -33,11 +33,6 @@ def shared_temporary() -> Path:
     return private(Path(os.path.abspath(tempfile.gettempdir())) / f"dsmini-kernels-{os.geteuid()}")
 
 
-def new_temporary() -> Path:
-    """Make a temporary folder for this process."""
-    return private(Path(tempfile.mkdtemp(prefix="dsmini-kernels-", dir=os.path.abspath(tempfile.gettempdir()))))
-
-
 def private(folder: Path) -> Path:
     """Return the folder's real path, made where it is missing, if only this user and root can change what it holds.
 

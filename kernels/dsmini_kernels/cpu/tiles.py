@@ -82,11 +82,8 @@ def _plain(x: Tensor, dtypes: Container[torch.dtype]) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         raise Unserved("kernels have no gradients, and this tensor wants one")
     x = x.resolve_neg()  # else the memory holds -x
-    if x.is_contiguous():
-        return x
-    if x.dim() <= 3 and x.stride(-1) == 1:
-        return x
-    return x.contiguous()
+    is_rows = x.is_contiguous() or (x.dim() <= 3 and x.stride(-1) == 1)
+    return x if is_rows else x.contiguous()
 
 
 def span(x: Tensor | None) -> tuple[int, int]:
