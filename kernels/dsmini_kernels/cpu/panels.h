@@ -130,6 +130,26 @@ void with_words([[maybe_unused]] bool bf16, int64_t type, Body body) {
   body(Fp32Words());
 }
 
+#if BF16_UNITS
+// Writes a row of E4M3 codes as BF16. False if a code is NaN.
+__attribute__((target("avx512bf16"))) inline bool bf16_of_codes(const Matrix& w, int64_t row, char* out) {
+  const char* p = w.row(row);
+  const float* scales = w.scales_of(row);
+  Watch<DecodeE4m3> watch;
+  for (int64_t i = 0; i < w.columns; i += UNIT) {
+    char rest[UNIT] = {};
+    const char* from = p + i;
+    if (i + UNIT > w.columns) memcpy(rest, from, w.columns - i), from = rest;
+    F v[2];
+    watch.see(from);
+    DecodeE4m3::get(from, v);
+    const F scale = splat(scales[i / BLOCK] * UP), up = splat(UP);
+    store(out + 2 * i, (__m512i)_mm512_cvtne2ps_pbh((__m512)(v[1] * scale * up), (__m512)(v[0] * scale * up)));
+  }
+  return !watch.nan();
+}
+#endif
+
 inline int64_t converted(int64_t columns) { return round_up(columns, UNIT); }  // numbers of memory for a row
 
 // A row of a weight as a tile reads it: where it lies, or converted into `memory`.
@@ -137,6 +157,10 @@ template <class Words>
 const char* get_row(const Matrix& w, int64_t row, float* memory) {
   if (w.type == Words::TYPE) return w.row(row);
   char* out = reinterpret_cast<char*>(memory);
+#if BF16_UNITS
+  if constexpr (std::is_same_v<Words, Bf16Words>)
+    if (w.codes() && bf16_of_codes(w, row, out)) return out;
+#endif
   const auto put = [&](F v, int64_t i) {
     if constexpr (Words::SIZE == 4)
       store(out + 4 * i, v);
