@@ -96,7 +96,7 @@ def small_sizes(corpus: Path) -> list[tuple[Any, str, Any]]:
         *((fp8_error, "QUICK", TINY), (fp8_error, "QUICK_STEPS", 2)),
         *((peers, "QUICK", peers.Size((16, 24), turns=2, batch=1)), (peers, "PROMPT", 16)),
         (kernels, "ALL", few),
-        *((diagnose, "faults", lambda: [run]), (diagnose, "SECONDS", math.inf), (diagnose, "ROUNDS", 5)),
+        *((diagnose, "faults", lambda: [run]), (diagnose, "ROUNDS", 5)),
         *((faults, "CORPUS", corpus), (training, "cores", lambda: 1)),
         *((plan, "held_out", lambda quick: forecast), (plan, "SECONDS", 0.0)),
         (plan.step_rates, "rates_beyond", lambda *_: invented_rates()),
