@@ -24,6 +24,7 @@ PLACE = {"waits": ("torch/distributed/c10d.py:1 all_reduce", True), "waits elsew
         (("is stopped", "waits", "waits"), 0, 1, "rank 0 (pid N on here) has given no sign of life"),
         (("waits", "waits", "sleeps"), 2, 0, "rank 2 (pid N on here) has stood still for 4 s: step 14, backward, in "),
         (("sleeps", "waits", "waits"), 0, 0, "rank 0 (pid N on here) has stood still"),
+        (("sleeps", "waits", "sleeps"), 0, 0, "rank 0 (pid N on here) has stood still"),
         (("waits", "waits elsewhere", "waits"), 1, 0, "all ranks have waited inside a collective for 4 s; rank 1 (pid"),
         (("ends", "waits", "is stopped"), None, None, ""),
         (("waits", "moves", "saves", "ends"), None, None, ""),
