@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from markupsafe import Markup
 from rich.console import Console
 
@@ -133,6 +132,8 @@ class Report:
 
     def html(self) -> str:
         """Return the page, which needs no other file: read it offline, print it, or send it."""
+        import jinja2  # a plan without a page does not need it
+
         loader = jinja2.FileSystemLoader(Path(__file__).parent)
         strict: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
         environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)

@@ -69,7 +69,7 @@ PHASES: dict[str, Kill] = {
     "before the optimizer": lambda t, m: kill(m, t.trainer.optimizers[0], "step", calls(t, 5, 0), False),
     "between the optimizers": lambda t, m: kill(m, t.trainer.optimizers[-1], "step", calls(t, 5, 0), False),
     "after the optimizer": lambda t, m: kill(m, t.trainer.optimizers[-1], "step", calls(t, 4, 0), True),
-    "in the validation": lambda t, m: kill(m, t.trainer.model, "hidden", calls(t, 6, 0), True),
+    "in the validation": lambda t, m: kill(m, t.trainer, "_score", calls(t, 6, 0), True),
     "after the validation": lambda t, m: kill(m, t.trainer, "validate", calls(t, 6, 0), True),
     "in the last validation": lambda t, m: kill(m, t.trainer, "validate", calls(t, 8, 0), False),
 }
