@@ -25,12 +25,12 @@ inline int64_t padded(int64_t columns) { return round_up(columns, UNIT) + LANES;
 
 struct DecodeFp32 {
   static constexpr int64_t SIZE = 4;
-  static constexpr bool SCALED = false, EVEN_ODD = false, WATCHED = false;
+  static constexpr bool SCALED = false, BY_ROW = true, EVEN_ODD = false, WATCHED = false;
   static void get(const char* p, F (&v)[2]) { v[0] = load<F>(p), v[1] = load<F>(p + BYTES); }
 };
 struct DecodeBf16 {
   static constexpr int64_t SIZE = 2;
-  static constexpr bool SCALED = false, EVEN_ODD = true, WATCHED = false;
+  static constexpr bool SCALED = false, BY_ROW = true, EVEN_ODD = true, WATCHED = false;
   static void get(const char* p, F (&v)[2]) {
     const I both = load<I>(p);
     v[0] = (F)(both << 16), v[1] = (F)(both & HIGH_HALF);
@@ -42,7 +42,7 @@ struct DecodeBf16 {
 constexpr float UP = 0x1p60f;
 struct DecodeE4m3 {
   static constexpr int64_t SIZE = 1;
-  static constexpr bool SCALED = true, EVEN_ODD = false, WATCHED = true;
+  static constexpr bool SCALED = true, BY_ROW = false, EVEN_ODD = false, WATCHED = true;
   static constexpr float FACTOR = UP;
   static void get(const char* p, F (&v)[2]) {
     for (int k = 0; k < 2; ++k) v[k] = (F)((widen_signed(p + k * LANES) << 20) & int32_t(0x87F00000));
@@ -51,7 +51,7 @@ struct DecodeE4m3 {
 // The same with NaN, by way of FP16: there the number is 2^8 times smaller.
 struct DecodeE4m3WithNan {
   static constexpr int64_t SIZE = 1;
-  static constexpr bool SCALED = true, EVEN_ODD = false, WATCHED = false;
+  static constexpr bool SCALED = true, BY_ROW = false, EVEN_ODD = false, WATCHED = false;
   static constexpr float FACTOR = UP * 0x1p-112f;
   static void get(const char* p, F (&v)[2]) {
 #if BYTES == 64
@@ -86,6 +86,7 @@ struct DecodeE4m3WithNan {
 // E4M3 numbers as BF16, looked up by their code without the sign, NaN too: 64 codes at a time, in pairs with those of x in
 // BF16, for CPUs that multiply those. A dot product alone reads them so.
 struct PairedE4m3 : DecodeE4m3 {
+  static constexpr bool BY_ROW = true;
   static constexpr int64_t CODES = 64;
 };
 struct PairedTable {
@@ -239,7 +240,7 @@ inline float sum(F v) {
 inline float sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 #endif
 
-constexpr int64_t AHEAD = 8192;  // bytes
+constexpr int64_t AHEAD = 8192, NEAR = 1024;  // bytes
 
 #if BF16_UNITS
 template <int R, int N>
@@ -264,7 +265,7 @@ __attribute__((target("avx512bf16,avx512vbmi"), noinline)) void paired_dots(cons
       const __mmask64 there = end - i >= CODES ? ~uint64_t{0} : (uint64_t{1} << (end - i)) - 1;
       UNROLL for (int r = 0; r < R; ++r) {
         const char* from = p + r * w.stride + i;
-        if constexpr (R > 1) __builtin_prefetch(from + ahead);
+        __builtin_prefetch(from + (R > 1 ? ahead : NEAR));
         const __m512i code = _mm512_maskz_loadu_epi8(there, from);
         const __m512i lows = _mm512_permutex2var_epi8(low[0], code, low[1]);
         const __m512i highs = _mm512_permutex2var_epi8(high[0], code, high[1]);
@@ -301,7 +302,7 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
     const int64_t end = W::SCALED ? least(w.columns, at + BLOCK) : w.columns;
     F part[R][N] = {};
     int64_t i = at;
-    const auto add = [&](const char* const* from, int64_t to) {
+    const auto add = [&](const char* const* from, int64_t to) __attribute__((always_inline)) {
       F xs[N][2];
       UNROLL for (int n = 0; n < N; ++n) xs[n][0] = load<F>(x + n * stride + to), xs[n][1] = load<F>(x + n * stride + to + LANES);
       UNROLL for (int r = 0; r < R; ++r) {
@@ -343,12 +344,19 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
   }
 }
 
-// One row of a weight without scales times one row of x (arranged). Rows that are read one after the other, and somewhat
+// One row of a weight, read BY_ROW, times one row of x (arranged). Rows that are read one after the other, and somewhat
 // ahead, come from memory faster than four at a time (docs/log.md).
 template <class W>
 inline float dot(const Matrix& w, int64_t row, const float* x) {
+#if BF16_UNITS
+  if constexpr (std::is_same_v<W, PairedE4m3>) {
+    float out;
+    paired_dots<1, 1>(w, row, x, 0, &out);
+    return out;
+  }
+#endif
   constexpr int PARTS = 4;
-  constexpr int64_t STEP = PARTS * UNIT, NEAR = 1024;
+  constexpr int64_t STEP = PARTS * UNIT;
   const char* p = w.row(row);
   F part[PARTS] = {};
   int64_t i = 0;
@@ -392,10 +400,10 @@ inline void products(const Matrix& w, int64_t from, int64_t to, const float* x, 
   for (; at + MOST <= n; at += MOST) some(Constant<MOST>(), at);
   if (MOST > 2 && at + 2 <= n) some(Constant<2>(), at), at += 2;
   for (; at < n; ++at) {
-    if constexpr (W::SCALED)  // decoding takes longer than reading, and rows share what is loaded of x
-      some(Constant<1>(), at);
-    else
+    if constexpr (W::BY_ROW)
       for (int64_t i = from; i < to; ++i) put(i, at, dot<W>(w, i, x + at * stride));
+    else  // decoding takes longer than reading, and rows share what is loaded of x
+      some(Constant<1>(), at);
   }
 }
 
