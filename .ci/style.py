@@ -3,6 +3,7 @@
 `python .ci/style.py` exits with status 1 after naming every place that breaks a rule."""
 
 import ast
+import graphlib
 import io
 import re
 import sys
@@ -59,22 +60,43 @@ WORDS = {
 MUTATORS = {"append", "add", "update", "extend", "pop", "popitem", "clear", "remove", "setdefault", "insert", "discard"}
 
 
-def check_imports(path: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Yield the imports of a file that no rule allows."""
-    where = path.relative_to(ROOT)
-    mine = where.with_suffix("").parts[1] if where.parts[0] == "dsmini" else ""
-    shared = () if mine in SHARED else SHARED
-    allowed = {mine, *shared, *MAY_IMPORT[mine].split()} if mine in MAY_IMPORT else MAY_IMPORT
-    for node in ast.walk(tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-        if isinstance(node, ast.ImportFrom):
+def imports(where: Path, top: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield the line and the full name of all that a file imports, also if it is skipped where there is none."""
+    for node in ast.walk(top):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
             above = where.parent.parts[: len(where.parts) - node.level] if node.level else ()
-            names = [".".join([*above, *filter(None, [node.module]), name]) for name in names]
-        for name in names:
-            inner = name.split(".")[1] if name.startswith("dsmini.") else ""
-            forbidden = any(re.match(what, name) and re.match(folders, str(where)) for what, folders in FORBIDDEN)
-            if forbidden or (inner in MAY_IMPORT and inner not in allowed):
-                yield node.lineno, f"{name} must not be imported here"
+            of = [*above, *filter(None, [node.module])]
+            yield from ((node.lineno, ".".join([*of, alias.name])) for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "importorskip":
+            yield from ((node.lineno, it.value) for it in node.args[:1] if isinstance(it, ast.Constant))
+
+
+def check_imports(where: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield the imports of a file that no rule allows. A package names those it may import, one by one."""
+    mine = where.with_suffix("").parts[1] if where.parts[0] == "dsmini" else ""
+    allowed = {mine, *(() if mine in SHARED else SHARED), *MAY_IMPORT.get(mine, "").split()}
+    for line, name in imports(where, tree):
+        of_dsmini, inner = name.split(".")[0] == "dsmini", f"{name}.".split(".")[1]
+        forbidden = any(re.match(what, name) and re.match(folders, str(where)) for what, folders in FORBIDDEN)
+        if forbidden or (of_dsmini and mine in MAY_IMPORT and inner not in allowed):
+            yield line, f"{name} must not be imported here"
+
+
+def check_cycles(trees: dict[Path, ast.Module]) -> Iterator[str]:
+    """Yield files of dsmini that import each other when they are loaded."""
+    known = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in trees}
+    graph = {path: set[Path]() for path in trees if path.parts[0] == "dsmini"}
+    for path in graph:
+        for top in trees[path].body:
+            if isinstance(top, ast.Import | ast.ImportFrom):
+                names = [name if name in known else name.rpartition(".")[0] for _, name in imports(path, top)]
+                graph[path] |= {known[name] for name in names if name in known} - {path, Path("dsmini/__init__.py")}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        yield "import each other: " + ", ".join(map(str, error.args[1]))
 
 
 def check_globals(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -121,6 +143,7 @@ def main() -> int:
     """Print what breaks a rule and the table of sizes; return the exit status."""
     wrong: list[str] = []
     sizes: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    trees: dict[Path, ast.Module] = {}
     spoken, slow = Counter(), defaultdict(list)
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "kernels").rglob("*.md")]
     sources = [path for name in ("dsmini", "kernels", "benchmarks", "tests") for path in (ROOT / name).rglob("*.py")]
@@ -128,7 +151,8 @@ def main() -> int:
         where = path.relative_to(ROOT)
         if path.suffix == ".py":
             tree = ast.parse(path.read_text())
-            places = [*check_imports(path, tree), *(check_globals(tree) if where.parts[0] == "dsmini" else ())]
+            trees[where] = tree
+            places = [*check_imports(where, tree), *(check_globals(tree) if where.parts[0] == "dsmini" else ())]
             wrong += [f"{where}:{line}: {words}" for line, words in places]
             row = sizes["/".join(where.parts[:2]) if where.parts[0] in ("dsmini", "tests") else where.parts[0]]
             row[:] = [a + b for a, b in zip(row, (1, *size(tree, path.read_text())), strict=True)]
@@ -139,6 +163,7 @@ def main() -> int:
                 for hit in re.finditer(pattern, text, re.I):
                     said = text[max(0, hit.start() - 40) : hit.end() + 40]
                     slow[place, rule].append(f"{where}:{line}: {rule}: {said}")
+    wrong += check_cycles(trees)
     for (place, _), found in slow.items():
         wrong += found if len(found) > 4e-4 * spoken[place] else []
     print(f"{'package':32}{'files':>7}{'code':>8}{'tokens':>9}")

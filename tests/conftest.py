@@ -21,7 +21,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from dsmini import ModelConfig, Transformer
+from dsmini import ModelConfig, Transformer, ops
 from dsmini.machine import peak_memory
 
 settings.register_profile("dsmini", deadline=None, derandomize=True, database=None, max_examples=60)
@@ -82,6 +82,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     free = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text()) if sys.platform == "linux" else None
     if needed and free and int(free[1]) * 1024 < needed.args[0] * 1e9:
         pytest.skip(f"needs {needed.args[0]} GB of free memory, here are {int(free[1]) * 1024 / 1e9:.1f} GB")
+
+
+def require_cpu_kernels() -> None:
+    """Skip the test, with the reason, where the C++ kernels do not serve."""
+    from dsmini_kernels import cpu
+
+    if ops.serving("cpu") != "cpu":
+        pytest.skip(f"no C++ kernels: {cpu.why_not() or f'{ops.VARIABLE} forces others'}")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -33,6 +33,8 @@ SWAPS = {
 NO_CPP = {"if", "is", "in", "not", "and", "or", "any", "all"}
 CPP = re.compile(r"//.*|\"[^\"]*\"|^\s*(?:#|template).*|[\w.]+|(?<= )[-+*/<>=!&|%]+(?= )", re.M)
 TEXT = (tokenize.COMMENT, tokenize.STRING)
+OWN = {"kernels": ("kernels", "inference"), "ops": ("functional",), "console": ("commands",)}
+"""Folders of tests for folders of code, where the name is another."""
 CALL = re.compile(r"^ +([\w.]+\(.*\))$", re.M)
 Bug = tuple[str, int, str, str]
 """File, place in it, text, and the wrong text."""
@@ -95,22 +97,24 @@ def known_tests() -> dict[str, dict[str, list[str]]]:
         WORK.mkdir(exist_ok=True)
         print("running all tests once, with coverage by test", flush=True)
         coverage = ("--cov=dsmini", "--cov=dsmini_kernels", "--cov-context=test", "--cov-report=")
-        run_pytest(ROOT, "-m", "not gpu and not slow", *coverage)
+        if (failed := run_pytest(ROOT, "-m", "not gpu and not slow", *coverage)) != "survived":
+            sys.exit(f"tests must pass without a bug and with pytest-cov (pip install -e '.[test,dev]'): {failed}")
         data = CoverageData(str(ROOT / ".coverage"))
         data.read()
         found = {str(Path(file).relative_to(ROOT)): data.contexts_by_lineno(file) for file in data.measured_files()}
-        lines = {f: {n: [t.split("|")[0] for t in ts if t] for n, ts in of.items()} for f, of in found.items()}
+        lines = {f: {n: [t.rpartition("|")[0] for t in ts if t] for n, ts in of.items()} for f, of in found.items()}
         (WORK / "map.json").write_text(json.dumps(lines))
     return json.loads((WORK / "map.json").read_text())
 
 
 def verdict(tree: Path, where: str, tests: list[str]) -> str:
     """Return the test that fails in a checkout with a bug, or "survived"."""
-    own = ["tests/kernels", "tests/inference"] if where.startswith("kernels") else [f"tests/{where.split('/')[1]}"]
+    folder = where.split("/")[0 if where.startswith("kernels") else 1]
+    own = ["tests/commands"] if folder.endswith(".py") else [f"tests/{name}" for name in OWN.get(folder, [folder])]
     tests = sorted(tests, key=lambda name: not name.startswith(tuple(own)))
     (tree / "tests.json").write_text(json.dumps(tests))
     chosen = ["-n", "0", "-p", "tests.mutants", *sorted({name.split("::")[0] for name in tests})]
-    for arguments in (chosen if tests else [], [folder for folder in own if (ROOT / folder).is_dir()]):
+    for arguments in (chosen if tests else [], own):
         if arguments and (found := run_pytest(tree, "-x", *arguments, limit=1800)) != "survived":
             return found
     return "survived"
@@ -136,7 +140,8 @@ def main(seed: str, number: str, *folders: str) -> None:
             with results.open("a") as file:
                 file.write(json.dumps([said, done[said]]) + "\n")
         print(done[said], flush=True)
-    print(f"{sum(verdict != 'survived' for verdict in done.values())} of {len(done)} killed")
+    killed, late = (sum(map(of, done.values())) for of in ("survived".__ne__, lambda said: said.startswith("no end")))
+    print(f"{killed} of {len(done)} killed, {late} of them as tests did not end")
 
 
 if __name__ == "__main__":

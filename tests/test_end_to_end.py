@@ -42,10 +42,12 @@ def test_run_is_trained_resumed_written_with_and_converted(tmp_path: Path, monke
     written = finished(f"generate x {asked}", tmp_path)
     assert written["text"].startswith("The quick") and written["new_tokens"] == 10
     finished("convert x folder", tmp_path)
-    assert finished(f"generate folder {asked} --eos ignore", tmp_path)["text"] == written["text"]
 
     ours, _ = load_run(tmp_path / "x")
     theirs = dsmini.load_pretrained(tmp_path / "folder", torch.float32)
     tokens = torch.tensor([list(TEXT[:32].encode())])
     with torch.no_grad():
         assert torch.equal(theirs.eval()(tokens), ours.eval()(tokens))
+
+    pytest.importorskip("tokenizers", reason="the folder's tokenizer.json needs the tokenizers library")
+    assert finished(f"generate folder {asked} --eos ignore", tmp_path)["text"] == written["text"]

@@ -10,6 +10,7 @@ from dsmini import ModelConfig, Transformer, ops
 from dsmini.accounting import activation_bytes
 from dsmini.measure.memory import saved_for_backward
 from dsmini.training.optim import begin_stage
+from tests.conftest import require_cpu_kernels
 from tests.helpers.accounting import DTYPES, attention_by, fused, sized
 from tests.helpers.configs import DSA, released
 
@@ -69,8 +70,7 @@ def test_activations_are_those_saved(case: str, precision: Any, dtype: str) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", KINDS)
 def test_activations_with_kernels_are_those_saved(case: str, dtype: str) -> None:
-    if ops.serving("cpu") != "cpu":
-        pytest.skip("no kernels here")
+    require_cpu_kernels()
     check_fused(small(**KINDS[case]), dtype, kernels=True)
 
 

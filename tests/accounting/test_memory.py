@@ -10,6 +10,7 @@ from dsmini import ModelConfig, TrainConfig, Transformer, ops
 from dsmini.accounting import gradient_bytes, optimizer_bytes, training_bytes, weight_bytes
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.training.optim import optimizer_state, optimizers
+from tests.conftest import require_cpu_kernels
 from tests.helpers.accounting import DTYPES, attention_by, fused
 from tests.helpers.configs import DSA, released
 from tests.helpers.strategies import model_configs
@@ -81,8 +82,7 @@ def test_bytes_of_the_optimizer_are_those_it_remembers(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("precision", ["native", "fp8"])
-@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize(("precision", "kernels"), [("native", False), ("native", True), ("fp8", False)])
 def test_all_that_training_keeps(kernels: bool, precision: Any, dtype: Any) -> None:
     """Count every storage that is not a parameter's: copies of weights and the head's gradient too."""
     config = ModelConfig(n_layers=2, v_head_dim=48, precision=precision)
@@ -96,8 +96,8 @@ def test_all_that_training_keeps(kernels: bool, precision: Any, dtype: Any) -> N
             held[pointer] = t
         return t
 
-    if kernels and (ops.serving("cpu") != "cpu" or precision == "fp8"):
-        pytest.skip("no kernels here, or none that serve simulated FP8")
+    if kernels:
+        require_cpu_kernels()
     backend = ops.use("cpu" if kernels else "eager")
     with backend, attention_by(fused), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model.losses(tokens, tokens)

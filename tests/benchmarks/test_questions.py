@@ -25,7 +25,7 @@ from dsmini.measure.rates import why_unusable
 from dsmini.measure.workloads import StepShape
 from dsmini.report import Figure
 from dsmini.report.terminal import show_figures
-from tests.conftest import randomise
+from tests.conftest import randomise, require_cpu_kernels
 from tests.helpers.commands import TINY as TINY_RUN
 from tests.helpers.questions import TINY, invented_rates, invented_steps, setting
 from tests.helpers.tolerances import relative_error
@@ -219,6 +219,7 @@ def test_bf16_cases_are_left_out_where_its_products_are_slow(answers: dict[str, 
 def test_every_kernel_is_in_the_catalogue() -> None:
     from dsmini_kernels import cpu  # pyright: ignore[reportMissingImports]
 
+    require_cpu_kernels()
     assert set(cpu.OPERATIONS) - {"blocks_step"} <= _operations()
 
 

@@ -99,7 +99,7 @@ def test_end_of_the_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_store_that_does_not_answer_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     beat = Heartbeat(1, 2, dist.HashStore(), 0.2, lambda *stall: said.append(stall[2]), period=0.01)
-    monkeypatch.setattr(beat, "exchange", lambda _: time.sleep(2.0))
+    monkeypatch.setattr(beat, "exchange", lambda _: beat.closed.wait(60))
     statuses: list[int] = []
 
     def end(status: int) -> None:

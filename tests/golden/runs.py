@@ -1,4 +1,4 @@
-"""Training runs of 20 steps by the public commands: losses and hashes of tensors."""
+"""Training runs of 20 steps by the public commands: losses, sums and hashes of tensors."""
 
 import hashlib
 import json
@@ -83,7 +83,7 @@ def succeed(module: str, arguments: str, folder: Path) -> str:
 
 
 def run_values(folder: Path) -> dict[str, Any]:
-    """Return the hashes of a finished run's last checkpoint, and its figures by step.
+    """Return the hashes and sums of a finished run's last checkpoint, and its figures by step.
 
     The files of the checkpoint but the model's are known by content alone, so that they may change their names.
     """
@@ -94,8 +94,22 @@ def run_values(folder: Path) -> dict[str, Any]:
         "corpus": json.loads((folder / "corpus.json").read_text())["sha256"],
         "weights": hashes.pop("model.safetensors"),
         "others": sorted(hashes.values()),
+        "sums": {name: sums(tensors) for name, tensors in sorted(files.items()) if name != "rng.safetensors"},
         **{figure: [row[figure] for row in rows] for figure in FIGURES},
     }
+
+
+def sums(tensors: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """Return a sum of each tensor's numbers with signs drawn by chance, and its norm, sorted by name.
+
+    The sum differs by about as much as the tensors do, in whatever direction. It is as large as the norm.
+    """
+    found = {}
+    for name, tensor in sorted(tensors.items()):
+        numbers = tensor.double().flatten()
+        signs = torch.rand(len(numbers), generator=torch.Generator().manual_seed(0)).sub(0.5).sign()
+        found[name] = (numbers @ signs.double()).item(), numbers.norm().item()
+    return found
 
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""Compare with values of version 0.1.0: bitwise on machines that recorded them, logits and losses nearly on any other.
+"""Compare with values of version 0.1.0: within tolerances on any machine, bitwise on those that recorded them.
 
 A change that keeps the behaviour keeps these values. A change of behaviour records them again with
 python -m tests.golden.record and gives the reason.
@@ -23,7 +23,6 @@ RECORDED = read()
 REFERENCE = next(iter(RECORDED["machines"].values()))
 KNOWN: dict[str, Any] | None = RECORDED["machines"].get(fingerprint())
 """Values whose bits are wanted; None on a machine that has recorded none."""
-known_machine = pytest.mark.skipif(KNOWN is None, reason=f"{fingerprint()} has recorded no bits")
 
 
 @pytest.fixture(autouse=True)
@@ -64,10 +63,12 @@ def test_logits_are_as_recorded(name: str) -> None:
         assert got == KNOWN["logits"][name]
 
 
-@known_machine
 @pytest.mark.parametrize("name", TOKENS)
 def test_written_tokens_are_as_recorded(name: str) -> None:
-    assert KNOWN and TOKENS[name]() == KNOWN["tokens"][name]
+    got = TOKENS[name]()
+    assert_equal_as_far_as_certain(got, REFERENCE["tokens"][name], RECORDED["certain tokens"][name])
+    if KNOWN:
+        assert got == KNOWN["tokens"][name]
 
 
 @pytest.mark.parametrize("name", HASHES)
@@ -80,9 +81,33 @@ def test_counts_of_config_are_as_recorded(name: str) -> None:
     assert counts(name) == RECORDED["counts"][name]
 
 
+def test_every_config_was_counted() -> None:
+    assert sorted(RECORDED["counts"]) == NAMES
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_run_ends_as_recorded(name: str, run_of: Callable[[str], dict[str, Any]]) -> None:
-    """Compare losses; where there are bits, weights, optimizer state, EMA, random state and every figure of a step."""
+    """Compare weights, optimizer state and EMA; where there are bits, random state and every figure of every step."""
+    got, tolerance = run_of(name), run_tolerance(name)
+    wanted = RECORDED["sums"][got["name"]]
+    assert got["sums"].keys() == wanted.keys()
+    for file, want in wanted.items():
+        half, most = tolerance.weights, tolerance.any_weights
+        if file.startswith("optimizer"):
+            half, most = tolerance.state, tolerance.any_state
+        off = {
+            name: abs(total - number) / (norm or 1)
+            for (name, (total, norm)), number in zip(got["sums"][file].items(), want, strict=True)
+        }
+        assert sorted(off.values())[len(off) // 2] <= half, file
+        assert {name: share for name, share in off.items() if share > most and not name.endswith("bias")} == {}, file
+    if KNOWN and got["name"] in KNOWN["runs"]:
+        for key in ("weights", "others", *FIGURES):
+            assert got[key] == KNOWN["runs"][got["name"]][key], key
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_has_losses_near_the_recorded(name: str, run_of: Callable[[str], dict[str, Any]]) -> None:
     got, tolerance = run_of(name), run_tolerance(name)
     want = REFERENCE["runs"][got["name"]]
     assert (got["corpus"], got["tokens"]) == (want["corpus"], want["tokens"])
@@ -92,15 +117,30 @@ def test_run_ends_as_recorded(name: str, run_of: Callable[[str], dict[str, Any]]
         assert [n is None for n in got[key]] == [n is None for n in want[key]]
         for step, (a, b) in enumerate(zip(got[key], want[key], strict=True)):
             assert b is None or abs(a - b) <= most * abs(b), (key, step)
-    if KNOWN and got["name"] in KNOWN["runs"]:
-        for key in ("weights", "others", *FIGURES):
-            assert got[key] == KNOWN["runs"][got["name"]][key], key
 
 
-@known_machine
 @pytest.mark.parametrize("name", GENERATE)
 def test_resumed_run_continues_prompts_as_recorded(
     name: str, run_of: Callable[[str], dict[str, Any]], folder: Path
 ) -> None:
     run_of("resumed")
-    assert KNOWN and continued(name, folder) == KNOWN["generate"][name]
+    got = continued(name, folder)
+    assert_equal_as_far_as_certain(got, REFERENCE["generate"][name], RECORDED["certain characters"][name])
+    if KNOWN:
+        assert got == KNOWN["generate"][name]
+
+
+def assert_equal_as_far_as_certain(got: list[Any], want: list[Any], certain: list[int]) -> None:
+    """Compare rows up to the first element that another machine's rounding may change."""
+    assert list(map(len, got)) == list(map(len, want)) or isinstance(got[0], str)
+    assert [row[:n] for row, n in zip(got, certain, strict=True)] == [
+        row[:n] for row, n in zip(want, certain, strict=True)
+    ]
+
+
+def test_old_run_holds_no_path_of_this_machine() -> None:
+    """Resume a copied run by naming its text again."""
+    for path in (Path(__file__).parent / "old_run").rglob("*.toml"):
+        named = [line for line in path.read_text().splitlines() if line.startswith("path =")]
+        assert named in ([], ['path = "/elsewhere/text.txt"'])
+    assert not Path("/elsewhere/text.txt").exists()

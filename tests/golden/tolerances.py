@@ -1,12 +1,12 @@
 """Tolerances for machines without recorded bits, with their reasons.
 
 Another CPU sums in another order and rounds differently. Between the instruction sets AVX-512 and AVX2 of one CPU the
-differences were at most these, relative to the largest number of a tensor, or to each loss:
+differences were at most these, relative to the largest number of a tensor, to each loss, or to the norm of a tensor:
 
     logits in FP32                  2.5e-7          losses of FP32 runs     2.3e-7
     logits from a cache in BF16     2.3e-7          losses of FP8 runs      2.8e-3
     logits from a cache in FP8      8.6e-7          losses of BF16 runs     5.8e-3
-    gradient norms of FP32 runs     1.1e-6
+    gradient norms of FP32 runs     1.1e-6          tensors of FP32 runs    2e-5, half of them 2e-6
 
 A rounded cache or product is discontinuous: a number near the midpoint of two values may go to either.
 """
@@ -25,29 +25,40 @@ FP8_CACHE_LOGITS = 2e-3
 FP8_PRODUCT = 2.0**-8
 # The schedule: Python's own numbers, whose cosine may differ in the last place.
 SCHEDULE = 1e-12
+# The logits of the resumed run, whose weights may be as far off as FP32_RUN.weights
+RUN_LOGITS = 1e-3
 
 
 class Run(NamedTuple):
-    """Relative tolerances of a run's figures."""
+    """Relative tolerances of a run's figures, and of the sums of its tensors, relative to their norms."""
 
     losses: float
+    weights: float
+    """Half of the weights, and of their averages, are as near as this."""
+    state: float
+    """Half of the tensors of the optimizers are."""
     balance: float = math.inf
     grad_norm: float = math.inf
+    any_weights: float = math.inf
+    """All weights but the routing biases, which move in steps, are as near as this."""
+    any_state: float = math.inf
 
 
 # Steps of training magnify differences, and a near tie may send a token to another expert: one token in the 128 or more
 # of a step, whose loss changes by a percent. Other seeds, data orders or learning rates change a loss by 1e-2 and more.
 # In four runs with one token of one step routed as if it were another, the losses changed by at most 1.2e-4, the
-# balance loss by 3e-4, and the gradient's norm by 1e-3.
-FP32_RUN = Run(2e-4, balance=1e-3, grad_norm=5e-3)
+# balance loss by 3e-4, the gradient's norm by 1e-3, half of the weights by 5e-5 and all by 2e-2, half of the state by
+# 2e-3 and all by 8e-2. A learning rate, a bias speed or a momentum that is one to five percent off changes half of the
+# weights by 3e-3 to 1e-2, and half of the state by 5e-2.
+FP32_RUN = Run(2e-4, weights=1e-3, state=1e-2, balance=1e-3, grad_norm=5e-3, any_weights=5e-2, any_state=0.3)
 # Once a number is rounded the other way, the weights of two runs differ by steps of E4M3 or BF16. The losses of the
-# first three steps agreed within 1e-7, all twenty within 6e-3. Four times that is left for other machines. The norm of
-# one gradient may be any.
-ROUNDED_RUN = Run(3e-2)
+# first three steps agreed within 1e-7, all twenty within 6e-3; half of the weights differed by 8e-3, and half of the
+# state by 7e-2. Four times that is left for other machines. One tensor, or the norm of one gradient, may be any.
+ROUNDED_RUN = Run(3e-2, weights=3e-2, state=0.3)
 
 
 def logits_tolerance(name: str) -> float:
-    """Return the tolerance of a tensor in models.LOGITS, relative to the largest."""
+    """Return the tolerance of a tensor in models.LOGITS, or of the logits of models.TOKENS, relative to the largest."""
     if "product" in name:
         return FP8_PRODUCT
     if "fp8 cache" in name:

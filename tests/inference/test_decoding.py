@@ -14,7 +14,7 @@ from dsmini.nn import MTP, Block, Cache, MoE
 from dsmini.nn.attention import Attention
 from dsmini.nn.gate import Gate
 from dsmini.nn.mtp import MTPChain
-from tests.conftest import SMALL, randomise
+from tests.conftest import SMALL, randomise, require_cpu_kernels
 from tests.helpers.decoding import GROUPED, MODELS, SPARSE, model_of
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
@@ -27,8 +27,7 @@ NEAR = FP32_MODEL * 4  # sums of 512 terms
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ops.VARIABLE, raising=False)
-    if ops.serving("cpu") != "cpu":
-        pytest.skip("no cpu kernels here")
+    require_cpu_kernels()
 
 
 def check_step(

@@ -17,6 +17,7 @@ from dsmini.measure.counting import count
 from dsmini.measure.workloads import random_model
 from dsmini.nn.cache import CacheDtype
 from dsmini.nn.fp8 import hold_all_fp8
+from tests.conftest import require_cpu_kernels
 from tests.helpers.configs import DSA
 from tests.helpers.questions import TINY
 
@@ -50,8 +51,7 @@ def generation(weights: str, prompts: list[list[int]], speculative: bool = False
 @pytest.mark.parametrize("weights", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_moved_bytes_are_the_kernels_costs_without_activations(weights: str, rows: int) -> None:
-    if ops.serving("cpu") != "cpu":
-        pytest.skip("there are no kernels here")
+    require_cpu_kernels()
     made = generation(weights, PROMPTS[:rows])
     costs = Costs()
     with ops.counting(costs):

@@ -2,4 +2,6 @@
 
 import pytest
 
-pytest.importorskip("transformers", reason="the oracle tests need transformers (pip install -e '.[test]')")
+
+def pytest_pycollect_makemodule() -> None:
+    pytest.importorskip("transformers", reason="the oracle tests need transformers (pip install -e '.[test]')")
