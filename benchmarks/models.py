@@ -1,8 +1,7 @@
 """Models to measure: sizes, models that are trained first, and steps of decoding that can take turns."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,20 +10,15 @@ from benchmarks.question import Setting
 from benchmarks.results import ROOT
 from dsmini import ModelConfig, RunConfig, Transformer, accounting
 from dsmini.data.corpus import load_corpus
+from dsmini.inference.fused.decoder import Decoder
 from dsmini.measure.prediction import predicted_seconds
-from dsmini.measure.turns import Run
-from dsmini.measure.workloads import random_cache
-from dsmini.nn import Cache
+from dsmini.measure.workloads import ROOM, Step, random_cache, random_tokens
+from dsmini.nn import Routing
 from dsmini.training.trainer import Trainer
 
 BIG = ModelConfig.from_file(Path(__file__).with_name("big.toml"))
 QUICK = dataclasses.replace(BIG, vocab_size=8192, n_layers=3, n_routed_experts=32)
 """85M parameters, 170 MB in BF16."""
-WIDE: Mapping[str, int] = {
-    **{"n_heads": 8, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
-    **{"n_expert_groups": 1, "n_limited_groups": 1},
-}
-"""DeepSeek's own widths of heads and latent, in a model of the same size. All groups of experts may be chosen."""
 TRAINED = ModelConfig.from_file(Path(__file__).with_name("trained.toml"))
 CORPUS = Path("runs/corpus")
 
@@ -42,10 +36,10 @@ def recipe(name: str) -> RunConfig:
 def trainer(config: RunConfig, setting: Setting, steps: int = 0) -> Trainer:
     """Return a trainer of this run on the setting's device and dtype, after this many steps.
 
-    The text is the default corpus unless the run names another.
+    The text is the default corpus unless the run names another. Its seed changes weights and data.
     """
-    corpus = load_corpus(config.data, config.seq_len, config.model.vocab_size, CORPUS)
-    torch.manual_seed(0)
+    corpus = load_corpus(config.data, config.seq_len, config.model.vocab_size, CORPUS, config.train.seed)
+    torch.manual_seed(config.train.seed)
     with torch.device(setting.device):
         model = Transformer(config.model, compute_dtype=setting.dtype)
     made = Trainer(model, corpus, config, setting.device)
@@ -61,17 +55,22 @@ def training_flops(config: ModelConfig, sequences: int) -> float:
 
 
 def decoding(
-    models: Mapping[str, Transformer],
-    setting: Setting,
-    batch: int,
-    context: int,
-    decode: Callable[[Transformer, Cache], object],
-) -> tuple[dict[str, Run], dict[str, float]]:
-    """Return steps that decode from caches of random rows, and their predicted seconds, by model."""
+    models: Mapping[str, Transformer], setting: Setting, batch: int, context: int
+) -> tuple[dict[str, Step], dict[str, float]]:
+    """Return steps that decode random tokens from caches of random rows, and their predicted seconds, by model."""
 
-    def step(model: Transformer, cache: Cache) -> None:
-        cache.truncate(context)
-        decode(model, cache)
+    def make(model: Transformer) -> Step:
+        cache, decoder = random_cache(model, batch, context, ROOM), Decoder(model)
 
-    runs: dict[str, Run] = {n: partial(step, m, random_cache(m, batch, context, 8)) for n, m in models.items()}
+        @torch.no_grad()
+        def step() -> list[Routing]:
+            cache.truncate(context)
+            # other tokens each time, which choose other experts
+            states = decoder.states(random_tokens(model.config, batch, 1, setting.device), cache)
+            model.head(states.normed)
+            return states.routing
+
+        return step
+
+    runs = {name: make(model) for name, model in models.items()}
     return runs, {name: predicted_seconds(run, setting.roofs) for name, run in runs.items()}

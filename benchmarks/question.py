@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from dsmini.measure.turns import Estimate, Run, in_turns, median_of
 from dsmini.measure.workloads import dtype_name
 from dsmini.report import Figure, Plot, Value, pick
 from dsmini.report.charts import lines, over_labels
-from dsmini.report.units import shown
+from dsmini.report.units import shown, words
 
 REACHED = 0.5
 """Share of the peak rate that a model's products are assumed to reach in estimates of time."""
@@ -36,8 +37,8 @@ class Setting:
     """Measured rates of this machine."""
     text: Path | None = None
     """File that --text names, for the questions that read one."""
-    peer_pythons: tuple[Path, ...] = ()
-    """Pythons that --peer-python names, which may have other implementations."""
+    peer_python: Path | None = None
+    """Python that --peer-python names, which has llama.cpp."""
     out: Path = Path("results")
     """Folder of --out, for files that a question writes besides its figures."""
 
@@ -59,17 +60,14 @@ class Case:
     key: str
     """Name within the question, with everything its figures depend on: "context=2048 dtype=bfloat16"."""
     seconds: float
-    """Estimated seconds on any machine: turns of fixed length, and setting up."""
+    """Estimated seconds on this machine."""
     run: Callable[[], Iterable[Figure]]
-    flops: float = 0.0
-    """FLOPs of products that are not in seconds, because a slow machine takes longer for them."""
-    dtype: torch.dtype | None = None
-    """Dtype of these products, if not the setting's."""
 
-    def estimate(self, setting: Setting) -> float:
-        """Return the expected seconds on this machine."""
-        peak = setting.roofs.peak.get(dtype_name(self.dtype or setting.dtype))
-        return self.seconds + (self.flops / (REACHED * peak) if peak else 0.0)
+
+def seconds_of_products(flops: float, dtype: torch.dtype, setting: Setting) -> float:
+    """Return the estimated seconds of a model's products on this machine; 0 if its rate is unknown."""
+    peak = setting.roofs.peak.get(dtype_name(dtype))
+    return flops / (REACHED * peak) if peak else 0.0
 
 
 def cases_over(
@@ -104,21 +102,19 @@ class Question:
 def drawing(
     metric: str,
     title: str,
+    label: str | Callable[[Figure], str] = "",
     *,
     x: str = "",
     by: str = "",
-    label: str | Callable[[Figure], str] = "",
-    y: str = "",
     only: Callable[[Figure], bool] = lambda f: True,
     **more: Any,
 ) -> Callable[[Sequence[Figure]], list[Plot]]:
     """Return a function that plots a metric over a number of the case, or over labels that are made of the case.
 
     Args:
+        label: label of a figure; a string is filled with its case, such as "{block} {linear}".
         x: key of the number on the horizontal axis; "" draws over labels.
         by: key whose values have a line or a group each.
-        label: label of a figure; a string is filled with its case, such as "{block} {linear}".
-        y: words of the vertical axis, over labels.
         only: True for the figures to draw.
         more: other arguments of over_labels.
     """
@@ -129,32 +125,28 @@ def drawing(
             return lines(found, metric, x=x, by=by, title=title)
         groups: dict[str, dict[str, Figure]] = {}
         for f in found:
-            words = label.format(**f.case) if isinstance(label, str) else label(f)
-            groups.setdefault(str(f.case[by]) if by else "measured", {})[words] = f
-        return over_labels(title, y, groups, **more)
+            at = label.format(**f.case) if isinstance(label, str) else label(f)
+            groups.setdefault(str(f.case[by]) if by else "measured", {})[at] = f
+        return over_labels(title, words(metric), groups, **more)
 
     return draw
 
 
-METRICS: Mapping[str, tuple[str, Literal["higher", "lower"] | None]] = {
-    **dict.fromkeys(("seconds", "step_seconds"), ("s", "lower")),
-    **dict.fromkeys(("times_as_long", "kept_ratio"), ("x", "lower")),
-    **dict.fromkeys(("bytes_per_token", "bytes", "kept", "kept_by_linears", "peak_memory"), ("bytes", "lower")),
-    **dict.fromkeys(("tensor_memory", "process_memory"), ("bytes", None)),
-    **dict.fromkeys(("error", "logit_error", "bubble"), ("", "lower")),
-    **dict.fromkeys(("share_of_roof", "right", "recall", "answered"), ("", "higher")),
-    "gain": ("", None),
-    "times_the_error": ("x", None),
-    **dict.fromkeys(("loss", "loss_as_peer"), ("nats", "lower")),
-    "flop_rate": ("FLOP/s", None),
-    "tokens_per_s": ("tokens/s", "higher"),
-    "context_that_fits": ("tokens", None),
-    "distinct_experts": ("experts", None),
-    "flops_per_token": ("FLOP", None),
-    "bandwidth": ("bytes/s", None),
-    "active_parameters": ("parameters", None),
+UNITS: Mapping[str, str] = {
+    **dict.fromkeys(("seconds", "step_seconds"), "s"),
+    **dict.fromkeys(("times_as_long", "times_the_error", "kept_ratio"), "x"),
+    **dict.fromkeys(("bytes_per_token", "kept"), "bytes"),
+    **dict.fromkeys(("peak_memory", "tensor_memory", "process_memory"), "bytes"),
+    **dict.fromkeys(("error", "bubble", "share_of_roof", "right", "gain", "recall", "answered"), ""),
+    **dict.fromkeys(("loss", "loss_as_peer"), "nats"),
+    "tokens_per_s": "tokens/s",
+    "flop_rate": "FLOP/s",
+    "bandwidth": "bytes/s",
+    "flops_per_token": "FLOP",
+    "distinct_experts": "experts",
+    "active_parameters": "parameters",
 }
-"""Unit of each metric, and the end that is better."""
+"""Unit of each metric."""
 
 
 def figure(
@@ -162,15 +154,13 @@ def figure(
 ) -> Figure:
     """Return a figure; of several independent values the median, with its 95 % interval.
 
-    A metric that is not in METRICS, such as "difference of loss", has the unit of its last word. The runner names the
-    question.
+    The unit is that of the metric's last word, such as "difference of loss". The runner names the question.
     """
-    unit, better = METRICS[metric] if metric in METRICS else (METRICS[metric.split()[-1]][0], None)
     found = median_of(measured) if isinstance(measured, Sequence) else measured
     if isinstance(found, Estimate):
         more = {"low": found.low if found.is_clear else None, "high": found.high if found.is_clear else None, **more}
         found = found.value
-    return Figure(question="", case=case, metric=metric, unit=unit, better=better, measured=found, **more)
+    return Figure(question="", case=case, metric=metric, unit=UNITS[metric.split()[-1]], measured=found, **more)
 
 
 def left_out(metric: str, case: Mapping[str, Value], reason: str) -> Figure:
@@ -185,7 +175,7 @@ def race(
     *,
     key: str = "model",
     each: float = 1.0,
-    predicted: Mapping[str, float] | None = None,
+    predicted: Mapping[str, float] = MappingProxyType({}),
     tokens: float = 0.0,
     pairs: Sequence[tuple[str, str]] | None = None,
     note: str = "",
@@ -201,18 +191,18 @@ def race(
         pairs: runs to compare, each with the one that it is compared with; None: all with the first.
         turns: arguments of in_turns, instead of the setting's.
     """
+
+    def shown_as(seconds: float) -> float:
+        return tokens / seconds if tokens else seconds / each
+
     taken = in_turns(runs, setting.device, **{**setting.turns, **turns})
     for name, seconds in taken.seconds.items():
-        here, said = {**case, key: name}, None if predicted is None else predicted[name]
-        if tokens:
-            expected = None if said is None else tokens / said
-            yield figure("tokens_per_s", here, [tokens / s for s in seconds], predicted=expected, note=note)
-        else:
-            expected = None if said is None else said / each
-            yield figure("seconds", here, [s / each for s in seconds], predicted=expected, note=note)
+        expected = shown_as(predicted[name]) if predicted else None
+        values, metric = list(map(shown_as, seconds)), "tokens_per_s" if tokens else "seconds"
+        yield figure(metric, {**case, key: name}, values, predicted=expected, note=note)
     first, *others = runs
     for name, than in [(other, first) for other in others] if pairs is None else pairs:
-        expected = None if predicted is None else predicted[name] / predicted[than]
+        expected = predicted[name] / predicted[than] if predicted else None
         here = {**case, key: name, "than": than}
         yield figure("times_as_long", here, taken.ratio(name, than), predicted=expected, note=note)
 

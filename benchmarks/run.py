@@ -19,8 +19,9 @@ from rich.console import Console
 
 from benchmarks import page, results
 from benchmarks.question import Case, Question, Setting
-from benchmarks.results import Run, Writer
+from benchmarks.results import Result, Run, Writer
 from dsmini import ops
+from dsmini.atomic import write_text
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
@@ -29,7 +30,8 @@ from dsmini.measure import calibration
 from dsmini.measure.calibration import steadiness
 from dsmini.measure.rates import Roofs
 from dsmini.ops.explanation import instruction_set
-from dsmini.report.units import duration
+from dsmini.report import Report
+from dsmini.report.units import duration, human
 
 STARTED = time.monotonic()
 QUICK = 135.0
@@ -65,14 +67,10 @@ class BenchmarksCommand:
     """CPU threads; left out: torch's own choice."""
     text: Path | None = None
     """Text for shakespeare and sparse-training: tinyshakespeare.txt."""
-    peer_python: tuple[Path, ...] = ()
-    """Other Pythons that have llama-cpp-python or ik-llama-cpp-python, for peers."""
-    compare: Path | None = None
-    """Another results.jsonl; shows what changed since."""
+    peer_python: Path | None = None
+    """Another Python, which has llama-cpp-python, for peers."""
     list: bool = False
     """List the questions and end."""
-    report_only: bool = False
-    """Measure nothing; show saved results."""
     fresh: bool = False
     """Measure everything again, this machine's rates too."""
     json: bool = False
@@ -81,7 +79,7 @@ class BenchmarksCommand:
 
 HELP = Help(
     usage="[NAME ...] [FLAGS]",
-    examples=("--quick", "decode moe", "--list", "peers --peer-python other/bin/python", "--compare old.jsonl"),
+    examples=("--quick", "decode moe", "--list", "peers --peer-python other/bin/python"),
     main=tuple(field.name for field in dataclasses.fields(BenchmarksCommand)),
 )
 
@@ -102,35 +100,64 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[.
             say(console, f"{name:{max(map(len, known))}}  {question.title}{more}")
         return 0
     ops.check_forced()
-    old = results.read(command.compare) if command.compare else None  # before measuring, because it may be damaged
-    if old and not old.cases:
-        raise ValueError(f"--compare: {command.compare} has no results; name the results.jsonl of another run")
     asked = [name for name in known if not command.names or name in command.names]
-    path, interrupted, left_out = command.out / "results.jsonl", False, dict[str, str]()
-    if command.report_only:
-        found = results.read(path)
-        if not found.cases:
-            raise ValueError(f"{path} has no results yet; leave out --report-only to measure some")
-    else:
-        left_out |= {name: reason for name in asked if (reason := why_not(known[name], command))}
-        asked = [name for name in asked if name not in left_out]
-        if not asked:
-            raise ValueError("no question can run here; python -m benchmarks --list gives the reasons")
-        questions, device = {name: known[name] for name in asked}, pick_device(command.device)
-        with Writer(path) as writer, contextlib.redirect_stdout(sys.stderr):  # measured libraries may print
-            setting = setting_of(command, device, measure or calibration.load_or_measure)
-            interrupted = measure_cases(command, questions, setting, writer, " ".join(args), left_out)
-            found = writer.results
-    asked = [name for name in asked if name not in left_out]
-    answer = page.Answer(found, known, asked, left_out, old)
-    answer.show(console, tables=bool(command.names))
-    status = answer.draw(console, command.out) or answer.problems(console)
-    if interrupted:
-        status = 130
-        say(console, f"stopped; finished cases are saved in {path}, and the same command without --fresh continues")
+    left_out = {name: reason for name in asked if (reason := why_not(known[name], command))}
+    if left_out.keys() >= set(asked):
+        raise ValueError("no question can run here; python -m benchmarks --list gives the reasons")
+    path, device, interrupted = command.out / "results.jsonl", pick_device(command.device), False
+    with Writer(path) as writer, contextlib.redirect_stdout(sys.stderr):  # measured libraries may print
+        setting = setting_of(command, device, measure or calibration.load_or_measure)
+        run = run_of(setting, " ".join(args))
+        try:
+            measure_all(
+                {n: known[n] for n in asked if n not in left_out}, setting, run, writer, command.fresh, left_out
+            )
+        except KeyboardInterrupt:
+            interrupted = True
+        found = {name: writer.results.of(name, run.setting) for name in known if name not in left_out}
+
+    mine = {name: of for name, of in found.items() if name in asked}
+    sections = {name: page.section(known[name], of, run) for name, of in found.items() if of}
+    shown = [section for name, section in sections.items() if name in mine]
+    if not command.names:  # tables are for those who ask by name
+        shown = [dataclasses.replace(section, figures=()) for section in shown]
+    for value, what in page.headline([figure for of in mine.values() for figure in of.figures]):
+        say(console, f"{value}  {what}", style="bold")
+    Report(title="", sections=shown).show(console)
+    say(console)
+    for reason in dict.fromkeys(left_out.values()):
+        names = [name for name, why in left_out.items() if why == reason]
+        say(console, f"left out: {', '.join(names)} ({reason})", style="dim")
+    problems = page.problems(mine)
+    for problem in problems:
+        say(console, problem, style="bold red")
     if command.json:
-        print(json.dumps(answer.as_json()))
-    return status
+        print(json.dumps(as_json(run, mine, left_out)))
+    if interrupted:
+        say(console, f"stopped; finished cases are saved in {path}, and the same command without --fresh continues")
+    every = [figure for of in found.values() for figure in of.figures]
+    write_text(command.out / "report.html", page.report(list(sections.values()), every, run).html())
+    say(console, f"report  {command.out / 'report.html'}")
+    return 130 if interrupted else int(bool(problems))
+
+
+def as_json(run: Run, found: Mapping[str, results.Results], left_out: Mapping[str, str]) -> dict[str, Any]:
+    """Return the answer for programs: the run's date, command, commit and setting, and what follows.
+
+    figures: those of this call's questions.
+    failed: cases that raised or took too long.
+    left_out: reason for each question that was left out.
+    steadiness: least share of its stored rates that the machine reached, by question.
+    """
+    every = [result for of in found.values() for result in of]
+    failed = [(result, result.error.strip().splitlines()[-1]) for result in every if result.error]
+    return {
+        **{"date": run.date, "command": run.command, "commit": run.commit, **run.setting},
+        "figures": [figure.as_json() for result in every for figure in result.figures],
+        "failed": [{"question": r.question, "case": r.key, "error": words} for r, words in failed],
+        "left_out": dict(left_out),
+        "steadiness": {name: min(r.steadiness for r in of) for name, of in found.items() if of},
+    }
 
 
 def checked(command: BenchmarksCommand, known: Mapping[str, Question]) -> BenchmarksCommand:
@@ -144,13 +171,9 @@ def checked(command: BenchmarksCommand, known: Mapping[str, Question]) -> Benchm
             raise ValueError(f"unknown question {name!r}; there are {', '.join(known)}")
     if command.threads is not None and not 1 <= command.threads <= MOST_THREADS:
         raise ValueError(f"--threads {command.threads} is out of range; use 1 to {MOST_THREADS}")
-    files = {"--text": command.text, "--compare": command.compare}
-    for flag, path in [*files.items(), *(("--peer-python", python) for python in command.peer_python)]:
+    for flag, path in (("--text", command.text), ("--peer-python", command.peer_python)):
         if path is not None and not path.is_file():
             raise ValueError(f"{flag}: there is no file {path}; name another")
-    for name in ("fresh", "quick", "threads", "device", "dtype", "text") if command.report_only else ():
-        if getattr(command, name) != getattr(BenchmarksCommand(), name):
-            raise ValueError(f"--report-only measures nothing, but --{name} is about measuring; leave one of them out")
     return dataclasses.replace(command, names=names)
 
 
@@ -202,12 +225,12 @@ def setting_of(command: BenchmarksCommand, device: torch.device, measure: Callab
     dtype = pick_dtype(command.dtype, device)
     if command.dtype == "auto" and {"float32", "bfloat16"} <= set(roofs.peak):  # a rerun picks the same
         dtype = faster_dtype(roofs.peak["float32"], roofs.peak["bfloat16"])
-    more = {"text": command.text, "peer_pythons": command.peer_python, "out": command.out}
+    more = {"text": command.text, "peer_python": command.peer_python, "out": command.out}
     return Setting(quick=command.quick, device=device, dtype=dtype, roofs=roofs, **more)
 
 
-def run_of(setting: Setting, words: str, fresh: bool) -> Run:
-    """Return the provenance of the figures of this call, with an empty plan."""
+def run_of(setting: Setting, words: str) -> Run:
+    """Return the provenance of the figures of this call."""
     kernels = f"cpu {instruction_set()}" if ops.serving("cpu") == "cpu" else ops.serving("cpu")
     depends = {
         "code": results.code(),
@@ -218,9 +241,12 @@ def run_of(setting: Setting, words: str, fresh: bool) -> Run:
         "threads": torch.get_num_threads(),
         "machine": dict(setting.roofs.card),
     }
-    date, rates = datetime.now().astimezone().isoformat(timespec="seconds"), dataclasses.asdict(setting.roofs)
+    roofs, date = setting.roofs, datetime.now().astimezone().isoformat(timespec="seconds")
+    rates = {f"matrix product, {dtype}": human(rate, "FLOP/s") for dtype, rate in roofs.peak.items()}
+    rates |= {"reading memory": human(roofs.bandwidth, "bytes/s"), "copying memory": human(roofs.copy, "bytes/s")}
+    rates |= {"a call in a model": human(roofs.call, "s")}
     command = f"python -m benchmarks {words}".rstrip()
-    return Run(date=date, command=command, commit=results.commit(), setting=depends, rates=rates, fresh=fresh)
+    return Run(date=date, command=command, commit=results.commit(), setting=depends, rates=rates)
 
 
 def spent() -> float:
@@ -228,56 +254,51 @@ def spent() -> float:
     return time.monotonic() - STARTED
 
 
-def measure_cases(
-    command: BenchmarksCommand,
+def measure_all(
     questions: Mapping[str, Question],
     setting: Setting,
+    run: Run,
     writer: Writer,
-    words: str,
+    fresh: bool,
     left_out: dict[str, str],
-) -> bool:
-    """Measure the cases that are not done, and save each when it is. Return True if Ctrl-C ended it.
+) -> None:
+    """Measure the cases that are not done, and save each when it is.
 
     Args:
-        words: the command line.
+        fresh: measure the others too.
         left_out: gets the questions for which --quick has no time, as a whole.
     """
-    run, quick = run_of(setting, words, command.fresh), command.quick
-    cases = {name: question.cases(setting) for name, question in questions.items()}
-    done = () if command.fresh else writer.results.cases
-    todo = {name: [c for c in of if (run.id, name, c.key) not in done] for name, of in cases.items()}
-    estimates = {name: sum(case.estimate(setting) for case in of) for name, of in todo.items()}
-    left = QUICK - spent() if quick else float("inf")
-    for name, seconds in estimates.items():
-        if seconds > left:
+    console, todo, planned = Console(stderr=True), dict[str, list[Case]](), 0
+    left = QUICK - spent() if setting.quick else float("inf")
+    for name, question in questions.items():
+        done = () if fresh else {r.key for r in writer.results.of(name, run.setting) if is_done(r, run)}
+        cases = question.cases(setting)
+        new = [case for case in cases if case.key not in done]
+        if (seconds := sum(case.seconds for case in new)) > left:
             left_out[name] = NO_TIME
-            del todo[name]
-        else:
-            left -= seconds
-    run = dataclasses.replace(run, plan={name: [case.key for case in cases[name]] for name in todo})
-    writer.add("run", **dataclasses.asdict(run))
-    console, planned, new = Console(stderr=True), sum(map(len, cases.values())), sum(map(len, todo.values()))
-    if planned > new and not quick:
-        say(console, f"{planned - new} of {planned} cases are already done; --fresh measures them again")
-    expected, begun = 0.0, time.monotonic()
-    how: dict[str, Any] = {"delay": 0, "line_every": 0, "refresh_per_second": 1}  # a quiet bar
-    try:
-        with Progress(console, sum(estimates[name] for name in todo), **how) as bar:
-            for name, of in todo.items():
-                slower = max(1.0, (time.monotonic() - begun) / expected) if expected > 10 else 1.0
-                if quick and of and spent() + slower * estimates[name] > QUICK:
+            continue
+        todo[name], left, planned = new, left - seconds, planned + len(cases)
+    if (there := planned - sum(map(len, todo.values()))) and not setting.quick:
+        say(console, f"{there} of {planned} cases are already done; --fresh measures them again")
+    total, expected = sum(case.seconds for new in todo.values() for case in new), 0.0
+    with Progress(console, total, delay=0, line_every=0, refresh_per_second=1) as bar:  # a quiet bar
+        for name, new in todo.items():
+            if setting.quick and new and spent() + sum(case.seconds for case in new) > QUICK:
+                left_out[name] = NO_TIME
+                continue
+            for case in new:
+                bar.update(expected, f"{name} {case.key}")
+                try:
+                    measure_case(name, case, setting, run, writer)
+                except TookTooLong:
                     left_out[name] = NO_TIME
-                for case in of if name not in left_out else ():
-                    bar.update(expected, f"{name} {case.key}", left=slower * (bar.total - expected))
-                    try:
-                        measure_case(name, case, setting, run, writer)
-                    except TookTooLong:
-                        left_out[name] = NO_TIME
-                        break
-                    expected += case.estimate(setting)
-    except KeyboardInterrupt:
-        return True
-    return False
+                    break
+                expected += case.seconds
+
+
+def is_done(result: Result, run: Run) -> bool:
+    """Return True for a case that was measured in the setting of this run."""
+    return not result.error and result.run.setting == run.setting
 
 
 def measure_case(name: str, case: Case, setting: Setting, run: Run, writer: Writer) -> None:
@@ -285,24 +306,21 @@ def measure_case(name: str, case: Case, setting: Setting, run: Run, writer: Writ
 
     Raises: TookTooLong with --quick.
     """
-    estimate, start = case.estimate(setting), time.monotonic()
-    allowed = max(LEAST, TIMES * estimate)
+    allowed = max(LEAST, TIMES * case.seconds)
     if setting.quick:
         allowed = min(allowed, max(1.0, QUICK + GRACE - spent()))
-    place = {"setting": run.id, "question": name, "key": case.key}
     try:
         with limited(allowed):
             steady = steadiness(setting.roofs, setting.device)
-            figures = [dataclasses.replace(figure, question=name).as_json() for figure in case.run()]
+            figures = [dataclasses.replace(figure, question=name) for figure in case.run()]
             steady = min(steady, steadiness(setting.roofs, setting.device))
     except (Exception, TookTooLong) as error:  # from the measured code; errors of writing are not caught here
         if setting.quick and isinstance(error, TookTooLong):
             raise
         why, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
         if isinstance(error, TookTooLong):
-            why = trace = f"stopped after {duration(allowed)}; its estimate was {duration(estimate)}"
-        writer.add("error", **place, error=trace)
+            why = trace = f"stopped after {duration(allowed)}; its estimate was {duration(case.seconds)}"
+        writer.add(Result(question=name, key=case.key, run=run, error=trace))
         say(Console(stderr=True), f"{name} {case.key} failed: {why}", style="bold red")
         return
-    seconds = round(time.monotonic() - start, 3)
-    writer.add("case", **place, seconds=seconds, figures=figures, steadiness=round(steady, 3))
+    writer.add(Result(question=name, key=case.key, run=run, figures=figures, steadiness=round(steady, 3)))

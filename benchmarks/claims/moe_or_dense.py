@@ -5,17 +5,17 @@ shared one. The feed-forwards of the dense model are as wide as these three expe
 source code of Python's standard library; the loss is that of the whole held-out split.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from benchmarks.claims.study import Study, Trial
+from benchmarks.claims.study import Trial, study
 
 STEPS, QUICK_STEPS = 1000, 50
 
 
-def run(trial: Trial, arm: str) -> Mapping[str, float]:
+def run(trial: Trial, arm: str, flags: Sequence[str]) -> Mapping[str, float]:
     steps = str(QUICK_STEPS if trial.setting.quick else STEPS)
     length = ["--train.steps", steps, "--train.eval-every", steps]
-    summary = trial.train(arm, "shakespeare", *STUDY.arms[arm], *length)
+    summary = trial.train(arm, "shakespeare", *flags, *length)
     return {
         "loss": summary["val_loss"],
         "tokens_per_s": summary["tokens_per_s"],
@@ -23,7 +23,7 @@ def run(trial: Trial, arm: str) -> Mapping[str, float]:
     }
 
 
-STUDY = Study(
+QUESTION = study(
     name="moe-or-dense",
     title="Is a mixture of experts better than a dense model, on equal tokens with equal active parameters?",
     about=__doc__,
@@ -34,4 +34,3 @@ STUDY = Study(
     run=run,
     pairs=[("loss", "dense", "moe"), ("tokens_per_s", "dense", "moe")],
 )
-QUESTION = STUDY.question()

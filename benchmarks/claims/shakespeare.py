@@ -8,19 +8,19 @@ context 64.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
 import torch
 
 from benchmarks.claims import nanogpt
-from benchmarks.claims.study import Study, Trial, run_module
+from benchmarks.claims.study import Trial, run_module, study
 
 
-def run(trial: Trial, arm: str) -> Mapping[str, float]:
+def run(trial: Trial, arm: str, flags: Sequence[str]) -> Mapping[str, float]:
     """Return the time of the whole command, and the loss at the peer's context."""
     assert trial.setting.text is not None, "needs_text makes the command ask for it"
-    text, full, quick = str(trial.setting.text.resolve()), *STUDY.arms[arm]
+    text, full, quick = str(trial.setting.text.resolve()), *flags
     steps = quick if trial.setting.quick else full
     if arm != "peer":
         length = ["--train.steps", steps] if steps else []
@@ -32,17 +32,15 @@ def run(trial: Trial, arm: str) -> Mapping[str, float]:
     return {"seconds": time.perf_counter() - begun, "loss_as_peer": answer["loss"]}
 
 
-STUDY = Study(
+QUESTION = study(
     name="shakespeare",
     title="How good is a minute and a half of training, compared with nanoGPT's laptop recipe?",
     about=__doc__,
     arms={"peer": [str(nanogpt.STEPS), "200"], "sprint": ["200", "20"], "run": ["", "165"]},  # full and quick steps
     run=run,
     pairs=[("loss_as_peer", "sprint", "peer"), ("loss_as_peer", "run", "peer"), ("seconds", "sprint", "peer")],
-    seeds=3,
-    quick_seeds=1,
-    seconds=200,
+    seeds=(3, 1),
+    seconds=(200.0, 40.0),
     needs="" if find_spec("transformers") else "transformers is not installed; pip install 'dsmini[peers]'",
     needs_text=True,
 )
-QUESTION = STUDY.question()

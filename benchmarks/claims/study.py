@@ -1,14 +1,13 @@
 """Arms, seeds and metrics: what a claim is made of.
 
-    STUDY = Study(
+    QUESTION = study(
         name="moe-or-dense",
         title="Is a mixture of experts better than a dense model?",
         about="...",
         arms={"moe": ["--model.n-dense-layers", "0"], "dense": ["--model.n-dense-layers", "2"]},
-        run=lambda trial, arm: {"loss": trial.train(arm, "shakespeare", *STUDY.arms[arm])["val_loss"]},
+        run=lambda trial, arm, flags: {"loss": trial.train(arm, "shakespeare", *flags)["val_loss"]},
         pairs=[("loss", "dense", "moe")],
     )
-    QUESTION = STUDY.question()
 
 For each seed all arms run one after the other, and a pair gives one difference: seeds are paired, and the interval is
 Student's t over them.
@@ -29,10 +28,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.question import METRICS, Case, Figure, Question, Setting, cases_over, drawing, figure, pick
+from benchmarks.question import UNITS, Case, Figure, Question, Setting, cases_over, drawing, figure, pick
 from benchmarks.results import ROOT
 from dsmini.measure.turns import mean_of
-from dsmini.report.units import words
+from dsmini.report.units import words as in_words
 
 
 def run_module(module: str, *arguments: str, **environment: str) -> str:
@@ -77,76 +76,72 @@ class Trial:
         return summary | {"command_seconds": time.perf_counter() - begun}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """Arms that train with the same seeds, and metrics that are compared seed by seed."""
+def study(
+    *,
+    about: str | None,
+    arms: Mapping[str, Sequence[str]],
+    run: Callable[[Trial, str, Sequence[str]], Mapping[str, float]],
+    pairs: Sequence[tuple[str, str, str]],
+    seeds: tuple[int, int] = (5, 2),
+    seconds: tuple[float, float] = (130.0, 40.0),
+    **words: Any,
+) -> Question:
+    """Return the question of arms that train with the same seeds, and metrics that are compared seed by seed.
 
-    name: str
-    title: str
-    about: str | None
-    arms: Mapping[str, Sequence[str]]
-    """Flags of each arm, as `run` takes them; they run in this order."""
-    run: Callable[[Trial, str], Mapping[str, float]]
-    """Function that runs an arm and returns its metrics; names are in question.METRICS."""
-    pairs: Sequence[tuple[str, str, str]]
-    """Metric, arm, and the arm that is subtracted from it."""
-    seeds: int = 5
-    quick_seeds: int = 2
-    seconds: float = 130.0
-    """Estimated seconds of a seed."""
-    quick_seconds: float = 40.0
-    needs: str = ""
-    needs_text: bool = False
+    Args:
+        arms: flags of each arm, as `run` takes them; they run in this order.
+        run: runs an arm and returns its metrics; names are in question.UNITS.
+        pairs: metric, arm, and the arm that is subtracted from it.
+        seeds: number of them, and with --quick.
+        seconds: estimate for a seed, and with --quick.
+        words: name, title and other fields of the Question.
+    """
 
-    def question(self) -> Question:
-        """Return the study as a question, with a case for each seed."""
-        drawn = dict.fromkeys(metric for metric, _, _ in self.pairs)
-        return Question(
-            name=self.name,
-            title=self.title,
-            about=f"{self.about} Each seed gives one difference; the interval is Student's t over the seeds.",
-            cases=self.cases,
-            answer=self.answer,
-            plots=[drawing(m, words(m), by="arm", label="seed {seed}", y=METRICS[m][0]) for m in drawn],
-            on_request=True,
-            needs=self.needs,
-            needs_text=self.needs_text,
-        )
-
-    def cases(self, setting: Setting) -> list[Case]:
-        seeds, seconds = (self.quick_seeds, self.quick_seconds) if setting.quick else (self.seeds, self.seconds)
+    def cases(setting: Setting) -> list[Case]:
         key = "seed={} quick" if setting.quick else "seed={}"
-        return cases_over(key, ((seed,) for seed in range(seeds)), seconds, partial(self.measure, setting))
+        points = ((seed,) for seed in range(seeds[setting.quick]))
+        return cases_over(key, points, seconds[setting.quick], partial(measure, setting))
 
-    def measure(self, setting: Setting, seed: int) -> Iterator[Figure]:
+    def measure(setting: Setting, seed: int) -> Iterator[Figure]:
         """Run all arms with a seed, and yield their metrics and the differences of the pairs."""
-        folder = setting.out.resolve() / self.name / f"{'quick-' if setting.quick else ''}seed-{seed}"
+        folder = setting.out.resolve() / words["name"] / f"{'quick-' if setting.quick else ''}seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         trial = Trial(setting=setting, seed=seed, folder=folder)
-        found = {arm: self.run(trial, arm) for arm in self.arms}
+        found = {arm: run(trial, arm, flags) for arm, flags in arms.items()}
         shutil.rmtree(folder)  # another setting must not take these runs for its own
         for arm, metrics in found.items():
             for metric, value in metrics.items():
                 yield figure(metric, {"seed": seed, "arm": arm}, value)
-        for metric, arm, less in self.pairs:
+        for metric, arm, less in pairs:
             case = {"seed": seed, "arm": arm, "less": less}
             yield figure(f"difference of {metric}", case, found[arm][metric] - found[less][metric])
 
-    def answer(self, figures: list[Figure]) -> str:
-        told = []
-        for metric, arm, less in self.pairs:
-            found, mine, other = (
-                [f.measured for f in pick(figures, name, **case) if f.measured is not None]
-                for name, case in (
-                    (f"difference of {metric}", {"arm": arm, "less": less}),
-                    *((metric, {"arm": each}) for each in (arm, less)),
-                )
+    return Question(
+        about=f"{about} Each seed gives one difference; the interval is Student's t over the seeds.",
+        cases=cases,
+        answer=partial(answer, pairs),
+        plots=[drawing(m, in_words(m), "seed {seed}", by="arm") for m in dict.fromkeys(pair[0] for pair in pairs)],
+        on_request=True,
+        **words,
+    )
+
+
+def answer(pairs: Sequence[tuple[str, str, str]], figures: list[Figure]) -> str:
+    """Return the mean of each metric in both arms of a pair, and of their difference."""
+    told = []
+    for metric, arm, less in pairs:
+        found, mine, other = (
+            [f.measured for f in pick(figures, name, **case) if f.measured is not None]
+            for name, case in (
+                (f"difference of {metric}", {"arm": arm, "less": less}),
+                *((metric, {"arm": each}) for each in (arm, less)),
             )
-            if not found or not mine or not other:
-                continue
-            unit, mean = f" {METRICS[metric][0]}".rstrip(), mean_of(found)
-            text = f"{words(metric)} of {arm} {fmean(mine):.4g}{unit}, of {less} {fmean(other):.4g}: {mean.value:+.4f}"
-            clear = "" if mean.low > 0 or mean.high < 0 else ", no clear difference"
-            sure = f" ({mean.low:+.4f} to {mean.high:+.4f} in 95 %, {mean.turns} seeds{clear})"
-            told.append(text + (sure if mean.is_clear else ", with one seed"))
-        return f"{'; '.join(told)}." if told else ""
+        )
+        if not found or not mine or not other:
+            continue
+        unit, mean = f" {UNITS[metric]}".rstrip(), mean_of(found)
+        text = f"{in_words(metric)} of {arm} {fmean(mine):.4g}{unit}, of {less} {fmean(other):.4g}: {mean.value:+.4f}"
+        clear = "" if mean.low > 0 or mean.high < 0 else ", no clear difference"
+        sure = f" ({mean.low:+.4f} to {mean.high:+.4f} in 95 %, {mean.turns} seeds{clear})"
+        told.append(text + (sure if mean.is_clear else ", with one seed"))
+    return f"{'; '.join(told)}." if told else ""

@@ -2,17 +2,35 @@
 
 Small training runs get a fault each: a loader that sleeps or unpacks, shuffled labels, a repeated text, a routing bias
 that chooses the same experts, tiny experts, one thread, the slower dtype, another program. Others are healthy, or have
-something that only looks guilty. Each is diagnosed with some seeds, and predictions are made before the experiments.
+something that only looks guilty. Each is diagnosed with some seeds, which change weights, data and the fault itself.
+Predictions are made before the experiments.
 """
 
+import dataclasses
 import math
+import random
+import subprocess
+import sys
+import time
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from benchmarks.faults import Fault, faults
+import torch
+from torch import Tensor
+
+from benchmarks.models import trainer
 from benchmarks.question import Case, Figure, Question, Setting, cases_over, drawing, figure, pick
+from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dsmini.diagnosis.contention import cores
 from dsmini.diagnosis.diagnosis import Diagnosis, Plan, diagnose
+from dsmini.diagnosis.training import Subject
+from dsmini.machine import pick_dtype
 from dsmini.measure import step_rates
 
 SEEDS, QUICK_SEEDS = 5, 1
@@ -25,30 +43,184 @@ LARGE = 0.10
 LEAST_RIGHT = 4
 """Seeds of five in which a fault must be named rightly."""
 
+# --- what is wrong with a run: each is done to a subject until the context ends
+
+SLEEP = 0.1
+"""Seconds that a slow loader sleeps; a step takes less."""
+PACKED = 24 << 20
+"""Bytes that a slow loader unpacks for each batch."""
+HOG = "import numpy as np; a = np.ones(1 << 25); b = np.empty_like(a)\nwhile True: np.copyto(b, a)"
+"""Reads and writes 512 MB over and over."""
+Batch = tuple[Tensor, Tensor]
+
+
+@contextmanager
+def _around(thing: Any, name: str, other: Callable[..., Any]) -> Iterator[None]:
+    """Let a method be another, which gets the first as its first argument."""
+    setattr(thing, name, partial(other, getattr(thing, name)))
+    try:
+        yield
+    finally:
+        delattr(thing, name)
+
+
+def _sleeping(subject: Subject, seed: int) -> AbstractContextManager[object]:
+    def prepared(prepare: Callable[..., Batch], request: tuple[int, int]) -> Batch:
+        time.sleep(SLEEP)
+        return prepare(request)
+
+    return _around(subject.trainer.loader, "prepared", prepared)
+
+
+def _unpacking(subject: Subject, seed: int) -> AbstractContextManager[object]:
+    packed = zlib.compress(random.Random(seed).randbytes(1 << 16) * (PACKED >> 16), 1)
+
+    def prepared(prepare: Callable[..., Batch], request: tuple[int, int]) -> Batch:
+        zlib.decompress(packed)
+        return prepare(request)
+
+    return _around(subject.trainer.loader, "prepared", prepared)
+
+
+def _shuffled(subject: Subject, seed: int) -> AbstractContextManager[object]:
+    def prepared(prepare: Callable[..., Batch], request: tuple[int, int]) -> Batch:
+        tokens, targets = prepare(request)
+        draw = torch.Generator().manual_seed(seed + request[0])
+        return tokens, targets.flatten()[torch.randperm(targets.numel(), generator=draw)].view_as(targets)
+
+    return _around(subject.trainer.loader, "prepared", prepared)
+
+
+def _skewed(subject: Subject, seed: int) -> AbstractContextManager[object]:
+    """Let the bias choose the same experts for all tokens."""
+    draw = random.Random(seed)
+    for gate in subject.trainer.model.gates():
+        assert gate.bias is not None
+        gate.bias[draw.sample(range(len(gate.bias)), gate.options["n_activated_experts"])] = 10.0
+    return nullcontext()
+
+
+@contextmanager
+def _hogged(subject: Subject, seed: int) -> Iterator[None]:
+    """Let another program use a core and the memory."""
+    hog = subprocess.Popen([sys.executable, "-c", HOG])
+    time.sleep(1.0)
+    try:
+        yield
+    finally:
+        hog.kill()
+        hog.wait()
+
+
+def _asking(subject: Subject, seed: int) -> AbstractContextManager[object]:
+    """Ask a tensor for its number many times in a step, which looks slow and is not on a CPU."""
+
+    def step(take: Callable[[], Any]) -> Any:
+        for _ in range(100):
+            torch.ones(1).item()
+        return take()
+
+    return _around(subject.trainer, "step", step)
+
+
+@contextmanager
+def _printing(subject: Subject, seed: int) -> Iterator[None]:
+    """Draw a progress bar in each step, into a file."""
+    with TemporaryDirectory() as folder, (Path(folder) / "bar").open("w") as file:
+
+        def step(take: Callable[[], Any]) -> Any:
+            print("\r" + "#" * 60, end="", file=file, flush=True)
+            return take()
+
+        with _around(subject.trainer, "step", step):
+            yield
+
+
+# --- the runs
+
+FEW: dict[str, Any] = {"n_routed_experts": 4, "n_activated_experts": 2, "n_expert_groups": 1, "n_limited_groups": 1}
+MODEL = ModelConfig(dim=96, inter_dim=384, moe_inter_dim=192, n_layers=2, n_mtp_layers=0, **FEW)
+"""Few and wide experts, so that routing costs little."""
+COMPUTING = dataclasses.replace(MODEL, dim=320, inter_dim=1280, moe_inter_dim=640)
+"""Large products, which a second core makes faster."""
+TINY_EXPERTS = dataclasses.replace(MODEL, moe_inter_dim=8, n_routed_experts=64, n_activated_experts=32)
+"""As many active parameters as in MODEL's experts less one, in pieces of 8."""
+TRAIN = TrainConfig(batch_size=4, optimizer="adamw")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A run with something wrong, or nothing."""
+
+    axis: str = ""
+    """Axis to be named; "" for a healthy run and for a trap, which only looks guilty."""
+    model: ModelConfig = MODEL
+    train: TrainConfig = TRAIN
+    repeated: bool = False
+    """True to train on one page, again and again; False: on the default corpus."""
+    wrong: Callable[[Subject, int], AbstractContextManager[object]] = lambda subject, seed: nullcontext()
+    slower_dtype: bool = False
+    """Products run in the one of FP32 and BF16 that this machine does not prefer."""
+
+    @contextmanager
+    def subject(self, seed: int, setting: Setting) -> Iterator[Subject]:
+        """Yield a subject with the fault."""
+        with ExitStack() as stack:
+            data, device = DataConfig(), torch.device("cpu")
+            if self.repeated:
+                path = Path(stack.enter_context(TemporaryDirectory())) / "text.txt"
+                path.write_text(Path(__file__).read_text()[:20_000] * 20)
+                data = DataConfig(path=path)
+            dtype = pick_dtype("auto", device)
+            if self.slower_dtype:
+                dtype = torch.bfloat16 if dtype == torch.float32 else torch.float32
+            here = dataclasses.replace(setting, device=device, dtype=dtype)
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.train.threads or cores())
+            train = dataclasses.replace(self.train, seed=seed, dtype=here.dtype_name, device="cpu")
+            made = Subject(trainer(RunConfig(model=self.model, data=data, train=train), here))
+            stack.callback(made.trainer.loader.close)
+            stack.enter_context(self.wrong(made, seed))
+            yield made
+
+
+FAULTS = {
+    "loader sleeps": Fault(axis="Data", wrong=_sleeping),
+    "loader unpacks": Fault(axis="Data", wrong=_unpacking),
+    "shuffled labels": Fault(axis="Data", wrong=_shuffled),
+    "duplicated text": Fault(axis="Data", repeated=True),
+    "skewed router": Fault(axis="Algorithm", model=dataclasses.replace(MODEL, n_routed_experts=16), wrong=_skewed),
+    "tiny experts": Fault(axis="Algorithm", model=TINY_EXPERTS),
+    "thread cap": Fault(axis="Machine", model=COMPUTING, train=dataclasses.replace(TRAIN, threads=1)),
+    "slower dtype": Fault(axis="Machine", model=COMPUTING, slower_dtype=True),
+    "memory hog": Fault(axis="Machine", wrong=_hogged),
+    "healthy": Fault(),
+    "healthy, dense": Fault(model=dataclasses.replace(MODEL, n_dense_layers=2)),
+    "healthy, wider": Fault(model=dataclasses.replace(MODEL, dim=192, inter_dim=768, moe_inter_dim=512)),
+    "trap: item()": Fault(wrong=_asking),
+    "trap: progress bar": Fault(wrong=_printing),
+}
+
+# --- the question
+
 
 def cases(setting: Setting) -> list[Case]:
-    by_name = {fault.name: fault for fault in faults()}
-    points = [(name, seed) for seed in range(QUICK_SEEDS if setting.quick else SEEDS) for name in by_name]
-    return cases_over("run={} seed={}", points, 30.0, partial(measure, setting, by_name))
+    points = [(name, seed) for seed in range(QUICK_SEEDS if setting.quick else SEEDS) for name in FAULTS]
+    return cases_over("run={} seed={}", points, 30.0, partial(measure, setting))
 
 
-def measure(setting: Setting, by_name: dict[str, Fault], name: str, seed: int) -> Iterator[Figure]:
-    fault = by_name[name]
-    rates = step_rates.rates_beyond(setting.roofs, setting.device)
-    with fault.subject(seed) as subject:
-        found = diagnose(subject, Plan(seconds=math.inf, rounds=ROUNDS), rates)
-    yield from figures_of(fault, seed, found)
-
-
-def figures_of(fault: Fault, seed: int, found: Diagnosis) -> Iterator[Figure]:
+def measure(setting: Setting, name: str, seed: int) -> Iterator[Figure]:
     """Yield whether the fault was named, and each gain with its prediction."""
+    fault, rates = FAULTS[name], step_rates.rates_beyond(setting.roofs, setting.device)
+    with fault.subject(seed, setting) as subject:
+        found: Diagnosis = diagnose(subject, Plan(seconds=math.inf, rounds=ROUNDS), rates)
     want, got = fault.axis or "nothing", found.named or "nothing"
-    case = {"run": fault.name, "seed": seed, "want": want, "got": got}
+    case = {"run": name, "seed": seed, "want": want, "got": got}
     yield figure("right", case, float(want == got), note=found.verdict.outcome)
     for arm in found.compared.measured:
         predicted, gain = found.compared.predicted_gain(arm), found.gains[arm.name]
         if predicted is not None and gain.is_clear:
-            gained = {"run": fault.name, "seed": seed, "free": arm.name, "axis": arm.axis}
+            gained = {"run": name, "seed": seed, "free": arm.name, "axis": arm.axis}
             yield figure("gain", gained, gain, predicted=predicted)
 
 
@@ -56,17 +228,14 @@ def answer(figures: list[Figure]) -> str:
     judged = pick(figures, "right")
     if not judged:
         return ""
-    sick, healthy = [], []
-    for f in judged:
-        (healthy if f.case["want"] == "nothing" else sick).append(f)
+    healthy = [f for f in judged if f.case["want"] == "nothing"]
+    sick = [f for f in judged if f.case["want"] != "nothing"]
     right, runs = Counter(str(f.case["run"]) for f in sick if f.measured), Counter(str(f.case["run"]) for f in sick)
     named = sum(right[run] * SEEDS >= LEAST_RIGHT * n for run, n in runs.items())
     often = f" in at least {LEAST_RIGHT} of {SEEDS} seeds" if max(runs.values(), default=0) == SEEDS else ""
     text = f"{named} of {len(runs)} faults are named{often}, {sum(right.values())} of {len(sick)} runs; "
     text += f"{sum(f.measured == 0 for f in healthy)} false alarms in {len(healthy)} healthy runs and traps"
-    gains = [
-        (f.measured, f.predicted) for f in pick(figures, "gain") if f.measured is not None and f.predicted is not None
-    ]
+    gains = [(f.measured or 0.0, f.predicted or 0.0) for f in pick(figures, "gain")]
     for words, some in (("predicted gains", gains), ("of those above 10 points", [g for g in gains if g[0] > LARGE])):
         near = sum(abs(measured - predicted) <= WITHIN for measured, predicted in some)
         text += f"; {near} of {len(some)} {words} within {WITHIN:.0%} of a step" if some else ""
@@ -81,11 +250,8 @@ QUESTION = Question(
     answer=answer,
     plots=(
         drawing(
-            "gain",
-            "Gains, measured and predicted, first seed",
+            *("gain", "Gains, measured and predicted, first seed", "{run}: {free}"),
             by="axis",
-            label="{run}: {free}",
-            y="share of a step",
             only=lambda f: f.case["seed"] == 0,
             predicted=True,
         ),

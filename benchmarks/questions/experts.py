@@ -14,9 +14,8 @@ import torch
 from benchmarks import models
 from benchmarks.models import decoding
 from benchmarks.question import Case, Figure, Question, Setting, cases_over, compared, drawing, figure, pick, race
-from dsmini import ModelConfig, Transformer, accounting
-from dsmini.measure.workloads import random_cache, random_model, random_tokens
-from dsmini.nn import Cache
+from dsmini import ModelConfig, accounting
+from dsmini.measure.workloads import random_model
 
 
 def configs(setting: Setting) -> dict[str, ModelConfig]:
@@ -40,19 +39,13 @@ def cases(setting: Setting) -> list[Case]:
 @torch.no_grad()
 def measure(setting: Setting, batch: int) -> Iterator[Figure]:
     every = {name: random_model(config, setting.device, setting.dtype) for name, config in configs(setting).items()}
-
-    def decode(model: Transformer, cache: Cache) -> None:
-        model.states(random_tokens(model.config, batch, 1, setting.device), cache)
-
-    runs, predicted = decoding(every, setting, batch, 64, decode)
+    runs, predicted = decoding(every, setting, batch, 64)
     yield from race(setting, {"batch": batch}, runs, predicted=predicted, tokens=batch)
-    moe = every["experts"]
-    draws = (random_tokens(moe.config, batch, 1, setting.device) for _ in range(20))
-    routing = [r for tokens in draws for r in moe.run(tokens, random_cache(moe, batch, 64, 8)).routing]
-    mean, expected = statistics.fmean(float((r.counts > 0).sum()) for r in routing), accounting.expected_experts
+    read = [float((routing.counts > 0).sum()) for _ in range(20) for routing in runs["experts"]()]
+    expected = accounting.expected_experts(every["experts"].config, batch)
     note = "of a layer in a step; predicted for independent tokens and equally likely experts; the gate is random"
     case = {"batch": batch, "model": "experts"}
-    yield figure("distinct_experts", case, mean, predicted=expected(moe.config, batch), note=note)
+    yield figure("distinct_experts", case, statistics.fmean(read), predicted=expected, note=note)
 
 
 def answer(figures: list[Figure]) -> str:

@@ -2,7 +2,7 @@
 
 Bytes are those of the storage for a token in all layers, and must equal the formula. The time is that of one layer with
 a small feed-forward, decoding from a cache of random rows; the kinds of attention take turns. GQA has a quarter of the
-heads. The context that fits leaves a tenth of memory, and at least 2 GiB, to the system.
+heads.
 """
 
 import dataclasses
@@ -15,13 +15,8 @@ from benchmarks import models
 from benchmarks.models import decoding
 from benchmarks.question import Case, Figure, Question, Setting, cases_over, compared, drawing, figure, pick, race
 from dsmini import ModelConfig, accounting
-from dsmini.machine import memory_bytes
-from dsmini.measure.workloads import random_model, random_tokens
+from dsmini.measure.workloads import random_model
 from dsmini.nn import Cache
-from dsmini.report.units import human
-
-SYSTEM_SHARE, SYSTEM_LEAST = 0.1, 2 << 30
-"""Share of memory, and least bytes, that are left to the system and to activations."""
 
 
 def kinds(config: ModelConfig) -> dict[str, ModelConfig]:
@@ -38,19 +33,14 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def cache_bytes(setting: Setting) -> Iterator[Figure]:
-    """Yield the bytes of a token in the cache, and the number of tokens that fit into this machine's memory."""
+    """Yield the bytes of a token in the cache."""
     for kind, config in kinds(models.BIG).items():
         for dtype in (torch.bfloat16, "fp8") if kind == "MLA" else (torch.bfloat16,):
             name = "fp8" if dtype == "fp8" else "bfloat16"
-            case, predicted = {"attention": kind, "cache": name}, accounting.kv_bytes_per_token(config, dtype=name)
             held = Cache(config, 2, 64, dtype, setting.device).nbytes_per_token
-            note = f"of a token, in all {config.n_layers} layers"
+            predicted, note = accounting.kv_bytes_per_token(config, dtype=name), f"in all {config.n_layers} layers"
+            case = {"attention": kind, "cache": name}
             yield figure("bytes_per_token", case, held, predicted=predicted, exact=True, note=note)
-            if memory := memory_bytes(setting.device):
-                left = max(SYSTEM_LEAST, SYSTEM_SHARE * memory)
-                room = memory - left - accounting.weight_bytes(config, "bfloat16").total
-                note = f"next to the weights in BF16, with {human(left, 'bytes')} of memory left to the system"
-                yield figure("context_that_fits", case, predicted=float(max(0, room) // predicted), note=note)
 
 
 @torch.no_grad()
@@ -60,8 +50,7 @@ def layer_speed(setting: Setting, context: int) -> Iterator[Figure]:
     layers = 1 if setting.quick else 2
     base = dataclasses.replace(models.BIG, n_layers=layers, n_dense_layers=layers, vocab_size=256, inter_dim=512)
     every = {kind: random_model(config, setting.device, setting.dtype) for kind, config in kinds(base).items()}
-    token = random_tokens(base, 1, 1, setting.device)
-    runs, predicted = decoding(every, setting, 1, context, lambda model, cache: model(token, cache))
+    runs, predicted = decoding(every, setting, 1, context)
     yield from race(setting, {"context": context}, runs, key="attention", each=layers, predicted=predicted)
 
 
@@ -85,9 +74,7 @@ QUESTION = Question(
     cases=cases,
     answer=answer,
     plots=(
-        drawing(
-            "bytes_per_token", "Cache of a token", label="{attention}, {cache}", y="bytes in all layers", kind="bars"
-        ),
+        drawing("bytes_per_token", "Cache of a token in all layers", "{attention}, {cache}", kind="bars"),
         drawing("seconds", "Time of a token in one layer", x="context", by="attention"),
     ),
 )

@@ -1,29 +1,39 @@
-"""dsmini next to transformers, llama.cpp and ik_llama.cpp.
+"""dsmini next to transformers and llama.cpp.
 
 Models of one shape with random weights decode, read prompts and train on the same number of tokens. All take turns, and
-each turn gives one ratio. transformers 5.24 also stores MLA's latent, but expands all of it in every step. llama.cpp
-and ik_llama.cpp, where installed and only on a CPU, run our weights from a GGUF file: in BF16, and in 8-bit integers
-(Q8_0) next to dsmini in FP8. Their cache is FP16, and they compute the logits of the last token only. ik_llama.cpp
-serves only DeepSeek's widths of heads, and does not limit the groups of experts: "wide" is such a model. --peer-python
-names another Python that has them.
+each turn gives one ratio. transformers 5.24 also stores MLA's latent, but expands all of it in every step. llama.cpp,
+where installed and only on a CPU, runs our weights from a GGUF file: in BF16, and in 8-bit integers (Q8_0) next to
+dsmini in FP8. Its cache is FP16, and it computes the logits of the last token only. --peer-python names another Python
+that has it.
 """
 
 import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks import models
 from benchmarks.models import trainer, training_flops
-from benchmarks.peer_models.engines import Engine, engines
-from benchmarks.question import Case, Figure, Question, Setting, drawing, left_out, pick, race, times
+from benchmarks.peer_models.engine import Engine, engine_python
+from benchmarks.question import (
+    Case,
+    Figure,
+    Question,
+    Setting,
+    drawing,
+    left_out,
+    pick,
+    race,
+    seconds_of_products,
+    times,
+)
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting, ops
 from dsmini.config.huggingface import config_to_json
 from dsmini.inference.fused.decoder import Decoder
@@ -34,8 +44,8 @@ from dsmini.measure.workloads import dtype_name, random_cache, random_model, ran
 from dsmini.nn.cache import CacheDtype
 from dsmini.nn.fp8 import hold_all_fp8
 
-OURS, THEIRS, LLAMA, IK = "dsmini", "transformers", "llama.cpp", "ik_llama.cpp"
-LOW, FP8, Q8 = "dsmini BF16", "dsmini FP8", "Q8_0"
+OURS, THEIRS, LLAMA = "dsmini", "transformers", "llama.cpp"
+LOW, FP8, Q8 = "dsmini BF16", "dsmini FP8", "llama.cpp Q8_0"
 PROMPT, PART = 512, 512
 """Tokens of the prompt that is read, and of a part of a longer one."""
 COUNTED = 3
@@ -62,23 +72,8 @@ def _size(setting: Setting) -> Size:
     return QUICK if setting.quick else FULL
 
 
-# --- the sides
-
-
-class Side(Protocol):
-    """Model that reads tokens into a cache."""
-
-    def fill(self, tokens: Tensor, room: int) -> None:
-        """Fill the cache with rows for tokens [1, s], and make room for this many more."""
-
-    def start(self, room: int) -> None:
-        """Empty the cache and make room for this many tokens."""
-
-    def feed(self, tokens: Tensor) -> float | None:
-        """Append tokens [1, s] and compute at least the logits of the last one.
-
-        Return the seconds by the side's own clock, or None if it has none.
-        """
+# --- the sides: each fills its cache with rows for tokens [1, s], or starts with an empty one, and makes room for more.
+# feed appends tokens, computes at least the logits of the last one, and returns the seconds by the side's own clock
 
 
 class Ours:
@@ -130,82 +125,69 @@ class Theirs:
             self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True)
 
 
-Make = Callable[[], dict[str, Side]]
+Side = Ours | Theirs | Engine
 
 
-def sides(setting: Setting, config: ModelConfig, found: Mapping[str, str], theirs: bool) -> dict[str, Side]:
+def sides(setting: Setting, python: str | None) -> dict[str, Side]:
     """Return the models of all implementations that are here. On a CPU with kernels ours decode in BF16 and FP8 too.
 
     Args:
-        found: the Python of each engine.
+        python: the Python of llama.cpp.
     """
+    config, size = models.decoded(setting.quick), _size(setting)
     native = random_model(config, setting.device, setting.dtype)
     out: dict[str, Side] = {OURS: Ours(native)}
     if setting.device.type == "cpu" and ops.serving("cpu") == "cpu":
         low = native if setting.dtype == torch.bfloat16 else random_model(config, setting.device, torch.bfloat16)
         out |= {} if low is native else {LOW: Ours(low)}
         out[FP8] = Ours(hold_all_fp8(copy.deepcopy(low)), "fp8")
-    if theirs:
-        out[THEIRS] = Theirs(config, setting)
-    size = _size(setting)
-    for name, python in found.items():
-        for ending, kind in (("", "BF16"), (f" {Q8}", Q8)):
-            out[f"{name}{ending}"] = Engine(name, python, native, kind, max(size.contexts) + size.room, PROMPT)
+    out[THEIRS] = Theirs(config, setting)
+    if python:
+        for name, kind in ((LLAMA, "BF16"), (Q8, "Q8_0")):
+            out[name] = Engine(python, native, kind, max(size.contexts) + size.room, PROMPT)
     return out
 
 
 def pairs(names: Collection[str]) -> list[tuple[str, str]]:
     """Return each peer with our side that it is compared with: that of its number of bits, if there is one."""
-
-    def partner(peer: str) -> str:
-        wanted = FP8 if peer.endswith(Q8) else OURS if peer == THEIRS else LOW
-        return wanted if wanted in names else OURS
-
-    return [(peer, partner(peer)) for peer in names if not peer.startswith(OURS)]
+    of = {THEIRS: OURS, LLAMA: LOW, Q8: FP8}
+    return [(peer, ours if ours in names else OURS) for peer, ours in of.items() if peer in names]
 
 
 # --- the measurement
 
 
 def cases(setting: Setting) -> list[Case]:
-    found = engines(setting.peer_pythons) if setting.device.type == "cpu" else {}
+    python = engine_python(setting.peer_python) if setting.device.type == "cpu" else None
     quick, size, out = setting.quick, _size(setting), list[Case]()
     for dtype, seconds in ((torch.float32, 15), (torch.bfloat16, 60)):
         usable = not why_unusable(dtype, setting.roofs.peak)
         flops = usable * training_flops(models.TRAINED, 2 * (size.turns + 1) * size.batch)  # ours and theirs
-        key, run = f"train dtype={dtype_name(dtype)}", partial(train, dataclasses.replace(setting, dtype=dtype))
-        out.append(Case(key=key, seconds=4 if quick else seconds, flops=flops, dtype=dtype, run=run))
-    config = models.decoded(quick)
-    shapes = [(config, {LLAMA: found[LLAMA]} if LLAMA in found else {}, "")]
-    shapes += [(dataclasses.replace(config, **models.WIDE), {IK: found[IK]}, "wide")] if IK in found else []
-    for config, here, shape in shapes:
-        # the models are made once, for the cases of decoding and of reading
-        make: Make = functools.cache(partial(sides, setting, config, here, not shape))
-        case, with_whom = (
-            {"shape": shape} if shape else {},
-            "".join(f" {name}" for name in (*filter(None, [shape]), *here)),
-        )
-        for context in size.contexts:
-            first = (0 if quick else 60) * (context == size.contexts[0])  # makes the models and the engines' files
-            known: dict[str, Any] = {"seconds": 2 + context / 170 + first, "flops": _flops(config, context)}
-            run = partial(decode, setting, config, make, {"context": context, **case})
-            out.append(Case(key=f"decode context={context}{with_whom}", run=run, **known))
-        known = {"seconds": 3 if quick else 10, "flops": (size.turns + 1) * _flops(config, PROMPT)}
-        run = partial(prefill, setting, config, make, {"tokens": PROMPT, **case})
-        out.append(Case(key=f"prefill tokens={PROMPT}{with_whom}", run=run, **known))
+        estimate = (4 if quick else seconds) + seconds_of_products(flops, dtype, setting)
+        run = partial(train, dataclasses.replace(setting, dtype=dtype))
+        out.append(Case(key=f"train dtype={dtype_name(dtype)}", seconds=estimate, run=run))
+    # the models are made once, for the cases of decoding and of reading
+    make, with_whom = functools.cache(partial(sides, setting, python)), f" {LLAMA}" * bool(python)
+    for context in size.contexts:
+        first = (0 if quick else 60) * (context == size.contexts[0])  # makes the models and the engine's files
+        seconds, run = 2 + context / 170 + first + _reading(setting, context), partial(decode, setting, make, context)
+        out.append(Case(key=f"decode context={context}{with_whom}", seconds=seconds, run=run))
+    seconds = (3 if quick else 10) + (size.turns + 1) * _reading(setting, PROMPT)
+    out.append(Case(key=f"prefill tokens={PROMPT}{with_whom}", seconds=seconds, run=partial(prefill, setting, make)))
     return out
 
 
-def _flops(config: ModelConfig, tokens: int) -> float:
-    """Return the FLOPs of reading a prompt of this length with ours and with theirs."""
-    return 2 * tokens * accounting.flops_per_token(config, tokens).total
+def _reading(setting: Setting, tokens: int) -> float:
+    """Return the estimated seconds of reading a prompt of this length with ours and with theirs."""
+    flops = 2 * tokens * accounting.flops_per_token(models.decoded(setting.quick), tokens).total
+    return seconds_of_products(flops, setting.dtype, setting)
 
 
 @torch.inference_mode()
-def decode(setting: Setting, config: ModelConfig, make: Make, case: Mapping[str, Any]) -> Iterator[Figure]:
-    every, size = make(), _size(setting)
+def decode(setting: Setting, make: Callable[[], dict[str, Side]], context: int) -> Iterator[Figure]:
+    every, size, config = make(), _size(setting), models.decoded(setting.quick)
     for side in every.values():
-        side.fill(random_tokens(config, 1, case["context"], setting.device), size.room)
+        side.fill(random_tokens(config, 1, context, setting.device), size.room)
 
     def token(side: Side) -> float:
         """Decode a token; return the seconds by the side's own clock, if it has one."""
@@ -213,22 +195,22 @@ def decode(setting: Setting, config: ModelConfig, make: Make, case: Mapping[str,
         seconds = once(lambda: own.append(side.feed(tokens)), setting.device)
         return own[0] or seconds
 
-    how = {"uncounted": 1, "repeats": COUNTED, "clock": reported}
-    how |= {"count": size.turns, "seconds": float("inf")}
+    how = {"uncounted": 1, "repeats": COUNTED, "clock": reported, "count": size.turns, "seconds": float("inf")}
     runs = {name: partial(token, side) for name, side in every.items()}
-    yield from race(setting, {"what": "decode", **case}, runs, key="who", tokens=1, pairs=pairs(every), **how)
+    case = {"what": "decode", "context": context}
+    yield from race(setting, case, runs, key="who", tokens=1, pairs=pairs(every), **how)
 
 
 @torch.inference_mode()
-def prefill(setting: Setting, config: ModelConfig, make: Any, case: Mapping[str, Any]) -> Iterator[Figure]:
+def prefill(setting: Setting, make: Any) -> Iterator[Figure]:
     def read(side: Side) -> None:
         side.start(PROMPT)
-        side.feed(random_tokens(config, 1, PROMPT, setting.device))
+        side.feed(random_tokens(models.decoded(setting.quick), 1, PROMPT, setting.device))
 
     # our other sides only decode: they read a prompt as the first does, or far slower
     runs = {name: partial(read, side) for name, side in make().items() if name not in (LOW, FP8)}
-    how = {"count": _size(setting).turns, "seconds": float("inf")}
-    yield from race(setting, {"what": "prefill", **case}, runs, key="who", tokens=PROMPT, pairs=pairs(runs), **how)
+    how, case = {"count": _size(setting).turns, "seconds": float("inf")}, {"what": "prefill", "tokens": PROMPT}
+    yield from race(setting, case, runs, key="who", tokens=PROMPT, pairs=pairs(runs), **how)
     make.cache_clear()  # the last case that needs the models
 
 
@@ -286,10 +268,6 @@ def answer(figures: list[Figure]) -> str:
     return f"Time of others, next to dsmini: {'; '.join(told)}." if told else ""
 
 
-def decodes(f: Figure, wide: bool) -> bool:
-    return f.case["what"] == "decode" and ("shape" in f.case) == wide
-
-
 QUESTION = Question(
     name="peers",
     title="How fast is dsmini compared with other implementations of the same shape?",
@@ -297,21 +275,8 @@ QUESTION = Question(
     cases=cases,
     answer=answer,
     plots=(
-        drawing("tokens_per_s", "Decoding", x="context", by="who", only=partial(decodes, wide=False)),
-        drawing(
-            *("tokens_per_s", "Decoding with DeepSeek's widths of heads"),
-            x="context",
-            by="who",
-            only=partial(decodes, wide=True),
-        ),
-        drawing(
-            *("times_as_long", "Time of others"),
-            by="who",
-            label=_where,
-            y="times ours",
-            line=("equal", 1.0),
-            log_y=True,
-        ),
+        drawing("tokens_per_s", "Decoding", x="context", by="who"),
+        drawing("times_as_long", "Time of others", _where, by="who", line=("equal", 1.0), log_y=True),
     ),
     needs="" if find_spec("transformers") else "transformers is not installed; pip install 'dsmini[peers]'",
 )

@@ -1,20 +1,21 @@
-"""Bubbles of pipeline schedules on two processes.
+"""Bubbles of pipeline schedules on two processes, next to V3's formulas.
 
 Two processes of one thread each, on the CPU and in FP32, train a small model of eight equal MoE blocks through each
-schedule, with eight micro-batches a step. They send by gloo on the loopback interface. The simulation takes the median
-seconds of forwards and backwards from the record, and sends in no time. The formulas are those of table 2 of the
-DeepSeek-V3 report, with the same seconds. A bubble is the share of the time in which a rank computes nothing. The first
-stage's backward of the input computes nothing, because tokens have no gradient.
+schedule, with eight micro-batches a step. They send by gloo on the loopback interface. A bubble is the share of the
+time in which a rank computes nothing. The formulas are those of table 2 of the DeepSeek-V3 report, with the median
+seconds of forwards and backwards from the record. The first stage's backward of the input computes nothing, because
+tokens have no gradient. pipeline/schedules.png shows the median step of each schedule.
 """
 
-import dataclasses
+import itertools
 import json
-import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +24,11 @@ import torch.distributed as dist
 
 from benchmarks.claims.study import run_module
 from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, left_out, pick
-from benchmarks.schedules import Row, Timeline, bubble_formula, draw, programs, record_timeline, simulate
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.config.parallel import CHUNKS, ParallelConfig
+from dsmini.atomic import new_file
+from dsmini.config.parallel import CHUNKS, ParallelConfig, ScheduleName
 from dsmini.data.corpus import Corpus
+from dsmini.diagnosis.contention import cores
 from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.pipeline import Pipeline
 from dsmini.distributed.world import World, joined
@@ -38,24 +40,100 @@ MODEL = ModelConfig(dim=128, n_layers=8, n_dense_layers=0, n_mtp_layers=0)
 """All blocks are alike, so that the stages are."""
 TIMEOUT = 60.0
 """Seconds after which a rank gives up waiting for the other."""
-PREDICTIONS = ("simulation", "formula")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Size:
+class Row(NamedTuple):
+    """An action of a rank with its start and its end, in any unit of time."""
+
+    rank: int
+    kind: str
+    stage: int
+    microbatch: int
+    start: float
+    end: float
+
+
+def bubble_share(rows: Iterable[Row]) -> float:
+    """Return the time in which ranks compute nothing, of the time of all ranks."""
+    ranks, _, _, _, starts, ends = zip(*rows, strict=True)
+    busy = sum(ends) - sum(starts)
+    return 1 - busy / ((max(ranks) + 1) * (max(ends) - min(starts)))
+
+
+def formula(name: ScheduleName, n_ranks: int, n_microbatches: int, f: float, i: float, w: float) -> float:
+    """Return the share of the published bubble, with the times of a forward, and of both parts of a backward.
+
+    Times are of one stage and micro-batch. For ZBV this is the formula of ZB1P, and for DualPipeV that of DualPipe on
+    twice as many ranks. Both hold where F, I and W are equal; otherwise the bubble may be shorter.
+
+    Source: DeepSeek-V3 report, table 2: (PP-1)(F+B), (PP-1)(F+B-2W), (PP/2-1)(F&B+B-3W), with PP stages.
+    """
+    bubble = {
+        "1f1b": (n_ranks - 1) * (f + i + w),
+        "interleaved1f1b": (n_ranks - 1) * (f + i + w),
+        "zero_bubble": (n_ranks - 1) * (f + i - w),
+        "zbv": (n_ranks - 1) * (f + i - w),
+        "dualpipev": (n_ranks - 1) * (f + 2 * i - w),
+    }[name]
+    return bubble / (bubble + n_microbatches * CHUNKS[name] * (f + i + w))
+
+
+KINDS = {
+    "F": ("forward", "#3f77b8", "#a9c6e8"),
+    "B": ("backward, whole", "#3d8b5f", "#abd6bd"),
+    "I": ("backward of the input", "#1f9aa0", "#a3dcde"),
+    "W": ("backward of the weights", "#c9942a", "#efd39a"),
+}
+"""Words and colours of each kind of action: the colour of a rank's first stage, and of its others."""
+WIDTH, HEIGHT = 14.0, 1.5
+"""Width of a picture, and height of a time line, in inches."""
+
+
+def draw(lines: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw time lines below each other, by title: a row for each rank, the number of the micro-batch in each box."""
+    from matplotlib import figure as figures  # half a second to import
+    from matplotlib.patches import Patch
+
+    how: Any = {"figsize": (WIDTH, len(lines) * HEIGHT), "layout": "constrained"}
+    picture = figures.Figure(**how)
+    for axes, (title, rows) in zip(picture.subplots(len(lines), 1, squeeze=False)[:, 0], lines.items(), strict=True):
+        begun, ended = min(row.start for row in rows), max(row.end for row in rows)
+        for row in rows:
+            first = min(other.stage for other in rows if other.rank == row.rank)
+            _, colour, pale = KINDS[row.kind]
+            face, ink = (colour, "white") if row.stage == first else (pale, "#22262b")
+            start, long = row.start - begun, row.end - row.start
+            axes.barh(row.rank, long, 0.84, start, color=face, edgecolor="white", linewidth=0.5)
+            words: Any = {"ha": "center", "va": "center_baseline", "fontsize": 7, "color": ink, "clip_on": True}
+            if long > 0.008 * (ended - begun):
+                axes.text(start + long / 2, row.rank, str(row.microbatch), **words)
+        axes.set(xlim=(0, ended - begun), ylim=(RANKS - 0.5, -0.5), ylabel="rank", yticks=range(RANKS))
+        axes.set_title(f"{title}: {bubble_share(rows):.1%} bubbles, {ended - begun:.3g} s", loc="left", fontsize=10)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    handles = [Patch(color=colour, label=words) for words, colour, _ in KINDS.values()]
+    picture.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
+    picture.text(0.99, 0.995, "paler: later stages of a rank", ha="right", va="top", fontsize=9, color="#656c75")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as partial:
+        picture.savefig(partial, dpi=120, format="png")
+
+
+# --- the processes: `python -m benchmarks.questions.pipeline SIZE` on each rank; schedules take turns step by step
+
+
+class Size(NamedTuple):
     """Sizes of the steps."""
 
-    model: ModelConfig = MODEL
-    sequences: int = 2
+    sequences: int
     """Sequences of a micro-batch."""
-    tokens: int = 256
+    tokens: int
     """Tokens of a sequence."""
-    warm: int = 2
+    warm: int
     """Steps before those that are recorded."""
-    steps: int = 5
+    steps: int
 
 
-FULL, QUICK = Size(), Size(sequences=1, tokens=128, warm=1)
+FULL, QUICK = Size(2, 256, 2, 5), Size(1, 128, 1, 5)
 
 
 class Step(NamedTuple):
@@ -67,24 +145,54 @@ class Step(NamedTuple):
     """Actions of all ranks."""
 
 
-# --- the processes: `python -m benchmarks.questions.pipeline SIZE` on each rank; schedules take turns step by step
+@contextmanager
+def record_timeline(schedule: Any) -> Iterator[list[Row]]:
+    """Yield a list that gets a row for each action of this rank's stages, in order, in seconds.
+
+    Times include none of the communication. The processes of one machine have one clock.
+    """
+    rows: list[Row] = []
+    stages: list[Any] = getattr(schedule, "_stages", None) or [schedule._stage]
+    kinds = {"forward_one_chunk": "F", "backward_one_chunk": "", "backward_weight_one_chunk": "W"}
+
+    def watched(stage: Any, method: str, kind: str) -> Callable[..., Any]:
+        run = getattr(stage, method)
+
+        def timed(part: int, *args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = run(part, *args, **kwargs)
+            what = kind or ("B" if kwargs.get("full_backward", True) else "I")
+            rows.append(Row(stage.group_rank, what, stage.stage_index, part, start, time.perf_counter()))
+            return result
+
+        return timed
+
+    for stage, (method, kind) in itertools.product(stages, kinds.items()):
+        setattr(stage, method, watched(stage, method, kind))
+    try:
+        yield rows
+    finally:
+        for stage, method in itertools.product(stages, kinds):
+            delattr(stage, method)
 
 
-def record(size: Size) -> dict[str, list[Step]]:
+def record(size: Size) -> dict[ScheduleName, list[Step]]:
     """Return the recorded steps of each schedule.
 
     Raises: RuntimeError with the messages of a process that fails.
     """
     launch = ("--standalone", "--nproc-per-node", str(RANKS), "-m", "benchmarks.questions.pipeline")
-    said = run_module("torch.distributed.run", *launch, json.dumps(dataclasses.asdict(size)), OMP_NUM_THREADS="1")
-    found: dict[str, list[Any]] = json.loads(said.splitlines()[-1])
+    said = run_module("torch.distributed.run", *launch, json.dumps(size), OMP_NUM_THREADS="1")
+    found: dict[ScheduleName, list[Any]] = json.loads(said.splitlines()[-1])
     return {name: [Step(seconds, list(map(Row._make, rows))) for seconds, rows in of] for name, of in found.items()}
 
 
-def run_steps(world: World, size: Size) -> dict[str, list[Step]]:
+def run_steps(world: World, size: Size) -> dict[ScheduleName, list[Step]]:
     """Train with each schedule in turns. Return the recorded steps, on every rank."""
-    trainers = {name: _trainer(ParallelConfig(pp=RANKS, schedule=name), size) for name in CHUNKS}
-    found: dict[str, list[Step]] = {name: [] for name in CHUNKS}
+    trainers: dict[ScheduleName, Trainer] = {}
+    for name in CHUNKS:
+        trainers[name] = _trainer(ParallelConfig(pp=RANKS, schedule=name), size)
+    found: dict[ScheduleName, list[Step]] = {name: [] for name in CHUNKS}
     for turn in range(-size.warm, size.steps):
         for name, trainer in trainers.items():
             passes = trainer.pipeline
@@ -103,7 +211,7 @@ def _trainer(parallel: ParallelConfig, size: Size) -> Trainer:
     """Return a trainer of random text, in FP32."""
     batch: Any = {"batch_size": size.sequences * PARTS, "grad_accum": PARTS, "seq_len": size.tokens}
     train = TrainConfig(steps=100, optimizer="adamw", dtype="float32", threads=1, **batch)
-    config = RunConfig(model=size.model, train=train, parallel=parallel)
+    config = RunConfig(model=MODEL, train=train, parallel=parallel)
     parallel.check(config.model, config.train, RANKS)
     text = np.random.default_rng(0).integers(0, 256, 64 * size.tokens * PARTS, np.uint8)
     corpus = Corpus(train=text, val=text[: 4 * size.tokens], source="", files=1, skipped=0, split="", sha256="")
@@ -114,11 +222,9 @@ def _trainer(parallel: ParallelConfig, size: Size) -> Trainer:
 
 def main() -> None:
     """Be one rank. Rank 0 prints the steps."""
-    given = json.loads(sys.argv[1])
-    size = Size(**given | {"model": ModelConfig(**given["model"])})
     torch.set_num_threads(1)
     with joined(TIMEOUT) as world:
-        found = run_steps(world, size)
+        found = run_steps(world, Size(*json.loads(sys.argv[1])))
         if world.rank == 0:
             print(json.dumps(found))
 
@@ -128,63 +234,43 @@ def main() -> None:
 
 def cases(setting: Setting) -> list[Case]:
     size = QUICK if setting.quick else FULL
-    key = f"ranks={RANKS} parts={PARTS} dim={size.model.dim} layers={size.model.n_layers} "
-    key += f"sequences={size.sequences} tokens={size.tokens} steps={size.steps}"
-    return [Case(key=key, seconds=25.0 if setting.quick else 60.0, run=partial(measure, setting, size))]
+    words = " ".join(f"{name}={value}" for name, value in size._asdict().items())
+    seconds = 25.0 if setting.quick else 60.0
+    return [Case(key=f"ranks={RANKS} {words}", seconds=seconds, run=partial(measure, setting, size))]
 
 
 def why_not() -> str:
     """Return the reason why no pipeline runs here; empty if it does."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not dist.is_available() or not dist.is_gloo_available():
         return "this torch has no torch.distributed with gloo"
-    return f"{RANKS} ranks need {RANKS} processor cores, and there is {cores}" if cores < RANKS else ""
+    return f"{RANKS} ranks need {RANKS} processor cores, and there is {cores()}" if cores() < RANKS else ""
 
 
 def measure(setting: Setting, size: Size) -> Iterator[Figure]:
+    """Train on two processes, yield the bubbles of the record and the seconds of whole steps, and draw time lines."""
     if reason := why_not():
         yield from (left_out("bubble", {"schedule": name}, reason) for name in CHUNKS)
         return
-    folder = setting.out / "pipeline"
-    folder.mkdir(parents=True, exist_ok=True)
+    lines: dict[str, list[Row]] = {}
     for name, steps in record(size).items():
-        simulated, formula = predicted(name, steps)
-        lines = [Timeline.measured(step.rows) for step in steps]
-        middle = sorted(lines, key=lambda line: line.total)[len(lines) // 2]
-        draw({f"{name}, measured": middle, f"{name}, simulated": simulated}, folder / f"{name}.png")
-        shares, note = [line.bubble_share for line in lines], f"time lines: {folder / name}.png"
-        for of, share in zip(PREDICTIONS, (simulated.bubble_share, formula), strict=True):
-            yield figure("bubble", {"schedule": name, "predicted by": of}, shares, predicted=share, note=note)
-        yield figure("seconds", {"schedule": name}, [line.total for line in lines], predicted=simulated.total)
+        taken: dict[str, list[float]] = {}
+        for row in (row for step in steps for row in step.rows):
+            taken.setdefault(row.kind, []).append(row.end - row.start)
+        middle = {kind: statistics.median(seconds) for kind, seconds in taken.items()}
+        # a schedule with whole backwards alone has no halves; all is backward of the input then
+        times = middle["F"], middle.get("I", middle.get("B", 0.0)), middle.get("W", 0.0)
+        shares, note = [bubble_share(step.rows) for step in steps], "pictures: pipeline/schedules.png"
+        yield figure("bubble", {"schedule": name}, shares, predicted=formula(name, RANKS, PARTS, *times), note=note)
         whole = [step.seconds for step in steps]
         yield figure("step_seconds", {"schedule": name}, whole, note="with the loader and the optimizer")
-
-
-def predicted(name: str, steps: Sequence[Step]) -> tuple[Timeline, float]:
-    """Return the simulated time line, and the share of bubbles by the formula, from the median seconds of actions.
-
-    A schedule with whole backwards alone has no halves; all is backward of the input then.
-    """
-    taken: dict[str, list[float]] = {}
-    for row in (row for step in steps for row in step.rows):
-        taken.setdefault(row.kind, []).append(row.end - row.start)
-    middle = {kind: statistics.median(seconds) for kind, seconds in taken.items()}
-    times = middle["F"], middle.get("I", middle.get("B", 0.0)), middle.get("W", 0.0)
-    line = simulate(programs(name, RANKS, PARTS), *times)
-    formula = bubble_formula(name, RANKS, *times)
-    busy = line.total - statistics.fmean(line.bubbles)
-    return line, formula / (busy + formula)
+        lines[name] = min(steps, key=lambda step: abs(step.seconds - statistics.median_low(whole))).rows
+    draw(lines, setting.out / "pipeline" / "schedules.png")
 
 
 def answer(figures: list[Figure]) -> str:
-    told = []
-    for name in CHUNKS:
-        by = {str(f.case["predicted by"]): f for f in pick(figures, "bubble", schedule=name) if f.measured is not None}
-        if by:
-            expected = [f"{of} {f.predicted:.0%}" for of, f in by.items()]
-            told.append(f"{name} {next(iter(by.values())).measured:.0%} ({', '.join(expected)})")
-    seconds = {str(f.case["schedule"]): f.measured for f in pick(figures, "step_seconds") if f.measured}
-    if seconds:
+    bubbles = [f for f in pick(figures, "bubble") if f.measured is not None]
+    told = [f"{f.case['schedule']} {f.measured:.0%} (formula {f.predicted or 0.0:.0%})" for f in bubbles]
+    if seconds := {str(f.case["schedule"]): f.measured for f in pick(figures, "step_seconds") if f.measured}:
         fastest = min(seconds, key=lambda name: seconds[name])
         told.append(f"the fastest step is that of {fastest}, {seconds[fastest]:.3g} s")
     return f"Bubbles on {RANKS} ranks: {'; '.join(told)}." if told else ""
@@ -192,20 +278,11 @@ def answer(figures: list[Figure]) -> str:
 
 QUESTION = Question(
     name="pipeline",
-    title="How large are the bubbles of pipeline schedules, next to the published formulas and to the simulation?",
+    title="How large are the bubbles of pipeline schedules, next to the published formulas?",
     about=__doc__,
     cases=cases,
     answer=answer,
-    plots=(
-        drawing(
-            "bubble",
-            "Bubbles, measured and predicted",
-            by="predicted by",
-            label="{schedule}",
-            y="share of the time",
-            predicted=True,
-        ),
-    ),
+    plots=(drawing("bubble", "Bubbles, measured and by the formulas", "{schedule}", predicted=True),),
     on_request=True,
 )
 

@@ -4,7 +4,7 @@ The same weights run with dense MLA and with an indexer, in turns. The indexer h
 MLA, a quarter of the latent's width, a seventeenth of the operations of dense attention to a cached token. Decoding
 reads one token of one sequence after a cache of random rows, with all layers. A prompt is read by two layers, in parts
 as dsmini.generate reads it. Dense MLA also reads it in one call, and the faster way is compared. Weights and rows are
-random, so picks are spread over the context. Bytes are those of the whole model for a decoded token.
+random, so picks are spread over the context.
 """
 
 import dataclasses
@@ -17,16 +17,24 @@ import torch
 
 from benchmarks import models
 from benchmarks.models import decoding
-from benchmarks.question import Case, Figure, Question, Setting, cases_over, compared, drawing, figure, pick, race
+from benchmarks.question import (
+    Case,
+    Figure,
+    Question,
+    Setting,
+    cases_over,
+    compared,
+    drawing,
+    pick,
+    race,
+    seconds_of_products,
+)
 from dsmini import ModelConfig, Transformer, accounting
-from dsmini.inference.fused.decoder import Decoder
 from dsmini.inference.generation import prefill
-from dsmini.measure.counting import count
 from dsmini.measure.prediction import predicted_seconds
 from dsmini.measure.turns import Run
-from dsmini.measure.workloads import ROOM, prefill_step, random_cache, random_model, random_tokens
+from dsmini.measure.workloads import ROOM, prefill_step, random_model, random_tokens
 from dsmini.nn import Cache
-from dsmini.nn.transformer import States
 
 TOPK, QUICK_TOPK = 2048, 256
 PROMPT_LAYERS = 2
@@ -36,11 +44,12 @@ def cases(setting: Setting) -> list[Case]:
     contexts = [128, 512, 2048] if setting.quick else [1024, 2048, 4096, 8192, 16384, 32768]
     prompts = [512] if setting.quick else [2048, 4096, 8192, 16384]
     work = {n: accounting.flops_per_token(base(setting, PROMPT_LAYERS), n, causal=False).total * n for n in prompts}
+    expected = {n: seconds_of_products(30 * flops, setting.dtype, setting) for n, flops in work.items()}
     seconds, reading = 4.0 if setting.quick else 20.0, partial(prompt_speed, setting)
     return [
         *cases_over("decode context={}", ((n,) for n in contexts), seconds, partial(decode_speed, setting)),
         # two rounds to warm up and to count, then five of three ways; attention is far below the peak rate
-        *(Case(key=f"prompt={n}", seconds=2.0, flops=30 * work[n], run=partial(reading, n)) for n in prompts),
+        *(Case(key=f"prompt={n}", seconds=2.0 + expected[n], run=partial(reading, n)) for n in prompts),
     ]
 
 
@@ -67,26 +76,9 @@ def sparse_and_dense(config: ModelConfig, setting: Setting) -> dict[str, Transfo
 
 @torch.no_grad()
 def decode_speed(setting: Setting, context: int) -> Iterator[Figure]:
-    """Yield time and bytes of a decoded token, sparse and dense."""
-    both = sparse_and_dense(base(setting), setting)
-    decoders = {model: Decoder(model) for model in both.values()}
-    token = random_tokens(base(setting), 1, 1, setting.device)
-
-    def decode(model: Transformer, cache: Cache) -> States:
-        states = decoders[model].states(token, cache)
-        model.head(states.normed)
-        return states
-
-    runs, predicted = decoding(both, setting, 1, context, decode)
+    """Yield the time of a decoded token, sparse and dense."""
+    runs, predicted = decoding(sparse_and_dense(base(setting), setting), setting, 1, context)
     yield from race(setting, {"context": context}, runs, predicted=predicted)
-    for name, model in both.items():
-        cache = random_cache(model, 1, context, ROOM)
-        moved = count(partial(decode, model, cache)).bytes
-        cache.truncate(context)
-        experts = [float((r.counts > 0).sum()) for r in decode(model, cache).routing]
-        new = {"context": context + 1, "dtype": setting.dtype_name, "experts": sum(experts) / max(1, len(experts))}
-        least = accounting.decode_bytes_per_token(model.config, **new).total
-        yield figure("bytes_per_token", {"context": context, "model": name}, moved, predicted=least, bound=True)
 
 
 @torch.no_grad()
@@ -110,8 +102,10 @@ def answer(figures: list[Figure]) -> str:
     for key, what in (("context", "a decoded token"), ("prompt", "a prompt")):
         ratios = [f for f in pick(figures, "times_as_long") if key in f.case and f.measured]
         # dense attention reads a prompt in the faster of its two ways
-        best = {x: min((f for f in ratios if f.case[key] == x), key=_median) for x in {f.case[key] for f in ratios}}
-        gains = [best[x] for x in sorted(best)]
+        best: dict[float, Figure] = {}
+        for f in sorted(ratios, key=lambda f: (f.case[key], -(f.measured or 0.0))):
+            best[float(f.case[key])] = f
+        gains = list(best.values())
         if gains:
             told.append(
                 f"time of {what} with all keys, next to that with a few: {compared(gains, key, '{} tokens in')}"
@@ -120,10 +114,6 @@ def answer(figures: list[Figure]) -> str:
             measured, expected = (break_even(gains, key, part) for part in ("measured", "predicted"))
             told.append(f"it pays from {measured} on (predicted: {expected})")
     return f"Sparse attention: {'; '.join(told)}." if told else ""
-
-
-def _median(f: Figure) -> float:
-    return f.measured or 0.0
 
 
 def break_even(gains: list[Figure], key: str, part: str) -> str:
@@ -144,7 +134,6 @@ QUESTION = Question(
     answer=answer,
     plots=(
         drawing("seconds", "Time of a decoded token", x="context", by="model"),
-        drawing("bytes_per_token", "Bytes of a decoded token", x="context", by="model"),
         drawing("seconds", "Time of a prompt", x="prompt", by="model"),
     ),
     on_request=True,

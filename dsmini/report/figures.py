@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Value = str | int | float | bool
-FOUND = {"intensity", "calls", "got"}
-"""Keys of a case that are measurements, and do not identify a figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +16,7 @@ class Figure:
     question: str
     """Name of the question, such as "decode"."""
     case: Mapping[str, Value]
-    """Conditions, such as {"context": 2048, "attention": "mla"}. Question, case (without the keys of FOUND) and metric
-    identify the figure."""
+    """Conditions, such as {"context": 2048, "attention": "mla"}."""
     metric: str
     """Name of the number, such as tokens_per_s or bytes_per_token."""
     unit: str
@@ -29,7 +26,6 @@ class Figure:
     low: float | None = None
     high: float | None = None
     """Ends of the 95 % interval of the measured value; None without one."""
-    better: Literal["higher", "lower"] | None = None
     exact: bool = False
     """True for a count, whose measurement must equal the prediction."""
     bound: bool = False

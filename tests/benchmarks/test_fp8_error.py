@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.questions.fp8_error import Gemm, errors_of, operand_error, place_of, product_error, record
+from benchmarks.questions.fp8 import Gemm, errors_of, operand_error, product_error, record
 from dsmini import Transformer, accounting
 from dsmini.measure.memory import storage_bytes
 from dsmini.nn.fp8 import fp8_weights, hold_all_fp8
@@ -53,9 +53,6 @@ def test_recorded_products_make_the_gradients() -> None:
         got = torch.stack(sorted(mine, key=torch.norm))  # backward has an order of its own
         want = torch.stack(sorted(chosen.view(-1, *grad.shape[-2:]), key=torch.norm))
         assert relative_error(got, want) < rounding(FP32_UNIT, terms=64, chained=8), name
-    names = "mtp.0.block.ffn.experts.w1", "layers.1.ffn.shared_experts.w1.weight"
-    places = [tuple(place_of(name).values()) for name in names]
-    assert places == [("MTP 1", "experts.w1"), ("block 1", "shared.w1")]
 
 
 def test_errors_are_those_of_the_shipped_products() -> None:

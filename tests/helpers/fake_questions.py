@@ -36,19 +36,18 @@ def roofs(device: torch.device, *, on_part: Callable[[float, str], None], fresh:
     return ROOFS
 
 
-def decode(on_case: Callable[[str], None] = lambda key: None, speed: float = 1.0, spread: float = 0.025) -> Question:
+def decode(on_case: Callable[[str], None] = lambda key: None) -> Question:
     """Return a question with times and intervals, a line of predictions, and notes.
 
     Args:
         on_case: called with each case before it is measured; may raise.
-        spread: half the interval, as a share of the rate.
     """
 
     def measure(who: str, context: int) -> Iterator[Figure]:
         on_case(f"{who} {context}")
-        rate = speed * (52 - context / 512 if who == "dsmini" else 6400 / (128 + context / 2))
-        known: dict[str, Any] = {"predicted": 60 / (1 + context / 20000), "better": "higher"}
-        known |= {"low": rate * (1 - spread), "high": rate * (1 + spread)}
+        rate = 52 - context / 512 if who == "dsmini" else 6400 / (128 + context / 2)
+        known: dict[str, Any] = {"predicted": 60 / (1 + context / 20000)}
+        known |= {"low": rate * 0.975, "high": rate * 1.025}
         case = {"side": who, "context": context, "dtype": "bfloat16"}
         note = "Weights are random." if who != "dsmini" else ""
         yield Figure(
@@ -96,9 +95,7 @@ def cache(measured: int | None = None) -> Question:
     def run(kind: str) -> Iterator[Figure]:
         said = measured if kind == "MLA" and measured else KINDS[kind]
         counts: dict[str, Any] = {"unit": "bytes", "measured": said, "predicted": KINDS[kind], "exact": True}
-        yield Figure(
-            question="fake_cache", case={"attention": kind}, metric="bytes_per_token", better="lower", **counts
-        )
+        yield Figure(question="fake_cache", case={"attention": kind}, metric="bytes_per_token", **counts)
 
     def bars(figures: list[Figure], title: str) -> Plot:
         y = [f.predicted or 0.0 for f in figures]
@@ -123,7 +120,7 @@ def roofline() -> Question:
     """Return a question with a cloud of points under a roof, and a plot without anything in it."""
 
     def run() -> Iterator[Figure]:
-        about: dict[str, Any] = {"question": "fake_roofline", "metric": "rate", "unit": "FLOP/s", "better": "higher"}
+        about: dict[str, Any] = {"question": "fake_roofline", "metric": "rate", "unit": "FLOP/s"}
         for name, (intensity, rate) in POINTS.items():
             case = {"operation": name, "intensity": intensity, "rows": 4096}
             yield Figure(case=case, measured=rate, predicted=min(9e11, intensity * 38e9), **about)
