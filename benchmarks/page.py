@@ -31,7 +31,8 @@ def report(sections: list[Section], figures: list[Figure], run: Run) -> Report:
 
 def section(question: Question, found: Results, now: Run) -> Section:
     """Return a question with all that was measured."""
-    run, finding = found[-1].run, question.answer(found.figures) or "Nothing was measured yet."
+    reasons = dict.fromkeys(figure.note for figure in found.figures if figure.measured is None)
+    run, finding = found[-1].run, question.answer(found.figures) or "; ".join(reasons) or "Nothing was measured yet."
     if busy := [result.steadiness for result in found if result.unsteady]:
         finding = (
             f"Times are unreliable: the machine was busy or throttled, and reached as little as {min(busy):.0%} of "

@@ -71,7 +71,7 @@ class Result:
     @property
     def unsteady(self) -> bool:
         """True for times of a machine that was busy, or slower than its rates."""
-        return self.steadiness < STEADY and any(figure.is_time for figure in self.figures)
+        return self.steadiness < STEADY and any(f.is_time and f.measured is not None for f in self.figures)
 
 
 class Results(list[Result]):

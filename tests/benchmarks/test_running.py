@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import page, results, run
-from benchmarks.question import Case, Question, Setting, seconds_of_products
+from benchmarks.question import Case, Question, Setting, left_out, seconds_of_products
 from benchmarks.questions import QUESTIONS
 from benchmarks.results import Writer, read
 from dsmini.measure import calibration
@@ -137,6 +137,15 @@ def test_what_is_wrong_with_figures_is_told(go: Go) -> None:
     figure = Figure(question="", case={}, metric="m", unit="s", measured=math.nan)
     nan = replace(fake.cache(), cases=lambda _: [Case(key="a", seconds=1.0, run=lambda: [figure])], plots=())
     assert go(known={"fake_cache": nan}, out="nan").answer["figures"][0]["measured"] is None
+
+
+def test_reason_of_what_was_left_out_is_the_answer(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine spoils no times where none were taken."""
+    monkeypatch.setattr(run, "steadiness", lambda roofs, device: 0.5)
+    slow = left_out("times_as_long", {}, "bfloat16 products are slow here")
+    none = replace(fake.cache(), cases=lambda _: [Case(key="a", seconds=1.0, run=lambda: [slow])], plots=())
+    ran = go(known={"fake_cache": replace(none, answer=lambda figures: "")})
+    assert "left out: bfloat16 products are slow here" in ran.err and "unreliable" not in ran.err
 
 
 def test_question_that_cannot_run_is_left_out_unless_named(go: Go) -> None:
@@ -396,7 +405,8 @@ def test_a_case_that_takes_too_long_is_stopped(go: Go, monkeypatch: pytest.Monke
     monkeypatch.setattr(run, "TIMES", 0.01)
     timer = signal.getitimer(signal.ITIMER_REAL)[0]
     ran = go(*["--quick"] * quick, known=Watch("dsmini 512", swallow).known)
-    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (timer > 0), "a timer of the caller runs again"
+    left = signal.getitimer(signal.ITIMER_REAL)[0]
+    assert (left > 0) == (timer > 0) and left >= timer - 30, "a timer of the caller runs again"
     if quick:
         assert ran.status == 0 and ran.answer["left_out"] == {"fake_decode": run.NO_TIME}
         assert "left out: fake_decode (--quick has no time for it; name it to measure it)" in ran.err
