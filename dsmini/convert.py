@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,13 @@ from rich.console import Console
 
 from dsmini.atomic import as_json
 from dsmini.checkpoint.run_folder import run_tokenizer
-from dsmini.checkpoint.tensor_names import mtp_prefixes
 from dsmini.config import RunConfig
 from dsmini.config.fields import require
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
-from dsmini.console.messages import rate, say
+from dsmini.console.messages import say
 from dsmini.reading import check_path, is_there, parse_json, read_text
-from dsmini.text.tokenizer import MOST_VALUES, BPETokenizer, byte_tokenizer_json
+from dsmini.text.tokenizer import BPETokenizer, byte_tokenizer_json
 
 if TYPE_CHECKING:
     from dsmini.nn import Transformer
@@ -88,8 +86,9 @@ def main(args: Sequence[str]) -> int:
     import torch
 
     from dsmini import accounting, ops
-    from dsmini.checkpoint.fresh_indexer import add_indexers
+    from dsmini.checkpoint.load import add_indexers
     from dsmini.checkpoint.save import parse_size, refuse_filled, save_inference, save_pretrained
+    from dsmini.checkpoint.tensor_files import mtp_prefixes
 
     ops.check_forced()
     tell = partial(say, Console(stderr=command.json))
@@ -99,8 +98,7 @@ def main(args: Sequence[str]) -> int:
     dtype = None if command.dtype == "stored" else getattr(torch, command.dtype)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: tell(str(message))
-        model, nbytes, seconds, files, ids = _read(command, tell)
-        tell(rate("read", nbytes, seconds))
+        model, files, ids = _read(command, tell)
         if command.dsa:
             add_indexers(model, **sizes)
             topk, most = model.config.index_topk or 0, model.config.max_seq_len
@@ -111,12 +109,11 @@ def main(args: Sequence[str]) -> int:
         else:
             shards: dict[str, Any] = {"shard_size": command.shard_size, "config": ids}
             saved = save_pretrained(model, command.dst, command.fp8, dtype=dtype, files=files, **shards)
-    tell(rate("wrote", saved.nbytes, saved.seconds))
     written_config = dataclasses.replace(model.config, n_mtp_layers=0) if inference else model.config
     n_parameters = accounting.parameters(written_config).total
     written = f"{len(saved.files)} file" + "s" * (len(saved.files) != 1)
     readers = "dsmini and DeepSeek's inference code" if inference else "dsmini and transformers"
-    tell(f"{command.dst}: {written} with {n_parameters:,} parameters, for {readers}")
+    tell(f"{command.dst}: {written} with {n_parameters:,} parameters in {saved.nbytes:,} bytes, for {readers}")
     prefixes = mtp_prefixes(model.config.n_layers, model.config.n_mtp_layers)
     if prefixes and not inference:
         tell(
@@ -128,10 +125,7 @@ def main(args: Sequence[str]) -> int:
             "src": str(command.src),
             "dst": str(command.dst),
             "parameters": n_parameters,
-            "bytes_read": nbytes,
-            "read_seconds": seconds,
             "bytes_written": saved.nbytes,
-            "write_seconds": saved.seconds,
             "files": saved.files,
         }
         print(json.dumps(figures))
@@ -157,25 +151,18 @@ def _checked(command: ConvertCommand) -> dict[str, int]:
     return sizes
 
 
-def _read(
-    command: ConvertCommand, tell: Callable[[str], None]
-) -> "tuple[Transformer, int, float, dict[str, str], dict[str, Any]]":
-    """Read SRC; return its model, the bytes and seconds of that, and a run's tokenizer files and special ids."""
-    from dsmini.checkpoint.load import SlowDtypeWarning, load_pretrained, origin_of
-    from dsmini.checkpoint.trained_model import load_run
+def _read(command: ConvertCommand, tell: Callable[[str], None]) -> "tuple[Transformer, dict[str, str], dict[str, Any]]":
+    """Read SRC; return its model, and a run's tokenizer files and special ids."""
+    from dsmini.checkpoint.load import SlowDtypeWarning, load_pretrained
+    from dsmini.checkpoint.training_state import load_run
 
-    start = time.monotonic()
     check_path(command.src, "SRC")
     if is_there(command.src / "config.toml"):
         model, config = load_run(command.src, average=command.average, say=tell)
-        nbytes, seconds = sum(t.nbytes for t in model.state_dict().values()), time.monotonic() - start
-        return model, nbytes, seconds, *_tokenizer_files(command.src, config)
+        return model, *_tokenizer_files(command.src, config)
     require(not command.average, f"--average is for a training run, and {command.src} is not one; leave it out")
     warnings.simplefilter("ignore", SlowDtypeWarning)  # nothing is multiplied
-    model = load_pretrained(command.src, fp8="keep")
-    origin = origin_of(model)
-    assert origin is not None
-    return model, origin.nbytes, origin.seconds, {}, {}
+    return load_pretrained(command.src, fp8="keep"), {}, {}
 
 
 def _tokenizer_files(src: Path, config: RunConfig) -> tuple[dict[str, str], dict[str, Any]]:
@@ -191,7 +178,7 @@ def _tokenizer_files(src: Path, config: RunConfig) -> tuple[dict[str, str], dict
     if isinstance(tokenizer, BPETokenizer):
         content = read_text(tokenizer.path)
         about["eos_token"] = tokenizer.decode([tokenizer.end_of_document])
-        added = parse_json(content, str(tokenizer.path), MOST_VALUES).get("added_tokens", [])
+        added = parse_json(content, str(tokenizer.path)).get("added_tokens", [])
         named = {token["content"]: token["id"] for token in added}
         if BEGIN_TOKEN in named:
             about["bos_token"] = BEGIN_TOKEN

@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -12,17 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from dsmini.checkpoint.run_folder import is_model_folder, run_tokenizer
+from dsmini.config.fields import require
 from dsmini.console.command import run, speaks
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Phases, patience
 from dsmini.distributed.meeting import tell
-from dsmini.text.page import Page
-from dsmini.text.prompts import read_line, read_prompts, without_surrogates
+from dsmini.text.prompts import Page, read_line, read_prompts, without_surrogates
 
 if TYPE_CHECKING:  # they load torch, so they are imported where they are used: --help is instant
     from dsmini.distributed.decode import Sharing
     from dsmini.inference.writer import Answers, Writer
+    from dsmini.nn import Transformer
+    from dsmini.text.chat import TextSide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +81,6 @@ class GenerateCommand:
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto, float32 or bfloat16. auto: as a folder stores its weights; for a run, what is faster here."""
-    placement: Path | None = None
-    """With several processes: a JSON file with the expert at each place of each layer, redundant copies included."""
     average: bool = False
     """Use the moving average of the parameters; the run must have stored one, with --train.ema-decay."""
     json: bool = False
@@ -112,10 +114,9 @@ def main(args: Sequence[str]) -> int:
     if command.system is not None and not command.chat:
         raise ValueError("--system is for a conversation; add --chat, or put it into the prompt")
     from dsmini.distributed.decode import sharing
-    from dsmini.training.stopping import asked_to_stop
 
     talks = command.chat and not command.prompt and not command.prompt_file
-    with sharing(command, command.device, command.placement, asked_to_stop, waits=talks) as shared:
+    with sharing(command, command.device, waits=talks) as shared:
         phases = Phases(Console(stderr=True))
         try:
             writer = _writer(command, phases, shared)
@@ -137,23 +138,14 @@ def _answer(writer: "Writer", command: GenerateCommand, shared: "Sharing") -> in
 
 
 def _writer(command: GenerateCommand, phases: Phases, shared: "Sharing") -> "Writer":
-    from dsmini.checkpoint.trained_model import load_text_model
     from dsmini.inference.sampling import Sampling
     from dsmini.inference.writer import Writer
 
     sampling = Sampling(**{field.name: getattr(command, field.name) for field in fields(Sampling)})
-    console = Console(stderr=True, quiet=not speaks())
-    load = partial(
-        load_text_model,
-        dtype=command.dtype,
-        device=shared.device,
-        average=command.average,
-        tokenizer=command.tokenizer,
-        chat=command.chat,
-        fp8=command.fp8,
-    )
-    with patience(console, f"reading {command.model}"):
-        model, side, is_run = shared.load(command.model, command.average, partial(say, console), load)
+    note = partial(say, Console(stderr=True, quiet=not speaks()))
+    with patience(Console(stderr=True, quiet=not speaks()), f"reading {command.model}"):
+        load = partial(_load, command=command, device=shared.device, note=note)
+        model, side, is_run = shared.load(command.model, command.average, note, load)
     return Writer(
         model=model,
         side=side,
@@ -168,6 +160,47 @@ def _writer(command: GenerateCommand, phases: Phases, shared: "Sharing") -> "Wri
         watch=phases if speaks() else None,
         agree=None if shared.alone else shared.agree,
     )
+
+
+def _load(
+    path: Path, command: GenerateCommand, device: str, note: Callable[[str], None], **shared: Any
+) -> "tuple[Transformer, TextSide, bool]":
+    """Load the model of the command; return it, its text side, and whether it is a training run's.
+
+    Args:
+        path: the model's, or the checkpoint of it that all processes have agreed on.
+        note: told about damaged checkpoints that are passed over, and warned.
+        shared: share and verified of load_run.
+
+    Raises: ValueError for a path that is neither a run nor a folder, and for a flag of the other kind.
+    """
+    from dsmini.checkpoint.load import ALL, load_pretrained
+    from dsmini.checkpoint.training_state import load_run
+    from dsmini.machine import DTYPES, pick_device, pick_dtype
+    from dsmini.text.chat import Dialogue, TextSide, read_text_side
+
+    place = pick_device(device)
+    if is_model_folder(path):
+        require(not command.average, f"--average is for a training run, and {path} is a model's folder; leave it out")
+        side = read_text_side(path, tokenizer=command.tokenizer, chat=command.chat)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: note(str(message))
+            dtype = None if command.dtype == "auto" else DTYPES[command.dtype]
+            share = shared.get("share", ALL)
+            model = load_pretrained(path, dtype=dtype, fp8=command.fp8, device=place, share=share)
+        got, want = side.tokenizer.vocab_size, model.config.vocab_size
+        if got > want:
+            file = command.tokenizer or path / "tokenizer.json"
+            note(f"{file} has token ids up to {got - 1}, the model of {path} only to {want - 1}")
+        return model, side, False
+    for flag, wanted in (("--tokenizer", command.tokenizer), ("--fp8 keep", command.fp8 == "keep")):
+        require(
+            not wanted, f"{flag} is for a DeepSeek or Hugging Face folder, and {path} is a training run; leave it out"
+        )
+    model, config = load_run(path, pick_dtype(command.dtype, place), average=command.average, say=note, **shared)
+    own = run_tokenizer(path, config)
+    talk = {"chat": Dialogue(own), "stops": Dialogue.stops} if command.chat else {}
+    return model.to(place), TextSide(tokenizer=own, ends=(own.end_of_document,), **talk), True
 
 
 def _converse(writer: "Writer", command: GenerateCommand, shared: "Sharing") -> int:

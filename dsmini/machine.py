@@ -6,7 +6,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -206,3 +207,47 @@ def last_level_cache(device: torch.device) -> int:
     sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     kib = [int(size[:-1]) for size in sizes if size.endswith("K")]
     return max(kib) * 1024 if kib else 32 << 20
+
+
+# --- free memory: a model that is too large is refused before anything is built
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that this process may still take on a device; None where the system does not tell.
+
+    On a CPU that is the memory and swap the system can give, or less where a container or `ulimit -v` limits it.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return min(_cpu_limits(), default=None) if device.type == "cpu" else None
+
+
+def refuse_too_large(nbytes: int, what: str, device: torch.device) -> None:
+    """Raise ValueError if a device has less than this many bytes left.
+
+    Args:
+        what: the use of the memory, as the subject of the sentence.
+    """
+    free = free_bytes(device)
+    if free is not None and nbytes > free:
+        raise ValueError(
+            f"{what} needs {nbytes:,} bytes of memory, and this machine has {free:,} left on {device}; use a smaller "
+            "model or a shorter dtype"
+        )
+
+
+def _cpu_limits() -> Iterator[int]:
+    with suppress(OSError, KeyError, ValueError, IndexError):
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        kib = {words[0]: int(words[1]) for words in lines}
+        yield 1024 * (kib["MemAvailable:"] + kib["SwapFree:"])
+    with suppress(OSError, KeyError, ValueError):  # a container's limit; pages of files count as used, and can be freed
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        yield limit - used + int(stat["inactive_file"]) + int(stat["active_file"])
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        with suppress(OSError, ValueError, IndexError):
+            yield soft - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -1,7 +1,7 @@
-"""Read small files that anybody may have written: regular files only, of bounded size, nested to a bounded depth.
+"""Read small files that anybody may have written: regular files only, of bounded size.
 
 Every reader of JSON and TOML goes through this module. It knows two outcomes: a value, or a ValueError of one sentence
-that names the file and, where there is one, the key. A hostile file costs no more time and memory than its size.
+that names the file.
 """
 
 import difflib
@@ -11,7 +11,6 @@ import os
 import re
 import stat
 import tomllib
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from io import BufferedReader
@@ -20,13 +19,9 @@ from typing import Any
 
 LARGEST = 100_000_000
 """Maximum size of a JSON file in bytes. The largest useful ones, tokenizers and headers, have a tenth of it."""
-MOST_VALUES = 2_000_000
-"""Maximum number of values in a JSON file; an index of 100,000 tensors has 100,000, the header of them all 700,000. A
-value takes up to 150 bytes of memory, and two in the file."""
 LARGEST_TOML = 1_000_000
 """Maximum size of a TOML file in bytes."""
-DEEPEST = 64
-"""Maximum number of tables and lists inside one another."""
+TOO_DEEP = "nests tables or lists too deeply; want a flatter one"
 LONGEST_NAME = 255
 """Maximum number of bytes in one part of a path; no file system in use has more."""
 
@@ -153,14 +148,14 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
         raise ValueError(f"cannot read {path}: {error}; want a text in UTF-8") from None
 
 
-def read_json(path: Path, most: int = MOST_VALUES) -> Any:
+def read_json(path: Path) -> Any:
     """Return the value of a JSON file. Raises: ValueError naming the file and what is wrong with it."""
-    return parse_json(read_text(path), str(path), most)
+    return parse_json(read_text(path), str(path))
 
 
-def read_table(path: Path, most: int = MOST_VALUES) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
     """Return the keys of a JSON file. Raises: ValueError for one that cannot be read, or holds something else."""
-    value = read_json(path, most)
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, want a table of keys")
     return value
@@ -180,87 +175,43 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def parse_json(text: str, source: str, most: int = MOST_VALUES) -> Any:
+def parse_json(text: str, source: str) -> Any:
     """Return the value of a JSON text.
 
     Args:
         source: name of the file or place, for errors.
-        most: maximum number of values, counted by commas and brackets, before any is made.
 
-    Raises: ValueError for no JSON, a key given twice, numbers that no finite float holds, too many values, and too deep
-        nesting.
+    Raises: ValueError for no JSON, numbers that no finite float holds, and too deep nesting.
     """
-    values = sum(map(text.count, ",[{"))
-    if values > most:
-        raise ValueError(f"{source} holds about {values:,} values, want {most:,} or fewer; name another file")
 
-    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) < len(pairs):
-            ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"names {brief(twice)} twice; keep one of the two")
-        return out
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"holds the number {number[:20]}; want one that a float can hold")
+        return value
+
+    def whole(number: str) -> int:
+        finite(number)
+        return int(number)
 
     try:
-        value = json.loads(text, object_pairs_hook=table)
+        return json.loads(text, parse_constant=finite, parse_float=finite, parse_int=whole)
     except json.JSONDecodeError as error:
         raise ValueError(f"{source} is not JSON: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{source} {_in_words(error)}") from None
     except RecursionError:
         raise ValueError(f"{source} {TOO_DEEP}") from None
-    _check([value], source, finite=True)
-    return value
+    except ValueError as error:
+        raise ValueError(f"{source} {error}") from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the tables of a TOML file. Raises: ValueError naming the file and what is wrong with it."""
     text = read_text(path, LARGEST_TOML)
     # dotted keys take tomllib a time that grows with the square of their parts
-    if re.search(rf"(?:\.\s*[\w\"'-]+\s*){{{10 * DEEPEST}}}", text):
+    if re.search(r"(?:\.\s*[\w\"'-]+\s*){640}", text):
         raise ValueError(f"{path} {TOO_DEEP}")
     try:
-        value = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} {_in_words(error)}") from None
+        return tomllib.loads(text)
     except RecursionError:
         raise ValueError(f"{path} {TOO_DEEP}") from None
-    _check([value], f"{path}", finite=False)  # a config says what a number must be
-    return value
-
-
-TOO_DEEP = f"nests tables or lists more than {DEEPEST} deep; want a flatter one"
-
-
-def _in_words(error: ValueError) -> str:
-    """Return what a parser says, but for Python's limit of the digits of an integer."""
-    many = "integer string conversion" in str(error)
-    return "has a number of thousands of digits; want one that a float can hold" if many else str(error)
-
-
-def _check(outer: Any, source: str, *, finite: bool, place: str = "", depth: int = 0) -> None:
-    """Refuse deep nesting, and numbers inside a table or a list that no float holds, by their path of keys.
-
-    Args:
-        finite: refuse infinity and NaN too.
-    """
-    if depth > DEEPEST:
-        raise ValueError(f"{source} {TOO_DEEP}")
-    for key, inner in outer.items() if isinstance(outer, dict) else enumerate(outer):
-        if isinstance(inner, dict | list):
-            _check(inner, source, finite=finite, place=_below(place, key, depth), depth=depth + 1)
-        elif isinstance(inner, int) and inner.bit_length() > 1024:
-            where = readable(_below(place, key, depth) or "its value")
-            raise ValueError(f"{source}: {where} is a number of hundreds of digits; want one that a float can hold")
-        elif finite and isinstance(inner, float) and not math.isfinite(inner):
-            where = readable(_below(place, key, depth) or "its value")
-            raise ValueError(f"{source}: {where} is {inner}; want a finite number")
-
-
-def _below(place: str, key: str | int, depth: int) -> str:
-    """Return the path of a value, such as rope_scaling.factor; that of the outermost is empty."""
-    if isinstance(key, int):
-        return f"{place}[{key}]" if depth else ""
-    return f"{place}.{key}" if place else key
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from None

@@ -16,12 +16,9 @@ from dsmini.console.command import interruptible, run
 from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
-from dsmini.data.documents import find, left_out_in_words, measure, not_utf8_in_words
-from dsmini.data.split import split
-from dsmini.data.texts import read_first, read_texts
+from dsmini.data.documents import find, left_out_in_words, measure, not_utf8_in_words, read_first, read_texts, split
 from dsmini.reading import is_there
-from dsmini.text.bpe import SMALLEST, SPECIAL_TOKENS, train_bpe
-from dsmini.text.tokenizer import BPETokenizer
+from dsmini.text.tokenizer import SMALLEST, SPECIAL_TOKENS, BPETokenizer, train_bpe
 
 LARGEST = 1_000_000
 """Largest vocabulary."""

@@ -72,8 +72,8 @@ def main(args: Sequence[str]) -> int:
     import torch
 
     from dsmini import ops
+    from dsmini.training.outputs import offered_prompt, print_summary
     from dsmini.training.start import started
-    from dsmini.training.summary import offered_prompt, print_summary
 
     ops.check_forced()
     console = Console(stderr=command.json, quiet=not speaks())
@@ -114,7 +114,7 @@ def _results(training: "TrainingRun", complete: bool) -> tuple[dict[str, Any], s
 
     Return None for a run that a signal stopped, here or before. All its steps are saved; a resumed run does the rest.
     """
-    from dsmini.training.summary import summarise, write_sample
+    from dsmini.training.outputs import summarise, write_sample
 
     try:
         training.plot()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dsmini
-from dsmini.checkpoint.trained_model import load_run
+from dsmini.checkpoint.training_state import load_run
 from tests.helpers.commands import TINY, run
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 100

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,39 +9,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini.reading import (
-    DEEPEST,
-    MOST_VALUES,
     check_path,
     listed,
     open_regular,
     parse_json,
     read_bytes,
-    read_json,
     read_table,
     read_toml,
 )
 from tests.helpers.configs import refusal
 
 DEEP, DIGITS = 100_000, "9" * 5000
-TOO_DEEP = "nests tables or lists more than 64 deep"
+TOO_DEEP = "nests tables or lists too deeply"
+NO_FLOAT = "x holds the number {}; want one that a float can hold"
 JSON = [  # a text, and what is said of x
-    *((text, f"x {TOO_DEEP}") for text in ("[" * DEEP, '{"a":' * DEEP, "[" * (DEEPEST + 1) + "]" * (DEEPEST + 1))),
-    ('{"a": {"b": [0, NaN]}}', "x: a.b[1] is nan; want a finite number"),
-    ('{"a": -Infinity}', "x: a is -inf; want a finite number"),
-    ("1e999", "x: its value is inf; want a finite number"),
-    (f'{{"a": {DIGITS}}}', "x has a number of thousands of digits; want one that a float can hold"),
-    (f'{{"a": [{DIGITS[:400]}]}}', "x: a[0] is a number of hundreds of digits; want one that a float can hold"),
-    ('{"a\\u001b": 1e999}', r"x: 'a\x1b' is inf"),
-    ('{"' + "a" * 20_000 + '": 1e999}', "x: '" + "a" * 299 + "... is inf"),
-    ('{"a": 1, "b": {"c": 1, "d": 2, "c": 2}}', "x names 'c' twice; keep one of the two"),
+    *((text, f"x {TOO_DEEP}") for text in ("[" * DEEP, '{"a":' * DEEP)),
+    ('{"a": {"b": [0, NaN]}}', NO_FLOAT.format("NaN")),
+    ('{"a": -Infinity}', NO_FLOAT.format("-Infinity")),
+    ("1e999", NO_FLOAT.format("1e999")),
+    *((f'{{"a": [{digits}]}}', NO_FLOAT.format("9" * 20)) for digits in (DIGITS, DIGITS[:400])),
     ("{", "x is not JSON: Expecting property name"),
     ("", "x is not JSON: Expecting value"),
 ]
 TOML = [
-    *(("a = " + "[" * DEEP, "{path} " + TOO_DEEP), (".".join("a" * DEEP) + " = 1", "{path} " + TOO_DEEP)),
-    (".".join("a" * 100) + " = 1", "{path} " + TOO_DEEP),
-    (f"a = {DIGITS}", "{path} has a number of thousands of digits"),
-    ("b.a = 0x" + "f" * 5000, "{path}: b.a is a number of hundreds of digits"),
+    *((text, "{path} " + TOO_DEEP) for text in ("a = " + "[" * DEEP, ".".join("a" * DEEP) + " = 1")),
+    (f"a = {DIGITS}", "cannot read {path}: Exceeds the limit"),
     ("a = 1\na = 2", "cannot read {path}: Cannot overwrite a value"),
     ("#" * 1_000_001, "cannot read {path}: it has more than 1,000,000 bytes"),
 ]
@@ -64,23 +55,6 @@ def test_toml_that_no_caller_can_use_is_refused(tmp_path: Path, text: str, sente
     path = tmp_path / "x.toml"
     path.write_text(text)
     assert refusal(read_toml, path).startswith(sentence.format(path=path))
-
-
-def test_the_deepest_nesting_and_dots_inside_texts_are_read(tmp_path: Path) -> None:
-    assert parse_json("[" * DEEPEST + "]" * DEEPEST, "x")
-    (tmp_path / "x.toml").write_text(f'a = "{"." * 5000}"\nb = 1.5  # {"." * 5000}\nc = [{"1.5, " * 5000}]\n')
-    assert read_toml(tmp_path / "x.toml") == {"a": "." * 5000, "b": 1.5, "c": [1.5] * 5000}
-
-
-@pytest.mark.parametrize("unit", ["[]", "{}", "0"])
-def test_number_of_json_values_is_bounded_before_parsing(tmp_path: Path, unit: str) -> None:
-    (tmp_path / "x").write_text("[" + ",".join([unit] * (MOST_VALUES + 1)) + "]")
-    tracemalloc.start()
-    try:
-        assert "values, want 2,000,000 or fewer" in refusal(read_json, tmp_path / "x")
-        assert tracemalloc.get_traced_memory()[1] < 4 * (tmp_path / "x").stat().st_size
-    finally:
-        tracemalloc.stop()
 
 
 def test_only_regular_files_up_to_a_limit_are_read(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from benchmarks.claims.study import Trial, run_module, study
 from dsmini import Transformer
 from dsmini.atomic import write_text
 from dsmini.checkpoint.load import load_pretrained
-from dsmini.checkpoint.trained_model import load_run
+from dsmini.checkpoint.training_state import load_run
 
 CONTEXT, TOPK = 2048, 256
 HELD_OUT = 0.1

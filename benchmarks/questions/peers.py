@@ -35,7 +35,7 @@ from benchmarks.question import (
     times,
 )
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting, ops
-from dsmini.config.huggingface import config_to_json
+from dsmini.config.published import config_to_json
 from dsmini.inference.fused.decoder import Decoder
 from dsmini.machine import once
 from dsmini.measure.rates import why_unusable

@@ -26,7 +26,7 @@ from benchmarks.claims.study import run_module
 from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, left_out, pick
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.atomic import new_file
-from dsmini.config.parallel import CHUNKS, ParallelConfig, ScheduleName
+from dsmini.config.run import CHUNKS, ParallelConfig, ScheduleName
 from dsmini.data.corpus import Corpus
 from dsmini.diagnosis.contention import cores
 from dsmini.distributed.mesh import Mesh

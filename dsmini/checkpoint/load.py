@@ -7,7 +7,6 @@ unpickled, and no code is run.
 
 import dataclasses
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,19 +17,29 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from dsmini.checkpoint import tensor_names as names
-from dsmini.checkpoint.memory import refuse_more_parts, refuse_too_large
-from dsmini.checkpoint.safetensors_files import DTYPES, SafetensorsReader, Stored, is_inference_layout
+from dsmini.checkpoint.tensor_files import (
+    DTYPES,
+    SafetensorsReader,
+    Stored,
+    hf_name,
+    inference_name,
+    inference_split,
+    is_derived,
+    is_indexer,
+    is_inference_layout,
+    is_stacked,
+    mtp_copies,
+    mtp_prefixes,
+)
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
-from dsmini.config.huggingface import is_hugging_face, is_quantized
+from dsmini.config.published import is_hugging_face, is_quantized
 from dsmini.console.command import speaks
 from dsmini.console.progress import Progress
-from dsmini.machine import pick_device, slow_bf16
-from dsmini.nn import Experts, Transformer
+from dsmini.machine import pick_device, refuse_too_large, slow_bf16
+from dsmini.nn import DSA, MLA, Experts, Indexer, Transformer
 from dsmini.nn.fp8 import SCALES as FP8_SCALES
 from dsmini.nn.fp8 import fp8_weights, hold_fp8
-from dsmini.nn.gate import Gate
 from dsmini.nn.layers import FP32Module
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles
 from dsmini.reading import check_path, is_there, listed, read_table
@@ -44,9 +53,9 @@ FP8 = torch.float8_e4m3fn
 RELEASED = 16 << 20
 """Bytes that are read between two releases of the mapped files, so that these do not count as memory twice."""
 Treatment = Literal["dequantize", "keep"]
-Holding = Callable[[Transformer], Sequence[Sequence[int]]]
-"""Returns the experts that this process holds of each layer with experts, in the order of the model's modules. It is
-called with the whole model on the meta device, and raises ValueError for one that it does not fit."""
+Share = tuple[int, int]
+"""Rank and number of the processes that divide a model's experts: r of n has r e/n ... (r + 1) e/n - 1."""
+ALL: Share = (0, 1)
 
 
 class SlowDtypeWarning(UserWarning):
@@ -80,7 +89,7 @@ def parts_of(model: Transformer, ranks: int | None = None) -> Iterator[Part]:
     """
 
     def folder_name(ours: str, expert: int | None) -> str:
-        return names.inference_name(ours, expert) if ranks else names.hf_name(ours, model.config.n_layers, expert)
+        return inference_name(ours, expert) if ranks else hf_name(ours, model.config.n_layers, expert)
 
     scales_of = {}
     for ours in fp8_weights(model):
@@ -89,10 +98,10 @@ def parts_of(model: Transformer, ranks: int | None = None) -> Iterator[Part]:
     for ours, tensor in model.state_dict().items():
         if ours in scales_of.values():
             continue
-        stacked = names.is_stacked(ours)
+        stacked = is_stacked(ours)
         for expert in range(len(tensor)) if stacked else (None,):
             name, shape = folder_name(ours, expert), list(tensor.shape[1:] if stacked else tensor.shape)
-            if ranks is not None and (dim := names.inference_split(name)) is not None:
+            if ranks is not None and (dim := inference_split(name)) is not None:
                 shape[dim] //= ranks
             scales = None
             if theirs := scales_of.get(ours):
@@ -114,10 +123,6 @@ class PretrainedOrigin:
     """Content of its config.json; empty if that is not a Hugging Face one."""
     dtypes: Mapping[str, torch.dtype]
     """Stored dtype of each tensor by its Hugging Face name, the MTP blocks' copies of embedding and head too."""
-    nbytes: int
-    """Bytes of tensors read."""
-    seconds: float
-    """Time of reading."""
 
 
 def origin_of(model: Transformer) -> PretrainedOrigin | None:
@@ -131,7 +136,7 @@ def load_pretrained(
     fp8: Treatment = "dequantize",
     device: str | torch.device = "cpu",
     *,
-    holding: Holding | None = None,
+    share: Share = ALL,
 ) -> Transformer:
     """Return the model of a DeepSeek or Hugging Face folder (deepseek_v2, deepseek_v3, deepseek_v32, kimi_k2).
 
@@ -142,8 +147,7 @@ def load_pretrained(
         dtype: dtype of matrices and embedding; None: as each is stored. Norms and gates are FP32 in any case.
         fp8: treatment of FP8 weights. "dequantize": they are held in `dtype`, by default BF16. "keep": codes and
             scales are held, and dequantized where they are used; such a model cannot be trained.
-        holding: the experts that this process holds of those that several divide, for
-            dsmini.distributed.decode. Only their tensors are read. None: all.
+        share: the experts that this process has, for dsmini.distributed.decode. Only their tensors are read.
 
     Warns: if config.json promises multi-token prediction blocks of which the folder holds nothing (transformers
         leaves them out when it saves a model); the model has none then. If those blocks' copies of embedding and
@@ -162,15 +166,13 @@ def load_pretrained(
         mixed = [name for name, of in kinds.items() if FP8 in of and len(of) > 1]
         fix = f"in {listed(mixed)}; load it with fp8='dequantize'"
         require(not mixed, f"{there.folder} has some experts in FP8 and others not, {fix}")
-    if holding is not None:
-        hold_experts(model, holding(model))
-    rows = list(_rows_of(model, there.parts))
-    there.refuse_bad_values(part for part, _ in rows)
+    keep_experts(model, share)
+    rows = list(_rows_of(there.parts, model.config.n_routed_experts, share))
     held = {name: FP8 if fp8 == "keep" and FP8 in of else _held(model, name, of, dtype) for name, of in kinds.items()}
     nbytes = sum(tensor.numel() * held[name].itemsize for name, tensor in model.state_dict().items())
     refuse_too_large(nbytes, f"the model of {there.folder}", place)
     _allocate(model, held, place)
-    total = there.nbytes(there.copies) + sum(there.nbytes(there.stored_names(part)) for part, _ in rows)
+    total = sum(there.nbytes(part) for part, _ in rows)
     with Progress(
         Console(stderr=True, quiet=not speaks()), total, f"reading {there.folder.name}", unit="bytes"
     ) as progress:
@@ -179,8 +181,6 @@ def load_pretrained(
         folder=there.folder.absolute(),
         raw=there.raw if is_hugging_face(there.raw) else {},
         dtypes=there.dtypes(),
-        nbytes=int(progress.done),
-        seconds=progress.seconds,
     )
     cpu = torch.device("cpu")
     if dtype is None and torch.bfloat16 in held.values() and place == cpu and slow_bf16(cpu):
@@ -204,7 +204,7 @@ class PretrainedTensors:
         self.raw, config = _read_config(folder)
         """Content of the config file."""
         self._reader = SafetensorsReader(folder)
-        tensors = {name: stored for name, stored in self._reader.tensors.items() if not names.is_derived(name)}
+        tensors = {name: stored for name, stored in self._reader.tensors.items() if not is_derived(name)}
         self.config = _without_absent_mtp(config, tensors, folder)
         """Config of the model, without multi-token prediction blocks that the folder does not hold."""
         refuse_more_parts(self.config, len(tensors), str(folder))
@@ -212,7 +212,7 @@ class PretrainedTensors:
             self.model = Transformer(self.config)
         """The model without memory."""
         self.parts = list(parts_of(self.model, 1 if is_inference_layout(folder) else None))
-        copies = names.mtp_copies(self.config.n_layers, range(self.config.n_mtp_layers))
+        copies = mtp_copies(self.config.n_layers, range(self.config.n_mtp_layers))
         self.copies = {theirs: ours for theirs, ours in copies.items() if theirs in tensors}
         """The MTP blocks' copies of embedding and head that are there, each with our name of the original."""
         self._find(tensors)
@@ -230,9 +230,9 @@ class PretrainedTensors:
         for theirs, ours in self.copies.items():
             wanted[theirs] = (tuple(self.model.get_parameter(ours).shape), PLAIN)
         missing = [name for name in wanted if name not in tensors]
-        lost = [name for name in missing if names.is_indexer(name)]
+        lost = [name for name in missing if is_indexer(name)]
         require(
-            not lost or lost != missing or any(map(names.is_indexer, tensors)),
+            not lost or lost != missing or any(map(is_indexer, tensors)),
             f"{self.folder} has an indexer in its config and no tensor of one, of which it wants {len(lost):,}; fetch "
             "the files of DeepSeek-V3.2, or give V3's config.json to V3's tensors and add a fresh indexer by python -m "
             "dsmini.convert --dsa",
@@ -261,13 +261,9 @@ class PretrainedTensors:
         """Return a part, and its scales where it is stored in FP8."""
         return [part, part.scales] if part.scales is not None and self.stored(part.name) == FP8 else [part]
 
-    def stored_names(self, part: Part) -> list[str]:
-        """Return the names in the folder of a part and its scales."""
-        return [one.name for one in self.tensors(part)]
-
-    def nbytes(self, stored: Iterable[str]) -> int:
-        """Return the stored bytes of tensors of the folder."""
-        return sum(self._reader.tensors[name].nbytes for name in stored)
+    def nbytes(self, part: Part) -> int:
+        """Return the stored bytes of a part and its scales."""
+        return sum(self._reader.tensors[one.name].nbytes for one in self.tensors(part))
 
     def kinds(self) -> dict[str, set[torch.dtype]]:
         """Return the stored dtypes of the parts of each tensor of the state dict."""
@@ -276,7 +272,7 @@ class PretrainedTensors:
     def dtypes(self) -> dict[str, torch.dtype]:
         """Return the stored dtype of each tensor by its Hugging Face name."""
         every = (one for part in self.parts for one in self.tensors(part))
-        out = {names.hf_name(one.ours, self.config.n_layers, one.expert): self.stored(one.name) for one in every}
+        out = {hf_name(one.ours, self.config.n_layers, one.expert): self.stored(one.name) for one in every}
         return out | {name: self.stored(name) for name in self.copies}
 
     @functools.cached_property
@@ -289,7 +285,7 @@ class PretrainedTensors:
 
     def read(self, part: Part, dtype: torch.dtype) -> Tensor:
         """Return the tensor of a part. FP8 codes are dequantized to a dtype that is not theirs; others may differ."""
-        value, *scales = map(self._reader.read, self.stored_names(part))
+        value, *scales = (self._reader.read(one.name) for one in self.tensors(part))
         if not scales or dtype == value.dtype:
             return value
         return dequantize_tiles(value, scales[0].float(), WEIGHT_TILE, "e4m3", dtype)
@@ -302,23 +298,8 @@ class PretrainedTensors:
         return torch.stack([self.read(part, torch.float32) for part in of[rows]]).float()
 
     def check(self) -> None:
-        """Refuse values without a meaning, and warn of copies that are not the originals, before rows are read."""
-        self.refuse_bad_values(self.parts)
+        """Warn of copies that are not the originals, before rows are read."""
         self.warn_of_copies({ours: self.rows(ours) for ours in self.copies.values()})
-
-    def refuse_bad_values(self, parts: Iterable[Part]) -> None:
-        """Raise ValueError for scales and selection biases of these parts that have no meaning."""
-        biases = {f"{path}.bias" for path, module in self.model.named_modules() if isinstance(module, Gate)}
-        for part in parts:
-            checks = [(one.name, "FP8 scale {}; want finite ones above 0", 0.0) for one in self.tensors(part)[1:]]
-            if part.ours in biases:
-                checks.append((part.name, "selection bias {}; want finite ones", -math.inf))
-            for name, words, above in checks:
-                values = self._reader.read(name).float()
-                bad = values[~(values.isfinite() & (values > above))].flatten()
-                if len(bad):
-                    words = words.format(float(bad[0]))
-                    raise ValueError(f"{self.folder}: {name} has the {words}: fetch the file again")
 
     def warn_of_copies(self, originals: Mapping[str, Tensor]) -> None:
         """Warn if the MTP blocks' copies of embedding and head are not the originals, given by our names."""
@@ -342,15 +323,29 @@ class PretrainedTensors:
                 if one.ours in state:  # scales are not, where weights are dequantized
                     target = state[one.ours] if row is None else state[one.ours][row]
                     target.copy_(self.read(one, target.dtype))
-            nbytes = self.nbytes(self.stored_names(part))
-            read(nbytes)
-            unreleased += nbytes
+            read(self.nbytes(part))
+            unreleased += self.nbytes(part)
             if unreleased > RELEASED:
                 self._reader.release()
                 unreleased = 0
         self.warn_of_copies(state)
         self._reader.release()
-        read(self.nbytes(self.copies))
+
+
+def refuse_more_parts(config: ModelConfig, n_tensors: int, source: str) -> None:
+    """Raise ValueError if a config has more layers or experts than a folder has tensors; then none of them is made.
+
+    Args:
+        n_tensors: number of tensors, each expert's counted by itself.
+        source: the folder, for the error.
+    """
+    layers = config.n_layers + config.n_mtp_layers
+    experts = max(0, layers - config.n_dense_layers) * config.n_routed_experts
+    for parts, name in ((layers, "layers"), (experts, "experts")):
+        require(
+            parts <= n_tensors,
+            f"{source} holds {n_tensors:,} tensors for the {parts} {name} of its config; use the model's own",
+        )
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -378,7 +373,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Path) -> ModelConfig:
-    prefixes = names.mtp_prefixes(config.n_layers, config.n_mtp_layers)
+    prefixes = mtp_prefixes(config.n_layers, config.n_mtp_layers)
     if not prefixes or any(name.startswith(prefixes) for name in tensors):
         return config
     warnings.warn(
@@ -389,36 +384,36 @@ def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Pat
     return dataclasses.replace(config, n_mtp_layers=0)
 
 
-def hold_experts(model: Transformer, held: Sequence[Sequence[int]]) -> None:
-    """Leave only these experts of each layer in a model on the meta device, in this order. No process makes the others.
+def keep_experts(model: Transformer, share: Share) -> None:
+    """Leave only a share of each layer's experts in a model, whose stacked tensors shrink to [e/n, ...].
 
-    Args:
-        held: for each layer with experts, in the order of the model's modules.
+    Raises: ValueError for a model without experts, or with a number that is not divisible.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    for experts, own in zip(layers.values(), held, strict=True):
+    (rank, size), e = share, model.config.n_routed_experts
+    if size == 1:
+        return
+    layers = [module for module in model.modules() if isinstance(module, Experts)]
+    require(
+        len(layers) > 0,
+        f"the model has no experts to divide among {size} processes; start one process, without torchrun",
+    )
+    fit = max(n for n in range(1, size + 1) if e % n == 0)
+    require(fit == size, f"{e} experts are not divisible by {size} processes; start {fit}, say")
+    for experts in layers:
         for name in ("w1", "w2", "w3"):
             weight = getattr(experts, name)
-            assert weight.is_meta, "the experts that are left out have no memory"
-            setattr(experts, name, nn.Parameter(torch.empty((len(own), *weight.shape[1:]), device="meta")))
-    model.held_experts = {name: tuple(own) for name, own in zip(layers, held, strict=True)}  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+            own = weight.detach().chunk(size)[rank].clone()
+            setattr(experts, name, nn.Parameter(own, requires_grad=weight.requires_grad))
 
 
-def held_experts(model: Transformer) -> Mapping[str, Sequence[int]]:
-    """Return the experts that a model's stacked tensors hold, in order, by the name of their module."""
-    held: Mapping[str, Sequence[int]] = getattr(model, "held_experts", {})
-    every = range(model.config.n_routed_experts)
-    return {name: held.get(name, every) for name, module in model.named_modules() if isinstance(module, Experts)}
-
-
-def _rows_of(model: Transformer, parts: Iterable[Part]) -> Iterator[tuple[Part, int | None]]:
-    """Yield each part with its row in the model's tensor, without the experts that this process does not hold."""
-    rows = {module: {expert: row for row, expert in enumerate(own)} for module, own in held_experts(model).items()}
+def _rows_of(parts: Iterable[Part], e: int, share: Share) -> Iterator[tuple[Part, int | None]]:
+    """Yield each part with its row in the model's tensor, without the experts that this process has not."""
+    rank, size = share
     for part in parts:
         if part.expert is None:
             yield part, None
-        elif (row := rows[part.ours.rpartition(".")[0]].get(part.expert)) is not None:
-            yield part, row
+        elif part.expert * size // e == rank:
+            yield part, part.expert - rank * e // size
 
 
 def _held(model: Transformer, name: str, kinds: set[torch.dtype], dtype: torch.dtype | None) -> torch.dtype:
@@ -446,3 +441,61 @@ def _allocate(model: Transformer, held_dtypes: Mapping[str, torch.dtype], device
 def _equal(copy: Tensor, original: Tensor, rows: int = 1024) -> bool:
     pairs = zip(copy.split(rows), original.split(rows), strict=True)
     return all(torch.equal(a.to(b.dtype), b.cpu()) for a, b in pairs)
+
+
+# --- a dense model as the start of a sparse one: V3 becomes V3.2
+
+
+def add_indexers(
+    model: Transformer,
+    *,
+    n_heads: int | None = None,
+    head_dim: int | None = None,
+    topk: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Give every attention layer of a model, those of multi-token prediction too, a random indexer, in place.
+
+    All other weights stay as they are, codes of FP8 included. With no more than topk tokens the model answers as
+    before; with more it picks at random until its indexers are trained.
+
+    Args:
+        n_heads, head_dim, topk: index_n_heads, index_head_dim and index_topk of the model; None: as `fresh_sizes` says.
+
+    Raises: ValueError for a model whose attention is not plain MLA, and sizes that ModelConfig refuses.
+    """
+    old = model.config
+    require(
+        old.attention == "mla" and all(type(part) is MLA for part in _attentions(model)),
+        f"an indexer belongs to MLA, and this model has attention='{old.attention}'; use a model of DeepSeek-V3",
+    )
+    given = {"index_n_heads": n_heads, "index_head_dim": head_dim, "index_topk": topk}
+    sizes = fresh_sizes(old) | {name: size for name, size in given.items() if size is not None}
+    model.config = dataclasses.replace(old, attention="dsa", **sizes)
+    generator = torch.Generator().manual_seed(seed)
+    dtype = model.embed.weight.dtype
+    for attention in _attentions(model):
+        indexer = Indexer(model.config)
+        for part in indexer.children():
+            part.reset_parameters(generator)  # pyright: ignore[reportCallIssue]
+        plain: object = attention
+        plain.__class__ = DSA  # in place, so that no weight is copied
+        attention.indexer = indexer.to(device=model.device, dtype=dtype).train(attention.training)
+
+
+def fresh_sizes(config: ModelConfig) -> dict[str, int]:
+    """Return the sizes of an indexer for a model. For V3 they are V3.2's own.
+
+    It has half of attention's heads, each as wide as one without its rotary part or the next power of two, and picks a
+    quarter of the context, 2,048 keys at most.
+    """
+    width = max(config.qk_nope_head_dim, config.qk_rope_head_dim)
+    return {
+        "index_n_heads": max(1, config.n_heads // 2),
+        "index_head_dim": 1 << (width - 1).bit_length(),
+        "index_topk": max(1, min(2048, config.max_seq_len // 4)),
+    }
+
+
+def _attentions(model: Transformer) -> list[MLA]:
+    return [part for part in model.modules() if isinstance(part, MLA)]

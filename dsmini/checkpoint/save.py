@@ -23,12 +23,26 @@ from torch import Tensor
 
 from dsmini.atomic import as_json, new_folder
 from dsmini.checkpoint.load import FP8, Part, check_dtype, origin_of, parts_of
-from dsmini.checkpoint.safetensors_files import INDEX, ONE_FILE, Entry, write_safetensors
-from dsmini.checkpoint.tensor_names import hf_name, inference_split, mtp_copies
+from dsmini.checkpoint.tensor_files import (
+    INDEX,
+    ONE_FILE,
+    Entry,
+    hf_name,
+    inference_split,
+    mtp_copies,
+    write_safetensors,
+)
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
-from dsmini.config.huggingface import UNKNOWN_IDS, config_from_json, config_to_json, with_dtypes, with_mtp_layers
-from dsmini.config.inference_json import BIASED_DIM, inference_to_json
+from dsmini.config.published import (
+    BIASED_DIM,
+    UNKNOWN_IDS,
+    config_from_json,
+    config_to_json,
+    inference_to_json,
+    with_dtypes,
+    with_mtp_layers,
+)
 from dsmini.console.progress import Progress
 from dsmini.nn import Transformer
 from dsmini.nn.fp8 import fp8_weights
@@ -51,7 +65,6 @@ class Saved(NamedTuple):
 
     nbytes: int
     """Bytes of tensors."""
-    seconds: float
     files: list[str]
     """Names of the files with tensors."""
 
@@ -79,8 +92,6 @@ def save_pretrained(
         shard_size: maximum size of a file in bytes, or a text such as "5GB"; a larger tensor has a file of its own.
         files: texts of further files, by name; they replace copied ones of the same name.
         config: further keys of config.json, such as eos_token_id.
-
-    Warns: if a tensor holds infinities or NaN; the first one is named.
 
     Raises: ValueError if the folder holds anything already, if neither deepseek_v2 nor deepseek_v3 describes the
         model, if a layer computes what no config says, or if values to quantize are not finite.
@@ -128,7 +139,7 @@ def save_inference(
 
     The JSON file of its sizes is config.json. Multi-token prediction blocks are left out, as DeepSeek leaves them.
 
-    Warns: if there are such blocks; if gates have a bias that DeepSeek's code has no place for; as save_pretrained.
+    Warns: if there are such blocks; if gates have a bias that DeepSeek's code has no place for.
 
     Raises: ValueError if the folder holds anything already, or if the layout cannot hold the model on these ranks.
     """
@@ -178,11 +189,9 @@ def _write(
                 shutil.copyfile(file, folder / file.name)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-    damaged = [plan.not_finite for plan in plans if plan.not_finite is not None]
-    words += [f"{path} has infinities or NaN in {name}, as the model has; check it" for name in damaged[:1]]
     for warning in words:
         warnings.warn(warning, stacklevel=3)
-    return Saved(nbytes, progress.seconds, list(shards))
+    return Saved(nbytes, list(shards))
 
 
 class SavePlan:
@@ -209,8 +218,6 @@ class SavePlan:
         self.quantizes = fp8 and not all(held)
         self.has_fp8 = bool(held) and (fp8 or (dtype is None and any(held)))
         """True if some tensors are written as FP8 codes."""
-        self.not_finite: str | None = None
-        """Name of the first written tensor with infinities or NaN."""
         self.scales: dict[str, Tensor] = {}
         """Scales of weights that are being quantized: made when they are written, and used again for the codes."""
 
@@ -271,14 +278,8 @@ class SavePlan:
                 f"multiple of {tile}, the side of a block with one scale; use fewer ranks, or another dtype",
             )
 
-    def _looked_at(self, part: Part) -> Tensor:
-        value = self.value(part)
-        if self.not_finite is None and not _is_finite(value):
-            self.not_finite = part.name
-        return value
-
     def _plain(self, part: Part, dtype: torch.dtype) -> Tensor:
-        value = self._looked_at(part)
+        value = self.value(part)
         if value.dtype != FP8 or part.scales is None:
             return value.to(dtype)
         return dequantize_tiles(value, self.value(part.scales).float(), WEIGHT_TILE, "e4m3", dtype)
@@ -286,7 +287,7 @@ class SavePlan:
     def _scales(self, part: Part, scales: Part, dtype: torch.dtype) -> Tensor:
         """Return the scales of a weight, new ones if it is not held in FP8."""
         if self.state[part.ours].dtype == FP8:
-            return self._looked_at(scales).to(dtype)
+            return self.value(scales).to(dtype)
         new = tile_scales(self.value(part), WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
         if not new.isfinite().all():
             raise ValueError(f"{part.ours} holds infinities or NaN; E4M3 has no codes for them; save without fp8=True")
@@ -295,40 +296,25 @@ class SavePlan:
 
     def _codes(self, part: Part) -> Tensor:
         if self.state[part.ours].dtype == FP8:
-            return self._looked_at(part)
+            return self.value(part)
         # scales are the wider type, so that they come first in a file
         return encode_tiles(self.value(part), self.scales.pop(part.name), WEIGHT_TILE)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor has neither infinities nor NaN, without a copy of it."""
-    if tensor.dtype == FP8:  # its largest code, with either sign, is NaN
-        return all(int((part.view(torch.uint8) & 0x7F).max()) < 0x7F for part in tensor.reshape(-1).split(1 << 20))
-    least, most = torch.aminmax(tensor)
-    return math.isfinite(least) and math.isfinite(most)
 
 
 def refuse_changed_ideas(model: Transformer) -> None:
     """Raise ValueError for a model that computes what no config says, since it would be read back as another.
 
-    That is a method of a layer that is not dsmini's or torch's, such as a subclass's forward, a mask, and options of a
-    gate. A folder never holds code.
+    That is a layer whose class is not dsmini's or torch's, a mask, and options of a gate. A folder never holds code.
     """
     with torch.device("meta"):
         plain = dict(Transformer(model.config).named_modules())
     for name, module in model.named_modules():
-        if (usual := plain.get(name)) is None:
-            continue
-        # methods that a class of dsmini inherits from another are its own too
-        ours = [vars(kind) for kind in type(usual).__mro__ if kind.__module__.startswith("dsmini.")]
-        for method in sorted({n for of in ours for n, value in of.items() if callable(value)} - {"__init__"}):
-            own = getattr(module, method, None)  # None: torch's Linear has fewer methods than dsmini's
-            home = (getattr(own, "__module__", None) or "").split(".")[0]
-            said = f"its {method} is that of {getattr(own, '__qualname__', own)}"
-            require(own is None or home in ("dsmini", "torch"), f"{name or 'the model'}: {said}{LOST}")
+        kind = type(module)
+        ours = kind.__module__.split(".")[0] in ("dsmini", "torch") and "forward" not in vars(module)
+        require(ours, f"{name or 'the model'} is a {kind.__qualname__} with code of its own{LOST}")
         for option in ("mask", "options"):
             given = getattr(module, option, None)
-            require(given == getattr(usual, option, None), f"{name}.{option} is {brief(given)}{LOST}")
+            require(given == getattr(plain.get(name), option, None), f"{name}.{option} is {brief(given)}{LOST}")
 
 
 def parse_size(size: int | str) -> int:

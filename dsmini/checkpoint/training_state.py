@@ -14,24 +14,28 @@ import dataclasses
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dsmini.atomic import as_json, remove_folders
-from dsmini.checkpoint.safetensors_files import SafetensorsReader
+from dsmini.checkpoint.load import ALL, Share, keep_experts, refuse_more_parts
+from dsmini.checkpoint.run_folder import run_config
+from dsmini.checkpoint.tensor_files import SafetensorsReader, is_stacked
 from dsmini.config import RunConfig
 from dsmini.config.fields import build, check_types
+from dsmini.machine import refuse_too_large
+from dsmini.nn import Transformer
 from dsmini.reading import UnreadableError, check_path, is_there, open_regular, parse_json, read_table, read_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 """Version of a checkpoint's manifest."""
-NO_CHECKSUMS = (1, 1)
-"""The share of a process in `verify` for whom others have computed all checksums."""
 Tensors = dict[str, dict[str, Tensor]]
 """Tensors by the stem of their file, and by name."""
 
@@ -52,8 +56,6 @@ class RunState:
     """Hash of the corpus that was trained on."""
     row: dict
     """Line of the last step in metrics.jsonl; a validation due at this step is not yet in it."""
-    rewinds: int = 0
-    """Number of times that the run went back to a checkpoint after a spike of the loss."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -99,22 +101,17 @@ def write_manifest(folder: Path, names: Iterable[str]) -> None:
     (folder / MANIFEST).write_text(as_json(manifest), encoding="utf-8")
 
 
-def verify(folder: Path, names: Iterable[str], share: tuple[int, int] = (0, 1)) -> None:
+def verify(folder: Path, names: Iterable[str]) -> None:
     """Check these files against the manifest, which must list them.
-
-    Args:
-        share: (i, n) computes the checksums of every n-th file, from number i: n processes share the work.
 
     Raises: ValueError naming the file and what is wrong with it; UnreadableError if that is not known.
     """
     listed = _read_manifest(folder / MANIFEST)
-    for number, name in enumerate(names):
+    for name in names:
         if name not in listed:
             raise ValueError(f"{MANIFEST} does not list {name}")
         if not is_there(folder / name):
             raise ValueError(f"{name} is missing")
-        if number % share[1] != share[0]:
-            continue
         want, got = listed[name], _fingerprint(folder / name)
         if got["bytes"] != want["bytes"]:
             raise ValueError(f"{name} has {got['bytes']} bytes, {MANIFEST} says {want['bytes']}")
@@ -148,8 +145,6 @@ def last_checkpoint(
     parts: Sequence[str],
     fits: Callable[[Checkpoint], None],
     say: Callable[[str], None],
-    together: Callable[[Callable[[], Checkpoint]], Checkpoint] = lambda read: read(),
-    share: tuple[int, int] = (0, 1),
 ) -> Checkpoint:
     """Return the newest checkpoint that is whole and fits; name newer ones with what is wrong with them.
 
@@ -157,8 +152,6 @@ def last_checkpoint(
         parts: the stems of the tensor files to read.
         fits: raises ValueError for tensors that do not fit.
         say: told about each checkpoint that is passed over.
-        together: calls a function in all processes that read the run; it raises in all if it raises in one.
-        share: (i, n) computes the checksums of every n-th file, from number i.
 
     Raises: ValueError if there is none, with all the reasons; and for one that may be whole, but cannot be read now, or
         by this version of dsmini.
@@ -171,14 +164,9 @@ def last_checkpoint(
         raise ValueError(f"{run} has no checkpoint; name a folder that dsmini.train wrote and finished or saved")
     reasons = []
     for folder in found:
-
-        def read(folder: Path = folder) -> Checkpoint:
-            checkpoint = read_checkpoint(folder, parts, share)
-            fits(checkpoint)
-            return checkpoint
-
         try:
-            checkpoint = together(read)
+            checkpoint = read_checkpoint(folder, parts)
+            fits(checkpoint)
         except UnreadableError as error:  # it may be whole, and a later save would remove it
             raise ValueError(
                 f"cannot read {folder}: {error}; try again, or move that folder away to continue from the one before"
@@ -192,16 +180,17 @@ def last_checkpoint(
     raise ValueError(f"{'; '.join(reasons)}; {run} has no other checkpoint, so start a new run")
 
 
-def read_checkpoint(folder: Path, parts: Sequence[str], share: tuple[int, int] = (0, 1)) -> Checkpoint:
+def read_checkpoint(folder: Path, parts: Sequence[str], verified: bool = False) -> Checkpoint:
     """Verify and read a checkpoint's folder. A tensor is a view of its file, so only the rows that are used are read.
 
     Args:
         parts: the stems of the tensor files to read; other files are ignored.
-        share: as in `verify`.
+        verified: another process has compared its files with their checksums.
 
     Raises: ValueError naming the file and what is wrong with it.
     """
-    verify(folder, [*(f"{part}.safetensors" for part in parts), "config.toml", "state.json"], share)
+    if not verified:
+        verify(folder, [*(f"{part}.safetensors" for part in parts), "config.toml", "state.json"])
     config = RunConfig.from_file(folder / "config.toml")
     tensors = {part: _read_tensors(folder / f"{part}.safetensors") for part in parts}
     known = {f.name for f in dataclasses.fields(RunState)}  # earlier versions wrote totals of the rows too
@@ -243,3 +232,73 @@ def checkpoint_folders(run: Path) -> list[Path]:
     """Return the checkpoints' folders, newest first."""
     found = [p for p in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", p.name)]
     return sorted(found, key=checkpoint_step, reverse=True)
+
+
+# --- the model of a run: to evaluate it, to write texts with it, or to start another run
+
+
+def load_run(
+    path: Path,
+    compute_dtype: torch.dtype | None = None,
+    *,
+    average: bool = False,
+    say: Callable[[str], None] = warnings.warn,
+    share: Share = ALL,
+    verified: bool = False,
+) -> tuple[Transformer, RunConfig]:
+    """Return the model of a run folder's last whole checkpoint, or of one checkpoint folder, and the run's config.
+
+    Args:
+        average: load the parameters' average over the steps instead of the last ones.
+        say: told about each damaged checkpoint that is passed over.
+        share: the experts that this process has. Only their rows are read.
+        verified: another process has compared this checkpoint with its checksums.
+
+    Raises: ValueError for a folder that is not a run, has no checkpoint, or whose tensors do not fit the config.
+    """
+    checkpoint = model_checkpoint(path, average=average, say=say, verified=verified)
+    with torch.device("meta"):  # weights that are drawn first would be overwritten
+        model = Transformer(checkpoint.config.model, compute_dtype=compute_dtype)
+    keep_experts(model, share)
+    nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    refuse_too_large(nbytes, f"the model of {path}", torch.device("cpu"))
+    rank, size = share
+
+    def here(name: str, tensor: Tensor) -> Tensor:
+        # copies, because the tensors are views of the file
+        return (tensor.chunk(size)[rank] if is_stacked(name) else tensor).clone()
+
+    model.load_state_dict({name: here(name, t) for name, t in model_tensors(checkpoint).items()}, assign=True)
+    return model.eval(), checkpoint.config
+
+
+def model_checkpoint(
+    path: Path, *, average: bool = False, say: Callable[[str], None] = warnings.warn, verified: bool = False
+) -> Checkpoint:
+    """Read the checkpoint that load_run takes, with only the tensors of a model. See load_run."""
+    check_path(path, "run")
+    single = re.fullmatch(r"step-\d+", path.resolve().name) is not None and path.is_dir()
+    parts = ["model", "average"] if average else ["model"]
+    if average and run_config(path).train.ema_decay is None:
+        raise ValueError(f"{path} stored no average of its parameters; train with --train.ema-decay 0.99 to have one")
+
+    def fits(checkpoint: Checkpoint) -> None:
+        parts = sum(len(t) if t.dim() == 3 else 1 for t in checkpoint.tensors["model"].values())
+        refuse_more_parts(checkpoint.config.model, parts, "model.safetensors")
+        with torch.device("meta"):
+            want = Transformer(checkpoint.config.model).state_dict()
+        check_tensors(model_tensors(checkpoint), want, "model.safetensors")
+
+    if not single:
+        return last_checkpoint(path, parts, fits, say)
+    try:
+        checkpoint = read_checkpoint(path, parts, verified)
+        fits(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}; name another checkpoint") from None
+    return checkpoint
+
+
+def model_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return a model's state dict, with the average in place of the last parameters where that was read."""
+    return checkpoint.tensors["model"] | checkpoint.tensors.get("average", {})

@@ -5,7 +5,6 @@ Every field has a default; together the defaults are configs/toy.toml. None mean
 
 from dsmini.config.fields import mask_function, require_subclass
 from dsmini.config.model import ModelConfig, layer_config
-from dsmini.config.run import DataConfig, RunConfig
-from dsmini.config.train import TrainConfig
+from dsmini.config.run import DataConfig, RunConfig, TrainConfig
 
 __all__ = ["DataConfig", "ModelConfig", "RunConfig", "TrainConfig", "layer_config", "mask_function", "require_subclass"]

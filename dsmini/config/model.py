@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsmini.config.fields import Bounds, build, check_types, refuse_unknown, require, require_multiple, setting
-from dsmini.config.huggingface import config_from_json
+from dsmini.config.published import config_from_json
 from dsmini.reading import find_config, read_table, read_toml
 
 SECTIONS = ["model", "data", "train", "parallel", "out"]

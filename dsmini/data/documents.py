@@ -2,14 +2,19 @@
 
 No function here holds more than a chunk of a file. Files are read twice: once to measure them and to find those that
 are not text, once for the text itself. The held-out documents depend on the sizes of all.
+
+Texts are read in pieces that end where a line or a word does, so that no more than a piece is held.
+Byte-pair encodings whose own splitting of text stops at such places, such as GPT-2's and DeepSeek's, give the tokens of
+the uncut text.
+
+The held-out part is whole documents picked by their names, or else the end of the text.
 """
 
 import codecs
 import dataclasses
 import gzip
+import hashlib
 import os
-import re
-import shlex
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -196,7 +201,7 @@ def _document(root: Path, path: Path) -> Document:
 def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[Document], list[str]]:
     """Return the documents that are text, with their sizes, and the names of the files that are not.
 
-    A name has the reason after it: empty, binary, or UTF-16, UTF-32, UTF-16LE or UTF-16BE for text that is not UTF-8.
+    A name has the reason after it: empty, or not text, which has no NUL byte, as UTF-16 has.
 
     Raises: ValueError if none is text.
     """
@@ -208,7 +213,7 @@ def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[D
         size, reason, utf8 = 0, "" if trusted else "empty", trusted
         decoder = codecs.getincrementaldecoder("utf-8")()
         for chunk, stored in document.chunks():
-            reason = "" if trusted else _why_not_text(chunk, first=size == 0)
+            reason = "not text" if not trusted and b"\0" in chunk else ""
             utf8 = trusted or (_decodes(decoder, chunk) and (utf8 or size == 0))
             size += len(chunk)
             progress("reading", done + stored, total)
@@ -218,7 +223,9 @@ def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[D
         if not reason:
             texts.append(dataclasses.replace(document, size=size, utf8=utf8 and _decodes(decoder, b"", final=True)))
         elif source.kind == "file":
-            raise ValueError(f"data.path={document.path} {_fix(document.path, reason)}")
+            raise ValueError(
+                f"data.path={document.path} is {reason}; name a text file in UTF-8, such as iconv -t UTF-8 makes"
+            )
         else:
             left_out.append(f"{document.name} ({reason})")
     if not texts:
@@ -239,36 +246,14 @@ def _decodes(decoder: codecs.IncrementalDecoder, chunk: bytes, final: bool = Fal
     return True
 
 
-def _why_not_text(chunk: bytes, first: bool) -> str:
-    """Return why these bytes are not UTF-8 text or a text of single bytes; "" if they may be. Text has no NUL byte.
-
-    Args:
-        first: they are the first of a file, where its encoding shows.
-    """
-    if b"\0" not in chunk:
-        return ""
-    if first and chunk.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return "UTF-32"
-    if first and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "UTF-16"
-    even, odd = (chunk[start:4096:2].count(0) / len(chunk[:4096]) for start in (0, 1))  # of ASCII every second byte
-    if first and len(chunk) > 8 and max(even, odd) > 0.3 and min(even, odd) < 0.03:
-        return "UTF-16BE" if even > odd else "UTF-16LE"
-    return "binary"
-
-
 def left_out_in_words(names: Sequence[str], where: str) -> str:
-    """Return in words which files of a corpus are not text, and what to do about those in another encoding.
+    """Return in words which files of a corpus are not text.
 
     Args:
         names: all of them, each with the reason.
         where: place that names all, for a list that is cut.
     """
-    words = f"{len(names):,} left out: {_first_of(names, where)}"
-    found = {match for name in names for match in re.findall(r"\((UTF-\d+(?:LE|BE)?)\)$", name)}
-    for encoding in sorted(found):
-        words += f"; to include {encoding} text: iconv -f {encoding} -t UTF-8 FILE > NEW_FILE"
-    return words
+    return f"{len(names):,} left out: {_first_of(names, where)}"
 
 
 def not_utf8_in_words(names: Sequence[str], where: str, as_bytes: bool) -> str:
@@ -292,13 +277,134 @@ def _first_of(names: Sequence[str], where: str) -> str:
     return listed(names, NAMED) + (f" (all are in {where})" if len(names) > NAMED else "")
 
 
-def _fix(path: Path, reason: str) -> str:
-    """Return what to do about a file that is not text, after its name."""
-    if reason == "empty":
-        return "is empty; name a file with text in it"
-    if reason == "binary":
-        return "holds NUL bytes, so it is not text; name a text file"
-    unpack, source = ("gzip -dc {} | ", "") if path.name.endswith(".gz") else ("", " {}")
-    new = path.with_name(f"{path.name.removesuffix('.gz')}.utf8")
-    command = f"{unpack}iconv -f {reason} -t UTF-8{source}".format(shlex.quote(str(path)))
-    return f"is {reason}, want UTF-8; convert it: {command} > {shlex.quote(str(new))}"
+# --- texts in pieces
+
+
+SIZE = 1 << 16
+"""Bytes of a text: the tokenizers library holds 256 of them."""
+_SPACE = b" \t\r\n\f\v"
+
+
+def read_texts(pieces: Sequence[Piece], what: str = "reading", progress: ProgressCallback = silent) -> Iterator[bytes]:
+    """Yield the pieces of documents as texts of about SIZE bytes that end where a line or a word does.
+
+    Args:
+        what: name of the work, for `progress`.
+    """
+    reader = Reader(pieces, what, progress)
+    for piece in pieces:
+        chunks = (chunk[i : i + SIZE] for chunk in reader.chunks(piece) for i in range(0, len(chunk), SIZE))
+        yield from lines(chunks, SIZE)
+
+
+def read_first(pieces: Sequence[Piece], nbytes: int) -> list[bytes]:
+    """Return the first texts of documents, up to about this many bytes."""
+    taken: list[bytes] = []
+    size = 0
+    texts = read_texts(pieces)
+    while size < nbytes and (text := next(texts, None)) is not None:
+        taken.append(text)
+        size += len(text)
+    return taken
+
+
+def lines(chunks: Iterator[bytes], size: int = CHUNK) -> Iterator[bytes]:
+    """Yield the same text in pieces that end where a line or a word does.
+
+    Args:
+        chunks: text in parts of at most `size` bytes. Most pieces are as short, and none is as long as three: the rest
+            after a line may be cut at a word, and the rest after that have neither.
+    """
+    rest = b""
+    for chunk in chunks:
+        text = rest + chunk
+        at = len(text) if len(text) < size else _last_border(text)
+        if len(text) >= size:
+            yield text[:at]
+            text = text[at:]
+        rest = text
+    if rest:
+        yield rest
+
+
+def _last_border(text: bytes) -> int:
+    """Return the place after the last single line break, or before the last single space, or before a character."""
+    for separator, behind in ((b"\n", 1), (b" ", 0)):
+        at = len(text) - 1
+        for _ in range(1000):
+            at = text.rfind(separator, 1, at)
+            if at < 0:
+                break
+            if text[at - 1] not in _SPACE and text[at + 1] not in _SPACE:
+                return at + behind
+    at = len(text)
+    while at > len(text) - 4 and text[at - 1] & 0xC0 == 0x80:
+        at -= 1
+    return at - 1 if text[at - 1] >= 0xC0 else len(text)
+
+
+# --- the held-out part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The training part and the held-out part of a corpus."""
+
+    train: list[Piece]
+    val: list[Piece]
+    words: str
+    """Sentence that says how the held-out part was chosen."""
+
+
+def split(documents: Sequence[Document], val_fraction: float, whole_characters: bool) -> Split:
+    """Hold out whole documents, picked by the hash of their names, up to the fraction; if they are too few or too
+    uneven for that, hold out the end of the whole text.
+
+    Args:
+        whole_characters: move that cut up to three bytes on, to where a UTF-8 character begins.
+    """
+    budget = int(val_fraction * sum(document.size + 1 for document in documents))
+    held_out: set[int] = set()
+    size = 0
+    for i in sorted(range(len(documents)), key=lambda i: _name_hash(documents[i].name)):
+        if size + documents[i].size + 1 <= budget:
+            held_out.add(i)
+            size += documents[i].size + 1
+    if size >= 0.8 * budget and held_out:
+        whole = [Piece(document=document, start=0, stop=document.size, ends=True) for document in documents]
+        return Split(
+            train=[piece for i, piece in enumerate(whole) if i not in held_out],
+            val=[piece for i, piece in enumerate(whole) if i in held_out],
+            words=f"{len(held_out)} whole files",
+        )
+    return cut_once(documents, val_fraction, whole_characters)
+
+
+def _name_hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+
+
+def cut_once(documents: Sequence[Document], val_fraction: float, whole_characters: bool) -> Split:
+    """Cut the documents, with an end between each two, in one place."""
+    cut = int((1 - val_fraction) * (sum(document.size + 1 for document in documents) - 1))
+    train: list[Piece] = []
+    val: list[Piece] = []
+    at = 0
+    for document in documents:
+        size, ends = document.size, document is not documents[-1]
+        here = min(max(cut - at, 0), size + ends)
+        if whole_characters and 0 < here < size:
+            here += _continuation_bytes(document, here)
+        if here:
+            train.append(Piece(document=document, start=0, stop=min(here, size), ends=here > size))
+        if here < size + ends:
+            val.append(Piece(document=document, start=min(here, size), stop=size, ends=ends))
+        at += size + 1
+    return Split(train=train, val=val, words=f"the last {val_fraction:.0%} of the text")
+
+
+def _continuation_bytes(document: Document, at: int) -> int:
+    """Return how many bytes from here on, at most 3, belong to a character that began before."""
+    rest = Piece(document=document, start=at, stop=min(at + 3, document.size), ends=False)
+    following = b"".join(chunk for chunk, _ in rest.chunks())
+    return next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))

@@ -48,7 +48,6 @@ import torch
 from torch import Tensor
 
 from dsmini import accounting, ops
-from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.config import ModelConfig
 from dsmini.diagnosis import decoding_steps as steps
 from dsmini.diagnosis.arms import Arm, Step, arm_of
@@ -61,6 +60,7 @@ from dsmini.diagnosis.training import no_more_threads
 from dsmini.inference import Generation
 from dsmini.inference.generation import prefill
 from dsmini.inference.sampling import likeliest
+from dsmini.machine import refuse_too_large
 from dsmini.measure.forecast import Forecast, forecast
 from dsmini.measure.step_rates import Rates
 from dsmini.measure.turns import Estimate, in_turns, reported

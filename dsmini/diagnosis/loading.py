@@ -10,17 +10,14 @@ from torch import Tensor
 
 from dsmini import accounting
 from dsmini.checkpoint.load import load_pretrained
-from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.checkpoint.run_folder import is_model_folder, read_summary, run_config, tokenizer_file
-from dsmini.checkpoint.trained_model import load_run
-from dsmini.checkpoint.training_state import checkpoint_folders, last_checkpoint
+from dsmini.checkpoint.training_state import checkpoint_folders, last_checkpoint, load_run
 from dsmini.config import RunConfig
 from dsmini.data.corpus import load_corpus
 from dsmini.diagnosis.training import Subject
-from dsmini.machine import DTYPES, pick_device, pick_dtype
+from dsmini.machine import DTYPES, pick_device, pick_dtype, refuse_too_large
 from dsmini.nn import Transformer
-from dsmini.training.part_memory import refuse_oversized
-from dsmini.training.start import resolved
+from dsmini.training.start import refuse_oversized, resolved
 from dsmini.training.trainer import Trainer
 
 MOST_TEXT = 1 << 20

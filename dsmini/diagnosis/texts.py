@@ -60,8 +60,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsmini.data.cache import forget
-from dsmini.data.corpus import Corpus
+from dsmini.data.corpus import Corpus, forget
 from dsmini.diagnosis.findings import Finding, finding
 from dsmini.measure.turns import Estimate
 

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, RunConfig
+from dsmini.config.schedule import batch_size
 from dsmini.diagnosis.arms import Arm, Step, arm_of, patched
 from dsmini.diagnosis.contention import Contention, cores, quiet, watch
 from dsmini.diagnosis.findings import Finding, load, other_programs, padding, waiting
@@ -49,7 +50,6 @@ from dsmini.measure.forecast import Forecast, forecast
 from dsmini.measure.step_rates import Rates
 from dsmini.measure.workloads import StepDtype, StepShape
 from dsmini.nn import Block, FeedForward, Gate, Routing
-from dsmini.training.schedule import batch_size
 from dsmini.training.trainer import StepResult, Trainer
 
 BATCHES = 4

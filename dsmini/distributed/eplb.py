@@ -17,7 +17,6 @@ Source: github.com/deepseek-ai/EPLB and the DeepSeek-V3 report, sections 3.4.1 a
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -113,8 +112,6 @@ class GpuBalance(NamedTuple):
     """With one copy of each expert, in the order of their numbers."""
     after: Float[np.ndarray, " layers"]
     """As placed. Each copy of an expert is taken to receive an equal share."""
-    duplicates: Int[np.ndarray, " layers"]
-    """Copies on a GPU that has another copy of the same expert, which the published heuristic makes."""
 
 
 def copies_of(experts: Int[np.ndarray, "layers replicas"], n_experts: int) -> Int[np.ndarray, "layers e"]:
@@ -137,9 +134,7 @@ def balance(
     mean = before.mean(1)
     even = np.ones_like(mean)  # a layer without any load counts as balanced
     largest = [np.divide(loads.max(1), mean, out=even.copy(), where=mean > 0) for loads in (before, after)]
-    per_gpu = experts.reshape(len(weights), n_gpus, -1).tolist()
-    duplicates = np.array([sum(len(gpu) - len(set(gpu)) for gpu in layer) for layer in per_gpu], dtype=np.int64)
-    return GpuBalance(before=largest[0], after=largest[1], duplicates=duplicates)
+    return GpuBalance(before=largest[0], after=largest[1])
 
 
 def loads_of_run(folder: Path, last: int | None = None) -> Int[np.ndarray, "layers e"]:
@@ -150,21 +145,13 @@ def loads_of_run(folder: Path, last: int | None = None) -> Int[np.ndarray, "laye
     Args:
         last: number of steps to sum, the last ones; None: all.
 
-    Raises: ValueError for a folder without such a file, a run without experts, and loads that make no table.
+    Raises: ValueError for a folder without such a file, and a run without experts.
     """
     require(last is None or last > 0, f"--last {last} is not positive; use 1 or more, or leave it out for all steps")
     path = folder / "metrics.jsonl"
     require(is_there(path), f"{folder} has no {path.name}; name the folder of a training run")
-    steps: list[np.ndarray] = []
-    for row in read_rows(path):
-        with suppress(ValueError):  # rows of different lengths
-            table = np.array(row.get("loads"))
-            if table.ndim == 2 and table.size and table.dtype.kind == "i" and (table >= 0).all():
-                steps.append(table)
+    steps = [row["loads"] for row in read_rows(path) if row.get("loads")]
     require(bool(steps), f"{path} has no loads of experts; name a run of a model with experts, not a dense one")
-    sizes = sorted({step.shape for step in steps})
-    words = " and ".join(str(list(size)) for size in sizes)
-    require(len(sizes) == 1, f"{path} has loads of different sizes, {words}; use --last to take those of one model")
     return np.sum(steps[-(last or 0) :], axis=0)
 
 
@@ -224,15 +211,12 @@ def _show(found: GpuBalance, title: str) -> None:
     from dsmini.report import Table
     from dsmini.report.terminal import show_table
 
-    console, columns = Console(), ("MoE layer", "before", "after", "useless copies")
+    console, columns = Console(), ("MoE layer", "before", "after")
     rows = [
-        [str(layer), f"{before:.3f}", f"{after:.3f}", str(same)]
-        for layer, (before, after, same) in enumerate(zip(*found, strict=True))
+        [str(layer), f"{before:.3f}", f"{after:.3f}"] for layer, (before, after) in enumerate(zip(*found, strict=True))
     ]
     show_table(console, Table(columns=columns, rows=rows, numeric=columns), title)
     words = f"The busiest GPU has {found.before.mean():.3f} times the mean load before, {found.after.mean():.3f} after"
-    if same := int(found.duplicates.sum()):
-        words += f"; {same} copies are useless, next to another copy of their expert on one GPU"
     say(console, f"{words}.", style="bold cyan")
 
 

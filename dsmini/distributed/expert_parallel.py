@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.nn.gate import Routing
-from dsmini.nn.moe import Experts, MoE
+from dsmini.nn.moe import MoE
 from dsmini.numerics import QuantizedTensor, rows_of
 from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
 
@@ -207,16 +207,6 @@ def run_local(experts: nn.Module, rows: Rows, received: Int[Tensor, "ranks own"]
     expert = own.flatten().repeat_interleave(received.flatten())
     ones = torch.ones(len(expert), 1, dtype=torch.float32, device=received.device)
     return experts(rows, expert[:, None], ones, received.sum(0))
-
-
-def keep_own_experts(moe: MoE, rank: int, size: int) -> None:
-    """Leave only the experts of rank `rank` of `size` in a layer, whose tensors shrink to [e/size, ...]."""
-    experts = moe.experts
-    assert isinstance(experts, Experts)
-    for name in ("w1", "w2", "w3"):
-        weight = getattr(experts, name)
-        own = weight.detach().chunk(size)[rank].clone()
-        setattr(experts, name, nn.Parameter(own, requires_grad=weight.requires_grad))
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:

@@ -1,28 +1,241 @@
 """Pipeline parallelism: the parts of a step's batch pass through the stages on several ranks, one after the other.
 
+A stage has consecutive layers of a model, the embedding with the first, norm, head and MTP the last.
+
+    1f1b                            rank r has stage r
+    interleaved1f1b, zero_bubble    rank r has stages r and pp + r
+    zbv, dualpipev                  rank r has stages r and 2 pp - 1 - r, so the first rank has both ends
+
+Stages are cut where the largest cost is smallest. Simplified: the cost of a layer is the number of its matrices'
+parameters that a token meets. Attention to other tokens is not in it, since most layers have the same.
+
+A stage gives to the next its hidden states [b, s, m], and the balance losses of all MoE layers so far, [layers]. The
+last stage makes the losses of them, as one process does. MTP reads the embedding too. Where first and last stage are on
+two ranks, both have it. Their gradients are summed, so that both stay equal.
+
 torch.distributed.pipelining has the schedules and runs them. Each part's loss is divided once, by what the whole step
 has of targets, so gradients are summed and never scaled. Its default, scale_grads=True, would divide a parameter twice
 that two stages of one rank share.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, schedules
+from torch import Tensor, nn
 
-from dsmini.config.parallel import ScheduleName
-from dsmini.distributed.stages import ModelStage, StageLayout, StepBatch
-from dsmini.nn import Transformer
+from dsmini import ops
+from dsmini.config.run import CHUNKS, ParallelConfig, ScheduleName
+from dsmini.nn import Routing, Transformer
+from dsmini.nn.attention import AttentionContext
+from dsmini.nn.balance import sequence_balance_loss
+from dsmini.nn.block import Aux
+from dsmini.nn.moe import MoE
 
-SCHEDULES: dict[str, Any] = {
-    "1f1b": schedules.Schedule1F1B,
-    "interleaved1f1b": schedules.ScheduleInterleaved1F1B,
-    "zero_bubble": schedules.ScheduleInterleavedZeroBubble,
-    "zbv": schedules.ScheduleZBVZeroBubble,
-    "dualpipev": schedules.ScheduleDualPipeV,
+
+@dataclass(frozen=True, kw_only=True)
+class StageLayout:
+    """The layers of each stage, and the pipeline's rank that has it."""
+
+    layers: tuple[range, ...]
+    ranks: tuple[int, ...]
+    moe: tuple[bool, ...]
+    """For each layer, MTP blocks last, True if it is a MoE layer."""
+
+    @classmethod
+    def of(cls, model: Transformer, config: ParallelConfig) -> "StageLayout":
+        """Divide a whole model."""
+        costs = [_cost(block, model) for block in model.layers]
+        head = model.head.weight.numel()
+        costs[-1] += head + sum(head + _cost(block, model) for block in model.mtp)
+        blocks = [*model.layers, *model.mtp]
+        return cls(
+            layers=divided(costs, config.pp * CHUNKS[config.schedule]),
+            ranks=ranks_of_stages(config),
+            moe=tuple(any(isinstance(m, MoE) for m in block.modules()) for block in blocks),
+        )
+
+    def stages(self, rank: int) -> list[int]:
+        """Return the stages of a rank, in order."""
+        return [stage for stage, of in enumerate(self.ranks) if of == rank]
+
+    def rows(self, rank: int) -> list[int]:
+        """Return the numbers, among all MoE layers, of those that a rank has."""
+        moe = [layer for layer, is_moe in enumerate(self.moe) if is_moe]
+        own = {layer for stage in self.stages(rank) for layer in self.layers[stage]}
+        own |= set(range(self.layers[-1].stop, len(self.moe))) if self.ranks[-1] == rank else set()
+        return [row for row, layer in enumerate(moe) if layer in own]
+
+    def moe_before(self, stage: int) -> int:
+        """Return the number of MoE layers before a stage."""
+        return sum(self.moe[: self.layers[stage].start])
+
+    def keep(self, model: Transformer, rank: int) -> None:
+        """Leave of a whole model the modules of a rank's stages, with their names."""
+        stages = self.stages(rank)
+        first, last = self.ranks[0] == rank, self.ranks[-1] == rank
+        own = {layer for stage in stages for layer in self.layers[stage]}
+        for layer in set(range(len(model.layers))) - own:
+            model.layers[layer] = nn.Identity()
+        away = [] if first or (last and len(model.mtp)) else ["embed", "embed_norm"]
+        away += [] if last else ["norm", "head"]
+        for name in away:
+            setattr(model, name, nn.Identity())
+        if not last:
+            del model.mtp[:]
+
+
+def ranks_of_stages(config: ParallelConfig) -> tuple[int, ...]:
+    """Return the rank of each stage."""
+    there = list(range(config.pp))
+    if config.schedule in ("zbv", "dualpipev"):
+        return (*there, *reversed(there))
+    return tuple(there * CHUNKS[config.schedule])
+
+
+def divided(costs: Sequence[float], stages: int) -> tuple[range, ...]:
+    """Return consecutive layers for each stage, one or more, such that the largest sum of costs is smallest."""
+    assert stages <= len(costs), "the config allows no more stages than layers"
+
+    @cache
+    def best(end: int, stages: int) -> tuple[float, float, tuple[int, ...]]:
+        """Return the largest cost, the sum of squares (less for stages that are more even) and the first layers."""
+        if stages == 1:
+            return sum(costs[:end]), sum(costs[:end]) ** 2, (0,)
+        ways = []
+        for begin in range(stages - 1, end):
+            (largest, squares, begins), cost = best(begin, stages - 1), sum(costs[begin:end])
+            ways.append((max(largest, cost), squares + cost**2, (*begins, begin)))
+        return min(ways)
+
+    begins = best(len(costs), stages)[2]
+    return tuple(map(range, begins, (*begins[1:], len(costs))))
+
+
+def _cost(module: nn.Module, model: Transformer) -> float:
+    """Return the number of matrix parameters of a module that a token meets."""
+    routed = [p for moe in module.modules() if isinstance(moe, MoE) for p in moe.experts.parameters()]
+    every, of_experts = (sum(p.numel() for p in ps if p.dim() > 1) for ps in (module.parameters(), routed))
+    share = model.config.n_activated_experts / model.config.n_routed_experts
+    return every - of_experts * (1 - share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """This rank's part of a step's batch, and what its losses are made of."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor | None
+    accumulate: int
+    """Number of parts that it is cut into, one forward and backward each."""
+    parts: float
+    """Number that the losses are divided by: of such parts of the whole step, on all ranks."""
+    phase: Callable[[str], None]
+    """Told where a forward and a backward begin."""
+    n_targets: Tensor
+    """Mean number of targets of a part."""
+    options: dict[str, Any]
+    """Further options of Transformer.losses."""
+
+
+class ModelStage(nn.Module):
+    """One stage. Its modules are the model's own."""
+
+    def __init__(self, model: Transformer, layout: StageLayout, index: int) -> None:
+        super().__init__()
+        self.index, self.layout = index, layout
+        self.first, self.last = index == 0, index == len(layout.layers) - 1
+        self.blocks = nn.ModuleList(model.layers[layer] for layer in layout.layers[index])
+        if self.first or (self.last and len(model.mtp)):
+            self.embed, self.embed_norm = model.embed, model.embed_norm
+        if self.last:
+            self.norm, self.head, self.mtp = model.norm, model.head, model.mtp
+        self._model: Callable[[], Transformer] = lambda: model  # not a submodule: the parameters are those above
+        self.batch: StepBatch | None = None
+        self.sums: Tensor | None = None
+        self.counts: Tensor | None = None
+
+    def begin(self, batch: StepBatch, device: torch.device) -> None:
+        """Begin a step."""
+        self.batch, self.sums, self.counts = batch, torch.zeros(3, device=device), None
+
+    def forward(
+        self,
+        x: Tensor,
+        before: Tensor | None = None,
+        *,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Tensor | None = None,
+    ) -> Any:
+        """Return what the next stage takes; from the last stage the part's loss, divided by the number of parts.
+
+        Args:
+            x: hidden states; the first stage takes token ids.
+            before: balance losses of the MoE layers before this stage, [layers].
+        """
+        batch = self.batch
+        assert batch is not None
+        model = self._model()
+        x, found = self.hidden(x, documents, batch.options["recompute"])
+        if not self.last:
+            routing = [aux.routing for aux in found if aux.routing is not None]
+            self._count(routing)
+            balances = self._balances(before, routing, tokens)
+            return (x, torch.stack(balances)) if balances else x
+        options = {"documents": documents, "n_targets": batch.n_targets, "states": model.states_of(x, found)}
+        losses = model.losses(tokens, targets, **options, **batch.options)
+        self._count(losses.routing)
+        # the balance losses of all layers, added in the order of one process
+        balance, weight = losses.balance, batch.options
+        if before is not None:
+            balance = torch.stack(self._balances(before, losses.routing, tokens)).sum().to(losses.main.dtype)
+        total = losses.main + weight["mtp_weight"] * losses.mtp + weight["balance_alpha"] * balance
+        assert self.sums is not None
+        self.sums += torch.stack([losses.main, losses.mtp, balance]).detach() / batch.parts
+        return total / batch.parts
+
+    def hidden(self, x: Tensor, documents: Tensor | None, recompute: bool = False) -> tuple[Tensor, list[Aux]]:
+        """Return the output of the last block, and what all blocks found."""
+        model = self._model()
+        if self.first:
+            x = model.embedded(x)
+        cos_sin = model.rope.cos_sin(torch.arange(x.shape[1], device=x.device))
+        context = AttentionContext(cos_sin=cos_sin, documents=documents)
+        found: list[Aux] = []
+        for block in self.blocks:
+            x, aux = ops.recomputed(block, x, context) if recompute else block(x, context)
+            found.append(aux)
+        return x, found
+
+    def _balances(self, before: Tensor | None, routing: Sequence[Routing], tokens: Tensor) -> list[Tensor]:
+        """Return the balance losses of the MoE layers before this stage, and of its own."""
+        assert self.batch is not None
+        rows, counts = tokens.shape[0], self.batch.options["balance_counts"]
+        own = [sequence_balance_loss(r.scores, r.indices, rows, counts) for r in routing]
+        return [*(() if before is None else before.unbind()), *own]
+
+    def _count(self, routing: list[Routing]) -> None:
+        if routing:
+            load = torch.stack([r.counts for r in routing])
+            self.counts = load if self.counts is None else self.counts + load
+
+
+# --- the passes
+
+
+SCHEDULES = {
+    "1f1b": "Schedule1F1B",
+    "interleaved1f1b": "ScheduleInterleaved1F1B",
+    "zero_bubble": "ScheduleInterleavedZeroBubble",
+    "zbv": "ScheduleZBVZeroBubble",
+    "dualpipev": "ScheduleDualPipeV",
 }
+"""Names of torch's schedules."""
 
 
 class Pipeline:
@@ -95,14 +308,19 @@ class Pipeline:
 
     def schedule(self, b: int, s: int, n: int) -> Any:
         """Return the schedule for n parts of b sequences of s tokens, the same one for the same numbers."""
+        from torch.distributed.pipelining import schedules  # half a second, which no other run needs
+
         if (b, s, n) not in self._schedules:
             stages = [self._stage(index, b, s) for index in self.stages]
             kwargs: dict[str, Any] = {"loss_fn": lambda loss, target: loss, "scale_grads": False}
-            self._schedules[b, s, n] = SCHEDULES[self.name](stages[0] if self.name == "1f1b" else stages, n, **kwargs)
+            kind = getattr(schedules, SCHEDULES[self.name])
+            self._schedules[b, s, n] = kind(stages[0] if self.name == "1f1b" else stages, n, **kwargs)
         return self._schedules[b, s, n]
 
-    def _stage(self, index: int, b: int, s: int) -> PipelineStage:
+    def _stage(self, index: int, b: int, s: int) -> Any:
         """Return torch's view of a stage. Shapes are given, so torch needs no forward to find them."""
+        from torch.distributed.pipelining import PipelineStage
+
         device = next(self.model.parameters()).device
 
         def between(stage: int) -> tuple[Tensor, ...]:

@@ -14,10 +14,8 @@ from dsmini.inference.generation import Generation, Stats
 from dsmini.inference.sampling import Sampling
 from dsmini.nn import Transformer
 from dsmini.nn.cache import CacheDtype
-from dsmini.text.chat import Chat, Dialogue, Message
-from dsmini.text.continuation import Continuation
-from dsmini.text.page import Page
-from dsmini.text.text_side import TextSide
+from dsmini.text.chat import Chat, Dialogue, Message, TextSide
+from dsmini.text.prompts import Continuation, Page
 
 CACHE_DTYPES: dict[str, CacheDtype | None] = {
     "auto": None,

@@ -1,39 +1,68 @@
 """A folder's chat template: a conversation as the tokens that its model was trained to answer.
 
-The template is a Jinja program in the folder. It is not trusted: it runs in a sandbox, in a process with limits, and
-sees only the messages. The messages are not trusted either. In the rendered text the template's own <｜User｜> is one
-token. A user who types <｜User｜> gets the tokens of those characters, and so does a model that spells it out.
+The template is a Jinja program in the folder. It runs in Jinja's sandbox, as in transformers, and sees only the
+messages: no file, and no object of Python. The messages are not trusted either. In the rendered text the template's
+own <｜User｜> is one token. A user who types <｜User｜> gets the tokens of those characters, and so does a model that
+spells it out.
+
+The text side of a model is the files of a DeepSeek or Hugging Face folder that stand between tokens and text.
+
+tokenizer.json            the vocabulary
+tokenizer_config.json     the token that begins a text, and the chat template if there is no chat_template.jinja
+generation_config.json    the tokens that end an answer; config.json if there is none
 """
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict
 
 import jinja2
+import jinja2.ext
 import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dsmini.reading import is_there, read_text, readable
-from dsmini.text.template_worker import environment
-from dsmini.text.tokenizer import BPETokenizer, Tokenizer
+from dsmini.config.fields import token_ids
+from dsmini.reading import brief, is_there, read_table, read_text, readable
+from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 
 # half a character of UTF-16: no text holds it, and Python makes another one of a byte it cannot decode
 MARK = "\ud800"
 LARGEST_TEMPLATE = 4 << 20
 """Largest size of a template file in bytes."""
-SECONDS = 2
-"""Largest CPU time of a conversation; templates that are published take milliseconds."""
-MEMORY = 512 << 20
-"""Largest memory of the process that renders a conversation."""
-LONGEST = 16 << 20
-"""Largest number of characters of a rendered conversation."""
-PATIENCE = 60.0
-"""Largest time in seconds to wait for a conversation: the machine may be busy."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """The tag {% generation %}, which marks the text to train on; it changes nothing here."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: "jinja2.parser.Parser") -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def environment() -> ImmutableSandboxedEnvironment:
+    """Return the environment that transformers gives a template."""
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    made.globals.update({"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)})  # pyright: ignore[reportArgumentType, reportCallIssue]
+    made.filters["tojson"] = _tojson
+    return made
+
+
+def _refuse(message: object) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Write JSON without escapes for < and >, which Jinja's own filter has."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 class Message(TypedDict):
@@ -44,7 +73,7 @@ class Message(TypedDict):
 
 
 class ChatTemplate:
-    """Renders conversations as transformers' apply_chat_template does, each in a process with limits.
+    """Renders conversations as transformers' apply_chat_template does.
 
     Args:
         source: the Jinja program.
@@ -69,43 +98,21 @@ class ChatTemplate:
         """Return whether the template itself spells this."""
         return any(token in text for text in self._says)
 
-    def render(self, messages: Sequence[Message], *, seconds: int = SECONDS, memory: int = MEMORY) -> str:
+    def render(self, messages: Sequence[Message]) -> str:
         """Return the conversation as text, up to where the assistant's answer begins.
 
-        Args:
-            seconds: largest CPU time of the process.
-            memory: largest memory of the process in bytes, its interpreter included (Linux).
-
-        Raises: ValueError for a conversation that the template refuses or leaves empty, and for a template that needs
-            more time or memory than it may.
+        Raises: ValueError for a conversation that the template refuses or leaves empty.
         """
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **self._tokens}
-        request = {"source": self._source, "given": given, "seconds": seconds, "memory": memory, "longest": LONGEST}
         try:
-            done = subprocess.run(
-                # without site-packages' start-up files; sys.path says where Jinja is
-                [sys.executable, "-S", "-P", str(Path(__file__).with_name("template_worker.py"))],
-                input=json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass"),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,  # Ctrl-C is for us alone
-                timeout=PATIENCE,
-            )
-            if done.returncode == -signal.SIGXCPU:
-                answer = {"refuses": f"it takes more than {seconds} s of CPU time"}
-            elif done.returncode:
-                answer = {"refuses": f"it crashes its process, with status {done.returncode}"}
-            else:
-                answer = json.loads(done.stdout.decode("utf-8", "surrogatepass"))
-        except subprocess.TimeoutExpired:
-            answer = {"refuses": f"it takes more than {PATIENCE:g} s"}
-        if "refuses" in answer:
-            said = readable(" ".join(answer["refuses"].split()))
-            raise ValueError(f"the chat template of {self._path} refuses the conversation: {said}")
-        if not answer["text"]:
+            text = environment().from_string(self._source).render(given)
+        except Exception as error:  # whatever a stranger's program can raise
+            said = readable(" ".join(str(error).split()))
+            words = said if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {said}"
+            raise ValueError(f"the chat template of {self._path} refuses the conversation: {words}") from None
+        if not text:
             raise ValueError(f"the chat template of {self._path} renders nothing; mend it, or leave out --chat")
-        return answer["text"]
+        return text
 
 
 class Chat:
@@ -236,3 +243,85 @@ def _is_markup(token: str) -> bool:
 
 def _any_of(characters: Collection[str]) -> str:
     return f"[{re.escape(''.join(sorted(characters)))}]" if characters else "(?!)"
+
+
+# --- the text side of a model
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSide:
+    """A model's vocabulary, and the ids that begin and end its texts."""
+
+    tokenizer: Tokenizer
+    begin: tuple[int, ...] = ()
+    """The ids before every text; a chat template writes its own."""
+    ends: tuple[int, ...] = ()
+    """The ids that end an answer."""
+    chat: Chat | Dialogue | None = None
+    stops: tuple[str, ...] = ()
+    """The strings that end an answer."""
+
+
+def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = False) -> TextSide:
+    """Read the text side of a folder with a config.json.
+
+    Args:
+        tokenizer: "bytes", or the tokenizer.json to use; None: the folder's.
+        chat: read the chat template too.
+
+    Raises: ValueError for a file that is missing or not understood.
+    """
+    config = _optional(folder / "tokenizer_config.json")
+    if tokenizer == "bytes":
+        if chat:
+            raise ValueError(
+                "--chat needs the folder's tokenizer.json, for its template writes tokens; bytes have none"
+            )
+        return TextSide(tokenizer=ByteTokenizer(), ends=_ends(folder, {}, {}))
+    path = folder / "tokenizer.json" if tokenizer is None else Path(tokenizer)
+    if tokenizer is None and not is_there(path):
+        raise ValueError(f"{folder} has no tokenizer.json; copy one there, or name it with --tokenizer FILE or bytes")
+    template = read_template(folder, config) if chat else None
+    if chat and template is None:
+        raise ValueError(
+            f"{folder} has no chat template, neither chat_template.jinja nor chat_template in tokenizer_config.json; "
+            "leave out --chat, and write the prompt as the model was trained on it"
+        )
+    bpe = BPETokenizer(path)
+    return TextSide(
+        tokenizer=bpe,
+        begin=_begin(bpe, config),
+        ends=_ends(folder, config, bpe.added),
+        chat=None if template is None else Chat(template, bpe),
+    )
+
+
+def _begin(tokenizer: BPETokenizer, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the ids before a text: those that tokenizer_config.json names, or else those of tokenizer.json."""
+    wanted = config.get("add_bos_token")
+    if wanted is None:
+        return tuple(tokenizer.beginning)
+    if not isinstance(wanted, bool):
+        raise ValueError(f"add_bos_token in tokenizer_config.json is {brief(wanted)}, want true or false")
+    if not wanted:
+        return ()
+    name = spelled(config.get("bos_token"))
+    if name is None or name not in tokenizer.added:
+        raise ValueError(f"tokenizer_config.json wants texts to begin with {name!r}, which {tokenizer.path} lacks")
+    return (tokenizer.added[name],)
+
+
+def _ends(folder: Path, config: Mapping[str, Any], added: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the tokens that end an answer, by the first file that names any."""
+    vocab_size = _optional(folder / "config.json").get("vocab_size")
+    for name in ("generation_config.json", "config.json"):
+        ids = _optional(folder / name).get("eos_token_id")
+        if ids is not None:
+            return token_ids(ids, vocab_size, f"eos_token_id in {folder / name}")
+    name = spelled(config.get("eos_token"))
+    return (added[name],) if name is not None and name in added else ()
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    """Return the table of a JSON file, or an empty one if there is no file."""
+    return read_table(path) if is_there(path) else {}

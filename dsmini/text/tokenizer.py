@@ -7,7 +7,7 @@ sentence, gets the tokens of those characters; it cannot end a document or open 
 import codecs
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 # the token that ends a document, by the names of published tokenizers; the first of these that a file has
 END_TOKENS = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
-MOST_VALUES = 6_000_000
-"""Largest number of values in a tokenizer.json; one with a million tokens and a million merges has four million."""
 NOT_A_TOKENIZER = "is not a tokenizer.json of the tokenizers library"
 OTHER = "name another tokenizer.json, such as DeepSeek publishes"
 
@@ -199,7 +197,7 @@ def _load(path: Path, markup: Collection[str]) -> "tokenizers.Tokenizer":
     if not is_there(path):
         raise ValueError(f"there is no tokenizer file {path}; name a tokenizer.json, or leave it out for bytes")
     with _named(path, NOT_A_TOKENIZER):
-        content = read_table(path, MOST_VALUES)
+        content = read_table(path)
         for token in content.get("added_tokens", []):
             # DeepSeek's file calls <｜User｜> and others of that form ordinary, so that a text could spell them
             name = token["content"]
@@ -261,3 +259,48 @@ def byte_tokenizer_json() -> str:
         **{"pre_tokenizer": as_bytes, "post_processor": None, "decoder": as_bytes, "model": model},
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+# --- training: a tokenizer.json over bytes that splits words as DeepSeek does
+
+
+# DeepSeek's special tokens in the order of their ids: begin and end of sentence, padding, fill-in-the-middle
+SPECIAL_TOKENS = ("<｜begin▁of▁sentence｜>", END_TOKENS[0], "<｜▁pad▁｜>", *FIM_TOKENS)
+SMALLEST = 256 + len(SPECIAL_TOKENS)
+"""Smallest number of token ids: the bytes and the special tokens."""
+
+# as in DeepSeek-V3: up to three digits; Chinese and Japanese; a sign with its word; signs with their line breaks
+SPLITS = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+    r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+
+
+def train_bpe(texts: Iterable[bytes], vocab_size: int) -> str:
+    """Return the text of a tokenizer.json trained on these texts. The same texts give the same file.
+
+    The vocabulary is smaller than vocab_size if the texts are too short to have that many pairs.
+
+    Raises: ValueError if the tokenizers library is not installed.
+    """
+    try:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        raise ValueError(
+            "training a tokenizer needs the tokenizers library; install it with: pip install 'tokenizers>=0.20'"
+        ) from None
+    tokenizer = Tokenizer(models.BPE())
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text.decode("utf-8", errors="replace") for text in texts), trainer)
+    return tokenizer.to_str(pretty=True) + "\n"

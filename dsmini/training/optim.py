@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from dsmini.checkpoint.training_state import check_tensors
 from dsmini.config import TrainConfig
-from dsmini.distributed.data_parallel import local
+from dsmini.distributed.mesh import local
 from dsmini.nn import dsa_layers
 from dsmini.numerics.orthogonalize import JORDAN, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz, muon_update
 

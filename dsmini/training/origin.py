@@ -132,7 +132,7 @@ def is_finished(origin: RunOrigin, steps: int) -> bool:
 def _first_weights(path: Path, say: Callable[[str], None]) -> FirstWeights:
     """Find the weights of a run, a checkpoint, or a DeepSeek or Hugging Face folder."""
     from dsmini.checkpoint.load import PretrainedTensors
-    from dsmini.checkpoint.trained_model import model_checkpoint, model_tensors
+    from dsmini.checkpoint.training_state import model_checkpoint, model_tensors
 
     if is_model_folder(path):
         there, tokenizer = PretrainedTensors(path), path / "tokenizer.json"

@@ -1,10 +1,12 @@
-"""A whole training run, as one loop: step, log, save, validate, record, up to the end or a stop."""
+"""A whole training run, as one loop: step, log, save, validate, record, up to the end or a stop.
+
+A validation on the way scores a part of the held-out split; that at the end all of it, unless it is large.
+"""
 
 import io
 import json
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,37 +14,117 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from dsmini.atomic import write_text
-from dsmini.checkpoint.memory import refuse_too_large
-from dsmini.checkpoint.trained_model import load_run
 from dsmini.checkpoint.training_state import (
     Checkpoint,
     checkpoint_folder,
     checkpoint_folders,
     checkpoint_step,
     last_checkpoint,
+    load_run,
+    read_checkpoint,
 )
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.console.messages import say
-from dsmini.console.progress import patience
-from dsmini.distributed.heartbeat import Heartbeat, watched
-from dsmini.distributed.meeting import told
-from dsmini.distributed.replicas import unequal_replicas
-from dsmini.distributed.world import World
-from dsmini.machine import peak_memory
+from dsmini.console.progress import Progress, patience
+from dsmini.data.corpus import Windows
+from dsmini.distributed.meeting import StopAskedError, StopSignals, asked_to_stop, told
+from dsmini.distributed.mesh import unequal_replicas
+from dsmini.distributed.world import Heartbeat, World, watched
+from dsmini.machine import peak_memory, refuse_too_large
 from dsmini.nn import Transformer
-from dsmini.training.events import EventLog, log_path, put_aside_crash_loops, read_events
-from dsmini.training.plots import plot_run
-from dsmini.training.progress import TrainingProgress, validate
-from dsmini.training.record import METRICS, History, TensorBoard, finite, row_of
+from dsmini.training.outputs import plot_run
+from dsmini.training.record import (
+    METRICS,
+    EventLog,
+    History,
+    TensorBoard,
+    finite,
+    log_path,
+    put_aside_crash_loops,
+    read_events,
+    row_of,
+)
 from dsmini.training.saving import NotSavedError, Saver
-from dsmini.training.spikes import Spikes
-from dsmini.training.stopping import StopAskedError, StopSignals, asked_to_stop
 from dsmini.training.trainer import StepResult, Trainer
 
-PLOT_EVERY = 30.0
-"""Shortest training time between two drawings on the way, in seconds."""
-PLOT_SHARE = 0.01
-"""Largest share of the training time that drawing may take."""
+
+class TrainingProgress(Progress):
+    """The progress bar of a training run."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        super().__init__(console, steps, f"step 0/{steps}", delay=0, line_every=max(1, steps // 20), stays=True)
+        self.steps = steps
+
+    def show(self, step: StepResult, tokens_per_s: float, sentence: str = "") -> None:
+        """Show a training step, and a sentence about it."""
+        figures = f"loss {step.loss:.3f}  {tokens_per_s:,.0f} tok/s  lr {step.lr:.1e}"
+        figures += "" if step.max_vio is None else f"  MaxVio {step.max_vio:.2f}"
+        figures += "" if step.spread is None else f"  spread {step.spread:.0%}"
+        figures += f"  data wait {step.data_wait:.0%}" if step.data_wait > 0.05 else ""
+        if step.indexers is not None:
+            kl, recall = (sum(step.indexers[name]) / len(step.indexers[name]) for name in ("kl", "recall"))
+            figures += f"  indexer KL {kl:.4f} recall {recall:.0%}"
+        self.label = f"step {step.step}/{self.steps}"
+        self.update(step.step, figures, left=(self.steps - step.step) * step.tokens / max(tokens_per_s, 1e-9))
+        if step.skipped:
+            self.say(f"step {step.step}: the gradient was not finite; the step was skipped, nothing changed")
+        if sentence:
+            self.say(sentence)
+
+
+def validate(trainer: Trainer, progress: TrainingProgress, asked: StopSignals) -> dict[str, float]:
+    """Validate after the last step so far, if that is due; return the losses by their keys in metrics.jsonl.
+
+    At the end there may be three: at the context of training, at eval_context, and with the average.
+
+    Args:
+        asked: the signals that ask the run to stop.
+
+    Raises: StopAskedError as soon as one has come. Nothing is changed then.
+    """
+    train, step, seq_len = trainer.config.train, trainer.steps_done, trainer.config.seq_len
+
+    def score(windows: Windows) -> float:
+        def check(done: float) -> None:
+            show(done)
+            if done < 1 and asked.came():
+                raise StopAskedError
+
+        with progress.part("validation") as show:
+            return trainer.validate(windows, on_part=check)
+
+    if step < train.steps:
+        if step % train.eval_every:
+            return {}
+        windows = trainer.corpus.windows(seq_len, train.eval_tokens)
+        nats = score(windows)
+        progress.say(f"step {step}: validation {nats:.3f} nats ({windows.tokens:,} held-out tokens, context {seq_len})")
+        return {"val_loss": nats}
+    windows, every = trainer.final_windows(), trainer.corpus.windows(seq_len)
+    line = "validating on the whole held-out split"
+    if len(windows) < len(every):
+        line = (
+            f"validating on {windows.tokens:,} of {every.tokens:,} held-out tokens, spread evenly "
+            f"(all of them: --train.final-eval-tokens {every.tokens})"
+        )
+    kinds = {"val_loss": (seq_len, "")}
+    if train.eval_context is not None:
+        kinds["val_loss_at_eval_context"] = (train.eval_context, f" at context {train.eval_context}")
+    if trainer.average is not None:
+        kinds["val_loss_ema"] = (seq_len, ", with the average of the parameters")
+    scores = {}
+    for key, (length, words) in kinds.items():
+        progress.say(line + words)
+        with trainer.averaged() if key == "val_loss_ema" else nullcontext():
+            scores[key] = score(trainer.final_windows(length))
+    return scores
+
+
+# --- the run
+
+
+PLOT_EVERY = 100.0
+"""Shortest training time between two drawings on the way, in seconds: each takes about one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +157,6 @@ class TrainingRun:
         self.log = EventLog(log_path(self.folder, self.world.rank), attempt)
         self.begun = False
         self.saver = Saver(config, trainer, self.history, self.world, lambda step: self.note("saved", step))
-        self.spikes = Spikes()
         self.heartbeat: Heartbeat | None = None
         trainer.phase = self.phase
         self.watch: Callable[[StepResult], BindingChange | None] | None = None
@@ -88,17 +169,16 @@ class TrainingRun:
         self.board: TensorBoard | None = None
         self.failure: OSError | None = None
         """The error of rank 0 for which all processes stop."""
-        self.plot_seconds = 0.0
-        self.next_plot = 1 / PLOT_SHARE  # as if drawing took a second
+        self.next_plot = PLOT_EVERY
 
     # --- the loop
 
     def train(self) -> bool:
         """Run the steps that are left, or those until a signal, and save the state; return whether it came to the end.
 
-        Raises: ArithmeticError after train.max_skipped steps in a row without a finite gradient, for replicas that
-            differ, and after more than train.max_rewinds spikes; OSError, or rich's exit for a closed pipe, where
-            something could not be written, after saving the state if that can be done.
+        Raises: ArithmeticError after train.max_skipped steps in a row without a finite gradient, and for
+            replicas that differ; OSError, or rich's exit for a closed pipe, where something could not be written,
+            after saving the state if that can be done.
         """
         self._begin(self.trainer.steps_done)
         agree = self.world.any if self.world.size > 1 else None
@@ -137,8 +217,6 @@ class TrainingRun:
             every = self.config.parallel.check_replicas
             if every and step.step % every == 0:
                 self._compare_replicas()
-            if train.max_rewinds and self.spikes.see(step.step, step.loss) and self._rewind(step):
-                continue
             # 2. log
             self._keep(step, change)
             self.progress.show(step, history.tokens_per_s(), "" if change is None else change.sentence)
@@ -224,10 +302,10 @@ class TrainingRun:
             self._save()
 
     def newest_checkpoint(self, say: Callable[[str], None]) -> Checkpoint:
-        """Return the newest checkpoint that is whole and fits, as all processes read it. Raises: as last_checkpoint."""
+        """Return the newest whole checkpoint, which rank 0 finds and all read. Raises: as last_checkpoint."""
         saver, world = self.saver, self.world
-        share = (world.rank, world.size)
-        return last_checkpoint(self.folder, saver.parts, saver.fits, say, world.together, share)
+        folder = world.first(lambda: last_checkpoint(self.folder, saver.parts, saver.fits, say).folder)
+        return world.together(lambda: read_checkpoint(folder, saver.parts, verified=True))
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore a checkpoint of this run that its saver `fits`."""
@@ -241,36 +319,6 @@ class TrainingRun:
         if lost:
             of = f"{lost} of {checkpoint.state.step} steps"
             say(self.console, f"{METRICS} lacks {of}; the plots leave them out")
-
-    def _rewind(self, step: StepResult) -> bool:
-        """Return to the last checkpoint after a spike, and leave out the batches since; False if there is none.
-
-        Raises: ArithmeticError after train.max_rewinds of them.
-        """
-        rewinds, most, place = self.history.rewinds, self.config.train.max_rewinds, self.trainer.sequences
-        self._tell_failure(self.saver.finish)
-        if not self.world.first(lambda: bool(checkpoint_folders(self.folder))):
-            self.progress.say(f"step {step.step}: the loss is a spike; there is no checkpoint to return to")
-            return False
-        if rewinds >= most:
-            raise ArithmeticError(
-                f"the loss spiked again after {rewinds} rewinds, and {most} are allowed; look at the data, or continue "
-                "with a smaller learning rate"
-            )
-        self._close_records()
-        self.saver.restore(self.newest_checkpoint(self.progress.say))
-        self.trainer.sequences, self.history.rewinds = place, rewinds + 1  # the data continues after the spike
-        self.spikes.rewind(self.trainer.steps_done)
-        self.note("rewound")
-        self._open_records()
-        self._record()
-        self.saver.saved_at = None  # saved again, so that a run that is killed now knows what it leaves out
-        self._tell_failure(self._save)
-        self.progress.say(
-            f"step {step.step}: the loss {step.loss:.3f} is a spike; back to step {self.trainer.steps_done}, without "
-            f"the batches since (rewind {rewinds + 1} of {most})"
-        )
-        return True
 
     # --- what is written on the way
 
@@ -315,18 +363,15 @@ class TrainingRun:
             self.log.write(event, self.trainer.steps_done if step is None else step, **fields)
 
     def plot(self) -> None:
-        """Draw the rows so far, and set next_plot so that drawing takes at most PLOT_SHARE of the time."""
+        """Draw the rows so far."""
         if self.world.rank:
             return
-        start = time.perf_counter()
         shares = self.history.load_shares()
         loads = dict(zip(moe_layers(self.config.model), shares, strict=True)) if shares else {}
         with patience(self.console, "drawing"):
             plot_run(self.folder, self.history.records, loads)
-        taken = time.perf_counter() - start
         self.note("plotted")
-        self.plot_seconds += taken
-        self.next_plot = max(self.history.seconds + PLOT_EVERY, (self.plot_seconds + taken) / PLOT_SHARE)
+        self.next_plot = self.history.seconds + PLOT_EVERY
 
     # --- survival
 

@@ -1,10 +1,13 @@
-"""Start a run: resolve its config, read its text, make and lock its folder, build or restore its model."""
+"""Start a run: resolve its config, read its text, make and lock its folder, build or restore its model.
+
+One that cannot fit into memory is refused before its model has any.
+"""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -27,19 +30,63 @@ from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import left_out_in_words, not_utf8_in_words
-from dsmini.distributed.drawing import ModelPart, meta_model
 from dsmini.distributed.meeting import launched, told
-from dsmini.distributed.mesh import Mesh
-from dsmini.distributed.replicas import hashed
+from dsmini.distributed.mesh import Mesh, ModelPart, local
 from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank
-from dsmini.machine import DTYPES, pick_device, pick_dtype
+from dsmini.machine import DTYPES, pick_device, pick_dtype, refuse_too_large
 from dsmini.reading import read_bytes, read_table
-from dsmini.training.events import read_events
 from dsmini.training.origin import INIT, RunOrigin, absolute, check_resume, differences
-from dsmini.training.part_memory import refuse_oversized
-from dsmini.training.record import require_tensorboard
+from dsmini.training.record import read_events, require_tensorboard
 from dsmini.training.run import TrainingRun
 from dsmini.training.trainer import Trainer
+
+
+def least_bytes(config: RunConfig, part: ModelPart | None = None) -> int:
+    """Return bytes that training takes at least in a process.
+
+    They are those at the end of a forward (accounting.training_bytes), or of a part of a model on a rank: its
+    parameters and gradients alone.
+
+    Args:
+        part: may be on the meta device; None: the whole model, in one process.
+    """
+    if part is not None and part.mesh.size > 1:
+        return 2 * sum(local(p).nbytes for p in part.model.parameters())
+    train = config.train
+    needed = accounting.training_bytes(
+        config.model,
+        batch_size=train.batch_size // train.grad_accum,
+        seq_len=config.seq_len,
+        dtype="float32" if train.dtype == "float32" else "bfloat16",
+        optimizer=train.optimizer,
+        moments=train.moments,
+        recompute=train.recompute,
+        dsa_stage=train.dsa_stage,
+    )
+    return int(needed.total)
+
+
+def refuse_oversized(
+    config: RunConfig, device: torch.device, part: ModelPart | None = None, world: World | None = None
+) -> None:
+    """Raise ValueError if what the ranks hold of a run at least does not fit into memory. All ranks call it together.
+
+    Ranks of one machine share its memory on a CPU. Each has a GPU of its own.
+
+    Args:
+        part: of this rank; None: the whole model, in one process.
+        world: the ranks; None: this process.
+    """
+    world = world or World()
+    needed = world.gather(least_bytes(config, part))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world.size > 1 else 1
+    first = world.rank // here * here
+    what = "training this model with such a batch"
+    world.together(lambda: refuse_too_large(sum(needed[first : first + here]), what, device))
+
+
+# --- the start
+
 
 LONGEST_WAIT = 86400.0
 """Seconds in which all ranks must come to a message. Rank 0 tokenizes alone; a rank that hangs is found otherwise."""
@@ -99,23 +146,12 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
 
 
 def _refuse_unequal(world: World, origin: RunOrigin, config: RunConfig) -> None:
-    """Refuse processes that were started with unequal options or configs, or that read unequal weights."""
-    if world.size == 1:
-        return
-    options = {"--resume": str(origin.resume or "none"), "--init": str(origin.init or "none")}
-    if weights := origin.weights:
-        names = meta_model(weights.run.model).state_dict()
-        hashes = [(name, hashed(weights.rows(name, slice(1)))) for name in names]  # no rank reads all of them
-        of_all = sha256(repr(hashes).encode()).hexdigest()[:16]
-        options["weights to start from"] = f"step {weights.step}, hash {of_all}"
-    everyone = world.gather((options, config))
-    of_first, config_of_first = everyone[0]
-    for rank, (own, own_config) in enumerate(everyone):
-        other = [
-            f"{name} ({own.get(name, 'none')}, not {of_first.get(name, 'none')})"
-            for name in own | of_first
-            if own.get(name) != of_first.get(name)
-        ]
+    """Refuse processes that were started with unequal options or configs."""
+    step = origin.weights and origin.weights.step
+    options = {"--resume": origin.resume or "none", "--init": origin.init or "none", "its step": step}
+    (of_first, config_of_first), *others = world.gather((options, config))
+    for rank, (own, own_config) in enumerate(others, 1):
+        other = [f"{name} ({own[name]}, not {of_first[name]})" for name in own if own[name] != of_first[name]]
         keys = sorted(change.key for change in differences(config_of_first, own_config))
         if words := ", another ".join(other) or ", ".join(keys):
             sentence = (

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
+from dsmini.config.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
 from dsmini.data.corpus import Corpus, Loader, Windows
-from dsmini.distributed.data_parallel import divided_like, local
-from dsmini.distributed.mesh import Mesh
-from dsmini.distributed.pieces import Pieces
-from dsmini.distributed.stages import StepBatch
+from dsmini.distributed.mesh import Mesh, Pieces, divided_like, local
+from dsmini.distributed.pipeline import StepBatch
 from dsmini.machine import synchronize
 from dsmini.nn import IndexerLoss, Transformer, max_violation
 from dsmini.nn.losses import IGNORE
@@ -27,7 +26,9 @@ from dsmini.training.optim import (
     optimizer_state,
     optimizers,
 )
-from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
+
+LEAST_AT_THE_END = 131_072
+"""Held-out tokens that the default of train.final_eval_tokens takes even after a short training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +270,18 @@ class Trainer:
             self.model.train()
             self.mesh.release(self.model)
         return self.mesh.sum_all(total)[0].item() / windows.tokens
+
+    def final_windows(self, seq_len: int | None = None) -> Windows:
+        """Return the held-out windows that the validation at the end scores.
+
+        The default is half the number of trained tokens, LEAST_AT_THE_END or more. A forward without multi-token
+        prediction costs about a quarter of a training step, so this takes about a tenth of the training time, and more
+        of a short one. A time limit would make the loss depend on the machine.
+        """
+        at_most = self.config.train.final_eval_tokens
+        if at_most is None:
+            at_most = max(self.sequences * self.config.seq_len // 2, LEAST_AT_THE_END)
+        return self.corpus.windows(seq_len or self.config.seq_len, at_most)
 
     def _score(self, tokens: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
         """Return the sum of the cross-entropy of the first rows of tokens, which have targets."""

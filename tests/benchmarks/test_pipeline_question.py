@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.questions import pipeline
 from benchmarks.questions.pipeline import PARTS, RANKS, Row, Size, bubble_share, formula
-from dsmini.config.parallel import CHUNKS
+from dsmini.config.run import CHUNKS
 from dsmini.report import pick
 from tests.helpers.questions import invented_steps, setting
 

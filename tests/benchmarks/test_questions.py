@@ -16,7 +16,7 @@ from benchmarks.claims.study import Trial
 from benchmarks.question import Question, Setting
 from benchmarks.questions import QUESTIONS, diagnose, fp8, kernels, peers, pipeline, plan
 from dsmini import RunConfig, TrainConfig, Transformer, ops
-from dsmini.config.parallel import CHUNKS
+from dsmini.config.run import CHUNKS
 from dsmini.diagnosis import training
 from dsmini.measure.kernels import KERNELS, OTHERS
 from dsmini.measure.rates import why_unusable

@@ -13,12 +13,11 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsmini.checkpoint import safetensors_files
+from dsmini.checkpoint import tensor_files
 from dsmini.checkpoint.run_folder import read_summary
-from dsmini.checkpoint.trained_model import load_run
-from dsmini.checkpoint.training_state import MANIFEST, last_checkpoint, write_manifest
-from dsmini.distributed import checkpoint as checkpoints
+from dsmini.checkpoint.training_state import MANIFEST, last_checkpoint, load_run, write_manifest
 from dsmini.machine import random_state
+from dsmini.training import saving as checkpoints
 from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun
 from dsmini.training.saving import NotSavedError
@@ -151,7 +150,7 @@ def failing_once(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(hashlib, "file_digest"), (os, "open"), (safetensors_files, "safe_open")], ids=lambda x: str(x)
+    ("owner", "name"), [(hashlib, "file_digest"), (os, "open"), (tensor_files, "safe_open")], ids=lambda x: str(x)
 )
 def test_checkpoint_that_cannot_be_read_now_is_not_passed_over(
     run: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
-from dsmini.checkpoint.memory import free_bytes, refuse_too_large
+from dsmini.machine import free_bytes, refuse_too_large
 from tests.helpers import commands
 from tests.helpers.configs import refusal
 
@@ -58,9 +58,9 @@ def test_load_takes_at_most_the_model_and_a_file(tmp_path: Path) -> None:
 
 def test_model_larger_than_the_memory_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need = sum(tensor.nbytes for tensor in load_pretrained(folder).state_dict().values())
-    monkeypatch.setattr("dsmini.checkpoint.memory.free_bytes", lambda device: need)
+    monkeypatch.setattr("dsmini.machine.free_bytes", lambda device: need)
     load_pretrained(folder)
-    monkeypatch.setattr("dsmini.checkpoint.memory.free_bytes", lambda device: need - 1)
+    monkeypatch.setattr("dsmini.machine.free_bytes", lambda device: need - 1)
     monkeypatch.setattr("dsmini.checkpoint.load._allocate", lambda *_: pytest.fail("memory was taken"))
     assert refusal(load_pretrained, folder) == (
         f"the model of {folder} needs {need:,} bytes of memory, and this machine has {need - 1:,} left on cpu; use a "

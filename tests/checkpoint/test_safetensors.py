@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsmini.checkpoint.safetensors_files import Entry, SafetensorsReader, write_safetensors
+from dsmini.checkpoint.tensor_files import Entry, SafetensorsReader, write_safetensors
 from tests.helpers import folders
 from tests.helpers.configs import refusal
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
-from dsmini.checkpoint.fresh_indexer import add_indexers, fresh_sizes
+from dsmini.checkpoint.load import add_indexers, fresh_sizes
 from dsmini.convert import main
 from dsmini.nn import Indexer
 from tests.helpers import folders

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
-from dsmini.config.parallel import ParallelConfig
+from dsmini.config.run import ParallelConfig
 from dsmini.console.commandline import _clipped, field_docstrings
 from tests.helpers.commands import TINY, check_refused, place_with_run, run, run_all, run_apart, start
 from tests.helpers.configs import refusal

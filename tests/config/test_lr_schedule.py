@@ -3,7 +3,7 @@
 import pytest
 
 from dsmini import TrainConfig
-from dsmini.config.lr_schedule import Phase, read_phases
+from dsmini.config.schedule import Phase, read_phases
 
 WARMUP, REST = Phase(kind="warmup", share=0.1, level=None), Phase(kind="cosine", share=None, level=0.2)
 

@@ -8,7 +8,7 @@ import pytest
 import tomli_w
 
 from dsmini import ModelConfig, RunConfig
-from dsmini.config.lr_schedule import SPELLINGS
+from dsmini.config.schedule import SPELLINGS
 from tests.helpers.configs import DSA, refusal, written
 from tests.helpers.released_configs import HF_V3
 

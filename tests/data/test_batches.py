@@ -9,8 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dsmini.data.corpus import Corpus, Loader
-from dsmini.data.order import permute
+from dsmini.data.corpus import Corpus, Loader, permute
 from tests.helpers.token_texts import corpus
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsmini.data import cache as corpus_cache
+from dsmini.data import corpus as corpus_cache
 from dsmini.data.corpus import Corpus
 from dsmini.text.tokenizer import ByteTokenizer
 from tests.helpers import corpora

@@ -25,9 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsmini.console.command import run
-from dsmini.distributed import checkpoint
-from dsmini.distributed.data_parallel import local
 from dsmini.distributed.meeting import tell
+from dsmini.distributed.mesh import local
 from dsmini.training import saving
 from dsmini.training.run import TrainingRun
 
@@ -39,7 +38,7 @@ SIGNALS = {
     **{"kill": signal.SIGKILL, "kill_saving": signal.SIGKILL, "terminate": signal.SIGTERM, "stop": signal.SIGSTOP},
 }
 ERRNO = {"full_disk": errno.ENOSPC, "io_error": errno.EIO}
-LOSS = {"nan": math.nan, "spike": 1000.0}
+LOSS = {"nan": math.nan}
 """Factors of a rank's loss."""
 
 
@@ -130,8 +129,8 @@ def inject(training: TrainingRun, faults: Sequence[Fault]) -> None:
     trainer.train_parts = train_parts
     for module, name, before, after in (
         (saving, "save_pieces", "staged", None),
-        (checkpoint, "_write_all", "writing", "written"),
-        (checkpoint, "finish_folder", "before_rename", "renamed"),
+        (saving, "_write_all", "writing", "written"),
+        (saving, "finish_folder", "before_rename", "renamed"),
         (saving, "prune", "before_prune", "pruned"),
     ):
         if not hasattr(getattr(module, name), "real"):

@@ -1,6 +1,6 @@
 """The work of a rank with its part of a model, for tests: load, run, generate, and say what it held and read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor
 import dsmini
 from dsmini import ModelConfig, Transformer
 from dsmini.checkpoint import load
-from dsmini.checkpoint.safetensors_files import SafetensorsReader
+from dsmini.checkpoint.tensor_files import SafetensorsReader
 from dsmini.distributed.decode import Sharing
 from dsmini.distributed.world import World
 from tests.conftest import SMALL, randomise
@@ -21,8 +21,6 @@ from tests.helpers import folders
 SIZES: dict[str, Any] = SMALL | {"n_layers": 3, "max_seq_len": 96}
 FP8_SIZES: dict[str, Any] = {"dim": 136, "inter_dim": 200, "moe_inter_dim": 130, "n_mtp_layers": 1}
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
-COPIES = [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3], [7, 7, 7, 6, 5, 4, 3, 2, 1, 0, 6, 0]]
-"""Redundant placements of two layers, some copies on one rank."""
 
 
 class Part(NamedTuple):
@@ -30,8 +28,6 @@ class Part(NamedTuple):
 
     nbytes: int
     """Bytes of parameters and buffers."""
-    experts: list[tuple[int, ...]]
-    """Experts of each layer."""
     read: list[str]
     """Names of the tensors that were read."""
     logits: Tensor
@@ -50,12 +46,6 @@ def new_folder(place: Path, fp8: bool = False, stored: torch.dtype = torch.float
     return folders.write(place, tensors, folders.config_json(model.config, **more), shards=3)
 
 
-def placement_of(config: ModelConfig, places: Sequence[Sequence[int]] = COPIES) -> list[list[int]]:
-    """Return a placement for all layers with experts, from rows that repeat."""
-    layers = sum(map(config.is_moe, range(config.n_layers + config.n_mtp_layers)))
-    return [list(places[i % len(places)]) for i in range(layers)]
-
-
 @contextmanager
 def reads() -> Iterator[list[str]]:
     """Yield the names of the tensors that are read in a block."""
@@ -70,15 +60,13 @@ def reads() -> Iterator[list[str]]:
         yield names
 
 
-def part(world: World, folder: Path, fp8: Any, placement: list[list[int]] | None = None) -> Part:
+def part(world: World, folder: Path, fp8: Any) -> Part:
     """Load a part, run it and generate with it."""
     with reads() as names:
-        model = load_part(world, folder, torch.float32, fp8, placement)
+        model = load_part(world, folder, torch.float32, fp8)
     held = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    own = load.held_experts(model)
     return Part(
         nbytes=sum(t.nbytes for t in held.values()),
-        experts=[tuple(experts) for experts in own.values()],
         read=names,
         logits=logits_of(model),
         tokens=generated(model),
@@ -107,15 +95,14 @@ def generated(model: Transformer) -> dict[str, Tensor]:
     }
 
 
-def load_part(
-    world: World, folder: Path, dtype: Any = None, fp8: Any = "dequantize", placement: Any = None
-) -> Transformer:
+def load_part(world: World, folder: Path, dtype: Any = None, fp8: Any = "dequantize") -> Transformer:
     """Load a rank's part of a folder's model, as dsmini.generate does."""
-    return load_shared(Sharing(world, placement=placement), folder, dtype, fp8)
+    return load_shared(Sharing(world), folder, dtype, fp8)
 
 
 def load_shared(sharing: Sharing, folder: Path, dtype: Any = None, fp8: Any = "dequantize") -> Transformer:
     """Load the part of a folder's model that a process shares."""
-    model = sharing.world.together(lambda: load.load_pretrained(folder, dtype, fp8, holding=sharing))
+    share = (sharing.world.rank, sharing.world.size)
+    model = sharing.world.together(lambda: load.load_pretrained(folder, dtype, fp8, share=share))
     sharing.connect(model)
     return model

@@ -5,8 +5,8 @@ from importlib import import_module
 
 # none is a command: `python -m` warns of a module that is imported already
 for name in (
-    *("tests.distributed.runs", "dsmini.training.start", "dsmini.inference.generation", "dsmini.distributed.heartbeat"),
-    *("dsmini.distributed.checkpoint", "dsmini_kernels.cpu", "torch._dynamo"),
+    *("tests.distributed.runs", "dsmini.training.start", "dsmini.inference.generation", "dsmini.distributed.world"),
+    *("dsmini.training.saving", "dsmini_kernels.cpu", "torch._dynamo"),
 ):
     import_module(name)
 gc.collect()

@@ -14,17 +14,14 @@ from rich.console import Console
 from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.checkpoint.safetensors_files import SafetensorsReader
-from dsmini.checkpoint.training_state import checkpoint_folders, last_checkpoint
+from dsmini.checkpoint.tensor_files import SafetensorsReader
+from dsmini.checkpoint.training_state import checkpoint_folders
 from dsmini.config import DataConfig
-from dsmini.config.parallel import ParallelConfig
+from dsmini.config.run import ParallelConfig
 from dsmini.data.corpus import Corpus
-from dsmini.distributed.drawing import ModelPart
-from dsmini.distributed.mesh import Mesh
-from dsmini.distributed.pieces import HeldRows
+from dsmini.distributed.mesh import HeldRows, Mesh, ModelPart
 from dsmini.distributed.world import World
-from dsmini.training.events import Event, read_events
-from dsmini.training.record import read_records
+from dsmini.training.record import Event, read_events, read_records
 from dsmini.training.run import TrainingRun
 from dsmini.training.trainer import StepResult, Trainer
 from tests.conftest import SMALL
@@ -152,8 +149,7 @@ def new_run(
     said = Console(file=(folder / f"said-{world.rank}").open("a"), width=1000)
     training = TrainingRun(trainer.config, trainer, said, world)
     if world.first(lambda: bool(checkpoint_folders(folder))):
-        saver, share = training.saver, (world.rank, world.size)
-        training.resume(last_checkpoint(folder, saver.parts, saver.fits, str, world.together, share))
+        training.resume(training.newest_checkpoint(str))
     inject(training, faults)
     return training
 

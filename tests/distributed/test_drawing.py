@@ -9,10 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from dsmini import ModelConfig, Transformer, load_pretrained
 from dsmini.checkpoint.load import PretrainedTensors
-from dsmini.config.parallel import ParallelConfig
-from dsmini.distributed.data_parallel import local
-from dsmini.distributed.drawing import ModelPart
-from dsmini.distributed.mesh import Mesh
+from dsmini.config.run import ParallelConfig
+from dsmini.distributed.mesh import Mesh, ModelPart, local
 from dsmini.distributed.world import World
 from tests.conftest import SMALL
 from tests.distributed.generating import new_folder, reads

@@ -24,16 +24,14 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini.distributed.heartbeat import STALLED
-from dsmini.distributed.world import World
+from dsmini.distributed.world import STALLED, World
 from dsmini.machine import random_state
-from dsmini.training.events import read_events
+from dsmini.training.record import read_events
 from dsmini.training.run import TrainingRun
 from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault, of_this_process, parsed
 from tests.distributed.ranks import START, new_store, outcomes, run_ranks, spoken, start
 from tests.distributed.runs import (
     KILLED,
-    RECIPE,
     STEPS,
     before_each_step,
     differences,
@@ -460,38 +458,11 @@ def test_damaged_checkpoint_is_refused_before_anything_changes(tmp_path: Path) -
         for path in (tmp_path / name / "checkpoints").iterdir():
             if name == ALL_DAMAGED or path.name == f"step-{STEPS:06d}":
                 damage(path)
-    for of_rank in run_ranks(2, look, tmp_path):
+    for rank, of_rank in enumerate(run_ranks(2, look, tmp_path)):
         for name, (unchanged, step, said) in of_rank.items():
-            assert unchanged and len(said) == 1, name
+            assert unchanged, name
             if name == ALL_DAMAGED:
                 assert step == 0 and said[0].count("cannot read") == 3 and "no other checkpoint" in said[0]
-            else:
-                assert step == 6 and f"step-{STEPS:06d}" in said[0] and "using step-000006" in said[0], name
-
-
-# --- spikes
-
-SPIKE: dict[str, Any] = {"steps": 40, "max_rewinds": 2, "eval_every": 40, "ema_decay": None, "optimizer": "adamw"}
-
-
-def without_two_batches(world: World, folder: Path, step: int, sequences: int) -> bool:
-    training = new_run(world, folder, EP, **SPIKE)
-
-    def skip() -> None:
-        if training.trainer.steps_done == step:
-            training.trainer.sequences, training.history.rewinds = sequences, 1
-
-    before_each_step(training, skip)
-    return training.train()
-
-
-@pytest.mark.slow
-def test_spike_rewinds_and_leaves_its_batches_out(tmp_path: Path) -> None:
-    n = RECIPE["batch_size"]
-    assert run_ranks(2, run, tmp_path / "run", EP, parsed("spike:1:36:forward"), **SPIKE) == [True, True]
-    assert [event["step"] for event in events(tmp_path / "run", "rewound")] == [34]
-    assert run_ranks(2, without_two_batches, tmp_path / "want", 34, 36 * n) == [True, True]
-    assert differences(tmp_path / "run", tmp_path / "want", 40) == []
-    faults = parsed("spike:1:36:forward,spike:0:37:forward")
-    ends = outcomes(2, run, tmp_path / "many", EP, faults, **SPIKE | {"max_rewinds": 1})
-    assert statuses(ends) == [1, 1] and all("spiked again after 1 rewinds" in end.failure for end in ends)
+                continue
+            assert step == 6 and len(said) == (rank == 0), name  # rank 0 speaks
+            assert not said or (f"step-{STEPS:06d}" in said[0] and "using step-000006" in said[0]), name

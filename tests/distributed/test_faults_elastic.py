@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from dsmini.distributed.data_parallel import local
+from dsmini.distributed.mesh import local
 from dsmini.distributed.world import World
 from dsmini.training.optim import optimizer_state
 from dsmini.training.trainer import Trainer

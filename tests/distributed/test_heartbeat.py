@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dsmini.distributed.heartbeat import ENDED, STALLED, Heartbeat, place_of
+from dsmini.distributed.world import ENDED, STALLED, Heartbeat, place_of
 
 
 class Ended(BaseException):
@@ -44,7 +44,7 @@ def test_stall_is_found_and_ends_all(
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     monkeypatch.setattr("socket.gethostname", lambda: "here")
     monkeypatch.setattr(
-        "dsmini.distributed.heartbeat.place_of", lambda thread: PLACE.get(now["behaviour"], ("faults.py:3 do", False))
+        "dsmini.distributed.world.place_of", lambda thread: PLACE.get(now["behaviour"], ("faults.py:3 do", False))
     )
     store: Any = dist.HashStore()
     said: dict[int, tuple[int, float, str]] = {}
@@ -115,4 +115,4 @@ def test_place_is_the_innermost_line_of_ours() -> None:
     import threading
 
     where, waits = place_of(threading.main_thread().ident)
-    assert where.startswith("dsmini/distributed/heartbeat.py:") and where.endswith(" place_of") and not waits
+    assert where.startswith("dsmini/distributed/world.py:") and where.endswith(" place_of") and not waits

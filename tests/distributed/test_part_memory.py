@@ -9,14 +9,12 @@ import pytest
 from rich.console import Console
 
 from dsmini import ModelConfig, RunConfig
-from dsmini.checkpoint import memory
-from dsmini.config.parallel import ParallelConfig
-from dsmini.distributed.data_parallel import local
-from dsmini.distributed.drawing import ModelPart
-from dsmini.distributed.mesh import Mesh
+from dsmini import machine as memory
+from dsmini.config.run import ParallelConfig
+from dsmini.distributed.mesh import Mesh, ModelPart, local
 from dsmini.distributed.world import World
-from dsmini.training.part_memory import least_bytes, refuse_oversized
-from dsmini.training.summary import write_sample
+from dsmini.training.outputs import write_sample
+from dsmini.training.start import least_bytes, refuse_oversized
 from tests.conftest import SMALL
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import CPU, TRAIN, new_run, new_trainer

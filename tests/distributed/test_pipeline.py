@@ -11,10 +11,9 @@ import torch
 
 from benchmarks.questions.pipeline import record_timeline
 from dsmini import ModelConfig, TrainConfig, Transformer
-from dsmini.config.parallel import CHUNKS, ParallelConfig, ScheduleName
-from dsmini.distributed.pipeline import Pipeline
-from dsmini.distributed.replicas import unequal_replicas
-from dsmini.distributed.stages import StageLayout, divided
+from dsmini.config.run import CHUNKS, ParallelConfig, ScheduleName
+from dsmini.distributed.mesh import unequal_replicas
+from dsmini.distributed.pipeline import Pipeline, StageLayout, divided
 from dsmini.distributed.world import World
 from tests.conftest import SMALL
 from tests.distributed.ranks import run_ranks

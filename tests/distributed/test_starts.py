@@ -118,9 +118,7 @@ TABLE: dict[str, Start] = {
         "error: rank 1 was started with another train.lr, train.steps than rank 0",
     ),
     # slow from here on
-    "unequal weights": Start(
-        [f"--init {ONE}", f"--init {TWO}"], r"another --init \(.*/two, not .* weights to start from"
-    ),
+    "unequal weights": Start([f"--init {ONE}", f"--init {TWO}"], r"another --init \(.*/two, not "),
     "weights of one": Start([f"--init {ONE}", ""], r"another --init \(none, not "),
     "two are missing": Start(
         ["--parallel.timeout 3", None] * 2, "error: 2 of 4 processes came to .* within 3 s, without ranks 1, 3;"
@@ -161,7 +159,6 @@ TABLE: dict[str, Start] = {
             ([ONE, f"{ONE} --seed 3"], "error: rank 1 was started with other flags"),
             ([ONE] * 3, "error: 8 experts are not divisible by 3 processes; start 2, say"),
             ([f"{ONE} --prompt {'T' * 300} --context 20"] * 2, "has no room for a prompt of 300 tokens"),
-            ([f"{ONE} --placement {{place}}/text.txt"] * 2, "error: .*text.txt is not JSON"),
             ([f"{ONE} --temperature -1"] * 2, "temperature"),
         )
     },

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer
-from dsmini.config.parallel import ParallelConfig
+from dsmini.config.run import ParallelConfig
 from dsmini.distributed.expert_parallel import moe_layers
 from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.world import World

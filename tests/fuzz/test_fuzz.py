@@ -20,15 +20,21 @@ import torch
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, load_pretrained
 from dsmini.atomic import as_json
 from dsmini.checkpoint.run_folder import read_summary, run_config, run_tokenizer
-from dsmini.checkpoint.trained_model import load_run
-from dsmini.checkpoint.training_state import MANIFEST, RunState, checkpoint_folder, state_texts, write_manifest
-from dsmini.data.cache import _damage
-from dsmini.distributed.checkpoint import save_pieces
-from dsmini.distributed.pieces import HeldRows
+from dsmini.checkpoint.training_state import (
+    MANIFEST,
+    RunState,
+    checkpoint_folder,
+    load_run,
+    state_texts,
+    write_manifest,
+)
+from dsmini.data.corpus import _damage
+from dsmini.distributed.mesh import HeldRows
 from dsmini.distributed.world import World
-from dsmini.text.text_side import read_text_side
+from dsmini.text.chat import read_text_side
 from dsmini.text.tokenizer import BPETokenizer
 from dsmini.training.record import KEYS, read_records
+from dsmini.training.saving import save_pieces
 from tests.conftest import randomise
 from tests.fuzz.mutations import damaged, edited, edited_toml, with_edited_header
 from tests.helpers import folders

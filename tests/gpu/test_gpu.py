@@ -16,10 +16,9 @@ from torch import Tensor
 import dsmini
 from dsmini import ModelConfig, RunConfig, Transformer, load_pretrained, ops
 from dsmini.checkpoint.training_state import checkpoint_folders
-from dsmini.config.parallel import ParallelConfig
+from dsmini.config.run import ParallelConfig
 from dsmini.data.corpus import Corpus
-from dsmini.distributed.drawing import ModelPart
-from dsmini.distributed.mesh import Mesh
+from dsmini.distributed.mesh import Mesh, ModelPart
 from dsmini.distributed.world import World
 from dsmini.nn.cache import CacheDtype
 from dsmini.train import main

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsmini import ModelConfig, Transformer
-from dsmini.checkpoint.tensor_names import mtp_copies
-from dsmini.config.huggingface import config_to_json
+from dsmini.checkpoint.tensor_files import mtp_copies
+from dsmini.config.published import config_to_json
 from tests.helpers.hf_names import to_hf
 from tests.helpers.quantizer import tiles
 

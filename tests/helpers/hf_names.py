@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsmini import Transformer
 from dsmini.checkpoint.load import Part, parts_of
-from dsmini.checkpoint.tensor_names import mtp_copies
+from dsmini.checkpoint.tensor_files import mtp_copies
 
 
 def _names(model: Transformer) -> tuple[dict[str, Part], dict[str, str]]:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, save_pretrained
-from dsmini.text.page import Page
-from dsmini.text.text_side import read_text_side
+from dsmini.text.chat import read_text_side
+from dsmini.text.prompts import Page
 from tests.conftest import SMALL, randomise
 from tests.helpers.commands import call, check_refused, place_with_run, run, run_all, run_apart, start
 from tests.helpers.text_folders import ASSISTANT, EOS, USER, save_text_side, save_tokenizer

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dsmini.text.chat import Message
-from dsmini.text.text_side import read_text_side
+from dsmini.text.chat import Message, read_text_side
 from tests.helpers.text_folders import TEMPLATE, USER, save_text_side, save_tokenizer
 
 CHATML = """\

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import dsmini
 from dsmini import ModelConfig, Transformer
-from dsmini.config.huggingface import config_from_json
+from dsmini.config.published import config_from_json
 from dsmini.nn import DSA
 from tests.helpers.hf_names import from_hf
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsmini import ModelConfig, Transformer
-from dsmini.config.huggingface import config_from_json
+from dsmini.config.published import config_from_json
 from tests.helpers.hf_names import from_hf, to_hf
 
 LOGITS = 1e-5

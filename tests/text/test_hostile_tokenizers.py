@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dsmini.text.text_side import read_text_side
-from dsmini.text.tokenizer import MOST_VALUES, BPETokenizer
+from dsmini.text.chat import read_text_side
+from dsmini.text.tokenizer import BPETokenizer
 from tests.helpers.configs import refusal
 from tests.helpers.text_folders import save_text_side, tokenizers
 
@@ -81,17 +81,6 @@ PUBLISHED: list[dict[str, Any]] = [
 def test_steps_that_published_files_have_are_taken(tmp_path: Path, parts: dict[str, Any]) -> None:
     (tmp_path / "t.json").write_text(steps(**parts))
     assert BPETokenizer(tmp_path / "t.json").encode("ba").tolist() == [1, 0]
-
-
-def test_vocabulary_of_any_published_size_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["a", "b", *(f"{i:b}".replace("0", "a").replace("1", "b") for i in range(2, 2000))]
-    merges = [[name[:-1], name[-1]] for name in names[2:]]
-    (tmp_path / "t.json").write_text(edited(vocab={name: id for id, name in enumerate(names)}, merges=merges))
-    monkeypatch.setattr("dsmini.text.tokenizer.MOST_VALUES", MOST_VALUES // 500)  # of 2,000 tokens
-    assert BPETokenizer(tmp_path / "t.json").vocab_size == 2000
-    monkeypatch.setattr("dsmini.text.tokenizer.MOST_VALUES", 2000)
-    with pytest.raises(ValueError, match=r"t\.json holds about .* values, want 2,000 or fewer"):
-        BPETokenizer(tmp_path / "t.json")
 
 
 def test_vocabulary_without_its_unknown_token_is_a_sentence(tmp_path: Path) -> None:

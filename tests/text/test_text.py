@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dsmini.text.continuation import Continuation
+from dsmini.text.prompts import Continuation
 from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from tests.helpers.text_folders import save_tokenizer
 

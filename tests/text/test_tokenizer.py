@@ -14,17 +14,16 @@ from hypothesis import strategies as st
 from dsmini import tokenize
 from dsmini.config import DataConfig
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.data.documents import find, measure
-from dsmini.data.split import split
-from dsmini.data.texts import read_texts
-from dsmini.text.bpe import SPECIAL_TOKENS, train_bpe
+from dsmini.data.documents import find, measure, read_texts, split
 from dsmini.text.tokenizer import (
     END_TOKENS,
     FIM_TOKENS,
+    SPECIAL_TOKENS,
     BPETokenizer,
     ByteTokenizer,
     byte_tokenizer_json,
     load_tokenizer,
+    train_bpe,
 )
 from tests.helpers.commands import TINY
 from tests.helpers.configs import refusal

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini.distributed import checkpoint as checkpoints
 from dsmini.training import saving
-from dsmini.training.events import read_events
+from dsmini.training import saving as checkpoints
+from dsmini.training.record import read_events
 from dsmini.training.run import TrainingRun
 from tests.helpers.runs import asked_after, new_run, resumed, unequal, whole
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
-from dsmini.checkpoint.trained_model import load_run
+from dsmini.checkpoint.training_state import load_run
 from dsmini.text.tokenizer import byte_tokenizer_json
 from dsmini.training.origin import find_origin
 from tests.conftest import SMALL

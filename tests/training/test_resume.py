@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dsmini.distributed import checkpoint as checkpoints
+from dsmini.training import saving as checkpoints
 from dsmini.training.run import TrainingRun
 from tests.helpers.configs import DSA
 from tests.helpers.runs import RICH, asked_after, calls, kill, new_run, resumed, stopped, unequal, whole

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dsmini.checkpoint.training_state import Checkpoint
-from dsmini.training.summary import summarise
+from dsmini.training.outputs import summarise
 from tests.helpers.runs import RICH, asked_after, new_run, resumed, unequal, whole
 
 
@@ -46,7 +46,6 @@ LOST: dict[str, Callable[[Checkpoint], Checkpoint]] = {
     "random state": lambda c: part("rng", cpu=torch.Generator().manual_seed(1).get_state())(c),
     "step": state(step=3),
     "data position": state(sequences=0),
-    "rewinds": state(rewinds=1),
     "row": lambda c: state(row={**c.state.row, "loss": 0.0})(c),
 }
 

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from dsmini import DataConfig
+from dsmini.training.outputs import offered_prompt, write_sample
 from dsmini.training.run import TrainingRun
-from dsmini.training.summary import offered_prompt, write_sample
 from tests.helpers.runs import new_run
 
 

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini import RunConfig, TrainConfig
-from dsmini.config.lr_schedule import Phase, read_phases
-from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
+from dsmini.config.schedule import Phase, batch_size, bias_speed, learning_rate_share, mtp_weight, read_phases
 from tests.helpers.configs import CONFIGS, V32, released
 
 

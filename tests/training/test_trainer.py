@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini.config.schedule import learning_rate_share
 from dsmini.data.corpus import Corpus
-from dsmini.training.schedule import learning_rate_share
 from dsmini.training.trainer import Trainer
 from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
 

@@ -5,24 +5,21 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from dsmini import TrainConfig
 from dsmini.checkpoint.run_folder import new_run_folder
-from dsmini.checkpoint.trained_model import load_run
-from dsmini.data.corpus import Windows
+from dsmini.checkpoint.training_state import load_run
+from dsmini.data.corpus import Corpus, Windows
 from dsmini.machine import peak_memory
-from dsmini.training.plots import plot_run
-from dsmini.training.progress import final_eval_tokens
+from dsmini.training.outputs import plot_run, summarise, summary_lines
 from dsmini.training.record import KEYS, read_records
 from dsmini.training.run import TrainingRun
-from dsmini.training.summary import summarise, summary_lines
 from tests.conftest import Clock
 from tests.helpers.runs import new_run
 
@@ -134,9 +131,15 @@ def test_validation_at_the_end_is_capped_on_request(tmp_path: Path) -> None:
     assert "48 of 96 held-out tokens, in windows of 16" in dict(summary_lines(summary))["validation"]
 
 
-def test_final_validation_takes_half_the_trained_tokens_and_a_least_number() -> None:
-    assert final_eval_tokens(TrainConfig(), trained=1_638_400) == 819_200 > 785_920, "the whole split of the toy"
-    assert final_eval_tokens(TrainConfig(), trained=2048) == 131_072
+@pytest.mark.parametrize(("trained", "tokens"), [(1_638_400, 819_200), (2048, 131_072)])
+def test_final_validation_takes_half_the_trained_tokens_and_a_least_number(
+    training: TrainingRun, monkeypatch: pytest.MonkeyPatch, trained: int, tokens: int
+) -> None:
+    taken, trainer = Mock(), training.trainer
+    monkeypatch.setattr(Corpus, "windows", taken)
+    trainer.sequences = trained // trainer.config.seq_len
+    trainer.final_windows()
+    taken.assert_called_once_with(trainer.config.seq_len, tokens)
 
 
 def test_record_has_data_wait_and_memory_of_the_step(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,23 +161,14 @@ def test_record_has_data_wait_and_memory_of_the_step(training: TrainingRun, monk
     assert row["memory"] == pytest.approx(peak_memory(torch.device("cpu")), rel=0.01)
 
 
-def test_drawing_takes_no_more_than_a_hundredth_of_the_run(
-    training: TrainingRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now, spent = [0.0], []
-
-    def plot_run(*_: object) -> None:
-        now[0] += 1.5
-        spent.append((training.history.seconds, now[0]))
-
-    monkeypatch.setattr("dsmini.training.run.plot_run", plot_run)
-    monkeypatch.setattr("dsmini.training.run.time", SimpleNamespace(perf_counter=lambda: now[0]))
-    for n in range(400):
+def test_drawings_on_the_way_are_far_apart(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr("dsmini.training.run.plot_run", lambda *_: drawn.append(training.history.seconds))
+    for n in range(40):
         training.history.records = [{"seconds": 10.0 * n, "loads": None}]
         if training.history.seconds >= training.next_plot:
             training.plot()
-    assert len(spent) > 20
-    assert all(drawing <= 0.01 * seconds for seconds, drawing in spent[1:])
+    assert drawn == [100, 200, 300]
 
 
 @pytest.mark.filterwarnings("error")
