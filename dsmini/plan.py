@@ -20,7 +20,7 @@ from dsmini.planner.request import PlanRequest
 from dsmini.reading import find_config
 
 if TYPE_CHECKING:
-    from dsmini.planner.answers import Answer
+    from dsmini.planner.pages import Answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,8 @@ def _refuse_config(config: Path, published: bool) -> None:
 
 def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Answer":
     # what loads numpy and jinja2 is imported after --help
-    from dsmini.planner import answers
-    from dsmini.planner.hardware import load_hardware, this_machine
+    from dsmini.planner import pages
+    from dsmini.planner.hardware import load_hardware
     from dsmini.planner.request import Model
     from dsmini.planner.setup import setup
 
@@ -131,26 +131,24 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Ans
         return Progress(console, 1.0, label, delay=2.0)
 
     if command.out is not None:
-        answers.check_folder(command.out)
+        pages.check_folder(command.out)
     if command.published:
-        return answers.published()
+        return pages.published()
     assert command.config is not None, "a plan without a config is refused"
     model = Model.from_file(command.config)
-    if command.hardware == "this" and (refused := setup(command, model, this_machine()).refused):
-        raise ValueError(refused)  # before its rates are measured, which takes minutes
     with progress("measuring this machine") as bar:
         made = setup(command, model, load_hardware(command.hardware, bar.update))
     if command.explain is not None:
-        return answers.explained(made, command.explain, console.width)
+        return pages.explained(made, command.explain, console.width)
     line = shlex.join(["python", "-m", "dsmini.plan", *args])
     if command.search:
         with progress("searching layouts") as bar:
-            return answers.searched(made, line, bar.update)
+            return pages.searched(made, line, bar.update)
     if command.vary:
         with progress("varying the plan") as bar:
-            return answers.varied(made, command.vary, command.of, line, bar.update)
+            return pages.varied(made, command.vary, command.of, line, bar.update)
     with progress("forecasting steps") as bar:
-        return answers.planned(made, line, bar.update, whole=command.all)
+        return pages.planned(made, line, bar.update, whole=command.all)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     parameters     parameters
     FLOPs          flops_per_token, decode_flops_per_token, step_flops
-    bytes held     weight_bytes, gradient_bytes, optimizer_bytes, activation_bytes, saved_weight_bytes, training_bytes,
-                   cache_bytes, kv_bytes_per_token
+    bytes held     weight_bytes, gradient_bytes, optimizer_bytes, activation_bytes, training_bytes, cache_bytes,
+                   kv_bytes_per_token
     bytes moved    decode_bytes_per_token, prefill_bytes_per_token, training_bytes_per_token
 
 Each is exact, or a lower bound that says so: what must be held or moved. dsmini.measure counts what was.
@@ -17,12 +17,19 @@ does with it.
     70272
 """
 
-from dsmini.accounting.activations import activation_bytes
 from dsmini.accounting.flops import Flops, decode_flops_per_token, flops_per_token, step_flops
-from dsmini.accounting.kv_cache import cache_bytes, kv_bytes_per_token, mha_kv_bytes_per_token, mha_twin
-from dsmini.accounting.memory import gradient_bytes, optimizer_bytes, saved_weight_bytes, training_bytes, weight_bytes
-from dsmini.accounting.parameters import Parameters, parameters
-from dsmini.accounting.tensors import Bytes
+from dsmini.accounting.memory import (
+    activation_bytes,
+    cache_bytes,
+    gradient_bytes,
+    kv_bytes_per_token,
+    mha_kv_bytes_per_token,
+    mha_twin,
+    optimizer_bytes,
+    training_bytes,
+    weight_bytes,
+)
+from dsmini.accounting.tensors import Bytes, Parameters, parameters
 from dsmini.accounting.traffic import (
     Traffic,
     decode_bytes_per_token,
@@ -49,7 +56,6 @@ __all__ = [
     "optimizer_bytes",
     "parameters",
     "prefill_bytes_per_token",
-    "saved_weight_bytes",
     "step_flops",
     "training_bytes",
     "training_bytes_per_token",

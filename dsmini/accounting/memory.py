@@ -1,4 +1,4 @@
-"""Bytes that are held from step to step: weights, gradients, the optimizer's state; and all that training holds.
+"""Bytes that are held: weights, gradients, the optimizer's state, the cache, and activations that training saves.
 
 Worked example, DeepSeek-V3 with multi-token prediction, 682.6B parameters, in training:
 
@@ -9,28 +9,86 @@ Worked example, DeepSeek-V3 with multi-token prediction, 682.6B parameters, in t
 Its weights alone, without multi-token prediction, are 673.4 GB in FP8: 669.1e9 codes of one byte, 163 MB of scales,
 1.85e9 numbers of embedding and head in BF16, 107e6 of gates and norms in FP32.
 
-Source: the shapes and dtypes of the released checkpoints; DeepSeek-V3 report, section 3.3.3 (BF16 moments).
+The cache.
+
+    MLA              kv_lora_rank + qk_rope_head_dim numbers a layer
+    DSA              index_head_dim numbers more: the indexer's key
+    MHA, GQA, MQA    n_kv_heads (d_k + d_v) numbers a layer
+
+Worked example, DeepSeek-V3 in BF16: (512 + 64) * 61 layers * 2 bytes = 70,272 bytes a token. MHA with as many heads of
+128 would store 128 * (128 + 128) = 32,768 numbers a layer, and 1 - 576 / 32768 = 98.24 % of them are saved.
+
+Activations are a lower bound, exact but for attention's implementation. They are followed through the layers tensor by
+tensor, as autograd saves them when each layer runs as it is written: every storage once, however many operations saved
+it. For each of n tokens, in numbers of e bytes,
+
+    norm               its input, and the inverse of its root mean square in FP32
+    product            its input, once for all products that read it
+    attention          queries, keys, values, its result, and one FP32 number for each query and head: what a fused
+                       kernel (flash attention) needs to make the softmax again
+    SwiGLU             both results of the products, silu of one, and their product
+    gate               scores, their order, the chosen weights
+    indexer            an FP32 copy of the hidden state, for the weights of heads; in FP32 the input of the key's norm,
+                       with its mean and deviation; the gradients of its loss, which are made in forward
+    routed experts     a row for each visit: its input and its result
+
+In FP8 the inputs of products are codes and scales, and SwiGLU is made again from its two inputs.
+
+In backward nothing is computed again; with `full` recomputation whole blocks are; with `selective`, as in DeepSeek-V3,
+norms, MLA's up-projections and SwiGLU's product. Then attention's result is saved once, and results of experts are not
+saved, because the gradient of an expert's weight is also the product of SwiGLU's result with its gradient [assumed].
+
+What an implementation saves beyond that is measured, not predicted: softmax weights where logits are explicit, keys and
+values padded to one width or repeated for grouped heads, padded rows of experts.
+
+Worked example, DeepSeek-V3 at 4096 tokens in BF16: fused attention saves 128 * ((2 * 192 + 2 * 128) * 2 + 4) = 164,352
+bytes a token and layer, which is 673 MB a layer; explicit weights would be 128 * 4096 * 2 = 1,048,576 more.
+
+Source: the shapes and dtypes of the released checkpoints; DeepSeek-V3 report, sections 3.3.3 and 3.2.3; DeepSeek-V2
+report, table 1; "Insights into DeepSeek-V3" (arXiv 2505.09343), table 1; FlashAttention (arXiv 2205.14135), section
+3.1.
 """
 
+import dataclasses
+import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from dsmini.accounting.activations import activation_bytes
 from dsmini.accounting.tensors import (
+    BLOCK,
     INDEXER,
+    MTP,
+    OVER,
     SIZES,
     Bytes,
     Dtype,
     Stage,
     TensorUse,
     WeightDtype,
+    blocks,
+    ceiling,
+    check_depths,
     check_dtype,
+    check_sizes,
+    key_width,
+    largest,
     number_bytes,
     tensors,
+    total,
 )
 from dsmini.config import ModelConfig
+from dsmini.config.model import NO_INDEXER
 
+Amounts = Iterator[tuple[str, Any]]
 Optimizer = Literal["adamw", "muon"]
+Recompute = Literal["none", "selective", "full"]
+CacheDtype = Literal["float32", "bfloat16", "fp8"]
+"""fp8: V3.2's layout of MLA's rows."""
+Part = Literal["embedding", "dense", "moe", "head", "state", "mtp"]
+STATE, TABLES = "residual stream and norms", "rotary tables"
+UNMARKED = ("gates", "inputs of blocks")
+"""Parts of recomputed blocks that multi-token prediction adds to those of the main model."""
 
 
 def weight_bytes(config: ModelConfig, dtype: WeightDtype = "bfloat16", mtp: bool = True) -> Bytes:
@@ -84,20 +142,12 @@ def optimizer_bytes(
         raise ValueError(f"optimizer={optimizer!r} is unknown; use adamw or muon")
 
     def amount(use: TensorUse) -> int:
-        count = 0 if is_muons(use, optimizer) or not use.parameters else 4 * use.times
-        return state_bytes(use, optimizer, moments) * use.parameters + count
+        inside = (use.form == "fp8" and not use.module.endswith(INDEXER)) or use.name == "eh_proj"
+        if optimizer == "muon" and inside:
+            return 4 * use.parameters
+        return 2 * SIZES[moments] * use.parameters + 4 * use.times * use.owned * bool(use.shape)
 
     return Bytes.of((use.module, amount(use)) for use in tensors(config) if use.learns(dsa_stage))
-
-
-def is_muons(use: TensorUse, optimizer: str) -> bool:
-    """Return whether Muon updates a tensor: a matrix inside the blocks, or MTP's projection, but no indexer's."""
-    return optimizer == "muon" and not use.module.endswith(INDEXER) and (use.form == "fp8" or use.name == "eh_proj")
-
-
-def state_bytes(use: TensorUse, optimizer: str, moments: str) -> int:
-    """Return the bytes of the optimizer's state for one number of a tensor."""
-    return 4 if is_muons(use, optimizer) else 2 * SIZES[moments]
 
 
 def training_bytes(
@@ -108,8 +158,7 @@ def training_bytes(
     dtype: Dtype = "bfloat16",
     optimizer: Optimizer = "adamw",
     moments: Dtype = "float32",
-    recompute: bool = False,
-    kernels: bool = False,
+    recompute: bool | Recompute = False,
     dsa_stage: Stage = "sparse",
 ) -> Bytes:
     """Return the bytes that are held at the end of a forward in training: a lower bound, as activation_bytes is.
@@ -120,44 +169,328 @@ def training_bytes(
 
     Args:
         batch_size: sequences that go through the model at a time: with gradient accumulation a part of the step's.
-        dtype, recompute, kernels, dsa_stage: as in activation_bytes.
+        dtype, recompute: as in activation_bytes.
         optimizer, moments: as in optimizer_bytes.
+        dsa_stage: in the warm-up, where only indexers learn, what is saved for backward is left out.
     """
-    sizes = {"batch_size": batch_size, "seq_len": seq_len}
-    how: dict[str, Any] = {"dtype": dtype, "kernels": kernels, "dsa_stage": dsa_stage}
-    heads = 1 + config.n_mtp_layers if dsa_stage == "sparse" else 0
-    return Bytes.of(
-        [
-            ("parameters", weight_bytes(config, "float32").total),
-            ("gradients", gradient_bytes(config, dsa_stage).total),
-            ("optimizer", optimizer_bytes(config, optimizer, moments, dsa_stage).total),
-            ("activations", activation_bytes(config, **sizes, recompute=recompute, **how).total),
-            ("weights kept for backward", saved_weight_bytes(config, **how).total),
-            ("the head's gradient", 4 * heads * config.vocab_size * config.dim),
-        ]
-    )
+    held = {
+        "parameters": weight_bytes(config, "float32").total,
+        "gradients": gradient_bytes(config, dsa_stage).total,
+        "optimizer": optimizer_bytes(config, optimizer, moments, dsa_stage).total,
+    }
+    if dsa_stage == "sparse":
+        saved = activation_bytes(config, batch_size=batch_size, seq_len=seq_len, dtype=dtype, recompute=recompute)
+        held["activations"] = saved.total
+        held["weights kept for backward"] = sum(saved_copy(use, config, dtype) for use in tensors(config))
+        held["the head's gradient"] = 4 * (1 + config.n_mtp_layers) * config.vocab_size * config.dim
+    return Bytes.of(held.items())
 
 
-def saved_weight_bytes(
-    config: ModelConfig, dtype: Dtype = "bfloat16", kernels: bool = False, dsa_stage: Stage = "sparse"
-) -> Bytes:
-    """Return the bytes of the copies of weights that autograd saves, by kind of module; see activation_bytes."""
-    uses = (use for use in tensors(config) if use.learns(dsa_stage))
-    fp8 = config.precision == "fp8"
-    return Bytes.of((use.module, saved_copy(use, dtype, fp8=fp8, kernels=kernels)) for use in uses)
-
-
-def saved_copy(use: TensorUse, dtype: str, *, fp8: bool, kernels: bool = False) -> Any:
+def saved_copy(use: TensorUse, config: ModelConfig, dtype: Dtype) -> int:
     """Return the bytes of the copies of a weight that autograd saves, besides the FP32 parameter itself.
 
     Matrices are saved in the dtype they were multiplied in; experts' w1 and w3 also in FP32, where they are joined.
     """
-    if use.form == "fp8" and fp8:
+    if use.form == "fp8" and config.precision == "fp8":
         return use.parameters + 4 * use.times * use.stack * use.scales
-    routed = use.module.endswith("routed experts")
-    if use.module.endswith(INDEXER):  # whose inputs are detached
+    if use.module.endswith(INDEXER) or (
+        use.form != "fp8" and use.name != "eh_proj"
+    ):  # an indexer's inputs are detached
         return 0
-    if (use.form != "fp8" and use.name != "eh_proj") or (kernels and routed):
-        return 0
-    joined = routed and use.name != "w2"
+    joined = use.module.endswith("routed experts") and use.name != "w2"
     return use.parameters * SIZES[dtype] if joined or dtype != "float32" else 0
+
+
+# --- the cache
+
+
+def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2, dtype: CacheDtype | None = None) -> int:
+    """Return the bytes of cache that a token occupies in all layers together. V3 in BF16: 70,272.
+
+    The rows of multi-token prediction blocks are not in it.
+
+    Args:
+        dtype: in place of bytes_per_number. "fp8" is 656 bytes a layer at V3's sizes: 512 codes, four FP32 scales, and
+            64 numbers of rotary key in BF16. DSA's are 132 more, the indexer's key: 48,068 in all layers of V3.2.
+
+    Source: DeepSeek-V2 report, table 1; "Insights into DeepSeek-V3", table 1 (its KB are 1000 bytes).
+    Raises: ValueError for "fp8" where attention is not MLA.
+    """
+    if dtype is None:
+        return config.n_layers * (row_width(config) + (config.index_head_dim or 0)) * bytes_per_number
+    return config.n_layers * (row_bytes(config, dtype) + index_row_bytes(config, dtype))
+
+
+def mha_kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
+    """Return kv_bytes_per_token of the mha_twin, also where qk_nope_head_dim is odd and no such model can be built."""
+    return config.n_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.n_layers * bytes_per_number
+
+
+def mha_twin(config: ModelConfig) -> ModelConfig:
+    """Return the same model with multi-head attention of as many heads: the baseline of MLA's cache.
+
+    Its keys are qk_nope_head_dim wide and its values v_head_dim. Against it V3's cache is 98.24 % smaller: 576 numbers
+    a layer next to 128 * (128 + 128) = 32768. That figure needs keys of 128; against MLA's own 192-wide expanded keys,
+    128 * (192 + 128) = 40960, the same cache saves 98.59 %.
+
+    Raises: ValueError if qk_nope_head_dim is odd, since the baseline rotates it.
+    """
+    return dataclasses.replace(config, attention="mha", n_kv_heads=None, **NO_INDEXER)
+
+
+def cache_bytes(
+    config: ModelConfig, *, max_seq_len: int, batch: int = 1, dtype: CacheDtype = "bfloat16", mtp: bool = False
+) -> Bytes:
+    """Return the bytes of the storage of Transformer.new_cache, all of which is allocated at once.
+
+    Args:
+        mtp: with the rows of the multi-token prediction blocks, a layer's each.
+    """
+    rows = batch * max_seq_len * (row_bytes(config, dtype) + index_row_bytes(config, dtype))
+    return Bytes.of([("cache", config.n_layers * rows), (MTP + "cache", config.n_mtp_layers * rows if mtp else 0)])
+
+
+def row_width(c: ModelConfig) -> Any:
+    """Return the numbers that a layer stores of a token for attention."""
+    if c.is_mla:
+        return c.kv_lora_rank + c.qk_rope_head_dim
+    return c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim)
+
+
+def row_bytes(c: ModelConfig, dtype: CacheDtype) -> Any:
+    """Return the bytes that a layer stores of a token for attention."""
+    if dtype not in ("float32", "bfloat16", "fp8"):
+        raise ValueError(f"a cache of dtype={dtype!r}; use float32, bfloat16 or fp8")
+    if dtype != "fp8":
+        return row_width(c) * SIZES[dtype]
+    if not c.is_mla:
+        raise ValueError(f"dtype='fp8' is the layout of MLA's latent, not of attention={c.attention!r}; use bfloat16")
+    return c.kv_lora_rank + 4 * ceiling(c.kv_lora_rank, BLOCK) + 2 * c.qk_rope_head_dim
+
+
+def index_row_bytes(c: ModelConfig, dtype: CacheDtype) -> Any:
+    """Return the bytes that a layer stores of a token for its indexer: 132 of V3.2 in FP8; 0 without an indexer."""
+    d = c.index_head_dim or 0
+    return d + 4 * ceiling(d, BLOCK) if dtype == "fp8" else d * SIZES[dtype]
+
+
+# --- activations
+
+
+def activation_bytes(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: Dtype = "bfloat16",
+    recompute: bool | Recompute = False,
+) -> Bytes:
+    """Return the bytes of activations that Transformer.losses saves for backward, multi-token prediction's included.
+
+    With config.precision "fp8" the inputs of the products in attention and feed-forwards are FP8 codes and scales
+    (E5M6 for the one after attention), as is SwiGLU's; attention's inside, the norms and the gates are as before.
+
+    Not in it: copies of weights in the compute dtype and the head's gradient, which are training_bytes's; what exists
+    only for a moment, such as an operation's result next to its inputs. A CPU's kernels save less of routed experts.
+
+    Lower bound. With fused attention, keys as wide as values and a head of keys for each head of queries, what is
+    really saved is the same within 0.1 %, tested; a few numbers a sequence and an expert are left out.
+
+    Args:
+        dtype: of activations.
+        recompute: only the blocks' inputs are saved, and, when backward is in it, the activations of one block, the
+            largest; or the name of what is made again.
+
+    Raises: ValueError for sizes below 1, and sequences too short for the depths of multi-token prediction.
+    """
+    check_dtype(dtype, ("float32", "bfloat16"))
+    check_sizes(batch_size=batch_size, seq_len=seq_len)
+    check_depths(config, seq_len)
+    saved = Saved(
+        c=config,
+        size=SIZES[dtype],
+        fp8=config.precision == "fp8",
+        recompute=recompute if isinstance(recompute, str) else "full" if recompute else "none",
+    )
+    # cosines and sines in FP32, one of each a pair
+    pairs = config.qk_rope_head_dim if config.is_mla else config.qk_nope_head_dim
+    tables = ((TABLES, 4 * pairs * (seq_len - depth)) for depth in range(config.n_mtp_layers + 1))
+    return Bytes.of([*((name, batch_size * amount) for name, amount in _amounts(saved, seq_len)), *tables])
+
+
+def _amounts(saved: "Saved", seq_len: int) -> Amounts:
+    """Yield the bytes of one sequence by name."""
+    for prefix, part, tokens in _passes(saved.c, seq_len):
+        for name, amount in saved.part(part):
+            yield (name if name in UNMARKED else prefix + name), tokens * amount
+    if saved.recompute == "full":
+        yield "one block, made again", seq_len * saved.largest_block()
+
+
+def _passes(c: ModelConfig, seq_len: Any) -> Iterator[tuple[str, Part, Any]]:
+    """Yield the parts that the tokens of a sequence pass: the prefix of the names, the part, and the tokens.
+
+    Depth k of multi-token prediction has seq_len - k positions. The state that a depth gives to the next is saved too.
+    """
+    dense, moe, mtp_dense, _ = blocks(c)
+    yield "", "embedding", seq_len
+    yield "", "dense", dense * seq_len
+    yield "", "moe", moe * seq_len
+    yield "", "head", seq_len
+    states = c.mtp_input == "post_norm"
+    if c.n_mtp_layers and states:
+        yield MTP, "state", seq_len
+    for depth in range(c.n_mtp_layers):
+        positions = seq_len - (depth + 1)
+        yield MTP, "mtp", positions
+        yield MTP, "moe" if depth >= mtp_dense else "dense", positions
+        if states and depth + 1 < c.n_mtp_layers:
+            yield MTP, "state", positions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """Bytes that a token saves in each part of a model."""
+
+    c: ModelConfig
+    size: int
+    """Bytes of a number between products."""
+    fp8: bool
+    """Inputs of the products in attention and feed-forwards are FP8."""
+    recompute: Recompute = "none"
+
+    def part(self, part: Part) -> Amounts:
+        """Yield what a token saves in a part: of a model's ends, a block, or multi-token prediction's ends."""
+        c = self.c
+        if part == "embedding":
+            yield "tokens", 8
+            if c.embed_norm:
+                yield STATE, self.normed(c.dim)
+        elif part == "head":
+            yield STATE, self.normed(c.dim)
+            yield "losses", self.row(c.dim)
+        elif part == "state":
+            yield STATE, self.row(c.dim)
+        elif part == "mtp":
+            yield from self.mtp()
+        elif self.recompute == "full":
+            yield "inputs of blocks", self.row(c.dim)
+            if part == "moe":
+                yield "gates", self.scores()
+        else:
+            yield STATE, 2 * self.normed(c.dim)
+            yield from self.attention()
+            yield from self.moe() if part == "moe" else self.dense()
+
+    def mtp(self) -> Amounts:
+        """Yield a depth's own norms, projection and loss."""
+        c = self.c
+        if self.recompute == "none":
+            yield STATE, self.normed(c.dim) + 4  # enorm, and the inverse of hnorm
+            yield "projection", 2 * self.row(c.dim)
+        elif self.recompute == "selective":
+            yield "projection", 3 * self.row(c.dim)
+        if c.embed_norm:
+            yield STATE, self.normed(c.dim)
+        yield STATE, self.normed(c.dim)
+        yield "losses", self.row(c.dim)
+
+    def attention(self) -> Amounts:
+        """Yield the inputs of the products, then what lies between them (report, section 2.1.1)."""
+        c = self.c
+        d, v, h = key_width(c), c.v_head_dim, c.n_heads
+        latent_up = self.recompute == "selective" and c.is_mla  # made again
+        yield "attention", self.norm_result(c.dim)
+        if c.is_mla:
+            if c.q_lora_rank is not None:
+                yield STATE, self.normed(c.q_lora_rank)
+                yield "attention", self.norm_result(c.q_lora_rank)
+            yield STATE, self.normed(c.kv_lora_rank) + self.row(c.qk_rope_head_dim)
+            yield "attention", self.norm_result(c.kv_lora_rank)
+        if c.qk_norm and not latent_up:
+            yield STATE, (h + c.kv_heads) * self.normed(d)
+        # fused: queries and result, keys and values, and a number a query for the softmax
+        if not latent_up or c.q_lora_rank is None:
+            yield OVER, h * self.row(d)
+        if not latent_up:
+            yield OVER, c.kv_heads * self.row(d + v)
+        if not self.fp8 or self.recompute == "none":
+            yield OVER, h * self.row(v)
+        yield OVER, h * 4
+        if self.fp8:  # wo reads the result in E5M6, 12 bits a number (report, section 3.3.3)
+            yield "attention", 12 * ceiling(h * v, 8) + 4 * ceiling(h * v, BLOCK)
+        if c.attention == "dsa":
+            yield from self.indexer()
+
+    def indexer(self) -> Amounts:
+        """Yield an indexer's own; it reads what attention reads, in FP8 as codes of its own."""
+        c, h, d = self.c, self.c.index_n_heads or 0, self.c.index_head_dim or 0
+        if self.size < 4 or self.fp8:
+            yield INDEXER, 4 * c.dim
+        if self.fp8:
+            yield INDEXER, self.read(c.dim) + self.read(c.q_lora_rank or c.dim)
+        yield INDEXER, 4 * d + 8
+        yield INDEXER, (h + 1) * self.row(d) + 4 * h
+
+    def dense(self) -> Amounts:
+        """Yield a dense feed-forward."""
+        yield "dense feed-forward", self.norm_result(self.c.dim)
+        yield "dense feed-forward", self.swiglu(self.c.inter_dim)
+
+    def moe(self) -> Amounts:
+        """Yield the gate, the routed experts at perfect balance, and the shared ones."""
+        c, none = self.c, self.recompute == "none"
+        yield "gates", self.gate()
+        if none and (self.size < 4 or self.fp8):  # the gate reads FP32: a copy, unless experts read FP32 too
+            yield "gates", 4 * c.dim
+        # their inputs and results, which token a row is of, and where a visit's row is
+        result = self.row(c.dim) if none else 0
+        visit = self.read(c.dim) + result + 8 + 8 + self.swiglu(c.moe_inter_dim)
+        yield "routed experts", c.n_activated_experts * visit
+        if none and (c.n_shared_experts or (self.size == 4 and not self.fp8)):
+            yield "shared experts" if c.n_shared_experts else "gates", self.read(c.dim)
+        if c.n_shared_experts:
+            yield "shared experts", self.swiglu(c.n_shared_experts * c.moe_inter_dim)
+
+    def gate(self) -> Any:
+        """Return bytes of scores, of their order, of which the choice is a part, and of the weights.
+
+        Normalised weights are saved twice, divided and undivided, with their sum.
+        """
+        k = self.c.n_activated_experts
+        return self.scores() + 8 * self.c.n_routed_experts + (8 * k + 4 if self.c.norm_topk_prob else 4 * k)
+
+    def scores(self) -> Any:
+        """Return bytes of the scores, and of their sum, which the balance loss divides by."""
+        return 4 * self.c.n_routed_experts + 4
+
+    def swiglu(self, f: Any) -> Any:
+        """Return w1's and w3's results, silu and the product; in FP8 the results as codes, the rest is made again."""
+        if self.fp8:
+            return 2 * self.read(f)
+        return (4 if self.recompute == "none" else 2) * self.row(f)
+
+    def row(self, width: Any) -> Any:
+        """Return the bytes of a row between products."""
+        return width * self.size
+
+    def read(self, width: Any) -> Any:
+        """Return the bytes that are saved of one row that a product reads."""
+        return width + 4 * ceiling(width, BLOCK) if self.fp8 else self.row(width)
+
+    def normed(self, width: Any) -> Any:
+        """Return the bytes of a norm's input, and of the inverse of its root mean square unless it is made again."""
+        return self.row(width) if self.recompute == "selective" else self.row(width) + 4
+
+    def norm_result(self, width: Any) -> Any:
+        """Return the bytes of a norm's result, which a product reads; none if it is made again."""
+        return self.read(width) if self.recompute == "none" else 0
+
+    def largest_block(self) -> Any:
+        """Return the bytes of a token of the block whose activations are made again in backward, the largest."""
+        whole, c = dataclasses.replace(self, recompute="none"), self.c
+        kinds: list[Part] = [
+            *(["dense"] if c.n_dense_layers else []),
+            *(["moe"] if c.n_dense_layers < c.n_layers else []),
+        ]
+        return functools.reduce(largest, (total(amount for _, amount in whole.part(kind)) for kind in kinds))

@@ -23,9 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsmini.accounting.flops import Form, by_depth, is_absorbed
-from dsmini.accounting.kv_cache import CacheDtype, index_row_bytes, row_bytes, row_width
-from dsmini.accounting.memory import Optimizer, optimizer_bytes
-from dsmini.accounting.parameters import parameters
+from dsmini.accounting.memory import CacheDtype, Optimizer, index_row_bytes, optimizer_bytes, row_bytes, row_width
 from dsmini.accounting.tensors import (
     BLOCK,
     MTP,
@@ -42,6 +40,7 @@ from dsmini.accounting.tensors import (
     collect,
     key_width,
     main_tensors,
+    parameters,
     tensors,
 )
 from dsmini.config import ModelConfig

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from dsmini.accounting.kv_cache import mha_twin
+from dsmini.accounting import mha_twin
 from dsmini.diagnosis.training import dense_baseline, uniformly
 from dsmini.inference.fused.decoder import Decoder
 from dsmini.inference.sampling import Sampling, likeliest

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from dsmini import accounting
-from dsmini.accounting.kv_cache import kv_bytes_per_token, mha_twin
+from dsmini.accounting import kv_bytes_per_token, mha_twin
 from dsmini.diagnosis.arms import Arm, Comparison, Step, measure, patched, predict, words
 from dsmini.diagnosis.contention import cores
 from dsmini.diagnosis.decoding import DecodingSubject, no_forms, no_mha

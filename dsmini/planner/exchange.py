@@ -7,8 +7,8 @@ In two hops (training, prefill) a row crosses the slow link once for each other 
 inside the node the fast link takes it to each GPU with one. In one hop (V3's decoding) every chosen expert gets a row
 of its own. The links work at the same time, so the slower one counts.
 
-To see what another network gives, change the links of a hardware file (machines.toml), or vary hardware; for another
-topology, `copies` is the one place that says how many rows cross which link.
+To see what another network gives, change the links of a hardware file (machines.toml), or --vary slow_link=100e9; for
+another topology, `copies` is the one place that says how many rows cross which link.
 
 Worked example, DeepSeek-V3's training, 64 GPUs in 8 nodes, k = 8: chosen freely a token's experts are on 5.29 nodes;
 with 4 of 8 groups allowed it reaches 3.97, 3.47 of them remote. A row is 7392 bytes in FP8 and 14,336 in BF16: 75 KB
@@ -65,42 +65,32 @@ def _routed(experts: int, chosen: int, groups: int, limited: int, best: int) -> 
     return np.argpartition(allowed, -chosen, axis=1)[:, -chosen:]
 
 
-def reached(c: ModelConfig, places: Any, limited: bool = True) -> Any:
-    """Return the mean number of places that a token reaches, within the groups that its routing allows."""
-    best = 2 if c.topk_method == "noaux_tc" else 1
-    groups = (c.n_expert_groups, c.n_limited_groups) if limited else (1, 1)
-    return call("places_hit", places_hit, c.n_routed_experts, c.n_activated_experts, *groups, best, places)
-
-
-def row_of(c: ModelConfig, dtype: str) -> Any:
-    """Return the bytes of a token's row in a dtype: in FP8 codes, and a scale for each tile."""
-    if dtype == "fp8":
-        return c.dim + 4 * ceiling(c.dim, BLOCK)
-    return c.dim * {"float32": 4, "bfloat16": 2}[dtype]
-
-
-def exchange(s: Sheet, t: Sheet, c: ModelConfig, gpus: Any, dtype: str, one_hop: Any = None) -> Any:
-    """Name the rows of a token that cross the slow and the fast link; return the bytes of a row both ways.
+def exchange(s: Sheet, t: Sheet, c: ModelConfig, gpus: Any, dtype: str, one_hop: Any = None) -> None:
+    """Name the bytes of a token in a MoE layer that cross the slow and the fast link, both ways.
 
     Args:
         s: sheet with the hardware's numbers.
         t: sheet for the figures, the same one or a stage's.
         gpus: GPUs that share the experts.
-        dtype: of rows on their way to the experts.
+        dtype: of rows on their way to the experts, in FP8 codes with a scale for each tile.
         one_hop: experts of a token, each of which gets a row of its own, with shared ones that are reached like routed
             ones; None: two hops.
     """
     t.expert_nodes = largest(1.0, gpus / s.gpus_per_node)
     if one_hop is None:
-        t.nodes_reached = reached(c, t.expert_nodes)
-        t.gpus_reached = reached(c, gpus)
+        best = 2 if c.topk_method == "noaux_tc" else 1
+        how = (c.n_routed_experts, c.n_activated_experts, c.n_expert_groups, c.n_limited_groups, best)
+        t.nodes_reached = call("places_hit", places_hit, *how, t.expert_nodes)
+        t.gpus_reached = call("places_hit", places_hit, *how, gpus)
         t.slow_copies = t.nodes_reached * (1 - 1 / t.expert_nodes)
         t.fast_copies = t.gpus_reached * (1 - 1 / np.minimum(gpus, s.gpus_per_node))
     else:
         t.slow_copies = one_hop * (1 - 1 / t.expert_nodes)
         t.fast_copies = one_hop * (1 / t.expert_nodes - 1 / gpus)
-    t.dispatch_row, t.combine_row = row_of(c, dtype), row_of(c, "bfloat16")
-    return t.dispatch_row + t.combine_row
+    sizes = {"float32": 4 * c.dim, "bfloat16": 2 * c.dim, "fp8": c.dim + 4 * ceiling(c.dim, BLOCK)}
+    t.dispatch_row, t.combine_row = sizes[dtype], sizes["bfloat16"]
+    t.slow_row_bytes = t.slow_copies * (t.dispatch_row + t.combine_row)
+    t.fast_row_bytes = t.fast_copies * (t.dispatch_row + t.combine_row)
 
 
 def training_exchange(s: Sheet, c: ModelConfig, hardware: Hardware, nodes: float, dtype: str) -> None:
@@ -116,13 +106,7 @@ def training_exchange(s: Sheet, c: ModelConfig, hardware: Hardware, nodes: float
         raise ValueError(f"{hardware.title} has no fast link between GPUs, which experts on several need; use expert=1")
     if not hardware.networked and nodes > 1:
         raise ValueError(f"{hardware.title} has no link between nodes, which experts on several need; use fewer GPUs")
-    both = exchange(s, s, c, s.expert, dtype)
-    s.nodes_drawn = reached(c, s.expert_nodes, limited=False)
-    s.node_limit = c.n_limited_groups * np.maximum(1.0, s.expert_nodes / c.n_expert_groups)
-    s.slow_copies_unlimited = c.n_activated_experts * (1 - 1 / s.expert_nodes)
-    s.slow_bytes = s.slow_copies * both
-    s.slow_bytes_unlimited = s.slow_copies_unlimited * both
-    s.fast_bytes = s.fast_copies * both
-    s.dispatch_slow_seconds = s.slow_bytes / s.slow_link if hardware.networked else 0.0
-    s.dispatch_fast_seconds = s.fast_bytes / s.fast_link
-    s.dispatch_seconds = np.maximum(s.dispatch_slow_seconds, s.dispatch_fast_seconds)
+    exchange(s, s, c, s.expert, dtype)
+    s.slow_row_seconds = s.slow_row_bytes / s.slow_link if hardware.networked else 0.0
+    s.fast_row_seconds = s.fast_row_bytes / s.fast_link
+    s.dispatch_seconds = np.maximum(s.slow_row_seconds, s.fast_row_seconds)

@@ -7,7 +7,7 @@
 A formula works on plain numbers, on arrays and on figures alike, because it uses operators and NumPy's functions. So
 one copy of a formula serves a count, a search over thousands of layouts, and an explanation:
 
-    Sheet()                   every number is a Figure; explanation.py writes its formula
+    Sheet()                   every number is a Figure; words.py writes its formula
     Sheet(explained=False)    numbers and arrays stay as they are
 
 Names, titles and units are in titles.toml. A name that is not there raises, so a misspelt figure is never lost.
@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from dsmini.planner.display import WAYS
+from dsmini.planner.words import WAYS
 from dsmini.reading import read_toml
 
-STAGES = ("decode", "prefill", "verify", "draft")
+STAGES = ("decode", "prefill", "verify")
 PLACES = ("only", "first", "second", "middle", "last")
 """GPUs of a pipeline by their place in it."""
 EACH = {

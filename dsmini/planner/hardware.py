@@ -39,12 +39,9 @@ NUMBERS: Mapping[str, tuple[str, Mapping[str, float]]] = {
     "multiprocessors": ("multiprocessors", COUNT),
     "fast_link": ("fast_link", RATES),
     "slow_link": ("slow_link", RATES),
-    "fast_link_effective": ("fast_link", RATES),
-    "slow_link_effective": ("slow_link", RATES),
     "price": ("gpu_price", {"$/h": 1 / 3600, "$/s": 1.0}),
-    "power": ("gpu_power", {"W": 1.0, "kW": 1e3}),
 }
-"""Numbers of a file: the figure that each gives, and the units that it may have. Effective links come after nominal."""
+"""Numbers of a file: the figure that each gives, and the units that it may have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,11 +100,9 @@ class Hardware:
             raise ValueError(f"{self.title} has no {dtype} units; use one of {', '.join(self.peaks)}")
         return getattr(sheet, f"peak_{dtype}")
 
-    def at_price(self, dollars_an_hour: float | None) -> "Hardware":
-        """Return hardware with another rent, if one is given."""
-        if dollars_an_hour is None:
-            return self
-        return replace(self, numbers={**self.numbers, "gpu_price": (dollars_an_hour / 3600, USER)})
+    def having(self, source: str, **numbers: float) -> "Hardware":
+        """Return hardware with other numbers, in base units."""
+        return replace(self, numbers={**self.numbers, **{name: (value, source) for name, value in numbers.items()}})
 
 
 @functools.cache
@@ -160,20 +155,16 @@ def read(raw: dict[str, Any], name: str, file: str) -> Hardware:
     refuse_unknown(raw, ["title", "peaks", *NUMBERS], file, "")
     if not isinstance(title, str) or not title.strip():
         raise ValueError(f"{file} has no title; add title = the name of the hardware")
-    if not isinstance(peaks, dict) or not peaks:
-        raise ValueError(f"{file} has no peaks; add a table [peaks.bfloat16] with value, unit and source")
+    for key in ("peaks", "memory", "memory_bandwidth", "gpus_per_node"):
+        require(isinstance(raw.get(key), dict) and bool(raw[key]), f"{file} has no {key}; add a table [{key}]")
     refuse_unknown(peaks, list(DTYPES), file, "peaks.")
     there = raw | {f"peaks.{dtype}": table for dtype, table in peaks.items()}
-    for key in ("memory", "memory_bandwidth", "gpus_per_node"):
-        require(key in raw, f"{file} has no {key}; add a table [{key}]")
     numbers: dict[str, tuple[float, str]] = {}
     for key, (figure, units) in NUMBERS.items():
         if key in there:
             number = build(Number, there[key], f"[{key}] of {file}", f"{key}.")
-            require(
-                number.unit in units,
-                f"{key}.unit in {file} is {brief(number.unit)}, want {', '.join(filter(None, units)) or 'none'}",
-            )
+            want = ", ".join(filter(None, units)) or "none"
+            require(number.unit in units, f"{key}.unit in {file} is {brief(number.unit)}, want {want}")
             scaled = number.value * units[number.unit]
             whole = scaled.is_integer() and scaled < 2.0**53
             require(whole or units is not COUNT, f"{key}.value in {file} is {number.value}, want a whole number")
@@ -181,11 +172,8 @@ def read(raw: dict[str, Any], name: str, file: str) -> Hardware:
     return Hardware(name=name, title=title, numbers=numbers)
 
 
-def this_machine(on_part: OnPart | None = None) -> Hardware:
-    """Return this machine: its memory, and its measured rates; without `on_part` 1 in place of each rate.
-
-    That is enough to see what fits. Rates are those of its stored roofs, or are measured now.
-    """
+def this_machine(on_part: OnPart) -> Hardware:
+    """Return this machine: its memory, and its rates, which are stored or measured now."""
     import torch
 
     from dsmini import machine
@@ -197,13 +185,10 @@ def this_machine(on_part: OnPart | None = None) -> Hardware:
     if not memory:
         raise ValueError("the memory of this machine is unknown; write its numbers into a .toml file of your own")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
-    title, rates = "", {"peak_float32": 1.0, "peak_bfloat16": 1.0, "memory_bandwidth": 1.0}
-    if on_part is not None:
-        roofs = load_or_measure(device, on_part=on_part)
-        usable = [name for name, dtype in machine.DTYPES.items() if why_unusable(dtype, roofs.peak) is None]
-        rates = {f"peak_{dtype}": roofs.peak[dtype] for dtype in DTYPES if dtype in usable}
-        rates["memory_bandwidth"] = roofs.bandwidth
-        title = roofs.card["device" if device.type == "cuda" else "processor"]
+    roofs = load_or_measure(device, on_part=on_part)
+    usable = [name for name, dtype in machine.DTYPES.items() if why_unusable(dtype, roofs.peak) is None]
+    numbers: dict[str, float] = {f"peak_{dtype}": roofs.peak[dtype] for dtype in DTYPES if dtype in usable}
+    numbers |= {"memory_bandwidth": roofs.bandwidth, "gpu_memory": memory, "gpus_per_node": count}
     source = f"measured here by dsmini.measure, {datetime.date.today()}"
-    numbers: dict[str, float] = {"gpu_memory": memory, "gpus_per_node": count, **rates}
+    title = roofs.card["device" if device.type == "cuda" else "processor"]
     return Hardware(name="this", title=title, numbers={key: (value, source) for key, value in numbers.items()})

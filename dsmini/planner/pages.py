@@ -1,45 +1,131 @@
-"""Plans in words: ten lines for a terminal, tables of figures, and the page whose numbers open their formulas.
+"""Answers of the command: what it prints, what --json prints, and the page that --out writes.
 
-A figure that a plan lacks, such as the cost on hardware without a price, is left out of lines, tables and sentences.
-Questions, and the figures that a section shows first, are in words.toml.
+A plan is ten lines, each about one question. With --all, and on the page, they are the findings of its sections, above
+the figures that words.toml names. A figure that a plan lacks, such as the cost on hardware without a price, is left out
+of lines, tables and sentences.
 """
 
+import errno
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dsmini.planner.display import in_unit, short, shown
-from dsmini.planner.explanation import named, step_of
-from dsmini.planner.figure import Figure, Sheet
-from dsmini.planner.plan import Plan
-from dsmini.planner.request import is_v3, presets
-from dsmini.planner.serving import STAGES
-from dsmini.planner.vary import UNFIT, Variation
-from dsmini.reading import read_toml
-from dsmini.report import Detail, HeatMap, Plot, Report, Section, Series, Table
-from dsmini.report.units import plural
+from rich.console import Console
 
+from dsmini.atomic import try_writing, write_json, write_text
+from dsmini.console.messages import say
+from dsmini.planner.figure import Figure
+from dsmini.planner.hardware import OnPart, quiet
+from dsmini.planner.here import steps_here, with_forecast
+from dsmini.planner.plan import SECTIONS, Plan, Variation, plan, read_axis, vary
+from dsmini.planner.published import PublishedFigure, Status, published_figures
+from dsmini.planner.request import ONE_PROCESS, Setup, is_v3, presets
+from dsmini.planner.search import search
+from dsmini.planner.setup import changed
+from dsmini.planner.words import explain, find, in_unit, in_words, named, shown, step_of, text
+from dsmini.reading import read_toml
+from dsmini.report import Detail, Report, Section, Table
+from dsmini.report.figures import plain
+from dsmini.report.units import human, plural
+
+Record = dict[str, Any]
+FILES = ("plan.html", "plan.json")
 LEAD = "Predicted from sizes and data sheets. Nothing was measured. Each number opens its formula."
 LEAD_HERE = "Predicted from sizes, and from rates that were measured on this machine. Each number opens its formula."
 NEXT = "--explain kv_cache (or list), --all for the tables, --out plan for a page, --search, --vary context=4096,32768"
 NARROW = 0.05
-"""Share of the memory that is left, or of the MFU that is missed, which is worth a warning."""
-MOST_PLOTS = 8
-"""Most figures of a variation that are drawn; the table has all."""
-BAR = 12
-"""Length of the longest bar of a terminal, in characters."""
-WIDE = 20.0
-"""Ratio of the largest to the smallest value from which on an axis is logarithmic."""
+"""Share of the memory that is left which is worth a warning."""
+UNFIT = "! "
+"""Mark of a figure whose plan does not fit."""
 
 
-@functools.cache
-def words() -> dict[str, Any]:
-    """Return the questions of sections, and the figures that they show first."""
-    return read_toml(Path(__file__).parent / "words.toml")
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Answer to one question."""
+
+    record: Any
+    """Answer as JSON."""
+    lines: Sequence[str] = ()
+    """Lines to print before the sections."""
+    sections: Sequence[Section] = ()
+    """Sections for a terminal."""
+    page: Callable[[], Report] | None = None
+    """Report for the page; made on demand, since its formulas and plots take longer than a plan."""
+
+    def show(self, console: Console) -> None:
+        """Print the answer."""
+        for line in self.lines:
+            say(console, line)
+        Report(title="", sections=self.sections).show(console)
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write plan.html and plan.json into a folder that check_folder has seen; return their paths."""
+        assert self.page is not None, "an answer without a page"
+        page, record = (folder / name for name in FILES)
+        write_text(page, self.page().html())
+        write_json(record, self.record)
+        return [page, record]
 
 
-# --- ten lines
+def check_folder(folder: Path) -> None:
+    """Make a folder for the page if it is not there. Raises: ValueError for one that cannot be written."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            if (folder / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{name} in it is a folder")
+            try_writing(folder / name)
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from None
+
+
+# --- a plan
+
+
+def planned(made: Setup, command: str, on_part: OnPart = quiet, *, whole: bool = False) -> Answer:
+    """Return the plan in ten lines, or with all tables; of this machine, with forecasts of its steps.
+
+    Raises: ValueError if neither training nor serving fits.
+    """
+    if made.refused:
+        raise ValueError(made.refused)
+    found, more, extra = plan(made), list[Section](), Record()
+    if made.hardware.name == "this" and (steps := steps_here(found, on_part)):
+        more, extra = [here_section(steps)], {"here": {name: row for name, (_, row) in steps.items()}}
+        found = plan(with_forecast(found, steps))
+    return Answer(
+        record=plan_record(found) | extra,
+        lines=[heading(found)] if whole else ten_lines(found),
+        sections=[*(sections(found, full=False) if whole else ()), *more],
+        page=lambda: plan_page(found, command, more),
+    )
+
+
+def plan_record(found: Plan) -> Record:
+    """Return a plan: its setup, what binds, and its figures by section and name."""
+    made = found.setup
+    return {
+        "config": made.model.source,
+        "hardware": made.hardware.name,
+        "layout": made.request.given(ONE_PROCESS) | {"chosen": made.sources["layout"]},
+        "fits": found.fits,
+        "misfit": dict(made.misfit),
+        "unserved": made.unserved,
+        "binds": {stage: binding.first for stage, binding in found.binds.items()},
+        "figures": {section: figures_record(found.sheet.section(section)) for section in SECTIONS},
+    }
+
+
+def figures_record(figures: Mapping[str, Figure]) -> Record:
+    """Return figures by name: value, unit in base units, title and source."""
+    return {
+        name: {"value": plain(f.value), "unit": f.title.unit, "title": f.title.title, "source": f.source}
+        for name, f in figures.items()
+    }
 
 
 def heading(plan: Plan) -> str:
@@ -49,39 +135,48 @@ def heading(plan: Plan) -> str:
 
 def ten_lines(plan: Plan) -> list[str]:
     """Return the plan in about ten lines: the model, what fits, time, cost, what binds, and what to ask next."""
-    lines = [("model", _model(plan.sheet)), ("training", _layout(plan)), ("time", _training(plan))]
-    if plan.fits:
-        lines += [("failures", _failures(plan.sheet)), ("binds", _binds(plan, "training"))]
-    if not plan.setup.served:
-        lines.append(("serving", f"not planned: {plan.setup.unserved}"))
-    for stage in STAGES if plan.setup.served else ():
-        lines += [(stage, SERVING[stage](plan)), ("binds", _binds(plan, stage))]
+    lines = [line for section in lines_of(plan).values() for line in section]
     lines += [*(("note", warning) for warning in warnings(plan)), ("next", NEXT)]
     return [heading(plan), *(f"{label:9} {line}" for label, line in lines)]
 
 
-def findings(plan: Plan) -> dict[str, str]:
-    """Return the answer of each section in a sentence or two."""
-    found = {"model": _model(plan.sheet), "training": _training(plan)}
-    served = " ".join(f"{stage.capitalize()}: {SERVING[stage](plan)}" for stage in STAGES) if plan.setup.served else ""
-    found["inference"] = served or f"Serving is not planned: {plan.setup.unserved}."
-    if plan.sheet.get("v32_flops_ratio") is not None:
-        found["attention"] = _attention(plan)
+def lines_of(plan: Plan) -> dict[str, list[tuple[str, str]]]:
+    """Return the lines of each section, each with its label."""
+    s, made, r = plan.sheet, plan.setup, plan.setup.request
+    saving = f", {s.cache_saving:%} less than multi-head attention" if s.cache_saving > 0 else ""
+    model = (
+        f"{s.parameters_main:words} parameters, of which a token uses {s.parameters_active:words}: {s.training_flops} "
+        f"in training. A token's cache takes {s.kv_cache:amount}{saving}."
+    )
+    found = {"model": [("model", model)], "training": [("training", _layout(plan)), ("time", _time(plan))]}
     if plan.fits:
-        found["reliability"] = _failures(plan.sheet)
+        found["training"].append(("binds", plan.binds["training"].words))
+        failures = (
+            f"A failure every {s.mean_time_to_failure}: {s.effective_share:%} of the time trains, with a "
+            f"checkpoint every {s.checkpoint_interval}. The whole run takes {s.elapsed_time}."
+        )
+        found["reliability"] = [("failures", failures)]
+    if not made.served:
+        return found | {"inference": [("serving", f"not planned: {made.unserved}")]}
+    gain = s.get("speculation_gain")
+    drafts = "" if gain is None else f"; {plural(r.drafts, 'draft')} a step: {float(gain):.3g} times"
+    decode = (
+        f"{plural(r.decode_gpus or 1, 'GPU')}, {made.sources['decode']}. {s.decode_sequences:,.0f} sequences of "
+        f"{s.context} a GPU take {s.decode_gpu_memory} of {s.gpu_memory}: {s.decode_tokens_per_second} each, "
+        f"{s.decode_gpu_tokens_per_second} a GPU{_if_there(', ', s.get('decode_cost'))}{drafts}."
+    )
+    prefill = (
+        f"{plural(r.prefill_gpus or 1, 'GPU')}, {made.sources['prefill']}. The first token of {s.prompt} comes after "
+        f"{s.prefill_time_to_first_token}; {s.prefill_gpu_tokens_per_second} of prompts a GPU"
+        f"{_if_there(', ', s.get('prefill_cost'))}."
+    )
+    binds = {stage: ("binds", plan.binds[stage].words) for stage in ("decode", "prefill")}
+    found["inference"] = [("decode", decode), binds["decode"], ("prefill", prefill), binds["prefill"]]
     return found
 
 
 def _if_there(before: str, figure: Figure | None) -> str:
     return "" if figure is None else f"{before}{figure}"
-
-
-def _model(s: Sheet) -> str:
-    saving = f", {s.cache_saving:%} less than multi-head attention" if s.cache_saving > 0 else ""
-    return (
-        f"{s.parameters_main:words} parameters, of which a token uses {s.parameters_active:words}: {s.training_flops} "
-        f"in training. A token's cache takes {s.kv_cache:amount}{saving}."
-    )
 
 
 def _layout(plan: Plan) -> str:
@@ -98,255 +193,241 @@ def _layout(plan: Plan) -> str:
     return f"{plural(r.gpus or 1, 'GPU')} ({', '.join(options)}), {sources['layout']}; {steps}"
 
 
-def _training(plan: Plan) -> str:
+def _time(plan: Plan) -> str:
     s, gpus = plan.sheet, plan.setup.request.gpus or 1
-    needs = f"{'It' if gpus == 1 else 'The fullest GPU'} needs {s.memory_needed} of {s.gpu_memory:3}."
+    needs = f"{'It' if gpus == 1 else 'The fullest GPU'} needs {s.memory_needed} of {s.gpu_memory}."
     if not plan.fits:
         return f"It does not fit: {plan.setup.misfit['training']}. {needs}"
-    who = f"{gpus:,} GPUs take"
-    if gpus == 1:
-        who = "This machine takes" if plan.setup.hardware.name == "this" else "One device takes"
-    by = f"at an MFU of {_assumed(plan)}"
-    if plan.is_slowed:
-        by = f"by the parts of a step, at an MFU of {s.roof_utilization:3}"
+    by = "by the parts of a step"
+    if plan.setup.request.utilization is not None:
+        by = f"as {s.utilization.source} says"
     cost = _if_there(" and ", s.get("training_cost"))
-    return f"{who} {s.training_time}{cost} for {s.tokens:words} tokens, {by}. {needs}"
-
-
-def _assumed(plan: Plan) -> str:
-    used = plan.sheet.utilization
-    return f"{in_unit(float(used), '')} ({used.source if plan.setup.request.utilization is not None else 'as in V3'})"
-
-
-def _failures(s: Sheet) -> str:
-    return (
-        f"A failure every {s.mean_time_to_failure}: {s.effective_share_at_any_rate:%} of the time trains, with a "
-        f"checkpoint every {s.checkpoint_interval}. The whole run takes {s.elapsed_time}."
-    )
-
-
-def _decode(plan: Plan) -> str:
-    s, r = plan.sheet, plan.setup.request
-    gain = s.get("speculation_gain")
-    drafts = "" if gain is None else f"; {plural(r.drafts, 'draft')} a step: {gain:.3g} times"
-    return (
-        f"{plural(r.decode_gpus or 1, 'GPU')}, {plan.setup.sources['decode']}. {s.decode_sequences:,.0f} sequences of "
-        f"{s.context} a GPU take {s.decode_gpu_memory} of {s.gpu_memory:3}: {s.decode_tokens_per_second} each, "
-        f"{s.decode_gpu_tokens_per_second} a GPU{_if_there(', ', s.get('decode_cost'))}{drafts}."
-    )
-
-
-def _prefill(plan: Plan) -> str:
-    s, r = plan.sheet, plan.setup.request
-    return (
-        f"{plural(r.prefill_gpus or 1, 'GPU')}, {plan.setup.sources['prefill']}. The first token of {s.prompt} comes "
-        f"after {s.prefill_time_to_first_token}; {s.prefill_gpu_tokens_per_second} of prompts a GPU"
-        f"{_if_there(', ', s.get('prefill_cost'))}."
-    )
-
-
-SERVING = {"decode": _decode, "prefill": _prefill}
-
-
-def _attention(plan: Plan) -> str:
-    s, crossover = plan.sheet, plan.sheet.get("v32_crossover")
-    saves = (
-        f"saves operations from {crossover} on" if crossover else "costs more operations than it saves at any length"
-    )
-    whose = "its" if plan.setup.model.config.attention == "dsa" else "V3.2's"
-    return (
-        f"At {s.context if plan.setup.served else s.seq_len} a layer's attention of a token takes "
-        f"{in_unit(float(s.v32_index_flops + s.v32_attention_flops), 'FLOP')} with {whose} indexer, "
-        f"{s.v32_dense_flops} without. It {saves}. Its keys make the cache {s.v32_cache_ratio - 1:%} larger: "
-        f"{s.v32_kv_cache:amount} a token in FP8."
-    )
-
-
-def _binds(plan: Plan, stage: str) -> str:
-    """Return what binds a step, by how much, and what is next."""
-    b = plan.binds[stage]
-    return f"{b.first}: without it at most {in_unit(b.ratio, '')} times as fast{b.second and f'; next: {b.second}'}"
+    who = f"{plural(gpus, 'GPU')} take{'s' * (gpus == 1)}"
+    return f"{who} {s.training_time}{cost} for {s.tokens:words} tokens, at an MFU of {float(s.mfu):.3g} {by}. {needs}"
 
 
 def warnings(plan: Plan, section: str = "") -> Iterator[str]:
     """Yield what a reader must know, of one section or of all."""
     s = plan.sheet
-    if plan.fits and section in ("", "training"):
-        if s.memory_free < NARROW * s.gpu_memory:
-            yield f"Memory is a lower bound, and only {s.memory_free} of {s.gpu_memory:3} are left."
-        if s.roof_utilization < (1 - NARROW) * s.utilization:
-            used = ", which days and rent are computed with" if plan.is_slowed else ""
-            yield f"The parts of a step reach an MFU of {s.roof_utilization:3}{used}, not {_assumed(plan)}."
+    if plan.fits and section in ("", "training") and s.memory_free < NARROW * s.gpu_memory:
+        yield f"Memory is a lower bound, and only {s.memory_free} of {s.gpu_memory} are left."
     if section in ("", "inference"):
-        yield from (f"{said[0].upper()}{said[1:]}." for stage in STAGES if (said := plan.setup.misfit.get(stage)))
+        said = (plan.setup.misfit.get(stage) for stage in ("decode", "prefill"))
+        yield from (f"{sentence[0].upper()}{sentence[1:]}." for sentence in said if sentence)
 
 
-# --- the page, and the tables of --all
+@functools.cache
+def words() -> dict[str, Any]:
+    """Return the questions of sections, and the figures that they show first."""
+    return read_toml(Path(__file__).parent / "words.toml")
 
 
-def plan_report(plan: Plan, *, full: bool, more: Sequence[Section] = (), command: str = "") -> Report:
-    """Return a plan as a report.
+def sections(plan: Plan, *, full: bool) -> list[Section]:
+    """Return the sections of a plan.
 
     Args:
-        full: all figures with their formulas and inputs, for a page; else the tables of a terminal.
-        more: sections to add, such as a search or a variation.
+        full: all figures with their formulas, for a page; else the first ones of each section, for a terminal.
     """
+    found: list[Section] = []
+    for name, lines in lines_of(plan).items():
+        figures, question = plan.sheet.section(name), words()["questions"][name]
+        first = words()["headlines"]["unfit" if name == "training" and not plan.fits else name]
+        details = [_detail(figures.pop(key), full) for key in first if key in figures and figures[key].value]
+        others = [_detail(figure, full) for figure in figures.values()] if full else []
+        section = Section(
+            name=f"{name}_section",
+            title=question,
+            finding=" ".join(f"{label.capitalize()}: {line}" for label, line in lines),
+            details={"" if full else question: details} if details else {},
+            folded={plural(len(others), "other figure"): others} if others else {},
+            warnings=list(warnings(plan, name)),
+        )
+        found.append(section)
+    return found
+
+
+def _detail(figure: Figure, full: bool) -> Detail:
+    step = step_of(figure)
+    if not full:
+        return Detail(name=step.name, title=step.title, value=step.value)
+    exact = [step.exact] if step.formula and step.exact != step.value else []
+    note = f"Source: {step.source}" if step.source else ""
+    lines = [f"= {line}" for line in [*step.lines, *exact]]
+    return Detail(name=step.name, title=step.title, value=step.value, lines=lines, note=note, needs=step.needs)
+
+
+def plan_page(plan: Plan, command: str, more: Sequence[Section]) -> Report:
+    """Return the page of a plan, with more sections, such as a search or a variation."""
     every = named(plan.figures.values())
-    inputs = [_detail(figure) for figure in every.values() if figure.op == "input"]
-    binds = " ".join(f"{stage.capitalize()}: {_binds(plan, stage)}." for stage in plan.binds)
-    sections = [
-        *(_section(plan, name, finding, full) for name, finding in findings(plan).items()),
-        Section(name="binding_section", title="What binds?", finding=binds, about=words()["binds"]),
-        *more,
-        Section(
-            name="inputs_section",
-            title="What is it computed from?",
-            finding=f"{len(inputs)} inputs, each with its source, give {len(every) - len(inputs)} figures.",
-            folded={plural(len(inputs), "input"): inputs},
-        ),
-    ]
-    lead = LEAD_HERE if plan.setup.hardware.name == "this" else LEAD
+    inputs = [_detail(figure, full=True) for figure in every.values() if figure.op == "input"]
+    last = Section(
+        name="inputs_section",
+        title="What is it computed from?",
+        finding=f"{len(inputs)} inputs, each with its source, give {len(every) - len(inputs)} figures.",
+        folded={plural(len(inputs), "input"): inputs},
+    )
     return Report(
         title=heading(plan),
-        lead=lead if full else "",
-        sections=sections if full else sections[:-1],
-        highlights=list(_highlights(plan)),
+        lead=LEAD_HERE if plan.setup.hardware.name == "this" else LEAD,
+        sections=[*sections(plan, full=True), *more, last],
         facts_title="What is planned",
         facts={"Training": {name: str(value) for name, value in plan.setup.request.given().items()}},
         command=command,
     )
 
 
-def _highlights(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield the large numbers of a page, of training its time where it has no price."""
-    for name, said in words()["highlights"].items():
-        figure = plan.sheet.get(name)
-        instead = name == "training_time" and plan.sheet.get("training_cost") is not None
-        if figure is not None and not instead and (plan.fits or not name.startswith("training_")):
-            yield f"{figure:amount}" if name == "kv_cache" else shown(figure), said
-
-
-def _section(plan: Plan, name: str, finding: str, full: bool) -> Section:
-    """Return the section of a question."""
-    figures, question = plan.sheet.section(name), words()["questions"][name]
-    first = words()["headlines"]["unfit" if name == "training" and not plan.fits else name]
-    headlines = [figures.pop(key) for key in first if key in figures and figures[key].value]
-    details = [_detail(f) if full else Detail(name=f.name, title=f.title.title, value=short(f)) for f in headlines]
-    others = [_detail(figure) for figure in figures.values()] if full else []
+def here_section(steps: Mapping[str, tuple[Any, Mapping[str, float]]]) -> Section:
+    """Return the forecasts of this machine as a section: each step next to its roofs, and what takes longest."""
+    columns, rows = ("step", "of", "forecast", "by roofs", "tensors", "process", "longest"), list[tuple[str, ...]]()
+    for name, (found, row) in steps.items():
+        longest = [f"{kind} {seconds / found.seconds:.0%}" for kind, seconds in list(found.by_class.items())[:3]]
+        size = f"{found.shape.batch} x {found.shape.tokens:,} tokens, {found.shape.dtype}"
+        amounts = (human(value, "s" if "seconds" in key else "bytes") for key, value in row.items())
+        rows.append((name, size, *amounts, ", ".join(longest)))
     return Section(
-        name=f"{name}_section",
-        title=question,
-        finding=finding,
-        details={"" if full else question: details} if details else {},
-        folded={plural(len(others), "other figure"): others} if others else {},
-        warnings=list(warnings(plan, name)),
+        name="here_section",
+        title="What will this machine take?",
+        finding=f"{rows[0][0].capitalize()}: {rows[0][2]}; by roofs alone {rows[0][3]}.",
+        tables=[Table(columns=columns, rows=rows, numeric=columns[2:6])],
+        about=(
+            "Forecast from the operations that the step would run here, at rates of this machine that were measured "
+            "on other models; nothing of this model has run. Memory is at the peak of a step. "
+            "python -m benchmarks plan compares such forecasts with what is then measured."
+        ),
     )
 
 
-def _detail(figure: Figure) -> Detail:
-    step = step_of(figure)
-    exact = [step.exact] if step.formula and step.exact != step.value else []
-    lines = [*(f"= {line}" for line in [*step.lines, *exact]), *step.choices]
-    note = f"Source: {step.source}" if step.source else ""
-    return Detail(name=step.name, title=step.title, value=step.value, lines=lines, note=note, needs=step.needs)
+# --- one figure
+
+
+def explained(made: Setup, name: str, width: int) -> Answer:
+    """Return the explanation of a figure, or all names for "list".
+
+    Raises: ValueError for an unknown figure, with the nearest known ones.
+    """
+    figures = plan(made).figures
+    if name != "list":
+        found = explain(find(figures.values(), name))
+        record = {kind: [asdict(step) for step in steps] for kind, steps in found.items()}
+        return Answer(record=record, lines=[text(found, width)])
+    every = named(figures.values())
+    rows = [(key, shown(figure), figure.title.title) for key, figure in every.items()]
+    table = Table(columns=("name", "value", "figure"), rows=rows, numeric=("value",))
+    section = Section(name="names", title="Figures", finding=f"{len(every)} figures and inputs.", tables=[table])
+    return Answer(record=figures_record(every), sections=[section])
 
 
 # --- comparisons
 
 
-def search_section(found: Sequence[dict[str, Any]]) -> Section:
-    """Return the section of a search: layouts that fit, fastest first."""
+def searched(made: Setup, command: str, on_part: OnPart = quiet) -> Answer:
+    """Return the layouts that fit, fastest first, and the plan of the fastest on the page.
+
+    Raises: ValueError if no layout fits, with what would fit.
+    """
+    found = search(made, on_part=on_part)
+    best = plan(changed(made, found[0][0].request.given(), made.hardware, "the fastest of all that fit"))
+    records = [record for _, record in found]
     rows = [
         (
-            *(str(i), in_unit(c["step_seconds"], "s"), c["binds"], in_unit(c["memory"], "B")),
-            f"{c['utilization']:.3f}",
+            *(str(i), in_unit(c["step_seconds"], "s"), c["binds"], in_unit(c["memory"], "B"), f"{c['mfu']:.3f}"),
             f"pipeline {c['pipeline']}, expert {c['expert']}, tensor {c['tensor']}, zero {c['zero']}, micro-batch "
             f"{c['micro_batch']}, {c['schedule']}, {c['recompute']}, {c['precision']}",
         )
-        for i, c in enumerate(found, 1)
+        for i, c in enumerate(records, 1)
     ]
     _, step, binds, memory, *_ = rows[0]
     columns = ("", "step", "binds", "memory", "MFU", "layout")
-    return Section(
+    section = Section(
         name="search_section",
-        title=f"Which layouts fit {found[0]['gpus']:,} GPUs?",
+        title=f"Which layouts fit {records[0]['gpus']:,} GPUs?",
         finding=f"The fastest takes {step} a step with {memory} on the fullest GPU. What binds: {binds}.",
         tables=[Table(columns=columns, rows=rows, numeric=("", "step", "memory", "MFU"))],
         about="One layout for each sizes of parallelism, with its fastest choices that fit. Memory is a lower bound.",
     )
+    return Answer(
+        record={"layouts": records},
+        lines=[heading(best)],
+        sections=[section],
+        page=lambda: plan_page(best, command, [section]),
+    )
 
 
-def variation_section(variation: Variation, *, full: bool) -> Section:
-    """Return the section of a variation: over one axis as table and plots, over two as heat maps.
-
-    Args:
-        full: with the plots of a page.
-    """
-    names, one = variation.names, len(variation.axes) == 1
-    unfit = any(variation.plans[place].unfit(name) for name in names for place in variation.found(name))
-    problems = [f"{variation.at(place)}: {reason}" for place, reason in variation.problems.items()]
-    return Section(
+def varied(made: Setup, axes: Sequence[str], names: Sequence[str], command: str, on_part: OnPart = quiet) -> Answer:
+    """Return the plans of all values of one thing or of two: for each figure a line for each plan."""
+    found, rows = vary(made, [read_axis(axis) for axis in axes], names, on_part), list[tuple[str, str, str]]()
+    for name in found.names:
+        for i, (place, figure) in enumerate(found.found(name).items()):
+            value = UNFIT * found.plans[place].unfit(name) + shown(figure)
+            of = ", ".join(axis.labels[j] for axis, j in zip(found.axes, place, strict=True))
+            rows.append(("" if i else figure.title.title, of, value))
+    unfit, of_what = any(value.startswith(UNFIT) for _, _, value in rows), ", ".join(axis.name for axis in found.axes)
+    section = Section(
         name="variation_section",
-        title=f"What changes with {' and '.join(axis.name for axis in variation.axes)}?",
-        finding=_range(variation, names[0]),
-        plots=[_plot(variation, name) for name in names[:MOST_PLOTS]] if one and full else (),
-        heat_maps=() if one else [_heat_map(variation, name) for name in names[:MOST_PLOTS]],
-        tables=[_bars(variation)] if one else (),
-        warnings=[*problems, *[f"{UNFIT.strip()} does not fit into the memory of a GPU"] * unfit],
-        about="All else is as in the plan: layout and deployments stay; sequences follow the context.",
+        title=f"What changes with {of_what}?",
+        finding="All else is as in the plan: layout and deployments stay; sequences follow the context.",
+        tables=[Table(columns=("figure", of_what, "value"), rows=rows, numeric=("value",))],
+        warnings=[
+            *(f"{found.at(place)}: {reason}" for place, reason in found.problems.items()),
+            *[f"{UNFIT.strip()} does not fit into the memory of a GPU"] * unfit,
+        ],
+    )
+    return Answer(
+        record=variation_record(found),
+        lines=[f"{made.model.name} on {made.hardware.title}"],
+        sections=[section],
+        page=lambda: plan_page(plan(made), command, [section]),
     )
 
 
-def _range(variation: Variation, name: str) -> str:
-    """Tell between which values a figure lies."""
-    found = variation.found(name)
-    low, high = (most(found, key=lambda place: found[place].value) for most in (min, max))
-    title = found[low].title.title
-    if found[low].value == found[high].value:
-        return f"{title}: {found[low]} everywhere."
-    return f"{title}: from {found[low]} at {variation.at(low)} to {found[high]} at {variation.at(high)}."
+def variation_record(variation: Variation) -> Record:
+    """Return a variation: the axes, and for each place its figures or why there are none."""
+    plans: list[Record] = []
+    for place in sorted({*variation.plans, *variation.problems}):
+        found = {axis.name: axis.values[i] for axis, i in zip(variation.axes, place, strict=True)}
+        found["problem"] = variation.problems.get(place)
+        if place in variation.plans:
+            found["fits"] = variation.plans[place].fits
+            found |= {name: f.value for name in variation.names if (f := variation.found(name).get(place)) is not None}
+        plans.append(found)
+    return {"axes": {axis.name: list(axis.values) for axis in variation.axes}, "plans": plans}
 
 
-def _bars(variation: Variation) -> Table:
-    """Return a line for each figure and value, with a bar."""
-    (axis,) = variation.axes
-    rows: list[tuple[str, ...]] = []
-    for name in variation.names:
-        found = variation.found(name)
-        largest, title = max(abs(float(figure)) for figure in found.values()) or 1.0, ""
-        for place, figure in found.items():
-            title = figure.title.title if place == next(iter(found)) else ""
-            bar = "█" * round(BAR * abs(float(figure)) / largest)
-            rows.append((title, axis.labels[place[0]], variation.cell(name, place), bar))
-    return Table(columns=("figure", axis.name, "value", ""), rows=rows, numeric=(axis.name, "value"))
-
-
-def _plot(variation: Variation, name: str) -> Plot:
-    """Return the plot of a figure: a line over numbers, bars over names."""
-    (axis,), found = variation.axes, variation.found(name)
-    title = next(iter(found.values())).title
-    points = [(float(axis.values[i]) if axis.numeric else float(i), float(figure)) for (i,), figure in found.items()]
-    x, y = zip(*(sorted(points) if axis.numeric else points), strict=True)
-    words: dict[str, Any] = {"title": title.title, "y": title.unit}
-    if axis.numeric:
-        return Plot(**words, x=axis.name, series=[Series(label="", x=x, y=y)], log_x=_is_wide(x), log_y=_is_wide(y))
-    return Plot(**words, x="", series=[Series(label="", x=x, y=y, kind="bars")], labels=axis.labels)
-
-
-def _is_wide(values: Iterable[float]) -> bool:
-    found = list(values)
-    return min(found) > 0 and max(found) > WIDE * min(found)
-
-
-def _heat_map(variation: Variation, name: str) -> HeatMap:
-    (down, across), found = variation.axes, variation.found(name)
-    places = [[(i, j) for j in range(len(across.values))] for i in range(len(down.values))]
-    return HeatMap(
-        title=next(iter(found.values())).title.title,
-        x=across.name,
-        y=down.name,
-        columns=across.labels,
-        rows=down.labels,
-        values=[[found[place].value if place in found else None for place in row] for row in places],
-        cells=[[variation.cell(name, place) for place in row] for row in places],
+def published() -> Answer:
+    """Return the published figures next to ours."""
+    figures = published_figures()
+    here, on_page = (_published_section(figures, full=full) for full in (False, True))
+    return Answer(
+        record=[figure.record for figure in figures],
+        sections=[here],
+        page=lambda: Report(title="Published figures, and ours", sections=[on_page]),
     )
+
+
+def _published_section(figures: Sequence[PublishedFigure], *, full: bool) -> Section:
+    """Return the published figures; with sources and notes on a page, which a terminal has no room for."""
+    of: dict[Status, int] = {f.status: sum(other.status == f.status for other in figures) for f in figures}
+    columns = ("figure", "published", "ours", "error, %", "within", "verdict")
+    rows = [(*_published_row(f), *((f.source, f.note) if full else ())) for f in figures]
+    return Section(
+        name="published_section",
+        title="How far can it be trusted?",
+        finding=(
+            f"{len(figures)} published figures: {of['reproduced']} are reproduced from sizes of models and machines, "
+            f"{of['follows']} follow from other printed figures, {of['fitted']} are fitted by one constant, "
+            f"{of['missed']} are missed, and {of['misprint']} contradict their own source."
+        ),
+        tables=[Table(columns=(*columns, "source", "note") if full else columns, rows=rows, numeric=columns[1:5])],
+        about=(
+            "Errors are of unrounded values, next to the error to hold: half a unit of the last printed digit, where "
+            "no note says otherwise. bf16_efficiency and fp8_efficiency are constants from printed runs; no others are."
+        ),
+    )
+
+
+def _published_row(f: PublishedFigure) -> tuple[str, ...]:
+    printed, ours = (
+        in_words(value, True) if not f.unit and value >= 1e6 else in_unit(value, f.unit, given=True)
+        for value in (f.printed, float(f"{f.ours:.4g}"))
+    )
+    return f.what, printed, ours, f"{100 * f.residual:+.2f}", f"{100 * f.within:.2g}", f.status

@@ -20,16 +20,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dsmini.accounting.activations import Recompute
-from dsmini.accounting.kv_cache import CacheDtype
-from dsmini.accounting.memory import Optimizer
+from dsmini.accounting.memory import CacheDtype, Optimizer, Recompute
 from dsmini.accounting.tensors import Dtype, WeightDtype, divisors
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.config.fields import Bounds, build, check_types, setting
 from dsmini.config.model import NO_INDEXER
 from dsmini.planner.figure import titles
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.serving import SIZES, STAGES, Deployment, Stage
+from dsmini.planner.serving import STAGES, Deployment, Stage
 from dsmini.reading import find_config, listed, read_table, read_toml
 
 Zero = Literal[0, 1, 2, 3]
@@ -84,7 +82,7 @@ class PlanRequest:
     tokens: float | None = None
     """Number of tokens of the whole training, such as 14.8e12."""
     utilization: float | None = setting(None, above=0, below=1)
-    """Share of the peak that your training reaches (MFU), such as 0.39; left out: V3's 0.3894."""
+    """Share of the peak that your training reaches (MFU), such as 0.39; left out: what the parts of a step give."""
 
     context: int | None = None
     """Number of tokens that a decoding sequence holds; left out: 4096, or as many as the model takes."""
@@ -100,14 +98,10 @@ class PlanRequest:
     """Number of GPUs that decode together; left out: as DeepSeek-V3 was served, or the fewest that fit."""
     decode_tensor: int | None = None
     """Number of GPUs that share attention's heads in decoding."""
-    decode_redundant: int | None = setting(None, least=0)
-    """Number of redundant experts in decoding; left out: as many as make the experts divide."""
     prefill_gpus: int | None = None
     """Number of GPUs that read prompts together."""
     prefill_tensor: int | None = None
     """Number of GPUs that share attention's heads in reading prompts."""
-    prefill_redundant: int | None = setting(None, least=0)
-    """Number of redundant experts in reading prompts."""
     drafts: int = setting(1, least=0)
     """Number of tokens that multi-token prediction drafts in a step; 0: plain decoding."""
     acceptance: float = setting(0.85, above=0, below=1)
@@ -132,7 +126,7 @@ class PlanRequest:
     @property
     def serving(self) -> dict[str, Any]:
         """Fields of serving that are chosen."""
-        stages = (f"{stage}_{name}" for stage in STAGES for name in SIZES)
+        stages = (f"{stage}_{name}" for stage in STAGES for name in ("gpus", "tensor"))
         return self.given(("context", "sequences", "prompt", "weight_dtype", "cache_dtype", *stages))
 
 
@@ -300,18 +294,18 @@ class Setup:
         """Raise ValueError for a layout that the model, the nodes or the batch cannot have."""
         check(rules(self.request, self.model.config, self.hardware.gpus_per_node))
 
-    def deployment(self, stage: Stage, **sizes: Any) -> Deployment:
-        """Return the deployment of a stage in the request, or one of other sizes: gpus, tensor, redundant.
+    def deployment(self, stage: Stage) -> Deployment:
+        """Return the deployment of a stage in the request, with as many redundant experts as make the experts divide.
 
-        V3's own has its ways to send rows.
+        V3's own has its own ways.
         """
-        r, preset = self.request, presets()["deepseek-v3"][stage]
-        sizes = sizes or {name: getattr(r, f"{stage}_{name}") for name in SIZES}
-        ways = {"micro_batches": 1 if sizes["gpus"] == 1 else 2, "two_hop": stage == "prefill"}
-        if self.published and sizes.items() <= preset.items():
-            ways = {name: value for name, value in preset.items() if name not in SIZES}
-        dtypes: dict[str, Any] = {"weight_dtype": r.weight_dtype, "cache_dtype": r.cache_dtype}
-        return Deployment(stage=stage, **sizes, **ways, **dtypes)
+        gpus, tensor = getattr(self.request, f"{stage}_gpus"), getattr(self.request, f"{stage}_tensor")
+        preset = presets()["deepseek-v3"][stage]
+        if self.published and (gpus, tensor) == (preset["gpus"], preset["tensor"]):
+            return Deployment(stage=stage, **preset)
+        spare = -self.model.config.n_routed_experts % gpus
+        ways = {"micro_batches": 1 if gpus == 1 else 2, "two_hop": stage == "prefill"}
+        return Deployment(stage=stage, gpus=gpus, tensor=tensor, redundant=spare, **ways)
 
     @property
     def served(self) -> bool:

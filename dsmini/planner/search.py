@@ -19,7 +19,7 @@ Estimates: the time is that of training.py. Memory is a lower bound: a layout th
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -28,12 +28,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dsmini.accounting.tensors import divisors
-from dsmini.planner.display import in_unit
 from dsmini.planner.figure import Sheet
 from dsmini.planner.hardware import OnPart, quiet
 from dsmini.planner.model import model_figures
 from dsmini.planner.request import DTYPES, ONE_PROCESS, Setup, rules
-from dsmini.planner.training import WITHOUT, training_figures
+from dsmini.planner.training import PARTS, training_figures
+from dsmini.planner.words import in_unit
 
 Values = npt.NDArray[np.float64]
 SIZES = ("pipeline", "tensor", "expert", "micro_batch")
@@ -48,19 +48,9 @@ EVERY: Options = {
     "recompute": ("none", "selective", "full"),
     "precision": ("bf16", "fp8"),
 }
-SHORT: Options = {
-    "micro_batch": (1,),
-    "schedule": ("1f1b", "dualpipe"),
-    "zero": (0, 1),
-    "recompute": ("none", "selective"),
-}
-"""Options of a layout that the user leaves open, and those that need less memory."""
-LONGER: Options = {**SHORT, "zero": (0, 1, 3), "recompute": ("selective", "full")}
-LEAST_STATE = 8.0
-"""Bytes of training state that a parameter has at least, with which the search for enough GPUs begins."""
+SHORT: Options = {**EVERY, "micro_batch": (1,), "schedule": ("1f1b", "dualpipe"), "zero": (0, 1, 3)}
+"""Options of a layout that the user leaves open."""
 MOST_GPUS = 2**20
-SLACK = 1.5
-"""Memory that sizes may need with the leanest choice, over what there is: for some sizes another choice is leaner."""
 
 
 def lean(options: Options) -> Options:
@@ -124,9 +114,9 @@ class Table:
         return self.at(*divmod(int(order[0]), len(self.choices)))
 
 
-def evaluate(made: Setup, options: Options, on_part: OnPart = quiet, sizes: Any = None) -> Table:
-    """Return the time and the memory of all choices; without `sizes`, for all sizes that the GPUs allow."""
-    sizes = _sizes(made, options) if sizes is None else sizes
+def evaluate(made: Setup, options: Options, on_part: OnPart = quiet) -> Table:
+    """Return the time and the memory of all choices, for all sizes that the GPUs allow."""
+    sizes = _sizes(made, options)
     choices = list(itertools.product(*(options[name] for name in CHOICES)))
     time, memory = (np.full((len(choices), len(sizes)), np.inf) for _ in range(2))
     table = Table(made=made, options=options, sizes=sizes, choices=choices, time=time, memory=memory)
@@ -141,7 +131,7 @@ def evaluate(made: Setup, options: Options, on_part: OnPart = quiet, sizes: Any 
             # a formula with tensor parallelism holds for tensor=1 too, and one with several nodes for one
             one = table.at(rows[np.argmax(sizes[rows, 1])], number).request
             training_figures(s, made.model.config, made.hardware, one)
-            time[number, rows], memory[number, rows] = s.roof_step_seconds, s.memory_needed
+            time[number, rows], memory[number, rows] = s.parts_seconds, s.memory_needed
         on_part((number + 1) / len(choices), f"{choice[0]}, ZeRO {', '.join(map(str, choice[1:]))}")
     return table
 
@@ -166,11 +156,10 @@ def _allowed(made: Setup, sizes: Any, choice: tuple[Any, ...]) -> Any:
 def search(made: Setup, most: int = 12, on_part: OnPart = quiet) -> list[tuple[Setup, dict[str, Any]]]:
     """Return the fastest layouts that fit, one for each sizes of parallelism, fastest first, each with its figures.
 
-    These are the memory, the seconds of a step from its parts, the share of the peak of BF16, or FP32 where products
-    are, and what binds: the part that gains most if it took no time, or memory if its limit costs more than any but
-    computing.
+    These are the memory, the seconds of a step, the share of the peak of BF16, or FP32 where products are, and what
+    binds: the longest part of a step.
 
-    Raises: ValueError if no layout fits, with what would fit: other choices, or a number of GPUs.
+    Raises: ValueError if no layout fits, with what would fit.
     """
     has_units = tuple(p for p in EVERY["precision"] if DTYPES[p] in made.hardware.peaks)
     precisions = ("fp32",) if made.request.precision == "fp32" else has_units
@@ -183,21 +172,18 @@ def search(made: Setup, most: int = 12, on_part: OnPart = quiet) -> list[tuple[S
     choice = np.lexsort((table.memory, fitting), axis=0)[0]  # of equal times the one with less memory
     best = fitting[choice, rows]
     order = [row for row in np.lexsort((table.memory[choice, rows], best))[:most] if np.isfinite(best[row])]
-    costs = {row: float(best[row] - table.time[:, row].min()) for row in order}  # of the limit of memory
-    return [_candidate(table.at(row, choice[row]), costs[row]) for row in order]
+    return [_candidate(table.at(row, choice[row])) for row in order]
 
 
-def _candidate(made: Setup, costs: float) -> tuple[Setup, dict[str, Any]]:
+def _candidate(made: Setup) -> tuple[Setup, dict[str, Any]]:
     s, r = layout_figures(made), made.request
-    gains = {words: float(s.roof_step_seconds - getattr(s, f"step_without_{part}")) for part, words in WITHOUT.items()}
-    others = max(gain for words, gain in gains.items() if words != "compute")
     peak = made.hardware.value("peak_float32" if r.precision == "fp32" else "peak_bfloat16") * s.gpus
     return made, {
         **r.given(),
         "memory": float(s.memory_needed),
-        "step_seconds": float(s.roof_step_seconds),
-        "utilization": float(s.training_flops * s.batch * s.seq_len / peak / s.roof_step_seconds),
-        "binds": "memory" if costs > others else max(gains, key=lambda words: gains[words]),
+        "step_seconds": float(s.parts_seconds),
+        "mfu": float(s.training_flops * s.batch * s.seq_len / peak / s.parts_seconds),
+        "binds": PARTS[max(PARTS, key=lambda part: float(getattr(s, part)))],
     }
 
 
@@ -225,17 +211,13 @@ def choose_layout(made: Setup, state: Mapping[str, Any], preset: Mapping[str, An
             but = ", ".join(f"{name}={value}" for name, value in given.items())
             return published, f"{how}{but and f', but {but}'}", ""
     made, held = made.asking(**{**ONE_PROCESS, **state, **given}), {name: (value,) for name, value in given.items()}
-    lists = [{**options, "precision": (state["precision"],), **held} for options in (SHORT, LONGER)]
-    table = None
+    options, table = {**SHORT, "precision": (state["precision"],), **held}, None
     for gpus in held.get("gpus") or _gpu_counts(made, given):
-        table = evaluate(made.asking(gpus=gpus), lean(lists[-1]))
-        most = SLACK * made.hardware.value("gpu_memory")
-        hopeful = table.sizes[(table.memory <= most).any(axis=0)]
-        for options in lists if len(hopeful) else ():
-            found = evaluate(table.made, options, sizes=hopeful)
-            if np.isfinite(found.fitting).any():
-                fewest = "" if "gpus" in given else ", on the fewest GPUs"
-                return found.smallest(found.fitting), f"the fastest of a short list that fits{fewest}", ""
+        table = evaluate(made.asking(gpus=gpus), lean(options))
+        if np.isfinite(table.fitting).any():
+            found = evaluate(table.made, options)
+            fewest = "" if "gpus" in given else ", on the fewest GPUs"
+            return found.smallest(found.fitting), f"the fastest of a short list that fits{fewest}", ""
     assert table is not None, "there is at least one GPU"
     if not np.isfinite(table.memory).any():
         made.asking(gpus=given.get("gpus", _least_gpus(given))).check_layout()  # raises what contradicts
@@ -257,58 +239,32 @@ def _least_gpus(given: Mapping[str, Any]) -> int:
 
 
 def _gpu_counts(made: Setup, given: Mapping[str, Any]) -> list[int]:
-    """Return the numbers of GPUs to try, from the first that might hold the training state.
+    """Return the numbers of GPUs to try: up to a node, then nodes, so that the given sizes divide them.
 
-    The given sizes divide them, and a step has a sequence for each pipeline stage and part of the batch.
+    A step has a sequence for each pipeline stage and part of the batch.
     """
-    c, least, node = made.model.config, _least_gpus(given), made.hardware.gpus_per_node
+    least, node = _least_gpus(given), made.hardware.gpus_per_node
     most = min(MOST_GPUS, made.hardware.most_gpus, (made.request.batch or 1) * given.get("tensor", node))
     counts = [2**i for i in range(node.bit_length()) if 2**i < node]
     counts += [node * 2**i for i in range(MOST_GPUS.bit_length())]
-    allowed = sorted({count for each in counts if (count := math.lcm(each, least)) <= most}) or [least]
-    experts = (c.n_layers + c.n_mtp_layers - c.n_dense_layers) * c.n_routed_experts
-    state = experts * 3 * c.dim * c.moe_inter_dim * LEAST_STATE
-    return [count for count in allowed if count * made.hardware.value("gpu_memory") >= state] or allowed[-1:]
-
-
-# --- what would fit
+    return sorted({count for each in counts if (count := math.lcm(each, least)) <= most}) or [least]
 
 
 def what_would_fit(table: Table) -> str:
-    """Return one sentence for a setup that no layout fits: the least memory there is, and what would fit."""
-    r, memory = table.made.request, table.made.hardware.value("gpu_memory")
-    if not np.isfinite(table.memory).any():
-        return f"gpus={r.gpus} allow no layout for a step of batch={r.batch} sequences; use a batch that they divide"
-    least, named = table.smallest(table.memory).request, ("pipeline", "tensor", "expert", *CHOICES[1:])
-    needs = (
-        f"no layout on gpus={r.gpus} fits {in_unit(memory, 'B')} a GPU: the smallest needs "
-        f"{in_unit(float(table.memory.min()), 'B')}, with {', '.join(f'{n}={getattr(least, n)!r}' for n in named)}"
-    )
-    return f"{needs}; {' or '.join(_remedies(table.made, table.options)) or 'use hardware with more memory'}"
-
-
-def _remedies(made: Setup, options: Options) -> Iterator[str]:
-    """Yield what would make some layout fit: a choice that was not allowed, more GPUs, or with them a larger batch."""
-    fp8 = {"precision": ("fp8",)} if "fp8" in made.hardware.peaks else {}
-    freed = {
-        "allow ZeRO 3": (made, {**options, "zero": EVERY["zero"]}),
-        "allow recomputation": (made, {**options, "recompute": EVERY["recompute"]}),
-        "use moments='bfloat16'": (made.asking(moments="bfloat16"), options),
-        "allow precision='fp8'": (made, {**options, **fp8}),
-    }
-    for name in SIZES[:3]:
-        others = {key: value for key, value in options.items() if key != name}
-        freed[f"leave out {name}"] = made, others
-    yield from (remedy for remedy, other in freed.items() if other != (made, options) and _fits(*other))
+    """Return one sentence for a setup that no layout fits: the least memory there is, and how many GPUs would do."""
+    made, memory = table.made, table.made.hardware.value("gpu_memory")
     gpus, batch = made.request.gpus or 1, made.request.batch or 1
+    if not np.isfinite(table.memory).any():
+        return f"gpus={gpus} allow no layout for a step of batch={batch} sequences; use a batch that they divide"
+    least, names = table.smallest(table.memory).request, ("pipeline", "tensor", "expert", *CHOICES[1:])
+    fix = "use hardware with more memory, or leave out a choice"
     factors = [2**i for i in range(1, 21) if 2**i * gpus <= made.hardware.most_gpus]
     more = [(f, 1) for f in factors if f <= batch * made.model.config.n_layers / gpus] + [(f, f) for f in factors]
     for f, rows in more:
-        if _fits(made.asking(gpus=f * gpus, batch=rows * batch), options):
-            yield f"use gpus={f * gpus}" + (f" and batch={rows * batch}" if rows > 1 else "")
-            return
-
-
-def _fits(made: Setup, options: Options) -> bool:
-    """Return True if some layout fits, by the choices that need least memory."""
-    return bool(np.isfinite(evaluate(made, lean(options)).fitting).any())
+        larger = made.asking(gpus=f * gpus, batch=rows * batch)
+        if np.isfinite(evaluate(larger, lean(table.options)).fitting).any():
+            fix = f"use gpus={f * gpus}" + (f" and batch={rows * batch}" if rows > 1 else "")
+            break
+    needs, sizes = float(table.memory.min()), ", ".join(f"{n}={getattr(least, n)!r}" for n in names)
+    of = f"no layout on gpus={gpus} fits {in_unit(memory, 'B')} a GPU"
+    return f"{of}: the smallest needs {in_unit(needs, 'B')}, with {sizes}; {fix}"

@@ -10,7 +10,6 @@ from dsmini import ModelConfig, Transformer, ops
 from dsmini.accounting import activation_bytes
 from dsmini.measure.memory import saved_for_backward
 from dsmini.training.optim import begin_stage
-from tests.conftest import require_cpu_kernels
 from tests.helpers.accounting import DTYPES, attention_by, fused, sized
 from tests.helpers.configs import DSA, released
 
@@ -38,25 +37,25 @@ def small(**changes: Any) -> ModelConfig:
     return sized(n_layers=2, n_routed_experts=8, **changes)
 
 
-def saved(config: ModelConfig, b: int, s: int, dtype: str, stage: Any = None, kernels: bool = False) -> int:
+def saved(config: ModelConfig, b: int, s: int, dtype: str, stage: Any = None) -> int:
     """Return the bytes that a forward saves; without a stage indexers pick and do not learn."""
     torch.manual_seed(0)  # the same routing, of which experts save rows
     model = Transformer(config, compute_dtype=DTYPES[dtype])
     if stage is not None:
         begin_stage(model, stage)
-    with ops.use("cpu" if kernels else "eager"):
+    with ops.use("eager"):
         return saved_for_backward(model, torch.randint(0, config.vocab_size, (b, s + 1))).total
 
 
-def check_fused(config: ModelConfig, dtype: Any, b: int = 2, s: int = 110, few: float = FEW, **more: bool) -> None:
+def check_fused(config: ModelConfig, dtype: Any, b: int = 2, s: int = 110, few: float = FEW) -> None:
     """Count what is saved exactly where keys are as wide as values. Grouped heads repeat keys and values."""
     width = config.qk_head_dim if config.attention == "mla" else config.qk_nope_head_dim
     config = dataclasses.replace(config, v_head_dim=width)
     positions = b * (config.n_layers * s + sum(s - depth for depth in range(1, config.n_mtp_layers + 1)))
     repeated = positions * (config.n_heads - config.kv_heads) * 2 * width * DTYPES[dtype].itemsize
     with attention_by(fused):
-        real = saved(config, b, s, dtype, **more)
-    counted = activation_bytes(config, batch_size=b, seq_len=s, dtype=dtype, **more).total
+        real = saved(config, b, s, dtype)
+    counted = activation_bytes(config, batch_size=b, seq_len=s, dtype=dtype).total
     assert 0 <= real - (counted + repeated) < few
 
 
@@ -65,13 +64,6 @@ def check_fused(config: ModelConfig, dtype: Any, b: int = 2, s: int = 110, few: 
 def test_activations_are_those_saved(case: str, precision: Any, dtype: str) -> None:
     """No number of rows is a width of the model, by which a copy of a weight would be known."""
     check_fused(small(precision=precision, **KINDS[case]), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", KINDS)
-def test_activations_with_kernels_are_those_saved(case: str, dtype: str) -> None:
-    require_cpu_kernels()
-    check_fused(small(**KINDS[case]), dtype, kernels=True)
 
 
 def bound(**changes: Any) -> ModelConfig:
@@ -110,14 +102,12 @@ def test_activations_are_a_lower_bound(case: str) -> None:
     ],
 )
 def test_activations_of_indexers_are_those_saved(q_lora_rank: int | None, precision: Any, dtype: Any) -> None:
-    """Compare a stage with the same model whose indexers do not learn, and the whole warm-up with storages."""
+    """Compare the sparse stage with the same model whose indexers do not learn."""
     config = small(n_mtp_layers=2, precision=precision, q_lora_rank=q_lora_rank, **DSA)
     counted = activation_bytes(config, batch_size=2, seq_len=110, dtype=dtype)
     own = sum(amount for name, amount in counted.by_part.items() if name.endswith("indexer"))
     learning = saved(config, 2, 110, dtype, "sparse") - saved(config, 2, 110, dtype)
     assert 0 <= learning - own < FEW
-    warmup = activation_bytes(config, batch_size=2, seq_len=110, dtype=dtype, dsa_stage="warmup")
-    assert 0 <= saved(config, 2, 110, dtype, "warmup") - warmup.total < FEW
 
 
 def test_fused_attention_of_v3_by_hand() -> None:

@@ -11,19 +11,19 @@ from types import CodeType
 from typing import Any
 
 from dsmini.planner.exchange import places_hit
-from dsmini.planner.explanation import named, step_of
 from dsmini.planner.figure import Figure, Sheet
 from dsmini.planner.hardware import Hardware, load_hardware
 from dsmini.planner.plan import Plan, plan
 from dsmini.planner.request import Model, PlanRequest, Setup
 from dsmini.planner.search import layout_figures
 from dsmini.planner.setup import changed, setup
+from dsmini.planner.words import named, step_of
 from tests.helpers.configs import CONFIGS
 from tests.helpers.pages import check_page
 
 INVENTED = Path(__file__).parents[1] / "planner" / "invented.toml"
 CHOICES = {field.name for field in dataclasses.fields(PlanRequest)}
-FIGURES = {"memory": "gpu_memory", "price": "gpu_price", "power": "gpu_power"}
+FIGURES = {"memory": "gpu_memory", "price": "gpu_price"}
 FIGURES |= {dtype: f"peak_{dtype}" for dtype in ("float32", "bfloat16", "fp8")}
 
 

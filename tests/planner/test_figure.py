@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from dsmini.accounting.tensors import ceiling, largest, smallest, total
-from dsmini.planner.display import exactly, in_unit, shown
-from dsmini.planner.explanation import explain, step_of, text
 from dsmini.planner.figure import Figure, Sheet, call
+from dsmini.planner.words import exactly, explain, in_unit, shown, step_of, text
 
 
 def cache_sheet() -> Sheet:
@@ -60,9 +59,6 @@ def test_parentheses_are_written_where_they_are_needed() -> None:
     }
     for written, figure in cases.items():
         assert step_of(Figure(figure.value, "name", (figure,), "kv_cache")).formula == written
-    assert step_of(Figure(8, "name", (np.maximum(a + b, c * 2),), "kv_cache")).choices == (
-        "largest: tensor × 2 = 8",  # noqa: RUF001
-    )
 
 
 def test_name_that_is_not_declared_raises() -> None:
@@ -83,11 +79,8 @@ WORDS = [
     (5.576e6, "$", "$5.58 million"),
     (2 / 3600, "$/s", "$2.00/h"),
     (2.38e-7, "$/token", "$0.238 per million tokens"),
-    (1.926e-5, "1/s", "1.66 per day"),
-    (1.262e13, "J", "3.51 GWh"),
     (0.9824, "", "0.982"),
     (2176.0, "token", "2,176 tokens"),
-    (1275.4, "J/s", "1.28 kW"),
 ]
 
 

@@ -4,10 +4,10 @@ import functools
 
 import pytest
 
-from dsmini.planner.explanation import named
 from dsmini.planner.figure import Figure, titles
 from dsmini.planner.pages import words
-from dsmini.planner.vary import COMPARED, read_axis
+from dsmini.planner.plan import COMPARED, read_axis
+from dsmini.planner.words import named
 from tests.helpers.plans import Formulas, figures_of, in_layout, plan_of, planned_with, setup_of, values_of
 
 V3_LAYOUT = "gpus=2048 pipeline=16 expert=64 moments=bfloat16"
@@ -54,8 +54,6 @@ def test_explained_formulas_predict_a_plan_of_other_inputs(words_: str) -> None:
     found = {name: f.value for name, f in named(other.figures.values()).items()}
     before, formulas = figures_of(words_), formulas_of(words_)
     both = {name for name in found.keys() & before.keys() if before[name].op != "input"}
-    both -= {name for name in both if name.endswith("_ratio") and not name.startswith("cache")}  # of the largest two
-    both -= {name for name in both if name.startswith("v32_")}  # V3.2's indexer is for V3's sizes
     inputs = {name: value for name, value in found.items() if name not in formulas.steps}
     predicted = formulas.values(before_values(words_) | inputs, both)
     assert len(both) > 60
@@ -71,8 +69,7 @@ def before_values(words_: str) -> dict[str, float]:
     return {name: f.value for name, f in figures_of(words_).items() if f.op == "input"}
 
 
-TIMED = ("failure_rate", "training_tokens_per_day", "training_days", "training_gpu_hours", "training_cost")
-TIMED += ("training_hours_per_trillion", "training_days_per_trillion")
+TIMED = ("mean_time_to_failure", "training_gpu_hours", "training_cost")
 """Figures whose formula has the seconds of an hour or a day as a plain number."""
 
 
@@ -115,7 +112,7 @@ def test_every_title_is_of_a_figure_of_some_plan() -> None:
     of_kinds += ["deepseek-v3 gpus=2048 pipeline=16 expert=64 schedule=1f1b recompute=full precision=fp8 zero=1"]
     used = {figure.name for words_ in [*CASES, "deepseek-v3", *of_kinds] for figure in plan_of(words_).sheet}
     unused = titles().keys() - used
-    stages = ("verify_", "draft_", "prefill_", "decode_")
+    stages = ("verify_", "prefill_", "decode_")
     assert {name for name in unused if not name.startswith(stages)} == set()
     headlines = {name for names in words()["headlines"].values() for name in names}
     assert headlines | set(COMPARED) <= titles().keys()

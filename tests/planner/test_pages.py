@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dsmini.planner import answers
-from dsmini.planner.answers import Answer, check_folder
-from dsmini.planner.explanation import step_of
+from dsmini.planner import pages
 from dsmini.planner.hardware import known_hardware
-from dsmini.planner.pages import findings, ten_lines
-from dsmini.planner.vary import read_axis, vary
+from dsmini.planner.pages import Answer, check_folder, ten_lines
+from dsmini.planner.plan import read_axis, vary
+from dsmini.planner.words import step_of
 from tests.helpers.plans import figures_of, plan_of, same_page, setup_of, values_of
 
 V3 = "deepseek-v3 @invented"
@@ -33,11 +32,11 @@ FOUND = (
 
 @functools.cache
 def planned(words: str, whole: bool = False) -> Answer:
-    return answers.planned(setup_of(words), f"python -m dsmini.plan {words}", whole=whole)
+    return pages.planned(setup_of(words), f"python -m dsmini.plan {words}", whole=whole)
 
 
 def varied(*axes: str, of: tuple[str, ...] = (), words: str = V3) -> Answer:
-    return answers.varied(setup_of(words), axes, of, "")
+    return pages.varied(setup_of(words), axes, of, "")
 
 
 def on_terminal(answer: Answer, width: int = 100) -> str:
@@ -63,24 +62,17 @@ PAGES: dict[str, Callable[[], str]] = {
     "formulas": formulas,
     "findings": lambda: "\n\n".join("\n".join([f"# {words}", *ten_lines(plan_of(words))]) for words in FOUND),
     "explanation": lambda: "\n\n".join(
-        "\n".join(answers.explained(setup_of(V3), name, width).lines)
-        for name, width in (("slow_bytes", 100), ("effective_share", 70), ("n_layers", 80))
+        "\n".join(pages.explained(setup_of(V3), name, width).lines)
+        for name, width in (("slow_row_bytes", 100), ("effective_share", 70), ("n_layers", 80))
     ),
-    "search": lambda: on_terminal(answers.searched(setup_of(SMALL), SMALL)),
+    "search": lambda: on_terminal(pages.searched(setup_of(SMALL), SMALL)),
     "variation": lambda: (
         on_terminal(varied("context=4096,1024,65536", of=("decode_gpu_cache", "decode_cost")))
         + on_terminal(varied("pipeline=8,7,16"))
-        + on_terminal(varied("precision=fp8,bf16", "zero=0,1", of=("memory_needed", "training_days")))
+        + on_terminal(varied("precision=fp8,bf16", "zero=0,1", of=("memory_needed", "training_time")))
+        + on_terminal(varied("slow_link=12.5e9,25e9", of=("dispatch_seconds",)))
     ),
-    "heat-map": lambda: on_terminal(
-        varied(
-            *("kv_lora_rank=64,512", "hardware=h100,h800,h200,b200,gb200-nvl72,a100-pcie"),
-            of=("decode_time_per_token", "decode_sequences_that_fit"),
-            words="toy @invented",
-        ),
-        width=50,
-    ),
-    "published": lambda: on_terminal(answers.published(), width=120),
+    "published": lambda: on_terminal(pages.published(), width=120),
 }
 """Snapshots by name."""
 
@@ -105,9 +97,8 @@ PLANNED += [
 @pytest.mark.parametrize(("name", "hardware"), PLANNED)
 def test_models_are_planned_on_every_machine(name: str, hardware: str) -> None:
     plan = plan_of(f"{name} @{hardware}")
-    found = findings(plan)
-    assert all(finding.endswith(".") and "None" not in finding for finding in found.values()), found
-    assert plan.fits == ("reliability" in found) != ("It does not fit: no " in found["training"])
+    found = " ".join(ten_lines(plan))
+    assert "None" not in found and plan.fits == ("failures  " in found) != ("It does not fit: no " in found)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +114,7 @@ def test_every_figure_is_on_the_page_once_and_each_link_leads_to_one(page: Path)
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids)) and set(figures_of(V3)) <= set(ids)
     links = set(re.findall(r'href="#([^"]+)"', text))
-    assert len(links) > 150 and links <= set(ids)
+    assert len(links) > 100 and links <= set(ids)
 
 
 def test_figure_shows_its_formula_behind_a_click(page: Path) -> None:
@@ -156,12 +147,13 @@ VARIED: list[tuple[str, str, list[float] | str]] = [
     # values of one thing, a figure, and its values, factors to the plan's own, or the direction
     ("kv_lora_rank=128,256,512", "kv_cache", [192 * 122 / 70_272, 320 * 122 / 70_272, 1]),
     ("price=4", "training_cost", [2]),
-    ("utilization=0.7788", "assumed_step_seconds", [0.5]),
+    ("utilization=0.5", "mfu", UP),
     ("context=8192,16384", "decode_sequences", [0.5, 14 / 60]),
     ("cache_dtype=fp8", "kv_cache", [656 / 1152]),
     ("sequences=8,24", "decode_tokens_per_second", DOWN),
     ("pipeline=16,8", "memory_needed", UP),
-    ("hardware=h800,b200", "roof_step_seconds", DOWN),
+    ("hardware=h800,b200", "step_seconds", DOWN),
+    ("slow_link=40e9,80e9", "dispatch_seconds", DOWN),
 ]
 OWN = "kv_lora_rank=512 hardware=h800 gpus=2048 batch=15360 context=4096 sequences=30 price=2"
 OWN += " cache_dtype=bfloat16 weight_dtype=fp8 precision=fp8 drafts=1"

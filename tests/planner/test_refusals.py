@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmini.planner import answers
+from dsmini.planner import pages
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.setup import setup
 from tests.helpers.configs import refusal
@@ -20,19 +20,19 @@ from tests.helpers.plans import INVENTED, read, setup_of
 
 def planned(words: str, folder: Path) -> None:
     made = setup_of(words)
-    answers.planned(made, words)
+    pages.planned(made, words)
     for sentence in made.misfit.values():  # told in the plan, and no error
         raise ValueError(sentence)
 
 
 def searched(words: str, folder: Path) -> None:
-    answers.searched(setup_of(words), words)
+    pages.searched(setup_of(words), words)
 
 
 def varied(words: str, folder: Path) -> None:
     names = re.findall(r"--of (\S+)", words)
     words = re.sub(r"1\.\.(\d+)", lambda last: ",".join(map(str, range(1, int(last[1]) + 1))), words)
-    answers.varied(setup_of("deepseek-v3"), re.sub(r"--of \S+", "", words).split(), names, "")
+    pages.varied(setup_of("deepseek-v3"), re.sub(r"--of \S+", "", words).split(), names, "")
 
 
 def edited(text: str, edit: str, path: Path) -> Path:

@@ -16,20 +16,19 @@ RESOURCES = {
 @pytest.mark.parametrize("words", SERVED)
 def test_a_step_takes_as_long_as_its_slowest_part(words: str) -> None:
     found, binds = values_of(words), plan_of(words).binds
-    for stage in ("decode", "prefill", *(["verify", "draft"] if "verify_step_time" in found else [])):
+    for stage in ("decode", "prefill", *(["verify"] if "verify_step_time" in found else [])):
         times = {word: found[key] for part, word in RESOURCES.items() if (key := f"{stage}_{part}") in found}
-        *_, second, first = sorted(times.values())
-        assert found[f"{stage}_step_time"] == first
-        assert found[f"{stage}_step_in_turn"] == pytest.approx(sum(times.values()))
-        assert found[f"{stage}_binding_ratio"] == pytest.approx(first / second)
-        assert stage not in binds or (times[binds[stage].first], times[binds[stage].second]) == (first, second)
+        assert found[f"{stage}_step_time"] == max(times.values())
+        if stage in binds:
+            second, first = sorted(times, key=lambda word: times[word])[-2:]
+            assert binds[stage].first == first and binds[stage].words.endswith(f"; next: {second}")
     assert found["decode_time_per_token"] == found["decode_step_time"] == 1 / found["decode_tokens_per_second"]
     assert found["prefill_time_to_first_token"] == found["prefill_step_time"]
 
 
 def test_v3_decodes_as_worked_out_by_hand() -> None:
     found = values_of("deepseek-v3")
-    assert (found["decode_gpu_experts"], found["decode_data_parallel"], found["prefill_gpu_experts"]) == (1, 80, 9)
+    assert (found["decode_gpu_experts"], found["prefill_gpu_experts"]) == (1, 9)
     assert found["decode_gpu_weights"] == pytest.approx(8.65e9, rel=1e-3)
     assert found["decode_gpu_cache"] == 4 * 60 * 4096 * 70_272 and found["decode_sequences_that_fit"] == 61
     # 9 rows a token, of which one in forty stays in its node: 8/320
@@ -47,12 +46,19 @@ def test_no_drafts_is_plain_decoding() -> None:
     assert "drafts" not in setup_of("deepseek-v3 drafts=0").request.__slots__ or "drafts" not in none
 
 
-def test_indexer_saves_as_v32_reports() -> None:
-    """At 128K tokens, one layer: 2.15 GFLOP of scores and 0.57 of attention, dense 36.5."""
-    found = values_of("deepseek-v3 context=131072 sequences=1")
-    assert found["v32_index_flops"] == 2 * 64 * 128 * 131072
-    assert found["v32_attention_flops"] == 2 * 128 * (1024 + 64) * 2048
-    assert found["v32_flops_ratio"] == pytest.approx(13.43, rel=1e-3)
-    assert (found["v32_kv_cache"], found["v32_crossover"]) == (48_068, pytest.approx(2176))
-    assert found["v32_read_ratio"] == pytest.approx(656 * 131072 / (132 * 131072 + 656 * 2048))
-    assert values_of("deepseek-v3.2")["kv_cache"] == 61 * 1408
+def test_gain_of_drafts_is_that_of_plans_with_more_tokens() -> None:
+    """A step that verifies d drafts is one of d + 1 times as many tokens that share the cache of as many sequences."""
+    for words in ("deepseek-v3", "deepseek-v3 sequences=1 decode_gpus=1"):
+        found = values_of(f"{words} drafts=2")
+        step = found["verify_step_time"] + 2 * found["draft_time"]
+        assert found["speculation_gain"] == pytest.approx((1 + 0.85 + 0.85**2) * found["decode_step_time"] / step)
+        assert found["verify_cache_read"] == found["decode_cache_read"]
+        assert found["verify_matrix_flops"] == 3 * found["decode_matrix_flops"]
+        assert found["decode_weights_read"] <= found["verify_weights_read"]
+
+
+def test_indexer_reads_few_rows_of_a_long_context() -> None:
+    """At 128K tokens V3.2 reads the indexer's keys whole and of attention's rows the 2048 that it picked."""
+    found = values_of("deepseek-v3.2 context=131072 sequences=1 cache_dtype=fp8 decode_gpus=64 decode_tensor=1")
+    assert found["kv_cache"] == 48_068
+    assert found["decode_cache_read"] == pytest.approx(2 * 61 * (132 * 131072 + 656 * 2048))
