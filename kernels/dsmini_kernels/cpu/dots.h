@@ -1,14 +1,15 @@
 // Dot products of rows of a weight with a few rows of x, and sums of weight rows. Weights are decoded in registers.
 //
 // A weight's numbers come in units of two vectors. BF16 gives first the even and then the odd numbers of a unit,
-// because a shift and a mask of the same 32 bits make FP32 numbers of both. x is put in the same order beforehand
-// (`arrange`). Sums have one order, whatever the thread: that of the loops below.
+// because a shift and a mask of the same 32 bits make FP32 numbers of both; products with E4M3 take every fourth number
+// four times, for the same reason. x is put in the same order beforehand (`arrange`). Sums have one order, whatever the thread: that of the loops below.
 
 #pragma once
 
 #include "lanes.h"
 #include "matrix.h"
 
+#include <cmath>
 #include <type_traits>
 
 #define UNROLL _Pragma("GCC unroll 16")
@@ -18,19 +19,21 @@ namespace {
 template <int N>
 using Constant = std::integral_constant<int, N>;
 
-constexpr int64_t UNIT = 2 * LANES;
+constexpr int64_t UNIT = 2 * LANES, UNITS_OF_X = 2 * UNIT;
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // Numbers of a row of x in the order of a weight: zeros follow the last, then what products must be multiplied by.
-inline int64_t padded(int64_t columns) { return round_up(columns, UNIT) + LANES; }
+inline int64_t padded(int64_t columns) { return round_up(columns, UNITS_OF_X) + LANES; }
 
 struct DecodeFp32 {
-  static constexpr int64_t SIZE = 4;
-  static constexpr bool SCALED = false, BY_ROW = true, EVEN_ODD = false, WATCHED = false;
+  static constexpr int64_t SIZE = 4, VECTORS = 2;
+  static constexpr float FACTOR = 1.0f;
+  static constexpr bool SCALED = false, EVEN_ODD = false, WATCHED = false;
   static void get(const char* p, F (&v)[2]) { v[0] = load<F>(p), v[1] = load<F>(p + BYTES); }
 };
 struct DecodeBf16 {
-  static constexpr int64_t SIZE = 2;
-  static constexpr bool SCALED = false, BY_ROW = true, EVEN_ODD = true, WATCHED = false;
+  static constexpr int64_t SIZE = 2, VECTORS = 2;
+  static constexpr float FACTOR = 1.0f;
+  static constexpr bool SCALED = false, EVEN_ODD = true, WATCHED = false;
   static void get(const char* p, F (&v)[2]) {
     const I both = load<I>(p);
     v[0] = (F)(both << 16), v[1] = (F)(both & HIGH_HALF);
@@ -41,17 +44,27 @@ struct DecodeBf16 {
 // of NaN become numbers: whoever uses this looks for them (Watch).
 constexpr float UP = 0x1p60f;
 struct DecodeE4m3 {
-  static constexpr int64_t SIZE = 1;
-  static constexpr bool SCALED = true, BY_ROW = false, EVEN_ODD = false, WATCHED = true;
+  static constexpr int64_t SIZE = 1, VECTORS = 2;
+  static constexpr bool SCALED = true, EVEN_ODD = false, WATCHED = true;
   static constexpr float FACTOR = UP;
   static void get(const char* p, F (&v)[2]) {
     for (int k = 0; k < 2; ++k) v[k] = (F)((widen_signed(p + k * LANES) << 20) & int32_t(0x87F00000));
   }
 };
+// The same for dot products: four codes of 32 bits go to four vectors, of which none is widened.
+struct QuarteredE4m3 : DecodeE4m3 {
+  static constexpr int64_t VECTORS = 4;
+  static void get(const char* p, F (&v)[4]) {
+    typedef int16_t S __attribute__((vector_size(BYTES)));
+    const S both = load<S>(p);
+    const I even = (I)(((S)(both << 8) >> 4) & int16_t(0x87F0)), odd = (I)((both >> 4) & int16_t(0x87F0));
+    v[0] = (F)(even << 16), v[1] = (F)(odd << 16), v[2] = (F)(even & HIGH_HALF), v[3] = (F)(odd & HIGH_HALF);
+  }
+};
 // The same with NaN, by way of FP16: there the number is 2^8 times smaller.
 struct DecodeE4m3WithNan {
-  static constexpr int64_t SIZE = 1;
-  static constexpr bool SCALED = true, BY_ROW = false, EVEN_ODD = false, WATCHED = false;
+  static constexpr int64_t SIZE = 1, VECTORS = 2;
+  static constexpr bool SCALED = true, EVEN_ODD = false, WATCHED = false;
   static constexpr float FACTOR = UP * 0x1p-112f;
   static void get(const char* p, F (&v)[2]) {
 #if BYTES == 64
@@ -86,7 +99,6 @@ struct DecodeE4m3WithNan {
 // E4M3 numbers as BF16, looked up by their code without the sign, NaN too: 64 codes at a time, in pairs with those of x in
 // BF16, for CPUs that multiply those. A dot product alone reads them so.
 struct PairedE4m3 : DecodeE4m3 {
-  static constexpr bool BY_ROW = true;
   static constexpr int64_t CODES = 64;
 };
 struct PairedTable {
@@ -163,26 +175,37 @@ inline void arrange_pairs(const float* x, int64_t columns, float* out) {
 }
 #endif
 
+// Copies x, times a factor: first every APART-th number of a unit of APART vectors, then those after them. Zeros follow.
+template <int APART>
+inline void spread(const float* x, int64_t columns, float factor, float* out) {
+  constexpr int64_t N = APART * LANES;
+  float rest[N] = {};
+  const auto unit = [&](const float* from, float* to) {
+    for (int64_t k = 0; k < APART; ++k)
+      for (int64_t l = 0; l < LANES; ++l) to[k * LANES + l] = from[l * APART + k] * factor;
+  };
+  int64_t i = 0;
+  for (; i + N <= columns; i += N) unit(x + i, out + i);
+  if (i < columns) memcpy(rest, x + i, (columns - i) * 4), unit(rest, out + i), i += N;
+  memset(out + i, 0, (round_up(columns, UNITS_OF_X) - i) * 4);
+}
+
 // Copies x in the order of a weight of that type: padded(columns) numbers.
 inline void arrange(const float* x, int64_t columns, int64_t type, float* out) {
-  const int64_t all = round_up(columns, UNIT);
-  out[all] = 1.0f;
-  if (type == WEIGHT_BF16) {
-    for (int64_t i = 0; i < all; i += UNIT)
-      for (int64_t k = 0; k < LANES; ++k) {
-        out[i + k] = i + 2 * k < columns ? x[i + 2 * k] : 0.0f;
-        out[i + LANES + k] = i + 2 * k + 1 < columns ? x[i + 2 * k + 1] : 0.0f;
-      }
-    return;
-  }
+  float* last = out + round_up(columns, UNITS_OF_X);
+  *last = 1.0f;
+  if (type == WEIGHT_FP32) return spread<1>(x, columns, 1.0f, out);
+  if (type == WEIGHT_BF16) return spread<2>(x, columns, 1.0f, out);
 #if BF16_UNITS
   if (type == WEIGHT_E4M3_BF16 && multiplies_pairs()) return arrange_pairs(x, columns, out);
 #endif
-  const float factor = type >= WEIGHT_E4M3 ? factor_for(x, columns) : 1.0f;
-  for (int64_t i = 0; i < columns; ++i) out[i] = x[i] * factor;
-  memset(out + columns, 0, (all - columns) * 4);
-  if (type >= WEIGHT_E4M3) out[all] = UP / factor;
+  const float factor = factor_for(x, columns);
+  *last = UP / factor;
+  spread<4>(x, columns, factor, out);
 }
+
+typedef uint8_t CodesOfTwo __attribute__((vector_size(UNIT)));
+typedef uint8_t CodesOfFour __attribute__((vector_size(UNITS_OF_X)));
 
 // Looks for the codes of NaN among those that are read.
 template <class W>
@@ -201,9 +224,15 @@ class Watch {
   }
 
  private:
-  typedef uint8_t Codes __attribute__((vector_size(UNIT)));
+  using Codes = std::conditional_t<W::VECTORS == 4, CodesOfFour, CodesOfTwo>;
   Codes top_{};
 };
+
+inline bool has_nan(const char* codes, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if ((codes[i] & 0x7F) == 0x7F) return true;
+  return false;
+}
 
 // Calls body(place, vectors of a unit) along `columns` numbers at p; numbers after the end are zero.
 template <class W, class Body>
@@ -293,6 +322,8 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
 #if BF16_UNITS
   if constexpr (std::is_same_v<W, PairedE4m3>) return paired_dots<R, N>(w, row, x, stride, out);
 #endif
+  constexpr int V = W::VECTORS, SUMS = R * N == 1 ? V : 1;  // one sum would wait for itself
+  constexpr int64_t STEP = V * LANES;
   // processors look ahead less than this, and not from one page of memory into the next
   const int64_t group = R * w.stride, ahead = group * (AHEAD > group ? AHEAD / group : 1);
   F total[R][N] = {};
@@ -300,26 +331,26 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
   const char* p = w.row(row);
   for (int64_t at = 0; at < w.columns; at += W::SCALED ? BLOCK : w.columns) {
     const int64_t end = W::SCALED ? least(w.columns, at + BLOCK) : w.columns;
-    F part[R][N] = {};
+    F part[R][N][SUMS] = {};
     int64_t i = at;
     const auto add = [&](const char* const* from, int64_t to) __attribute__((always_inline)) {
-      F xs[N][2];
-      UNROLL for (int n = 0; n < N; ++n) xs[n][0] = load<F>(x + n * stride + to), xs[n][1] = load<F>(x + n * stride + to + LANES);
+      F xs[N][V];
+      UNROLL for (int n = 0; n < N; ++n) UNROLL for (int k = 0; k < V; ++k) xs[n][k] = load<F>(x + n * stride + to + k * LANES);
       UNROLL for (int r = 0; r < R; ++r) {
-        F v[2];
-        if constexpr (R > 1) __builtin_prefetch(from[r] + ahead);
+        F v[V];
+        __builtin_prefetch(from[r] + (R > 1 ? ahead : NEAR));
         watch.see(from[r]);
         W::get(from[r], v);
-        UNROLL for (int n = 0; n < N; ++n) part[r][n] += v[0] * xs[n][0], part[r][n] += v[1] * xs[n][1];
+        UNROLL for (int n = 0; n < N; ++n) UNROLL for (int k = 0; k < V; ++k) part[r][n][k % SUMS] += v[k] * xs[n][k];
       }
     };
-    for (; i + UNIT <= end; i += UNIT) {
+    for (; i + STEP <= end; i += STEP) {
       const char* from[R];
       UNROLL for (int r = 0; r < R; ++r) from[r] = p + r * w.stride + i * W::SIZE;
       add(from, i);
     }
     if (i < end) {
-      char rest[R][UNIT * W::SIZE] = {};
+      char rest[R][STEP * W::SIZE] = {};
       const char* from[R];
       UNROLL for (int r = 0; r < R; ++r) {
         memcpy(rest[r], p + r * w.stride + i * W::SIZE, (end - i) * W::SIZE);
@@ -328,33 +359,26 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
       add(from, i);
     }
     UNROLL for (int r = 0; r < R; ++r) {
-      if constexpr (W::SCALED) {
-        const F scale = splat(w.scales_of(row + r)[at / BLOCK] * W::FACTOR);
-        UNROLL for (int n = 0; n < N; ++n) total[r][n] += part[r][n] * scale;
-      } else {
-        UNROLL for (int n = 0; n < N; ++n) total[r][n] = part[r][n];
+      const F scale = splat(W::SCALED ? w.scales_of(row + r)[at / BLOCK] * W::FACTOR : 1.0f);
+      UNROLL for (int n = 0; n < N; ++n) {
+        UNROLL for (int k = 1; k < SUMS; ++k) part[r][n][0] += part[r][n][k];
+        total[r][n] += part[r][n][0] * scale;
       }
     }
   }
-  if constexpr (W::WATCHED)
-    if (watch.nan()) return dots<DecodeE4m3WithNan, R, N>(w, row, x, stride, out);
-  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int n = 0; n < N; ++n) {
-    out[r * N + n] = sum(total[r][n]);
-    if constexpr (W::SCALED) out[r * N + n] *= x[n * stride + round_up(w.columns, UNIT)];
+  const bool nan = watch.nan();
+  UNROLL for (int r = 0; r < R; ++r) {
+    const float factor = nan && has_nan(w.row(row + r), w.columns) ? NAN : 1.0f;
+    UNROLL for (int n = 0; n < N; ++n) {
+      out[r * N + n] = sum(total[r][n]);
+      if constexpr (W::SCALED) out[r * N + n] *= x[n * stride + round_up(w.columns, UNITS_OF_X)] * factor;
+    }
   }
 }
 
-// One row of a weight, read BY_ROW, times one row of x (arranged). Rows that are read one after the other, and somewhat
-// ahead, come from memory faster than four at a time (docs/log.md).
+// One row of a weight without scales, times one row of x (arranged).
 template <class W>
 inline float dot(const Matrix& w, int64_t row, const float* x) {
-#if BF16_UNITS
-  if constexpr (std::is_same_v<W, PairedE4m3>) {
-    float out;
-    paired_dots<1, 1>(w, row, x, 0, &out);
-    return out;
-  }
-#endif
   constexpr int PARTS = 4;
   constexpr int64_t STEP = PARTS * UNIT;
   const char* p = w.row(row);
@@ -379,6 +403,7 @@ inline float dot(const Matrix& w, int64_t row, const float* x) {
 // Calls put(row, n, value) for rows [from, to) of the weight times `n` rows of x.
 template <class W, class Put>
 inline void products(const Matrix& w, int64_t from, int64_t to, const float* x, int64_t stride, int64_t n, Put put) {
+  using Dots = std::conditional_t<std::is_same_v<W, DecodeE4m3>, QuarteredE4m3, W>;
   constexpr int R = 4;
   float out[R * 4];
   const auto some = [&](auto count, int64_t at) {
@@ -386,12 +411,12 @@ inline void products(const Matrix& w, int64_t from, int64_t to, const float* x, 
     const float* rows = x + at * stride;
     int64_t i = from;
     for (; i + R <= to; i += R) {
-      dots<W, R, N>(w, i, rows, stride, out);
+      dots<Dots, R, N>(w, i, rows, stride, out);
       for (int r = 0; r < R; ++r)
         for (int k = 0; k < N; ++k) put(i + r, at + k, out[r * N + k]);
     }
     for (; i < to; ++i) {
-      dots<W, 1, N>(w, i, rows, stride, out);
+      dots<Dots, 1, N>(w, i, rows, stride, out);
       for (int k = 0; k < N; ++k) put(i, at + k, out[k]);
     }
   };
@@ -400,10 +425,13 @@ inline void products(const Matrix& w, int64_t from, int64_t to, const float* x, 
   for (; at + MOST <= n; at += MOST) some(Constant<MOST>(), at);
   if (MOST > 2 && at + 2 <= n) some(Constant<2>(), at), at += 2;
   for (; at < n; ++at) {
-    if constexpr (W::BY_ROW)
-      for (int64_t i = from; i < to; ++i) put(i, at, dot<W>(w, i, x + at * stride));
-    else  // decoding takes longer than reading, and rows share what is loaded of x
-      some(Constant<1>(), at);
+    // one row of x: rows that are read one after the other, and somewhat ahead, come from memory faster than four at a time
+    for (int64_t i = from; i < to; ++i) {
+      if constexpr (W::SCALED)
+        dots<Dots, 1, 1>(w, i, x + at * stride, 0, out), put(i, at, out[0]);
+      else
+        put(i, at, dot<W>(w, i, x + at * stride));
+    }
   }
 }
 
