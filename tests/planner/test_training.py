@@ -72,6 +72,11 @@ def test_zero_divides_one_part_after_the_other() -> None:
         before, after = held(zero - 1), held(zero)
         assert {part for part in parts if after[part] < before[part] / 3} == divided
         assert {part for part in parts if after[part] == before[part]} == set(parts) - divided
+    one = in_layout(setup_of("deepseek-v3"), zero=1)  # DualPipe's halves hold the same stages
+    experts = one.expert_parameters_middle
+    rest = one.parameters_middle - experts
+    owned = rest / (2 * one.data) + experts / (2 * one.expert_data)
+    assert one.memory_optimizer_middle == pytest.approx(owned * one.state_optimizer)
 
 
 @pytest.mark.parametrize("name", ["kimi-k2", "deepseek-v2", "toy", "deepseek-v3"])
