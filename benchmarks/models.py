@@ -10,7 +10,7 @@ from benchmarks.question import Setting
 from benchmarks.results import ROOT
 from dsmini import ModelConfig, RunConfig, Transformer, accounting
 from dsmini.data.corpus import load_corpus
-from dsmini.inference.fused.decoder import Decoder
+from dsmini.inference.fused import Decoder
 from dsmini.measure.prediction import predicted_seconds
 from dsmini.measure.workloads import ROOM, Step, random_cache, random_tokens
 from dsmini.nn import Routing

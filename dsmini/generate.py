@@ -87,8 +87,6 @@ class GenerateCommand:
     """Print a JSON object instead of streaming the text; in a conversation, one per turn."""
 
 
-LEAST_SECONDS = 1.0
-"""Time of decoding from which the machine's bandwidth is of interest: to measure it takes a tenth of a second."""
 HELP = Help(
     usage="RUN_OR_FOLDER [FLAGS]",
     examples=(
@@ -224,25 +222,9 @@ def _end(command: GenerateCommand, said: dict[str, Any], answers: "Answers") -> 
     if command.json and speaks():
         print(json.dumps(said | figures(answers.stats, command.speculative)), flush=True)
     elif speaks():
-        print(figures_in_words(answers.stats, command.speculative, _bandwidth(answers)), file=sys.stderr)
+        print(figures_in_words(answers.stats, command.speculative), file=sys.stderr)
     # torchrun takes any status but 0 for a failure of this process
     return 130 if answers.interrupted and "TORCHELASTIC_RUN_ID" not in os.environ else 0
-
-
-def _bandwidth(answers: "Answers") -> float | None:
-    """Return the rate at which this machine reads memory, if it limits such steps and they took long enough to ask.
-
-    Steps that read less than a cache holds say nothing about memory. Nor do several processes, which read parts.
-    """
-    from dsmini.machine import last_level_cache
-    from dsmini.measure.calibration import quick_bandwidth
-
-    stats, device = answers.stats, answers.device
-    if answers.interrupted or stats.seconds < LEAST_SECONDS or "WORLD_SIZE" in os.environ:
-        return None
-    if stats.moved_bytes < last_level_cache(device) * stats.batches:
-        return None
-    return quick_bandwidth(device, stats.moved_bytes_per_s)
 
 
 if __name__ == "__main__":

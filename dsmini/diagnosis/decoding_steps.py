@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dsmini.accounting import mha_twin
 from dsmini.diagnosis.training import dense_baseline, uniformly
-from dsmini.inference.fused.decoder import Decoder
+from dsmini.inference.fused import Decoder
 from dsmini.inference.sampling import Sampling, likeliest
 from dsmini.inference.speculative import Drafter, agreed
 from dsmini.measure.workloads import ROOM, StepDtype, random_cache, random_tokens

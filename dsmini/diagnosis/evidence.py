@@ -41,7 +41,7 @@ from dsmini.diagnosis.decoding import DecodingSubject, no_forms, no_mha
 from dsmini.diagnosis.decoding_steps import EXPANDED, MHA, PLAIN, Point, Variant, timed
 from dsmini.diagnosis.pages import Gathered, plot_of, sentence_of, table_of
 from dsmini.diagnosis.training import Stub, Subject
-from dsmini.inference.fused.decoder import MOST_TOKENS
+from dsmini.inference.fused import MOST_TOKENS
 from dsmini.machine import memory_bytes
 from dsmini.measure.counting import CountedOperation, count
 from dsmini.measure.forecast import forecast

@@ -20,7 +20,7 @@ from dsmini.diagnosis.arms import Axis, Work, words
 from dsmini.diagnosis.contention import Contention, cores
 from dsmini.measure.turns import Estimate, mean_of, median_of
 from dsmini.nn import max_violation
-from dsmini.nn.losses import IGNORE
+from dsmini.nn.transformer import IGNORE
 from dsmini.training.trainer import StepResult
 
 HEALTHY_WAIT, MUCH = 0.01, 0.10

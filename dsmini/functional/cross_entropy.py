@@ -10,37 +10,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.numerics import at_least_fp32
 
 IGNORE = -100
 """Target of a row that the loss leaves out."""
 
 
+CHUNK = 1 << 22
+"""Number of logits that exist at a time: 16 MiB of them in FP32."""
+
+
 @ops.eager("linear_cross_entropy")
-def _(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None) -> Tensor:
-    rows = max(1, 2**22 // weight.shape[0]) if chunk_rows is None else chunk_rows
-    if rows < 1:
-        raise ValueError(f"chunk_rows={chunk_rows} is less than 1; use 1 or more, or leave it out")
+def _(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     # gradients are always off inside the function, so it gets the mode of the caller as an argument
-    return _LinearCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
+    return _LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum over rows of -log softmax(hidden weight^T)[target]; gradients are computed chunk by chunk in the forward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradients: bool
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
+        chunk_rows = max(1, CHUNK // weight.shape[0])
         w = weight.to(hidden.dtype)
         need_hidden, need_weight = (with_gradients and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
-        loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             h, target = hidden[rows], targets[rows]
-            log_p = F.log_softmax(at_least_fp32(F.linear(h, w)), -1)
+            log_p = F.log_softmax(F.linear(h, w), -1, dtype=wide)
             kept = (target != IGNORE)[:, None]
             index = target.masked_fill(target == IGNORE, 0)[:, None]
             loss -= (log_p.gather(1, index) * kept).sum()
@@ -57,6 +57,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @ops.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return hidden, weight, None, None, None
+        return hidden, weight, None, None

@@ -2,17 +2,26 @@
 
 Rows are sorted by expert (dispatch), one grouped product runs for each matrix, and the results are summed by token
 (combine). Between dispatch and combine each row needs its expert alone: an exchange of rows between devices fits there.
+
+In training there are two more operations with a backward of their own, which kernels can serve; where none does,
+autograd differentiates the grouped products. Their forward keeps what w1 and w3 made of each token-expert pair, g and
+u. Of a pair with weight p and the gradient dy of its token:
+
+    h  = silu(g) u,    dh = p w2^T dy,    dg = dh u silu'(g),    du = dh silu(g)
+    dp = h (w2^T dy),  dx = w1^T dg + w3^T du,  dw1 = dg x^T,  dw3 = du x^T,  dw2 = p dy h^T
+
+dx is summed over a token's pairs, the weights' gradients over an expert's.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.trained_experts import train_experts
 from dsmini.numerics import (
     QuantizedTensor,
     Weight,
@@ -26,6 +35,10 @@ from dsmini.numerics import (
 from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
 
 X = TypeVar("X", Tensor, QuantizedTensor)
+W1 = Float[Tensor, "e f m"]
+W2 = Float[Tensor, "e m f"]
+LEAST = 1 << 20
+"""Number of multiplications of a forward below which autograd's operations cost no more than those of training."""
 
 
 @ops.eager("experts")
@@ -109,3 +122,81 @@ def _grouped_swiglu(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ends: Tens
 def _fp8_swiglu(rows: QuantizedTensor, w1: Weight, w2: Weight, w3: Weight, ends: Tensor | None = None) -> Tensor:
     gate, up = (fp8_matmul(rows, w, ends=ends) for w in (w1, w3))
     return fp8_swiglu_matmul(gate, up, w2, ends=ends)
+
+
+@ops.operation("trained_experts")
+def trained_experts(
+    x: Float[Tensor, "n m"],
+    indices: Int[Tensor, "n k"],
+    weights: Float[Tensor, "n k"],
+    counts: Int[Tensor, " e"],
+    w1: W1,
+    w2: W2,
+    w3: W1,
+) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n*k f"], Float[Tensor, "n*k f"]]:
+    """Return y, and g and u of each token-expert pair, in the order of experts, and of tokens within an expert."""
+    slots = sort_by_expert(indices, counts)
+    rows = x[slots.token]
+    gate, up = grouped_linear(rows, w1, slots.ends), grouped_linear(rows, w3, slots.ends)
+    return ops.find("experts").reference(x, indices, weights, counts, w1, w2, w3), gate, up
+
+
+@ops.operation("trained_experts_gradients")
+def trained_experts_gradients(
+    grad: Float[Tensor, "n m"],
+    x: Float[Tensor, "n m"],
+    indices: Int[Tensor, "n k"],
+    weights: Float[Tensor, "n k"],
+    counts: Int[Tensor, " e"],
+    gate: Float[Tensor, "n*k f"],
+    up: Float[Tensor, "n*k f"],
+    w1: W1,
+    w2: W2,
+    w3: W1,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x, weights, w1, w2 and w3. An expert that nobody chose has gradients of zero.
+
+    The plain version is autograd's, which computes g and u again.
+    """
+    with torch.enable_grad():
+        x, weights, w1, w2, w3 = leaves = [t.detach().requires_grad_() for t in (x, weights, w1, w2, w3)]
+        y = ops.find("experts").reference(x, indices, weights, counts, w1, w2, w3)
+        return torch.autograd.grad(y, leaves, grad)
+
+
+class TrainedExperts(torch.autograd.Function):
+    """`experts` by the two operations. First derivatives only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
+    ) -> Tensor:
+        y, gate, up = trained_experts(x, indices, weights, counts, w1, w2, w3)
+        ctx.save_for_backward(x, indices, weights, counts, gate, up, w1, w2, w3)
+        ctx.backend = ops.chosen()
+        return y
+
+    @staticmethod
+    @ops.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # forward ran outside of autocast, or another version would have
+        with ops.use(ctx.backend), torch.autocast(grad.device.type, enabled=False):
+            dx, dp, dw1, dw2, dw3 = trained_experts_gradients(grad, *ctx.saved_tensors)
+        return dx, None, dp, None, dw1, dw2, dw3
+
+
+def train_experts(
+    x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
+) -> Tensor | None:
+    """Return `experts` by a kernel with a backward of its own, or None where none serves this call."""
+    matrices, forward = (w1, w2, w3), 3 * indices.numel() * w1[0].numel()
+    plain = all(w.dtype == torch.float32 and w.is_contiguous() for w in matrices)
+    known = plain and weights.dtype == torch.float32 and x.dtype in (torch.float32, torch.bfloat16)
+    if not known or forward < LEAST or not all(w.requires_grad for w in matrices):
+        return None
+    # an expert is computed by one thread; frozen ones want no gradients, which the kernel would make
+    if w1.shape[0] < 2 * torch.get_num_threads() or not ops.serves("trained_experts", x):
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    return cast(Tensor, TrainedExperts.apply(x, indices, weights, counts, w1, w2, w3))

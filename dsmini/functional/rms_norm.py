@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.numerics import at_least_fp32
 
 
 @ops.eager("rms_norm")
@@ -15,7 +14,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute rms_norm with torch's operation, or in training on a CPU with a faster one."""
     if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
-    y = at_least_fp32(x)
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.rms_norm(y, weight.shape, weight.to(y.dtype), eps).to(x.dtype)
 
 
@@ -27,7 +26,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y = at_least_fp32(x)
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
@@ -37,8 +36,7 @@ class _RMSNorm(torch.autograd.Function):
     @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
-        unit = at_least_fp32(x) * inverse
-        grad = at_least_fp32(grad)
+        unit, grad = x.to(inverse.dtype) * inverse, grad.to(inverse.dtype)
         product = grad * unit
         grad_weight = product.flatten(0, -2).sum(0)
         # a matrix-vector product: torch's mean over the last dimension is ten times slower

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import NamedTuple
 
@@ -12,14 +13,59 @@ from torch import Tensor
 from dsmini.inference.fused import Decoder
 from dsmini.inference.sampling import Sampling, draw, likeliest
 from dsmini.inference.speculative import Drafter, accept, agreed
-from dsmini.inference.stats import Stats, StepTraffic
 from dsmini.nn import Cache, Transformer
 from dsmini.nn.cache import CacheDtype, last_valid
 
 PREFILL = 512
 """Number of tokens of each prompt that are read at a time."""
-MOST_NEW_TOKENS = 2**31 - 1
-"""Largest number of new tokens of a row."""
+
+
+@dataclass(kw_only=True)
+class Stats:
+    """Counts and times of a generation so far, over all rows."""
+
+    prompt_tokens: int
+    rows: int
+    """Number of prompts."""
+    cache_bytes: int
+    """Size of the whole cache in bytes, measured from its storage when it is made."""
+    cache_bytes_per_token: float
+    """Size of one token in all layers in bytes, measured from the storage, without multi-token prediction."""
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    """Time of reading the prompts, in seconds."""
+    seconds: float = 0.0
+    """Time of decoding, in seconds: everything after the first new token of each row."""
+    steps: int = 0
+    """Number of decoding steps, summed over the rows that took part in each."""
+    drafted: int = 0
+    """Number of tokens that multi-token prediction guessed."""
+    accepted: int = 0
+    """Number of accepted guesses."""
+
+    @property
+    def decoded_tokens(self) -> int:
+        """New tokens without the first of each row, which belongs to the prefill."""
+        return max(0, self.new_tokens - self.rows)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens per second of decoding."""
+        return _ratio(self.decoded_tokens, self.seconds)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of accepted guesses, from 0 to 1."""
+        return _ratio(self.accepted, self.drafted)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """New tokens per row and decoding step: 1 without speculation."""
+        return _ratio(self.decoded_tokens, self.steps)
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else 0.0
 
 
 class Generated(NamedTuple):
@@ -108,10 +154,9 @@ class Generation:
         agree: Callable[[list[list[int]]], None] | None = None,
     ) -> None:
         ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ()
-        check_request(model, prompts, max_new_tokens, ends, speculative)
-        longest = max(map(len, prompts))
-        room = max_seq_len or min(model.config.max_seq_len, longest + max_new_tokens)
-        check_room(model, longest, max_new_tokens, room, slide)
+        longest = max(map(len, prompts), default=0)
+        room = min(model.config.max_seq_len, longest + max_new_tokens) if max_seq_len is None else max_seq_len
+        check_request(model, prompts, max_new_tokens, ends, room, slide, speculative)
         self.model, self.sampling, self.generator = model, sampling or Sampling(), generator
         self.rows = [list(prompt) for prompt in prompts]
         """Each row's prompt and continuation so far."""
@@ -121,7 +166,6 @@ class Generation:
         self.cache = model.new_cache(len(prompts), room, cache_dtype, mtp=speculative)
         self.decoder = Decoder(model)
         self.drafter = Drafter(self.decoder, self.cache, self.sampling, generator) if speculative else None
-        self._traffic = StepTraffic(model, self.cache)
         self._active = list(range(len(prompts)))
         """The row that each sequence of the cache belongs to."""
         self._device, self._started = model.device, False
@@ -153,7 +197,7 @@ class Generation:
             self.stats.prefill_seconds += time.perf_counter() - start
         else:
             self._drop_ended()
-            self._make_room()
+            self._forget()
             chosen = self._step()
             self.stats.seconds += time.perf_counter() - start
         if self._agree is not None:
@@ -202,8 +246,6 @@ class Generation:
             self.stats.drafted += guesses.shape[1] * sum(live)
             self.stats.accepted += sum(kept) - sum(live)
         self.stats.steps += sum(live)
-        self.stats.batches += 1
-        self.stats.moved_bytes += self._traffic.nbytes(start, tokens.shape[1], states.routing)
         return chosen
 
     def _probabilities(self, logits: Float[Tensor, "b s v"], guesses: Int[Tensor, "b n"]) -> Float[Tensor, "b s v"]:
@@ -238,7 +280,7 @@ class Generation:
             self.drafter.select(live)
         self._active = [self._active[i] for i in live]
 
-    def _make_room(self) -> None:
+    def _forget(self) -> None:
         """Read the newer half of each row again that has reached the end of the cache.
 
         The cache of multi-token prediction can only start again for all rows, so then all rows are read again.
@@ -298,17 +340,8 @@ def padded(rows: list[list[int]]) -> Tensor:
 
 
 def rows_of(prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return prompts as lists of token ids.
-
-    Raises: ValueError for a row that does not hold whole numbers.
-    """
-    rows = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
-    for i, row in enumerate(rows):
-        if not isinstance(row, list | tuple) or not all(_is_whole(token) for token in row):
-            raise ValueError(
-                f"prompt {i} is not a row of whole numbers; want prompts [b, s], or a list of rows of token ids"
-            )
-    return [list(row) for row in rows]  # pyright: ignore[reportArgumentType]
+    """Return prompts as lists of token ids."""
+    return [row.tolist() if isinstance(row, Tensor) else list(row) for row in prompts]
 
 
 def check_request(
@@ -316,52 +349,32 @@ def check_request(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     ends: Collection[int],
+    room: int,
+    slide: bool,
     speculative: bool,
 ) -> None:
-    """Raise ValueError for prompts or options that this model cannot serve."""
-    vocab_size = model.config.vocab_size
-    if not prompts:
-        raise ValueError("there is no prompt; give at least one")
+    """Raise ValueError for prompts or options that this model, and a cache of `room` tokens a row, cannot serve."""
+    longest, context, v = max(map(len, prompts), default=0), model.config.max_seq_len, model.config.vocab_size
+    if not _is_whole(max_new_tokens) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} is not a whole number from 0 on; use for example 64")
     for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty; give it at least one token")
-        for token in prompt:
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"prompt {i} has token id {token}, outside the vocabulary; want 0 to {vocab_size - 1}")
-    if not _is_whole(max_new_tokens):
-        raise ValueError(f"max_new_tokens={max_new_tokens} is not a whole number; use for example 64")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is negative; use 0 or more")
-    if max_new_tokens > MOST_NEW_TOKENS:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is more than {MOST_NEW_TOKENS}; use that or less")
+        if wrong := [token for token in prompt if not _is_whole(token) or not 0 <= token < v]:
+            raise ValueError(f"prompt {i} has token id {wrong[0]}, outside the vocabulary; want 0 to {v - 1}")
+    if not prompts or not min(map(len, prompts)):
+        raise ValueError("a prompt is empty, or there is none; give each at least one token")
     for token in ends:
-        if not _is_whole(token) or not 0 <= token < vocab_size:
-            raise ValueError(f"eos_token_id={token} is outside the vocabulary; want 0 to {vocab_size - 1}, or None")
+        if not _is_whole(token) or not 0 <= token < v:
+            raise ValueError(f"eos_token_id={token} is outside the vocabulary; want 0 to {v - 1}, or None")
     if speculative and not len(model.mtp):
         raise ValueError("speculative=True, but the model has no multi-token prediction blocks; leave it out")
-
-
-def check_room(model: Transformer, longest: int, max_new_tokens: int, room: int, slide: bool) -> None:
-    """Raise ValueError if prompts of up to `longest` tokens cannot be continued in a cache of `room` tokens a row.
-
-    Args:
-        slide: a row that fills the cache continues in its newer half, so that only its first new token must fit.
-    """
-    context = model.config.max_seq_len
-    if longest > context:
-        raise ValueError(f"a prompt of {longest} tokens is longer than the model's context of {context}; shorten it")
-    if longest > room:
-        raise ValueError(f"a prompt of {longest} tokens is longer than the cache's {room}; make that larger")
-    if longest + max_new_tokens - 1 <= room:  # the last new token is never fed back
-        return
-    if not slide:
+    # the last new token is never fed back; a row that slides needs room for its prompt and half of the cache
+    fits = longest + max_new_tokens - 1 <= room or (slide and longest <= room and room > 1)
+    if longest > context or not fits:
         limit = f"the model's context of {context}" if room >= context else f"the cache's {room}"
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than {limit}; "
             f"use max_new_tokens={max(0, room - longest + 1)}, or a shorter prompt"
         )
-    if room < 2:
-        raise ValueError(f"a cache of {room} token cannot forget its older half; use 2 or more")
 
 
 def _is_whole(value: object) -> bool:

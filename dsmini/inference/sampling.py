@@ -12,8 +12,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsmini.config.fields import require
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -38,19 +36,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         t, k, p, m, r = self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
-        require(_is_number(t) and t >= 0, f"temperature={t} is not 0 or more; use 0 for the likeliest token")
-        whole = isinstance(k, int) and not isinstance(k, bool)
-        require(k is None or whole, f"top_k={k} is not a whole number; use 1 or more, or leave it out")
-        require(k is None or k >= 1, f"top_k={k} is less than 1; use 1 or more, or leave it out")
-        require(
-            p is None or (_is_number(p) and 0 < p <= 1),
-            f"top_p={p} is not above 0 and at most 1; use 0.95, say, or leave it out",
-        )
-        require(
-            m is None or (_is_number(m) and 0 <= m <= 1),
-            f"min_p={m} is not from 0 to 1; use 0.05, say, or leave it out",
-        )
-        require(_is_number(r) and r > 0, f"repetition_penalty={r} is not above 0; use 1 for none, 1.1 for a mild one")
+        whole = isinstance(k, int) and not isinstance(k, bool) and k >= 1
+        for ok, words in (
+            (_is_number(t) and t >= 0, f"temperature={t} is not 0 or more; use 0 for the likeliest token"),
+            (k is None or whole, f"top_k={k} is not a whole number from 1 on; leave it out for all"),
+            (p is None or (_is_number(p) and 0 < p <= 1), f"top_p={p} is not above 0 and at most 1; use 0.95, say"),
+            (m is None or (_is_number(m) and 0 <= m <= 1), f"min_p={m} is not from 0 to 1; use 0.05, say"),
+            (_is_number(r) and r > 0, f"repetition_penalty={r} is not above 0; use 1 for none, 1.1 for a mild one"),
+        ):
+            if not ok:
+                raise ValueError(words)
 
     @property
     def greedy(self) -> bool:

@@ -59,16 +59,11 @@ class Answers:
     stats: Stats
     interrupted: bool
     """True if Ctrl-C or SIGTERM ended the generation."""
-    device: torch.device
-    """Device of the model."""
 
 
 @dataclass(kw_only=True)
 class Writer:
-    """Writes with a model.
-
-    Raises: ValueError for a context of less than a token, or of more than the model's.
-    """
+    """Writes with a model."""
 
     model: Transformer
     side: TextSide
@@ -92,13 +87,6 @@ class Writer:
     """As in Generation."""
 
     def __post_init__(self) -> None:
-        longest = self.model.config.max_seq_len
-        if self.context is not None and self.context < 1:
-            raise ValueError(f"--context {self.context} is less than 1; use the tokens a text may come to")
-        if self.context is not None and self.context > longest:
-            raise ValueError(
-                f"--context {self.context} is more than the model's context of {longest}; use that or less"
-            )
         self.stops = (*self.stops, *self.side.stops)
         self.generator = torch.Generator().manual_seed(self.seed)
 
@@ -117,8 +105,6 @@ class Writer:
 
         Raises: ValueError for a prompt that is empty or longer than the context.
         """
-        for number, tokens in enumerate(prompts, 1):
-            self._refuse_length(number, len(tokens))
         generation = Generation(
             self.model,
             prompts,
@@ -140,25 +126,13 @@ class Writer:
             Answer(
                 shown=before,
                 text=row.text,
-                finish=finish(row, self.max_new_tokens),
+                finish=row.ended or ("length" if row.n_tokens >= self.max_new_tokens else "interrupted"),
                 n_tokens=row.n_tokens,
                 tokens=[token for token in tokens[len(prompt) :] if token not in self.ends],
             )
             for prompt, before, row, tokens in zip(prompts, shown, rows, generation.rows, strict=True)
         ]
-        return Answers(rows=answers, stats=generation.stats, interrupted=interrupted, device=self.model.device)
-
-    def _refuse_length(self, number: int, n_tokens: int) -> None:
-        """Raise ValueError for a prompt without a token, and for one that has no room in --context."""
-        if not n_tokens:
-            raise ValueError(f"prompt {number} is empty; give it a character, or leave it out")
-        room = None if self.context is None else self.context - n_tokens + 1
-        if room is not None and self.max_new_tokens > room:
-            fix = f"use --max-new-tokens {room} or fewer" if room > 0 else "use a longer context"
-            raise ValueError(
-                f"--context {self.context} has no room for a prompt of {n_tokens} tokens and {self.max_new_tokens} new "
-                f"ones; {fix}, or a shorter prompt"
-            )
+        return Answers(rows=answers, stats=generation.stats, interrupted=interrupted)
 
     def _continuation(self, tokens: list[int]) -> tuple[Continuation, str]:
         """Return the reader of a prompt's new tokens and the text shown before them: the prompt, but not in a chat.
@@ -252,27 +226,16 @@ def follow(
     return interrupted
 
 
-def finish(row: Continuation, max_new_tokens: int) -> str:
-    """Return the reason of a row's end, as in Answer.finish."""
-    return row.ended or ("length" if row.n_tokens >= max_new_tokens else "interrupted")
-
-
 def figures(stats: Stats, speculative: bool) -> dict[str, Any]:
     """Return the counts and times of a generation by name: times in seconds, sizes in bytes."""
     names = ["prompt_tokens", "new_tokens", "tokens_per_s", "seconds", "prefill_seconds"]
-    names += ["cache_bytes_per_token", "cache_bytes", "moved_bytes_per_token"]
+    names += ["cache_bytes_per_token", "cache_bytes"]
     names += ["steps", "drafted", "accepted", "acceptance_rate", "tokens_per_step"] if speculative else []
     return {name: getattr(stats, name) for name in names}
 
 
-def figures_in_words(stats: Stats, speculative: bool, bandwidth: float | None = None) -> str:
-    """Return the figures of a generation in lines of at most 80 columns. The last has the tokens and bytes of decoding.
-
-    Its share of the roof is the rate of these bytes over that of reading memory. Without a decoded token there is none.
-
-    Args:
-        bandwidth: bytes per second at which this machine reads memory; None says nothing of it.
-    """
+def figures_in_words(stats: Stats, speculative: bool) -> str:
+    """Return the figures of a generation in lines of at most 80 columns. The last has the tokens and their rate."""
     lines = [
         f"prompt {stats.prompt_tokens} tokens, {stats.prefill_seconds:.2f} s; "
         f"cache {stats.cache_bytes_per_token:,.0f} bytes a token, {_size(stats.cache_bytes)} in all"
@@ -282,9 +245,7 @@ def figures_in_words(stats: Stats, speculative: bool, bandwidth: float | None = 
     last = f"{stats.new_tokens} new tokens"
     if stats.tokens_per_s:
         speed = f"{stats.tokens_per_s:.0f}" if stats.tokens_per_s >= 10 else f"{stats.tokens_per_s:.2g}"
-        last += f", {speed} tokens/s, {_size(stats.moved_bytes_per_token)} a token"
-        if bandwidth:
-            last += f", {stats.moved_bytes_per_s / bandwidth:.0%} of the roof ({_size(bandwidth)}/s)"
+        last += f", {speed} tokens/s"
     return "\n".join([*lines, last])
 
 

@@ -68,25 +68,6 @@ def key_of(device: torch.device) -> str:
     return json.dumps([VERSION, card(device)], sort_keys=True)
 
 
-def quick_bandwidth(device: torch.device, reached: float, keep: Path | None = None) -> float | None:
-    """Return the bytes per second of reading memory: the stored roof, or one measured now in a tenth of a second.
-
-    Args:
-        reached: rate that something reached. A stored roof below it is measured again.
-        keep: as in load_or_measure. Nothing is stored: a command that has other work to do is no calibration.
-
-    Returns None where there is no memory left to measure it.
-    """
-    stored = Store.at(keep).read(key_of(device), from_json)
-    if stored is not None and stored.bandwidth >= reached:
-        return stored.bandwidth
-    size = min(LARGE, max(LARGE // 4, 2 * last_level_cache(device)))
-    try:
-        return read_bandwidth(device, size, 2)
-    except (RuntimeError, MemoryError):
-        return None
-
-
 def measure(
     device: torch.device,
     on_part: Callable[[float, str], None] = lambda done, what: None,

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from dsmini import ops
 from dsmini.config import ModelConfig
-from dsmini.inference.fused.operations import attention_step, feed_forward_step, grouped_attention_step, normed
-from dsmini.inference.fused.weights import extract_weights
+from dsmini.inference.fused import attention_step, extract_weights, feed_forward_step, grouped_attention_step, normed
 from dsmini.measure.costs import cost_of
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
 from dsmini.nn import RMSNorm
@@ -251,7 +250,7 @@ def _attention(sizes: Mapping[str, Any], run: Any, part: Literal["attention", "s
         model = random_model(config, device, dtype)
         cache, token = random_cache(model, 1, keys, 64), random_tokens(config, 1, 1, device)
         at = cache.place(config, token)
-        taken, view = extract_weights(model.layers[0]), cache.views(at)[0]
+        taken, view = extract_weights(model.layers[0], dtype), cache.views(at)[0]
         assert taken is not None, "a plain block can be taken apart"
         x, cos_sin = model.embedded(token).float(), model.rope.cos_sin(at.positions)
         rest: Any = (x, taken.attention, view, cos_sin, torch.full((1,), keys))
@@ -303,7 +302,7 @@ def _fed_forward(dense: bool) -> Maker:
     def make(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
         sizes: Any = {"dim": WIDTH, "inter_dim": 2 * WIDTH, "moe_inter_dim": 256, "n_routed_experts": 16, "n_layers": 1}
         config = ModelConfig(**sizes, n_activated_experts=4, n_dense_layers=int(dense), vocab_size=64, n_mtp_layers=0)
-        taken = extract_weights(random_model(config, device, dtype).layers[0])
+        taken = extract_weights(random_model(config, device, dtype).layers[0], dtype)
         assert taken is not None, "a plain block can be taken apart"
         part, names = taken.feed_forward, ("w1", "w2", "w3") if dense else ("e1", "e2", "e3")
         weights = tuple(getattr(part, name) for name in names)

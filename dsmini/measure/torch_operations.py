@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsmini.numerics.tiles import group_sizes
+from dsmini.numerics.quantization import group_sizes
 
 
 def _names(text: str) -> frozenset[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsmini.config import ModelConfig, TrainConfig
-from dsmini.inference.fused.decoder import Decoder
+from dsmini.inference.fused import Decoder
 from dsmini.nn import Routing, Transformer
 from dsmini.nn.cache import Cache, CacheDtype, FP8LayerCache
 from dsmini.nn.fp8 import hold_all_fp8

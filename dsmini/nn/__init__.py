@@ -6,19 +6,17 @@ and the kernels have faster versions of some functions.
 
 from dsmini import ops
 from dsmini.nn.attention import Attention, AttentionContext, cached_attention, causal_attention
-from dsmini.nn.balance import max_violation, sequence_balance_loss
 from dsmini.nn.block import Aux, Block
 from dsmini.nn.cache import Cache
 from dsmini.nn.dsa import DSA, Indexer, IndexerLoss, dsa_layers
 from dsmini.nn.fp8 import FP8Experts, FP8Linear, QuantizedExperts, QuantizedLinear
-from dsmini.nn.gate import Gate, Routing, route
+from dsmini.nn.gate import Gate, Routing, max_violation, route, sequence_balance_loss
 from dsmini.nn.layers import Embedding, Linear, Projection, RMSNorm
-from dsmini.nn.losses import Losses, linear_cross_entropy
 from dsmini.nn.mla import MLA
 from dsmini.nn.moe import Experts, FeedForward, MoE
 from dsmini.nn.mtp import MTP
 from dsmini.nn.rope import Rope, apply_rope
-from dsmini.nn.transformer import Output, Transformer
+from dsmini.nn.transformer import Losses, Output, Transformer, linear_cross_entropy
 
 __all__ = [
     "DSA",

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, mask_function
 from dsmini.nn.cache import LayerCacheView
-from dsmini.nn.layers import RMSNorm, make_linear, output_linear, quantize_once
+from dsmini.nn.layers import RMSNorm, at_least_fp32, make_linear, output_linear, quantize_once
 from dsmini.nn.rope import CosSin, Rope, apply_rope
-from dsmini.numerics import at_least_fp32
 
 Mask = Callable[[Tensor, Tensor], Tensor]
 """A function of the positions of queries [b, s, 1] and of keys [t]. It returns a bool tensor [b, s, t], True for keys
@@ -57,20 +56,12 @@ class AttentionContext:
 def attention_mask(mask: Mask | None, queries: Int[Tensor, "#b s"], t: int) -> Bool[Tensor, "#b s t"]:
     """Return True for the keys 0 to t - 1 that a query may not see: those after it, and those that a mask hides.
 
-    Raises: ValueError for a mask of another type or shape. In eager mode on a CPU also for a query that sees no key.
+    Raises: ValueError, in eager mode on a CPU, for a query that sees no key.
     """
     keys, positions = torch.arange(t, device=queries.device), queries[..., None]
     if mask is None:
         return keys > positions
-    masked = mask(positions, keys)
-    shape, ok = (*queries.shape, t), isinstance(masked, Tensor) and masked.dtype == torch.bool and masked.dim() <= 3
-    if not ok or any(a not in (1, b) for a, b in zip(reversed(masked.shape), reversed(shape), strict=False)):
-        got = f"{masked.dtype} {tuple(masked.shape)}" if isinstance(masked, Tensor) else type(masked).__name__
-        raise ValueError(
-            f"mask returned {got}, want torch.bool {shape}, True for keys that a query may not see; compare the "
-            "positions that it is given"
-        )
-    masked = masked | (keys > positions)
+    masked = mask(positions, keys) | (keys > positions)
     refuse_blind(masked, queries)
     return masked
 
@@ -153,13 +144,6 @@ def cached_mask(cache: LayerCacheView, mask: Mask | None) -> Bool[Tensor, "#b s 
     return attention_mask(mask, cache.at.positions.clamp(max=cache.at.end - 1), cache.at.end)
 
 
-def check_sequences(x: Tensor) -> None:
-    """Raise ValueError for hidden states that are not [b, s, m], such as the rows [n, m] that a gate takes."""
-    if x.dim() != 3:
-        fix = "x[None] is one sequence" if x.dim() == 2 else "join its first dimensions"
-        raise ValueError(f"attention got {tuple(x.shape)}; want [b, s, m], sequences of hidden states; {fix}")
-
-
 def context_of(x: Float[Tensor, "b s m"], rope: Rope) -> AttentionContext:
     """Return the context of whole sequences: positions 0, 1, ..., and no cache."""
     return AttentionContext(cos_sin=rope.cos_sin(torch.arange(x.shape[1], device=x.device)))
@@ -194,7 +178,6 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None) -> Float[Tensor, "b s m"]:
         """Attend causally, to the sequence or, with a cache in the context, to all its rows."""
-        check_sequences(x)
         context = context or context_of(x, self.rope)
         # 1. queries and keys, rotated: [b, s, h, d] and [b, s, g, d]
         x = quantize_once(x, self.wq, self.wk, self.wv)

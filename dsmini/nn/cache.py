@@ -12,10 +12,9 @@ All memory is allocated when a cache is made, max_seq_len rows for each sequence
 valid lengths. `CachePositions` says where the new tokens of a call go, `LayerCacheView` is what a layer gets of it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,8 +28,6 @@ ChosenForm = Literal["expanded", "absorbed"]
 """A way in which MLA attends to a cache (mla.py)."""
 Form = Literal["auto"] | ChosenForm
 """The same; auto is whichever is less work."""
-FormPolicy = Callable[[Any, int, Any], ChosenForm]
-"""Chooses the form from a layer, the number of new tokens and its LayerCacheView."""
 
 KEY_STEP = 64
 """Step in which the number of keys grows that attention reads."""
@@ -45,7 +42,8 @@ class LayerCache:
         self.data = torch.zeros(batch_size, max_seq_len, width, dtype=dtype, device=device)
         self.index: LayerCache | None = None
         """The indexer's keys, which have the same places; None without an indexer."""
-        self._prepared: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
+        self.halves: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
+        """MLA.absorbed_halves, with what they were made of: they are of use only while something is decoded."""
 
     def write(self, rows: Float[Tensor, "b s w"], positions: "CachePositions") -> None:
         """Store the rows of new tokens in their places, and those of padding nowhere."""
@@ -62,21 +60,8 @@ class LayerCache:
         """Return the first `end` rows of every sequence as numbers of dtype."""
         return self.data[:, :end].to(dtype)
 
-    def rounds(self, dtype: torch.dtype) -> bool:
-        """Return True if rows of dtype are read as other numbers than were written."""
-        return self.data.dtype != dtype
-
     def _encode(self, rows: Tensor) -> Tensor:
         return rows.to(self.data.dtype)
-
-    def prepared(self, key: tuple[object, ...], make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Return make(), called once and again when the key changes.
-
-        MLA stores the absorbed halves of wkv_b here: they are of use only while something is decoded.
-        """
-        if self._prepared is None or self._prepared[0] != key:
-            self._prepared = (key, make())
-        return self._prepared[1]
 
     def select(self, index: Int[Tensor, " n"]) -> None:
         """Keep the rows of these sequences, in this order."""
@@ -174,7 +159,7 @@ class CachePositions:
         Raises: ValueError if they do not fit.
         """
         if new is not None:
-            new = whole_numbers(new, "lengths=")
+            new = torch.as_tensor(new, dtype=torch.int64, device="cpu")
             if new.shape != before.shape or int(new.min()) < 0 or int(new.max()) > s:
                 raise ValueError(
                     f"lengths={new.tolist()} for {len(before)} sequences of {s} columns; want one of 0 to {s} each"
@@ -230,8 +215,8 @@ class LayerCacheView:
 
     store: LayerCache
     at: CachePositions
-    form: Form | FormPolicy = "auto"
-    """The way MLA attends to the store, or what chooses it; auto is `forms.cheapest_form`."""
+    form: Form = "auto"
+    """The way MLA attends to the store; auto is the one with less work (mla.py)."""
 
     @property
     def index(self) -> "LayerCacheView":
@@ -246,7 +231,7 @@ class LayerCacheView:
     def extend(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Append, and return the parts of all rows to attend to: those of a fresh cache as they came."""
         self.append(parts)
-        if self.at.fresh and not self.store.rounds(dtype):
+        if self.at.fresh and self.store.data.dtype == dtype:
             return parts
         rows = self.store.read(parts[0].shape[1] if self.at.fresh else self.at.end, dtype)
         return rows.split([part.shape[-1] for part in parts], -1)
@@ -255,8 +240,8 @@ class LayerCacheView:
 class MTPCache:
     """The cache of the multi-token prediction blocks, which may have fewer tokens than the layers' cache."""
 
-    def __init__(self, stores: list[LayerCache], hidden: Float[Tensor, "b m"], form: Form | FormPolicy) -> None:
-        self.form: Form | FormPolicy = form
+    def __init__(self, stores: list[LayerCache], hidden: Float[Tensor, "b m"], form: Form) -> None:
+        self.form: Form = form
         self.stores = stores
         """One layer cache for each depth."""
         self.last = [hidden.clone() for _ in stores]
@@ -290,7 +275,7 @@ class Cache:
 
     Args:
         mtp: also make a cache for the multi-token prediction blocks.
-        form: how MLA attends to what is stored, or a function that chooses it (FormPolicy).
+        form: how MLA attends to what is stored.
         hidden_dtype: dtype of the hidden states between the multi-token prediction blocks.
     """
 
@@ -303,12 +288,12 @@ class Cache:
         device: torch.device,
         *,
         mtp: bool = False,
-        form: Form | FormPolicy = "auto",
+        form: Form = "auto",
         hidden_dtype: torch.dtype = torch.float32,
     ) -> None:
-        _check(config, batch_size, max_seq_len, dtype, form)
+        _check(config, max_seq_len, dtype, form)
         self.config, self.max_seq_len = config, max_seq_len
-        self.form: Form | FormPolicy = form
+        self.form: Form = form
 
         def store() -> LayerCache:
             return new_layer_cache(config, batch_size, max_seq_len, dtype, device)
@@ -347,20 +332,14 @@ class Cache:
         """Keys of each layer's indexer; empty without one."""
         return [store.index for store in self.stores if store.index is not None]
 
-    @property
-    def index_nbytes_per_token(self) -> float:
-        """Bytes of those that are keys of indexers."""
-        return sum(store.nbytes for store in self.index_stores) / (self.batch_size * self.max_seq_len)
-
     def place(self, config: ModelConfig, tokens: Int[Tensor, "b s"], new: Tensor | None = None) -> CachePositions:
         """Return the place of a model's s new tokens in every row, or of `new` [b] tokens padded to s.
 
         Raises: ValueError if the cache is of another model or number of rows, or if they do not fit.
         """
-        if self.config is not config and self.config != config:
-            raise ValueError("the cache was made by a model of another config; use this model's new_cache")
-        if len(tokens) != self.batch_size:
-            raise ValueError(f"{len(tokens)} rows of tokens for a cache of {self.batch_size} sequences; want as many")
+        if (self.config is not config and self.config != config) or len(tokens) != self.batch_size:
+            got = f"{len(tokens)} rows of tokens for a cache of {self.batch_size}"
+            raise ValueError(f"{got} sequences, made by new_cache of a model of this config; want as many, and that")
         device = self.stores[0].data.device
         return CachePositions.after(self.lengths, tokens.shape[1], new, self.max_seq_len, device)
 
@@ -374,12 +353,7 @@ class Cache:
         Raises: ValueError for a length that is negative or longer than the row, and where multi-token prediction would
             have to forget: it can only begin again, from 0.
         """
-        wanted = whole_numbers(lengths, "truncate to")
-        if wanted.dim() and wanted.shape != self.lengths.shape:
-            raise ValueError(
-                f"truncate to {wanted.tolist()}; want one length for all {self.batch_size} sequences or each"
-            )
-        wanted = wanted.expand(self.batch_size)
+        wanted = torch.as_tensor(lengths, dtype=torch.int64, device="cpu").expand(self.batch_size)
         if bool((wanted < 0).any()) or bool((wanted > self.lengths).any()):
             raise ValueError(f"truncate to {wanted.tolist()}, but the lengths are {self.lengths.tolist()}")
         if self.mtp is not None:
@@ -394,9 +368,7 @@ class Cache:
 
     def select(self, rows: Int[Tensor, " n"] | list[int]) -> None:
         """Keep these rows, in this order. A row may be taken more than once."""
-        index = whole_numbers(rows, "select")
-        if index.dim() != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= self.batch_size:
-            raise ValueError(f"select {index.tolist()} of {self.batch_size} sequences; want numbers of sequences")
+        index = torch.as_tensor(rows, device="cpu")
         self.lengths = self.lengths[index]
         for store in self.stores:
             store.select(index)
@@ -418,33 +390,18 @@ class Cache:
         return self.mtp
 
 
-def _check(config: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheDtype, form: Any) -> None:
-    if batch_size < 1 or max_seq_len < 1:
-        raise ValueError(f"a cache of {batch_size} sequences of {max_seq_len} tokens; want 1 or more of each")
+def _check(config: ModelConfig, max_seq_len: int, dtype: CacheDtype, form: Form) -> None:
     if max_seq_len > config.max_seq_len:
         raise ValueError(
             f"a cache of {max_seq_len} tokens a sequence is longer than the model's max_seq_len={config.max_seq_len}; "
             "shorten it, or build the model with a longer context"
         )
-    if dtype not in ("fp8", torch.bfloat16, torch.float32, torch.float64, torch.float16):
-        raise ValueError(f"a cache of dtype {dtype!r}; want torch.bfloat16, torch.float32 or 'fp8'")
     if dtype == "fp8" and not config.is_mla:
         raise ValueError(f"dtype='fp8' is the layout of MLA's latent, not of attention={config.attention!r}; use BF16")
-    if form not in ("auto", "expanded", "absorbed") and not callable(form):
-        raise ValueError(f"form={form!r} is unknown; use auto, expanded, absorbed, or a function that chooses")
+    if form not in ("auto", "expanded", "absorbed"):
+        raise ValueError(f"form={form!r} is unknown; use auto, expanded or absorbed")
     if form == "absorbed" and (not config.is_mla or config.qk_norm):
         raise ValueError("form='absorbed' is MLA's without qk_norm; use expanded")
-
-
-def whole_numbers(given: Any, what: str) -> Int[Tensor, "..."]:
-    """Return numbers as an int64 tensor on the CPU.
-
-    Raises: ValueError for what is not a whole number, such as 2.7, True or NaN.
-    """
-    numbers = torch.as_tensor(given).cpu()
-    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
-        raise ValueError(f"{what} {numbers.tolist()}: {numbers.dtype}; want whole numbers, such as int64")
-    return numbers.to(torch.int64)
 
 
 def last_valid(

@@ -36,14 +36,13 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
-from dsmini.nn.attention import AttentionContext, Mask, attend, cached_attention, check_sequences, context_of
+from dsmini.nn.attention import AttentionContext, Mask, attend, cached_attention, context_of
 from dsmini.nn.cache import LayerCacheView
-from dsmini.nn.forms import form_of
 from dsmini.nn.gate import stable_topk
-from dsmini.nn.layers import FP32Linear, LayerNorm, make_linear, quantize_once
-from dsmini.nn.mla import MLA, absorbed_attention
+from dsmini.nn.layers import FP32Linear, LayerNorm, at_least_fp32, make_linear, quantize_once, without_autocast
+from dsmini.nn.mla import MLA, absorbed_attention, form_of
 from dsmini.nn.rope import CosSin, apply_rope, apply_rope_to_halves
-from dsmini.numerics import at_least_fp32, quantize, without_autocast
+from dsmini.numerics import quantize
 
 BLOCK = 128
 """Queries that are masked, scored and attended together: of a long context no tensor of all pairs exists."""
@@ -53,30 +52,15 @@ def hadamard(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     """Return x H / sqrt(d), with Sylvester's matrix H of ones and minus ones. Computed in FP32, returned in x's dtype.
 
     H / sqrt(d) is orthogonal and its own inverse: two transformed rows have the product that they had before. With
-    H_2n = [[H_n, H_n], [H_n, -H_n]] each of log2(d) steps adds and subtracts the halves of groups of 2n numbers.
-
-    Raises: ValueError if d is not a power of two.
+    H_2n = [[H_n, H_n], [H_n, -H_n]] each of log2(d) steps adds and subtracts the halves of groups of 2n numbers. d is a
+    power of two.
     """
-    d = x.shape[-1]
-    if d < 1 or d & (d - 1):
-        raise ValueError(f"x is {tuple(x.shape)}; the Hadamard transform wants a power of two as its last dimension")
-    y, n = at_least_fp32(x), 1
+    d, y, n = x.shape[-1], at_least_fp32(x), 1
     while n < d:
         first, second = y.unflatten(-1, (-1, 2, n)).unbind(-2)
         y = torch.stack((first + second, first - second), -2).flatten(-3)
         n *= 2
     return (y * d**-0.5).to(x.dtype)
-
-
-def rope_hadamard(x: Float[Tensor, "b s h d"], cos_sin: CosSin, *, halves: bool) -> Float[Tensor, "b s h d"]:
-    """Return an indexer's queries or keys with their first numbers rotated by position, and then transformed.
-
-    Args:
-        halves: RoPE pairs the halves of the first numbers, not neighbours.
-    """
-    rope, nope = x.tensor_split((2 * cos_sin[0].shape[-1],), -1)
-    rope = (apply_rope_to_halves if halves else apply_rope)(rope, cos_sin)
-    return hadamard(torch.cat((rope, nope), -1))
 
 
 @ops.operation("index_scores")
@@ -171,20 +155,13 @@ class Indexer(nn.Module):
         self.weights_proj = FP32Linear(c.dim, self.n_heads, init_std=c.init_std)
 
     def forward(
-        self, x: Float[Tensor, "b s m"], latent: Float[Tensor, "b s l"], cos_sin: CosSin, keys: Float[Tensor, "b t d"]
-    ) -> Float[Tensor, "b s t"]:
-        """Return the scores I[t, s] of new tokens and keys, in FP32, with gradients and without a mask.
+        self, x: Float[Tensor, "b s m"], latent: Float[Tensor, "b s l"], cos_sin: CosSin
+    ) -> tuple[Float[Tensor, "b s h d"], Float[Tensor, "b s d"], Float[Tensor, "b s h"]]:
+        """Return queries, keys and head weights of tokens, of which index_scores makes I[t, s].
 
         Args:
             latent: the normed compressed query of MLA, or x where it compresses none.
-            keys: `keys` of all tokens that may be scored.
         """
-        return index_scores(self.queries(latent, cos_sin), keys, self.head_weights(x))
-
-    def all_of(
-        self, x: Float[Tensor, "b s m"], latent: Float[Tensor, "b s l"], cos_sin: CosSin
-    ) -> tuple[Float[Tensor, "b s h d"], Float[Tensor, "b s d"], Float[Tensor, "b s h"]]:
-        """Return queries, keys and head weights of the same tokens."""
         return self.queries(latent, cos_sin), self.keys(x, cos_sin), self.head_weights(x)
 
     def queries(self, latent: Float[Tensor, "b s l"], cos_sin: CosSin) -> Float[Tensor, "b s h d"]:
@@ -200,7 +177,10 @@ class Indexer(nn.Module):
         return self.weights_proj(x) * (self.n_heads * self.head_dim) ** -0.5
 
     def _rotated(self, x: Float[Tensor, "b s h d"], cos_sin: CosSin) -> Float[Tensor, "b s h d"]:
-        x = rope_hadamard(x, cos_sin, halves=not self.interleaved)
+        """Rotate the first numbers by position, and transform all."""
+        rope, nope = x.tensor_split((2 * cos_sin[0].shape[-1],), -1)
+        rope = (apply_rope if self.interleaved else apply_rope_to_halves)(rope, cos_sin)
+        x = hadamard(torch.cat((rope, nope), -1))
         # a scale is a power of two: products of rounded numbers are those of the codes, times both scales
         return quantize(x).dequantize(x.dtype) if self.fp8 else x
 
@@ -305,7 +285,6 @@ class DSA(MLA):
         The indexer's keys are cached in any case. While the indexer learns, and the context asks for its loss, the
         result is the output [b, s, m] and an IndexerLoss. The loss moves the indexer alone, whose inputs are detached.
         """
-        check_sequences(x)
         context = context or context_of(x, self.rope)
         cache = context.cache
         stage = self.stage if self.training and cache is None else None
@@ -322,14 +301,14 @@ class DSA(MLA):
         # 2. the keys of each query: [b, s, k]
         latent = latent if isinstance(latent, Tensor) else x
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            index = self.indexer.all_of(x.detach(), latent.detach(), context.cos_sin)
+            index = self.indexer(x.detach(), latent.detach(), context.cos_sin)
         topk_indices = self.select_topk(index, context)
         # 3. attention to the chosen rows of the cache, absorbed: [b, s, h v]
         if cache is not None and form_of(self, x.shape[1], cache) == "absorbed":
             cache.append(new)
             rows = cache.store.read(cache.at.end, q.dtype)
             q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
-            w_uk, w_uv = self.prepared_halves(q.dtype, cache)
+            w_uk, w_uv = self.absorbed_halves(q.dtype, cache.store)
             y = topk_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, topk_indices)
             return self.wo(y)
         # 4. or to keys and values of every head, all but the chosen ones masked: [b, h, s, v]

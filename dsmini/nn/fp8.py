@@ -9,7 +9,6 @@ codes with an FP32 scale for each 128x128 block.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
@@ -32,7 +31,7 @@ from dsmini.numerics import (
     quantize,
     rows_of,
 )
-from dsmini.numerics.tiles import Scale
+from dsmini.numerics.quantization import Scale
 
 SCALES = MappingProxyType({"weight": "scale", "w1": "w1_scale", "w2": "w2_scale", "w3": "w3_scale"})
 """Names of the buffers that hold the scales of matrices in FP8."""
@@ -84,14 +83,6 @@ def fp8_experts(
     return y
 
 
-def _refuse_transforms(*_: Any, **__: Any) -> Any:
-    raise ValueError("experts in FP8 have no version for torch.func and torch.export; use a model without FP8")
-
-
-for _name in ("quantized_experts", "fp8_experts"):
-    ops.for_transforms(_name)(_refuse_transforms)
-
-
 def fp8_weights(model: nn.Module) -> dict[str, "Projection | Experts"]:
     """Find the parameters that DeepSeek stores in FP8, by name, each with its layer.
 
@@ -139,34 +130,25 @@ class FP8Weights(nn.Module):
     """Base of layers whose parameters may be FP8 codes. A parameter is an ordinary one until hold_fp8 replaces it.
 
     Codes and scales keep their dtypes under `.to(torch.bfloat16)`, which would make numbers of the codes and lose the
-    scales; moves between devices work as usual. Codes are read only: a layer that holds some refuses to be trained.
+    scales; moves between devices work as usual. Codes are read only: a layer that holds some refuses training mode, and
+    gradients pass it to its input alone.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_buffers()
-
-    def _add_buffers(self) -> None:
-        for name, buffer in SCALES.items():
-            if name in self._parameters:
-                self.register_buffer(buffer, None)
 
     @classmethod
     def in_place_of(cls, layer: nn.Module) -> "FP8Weights":
         """Return a layer of this class with the parameters, sizes and hooks of a plain one."""
         made = cls.__new__(cls)
         vars(made).update(vars(layer) | {"_parameters": {**layer._parameters}, "_buffers": {**layer._buffers}})
-        made._add_buffers()
         return made
 
     def hold(self, name: str, codes: Tensor, scales: Tensor) -> None:
         """Let the parameter `name` be these codes, with these scales."""
         setattr(self, name, nn.Parameter(codes, requires_grad=False))
-        setattr(self, SCALES[name], scales)
+        self.register_buffer(SCALES[name], scales)
 
     @property
     def holds_fp8(self) -> bool:
-        return any(self._buffers.get(name) is not None for name in SCALES.values())
+        return any(name in self._buffers for name in SCALES.values())
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if self.holds_fp8:
@@ -175,7 +157,7 @@ class FP8Weights(nn.Module):
 
     def operand(self, name: str) -> Tensor | QuantizedTensor:
         """Return the parameter `name` as products take it: itself, or its codes."""
-        weight, scales = self._parameters[name], self._buffers[SCALES[name]]  # faster than getattr
+        weight, scales = self._parameters[name], self._buffers.get(SCALES[name])  # faster than getattr
         assert weight is not None
         if scales is None:
             return weight
@@ -212,13 +194,13 @@ class QuantizedLinear(FP8Weights, Projection):
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         weight = self.operand("weight")
         multiply: Any = linear if isinstance(weight, Tensor) else quantized_linear
-        return multiply(untrainable(x), weight)
+        return multiply(x, weight)
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
         return dense(self.operand("weight"), dtype)
 
 
-class FP8Linear(FP8Weights, Projection, precision="fp8"):
+class FP8Linear(FP8Weights, Projection):
     """A Linear whose products are simulated FP8, forward and backward. x may be quantized already.
 
     Args:
@@ -226,6 +208,8 @@ class FP8Linear(FP8Weights, Projection, precision="fp8"):
 
     Source: DeepSeek-V3 report, section 3.3.
     """
+
+    precision = "fp8"
 
     def __init__(
         self,
@@ -235,18 +219,14 @@ class FP8Linear(FP8Weights, Projection, precision="fp8"):
         init_std: float = 0.02,
         saved_format: Literal["e4m3", "e5m6"] = "e4m3",
     ) -> None:
-        if saved_format not in ("e4m3", "e5m6"):
-            raise ValueError(f"saved_format={saved_format!r} is unknown; use 'e4m3' or 'e5m6'")
         super().__init__(in_features, out_features, init_std=init_std)
         self.saved_format: Literal["e4m3", "e5m6"] = saved_format
 
     def forward(self, x: Float[Tensor, "*batch i"] | QuantizedTensor) -> Float[Tensor, "*batch o"]:
-        x = untrainable(x) if self.holds_fp8 else x
         return fp8_matmul(x, self.operand("weight"), saved_format=self.saved_format)
 
     def swiglu(self, gate: Float[Tensor, "*batch i"], up: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         """Return forward(silu(gate) * up), which saves gate and up alone for backward."""
-        up = untrainable(up) if self.holds_fp8 else up
         return fp8_swiglu_matmul(gate, up, self.operand("weight"))
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
@@ -265,14 +245,16 @@ class QuantizedExperts(FP8Weights, Experts):
         counts: Int[Tensor, " e"],
     ) -> Float[Tensor, "n m"]:
         w1, w2, w3 = (self.operand(name) for name in ("w1", "w2", "w3"))
-        return quantized_experts(untrainable(x), indices, weights, counts, w1, w2, w3)
+        return quantized_experts(x, indices, weights, counts, w1, w2, w3)
 
 
-class FP8Experts(FP8Weights, Experts, precision="fp8"):
+class FP8Experts(FP8Weights, Experts):
     """Experts whose products are simulated FP8, forward and backward.
 
     Source: DeepSeek-V3 report, section 3.3.
     """
+
+    precision = "fp8"
 
     def forward(
         self,
@@ -282,28 +264,8 @@ class FP8Experts(FP8Weights, Experts, precision="fp8"):
         counts: Int[Tensor, " e"],
     ) -> Float[Tensor, "n m"]:
         codes = quantize(x) if isinstance(x, Tensor) else x
-        codes = untrainable(codes) if self.holds_fp8 else codes
         w1, w2, w3 = (self.operand(name) for name in ("w1", "w2", "w3"))
         return fp8_experts(codes, indices, weights, counts, w1, w2, w3)
 
 
-class _Untrainable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise ValueError(REFUSAL)
-
-
-Operand = TypeVar("Operand", bound=Tensor | QuantizedTensor)
-
-
-def untrainable(x: Operand) -> Operand:
-    """Return x, whose gradient is refused with the reason."""
-    if isinstance(x, QuantizedTensor):
-        refused: Any = x if x.source is None else replace(x, source=untrainable(x.source))
-    else:
-        refused = _Untrainable.apply(x) if x.requires_grad else x
-    return refused
+Projection.by_precision["fp8"], Experts.by_precision["fp8"] = FP8Linear, FP8Experts

@@ -1,6 +1,7 @@
 """The small layers: linear maps, norms and the embedding, and what keeps some of them in FP32."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,19 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig
-from dsmini.numerics import QuantizedTensor, at_least_fp32, quantize, without_autocast
+from dsmini.numerics import QuantizedTensor, quantize
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Return x in FP32, or in FP64 if it is that already: the least precision of norms, softmax, gates and losses."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which torch.autocast leaves the dtypes of products alone."""
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # torch knows no autocast of meta
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def draw_normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
@@ -36,14 +49,8 @@ class FP32Module(nn.Module):
 
 
 @ops.operation("linear")
-def linear(x: Tensor | QuantizedTensor, weight: Tensor | QuantizedTensor) -> Float[Tensor, "*batch o"]:
+def linear(x: Float[Tensor, "*batch i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "*batch o"]:
     """Return x W^T for x [*batch, i] and W [o, i], computed in x's dtype. The weight may have another dtype."""
-    if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
-        name, given = ("weight", weight) if isinstance(x, Tensor) else ("x", x)
-        fix = f"multiply codes by nn.FP8Linear, or {name}.dequantize()"
-        raise ValueError(f"{name} is a {type(given).__name__}, want a tensor; {fix}")
-    if x.shape[-1:] != weight.shape[-1:]:
-        raise ValueError(f"x is {tuple(x.shape)}, want [..., {weight.shape[-1]}], as wide as the layer's input")
     return F.linear(x, weight.to(x.dtype))
 
 
@@ -55,13 +62,8 @@ class Projection(nn.Module):
     """
 
     by_precision: ClassVar[dict[str, Callable[..., "Projection"]]] = {}
-    """Classes that multiply in another precision than the compute dtype's, by config.precision."""
+    """Classes that multiply in another precision than the compute dtype's, by config.precision (fp8.py)."""
     precision = "native"
-
-    def __init_subclass__(cls, precision: str | None = None, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if precision is not None:
-            cls.by_precision[precision], cls.precision = cls, precision
 
     def __init__(self, in_features: int, out_features: int, *, init_std: float = 0.02) -> None:
         nn.Module.__init__(self)
@@ -77,7 +79,7 @@ class Projection(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
         """Return the whole weight in that dtype, as the products see it."""
-        raise NotImplementedError
+        return self.weight.to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
@@ -91,9 +93,6 @@ class Linear(Projection, nn.Linear):
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         return linear(x, self.weight)
-
-    def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
-        return self.weight.to(dtype)
 
 
 def make_linear(
@@ -160,23 +159,6 @@ class FP32Linear(FP32Module):
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         with without_autocast(x):
             return linear(at_least_fp32(x), self.weight)
-
-
-def dense_weight(module: nn.Module, in_features: int, dtype: torch.dtype) -> Float[Tensor, "o i"]:
-    """Return the matrix by which a module multiplies, in that dtype.
-
-    It is the output for the identity, which is exact: each sum has one term that is not zero.
-
-    Raises: ValueError for a module that adds a bias.
-    """
-    if isinstance(module, Projection) and is_plain(module):
-        return module.dense(dtype)
-    identity = torch.eye(in_features, dtype=dtype, device=next(module.parameters()).device)
-    if module(torch.zeros_like(identity[:1])).any():
-        raise ValueError(
-            f"a {type(module).__name__} adds a bias, which absorbed weights cannot hold; use form='expanded'"
-        )
-    return module(identity).T.to(dtype)
 
 
 @ops.operation("rms_norm")

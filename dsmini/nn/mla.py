@@ -12,10 +12,10 @@ There are two ways to attend to the cache. Expanded computes k_nope and v of eve
 W_UK over to the query and W_UV after the sum (DeepSeek-V2 report, section 2.1.2): with k_nope = W_UK c_kv
     q_nope.k_nope = (W_UK^T q_nope).c_kv        sum_t p_t v_t = W_UV (sum_t p_t c_kv_t)
 All heads then read the one latent, as in multi-query attention with keys kv_lora_rank + qk_rope_head_dim wide. A pair
-of query and key costs more, but no cached latent is expanded. forms.py chooses.
+of query and key costs more, but no cached latent is expanded. `form_of` chooses the form with less work.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import einsum, rearrange
@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, mask_function
-from dsmini.nn.attention import AttentionContext, Mask, attend, cached_mask, check_sequences, context_of
-from dsmini.nn.cache import LayerCacheView
-from dsmini.nn.forms import form_of
-from dsmini.nn.layers import RMSNorm, dense_weight, is_plain, make_linear, output_linear, quantize_once
+from dsmini.nn.attention import AttentionContext, Mask, attend, cached_mask, context_of
+from dsmini.nn.cache import ChosenForm, LayerCache, LayerCacheView
+from dsmini.nn.layers import RMSNorm, at_least_fp32, is_plain, make_linear, output_linear, quantize_once
 from dsmini.nn.rope import CosSin, Rope, apply_rope
-from dsmini.numerics import QuantizedTensor, at_least_fp32
+from dsmini.numerics import QuantizedTensor
 
 
 @ops.operation("absorbed_attention")
@@ -98,7 +97,6 @@ class MLA(nn.Module):
 
     def forward(self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None) -> Float[Tensor, "b s m"]:
         """Attend causally, to the sequence or, with a cache in the context, to all its rows in one of the forms."""
-        check_sequences(x)
         context = context or context_of(x, self.rope)
         if context.cache is not None and form_of(self, x.shape[1], context.cache) == "absorbed":
             return self.absorbed(x, context.cos_sin, context.cache)
@@ -140,7 +138,7 @@ class MLA(nn.Module):
         cache.append(self.latents(x, cos_sin))
         rows = cache.store.read(cache.at.end, q_nope.dtype)
         # 3. attention, W_UK moved to the queries and W_UV after the sum: [b, s, h v]
-        w_uk, w_uv = self.prepared_halves(q_nope.dtype, cache)
+        w_uk, w_uv = self.absorbed_halves(q_nope.dtype, cache.store)
         return self.wo(absorbed_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, cached_mask(cache, self.mask)))
 
     def query_latent(self, x: Float[Tensor, "b s m"] | QuantizedTensor) -> Float[Tensor, "b s l"] | QuantizedTensor:
@@ -170,20 +168,72 @@ class MLA(nn.Module):
         k_nope, v = kv.tensor_split((self.qk_nope_head_dim,), -1)
         return torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, self.n_heads, -1)), -1), v
 
-    def absorbed_halves(self, dtype: torch.dtype) -> tuple[Float[Tensor, "h n c"], Float[Tensor, "h c v"]]:
-        """Take wkv_b apart for the absorbed form: W_UK and W_UV of every head, in dtype."""
-        w = rearrange(dense_weight(self.wkv_b, self.kv_lora_rank, dtype), "(h d) c -> h d c", h=self.n_heads)
-        w_uk, w_uv = w.tensor_split((self.qk_nope_head_dim,), 1)
-        return w_uk.contiguous(), w_uv.transpose(1, 2).contiguous()
+    def absorbed_halves(
+        self, dtype: torch.dtype, store: LayerCache | None = None
+    ) -> tuple[Float[Tensor, "h n c"], Float[Tensor, "h c v"]]:
+        """Take wkv_b apart for the absorbed form: W_UK and W_UV of every head, in dtype.
 
-    def prepared_halves(self, dtype: torch.dtype, cache: LayerCacheView) -> tuple[Tensor, Tensor]:
-        """Return absorbed_halves, prepared once for a cache and again after a step, a load or a move of the weight.
+        Args:
+            store: keeps them, until a step, a load or a move changes the weight.
 
-        Nothing tells when the weight of another module changes, so it is prepared in each call.
+        Raises: ValueError for another module in the place of wkv_b, whose weight nobody knows.
         """
         if not is_plain(self.wkv_b):
-            return self.absorbed_halves(dtype)
+            raise ValueError(f"form='absorbed' with a {type(self.wkv_b).__name__} as wkv_b; use auto or expanded")
         weight = self.wkv_b.weight
         version = None if weight.is_inference() else weight._version
         key = (id(weight), weight.data_ptr(), version, dtype)
-        return cache.store.prepared(key, lambda: self.absorbed_halves(dtype))
+        if store is not None and store.halves is not None and store.halves[0] == key:
+            return store.halves[1]
+        w = rearrange(self.wkv_b.dense(dtype), "(h d) c -> h d c", h=self.n_heads)
+        w_uk, w_uv = w.tensor_split((self.qk_nope_head_dim,), 1)
+        halves = w_uk.contiguous(), w_uv.transpose(1, 2).contiguous()
+        if store is not None:
+            store.halves = (key, halves)
+        return halves
+
+
+class AttentionWork(NamedTuple):
+    """Floating-point operations of MLA's attention to a cache, for one sequence and layer, in both forms.
+
+    A multiply-add counts as two. Masked pairs of query and key count too. Work that both forms do is left out.
+    """
+
+    expanded: int
+    absorbed: int
+
+    @property
+    def cheaper(self) -> ChosenForm:
+        """Form with fewer operations."""
+        return "absorbed" if self.absorbed < self.expanded else "expanded"
+
+
+def attention_work(layer: MLA, queries: int, keys: int, gathered: int | None = None) -> AttentionWork:
+    """Count both forms of attention of this many new tokens to this many cached ones, the new ones included.
+
+    Args:
+        gathered: number of keys that the absorbed form reads for each query, where it gathers them; None: all.
+    """
+    h, c, n, r, v = layer.n_heads, layer.kv_lora_rank, layer.qk_nope_head_dim, layer.rope.dim, layer.v_head_dim
+    expanded = 2 * keys * c * h * (n + v) + 2 * queries * keys * h * (n + r + v)
+    read = keys if gathered is None else gathered
+    return AttentionWork(expanded, 2 * queries * h * c * (n + v) + 2 * queries * read * h * (c + r + c))
+
+
+def form_of(layer: MLA, queries: int, cache: LayerCacheView) -> ChosenForm:
+    """Return the form in which a layer attends to a cache: the one that it asks for, or the one with less work.
+
+    It is absorbed for the keys that an indexer chose, where a kernel gathers them: attention with a mask takes longer
+    than the gather, also where it needs fewer operations (docs/log.md). Normed heads have no absorbed form, nor has a
+    module in the place of wkv_b, such as a LoRA wrapper.
+    """
+    if cache.form != "auto":
+        return cache.form
+    if layer.q_head_norm is not None or not is_plain(layer.wkv_b):
+        return "expanded"
+    indexer: Any = getattr(layer, "indexer", None)
+    topk = None if indexer is None or int(cache.at.lengths.max()) <= indexer.topk else indexer.topk
+    if topk is not None and ops.serves("topk_attention", layer.wkv_b.weight):
+        return "absorbed"
+    keys = cache.at.end
+    return attention_work(layer, queries, keys, None if topk is None else min(keys, topk)).cheaper

@@ -1,10 +1,11 @@
-"""Dispatch and combine: send tokens to the experts that they chose, and sum the results by token.
+"""Dispatch and combine: send tokens to the experts that they chose, multiply by groups, and sum the results by token.
 
-Dispatch sorts the n*k token-expert pairs by expert, so that the rows of each expert are contiguous. Combine gathers
-the results by token and adds them in the order of k. No row is dropped and no addition is atomic, so the same input
-gives the same bits. Plain versions index and add instead.
+Dispatch sorts the n*k token-expert pairs by expert, so that the rows of each expert are contiguous. A grouped product
+then serves all experts. Combine gathers the results by token and adds them in the order of k. No row is dropped and no
+addition is atomic, so the same input gives the same bits. Plain versions index and add instead.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.numerics.quantization import QuantizedTensor
+from dsmini.numerics.quantization import QuantizedTensor, listed_sizes
 
 
 class Slots(NamedTuple):
@@ -123,3 +124,56 @@ class _Combine(torch.autograd.Function):
         per_slot = (rows * grad_rows) @ rows.new_ones(rows.shape[1])  # a row's sum, as a fast product
         grad_weights = per_slot[slot].to(weights.dtype)
         return grad_rows.mul_(weight_of_slots(weights, slot, rows)[:, None]), grad_weights, None, None
+
+
+def grouped_linear(
+    x: Float[Tensor, "rows i"], weight: Float[Tensor, "e o i"], ends: Int[Tensor, " e"]
+) -> Float[Tensor, "rows o"]:
+    """Compute x_j W_j^T for each group of rows: in one grouped product where torch has one, else one by one.
+
+    Args:
+        ends: the row after each group's last; the last of them is the number of rows. Groups may be empty.
+    """
+    if _breaks_the_graph(x):
+        from dsmini.numerics.uncompiled import grouped_linear_uncompiled
+
+        return grouped_linear_uncompiled(x, weight, ends)
+    weight = weight.to(x.dtype)
+    if _grouped_mm_serves(x, weight.shape[1:]):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
+    return grouped_linear_by_expert(x, weight, ends)
+
+
+def grouped_linear_by_expert(
+    x: Float[Tensor, "rows i"], weight: Float[Tensor, "e o i"], ends: Int[Tensor, " e"]
+) -> Float[Tensor, "rows o"]:
+    """Compute grouped_linear as a loop over the experts, for any dtype and stride. Waits for the device's sizes."""
+    sizes = listed_sizes(ends, x.shape[0])
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0), strict=True)])
+
+
+def grouped_outer(
+    g: Float[Tensor, "rows o"], x: Float[Tensor, "rows i"], ends: Int[Tensor, " e"]
+) -> Float[Tensor, "e o i"]:
+    """Compute g_j^T x_j for each group of rows, the gradient of grouped_linear's weight. An empty group gives zeros."""
+    if _breaks_the_graph(x):
+        from dsmini.numerics.uncompiled import grouped_outer_uncompiled
+
+        return grouped_outer_uncompiled(g, x, ends)
+    sizes = (g.shape[1], x.shape[1])
+    if _grouped_mm_serves(x, sizes):
+        return F.grouped_mm(g.T, x, offs=ends.int())
+    groups = listed_sizes(ends, x.shape[0])
+    return torch.stack([a.T @ b for a, b in zip(g.split(groups), x.split(groups), strict=True)])
+
+
+def _breaks_the_graph(x: Tensor) -> bool:
+    """Return True while torch compiles a product that it cannot trace."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.dtype != torch.bfloat16
+
+
+def _grouped_mm_serves(x: Tensor, sizes: Sequence[int]) -> bool:
+    """Return True if grouped_mm serves: it wants 16-byte strides and BF16, or FP32 on a CPU."""
+    aligned = all(size * x.element_size() % 16 == 0 for size in sizes)
+    kinds = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}.get(x.device.type, ())
+    return aligned and x.dtype in kinds and hasattr(F, "grouped_mm")

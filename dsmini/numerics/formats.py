@@ -47,21 +47,6 @@ class Format:
         """True if two codes share three bytes."""
         return self.bits == 12
 
-    @property
-    def min_normal(self) -> float:
-        """Smallest value with all bits of fraction."""
-        return 2.0 ** (1 - self.bias)
-
-    @property
-    def min_subnormal(self) -> float:
-        """Smallest value above zero, and the step between values up to 2 min_normal."""
-        return 2.0 ** (1 - self.bias - self.mantissa_bits)
-
-    @property
-    def unit(self) -> float:
-        """Unit roundoff: the largest relative error of rounding a number between min_normal and max."""
-        return 2.0 ** -(self.mantissa_bits + 1)
-
     def values(self, device: torch.device | str = "cpu") -> Float[Tensor, " codes"]:
         """Return all finite values from 0 to max in FP32, ordered by their codes without sign."""
         return torch.tensor(_values(self.mantissa_bits, self.bias, self.max), device=device)
@@ -113,7 +98,7 @@ class Format:
         return torch.where(code >> (self.bits - 1) == 1, -values, values)
 
     def _exponent(self, magnitude: Tensor) -> Tensor:
-        """Return the FP32 exponent field of a magnitude, at least that of min_normal."""
+        """Return the FP32 exponent field of a magnitude, at least that of the smallest normal number."""
         return (magnitude.view(torch.int32) >> 23).clamp(min=128 - self.bias)
 
     def _magic(self, magnitude: Tensor) -> Tensor:
@@ -121,52 +106,21 @@ class Format:
         return (self._exponent(magnitude) + 23 - self.mantissa_bits << 23).view(torch.float32)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PowersOfTwo:
-    """UE8M0: an FP32 exponent without sign or fraction. It has no zero."""
-
-    name: str = "ue8m0"
-    bits: int = 8
-    bias: int = 127
-    max: float = 2.0**127
-    min: float = 2.0**-127
-    nan: int = 255
-
-    def round_up(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """Return the smallest power of two, 2^-126 or more, that is not below x, for FP32 x >= 0.
-
-        Zero, infinity and NaN stay. Computed by bits: a logarithm is wrong next to powers of two. Rounding is up, so
-        that a number divided by its scale still fits.
-        """
-        if x.dtype != torch.float32:
-            raise ValueError(f"scales of {x.dtype}; want torch.float32")
-        up = ((x.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-        return torch.where(x.isnan(), x, up)
-
-    def encode(self, x: Float[Tensor, "*any"]) -> Int[Tensor, "*any"]:
-        """Return uint8 codes, exponent + 127, of the next powers of two, 2^-127 or more; NaN above 2^127.
-
-        Raises: ValueError for numbers that are not above zero, and for dtypes other than FP32.
-        """
-        if (x <= 0).any():
-            raise ValueError(f"ue8m0 has no code for {x[x <= 0].min().item()}; want numbers above zero")
-        smallest = x <= self.min  # FP32 keeps 2^-127 as a subnormal, which has no exponent field of its own
-        code = (self.round_up(x).view(torch.int32) >> 23).masked_fill(x.isnan(), self.nan)
-        return code.masked_fill(smallest, 0).to(torch.uint8)
-
-    def decode(self, codes: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """Return the FP32 powers of two of uint8 codes."""
-        code = codes.view(torch.uint8).int()
-        value = (code << 23).view(torch.float32).masked_fill(code == 0, self.min)
-        return value.masked_fill(code == self.nan, torch.nan)
-
-
 E4M3 = Format(name="e4m3", exponent_bits=4, mantissa_bits=3, bias=7, max=448.0, nan=0x7F, dtype=torch.float8_e4m3fn)
 """E4M3 without infinities: only the topmost code is not a number."""
 E5M2 = Format(name="e5m2", exponent_bits=5, mantissa_bits=2, bias=15, max=57344.0, nan=0x7F, dtype=torch.float8_e5m2)
 E5M6 = Format(name="e5m6", exponent_bits=5, mantissa_bits=6, bias=15, max=65024.0, nan=0x7FF, dtype=torch.uint8)
-UE8M0 = PowersOfTwo()
 FORMATS = MappingProxyType({f.name: f for f in (E4M3, E5M2, E5M6)})
+
+
+def next_power_of_two(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """Return the smallest power of two, 2^-126 or more, that is not below x, for FP32 x >= 0: a scale in UE8M0.
+
+    Zero, infinity and NaN stay. Computed by bits: a logarithm is wrong next to powers of two. Rounding is up, so that a
+    number divided by its scale still fits.
+    """
+    up = ((x.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return torch.where(x.isnan(), x, up)
 
 
 def _single(x: Tensor) -> Tensor:

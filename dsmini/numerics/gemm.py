@@ -1,20 +1,30 @@
 """Multiply matrices in the FP8 of DeepSeek-V3, simulated: forward, input gradient and weight gradient.
 
-For y = x W^T with x [n, k] and W [o, k], all operands are E4M3 with a scale for every tile (report, figure 6). The
-three products are in fp8_products.py. wgrad takes dy from its own values and x from the codes that forward saved; with
-power-of-two scales normal numbers lose nothing.
+For y = x W^T with x [n, k] and W [o, k], all operands are E4M3 with a scale for every tile (report, figure 6):
 
-Tensors for backward are saved as FP8 codes and scales: W, and x once, however many products read it.
+    fprop   y  = Q(x) Q(W)^T       x in 1x128 tiles, W in 128x128 blocks: both along k, which is summed over
+    dgrad   dx = Q(dy) Q(W)        dy in 1x128 tiles along o
+    wgrad   dW = Q(dy)^T Q(x)      summed over tokens, so both in 128x1 tiles
+
+wgrad takes dy from its own values and x from the codes that forward saved; with power-of-two scales normal numbers lose
+nothing. Tensors for backward are saved as FP8 codes and scales: W, and x once, however many products read it.
+
+The reference backend multiplies operands in FP32. Others take BF16 where that is exact. Products are computed with
+gradients off, in forward and in backward, so that kernels round and dequantize in training too. Arguments of all:
+
+    codes, scales   as `quantize_tiles` returns them, of matrices; w_codes is [o, k], or [e, o, k] with ends
+    ends            row after each expert's last; None: one matrix for all rows
 
 Simulated: with power-of-two scales a dequantized E4M3 value is a BF16 value. So a BF16 product of the dequantized
 operands, which sums in FP32, is the FP8 product, except for the order of its sums and the rounding of its result. With
 FP32 scales, or results other than BF16, an FP32 product runs. The weight's gradient is rounded to the result's dtype
-before it is added to that of an FP32 parameter.
+before it is added to that of an FP32 parameter. `Accumulator` emulates the narrow sums of Hopper's tensor cores.
 
 An infinity or NaN makes NaN of its whole tile, and of the results that the tile takes part in.
 """
 
-from typing import Any, Literal, cast
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +32,187 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.numerics.accumulation import Accumulator
-from dsmini.numerics.fp8_products import Recipe, fp8_dgrad, fp8_fprop, fp8_swiglu_fprop, fp8_wgrad
+from dsmini.numerics.dispatch import grouped_linear, grouped_outer
 from dsmini.numerics.quantization import (
     ACTIVATION_TILE,
     AMAX_MIN,
+    SMALLEST_AMAX,
+    TOKEN_TILE,
     WEIGHT_TILE,
+    FormatName,
     QuantizedTensor,
+    Scale,
     check_options,
     check_source,
+    dequantize_tiles,
     quantize,
+    quantize_tiles,
+    round_tiles,
 )
-from dsmini.numerics.tiles import FormatName, Scale, dequantize_tiles, quantize_tiles
+
+GROUP = 32
+"""Number of products that an emulated accumulator adds at once."""
+AT_A_TIME = 1 << 22
+"""Maximum number of products in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accumulator:
+    """Precision of a sum of products: the narrow accumulator of Hopper's tensor cores, emulated.
+
+    H800 tensor cores add FP8 products at about 14 bits, not in FP32 (report, section 3.5.2). They shift 32 products at
+    a time to the exponent of the largest and drop the bits that fall off the end. A growing sum loses bits in the same
+    way. At K = 4096 DeepSeek saw errors of nearly 2 %. Their cure is to move the partial sum into an FP32 register
+    every N_C = 128 products (section 3.3.2, figure 7b).
+
+    Simulated: the hardware is not documented to the bit. This code truncates where the report says that bits are lost,
+    and reproduces the errors that it reports. It is slow, and only for looking at errors.
+    """
+
+    bits: int = 14
+    """Bits of the significand of a partial sum."""
+    promote_every: int | None = 128
+    """Number of products after which the partial sum moves into FP32 (N_C), a multiple of 32; None: only at the end."""
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or not 2 <= self.bits <= 24:
+            raise ValueError(f"bits={self.bits} is not a width of an accumulator; use 2 to 24")
+        if self.promote_every is not None and (self.promote_every < GROUP or self.promote_every % GROUP):
+            raise ValueError(
+                f"promote_every={self.promote_every} is not a multiple of {GROUP}, in which products are added"
+            )
+
+    def matmul(self, a: Float[Tensor, "n k"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n m"]:
+        """Return a b^T in FP32, each sum computed in this accumulator."""
+        rows = max(1, AT_A_TIME // max(1, b.shape[0] * GROUP))
+        parts = [self._matmul(part.float(), b.float()) for part in a.split(rows)]
+        return torch.cat(parts) if parts else a.new_zeros(0, b.shape[0], dtype=torch.float32)
+
+    def _matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        total = a.new_zeros(a.shape[0], b.shape[0])
+        partial = torch.zeros_like(total, dtype=torch.float64)
+        for start in range(0, a.shape[1], GROUP):
+            products = a[:, None, start : start + GROUP].double() * b[None, :, start : start + GROUP].double()
+            exponent = _exponent(products.abs().amax(-1).maximum(partial.abs()))
+            aligned = _cut(products, exponent[..., None], self.bits).sum(-1) + _cut(partial, exponent, self.bits)
+            partial = _cut(aligned, _exponent(aligned.abs()), self.bits)
+            if self.promote_every is not None and (start + GROUP) % self.promote_every == 0:
+                total += partial.float()
+                partial.zero_()
+        return total + partial.float()
+
+
+def _exponent(magnitude: Tensor) -> Tensor:
+    """Return floor(log2), exactly; -1 for zero, of which nothing is cut."""
+    return torch.frexp(magnitude).exponent - 1
+
+
+def _cut(x: Tensor, exponent: Tensor, bits: int) -> Tensor:
+    """Truncate x below the last of `bits` bits of a number with that exponent."""
+    step = (exponent.long() - bits + 1 + 1023 << 52).view(torch.float64)  # a power of two, by its exponent field
+    return (x / step).trunc() * step
+
+
+class Recipe(NamedTuple):
+    """Options of one product and its gradients."""
+
+    scale: Scale
+    weight_scale: Scale
+    grad_format: FormatName
+    saved_format: FormatName
+    """Format in which x is kept for wgrad."""
+    out_dtype: torch.dtype
+    """Dtype of the result and of both gradients."""
+    accumulator: Accumulator | None
+    """Emulated accumulator of all three products; None: FP32."""
+    backend: str | None
+    """Backend of the forward, which backward uses too."""
+
+    @property
+    def operands(self) -> torch.dtype:
+        """Dtype of dequantized operands: BF16, where that holds them exactly and the result is BF16."""
+        exact = self.scale == self.weight_scale == "ue8m0" and self.accumulator is None
+        exact = exact and self.out_dtype == torch.bfloat16
+        return torch.bfloat16 if exact and self.backend != "reference" else torch.float32
+
+
+def fp8_fprop(
+    x_codes: Tensor,
+    x_scales: Float[Tensor, "rows kt"],
+    w_codes: Tensor,
+    w_scales: Float[Tensor, "*e ot kt"],
+    ends: Int[Tensor, " e"] | None,
+    recipe: Recipe,
+) -> Float[Tensor, "rows o"]:
+    """Return x W^T of E4M3 codes.
+
+    Source: DeepSeek-V3 report, section 3.3.
+    """
+    x = dequantize_tiles(x_codes, x_scales, ACTIVATION_TILE, "e4m3", recipe.operands)
+    w = dequantize_tiles(w_codes, w_scales, WEIGHT_TILE, "e4m3", recipe.operands)
+    return _times_transposed(x, w, ends, recipe)
+
+
+def fp8_swiglu_fprop(
+    gate: Float[Tensor, "rows k"],
+    up: Float[Tensor, "rows k"],
+    w_codes: Tensor,
+    w_scales: Float[Tensor, "*e ot kt"],
+    ends: Int[Tensor, " e"] | None,
+    recipe: Recipe,
+) -> Float[Tensor, "rows o"]:
+    """Return Q(silu(gate) * up) W^T."""
+    hidden = F.silu(gate).mul_(up)
+    x = round_tiles(hidden, ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands)
+    w = dequantize_tiles(w_codes, w_scales, WEIGHT_TILE, "e4m3", recipe.operands)
+    return _times_transposed(x, w, ends, recipe)
+
+
+def fp8_dgrad(
+    dy: Float[Tensor, "rows o"],
+    w_codes: Tensor,
+    w_scales: Float[Tensor, "*e ot kt"],
+    ends: Int[Tensor, " e"] | None,
+    recipe: Recipe,
+) -> Float[Tensor, "rows k"]:
+    """Return the gradient of x: Q(dy) W, with dy rounded in 1x128 tiles."""
+    w = dequantize_tiles(w_codes, w_scales, WEIGHT_TILE, "e4m3", recipe.operands)
+    g = round_tiles(dy, ACTIVATION_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, recipe.operands)
+    return _times_transposed(g, w.mT, ends, recipe)
+
+
+def fp8_wgrad(
+    dy: Float[Tensor, "rows o"],
+    x: Tensor,
+    x_scales: Float[Tensor, "rows kt"] | None,
+    columns: int,
+    ends: Int[Tensor, " e"] | None,
+    recipe: Recipe,
+) -> Float[Tensor, "*e o k"]:
+    """Return the gradient of W: Q(dy)^T Q(x), both rounded in tiles of 128 tokens of one expert; zeros without tokens.
+
+    Args:
+        x: codes in the format that x is kept in, or, without scales, its values [rows, k].
+        columns: k, which packed codes do not tell.
+    """
+    if x_scales is not None:
+        x = dequantize_tiles(x, x_scales, ACTIVATION_TILE, recipe.saved_format, recipe.operands, columns)
+    g = round_tiles(dy, TOKEN_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, recipe.operands, ends)
+    x = round_tiles(x, TOKEN_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands, ends)
+    if ends is None:
+        return _times_transposed(g.T, x.T, None, recipe)
+    return grouped_outer(g, x, ends).to(recipe.out_dtype)
+
+
+def _times_transposed(
+    a: Float[Tensor, "n k"], b: Float[Tensor, "*e m k"], ends: Tensor | None, recipe: Recipe
+) -> Float[Tensor, "n m"]:
+    """Return a b^T in the result's dtype, for each expert's rows of a with its matrix b."""
+    if recipe.accumulator is not None:
+        y = recipe.accumulator.matmul(a, b)
+    else:
+        y = F.linear(a, b) if ends is None else grouped_linear(a, b, ends)
+    return y.to(recipe.out_dtype)
 
 
 def fp8_matmul(
@@ -67,15 +246,13 @@ def fp8_matmul(
 
     Source: DeepSeek-V3 report, section 3.3.
     """
-    check_options(scale, AMAX_MIN, grad_format=grad_format, saved_format=saved_format)
+    check_options(scale, grad_format=grad_format, saved_format=saved_format)
     _check_operands(x, w, ends)
-    if not isinstance(accumulator, Accumulator | None):
-        raise ValueError(f"accumulator={accumulator!r}; want dsmini.Accumulator(bits=14, promote_every=128) or None")
     if ends is not None and accumulator is not None:
         raise ValueError("an accumulator is emulated for one matrix, not with ends; multiply expert by expert")
     q, saved = _operand(x, scale, saved_format)
     trained, weight = _weight_operand(w, scale)
-    recipe = Recipe(q.scale, weight.scale, grad_format, saved.format, _result(x, out_dtype), accumulator, ops.chosen())
+    recipe = Recipe(q.scale, weight.scale, grad_format, saved.format, out_dtype or x.dtype, accumulator, ops.chosen())
     kept = (None, None) if saved is q else saved.parts  # torch.compile wants no tensor twice
     y = _Matmul.apply(q.source, trained, *q.parts, *kept, *weight.parts, ends, recipe)
     return cast(Tensor, y)
@@ -96,15 +273,11 @@ def fp8_swiglu_matmul(
 
     Source: DeepSeek-V3 report, section 3.3.3.
     """
-    check_options(scale, AMAX_MIN, grad_format=grad_format)
-    for x, name in ((gate, "gate"), (up, "up")):
-        check_source(x, name)
+    check_options(scale, grad_format=grad_format)
+    check_source(gate, "gate")
     _check_operands(up, w, ends)
-    if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):
-        got = ", ".join(f"{n} is {t.dtype} {list(t.shape)} on {t.device}" for t, n in ((gate, "gate"), (up, "up")))
-        raise ValueError(f"{got}; want them alike")
     trained, weight = _weight_operand(w, scale)
-    recipe = Recipe(scale, weight.scale, grad_format, "e4m3", _result(up, None), None, ops.chosen())
+    recipe = Recipe(scale, weight.scale, grad_format, "e4m3", up.dtype, None, ops.chosen())
     return cast(Tensor, _SwiGLUMatmul.apply(gate, up, trained, *weight.parts, ends, recipe))
 
 
@@ -206,39 +379,21 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
-def _result(x: Tensor | QuantizedTensor, out_dtype: torch.dtype | None) -> torch.dtype:
-    out = x.dtype if out_dtype is None else out_dtype
-    if out not in (torch.bfloat16, torch.float32, torch.float16):
-        raise ValueError(f"out_dtype={out}; use torch.bfloat16, torch.float32 or torch.float16")
-    return out
-
-
 def _check_operands(x: Tensor | QuantizedTensor, w: Tensor | QuantizedTensor, ends: Tensor | None) -> None:
-    for value, name in ((x, "x"), (w, "w")):
+    for value, name, tile in ((x, "x", ACTIVATION_TILE), (w, "w", WEIGHT_TILE)):
         if not isinstance(value, QuantizedTensor):
             check_source(value, name)
-    if isinstance(x, QuantizedTensor) and x.tile != ACTIVATION_TILE:
-        got = f"x is quantized in tiles of {x.tile[0]}x{x.tile[1]}"
-        raise ValueError(f"{got}; want 1x128, along the contraction: quantize(x, tile=(1, 128))")
-    if isinstance(w, QuantizedTensor) and (w.tile != WEIGHT_TILE or w.format != "e4m3"):
-        got = f"w is quantized in {w.format} tiles of {w.tile[0]}x{w.tile[1]}"
-        raise ValueError(f"{got}; want e4m3 blocks of 128x128: quantize(w, tile=(128, 128))")
+        elif value.tile != tile or (name == "w" and value.format != "e4m3"):
+            got = f"{name} is quantized in {value.format} tiles of {value.tile[0]}x{value.tile[1]}"
+            raise ValueError(f"{got}; want {tile[0]}x{tile[1]}, of w in e4m3: quantize({name}, tile={tile})")
     grouped = ends is not None
-    if len(w.shape) != 2 + grouped or (grouped and (len(x.shape) != 2 or ends.shape != w.shape[:1])):
+    shapes = len(w.shape) == 2 + grouped and (not grouped or (len(x.shape) == 2 and ends.shape == w.shape[:1]))
+    if not shapes or x.shape[-1] != w.shape[-1]:
         raise ValueError(
             f"x is {list(x.shape)}, w {list(w.shape)}, ends {None if ends is None else list(ends.shape)}; "
             "want x [..., k] and w [o, k], or, with ends [e], x [rows, k] and w [e, o, k]"
         )
-    if x.shape[-1] != w.shape[-1]:
-        raise ValueError(f"x is {x.shape[-1]} wide and w {w.shape[-1]}; both are summed over and must be equal")
-    for other, name in ((w, "w"), (ends, "ends")):
-        if other is not None and x.device != other.device:
-            raise ValueError(f"x is on {x.device} and {name} on {other.device}; move one of them")
-    if ops.is_transformed():
-        raise ValueError("FP8 products do not work inside torch.func; use backward(), or a model without FP8")
     if ends is not None and ops.can_read_values(ends):
         cuts = [0, *ends.tolist()]
-        if ends.is_floating_point() or cuts != sorted(cuts) or cuts[-1] != x.shape[0]:
-            raise ValueError(
-                f"ends={cuts[1:]} do not cut {x.shape[0]} rows; want rising integers, the last {x.shape[0]}"
-            )
+        if cuts != sorted(cuts) or cuts[-1] != x.shape[0]:
+            raise ValueError(f"ends={cuts[1:]} do not cut {x.shape[0]} rows; want rising integers up to that")

@@ -1,4 +1,21 @@
-"""Quantize a tensor: codes in a short format, and a scale for each tile."""
+"""Quantize a tensor: codes in a short format, and a scale for each tile; value = code * scale.
+
+A tile is scaled so that its largest magnitude is the format's largest. Smaller magnitudes keep all bits of fraction
+down to the format's smallest normal number, in E4M3 1/28672 of the largest; below it they lose bits one by one. Tiles
+cut the last two dimensions. The last tile may be ragged: the 576 rows of a released kv_a_proj_with_mqa have four blocks
+of 128 rows and one of 64.
+
+This is the definition of scale and code. Every fast version gives the same bits:
+
+    amax  = max |x| over the tile
+    scale = max(amax, amax_min) / max              an FP32 division; for ue8m0 then up to a power of two
+    code  = x / scale in FP32, limited to +-max, to the nearest code, ties to even
+    value = code * scale in FP32, rounded once to the dtype that is asked for
+
+DeepSeek's kernels compute this in four ways that differ in the last bit. A tile that holds an infinity or NaN becomes
+NaN as a whole, its scale and all its codes, so that the error stays visible. From 3.3e38 on, near FP32's largest
+number, a finite tile may have an infinite value.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -6,12 +23,16 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.numerics.formats import FORMATS
-from dsmini.numerics.tiles import FormatName, Scale, Tile, dequantize_tiles, quantize_tiles
+from dsmini.numerics.formats import FORMATS, next_power_of_two
+
+Scale = Literal["ue8m0", "fp32"]
+FormatName = Literal["e4m3", "e5m2", "e5m6"]
+Tile = tuple[int, int]
 
 ACTIVATION_TILE = (1, 128)
 """Tile of activations and of gradients of outputs: along the contraction."""
@@ -26,6 +47,174 @@ SMALLEST_AMAX = 2.0**-100
 """Smallest amax for gradients, which are tiny when nothing scales the loss: only a tile of zeros is below."""
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
+
+STRIP = 1 << 18
+"""Number of elements that are coded or decoded at a time. They stay in a cache, and no FP32 copy of a whole matrix is
+made (except by round_tiles with groups of rows)."""
+
+
+@ops.operation("quantize")
+def quantize_tiles(
+    x: Float[Tensor, "*batch r c"], tile: Tile, scale: Scale, format: FormatName, amax_min: float
+) -> tuple[Tensor, Float[Tensor, "*batch rt ct"]]:
+    """Return the codes of x, which is FP32, BF16 or FP16, and the FP32 scales of its tiles.
+
+    Codes have x's shape; packed ones are [*batch, r, 12 ceil(c / 8)] bytes. The last tiles may be ragged.
+
+    Source: DeepSeek-V3 report, section 3.3.2 (128x128 for weights, 1x128 for activations).
+    """
+    scales = tile_scales(x, tile, scale, format, amax_min)
+    return encode_tiles(x, scales, tile, format), scales
+
+
+@ops.operation("dequantize")
+def dequantize_tiles(
+    codes: Tensor,
+    scales: Float[Tensor, "*batch rt ct"],
+    tile: Tile,
+    format: FormatName = "e4m3",
+    dtype: torch.dtype = torch.float32,
+    columns: int | None = None,
+) -> Float[Tensor, "*batch r c"]:
+    """Return code * scale, on any device, computed a strip of rows at a time.
+
+    Args:
+        columns: c; needed for packed codes only.
+
+    Raises: ValueError if there is not one scale for each tile, and for packed codes of another number of columns.
+    """
+    f = FORMATS[format]
+    c = codes.shape[-1] if columns is None else columns
+    if f.packed and codes.shape[-1] != -(-c // 8) * 12:
+        raise ValueError(
+            f"{codes.shape[-1]} bytes of packed codes for {c} columns; want {-(-c // 8) * 12}, and columns"
+        )
+    shape = torch.Size((*codes.shape[:-1], c))
+    return _in_strips(shape, scales, tile, lambda strip, s: f.decode(codes[..., strip, :], c) * s, dtype)
+
+
+@ops.operation("quantize_dequantize")
+def round_tiles(
+    x: Float[Tensor, "*batch r c"],
+    tile: Tile,
+    scale: Scale,
+    format: FormatName,
+    amax_min: float,
+    dtype: torch.dtype,
+    ends: Int[Tensor, " e"] | None = None,
+) -> Float[Tensor, "*batch r c"]:
+    """Return the values that quantize_tiles and dequantize_tiles give, without codes in between.
+
+    Args:
+        ends: the row after each group's last, for a matrix x [r, c]; the last is r, and groups may be empty. Each group
+            then begins a new tile, so that no tile holds tokens of two experts.
+    """
+    if ends is not None:
+        return _round_groups(x, tile, scale, format, amax_min, dtype, ends)
+    scales = tile_scales(x, tile, scale, format, amax_min)
+    return _in_strips(x.shape, scales, tile, lambda strip, s: FORMATS[format].round(x[..., strip, :] / s) * s, dtype)
+
+
+def tile_scales(
+    x: Float[Tensor, "*batch r c"], tile: Tile, scale: Scale, format: FormatName, amax_min: float
+) -> Float[Tensor, "*batch rt ct"]:
+    """Return the scales of quantize_tiles, with rt = ceil(r / tile[0]) and ct = ceil(c / tile[1])."""
+    r, c = x.shape[-2:]
+    height, width = min(tile[0], max(1, r)), min(tile[1], max(1, c))
+    padded = F.pad(x.abs(), (0, -c % width, 0, -r % height))
+    rows, columns = padded.shape[-2] // height, padded.shape[-1] // width
+    amax = padded.unflatten(-1, (columns, width)).amax(-1).unflatten(-2, (rows, height)).amax(-2).float()
+    return _scales(amax, scale, format, amax_min)
+
+
+def encode_tiles(
+    x: Float[Tensor, "*batch r c"], scales: Float[Tensor, "*batch rt ct"], tile: Tile, format: FormatName = "e4m3"
+) -> Tensor:
+    """Return the codes of x under given scales."""
+    f = FORMATS[format]
+    return _in_strips(x.shape, scales, tile, lambda strip, s: f.encode(x[..., strip, :] / s), f.dtype)
+
+
+def _scales(amax: Tensor, scale: Scale, format: FormatName, amax_min: float) -> Tensor:
+    # The divisor is a tensor on the device: by a Python number a GPU divides as a multiplication with 1 / 448.
+    scales = amax.clamp(min=amax_min) / amax.new_full((), FORMATS[format].max)
+    scales = next_power_of_two(scales) if scale == "ue8m0" else scales
+    return torch.where(amax.isfinite(), scales, torch.nan)
+
+
+def group_sizes(ends: Int[Tensor, " e"]) -> Int[Tensor, " e"]:
+    """Return the number of rows of each group, from the row after the last of each."""
+    return torch.diff(ends, prepend=ends.new_zeros(1))
+
+
+def listed_sizes(ends: Int[Tensor, " e"], rows: int) -> list[int]:
+    """Return group_sizes as numbers, for which the host waits. On the meta device the first group has all rows."""
+    return [rows, *[0] * (ends.shape[0] - 1)] if ends.is_meta else group_sizes(ends).tolist()
+
+
+def _round_groups(
+    x: Tensor, tile: Tile, scale: Scale, format: FormatName, amax_min: float, dtype: torch.dtype, ends: Tensor
+) -> Tensor:
+    """Compute round_tiles with groups: rows are spread out so that each group begins a new tile.
+
+    Sizes stay on the device, and nothing waits for it.
+    """
+    rows, e = x.shape[0], ends.shape[0]
+    ends = ends.long()
+    sizes = group_sizes(ends)
+    tiles = (sizes + tile[0] - 1) // tile[0]
+    row = torch.arange(rows, device=x.device)
+    group = torch.searchsorted(ends, row, right=True)
+    tile_of_row = (tiles.cumsum(0) - tiles)[group] + (row - (ends - sizes)[group]) // tile[0]
+    width = min(tile[1], max(1, x.shape[1]))
+    wide = F.pad(x.abs(), (0, -x.shape[1] % width)).unflatten(-1, (-1, width)).amax(-1).float()
+    at_most = -(-rows // tile[0]) + e
+    place = tile_of_row * tile[0] + (row - (ends - sizes)[group]) % tile[0]
+    apart = wide.new_zeros(at_most * tile[0], wide.shape[1]).index_copy(0, place, wide)
+    amax = apart.unflatten(0, (at_most, tile[0])).amax(1)
+    spread = _spread(_scales(amax, scale, format, amax_min)[tile_of_row], width, x.shape[1], -1)
+    return FORMATS[format].round(x / spread).mul_(spread).to(dtype)
+
+
+def _spread(x: Tensor, times: int, size: int, dim: int) -> Tensor:
+    """Repeat each number this many times along dim, and keep the first `size`."""
+    if torch.compiler.is_compiling():
+        # the index is a quotient in disguise: inductor reads past the end of x if it sees one (CPU, torch 2.13)
+        place, ends = torch.arange(size, device=x.device), torch.arange(times, size + times, times, device=x.device)
+        return x.index_select(dim, torch.bucketize(place, ends, right=True))
+    return x.repeat_interleave(times, dim).narrow(dim, 0, size)
+
+
+def _in_strips(
+    shape: torch.Size, scales: Tensor, tile: Tile, make: Callable[[slice, Tensor], Tensor], dtype: torch.dtype
+) -> Tensor:
+    """Return `make(rows, scale of each of their elements)` for all rows of a tensor of that shape, in dtype.
+
+    Each call gets a whole number of tiles. Under torch.compile, which fuses the work, one call gets all rows.
+    """
+    r, c = shape[-2:]
+    want = (*shape[:-2], -(-r // tile[0]), -(-c // tile[1]))
+    if scales.shape != want:
+        raise ValueError(
+            f"scales of shape {list(scales.shape)} do not fit {list(shape)} in tiles of {tile[0]}x{tile[1]}; "
+            f"want {list(want)}"
+        )
+    height, width = min(tile[0], max(1, r)), min(tile[1], max(1, c))
+
+    def rows(first: int, tiles: int) -> Tensor:
+        strip = slice(first * height, min(r, (first + tiles) * height))
+        some = _spread(scales[..., first : first + tiles, :].float(), width, c, -1)
+        return make(strip, _spread(some, height, strip.stop - strip.start, -2)).to(dtype)
+
+    tiles = max(1, STRIP * max(1, r) // max(1, shape.numel()) // height)
+    if tiles >= want[-2] or torch.compiler.is_compiling():
+        return rows(0, max(1, want[-2]))
+    out: Tensor | None = None
+    for first in range(0, want[-2], tiles):
+        part = rows(first, tiles)
+        out = part.new_empty(*shape[:-1], part.shape[-1]) if out is None else out
+        out[..., first * height : first * height + part.shape[-2], :] = part
+    return cast(Tensor, out)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -73,7 +262,7 @@ class QuantizedTensor:
 
         With power-of-two scales BF16 holds every such value from 2^-126 on.
         """
-        codes, scales = _matrices(self.codes, self.scales)
+        codes, scales = self.parts if len(self.shape) > 1 else (self.codes[None], self.scales[None])
         values = dequantize_tiles(codes, scales, self.tile, self.format, dtype, self.shape[-1]).view(self.shape)
         return values if self.source is None else cast(Tensor, _Standing.apply(self.source, values))
 
@@ -91,31 +280,10 @@ class QuantizedTensor:
         """Return the same tensor without a gradient."""
         return replace(self, source=None)
 
-    def to(self, device: torch.device | str) -> "QuantizedTensor":
-        """Return the same tensor on another device, without a gradient. Codes have one dtype.
-
-        Raises: ValueError for a dtype; use dequantize(dtype).
-        """
-        if isinstance(device, torch.dtype):
-            raise ValueError(f"to({device}): codes cannot be cast; use dequantize({device}), or a device")
-        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), source=None)
-
-    def __copy__(self) -> "QuantizedTensor":
-        return replace(self)
-
-    def __reduce__(self) -> tuple[Callable[..., "QuantizedTensor"], tuple[Any, ...]]:
-        """Return the parts for pickle and deepcopy, which give the same without a gradient."""
-        # as bytes: torch pickles no FP8 tensors
-        return _restore, (vars(self) | {"codes": self.codes.view(torch.uint8), "source": None}, self.codes.dtype)
-
     def __repr__(self) -> str:
-        seen = self.scales.numel() and self.scales.device.type != "meta"
-        low, high = (self.scales.min().item(), self.scales.max().item()) if seen else (0.0, 0.0)
-        share = self.nbytes / max(1, 2 * self.shape.numel())
+        tile = f"{self.tile[0]}x{self.tile[1]}"
         return (
-            f"QuantizedTensor({self.format} {list(self.shape)} in tiles of {self.tile[0]}x{self.tile[1]}, {self.scale} "
-            f"scales {list(self.scales.shape)} from {low:.3g} to {high:.3g}, {self.nbytes:,} bytes, {share:.2f} of "
-            f"bfloat16, from {str(self.dtype).removeprefix('torch.')}, on {self.device})"
+            f"QuantizedTensor({self.format} {list(self.shape)}, {self.scale} scales of {tile}, {self.nbytes:,} bytes)"
         )
 
 
@@ -151,15 +319,15 @@ def rows_of(x: X, rows: Int[Tensor, " rows"]) -> X:
 
 def quantize(
     x: Float[Tensor, "*any"],
-    tile: Tile | Literal["row", "tensor"] = ACTIVATION_TILE,
+    tile: Tile = ACTIVATION_TILE,
     scale: Scale = "ue8m0",
     format: FormatName = "e4m3",
     amax_min: float = AMAX_MIN,
 ) -> QuantizedTensor:
-    """Quantize x, of FP32, BF16 or FP16 and at least one dimension. `tiles.py` defines codes and scales.
+    """Quantize x, of FP32, BF16 or FP16 and at least one dimension. The top of this file defines codes and scales.
 
     Args:
-        tile: rows and columns that share a scale, of the last two dimensions; or "row", or "tensor" for one scale.
+        tile: rows and columns that share a scale, of the last two dimensions.
         scale: "fp32", or "ue8m0", a power of two.
         format: "e4m3", "e5m2" or "e5m6".
         amax_min: lower bound of a tile's largest magnitude. AMAX_MIN suits activations and weights. Gradients want
@@ -173,19 +341,18 @@ def quantize(
     Source: DeepSeek-V3 report, section 3.3.2.
     """
     check_source(x, "x")
-    check_options(scale, amax_min, format=format)
-    tile = "row" if tile == "tensor" and not x.numel() else tile  # no elements, no scale
-    cut = _cut(x, tile)
-    trained = x.requires_grad and torch.is_grad_enabled()
-    if trained and ops.is_transformed():
-        raise ValueError("FP8 gradients do not work inside torch.func; use backward(), or a model without FP8")
-    source = cast(Tensor, _Source.apply(x)) if trained else None
-    matrix = x.detach() if x.dim() > 1 else x.detach().unsqueeze(0)
-    matrix = matrix.flatten(0, -2) if tile == "tensor" else matrix
-    codes, scales = quantize_tiles(matrix, cut, scale, format, amax_min)
+    check_options(scale, format=format)
+    if not SMALLEST_AMAX <= amax_min <= torch.finfo(torch.float32).max:
+        raise ValueError(f"amax_min={amax_min}; want a finite number, 2^-100 or more, such as {AMAX_MIN}")
+    pair = isinstance(tile, Sequence) and len(tile) == 2
+    if not pair or not all(type(n) is int and n > 0 for n in tile) or (x.dim() == 1 and tile[0] > 1):
+        raise ValueError(f"tile={tile!r} is no tile of {list(x.shape)}; want rows and columns, such as (1, 128)")
+    cut = tile[0], tile[1]
+    source = cast(Tensor, _Source.apply(x)) if x.requires_grad and torch.is_grad_enabled() else None
+    codes, scales = quantize_tiles(x.detach() if x.dim() > 1 else x.detach()[None], cut, scale, format, amax_min)
     return QuantizedTensor(
         codes=codes.view(*x.shape[:-1], codes.shape[-1]),
-        scales=scales.view([1] * x.dim()) if tile == "tensor" else scales.view(*scales.shape[-x.dim() :]),
+        scales=scales.view(*scales.shape[-x.dim() :]),
         shape=x.shape,
         tile=cut,
         scale=scale,
@@ -195,21 +362,13 @@ def quantize(
     )
 
 
-def _restore(fields: dict[str, Any], dtype: torch.dtype) -> QuantizedTensor:
-    return QuantizedTensor(**fields | {"codes": fields["codes"].view(dtype)})
-
-
-def check_source(x: Any, what: str) -> None:
-    """Refuse tensors without 8-bit codes (FP64, integers, numbers without a dimension), and forward-mode derivatives.
+def check_source(x: Tensor, what: str) -> None:
+    """Refuse dtypes without 8-bit codes (FP64, integers), and forward-mode derivatives.
 
     Codes are integers and carry no tangent, so that a forward-mode derivative would be zero without a word.
     """
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{what} is a {type(x).__name__}; want a tensor of float32, bfloat16 or float16")
-    if x.dtype not in SOURCES:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{what} is {x.dtype}; want float32, bfloat16 or float16: use {what}.float()")
-    if not x.dim():
-        raise ValueError(f"{what} has no dimensions; want at least one, which tiles cut")
     if _has_tangent(x):
         raise ValueError(f"{what} has a forward-mode tangent, as in torch.func.jvp; want reverse mode: use backward()")
 
@@ -222,45 +381,12 @@ def _has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
 
-def check_options(scale: str, amax_min: float, **formats: str) -> None:
-    """Refuse unknown scales and formats, and an amax_min that FP32 scales cannot follow."""
-    named = [("scale", scale, ("ue8m0", "fp32")), *((name, value, tuple(FORMATS)) for name, value in formats.items())]
-    for name, value, known in named:
+def check_options(scale: str, **formats: str) -> None:
+    """Refuse unknown scales and formats."""
+    for name, value in {"scale": scale, **formats}.items():
+        known = ("ue8m0", "fp32") if name == "scale" else tuple(FORMATS)
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
-    number = isinstance(amax_min, int | float)
-    if not number or not SMALLEST_AMAX <= amax_min <= torch.finfo(torch.float32).max:
-        raise ValueError(
-            f"amax_min={amax_min!r}; want a finite number, 2^-100 or more: use {AMAX_MIN} or, for gradients, 2**-100"
-        )
-
-
-def _pair(tile: Any) -> Tile:
-    pair = isinstance(tile, Sequence) and not isinstance(tile, str) and len(tile) == 2
-    if not pair or not all(type(n) is int and 0 < n < 2**31 for n in tile):
-        raise ValueError(f"tile={tile!r} is not a tile; want rows and columns such as (1, 128), or 'row' or 'tensor'")
-    return cast(Tile, tuple(tile))
-
-
-def _cut(x: Tensor, tile: Any) -> Tile:
-    """Return the tile in rows and columns."""
-    c = x.shape[-1]
-    if tile == "row":
-        return 1, max(1, c)
-    if tile == "tensor":
-        return max(1, x.numel() // max(1, c)), max(1, c)
-    rows, columns = _pair(tile)
-    if x.dim() == 1 and rows > 1:
-        raise ValueError(f"tile={tile!r} has {rows} rows, and a tensor of one dimension has one; use (1, 128)")
-    return rows, columns
-
-
-def _matrices(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes and scales with at least two dimensions; with exactly two if there is a single scale."""
-    if codes.dim() == 1:
-        return codes.unsqueeze(0), scales.unsqueeze(0)
-    one = scales.numel() == 1
-    return (codes.flatten(0, -2), scales.flatten(0, -2)) if one else (codes, scales)
 
 
 class _Source(torch.autograd.Function):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dsmini.numerics.products import grouped_linear, grouped_outer
+from dsmini.numerics.dispatch import grouped_linear, grouped_outer
 
 grouped_linear_uncompiled: Any = torch.compiler.disable(grouped_linear)
 grouped_outer_uncompiled: Any = torch.compiler.disable(grouped_outer)

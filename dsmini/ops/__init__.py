@@ -89,12 +89,12 @@ class Operation(Generic[P, R]):
     declared: ClassVar[dict[str, "Operation[..., Any]"]] = {}
     """All operations by name."""
 
-    def __init__(self, name: str, reference: Callable[P, R], differentiable: bool = True) -> None:
+    def __init__(self, name: str, reference: Callable[P, R]) -> None:
         if name in self.declared:
             other = self.declared[name].reference.__module__
             raise ValueError(f"{reference.__module__} declares the operation {name!r} again; it is that of {other}")
         functools.update_wrapper(self, reference)
-        self.name, self.reference, self.differentiable = name, reference, differentiable
+        self.name, self.reference = name, reference
         self.plain: Callable[P, R] = self.fast.get(("plain", name), reference)
         """Version in PyTorch that runs where no kernel does."""
         self.static: Callable[P, R] = self.fast.get(("static", name), reference)
@@ -125,8 +125,7 @@ class Operation(Generic[P, R]):
         if _is_watched(every[0] if isinstance(every[0], Tensor) else next(t for a in every for t in tensors_of(a))):
             return self.plain(*args, **kwargs)
         # asked before kernels are loaded, which may compile them
-        wanted = self.differentiable and torch.is_grad_enabled()
-        if wanted and any(t.requires_grad for a in every for t in tensors_of(a)):
+        if torch.is_grad_enabled() and any(t.requires_grad for a in every for t in tensors_of(a)):
             return self.plain(*args, **kwargs)
         kernels = _load(backend)
         reason = kernels
@@ -152,14 +151,9 @@ class Operation(Generic[P, R]):
         return result
 
 
-def operation(name: str, *, differentiable: bool = True) -> Callable[[Callable[P, R]], Operation[P, R]]:
-    """Declare an operation on its plain version. A kernel of that name takes the same arguments.
-
-    Args:
-        differentiable: if True, PyTorch code runs a call whose gradient is wanted. If False, kernels get such calls too
-            and must refuse them.
-    """
-    return lambda reference: Operation(name, reference, differentiable)
+def operation(name: str) -> Callable[[Callable[P, R]], Operation[P, R]]:
+    """Declare an operation on its plain version. A kernel of that name takes the same arguments."""
+    return functools.partial(Operation, name)
 
 
 def eager(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -305,11 +299,6 @@ def _load(backend: str) -> ModuleType | str:
 def tensors_of(argument: Any) -> Sequence[Tensor]:
     """Return the tensors of an argument: itself, or the parts of a quantized tensor."""
     return (argument,) if isinstance(argument, Tensor) else getattr(argument, "tensors", ())
-
-
-def is_transformed() -> bool:
-    """Return True inside a transform of torch.func (grad, vjp, jvp, vmap), in eager mode."""
-    return not torch.compiler.is_compiling() and _transform() is not None
 
 
 def can_read_values(tensor: Tensor) -> bool:

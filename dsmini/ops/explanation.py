@@ -13,7 +13,7 @@ from dsmini import ops
 from dsmini.ops import BACKENDS, FOR_DEVICE, VARIABLE, Operation
 
 ISA_VARIABLE = "DSMINI_CPU_ISA"
-DECLARE = ("dsmini.nn", "dsmini.numerics", "dsmini.inference.fused", "dsmini.numerics.orthogonalize")
+DECLARE = ("dsmini.nn", "dsmini.inference.fused", "dsmini.numerics.orthogonalize")
 """Modules that declare operations."""
 RUNS = "runs"
 REASONS = {
@@ -47,13 +47,11 @@ def rows(device: str) -> dict[str, dict[str, str]]:
     forced, found = ops.chosen(), {}
     for name, operation in operations().items():
         kernels = {backend: _kernel_cell(name, backend, device, forced) for backend in FOR_DEVICE.values()}
-        is_tuned = operation.plain is not operation.reference
-        if forced == "reference":
-            reference, plain = RUNS, "forced away"
-        else:
-            plain = "gradient" if {RUNS, "raises"} & set(kernels.values()) else RUNS
-            reference = "on request" if is_tuned else plain
-        found[name] = {"reference": reference, "eager": plain if is_tuned else "none", **kernels}
+        plain = "gradient" if {RUNS, "raises"} & set(kernels.values()) else RUNS
+        cells = (RUNS, "forced away") if forced == "reference" else ("on request", plain)
+        if operation.plain is operation.reference:
+            cells = (RUNS if forced == "reference" else plain, "none")
+        found[name] = {"reference": cells[0], "eager": cells[1], **kernels}
     return found
 
 
@@ -64,20 +62,20 @@ def _kernel_cell(name: str, backend: str, device: str, forced: str | None) -> st
         return "forced away"
     if forced is None and FOR_DEVICE.get(device) != backend:
         return "other device"
-    kernels, is_error = _kernels(backend)
+    kernels = _kernels(backend)
     if isinstance(kernels, ModuleType):
         return RUNS
-    return "raises" if forced or is_error else "not here"
+    return "raises" if forced or isinstance(kernels, ValueError) else "not here"
 
 
-def _kernels(backend: str) -> tuple[ModuleType | str, bool]:
-    """Return a backend's kernels, or the reason why there are none, and True if a call would raise it."""
+def _kernels(backend: str) -> ModuleType | str | ValueError:
+    """Return a backend's kernels, or the reason why there are none: an error if a call would raise it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the reason is shown
-            return ops._load(backend), False
+            return ops._load(backend)
     except ValueError as error:  # a variable that asks for what is not here
-        return f"{error}", True
+        return error
 
 
 def lines() -> Iterator[str]:
@@ -90,10 +88,9 @@ def lines() -> Iterator[str]:
     yield f"{VARIABLE}: {os.environ.get(VARIABLE) or 'not set'}; {forced}"
     yield f"{ISA_VARIABLE}: {os.environ.get(ISA_VARIABLE) or 'not set'}"
     for backend in FOR_DEVICE.values():
-        kernels, _ = _kernels(backend)
-        yield f"{backend}: " + (
-            f"ready: {kernels.describe()}" if isinstance(kernels, ModuleType) else f"not here: {kernels}"
-        )
+        kernels = _kernels(backend)
+        ready = isinstance(kernels, ModuleType)
+        yield f"{backend}: " + (f"ready: {kernels.describe()}" if ready else f"not here: {kernels}")
     columns, met = [*reversed(BACKENDS)], set[str]()
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         isas = {name: instruction_set(name) for name in columns}
@@ -110,5 +107,5 @@ def lines() -> Iterator[str]:
 
 def instruction_set(backend: str = "cpu") -> str:
     """Return the instruction set of a backend's kernels, such as "avx512"; "" if they cannot run here."""
-    kernels = _kernels(backend)[0] if backend in FOR_DEVICE.values() else None
+    kernels = _kernels(backend) if backend in FOR_DEVICE.values() else None
     return kernels.describe().partition(",")[0] if isinstance(kernels, ModuleType) else ""

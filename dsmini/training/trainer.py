@@ -17,7 +17,7 @@ from dsmini.distributed.mesh import Mesh, Pieces, divided_like, local
 from dsmini.distributed.pipeline import StepBatch
 from dsmini.machine import synchronize
 from dsmini.nn import IndexerLoss, Transformer, max_violation
-from dsmini.nn.losses import IGNORE
+from dsmini.nn.transformer import IGNORE
 from dsmini.training.optim import (
     ParameterAverage,
     begin_stage,

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsmini import ModelConfig, Transformer
 from dsmini.accounting import decode_flops_per_token, flops_per_token, parameters, step_flops
-from dsmini.nn.forms import attention_work
+from dsmini.nn.mla import attention_work
 from tests.helpers.accounting import ATTENTIONS, DTYPES, GROUPED, WHOLE, attention_by, explicit, form_of, sized
 from tests.helpers.configs import released
 from tests.helpers.strategies import model_configs

@@ -20,7 +20,7 @@ from dsmini.diagnosis.diagnosis import Plan, diagnose
 from dsmini.diagnosis.evidence import decoding_evidence, line_through
 from dsmini.diagnosis.loading import DecodedModel
 from dsmini.diagnosis.pages import record_of
-from dsmini.inference.fused.decoder import Decoder
+from dsmini.inference.fused import Decoder
 from dsmini.inference.speculative import Drafter
 from dsmini.measure.turns import Turns
 from dsmini.nn import MLA, Cache, FeedForward, MoE, mla

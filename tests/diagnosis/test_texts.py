@@ -18,7 +18,7 @@ from dsmini.diagnosis import texts
 from dsmini.diagnosis.findings import finding, padding
 from dsmini.diagnosis.texts import DUPLICATES, ENOUGH, LEAK, duplicates, held_out_leak, label_damage
 from dsmini.measure.turns import Estimate
-from dsmini.nn.losses import IGNORE
+from dsmini.nn.transformer import IGNORE
 from tests.helpers.token_texts import batches, corpus, random_text
 
 LENGTH = 200

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsmini.distributed.world import World
-from dsmini.nn.losses import IGNORE
+from dsmini.nn.transformer import IGNORE
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import Trained, exactly, far_apart, held_pieces, new_trainer, train, up_to_sums
 from tests.helpers.configs import DSA

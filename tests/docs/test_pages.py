@@ -9,7 +9,7 @@ import torch
 import dsmini
 from dsmini.functional import attention
 from dsmini.inference import generation
-from dsmini.nn.forms import attention_work
+from dsmini.nn.mla import attention_work
 from tests.helpers.commands import ROOT
 
 

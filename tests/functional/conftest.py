@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,7 +37,9 @@ def moved(value: Any, device: str) -> Any:
     """Return an argument, moved to the device if it is a tensor."""
     if isinstance(value, tuple):
         return tuple(moved(v, device) for v in value) if not hasattr(value, "_fields") else value
-    return value.to(device) if isinstance(value, Tensor | QuantizedTensor) else value
+    if isinstance(value, QuantizedTensor):
+        return replace(value, codes=value.codes.to(device), scales=value.scales.to(device))
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def routed(n: int, k: int, e: int, empty: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,12 +11,10 @@ from dsmini import ops
 from dsmini.measure.costs import COSTS, cost_of
 from dsmini.nn.attention import cached_attention, causal_attention
 from dsmini.nn.layers import linear, rms_norm
-from dsmini.nn.losses import IGNORE, linear_cross_entropy
 from dsmini.nn.mla import absorbed_attention
 from dsmini.nn.moe import experts
-from dsmini.numerics import WEIGHT_TILE, quantize
+from dsmini.nn.transformer import IGNORE, linear_cross_entropy
 from tests.functional.conftest import BACKENDS, SIZES, forced, moved, routed, tied
-from tests.helpers.configs import refusal
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -154,12 +152,3 @@ def test_cost_counts_operands_once_and_products(n: int) -> None:
             unread = int((counts == 0).sum()) * sum(w[0].nbytes for w in matrices)
         assert cost.flops == counter.get_total_flops() and cost.written == y.nbytes
         assert cost.read == sum(t.nbytes for t in case.arguments if isinstance(t, Tensor)) - unread
-
-
-@pytest.mark.parametrize("backend", [None, "eager", "reference"])
-def test_a_native_linear_refuses_codes(backend: str | None) -> None:
-    x, w = torch.randn(2, 128), torch.randn(8, 128)
-    with ops.use(backend):
-        assert "multiply codes by nn.FP8Linear" in refusal(linear, quantize(x), w)
-        want = "weight is a QuantizedTensor, want a tensor; multiply codes by nn.FP8Linear, or weight.dequantize()"
-        assert refusal(linear, x, quantize(w, WEIGHT_TILE)) == want

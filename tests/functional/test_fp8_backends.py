@@ -21,7 +21,7 @@ from dsmini.numerics import (
     fp8_swiglu_matmul,
     quantize,
 )
-from dsmini.numerics.fp8_products import Recipe, fp8_dgrad, fp8_fprop, fp8_swiglu_fprop, fp8_wgrad
+from dsmini.numerics.gemm import Recipe, fp8_dgrad, fp8_fprop, fp8_swiglu_fprop, fp8_wgrad
 from tests.functional.conftest import BACKENDS, SIZES, forced, moved, routed, tied
 from tests.helpers.fp8 import Scale, rounded, varied
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, moved_codes, relative_error, rounding
@@ -51,9 +51,9 @@ def split(x: Tensor, sizes: list[int] | None) -> tuple[Tensor, ...]:
 
 
 class Product(NamedTuple):
-    """An operation, its arguments, its result in FP64, and the terms of its sums."""
+    """A function, its arguments, its result in FP64, and the terms of its sums."""
 
-    operation: ops.Operation[Any, Tensor]
+    function: Callable[..., Tensor]
     arguments: tuple[Any, ...]
     want: Tensor
     terms: int
@@ -66,7 +66,7 @@ def products(n: int, dtype: torch.dtype, scale: Scale, sizes: list[int] | None) 
     w = varied(*e, O, K, seed=3)
     q, matrix = quantize(x, ACTIVATION_TILE, scale), quantize(w, WEIGHT_TILE, scale)
     ends = ends_of(sizes)
-    recipe = Recipe(scale, scale, "e4m3", "e4m3", dtype, None, None)
+    recipe = Recipe(scale, scale, "e4m3", "e4m3", dtype, None, ops.chosen())
     matrices = [rounded(m, WEIGHT_TILE, scale) for m in w.view(-1, O, K)]
     hidden = rounded(F.silu(x) * up, ACTIVATION_TILE, scale)
     along = rounded(dy, ACTIVATION_TILE, scale, amax_min=SMALLEST_AMAX)
@@ -96,12 +96,12 @@ def products(n: int, dtype: torch.dtype, scale: Scale, sizes: list[int] | None) 
 @pytest.mark.parametrize("scale", ["ue8m0", "fp32"])
 def test_products_equal_fp64(scale: Scale, dtype: torch.dtype, n: int, backend: str) -> None:
     for sizes in groups_of(n):
-        for operation, arguments, want, terms in products(n, dtype, scale, sizes):
-            with forced(backend) as device:
-                got = operation(*moved(arguments, device))
+        with forced(backend) as device:
+            made = [(p, p.function(*moved(p.arguments, device))) for p in products(n, dtype, scale, sizes)]
+        for (function, _, want, terms), got in made:
             assert got.shape == want.shape
             error, tolerance = relative_error(got.cpu(), want), rounding(unit_of(dtype)) + rounding(FP32_UNIT, terms)
-            assert error <= tolerance, f"{operation.name}, {sizes}: {error:.1e} > {tolerance:.1e}"
+            assert error <= tolerance, f"{function.__name__}, {sizes}: {error:.1e} > {tolerance:.1e}"
 
 
 def test_emulated_accumulator_serves_reference_too() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dsmini import MLA, ModelConfig, Transformer, generate, ops
-from dsmini.inference.fused.decoder import Decoder
+from dsmini.inference.fused import Decoder
 from dsmini.nn import MTP, Block, Cache, MoE
 from dsmini.nn.attention import Attention
 from dsmini.nn.gate import Gate

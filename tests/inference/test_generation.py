@@ -1,5 +1,6 @@
 """Continuing a text: greedy and sampled, rows of unequal length, ends, and what is refused."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,8 @@ from torch import Tensor
 
 import dsmini
 from dsmini import Transformer
-from dsmini.inference.generation import Generation
+from dsmini.inference.generation import Generation, Stats
+from dsmini.inference.writer import figures_in_words
 from tests.helpers.configs import DSA, refusal
 
 Model = Callable[..., Transformer]
@@ -193,21 +195,19 @@ def test_a_penalty_counts_the_guesses_before_a_token_too(small_model: Model) -> 
 
 
 BAD: list[tuple[Any, dict[str, Any], str]] = [
-    ([], {}, "there is no prompt"),
-    ([torch.tensor([], dtype=torch.int64)], {}, "prompt 0 is empty"),
+    ([], {}, "a prompt is empty, or there is none"),
+    ([torch.tensor([], dtype=torch.int64)], {}, "a prompt is empty"),
     ([[1], [61]], {}, "prompt 1 has token id 61, outside the vocabulary; want 0 to 60"),
     ([[-1]], {}, "token id -1"),
-    (torch.tensor([1, 2]), {}, "prompt 0 is not a row of whole numbers"),
-    ([[1.5]], {}, "prompt 0 is not a row of whole numbers"),
-    ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1 is negative"),
+    ([[1.5]], {}, "prompt 0 has token id 1.5, outside"),
+    ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1 is not a whole number from 0 on"),
     ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 is not a whole number"),
-    ([[1]], {"max_new_tokens": 10**21}, "max_new_tokens=1000000000000000000000 is more than 2147483647"),
     ([[1]], {"eos_token_id": 61}, "eos_token_id=61 is outside the vocabulary; want 0 to 60, or None"),
     ([[1]], {"eos_token_id": [3, -1]}, "eos_token_id=-1 is outside the vocabulary"),
     ([[1]], {"eos_token_id": [1.5]}, "eos_token_id=1.5 is outside the vocabulary"),
-    ([[1]], {"top_k": 0}, "top_k=0 is less than 1"),
+    ([[1]], {"top_k": 0}, "top_k=0 is not a whole number"),
     ([[1]], {"speculative": True}, "no multi-token prediction blocks"),
-    ([[1] * 33], {}, "a prompt of 33 tokens is longer than the model's context of 32; shorten it"),
+    ([[1] * 33], {}, "a prompt of 33 tokens and 4 new ones are more than the model's context of 32"),
     ([[1] * 30], {}, "30 tokens and 4 new ones are more than the model's context of 32; use max_new_tokens=3"),
 ]
 
@@ -216,3 +216,15 @@ def test_bad_request_raises(small_model: Model) -> None:
     model, generate = small_model(n_mtp_layers=0), getattr(dsmini.generate, "__wrapped__", dsmini.generate)
     for prompts, options, words in BAD:
         assert words in refusal(generate, model, prompts, **{"max_new_tokens": 4, **options})
+
+
+def test_figures_fit_80_columns_and_end_with_the_rate_of_tokens() -> None:
+    sizes: Any = {"prompt_tokens": 123456, "rows": 16, "cache_bytes": 10**12, "cache_bytes_per_token": 1234567.0}
+    counts: Any = {"new_tokens": 10**7, "steps": 10**7, "drafted": 10**7, "accepted": 10**7 - 1}
+    fast = Stats(**sizes, **counts, prefill_seconds=12345.67, seconds=1e5)
+    lines = figures_in_words(fast, True).splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) == 3
+    one = dataclasses.replace(fast, new_tokens=1001, rows=1, seconds=10.0, cache_bytes=73728)
+    assert figures_in_words(one, False).splitlines()[-1] == "1001 new tokens, 100 tokens/s"
+    none = dataclasses.replace(fast, new_tokens=0, seconds=0.0, drafted=0)
+    assert figures_in_words(none, True).splitlines()[-1] == "0 new tokens"

@@ -16,7 +16,7 @@ from torch import Tensor
 from dsmini import ops
 from dsmini import quantize as quantize_weight
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles, quantize_tiles, round_tiles
-from dsmini.numerics.tiles import FormatName, Scale, Tile
+from dsmini.numerics.quantization import FormatName, Scale, Tile
 from dsmini_kernels import cpu
 from dsmini_kernels.cpu import build, calls, folder, panels, tiles
 from tests.helpers.gpu import gpu_device

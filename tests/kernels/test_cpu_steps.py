@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from dsmini import Transformer, ops
-from dsmini.inference.fused.operations import (
+from dsmini.inference.fused import (
+    GroupedAttentionWeights,
     attention_step,
     blocks_step,
+    extract_weights,
     feed_forward_step,
     grouped_attention_step,
     normed,
 )
-from dsmini.inference.fused.weights import GroupedAttentionWeights, extract_weights
 from dsmini.nn import Cache, RMSNorm
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build, steps

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsmini import ops
 from dsmini.numerics import FORMATS, SMALLEST_AMAX, dequantize_tiles, quantize_tiles, round_tiles
-from dsmini.numerics.tiles import FormatName, Scale, Tile
+from dsmini.numerics.quantization import FormatName, Scale, Tile
 from dsmini_kernels import cpu
 from dsmini_kernels.cpu import tiles as wrapper
 from tests.kernels.conftest import AMAX_MIN, NAMES, SCALES, TYPES, Kernels, assert_threads_change_no_bit

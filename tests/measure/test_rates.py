@@ -173,27 +173,6 @@ def test_a_smaller_call_takes_no_longer_than_a_larger_one(clock: Clock) -> None:
     assert curve.costs == pytest.approx([0.001, 0.016, 0.016])
 
 
-def test_quick_bandwidth_is_the_stored_roof_unless_something_was_faster(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    keep, asked = tmp_path / "roofs.json", []
-
-    def read(device: torch.device, size: int, rounds: int) -> float:
-        asked.append((size, rounds))
-        if len(asked) == 2:
-            raise RuntimeError("not enough memory")
-        return 5e10
-
-    monkeypatch.setattr(calibration, "read_bandwidth", read)
-    assert calibration.quick_bandwidth(CPU, 1e9, keep) == 5e10
-    assert calibration.quick_bandwidth(CPU, 1e9, keep) is None and not keep.exists()
-    monkeypatch.setattr(calibration, "measure", lambda *_: plain_roofs(bandwidth=2e10))
-    calibration.load_or_measure(CPU, keep)
-    assert calibration.quick_bandwidth(CPU, 2e10, keep) == 2e10 and len(asked) == 2
-    assert calibration.quick_bandwidth(CPU, 2.1e10, keep) == 5e10
-    assert all(1 << 26 <= size <= 1 << 28 and not size % 16384 and rounds == 2 for size, rounds in asked)
-
-
 # --- stored rates
 
 

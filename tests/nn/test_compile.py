@@ -93,7 +93,7 @@ def losses(changes: dict[str, Any], compute_dtype: torch.dtype, **options: Any) 
     tokens, targets = torch.randint(0, 61, (2, 2, 33)).unbind()
 
     def run() -> dict[str, Tensor]:
-        losses = model.losses(tokens, targets, balance_alpha=0.1, chunk_rows=60)
+        losses = model.losses(tokens, targets, balance_alpha=0.1)
         named = {"total": losses.total, "main": losses.main, "mtp": losses.mtp, "balance": losses.balance}
         return named | {f"counts {i}": routing.counts for i, routing in enumerate(losses.routing)}
 

@@ -156,12 +156,7 @@ def test_mask_hides_keys_with_and_without_a_cache(attention: str, form: Any) -> 
 
 def test_bad_mask_is_refused_in_a_sentence() -> None:
     tokens = torch.zeros(1, 9, dtype=torch.int64)
-    for mask, words in (
-        (lambda q, k: q - k, "mask returned torch.int64 (1, 9, "),
-        (lambda q, k: (q - k >= WINDOW)[..., :2], "mask returned torch.bool (1, 9, 2), want torch.bool (1, 9, "),
-        (lambda q, k: None, "mask returned NoneType, want torch.bool (1, 9, "),
-        (lambda q, k: (q - k >= 2) | (q == k), "mask hides all keys from the query at position 0"),
-    ):
+    for mask, words in ((lambda q, k: (q - k >= 2) | (q == k), "mask hides all keys from the query at position 0"),):
         make_block = functools.partial(Block, attention_class=functools.partial(MLA, mask=mask))
         model = Transformer(**SMALL, make_block=make_block)
         for cache in (None, model.new_cache(1, form="expanded"), model.new_cache(1, form="absorbed")):
@@ -199,7 +194,6 @@ def test_another_gate_is_handed_to_transformer() -> None:
 def test_what_is_no_part_of_a_model_is_refused() -> None:
     want = "gate_class is Linear, want Gate, a class derived from it, or a function that makes one"
     assert want in refusal(model_with_gate, nn.Linear)
-    assert "gate_class makes a Identity, want a Gate" in refusal(model_with_gate, lambda config: nn.Identity())
     for kind in (MLA, nn.Linear):
         want = f"make_block is {kind.__name__}, want Block, a class derived from it, or"
         assert want in refusal(Transformer, **SMALL, make_block=kind)
@@ -208,13 +202,6 @@ def test_what_is_no_part_of_a_model_is_refused() -> None:
         said = refusal(unchecked, Gate(**SMALL), torch.zeros(shape))
         assert said.startswith("the gate got (") and "want [n, 24], a row for each token" in said
         assert ("flatten" in said) == (shape[-1] == 24), "which does not change the width"
-
-    class Old(Block):
-        def forward(self, x: Tensor, context: AttentionContext | None = None) -> Any:
-            return super().forward(x, context)[0], None
-
-    model = Transformer(**SMALL, make_block=Old)
-    assert "a NoneType; want dsmini.nn.Aux(routing, indexer_loss)" in refusal(model, torch.zeros(1, 4).long())
 
 
 @pytest.mark.parametrize("change", [ScaledResidual, AttentionWithoutPositions, SoftplusGate, sliding])

@@ -1,5 +1,6 @@
 """precision="fp8": what is rounded and what stays out, that all ways through agree, and layers that hold codes."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -119,15 +120,18 @@ def test_cached_equals_uncached(form: Any) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 50])
-def test_what_holds_fp8_refuses_a_gradient(n: int) -> None:
+def test_gradients_pass_what_holds_fp8_as_if_its_values_were_frozen(n: int) -> None:
     experts = {"n_routed_experts": 8, "n_activated_experts": 3, "n_expert_groups": 1, "n_limited_groups": 1}
-    moe, linear = randomise(MoE(**SIZES, **experts)), FP8Linear(128, 8)
+    moe, linear, frozen = randomise(MoE(**SIZES, **experts)), FP8Linear(128, 8), FP8Linear(128, 8)
+    want: Any = copy.deepcopy(moe)
     for name in ("w1", "w2", "w3"):
-        hold(moe, f"experts.{name}")
-    hold(linear)
-    x = torch.randn(n, 128, requires_grad=True)
-    for y in (moe(torch.randn(n, 256, requires_grad=True))[0], linear(x), linear(quantize(x))):
-        assert "codes that no gradient can move" in refusal(y.sum().backward)
+        getattr(want.experts, name).data = hold(moe, f"experts.{name}").dequantize()
+    frozen.weight.data = hold(linear).dequantize()
+    for held, dense, m in ((moe, want, SIZES["dim"]), (linear, frozen, 128)):
+        x = torch.randn(n, m, requires_grad=True)
+        ys = [y[0] if isinstance(y, tuple) else y for y in (held(x), dense(x))]
+        got, expected = (torch.autograd.grad(y.square().sum(), x)[0] for y in ys)
+        assert expected.norm() > 0 and relative_error(got, expected) < 1e-5
     assert "codes that cannot be drawn" in refusal(linear.reset_parameters)
 
 

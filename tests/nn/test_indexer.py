@@ -37,7 +37,7 @@ def made(case: str = "plain", dtype: torch.dtype = torch.float64, **changes: Any
 
 
 def scores(layer: Indexer, x: Tensor, latent: Tensor, table: Any) -> Tensor:
-    return layer(x, latent, table, layer.keys(x, table))
+    return index_scores(*layer(x, latent, table))
 
 
 @pytest.mark.parametrize("interleave", [False, True])
@@ -61,7 +61,6 @@ def test_hadamard_is_orthogonal_and_its_own_inverse(d: int) -> None:
     assert relative_error(hadamard(x), x @ sylvester(d) * d**-0.5) <= 1e-14
     assert relative_error(hadamard(hadamard(x)), x) <= 1e-14
     assert hadamard(x.bfloat16()).dtype == torch.bfloat16
-    assert "(3, 12); the Hadamard transform wants a power of two" in refusal(hadamard, torch.zeros(3, 12))
 
 
 def test_fp8_scores_are_those_of_the_codes() -> None:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dsmini import Transformer, ops
+from dsmini import Transformer
 from dsmini.nn import linear_cross_entropy
-from dsmini.nn.losses import IGNORE
+from dsmini.nn.transformer import IGNORE
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, assert_agree, relative_error, rounding
 from tests.helpers.watching import Operations, saved_for_backward
 
@@ -34,25 +34,27 @@ def products(seen: Operations) -> int:
     return sum(result.operation == "mm" for result in seen.results)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 7, N, 1000, None])
+@pytest.fixture(params=[0, 7, N, 1000])
+def chunk_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return the number of rows of logits that exist at a time: one where less than a row fits."""
+    monkeypatch.setattr("dsmini.functional.cross_entropy.CHUNK", request.param * VOCAB)
+    return max(1, request.param)
+
+
+@pytest.mark.usefixtures("chunk_rows")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_loss_and_gradients_are_those_of_torchs_cross_entropy(chunk_rows: int | None, dtype: torch.dtype) -> None:
+def test_loss_and_gradients_are_those_of_torchs_cross_entropy(dtype: torch.dtype) -> None:
     hidden, weight, targets = problem(dtype)
-    got, want = linear_cross_entropy(hidden, weight, targets, chunk_rows), torchs_own(hidden, weight, targets)
+    got, want = linear_cross_entropy(hidden, weight, targets), torchs_own(hidden, weight, targets)
     assert got.dtype == dtype
     tolerance = 1e-13 if dtype == torch.float64 else rounding(FP32_UNIT, terms=VOCAB)
     assert_agree(got, want, [hidden, weight], tolerance)
 
 
-def test_rows_of_a_chunk_are_one_or_more() -> None:
-    with ops.use("eager"), pytest.raises(ValueError, match="chunk_rows=0 is less than 1; use 1 or more"):
-        linear_cross_entropy(*problem(torch.float32), 0)
-
-
-@pytest.mark.parametrize("chunk_rows", [1, 7, None])
-def test_bf16_hidden_states_meet_fp32_weights(chunk_rows: int | None) -> None:
+@pytest.mark.usefixtures("chunk_rows")
+def test_bf16_hidden_states_meet_fp32_weights() -> None:
     hidden, weight, targets = problem(torch.bfloat16)
-    got = linear_cross_entropy(hidden, weight, targets, chunk_rows)
+    got = linear_cross_entropy(hidden, weight, targets)
     grads = torch.autograd.grad(got, [hidden, weight])
     assert [got.dtype, *(g.dtype for g in grads)] == [torch.float32, torch.bfloat16, torch.float32]
     exact = [hidden.detach().double().requires_grad_(), weight.detach().bfloat16().double().requires_grad_()]
@@ -74,20 +76,20 @@ def test_ignored_targets_count_nothing(small_model: Model) -> None:
     assert losses.main == losses.mtp == 0
 
 
-def test_no_more_than_a_chunk_of_logits_exists(small_model: Model) -> None:
+def test_no_more_than_a_chunk_of_logits_exists(
+    small_model: Model, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hidden, weight, targets = problem(n=130)
-    for chunk_rows in (1, 7):
-        with Operations() as seen:
-            torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, chunk_rows), [hidden, weight])
-        assert seen.largest == max(chunk_rows * VOCAB, VOCAB * M)
-    wide = torch.randn(2**16, 1)
-    with Operations() as seen, torch.no_grad():  # nobody asks for chunks
-        linear_cross_entropy(torch.randn(150, 1), wide, torch.zeros(150, dtype=torch.int64))
-    assert seen.largest * 4 == 16 * 2**20
-    model, (tokens, labels) = small_model(vocab_size=VOCAB), torch.randint(0, VOCAB, (2, 4, 25)).unbind()
     with Operations() as seen:
-        model.losses(tokens, labels, chunk_rows=8).total.backward()
-    assert seen.largest == VOCAB * 24 < 4 * 25 * VOCAB
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), [hidden, weight])
+    assert seen.largest == max(min(130, chunk_rows) * VOCAB, VOCAB * M)
+    model, (tokens, labels) = small_model(vocab_size=VOCAB), torch.randint(0, VOCAB, (2, 4, 25)).unbind()
+    for head in (model.head, nn.Sequential(model.head)):  # a wrapper, too
+        model.head = head
+        monkeypatch.setattr("dsmini.nn.transformer.CHUNK", chunk_rows * VOCAB)
+        with Operations() as seen:
+            model.losses(tokens, labels).total.backward()
+        assert seen.largest == max(VOCAB * 24, min(100, chunk_rows) * VOCAB)
 
 
 def test_nothing_of_logits_is_kept_for_backward() -> None:
@@ -97,12 +99,12 @@ def test_nothing_of_logits_is_kept_for_backward() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_gradient_of_what_is_frozen_is_not_made(frozen: str) -> None:
+def test_gradient_of_what_is_frozen_is_not_made(frozen: str, chunk_rows: int) -> None:
     hidden, weight, targets = problem()
-    want = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, 7), [hidden, weight])
+    want = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), [hidden, weight])
     (hidden if frozen == "hidden" else weight).requires_grad_(False)
     with Operations() as seen:
-        loss = linear_cross_entropy(hidden, weight, targets, 7)
-    assert products(seen) == 2 * -(-N // 7)
+        loss = linear_cross_entropy(hidden, weight, targets)
+    assert products(seen) == 2 * -(-N // chunk_rows)
     other = weight if frozen == "hidden" else hidden
     assert torch.equal(torch.autograd.grad(loss, other)[0], want[frozen == "hidden"])

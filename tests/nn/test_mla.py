@@ -8,7 +8,6 @@ from torch import Tensor
 
 from dsmini import MLA, ModelConfig
 from dsmini.nn import AttentionContext
-from dsmini.nn.mla import check_sequences
 from tests import reference_model as reference
 from tests.helpers.tolerances import ROPE_TABLE, assert_agree, relative_error
 
@@ -69,9 +68,3 @@ def test_logit_depends_only_on_the_difference_of_positions(randomise: Any, rope:
     for moved in (positions + 20, torch.stack((positions, positions + 7))):
         got = layer(x, AttentionContext(cos_sin=layer.rope.cos_sin(moved)))
         assert relative_error(got, want) <= 8 * ROPE_TABLE
-
-
-@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 5, 24)])
-def test_attention_wants_sequences(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"attention got .*; want \[b, s, m\], sequences of hidden states"):
-        check_sequences(torch.zeros(shape))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import Transformer
-from dsmini.nn.losses import IGNORE
+from dsmini.nn.transformer import IGNORE
 from tests.helpers.tolerances import FP64_UNIT, MOVED, UNMOVED, relative_error, rounding
 
 B, S, VOCAB = 2, 13, 61

@@ -1,16 +1,15 @@
 """The short formats: every code against a table of exact fractions, every rounding against a search in it."""
 
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dsmini.numerics import E4M3, E5M2, E5M6, FORMATS, UE8M0, Format
-from tests.helpers.configs import refusal
-from tests.helpers.quantizer import LAYOUT, meant, midpoints, nearest, raw, same, stored, table
+from dsmini.numerics import E4M3, E5M2, E5M6, FORMATS, Format
+from dsmini.numerics.formats import next_power_of_two
+from tests.helpers.quantizer import LAYOUT, UNIT, meant, midpoints, nearest, raw, same, stored, table
 
 FIGURES = {  # largest, smallest normal, smallest of all, unit roundoff: as the papers have them
     "e4m3": (448, Fraction(1, 2**6), Fraction(1, 2**9), 1 / 16),
@@ -40,8 +39,9 @@ def critical(f: Format) -> Tensor:
 @EVERY
 def test_range(f: Format) -> None:
     largest, normal, smallest, unit = FIGURES[f.name]
+    mantissa, bias = f.mantissa_bits, f.bias
     exponent_bits, fraction_bits, last, nan = LAYOUT[f.name]
-    assert (f.max, f.min_normal, f.min_subnormal, f.unit) == (largest, normal, smallest, unit)
+    assert (f.max, 2.0 ** (1 - bias), 2.0 ** (1 - bias - mantissa), UNIT[f.name]) == (largest, normal, smallest, unit)
     assert (f.bits, f.exponent_bits, f.mantissa_bits) == (
         1 + exponent_bits + fraction_bits,
         exponent_bits,
@@ -90,7 +90,7 @@ def test_rounding_is_to_nearest_and_ties_to_even(f: Format, dtype: torch.dtype) 
 @EVERY
 def test_fp64_is_refused_since_it_would_be_rounded_twice(f: Format) -> None:
     """Rounded to FP32 first, a number just above a midpoint becomes a tie."""
-    above = torch.tensor([1 + f.unit + 2.0**-40], dtype=torch.float64)
+    above = torch.tensor([1 + UNIT[f.name] + 2.0**-40], dtype=torch.float64)
     assert f.round(above.float()) == 1.0, "the tie goes to the even value, and the nearest is above"
     for function in (f.encode, f.round):
         with pytest.raises(ValueError, match="FP64 would be rounded twice"):
@@ -116,44 +116,16 @@ def test_empty_tensors(f: Format, shape: tuple[int, ...]) -> None:
     assert f.decode(codes, shape[-1]).shape == f.round(torch.empty(shape)).shape == shape
 
 
-# UE8M0
+# scales in UE8M0
 
 
-def beside_powers_of_two() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return 2^-126 to 2^127, their FP32 neighbours below and above, and the exponents."""
+def test_scales_are_rounded_up_to_powers_of_two() -> None:
     exponents = torch.arange(-126, 128)
     powers = torch.ldexp(torch.ones(254), exponents)
     below, above = (torch.nextafter(powers, torch.tensor(to)) for to in (0.0, torch.inf))
     assert (below < powers).all() and (powers < above).all()
-    return powers, below, above, exponents
-
-
-def test_scales_are_rounded_up_to_powers_of_two() -> None:
-    powers, below, above, exponents = beside_powers_of_two()
-    assert same(UE8M0.round_up(powers), powers) and same(UE8M0.round_up(below), powers)
-    assert same(UE8M0.round_up(above), torch.cat([powers[1:], torch.tensor([torch.inf])]))
-    assert same(UE8M0.round_up(torch.tensor([1e-45, 2.0**-127, 2.0**-127 * 1.5])), [2.0**-126] * 3)
+    assert same(next_power_of_two(powers), powers) and same(next_power_of_two(below), powers)
+    assert same(next_power_of_two(above), torch.cat([powers[1:], torch.tensor([torch.inf])]))
+    assert same(next_power_of_two(torch.tensor([1e-45, 2.0**-127, 2.0**-127 * 1.5])), [2.0**-126] * 3)
     kept = torch.tensor([0.0, torch.inf, torch.nan, torch.tensor(-1, dtype=torch.int32).view(torch.float32)])
-    assert same(UE8M0.round_up(kept), kept)
-    code = (exponents + 127).to(torch.uint8)
-    assert torch.equal(UE8M0.encode(powers), code) and torch.equal(UE8M0.encode(below), code)
-    assert torch.equal(UE8M0.encode(above), code + 1)  # above 2^127: 255, which is NaN
-    small = torch.tensor([1e-45, 2.0**-128, 2.0**-127, 2.0**-127 + 2.0**-149, torch.inf, torch.nan])
-    assert UE8M0.encode(small).tolist() == [0, 0, 0, 1, 255, 255]
-
-
-def test_codes_of_powers_of_two_equal_those_of_torch() -> None:
-    codes = torch.arange(256).to(torch.uint8)
-    values = UE8M0.decode(codes)
-    assert same(values, codes.view(torch.float8_e8m0fnu).float())
-    assert same(UE8M0.decode(codes.view(torch.float8_e8m0fnu)), values)
-    assert torch.equal(UE8M0.encode(values), codes)
-    assert (values[0], values[-2]) == (UE8M0.min, UE8M0.max) and codes[-1] == UE8M0.nan
-
-
-def test_what_is_no_scale_is_refused() -> None:
-    for dtype in (torch.float64, torch.bfloat16, torch.int32):
-        assert refusal(UE8M0.round_up, torch.ones(1).to(dtype)) == f"scales of {dtype}; want torch.float32"
-    for x in (0.0, -0.0, -1.0, -torch.inf):
-        said: Any = refusal(UE8M0.encode, torch.tensor([2.0, torch.nan, x]))
-        assert said == f"ue8m0 has no code for {x}; want numbers above zero"
+    assert same(next_power_of_two(kept), kept)

@@ -129,31 +129,24 @@ def test_sizes_of_zero_and_a_vector() -> None:
 
 def test_what_cannot_be_multiplied_is_refused() -> None:
     x, w = torch.randn(4, 128, requires_grad=True), torch.randn(8, 128)
-    meta = torch.device("meta")
     for words, given, options in (
         ("x is torch.float64; want float32, bfloat16 or float16", (x.double(), w), {}),
         ("w is torch.int64", (x, w.long()), {}),
-        ("x is 64 wide and w 128", (x[:, :64], w), {}),
+        ("x is [4, 64], w [8, 128], ends None; want x [..., k] and w [o, k]", (x[:, :64], w), {}),
         ("want x [..., k] and w [o, k]", (x, w[None]), {}),
         ("with ends [e]", (x, w[None]), {"ends": torch.tensor([2, 4])}),
-        ("x is on meta and w on cpu", (x.to(meta), w), {}),
         ("scale='e8m0' is unknown", (x, w), {"scale": "e8m0"}),
         ("grad_format='e3m4' is unknown", (x, w), {"grad_format": "e3m4"}),
         ("saved_format='e5m7' is unknown", (x, w), {"saved_format": "e5m7"}),
-        ("out_dtype=torch.float64", (x, w), {"out_dtype": torch.float64}),
-        ("want 1x128, along the contraction: quantize(x, tile=(1, 128))", (quantize(x, (128, 128)), w), {}),
-        ("want e4m3 blocks of 128x128: quantize(w, tile=(128, 128))", (x, quantize(w)), {}),
+        ("want 1x128, of w in e4m3: quantize(x, tile=(1, 128))", (quantize(x, (128, 128)), w), {}),
+        ("want 128x128, of w in e4m3: quantize(w, tile=(128, 128))", (x, quantize(w)), {}),
         ("not with ends", (x, w[None]), {"ends": torch.tensor([4]), "accumulator": Accumulator()}),
-        ("ends on meta", (x, w[None]), {"ends": torch.tensor([4], device=meta)}),
-        ("accumulator=14", (x, w), {"accumulator": 14}),
         *(
             ("do not cut 4 rows", (x, w.expand(len(ends), -1, -1)), {"ends": torch.tensor(ends)})
-            for ends in ([2, 3], [3, 2, 4], [-1, 4, 4], [1.0, 4.0])
+            for ends in ([2, 3], [3, 2, 4], [-1, 4, 4])
         ),
     ):
         assert words in refusal(fp8_matmul, *given, **options)
-    for gate, up in ((x, x[:2]), (x.to(meta), x)):
-        assert "want them alike" in refusal(fp8_swiglu_matmul, gate, up, w)
     for bits, every in ((14.5, 128), (1, 128), (14, 100)):
         said = refusal(Accumulator, bits=bits, promote_every=every)
         assert said.startswith(f"promote_every={every}" if bits == 14 else f"bits={bits}")

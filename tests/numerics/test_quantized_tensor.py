@@ -1,7 +1,5 @@
 """A tensor in a short format: its parts, its gradient, and the inputs that it refuses."""
 
-import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -10,7 +8,7 @@ import torch.autograd.forward_ad as forward_ad
 
 from dsmini.numerics import AMAX_MIN, FORMATS, SMALLEST_AMAX, fp8_matmul, quantize
 from tests.helpers.configs import refusal
-from tests.helpers.quantizer import EVERY_CUT, EVERY_FORMAT, alike, quantized, same
+from tests.helpers.quantizer import EVERY_CUT, EVERY_FORMAT, UNIT, alike, quantized, same
 from tests.helpers.tolerances import relative_error
 from tests.helpers.watching import saved_for_backward
 
@@ -35,7 +33,7 @@ def test_parts_and_gradient_of_a_quantized_tensor(
     assert q.nbytes == q.codes.untyped_storage().nbytes() + q.scales.untyped_storage().nbytes()
     back = q.dequantize()
     assert (back.shape, back.dtype) == (x.shape, torch.float32)
-    assert relative_error(back, x) < FORMATS[format].unit
+    assert relative_error(back, x) < UNIT[format]
     assert same(q.dequantize(torch.bfloat16), back)  # powers of two far from the smallest: nothing is rounded
     back.zero_()
     assert torch.equal(x, before)
@@ -62,8 +60,7 @@ def test_amax_min_is_passed_on(tile: Any, amax_min: float) -> None:
 
 def test_strided_columns() -> None:
     x = torch.randn(5, 3, 130).transpose(0, 1)
-    for tile in ((2, 64), "row", "tensor"):
-        assert alike(quantize(x, tile), quantize(x.contiguous(), tile))  # pyright: ignore
+    assert alike(quantize(x, (2, 64)), quantize(x.contiguous(), (2, 64)))
 
 
 def test_gradients_of_several_readers_add_up() -> None:
@@ -79,16 +76,15 @@ def test_no_gradient_without_requires_grad() -> None:
     with torch.no_grad():
         inside = quantize(x)
         assert not quantize(x.detach()).dequantize().requires_grad
-    for q in (inside, quantize(x.detach()), quantize(x).to("cpu"), quantize(x).detach()):
+    for q in (inside, quantize(x.detach()), quantize(x).detach()):
         assert q.source is None and not q.dequantize().requires_grad
     assert quantize(x).dequantize().requires_grad
 
 
-@pytest.mark.parametrize("tile", [(1, 128), "tensor"])
-def test_graph_holds_no_tensor_of_the_size_of_x(tile: Any) -> None:
+def test_graph_holds_no_tensor_of_the_size_of_x() -> None:
     x = torch.randn(64, 256, requires_grad=True) * 1.0
     with saved_for_backward() as saved:
-        q = quantize(x, tile)
+        q = quantize(x)
         back = q.dequantize()
     assert not saved
     assert q.source is not None and (q.source.shape, q.source.dtype) == (x.shape, x.dtype)
@@ -98,25 +94,9 @@ def test_graph_holds_no_tensor_of_the_size_of_x(tile: Any) -> None:
     back.sum().backward()
 
 
-@EVERY_FORMAT
-@pytest.mark.parametrize("gradient", [False, True])
-def test_copies_are_equal_and_have_no_gradient(format: Any, gradient: bool) -> None:
-    q = quantize(torch.randn(3, 130, requires_grad=gradient), format=format)
-    for other in (pickle.loads(pickle.dumps(q)), copy.deepcopy(q)):
-        assert alike(other, q) and other.source is None and other.codes.data_ptr() != q.codes.data_ptr()
-    shallow, there = copy.copy(q), q.to("meta")
-    assert shallow.source is q.source and shallow.codes is q.codes
-    assert there.device.type == there.codes.device.type == there.scales.device.type == "meta"
-    assert (there.shape, there.tile, there.nbytes, there.format) == (q.shape, q.tile, q.nbytes, q.format)
-
-
 def test_repr() -> None:
-    x = torch.cat([torch.full((1, 130), 448.0), torch.full((1, 130), 448 / 4.0)])
-    assert repr(quantize(x.half())) == (
-        "QuantizedTensor(e4m3 [2, 130] in tiles of 1x128, ue8m0 scales [2, 2] from 0.25 to 1, 276 bytes, "
-        "0.53 of bfloat16, from float16, on cpu)"
-    )
-    assert "fp32 scales [0, 10]" in repr(quantize(torch.empty(0, 1200), (128, 128), "fp32", "e5m6"))
+    q = quantize(torch.randn(2, 130))
+    assert repr(q) == "QuantizedTensor(e4m3 [2, 130], ue8m0 scales of 1x128, 276 bytes)"
 
 
 def test_what_cannot_be_quantized_is_refused() -> None:
@@ -124,17 +104,15 @@ def test_what_cannot_be_quantized_is_refused() -> None:
     for dtype in (torch.float64, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64):
         want = f"x is {dtype}; want float32, bfloat16 or float16: use x.float()"
         assert refusal(quantize, x.to(dtype)) == want
-    assert refusal(quantize, torch.tensor(1.0), "tensor") == "x has no dimensions; want at least one, which tiles cut"
-    want = "tile=(128, 1) has 128 rows, and a tensor of one dimension has one; use (1, 128)"
-    assert refusal(quantize, torch.ones(300), (128, 1)) == want
-    for tile in ((0, 1), (1, -128), (1,), (1, 2, 3), "rows", (1.5, 2), (True, 128), 128, None):
-        want = f"tile={tile!r} is not a tile; want rows and columns such as (1, 128), or 'row' or 'tensor'"
+    for tile in ((0, 1), (1, -128), (1,), (1, 2, 3), "row", (1.5, 2), (True, 128), 128, None):
+        want = f"tile={tile!r} is no tile of [3, 4]; want rows and columns, such as (1, 128)"
         assert refusal(quantize, x, tile) == want
+    assert "is no tile of [300]" in refusal(quantize, torch.ones(300), (128, 1))
     for value in ("e4m3fn", "E4M3", None):
         assert refusal(quantize, x, format=value) == f"format={value!r} is unknown; use one of e4m3, e5m2, e5m6"
         assert refusal(quantize, x, scale=value) == f"scale={value!r} is unknown; use one of ue8m0, fp32"
     for value in (0, -1.0, 2.0**-101, float("inf"), float("nan")):
-        want = f"amax_min={value}; want a finite number, 2^-100 or more: use 0.0001 or, for gradients, 2**-100"
+        want = f"amax_min={value}; want a finite number, 2^-100 or more, such as 0.0001"
         assert refusal(quantize, x, amax_min=value) == want
 
 

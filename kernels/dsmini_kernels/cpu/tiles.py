@@ -1,4 +1,4 @@
-"""The tile primitives, with the signatures of their references in dsmini/numerics/tiles.py.
+"""The tile primitives, with the signatures of their references in dsmini/numerics/quantization.py.
 
 This module checks a call and describes it to the C++; tiles.cpp computes it.
 """

@@ -1,6 +1,6 @@
 """Quantize and dequantize tiles of short codes with a scale each, and both at once.
 
-dsmini.numerics.tiles defines these operations. The kernels give the same bits.
+dsmini.numerics.quantization defines these operations. The kernels give the same bits.
 
 No cast to a short format is used: not all GPUs have them, and the interpreter's are wrong. A format with m bits of
 fraction is rounded in FP32 by an addition. Let E be the exponent field of |y|, at least that of the format's smallest
