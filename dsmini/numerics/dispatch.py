@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.numerics.quantization import QuantizedTensor, listed_sizes
+from dsmini.numerics.quantization import QuantizedTensor, listed_sizes, rows_of
 
 
 class Slots(NamedTuple):
@@ -75,10 +75,10 @@ def dispatch_quantized(x: QuantizedTensor, slots: Slots) -> QuantizedTensor:
     token, slot, _ = slots
     (n, _), rows = slot.shape, token.shape[0]
     chosen_slots = torch.zeros(rows, dtype=torch.bool, device=token.device).index_fill(0, slot.flatten(), True)
-    with_zeros = replace(x, codes=F.pad(x.codes.view(torch.uint8), (0, 0, 0, 1)), scales=F.pad(x.scales, (0, 0, 0, 1)))
-    chosen = with_zeros.select_rows(torch.where(chosen_slots, token, n))
+    codes = F.pad(x.codes.view(torch.uint8), (0, 0, 0, 1)).view(x.codes.dtype)
+    with_zeros = replace(x, codes=codes, scales=F.pad(x.scales, (0, 0, 0, 1)), source=None)
     source = None if x.source is None else cast(Tensor, _QuantizedDispatch.apply(x.source, slot, rows))
-    return replace(chosen, codes=chosen.codes.view(x.codes.dtype), source=source)
+    return replace(rows_of(with_zeros, torch.where(chosen_slots, token, n)), source=source)
 
 
 class _Dispatch(torch.autograd.Function):

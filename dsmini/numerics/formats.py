@@ -12,13 +12,12 @@ Source: Micikevicius et al. 2022 (E4M3, E5M2); OCP microscaling formats 1.0 (UE8
 (E5M6).
 """
 
-import functools
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -47,10 +46,6 @@ class Format:
         """True if two codes share three bytes."""
         return self.bits == 12
 
-    def values(self, device: torch.device | str = "cpu") -> Float[Tensor, " codes"]:
-        """Return all finite values from 0 to max in FP32, ordered by their codes without sign."""
-        return torch.tensor(_values(self.mantissa_bits, self.bias, self.max), device=device)
-
     def round(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Return the nearest value in FP32, ties to an even last bit.
 
@@ -61,7 +56,9 @@ class Format:
         x = _single(x).clamp(-self.max, self.max)
         if not self.packed:
             return x.to(self.dtype).float()
-        magic = self._magic(x.abs())
+        # a number so large that adding it in FP32 rounds to the format's last bit
+        exponent = (x.abs().view(torch.int32) >> 23).clamp(min=128 - self.bias)
+        magic = (exponent + 23 - self.mantissa_bits << 23).view(torch.float32)
         return torch.copysign((x.abs() + magic) - magic, x)
 
     def encode(self, x: Float[Tensor, "*batch c"]) -> Tensor:
@@ -76,13 +73,10 @@ class Format:
         x = torch.where(x.isnan(), torch.nan, x)  # one code for NaN, whatever its sign
         if not self.packed:
             return x.to(self.dtype)
-        magnitude = x.abs()
-        magic, first = self._magic(magnitude), (128 - self.bias)
-        code = (self._exponent(magnitude) - first << self.mantissa_bits) + (
-            (magnitude + magic).view(torch.int32) - magic.view(torch.int32)
-        )
-        code = torch.where(x.isnan(), self.nan, code + (torch.signbit(x).int() << (self.bits - 1)))
-        return _pack(F.pad(code, (0, -code.shape[-1] % 8)))
+        # E5M6 is FP16 without its last four bits
+        code = torch.where(x.isnan(), self.nan, (self.round(x).half().view(torch.int16).int() & 0xFFFF) >> 4)
+        even, odd = F.pad(code, (0, -code.shape[-1] % 8)).unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((even & 0xFF, even >> 8 | (odd & 0xF) << 4, odd >> 4), -1).flatten(-2).to(torch.uint8)
 
     def decode(self, codes: Tensor, columns: int | None = None) -> Float[Tensor, "*batch c"]:
         """Return the FP32 values of codes.
@@ -92,18 +86,10 @@ class Format:
         """
         if not self.packed:
             return codes.view(self.dtype).float()
-        code = _unpack(codes)[..., :columns]
-        table = F.pad(self.values(codes.device), (0, 2 ** (self.bits - 1)), value=torch.nan)
-        values = table[code & (2 ** (self.bits - 1) - 1)]
-        return torch.where(code >> (self.bits - 1) == 1, -values, values)
-
-    def _exponent(self, magnitude: Tensor) -> Tensor:
-        """Return the FP32 exponent field of a magnitude, at least that of the smallest normal number."""
-        return (magnitude.view(torch.int32) >> 23).clamp(min=128 - self.bias)
-
-    def _magic(self, magnitude: Tensor) -> Tensor:
-        """Return numbers so large that adding them in FP32 rounds to the format's last bit."""
-        return (self._exponent(magnitude) + 23 - self.mantissa_bits << 23).view(torch.float32)
+        low, middle, high = codes.unflatten(-1, (-1, 3)).int().unbind(-1)
+        code = torch.stack((low | (middle & 0xF) << 8, middle >> 4 | high << 4), -1).flatten(-2)[..., :columns]
+        values = (code << 4).to(torch.int16).view(torch.float16).float()
+        return values.masked_fill(values.isinf(), torch.nan)  # E5M6 has none
 
 
 E4M3 = Format(name="e4m3", exponent_bits=4, mantissa_bits=3, bias=7, max=448.0, nan=0x7F, dtype=torch.float8_e4m3fn)
@@ -131,24 +117,3 @@ def _single(x: Tensor) -> Tensor:
             "use x.float() to accept that"
         )
     return x.float()
-
-
-@functools.cache
-def _values(mantissa_bits: int, bias: int, largest: float) -> tuple[float, ...]:
-    values: list[float] = []
-    while not values or values[-1] < largest:
-        exponent, fraction = divmod(len(values), 2**mantissa_bits)
-        leading = 2**mantissa_bits if exponent else 0
-        values.append((leading + fraction) * 2.0 ** (max(exponent, 1) - bias - mantissa_bits))
-    return tuple(values)
-
-
-def _pack(codes: Int[Tensor, "*batch c"]) -> Int[Tensor, "*batch bytes"]:
-    """Pack an even number of 12-bit codes, two in three bytes."""
-    even, odd = codes.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even & 0xFF, even >> 8 | (odd & 0xF) << 4, odd >> 4), -1).flatten(-2).to(torch.uint8)
-
-
-def _unpack(packed: Int[Tensor, "*batch bytes"]) -> Int[Tensor, "*batch c"]:
-    low, middle, high = packed.unflatten(-1, (-1, 3)).int().unbind(-1)
-    return torch.stack((low | (middle & 0xF) << 8, middle >> 4 | high << 4), -1).flatten(-2)

@@ -266,20 +266,6 @@ class QuantizedTensor:
         values = dequantize_tiles(codes, scales, self.tile, self.format, dtype, self.shape[-1]).view(self.shape)
         return values if self.source is None else cast(Tensor, _Standing.apply(self.source, values))
 
-    def select_rows(self, rows: Int[Tensor, " rows"]) -> "QuantizedTensor":
-        """Return some rows of a matrix, without a gradient. Its tiles must be one row high."""
-        if len(self.shape) != 2 or self.tile[0] != 1:
-            raise ValueError(
-                f"rows of {list(self.shape)} in tiles {self.tile[0]} rows high; want a matrix in tiles of one"
-            )
-        codes = self.codes.view(torch.uint8).index_select(0, rows).view(self.codes.dtype)
-        scales = self.scales.index_select(0, rows)
-        return replace(self, codes=codes, scales=scales, shape=torch.Size((len(rows), self.shape[1])), source=None)
-
-    def detach(self) -> "QuantizedTensor":
-        """Return the same tensor without a gradient."""
-        return replace(self, source=None)
-
     def __repr__(self) -> str:
         tile = f"{self.tile[0]}x{self.tile[1]}"
         return (
@@ -311,10 +297,13 @@ def matrix_of(w: Weight, i: int) -> Weight:
 
 
 def rows_of(x: X, rows: Int[Tensor, " rows"]) -> X:
-    """Return some rows of a matrix, with their gradient."""
+    """Return some rows of a matrix in tiles of one row, with their gradient."""
     if isinstance(x, Tensor):
         return x.index_select(0, rows)
-    return replace(x.select_rows(rows), source=None if x.source is None else x.source.index_select(0, rows))
+    codes = x.codes.view(torch.uint8).index_select(0, rows).view(x.codes.dtype)
+    source = None if x.source is None else x.source.index_select(0, rows)
+    shape = torch.Size((len(rows), x.shape[1]))
+    return replace(x, codes=codes, scales=x.scales.index_select(0, rows), shape=shape, source=source)
 
 
 def quantize(

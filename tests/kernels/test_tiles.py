@@ -17,6 +17,7 @@ from dsmini.numerics import FORMATS, SMALLEST_AMAX, dequantize_tiles, quantize_t
 from dsmini.numerics.quantization import FormatName, Scale, Tile
 from dsmini_kernels import cpu
 from dsmini_kernels.cpu import tiles as wrapper
+from tests.helpers.quantizer import table
 from tests.kernels.conftest import AMAX_MIN, NAMES, SCALES, TYPES, Kernels, assert_threads_change_no_bit
 
 TILES = ((1, 128), (128, 1), (128, 128), (1, 1), (3, 5), (2, 16), (1, 100), (999, 999))
@@ -133,7 +134,7 @@ def test_nan_with_any_payload(kernels: Kernels) -> None:
 @EVERY_FORMAT
 def test_every_value_every_tie_and_their_neighbours(kernels: Kernels, format: FormatName) -> None:
     """Check them under a scale of 1, where nothing else rounds, and under an FP32 scale, where x / scale does."""
-    values = FORMATS[format].values(kernels.device)
+    values = torch.tensor([float(v) for v in table(format)], device=kernels.device)
     points = torch.cat([values, (values[1:] + values[:-1]) / 2])
     around = [points.nextafter(torch.full_like(points, away)) for away in (-math.inf, math.inf)]
     points = torch.cat([points, *around]).clamp(max=FORMATS[format].max)

@@ -266,7 +266,6 @@ def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -
 def test_impossible_cache_raises(small_model: Model) -> None:
     for changes, options, words in (
         ({}, {"max_seq_len": 33}, "33 tokens a sequence is longer than the model's max_seq_len=32"),
-        ({}, {"form": "absorbd"}, "form='absorbd' is unknown"),
         ({"attention": "mha"}, {"dtype": "fp8"}, "the layout of MLA's latent, not of attention='mha'"),
         ({"attention": "mha"}, {"form": "absorbed"}, "form='absorbed' is MLA's"),
         ({"qk_norm": True}, {"form": "absorbed"}, "form='absorbed' is MLA's without qk_norm"),
