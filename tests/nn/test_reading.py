@@ -47,10 +47,10 @@ def generate(model: Transformer) -> None:
 @pytest.mark.parametrize(
     ("call", "backend", "files", "functions"),
     [
-        (losses, "reference", 13, 43),
-        (losses, None, 21, 66),
-        (generate, "reference", 20, 114),
-        (generate, None, 27, 139),
+        (losses, "reference", 10, 42),
+        (losses, None, 18, 65),
+        (generate, "reference", 15, 103),
+        (generate, None, 22, 130),
     ],
 )
 def test_few_files_and_functions_run(
