@@ -119,10 +119,13 @@ def test_cached_equals_uncached(form: Any) -> None:
     assert error < (E4M3_UNIT * 0.02 if form == "expanded" else rounding(E4M3_UNIT))
 
 
+@pytest.mark.parametrize(
+    ("precision", "linears"), [("fp8", (FP8Linear, FP8Linear)), ("native", (QuantizedLinear, Linear))]
+)
 @pytest.mark.parametrize("n", [1, 2, 50])
-def test_gradients_pass_what_holds_fp8_as_if_its_values_were_frozen(n: int) -> None:
+def test_gradients_pass_what_holds_fp8_as_if_its_values_were_frozen(n: int, precision: Any, linears: Any) -> None:
     experts = {"n_routed_experts": 8, "n_activated_experts": 3, "n_expert_groups": 1, "n_limited_groups": 1}
-    moe, linear, frozen = randomise(MoE(**SIZES, **experts)), FP8Linear(128, 8), FP8Linear(128, 8)
+    moe, (linear, frozen) = randomise(MoE(**SIZES | {"precision": precision}, **experts)), (k(128, 8) for k in linears)
     want: Any = copy.deepcopy(moe)
     for name in ("w1", "w2", "w3"):
         getattr(want.experts, name).data = hold(moe, f"experts.{name}").dequantize()
