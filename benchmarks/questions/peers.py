@@ -36,7 +36,7 @@ from benchmarks.question import (
 )
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting, ops
 from dsmini.config.published import config_to_json
-from dsmini.inference.fused.decoder import Decoder
+from dsmini.inference.fused import Decoder
 from dsmini.machine import once
 from dsmini.measure.rates import why_unusable
 from dsmini.measure.turns import reported

@@ -31,8 +31,8 @@ from dsmini import ops
 from dsmini.config.run import CHUNKS, ParallelConfig, ScheduleName
 from dsmini.nn import Routing, Transformer
 from dsmini.nn.attention import AttentionContext
-from dsmini.nn.balance import sequence_balance_loss
 from dsmini.nn.block import Aux
+from dsmini.nn.gate import sequence_balance_loss
 from dsmini.nn.moe import MoE
 
 

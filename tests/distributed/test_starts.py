@@ -158,7 +158,7 @@ TABLE: dict[str, Start] = {
             ([ONE, f"{ONE} --top-k x"], "error: rank 1: --top-k 'x' is not a whole number"),
             ([ONE, f"{ONE} --seed 3"], "error: rank 1 was started with other flags"),
             ([ONE] * 3, "error: 8 experts are not divisible by 3 processes; start 2, say"),
-            ([f"{ONE} --prompt {'T' * 300} --context 20"] * 2, "has no room for a prompt of 300 tokens"),
+            ([f"{ONE} --prompt {'T' * 300} --context 20"] * 2, "a prompt of 300 tokens and"),
             ([f"{ONE} --temperature -1"] * 2, "temperature"),
         )
     },
