@@ -1,9 +1,8 @@
 """A folder's chat template: a conversation as the tokens that its model was trained to answer.
 
-The template is a Jinja program in the folder. It runs in Jinja's sandbox, as in transformers, and sees only the
-messages: no file, and no object of Python. The messages are not trusted either. In the rendered text the template's
-own <｜User｜> is one token. A user who types <｜User｜> gets the tokens of those characters, and so does a model that
-spells it out.
+The template is a Jinja program in the folder. It is not trusted: it runs in a sandbox, in a process with limits, and
+sees only the messages. The messages are not trusted either. In the rendered text the template's own <｜User｜> is one
+token. A user who types <｜User｜> gets the tokens of those characters, and so does a model that spells it out.
 
 The text side of a model is the files of a DeepSeek or Hugging Face folder that stand between tokens and text.
 
@@ -13,56 +12,36 @@ generation_config.json    the tokens that end an answer; config.json if there is
 """
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict
 
 import jinja2
-import jinja2.ext
 import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsmini.config.fields import token_ids
 from dsmini.reading import brief, is_there, read_table, read_text, readable
+from dsmini.text.template_worker import environment
 from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 
 # half a character of UTF-16: no text holds it, and Python makes another one of a byte it cannot decode
 MARK = "\ud800"
 LARGEST_TEMPLATE = 4 << 20
 """Largest size of a template file in bytes."""
-
-
-class _Generation(jinja2.ext.Extension):
-    """The tag {% generation %}, which marks the text to train on; it changes nothing here."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: "jinja2.parser.Parser") -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def environment() -> ImmutableSandboxedEnvironment:
-    """Return the environment that transformers gives a template."""
-    made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    made.globals.update({"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)})  # pyright: ignore[reportArgumentType, reportCallIssue]
-    made.filters["tojson"] = _tojson
-    return made
-
-
-def _refuse(message: object) -> None:
-    raise jinja2.TemplateError(str(message))
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Write JSON without escapes for < and >, which Jinja's own filter has."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+SECONDS = 2
+"""Largest CPU time of a conversation; templates that are published take milliseconds."""
+MEMORY = 512 << 20
+"""Largest memory of the process that renders a conversation."""
+LONGEST = 16 << 20
+"""Largest number of characters of a rendered conversation."""
+PATIENCE = 60.0
+"""Largest time in seconds to wait for a conversation: the machine may be busy."""
 
 
 class Message(TypedDict):
@@ -73,7 +52,7 @@ class Message(TypedDict):
 
 
 class ChatTemplate:
-    """Renders conversations as transformers' apply_chat_template does.
+    """Renders conversations as transformers' apply_chat_template does, each in a process with limits.
 
     Args:
         source: the Jinja program.
@@ -98,21 +77,47 @@ class ChatTemplate:
         """Return whether the template itself spells this."""
         return any(token in text for text in self._says)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], *, seconds: int = SECONDS, memory: int = MEMORY) -> str:
         """Return the conversation as text, up to where the assistant's answer begins.
 
-        Raises: ValueError for a conversation that the template refuses or leaves empty.
+        Args:
+            seconds: largest CPU time of the process.
+            memory: largest memory of the process in bytes, its interpreter included (Linux).
+
+        Raises: ValueError for a conversation that the template refuses or leaves empty, and for a template that needs
+            more time or memory than it may.
         """
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **self._tokens}
-        try:
-            text = environment().from_string(self._source).render(given)
-        except Exception as error:  # whatever a stranger's program can raise
-            said = readable(" ".join(str(error).split()))
-            words = said if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {said}"
-            raise ValueError(f"the chat template of {self._path} refuses the conversation: {words}") from None
-        if not text:
+        request = {"source": self._source, "given": given, "seconds": seconds, "memory": memory, "longest": LONGEST}
+        answer = _answer(request)
+        if "refuses" in answer:
+            said = readable(" ".join(answer["refuses"].split()))
+            raise ValueError(f"the chat template of {self._path} refuses the conversation: {said}")
+        if not answer["text"]:
             raise ValueError(f"the chat template of {self._path} renders nothing; mend it, or leave out --chat")
-        return text
+        return answer["text"]
+
+
+def _answer(request: Mapping[str, Any]) -> dict[str, str]:
+    """Return the answer of a process of template_worker.py, or why there is none."""
+    try:
+        done = subprocess.run(
+            # without site-packages' start-up files; sys.path says where Jinja is
+            [sys.executable, "-S", "-P", str(Path(__file__).with_name("template_worker.py"))],
+            input=json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # Ctrl-C is for us alone
+            timeout=PATIENCE,
+        )
+    except subprocess.TimeoutExpired:
+        return {"refuses": f"it takes more than {PATIENCE:g} s"}
+    if done.returncode == -signal.SIGXCPU:
+        return {"refuses": f"it takes more than {request['seconds']} s of CPU time"}
+    if done.returncode:
+        return {"refuses": f"it crashes its process, with status {done.returncode}"}
+    return json.loads(done.stdout.decode("utf-8", "surrogatepass"))
 
 
 class Chat:

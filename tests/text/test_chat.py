@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmini.text.chat import MARK, Chat, ChatTemplate, Message, environment, read_text_side
+from dsmini.text.chat import MARK, Chat, ChatTemplate, Message, read_text_side
+from dsmini.text.template_worker import environment
 from dsmini.text.tokenizer import BPETokenizer
 from tests.helpers.configs import refusal
 from tests.helpers.text_folders import ASSISTANT, BOS, EOS, TEMPLATE, USER, save_text_side, save_tokenizer
