@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.question import Question
 from benchmarks.results import ROOT, Results, Run
 from dsmini.report import Figure, Report, Section, pick
-from dsmini.report.rows import case_words
+from dsmini.report.tables import case_words
 from dsmini.report.units import human, plural, words
 
 

@@ -18,7 +18,7 @@ from dsmini.measure.rates import Roofs
 from dsmini.measure.turns import Estimate, Run, in_turns, median_of
 from dsmini.measure.workloads import dtype_name
 from dsmini.report import Figure, Plot, Value, pick
-from dsmini.report.charts import lines, over_labels
+from dsmini.report.plots import lines, over_labels
 from dsmini.report.units import shown, words
 
 REACHED = 0.5

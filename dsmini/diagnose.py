@@ -51,7 +51,7 @@ class DiagnoseCommand:
     rounds: int | None = None
     """Number of rounds, instead of as many as fit into the time."""
     only: tuple[str, ...] = ()
-    """Names of the interventions to try, such as replay uniform_routing; left out: all that apply."""
+    """Names of the interventions to try, such as replay dense_active; left out: all that apply."""
     out: Path | None = None
     """Folder for diagnosis.html, a page to read offline, and diagnosis.json."""
     json: bool = False
@@ -102,8 +102,8 @@ def main(args: Sequence[str]) -> int:
     if command.out is not None:
         line = shlex.join(["python", "-m", "dsmini.diagnose", *args])
         with _written(command.out):
-            write_text(command.out / "diagnosis.html", report_of(found, line).html())
             write_json(command.out / "diagnosis.json", record)
+            write_text(command.out / "diagnosis.html", report_of(found, line).html())
         say(console, f"written  {command.out / 'diagnosis.html'}")
     return 130 if found.stopped else 0
 

@@ -69,7 +69,6 @@ def main(args: Sequence[str]) -> int:
     if auto and is_finished(origin, command.train.steps):
         say(Console(stderr=True, quiet=not speaks()), f"{origin.resume} is finished")
         return 0
-    import torch
 
     from dsmini import ops
     from dsmini.training.outputs import offered_prompt, print_summary
@@ -77,12 +76,11 @@ def main(args: Sequence[str]) -> int:
 
     ops.check_forced()
     console = Console(stderr=command.json, quiet=not speaks())
-    chosen = torch.get_num_threads()
     with started(origin, RunConfig(**_fields(command)), console) as training:
         if training.config.train.diagnose:
             from dsmini.diagnosis.watch import RunWatch
 
-            training.watch = RunWatch(training.trainer.device, chosen).see
+            training.watch = RunWatch(training.trainer.device).see
         folder = training.folder
         complete = training.train()
         if not speaks():

@@ -15,7 +15,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
 
-from dsmini.console.printable import printable
+from dsmini.console.messages import printable
 from dsmini.reading import brief
 
 T = TypeVar("T")

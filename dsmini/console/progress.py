@@ -8,9 +8,8 @@ from datetime import timedelta
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, ProgressColumn, Task, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
-from rich.text import Text
 
 from dsmini.console.messages import say
 
@@ -26,7 +25,7 @@ class Progress:
     Args:
         total: amount of work, in any unit.
         label: name of the work.
-        unit: "bytes" shows sizes and the bytes per second.
+        unit: "bytes" shows them.
         delay: seconds of work before a bar appears; short work shows none.
         line_every: amount of work between two lines in a pipe, the first update included; 0 gives a line for each
             update, None one every ten seconds. After a minute without a line the next update prints one.
@@ -52,23 +51,20 @@ class Progress:
         self.done = 0.0
         """Amount of work that is done."""
         self.delay, self.line_every = delay, line_every
-        self._started = self._last_line = time.monotonic()
+        self._started = self._begun = self._last_line = time.monotonic()
         self._lines: int | None = None  # number of lines that the work done so far is worth
         self._ended: float | None = None
-        sizes = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else ()
-        words = TextColumn("{task.fields[words]}", markup=False)
+        columns = [TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[words]}")]
         self._bar = RichProgress(
-            TextColumn("{task.description}", markup=False),
+            columns[0],
             BarColumn(bar_width=None),
-            *sizes,
-            words,
-            _TimeLeft(),
+            columns[1],
             console=console,
             refresh_per_second=refresh_per_second,
             disable=not console.is_terminal,
             transient=not stays,
         )
-        self._task = self._bar.add_task(label, total=total, words="", left=None)
+        self._task = self._bar.add_task(label, total=total, words="")
 
     def __enter__(self) -> "Progress":
         if self.delay <= 0:
@@ -91,12 +87,18 @@ class Progress:
             words: more about it, such as the loss.
             left: seconds left, if the caller knows better than the rate so far.
         """
-        self.done = done
+        self.done, now = done, time.monotonic()
+        if self.unit == "bytes":
+            words = f"{done / max(1, self.total):.0%} of {self.total:,.0f} bytes"
+        if left is None and done > 0:
+            left = (now - self._begun) * max(0.0, self.total / done - 1)
+        if left is not None:
+            words = f"{words}  {timedelta(seconds=round(left))} left".lstrip()
         if self.seconds >= self.delay:
             self._bar.start()
-        self._bar.update(self._task, completed=done, total=self.total, description=self.label, words=words, left=left)
-        if not self.console.is_terminal and self._line_is_due():
-            self._print_line(self._line(words, left))
+        self._bar.update(self._task, completed=done, total=self.total, description=self.label, words=words)
+        if self._line_is_due(now - self._last_line):
+            self._print_line(f"{self.label}  {words}".rstrip())
 
     def add(self, amount: float) -> None:
         """Show that this much more work is done."""
@@ -105,7 +107,7 @@ class Progress:
     def stage(self, what: str, done: float, total: float) -> None:
         """Show work in stages, each with its own amount: the stage "reading" of the label "the corpus", for example."""
         if (label := f"{what} {self._object}") != self.label:
-            self.label = label
+            self.label, self._begun = label, time.monotonic()
             self._bar.reset(self._task)
         self.total = total
         self.update(done)
@@ -120,12 +122,12 @@ class Progress:
 
         The function that it yields takes the share that is done.
         """
-        task = self._bar.add_task(label, total=1.0, words="", left=None)
+        task = self._bar.add_task(label, total=1.0, words="")
 
         def update(share: float) -> None:
             self._bar.update(task, completed=share)
-            if not self.console.is_terminal and self._silence() > SECONDS_BETWEEN_LINES:
-                self._print_line(f"{label}: {share:.0%}")
+            if time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+                self._print_line(f"{label}  {share:.0%}")
 
         self._last_line = time.monotonic()
         try:
@@ -133,35 +135,19 @@ class Progress:
         finally:
             self._bar.remove_task(task)
 
-    def _line_is_due(self) -> bool:
+    def _line_is_due(self, silence: float) -> bool:
         if self.line_every is None:
-            return self._silence() > SECONDS_BETWEEN_LINES
+            return silence > SECONDS_BETWEEN_LINES
         if self.line_every == 0:
             return True
         before, self._lines = self._lines, int(self.done // self.line_every)
-        return before != self._lines or self._silence() > SECONDS_OF_SILENCE
-
-    def _silence(self) -> float:
-        """Return the seconds since the last line in a pipe."""
-        return time.monotonic() - self._last_line
+        return before != self._lines or silence > SECONDS_OF_SILENCE
 
     def _print_line(self, line: str) -> None:
-        self._last_line = time.monotonic()
-        say(self.console, line)
-
-    def _line(self, words: str, left: float | None) -> str:
-        if self.unit == "bytes":
-            return f"{self.label}: {self.done / max(1, self.total):.0%} of {self.total:,.0f} bytes"
-        return "  ".join(filter(None, [self.label, words, "" if left is None else f"{left:.0f} s left"]))
-
-
-class _TimeLeft(ProgressColumn):
-    max_refresh = 0.5
-
-    def render(self, task: Task) -> Text:
-        left = task.fields["left"]
-        left = task.time_remaining if left is None else left
-        return Text("" if left is None else f"{timedelta(seconds=round(left))} left", style="progress.remaining")
+        """Print a line, where there is no bar."""
+        if not self.console.is_terminal:
+            self._last_line = time.monotonic()
+            say(self.console, line)
 
 
 class Phases:

@@ -50,21 +50,17 @@ class Arm:
     """What to do where it gains, in one sentence."""
     why_not: str | None = None
     """Reason why it cannot be tried; None if it can."""
-    predict: Callable[[], float] | None = None
-    """Returns the seconds of a step before any step runs; None where nothing is known."""
+    predict: Callable[[Any], float] | None = None
+    """Returns the seconds of a step by the prices of the work, before any step runs; None where nothing is known."""
     uncounted: int = 1
     counted: int = 2
     """Steps of a turn that are taken first, and those that are counted."""
     tokens: float = 1.0
     """Tokens that a step makes, in those of a plain step."""
-    cost: float = 1.0
-    """About how long a step takes, in plain steps."""
     is_rare: bool = False
     """A part of the steps has all of its gain, such as stalls: the mean over turns counts, which a median hides."""
     at: float | None = None
     """Place on the axis of a plot; None for a bar."""
-    line: str = "measured"
-    """Name of the line on which the place is."""
 
 
 @cache
@@ -122,9 +118,19 @@ class Comparison:
         return 1 - self.predicted[arm.name] / arm.tokens / self.predicted[self.plain]
 
 
-def predict(arms: Sequence[Arm]) -> dict[str, float]:
-    """Return the predicted seconds of a step of each arm that can be tried."""
-    return {arm.name: arm.predict() for arm in arms if arm.predict is not None and arm.why_not is None}
+def percent(gain: Estimate | float | None) -> str:
+    """Write a share in percent, with its interval if it has one; nothing for None."""
+    if isinstance(gain, Estimate) and gain.is_clear:
+        return f"{100 * gain.value:.0f} % ({100 * gain.low:.0f} to {100 * gain.high:.0f})"
+    value = gain.value if isinstance(gain, Estimate) else gain
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def predict(arms: Sequence[Arm], prices: Any) -> dict[str, float]:
+    """Return the predicted seconds of a step of each arm; of none without prices."""
+    if prices is None:
+        return {}
+    return {arm.name: arm.predict(prices) for arm in arms if arm.predict is not None}
 
 
 class _TimeOverError(Exception):

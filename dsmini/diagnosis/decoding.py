@@ -1,19 +1,25 @@
-"""Decoding as the work that is diagnosed: a model that decodes one token of each sequence, and the arms.
+"""Decoding as the work that is diagnosed: steps that are the same work, variants of the model, arms and predictions.
 
     free_cache         Machine    1 cached token in place of all: the gain is the share of cached attention
     expanded_mla       Algorithm  keys and values of all cached tokens are made again; dsmini decodes absorbed
     mha_baseline       Algorithm  multi-head attention of as many heads, which caches the keys and values of each
-    uniform_routing    Algorithm  tokens go to all experts in turn; one token has different experts in any case
     dense_active       Algorithm  a dense feed-forward with as many active parameters: what routing costs
     drafts             Algorithm  multi-token prediction guesses, at the share of guesses that is accepted
-    all_threads        Machine    products run on all cores
     bfloat16_weights   Machine    weights of 2 bytes
     fp8_weights        Machine    weights of 1 byte, with scales
+    all_threads        Machine    products run on all cores
     quiet_machine      Machine    other programs take nothing (contention.py)
 
-A negative gain is what the way in use saves: expanded_mla at -50 % says that a step would take half as long again.
-Kernels serve plain steps, and not every variant. Then two variants that both run by modules are compared, and a plain
-step is taken to change by the same ratio: T_X = T * T(variant) / T(reference).
+A negative gain is what the way in use saves: expanded_mla at -50 % says that a step would take half as long again. A
+step is what generation does: embed the last token, run the blocks with the cache, make logits, take the likeliest.
+
+    cached tokens         0 1 2 ... context-1 | new token        the new token's row is written, and attends to all
+    after the step        0 1 2 ... context-1 |                  the cache is cut back to where it was
+
+A variant is a changed model with what makes its steps: the same ones are timed, and run dry to be priced. It shares
+every module with its model but those that differ, so that it takes little memory, and the model stays as it is.
+Expanded attention has no kernel. It is compared with absorbed attention by modules too, and a plain step is taken to
+change by the same ratio: T_X = T * T(expanded) / T(absorbed).
 
 Multi-token prediction guesses ahead, and the model checks all guesses in one step. With n blocks a step takes 1 + n
 tokens of each sequence and makes the guesses that are accepted, and one token more:
@@ -37,42 +43,53 @@ Worked example: a narrow model takes 0.45 ms after 63 tokens, 0.20 by its price,
 token. A price of 0.31 ms predicts 0.45 + 0.11 = 0.56 ms after 63 tokens, and 1.32 ms after 6143.
 """
 
+import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Literal, NamedTuple, Optional, TypeVar
 
 import torch
-from torch import Tensor
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from dsmini import accounting, ops
+from dsmini.accounting import mha_twin
 from dsmini.config import ModelConfig
-from dsmini.diagnosis import decoding_steps as steps
-from dsmini.diagnosis.arms import Arm, Step, arm_of
-from dsmini.diagnosis.contention import Contention, cores, quiet, watch
-from dsmini.diagnosis.decoding_steps import Point, Variant, timed
-from dsmini.diagnosis.findings import Finding, finding, other_programs
-from dsmini.diagnosis.loading import DecodedModel
-from dsmini.diagnosis.prices import seconds_with_threads, threads_put_back
-from dsmini.diagnosis.training import no_more_threads
+from dsmini.diagnosis.arms import Arm, Step, Work, arm_of
+from dsmini.diagnosis.contention import Contention, cores, quiet, seconds_with_threads, threads_put_back, watch
+from dsmini.diagnosis.findings import Finding, other_programs
+from dsmini.diagnosis.training import dense_baseline, no_more_threads
 from dsmini.inference import Generation
+from dsmini.inference.fused import Decoder
 from dsmini.inference.generation import prefill
-from dsmini.inference.sampling import likeliest
-from dsmini.machine import refuse_too_large
+from dsmini.inference.sampling import Sampling, likeliest
+from dsmini.inference.speculative import Drafter, agreed
+from dsmini.machine import memory_bytes, refuse_too_large
 from dsmini.measure.forecast import Forecast, forecast
 from dsmini.measure.step_rates import Rates
-from dsmini.measure.turns import Estimate, in_turns, reported
-from dsmini.measure.workloads import ROOM, StepDtype, StepShape, dtype_name
-from dsmini.nn import Transformer
-from dsmini.nn.cache import KEY_STEP
+from dsmini.measure.turns import in_turns, reported
+from dsmini.measure.workloads import ROOM, StepDtype, StepShape, dtype_name, random_cache, random_tokens
+from dsmini.nn import Block, Cache, MoE, Rope, Transformer
+from dsmini.nn.attention import Attention
+from dsmini.nn.cache import KEY_STEP, Form
+from dsmini.nn.fp8 import hold_all_fp8
+from dsmini.nn.mtp import MTPChain
 
 MOST_CONTEXT = 4096
 """Largest number of cached tokens where none is asked for: more take long to read."""
+BATCHES = (1, 2, 4, 8, 16, 32)
+"""Sequences that are decoded together in a sweep; above MOST_TOKENS of the decoder other code decodes."""
+MOST_MEMORY = 0.25
+"""Share of memory that all caches of a sweep may take."""
 PROMPT, NEW_TOKENS, SECONDS = 64, 96, 4.0
 """Most tokens of a prompt, most new tokens, and seconds after which the counting of accepted guesses ends."""
-Z_95 = 1.96
+TURN, MOST_STEPS = 0.02, 256
+"""Least seconds of the steps that are timed together, as a single one of a small model is shorter than a clock's noise,
+and their largest number."""
 WIDTH = 16
 """Width of all that is narrow in a narrow model."""
 TURNS = 8
@@ -81,63 +98,55 @@ LEAST = 0.05
 """Least share of its price that a step takes, whatever narrow models say."""
 LONGEST = 1024
 """Most tokens after which narrow models are timed, the new one included."""
+M = TypeVar("M", bound=nn.Module)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Acceptance:
-    """Guesses that were made and accepted."""
+class Acceptance(NamedTuple):
+    """Guesses that were made and accepted, and the new tokens of a sequence in a step."""
 
     drafted: int
     accepted: int
     tokens_per_step: float
-    """New tokens of a sequence in a step."""
-
-    @property
-    def share(self) -> Estimate:
-        """Share of accepted guesses, with Wilson's 95 % interval: it holds for few guesses and shares near 0 and 1."""
-        n, z2 = max(1, self.drafted), Z_95**2
-        p = self.accepted / n
-        middle, half = p + z2 / (2 * n), Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-        low, high = ((middle + end) / (1 + z2 / n) for end in (-half, half))
-        return Estimate(value=p, low=max(0.0, min(low, p)), high=min(1.0, max(high, p)), turns=n)
-
-
-def accepted_guesses(model: Transformer, rows: Sequence[Sequence[int]], seconds: float = SECONDS) -> Acceptance:
-    """Count the accepted guesses of a short greedy generation after these texts."""
-    room = model.config.max_seq_len
-    prompts = [row[: min(PROMPT, room // 2)] for row in rows]
-    new = min(NEW_TOKENS, room - max(map(len, prompts)))
-    generation = Generation(model, prompts, new, speculative=True)
-    start = time.perf_counter()
-    for _ in generation:
-        if time.perf_counter() - start > seconds:
-            break
-    stats = generation.stats
-    per_step = stats.accepted / max(1, stats.drafted // len(model.mtp))
-    return Acceptance(drafted=stats.drafted, accepted=stats.accepted, tokens_per_step=1 + per_step)
 
 
 class DecodingSubject:
     """A model with a cache of `context` tokens for each of `batch` sequences.
 
+    Args:
+        trained: False for random weights.
+        text: token ids to read before; None: random ones.
+        source: the text in words.
+
     Raises: ValueError for a context that the model does not allow, and a cache larger than memory.
     """
 
-    def __init__(self, decoded: DecodedModel, batch: int = 1, context: int | None = None) -> None:
-        self.model, self.trained, self.source = decoded.model, decoded.trained, decoded.source
-        self.batch, self.context = batch, checked_context(decoded.model.config, context)
+    work: Work = "decoding"
+    is_compiled = False
+
+    def __init__(
+        self,
+        model: Transformer,
+        batch: int = 1,
+        context: int | None = None,
+        *,
+        trained: bool = False,
+        text: Tensor | None = None,
+        source: str = "random tokens",
+    ) -> None:
+        self.model, self.trained, self.source = model, trained, source
+        self.batch, self.context = batch, checked_context(model.config, context)
         room = min(self.config.max_seq_len, self.context + ROOM)
         needed = accounting.cache_bytes(self.config, max_seq_len=room, batch=batch, dtype=self.compute_dtype).total
         refuse_too_large(int(needed), f"a cache of {batch} x {room} tokens", self.device)
-        self.rows = _rows(decoded.text, self.config.vocab_size, batch, self.context)
+        self.rows = _rows(text, self.config.vocab_size, batch, self.context)
         """Token ids in the cache, by sequence."""
         self.cache = self.model.new_cache(batch, room)
         with torch.no_grad():
             self.tokens = likeliest(prefill(self.model, self.cache, self.rows))[:, None]
         """First token of each sequence that is decoded, [b, 1]."""
-        self.run = steps.steps_with(self.model, self.cache, self.tokens)
+        self.run = steps_with(self.model, self.cache, self.tokens)
         """Takes one step. It decodes a token of each sequence, and cuts the cache back."""
-        self._timed = {steps.PLAIN: timed(self.run)}
+        self._timed = {(PLAIN, batch): timed(self.run)}
         self.turns: list[Contention] = []
         """What others took in turns of plain steps, the one to warm up included."""
         self.prices: DecodingPrices | None = None
@@ -160,23 +169,6 @@ class DecodingSubject:
         """Dtype in which the weights are held."""
         return dtype_name(self.model.embed.weight.dtype)
 
-    def seconds(self, variant: Variant = steps.PLAIN) -> float:
-        """Return the mean seconds of a few steps of a variant, which is made once."""
-        if variant not in self._timed:
-            point = Point(batch=self.batch, context=self.context, tokens=self.tokens, rows=self.cache)
-            self._timed[variant] = timed(variant.steps(self.model, point))
-        return self._timed[variant]()
-
-    @cached_property
-    def acceptance(self) -> Acceptance | None:
-        """Guesses that a short generation accepts; None without multi-token prediction."""
-        return accepted_guesses(self.model, self.rows) if len(self.model.mtp) else None
-
-    def arms(self, rates: Rates | None) -> list[Arm]:
-        """Return all arms, plain steps first."""
-        self.prices = None if rates is None else DecodingPrices(self, rates)
-        return decoding_arms(self, self.prices)
-
     @property
     def facts(self) -> dict[str, str]:
         """The subject in words."""
@@ -187,41 +179,146 @@ class DecodingSubject:
             "text": self.source,
         }
 
-    def forecast(self) -> Forecast | None:
-        """Return the forecast of a plain step; None without rates."""
-        return None if self.prices is None else self.prices.forecast()
+    def seconds(self, variant: "Variant", batch: int | None = None) -> float:
+        """Return the mean seconds of a few steps of a variant, which is made once. Another batch has random rows."""
+        key = variant, batch or self.batch
+        if key not in self._timed:
+            point = Point(batch=key[1], context=self.context)
+            if batch is None:
+                point = replace(point, tokens=self.tokens, rows=self.cache)
+            self._timed[key] = timed(variant.steps(self.model, point))
+        return self._timed[key]()
+
+    @cached_property
+    def acceptance(self) -> Acceptance | None:
+        """Guesses that a short generation accepts; None without multi-token prediction."""
+        return accepted_guesses(self.model, self.rows) if len(self.model.mtp) else None
 
     def look(self) -> list[Finding]:
         """Return the share of accepted guesses, a figure and never a fault; nothing without multi-token prediction."""
         found = self.acceptance
         if found is None:
             return []
-        share = found.share
+        share = found.accepted / max(1, found.drafted)
         words = (
-            f"Of {found.drafted:,} guesses of multi-token prediction {share.value:.0%} are accepted ({share.low:.0%} "
-            f"to {share.high:.0%}), in greedy decoding: {found.tokens_per_step:.2f} tokens a step."
+            f"Of {found.drafted:,} guesses of multi-token prediction {share:.0%} are accepted in greedy decoding: "
+            f"{found.tokens_per_step:.2f} tokens a step."
         )
         if not self.trained:
             words += " The weights are random, so that this says nothing about a trained model."
-        return [finding("Algorithm", "accepted_guesses", share, words)]
+        return [Finding(axis="Algorithm", name="accepted_guesses", value=share, sentence=words)]
 
     def look_back(self) -> list[Finding]:
         """Return findings of the plain steps that were taken."""
         return [other_programs(self.turns[1:] or self.turns, "decoding")] if self.turns else []
 
+    def arms(self, rates: Rates | None) -> list[Arm]:
+        """Return all arms, the plain steps first. Without rates nothing is predicted."""
+        self.prices = None if rates is None else DecodingPrices(self, rates)
+        arm = partial(arm_of, "decoding")
+        reasons = {**self._attention_stays(), **self._weights_stay()}
+        reasons["dense_active"] = (
+            None if self.config.n_dense_layers < self.config.n_layers else "the model has no routed experts"
+        )
+        reasons["drafts"] = drafts = self._no_guesses()
+
+        def of(name: str, variant: Variant) -> Arm:
+            tokens = 1.0
+            if name == "drafts" and drafts is None and self.acceptance is not None:
+                tokens = self.acceptance.tokens_per_step
+            step = partial(changed, variant, self.seconds)
+            predict = lambda p: changed(variant, p.seconds, p.seconds(PLAIN))  # noqa: E731
+            return arm(name, lambda: nullcontext(step), why_not=reasons[name], predict=predict, tokens=tokens)
+
+        no_data = "decoding waits for no data: the model makes each token itself"
+        return [
+            Arm(name="plain", apply=self.plain, predict=lambda p: p.seconds(PLAIN)),
+            *(of(name, variant) for name, variant in VARIANTS.items()),
+            arm(
+                "all_threads",
+                lambda: self.threads(cores()),
+                why_not=no_more_threads(self.device),
+                predict=lambda p: p.threads(cores()),
+            ),
+            Arm(name="replay", axis="Data", why_not=no_data, apply=lambda: nullcontext(lambda base: base)),
+            arm("quiet_machine", lambda: quiet(self.turns[-1]), uncounted=0, counted=1),
+        ]
+
+    def _attention_stays(self) -> dict[str, str | None]:
+        """Return why no other attention can be tried, by arm; None for one that can."""
+        c, forms, mha = self.config, None, None
+        if not c.is_mla:
+            forms = f"only MLA has two forms, and the attention is {c.attention}"
+        elif c.qk_norm:
+            forms = "normed heads have no absorbed form (qk_norm)"
+        if c.attention == "mha":
+            mha = "the attention is multi-head attention already"
+        elif c.qk_nope_head_dim % 2:
+            mha = f"heads of qk_nope_head_dim={c.qk_nope_head_dim} cannot be rotated in pairs"
+        free = None if self.context > 1 else "there is only 1 cached token"
+        return {"free_cache": free, "expanded_mla": forms, "mha_baseline": mha}
+
+    def _weights_stay(self) -> dict[str, str | None]:
+        """Return why weights of fewer bytes save nothing here, by arm: only kernels read them as they lie."""
+        kernels = "the model multiplies in simulated FP8" if self.config.precision == "fp8" else None
+        if ops.serving(self.device.type) != "cpu":
+            kernels = "no kernels serve here, and without them such weights are made wider in every step"
+        two_bytes = "the weights have 2 bytes already" if self.weight_dtype == "bfloat16" else None
+        return {"bfloat16_weights": kernels or two_bytes, "fp8_weights": kernels}
+
+    def _no_guesses(self) -> str | None:
+        """Return why multi-token prediction cannot guess; None if it can."""
+        most, depths = self.config.max_seq_len, len(self.model.mtp)
+        if depths and self.context + 1 + depths > most:
+            return f"{self.context} cached tokens leave no room for a guess in max_seq_len={most}"
+        return None if depths else "the model has no multi-token prediction"
+
     @contextmanager
     def plain(self) -> Iterator[Step]:
         """Yield plain steps, and note what others took meanwhile."""
         ended = watch(None if self.prices is None else self.prices.rates.roofs, self.device)
-        yield lambda _base: self.seconds()
+        yield lambda _base: self.seconds(PLAIN)
         self.turns.append(ended())
+
+    def batch_sizes(self) -> list[int]:
+        """Return numbers of sequences to try, the own one first: their caches together fit into memory."""
+        sizes, row = (
+            [n for n in BATCHES if n != self.batch],
+            accounting.kv_bytes_per_token(self.config, 4) * self.context,
+        )
+        while sizes and (self.batch + sum(sizes)) * row > MOST_MEMORY * memory_bytes(self.device):
+            sizes.pop()
+        return [self.batch, *sizes]
+
+    def batch_of(self, n: int) -> "nullcontext[Step]":
+        """Return the context of steps of a number of sequences."""
+        return nullcontext(lambda _base: self.seconds(PLAIN, n))
 
     @contextmanager
     def threads(self, number: int) -> Iterator[Step]:
         """Let products run on a number of cores."""
         with threads_put_back():
             torch.set_num_threads(number)
-            yield lambda _base: self.seconds()
+            yield lambda _base: self.seconds(PLAIN)
+
+
+def changed(variant: "Variant", seconds: Callable[["Variant"], float], plain: float) -> float:
+    """Return the seconds of a plain step as a variant changes it: by its ratio to its reference, if it has one."""
+    own = seconds(variant)
+    return own if variant.reference is None else plain * own / seconds(variant.reference)
+
+
+def accepted_guesses(model: Transformer, rows: Sequence[Sequence[int]]) -> Acceptance:
+    """Count the accepted guesses of a short greedy generation after these texts."""
+    room = model.config.max_seq_len
+    prompts = [row[: min(PROMPT, room // 2)] for row in rows]
+    generation = Generation(model, prompts, min(NEW_TOKENS, room - max(map(len, prompts))), speculative=True)
+    start = time.perf_counter()
+    for _ in generation:
+        if time.perf_counter() - start > SECONDS:
+            break
+    stats = generation.stats
+    return Acceptance(stats.drafted, stats.accepted, 1 + stats.accepted / max(1, stats.drafted // len(model.mtp)))
 
 
 def checked_context(config: ModelConfig, context: int | None) -> int:
@@ -249,6 +346,202 @@ def _rows(text: Tensor | None, vocab_size: int, batch: int, context: int) -> lis
     return whole[: batch * context].view(batch, context).tolist()
 
 
+# --- steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Place where steps decode."""
+
+    batch: int
+    """Number of sequences."""
+    context: int
+    """Number of cached tokens of each sequence."""
+    tokens: Int[Tensor, "b 1"] | None = None
+    """Last token of each sequence; None: random ones."""
+    rows: Cache | None = None
+    """Cache whose rows are copied where they fit; None: random rows."""
+
+
+Run = Callable[[], object]
+"""Takes one decoding step."""
+Maker = Callable[[Transformer, Point], Run]
+
+
+def steps_at(form: Form | None) -> Maker:
+    """Return the maker of steps: by the modules in a form of MLA, or as generation takes them, for None."""
+    return lambda model, point: steps_with(model, filled_cache(model, point), tokens_of(model, point), form)
+
+
+def steps_with(model: Transformer, cache: Cache, tokens: Int[Tensor, "b 1"], form: Form | None = None) -> Run:
+    """Return steps with this cache: as generation takes them, by kernels where they serve and MLA absorbed.
+
+    Args:
+        form: form of MLA of steps by the modules themselves, which have both; None: as generation takes them.
+    """
+    states_of, context = Decoder(model).states if form is None else model.states, cache.lengths.clone()
+    cache.form = form or cache.form
+
+    @torch.no_grad()
+    def step() -> object:
+        states = states_of(tokens, cache)
+        cache.truncate(context)
+        return likeliest(model.head(states.normed))
+
+    return step
+
+
+def guessing_steps(model: Transformer, point: Point) -> Run:
+    """Return steps in which multi-token prediction guesses and the model checks; each is back at the point."""
+    decoder, tokens = Decoder(model), tokens_of(model, point)
+    room = min(ROOM, model.config.max_seq_len - point.context)
+    cache = model.new_cache(point.batch, point.context + room, mtp=True)
+    mtp = cache.mtp
+    assert mtp is not None, "the cache was made with mtp=True"
+    for store in [*cache.stores, *mtp.stores]:
+        store.data[:, : point.context].normal_(generator=torch.Generator(store.data.device).manual_seed(0))
+    lengths = torch.full((point.batch,), point.context)
+    live, hidden = [True] * point.batch, [torch.randn_like(each) for each in mtp.last]
+
+    @torch.no_grad()
+    def step() -> object:
+        cache.lengths, mtp.lengths, mtp.last = lengths.clone(), lengths.clone(), list(hidden)
+        guesses, _ = Drafter(decoder, cache, Sampling()).guess(tokens, live, None)
+        states = decoder.states(torch.cat((tokens, guesses), 1), cache)
+        best = likeliest(model.head(states.normed))
+        return [agreed(*row) for row in zip(guesses.tolist(), best.tolist(), strict=True)]
+
+    return step
+
+
+def filled_cache(model: Transformer, point: Point) -> Cache:
+    """Return a cache of a model with the point's rows, or random ones, and room for new tokens."""
+    room = min(ROOM, model.config.max_seq_len - point.context)
+    cache = random_cache(model, point.batch, point.context, room)
+    if point.rows is not None:
+        pairs = [*zip(cache.stores, point.rows.stores, strict=True)]
+        pairs += zip(cache.index_stores, point.rows.index_stores, strict=False)  # a baseline has no indexers
+        for store, given in pairs:
+            if store.data.shape[2] == given.data.shape[2] and given.data.shape[1] >= point.context:
+                store.data[:, : point.context] = given.data[:, : point.context].to(store.data.dtype)
+    return cache
+
+
+def tokens_of(model: Transformer, point: Point) -> Int[Tensor, "b 1"]:
+    """Return the last token of each sequence."""
+    return random_tokens(model.config, point.batch, 1, model.device) if point.tokens is None else point.tokens
+
+
+def timed(run: Run) -> Callable[[], float]:
+    """Return what takes steps, as many as a turn needs, and returns the mean seconds of one."""
+    run()
+    start = time.perf_counter()
+    run()
+    steps = max(1, min(MOST_STEPS, round(TURN / max(1e-6, time.perf_counter() - start))))
+
+    def turn() -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            run()
+        return (time.perf_counter() - start) / steps
+
+    return turn
+
+
+# --- variants of a model
+
+
+def shallow(module: M) -> M:
+    """Return a copy that shares parameters and inner modules, of which each may be replaced."""
+    made = copy.copy(module)
+    for part in ("_modules", "_parameters", "_buffers"):
+        made.__dict__[part] = dict(module.__dict__[part])
+    return made
+
+
+def with_blocks(model: Transformer, change: Callable[[Block], None]) -> Transformer:
+    """Return a variant of which `change` gets a copy of each block, to put other modules into."""
+    variant, blocks = shallow(model), [shallow(block) for block in model.layers if isinstance(block, Block)]
+    for block in blocks:
+        change(block)
+    variant.layers = nn.ModuleList(blocks)
+    return variant
+
+
+def with_mha(model: Transformer) -> Transformer:
+    """Return a variant with multi-head attention of as many heads and the same widths, and random weights in it."""
+    config, like = mha_twin(model.config), model.embed.weight
+
+    def change(block: Block) -> None:
+        block.attn = Attention(config).to(like.device, like.dtype)
+
+    variant = with_blocks(model, change)
+    variant.config, variant.rope = config, Rope.from_config(config)
+    return variant
+
+
+def with_dense(model: Transformer) -> Transformer:
+    """Return a variant with a dense feed-forward for each mixture of experts, with as many active parameters."""
+    like = model.embed.weight
+
+    def change(block: Block) -> None:
+        if isinstance(block.ffn, MoE):
+            block.ffn = dense_baseline(model.config).to(like.device, like.dtype)
+
+    return with_blocks(model, change)
+
+
+def with_bfloat16_weights(model: Transformer) -> Transformer:
+    """Return a variant whose matrices are held, and multiplied, in BF16; without multi-token prediction."""
+    variant = shallow(model)
+    for name in ("embed", "layers", "norm", "head"):
+        setattr(variant, name, copy.deepcopy(getattr(model, name)).bfloat16())
+    variant.mtp = MTPChain(replace(model.config, n_mtp_layers=0), Block)
+    variant.compute_dtype = torch.bfloat16
+    return variant
+
+
+def with_fp8_weights(model: Transformer) -> Transformer:
+    """Return a variant whose matrices in the blocks are held as E4M3 codes with scales, and the rest in BF16."""
+    return hold_all_fp8(with_bfloat16_weights(model))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Steps of a changed model."""
+
+    change: Callable[[Transformer], Transformer] = lambda model: model
+    make: Maker = steps_at(None)  # noqa: RUF009
+    context: int | None = None
+    """Number of cached tokens instead of the point's."""
+    dtype: StepDtype | None = None
+    """Dtype in which it holds its weights; None: the model's."""
+    keeps_attention: bool = False
+    """Attention is that of plain steps, as long as the cache has the same dtype."""
+    rates_of: Literal["decode", "prefill"] = "decode"
+    """Work whose rates price it: what runs by modules is priced as in prefill."""
+    reference: Optional["Variant"] = None
+    """Steps that run in the same way and do what plain steps do; None: plain steps themselves."""
+
+    def steps(self, model: Transformer, point: Point) -> Run:
+        """Return its steps of this model."""
+        return self.make(self.change(model), replace(point, context=self.context or point.context))
+
+
+PLAIN = Variant()
+ABSORBED = Variant(make=steps_at("absorbed"), rates_of="prefill")
+VARIANTS = {
+    "free_cache": Variant(context=1),
+    "expanded_mla": Variant(make=steps_at("expanded"), rates_of="prefill", reference=ABSORBED),
+    "mha_baseline": Variant(change=with_mha),
+    "dense_active": Variant(change=with_dense, keeps_attention=True),
+    "drafts": Variant(make=guessing_steps),
+    "bfloat16_weights": Variant(change=with_bfloat16_weights, dtype="bfloat16", keeps_attention=True),
+    "fp8_weights": Variant(change=with_fp8_weights, dtype="fp8", keeps_attention=True),
+}
+"""Variants by the name of their arm."""
+
+
 # --- predictions
 
 
@@ -260,54 +553,62 @@ class DecodingPrices:
         self.low, self.high = ends_of(subject.config)
         self.narrow: dict[tuple[Variant, int], tuple[float, float]] = {}
         """Seconds beyond the price, and of a cached token, of narrow models, by variant and batch."""
-        self.known: dict[tuple[Variant, int, int], Forecast] = {}
+        self.known: dict[tuple[Variant, int], Forecast] = {}
 
-    def seconds(self, variant: Variant = steps.PLAIN, batch: int | None = None, context: int | None = None) -> float:
-        """Return the forecast seconds of a variant's step; None: at the subject's batch and context."""
-        return self.forecast(variant, batch, context).seconds
+    @property
+    def plain(self) -> Forecast:
+        """Forecast of a plain step."""
+        return self.forecast(PLAIN)
 
-    def forecast(
-        self, variant: Variant = steps.PLAIN, batch: int | None = None, context: int | None = None
-    ) -> Forecast:
-        """Return the forecast of a variant's step; None: at the subject's batch and context."""
-        point = Point(batch=batch or self.subject.batch, context=context or self.subject.context)
-        if (key := (variant, point.batch, point.context)) not in self.known:
-            price = self.priced(variant, point.batch, self.subject.config)
-            beyond, slope = self.told(variant, point.batch)
+    def seconds(self, variant: Variant = PLAIN, batch: int | None = None) -> float:
+        """Return the forecast seconds of a variant's step; None: with the subject's batch."""
+        return self.forecast(variant, batch).seconds
+
+    def threads(self, number: int) -> float:
+        """Return the predicted seconds of a plain step on a number of threads."""
+        return seconds_with_threads(self.plain, number, self.rates)
+
+    def forecast(self, variant: Variant, batch: int | None = None) -> Forecast:
+        """Return the forecast of a variant's step; None: with the subject's batch."""
+        key = variant, batch or self.subject.batch
+        if key not in self.known:
+            price = self.priced(*key, self.subject.config)
+            beyond, slope = self.beyond(*key)
             parts = dict(price.by_class)
-            parts["calls"] += max(beyond, (LEAST - 1) * price.seconds)
-            parts["cached tokens"] = slope * (variant.at(point).context - self.low)
+            parts["calls"] += beyond
+            parts["cached tokens"] = slope * ((variant.context or self.subject.context) - self.low)
             parts = dict(sorted(parts.items(), key=lambda part: -part[1]))
-            seconds = max(LEAST * price.seconds, sum(parts.values()))
-            self.known[key] = replace(price, by_class=parts, seconds=seconds)
+            self.known[key] = replace(price, by_class=parts, seconds=max(LEAST * price.seconds, sum(parts.values())))
         return self.known[key]
 
     def priced(self, variant: Variant, batch: int, config: ModelConfig) -> Forecast:
         """Return the price of a variant's step after few cached tokens."""
         dtype, point = variant.dtype or self.subject.weight_dtype, Point(batch=batch, context=self.low)
         shape = StepShape(work="decode", config=config, dtype=dtype, batch=batch, tokens=self.low)
-        at_low = replace(variant, context=None)
-        make = lambda: at_low.steps(like(self.subject, config), point)  # noqa: E731
+        make = lambda: replace(variant, context=None).steps(self.like(config), point)  # noqa: E731
         return forecast(shape, self.rates, make, f"{variant.rates_of} {dtype}")
 
-    def told(self, variant: Variant, batch: int) -> tuple[float, float]:
+    def beyond(self, variant: Variant, batch: int) -> tuple[float, float]:
         """Return the seconds of a narrow model's step beyond its price, and those of one more cached token."""
         variant = replace(variant, context=None)
         if (key := (variant, batch)) not in self.narrow:
-            model = like(self.subject, narrow(self.subject.config))
-            ends = {name: Point(batch=batch, context=n) for name, n in (("low", self.low), ("high", self.high))}
+            model = self.like(narrow(self.subject.config))
+            ends = {"low": Point(batch=batch, context=self.low), "high": Point(batch=batch, context=self.high)}
             runs = {name: timed(variant.steps(model, point)) for name, point in ends.items()}
             taken = in_turns(runs, count=TURNS, clock=reported).seconds
             low, high = (min(taken[name]) for name in ends)  # other programs only make it slower
             slope = max(0.0, high - low) / max(1, self.high - self.low)
             if variant.keeps_attention and (variant.dtype is None or self.subject.compute_dtype == "bfloat16"):
-                slope = self.told(steps.PLAIN, batch)[1]
+                slope = self.beyond(PLAIN, batch)[1]
             self.narrow[key] = low - self.priced(variant, batch, model.config).seconds, slope
         return self.narrow[key]
 
-    def threads(self, number: int) -> float:
-        """Return the predicted seconds of a plain step on a number of threads."""
-        return seconds_with_threads(self.forecast(), number, self.rates)
+    def like(self, config: ModelConfig) -> Transformer:
+        """Return a random model in the subject's dtypes; made dry, it takes no memory."""
+        model = self.subject.model
+        with torch.random.fork_rng(devices=[]):
+            made = Transformer(config, compute_dtype=model.compute_dtype)
+        return made.to(model.device, model.embed.weight.dtype).eval()
 
 
 def ends_of(config: ModelConfig) -> tuple[int, int]:
@@ -318,110 +619,8 @@ def ends_of(config: ModelConfig) -> tuple[int, int]:
     return KEY_STEP - 1, most // KEY_STEP * KEY_STEP - 1  # whole steps of rows need no mask
 
 
-def like(subject: DecodingSubject, config: ModelConfig) -> Transformer:
-    """Return a random model in the subject's dtypes; made dry, it takes no memory."""
-    with torch.random.fork_rng(devices=[]):
-        model = Transformer(config, compute_dtype=subject.model.compute_dtype)
-    return model.to(subject.device, subject.model.embed.weight.dtype).eval()
-
-
 def narrow(config: ModelConfig) -> ModelConfig:
     """Return a config with the same blocks, experts and heads, whose matrices are as small as can be."""
     widths = ("dim", "inter_dim", "moe_inter_dim", "vocab_size")
     rank = None if config.q_lora_rank is None else min(WIDTH, config.q_lora_rank)
     return replace(config, q_lora_rank=rank, **{n: min(WIDTH, getattr(config, n)) for n in widths})
-
-
-# --- reasons not to try
-
-
-def no_forms(c: ModelConfig) -> str | None:
-    """Return why the two forms of MLA cannot be compared; None if they can."""
-    if not c.is_mla:
-        return f"only MLA has two forms, and the attention is {c.attention}"
-    return "normed heads have no absorbed form (qk_norm)" if c.qk_norm else None
-
-
-def no_mha(c: ModelConfig) -> str | None:
-    """Return why there is no multi-head attention to compare with; None if there is."""
-    if c.attention == "mha":
-        return "the attention is multi-head attention already"
-    if c.qk_nope_head_dim % 2:
-        return f"heads of qk_nope_head_dim={c.qk_nope_head_dim} cannot be rotated in pairs"
-    return None
-
-
-def no_guesses(subject: DecodingSubject) -> str | None:
-    """Return why multi-token prediction cannot guess; None if it can."""
-    c, depths = subject.config, len(subject.model.mtp)
-    if not depths:
-        return "the model has no multi-token prediction"
-    if subject.context + 1 + depths > c.max_seq_len:
-        return f"{subject.context} cached tokens leave no room for a guess in max_seq_len={c.max_seq_len}"
-    return None
-
-
-def no_kernels(subject: DecodingSubject) -> str | None:
-    """Return why weights of fewer bytes save nothing here; None if kernels read them as they lie."""
-    if ops.serving(subject.device.type) != "cpu":
-        return "no kernels serve here, and without them such weights are made wider in every step"
-    return "the model multiplies in simulated FP8" if subject.config.precision == "fp8" else None
-
-
-# --- arms
-
-
-def decoding_arms(subject: DecodingSubject, prices: DecodingPrices | None) -> list[Arm]:
-    """Return all arms of decoding, the plain steps first. Without prices nothing is predicted."""
-    c, arm = subject.config, partial(arm_of, "decoding")
-    experts = None if c.n_dense_layers < c.n_layers else "the model has no routed experts"
-    few = "one token has different experts, however they are chosen; try --batch 8"
-    one_token = few if subject.batch == 1 else None
-    kernels, guesses = no_kernels(subject), no_guesses(subject)
-    two_bytes = "the weights have 2 bytes already" if subject.weight_dtype == "bfloat16" else None
-
-    def of(
-        name: str, variant: Variant, why_not: str | None, reference: Variant | None = None, tokens: float = 1.0
-    ) -> Arm:
-        """Return the arm of a variant, or of its ratio to a reference that runs in the same way."""
-
-        def step(base: float) -> float:
-            seconds = subject.seconds(variant)
-            return seconds if reference is None else base * seconds / subject.seconds(reference)
-
-        def predicted(prices: DecodingPrices) -> float:
-            seconds = prices.seconds(variant)
-            return seconds if reference is None else prices.seconds() * seconds / prices.seconds(reference)
-
-        predict = None if prices is None else partial(predicted, prices)
-        return arm(name, lambda: nullcontext(step), why_not=why_not, predict=predict, tokens=tokens)
-
-    return [
-        Arm(name="plain", apply=subject.plain, predict=prices and prices.seconds),
-        of("free_cache", steps.FREE_CACHE, None if subject.context > 1 else "there is only 1 cached token"),
-        of("expanded_mla", steps.EXPANDED, no_forms(c), reference=steps.ABSORBED),
-        of("mha_baseline", steps.MHA, no_mha(c)),
-        of("uniform_routing", steps.UNIFORM, experts or one_token, reference=steps.ROUTED),
-        of("dense_active", steps.DENSE, experts),
-        of(
-            "drafts",
-            steps.DRAFTS,
-            guesses,
-            tokens=1.0 if guesses or subject.acceptance is None else subject.acceptance.tokens_per_step,
-        ),
-        arm(
-            "all_threads",
-            lambda: subject.threads(cores()),
-            why_not=no_more_threads(subject.device, torch.get_num_threads()),
-            predict=prices and (lambda: prices.threads(cores())),
-        ),
-        of("bfloat16_weights", steps.WEIGHTS["bfloat16"], kernels or two_bytes),
-        of("fp8_weights", steps.WEIGHTS["fp8"], kernels),
-        Arm(
-            name="replay",
-            axis="Data",
-            why_not="decoding waits for no data: the model makes each token itself",
-            apply=lambda: nullcontext(lambda base: base),
-        ),
-        arm("quiet_machine", lambda: quiet(subject.turns[-1]), uncounted=0, counted=1),
-    ]

@@ -1,28 +1,38 @@
 """A diagnosis: predictions first, then arms in turns, then the verdict. `answer` is all that the command does.
 
-The predictions are made before any step runs, and shown next to what was measured whatever came out.
+The predictions are made before any step runs, and shown next to what was measured whatever came out. The folder of a
+run, or of a model, is only read.
 """
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from dsmini import accounting
+from dsmini.checkpoint.load import load_pretrained
+from dsmini.checkpoint.run_folder import is_model_folder, read_summary, run_config, tokenizer_file
+from dsmini.checkpoint.training_state import checkpoint_folders, last_checkpoint, load_run
+from dsmini.config import RunConfig
+from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.diagnosis import evidence
-from dsmini.diagnosis.arms import Arm, Comparison, measure, predict
+from dsmini.diagnosis.arms import Arm, measure, predict
 from dsmini.diagnosis.decoding import DecodingSubject
-from dsmini.diagnosis.findings import Finding
-from dsmini.diagnosis.loading import decoded_model, training_subject
-from dsmini.diagnosis.pages import Diagnosis
 from dsmini.diagnosis.training import Subject
-from dsmini.diagnosis.verdict import gains_by_axis, verdict
-from dsmini.machine import card
+from dsmini.diagnosis.verdict import Diagnosis
+from dsmini.machine import DTYPES, card, pick_device, pick_dtype, refuse_too_large
 from dsmini.measure import step_rates
-from dsmini.measure.forecast import Forecast
 from dsmini.measure.rates import BUSY, BUSY_WORDS
 from dsmini.measure.step_rates import Rates
+from dsmini.nn import Transformer
+from dsmini.training.start import refuse_oversized, resolved
+from dsmini.training.trainer import Trainer
 
 OnPart = Callable[[float, str], None]
 MOST_ROUNDS = 60
@@ -33,6 +43,8 @@ TOTAL_SECONDS = 150.0
 quick diagnosis gathers no evidence."""
 RATES, ROUNDS = 0.3, 0.65
 """Shares of the progress after which rates are there, and rounds are over."""
+MOST_TEXT = 1 << 20
+"""Tokens of a text that are looked at in decoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +78,7 @@ def answer(
         not apply.
     """
     on_part(0.0, "reading")
-    subject: Subject | DecodingSubject
-    subject = training_subject(what) if work == "train" else DecodingSubject(decoded_model(what), batch or 1, context)
+    subject = training_subject(what) if work == "train" else decoding_subject(what, batch or 1, context)
     device, rates = subject.device, None
     if device.type == "cpu" and quick:
         rates = step_rates.stored_rates(device)
@@ -78,11 +89,9 @@ def answer(
         plan = Plan(seconds=math.inf, rounds=rounds, only=only)
     start, end = time.perf_counter(), 1.0 if quick else ROUNDS
     found = diagnose(subject, plan, rates, lambda share, part: on_part(RATES + (end - RATES) * share, part))
-    if not quick and not found.compared.stopped:
+    if not quick and not found.stopped:
         left = TOTAL_SECONDS - (time.perf_counter() - start)
-        found.gathered = evidence.gather(
-            subject, found.seconds, left, lambda share, part: on_part(end + (1 - end) * share, part)
-        )
+        evidence.gather(found, subject, left, lambda share, part: on_part(end + (1 - end) * share, part))
     found.of = f"{'decoding, ' if work == 'decode' else ''}{what or 'the default run'}"
     found.facts, found.machine = subject.facts, card(device)
     if rates is not None and rates.busy > BUSY:
@@ -105,7 +114,7 @@ def diagnose(
     arms = chosen(subject.arms(rates), plan.only)
     tried = [arm for arm in arms if arm.why_not is None]
     on_part(0.0, "predicting")
-    predicted = predict(tried)
+    predicted = predict(tried, subject.prices)
     on_part(0.08, "looking")
     findings = subject.look()
 
@@ -117,23 +126,13 @@ def diagnose(
     subject.turns.clear()
     until = time.perf_counter() + plan.seconds
     compared = measure(tried, predicted, count=plan.rounds, until=until, on_turn=on_turn)
-    not_tried = {arm.name: arm.why_not for arm in arms if arm.why_not is not None}
-    return conclude(compared, [*subject.look_back(), *findings], not_tried, subject.forecast())
-
-
-def conclude(
-    compared: Comparison,
-    findings: Sequence[Finding],
-    not_tried: Mapping[str, str] | None = None,
-    forecast: Forecast | None = None,
-) -> Diagnosis:
-    """Return the diagnosis of what was measured."""
     return Diagnosis(
         compared=compared,
-        verdict=verdict(gains_by_axis(compared)),
-        findings=findings,
-        not_tried=not_tried or {},
-        forecast=forecast,
+        findings=[*subject.look_back(), *findings],
+        not_tried={arm.name: arm.why_not for arm in arms if arm.why_not is not None},
+        forecast=None if subject.prices is None else subject.prices.plain,
+        warnings=["It was interrupted, and rests on the rounds until then."] if compared.stopped else [],
+        stopped=compared.stopped,
     )
 
 
@@ -149,3 +148,91 @@ def chosen(arms: Sequence[Arm], only: Sequence[str]) -> list[Arm]:
         if why := by_name[name].why_not:
             raise ValueError(f"--only {name} does not apply: {why}; leave it out")
     return [arm for arm in arms if not only or arm.name in (arms[0].name, *only) or not arm.uncounted]
+
+
+# --- what a path names
+
+
+def config_of(path: Path | None) -> RunConfig:
+    """Return the config that a path names: a file, or the folder of a run. Raises: ValueError if it is neither."""
+    if path is None:
+        return RunConfig()
+    return run_config(path) if path.is_dir() else RunConfig.from_file(path)
+
+
+def training_subject(what: Path | None) -> Subject:
+    """Make the subject of a config, or of a run, also a finished one, from its last checkpoint.
+
+    Raises: ValueError for a run that is damaged, and a text that is missing or too short.
+    """
+    config, run = config_of(what), what if what is not None and what.is_dir() else None
+    device = _device_of(config)
+    refuse_oversized(config, device)
+    config = resolved(config, device)
+    if run is not None and (run / "summary.json").exists() and not read_summary(run):
+        raise ValueError(f"{run}/summary.json is damaged; remove it, or diagnose the config of the run")
+    corpus = _corpus_of(config, run)
+    torch.manual_seed(config.train.seed)
+    model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype]).to(device)
+    trainer = Trainer(model, corpus, config, device)
+    if run is not None and checkpoint_folders(run):
+        parts, notes = ["model", "optimizer", *([] if trainer.average is None else ["average"])], list[str]()
+        checkpoint = last_checkpoint(run, parts, lambda found: trainer.check(found.tensors), notes.append)
+        _refuse_damaged(run, notes)
+        state, done = checkpoint.state, min(checkpoint.state.step, trainer.config.train.steps - 1)
+        rest = {"sequences": state.sequences, "average_updates": state.average_updates}
+        trainer.load(checkpoint.tensors, steps_done=done, **rest)
+    return Subject(trainer)
+
+
+def decoding_subject(what: Path | None, batch: int, context: int | None) -> DecodingSubject:
+    """Make the subject of a model that a path names, or of one of a config with random weights.
+
+    Args:
+        what: a config, a run, one of its checkpoints, a DeepSeek or Hugging Face folder, or None for the default run.
+
+    Raises: ValueError for a path that is none of them, a damaged run or folder, and a model larger than memory.
+    """
+    if what is None or not what.is_dir():
+        config = config_of(what)
+        device, nbytes = _device_of(config), accounting.weight_bytes(config.model, "float32").total
+        refuse_too_large(int(nbytes), "this model with random weights", device)
+        torch.manual_seed(config.train.seed)
+        with torch.device(device):
+            model = Transformer(config.model, compute_dtype=pick_dtype("auto", device)).eval()
+        return DecodingSubject(model, batch, context)
+    device = pick_device("auto")
+    if is_model_folder(what):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a folder without its multi-token prediction, and of slow BF16
+            return DecodingSubject(load_pretrained(what, device=device), batch, context, trained=True)
+    notes: list[str] = []
+    model, config = load_run(what, pick_dtype("auto", device), say=notes.append)
+    _refuse_damaged(what, notes)
+    text, run = None, what if (what / "checkpoints").is_dir() else what.parent.parent
+    try:
+        corpus = _corpus_of(config, run)
+        text, source = torch.as_tensor(corpus.val[:MOST_TEXT].astype("int64")), f"held-out part of {corpus.source}"
+    except (ValueError, OSError) as error:  # its text may be gone: decoding does not need it
+        source = f"random tokens, as the run's text cannot be read: {error}"
+    return DecodingSubject(model.to(device), batch, context, trained=True, text=text, source=source)
+
+
+def _corpus_of(config: RunConfig, run: Path | None) -> Corpus:
+    """Return the text of a config, or of a run with its own tokenizer."""
+    data, cache = config.data, Path("runs/corpus")
+    if run is not None:
+        data, cache = dataclasses.replace(data, tokenizer=tokenizer_file(run, config)), run.parent / "corpus"
+    return load_corpus(data, config.seq_len, config.model.vocab_size, cache, config.train.seed)
+
+
+def _device_of(config: RunConfig) -> torch.device:
+    """Return the device of a run, after its threads are set."""
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    return pick_device(config.train.device)
+
+
+def _refuse_damaged(run: Path, notes: Sequence[str]) -> None:
+    if notes:
+        raise ValueError(f"{run} is damaged: {notes[0]}; resume it once, or name an older copy")

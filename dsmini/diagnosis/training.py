@@ -1,7 +1,6 @@
 """Training as the work that is diagnosed: steps of a run, each the same work, and the arms that make one thing free.
 
     replay            Data       every step takes the same batch, which is in memory
-    uniform_routing   Algorithm  all experts get equally many tokens
     dense_active      Algorithm  a dense feed-forward with as many active parameters
     all_threads       Machine    products run on all cores
     fastest_dtype     Machine    products run in the dtype that this machine multiplies fastest
@@ -14,6 +13,7 @@ so that its mean counts, not its median.
 
     T - waited - preparing  <=  T_replay  <=  T - waited
 
+In one process all experts run on the same cores: only the sum of their tokens counts, and balance alone gains nothing.
 Without routing, each mixture of experts is a dense feed-forward with as many active parameters. Both do the same
 multiplications, so the difference is what routing costs: choosing, sorting, many small products. The optimizer is left
 out, as it moves all experts, also those that no token has chosen.
@@ -32,7 +32,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 
 import torch
@@ -40,20 +40,31 @@ from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.config.schedule import batch_size
-from dsmini.diagnosis.arms import Arm, Step, arm_of, patched
-from dsmini.diagnosis.contention import Contention, cores, quiet, watch
-from dsmini.diagnosis.findings import Finding, load, other_programs, padding, waiting
-from dsmini.diagnosis.prices import seconds_with_threads, threads_put_back
-from dsmini.diagnosis.texts import duplicates, held_out_leak, label_damage
-from dsmini.machine import DTYPES, pick_dtype
+from dsmini.diagnosis.arms import Arm, Step, Work, arm_of, patched
+from dsmini.diagnosis.contention import Contention, cores, quiet, seconds_with_threads, threads_put_back, watch
+from dsmini.diagnosis.findings import (
+    Finding,
+    duplicates,
+    held_out_leak,
+    load,
+    other_programs,
+    padding,
+    waiting,
+    wrong_targets,
+)
+from dsmini.machine import DTYPES, memory_bytes, pick_dtype
 from dsmini.measure.forecast import Forecast, forecast
 from dsmini.measure.step_rates import Rates
 from dsmini.measure.workloads import StepDtype, StepShape
-from dsmini.nn import Block, FeedForward, Gate, Routing
+from dsmini.nn import Block, FeedForward
 from dsmini.training.trainer import StepResult, Trainer
 
 BATCHES = 4
 """Batches whose targets are looked at, and which are timed."""
+FACTORS = (0.125, 0.25, 0.5, 2.0, 4.0, 8.0)
+"""Batches that are tried, in those of the run."""
+MOST_MEMORY = 0.5
+"""Share of memory that a step of the largest may take."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,13 +87,16 @@ class PlainTurn:
         """Mean seconds that a step waited for its batch."""
         return statistics.fmean(step.data_wait * step.seconds for step in self.steps)
 
-    def quiet(self) -> AbstractContextManager[Step]:
-        """Return the arm without other programs: a wait in which no batch is prepared stays."""
-        return quiet(self.contention, max(0.0, self.waited - self.preparing))
+    @property
+    def asleep(self) -> float:
+        """Mean seconds that a step waited while no batch was prepared."""
+        return max(0.0, self.waited - self.preparing)
 
 
 class Subject:
     """A Trainer whose steps are taken for their time. Its schedules stand still: every step is the same work."""
+
+    work: Work = "training"
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -97,18 +111,17 @@ class Subject:
         return self.trainer.config
 
     @property
-    def device(self) -> torch.device:
-        return self.trainer.device
+    def is_compiled(self) -> bool:
+        return self.config.train.compile
 
     @property
-    def seen(self) -> Sequence[PlainTurn]:
-        """Turns of plain steps without the one to warm up, if there are others."""
-        return self.turns[1:] or self.turns
+    def compute_dtype(self) -> str:
+        """Dtype of products."""
+        return self.config.train.dtype
 
-    def arms(self, rates: Rates | None) -> list[Arm]:
-        """Return all arms, plain steps first."""
-        self.prices = None if rates is None else TrainingPrices(self, rates)
-        return training_arms(self, self.prices)
+    @property
+    def device(self) -> torch.device:
+        return self.trainer.device
 
     @property
     def facts(self) -> dict[str, str]:
@@ -120,24 +133,21 @@ class Subject:
             "weights": f"after step {self.at}" if self.at else "random",
         }
 
-    def forecast(self) -> Forecast | None:
-        """Return the forecast of a step that waits for nothing; None without rates."""
-        return None if self.prices is None else self.prices.computing
-
     def look(self) -> list[Finding]:
         """Return findings of the text and of the first batches."""
         batches = [self.trainer.loader.prepared((i * self.rows, self.rows)) for i in range(BATCHES)]
         corpus = self.trainer.corpus
-        of_batches = [label_damage(batches), padding([targets for _, targets in batches])]
+        of_batches = [wrong_targets(batches), padding([targets for _, targets in batches])]
         return [duplicates(corpus), held_out_leak(corpus), *of_batches]
 
     def look_back(self) -> list[Finding]:
         """Return findings of the plain steps that were taken."""
-        idle = load([step for turn in self.seen for step in turn.steps])
+        seen = self.turns[1:] or self.turns
+        idle = load([step for turn in seen for step in turn.steps])
         return [
-            waiting([turn.waited for turn in self.seen], [turn.seconds for turn in self.seen]),
+            waiting([turn.waited for turn in seen], [turn.seconds for turn in seen]),
             *([] if idle is None else [idle]),
-            other_programs([turn.contention for turn in self.seen], "training"),
+            other_programs([turn.contention for turn in seen], "training"),
         ]
 
     def step(self) -> StepResult:
@@ -146,24 +156,68 @@ class Subject:
         self.trainer.steps_done = self.at
         return result
 
-    def forward_backward(self) -> float:
-        """Return the seconds of a forward and backward without an update."""
-        start = time.perf_counter()
-        self.trainer.forward_backward(self.rows)
-        seconds = time.perf_counter() - start
-        self.trainer.model.zero_grad(set_to_none=True)
-        return seconds
+    run = step
+    """Takes one step."""
 
-    @cached_property
-    def one_batch(self) -> tuple[Tensor, Tensor]:
-        """Batch that is prepared once."""
-        return self.trainer.loader.prepared((self.trainer.sequences, self.rows))
+    def batch_sizes(self) -> list[int]:
+        """Return numbers of sequences to try, those of the run first: what fits into memory, by its forecast.
+
+        Without a forecast at most twice as many are tried.
+        """
+
+        def fits(n: int) -> bool:
+            if n <= self.rows or self.prices is None:
+                return n <= 2 * self.rows
+            return self.prices.forecast(n).process < MOST_MEMORY * memory_bytes(self.device)
+
+        parts = self.config.train.grad_accum
+        sizes = [round(self.rows * factor) for factor in FACTORS if self.rows * factor >= parts]
+        return [self.rows, *(n for n in sizes if n % parts == 0 and n != self.rows and fits(n))]
+
+    @contextmanager
+    def batch_of(self, n: int) -> Iterator[Step]:
+        """Let steps take a number of sequences, which are in memory."""
+        with self.replayed(n) as step:
+            yield lambda _base: step()
+
+    @property
+    def counted(self) -> int:
+        """Plain steps of a turn that count. After arms that take no batches each worker has one ready, and of as many
+        steps one waits for all."""
+        return max(2, self.config.data.workers)
+
+    def arms(self, rates: Rates | None) -> list[Arm]:
+        """Return all arms, the plain steps first. Without rates nothing is predicted."""
+        self.prices = None if rates is None else TrainingPrices(self, rates)
+        config, fastest = self.config, fastest_dtype(self.device)
+        compiled = "the model is compiled; run without --train.compile" if self.is_compiled else None
+        no_experts = compiled or (None if self.trainer.model.gates() else "the model has no routed experts")
+        same_dtype = f"{fastest} is the fastest dtype here, and used" if config.train.dtype == fastest else None
+        arm = partial(arm_of, "training")
+        return [
+            Arm(name="plain", apply=self.plain, counted=self.counted, predict=lambda p: p.seconds() + p.wait),
+            arm("replay", self.replay, is_rare=True, predict=lambda p: p.seconds()),
+            arm("dense_active", self.dense, why_not=no_experts, predict=lambda p: p.seconds() + p.wait - p.routing()),
+            arm(
+                "all_threads",
+                lambda: self.threads(cores()),
+                why_not=no_more_threads(self.device),
+                predict=lambda p: p.threads(cores()),
+            ),
+            arm(
+                "fastest_dtype",
+                lambda: self.dtype(fastest),
+                why_not=compiled or same_dtype,
+                predict=lambda p: p.seconds(dtype=fastest) + p.wait,
+            ),
+            arm("quiet_machine", self.quiet, uncounted=0, counted=1),
+        ]
 
     @contextmanager
     def plain(self) -> Iterator[Step]:
         """Yield plain steps, and add a turn of what was seen of them."""
-        roofs = None if self.prices is None else self.prices.rates.roofs
-        steps, cpu, ended = list[StepResult](), list[float](), watch(roofs, self.device)
+        steps, cpu = list[StepResult](), list[float]()
+        ended = watch(None if self.prices is None else self.prices.rates.roofs, self.device)
         prepared = self.trainer.loader.prepared
 
         def timed(request: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -181,23 +235,17 @@ class Subject:
         counted = steps[-self.counted :]
         self.turns.append(PlainTurn(steps=counted, contention=ended(), preparing=sum(cpu) / len(steps)))
 
-    @property
-    def counted(self) -> int:
-        """Plain steps of a turn that count. After arms that take no batches each worker has one ready, and of as many
-        steps one waits for all."""
-        return max(2, self.config.data.workers)
-
-    def changed(self, _base: float = 0.0) -> float:
-        """Take a step of an arm that leaves the loader as it is; return its seconds with the wait of plain steps."""
-        result = self.step()
-        return self.turns[-1].waited + result.seconds * (1 - result.data_wait)
-
     @contextmanager
-    def replayed(self) -> Iterator[Step]:
-        """Let every step take the same batch, which is in memory. Their seconds are as measured."""
-        batch = self.one_batch
-        with patched(self.trainer, "loader", Stub(lambda _: batch)):
-            yield lambda _base: self.step().seconds
+    def replayed(self, rows: int | None = None) -> Iterator[Callable[[], float]]:
+        """Let every step take the same batch, which is in memory, of other rows if asked for; yield what takes one."""
+        batch = self.trainer.loader.prepared((self.trainer.sequences, rows or self.rows))
+        config = self.config
+        if rows is not None:
+            train = dataclasses.replace(config.train, batch_size=rows, batch_start=None)
+            config = dataclasses.replace(config, train=train)
+        stub = Stub(lambda _: batch)
+        with patched(self.trainer, "config", config), patched(self.trainer, "loader", stub):
+            yield lambda: self.step().seconds
 
     @contextmanager
     def replay(self) -> Iterator[Step]:
@@ -205,7 +253,12 @@ class Subject:
         with self.replayed() as step:
             seen = self.turns[-1]
             most = seen.seconds - seen.waited
-            yield lambda base: min(max(step(base), most - seen.preparing), most)
+            yield lambda _base: min(max(step(), most - seen.preparing), most)
+
+    def changed(self, _base: float = 0.0) -> float:
+        """Take a step of an arm that leaves the loader as it is; return its seconds with the wait of plain steps."""
+        result = self.step()
+        return self.turns[-1].waited + result.seconds * (1 - result.data_wait)
 
     @contextmanager
     def threads(self, number: int) -> Iterator[Step]:
@@ -221,38 +274,40 @@ class Subject:
             yield self.changed
 
     @contextmanager
-    def uniform_routing(self) -> Iterator[Step]:
-        """Let all experts get equally many tokens. Everything else, the gate's own work too, stays."""
-        gates = self.trainer.model.gates()
-        for gate in gates:
-            gate.forward = partial(uniformly, gate, gate.forward)
-        try:
-            yield self.changed
-        finally:
-            for gate in gates:
-                del gate.forward
-
-    @contextmanager
     def dense(self) -> Iterator[Step]:
         """Let a dense feed-forward stand in for each mixture of experts, forward and backward."""
         blocks = routed_blocks(self.trainer.model)
         routed: list[nn.Module] = [block.ffn for block in blocks]
         plain = [dense_baseline(self.config.model).to(self.device) for _ in blocks]
 
-        def step(base: float) -> float:
-            with_routing = self.forward_backward()
-            for block, part in zip(blocks, plain, strict=True):
+        def with_parts(parts: Sequence[nn.Module]) -> float:
+            for block, part in zip(blocks, parts, strict=True):
                 block.ffn = part
             try:
-                without = self.forward_backward()
+                return self.forward_backward()
             finally:
                 for block, part in zip(blocks, routed, strict=True):
                     block.ffn = part
+
+        def step(base: float) -> float:
+            with_routing, without = with_parts(routed), with_parts(plain)
             # the pair may have had a slower moment than the plain step, whose computing it is a part of
             return base - min(base - self.turns[-1].waited, with_routing) * (1 - without / with_routing)
 
         with self.replayed():  # neither side waits
             yield step
+
+    def forward_backward(self) -> float:
+        """Return the seconds of a forward and backward without an update."""
+        start = time.perf_counter()
+        self.trainer.forward_backward(self.rows)
+        seconds = time.perf_counter() - start
+        self.trainer.model.zero_grad(set_to_none=True)
+        return seconds
+
+    def quiet(self) -> "nullcontext[Step]":
+        """Return the arm without other programs: a wait in which no batch is prepared stays."""
+        return quiet(self.turns[-1].contention, self.turns[-1].asleep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,22 +328,17 @@ def dense_baseline(config: ModelConfig) -> FeedForward:
     return FeedForward(config, inter_dim=active * config.moe_inter_dim)
 
 
-def uniformly(gate: Gate, forward: Callable[[Tensor], Routing], x: Tensor) -> Routing:
-    """Route as a gate does, but to all experts in turn."""
-    chosen = forward(x)
-    n, k = chosen.indices.shape
-    e = chosen.scores.shape[1]
-    indices = (torch.arange(n * k, device=x.device) % e).view(n, k)
-    weights = chosen.scores.gather(1, indices)
-    if gate.options["norm_topk_prob"]:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    counts = torch.bincount(indices.flatten(), minlength=e)
-    return Routing(indices, weights * gate.options["route_scale"], chosen.scores, counts)
-
-
 def fastest_dtype(device: torch.device) -> str:
     """Return the name of the dtype that a device multiplies fastest."""
     return str(pick_dtype("auto", device)).removeprefix("torch.")
+
+
+def no_more_threads(device: torch.device) -> str | None:
+    """Return why more threads cannot be tried; None if they can."""
+    if device.type != "cpu":
+        return f"products run on {device}"
+    used = torch.get_num_threads()
+    return f"all {used} cores are used already" if used >= cores() else None
 
 
 # --- predictions
@@ -301,21 +351,23 @@ class TrainingPrices:
         self.subject, self.rates = subject, rates
 
     @cached_property
-    def computing(self) -> Forecast:
+    def plain(self) -> Forecast:
         """Forecast of a step that waits for nothing."""
-        return forecast(self.shape(), self.rates)
+        return self.forecast()
 
-    @cached_property
-    def wait(self) -> float:
-        """Seconds that the loader adds to a step."""
-        subject = self.subject
-        return waiting_seconds(*time_batches(subject), self.computing.seconds, subject.config.data.workers)
+    def forecast(self, batch: int | None = None, dtype: str | None = None) -> Forecast:
+        return forecast(self.shape(batch, dtype), self.rates)
 
-    def plain(self) -> float:
-        return self.computing.seconds + self.wait
+    def seconds(self, batch: int | None = None, dtype: str | None = None) -> float:
+        """Return the seconds of a step that waits for nothing, with other rows or another dtype."""
+        return (self.plain if batch is None and dtype is None else self.forecast(batch, dtype)).seconds
 
-    def dense(self) -> float:
-        """Return the seconds without what routing adds to a forward and backward."""
+    def threads(self, number: int) -> float:
+        """Return the seconds of a step on a number of threads, its wait included."""
+        return seconds_with_threads(self.plain, number, self.rates) + self.wait
+
+    def routing(self) -> float:
+        """Return the seconds that routing adds to a forward and backward."""
         shape, device = self.shape(), torch.device("cpu")
 
         def put_dense(model: nn.Module) -> None:
@@ -326,33 +378,25 @@ class TrainingPrices:
             forecast(shape, self.rates, partial(shape.make, device, change=change, update=False)).seconds
             for change in (lambda model: None, put_dense)
         )
-        return self.plain() - (routed - dense)
+        return routed - dense
 
-    def dtype(self, name: str) -> float:
-        return forecast(self.shape(dtype=name), self.rates).seconds + self.wait
+    @cached_property
+    def wait(self) -> float:
+        """Seconds that the loader adds to a step. Batches are timed: their mean counts, as a stall does."""
+        trainer, rows = self.subject.trainer, self.subject.rows
+        start, busy = time.perf_counter(), time.thread_time()
+        for i in range(BATCHES):
+            trainer.loader.prepared((trainer.sequences + i * rows, rows))
+        batch, cpu = (time.perf_counter() - start) / BATCHES, (time.thread_time() - busy) / BATCHES
+        return waiting_seconds(batch, cpu, self.seconds(), self.subject.config.data.workers)
 
-    def batch(self, rows: int) -> float:
-        return forecast(self.shape(rows), self.rates).seconds
-
-    def threads(self, number: int) -> float:
-        """Return the seconds of a step that waits for nothing, on a number of threads."""
-        return seconds_with_threads(self.computing, number, self.rates)
-
-    def shape(self, rows: int | None = None, dtype: str | None = None) -> StepShape:
+    def shape(self, batch: int | None = None, dtype: str | None = None) -> StepShape:
         """Return a step of the run with other rows, or another dtype; in FP8 if that is the model's precision."""
         config = self.subject.config
         name: StepDtype = "float32" if (dtype or config.train.dtype) == "float32" else "bfloat16"
         name = "fp8" if config.model.precision == "fp8" else name
-        sizes = {"batch": rows or self.subject.rows, "tokens": config.seq_len}
+        sizes = {"batch": batch or self.subject.rows, "tokens": config.seq_len}
         return StepShape(work="training", config=config.model, dtype=name, train=config.train, **sizes)
-
-
-def time_batches(subject: Subject) -> tuple[float, float]:
-    """Return the seconds to prepare a batch, and the CPU seconds: means of a few batches, as a stall counts."""
-    start, busy = time.perf_counter(), time.thread_time()
-    for i in range(BATCHES):
-        subject.trainer.loader.prepared((subject.trainer.sequences + i * subject.rows, subject.rows))
-    return (time.perf_counter() - start) / BATCHES, (time.thread_time() - busy) / BATCHES
 
 
 def waiting_seconds(batch: float, cpu: float, computing: float, workers: int) -> float:
@@ -366,48 +410,3 @@ def waiting_seconds(batch: float, cpu: float, computing: float, workers: int) ->
         return batch
     shared = torch.get_num_threads() >= cores()
     return max(cpu if shared else 0.0, batch / workers - computing)
-
-
-# --- arms
-
-
-def training_arms(subject: Subject, prices: TrainingPrices | None) -> list[Arm]:
-    """Return all arms of training, the plain steps first. Without prices nothing is predicted."""
-    config, device, used = subject.config, subject.device, torch.get_num_threads()
-    fastest = fastest_dtype(device)
-    no_experts = None if subject.trainer.model.gates() else "the model has no routed experts"
-    compiled = "the model is compiled; run without --train.compile" if config.train.compile else None
-    same_dtype = f"{fastest} is the fastest dtype here, and used" if config.train.dtype == fastest else None
-    arm = partial(arm_of, "training")
-    return [
-        Arm(name="plain", apply=subject.plain, counted=subject.counted, predict=prices and prices.plain),
-        arm("replay", subject.replay, is_rare=True, predict=prices and (lambda: prices.computing.seconds)),
-        # in one process all experts run on the same cores: only the sum of their tokens counts
-        arm(
-            "uniform_routing",
-            subject.uniform_routing,
-            why_not=compiled or no_experts,
-            predict=prices and prices.plain,
-        ),
-        arm("dense_active", subject.dense, why_not=compiled or no_experts, predict=prices and prices.dense),
-        arm(
-            "all_threads",
-            lambda: subject.threads(cores()),
-            why_not=no_more_threads(device, used),
-            predict=prices and (lambda: prices.threads(cores()) + prices.wait),
-        ),
-        arm(
-            "fastest_dtype",
-            lambda: subject.dtype(fastest),
-            why_not=compiled or same_dtype,
-            predict=prices and (lambda: prices.dtype(fastest)),
-        ),
-        arm("quiet_machine", lambda: subject.turns[-1].quiet(), uncounted=0, counted=1),
-    ]
-
-
-def no_more_threads(device: torch.device, used: int) -> str | None:
-    """Return why more threads cannot be tried; None if they can."""
-    if device.type != "cpu":
-        return f"products run on {device}"
-    return f"all {used} cores are used already" if used >= cores() else None

@@ -10,18 +10,21 @@ Where nothing binds, a step is the work itself, done at the speed that this mach
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
-from dsmini.diagnosis.arms import AXES, Arm, Axis, Comparison
+from dsmini.diagnosis.arms import AXES, Arm, Axis, Comparison, percent
+from dsmini.diagnosis.findings import Finding
+from dsmini.measure.forecast import Forecast
 from dsmini.measure.turns import LEAST_TURNS, Estimate
+from dsmini.report import Section
 
 LEAST = 0.10
 """Gain that is worth an action."""
+LEAST_TRIED = 0.02
+"""Gain below which nothing is worth a line."""
 MOST_ROUNDS = 200
-NARROW = 0.04
-"""Width of an interval that more rounds need not narrow."""
-ON_THE_LINE = "The interval is narrow already: the gain lies on that line, and little is lost either way."
 QUIET_MACHINE = "A quiet machine would decide it: stop other programs, and run it again."
 Outcome = Literal["binds", "nothing binds", "mixed", "undetermined"]
 
@@ -38,14 +41,6 @@ class Verdict:
     """The way to decide it where it is open."""
 
 
-def percent(gain: Estimate | float | None) -> str:
-    """Write a share in percent, with its interval if it has one; nothing for None."""
-    if isinstance(gain, Estimate) and gain.is_clear:
-        return f"{100 * gain.value:.0f} % ({100 * gain.low:.0f} to {100 * gain.high:.0f})"
-    value = gain.value if isinstance(gain, Estimate) else gain
-    return "" if value is None else f"{100 * value:.0f} %"
-
-
 def best_arms(compared: Comparison) -> dict[Axis, Arm]:
     """Return for each axis the arm that gains most for certain."""
     gains = compared.gains
@@ -60,11 +55,9 @@ def gains_by_axis(compared: Comparison) -> dict[Axis, Estimate]:
 
     An arm that noise hides may gain more than the best one, and then nobody knows what binds.
     """
-    gains = compared.gains
-    highest = {
-        axis: max(gains[a.name].high for a in compared.measured if a.axis == axis) for axis in best_arms(compared)
-    }
-    return {axis: replace(gains[arm.name], high=highest[axis]) for axis, arm in best_arms(compared).items()}
+    gains, best = compared.gains, best_arms(compared)
+    highest = {axis: max(gains[a.name].high for a in compared.measured if a.axis == axis) for axis in best}
+    return {axis: replace(gains[arm.name], high=highest[axis]) for axis, arm in best.items()}
 
 
 def verdict(gains: Mapping[Axis, Estimate]) -> Verdict:
@@ -80,36 +73,31 @@ def verdict(gains: Mapping[Axis, Estimate]) -> Verdict:
         words = f"{axis} binds: {percent(best)} of a step would go if it were free."
         return Verdict(outcome="binds", axis=axis, sentence=words)
     if all(g.high <= LEAST for g in gains.values()):
-        most = _named([max(gains.items(), key=lambda item: item[1].high)], ", ")
-        words = f"Nothing binds: no axis has {LEAST:.0%} of a step to give. The most is {most}."
+        most, gain = max(gains.items(), key=lambda item: item[1].high)
+        words = f"Nothing binds: no axis has {LEAST:.0%} of a step to give. The most is {most}, {percent(gain)}."
         return Verdict(outcome="nothing binds", sentence=words)
+    outcome, decides = "undetermined", _more_rounds(gains)
     if len(clear) > 1:
-        words = f"Mixed: {_named(clear)}. Their intervals overlap, so neither comes first."
-        return Verdict(outcome="mixed", sentence=words, decides=_more_rounds(gains))
-    if clear:
+        outcome, words = "mixed", f"Mixed: {_named(clear)}. Their intervals overlap, so neither comes first."
+    elif clear:
         words = f"Undetermined: {axis} {percent(best)} of a step leads, and {_named(near)} may be as much."
-        return Verdict(outcome="undetermined", sentence=words, decides=_more_rounds(gains))
-    words = (
-        f"Undetermined: {_named(across)} of a step may be more or less than the {LEAST:.0%} that is worth an action."
-    )
-    narrow = all(g.high - g.low <= NARROW for _, g in across)
-    return Verdict(outcome="undetermined", sentence=words, decides=ON_THE_LINE if narrow else _more_rounds(gains))
+    else:
+        words = f"Undetermined: {_named(across)} of a step may be more or less than the {LEAST:.0%} worth an action."
+    return Verdict(outcome=outcome, sentence=words, decides=decides)
 
 
-def _named(gains: Sequence[tuple[str, Estimate]], between: str = " ") -> str:
-    """Return axes with their gains in words."""
-    return " and ".join(f"{axis}{between}{percent(gain)}" for axis, gain in gains)
+def _named(gains: Sequence[tuple[str, Estimate]]) -> str:
+    return " and ".join(f"{axis} {percent(gain)}" for axis, gain in gains)
 
 
 def _too_early(gains: Mapping[Axis, Estimate]) -> Verdict:
     """Return the verdict where the time was over before there were rounds enough."""
     rounds = min((gain.turns for gain in gains.values()), default=0)
-    known = ", ".join(f"{axis} {percent(gain)}" for axis, gain in gains.items())
-    words = f"Undetermined: {rounds} of {LEAST_TURNS} rounds were over in the time, too few for an interval"
-    words = f"{words}. So far: {known} of a step." if known else f"{words}."
-    return Verdict(
-        outcome="undetermined", sentence=words, decides=f"More time would decide it (--rounds {LEAST_TURNS})."
-    )
+    words = f"Undetermined: {rounds} of {LEAST_TURNS} rounds were over in the time, too few for an interval."
+    if gains:
+        words += f" So far: {_named([*gains.items()])} of a step."
+    decides = f"More time would decide it (--rounds {LEAST_TURNS})."
+    return Verdict(outcome="undetermined", sentence=words, decides=decides)
 
 
 def _more_rounds(gains: Mapping[Axis, Estimate]) -> str:
@@ -123,3 +111,70 @@ def _more_rounds(gains: Mapping[Axis, Estimate]) -> str:
     if needed <= MOST_ROUNDS:
         return f"About {needed} rounds instead of {rounds} would decide it (--rounds {needed})."
     return QUIET_MACHINE
+
+
+@dataclass(kw_only=True)
+class Diagnosis:
+    """Predictions, measurements and conclusions, with the evidence and what was diagnosed."""
+
+    compared: Comparison
+    findings: Sequence[Finding]
+    not_tried: dict[str, str] = field(default_factory=dict)
+    """Reasons by arm, and by experiment."""
+    forecast: Forecast | None = None
+    """Forecast of a plain step that waits for nothing; None without stored rates of this machine."""
+    sections: list[Section] = field(default_factory=list)
+    """Evidence: experiments besides the verdict's."""
+    sweeps: dict[str, Comparison] = field(default_factory=dict)
+    """Comparisons of the evidence by the name of their section."""
+    of: str = "a run"
+    """Name of the subject."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """More about it."""
+    machine: Mapping[str, str] = field(default_factory=dict)
+    """Description of the machine."""
+    warnings: list[str] = field(default_factory=list)
+    """Sentences that a reader must see first."""
+    stopped: bool = False
+    """It was interrupted."""
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        return verdict(gains_by_axis(self.compared))
+
+    @property
+    def gains(self) -> dict[str, Estimate]:
+        """Measured gains by arm."""
+        return self.compared.gains
+
+    @property
+    def seconds(self) -> float:
+        """Median seconds of a plain step."""
+        turns = self.compared.turns
+        return turns.median(self.compared.plain) if turns.seconds else math.nan
+
+    @property
+    def faults(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.is_fault]
+
+    @property
+    def named(self) -> str:
+        """Name of the axis at fault: the one that binds, else that of the first fault that costs no time, else ""."""
+        return self.verdict.axis or next((finding.axis for finding in self.faults), "")
+
+    @property
+    def sentence(self) -> str:
+        """The verdict, with the fault that costs no time, if there is one."""
+        if self.verdict.outcome == "binds" or not self.faults:
+            return self.verdict.sentence
+        return f"{self.faults[0].axis} is at fault: {self.faults[0].sentence} {self.verdict.sentence}"
+
+    @property
+    def tries(self) -> list[tuple[Arm, Estimate, float | None]]:
+        """Arms that gained, with gain and prediction, best first, each advice once: of verdict and evidence."""
+        gained: list[tuple[Arm, Estimate, float | None]] = []
+        for compared in (self.compared, *self.sweeps.values()):
+            gains = compared.gains
+            gained += [(arm, gains[arm.name], compared.predicted_gain(arm)) for arm in compared.measured if arm.advice]
+        gained = sorted((each for each in gained if each[1].value >= LEAST_TRIED), key=lambda each: each[1].value)
+        return [*{each[0].advice: each for each in gained}.values()][::-1]

@@ -7,9 +7,7 @@ A diagnosis makes one thing free and measures the gain. A watch changes nothing,
                                 of equal work: as many tokens, experts as balanced
                 CPU time lost   share of the time in which a thread is ready and others have its core, their part of
                                 all cores at most
-                idle cores      share of the cores that neither this run nor others use
-    Algorithm   lost steps      share of the time in steps without a finite gradient
-                idle experts    share of experts with less than a tenth of the mean load
+    Algorithm   idle experts    share of experts with less than a tenth of the mean load
 
 Each share has an interval: of a median of 20 steps it reaches from the 6th to the 15th in order, which holds the true
 median 96 times in 100 whatever the distribution (5 or fewer heads in 20 tosses: 2.1 %, and as often 5 or fewer tails).
@@ -31,8 +29,8 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,7 +39,7 @@ from dsmini.diagnosis.arms import Axis, words
 from dsmini.diagnosis.contention import cores
 from dsmini.diagnosis.findings import MOST_IDLE, load
 from dsmini.diagnosis.verdict import LEAST
-from dsmini.measure.cpu_time import CpuRates, CpuTimes
+from dsmini.measure.cpu_time import CpuTimes
 from dsmini.training.run import BindingChange
 from dsmini.training.trainer import StepResult
 
@@ -60,32 +58,16 @@ DRIFT = 0.20
 """Limit of slower steps where no other program is seen: a shared machine drifts by up to 15 % in minutes."""
 
 
-@dataclass(frozen=True)
-class Spread:
-    """The median of a window, with its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        ordered = sorted(values)
-        return cls(statistics.median(ordered), ordered[RANK - 1], ordered[-RANK])
-
-    @classmethod
-    def exact(cls, value: float) -> "Spread":
-        share = max(0.0, value)
-        return cls(share, share, share)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sign:
     """One thing that may bind, as a window shows it."""
 
     name: str
     axis: Axis
-    share: Spread
+    low: float
+    """Share of the time, or of the experts, with the ends of its interval."""
+    value: float
+    high: float
     words: str
     """Observation, with its figures."""
     fix: str
@@ -95,25 +77,29 @@ class Sign:
 
     @property
     def is_over(self) -> bool:
-        return self.share.low > self.limit
+        return self.low > self.limit
 
     @property
     def is_below(self) -> bool:
-        return self.share.high <= self.limit or self.share.value <= self.limit / 2
+        return self.high <= self.limit or self.value <= self.limit / 2
 
 
-def sign(name: str, share: Spread | float, said: str = "", limit: float = LEAST, **figures: Any) -> Sign:
+def median_of(values: Sequence[float]) -> dict[str, float]:
+    """Return the median of a window, with its interval."""
+    ordered = sorted(values)
+    return {"low": ordered[RANK - 1], "value": statistics.median(ordered), "high": ordered[-RANK]}
+
+
+def sign(name: str, share: Mapping[str, Any], of: str = "", limit: float = LEAST, **figures: Any) -> Sign:
     """Return a sign with its words.
 
     Args:
-        share: of the window, or of all of it together.
-        said: name of the words; "": the sign's own.
+        of: name of the words; "": the sign's own.
         figures: that the words need besides the share.
     """
-    share = share if isinstance(share, Spread) else Spread.exact(share)
-    found = words()["watch"][said or name]
-    observed = found["words"].format(**asdict(share), **figures)
-    return Sign(name=name, axis=found["axis"], share=share, words=observed, fix=found["fix"], limit=limit)
+    found = words()["watch"][of or name]
+    observed = found["words"].format(**share, **figures)
+    return Sign(name=name, axis=found["axis"], **share, words=observed, fix=found["fix"], limit=limit)
 
 
 class RunWatch:
@@ -121,14 +107,11 @@ class RunWatch:
 
     Args:
         device: where the steps run. CPU time tells nothing about another device than the CPU.
-        chosen_threads: number of threads that torch chose by itself. Fewer in use are the user's choice.
         read: reads the CPU times.
     """
 
-    def __init__(self, device: torch.device, chosen_threads: int, read: Callable[[], CpuTimes] = CpuTimes.now) -> None:
+    def __init__(self, device: torch.device, read: Callable[[], CpuTimes] = CpuTimes.now) -> None:
         self.is_cpu, self.read = device.type == "cpu", read
-        self.cores = cores()
-        self.usable = min(self.cores, chosen_threads)
         self.steps: deque[StepResult] = deque(maxlen=WINDOW)
         self.times: deque[tuple[int, CpuTimes]] = deque()
         """CPU times after steps of the window."""
@@ -177,51 +160,45 @@ class RunWatch:
             return None
         self.binds = axis
         if found is None:
-            figures = ", ".join(f"{sign.name} {sign.share.value:.0%}" for sign in signs)
+            figures = ", ".join(f"{sign.name} {sign.value:.0%}" for sign in signs)
             return BindingChange(binds="", share=None, sentence=f"step {step.step}: nothing binds ({figures})")
-        words = f"step {step.step}: {axis} binds: {found.words}. {found.fix}"
-        return BindingChange(binds=axis, share=found.share.value, sentence=words)
+        said = f"step {step.step}: {axis} binds: {found.words}. {found.fix}"
+        return BindingChange(binds=axis, share=found.value, sentence=said)
 
     def _first(self, over: Sequence[Sign]) -> Sign | None:
         """Return the sign that binds: the largest, or that of the axis of the last look if none is clearly larger."""
         over = [sign for sign in over if sign.takes_time] or list(over)
-        over.sort(key=lambda sign: -sign.share.value)
+        over.sort(key=lambda sign: -sign.value)
         before = next((sign for sign in over if sign.axis == self._next), None)
-        if before is None or over[0].share.low > before.share.high:
+        if before is None or over[0].low > before.high:
             return next(iter(over), None)
         return before
 
     def _signs(self) -> Iterator[Sign]:
-        """Yield the signs of the window."""
-        yield sign("waiting", Spread.of([step.data_wait for step in self.steps]))
-        yield from self._of_machine()
-        lost = sum(step.seconds for step in self.steps if step.skipped)
-        yield sign("lost steps", lost / sum(step.seconds for step in self.steps))
-        idle = load(self.steps)
-        if idle is not None:
-            share, observed = Spread.exact(idle.value), idle.sentence.removesuffix(".")
-            kind: dict[str, Any] = {"limit": MOST_IDLE, "takes_time": False}
-            yield Sign(name="idle experts", axis="Algorithm", share=share, words=observed, fix=idle.fix, **kind)
-
-    def _of_machine(self) -> Iterator[Sign]:
-        """Yield the signs of the machine: slower steps, and on a CPU what others take and what nobody uses."""
-        rates = CpuRates(own=0.0, others=0.0, delayed=0.0)
+        """Yield the signs of the window: of the CPU time only where the steps run on it."""
+        yield sign("waiting", median_of([step.data_wait for step in self.steps]))
+        others, ends = 0.0, ("low", "value", "high")
         if len(self.times) > 1:
-            rates = self.times[-1][1].rates_since(self.times[0][1])
-        others = rates.others
-        of_others = f"other programs keep {others:.1f} of {self.cores} cores busy"
-        now = Spread.of([max(1e-9, step.seconds * (1 - step.data_wait)) for step in self.steps])
+            rates, threads = self.times[-1][1].rates_since(self.times[0][1]), torch.get_num_threads()
+            others, delayed = rates.others, rates.delayed / threads
+            figures = {"others": _of_others(others), "threads": threads, "delayed": delayed}
+            yield sign("CPU time lost", dict.fromkeys(ends, min(others / cores(), delayed)), **figures)
+        yield self._slower(others)
+        if idle := load(self.steps):
+            share: dict[str, Any] = dict.fromkeys(ends, idle.value)
+            kind: dict[str, Any] = {"limit": MOST_IDLE, "takes_time": False, "fix": idle.fix}
+            observed = idle.sentence.removesuffix(".")
+            yield Sign(name="idle experts", axis="Algorithm", **share, words=observed, **kind)
+
+    def _slower(self, others: float) -> Sign:
+        """Return the sign of steps that take longer than those of equal work took."""
+        now = median_of([max(1e-9, step.seconds * (1 - step.data_wait)) for step in self.steps])
         work = self.steps[-1].tokens, round(statistics.median(self.vios) / EQUAL_VIO)
-        fastest = self.fastest[work] = min(self.fastest.get(work, math.inf), now.high)
-        share = Spread(*(max(0.0, 1 - fastest / seconds) for seconds in (now.value, now.low, now.high)))
-        alone = others < LEAST * self.cores
-        said, limit = ("slower steps alone", DRIFT) if alone else ("slower steps", LEAST)
-        yield sign("slower steps", share, said, limit, now=now.value, fastest=fastest, others=of_others)
-        if not self.is_cpu or len(self.times) < 2:
-            return
-        threads = torch.get_num_threads()
-        delayed = rates.delayed / threads
-        lost = min(others / self.cores, delayed)
-        yield sign("CPU time lost", lost, others=of_others, threads=threads, delayed=delayed)
-        idle = self.usable - max(rates.own, threads) - others
-        yield sign("idle cores", idle / self.usable, idle=idle, usable=self.usable, threads=threads)
+        fastest = self.fastest[work] = min(self.fastest.get(work, math.inf), now["high"])
+        share = {end: max(0.0, 1 - fastest / seconds) for end, seconds in now.items()}
+        said, limit = ("slower steps alone", DRIFT) if others < LEAST * cores() else ("slower steps", LEAST)
+        return sign("slower steps", share, said, limit, now=now["value"], fastest=fastest, others=_of_others(others))
+
+
+def _of_others(others: float) -> str:
+    return f"other programs keep {others:.1f} of {cores()} cores busy"

@@ -209,7 +209,7 @@ def main(args: Sequence[str]) -> int:
 def _show(found: GpuBalance, title: str) -> None:
     """Print the balance of each layer, and the finding."""
     from dsmini.report import Table
-    from dsmini.report.terminal import show_table
+    from dsmini.report.tables import show_table
 
     console, columns = Console(), ("MoE layer", "before", "after")
     rows = [

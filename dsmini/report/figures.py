@@ -1,4 +1,7 @@
-"""Contents of a report: figures, plots of series, and tables."""
+"""Contents of a report: figures, plots of series, tables, and heat maps, which are tables whose cells are shaded.
+
+The page shades cells by style sheet, so that a heat map is light and dark, prints, and can be read and copied as text.
+"""
 
 import dataclasses
 import math
@@ -6,7 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Value = str | int | float | bool
+from dsmini.report.units import NOTHING, Value
+
+LIGHTEST, DARKEST = 0.05, 0.47
+"""Shade of the smallest and of the largest value, of 1. The text stays readable on it, in light and dark."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +96,17 @@ class Plot:
 
 
 class Toned(str):
-    """A cell with a colour, by name, and a bar behind a ratio: its start and length in percent."""
+    """A cell with a colour, by name, a bar behind a ratio (its start and length in percent), or a shade from 0 to 1."""
 
     tone: str
     bar: tuple[float, float] | None
+    shade: float | None
 
-    def __new__(cls, text: str, tone: str, bar: tuple[float, float] | None = None) -> "Toned":
+    def __new__(
+        cls, text: str, tone: str = "", bar: tuple[float, float] | None = None, shade: float | None = None
+    ) -> "Toned":
         made = super().__new__(cls, text)
-        made.tone, made.bar = tone, bar
+        made.tone, made.bar, made.shade = tone, bar, shade
         return made
 
 
@@ -111,6 +120,40 @@ class Table:
     """Columns that are aligned on the right."""
     common: str = ""
     """Line above: words that all rows share."""
+    heat: str = ""
+    """Title of a heat map; "" for another table."""
+
+
+def heat_map(
+    title: str,
+    x: str,
+    y: str,
+    *,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    cells: Sequence[Sequence[str]],
+) -> Table:
+    """Return values over two axes of labels as a table: on a logarithmic scale where they span more than ten times.
+
+    Args:
+        x, y: names of the axes whose labels are columns and rows.
+        values: by row and column; None where there is none.
+        cells: the same values in words.
+    """
+    found = [v for row in values for v in row if v is not None and math.isfinite(v)]
+    log = bool(found) and min(found) > 0 and max(found) > 10 * min(found)
+    scaled = [math.log(v) if log else v for v in found]
+
+    def shaded(word: str, value: float | None) -> str:
+        if value is None or not math.isfinite(value):
+            return word or NOTHING
+        low, high = min(scaled), max(scaled)
+        part = ((math.log(value) if log else value) - low) / (high - low) if high > low else 0.5
+        return Toned(word, shade=round(LIGHTEST + part * (DARKEST - LIGHTEST), 3))
+
+    lines = [[label, *map(shaded, words, row)] for label, words, row in zip(rows, cells, values, strict=True)]
+    return Table(columns=(f"{y} \\ {x}", *columns), rows=lines, numeric=columns, heat=title)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Plots by matplotlib, as SVG for a page, whose style sheet has the colours: light and dark share a drawing.
+"""Plots from figures, and plots by matplotlib as SVG for a page: its style sheet has the colours of light and dark.
 
 Over numbers, values are on the vertical axis. Over labels they are on the horizontal axis, so that long labels have
 room. A prediction has the colour of the series that it predicts, dashed or hollow.
@@ -9,17 +9,17 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from dsmini.report.figures import Plot, Series
+from dsmini.report.figures import Figure, Plot, Series, pick
 from dsmini.report.units import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Kind = Literal["line", "points", "bars"]
 WIDTH, HEIGHT = 5.0, 3.2
 """Size in inches, at which text of 10.5 points is readable on a phone."""
 LEGEND_WIDTH, HANDLE = 70, 8
@@ -28,84 +28,144 @@ ERRORS: dict[str, Any] = {"elinewidth": 1.1, "capsize": 2.5, "capthick": 1.1}
 """Style of 95 % intervals."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Theme:
-    """Colours of a page and its plots."""
-
-    ink: str
-    muted: str
-    rule: str
-    card: str
-    series: Sequence[str]
-
-    @property
-    def variables(self) -> dict[str, str]:
-        """Colours by the name of their variable in the page."""
-        named = {name: getattr(self, name) for name in ("ink", "muted", "rule", "card")}
-        return named | {f"series-{i}": colour for i, colour in enumerate(self.series)}
-
-    @property
-    def style(self) -> dict[Any, Any]:
-        """Settings of matplotlib: a base line and a faint grid."""
-        ticks = {"color": self.muted, "labelcolor": self.ink, "major.size": 0, "major.pad": 5}
-        return {f"{axis}tick.{key}": value for axis in "xy" for key, value in ticks.items()} | {
-            "svg.fonttype": "none",  # text remains text
-            "text.parse_math": False,  # a dollar sign starts no formula
-            "font.size": 10.5,
-            "text.color": self.muted,
-            "figure.facecolor": "none",
-            "axes.facecolor": "none",
-            "axes.edgecolor": self.muted,
-            "axes.labelcolor": self.muted,
-            "axes.labelpad": 6,
-            "axes.titlelocation": "left",
-            "axes.titlesize": 10,
-            "axes.titlepad": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.axisbelow": True,
-            "grid.color": self.rule,
-            "legend.frameon": False,
-            "legend.fontsize": 9.5,
-            "legend.handlelength": 1.8,
-        }
-
-
-LIGHT = Theme(ink="#22262b", muted="#656c75", rule="#e4e2dc", card="#ffffff", series=(
-    "#1f5fae", "#cc5a1a", "#2a7d57", "#8450ad", "#a17a00", "#0e8494", "#b93a68", "#6b7280", "#7d5a34", "#4f9dd6",
-))  # fmt: skip
-DARK = Theme(ink="#e4e6e9", muted="#99a1ac", rule="#2f353d", card="#1b1f24", series=(
-    "#74a9f2", "#f0935a", "#68c294", "#bf93e6", "#d9b44a", "#55c1d1", "#ee87ab", "#9aa3b0", "#c9a074", "#3f86c9",
-))  # fmt: skip
+LIGHT = {"ink": "#22262b", "muted": "#656c75", "rule": "#e4e2dc", "card": "#ffffff",
+    "series-0": "#1f5fae", "series-1": "#cc5a1a", "series-2": "#2a7d57", "series-3": "#8450ad", "series-4": "#a17a00",
+    "series-5": "#0e8494", "series-6": "#b93a68", "series-7": "#6b7280", "series-8": "#7d5a34", "series-9": "#4f9dd6",
+}  # fmt: skip
+DARK = {"ink": "#e4e6e9", "muted": "#99a1ac", "rule": "#2f353d", "card": "#1b1f24",
+    "series-0": "#74a9f2", "series-1": "#f0935a", "series-2": "#68c294", "series-3": "#bf93e6", "series-4": "#d9b44a",
+    "series-5": "#55c1d1", "series-6": "#ee87ab", "series-7": "#9aa3b0", "series-8": "#c9a074", "series-9": "#3f86c9",
+}  # fmt: skip
 THEMES = {"light": LIGHT, "dark": DARK}
+"""Colours of a page and its plots, by the name of their variable in the page."""
+MOST_COLOURS = 10
+TICKS = {"color": LIGHT["muted"], "labelcolor": LIGHT["ink"], "major.size": 0, "major.pad": 5}
+STYLE: dict[str, Any] = {
+    **{f"{axis}tick.{key}": value for axis in "xy" for key, value in TICKS.items()},
+    "svg.fonttype": "none",  # text remains text
+    "text.parse_math": False,  # a dollar sign starts no formula
+    "font.size": 10.5,
+    "text.color": LIGHT["muted"],
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": LIGHT["muted"],
+    "axes.labelcolor": LIGHT["muted"],
+    "axes.labelpad": 6,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titlepad": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": LIGHT["rule"],
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "legend.handlelength": 1.8,
+}
+"""Settings of matplotlib: a base line and a faint grid."""
 
 
-def svg(plot: Plot, name: str) -> str | None:
-    """Return a plot as an element of a page, or None if there is nothing to draw.
+# --- plots from figures; a list is empty without values
+
+
+def lines(figures: Sequence[Figure], metric: str, *, x: str, by: str, title: str) -> list[Plot]:
+    """Draw a metric over one key of the case, with a line for each value of another key and dashed predictions.
+
+    Args:
+        x: key of the horizontal axis. Figures without it are left out.
+        by: key that has a line for each value.
+    """
+    found = [f for f in pick(figures, metric) if f.measured and x in f.case]
+    series: list[Series] = []
+    for value in dict.fromkeys(f.case[by] for f in found):
+        line = sorted((f for f in found if f.case[by] == value), key=lambda f: f.case[x])
+        at = [float(f.case[x]) for f in line]
+        words = value if isinstance(value, str) else f"{by} {value}"
+        series.append(_series(words, at, line, "line"))
+        if all(f.predicted for f in line):
+            series.append(_predicted(at, line, "line", words))
+    return [Plot(title=title, x=x, y=found[0].unit, series=series, log_x=True, log_y=True)] if series else []
+
+
+def over_labels(
+    title: str,
+    y: str,
+    groups: Mapping[str, Mapping[str, Figure]],
+    *,
+    kind: Kind = "points",
+    line: tuple[str, float] | None = None,
+    predicted: bool = False,
+    log_y: bool = False,
+    caption: str = "",
+) -> list[Plot]:
+    """Draw groups of figures, each over its label, with 95 % intervals if there are any.
+
+    Args:
+        groups: figures by label, by the name of the group. Figures without a measurement are left out.
+        line: label and height of a dashed line across all labels.
+        predicted: draw the predictions too, as points.
+    """
+    measured = {n: {k: f for k, f in group.items() if f.measured is not None} for n, group in groups.items()}
+    places = {label: float(i) for i, label in enumerate(dict.fromkeys(k for group in measured.values() for k in group))}
+    series: list[Series] = []
+    for name, group in measured.items():
+        at, found = [places[label] for label in group], list(group.values())
+        if found:
+            series.append(_series(name, at, found, kind))
+        if found and predicted:
+            series.append(_predicted(at, found, "points", name))
+    if not series:
+        return []
+    if line:
+        words, height = line
+        series.append(Series(label=words, x=[-0.5, len(places) - 0.5], y=[height] * 2, dashed=True))
+    return [Plot(title=title, x="", y=y, series=series, labels=list(places), log_y=log_y, caption=caption)]
+
+
+def _series(label: str, x: Sequence[float], figures: Sequence[Figure], kind: Kind) -> Series:
+    """Return the measured values of figures, with their intervals if all figures have them."""
+    low, high = ([getattr(f, end) for f in figures] for end in ("low", "high"))
+    if None in low or None in high:
+        low = high = None
+    return Series(label=label, x=x, y=[f.measured or 0.0 for f in figures], low=low, high=high, kind=kind)
+
+
+def _predicted(x: Sequence[float], figures: Sequence[Figure], kind: Kind, of: str) -> Series:
+    """Return the predictions of figures, for the series of that label."""
+    return Series(label=f"{of}, predicted", x=x, y=[f.predicted or 0.0 for f in figures], kind=kind, dashed=True, of=of)
+
+
+# --- drawings
+
+
+def svg(plot: Plot, name: str) -> str:
+    """Return a plot as an element of a page.
 
     Args:
         name: prefix of every id in the SVG, unique in the page.
     """
     series = [kept for s in plot.series if (kept := drawable(s, plot)).y]
     if not series:
-        return None
+        return '<div class="empty">Nothing to draw yet.</div>'
     import matplotlib
-    from matplotlib.figure import Figure  # takes half a second to import
+    from matplotlib.figure import Figure as Drawing  # takes half a second to import
 
-    colours, bars = LIGHT, [s for s in series if s.kind == "bars"]
+    bars = [s for s in series if s.kind == "bars"]
     entries = legend(series, plot)
-    columns = _columns(entries)
+    widest = max((len(entry) + HANDLE for entry in entries), default=LEGEND_WIDTH)
+    fits = sum(len(entry) + HANDLE for entry in entries) <= LEGEND_WIDTH
+    columns = max(1, len(entries) if fits else LEGEND_WIDTH // widest)
     height = max(HEIGHT, 1.0 + 0.3 * len(plot.labels or ()) * max(1, len(bars))) + 0.2 * (len(entries) // columns)
-    settings: dict[Any, Any] = {**colours.style, "svg.hashsalt": name}
+    settings: dict[Any, Any] = {**STYLE, "svg.hashsalt": name}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Drawing(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()
         for s, place in zip(series, colours_of(series), strict=True):
             if s.kind == "bars":
                 at = [x + (bars.index(s) - (len(bars) - 1) / 2) * 0.76 / len(bars) for x in s.x]
-                _draw_bars(axes, dataclasses.replace(s, x=at), colours, colours.series[place], 0.65 / len(bars))
+                _draw_bars(axes, dataclasses.replace(s, x=at), LIGHT[f"series-{place}"], 0.65 / len(bars))
             else:
-                _draw(axes, s, plot, colours, colours.series[place])
+                _draw(axes, s, LIGHT[f"series-{place}"], swapped=plot.labels is not None)
         _scale(axes, plot, series)
         if entries:
             handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
@@ -138,39 +198,36 @@ def legend(series: Sequence[Series], plot: Plot) -> list[str]:
     return [] if set(entries) <= {"measured", plot.title, plot.y} else entries
 
 
-def _columns(entries: Collection[str]) -> int:
-    """Return the number of columns of the legend: all entries in one line if they fit."""
-    if sum(len(entry) + HANDLE for entry in entries) <= LEGEND_WIDTH:
-        return max(1, len(entries))
-    return max(1, LEGEND_WIDTH // (max(map(len, entries)) + HANDLE))
-
-
 def colours_of(series: Sequence[Series]) -> list[int]:
     """Return the index of the colour of each series. A prediction shares the colour of its series."""
     shown = list(dict.fromkeys(s.of or s.label for s in series))
-    return [shown.index(s.of or s.label) % len(LIGHT.series) for s in series]
+    return [shown.index(s.of or s.label) % MOST_COLOURS for s in series]
 
 
-def _draw(axes: "Axes", s: Series, plot: Plot, theme: Theme, colour: str) -> None:
-    """Draw a line or points with intervals. Over labels the two axes are swapped."""
+def _draw(axes: "Axes", s: Series, colour: str, swapped: bool) -> None:
+    """Draw a line or points with intervals.
+
+    Args:
+        swapped: places are on the vertical axis.
+    """
     line: Any = "none"
     marker = "" if s.kind == "line" and s.dashed and len(s.x) > 1 else "o"
     if s.kind == "line":
         line = (0, (4, 2.5)) if s.dashed else "-"
-    face, order = (theme.card, 4) if s.dashed else (colour, 5)
+    face, order = (LIGHT["card"], 4) if s.dashed else (colour, 5)
     look: Any = {"color": colour, "markerfacecolor": face, "markersize": 4.6, "zorder": order, **ERRORS}
     look |= {"linestyle": line, "marker": marker, "label": s.label}
-    if plot.labels:
+    if swapped:
         axes.errorbar(s.y, s.x, xerr=_ends(s), **look)
     else:
         axes.errorbar(s.x, s.y, yerr=_ends(s), **look)
 
 
-def _draw_bars(axes: "Axes", s: Series, theme: Theme, colour: str, thick: float) -> None:
+def _draw_bars(axes: "Axes", s: Series, colour: str, thick: float) -> None:
     look: dict[str, Any] = {"facecolor": colour}
     if s.dashed:
         look = {"facecolor": "none", "edgecolor": colour, "linestyle": (0, (3, 2)), "linewidth": 1.2}
-    errors = {"ecolor": theme.ink, "zorder": 6, **ERRORS}
+    errors = {"ecolor": LIGHT["ink"], "zorder": 6, **ERRORS}
     axes.barh(s.x, s.y, thick, xerr=_ends(s), error_kw=errors, zorder=3, label=s.label, **look)
 
 
@@ -226,6 +283,6 @@ def _inline(svg: str, attributes: str, name: str) -> str:
     body = svg[svg.index(">", svg.index("<svg")) + 1 :].replace("xlink:href", "href")
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
-    for variable, colour in LIGHT.variables.items():
+    for variable, colour in LIGHT.items():
         body = body.replace(colour, f"var(--{variable})")
     return f"<svg {view.group()} {attributes}>{body.strip()}"

@@ -1,19 +1,17 @@
-"""Reports: questions with their answers, as text, page or JSON."""
+"""Reports: questions with their answers, as text or page."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 from rich.console import Console
 
 from dsmini.console.messages import say
-from dsmini.report import plots, rows, terminal
+from dsmini.report import plots, tables
 from dsmini.report.figures import Detail, Figure, Plot, Table
-from dsmini.report.heat_map import HeatMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +26,12 @@ class Section:
     """The answer, in one sentence."""
     figures: Sequence[Figure] = ()
     plots: Sequence[Plot] = ()
-    heat_maps: Sequence[HeatMap] = ()
     details: Mapping[str, Sequence[Detail]] = field(default_factory=dict)
     """Numbers that show their computation on a click, by heading."""
     folded: Mapping[str, Sequence[Detail]] = field(default_factory=dict)
     """More of them, that a page shows after a click on their heading, and a terminal not at all."""
     tables: Sequence[Table] = ()
-    """Tables of anything that is not a figure."""
+    """Tables of anything that is not a figure, and heat maps."""
     about: str = ""
     """Two or three sentences about the measurement, with all that is simulated."""
     command: str = ""
@@ -47,24 +44,19 @@ class Section:
     @property
     def figure_tables(self) -> list[Table]:
         """Figures as tables of the page."""
-        return rows.tables(self.figures, self.notes)
+        return tables.tables_of(self.figures, self.notes)
 
     @cached_property
     def notes(self) -> list[str]:
         """Notes of the figures, each once."""
         return list(dict.fromkeys(figure.note for figure in self.figures if figure.note))
 
-    @cached_property
-    def drawings(self) -> list["Drawing"]:
-        """Plots as drawings for the page."""
-        return [_drawing(plot, f"{self.name.replace('_', '-')}-{number}") for number, plot in enumerate(self.plots)]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Questions with their answers, for a terminal, as one HTML page, or as lines of JSON.
+    """Questions with their answers, for a terminal, or as one HTML page.
 
-    Put every number into a Figure with its unit, prediction and spread, so that all three outputs format it alike. Put
+    Put every number into a Figure with its unit, prediction and spread, so that both format it alike. Put
     figures into Sections: one question each, with one sentence that answers it. This is a whole report:
 
         from dsmini.report import Figure, Plot, Report, Section, Series
@@ -86,8 +78,6 @@ class Report:
         )
         report.show(Console())                              # tables and findings in a terminal
         Path("report.html").write_text(report.html())       # one page without requests and scripts
-        for line in report.json_lines():                    # one line for each finding and each figure
-            print(line)
 
     A page reads well with one to four plots a section and labels below 40 characters. Name simulated parts in
     Figure.note. A section may also have a Table of words, warnings, and the command that measures again.
@@ -122,13 +112,11 @@ class Report:
             say(console, section.finding, style="cyan")
             for warning in section.warnings:
                 say(console, warning, style="yellow")
-            terminal.show_figures(console, section.figures)
+            tables.show_figures(console, section.figures)
             for heading, details in section.details.items():
-                terminal.show_details(console, heading, details)
+                tables.show_details(console, heading, details)
             for table in section.tables:
-                terminal.show_table(console, table)
-            for heat_map in section.heat_maps:
-                terminal.show_table(console, heat_map.table(), heat_map.title)
+                tables.show_table(console, table)
 
     def html(self) -> str:
         """Return the page, which needs no other file: read it offline, print it, or send it."""
@@ -137,31 +125,8 @@ class Report:
         loader = jinja2.FileSystemLoader(Path(__file__).parent)
         strict: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
         environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
-        environment.filters |= {"svg": Markup}  # safe: we draw the SVG and escape its labels
+        environment.filters |= {"svg": lambda plot, name: Markup(plots.svg(plot, name))}  # its labels are escaped
         page = environment.get_template("page.html.j2")
         groups = [g for s in self.sections for part in (s.details, s.folded) for g in part.values()]
         names = {detail.name for group in groups for detail in group}
-        return page.render(report=self, themes=plots.THEMES, tones=set(terminal.STYLES), names=names)
-
-    def json_lines(self) -> Iterator[str]:
-        """Yield a line for each finding, and one for each of its figures."""
-        for section in self.sections:
-            yield json.dumps({"kind": "finding", "question": section.title, "finding": section.finding})
-            for figure in section.figures:
-                yield json.dumps({"kind": "figure"} | figure.as_json())
-
-
-class Drawing(NamedTuple):
-    """Plot as the page shows it."""
-
-    title: str
-    caption: str
-    svg: str | None
-    """None if there is nothing to draw yet."""
-
-
-def _drawing(plot: Plot, name: str) -> Drawing:
-    try:
-        return Drawing(title=plot.title, caption=plot.caption, svg=plots.svg(plot, name))
-    except Exception as error:  # a defect of one plot must not spoil the page
-        return Drawing(title=plot.title, caption=f"{type(error).__name__}: {error}", svg=None)
+        return page.render(report=self, themes=plots.THEMES, tones=set(tables.STYLES), names=names)

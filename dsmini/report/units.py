@@ -3,8 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from dsmini.report.figures import Value
-
+Value = str | int | float | bool
 NOTHING = "–"  # noqa: RUF001
 Scale = Sequence[tuple[float, str]]
 DECIMAL: Scale = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))

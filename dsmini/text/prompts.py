@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TextIO
 
-from dsmini.console.printable import printable
+from dsmini.console.messages import printable
 from dsmini.text.tokenizer import TextStream
 
 

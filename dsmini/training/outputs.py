@@ -20,8 +20,7 @@ from rich.text import Text
 from dsmini import accounting
 from dsmini.atomic import new_file
 from dsmini.checkpoint.run_folder import run_tokenizer
-from dsmini.console.messages import say
-from dsmini.console.printable import printable
+from dsmini.console.messages import printable, say
 from dsmini.inference.generation import Generation
 from dsmini.inference.sampling import Sampling
 from dsmini.machine import DTYPES, peak_memory

@@ -58,7 +58,7 @@ import torch
 from dsmini.atomic import sync
 from dsmini.checkpoint.training_state import RunState, checkpoint_folder, checkpoint_folders
 from dsmini.config import RunConfig
-from dsmini.console.printable import printable
+from dsmini.console.messages import printable
 from dsmini.nn import max_violation
 from dsmini.reading import read_rows
 from dsmini.training.trainer import StepResult

@@ -22,7 +22,7 @@ from dsmini.measure.kernels import KERNELS, OTHERS
 from dsmini.measure.rates import why_unusable
 from dsmini.measure.workloads import StepShape
 from dsmini.report import Figure
-from dsmini.report.terminal import show_figures
+from dsmini.report.tables import show_figures
 from tests.conftest import require_cpu_kernels
 from tests.helpers.commands import TINY as TINY_RUN
 from tests.helpers.questions import TINY, invented_rates, invented_steps, setting

@@ -13,7 +13,7 @@ import torch
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dsmini.config.run import ParallelConfig
-from dsmini.console.commandline import _clipped, field_docstrings
+from dsmini.console.commandline import field_docstrings
 from tests.helpers.commands import TINY, check_refused, place_with_run, run, run_all, run_apart, start
 from tests.helpers.configs import refusal
 
@@ -116,7 +116,8 @@ BAD = {
     "x.json": "name a file that ends in .toml",
     "--train.seq-len 512": "max_seq_len=256",
     "--train.grad-accum 3": "use 3 or 6",
-    "--train.lr-schedule --train.steps 3": "--train.lr-schedule needs a value, got --train.steps",
+    "--train.lr-schedule --train.steps 3": "train.lr_schedule is empty",
+    "--train.steps": "Missing value for argument '--train.steps'",
     "--train.device tpu": "use auto, cpu, cuda or mps",
     "--train.device cuda:7": "not on this machine",
     "--train.sample-prompt ''": "sample_prompt is empty",
@@ -192,14 +193,6 @@ def test_help_all_explains_every_field(help_of: dict[tuple[str, str], str], part
     for name, docstring in docstrings.items():
         flag = f"--{part.__name__.removesuffix('Config').lower()}.{name.replace('_', '-')}"
         assert re.search(rf"{flag}[ ,].{{0,100}}?{re.escape(docstring)}", said), flag
-
-
-def test_long_docstring_is_cut_between_clauses_or_words() -> None:
-    docstring = "A text file, or a folder of them, plain or .gz; left out: the source code of Python's own library."
-    assert _clipped(docstring, 60) == "A text file, or a folder of them, plain or .gz"
-    assert _clipped(docstring, 34) == "A text file, or a folder of them"
-    assert _clipped("Short. Much more.", 20) == "Short"
-    assert _clipped("Word " * 40, 18) == "Word Word Word..."
 
 
 @pytest.mark.parametrize(

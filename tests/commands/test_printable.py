@@ -6,8 +6,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from dsmini.console.messages import say
-from dsmini.console.printable import printable
+from dsmini.console.messages import printable, say
 
 HOSTILE = "name\x1b[31m\x07\x9b2J\r\u202e\x7f"
 SHOWN = "name␛[31m␇\ufffd2J␍\ufffd␡"

@@ -19,7 +19,6 @@ from dsmini.diagnosis import training
 from dsmini.diagnosis.arms import Step
 from dsmini.diagnosis.contention import Contention
 from dsmini.diagnosis.decoding import DecodingSubject
-from dsmini.diagnosis.loading import DecodedModel
 from dsmini.diagnosis.training import Subject
 from dsmini.measure.step_rates import OTHERS, Rates, StepRates
 from dsmini.nn import MoE
@@ -71,7 +70,7 @@ def decoding_subject(config: ModelConfig, batch: int = 1, context: int = 64) -> 
     """Return a subject that decodes with random weights, in FP32."""
     torch.manual_seed(0)
     model = Transformer(config, compute_dtype=torch.float32).eval()
-    return DecodingSubject(DecodedModel(model=model), batch, context)
+    return DecodingSubject(model, batch, context)
 
 
 def idle() -> AbstractContextManager[Step]:
@@ -105,8 +104,6 @@ class World:
     """Seconds that the loader blocks each step, step by step, again and again."""
     preparing: float = 0.0
     """CPU seconds of preparing a batch, which a step takes longer."""
-    imbalance: float = 0.0
-    """Seconds more where experts get unequal numbers of tokens."""
     routing: float = 0.0
     """Seconds more where there are experts at all."""
     cores: int = 1
@@ -164,8 +161,6 @@ class World:
         seconds = self.computing + self.row * self.subject.config.train.batch_size
         if any(isinstance(m, MoE) for m in model.modules()):
             seconds += self.routing
-            counts = model.gates()[0](torch.linspace(-1, 1, 24 * MODEL.dim).view(24, -1)).counts
-            seconds += self.imbalance * (counts.max() - counts.min() > 1)
         seconds /= min(torch.get_num_threads(), self.cores)
         return float(seconds * (self.slow_dtype if model.compute_dtype == torch.float32 else 1.0))
 

@@ -1,7 +1,6 @@
 """Decoding as a subject: steps that are the same work, alternatives that do what they say, predictions, evidence."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,18 +10,25 @@ import torch
 from torch import Tensor
 
 from dsmini import Transformer, ops
-from dsmini.diagnosis import decoding, evidence, prices
-from dsmini.diagnosis import decoding_steps as steps
+from dsmini.diagnosis import contention, decoding, evidence
 from dsmini.diagnosis.arms import Arm, predict
-from dsmini.diagnosis.decoding import Acceptance, DecodingPrices, DecodingSubject, accepted_guesses
-from dsmini.diagnosis.decoding_steps import EXPANDED, MHA, PLAIN, WEIGHTS, Point, Variant, filled_cache, guessing_steps
+from dsmini.diagnosis.decoding import (
+    ABSORBED,
+    PLAIN,
+    VARIANTS,
+    Acceptance,
+    DecodingPrices,
+    DecodingSubject,
+    Point,
+    accepted_guesses,
+    filled_cache,
+    guessing_steps,
+)
 from dsmini.diagnosis.diagnosis import Plan, diagnose
-from dsmini.diagnosis.evidence import decoding_evidence, line_through
-from dsmini.diagnosis.loading import DecodedModel
+from dsmini.diagnosis.evidence import all_evidence
 from dsmini.diagnosis.pages import record_of
 from dsmini.inference.fused import Decoder
 from dsmini.inference.speculative import Drafter
-from dsmini.measure.turns import Turns
 from dsmini.nn import MLA, Cache, FeedForward, MoE, mla
 from dsmini.report import Report
 from tests.conftest import Clock
@@ -36,9 +42,7 @@ def arm_of(subject: DecodingSubject, name: str) -> Arm:
     return next(arm for arm in subject.arms(None) if arm.name == name)
 
 
-NAMES = (
-    "free_cache expanded_mla mha_baseline uniform_routing dense_active drafts all_threads bfloat16_weights fp8_weights"
-)
+NAMES = (*VARIANTS, "all_threads")
 
 
 def logits(subject: DecodingSubject) -> Tensor:
@@ -57,10 +61,10 @@ def rows(subject: DecodingSubject) -> list[Tensor]:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let few steps be timed together, and two threads have twice the products and 1.25 times the memory of one."""
-    monkeypatch.setattr(steps, "TURN", 0.001)
+    monkeypatch.setattr(decoding, "TURN", 0.001)
     monkeypatch.setattr(decoding, "TURNS", 1)
-    monkeypatch.setattr(prices, "matmul_rate", lambda *_: 1e9 * torch.get_num_threads())
-    monkeypatch.setattr(prices, "read_bandwidth", lambda *_: 1e9 * (3 + torch.get_num_threads()))
+    monkeypatch.setattr(contention, "matmul_rate", lambda *_: 1e9 * torch.get_num_threads())
+    monkeypatch.setattr(contention, "read_bandwidth", lambda *_: 1e9 * (3 + torch.get_num_threads()))
 
 
 @pytest.fixture
@@ -85,7 +89,7 @@ def paid(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[i
 def test_cache_is_the_same_after_a_step(decoding: DecodingSubject) -> None:
     before, lengths = rows(decoding), decoding.cache.lengths.clone()
     for _ in range(3):
-        assert decoding.seconds() > 0
+        assert decoding.seconds(PLAIN) > 0
     assert torch.equal(decoding.cache.lengths, lengths) and lengths.tolist() == [64, 64]
     assert all(map(torch.equal, rows(decoding), before))
 
@@ -94,7 +98,7 @@ def test_text_is_what_was_read() -> None:
     """Check that each sequence has its own piece of the text, and that a short one is repeated."""
     model = Transformer(LONG).eval()
     text = torch.arange(10)
-    found = DecodingSubject(DecodedModel(model=model, trained=True, text=text), batch=2, context=8)
+    found = DecodingSubject(model, batch=2, context=8, trained=True, text=text)
     assert found.rows == [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 0, 1, 2, 3, 4, 5]]
     cache = model.new_cache(2, 8)
     with torch.no_grad():
@@ -106,7 +110,7 @@ def test_text_is_what_was_read() -> None:
 # --- alternatives
 
 
-@pytest.mark.parametrize("name", NAMES.split())
+@pytest.mark.parametrize("name", NAMES)
 def test_alternative_leaves_the_subject_as_it_is(decoding: DecodingSubject, name: str) -> None:
     """Check modules, weights, logits, cache and threads."""
     before, modules, kept = logits(decoding), list(decoding.model.modules()), rows(decoding)
@@ -122,28 +126,23 @@ def test_alternative_leaves_the_subject_as_it_is(decoding: DecodingSubject, name
 def test_alternatives_decode_what_they_say(decoding: DecodingSubject) -> None:
     """Check the kinds of layers and the dtypes of each variant, and that the rest is shared."""
     model = decoding.model
-    mha, dense = MHA.change(model), steps.DENSE.change(model)
+    made = {name: variant.change(model) for name, variant in VARIANTS.items()}
+    mha, dense = made["mha_baseline"], made["dense_active"]
     heads = MODEL.n_heads * (MODEL.qk_nope_head_dim + MODEL.v_head_dim)
     assert filled_cache(mha, point_of(decoding)).stores[0].data.shape[2] == heads
     assert mha.embed is model.embed and mha.layers[1].ffn is model.layers[1].ffn
     assert isinstance(model.layers[1].ffn, MoE) and isinstance(model.layers[0].attn, MLA)
     assert isinstance(dense.layers[1].ffn, FeedForward) and dense.layers[1].ffn.w1.weight.shape == (3 * 16, 32)
     assert dense.layers[0].ffn is model.layers[0].ffn
-    assert WEIGHTS["bfloat16"].change(model).embed.weight.dtype == torch.bfloat16
-    assert torch.float8_e4m3fn in {t.dtype for t in WEIGHTS["fp8"].change(model).layers.state_dict().values()}
+    assert made["bfloat16_weights"].embed.weight.dtype == torch.bfloat16
+    assert torch.float8_e4m3fn in {t.dtype for t in made["fp8_weights"].layers.state_dict().values()}
     assert torch.float8_e4m3fn not in {t.dtype for t in model.state_dict().values()}
     assert model.get_parameter("layers.0.attn.wo.weight").dtype == torch.float32 == model.embed.weight.dtype
-    free = steps.FREE_CACHE.at(point_of(decoding))
-    assert (free.context, free.batch) == (1, 2)
-    uniform, tokens = steps.UNIFORM.change(model), torch.arange(8).view(2, 4)
-    with torch.no_grad():
-        found, own = (each.states(tokens).routing[0].counts.tolist() for each in (uniform, model))
-    assert found == [2] * 8 and own != [2] * 8
 
 
-@pytest.mark.parametrize(("arm", "form"), [(EXPANDED, "expanded"), (steps.ABSORBED, "absorbed")])
+@pytest.mark.parametrize(("arm", "form"), [(VARIANTS["expanded_mla"], "expanded"), (ABSORBED, "absorbed")])
 def test_forms_are_those_asked_for(
-    decoding: DecodingSubject, arm: Variant, form: str, monkeypatch: pytest.MonkeyPatch
+    decoding: DecodingSubject, arm: decoding.Variant, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check the forms of both layers, and that the token is the subject's: rows and tokens are shared."""
     seen: list[str] = []
@@ -163,7 +162,7 @@ def test_plain_step_changes_by_the_ratio_of_two_variants(
     decoding: DecodingSubject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check 0.6 s by kernels, and 5 s expanded next to 3 s absorbed by modules: 1 s. MHA has kernels of its own."""
-    seconds = {steps.EXPANDED: 5.0, steps.ABSORBED: 3.0, steps.MHA: 0.4}
+    seconds = {VARIANTS["expanded_mla"]: 5.0, ABSORBED: 3.0, VARIANTS["mha_baseline"]: 0.4}
     monkeypatch.setattr(decoding, "seconds", seconds.__getitem__)
     for name, want in (("expanded_mla", 1.0), ("mha_baseline", 0.4)):
         with arm_of(decoding, name).apply() as step:
@@ -173,14 +172,12 @@ def test_plain_step_changes_by_the_ratio_of_two_variants(
 # changes of the model, sequences, cached tokens; words of the reason why an alternative is not tried, "" for none
 BASELINE: dict[str, Any] = {"attention": "mha", "n_dense_layers": 2, "n_mtp_layers": 0}
 REASONS: list[tuple[dict[str, Any], int, int, str, str]] = [
-    ({}, 1, 64, "uniform_routing", "try --batch 8"),
-    ({}, 2, 64, "uniform_routing", ""),
+    ({}, 1, 64, "dense_active", ""),
     ({"max_seq_len": 65}, 1, 64, "drafts", "no room for a guess"),
     ({"max_seq_len": 8}, 1, 1, "free_cache", "only 1 cached token"),
     (BASELINE, 1, 64, "expanded_mla", "only MLA has two forms"),
     (BASELINE, 1, 64, "mha_baseline", "already"),
     (BASELINE, 1, 64, "dense_active", "no routed experts"),
-    (BASELINE, 1, 64, "uniform_routing", "no routed experts"),
     (BASELINE, 1, 64, "drafts", "no multi-token prediction"),
     ({}, 1, 64, "fp8_weights", "no kernels serve"),
 ]
@@ -197,14 +194,6 @@ def test_reasons_not_to_try(changes: dict[str, Any], batch: int, context: int, n
 # --- guesses
 
 
-def test_wilson_interval_holds_at_the_ends() -> None:
-    """Compare with Brown, Cai and DasGupta 2001: 0 of 10 is below 0.2775, 10 of 10 above 0.7225."""
-    none, all_of = (Acceptance(drafted=10, accepted=n, tokens_per_step=1.0) for n in (0, 10))
-    assert (none.share.low, none.share.high) == (0.0, pytest.approx(0.2775, abs=1e-3))
-    assert (all_of.share.low, all_of.share.high) == (pytest.approx(0.7225, abs=1e-3), 1.0)
-    assert Acceptance(drafted=0, accepted=0, tokens_per_step=1.0).share.low == 0.0
-
-
 def test_model_of_one_token_accepts_all_guesses() -> None:
     """Check a head that always makes the same token: every guess is right, so that a step makes two tokens."""
     model = Transformer(LONG, compute_dtype=torch.float32).eval()
@@ -213,7 +202,7 @@ def test_model_of_one_token_accepts_all_guesses() -> None:
     found = accepted_guesses(model, [[1, 2, 3], [4, 5]])
     assert found.accepted == found.drafted > 0 and found.tokens_per_step == 2.0
     for trained in (True, False):
-        subject = DecodingSubject(DecodedModel(model=model, trained=trained), context=8)
+        subject = DecodingSubject(model, context=8, trained=trained)
         (finding,) = subject.look()
         assert finding.value == 1.0 and "2.00" in finding.sentence and not finding.is_fault
         assert ("random" in finding.sentence) == (not trained)
@@ -250,9 +239,8 @@ def test_time_of_a_token_is_shared_by_accepted_guesses(
 def test_every_arm_is_predicted(decoding: DecodingSubject) -> None:
     """Check that each has a prediction, and that nothing of the model changes."""
     before = logits(decoding)
-    every = [dataclasses.replace(arm, why_not=None) for arm in decoding.arms(invented_rates())]
-    found = predict(every)
-    assert found.keys() == {"plain", *NAMES.split()} and min(found.values()) > 0
+    found = predict(decoding.arms(invented_rates()), decoding.prices)
+    assert found.keys() == {"plain", *NAMES} and min(found.values()) > 0
     assert torch.equal(logits(decoding), before)
 
 
@@ -263,7 +251,7 @@ def test_narrow_model_tells_seconds_of_a_cached_token(decoding: DecodingSubject,
     found = priced.forecast(PLAIN)
     assert priced.narrow[PLAIN, 2][1] == pytest.approx(1e-4)
     assert found.by_class["cached tokens"] == pytest.approx(1e-4 * (64 - priced.low))
-    assert priced.forecast(steps.FREE_CACHE).by_class["cached tokens"] == pytest.approx(1e-4 * (1 - priced.low))
+    assert priced.forecast(VARIANTS["free_cache"]).by_class["cached tokens"] == pytest.approx(1e-4 * (1 - priced.low))
     assert found.seconds > 64e-4
 
 
@@ -281,42 +269,23 @@ def test_slowed_cached_attention_is_found(paid: Any, slow: bool) -> None:
 # --- evidence
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence, "MOST_TURNS", 1)
-    monkeypatch.setattr(evidence, "BATCHES", (1, 2, 4))
-    monkeypatch.setattr(evidence, "CONTEXTS", (0.25, 1.0))
-
-
-SECTIONS = ("context_slope", "batches", "threads", "roofline")
-
-
 @pytest.mark.parametrize("with_rates", [True, False])
-@pytest.mark.parametrize("name", SECTIONS)
-def test_section_of_each(decoding: DecodingSubject, quick: None, name: str, with_rates: bool) -> None:
-    """Check table or figures, finding and JSON, and that cache and threads are as before."""
+def test_evidence_of_decoding(decoding: DecodingSubject, monkeypatch: Any, with_rates: bool) -> None:
+    """Check tables or figures, finding and JSON, and that cache and threads are as before."""
+    monkeypatch.setattr(evidence, "MOST_TURNS", 1)
+    monkeypatch.setattr("dsmini.diagnosis.decoding.BATCHES", (1, 2, 4))
+    monkeypatch.setattr(evidence, "cores", lambda: 2)
     threads, lengths = torch.get_num_threads(), decoding.cache.lengths.tolist()
     decoding.arms(invented_rates() if with_rates else None)
-    each = next(each for each in decoding_evidence(decoding, 0.001) if each.name == name)
-    if each.why_not and name != "threads":
-        pytest.skip(each.why_not)
-    section, compared = each.run(1e6)
-    assert section.name == name and section.finding.endswith(".") and section.plots[0].series
-    assert section.figures if compared is None else set(compared.turns.seconds) == {arm.name for arm in compared.arms}
-    assert compared is None or bool(compared.predicted) == with_rates
-    assert all(json.loads(line) for line in Report(title="A", sections=[section]).json_lines())
+    made = [each for each in all_evidence(decoding, 0.001) if not each.why_not]
+    assert [each.name for each in made] == ["batches", "threads", "roofline"][: 2 + with_rates]
+    for each in made:
+        section, compared = each.run(1e6)
+        assert section.name == each.name and section.finding.endswith(".") and section.plots[0].series
+        if compared is None:
+            assert section.figures
+        else:
+            assert set(compared.turns.seconds) == {arm.name for arm in compared.arms}
+            assert bool(compared.predicted) == with_rates
+        assert section.title in Report(title="A", sections=[section]).html()
     assert torch.get_num_threads() == threads and decoding.cache.lengths.tolist() == lengths
-
-
-def test_slopes_of_all_forms(decoding: DecodingSubject, quick: None) -> None:
-    """Check that each form has a line of its own, whose predicted slope is that of its narrow model."""
-    slopes = {"absorbed": 1e-7, "expanded": 2e-6, "MHA": 3e-7}
-    decoding.arms(invented_rates())
-    assert decoding.prices is not None
-    for variant, slope in zip((PLAIN, EXPANDED, MHA), slopes.values(), strict=True):
-        decoding.prices.narrow[variant, decoding.batch] = (0.0, slope)
-    section, compared = decoding_evidence(decoding, 0.001)[0].run(1e6)
-    assert compared is not None and {arm.line for arm in compared.arms} == slopes.keys()
-    predicted = dataclasses.replace(compared, turns=Turns({name: [s] for name, s in compared.predicted.items()}))
-    assert {form: line_through(predicted, form)[1] for form in slopes} == pytest.approx(slopes, rel=1e-3)
-    assert "us absorbed" in section.finding and "bytes from memory" in section.finding

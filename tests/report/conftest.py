@@ -7,20 +7,19 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
-from dsmini.report import Detail, Figure, HeatMap, Plot, Report, Section, Series, Table
+from dsmini.report import Detail, Figure, Plot, Report, Section, Series, Table, heat_map
 from tests.helpers import fake_questions as fake
 
 
-def heat_map(values: list[list[float | None]]) -> HeatMap:
-    return HeatMap(
-        title="Time of a step",
-        x="hardware",
-        y="kv_lora_rank",
+def heated(values: list[list[float | None]]) -> Table:
+    return heat_map(
+        "Time of a step",
+        "hardware",
+        "kv_lora_rank",
         columns=[f"<column {i}>" for i in range(len(values[0]))],
         rows=[f"row {i}" for i in range(len(values))],
         values=values,
         cells=[["" if v is None else f"{v:g} ms" for v in row] for row in values],
-        caption="A caption.",
     )
 
 
@@ -54,7 +53,7 @@ def planned() -> Report:
         title="How much?",
         finding="Little.",
         details={"Cache": [cache, Detail(name="row", title="Row of a <layer>", value="1152 B")]},
-        heat_maps=[heat_map([[1.0, 2.0], [None, 3.0]])],
+        tables=[heated([[1.0, 2.0], [None, 3.0]])],
     )
     facts = {"The machine": {"processor": "a <laptop>"}}
     numbers = [("70 kB", "a token")]

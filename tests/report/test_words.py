@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from dsmini.report import Figure, units
-from dsmini.report.rows import ratio
+from dsmini.report.tables import ratio
 
 
 def figure(measured: float | None, **given: Any) -> Figure:

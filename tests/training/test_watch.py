@@ -58,7 +58,7 @@ Part = tuple[int, dict[str, Any]]
 def watched(*parts: Part, machine: Machine | None = None, watch: RunWatch | None = None) -> list[BindingChange]:
     """Return the changes that a watch says in these steps."""
     machine = machine or Machine()
-    watch = watch or RunWatch(CPU, 1, machine.read)
+    watch = watch or RunWatch(CPU, machine.read)
     numbers, changes = itertools.count(1), []
     for length, fields in parts:
         machine.others, machine.missed = (fields.get(name, 0.0) for name in ("others", "missed"))
@@ -102,10 +102,6 @@ SCRIPTS: dict[str, tuple[list[Part], list[tuple[int, str]]]] = {
     "no skew of experts": ([(60, SKEWED)], [(20, "")]),
     "idle experts": ([(59, SKEWED), (100, COLLAPSED)], [(20, ""), (94, "Algorithm")]),
     "what takes time before idle experts": ([(59, {"wait": 0.3, **COLLAPSED})], [(40, "Data")]),
-    "steps without finite gradient": (
-        [(51, {}), *([(1, {"skipped": True}), (3, {})] * 17)],
-        [(20, ""), (80, "Algorithm")],
-    ),
     "no larger batches": ([(99, {}), (100, {"seconds": 2 * SECONDS, "tokens": 16})], [(20, "")]),
     # a step becomes slower as more experts have work, as that of the toy does
     "no experts in balance": ([(99, UNEVEN), (100, {"seconds": 1.3 * SECONDS, **EVEN})], [(20, "")]),
@@ -146,17 +142,6 @@ def test_noise_of_30_percent_does_not_flap(seed: int) -> None:
     assert len(watched(*near_the_limit)) <= 2, "what it starts with, and the one that it settles at"
     of_seconds = [(1, {"seconds": SECONDS * rng.uniform(0.7, 1.3)}) for _ in range(3000)]
     assert [(at(change), change.binds) for change in watched(*of_seconds)] == [(20, "")]
-
-
-@pytest.mark.parametrize(("others", "binds"), [(0.0, "Machine"), (1.0, "")])
-def test_fewer_threads_than_cores_bind_unless_others_use_them(
-    monkeypatch: pytest.MonkeyPatch, others: float, binds: str
-) -> None:
-    monkeypatch.setattr("dsmini.diagnosis.watch.cores", lambda: 2)
-    machine = Machine()
-    for threads, want in ((2, binds), (1, "")):  # torch chose one thread by itself
-        watch = RunWatch(CPU, threads, machine.read)
-        assert [change.binds for change in watched((60, {"others": others}), machine=machine, watch=watch)] == [want]
 
 
 # A run with a watcher
@@ -204,12 +189,12 @@ def test_watched_run_that_stops_and_resumes_is_the_run_without_to_the_bit(
     assert never.train()
     want = whole(never)
     training = new_run(tmp_path / "watched", **RICH)
-    training.watch = RunWatch(CPU, 1).see
+    training.watch = RunWatch(CPU).see
     with monkeypatch.context() as patch:
         kill(patch, training.trainer, "forward_backward", calls(training, 5, 0), True)
         stopped(training)
     again = resumed(tmp_path / "watched", **RICH)
-    watch = RunWatch(CPU, 1)
+    watch = RunWatch(CPU)
     again.watch = watch.see
     assert again.train()
     got = whole(again)

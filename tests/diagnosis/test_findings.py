@@ -1,0 +1,175 @@
+"""Findings in texts and batches: copies, leaks, wrong targets and padding, put in where the truth is known."""
+
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsmini.data.corpus import Corpus
+from dsmini.diagnosis import findings
+from dsmini.diagnosis.findings import DUPLICATES, LEAK, duplicates, held_out_leak, padding, wrong_targets
+from dsmini.nn.transformer import IGNORE
+from tests.helpers.token_texts import batches, corpus, random_text
+
+LENGTH = 200
+"""Tokens of a passage where a token is a byte."""
+
+
+# --- the default text
+
+
+def test_default_corpus_is_healthy(default: Corpus) -> None:
+    """Check all findings: licence headers are copies, and there is room for other versions of Python."""
+    copies, leak, targets = duplicates(default), held_out_leak(default), wrong_targets(batches(default))
+    assert not any(each.is_fault for each in (copies, leak, targets))
+    assert 0.005 < copies.value < DUPLICATES / 3 and leak.value < LEAK / 2 and targets.value == 0.0
+
+
+# --- copies
+
+
+@pytest.mark.parametrize("kinds", [256, 129_280])
+@pytest.mark.parametrize(("length", "copied"), [(LENGTH - 1, 0), (LENGTH, LENGTH), (1000, 1000)])
+def test_copied_piece_is_counted_twice(kinds: int, length: int, copied: int) -> None:
+    """Check that a piece shorter than a passage is no copy."""
+    text = random_text(100_000, kinds)
+    text[70_000 : 70_000 + length] = text[10_000 : 10_000 + length]
+    found = duplicates(corpus(text))
+    assert found.value == 2 * copied / 100_000
+    assert not found.is_fault and not found.fix
+
+
+def test_leak_is_the_share_of_held_out_tokens() -> None:
+    train, val = random_text(50_000), random_text(5_000, seed=1)
+    assert held_out_leak(corpus(train, val)).value == 0.0
+    val[1_000:2_000] = train[40_000:41_000]
+    found = held_out_leak(corpus(train, val))
+    assert found.value == 0.2 and found.is_fault and "held-out" in found.sentence
+
+
+@pytest.mark.parametrize("n", [1, LENGTH - 1, LENGTH])
+def test_text_shorter_than_two_passages_has_no_copies(n: int) -> None:
+    short, beside = corpus(random_text(n)), corpus(random_text(1_000), random_text(n, seed=1))
+    for found in (duplicates(short), duplicates(beside), held_out_leak(beside)):
+        assert found.value == 0.0 and not found.is_fault
+
+
+def brute_force(text: list[int], other: list[int] | None, length: int) -> float:
+    """Return the share of tokens in passages that occur twice in the text, or once in the other one."""
+
+    def all_of(ids: list[int]) -> list[tuple[int, ...]]:
+        return [tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)]
+
+    counts = Counter(all_of(text if other is None else other))
+    copied = [counts[passage] >= (2 if other is None else 1) for passage in all_of(text)]
+    return float(np.mean([any(copied[max(0, t - length + 1) : t + 1]) for t in range(len(text))]))
+
+
+tokens = st.sampled_from([0, 1, 2, 1 << 8, 1 << 16])  # whose sums, orders and high bytes must not be mixed up
+ids = st.lists(tokens, min_size=5, max_size=80)
+
+
+@given(text=ids, other=ids, length=st.integers(1, 5))
+def test_copied_share_is_that_of_brute_force(text: list[int], other: list[int], length: int) -> None:
+    both = np.array(text, dtype=np.uint32), np.array(other, dtype=np.uint32)
+    hashes, others = (findings.passage_hashes(each, length) for each in both)
+    for copied, want in (
+        (findings.repeated(hashes), brute_force(text, None, length)),
+        (findings.occurring(hashes, others), brute_force(text, other, length)),
+    ):
+        assert findings.share_covered(copied, length) == want
+
+
+# --- large texts
+
+
+def test_of_a_large_text_the_beginning_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a copy inside the first 10,000 tokens, and one after them that is not seen; the sentence says so."""
+    monkeypatch.setattr(findings, "MOST_READ", 10_000)
+    monkeypatch.setattr(findings, "MOST_HELD_OUT", 1_000)
+    text, held_out = random_text(50_000), random_text(5_000, seed=1)
+    text[5_000:5_500] = text[1_000:1_500] = held_out[:500]
+    text[30_000:31_000] = text[20_000:21_000] = held_out[2_000:3_000]
+    copies, leak = duplicates(corpus(text, held_out)), held_out_leak(corpus(text, held_out))
+    assert copies.value == 0.1 and "the first 10,000 of 50,000 tokens were compared" in copies.sentence
+    assert leak.value == 0.5 and "the first 1,000 of 5,000 tokens" in leak.sentence
+
+
+@pytest.mark.slow
+def test_largest_texts_fit_into_memory(tmp_path: Path) -> None:
+    """Map 100 million random tokens: most of it is never read, and none is held."""
+    path = tmp_path / "train.bin"
+    with path.open("wb") as file:
+        rng = np.random.default_rng(0)
+        for _ in range(100):
+            file.write(rng.bytes(2_000_000))
+    mapped = np.memmap(path, dtype=np.uint16, mode="r")
+    text = corpus(mapped, mapped[-1_000_000:])
+    tracemalloc.start()
+    try:
+        found = [duplicates(text), held_out_leak(text)]
+        assert tracemalloc.get_traced_memory()[1] < 1 << 30
+    finally:
+        tracemalloc.stop()
+    assert not any(each.is_fault for each in found)
+
+
+# --- padding
+
+OUT = IGNORE
+# targets, the share that is left out, if it is a fault, and words of the sentence
+PADDED: dict[str, tuple[list[list[int]], float, bool, str]] = {
+    "none": ([[0] * 8] * 6, 0.0, False, "0.0% of the 48 targets"),
+    "two of three at the end": ([[1, 2, OUT, 4, OUT, OUT]], 0.5, True, "33.3% stand after"),
+    "a masked prompt is context": ([[OUT] * 9 + [1]] * 2, 0.9, False, "0.0% stand after"),
+    "a row without a target": ([[1, 2], [OUT, OUT]], 0.5, True, "50.0% stand after"),
+    "a tenth": ([[0] * 90 + [OUT] * 10], 0.1, False, "10.0% stand after"),
+    "more than a tenth": ([[0] * 89 + [OUT] * 11], 0.11, True, "11.0% stand after"),
+}
+
+
+@pytest.mark.parametrize("case", PADDED)
+def test_targets_after_the_last_that_counts_are_for_nothing(case: str) -> None:
+    rows, share, is_fault, words = PADDED[case]
+    found = padding([torch.tensor(rows)])
+    assert (found.value, found.is_fault, bool(found.fix)) == (share, is_fault, is_fault) and words in found.sentence
+
+
+# --- targets that are not the next token
+
+
+def masked(x: Tensor, y: Tensor) -> Tensor:
+    y[:, -1], y[:, 10:20] = 0, IGNORE
+    return y
+
+
+def one_wrong(x: Tensor, y: Tensor) -> Tensor:
+    y[5, 77] += 1
+    return y
+
+
+# what changes targets of 8 rows of 256 tokens, and words of the sentence where they are at fault
+TARGETS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "shuffled": (lambda x, y: y.flatten()[torch.randperm(y.numel())].reshape(y.shape), "not the next token"),
+    "another row": (lambda x, y: y.roll(1, 0), "not the next token"),
+    "the token itself": (lambda x, y: x, "not the next token"),
+    "two ahead": (lambda x, y: y.roll(-1, 1), "not the next token"),
+    "one wrong": (one_wrong, "1 of 2,040 targets"),
+    "right": (lambda x, y: y, ""),
+    "last targets of rows, and masked ones": (masked, ""),
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_wrong_targets_are_a_fault(default: Corpus, case: str) -> None:
+    change, words = TARGETS[case]
+    found = wrong_targets([(x, change(x, y.clone())) for x, y in batches(default, rows=8)])
+    assert found.is_fault == bool(words) == (found.value > 0) and words in found.sentence
+    assert not words or "loader" in found.fix
