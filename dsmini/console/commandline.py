@@ -76,6 +76,10 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
             print(short_help(kind, prog, help, default))
         sys.exit(0)
     more = f"{prog} {'--help' if help is None else '--help-all'}"
+    several = {flag.split()[0] for _, flag, _ in flags(kind, default) if flag.endswith(" ...")}
+    for word, following in itertools.zip_longest(args, args[1:]):  # tyro takes it for an empty list
+        if word.replace("_", "-") in several and (following is None or following.startswith("--")):
+            raise ValueError(f"{word} needs a value, got {following or 'nothing'}; give it one, or leave the flag out")
     options: dict[str, Any] = {} if default is None else {"default": default}
     args, said = ["--help" if arg == "--help-all" else arg for arg in args], io.StringIO()
     try:

@@ -72,6 +72,7 @@ BAD = {
     f"{V3} --gpus x": "error: --gpus: no type matching {None}|INT could be instantiated from ['x']; see ",
     f"{V3} --tokens=many": "error: --tokens: no type matching ",
     f"{V3} --zero 7": "error: invalid choice '7' for argument '--zero'",
+    f"{V3} --vary": "--vary needs a value, got nothing",
     f"{V3} --gpus --search": "error: Missing value for argument '--gpus'",
     f"{V3} --gpus 0": "error: gpus=0 is not positive; use 1 or more",
     f"{V3} --drafts -1": "error: drafts=-1 is negative; use 0 or more",

@@ -174,13 +174,15 @@ BAD = {
     "runs/nothing": "there is no folder runs/nothing; name a training run, such as runs/toy-001, one of",
     "nothing": "or a DeepSeek or Hugging Face folder with config.json",
     "full": "full has neither the config.toml of a training run nor the config.json",
-    "runs/x --prompt-file": "Missing value for argument '--prompt-file'",
+    "runs/x --prompt": "--prompt needs a value, got nothing; give it one, or leave the flag out",
+    "runs/x --stop --seed 3": "--stop needs a value, got --seed",
+    "runs/x --prompt_file": "--prompt_file needs a value",
     "runs/x --temperature nan": "temperature=nan is not 0 or more",
     "runs/x --seed 99999999999999999999": "is too large",
     "runs/x --top-k 0": "top_k=0",
     "runs/x --max-new-tokens -1": "max_new_tokens=-1 is not a whole number from 0 on",
     "runs/x --dtype float16": "float32",
-    "": "Missing",
+    "": "RUN_OR_FOLDER is missing",
 }
 
 

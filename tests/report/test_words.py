@@ -10,7 +10,7 @@ from dsmini.report.tables import ratio
 
 def figure(measured: float | None, **given: Any) -> Figure:
     """Return a figure whose interval is its median."""
-    usual: dict[str, Any] = {"question": "q", "case": {"n": 1}, "metric": "time", "unit": "s", "better": "lower"}
+    usual: dict[str, Any] = {"question": "q", "case": {"n": 1}, "metric": "time", "unit": "s"}
     return Figure(**{**usual, "low": measured, "high": measured, **given}, measured=measured)
 
 
