@@ -56,6 +56,8 @@ class RunState:
     """Hash of the corpus that was trained on."""
     row: dict
     """Line of the last step in metrics.jsonl; a validation due at this step is not yet in it."""
+    rewinds: int = 0
+    """Number of times that the run went back to a checkpoint after a spike of the loss."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -62,6 +62,9 @@ class TrainConfig:
     """Decay per step of an EMA of the parameters, such as 0.99; left out: no EMA."""
     max_skipped: int = setting(10, least=1, resume="none")
     """Number of steps in a row without a finite loss and gradient after which the run stops."""
+    max_rewinds: int = setting(0, least=0, resume="none")
+    """Number of times that a spike of the loss sends the run back to its last checkpoint, to leave out the batches
+    since; 0: never."""
 
     bias_speed: float = setting(1e-3, least=0)
     """Change of the routing bias after each optimizer step (V3: 0.001)."""

@@ -6,7 +6,7 @@ runs/NAME/events.jsonl              the log of rank 0
 runs/NAME/events-rank-0003.jsonl    what another rank has to say, such as a stall that it found
 
 A line holds the event, the wall time, the attempt and the step: started (from step 0 or a checkpoint), restored, step,
-saved (its files are on the disk), validated, plotted, quarantined, stalled, corrupted, and stopped, failed or
+saved (its files are on the disk), validated, plotted, rewound, quarantined, stalled, corrupted, and stopped, failed or
 finished, one of which ends an attempt, unless it was killed. Other fields depend on the event. A restarted run appends
 with the next attempt. A reader ignores a torn line, which a kill or a full disk leaves.
 
@@ -50,6 +50,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,12 @@ KEYS: dict[str, Any] = {
     **{"memory": int, "tokens": int, "seconds": float, "layer_max_vio": LIST, "loads": LIST},
 }
 """The keys of every row, in order, and the kinds of their values."""
+WINDOW = 128
+"""Number of the last losses among which a spike is seen."""
+THRESHOLD = 10.0
+"""Height of a spike in standard deviations."""
+LEAST = 1.0
+"""Smallest spike in nats, for a loss that hardly varies."""
 
 
 def row_of(step: StepResult, memory: int) -> Row:
@@ -228,6 +235,8 @@ class History:
         self.records: list[Row] = []
         self.skipped_in_a_row = 0
         """Number of steps without a finite gradient and loss since the last one that was not skipped."""
+        self.rewinds = 0
+        """Number of times that the run went back to a checkpoint after a spike of the loss."""
 
     def add(self, row: Row) -> None:
         """Append the row of a step."""
@@ -250,7 +259,7 @@ class History:
             recorded: lines of metrics.jsonl.
             complete: the state is that of the last step, which is validated again in any case.
         """
-        self.skipped_in_a_row = state.skipped_in_a_row
+        self.skipped_in_a_row, self.rewinds = state.skipped_in_a_row, state.rewinds
         by_step = {row["step"]: row for row in recorded if row["step"] <= state.step}
         last = dict(state.row)
         if not complete and state.step in by_step:
@@ -272,6 +281,19 @@ class History:
         """Return the tokens per second of the last ten steps."""
         last = self.records[-10:]
         return sum(row["tokens"] for row in last) / sum(row["seconds"] for row in last)
+
+    def spike_limit(self) -> float:
+        """Return the loss above which the next one is a spike; infinity before a quarter of the window is known.
+
+        It is far above the median of the last WINDOW finite losses: THRESHOLD robust standard deviations, 1.4826 times
+        the median distance from the median (Iglewicz and Hoaglin, 1993), and LEAST nats besides. Neither a single odd
+        batch nor the fall of a young loss moves a median much, as they would a mean. A spike that stays becomes it.
+        """
+        losses = [row["loss"] for row in self.records[-WINDOW:] if row["loss"] is not None]
+        if len(losses) < WINDOW // 4:
+            return math.inf
+        middle = median(losses)
+        return middle + max(THRESHOLD * 1.4826 * median(abs(loss - middle) for loss in losses), LEAST)
 
     def load_shares(self) -> list[list[float]]:
         """Return for each MoE layer its experts' loads over the recent steps, as shares of the mean load."""

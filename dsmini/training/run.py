@@ -176,9 +176,9 @@ class TrainingRun:
     def train(self) -> bool:
         """Run the steps that are left, or those until a signal, and save the state; return whether it came to the end.
 
-        Raises: ArithmeticError after train.max_skipped steps in a row without a finite gradient, and for
-            replicas that differ; OSError, or rich's exit for a closed pipe, where something could not be written,
-            after saving the state if that can be done.
+        Raises: ArithmeticError after train.max_skipped steps in a row without a finite gradient, for replicas that
+            differ, and after more than train.max_rewinds spikes; OSError, or rich's exit for a closed pipe, where
+            something could not be written, after saving the state if that can be done.
         """
         self._begin(self.trainer.steps_done)
         agree = self.world.any if self.world.size > 1 else None
@@ -217,6 +217,8 @@ class TrainingRun:
             every = self.config.parallel.check_replicas
             if every and step.step % every == 0:
                 self._compare_replicas()
+            if train.max_rewinds and step.loss > self.world.first(history.spike_limit) and self._rewind(step):
+                continue
             # 2. log
             self._keep(step, change)
             self.progress.show(step, history.tokens_per_s(), "" if change is None else change.sentence)
@@ -319,6 +321,38 @@ class TrainingRun:
         if lost:
             of = f"{lost} of {checkpoint.state.step} steps"
             say(self.console, f"{METRICS} lacks {of}; the plots leave them out")
+
+    def _rewind(self, step: StepResult) -> bool:
+        """Return to the last checkpoint after a spike, and leave out the batches since; False if there is none.
+
+        This is PaLM's remedy (Chowdhery et al. 2022, section 5.1): these batches did not spike again when they were
+        fed to an older state.
+
+        Raises: ArithmeticError after train.max_rewinds of them.
+        """
+        rewinds, most, place = self.history.rewinds, self.config.train.max_rewinds, self.trainer.sequences
+        self._tell_failure(self.saver.finish)
+        if not self.world.first(lambda: bool(checkpoint_folders(self.folder))):
+            self.progress.say(f"step {step.step}: the loss is a spike; there is no checkpoint to return to")
+            return False
+        if rewinds >= most:
+            raise ArithmeticError(
+                f"the loss spiked again after {rewinds} rewinds, and {most} are allowed; look at the data, or continue "
+                "with a smaller learning rate"
+            )
+        self._close_records()
+        self.saver.restore(self.newest_checkpoint(self.progress.say))
+        self.trainer.sequences, self.history.rewinds = place, rewinds + 1  # the data continues after the spike
+        self.note("rewound")
+        self._open_records()
+        self._record()
+        self.saver.saved_at = None  # saved again, so that a run that is killed now knows what it leaves out
+        self._tell_failure(self._save)
+        self.progress.say(
+            f"step {step.step}: the loss {step.loss:.3f} is a spike; back to step {self.trainer.steps_done}, without "
+            f"the batches since (rewind {rewinds + 1} of {most})"
+        )
+        return True
 
     # --- what is written on the way
 

@@ -248,6 +248,7 @@ class Saver:
             sequences=trainer.sequences,
             average_updates=0 if trainer.average is None else trainer.average.updates,
             skipped_in_a_row=history.skipped_in_a_row,
+            rewinds=history.rewinds,
             corpus_sha256=trainer.corpus.sha256,
             row=dict(history.records[-1]),
         )

@@ -32,6 +32,7 @@ from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault, of_this_pr
 from tests.distributed.ranks import START, new_store, outcomes, run_ranks, spoken, start
 from tests.distributed.runs import (
     KILLED,
+    RECIPE,
     STEPS,
     before_each_step,
     differences,
@@ -466,3 +467,31 @@ def test_damaged_checkpoint_is_refused_before_anything_changes(tmp_path: Path) -
                 continue
             assert step == 6 and len(said) == (rank == 0), name  # rank 0 speaks
             assert not said or (f"step-{STEPS:06d}" in said[0] and "using step-000006" in said[0]), name
+
+
+# --- spikes
+
+SPIKE: dict[str, Any] = {"steps": 40, "max_rewinds": 2, "eval_every": 40, "ema_decay": None, "optimizer": "adamw"}
+
+
+def without_two_batches(world: World, folder: Path, step: int, sequences: int) -> bool:
+    training = new_run(world, folder, EP, **SPIKE)
+
+    def skip() -> None:
+        if training.trainer.steps_done == step:
+            training.trainer.sequences, training.history.rewinds = sequences, 1
+
+    before_each_step(training, skip)
+    return training.train()
+
+
+@pytest.mark.slow
+def test_spike_rewinds_and_leaves_its_batches_out(tmp_path: Path) -> None:
+    n = RECIPE["batch_size"]
+    assert run_ranks(2, run, tmp_path / "run", EP, parsed("spike:1:36:forward"), **SPIKE) == [True, True]
+    assert [event["step"] for event in events(tmp_path / "run", "rewound")] == [34]
+    assert run_ranks(2, without_two_batches, tmp_path / "want", 34, 36 * n) == [True, True]
+    assert differences(tmp_path / "run", tmp_path / "want", 40) == []
+    faults = parsed("spike:1:36:forward,spike:0:37:forward")
+    ends = outcomes(2, run, tmp_path / "many", EP, faults, **SPIKE | {"max_rewinds": 1})
+    assert statuses(ends) == [1, 1] and all("spiked again after 1 rewinds" in end.failure for end in ends)

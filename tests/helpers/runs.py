@@ -106,6 +106,7 @@ def whole(training: TrainingRun) -> dict[str, Any]:
         "sequences": trainer.sequences,
         "average updates": trainer.average and trainer.average.updates,
         "skipped": training.history.skipped_in_a_row,
+        "rewinds": training.history.rewinds,
         "rows": json.dumps(rows),
         "rows held": len(training.history.records),
     }

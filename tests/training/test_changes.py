@@ -32,7 +32,7 @@ EFFECTS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("data", dict(path=Path("x"), workers=2), []),
     (
         "train",
-        dict(max_skipped=3, eval_every=3, eval_tokens=3, eval_context=9, save_every=3, keep=3),
+        dict(max_skipped=3, max_rewinds=3, eval_every=3, eval_tokens=3, eval_context=9, save_every=3, keep=3),
         [],
     ),
     ("train", dict(save_in_background=True, tensorboard=True, diagnose=True, sample_tokens=3, sample_prompt="x"), []),

@@ -46,6 +46,7 @@ LOST: dict[str, Callable[[Checkpoint], Checkpoint]] = {
     "random state": lambda c: part("rng", cpu=torch.Generator().manual_seed(1).get_state())(c),
     "step": state(step=3),
     "data position": state(sequences=0),
+    "rewinds": state(rewinds=1),
     "row": lambda c: state(row={**c.state.row, "loss": 0.0})(c),
 }
 
