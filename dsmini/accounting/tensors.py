@@ -348,7 +348,7 @@ def check_depths(c: ModelConfig, seq_len: int) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameters:
-    """Number of parameters of a Transformer, and of those that a token meets in matrix products."""
+    """Number of parameters of a Transformer, and of those that a token uses in matrix products."""
 
     total: int
     """All parameters, those of the multi-token prediction blocks included."""

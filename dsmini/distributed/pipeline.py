@@ -7,7 +7,7 @@ A stage has consecutive layers of a model, the embedding with the first, norm, h
     zbv, dualpipev                  rank r has stages r and 2 pp - 1 - r, so the first rank has both ends
 
 Stages are cut where the largest cost is smallest. Simplified: the cost of a layer is the number of its matrices'
-parameters that a token meets. Attention to other tokens is not in it, since most layers have the same.
+parameters that a token uses. Attention to other tokens is not in it, since most layers have the same.
 
 A stage gives to the next its hidden states [b, s, m], and the balance losses of all MoE layers so far, [layers]. The
 last stage makes the losses of them, as one process does. MTP reads the embedding too. Where first and last stage are on
@@ -116,7 +116,7 @@ def divided(costs: Sequence[float], stages: int) -> tuple[range, ...]:
 
 
 def _cost(module: nn.Module, model: Transformer) -> float:
-    """Return the number of matrix parameters of a module that a token meets."""
+    """Return the number of matrix parameters of a module that a token uses."""
     routed = [p for moe in module.modules() if isinstance(moe, MoE) for p in moe.experts.parameters()]
     every, of_experts = (sum(p.numel() for p in ps if p.dim() > 1) for ps in (module.parameters(), routed))
     share = model.config.n_activated_experts / model.config.n_routed_experts

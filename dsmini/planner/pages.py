@@ -152,7 +152,7 @@ def lines_of(plan: Plan) -> dict[str, list[tuple[str, str]]]:
     if plan.fits:
         found["training"].append(("binds", plan.binds["training"].words))
         failures = (
-            f"A failure every {s.mean_time_to_failure}: {s.effective_share:%} of the time trains, with a "
+            f"A failure every {s.mean_time_to_failure}: {s.effective_share:%} of the time is training, with a "
             f"checkpoint every {s.checkpoint_interval}. The whole run takes {s.elapsed_time}."
         )
         found["reliability"] = [("failures", failures)]
