@@ -19,13 +19,13 @@ BLOCKS: dict[str, Any] = ODD | {
     "dim": 200,
     "inter_dim": 150,
     "moe_inter_dim": 136,
-    "kv_lora_rank": 130,
+    "kv_lora_rank": 129,
     "q_lora_rank": 144,
     "qk_nope_head_dim": 40,
     "qk_rope_head_dim": 10,
     "v_head_dim": 33,
 }
-"""Sizes that cut 128x128 blocks, and rows and units of vectors."""
+"""Sizes that cut 128x128 blocks, and rows and units of vectors; one number of the latent is left over."""
 GREEDY = {"score_func": "softmax", "topk_method": "greedy", "n_expert_groups": 1, "n_limited_groups": 1}
 MODELS: dict[str, dict[str, Any]] = {
     "odd": ODD,
