@@ -11,10 +11,11 @@ reproduced.
 """
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dsmini.accounting.flops import flops_per_token
 from dsmini.accounting.memory import kv_bytes_per_token
 from dsmini.planner.figure import Sheet
 from dsmini.planner.hardware import load_hardware
@@ -28,6 +29,8 @@ from dsmini.reading import read_toml
 Status = Literal["reproduced", "follows", "fitted", "missed", "misprint"]
 V2_BITS = 6
 """Bits of a number of V2's cache (V2, section 3.2.2)."""
+EXTENSION = ((32768, 1920), (131072, 480))
+"""Tokens and sequences of the steps in V3's two phases of context extension, 1000 each (V3, section 4.3)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,11 +87,14 @@ def sheet_of(name: str) -> Sheet:
 def computed() -> dict[str, float]:
     """Return our value of the figures that no sheet has as they are printed."""
     v3, mtp = sheet_of("deepseek-v3"), reference("deepseek-v3").n_mtp_layers
+    run, extended = sheet_of("run"), replace(reference("deepseek-v3"), max_seq_len=163840)
+    work = sum(flops_per_token(extended, n, training=True, mtp=False).total * 1000 * rows * n for n, rows in EXTENSION)
     v2_cache = kv_bytes_per_token(reference("deepseek-v2"), bytes_per_number=1) * V2_BITS / 8
     return {
         "v3_active_with_embedding": v3.parameters_active + v3.vocabulary_parameters,
         "v3_mtp": v3.mtp_parameters - mtp * v3.mtp_projection_layer,
         "v3_mtp_active": v3.mtp_active + mtp * (v3.vocabulary_parameters - v3.mtp_projection_layer),
+        "v3_extension_hours": work / (run.training_flops * run.tokens) * run.training_gpu_hours,
         "v2_cache_saving": 1 - v2_cache / sheet_of("deepseek-67b").kv_cache,
     }
 

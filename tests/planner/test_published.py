@@ -27,6 +27,7 @@ OURS = {
     "v2_flops": (155.3e9, 3e-4),
     "v2_cache_saving": (0.9334, 1e-4),
     "v3_step": (19.89, 0.001),
+    "v3_extension_hours": (75.3e3, 4e-3),
     "v3_speculation": (1.85, 1e-9),
     "llama_flops": (2473e9, 3e-4),
     "failure_16k": (1.803 * 3600, 1e-3),
@@ -46,9 +47,9 @@ def test_statuses_are_as_they_are_said() -> None:
     """Only what comes from sizes counts as reproduced: what rests on the step rests on one fitted constant."""
     by = {s: {name for name, f in FIGURES.items() if f.status == s} for s in get_args(Status)}
     assert by["fitted"] == {"v3_step", "v3_mfu", "v3_pretraining_hours", "v3_cost"}
-    assert by["missed"] == {"llama_flops", "v3_bubble", "failure_1k"}
+    assert by["missed"] == {"llama_flops", "v3_bubble", "failure_1k", "v3_extension_hours"}
     assert {status: len(names) for status, names in by.items()} == {
-        **{"reproduced": 10, "follows": 4, "fitted": 4, "missed": 3, "misprint": 2}
+        **{"reproduced": 10, "follows": 4, "fitted": 4, "missed": 4, "misprint": 2}
     }
 
 
