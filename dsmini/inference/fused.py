@@ -37,7 +37,7 @@ from dsmini.nn import (
     Routing,
     Transformer,
 )
-from dsmini.nn.cache import CachePositions, LayerCacheView, MTPCache
+from dsmini.nn.cache import CachePositions, Form, FormPolicy, LayerCacheView, MTPCache
 from dsmini.nn.layers import is_plain
 from dsmini.nn.mtp import MTPChain
 from dsmini.nn.rope import CosSin
@@ -360,7 +360,7 @@ class Decoder:
         Padding is computed too. What is written of it lies after the end of its row, and is overwritten later.
         """
         model, starts = self.model, cache.lengths
-        if None in self.blocks or not _is_step(tokens, starts, cache.max_seq_len) or cache.form == "expanded":
+        if None in self.blocks or not _is_step(tokens, starts, cache.max_seq_len) or not _absorbs(cache.form):
             return model.states(tokens, cache, lengths)
         with torch.no_grad():
             # 1. token ids to hidden states: [b, s, m]
@@ -397,7 +397,7 @@ class Decoder:
         weights, depth, chain = self.mtp_blocks[k], k + 1, self.model.mtp
         module: MTP = chain[k]
         starts = (at.positions[:, 0] - depth).expand(len(embedding))
-        short = cache.form == "expanded" or not _is_step(embedding, starts, cache.stores[k].data.shape[1])
+        short = not _absorbs(cache.form) or not _is_step(embedding, starts, cache.stores[k].data.shape[1])
         with torch.no_grad():
             if weights is None or short:
                 return chain.decode_depth(k, embedding, before.to(embedding.dtype), cache, at)
@@ -433,6 +433,11 @@ def _run(
     run = blocks_step.reference if ops.is_counting() else blocks_step
     x, *routing = run(x, blocks, caches, cos_sin, starts)
     return x, [Routing(*routing[i : i + 4]) for i in range(0, len(routing), 4)]
+
+
+def _absorbs(form: Form | FormPolicy) -> bool:
+    """Return True where a cache may be attended to in the absorbed form, the one that kernels have."""
+    return form in ("auto", "absorbed")
 
 
 def _is_step(x: Tensor, starts: Int[Tensor, " b"], room: int) -> bool:

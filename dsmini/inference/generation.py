@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -340,8 +340,17 @@ def padded(rows: list[list[int]]) -> Tensor:
 
 
 def rows_of(prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return prompts as lists of token ids."""
-    return [row.tolist() if isinstance(row, Tensor) else list(row) for row in prompts]
+    """Return prompts as lists of token ids.
+
+    Raises: ValueError for a row that does not hold whole numbers.
+    """
+    rows: list[Any] = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
+    for i, row in enumerate(rows):
+        if not isinstance(row, list | tuple) or not all(map(_is_whole, row)):
+            raise ValueError(
+                f"prompt {i} is not a row of whole numbers; want prompts [b, s], or a list of rows of token ids"
+            )
+    return [list(row) for row in rows]
 
 
 def check_request(
@@ -358,7 +367,7 @@ def check_request(
     if not _is_whole(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} is not a whole number from 0 on; use for example 64")
     for i, prompt in enumerate(prompts):
-        if wrong := [token for token in prompt if not _is_whole(token) or not 0 <= token < v]:
+        if wrong := [token for token in prompt if not 0 <= token < v]:
             raise ValueError(f"prompt {i} has token id {wrong[0]}, outside the vocabulary; want 0 to {v - 1}")
     if not prompts or not min(map(len, prompts)):
         raise ValueError("a prompt is empty, or there is none; give each at least one token")

@@ -145,7 +145,13 @@ def cached_mask(cache: LayerCacheView, mask: Mask | None) -> Bool[Tensor, "#b s 
 
 
 def context_of(x: Float[Tensor, "b s m"], rope: Rope) -> AttentionContext:
-    """Return the context of whole sequences: positions 0, 1, ..., and no cache."""
+    """Return the context of whole sequences: positions 0, 1, ..., and no cache.
+
+    Raises: ValueError for rows [n, m], such as a gate takes.
+    """
+    if x.dim() != 3:
+        fix = "x[None] is one sequence" if x.dim() == 2 else "join its first dimensions"
+        raise ValueError(f"attention got {tuple(x.shape)}; want [b, s, m], sequences of hidden states; {fix}")
     return AttentionContext(cos_sin=rope.cos_sin(torch.arange(x.shape[1], device=x.device)))
 
 

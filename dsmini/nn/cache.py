@@ -12,9 +12,10 @@ All memory is allocated when a cache is made, max_seq_len rows for each sequence
 valid lengths. `CachePositions` says where the new tokens of a call go, `LayerCacheView` is what a layer gets of it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +29,8 @@ ChosenForm = Literal["expanded", "absorbed"]
 """A way in which MLA attends to a cache (mla.py)."""
 Form = Literal["auto"] | ChosenForm
 """The same; auto is whichever is less work."""
+FormPolicy = Callable[[Any, int, Any], ChosenForm]
+"""Chooses the form from a layer, the number of new tokens and its LayerCacheView."""
 
 KEY_STEP = 64
 """Step in which the number of keys grows that attention reads."""
@@ -215,8 +218,8 @@ class LayerCacheView:
 
     store: LayerCache
     at: CachePositions
-    form: Form = "auto"
-    """The way MLA attends to the store; auto is the one with less work (mla.py)."""
+    form: Form | FormPolicy = "auto"
+    """The way MLA attends to the store, or what chooses it; auto is the one with less work (`mla.form_of`)."""
 
     @property
     def index(self) -> "LayerCacheView":
@@ -240,8 +243,8 @@ class LayerCacheView:
 class MTPCache:
     """The cache of the multi-token prediction blocks, which may have fewer tokens than the layers' cache."""
 
-    def __init__(self, stores: list[LayerCache], hidden: Float[Tensor, "b m"], form: Form) -> None:
-        self.form: Form = form
+    def __init__(self, stores: list[LayerCache], hidden: Float[Tensor, "b m"], form: Form | FormPolicy) -> None:
+        self.form: Form | FormPolicy = form
         self.stores = stores
         """One layer cache for each depth."""
         self.last = [hidden.clone() for _ in stores]
@@ -275,7 +278,7 @@ class Cache:
 
     Args:
         mtp: also make a cache for the multi-token prediction blocks.
-        form: how MLA attends to what is stored.
+        form: how MLA attends to what is stored, or a function that chooses it (FormPolicy).
         hidden_dtype: dtype of the hidden states between the multi-token prediction blocks.
     """
 
@@ -288,12 +291,12 @@ class Cache:
         device: torch.device,
         *,
         mtp: bool = False,
-        form: Form = "auto",
+        form: Form | FormPolicy = "auto",
         hidden_dtype: torch.dtype = torch.float32,
     ) -> None:
         _check(config, max_seq_len, dtype, form)
         self.config, self.max_seq_len = config, max_seq_len
-        self.form: Form = form
+        self.form: Form | FormPolicy = form
 
         def store() -> LayerCache:
             return new_layer_cache(config, batch_size, max_seq_len, dtype, device)
@@ -353,7 +356,10 @@ class Cache:
         Raises: ValueError for a length that is negative or longer than the row, and where multi-token prediction would
             have to forget: it can only begin again, from 0.
         """
-        wanted = torch.as_tensor(lengths, dtype=torch.int64, device="cpu").expand(self.batch_size)
+        wanted = torch.as_tensor(lengths, device="cpu")
+        if wanted.is_floating_point():
+            raise ValueError(f"truncate to {wanted.tolist()}; want whole numbers, such as int64")
+        wanted = wanted.long().expand(self.batch_size)
         if bool((wanted < 0).any()) or bool((wanted > self.lengths).any()):
             raise ValueError(f"truncate to {wanted.tolist()}, but the lengths are {self.lengths.tolist()}")
         if self.mtp is not None:
@@ -390,7 +396,7 @@ class Cache:
         return self.mtp
 
 
-def _check(config: ModelConfig, max_seq_len: int, dtype: CacheDtype, form: Form) -> None:
+def _check(config: ModelConfig, max_seq_len: int, dtype: CacheDtype, form: Any) -> None:
     if max_seq_len > config.max_seq_len:
         raise ValueError(
             f"a cache of {max_seq_len} tokens a sequence is longer than the model's max_seq_len={config.max_seq_len}; "
@@ -398,8 +404,8 @@ def _check(config: ModelConfig, max_seq_len: int, dtype: CacheDtype, form: Form)
         )
     if dtype == "fp8" and not config.is_mla:
         raise ValueError(f"dtype='fp8' is the layout of MLA's latent, not of attention={config.attention!r}; use BF16")
-    if form not in ("auto", "expanded", "absorbed"):
-        raise ValueError(f"form={form!r} is unknown; use auto, expanded or absorbed")
+    if form not in ("auto", "expanded", "absorbed") and not callable(form):
+        raise ValueError(f"form={form!r} is unknown; use auto, expanded, absorbed, or a function that chooses")
     if form == "absorbed" and (not config.is_mla or config.qk_norm):
         raise ValueError("form='absorbed' is MLA's without qk_norm; use expanded")
 

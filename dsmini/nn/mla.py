@@ -221,14 +221,20 @@ def attention_work(layer: MLA, queries: int, keys: int, gathered: int | None = N
 
 
 def form_of(layer: MLA, queries: int, cache: LayerCacheView) -> ChosenForm:
-    """Return the form in which a layer attends to a cache: the one that it asks for, or the one with less work.
+    """Return the form in which a layer attends to a cache: what the cache asks for, or the one with less work.
 
+    This is a policy, not a part of the layer: `new_cache(form=...)` takes another function in the place of auto.
     It is absorbed for the keys that an indexer chose, where a kernel gathers them: attention with a mask takes longer
     than the gather, also where it needs fewer operations (docs/log.md). Normed heads have no absorbed form, nor has a
     module in the place of wkv_b, such as a LoRA wrapper.
+
+    Raises: ValueError for a policy that returns anything else.
     """
     if cache.form != "auto":
-        return cache.form
+        form = cache.form(layer, queries, cache) if callable(cache.form) else cache.form
+        if form not in ("expanded", "absorbed"):
+            raise ValueError(f"form= is a function that returned {form!r}; want expanded or absorbed")
+        return form
     if layer.q_head_norm is not None or not is_plain(layer.wkv_b):
         return "expanded"
     indexer: Any = getattr(layer, "indexer", None)

@@ -13,7 +13,7 @@ from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.nn.attention import AttentionContext
 from dsmini.nn.block import Aux, Block
-from dsmini.nn.cache import Cache, CacheDtype, Form
+from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy
 from dsmini.nn.dsa import IndexerLoss
 from dsmini.nn.gate import Gate, Routing, sequence_balance_loss
 from dsmini.nn.layers import (
@@ -256,7 +256,7 @@ class Transformer(nn.Module):
         max_seq_len: int | None = None,
         dtype: CacheDtype | None = None,
         mtp: bool = False,
-        form: Form = "auto",
+        form: Form | FormPolicy = "auto",
     ) -> Cache:
         """Return an empty cache, with all its memory allocated.
 
@@ -264,7 +264,7 @@ class Transformer(nn.Module):
             max_seq_len: number of tokens of each sequence it has room for; None: the model's.
             dtype: dtype of what is stored, or "fp8" for V3.2's layout; None: the compute dtype.
             mtp: also store what the multi-token prediction blocks need, for `run(..., mtp=True)` and for drafting.
-            form: how MLA attends to it: expanded, absorbed, or auto, whichever is less work.
+            form: how MLA attends to it: expanded, absorbed, auto, whichever is less work, or a function that chooses.
         """
         if mtp and not len(self.mtp):
             raise ValueError("mtp=True, but the model has no multi-token prediction blocks; use n_mtp_layers=1")
