@@ -11,10 +11,11 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -63,7 +64,7 @@ def take_folder(args: Sequence[str], flag: str) -> tuple[Path | None, list[str]]
 
 
 def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = None, help: Help | None = None) -> C:
-    """Read the arguments into a dataclass; raise ValueError with one sentence for a wrong one.
+    """Read the arguments into a dataclass; explain a wrong one and exit with status 2.
 
     Args:
         name: the command module, as in python -m dsmini.NAME.
@@ -75,49 +76,83 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
         if speaks():
             print(short_help(kind, prog, help, default))
         sys.exit(0)
-    more = f"{prog} {'--help' if help is None else '--help-all'}"
-    several = {flag.split()[0] for _, flag, _ in flags(kind, default) if flag.endswith(" ...")}
-    for word, following in itertools.zip_longest(args, args[1:]):  # tyro takes it for an empty list
-        if word.replace("_", "-") in several and (following is None or following.startswith("--")):
-            raise ValueError(f"{word} needs a value, got {following or 'nothing'}; give it one, or leave the flag out")
+    _refuse_wrong(args, dict(_types(kind)), f"Every flag: {prog} {'--help' if help is None else '--help-all'}")
     options: dict[str, Any] = {} if default is None else {"default": default}
-    args, said = ["--help" if arg == "--help-all" else arg for arg in args], io.StringIO()
+    said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            command, unknown = tyro.cli(kind, prog=prog, args=args, return_unknown_args=True, **options)
+            return tyro.cli(kind, prog=prog, args=["--help" if arg == "--help-all" else arg for arg in args], **options)
     except SystemExit as stop:
         if not stop.code:
             print(said.getvalue(), end="", file=sys.stderr)
             raise
-        raise ValueError(_reason(stop.__context__, said.getvalue(), more)) from None
-    wrong = next((word for word in unknown if word.startswith("--")), None)
-    if wrong is not None:
-        typed = wrong.partition("=")[0]
-        known = [f"--{path.replace('_', '-')}" for path, _, _ in flags(kind, default)]
-        near = difflib.get_close_matches(typed.replace("_", "-"), known, n=1, cutoff=0.7)
-        fix = f"; did you mean {near[0]}?" if near else "."
-        raise ValueError(f"unknown flag {brief(typed)}{fix} Every flag: {more}")
-    if unknown:
-        raise ValueError(f"unexpected {brief(unknown[0])}; leave it out, or see {more}")
-    return command
+        raise ValueError(_reason(stop, said.getvalue(), prog)) from None
 
 
-def _reason(cause: BaseException | None, box: str, more: str) -> str:
-    """Return in one sentence why tyro refuses a value: our own check, else the first words of the box that it prints.
-
-    Args:
-        more: command that shows every flag.
-    """
-    while cause is not None and not hasattr(getattr(cause, "arg", None), "field"):  # a value that has not its type
-        if isinstance(cause, ValueError):
+def _reason(stop: SystemExit, said: str, prog: str) -> str:
+    """Return in one sentence why tyro refuses a command line, from its exception and the box that it prints."""
+    cause: BaseException | None = stop.__context__
+    while cause is not None:
+        if isinstance(cause, ValueError):  # a check of a dataclass
             return str(cause)
         cause = cause.__context__
-    lines = [line.strip("│| \t") for line in box.splitlines()[1:]]
-    lines = itertools.dropwhile(lambda line: not line or line[0] in "─-", lines)
-    words = " ".join(itertools.takewhile(lambda line: line and line[0] not in "─-", lines))
-    missing = re.match(r"Missing from [^:]*: (\S+)", words)
-    words = f"{missing[1]} is missing" if missing else words.removeprefix("Error parsing ").rstrip(".")
-    return f"{words}; see {more}"
+    if extra := re.search(r"(?m)Unrecognized options: (.*?)\s*[│|]?$", said):
+        return f"unexpected {brief(extra[1])}; leave it out, or see {prog} --help"
+    words = [line.strip("│| \t") for line in said.splitlines()[1:]]
+    first = " ".join(itertools.takewhile(lambda line: line and not line.startswith("─"), words))
+    missing = re.match(r"Missing from [^:]*: (\S+)", first)
+    return f"{f'{missing[1]} is missing' if missing else first}; see {prog} --help"
+
+
+def _refuse_wrong(args: Sequence[str], kinds: Mapping[str, Any], more: str) -> None:
+    """Raise ValueError for an unknown flag, one without a value, and a value of the wrong type.
+
+    Args:
+        kinds: the type of each flag.
+        more: a sentence that names all flags.
+    """
+    for word, following in itertools.zip_longest(args, args[1:]):
+        typed, equals, value = word.partition("=")
+        flag = typed.replace("_", "-")
+        if not flag.startswith("--") or flag in ("--", "--help", "--help-all") or flag.startswith("--tyro-"):
+            continue
+        hint = kinds.get(flag, kinds.get(f"--{flag.removeprefix('--no-')}"))
+        if hint is None:
+            near = difflib.get_close_matches(flag, kinds, n=1, cutoff=0.7)
+            fix = f"; did you mean {near[0]}?" if near else "."
+            raise ValueError(f"unknown flag {brief(typed)}{fix} {more}")
+        value = value if equals else following
+        if hint is not bool and (value is None or (not equals and value.startswith("--"))):
+            raise ValueError(f"{typed} needs a value, got {value or 'nothing'}; give it one, or leave the flag out")
+        if hint is not bool and (want := _wanted(value, hint)):
+            raise ValueError(f"{typed} {brief(value)} is not {want}; change it, or leave the flag out")
+
+
+def _wanted(value: str, hint: Any) -> str:
+    """Return in words what a value should be; "" for one that is right, and for types that are checked later."""
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value == "None" and type(None) in choices:
+        return ""
+    for choice in choices:
+        if get_origin(choice) is Literal:
+            allowed = [str(one) for one in get_args(choice)]
+            return "" if value in allowed else f"one of {', '.join(allowed)}"
+        if choice in (int, float):
+            try:
+                choice(value)
+            except ValueError:
+                return "a whole number" if choice is int else "a number"
+    return ""
+
+
+def _types(kind: type, prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Yield the flags of a command with their types, those of inner dataclasses included."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        flag = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from _types(hint, f"{flag}.")
+        elif get_origin(hint) is not Annotated:  # that one is no flag, but known by its position
+            yield flag, hint
 
 
 def short_help(kind: type, prog: str, help: Help, default: Any = None, width: int | None = None) -> str:

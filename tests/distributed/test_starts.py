@@ -109,7 +109,7 @@ class Start:
 
 LATE = "--train.batch-size 6 --parallel.timeout 900"
 """Longer than a test has: processes without a mistake must not wait for the others."""
-MISTAKE = "--train.lr: could not convert string to float: 'nonsense'"
+MISTAKE = "--train.lr 'nonsense' is not a number"
 OWN_STORE = HELD_BY_RANK_0 | {"MASTER_PORT": "{PORT}"}
 ONE, TWO = "{place}/one", "{place}/two"
 TABLE: dict[str, Start] = {
@@ -155,7 +155,7 @@ TABLE: dict[str, Start] = {
         f"generate {lines}": Start(lines, words, "generate")
         for lines, words in (
             (["none", "none"], "error: there is no folder none"),
-            ([ONE, f"{ONE} --top-k x"], "error: rank 1: --top-k: "),
+            ([ONE, f"{ONE} --top-k x"], "error: rank 1: --top-k 'x' is not a whole number"),
             ([ONE, f"{ONE} --seed 3"], "error: rank 1 was started with other flags"),
             ([ONE] * 3, "error: 8 experts are not divisible by 3 processes; start 2, say"),
             ([f"{ONE} --prompt {'T' * 300} --context 20"] * 2, "a prompt of 300 tokens and"),

@@ -199,7 +199,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ([torch.tensor([], dtype=torch.int64)], {}, "a prompt is empty"),
     ([[1], [61]], {}, "prompt 1 has token id 61, outside the vocabulary; want 0 to 60"),
     ([[-1]], {}, "token id -1"),
-    ([[1.5]], {}, "prompt 0 has token id 1.5, outside"),
+    ([[1.5]], {}, "prompt 0 is not a row of whole numbers"),
     ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1 is not a whole number from 0 on"),
     ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 is not a whole number"),
     ([[1]], {"eos_token_id": 61}, "eos_token_id=61 is outside the vocabulary; want 0 to 60, or None"),

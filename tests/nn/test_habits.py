@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from dsmini import Transformer, ops
+from dsmini import MoE, Transformer, ops
+from dsmini.nn.fp8 import hold_all_fp8
 from tests.conftest import SMALL, randomise
 from tests.helpers.tolerances import BF16_UNIT, FP32_MODEL, relative_error, rounding
 
@@ -105,6 +106,12 @@ def test_export_with_any_length(model: Transformer, tokens: Tensor) -> None:
     exported = torch.export.export(model, (tokens,), dynamic_shapes=({1: length},)).module()
     for s in (5, 13):
         assert relative_error(exported(tokens[:, :s]), model(tokens[:, :s])) < FP32_MODEL
+
+
+def test_export_of_fp8_experts_is_refused() -> None:
+    model = hold_all_fp8(MoE(**SMALL).eval())
+    with pytest.raises(Exception, match=r"no version for torch.func and torch.export; use a model without FP8"):
+        torch.export.export(model, (torch.zeros(2, 3, 24),))
 
 
 def test_autocast_changes_nothing_but_the_products(model: Transformer, tokens: Tensor) -> None:
