@@ -10,7 +10,7 @@ saved (its files are on the disk), validated, plotted, rewound, quarantined, sta
 finished, one of which ends an attempt, unless it was killed. Other fields depend on the event. A restarted run appends
 with the next attempt. A reader ignores a torn line, which a kill or a full disk leaves.
 
-It shows which checkpoints no attempt survives.
+Two things follow from it: which checkpoints no attempt survives, and how much of the time went into steps that count.
 
 The record of a run has a row for each step, as a line of metrics.jsonl. A row is a table that JSON can hold. None
 stands for a figure that is not finite or was not measured, and in a dense model for figures of experts. Losses are in
@@ -164,6 +164,25 @@ def put_aside_crash_loops(config: RunConfig, log: EventLog, events: Sequence[Eve
             log.write("quarantined", int(folder.name.removeprefix("step-")), folder=target.name)
             renamed.append(target)
     return renamed
+
+
+# --- time
+
+
+def goodput(events: Sequence[Event]) -> tuple[int, float | None]:
+    """Return how often a run was started, and the share of its time, first event to last, in steps that count.
+
+    A step counts once: a restart or a rewind takes back the steps after the checkpoint that it returns to.
+    """
+    counted: dict[int, float] = {}
+    for event in events:
+        if event["event"] in ("started", "restored", "rewound"):
+            counted = {step: seconds for step, seconds in counted.items() if step <= event["step"]}
+        elif event["event"] == "step":
+            counted[event["step"]] = float(event.get("seconds") or 0.0)
+    total = events[-1]["time"] - events[0]["time"] if events else 0.0
+    attempts = len({event["attempt"] for event in events})
+    return max(1, attempts), sum(counted.values()) / total if total > 0 else None
 
 
 # --- a row for each step

@@ -14,6 +14,7 @@ from dsmini.training.record import (
     Event,
     EventLog,
     crash_loops,
+    goodput,
     log_path,
     put_aside_crash_loops,
     read_events,
@@ -133,3 +134,17 @@ def test_last_checkpoint_is_never_put_aside(tmp_path: Path) -> None:
     assert [path.name for path in put_aside_crash_loops(*run, history)] == ["quarantined-step-000030"]
     assert put_aside_crash_loops(*run, history) == []
     assert names(tmp_path) == ["quarantined-step-000030", "step-000020"]
+
+
+# --- time
+
+
+def test_steps_that_were_done_again_count_once() -> None:
+    log = [
+        *({"event": "step", "time": 10.0 + n, "attempt": 1, "step": n, "seconds": 1.0} for n in (1, 2, 3)),
+        {"event": "started", "time": 20.0, "attempt": 2, "step": 1},
+        *({"event": "step", "time": 20.0 + n, "attempt": 2, "step": n, "seconds": 0.5} for n in (2, 3, 4)),
+        {"event": "rewound", "time": 25.0, "attempt": 2, "step": 3},
+    ]
+    assert goodput(log) == (2, (1.0 + 0.5 + 0.5) / 14.0)
+    assert goodput([]) == (1, None)

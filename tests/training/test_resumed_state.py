@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dsmini.checkpoint.training_state import Checkpoint
-from dsmini.training.outputs import summarise
+from dsmini.training.outputs import summarise, summary_lines
 from tests.helpers.runs import RICH, asked_after, new_run, resumed, unequal, whole
 
 
@@ -105,5 +105,7 @@ def test_totals_and_plots_cover_the_whole_run(never_and_stopped: tuple[dict[str,
     assert summary["train_seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
     assert summary["train_seconds"] > before
     assert summary["skipped"] == 1 and summary["val_loss_ema"] == rows[-1]["val_loss_ema"]
+    assert summary["attempts"] == 2 and 0 < summary["goodput"] < 1
+    assert dict(summary_lines(summary))["time"].startswith(f"started 2 times; {summary['goodput']:.0%} of the time in ")
     assert all(len(layer) == 8 for row in rows for layer in row["loads"])
     assert [max(row["layer_max_vio"]) >= row["max_vio"] for row in rows] == [True] * 8
