@@ -81,6 +81,8 @@ class GenerateCommand:
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto, float32 or bfloat16. auto: as a folder stores its weights; for a run, what is faster here."""
+    placement: Path | None = None
+    """With several processes: a JSON file with the expert at each place of each layer, redundant copies included."""
     average: bool = False
     """Use the moving average of the parameters; the run must have stored one, with --train.ema-decay."""
     json: bool = False
@@ -114,7 +116,7 @@ def main(args: Sequence[str]) -> int:
     from dsmini.distributed.decode import sharing
 
     talks = command.chat and not command.prompt and not command.prompt_file
-    with sharing(command, command.device, waits=talks) as shared:
+    with sharing(command, command.device, command.placement, waits=talks) as shared:
         phases = Phases(Console(stderr=True))
         try:
             writer = _writer(command, phases, shared)
@@ -168,11 +170,11 @@ def _load(
     Args:
         path: the model's, or the checkpoint of it that all processes have agreed on.
         note: told about damaged checkpoints that are passed over, and warned.
-        shared: share and verified of load_run.
+        shared: holding and verified of load_run.
 
     Raises: ValueError for a path that is neither a run nor a folder, and for a flag of the other kind.
     """
-    from dsmini.checkpoint.load import ALL, load_pretrained
+    from dsmini.checkpoint.load import all_experts, load_pretrained
     from dsmini.checkpoint.training_state import load_run
     from dsmini.machine import DTYPES, pick_device, pick_dtype
     from dsmini.text.chat import Dialogue, TextSide, read_text_side
@@ -184,8 +186,8 @@ def _load(
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: note(str(message))
             dtype = None if command.dtype == "auto" else DTYPES[command.dtype]
-            share = shared.get("share", ALL)
-            model = load_pretrained(path, dtype=dtype, fp8=command.fp8, device=place, share=share)
+            holding = shared.get("holding", all_experts)
+            model = load_pretrained(path, dtype=dtype, fp8=command.fp8, device=place, holding=holding)
         got, want = side.tokenizer.vocab_size, model.config.vocab_size
         if got > want:
             file = command.tokenizer or path / "tokenizer.json"

@@ -53,9 +53,9 @@ FP8 = torch.float8_e4m3fn
 RELEASED = 16 << 20
 """Bytes that are read between two releases of the mapped files, so that these do not count as memory twice."""
 Treatment = Literal["dequantize", "keep"]
-Share = tuple[int, int]
-"""Rank and number of the processes that divide a model's experts: r of n has r e/n ... (r + 1) e/n - 1."""
-ALL: Share = (0, 1)
+Holding = Callable[[Transformer], Sequence[Sequence[int]]]
+"""Returns the experts that this process holds of each layer with experts, in the order of the model's modules. It is
+called with the whole model on the meta device, and raises ValueError for one that it does not fit."""
 
 
 class SlowDtypeWarning(UserWarning):
@@ -130,13 +130,19 @@ def origin_of(model: Transformer) -> PretrainedOrigin | None:
     return getattr(model, "pretrained_origin", None)
 
 
+def all_experts(model: Transformer) -> list[range]:
+    """Return all experts of each layer, as a process alone holds them."""
+    layers = sum(isinstance(module, Experts) for module in model.modules())
+    return [range(model.config.n_routed_experts)] * layers
+
+
 def load_pretrained(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     fp8: Treatment = "dequantize",
     device: str | torch.device = "cpu",
     *,
-    share: Share = ALL,
+    holding: Holding = all_experts,
 ) -> Transformer:
     """Return the model of a DeepSeek or Hugging Face folder (deepseek_v2, deepseek_v3, deepseek_v32, kimi_k2).
 
@@ -147,7 +153,8 @@ def load_pretrained(
         dtype: dtype of matrices and embedding; None: as each is stored. Norms and gates are FP32 in any case.
         fp8: treatment of FP8 weights. "dequantize": they are held in `dtype`, by default BF16. "keep": codes and
             scales are held, and dequantized where they are used; such a model cannot be trained.
-        share: the experts that this process has, for dsmini.distributed.decode. Only their tensors are read.
+        holding: the experts that this process holds of those that several divide, for dsmini.distributed.decode. Only
+            their tensors are read.
 
     Warns: if config.json promises multi-token prediction blocks of which the folder holds nothing (transformers
         leaves them out when it saves a model); the model has none then. If those blocks' copies of embedding and
@@ -166,8 +173,7 @@ def load_pretrained(
         mixed = [name for name, of in kinds.items() if FP8 in of and len(of) > 1]
         fix = f"in {listed(mixed)}; load it with fp8='dequantize'"
         require(not mixed, f"{there.folder} has some experts in FP8 and others not, {fix}")
-    keep_experts(model, share)
-    rows = list(_rows_of(there.parts, model.config.n_routed_experts, share))
+    rows = list(_rows_of(there.parts, keep_experts(model, holding(model))))
     held = {name: FP8 if fp8 == "keep" and FP8 in of else _held(model, name, of, dtype) for name, of in kinds.items()}
     nbytes = sum(tensor.numel() * held[name].itemsize for name, tensor in model.state_dict().items())
     refuse_too_large(nbytes, f"the model of {there.folder}", place)
@@ -384,36 +390,26 @@ def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Pat
     return dataclasses.replace(config, n_mtp_layers=0)
 
 
-def keep_experts(model: Transformer, share: Share) -> None:
-    """Leave only a share of each layer's experts in a model, whose stacked tensors shrink to [e/n, ...].
-
-    Raises: ValueError for a model without experts, or with a number that is not divisible.
-    """
-    (rank, size), e = share, model.config.n_routed_experts
-    if size == 1:
-        return
-    layers = [module for module in model.modules() if isinstance(module, Experts)]
-    require(
-        len(layers) > 0,
-        f"the model has no experts to divide among {size} processes; start one process, without torchrun",
-    )
-    fit = max(n for n in range(1, size + 1) if e % n == 0)
-    require(fit == size, f"{e} experts are not divisible by {size} processes; start {fit}, say")
-    for experts in layers:
+def keep_experts(model: Transformer, held: Sequence[Sequence[int]]) -> dict[str, Sequence[int]]:
+    """Leave only these experts of each layer in a model; return them by the name of the module that stacks them."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    named = dict(zip(layers, held, strict=True))
+    for module, own in named.items():
         for name in ("w1", "w2", "w3"):
-            weight = getattr(experts, name)
-            own = weight.detach().chunk(size)[rank].clone()
-            setattr(experts, name, nn.Parameter(own, requires_grad=weight.requires_grad))
+            weight = getattr(layers[module], name)
+            kept = nn.Parameter(weight.detach()[list(own)], requires_grad=weight.requires_grad)
+            setattr(layers[module], name, kept)
+    return named
 
 
-def _rows_of(parts: Iterable[Part], e: int, share: Share) -> Iterator[tuple[Part, int | None]]:
-    """Yield each part with its row in the model's tensor, without the experts that this process has not."""
-    rank, size = share
+def _rows_of(parts: Iterable[Part], held: Mapping[str, Sequence[int]]) -> Iterator[tuple[Part, int | None]]:
+    """Yield each part with its row in the model's tensor, without the experts that this process does not hold."""
+    rows = {module: {expert: row for row, expert in enumerate(own)} for module, own in held.items()}
     for part in parts:
         if part.expert is None:
             yield part, None
-        elif part.expert * size // e == rank:
-            yield part, part.expert - rank * e // size
+        elif (row := rows[part.ours.rpartition(".")[0]].get(part.expert)) is not None:
+            yield part, row
 
 
 def _held(model: Transformer, name: str, kinds: set[torch.dtype], dtype: torch.dtype | None) -> torch.dtype:

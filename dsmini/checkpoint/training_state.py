@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dsmini.atomic import as_json, remove_folders
-from dsmini.checkpoint.load import ALL, Share, keep_experts, refuse_more_parts
+from dsmini.checkpoint.load import Holding, all_experts, keep_experts, refuse_more_parts
 from dsmini.checkpoint.run_folder import run_config
 from dsmini.checkpoint.tensor_files import SafetensorsReader, is_stacked
 from dsmini.config import RunConfig
@@ -245,7 +245,7 @@ def load_run(
     *,
     average: bool = False,
     say: Callable[[str], None] = warnings.warn,
-    share: Share = ALL,
+    holding: Holding = all_experts,
     verified: bool = False,
 ) -> tuple[Transformer, RunConfig]:
     """Return the model of a run folder's last whole checkpoint, or of one checkpoint folder, and the run's config.
@@ -253,7 +253,7 @@ def load_run(
     Args:
         average: load the parameters' average over the steps instead of the last ones.
         say: told about each damaged checkpoint that is passed over.
-        share: the experts that this process has. Only their rows are read.
+        holding: the experts that this process holds. Only their rows are read.
         verified: another process has compared this checkpoint with its checksums.
 
     Raises: ValueError for a folder that is not a run, has no checkpoint, or whose tensors do not fit the config.
@@ -261,14 +261,13 @@ def load_run(
     checkpoint = model_checkpoint(path, average=average, say=say, verified=verified)
     with torch.device("meta"):  # weights that are drawn first would be overwritten
         model = Transformer(checkpoint.config.model, compute_dtype=compute_dtype)
-    keep_experts(model, share)
+    held = keep_experts(model, holding(model))
     nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     refuse_too_large(nbytes, f"the model of {path}", torch.device("cpu"))
-    rank, size = share
 
     def here(name: str, tensor: Tensor) -> Tensor:
         # copies, because the tensors are views of the file
-        return (tensor.chunk(size)[rank] if is_stacked(name) else tensor).clone()
+        return tensor[list(held[name.rpartition(".")[0]])] if is_stacked(name) else tensor.clone()
 
     model.load_state_dict({name: here(name, t) for name, t in model_tensors(checkpoint).items()}, assign=True)
     return model.eval(), checkpoint.config

@@ -340,8 +340,8 @@ class Mesh:
             self._keep_stages(model)
         if self.config.ep > 1:
             exchange, layers = self._exchange(), moe_layers(model)
-            if layers:  # not every stage of a pipeline has some
-                keep_experts(model, (self.ep_index, self.config.ep))
+            n = model.config.n_routed_experts // self.config.ep
+            keep_experts(model, [range(self.ep_index * n, (self.ep_index + 1) * n)] * len(layers))
             for moe in layers:
                 moe.exchange = exchange
         if self.zero:

@@ -1,6 +1,6 @@
 """The work of a rank with its part of a model, for tests: load, run, generate, and say what it held and read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ from tests.helpers import folders
 SIZES: dict[str, Any] = SMALL | {"n_layers": 3, "max_seq_len": 96}
 FP8_SIZES: dict[str, Any] = {"dim": 136, "inter_dim": 200, "moe_inter_dim": 130, "n_mtp_layers": 1}
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
+COPIES = [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3], [7, 7, 7, 6, 5, 4, 3, 2, 1, 0, 6, 0]]
+"""Redundant placements of two layers, some copies on one rank."""
 
 
 class Part(NamedTuple):
@@ -46,6 +48,12 @@ def new_folder(place: Path, fp8: bool = False, stored: torch.dtype = torch.float
     return folders.write(place, tensors, folders.config_json(model.config, **more), shards=3)
 
 
+def placement_of(config: ModelConfig, places: Sequence[Sequence[int]] = COPIES) -> list[list[int]]:
+    """Return a placement for all layers with experts, from rows that repeat."""
+    layers = sum(map(config.is_moe, range(config.n_layers + config.n_mtp_layers)))
+    return [list(places[i % len(places)]) for i in range(layers)]
+
+
 @contextmanager
 def reads() -> Iterator[list[str]]:
     """Yield the names of the tensors that are read in a block."""
@@ -60,10 +68,10 @@ def reads() -> Iterator[list[str]]:
         yield names
 
 
-def part(world: World, folder: Path, fp8: Any) -> Part:
+def part(world: World, folder: Path, fp8: Any, placement: list[list[int]] | None = None) -> Part:
     """Load a part, run it and generate with it."""
     with reads() as names:
-        model = load_part(world, folder, torch.float32, fp8)
+        model = load_part(world, folder, torch.float32, fp8, placement)
     held = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()]}
     return Part(
         nbytes=sum(t.nbytes for t in held.values()),
@@ -95,14 +103,15 @@ def generated(model: Transformer) -> dict[str, Tensor]:
     }
 
 
-def load_part(world: World, folder: Path, dtype: Any = None, fp8: Any = "dequantize") -> Transformer:
+def load_part(
+    world: World, folder: Path, dtype: Any = None, fp8: Any = "dequantize", placement: Any = None
+) -> Transformer:
     """Load a rank's part of a folder's model, as dsmini.generate does."""
-    return load_shared(Sharing(world), folder, dtype, fp8)
+    return load_shared(Sharing(world, placement=placement), folder, dtype, fp8)
 
 
 def load_shared(sharing: Sharing, folder: Path, dtype: Any = None, fp8: Any = "dequantize") -> Transformer:
     """Load the part of a folder's model that a process shares."""
-    share = (sharing.world.rank, sharing.world.size)
-    model = sharing.world.together(lambda: load.load_pretrained(folder, dtype, fp8, share=share))
+    model = sharing.world.together(lambda: load.load_pretrained(folder, dtype, fp8, holding=sharing.holding))
     sharing.connect(model)
     return model

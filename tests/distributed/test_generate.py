@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, load_pretrained
-from dsmini.checkpoint.load import keep_experts
-from dsmini.distributed.decode import SharedTokens, Sharing
+from dsmini.distributed.decode import SharedTokens, Sharing, held_by_ranks, read_placement, sharing
 from dsmini.distributed.world import World
 from dsmini.inference.fused import Decoder
 from dsmini.inference.generation import Generation
@@ -29,9 +28,10 @@ from tests.distributed.generating import (
     logits_of,
     new_folder,
     part,
+    placement_of,
 )
 from tests.distributed.ranks import Speech, run_ranks, spoken, wait_until
-from tests.helpers.commands import place_with_run
+from tests.helpers.commands import place_with_run, run
 from tests.helpers.folders import read
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
@@ -62,6 +62,18 @@ def test_ranks_hold_their_own_experts_and_generate_the_tokens_of_one_process(tmp
     assert_alike(every, whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "fp8"), [(4, "dequantize"), (2, "keep")])
+def test_copies_of_experts_generate_the_tokens_of_one_process(tmp_path: Path, n: int, fp8: Any) -> None:
+    folder = new_folder(tmp_path / "model", fp8=fp8 == "keep")
+    whole = load_pretrained(folder, torch.float32, fp8)
+    every = run_ranks(n, part, folder, fp8, placement_of(whole.config))
+    if n == 2:  # of the first layer with experts, each copy once
+        read = [{name.split(".")[5] for name in got.read if ".layers.1.mlp.experts." in name} for got in every]
+        assert read == [set("012345"), set("012367")]
+    assert_alike(every, whole)
+
+
 def assert_alike(every: list[Part], whole: Transformer) -> None:
     want, tokens = logits_of(whole), generated(whole)
     for got in every:
@@ -82,7 +94,8 @@ def layer_of_simulated_fp8(world: World) -> tuple[torch.Tensor, torch.Tensor]:
         own = slice(4 * world.rank, 4 * world.rank + 4)
         for name in ("w1", "w2", "w3"):
             setattr(moe.experts, name, torch.nn.Parameter(getattr(moe.experts, name)[own]))
-        moe.exchange = SharedTokens(world.rank, 2, torch.zeros(2, dtype=torch.int64))
+        held = torch.arange(8) // 4 == torch.arange(2)[:, None]
+        moe.exchange = SharedTokens(held, world.rank, torch.zeros(2, dtype=torch.int64))
         return want, moe(x)[0]
 
 
@@ -138,6 +151,21 @@ def test_ranks_end_together_after_a_step(tmp_path: Path, what: str, words: str, 
     assert first[1] == 3 * steps if what != "seed" else first[1] < 3 * steps
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [('{"experts": [[0, 1]', "JSON"), ('{"experts": [0, 1]}', "want a list of layers"), ("[[0, 1.5]]", "want a list")],
+)
+def test_placement_that_is_no_table_is_refused(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "placed.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        read_placement(tmp_path / "placed.json")
+
+
+def test_placement_for_one_process_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is one; start torchrun"), sharing("", "cpu", Path("placed.json")):
+        pass
+
+
 # --- the command
 
 
@@ -153,12 +181,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_command_answers_as_one_process_and_rank_0_speaks(place: Path) -> None:
     options = "--prompt 'The qu' T --max-new-tokens 40 --temperature 0.5 --json --dtype float32"
     line = [str(place / "runs/x"), *shlex.split(options)]
+    placed = run("dsmini.distributed.eplb runs/x --gpus 2 --redundant 4 --json", place)
+    (place / "placed.json").write_text(placed.stdout)
     want = spoken(place, line, name="generate")
-    got = spoken(place, line, line, name="generate")
-    assert got.statuses == [0, 0] and got.errors[1] == got.outputs[1] == ""
-    answer, wanted = json.loads(got.outputs[0]), json.loads(want.outputs[0])
-    for key in ("answers", "new_tokens", "cache_bytes"):
-        assert answer[key] == wanted[key], key
+    for more in ([], ["--placement", str(place / "placed.json")]):
+        got = spoken(place, *[[*line, *more]] * 2, name="generate")
+        assert got.statuses == [0, 0] and got.errors[1] == got.outputs[1] == ""
+        answer, wanted = json.loads(got.outputs[0]), json.loads(want.outputs[0])
+        for key in ("answers", "new_tokens", "cache_bytes"):
+            assert answer[key] == wanted[key], key
 
 
 def stop_rank_1(speech: Speech) -> None:
@@ -180,16 +211,30 @@ def test_signal_to_one_rank_ends_all_with_what_is_written(place: Path) -> None:
 # --- what ranks cannot divide
 
 
-@pytest.mark.parametrize(
-    ("n", "changes", "words"),
-    [
-        (9, {}, "8 experts are not divisible by 9 processes; start 8, say"),
-        (5, {}, "8 experts are not divisible by 5 processes; start 4, say"),
-        (2, {"n_dense_layers": 3}, "the model has no experts to divide among 2 processes; start one process"),
-    ],
-)
-def test_what_ranks_cannot_divide_is_refused(n: int, changes: dict[str, Any], words: str) -> None:
+def test_what_ranks_cannot_divide_is_refused() -> None:
     with torch.device("meta"):
-        model = Transformer(ModelConfig(**SIZES | {"n_mtp_layers": 0} | changes))
-    with pytest.raises(ValueError, match=words):
-        keep_experts(model, (0, n))
+        model = Transformer(ModelConfig(**SIZES))
+        dense = Transformer(ModelConfig(**SIZES | {"n_dense_layers": 3, "n_mtp_layers": 0}))
+    good = placement_of(model.config)
+    for of, n, placement, words in (
+        (dense, 2, None, "the model has no experts to divide among 2 processes; start one process"),
+        (model, 9, None, "8 experts are not divisible by 9 processes; start 8, say"),
+        (model, 5, None, "8 experts are not divisible by 5 processes; start 4, say"),
+        (model, 2, good[:2], "the placement has 2 layers, and the model has 4"),
+        (model, 5, good, "layer 0 of the placement has 12 places, not divisible by 5 processes"),
+        (model, 2, [*good[:3], [8] * 12], "layer 3 of the placement names expert 8; the model has experts 0 to 7"),
+        (model, 2, [*good[:3], [0, 1, 2, 3, 4, 5, 7, 7]], "no place for expert 6; give each expert one or more"),
+        (model, 2, [[], *good[1:]], "layer 0 of the placement has 0 places"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            held_by_ranks(of, n, placement)
+
+
+def test_copies_of_an_expert_take_turns() -> None:
+    held = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1], [1, 0, 0, 0]], dtype=torch.bool)
+    indices = torch.rand(300, 4).argsort(1)[:, :2]
+    ranks = SharedTokens(held, 0, torch.zeros(2, dtype=torch.int64)).rank_of_pairs(indices)
+    for expert in range(4):
+        pairs = ranks[indices == expert].bincount(minlength=4)
+        mean = pairs.sum() / held[:, expert].sum()
+        assert ((pairs - held[:, expert] * mean).abs() <= 4 * mean.sqrt() * (held[:, expert].sum() > 1)).all()

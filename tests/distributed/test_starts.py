@@ -159,6 +159,7 @@ TABLE: dict[str, Start] = {
             ([ONE, f"{ONE} --seed 3"], "error: rank 1 was started with other flags"),
             ([ONE] * 3, "error: 8 experts are not divisible by 3 processes; start 2, say"),
             ([f"{ONE} --prompt {'T' * 300} --context 20"] * 2, "a prompt of 300 tokens and"),
+            ([f"{ONE} --placement {{place}}/text.txt"] * 2, "error: .*text.txt is not JSON"),
             ([f"{ONE} --temperature -1"] * 2, "temperature"),
         )
     },
