@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dsmini.report import Plot, Report, Section, Series
 from dsmini.report.figures import DARKEST, LIGHTEST
-from dsmini.report.plots import THEMES, colours_of, legend, svg
+from dsmini.report.plots import THEMES, _ends, colours_of, legend, svg
 from tests.helpers.pages import check_page, on_terminal, text_of
 from tests.report.conftest import heated, planned
 
@@ -93,6 +93,13 @@ def test_plot_of_nothing_says_so() -> None:
     nothing = Plot(title="Speed", x="", y="", series=[Series(label="a", x=[1, 2], y=[math.nan, math.inf])])
     page = Report(title="t", sections=[Section(name="a", title="a", finding="a", plots=[nothing])]).html()
     assert "Speed" in page and "Nothing to draw yet." in page and "<svg" not in page
+
+
+def test_whiskers_reach_from_the_low_end_to_the_high_one() -> None:
+    assert _ends(Series(label="a", x=[1, 2], y=[5.0, 9.0], low=[3.0, 9.5], high=[9.0, 10.0])) == [
+        [2.0, 0.0],
+        [4.0, 1.0],
+    ]
 
 
 def test_plots_have_the_colours_of_the_page(benchmarks: Path) -> None:

@@ -54,3 +54,11 @@ def test_tone_says_how_far_a_prediction_was_off(
     assert found.tone == tone
     if tone == "bound":
         assert found == f"{measured / 100:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("measured", "bar"),
+    [(100.0, (50, 0)), (200.0, (50, 25)), (50.0, (25, 25)), (900.0, (50, 50)), (9.0, (0, 50))],
+)
+def test_bar_begins_in_the_middle_and_ends_at_the_ratio(measured: float, bar: tuple[float, float]) -> None:
+    assert ratio(figure(measured, unit="bytes", predicted=100.0)).bar == bar
