@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import tomllib
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from io import BufferedReader
@@ -181,7 +182,7 @@ def parse_json(text: str, source: str) -> Any:
     Args:
         source: name of the file or place, for errors.
 
-    Raises: ValueError for no JSON, numbers that no finite float holds, and too deep nesting.
+    Raises: ValueError for no JSON, a key given twice, numbers that no finite float holds, and too deep nesting.
     """
 
     def finite(number: str) -> float:
@@ -193,8 +194,15 @@ def parse_json(text: str, source: str) -> Any:
         finite(number)
         return int(number)
 
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) < len(pairs):
+            ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"names {brief(twice)} twice; keep one of the two")
+        return out
+
     try:
-        return json.loads(text, parse_constant=finite, parse_float=finite, parse_int=whole)
+        return json.loads(text, object_pairs_hook=table, parse_constant=finite, parse_float=finite, parse_int=whole)
     except json.JSONDecodeError as error:
         raise ValueError(f"{source} is not JSON: {error}") from None
     except RecursionError:

@@ -28,6 +28,7 @@ JSON = [  # a text, and what is said of x
     ('{"a": -Infinity}', NO_FLOAT.format("-Infinity")),
     ("1e999", NO_FLOAT.format("1e999")),
     *((f'{{"a": [{digits}]}}', NO_FLOAT.format("9" * 20)) for digits in (DIGITS, DIGITS[:400])),
+    ('{"a": 1, "b": {"c": 1, "d": 2, "c": 2}}', "x names 'c' twice; keep one of the two"),
     ("{", "x is not JSON: Expecting property name"),
     ("", "x is not JSON: Expecting value"),
 ]

@@ -7,6 +7,7 @@ unpickled, and no code is run.
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,6 +175,7 @@ def load_pretrained(
         fix = f"in {listed(mixed)}; load it with fp8='dequantize'"
         require(not mixed, f"{there.folder} has some experts in FP8 and others not, {fix}")
     rows = list(_rows_of(there.parts, keep_experts(model, holding(model))))
+    there.refuse_bad_values(part for part, _ in rows)
     held = {name: FP8 if fp8 == "keep" and FP8 in of else _held(model, name, of, dtype) for name, of in kinds.items()}
     nbytes = sum(tensor.numel() * held[name].itemsize for name, tensor in model.state_dict().items())
     refuse_too_large(nbytes, f"the model of {there.folder}", place)
@@ -304,8 +306,23 @@ class PretrainedTensors:
         return torch.stack([self.read(part, torch.float32) for part in of[rows]]).float()
 
     def check(self) -> None:
-        """Warn of copies that are not the originals, before rows are read."""
+        """Refuse values without a meaning, and warn of copies that are not the originals, before rows are read."""
+        self.refuse_bad_values(self.parts)
         self.warn_of_copies({ours: self.rows(ours) for ours in self.copies.values()})
+
+    def refuse_bad_values(self, parts: Iterable[Part]) -> None:
+        """Raise ValueError for scales and selection biases of these parts that have no meaning."""
+        for part in parts:
+            checks = [(one.name, "FP8 scale", "finite ones above 0", 0.0) for one in self.tensors(part)[1:]]
+            if part.ours.endswith(".gate.bias"):
+                checks.append((part.name, "selection bias", "finite ones", -math.inf))
+            for name, what, want, above in checks:
+                values = self._reader.read(name).float()
+                bad = values[~(values.isfinite() & (values > above))].tolist()
+                if bad:
+                    raise ValueError(
+                        f"{self.folder}: {name} has the {what} {bad[0]}; want {want}: fetch the file again"
+                    )
 
     def warn_of_copies(self, originals: Mapping[str, Tensor]) -> None:
         """Warn if the MTP blocks' copies of embedding and head are not the originals, given by our names."""

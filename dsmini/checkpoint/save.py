@@ -93,6 +93,8 @@ def save_pretrained(
         files: texts of further files, by name; they replace copied ones of the same name.
         config: further keys of config.json, such as eos_token_id.
 
+    Warns: if a tensor holds infinities or NaN; the first one is named.
+
     Raises: ValueError if the folder holds anything already, if neither deepseek_v2 nor deepseek_v3 describes the
         model, if a layer computes what no config says, or if values to quantize are not finite.
     """
@@ -139,7 +141,7 @@ def save_inference(
 
     The JSON file of its sizes is config.json. Multi-token prediction blocks are left out, as DeepSeek leaves them.
 
-    Warns: if there are such blocks; if gates have a bias that DeepSeek's code has no place for.
+    Warns: if there are such blocks; if gates have a bias that DeepSeek's code has no place for; as save_pretrained.
 
     Raises: ValueError if the folder holds anything already, or if the layout cannot hold the model on these ranks.
     """
@@ -189,6 +191,8 @@ def _write(
                 shutil.copyfile(file, folder / file.name)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
+    damaged = [plan.not_finite for plan in plans if plan.not_finite is not None]
+    words += [f"{path} has infinities or NaN in {name}, as the model has; check it" for name in damaged[:1]]
     for warning in words:
         warnings.warn(warning, stacklevel=3)
     return Saved(nbytes, list(shards))
@@ -218,6 +222,8 @@ class SavePlan:
         self.quantizes = fp8 and not all(held)
         self.has_fp8 = bool(held) and (fp8 or (dtype is None and any(held)))
         """True if some tensors are written as FP8 codes."""
+        self.not_finite: str | None = None
+        """Name of the first written tensor with infinities or NaN."""
         self.scales: dict[str, Tensor] = {}
         """Scales of weights that are being quantized: made when they are written, and used again for the codes."""
 
@@ -278,8 +284,14 @@ class SavePlan:
                 f"multiple of {tile}, the side of a block with one scale; use fewer ranks, or another dtype",
             )
 
-    def _plain(self, part: Part, dtype: torch.dtype) -> Tensor:
+    def _looked_at(self, part: Part) -> Tensor:
         value = self.value(part)
+        if self.not_finite is None and not _is_finite(value):
+            self.not_finite = part.name
+        return value
+
+    def _plain(self, part: Part, dtype: torch.dtype) -> Tensor:
+        value = self._looked_at(part)
         if value.dtype != FP8 or part.scales is None:
             return value.to(dtype)
         return dequantize_tiles(value, self.value(part.scales).float(), WEIGHT_TILE, "e4m3", dtype)
@@ -287,7 +299,7 @@ class SavePlan:
     def _scales(self, part: Part, scales: Part, dtype: torch.dtype) -> Tensor:
         """Return the scales of a weight, new ones if it is not held in FP8."""
         if self.state[part.ours].dtype == FP8:
-            return self.value(scales).to(dtype)
+            return self._looked_at(scales).to(dtype)
         new = tile_scales(self.value(part), WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
         if not new.isfinite().all():
             raise ValueError(f"{part.ours} holds infinities or NaN; E4M3 has no codes for them; save without fp8=True")
@@ -296,9 +308,17 @@ class SavePlan:
 
     def _codes(self, part: Part) -> Tensor:
         if self.state[part.ours].dtype == FP8:
-            return self.value(part)
+            return self._looked_at(part)
         # scales are the wider type, so that they come first in a file
         return encode_tiles(self.value(part), self.scales.pop(part.name), WEIGHT_TILE)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has neither infinities nor NaN, without a copy of it."""
+    if tensor.dtype == FP8:  # its largest code, with either sign, is NaN
+        return all(int((part.view(torch.uint8) & 0x7F).max()) < 0x7F for part in tensor.reshape(-1).split(1 << 20))
+    least, most = torch.aminmax(tensor)
+    return math.isfinite(least) and math.isfinite(most)
 
 
 def refuse_changed_ideas(model: Transformer) -> None:

@@ -82,6 +82,25 @@ def test_published_folder_keeps_its_dtypes(tmp_path: Path, small_model: Build, c
         assert not folders.different(want, folders.read(tmp_path / arguments.split()[1]))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(
+    tmp_path: Path, small_model: Build, convert: Convert, value: float
+) -> None:
+    tensors = folders.tensors_of(small_model(), torch.bfloat16)
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+    raw = folders.config_json(small_model().config)
+    folders.write(tmp_path / "a", tensors, raw)
+    assert "NaN" not in convert("a b", tmp_path)[0]
+    tensors[name][0, -1] = value
+    folders.write(tmp_path / "a", tensors, raw)
+    assert f"c has infinities or NaN in {name}, as the model has; check it" in convert("a c", tmp_path)[0]
+    codes, _ = folders.in_fp8(folders.tensors_of(small_model(), torch.bfloat16))
+    codes[name].view(torch.uint8)[0, 0] = 0xFF  # E4M3's NaN
+    folders.write(tmp_path / "d", codes, raw | {"quantization_config": folders.QUANTIZED})
+    for flags in ("e", "f --dtype float32"):
+        assert f"{flags[0]} has infinities or NaN in {name}" in convert(f"d {flags}", tmp_path)[0]
+
+
 MISTAKES = {
     "a a": "a holds files already; choose a new folder, or remove that one",
     "a b --average": "--average is for a training run, and a is not one; leave it out",

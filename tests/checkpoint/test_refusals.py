@@ -157,6 +157,10 @@ FOLDERS: dict[str, list[tuple[Damage, str]]] = {  # by the folder that is damage
         # tensors
         (tensors(many_faults), ALL_FAULTS),
         (tensors(lambda t: t.update({TITLE: torch.ones(1)})), f"it has tensors that belong nowhere: {TITLE!r};"),
+        *(
+            (tensors(lambda t, x=x: t[BIAS][-1].fill_(x)), f"{{folder}}: {BIAS} has the selection bias {x}; want fin")
+            for x in (float("nan"), float("-inf"))
+        ),
     ],
     "sharded": [
         (removed(INDEX), f"{{folder}} has neither {FILE} nor {INDEX}, which says what is in several files; fetch its"),
@@ -173,6 +177,13 @@ FOLDERS: dict[str, list[tuple[Damage, str]]] = {  # by the folder that is damage
         (lambda folder: written(folder, {}, INDEX), f"{{folder}}/{INDEX} names None; want"),
     ],
     "fp8": [
+        *(
+            (
+                tensors(lambda t, x=x: t[SCALE][-1, 0].fill_(x)),
+                f"{{folder}}: {SCALE} has the FP8 scale {x}; want finite",
+            )
+            for x in (0.0, float("nan"))
+        ),
         (tensors(lambda t: t.pop(f"{UP}_scale_inv")), f"it lacks {UP}_scale_inv;"),
         (tensors(lambda t: t.update({f"{UP}_scale_inv": torch.ones(2, 1)})), f"{UP}_scale_inv is [2, 1], want [2, 2]"),
         (tensors(lambda t: t.update({UP: torch.zeros(200, 136)})), f"belong nowhere: {UP}_scale_inv"),
