@@ -19,6 +19,11 @@ from dsmini.training.trainer import Trainer
 BIG = ModelConfig.from_file(Path(__file__).with_name("big.toml"))
 QUICK = dataclasses.replace(BIG, vocab_size=8192, n_layers=3, n_routed_experts=32)
 """85M parameters, 170 MB in BF16."""
+WIDE: Mapping[str, int] = {
+    **{"n_heads": 8, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    **{"n_expert_groups": 1, "n_limited_groups": 1},
+}
+"""DeepSeek's own widths of heads and latent, in a model of the same size. All groups of experts may be chosen."""
 TRAINED = ModelConfig.from_file(Path(__file__).with_name("trained.toml"))
 CORPUS = Path("runs/corpus")
 

@@ -37,8 +37,8 @@ class Setting:
     """Measured rates of this machine."""
     text: Path | None = None
     """File that --text names, for the questions that read one."""
-    peer_python: Path | None = None
-    """Python that --peer-python names, which has llama.cpp."""
+    peer_python: tuple[Path, ...] = ()
+    """Pythons that --peer-python names, which have llama.cpp or ik_llama.cpp."""
     out: Path = Path("results")
     """Folder of --out, for files that a question writes besides its figures."""
 
@@ -177,6 +177,7 @@ def race(
     each: float = 1.0,
     predicted: Mapping[str, float] = MappingProxyType({}),
     tokens: float = 0.0,
+    roof: float = 0.0,
     pairs: Sequence[tuple[str, str]] | None = None,
     note: str = "",
     **turns: Any,
@@ -188,6 +189,7 @@ def race(
         each: steps in a run; seconds are of one.
         predicted: seconds of a run, by name.
         tokens: of a run; then tokens a second take the place of seconds.
+        roof: least seconds of a run; then the share that each run reaches of the roof is a figure too.
         pairs: runs to compare, each with the one that it is compared with; None: all with the first.
         turns: arguments of in_turns, instead of the setting's.
     """
@@ -200,6 +202,8 @@ def race(
         expected = shown_as(predicted[name]) if predicted else None
         values, metric = list(map(shown_as, seconds)), "tokens_per_s" if tokens else "seconds"
         yield figure(metric, {**case, key: name}, values, predicted=expected, note=note)
+        if roof:
+            yield figure("share_of_roof", {**case, key: name}, [roof / one for one in seconds])
     first, *others = runs
     for name, than in [(other, first) for other in others] if pairs is None else pairs:
         expected = predicted[name] / predicted[than] if predicted else None

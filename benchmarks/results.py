@@ -30,7 +30,7 @@ from dsmini.report.units import plural
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("dsmini", "kernels", "benchmarks", "configs")
-PACKAGES = ("transformers", "llama_cpp_python", "triton")
+PACKAGES = ("transformers", "llama_cpp_python", "ik_llama_cpp_python", "triton")
 STEADY = 0.75
 """Least share of its stored rates that a quiet machine reaches."""
 

@@ -67,8 +67,8 @@ class BenchmarksCommand:
     """CPU threads; left out: torch's own choice."""
     text: Path | None = None
     """Text for shakespeare and sparse-training: tinyshakespeare.txt."""
-    peer_python: Path | None = None
-    """Another Python, which has llama-cpp-python, for peers."""
+    peer_python: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """Another Python, which has llama-cpp-python or ik-llama-cpp-python, for peers; may be given again."""
     list: bool = False
     """List the questions and end."""
     fresh: bool = False
@@ -171,7 +171,7 @@ def checked(command: BenchmarksCommand, known: Mapping[str, Question]) -> Benchm
             raise ValueError(f"unknown question {name!r}; there are {', '.join(known)}")
     if command.threads is not None and not 1 <= command.threads <= MOST_THREADS:
         raise ValueError(f"--threads {command.threads} is out of range; use 1 to {MOST_THREADS}")
-    for flag, path in (("--text", command.text), ("--peer-python", command.peer_python)):
+    for flag, path in (("--text", command.text), *(("--peer-python", python) for python in command.peer_python)):
         if path is not None and not path.is_file():
             raise ValueError(f"{flag}: there is no file {path}; name another")
     return dataclasses.replace(command, names=names)

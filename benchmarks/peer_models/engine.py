@@ -1,4 +1,4 @@
-"""llama.cpp, if some Python has it: our weights in a GGUF file, run in a process of its own."""
+"""llama.cpp and ik_llama.cpp, if some Python has them: our weights in a GGUF file, run in a process of its own."""
 
 import functools
 import json
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,33 @@ from torch import Tensor
 from dsmini import ModelConfig, Transformer
 from dsmini.nn import MLA, FeedForward, MoE
 
+PACKAGES = {"llama.cpp": "llama_cpp", "ik_llama.cpp": "ik_llama_cpp"}
 WORKER = Path(__file__).with_name("worker.py")
 
 
 @functools.cache
-def engine_python(other: Path | None) -> str | None:
-    """Return the Python that runs llama.cpp: the other one, or this one; None if there is none.
+def engines(others: Sequence[Path]) -> dict[str, str]:
+    """Return the Python that runs each engine, by its name: this one, or the first of the others that has it.
 
-    Raises: ValueError for another Python that does not have it, and if gguf is missing here, which writes the file.
+    Raises: ValueError for another Python that has none, and if gguf is missing here, which writes the file.
     """
-    if other is None:
-        return sys.executable if find_spec("gguf") and find_spec("llama_cpp") else None
     if not find_spec("gguf"):
-        raise ValueError("--peer-python needs gguf in this Python, to write the file: pip install gguf")
-    how: dict[str, Any] = {"env": _environment(str(other)), "capture_output": True, "timeout": 60, "check": True}
-    try:
-        subprocess.run([other, "-c", "import llama_cpp"], **how)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ValueError(f"--peer-python {other} has no llama-cpp-python ({error}); install it there") from None
-    return str(other)
+        if others:
+            raise ValueError("--peer-python needs gguf in this Python, to write the file: pip install gguf")
+        return {}
+    found = {name: sys.executable for name, package in PACKAGES.items() if find_spec(package)}
+    code = f"from importlib.util import find_spec; print(*filter(find_spec, {[*PACKAGES.values()]}))"
+    for python in map(str, others):
+        how: dict[str, Any] = {"env": _environment(python), "capture_output": True, "text": True, "timeout": 60}
+        try:
+            has = subprocess.run([python, "-c", code], check=True, **how).stdout.split()
+        except (OSError, subprocess.SubprocessError) as error:
+            raise ValueError(f"--peer-python {python} cannot be run: {error}") from None
+        if not has:
+            wanted = "llama-cpp-python or ik-llama-cpp-python"
+            raise ValueError(f"--peer-python {python} has no engine; install {wanted} there, or name another Python")
+        found = {name: python for name, package in PACKAGES.items() if package in has} | found
+    return found
 
 
 def _environment(python: str) -> dict[str, str]:
@@ -44,7 +53,7 @@ def _environment(python: str) -> dict[str, str]:
 
 
 class Engine:
-    """A model of ours that llama.cpp runs.
+    """A model of ours that an engine runs.
 
     Args:
         kind: type of the matrices: BF16, F32 or Q8_0.
@@ -52,18 +61,19 @@ class Engine:
         at_once: tokens of a prompt that are read together.
     """
 
-    def __init__(self, python: str, model: Transformer, kind: str, room: int, at_once: int) -> None:
+    def __init__(self, name: str, python: str, model: Transformer, kind: str, room: int, at_once: int) -> None:
+        self.name = name
         sizes = map(str, (room, at_once, torch.get_num_threads()))
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
             path = Path(folder) / "model.gguf"
             write_gguf(model, path, kind)
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said, "text": True}
-            command = [python, str(WORKER), str(path), *sizes]
+            command = [python, str(WORKER), PACKAGES[name], str(path), *sizes]
             self.process = subprocess.Popen(command, env=_environment(python), **pipes)
             if self._answer() != "ready":
                 said.seek(0)
                 last = [line for line in said.read().splitlines() if line.strip()][-1:]
-                raise RuntimeError(f"llama.cpp does not run: {''.join(last) or 'it ended'}")
+                raise RuntimeError(f"{name} does not run: {''.join(last) or 'it ended'}")
 
     def __del__(self) -> None:
         process = getattr(self, "process", None)
@@ -87,7 +97,7 @@ class Engine:
             print(json.dumps(tokens), file=self.process.stdin, flush=True)
             return float(self._answer())
         except (OSError, ValueError):
-            raise RuntimeError(f"llama.cpp ended with status {self.process.wait()}") from None
+            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}") from None
 
     def _answer(self) -> str:
         assert self.process.stdout is not None

@@ -1,27 +1,30 @@
-"""dsmini next to transformers and llama.cpp.
+"""dsmini next to transformers, llama.cpp and ik_llama.cpp.
 
 Models of one shape with random weights decode, read prompts and train on the same number of tokens. All take turns, and
-each turn gives one ratio. transformers 5.24 also stores MLA's latent, but expands all of it in every step. llama.cpp,
-where installed and only on a CPU, runs our weights from a GGUF file: in BF16, and in 8-bit integers (Q8_0) next to
-dsmini in FP8. Its cache is FP16, and it computes the logits of the last token only. --peer-python names another Python
-that has it.
+each turn gives one ratio; the head takes the last token. transformers 5.24 also stores MLA's latent, but expands all of
+it in every step; it reads a prompt in parts of 512 tokens, as the engines do. llama.cpp and ik_llama.cpp, where
+installed and only on a CPU, run our weights from a GGUF file: in BF16, in FP32, and in 8-bit integers (Q8_0) next to
+dsmini in FP8. Their cache is FP16. ik_llama.cpp serves only DeepSeek's widths of heads, and does not limit the groups
+of experts: "wide" is such a model. --peer-python names another Python that has them. The roof is the least time of a
+case on this machine: the bytes that dsmini must move over the bandwidth, or the FLOPs over the peak, whichever is
+longer.
 """
 
-import copy
 import dataclasses
 import functools
+import itertools
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks import models
 from benchmarks.models import trainer, training_flops
-from benchmarks.peer_models.engine import Engine, engine_python
+from benchmarks.peer_models.engine import Engine, engines
 from benchmarks.question import (
     Case,
     Figure,
@@ -44,28 +47,34 @@ from dsmini.measure.workloads import dtype_name, random_cache, random_model, ran
 from dsmini.nn.cache import CacheDtype
 from dsmini.nn.fp8 import hold_all_fp8
 
-OURS, THEIRS, LLAMA = "dsmini", "transformers", "llama.cpp"
-LOW, FP8, Q8 = "dsmini BF16", "dsmini FP8", "llama.cpp Q8_0"
-PROMPT, PART = 512, 512
-"""Tokens of the prompt that is read, and of a part of a longer one."""
+OURS, THEIRS, IK = "dsmini", "transformers", "ik_llama.cpp"
+KINDS: dict[str, tuple[Literal["float32", "bfloat16", "fp8"], str]] = {
+    **{"FP32": ("float32", "F32"), "BF16": ("bfloat16", "BF16"), "FP8": ("fp8", "Q8_0")}
+}
+"""Types of the weights: their name in accounting, and the engines' type that is compared with each."""
+PART = 512
+"""Tokens of a prompt that others read together."""
+LONGEST, LEAST = 120.0, 3
+"""Seconds after which no turn of reading prompts begins, and turns in any case."""
 COUNTED = 3
 """Tokens that one side decodes in its turn, after one on a cold cache that does not count."""
 
 
 class Size(NamedTuple):
-    """Contexts to decode at, turns, and sequences of a training step."""
+    """Contexts to decode at, lengths of prompts to read, turns, and sequences of a training step."""
 
     contexts: tuple[int, ...]
+    prompts: tuple[int, ...]
     turns: int
     batch: int
 
     @property
     def room(self) -> int:
         """Tokens that a cache has room for after a context."""
-        return (self.turns + 1) * (COUNTED + 1) + PROMPT
+        return (self.turns + 1) * (COUNTED + 1)
 
 
-FULL, QUICK = Size((128, 2048, 8192), 7, 16), Size((128, 1024), 5, 4)
+FULL, QUICK = Size((128, 2048, 8192), (128, 512, 2048, 8192), 7, 16), Size((128, 1024), (256,), 5, 4)
 
 
 def _size(setting: Setting) -> Size:
@@ -77,7 +86,7 @@ def _size(setting: Setting) -> Size:
 
 
 class Ours:
-    """Model of dsmini that decodes, with weights and a cache in the dtype of the model or in FP8."""
+    """Model of dsmini, with a cache in the dtype of the model or in FP8."""
 
     def __init__(self, model: Transformer, cache_dtype: CacheDtype | None = None) -> None:
         self.model, self.decoder = model, Decoder(model)
@@ -91,7 +100,7 @@ class Ours:
         self.cache = self.model.new_cache(1, room, self.cache_dtype)
 
     def feed(self, tokens: Tensor) -> None:
-        self.decoder.logits(tokens, self.cache)
+        self.model.head(self.decoder.states(tokens, self.cache).normed[:, -1:])
 
 
 def deepseek_v3(config: ModelConfig) -> Any:
@@ -106,13 +115,12 @@ def deepseek_v3(config: ModelConfig) -> Any:
 class Theirs:
     """Model of transformers with random weights."""
 
-    def __init__(self, config: ModelConfig, setting: Setting) -> None:
-        self.model = deepseek_v3(config).to(setting.dtype).to(setting.device).eval()
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = deepseek_v3(config).to(dtype).to(device).eval()
 
     def fill(self, tokens: Tensor, room: int) -> None:
         self.start(tokens.shape[1] + room)
-        for part in tokens.split(PART, 1):
-            self.feed(part)
+        self.feed(tokens)
 
     def start(self, room: int) -> None:
         from transformers import DynamicCache
@@ -122,96 +130,106 @@ class Theirs:
     def feed(self, tokens: Tensor) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions rename an argument
-            self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True)
+            for part in tokens.split(PART, 1):
+                self.model(input_ids=part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
 
 Side = Ours | Theirs | Engine
 
 
-def sides(setting: Setting, python: str | None) -> dict[str, Side]:
-    """Return the models of all implementations that are here. On a CPU with kernels ours decode in BF16 and FP8 too.
+def sides(setting: Setting, config: ModelConfig, found: Mapping[str, str], kind: str) -> dict[str, Side]:
+    """Return the models of all implementations that are here, in one type of weights, ours first.
 
     Args:
-        python: the Python of llama.cpp.
+        found: the Python of each engine.
     """
-    config, size = models.decoded(setting.quick), _size(setting)
-    native = random_model(config, setting.device, setting.dtype)
-    out: dict[str, Side] = {OURS: Ours(native)}
-    if setting.device.type == "cpu" and ops.serving("cpu") == "cpu":
-        low = native if setting.dtype == torch.bfloat16 else random_model(config, setting.device, torch.bfloat16)
-        out |= {} if low is native else {LOW: Ours(low)}
-        out[FP8] = Ours(hold_all_fp8(copy.deepcopy(low)), "fp8")
-    out[THEIRS] = Theirs(config, setting)
-    if python:
-        for name, kind in ((LLAMA, "BF16"), (Q8, "Q8_0")):
-            out[name] = Engine(python, native, kind, max(size.contexts) + size.room, PROMPT)
-    return out
-
-
-def pairs(names: Collection[str]) -> list[tuple[str, str]]:
-    """Return each peer with our side that it is compared with: that of its number of bits, if there is one."""
-    of = {THEIRS: OURS, LLAMA: LOW, Q8: FP8}
-    return [(peer, ours if ours in names else OURS) for peer, ours in of.items() if peer in names]
+    dtype, size = torch.float32 if kind == "FP32" else torch.bfloat16, _size(setting)
+    model, room = random_model(config, setting.device, dtype), max(*size.contexts, *size.prompts) + size.room
+    out: dict[str, Side] = {}
+    if kind != "FP8" and not why_unusable(dtype, setting.roofs.peak):
+        out[f"{THEIRS} {kind}"] = Theirs(config, setting.device, dtype)
+    for name, python in found.items():
+        theirs = KINDS[kind][1]
+        out[f"{name} {theirs}"] = Engine(name, python, model, theirs, room, PART)
+    ours = Ours(hold_all_fp8(model), "fp8") if kind == "FP8" else Ours(model)
+    return {f"{OURS} {kind}": ours, **out}
 
 
 # --- the measurement
 
 
 def cases(setting: Setting) -> list[Case]:
-    python = engine_python(setting.peer_python) if setting.device.type == "cpu" else None
-    quick, size, out = setting.quick, _size(setting), list[Case]()
+    cpu, size, out = setting.device.type == "cpu", _size(setting), list[Case]()
+    found, fast, quick = engines(setting.peer_python) if cpu else {}, cpu and ops.serving("cpu") == "cpu", setting.quick
     for dtype, seconds in ((torch.float32, 15), (torch.bfloat16, 60)):
         usable = not why_unusable(dtype, setting.roofs.peak)
         flops = usable * training_flops(models.TRAINED, 2 * (size.turns + 1) * size.batch)  # ours and theirs
         estimate = (4 if quick else seconds) + seconds_of_products(flops, dtype, setting)
         run = partial(train, dataclasses.replace(setting, dtype=dtype))
         out.append(Case(key=f"train dtype={dtype_name(dtype)}", seconds=estimate, run=run))
-    # the models are made once, for the cases of decoding and of reading
-    make, with_whom = functools.cache(partial(sides, setting, python)), f" {LLAMA}" * bool(python)
-    for context in size.contexts:
-        first = (0 if quick else 60) * (context == size.contexts[0])  # makes the models and the engine's files
-        seconds, run = 2 + context / 170 + first + _reading(setting, context), partial(decode, setting, make, context)
-        out.append(Case(key=f"decode context={context}{with_whom}", seconds=seconds, run=run))
-    seconds = (3 if quick else 10) + (size.turns + 1) * _reading(setting, PROMPT)
-    out.append(Case(key=f"prefill tokens={PROMPT}{with_whom}", seconds=seconds, run=partial(prefill, setting, make)))
+    # --quick takes FP8 and the faster one of the others; without BF16 units kernels multiply BF16 weights in FP32
+    slow = bool(why_unusable(torch.bfloat16, setting.roofs.peak))
+    there = {"FP32": slow or not quick, "BF16": not slow or (fast and not quick), "FP8": fast}
+    config, kinds = models.decoded(quick), [kind for kind in KINDS if there[kind]]
+    shapes = {"": config} | ({"wide": dataclasses.replace(config, **models.WIDE)} if IK in found else {})
+    for (shape, config), kind in itertools.product(shapes.items(), kinds):
+        here = {name: python for name, python in found.items() if shape or name != IK}
+        # the models are made once, for the cases of one type of weights
+        make = functools.cache(partial(sides, setting, config, here, kind))
+        dtype = torch.float32 if kind == "FP32" or slow else torch.bfloat16
+        for what, tokens in [("decode", n) for n in size.contexts] + [("prefill", n) for n in size.prompts]:
+            flops = 2 * tokens * accounting.flops_per_token(config, tokens).total  # ours and theirs
+            reading = seconds_of_products(flops, dtype, setting)
+            if what == "prefill":
+                reading = min((size.turns + 1) * reading, max(LONGEST, (LEAST + 1) * reading))
+            making = 60 if not quick and (what, tokens) == ("decode", size.contexts[0]) else 0
+            case = {"what": what, "tokens": tokens, **({"shape": shape} if shape else {})}
+            run = partial(compare, setting, config, make, kind, case)
+            key = " ".join([f"{what} tokens={tokens}", *filter(None, [shape]), kind, *here])
+            out.append(Case(key=key, seconds=1 + tokens / 400 + making + reading, run=run))
     return out
 
 
-def _reading(setting: Setting, tokens: int) -> float:
-    """Return the estimated seconds of reading a prompt of this length with ours and with theirs."""
-    flops = 2 * tokens * accounting.flops_per_token(models.decoded(setting.quick), tokens).total
-    return seconds_of_products(flops, setting.dtype, setting)
+def _roof(setting: Setting, config: ModelConfig, kind: str, what: str, tokens: int) -> float:
+    """Return the least seconds of decoding a token after this many, or of reading this many."""
+    how: dict[str, Any] = {"dtype": KINDS[kind][0], "cache_dtype": "fp8" if kind == "FP8" else None}
+    if what == "decode":
+        moved, flops = accounting.decode_bytes_per_token(config, context=tokens + 1, **how).total, 0.0
+    else:
+        moved = tokens * accounting.prefill_bytes_per_token(config, seq_len=tokens, **how).total
+        last: dict[str, Any] = {"training": False, "last_logits": True}
+        flops = accounting.step_flops(config, batch_size=1, seq_len=tokens, **last).total
+    peaks = setting.roofs.peak
+    peak = peaks["float32"] if kind == "FP32" else max(peaks.values())
+    return max(moved / max(setting.roofs.bandwidth, setting.roofs.copy), flops / peak)
 
 
 @torch.inference_mode()
-def decode(setting: Setting, make: Callable[[], dict[str, Side]], context: int) -> Iterator[Figure]:
-    every, size, config = make(), _size(setting), models.decoded(setting.quick)
-    for side in every.values():
-        side.fill(random_tokens(config, 1, context, setting.device), size.room)
+def compare(setting: Setting, config: ModelConfig, make: Any, kind: str, case: dict[str, Any]) -> Iterator[Figure]:
+    every, size, what, tokens = make(), _size(setting), case["what"], case["tokens"]
+    how: dict[str, Any] = {"key": "who", "count": size.turns, "seconds": float("inf")}
 
     def token(side: Side) -> float:
         """Decode a token; return the seconds by the side's own clock, if it has one."""
-        own, tokens = list[float | None](), random_tokens(config, 1, 1, setting.device)
-        seconds = once(lambda: own.append(side.feed(tokens)), setting.device)
+        own, drawn = list[float | None](), random_tokens(config, 1, 1, setting.device)
+        seconds = once(lambda: own.append(side.feed(drawn)), setting.device)
         return own[0] or seconds
 
-    how = {"uncounted": 1, "repeats": COUNTED, "clock": reported, "count": size.turns, "seconds": float("inf")}
-    runs = {name: partial(token, side) for name, side in every.items()}
-    case = {"what": "decode", "context": context}
-    yield from race(setting, case, runs, key="who", tokens=1, pairs=pairs(every), **how)
-
-
-@torch.inference_mode()
-def prefill(setting: Setting, make: Any) -> Iterator[Figure]:
     def read(side: Side) -> None:
-        side.start(PROMPT)
-        side.feed(random_tokens(models.decoded(setting.quick), 1, PROMPT, setting.device))
+        side.start(tokens)
+        side.feed(random_tokens(config, 1, tokens, setting.device))
 
-    # our other sides only decode: they read a prompt as the first does, or far slower
-    runs = {name: partial(read, side) for name, side in make().items() if name not in (LOW, FP8)}
-    how, case = {"count": _size(setting).turns, "seconds": float("inf")}, {"what": "prefill", "tokens": PROMPT}
-    yield from race(setting, case, runs, key="who", tokens=PROMPT, pairs=pairs(runs), **how)
-    make.cache_clear()  # the last case that needs the models
+    if what == "decode":
+        for side in every.values():
+            side.fill(random_tokens(config, 1, tokens, setting.device), size.room)
+        how |= {"uncounted": 1, "repeats": COUNTED, "clock": reported}
+    else:
+        how |= {"seconds": LONGEST, "least": LEAST}
+    run, each = (token, 1) if what == "decode" else (read, tokens)
+    runs, roof = {name: partial(run, side) for name, side in every.items()}, _roof(setting, config, kind, what, tokens)
+    yield from race(setting, case, runs, tokens=each, roof=roof, **how)
+    if (what, tokens) == ("prefill", size.prompts[-1]):
+        make.cache_clear()  # the last case that needs the models
 
 
 def train(setting: Setting) -> Iterator[Figure]:
@@ -227,8 +245,9 @@ def train(setting: Setting) -> Iterator[Figure]:
     runs = {name: each.step for name, each in trainers.items()} | {THEIRS: their_step(size.batch, setting)}
     note = "whole steps with AdamW: ours with batch, clipping and routing bias, theirs without"
     tokens, both = size.batch * trainers[OURS].config.seq_len, [(THEIRS, name) for name in trainers]
-    turns = {"count": size.turns, "seconds": float("inf")}
-    yield from race(setting, case, runs, key="who", tokens=tokens, pairs=both, note=note, **turns)
+    how = {"count": size.turns, "seconds": float("inf")}
+    roof = training_flops(models.TRAINED, size.batch) / setting.roofs.peak[setting.dtype_name]
+    yield from race(setting, case, runs, key="who", tokens=tokens, roof=roof, pairs=both, note=note, **how)
     for each in trainers.values():
         each.loader.close()
 
@@ -251,21 +270,32 @@ def their_step(batch: int, setting: Setting) -> Callable[[], None]:
 
 # --- the answer
 
-WHERE = {"train": "training in {dtype}", "decode": "decoding at {context:,}", "prefill": "reading {tokens:,}"}
+WORDS = {"train": "training", "decode": "decoding", "prefill": "reading"}
 
 
-def _where(f: Figure) -> str:
-    """Return what a peer was compared in, with the bits of ours if they are not the model's."""
-    return WHERE[str(f.case["what"])].format(**f.case) + str(f.case["than"]).removeprefix(OURS)
+def _where(f: Figure, length: bool = True) -> str:
+    """Return what a peer was compared in: "decoding 2,048 wide FP8"."""
+    what, tokens = WORDS[str(f.case["what"])], f"{f.case['tokens']:,}" if length and "tokens" in f.case else ""
+    parts = what, tokens, f.case.get("shape"), f.case.get("dtype"), str(f.case["than"]).removeprefix(OURS).strip()
+    return " ".join(str(part) for part in parts if part)
 
 
 def answer(figures: list[Figure]) -> str:
-    by_peer: dict[str, list[str]] = {}
+    by_peer: dict[str, dict[str, list[Figure]]] = {}
     for f in pick(figures, "times_as_long"):
         if f.measured is not None:
-            by_peer.setdefault(str(f.case["who"]), []).append(f"{times(f)} in {_where(f)}")
-    told = [f"{peer} {', '.join(of)}" for peer, of in by_peer.items()]
-    return f"Time of others, next to dsmini: {'; '.join(told)}." if told else ""
+            by_peer.setdefault(str(f.case["who"]), {}).setdefault(_where(f, length=False), []).append(f)
+
+    def told(of: list[Figure]) -> str:
+        least, *_, most = sorted(of * 2, key=lambda f: f.measured or 0.0)
+        return times(least) if len(of) == 1 else f"{least.measured:.2f} to {most.measured:.2f} times"
+
+    words = [f"{peer} {', '.join(f'{told(of)} in {w}' for w, of in by.items())}" for peer, by in by_peer.items()]
+    return f"Time of others, next to dsmini: {'; '.join(words)}." if words else ""
+
+
+def _is(f: Figure, what: str, shape: str) -> bool:
+    return f.case["what"] == what and f.case.get("shape", "") == shape
 
 
 QUESTION = Question(
@@ -275,7 +305,11 @@ QUESTION = Question(
     cases=cases,
     answer=answer,
     plots=(
-        drawing("tokens_per_s", "Decoding", x="context", by="who"),
+        *(
+            drawing("tokens_per_s", title, x="tokens", by="who", only=partial(_is, what=what, shape=shape))
+            for shape, more in (("", ""), ("wide", " with DeepSeek's widths of heads"))
+            for what, title in (("decode", f"Decoding{more}"), ("prefill", f"Reading a prompt{more}"))
+        ),
         drawing("times_as_long", "Time of others", _where, by="who", line=("equal", 1.0), log_y=True),
     ),
     needs="" if find_spec("transformers") else "transformers is not installed; pip install 'dsmini[peers]'",

@@ -15,7 +15,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -151,7 +151,7 @@ def _types(kind: type, prefix: str = "--") -> Iterator[tuple[str, Any]]:
         flag = prefix + name.replace("_", "-")
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from _types(hint, f"{flag}.")
-        elif get_origin(hint) is not Annotated:  # that one is no flag, but known by its position
+        elif tyro.conf.Positional not in getattr(hint, "__metadata__", ()):  # known by its position
             yield flag, hint
 
 
