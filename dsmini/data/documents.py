@@ -201,7 +201,7 @@ def _document(root: Path, path: Path) -> Document:
 def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[Document], list[str]]:
     """Return the documents that are text, with their sizes, and the names of the files that are not.
 
-    A name has the reason after it: empty, or not text, which has no NUL byte, as UTF-16 has.
+    A name has the reason after it: empty, not text, or UTF-16, UTF-32, UTF-16LE or UTF-16BE for text that is not UTF-8.
 
     Raises: ValueError if none is text.
     """
@@ -213,7 +213,7 @@ def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[D
         size, reason, utf8 = 0, "" if trusted else "empty", trusted
         decoder = codecs.getincrementaldecoder("utf-8")()
         for chunk, stored in document.chunks():
-            reason = "not text" if not trusted and b"\0" in chunk else ""
+            reason = "" if trusted else _why_not_text(chunk, first=size == 0)
             utf8 = trusted or (_decodes(decoder, chunk) and (utf8 or size == 0))
             size += len(chunk)
             progress("reading", done + stored, total)
@@ -223,9 +223,8 @@ def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[D
         if not reason:
             texts.append(dataclasses.replace(document, size=size, utf8=utf8 and _decodes(decoder, b"", final=True)))
         elif source.kind == "file":
-            raise ValueError(
-                f"data.path={document.path} is {reason}; name a text file in UTF-8, such as iconv -t UTF-8 makes"
-            )
+            by = f"iconv -f {reason} -t UTF-8" if reason.startswith("UTF") else "iconv -t UTF-8"
+            raise ValueError(f"data.path={document.path} is {reason}; name a text file in UTF-8, such as {by} makes")
         else:
             left_out.append(f"{document.name} ({reason})")
     if not texts:
@@ -244,6 +243,24 @@ def _decodes(decoder: codecs.IncrementalDecoder, chunk: bytes, final: bool = Fal
         decoder.reset()
         return False
     return True
+
+
+def _why_not_text(chunk: bytes, first: bool) -> str:
+    """Return why these bytes are not UTF-8 text or a text of single bytes; "" if they may be. Text has no NUL byte.
+
+    Args:
+        first: they are the first of a file, where its encoding shows.
+    """
+    if b"\0" not in chunk:
+        return ""
+    if first and chunk.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if first and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    even, odd = (chunk[start:4096:2].count(0) / len(chunk[:4096]) for start in (0, 1))  # of ASCII every second byte
+    if first and len(chunk) > 8 and max(even, odd) > 0.3 and min(even, odd) < 0.03:
+        return "UTF-16BE" if even > odd else "UTF-16LE"
+    return "not text"
 
 
 def left_out_in_words(names: Sequence[str], where: str) -> str:

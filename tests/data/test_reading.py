@@ -87,17 +87,18 @@ def test_runs_and_caches_inside_the_corpus_are_left_out(tmp_path: Path) -> None:
     assert corpora.load(tmp_path, path=tmp_path / "runs/x").files == 3  # it is asked for by name
 
 
-def test_text_in_utf16_is_left_out_and_named(tmp_path: Path) -> None:
-    files = {f"{i}.txt": "Ein \u00fcbler Text. ".encode("utf-16") * 50 for i in range(5)} | {"good.txt": b"text " * 50}
-    corpus = load(tmp_path, files)
-    assert (corpus.skipped, corpus.left_out) == (5, tuple(f"{i}.txt (not text)" for i in range(5)))
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_text_in_another_encoding_is_left_out_and_named(tmp_path: Path, encoding: str) -> None:
+    text = "Ein \u00fcbler Text. " * 50
+    name = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE"}.get(encoding, encoding.upper())
+    corpus = load(tmp_path, {f"{i}.txt": text.encode(encoding) for i in range(5)} | {"good.txt": b"text " * 50})
+    assert (corpus.skipped, corpus.left_out) == (5, tuple(f"{i}.txt ({name})" for i in range(5)))
     assert corpus.describe()["left_out"] == list(corpus.left_out)
     words = left_out_in_words(corpus.left_out, "runs/x/corpus.json")
-    named = ", ".join(f"{i}.txt (not text)" for i in range(3))
+    named = ", ".join(f"{i}.txt ({name})" for i in range(3))
     assert words == f"5 left out: {named}, and 2 more (all are in runs/x/corpus.json)"
-    assert "0.txt is not text; name a text file in UTF-8" in refusal(
-        corpora.load, tmp_path, path=tmp_path / "texts/0.txt"
-    )
+    said = refusal(corpora.load, tmp_path, path=tmp_path / "texts/0.txt")
+    assert f"0.txt is {name}; name a text file in UTF-8, such as iconv -f {name} -t UTF-8 makes" in said
 
 
 def test_text_of_single_bytes_is_read_and_named(tmp_path: Path) -> None:
