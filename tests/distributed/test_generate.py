@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, load_pretrained
+from dsmini.checkpoint.load import all_experts
+from dsmini.checkpoint.tensor_files import is_stacked
+from dsmini.checkpoint.training_state import load_run
 from dsmini.distributed.decode import SharedTokens, Sharing, held_by_ranks, read_placement, sharing
 from dsmini.distributed.world import World
 from dsmini.inference.fused import Decoder
@@ -190,6 +193,14 @@ def test_command_answers_as_one_process_and_rank_0_speaks(place: Path) -> None:
         answer, wanted = json.loads(got.outputs[0]), json.loads(want.outputs[0])
         for key in ("answers", "new_tokens", "cache_bytes"):
             assert answer[key] == wanted[key], key
+
+
+def test_experts_of_a_run_are_read_in_the_order_in_which_they_are_held(place: Path) -> None:
+    own = [5, 0, 2]
+    part = load_run(place / "runs/x", holding=lambda model: [own] * len(all_experts(model)))[0].state_dict()
+    whole = load_run(place / "runs/x")[0].state_dict()
+    assert any(map(is_stacked, part)) and part.keys() == whole.keys()
+    assert all(torch.equal(t, whole[name][own] if is_stacked(name) else whole[name]) for name, t in part.items())
 
 
 def stop_rank_1(speech: Speech) -> None:
