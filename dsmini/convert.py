@@ -81,7 +81,7 @@ HELP = Help(
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(ConvertCommand, "convert", args, help=HELP)
+    command = parse(ConvertCommand, "dsmini.convert", args, help=HELP)
     # what loads torch is imported after --help
     import torch
 

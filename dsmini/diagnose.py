@@ -81,7 +81,7 @@ HELP = Help(
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(DiagnoseCommand, "diagnose", args, help=HELP)
+    command = parse(DiagnoseCommand, "dsmini.diagnose", args, help=HELP)
     from dsmini import ops
 
     ops.check_forced()

@@ -24,7 +24,7 @@ HELP = Help(usage="[FLAGS]", examples=("",), main=("json",))
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(ExplainCommand, "explain", args, help=HELP)
+    command = parse(ExplainCommand, "dsmini.explain", args, help=HELP)
     from dsmini import ops
     from dsmini.ops import explanation
 

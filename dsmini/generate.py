@@ -105,7 +105,7 @@ HELP = Help(
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(GenerateCommand, "generate", args, help=HELP)
+    command = parse(GenerateCommand, "dsmini.generate", args, help=HELP)
     from dsmini import ops
 
     ops.check_forced()

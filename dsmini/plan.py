@@ -71,7 +71,7 @@ HELP = Help(
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(PlanCommand, "plan", args, help=HELP)
+    command = parse(PlanCommand, "dsmini.plan", args, help=HELP)
     if command.config is not None and not command.published:
         command = dataclasses.replace(command, config=find_config(command.config))
     _refuse(command, args)

@@ -48,7 +48,7 @@ class TokenizeCommand:
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(TokenizeCommand, "tokenize", args)
+    command = parse(TokenizeCommand, "dsmini.tokenize", args)
     console = Console(stderr=command.json)
     config = DataConfig(path=command.corpus, val_fraction=command.val_fraction)
     source = find(config.path)

@@ -142,7 +142,7 @@ def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand, bool]:
         raise ValueError(f"--resume {resume} stays in its folder; leave --out away, or start a new run with --init")
     origin = find_origin(file, resume, init, say=partial(say, Console(stderr=True, quiet=not speaks())))
     default = TrainCommand(**_fields(origin.config), resume=resume, init=init)
-    return origin, parse(TrainCommand, "train", rest, default, HELP), auto
+    return origin, parse(TrainCommand, "dsmini.train", rest, default, HELP), auto
 
 
 def _fields(config: RunConfig) -> dict[str, Any]:

@@ -67,11 +67,11 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
     """Read the arguments into a dataclass; explain a wrong one and exit with status 2.
 
     Args:
-        name: the command module, as in python -m dsmini.NAME.
+        name: the command module, as in python -m NAME.
         default: the values that flags change; None: the dataclass's own defaults.
         help: the screen for --help; None: --help explains every flag, as --help-all does.
     """
-    prog = f"python -m dsmini.{name}"
+    prog = f"python -m {name}"
     if help is not None and {"-h", "--help"} & set(args):
         if speaks():
             print(short_help(kind, prog, help, default))

@@ -448,3 +448,9 @@ def test_quick_has_time_for_the_headline_on_a_usual_cpu(float32: float, bfloat16
     first = [QUESTIONS[name] for name in ("kv-cache", "decode", "train", "fp8-error")]
     assert list(QUESTIONS.values())[:4] == first
     assert sum(case.seconds for question in first for case in question.cases(setting)) < run.QUICK - 60
+
+
+def test_help_names_the_command_that_one_types(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--help"], {})
+    assert not stop.value.code and "usage: python -m benchmarks [NAME ...]" in capsys.readouterr().out
