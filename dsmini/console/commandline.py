@@ -98,8 +98,9 @@ def _reason(stop: SystemExit, said: str, prog: str) -> str:
         cause = cause.__context__
     if extra := re.search(r"(?m)Unrecognized options: (.*?)\s*[│|]?$", said):
         return f"unexpected {brief(extra[1])}; leave it out, or see {prog} --help"
-    words = [line.strip("│| \t") for line in said.splitlines()[1:]]
-    first = " ".join(itertools.takewhile(lambda line: line and not line.startswith("─"), words))
+    lines = [line.strip("│| \t") for line in said.splitlines()[1:]]
+    lines = itertools.dropwhile(lambda line: not line or line[0] in "─-", lines)
+    first = " ".join(itertools.takewhile(lambda line: line and line[0] not in "─-", lines))
     missing = re.match(r"Missing from [^:]*: (\S+)", first)
     return f"{f'{missing[1]} is missing' if missing else first}; see {prog} --help"
 

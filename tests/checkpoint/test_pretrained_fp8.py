@@ -61,8 +61,8 @@ def test_kept_fp8_refuses_training(fp8_folder: tuple[Path, dict[str, Tensor]]) -
     kept = load_pretrained(fp8_folder[0], fp8="keep")
     tokens = torch.randint(0, 61, (1, 9))
     assert "load the model with fp8='dequantize' to train it" in refusal(kept.train)
-    loss = kept.losses(tokens[:, :-1], tokens[:, 1:]).total
-    assert "load the model with fp8='dequantize' to train it" in refusal(loss.backward)
+    kept.losses(tokens[:, :-1], tokens[:, 1:]).total.backward()  # through codes, as through frozen weights
+    assert all(p.grad is None for p in kept.parameters() if p.dtype == torch.float8_e4m3fn)
     trained = load_pretrained(fp8_folder[0]).train()
     trained.losses(tokens[:, :-1], tokens[:, 1:]).total.backward()
     assert all(parameter.grad is not None for parameter in trained.layers[0].parameters())
