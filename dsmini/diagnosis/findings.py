@@ -223,8 +223,12 @@ def _powers(base: int, n: int) -> NDArray[np.uint64]:
 
 def repeated(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Return for each hash if another one is equal."""
-    _, place, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    return (counts > 1)[place]
+    order = np.argsort(hashes)  # np.unique would take twice the memory
+    ordered = hashes[order]
+    same = ordered[1:] == ordered[:-1]
+    out = np.zeros(len(hashes), dtype=bool)
+    out[order[1:][same]] = out[order[:-1][same]] = True
+    return out
 
 
 def occurring(hashes: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:

@@ -59,6 +59,7 @@ def quantized_experts(
     return experts.reference(x, indices, weights, counts, *(dense(w, x.dtype) for w in (w1, w2, w3)))
 
 
+@ops.for_transforms("fp8_experts")
 @ops.for_transforms("quantized_experts")
 def _refuse_transforms(*_: Any, **__: Any) -> Any:
     raise ValueError("experts in FP8 have no version for torch.func and torch.export; use a model without FP8")

@@ -108,8 +108,9 @@ def test_export_with_any_length(model: Transformer, tokens: Tensor) -> None:
         assert relative_error(exported(tokens[:, :s]), model(tokens[:, :s])) < FP32_MODEL
 
 
-def test_export_of_fp8_experts_is_refused() -> None:
-    model = hold_all_fp8(MoE(**SMALL).eval())
+@pytest.mark.parametrize("held", [False, True])
+def test_export_of_fp8_experts_is_refused(held: bool) -> None:
+    model = hold_all_fp8(MoE(**SMALL).eval()) if held else MoE(**SMALL, precision="fp8")
     with pytest.raises(Exception, match=r"no version for torch.func and torch.export; use a model without FP8"):
         torch.export.export(model, (torch.zeros(2, 3, 24),))
 
