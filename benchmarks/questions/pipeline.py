@@ -9,6 +9,7 @@ tokens have no gradient. pipeline/schedules.png shows the median step of each sc
 
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -226,7 +227,9 @@ def main() -> None:
     with joined(TIMEOUT) as world:
         found = run_steps(world, Size(*json.loads(sys.argv[1])))
         if world.rank == 0:
-            print(json.dumps(found))
+            print(json.dumps(found), flush=True)
+        world.gather(None)
+        os._exit(0)  # without gloo's destructors, which now and then abort after the other rank has left
 
 
 # --- the question
