@@ -107,16 +107,16 @@ def check(kernel: Kernel, run: Callable[..., Any], inputs: Sequence[Tensor], wha
     The reference then computes in FP32, so that the roundings are the kernel's alone. The result of a call that returns
     none is what it made of copies of its operands. Chosen keys are sets, without an order.
     """
-    results: list[Tensor] = []
+    results: list[list[Tensor]] = []
     for backend in ("cpu", "reference"):
         wide = backend == "reference" and kernel.close
         copies = [t.float() if wide and t.dtype == torch.bfloat16 else t.clone() for t in inputs]
         with ops.use(backend):
             got = run(*copies)
         got = copies[0] - inputs[0] if got is None else got
-        first = (got if isinstance(got, tuple) else getattr(got, "parts", (got,)))[0]
-        results.append((first if first.is_floating_point() else first.sort().values).float())
-    error = float((results[0] - results[1]).norm() / results[1].norm())
+        parts = got if isinstance(got, tuple) else getattr(got, "parts", (got,))
+        results.append([(t if t.is_floating_point() else t.sort().values).float() for t in parts])
+    error = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
     assert error <= kernel.close, f"{what}: the kernel differs from the reference by {error:.2g}, want {kernel.close}"
 
 

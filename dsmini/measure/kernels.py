@@ -195,14 +195,14 @@ def _trained(backward: bool, width: int = EXPERT_WIDTH, hidden: int = EXPERT_HID
         up, down = (EXPERTS, hidden, width), (EXPERTS, width, hidden)
         matrices = [_numbers(torch.float32, device, *shape) for shape in (up, down, up)]
         flops = 6 * n * hidden * width
-        # declared in dsmini.functional, which is found by name alone
-        run = ops.Operation.declared["trained_experts_gradients" if backward else "trained_experts"]
+        declared = ops.Operation.declared  # of dsmini.functional, which is found by name alone
+        forward, gradients = declared["trained_experts"], declared["trained_experts_gradients"]
         if not backward:
-            return lambda x, *w: run(x, *routing, *w), (x, *matrices), flops
-        grad, gate, up_ = (_numbers(dtype, device, n, numbers) for numbers in (width, hidden, hidden))
+            return lambda x, *w: forward(x, *routing, *w), (x, *matrices), flops
+        grad, (_, gate, up_) = _numbers(dtype, device, n, width), forward(x, *routing, *matrices)
 
         def call(grad: Tensor, x: Tensor, gate: Tensor, up: Tensor, *w: Tensor) -> object:
-            return run(grad, x, *routing, gate, up, *w)
+            return gradients(grad, x, *routing, gate, up, *w)
 
         return call, (grad, x, gate, up_, *matrices), 2 * flops
 
@@ -308,7 +308,7 @@ def _fed_forward(dense: bool) -> Maker:
         weights = tuple(getattr(part, name) for name in names)
 
         def call(x: Tensor, *w: Tensor) -> object:
-            return feed_forward_step(x, replace(part, **dict(zip(names, w, strict=True)), prepared={}))
+            return feed_forward_step(x, replace(part, **dict(zip(names, w, strict=True)), prepared={}))[0]
 
         return call, (_numbers(torch.float32, device, rows, WIDTH), *weights), 1
 
