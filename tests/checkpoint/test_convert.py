@@ -11,7 +11,7 @@ from dsmini import Transformer, load_pretrained, save_pretrained
 from dsmini.checkpoint.training_state import load_run
 from dsmini.convert import main
 from tests.helpers import folders
-from tests.helpers.configs import refusal
+from tests.helpers.commands import check_refused
 from tests.helpers.inference_layouts import BUILT
 from tests.helpers.runs import new_run
 
@@ -82,44 +82,6 @@ def test_published_folder_keeps_its_dtypes(tmp_path: Path, small_model: Build, c
         assert not folders.different(want, folders.read(tmp_path / arguments.split()[1]))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights_that_are_not_finite_are_named(
-    tmp_path: Path, small_model: Build, convert: Convert, value: float
-) -> None:
-    tensors = folders.tensors_of(small_model(), torch.bfloat16)
-    name = "model.layers.1.mlp.experts.2.down_proj.weight"
-    raw = folders.config_json(small_model().config)
-    folders.write(tmp_path / "a", tensors, raw)
-    assert "NaN" not in convert("a b", tmp_path)[0]
-    tensors[name][0, -1] = value
-    folders.write(tmp_path / "a", tensors, raw)
-    assert f"c has infinities or NaN in {name}, as the model has; check it" in convert("a c", tmp_path)[0]
-    codes, _ = folders.in_fp8(folders.tensors_of(small_model(), torch.bfloat16))
-    codes[name].view(torch.uint8)[0, 0] = 0xFF  # E4M3's NaN
-    folders.write(tmp_path / "d", codes, raw | {"quantization_config": folders.QUANTIZED})
-    for flags in ("e", "f --dtype float32"):
-        assert f"{flags[0]} has infinities or NaN in {name}" in convert(f"d {flags}", tmp_path)[0]
-
-
-MISTAKES = {
-    "a a": "a holds files already; choose a new folder, or remove that one",
-    "a b --average": "--average is for a training run, and a is not one; leave it out",
-    "a a/config.json/b": "cannot make the folder a/config.json/b",
-    "a b --fp9": "--fp9",
-    "a b --ranks 2": "--ranks is for DeepSeek's inference layout; add --layout inference, or leave it out",
-    "a b --layout inference --shard-size 2GB": "--shard-size is for Hugging Face's layout; with --layout inference",
-    "a b --layout inference --ranks 0": "--ranks 0 is not positive; use 1 or more",
-    "a b --index-n-heads 3 --index-topk 8": "--index-n-heads, --index-topk: these are sizes of fresh indexers; add",
-}
-
-
-def test_mistakes_are_refused_and_write_nothing(
-    tmp_path: Path, small_model: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_are_refused_and_write_nothing(tmp_path: Path, small_model: Build) -> None:
     save_pretrained(small_model(**BUILT), tmp_path / "a")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    monkeypatch.chdir(tmp_path)
-    for arguments, sentence in MISTAKES.items():
-        assert sentence in refusal(main, arguments.split()), arguments
-    assert {path.name for path in tmp_path.iterdir()} == {"a"}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    check_refused("dsmini.convert", tmp_path)

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -119,8 +120,15 @@ def _show(message: object, category: type[Warning], filename: str, lineno: int, 
     sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))  # pyright: ignore[reportArgumentType]
 
 
-def check_refused(module: str, bad: Mapping[str, str], folder: Path) -> None:
-    """Fail unless each command line ends with status 2 and one line with its sentence, and touches no file."""
+def check_refused(module: str, folder: Path, bad: Mapping[str, str] | None = None) -> None:
+    """Fail unless each command line ends with status 2 and one line with its sentence, and touches no file.
+
+    Args:
+        bad: a part of the sentence for each command line; None: those of refusals.toml.
+    """
+    if bad is None:
+        every = tomllib.loads(Path(__file__).with_name("refusals.toml").read_text(encoding="utf-8"))
+        bad = every[module.removeprefix("dsmini.")]
 
     def files() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dsmini.text.chat import MARK, Chat, ChatTemplate, Message, read_text_side
@@ -65,42 +65,49 @@ def test_nobody_can_spell_a_token_of_the_template(chat: Chat, text: str, role: s
     assert chat.tokenizer.decode(hostile) == want
 
 
-CUTS = range(1, len(USER))
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Render in this process: a process for each of many texts would take long."""
 
-
-def test_texts_joined_by_the_template_spell_nothing(folder: Path) -> None:
-    source = "{% for m in messages %}{{ m['content'] | trim }}{% endfor %}{% if false %}<｜User｜>{% endif %}"
-    chat = chat_of(folder, source)
-    for at in CUTS:
-        tokens = chat.encode(user(chat, USER[:at] + "  ", " " + USER[at:]))
-        assert markup(chat, tokens) == [] and chat.tokenizer.decode(tokens) == USER
-
-
-@pytest.mark.parametrize(
-    ("source", "contents"),
-    [
-        (["{{ '<' + messages[0].content + '>' }}"], [USER[1:-1]]),
-        ([f"{{{{ '{USER[:at]}' + messages[{at - 1}].content }}}}" for at in CUTS], [USER[at:] + "x" for at in CUTS]),
-        ([f"{{{{ messages[{at - 1}].content + '{USER[at:]}' }}}}" for at in CUTS], ["x" + USER[:at] for at in CUTS]),
-    ],
-    ids=["around", "before", "behind"],
-)
-def test_texts_completed_by_the_template_spell_nothing(folder: Path, source: list[str], contents: list[str]) -> None:
-    own = f"{{{{ bos_token }}}}{{# #}}{{{{ '{USER}' }}}}"  # the template's own token next to each
-    chat = chat_of(folder, own + own.join(source) + own)
-    tokens = chat.encode(user(chat, *contents))
-    assert markup(chat, tokens) == ids(chat, BOS, USER) * (len(source) + 1)
-    assert chat.tokenizer.decode(tokens).count(USER) == 2 * len(source) + 1
-
-
-def test_text_is_encoded_as_if_it_had_no_marks(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    def at_once(self: ChatTemplate, messages: list[Message]) -> str:
-        """Render in this process: a process for each of the many texts would take long."""
+    def render(self: ChatTemplate, messages: list[Message]) -> str:
         given = {"messages": messages, "add_generation_prompt": True, **self._tokens}
         return environment().from_string(self._source).render(given)
 
-    monkeypatch.setattr(ChatTemplate, "render", at_once)
+    monkeypatch.setattr(ChatTemplate, "render", render)
 
+
+PIECES = st.builds(lambda a, b: USER[min(a, b) : max(a, b)], *[st.integers(0, len(USER))] * 2)
+"""Parts of a token, of which a template and its messages may make a whole one."""
+PARTS = st.lists(st.tuples(st.sampled_from(["own", "said", "trimmed"]), PIECES | st.just("x")), max_size=9)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_texts_that_a_template_joins_spell_only_its_own_tokens(folder: Path) -> None:
+    """The template writes own parts of a token next to contents of messages, which may have spaces around them."""
+
+    @given(PARTS)
+    @example([("own", USER[:3]), ("said", USER[3:])])
+    @example([("own", USER), ("said", USER[1:]), ("own", USER)])
+    @example([("own", "<"), ("said", USER[1:-1]), ("own", ">")])
+    @example([("trimmed", USER[:3]), ("trimmed", USER[3:])])
+    def check(parts: list[tuple[str, str]]) -> None:
+        written = {"own": "{{{{ '{1}' }}}}", "said": "{{{{ messages[{0}].content }}}}"}
+        written["trimmed"] = "{{{{ messages[{0}].content | trim }}}}"
+        source = "".join(written[kind].format(i, text) for i, (kind, text) in enumerate(parts))
+        chat = chat_of(folder, f"{source}{{% if false %}}{USER}{{% endif %}}{{{{ bos_token }}}}")
+
+        space = [" " * (kind == "trimmed") for kind, _ in parts]
+        contents = [around + text + around for around, (_, text) in zip(space, parts, strict=True)]
+        harmless = chat.encode(user(chat, *("x" * len(text) for _, text in parts)))
+        hostile = chat.encode(user(chat, *contents))
+        assert markup(chat, hostile) == markup(chat, harmless)
+        assert chat.tokenizer.decode(hostile) == "".join(text for _, text in parts) + BOS
+
+    check()
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_text_is_encoded_as_if_it_had_no_marks(chat: Chat) -> None:
     @given(st.text(st.sampled_from("<｜User>｜ ab/think\n日🙂"), max_size=30))
     def check(text: str) -> None:
         tokens = chat.encode(user(chat, text))
@@ -150,24 +157,14 @@ def test_the_templates_surroundings(folder: Path) -> None:
 NAMED = [{"name": "tools", "template": "no"}, {"name": "default", "template": TEMPLATE}]
 
 
-def test_where_a_template_stands(tmp_path: Path, chat: Chat) -> None:
-    folder = save_text_side(tmp_path / "m", NAMED)
-    found = read_text_side(folder, chat=True).chat
-    assert found is not None and found.encode(user(found, "hi")) == chat.encode(user(chat, "hi"))
+def test_what_a_file_of_its_own_says_comes_first(tmp_path: Path) -> None:
+    """Where transformers differs, the config decides; tests/oracle has the cases in which it agrees."""
+    folder = save_text_side(tmp_path / "m", add_bos_token=False)
+    save_tokenizer(folder / "tokenizer.json", bos=True)
+    assert read_text_side(folder).begin == () and read_text_side(folder).chat is None
     (folder / "chat_template.jinja").write_text("only {{ messages[0].content }}")
     found = read_text_side(folder, chat=True).chat
     assert found is not None and found.tokenizer.decode(found.encode(user(found, "hi"))) == "only hi"
-
-
-def test_what_begins_a_text(tmp_path: Path) -> None:
-    folder = save_text_side(tmp_path / "m", None)
-    side = read_text_side(folder)
-    assert side.chat is None and side.tokenizer.encode("").tolist() == []
-    assert [side.tokenizer.decode([id]) for id in side.begin] == [BOS]
-    for add, bos, begin in ((False, False, ()), (None, False, ()), (None, True, side.begin), (False, True, ())):
-        save_text_side(folder, add_bos_token=add)
-        save_tokenizer(folder / "tokenizer.json", bos=bos)
-        assert read_text_side(folder).begin == begin
 
 
 @pytest.mark.parametrize(
