@@ -7,10 +7,10 @@ unpickled, and no code is run.
 
 import dataclasses
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from dsmini.checkpoint.tensor_files import (
     DTYPES,
     SafetensorsReader,
     Stored,
+    fault_of,
     hf_name,
     inference_name,
     inference_split,
@@ -76,6 +77,11 @@ class Part:
     """Name in the folder."""
     scales: "Part | None" = None
     """The scales of a matrix where it is stored in FP8; None for what never is."""
+
+    @property
+    def tensors(self) -> "list[Part]":
+        """The part, and its scales."""
+        return [self] if self.scales is None else [self, self.scales]
 
 
 def parts_of(model: Transformer, ranks: int | None = None) -> Iterator[Part]:
@@ -162,8 +168,9 @@ def load_pretrained(
         head are not what the model's are, which are used. If matrices are held in BF16 for want of a dtype, and this
         CPU multiplies BF16 slowly: a SlowDtypeWarning.
 
-    Raises: ValueError for a folder that does not hold the model its config describes, with all that is wrong; for a
-        config that cannot be honoured; for a damaged file. Before memory for the model is taken.
+    Raises: ValueError for a folder that does not hold the model its config describes, with all that is wrong, for a
+        config that cannot be honoured, and for a damaged file, before memory for the model is taken; for tensors with
+        infinities or NaN, and FP8 scales that are not positive, when they are read.
     """
     require(fp8 in ("dequantize", "keep"), f"fp8={fp8!r} is unknown; use 'dequantize' or 'keep'")
     check_dtype(dtype)
@@ -174,22 +181,19 @@ def load_pretrained(
         mixed = [name for name, of in kinds.items() if FP8 in of and len(of) > 1]
         fix = f"in {listed(mixed)}; load it with fp8='dequantize'"
         require(not mixed, f"{there.folder} has some experts in FP8 and others not, {fix}")
-    rows = list(_rows_of(there.parts, keep_experts(model, holding(model))))
-    there.refuse_bad_values(part for part, _ in rows)
+    experts = keep_experts(model, holding(model))
     held = {name: FP8 if fp8 == "keep" and FP8 in of else _held(model, name, of, dtype) for name, of in kinds.items()}
     nbytes = sum(tensor.numel() * held[name].itemsize for name, tensor in model.state_dict().items())
     refuse_too_large(nbytes, f"the model of {there.folder}", place)
     _allocate(model, held, place)
-    total = sum(there.nbytes(part) for part, _ in rows)
-    with Progress(
-        Console(stderr=True, quiet=not speaks()), total, f"reading {there.folder.name}", unit="bytes"
-    ) as progress:
-        there.fill(model, rows, progress.add)
-    model.pretrained_origin = PretrainedOrigin(  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    with Progress(Console(stderr=True, quiet=not speaks()), label=f"reading {there.folder.name}", unit="bytes") as bar:
+        there.fill(model, experts, bar)
+    origin = PretrainedOrigin(
         folder=there.folder.absolute(),
         raw=there.raw if is_hugging_face(there.raw) else {},
         dtypes=there.dtypes(),
     )
+    model.pretrained_origin = origin  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     cpu = torch.device("cpu")
     if dtype is None and torch.bfloat16 in held.values() and place == cpu and slow_bf16(cpu):
         warnings.warn(
@@ -219,22 +223,24 @@ class PretrainedTensors:
         with torch.device("meta"):
             self.model = Transformer(self.config)
         """The model without memory."""
-        self.parts = list(parts_of(self.model, 1 if is_inference_layout(folder) else None))
+        self.parts: dict[str, list[Part]] = {}
+        """The parts of each tensor of the state dict, with scales where they are stored in FP8."""
         copies = mtp_copies(self.config.n_layers, range(self.config.n_mtp_layers))
         self.copies = {theirs: ours for theirs, ours in copies.items() if theirs in tensors}
         """The MTP blocks' copies of embedding and head that are there, each with our name of the original."""
-        self._find(tensors)
+        self._find(tensors, 1 if is_inference_layout(folder) else None)
 
-    def _find(self, tensors: Mapping[str, Stored]) -> None:
+    def _find(self, tensors: Mapping[str, Stored], ranks: int | None) -> None:
         """Find the model's tensors among the folder's. Raises: ValueError listing all that do not fit."""
         plain = is_hugging_face(self.raw) and not is_quantized(self.raw)
         wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
-        for part in self.parts:
-            may_be_fp8 = part.scales is not None and not plain
-            wanted[part.name] = (part.shape, ("F8_E4M3", *PLAIN) if may_be_fp8 else PLAIN)
-            stored = tensors.get(part.name)
-            if may_be_fp8 and part.scales and stored and stored.dtype == "F8_E4M3":
-                wanted[part.scales.name] = (part.scales.shape, SCALES)
+        for part in parts_of(self.model, ranks):
+            scales, stored = None if plain else part.scales, tensors.get(part.name)
+            wanted[part.name] = (part.shape, ("F8_E4M3", *PLAIN) if scales else PLAIN)
+            scales = scales if stored and stored.dtype == "F8_E4M3" else None
+            if scales:
+                wanted[scales.name] = (scales.shape, SCALES)
+            self.parts.setdefault(part.ours, []).append(dataclasses.replace(part, scales=scales))
         for theirs, ours in self.copies.items():
             wanted[theirs] = (tuple(self.model.get_parameter(ours).shape), PLAIN)
         missing = [name for name in wanted if name not in tensors]
@@ -265,93 +271,78 @@ class PretrainedTensors:
         """Return the stored dtype of a tensor of the folder."""
         return DTYPES[self._reader.tensors[name].dtype]
 
-    def tensors(self, part: Part) -> list[Part]:
-        """Return a part, and its scales where it is stored in FP8."""
-        return [part, part.scales] if part.scales is not None and self.stored(part.name) == FP8 else [part]
-
-    def nbytes(self, part: Part) -> int:
-        """Return the stored bytes of a part and its scales."""
-        return sum(self._reader.tensors[one.name].nbytes for one in self.tensors(part))
-
     def kinds(self) -> dict[str, set[torch.dtype]]:
         """Return the stored dtypes of the parts of each tensor of the state dict."""
-        return {ours: {self.stored(part.name) for part in parts} for ours, parts in self._parts.items()}
+        return {ours: {self.stored(part.name) for part in parts} for ours, parts in self.parts.items()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Return the stored dtype of each tensor by its Hugging Face name."""
-        every = (one for part in self.parts for one in self.tensors(part))
+        every = [one for part in chain(*self.parts.values()) for one in part.tensors]
         out = {hf_name(one.ours, self.config.n_layers, one.expert): self.stored(one.name) for one in every}
         return out | {name: self.stored(name) for name in self.copies}
 
-    @functools.cached_property
-    def _parts(self) -> dict[str, list[Part]]:
-        """The parts of each tensor of the state dict."""
-        by_name: dict[str, list[Part]] = {}
-        for part in self.parts:
-            by_name.setdefault(part.ours, []).append(part)
-        return by_name
-
     def read(self, part: Part, dtype: torch.dtype) -> Tensor:
         """Return the tensor of a part. FP8 codes are dequantized to a dtype that is not theirs; others may differ."""
-        value, *scales = (self._reader.read(one.name) for one in self.tensors(part))
-        if not scales or dtype == value.dtype:
-            return value
-        return dequantize_tiles(value, scales[0].float(), WEIGHT_TILE, "e4m3", dtype)
+        value, *scales = (self._sound(one.name) for one in (part.tensors if dtype != FP8 else [part]))
+        return dequantize_tiles(value, scales[0].float(), WEIGHT_TILE, "e4m3", dtype) if scales else value
+
+    def _sound(self, name: str) -> Tensor:
+        """Return a tensor as it is stored. Raises: ValueError for values without a meaning."""
+        value = self._reader.read(name)
+        if fault := fault_of(name, value):
+            raise ValueError(f"{self.folder}: {name} holds {fault}; fetch the file again")
+        return value
 
     def rows(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Return rows of a tensor of the state dict in FP32. Only those of stacked experts are read."""
-        of = self._parts[name]
+        of = self.parts[name]
         if of[0].expert is None:
             return self.read(of[0], torch.float32)[rows].float()
         return torch.stack([self.read(part, torch.float32) for part in of[rows]]).float()
 
     def check(self) -> None:
         """Refuse values without a meaning, and warn of copies that are not the originals, before rows are read."""
-        self.refuse_bad_values(self.parts)
-        self.warn_of_copies({ours: self.rows(ours) for ours in self.copies.values()})
+        for parts in self.parts.values():
+            for one in chain(*(part.tensors for part in parts)):
+                self._sound(one.name)
+            self._reader.release()
+        self._warn_of_copies({ours: self.rows(ours) for ours in self.copies.values()})
 
-    def refuse_bad_values(self, parts: Iterable[Part]) -> None:
-        """Raise ValueError for scales and selection biases of these parts that have no meaning."""
-        for part in parts:
-            checks = [(one.name, "FP8 scale", "finite ones above 0", 0.0) for one in self.tensors(part)[1:]]
-            if part.ours.endswith(".gate.bias"):
-                checks.append((part.name, "selection bias", "finite ones", -math.inf))
-            for name, what, want, above in checks:
-                values = self._reader.read(name).float()
-                bad = values[~(values.isfinite() & (values > above))].tolist()
-                if bad:
-                    raise ValueError(
-                        f"{self.folder}: {name} has the {what} {bad[0]}; want {want}: fetch the file again"
-                    )
-
-    def warn_of_copies(self, originals: Mapping[str, Tensor]) -> None:
+    def _warn_of_copies(self, originals: Mapping[str, Tensor]) -> None:
         """Warn if the MTP blocks' copies of embedding and head are not the originals, given by our names."""
-        if different := [n for n, ours in self.copies.items() if not _equal(self._reader.read(n), originals[ours])]:
+        if different := [n for n, ours in self.copies.items() if not _equal(self._sound(n), originals[ours])]:
             warnings.warn(
                 f"{self.folder} has {listed(different)} other than the model's own; dsmini's multi-token prediction "
                 "uses the model's embedding and head",
                 stacklevel=4,
             )
 
-    def fill(self, model: Transformer, rows: Sequence[tuple[Part, int | None]], read: Callable[[int], None]) -> None:
+    def fill(self, model: Transformer, held: Mapping[str, Sequence[int]], bar: Progress) -> None:
         """Copy tensors into a model in the order of the files, and let go of each file's memory on the way.
 
         Args:
-            rows: each part with its row in the model's tensor; None for the whole tensor.
+            held: the experts that the model has, by the name of the module that stacks them.
         """
-        state, unreleased = model.state_dict(), 0
-        order = {name: number for number, name in enumerate(self._reader.tensors)}
-        for part, row in sorted(rows, key=lambda pair: order[pair[0].name]):
-            for one in self.tensors(part):
+        state, order = model.state_dict(), {name: number for number, name in enumerate(self._reader.tensors)}
+        parts = [
+            part
+            for part in sorted(chain(*self.parts.values()), key=lambda part: order[part.name])
+            if part.expert is None or part.expert in held[part.ours.rpartition(".")[0]]
+        ]
+        bar.total = sum(self._reader.tensors[one.name].nbytes for part in parts for one in part.tensors)
+        released = 0.0
+        for part in parts:
+            for one in part.tensors:
                 if one.ours in state:  # scales are not, where weights are dequantized
-                    target = state[one.ours] if row is None else state[one.ours][row]
+                    target = state[one.ours]
+                    if part.expert is not None:
+                        target = target[held[part.ours.rpartition(".")[0]].index(part.expert)]
                     target.copy_(self.read(one, target.dtype))
-            read(self.nbytes(part))
-            unreleased += self.nbytes(part)
-            if unreleased > RELEASED:
+                bar.add(self._reader.tensors[one.name].nbytes)
+            if bar.done - released > RELEASED:
                 self._reader.release()
-                unreleased = 0
-        self.warn_of_copies(state)
+                released = bar.done
+        self._warn_of_copies(state)
         self._reader.release()
 
 
@@ -419,16 +410,6 @@ def keep_experts(model: Transformer, held: Sequence[Sequence[int]]) -> dict[str,
     return named
 
 
-def _rows_of(parts: Iterable[Part], held: Mapping[str, Sequence[int]]) -> Iterator[tuple[Part, int | None]]:
-    """Yield each part with its row in the model's tensor, without the experts that this process does not hold."""
-    rows = {module: {expert: row for row, expert in enumerate(own)} for module, own in held.items()}
-    for part in parts:
-        if part.expert is None:
-            yield part, None
-        elif (row := rows[part.ours.rpartition(".")[0]].get(part.expert)) is not None:
-            yield part, row
-
-
 def _held(model: Transformer, name: str, kinds: set[torch.dtype], dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype in which a tensor is held that was stored in these."""
     if isinstance(model.get_submodule(name.rpartition(".")[0]), FP32Module):
@@ -437,18 +418,14 @@ def _held(model: Transformer, name: str, kinds: set[torch.dtype], dtype: torch.d
     return dtype or functools.reduce(torch.promote_types, plain)
 
 
-def _allocate(model: Transformer, held_dtypes: Mapping[str, torch.dtype], device: torch.device) -> None:
+def _allocate(model: Transformer, held: Mapping[str, torch.dtype], device: torch.device) -> None:
     """Allocate memory for every parameter and buffer of a model on the meta device; values come later."""
-    for name, tensor in model.state_dict().items():
-        held = torch.empty(tensor.shape, dtype=held_dtypes[name], device=device)
-        if held.dtype == FP8:
-            blocks = (*tensor.shape[:-2], *blocks_of(tensor.shape[-2:]))
-            hold_fp8(model, name, held, torch.empty(blocks, dtype=torch.float32, device=device))
-            continue
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        is_parameter = attribute in dict(module.named_parameters(recurse=False))
-        setattr(module, attribute, nn.Parameter(held) if is_parameter else held)
+    empty = {name: torch.empty(t.shape, dtype=held[name], device=device) for name, t in model.state_dict().items()}
+    codes = {name: tensor for name, tensor in empty.items() if tensor.dtype == FP8}
+    model.load_state_dict({name: t for name, t in empty.items() if name not in codes}, strict=False, assign=True)
+    for name, tensor in codes.items():
+        blocks = (*tensor.shape[:-2], *blocks_of(tensor.shape[-2:]))
+        hold_fp8(model, name, tensor, torch.empty(blocks, device=device))
 
 
 def _equal(copy: Tensor, original: Tensor, rows: int = 1024) -> bool:

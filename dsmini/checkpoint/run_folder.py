@@ -15,7 +15,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,27 @@ def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Pa
 
     Raises: ValueError if the folder holds anything already; nothing is overwritten.
     """
-    if out is None:
-        check_path(base / name, "name of the run")
-        return _next_folder(base, name)
     refuse_taken(out)
+    check_path(base / name, "name of the run")
+    with _making(out or base / name):
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            return out
+        taken = [int(m[1]) for p in base.glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]
+        number = max(taken, default=0) + 1
+        while True:  # two runs that start at once get different ones
+            with suppress(FileExistsError):
+                (base / f"{name}-{number:03d}").mkdir(parents=True)
+                return base / f"{name}-{number:03d}"
+            number += 1
+
+
+@contextmanager
+def _making(folder: Path) -> Iterator[None]:
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise ValueError(f"cannot make the folder {out}: {error.strerror}; choose another with --out") from None
-    return out
+        raise ValueError(f"cannot make the folder {folder}: {error.strerror}; choose another with --out") from None
 
 
 def refuse_taken(out: Path | None) -> None:
@@ -51,28 +63,12 @@ def refuse_taken(out: Path | None) -> None:
     """
     if out is None:
         return
-    try:
+    with _making(out):
         names = {path.name for path in out.iterdir()} if out.exists() else set()
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {out}: {error.strerror}; choose another with --out") from None
     begun = any(name not in BEFORE_CONFIG and not name.startswith(".") for name in names)
     if begun or (names and ".lock" not in names):
         held = "another run" if "config.toml" in names else "other files"
         raise ValueError(f"--out {out} holds {held}; choose a new folder, or remove that one")
-
-
-def _next_folder(base: Path, name: str) -> Path:
-    """Make the folder with the first free number; two runs that start at once get different ones."""
-    while True:
-        taken = [int(m[1]) for p in base.glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]
-        out = base / f"{name}-{max(taken, default=0) + 1:03d}"
-        try:
-            out.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise ValueError(f"cannot make the folder {out}: {error.strerror}; name another with --out") from None
-        return out
 
 
 @contextmanager
@@ -85,24 +81,26 @@ def sole_trainer(run: Path) -> Iterator[None]:
     try:
         lock = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise ValueError(
-            f"cannot write {path}: {error.strerror}; a run is trained in a folder that can be written"
-        ) from None
-    try:
+        reason = f"cannot write {path}: {error.strerror}; a run is trained in a folder that can be written"
+        raise ValueError(reason) from None
+    with os.fdopen(lock, "w"):  # which closes it
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is training in {run}; wait for it, or stop it") from None
         yield
-    finally:
-        os.close(lock)
+
+
+def check_run(run: Path) -> None:
+    """Raise ValueError for a folder of a run that is not there."""
+    check_path(run, "run")
+    if not run.is_dir():
+        raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
 
 
 def run_config(run: Path) -> RunConfig:
     """Return the config in a run's folder; raise ValueError for a folder that is not a run."""
-    check_path(run, "run")
-    if not run.is_dir():
-        raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
+    check_run(run)
     if not is_there(run / "config.toml"):
         raise ValueError(f"{run} has no config.toml, so it is not a training run; name one that dsmini.train wrote")
     return RunConfig.from_file(run / "config.toml")

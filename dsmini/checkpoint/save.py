@@ -93,10 +93,8 @@ def save_pretrained(
         files: texts of further files, by name; they replace copied ones of the same name.
         config: further keys of config.json, such as eos_token_id.
 
-    Warns: if a tensor holds infinities or NaN; the first one is named.
-
     Raises: ValueError if the folder holds anything already, if neither deepseek_v2 nor deepseek_v3 describes the
-        model, if a layer computes what no config says, or if values to quantize are not finite.
+        model, if a layer computes what no config says, or if a tensor would have infinities or NaN.
     """
     path = Path(path)
     limit = parse_size(shard_size)
@@ -125,7 +123,7 @@ def save_pretrained(
         weight_map = {entry.name: file for file, entries in named.items() for entry in entries}
         total = sum(entry.nbytes for entry in written.values())
         texts[INDEX] = as_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    return _write(model, path, named, texts, [plan])
+    return _write(model, path, named, texts)
 
 
 def save_inference(
@@ -141,7 +139,7 @@ def save_inference(
 
     The JSON file of its sizes is config.json. Multi-token prediction blocks are left out, as DeepSeek leaves them.
 
-    Warns: if there are such blocks; if gates have a bias that DeepSeek's code has no place for; as save_pretrained.
+    Warns: if there are such blocks; if gates have a bias that DeepSeek's code has no place for.
 
     Raises: ValueError if the folder holds anything already, or if the layout cannot hold the model on these ranks.
     """
@@ -158,7 +156,7 @@ def save_inference(
     stated = origin and not plans[0].quantizes and origin.raw.get("quantization_config")
     if plans[0].has_fp8 and stated and stated.get("scale_fmt") == "ue8m0":
         raw["scale_fmt"] = "ue8m0"
-    return _write(model, path, shards, {**(files or {}), "config.json": as_json(raw)}, plans, _losses(config, path))
+    return _write(model, path, shards, {**(files or {}), "config.json": as_json(raw)}, _losses(config, path))
 
 
 def _write(
@@ -166,7 +164,6 @@ def _write(
     path: Path,
     shards: Mapping[str, Sequence[Entry]],
     texts: Mapping[str, str],
-    plans: Sequence["SavePlan"],
     losses: Sequence[str] = (),
 ) -> Saved:
     """Write a new folder, whole or not at all: the tensors of each file, what the model came with, and further texts.
@@ -191,8 +188,6 @@ def _write(
                 shutil.copyfile(file, folder / file.name)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-    damaged = [plan.not_finite for plan in plans if plan.not_finite is not None]
-    words += [f"{path} has infinities or NaN in {name}, as the model has; check it" for name in damaged[:1]]
     for warning in words:
         warnings.warn(warning, stacklevel=3)
     return Saved(nbytes, list(shards))
@@ -222,10 +217,6 @@ class SavePlan:
         self.quantizes = fp8 and not all(held)
         self.has_fp8 = bool(held) and (fp8 or (dtype is None and any(held)))
         """True if some tensors are written as FP8 codes."""
-        self.not_finite: str | None = None
-        """Name of the first written tensor with infinities or NaN."""
-        self.scales: dict[str, Tensor] = {}
-        """Scales of weights that are being quantized: made when they are written, and used again for the codes."""
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts of the model that are written; last the MTP blocks' copies of embedding and head."""
@@ -252,15 +243,15 @@ class SavePlan:
             if scales is not None and (self.fp8 or (held == FP8 and self.dtype is None)):
                 self._refuse_cut_blocks(part)
                 kind = self._stored_as(scales, torch.float32) if held == FP8 else torch.float32
-                weight = Entry(part.name, FP8, part.shape, partial(self._codes, part))
-                yield [weight, Entry(scales.name, kind, scales.shape, partial(self._scales, part, scales, kind))]
-                continue
-            dtype = self._stored_as(part, held)
-            if dtype == FP8:  # and dequantized since
-                dtype = held
-            if self.dtype is not None:
-                dtype = torch.float32 if part.ours.startswith(self.gates) else self.dtype
-            yield [Entry(part.name, dtype, part.shape, partial(self._plain, part, dtype))]
+                written = ((part, FP8, partial(self._codes, part)), (scales, kind, partial(self._scales, part, kind)))
+            else:
+                dtype = self._stored_as(part, held)
+                if dtype == FP8:  # and dequantized since
+                    dtype = held
+                if self.dtype is not None:
+                    dtype = torch.float32 if part.ours.startswith(self.gates) else self.dtype
+                written = ((part, dtype, partial(self._plain, part, dtype)),)
+            yield [Entry(one.name, dtype, one.shape, make) for one, dtype, make in written]
 
     def value(self, part: Part) -> Tensor:
         """Return the values of a part of the model, as they are held."""
@@ -284,41 +275,22 @@ class SavePlan:
                 f"multiple of {tile}, the side of a block with one scale; use fewer ranks, or another dtype",
             )
 
-    def _looked_at(self, part: Part) -> Tensor:
-        value = self.value(part)
-        if self.not_finite is None and not _is_finite(value):
-            self.not_finite = part.name
-        return value
-
     def _plain(self, part: Part, dtype: torch.dtype) -> Tensor:
-        value = self._looked_at(part)
+        value = self.value(part)
         if value.dtype != FP8 or part.scales is None:
             return value.to(dtype)
         return dequantize_tiles(value, self.value(part.scales).float(), WEIGHT_TILE, "e4m3", dtype)
 
-    def _scales(self, part: Part, scales: Part, dtype: torch.dtype) -> Tensor:
+    def _scales(self, part: Part, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the scales of a weight, new ones if it is not held in FP8."""
-        if self.state[part.ours].dtype == FP8:
-            return self._looked_at(scales).to(dtype)
-        new = tile_scales(self.value(part), WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
-        if not new.isfinite().all():
-            raise ValueError(f"{part.ours} holds infinities or NaN; E4M3 has no codes for them; save without fp8=True")
-        self.scales[part.name] = new
-        return new
+        value = self.value(part)
+        if value.dtype == FP8 and part.scales is not None:
+            return self.value(part.scales).to(dtype)
+        return tile_scales(value, WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
 
     def _codes(self, part: Part) -> Tensor:
-        if self.state[part.ours].dtype == FP8:
-            return self._looked_at(part)
-        # scales are the wider type, so that they come first in a file
-        return encode_tiles(self.value(part), self.scales.pop(part.name), WEIGHT_TILE)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor has neither infinities nor NaN, without a copy of it."""
-    if tensor.dtype == FP8:  # its largest code, with either sign, is NaN
-        return all(int((part.view(torch.uint8) & 0x7F).max()) < 0x7F for part in tensor.reshape(-1).split(1 << 20))
-    least, most = torch.aminmax(tensor)
-    return math.isfinite(least) and math.isfinite(most)
+        value = self.value(part)
+        return value if value.dtype == FP8 else encode_tiles(value, self._scales(part), WEIGHT_TILE)
 
 
 def refuse_changed_ideas(model: Transformer) -> None:

@@ -312,6 +312,20 @@ def _joined(name: str, parts: Sequence[Stored]) -> Stored:
     return replace(first, shape=shape, files=tuple(part.files[0] for part in parts), dim=dim)
 
 
+def fault_of(name: str, tensor: Tensor) -> str:
+    """Return in words which values of a folder's tensor have no meaning; "" if there are none. Makes no copy of it."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return ""
+    if tensor.dtype == torch.float8_e4m3fn:  # its largest code, with either sign, is NaN
+        parts = tensor.reshape(-1).split(1 << 20)
+        return "NaN" if any(int((part.view(torch.uint8) & 0x7F).max()) == 0x7F for part in parts) else ""
+    is_scale = name.endswith(("scale", "scale_inv"))
+    least, most = torch.aminmax(tensor.float() if is_scale else tensor)  # small, and may be E8M0
+    if not (math.isfinite(least) and math.isfinite(most)):
+        return "infinities or NaN"
+    return "an FP8 scale that is not above 0" if is_scale and least <= 0 else ""
+
+
 # --- writing
 
 
@@ -370,6 +384,8 @@ def write_safetensors(
 
     Args:
         wrote: told the bytes of each tensor that is written.
+
+    Raises: ValueError for values without a meaning.
     """
     by_name = {entry.name: entry for entry in entries}
     places = begin_safetensors(path, entries, metadata)
@@ -378,6 +394,11 @@ def write_safetensors(
         for name, place in places.items():
             entry, tensor = by_name[name], by_name[name].make()
             assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), name
+            if fault := fault_of(name, tensor):
+                raise ValueError(
+                    f"{name} would hold {fault}, with which no folder is read; mend the model, or save "
+                    "model.state_dict() with your code"
+                )
             write_at(file, bytes_of(tensor), place)
             wrote(entry.nbytes)
     finally:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dsmini.atomic import as_json, remove_folders
 from dsmini.checkpoint.load import Holding, all_experts, keep_experts, refuse_more_parts
-from dsmini.checkpoint.run_folder import run_config
+from dsmini.checkpoint.run_folder import check_run, run_config
 from dsmini.checkpoint.tensor_files import SafetensorsReader, is_stacked
 from dsmini.config import RunConfig
 from dsmini.config.fields import build, check_types
@@ -158,9 +158,7 @@ def last_checkpoint(
     Raises: ValueError if there is none, with all the reasons; and for one that may be whole, but cannot be read now, or
         by this version of dsmini.
     """
-    check_path(run, "run")
-    if not run.is_dir():
-        raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
+    check_run(run)
     found = checkpoint_folders(run)
     if not found:
         raise ValueError(f"{run} has no checkpoint; name a folder that dsmini.train wrote and finished or saved")
@@ -194,7 +192,7 @@ def read_checkpoint(folder: Path, parts: Sequence[str], verified: bool = False) 
     if not verified:
         verify(folder, [*(f"{part}.safetensors" for part in parts), "config.toml", "state.json"])
     config = RunConfig.from_file(folder / "config.toml")
-    tensors = {part: _read_tensors(folder / f"{part}.safetensors") for part in parts}
+    tensors = {part: SafetensorsReader(folder / f"{part}.safetensors").read_all() for part in parts}
     known = {f.name for f in dataclasses.fields(RunState)}  # earlier versions wrote totals of the rows too
     raw = {key: value for key, value in read_table(folder / "state.json").items() if key in known}
     try:
@@ -206,23 +204,14 @@ def read_checkpoint(folder: Path, parts: Sequence[str], verified: bool = False) 
     return Checkpoint(folder=folder, config=config, tensors=tensors, state=state)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return SafetensorsReader(path).read_all()
-    except UnreadableError:
-        raise
-    except ValueError as error:
-        raise ValueError(f"{path.name} is not understood: {error}") from None
-
-
 def check_tensors(got: Mapping[str, Tensor], want: Mapping[str, Tensor], source: str) -> None:
     """Raise ValueError for the first tensor whose name, shape or dtype is not the one of `want`."""
     for name in sorted(got.keys() | want.keys()):
         if name not in got or name not in want:
             raise ValueError(f"{source} {'lacks' if name in want else 'has an unknown'} tensor {name}")
-        g, w = got[name], want[name]
-        if g.shape != w.shape or g.dtype != w.dtype:
-            raise ValueError(f"{source}: {name} is {g.dtype} {list(g.shape)}, want {w.dtype} {list(w.shape)}")
+        g, w = ((tensor.dtype, list(tensor.shape)) for tensor in (got[name], want[name]))
+        if g != w:
+            raise ValueError(f"{source}: {name} is {g[0]} {g[1]}, want {w[0]} {w[1]}")
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, Transformer, load_pretrained, save_pretrained
 from dsmini.checkpoint.run_folder import new_run_folder
+from dsmini.training.origin import find_origin
 from tests.helpers import folders
 from tests.helpers.configs import refusal, written
 
@@ -157,10 +158,6 @@ FOLDERS: dict[str, list[tuple[Damage, str]]] = {  # by the folder that is damage
         # tensors
         (tensors(many_faults), ALL_FAULTS),
         (tensors(lambda t: t.update({TITLE: torch.ones(1)})), f"it has tensors that belong nowhere: {TITLE!r};"),
-        *(
-            (tensors(lambda t, x=x: t[BIAS][-1].fill_(x)), f"{{folder}}: {BIAS} has the selection bias {x}; want fin")
-            for x in (float("nan"), float("-inf"))
-        ),
     ],
     "sharded": [
         (removed(INDEX), f"{{folder}} has neither {FILE} nor {INDEX}, which says what is in several files; fetch its"),
@@ -177,13 +174,6 @@ FOLDERS: dict[str, list[tuple[Damage, str]]] = {  # by the folder that is damage
         (lambda folder: written(folder, {}, INDEX), f"{{folder}}/{INDEX} names None; want"),
     ],
     "fp8": [
-        *(
-            (
-                tensors(lambda t, x=x: t[SCALE][-1, 0].fill_(x)),
-                f"{{folder}}: {SCALE} has the FP8 scale {x}; want finite",
-            )
-            for x in (0.0, float("nan"))
-        ),
         (tensors(lambda t: t.pop(f"{UP}_scale_inv")), f"it lacks {UP}_scale_inv;"),
         (tensors(lambda t: t.update({f"{UP}_scale_inv": torch.ones(2, 1)})), f"{UP}_scale_inv is [2, 1], want [2, 2]"),
         (tensors(lambda t: t.update({UP: torch.zeros(200, 136)})), f"belong nowhere: {UP}_scale_inv"),
@@ -308,10 +298,50 @@ def test_model_without_a_folder_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_fp8_of_values_that_are_not_finite_is_refused(tmp_path: Path, small_model: Callable[..., Transformer]) -> None:
+# values without a meaning are found when they are read or written
+
+NAN, INF = float("nan"), float("inf")
+NOT_FINITE, NOT_ABOVE_0 = "infinities or NaN", "an FP8 scale that is not above 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        *((name, value, NOT_FINITE) for name in (BIAS, SCALE, NORM) for value in (NAN, -INF)),
+        ("model.layers.2.embed_tokens.weight", NAN, NOT_FINITE),
+        *((SCALE, value, NOT_ABOVE_0) for value in (0.0, -1.0)),
+        (EXPERT, NAN, "NaN"),
+    ],
+)
+@pytest.mark.parametrize("treatment", ["dequantize", "keep"])
+def test_folder_of_values_without_a_meaning_is_refused(
+    fp8: Path, name: str, value: float, fault: str, treatment: Any
+) -> None:
+    def change(held: dict[str, Tensor]) -> None:
+        held[name].view(-1)[-1] = torch.tensor(value).to(held[name].dtype)
+
+    tensors(change)(fp8)
+    said = f"{fp8}: {name} holds {fault}; fetch the file again"
+    assert refusal(load_pretrained, fp8, fp8=treatment) == said
+    assert refusal(find_origin, None, None, fp8, print) == said, "before a run begins"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"fp8": True}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}], ids=str)
+def test_model_of_values_without_a_meaning_is_not_saved(
+    tmp_path: Path, small_model: Callable[..., Transformer], arguments: dict[str, Any]
+) -> None:
     model = small_model()
     with torch.no_grad():
-        model.layers[1].get_parameter("attn.wo.weight")[0, 0] = torch.nan
-    said = refusal(save_pretrained, model, tmp_path / "b", fp8=True)
-    assert "layers.1.attn.wo.weight holds infinities or NaN" in said
+        model.layers[1].get_parameter("attn.wo.weight")[0, 0] = (
+            1e9 if torch.float16 in arguments.values() else torch.nan
+        )
+    name = f"model.layers.1.self_attn.o_proj.weight{'_scale_inv' * ('fp8' in arguments)}"
+    said = refusal(save_pretrained, model, tmp_path / "b", **arguments)
+    assert said.startswith(f"{name} would hold {NOT_FINITE}, with which no folder is read; mend the model, or save")
     assert not list(tmp_path.iterdir())
+
+
+def test_model_held_in_fp8_with_nan_is_not_saved(tmp_path: Path, fp8: Path) -> None:
+    model = load_pretrained(fp8, fp8="keep")
+    model.state_dict()["layers.1.ffn.experts.w3"].view(torch.uint8)[3, 0, 0] = 0xFF
+    assert refusal(save_pretrained, model, tmp_path / "b").startswith(f"{EXPERT} would hold NaN, with which no folder ")
