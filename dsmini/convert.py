@@ -19,7 +19,7 @@ from dsmini.config.fields import require
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
-from dsmini.reading import check_path, is_there, parse_json, read_text
+from dsmini.reading import check_path, is_there, read_text
 from dsmini.text.tokenizer import BPETokenizer, byte_tokenizer_json
 
 if TYPE_CHECKING:
@@ -121,14 +121,8 @@ def main(args: Sequence[str]) -> int:
             "load the others: it has no multi-token prediction, dsmini has"
         )
     if command.json:
-        figures = {
-            "src": str(command.src),
-            "dst": str(command.dst),
-            "parameters": n_parameters,
-            "bytes_written": saved.nbytes,
-            "files": saved.files,
-        }
-        print(json.dumps(figures))
+        figures = {"parameters": n_parameters, "bytes_written": saved.nbytes, "files": saved.files}
+        print(json.dumps({"src": str(command.src), "dst": str(command.dst), **figures}))
     return 0
 
 
@@ -178,11 +172,9 @@ def _tokenizer_files(src: Path, config: RunConfig) -> tuple[dict[str, str], dict
     if isinstance(tokenizer, BPETokenizer):
         content = read_text(tokenizer.path)
         about["eos_token"] = tokenizer.decode([tokenizer.end_of_document])
-        added = parse_json(content, str(tokenizer.path)).get("added_tokens", [])
-        named = {token["content"]: token["id"] for token in added}
-        if BEGIN_TOKEN in named:
+        if BEGIN_TOKEN in tokenizer.added:
             about["bos_token"] = BEGIN_TOKEN
-            ids["bos_token_id"] = named[BEGIN_TOKEN]
+            ids["bos_token_id"] = tokenizer.added[BEGIN_TOKEN]
     return {"tokenizer.json": content, "tokenizer_config.json": as_json(about)}, ids
 
 

@@ -18,7 +18,7 @@ from dsmini.config.fields import require
 from dsmini.console.command import run, speaks
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
-from dsmini.console.progress import Phases, patience
+from dsmini.console.progress import Progress, patience
 from dsmini.distributed.meeting import tell
 from dsmini.text.prompts import Page, read_line, read_prompts, without_surrogates
 
@@ -116,13 +116,10 @@ def main(args: Sequence[str]) -> int:
     from dsmini.distributed.decode import sharing
 
     talks = command.chat and not command.prompt and not command.prompt_file
-    with sharing(command, command.device, command.placement, waits=talks) as shared:
-        phases = Phases(Console(stderr=True))
-        try:
-            writer = _writer(command, phases, shared)
-            return (_converse if talks else _answer)(writer, command, shared)
-        finally:
-            phases.close()
+    bar = Progress(Console(stderr=True), unit="tokens")
+    with sharing(command, command.device, command.placement, waits=talks) as shared, bar:
+        writer = _writer(command, bar, shared)
+        return (_converse if talks else _answer)(writer, command, shared)
 
 
 def _answer(writer: "Writer", command: GenerateCommand, shared: "Sharing") -> int:
@@ -137,7 +134,7 @@ def _answer(writer: "Writer", command: GenerateCommand, shared: "Sharing") -> in
     return _end(command, only | {"answers": rows}, answers)
 
 
-def _writer(command: GenerateCommand, phases: Phases, shared: "Sharing") -> "Writer":
+def _writer(command: GenerateCommand, bar: Progress, shared: "Sharing") -> "Writer":
     from dsmini.inference.sampling import Sampling
     from dsmini.inference.writer import Writer
 
@@ -157,7 +154,7 @@ def _writer(command: GenerateCommand, phases: Phases, shared: "Sharing") -> "Wri
         cache_dtype=command.cache_dtype,
         context=command.context,
         seed=command.seed,
-        watch=phases if speaks() else None,
+        watch=bar.stage if speaks() else None,
         agree=None if shared.alone else shared.agree,
     )
 

@@ -21,7 +21,9 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
+from itertools import accumulate
+from operator import sub
 from typing import TYPE_CHECKING
 
 from dsmini.config.fields import require
@@ -137,16 +139,9 @@ def phase_ends(phases: tuple[Phase, ...], steps: int) -> list[int]:
     Shares before the phase without one are added up from the start, those after it are subtracted from the end.
     """
     rest = next((i for i, phase in enumerate(phases) if phase.share is None), len(phases) - 1)
-    ends, until = [], 0.0
-    for phase in phases[:rest]:
-        until += phase.share or 0.0
-        ends.append(until)
-    for i in range(rest, len(phases)):
-        until = 1.0
-        for phase in phases[i + 1 :]:
-            until -= phase.share or 0.0
-        ends.append(until)
-    return [round(end * steps) for end in ends]
+    shares = [phase.share or 0.0 for phase in phases]
+    after = [reduce(sub, shares[i + 1 :], 1.0) for i in range(rest, len(shares))]
+    return [round(end * steps) for end in (*accumulate(shares[:rest]), *after)]
 
 
 def _share_within(phase: Phase, step: int, length: int, before: float) -> float:

@@ -25,7 +25,7 @@ class Progress:
     Args:
         total: amount of work, in any unit.
         label: name of the work.
-        unit: "bytes" shows them.
+        unit: "bytes" or "tokens" shows them.
         delay: seconds of work before a bar appears; short work shows none.
         line_every: amount of work between two lines in a pipe, the first update included; 0 gives a line for each
             update, None one every ten seconds. After a minute without a line the next update prints one.
@@ -39,7 +39,7 @@ class Progress:
         total: float = 0,
         label: str = "",
         *,
-        unit: Literal["", "bytes"] = "",
+        unit: Literal["", "bytes", "tokens"] = "",
         delay: float = 1.0,
         line_every: float | None = None,
         stays: bool = False,
@@ -90,13 +90,15 @@ class Progress:
         self.done, now = done, time.monotonic()
         if self.unit == "bytes":
             words = f"{done / max(1, self.total):.0%} of {self.total:,.0f} bytes"
+        elif self.unit == "tokens":
+            words = f"{done:,.0f} of {self.total:,.0f} tokens"
         if left is None and done > 0:
             left = (now - self._begun) * max(0.0, self.total / done - 1)
         if left is not None:
             words = f"{words}  {timedelta(seconds=round(left))} left".lstrip()
-        if self.seconds >= self.delay:
-            self._bar.start()
         self._bar.update(self._task, completed=done, total=self.total, description=self.label, words=words)
+        if now - self._begun >= self.delay:
+            self._bar.start()
         if self._line_is_due(now - self._last_line):
             self._print_line(f"{self.label}  {words}".rstrip())
 
@@ -105,12 +107,18 @@ class Progress:
         self.update(self.done + amount)
 
     def stage(self, what: str, done: float, total: float) -> None:
-        """Show work in stages, each with its own amount: the stage "reading" of the label "the corpus", for example."""
-        if (label := f"{what} {self._object}") != self.label:
+        """Show work in stages, each with its own amount: the stage "reading" of the label "the corpus", for example.
+
+        The bar of a stage that is done goes, and comes with the next.
+        """
+        label = f"{what} {self._object}".rstrip()
+        if label != self.label or self.done >= self.total:
             self.label, self._begun = label, time.monotonic()
             self._bar.reset(self._task)
         self.total = total
         self.update(done)
+        if done >= total:
+            self._bar.stop()
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -148,29 +156,6 @@ class Progress:
         if not self.console.is_terminal:
             self._last_line = time.monotonic()
             say(self.console, line)
-
-
-class Phases:
-    """Shows the phases of a command that count tokens, one progress bar after the other. Each is gone once done."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar: Progress | None = None
-
-    def __call__(self, label: str, done: int, total: int) -> None:
-        """Show that `done` of `total` tokens of a phase are done. Another label begins another phase."""
-        if self._bar is None or self._bar.label != label:
-            self.close()
-            self._bar = Progress(self._console, total, label)
-        self._bar.update(done, f"{done:,} of {total:,} tokens")
-        if done >= total:
-            self.close()
-
-    def close(self) -> None:
-        """Remove the bar of a phase that ended early."""
-        if self._bar is not None:
-            self._bar.__exit__()
-        self._bar = None
 
 
 @contextmanager

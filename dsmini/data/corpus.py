@@ -141,7 +141,7 @@ def arrange(text: bytes, name: str, rate: float, seed: int, tokenizer: Tokenizer
 # --- the tokens, stored once
 
 
-FORMAT = 3
+FORMAT = 4
 """Version of an entry; changes whenever the same corpus would be written otherwise."""
 _HASHED_ON_LOAD = 256 << 20
 """Bytes of the largest entry whose tokens are hashed each time: that takes less than a second."""
@@ -174,16 +174,6 @@ class CorpusFacts:
     """Hash of the training tokens followed by the held-out ones."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Meta(CorpusFacts):
-    """The content of an entry's meta.json."""
-
-    dtype: str
-
-    def __post_init__(self) -> None:
-        check_types(self)
-
-
 class CorpusCache:
     """The entry for one source, tokenizer and config in a folder.
 
@@ -201,13 +191,15 @@ class CorpusCache:
             "tokenizer": config.tokenizer and hashlib.sha256(read_bytes(config.tokenizer)).hexdigest(),
             "fim": [config.fim_rate, seed] if config.fim_rate else None,
         }
+        self.dtype = np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")
+        """The smallest unsigned integers that hold every token, little-endian."""
         self.rearranged = 0
         """Number of documents that fill-in-the-middle has changed so far."""
         self.entry = folder / hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
 
     def open(
         self, check: Callable[[int, int], None], progress: ProgressCallback
-    ) -> tuple[Meta, Mapping[str, NDArray[Any]], str]:
+    ) -> tuple[CorpusFacts, Mapping[str, NDArray[Any]], str]:
         """Return the entry, built first if it is missing or damaged: its facts, both parts mapped into memory, and a
         sentence that says it was there, or why it had to be built.
 
@@ -216,16 +208,39 @@ class CorpusCache:
 
         Raises: ValueError for text that cannot be used; OSError where the tokens cannot be written.
         """
-        missing, damage = not self.entry.exists(), _damage(self.entry)
-        if damage is None:
-            words = f"read from {self.entry}, where it was tokenized before"
-        else:
-            self._build(check, progress)
-            again = f"tokenized again into {self.entry}, for {damage}"
-            words = f"tokenized once into {self.entry}, read from there next time" if missing else again
-        meta = _read_meta(self.entry)
-        parts = {part: np.memmap(self.entry / f"{part}.bin", dtype=meta.dtype, mode="r") for part in ("train", "val")}
-        return meta, parts, words
+        words = f"tokenized once into {self.entry}, read from there next time"
+        if self.entry.exists():
+            try:
+                return *self._read(), f"read from {self.entry}, where it was tokenized before"
+            except ValueError as damage:
+                words = f"tokenized again into {self.entry}, for {damage}"
+        self._build(check, progress)
+        return *self._read(), words
+
+    def _read(self) -> tuple[CorpusFacts, Mapping[str, NDArray[Any]]]:
+        """Return the facts of the entry, and both parts mapped into memory.
+
+        Raises: ValueError saying why it cannot be used.
+        """
+        try:
+            facts = build(CorpusFacts, read_table(self.entry / "meta.json"), "meta.json", "")
+            check_types(facts)
+            files = {part: self.entry / f"{part}.bin" for part in ("train", "val")}
+            parts = {part: np.memmap(file, dtype=self.dtype, mode="r") for part, file in files.items()}
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{self.entry} could not be read ({error})") from None
+        for part, count in (("train", facts.train_tokens), ("val", facts.val_tokens)):
+            size, want = parts[part].nbytes, count * self.dtype.itemsize
+            if size != want:
+                raise ValueError(f"{files[part]} had {size:,} bytes, want {want:,}")
+        if sum(tokens.nbytes for tokens in parts.values()) <= _HASHED_ON_LOAD:
+            digest = hashlib.sha256()
+            for tokens in parts.values():
+                digest.update(tokens.data)
+                forget(tokens)
+            if digest.hexdigest() != facts.sha256:
+                raise ValueError(f"the tokens in {self.entry} were not those of its meta.json")
+        return facts, parts
 
     def _build(self, check: Callable[[int, int], None], progress: ProgressCallback) -> None:
         texts, left_out = measure(self.source, progress)
@@ -242,16 +257,18 @@ class CorpusCache:
                     "choose another place with --out"
                 ) from None
             try:
-                about = {
-                    "source": self.source.describe(len(texts)),
-                    "files": len(texts),
-                    "skipped": len(left_out),
-                    "left_out": tuple(left_out),
-                    "not_utf8": tuple(document.name for document in texts if not document.utf8),
-                }
-                meta = self._write(partial, parts, about, progress)
-                check(meta.train_tokens, meta.val_tokens)
-                (partial / "meta.json").write_text(as_json(asdict(meta)), encoding="utf-8")
+                facts = CorpusFacts(
+                    source=self.source.describe(len(texts)),
+                    files=len(texts),
+                    skipped=len(left_out),
+                    left_out=tuple(left_out),
+                    not_utf8=tuple(document.name for document in texts if not document.utf8),
+                    split=parts.words,
+                    val_bytes=sum(piece.stop - piece.start + piece.ends for piece in parts.val),
+                    **self._write(partial, parts, progress),
+                )
+                check(facts.train_tokens, facts.val_tokens)
+                (partial / "meta.json").write_text(as_json(asdict(facts)), encoding="utf-8")
                 self._keep(partial)
             except OSError as error:
                 raise OSError(f"cannot tokenize the corpus into {self.folder}: {error.strerror or error}") from None
@@ -260,33 +277,24 @@ class CorpusCache:
         """Rename the finished folder to the entry, replacing a damaged one, unless another process was first."""
         with (self.folder / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # else each of two builders might move the other's entry aside
-            if _damage(self.entry) is not None:
+            try:
+                self._read()
+            except ValueError:
                 finish_folder(partial, self.entry, replace=True)
 
-    def _write(self, folder: Path, parts: Split, about: dict[str, Any], progress: ProgressCallback) -> Meta:
-        """Write the tokens of both parts into a folder, and return the content of its meta.json."""
-        dtype = token_dtype(self.tokenizer.vocab_size)
+    def _write(self, folder: Path, parts: Split, progress: ProgressCallback) -> dict[str, Any]:
+        """Write the tokens of both parts into a folder, and return their facts."""
         digest = hashlib.sha256()
         reader = Reader([*parts.train, *parts.val], "tokenizing", progress)
         tokens: dict[str, int] = {}
         for name, pieces, rate in (("train", parts.train, self.config.fim_rate), ("val", parts.val, 0.0)):
-            tokens[name] = 0
             with (folder / f"{name}.bin").open("wb") as file:
                 for ids in self._ids(self._items(pieces, reader, rate)):
-                    data = ids.astype(dtype, copy=False).data
+                    data = ids.astype(self.dtype, copy=False).data
                     file.write(data)
                     digest.update(data)
-                    tokens[name] += len(ids)
-        return Meta(
-            **about,
-            split=parts.words,
-            train_tokens=tokens["train"],
-            val_tokens=tokens["val"],
-            val_bytes=sum(piece.stop - piece.start + piece.ends for piece in parts.val),
-            rearranged=self.rearranged,
-            sha256=digest.hexdigest(),
-            dtype=dtype,
-        )
+                tokens[f"{name}_tokens"] = file.tell() // self.dtype.itemsize
+        return {**tokens, "rearranged": self.rearranged, "sha256": digest.hexdigest()}
 
     def _items(self, pieces: Sequence[Piece], reader: Reader, fim_rate: float) -> Iterator[bytes | int]:
         """Yield the texts to be tokenized each for itself, and the tokens between them, in order."""
@@ -319,13 +327,6 @@ class CorpusCache:
         return np.concatenate([next(texts) if isinstance(item, bytes) else np.array([item]) for item in items])
 
 
-def token_dtype(vocab_size: int) -> str:
-    """Return numpy's name of the smallest unsigned integer that holds every token, little-endian."""
-    if vocab_size <= 1 << 8:
-        return "<u1"
-    return "<u2" if vocab_size <= 1 << 16 else "<u4"
-
-
 def forget(tokens: NDArray[Any]) -> None:
     """Release the pages of a mapped file that were read.
 
@@ -336,33 +337,24 @@ def forget(tokens: NDArray[Any]) -> None:
         tokens.base.madvise(mmap.MADV_DONTNEED)
 
 
-def _read_meta(entry: Path) -> Meta:
-    return build(Meta, read_table(entry / "meta.json"), "meta.json", "")
-
-
-def _damage(entry: Path) -> str | None:
-    """Return why an entry cannot be used; None if it can."""
-    if not entry.exists():
-        return "it is not there"
-    try:
-        meta = _read_meta(entry)
-        digest, total = hashlib.sha256(), 0
-        for part, count in (("train", meta.train_tokens), ("val", meta.val_tokens)):
-            size, want = (entry / f"{part}.bin").stat().st_size, count * np.dtype(meta.dtype).itemsize
-            if size != want:
-                return f"{entry / part}.bin had {size:,} bytes, want {want:,}"
-            total += size
-        if total <= _HASHED_ON_LOAD:
-            for part in ("train", "val"):
-                digest.update((entry / f"{part}.bin").read_bytes())
-            if digest.hexdigest() != meta.sha256:
-                return f"the tokens in {entry} were not those of its meta.json"
-    except (OSError, ValueError, TypeError) as error:
-        return f"{entry} could not be read ({error})"
-    return None
-
-
 # --- the corpus and its batches
+
+
+def sequences(
+    text: NDArray[Any], starts: NDArray[np.int64], seq_len: int
+) -> tuple[Int[Tensor, "n {seq_len}"], Int[Tensor, "n {seq_len}"]]:
+    """Return tokens and targets of the sequences that begin at these places.
+
+    The text is a circle: a sequence that reaches its end continues at its beginning.
+    """
+    both = np.empty((len(starts), seq_len + 1), dtype=np.int64)
+    for row, start in zip(both, starts.tolist(), strict=True):
+        at_end = text[start : start + seq_len + 1]
+        row[: len(at_end)] = at_end
+        row[len(at_end) :] = text[: seq_len + 1 - len(at_end)]
+    forget(text)
+    tokens = torch.from_numpy(both)
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,19 +380,8 @@ class Corpus(CorpusFacts):
     def batch(
         self, first: int, n: int, seq_len: int, seed: int
     ) -> tuple[Int[Tensor, "{n} {seq_len}"], Int[Tensor, "{n} {seq_len}"]]:
-        """Return tokens and targets of sequences first .. first + n - 1 of the endless stream that order.py defines.
-
-        The training text is a circle: a sequence that reaches its end continues at its beginning.
-        """
-        starts = window_starts(first, n, len(self.train), seq_len, seed)
-        both = np.empty((n, seq_len + 1), dtype=np.int64)
-        for row, start in zip(both, starts.tolist(), strict=True):
-            at_end = self.train[start : start + seq_len + 1]
-            row[: len(at_end)] = at_end
-            row[len(at_end) :] = self.train[: seq_len + 1 - len(at_end)]
-        forget(self.train)
-        tokens = torch.from_numpy(both)
-        return tokens[:, :-1], tokens[:, 1:]
+        """Return tokens and targets of sequences first .. first + n - 1 of the endless stream."""
+        return sequences(self.train, window_starts(first, n, len(self.train), seq_len, seed), seq_len)
 
     def documents(self, tokens: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
         """Return the number, from 0 in each row, of the document that a token belongs to; its end belongs to it."""
@@ -445,11 +426,7 @@ class Windows:
     def blocks(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield tokens and targets [at most `rows`, seq_len], block by block."""
         for i in range(0, len(self), rows):
-            part = self.starts[i : i + rows]
-            both = np.stack([self.text[start : start + self.seq_len + 1] for start in part]).astype(np.int64)
-            forget(self.text)
-            tokens = torch.from_numpy(both)
-            yield tokens[:, :-1], tokens[:, 1:]
+            yield sequences(self.text, self.starts[i : i + rows], self.seq_len)
 
 
 class Loader:
@@ -513,10 +490,9 @@ def load_corpus(
                     f"its targets; want at least {seq_len + 1}: use more text or a smaller train.seq_len"
                 )
 
-    meta, parts, words = CorpusCache(cache, source, tokenizer, config, seed).open(check, progress)
-    check(meta.train_tokens, meta.val_tokens)
-    facts: dict[str, Any] = {f.name: getattr(meta, f.name) for f in dataclasses.fields(CorpusFacts)}
-    facts["source"] = source.describe(meta.files)  # as it is named now
+    found, parts, words = CorpusCache(cache, source, tokenizer, config, seed).open(check, progress)
+    check(found.train_tokens, found.val_tokens)
+    facts: dict[str, Any] = asdict(found) | {"source": source.describe(found.files)}  # as it is named now
     return Corpus(
         **facts, train=parts["train"], val=parts["val"], end_of_document=tokenizer.end_of_document, cache=words
     )

@@ -11,6 +11,7 @@ tokenizer_config.json     the token that begins a text, and the chat template if
 generation_config.json    the tokens that end an answer; config.json if there is none
 """
 
+import itertools
 import json
 import os
 import re
@@ -165,14 +166,10 @@ class Chat:
         rest is plain.
         """
         names = {id: name for name, id in self._tokens.items()}
-        out, run = "", list[int]()
-        for token in [*tokens, None]:
-            if token is not None and token not in names:
-                run.append(token)
-                continue
-            out += self.plain(self.tokenizer.decode(run))
-            run = []
-            out += names[token] if token is not None else ""
+        out = ""
+        for written, group in itertools.groupby(tokens, names.__contains__):
+            run = list(group)
+            out += "".join(names[token] for token in run) if written else self.plain(self.tokenizer.decode(run))
         return out
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,12 +188,7 @@ class BPEStream:
 
 def _load(path: Path, markup: Collection[str]) -> "tokenizers.Tokenizer":
     """Read a tokenizer.json. The added tokens of `markup` and those of the form <｜...｜> become special."""
-    try:
-        from tokenizers import Tokenizer as Library
-    except ImportError:
-        raise ValueError(
-            f"reading {path} needs the tokenizers library; install it with: pip install 'tokenizers>=0.20'"
-        ) from None
+    library = _library(f"reading {path}").Tokenizer
     if not is_there(path):
         raise ValueError(f"there is no tokenizer file {path}; name a tokenizer.json, or leave it out for bytes")
     with _named(path, NOT_A_TOKENIZER):
@@ -202,15 +197,25 @@ def _load(path: Path, markup: Collection[str]) -> "tokenizers.Tokenizer":
             # DeepSeek's file calls <｜User｜> and others of that form ordinary, so that a text could spell them
             name = token["content"]
             token["special"] |= name in markup or re.fullmatch("<｜.*｜>", name) is not None
-        library = Library.from_str(json.dumps(content))
+        tokenizer = library.from_str(json.dumps(content))
     if dropout := content["model"].get("dropout"):
         raise ValueError(
             f"{path} has dropout {brief(dropout)}, which gives a text other tokens each time; want null; {OTHER}"
         )
-    library.encode_special_tokens = True
-    library.no_truncation()
-    library.no_padding()
-    return library
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _library(work: str) -> Any:
+    """Return the tokenizers library. Raises: ValueError if it is not installed, naming the work that needs it."""
+    try:
+        import tokenizers
+    except ImportError:
+        reason = f"{work} needs the tokenizers library; install it with: pip install 'tokenizers>=0.20'"
+        raise ValueError(reason) from None
+    return tokenizers
 
 
 @contextmanager
@@ -285,18 +290,14 @@ def train_bpe(texts: Iterable[bytes], vocab_size: int) -> str:
 
     Raises: ValueError if the tokenizers library is not installed.
     """
-    try:
-        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError:
-        raise ValueError(
-            "training a tokenizer needs the tokenizers library; install it with: pip install 'tokenizers>=0.20'"
-        ) from None
-    tokenizer = Tokenizer(models.BPE())
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS]
+    library = _library("training a tokenizer")
+    pre_tokenizers = library.pre_tokenizers
+    tokenizer = library.Tokenizer(library.models.BPE())
+    splits = [pre_tokenizers.Split(library.Regex(pattern), behavior="isolated") for pattern in SPLITS]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

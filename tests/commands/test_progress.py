@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from dsmini.console.command import interruptible
-from dsmini.console.messages import rate, say
-from dsmini.console.progress import Phases, Progress, patience
+from dsmini.console.messages import say
+from dsmini.console.progress import Progress, patience
 
 
 @pytest.fixture
@@ -118,36 +118,26 @@ def test_line_is_printed_as_it_is() -> None:
     console = pipe()
     say(console, "[bold]12 :smile: " + "x" * 300)
     assert said(console) == "[bold]12 :smile: " + "x" * 300 + "\n"
-    assert rate("read", 3_000_000, 1.5) == "read 3,000,000 bytes in 1.5 s: 2 MB/s"
 
 
-def test_phases_follow_each_other_and_count_tokens(clock: list[float]) -> None:
-    console = pipe()
-    phases = Phases(console)
-    for done in (100, 2000):
-        phases("reading", done, 2000)
-        clock[0] += 11
-    phases("writing", 1, 9)
-    clock[0] += 11
-    phases("writing", 2, 9)
-    phases.close()
-    phases.close()
-    assert said(console).splitlines() == [
+def test_stages_of_tokens_follow_each_other_and_leave_no_bar(clock: list[float]) -> None:
+    shown, reading, writing = [], "reading", "writing"
+    stages = [(reading, 100, 2000), (reading, 2000, 2000), (writing, 1, 9), (writing, 2, 9)]
+    for console in (pipe(), terminal()):
+        with Progress(console, unit="tokens") as bar:
+            for stage in stages:
+                bar.stage(*stage)
+                shown.append(said(console))
+                clock[0] += 11
+            bar.stage(writing, 9, 9)
+            ended = said(console)
+        assert said(console) == ended
+    assert shown[3].splitlines() == [
         "reading  2,000 of 2,000 tokens  0:00:00 left",
+        "writing  1 of 9 tokens  0:00:00 left",
         "writing  2 of 9 tokens  0:00:38 left",
     ]
-
-
-def test_phase_that_ended_leaves_no_bar(clock: list[float]) -> None:
-    console = terminal()
-    phases = Phases(console)
-    for done in (1, 5, 9):
-        phases("reading", done, 9)
-        clock[0] += 2
-    shown = said(console)
-    assert "9 of 9 tokens" in shown
-    phases.close()
-    assert said(console) == shown
+    assert shown[4] == "" and "2,000 of 2,000 tokens" in shown[5] == shown[6] and "2 of 9 tokens" in shown[7]
 
 
 def test_patience_prints_lines_until_its_block_ends() -> None:

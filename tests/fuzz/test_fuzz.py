@@ -17,29 +17,21 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, load_pretrained
+from dsmini import DataConfig, ModelConfig, RunConfig, Transformer, load_pretrained
 from dsmini.atomic import as_json
 from dsmini.checkpoint.run_folder import read_summary, run_config, run_tokenizer
-from dsmini.checkpoint.training_state import (
-    MANIFEST,
-    RunState,
-    checkpoint_folder,
-    load_run,
-    state_texts,
-    write_manifest,
-)
-from dsmini.data.corpus import _damage
-from dsmini.distributed.mesh import HeldRows
-from dsmini.distributed.world import World
+from dsmini.checkpoint.training_state import MANIFEST, load_run, write_manifest
+from dsmini.data.corpus import CorpusCache
+from dsmini.data.documents import Source
 from dsmini.text.chat import read_text_side
-from dsmini.text.tokenizer import BPETokenizer
-from dsmini.training.record import KEYS, read_records
-from dsmini.training.saving import save_pieces
+from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer
+from dsmini.training.record import read_records
 from tests.conftest import randomise
 from tests.fuzz.mutations import damaged, edited, edited_toml, with_edited_header
 from tests.helpers import folders
 from tests.helpers.configs import refusal
 from tests.helpers.corpora import Files, lay_out
+from tests.helpers.runs import new_run
 from tests.helpers.text_folders import save_text_side, save_tokenizer
 
 SIZES = {
@@ -131,29 +123,9 @@ def run_toml(place: Path) -> Target:
     return Target({"x.toml": text}, lambda folder: RunConfig.from_file(folder / "x.toml"))
 
 
-def _whole(t: torch.Tensor) -> HeldRows:
-    return HeldRows(shape=tuple(t.shape), first=0, rows=len(t) if t.dim() else 1)
-
-
 def run_files(place: Path) -> Files:
     """Return the files of a run with two checkpoints."""
-    place.mkdir()
-    config = RunConfig(model=model().config, train=TrainConfig(steps=4, dtype="float32", device="cpu"), out=place)
-    row = dict.fromkeys(KEYS, 1) | {
-        "seconds": 1.0,
-        "skipped": False,
-        "layer_max_vio": [1.0],
-        "loads": [[1]],
-        "val_loss": None,
-    }
-    counts = dict.fromkeys(("sequences", "average_updates", "skipped_in_a_row"), 0)
-    for step in (2, 4):
-        tensors = {"model": model().state_dict(), "rng": {"cpu": torch.get_rng_state()}}
-        state = RunState(step=step, row=row, corpus_sha256="0", **counts)
-        held = {part: {name: (_whole(t), t) for name, t in of.items()} for part, of in tensors.items()}
-        save_pieces(World(), checkpoint_folder(config, step), held, state_texts(config, state), {"step": str(step)})
-    (place / "config.toml").write_text(config.to_toml())
-    (place / "metrics.jsonl").write_text("".join(json.dumps(row | {"step": step}) + "\n" for step in range(1, 5)))
+    assert new_run(place, steps=4, eval_every=100).train()
     (place / "summary.json").write_text(as_json({"steps": 4, "val_loss": 1.0}))
     return files_of(place)
 
@@ -190,24 +162,23 @@ def checkpoint_whose_checksums_are_right(place: Path) -> Target:
         load_run(last, say=lambda line: None)
 
     files = run_files(place)
-    return Target(files, use, [name for name in files if "step-000004" in name and not name.endswith(MANIFEST)])
+    return Target(
+        files,
+        use,
+        [name for name in files if "step-000004" in name and not name.endswith((MANIFEST, "optimizer.safetensors"))],
+    )
 
 
 def corpus_meta(place: Path) -> Target:
     """Return an entry of the cache of corpora; it is rebuilt, whatever meta.json holds."""
-    counts = {
-        "format": 1,
-        "files": 1,
-        "skipped": 0,
-        "train_tokens": 4,
-        "val_tokens": 2,
-        "val_bytes": 2,
-        "rearranged": 0,
-    }
-    meta = json.dumps(counts | {"split": "x", "dtype": "uint8", "sha256": "0"}).encode()
+    counts = dict.fromkeys(("files", "skipped", "rearranged"), 1) | {"train_tokens": 4, "val_tokens": 2, "val_bytes": 2}
+    meta = json.dumps(counts | {"source": "x", "split": "x", "sha256": "0"}).encode()
 
     def use(folder: Path) -> None:
-        assert isinstance(_damage(folder), str)
+        source = Source(root=folder, words="", kind="file", documents=[])
+        cache = CorpusCache(folder, source, ByteTokenizer(), DataConfig(), seed=0)
+        cache.entry = folder
+        assert refusal(cache._read)
 
     return Target({"meta.json": meta, "train.bin": b"1234", "val.bin": b"12"}, use, ["meta.json"], least=0)
 
