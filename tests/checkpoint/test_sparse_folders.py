@@ -15,13 +15,10 @@ from dsmini.convert import main
 from dsmini.nn import Indexer
 from tests.helpers import folders
 from tests.helpers.commands import ROOT
-from tests.helpers.configs import DSA, V32, refusal, released, written
-from tests.helpers.released_configs import HF_V3
+from tests.helpers.configs import DSA, refusal
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 Build = Callable[..., Transformer]
-SIZES = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
-HF_V32 = HF_V3 | SIZES | {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32"}
 PREFIX = "model.layers.{}.self_attn.indexer."
 NAMES = ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")
 
@@ -62,29 +59,6 @@ def test_indexer_in_fp8_has_scales_for_two_matrices(tmp_path: Path, fp8_model: B
         save_pretrained(loaded, tmp_path / "b", fp8=True)
         again = folders.read(tmp_path / "b")
         assert {n for n, t in again.items() if t.dtype == folders.FP8} == set(filter(folders.is_matrix, again))
-
-
-def test_released_config_is_v3_with_an_indexer(tmp_path: Path) -> None:
-    want = released("deepseek-v3", **V32)
-    assert ModelConfig.from_file(written(tmp_path, HF_V32)) == want
-    interleaved = ModelConfig.from_file(written(tmp_path, HF_V32 | {"indexer_rope_interleave": True}))
-    assert interleaved == released("deepseek-v3", **V32, indexer_rope_interleave=True)
-    lists = {"layer_types": ["indexed_attention"] * 61, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 58}
-    assert ModelConfig.from_file(written(tmp_path, HF_V32 | lists)) == want
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"layer_types": ["full_attention"] * 61}, "{path} has layer_types=['full_attention', "),
-        ({"mlp_layer_types": ["sparse"] * 61}, "{path} has mlp_layer_types=['sparse', "),
-        ({"indexer_rope_interleave": 1}, "x.json: indexer_rope_interleave=1 is not true or false"),
-        *(({key: ...}, f"{{path}} lacks {key}; want every size of the model") for key in SIZES),
-    ],
-)
-def test_wrong_config_is_refused(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
-    path = written(tmp_path, {key: value for key, value in (HF_V32 | change).items() if value is not ...})
-    assert refusal(ModelConfig.from_file, path).startswith(sentence.format(path=path))
 
 
 # a dense model becomes a sparse one

@@ -49,21 +49,15 @@ def test_pipe_gets_the_first_update_and_one_line_each_interval() -> None:
     ]
 
 
-def test_pipe_gets_each_update_where_lines_are_not_counted(clock: list[float]) -> None:
-    console = pipe()
-    with Progress(console, 3, "case", line_every=0) as bar:
-        bar.update(0.0)
-        bar.update(0.0)
-    assert said(console) == "case\ncase\n"
-
-
-def test_pipe_gets_a_line_after_a_minute_of_silence(clock: list[float]) -> None:
-    console = pipe()
-    with Progress(console, 10_000, "step", line_every=5000) as bar:
-        for _ in range(4):
-            bar.update(bar.done + 1, f"loss {bar.done:.0f}", left=9.0)
-            clock[0] += 40
-    assert said(console).splitlines() == ["step  loss 0  0:00:09 left", "step  loss 2  0:00:09 left"]
+def test_pipe_gets_every_update_or_one_after_a_minute_of_silence(clock: list[float]) -> None:
+    for every, lines in ((0, 4), (5000, 2)):
+        console = pipe()
+        with Progress(console, 10_000, "step", line_every=every) as bar:
+            for _ in range(4):
+                bar.update(bar.done + 1, f"loss {bar.done:.0f}", left=9.0)
+                clock[0] += 40
+        want = [f"step  loss {done}  0:00:09 left" for done in range(0, 4, 4 // lines)]
+        assert said(console).splitlines() == want
 
 
 def test_pipe_gets_lines_of_a_second_bar_every_ten_seconds(clock: list[float]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from dsmini import ModelConfig
 from tests.helpers.configs import V32, released, written
-from tests.helpers.released_configs import HF, HF_V3, yarn
+from tests.helpers.released_configs import HF, HF_V3, HF_V32, yarn
 
 Changes = dict[str, Any]
 
@@ -32,6 +32,12 @@ def in_the_new_spelling(raw: Changes) -> Changes:
 @pytest.mark.parametrize("respell", [dict, in_the_new_spelling], ids=["rope_scaling", "rope_parameters"])
 def test_released_config_json_is_read_in_both_spellings(tmp_path: Path, name: str, respell: Any) -> None:
     assert ModelConfig.from_file(written(tmp_path, respell(HF[name]), "config.json")) == released(name)
+
+
+def test_config_of_v32_is_v3_with_an_indexer(tmp_path: Path) -> None:
+    lists = {"layer_types": ["indexed_attention"] * 61, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 58}
+    for more, changes in (({}, {}), ({"indexer_rope_interleave": True},) * 2, (lists, {})):
+        assert read(tmp_path, HF_V32 | more) == released("deepseek-v3", **V32, **changes)
 
 
 def test_missing_method_goes_by_the_model_type(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import tomli_w
 from dsmini import ModelConfig, RunConfig
 from dsmini.config.schedule import SPELLINGS
 from tests.helpers.configs import DSA, refusal, written
-from tests.helpers.released_configs import HF_V3
+from tests.helpers.released_configs import HF_V3, HF_V32
 
 REFUSALS = tomllib.loads((Path(__file__).parent / "refusals.toml").read_text(encoding="utf-8"))
 
@@ -39,15 +39,22 @@ def test_wrong_run_is_refused(tmp_path: Path, toml: str) -> None:
     check(refusal(RunConfig.from_file, written(tmp_path, toml, "x.toml")), REFUSALS["run"][toml])
 
 
-@pytest.mark.parametrize("toml", REFUSALS["hugging_face"])
-def test_config_json_that_cannot_be_honoured_is_refused(tmp_path: Path, toml: str) -> None:
+@pytest.mark.parametrize(
+    ("base", "toml", "sentence"),
+    [
+        (base, *case)
+        for name, base in (("hugging_face", HF_V3), ("hugging_face_sparse", HF_V32))
+        for case in REFUSALS[name].items()
+    ],
+)
+def test_config_json_that_cannot_be_honoured_is_refused(tmp_path: Path, base: Any, toml: str, sentence: str) -> None:
     ((key, value),) = tomllib.loads(toml).items()
     if key == "rope_scaling" and isinstance(value, dict) and "type" not in value:  # changes of YaRN's keys
-        value = HF_V3[key] | value
+        value = base[key] | value
         value = {name: number for name, number in value.items() if number != "left out"}
-    raw = HF_V3 | {key: value}
+    raw = base | {key: value}
     path = written(tmp_path, {name: each for name, each in raw.items() if each != "left out"})
-    check(refusal(ModelConfig.from_file, path), f"{path} {REFUSALS['hugging_face'][toml]}")
+    check(refusal(ModelConfig.from_file, path), f"{path} {sentence}")
 
 
 @pytest.mark.parametrize("content", REFUSALS["inference"])

@@ -56,3 +56,5 @@ HF = {
     for i, name in enumerate(NAMES)
 }
 HF_V3 = HF["deepseek-v3"]
+INDEXER = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
+HF_V32 = HF_V3 | INDEXER | {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32"}

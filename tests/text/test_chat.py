@@ -12,7 +12,7 @@ from dsmini.text.chat import MARK, Chat, ChatTemplate, Message, read_text_side
 from dsmini.text.template_worker import environment
 from dsmini.text.tokenizer import BPETokenizer
 from tests.helpers.configs import refusal
-from tests.helpers.text_folders import ASSISTANT, BOS, EOS, TEMPLATE, USER, save_text_side, save_tokenizer
+from tests.helpers.text_folders import ASSISTANT, BOS, EOS, USER, save_text_side, save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_the_templates_surroundings(folder: Path) -> None:
     assert said == f"    {BOS}{messages}4user"
 
 
-NAMED = [{"name": "tools", "template": "no"}, {"name": "default", "template": TEMPLATE}]
+NAMED = [{"name": "tools", "template": "no"}]
 
 
 def test_what_a_file_of_its_own_says_comes_first(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ IDS = "eos_token_id in {folder}/%s is %s, but the model has 400 tokens"
 REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # tokenizer_config.json, other files, the sentence
     ({"chat_template": None}, {}, "{folder} has no chat template, neither chat_template.jinja nor chat_template in "),
     ({"chat_template": 3}, {}, "chat_template in {folder}/tokenizer_config.json is neither a text nor a list"),
-    ({"chat_template": NAMED[:1]}, {}, "is neither a text nor a list with a template named 'default'"),
+    ({"chat_template": NAMED}, {}, "is neither a text nor a list with a template named 'default'"),
     *(
         ({"add_bos_token": wrong}, {}, f"add_bos_token in tokenizer_config.json is {wrong!r}, want true or false")
         for wrong in ("yes", 1, [], "")
