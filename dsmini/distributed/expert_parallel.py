@@ -136,7 +136,7 @@ class ExpertExchange:
 
     def __call__(self, experts: nn.Module, shared: nn.Module | None, x: Rows, routing: Routing) -> Float[Tensor, "n m"]:
         """Return the sum of each token's experts, routed and shared, as MoE does."""
-        slots = sort_by_expert(routing.indices, routing.counts)
+        slots = sort_by_expert(routing.indices, len(routing.counts))
         route, received = new_route(routing.counts.view(self.size, -1), self.group, self.traffic)
         rows = dispatch_quantized(x, slots) if isinstance(x, QuantizedTensor) else dispatch(x, slots)
         arrived = route.exchange(rows, "dispatch")
@@ -206,7 +206,7 @@ def run_local(experts: nn.Module, rows: Rows, received: Int[Tensor, "ranks own"]
     own = torch.arange(received.shape[1], device=received.device).expand_as(received)
     expert = own.flatten().repeat_interleave(received.flatten())
     ones = torch.ones(len(expert), 1, dtype=torch.float32, device=received.device)
-    return experts(rows, expert[:, None], ones, received.sum(0))
+    return experts(rows, expert[:, None], ones)
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:

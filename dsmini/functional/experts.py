@@ -33,6 +33,7 @@ from dsmini.numerics import (
     rows_of,
 )
 from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
+from dsmini.numerics.quantization import group_sizes
 
 X = TypeVar("X", Tensor, QuantizedTensor)
 W1 = Float[Tensor, "e f m"]
@@ -42,65 +43,62 @@ LEAST = 1 << 20
 
 
 @ops.eager("experts")
-def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    if not torch.is_grad_enabled() and prefer_loop(x, indices, counts):
-        return run_experts(x, indices, weights, counts, lambda i, rows: _swiglu(rows, w1[i], w2[i], w3[i]))
-    if torch.is_grad_enabled() and (y := train_experts(x, indices, weights, counts, w1, w2, w3)) is not None:
+def _(x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    if not torch.is_grad_enabled() and prefer_loop(x, indices, w1.shape[0]):
+        return run_experts(x, indices, weights, w1.shape[0], lambda i, rows: _swiglu(rows, w1[i], w2[i], w3[i]))
+    if torch.is_grad_enabled() and (y := train_experts(x, indices, weights, w1, w2, w3)) is not None:
         return y
-    slots = sort_by_expert(indices, counts, row_alignment(x, indices, counts))
+    slots = sort_by_expert(indices, w1.shape[0], row_alignment(x, indices, w1.shape[0]))
     return combine(_grouped_swiglu(dispatch(x, slots), w1, w2, w3, slots.ends), weights, slots)
 
 
 @ops.eager("quantized_experts")
-def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Weight, w2: Weight, w3: Weight) -> Tensor:
+def _(x: Tensor, indices: Tensor, weights: Tensor, w1: Weight, w2: Weight, w3: Weight) -> Tensor:
     def swiglu(i: int, rows: Tensor) -> Tensor:  # only chosen experts are dequantized, one after the other
         return _swiglu(rows, *(dense(matrix_of(w, i), rows.dtype) for w in (w1, w2, w3)))
 
-    return run_experts(x, indices, weights, counts, swiglu)
+    return run_experts(x, indices, weights, w1.shape[0], swiglu)
 
 
 @ops.eager("fp8_experts")
-def _(
-    x: QuantizedTensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Weight, w2: Weight, w3: Weight
-) -> Tensor:
+def _(x: QuantizedTensor, indices: Tensor, weights: Tensor, w1: Weight, w2: Weight, w3: Weight) -> Tensor:
     def swiglu(i: int, rows: QuantizedTensor) -> Tensor:
         return _fp8_swiglu(rows, matrix_of(w1, i), matrix_of(w2, i), matrix_of(w3, i))
 
     coded = any(isinstance(w, QuantizedTensor) for w in (w1, w2, w3))
-    if coded or (not torch.is_grad_enabled() and prefer_loop(x, indices, counts)):
-        return run_experts(x, indices, weights, counts, swiglu)
-    slots = sort_by_expert(indices, counts, row_alignment(x, indices, counts))
+    if coded or (not torch.is_grad_enabled() and prefer_loop(x, indices, w1.shape[0])):
+        return run_experts(x, indices, weights, w1.shape[0], swiglu)
+    slots = sort_by_expert(indices, w1.shape[0], row_alignment(x, indices, w1.shape[0]))
     return combine(_fp8_swiglu(dispatch_quantized(x, slots), w1, w2, w3, slots.ends), weights, slots)
 
 
-def run_experts(x: X, indices: Tensor, weights: Tensor, counts: Tensor, swiglu: Callable[[int, X], Tensor]) -> Tensor:
+def run_experts(x: X, indices: Tensor, weights: Tensor, e: int, swiglu: Callable[[int, X], Tensor]) -> Tensor:
     """Run the chosen experts one after the other. swiglu(i, rows) returns expert i's output for its rows."""
     if x.shape[0] == 1:  # decoding: nothing to sort
         return weights.to(x.dtype) @ torch.cat([swiglu(i, x) for i in indices[0].tolist()])
-    slots = sort_by_expert(indices, counts)
-    sizes = counts.tolist()
+    slots = sort_by_expert(indices, e)
     out: list[Tensor] = []
-    for i, tokens in enumerate(slots.token.split(sizes)):
-        if sizes[i]:
+    for i, tokens in enumerate(slots.token.split(group_sizes(slots.ends).tolist())):
+        if len(tokens):
             out.append(swiglu(i, rows_of(x, tokens)))
     y = torch.cat(out) if out else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     return combine(y, weights, slots)
 
 
-def prefer_loop(x: Tensor | QuantizedTensor, indices: Tensor, counts: Tensor) -> bool:
+def prefer_loop(x: Tensor | QuantizedTensor, indices: Tensor, e: int) -> bool:
     """Return True where a CPU runs the chosen experts one after the other faster than a grouped product.
 
     A grouped product spends time on experts without rows too (docs/log.md).
     """
-    return x.device.type == "cpu" and 2 * indices.numel() <= counts.shape[0]
+    return x.device.type == "cpu" and 2 * indices.numel() <= e
 
 
-def row_alignment(x: Tensor | QuantizedTensor, indices: Tensor, counts: Tensor) -> int:
+def row_alignment(x: Tensor | QuantizedTensor, indices: Tensor, e: int) -> int:
     """Return the multiple of rows at which each expert's rows start.
 
     oneDNN prepares a BF16 product for each new number of rows. Multiples of 64 repeat, so it reuses them (docs/log.md).
     """
-    enough = indices.numel() >= 64 * counts.shape[0]
+    enough = indices.numel() >= 64 * e
     return 64 if enough and x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
 
 
@@ -129,16 +127,15 @@ def trained_experts(
     x: Float[Tensor, "n m"],
     indices: Int[Tensor, "n k"],
     weights: Float[Tensor, "n k"],
-    counts: Int[Tensor, " e"],
     w1: W1,
     w2: W2,
     w3: W1,
 ) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n*k f"], Float[Tensor, "n*k f"]]:
     """Return y, and g and u of each token-expert pair, in the order of experts, and of tokens within an expert."""
-    slots = sort_by_expert(indices, counts)
+    slots = sort_by_expert(indices, w1.shape[0])
     rows = x[slots.token]
     gate, up = grouped_linear(rows, w1, slots.ends), grouped_linear(rows, w3, slots.ends)
-    return ops.find("experts").reference(x, indices, weights, counts, w1, w2, w3), gate, up
+    return ops.find("experts").reference(x, indices, weights, w1, w2, w3), gate, up
 
 
 @ops.operation("trained_experts_gradients")
@@ -147,7 +144,6 @@ def trained_experts_gradients(
     x: Float[Tensor, "n m"],
     indices: Int[Tensor, "n k"],
     weights: Float[Tensor, "n k"],
-    counts: Int[Tensor, " e"],
     gate: Float[Tensor, "n*k f"],
     up: Float[Tensor, "n*k f"],
     w1: W1,
@@ -160,7 +156,7 @@ def trained_experts_gradients(
     """
     with torch.enable_grad():
         x, weights, w1, w2, w3 = leaves = [t.detach().requires_grad_() for t in (x, weights, w1, w2, w3)]
-        y = ops.find("experts").reference(x, indices, weights, counts, w1, w2, w3)
+        y = ops.find("experts").reference(x, indices, weights, w1, w2, w3)
         return torch.autograd.grad(y, leaves, grad)
 
 
@@ -168,11 +164,9 @@ class TrainedExperts(torch.autograd.Function):
     """`experts` by the two operations. First derivatives only."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
-    ) -> Tensor:
-        y, gate, up = trained_experts(x, indices, weights, counts, w1, w2, w3)
-        ctx.save_for_backward(x, indices, weights, counts, gate, up, w1, w2, w3)
+    def forward(ctx: Any, x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+        y, gate, up = trained_experts(x, indices, weights, w1, w2, w3)
+        ctx.save_for_backward(x, indices, weights, gate, up, w1, w2, w3)
         ctx.backend = ops.chosen()
         return y
 
@@ -182,12 +176,10 @@ class TrainedExperts(torch.autograd.Function):
         # forward ran outside of autocast, or another version would have
         with ops.use(ctx.backend), torch.autocast(grad.device.type, enabled=False):
             dx, dp, dw1, dw2, dw3 = trained_experts_gradients(grad, *ctx.saved_tensors)
-        return dx, None, dp, None, dw1, dw2, dw3
+        return dx, None, dp, dw1, dw2, dw3
 
 
-def train_experts(
-    x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
-) -> Tensor | None:
+def train_experts(x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor | None:
     """Return `experts` by a kernel with a backward of its own, or None where none serves this call."""
     matrices, forward = (w1, w2, w3), 3 * indices.numel() * w1[0].numel()
     plain = all(w.dtype == torch.float32 and w.is_contiguous() for w in matrices)
@@ -199,4 +191,4 @@ def train_experts(
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
-    return cast(Tensor, TrainedExperts.apply(x, indices, weights, counts, w1, w2, w3))
+    return cast(Tensor, TrainedExperts.apply(x, indices, weights, w1, w2, w3))

@@ -11,7 +11,7 @@ prediction block that is not plain runs as it is. The plain versions of the oper
 Numbers between operations are FP32. Weights and the cache stay as they are stored.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeGuard, TypeVar
@@ -31,13 +31,12 @@ from dsmini.nn import (
     Cache,
     FeedForward,
     MoE,
-    QuantizedExperts,
-    QuantizedLinear,
     RMSNorm,
     Routing,
     Transformer,
 )
 from dsmini.nn.cache import CachePositions, Form, FormPolicy, LayerCacheView, MTPCache
+from dsmini.nn.fp8 import FP8Weights
 from dsmini.nn.layers import is_plain
 from dsmini.nn.mtp import MTPChain
 from dsmini.nn.rope import CosSin
@@ -50,29 +49,18 @@ MOST_TOKENS = 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class IndexerWeights:
-    """The weights of an indexer. Its queries are projections of what MLA's wq_b reads."""
-
-    wq_b: Weight
-    wk: Weight
-    k_norm: Float[Tensor, " d"]
-    k_bias: Float[Tensor, " d"]
-    weights_proj: Float[Tensor, "h m"]
-    n_heads: int
-    topk: int
-    halves: bool
-    """RoPE pairs the halves of the first numbers, not neighbours."""
-    k_eps: float
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class StepWeights:
-    """One half of a block: the norm, and what comes between it and the residual sum."""
+    """One half of a block, x + layer(norm(x)): its modules, which the plain version of a step runs, and their weights.
 
-    norm: Float[Tensor, " m"]
-    eps: float
-    modules: tuple[Any, nn.Module]
-    """The norm's module, and that of attention or of the feed-forward: the plain version of a step runs them."""
+    A kernel reads sizes and options from the layer, which stay, and numbers from the weights.
+    """
+
+    norm: RMSNorm
+    layer: Any
+    """MLA, DSA or Attention; FeedForward or MoE."""
+    weights: dict[str, Weight]
+    """Weights as products take them, by their names in the layer, such as "wq_a" and "indexer.k_norm.bias"; "norm" is
+    that of the norm. They are detached: their memory stays, even if a module gets another."""
     dtype: torch.dtype
     """Dtype of products with codes: in BF16 a kernel may round the other operand to it, as the modules do."""
     prepared: dict[str, Any] = field(default_factory=dict)
@@ -81,71 +69,14 @@ class StepWeights:
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors; those of a quantized weight are codes and scales."""
-        indexer = getattr(self, "indexer", None)
-        values = [*vars(self).values(), *(() if indexer is None else vars(indexer).values())]
-        return tuple(t for v in values for t in ((v,) if isinstance(v, Tensor) else getattr(v, "parts", ())))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AttentionWeights(StepWeights):
-    """MLA. wq_a None: wq_b projects the query directly."""
-
-    wq_a: Weight | None
-    q_norm: Float[Tensor, " q"] | None
-    wq_b: Weight
-    wkv_a: Weight
-    kv_norm: Float[Tensor, " c"]
-    wkv_b: Weight
-    wo: Weight
-    n_heads: int
-    nope: int
-    rope: int
-    value: int
-    scale: float
-    q_eps: float
-    kv_eps: float
-    indexer: IndexerWeights | None
-
-    @property
-    def latent(self) -> int:
-        """kv_lora_rank."""
-        return self.kv_norm.shape[0]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class GroupedAttentionWeights(StepWeights):
-    """MHA, GQA or MQA."""
-
-    wq: Weight
-    wk: Weight
-    wv: Weight
-    wo: Weight
-    n_heads: int
-    n_kv_heads: int
-    scale: float
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FeedForwardWeights(StepWeights):
-    """A dense feed-forward, or a gate, its experts and the shared ones, which are w1 to w3."""
-
-    w1: Weight | None
-    w2: Weight | None
-    w3: Weight | None
-    gate: Float[Tensor, "e m"] | None = None
-    bias: Float[Tensor, " e"] | None = None
-    e1: Weight | None = None
-    e2: Weight | None = None
-    e3: Weight | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of `nn.route`."""
+        return tuple(t for weight in self.weights.values() for t in ops.tensors_of(weight))
 
 
 class BlockWeights(NamedTuple):
     """The two halves of a block."""
 
-    attention: AttentionWeights | GroupedAttentionWeights
-    feed_forward: FeedForwardWeights
+    attention: StepWeights
+    feed_forward: StepWeights
 
 
 def is_known(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
@@ -163,74 +94,20 @@ def extract_weights(block: nn.Module, dtype: torch.dtype) -> BlockWeights | None
     """Take a block apart, with products in this dtype, or return None if some module of it must run as it is."""
     if not is_known(block, Block):
         return None
-    attn, ffn = block.attn, block.ffn
-    take_apart = {MLA: _mla, DSA: _mla, Attention: _grouped}.get(type(attn))
-    if take_apart is None or type(ffn) not in (FeedForward, MoE):
+    if type(block.attn) not in (MLA, DSA, Attention) or type(block.ffn) not in (FeedForward, MoE):
         return None
-    first, second = _half(block.attn_norm, attn, dtype), _half(block.ffn_norm, ffn, dtype)
-    return BlockWeights(take_apart(attn, **first), _feed_forward(ffn, **second))
+    return BlockWeights(_half(block.attn_norm, block.attn, dtype), _half(block.ffn_norm, block.ffn, dtype))
 
 
-def _half(norm: Any, module: Any, dtype: torch.dtype) -> dict[str, Any]:
-    return {"norm": norm.weight.detach(), "eps": norm.eps, "modules": (norm, module), "dtype": dtype}
-
-
-def _mla(attn: Any, **half: Any) -> AttentionWeights:
-    return AttentionWeights(
-        **half,
-        wq_a=None if attn.wq_a is None else _operand(attn.wq_a),
-        q_norm=None if attn.q_norm is None else attn.q_norm.weight.detach(),
-        wq_b=_operand(attn.wq if attn.wq_a is None else attn.wq_b),
-        wkv_a=_operand(attn.wkv_a),
-        kv_norm=attn.kv_norm.weight.detach(),
-        wkv_b=_operand(attn.wkv_b),
-        wo=_operand(attn.wo),
-        n_heads=attn.n_heads,
-        nope=attn.qk_nope_head_dim,
-        rope=attn.rope.dim,
-        value=attn.v_head_dim,
-        scale=attn.scale,
-        q_eps=0.0 if attn.q_norm is None else attn.q_norm.eps,
-        kv_eps=attn.kv_norm.eps,
-        indexer=_indexer(attn.indexer) if type(attn) is DSA else None,
-    )
-
-
-def _indexer(indexer: Any) -> IndexerWeights:
-    return IndexerWeights(
-        wq_b=_operand(indexer.wq_b),
-        wk=_operand(indexer.wk),
-        k_norm=indexer.k_norm.weight.detach(),
-        k_bias=indexer.k_norm.bias.detach(),
-        weights_proj=indexer.weights_proj.weight.detach(),
-        n_heads=indexer.n_heads,
-        topk=indexer.topk,
-        halves=not indexer.interleaved,
-        k_eps=indexer.k_norm.eps,
-    )
-
-
-def _grouped(attn: Any, **half: Any) -> GroupedAttentionWeights:
-    matrices = {name: _operand(getattr(attn, name)) for name in ("wq", "wk", "wv", "wo")}
-    sizes = {"n_heads": attn.n_heads, "n_kv_heads": attn.n_kv_heads, "scale": attn.scale}
-    return GroupedAttentionWeights(**half, **matrices, **sizes)
-
-
-def _feed_forward(ffn: Any, **half: Any) -> FeedForwardWeights:
-    dense = ffn if isinstance(ffn, FeedForward) else ffn.shared_experts
-    half |= {name: None if dense is None else _operand(getattr(dense, name)) for name in ("w1", "w2", "w3")}
-    if isinstance(ffn, FeedForward):
-        return FeedForwardWeights(**half)
-    gate, bias = ffn.gate, ffn.gate.bias
-    half |= {f"e{i}": _operand(ffn.experts, f"w{i}") for i in (1, 2, 3)}
-    half |= {"gate": gate.weight.detach(), "bias": None if bias is None else bias.detach(), "options": gate.options}
-    return FeedForwardWeights(**half)
-
-
-def _operand(module: Any, name: str = "weight") -> Weight:
-    """Return a weight as products take it. It is detached: its memory stays, even if the module gets another."""
-    weight = module.operand(name) if isinstance(module, QuantizedLinear | QuantizedExperts) else getattr(module, name)
-    return weight.detach() if isinstance(weight, Tensor) else weight
+def _half(norm: Any, layer: nn.Module, dtype: torch.dtype) -> StepWeights:
+    weights: dict[str, Weight] = {"norm": norm.weight.detach()}
+    for path, module in layer.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(path, recurse=False):
+            weight = module.operand(name.rpartition(".")[2]) if isinstance(module, FP8Weights) else parameter
+            weights[name.removesuffix(".weight")] = weight.detach() if isinstance(weight, Tensor) else weight
+    if isinstance(layer, MoE) and layer.gate.bias is not None:
+        weights["gate.bias"] = layer.gate.bias.detach()
+    return StepWeights(norm=norm, layer=layer, weights=weights, dtype=dtype)
 
 
 @ops.operation("normed")
@@ -247,7 +124,7 @@ def normed(
 @ops.operation("attention_step")
 def attention_step(
     x: Float[Tensor, "b s m"],
-    weights: AttentionWeights,
+    weights: StepWeights,
     cache: LayerCacheView,
     cos_sin: CosSin,
     starts: Int[Tensor, " b"],
@@ -268,7 +145,7 @@ def attention_step(
 @ops.operation("grouped_attention_step")
 def grouped_attention_step(
     x: Float[Tensor, "b s m"],
-    weights: GroupedAttentionWeights,
+    weights: StepWeights,
     cache: LayerCacheView,
     cos_sin: CosSin,
     starts: Int[Tensor, " b"],
@@ -282,18 +159,16 @@ def grouped_attention_step(
 
 
 def _attention(x: Tensor, weights: StepWeights, cache: LayerCacheView, cos_sin: CosSin) -> Tensor:
-    norm, attention = weights.modules
-    return x + attention(norm(x), AttentionContext(cos_sin=cos_sin, cache=cache))
+    return x + weights.layer(weights.norm(x), AttentionContext(cos_sin=cos_sin, cache=cache))
 
 
 @ops.operation("feed_forward_step")
-def feed_forward_step(x: Float[Tensor, "n m"], weights: FeedForwardWeights) -> tuple[Tensor, ...]:
+def feed_forward_step(x: Float[Tensor, "n m"], weights: StepWeights) -> tuple[Tensor, ...]:
     """Return x + FFN(norm(x)), and the routing: indices and weights [n, k], scores [n, e] and counts [e].
 
     Without a gate the four tensors of the routing are empty.
     """
-    norm, feed_forward = weights.modules
-    y = feed_forward(norm(x))
+    y = weights.layer(weights.norm(x))
     if isinstance(y, Tensor):
         return x + y, x.new_empty(0, 0, dtype=torch.int64), x.new_empty(0, 0), x.new_empty(0, 0), x.new_empty(0)
     return x + y[0], *y[1]
@@ -315,13 +190,11 @@ def blocks_step(
     """
     routing: list[Tensor] = []
     for (attention, feed_forward), cache in zip(blocks, caches, strict=True):
-        if isinstance(attention, AttentionWeights):
-            y = attention_step(x, attention, cache, cos_sin, starts)
-        else:
-            y = grouped_attention_step(x, attention, cache, cos_sin, starts)
+        attend = attention_step if isinstance(attention.layer, MLA) else grouped_attention_step
+        y = attend(x, attention, cache, cos_sin, starts)
         z, *routing_of_block = feed_forward_step(y.flatten(0, 1), feed_forward)
         x = z.view(x.shape)
-        routing += routing_of_block if feed_forward.gate is not None else []
+        routing += routing_of_block if isinstance(feed_forward.layer, MoE) else []
     return (x, *routing)
 
 
@@ -366,7 +239,7 @@ class Decoder:
             # 1. token ids to hidden states: [b, s, m]
             x = model.embedded(tokens).float()
             # 2. positions, and the place in the cache
-            at = cache.place(model.config, tokens, lengths)
+            at = cache.place_tokens(model.config, tokens, lengths)
             cos_sin = self._angles(at)
             # 3. the blocks, in one call
             x, routing = _run(x, [block for block in self.blocks if block], cache.views(at), cos_sin, starts)
@@ -405,8 +278,7 @@ class Decoder:
             x = module.eh_proj(normed(embedding.float(), module.enorm, before.float(), module.hnorm))
             # 2. the block and its norm
             at = at.before(depth)
-            view = LayerCacheView(store=cache.stores[k], at=at, form=cache.form)
-            x, _ = _run(x, [weights], [view], self._angles(at), starts)
+            x, _ = _run(x, [weights], [cache.views(at)[k]], self._angles(at), starts)
             states = normed(x, module.norm)
             return states, x if chain.pre_norm else states
 

@@ -94,7 +94,7 @@ class Writer:
         """Return the tokens of a prompt; with a chat template those of a conversation with one turn."""
         chat = self.side.chat
         if chat is not None:
-            return chat.encode([*system_turn(chat, system), turn("user", chat.plain(text))])
+            return chat.encode([*system_turn(chat, system), Message(role="user", content=chat.plain(text))])
         return [*self.side.begin, *self.side.tokenizer.encode(text).tolist()]
 
     def write(self, prompts: Sequence[list[int]], page: Page | None) -> Answers:
@@ -120,8 +120,7 @@ class Writer:
             agree=self.agree,
         )
         rows, shown = zip(*(self._continuation(row) for row in prompts), strict=True)
-        watch = self.watch if page is None else None
-        interrupted = follow(generation, rows, shown, self.max_new_tokens, page, watch)
+        interrupted = self._follow(generation, rows, shown, page)
         answers = [
             Answer(
                 shown=before,
@@ -133,6 +132,41 @@ class Writer:
             for prompt, before, row, tokens in zip(prompts, shown, rows, generation.rows, strict=True)
         ]
         return Answers(rows=answers, stats=generation.stats, interrupted=interrupted)
+
+    def _follow(
+        self, generation: Generation, rows: Sequence[Continuation], shown: Sequence[str], page: Page | None
+    ) -> bool:
+        """Run a generation to its end, or until Ctrl-C or SIGTERM; return True if a signal ended it.
+
+        The text that was written by then is in the rows and on the page.
+
+        Args:
+            shown: the text that the page shows before each row, once the prompts are read.
+        """
+        interrupted, before = False, list(shown)
+
+        def show(i: int, piece: str, ended: bool) -> None:
+            piece, before[i] = before[i] + piece, ""
+            if page is not None:
+                page.add(i, piece)
+                if ended:
+                    page.end(i)
+
+        try:
+            for new in generation:
+                for i, (row, tokens) in enumerate(zip(rows, new, strict=True)):
+                    piece = row.add(tokens)
+                    ended = row.ended is not None or row.n_tokens == self.max_new_tokens
+                    if ended:
+                        generation.end(i)
+                    show(i, piece + (row.close() if ended else ""), ended)
+                if self.watch is not None and page is None:
+                    self.watch("writing", sum(row.n_tokens for row in rows), len(rows) * self.max_new_tokens)
+        except KeyboardInterrupt:
+            interrupted = True
+        for i, row in enumerate(rows):
+            show(i, row.close(), ended=True)
+        return interrupted
 
     def _continuation(self, tokens: list[int]) -> tuple[Continuation, str]:
         """Return the reader of a prompt's new tokens and the text shown before them: the prompt, but not in a chat.
@@ -161,7 +195,7 @@ class Conversation:
     def answer(self, line: str, page: Page | None) -> Answers:
         """Answer a turn. Both turns become part of the conversation, whose oldest ones are forgotten as it outgrows the
         model's context, unless the writer has a context of its own."""
-        self.messages.append(turn("user", self.chat.plain(line)))
+        self.messages.append(Message(role="user", content=self.chat.plain(line)))
         tokens, system = self.chat.encode(self.messages), self.messages[0]["role"] == "system"
         while self.writer.context is None and len(tokens) > self.writer.model.config.max_seq_len:
             if len(self.messages) < 3 + system:  # the turn alone is too long
@@ -171,59 +205,13 @@ class Conversation:
         answers = self.writer.write([tokens], page)
         (row,) = answers.rows
         said = self.chat.plain(row.text) if row.finish == "stop" else self.chat.answer(row.tokens)
-        self.messages.append(turn("assistant", said))
+        self.messages.append(Message(role="assistant", content=said))
         return answers
 
 
 def system_turn(chat: Chat | Dialogue, system: str | None) -> list[Message]:
     """Return the turn before a conversation, if there is one."""
-    return [] if system is None else [turn("system", chat.plain(system))]
-
-
-def turn(role: str, content: str) -> Message:
-    """Return a message of a conversation."""
-    return {"role": role, "content": content}
-
-
-def follow(
-    generation: Generation,
-    rows: Sequence[Continuation],
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    page: Page | None,
-    watch: Callable[[str, int, int], None] | None = None,
-) -> bool:
-    """Run a generation to its end, or until Ctrl-C or SIGTERM; return True if a signal ended it.
-
-    The text that was written by then is in the rows and on the page.
-
-    Args:
-        prompts: the text that the page shows before each row, once the prompts are read.
-    """
-    interrupted, before = False, list(prompts)
-
-    def show(i: int, piece: str, ended: bool) -> None:
-        piece, before[i] = before[i] + piece, ""
-        if page is not None:
-            page.add(i, piece)
-            if ended:
-                page.end(i)
-
-    try:
-        for new in generation:
-            for i, (row, tokens) in enumerate(zip(rows, new, strict=True)):
-                piece = row.add(tokens)
-                ended = row.ended is not None or row.n_tokens == max_new_tokens
-                if ended:
-                    generation.end(i)
-                show(i, piece + (row.close() if ended else ""), ended)
-            if watch is not None:
-                watch("writing", sum(row.n_tokens for row in rows), len(rows) * max_new_tokens)
-    except KeyboardInterrupt:
-        interrupted = True
-    for i, row in enumerate(rows):
-        show(i, row.close(), ended=True)
-    return interrupted
+    return [] if system is None else [Message(role="system", content=chat.plain(system))]
 
 
 def figures(stats: Stats, speculative: bool) -> dict[str, Any]:

@@ -78,23 +78,22 @@ def _experts(
     x: Tensor | QuantizedTensor,
     indices: Tensor,
     weights: Tensor,
-    counts: Tensor,
     w1: Weight,
     w2: Weight,
     w3: Weight,
 ) -> Cost:
-    chosen, (e, f, m) = int((counts > 0).sum()), w1.shape
-    read = _nbytes(x, indices, weights, counts) + _nbytes(w1, w2, w3) * chosen // e  # only what some token chose
+    chosen, (e, f, m) = len(indices.unique()), w1.shape
+    read = _nbytes(x, indices, weights) + _nbytes(w1, w2, w3) * chosen // e  # only what some token chose
     rows = indices.numel() / max(1, chosen)
     return Cost(read, math.prod(x.shape) * x.dtype.itemsize, 6 * indices.numel() * f * m, rows, number_dtype(w1))
 
 
 def _trained_experts(
-    result: Any, x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
+    result: Any, x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
 ) -> Cost:
     saved = 2 * indices.numel() * w1.shape[1] * x.element_size()
     matrix, rows = w1[0].numel(), indices.numel() / w1.shape[0]
-    read = _nbytes(x, indices, weights, counts, w1, w2, w3)
+    read = _nbytes(x, indices, weights, w1, w2, w3)
     return Cost(read, x.nbytes + saved, 6 * indices.numel() * matrix, rows, matrix=matrix)
 
 
@@ -104,13 +103,12 @@ def _trained_experts_gradients(
     x: Tensor,
     indices: Tensor,
     weights: Tensor,
-    counts: Tensor,
     gate: Tensor,
     up: Tensor,
     *matrices: Tensor,
 ) -> Cost:
     matrix, rows = matrices[0][0].numel(), indices.numel() / matrices[0].shape[0]
-    read = _nbytes(grad, x, indices, weights, counts, gate, up, *matrices)
+    read = _nbytes(grad, x, indices, weights, gate, up, *matrices)
     return Cost(read, _nbytes(x, weights, *matrices), 12 * indices.numel() * matrix, rows, matrix=matrix)
 
 
@@ -157,48 +155,51 @@ def _normed(result: Any, x: Tensor, norm: Any, y: Tensor | None = None, y_norm: 
 
 
 def _attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any, starts: Tensor) -> Cost:
-    b, s, _ = x.shape
+    (b, s, _), layer, w = x.shape, part.layer, part.weights
     keys, data = int(starts.sum()) + b * s, cache.store.data
     row = data.shape[2] * data.element_size()
-    products = _numbers(part.wq_a, part.wq_b, part.wkv_a, part.wkv_b, part.wo)
+    products = _numbers(*(w.get(name) for name in ("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo")))
     read_keys, scores, index_row = keys, 0, 0
-    if (i := part.indexer) is not None:
+    if (i := getattr(layer, "indexer", None)) is not None:
         index = cache.store.index.data
         index_row = index.shape[2] * index.element_size()
         products += (index.shape[2] + i.n_heads) * x.shape[2]
         read_keys = sum(min(start + s, i.topk) for start in starts.tolist())
         if int(starts.max()) + s > i.topk:  # or nothing is scored
-            products += _numbers(i.wq_b)
-            scores = 2 * s * keys * i.n_heads * len(i.k_norm)
-    attention = 2 * s * read_keys * part.n_heads * (2 * part.latent + part.rope)
-    read = _nbytes(x, *part.tensors) + read_keys * row + (keys if scores else 0) * index_row
+            products += _numbers(w["indexer.wq_b"])
+            scores = 2 * s * keys * i.n_heads * i.head_dim
+    attention = 2 * s * read_keys * layer.n_heads * (2 * layer.kv_lora_rank + layer.rope.dim)
+    read = _nbytes(x, *w.values()) + read_keys * row + (keys if scores else 0) * index_row
     written = x.nbytes + b * s * (row + index_row)
     flops = 2 * b * s * products + attention + scores
-    return Cost(read, written, flops, b * s, number_dtype(part.wo), attention, scores)
+    return Cost(read, written, flops, b * s, number_dtype(w["wo"]), attention, scores)
 
 
 def _grouped_attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any, starts: Tensor) -> Cost:
-    b, s, _ = x.shape
+    (b, s, _), w = x.shape, part.weights
     keys, data = int(starts.sum()) + b * s, cache.store.data
     row = data.shape[2] * data.element_size()
-    widths = part.wq.shape[0] + part.wo.shape[1]  # of all heads: a key's, and a value's
+    widths = w["wq"].shape[0] + w["wo"].shape[1]  # of all heads: a key's, and a value's
     attention = 2 * s * keys * widths
-    flops = 2 * b * s * _numbers(part.wq, part.wk, part.wv, part.wo) + attention
-    read = _nbytes(x, *part.tensors) + keys * row
-    return Cost(read, x.nbytes + b * s * row, flops, b * s, number_dtype(part.wo), attention)
+    flops = 2 * b * s * _numbers(*(w[name] for name in ("wq", "wk", "wv", "wo"))) + attention
+    read = _nbytes(x, *w.values()) + keys * row
+    return Cost(read, x.nbytes + b * s * row, flops, b * s, number_dtype(w["wo"]), attention)
 
 
 def _feed_forward_step(result: Sequence[Tensor], x: Tensor, part: Any) -> Cost:
-    read = _nbytes(x, part.norm, part.w1, part.w2, part.w3)
-    products = numbers = _numbers(part.w1, part.w2, part.w3)
-    weight = part.w2 if part.e2 is None else part.e2
-    if part.gate is not None:
-        e, k = part.gate.shape[0], part.options["n_activated_experts"]
+    w, gate = part.weights, part.weights.get("gate")
+    dense = [w.get(name if gate is None else f"shared_experts.{name}") for name in ("w1", "w2", "w3")]
+    read = _nbytes(x, w["norm"], *dense)
+    products = numbers = _numbers(*dense)
+    weight = dense[1]
+    if gate is not None:
+        routed = [w[f"experts.{name}"] for name in ("w1", "w2", "w3")]
+        e, k, weight = gate.shape[0], part.layer.gate.options["n_activated_experts"], routed[1]
         chosen = int((result[-1] > 0).sum())  # matrices that no token chose are not read
-        expert = _numbers(part.e1, part.e2, part.e3) // e
-        read += part.gate.nbytes + _nbytes(part.e1, part.e2, part.e3) * chosen // e
-        products += part.gate.numel() + k * expert
-        numbers += part.gate.numel() + chosen * expert
+        expert = _numbers(*routed) // e
+        read += gate.nbytes + _nbytes(*routed) * chosen // e
+        products += gate.numel() + k * expert
+        numbers += gate.numel() + chosen * expert
     rows = x.shape[0] * products / max(1, numbers)
     return Cost(read, x.nbytes, 2 * x.shape[0] * products, rows, None if weight is None else number_dtype(weight))
 
@@ -208,8 +209,8 @@ def _blocks_step(
 ) -> Cost:
     routing, total = iter(result[1:]), [0, 0, 0]
     for (attention, feed_forward), cache in zip(blocks, caches, strict=True):
-        of_block = tuple(islice(routing, 4)) if feed_forward.gate is not None else ()
-        attend = _attention_step if hasattr(attention, "wkv_b") else _grouped_attention_step
+        of_block = tuple(islice(routing, 4)) if "gate" in feed_forward.weights else ()
+        attend = _attention_step if "wkv_b" in attention.weights else _grouped_attention_step
         costs = (
             attend(None, x, attention, cache, cos_sin, starts),
             _feed_forward_step(of_block, x.flatten(0, 1), feed_forward),

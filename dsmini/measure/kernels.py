@@ -165,14 +165,14 @@ def _linear(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
     return lambda x, *w: multiply(x, _joined(w)), (x, *_weight(dtype, device, WIDTH, WIDTH)), 2 * rows * WIDTH**2
 
 
-def _routing(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return indices, weights and counts of tokens that choose one expert each, `rows` for each expert."""
+def _routing(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return indices and weights of tokens that choose one expert each, `rows` for each expert."""
     indices = torch.randperm(EXPERTS * rows, device=device).remainder(EXPERTS)[:, None]
-    return indices, torch.ones(EXPERTS * rows, 1, device=device), torch.full((EXPERTS,), rows, device=device)
+    return indices, torch.ones(EXPERTS * rows, 1, device=device)
 
 
 def _experts(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-    indices, weights, counts = _routing(rows, device)
+    indices, weights = _routing(rows, device)
     x = _numbers(torch.bfloat16 if dtype == FP8 else dtype, device, EXPERTS * rows, EXPERT_WIDTH)
     up, down = (EXPERTS, EXPERT_HIDDEN, EXPERT_WIDTH), (EXPERTS, EXPERT_WIDTH, EXPERT_HIDDEN)
     matrices = [_weight(dtype, device, *shape) for shape in (up, down, up)]
@@ -180,7 +180,7 @@ def _experts(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
 
     def call(x: Tensor, *w: Tensor) -> Tensor:
         w1, w2, w3 = (_joined(w[i * parts : (i + 1) * parts]) for i in range(3))
-        return run(x, indices, weights, counts, w1, w2, w3)
+        return run(x, indices, weights, w1, w2, w3)
 
     flops = 6 * EXPERTS * rows * EXPERT_HIDDEN * EXPERT_WIDTH
     return call, (x, *(t for matrix in matrices for t in matrix)), flops
@@ -249,7 +249,7 @@ def _attention(sizes: Mapping[str, Any], run: Any, part: Literal["attention", "s
         config = ModelConfig(dim=64, inter_dim=64, n_layers=1, n_dense_layers=1, max_seq_len=keys + 64, **sizes)
         model = random_model(config, device, dtype)
         cache, token = random_cache(model, 1, keys, 64), random_tokens(config, 1, 1, device)
-        at = cache.place(config, token)
+        at = cache.place_tokens(config, token)
         taken, view = extract_weights(model.layers[0], dtype), cache.views(at)[0]
         assert taken is not None, "a plain block can be taken apart"
         x, cos_sin = model.embedded(token).float(), model.rope.cos_sin(at.positions)
@@ -304,11 +304,12 @@ def _fed_forward(dense: bool) -> Maker:
         config = ModelConfig(**sizes, n_activated_experts=4, n_dense_layers=int(dense), vocab_size=64, n_mtp_layers=0)
         taken = extract_weights(random_model(config, device, dtype).layers[0], dtype)
         assert taken is not None, "a plain block can be taken apart"
-        part, names = taken.feed_forward, ("w1", "w2", "w3") if dense else ("e1", "e2", "e3")
-        weights = tuple(getattr(part, name) for name in names)
+        part, names = taken.feed_forward, [name if dense else f"experts.{name}" for name in ("w1", "w2", "w3")]
+        weights: Any = [part.weights[name] for name in names]
 
         def call(x: Tensor, *w: Tensor) -> object:
-            return feed_forward_step(x, replace(part, **dict(zip(names, w, strict=True)), prepared={}))[0]
+            changed = part.weights | dict(zip(names, w, strict=True))
+            return feed_forward_step(x, replace(part, weights=changed, prepared={}))[0]
 
         return call, (_numbers(torch.float32, device, rows, WIDTH), *weights), 1
 

@@ -33,44 +33,37 @@ class AttentionContext:
     train_indexers: bool = False
     """Compute the loss of indexers that learn (dsa.py)."""
 
-    def mask(self, mask: Mask | None, start: int, stop: int, t: int) -> Bool[Tensor, "#b n t"]:
-        """Return True for those of t keys that the new tokens in columns start to stop may not see.
+    def mask(
+        self, hides: Mask | None, t: int, start: int = 0, stop: int | None = None
+    ) -> Bool[Tensor, "#b n t"] | None:
+        """Return True for those of t keys that the new tokens in columns start to stop may not see; None: they see all.
 
         Args:
-            mask: the layer's own, which hides more keys than those after a query.
+            hides: the layer's own mask, which hides more keys than those after a query.
+
+        Raises: ValueError, in eager mode on a CPU, if that leaves a query without a key.
         """
+        if hides is None and stop is None and self.cache is not None:
+            return self.cache.at.mask
+        columns = slice(start, stop)
         if self.cache is None:
-            device = self.cos_sin[0].device
-            masked = attention_mask(mask, torch.arange(start, stop, device=device)[None], t)
-        else:
-            # positions of padding may lie after all keys
-            masked = attention_mask(mask, self.cache.at.positions[:, start:stop].clamp(max=t - 1), t)
-        if self.documents is None:
-            return masked
-        masked = masked | (self.documents[:, start:stop, None] != self.documents[:, None, :t])
-        if mask is not None:  # which may leave keys of other documents alone
-            refuse_blind(masked, torch.arange(start, stop, device=masked.device)[None])
+            positions = torch.arange(t, device=self.cos_sin[0].device)[None, columns]
+        else:  # those of padding may lie after all keys
+            positions = self.cache.at.positions[:, columns].clamp(max=t - 1)
+        masked = attention_mask(hides, positions, t)
+        if self.documents is not None:
+            masked = masked | (self.documents[:, columns, None] != self.documents[:, None, :t])
+        if hides is not None and ops.can_read_values(masked) and bool((blind := masked.all(-1)).any()):
+            position = int(positions.expand(blind.shape)[blind][0])
+            raise ValueError(f"mask hides all keys from the query at position {position}; let each query see itself")
         return masked
 
 
-def attention_mask(mask: Mask | None, queries: Int[Tensor, "#b s"], t: int) -> Bool[Tensor, "#b s t"]:
-    """Return True for the keys 0 to t - 1 that a query may not see: those after it, and those that a mask hides.
-
-    Raises: ValueError, in eager mode on a CPU, for a query that sees no key.
-    """
+def attention_mask(hides: Mask | None, queries: Int[Tensor, "#b s"], t: int) -> Bool[Tensor, "#b s t"]:
+    """Return True for the keys 0 to t - 1 that a query may not see: those after it, and those that a mask hides."""
     keys, positions = torch.arange(t, device=queries.device), queries[..., None]
-    if mask is None:
-        return keys > positions
-    masked = mask(positions, keys) | (keys > positions)
-    refuse_blind(masked, queries)
-    return masked
-
-
-def refuse_blind(masked: Bool[Tensor, "#b s t"], queries: Int[Tensor, "#b s"]) -> None:
-    """Raise ValueError for a query that sees no key, in eager mode on a CPU."""
-    if ops.can_read_values(masked) and bool((blind := masked.all(-1)).any()):
-        position = int(queries.expand(blind.shape)[blind][0])
-        raise ValueError(f"mask hides all keys from the query at position {position}; let each query see itself")
+    masked = keys > positions
+    return masked if hides is None else masked | hides(positions, keys)
 
 
 @ops.operation("causal_attention")
@@ -128,20 +121,10 @@ def attend(
     Args:
         mask: hides more keys than those after a query.
     """
-    cache = context.cache
-    if cache is not None and not cache.at.fresh:
-        return cached_attention(q, k, v, scale, cached_mask(cache, mask))
-    if mask is not None:
-        return cached_attention(q, k, v, scale, context.mask(mask, 0, q.shape[2], q.shape[2]))
+    if mask is not None or (context.cache is not None and not context.cache.at.fresh):
+        return cached_attention(q, k, v, scale, context.mask(mask, k.shape[2]))
     k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], 1) for heads in (k, v))
     return causal_attention(q, k, v, scale, context.documents)
-
-
-def cached_mask(cache: LayerCacheView, mask: Mask | None) -> Bool[Tensor, "#b s t"] | None:
-    """Return True for the keys of a cache that the new tokens may not see; None if each sees all."""
-    if mask is None:
-        return cache.at.mask
-    return attention_mask(mask, cache.at.positions.clamp(max=cache.at.end - 1), cache.at.end)
 
 
 def context_of(x: Float[Tensor, "b s m"], rope: Rope) -> AttentionContext:

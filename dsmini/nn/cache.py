@@ -150,45 +150,6 @@ class CachePositions:
     lengths: Int[Tensor, " b"]
     """Valid length of each row with its new tokens, on the CPU."""
 
-    @classmethod
-    def after(
-        cls, before: Tensor, s: int, new: Tensor | None, max_seq_len: int, device: torch.device
-    ) -> "CachePositions":
-        """Place s new tokens after rows of valid lengths `before` [b].
-
-        Args:
-            new: number of new tokens of each row, [b], which are padded to s on the right; None: s in every row.
-
-        Raises: ValueError if they do not fit.
-        """
-        if new is not None:
-            new = torch.as_tensor(new, dtype=torch.int64, device="cpu")
-            if new.shape != before.shape or int(new.min()) < 0 or int(new.max()) > s:
-                raise ValueError(
-                    f"lengths={new.tolist()} for {len(before)} sequences of {s} columns; want one of 0 to {s} each"
-                )
-        lengths = before + (s if new is None else new)
-        starts, longest = before.tolist(), int(lengths.max())
-        if longest > max_seq_len:
-            raise ValueError(
-                f"the cache holds {max_seq_len} tokens a sequence, and this call would make {longest}; "
-                "make it with a larger max_seq_len, or truncate it"
-            )
-        columns = torch.arange(s)
-        alike = min(starts) == max(starts) and (new is None or bool((new == s).all()))
-        positions = (before[:1] if alike else before)[:, None] + columns
-        valid = None if alike else (columns < lengths[:, None] - before[:, None]).to(device)
-        # a CPU prepares a BF16 product again for each number of rows, so that number grows in steps (docs/log.md)
-        end = min(max_seq_len, -(-longest // KEY_STEP) * KEY_STEP)
-        return cls(
-            positions=positions.to(device),
-            start=starts[0] if alike else None,
-            fresh=not any(starts),
-            end=end,
-            valid=valid,
-            lengths=lengths,
-        )
-
     @cached_property
     def mask(self) -> Bool[Tensor, "#b s t"] | None:
         """The mask: True for keys that a new token may not see, those after it; None if it may see all."""
@@ -240,22 +201,76 @@ class LayerCacheView:
         return rows.split([part.shape[-1] for part in parts], -1)
 
 
-class MTPCache:
+class BlockCaches:
+    """A LayerCache for each of some blocks, and the valid length of every row.
+
+    Args:
+        form: how MLA attends to what is stored, or a function that chooses it (FormPolicy).
+    """
+
+    def __init__(self, stores: list[LayerCache], batch_size: int, form: Form | FormPolicy) -> None:
+        self.stores = stores
+        self.form: Form | FormPolicy = form
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+        """[b], on the CPU: valid length of each row, in tokens."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage, used or not."""
+        return sum(store.nbytes for store in self.stores)
+
+    def place(self, s: int, new: Tensor | None = None, ahead: int = 0) -> CachePositions:
+        """Return the place of s new tokens, `ahead` tokens after the last of each row.
+
+        Args:
+            new: number of new tokens of each row, [b], which are padded to s on the right; None: s in every row.
+
+        Raises: ValueError if they do not fit.
+        """
+        before, columns, data = self.lengths + ahead, torch.arange(s), self.stores[0].data
+        if new is not None:
+            new = torch.as_tensor(new, dtype=torch.int64, device="cpu")
+            if new.shape != before.shape or int(new.min()) < 0 or int(new.max()) > s:
+                raise ValueError(
+                    f"lengths={new.tolist()} for {len(before)} sequences of {s} columns; want one of 0 to {s} each"
+                )
+        lengths = before + (s if new is None else new)
+        starts, longest, room = before.tolist(), int(lengths.max()), data.shape[1]
+        if longest > room:
+            raise ValueError(
+                f"the cache holds {room} tokens a sequence, and this call would make {longest}; "
+                "make it with a larger max_seq_len, or truncate it"
+            )
+        alike = min(starts) == max(starts) and (new is None or bool((new == s).all()))
+        return CachePositions(
+            positions=((before[:1] if alike else before)[:, None] + columns).to(data.device),
+            start=starts[0] if alike else None,
+            fresh=not any(starts),
+            # a CPU prepares a BF16 product again for each number of rows, so that number grows in steps (docs/log.md)
+            end=min(room, -(-longest // KEY_STEP) * KEY_STEP),
+            valid=None if alike else (columns < (lengths - before)[:, None]).to(data.device),
+            lengths=lengths,
+        )
+
+    def views(self, at: CachePositions) -> list[LayerCacheView]:
+        """Return each block's part of a call."""
+        return [LayerCacheView(store=store, at=at, form=self.form) for store in self.stores]
+
+    def select(self, rows: Int[Tensor, " n"] | list[int]) -> None:
+        """Keep these rows, in this order. A row may be taken more than once."""
+        index = torch.as_tensor(rows, device="cpu")
+        self.lengths = self.lengths[index]
+        for store in self.stores:
+            store.select(index)
+
+
+class MTPCache(BlockCaches):
     """The cache of the multi-token prediction blocks, which may have fewer tokens than the layers' cache."""
 
     def __init__(self, stores: list[LayerCache], hidden: Float[Tensor, "b m"], form: Form | FormPolicy) -> None:
-        self.form: Form | FormPolicy = form
-        self.stores = stores
-        """One layer cache for each depth."""
+        super().__init__(stores, len(hidden), form)
         self.last = [hidden.clone() for _ in stores]
         """[b, m] for each depth: the hidden state at each row's last token, as the depth before made it."""
-        self.lengths = torch.zeros(len(hidden), dtype=torch.int64)
-        """[b], on the CPU: number of tokens of each row that the blocks have seen."""
-
-    def place(self, s: int, new: Tensor | None = None, ahead: int = 0) -> CachePositions:
-        """Return the place of s new tokens, or of `new` [b] tokens padded to s, `ahead` tokens after the last."""
-        data = self.stores[0].data
-        return CachePositions.after(self.lengths + ahead, s, new, data.shape[1], data.device)
 
     def shift(
         self, k: int, hidden: Float[Tensor, "b s m"], lengths: Int[Tensor, " b"] | None
@@ -265,20 +280,16 @@ class MTPCache:
         self.last[k] = last_valid(hidden, lengths, self.last[k])
         return before
 
-    def select(self, index: Int[Tensor, " n"]) -> None:
-        """Keep these rows, in this order."""
-        self.lengths = self.lengths[index]
-        for store in self.stores:
-            store.select(index)
-        self.last = [hidden[index.to(hidden.device)] for hidden in self.last]
+    def select(self, rows: Int[Tensor, " n"] | list[int]) -> None:
+        super().select(rows)
+        self.last = [hidden[torch.as_tensor(rows, device=hidden.device)] for hidden in self.last]
 
 
-class Cache:
-    """The caches of all layers, and the valid length of every row. Made by Transformer.new_cache.
+class Cache(BlockCaches):
+    """The caches of all layers. Made by Transformer.new_cache.
 
     Args:
         mtp: also make a cache for the multi-token prediction blocks.
-        form: how MLA attends to what is stored, or a function that chooses it (FormPolicy).
         hidden_dtype: dtype of the hidden states between the multi-token prediction blocks.
     """
 
@@ -296,19 +307,15 @@ class Cache:
     ) -> None:
         _check(config, max_seq_len, dtype, form)
         self.config, self.max_seq_len = config, max_seq_len
-        self.form: Form | FormPolicy = form
 
-        def store() -> LayerCache:
-            return new_layer_cache(config, batch_size, max_seq_len, dtype, device)
+        def stores(n: int) -> list[LayerCache]:
+            return [new_layer_cache(config, batch_size, max_seq_len, dtype, device) for _ in range(n)]
 
-        self.stores = [store() for _ in range(config.n_layers)]
-        """One layer cache for each layer."""
+        super().__init__(stores(config.n_layers), batch_size, form)
         self.mtp: MTPCache | None = None
         if mtp:
             hidden = torch.zeros(batch_size, config.dim, dtype=hidden_dtype, device=device)
-            self.mtp = MTPCache([store() for _ in range(config.n_mtp_layers)], hidden, form)
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
-        """[b], on the CPU: valid length of each row, in tokens."""
+            self.mtp = MTPCache(stores(config.n_mtp_layers), hidden, form)
 
     @property
     def batch_size(self) -> int:
@@ -316,14 +323,9 @@ class Cache:
         return len(self.lengths)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the layers' storage; that of multi-token prediction is apart, in mtp_nbytes."""
-        return sum(store.nbytes for store in self.stores)
-
-    @property
     def mtp_nbytes(self) -> int:
-        """Bytes of the storage of the multi-token prediction blocks."""
-        return 0 if self.mtp is None else sum(store.nbytes for store in self.mtp.stores)
+        """Bytes of the storage of the multi-token prediction blocks, which nbytes leaves out."""
+        return 0 if self.mtp is None else self.mtp.nbytes
 
     @property
     def nbytes_per_token(self) -> float:
@@ -335,20 +337,17 @@ class Cache:
         """Keys of each layer's indexer; empty without one."""
         return [store.index for store in self.stores if store.index is not None]
 
-    def place(self, config: ModelConfig, tokens: Int[Tensor, "b s"], new: Tensor | None = None) -> CachePositions:
-        """Return the place of a model's s new tokens in every row, or of `new` [b] tokens padded to s.
+    def place_tokens(
+        self, config: ModelConfig, tokens: Int[Tensor, "b s"], new: Tensor | None = None
+    ) -> CachePositions:
+        """Return the place of a model's new tokens, as `place` does.
 
-        Raises: ValueError if the cache is of another model or number of rows, or if they do not fit.
+        Raises: ValueError also if the cache is of another model or number of rows.
         """
         if (self.config is not config and self.config != config) or len(tokens) != self.batch_size:
             got = f"{len(tokens)} rows of tokens for a cache of {self.batch_size}"
             raise ValueError(f"{got} sequences, made by new_cache of a model of this config; want as many, and that")
-        device = self.stores[0].data.device
-        return CachePositions.after(self.lengths, tokens.shape[1], new, self.max_seq_len, device)
-
-    def views(self, at: CachePositions) -> list[LayerCacheView]:
-        """Return each layer's part of a call."""
-        return [LayerCacheView(store=store, at=at, form=self.form) for store in self.stores]
+        return self.place(tokens.shape[1], new)
 
     def truncate(self, lengths: Int[Tensor, " b"] | int) -> None:
         """Forget all but the first tokens of each row. Multi-token prediction must not have seen more.
@@ -374,12 +373,9 @@ class Cache:
 
     def select(self, rows: Int[Tensor, " n"] | list[int]) -> None:
         """Keep these rows, in this order. A row may be taken more than once."""
-        index = torch.as_tensor(rows, device="cpu")
-        self.lengths = self.lengths[index]
-        for store in self.stores:
-            store.select(index)
+        super().select(rows)
         if self.mtp is not None:
-            self.mtp.select(index)
+            self.mtp.select(rows)
 
     def checked_mtp(self) -> MTPCache:
         """Return the cache of multi-token prediction.

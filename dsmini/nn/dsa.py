@@ -305,10 +305,7 @@ class DSA(MLA):
         topk_indices = self.select_topk(index, context)
         # 3. attention to the chosen rows of the cache, absorbed: [b, s, h v]
         if cache is not None and form_of(self, x.shape[1], cache) == "absorbed":
-            cache.append(new)
-            rows = cache.store.read(cache.at.end, q.dtype)
-            q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
-            w_uk, w_uv = self.absorbed_halves(q.dtype, cache.store)
+            q_nope, q_rope, rows, w_uk, w_uv = self.absorbed_operands(q, new, cache)
             y = topk_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, topk_indices)
             return self.wo(y)
         # 4. or to keys and values of every head, all but the chosen ones masked: [b, h, s, v]
@@ -341,7 +338,7 @@ class DSA(MLA):
         blocks, k = [], min(self.indexer.topk, keys.shape[1])
         for start in range(0, q.shape[1], BLOCK):
             part, t = slice(start, start + BLOCK), _keys_before(start + BLOCK, keys.shape[1], context.cache)
-            mask = context.mask(self.mask, start, min(start + BLOCK, q.shape[1]), t)
+            mask: Any = context.mask(self.mask, t, start, min(start + BLOCK, q.shape[1]))
             chosen = topk_keys(q[:, part], keys[:, :t], weights[:, part], k, mask)
             blocks.append(F.pad(chosen, (0, k - chosen.shape[2]), value=-1))
         return torch.cat(blocks, 1)
@@ -357,8 +354,8 @@ class DSA(MLA):
     ) -> IndexerLoss:
         """Compare the indexer's queries, keys and head weights with attention by the queries q and keys k."""
 
-        def mask(start: int, stop: int) -> Bool[Tensor, "#b n t"]:
-            return context.mask(self.mask, start, stop, stop)
+        def mask(start: int, stop: int) -> Any:
+            return context.mask(self.mask, stop, start, stop)
 
         sums = indexer_agreement(*index, q.detach(), k.detach(), self.scale, topk_indices, mask, stage)
         kl, mass, found, asked = sums.unbind()

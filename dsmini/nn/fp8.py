@@ -50,13 +50,12 @@ def quantized_experts(
     x: Float[Tensor, "n m"],
     indices: Int[Tensor, "n k"],
     weights: Float[Tensor, "n k"],
-    counts: Int[Tensor, " e"],
     w1: Weight,
     w2: Weight,
     w3: Weight,
 ) -> Float[Tensor, "n m"]:
     """Compute `experts` with stacked matrices that may be FP8 codes. Products take their values in x's dtype."""
-    return experts.reference(x, indices, weights, counts, *(dense(w, x.dtype) for w in (w1, w2, w3)))
+    return experts.reference(x, indices, weights, *(dense(w, x.dtype) for w in (w1, w2, w3)))
 
 
 @ops.for_transforms("fp8_experts")
@@ -70,7 +69,6 @@ def fp8_experts(
     x: QuantizedTensor,
     indices: Int[Tensor, "n k"],
     weights: Float[Tensor, "n k"],
-    counts: Int[Tensor, " e"],
     w1: Weight,
     w2: Weight,
     w3: Weight,
@@ -80,7 +78,7 @@ def fp8_experts(
     Source: DeepSeek-V3 report, section 3.3.
     """
     y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    for i in counts.nonzero().flatten().tolist():
+    for i in indices.unique().tolist():
         token, choice = (indices == i).nonzero(as_tuple=True)
         rows = rows_of(x, token)
         gate, up = fp8_matmul(rows, matrix_of(w1, i)), fp8_matmul(rows, matrix_of(w3, i))
@@ -118,9 +116,11 @@ def hold_fp8(model: nn.Module, name: str, codes: Tensor, scales: Tensor) -> None
             raise ValueError(
                 f"a {type(layer).__name__} has a forward of its own; to hold FP8 codes, derive it from {holds.__name__}"
             )
-        layer = holds.in_place_of(layer)
+        plain, layer = vars(layer), holds.__new__(holds)  # the same parameters, sizes and hooks
+        vars(layer).update(plain | {name: {**plain[name]} for name in ("_parameters", "_buffers")})
         model.set_submodule(path, layer)
-    layer.hold(attribute, codes, scales)
+    setattr(layer, attribute, nn.Parameter(codes, requires_grad=False))
+    layer.register_buffer(SCALES[attribute], scales)
 
 
 @torch.no_grad()
@@ -139,18 +139,6 @@ class FP8Weights(nn.Module):
     scales; moves between devices work as usual. Codes are read only: a layer that holds some refuses training mode, and
     gradients pass it to its input alone.
     """
-
-    @classmethod
-    def in_place_of(cls, layer: nn.Module) -> "FP8Weights":
-        """Return a layer of this class with the parameters, sizes and hooks of a plain one."""
-        made = cls.__new__(cls)
-        vars(made).update(vars(layer) | {"_parameters": {**layer._parameters}, "_buffers": {**layer._buffers}})
-        return made
-
-    def hold(self, name: str, codes: Tensor, scales: Tensor) -> None:
-        """Let the parameter `name` be these codes, with these scales."""
-        setattr(self, name, nn.Parameter(codes, requires_grad=False))
-        self.register_buffer(SCALES[name], scales)
 
     @property
     def holds_fp8(self) -> bool:
@@ -248,10 +236,9 @@ class QuantizedExperts(FP8Weights, Experts):
         x: Float[Tensor, "n m"],
         indices: Int[Tensor, "n k"],
         weights: Float[Tensor, "n k"],
-        counts: Int[Tensor, " e"],
     ) -> Float[Tensor, "n m"]:
         w1, w2, w3 = (self.operand(name) for name in ("w1", "w2", "w3"))
-        return quantized_experts(x, indices, weights, counts, w1, w2, w3)
+        return quantized_experts(x, indices, weights, w1, w2, w3)
 
 
 class FP8Experts(FP8Weights, Experts):
@@ -267,11 +254,10 @@ class FP8Experts(FP8Weights, Experts):
         x: Float[Tensor, "n m"] | QuantizedTensor,
         indices: Int[Tensor, "n k"],
         weights: Float[Tensor, "n k"],
-        counts: Int[Tensor, " e"],
     ) -> Float[Tensor, "n m"]:
         codes = quantize(x) if isinstance(x, Tensor) else x
         w1, w2, w3 = (self.operand(name) for name in ("w1", "w2", "w3"))
-        return fp8_experts(codes, indices, weights, counts, w1, w2, w3)
+        return fp8_experts(codes, indices, weights, w1, w2, w3)
 
 
 Projection.by_precision["fp8"], Experts.by_precision["fp8"] = FP8Linear, FP8Experts

@@ -17,6 +17,12 @@ SCORE_FUNCS: Mapping[str, ScoreFunc] = MappingProxyType(
     {"sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)}
 )
 
+OPTIONS = (
+    *("n_activated_experts", "n_expert_groups", "n_limited_groups"),
+    *("score_func", "norm_topk_prob", "route_scale"),
+)
+"""Fields of ModelConfig that `route` takes."""
+
 
 class Routing(NamedTuple):
     """Decision of a gate for n tokens. It travels in the output: gates store no state of a forward."""
@@ -106,14 +112,7 @@ class Gate(FP32Module):
         self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.dim, dtype=torch.float32))
         bias = torch.zeros(c.n_routed_experts, dtype=torch.float32) if c.topk_method == "noaux_tc" else None
         self.register_buffer("bias", bias)
-        self.options: dict[str, Any] = {
-            "n_activated_experts": c.n_activated_experts,
-            "n_expert_groups": c.n_expert_groups,
-            "n_limited_groups": c.n_limited_groups,
-            "score_func": c.score_func,
-            "norm_topk_prob": c.norm_topk_prob,
-            "route_scale": c.route_scale,
-        }
+        self.options: dict[str, Any] = {name: getattr(c, name) for name in OPTIONS}
         self.init_std = c.init_std
         self.reset_parameters()
 

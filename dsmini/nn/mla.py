@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, mask_function
-from dsmini.nn.attention import AttentionContext, Mask, attend, cached_mask, context_of
+from dsmini.nn.attention import AttentionContext, Mask, attend, context_of
 from dsmini.nn.cache import ChosenForm, LayerCache, LayerCacheView
 from dsmini.nn.layers import RMSNorm, at_least_fp32, dense_weight, is_plain, make_linear, output_linear, quantize_once
 from dsmini.nn.rope import CosSin, Rope, apply_rope
@@ -98,48 +98,60 @@ class MLA(nn.Module):
     def forward(self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None) -> Float[Tensor, "b s m"]:
         """Attend causally, to the sequence or, with a cache in the context, to all its rows in one of the forms."""
         context = context or context_of(x, self.rope)
-        if context.cache is not None and form_of(self, x.shape[1], context.cache) == "absorbed":
-            return self.absorbed(x, context.cos_sin, context.cache)
-        return self.expanded(x, context)
-
-    def expanded(self, x: Float[Tensor, "b s m"], context: AttentionContext) -> Float[Tensor, "b s m"]:
-        """Attend to keys and values of every head, which are made from the latents."""
         # 1. queries: [b, s, h, n + r]
         x = quantize_once(x, self.wkv_a, self.wq if self.wq_a is None else self.wq_a)
         q = self.queries(self.query_latent(x), context.cos_sin)
-        # 2. latent and rotary key, which are cached: [b, t, c] and [b, t, r]
-        c_kv, k_rope = self.latents(x, context.cos_sin)
-        if context.cache is not None:
-            c_kv, k_rope = context.cache.extend((c_kv, k_rope), q.dtype)
-        # 3. keys and values of every head: [b, t, h, n + r] and [b, t, h, v]
+        # 2. latent and rotary key, which are cached: [b, s, c] and [b, s, r]
+        new = self.latents(x, context.cos_sin)
+        # 3. attention: [b, s, h v]
+        if context.cache is not None and form_of(self, q.shape[1], context.cache) == "absorbed":
+            return self.wo(self.absorbed(q, new, context))
+        return self.wo(self.expanded(q, new, context))
+
+    def expanded(
+        self, q: Float[Tensor, "b s h d"], new: tuple[Tensor, Tensor], context: AttentionContext
+    ) -> Float[Tensor, "b s hv"]:
+        """Attend to keys and values of every head, which are made from the latents.
+
+        Args:
+            new: latents and rotary keys of the new tokens.
+        """
+        # latent and rotary key of all tokens: [b, t, c] and [b, t, r]
+        c_kv, k_rope = new if context.cache is None else context.cache.extend(new, q.dtype)
+        # keys and values of every head: [b, t, h, n + r] and [b, t, h, v]
         k, v = self.keys_and_values(c_kv, k_rope)
         if self.q_head_norm is not None and self.k_head_norm is not None:
             q, k = self.q_head_norm(q), self.k_head_norm(k)
-        # 4. attention: [b, h, s, v]
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         y = attend(q, k, v, self.scale, context, self.mask)
-        return self.wo(rearrange(y, "b h s v -> b s (h v)"))
+        return rearrange(y, "b h s v -> b s (h v)")
 
-    def absorbed(self, x: Float[Tensor, "b s m"], cos_sin: CosSin, cache: LayerCacheView) -> Float[Tensor, "b s m"]:
+    def absorbed(
+        self, q: Float[Tensor, "b s h d"], new: tuple[Tensor, Tensor], context: AttentionContext
+    ) -> Float[Tensor, "b s hv"]:
         """Attend to the latents of a cache themselves: nothing is expanded.
 
         Source: DeepSeek-V2 report, section 2.1.2.
 
         Raises: ValueError with qk_norm.
         """
+        assert context.cache is not None, "latents are read from a cache"
+        q_nope, q_rope, rows, w_uk, w_uv = self.absorbed_operands(q, new, context.cache)
+        mask = context.mask(self.mask, context.cache.at.end)
+        return absorbed_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, mask)
+
+    def absorbed_operands(
+        self, q: Float[Tensor, "b s h d"], new: tuple[Tensor, Tensor], cache: LayerCacheView
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Append the new rows to the cache, and return queries, all rows, and W_UK and W_UV, which moved to queries and
+        values: the operands of absorbed_attention."""
         if self.q_head_norm is not None:
             raise ValueError(
                 "form='absorbed' with qk_norm: a normed head is not a linear map of the latent; use expanded"
             )
-        # 1. queries: [b, s, h, n] and [b, s, h, r]
-        x = quantize_once(x, self.wkv_a, self.wq if self.wq_a is None else self.wq_a)
-        q_nope, q_rope = self.queries(self.query_latent(x), cos_sin).tensor_split((self.qk_nope_head_dim,), -1)
-        # 2. the cache with the new rows [latent | rotary key]: [b, t, c + r]
-        cache.append(self.latents(x, cos_sin))
-        rows = cache.store.read(cache.at.end, q_nope.dtype)
-        # 3. attention, W_UK moved to the queries and W_UV after the sum: [b, s, h v]
-        w_uk, w_uv = self.absorbed_halves(q_nope.dtype, cache.store)
-        return self.wo(absorbed_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, cached_mask(cache, self.mask)))
+        cache.append(new)
+        q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
+        return q_nope, q_rope, cache.store.read(cache.at.end, q.dtype), *self.absorbed_halves(q.dtype, cache.store)
 
     def query_latent(self, x: Float[Tensor, "b s m"] | QuantizedTensor) -> Float[Tensor, "b s l"] | QuantizedTensor:
         """Return the normed compressed query; x itself where the query is not compressed."""

@@ -39,20 +39,16 @@ def experts(
     x: Float[Tensor, "n m"],
     indices: Int[Tensor, "n k"],
     weights: Float[Tensor, "n k"],
-    counts: Int[Tensor, " e"],
     w1: Float[Tensor, "e f m"],
     w2: Float[Tensor, "e m f"],
     w3: Float[Tensor, "e f m"],
 ) -> Float[Tensor, "n m"]:
     """Return the weighted sum of each token's chosen experts' outputs. The products run in x's dtype.
 
-        y_n = sum over k of weights[n, k] * w2[i] (silu(w1[i] x_n) * w3[i] x_n),  i = indices[n, k]
-
-    Args:
-        counts: number of the n tokens that chose each expert.
+    y_n = sum over k of weights[n, k] * w2[i] (silu(w1[i] x_n) * w3[i] x_n),  i = indices[n, k]
     """
     y = torch.zeros_like(x)
-    for i in counts.nonzero().flatten().tolist():
+    for i in indices.unique().tolist():
         token, choice = (indices == i).nonzero(as_tuple=True)
         rows = x[token]
         inner = F.silu(rows @ w1[i].to(x.dtype).T) * (rows @ w3[i].to(x.dtype).T)
@@ -61,7 +57,7 @@ def experts(
 
 
 @ops.for_transforms("experts")
-def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+def _(x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     w1, w2, w3 = (w.to(x.dtype) for w in (w1, w2, w3))
     # every expert runs every token, with weight 0 where it was not chosen: [n, e] and [n, e, f]
     share = weights.new_zeros(x.shape[0], w1.shape[0]).scatter(1, indices, weights).to(x.dtype)
@@ -96,10 +92,9 @@ class Experts(nn.Module):
         x: Float[Tensor, "n m"],
         indices: Int[Tensor, "n k"],
         weights: Float[Tensor, "n k"],
-        counts: Int[Tensor, " e"],
     ) -> Float[Tensor, "n m"]:
-        """Return the sum of each token's chosen experts' outputs times their weights; `counts` as in Routing."""
-        return experts(x, indices, weights, counts, self.w1, self.w2, self.w3)
+        """Return the sum of each token's chosen experts' outputs times their weights."""
+        return experts(x, indices, weights, self.w1, self.w2, self.w3)
 
     def extra_repr(self) -> str:
         e, f, m = self.w1.shape
@@ -140,7 +135,7 @@ class MoE(nn.Module):
         tokens = quantize_once(tokens, self.experts, *readers)
         if self.exchange is not None:
             return self.exchange(self.experts, shared, tokens, routing).view(x.shape), routing
-        y = self.experts(tokens, routing.indices, routing.weights, routing.counts)
+        y = self.experts(tokens, routing.indices, routing.weights)
         if shared is not None:
             y = y + shared(tokens)
         return y.view(x.shape), routing

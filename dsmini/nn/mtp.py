@@ -16,7 +16,7 @@ from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.attention import AttentionContext
 from dsmini.nn.block import Aux, Block
-from dsmini.nn.cache import CachePositions, LayerCacheView, MTPCache
+from dsmini.nn.cache import CachePositions, MTPCache
 from dsmini.nn.layers import Linear, RMSNorm
 from dsmini.nn.rope import Rope
 
@@ -156,7 +156,6 @@ class MTPChain(nn.ModuleList):
     ) -> tuple[Float[Tensor, "b s m"], Float[Tensor, "b s m"]]:
         """Run block k (0, 1, ...) on new tokens; return its normed states, and what the next depth reads of them."""
         block, at = cast(MTP, self[k]), at.before(k + 1)
-        view = LayerCacheView(store=cache.stores[k], at=at, form=cache.form)
-        context = AttentionContext(cos_sin=self.rope.cos_sin(at.positions), cache=view)
+        context = AttentionContext(cos_sin=self.rope.cos_sin(at.positions), cache=cache.views(at)[k])
         (x, normed), _ = block(before, embedding, context, True)
         return normed, x if self.pre_norm else normed

@@ -9,7 +9,7 @@ sharper, by m(a)^2 with m(a) = 0.1 a ln(factor) + 1.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from einops import rearrange
@@ -45,15 +45,15 @@ def apply_rope_to_halves(x: Float[Tensor, "b s h r"], cos_sin: CosSin) -> Float[
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """The rotary embedding of `dim` dimensions; it holds no tensors.
+    """The rotary embedding of `dim` dimensions, with options of ModelConfig; it holds no tensors.
 
     original_seq_len None turns YaRN off.
     """
 
     dim: int
-    theta: float = 10000.0
+    rope_theta: float = 10000.0
     original_seq_len: int | None = None
-    factor: float = 40.0
+    rope_factor: float = 40.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 1.0
@@ -62,33 +62,26 @@ class Rope:
     @classmethod
     def from_config(cls, config: ModelConfig) -> "Rope":
         """Make the rotary embedding of a model's heads; YaRN only if its context is extended."""
-        return cls(
-            dim=config.qk_rope_head_dim if config.is_mla else config.qk_nope_head_dim,
-            theta=config.rope_theta,
-            original_seq_len=config.original_seq_len if config.extended else None,
-            factor=config.rope_factor,
-            beta_fast=config.beta_fast,
-            beta_slow=config.beta_slow,
-            mscale=config.mscale,
-            mscale_all_dim=config.mscale_all_dim,
-        )
+        own = {field.name: getattr(config, field.name) for field in fields(cls) if field.name != "dim"}
+        dim = config.qk_rope_head_dim if config.is_mla else config.qk_nope_head_dim
+        return cls(**own | {"dim": dim, "original_seq_len": config.original_seq_len if config.extended else None})
 
     def frequencies(self, device: torch.device | None = None) -> Float[Tensor, " pairs"]:
         """Return the radians per position of each pair. FP32, as the released models were trained."""
         pair = torch.arange(0, self.dim, 2, dtype=torch.float32, device=device)
-        base = 1.0 / self.theta ** (pair / self.dim)
+        base = 1.0 / self.rope_theta ** (pair / self.dim)
         if self.original_seq_len is None:
             return base
         low = max(math.floor(self._pair_turning(self.beta_fast)), 0)
         high = min(math.ceil(self._pair_turning(self.beta_slow)), self.dim - 1)
         ramp = (torch.arange(self.dim // 2, dtype=torch.float32, device=device) - low) / (high - low or 0.001)
         stretched = ramp.clamp(0, 1)
-        return base / self.factor * stretched + base * (1 - stretched)
+        return base / self.rope_factor * stretched + base * (1 - stretched)
 
     def _pair_turning(self, turns: float) -> float:
         """Return the (fractional) pair that makes this many turns within the original context."""
         assert self.original_seq_len is not None
-        return self.dim * math.log(self.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+        return self.dim * math.log(self.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self.rope_theta))
 
     def cos_sin(self, positions: Int[Tensor, "*b s"]) -> CosSin:
         """Return cos and sin of each position's angles, FP32; with YaRN, times m(mscale) / m(mscale_all_dim)."""
@@ -103,4 +96,4 @@ class Rope:
         return qk_head_dim**-0.5 * self._m(self.mscale_all_dim) ** 2
 
     def _m(self, a: float) -> float:
-        return 1.0 if self.original_seq_len is None else 0.1 * a * math.log(self.factor) + 1.0
+        return 1.0 if self.original_seq_len is None else 0.1 * a * math.log(self.rope_factor) + 1.0

@@ -188,7 +188,7 @@ class Transformer(nn.Module):
             # 1. token ids to hidden states: [b, s, m]
             x = self.embedded(tokens)
             # 2. positions: 0, 1, ... in all rows, or after what is cached in each: [#b, s]
-            at = None if cache is None else cache.place(self.config, tokens, lengths)
+            at = None if cache is None else cache.place_tokens(self.config, tokens, lengths)
             cos_sin = self.rope.cos_sin(torch.arange(tokens.shape[1], device=x.device) if at is None else at.positions)
             # 3. the blocks, each with its layer's part of the cache: [b, s, m]
             views = [None] * len(self.layers) if cache is None or at is None else cache.views(at)

@@ -29,15 +29,16 @@ class Slots(NamedTuple):
     """Slot after each expert's last."""
 
 
-def sort_by_expert(indices: Int[Tensor, "n k"], counts: Int[Tensor, " e"], align: int = 1) -> Slots:
+def sort_by_expert(indices: Int[Tensor, "n k"], e: int, align: int = 1) -> Slots:
     """Assign a slot to each token-expert pair, in the order of experts, and of tokens within an expert.
 
     Args:
+        e: number of experts.
         align: multiple at which each expert starts. Above 1 the number of slots depends on the sizes alone, and the
             last expert takes all remaining slots, so that every row is written.
     """
-    (n, k), e = indices.shape, counts.shape[0]
-    flat = indices.flatten()
+    (n, k), flat = indices.shape, indices.flatten()
+    counts = flat.new_zeros(e).scatter_add(0, flat, torch.ones_like(flat))
     order = flat.argsort(stable=True)
     rows = n * k if align == 1 else -(-(n * k + e * (align - 1)) // align) * align
     aligned = (counts + align - 1) // align * align
@@ -58,11 +59,6 @@ def dispatch(x: Float[Tensor, "n m"], slots: Slots) -> Float[Tensor, "rows m"]:
 def combine(rows: Float[Tensor, "rows m"], weights: Float[Tensor, "n k"], slots: Slots) -> Float[Tensor, "n m"]:
     """Return sum over k of weights[n, k] * rows[slot[n, k]], added in order of k. First derivatives only."""
     return cast(Tensor, _Combine.apply(rows, weights, slots.token, slots.slot))
-
-
-def weight_of_slots(weights: Tensor, slot: Int[Tensor, "n k"], rows: Tensor) -> Float[Tensor, " rows"]:
-    """Return the weight of the pair in each slot, in the rows' dtype; 0 in padding."""
-    return rows.new_zeros(rows.shape[0]).scatter(0, slot.flatten(), weights.flatten().to(rows.dtype))
 
 
 def dispatch_quantized(x: QuantizedTensor, slots: Slots) -> QuantizedTensor:
@@ -123,7 +119,8 @@ class _Combine(torch.autograd.Function):
         grad_rows = grad.index_select(0, token)
         per_slot = (rows * grad_rows) @ rows.new_ones(rows.shape[1])  # a row's sum, as a fast product
         grad_weights = per_slot[slot].to(weights.dtype)
-        return grad_rows.mul_(weight_of_slots(weights, slot, rows)[:, None]), grad_weights, None, None
+        of_slot = rows.new_zeros(rows.shape[0]).scatter(0, slot.flatten(), weights.flatten().to(rows.dtype))
+        return grad_rows.mul_(of_slot[:, None]), grad_weights, None, None
 
 
 def grouped_linear(

@@ -10,10 +10,8 @@ wgrad takes dy from its own values and x from the codes that forward saved; with
 nothing. Tensors for backward are saved as FP8 codes and scales: W, and x once, however many products read it.
 
 The reference backend multiplies operands in FP32. Others take BF16 where that is exact. Products are computed with
-gradients off, in forward and in backward, so that kernels round and dequantize in training too. Arguments of all:
-
-    codes, scales   as `quantize_tiles` returns them, of matrices; w_codes is [o, k], or [e, o, k] with ends
-    ends            row after each expert's last; None: one matrix for all rows
+gradients off, in forward and in backward, so that kernels round and dequantize in training too. `ends` is the row after
+each expert's last; None: there is one matrix for all rows.
 
 Simulated: with power-of-two scales a dequantized E4M3 value is a BF16 value. So a BF16 product of the dequantized
 operands, which sums in FP32, is the FP8 product, except for the order of its sums and the rounding of its result. With
@@ -135,84 +133,40 @@ class Recipe(NamedTuple):
         exact = exact and self.out_dtype == torch.bfloat16
         return torch.bfloat16 if exact and self.backend != "reference" else torch.float32
 
+    def weight(self, codes: Tensor, scales: Float[Tensor, "*e ot kt"]) -> Float[Tensor, "*e o k"]:
+        """Return the values of a weight's codes."""
+        return dequantize_tiles(codes, scales, WEIGHT_TILE, "e4m3", self.operands)
+
 
 def fp8_fprop(
-    x_codes: Tensor,
-    x_scales: Float[Tensor, "rows kt"],
-    w_codes: Tensor,
-    w_scales: Float[Tensor, "*e ot kt"],
-    ends: Int[Tensor, " e"] | None,
-    recipe: Recipe,
+    x: Float[Tensor, "rows k"], w: Float[Tensor, "*e o k"], ends: Int[Tensor, " e"] | None, recipe: Recipe
 ) -> Float[Tensor, "rows o"]:
-    """Return x W^T of E4M3 codes.
+    """Return x W^T of values that E4M3 holds, in the result's dtype; for each expert's rows with its matrix.
 
     Source: DeepSeek-V3 report, section 3.3.
     """
-    x = dequantize_tiles(x_codes, x_scales, ACTIVATION_TILE, "e4m3", recipe.operands)
-    w = dequantize_tiles(w_codes, w_scales, WEIGHT_TILE, "e4m3", recipe.operands)
-    return _times_transposed(x, w, ends, recipe)
-
-
-def fp8_swiglu_fprop(
-    gate: Float[Tensor, "rows k"],
-    up: Float[Tensor, "rows k"],
-    w_codes: Tensor,
-    w_scales: Float[Tensor, "*e ot kt"],
-    ends: Int[Tensor, " e"] | None,
-    recipe: Recipe,
-) -> Float[Tensor, "rows o"]:
-    """Return Q(silu(gate) * up) W^T."""
-    hidden = F.silu(gate).mul_(up)
-    x = round_tiles(hidden, ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands)
-    w = dequantize_tiles(w_codes, w_scales, WEIGHT_TILE, "e4m3", recipe.operands)
-    return _times_transposed(x, w, ends, recipe)
+    if recipe.accumulator is not None:
+        y = recipe.accumulator.matmul(x, w)
+    else:
+        y = F.linear(x, w) if ends is None else grouped_linear(x, w, ends)
+    return y.to(recipe.out_dtype)
 
 
 def fp8_dgrad(
-    dy: Float[Tensor, "rows o"],
-    w_codes: Tensor,
-    w_scales: Float[Tensor, "*e ot kt"],
-    ends: Int[Tensor, " e"] | None,
-    recipe: Recipe,
+    dy: Float[Tensor, "rows o"], w: Float[Tensor, "*e o k"], ends: Int[Tensor, " e"] | None, recipe: Recipe
 ) -> Float[Tensor, "rows k"]:
     """Return the gradient of x: Q(dy) W, with dy rounded in 1x128 tiles."""
-    w = dequantize_tiles(w_codes, w_scales, WEIGHT_TILE, "e4m3", recipe.operands)
     g = round_tiles(dy, ACTIVATION_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, recipe.operands)
-    return _times_transposed(g, w.mT, ends, recipe)
+    return fp8_fprop(g, w.mT, ends, recipe)
 
 
 def fp8_wgrad(
-    dy: Float[Tensor, "rows o"],
-    x: Tensor,
-    x_scales: Float[Tensor, "rows kt"] | None,
-    columns: int,
-    ends: Int[Tensor, " e"] | None,
-    recipe: Recipe,
+    dy: Float[Tensor, "rows o"], x: Float[Tensor, "rows k"], ends: Int[Tensor, " e"] | None, recipe: Recipe
 ) -> Float[Tensor, "*e o k"]:
-    """Return the gradient of W: Q(dy)^T Q(x), both rounded in tiles of 128 tokens of one expert; zeros without tokens.
-
-    Args:
-        x: codes in the format that x is kept in, or, without scales, its values [rows, k].
-        columns: k, which packed codes do not tell.
-    """
-    if x_scales is not None:
-        x = dequantize_tiles(x, x_scales, ACTIVATION_TILE, recipe.saved_format, recipe.operands, columns)
+    """Return the gradient of W: Q(dy)^T Q(x), both rounded in tiles of 128 tokens of one expert, or zeros."""
     g = round_tiles(dy, TOKEN_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, recipe.operands, ends)
     x = round_tiles(x, TOKEN_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands, ends)
-    if ends is None:
-        return _times_transposed(g.T, x.T, None, recipe)
-    return grouped_outer(g, x, ends).to(recipe.out_dtype)
-
-
-def _times_transposed(
-    a: Float[Tensor, "n k"], b: Float[Tensor, "*e m k"], ends: Tensor | None, recipe: Recipe
-) -> Float[Tensor, "n m"]:
-    """Return a b^T in the result's dtype, for each expert's rows of a with its matrix b."""
-    if recipe.accumulator is not None:
-        y = recipe.accumulator.matmul(a, b)
-    else:
-        y = F.linear(a, b) if ends is None else grouped_linear(a, b, ends)
-    return y.to(recipe.out_dtype)
+    return fp8_fprop(g.T, x.T, None, recipe) if ends is None else grouped_outer(g, x, ends).to(recipe.out_dtype)
 
 
 def fp8_matmul(
@@ -315,7 +269,8 @@ class _Matmul(torch.autograd.Function):
         ctx.save_for_backward(*saved, w_codes, w_scales, ends)
         ctx.recipe, ctx.k = recipe, codes.shape[-1]
         ctx.dtypes = None if source is None else source.dtype, None if w is None else w.dtype
-        y = fp8_fprop(_rows(codes), _rows(scales), w_codes, w_scales, ends, recipe)
+        x = dequantize_tiles(_rows(codes), _rows(scales), ACTIVATION_TILE, "e4m3", recipe.operands)
+        y = fp8_fprop(x, recipe.weight(w_codes, w_scales), ends, recipe)
         return y.view(*codes.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -327,10 +282,12 @@ class _Matmul(torch.autograd.Function):
         with ops.use(recipe.backend):
             dy = _rows(grad)
             if ctx.needs_input_grad[0]:
-                dx = fp8_dgrad(dy, w_codes, w_scales, ends, recipe)
+                dx = fp8_dgrad(dy, recipe.weight(w_codes, w_scales), ends, recipe)
                 dx = dx.view(*grad.shape[:-1], dx.shape[-1]).to(ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
-                dw = fp8_wgrad(dy, _rows(saved_codes), _rows(saved_scales), ctx.k, ends, recipe).to(ctx.dtypes[1])
+                saved = _rows(saved_codes), _rows(saved_scales), ACTIVATION_TILE, recipe.saved_format
+                x = dequantize_tiles(*saved, recipe.operands, ctx.k)
+                dw = fp8_wgrad(dy, x, ends, recipe).to(ctx.dtypes[1])
         return dx, dw, *[None] * 8
 
 
@@ -350,7 +307,9 @@ class _SwiGLUMatmul(torch.autograd.Function):
             kept = [quantize_tiles(_rows(t), ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN) for t in (gate, up)]
             ctx.save_for_backward(*kept[0], *kept[1], w_codes, w_scales, ends)
         ctx.recipe, ctx.dtypes = recipe, (gate.dtype, None if w is None else w.dtype)
-        y = fp8_swiglu_fprop(_rows(gate), _rows(up), w_codes, w_scales, ends, recipe)
+        hidden = F.silu(_rows(gate)).mul_(_rows(up))
+        x = round_tiles(hidden, ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands)
+        y = fp8_fprop(x, recipe.weight(w_codes, w_scales), ends, recipe)
         return y.view(*gate.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -367,11 +326,11 @@ class _SwiGLUMatmul(torch.autograd.Function):
             )
             activated = F.silu(gate)
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-                dh = fp8_dgrad(dy, w_codes, w_scales, ends, recipe)
+                dh = fp8_dgrad(dy, recipe.weight(w_codes, w_scales), ends, recipe)
                 dgate = torch.ops.aten.silu_backward(dh * up, gate).view(*grad.shape[:-1], k).to(ctx.dtypes[0])
                 dup = (dh * activated).view(*grad.shape[:-1], k).to(ctx.dtypes[0])
             if ctx.needs_input_grad[2]:
-                dw = fp8_wgrad(dy, activated.mul_(up), None, k, ends, recipe).to(ctx.dtypes[1])
+                dw = fp8_wgrad(dy, activated.mul_(up), ends, recipe).to(ctx.dtypes[1])
         return dgate, dup, dw, *[None] * 4
 
 

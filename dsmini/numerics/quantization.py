@@ -46,11 +46,9 @@ AMAX_MIN = 1e-4
 SMALLEST_AMAX = 2.0**-100
 """Smallest amax for gradients, which are tiny when nothing scales the loss: only a tile of zeros is below."""
 
-SOURCES = (torch.float32, torch.bfloat16, torch.float16)
-
 STRIP = 1 << 18
 """Number of elements that are coded or decoded at a time. They stay in a cache, and no FP32 copy of a whole matrix is
-made (except by round_tiles with groups of rows)."""
+made."""
 
 
 @ops.operation("quantize")
@@ -110,7 +108,10 @@ def round_tiles(
             then begins a new tile, so that no tile holds tokens of two experts.
     """
     if ends is not None:
-        return _round_groups(x, tile, scale, format, amax_min, dtype, ends)
+        rows, height = len(x), min(tile[0], max(1, len(x)))
+        place = _places_apart(ends.long(), rows, height)
+        apart = x.new_zeros((-(-rows // height) + len(ends)) * height, x.shape[1]).index_copy(0, place, x)
+        return round_tiles.reference(apart, (height, tile[1]), scale, format, amax_min, dtype)[place]
     scales = tile_scales(x, tile, scale, format, amax_min)
     return _in_strips(x.shape, scales, tile, lambda strip, s: FORMATS[format].round(x[..., strip, :] / s) * s, dtype)
 
@@ -124,7 +125,10 @@ def tile_scales(
     padded = F.pad(x.abs(), (0, -c % width, 0, -r % height))
     rows, columns = padded.shape[-2] // height, padded.shape[-1] // width
     amax = padded.unflatten(-1, (columns, width)).amax(-1).unflatten(-2, (rows, height)).amax(-2).float()
-    return _scales(amax, scale, format, amax_min)
+    # The divisor is a tensor on the device: by a Python number a GPU divides as a multiplication with 1 / 448.
+    scales = amax.clamp(min=amax_min) / amax.new_full((), FORMATS[format].max)
+    scales = next_power_of_two(scales) if scale == "ue8m0" else scales
+    return torch.where(amax.isfinite(), scales, torch.nan)
 
 
 def encode_tiles(
@@ -133,13 +137,6 @@ def encode_tiles(
     """Return the codes of x under given scales."""
     f = FORMATS[format]
     return _in_strips(x.shape, scales, tile, lambda strip, s: f.encode(x[..., strip, :] / s), f.dtype)
-
-
-def _scales(amax: Tensor, scale: Scale, format: FormatName, amax_min: float) -> Tensor:
-    # The divisor is a tensor on the device: by a Python number a GPU divides as a multiplication with 1 / 448.
-    scales = amax.clamp(min=amax_min) / amax.new_full((), FORMATS[format].max)
-    scales = next_power_of_two(scales) if scale == "ue8m0" else scales
-    return torch.where(amax.isfinite(), scales, torch.nan)
 
 
 def group_sizes(ends: Int[Tensor, " e"]) -> Int[Tensor, " e"]:
@@ -152,28 +149,16 @@ def listed_sizes(ends: Int[Tensor, " e"], rows: int) -> list[int]:
     return [rows, *[0] * (ends.shape[0] - 1)] if ends.is_meta else group_sizes(ends).tolist()
 
 
-def _round_groups(
-    x: Tensor, tile: Tile, scale: Scale, format: FormatName, amax_min: float, dtype: torch.dtype, ends: Tensor
-) -> Tensor:
-    """Compute round_tiles with groups: rows are spread out so that each group begins a new tile.
+def _places_apart(ends: Int[Tensor, " e"], rows: int, height: int) -> Int[Tensor, " rows"]:
+    """Return a place for each row of some groups, so that each group begins a new tile of this height.
 
     Sizes stay on the device, and nothing waits for it.
     """
-    rows, e = x.shape[0], ends.shape[0]
-    ends = ends.long()
     sizes = group_sizes(ends)
-    tiles = (sizes + tile[0] - 1) // tile[0]
-    row = torch.arange(rows, device=x.device)
-    group = torch.searchsorted(ends, row, right=True)
-    tile_of_row = (tiles.cumsum(0) - tiles)[group] + (row - (ends - sizes)[group]) // tile[0]
-    width = min(tile[1], max(1, x.shape[1]))
-    wide = F.pad(x.abs(), (0, -x.shape[1] % width)).unflatten(-1, (-1, width)).amax(-1).float()
-    at_most = -(-rows // tile[0]) + e
-    place = tile_of_row * tile[0] + (row - (ends - sizes)[group]) % tile[0]
-    apart = wide.new_zeros(at_most * tile[0], wide.shape[1]).index_copy(0, place, wide)
-    amax = apart.unflatten(0, (at_most, tile[0])).amax(1)
-    spread = _spread(_scales(amax, scale, format, amax_min)[tile_of_row], width, x.shape[1], -1)
-    return FORMATS[format].round(x / spread).mul_(spread).to(dtype)
+    tiles = (sizes + height - 1) // height
+    begin = (tiles.cumsum(0) - tiles) * height - (ends - sizes)
+    row = torch.arange(rows, device=ends.device)
+    return row + begin[torch.searchsorted(ends, row, right=True)]
 
 
 def _spread(x: Tensor, times: int, size: int, dim: int) -> Tensor:

@@ -42,14 +42,14 @@ def moved(value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def routed(n: int, k: int, e: int, empty: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
-    """Return indices, weights and counts of tokens that choose k random experts outside the empty ones."""
+def routed(n: int, k: int, e: int, empty: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """Return indices and weights of tokens that choose k random experts outside the empty ones."""
     open_to_all = torch.tensor([i for i in range(e) if i not in empty])
     indices = open_to_all[torch.rand(n, len(open_to_all)).argsort()[:, :k]]
-    return indices, torch.rand(n, k) + 0.5, indices.flatten().bincount(minlength=e)
+    return indices, torch.rand(n, k) + 0.5
 
 
-def tied(n: int, k: int, e: int) -> tuple[Tensor, Tensor, Tensor]:
+def tied(n: int, k: int) -> tuple[Tensor, Tensor]:
     """Return the same for tied scores: every token chooses the first k experts with equal weights."""
     indices = torch.arange(k).expand(n, k).contiguous()
-    return indices, torch.full((n, k), 1 / k), indices.flatten().bincount(minlength=e)
+    return indices, torch.full((n, k), 1 / k)

@@ -15,12 +15,12 @@ from dsmini.nn.mla import absorbed_attention
 from dsmini.nn.moe import experts
 from dsmini.nn.transformer import IGNORE, linear_cross_entropy
 from tests.functional.conftest import BACKENDS, SIZES, forced, moved, routed, tied
-from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, rounding
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-Routing = tuple[Tensor, Tensor, Tensor]
+Routing = tuple[Tensor, Tensor]
 
 
 class Case(NamedTuple):
@@ -48,10 +48,10 @@ def expert_case(
     n: int, dtype: torch.dtype, m: int = 24, f: int = 16, e: int = 6, k: int = 2, routing: Routing | None = None
 ) -> Case:
     torch.manual_seed(n)  # the gradient of a routing weight is one product, whose terms may cancel
-    indices, weights, counts = routing or routed(n, k, e, empty=(0, 3))
+    indices, weights = routing or routed(n, k, e, empty=(0, 3))
     w1, w3 = normal(e, f, m, dtype=torch.float32, scale=m**-0.5), normal(e, f, m, dtype=torch.float32, scale=m**-0.5)
     w2 = normal(e, m, f, dtype=torch.float32, scale=f**-0.5)
-    return Case(experts, (normal(n, m, dtype=dtype), indices, weights, counts, w1, w2, w3), terms=m, chained=8)
+    return Case(experts, (normal(n, m, dtype=dtype), indices, weights, w1, w2, w3), terms=m, chained=8)
 
 
 def cases(n: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -75,7 +75,7 @@ def cases(n: int, dtype: torch.dtype) -> Iterator[Case]:
     yield expert_case(n, dtype)
     yield expert_case(n, dtype, m=23, f=11)
     yield expert_case(n, dtype, routing=routed(n, 1, 6, empty=(0, 1, 2, 3, 5)))  # all tokens to one expert
-    yield expert_case(n, dtype, routing=tied(n, 2, 6))
+    yield expert_case(n, dtype, routing=tied(n, 2))
     yield expert_case(n, dtype, e=40, k=3)  # of one token, without gradients: fewer than half are asked, in turn
     targets = torch.randint(0, 61, (n,)).masked_fill(torch.rand(n) < 0.3, IGNORE)
     yield Case(linear_cross_entropy, (x(n, 24), normal(61, 24, dtype=torch.float32), targets), terms=max(n, 61))
@@ -108,31 +108,23 @@ def exact(case: Case) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("n", [*SIZES, 2])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backend_equals_reference_in_fp64(n: int, dtype: torch.dtype, backend: str) -> None:
+    """Some versions take another way where no gradient is wanted, and few tokens another one than one."""
     for case in cases(n, dtype):
         want = exact(case)
         with forced(backend) as device:
-            got = run(case._replace(arguments=moved(case.arguments, device)), case.operation)
+            arguments = moved(case.arguments, device)
+            got = run(case._replace(arguments=arguments), case.operation)
+            with torch.no_grad():
+                got_without = case.operation(*arguments)
         unit = FP32_UNIT if dtype == torch.float32 else BF16_UNIT
         tolerance = rounding(unit, chained=case.chained) + rounding(FP32_UNIT, terms=case.terms, chained=case.chained)
-        for part, (a, b) in enumerate(zip(got, want, strict=True)):
+        for part, (a, b) in enumerate(zip([*got, got_without], [*want, want[0]], strict=True)):
             scale = max(b.norm().item(), 1e-3 * want[0].norm().item()) or 1.0  # all targets ignored
             error = (a.cpu().double() - b).norm().item() / scale
             assert error <= tolerance, f"{case.operation.name}, part {part}: {error:.1e} > {tolerance:.1e}"
-
-
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
-@pytest.mark.parametrize("n", [1, 2, 63])
-def test_without_gradients_is_the_same(n: int, backend: str) -> None:
-    """Some versions take another way where no gradient is wanted."""
-    for case in cases(n, torch.float32):
-        with ops.use("reference"):
-            want = case.operation(*case.arguments)
-        with torch.no_grad(), forced(backend) as device:
-            got = case.operation(*moved(case.arguments, device))
-        assert relative_error(got.cpu(), want) <= rounding(FP32_UNIT, terms=case.terms, chained=case.chained)
 
 
 @pytest.mark.parametrize("n", [5, 130])
@@ -148,7 +140,7 @@ def test_cost_counts_operands_once_and_products(n: int) -> None:
         cost = cost_of(case.operation.name, y, *case.arguments)
         unread = 0
         if case.operation is experts:  # those that no token chose are not read
-            counts, *matrices = case.arguments[3:]
-            unread = int((counts == 0).sum()) * sum(w[0].nbytes for w in matrices)
+            indices, matrices = case.arguments[1], case.arguments[3:]
+            unread = (len(matrices[0]) - len(indices.unique())) * sum(w[0].nbytes for w in matrices)
         assert cost.flops == counter.get_total_flops() and cost.written == y.nbytes
         assert cost.read == sum(t.nbytes for t in case.arguments if isinstance(t, Tensor)) - unread

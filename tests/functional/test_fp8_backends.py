@@ -1,33 +1,21 @@
-"""FP8 products, FP8 experts and products with held codes: every backend against the reference and against FP64."""
+"""FP8 products, FP8 experts and products with held codes: every backend against the reference."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import ops
 from dsmini.measure.costs import cost_of
 from dsmini.nn.fp8 import fp8_experts, quantized_experts, quantized_linear
-from dsmini.numerics import (
-    ACTIVATION_TILE,
-    SMALLEST_AMAX,
-    TOKEN_TILE,
-    WEIGHT_TILE,
-    Accumulator,
-    fp8_matmul,
-    fp8_swiglu_matmul,
-    quantize,
-)
-from dsmini.numerics.gemm import Recipe, fp8_dgrad, fp8_fprop, fp8_swiglu_fprop, fp8_wgrad
-from tests.functional.conftest import BACKENDS, SIZES, forced, moved, routed, tied
-from tests.helpers.fp8 import Scale, rounded, varied
+from dsmini.numerics import WEIGHT_TILE, Accumulator, fp8_matmul, fp8_swiglu_matmul, quantize
+from tests.functional.conftest import SIZES, forced, routed, tied
+from tests.helpers.fp8 import varied
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, moved_codes, relative_error, rounding
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 EVERY_SIZE = pytest.mark.parametrize("n", SIZES)
 K, O = 200, 63  # noqa: E741
 """A whole tile and a ragged one, and less than one."""
@@ -35,73 +23,6 @@ K, O = 200, 63  # noqa: E741
 
 def unit_of(dtype: torch.dtype) -> float:
     return FP32_UNIT if dtype == torch.float32 else BF16_UNIT
-
-
-def groups_of(n: int) -> list[list[int] | None]:
-    """One matrix; experts of which the first, the last and one between are empty; all rows to one expert."""
-    return [None, [0, n // 3, 0, n - n // 3, 0], [0, n, 0]]
-
-
-def ends_of(sizes: list[int] | None) -> Tensor | None:
-    return None if sizes is None else torch.tensor(sizes).cumsum(0)
-
-
-def split(x: Tensor, sizes: list[int] | None) -> tuple[Tensor, ...]:
-    return (x,) if sizes is None else x.split(sizes)
-
-
-class Product(NamedTuple):
-    """A function, its arguments, its result in FP64, and the terms of its sums."""
-
-    function: Callable[..., Tensor]
-    arguments: tuple[Any, ...]
-    want: Tensor
-    terms: int
-
-
-def products(n: int, dtype: torch.dtype, scale: Scale, sizes: list[int] | None) -> list[Product]:
-    """Return fprop, fprop of SwiGLU, dgrad, and wgrad of codes and of values."""
-    e = () if sizes is None else (len(sizes),)
-    x, up, dy = (varied(n, width, dtype=dtype, seed=i) for i, width in enumerate((K, K, O)))
-    w = varied(*e, O, K, seed=3)
-    q, matrix = quantize(x, ACTIVATION_TILE, scale), quantize(w, WEIGHT_TILE, scale)
-    ends = ends_of(sizes)
-    recipe = Recipe(scale, scale, "e4m3", "e4m3", dtype, None, ops.chosen())
-    matrices = [rounded(m, WEIGHT_TILE, scale) for m in w.view(-1, O, K)]
-    hidden = rounded(F.silu(x) * up, ACTIVATION_TILE, scale)
-    along = rounded(dy, ACTIVATION_TILE, scale, amax_min=SMALLEST_AMAX)
-    values = q.dequantize()
-
-    def each(rows: Tensor, transpose: bool = False) -> Tensor:
-        parts = zip(split(rows, sizes), matrices, strict=True)
-        return torch.cat([r @ (m if transpose else m.T) for r, m in parts])
-
-    down = [
-        rounded(g, TOKEN_TILE, scale, amax_min=SMALLEST_AMAX).T @ rounded(r, TOKEN_TILE, scale)
-        for g, r in zip(split(dy, sizes), split(values, sizes), strict=True)
-    ]
-    dw = down[0] if sizes is None else torch.stack(down)
-    return [
-        Product(fp8_fprop, (*q.parts, *matrix.parts, ends, recipe), each(values.double()), K),
-        Product(fp8_swiglu_fprop, (x, up, *matrix.parts, ends, recipe), each(hidden), K),
-        Product(fp8_dgrad, (dy, *matrix.parts, ends, recipe), each(along, transpose=True), O),
-        Product(fp8_wgrad, (dy, *q.parts, K, ends, recipe), dw, n),
-        Product(fp8_wgrad, (dy, values, None, K, ends, recipe), dw, n),
-    ]
-
-
-@EVERY_BACKEND
-@EVERY_SIZE
-@DTYPES
-@pytest.mark.parametrize("scale", ["ue8m0", "fp32"])
-def test_products_equal_fp64(scale: Scale, dtype: torch.dtype, n: int, backend: str) -> None:
-    for sizes in groups_of(n):
-        with forced(backend) as device:
-            made = [(p, p.function(*moved(p.arguments, device))) for p in products(n, dtype, scale, sizes)]
-        for (function, _, want, terms), got in made:
-            assert got.shape == want.shape
-            error, tolerance = relative_error(got.cpu(), want), rounding(unit_of(dtype)) + rounding(FP32_UNIT, terms)
-            assert error <= tolerance, f"{function.__name__}, {sizes}: {error:.1e} > {tolerance:.1e}"
 
 
 def test_emulated_accumulator_serves_reference_too() -> None:
@@ -146,12 +67,12 @@ def layers(n: int, dtype: torch.dtype) -> list[Layer]:
     return found
 
 
-def routings(n: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def routings(n: int) -> dict[str, tuple[Tensor, Tensor]]:
     few = {"few of many": routed(n, 3, 40)} if n == 1 else {}  # which are asked in turn without gradients
     return few | {
         "some experts empty": routed(n, 2, 6, empty=(0, 3, 5)),
         "one expert": routed(n, 1, 6, empty=(0, 1, 3, 4, 5)),
-        "tied scores": tied(n, 2, 6),
+        "tied scores": tied(n, 2),
     }
 
 
@@ -163,9 +84,9 @@ def stacked(m: int = 200, f: int = 136, e: int = 6) -> tuple[Tensor, Tensor, Ten
     )
 
 
-def expert_layers(n: int, dtype: torch.dtype, routing: tuple[Tensor, Tensor, Tensor]) -> list[Layer]:
-    indices, weights, counts = routing
-    matrices, x = stacked(e=len(counts)), torch.randn(n, 200).to(dtype)
+def expert_layers(n: int, dtype: torch.dtype, routing: tuple[Tensor, Tensor]) -> list[Layer]:
+    indices, weights = routing
+    matrices, x = stacked(e=40 if int(indices.max()) > 5 else 6), torch.randn(n, 200).to(dtype)
     held = [quantize(w, WEIGHT_TILE, "fp32") for w in matrices]
     mixed = [held[0], matrices[1].to(dtype), held[2]]
     sums = rounding(unit_of(dtype), chained=8) + rounding(FP32_UNIT, terms=max(n, 200), chained=8)
@@ -173,16 +94,16 @@ def expert_layers(n: int, dtype: torch.dtype, routing: tuple[Tensor, Tensor, Ten
     moved = 3 * moved_codes(rounding(FP32_UNIT, terms=200))
 
     def native(x: Tensor, weights: Tensor) -> Tensor:
-        return quantized_experts(x, indices, weights, counts, *held)
+        return quantized_experts(x, indices, weights, *held)
 
     def some_held(x: Tensor, weights: Tensor) -> Tensor:
-        return quantized_experts(x, indices, weights, counts, *mixed)
+        return quantized_experts(x, indices, weights, *mixed)
 
     def fp8(x: Tensor, weights: Tensor, *w: Tensor) -> Tensor:
-        return fp8_experts(quantize(x), indices, weights, counts, *w)
+        return fp8_experts(quantize(x), indices, weights, *w)
 
     def fp8_held(x: Tensor, weights: Tensor) -> Tensor:
-        return fp8_experts(quantize(x), indices, weights, counts, *held)
+        return fp8_experts(quantize(x), indices, weights, *held)
 
     return [
         Layer("experts with held codes", native, (x, weights), sums),
@@ -223,14 +144,14 @@ def test_layers_equal_reference(dtype: torch.dtype, n: int, backend: str) -> Non
 
 def test_experts_and_linear_cost_their_operands_once() -> None:
     """Experts that nobody chose are not read; codes count as codes."""
-    indices, weights, counts = routed(130, 2, 6, empty=(0, 3))
+    indices, weights = routed(130, 2, 6, empty=(0, 3))
     matrices, x = stacked(), torch.randn(130, 200).bfloat16()
     held = [quantize(w, WEIGHT_TILE, "fp32") for w in matrices]
     visits, codes, scales = 260, 136 * 200, 4 * (2 * 2)
-    routing = indices.nbytes + weights.nbytes + counts.nbytes
+    routing = indices.nbytes + weights.nbytes
     flops = 6 * visits * 136 * 200
     held_read = 4 * 3 * (codes + scales)
-    cost = cost_of("quantized_experts", None, x, indices, weights, counts, *held)
+    cost = cost_of("quantized_experts", None, x, indices, weights, *held)
     assert cost[:3] == (x.nbytes + routing + held_read, x.nbytes, flops)
     linear = quantize(matrices[0][0], WEIGHT_TILE, "fp32")
     cost = cost_of("quantized_linear", None, x, linear)

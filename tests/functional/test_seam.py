@@ -125,11 +125,11 @@ def test_kernels_serve_inference_and_are_counted_by_cost(
 
 def test_gradient_of_quantized_input_keeps_kernels_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes have no gradient: the tensor that they stand for is asked."""
-    x, (indices, weights, counts) = torch.randn(5, 24, requires_grad=True), routed(5, 2, 4)
+    x, (indices, weights) = torch.randn(5, 24, requires_grad=True), routed(5, 2, 4)
     held = [quantize(torch.randn(4, *size), WEIGHT_TILE, "fp32") for size in ((12, 24), (24, 12), (12, 24))]
     ran = stand_in(monkeypatch, {"fp8_experts"})
-    y = fp8_experts(quantize(x), indices, weights, counts, *held)
+    y = fp8_experts(quantize(x), indices, weights, *held)
     assert not ran
     assert torch.autograd.grad(y.sum(), x)[0].norm() > 0
-    fp8_experts(quantize(x.detach()), indices, weights, counts, *held)
+    fp8_experts(quantize(x.detach()), indices, weights, *held)
     assert ran == ["fp8_experts"]

@@ -104,15 +104,14 @@ def test_gradients_of_a_layer(name: str) -> None:
 
 def test_gradients_of_experts_with_an_empty_one() -> None:
     indices = torch.tensor([[0, 2], [2, 5], [5, 0], [3, 2], [0, 5]])
-    counts = torch.bincount(indices.flatten(), minlength=6)
-    assert counts[1] == 0
+    assert not (indices == 1).any()
     experts = randomise(Experts(**TINY))
-    check(experts, [rand(5, 5), indices, rand(5, 2), counts], lambda y: y, ("w1", "w2", "w3"), fast=False)
+    check(experts, [rand(5, 5), indices, rand(5, 2)], lambda y: y, ("w1", "w2", "w3"), fast=False)
 
 
 @pytest.mark.parametrize("original_seq_len", [None, 8])
 def test_gradients_of_apply_rope(original_seq_len: int | None) -> None:
-    rope = Rope(dim=6, original_seq_len=original_seq_len, factor=8.0, mscale=0.7)
+    rope = Rope(dim=6, original_seq_len=original_seq_len, rope_factor=8.0, mscale=0.7)
     table = rope.cos_sin(torch.tensor([0, 3, 11]))
     assert gradcheck(lambda x: apply_rope(x, table), (rand(2, 3, 1, 6),))
 

@@ -143,7 +143,7 @@ def test_greedy_tokens_are_the_same_with_guesses(small_model: Model, depth: int,
 
 def test_a_guess_is_what_the_uncached_model_predicts(small_model: Model) -> None:
     model = small_model(n_mtp_layers=3).eval()
-    generation = Generation(model, [[4, 9, 2, 6]], 8, speculative=True)
+    generation = Generation(model, [[4, 9, 2, 6]], 24, speculative=True)
     next(generation)
     seen: list[list[int]] = []
     drafter: Any = generation.drafter
@@ -155,7 +155,7 @@ def test_a_guess_is_what_the_uncached_model_predicts(small_model: Model) -> None
         return guesses, q
 
     drafter.guess = guess
-    for _ in range(3):
+    for _ in range(12):
         known, want = list(generation.rows[0]), []
         next(generation)
         for k in (1, 2, 3):

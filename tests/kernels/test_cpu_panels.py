@@ -26,14 +26,11 @@ def a_call(n: int, m: int, f: int, e: int, k: int, dtype: torch.dtype, weights: 
     """Return the arguments of `experts`; with four experts or more the last is chosen by nobody."""
     chosen = torch.stack([torch.randperm(e - (e > 3))[:k] for _ in range(n)])
     matrices = (weight_in(weights, e, *shape) for shape in ((f, m), (m, f), (f, m)))
-    return (
-        *(torch.randn(n, m).to(dtype), chosen, torch.rand(n, k) - 0.3),
-        *(chosen.flatten().bincount(minlength=e), *matrices),
-    )
+    return torch.randn(n, m).to(dtype), chosen, torch.rand(n, k) - 0.3, *matrices
 
 
-def exact(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, *matrices: Any) -> Tensor:
-    return experts.reference(x.double(), indices, weights.double(), counts, *map(dense, matrices))
+def exact(x: Tensor, indices: Tensor, weights: Tensor, *matrices: Any) -> Tensor:
+    return experts.reference(x.double(), indices, weights.double(), *map(dense, matrices))
 
 
 def tolerance(dtype: torch.dtype, terms: int) -> float:
@@ -88,10 +85,10 @@ def test_a_row_ends_where_it_ends(isa: str) -> None:
     """With an odd width the numbers after a row's last are the next row's."""
     for dtype in DTYPES:
         call = list(a_call(60, 41, 21, 4, 2, dtype, str(dtype).removeprefix("torch.")))
-        call[4][:, 9], call[5][:, 9] = math.nan, math.inf
-        x, w = call[0], call[4][0]
+        call[3][:, 9], call[4][:, 9] = math.nan, math.inf
+        x, w = call[0], call[3][0]
         assert cpu.quantized_linear(x, w).isfinite().all(0).tolist() == [i != 9 for i in range(21)]
-        call[4][:, 9] = 0
+        call[3][:, 9] = 0
         assert cpu.experts(*call).isfinite().all(0).tolist() == [i != 9 for i in range(41)]
 
 
@@ -105,22 +102,22 @@ def test_nan_of_a_weight_stays_where_it_is(isa: str) -> None:
 
 
 def test_what_is_not_served_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, chosen, weights, counts, w1, w2, w3 = a_call(20, 40, 20, 4, 2, torch.float32, "float32")
+    x, chosen, weights, w1, w2, w3 = a_call(20, 40, 20, 4, 2, torch.float32, "float32")
     for call, reason in (
-        ((x, chosen, weights, counts, w1, torch._neg_view(w2), w3), "sign"),
-        ((x, chosen, weights, counts, w1[:, :1].expand(w1.shape), w2, w3), "strides"),
-        ((x.half(), chosen, weights, counts, w1, w2, w3), "x of torch.float16"),
-        ((x, chosen, weights.double(), counts, w1, w2, w3), "weights of torch.float64"),
-        ((x, chosen, weights, counts, w1.mT.contiguous().mT, w2, w3), "strides"),
+        ((x, chosen, weights, w1, torch._neg_view(w2), w3), "sign"),
+        ((x, chosen, weights, w1[:, :1].expand(w1.shape), w2, w3), "strides"),
+        ((x.half(), chosen, weights, w1, w2, w3), "x of torch.float16"),
+        ((x, chosen, weights.double(), w1, w2, w3), "weights of torch.float64"),
+        ((x, chosen, weights, w1.mT.contiguous().mT, w2, w3), "strides"),
     ):
         with pytest.raises(Unserved, match=reason):
             cpu.experts(*call)
     monkeypatch.setattr(panels, "LEAST", 1 << 20)
     with pytest.raises(Unserved, match=r"^$"):
-        cpu.experts(x, chosen, weights, counts, w1, w2, w3)
+        cpu.experts(x, chosen, weights, w1, w2, w3)
     monkeypatch.setattr(panels, "LEAST", 0)
     with torch.enable_grad(), pytest.raises(Unserved, match="gradient"):
-        cpu.experts(x, chosen, weights, counts, w1.requires_grad_(), w2, w3)
+        cpu.experts(x, chosen, weights, w1.requires_grad_(), w2, w3)
 
 
 def test_weights_that_are_not_their_memory_run_in_torch() -> None:
@@ -132,10 +129,10 @@ def test_weights_that_are_not_their_memory_run_in_torch() -> None:
 
 def gradients(call: tuple[Any, ...], grad: Tensor) -> list[Tensor]:
     """Return y and the gradients of x, weights, w1, w2 and w3 in FP64, by autograd from the reference."""
-    x, indices, weights, counts, *matrices = call
+    x, indices, weights, *matrices = call
     leaves = [t.detach().double().requires_grad_() for t in (x, weights, *matrices)]
     with torch.enable_grad():
-        y = experts.reference(leaves[0], indices, leaves[1], counts, *leaves[2:])
+        y = experts.reference(leaves[0], indices, leaves[1], *leaves[2:])
         return [y.detach(), *torch.autograd.grad(y, leaves, grad.double())]
 
 
@@ -145,7 +142,7 @@ def test_trained_experts_agree(isa: str, shape: tuple[int, ...], dtype: torch.dt
     call = a_call(*shape, dtype, "float32")  # pyright: ignore[reportArgumentType]
     grad = torch.randn(call[0].shape).to(dtype)
     y, gate, up = cpu.trained_experts(*call)
-    got = [y, *cpu.trained_experts_gradients(grad, *call[:4], gate, up, *call[4:])]
+    got = [y, *cpu.trained_experts_gradients(grad, *call[:3], gate, up, *call[3:])]
     want = gradients(call, grad)
     # sums are over the model's width, the expert's or the tokens; g and u are kept in x's dtype and rounded once more
     limit = tolerance(dtype, max(shape[:3])) + (dtype == torch.bfloat16) * rounding(BF16_UNIT, chained=2)
@@ -155,6 +152,11 @@ def test_trained_experts_agree(isa: str, shape: tuple[int, ...], dtype: torch.dt
         for i in range(len(a)):
             assert relative_error(a[i], b[i]) < 4 * limit
     assert got[0].dtype == got[1].dtype == dtype and all(t.dtype == torch.float32 for t in got[2:])
+    plain, plain_gradients = (ops.find(f"trained_experts{name}").reference for name in ("", "_gradients"))
+    y, *kept = plain(*call)
+    references = [y, *plain_gradients(grad, *call[:3], *kept, *call[3:]), *kept]
+    for a, b in zip(references, [*want, gate, up], strict=True):
+        assert a.shape == b.shape and relative_error(a, b) < 4 * limit
 
 
 @pytest.fixture
@@ -162,14 +164,14 @@ def trained_call(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
     """Return a call whose matrices are trained, by kernels although it is small."""
     monkeypatch.setattr("dsmini.functional.experts.LEAST", 0)
     call = a_call(90, 40, 20, 8, 2, torch.float32, "float32")
-    for w in call[4:]:
+    for w in call[3:]:
         w.requires_grad_()
     return call
 
 
 def test_training_reaches_the_kernel_and_its_threads_change_no_bit(trained_call: tuple[Any, ...]) -> None:
     call = (trained_call[0].bfloat16(), *trained_call[1:])
-    leaves = [call[0].requires_grad_(), call[2].requires_grad_(), *call[4:]]
+    leaves = [call[0].requires_grad_(), call[2].requires_grad_(), *call[3:]]
     grad = torch.randn(90, 40).bfloat16()
 
     def run() -> list[Tensor]:
@@ -189,7 +191,7 @@ def test_training_reaches_the_kernel_and_its_threads_change_no_bit(trained_call:
 
 def trained_by(call: Any, **changes: Any) -> str:
     """Return the name of the autograd function of y, with some arguments of the call changed."""
-    names = ("x", "indices", "weights", "counts", "w1", "w2", "w3")
+    names = ("x", "indices", "weights", "w1", "w2", "w3")
     arguments = dict(zip(names, call, strict=True)) | changes
     with torch.enable_grad():
         return type(experts(*arguments.values()).grad_fn).__name__
@@ -203,7 +205,7 @@ def test_training_takes_the_kernel_only_where_it_serves(
     with monkeypatch.context() as patch:
         patch.setattr("dsmini.functional.experts.LEAST", 1 << 20)
         assert "TrainedExperts" not in trained_by(call), "little work"
-    w1 = call[4]
+    w1 = call[3]
     for w in (w1.detach(), w1.detach().mT.contiguous().mT.requires_grad_(), w1.detach().bfloat16().requires_grad_()):
         assert "TrainedExperts" not in trained_by(call, w1=w), "frozen, not contiguous, not FP32"
     with ops.use("eager"):
@@ -220,10 +222,10 @@ def test_backward_uses_the_forwards_backend_and_no_autocast(
     call = trained_call
     with torch.enable_grad(), ops.use("cpu"):
         total = experts(*call).sum()
-    want = torch.autograd.grad(total, call[4:], retain_graph=True)
+    want = torch.autograd.grad(total, call[3:], retain_graph=True)
     seen: list[str | None] = []
     gradient = cpu.trained_experts_gradients
     monkeypatch.setattr(cpu, "trained_experts_gradients", lambda *a: seen.append(ops.chosen()) or gradient(*a))
     with torch.autocast("cpu", torch.bfloat16), ops.use("eager"):
-        got = torch.autograd.grad(total, call[4:])
+        got = torch.autograd.grad(total, call[3:])
     assert seen == ["cpu"] and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -15,8 +15,16 @@ from dsmini import MLA, ModelConfig, Transformer, ops
 from dsmini.nn import Cache, Linear
 from dsmini.nn.mla import attention_work
 from tests.conftest import SMALL, randomise
-from tests.helpers.configs import DSA, refusal
-from tests.helpers.tolerances import BF16_CACHE, E4M3_CACHE, FP32_MODEL, FP32_UNIT, relative_error, rounding
+from tests.helpers.configs import DSA, V32, refusal, released
+from tests.helpers.tolerances import (
+    BF16_CACHE,
+    BF16_UNIT,
+    E4M3_CACHE,
+    FP32_MODEL,
+    FP32_UNIT,
+    relative_error,
+    rounding,
+)
 from tests.helpers.watching import storage_bytes
 
 Model = Callable[..., Transformer]
@@ -30,13 +38,15 @@ def tokens_of(b: int, s: int) -> Tensor:
 # what a cache holds
 
 
-def test_v3_takes_656_bytes_a_layer_in_fp8_and_1152_in_bf16() -> None:
-    config = ModelConfig.from_file("configs/deepseek-v3.toml")
-    fp8, bf16 = (Cache(config, 1, 8, dtype, torch.device("meta")) for dtype in ("fp8", torch.bfloat16))
-    assert fp8.nbytes_per_token == 656 * 61
-    assert bf16.nbytes_per_token == 70272
-    mha = 2 * 128 * 128 * 2 * 61
-    assert round(1 - bf16.nbytes_per_token / mha, 4) == 0.9824
+def test_v3_and_its_indexer_take_the_published_bytes_of_a_layer() -> None:
+    """The second is V3.2: an indexer's key is 128 codes and a scale, or 128 numbers."""
+    for changes, in_fp8, in_bf16 in (({}, 656, 1152), (V32, 788, 1408)):
+        config, meta = released("deepseek-v3", **changes), torch.device("meta")
+        fp8, bf16 = (Cache(config, 1, 8, dtype, meta, mtp=True) for dtype in ("fp8", torch.bfloat16))
+        assert (fp8.nbytes_per_token, bf16.nbytes_per_token) == (61 * in_fp8, 61 * in_bf16)
+        assert fp8.mtp_nbytes == 8 * in_fp8
+    mha = 2 * 128 * 128 * 2
+    assert round(1 - 1152 / mha, 4) == 0.9824
 
 
 def test_bytes_of_a_token_follow_from_sizes(small_model: Model) -> None:
@@ -158,16 +168,22 @@ def test_truncate_forgets_the_last_tokens_of_each_row(small_model: Model) -> Non
         assert relative_error(got[i], model(whole)[0, -3:]) < FP32_MODEL
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, "fp8"])
-@pytest.mark.parametrize("form", ["auto", "expanded", "absorbed"])
-def test_low_precision_cache_agrees_in_all_forms_and_chunks(small_model: Model, dtype: Any, form: Any) -> None:
-    """All read what was rounded, a prompt's own tokens too. A kernel's sums may be rounded to another BF16 number."""
-    model, tokens = small_model(n_mtp_layers=0), tokens_of(2, 20)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "fp8"])
+@pytest.mark.parametrize("changes", [{}, DSA, DSA | {"indexer_fp8": True}], ids=["mla", "dsa", "dsa in fp8"])
+def test_cache_of_any_dtype_agrees_in_all_forms_and_chunks(
+    small_model: Model, monkeypatch: pytest.MonkeyPatch, dtype: Any, changes: Any
+) -> None:
+    """All read what was rounded, a prompt's own tokens and an indexer's keys too. A kernel's sums may be rounded to
+    another BF16 number, as one of an indexer's in many is. Keys are chosen for a few queries at a time."""
+    monkeypatch.setattr("dsmini.nn.dsa.BLOCK", 4)
+    model, tokens = small_model(n_mtp_layers=0, **changes), tokens_of(2, 24)
+    near = FP32_MODEL if dtype == torch.float32 or not changes else BF16_UNIT / 4
     with ops.use("eager"):
-        want = model(tokens, model.new_cache(2, 20, dtype, form="expanded"))
-        cache = model.new_cache(2, 20, dtype, form=form)
-        got = torch.cat([model(part, cache) for part in tokens.split((7, 6, 1, 6), 1)], 1)
-    assert relative_error(got, want) < FP32_MODEL
+        want = model(tokens, model.new_cache(2, 24, dtype, form="expanded"))
+        for form in ("auto", "expanded", "absorbed"):
+            cache = model.new_cache(2, 24, dtype, form=form)  # pyright: ignore[reportArgumentType]
+            got = torch.cat([model(part, cache) for part in tokens.split((5, 6, 1, 1, 11), 1)], 1)
+            assert relative_error(got, want) < near
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, BF16_CACHE), ("fp8", E4M3_CACHE)])
@@ -257,7 +273,7 @@ def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -
     cache = model.new_cache(2, 16, torch.float32)
     model(tokens[:, :10], cache)
     before = [store.data.clone() for store in cache.stores]
-    place, one = inspect.unwrap(Cache.place), torch.tensor([1])
+    place, one = inspect.unwrap(Cache.place_tokens), torch.tensor([1])
     for words, call, *arguments in (
         ("holds 16 tokens a sequence, and this call would make 17; make it with", model, tokens[:, :7], cache),
         ("1 rows of tokens for a cache of 2", model, tokens[:1, :2], cache),

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from dsmini import ModelConfig, Transformer, ops
 from dsmini.functional import sparse_attention
-from dsmini.nn import DSA, Cache, dsa
+from dsmini.nn import DSA, dsa
 from dsmini.nn.attention import context_of
 from dsmini.nn.dsa import topk_attention
 from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
 from tests.helpers import configs
-from tests.helpers.tolerances import BF16_UNIT, FP32_MODEL, ROPE_TABLE, assert_agree, relative_error
+from tests.helpers.tolerances import ROPE_TABLE, assert_agree, relative_error
 from tests.nn.test_indexer import INDEX
 from tests.nn.test_mla import CASES, SIZES
 
@@ -99,26 +99,6 @@ def test_mask_and_gather_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch, 
 
 
 # caches
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "fp8"])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_forms_and_chunks_agree_for_every_cache(dtype: Any, fp8: bool) -> None:
-    """All read what was rounded, keys of the indexer too. One sum in many is rounded to another BF16 number."""
-    model, tokens = model_of(indexer_fp8=fp8, n_mtp_layers=0), tokens_of(2, 24)
-    with ops.use("eager"):
-        want = model(tokens, model.new_cache(2, 24, dtype, form="expanded"))
-        for form in ("expanded", "absorbed"):
-            cache = model.new_cache(2, 24, dtype, form=form)
-            got = torch.cat([model(part, cache) for part in tokens.split((5, 6, 1, 1, 11), 1)], 1)
-            assert relative_error(got, want) < (FP32_MODEL if dtype == torch.float32 else BF16_UNIT / 4)
-
-
-def test_rows_of_the_cache_take_788_bytes_in_fp8_and_1408_in_bf16() -> None:
-    config, meta = configs.released("deepseek-v3", **configs.V32), torch.device("meta")
-    fp8, bf16 = (Cache(config, 1, 8, dtype, meta, mtp=True) for dtype in ("fp8", torch.bfloat16))
-    assert fp8.nbytes_per_token == 48_068 and bf16.nbytes_per_token == 61 * 1408
-    assert fp8.mtp_nbytes == 8 * 788
 
 
 def test_cached_keys_in_fp8_have_power_of_two_scales() -> None:

@@ -142,9 +142,9 @@ def test_mask_hides_keys_with_and_without_a_cache(attention: str, form: Any) -> 
     for got in (torch.cat([p.logits for p in parts], 1), model(tokens)):
         assert relative_error(got, want) < FP32_MODEL
     assert relative_error(torch.cat([p.mtp_logits[0] for p in parts], 1)[:, 1:-1], ahead[0][:, :-1]) < FP32_MODEL
-    # rows of different lengths: padding sees no key within the window, and must not spread NaN
-    cache = model.new_cache(2, form=form)
-    padded = model(tokens[:, :9], cache, torch.tensor([4, 9]))
+    # rows of different lengths: padding, here after the end of the cache, sees no key and must not spread NaN
+    cache = model.new_cache(2, 16, form=form)
+    padded = model(tokens[:, :10], cache, torch.tensor([4, 10]))
     again = model(tokens[:, 9:21], cache, torch.tensor([12, 1]))
     assert padded.isfinite().all() and again.isfinite().all()
     row = torch.cat((tokens[:1, :4], tokens[:1, 9:21]), 1)

@@ -127,10 +127,13 @@ def test_autocast_changes_nothing_but_the_products(model: Transformer, tokens: T
 
 @pytest.mark.parametrize(("cast", "unit"), [("half", 2.0**-11), ("bfloat16", BF16_UNIT)])
 def test_short_models_keep_norms_and_gates_in_fp32(model: Transformer, tokens: Tensor, cast: str, unit: float) -> None:
-    want = model(tokens)
+    want, before = model(tokens), model.state_dict()
     short = getattr(copy.deepcopy(model), cast)()
-    kept = {name for name, p in short.named_parameters() if p.dtype == torch.float32}
-    assert kept == {name for name, _ in short.named_parameters() if "norm" in name or "gate.weight" in name}
+    kept = {name: t for name, t in short.state_dict().items() if t.dtype == torch.float32}
+    assert kept.keys() == {name for name in before if "norm" in name or "gate." in name}
+    assert all(torch.equal(t, before[name]) for name, t in kept.items())
+    losses = short.losses(tokens[:, :-1], tokens[:, 1:])
+    assert losses.total.dtype == torch.float32 and losses.total.isfinite()
     assert relative_error(short(tokens), want) < rounding(unit, chained=30)
     cache = short.new_cache(2)
     parts = torch.cat([short(part, cache) for part in tokens.split((7, 1, 5), 1)], 1)

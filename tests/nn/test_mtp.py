@@ -36,19 +36,6 @@ def test_position_i_of_depth_k_sees_tokens_up_to_i_plus_k(small_model: Model, t:
             assert relative_error(a[0, i], b[0, i]) > MOVED, f"depth {k} at position {i} is blind to token {t}"
 
 
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("i", [0, 5, 10])
-def test_depth_k_joins_token_i_plus_k_and_never_its_target(small_model: Model, k: int, i: int) -> None:
-    model = small_model().double()
-    tokens = distinct_tokens()
-    logits = model.run(tokens, mtp=True).mtp_logits[k - 1]
-    (grad,) = torch.autograd.grad(logits[0, i].square().sum(), model.embed.weight)
-    seen = grad[tokens[0]].norm(dim=-1) > 0
-    assert seen.tolist() == [position <= i + k for position in range(S)]
-    if i + k + 1 < S:
-        assert not grad[tokens[0, i + k + 1]].any()
-
-
 @pytest.mark.parametrize("ignored", [0, 4])
 def test_mtp_loss_divides_by_the_count_of_the_main_loss(small_model: Model, ignored: int) -> None:
     """Report, equation 24: depth k is scored on token i + k + 1 at s - k positions, and divided by all s."""

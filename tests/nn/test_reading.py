@@ -49,8 +49,8 @@ def generate(model: Transformer) -> None:
     [
         (losses, "reference", 10, 42),
         (losses, None, 18, 65),
-        (generate, "reference", 15, 103),
-        (generate, None, 22, 130),
+        (generate, "reference", 15, 99),
+        (generate, None, 22, 123),
     ],
 )
 def test_few_files_and_functions_run(

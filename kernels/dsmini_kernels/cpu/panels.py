@@ -15,7 +15,7 @@ LEAST = 1 << 20
 """Number of multiplications below which torch's calls cost no more."""
 
 
-def experts(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Any, w2: Any, w3: Any) -> Tensor:
+def experts(x: Tensor, indices: Tensor, weights: Tensor, w1: Any, w2: Any, w3: Any) -> Tensor:
     """Return the weighted sum of each token's chosen experts. Sums are FP32, of numbers in BF16 where x is.
 
     A CPU without products of BF16 numbers takes them as FP32. Hidden numbers are rounded to BF16 once, or not at all.
@@ -44,7 +44,7 @@ quantized_experts = experts
 
 
 def trained_experts(
-    x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
+    x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `experts`, and the results of w1 and w3 for each token-expert pair, sorted by expert."""
     call, (x, indices, weights) = _trained_call(x, indices, weights, (w1, w2, w3))
@@ -58,7 +58,6 @@ def trained_experts_gradients(
     x: Tensor,
     indices: Tensor,
     weights: Tensor,
-    counts: Tensor,
     gate: Tensor,
     up: Tensor,
     w1: Tensor,

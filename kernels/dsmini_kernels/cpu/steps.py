@@ -33,6 +33,8 @@ SCORES = {"sigmoid": 0, "softmax": 1}
 NONE = (0,) * 8
 """A Matrix that is not there."""
 NO_INDEXER = (0,) * 36
+INDEXER = ("k_norm", "k_norm.bias", "wq_b", "wk", "weights_proj")
+"""Weights of an indexer: vectors, then matrices."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ def blocks_step(
         call, held = _feed_forward_call(held[0].flatten(0, 1), feed_forward)
         kept.append(held)
         packed += _packed("feed_forward", call)
-        routing += held[1:5] if feed_forward.gate is not None else ()
+        routing += held[1:5] if "gate" in feed_forward.weights else ()
         x = held[0].view(x.shape)
     enter("blocks", b"".join(packed))
     return (x, *routing)
@@ -134,7 +136,7 @@ def _attention_call(
     x = detached(x).contiguous()
     cos, sin = (t if t.is_contiguous() and t.dtype == torch.float32 else t.float().contiguous() for t in table)
     starts = starts.to(torch.int64).contiguous()
-    index = () if _is_grouped(part) else _index_call(part.indexer, past.store.index, part.dtype)
+    index = () if _is_grouped(part) else _index_call(part, past.store.index)
     y = torch.empty_like(x)
     return (
         *(n_threads(), *x.shape, *sizes, *span(x), *span(y), *norms, cos.data_ptr(), sin.data_ptr()),
@@ -144,17 +146,19 @@ def _attention_call(
     ), (y, x, cos, sin, starts)
 
 
-def _index_call(part: Any, store: Any, dtype: torch.dtype) -> tuple[int, ...]:
+def _index_call(part: Any, store: Any) -> tuple[int, ...]:
     """Describe an indexer and the cache of its keys to the C++."""
-    if part is None:
+    if "indexer.wk" not in part.weights:
         return NO_INDEXER
-    data, width = store.data, len(part.k_norm)
+    data, indexer = store.data, part.layer.indexer
+    norm_weight, *others = (part.weights[f"indexer.{name}"] for name in INDEXER)
     if data.dtype not in (torch.float32, torch.bfloat16) or not data.is_contiguous() or not data.is_cpu:
         raise Unserved(f"keys of an indexer in {data.dtype} on {data.device}")
-    (norm, bias, *sizes), (at, size) = vectors(part.k_norm, part.k_bias), span(data)
-    matrices = _matrices((part.wq_b, part.wk, part.weights_proj), dtype)
+    (norm, bias, *sizes), (at, size) = vectors(norm_weight, others[0]), span(data)
+    matrices = _matrices(others[1:], part.dtype)
     cache = (at, size, CACHE_TYPES[data.dtype], data.shape[2] * data.element_size())
-    return (part.n_heads, width, part.topk, int(part.halves), norm, bias, *sizes, *cache, *matrices)
+    halves = int(not indexer.interleaved)
+    return (indexer.n_heads, len(norm_weight), indexer.topk, halves, norm, bias, *sizes, *cache, *matrices)
 
 
 def feed_forward_step(x: Tensor, part: Any) -> tuple[Tensor, ...]:
@@ -189,7 +193,7 @@ def _feed_forward_call(x: Tensor, part: Any) -> tuple[tuple[Any, ...], tuple[Ten
 
 
 def _is_grouped(part: Any) -> bool:
-    return hasattr(part, "wk")
+    return "wk" in part.weights
 
 
 Prepared = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[float, ...]]
@@ -198,43 +202,45 @@ Prepared = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[float,
 
 def _prepared_attention(part: Any) -> Prepared:
     """Describe a part to the C++, once."""
+    layer, w, eps = part.layer, part.weights, part.norm.eps
     if _is_grouped(part):
-        return _prepared_grouped(part)
-    q_rank = 0 if part.wq_a is None else part.wq_a.shape[0]
-    sizes = (part.n_heads, part.nope, part.rope, part.latent, part.value, q_rank)
-    weights = (part.wq_a, part.wq_b, part.wkv_a, part.wkv_b, part.wo)
-    if part.indexer is not None and len({matrix(w, part.dtype)[2] for w in (part.wq_b, part.indexer.wq_b)}) > 1:
-        raise Unserved("queries of MLA and of its indexer from weights of different types")
-    numbers = (part.scale, part.eps, part.q_eps, part.kv_eps, 0.0 if part.indexer is None else part.indexer.k_eps)
-    part.prepared["cpu"] = sizes, vectors(part.norm, part.q_norm, part.kv_norm), _matrices(weights, part.dtype), numbers
-    return part.prepared["cpu"]
-
-
-def _prepared_grouped(part: Any) -> Prepared:
-    """Describe a part to the C++, once."""
-    heads, groups = part.n_heads, part.n_kv_heads
-    sizes = (groups, heads // groups, part.wk.shape[0] // groups, part.wv.shape[0] // groups)
-    weights = (part.wq, part.wk, part.wv, part.wo)
-    part.prepared["cpu"] = sizes, vectors(part.norm), _matrices(weights, part.dtype), (part.scale, part.eps)
+        heads, groups = layer.n_heads, layer.n_kv_heads
+        sizes = (groups, heads // groups, w["wk"].shape[0] // groups, w["wv"].shape[0] // groups)
+        names, norms, numbers = ("wq", "wk", "wv", "wo"), ("norm",), (layer.scale, eps)
+    else:
+        indexer, norms = getattr(layer, "indexer", None), ("norm", "q_norm", "kv_norm")
+        query = "wq_b" if "wq_b" in w else "wq"
+        if indexer is not None and len({matrix(w[name], part.dtype)[2] for name in (query, "indexer.wq_b")}) > 1:
+            raise Unserved("queries of MLA and of its indexer from weights of different types")
+        q_rank = w["wq_a"].shape[0] if "wq_a" in w else 0
+        sizes = (layer.n_heads, layer.qk_nope_head_dim, layer.rope.dim, layer.kv_lora_rank, layer.v_head_dim, q_rank)
+        names = ("wq_a", query, "wkv_a", "wkv_b", "wo")
+        q_eps = 0.0 if layer.q_norm is None else layer.q_norm.eps
+        numbers = (layer.scale, eps, q_eps, layer.kv_norm.eps, 0.0 if indexer is None else indexer.k_norm.eps)
+    matrices = _matrices([w.get(name) for name in names], part.dtype)
+    part.prepared["cpu"] = sizes, vectors(*(w.get(name) for name in norms)), matrices, numbers
     return part.prepared["cpu"]
 
 
 def _prepared_feed_forward(part: Any) -> Prepared:
     """Describe a part to the C++, once."""
-    options, gated = part.options, part.gate is not None
-    if gated and options["score_func"] not in SCORES:
-        raise Unserved("a score function of its own")
-    sizes = (0 if part.w1 is None else part.w1.shape[0], 0, 0, 0, 1, 1, 0, 0)
+    w, gated, options = part.weights, "gate" in part.weights, {}
+    w1, w2, w3 = (w.get(f"shared_experts.{name}" if gated else name) for name in ("w1", "w2", "w3"))
+    e1, e2, e3 = (w.get(f"experts.{name}") for name in ("w1", "w2", "w3"))
+    sizes = (0 if w1 is None else w1.shape[0], 0, 0, 0, 1, 1, 0, 0)
     if gated:
+        options = part.layer.gate.options
+        if options["score_func"] not in SCORES:
+            raise Unserved("a score function of its own")
         groups = (options["n_expert_groups"], options["n_limited_groups"])
         how = (*groups, SCORES[options["score_func"]], int(options["norm_topk_prob"]))
-        sizes = (sizes[0], part.gate.shape[0], part.e1.shape[1], options["n_activated_experts"], *how)
-    weights = (part.w1, part.w2, part.w3, part.e1, part.e2, part.e3)
-    for first, third in ((part.w1, part.w3), (part.e1, part.e3)):
+        sizes = (sizes[0], *e1.shape[:2], options["n_activated_experts"], *how)
+    for first, third in ((w1, w3), (e1, e3)):
         if type(first) is not type(third) or (first is not None and first.dtype != third.dtype):
             raise Unserved("w1 and w3 of different types")
-    numbers = (part.eps, options.get("route_scale", 1.0))
-    part.prepared["cpu"] = sizes, vectors(part.norm, part.gate, part.bias), _matrices(weights, part.dtype), numbers
+    numbers = (part.norm.eps, options.get("route_scale", 1.0))
+    inputs = vectors(w["norm"], w.get("gate"), w.get("gate.bias"))
+    part.prepared["cpu"] = sizes, inputs, _matrices((w1, w2, w3, e1, e2, e3), part.dtype), numbers
     return part.prepared["cpu"]
 
 
