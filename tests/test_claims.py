@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CASES = {
-    "tests/oracle -rP": 93,
+    "tests/oracle -rP": 92,
     'tests/accounting -k "printed or mha_twin"': 9,
     "tests/training -k resume": 127,
     "tests/oracle/test_sparse_attention.py tests/nn/test_indexer_loss.py": 52,

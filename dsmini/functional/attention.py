@@ -27,22 +27,17 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = 
     """Compute causal_attention of short sequences on a CPU with explicit logits, else by torch's flash attention."""
     if not q.numel():
         return ops.find("causal_attention").reference(q, k, v, scale, documents)
-    short = q.device.type == "cpu" and q.shape[2] <= _explicit_up_to(q.dtype)
+    limit = EXPLICIT_UP_TO_BF16 if q.dtype == torch.bfloat16 else EXPLICIT_UP_TO
+    if torch.compiler.is_compiling():
+        limit = max(limit, EXPLICIT_UP_TO_COMPILED)
+    short = q.is_cpu and q.shape[2] <= limit and not _is_slow_bf16(q)  # flash attention multiplies in FP32
     return (explicit_attention if short else flash_attention)(q, k, v, scale, documents)
 
 
-def _explicit_up_to(dtype: torch.dtype) -> int:
-    if dtype == torch.bfloat16 and not torch.compiler.is_compiling() and not machine.multiplies_bf16():
-        return 0  # flash attention multiplies in FP32
-    short = EXPLICIT_UP_TO_BF16 if dtype == torch.bfloat16 else EXPLICIT_UP_TO
-    return max(short, EXPLICIT_UP_TO_COMPILED) if torch.compiler.is_compiling() else short
-
-
-def _takes_fp32(x: Tensor, rows: int) -> bool:
-    """Return True where a CPU without BF16 units multiplies many rows faster in FP32: 2 to 14 times (docs/log.md)."""
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or rows <= FEW_ROWS or torch.compiler.is_compiling():
-        return False
-    return not machine.multiplies_bf16()
+def _is_slow_bf16(x: Tensor) -> bool:
+    """Return True on a CPU without BF16 units, 2 to 14 times as fast with many rows in FP32 (docs/log.md)."""
+    short = x.is_cpu and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    return short and not machine.multiplies_bf16()
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
@@ -84,7 +79,7 @@ def cached_attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: 
     if not q.numel() or not k.numel():
         return ops.find("cached_attention").reference(q, k, v, scale, mask)
     (b, h, s, _), (g, t) = q.shape, k.shape[1:3]
-    if _takes_fp32(q, s * h // g):
+    if s * h // g > FEW_ROWS and _is_slow_bf16(q):
         return cached_attention_eager(q.float(), k.float(), v.float(), scale, mask).to(v.dtype)
     blocks = []
     for start in range(0, s, BLOCK):
@@ -107,7 +102,7 @@ def absorbed_attention_eager(
     q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, mask: Tensor | None
 ) -> Tensor:
     b, s, h, _ = q_nope.shape
-    if _takes_fp32(q_nope, s * h):
+    if s * h > FEW_ROWS and _is_slow_bf16(q_nope):
         queries, keys = (q_nope.float(), q_rope.float()), rows.float()
         return absorbed_attention_eager(*queries, keys, w_uk.float(), w_uv.float(), scale, mask).to(rows.dtype)
     q_latent = rearrange(rearrange(q_nope, "b s h n -> h (b s) n") @ w_uk, "h (b s) c -> b h s c", b=b)
