@@ -26,8 +26,8 @@ YARN: dict[str, Any] = {
     "original_seq_len": 16,
     "rope_theta": 100.0,
     "rope_factor": 8.0,
-    "beta_fast": 2.0,
-    "beta_slow": 0.5,
+    "beta_fast": 0.5,
+    "beta_slow": 0.1,
     "mscale": 0.707,
     "mscale_all_dim": 1.3,
 }
