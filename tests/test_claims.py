@@ -13,7 +13,7 @@ CASES = {
     'tests/accounting -k "printed or mha_twin"': 9,
     "tests/training -k resume": 127,
     "tests/oracle/test_sparse_attention.py tests/nn/test_indexer_loss.py": 52,
-    "tests/planner/test_published.py": 40,
+    "tests/planner/test_published.py": 34,
     'tests/nn/test_transformer.py tests/nn/test_mtp.py -k "changed_token or sees_tokens"': 14,
     "tests/gradients": 28,
     "tests/oracle/test_pretrained.py tests/checkpoint/test_pretrained.py "

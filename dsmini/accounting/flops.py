@@ -33,7 +33,6 @@ from typing import Any, Literal
 
 from dsmini.accounting.tensors import (
     INDEXER,
-    MTP,
     OVER,
     SCORES,
     Stage,
@@ -119,9 +118,7 @@ def decode_flops_per_token(config: ModelConfig, *, context: int, form: Form = "a
                 yield "expanding the cache", 2 * context * use.per_token
             else:
                 yield use.module, 2 * use.per_token
-            pair = absorbed_pair(config) if use.module == OVER and absorbed else use.per_pair
-            met = min(context, use.most_keys) if use.most_keys and absorbed else context
-            yield use.module, 2 * met * use.times * pair
+            yield use.module, 2 * use.times * context_products(config, use, context, absorbed)
 
     return _flops(amounts())
 
@@ -176,16 +173,15 @@ def _work(c: ModelConfig, use: TensorUse, s: Any, n: Any, causal: bool, stage: S
         stage: of a training step; None: a forward.
         again: a forward more in backward.
     """
-    part = use.module.removeprefix(MTP)
     keys, all_ = (twice_the_keys(most, s, causal, stage) for most in (use.most_keys, None))
     passes = 3  # forward, and the gradients of both factors
-    if stage is None or part == SCORES or (stage == "warmup" and part != INDEXER):
+    if stage is None or use.kind == SCORES or (stage == "warmup" and use.kind != INDEXER):
         passes = 1
-    elif part == INDEXER:  # whose inputs have no gradient
+    elif use.kind == INDEXER:  # whose inputs have no gradient
         passes = 2
     pairs = whole(n * keys * use.per_pair)
     yield use.module, (passes + again) * (2 * n * use.per_token + use.times * pairs)
-    if stage and part == SCORES:  # scores with their backward, and the target's logits of all keys
+    if stage and use.kind == SCORES:  # scores with their backward, and the target's logits of all keys
         compared = twice_the_keys(c.index_topk, s, causal, stage)
         loss = 3 * compared * use.per_pair + all_ * (c.n_heads * key_width(c))
         yield use.module.replace(SCORES, LOSS), (1 + again) * use.times * whole(n * loss)
@@ -200,14 +196,19 @@ def _is_repeated(c: ModelConfig, use: TensorUse, stage: Stage) -> bool:
     """
     if stage == "warmup" and c.attention == "dsa":
         read = (INDEXER, SCORES, "attention", "projection")
-        return use.module.removeprefix(MTP) in read and use.name not in ("wo", "head")
-    last = use.name == "w2" and c.precision == "native" and use.module in ("dense feed-forward", "shared experts")
+        return use.kind in read and use.name not in ("wo", "head")
+    last = (
+        use.name == "w2"
+        and c.precision == "native"
+        and not use.mtp
+        and use.kind in ("dense feed-forward", "shared experts")
+    )
     return use.name != "head" and not last
 
 
 def by_depth(use: TensorUse, seq_len: int) -> Iterator[tuple[TensorUse, int]]:
     """Yield a tensor with the positions of a sequence that meet it: in depth k of multi-token prediction k fewer."""
-    if not use.module.startswith(MTP):
+    if not use.mtp:
         yield use, seq_len
         return
     for depth in range(use.first, use.first + use.times):
@@ -248,9 +249,15 @@ def is_absorbed(c: ModelConfig, form: Form) -> bool:
     return able and form != "expanded"
 
 
-def absorbed_pair(c: ModelConfig) -> Any:
-    """Return the multiply-adds of a query with a cached row in the absorbed form, all heads."""
-    return c.n_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+def context_products(c: ModelConfig, use: TensorUse, context: Any, absorbed: bool) -> Any:
+    """Return the multiply-adds of a new token with the cache in one block, all heads; 0 for a parameter.
+
+    The absorbed form reads the rows that a query chose. The expanded one makes all, and hides those that it did not.
+    """
+    met = smallest(context, use.most_keys) if use.most_keys and absorbed else context
+    if use.kind == OVER and absorbed and c.is_mla:
+        return met * (c.n_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim))
+    return met * use.per_pair
 
 
 def _flops(amounts: Amounts) -> Flops:

@@ -73,7 +73,6 @@ from dsmini.accounting.tensors import (
     check_sizes,
     key_width,
     largest,
-    number_bytes,
     tensors,
     total,
 )
@@ -87,8 +86,6 @@ CacheDtype = Literal["float32", "bfloat16", "fp8"]
 """fp8: V3.2's layout of MLA's rows."""
 Part = Literal["embedding", "dense", "moe", "head", "state", "mtp"]
 STATE, TABLES = "residual stream and norms", "rotary tables"
-UNMARKED = ("gates", "inputs of blocks")
-"""Parts of recomputed blocks that multi-token prediction adds to those of the main model."""
 
 
 def weight_bytes(config: ModelConfig, dtype: WeightDtype = "bfloat16", mtp: bool = True) -> Bytes:
@@ -105,13 +102,8 @@ def weight_bytes(config: ModelConfig, dtype: WeightDtype = "bfloat16", mtp: bool
     """
     check_dtype(dtype, ("float32", "bfloat16", "fp8"))
 
-    def amounts(use: TensorUse) -> Iterator[tuple[str, int]]:
-        yield use.module, use.parameters * number_bytes(use, dtype)
-        yield "routing biases", 4 * use.times * use.buffers
-        if dtype == "fp8" and use.form == "fp8":
-            yield "scales", 4 * use.times * use.stack * use.scales
-
-    return Bytes.of(a for use in tensors(config) if mtp or not use.module.startswith("mtp ") for a in amounts(use))
+    uses = (use for use in tensors(config) if mtp or not use.mtp)
+    return Bytes.of((name, use.count * amount) for use in uses for name, amount in use.held(dtype))
 
 
 def gradient_bytes(config: ModelConfig, dsa_stage: Stage = "sparse") -> Bytes:
@@ -142,7 +134,7 @@ def optimizer_bytes(
         raise ValueError(f"optimizer={optimizer!r} is unknown; use adamw or muon")
 
     def amount(use: TensorUse) -> int:
-        inside = (use.form == "fp8" and not use.module.endswith(INDEXER)) or use.name == "eh_proj"
+        inside = (use.form == "fp8" and use.kind != INDEXER) or use.name == "eh_proj"
         if optimizer == "muon" and inside:
             return 4 * use.parameters
         return 2 * SIZES[moments] * use.parameters + 4 * use.times * use.owned * bool(use.shape)
@@ -192,12 +184,10 @@ def saved_copy(use: TensorUse, config: ModelConfig, dtype: Dtype) -> int:
     Matrices are saved in the dtype they were multiplied in; experts' w1 and w3 also in FP32, where they are joined.
     """
     if use.form == "fp8" and config.precision == "fp8":
-        return use.parameters + 4 * use.times * use.stack * use.scales
-    if use.module.endswith(INDEXER) or (
-        use.form != "fp8" and use.name != "eh_proj"
-    ):  # an indexer's inputs are detached
+        return use.count * use.bytes("fp8")
+    if use.kind == INDEXER or (use.form != "fp8" and use.name != "eh_proj"):  # an indexer's inputs are detached
         return 0
-    joined = use.module.endswith("routed experts") and use.name != "w2"
+    joined = use.kind == "routed experts" and use.name != "w2"
     return use.parameters * SIZES[dtype] if joined or dtype != "float32" else 0
 
 
@@ -223,7 +213,7 @@ def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2, dtype: Ca
 
 def mha_kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
     """Return kv_bytes_per_token of the mha_twin, also where qk_nope_head_dim is odd and no such model can be built."""
-    return config.n_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.n_layers * bytes_per_number
+    return config.n_layers * (config.n_heads * (config.qk_nope_head_dim + config.v_head_dim) * bytes_per_number)
 
 
 def mha_twin(config: ModelConfig) -> ModelConfig:
@@ -321,8 +311,7 @@ def activation_bytes(
 def _amounts(saved: "Saved", seq_len: int) -> Amounts:
     """Yield the bytes of one sequence by name."""
     for prefix, part, tokens in _passes(saved.c, seq_len):
-        for name, amount in saved.part(part):
-            yield (name if name in UNMARKED else prefix + name), tokens * amount
+        yield from ((prefix + name, tokens * amount) for name, amount in saved.part(part))
     if saved.recompute == "full":
         yield "one block, made again", seq_len * saved.largest_block()
 
@@ -361,39 +350,27 @@ class Saved:
 
     def part(self, part: Part) -> Amounts:
         """Yield what a token saves in a part: of a model's ends, a block, or multi-token prediction's ends."""
-        c = self.c
+        c, row, none = self.c, self.row(self.c.dim), self.recompute == "none"
         if part == "embedding":
             yield "tokens", 8
-            if c.embed_norm:
-                yield STATE, self.normed(c.dim)
-        elif part == "head":
+        if part in ("embedding", "mtp") and c.embed_norm:
             yield STATE, self.normed(c.dim)
-            yield "losses", self.row(c.dim)
+        if part == "mtp":
+            if none:  # enorm, and the inverse of hnorm
+                yield STATE, self.normed(c.dim) + 4
+            yield "projection", {"none": 2, "selective": 3, "full": 0}[self.recompute] * row
+        if part in ("head", "mtp"):
+            yield STATE, self.normed(c.dim)
+            yield "losses", row
         elif part == "state":
-            yield STATE, self.row(c.dim)
-        elif part == "mtp":
-            yield from self.mtp()
-        elif self.recompute == "full":
-            yield "inputs of blocks", self.row(c.dim)
-            if part == "moe":
-                yield "gates", self.scores()
-        else:
+            yield STATE, row
+        elif part in ("dense", "moe") and self.recompute == "full":
+            yield "inputs of blocks", row
+            yield "gates", self.scores() if part == "moe" else 0
+        elif part in ("dense", "moe"):
             yield STATE, 2 * self.normed(c.dim)
             yield from self.attention()
             yield from self.moe() if part == "moe" else self.dense()
-
-    def mtp(self) -> Amounts:
-        """Yield a depth's own norms, projection and loss."""
-        c = self.c
-        if self.recompute == "none":
-            yield STATE, self.normed(c.dim) + 4  # enorm, and the inverse of hnorm
-            yield "projection", 2 * self.row(c.dim)
-        elif self.recompute == "selective":
-            yield "projection", 3 * self.row(c.dim)
-        if c.embed_norm:
-            yield STATE, self.normed(c.dim)
-        yield STATE, self.normed(c.dim)
-        yield "losses", self.row(c.dim)
 
     def attention(self) -> Amounts:
         """Yield the inputs of the products, then what lies between them (report, section 2.1.1)."""

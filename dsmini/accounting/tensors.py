@@ -54,10 +54,10 @@ WeightDtype = Literal["float32", "bfloat16", "fp8"]
 """fp8: the matrices of attention and feed-forwards as E4M3 codes with an FP32 scale for each block of 128x128."""
 Stage = Literal["warmup", "sparse"]
 """Stage in which indexers learn: as train.dsa_stage. In the warm-up nothing else does."""
-Place = Literal["ends", "block", "dense", "moe"]
-"""Blocks that have a tensor: none, all, those with a dense feed-forward, those with experts."""
-SIZES = {"float32": 4, "bfloat16": 2}
-"""Bytes of a number."""
+Place = Literal["ends", "mtp", "block", "dense", "moe"]
+"""Blocks that have a tensor: none, as the ends of the model and of a depth; all; those that are dense; with experts."""
+SIZES = {"float32": 4, "bfloat16": 2, "fp8": 2}
+"""Bytes of a number of a model in a dtype; in FP8 of what is BF16 there."""
 BLOCK = 128
 """Rows and columns of a block of FP8 weights, and numbers of a tile of FP8 activations (report, section 3.3.2)."""
 
@@ -96,7 +96,7 @@ def total(parts: Iterable[Any]) -> Any:
 class TensorUse(NamedTuple):
     """A parameter and its use by a token; or products that have no parameter, as attention's over the context."""
 
-    module: str
+    kind: str
     """Kind of module, such as "routed experts"."""
     name: str
     """Name of the parameter in the model, without the path to it."""
@@ -114,6 +114,8 @@ class TensorUse(NamedTuple):
     place: Place = "ends"
     times: Any = 1
     """Number of blocks that have it."""
+    mtp: bool = False
+    """It is of the blocks of multi-token prediction."""
     first: int = 0
     """Depth of multi-token prediction that has it first."""
     owned: bool = True
@@ -126,14 +128,24 @@ class TensorUse(NamedTuple):
     """Routing biases, which are state but no parameters."""
 
     @property
+    def module(self) -> str:
+        """Kind of module, with the prefix of multi-token prediction."""
+        return MTP + self.kind if self.mtp else self.kind
+
+    @property
     def numbers(self) -> Any:
         """Numbers of one matrix or norm."""
         return math.prod(self.shape) if self.shape else 0
 
     @property
+    def count(self) -> Any:
+        """Number of such matrices or norms in all blocks."""
+        return self.times * self.stack if self.owned else 0
+
+    @property
     def parameters(self) -> Any:
         """Parameters in all blocks."""
-        return self.times * self.stack * self.numbers if self.owned else 0
+        return self.count * self.numbers
 
     @property
     def per_token(self) -> Any:
@@ -142,7 +154,7 @@ class TensorUse(NamedTuple):
 
     def learns(self, stage: Stage) -> bool:
         """Return whether training changes it in a stage."""
-        return stage == "sparse" or self.module.removeprefix(MTP) == INDEXER or self.name.startswith("k_norm.")
+        return stage == "sparse" or self.kind == INDEXER or self.name.startswith("k_norm.")
 
     @property
     def widths(self) -> tuple[Any, Any]:
@@ -156,18 +168,16 @@ class TensorUse(NamedTuple):
         """Number of 128x128 blocks of one matrix, ragged ones at the edges included: 576 rows have five."""
         return ceiling(self.shape[0], BLOCK) * ceiling(self.shape[1], BLOCK)
 
+    def held(self, dtype: str) -> Iterator[tuple[str, Any]]:
+        """Yield the bytes of one matrix or norm that is held in a dtype, then of its scales and routing biases."""
+        fp8 = dtype == "fp8" and self.form == "fp8"
+        yield self.module, self.numbers * (4 if self.form == "fp32" else 1 if fp8 else SIZES[dtype])
+        yield "scales", 4 * self.scales if fp8 else 0
+        yield "routing biases", 4 * self.buffers
+
     def bytes(self, dtype: str) -> Any:
         """Return the bytes of one matrix or norm that is held in a dtype, with its scales and routing biases."""
-        if dtype == "fp8" and self.form == "fp8":
-            return self.numbers + 4 * self.scales
-        return self.numbers * number_bytes(self, dtype) + 4 * self.buffers
-
-
-def number_bytes(use: TensorUse, dtype: str) -> int:
-    """Return the bytes of one number of a tensor that is held in dtype, scales apart."""
-    if use.form == "fp32":
-        return 4
-    return {"float32": 4, "bfloat16": 2, "fp8": 1 if use.form == "fp8" else 2}[dtype]
+        return total(amount for _, amount in self.held(dtype))
 
 
 def blocks(c: ModelConfig) -> tuple[Any, Any, Any, Any]:
@@ -203,28 +213,21 @@ def mtp_tensors(c: ModelConfig) -> Iterator[TensorUse]:
     uses.append(TensorUse("projection", "eh_proj", (c.dim, 2 * c.dim), visits=1))
     uses.append(TensorUse("head", "head", (c.vocab_size, c.dim), visits=1, owned=False))
     for use in uses:
-        yield use._replace(module=MTP + use.module, times=c.n_mtp_layers)
+        yield use._replace(mtp=True, place="mtp", times=c.n_mtp_layers)
     for use in _placed(c, {"block": c.n_mtp_layers, "dense": dense, "moe": moe}):
-        yield use._replace(module=MTP + use.module, first=int(dense) if use.place == "moe" else 0)
+        yield use._replace(mtp=True, first=int(dense) if use.place == "moe" else 0)
 
 
 def _placed(c: ModelConfig, times: dict[Place, Any]) -> Iterator[TensorUse]:
     """Yield the tensors of all blocks, with the number of blocks that have them."""
-    of: dict[Place, Callable[[ModelConfig], Iterator[TensorUse]]] = {"block": _block, "dense": _dense, "moe": _moe}
+    of: dict[Place, Callable[[ModelConfig], Iterable[TensorUse]]] = {
+        "block": lambda c: [_norm("attn_norm", c.dim), *_attention(c), _norm("ffn_norm", c.dim)],
+        "dense": lambda c: _swiglu("dense feed-forward", c.dim, c.inter_dim),
+        "moe": _moe,
+    }
     for place, number in times.items():
         for use in of[place](c) if number else ():
             yield use._replace(place=place, times=number)
-
-
-def _block(c: ModelConfig) -> Iterator[TensorUse]:
-    """Yield what every block has: two norms and attention."""
-    yield _norm("attn_norm", c.dim)
-    yield from _attention(c)
-    yield _norm("ffn_norm", c.dim)
-
-
-def _dense(c: ModelConfig) -> Iterator[TensorUse]:
-    yield from _swiglu("dense feed-forward", c.dim, c.inter_dim)
 
 
 def _moe(c: ModelConfig) -> Iterator[TensorUse]:
@@ -286,11 +289,6 @@ def _swiglu(module: str, m: Any, f: Any) -> Iterator[TensorUse]:
 
 def _norm(name: str, width: Any) -> TensorUse:
     return TensorUse("norms", name, (width,), form="fp32")
-
-
-def sums(uses: Iterable[TensorUse], value: Callable[[TensorUse], Any]) -> dict[str, Any]:
-    """Return the sum of `value` for each module that has any, in order of first appearance."""
-    return collect((use.module, value(use)) for use in uses)
 
 
 def collect(amounts: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -379,13 +377,13 @@ def parameters(config: ModelConfig) -> Parameters:
 
     Source: the shapes of the released checkpoints; DeepSeek-V3 report, section 4.2 (671B, 37B activated).
     """
-    by_module = sums(tensors(config), lambda use: use.parameters)
-    active = sums(tensors(config), lambda use: use.per_token)
+    uses = list(tensors(config))
+    by_module = collect((use.module, use.parameters) for use in uses)
     return Parameters(
         total=sum(by_module.values()),
-        mtp=sum(count for module, count in by_module.items() if module.startswith(MTP)),
-        active=sum(count for module, count in active.items() if not module.startswith(MTP)),
-        buffers=sum(use.times * use.buffers for use in tensors(config)),
+        mtp=sum(use.parameters for use in uses if use.mtp),
+        active=sum(use.per_token for use in uses if not use.mtp),
+        buffers=sum(use.times * use.buffers for use in uses),
         by_module=by_module,
-        active_by_module=active,
+        active_by_module=collect((use.module, use.per_token) for use in uses),
     )

@@ -26,7 +26,6 @@ from dsmini.accounting.flops import Form, by_depth, is_absorbed
 from dsmini.accounting.memory import CacheDtype, Optimizer, index_row_bytes, optimizer_bytes, row_bytes, row_width
 from dsmini.accounting.tensors import (
     BLOCK,
-    MTP,
     SCORES,
     SIZES,
     Bytes,
@@ -102,7 +101,7 @@ def decode_bytes_per_token(
                 yield use.module, products.weights(use)
             else:
                 yield from products.of(use, batch)
-            if use.module == SCORES:
+            if use.kind == SCORES:
                 yield ATTENDED, batch * use.times * use.per_pair * size
         met = min(context, c.index_topk or context) if absorbed else context
         yield WRITE, c.n_layers * batch * (row + index_row)
@@ -195,7 +194,7 @@ def training_bytes_per_token(
         yield "activations", moved * (2 * (1 + 4 / BLOCK) / size + 1 if fp8 and use.form == "fp8" else 3)
         if use.per_pair:
             numbers = _fused(config, use)
-            if use.module.removeprefix(MTP) != SCORES:
+            if use.kind != SCORES:
                 numbers = 3 * numbers + config.n_heads * config.v_head_dim
             yield ATTENDED, tokens * use.times * numbers * size
 
@@ -235,7 +234,7 @@ class _Products:
         """Return the bytes read of a weight, with scales and routing biases."""
         if use.name == "embed":
             return self.n * self.config.dim * self.size
-        read = self.experts if use.module.removeprefix(MTP) == "routed experts" else 1
+        read = self.experts if use.kind == "routed experts" else 1
         return use.times * read * use.bytes("fp8" if self.fp8 else self.compute)
 
     def activations(self, use: TensorUse) -> float:
@@ -264,7 +263,7 @@ def _fused(c: ModelConfig, use: TensorUse) -> int:
 
     The indexer reads queries and its one key; picks are left out, as the mask is.
     """
-    if use.module.removeprefix(MTP) == SCORES:
+    if use.kind == SCORES:
         return use.per_pair + (c.index_head_dim or 0)
     return (c.n_heads + c.kv_heads) * (key_width(c) + c.v_head_dim)
 

@@ -26,6 +26,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from dsmini.planner.words import WAYS
 from dsmini.reading import read_toml
+from dsmini.report.units import plural
 
 STAGES = ("decode", "prefill", "verify")
 PLACES = ("only", "first", "second", "middle", "last")
@@ -123,7 +124,9 @@ class Figure(NDArrayOperatorsMixin):
         return titles()[self.name]
 
     def __format__(self, way: str) -> str:
-        return WAYS[way](self) if way in WAYS else format(float(self.value), way)
+        if way in WAYS:
+            return WAYS[way](self)
+        return plural(int(self.value), way) if way.isalpha() else format(float(self.value), way)
 
     def __repr__(self) -> str:
         return f"{self.name or 'Figure'} = {self.value:.6g}"
@@ -159,6 +162,11 @@ class Sheet:
             self._found[name] = Figure(value, "input", (), name, source) if self._explained else value
         return self._found[name]
 
+    def name(self, name: str, value: Any) -> Any:
+        """Name a figure, and return it."""
+        setattr(self, name, value)
+        return getattr(self, name)
+
     def __setattr__(self, name: str, value: Any) -> None:
         name = self._pattern.format(name)
         if name not in titles():
@@ -175,14 +183,9 @@ class Sheet:
         except KeyError:
             raise AttributeError(f"{self._pattern.format(name)} was not computed") from None
 
-    def get(self, name: str) -> Any:
-        """Return a figure by name; None without one."""
-        return self._found.get(self._pattern.format(name))
-
-    def or_zero(self, name: str) -> Any:
-        """Return a figure by name, or 0 for what a model does not have."""
-        found = self.get(name)
-        return 0 if found is None else found
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a figure by name, or the default for what a model does not have."""
+        return self._found.get(self._pattern.format(name), default)
 
     def section(self, name: str) -> dict[str, Any]:
         """Return the figures of a section, without inputs."""

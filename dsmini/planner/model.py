@@ -15,17 +15,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dsmini.accounting.flops import LOSS, flops_per_token
-from dsmini.accounting.memory import index_row_bytes, row_bytes
+from dsmini.accounting.memory import index_row_bytes, mha_kv_bytes_per_token, row_bytes
 from dsmini.accounting.tensors import (
     INDEXER,
-    MTP,
     OVER,
     SCORES,
     SIZES,
     TensorUse,
     blocks,
-    main_tensors,
-    mtp_tensors,
+    tensors,
     total,
 )
 from dsmini.config import ModelConfig
@@ -42,10 +40,11 @@ PARAMETERS = {
     ("moe", "gates"): "gate_parameters",
     ("moe", "routed experts"): "expert_parameters",
     ("moe", "shared experts"): "shared_parameters",
-    ("ends", "mtp norms"): "mtp_norm_layer",
-    ("ends", "mtp projection"): "mtp_projection_layer",
+    ("mtp", "norms"): "mtp_norm_layer",
+    ("mtp", "projection"): "mtp_projection_layer",
+    ("mtp", "head"): "vocabulary_parameters",
 }
-"""Names of the parameters of a part: by the blocks that have it, and its module."""
+"""Names of the parameters of a part: by the blocks that have it, and its kind."""
 
 
 class ModelSizes:
@@ -64,28 +63,25 @@ class ModelSizes:
         return value
 
 
-def placed_tensors(s: Sheet, c: ModelConfig) -> tuple[list[TensorUse], list[TensorUse]]:
-    """Return the tensors of the model and of multi-token prediction, whose numbers of blocks are figures."""
+def placed_tensors(s: Sheet, c: ModelConfig) -> list[TensorUse]:
+    """Return all tensors, whose numbers of blocks are figures."""
     s.dense_layers, s.moe_layers, s.mtp_dense_layers, s.mtp_moe_layers = blocks(c)
-    times = {"ends": 1, "block": c.n_layers, "dense": s.dense_layers, "moe": s.moe_layers}
-    mtp_times = dict(zip(times, (c.n_mtp_layers, c.n_mtp_layers, s.mtp_dense_layers, s.mtp_moe_layers), strict=True))
-    main = [use._replace(times=times[use.place]) for use in main_tensors(c)]
-    return main, [use._replace(times=mtp_times[use.place]) for use in mtp_tensors(c)]
+    main = {"ends": 1, "block": c.n_layers, "dense": s.dense_layers, "moe": s.moe_layers}
+    mtp = {"mtp": c.n_mtp_layers, "block": c.n_mtp_layers, "dense": s.mtp_dense_layers, "moe": s.mtp_moe_layers}
+    return [use._replace(times=(mtp if use.mtp else main)[use.place]) for use in tensors(c)]
 
 
 def named_parts(s: Sheet, uses: Iterable[TensorUse]) -> Iterator[TensorUse]:
     """Yield one use for each part of a block or of the ends, whose numbers are a figure of its name."""
-    parts: dict[tuple[str, str], list[TensorUse]] = {}
+    parts: dict[tuple[str, str, bool], list[TensorUse]] = {}
     for use in uses:
-        own = use.place == "ends" and use.module != "mtp head"
-        parts.setdefault((use.place, use.module if own else use.module.removeprefix(MTP)), []).append(use)
-    for (place, module), found in parts.items():
-        if module in (OVER, SCORES):
+        parts.setdefault((use.place, use.kind, use.mtp), []).append(use)
+    for (place, kind, _), found in parts.items():
+        if kind in (OVER, SCORES):
             yield found[0]
         else:
-            name = PARAMETERS[place, module]
-            setattr(s, name, total(use.numbers for use in found))
-            yield found[0]._replace(shape=(getattr(s, name),))
+            numbers = s.name(PARAMETERS[place, kind], total(use.numbers for use in found))
+            yield found[0]._replace(shape=(numbers,))
 
 
 def model_figures(s: Sheet, c: ModelConfig) -> None:
@@ -93,8 +89,8 @@ def model_figures(s: Sheet, c: ModelConfig) -> None:
 
     DSA is counted in the sparse stage of its training.
     """
-    uses, mtp_uses = placed_tensors(s, c)
-    main, mtp = list(named_parts(s, uses)), list(named_parts(s, mtp_uses))
+    uses = list(named_parts(s, placed_tensors(s, c)))
+    main, mtp = ([use for use in uses if use.mtp == of] for of in (False, True))
     s.parameters_main = total(use.parameters for use in main)
     s.mtp_parameters = total(use.parameters for use in mtp)
     s.parameters_total = s.parameters_main + s.mtp_parameters
@@ -115,7 +111,7 @@ def cache_figures(s: Sheet, c: ModelConfig, dtype: Any) -> None:
         row = row + s.index_row
     s.cache_row = row
     s.kv_cache = c.n_layers * s.cache_row
-    s.mha_kv_cache = c.n_layers * (c.n_heads * (c.qk_nope_head_dim + c.v_head_dim) * SIZES.get(dtype, 2))
+    s.mha_kv_cache = mha_kv_bytes_per_token(c, SIZES[dtype])
     s.cache_saving = (s.mha_kv_cache - s.kv_cache) / s.mha_kv_cache
 
 
@@ -127,24 +123,24 @@ def weight_figures(s: Sheet, c: ModelConfig, dtype: str) -> None:
     one and an FP32 scale for each block of 128x128. `absorbed` are the two halves of wkv_b that decoding applies to
     queries and sums: as many numbers, in the compute dtype.
     """
-    size, uses = SIZES.get(dtype, 2), placed_tensors(s, c)[0]
+    size, uses = SIZES[dtype], [use for use in placed_tensors(s, c) if not use.mtp]
 
-    def of(*splits: str, module: str = "") -> list[TensorUse]:
-        ends = ("embedding", "head", "routed experts", "shared experts")
-        return [u for u in uses if (u.module == module if module else u.split in splits and u.module not in ends)]
+    def of(*splits: str, kind: str = "") -> list[TensorUse]:
+        apart = ("embedding", "head", "routed experts", "shared experts")
+        return [use for use in uses if (use.kind == kind if kind else use.split in splits and use.kind not in apart)]
 
     s.head_matrices_bytes = _held(of("heads"), dtype)
     s.latent_up_bytes = _held(of("up"), dtype)
     s.latent_up_products = total(use.per_token for use in of("up"))
     s.absorbed_bytes = s.latent_up_products * size
     s.whole_bytes = _held(of("whole", "width"), dtype)
-    s.shared_experts_bytes = _held(of(module="shared experts"), dtype)
-    s.expert_bytes = total(use.bytes(dtype) for use in of(module="routed experts"))
+    s.shared_experts_bytes = _held(of(kind="shared experts"), dtype)
+    s.expert_bytes = total(use.bytes(dtype) for use in of(kind="routed experts"))
     s.vocabulary_bytes = c.vocab_size * c.dim * size
     experts = s.moe_layers * c.n_routed_experts * s.expert_bytes + s.shared_experts_bytes
     attention = s.head_matrices_bytes + s.latent_up_bytes
     s.model_bytes = attention + experts + s.whole_bytes + 2 * s.vocabulary_bytes
-    inside = [use for use in uses if use.visits and use.module != "head" and use.split != "up"]
+    inside = [use for use in uses if use.visits and use.kind != "head" and use.split != "up"]
     s.matrix_products = total(use.per_token for use in inside if use.form == "fp8")
     s.other_products = total(use.per_token for use in inside if use.form != "fp8")
 

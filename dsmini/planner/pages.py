@@ -1,14 +1,13 @@
 """Answers of the command: what it prints, what --json prints, and the page that --out writes.
 
 A plan is ten lines, each about one question. With --all, and on the page, they are the findings of its sections, above
-the figures that words.toml names. A figure that a plan lacks, such as the cost on hardware without a price, is left out
-of lines, tables and sentences.
+the figures that words.toml names. All sentences are in words.toml, with the rule by which a plan leaves some out.
 """
 
 import errno
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,23 @@ from rich.console import Console
 
 from dsmini.atomic import try_writing, write_json, write_text
 from dsmini.console.messages import say
-from dsmini.planner.figure import Figure
+from dsmini.planner.figure import Figure, titles
 from dsmini.planner.hardware import OnPart, quiet
-from dsmini.planner.here import steps_here, with_forecast
-from dsmini.planner.plan import SECTIONS, Plan, Variation, plan, read_axis, vary
-from dsmini.planner.published import PublishedFigure, Status, published_figures
+from dsmini.planner.here import Steps, steps_here, with_forecast
+from dsmini.planner.plan import SECTIONS, Axis, Plan, Variant, labels, plan, read_axis, vary
+from dsmini.planner.published import PublishedFigure, published_figures
 from dsmini.planner.request import ONE_PROCESS, Setup, is_v3, presets
 from dsmini.planner.search import search
+from dsmini.planner.serving import STAGES
 from dsmini.planner.setup import changed
 from dsmini.planner.words import explain, find, in_unit, in_words, named, shown, step_of, text
 from dsmini.reading import read_toml
-from dsmini.report import Detail, Report, Section, Table
+from dsmini.report import Detail, Report, Section, Table, heat_map
 from dsmini.report.figures import plain
 from dsmini.report.units import human, plural
 
 Record = dict[str, Any]
 FILES = ("plan.html", "plan.json")
-LEAD = "Predicted from sizes and data sheets. Nothing was measured. Each number opens its formula."
-LEAD_HERE = "Predicted from sizes, and from rates that were measured on this machine. Each number opens its formula."
-NEXT = "--explain kv_cache (or list), --all for the tables, --out plan for a page, --search, --vary context=4096,32768"
 NARROW = 0.05
 """Share of the memory that is left which is worth a warning."""
 UNFIT = "! "
@@ -83,6 +80,88 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from None
 
 
+# --- words
+
+
+@functools.cache
+def words() -> dict[str, Any]:
+    """Return the sentences of words.toml."""
+    return read_toml(Path(__file__).parent / "words.toml")
+
+
+def section(name: str, values: Mapping[str, Any] | None = None, **parts: Any) -> Section:
+    """Return a section with its title, finding and note from words.toml, in which values stand for their names."""
+    said = {key: words()[name].get(key, "").format_map(values or {}) for key in ("title", "finding", "about")}
+    return Section(name=f"{name}_section", **said | parts)
+
+
+def heading(plan: Plan) -> str:
+    """Return what is planned."""
+    return words()["plan"].format(model=plan.setup.model.name, machine=plan.setup.hardware.title)
+
+
+def lines_of(plan: Plan) -> dict[str, list[tuple[str, str]]]:
+    """Return the lines of each section that has any, each with its label."""
+    values = _values(plan)
+
+    def said(part: str) -> str:
+        try:
+            return part.format_map(values)
+        except KeyError:  # the plan lacks what the part names
+            return ""
+
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name in SECTIONS:
+        lines = [(label, [said(part) for part in parts]) for label, *parts in words()[name]["lines"]]
+        if kept := [(label, "".join(parts)) for label, parts in lines if parts[0]]:
+            found[name] = kept
+    return found
+
+
+def _values(plan: Plan) -> dict[str, Any]:
+    """Return what sentences name: words, and the figures, of a training that does not fit only its memory."""
+    s, made, r = plan.sheet, plan.setup, plan.setup.request
+    unfit, one = () if plan.fits else words()["training"]["unfit"], r.gpus == 1
+    found: dict[str, Any] = {f.name: f for f in s if plan.fits or f.title.section != "training" or f.name in unfit}
+    if s.cache_saving <= 0:
+        del found["cache_saving"]
+    found |= {f"{stage}_binds": _binds(plan, stage) for stage in plan.waits}
+    found |= {"layout": _layout(made), "chosen": made.sources["layout"], "workload": _workload(made)}
+    found |= {"whose": "It" if one else "The fullest GPU", "take": "takes" if one else "take"}
+    found["by"] = "by the parts of a step" if r.utilization is None else f"as {s.utilization.source} says"
+    if made.unserved:
+        found["unserved"] = made.unserved
+    if not plan.fits:
+        del found["training_binds"]
+        found["misfit"] = made.misfit["training"]
+    return found
+
+
+def _binds(plan: Plan, stage: str) -> str:
+    """Return what binds a step, by how much, and what is next: of training's parts, or of those that overlap."""
+    seconds, (first, second, *_) = plan.waits[stage], plan.longest(stage)
+    if stage in STAGES:
+        gain = in_unit(seconds[first] / seconds[second], "")
+        return words()["overlapping"].format(first=first, second=second, gain=gain)
+    share, rest = (100 * seconds[part] / sum(seconds.values()) for part in (first, second))
+    return words()["in_turn"].format(first=first, second=second, share=share, rest=rest)
+
+
+def _layout(made: Setup) -> str:
+    """Return the choices of a layout that divide something or say how training computes."""
+    r: Any = made.request
+    worth = {"pipeline": 2, "expert": 2, "tensor": 2, "zero": 1}
+    found = [f"{name} {value}" for name, least in worth.items() if (value := getattr(r, name)) >= least]
+    found += [f"recompute {r.recompute}"] * (r.recompute != "none")
+    return ", ".join([*found, r.precision, r.optimizer, *[r.schedule] * (r.pipeline > 1)])
+
+
+def _workload(made: Setup) -> str:
+    """Return where the workload comes from, and how to choose one in the place of another model's."""
+    other = made.sources["tokens"] == presets()["deepseek-v3"]["sources"]["workload"] and not is_v3(made.model.config)
+    return made.sources["tokens"] + words()["another_workload"] * other
+
+
 # --- a plan
 
 
@@ -115,8 +194,8 @@ def plan_record(found: Plan) -> Record:
         "fits": found.fits,
         "misfit": dict(made.misfit),
         "unserved": made.unserved,
-        "binds": {stage: binding.first for stage, binding in found.binds.items()},
-        "figures": {section: figures_record(found.sheet.section(section)) for section in SECTIONS},
+        "binds": {stage: found.longest(stage)[0] for stage in found.waits},
+        "figures": {name: figures_record(found.sheet.section(name)) for name in SECTIONS},
     }
 
 
@@ -128,98 +207,21 @@ def figures_record(figures: Mapping[str, Figure]) -> Record:
     }
 
 
-def heading(plan: Plan) -> str:
-    """Return what is planned."""
-    return f"{plan.setup.model.name} on {plan.setup.hardware.title}"
-
-
 def ten_lines(plan: Plan) -> list[str]:
     """Return the plan in about ten lines: the model, what fits, time, cost, what binds, and what to ask next."""
-    lines = [line for section in lines_of(plan).values() for line in section]
-    lines += [*(("note", warning) for warning in warnings(plan)), ("next", NEXT)]
-    return [heading(plan), *(f"{label:9} {line}" for label, line in lines)]
+    lines = [line for found in lines_of(plan).values() for line in found]
+    lines += [("note", warning) for found in warnings(plan).values() for warning in found]
+    return [heading(plan), *(f"{label:9} {line}" for label, line in [*lines, ("next", words()["next"])])]
 
 
-def lines_of(plan: Plan) -> dict[str, list[tuple[str, str]]]:
-    """Return the lines of each section, each with its label."""
-    s, made, r = plan.sheet, plan.setup, plan.setup.request
-    saving = f", {s.cache_saving:%} less than multi-head attention" if s.cache_saving > 0 else ""
-    model = (
-        f"{s.parameters_main:words} parameters, of which a token uses {s.parameters_active:words}: {s.training_flops} "
-        f"in training. A token's cache takes {s.kv_cache:amount}{saving}."
-    )
-    found = {"model": [("model", model)], "training": [("training", _layout(plan)), ("time", _time(plan))]}
-    if plan.fits:
-        found["training"].append(("binds", plan.binds["training"].words))
-        failures = (
-            f"A failure every {s.mean_time_to_failure}: {s.effective_share:%} of the time is training, with a "
-            f"checkpoint every {s.checkpoint_interval}. The whole run takes {s.elapsed_time}."
-        )
-        found["reliability"] = [("failures", failures)]
-    if not made.served:
-        return found | {"inference": [("serving", f"not planned: {made.unserved}")]}
-    gain = s.get("speculation_gain")
-    drafts = "" if gain is None else f"; {plural(r.drafts, 'draft')} a step: {float(gain):.3g} times"
-    decode = (
-        f"{plural(r.decode_gpus or 1, 'GPU')}, {made.sources['decode']}. {s.decode_sequences:,.0f} sequences of "
-        f"{s.context} a GPU take {s.decode_gpu_memory} of {s.gpu_memory}: {s.decode_tokens_per_second} each, "
-        f"{s.decode_gpu_tokens_per_second} a GPU{_if_there(', ', s.get('decode_cost'))}{drafts}."
-    )
-    prefill = (
-        f"{plural(r.prefill_gpus or 1, 'GPU')}, {made.sources['prefill']}. The first token of {s.prompt} comes after "
-        f"{s.prefill_time_to_first_token}; {s.prefill_gpu_tokens_per_second} of prompts a GPU"
-        f"{_if_there(', ', s.get('prefill_cost'))}."
-    )
-    binds = {stage: ("binds", plan.binds[stage].words) for stage in ("decode", "prefill")}
-    found["inference"] = [("decode", decode), binds["decode"], ("prefill", prefill), binds["prefill"]]
-    return found
-
-
-def _if_there(before: str, figure: Figure | None) -> str:
-    return "" if figure is None else f"{before}{figure}"
-
-
-def _layout(plan: Plan) -> str:
-    """Return the layout, the workload, and where both come from."""
-    r, s, sources = plan.setup.request, plan.sheet, plan.setup.sources
-    worth = {"pipeline": 2, "expert": 2, "tensor": 2, "zero": 1}
-    options = [f"{name} {value}" for name, least in worth.items() if (value := getattr(r, name)) >= least]
-    options += [f"recompute {r.recompute}"] * (r.recompute != "none")
-    options += [str(r.precision), str(r.optimizer), *([str(r.schedule)] if s.pipeline > 1 else [])]
-    work = sources["tokens"]
-    if work == presets()["deepseek-v3"]["sources"]["workload"] and not is_v3(plan.setup.model.config):
-        work += "; choose --tokens, --batch and --seq-len"
-    steps = f"steps of {s.batch:,.0f} x {s.seq_len}, {work}"
-    return f"{plural(r.gpus or 1, 'GPU')} ({', '.join(options)}), {sources['layout']}; {steps}"
-
-
-def _time(plan: Plan) -> str:
-    s, gpus = plan.sheet, plan.setup.request.gpus or 1
-    needs = f"{'It' if gpus == 1 else 'The fullest GPU'} needs {s.memory_needed} of {s.gpu_memory}."
-    if not plan.fits:
-        return f"It does not fit: {plan.setup.misfit['training']}. {needs}"
-    by = "by the parts of a step"
-    if plan.setup.request.utilization is not None:
-        by = f"as {s.utilization.source} says"
-    cost = _if_there(" and ", s.get("training_cost"))
-    who = f"{plural(gpus, 'GPU')} take{'s' * (gpus == 1)}"
-    return f"{who} {s.training_time}{cost} for {s.tokens:words} tokens, at an MFU of {float(s.mfu):.3g} {by}. {needs}"
-
-
-def warnings(plan: Plan, section: str = "") -> Iterator[str]:
-    """Yield what a reader must know, of one section or of all."""
-    s = plan.sheet
-    if plan.fits and section in ("", "training") and s.memory_free < NARROW * s.gpu_memory:
-        yield f"Memory is a lower bound, and only {s.memory_free} of {s.gpu_memory} are left."
-    if section in ("", "inference"):
-        said = (plan.setup.misfit.get(stage) for stage in ("decode", "prefill"))
-        yield from (f"{sentence[0].upper()}{sentence[1:]}." for sentence in said if sentence)
-
-
-@functools.cache
-def words() -> dict[str, Any]:
-    """Return the questions of sections, and the figures that they show first."""
-    return read_toml(Path(__file__).parent / "words.toml")
+def warnings(plan: Plan) -> dict[str, list[str]]:
+    """Return what a reader of a section must know."""
+    s, misfit = plan.sheet, plan.setup.misfit
+    narrow = [words()["narrow"].format_map({f.name: f for f in s})]
+    return {
+        "training": narrow if 0 <= s.memory_free < NARROW * s.gpu_memory else [],
+        "inference": [f"{misfit[stage][0].upper()}{misfit[stage][1:]}." for stage in STAGES if stage in misfit],
+    }
 
 
 def sections(plan: Plan, *, full: bool) -> list[Section]:
@@ -230,19 +232,16 @@ def sections(plan: Plan, *, full: bool) -> list[Section]:
     """
     found: list[Section] = []
     for name, lines in lines_of(plan).items():
-        figures, question = plan.sheet.section(name), words()["questions"][name]
-        first = words()["headlines"]["unfit" if name == "training" and not plan.fits else name]
+        figures = plan.sheet.section(name)
+        first = words()[name]["unfit" if name == "training" and not plan.fits else "figures"]
         details = [_detail(figures.pop(key), full) for key in first if key in figures and figures[key].value]
         others = [_detail(figure, full) for figure in figures.values()] if full else []
-        section = Section(
-            name=f"{name}_section",
-            title=question,
-            finding=" ".join(f"{label.capitalize()}: {line}" for label, line in lines),
-            details={"" if full else question: details} if details else {},
-            folded={plural(len(others), "other figure"): others} if others else {},
-            warnings=list(warnings(plan, name)),
-        )
-        found.append(section)
+        parts: dict[str, Any] = {
+            "finding": " ".join(f"{label.capitalize()}: {line}" for label, line in lines),
+            "details": {"": details} if details else {},
+            "folded": {plural(len(others), "other figure"): others} if others else {},
+        }
+        found.append(section(name, **parts, warnings=warnings(plan).get(name, [])))
     return found
 
 
@@ -260,15 +259,11 @@ def plan_page(plan: Plan, command: str, more: Sequence[Section]) -> Report:
     """Return the page of a plan, with more sections, such as a search or a variation."""
     every = named(plan.figures.values())
     inputs = [_detail(figure, full=True) for figure in every.values() if figure.op == "input"]
-    last = Section(
-        name="inputs_section",
-        title="What is it computed from?",
-        finding=f"{len(inputs)} inputs, each with its source, give {len(every) - len(inputs)} figures.",
-        folded={plural(len(inputs), "input"): inputs},
-    )
+    counts = {"inputs": len(inputs), "figures": len(every) - len(inputs)}
+    last = section("inputs", counts, folded={plural(len(inputs), "input"): inputs})
     return Report(
         title=heading(plan),
-        lead=LEAD_HERE if plan.setup.hardware.name == "this" else LEAD,
+        lead=words()["lead_here" if plan.setup.hardware.name == "this" else "lead"],
         sections=[*sections(plan, full=True), *more, last],
         facts_title="What is planned",
         facts={"Training": {name: str(value) for name, value in plan.setup.request.given().items()}},
@@ -276,7 +271,7 @@ def plan_page(plan: Plan, command: str, more: Sequence[Section]) -> Report:
     )
 
 
-def here_section(steps: Mapping[str, tuple[Any, Mapping[str, float]]]) -> Section:
+def here_section(steps: Steps) -> Section:
     """Return the forecasts of this machine as a section: each step next to its roofs, and what takes longest."""
     columns, rows = ("step", "of", "forecast", "by roofs", "tensors", "process", "longest"), list[tuple[str, ...]]()
     for name, (found, row) in steps.items():
@@ -284,17 +279,8 @@ def here_section(steps: Mapping[str, tuple[Any, Mapping[str, float]]]) -> Sectio
         size = f"{found.shape.batch} x {found.shape.tokens:,} tokens, {found.shape.dtype}"
         amounts = (human(value, "s" if "seconds" in key else "bytes") for key, value in row.items())
         rows.append((name, size, *amounts, ", ".join(longest)))
-    return Section(
-        name="here_section",
-        title="What will this machine take?",
-        finding=f"{rows[0][0].capitalize()}: {rows[0][2]}; by roofs alone {rows[0][3]}.",
-        tables=[Table(columns=columns, rows=rows, numeric=columns[2:6])],
-        about=(
-            "Forecast from the operations that the step would run here, at rates of this machine that were measured "
-            "on other models; nothing of this model has run. Memory is at the peak of a step. "
-            "python -m benchmarks plan compares such forecasts with what is then measured."
-        ),
-    )
+    first = {"step": rows[0][0].capitalize(), "seconds": rows[0][2], "roof_seconds": rows[0][3]}
+    return section("here", first, tables=[Table(columns=columns, rows=rows, numeric=columns[2:6])])
 
 
 # --- one figure
@@ -313,8 +299,7 @@ def explained(made: Setup, name: str, width: int) -> Answer:
     every = named(figures.values())
     rows = [(key, shown(figure), figure.title.title) for key, figure in every.items()]
     table = Table(columns=("name", "value", "figure"), rows=rows, numeric=("value",))
-    section = Section(name="names", title="Figures", finding=f"{len(every)} figures and inputs.", tables=[table])
-    return Answer(record=figures_record(every), sections=[section])
+    return Answer(record=figures_record(every), sections=[section("names", {"figures": len(every)}, tables=[table])])
 
 
 # --- comparisons
@@ -331,103 +316,105 @@ def searched(made: Setup, command: str, on_part: OnPart = quiet) -> Answer:
     rows = [
         (
             *(str(i), in_unit(c["step_seconds"], "s"), c["binds"], in_unit(c["memory"], "B"), f"{c['mfu']:.3f}"),
-            f"pipeline {c['pipeline']}, expert {c['expert']}, tensor {c['tensor']}, zero {c['zero']}, micro-batch "
-            f"{c['micro_batch']}, {c['schedule']}, {c['recompute']}, {c['precision']}",
+            words()["search"]["layout"].format(**c),
         )
         for i, c in enumerate(records, 1)
     ]
-    _, step, binds, memory, *_ = rows[0]
     columns = ("", "step", "binds", "memory", "MFU", "layout")
-    section = Section(
-        name="search_section",
-        title=f"Which layouts fit {records[0]['gpus']:,} GPUs?",
-        finding=f"The fastest takes {step} a step with {memory} on the fullest GPU. What binds: {binds}.",
-        tables=[Table(columns=columns, rows=rows, numeric=("", "step", "memory", "MFU"))],
-        about="One layout for each sizes of parallelism, with its fastest choices that fit. Memory is a lower bound.",
-    )
-    return Answer(
-        record={"layouts": records},
-        lines=[heading(best)],
-        sections=[section],
-        page=lambda: plan_page(best, command, [section]),
-    )
+    table = Table(columns=columns, rows=rows, numeric=("", "step", "memory", "MFU"))
+    first = dict(zip(columns, rows[0], strict=True)) | {"gpus": records[0]["gpus"]}
+    more = [section("search", first, tables=[table])]
+    page = functools.partial(plan_page, best, command, more)
+    return Answer(record={"layouts": records}, lines=[heading(best)], sections=more, page=page)
 
 
-def varied(made: Setup, axes: Sequence[str], names: Sequence[str], command: str, on_part: OnPart = quiet) -> Answer:
-    """Return the plans of all values of one thing or of two: for each figure a line for each plan."""
-    found, rows = vary(made, [read_axis(axis) for axis in axes], names, on_part), list[tuple[str, str, str]]()
-    for name in found.names:
-        for i, (place, figure) in enumerate(found.found(name).items()):
-            value = UNFIT * found.plans[place].unfit(name) + shown(figure)
-            of = ", ".join(axis.labels[j] for axis, j in zip(found.axes, place, strict=True))
-            rows.append(("" if i else figure.title.title, of, value))
-    unfit, of_what = any(value.startswith(UNFIT) for _, _, value in rows), ", ".join(axis.name for axis in found.axes)
-    section = Section(
-        name="variation_section",
-        title=f"What changes with {of_what}?",
-        finding="All else is as in the plan: layout and deployments stay; sequences follow the context.",
-        tables=[Table(columns=("figure", of_what, "value"), rows=rows, numeric=("value",))],
-        warnings=[
-            *(f"{found.at(place)}: {reason}" for place, reason in found.problems.items()),
-            *[f"{UNFIT.strip()} does not fit into the memory of a GPU"] * unfit,
-        ],
-    )
+def varied(made: Setup, texts: Sequence[str], names: Sequence[str], command: str, on_part: OnPart = quiet) -> Answer:
+    """Return the plans of all values of one thing, side by side, or of two, as heat maps."""
+    axes = [read_axis(text) for text in texts]
+    variants, names = vary(made, axes, names, on_part)
+    tables = [_side_by_side(variants, axes[0], names)]
+    if len(axes) == 2:
+        tables = [_heat_map(variants, axes, name) for name in names]
+    warnings = [f"{each.at}: {each.problem}" for each in variants if each.problem]
+    if any(cell.startswith(UNFIT) for table in tables for row in table.rows for cell in row):
+        warnings.append(words()["variation"]["unfit"])
+    of_what = ", ".join(name for name, _ in axes)
+    more = [section("variation", {"axes": of_what}, tables=tables, warnings=warnings)]
     return Answer(
-        record=variation_record(found),
+        record=variation_record(axes, variants, names),
         lines=[f"{made.model.name} on {made.hardware.title}"],
-        sections=[section],
-        page=lambda: plan_page(plan(made), command, [section]),
+        sections=more,
+        page=lambda: plan_page(plan(made), command, more),
     )
 
 
-def variation_record(variation: Variation) -> Record:
-    """Return a variation: the axes, and for each place its figures or why there are none."""
+def _cell(variant: Variant, name: str) -> tuple[str, float | None]:
+    """Return a figure of a variant in words, marked if its plan does not fit, and its value; "" where there is none."""
+    if variant.plan is None or (figure := variant.figure(name)) is None:
+        return "", None
+    return UNFIT * variant.plan.unfit(name) + shown(figure), float(figure)
+
+
+def _side_by_side(variants: Sequence[Variant], axis: Axis, names: Sequence[str]) -> Table:
+    """Return a table with a row for each figure and a column for each value that has a plan."""
+    found = [each for each in variants if each.plan is not None]
+    columns = labels(each.values[axis[0]] for each in found)
+    rows = [(titles()[name].title, *(_cell(each, name)[0] for each in found)) for name in names]
+    return Table(columns=(axis[0], *columns), rows=rows, numeric=columns)
+
+
+def _heat_map(variants: Sequence[Variant], axes: Sequence[Axis], name: str) -> Table:
+    """Return a figure as a heat map: the values of the first axis are rows, those of the second columns."""
+    (y, rows), (x, columns) = axes
+    cells = iter(_cell(each, name) for each in variants)
+    grid = {label: [next(cells) for _ in columns] for label in labels(rows)}
+    return heat_map(titles()[name].title, f"{y} \\ {x}", labels(columns), grid)
+
+
+def variation_record(axes: Sequence[Axis], variants: Sequence[Variant], names: Sequence[str]) -> Record:
+    """Return a variation: the axes, and for each variant its figures or why there are none."""
     plans: list[Record] = []
-    for place in sorted({*variation.plans, *variation.problems}):
-        found = {axis.name: axis.values[i] for axis, i in zip(variation.axes, place, strict=True)}
-        found["problem"] = variation.problems.get(place)
-        if place in variation.plans:
-            found["fits"] = variation.plans[place].fits
-            found |= {name: f.value for name in variation.names if (f := variation.found(name).get(place)) is not None}
+    for each in variants:
+        found: Record = {**each.values, "problem": each.problem or None}
+        if each.plan is not None:
+            found["fits"] = each.plan.fits
+            found |= {name: f.value for name in names if (f := each.figure(name)) is not None}
         plans.append(found)
-    return {"axes": {axis.name: list(axis.values) for axis in variation.axes}, "plans": plans}
+    return {"axes": {name: list(values) for name, values in axes}, "plans": plans}
 
 
 def published() -> Answer:
-    """Return the published figures next to ours."""
+    """Return the published figures next to ours; with sources and notes on a page, which a terminal has no room for."""
     figures = published_figures()
-    here, on_page = (_published_section(figures, full=full) for full in (False, True))
+    statuses = [figure.status for figure in figures]
+    counts = {"all": len(figures), **{status: statuses.count(status) for status in statuses}}
+    columns = ("figure", "published", "ours", "error, %", "within", "verdict")
+    rows = [_published_row(f) for f in figures]
+    there = [(*row, f.source, f.note) for row, f in zip(rows, figures, strict=True)]
+    numeric = columns[1:5]
+    here = section("published", counts, tables=[Table(columns=columns, rows=rows, numeric=numeric)])
+    wide = Table(columns=(*columns, "source", "note"), rows=there, numeric=numeric)
     return Answer(
         record=[figure.record for figure in figures],
         sections=[here],
-        page=lambda: Report(title="Published figures, and ours", sections=[on_page]),
-    )
-
-
-def _published_section(figures: Sequence[PublishedFigure], *, full: bool) -> Section:
-    """Return the published figures; with sources and notes on a page, which a terminal has no room for."""
-    of: dict[Status, int] = {f.status: sum(other.status == f.status for other in figures) for f in figures}
-    columns = ("figure", "published", "ours", "error, %", "within", "verdict")
-    rows = [(*_published_row(f), *((f.source, f.note) if full else ())) for f in figures]
-    return Section(
-        name="published_section",
-        title="How far can it be trusted?",
-        finding=(
-            f"{len(figures)} published figures: {of['reproduced']} are reproduced from sizes of models and machines, "
-            f"{of['follows']} follow from other printed figures, {of['fitted']} are fitted by one constant, "
-            f"{of['missed']} are missed, and {of['misprint']} contradict their own source."
-        ),
-        tables=[Table(columns=(*columns, "source", "note") if full else columns, rows=rows, numeric=columns[1:5])],
-        about=(
-            "Errors are of unrounded values, next to the error to hold: half a unit of the last printed digit, where "
-            "no note says otherwise. bf16_efficiency and fp8_efficiency are constants from printed runs; no others are."
-        ),
+        page=lambda: Report(title="Published figures, and ours", sections=[replace(here, tables=[wide])]),
     )
 
 
 def _published_row(f: PublishedFigure) -> tuple[str, ...]:
+    """Return the figure in words. Ours has no unit where it is the same, nor "a token", which the name says."""
     printed, ours = (
-        in_words(value, True) if not f.unit and value >= 1e6 else in_unit(value, f.unit, given=True)
+        in_words(value, True) if not f.unit and value >= 1e6 else in_unit(value, f.unit.partition("/")[0], given=True)
         for value in (f.printed, float(f"{f.ours:.4g}"))
     )
-    return f.what, printed, ours, f"{100 * f.residual:+.2f}", f"{100 * f.within:.2g}", f.status
+    unit = printed.partition(" ")[2]
+    return (
+        *(
+            f.what,
+            printed,
+            ours.removesuffix(f" {unit}"),
+            f"{100 * f.residual:+.2f}",
+            f"{100 * f.within:.2g}",
+            f.status,
+        ),
+    )

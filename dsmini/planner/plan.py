@@ -25,11 +25,12 @@ no plan, such as a pipeline that does not divide the GPUs, are left out, and the
 import contextlib
 import difflib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from dsmini.config import ModelConfig
+from dsmini.config.fields import require
 from dsmini.planner.figure import Figure, Sheet
 from dsmini.planner.hardware import NUMBERS, OnPart, load_hardware, quiet
 from dsmini.planner.model import ModelSizes, cache_figures, model_figures, weight_figures
@@ -37,20 +38,11 @@ from dsmini.planner.request import PlanRequest, Setup, check
 from dsmini.planner.serving import STAGES, demands, deployment_figures, deployment_rules, serving_figures
 from dsmini.planner.setup import changed
 from dsmini.planner.training import FAILURES, PARTS, failure_figures, run_figures, training_figures
-from dsmini.planner.words import find, in_unit
+from dsmini.planner.words import find
 from dsmini.reading import brief
 
 SECTIONS = ("model", "training", "reliability", "inference")
 LAYOUT_INPUTS = ("gpus", "pipeline", "expert", "tensor", "micro_batch", "batch", "seq_len", "tokens")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Binding:
-    """Resource that binds, and how much."""
-
-    first: str
-    words: str
-    """Sentence without its full stop: the first, by how much, and what is next."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +51,8 @@ class Plan:
 
     setup: Setup
     sheet: Sheet
-    binds: Mapping[str, Binding]
-    """Bindings of training, and of decode and prefill if serving has a plan."""
+    waits: Mapping[str, Mapping[str, float]]
+    """Seconds of the parts of a step by their words: of training, and of decode and prefill if serving has a plan."""
 
     @property
     def fits(self) -> bool:
@@ -71,6 +63,10 @@ class Plan:
     def figures(self) -> dict[str, Figure]:
         """All figures by name, inputs not among them."""
         return {name: f for section in SECTIONS for name, f in self.sheet.section(section).items()}
+
+    def longest(self, stage: str) -> list[str]:
+        """Return the parts of a step, the longest first, which binds."""
+        return sorted(self.waits[stage], key=lambda part: -self.waits[stage][part])
 
     def unfit(self, name: str) -> bool:
         """Return whether a figure is of training or of a deployment that the memory of a GPU does not hold."""
@@ -93,18 +89,14 @@ def plan(made: Setup) -> Plan:
             s.put(name, getattr(r, name), made.sources[name])
 
     hardware.put(s)
-    put(*LAYOUT_INPUTS)
+    put(*LAYOUT_INPUTS, *r.given((*FAILURES, "utilization")))
     model_figures(s, c)
     cache_figures(s, c, r.cache_dtype or "bfloat16")
     weight_figures(s, c, r.weight_dtype or "bfloat16")
     training_figures(s, c, hardware, r)
-    run_figures(s, hardware, r, None if r.utilization is None else (r.utilization, made.sources["utilization"]))
-    parts = {words: float(getattr(s, part)) / float(s.parts_seconds) for part, words in PARTS.items()}
-    first, second, *_ = sorted(parts, key=lambda words: -parts[words])
-    said = f"{first}, {100 * parts[first]:.0f} % of a step; next: {second}, {100 * parts[second]:.0f} %"
-    binds = {"training": Binding(first=first, words=said)}
+    run_figures(s, hardware, r)
+    waits = {"training": {words: float(getattr(s, part)) for part, words in PARTS.items()}}
     if s.memory_free >= 0:
-        put(*r.given(tuple(FAILURES)))
         failure_figures(s)
         s.elapsed_time = s.training_time / s.effective_share
         if s.get("training_cost") is not None:
@@ -116,16 +108,9 @@ def plan(made: Setup) -> Plan:
             check(deployment_rules(deployment, config, hardware))
             deployment_figures(s, c, deployment, made.sources[stage])
         serving_figures(s, c, hardware, r.weight_dtype or "bfloat16", *deployments.values())
-        binds |= {stage: _slowest(s.each(f"{stage}_{{}}")) for stage in STAGES}
-    return Plan(setup=made, sheet=s, binds=binds)
-
-
-def _slowest(t: Sheet) -> Binding:
-    """Return what binds a step whose parts overlap."""
-    times = demands(t)
-    first, second, *_ = sorted(times, key=lambda words: -float(times[words]))
-    gain = in_unit(float(times[first] / times[second]), "")
-    return Binding(first=first, words=f"{first}: without it at most {gain} times as fast; next: {second}")
+        for stage in STAGES:
+            waits[stage] = {words: float(time) for words, time in demands(s.each(f"{stage}_{{}}")).items()}
+    return Plan(setup=made, sheet=s, waits=waits)
 
 
 # --- variation
@@ -138,24 +123,11 @@ COMPARED = (
     *("decode_sequences_that_fit", "decode_cost", "speculation_gain", "prefill_time_to_first_token", "elapsed_time"),
 )
 """Figures that are compared where a plan is varied."""
-Place = tuple[int, ...]
-"""Places of a plan's values on the axes."""
+Axis = tuple[str, tuple[Any, ...]]
+"""One thing that is varied: its name and its values."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VariedAxis:
-    """One thing that is varied."""
-
-    name: str
-    values: tuple[Any, ...]
-
-    @property
-    def labels(self) -> list[str]:
-        """Values in words."""
-        return [f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v) for v in self.values]
-
-
-def read_axis(text: str) -> VariedAxis:
+def read_axis(text: str) -> Axis:
     """Read an axis such as "kv_lora_rank=128,256,512". Whether a value can be had, the model or the request says.
 
     Raises: ValueError for a text without values, and an unknown name with the nearest known ones.
@@ -163,15 +135,13 @@ def read_axis(text: str) -> VariedAxis:
     name, _, rest = text.partition("=")
     name = name.strip().replace("-", "_")
     words = [word.strip() for word in rest.split(",") if word.strip()]
-    if not words:
-        raise ValueError(f"--vary {brief(text)} has no values; write it like kv_lora_rank=128,256,512")
+    require(bool(words), f"--vary {brief(text)} has no values; write it like kv_lora_rank=128,256,512")
     known = [field.name for kind in (ModelConfig, PlanRequest) for field in fields(kind)]
     known += [figure for figure, _ in NUMBERS.values()]
-    if name not in known:
-        near = " or ".join(difflib.get_close_matches(name, known, n=3))
-        fix = f"did you mean {near}?" if near else "vary hardware, or a field of the model or of --help-all"
-        raise ValueError(f"unknown --vary name {brief(name)}; {fix}")
-    return VariedAxis(name=name, values=tuple(dict.fromkeys(map(_value, words))))
+    near = " or ".join(difflib.get_close_matches(name, known, n=3))
+    fix = f"did you mean {near}?" if near else "vary hardware, or a field of the model or of --help-all"
+    require(name in known, f"unknown --vary name {brief(name)}; {fix}")
+    return name, tuple(dict.fromkeys(map(_value, words)))
 
 
 def _value(word: str) -> Any:
@@ -182,58 +152,63 @@ def _value(word: str) -> Any:
     return {"true": True, "false": False, "none": None}.get(word, word)
 
 
+def labels(values: Iterable[Any]) -> list[str]:
+    """Return values of axes in words."""
+    return [f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v) for v in values]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Variation:
-    """Plans of all values of one axis, or of all pairs of two."""
+class Variant:
+    """Plan of one value of each axis, or the reason why there is none."""
 
-    axes: tuple[VariedAxis, ...]
-    plans: Mapping[Place, Plan]
-    problems: Mapping[Place, str]
-    """Reasons why there is no plan."""
-    names: tuple[str, ...]
-    """Figures that are compared."""
+    values: Mapping[str, Any]
+    """Value of each axis by its name."""
+    plan: Plan | None = None
+    problem: str = ""
 
-    def found(self, name: str) -> dict[Place, Figure]:
-        """Return a figure in all plans that have it, by place."""
-        return _found(self.plans, name)
+    @property
+    def at(self) -> str:
+        """Names and values, in words."""
+        return ", ".join(
+            f"{name}={value}" for name, value in zip(self.values, labels(self.values.values()), strict=True)
+        )
 
-    def at(self, place: Place) -> str:
-        """Return the values at a place, in words."""
-        return ", ".join(f"{axis.name}={axis.labels[i]}" for axis, i in zip(self.axes, place, strict=True))
-
-
-def _found(plans: Mapping[Place, Plan], name: str) -> dict[Place, Figure]:
-    return {place: f for place, plan in plans.items() if (f := plan.sheet.get(name)) is not None}
+    def figure(self, name: str) -> Figure | None:
+        """Return a figure of the plan; None where there is none."""
+        return None if self.plan is None else self.plan.sheet.get(name)
 
 
-def vary(made: Setup, axes: Sequence[VariedAxis], names: Sequence[str] = (), on_part: OnPart = quiet) -> Variation:
-    """Return the plans of one axis, or of all pairs of two.
+def vary(
+    made: Setup, axes: Sequence[Axis], names: Sequence[str] = (), on_part: OnPart = quiet
+) -> tuple[list[Variant], list[str]]:
+    """Return the variants of one axis, or of all pairs of two, and the names of the figures to compare.
 
     Args:
-        names: figures to compare; without any, those of COMPARED that differ.
+        names: these names; without any, those of COMPARED that differ.
         on_part: is told the share that is done and a short text, after each plan.
 
     Raises: ValueError for more than two axes, the same one twice, unknown hardware or figures, and if no value has a
         plan.
     """
-    if len(axes) > 2 or len({axis.name for axis in axes}) < len(axes):
-        raise ValueError(f"--vary got {', '.join(axis.name for axis in axes)}; vary one thing, or two different ones")
-    places = list(itertools.product(*(range(len(axis.values)) for axis in axes)))
-    if len(places) > MOST_VALUES:
-        raise ValueError(f"--vary asks for {len(places):,} plans; use at most {MOST_VALUES}")
-    machines = {value: load_hardware(value) for axis in axes if axis.name == "hardware" for value in axis.values}
-    plans, problems = dict[Place, Plan](), dict[Place, str]()
-    for done, place in enumerate(places, 1):
-        changes = {axis.name: axis.values[i] for axis, i in zip(axes, place, strict=True)}
+    asked = [name for name, _ in axes]
+    twice = len(axes) > 2 or len(set(asked)) < len(axes)
+    require(not twice, f"--vary got {', '.join(asked)}; vary one thing, or two different ones")
+    every = [dict(zip(asked, values, strict=True)) for values in itertools.product(*(values for _, values in axes))]
+    require(len(every) <= MOST_VALUES, f"--vary asks for {len(every):,} plans; use at most {MOST_VALUES}")
+    machines = {values.get("hardware"): made.hardware for values in every}
+    machines |= {name: load_hardware(name) for name in machines if name is not None}
+    variants: list[Variant] = []
+    for values in every:
         try:
-            plans[place] = plan(changed(made, changes, machines.get(changes.get("hardware"), made.hardware)))
+            found = Variant(values=values, plan=plan(changed(made, values, machines[values.get("hardware")])))
         except ValueError as error:
-            problems[place] = str(error)
-        on_part(done / len(places), f"{done} of {len(places)} plans")
-    if not plans:
-        raise ValueError(next(iter(problems.values())))
+            found = Variant(values=values, problem=str(error))
+        variants.append(found)
+        on_part(len(variants) / len(every), f"{len(variants)} of {len(every)} plans")
+    plans = [each.plan for each in variants if each.plan is not None]
+    require(bool(plans), variants[0].problem)
     for name in names:
-        find([figure for each in plans.values() for figure in each.sheet], name)
-    differ = [name for name in COMPARED if len({figure.value for figure in _found(plans, name).values()}) > 1]
-    shown = tuple(names or differ or (name for name in COMPARED if _found(plans, name)))
-    return Variation(axes=tuple(axes), plans=plans, problems=problems, names=shown)
+        find([figure for each in plans for figure in each.sheet], name)
+    values_of = {name: {f.value for each in variants if (f := each.figure(name)) is not None} for name in COMPARED}
+    differ = [name for name in COMPARED if len(values_of[name]) > 1]
+    return variants, list(names) or differ or [name for name in COMPARED if values_of[name]]

@@ -308,6 +308,19 @@ class Setup:
         return Deployment(stage=stage, gpus=gpus, tensor=tensor, redundant=spare, **ways)
 
     @property
+    def memory(self) -> float:
+        """Bytes of a GPU's memory."""
+        return self.hardware.value("gpu_memory")
+
+    @property
+    def usual_precision(self) -> Precision:
+        """Precision of products where the user leaves it open: FP8 for V3 and for configs that say so."""
+        config, peaks = self.model.config, self.hardware.peaks
+        if "fp8" in peaks and (config.precision == "fp8" or is_v3(config, indexer=True)):
+            return "fp8"
+        return "bf16" if "bfloat16" in peaks else "fp32"
+
+    @property
     def served(self) -> bool:
         """True if serving has a plan."""
         return self.request.decode_gpus is not None

@@ -16,26 +16,25 @@ and experts over 64 GPUs, is within 5 % of the fastest.
 Estimates: the time is that of training.py. Memory is a lower bound: a layout that fills it will not run.
 """
 
+import contextlib
 import functools
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from dsmini.accounting.tensors import divisors
 from dsmini.planner.figure import Sheet
 from dsmini.planner.hardware import OnPart, quiet
 from dsmini.planner.model import model_figures
-from dsmini.planner.request import DTYPES, ONE_PROCESS, Setup, rules
+from dsmini.planner.request import DTYPES, ONE_PROCESS, Setup, is_v3, presets, rules
 from dsmini.planner.training import PARTS, training_figures
 from dsmini.planner.words import in_unit
 
-Values = npt.NDArray[np.float64]
 SIZES = ("pipeline", "tensor", "expert", "micro_batch")
 CHOICES = ("schedule", "zero", "recompute", "precision")
 Options = Mapping[str, tuple[Any, ...]]
@@ -84,64 +83,69 @@ def layout_figures(made: Setup) -> Sheet:
     return s
 
 
+class Layout(NamedTuple):
+    """Layout of some options. The order is that of time, then memory, sizes and choices."""
+
+    seconds: float
+    memory: float
+    sizes: tuple[float, ...]
+    """Pipeline, tensor, expert and micro-batch."""
+    choice: int
+    """Place of schedule, ZeRO, recomputation and precision among all choices."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
-    """Time and memory of all layouts: arrays [choice, sizes], infinite where there is no such layout."""
+class Layouts:
+    """All layouts of some options for a number of GPUs."""
 
     made: Setup
-    """Setup with the number of GPUs."""
     options: Options
-    sizes: npt.NDArray[np.int64]
-    """[sizes, 4]: pipeline, tensor, expert and micro-batch."""
-    choices: list[tuple[Any, ...]]
-    """Schedule, ZeRO, recomputation and precision."""
-    time: Values
-    memory: Values
+    every: list[Layout]
 
     @property
-    def fitting(self) -> Values:
-        """Time of what fits; infinite elsewhere."""
-        return np.where(self.memory <= self.made.hardware.value("gpu_memory"), self.time, np.inf)
+    def fitting(self) -> list[Layout]:
+        """Layouts whose memory is there."""
+        return [one for one in self.every if one.memory <= self.made.memory]
 
-    def at(self, row: int, choice: int) -> Setup:
+    @property
+    def smallest(self) -> Layout:
+        """Layout of least memory, then of first sizes and choices."""
+        return min(self.every, key=lambda one: (one.memory, one.sizes, one.choice))
+
+    def at(self, one: Layout) -> Setup:
         """Return the setup of a layout."""
-        sizes = dict(zip(SIZES, map(int, self.sizes[row]), strict=True))
-        return self.made.asking(**sizes, **dict(zip(CHOICES, self.choices[choice], strict=True)))
-
-    def smallest(self, values: Values) -> Setup:
-        """Return the layout of the smallest value; of equal ones those of least memory, then of first sizes."""
-        order = np.lexsort((self.memory.T.ravel(), values.T.ravel()))
-        return self.at(*divmod(int(order[0]), len(self.choices)))
+        return _asking(self.made, one.sizes, choices(self.options)[one.choice])
 
 
-def evaluate(made: Setup, options: Options, on_part: OnPart = quiet) -> Table:
+def choices(options: Options) -> list[tuple[Any, ...]]:
+    """Return all choices of the options."""
+    return list(itertools.product(*(options[name] for name in CHOICES)))
+
+
+def _asking(made: Setup, sizes: Any, choice: tuple[Any, ...]) -> Setup:
+    return made.asking(**dict(zip(SIZES, map(int, sizes), strict=True)), **dict(zip(CHOICES, choice, strict=True)))
+
+
+def evaluate(made: Setup, options: Options, on_part: OnPart = quiet) -> Layouts:
     """Return the time and the memory of all choices, for all sizes that the GPUs allow."""
-    sizes = _sizes(made, options)
-    choices = list(itertools.product(*(options[name] for name in CHOICES)))
-    time, memory = (np.full((len(choices), len(sizes)), np.inf) for _ in range(2))
-    table = Table(made=made, options=options, sizes=sizes, choices=choices, time=time, memory=memory)
-    base = base_sheet(made)
-    kinds = np.minimum(sizes[:, 0], 3) * 2 + (sizes[:, 2] > 1)  # each with one formula
-    for number, choice in enumerate(choices):
-        allowed = _allowed(made, sizes, choice)
-        for kind in np.unique(kinds[allowed]):
-            rows, s = np.flatnonzero(allowed & (kinds == kind)), base.copy()
-            for name, column in zip(SIZES, sizes[rows].T.astype(np.float64), strict=True):
-                s.put(name, column, "")
-            # a formula with tensor parallelism holds for tensor=1 too, and one with several nodes for one
-            one = table.at(rows[np.argmax(sizes[rows, 1])], number).request
-            training_figures(s, made.model.config, made.hardware, one)
-            time[number, rows], memory[number, rows] = s.parts_seconds, s.memory_needed
-        on_part((number + 1) / len(choices), f"{choice[0]}, ZeRO {', '.join(map(str, choice[1:]))}")
-    return table
-
-
-def _sizes(made: Setup, options: Options) -> npt.NDArray[np.int64]:
-    """Return sizes of parallelism of which some may be allowed."""
     c, gpus = made.model.config, made.request.gpus or 1
     most = {"pipeline": c.n_layers, "tensor": made.hardware.gpus_per_node, "expert": c.n_routed_experts}
     lists = [options[name] if name in options else divisors(gpus, most[name]) for name in SIZES]
-    return np.array(list(itertools.product(*lists)))
+    sizes = np.array(list(itertools.product(*lists)))
+    base, found, every = base_sheet(made), list[Layout](), choices(options)
+    kinds = np.minimum(sizes[:, 0], 3) * 2 + (sizes[:, 2] > 1)  # each with one formula
+    for number, choice in enumerate(every):
+        allowed = _allowed(made, sizes, choice)
+        for kind in np.unique(kinds[allowed]):
+            rows, s = sizes[allowed & (kinds == kind)].astype(np.float64), base.copy()
+            for name, column in zip(SIZES, rows.T, strict=True):
+                s.put(name, column, "")
+            # a formula with tensor parallelism holds for tensor=1 too, and one with several nodes for one
+            training_figures(s, c, made.hardware, _asking(made, rows[np.argmax(rows[:, 1])], choice).request)
+            amounts = (np.broadcast_to(x, len(rows)).tolist() for x in (s.parts_seconds, s.memory_needed))
+            found += map(Layout, *amounts, map(tuple, rows.tolist()), itertools.repeat(number))
+        on_part((number + 1) / len(every), f"{choice[0]}, ZeRO {', '.join(map(str, choice[1:]))}")
+    return Layouts(made=made, options=options, every=found)
 
 
 def _allowed(made: Setup, sizes: Any, choice: tuple[Any, ...]) -> Any:
@@ -164,15 +168,11 @@ def search(made: Setup, most: int = 12, on_part: OnPart = quiet) -> list[tuple[S
     has_units = tuple(p for p in EVERY["precision"] if DTYPES[p] in made.hardware.peaks)
     precisions = ("fp32",) if made.request.precision == "fp32" else has_units
     held = {name: (value,) for name, value in made.asked.given().items()}
-    table = evaluate(made, {**EVERY, "precision": precisions, **held}, on_part)
-    fitting = table.fitting
-    if not np.isfinite(fitting).any():
-        raise ValueError(what_would_fit(table))
-    rows = np.arange(len(table.sizes))
-    choice = np.lexsort((table.memory, fitting), axis=0)[0]  # of equal times the one with less memory
-    best = fitting[choice, rows]
-    order = [row for row in np.lexsort((table.memory[choice, rows], best))[:most] if np.isfinite(best[row])]
-    return [_candidate(table.at(row, choice[row])) for row in order]
+    found = evaluate(made, {**EVERY, "precision": precisions, **held}, on_part)
+    best = {one.sizes: one for one in sorted(found.fitting, reverse=True)}  # the fastest of the same sizes is the last
+    if not best:
+        raise ValueError(what_would_fit(found))
+    return [_candidate(found.at(one)) for one in sorted(best.values())[:most]]
 
 
 def _candidate(made: Setup) -> tuple[Setup, dict[str, Any]]:
@@ -190,81 +190,77 @@ def _candidate(made: Setup) -> tuple[Setup, dict[str, Any]]:
 # --- the layout that a user leaves open
 
 
-def choose_layout(made: Setup, state: Mapping[str, Any], preset: Mapping[str, Any], how: str) -> tuple[Setup, str, str]:
+def choose_layout(made: Setup) -> Setup:
     """Return the setup with a complete layout, how what is left open was chosen, and what would fit if it does not.
-
-    Args:
-        state: precision, optimizer and moments where the user leaves them open.
-        preset: layout of a published run of this model; empty for other models.
-        how: words for that.
 
     Raises: ValueError for a layout that contradicts itself, the model, the nodes or the batch.
     """
-    given = made.request.given()
+    given, hardware, run = made.request.given(), made.hardware, made.model.run
     if len(given) == len(ONE_PROCESS):
-        fits = layout_figures(made).memory_needed <= made.hardware.value("gpu_memory")
-        return made, "", "" if fits else "use more GPUs, ZeRO, recomputation, or --search"
-    if preset and made.hardware.networked:
-        precision = "fp8" if "fp8" in made.hardware.peaks else state["precision"]
-        published = made.asking(**{"precision": precision, **preset, **given})
-        if _holds(published):
-            but = ", ".join(f"{name}={value}" for name, value in given.items())
-            return published, f"{how}{but and f', but {but}'}", ""
+        return _chosen(made, "", "" if _fits(made) else "use more GPUs, ZeRO, recomputation, or --search")
+    state: dict[str, Any] = {"precision": made.usual_precision}
+    if run is not None:
+        state |= {"optimizer": run.train.optimizer, "moments": run.train.moments}
+        state |= {"precision": "fp32"} if run.train.dtype == "float32" else {}
+    preset = presets()["deepseek-v3"]
+    if is_v3(made.model.config) and hardware.networked:
+        published = made.asking(**{**state, **preset["training"], **given})
+        with contextlib.suppress(ValueError):  # the given numbers allow no such layout
+            if _fits(published):
+                but = ", ".join(f"{name}={value}" for name, value in given.items())
+                return _chosen(published, f"{preset['sources']['training']}{but and f', but {but}'}")
     made, held = made.asking(**{**ONE_PROCESS, **state, **given}), {name: (value,) for name, value in given.items()}
-    options, table = {**SHORT, "precision": (state["precision"],), **held}, None
-    for gpus in held.get("gpus") or _gpu_counts(made, given):
-        table = evaluate(made.asking(gpus=gpus), lean(options))
-        if np.isfinite(table.fitting).any():
-            found = evaluate(table.made, options)
+    options, node = {**SHORT, "precision": (state["precision"],), **held}, hardware.gpus_per_node
+    least = given.get("pipeline", 1) * math.lcm(given.get("tensor", 1), given.get("expert", 1))
+    # a step has a sequence for each pipeline stage and part of the batch
+    most = min(MOST_GPUS, hardware.most_gpus, (made.request.batch or 1) * given.get("tensor", node))
+    counts = {math.lcm(count, least) for count in gpu_counts(node)}
+    counts = held.get("gpus") or sorted(count for count in counts if count <= most) or [least]
+    found = Layouts(made=made, options=options, every=[])
+    for gpus in counts:
+        found = evaluate(made.asking(gpus=gpus), lean(options))
+        if found.fitting:
+            found = evaluate(found.made, options)
             fewest = "" if "gpus" in given else ", on the fewest GPUs"
-            return found.smallest(found.fitting), f"the fastest of a short list that fits{fewest}", ""
-    assert table is not None, "there is at least one GPU"
-    if not np.isfinite(table.memory).any():
-        made.asking(gpus=given.get("gpus", _least_gpus(given))).check_layout()  # raises what contradicts
-        raise ValueError(what_would_fit(table))
-    return table.smallest(table.memory), "the one that needs least memory, since none fits", what_would_fit(table)
+            return _chosen(found.at(min(found.fitting)), f"the fastest of a short list that fits{fewest}")
+    if not found.every:
+        made.asking(gpus=given.get("gpus", least)).check_layout()  # raises what contradicts
+        raise ValueError(what_would_fit(found))
+    return _chosen(found.at(found.smallest), "the one that needs least memory, since none fits", what_would_fit(found))
 
 
-def _holds(made: Setup) -> bool:
-    """Return whether a layout is one, and fits."""
-    try:
-        return bool(layout_figures(made).memory_needed <= made.hardware.value("gpu_memory"))
-    except ValueError:
-        return False
+def _chosen(made: Setup, how: str, misfit: str = "") -> Setup:
+    """Return a setup with the source of its layout, and what would fit if it does not."""
+    sources = {**dict.fromkeys([*ONE_PROCESS, "layout"], how), **made.sources}
+    return replace(made, sources=sources, misfit={"training": misfit} if misfit else {})
 
 
-def _least_gpus(given: Mapping[str, Any]) -> int:
-    """Return the fewest GPUs that the given sizes divide."""
-    return given.get("pipeline", 1) * math.lcm(given.get("tensor", 1), given.get("expert", 1))
+def _fits(made: Setup) -> bool:
+    """Return whether a layout fits. Raises: ValueError if it is none."""
+    return bool(layout_figures(made).memory_needed <= made.memory)
 
 
-def _gpu_counts(made: Setup, given: Mapping[str, Any]) -> list[int]:
-    """Return the numbers of GPUs to try: up to a node, then nodes, so that the given sizes divide them.
-
-    A step has a sequence for each pipeline stage and part of the batch.
-    """
-    least, node = _least_gpus(given), made.hardware.gpus_per_node
-    most = min(MOST_GPUS, made.hardware.most_gpus, (made.request.batch or 1) * given.get("tensor", node))
-    counts = [2**i for i in range(node.bit_length()) if 2**i < node]
-    counts += [node * 2**i for i in range(MOST_GPUS.bit_length())]
-    return sorted({count for each in counts if (count := math.lcm(each, least)) <= most}) or [least]
+def gpu_counts(node: int) -> list[int]:
+    """Return numbers of GPUs to try: 1, 2, 4, ... of a node, then 1, 2, 4, ... nodes."""
+    few = [2**i for i in range(node.bit_length()) if 2**i < node]
+    return few + [node * 2**i for i in range(MOST_GPUS.bit_length())]
 
 
-def what_would_fit(table: Table) -> str:
+def what_would_fit(found: Layouts) -> str:
     """Return one sentence for a setup that no layout fits: the least memory there is, and how many GPUs would do."""
-    made, memory = table.made, table.made.hardware.value("gpu_memory")
+    made, memory = found.made, found.made.memory
     gpus, batch = made.request.gpus or 1, made.request.batch or 1
-    if not np.isfinite(table.memory).any():
+    if not found.every:
         return f"gpus={gpus} allow no layout for a step of batch={batch} sequences; use a batch that they divide"
-    least, names = table.smallest(table.memory).request, ("pipeline", "tensor", "expert", *CHOICES[1:])
     fix = "use hardware with more memory, or leave out a choice"
     factors = [2**i for i in range(1, 21) if 2**i * gpus <= made.hardware.most_gpus]
     more = [(f, 1) for f in factors if f <= batch * made.model.config.n_layers / gpus] + [(f, f) for f in factors]
     for f, rows in more:
         larger = made.asking(gpus=f * gpus, batch=rows * batch)
-        if np.isfinite(evaluate(larger, lean(table.options)).fitting).any():
+        if evaluate(larger, lean(found.options)).fitting:
             fix = f"use gpus={f * gpus}" + (f" and batch={rows * batch}" if rows > 1 else "")
             break
-    needs, sizes = float(table.memory.min()), ", ".join(f"{n}={getattr(least, n)!r}" for n in names)
-    of = f"no layout on gpus={gpus} fits {in_unit(memory, 'B')} a GPU"
-    return f"{of}: the smallest needs {in_unit(needs, 'B')}, with {sizes}; {fix}"
+    least = found.at(found.smallest).request
+    sizes = ", ".join(f"{n}={getattr(least, n)!r}" for n in ("pipeline", "tensor", "expert", *CHOICES[1:]))
+    of, needs = f"no layout on gpus={gpus} fits {in_unit(memory, 'B')} a GPU", in_unit(found.smallest.memory, "B")
+    return f"{of}: the smallest needs {needs}, with {sizes}; {fix}"

@@ -35,8 +35,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dsmini.accounting.flops import absorbed_pair, twice_the_keys
-from dsmini.accounting.tensors import divisors, key_width, largest, smallest
+from dsmini.accounting.flops import context_products, twice_the_keys
+from dsmini.accounting.tensors import TensorUse, divisors, largest, main_tensors, smallest, total
 from dsmini.accounting.traffic import expected_experts
 from dsmini.config import ModelConfig
 from dsmini.planner.exchange import exchange
@@ -140,9 +140,7 @@ def serving_figures(
     s.decode_time_per_token = d.step_time
     s.decode_tokens_per_second = 1 / d.step_time
     s.decode_gpu_tokens_per_second = s.decode_sequences / d.step_time
-    pairs = twice_the_keys(c.index_topk, s.prompt) / 2 * (c.n_heads * (key_width(c) + c.v_head_dim))
-    if c.attention == "dsa":
-        pairs = pairs + s.prompt / 2 * _scores(c)
+    pairs = total(twice_the_keys(use.most_keys, s.prompt) / 2 * use.per_pair for use in _over_context(c))
     _step(s, p, p, c, hardware, dtype, prefill, rows=s.prompt, logits=1, pairs=s.prompt * pairs, cache=0)
     s.prefill_time_to_first_token = p.step_time
     s.prefill_gpu_tokens_per_second = p.micro_batches * s.prompt / p.step_time
@@ -172,19 +170,18 @@ def _decode(
     The tokens of a sequence share one read of its cache.
     """
     of, rows = s.each("decode_{}"), s.sequences * positions
-    met = s.context if c.index_topk is None else np.minimum(s.context, c.index_topk)
-    pairs = met * (absorbed_pair(c) if c.is_mla else c.n_heads * (key_width(c) + c.v_head_dim))
+    pairs = total(context_products(c, use, s.context, absorbed=True) for use in _over_context(c))
     row = of.sequence_cache
     if c.attention == "dsa":  # an indexer's keys are read whole, and of attention's rows those that it picked
-        pairs = pairs + s.context * _scores(c)
+        met = smallest(s.context, c.index_topk)
         row = row * ((s.index_row + (s.cache_row - s.index_row) * met / s.context) / s.cache_row)
     cache = s.sequences * (s.context * row)
     _step(s, t, of, c, hardware, dtype, d, rows=rows, logits=rows, pairs=rows * pairs, cache=cache)
 
 
-def _scores(c: Any) -> Any:
-    """Return the multiply-adds of an indexer's query with one key, all heads."""
-    return c.index_n_heads * c.index_head_dim
+def _over_context(c: ModelConfig) -> list[TensorUse]:
+    """Return the products of a block that grow with the context: of attention, and of an indexer."""
+    return [use for use in main_tensors(c) if use.place == "block" and not use.shape]
 
 
 def _step(

@@ -16,45 +16,24 @@ from dsmini.config.fields import require
 from dsmini.planner.figure import Sheet
 from dsmini.planner.hardware import USER, Hardware
 from dsmini.planner.model import cache_figures, weight_figures
-from dsmini.planner.request import DTYPES, ONE_PROCESS, Model, PlanRequest, Precision, Setup, check, is_v3, presets
-from dsmini.planner.search import choose_layout
+from dsmini.planner.request import DTYPES, Model, PlanRequest, Setup, check, is_v3, presets
+from dsmini.planner.search import choose_layout, gpu_counts
 from dsmini.planner.serving import STAGES, Stage, deployment_figures, deployment_rules
 from dsmini.planner.words import in_unit
 from dsmini.report.units import plural
 
 CONTEXT, SEQUENCES = 4096, 32
 """Tokens of a decoding sequence, and the most sequences of a GPU in a micro-batch, where the user leaves them open."""
-NODES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def setup(request: PlanRequest, model: Model, hardware: Hardware, base: Setup | None = None) -> Setup:
-    """Return a request with everything that it leaves open.
-
-    Args:
-        base: setup that this one is varied from, with the sources of the fields that are given; left out: these are of
-            the command line.
+def setup(request: PlanRequest, model: Model, hardware: Hardware) -> Setup:
+    """Return a request of the command line with everything that it leaves open.
 
     Raises: ValueError for choices that the model or the hardware cannot have.
     """
-    if model.config.attention == "dsa" and model.run is not None and model.run.train.dsa_stage == "warmup":
-        raise ValueError(f"{model.source} has train.dsa_stage='warmup', which has no plan; use dsa_stage='sparse'")
     said = dict.fromkeys(request.given(tuple(field.name for field in fields(request))), USER)
-    price = {} if request.price is None else {"gpu_price": request.price / 3600}
-    made = Setup(
-        model=model,
-        hardware=hardware.having(USER, **price),
-        request=request,
-        asked=base.asked if base else request,
-        sources={**said, **(base.sources if base else {})},
-        published=base.published if base else is_v3(model.config),
-    )
-    made = _trained(_worked(made))
-    try:
-        return _served(made)
-    except ValueError as error:
-        if request.serving and base is None:
-            raise
-        return replace(made.asking(decode_gpus=None, prefill_gpus=None), unserved=str(error))
+    how: dict[str, Any] = {"request": request, "asked": request, "sources": said, "published": is_v3(model.config)}
+    return _completed(Setup(model=model, hardware=hardware, **how), must_serve=bool(request.serving))
 
 
 def changed(made: Setup, changes: Mapping[str, Any], hardware: Hardware, source: str = "--vary") -> Setup:
@@ -72,8 +51,23 @@ def changed(made: Setup, changes: Mapping[str, Any], hardware: Hardware, source:
         model = replace(model, config=replace(model.config, **of_model))
         sources["model"] = f"{source} and {model.source}"
     again: dict[str, Any] = {"sequences": None} if "context" in changes and made.asked.sequences is None else {}
-    request = made.asking(**{**again, **of_request}).request
-    return setup(request, model, hardware.having(source, **of_hardware), replace(made, sources=sources))
+    made = replace(made.asking(**{**again, **of_request}), model=model, sources=sources, unserved="")
+    return _completed(replace(made, hardware=hardware.having(source, **of_hardware)), must_serve=False)
+
+
+def _completed(made: Setup, must_serve: bool) -> Setup:
+    """Return the setup with everything that its request leaves open."""
+    model, price = made.model, made.request.price
+    if model.config.attention == "dsa" and model.run is not None and model.run.train.dsa_stage == "warmup":
+        raise ValueError(f"{model.source} has train.dsa_stage='warmup', which has no plan; use dsa_stage='sparse'")
+    rent = {} if price is None else {"gpu_price": price / 3600}
+    made = choose_layout(_worked(replace(made, hardware=made.hardware.having(USER, **rent))))
+    try:
+        return _served(made)
+    except ValueError as error:
+        if must_serve:
+            raise
+        return replace(made.asking(decode_gpus=None, prefill_gpus=None), unserved=str(error))
 
 
 def _filled(made: Setup, source: str, values: Mapping[str, Any]) -> Setup:
@@ -98,27 +92,6 @@ def _worked(made: Setup) -> Setup:
     return _filled(made, preset["sources"]["workload"], work)
 
 
-def _precision(made: Setup) -> Precision:
-    """Return the precision of products where the user leaves it open: FP8 for V3 and for configs that say so."""
-    config, peaks = made.model.config, made.hardware.peaks
-    if "fp8" in peaks and (config.precision == "fp8" or is_v3(config, indexer=True)):
-        return "fp8"
-    return "bf16" if "bfloat16" in peaks else "fp32"
-
-
-def _trained(made: Setup) -> Setup:
-    """Return the setup with its layout: fields that are given, and what is best for the others."""
-    state: dict[str, Any] = {"precision": _precision(made), "optimizer": "adamw", "moments": "float32"}
-    if made.model.run is not None:
-        train = made.model.run.train
-        state |= {"optimizer": train.optimizer, "moments": train.moments}
-        state |= {"precision": "fp32"} if train.dtype == "float32" else {}
-    preset = presets()["deepseek-v3"] if is_v3(made.model.config) else {"training": {}, "sources": {"training": ""}}
-    found, how, misfit = choose_layout(made, state, preset["training"], preset["sources"]["training"])
-    sources = {**dict.fromkeys([*ONE_PROCESS, "layout"], how), **made.sources}
-    return replace(found, sources=sources, misfit={"training": misfit} if misfit else {})
-
-
 # --- serving
 
 
@@ -132,73 +105,74 @@ def _served(made: Setup) -> Setup:
         tokens = getattr(r, name) or 1
         require(tokens <= longest, f"{name}={tokens} is longer than the model's max_seq_len={longest}; shorten it")
     context = r.context or min(CONTEXT, longest)
-    dtypes = {"weight_dtype": DTYPES[_precision(made)], "cache_dtype": "bfloat16"}  # however training multiplies
+    dtypes = {"weight_dtype": DTYPES[made.usual_precision], "cache_dtype": "bfloat16"}  # however training multiplies
     made = _filled(made, "chosen", {"context": context, "prompt": context, **dtypes})
     for stage in STAGES:
-        made, how = _choose(made, stage)
-        made = replace(made, sources={stage: how, **made.sources})
-    decode = made.deployment("decode")
-    fit = float(memory_of(made.asking(sequences=1), "decode").sequences_that_fit) / decode.micro_batches
-    made = _filled(made, "chosen", {"sequences": max(1, min(SEQUENCES, int(fit)))})
+        made = _deployed(made, stage)
+    fit = float(memory_of(made.asking(sequences=1), "decode").sequences_that_fit)
+    fit = int(fit / made.deployment("decode").micro_batches)
+    made = _filled(made, "chosen", {"sequences": max(1, min(SEQUENCES, fit))})
     misfit = {stage: sentence for stage in STAGES if (sentence := _misfit(made, stage))}
     return replace(made, misfit={**made.misfit, **misfit})
 
 
 def memory_of(made: Setup, stage: Stage) -> Sheet:
     """Return the memory of a deployment. Raises: ValueError for one that the model or the hardware cannot have."""
-    config, r, d, s = made.model.config, made.request, made.deployment(stage), Sheet(explained=False)
+    r: Any = made.request
+    config, d, s = made.model.config, made.deployment(stage), Sheet(explained=False)
     check(deployment_rules(d, config, made.hardware))
     made.hardware.put(s)
     for name in ("context", "prompt", "sequences"):
         s.put(name, getattr(r, name) or 1, "")
-    weight_figures(s, config, r.weight_dtype or "bfloat16")
+    weight_figures(s, config, r.weight_dtype)
     cache_figures(s, config, r.cache_dtype)
     return deployment_figures(s, config, d, "")
 
 
-def _choose(made: Setup, stage: Stage) -> tuple[Setup, str]:
-    """Return the setup with a deployment: the given numbers, and what is best for the others, and how it was chosen.
+def _deployed(made: Setup, stage: Stage) -> Setup:
+    """Return the setup with a deployment: the given numbers, and what is best for the others.
 
     Raises: ValueError for a deployment that does not divide the model or that the hardware has no links or units for.
     """
     gpus, tensor = (getattr(made.request, f"{stage}_{name}") for name in ("gpus", "tensor"))
-    preset, tried = presets()["deepseek-v3"], list[tuple[int, int, str]]()
-    if gpus is not None:
-        tried = [(gpus, tensor or 1, "as chosen")]
-    elif made.published and made.hardware.networked and tensor is None:
-        tried = [(preset[stage]["gpus"], preset[stage]["tensor"], preset["sources"][stage])]
-    if gpus is None:
-        tried += [(*pair, "the fewest GPUs that hold weights and cache") for pair in _counts(made, tensor)]
+    tried = [(gpus, tensor or 1, "as chosen")] if gpus is not None else [*_deployments(made, stage, tensor)]
     found, how = made, ""
-    for count, shared, how in tried or [(tensor or 1, tensor or 1, "")]:
-        found = made.asking(**{f"{stage}_gpus": count, f"{stage}_tensor": shared})
-        if memory_of(found, stage).gpu_memory <= made.hardware.value("gpu_memory"):
-            return found, how
-    return found, how if gpus is not None else "the most GPUs that it divides"
+    for count, shared, chosen in tried or [(tensor or 1, tensor or 1, "")]:
+        found, how = made.asking(**{f"{stage}_gpus": count, f"{stage}_tensor": shared}), chosen
+        if memory_of(found, stage).gpu_memory <= made.memory:
+            break
+    else:
+        how = how if gpus is not None else "the most GPUs that it divides"
+    return replace(found, sources={stage: how, **made.sources})
 
 
-def _counts(made: Setup, tensor: int | None) -> Iterator[tuple[int, int]]:
-    """Yield numbers of GPUs to try, and how many of them share heads: one with experts, else all."""
-    config, hardware, node = made.model.config, made.hardware, made.hardware.gpus_per_node
-    moe, most = config.n_dense_layers < config.n_layers, made.hardware.node
-    if moe and hardware.networked:
-        most = max(node, config.n_routed_experts)
-    few = [2**i for i in range(node.bit_length()) if 2**i < node]
-    for count in (*few, *(node * nodes for nodes in NODES)):
+def _deployments(made: Setup, stage: Stage, tensor: int | None) -> Iterator[tuple[int, int, str]]:
+    """Yield GPUs to try, how many of them share heads, and how they are chosen: with experts one, else all."""
+    config, hardware, node, preset = (
+        made.model.config,
+        made.hardware,
+        made.hardware.gpus_per_node,
+        presets()["deepseek-v3"],
+    )
+    if made.published and hardware.networked and tensor is None:
+        yield preset[stage]["gpus"], preset[stage]["tensor"], preset["sources"][stage]
+    moe = config.n_dense_layers < config.n_layers
+    most = max(node, config.n_routed_experts) if moe and hardware.networked else hardware.node
+    for count in gpu_counts(node):
         shared = tensor or (1 if moe else count)
         if count <= most and count % shared == 0 and shared <= node and config.n_heads % shared == 0:
-            yield count, shared
+            yield count, shared, "the fewest GPUs that hold weights and cache"
 
 
 def _misfit(made: Setup, stage: Stage) -> str:
     """Return one sentence for a deployment that does not hold weights and cache, with what would; "" if it does."""
     d, memory = made.deployment(stage), memory_of(made, stage)
-    if memory.gpu_memory <= made.hardware.value("gpu_memory"):
+    if memory.gpu_memory <= made.memory:
         return ""
     fix = f"use more {stage}_gpus, or hardware with more memory"
     if stage == "decode" and (fit := int(float(memory.sequences_that_fit) / d.micro_batches)):
         fix = f"use sequences={fit}"
     elif memory.longest_context >= 1:
         fix = f"use {'context' if stage == 'decode' else 'prompt'}={float(memory.longest_context):.0f}"
-    takes, of = (in_unit(float(value), "B") for value in (memory.gpu_memory, made.hardware.value("gpu_memory")))
+    takes, of = (in_unit(float(value), "B") for value in (memory.gpu_memory, made.memory))
     return f"{stage} on {plural(d.gpus, 'GPU')} does not fit: weights and cache take {takes} of {of}; {fix}"

@@ -52,12 +52,9 @@ from dsmini.config import ModelConfig
 from dsmini.planner.exchange import training_exchange
 from dsmini.planner.figure import Sheet
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.request import Layout, Schedule, copies
+from dsmini.planner.request import Layout, Schedule, copies, presets
 from dsmini.planner.words import shown
 
-BF16_EFFICIENCY = (0.51, "LL3, table 4: 0.43 of the peak in a whole step, its bubbles and all-reduces taken out")
-FP8_EFFICIENCY = (0.29, "fitted to the 143.8 ms of a forward with a backward that INS, table 4, implies")
-CARRYING = (20, "V3, section 3.2.2")
 ZERO3_GATHERED = 2
 """Layers whose weights ZeRO 3 holds whole: the one at work and the one that is fetched."""
 PARTS = {
@@ -78,14 +75,8 @@ PROCESS = {
     "process_tables": TABLES,
 }
 """What dsmini's own training holds in one process, whatever the batch, by its name in accounting."""
-KOKOLIS = "Kokolis et al. (arXiv 2410.21680)"
-FAILURES = {
-    "failures_per_node_day": (6.50e-3, f"{KOKOLIS}: 6.50 in 1000 node-days of RSC-1"),
-    "restart_time": (300.0, f"{KOKOLIS}: u0 of five minutes"),
-    "checkpoint_halt": (10.0, f"{KOKOLIS}: about 10 s at 12,000 GPUs"),
-}
-"""Rate of failures and their costs where the user leaves them open."""
-NODE_GPUS = (8, f"{KOKOLIS}: nodes of eight")
+FAILURES = ("failures_per_node_day", "restart_time", "checkpoint_halt")
+"""Rate of failures and their costs, which a user may choose."""
 MOST_LOST = 7.0
 """Longest restart, checkpoint and work between two, in mean times to failure: less than 0.1 % would train."""
 
@@ -166,22 +157,20 @@ def _memory(s: Sheet, c: ModelConfig, r: Layout) -> list[Sheet]:
         "optimizer": (1, s.state_optimizer, (0 if fp32 else 4) + 2 * moment),
     }
     saved = Saved(c=c, size=4 if fp32 else 2, fp8=r.precision == "fp8", recompute=r.recompute)
-    saved_of = {part: total(n for _, n in saved.part(part)) for part in ("dense", "moe", "embedding", "head", "mtp")}
-    for part, amount in saved_of.items():
-        setattr(s, f"activations_{part}", amount)
-        saved_of[part] = getattr(s, f"activations_{part}")
+    kinds = ("dense", "moe", "embedding", "head", "mtp")
+    saved_of = {part: s.name(f"activations_{part}", total(n for _, n in saved.part(part))) for part in kinds}
     block = [use for use in main_tensors(c) if use.place == "block"]
     s.local_dense = _on_gpu(s, [*block, *(use for use in main_tensors(c) if use.place == "dense")])
-    s.local_moe = _on_gpu(s, [*block, *(use for use in main_tensors(c) if use.module == "shared experts")])
-    s.local_experts = c.n_routed_experts / s.expert * s.or_zero("expert_parameters")
-    norms = total(use.numbers for use in block if use.form == "fp32")
+    s.local_moe = _on_gpu(s, [*block, *(use for use in main_tensors(c) if use.kind == "shared experts")])
+    s.local_experts = c.n_routed_experts / s.expert * s.get("expert_parameters", 0)
+    norms = s.norm_parameters + total(use.numbers for use in block if use.kind == INDEXER and use.form == "fp32")
     matrices_of = {"dense": s.local_dense, "moe": s.local_moe}
     plain_of = {  # what is never FP8
         "dense": norms,
-        "moe": norms + s.or_zero("gate_parameters"),
+        "moe": norms + s.get("gate_parameters", 0),
         "embedding": c.dim if c.embed_norm else 0,
         "head": c.dim,
-        "mtp": 3 * c.dim + 2 * c.dim * c.dim,
+        "mtp": s.get("mtp_norm_layer", 0) + s.get("mtp_projection_layer", 0),
         "vocabulary": s.vocabulary_parameters / s.tensor,
     }
     working = _working(s, c, r, saved)
@@ -249,17 +238,17 @@ def _process(s: Sheet, c: ModelConfig, r: Layout) -> Any:
 
 def _compute(s: Sheet, c: ModelConfig, hardware: Hardware, r: Layout) -> None:
     """Name the computing time of a token, and of a micro-batch in a stage."""
-    s.put("bf16_efficiency", *BF16_EFFICIENCY)
-    s.put("fp8_efficiency", *FP8_EFFICIENCY)
+    assume(s, "bf16_efficiency", "fp8_efficiency")
     share = 1
     if r.expert > 1 and "multiprocessors" in hardware.numbers:
-        share = 1 - s.put("communication_multiprocessors", *CARRYING) / s.multiprocessors
+        assume(s, "communication_multiprocessors")
+        share = 1 - s.communication_multiprocessors / s.multiprocessors
     peak = hardware.peak(s, "float32" if r.precision == "fp32" else "bfloat16")
     s.plain_rate = peak * s.bf16_efficiency * share
     fp8 = r.precision == "fp8"
     s.fp8_rate = hardware.peak(s, "fp8") * s.fp8_efficiency * share if fp8 else s.plain_rate
     # of an indexer's operations over the context, as of all products, backward takes two thirds
-    s.pair_seconds = (s.attention_flops + s.or_zero("indexer_flops") / 3) / c.n_layers / s.plain_rate
+    s.pair_seconds = (s.attention_flops + s.get("indexer_flops", 0) / 3) / c.n_layers / s.plain_rate
     block = [use for use in main_tensors(c) if use.place == "block" and use.visits]
     blocks, inside = c.n_layers + c.n_mtp_layers, _products(s, block) + s.pair_seconds
     kinds: list[Any] = []
@@ -267,17 +256,17 @@ def _compute(s: Sheet, c: ModelConfig, hardware: Hardware, r: Layout) -> None:
         s.dense_layer_seconds = 2 * s.dense_parameters / s.fp8_rate + inside
         kinds += [s.dense_layer_seconds] * (c.n_dense_layers > 0)
     if s.get("expert_parameters") is not None:
-        chosen = c.n_activated_experts * s.expert_parameters + s.or_zero("shared_parameters")
+        chosen = c.n_activated_experts * s.expert_parameters + s.get("shared_parameters", 0)
         s.moe_layer_seconds = 2 * chosen / s.fp8_rate + 2 * s.gate_parameters / s.plain_rate + inside
         kinds += [s.moe_layer_seconds] * (c.n_dense_layers < c.n_layers)
-    heads = s.vocabulary_parameters + c.n_mtp_layers * (s.vocabulary_parameters + s.or_zero("mtp_projection_layer"))
+    heads = s.vocabulary_parameters + c.n_mtp_layers * (s.vocabulary_parameters + s.get("mtp_projection_layer", 0))
     dense, moe = s.dense_layers + s.mtp_dense_layers, s.moe_layers + s.mtp_moe_layers
-    layers = dense * s.or_zero("dense_layer_seconds") + moe * s.or_zero("moe_layer_seconds")
+    layers = dense * s.get("dense_layer_seconds", 0) + moe * s.get("moe_layer_seconds", 0)
     s.forward_seconds = layers + 2 * heads / s.plain_rate
-    up = [use for use in block if use.name in ("wkv_b", "wq_b") and use.module == "attention"]
+    up = [use for use in block if use.name in ("wkv_b", "wq_b") and use.kind == "attention"]
     again = {"none": 0.0, "selective": blocks * _products(s, up) if c.is_mla else 0.0, "full": layers}[r.recompute]
     backward = 2 * s.forward_seconds + again
-    if indexer := [use for use in block if use.module == INDEXER]:  # whose inputs have no gradients
+    if indexer := [use for use in block if use.kind == INDEXER]:  # whose inputs have no gradients
         backward = backward - blocks * _products(s, indexer)
     s.backward_seconds = backward
     s.stage_share = largest(1 / s.pipeline, s.layers_first * functools.reduce(smallest, kinds) / s.forward_seconds)
@@ -285,6 +274,12 @@ def _compute(s: Sheet, c: ModelConfig, hardware: Hardware, r: Layout) -> None:
     s.chunk_backward = s.backward_seconds * s.micro_batch_tokens * s.stage_share
     # W makes no gradients of attention over the context, whose factors are no weights
     s.chunk_weights = (s.forward_seconds - blocks * s.pair_seconds) * s.micro_batch_tokens * s.stage_share
+
+
+def assume(s: Sheet, *names: str) -> None:
+    """Put numbers of presets.toml on the sheet as inputs, unless it has others."""
+    for name in names:
+        s.put(name, *presets()["assumed"][name])
 
 
 def _products(s: Sheet, uses: list[TensorUse]) -> Any:
@@ -389,19 +384,17 @@ def _most(amounts: Iterable[Any]) -> Any:
 # --- the whole run
 
 
-def run_figures(s: Sheet, hardware: Hardware, r: Layout, utilization: tuple[float, str] | None) -> None:
-    """Name the time and the cost of a run: by the parts of a step, or by the utilization that the user gives.
+def run_figures(s: Sheet, hardware: Hardware, r: Layout) -> None:
+    """Name the time and the cost of a run: by the parts of a step, or by the utilization that the sheet has.
 
     Operations are those of training_flops, without multi-token prediction and recomputation. The peak is that of BF16
     also where products are FP8. DeepSeek counts both like this.
-
-    Args:
-        utilization: the share of the peak that the user measured, and its source.
     """
     peak = s.gpus * hardware.peak(s, "float32" if r.precision == "fp32" else "bfloat16")
     s.step_tokens = s.batch * s.seq_len
     s.step_flops = s.training_flops * s.step_tokens
-    s.step_seconds = s.step_flops / (peak * s.put("utilization", *utilization)) if utilization else s.parts_seconds
+    reached = s.get("utilization")
+    s.step_seconds = s.parts_seconds if reached is None else s.step_flops / (peak * reached)
     s.mfu = s.step_flops / (peak * s.step_seconds)
     s.training_tokens_per_second = s.step_tokens / s.step_seconds
     s.training_time = s.tokens / s.training_tokens_per_second
@@ -415,10 +408,8 @@ def failure_figures(s: Sheet) -> None:
 
     Raises: ValueError for more of them than a run survives.
     """
-    for name, default in FAILURES.items():
-        s.put(name, *default)
-    nodes = s.gpus / s.put("gpus_per_failing_node", *NODE_GPUS)
-    s.mean_time_to_failure = 86400 / (nodes * s.failures_per_node_day)
+    assume(s, *FAILURES, "gpus_per_failing_node")
+    s.mean_time_to_failure = 86400 / (s.gpus / s.gpus_per_failing_node * s.failures_per_node_day)
     s.checkpoint_interval = np.sqrt(2 * s.checkpoint_halt * s.mean_time_to_failure)
     lost = s.restart_time + s.checkpoint_halt + s.checkpoint_interval
     if float(lost) > MOST_LOST * float(s.mean_time_to_failure):

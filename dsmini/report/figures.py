@@ -125,35 +125,26 @@ class Table:
 
 
 def heat_map(
-    title: str,
-    x: str,
-    y: str,
-    *,
-    columns: Sequence[str],
-    rows: Sequence[str],
-    values: Sequence[Sequence[float | None]],
-    cells: Sequence[Sequence[str]],
+    title: str, corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[tuple[str, float | None]]]
 ) -> Table:
     """Return values over two axes of labels as a table: on a logarithmic scale where they span more than ten times.
 
     Args:
-        x, y: names of the axes whose labels are columns and rows.
-        values: by row and column; None where there is none.
-        cells: the same values in words.
+        corner: names of the axes.
+        rows: cells in words, each with its value, by the label of the row; None where there is none.
     """
-    found = [v for row in values for v in row if v is not None and math.isfinite(v)]
+    found = [v for row in rows.values() for _, v in row if v is not None and math.isfinite(v)]
     log = bool(found) and min(found) > 0 and max(found) > 10 * min(found)
-    scaled = [math.log(v) if log else v for v in found]
+    low, high = (math.log(end(found)) if log else end(found) for end in (min, max)) if found else (0.0, 0.0)
 
     def shaded(word: str, value: float | None) -> str:
         if value is None or not math.isfinite(value):
             return word or NOTHING
-        low, high = min(scaled), max(scaled)
         part = ((math.log(value) if log else value) - low) / (high - low) if high > low else 0.5
         return Toned(word, shade=round(LIGHTEST + part * (DARKEST - LIGHTEST), 3))
 
-    lines = [[label, *map(shaded, words, row)] for label, words, row in zip(rows, cells, values, strict=True)]
-    return Table(columns=(f"{y} \\ {x}", *columns), rows=lines, numeric=columns, heat=title)
+    lines = [[label, *(shaded(*cell) for cell in row)] for label, row in rows.items()]
+    return Table(columns=(corner, *columns), rows=lines, numeric=columns, heat=title)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsmini.report.figures import Figure, Plot, Series, pick
@@ -39,31 +40,6 @@ DARK = {"ink": "#e4e6e9", "muted": "#99a1ac", "rule": "#2f353d", "card": "#1b1f2
 THEMES = {"light": LIGHT, "dark": DARK}
 """Colours of a page and its plots, by the name of their variable in the page."""
 MOST_COLOURS = 10
-TICKS = {"color": LIGHT["muted"], "labelcolor": LIGHT["ink"], "major.size": 0, "major.pad": 5}
-STYLE: dict[str, Any] = {
-    **{f"{axis}tick.{key}": value for axis in "xy" for key, value in TICKS.items()},
-    "svg.fonttype": "none",  # text remains text
-    "text.parse_math": False,  # a dollar sign starts no formula
-    "font.size": 10.5,
-    "text.color": LIGHT["muted"],
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "axes.edgecolor": LIGHT["muted"],
-    "axes.labelcolor": LIGHT["muted"],
-    "axes.labelpad": 6,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "axes.titlepad": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": LIGHT["rule"],
-    "legend.frameon": False,
-    "legend.fontsize": 9.5,
-    "legend.handlelength": 1.8,
-}
-"""Settings of matplotlib: a base line and a faint grid."""
-
 
 # --- plots from figures; a list is empty without values
 
@@ -156,8 +132,8 @@ def svg(plot: Plot, name: str) -> str:
     fits = sum(len(entry) + HANDLE for entry in entries) <= LEGEND_WIDTH
     columns = max(1, len(entries) if fits else LEGEND_WIDTH // widest)
     height = max(HEIGHT, 1.0 + 0.3 * len(plot.labels or ()) * max(1, len(bars))) + 0.2 * (len(entries) // columns)
-    settings: dict[Any, Any] = {**STYLE, "svg.hashsalt": name}
-    with matplotlib.rc_context(settings):
+    settings: dict[Any, Any] = {"svg.hashsalt": name}
+    with matplotlib.rc_context(settings, fname=Path(__file__).with_suffix(".mplstyle")):
         figure = Drawing(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()
         for s, place in zip(series, colours_of(series), strict=True):

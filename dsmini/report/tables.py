@@ -20,6 +20,8 @@ MEASURED = ("predicted", "measured", "95 % interval", "measured / predicted")
 STYLES = {"near": "green", "equal": "green", "off": "yellow", "far": "red", "unequal": "bold red", "better": "green"}
 STYLES |= {"worse": "red", "new": "cyan", "gone": "cyan", "changed": "yellow", "reproduced": "green"}
 STYLES |= {"missed": "red", "fitted": "yellow", "misprint": "yellow", "worked out": "green", "follows": "green"}
+LABEL = 24
+"""Width to which labels of rows may be wrapped, so that more columns have room."""
 LONGEST = 30
 """Number of figures of a question that a terminal shows; the page has all."""
 
@@ -138,7 +140,8 @@ def _parts(table: Table, width: int) -> Iterator[list[int]]:
     """Yield the columns of each part: all where one can wrap, else the first with as many as there is room for."""
     others, wraps = list(range(1, len(table.columns))), {*table.columns[1:]} - {*table.numeric}
     widths = [max(len(cells[i]) for cells in [table.columns, *table.rows]) + 2 for i in [0, *others]]
-    label = max(map(len, [*table.columns[0].split(), *(cells[0] for cells in table.rows)])) + 2
+    words = [word for text in [table.columns[0], *(cells[0] for cells in table.rows)] for word in text.split()]
+    label = min(widths[0], max(LABEL, *map(len, words)) + 2)
     while others:
         fit = [n for n in range(1, len(others) + 1) if wraps or label + sum(widths[i] for i in others[:n]) <= width]
         yield [0, *others[: max(fit, default=1)]]

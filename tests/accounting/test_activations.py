@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, ops
-from dsmini.accounting import activation_bytes
+from dsmini.accounting import activation_bytes, training_bytes
 from dsmini.measure.memory import saved_for_backward
 from dsmini.training.optim import begin_stage
 from tests.helpers.accounting import DTYPES, attention_by, fused, sized
@@ -110,8 +110,34 @@ def test_activations_of_indexers_are_those_saved(q_lora_rank: int | None, precis
     assert 0 <= learning - own < FEW
 
 
-def test_fused_attention_of_v3_by_hand() -> None:
-    """Queries, keys, values and result of 128 heads, and a number for each query."""
-    v3 = released("deepseek-v3", n_mtp_layers=0)
-    by_part = activation_bytes(v3, batch_size=1, seq_len=4096).by_part
-    assert by_part["attention over the context"] == 61 * 4096 * 128 * ((2 * 192 + 2 * 128) * 2 + 4)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("precision", ["native", "fp8"])
+def test_all_that_training_keeps(precision: Any, dtype: Any) -> None:
+    """Count every storage that is not a parameter's: copies of weights and the head's gradient too."""
+    config = ModelConfig(n_layers=2, v_head_dim=48, precision=precision)
+    model, held = Transformer(config, compute_dtype=DTYPES[dtype]), dict[int, torch.Tensor]()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    tokens = torch.randint(0, 256, (2, 64))
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        t = t.detach()  # a graph that is held from within itself is never freed
+        if (pointer := t.untyped_storage().data_ptr()) not in own:
+            held[pointer] = t
+        return t
+
+    with ops.use("eager"), attention_by(fused), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.losses(tokens, tokens)
+    sizes = sum(t.untyped_storage().nbytes() for t in held.values())
+    counted = training_bytes(config, batch_size=2, seq_len=64, dtype=dtype).by_part
+    kept = counted["activations"] + counted.get("weights kept for backward", 0) + counted["the head's gradient"]
+    assert kept == pytest.approx(sizes, rel=1e-3)
+
+
+def test_copies_of_weights_of_an_indexer_are_saved_as_codes_alone() -> None:
+    """Its inputs are detached, so that no product of backward reads its weights. There are four blocks with MTP's."""
+    for precision, codes in (("native", 0), ("fp8", 4 * (3 * 32 * 20 + 32 * 40 + 4 * 2))):
+        with_indexer, without = (
+            training_bytes(sized(**more, precision=precision), batch_size=1, seq_len=20).by_part for more in (DSA, {})
+        )
+        name = "weights kept for backward"
+        assert with_indexer[name] - without[name] == codes

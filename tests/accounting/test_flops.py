@@ -7,18 +7,26 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsmini import ModelConfig, Transformer
+from dsmini import ModelConfig, Transformer, ops
 from dsmini.accounting import decode_flops_per_token, flops_per_token, parameters, step_flops
 from dsmini.nn.mla import attention_work
+from dsmini.training.optim import begin_stage
 from tests.helpers.accounting import ATTENTIONS, DTYPES, GROUPED, WHOLE, attention_by, explicit, form_of, sized
-from tests.helpers.configs import released
+from tests.helpers.configs import DSA, released
+from tests.helpers.configs import V32 as V32_INDEXER
 from tests.helpers.strategies import model_configs
 
 V3 = released("deepseek-v3")
 V2 = released("deepseek-v2")
+V32 = released("deepseek-v3", **V32_INDEXER)
+MIXED = "depths with and without experts"
+CASES: dict[str, dict[str, Any]] = {
+    **ATTENTIONS,
+    "no shared experts": {"n_shared_experts": 0},
+    MIXED: {"n_dense_layers": 4},
+}
 
 
 # --- a token, as the papers count
@@ -43,14 +51,6 @@ def test_flops_that_the_printed_utilisation_implies(causal: bool, tflops: float)
 
 # --- a token, against torch
 
-PLAIN: dict[str, dict[str, Any]] = {
-    "mla": {},
-    "mla, query not compressed": {"q_lora_rank": None},
-    "mha": {"attention": "mha"},
-    "gqa": {"attention": "gqa", "n_heads": 6, "n_kv_heads": 2},
-    "mqa": {"attention": "mqa"},
-    "no shared experts": {"n_shared_experts": 0},
-}
 SUFFIXES = {
     r"head": "head",
     r"attn\.w\w+": "attention",
@@ -60,48 +60,42 @@ SUFFIXES = {
     r"ffn\.shared_experts": "shared experts",
     r"ffn\.experts": "routed experts",
 }
-B, S = 2, 13
 
 
-def measured(config: ModelConfig, training: bool = False, losses: bool = False) -> FlopCounterMode:
-    """Return what torch counts in a model of products that it can count.
-
-    It takes grouped_mm and a CPU's flash attention for nothing. In FP64 experts are multiplied one by one; attention
-    is made to hold its square of logits.
-    """
-    model = Transformer(config).double()
-    tokens = torch.randint(0, config.vocab_size, (B, S))
-    counter = FlopCounterMode(display=False)
-    with counter, torch.set_grad_enabled(training), attention_by(explicit, WHOLE):
-        result: Tensor = model.losses(tokens, tokens).total if losses else model(tokens).sum()
+def counted(
+    config: ModelConfig,
+    b: int,
+    s: int,
+    dtype: Any = "float32",
+    training: bool = False,
+    recompute: bool = False,
+    block: int = WHOLE,
+) -> FlopCounterMode:
+    """Return what torch counts of a step whose attention makes its square of logits."""
+    model = Transformer(config, compute_dtype=DTYPES[dtype])
+    tokens = torch.randint(0, config.vocab_size, (b, s))
+    counter = FlopCounterMode(display=False, custom_mapping=GROUPED)
+    with counter, torch.set_grad_enabled(training), attention_by(explicit, block):
         if training:
-            result.backward()
+            model.losses(tokens, tokens, recompute=recompute).total.backward()
+        else:
+            model(tokens)
     return counter
 
 
-def dense(**changes: Any) -> ModelConfig:
-    sizes: dict[str, Any] = {"vocab_size": 51, "dim": 46, "inter_dim": 78, "moe_inter_dim": 30, "v_head_dim": 22}
-    experts = {"n_routed_experts": 5, "n_activated_experts": 2, "n_expert_groups": 1, "n_limited_groups": 1}
-    layers = {"n_layers": 2, "n_dense_layers": 2, "n_mtp_layers": 0}
-    return ModelConfig(**{**sizes, **experts, **layers, **changes})
-
-
-@pytest.mark.parametrize("case", PLAIN)
+@pytest.mark.parametrize("case", [*ATTENTIONS, "no shared experts"])
 def test_flops_of_each_module_against_torch(case: str) -> None:
     """Count exactly: torch too does not call the weighted sum of the experts' outputs a matrix product."""
-    config = dense(**{"n_dense_layers": 1, "n_shared_experts": 2} | PLAIN[case])
+    config = sized(**{"n_dense_layers": 1, "n_shared_experts": 2, "n_mtp_layers": 0} | CASES[case])
     torchs = Counter[str]()
-    for name, counts in measured(config).get_flop_counts().items():
+    for name, counts in counted(config, 2, 13).get_flop_counts().items():
         inner = re.sub(r"^Transformer\.(layers\.\d+\.)?", "", name)
         for pattern, module in SUFFIXES.items():
             if re.fullmatch(pattern, inner):
                 torchs[module] += sum(counts.values())
     torchs["attention over the context"] = torchs.pop("attention and its context") - torchs["attention"]
-    ours = flops_per_token(config, S, causal=False).by_module
-    assert {module: count * B * S for module, count in ours.items()} == torchs - Counter()
-    training = flops_per_token(config, S, causal=False, training=True).total * B * S
-    # the chunked cross-entropy makes its products at another time, and as many
-    assert training == measured(config, True).get_total_flops() == measured(config, True, losses=True).get_total_flops()
+    ours = flops_per_token(config, 13, causal=False).by_module
+    assert {module: count * 2 * 13 for module, count in ours.items()} == torchs - Counter()
 
 
 @given(config=model_configs())
@@ -166,22 +160,6 @@ def test_absorbing_v3_is_cheaper_from_the_second_token_on() -> None:
 # --- a step
 
 
-def run_flops(
-    config: ModelConfig, b: int, s: int, dtype: str, training: bool, recompute: bool = False, block: int = WHOLE
-) -> int:
-    """Return what torch counts of a step whose attention makes its logits."""
-    model = Transformer(config, compute_dtype=DTYPES[dtype])
-    tokens = torch.randint(0, 51, (b, s))
-    counter = FlopCounterMode(display=False, custom_mapping=GROUPED)
-    with counter, torch.set_grad_enabled(training), attention_by(explicit, block):
-        if training:
-            model.losses(tokens, tokens, recompute=recompute).total.backward()
-        else:
-            model(tokens)
-    return counter.get_total_flops()
-
-
-MIXED = "depths with and without experts"
 STEPS = ["absorbed", "query not compressed", "mha", "gqa", "no shared experts", MIXED]
 PRECISIONS = [("float32", "native"), ("bfloat16", "native"), ("bfloat16", "fp8")]
 RARE = [pytest.param(case, *how, marks=pytest.mark.slow) for how in PRECISIONS[1:] for case in STEPS[1:]]
@@ -193,12 +171,11 @@ RARE = [pytest.param(case, *how, marks=pytest.mark.slow) for how in PRECISIONS[1
 )
 def test_flops_of_a_step_against_torch(case: str, dtype: str, precision: Any) -> None:
     """All queries at once, no padded experts, two depths, of which the mixed case has one dense."""
-    others: dict[str, dict[str, Any]] = {"no shared experts": {"n_shared_experts": 0}, MIXED: {"n_dense_layers": 4}}
-    config = sized(**(ATTENTIONS | others)[case], n_mtp_layers=2, precision=precision)
+    config = sized(**CASES[case], n_mtp_layers=2, precision=precision)
     for training, recompute in ((False, False), (True, False), (True, True)):
         how: dict[str, Any] = {"training": training, "recompute": recompute}
-        counted = step_flops(config, batch_size=2, seq_len=30, causal=False, **how)
-        assert counted.total == run_flops(config, 2, 30, dtype, **how)
+        ours = step_flops(config, batch_size=2, seq_len=30, causal=False, **how)
+        assert ours.total == counted(config, 2, 30, dtype, **how).get_total_flops()
 
 
 @pytest.mark.parametrize("precision", ["native", pytest.param("fp8", marks=pytest.mark.slow)])
@@ -208,4 +185,54 @@ def test_flops_of_a_step_are_a_lower_bound(precision: Any) -> None:
     for training, recompute in ((False, False), (True, False), (True, True)):
         how: dict[str, Any] = {"training": training, "recompute": recompute}
         least = step_flops(config, batch_size=2, seq_len=140, **how).total
-        assert least < run_flops(config, 2, 140, "bfloat16", **how, block=70) < 1.5 * least
+        assert least < counted(config, 2, 140, "bfloat16", **how, block=70).get_total_flops() < 1.5 * least
+
+
+# --- indexers
+
+
+@pytest.mark.parametrize("context", [5, 8, 9, 100])
+def test_operations_of_decoding_against_torch(context: int) -> None:
+    """But for the weighted sum over the indexer's heads, which the papers leave out. Up to k keys it is not asked."""
+    config = sized(**DSA, n_mtp_layers=0, n_dense_layers=3)
+    model = Transformer(config).double()
+    tokens = torch.randint(0, 51, (1, context))
+    cache = model.new_cache(1, context, form="absorbed")
+    with ops.use("eager"):
+        model(tokens[:, :-1], cache)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens[:, -1:], cache)
+    least, heads = decode_flops_per_token(config, context=context, form="absorbed").total, DSA["index_n_heads"]
+    sums = 2 * 3 * heads * context
+    unused = 2 * 3 * heads * (32 * (context + 20) + 40)  # queries, their weights and scores where there is no choice
+    assert counter.get_total_flops() == (least + sums if context > 8 else least - unused)
+
+
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+@pytest.mark.parametrize(
+    ("q_lora_rank", "recompute"),
+    [(20, True), (None, False), *(pytest.param(*rare, marks=pytest.mark.slow) for rare in ((20, False), (None, True)))],
+)
+def test_operations_of_a_training_step_against_torch(stage: Any, q_lora_rank: int | None, recompute: bool) -> None:
+    """But for the weighted sums over the indexer's heads: picks, the loss, and two for its gradients."""
+    config = sized(**DSA, n_mtp_layers=2, q_lora_rank=q_lora_rank, n_routed_experts=4)
+    model, tokens, heads = Transformer(config), torch.randint(0, 51, (2, 60)), DSA["index_n_heads"]
+    begin_stage(model, stage)
+    counter = FlopCounterMode(display=False, custom_mapping=GROUPED)
+    with ops.use("eager"), counter, attention_by(explicit, WHOLE):
+        model.losses(tokens, tokens, recompute=recompute).total.backward()
+    how: dict[str, Any] = {"causal": False, "recompute": recompute, "dsa_stage": stage}
+    ours = step_flops(config, batch_size=2, seq_len=60, **how)
+    sums = 2 * 2 * heads * (3 * 60**2 + 59**2 + 58**2) * 4 * (1 + recompute)
+    assert counter.get_total_flops() == ours.total + sums
+
+
+def test_the_loss_of_an_indexer_compares_all_keys_or_the_picked_ones() -> None:
+    """By hand: V3.2 at 4096 tokens, with the target's logits of all keys in both stages."""
+    all_, picked = 4096 * 4096 / 2, 2048 * 2048 / 2 + 2048 * 2048
+    for stage, compared in (("warmup", all_), ("sparse", picked)):
+        ours = flops_per_token(V32, 4096, training=True, mtp=False, dsa_stage=stage).by_module
+        loss = 2 * (3 * 64 * 128 * compared + 128 * 192 * all_)
+        assert ours["loss of the indexer"] == 61 * loss / 4096
+        assert ours["scores of the indexer"] == 61 * 2 * 64 * 128 * 4096 / 2
+        assert ours["indexer"] == 61 * 2 * 2 * (8192 * 1536 + 128 * 7168 + 64 * 7168)

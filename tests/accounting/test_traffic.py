@@ -26,7 +26,7 @@ from dsmini.nn import route
 from dsmini.nn.fp8 import hold_all_fp8
 from tests.conftest import randomise
 from tests.helpers.accounting import ATTENTIONS, DTYPES, form_of, sized
-from tests.helpers.configs import released
+from tests.helpers.configs import V32, released
 from tests.helpers.strategies import model_configs
 
 aten = torch.ops.aten
@@ -154,20 +154,6 @@ def test_fp8_weights_are_read_as_codes_and_scales(batch: int) -> None:
     assert scales == pytest.approx(4 * (3 * 4 + 3 + 2 * 3 + 2 * 3 * experts), abs=1e-6)
 
 
-def test_decoding_v3_by_hand() -> None:
-    """BF16, one sequence at 4096: active parameters, a cache of 70,272 bytes a token, and what is small."""
-    counted = decode_bytes_per_token(V3, context=4096)
-    gates, norms = 58 * 256 * 7168, 61 * (2 * 7168 + 1536 + 512) + 7168
-    assert counted.weights == pytest.approx(
-        2 * (parameters(V3).active + 7168) + 2 * gates + 4 * (norms + 14_848), rel=1e-12
-    )
-    assert counted.by_part["cache read"] == 4096 * 70_272
-    assert counted.by_part["cache write"] == 70_272
-    assert counted.by_part["logits"] == 2 * 129280
-    small = counted.total - counted.weights - 4097 * 70_272
-    assert 0 < small < 0.0015 * counted.total
-
-
 def test_attention_of_v3_by_hand() -> None:
     """Absorbed, 128 heads read 576 numbers as key and sum 512; expanded, keys are 192 wide and values 128."""
     how: dict[str, Any] = {"context": 4096, "batch": 3}
@@ -178,6 +164,14 @@ def test_attention_of_v3_by_hand() -> None:
     assert mha["attention operands"] == pytest.approx(2 * 61 * 128 * (128 + 128))
     assert expanded["expanded keys and values"] == pytest.approx(2 * 2 * 61 * 4096 * 128 * (128 + 128))
     assert "expanded keys and values" not in {*absorbed, *mha}
+
+
+def test_a_decoded_token_reads_all_index_keys_and_k_rows() -> None:
+    config = released("deepseek-v3", **V32, max_seq_len=2**20)
+    read = decode_bytes_per_token(config, context=128 * 1024, dtype="fp8", cache_dtype="fp8").by_part["cache read"]
+    assert read == 61 * (132 * 128 * 1024 + 656 * 2048)
+    expanded = decode_bytes_per_token(config, context=4096, dtype="fp8", cache_dtype="fp8", form="expanded")
+    assert expanded.by_part["cache read"] == 61 * (132 + 656) * 4096
 
 
 @given(config=model_configs(), data=st.data())

@@ -67,7 +67,7 @@ def test_name_that_is_not_declared_raises() -> None:
         s.kv_cach = 3
     with pytest.raises(AttributeError, match="kv_cache was not computed"):
         _ = s.kv_cache
-    assert s.get("kv_cache") is None and s.or_zero("kv_cache") == 0
+    assert s.get("kv_cache") is None and s.get("kv_cache", 0) == 0
 
 
 WORDS = [

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -166,24 +167,12 @@ def test_search_finds_the_best_of_all_plans(words: str) -> None:
 
 def test_search_of_a_large_cluster_finds_the_published_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """V3's own is within 5 % of the fastest, and 35,000 layouts take few formulas, which are what takes time."""
-    built = counted(monkeypatch)
+    built = Mock(side_effect=search.training_figures)
+    monkeypatch.setattr(search, "training_figures", built)
     told: list[tuple[float, str]] = []
     made = setup_of("deepseek-v3 gpus=2048")
     layouts = pages.searched(made, "", lambda share, what: told.append((share, what))).record["layouts"]
     (own,) = [one for one in layouts if V3.items() <= one.items()]
     assert own["step_seconds"] < 1.05 * layouts[0]["step_seconds"] and own["binds"] == "compute"
-    assert 50 < len(built) <= 500
+    assert 50 < built.call_count <= 500
     assert told == sorted(told, key=lambda part: part[0]) and told[-1][0] == 1 and all(what for _, what in told)
-
-
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return a list that gets the layout of each formula that is computed."""
-    built: list[Any] = []
-    figures = search.training_figures
-
-    def count(s: Any, c: Any, hardware: Any, layout: Any) -> None:
-        built.append(layout)
-        figures(s, c, hardware, layout)
-
-    monkeypatch.setattr(search, "training_figures", count)
-    return built

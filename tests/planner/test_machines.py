@@ -11,13 +11,11 @@ from dsmini.measure import calibration, step_rates
 from dsmini.measure.rates import Roofs
 from dsmini.planner import pages
 from dsmini.planner.figure import Sheet
-from dsmini.planner.hardware import Hardware, load_hardware
+from dsmini.planner.hardware import load_hardware
 from dsmini.planner.here import MOST_TOKENS, steps_here, with_forecast
 from dsmini.planner.pages import here_section, plan_page
 from tests.helpers.plans import INVENTED, plan_of, setup_of, values_of
 from tests.helpers.questions import invented_rates
-
-KNOWN = ["a100-pcie", "ascend-910c", "b200", "gb200-nvl72", "h100", "h200", "h800", "laptop"]
 
 
 def test_numbers_of_an_own_file_are_in_base_units(tmp_path: Path) -> None:
@@ -40,32 +38,25 @@ def test_numbers_of_an_own_file_are_in_base_units(tmp_path: Path) -> None:
 # --- the machine at hand
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, **peak: float) -> Hardware:
-    """Return `this` of a machine with these measured peaks."""
+@pytest.mark.parametrize(("bfloat16", "peaks"), [(300e9, ["float32", "bfloat16"]), (0.3e9, ["float32"])])
+def test_this_is_the_measured_machine(monkeypatch: pytest.MonkeyPatch, bfloat16: float, peaks: list[str]) -> None:
+    """It has no peak of a dtype that it multiplies too slowly."""
     card = {"processor": "A processor", "device": "cpu"}
     rates = {"bandwidth": 20e9, "copy": 15e9, "call": 2e-6, "cache_bytes": 1 << 25, "probes": {}, "curves": {}}
-    roofs = Roofs(card=card, peak=peak, **rates)  # pyright: ignore[reportArgumentType]
+    roofs = Roofs(card=card, peak={"float32": 170e9, "bfloat16": bfloat16}, **rates)  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(calibration, "load_or_measure", lambda device, **_: roofs)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return load_hardware("this")
-
-
-def test_this_is_the_measured_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    this = measured(monkeypatch, float32=170e9, bfloat16=300e9)
-    assert (this.name, this.title) == ("this", "A processor")
-    assert {name: value for name, (value, _) in this.numbers.items() if name != "gpu_memory"} == {
-        **{"peak_float32": 170e9, "peak_bfloat16": 300e9, "memory_bandwidth": 20e9, "gpus_per_node": 1}
-    }
-    assert this.value("gpu_memory") > 1e8 and not this.linked
+    this = load_hardware("this")
+    assert (this.name, this.title, this.peaks, this.linked) == ("this", "A processor", peaks, False)
+    values = {name: value for name, (value, _) in this.numbers.items()}
+    assert values.pop("gpu_memory") > 1e8
+    of_peaks = {f"peak_{dtype}": roofs.peak[dtype] for dtype in peaks}
+    assert values == of_peaks | {"memory_bandwidth": 20e9, "gpus_per_node": 1}
     (source,) = {source for _, source in this.numbers.values()}
     assert re.fullmatch(r"measured here by dsmini\.measure, \d{4}-\d\d-\d\d", source)
-
-
-def test_this_has_no_peak_of_an_unusable_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    this = measured(monkeypatch, float32=170e9, bfloat16=0.3e9)
-    assert this.peaks == ["float32"]
-    with pytest.raises(ValueError, match="A processor has no bfloat16 units; use one of float32"):
-        this.peak(Sheet(), "bfloat16")
+    if "bfloat16" not in peaks:
+        with pytest.raises(ValueError, match="A processor has no bfloat16 units; use one of float32"):
+            this.peak(Sheet(), "bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +86,8 @@ def test_plan_of_this_machine_has_forecasts_of_its_steps(invented: None) -> None
     }
     assert shapes["training step"].train.optimizer == "muon", "as the file says"
     assert all(row["seconds"] > row["roof_seconds"] > 0 for _, row in steps.values()), "roofs are lower bounds"
-    rows = here_section(steps).tables[0].rows
-    assert [row[:2] for row in rows] == [
-        ("training step", "4 x 256 tokens, bfloat16"),
-        ("prompt", "1 x 50 tokens, bfloat16"),
-        ("decoding step", "3 x 100 tokens, bfloat16"),
-    ]
+    said = [row[1] for row in here_section(steps).tables[0].rows]
+    assert said == [f"{size} tokens, bfloat16" for size in ("4 x 256", "1 x 50", "3 x 100")]
     assert with_forecast(plan, steps).request.utilization is not None
     stated = plan_of(f"{words} utilization=0.9")
     assert with_forecast(stated, steps) is stated.setup, "the user's own holds"
@@ -124,5 +111,4 @@ def test_answer_about_this_machine_shows_and_records_forecasts(invented: None) -
 
 def test_other_machines_have_no_forecasts_and_this_says_what_was_measured(invented: None) -> None:
     assert "here" not in pages.planned(setup_of("toy"), "plan toy").record
-    here = plan_page(plan_of(f"toy @this {SMALL}"), "", [])
-    assert "measured on this machine" in here.lead and "Nothing was measured" not in here.lead
+    assert "measured on this machine" in plan_page(plan_of(f"toy @this {SMALL}"), "", []).lead

@@ -67,12 +67,14 @@ PAGES: dict[str, Callable[[], str]] = {
     ),
     "search": lambda: on_terminal(pages.searched(setup_of(SMALL), SMALL)),
     "variation": lambda: (
-        on_terminal(varied("context=4096,1024,65536", of=("decode_gpu_cache", "decode_cost")))
+        on_terminal(
+            varied("context=4096,1024,65536", of=("decode_gpu_cache", "decode_longest_context", "decode_cost")), 80
+        )
         + on_terminal(varied("pipeline=8,7,16"))
         + on_terminal(varied("precision=fp8,bf16", "zero=0,1", of=("memory_needed", "training_time")))
         + on_terminal(varied("slow_link=12.5e9,25e9", of=("dispatch_seconds",)))
     ),
-    "published": lambda: on_terminal(pages.published(), width=120),
+    "published": lambda: on_terminal(pages.published(), width=80),
 }
 """Snapshots by name."""
 
@@ -101,35 +103,35 @@ def test_models_are_planned_on_every_machine(name: str, hardware: str) -> None:
     assert "None" not in found and plan.fits == ("failures  " in found) != ("It does not fit: no " in found)
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("plan") / "new" / "plan.html"
+def test_every_figure_is_on_the_page_with_its_formula_and_each_link_leads_to_one(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "plan.html"
     check_folder(path.parent)
     assert planned(V3).write(path.parent) == [path, path.parent / "plan.json"]
-    return path
-
-
-def test_every_figure_is_on_the_page_once_and_each_link_leads_to_one(page: Path) -> None:
-    text = page.read_text()
-    ids = re.findall(r'\bid="([^"]+)"', text)
+    text = path.read_text()
+    ids, links = re.findall(r'\bid="([^"]+)"', text), set(re.findall(r'href="#([^"]+)"', text))
     assert len(ids) == len(set(ids)) and set(figures_of(V3)) <= set(ids)
-    links = set(re.findall(r'href="#([^"]+)"', text))
     assert len(links) > 100 and links <= set(ids)
-
-
-def test_figure_shows_its_formula_behind_a_click(page: Path) -> None:
-    text = page.read_text()
     block = text[text.index('<div id="kv_cache">') :]
     block = block[: block.index("</details>")]
     for said in ("n_layers × cache_row", "61 × 1.152 kB", "= 70,272 B/token", "V2, table 1", 'href="#n_layers"'):  # noqa: RUF001
         assert said in block, said
-
-
-def test_page_asks_for_nothing_and_says_what_is_planned(page: Path) -> None:
-    text = page.read_text()
-    assert "<script" not in text and not re.search(r"(src|href|url\()\s*=?\s*[\"'(]?\s*(https?:|//|file:)", text)
     for said in ("deepseek-v3 on An invented GPU", "<dd>selective</dd>", "320 GPUs, as DeepSeek-V3 is served"):
         assert said in text, said
+
+
+def test_page_of_two_axes_has_a_heat_map_of_each_figure() -> None:
+    """A plan that does not fit is marked, and the cell of one that there is not is empty."""
+    answer = varied("precision=fp8,bf16", "zero=0,1", of=("memory_needed", "training_time"))
+    assert answer.page is not None
+    (section,) = [each for each in answer.page().sections if each.name == "variation_section"]
+    first, second = section.tables
+    assert (first.heat, second.heat) == ("Memory of the GPU that holds most", "Time of the whole run without failures")
+    assert list(first.columns) == ["precision \\ zero", "0", "1"]
+    assert first.rows == [["fp8", "! 109 GB", "65.0 GB"], ["bf16", "! 130 GB", "94.3 GB"]]
+    assert first.rows[1][1].shade > first.rows[0][1].shade > first.rows[1][2].shade > first.rows[0][2].shade  # pyright: ignore
+    axes = ("pipeline=7,8", "hardware=h100,h800")
+    none, some = varied(*axes, of=("training_cost",)).page().sections[-2].tables[0].rows  # pyright: ignore
+    assert none[1:] == ["–", "–"] and some[1] == "–" and some[2].startswith("!")  # noqa: RUF001
 
 
 def test_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
@@ -162,22 +164,20 @@ OWN += " cache_dtype=bfloat16 weight_dtype=fp8 precision=fp8 drafts=1"
 @pytest.mark.parametrize(("axis", "figure", "wanted"), VARIED)
 def test_variation_moves_a_figure_as_it_must(axis: str, figure: str, wanted: list[float] | str) -> None:
     made = setup_of("deepseek-v3")
-    found = vary(made, [read_axis(axis)], (figure,))
-    values = [plan.figures[figure].value for plan in found.plans.values()]
-    assert len(values) == len(found.axes[0].values) and found.names == (figure,)
+    found, names = vary(made, [read_axis(axis)], (figure,))
+    values = [each.plan.figures[figure].value for each in found if each.plan is not None]
+    assert len(values) == len(axis.split(",")) and names == [figure]
     if isinstance(wanted, list):
         assert values == pytest.approx([factor * values_of("deepseek-v3")[figure] for factor in wanted], rel=1e-4)
     else:
         assert values == sorted(set(values), reverse=wanted == DOWN)
-    assert {plan.setup.sources["layout"] for plan in found.plans.values()} == {made.sources["layout"]}
+    assert {each.plan.setup.sources["layout"] for each in found if each.plan} == {made.sources["layout"]}
 
 
 @pytest.mark.parametrize("axis", OWN.split())
 def test_variation_by_the_plans_own_value_changes_nothing(axis: str) -> None:
-    (plan,) = vary(setup_of("deepseek-v3"), [read_axis(axis)]).plans.values()
-    assert {name: f.value for name, f in plan.figures.items()} == pytest.approx(
+    ((each,), _) = vary(setup_of("deepseek-v3"), [read_axis(axis)])
+    assert each.plan is not None
+    assert {name: f.value for name, f in each.plan.figures.items()} == pytest.approx(
         {name: f.value for name, f in plan_of("deepseek-v3").figures.items()}, rel=1e-12
     )
-
-
-# --- in a browser

@@ -8,7 +8,6 @@ import pytest
 
 from dsmini.planner.figure import Sheet
 from dsmini.planner.training import effective_share, failure_figures
-from tests.helpers.plans import values_of
 
 SIMULATED = 0.004
 """Relative standard error of 100,000 failures: 1 / sqrt(100,000) for an exponential time, and less for a ratio of two
@@ -58,9 +57,3 @@ def test_interval_is_near_the_best_of_a_search(gpus: int, write: float) -> None:
     tried = np.exp(np.linspace(math.log(found / 30), math.log(found * 30), 20_001))
     best = tried[np.argmax([share(gpus, write, interval=float(one))[0] for one in tried])]
     assert found == pytest.approx(best, rel=2 * math.sqrt(write / (2 * mean_time(gpus))) + 1e-3)
-
-
-def test_failures_of_v3_by_hand() -> None:
-    found = values_of("deepseek-v3")
-    assert found["mean_time_to_failure"] == pytest.approx(86400 / 256 / 6.5e-3)
-    assert found["elapsed_cost"] == pytest.approx(2048 * found["elapsed_time"] * 2 / 3600)

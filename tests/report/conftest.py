@@ -12,15 +12,9 @@ from tests.helpers import fake_questions as fake
 
 
 def heated(values: list[list[float | None]]) -> Table:
-    return heat_map(
-        "Time of a step",
-        "hardware",
-        "kv_lora_rank",
-        columns=[f"<column {i}>" for i in range(len(values[0]))],
-        rows=[f"row {i}" for i in range(len(values))],
-        values=values,
-        cells=[["" if v is None else f"{v:g} ms" for v in row] for row in values],
-    )
+    rows = {f"row {i}": [("" if v is None else f"{v:g} ms", v) for v in row] for i, row in enumerate(values)}
+    columns = [f"<column {i}>" for i in range(len(values[0]))]
+    return heat_map("Time of a step", "kv_lora_rank \\ hardware", columns, rows)
 
 
 def planned() -> Report:

@@ -1,0 +1,177 @@
+"""Parameters and bytes that are held, counted from the config: against models that are built, and against print."""
+
+import dataclasses
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from dsmini import ModelConfig, TrainConfig, Transformer
+from dsmini.accounting import (
+    cache_bytes,
+    kv_bytes_per_token,
+    mha_kv_bytes_per_token,
+    mha_twin,
+    parameters,
+    training_bytes,
+    weight_bytes,
+)
+from dsmini.nn.fp8 import hold_all_fp8
+from dsmini.training.optim import begin_stage, optimizer_state, optimizers
+from tests.helpers.accounting import DTYPES, sized
+from tests.helpers.configs import CONFIGS, DSA, released
+from tests.helpers.strategies import model_configs
+
+V3 = released("deepseek-v3")
+
+# --- against models
+
+MODULES = {
+    r"embed\.weight": "embedding",
+    r"head\.weight": "head",
+    r"eh_proj\.weight": "projection",
+    r"attn\.indexer\.k_norm\.(weight|bias)": "norms",
+    r"attn\.indexer\.(wq_b|wk|weights_proj)\.weight": "indexer",
+    r"([eh]|embed_|attn_|ffn_|attn\.q_|attn\.kv_|attn\.[qk]_head_)?norm\.weight": "norms",
+    r"attn\.w\w+\.weight": "attention",
+    r"ffn\.w[123]\.weight": "dense feed-forward",
+    r"ffn\.gate\.weight": "gates",
+    r"ffn\.experts\.w[123]": "routed experts",
+    r"ffn\.shared_experts\.w[123]\.weight": "shared experts",
+}
+"""A parameter's name, without its block's, and the module that it is counted in."""
+
+
+def module_of(name: str) -> str:
+    inner = re.sub(r"^(layers\.\d+\.|mtp\.\d+\.(block\.)?)", "", name)
+    (module,) = [module for pattern, module in MODULES.items() if re.fullmatch(pattern, inner)]
+    return f"mtp {module}" if name.startswith("mtp.") else module
+
+
+def check_parameters(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = Transformer(config)
+    counted, built = parameters(config), Counter[str]()
+    for name, parameter in model.named_parameters():
+        built[module_of(name)] += parameter.numel()
+    assert counted.by_module == built and counted.total == built.total()
+    assert counted.buffers == sum(b.numel() for b in model.buffers())
+    assert counted.mtp == sum(p.numel() for p in model.mtp.parameters()) == counted.total - counted.main
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_parameters_of_the_released_sizes(path: Path) -> None:
+    check_parameters(ModelConfig.from_file(path))
+
+
+def held(model: Transformer) -> int:
+    return sum(t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()])
+
+
+@settings(max_examples=30)
+@given(config=model_configs())
+def test_counts_of_any_model_are_those_of_what_is_built(config: ModelConfig) -> None:
+    """Parameters, weights in each dtype, and the storage of caches."""
+    check_parameters(config)
+    model = Transformer(config).eval()
+    assert weight_bytes(config, "float32").total == held(model)
+    for name in ("float32", "bfloat16", *(["fp8"] if config.is_mla else [])):
+        for mtp in {False, config.n_mtp_layers > 0}:
+            made = model.new_cache(2, 3, DTYPES.get(name, "fp8"), mtp=mtp)  # pyright: ignore[reportArgumentType]
+            counted = cache_bytes(config, max_seq_len=3, batch=2, dtype=name, mtp=mtp)  # pyright: ignore[reportArgumentType]
+            assert counted.by_part["cache"] == made.nbytes
+            assert counted.by_part.get("mtp cache", 0) == made.mtp_nbytes
+            assert made.nbytes_per_token == kv_bytes_per_token(config, dtype=name)  # pyright: ignore[reportArgumentType]
+    assert weight_bytes(config, "bfloat16").total == held(model.to(torch.bfloat16))
+    assert weight_bytes(config, "fp8").total == held(hold_all_fp8(model))
+
+
+@pytest.mark.parametrize("config", [ModelConfig(dim=192, kv_lora_rank=130, moe_inter_dim=129), released("fp8")])
+def test_bytes_of_weights_with_ragged_blocks(config: ModelConfig) -> None:
+    model = hold_all_fp8(Transformer(config).to(torch.bfloat16).eval())
+    counted = weight_bytes(config, "fp8")
+    assert counted.total == held(model)
+    assert counted.by_part["scales"] == sum(b.nbytes for name, b in model.named_buffers() if name.endswith("scale"))
+
+
+STAGES = [({}, "sparse"), ({"attention": "gqa", "n_kv_heads": 1}, "sparse"), (DSA, "sparse"), (DSA, "warmup")]
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("attention", "stage"), STAGES, ids=["mla", "gqa", "dsa", "warm-up of dsa"])
+def test_bytes_of_gradients_and_optimizer_are_those_of_a_step(
+    attention: dict[str, Any], stage: Any, optimizer: Any, moments: Any
+) -> None:
+    config = sized(**attention)
+    model, tokens = Transformer(config), torch.randint(0, 51, (2, 20))
+    begin_stage(model, stage)
+    model.losses(tokens, tokens).total.backward()
+    for parameter in model.parameters():  # an expert may have no visitor, and then no gradient
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    used = optimizers(model, TrainConfig(optimizer=optimizer, moments=moments))
+    for one in used:
+        one.step()
+    counted = training_bytes(
+        config, batch_size=2, seq_len=20, optimizer=optimizer, moments=moments, dsa_stage=stage
+    ).by_part
+    assert counted["optimizer"] == sum(t.nbytes for t in optimizer_state(used, model.named_parameters()).values())
+    assert counted["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    heads = 2 if stage == "sparse" else 0
+    assert counted.get("the head's gradient", 0) == heads * 4 * 51 * 40
+
+
+# --- against print
+
+
+def test_v3_as_printed() -> None:
+    """671B, 37B active; MTP 11.5B of its own, 2.4B active: DeepSeek-V3 report and model card."""
+    counted, main = parameters(V3), parameters(dataclasses.replace(V3, n_mtp_layers=0))
+    assert counted.main == main.total == 671_026_404_352
+    assert (main.buffers, counted.buffers) == (14_848, 14_848 + 256)
+    embedding, own = counted.by_module["embedding"], counted.mtp - counted.by_module["mtp projection"]
+    met = sum(n for k, n in counted.active_by_module.items() if k.startswith("mtp ") and k != "mtp projection")
+    found = [counted.active, counted.active + embedding, counted.mtp, own, met + embedding]
+    assert [round(n / 1e9, 2) for n in found] == [36.62, 37.55, 11.61, 11.51, 2.44]
+
+
+def test_other_models_as_printed() -> None:
+    """Billions of parameters, from the models' reports. Moonlight's are without embedding and head."""
+    names = ("deepseek-v2", "deepseek-v2-lite", "kimi-k2", "moonlight")
+    v2, lite, kimi, moonlight = (parameters(released(name)) for name in names)
+    assert (v2.total, v2.active) == pytest.approx((236e9, 21e9), abs=0.5e9)
+    assert (lite.total, lite.active) == pytest.approx((15.7e9, 2.4e9), abs=0.06e9)
+    assert (kimi.total, kimi.active) == pytest.approx((1026e9, 32e9), abs=0.5e9)
+    ends = moonlight.by_module["head"]
+    assert (moonlight.total - 2 * ends, moonlight.active - ends) == pytest.approx((15.29e9, 2.24e9), abs=0.005e9)
+
+
+def test_cache_as_printed() -> None:
+    """Bytes a token: V3, Qwen-2.5 72B, LLaMA-3.1 405B (INS, table 1); V2 as 2.25 groups of GQA (V2, table 1)."""
+    assert kv_bytes_per_token(V3) == 70_272 == 2 * kv_bytes_per_token(V3, bytes_per_number=1)
+    heads: dict[str, Any] = {"qk_nope_head_dim": 128, "v_head_dim": 128, "n_kv_heads": 8}
+    for n_layers, n_heads, printed in ((80, 64, 327_680), (126, 128, 516_096)):
+        gqa = ModelConfig(attention="gqa", n_layers=n_layers, n_heads=n_heads, **heads)
+        assert kv_bytes_per_token(gqa) == printed
+    assert kv_bytes_per_token(released("deepseek-v2"), 1) == 4.5 * 128 * 60 == 2.25 * (2 * 128) * 60
+
+
+def test_cache_against_the_mha_twin() -> None:
+    """98.24 % needs heads of 128; against the 192-wide keys that MLA expands to it would be 98.59 %."""
+    baseline = mha_twin(V3)
+    assert baseline == dataclasses.replace(V3, attention="mha")
+    assert kv_bytes_per_token(baseline) == 32768 * 61 * 2
+    wider = dataclasses.replace(baseline, qk_nope_head_dim=192)
+    shares = [1 - kv_bytes_per_token(V3) / kv_bytes_per_token(other) for other in (baseline, wider)]
+    assert [f"{share:.2%}" for share in shares] == ["98.24%", "98.59%"] and shares[0] == 1 - 576 / 32768
+
+
+@given(model_configs())
+def test_cache_of_the_mha_twin_needs_no_twin(config: ModelConfig) -> None:
+    if config.qk_nope_head_dim % 2 == 0:
+        assert mha_kv_bytes_per_token(config, 2) == kv_bytes_per_token(mha_twin(config), 2)
