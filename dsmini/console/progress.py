@@ -114,7 +114,6 @@ class Progress:
         label = f"{what} {self._object}".rstrip()
         if label != self.label or self.done >= self.total:
             self.label, self._begun = label, time.monotonic()
-            self._bar.reset(self._task)
         self.total = total
         self.update(done)
         if done >= total:

@@ -76,9 +76,16 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ChatTemplate, "render", render)
 
 
-PIECES = st.builds(lambda a, b: USER[min(a, b) : max(a, b)], *[st.integers(0, len(USER))] * 2)
+AROUND = st.sampled_from(["", "x"])
+PIECES = st.builds(
+    lambda before, a, b, after: before + USER[min(a, b) : max(a, b)] + after,
+    AROUND,
+    st.integers(0, len(USER)),
+    st.integers(0, len(USER)),
+    AROUND,
+)
 """Parts of a token, of which a template and its messages may make a whole one."""
-PARTS = st.lists(st.tuples(st.sampled_from(["own", "said", "trimmed"]), PIECES | st.just("x")), max_size=9)
+PARTS = st.lists(st.tuples(st.sampled_from(["own", "said", "trimmed"]), PIECES), max_size=9)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -87,6 +94,8 @@ def test_texts_that_a_template_joins_spell_only_its_own_tokens(folder: Path) -> 
 
     @given(PARTS)
     @example([("own", USER[:3]), ("said", USER[3:])])
+    @example([("own", USER[:3]), ("said", USER[3:] + "x")])
+    @example([("said", "x" + USER[:3]), ("own", USER[3:])])
     @example([("own", USER), ("said", USER[1:]), ("own", USER)])
     @example([("own", "<"), ("said", USER[1:-1]), ("own", ">")])
     @example([("trimmed", USER[:3]), ("trimmed", USER[3:])])
