@@ -34,8 +34,7 @@ from dsmini.checkpoint.training_state import model_checkpoint
 from dsmini.config.fields import require
 from dsmini.distributed.expert_parallel import moe_layers
 from dsmini.distributed.meeting import asked_to_stop, launched, told
-from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank
-from dsmini.machine import pick_device
+from dsmini.distributed.world import World, joined, own_share
 from dsmini.nn import Transformer
 from dsmini.nn.gate import Routing
 from dsmini.nn.moe import Experts
@@ -242,20 +241,12 @@ def sharing(
         )
         yield Sharing(World(), device)
         return
-    device = device_of_rank(device)
-    if threads := threads_of_rank(None):
-        torch.set_num_threads(threads)
-    with joined(TIMEOUT, pick_device(device), longest_wait=LONGEST_WAIT if waits else None) as world:
+    own = own_share(device, None)
+    with joined(TIMEOUT, own, longest_wait=LONGEST_WAIT if waits else None) as world:
         try:
-            commands = world.gather(repr(command))
-            unequal = [rank for rank, other in enumerate(commands) if other != commands[0]]
-            require(
-                not unequal,
-                f"rank {unequal[0] if unequal else 0} was started with other flags than rank 0; start all processes "
-                "with the same command",
-            )
+            world.refuse_unequal(vars(command))
             places = None if placement is None else world.first(lambda: read_placement(placement))
-            yield Sharing(world, device, places)
+            yield Sharing(world, str(own), places)
         except ValueError as error:  # of the model, the prompts and the flags, which are the same on all
             raise told(error) from None
 

@@ -26,7 +26,7 @@ import tyro
 from jaxtyping import Float, Int, Real
 from rich.console import Console
 
-from dsmini.config.fields import require
+from dsmini.config.fields import Bounds, check_types, require, setting
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
@@ -52,9 +52,21 @@ def place_experts(
     require(table, f"loads of shape {list(weights.shape)} are not [layers, experts]; give one row for each layer")
     good = bool((np.isfinite(weights) & (weights >= 0)).all())
     require(good, "loads hold a negative or non-finite number; give the number of tokens of each expert")
-    _check_sizes(weights.shape[1], n_replicas, n_groups, n_nodes, n_gpus)
+    e = weights.shape[1]
+    require(e % n_groups == 0, f"n_groups={n_groups} does not divide {e} experts; use the groups of the model's gate")
+    whole = n_gpus % n_nodes == 0
+    require(whole, f"n_nodes={n_nodes} does not divide n_gpus={n_gpus}; use nodes with equally many GPUs")
+    fits = -(-max(e, n_replicas) // n_gpus) * n_gpus
+    require(
+        n_replicas >= e and n_replicas % n_gpus == 0,
+        f"n_replicas={n_replicas} for {e} experts on {n_gpus} GPUs is too few or not a multiple of the GPUs; use "
+        f"{fits}, which is {fits - e} redundant",
+    )
     if n_groups % n_nodes:  # the global policy
         n_groups = n_nodes = 1
+    most = e * (n_gpus // n_nodes)
+    too_many = f"n_replicas={n_replicas} is more than every expert on every GPU that may have it; use {most}"
+    require(n_replicas <= most, too_many)
     return np.array([_place_layer(w, n_replicas // n_nodes, n_groups, n_nodes, n_gpus // n_nodes) for w in weights])
 
 
@@ -85,24 +97,6 @@ def _pack(weights: np.ndarray, n_packs: int) -> list[list[int]]:
         packs[lightest].append(item)
         sums[lightest] += float(weights[item])
     return packs
-
-
-def _check_sizes(e: int, n_replicas: int, n_groups: int, n_nodes: int, n_gpus: int) -> None:
-    """Raise ValueError for sizes that allow no placement of e experts."""
-    for name, value in (("n_groups", n_groups), ("n_nodes", n_nodes), ("n_gpus", n_gpus)):
-        require(value >= 1, f"{name}={value} is not positive; use 1 or more")
-    require(e % n_groups == 0, f"n_groups={n_groups} does not divide {e} experts; use the groups of the model's gate")
-    whole = n_gpus % n_nodes == 0
-    require(whole, f"n_nodes={n_nodes} does not divide n_gpus={n_gpus}; use nodes with equally many GPUs")
-    fits = -(-max(e, n_replicas) // n_gpus) * n_gpus
-    require(
-        n_replicas >= e and n_replicas % n_gpus == 0,
-        f"n_replicas={n_replicas} for {e} experts on {n_gpus} GPUs is too few or not a multiple of the GPUs; use "
-        f"{fits}, which is {fits - e} redundant",
-    )
-    most = e * (n_gpus if n_groups % n_nodes else n_gpus // n_nodes)
-    too_many = f"n_replicas={n_replicas} is more than every expert on every GPU that may have it; use {most}"
-    require(n_replicas <= most, too_many)
 
 
 class GpuBalance(NamedTuple):
@@ -147,7 +141,6 @@ def loads_of_run(folder: Path, last: int | None = None) -> Int[np.ndarray, "laye
 
     Raises: ValueError for a folder without such a file, and a run without experts.
     """
-    require(last is None or last > 0, f"--last {last} is not positive; use 1 or more, or leave it out for all steps")
     path = folder / "metrics.jsonl"
     require(is_there(path), f"{folder} has no {path.name}; name the folder of a training run")
     steps = [row["loads"] for row in read_rows(path) if row.get("loads")]
@@ -172,7 +165,7 @@ class EplbCommand:
     """Number of GPUs, over all nodes."""
     nodes: int = 1
     """Number of nodes. If it divides --groups, a group of experts stays whole on one node."""
-    redundant: int = 0
+    redundant: int = setting(0, least=0)
     """Number of copies beyond one of each expert, over all GPUs."""
     groups: int = 1
     """Number of expert groups of the model's gate: n_expert_groups of its config."""
@@ -180,6 +173,9 @@ class EplbCommand:
     """Number of steps to take the loads from, the last ones; left out: all steps."""
     json: bool = False
     """Print a line of JSON instead, with the placement."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "--", whole=Bounds(least=1))
 
 
 HELP = Help(
@@ -191,9 +187,8 @@ HELP = Help(
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(EplbCommand, "distributed.eplb", args, help=HELP)
+    command = parse(EplbCommand, "dsmini.distributed.eplb", args, help=HELP)
     require(command.run is not None, "no run is named; name the folder of one, such as runs/toy-001")
-    require(command.redundant >= 0, f"--redundant {command.redundant} is negative; use 0 for one copy of each expert")
     loads = loads_of_run(command.run or Path(), command.last)
     places = loads.shape[1] + command.redundant
     experts = place_experts(loads, places, command.groups, command.nodes, command.gpus)
@@ -202,22 +197,18 @@ def main(args: Sequence[str]) -> int:
         arrays = {**found._asdict(), "experts": experts, "counts": copies_of(experts, loads.shape[1])}
         print(json.dumps({name: array.tolist() for name, array in arrays.items()}))
     else:
-        _show(found, f"Largest load over the mean, {places} places, {command.gpus} GPUs")
+        from dsmini.report import Table
+        from dsmini.report.tables import show_table
+
+        console, columns = Console(), ("MoE layer", "before", "after")
+        layers = enumerate(zip(*found, strict=True))
+        rows = [[str(layer), f"{before:.3f}", f"{after:.3f}"] for layer, (before, after) in layers]
+        title = f"Largest load over the mean, {places} places, {command.gpus} GPUs"
+        show_table(console, Table(columns=columns, rows=rows, numeric=columns), title)
+        before, after = found.before.mean(), found.after.mean()
+        words = f"The busiest GPU has {before:.3f} times the mean load before, {after:.3f} after."
+        say(console, words, style="bold cyan")
     return 0
-
-
-def _show(found: GpuBalance, title: str) -> None:
-    """Print the balance of each layer, and the finding."""
-    from dsmini.report import Table
-    from dsmini.report.tables import show_table
-
-    console, columns = Console(), ("MoE layer", "before", "after")
-    rows = [
-        [str(layer), f"{before:.3f}", f"{after:.3f}"] for layer, (before, after) in enumerate(zip(*found, strict=True))
-    ]
-    show_table(console, Table(columns=columns, rows=rows, numeric=columns), title)
-    words = f"The busiest GPU has {found.before.mean():.3f} times the mean load before, {found.after.mean():.3f} after"
-    say(console, f"{words}.", style="bold cyan")
 
 
 if __name__ == "__main__":

@@ -30,31 +30,22 @@ class StopSignals:
     """The signals that asked a run to stop.
 
     Args:
-        agree: returns True in all processes of the run if its argument is True in one; None: this process is alone.
+        agree: returns True in all processes of the run if its argument is True in one; bool: this process is alone.
     """
 
-    def __init__(self, agree: Callable[[bool], bool] | None = None) -> None:
+    def __init__(self, agree: Callable[[bool], bool] = bool) -> None:
         self.numbers: list[int] = []
-        self.agree, self._agreed = agree, False
-
-    @property
-    def agreed(self) -> bool:
-        """True in all processes once they know that a signal came to one. It stays True."""
-        return self._agreed or (self.agree is None and bool(self.numbers))
-
-    @agreed.setter
-    def agreed(self, agreed: bool) -> None:
-        self._agreed = agreed
+        self.agree, self.agreed = agree, False
+        """agreed: True in all processes once they know that a signal came to one. It stays True."""
 
     def came(self) -> bool:
         """Ask the others, which all ask together; return True in all if a signal came to one."""
-        if self.agree is not None and not self._agreed:
-            self._agreed = self.agree(bool(self.numbers))
+        self.agreed = self.agreed or self.agree(bool(self.numbers))
         return self.agreed
 
 
 @contextmanager
-def asked_to_stop(agree: Callable[[bool], bool] | None = None) -> Iterator[StopSignals]:
+def asked_to_stop(agree: Callable[[bool], bool] = bool) -> Iterator[StopSignals]:
     """Yield the signals so far: Ctrl-C, SIGTERM, a closed terminal. A second Ctrl-C interrupts at once.
 
     The others often come repeatedly (from a scheduler, then from a shell that passes them on), so none interrupts.
@@ -65,6 +56,7 @@ def asked_to_stop(agree: Callable[[bool], bool] | None = None) -> Iterator[StopS
         if number == signal.SIGINT and signal.SIGINT in asked.numbers:
             raise KeyboardInterrupt
         asked.numbers.append(number)
+        asked.agreed = asked.agreed or agree is bool  # nobody else is to be asked
 
     hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
     hangup = [number for number in hangup if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores it

@@ -70,8 +70,8 @@ class HeldRows:
         return whole if self.whole else whole[self.first : self.first + self.rows]
 
 
-Pieces = Mapping[str, Mapping[str, HeldRows]]
-"""The rows that a rank holds of the tensors of each part of a run, by name."""
+Pieces = Mapping[str, Mapping[str, tuple[HeldRows, Tensor]]]
+"""The tensors that a rank holds of each part of a run, by name, with their place in the whole."""
 
 
 # --- divided state
@@ -121,46 +121,33 @@ def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
-def set_last_part(model: nn.Module, zero: int, last: bool) -> None:
-    """Choose what is sent after the next backward: gradients and memory of the last part of a step, or less before."""
-    for module in sharded_modules(model):
-        module.set_requires_gradient_sync(last or zero >= 2, recurse=False)
-        module.set_reshard_after_backward(last or zero == 3, recurse=False)
-
-
-def reshard(model: nn.Module) -> None:
-    """Forget gathered parameters, after the divided ones were changed."""
-    for module in sharded_modules(model):
-        module.reshard()
-
-
 def local(tensor: Tensor) -> Tensor:
     """Return the rows of a divided tensor that are here, sharing its memory; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def divided_like(parameter: Tensor, rows: Tensor) -> Tensor:
-    """Return this rank's rows as a tensor divided as a parameter is."""
-    if not isinstance(parameter, DTensor):
-        return rows
-    of: Any = parameter
-    return cast(
-        Tensor,
-        DTensor.from_local(rows, of.device_mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride()),
-    )
+def gathered(rows: Tensor, like: Tensor) -> Tensor:
+    """Return the whole tensor, divided as another is, of which this rank has some rows."""
+    of: Any = like
+    how: dict[str, Any] = {"run_check": False, "shape": of.shape, "stride": of.stride()}
+    return cast(Any, DTensor.from_local(rows, of.device_mesh, of.placements, **how)).full_tensor()
 
 
-def first_row(parameter: Tensor) -> tuple[int, int]:
-    """Return the first row of a divided parameter that is here, and the number of rows on all ranks."""
+def first_row(parameter: Tensor) -> int:
+    """Return the first row of a divided parameter that is here."""
     if not isinstance(parameter, DTensor):
-        return 0, parameter.shape[0] if parameter.dim() else 1
+        return 0
     size, rank = parameter.device_mesh.size(), parameter.device_mesh.get_local_rank()
-    rows = parameter.shape[0]
-    each = -(-rows // size)
-    return min(rows, rank * each), rows
+    return min(parameter.shape[0], rank * -(-parameter.shape[0] // size))
 
 
-# --- Muon on several ranks
+# --- Muon on several ranks: each matrix is moved by one of those that hold it alike, its owner
+#
+#     zero 0     reduce each matrix's gradients to its owner; broadcast the matrix as it is after its step
+#     zero 1-3   each rank has momentum and Nesterov's mean of its own rows; gather them; broadcast the owner's step
+#
+# A divided stack of experts is divided by experts, whole matrices, which move where they are. All ranks end with the
+# same bits. Source: Liu et al. 2025, arXiv 2502.16982, section 2.3 (distributed Muon, there with ZeRO-1).
 
 
 def owners_of(params: Sequence[Tensor], n: int) -> list[list[Any]]:
@@ -173,40 +160,6 @@ def owners_of(params: Sequence[Tensor], n: int) -> list[list[Any]]:
     for p in sorted(params, key=lambda p: -work[p]):
         min(owned, key=lambda own: sum(work[q] for q in own)).append(p)
     return owned
-
-
-class MatrixOwners:
-    """Matrices that the ranks of a group hold alike, each moved by one of them. All ranks call the methods together.
-
-        zero 0     reduce each matrix's gradients to its owner; broadcast the matrix as it is after its step
-        zero 1-3   each rank has momentum and Nesterov's mean of its own rows; gather them; broadcast the owner's step
-
-    A divided stack of experts is divided by experts, whole matrices, which move where they are. All ranks end with the
-    same bits.
-
-    Source: Liu et al. 2025, arXiv 2502.16982, section 2.3 (distributed Muon, there with ZeRO-1).
-    """
-
-    def __init__(self, params: Sequence[nn.Parameter], group: Any) -> None:
-        self.params, self.group, self.n = list(params), group, dist.get_world_size(group)
-        self.by_owner = owners_of(self.params, self.n)
-        self.own: list[nn.Parameter] = self.by_owner[dist.get_rank(group)]
-        """The matrices that this rank owns."""
-
-    @torch.no_grad()
-    def sum_gradients(self) -> None:
-        """Sum the gradients over the ranks. Only the owner has one afterwards, the sum."""
-        if self.n == 1:
-            return
-        grads = [[p.grad for p in of if p.grad is not None] for of in self.by_owner]
-        in_messages(grads, lambda flat, to: dist.reduce(flat, group=self.group, group_dst=to))
-        for p in set(self.params) - set(self.own):
-            p.grad = None
-
-    def share(self) -> None:
-        """Give all ranks each matrix as its owner has it."""
-        if self.n > 1:
-            broadcast(self.by_owner, self.group)
 
 
 @torch.no_grad()
@@ -230,6 +183,15 @@ def broadcast(tensors: Sequence[Sequence[Tensor]], group: Any) -> None:
 
 
 @torch.no_grad()
+def sum_to_owners(by_owner: Sequence[Sequence[nn.Parameter]], group: Any) -> None:
+    """Sum the gradients of list i over a group. Only its rank i has them afterwards."""
+    grads = [[p.grad for p in of if p.grad is not None] for of in by_owner]
+    in_messages(grads, lambda flat, to: dist.reduce(flat, group=group, group_dst=to))
+    for p in (p for i, of in enumerate(by_owner) if i != dist.get_rank(group) for p in of):
+        p.grad = None
+
+
+@torch.no_grad()
 def muon_update_divided(
     matrices: MuonMatrices,
     steps: NewtonSchulz,
@@ -239,10 +201,10 @@ def muon_update_divided(
     weight_decay: float,
     matmul_dtype: torch.dtype,
 ) -> None:
-    """Compute `muon_update` of matrices that may be divided by FSDP2. All ranks call it with the same matrices."""
+    """Compute `muon_update` of matrices that FSDP2 may divide. All ranks that share one call it together."""
     every = list(zip(matrices.params, matrices.grads, matrices.momenta, strict=True))
     divided = [of for of in every if isinstance(of[0], DTensor) and of[0].dim() == 2]
-    here = [tuple(map(local, of)) for of in every if not (isinstance(of[0], DTensor) and of[0].dim() == 2)]
+    here = [tuple(map(local, of)) for of in every if not isinstance(of[0], DTensor) or of[0].dim() > 2]
     if here := [of for of in here if of[0].numel()]:
         params, grads, momenta = (list(of) for of in zip(*here, strict=True))
         whole = MuonMatrices(params=params, grads=grads, momenta=momenta)
@@ -254,8 +216,7 @@ def muon_update_divided(
     wholes, group = [], first_one.device_mesh.get_group()
     for p, grad, m in divided:
         local(m).lerp_(local(grad), 1 - momentum)
-        rows: Any = divided_like(p, local(grad).lerp(local(m), momentum))
-        wholes.append(rows.full_tensor())
+        wholes.append(gathered(local(grad).lerp(local(m), momentum), p))
     # 2. the step of each matrix at its owner: without a momentum of its own, the update is the matrix that it gets
     moves = {whole: torch.zeros_like(whole) for whole in wholes}
     owned = owners_of(wholes, dist.get_world_size(group))
@@ -267,7 +228,7 @@ def muon_update_divided(
     broadcast([[moves[whole] for whole in of] for of in owned], group)
     # 3. the own rows of each step
     for (p, _, _), whole in zip(divided, wholes, strict=True):
-        first, rows = first_row(p)[0], local(p)
+        first, rows = first_row(p), local(p)
         rows.mul_(1 - lr * weight_decay).add_(moves[whole][first : first + len(rows)])
 
 
@@ -305,8 +266,12 @@ class Mesh:
         """The ranks of the first and the last stage of this part of the batch, on these ranks."""
         self.shared_by_ends: set[Tensor] = set()
         """Parameters that the first and the last stage both have, on two ranks."""
-        self.owners: list[MatrixOwners] = []
-        """Matrices that Muon moves on one of the ranks that hold them."""
+        self.owners: list[tuple[list[list[nn.Parameter]], Any]] = []
+        """Matrices of each rank of a group, which Muon moves there alone."""
+        self.moved_by_one: set[Tensor] = set()
+        """All of them, whose gradients only the owner has."""
+        self.moved_elsewhere: set[Tensor] = set()
+        """Those of other ranks."""
         self.groups: dict[str, Any] = {}
         if self.size > 1:
             names, dp = ("pp", "dp", "node", "inside"), self.parts // config.ep
@@ -339,7 +304,10 @@ class Mesh:
         if self.config.pp > 1:
             self._keep_stages(model)
         if self.config.ep > 1:
-            exchange, layers = self._exchange(), moe_layers(model)
+            layers, exchange = moe_layers(model), ExpertExchange(self.groups["ep"], self.traffic)
+            if self.config.nodes > 1:
+                between, inside = self.groups["node"], self.groups["inside"]
+                exchange = TwoHopExchange(between, inside, self.slow_traffic, self.traffic)
             n = model.config.n_routed_experts // self.config.ep
             keep_experts(model, [range(self.ep_index * n, (self.ep_index + 1) * n)] * len(layers))
             for moe in layers:
@@ -369,11 +337,6 @@ class Mesh:
             if self.rank in ends:
                 self.ends = group
 
-    def _exchange(self) -> ExpertExchange | TwoHopExchange:
-        if self.config.nodes == 1:
-            return ExpertExchange(self.groups["ep"], self.traffic)
-        return TwoHopExchange(self.groups["node"], self.groups["inside"], self.slow_traffic, self.traffic)
-
     def pipeline(self, model: Transformer) -> Pipeline | None:
         """Return what runs forwards and backwards through the stages of all ranks; None without a pipeline."""
         if self.layout is None:
@@ -382,14 +345,15 @@ class Mesh:
         return Pipeline(model, self.layout, self.config.schedule, self.groups["pp"], dtype)
 
     def begin_part(self, model: nn.Module, last: bool) -> None:
-        """Prepare the forward and backward of a part of the step's batch."""
-        if self.zero:
-            set_last_part(model, self.zero, last)
+        """Choose what is sent after the next backward: gradients and memory of a step's last part, or less before."""
+        for module in sharded_modules(model):
+            module.set_requires_gradient_sync(last or self.zero >= 2, recurse=False)
+            module.set_reshard_after_backward(last or self.zero == 3, recurse=False)
 
     def release(self, model: nn.Module) -> None:
         """Free gathered parameters, which no backward frees, or which were changed outside of a step."""
-        if self.zero:
-            reshard(model)
+        for module in sharded_modules(model):
+            module.reshard()
 
     # --- who holds what
 
@@ -402,12 +366,18 @@ class Mesh:
             return tuple(stage * self.parts + part for stage in (0, last) for part in range(self.parts))
         return tuple(dist.get_process_group_ranks(self.groups["dp" if tensor in self.own_experts else "parts"]))
 
+    def _by_holders(self, parameters: Iterable[nn.Parameter]) -> list[tuple[list[nn.Parameter], Any]]:
+        """Return those that all parts of the batch hold alike, and the experts, each with the group that does."""
+        common, own = [], []
+        for p in parameters:
+            (own if p in self.own_experts else common).append(p)
+        return [(common, self.groups["parts"]), (own, self.groups["dp"])]
+
     def piece(self, parameter: Tensor) -> HeldRows:
         """Return which piece of the whole model's parameter this rank holds."""
-        first, rows = first_row(parameter)
-        shape, here = tuple(parameter.shape), local(parameter)
+        first, shape, here = first_row(parameter), tuple(parameter.shape), local(parameter)
         if parameter in self.own_experts:
-            first, shape = first + self.ep_index * rows, (rows * self.config.ep, *shape[1:])
+            first, shape = first + self.ep_index * shape[0], (shape[0] * self.config.ep, *shape[1:])
         return HeldRows(shape=shape, first=first, rows=here.shape[0] if here.dim() else 1)
 
     # --- sums
@@ -431,12 +401,11 @@ class Mesh:
         """Replace gradients by their sums over the ranks that hold the same parameter; Muon's at owners alone."""
         if self.size == 1 or self.zero:  # FSDP2 has summed them
             return
-        for owners in self.owners:
-            owners.sum_gradients()
-        moved_by_one = self._moved_by_one()
-        for_all = [p for p in parameters if p.grad is not None and p not in moved_by_one]
-        for name, own in (("parts", False), ("dp", True)):
-            sum_in_buckets([p.grad for p in for_all if (p in self.own_experts) == own], self.groups[name])
+        for by_owner, group in self.owners:
+            sum_to_owners(by_owner, group)
+        for_all = [p for p in parameters if p.grad is not None and p not in self.moved_by_one]
+        for held_alike, group in self._by_holders(for_all):
+            sum_in_buckets([p.grad for p in held_alike], group)
         if self.ends is not None:
             sum_in_buckets([p.grad for p in for_all if p in self.shared_by_ends], self.ends)
 
@@ -447,11 +416,11 @@ class Mesh:
         Over all ranks each element of the whole model's gradient counts once: in the sum of what they return.
         """
         squares = torch.zeros(len(self.names), dtype=torch.float64)
-        places, moved_by_one = {name: place for place, name in enumerate(self.names)}, self._moved_by_one()
+        places = {name: place for place, name in enumerate(self.names)}
         counted = [
             (places[name], local(p.grad))
             for name, p in model.named_parameters()
-            if p.grad is not None and (p in moved_by_one or self.holders(p)[0] == self.rank)
+            if p.grad is not None and (p in self.moved_by_one or self.holders(p)[0] == self.rank)
         ]
         if counted:
             norms = torch._foreach_norm([grad for _, grad in counted])  # pyright: ignore[reportPrivateImportUsage]
@@ -462,28 +431,18 @@ class Mesh:
 
     def owned(self, matrices: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """Return the matrices that Muon moves on this rank; `exchange_moved` gives it those that others have moved."""
-        if self.size == 1 or self.zero:
-            return list(matrices)
-        self.owners = [
-            MatrixOwners([p for p in matrices if (p in self.own_experts) == own], self.groups[name])
-            for name, own in (("parts", False), ("dp", True))
-        ]
-        mine = {p for owners in self.owners for p in owners.own}
-        return [p for p in matrices if p in mine]
+        for held_alike, group in self._by_holders(matrices) if self.size > 1 and not self.zero else ():
+            if (n := dist.get_world_size(group)) > 1:
+                by_owner = owners_of(held_alike, n)
+                self.owners.append((by_owner, group))
+                self.moved_by_one.update(held_alike)
+                self.moved_elsewhere.update(set(held_alike) - set(by_owner[dist.get_rank(group)]))
+        return [p for p in matrices if p not in self.moved_elsewhere]
 
     def exchange_moved(self) -> None:
         """Get the matrices that Muon has moved on other ranks."""
-        for owners in self.owners:
-            owners.share()
-
-    def _moved_by_one(self) -> set[Tensor]:
-        """Return the matrices whose gradients only their owner among several ranks has."""
-        return {p for owners in self.owners if owners.n > 1 for p in owners.params}
-
-    @property
-    def muon_update(self) -> Any:
-        """The update of Muon's matrices: that of whole ones, or of ones that FSDP2 divides."""
-        return muon_update_divided if self.zero else muon_update
+        for by_owner, group in self.owners:
+            broadcast(by_owner, group)
 
 
 def sum_in_buckets(gradients: Sequence[Tensor | None], group: Any) -> None:
@@ -505,47 +464,39 @@ Rows = Callable[[str, slice], Tensor]
 """Returns rows of a tensor of a whole model, by its name in the state dict."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelPart:
-    """A model, or a rank's part of it, made without ever holding the whole.
+def divided_model(config: ModelConfig, mesh: Mesh) -> Transformer:
+    """Return a rank's part of a new model, without memory, for `fill`. All ranks call it together."""
+    model = meta_model(config)
+    mesh.divide(model)
+    return model
 
-        1. the whole model on the meta device, which has shapes and no memory
-        2. divided there: layers of a pipeline, experts, rows of FSDP2
-        3. memory for what is left
-        4. one tensor after the other, in the order of a single process: draw it whole, copy the own rows, free it
 
-    Every rank draws every tensor. So the generators agree afterwards, and the bits are those of a single process. The
-    peak is the own part and one tensor.
+@torch.no_grad()
+def fill(model: Transformer, mesh: Mesh, device: torch.device, rows: Rows | None = None) -> None:
+    """Allocate the memory of a rank's part of a model and give it values, without ever holding the whole.
+
+    Without rows to read, every rank draws every tensor, one after the other, in the order of a single process: whole,
+    to copy its own rows and free it. So the generators agree afterwards, and the bits are those of a single process.
+    The peak is the own part and one tensor.
+
+    Args:
+        rows: reads them, and only the own. None: they are drawn from torch's own generator.
     """
-
-    model: Transformer
-    mesh: Mesh
-
-    @classmethod
-    def divided(cls, config: ModelConfig, mesh: Mesh) -> "ModelPart":
-        """Divide a new model. All ranks call it together."""
-        model = meta_model(config)
-        mesh.divide(model)
-        return cls(model=model, mesh=mesh)
-
-    @torch.no_grad()
-    def fill(self, device: torch.device, rows: Rows | None = None) -> None:
-        """Allocate the part's memory on a device and give it values.
-
-        Args:
-            rows: reads them, and only the own. None: they are drawn from torch's own generator, as a single process
-                draws the whole model.
-        """
-        self.model.to_empty(device=device)
-        self.mesh.note(self.model)
-        held = {name: (local(t), self.mesh.piece(t)) for name, t in _tensors(self.model, recurse=True)}
-        if rows is not None:
-            for name, (tensor, piece) in ((name, of) for name, of in held.items() if of[1].rows):
+    model.to_empty(device=device)
+    mesh.note(model)
+    held = {name: (local(t), mesh.piece(t)) for name, t in _tensors(model, recurse=True)}
+    if rows is not None:
+        for name, (tensor, piece) in held.items():
+            if piece.rows:
                 tensor.copy_(rows(name, slice(piece.first, piece.first + piece.rows)))
-            return
-        for path, module in meta_model(self.model.config).named_modules():
-            for name, _ in _tensors(module):
-                _keep(held.get(f"{path}.{name}"), _drawn(module, name))
+        return
+    for path, module in meta_model(model.config).named_modules():
+        for name, _ in _tensors(module):
+            whole = _drawn(module, name)
+            if f"{path}.{name}" in held:
+                tensor, piece = held[f"{path}.{name}"]
+                tensor.copy_(piece.of(whole))
+            del whole  # before the next one is drawn
 
 
 def meta_model(config: ModelConfig) -> Transformer:
@@ -566,12 +517,6 @@ def _drawn(module: nn.Module, name: str) -> Tensor:
     module.reset_parameters()  # pyright: ignore[reportCallIssue] # nothing is drawn for the others, which are on meta
     module.load_state_dict({name: meta}, strict=False, assign=True)
     return tensor
-
-
-def _keep(held: tuple[Tensor, HeldRows] | None, whole: Tensor) -> None:
-    if held is not None:
-        tensor, piece = held
-        tensor.copy_(piece.of(whole))
 
 
 # --- silent corruption

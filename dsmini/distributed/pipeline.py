@@ -155,13 +155,13 @@ class ModelStage(nn.Module):
         if self.last:
             self.norm, self.head, self.mtp = model.norm, model.head, model.mtp
         self._model: Callable[[], Transformer] = lambda: model  # not a submodule: the parameters are those above
-        self.batch: StepBatch | None = None
-        self.sums: Tensor | None = None
-        self.counts: Tensor | None = None
+        self.batch: StepBatch
+        self.sums: Tensor
+        self.counts: Tensor | None
 
-    def begin(self, batch: StepBatch, device: torch.device) -> None:
+    def begin(self, batch: StepBatch) -> None:
         """Begin a step."""
-        self.batch, self.sums, self.counts = batch, torch.zeros(3, device=device), None
+        self.batch, self.sums, self.counts = batch, torch.zeros(3, device=batch.tokens.device), None
 
     def forward(
         self,
@@ -178,9 +178,7 @@ class ModelStage(nn.Module):
             x: hidden states; the first stage takes token ids.
             before: balance losses of the MoE layers before this stage, [layers].
         """
-        batch = self.batch
-        assert batch is not None
-        model = self._model()
+        batch, model = self.batch, self._model()
         x, found = self.hidden(x, documents, batch.options["recompute"])
         if not self.last:
             routing = [aux.routing for aux in found if aux.routing is not None]
@@ -195,7 +193,6 @@ class ModelStage(nn.Module):
         if before is not None:
             balance = torch.stack(self._balances(before, losses.routing, tokens)).sum().to(losses.main.dtype)
         total = losses.main + weight["mtp_weight"] * losses.mtp + weight["balance_alpha"] * balance
-        assert self.sums is not None
         self.sums += torch.stack([losses.main, losses.mtp, balance]).detach() / batch.parts
         return total / batch.parts
 
@@ -214,7 +211,6 @@ class ModelStage(nn.Module):
 
     def _balances(self, before: Tensor | None, routing: Sequence[Routing], tokens: Tensor) -> list[Tensor]:
         """Return the balance losses of the MoE layers before this stage, and of its own."""
-        assert self.batch is not None
         rows, counts = tokens.shape[0], self.batch.options["balance_counts"]
         own = [sequence_balance_loss(r.scores, r.indices, rows, counts) for r in routing]
         return [*(() if before is None else before.unbind()), *own]
@@ -253,35 +249,31 @@ class Pipeline:
         self.stages = {index: ModelStage(model, layout, index) for index in layout.stages(self.rank)}
         self._schedules: dict[tuple[int, ...], Any] = {}
 
-    def train(self, batch: StepBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    def train(self, batch: StepBatch) -> tuple[Tensor, Tensor | None]:
         """Add up the gradients of the mean loss over the batch, for the parameters of this rank.
 
-        Return this rank's shares of the mean losses, and of the loads of all MoE layers.
+        Return this rank's part of the mean losses and of the loads of all MoE layers; those of all ranks add up.
         """
+        device, layout = batch.tokens.device, self.layout
         for stage in self.stages.values():
-            stage.begin(batch, device)
-        named = {"tokens": batch.tokens, "targets": batch.targets, "documents": batch.documents}
-        kwargs = {name: t.to(device) for name, t in named.items() if t is not None}
+            stage.begin(batch)
+        kwargs = {"tokens": batch.tokens, "targets": batch.targets}
+        kwargs |= {} if batch.documents is None else {"documents": batch.documents}
         schedule = self.schedule(batch.tokens.shape[0] // batch.accumulate, batch.tokens.shape[1], batch.accumulate)
         batch.phase("forward")
-        args = (kwargs["tokens"],) if 0 in self.stages else ()
-        schedule.step(*args, target=kwargs["targets"], return_outputs=False, **kwargs)
+        args = (batch.tokens,) if 0 in self.stages else ()
+        schedule.step(*args, target=batch.targets, return_outputs=False, **kwargs)
         batch.phase("backward")  # forwards and backwards take turns in a schedule
         for p in self.model.parameters():
             # a weight's backward of its own leaves views, whose strides the fused AdamW takes for those of p
             if p.grad is not None and p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
-        return self._figures(device)
-
-    def _figures(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Return this rank's part of the losses and of the loads; those of all ranks add up to the whole."""
-        last = self.stages.get(len(self.layout.layers) - 1)
-        sums = torch.zeros(3, device=device) if last is None or last.sums is None else last.sums
-        if not any(self.layout.moe):
+        sums = torch.stack([stage.sums for stage in self.stages.values()]).sum(0)
+        if not any(layout.moe):
             return sums, None
-        counts = torch.zeros(sum(self.layout.moe), self.model.config.n_routed_experts, dtype=torch.int64, device=device)
+        counts = torch.zeros(sum(layout.moe), self.model.config.n_routed_experts, dtype=torch.int64, device=device)
         if own := [stage.counts for stage in self.stages.values() if stage.counts is not None]:
-            counts[self.layout.rows(self.rank)] = torch.cat(own)
+            counts[layout.rows(self.rank)] = torch.cat(own)
         return sums, counts
 
     def own_counts(self, counts: Tensor) -> Tensor:

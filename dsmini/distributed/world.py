@@ -29,7 +29,7 @@ import sysconfig
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -40,8 +40,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from dsmini.config.fields import plain
 from dsmini.console.command import interruptible
 from dsmini.distributed.meeting import TOLD, held_by_launcher, launched, meet, store_client, told
+from dsmini.machine import pick_device
 from dsmini.reading import UnreadableError
 
 if TYPE_CHECKING:
@@ -99,6 +101,17 @@ class World:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def refuse_unequal(self, options: Mapping[str, object]) -> None:
+        """Refuse processes that were started with other options than rank 0."""
+        first, *others = self.gather({name: plain(value) for name, value in options.items()})
+        for rank, own in enumerate(others, 1):
+            if unequal := [f"{name} ({own[name]}, not {first[name]})" for name in own if own[name] != first[name]]:
+                sentence = (
+                    f"rank {rank} was started with another {', '.join(unequal)} than rank 0; start all processes with "
+                    "the same command, where they see the same files"
+                )
+                raise told(ValueError(sentence))
+
     def fork(self) -> "World":
         """Return the same processes with messages of their own, for another thread. All ranks call it together."""
         return self if self.size == 1 else replace(self, group=dist.new_group(backend="gloo"))
@@ -140,18 +153,20 @@ def _joint(errors: Sequence[Exception | None]) -> Exception:
     return _portable(first, "; ".join(named))
 
 
-def device_of_rank(name: str) -> str:
-    """Return the device of this process: each of a machine's processes has a GPU of its own."""
-    local = os.environ.get("LOCAL_RANK")
-    several = name in ("auto", "cuda")
-    return f"cuda:{local}" if local is not None and several and torch.cuda.is_available() else name
+def own_share(device: str, threads: int | None) -> torch.device:
+    """Return the device of this process, and set the number of its threads; None: torch's choice.
 
-
-def threads_of_rank(threads: int | None) -> int | None:
-    """Return the number of threads of this process. The processes of a machine share its CPUs. None: torch's choice."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = max(1, (os.cpu_count() or 1) // local)
-    return threads if local == 1 else min(threads or share, share)
+    The processes of a machine share its CPUs. Each has a GPU of its own.
+    """
+    local, processes = os.environ.get("LOCAL_RANK"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local is not None and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{local}"
+    if processes > 1:
+        share = max(1, (os.cpu_count() or 1) // processes)
+        threads = min(threads or share, share)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return pick_device(device)
 
 
 @contextlib.contextmanager

@@ -7,18 +7,17 @@ singular values are all 1, so that no direction of the update is lost next to a 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dsmini.checkpoint.training_state import check_tensors
 from dsmini.config import TrainConfig
-from dsmini.distributed.mesh import local
+from dsmini.distributed.mesh import muon_update_divided
 from dsmini.nn import dsa_layers
-from dsmini.numerics.orthogonalize import JORDAN, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz, muon_update
+from dsmini.numerics.orthogonalize import JORDAN, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz
 
 Named = Iterable[tuple[str, Tensor]]
 """Parameters with their names."""
@@ -43,11 +42,7 @@ class AdamWBF16(Optimizer):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
-                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                state = self.state[p] = self.state[p] or first_state(self, p)
                 state["step"] += 1
                 t, grad = state["step"].item(), p.grad.float()
                 m = state["exp_avg"].float().lerp_(grad, 1 - beta1)
@@ -68,9 +63,6 @@ class Muon(Optimizer):
     Only directions count, not sizes. The rest of the momentum of an expert that no token visited would become a whole
     step. So in a stack a matrix whose gradient is zero only decays (docs/log.md).
 
-    Args:
-        update: computes `muon_update`, also of matrices that are divided among processes.
-
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
 
@@ -81,9 +73,8 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         matmul_dtype: torch.dtype = torch.float32,
         newton_schulz: NewtonSchulz = JORDAN,
-        update: Callable[..., None] = muon_update,
     ) -> None:
-        self.matmul_dtype, self.newton_schulz, self.update = matmul_dtype, newton_schulz, update
+        self.matmul_dtype, self.newton_schulz = matmul_dtype, newton_schulz
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
 
     @torch.no_grad()
@@ -94,20 +85,18 @@ class Muon(Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     by_size[tuple(sorted(p.shape[-2:]))].append(p)
-                    if not self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    self.state[p] = self.state[p] or first_state(self, p)
             for params in by_size.values():
                 grads = [p.grad for p in params if p.grad is not None]
                 matrices = MuonMatrices(params=params, grads=grads, momenta=[self.state[p]["momentum"] for p in params])
                 options = {key: group[key] for key in ("lr", "momentum", "weight_decay")}
-                self.update(matrices, self.newton_schulz, **options, matmul_dtype=self.matmul_dtype)
+                muon_update_divided(matrices, self.newton_schulz, **options, matmul_dtype=self.matmul_dtype)
 
 
 def optimizers(
     model: nn.Module,
     config: TrainConfig,
     matmul_dtype: torch.dtype = torch.float32,
-    update: Callable[..., None] = muon_update,
     owned: Callable[[Sequence[nn.Parameter]], list[nn.Parameter]] = list,
 ) -> list[Optimizer]:
     """Return the optimizers that together move every parameter that learns once.
@@ -117,7 +106,6 @@ def optimizers(
 
     Args:
         matmul_dtype: dtype of Muon's matrix products.
-        update: as in Muon.
         owned: returns those of Muon's matrices that are moved here; the others are moved in other processes.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -146,7 +134,7 @@ def optimizers(
         return [adamw]
     inner = {"params": muon, "peak_lr": config.muon_lr, "weight_decay": config.weight_decay}
     steps = NEWTON_SCHULZ[config.newton_schulz]
-    return [Muon([inner], config.muon_lr, config.muon_momentum, matmul_dtype, steps, update), adamw]
+    return [Muon([inner], config.muon_lr, config.muon_momentum, matmul_dtype, steps), adamw]
 
 
 def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -185,68 +173,25 @@ def begin_stage(model: nn.Module, stage: Literal["warmup", "sparse"]) -> list[se
 # --- their state, as PARAMETER/KEY
 
 
+def first_state(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor]:
+    """Return the state of a parameter before it first moves."""
+    if isinstance(optimizer, Muon):
+        return {"momentum": torch.zeros_like(p)}
+    dtype = torch.bfloat16 if isinstance(optimizer, AdamWBF16) else p.dtype
+    # the number of steps is a tensor on the CPU, except in the fused AdamW
+    step = torch.zeros((), dtype=torch.float32, device=p.device if optimizer.defaults.get("fused") else "cpu")
+    return {"step": step, **{name: torch.zeros_like(p, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}}
+
+
 def optimizer_state(optimizers: Iterable[Optimizer], named: Named) -> dict[str, Tensor]:
-    """Return the state of each parameter that was moved."""
+    """Return the state of each parameter that these optimizers move: the tensors themselves, not copies."""
     names = {p: name for name, p in named}
-    return {
-        f"{names[p]}/{key}": value
-        for optimizer in optimizers
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def check_optimizer_state(tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer], named: Named) -> None:
-    """Refuse tensors that cannot be the state of these optimizers for the parts of parameters that are here.
-
-    Raises: ValueError naming the first.
-    """
-    names, want, moved = {p: name for name, p in named}, {}, set()
-    for _, p, kinds in _expected(optimizers, names, local):
-        moved.add(names[p])
-        want |= kinds if kinds.keys() & tensors.keys() else {}
-    elsewhere = set(names.values()) - moved  # moved in other processes
-    here = {name: t for name, t in tensors.items() if name.rpartition("/")[0] not in elsewhere}
-    check_tensors(here, want, "optimizer.safetensors")
-
-
-def load_optimizer_state(
-    tensors: Mapping[str, Tensor],
-    optimizers: Sequence[Optimizer],
-    named: Named,
-    divided_like: Callable[[Tensor, Tensor], Tensor] = lambda p, state: state,
-) -> None:
-    """Load what `optimizer_state` returned. Optimizer.load_state_dict would make FP32 of moments in BF16.
-
-    Args:
-        divided_like: makes of this rank's part of a state, given the parameter, what the optimizer holds.
-    """
-    for optimizer in optimizers:
-        optimizer.state.clear()
-    for optimizer, p, kinds in _expected(optimizers, {p: name for name, p in named}):
-        # the number of steps is a tensor on the CPU, except in the fused AdamW
-        fused = optimizer.defaults.get("fused", False)
-        for name in (name for name in kinds if name in tensors):
-            value = tensors[name].to(p.device if tensors[name].dim() or fused else "cpu", copy=True)
-            optimizer.state[p][name.rpartition("/")[2]] = divided_like(p, value) if value.dim() else value
-
-
-def _expected(
-    optimizers: Iterable[Optimizer], names: Mapping[Tensor, str], part: Callable[[Tensor], Tensor] = lambda p: p
-) -> Iterator[tuple[Optimizer, Tensor, dict[str, Tensor]]]:
-    """Yield each parameter with its optimizer, and tensors without memory like those stored for it once it has moved.
-
-    Args:
-        part: returns the part of a parameter that counts.
-    """
+    found = {}
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
-            like = torch.empty(part(p).shape, dtype=p.dtype, device="meta")
-            kinds = {"momentum": like}
-            if not isinstance(optimizer, Muon):
-                moments = like.bfloat16() if isinstance(optimizer, AdamWBF16) else like
-                kinds = {"step": torch.empty((), device="meta"), "exp_avg": moments, "exp_avg_sq": moments}
-            yield optimizer, p, {f"{names[p]}/{key}": kind for key, kind in kinds.items()}
+            optimizer.state[p] = optimizer.state[p] or first_state(optimizer, p)
+            found |= {f"{names[p]}/{key}": value for key, value in optimizer.state[p].items()}
+    return found
 
 
 # --- the average of the parameters
@@ -271,9 +216,3 @@ class ParameterAverage:
         self.updates += 1
         for name, p in named:
             self.tensors[name].lerp_(p.detach().to("cpu", torch.float32), 1 - decay)
-
-    def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
-        """Load a saved average."""
-        for name, mean in self.tensors.items():
-            mean.copy_(tensors[name])
-        self.updates = updates

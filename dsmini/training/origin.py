@@ -30,6 +30,8 @@ INIT = "init.json"
 class FirstWeights:
     """The weights that a run starts from."""
 
+    named: Path
+    """The run, checkpoint or folder, as the user named it."""
     folder: Path
     """The checkpoint or the model's folder that they are from."""
     step: int | None
@@ -54,14 +56,15 @@ class RunOrigin:
     "auto", and no folder."""
     name: str = "toy"
     """Name in a new run's folder, runs/NAME-001."""
-    resume: Path | None = None
-    """The run to continue."""
-    init: Path | None = None
-    """The run, checkpoint or folder whose weights a new run starts from, as it was named."""
     weights: FirstWeights | None = None
-    """Its weights, or those that a run to continue from step 0 started from."""
+    """The first weights of a new run, or of one to continue that has no checkpoint."""
     before: RunConfig | None = None
-    """The config of the run to continue."""
+    """The config of the run to continue, with its folder."""
+
+    @property
+    def resume(self) -> Path | None:
+        """The folder of the run to continue."""
+        return self.before and self.before.out
 
     def accept(self, config: RunConfig) -> RunConfig:
         """Return the config that this origin allows, after all flags, with absolute paths to compare.
@@ -70,7 +73,7 @@ class RunOrigin:
         """
         if self.resume is None or self.before is None:
             if self.weights is not None:
-                check_init(self.weights.run.model, config.model, str(self.init))
+                check_init(self.weights.run.model, config.model, str(self.weights.named))
             return config
         used = {key: getattr(self.before.train, key) for key in ("device", "dtype", "threads")}
         auto = {key: value for key, value in used.items() if getattr(config.train, key) in ("auto", None)}
@@ -106,7 +109,7 @@ def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: 
         weights = _first_weights(init, say)
         whole = weights.folder.resolve()
         name = whole.name if weights.step is None else re.sub(r"-\d+$", "", whole.parent.parent.name)
-        origin = RunOrigin(config=weights.run, name=name or "model", init=init, weights=weights)
+        origin = RunOrigin(config=weights.run, name=name or "model", weights=weights)
     if file is None:
         return origin
     return dataclasses.replace(origin, config=RunConfig.from_file(file, origin.config), name=file.stem)
@@ -141,14 +144,15 @@ def _first_weights(path: Path, say: Callable[[str], None]) -> FirstWeights:
         own = is_there(tokenizer) and read_text(tokenizer) != byte_tokenizer_json()
         train = TrainConfig(seq_len=min(there.config.max_seq_len, FOLDER_SEQ_LEN))
         run = RunConfig(model=there.config, data=DataConfig(tokenizer=tokenizer if own else None), train=train)
-        return FirstWeights(folder=path, step=None, rows=there.rows, run=run)
+        return FirstWeights(named=path, folder=path, step=None, rows=there.rows, run=run)
     found = model_checkpoint(path, say=say)
     data, mapped = found.config.data, model_tensors(found)  # views of the file
     copy = found.folder.resolve().parent.parent / "tokenizer.json"
     if data.tokenizer is not None and is_there(copy):  # the original may have changed, or be gone
         data = dataclasses.replace(data, tokenizer=copy)
     run = RunConfig(model=found.config.model, data=data)
-    return FirstWeights(folder=found.folder, step=found.state.step, rows=lambda name, rows: mapped[name][rows], run=run)
+    where = {"named": path, "folder": found.folder, "step": found.state.step}
+    return FirstWeights(**where, rows=lambda name, rows: mapped[name][rows], run=run)
 
 
 def _origin_of_stopped(run: Path, say: Callable[[str], None]) -> RunOrigin:
@@ -169,7 +173,7 @@ def _origin_of_stopped(run: Path, say: Callable[[str], None]) -> RunOrigin:
         except ValueError as error:
             sentence = f"{run} has no checkpoint, and the weights it started from cannot be read: {error}"
             raise ValueError(sentence) from None
-    return RunOrigin(config=before, resume=run, weights=weights, before=before)
+    return RunOrigin(config=before, weights=weights, before=before)
 
 
 def absolute(config: RunConfig) -> RunConfig:

@@ -155,7 +155,6 @@ class TrainingRun:
         self.history = History(config.train.steps)
         attempt, self.put_aside = self.world.first(self._look_back)
         self.log = EventLog(log_path(self.folder, self.world.rank), attempt)
-        self.begun = False
         self.saver = Saver(config, trainer, self.history, self.world, lambda step: self.note("saved", step))
         self.heartbeat: Heartbeat | None = None
         trainer.phase = self.phase
@@ -180,9 +179,10 @@ class TrainingRun:
             differ, and after more than train.max_rewinds spikes; OSError, or rich's exit for a closed pipe, where
             something could not be written, after saving the state if that can be done.
         """
-        self._begin(self.trainer.steps_done)
-        agree = self.world.any if self.world.size > 1 else None
+        if not self.history.records:  # else it was resumed
+            self._note_start(0)
         self.progress = TrainingProgress(self.console, self.config.train.steps)
+        agree = self.world.any if self.world.size > 1 else bool
         try:
             watch = watched(self.world, self.config.parallel.timeout, self._note_stall)
             with watch as self.heartbeat, asked_to_stop(agree) as self.asked, self.progress:
@@ -190,7 +190,6 @@ class TrainingRun:
                 self._take_steps()
             if self.failure is not None:
                 raise self.failure
-            self.saver.finish()
         except BaseException as error:
             self._save_what_is_whole(error)
             raise
@@ -225,7 +224,6 @@ class TrainingRun:
             # 3. save
             last, lost = step.step == train.steps, history.skipped_in_a_row >= train.max_skipped
             if last or stopping or lost:
-                self._tell_failure(self.saver.finish)
                 self._save()
             elif step.step % train.save_every == 0 and not step.skipped:  # else nothing new is to be saved
                 self._tell_failure(lambda: self._save(background=train.save_in_background))
@@ -278,6 +276,7 @@ class TrainingRun:
     # --- checkpoints
 
     def _save(self, *, background: bool = False) -> None:
+        self._tell_failure(self.saver.finish)
         if self.saver.saved_at == self.trainer.steps_done:
             return
         self.phase("saving")
@@ -311,7 +310,7 @@ class TrainingRun:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore a checkpoint of this run that its saver `fits`."""
-        self._begin(checkpoint.state.step)
+        self._note_start(checkpoint.state.step)
         try:
             lost = self.saver.restore(checkpoint)
         except KeyboardInterrupt:  # no crash of this checkpoint
@@ -415,13 +414,12 @@ class TrainingRun:
         attempt = 1 + max((event["attempt"] for event in before), default=0)
         return attempt, put_aside_crash_loops(self.config, EventLog(log_path(self.folder), attempt), before)
 
-    def _begin(self, step: int) -> None:
-        """Log the start of this attempt, once, from the checkpoint of a step or from none."""
-        if not self.begun:
-            self.begun, parallel = True, self.config.parallel
-            dp = parallel.parts(self.world.size) // parallel.ep
-            layout = {"pp": parallel.pp, "dp": dp, "ep": parallel.ep}
-            self.note("started", step, world_size=self.world.size, layout=layout)
+    def _note_start(self, step: int) -> None:
+        """Log the start of this attempt, from the checkpoint of a step or from none."""
+        parallel = self.config.parallel
+        dp = parallel.parts(self.world.size) // parallel.ep
+        layout = {"pp": parallel.pp, "dp": dp, "ep": parallel.ep}
+        self.note("started", step, world_size=self.world.size, layout=layout)
 
     def phase(self, name: str) -> None:
         """Tell the others that the main thread moved: forward, backward, optimizer, between, validating, saving."""

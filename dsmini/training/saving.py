@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dsmini.atomic import finish_folder, partial_folder, remove_leftovers, sync
 from dsmini.checkpoint.tensor_files import Entry, begin_safetensors, bytes_of, write_at
@@ -33,20 +32,17 @@ from dsmini.checkpoint.training_state import (
 from dsmini.config import RunConfig
 from dsmini.config.fields import require
 from dsmini.distributed.meeting import told
-from dsmini.distributed.mesh import HeldRows
+from dsmini.distributed.mesh import Pieces
 from dsmini.distributed.world import World
 from dsmini.machine import random_state, set_random_state
 from dsmini.training.record import METRICS, History, Row, is_whole, read_records
 from dsmini.training.trainer import Trainer
 
-Held = Mapping[str, Mapping[str, tuple[HeldRows, Tensor]]]
-"""The pieces of a rank by the stem of their file, and by name."""
-
 
 def save_pieces(
     world: World,
     folder: Path,
-    held: Held,
+    held: Pieces,
     texts: Mapping[str, str],
     metadata: Mapping[str, str],
 ) -> None:
@@ -78,7 +74,7 @@ def save_pieces(
         world.first(finish)
 
 
-def _plan(world: World, held: Held) -> tuple[dict[str, list[Entry]], Held]:
+def _plan(world: World, held: Pieces) -> tuple[dict[str, list[Entry]], Pieces]:
     """Return the entries of each file, of all ranks, and the pieces that this rank writes.
 
     Ranks that hold the same piece take turns: the first piece is written by the first of them, and so on.
@@ -99,21 +95,16 @@ def _plan(world: World, held: Held) -> tuple[dict[str, list[Entry]], Held]:
     return {part: list(entries.values()) for part, entries in files.items()}, my_part
 
 
-def _write_all(folder: Path, held: Held, places: Mapping[str, Mapping[str, int]]) -> None:
-    """Write pieces into files that are there."""
+def _write_all(folder: Path, held: Pieces, places: Mapping[str, Mapping[str, int]]) -> None:
+    """Write pieces into files that are there, and force them to the disk."""
     for part, named in held.items():
-        _write(folder / f"{part}.safetensors", named, places[part])
-
-
-def _write(path: Path, named: Mapping[str, tuple[HeldRows, Tensor]], places: Mapping[str, int]) -> None:
-    """Write pieces into a file that is there, and force them to the disk."""
-    file = os.open(path, os.O_WRONLY)
-    try:
-        for name, (piece, tensor) in named.items():
-            write_at(file, bytes_of(tensor), places[name] + piece.elements[0] * tensor.element_size())
-        os.fsync(file)
-    finally:
-        os.close(file)
+        file = os.open(folder / f"{part}.safetensors", os.O_WRONLY)
+        try:
+            for name, (piece, tensor) in named.items():
+                write_at(file, bytes_of(tensor), places[part][name] + piece.elements[0] * tensor.element_size())
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 # --- the state of a run
@@ -196,13 +187,9 @@ class Saver:
         """Save the state after the last step, unless it is saved; NotSavedError names the newest checkpoint.
 
         Args:
-            background: copy the tensors, and let a thread write them. The next save waits for it, and raises its error.
+            background: copy the tensors, and let a thread write them; `finish` waits for it, and raises its error.
         """
-        failed: NotSavedError | None = None
-        try:
-            self.finish()
-        except NotSavedError as error:
-            failed = error
+        self.finish()
         if self.saved_at == self.trainer.steps_done:
             return
         tensors, state = {**self.trainer.tensors(), "rng": random_state(self.trainer.device)}, self._state()
@@ -215,8 +202,6 @@ class Saver:
             part: {name: t.detach().to("cpu", copy=True) for name, t in of.items()} for part, of in tensors.items()
         }
         self._writing = self._thread.submit(self._write, staged, state, self._behind)
-        if failed is not None:
-            raise failed
 
     def finish(self) -> None:
         """Wait for a save in the background; raise NotSavedError if it failed."""
@@ -226,8 +211,7 @@ class Saver:
 
     def _write(self, tensors: Tensors, state: RunState, world: World) -> None:
         """Write a checkpoint of these tensors, with those of the other processes; then remove old ones."""
-        config, pieces = self.config, self.trainer.pieces(tensors)
-        held = {part: {name: (pieces[part][name], t) for name, t in of.items()} for part, of in tensors.items()}
+        config, held = self.config, self.trainer.pieces(tensors)
         try:
             world.first(lambda: sync(self.metrics))  # the lines before the state's own must not be lost after it
             texts, metadata = state_texts(config, state), {"step": str(state.step)}

@@ -30,28 +30,22 @@ from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import left_out_in_words, not_utf8_in_words
-from dsmini.distributed.meeting import launched, told
-from dsmini.distributed.mesh import Mesh, ModelPart, local
-from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank
-from dsmini.machine import DTYPES, pick_device, pick_dtype, refuse_too_large
+from dsmini.distributed.meeting import launched
+from dsmini.distributed.mesh import Mesh, divided_model, fill, local
+from dsmini.distributed.world import World, joined, own_share
+from dsmini.machine import DTYPES, pick_dtype, refuse_too_large
+from dsmini.nn import Transformer
 from dsmini.reading import read_bytes, read_table
-from dsmini.training.origin import INIT, RunOrigin, absolute, check_resume, differences
+from dsmini.training.origin import INIT, RunOrigin, absolute, check_resume
 from dsmini.training.record import read_events, require_tensorboard
 from dsmini.training.run import TrainingRun
 from dsmini.training.trainer import Trainer
 
+WHAT = "training this model with such a batch"
 
-def least_bytes(config: RunConfig, part: ModelPart | None = None) -> int:
-    """Return bytes that training takes at least in a process.
 
-    They are those at the end of a forward (accounting.training_bytes), or of a part of a model on a rank: its
-    parameters and gradients alone.
-
-    Args:
-        part: may be on the meta device; None: the whole model, in one process.
-    """
-    if part is not None and part.mesh.size > 1:
-        return 2 * sum(local(p).nbytes for p in part.model.parameters())
+def refuse_oversized(config: RunConfig, device: torch.device) -> None:
+    """Raise ValueError if what one process needs at the end of a forward does not fit into memory."""
     train = config.train
     needed = accounting.training_bytes(
         config.model,
@@ -63,26 +57,21 @@ def least_bytes(config: RunConfig, part: ModelPart | None = None) -> int:
         recompute=train.recompute,
         dsa_stage=train.dsa_stage,
     )
-    return int(needed.total)
+    refuse_too_large(int(needed.total), WHAT, device)
 
 
-def refuse_oversized(
-    config: RunConfig, device: torch.device, part: ModelPart | None = None, world: World | None = None
-) -> None:
-    """Raise ValueError if what the ranks hold of a run at least does not fit into memory. All ranks call it together.
+def refuse_oversized_parts(model: Transformer, device: torch.device, world: World) -> None:
+    """Raise ValueError if the parameters and gradients of the ranks of a machine do not fit into its memory.
 
-    Ranks of one machine share its memory on a CPU. Each has a GPU of its own.
+    On a CPU they share it. Each has a GPU of its own. All ranks call it together.
 
     Args:
-        part: of this rank; None: the whole model, in one process.
-        world: the ranks; None: this process.
+        model: this rank's part; may be on the meta device.
     """
-    world = world or World()
-    needed = world.gather(least_bytes(config, part))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world.size > 1 else 1
+    needed = world.gather(2 * sum(local(p).nbytes for p in model.parameters()))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     first = world.rank // here * here
-    what = "training this model with such a batch"
-    world.together(lambda: refuse_too_large(sum(needed[first : first + here]), what, device))
+    world.together(lambda: refuse_too_large(sum(needed[first : first + here]), WHAT, device))
 
 
 # --- the start
@@ -110,16 +99,16 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
     config.parallel.check(config.model, config.train, launched()[1])
     if config.train.tensorboard:
         require_tensorboard()
-    device = pick_device(device_of_rank(config.train.device))
-    if threads := threads_of_rank(config.train.threads):
-        torch.set_num_threads(threads)
+    device = own_share(config.train.device, config.train.threads)
     with joined(config.parallel.timeout, device, longest_wait=LONGEST_WAIT) as world, ExitStack() as stack:
-        _refuse_unequal(world, origin, config)
+        world.refuse_unequal(_options(origin, config))
         world.first(lambda: None if origin.resume else refuse_taken(config.out))
-        divided = partial(ModelPart.divided, config.model, Mesh(config.parallel, device))  # without memory yet
-        part = divided() if world.size > 1 else None
-        refuse_oversized(config, device, part, world)
-        part = part or divided()  # alone: only now, for even without memory the layers of an absurd model take long
+        if world.size == 1:  # first, for even without memory the layers of an absurd model take long to make
+            refuse_oversized(config, device)
+        mesh = Mesh(config.parallel, device)
+        model = divided_model(config.model, mesh)  # without memory yet
+        if world.size > 1:
+            refuse_oversized_parts(model, device, world)
         # 2. the text: rank 0 tokenizes it into a file, which the others read
         read: list[Corpus] = []
         world.first(lambda: read.append(_read_corpus(config, origin.resume, console)))
@@ -131,13 +120,13 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         world.first(lambda: stack.enter_context(sole_trainer(out)) and None)
         # 4. the model, and its first values or those of the last checkpoint
         torch.manual_seed(config.train.seed)
-        part.model.compute_dtype = DTYPES[config.train.dtype]
+        model.compute_dtype = DTYPES[config.train.dtype]
         with patience(console, "making the model"):  # before the Trainer, whose average of the parameters starts so
-            part.fill(device, None if origin.weights is None else origin.weights.rows)
+            fill(model, mesh, device, None if origin.weights is None else origin.weights.rows)
         if config.train.optimizer == "muon":  # its kernel may have to be compiled
             with patience(console, "preparing kernels"):
                 world.first(lambda: ops.serving(device.type) and None)
-        training = TrainingRun(config, Trainer(part.model, corpus, config, device, part.mesh), console, world)
+        training = TrainingRun(config, Trainer(model, corpus, config, device, mesh), console, world)
         lines = _continued(origin, training) if origin.resume else world.first(lambda: _begun(origin, training))
         aside = [f"{folder} was put aside: no attempt survived it" for folder in training.put_aside]
         for line in [*_introduction(config, corpus), *aside, *lines]:
@@ -145,20 +134,12 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         yield training
 
 
-def _refuse_unequal(world: World, origin: RunOrigin, config: RunConfig) -> None:
-    """Refuse processes that were started with unequal options or configs."""
-    step = origin.weights and origin.weights.step
-    options = {"--resume": origin.resume or "none", "--init": origin.init or "none", "its step": step}
-    (of_first, config_of_first), *others = world.gather((options, config))
-    for rank, (own, own_config) in enumerate(others, 1):
-        other = [f"{name} ({own[name]}, not {of_first[name]})" for name in own if own[name] != of_first[name]]
-        keys = sorted(change.key for change in differences(config_of_first, own_config))
-        if words := ", another ".join(other) or ", ".join(keys):
-            sentence = (
-                f"rank {rank} was started with another {words} than rank 0; start all processes with the same "
-                "command, where they see the same files"
-            )
-            raise told(ValueError(sentence))
+def _options(origin: RunOrigin, config: RunConfig) -> dict[str, object]:
+    """Return the options that all processes of a run must be started with."""
+    weights = origin.weights
+    named = {"--resume": origin.resume, "--init": weights and weights.named, "its step": weights and weights.step}
+    parts = {name: of for name, of in dataclasses.asdict(config).items() if isinstance(of, dict)}
+    return named | {f"{part}.{key}": value for part, of in parts.items() for key, value in of.items()}
 
 
 def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Corpus:

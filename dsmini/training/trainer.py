@@ -13,19 +13,12 @@ from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
 from dsmini.config.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
 from dsmini.data.corpus import Corpus, Loader, Windows
-from dsmini.distributed.mesh import Mesh, Pieces, divided_like, local
+from dsmini.distributed.mesh import HeldRows, Mesh, Pieces, local
 from dsmini.distributed.pipeline import StepBatch
 from dsmini.machine import synchronize
 from dsmini.nn import IndexerLoss, Transformer, max_violation
 from dsmini.nn.transformer import IGNORE
-from dsmini.training.optim import (
-    ParameterAverage,
-    begin_stage,
-    check_optimizer_state,
-    load_optimizer_state,
-    optimizer_state,
-    optimizers,
-)
+from dsmini.training.optim import ParameterAverage, begin_stage, optimizer_state, optimizers
 
 LEAST_AT_THE_END = 131_072
 """Held-out tokens that the default of train.final_eval_tokens takes even after a short training."""
@@ -86,11 +79,12 @@ class Trainer:
         if not self.mesh.names:
             self.mesh.divide(model)
         self.model, self.corpus, self.config, self.device = model, corpus, config, device
+        self.named = dict(model.named_parameters())
         groups = begin_stage(model, config.train.dsa_stage) or [set(self.mesh.names)]
         self.clipped = [[place for place, name in enumerate(self.mesh.names) if name in group] for group in groups]
         """Places in mesh.names of the parameters of each group whose gradient is clipped by its own norm."""
         dtype = model.compute_dtype or torch.float32
-        self.optimizers = optimizers(model, config.train, dtype, self.mesh.muon_update, self.mesh.owned)
+        self.optimizers = optimizers(model, config.train, dtype, self.mesh.owned)
         decay = config.train.ema_decay
         self.average = None if decay is None else ParameterAverage(self._here().items(), decay)
         self.losses = torch.compile(model.losses) if config.train.compile else model.losses
@@ -175,8 +169,8 @@ class Trainer:
         parts = train.grad_accum * self.mesh.parts
         counted = self.mesh.sum_parts((targets != IGNORE).sum())  # of all ranks: every loss is divided by it once
         batch = StepBatch(
-            tokens=tokens,
-            targets=targets,
+            tokens=tokens.to(self.device),
+            targets=targets.to(self.device),
             documents=self._documents(tokens),
             accumulate=train.grad_accum,
             parts=parts,
@@ -194,7 +188,7 @@ class Trainer:
     def train_parts(self, batch: StepBatch) -> tuple[Tensor, Tensor | None]:
         """Run forward and backward for each part of a batch; return the sums and loads of forward_backward."""
         if self.pipeline is not None:
-            return self.pipeline.train(batch, self.device)
+            return self.pipeline.train(batch)
         sums, counts = torch.zeros((), device=self.device), None
         n = batch.accumulate
         documents = [None] * n if batch.documents is None else batch.documents.chunk(n)
@@ -202,13 +196,7 @@ class Trainer:
         for number, (x, y, of) in enumerate(parts, 1):
             self.mesh.begin_part(self.model, last=number == n)
             self.phase("forward")
-            losses = self.losses(
-                x.to(self.device),
-                y.to(self.device),
-                documents=None if of is None else of.to(self.device),
-                n_targets=batch.n_targets,
-                **batch.options,
-            )
+            losses = self.losses(x, y, documents=of, n_targets=batch.n_targets, **batch.options)
             self.phase("backward")
             (losses.total / batch.parts).backward()
             fits = [figure for fit in losses.indexers for figure in fit]
@@ -221,13 +209,13 @@ class Trainer:
     def _clip(self, names: set[str], norm: Tensor) -> None:
         """Scale the gradients of some parameters so that their norm is at most train.grad_clip."""
         share = (self.config.train.grad_clip / (norm + 1e-6)).clamp(max=1.0).to(self.device)
-        grads = [local(p.grad) for name, p in self.model.named_parameters() if name in names and p.grad is not None]
+        grads = [local(p.grad) for name, p in self.named.items() if name in names and p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, share)  # pyright: ignore[reportPrivateImportUsage]
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
-        """Return the documents to mask from each other; None without such a mask."""
-        return self.corpus.documents(tokens) if self.config.data.document_mask else None
+        """Return the documents to mask from each other, on the device; None without such a mask."""
+        return self.corpus.documents(tokens).to(self.device) if self.config.data.document_mask else None
 
     def _requests(self, rows: int) -> list[tuple[int, int]]:
         """Return (first, number) of this rank's sequences of this step, and of those that are prepared meanwhile."""
@@ -260,9 +248,8 @@ class Trainer:
         try:
             for tokens, targets in mine.blocks(max(1, tokens_at_a_time // windows.seq_len)):
                 counted = max(0, min(len(tokens), real - done))
-                documents = self._documents(tokens)
-                documents = None if documents is None else documents.to(self.device)
-                loss = self._score(tokens.to(self.device), targets[:counted].to(self.device), documents)
+                scored = targets[:counted].to(self.device)
+                loss = self._score(tokens.to(self.device), scored, self._documents(tokens))
                 total += loss.double().cpu()
                 done += len(tokens)
                 on_part(done / len(mine))
@@ -312,60 +299,57 @@ class Trainer:
 
     def _here(self) -> dict[str, Tensor]:
         """Return the parts of the parameters that are on this rank."""
-        return {name: local(p) for name, p in self.model.named_parameters()}
-
-    def _state(self) -> dict[str, Tensor]:
-        """Return the parts of the model's tensors that are on this rank."""
-        return {name: local(t) for name, t in self.model.state_dict().items()}
+        return {name: local(p) for name, p in self.named.items()}
 
     def tensors(self) -> Tensors:
-        """Return all tensors that a step reads, by part: the live ones, not copies."""
-        state = optimizer_state(self.optimizers, self.model.named_parameters())
-        parts = {"model": self._state(), "optimizer": {name: local(t) for name, t in state.items()}}
-        return parts if self.average is None else {**parts, "average": self.average.tensors}
+        """Return all tensors that a step reads, by part: the live ones, not copies, of those divided the rows here."""
+        state = optimizer_state(self.optimizers, self.named.items())
+        parts = {"model": self.model.state_dict(), "optimizer": state}
+        parts |= {} if self.average is None else {"average": self.average.tensors}
+        return {part: {name: local(t) for name, t in of.items()} for part, of in parts.items()}
 
-    def _divided(self, tensors: Tensors) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-        """Yield part, name, tensor, and the parameter that the tensor is divided as: NAME, or NAME/MOMENT."""
-        named = dict(self.model.named_parameters())
-        for part, of in tensors.items():
-            for name, tensor in of.items():
-                yield part, name, tensor, named.get(name, named.get(name.rpartition("/")[0], tensor))
+    def _like(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the parameter that a tensor is divided as: NAME, or NAME/MOMENT; itself if it is another's."""
+        return self.named.get(name.partition("/")[0], tensor)
 
     def pieces(self, tensors: Tensors) -> Pieces:
-        """Return which piece each tensor of `tensors` is of the whole run's."""
-        out = {part: {} for part in tensors}
-        for part, name, tensor, like in self._divided(tensors):
-            out[part][name] = self.mesh.piece(like if local(like).shape == tensor.shape else tensor)
-        return out
+        """Return tensors of this rank with the pieces that they are of the whole run's."""
+
+        def piece(name: str, tensor: Tensor) -> HeldRows:
+            like = self._like(name, tensor)
+            return self.mesh.piece(like if local(like).shape == tensor.shape else tensor)
+
+        return {part: {name: (piece(name, t), t) for name, t in of.items()} for part, of in tensors.items()}
 
     def mine(self, tensors: Tensors) -> Tensors:
         """Return this rank's pieces of the tensors of a whole run."""
-        out, elsewhere = {part: {} for part in tensors}, self.mesh.elsewhere
-        for part, name, tensor, like in self._divided(tensors):
-            if name not in elsewhere and name.rpartition("/")[0] not in elsewhere:
-                piece = self.mesh.piece(like)
-                out[part][name] = piece.of(tensor) if piece.shape == tuple(tensor.shape) else tensor
+        out, mesh = {part: {} for part in tensors}, self.mesh
+        for part, name, whole in ((part, *named) for part, of in tensors.items() for named in of.items()):
+            like = self._like(name, whole)
+            moved_elsewhere = part == "optimizer" and like in mesh.moved_elsewhere
+            if name.partition("/")[0] not in mesh.elsewhere and not moved_elsewhere:
+                piece = mesh.piece(like)
+                out[part][name] = piece.of(whole) if piece.shape == tuple(whole.shape) else whole
         return out
 
     def held_alike(self) -> dict[tuple[int, ...], dict[str, Tensor]]:
         """Return the tensors that other ranks hold too, by those ranks."""
         held: dict[tuple[int, ...], dict[str, Tensor]] = {}
-        for part, name, tensor, like in self._divided(self.tensors()):
-            held.setdefault(self.mesh.holders(like), {})[f"{part}/{name}"] = tensor
+        for part, of in self.tensors().items():
+            for name, tensor in of.items():
+                held.setdefault(self.mesh.holders(self._like(name, tensor)), {})[f"{part}/{name}"] = tensor
         return {holders: named for holders, named in held.items() if len(holders) > 1}
 
     def check(self, tensors: Tensors) -> None:
         """Refuse tensors that `load` cannot take; ValueError names the first. Changes nothing."""
-        check_tensors(tensors["model"], self._state(), "model.safetensors")
-        check_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters())
-        if self.average is not None:
-            check_tensors(tensors["average"], self.average.tensors, "average.safetensors")
+        for part, want in self.tensors().items():
+            check_tensors(tensors[part], want, f"{part}.safetensors")
 
     def load(self, tensors: Tensors, *, steps_done: int, sequences: int, average_updates: int) -> None:
         """Load the tensors of a run after this many steps. All are checked before anything changes."""
         self.check(tensors)
-        self._copy(self._state(), tensors["model"])
-        load_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters(), divided_like)
+        for part, of in self.tensors().items():
+            self._copy(of, tensors[part])
         if self.average is not None:
-            self.average.load(tensors["average"], average_updates)
+            self.average.updates = average_updates
         self.steps_done, self.sequences = steps_done, sequences

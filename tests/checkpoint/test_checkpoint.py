@@ -209,15 +209,15 @@ def test_damaged_later_checkpoint_does_not_count_as_kept(run: Path) -> None:
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, training: TrainingRun, name: str, steps: tuple[int, ...]) -> None:
     """At these steps this file of a checkpoint does not fit on the disk; a part of it is written."""
-    real = checkpoints._write
+    real = checkpoints._write_all
 
-    def saved(path: Path, *rest: Any) -> None:
-        real(path, *rest)
-        if path.name == name and training.trainer.steps_done in steps:
-            cut(path, 0.5)
+    def saved(folder: Path, *rest: Any) -> None:
+        real(folder, *rest)
+        if training.trainer.steps_done in steps:
+            cut(folder / name, 0.5)
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_write", saved)
+    monkeypatch.setattr(checkpoints, "_write_all", saved)
 
 
 @pytest.mark.parametrize("name", FILES[:4])

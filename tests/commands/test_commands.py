@@ -88,7 +88,7 @@ def test_two_runs_of_the_same_command_are_equal(place: Path, dtype: str) -> None
 
 
 def test_model_of_absurd_depth_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("dsmini.training.start.ModelPart.divided", lambda *_: pytest.fail("layers were made"))
+    monkeypatch.setattr("dsmini.training.start.divided_model", lambda *_: pytest.fail("layers were made"))
     deep = ["--model.n-layers", "9999", "--model.dim", "8192", "--out", str(tmp_path / "x")]
     assert "training this model with such a batch needs " in refusal(importlib.import_module("dsmini.train").main, deep)
 

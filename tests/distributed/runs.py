@@ -19,15 +19,15 @@ from dsmini.checkpoint.training_state import checkpoint_folders
 from dsmini.config import DataConfig
 from dsmini.config.run import ParallelConfig
 from dsmini.data.corpus import Corpus
-from dsmini.distributed.mesh import HeldRows, Mesh, ModelPart
+from dsmini.distributed.mesh import HeldRows, Mesh, divided_model, fill
 from dsmini.distributed.world import World
-from dsmini.training.record import Event, read_events, read_records
+from dsmini.training.record import Event, read_events
 from dsmini.training.run import TrainingRun
 from dsmini.training.trainer import StepResult, Trainer
 from tests.conftest import SMALL
 from tests.distributed.faults import Fault, inject
 from tests.distributed.ranks import Outcome, outcomes
-from tests.helpers.runs import TIMING
+from tests.helpers.runs import TIMING, untimed
 from tests.helpers.tolerances import FP32_MODEL
 
 CPU = torch.device("cpu")
@@ -77,10 +77,11 @@ def new_trainer(
     dtype = getattr(torch, config.train.dtype)
     if world.size == 1:
         return Trainer(Transformer(config.model, compute_dtype=dtype), corpus, config, CPU)
-    part = ModelPart.divided(config.model, Mesh(config.parallel, CPU))
-    part.model.compute_dtype = dtype
-    part.fill(CPU)
-    return Trainer(part.model, corpus, config, CPU, part.mesh)
+    mesh = Mesh(config.parallel, CPU)
+    divided = divided_model(config.model, mesh)
+    divided.compute_dtype = dtype
+    fill(divided, mesh, CPU)
+    return Trainer(divided, corpus, config, CPU, mesh)
 
 
 def train(
@@ -97,9 +98,8 @@ def train(
 
 def held_pieces(trainer: Trainer) -> dict[str, tuple[HeldRows, Tensor]]:
     """Return copies of all tensors that a rank holds, with their places in the whole."""
-    tensors = trainer.tensors()
-    pieces = trainer.pieces(tensors)
-    return {f"{part}/{n}": (pieces[part][n], t.detach().clone()) for part, of in tensors.items() for n, t in of.items()}
+    pieces = trainer.pieces(trainer.tensors())
+    return {f"{part}/{n}": (piece, t.detach().clone()) for part, of in pieces.items() for n, (piece, t) in of.items()}
 
 
 def far_apart(
@@ -217,15 +217,6 @@ def saved(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
     }
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl without what differs from run to run."""
-    return [_untimed(row) for row in read_records(folder)]
-
-
-def _untimed(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in TIMING}
-
-
 def differences(got: Path, want: Path, step: int = STEPS) -> list[str]:
     """Return what two runs do not have alike at a step: tensors by name, `state` and `rows`."""
     a, b = saved(got, step), saved(want, step)
@@ -234,9 +225,10 @@ def differences(got: Path, want: Path, step: int = STEPS) -> list[str]:
     states = [
         json.loads((folder / "checkpoints" / f"step-{step:06d}" / "state.json").read_text()) for folder in (got, want)
     ]
-    first, second = (_untimed(state) | {"row": _untimed(state["row"])} for state in states)
-    unequal += ["state"] if first != second else []
-    return unequal + (["rows"] if rows(got) != rows(want) else [])
+    for state in states:
+        state["row"] = {key: value for key, value in state["row"].items() if key not in TIMING}
+    unequal += ["state"] if states[0] != states[1] else []
+    return unequal + (["rows"] if untimed(got) != untimed(want) else [])
 
 
 def assert_near(got: Path, want: Path) -> None:
@@ -245,7 +237,7 @@ def assert_near(got: Path, want: Path) -> None:
     assert tensors.keys() == wanted.keys()
     allowed = up_to_sums(STEPS)
     assert [name for name, w in wanted.items() if not _near(tensors[name], w, allowed(w))] == []
-    assert len(rows(got)) == len(rows(want)) == STEPS
+    assert len(untimed(got)) == len(untimed(want)) == STEPS
 
 
 def manifest_of_rewritten(world: World, folder: Path, parallel: dict[str, Any], step: int, **changes: Any) -> str:

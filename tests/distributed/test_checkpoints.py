@@ -18,12 +18,15 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, {"ep": 4}),
     (4, {"ep": 2, "zero": 3}),
     (4, {"dp": 4, "zero": 1}),
+    (2, {"pp": 2}),
 ]
+BATCH: dict[str, Any] = {"batch_size": 16, "grad_accum": 2}
 
 
 def go(layout: int, folder: Path, until: int = 0) -> Path:
     n, parallel = LAYOUTS[layout]
-    run_ranks(n, run, folder, parallel, until=until) if n > 1 else run(World(), folder, until=until)
+    how: dict[str, Any] = {"until": until, **BATCH}
+    run_ranks(n, run, folder, parallel, **how) if n > 1 else run(World(), folder, **how)
     return folder
 
 
@@ -35,7 +38,10 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(1, 2), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((0, 2), (3, 2), (0, 4), (1, 4), (3, 4)))],
+    [
+        (1, 2),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((0, 2), (3, 2), (0, 4), (1, 4), (3, 5), (5, 0))),
+    ],
 )
 def test_another_layout_continues(before: int, after: int, tmp_path: Path, left: Callable[[int, int], Path]) -> None:
     shutil.copytree(left(before, 5), tmp_path / "run")
@@ -56,4 +62,4 @@ def test_every_layout_writes_the_same_bytes(tmp_path: Path, left: Callable[[int,
     want = (tmp_path / "run" / "checkpoints" / "step-000005" / "manifest.json").read_text()
     for n, parallel in LAYOUTS[1:]:
         (tmp_path / "run" / "events.jsonl").unlink()  # attempts without a step look like a crash loop
-        assert run_ranks(n, manifest_of_rewritten, tmp_path / "run", parallel, 5)[0] == want
+        assert run_ranks(n, manifest_of_rewritten, tmp_path / "run", parallel, 5, **BATCH)[0] == want

@@ -1,21 +1,27 @@
 """Each rank makes its part of a model with the bits of one process, and never holds more than that and one tensor."""
 
+import io
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from dsmini import ModelConfig, Transformer, load_pretrained
+from dsmini import ModelConfig, RunConfig, Transformer, load_pretrained
+from dsmini import machine as memory
 from dsmini.checkpoint.load import PretrainedTensors
 from dsmini.config.run import ParallelConfig
-from dsmini.distributed.mesh import Mesh, ModelPart, local
+from dsmini.distributed.mesh import Mesh, divided_model, fill, local
 from dsmini.distributed.world import World
+from dsmini.training.outputs import write_sample
+from dsmini.training.start import refuse_oversized_parts
 from tests.conftest import SMALL
 from tests.distributed.generating import new_folder, reads
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import CPU, exactly, far_apart, held_pieces, new_trainer
+from tests.distributed.runs import CPU, exactly, far_apart, held_pieces, new_run, new_trainer
 
 LARGE: dict[str, Any] = {"dim": 64, "n_layers": 4, "vocab_size": 400, "moe_inter_dim": 64}
 SLACK = 20_000
@@ -74,24 +80,24 @@ def test_drawn_parts_are_those_of_one_process(parallel: dict[str, Any]) -> None:
 def test_one_process_draws_in_the_order_of_its_modules(changes: dict[str, Any]) -> None:
     config = ModelConfig(**SMALL | changes)
     torch.manual_seed(1)
-    part = ModelPart.divided(config, Mesh())
-    part.fill(CPU)
+    model = divided_model(config, mesh := Mesh())
+    fill(model, mesh, CPU)
     state = torch.get_rng_state()
     torch.manual_seed(1)
     want = Transformer(config).state_dict()
-    assert part.model.state_dict().keys() == want.keys() and torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(tensor, want[name]) for name, tensor in part.model.state_dict().items())
+    assert model.state_dict().keys() == want.keys() and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
 
 
 def filled_from(world: World, folder: Path, parallel: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the pieces of a folder's model that a rank holds, and the names of the tensors that it read."""
     there = PretrainedTensors(folder)
-    part = ModelPart.divided(there.config, Mesh(ParallelConfig(**parallel), CPU))
+    mesh = Mesh(ParallelConfig(**parallel), CPU)
+    model = divided_model(there.config, mesh)
     with reads() as names:
-        part.fill(CPU, there.rows)
-    model = part.model
+        fill(model, mesh, CPU, there.rows)
     held = [*model.named_parameters(), *model.named_buffers()]
-    return {name: (part.mesh.piece(t), local(t).detach().clone()) for name, t in held}, names
+    return {name: (mesh.piece(t), local(t).detach().clone()) for name, t in held}, names
 
 
 @pytest.mark.parametrize("parallel", [SLOW_BUT_ONE[0], *SLOW_BUT_ONE[1:3]], ids=str)
@@ -104,3 +110,47 @@ def test_rank_reads_its_rows_of_a_folder_alone(tmp_path: Path, parallel: dict[st
         assert len(names) == len(set(names))
     experts = [{name for name in names if ".experts." in name} for _, names in every]
     assert experts[0] and experts[1] and not experts[0] & experts[1]
+
+
+# --- a model that does not fit
+
+
+def told_of_memory(world: World, parallel: dict[str, Any], missing: int) -> str:
+    """Return what is said where a machine lacks some bytes of the parameters and gradients of both ranks."""
+    config = RunConfig(model=ModelConfig(**SMALL | {"n_layers": 4}), parallel=ParallelConfig(**parallel))
+    model = divided_model(config.model, Mesh(config.parallel, CPU))
+    both = sum(world.gather(2 * sum(local(p).nbytes for p in model.parameters())))
+    with mock.patch.object(memory, "free_bytes", return_value=both - missing):
+        try:
+            refuse_oversized_parts(model, CPU, world)
+        except ValueError as error:
+            return str(error).replace(f"{both:,}", "BOTH")
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"pp": 2}, {"ep": 2, "zero": 1}], ids=str)
+def test_ranks_of_a_machine_share_its_memory(parallel: dict[str, Any]) -> None:
+    assert run_ranks(2, told_of_memory, parallel, 0) == ["", ""]
+    for said in run_ranks(2, told_of_memory, parallel, 1):
+        assert said.startswith("training this model with such a batch needs BOTH bytes of memory, and this machine has")
+
+
+def samples(world: World, folder: Path) -> tuple[str, str, str]:
+    """Return samples of a trained model where it fits into one process, and where not, and what is said then."""
+    training = new_run(world, folder, {"ep": 2}, sample_tokens=5, steps=2)
+    training.train()
+    if world.rank:
+        return "", "", ""
+    training.console = Console(file=io.StringIO(), width=500)
+    good = write_sample(training)
+    training.console = Console(file=io.StringIO(), width=500)
+    with mock.patch.object(memory, "free_bytes", return_value=7):
+        return good, write_sample(training), training.console.file.getvalue()
+
+
+@pytest.mark.slow
+def test_sample_is_left_out_where_the_model_does_not_fit(tmp_path: Path) -> None:
+    good, none, said = run_ranks(2, samples, tmp_path / "run")[0]
+    assert len(good) > len(RunConfig().train.sample_prompt) and none == ""
+    assert said.startswith("no sample: the model of ") and len(said.splitlines()) == 1

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +27,7 @@ from dsmini.distributed.world import STALLED, World
 from dsmini.machine import random_state
 from dsmini.training.record import read_events
 from dsmini.training.run import TrainingRun
-from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault, of_this_process, parsed
+from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault, parsed
 from tests.distributed.ranks import START, new_store, outcomes, run_ranks, spoken, start
 from tests.distributed.runs import (
     KILLED,
@@ -44,6 +43,7 @@ from tests.distributed.runs import (
     statuses,
     until_end,
 )
+from tests.helpers.runs import unequal
 
 EP: dict[str, Any] = {"ep": 2}
 THREE: dict[str, Any] = {"dp": 3}
@@ -244,27 +244,7 @@ def test_death_while_groups_are_made_ends_the_others(layout: dict[str, Any], tmp
     assert statuses(ends) == [1, KILLED, *[1] * (n - 2)], ends
 
 
-# --- no stall, and the end of a launcher
-
-
-def paused(world: World, folder: Path) -> bool:
-    """Train; stop rank 1 for less than the time-out, and let it continue."""
-    training = new_run(world, folder, WATCHED)
-    if world.rank == 1 and os.fork() == 0:  # a child that wakes its parent
-        parent = os.getppid()
-        time.sleep(0.3)
-        os.kill(parent, signal.SIGSTOP)
-        time.sleep(1.5)
-        os.kill(parent, signal.SIGCONT)
-        os._exit(0)
-    before_each_step(training, lambda: time.sleep(0.1))
-    return training.train()
-
-
-@pytest.mark.slow
-def test_a_slow_rank_is_no_stall(tmp_path: Path) -> None:
-    assert run_ranks(2, paused, tmp_path / "run") == [True, True]
-    assert [events(tmp_path / "run", "stalled", rank) for rank in (0, 1)] == [[], []]
+# --- the end of a launcher
 
 
 def hold_store(sender: Any) -> None:
@@ -319,23 +299,6 @@ def test_a_stall_of_the_command_is_told_on_the_standard_error(config: Path, tmp_
 
 
 @pytest.mark.slow
-def test_nothing_whole_to_start_from_is_an_error_and_no_step_zero(config: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    line = (config, "--out", folder, "--resume", "auto", "--train.steps")
-    assert ends_of(tmp_path, *line, 2) == [0, 0]
-    for path in folder.glob("checkpoints/*/model.safetensors"):
-        content = path.read_bytes()
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    before = sorted(path.name for path in folder.glob("checkpoints/*"))
-    for _ in range(2):
-        assert ends_of(tmp_path, *line, 4) == [2, 2]
-    assert sorted(path.name for path in folder.glob("checkpoints/*")) == before
-    shutil.rmtree(folder / "checkpoints")
-    assert ends_of(tmp_path, *line, 4) == [2, 2]
-    assert [event["step"] for event in events(folder, "started")] == [0]
-
-
-@pytest.mark.slow
 def test_torchrun_restarts_until_its_restarts_are_exhausted(config: Path, tmp_path: Path) -> None:
     """Let the second of two kills use up the one restart; then start all again by hand."""
     assert ends_of(tmp_path, config, "--out", tmp_path / "whole") == [0, 0]
@@ -356,117 +319,40 @@ def test_torchrun_restarts_until_its_restarts_are_exhausted(config: Path, tmp_pa
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
-# --- a save in the background
+# --- damage: tests/checkpoint has all kinds of it
 
 
-def background(world: World, folder: Path) -> list[str]:
-    """Train with slow saves in the background, in which rank 1 is late: messages of saves must not be those of steps.
-
-    Return the phases of saves and steps of this rank, in their order.
-    """
-    training = new_run(world, folder, EP, save_in_background=True)
-    told: list[str] = []
-
-    def slow(phase: str) -> None:
-        told.extend([phase] if phase.startswith("save:") else [])
-        if phase == "save:writing":
-            writing = len(told)
-            while len(told) == writing and training.trainer.steps_done < STEPS:  # until a step changed the parameters
-                time.sleep(0.1 * world.rank)
-
-    real = training.trainer.step
-
-    def step() -> Any:
-        result = real()
-        told.append("step")
-        return result
-
-    of_this_process[0].at, training.trainer.step = slow, step
-    training.train()
-    return told
-
-
-@pytest.mark.slow
-def test_steps_while_a_save_writes_do_not_change_its_files(tmp_path: Path) -> None:
-    run_ranks(2, run, tmp_path / "whole", EP)
-    told = run_ranks(2, background, tmp_path / "run")[0]
-    for step in (4, 6, 8):
-        assert differences(tmp_path / "run", tmp_path / "whole", step) == []
-    after = [second for first, second in pairwise(told) if first == "save:writing"]
-    assert "step" in after and set(after) <= {"step", "save:written"}
-    phases = [phase for phase in told if phase.startswith("save:")]
-    assert phases == phases[: len(phases) // 4] * 4  # one save after the other
-
-
-# --- damage
-
-
-def flip_a_bit(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-
-
-def swap(folder: Path) -> None:
-    for old, new in (("model", "x"), ("average", "model"), ("x", "average")):
-        (folder / f"{old}.safetensors").rename(folder / f"{new}.safetensors")
-
-
-def change_the_step(folder: Path) -> None:
-    path = folder / "state.json"
-    path.write_text(path.read_text().replace('"step": 8', '"step": 7'))
-
-
-ALL_DAMAGED = "all checkpoints"
-DAMAGE: dict[str, Callable[[Path], object]] = {
-    **{"bit": flip_a_bit, "swapped": swap, "step": change_the_step, ALL_DAMAGED: flip_a_bit},
-    "truncated": lambda folder: os.truncate(folder / "optimizer.safetensors", 1000),
-    "deleted": lambda folder: (folder / "optimizer.safetensors").unlink(),
-    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
-    "no state": lambda folder: (folder / "state.json").unlink(),
-}
-
-
-def look(world: World, place: Path) -> dict[str, tuple[bool, int, list[str]]]:
-    """Return for each damage: whether nothing changed, the step that is read or 0, and what is said."""
-    training = new_run(world, place / "live", EP)
+def look(world: World, place: Path) -> list[tuple[bool, int, list[str]]]:
+    """Return for each folder: whether nothing changed, the step that is read or 0, and what is said."""
+    training, found = new_run(world, place / "live", EP), []
     training.trainer.step()
-    found = {}
-    for name in DAMAGE:
+    for name in ("one", "all"):
         before, said, step = live(training), [], 0
         training.folder = place / name
         try:
             step = training.newest_checkpoint(said.append).state.step
         except ValueError as failure:
             said = [str(failure)]
-        after = live(training)
-        found[name] = (all(torch.equal(after[key], tensor) for key, tensor in before.items()), step, said)
+        found.append((unequal(before, live(training)) == set(), step, said))
     return found
 
 
-def live(training: TrainingRun) -> dict[str, torch.Tensor]:
+def live(training: TrainingRun) -> dict[str, Any]:
     parts = {**training.trainer.tensors(), "rng": random_state(training.trainer.device)}
     tensors = {f"{part}/{name}": t.detach().clone() for part, of in parts.items() for name, t in of.items()}
-    return tensors | {"steps": torch.tensor(training.trainer.steps_done)}
+    return tensors | {"steps": training.trainer.steps_done}
 
 
 @pytest.mark.slow
 def test_damaged_checkpoint_is_refused_before_anything_changes(tmp_path: Path) -> None:
-    run_ranks(2, run, tmp_path / "whole", EP)
-    for name, damage in DAMAGE.items():
-        shutil.copytree(tmp_path / "whole", tmp_path / name)
-        for path in (tmp_path / name / "checkpoints").iterdir():
-            if name == ALL_DAMAGED or path.name == f"step-{STEPS:06d}":
-                damage(path)
-    for rank, of_rank in enumerate(run_ranks(2, look, tmp_path)):
-        for name, (unchanged, step, said) in of_rank.items():
-            assert unchanged, name
-            if name == ALL_DAMAGED:
-                assert step == 0 and said[0].count("cannot read") == 3 and "no other checkpoint" in said[0]
-                continue
-            assert step == 6 and len(said) == (rank == 0), name  # rank 0 speaks
-            assert not said or (f"step-{STEPS:06d}" in said[0] and "using step-000006" in said[0]), name
+    run_ranks(2, run, tmp_path / "one", EP)
+    shutil.copytree(tmp_path / "one", tmp_path / "all")
+    for path in [*tmp_path.glob("all/checkpoints/*"), tmp_path / f"one/checkpoints/step-{STEPS:06d}"]:
+        os.truncate(path / "optimizer.safetensors", 1000)
+    for rank, (one, every) in enumerate(run_ranks(2, look, tmp_path)):
+        assert one[:2] == (True, 6) and every[:2] == (True, 0) and len(one[2]) == (rank == 0)  # rank 0 speaks
+        assert all(f"step-{STEPS:06d}" in said and "using step-000006" in said for said in one[2])
+        assert every[2][0].count("cannot read") == 3 and "no other checkpoint" in every[2][0]
 
 
 # --- spikes

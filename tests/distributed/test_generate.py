@@ -22,9 +22,9 @@ from dsmini.inference.sampling import Sampling
 from dsmini.nn.moe import MoE
 from tests.conftest import randomise
 from tests.distributed.generating import (
+    COPIES,
     PROMPTS,
     SIZES,
-    Part,
     generated,
     load_part,
     load_shared,
@@ -35,7 +35,7 @@ from tests.distributed.generating import (
 )
 from tests.distributed.ranks import Speech, run_ranks, spoken, wait_until
 from tests.helpers.commands import place_with_run, run
-from tests.helpers.folders import read
+from tests.helpers.folders import read as read_folder
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 
@@ -46,38 +46,29 @@ def nbytes_of(model: Transformer, experts: bool) -> int:
 
 
 @pytest.mark.parametrize(
-    ("n", "fp8"),
+    ("n", "fp8", "copies"),
     [
-        (2, "keep"),
-        pytest.param(2, "dequantize", marks=pytest.mark.slow),
-        pytest.param(4, "keep", marks=pytest.mark.slow),
+        (2, "keep", False),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in ((2, "dequantize", False), (4, "keep", False), (4, "dequantize", True), (2, "keep", True))
+        ),
     ],
 )
-def test_ranks_hold_their_own_experts_and_generate_the_tokens_of_one_process(tmp_path: Path, n: int, fp8: Any) -> None:
+def test_ranks_hold_their_own_experts_and_generate_the_tokens_of_one_process(
+    tmp_path: Path, n: int, fp8: Any, copies: bool
+) -> None:
     folder = new_folder(tmp_path / "model", fp8=fp8 == "keep")
     whole = load_pretrained(folder, torch.float32, fp8)
-    every = run_ranks(n, part, folder, fp8)
-    for rank, got in enumerate(every):
-        own = range(rank * 8 // n, (rank + 1) * 8 // n)
-        assert got.nbytes == nbytes_of(whole, experts=False) + nbytes_of(whole, experts=True) // n
-        assert {int(name.split(".experts.")[1].split(".")[0]) for name in got.read if ".experts." in name} == set(own)
-    assert {name for got in every for name in got.read} == set(read(folder))
-    assert_alike(every, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("n", "fp8"), [(4, "dequantize"), (2, "keep")])
-def test_copies_of_experts_generate_the_tokens_of_one_process(tmp_path: Path, n: int, fp8: Any) -> None:
-    folder = new_folder(tmp_path / "model", fp8=fp8 == "keep")
-    whole = load_pretrained(folder, torch.float32, fp8)
-    every = run_ranks(n, part, folder, fp8, placement_of(whole.config))
-    if n == 2:  # of the first layer with experts, each copy once
-        read = [{name.split(".")[5] for name in got.read if ".layers.1.mlp.experts." in name} for got in every]
-        assert read == [set("012345"), set("012367")]
-    assert_alike(every, whole)
-
-
-def assert_alike(every: list[Part], whole: Transformer) -> None:
+    every = run_ranks(n, part, folder, fp8, placement_of(whole.config) if copies else None)
+    own = [set(range(rank * 8 // n, (rank + 1) * 8 // n)) for rank in range(n)]
+    own = [set(COPIES[0][rank * 12 // n : (rank + 1) * 12 // n]) for rank in range(n)] if copies else own
+    for got, experts in zip(every, own, strict=True):
+        read = {name.split(".experts.")[1].split(".")[0] for name in got.read if ".layers.1.mlp.experts." in name}
+        assert set(map(int, read)) == experts
+        if not copies:
+            assert got.nbytes == nbytes_of(whole, experts=False) + nbytes_of(whole, experts=True) // n
+    assert {name for got in every for name in got.read} == set(read_folder(folder))
     want, tokens = logits_of(whole), generated(whole)
     for got in every:
         assert relative_error(got.logits, want) < FP32_MODEL

@@ -18,7 +18,7 @@ from dsmini import ModelConfig, RunConfig, Transformer, load_pretrained, ops
 from dsmini.checkpoint.training_state import checkpoint_folders
 from dsmini.config.run import ParallelConfig
 from dsmini.data.corpus import Corpus
-from dsmini.distributed.mesh import Mesh, ModelPart
+from dsmini.distributed.mesh import Mesh, divided_model, fill
 from dsmini.distributed.world import World
 from dsmini.nn.cache import CacheDtype
 from dsmini.train import main
@@ -137,11 +137,11 @@ def losses_of(trainer: Trainer, steps: int = 3) -> Tensor:
 
 def new_trainer(config: RunConfig, device: str, ranks: Mesh | None = None) -> Trainer:
     torch.manual_seed(0)
-    part = ModelPart.divided(config.model, ranks) if ranks else None
-    if part is None:
+    if ranks is None:
         return Trainer(Transformer(config.model).to(device), CORPUS, config, torch.device(device))
-    part.fill(torch.device(device))
-    return Trainer(part.model, CORPUS, config, torch.device(device), part.mesh)
+    model = divided_model(config.model, ranks)
+    fill(model, ranks, torch.device(device))
+    return Trainer(model, CORPUS, config, torch.device(device), ranks)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -91,6 +91,11 @@ def resumed(
     return training
 
 
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl without what differs from run to run."""
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in read_records(folder)]
+
+
 def whole(training: TrainingRun) -> dict[str, Any]:
     """Return everything that a run consists of, except times."""
     trainer = training.trainer
@@ -99,7 +104,6 @@ def whole(training: TrainingRun) -> dict[str, Any]:
         for part, named in {**trainer.tensors(), "rng": random_state(trainer.device)}.items()
         for name, tensor in named.items()
     }
-    rows = [{key: v for key, v in row.items() if key not in TIMING} for row in read_records(training.folder)]
     return {
         **tensors,
         "steps": trainer.steps_done,
@@ -107,7 +111,7 @@ def whole(training: TrainingRun) -> dict[str, Any]:
         "average updates": trainer.average and trainer.average.updates,
         "skipped": training.history.skipped_in_a_row,
         "rewinds": training.history.rewinds,
-        "rows": json.dumps(rows),
+        "rows": json.dumps(untimed(training.folder)),
         "rows held": len(training.history.records),
     }
 

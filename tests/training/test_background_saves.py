@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dsmini.training import saving
-from dsmini.training import saving as checkpoints
 from dsmini.training.record import read_events
 from dsmini.training.run import TrainingRun
-from tests.helpers.runs import asked_after, new_run, resumed, unequal, whole
+from tests.helpers.runs import asked_after, new_run, resumed
 
 BEHIND: dict[str, Any] = {"save_in_background": True, "keep": 9}
 
@@ -55,35 +53,6 @@ def test_file_has_the_state_of_the_moment_it_was_asked_for(tmp_path: Path, gate:
     for name in ("model", "optimizer", "rng"):
         a, b = ((tmp_path / run / f"checkpoints/step-000001/{name}.safetensors").read_bytes() for run in "ab")
         assert a == b
-
-
-def test_run_is_the_same_run(tmp_path: Path) -> None:
-    never = new_run(tmp_path / "a", keep=9)
-    assert never.train()
-    want = whole(never)
-    behind = new_run(tmp_path / "b", **BEHIND)
-    assert behind.train()
-    assert unequal(want, whole(behind)) == set()
-    names = [sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir()) for run in "ab"]
-    assert names[0] == names[1]
-    again = resumed(tmp_path / "b", **BEHIND)
-    assert again.trainer.steps_done == 8
-
-
-def test_full_disk_is_reported_and_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = new_run(tmp_path, **BEHIND)
-    real = checkpoints._write
-
-    def full(path: Path, *rest: Any) -> None:
-        if "000004" in path.parent.name:
-            raise OSError(28, "No space left on device")
-        real(path, *rest)
-
-    monkeypatch.setattr(checkpoints, "_write", full)
-    assert training.train()
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step-000002", "step-000006", "step-000008"]
-    assert torch.is_tensor(training.trainer.model.head.weight)
 
 
 def test_checkpoint_is_logged_once_its_files_are_on_the_disk(tmp_path: Path, gate: threading.Event) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dsmini.training import saving as checkpoints
+from dsmini.training import saving
 from dsmini.training.run import TrainingRun
 from tests.helpers.configs import DSA
 from tests.helpers.runs import RICH, asked_after, calls, kill, new_run, resumed, stopped, unequal, whole
@@ -105,7 +105,7 @@ def test_a_resumed_run_is_the_one_never_stopped(
 
 
 # The operations of a save on the disk, and how many of each the third save (step 6) makes: that is asserted below.
-SAVING = {(os, "fsync"): 15, (os, "rename"): 2, (shutil, "rmtree"): 1, (checkpoints, "_write"): 4}
+SAVING = {(os, "fsync"): 15, (os, "rename"): 2, (shutil, "rmtree"): 1, (saving, "_write_all"): 1}
 MOMENTS = [
     pytest.param(
         *place,

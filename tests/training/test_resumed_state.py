@@ -24,13 +24,7 @@ def state(**changes: Any) -> Callable[[Checkpoint], Checkpoint]:
 
 
 def zeroed(name: str, ending: str = "") -> Callable[[Checkpoint], Checkpoint]:
-    return lambda c: dataclasses.replace(
-        c,
-        tensors={
-            **c.tensors,
-            name: {key: t * 0 if key.endswith(ending) else t for key, t in c.tensors[name].items()},
-        },
-    )
+    return lambda c: part(name, **{key: t * 0 for key, t in c.tensors[name].items() if key.endswith(ending)})(c)
 
 
 LOST: dict[str, Callable[[Checkpoint], Checkpoint]] = {
@@ -40,7 +34,7 @@ LOST: dict[str, Callable[[Checkpoint], Checkpoint]] = {
     "second moment": zeroed("optimizer", "/exp_avg_sq"),
     "optimizer's steps": zeroed("optimizer", "/step"),
     "momentum": zeroed("optimizer", "/momentum"),
-    "all moments": lambda c: dataclasses.replace(c, tensors={**c.tensors, "optimizer": {}}),
+    "all moments": zeroed("optimizer"),
     "average": zeroed("average"),
     "average's updates": state(average_updates=0),
     "random state": lambda c: part("rng", cpu=torch.Generator().manual_seed(1).get_state())(c),

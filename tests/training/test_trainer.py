@@ -59,9 +59,7 @@ def test_bias_moves_once_a_step_by_counts_of_the_whole_batch(
 ) -> None:
     whole, parts = new_trainer(), new_trainer(grad_accum=grad_accum, recompute=recompute)
     want, got = whole.step(), parts.step()
-    assert want.counts is not None
-    assert got.counts is not None
-    assert torch.equal(got.counts, want.counts)
+    assert want.counts is not None and got.counts is not None and torch.equal(got.counts, want.counts)
     tokens = [4 * 16, 4 * 15, 4 * 14]  # one layer, then MTP of depth 1 and 2
     assert got.counts.sum(1).tolist() == [3 * n for n in tokens]
     for gate, counts in zip(parts.model.gates(), got.counts, strict=True):
@@ -76,8 +74,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(new_trainer: NewTrai
     whole.forward_backward(4)
     parts.forward_backward(4)
     for (name, p), (_, q) in zip(whole.model.named_parameters(), parts.model.named_parameters(), strict=True):
-        assert p.grad is not None
-        assert q.grad is not None
+        assert p.grad is not None and q.grad is not None
         assert relative_error(q.grad, p.grad) < rounding(FP32_UNIT, terms=64, chained=30), name
 
 
@@ -114,23 +111,16 @@ def test_the_losses_are_weighted_as_the_config_says(new_trainer: NewTrainer, mon
     assert seen == [{**options, "documents": None, "n_targets": torch.tensor(64.0)}]
 
 
-def test_validation_changes_nothing(new_trainer: NewTrainer) -> None:
+def test_validation_is_the_mean_over_every_held_out_token_and_changes_nothing(new_trainer: NewTrainer) -> None:
     trainer = new_trainer()
     trainer.step()
     before = state(trainer)
-    assert trainer.validate() == trainer.validate()
-    assert same(state(trainer), before)
-    assert trainer.model.training
-
-
-def test_validation_is_the_mean_over_every_held_out_token(new_trainer: NewTrainer) -> None:
-    trainer = new_trainer()
     ((x, y),) = trainer.corpus.windows(16).blocks(100)
     with torch.no_grad():
         logits = trainer.model(x)
     want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
-    assert trainer.validate() == pytest.approx(want, rel=1e-6)
-    assert trainer.validate(tokens_at_a_time=16) == pytest.approx(want, rel=1e-6)
+    assert [trainer.validate(), trainer.validate(tokens_at_a_time=16)] == pytest.approx([want, want], rel=1e-6)
+    assert same(state(trainer), before) and trainer.model.training
 
 
 Spoil = Callable[[Trainer], Callable[[], object]]
