@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,8 +12,7 @@ from benchmarks.results import ROOT
 from dsmini import ModelConfig, RunConfig, Transformer, accounting
 from dsmini.data.corpus import load_corpus
 from dsmini.inference.fused import Decoder
-from dsmini.measure.prediction import predicted_seconds
-from dsmini.measure.workloads import ROOM, Step, random_cache, random_tokens
+from dsmini.measure.workloads import ROOM, Step, StepShape, random_cache, random_tokens
 from dsmini.nn import Routing
 from dsmini.training.trainer import Trainer
 
@@ -77,5 +77,6 @@ def decoding(
 
         return step
 
-    runs = {name: make(model) for name, model in models.items()}
-    return runs, {name: predicted_seconds(run, setting.roofs) for name, run in runs.items()}
+    shape: dict[str, Any] = {"work": "decode", "dtype": setting.dtype_name, "batch": batch, "tokens": context}
+    predicted = setting.predicted({name: StepShape(config=model.config, **shape) for name, model in models.items()})
+    return {name: make(model) for name, model in models.items()}, predicted

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import torch
 
-from dsmini.measure.calibration import read_bandwidth
-from dsmini.measure.rates import Roofs
+from dsmini import ModelConfig
+from dsmini.measure.price import Prices
+from dsmini.measure.roofs import Roofs, read_bandwidth
 from dsmini.measure.turns import Estimate, Run, in_turns, median_of
-from dsmini.measure.workloads import dtype_name
+from dsmini.measure.workloads import StepShape, dtype_name
 from dsmini.report import Figure, Plot, Value, pick
 from dsmini.report.plots import lines, over_labels
 from dsmini.report.units import shown, words
@@ -35,6 +36,8 @@ class Setting:
     dtype: torch.dtype
     roofs: Roofs
     """Measured rates of this machine."""
+    prices: Prices | None = None
+    """Seconds of operations here; None on a GPU, where nothing is predicted."""
     text: Path | None = None
     """File that --text names, for the questions that read one."""
     peer_python: tuple[Path, ...] = ()
@@ -46,6 +49,19 @@ class Setting:
     def turns(self) -> dict[str, Any]:
         """Number and seconds of the turns of a comparison, as in_turns takes them."""
         return {"count": 9, "seconds": 1.5, "least": 3} if self.quick else {"count": 40, "seconds": 12.0, "least": 5}
+
+    def predicted(
+        self, shapes: Mapping[str, StepShape], make: Callable[[ModelConfig], Run] | None = None
+    ) -> dict[str, float]:
+        """Return the predicted seconds of steps by name; of none where nothing is predicted.
+
+        Args:
+            make: makes a step of a model, where it is not a plain one.
+        """
+        if self.prices is None:
+            return {}
+        prices, made = self.prices, {n: make and partial(make, shape.config) for n, shape in shapes.items()}
+        return {name: prices.forecast(shape, made[name]).seconds for name, shape in shapes.items()}
 
     @property
     def dtype_name(self) -> Literal["float32", "bfloat16"]:

@@ -26,9 +26,8 @@ from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.machine import faster_dtype, pick_device, pick_dtype
-from dsmini.measure import calibration
-from dsmini.measure.calibration import steadiness
-from dsmini.measure.rates import Roofs
+from dsmini.measure.price import Prices
+from dsmini.measure.roofs import Roofs, load_or_measure, steadiness
 from dsmini.ops.explanation import instruction_set
 from dsmini.report import Report
 from dsmini.report.units import duration, human
@@ -36,8 +35,6 @@ from dsmini.report.units import duration, human
 STARTED = time.monotonic()
 QUICK = 135.0
 """Seconds after the start in which --quick measures; drawing the page takes the rest of two minutes and a half."""
-QUICK_RATES = 30.0
-"""Seconds that --quick takes for the rates of a machine where none are stored."""
 TIMES, LEAST = 10.0, 30.0
 """A case is stopped after ten times its estimate, but not before half a minute."""
 GRACE = 5.0
@@ -106,7 +103,7 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[.
         raise ValueError("no question can run here; python -m benchmarks --list gives the reasons")
     path, device, interrupted = command.out / "results.jsonl", pick_device(command.device), False
     with Writer(path) as writer, contextlib.redirect_stdout(sys.stderr):  # measured libraries may print
-        setting = setting_of(command, device, measure or calibration.load_or_measure)
+        setting = setting_of(command, device, measure or load_or_measure)
         run = run_of(setting, " ".join(args))
         try:
             measure_all(
@@ -218,14 +215,14 @@ def setting_of(command: BenchmarksCommand, device: torch.device, measure: Callab
     """Return the settings that all cases share. Measure the machine's rates if none are stored."""
     if command.threads:
         torch.set_num_threads(command.threads)
-    label = "measuring this machine's rates, once: half a minute"
+    label = "measuring this machine's roofs, once: a few seconds"
     with Progress(Console(stderr=True), 1.0, label, line_every=1, refresh_per_second=1) as bar:
-        seconds = QUICK_RATES if command.quick else calibration.BUDGET
-        roofs = measure(device, on_part=bar.update, fresh=command.fresh, seconds=seconds)
+        roofs = measure(device, on_part=bar.update, fresh=command.fresh)
     dtype = pick_dtype(command.dtype, device)
     if command.dtype == "auto" and {"float32", "bfloat16"} <= set(roofs.peak):  # a rerun picks the same
         dtype = faster_dtype(roofs.peak["float32"], roofs.peak["bfloat16"])
-    more = {"text": command.text, "peer_python": command.peer_python, "out": command.out}
+    prices = Prices.under(roofs, fresh=command.fresh) if device.type == "cpu" else None
+    more = {"prices": prices, "text": command.text, "peer_python": command.peer_python, "out": command.out}
     return Setting(quick=command.quick, device=device, dtype=dtype, roofs=roofs, **more)
 
 
@@ -244,7 +241,6 @@ def run_of(setting: Setting, words: str) -> Run:
     roofs, date = setting.roofs, datetime.now().astimezone().isoformat(timespec="seconds")
     rates = {f"matrix product, {dtype}": human(rate, "FLOP/s") for dtype, rate in roofs.peak.items()}
     rates |= {"reading memory": human(roofs.bandwidth, "bytes/s"), "copying memory": human(roofs.copy, "bytes/s")}
-    rates |= {"a call in a model": human(roofs.call, "s")}
     command = f"python -m benchmarks {words}".rstrip()
     return Run(date=date, command=command, commit=results.commit(), setting=depends, rates=rates)
 

@@ -47,7 +47,7 @@ class DiagnoseCommand:
     batch: int | None = None
     """Sequences that are decoded together, for --work decode; left out: 1."""
     quick: bool = False
-    """Look for half a minute instead of three, at the verdict alone. Predict only where rates are stored."""
+    """Look for half a minute instead of three, at the verdict alone. Predict only where roofs are stored."""
     rounds: int | None = None
     """Number of rounds, instead of as many as fit into the time."""
     only: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ import pytest
 
 import dsmini
 from dsmini.console.commandline import parse
-from tests.helpers.commands import ROOT, TINY, let_rates_be_invented, run_all
+from tests.helpers.commands import ROOT, TINY, let_prices_be_invented, run_all
 
 NAMES = ("README.md", "CONTRIBUTING.md", "kernels/README.md")
 PAGES = [*map(ROOT.joinpath, NAMES), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -76,7 +76,7 @@ def test_every_command_of_a_page_has_known_flags_and_files() -> None:
 
 @pytest.mark.slow
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    let_rates_be_invented(monkeypatch)
+    let_prices_be_invented(monkeypatch)
     (tmp_path / "book.txt").write_text("It was a bright cold day in April. " * 100)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "small.toml").write_text("[model]\nn_layers = 1\nn_dense_layers = 0\n[data]\npath = 'book.txt'\n")

@@ -31,7 +31,6 @@ from dsmini.diagnosis.contention import cores
 from dsmini.diagnosis.diagnosis import Diagnosis, Plan, diagnose
 from dsmini.diagnosis.training import Subject
 from dsmini.machine import pick_dtype
-from dsmini.measure import step_rates
 
 SEEDS, QUICK_SEEDS = 5, 1
 ROUNDS = 10
@@ -211,9 +210,9 @@ def cases(setting: Setting) -> list[Case]:
 
 def measure(setting: Setting, name: str, seed: int) -> Iterator[Figure]:
     """Yield whether the fault was named, and each gain with its prediction."""
-    fault, rates = FAULTS[name], step_rates.rates_beyond(setting.roofs, setting.device)
+    fault = FAULTS[name]
     with fault.subject(seed, setting) as subject:
-        found: Diagnosis = diagnose(subject, Plan(seconds=math.inf, rounds=ROUNDS), rates)
+        found: Diagnosis = diagnose(subject, Plan(seconds=math.inf, rounds=ROUNDS), setting.prices)
     want, got = fault.axis or "nothing", found.named or "nothing"
     case = {"run": name, "seed": seed, "want": want, "got": got}
     yield figure("right", case, float(want == got), note=found.verdict.outcome)

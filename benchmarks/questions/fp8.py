@@ -41,7 +41,7 @@ from benchmarks.question import (
 )
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting, fp8_matmul, ops
 from dsmini.measure.memory import saved_for_backward
-from dsmini.measure.rates import why_unusable
+from dsmini.measure.roofs import why_unusable
 from dsmini.nn.fp8 import fp8_weights
 from dsmini.numerics import AMAX_MIN, E4M3, E5M2, SMALLEST_AMAX, Format, round_tiles
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernel_calls import FP8, KERNELS, Kernel, rotating
 from benchmarks.question import (
     Case,
     Figure,
@@ -29,22 +30,20 @@ from benchmarks.question import (
 )
 from dsmini import ops
 from dsmini.machine import DTYPES
-from dsmini.measure.calibration import rotating
 from dsmini.measure.costs import Cost, cost_of
-from dsmini.measure.kernels import FP8, KERNELS, OTHERS, Kernel
 from dsmini.measure.turns import in_turns
 from dsmini.ops.explanation import instruction_set
 
-ALL = {**KERNELS, **OTHERS}
-
 
 def cases(setting: Setting) -> list[Case]:
-    return cases_over("kernel={}", ((name,) for name in ALL), 0.6 if setting.quick else 25.0, partial(measure, setting))
+    return cases_over(
+        "kernel={}", ((name,) for name in KERNELS), 0.6 if setting.quick else 25.0, partial(measure, setting)
+    )
 
 
 @torch.no_grad()
 def measure(setting: Setting, name: str) -> Iterator[Figure]:
-    kernel, case = ALL[name], {"kernel": name, "instructions": instruction_set()}
+    kernel, case = KERNELS[name], {"kernel": name, "instructions": instruction_set()}
     if reason := "they run on a CPU" if setting.device.type != "cpu" else why_not():
         yield left_out("share_of_roof", case, reason)
         return
@@ -64,7 +63,7 @@ def why_not() -> str:
 def one(kernel: Kernel, case: dict[str, str | int], dtype: str, size: int, setting: Setting) -> Iterator[Figure]:
     """Check a call against the plain version, then yield its time next to the roof and to plain PyTorch."""
     here = FP8 if dtype == "fp8" else DTYPES[dtype]
-    run, inputs, _ = kernel.make(size if kernel.is_product else size // here.itemsize, here, setting.device)
+    run, inputs = kernel.make(size if kernel.is_product else size // here.itemsize, here, setting.device)
     check(kernel, run, inputs, str(case))
     calls: list[ops.Call] = []
     counter: Any = SimpleNamespace(kernel_ran=calls.append)

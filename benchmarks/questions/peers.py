@@ -41,7 +41,7 @@ from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting,
 from dsmini.config.published import config_to_json
 from dsmini.inference.fused import Decoder
 from dsmini.machine import once
-from dsmini.measure.rates import why_unusable
+from dsmini.measure.roofs import why_unusable
 from dsmini.measure.turns import reported
 from dsmini.measure.workloads import dtype_name, random_cache, random_model, random_tokens
 from dsmini.nn.cache import CacheDtype

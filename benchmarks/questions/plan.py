@@ -1,7 +1,7 @@
 """Forecasts of steps on this machine, next to what they then take.
 
 Six steps are forecast, then run, in each dtype: two of training, two of reading a prompt, two of decoding. A forecast
-runs nothing of the model: the operations are counted dry, and priced with rates that were measured on other models. FP8
+runs nothing of the model: the operations are counted dry, and each is timed alone. FP8
 is simulated in training; in serving, matrices are E4M3 codes and products BF16. Memory is that of all tensors at the
 peak of a step, and the resident memory of a process that trains.
 """
@@ -14,14 +14,12 @@ from typing import get_args
 
 from benchmarks import models
 from benchmarks.models import recipe
-from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, pick
+from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, left_out, pick
 from dsmini import ModelConfig, TrainConfig
 from dsmini.machine import DTYPES
-from dsmini.measure import step_rates
 from dsmini.measure.dry import Holding, counted_twice
-from dsmini.measure.forecast import forecast
 from dsmini.measure.process import peak_of_process
-from dsmini.measure.rates import why_unusable
+from dsmini.measure.roofs import why_unusable
 from dsmini.measure.turns import in_turns
 from dsmini.measure.workloads import StepDtype, StepShape, Work
 
@@ -31,7 +29,7 @@ DTYPE_NAMES: tuple[StepDtype, ...] = get_args(StepDtype)
 
 
 def held_out(quick: bool) -> dict[str, StepShape]:
-    """Return the six steps by name, in FP32. None has the sizes of a step that rates were measured on."""
+    """Return the six steps by name, in FP32. No part of the prices was fitted to them."""
     toy, mha, trained = recipe("toy"), recipe("toy-mha"), dataclasses.replace(models.TRAINED, n_layers=2)
     adamw, served = TrainConfig(optimizer="adamw"), models.QUICK
     many = dataclasses.replace(trained, n_routed_experts=48, moe_inter_dim=48, n_activated_experts=8)
@@ -55,10 +53,10 @@ def cases(setting: Setting) -> list[Case]:
     return [
         Case(
             key=f"step={name} batch={shape.batch} tokens={shape.tokens}",
-            seconds=20.0 + 40.0 * (i == 0),  # the first measures the machine's rates
+            seconds=25.0,
             run=partial(measure, setting, name, shape),
         )
-        for i, (name, shape) in enumerate(held_out(setting.quick).items())
+        for name, shape in held_out(setting.quick).items()
     ]
 
 
@@ -70,10 +68,12 @@ def usable(setting: Setting) -> list[StepDtype]:
 
 def measure(setting: Setting, name: str, shape: StepShape) -> Iterator[Figure]:
     """Forecast the step in each dtype, then run it."""
-    rates = step_rates.rates_beyond(setting.roofs, setting.device)
+    if (prices := setting.prices) is None:
+        yield left_out("seconds", {"step": name}, "operations are timed on a CPU only")
+        return
     for dtype in usable(setting):
         here = dataclasses.replace(shape, dtype=dtype)
-        expected = forecast(here, rates)
+        expected = prices.forecast(here)
         case = {"step": name, "work": shape.work, "batch": shape.batch, "tokens": shape.tokens, "dtype": dtype}
         step = here.make(setting.device)
         turns = in_turns({"step": step}, setting.device, seconds=SECONDS, least=3)
@@ -82,7 +82,9 @@ def measure(setting: Setting, name: str, shape: StepShape) -> Iterator[Figure]:
         there = counted_twice(lambda here=here: here.make(setting.device), Holding())
         yield figure("tensor_memory", case, float(there.peak), predicted=float(expected.peak))
         if shape.work == "training":
-            yield figure("process_memory", case, float(peak_of_process(here)), predicted=float(expected.process))
+            yield figure(
+                "process_memory", case, float(peak_of_process(here)), predicted=float(expected.peak + prices.process)
+            )
 
 
 def errors(figures: Sequence[Figure], metric: str) -> list[float]:

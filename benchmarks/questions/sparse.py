@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -31,9 +32,8 @@ from benchmarks.question import (
 )
 from dsmini import ModelConfig, Transformer, accounting
 from dsmini.inference.generation import prefill
-from dsmini.measure.prediction import predicted_seconds
 from dsmini.measure.turns import Run
-from dsmini.measure.workloads import ROOM, prefill_step, random_model, random_tokens
+from dsmini.measure.workloads import ROOM, StepShape, prefill_step, random_model, random_tokens
 from dsmini.nn import Cache
 
 TOPK, QUICK_TOPK = 2048, 256
@@ -93,7 +93,14 @@ def prompt_speed(setting: Setting, tokens: int) -> Iterator[Figure]:
 
     runs: dict[str, Run] = {name: partial(read, model, model.new_cache(1, tokens)) for name, model in both.items()}
     runs["dense in one call"] = prefill_step(both["dense"], 1, tokens)
-    predicted = {name: predicted_seconds(run, setting.roofs) for name, run in runs.items()}
+
+    def dry(config: ModelConfig) -> Run:
+        model = random_model(config, setting.device, setting.dtype)
+        return partial(read, model, model.new_cache(1, tokens))
+
+    shape: dict[str, Any] = {"work": "prefill", "dtype": setting.dtype_name, "batch": 1, "tokens": tokens}
+    shapes = {name: StepShape(config=model.config, **shape) for name, model in both.items()}
+    predicted = setting.predicted(shapes, dry) | setting.predicted({"dense in one call": shapes["dense"]})
     yield from race(setting, {"prompt": tokens}, runs, predicted=predicted, count=5, least=5)
 
 

@@ -13,11 +13,10 @@ from functools import partial
 from benchmarks import models
 from benchmarks.question import Case, Figure, Question, Setting, cases_over, check_bandwidth, drawing, figure, pick
 from dsmini import TrainConfig, accounting
-from dsmini.measure import prediction
 from dsmini.measure.counting import Count, count
 from dsmini.measure.memory import peak_since_reset, reset_peak
 from dsmini.measure.turns import in_turns
-from dsmini.measure.workloads import Step, Work, prefill_step, random_model, training_step
+from dsmini.measure.workloads import Step, StepShape, Work, prefill_step, random_model, training_step
 from dsmini.report import Value
 
 DRAWN = 8
@@ -30,9 +29,9 @@ COLD = "measured: bytes from memory, not from a cache; predicted: the roof"
 def measure(work: Work, setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
     """Yield the figures of a step. tokens: those of a sequence; in decoding, those in the cache."""
     dtype, each = setting.dtype_name, batch if work == "decode" else batch * tokens
+    adamw = TrainConfig(optimizer="adamw")
     if work == "training":
         config = dataclasses.replace(models.TRAINED, max_seq_len=1024)
-        adamw = TrainConfig(optimizer="adamw")
         step: Step = training_step(config, adamw, setting.dtype, batch, tokens, setting.device)
         flops = accounting.step_flops(config, batch_size=batch, seq_len=tokens).total / each
         traffic = accounting.training_bytes_per_token
@@ -60,14 +59,17 @@ def measure(work: Work, setting: Setting, batch: int, tokens: int) -> Iterator[F
     seconds = in_turns({"step": step}, setting.device, **setting.turns).seconds["step"]
     moved = statistics.fmean(one.bytes for one in counts) / each
     bounds = flops, least(experts=statistics.fmean(experts)).total
+    shape = StepShape(work=work, config=config, dtype=dtype, batch=batch, tokens=tokens, train=adamw)
+    expected = setting.predicted({"step": shape}).get("step")
     case = {"batch": batch, "context" if work == "decode" else "tokens": tokens}
-    yield from step_figures(case, counts[0], seconds, setting, each, moved, *bounds)
+    yield from step_figures(case, counts[0], seconds, expected, setting, each, moved, *bounds)
 
 
 def step_figures(
     case: Mapping[str, Value],
     counted: Count,
     seconds: Sequence[float],
+    expected: float | None,
     setting: Setting,
     tokens: int,
     moved: float,
@@ -78,6 +80,7 @@ def step_figures(
 
     Args:
         seconds: of each turn.
+        expected: predicted seconds.
         tokens: number of tokens in a step.
         moved: bytes of a token.
 
@@ -90,7 +93,7 @@ def step_figures(
     cold = sum(op.cold for op in counted.operations)
     memory = check_bandwidth(f"a step of {dict(case)}", statistics.median(rate(cold)), setting)
     peak, flops = setting.roofs.peak[setting.dtype_name], counted.flops / tokens
-    yield figure("tokens_per_s", case, rate(tokens), predicted=tokens / prediction.seconds(counted, setting.roofs))
+    yield figure("tokens_per_s", case, rate(tokens), predicted=None if expected is None else tokens / expected)
     yield figure("bytes_per_token", case, moved, predicted=least_bytes, bound=True, note=LEAST)
     yield figure("flops_per_token", case, flops, predicted=least_flops, bound=True, note=LEAST_FLOPS)
     yield figure("bandwidth", case, rate(cold), predicted=memory, bound=True, note=COLD)

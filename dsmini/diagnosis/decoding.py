@@ -32,15 +32,7 @@ the text and on the training, not on the machine. So it is counted on its own, i
 
 Source: DeepSeek-V3 report, section 5.4.3 (85 to 90 % accepted).
 
-Predictions price the operations of a step that runs dry (measure/forecast.py). Two parts are not in these rates:
-Python, which is most of a short step, and attention with heads of other sizes. A model with as many blocks, experts and
-heads, but only WIDTH wide, tells both. It is timed after `low` and `high` cached tokens, and priced in the same way:
-
-    slope = (T(narrow, high) - T(narrow, low)) / (high - low)
-    T(t)  = T(narrow, low) + price(low) - price(narrow, low) + slope (t - low)
-
-Worked example: a narrow model takes 0.45 ms after 63 tokens, 0.20 by its price, and 0.57 ms after 1023: 0.125 us a
-token. A price of 0.31 ms predicts 0.45 + 0.11 = 0.56 ms after 63 tokens, and 1.32 ms after 6143.
+Predictions price the operations of a step that runs dry (measure/price.py), each at its own shape.
 """
 
 import copy
@@ -60,7 +52,7 @@ from dsmini import accounting, ops
 from dsmini.accounting import mha_twin
 from dsmini.config import ModelConfig
 from dsmini.diagnosis.arms import Arm, Step, Work, arm_of
-from dsmini.diagnosis.contention import Contention, cores, quiet, seconds_with_threads, threads_put_back, watch
+from dsmini.diagnosis.contention import Contention, cores, quiet, threads_put_back, watch
 from dsmini.diagnosis.findings import Finding, other_programs
 from dsmini.diagnosis.training import dense_baseline, no_more_threads
 from dsmini.inference import Generation
@@ -69,13 +61,11 @@ from dsmini.inference.generation import prefill
 from dsmini.inference.sampling import Sampling, likeliest
 from dsmini.inference.speculative import Drafter, agreed
 from dsmini.machine import memory_bytes, refuse_too_large
-from dsmini.measure.forecast import Forecast, forecast
-from dsmini.measure.step_rates import Rates
-from dsmini.measure.turns import in_turns, reported
+from dsmini.measure.price import Forecast, Prices
 from dsmini.measure.workloads import ROOM, StepDtype, StepShape, dtype_name, random_cache, random_tokens
 from dsmini.nn import Block, Cache, MoE, Rope, Transformer
 from dsmini.nn.attention import Attention
-from dsmini.nn.cache import KEY_STEP, Form
+from dsmini.nn.cache import Form
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.nn.mtp import MTPChain
 
@@ -90,14 +80,6 @@ PROMPT, NEW_TOKENS, SECONDS = 64, 96, 4.0
 TURN, MOST_STEPS = 0.02, 256
 """Least seconds of the steps that are timed together, as a single one of a small model is shorter than a clock's noise,
 and their largest number."""
-WIDTH = 16
-"""Width of all that is narrow in a narrow model."""
-TURNS = 8
-"""Turns of a narrow model, of which the fastest counts."""
-LEAST = 0.05
-"""Least share of its price that a step takes, whatever narrow models say."""
-LONGEST = 1024
-"""Most tokens after which narrow models are timed, the new one included."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -212,9 +194,9 @@ class DecodingSubject:
         """Return findings of the plain steps that were taken."""
         return [other_programs(self.turns[1:] or self.turns, "decoding")] if self.turns else []
 
-    def arms(self, rates: Rates | None) -> list[Arm]:
-        """Return all arms, the plain steps first. Without rates nothing is predicted."""
-        self.prices = None if rates is None else DecodingPrices(self, rates)
+    def arms(self, prices: Prices | None) -> list[Arm]:
+        """Return all arms, the plain steps first. Without prices nothing is predicted."""
+        self.prices = None if prices is None else DecodingPrices(self, prices)
         arm = partial(arm_of, "decoding")
         reasons = {**self._attention_stays(), **self._weights_stay()}
         reasons["dense_active"] = (
@@ -276,7 +258,7 @@ class DecodingSubject:
     @contextmanager
     def plain(self) -> Iterator[Step]:
         """Yield plain steps, and note what others took meanwhile."""
-        ended = watch(None if self.prices is None else self.prices.rates.roofs, self.device)
+        ended = watch(None if self.prices is None else self.prices.of.roofs, self.device)
         yield lambda _base: self.seconds(PLAIN)
         self.turns.append(ended())
 
@@ -516,10 +498,8 @@ class Variant:
     """Number of cached tokens instead of the point's."""
     dtype: StepDtype | None = None
     """Dtype in which it holds its weights; None: the model's."""
-    keeps_attention: bool = False
-    """Attention is that of plain steps, as long as the cache has the same dtype."""
-    rates_of: Literal["decode", "prefill"] = "decode"
-    """Work whose rates price it: what runs by modules is priced as in prefill."""
+    runs_as: Literal["decode", "prefill"] = "decode"
+    """Work whose Python it runs: steps by modules run that of prefill."""
     reference: Optional["Variant"] = None
     """Steps that run in the same way and do what plain steps do; None: plain steps themselves."""
 
@@ -529,15 +509,15 @@ class Variant:
 
 
 PLAIN = Variant()
-ABSORBED = Variant(make=steps_at("absorbed"), rates_of="prefill")
+ABSORBED = Variant(make=steps_at("absorbed"), runs_as="prefill")
 VARIANTS = {
     "free_cache": Variant(context=1),
-    "expanded_mla": Variant(make=steps_at("expanded"), rates_of="prefill", reference=ABSORBED),
+    "expanded_mla": Variant(make=steps_at("expanded"), runs_as="prefill", reference=ABSORBED),
     "mha_baseline": Variant(change=with_mha),
-    "dense_active": Variant(change=with_dense, keeps_attention=True),
+    "dense_active": Variant(change=with_dense),
     "drafts": Variant(make=guessing_steps),
-    "bfloat16_weights": Variant(change=with_bfloat16_weights, dtype="bfloat16", keeps_attention=True),
-    "fp8_weights": Variant(change=with_fp8_weights, dtype="fp8", keeps_attention=True),
+    "bfloat16_weights": Variant(change=with_bfloat16_weights, dtype="bfloat16"),
+    "fp8_weights": Variant(change=with_fp8_weights, dtype="fp8"),
 }
 """Variants by the name of their arm."""
 
@@ -548,11 +528,8 @@ VARIANTS = {
 class DecodingPrices:
     """Forecasts of a subject's steps, each made once."""
 
-    def __init__(self, subject: DecodingSubject, rates: Rates) -> None:
-        self.subject, self.rates = subject, rates
-        self.low, self.high = ends_of(subject.config)
-        self.narrow: dict[tuple[Variant, int], tuple[float, float]] = {}
-        """Seconds beyond the price, and of a cached token, of narrow models, by variant and batch."""
+    def __init__(self, subject: DecodingSubject, prices: Prices) -> None:
+        self.subject, self.of = subject, prices
         self.known: dict[tuple[Variant, int], Forecast] = {}
 
     @property
@@ -562,46 +539,24 @@ class DecodingPrices:
 
     def seconds(self, variant: Variant = PLAIN, batch: int | None = None) -> float:
         """Return the forecast seconds of a variant's step; None: with the subject's batch."""
-        return self.forecast(variant, batch).seconds
+        key = variant, batch or self.subject.batch
+        if key not in self.known:
+            self.known[key] = self.forecast(*key)
+        return self.known[key].seconds
 
     def threads(self, number: int) -> float:
         """Return the predicted seconds of a plain step on a number of threads."""
-        return seconds_with_threads(self.plain, number, self.rates)
+        with threads_put_back():
+            torch.set_num_threads(number)
+            return self.forecast(PLAIN).seconds
 
     def forecast(self, variant: Variant, batch: int | None = None) -> Forecast:
         """Return the forecast of a variant's step; None: with the subject's batch."""
-        key = variant, batch or self.subject.batch
-        if key not in self.known:
-            price = self.priced(*key, self.subject.config)
-            beyond, slope = self.beyond(*key)
-            parts = dict(price.by_class)
-            parts["calls"] += beyond
-            parts["cached tokens"] = slope * ((variant.context or self.subject.context) - self.low)
-            parts = dict(sorted(parts.items(), key=lambda part: -part[1]))
-            self.known[key] = replace(price, by_class=parts, seconds=max(LEAST * price.seconds, sum(parts.values())))
-        return self.known[key]
-
-    def priced(self, variant: Variant, batch: int, config: ModelConfig) -> Forecast:
-        """Return the price of a variant's step after few cached tokens."""
-        dtype, point = variant.dtype or self.subject.weight_dtype, Point(batch=batch, context=self.low)
-        shape = StepShape(work="decode", config=config, dtype=dtype, batch=batch, tokens=self.low)
-        make = lambda: replace(variant, context=None).steps(self.like(config), point)  # noqa: E731
-        return forecast(shape, self.rates, make, f"{variant.rates_of} {dtype}")
-
-    def beyond(self, variant: Variant, batch: int) -> tuple[float, float]:
-        """Return the seconds of a narrow model's step beyond its price, and those of one more cached token."""
-        variant = replace(variant, context=None)
-        if (key := (variant, batch)) not in self.narrow:
-            model = self.like(narrow(self.subject.config))
-            ends = {"low": Point(batch=batch, context=self.low), "high": Point(batch=batch, context=self.high)}
-            runs = {name: timed(variant.steps(model, point)) for name, point in ends.items()}
-            taken = in_turns(runs, count=TURNS, clock=reported).seconds
-            low, high = (min(taken[name]) for name in ends)  # other programs only make it slower
-            slope = max(0.0, high - low) / max(1, self.high - self.low)
-            if variant.keeps_attention and (variant.dtype is None or self.subject.compute_dtype == "bfloat16"):
-                slope = self.beyond(PLAIN, batch)[1]
-            self.narrow[key] = low - self.priced(variant, batch, model.config).seconds, slope
-        return self.narrow[key]
+        subject, config = self.subject, self.subject.config
+        point = Point(batch=batch or subject.batch, context=subject.context)
+        dtype, context = variant.dtype or subject.weight_dtype, variant.context or subject.context
+        shape = StepShape(work="decode", config=config, dtype=dtype, batch=point.batch, tokens=context)
+        return self.of.forecast(shape, lambda: variant.steps(self.like(config), point), variant.runs_as)
 
     def like(self, config: ModelConfig) -> Transformer:
         """Return a random model in the subject's dtypes; made dry, it takes no memory."""
@@ -609,18 +564,3 @@ class DecodingPrices:
         with torch.random.fork_rng(devices=[]):
             made = Transformer(config, compute_dtype=model.compute_dtype)
         return made.to(model.device, model.embed.weight.dtype).eval()
-
-
-def ends_of(config: ModelConfig) -> tuple[int, int]:
-    """Return the numbers of cached tokens after which narrow models are timed, with room for a guess of each depth."""
-    most = min(LONGEST, config.max_seq_len - config.n_mtp_layers)
-    if most < 2 * KEY_STEP:
-        return 1, max(1, most - 1)
-    return KEY_STEP - 1, most // KEY_STEP * KEY_STEP - 1  # whole steps of rows need no mask
-
-
-def narrow(config: ModelConfig) -> ModelConfig:
-    """Return a config with the same blocks, experts and heads, whose matrices are as small as can be."""
-    widths = ("dim", "inter_dim", "moe_inter_dim", "vocab_size")
-    rank = None if config.q_lora_rank is None else min(WIDTH, config.q_lora_rank)
-    return replace(config, q_lora_rank=rank, **{n: min(WIDTH, getattr(config, n)) for n in widths})

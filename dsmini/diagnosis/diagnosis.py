@@ -27,9 +27,8 @@ from dsmini.diagnosis.decoding import DecodingSubject
 from dsmini.diagnosis.training import Subject
 from dsmini.diagnosis.verdict import Diagnosis
 from dsmini.machine import DTYPES, card, pick_device, pick_dtype, refuse_too_large
-from dsmini.measure import step_rates
-from dsmini.measure.rates import BUSY, BUSY_WORDS
-from dsmini.measure.step_rates import Rates
+from dsmini.measure.price import Prices
+from dsmini.measure.roofs import BUSY, BUSY_WORDS
 from dsmini.nn import Transformer
 from dsmini.training.start import refuse_oversized, resolved
 from dsmini.training.trainer import Trainer
@@ -41,8 +40,8 @@ SECONDS = {"train": (75.0, 25.0), "decode": (30.0, 18.0)}
 TOTAL_SECONDS = 150.0
 """Time of predictions, rounds and evidence, so that a command takes less than three minutes where rates are stored. A
 quick diagnosis gathers no evidence."""
-RATES, ROUNDS = 0.3, 0.65
-"""Shares of the progress after which rates are there, and rounds are over."""
+ROOFS, ROUNDS = 0.03, 0.65
+"""Shares of the progress after which this machine's roofs are there, and rounds are over."""
 MOST_TEXT = 1 << 20
 """Tokens of a text that are looked at in decoding."""
 
@@ -79,41 +78,44 @@ def answer(
     """
     on_part(0.0, "reading")
     subject = training_subject(what) if work == "train" else decoding_subject(what, batch or 1, context)
-    device, rates = subject.device, None
+    device, prices = subject.device, None
     if device.type == "cpu" and quick:
-        rates = step_rates.stored_rates(device)
+        prices = Prices.stored()
     elif device.type == "cpu":
-        rates = step_rates.load_or_measure_rates(device, on_part=lambda s, w: on_part(RATES * s, w))
+        prices = Prices.here(on_part=lambda share, part: on_part(ROOFS * share, part))
     plan = Plan(seconds=SECONDS[work][quick], only=only)
     if rounds is not None:
         plan = Plan(seconds=math.inf, rounds=rounds, only=only)
     start, end = time.perf_counter(), 1.0 if quick else ROUNDS
-    found = diagnose(subject, plan, rates, lambda share, part: on_part(RATES + (end - RATES) * share, part))
+    found = diagnose(subject, plan, prices, lambda share, part: on_part(ROOFS + (end - ROOFS) * share, part))
     if not quick and not found.stopped:
         left = TOTAL_SECONDS - (time.perf_counter() - start)
         evidence.gather(found, subject, left, lambda share, part: on_part(end + (1 - end) * share, part))
     found.of = f"{'decoding, ' if work == 'decode' else ''}{what or 'the default run'}"
     found.facts, found.machine = subject.facts, card(device)
-    if rates is not None and rates.busy > BUSY:
-        found.warnings.append(f"{BUSY_WORDS.format(rates.busy).capitalize()}.")
+    busy = 0.0 if prices is None else max(prices.busy, prices.roofs.busy)
+    if busy > BUSY:
+        found.warnings.append(f"{BUSY_WORDS.format(busy).capitalize()}.")
     return found
 
 
 def diagnose(
-    subject: Subject | DecodingSubject, plan: Plan, rates: Rates | None, on_part: OnPart = lambda done, what: None
+    subject: Subject | DecodingSubject, plan: Plan, prices: Prices | None, on_part: OnPart = lambda done, what: None
 ) -> Diagnosis:
     """Diagnose training or decoding.
 
     Args:
-        rates: this machine's; None: nothing is predicted.
+        prices: this machine's; None: nothing is predicted.
         on_part: told the share that is done and what is next.
 
     Raises: ValueError for an arm that is unknown or does not apply; KeyboardInterrupt if it is interrupted before
         there are rounds enough for an interval.
     """
-    arms = chosen(subject.arms(rates), plan.only)
+    arms = chosen(subject.arms(prices), plan.only)
     tried = [arm for arm in arms if arm.why_not is None]
     on_part(0.0, "predicting")
+    if prices is not None:
+        prices.on_part = lambda _share, part: on_part(0.0, part)
     predicted = predict(tried, subject.prices)
     on_part(0.08, "looking")
     findings = subject.look()

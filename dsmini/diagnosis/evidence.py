@@ -32,8 +32,7 @@ from dsmini.diagnosis.pages import plot_of, sentence_of, table_of
 from dsmini.diagnosis.training import Subject
 from dsmini.diagnosis.verdict import Diagnosis
 from dsmini.measure.counting import CountedOperation, count
-from dsmini.measure.prediction import operation_seconds
-from dsmini.measure.rates import Roofs
+from dsmini.measure.roofs import Roofs
 from dsmini.report import Figure, Plot, Section, Series
 from dsmini.report.units import human
 
@@ -136,8 +135,8 @@ def all_evidence(subject: Subject | DecodingSubject, step: float) -> list[Eviden
         no_roof = "the model is compiled; run without --train.compile"
 
     def roof(_seconds: float) -> tuple[Section, None]:
-        assert prices is not None, "without rates there is no roof"
-        return roofline(subject.run, prices.rates.roofs, subject.compute_dtype), None
+        assert prices is not None, "without prices there is no roof"
+        return roofline(subject.run, prices.of.roofs, subject.compute_dtype), None
 
     return [
         Evidence(name="batches", run=partial(sweep, "batches", batches, prices, step)),
@@ -182,13 +181,14 @@ class Point:
     name: str
     shape: str
     seconds: float
-    predicted: float
+    roof: float
+    """Seconds of its bytes from memory, or of its products, whichever is longer."""
     flops: int
     intensity: float
     """FLOPs a byte."""
 
 
-def points_of(passes: Sequence[Sequence[CountedOperation]], roofs: Roofs) -> list[Point]:
+def points_of(passes: Sequence[Sequence[CountedOperation]], roofs: Roofs, peak: float) -> list[Point]:
     """Return the operations of a step, longest first."""
     groups: dict[tuple[str, str, str], list[CountedOperation]] = {}
     for op in (op for operations in passes for op in operations):
@@ -202,7 +202,7 @@ def points_of(passes: Sequence[Sequence[CountedOperation]], roofs: Roofs) -> lis
             name=name,
             shape=shape,
             seconds=sum(op.seconds for op in ops) / n,
-            predicted=sum(operation_seconds(op, roofs) for op in ops) / n,
+            roof=sum(max(op.cold / roofs.bandwidth, op.flops / peak) for op in ops) / n,
             flops=flops // n,
             intensity=flops / max(1, sum(op.bytes for op in ops)),
         )
@@ -217,7 +217,8 @@ def roofline(step: Callable[[], object], roofs: Roofs, dtype: str) -> Section:
         dtype: of the products.
     """
     passes = [count(step, roofs.cache_bytes).operations for _ in range(1 + PASSES)][1:]
-    points, peak = points_of(passes, roofs), roofs.peak.get(dtype, max(roofs.peak.values()))
+    peak = roofs.peak.get(dtype, max(roofs.peak.values()))
+    points = points_of(passes, roofs, peak)
     ridge, total = peak / roofs.bandwidth, sum(p.seconds for p in points)
     memory = sum(p.seconds for p in points if p.intensity < ridge) / total
     shown = [p for p in points if p.seconds >= LEAST_SHARE * total and p.flops]
@@ -228,7 +229,8 @@ def roofline(step: Callable[[], object], roofs: Roofs, dtype: str) -> Section:
             metric="seconds_of_a_step",
             unit="s",
             measured=p.seconds,
-            predicted=p.predicted,
+            predicted=p.roof,
+            bound=True,
         )
         for p in shown
     ]

@@ -18,7 +18,7 @@ Without routing, each mixture of experts is a dense feed-forward with as many ac
 multiplications, so the difference is what routing costs: choosing, sorting, many small products. The optimizer is left
 out, as it moves all experts, also those that no token has chosen.
 
-Predictions are made before any step runs. A forecast of this machine prices the operations of a step. A batch is timed
+Predictions are made before any step runs. Each operation of a step is timed alone (measure/price.py). A batch is timed
 alone, without the model: its seconds, and the CPU seconds among them. A thread that prepares batches takes these from
 the products, whose threads all wait for the one that shares its core:
 
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.config.schedule import batch_size
 from dsmini.diagnosis.arms import Arm, Step, Work, arm_of, patched
-from dsmini.diagnosis.contention import Contention, cores, quiet, seconds_with_threads, threads_put_back, watch
+from dsmini.diagnosis.contention import Contention, cores, quiet, threads_put_back, watch
 from dsmini.diagnosis.findings import (
     Finding,
     duplicates,
@@ -53,8 +53,7 @@ from dsmini.diagnosis.findings import (
     wrong_targets,
 )
 from dsmini.machine import DTYPES, memory_bytes, pick_dtype
-from dsmini.measure.forecast import Forecast, forecast
-from dsmini.measure.step_rates import Rates
+from dsmini.measure.price import Forecast, Prices
 from dsmini.measure.workloads import StepDtype, StepShape
 from dsmini.nn import Block, FeedForward
 from dsmini.training.trainer import StepResult, Trainer
@@ -168,7 +167,7 @@ class Subject:
         def fits(n: int) -> bool:
             if n <= self.rows or self.prices is None:
                 return n <= 2 * self.rows
-            return self.prices.forecast(n).process < MOST_MEMORY * memory_bytes(self.device)
+            return self.prices.forecast(n).peak + self.prices.of.process < MOST_MEMORY * memory_bytes(self.device)
 
         parts = self.config.train.grad_accum
         sizes = [round(self.rows * factor) for factor in FACTORS if self.rows * factor >= parts]
@@ -186,9 +185,9 @@ class Subject:
         steps one waits for all."""
         return max(2, self.config.data.workers)
 
-    def arms(self, rates: Rates | None) -> list[Arm]:
-        """Return all arms, the plain steps first. Without rates nothing is predicted."""
-        self.prices = None if rates is None else TrainingPrices(self, rates)
+    def arms(self, prices: Prices | None) -> list[Arm]:
+        """Return all arms, the plain steps first. Without prices nothing is predicted."""
+        self.prices = None if prices is None else TrainingPrices(self, prices)
         config, fastest = self.config, fastest_dtype(self.device)
         compiled = "the model is compiled; run without --train.compile" if self.is_compiled else None
         no_experts = compiled or (None if self.trainer.model.gates() else "the model has no routed experts")
@@ -217,7 +216,7 @@ class Subject:
     def plain(self) -> Iterator[Step]:
         """Yield plain steps, and add a turn of what was seen of them."""
         steps, cpu = list[StepResult](), list[float]()
-        ended = watch(None if self.prices is None else self.prices.rates.roofs, self.device)
+        ended = watch(None if self.prices is None else self.prices.of.roofs, self.device)
         prepared = self.trainer.loader.prepared
 
         def timed(request: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -347,8 +346,8 @@ def no_more_threads(device: torch.device) -> str | None:
 class TrainingPrices:
     """Predicted seconds of a subject's steps. Parts that several of them need are computed once."""
 
-    def __init__(self, subject: Subject, rates: Rates) -> None:
-        self.subject, self.rates = subject, rates
+    def __init__(self, subject: Subject, prices: Prices) -> None:
+        self.subject, self.of = subject, prices
 
     @cached_property
     def plain(self) -> Forecast:
@@ -356,7 +355,7 @@ class TrainingPrices:
         return self.forecast()
 
     def forecast(self, batch: int | None = None, dtype: str | None = None) -> Forecast:
-        return forecast(self.shape(batch, dtype), self.rates)
+        return self.of.forecast(self.shape(batch, dtype))
 
     def seconds(self, batch: int | None = None, dtype: str | None = None) -> float:
         """Return the seconds of a step that waits for nothing, with other rows or another dtype."""
@@ -364,7 +363,9 @@ class TrainingPrices:
 
     def threads(self, number: int) -> float:
         """Return the seconds of a step on a number of threads, its wait included."""
-        return seconds_with_threads(self.plain, number, self.rates) + self.wait
+        with threads_put_back():
+            torch.set_num_threads(number)
+            return self.forecast().seconds + self.wait
 
     def routing(self) -> float:
         """Return the seconds that routing adds to a forward and backward."""
@@ -375,7 +376,7 @@ class TrainingPrices:
                 block.ffn = dense_baseline(shape.config)
 
         routed, dense = (
-            forecast(shape, self.rates, partial(shape.make, device, change=change, update=False)).seconds
+            self.of.forecast(shape, partial(shape.make, device, change=change, update=False)).seconds
             for change in (lambda model: None, put_dense)
         )
         return routed - dense

@@ -16,7 +16,7 @@ from typing import Literal
 
 from dsmini.diagnosis.arms import AXES, Arm, Axis, Comparison, percent
 from dsmini.diagnosis.findings import Finding
-from dsmini.measure.forecast import Forecast
+from dsmini.measure.price import Forecast
 from dsmini.measure.turns import LEAST_TURNS, Estimate
 from dsmini.report import Section
 

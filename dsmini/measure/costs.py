@@ -26,15 +26,8 @@ class Cost(NamedTuple):
     """Bytes."""
     flops: int
     """Floating-point operations of products. A multiply-add counts as two."""
-    rows: float = 1.0
-    """Rows that share a matrix, the mean over all numbers of the matrices; for Muon, the smaller side of a matrix."""
     dtype: torch.dtype | None = None
     """Dtype of the matrices, or of the products where it is another, if not that of the result."""
-    attention: int = 0
-    scores: int = 0
-    """Parts of the FLOPs that multiply with rows of a cache, and with an indexer's cached keys."""
-    matrix: int = 0
-    """Numbers of an expert's matrix; 0 where time does not depend on it."""
 
 
 def cost_of(name: str, result: Any, *args: Any, **kwargs: Any) -> Cost:
@@ -70,7 +63,7 @@ def _converted(result: Any, *operands: Any, **_: Any) -> Cost:
 
 def _linear(result: Any, x: Tensor, weight: Weight) -> Cost:
     rows, (o, i) = math.prod(x.shape[:-1]), weight.shape
-    return Cost(_nbytes(x, weight), rows * o * x.element_size(), 2 * rows * o * i, rows, number_dtype(weight))
+    return Cost(_nbytes(x, weight), rows * o * x.element_size(), 2 * rows * o * i, number_dtype(weight))
 
 
 def _experts(
@@ -84,17 +77,15 @@ def _experts(
 ) -> Cost:
     chosen, (e, f, m) = len(indices.unique()), w1.shape
     read = _nbytes(x, indices, weights) + _nbytes(w1, w2, w3) * chosen // e  # only what some token chose
-    rows = indices.numel() / max(1, chosen)
-    return Cost(read, math.prod(x.shape) * x.dtype.itemsize, 6 * indices.numel() * f * m, rows, number_dtype(w1))
+    return Cost(read, math.prod(x.shape) * x.dtype.itemsize, 6 * indices.numel() * f * m, number_dtype(w1))
 
 
 def _trained_experts(
     result: Any, x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
 ) -> Cost:
     saved = 2 * indices.numel() * w1.shape[1] * x.element_size()
-    matrix, rows = w1[0].numel(), indices.numel() / w1.shape[0]
     read = _nbytes(x, indices, weights, w1, w2, w3)
-    return Cost(read, x.nbytes + saved, 6 * indices.numel() * matrix, rows, matrix=matrix)
+    return Cost(read, x.nbytes + saved, 6 * indices.numel() * w1[0].numel())
 
 
 def _trained_experts_gradients(
@@ -107,20 +98,17 @@ def _trained_experts_gradients(
     up: Tensor,
     *matrices: Tensor,
 ) -> Cost:
-    matrix, rows = matrices[0][0].numel(), indices.numel() / matrices[0].shape[0]
     read = _nbytes(grad, x, indices, weights, gate, up, *matrices)
-    return Cost(read, _nbytes(x, weights, *matrices), 12 * indices.numel() * matrix, rows, matrix=matrix)
+    return Cost(read, _nbytes(x, weights, *matrices), 12 * indices.numel() * matrices[0][0].numel())
 
 
 def _muon(result: Any, matrices: Any, steps: Any, *, matmul_dtype: torch.dtype, **_: object) -> Cost:
-    moved, numbers = _nbytes(*matrices.params), sum(p.numel() for p in matrices.params)
-    flops, sides = 0, 0
+    moved, flops = _nbytes(*matrices.params), 0
     for p in matrices.params:
         o, i = sorted(p.shape[-2:])
         # X X^T and its square are symmetric, so that half of their products is enough
-        sides += p.numel() * o
         flops += p.numel() // (o * i) * len(steps.coefficients) * (o * (o + 1) * (i + o) + 2 * o * o * i)
-    return Cost(3 * moved, 2 * moved, flops, sides / max(1, numbers), matmul_dtype)
+    return Cost(3 * moved, 2 * moved, flops, matmul_dtype)
 
 
 # attention to the keys that an indexer chose
@@ -128,7 +116,7 @@ def _muon(result: Any, matrices: Any, steps: Any, *, matmul_dtype: torch.dtype, 
 
 def _scores(q: Tensor, k: Tensor, weights: Tensor) -> Cost:
     (b, s, h, d), t = q.shape, k.shape[1]
-    return Cost(_nbytes(q, k, weights), 4 * b * s * t, 2 * b * s * h * t * d, t, q.dtype)
+    return Cost(_nbytes(q, k, weights), 4 * b * s * t, 2 * b * s * h * t * d, q.dtype)
 
 
 def _topk_keys(result: Any, q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) -> Cost:
@@ -143,7 +131,7 @@ def _topk_attention(
     (b, s, h, n), width, (c, v), k = q_nope.shape, rows.shape[2], w_uv.shape[1:], chosen.shape[2]
     read = _nbytes(q_nope, q_rope, w_uk, w_uv, chosen) + chosen.numel() * rows[0, 0].nbytes
     flops = 2 * b * s * h * (c * (n + v) + k * (width + c))
-    return Cost(read, b * s * h * v * q_nope.element_size(), flops, k, rows.dtype)
+    return Cost(read, b * s * h * v * q_nope.element_size(), flops, rows.dtype)
 
 
 # a decoding step in few calls
@@ -172,7 +160,7 @@ def _attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any,
     read = _nbytes(x, *w.values()) + read_keys * row + (keys if scores else 0) * index_row
     written = x.nbytes + b * s * (row + index_row)
     flops = 2 * b * s * products + attention + scores
-    return Cost(read, written, flops, b * s, number_dtype(w["wo"]), attention, scores)
+    return Cost(read, written, flops, number_dtype(w["wo"]))
 
 
 def _grouped_attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any, starts: Tensor) -> Cost:
@@ -183,14 +171,14 @@ def _grouped_attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_s
     attention = 2 * s * keys * widths
     flops = 2 * b * s * _numbers(*(w[name] for name in ("wq", "wk", "wv", "wo"))) + attention
     read = _nbytes(x, *w.values()) + keys * row
-    return Cost(read, x.nbytes + b * s * row, flops, b * s, number_dtype(w["wo"]), attention)
+    return Cost(read, x.nbytes + b * s * row, flops, number_dtype(w["wo"]))
 
 
 def _feed_forward_step(result: Sequence[Tensor], x: Tensor, part: Any) -> Cost:
     w, gate = part.weights, part.weights.get("gate")
     dense = [w.get(name if gate is None else f"shared_experts.{name}") for name in ("w1", "w2", "w3")]
     read = _nbytes(x, w["norm"], *dense)
-    products = numbers = _numbers(*dense)
+    products = _numbers(*dense)
     weight = dense[1]
     if gate is not None:
         routed = [w[f"experts.{name}"] for name in ("w1", "w2", "w3")]
@@ -199,9 +187,7 @@ def _feed_forward_step(result: Sequence[Tensor], x: Tensor, part: Any) -> Cost:
         expert = _numbers(*routed) // e
         read += gate.nbytes + _nbytes(*routed) * chosen // e
         products += gate.numel() + k * expert
-        numbers += gate.numel() + chosen * expert
-    rows = x.shape[0] * products / max(1, numbers)
-    return Cost(read, x.nbytes, 2 * x.shape[0] * products, rows, None if weight is None else number_dtype(weight))
+    return Cost(read, x.nbytes, 2 * x.shape[0] * products, None if weight is None else number_dtype(weight))
 
 
 def _blocks_step(

@@ -4,6 +4,7 @@ The bytes are those that an operation must move; torch_operations.py has the rul
 kernels. For them the cost counts that costs.py has for their operation.
 """
 
+import math
 import statistics
 import time
 from collections import OrderedDict
@@ -37,27 +38,15 @@ class CountedOperation:
     cold: int
     """Bytes that are not in the last-level cache, which keeps the tensors that were used last."""
     dtype: torch.dtype
-    rows: float
-    """Rows of a product that share a matrix, on average over groups; 0 for other operations."""
     shape: tuple[tuple[int, ...], ...]
     seconds: float
     """Seconds, without the counting."""
     is_kernel: bool = False
     """True for one of dsmini's own kernels, whose name is that of its operation."""
-    attention: int = 0
-    """Part of the FLOPs that multiplies with rows of a cache; known of kernels only."""
-    scores: int = 0
-    """Part of the FLOPs that multiplies with an indexer's cached keys; known of kernels only."""
-    matrix: int = 0
-    """Numbers of an expert's matrix; 0 where the kernel does not tell."""
 
     @property
     def bytes(self) -> int:
         return self.read + self.written
-
-    @property
-    def cold_share(self) -> float:
-        return min(1.0, self.cold / max(1, self.bytes))
 
 
 class Count(TorchDispatchMode):
@@ -69,6 +58,8 @@ class Count(TorchDispatchMode):
         self.operations: list[CountedOperation] = []
         self.views = 0
         """Number of calls that move nothing."""
+        self.cold_parts: dict[int, int] = {}
+        """Bytes of the last operation's tensors that came from memory, by address."""
         self.overhead = 0.0
         """Seconds that counting adds to an operation."""
         self.overhead = self._measured_overhead()
@@ -100,7 +91,8 @@ class Count(TorchDispatchMode):
         counts = work_of(func, args, kwargs, out)._asdict()
         touched, moved = counts.pop("touched"), counts["read"] + counts["written"]
         # rows of a table that are not indexed do not move
-        cold = min(moved, sum(self.cache.touch(t, min(size_of(t), moved)) for t in touched))
+        self.cold_parts.clear()
+        cold = min(moved, self._touch(touched, moved))
         dtype = next((t.dtype for t in [*tensors_in(out), *touched] if t.is_floating_point()), torch.int64)
         shown = tensors_in([*args, *kwargs.values()])[:3]
         self._add(shown, name=name_of(func), cold=cold, dtype=dtype, seconds=seconds, **counts)
@@ -109,11 +101,21 @@ class Count(TorchDispatchMode):
         """Count a kernel by the cost of its operation. Bytes beyond the operands are cold."""
         cost, operands = cost_of(call.name, call.result, *call.args, **call.kwargs), call.operands
         results = tensors_in(call.result) or operands  # no result: it changes its operands
-        warm = sum(size_of(t) - self.cache.touch(t, size_of(t)) for t in operands)
-        cold = max(0, cost.read - warm) + min(cost.written, sum(self.cache.touch(t, size_of(t)) for t in results))
+        self.cold_parts.clear()
+        warm = sum(map(size_of, operands)) - self._touch(operands)
+        cold = max(0, cost.read - warm) + min(cost.written, self._touch(results))
         counts = cost._asdict() | {"dtype": cost.dtype or results[0].dtype, "seconds": max(1e-7, call.seconds)}
-        counts |= {"kind": "product"} if cost.flops else {"kind": "move", "rows": 0}
+        counts |= {"kind": "product" if cost.flops else "move"}
         self._add(results, name=call.name, cold=cold, is_kernel=True, **counts)
+
+    def _touch(self, tensors: Sequence[Tensor], most: float = math.inf) -> int:
+        """Return the bytes of tensors that come from memory, of each at most so many, and put them into the cache."""
+        total = 0
+        for t in tensors:
+            cold = self.cache.touch(t, int(min(size_of(t), most)))
+            self.cold_parts.setdefault(t.data_ptr(), cold)
+            total += cold
+        return total
 
     def _add(self, tensors: Sequence[Tensor], **counts: Any) -> None:
         self.operations.append(CountedOperation(shape=tuple(tuple(t.shape) for t in tensors), **counts))
@@ -125,9 +127,14 @@ class Count(TorchDispatchMode):
             for _ in range(99):
                 torch.mul(x, x)
         watched = statistics.median(op.seconds for op in self.operations)
-        self.operations.clear()
+        self.clear()
         self.cache.clear()
         return max(0.0, watched - plain)
+
+    def clear(self) -> None:
+        """Forget the operations until now; what is in the cache stays."""
+        self.operations.clear()
+        self.views = 0
 
     @property
     def read(self) -> int:

@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dsmini import ops
+from dsmini.measure.calls import INDEX_DTYPES, LEAST_COLD, Call, described
 from dsmini.measure.counting import Count
-from dsmini.measure.torch_operations import is_free, name_of, operands_of, tensors_in
+from dsmini.measure.torch_operations import is_free, name_of, operands_of, size_of, tensors_in
 
-INDEX_DTYPES = frozenset((torch.int64, torch.int32, torch.bool))
-"""Dtypes of numbers that shapes depend on."""
 H = TypeVar("H", bound="Holding")
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -84,6 +83,13 @@ class Dry(Holding):
     def __init__(self, cache_bytes: int = 32 << 20) -> None:
         super().__init__(cache_bytes)
         self.generator = torch.Generator().manual_seed(0)
+        self.calls: dict[Any, tuple[Call, int]] = {}
+        """Each distinct call, and how often it was made, by its key."""
+
+    def clear(self) -> None:
+        """Forget the operations and calls until now."""
+        super().clear()
+        self.calls.clear()
 
     def _result(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         name = name_of(func)
@@ -122,7 +128,50 @@ class Dry(Holding):
             _, indices, _, scores, counts = call.result
             indices.copy_(self._chosen(indices, scores.shape[1]))
             counts.copy_(torch.bincount(indices.flatten(), minlength=scores.shape[1]))
+        elif call.name == "topk_keys":
+            call.result.copy_(self._chosen(call.result, call.args[1].shape[1]))
         super().kernel_ran(call)
+        changed = call.operands if call.result is None else []
+        self._saw(ops.find(call.name), call.name, call.args, call.kwargs, call.result, call.operands, changed)
+
+    def _torch_ran(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, seconds: float) -> None:
+        super()._torch_ran(func, args, kwargs, out, seconds)
+        read, changed = operands_of(func, args, kwargs)
+        self._saw(func, str(func), args, kwargs, out, [*read, *changed], changed)
+
+    def _saw(
+        self,
+        run: Callable[..., Any],
+        name: str,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        out: Any,
+        operands: Sequence[Tensor],
+        changed: Sequence[Tensor],
+    ) -> None:
+        """Keep the last operation as a call to be made again, or count it where its like was seen."""
+
+        def is_cold(t: Tensor) -> bool:
+            size = size_of(t)
+            return size >= LEAST_COLD and 2 * self.cold_parts.get(t.data_ptr(), 0) > size
+
+        op = self.operations[-1]
+        arguments, indices, places = described(args, kwargs, changed, is_cold)
+        made = [t for t in tensors_in(out) if not any(t is each for each in changed)]
+        call = Call(
+            run=run,
+            name=name,
+            kind=op.name if op.is_kernel else op.kind,
+            arguments=arguments,
+            indices=indices,
+            changed=places,
+            flops=op.flops,
+            cold=op.cold,
+            held=sum(size_of(t) for t in operands if is_cold(t)),
+            cold_results=sum(size_of(t) for t in made if is_cold(t)),
+        )
+        first, number = self.calls.get(call.key, (call, 0))
+        self.calls[call.key] = first, number + 1
 
 
 def _returned(func: Any, changed: list[Tensor]) -> Any:
@@ -181,8 +230,7 @@ def counted_twice(make: Callable[[], Callable[[], object]], counted: H) -> H:
         step = make()
         counted.peak = counted.held
         step()
-        counted.operations.clear()
-        counted.views = 0
+        counted.clear()
         step()
         counted.left = counted.held
     return counted

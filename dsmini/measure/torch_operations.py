@@ -61,8 +61,6 @@ class Work(NamedTuple):
     """Bytes written."""
     flops: int
     """FLOPs of products and attention; 0 for other operations."""
-    rows: float
-    """Rows of a product that share a matrix, on average over groups; 0 for other operations."""
     kind: str
     """One of product, batched product, grouped product, attention, pointwise, slow pointwise, reduction, move, gather,
     scatter, order, optimizer."""
@@ -77,11 +75,11 @@ def work_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) ->
     outputs = [t for t in tensors_in(out) if not any(t is c for c in changed)]
     base = name.rstrip("_") if name not in OVERWRITES else name
     touched = list({t.data_ptr(): t for t in [*inputs, *changed, *outputs]}.values())
-    flops, rows, kind = _flops(base, inputs, outputs, args, kwargs)
+    flops, kind = _flops(base, inputs, args, kwargs)
     kind = kind or _kind(name, base)
     if kind == "scatter" and changed:
         read, written = _scattered(base, inputs, changed[0], args, kwargs)
-        return Work(read, written, flops, rows, kind, touched)
+        return Work(read, written, flops, kind, touched)
     read, written = sum(map(size_of, inputs)), sum(map(size_of, outputs))
     if kind == "gather" and inputs:
         read, written = _gathered(base, inputs, outputs)
@@ -90,7 +88,7 @@ def work_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) ->
     in_place = sum(map(size_of, changed))
     only_written = name in OVERWRITES or func._overloadname == "out"
     read += 0 if only_written else in_place
-    return Work(read, written + in_place, flops, rows, kind, touched)
+    return Work(read, written + in_place, flops, kind, touched)
 
 
 def name_of(func: Any) -> str:
@@ -174,25 +172,19 @@ def _kind(name: str, base: str) -> str:
     return KIND_OF.get(name) or KIND_OF.get(base, "pointwise")
 
 
-def _flops(
-    base: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
-) -> tuple[int, int, str]:
-    """Return the FLOPs of a product, the rows that share a matrix, and its kind; 0, 0 and "" for other operations."""
+def _flops(base: str, inputs: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, str]:
+    """Return the FLOPs of a product and its kind; 0 and "" for other operations."""
     if base in ("mm", "addmm", "mv", "addmv", "dot"):
         a, b = inputs[-2:]
         rows, k = (a.shape[0], a.shape[1]) if a.dim() == 2 else (1, a.shape[0])
         columns = b.shape[1] if b.dim() == 2 else 1
-        return 2 * rows * k * columns, min(rows, columns), "product"
+        return 2 * rows * k * columns, "product"
     if base in ("bmm", "baddbmm"):
         a, b = inputs[-2:]
-        rows = min(a.shape[1], b.shape[2])
-        return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2], rows, "batched product"
+        return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2], "batched product"
     if base == "_grouped_mm":
-        a, b = inputs[:2]
-        if b.dim() == 3:  # groups of rows, each with its matrix
-            return 2 * a.shape[0] * a.shape[1] * b.shape[2], a.shape[0] // b.shape[0], "grouped product"
-        groups = outputs[0].shape[0]
-        return 2 * a.shape[0] * a.shape[1] * b.shape[1], a.shape[1] // groups, "grouped product"
+        a, b = inputs[:2]  # groups of rows, each with its matrix, or products of groups
+        return 2 * a.shape[0] * a.shape[1] * b.shape[-1], "grouped product"
     if base in ATTENTION:
         backward = base.endswith("backward")
         q, k, v = inputs[1:4] if backward else inputs[:3]
@@ -201,8 +193,8 @@ def _flops(
         pairs = s * (s + 1) // 2 if causal else s * k.shape[2]
         forward = 2 * batch * heads * pairs * (d + v.shape[3])
         # backward recomputes the logits, and computes gradients of values, weights, queries and keys: 5 products for 2
-        return (forward * 5 // 2 if backward else forward), s, "attention"
-    return 0, 0, ""
+        return (forward * 5 // 2 if backward else forward), "attention"
+    return 0, ""
 
 
 def _named(t: Tensor, indices: Sequence[Tensor | None]) -> int:

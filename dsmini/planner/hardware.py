@@ -119,7 +119,7 @@ def load_hardware(name_or_path: str | Path, on_part: OnPart = quiet) -> Hardware
     """Return known hardware by name, that of your own TOML file by path, or this machine's, measured, for "this".
 
     Args:
-        on_part: progress of measuring this machine, which takes half a minute the first time; see load_or_measure.
+        on_part: progress of measuring this machine, which takes a few seconds the first time; see load_or_measure.
 
     Raises: ValueError for an unknown name, or naming what is wrong with a file.
     """
@@ -177,8 +177,7 @@ def this_machine(on_part: OnPart) -> Hardware:
     import torch
 
     from dsmini import machine
-    from dsmini.measure.calibration import load_or_measure
-    from dsmini.measure.rates import why_unusable
+    from dsmini.measure.roofs import load_or_measure, why_unusable
 
     device = machine.pick_device("auto")
     memory = machine.memory_bytes(device)

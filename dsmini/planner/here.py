@@ -1,8 +1,8 @@
 """Time of a plan's steps on this machine: forecasts from counted operations, next to the roofs.
 
 Roofs are lower bounds: a peak and a bandwidth. A small model on a CPU is far from both, because most of its time goes
-into small operations. dsmini.measure.forecast counts what the model would run here, without running it, and prices
-each operation with rates that were measured on this machine.
+into small operations. dsmini.measure.price counts what the model would run here, without running it, and times each
+operation alone.
 
 Only `--hardware this` comes here; it imports torch. Other plans do not.
 """
@@ -17,7 +17,7 @@ from dsmini.planner.plan import Plan
 from dsmini.planner.request import DTYPES, Setup
 
 if TYPE_CHECKING:
-    from dsmini.measure.forecast import Forecast
+    from dsmini.measure.price import Forecast
     from dsmini.measure.workloads import StepShape
 
 TRAINING = "training step"
@@ -28,31 +28,25 @@ Steps = Mapping[str, tuple["Forecast", Mapping[str, float]]]
 
 
 def steps_here(plan: Plan, on_part: OnPart = quiet) -> Steps:
-    """Return the steps of a plan on this machine's CPU; none on a GPU, whose operations have no rates here.
+    """Return the steps of a plan on this machine's CPU; none on a GPU, whose operations are not timed.
 
     Args:
-        on_part: progress of measuring the rates, which takes a minute and a half the first time.
+        on_part: progress of timing the operations, which takes up to half a minute the first time.
     """
     from dsmini.machine import pick_device
-    from dsmini.measure.forecast import forecast
-    from dsmini.measure.step_rates import load_or_measure_rates
+    from dsmini.measure.price import Prices
 
     device = pick_device("auto")
     steps = [each for each in _steps(plan) if each[2].batch * each[2].tokens <= MOST_TOKENS]
     if device.type != "cpu" or not steps:
         return {}
-    rates = load_or_measure_rates(device, on_part=on_part)
+    prices = Prices.here(on_part=on_part)
     found: dict[str, tuple[Forecast, Mapping[str, float]]] = {}
     for name, roof, shape in steps:
-        if f"{shape.work} {shape.dtype}" in rates.steps:
-            f = forecast(shape, rates)
-            row = {
-                "seconds": f.seconds,
-                "roof_seconds": float(roof),
-                "tensor_bytes": f.peak,
-                "process_bytes": f.process,
-            }
-            found[name] = f, row
+        f = prices.forecast(shape)
+        process = f.peak + prices.process
+        row = {"seconds": f.seconds, "roof_seconds": float(roof), "tensor_bytes": f.peak, "process_bytes": process}
+        found[name] = f, row
     return found
 
 

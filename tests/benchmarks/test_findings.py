@@ -10,7 +10,6 @@ from benchmarks.question import check_bandwidth, compared, figure, race, times
 from benchmarks.questions import kernels, plan, sparse, steps
 from dsmini.measure.costs import Cost
 from dsmini.measure.counting import count
-from dsmini.measure.step_rates import SHAPES
 from tests.conftest import Clock
 from tests.helpers.questions import setting
 
@@ -64,18 +63,6 @@ def test_plan_says_how_far_its_forecasts_were() -> None:
     assert plan.answer(found).endswith("; of a process's peak memory at most 12%; of the tensors' at most 1.0%.")
 
 
-# --- plans
-
-
-def test_held_out_steps_are_none_of_those_that_rates_are_of() -> None:
-    for quick in (False, True):
-        held_out = plan.held_out(quick)
-        assert len(held_out) == 6
-        for shape in held_out.values():
-            for config, batch, tokens in SHAPES[shape.work]:
-                assert shape.config != config and (shape.batch, shape.tokens) != (batch, tokens)
-
-
 # --- bandwidth above the roof
 
 ROOF = {"bandwidth": 10e9, "copy": 8e9}
@@ -105,13 +92,15 @@ def test_figures_of_a_step_are_over_its_bytes_and_flops(monkeypatch: pytest.Monk
     monkeypatch.setattr(question, "read_bandwidth", lambda device: 9e9)
     counted, here = count(lambda: torch.rand(1 << 16) * 2, 1 << 10), setting(**ROOF)
     moved = sum(op.cold for op in counted.operations)
-    found = list(steps.step_figures({}, counted, [moved / 9e9] * 5, here, 2, counted.bytes / 2, 50.0, 8.0))
+    found = list(steps.step_figures({}, counted, [moved / 9e9] * 5, 0.5, here, 2, counted.bytes / 2, 50.0, 8.0))
     figures = {f.metric: f for f in found}
     assert figures["bandwidth"].measured == pytest.approx(9e9) and figures["bandwidth"].bound
-    assert figures["tokens_per_s"].measured == pytest.approx(2 / (moved / 9e9))
+    assert (
+        figures["tokens_per_s"].measured == pytest.approx(2 / (moved / 9e9)) and figures["tokens_per_s"].predicted == 4
+    )
     assert figures["flops_per_token"].predicted == 50 and figures["bytes_per_token"].predicted == 8
     with pytest.raises(ValueError, match="above the roof"):
-        list(steps.step_figures({}, counted, [moved / 13e9] * 5, here, 2, 1.0, 50.0, 8.0))
+        list(steps.step_figures({}, counted, [moved / 13e9] * 5, None, here, 2, 1.0, 50.0, 8.0))
 
 
 @pytest.mark.parametrize(

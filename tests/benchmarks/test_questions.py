@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import models
+from benchmarks import kernel_calls, models
 from benchmarks.claims import nanogpt, shakespeare, sparse_training, study
 from benchmarks.claims.study import Trial
 from benchmarks.question import Question, Setting
@@ -18,14 +18,13 @@ from benchmarks.questions import QUESTIONS, diagnose, fp8, kernels, peers, pipel
 from dsmini import RunConfig, TrainConfig, Transformer, ops
 from dsmini.config.run import CHUNKS
 from dsmini.diagnosis import training
-from dsmini.measure.kernels import KERNELS, OTHERS
-from dsmini.measure.rates import why_unusable
+from dsmini.measure.roofs import why_unusable
 from dsmini.measure.workloads import StepShape
 from dsmini.report import Figure
 from dsmini.report.tables import show_figures
 from tests.conftest import require_cpu_kernels
 from tests.helpers.commands import TINY as TINY_RUN
-from tests.helpers.questions import TINY, invented_rates, invented_steps, setting
+from tests.helpers.questions import TINY, invented_steps, setting
 
 LONG = dataclasses.replace(TINY, max_seq_len=32768)
 
@@ -80,17 +79,16 @@ def small_sizes(corpus: Path) -> list[tuple[Any, str, Any]]:
     one: dict[str, Any] = {"config": TINY, "dtype": "float32", "batch": 1, "train": config.train}
     forecast = {w: StepShape(work=w, tokens=16, **one) for w in ("training", "decode")}
     random_weights = Transformer(dataclasses.replace(TINY, vocab_size=256, max_seq_len=192))
-    few = {"linear": kernels.ALL["linear"]._replace(sizes=(1, 16), dtypes=("float32", "fp8"))}
-    few |= {name: kernels.ALL[name] for name in ("norm", "quantize", "muon")}
+    few = {"linear": kernel_calls.KERNELS["linear"]._replace(sizes=(1, 16), dtypes=("float32", "fp8"))}
+    few |= {name: kernel_calls.KERNELS[name] for name in ("norm", "quantize", "muon")}
     return [
         *((models, "BIG", LONG), (models, "QUICK", LONG), (models, "TRAINED", TINY), (models, "CORPUS", corpus)),
         (Setting, "turns", {"count": 5, "seconds": 0.0, "least": 2}),
         *((fp8, "trained_config", lambda quick: config), (fp8, "QUICK", TINY), (fp8, "QUICK_STEPS", 2)),
         (peers, "QUICK", peers.Size((16, 24), (16,), turns=2, batch=1)),
-        (kernels, "ALL", few),
+        (kernels, "KERNELS", few),
         *((diagnose, "FAULTS", {"small": run}), (diagnose, "ROUNDS", 5), (training, "cores", lambda: 1)),
         *((plan, "held_out", lambda quick: forecast), (plan, "SECONDS", 0.0)),
-        (plan.step_rates, "rates_beyond", lambda *_: invented_rates()),
         (plan, "peak_of_process", lambda shape: 400 << 20),
         *((shakespeare, "run_module", lambda *_: '{"loss": 2.0}'), (Trial, "train", fake_train)),
         *((pipeline, "why_not", lambda: ""), (pipeline, "draw", lambda lines, path: None)),
@@ -204,11 +202,11 @@ def _operations() -> set[str]:
         def kernel_ran(self, call: ops.Call) -> None:
             heard.add(call.name)
 
-    for name, kernel in {**KERNELS, **OTHERS}.items():  # not those that the small sizes leave
+    for name, kernel in kernel_calls.KERNELS.items():  # not those that the small sizes leave
         for dtype in kernel.dtypes:
             here = kernels.FP8 if dtype == "fp8" else kernels.DTYPES[dtype]
             size = kernel.sizes[0] if kernel.is_product else kernel.sizes[0] // here.itemsize
-            run, inputs, _ = kernel.make(size, here, torch.device("cpu"))
+            run, inputs = kernel.make(size, here, torch.device("cpu"))
             with torch.no_grad(), ops.counting(Names()):
                 kernels.check(kernel, run, inputs, f"{name} {dtype}")
     return heard
@@ -224,7 +222,7 @@ def test_kernel_that_differs_from_the_reference_is_an_error() -> None:
     def in_place(x: torch.Tensor) -> None:
         x.mul_(1.1 if ops.chosen() == "reference" else 1.2)
 
-    kernel, ones = kernels.ALL["linear"], [torch.ones(2, 2)]
+    kernel, ones = kernel_calls.KERNELS["linear"], [torch.ones(2, 2)]
     for run, close, words in (
         (off, 0.02, "by 0.029"),
         (flips, 0.0, "by 1.2e-07, want 0"),

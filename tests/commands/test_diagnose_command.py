@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dsmini.console.progress import Progress
-from tests.helpers.commands import check_refused, let_rates_be_invented, run, run_all
+from tests.helpers.commands import check_refused, let_prices_be_invented, run, run_all
 
 TRAINING = "replay dense_active all_threads fastest_dtype"
 DECODING = "free_cache expanded_mla mha_baseline dense_active drafts all_threads fp8_weights"
@@ -61,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invent the machine's rates, and let it have one core: two threads crawl where another program takes a core."""
-    let_rates_be_invented(monkeypatch)
+    let_prices_be_invented(monkeypatch)
     for module in ("contention", "training", "decoding", "evidence"):
         monkeypatch.setattr(f"dsmini.diagnosis.{module}.cores", lambda: 1)
 

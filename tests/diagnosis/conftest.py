@@ -20,11 +20,11 @@ from dsmini.diagnosis.arms import Step
 from dsmini.diagnosis.contention import Contention
 from dsmini.diagnosis.decoding import DecodingSubject
 from dsmini.diagnosis.training import Subject
-from dsmini.measure.step_rates import OTHERS, Rates, StepRates
+from dsmini.measure.price import Prices
 from dsmini.nn import MoE
 from dsmini.training.trainer import StepResult, Trainer
 from tests.helpers.corpora import TEXTS, load
-from tests.helpers.questions import plain_roofs
+from tests.helpers.questions import InventedPrices
 
 SIZES: dict[str, Any] = dict(dim=32, inter_dim=40, moe_inter_dim=16, n_layers=2, n_heads=2, q_lora_rank=16)
 SIZES |= dict(kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=8)
@@ -53,11 +53,9 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
 
 
 @pytest.fixture(scope="session")
-def rates() -> Rates:
-    """Return a machine that moves a byte in 1 ns, multiplies at 1 GFLOP/s in FP32 and 2 in BF16; a call takes 1 us."""
-    roofs = plain_roofs(peak={"float32": 1e9, "bfloat16": 2e9})
-    each = StepRates(factors={OTHERS: 1.0}, call=1e-6)
-    return Rates(roofs=roofs, steps={f"training {dtype}": each for dtype in ("float32", "bfloat16")}, process=1000)
+def prices() -> Prices:
+    """Return an invented machine whose process takes 1,000 bytes besides its tensors."""
+    return InventedPrices(process=1000)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from dsmini.diagnosis.pages import BRIEF, plot_of, record_of, sentence_of, table
 from dsmini.diagnosis.training import Subject
 from dsmini.diagnosis.verdict import Diagnosis
 from dsmini.measure.counting import CountedOperation
-from dsmini.measure.step_rates import Rates
+from dsmini.measure.price import Prices
 from dsmini.measure.turns import Turns
 from dsmini.report import Section
 from dsmini.training.trainer import Trainer
@@ -40,7 +40,6 @@ def _quick(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence, "MOST_TURNS", 1)
     monkeypatch.setattr(evidence, "cores", lambda: 2)
     monkeypatch.setattr(training, "FACTORS", (2.0,))
-    monkeypatch.setattr(training, "seconds_with_threads", lambda now, number, _: now.seconds)
     seen = training.PlainTurn(steps=[step_of()], contention=contention.Contention(others=0.0), preparing=0.0)
     monkeypatch.setattr(subject, "turns", [seen])
 
@@ -50,25 +49,25 @@ def nothing_yet() -> Diagnosis:
     return Diagnosis(compared=compared({"plain": 0.001}), findings=[])
 
 
-@pytest.mark.parametrize("with_rates", [True, False])
-def test_experiments_predict_measure_and_leave_the_subject(subject: Subject, rates: Rates, with_rates: bool) -> None:
+@pytest.mark.parametrize("with_prices", [True, False])
+def test_experiments_predict_measure_and_leave_the_subject(subject: Subject, prices: Prices, with_prices: bool) -> None:
     """Check tables and plots of all, and modules, loader, threads and dtype after each."""
-    subject.arms(rates if with_rates else None)
+    subject.arms(prices if with_prices else None)
     before, found = state_of(subject), nothing_yet()
 
     def on_part(share: float, what: str) -> None:
         assert state_of(subject) == before, f"before {what}"
 
     gather(found, subject, 1e6, on_part)
-    assert [section.name for section in found.sections] == NAMES[: 2 + with_rates]
-    assert found.not_tried == ({} if with_rates else {"roofline": "this machine's rates are not measured"})
+    assert [section.name for section in found.sections] == NAMES[: 2 + with_prices]
+    assert found.not_tried == ({} if with_prices else {"roofline": "this machine's rates are not measured"})
     for section in found.sections:
         assert section.finding.endswith(".") and section.plots[0].series, section.name
         assert section.figures or section.tables[0].rows, section.name
     for name, sweep in found.sweeps.items():
-        assert bool(sweep.predicted) == with_rates and set(sweep.turns.seconds) >= set(sweep.predicted), name
+        assert bool(sweep.predicted) == with_prices and set(sweep.turns.seconds) >= set(sweep.predicted), name
     assert [arm.at for arm in found.sweeps["batches"].arms] == [4, 8]
-    if with_rates:
+    if with_prices:
         steps = found.sweeps["batches"].predicted
         assert 0 < steps["batch 4"] < steps["batch x 2"]
 
@@ -117,11 +116,11 @@ def test_subject_is_as_before_after_an_error(subject: Subject, name: str) -> Non
     assert len(calls) == 2 and state_of(subject) == before
 
 
-def test_batches_fit_into_memory(subject: Subject, rates: Rates, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_fit_into_memory(subject: Subject, prices: Prices, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check 2 and 8 times the batch with a forecast of what the large one needs; without one it is not tried."""
     monkeypatch.setattr(training, "FACTORS", (0.5, 2.0, 8.0))
-    for prices, memory, want in ((rates, 1e12, [4, 2, 8, 32]), (rates, 1.0, [4, 2]), (None, 1e12, [4, 2, 8])):
-        subject.arms(prices)
+    for given, memory, want in ((prices, 1e12, [4, 2, 8, 32]), (prices, 1.0, [4, 2]), (None, 1e12, [4, 2, 8])):
+        subject.arms(given)
         monkeypatch.setattr(training, "memory_bytes", lambda _, memory=memory: memory)
         assert subject.batch_sizes() == want
 
@@ -206,12 +205,12 @@ def test_what_is_not_gathered_says_why(subject: Subject, case: str, monkeypatch:
 
 
 def operation(name: str = "mm", size: int = 1, **more: Any) -> CountedOperation:
-    options: dict[str, Any] = {"kind": "product", "flops": 8, "read": 4, "written": 4, "cold": 0, "rows": 1.0}
+    options: dict[str, Any] = {"kind": "product", "flops": 8, "read": 4, "written": 4, "cold": 0}
     options |= {"dtype": torch.float32, "shape": ((size,),), "seconds": 1.0} | more
     return CountedOperation(name=name, **options)
 
 
-def test_operations_of_one_shape_are_one_point(rates: Rates) -> None:
+def test_operations_of_one_shape_are_one_point(prices: Prices) -> None:
     passes = [[operation(seconds=1.0), operation(seconds=2.0), operation(size=2, seconds=4.0)]] * 2
-    found = points_of(passes, rates.roofs)
+    found = points_of(passes, prices.roofs, 1e9)
     assert [(p.shape, p.seconds, p.flops, p.intensity) for p in found] == [("[2]", 4.0, 8, 1.0), ("[1]", 3.0, 16, 1.0)]

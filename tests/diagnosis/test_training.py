@@ -23,13 +23,14 @@ from dsmini.diagnosis.findings import Finding
 from dsmini.diagnosis.pages import record_of, report_of, short_report_of
 from dsmini.diagnosis.training import PlainTurn, Subject, dense_baseline, routed_blocks
 from dsmini.diagnosis.verdict import Diagnosis
-from dsmini.measure import cpu_time, step_rates
-from dsmini.measure.step_rates import Rates
+from dsmini.measure import cpu_time
+from dsmini.measure.price import Prices
 from dsmini.measure.turns import Turns
 from dsmini.nn import FeedForward, MoE
 from dsmini.report import Section
 from tests.diagnosis.conftest import World, step_of
 from tests.helpers.pages import check_page, on_terminal, text_of
+from tests.helpers.questions import InventedPrices
 
 Worlds = Callable[..., World]
 PAGES = Path(__file__).parent / "pages"
@@ -333,38 +334,29 @@ def test_predicted_wait(
     assert training.waiting_seconds(seconds, cpu, 0.1, workers) == pytest.approx(wait)
 
 
-BY_CLASS = {"product": 0.10, "pointwise": 0.06, "calls": 0.04}
-
-
-@pytest.mark.parametrize(("measured", "want"), [(0.8, 0.170), (0.6, 0.140), (1.0, 0.200), (1.1, 0.215)])
-def test_step_of_another_model_says_which_share_is_real(
-    measured: float, want: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Check the worked example, all of the ideal change, none of it, and threads that slow a step down."""
-    of_other = SimpleNamespace(by_class={"product": 0.8, "calls": 0.2}, seconds=1.0)
-    now: Any = SimpleNamespace(by_class=BY_CLASS, seconds=0.2, shape=SimpleNamespace(work="training", dtype="bfloat16"))
-    monkeypatch.setattr(contention, "matmul_rate", lambda *_: float(torch.get_num_threads()))
-    monkeypatch.setattr(contention, "read_bandwidth", lambda *_: {1: 1.0, 2: 1.2}[torch.get_num_threads()])
-    monkeypatch.setattr(contention, "forecast", lambda *_: of_other)
-    monkeypatch.setattr(contention.StepShape, "make", lambda *_: lambda: [])
-    monkeypatch.setattr(contention, "in_turns", lambda *_, **__: Turns({"1": [1.0], "2": [measured]}))
-    there: Any = None
-    assert contention.seconds_with_threads(now, 1, there) == 0.2
-    assert contention.seconds_with_threads(now, 2, there) == pytest.approx(want)
-    assert torch.get_num_threads() == 1
+def test_threads_are_predicted_with_calls_timed_on_them(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that each call is as fast as there are threads, that the wait stays, and threads are put back."""
+    prices, threads = InventedPrices(), torch.get_num_threads()
+    alone = prices.alone
+    monkeypatch.setattr(prices, "alone", lambda call: alone(call) / torch.get_num_threads())
+    monkeypatch.setattr(prices, "between", lambda *_: 0.0)
+    monkeypatch.setattr(training.TrainingPrices, "wait", 0.5)
+    found = training.TrainingPrices(subject, prices)
+    one, two = (found.threads(n) - 0.5 for n in (1, 2))
+    assert one == pytest.approx(2 * two, rel=0.05) and two > 0 and torch.get_num_threads() == threads
 
 
 # --- whole diagnoses, and what is shown
 
 
-def test_whole_diagnosis_of_a_real_run(subject: Subject, rates: Rates, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_diagnosis_of_a_real_run(subject: Subject, prices: Prices, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that every arm is predicted and tried or says why not, with real steps and this text."""
     monkeypatch.setattr(training, "cores", lambda: torch.get_num_threads())
     monkeypatch.setattr(training, "fastest_dtype", lambda _: "bfloat16")
     monkeypatch.setattr(subject, "turns", [])
     parts: list[tuple[float, str]] = []
     plan = Plan(rounds=5, seconds=math.inf)
-    found = diagnose(subject, plan, rates, lambda share, what: parts.append((share, what)))
+    found = diagnose(subject, plan, prices, lambda share, what: parts.append((share, what)))
     tried = {"replay", "dense_active", "fastest_dtype"}
     assert tried == found.gains.keys() - {"quiet_machine"} and found.not_tried.keys() == {"all_threads"}
     assert found.compared.turns.count == len(subject.turns) - 1 == 5 and len(subject.turns[1].steps) == 2
@@ -394,19 +386,21 @@ def add_evidence(found: Diagnosis, *_: Any) -> None:
 
 
 @pytest.fixture
-def predicted(subject: Subject, rates: Rates, monkeypatch: pytest.MonkeyPatch) -> None:
+def predicted(subject: Subject, prices: Prices, monkeypatch: pytest.MonkeyPatch) -> None:
     parts: Any = SimpleNamespace(by_class={"experts": 0.06, "product": 0.04, "calls": 0.01}, seconds=0.11)
     monkeypatch.setattr(training.TrainingPrices, "plain", parts)
     monkeypatch.setattr(training.TrainingPrices, "wait", 0.04)
     monkeypatch.setattr(training.TrainingPrices, "routing", lambda _: 0.01)
 
 
-def test_pages_of_a_diagnosis(subject: Subject, world: Worlds, rates: Rates, predicted: None, monkeypatch: Any) -> None:
+def test_pages_of_a_diagnosis(
+    subject: Subject, world: Worlds, prices: Prices, predicted: None, monkeypatch: Any
+) -> None:
     """Compare terminal and page with those that are stored: verdict, gains, what to try, and what is wrong."""
     world(batch=0.16, routing=0.01, counts=[[5, 5, 6, 4]])
     words = {"sentence": "30.0% of the tokens are copies.", "fix": "Remove them."}
     monkeypatch.setattr(Subject, "look", lambda _: [Finding(axis="Data", name="duplicates", value=0.3, **words)])
-    found = diagnose(subject, Plan(rounds=8, seconds=math.inf), rates)
+    found = diagnose(subject, Plan(rounds=8, seconds=math.inf), prices)
     add_evidence(found)
     found.facts = {"batch": "4 x 8 tokens"}
     check_page(PAGES / "diagnosis.terminal.txt", on_terminal(short_report_of(found)))
@@ -429,8 +423,8 @@ def asked(subject: Subject, world: Worlds, monkeypatch: pytest.MonkeyPatch) -> l
 
     world()
     monkeypatch.setattr(whole, "training_subject", lambda _: subject)
-    monkeypatch.setattr(step_rates, "stored_rates", lambda _: None)
-    monkeypatch.setattr(step_rates, "load_or_measure_rates", lambda *_, **__: None)
+    monkeypatch.setattr(Prices, "stored", lambda: None)
+    monkeypatch.setattr(Prices, "here", lambda **_: None)
     monkeypatch.setattr(evidence, "gather", gather)
     return calls
 

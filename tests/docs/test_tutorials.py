@@ -17,7 +17,7 @@ from matplotlib.image import imread
 
 from docs.tutorials.make_notebook import notebook
 from tests.docs.pages import TUTORIALS, Code, differences, read, shape
-from tests.helpers.commands import ROOT, let_rates_be_invented
+from tests.helpers.commands import ROOT, let_prices_be_invented
 
 CHEAP = ("mla", "fp8_by_hand")
 PAGES = sorted(path for path in TUTORIALS.glob("*.md") if path.name != "README.md")
@@ -88,7 +88,7 @@ def check_command_output(got: str, want: str) -> None:
 def test_page_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    let_rates_be_invented(monkeypatch)
+    let_prices_be_invented(monkeypatch)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     names: dict[str, Any] = {"__name__": page.stem}
     blocks = read(page)

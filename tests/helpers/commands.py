@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -145,15 +145,14 @@ def check_refused(module: str, folder: Path, bad: Mapping[str, str] | None = Non
     assert touched == [], touched
 
 
-def let_rates_be_invented(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this machine have invented rates, whose measurement takes minutes."""
-    from tests.helpers.questions import invented_rates
+def let_prices_be_invented(monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
+    """Let this machine have invented roofs and prices, whose measurement takes seconds. Args: as of InventedPrices."""
+    from dsmini.measure.price import Prices
+    from tests.helpers.questions import InventedPrices
 
-    rates = invented_rates()
-    for module in ("measure.calibration", "planner.hardware"):
-        monkeypatch.setattr(f"dsmini.{module}.load_or_measure", lambda *_, **__: rates.roofs, raising=False)
-    for module in ("measure.step_rates", "planner.here"):
-        monkeypatch.setattr(f"dsmini.{module}.load_or_measure_rates", lambda *_, **__: rates, raising=False)
+    prices = InventedPrices(**given)
+    monkeypatch.setattr("dsmini.measure.roofs.load_or_measure", lambda *_, **__: prices.roofs)
+    monkeypatch.setattr(Prices, "here", lambda **_: prices)
 
 
 def place_with_run(folder: Path) -> "subprocess.CompletedProcess[str]":

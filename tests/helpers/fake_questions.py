@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.question import Case, Question, Setting
-from dsmini.measure.rates import Curve, Roofs
+from dsmini.measure.roofs import Roofs
 from dsmini.report import Figure, Plot, Series, pick
 
 ROOFS = Roofs(
@@ -19,10 +19,8 @@ ROOFS = Roofs(
     peak={"float32": 150e9, "bfloat16": 900e9},
     bandwidth=38e9,
     copy=31e9,
-    call=1.2e-6,
     cache_bytes=32 << 20,
     probes={},
-    curves={"warm pointwise float32": Curve(sizes=[1e3, 1e6], costs=[1e-6, 1e-4])},
 )
 SIDES, CONTEXTS = ("dsmini", "transformers, of the same shape"), (128, 512, 2048, 8192)
 KINDS = {"MLA": 70_272, "MHA, 128 wide": 3_997_696, "MHA, with <tags> & $5": 9_000_000}
@@ -31,7 +29,7 @@ POINTS = {"rmsnorm": (0.3, 8e9), "gate": (1.1, 30e9), "w1, w3": (180.0, 6e11)}
 """FLOP a byte and FLOP/s of operations."""
 
 
-def roofs(device: torch.device, *, on_part: Callable[[float, str], None], fresh: bool, seconds: float) -> Roofs:
+def roofs(device: torch.device, *, on_part: Callable[[float, str], None], fresh: bool) -> Roofs:
     on_part(0.5, "peak float32")
     return ROOFS
 

@@ -155,14 +155,7 @@ def test_a_kernel_finds_in_the_cache_what_was_used_last(
     monkeypatch.setattr(counting, "cost_of", lambda *_: Cost(x.nbytes, x.nbytes, 0))
     for _ in range(2):
         counter.kernel_ran(ops.Call("kernel", (x,), {}, None, 1.0))
-    assert [(op.cold, op.kind, op.rows) for op in counter.operations] == [(first, "move", 0), (again, "move", 0)]
-
-
-@pytest.mark.parametrize("shapes", [((1, 64), (64, 512)), ((512, 64), (64, 1))])
-def test_a_row_is_a_row_on_either_side(shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
-    a, b = map(torch.rand, shapes)
-    op = only(lambda: a @ b)
-    assert op.rows == 1 and op.flops == 2 * 64 * 512
+    assert [(op.cold, op.kind) for op in counter.operations] == [(first, "move"), (again, "move")]
 
 
 CONFIG = dataclasses.replace(TINY, n_layers=3, max_seq_len=512)

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmini.measure import calibration, step_rates
-from dsmini.measure.rates import Roofs
+from dsmini.measure.roofs import Roofs
 from dsmini.planner import pages
 from dsmini.planner.figure import Sheet
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.here import MOST_TOKENS, steps_here, with_forecast
 from dsmini.planner.pages import here_section, plan_page
+from tests.helpers.commands import let_prices_be_invented
 from tests.helpers.plans import INVENTED, plan_of, setup_of, values_of
-from tests.helpers.questions import invented_rates
 
 
 def test_numbers_of_an_own_file_are_in_base_units(tmp_path: Path) -> None:
@@ -42,9 +41,9 @@ def test_numbers_of_an_own_file_are_in_base_units(tmp_path: Path) -> None:
 def test_this_is_the_measured_machine(monkeypatch: pytest.MonkeyPatch, bfloat16: float, peaks: list[str]) -> None:
     """It has no peak of a dtype that it multiplies too slowly."""
     card = {"processor": "A processor", "device": "cpu"}
-    rates = {"bandwidth": 20e9, "copy": 15e9, "call": 2e-6, "cache_bytes": 1 << 25, "probes": {}, "curves": {}}
-    roofs = Roofs(card=card, peak={"float32": 170e9, "bfloat16": bfloat16}, **rates)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(calibration, "load_or_measure", lambda device, **_: roofs)
+    peak, rest = {"float32": 170e9, "bfloat16": bfloat16}, {"copy": 15e9, "cache_bytes": 1 << 25, "probes": {}}
+    roofs = Roofs(card=card, peak=peak, bandwidth=20e9, **rest)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr("dsmini.measure.roofs.load_or_measure", lambda device, **_: roofs)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     this = load_hardware("this")
     assert (this.name, this.title, this.peaks, this.linked) == ("this", "A processor", peaks, False)
@@ -61,13 +60,11 @@ def test_this_is_the_measured_machine(monkeypatch: pytest.MonkeyPatch, bfloat16:
 
 @pytest.fixture(scope="module")
 def invented() -> Iterator[None]:
-    """Let this machine have invented rates, and 16 GB."""
-    rates = invented_rates(process=5 << 20)
+    """Let this machine have invented prices, and 16 GB."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dsmini.machine.memory_bytes", lambda device: 16 << 30)
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(calibration, "load_or_measure", lambda *_, **__: rates.roofs)
-        patch.setattr(step_rates, "load_or_measure_rates", lambda *_, **__: rates)
+        let_prices_be_invented(patch, process=5 << 20)
         yield
 
 

@@ -1,23 +1,22 @@
-"""Calls of operations in any size: the one catalogue, for calibration and for python -m benchmarks kernels.
+"""Calls of dsmini's kernels in any size, for python -m benchmarks kernels.
 
-It has torch's operations by kind, and dsmini's own kernels. A kernel has rates of its own: it reads a weight once for
-all rows, in the dtype in which the weight is stored. "FP8" is E4M3 codes with scales, as in serving. Training
-multiplies no codes.
+A kernel reads a weight once for all rows, in the dtype in which the weight is stored. "FP8" is E4M3 codes with scales,
+as in serving. Training multiplies no codes.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import ops
 from dsmini.config import ModelConfig
 from dsmini.inference.fused import attention_step, extract_weights, feed_forward_step, grouped_attention_step, normed
-from dsmini.measure.costs import cost_of
+from dsmini.machine import last_level_cache
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
 from dsmini.nn import RMSNorm
 from dsmini.nn.dsa import topk_attention, topk_keys
@@ -27,13 +26,11 @@ from dsmini.nn.moe import experts
 from dsmini.numerics import AMAX_MIN, WEIGHT_TILE, QuantizedTensor, quantize, round_tiles
 from dsmini.numerics.orthogonalize import NEWTON_SCHULZ, MuonMatrices, muon_update
 
-Job = tuple[Callable[..., object], tuple[Tensor, ...], int]
-"""Operation, inputs, and bytes or FLOPs."""
+Job = tuple[Callable[..., object], tuple[Tensor, ...]]
+"""Operation and inputs."""
 Maker = Callable[[int, torch.dtype, torch.device], Job]
 """Maker of a job with this many numbers, or this many rows of a product."""
 FP8 = torch.float8_e4m3fn
-BYTES = (1 << 8, 1 << 14, 1 << 18, 1 << 21, 1 << 24, 1 << 27)
-ROWS = (1, 4, 16, 64, 256, 1024)
 STEP_ROWS = 32
 """Rows up to which a call is one of a decoding step, where numbers between layers are FP32."""
 WIDTH, EXPERTS, EXPERT_WIDTH, EXPERT_HIDDEN = 1024, 16, 512, 256
@@ -50,95 +47,8 @@ QUERIES = 32
 """Queries of a call that picks keys or attends to picks."""
 
 
-# --- torch's operations
-
-
 def _numbers(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
     return torch.randn(*shape, device=device).to(dtype)
-
-
-def _rows(n: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _numbers(dtype, device, max(1, n // width), min(n, width))
-
-
-def _point(run: Callable[..., object], width: int, inputs: int, moved: int) -> Maker:
-    """Return the maker of an operation on rows of this width that moves `moved` times the bytes of one input."""
-
-    def make(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-        tensors = tuple(_rows(n, width, dtype, device) for _ in range(inputs))
-        return run, tensors, moved * tensors[0].nbytes
-
-    return make
-
-
-def _cast(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    # the dtype of an operation is that of its result
-    a = _rows(n, 512, torch.bfloat16 if dtype == torch.float32 else torch.float32, device)
-    return lambda a: a.to(dtype), (a,), a.numel() * 6
-
-
-def _gather(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a = _rows(n, 256, dtype, device)
-    index = torch.randint(0, len(a), (len(a),), device=device)
-    return lambda a: a.index_select(0, index), (a,), 2 * a.nbytes + index.nbytes
-
-
-def _order(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a = torch.randint(0, 64, (max(1, min(n, 1 << 20)),), device=device)
-    return lambda a: a.argsort(stable=True), (a,), 3 * a.nbytes
-
-
-TORCH_POINTS: Mapping[str, Maker] = {
-    "pointwise": _point(torch.mul, width=512, inputs=2, moved=3),
-    "slow pointwise": _point(F.silu, width=512, inputs=1, moved=2),
-    "softmax": _point(lambda a: a.softmax(-1), width=256, inputs=1, moved=2),
-    "reduction": _point(lambda a: a.mean(-1), width=512, inputs=1, moved=1),
-    "move": _point(lambda a, b: torch.cat((a, b), -1), width=32, inputs=2, moved=4),
-    "cast": _cast,
-    "gather": _gather,
-    "order": _order,
-}
-
-
-def _product(columns: int) -> Maker:
-    """Return the maker of a product of rows with a matrix of 1024 rows and this many columns."""
-
-    def make(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-        w, x = (_numbers(dtype, device, n, 1024) for n in (columns, rows))
-        return lambda w, x: F.linear(x, w), (w, x), 2 * rows * 1024 * columns
-
-    return make
-
-
-def _batched(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-    k, q = (_numbers(dtype, device, 16, n, 64) for n in (512, rows))
-    return lambda k, q: k @ q.mT, (k, q), 2 * 16 * 512 * rows * 64
-
-
-def _grouped(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-    w, x = _numbers(dtype, device, 16, 512, 512), _numbers(dtype, device, 16 * rows, 512)
-    ends = torch.arange(1, 17, device=device, dtype=torch.int32) * rows
-    if hasattr(F, "grouped_mm"):
-        return lambda w, x: F.grouped_mm(x, w.mT, offs=ends), (w, x), 2 * 16 * rows * 512 * 512
-    return lambda w, x: [F.linear(a, b) for a, b in zip(x.split(rows), w, strict=True)], (w, x), 2 * x.numel() * 512
-
-
-def _torch_attention(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-    q, k, v = (_numbers(dtype, device, 4, 8, rows, 64) for _ in range(3))
-    flops = 2 * 32 * (rows * (rows + 1) // 2) * 128
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), flops
-
-
-TORCH_PRODUCTS: Mapping[str, Maker] = {
-    "product": _product(1024),
-    "small product": _product(256),
-    "batched product": _batched,
-    "grouped product": _grouped,
-    "attention": _torch_attention,
-}
-
-
-# --- dsmini's kernels
 
 
 def _weight(dtype: torch.dtype, device: torch.device, *shape: int) -> tuple[Tensor, ...]:
@@ -162,7 +72,7 @@ def _linear(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
     wide = torch.bfloat16 if dtype == FP8 else dtype
     x = _numbers(torch.float32 if rows <= STEP_ROWS else wide, device, rows, WIDTH)
     multiply: Any = quantized_linear if dtype == FP8 else linear
-    return lambda x, *w: multiply(x, _joined(w)), (x, *_weight(dtype, device, WIDTH, WIDTH)), 2 * rows * WIDTH**2
+    return lambda x, *w: multiply(x, _joined(w)), (x, *_weight(dtype, device, WIDTH, WIDTH))
 
 
 def _routing(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -182,8 +92,7 @@ def _experts(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
         w1, w2, w3 = (_joined(w[i * parts : (i + 1) * parts]) for i in range(3))
         return run(x, indices, weights, w1, w2, w3)
 
-    flops = 6 * EXPERTS * rows * EXPERT_HIDDEN * EXPERT_WIDTH
-    return call, (x, *(t for matrix in matrices for t in matrix)), flops
+    return call, (x, *(t for matrix in matrices for t in matrix))
 
 
 def _trained(backward: bool, width: int = EXPERT_WIDTH, hidden: int = EXPERT_HIDDEN) -> Maker:
@@ -194,17 +103,16 @@ def _trained(backward: bool, width: int = EXPERT_WIDTH, hidden: int = EXPERT_HID
         x = _numbers(dtype, device, n, width)
         up, down = (EXPERTS, hidden, width), (EXPERTS, width, hidden)
         matrices = [_numbers(torch.float32, device, *shape) for shape in (up, down, up)]
-        flops = 6 * n * hidden * width
         declared = ops.Operation.declared  # of dsmini.functional, which is found by name alone
         forward, gradients = declared["trained_experts"], declared["trained_experts_gradients"]
         if not backward:
-            return lambda x, *w: forward(x, *routing, *w), (x, *matrices), flops
+            return lambda x, *w: forward(x, *routing, *w), (x, *matrices)
         grad, (_, gate, up_) = _numbers(dtype, device, n, width), forward(x, *routing, *matrices)
 
         def call(grad: Tensor, x: Tensor, gate: Tensor, up: Tensor, *w: Tensor) -> object:
             return gradients(grad, x, *routing, gate, up, *w)
 
-        return call, (grad, x, gate, up_, *matrices), 2 * flops
+        return call, (grad, x, gate, up_, *matrices)
 
     return make
 
@@ -218,13 +126,12 @@ def _muon(side: int, dtype: torch.dtype, device: torch.device) -> Job:
     def call(params: Tensor, grads: Tensor, momenta: Tensor) -> None:
         muon_update(MuonMatrices(params=[params], grads=[grads], momenta=[momenta]), steps, **how)
 
-    matrices = MuonMatrices(params=[tensors[0]], grads=[tensors[1]], momenta=[tensors[2]])
-    return call, tensors, cost_of("muon_update", None, matrices, steps, **how).flops
+    return call, tensors
 
 
 def _quantize(n: int, dtype: torch.dtype, device: torch.device) -> Job:
     x = _numbers(dtype, device, max(1, n // WIDTH), min(n, WIDTH))
-    return quantize, (x,), x.nbytes + quantize(x).nbytes
+    return quantize, (x,)
 
 
 def _dequantize(n: int, dtype: torch.dtype, device: torch.device) -> Job:
@@ -234,15 +141,13 @@ def _dequantize(n: int, dtype: torch.dtype, device: torch.device) -> Job:
     def call(codes: Tensor, scales: Tensor) -> Tensor:
         return replace(q, codes=codes, scales=scales).dequantize(dtype)
 
-    return call, (q.codes, q.scales), x.nbytes + q.nbytes
+    return call, (q.codes, q.scales)
 
 
-def _attention(sizes: Mapping[str, Any], run: Any, part: Literal["attention", "scores"] = "attention") -> Maker:
+def _attention(sizes: Mapping[str, Any], run: Any) -> Maker:
     """Return the maker of a decoding step of one attention whose weights are small next to its cache.
 
-    Args:
-        run: the operation.
-        part: "attention" attends to all keys; with "scores" an indexer scores all keys and picks a few.
+    With an indexer it scores all keys and picks a few.
     """
 
     def make(keys: int, dtype: torch.dtype, device: torch.device) -> Job:
@@ -266,7 +171,7 @@ def _attention(sizes: Mapping[str, Any], run: Any, part: Literal["attention", "s
                 store.index = own
             return run(*rest[:2], replace(view, store=store), *rest[3:])
 
-        return call, (cached.data,), getattr(cost_of(run.name, None, *rest), part)
+        return call, (cached.data,)
 
     return make
 
@@ -276,8 +181,7 @@ def _topk_keys(keys: int, dtype: torch.dtype, device: torch.device) -> Job:
     q, k = _numbers(dtype, device, 1, QUERIES, 8, 64), _numbers(dtype, device, 1, keys, 64)
     weights = _numbers(torch.float32, device, 1, QUERIES, 8)
     hidden = torch.zeros(1, QUERIES, keys, dtype=torch.bool, device=device)
-    flops = cost_of("topk_keys", None, q, k, weights, keys // 4, hidden).flops
-    return lambda q, k: topk_keys(q, k, weights, keys // 4, hidden), (q, k), flops
+    return lambda q, k: topk_keys(q, k, weights, keys // 4, hidden), (q, k)
 
 
 def _topk_attention(picks: int, dtype: torch.dtype, device: torch.device) -> Job:
@@ -286,11 +190,7 @@ def _topk_attention(picks: int, dtype: torch.dtype, device: torch.device) -> Job
     tensors = tuple(_numbers(dtype, device, *shape) for shape in shapes)
     chosen = torch.rand(1, QUERIES, 4 * picks, device=device).topk(picks).indices
     run: Any = topk_attention
-    return (
-        lambda *tensors: run(*tensors, 0.1, chosen),
-        tensors,
-        cost_of("topk_attention", None, *tensors, 0.1, chosen).flops,
-    )
+    return lambda *tensors: run(*tensors, 0.1, chosen), tensors
 
 
 def _fed_forward(dense: bool) -> Maker:
@@ -311,19 +211,19 @@ def _fed_forward(dense: bool) -> Maker:
             changed = part.weights | dict(zip(names, w, strict=True))
             return feed_forward_step(x, replace(part, weights=changed, prepared={}))[0]
 
-        return call, (_numbers(torch.float32, device, rows, WIDTH), *weights), 1
+        return call, (_numbers(torch.float32, device, rows, WIDTH), *weights)
 
     return make
 
 
 def _normed(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
     norm = RMSNorm(WIDTH).to(device)
-    return lambda x: normed(x, norm), (_numbers(torch.float32, device, rows, WIDTH),), 1
+    return lambda x: normed(x, norm), (_numbers(torch.float32, device, rows, WIDTH),)
 
 
 def _rounded(n: int, dtype: torch.dtype, device: torch.device) -> Job:
     x = _numbers(dtype, device, max(1, n // WIDTH), min(n, WIDTH))
-    return lambda x: round_tiles(x, (1, 128), "ue8m0", "e4m3", AMAX_MIN, torch.bfloat16), (x,), 1
+    return lambda x: round_tiles(x, (1, 128), "ue8m0", "e4m3", AMAX_MIN, torch.bfloat16), (x,)
 
 
 class Kernel(NamedTuple):
@@ -332,8 +232,6 @@ class Kernel(NamedTuple):
     make: Maker
     sizes: tuple[int, ...]
     """Rows; sides of a matrix for Muon, keys for attention, bytes for what only moves."""
-    operations: tuple[str, ...]
-    """Names of the operations that have its rates."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     """Dtypes of the weights, or of the products where weights are FP32."""
     is_product: bool = True
@@ -341,40 +239,44 @@ class Kernel(NamedTuple):
     """Largest relative error of the result, next to the plain version; 0: bit for bit."""
 
 
-TORCH: Mapping[str, Kernel] = {
-    **{kind: Kernel(make, BYTES, (), is_product=False) for kind, make in TORCH_POINTS.items()},
-    **{kind: Kernel(make, ROWS, ()) for kind, make in TORCH_PRODUCTS.items()},
-}
-"""Operations of torch that have a curve of rates, by kind."""
 POINTS = (1 << 14, 1 << 18, 1 << 21, 1 << 24, 1 << 27)
 TRAINED, NARROW_TRAINED, WEIGHTS = (8, 32, 128, 512), (8, 64, 512), ("float32", "bfloat16", "fp8")
-STEPS = ("linear", "quantized_linear", "attention_step", "grouped_attention_step", "feed_forward_step")
 KERNELS: Mapping[str, Kernel] = {
-    "quantize": Kernel(_quantize, POINTS, ("quantize", "quantize_dequantize"), is_product=False, close=0.0),
-    "dequantize": Kernel(_dequantize, POINTS, ("dequantize",), is_product=False, close=0.0),
-    "linear": Kernel(_linear, (1, 4, 16, 32, 64, 256, 1024), STEPS, WEIGHTS),
-    "experts": Kernel(_experts, (1, 4, 16, 64, 256), ("experts", "quantized_experts"), WEIGHTS),
-    "trained experts": Kernel(_trained(backward=False), TRAINED, ("trained_experts",)),
-    "trained experts gradients": Kernel(_trained(backward=True), TRAINED, ("trained_experts_gradients",)),
-    "narrow trained experts": Kernel(_trained(False, NARROW_WIDTH, NARROW_HIDDEN), NARROW_TRAINED, ()),
-    "narrow trained experts gradients": Kernel(_trained(True, NARROW_WIDTH, NARROW_HIDDEN), NARROW_TRAINED, ()),
+    "quantize": Kernel(_quantize, POINTS, is_product=False, close=0.0),
+    "dequantize": Kernel(_dequantize, POINTS, is_product=False, close=0.0),
+    "linear": Kernel(_linear, (1, 4, 16, 32, 64, 256, 1024), WEIGHTS),
+    "experts": Kernel(_experts, (1, 4, 16, 64, 256), WEIGHTS),
+    "trained experts": Kernel(_trained(backward=False), TRAINED),
+    "trained experts gradients": Kernel(_trained(backward=True), TRAINED),
+    "narrow trained experts": Kernel(_trained(False, NARROW_WIDTH, NARROW_HIDDEN), NARROW_TRAINED),
+    "narrow trained experts gradients": Kernel(_trained(True, NARROW_WIDTH, NARROW_HIDDEN), NARROW_TRAINED),
     # BF16 rounds in each of 15 products: both sides are off by one or two per cent
-    "muon": Kernel(_muon, (32, 64, 128, 256, 512), ("muon_update",), close=0.05),
-    "cached attention": Kernel(_attention(MLA, attention_step), (64, 512, 4096), ()),
-    "index scores": Kernel(_attention({**MLA, **INDEXER}, attention_step, "scores"), (1024, 4096, 16384), ()),
-    "pick keys": Kernel(_topk_keys, (256, 2048, 8192), ("topk_keys",)),
-    "picked attention": Kernel(_topk_attention, (64, 512, 2048), ("topk_attention",)),
+    "muon": Kernel(_muon, (32, 64, 128, 256, 512), close=0.05),
+    "cached attention": Kernel(_attention(MLA, attention_step), (64, 512, 4096)),
+    "index scores": Kernel(_attention({**MLA, **INDEXER}, attention_step), (1024, 4096, 16384)),
+    "pick keys": Kernel(_topk_keys, (256, 2048, 8192)),
+    "picked attention": Kernel(_topk_attention, (64, 512, 2048)),
+    "round": Kernel(_rounded, POINTS, is_product=False, close=0.0),
+    "norm": Kernel(_normed, (1, 8), dtypes=("float32",)),
+    "grouped attention": Kernel(_attention(MHA, grouped_attention_step), (64, 512, 4096)),
+    "dense feed-forward": Kernel(_fed_forward(dense=True), (1, 8)),
+    "routed feed-forward": Kernel(_fed_forward(dense=False), (1, 8)),
 }
-"""Kernels that have a curve of rates, by its name."""
-OTHERS: Mapping[str, Kernel] = {
-    "round": Kernel(_rounded, POINTS, (), is_product=False, close=0.0),
-    "norm": Kernel(_normed, (1, 8), (), dtypes=("float32",)),
-    "grouped attention": Kernel(_attention(MHA, grouped_attention_step), (64, 512, 4096), ()),
-    "dense feed-forward": Kernel(_fed_forward(dense=True), (1, 8), ()),
-    "routed feed-forward": Kernel(_fed_forward(dense=False), (1, 8), ()),
-}
-"""Kernels without a curve. blocks_step joins the steps of all blocks; the question decode measures it."""
-NARROW, WIDE = NARROW_WIDTH * NARROW_HIDDEN, EXPERT_WIDTH * EXPERT_HIDDEN
-"""Numbers of an expert's matrix in the narrow curves and in the others."""
-CURVES: Mapping[str, str] = {name: kind for kind, kernel in KERNELS.items() for name in kernel.operations}
-"""Curve of each operation that kernels serve."""
+"""All kernels but blocks_step, which joins the steps of all blocks; the question decode measures it."""
+BUFFERS = 4
+"""Total size of cold inputs and outputs, as a multiple of the last-level cache."""
+
+
+def rotating(run: Callable[..., object], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """Return the operation on other inputs in each call, with old outputs kept, so that nothing is in a cache."""
+    held = sum(t.nbytes for t in inputs)
+    n = max(2, min(512, BUFFERS * last_level_cache(inputs[0].device) // max(1, held)))
+    many = [tuple(t.clone() for t in inputs) for _ in range(n)]
+    kept: list[object] = [None] * min(n, 64)
+    calls = itertools.count()
+
+    def turn() -> None:
+        i = next(calls)
+        kept[i % len(kept)] = run(*many[i % n])
+
+    return turn

@@ -1,0 +1,194 @@
+"""The price of a step on this machine: its operations, each timed alone at its own shape, and what is between them.
+
+    prices = Prices.here(torch.device("cpu"))
+    prices.forecast(StepShape(work="decode", config=config, dtype="bfloat16", batch=1, tokens=1024)).seconds
+
+The step at its real size is run dry (dry.py): the code decides which operations and kernels serve, and computes
+nothing. Each distinct call is then made again alone, on random operands of its shapes (calls.py), and timed. Python
+and autograd take the rest of a step. A narrow model of as many blocks, experts and heads tells how much a call:
+
+    seconds = sum over distinct calls of (number * seconds alone) + calls * (T(narrow) - alone(narrow)) / calls(narrow)
+
+No number comes from a run of the model itself. Prices are kept, in memory and in a file of the user's cache.
+
+Simulated: experts are chosen at random, all alike likely.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from dsmini.config import ModelConfig
+from dsmini.machine import once
+from dsmini.measure.calls import Call, Operands
+from dsmini.measure.cpu_time import watched
+from dsmini.measure.dry import Dry, dry_count
+from dsmini.measure.process import peak_of_process
+from dsmini.measure.roofs import Roofs, Store, key_of, load_or_measure, seconds_of
+from dsmini.measure.workloads import StepShape
+
+VERSION = 1
+"""Version of the measurement; prices stored by another version are measured again."""
+CPU = torch.device("cpu")
+ROUNDS, ROUND, MOST = 5, 5e-4, 0.05
+"""Rounds of a call, least seconds of one, and seconds after which none begins."""
+LONG = 0.05
+"""Seconds of a call that is made only twice."""
+WIDTH, TOKENS = 16, 64
+"""Width of all that is narrow in a narrow model, and its tokens."""
+OnPart = Callable[[float, str], None]
+
+
+def quiet(done: float, what: str) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Time and memory that a step will take here."""
+
+    shape: StepShape
+    seconds: float
+    by_class: Mapping[str, float]
+    """Seconds by kernel or kind of operation, and those of "calls" between them, longest first."""
+    calls: int
+    """Operations and views."""
+    flops: int
+    bytes: int
+    """Bytes that the operations must move."""
+    held: int
+    """Bytes of all tensors after a step: weights, and gradients or optimizer state or the cache."""
+    peak: int
+    """The most bytes that tensors take at a time in a step, `held` included."""
+
+
+@dataclass
+class Prices:
+    """Seconds of calls on this machine's CPU, each measured once for a number of threads."""
+
+    roofs: Roofs
+    store: Store | None = None
+    """File that keeps the prices; None: none does."""
+    on_part: OnPart = quiet
+    """Told the share of a forecast that is done, and what is next."""
+    busy: float = 0.0
+    """Largest share of the time in which a thread had no core while a forecast was priced."""
+    known: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def here(cls, keep: Path | None = None, on_part: OnPart = quiet, fresh: bool = False) -> "Prices":
+        """Return this machine's prices, after its roofs are measured. Args: as of load_or_measure."""
+        return cls.under(load_or_measure(CPU, keep, on_part, fresh), keep, on_part, fresh)
+
+    @classmethod
+    def under(cls, roofs: Roofs, keep: Path | None = None, on_part: OnPart = quiet, fresh: bool = False) -> "Prices":
+        """Return the prices of a machine with these roofs: those that are stored, unless fresh ones are asked for."""
+        store = Store.at(keep)
+        known = None if fresh else store.read(_key(), lambda raw: {str(k): float(v) for k, v in raw.items()})
+        return cls(roofs=roofs, store=store, on_part=on_part, known=known or {})
+
+    @classmethod
+    def stored(cls, keep: Path | None = None) -> "Prices | None":
+        """Return this machine's prices if its roofs are stored, else None. Measures nothing."""
+        roofs = Store.at(keep).read(key_of(CPU), lambda raw: Roofs(**raw))
+        return None if roofs is None else cls.under(roofs, keep)
+
+    def forecast(
+        self, shape: StepShape, make: Callable[[], Callable[[], object]] | None = None, between: str = ""
+    ) -> Forecast:
+        """Forecast a step on the CPU. Takes some seconds; holds nothing of the model.
+
+        Args:
+            make: makes the step, where it is not a plain one of this shape.
+            between: the work whose Python it runs, such as "prefill"; "": the shape's.
+        """
+        counted = dry_count(make or (lambda: shape.make(CPU)), self.roofs.cache_bytes)
+        found, busy = watched(lambda: self._parts(counted, shape, between))
+        self.busy = max(self.busy, busy)
+        if self.store is not None:
+            self.store.write(_key(), self.known, busy)
+        return Forecast(
+            shape=shape,
+            seconds=sum(found.values()),
+            by_class=dict(sorted(found.items(), key=lambda part: -part[1])),
+            calls=len(counted.operations) + counted.views,
+            flops=counted.flops,
+            bytes=counted.bytes,
+            held=counted.left,
+            peak=counted.peak,
+        )
+
+    def _parts(self, counted: Dry, shape: StepShape, between: str) -> dict[str, float]:
+        """Return the seconds of a step by class of calls, and those of "calls" between them."""
+        found: dict[str, float] = {}
+        for i, (call, number) in enumerate(counted.calls.values()):
+            self.on_part(i / len(counted.calls), f"timing {call.kind}")
+            found[call.kind] = found.get(call.kind, 0.0) + number * self.alone(call)
+        calls = len(counted.operations) + counted.views
+        return found | {"calls": calls * self.between(shape, between or shape.work)}
+
+    def alone(self, call: Call) -> float:
+        """Return the seconds of a call, made again and again."""
+        return self._once(repr(call.key), lambda: seconds_alone(call, self.operands))
+
+    def between(self, shape: StepShape, work: str) -> float:
+        """Return the seconds of a call beyond the operations, in a narrow model that does this work."""
+        config = narrow(shape.config)
+        tokens, rows = min(TOKENS, config.max_seq_len // 2), shape.train.grad_accum
+        small = replace(shape, work=work, config=config, batch=rows if work == "training" else 1, tokens=tokens)
+
+        def measure() -> float:
+            counted, step = dry_count(lambda: small.make(CPU), self.roofs.cache_bytes), small.make(CPU)
+            within = sum(number * self.alone(call) for call, number in counted.calls.values())
+            return max(0.0, seconds_of(step, CPU, 9, 0.02) - within) / (len(counted.operations) + counted.views)
+
+        return self._once(repr(small), measure)
+
+    @cached_property
+    def operands(self) -> Operands:
+        return Operands(self.roofs.cache_bytes)
+
+    @property
+    def process(self) -> int:
+        """Bytes that a process takes besides the tensors of its steps: Python, torch, buffers of products."""
+
+        def measure() -> float:
+            config = narrow(ModelConfig())
+            shape = StepShape(work="training", config=config, dtype="float32", batch=4, tokens=TOKENS)
+            return float(peak_of_process(shape) - dry_count(lambda: shape.make(CPU), self.roofs.cache_bytes).peak)
+
+        return int(self._once("process", measure))
+
+    def _once(self, what: str, measure: Callable[[], float]) -> float:
+        key = hashlib.sha1(f"{torch.get_num_threads()} {what}".encode()).hexdigest()
+        if key not in self.known:
+            self.known[key] = measure()
+        return self.known[key]
+
+
+def _key() -> str:
+    return json.dumps(["prices", VERSION, key_of(CPU)])
+
+
+@torch.no_grad()
+def seconds_alone(call: Call, operands: Operands) -> float:
+    """Return the seconds of a call that is made again with other operands."""
+    turn, copies = operands.turn(call)
+    first = once(turn, CPU)
+    if first > LONG:
+        return min(first, once(turn, CPU))
+    for _ in range(copies):  # results get memory that the process has had
+        turn()
+    return seconds_of(turn, CPU, ROUNDS, ROUND, MOST)
+
+
+def narrow(config: ModelConfig) -> ModelConfig:
+    """Return a config with the same blocks, experts and heads, whose matrices are as small as can be."""
+    widths = ("dim", "inter_dim", "moe_inter_dim", "vocab_size")
+    rank = None if config.q_lora_rank is None else min(WIDTH, config.q_lora_rank)
+    return replace(config, q_lora_rank=rank, **{n: min(WIDTH, getattr(config, n)) for n in widths})

@@ -1,0 +1,220 @@
+"""Prices: calls of a step made again alone, the Python between them, what is kept, and forecasts of whole steps."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsmini import ModelConfig, TrainConfig, Transformer, ops
+from dsmini.measure import price
+from dsmini.measure.calls import BLOCKS, INDEX_DTYPES, Call, Operands
+from dsmini.measure.dry import Dry, dry_count
+from dsmini.measure.price import Prices, narrow
+from dsmini.measure.torch_operations import tensors_in
+from dsmini.measure.turns import in_turns
+from dsmini.measure.workloads import StepDtype, StepShape, Work
+from tests.helpers.questions import TINY, InventedPrices, invented_roofs
+
+CPU = torch.device("cpu")
+SPARSE = dataclasses.replace(TINY, attention="dsa", index_n_heads=2, index_head_dim=64, index_topk=16)
+MHA = dataclasses.replace(TINY, attention="mha", q_lora_rank=None)
+WIDE = dataclasses.replace(TINY, n_layers=1, n_dense_layers=0, dim=256, moe_inter_dim=128, n_mtp_layers=1)
+"""Large enough for the kernels of experts."""
+
+
+def shape_of(work: Work, config: ModelConfig, dtype: StepDtype = "float32", **more: Any) -> StepShape:
+    return StepShape(**{"work": work, "config": config, "dtype": dtype, "batch": 2, "tokens": 48, **more})
+
+
+def counted(shape: StepShape, cache_bytes: int = 1 << 20) -> Dry:
+    return dry_count(lambda: shape.make(CPU), cache_bytes)
+
+
+def call_of(run: Any, *tensors: torch.Tensor, cache_bytes: int = 1 << 20) -> Call:
+    with Dry(cache_bytes) as dry:
+        run(*tensors)
+    ((call, number),) = dry.calls.values()
+    assert number == 1
+    return call
+
+
+def arguments(monkeypatch: pytest.MonkeyPatch, call: Call, times: int) -> list[list[torch.Tensor]]:
+    """Return the tensors that a call is made with, each time."""
+    seen: list[list[torch.Tensor]] = []
+    turn, _ = Operands(1 << 20).turn(call._replace(run=lambda *args: seen.append(tensors_in(args))))
+    for _ in range(times):
+        turn()
+    return seen
+
+
+# --- a call made again
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8"])
+@pytest.mark.parametrize(
+    ("work", "config"),
+    [
+        *(("training", config) for config in (TINY, WIDE, SPARSE)),
+        *(("prefill", config) for config in (WIDE, MHA)),
+        *(("decode", config) for config in (TINY, SPARSE, MHA)),
+    ],
+)
+def test_every_call_of_a_step_can_be_made_again(work: Work, config: ModelConfig, dtype: StepDtype) -> None:
+    """Check that each distinct call runs on its new operands, and that together they are all operations."""
+    train = TrainConfig(optimizer="muon", grad_accum=2) if config is WIDE else TrainConfig(optimizer="adamw")
+    found, operands = counted(shape_of(work, config, dtype, train=train)), Operands(1 << 16)
+    assert sum(number for _, number in found.calls.values()) == len(found.operations)
+    assert len(found.calls) <= len(found.operations)
+    with torch.no_grad():
+        for call, _ in found.calls.values():
+            turn, _ = operands.turn(call)
+            turn()
+
+
+def test_operands_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check shapes, strides and dtypes; that one tensor is one again, and indices are those of the step."""
+    a, index = torch.rand(300, 500).bfloat16().t(), torch.randint(0, 500, (7,))
+    call = call_of(lambda a, index: a.index_select(0, index), a, index)
+    ((made, same),) = arguments(monkeypatch, call, 1)
+    assert (made.shape, made.stride(), made.dtype) == (a.shape, a.stride(), a.dtype)
+    assert torch.equal(same, index) and made.abs().min() >= 1 and made.abs().max() <= 2
+    b = torch.rand(64, 64)
+    ((one, other),) = arguments(monkeypatch, call_of(torch.mul, b, b), 1)
+    assert one.data_ptr() == other.data_ptr()
+    ((one, other),) = arguments(monkeypatch, call_of(torch.mul, b, b + 1), 1)
+    assert one.data_ptr() != other.data_ptr()
+
+
+def test_what_comes_from_memory_is_other_memory_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a weight of 256 KB next to a cache of 1 MB that holds x: enough others that all exceed the cache."""
+    x, w = torch.rand(4, 256), torch.rand(256, 256)
+    with Dry(1 << 20) as dry:
+        x.mul(2.0)
+        torch.mm(x, w)
+    call = [*dry.calls.values()][1][0]
+    assert 0 <= call.cold - w.nbytes < 2 * x.nbytes + 4 * 256 * 4
+    seen = arguments(monkeypatch, call, 40)
+    xs, ws = ({tensors[i].data_ptr() for tensors in seen} for i in range(2))
+    assert len(xs) == 1 and BLOCKS - 1 <= len(ws) * w.nbytes / 2**20 <= BLOCKS
+    (again,) = {len({t[1].data_ptr() for t in arguments(monkeypatch, call._replace(cold=0), 40)})}
+    assert again == 1
+
+
+def test_what_a_call_changes_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the numbers that all calls read stay as they were."""
+    a, b = torch.rand(1 << 14), torch.rand(1 << 14)
+    call, operands = call_of(torch.Tensor.mul_, a, b), Operands(1 << 20)
+    turn, _ = operands.turn(call)
+    before = {dtype: block.clone() for dtype, block in operands.blocks.items()}
+    for _ in range(3):
+        turn()
+    assert before and all(torch.equal(block, before[dtype]) for dtype, block in operands.blocks.items())
+
+
+def test_calls_of_equal_time_have_one_key() -> None:
+    """Check that contexts, dtypes and caches tell calls apart, and numbers do not."""
+    with Dry() as dry:
+        a, b = torch.rand(128, 64), torch.rand(128, 64)
+        kept = [x.mul(2.0) for x in (a, b, a)]
+    assert [number for call, number in dry.calls.values() if "mul" in call.name] == [len(kept)]
+    shapes = [shape_of("decode", TINY, batch=1, tokens=tokens) for tokens in (40, 41)]
+    if ops.serving("cpu") == "cpu":
+        keys = [{k for k, (call, _) in counted(s).calls.items() if call.kind == "attention_step"} for s in shapes]
+        assert keys[0] and not keys[0] & keys[1]
+    for call, _ in counted(shapes[0]).calls.values():
+        assert all(t.dtype in INDEX_DTYPES for t in call.indices.values())
+
+
+# --- prices
+
+
+def priced(monkeypatch: pytest.MonkeyPatch, alone: float = 1e-3, step: float = 1.0) -> list[str]:
+    """Let each call take so long alone, and a narrow step so long in all; return the kinds of timed calls."""
+    timed: list[str] = []
+
+    def seconds_alone(call: Call, operands: object) -> float:
+        timed.append(call.kind)
+        return alone
+
+    monkeypatch.setattr(price, "seconds_alone", seconds_alone)
+    monkeypatch.setattr(price, "seconds_of", lambda *_: step)
+    monkeypatch.setattr(price, "watched", lambda run: (run(), 0.0))
+    return timed
+
+
+def test_forecast_is_the_sum_of_calls_and_what_is_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed, shape = priced(monkeypatch), shape_of("training", TINY)
+    dry, small = counted(shape), counted(dataclasses.replace(shape, config=narrow(TINY), batch=1, tokens=64))
+    found = Prices(roofs=invented_roofs(cache_bytes=1 << 20)).forecast(shape)
+    between = (1.0 - 1e-3 * len(small.operations)) / (len(small.operations) + small.views)
+    assert found.calls == len(dry.operations) + dry.views
+    assert found.by_class["calls"] == pytest.approx(found.calls * between)
+    assert found.seconds == pytest.approx(1e-3 * len(dry.operations) + found.calls * between)
+    assert found.seconds == pytest.approx(sum(found.by_class.values()))
+    assert list(found.by_class.values()) == sorted(found.by_class.values(), reverse=True)
+    assert len(timed) <= len(dry.calls) + len(small.calls), "each distinct call once"
+    assert len(dry.calls) < 0.7 * len(dry.operations)
+    numbers = sum(p.numel() for p in Transformer(TINY).parameters())
+    assert found.peak > found.held > 2 * 4 * numbers, "weights and moments"
+
+
+def test_nothing_is_between_where_calls_alone_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    priced(monkeypatch, alone=1.0, step=0.5)
+    assert Prices(roofs=invented_roofs()).forecast(shape_of("decode", TINY)).by_class["calls"] == 0
+
+
+def test_prices_are_kept_for_a_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed, shape, keep = priced(monkeypatch), shape_of("decode", TINY), tmp_path / "roofs.json"
+    first = Prices.under(invented_roofs(), keep).forecast(shape)
+    n = len(timed)
+    assert n and Prices.under(invented_roofs(), keep).forecast(shape) == first and len(timed) == n
+    Prices.under(invented_roofs(), keep, fresh=True).forecast(shape)
+    assert len(timed) == 2 * n
+    prices, threads = Prices.under(invented_roofs(), keep), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        prices.forecast(shape)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(timed) == 3 * n
+    keep.write_text('{"x": 5')
+    assert Prices.under(invented_roofs(), keep).known == {}, "a damaged file has none"
+    assert Prices.stored(keep) is None
+
+
+def test_prices_of_a_busy_machine_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    priced(monkeypatch)
+    monkeypatch.setattr(price, "watched", lambda run: (run(), 0.4))
+    prices = Prices.under(invented_roofs(), tmp_path / "roofs.json")
+    with pytest.warns(UserWarning, match="40% of the time"):
+        prices.forecast(shape_of("decode", TINY))
+    assert prices.busy == 0.4 and not (tmp_path / "roofs.json").exists()
+
+
+def test_a_long_call_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that no rounds follow: a product without units for its dtype takes seconds."""
+    taken = iter([9.0, 7.0])
+    monkeypatch.setattr(price, "once", lambda run, device: next(taken))
+    call = call_of(torch.mul, torch.rand(8), torch.rand(8))
+    assert price.seconds_alone(call, Operands(1 << 16)) == 7.0
+
+
+def test_a_step_by_other_code_is_priced_as_what_it_runs() -> None:
+    """Price a step that multiplies once, in place of that of the shape."""
+    a = torch.rand(64, 64)
+    found = InventedPrices().forecast(shape_of("prefill", TINY), lambda: lambda: a @ a)
+    assert found.calls == 1 and found.flops == 2 * 64**3
+    assert found.by_class["product"] == pytest.approx(2 * 64**3 / 1e9, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["training", "prefill", "decode"])
+def test_forecast_is_near_what_a_step_takes(work: Work) -> None:
+    """Allow a factor of two: other programs may run beside this test."""
+    config = dataclasses.replace(TINY, dim=512, inter_dim=1024, moe_inter_dim=256, max_seq_len=256)
+    shape = shape_of(work, config, tokens=192)
+    expected = Prices.here().forecast(shape).seconds
+    taken = in_turns({"step": shape.make(CPU)}, count=9).median("step")
+    assert 0.5 < expected / taken < 2

@@ -1,0 +1,151 @@
+"""Roofs of invented machines: measured within a budget of time, and stored."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsmini import machine
+from dsmini.machine import matmul_rate, pick_dtype, slow_bf16
+from dsmini.measure import roofs
+from dsmini.measure.roofs import Roofs, load_or_measure, seconds_of
+from tests.conftest import Clock
+from tests.helpers.questions import invented_roofs
+
+CPU = torch.device("cpu")
+FP32, BF16 = torch.float32, torch.bfloat16
+Rates = dict[torch.dtype, float]
+
+# --- one call
+
+
+def test_seconds_of_begins_no_round_beyond_its_budget(clock: Clock) -> None:
+    for most, rounds in ((0.0, 1), (4.5, 2), (100.0, 5)):
+        before = clock.now
+        assert seconds_of(lambda: clock.pay(1.0), CPU, rounds=5, most=most) == 1.0
+        assert clock.now - before == 2 + rounds, "the first two are for warming up"
+
+
+def test_seconds_of_is_the_second_fastest_round(clock: Clock) -> None:
+    assert seconds_of(clock.work("a", 9.0, 0.1, 1.0, 3.0, 2.0, 5.0, 4.0), CPU, rounds=5) == 2.0
+
+
+# --- products
+
+
+@pytest.fixture
+def machine_of(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[int]]]:
+    """Yield the maker of a machine of this many FLOP/s, with a wait in each product; it returns the sizes seen."""
+    slow_bf16.cache_clear()
+
+    def make(rates: Rates, wait: float = 0.0) -> list[int]:
+        sizes: list[int] = []
+
+        def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+            if a.dtype not in rates:
+                raise RuntimeError("not implemented for 'BFloat16'")
+            clock.pay(wait + 2 * len(a) ** 3 / rates[a.dtype])
+            sizes.append(len(a))
+            return out
+
+        monkeypatch.setattr(torch, "mm", mm)
+        return sizes
+
+    yield make
+    slow_bf16.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("flops", "largest"), [(3e6, 64), (3e8, 128), (3e9, 512), (1e11, 1024), (1e13, 2048)]
+)  # fmt: skip
+def test_matmul_rate_takes_the_largest_size_within_budget(
+    clock: Clock, machine_of: Callable[..., list[int]], flops: float, largest: int
+) -> None:
+    sizes = machine_of({FP32: flops})
+    assert matmul_rate(CPU, FP32, seconds=0.5) == pytest.approx(flops)
+    assert max(sizes) == largest
+    # every machine measures the smallest size, after a warm-up
+    assert clock.now < max(2 * 0.5, 4 * 2 * 64**3 / flops + 4 * 2 * 128**3 / flops)
+
+
+def test_matmul_rate_outgrows_a_wait_in_each_product(machine_of: Callable[..., list[int]]) -> None:
+    """Simulate threads that wait for each other, where small products do not show the rate."""
+    machine_of({FP32: 1e11}, wait=0.01)
+    assert matmul_rate(CPU, FP32) > 0.3e11
+
+
+@pytest.mark.parametrize(
+    ("rates", "dtype", "slow"),
+    [
+        ({FP32: 1e11, BF16: 2.1e11}, BF16, False),
+        ({FP32: 1e11, BF16: 1.1e11}, FP32, False),
+        ({FP32: 1e11, BF16: 0.25e11}, FP32, False),
+        ({FP32: 1e11, BF16: 0.19e11}, FP32, True),
+        ({FP32: 1.7e11, BF16: 3e8}, FP32, True),
+        ({FP32: 1e11}, FP32, True),
+    ],
+)
+def test_dtype_and_slow_bf16_follow_the_rates(
+    clock: Clock, machine_of: Callable[..., list[int]], rates: Rates, dtype: torch.dtype, slow: bool
+) -> None:
+    machine_of(rates)
+    assert pick_dtype("auto", CPU) == dtype
+    if rates.get(BF16) == 3e8:  # a clear loss ends the trial: one turn each, with four products of the smallest size
+        assert clock.now < 0.02 + 4 * 2 * 64**3 / 3e8
+    assert slow_bf16(CPU) == slow
+    before = clock.now
+    assert slow_bf16(CPU) == slow and clock.now == before, "measured once"
+    assert clock.now < 2 * 12 * 0.06
+
+
+def test_measuring_keeps_threads_and_draws_no_numbers() -> None:
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    machine.product_rates(CPU)
+    matmul_rate(CPU, FP32, seconds=0.01)
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+
+
+# --- stored rates
+
+
+def test_stored_rates_are_those_of_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = list[str]()
+    here = {"processor": "a"}
+
+    def measure(device: torch.device, on_part: object) -> Roofs:
+        measured.append(here["processor"])
+        return invented_roofs(card=dict(here))
+
+    monkeypatch.setattr(roofs, "measure", measure)
+    monkeypatch.setattr(roofs, "card", lambda device: dict(here))
+    keep = tmp_path / "cache" / "roofs.json"
+    assert load_or_measure(CPU, keep).card == load_or_measure(CPU, keep).card == here and measured == ["a"]
+    here["processor"] = "b"
+    assert load_or_measure(CPU, keep).card == here and measured == ["a", "b"]
+    load_or_measure(CPU, keep, fresh=True)
+    here["processor"] = "a"
+    load_or_measure(CPU, keep)
+    assert measured == ["a", "b", "b"], "the other machine's are still there"
+    for damaged in ("5", '{"x"', keep.read_text().replace('"probes"', '"prob"')):
+        keep.write_text(damaged)
+        assert load_or_measure(CPU, keep).card == here
+    assert len(measured) == 6
+    monkeypatch.setattr(roofs, "VERSION", 0)
+    assert load_or_measure(CPU, keep).card == here and len(measured) == 7, "another version measures again"
+
+
+def test_roofs_of_a_busy_machine_are_marked_and_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure while threads miss 0.3 cores."""
+    keep = tmp_path / "roofs.json"
+    for name in ("read_bandwidth", "_copy"):
+        monkeypatch.setattr(roofs, name, lambda device: 1.0)
+    monkeypatch.setattr(roofs, "matmul_rate", lambda device, dtype, seconds: 1.0)
+    monkeypatch.setattr(roofs, "probes", lambda device: {"products": 1.0})
+    monkeypatch.setattr(roofs, "watched", lambda run: (run(), 0.3))
+    with pytest.warns(UserWarning, match="other programs had the cores .*30%.*not stored"):
+        assert load_or_measure(CPU, keep).busy == 0.3
+    assert not keep.exists()
+    monkeypatch.setattr(roofs, "watched", lambda run: (run(), 0.0))
+    assert load_or_measure(CPU, keep).peak == {"float32": 1.0, "bfloat16": 1.0} and keep.exists()
