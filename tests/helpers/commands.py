@@ -33,8 +33,8 @@ OF_A_PROCESS = ("EXTRA_PATH", "WORLD_SIZE")
 
 def start(command: str, folder: Path, stdin: int | None = subprocess.DEVNULL) -> "subprocess.Popen[str]":
     """Start python -m with this command; EXTRA_PATH names a folder whose sitecustomize.py it runs first."""
-    more = os.environ.get("EXTRA_PATH")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), more])), "COLUMNS": "200"}
+    paths = [str(ROOT), os.environ.get("EXTRA_PATH"), str(ROOT / "kernels")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "COLUMNS": "200"}
     return subprocess.Popen(
         [sys.executable, "-m", *shlex.split(command)],
         cwd=folder, env=env, text=True, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
