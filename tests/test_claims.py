@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 CASES = {
     "tests/oracle -rP": 92,
     'tests/accounting -k "printed or mha_twin"': 9,
-    "tests/training -k resume": 120,
+    "tests/training -k resume": 121,
     "tests/oracle/test_sparse_attention.py tests/nn/test_indexer_loss.py": 52,
     "tests/planner/test_published.py": 34,
     'tests/nn/test_transformer.py tests/nn/test_mtp.py -k "changed_token or sees_tokens"': 14,
@@ -24,7 +24,7 @@ CASES = {
     "tests/nn/test_compile.py": 6,
     "tests/distributed/test_layouts.py tests/distributed/test_pipeline.py": 80,
     "tests/distributed/test_drawing.py": 20,
-    "tests/distributed -k faults": 30,
+    "tests/distributed -k faults": 36,
     "tests/distributed/test_checkpoints.py": 10,
     "tests/commands/test_commands.py -k equal": 2,
     "tests/checkpoint/test_checkpoint.py -k damaged": 37,

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from dsmini.distributed.world import STALLED, World
 from dsmini.machine import random_state
 from dsmini.training.record import read_events
 from dsmini.training.run import TrainingRun
-from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault, parsed
+from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault, of_this_process, parsed
 from tests.distributed.ranks import START, new_store, outcomes, run_ranks, spoken, start
 from tests.distributed.runs import (
     KILLED,
@@ -244,7 +245,27 @@ def test_death_while_groups_are_made_ends_the_others(layout: dict[str, Any], tmp
     assert statuses(ends) == [1, KILLED, *[1] * (n - 2)], ends
 
 
-# --- the end of a launcher
+# --- no stall, and the end of a launcher
+
+
+def paused(world: World, folder: Path) -> bool:
+    """Train; stop rank 1 for less than the time-out, and let it continue."""
+    training = new_run(world, folder, WATCHED)
+    if world.rank == 1 and os.fork() == 0:  # a child that wakes its parent
+        parent = os.getppid()
+        time.sleep(0.3)
+        os.kill(parent, signal.SIGSTOP)
+        time.sleep(1.5)
+        os.kill(parent, signal.SIGCONT)
+        os._exit(0)
+    before_each_step(training, lambda: time.sleep(0.1))
+    return training.train()
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_no_stall(tmp_path: Path) -> None:
+    assert run_ranks(2, paused, tmp_path / "run") == [True, True]
+    assert [events(tmp_path / "run", "stalled", rank) for rank in (0, 1)] == [[], []]
 
 
 def hold_store(sender: Any) -> None:
@@ -299,6 +320,23 @@ def test_a_stall_of_the_command_is_told_on_the_standard_error(config: Path, tmp_
 
 
 @pytest.mark.slow
+def test_nothing_whole_to_start_from_is_an_error_and_no_step_zero(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    line = (config, "--out", folder, "--resume", "auto", "--train.steps")
+    assert ends_of(tmp_path, *line, 2) == [0, 0]
+    for path in folder.glob("checkpoints/*/model.safetensors"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    before = sorted(path.name for path in folder.glob("checkpoints/*"))
+    for _ in range(2):
+        assert ends_of(tmp_path, *line, 4) == [2, 2]
+    assert sorted(path.name for path in folder.glob("checkpoints/*")) == before
+    shutil.rmtree(folder / "checkpoints")
+    assert ends_of(tmp_path, *line, 4) == [2, 2]
+    assert [event["step"] for event in events(folder, "started")] == [0]
+
+
+@pytest.mark.slow
 def test_torchrun_restarts_until_its_restarts_are_exhausted(config: Path, tmp_path: Path) -> None:
     """Let the second of two kills use up the one restart; then start all again by hand."""
     assert ends_of(tmp_path, config, "--out", tmp_path / "whole") == [0, 0]
@@ -317,6 +355,48 @@ def test_torchrun_restarts_until_its_restarts_are_exhausted(config: Path, tmp_pa
     assert ends_of(tmp_path, *args) == [0, 0]
     got, want = saved(tmp_path / "run", 6), saved(tmp_path / "whole", 6)
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+# --- a save in the background
+
+
+def background(world: World, folder: Path) -> list[str]:
+    """Train with slow saves in the background, in which rank 1 is late: messages of saves must not be those of steps.
+
+    Return the phases of saves and steps of this rank, in their order.
+    """
+    training = new_run(world, folder, EP, save_in_background=True)
+    told: list[str] = []
+
+    def slow(phase: str) -> None:
+        told.extend([phase] if phase.startswith("save:") else [])
+        if phase == "save:writing":
+            writing = len(told)
+            while len(told) == writing and training.trainer.steps_done < STEPS:  # until a step changed the parameters
+                time.sleep(0.1 * world.rank)
+
+    real = training.trainer.step
+
+    def step() -> Any:
+        result = real()
+        told.append("step")
+        return result
+
+    of_this_process[0].at, training.trainer.step = slow, step
+    training.train()
+    return told
+
+
+@pytest.mark.slow
+def test_steps_while_a_save_writes_do_not_change_its_files(tmp_path: Path) -> None:
+    run_ranks(2, run, tmp_path / "whole", EP)
+    told = run_ranks(2, background, tmp_path / "run")[0]
+    for step in (4, 6, 8):
+        assert differences(tmp_path / "run", tmp_path / "whole", step) == []
+    after = [second for first, second in pairwise(told) if first == "save:writing"]
+    assert "step" in after and set(after) <= {"step", "save:written"}
+    phases = [phase for phase in told if phase.startswith("save:")]
+    assert phases == phases[: len(phases) // 4] * 4  # one save after the other
 
 
 # --- damage: tests/checkpoint has all kinds of it

@@ -11,10 +11,26 @@ from pathlib import Path
 
 import pytest
 
+from dsmini.distributed.world import joined
 from tests.distributed.ranks import Speech, free_port, new_store, spoken, wait_until
 from tests.distributed.runs import small_config
 
 HELD_BY_RANK_0 = {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+
+
+# --- one process, and a store
+
+
+def test_rank_that_comes_but_does_not_connect_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A firewall lets processes reach the store, but not each other."""
+    store = new_store()
+    launched = {"RANK": 0, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    for name, value in (launched | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
+        monkeypatch.setenv(name, str(value))
+    for rank in (1, 2, 3):
+        store.set(f"meeting 0/came {rank}", "")
+    with pytest.raises(ValueError, match="cannot connect to each other: it takes longer than 1 s"):
+        joined(1.0, longest_wait=4.0).__enter__()
 
 
 # --- commands
