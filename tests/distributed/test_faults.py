@@ -249,13 +249,13 @@ def test_death_while_groups_are_made_ends_the_others(layout: dict[str, Any], tmp
 
 
 def paused(world: World, folder: Path) -> bool:
-    """Train; stop rank 1 for less than the time-out, and let it continue."""
+    """Train; stop rank 1 for some heartbeats, less than the time-out, and let it continue."""
     training = new_run(world, folder, WATCHED)
     if world.rank == 1 and os.fork() == 0:  # a child that wakes its parent
         parent = os.getppid()
         time.sleep(0.3)
         os.kill(parent, signal.SIGSTOP)
-        time.sleep(1.5)
+        time.sleep(2.5)
         os.kill(parent, signal.SIGCONT)
         os._exit(0)
     before_each_step(training, lambda: time.sleep(0.1))
