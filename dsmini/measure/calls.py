@@ -32,7 +32,7 @@ class Call(NamedTuple):
     run: Callable[..., Any]
     name: str
     kind: str
-    """Name of a kernel's operation, or kind of torch's operation."""
+    """Words of a kernel's operation, such as "attention step", or kind of torch's operation."""
     arguments: bytes
     """Positional and keyword arguments, pickled, without their tensors."""
     indices: Mapping[int, Tensor]

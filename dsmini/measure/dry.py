@@ -161,7 +161,7 @@ class Dry(Holding):
         call = Call(
             run=run,
             name=name,
-            kind=op.name if op.is_kernel else op.kind,
+            kind=op.name.replace("_", " ") if op.is_kernel else op.kind,
             arguments=arguments,
             indices=indices,
             changed=places,

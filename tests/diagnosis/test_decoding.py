@@ -245,8 +245,8 @@ def test_forecast_has_the_price_of_cached_tokens(decoding: DecodingSubject) -> N
     """Check that attention costs less after one cached token, and other parts the same."""
     priced = DecodingPrices(decoding, InventedPrices())
     many, one = priced.forecast(PLAIN).by_class, priced.forecast(VARIANTS["free_cache"]).by_class
-    assert one["attention_step"] < many["attention_step"]
-    assert one["feed_forward_step"] == pytest.approx(many["feed_forward_step"], rel=0.05)
+    assert one["attention step"] < many["attention step"]
+    assert one["feed forward step"] == pytest.approx(many["feed forward step"], rel=0.05)
 
 
 @pytest.mark.parametrize("slow", [True, False], ids=["by the token", "always"])

@@ -1,6 +1,7 @@
 """Prices: calls of a step made again alone, the Python between them, what is kept, and forecasts of whole steps."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_calls_of_equal_time_have_one_key() -> None:
     assert [number for call, number in dry.calls.values() if "mul" in call.name] == [len(kept)]
     shapes = [shape_of("decode", TINY, batch=1, tokens=tokens) for tokens in (40, 41)]
     if ops.serving("cpu") == "cpu":
-        keys = [{k for k, (call, _) in counted(s).calls.items() if call.kind == "attention_step"} for s in shapes]
+        keys = [{k for k, (call, _) in counted(s).calls.items() if call.kind == "attention step"} for s in shapes]
         assert keys[0] and not keys[0] & keys[1]
     for call, _ in counted(shapes[0]).calls.values():
         assert all(t.dtype in INDEX_DTYPES for t in call.indices.values())
@@ -145,7 +146,7 @@ def priced(monkeypatch: pytest.MonkeyPatch, alone: float = 1e-3, step: float = 1
 
 
 def test_forecast_is_the_sum_of_calls_and_what_is_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed, shape = priced(monkeypatch), shape_of("training", TINY)
+    timed, shape = priced(monkeypatch), shape_of("training", dataclasses.replace(TINY, max_seq_len=50))
     dry, small = counted(shape), counted(dataclasses.replace(shape, config=narrow(TINY), batch=1, tokens=64))
     found = Prices(roofs=invented_roofs(cache_bytes=1 << 20)).forecast(shape)
     between = (1.0 - 1e-3 * len(small.operations)) / (len(small.operations) + small.views)
@@ -189,6 +190,9 @@ def test_prices_of_a_busy_machine_are_not_kept(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(price, "watched", lambda run: (run(), 0.4))
     prices = Prices.under(invented_roofs(), tmp_path / "roofs.json")
     with pytest.warns(UserWarning, match="40% of the time"):
+        prices.forecast(shape_of("decode", TINY))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one is enough
         prices.forecast(shape_of("decode", TINY))
     assert prices.busy == 0.4 and not (tmp_path / "roofs.json").exists()
 
