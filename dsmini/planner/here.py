@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 TRAINING = "training step"
 MOST_TOKENS = 1 << 16
 """Tokens of a step above which nothing is forecast: even shapes take long then."""
-Steps = Mapping[str, tuple["Forecast", Mapping[str, float]]]
-"""Forecasts by the name of the step; and their seconds, those by roofs alone, and bytes of tensors and process."""
+Steps = Mapping[str, tuple[Any, Mapping[str, float]]]
+"""A Forecast by the name of the step; and its seconds, those by roofs alone, and bytes of tensors and process."""
 
 
 def steps_here(plan: Plan, on_part: OnPart = quiet) -> Steps:
