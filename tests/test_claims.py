@@ -22,7 +22,7 @@ CASES = {
     "tests/nn/test_cache.py": 60,
     "tests/inference/test_generation.py -k guesses": 11,
     "tests/nn/test_compile.py": 6,
-    "tests/distributed/test_layouts.py tests/distributed/test_pipeline.py": 80,
+    "tests/distributed/test_layouts.py tests/distributed/test_pipeline.py": 78,
     "tests/distributed/test_drawing.py": 20,
     "tests/distributed -k faults": 36,
     "tests/distributed/test_checkpoints.py": 10,

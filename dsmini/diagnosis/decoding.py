@@ -530,7 +530,8 @@ class DecodingPrices:
 
     def __init__(self, subject: DecodingSubject, prices: Prices) -> None:
         self.subject, self.of = subject, prices
-        self.known: dict[tuple[Variant, int], Forecast] = {}
+        self.known: dict[tuple[Variant, int, int], Forecast] = {}
+        """Forecasts by variant, number of sequences and number of threads."""
 
     @property
     def plain(self) -> Forecast:
@@ -539,16 +540,13 @@ class DecodingPrices:
 
     def seconds(self, variant: Variant = PLAIN, batch: int | None = None) -> float:
         """Return the forecast seconds of a variant's step; None: with the subject's batch."""
-        key = variant, batch or self.subject.batch
-        if key not in self.known:
-            self.known[key] = self.forecast(*key)
-        return self.known[key].seconds
+        return self.forecast(variant, batch).seconds
 
     def threads(self, number: int) -> float:
         """Return the predicted seconds of a plain step on a number of threads."""
         with threads_put_back():
             torch.set_num_threads(number)
-            return self.forecast(PLAIN).seconds
+            return self.seconds()
 
     def forecast(self, variant: Variant, batch: int | None = None) -> Forecast:
         """Return the forecast of a variant's step; None: with the subject's batch."""
@@ -556,7 +554,11 @@ class DecodingPrices:
         point = Point(batch=batch or subject.batch, context=subject.context)
         dtype, context = variant.dtype or subject.weight_dtype, variant.context or subject.context
         shape = StepShape(work="decode", config=config, dtype=dtype, batch=point.batch, tokens=context)
-        return self.of.forecast(shape, lambda: variant.steps(self.like(config), point), variant.runs_as)
+        key = variant, point.batch, torch.get_num_threads()
+        if key not in self.known:
+            make = lambda: variant.steps(self.like(config), point)  # noqa: E731
+            self.known[key] = self.of.forecast(shape, make, variant.runs_as)
+        return self.known[key]
 
     def like(self, config: ModelConfig) -> Transformer:
         """Return a random model in the subject's dtypes; made dry, it takes no memory."""

@@ -244,6 +244,7 @@ def test_every_arm_is_predicted(decoding: DecodingSubject) -> None:
 def test_forecast_has_the_price_of_cached_tokens(decoding: DecodingSubject) -> None:
     """Check that attention costs less after one cached token, and other parts the same."""
     priced = DecodingPrices(decoding, InventedPrices())
+    assert priced.plain is priced.forecast(PLAIN, decoding.batch), "made once"
     many, one = priced.forecast(PLAIN).by_class, priced.forecast(VARIANTS["free_cache"]).by_class
     assert one["attention step"] < many["attention step"]
     assert one["feed forward step"] == pytest.approx(many["feed forward step"], rel=0.05)

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from dsmini.config.run import CHUNKS
-from dsmini.distributed.mesh import local
 from dsmini.distributed.world import World
 from dsmini.nn.transformer import IGNORE
-from dsmini.training.optim import optimizer_state
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import Trained, exactly, far_apart, held_pieces, new_trainer, train, up_to_sums
 from tests.helpers.configs import DSA
@@ -172,45 +170,3 @@ def test_fp8_rows_are_sent_exactly(parallel: dict[str, Any], tolerance: float) -
     want, got = train(World(), None, FP8, None, 1), run_ranks(2, train, parallel, FP8, None, 1)[0]
     assert (got.losses - want.losses).abs().max() < tolerance * want.losses.abs().max()
     assert got.steps[0].grad_norm == pytest.approx(want.steps[0].grad_norm, rel=tolerance)
-
-
-def lonely(world: World, parallel: dict[str, Any], avoided: list[int]) -> dict[str, Any]:
-    """Take two steps in which no token goes to some experts; return this rank's gradients of experts, and moments."""
-    trainer = new_trainer(world, parallel, {"n_limited_groups": 4}, {"optimizer": "adamw"})
-    gates = list(trainer.model.gates())
-    grads: dict[str, Any] = {}
-
-    def phase(name: str) -> None:
-        if name == "optimizer":
-            for p_name, p in trainer.model.named_parameters():
-                if ".experts." in p_name:
-                    grads[p_name] = None if p.grad is None else local(p.grad).clone()
-
-    trainer.phase = phase
-    for _ in range(2):
-        for gate in gates:
-            gate.bias[avoided] = -1e4
-        result = trainer.step()
-        assert result.counts is not None and not result.counts[:, avoided].any() and result.counts.sum() > 0
-    state = optimizer_state(trainer.optimizers, trainer.model.named_parameters())
-    steps = {name: t.item() for name, t in state.items() if name.endswith("/step")}
-    moments = {name: local(t).clone() for name, t in state.items() if "exp_avg" in name}
-    return {"grads": grads, "steps": steps, "moments": moments, "bias": [gate.bias.clone() for gate in gates]}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 3])
-def test_experts_without_a_token_have_zero_gradients_and_go_on_in_step(zero: int) -> None:
-    avoided = [1, 4, 5, 6, 7]  # one of rank 0, and all of rank 1
-    whole = lonely(World(), {}, avoided)
-    for rank, got in enumerate(run_ranks(2, lonely, {"ep": 2, "zero": zero}, avoided)):
-        assert got["grads"].keys() == whole["grads"].keys()
-        for name, grad in got["grads"].items():
-            assert grad is not None, name
-            empty = [number for number in range(4) if rank * 4 + number in avoided]
-            assert not grad[empty].any() and (rank == 1 or grad[0].any())
-        assert got["steps"] == whole["steps"] and set(got["steps"].values()) == {2.0}
-        for name, moment in got["moments"].items():
-            if ".experts." in name:
-                torch.testing.assert_close(moment, whole["moments"][name][4 * rank : 4 * rank + 4])
-        assert all(torch.equal(a, b) for a, b in zip(got["bias"], whole["bias"], strict=True))

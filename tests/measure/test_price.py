@@ -41,7 +41,7 @@ def call_of(run: Any, *tensors: torch.Tensor, cache_bytes: int = 1 << 20) -> Cal
     return call
 
 
-def arguments(monkeypatch: pytest.MonkeyPatch, call: Call, times: int) -> list[list[torch.Tensor]]:
+def arguments(call: Call, times: int) -> list[list[torch.Tensor]]:
     """Return the tensors that a call is made with, each time."""
     seen: list[list[torch.Tensor]] = []
     turn, _ = Operands(1 << 20).turn(call._replace(run=lambda *args: seen.append(tensors_in(args))))
@@ -74,21 +74,21 @@ def test_every_call_of_a_step_can_be_made_again(work: Work, config: ModelConfig,
             turn()
 
 
-def test_operands_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operands_are_alike() -> None:
     """Check shapes, strides and dtypes; that one tensor is one again, and indices are those of the step."""
     a, index = torch.rand(300, 500).bfloat16().t(), torch.randint(0, 500, (7,))
     call = call_of(lambda a, index: a.index_select(0, index), a, index)
-    ((made, same),) = arguments(monkeypatch, call, 1)
+    ((made, same),) = arguments(call, 1)
     assert (made.shape, made.stride(), made.dtype) == (a.shape, a.stride(), a.dtype)
     assert torch.equal(same, index) and made.abs().min() >= 1 and made.abs().max() <= 2
     b = torch.rand(64, 64)
-    ((one, other),) = arguments(monkeypatch, call_of(torch.mul, b, b), 1)
+    ((one, other),) = arguments(call_of(torch.mul, b, b), 1)
     assert one.data_ptr() == other.data_ptr()
-    ((one, other),) = arguments(monkeypatch, call_of(torch.mul, b, b + 1), 1)
+    ((one, other),) = arguments(call_of(torch.mul, b, b + 1), 1)
     assert one.data_ptr() != other.data_ptr()
 
 
-def test_what_comes_from_memory_is_other_memory_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_from_memory_is_other_memory_each_time() -> None:
     """Check a weight of 256 KB next to a cache of 1 MB that holds x: enough others that all exceed the cache."""
     x, w = torch.rand(4, 256), torch.rand(256, 256)
     with Dry(1 << 20) as dry:
@@ -96,14 +96,14 @@ def test_what_comes_from_memory_is_other_memory_each_time(monkeypatch: pytest.Mo
         torch.mm(x, w)
     call = [*dry.calls.values()][1][0]
     assert 0 <= call.cold - w.nbytes < 2 * x.nbytes + 4 * 256 * 4
-    seen = arguments(monkeypatch, call, 40)
+    seen = arguments(call, 40)
     xs, ws = ({tensors[i].data_ptr() for tensors in seen} for i in range(2))
     assert len(xs) == 1 and BLOCKS - 1 <= len(ws) * w.nbytes / 2**20 <= BLOCKS
-    (again,) = {len({t[1].data_ptr() for t in arguments(monkeypatch, call._replace(cold=0), 40)})}
+    (again,) = {len({t[1].data_ptr() for t in arguments(call._replace(cold=0), 40)})}
     assert again == 1
 
 
-def test_what_a_call_changes_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_call_changes_is_its_own() -> None:
     """Check that the numbers that all calls read stay as they were."""
     a, b = torch.rand(1 << 14), torch.rand(1 << 14)
     call, operands = call_of(torch.Tensor.mul_, a, b), Operands(1 << 20)
