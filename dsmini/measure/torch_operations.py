@@ -30,9 +30,9 @@ def _names(text: str) -> frozenset[str]:
 OVERWRITES = _names("copy_ fill_ zero_ normal_ uniform_ random_ bernoulli_ exponential_ _foreach_copy_")
 FREE = _names(
     "detach lift_fresh _local_scalar_dense _unsafe_view is_same_size promote_types _record_function_enter_new "
-    "_record_function_exit empty empty_like new_empty empty_strided new_empty_strided"
+    "_record_function_exit empty empty_like new_empty empty_strided new_empty_strided set_"
 )
-"""Operations that move nothing: they allocate memory or return a property."""
+"""Operations that move nothing: they allocate memory, name it, or return a property."""
 ATTENTION = frozenset(
     f"_scaled_dot_product_{kind}{backward}"
     for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")

@@ -29,11 +29,12 @@ from dsmini.diagnosis.evidence import all_evidence
 from dsmini.diagnosis.pages import record_of
 from dsmini.inference.fused import Decoder
 from dsmini.inference.speculative import Drafter
+from dsmini.measure.price import Prices
 from dsmini.nn import MLA, Cache, FeedForward, MoE, mla
 from dsmini.report import Report
 from tests.conftest import Clock
 from tests.diagnosis.conftest import MODEL, decoding_subject
-from tests.helpers.questions import InventedPrices
+from tests.helpers.questions import InventedPrices, invented_roofs
 
 LONG = dataclasses.replace(MODEL, max_seq_len=160)
 
@@ -239,6 +240,12 @@ def test_every_arm_is_predicted(decoding: DecodingSubject) -> None:
     found = predict(decoding.arms(InventedPrices()), decoding.prices)
     assert found.keys() == {"plain", *NAMES} and min(found.values()) > 0
     assert torch.equal(logits(decoding), before)
+
+
+def test_every_arm_can_be_timed_call_by_call(decoding: DecodingSubject) -> None:
+    """Make each call of each variant again, for real: a copied model must keep the shapes of its buffers."""
+    found = predict(decoding.arms(Prices(roofs=invented_roofs())), decoding.prices)
+    assert found.keys() == {"plain", *NAMES} and min(found.values()) > 0
 
 
 def test_forecast_has_the_price_of_cached_tokens(decoding: DecodingSubject) -> None:
