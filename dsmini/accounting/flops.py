@@ -207,7 +207,7 @@ def _is_repeated(c: ModelConfig, use: TensorUse, stage: Stage) -> bool:
 
 
 def by_depth(use: TensorUse, seq_len: int) -> Iterator[tuple[TensorUse, int]]:
-    """Yield a tensor with the positions of a sequence that meet it: in depth k of multi-token prediction k fewer."""
+    """Yield a tensor with the positions of a sequence that pass it: in depth k of multi-token prediction k fewer."""
     if not use.mtp:
         yield use, seq_len
         return
@@ -216,10 +216,10 @@ def by_depth(use: TensorUse, seq_len: int) -> Iterator[tuple[TensorUse, int]]:
 
 
 def twice_the_keys(most_keys: Any, s: Any, causal: bool = True, stage: Stage | None = None) -> Any:
-    """Return two times the keys that a query meets, at most most_keys, the mean over s queries.
+    """Return two times the keys that a query sees, at most most_keys, the mean over s queries.
 
     A mask hides keys and saves nothing: without `causal` all keys count, those that were not picked too. In the warm-up
-    every query meets all keys.
+    every query sees all keys.
     """
     if not causal:
         return 2 * s

@@ -24,7 +24,7 @@ Worked example, DeepSeek-V3 without multi-token prediction: 61 layers, the first
     norms                 61 * (2 * 7168 + 1536 + 512) + 7168                                   1,006,592
     main                                                                                  671,026,404,352
 
-A token meets 8 of the 256 routed experts, no embedding and no norm: 36.62B parameters are active.
+A token uses 8 of the 256 routed experts, no embedding and no norm: 36.62B parameters are active.
 
 Source: the shapes of the released checkpoints; DeepSeek-V3 report (arXiv 2412.19437), section 4.2: 671B parameters, 37B
 activated.
@@ -123,7 +123,7 @@ class TensorUse(NamedTuple):
     per_pair: Any = 0
     """Multiply-adds of a query with one key and its value, all heads."""
     most_keys: Any = None
-    """Number of keys above which a query chooses among them; None: it meets all."""
+    """Number of keys above which a query chooses among them; None: it sees all."""
     buffers: Any = 0
     """Routing biases, which are state but no parameters."""
 

@@ -38,6 +38,7 @@ class Bounds(NamedTuple):
         least, above, most, below = self
         if (least is not None and value < least) or (above is not None and value <= above):
             fault = "negative" if least == 0 else "not positive"
+            fault = "too small" if value > 0 else fault
             fix = f"more than {above:g}" if least is None else f"{least:g} or more"
         elif (most is not None and value > most) or (below is not None and value >= below):
             largest = below if most is None else most

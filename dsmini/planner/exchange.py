@@ -1,7 +1,7 @@
 """All-to-all of experts: rows of a token that cross links in a MoE layer, their bytes and their time.
 
-    dispatch    the token's row to the GPUs of its k experts: FP8 with scales, or BF16
-    combine     the results back, added up on the way: BF16
+    dispatch    the token's row to the GPUs of its k experts: FP8 with scales, else as the results
+    combine     the results back, added up on the way: BF16, or FP32 where all products are
 
 In two hops (training, prefill) a row crosses the slow link once for each other node that has a chosen expert, and
 inside the node the fast link takes it to each GPU with one. In one hop (V3's decoding) every chosen expert gets a row
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsmini.accounting.tensors import BLOCK, ceiling, largest
+from dsmini.accounting.tensors import BLOCK, SIZES, ceiling, largest
 from dsmini.config import ModelConfig
 from dsmini.planner.figure import Sheet, call
 from dsmini.planner.hardware import Hardware
@@ -88,7 +88,7 @@ def exchange(s: Sheet, t: Sheet, c: ModelConfig, gpus: Any, dtype: str, one_hop:
         t.slow_copies = one_hop * (1 - 1 / t.expert_nodes)
         t.fast_copies = one_hop * (1 / t.expert_nodes - 1 / gpus)
     sizes = {"float32": 4 * c.dim, "bfloat16": 2 * c.dim, "fp8": c.dim + 4 * ceiling(c.dim, BLOCK)}
-    t.dispatch_row, t.combine_row = sizes[dtype], sizes["bfloat16"]
+    t.dispatch_row, t.combine_row = sizes[dtype], SIZES[dtype] * c.dim
     t.slow_row_bytes = t.slow_copies * (t.dispatch_row + t.combine_row)
     t.fast_row_bytes = t.fast_copies * (t.dispatch_row + t.combine_row)
 

@@ -39,9 +39,9 @@ NUMBERS: Mapping[str, tuple[str, Mapping[str, float]]] = {
     "multiprocessors": ("multiprocessors", COUNT),
     "fast_link": ("fast_link", RATES),
     "slow_link": ("slow_link", RATES),
-    "price": ("gpu_price", {"$/h": 1 / 3600, "$/s": 1.0}),
+    "price": ("gpu_price", {"$/s": 1.0, "$/h": 1 / 3600}),
 }
-"""Numbers of a file: the figure that each gives, and the units that it may have."""
+"""Numbers of a file: the figure that each gives, and the units that it may have, the base unit first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +104,15 @@ class Hardware:
         """Return hardware with other numbers, in base units."""
         return replace(self, numbers={**self.numbers, **{name: (value, source) for name, value in numbers.items()}})
 
+    def varied(self, source: str, numbers: Mapping[str, Any]) -> "Hardware":
+        """Return hardware with other numbers, also such as it lacks. Raises: ValueError for what no file may have."""
+        found = dict(self.numbers)
+        for figure, units in NUMBERS.values():
+            if figure in numbers:
+                table = {"value": numbers[figure], "unit": next(iter(units)), "source": source}
+                found[figure] = _number(table, units, f"{figure} of {source}", "")
+        return replace(self, numbers=found)
+
 
 @functools.cache
 def _machines() -> dict[str, Any]:
@@ -162,14 +171,19 @@ def read(raw: dict[str, Any], name: str, file: str) -> Hardware:
     numbers: dict[str, tuple[float, str]] = {}
     for key, (figure, units) in NUMBERS.items():
         if key in there:
-            number = build(Number, there[key], f"[{key}] of {file}", f"{key}.")
-            want = ", ".join(filter(None, units)) or "none"
-            require(number.unit in units, f"{key}.unit in {file} is {brief(number.unit)}, want {want}")
-            scaled = number.value * units[number.unit]
-            whole = scaled.is_integer() and scaled < 2.0**53
-            require(whole or units is not COUNT, f"{key}.value in {file} is {number.value}, want a whole number")
-            numbers[figure] = (int(scaled) if whole else scaled), number.source
+            numbers[figure] = _number(there[key], units, file, f"{key}.")
     return Hardware(name=name, title=title, numbers=numbers)
+
+
+def _number(table: Any, units: Mapping[str, float], file: str, key: str) -> tuple[float, str]:
+    """Return the value in base units, and the source, of a table of a file. Raises: ValueError naming what is wrong."""
+    number = build(Number, table, f"[{key[:-1]}] of {file}" if key else file, key)
+    want = ", ".join(filter(None, units)) or "none"
+    require(number.unit in units, f"{key}unit in {file} is {brief(number.unit)}, want {want}")
+    scaled = number.value * units[number.unit]
+    whole = scaled.is_integer() and scaled < 2.0**53
+    require(whole or units is not COUNT, f"{key}value in {file} is {number.value}, want a whole number")
+    return (int(scaled) if whole else scaled), number.source
 
 
 def this_machine(on_part: OnPart) -> Hardware:

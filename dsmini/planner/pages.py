@@ -256,7 +256,7 @@ def _detail(figure: Figure, full: bool) -> Detail:
 
 
 def plan_page(plan: Plan, command: str, more: Sequence[Section]) -> Report:
-    """Return the page of a plan, with more sections, such as a search or a variation."""
+    """Return the page of a plan; sections of what was asked besides, such as a variation, come first."""
     every = named(plan.figures.values())
     inputs = [_detail(figure, full=True) for figure in every.values() if figure.op == "input"]
     counts = {"inputs": len(inputs), "figures": len(every) - len(inputs)}
@@ -264,7 +264,7 @@ def plan_page(plan: Plan, command: str, more: Sequence[Section]) -> Report:
     return Report(
         title=heading(plan),
         lead=words()["lead_here" if plan.setup.hardware.name == "this" else "lead"],
-        sections=[*sections(plan, full=True), *more, last],
+        sections=[*more, *sections(plan, full=True), last],
         facts_title="What is planned",
         facts={"Training": {name: str(value) for name, value in plan.setup.request.given().items()}},
         command=command,
@@ -336,6 +336,9 @@ def varied(made: Setup, texts: Sequence[str], names: Sequence[str], command: str
     if len(axes) == 2:
         tables = [_heat_map(variants, axes, name) for name in names]
     warnings = [f"{each.at}: {each.problem}" for each in variants if each.problem]
+    why = {each.at: each.plan.setup.unserved for each in variants if each.plan is not None}
+    unserved = words()["variation"]["unserved"]
+    warnings += [unserved.format(at=at, why=why[at]) for at in why if why[at] not in ("", made.unserved)]
     if any(cell.startswith(UNFIT) for table in tables for row in table.rows for cell in row):
         warnings.append(words()["variation"]["unfit"])
     of_what = ", ".join(name for name, _ in axes)

@@ -29,6 +29,7 @@ from dsmini.planner.figure import titles
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.serving import STAGES, Deployment, Stage
 from dsmini.reading import find_config, listed, read_table, read_toml
+from dsmini.report.units import plural
 
 Zero = Literal[0, 1, 2, 3]
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -40,8 +41,8 @@ ONE_PROCESS: Mapping[str, Any] = {
     **{"micro_batch": 1, "schedule": "1f1b", "optimizer": "adamw", "moments": "float32"},
 }
 """Fields of a request that are the layout of a training run, with their values in one process."""
-LARGEST = 10**18
-"""Maximum of every number, so that products of some of them are floats."""
+SMALLEST, LARGEST = 1e-9, 10**18
+"""Ends of every number, so that products and differences of some of them are floats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +118,7 @@ class PlanRequest:
     """Rent of a GPU in dollars an hour; left out: the hardware's."""
 
     def __post_init__(self) -> None:
-        check_types(self, whole=Bounds(least=1, most=LARGEST), real=Bounds(above=0, most=LARGEST))
+        check_types(self, whole=Bounds(least=1, most=LARGEST), real=Bounds(least=SMALLEST, most=LARGEST))
 
     def given(self, names: Mapping[str, Any] | tuple[str, ...] = ONE_PROCESS) -> dict[str, Any]:
         """Return the fields among some names, those of the layout, that are chosen."""
@@ -163,7 +164,7 @@ def rules(r: Layout, c: ModelConfig, node: int) -> Iterator[Rule]:
         (e % node == 0) | (node % e == 0),
         lambda: f"expert={e} neither fills nodes of {node} GPUs nor divides one; use a multiple or a divisor",
     )
-    yield t <= node, lambda: f"tensor={t} is more than the {node} GPUs of a node; use {node} or fewer"
+    yield t <= node, lambda: f"tensor={t} is more than the {plural(node, 'GPU')} of a node; use {node} or fewer"
     yield _divides("tensor", t, "n_heads", c.n_heads)
     yield _divides("tensor", t, "n_kv_heads", c.kv_heads)
     yield (

@@ -4,8 +4,8 @@
     choices    schedule, ZeRO, recomputation, precision
 
 The formulas of training.py are evaluated for all sizes at once, as arrays, once for each choice and group of sizes
-for which they differ: one, two or more stages, with and without expert parallelism. For each sizes the fastest choice
-that fits remains. So a search cannot differ from the plans that it finds.
+for which they differ: one, two or more stages, with and without expert parallelism. For each combination of sizes
+the fastest choice that fits remains. So a search cannot differ from the plans that it finds.
 
 Where the user leaves the layout open it is the fastest of a short list that fits, on the fewest GPUs: 1, 2, 4, ... up
 to a node, then 1, 2, 4, ... nodes. If none fits, it is the one that needs least memory, with what would fit.
@@ -158,7 +158,7 @@ def _allowed(made: Setup, sizes: Any, choice: tuple[Any, ...]) -> Any:
 
 
 def search(made: Setup, most: int = 12, on_part: OnPart = quiet) -> list[tuple[Setup, dict[str, Any]]]:
-    """Return the fastest layouts that fit, one for each sizes of parallelism, fastest first, each with its figures.
+    """Return the fastest layouts that fit, one for each combination of sizes, fastest first, each with its figures.
 
     These are the memory, the seconds of a step, the share of the peak of BF16, or FP32 where products are, and what
     binds: the longest part of a step.

@@ -1,6 +1,6 @@
 """Serving: memory of a GPU of a deployment, the time of its step, and what drafts gain.
 
-A step reads the weights that its tokens meet, reads the cache of its sequences, computes, and exchanges rows of
+A step reads the weights that its tokens use, reads the cache of its sequences, computes, and exchanges rows of
 experts:
 
     memory     (weights read + cache read) / memory bandwidth
@@ -36,7 +36,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dsmini.accounting.flops import context_products, twice_the_keys
-from dsmini.accounting.tensors import TensorUse, divisors, largest, main_tensors, smallest, total
+from dsmini.accounting.tensors import SIZES, TensorUse, divisors, largest, main_tensors, smallest, total
 from dsmini.accounting.traffic import expected_experts
 from dsmini.config import ModelConfig
 from dsmini.planner.exchange import exchange
@@ -237,7 +237,7 @@ def _step(
     if d.tensor > 1:
         gathered = c.dim if not c.is_mla or c.q_lora_rank is None else c.q_lora_rank
         gathered = gathered + (c.kv_lora_rank + c.qk_rope_head_dim if c.is_mla else 0)
-        fast = fast + parts * t.rows * c.n_layers * (2 * (gathered + c.dim)) * (of.tensor_parallel - 1)
+        fast = fast + parts * t.rows * c.n_layers * (SIZES[dtype] * (gathered + c.dim)) * (of.tensor_parallel - 1)
     if d.gpus > 1:
         t.fast_bytes = fast
         t.fast_link_time = t.fast_bytes / s.fast_link

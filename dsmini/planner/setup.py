@@ -14,7 +14,7 @@ from typing import Any
 
 from dsmini.config.fields import require
 from dsmini.planner.figure import Sheet
-from dsmini.planner.hardware import USER, Hardware
+from dsmini.planner.hardware import NUMBERS, USER, Hardware
 from dsmini.planner.model import cache_figures, weight_figures
 from dsmini.planner.request import DTYPES, Model, PlanRequest, Setup, check, is_v3, presets
 from dsmini.planner.search import choose_layout, gpu_counts
@@ -44,7 +44,8 @@ def changed(made: Setup, changes: Mapping[str, Any], hardware: Hardware, source:
     Raises: ValueError for changes that the model or the hardware cannot have.
     """
     of_request = {name: value for name, value in changes.items() if name in PlanRequest.__slots__}
-    of_hardware = {name: value for name, value in changes.items() if name in hardware.numbers}
+    known = {figure for figure, _ in NUMBERS.values()}
+    of_hardware = {name: value for name, value in changes.items() if name in known}
     of_model = {name: value for name, value in changes.items() if name not in of_request | of_hardware}
     sources, model = {**made.sources, **dict.fromkeys(of_request, source)}, made.model
     if of_model:
@@ -52,7 +53,7 @@ def changed(made: Setup, changes: Mapping[str, Any], hardware: Hardware, source:
         sources["model"] = f"{source} and {model.source}"
     again: dict[str, Any] = {"sequences": None} if "context" in changes and made.asked.sequences is None else {}
     made = replace(made.asking(**{**again, **of_request}), model=model, sources=sources, unserved="")
-    return _completed(replace(made, hardware=hardware.having(source, **of_hardware)), must_serve=False)
+    return _completed(replace(made, hardware=hardware.varied(source, of_hardware)), must_serve=False)
 
 
 def _completed(made: Setup, must_serve: bool) -> Setup:
@@ -142,7 +143,7 @@ def _deployed(made: Setup, stage: Stage) -> Setup:
         if memory_of(found, stage).gpu_memory <= made.memory:
             break
     else:
-        how = how if gpus is not None else "the most GPUs that it divides"
+        how = how if gpus is not None else "the most GPUs that can share it"
     return replace(found, sources={stage: how, **made.sources})
 
 

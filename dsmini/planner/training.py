@@ -52,7 +52,7 @@ from dsmini.config import ModelConfig
 from dsmini.planner.exchange import training_exchange
 from dsmini.planner.figure import Sheet
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.request import Layout, Schedule, copies, presets
+from dsmini.planner.request import DTYPES, Layout, Schedule, copies, presets
 from dsmini.planner.words import shown
 
 ZERO3_GATHERED = 2
@@ -243,6 +243,8 @@ def _compute(s: Sheet, c: ModelConfig, hardware: Hardware, r: Layout) -> None:
     if r.expert > 1 and "multiprocessors" in hardware.numbers:
         assume(s, "communication_multiprocessors")
         share = 1 - s.communication_multiprocessors / s.multiprocessors
+        if float(share) <= 0:
+            raise ValueError(f"{hardware.title} has no multiprocessors but those that carry rows; use expert=1")
     peak = hardware.peak(s, "float32" if r.precision == "fp32" else "bfloat16")
     s.plain_rate = peak * s.bf16_efficiency * share
     fp8 = r.precision == "fp8"
@@ -294,7 +296,7 @@ def _step(s: Sheet, c: ModelConfig, hardware: Hardware, r: Layout, gpus: list[Sh
     rows = 0.0
     if r.expert > 1:
         nodes = r.expert / hardware.value("gpus_per_node")
-        training_exchange(s, c, hardware, nodes, "fp8" if r.precision == "fp8" else "bfloat16")
+        training_exchange(s, c, hardware, nodes, DTYPES[r.precision])
         layers = (s.moe_layers + s.mtp_moe_layers) / s.pipeline
         s.chunk_dispatch = s.dispatch_seconds * s.micro_batch_tokens * layers
         rows = s.chunk_dispatch
@@ -343,7 +345,7 @@ def _reduce_seconds(s: Sheet, c: ModelConfig, hardware: Hardware, r: Layout) -> 
     if not hardware.linked:
         raise ValueError(f"{hardware.title} has no fast link between GPUs, which tensor={r.tensor} needs; use 1")
     layers = (c.n_layers + c.n_mtp_layers) / s.pipeline
-    return 2 * c.dim * s.micro_batch_tokens * (4 * (s.tensor - 1) * layers) / s.fast_link
+    return SIZES[DTYPES[r.precision]] * c.dim * s.micro_batch_tokens * (4 * (s.tensor - 1) * layers) / s.fast_link
 
 
 def _state_seconds(s: Sheet, hardware: Hardware, r: Layout, gpus: list[Sheet]) -> Any:

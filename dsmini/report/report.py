@@ -129,4 +129,4 @@ class Report:
         page = environment.get_template("page.html.j2")
         groups = [g for s in self.sections for part in (s.details, s.folded) for g in part.values()]
         names = {detail.name for group in groups for detail in group}
-        return page.render(report=self, themes=plots.THEMES, tones=set(tables.STYLES), names=names)
+        return page.render(report=self, themes=plots.THEMES, tones=tables.STYLES, names=names)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import rich.table
 from rich.console import Console
@@ -17,11 +18,12 @@ NEAR, FAR = 1.1, 1.5
 WIDEST = 4.0
 """Ratio at one end of its bar; the other end is the inverse."""
 MEASURED = ("predicted", "measured", "95 % interval", "measured / predicted")
-STYLES = {"near": "green", "equal": "green", "off": "yellow", "far": "red", "unequal": "bold red", "better": "green"}
-STYLES |= {"worse": "red", "new": "cyan", "gone": "cyan", "changed": "yellow", "reproduced": "green"}
-STYLES |= {"missed": "red", "fitted": "yellow", "misprint": "yellow", "worked out": "green", "follows": "green"}
+STYLES = {"near": "green", "equal": "green", "off": "yellow", "far": "red", "unequal": "bold red", "missed": "red"}
+STYLES |= {"reproduced": "green", "follows": "green", "fitted": "yellow", "misprint": "yellow"}
 LABEL = 24
 """Width to which labels of rows may be wrapped, so that more columns have room."""
+NARROWEST = 12
+"""Least width that is left for a column that is wrapped: less has a letter a line."""
 LONGEST = 30
 """Number of figures of a question that a terminal shows; the page has all."""
 
@@ -123,7 +125,7 @@ def show_details(console: Console, title: str, details: Sequence[Detail]) -> Non
 
 
 def show_table(console: Console, table: Table, title: str = "") -> None:
-    """Print a table of words, in parts if it is too wide; colour cells that are names of colours, such as "worse"."""
+    """Print a table of words, in parts if it is too wide; colour cells that are in STYLES, such as "missed"."""
     title = title or table.heat
     heading = Text(title, style="bold") if title else Text(table.common, style="dim")
     for columns in _parts(table, console.width):
@@ -156,12 +158,15 @@ def _print(
     rows: Sequence[Sequence[str | Text]],
     whole: Sequence[str] = (),
 ) -> None:
-    """Print a table; numeric columns and `whole` ones are not wrapped."""
+    """Print a table; numeric columns and `whole` ones are not wrapped where the others have room."""
     table = rich.table.Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    widths = {name: max(map(len, cells)) + 2 for name, *cells in zip(columns, columns, *rows, strict=True)}
+    for kept in ({*numeric, *whole}, {*numeric}, set[str]()):
+        if sum(wide if name in kept else min(wide, NARROWEST) for name, wide in widths.items()) <= console.width:
+            break
     for name in columns:
-        right = name in numeric
-        kept = right or name in whole
-        table.add_column(name, header_style="dim", justify="right" if right else "left", no_wrap=kept, overflow="fold")
+        how: dict[str, Any] = {"no_wrap": name in kept, "justify": "right" if name in numeric else "left"}
+        table.add_column(name, header_style="dim", overflow="fold", **how)
     for cells in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
     console.print(table)

@@ -47,6 +47,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "toy @laptop": {"precision": "fp32", "weights": "float32"},
     "deepseek-v2 gpus=128 decode_gpus=48": {"decode": (1, 48, 32), "decode how": "as chosen"},
     "deepseek-v2 gpus=128 decode_gpus=48 decode_tensor=4": {"decode": (4, 48, 32)},
+    "deepseek-v2 gpus=128 sequences=1000": {"decode how": "the most GPUs that can share it"},
     "kimi-k2 optimizer=muon": {"optimizer": "muon"},
     "toy optimizer=adamw moments=bfloat16": {"optimizer": "adamw", "moments": "bfloat16"},
 }

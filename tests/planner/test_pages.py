@@ -123,15 +123,19 @@ def test_page_of_two_axes_has_a_heat_map_of_each_figure() -> None:
     """A plan that does not fit is marked, and the cell of one that there is not is empty."""
     answer = varied("precision=fp8,bf16", "zero=0,1", of=("memory_needed", "training_time"))
     assert answer.page is not None
-    (section,) = [each for each in answer.page().sections if each.name == "variation_section"]
+    section, *_ = answer.page().sections
     first, second = section.tables
     assert (first.heat, second.heat) == ("Memory of the GPU that holds most", "Time of the whole run without failures")
     assert list(first.columns) == ["precision \\ zero", "0", "1"]
     assert first.rows == [["fp8", "! 109 GB", "65.0 GB"], ["bf16", "! 130 GB", "94.3 GB"]]
     assert first.rows[1][1].shade > first.rows[0][1].shade > first.rows[1][2].shade > first.rows[0][2].shade  # pyright: ignore
     axes = ("pipeline=7,8", "hardware=h100,h800")
-    none, some = varied(*axes, of=("training_cost",)).page().sections[-2].tables[0].rows  # pyright: ignore
+    none, some = varied(*axes, of=("training_cost",)).page().sections[0].tables[0].rows  # pyright: ignore
     assert none[1:] == ["–", "–"] and some[1] == "–" and some[2].startswith("!")  # noqa: RUF001
+
+
+def test_narrow_terminal_shows_whole_words() -> None:
+    assert {"tokens/s", "671,026,404,352", "model"} <= {*on_terminal(planned(V3, whole=True), 44).split()}
 
 
 def test_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
@@ -172,6 +176,22 @@ def test_variation_moves_a_figure_as_it_must(axis: str, figure: str, wanted: lis
     else:
         assert values == sorted(set(values), reverse=wanted == DOWN)
     assert {each.plan.setup.sources["layout"] for each in found if each.plan} == {made.sources["layout"]}
+
+
+def test_variation_tells_where_serving_has_no_plan() -> None:
+    """And plans serving where a value lets it."""
+    (section,) = varied("prompt=64,512", words="toy").sections
+    why = "prompt=512 is longer than the model's max_seq_len=256; shorten it"
+    assert section.warnings == [f"prompt=512: serving is not planned: {why}"]
+    refused = setup_of("shakespeare")
+    ((normed, plain), _) = vary(refused, [read_axis("qk_norm=true,false")])
+    assert normed.plan and plain.plan and refused.unserved == normed.plan.setup.unserved != ""
+    assert plain.plan.setup.served and not plain.plan.setup.unserved
+
+
+def test_variation_by_a_link_that_the_hardware_lacks() -> None:
+    ((each,), _) = vary(setup_of("toy @laptop"), [read_axis("fast_link=1e9")])
+    assert each.plan is not None and each.plan.setup.hardware.linked
 
 
 @pytest.mark.parametrize("axis", OWN.split())

@@ -37,6 +37,13 @@ def test_v3_decodes_as_worked_out_by_hand() -> None:
     assert found["decode_fast_bytes"] == pytest.approx(inside + gathered)
 
 
+@pytest.mark.parametrize("figure", ["fast_row_bytes", "chunk_tensor", "decode_fast_bytes"])
+def test_fp32_sends_twice_the_bytes_of_bf16(figure: str) -> None:
+    fixed = "deepseek-v2-lite gpus=16 batch=96 expert=8 tensor=2 decode_gpus=8 decode_tensor=2"
+    narrow, wide = (f"{fixed} precision={p} weight_dtype={d}" for p, d in (("bf16", "bfloat16"), ("fp32", "float32")))
+    assert values_of(wide)[figure] == pytest.approx(2 * values_of(narrow)[figure])
+
+
 def test_gain_of_drafts_is_that_of_plans_with_more_tokens() -> None:
     """A step that verifies d drafts is one of d + 1 times as many tokens that share the cache of as many sequences."""
     for words in ("deepseek-v3", "deepseek-v3 sequences=1 decode_gpus=1"):

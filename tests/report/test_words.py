@@ -1,4 +1,4 @@
-"""Figures in words: units, tones of predictions, and tones of predictions."""
+"""Figures in words: units, and tones of predictions."""
 
 from typing import Any
 
