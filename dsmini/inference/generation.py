@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dsmini.inference.fused import Decoder
-from dsmini.inference.sampling import Sampling, draw, likeliest
+from dsmini.inference.sampling import Sampling, draw, is_whole, likeliest
 from dsmini.inference.speculative import Drafter, accept, agreed
 from dsmini.nn import Cache, Transformer
 from dsmini.nn.cache import CacheDtype, last_valid
@@ -153,7 +152,8 @@ class Generation:
         watch: Callable[[int, int], None] | None = None,
         agree: Callable[[list[list[int]]], None] | None = None,
     ) -> None:
-        ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ()
+        ends = [] if eos_token_id is None else eos_token_id
+        ends = ends if isinstance(ends, Collection) else [ends]
         longest = max(map(len, prompts), default=0)
         room = min(model.config.max_seq_len, longest + max_new_tokens) if max_seq_len is None else max_seq_len
         check_request(model, prompts, max_new_tokens, ends, room, slide, speculative)
@@ -346,7 +346,7 @@ def rows_of(prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) -> lis
     """
     rows: list[Any] = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
     for i, row in enumerate(rows):
-        if not isinstance(row, list | tuple) or not all(map(_is_whole, row)):
+        if not isinstance(row, list | tuple) or not all(map(is_whole, row)):
             raise ValueError(
                 f"prompt {i} is not a row of whole numbers; want prompts [b, s], or a list of rows of token ids"
             )
@@ -364,7 +364,7 @@ def check_request(
 ) -> None:
     """Raise ValueError for prompts or options that this model, and a cache of `room` tokens a row, cannot serve."""
     longest, context, v = max(map(len, prompts), default=0), model.config.max_seq_len, model.config.vocab_size
-    if not _is_whole(max_new_tokens) or max_new_tokens < 0:
+    if not is_whole(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} is not a whole number from 0 on; use for example 64")
     for i, prompt in enumerate(prompts):
         if wrong := [token for token in prompt if not 0 <= token < v]:
@@ -372,7 +372,7 @@ def check_request(
     if not prompts or not min(map(len, prompts)):
         raise ValueError("a prompt is empty, or there is none; give each at least one token")
     for token in ends:
-        if not _is_whole(token) or not 0 <= token < v:
+        if not is_whole(token) or not 0 <= token < v:
             raise ValueError(f"eos_token_id={token} is outside the vocabulary; want 0 to {v - 1}, or None")
     if speculative and not len(model.mtp):
         raise ValueError("speculative=True, but the model has no multi-token prediction blocks; leave it out")
@@ -384,7 +384,3 @@ def check_request(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than {limit}; "
             f"use max_new_tokens={max(0, room - longest + 1)}, or a shorter prompt"
         )
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -6,6 +6,7 @@ that is the quotient of two of them.
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,10 +37,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         t, k, p, m, r = self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
-        whole = isinstance(k, int) and not isinstance(k, bool) and k >= 1
         for ok, words in (
             (_is_number(t) and t >= 0, f"temperature={t} is not 0 or more; use 0 for the likeliest token"),
-            (k is None or whole, f"top_k={k} is not a whole number from 1 on; leave it out for all"),
+            (k is None or (is_whole(k) and k >= 1), f"top_k={k} is not a whole number from 1 on; leave it out for all"),
             (p is None or (_is_number(p) and 0 < p <= 1), f"top_p={p} is not above 0 and at most 1; use 0.95, say"),
             (m is None or (_is_number(m) and 0 <= m <= 1), f"min_p={m} is not from 0 to 1; use 0.05, say"),
             (_is_number(r) and r > 0, f"repetition_penalty={r} is not above 0; use 1 for none, 1.1 for a mild one"),
@@ -127,5 +127,10 @@ def _require_finite(scores: Float[Tensor, "*b v"]) -> None:
         )
 
 
+def is_whole(value: object) -> bool:
+    """Return True for an integer of Python or numpy, but no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -305,7 +305,7 @@ class Cache(BlockCaches):
         form: Form | FormPolicy = "auto",
         hidden_dtype: torch.dtype = torch.float32,
     ) -> None:
-        _check(config, max_seq_len, dtype, form)
+        _check(config, batch_size, max_seq_len, dtype, form)
         self.config, self.max_seq_len = config, max_seq_len
 
         def stores(n: int) -> list[LayerCache]:
@@ -392,12 +392,16 @@ class Cache(BlockCaches):
         return self.mtp
 
 
-def _check(config: ModelConfig, max_seq_len: int, dtype: CacheDtype, form: Any) -> None:
+def _check(config: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheDtype, form: Any) -> None:
+    if min(batch_size, max_seq_len) < 1:
+        raise ValueError(f"a cache of {batch_size} sequences of {max_seq_len} tokens; want 1 or more of both")
     if max_seq_len > config.max_seq_len:
         raise ValueError(
             f"a cache of {max_seq_len} tokens a sequence is longer than the model's max_seq_len={config.max_seq_len}; "
             "shorten it, or build the model with a longer context"
         )
+    if dtype != "fp8" and dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"dtype={dtype!r} holds no rows of a cache; use torch.float32, torch.bfloat16 or 'fp8'")
     if dtype == "fp8" and not config.is_mla:
         raise ValueError(f"dtype='fp8' is the layout of MLA's latent, not of attention={config.attention!r}; use BF16")
     if form not in ("auto", "expanded", "absorbed") and not callable(form):

@@ -48,13 +48,30 @@ class FP32Module(nn.Module):
         return super()._apply(keep, recurse)
 
 
+class Matrix(nn.Module):
+    """Base of the layers whose weight is one matrix, drawn from a normal distribution."""
+
+    def __init__(self, rows: int, columns: int, init_std: float, dtype: torch.dtype | None = None) -> None:
+        nn.Module.__init__(self)
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype))
+        self.init_std = init_std
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weight from a normal distribution with the standard deviation init_std."""
+        draw_normal(self.weight, self.init_std, generator)
+
+    def extra_repr(self) -> str:
+        return "{1}, {0}".format(*self.weight.shape)
+
+
 @ops.operation("linear")
 def linear(x: Float[Tensor, "*batch i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "*batch o"]:
     """Return x W^T for x [*batch, i] and W [o, i], computed in x's dtype. The weight may have another dtype."""
     return F.linear(x, weight.to(x.dtype))
 
 
-class Projection(nn.Module):
+class Projection(Matrix):
     """Base of the layers y = x W^T without a bias, whose weight is numbers or FP8 codes (fp8.py).
 
     Any of them may be replaced: by nn.Linear, by a wrapper that adds a low-rank product (LoRA), or by a subclass with a
@@ -66,23 +83,13 @@ class Projection(nn.Module):
     precision = "native"
 
     def __init__(self, in_features: int, out_features: int, *, init_std: float = 0.02) -> None:
-        nn.Module.__init__(self)
+        Matrix.__init__(self, out_features, in_features, init_std)
         self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_parameter("bias", None)
-        self.init_std = init_std
-        self.reset_parameters()
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weight from a normal distribution with the standard deviation init_std."""
-        draw_normal(self.weight, self.init_std, generator)
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
         """Return the whole weight in that dtype, as the products see it."""
         return self.weight.to(dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}"
 
 
 class Linear(Projection, nn.Linear):
@@ -143,18 +150,11 @@ def quantize_once(x: Tensor | QuantizedTensor, *readers: nn.Module | None) -> An
     return quantize(x) if isinstance(x, Tensor) and reads_codes(*readers) else x
 
 
-class FP32Linear(FP32Module):
+class FP32Linear(FP32Module, Matrix):
     """y = x W^T without a bias. Weight, product and result are FP32, whatever dtype x has."""
 
     def __init__(self, in_features: int, out_features: int, *, init_std: float = 0.02) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
-        self.init_std = init_std
-        self.reset_parameters()
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weight from a normal distribution with the standard deviation init_std."""
-        draw_normal(self.weight, self.init_std, generator)
+        Matrix.__init__(self, out_features, in_features, init_std, torch.float32)
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         with without_autocast(x):
@@ -238,18 +238,11 @@ class LayerNorm(FP32Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-class Embedding(nn.Module):
+class Embedding(Matrix):
     """One row of the weight for each token id."""
 
     def __init__(self, vocab_size: int, dim: int, *, init_std: float = 0.02) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
-        self.init_std = init_std
-        self.reset_parameters()
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weight from a normal distribution with the standard deviation init_std."""
-        draw_normal(self.weight, self.init_std, generator)
+        super().__init__(vocab_size, dim, init_std)
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch m"]:
         """Return a row for each id.

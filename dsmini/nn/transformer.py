@@ -16,17 +16,7 @@ from dsmini.nn.block import Aux, Block
 from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy
 from dsmini.nn.dsa import IndexerLoss
 from dsmini.nn.gate import Gate, Routing, sequence_balance_loss
-from dsmini.nn.layers import (
-    Embedding,
-    FP32Linear,
-    LayerNorm,
-    Linear,
-    Projection,
-    RMSNorm,
-    at_least_fp32,
-    check_ids,
-    is_plain,
-)
+from dsmini.nn.layers import Embedding, LayerNorm, Linear, Matrix, RMSNorm, at_least_fp32, check_ids, is_plain
 from dsmini.nn.moe import Experts
 from dsmini.nn.mtp import MTPChain
 from dsmini.nn.rope import Rope
@@ -133,7 +123,7 @@ class Transformer(nn.Module):
         A module that is not dsmini's, such as nn.Linear, draws from torch's own generator.
         """
         for module in self.modules():
-            if isinstance(module, Embedding | Projection | FP32Linear | Experts | Gate | RMSNorm | LayerNorm):
+            if isinstance(module, Matrix | Experts | Gate | RMSNorm | LayerNorm):
                 module.reset_parameters(generator)
             elif module is not self and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
@@ -182,6 +172,8 @@ class Transformer(nn.Module):
             documents, recompute: as in losses; not with a cache, whose rows are one document each.
             train_indexers: as in AttentionContext.
         """
+        if cache is None and lengths is not None:
+            raise ValueError("lengths are of rows in a cache; give one, or leave them out")
         if cache is not None and documents is not None:
             raise ValueError("documents do not go with a cache, which holds one document a row; leave out one of them")
         with nullcontext() if cache is None else torch.no_grad():
@@ -235,7 +227,7 @@ class Transformer(nn.Module):
     ) -> Output:
         """Return forward's logits, hidden states and routing; with mtp also multi-token prediction's logits."""
         if cache is None:
-            states = self.states(tokens)
+            states = self.states(tokens, None, lengths)
             normed, found = self.mtp(tokens, states.given, self.embedded) if mtp else ([], [])
             mtp_logits = [self.head(h) for h in normed]
             return Output(self.head(states.normed), states.normed, mtp_logits, states.routing + _listed(found)[0])

@@ -337,12 +337,14 @@ def quantize(
 
 
 def check_source(x: Tensor, what: str) -> None:
-    """Refuse dtypes without 8-bit codes (FP64, integers), and forward-mode derivatives.
+    """Refuse dtypes without 8-bit codes (FP64, integers), single numbers, and forward-mode derivatives.
 
     Codes are integers and carry no tangent, so that a forward-mode derivative would be zero without a word.
     """
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{what} is {x.dtype}; want float32, bfloat16 or float16: use {what}.float()")
+    if not x.dim():
+        raise ValueError(f"{what} is a single number; want a dimension or more: use {what}[None]")
     if _has_tangent(x):
         raise ValueError(f"{what} has a forward-mode tangent, as in torch.func.jvp; want reverse mode: use backward()")
 

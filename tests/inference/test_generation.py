@@ -204,7 +204,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 is not a whole number"),
     ([[1]], {"eos_token_id": 61}, "eos_token_id=61 is outside the vocabulary; want 0 to 60, or None"),
     ([[1]], {"eos_token_id": [3, -1]}, "eos_token_id=-1 is outside the vocabulary"),
-    ([[1]], {"eos_token_id": [1.5]}, "eos_token_id=1.5 is outside the vocabulary"),
+    ([[1]], {"eos_token_id": 1.5}, "eos_token_id=1.5 is outside the vocabulary"),
     ([[1]], {"top_k": 0}, "top_k=0 is not a whole number"),
     ([[1]], {"speculative": True}, "no multi-token prediction blocks"),
     ([[1] * 33], {}, "a prompt of 33 tokens and 4 new ones are more than the model's context of 32"),

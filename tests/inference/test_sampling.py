@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -116,6 +117,7 @@ def test_what_cannot_be_drawn_from_is_refused() -> None:
         for call in (Sampling().probabilities, Sampling(temperature=1.0, top_k=2).probabilities, likeliest):
             said = refusal(call, logits)
             assert said.startswith("row 1: ") and want in said
+    assert Sampling(temperature=np.float32(0.5), top_k=np.int64(2)).top_k == 2  # pyright: ignore[reportArgumentType]
     for name, values, words in (
         ("temperature", (-0.5, math.nan, math.inf, "hot"), "is not 0 or more"),
         ("top_k", (0, 2.5, True), "is not a whole number"),

@@ -279,6 +279,8 @@ def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -
         ("1 rows of tokens for a cache of 2", model, tokens[:1, :2], cache),
         ("lengths=[3, 1] for 2 sequences of 2", model, tokens[:, :2], cache, torch.tensor([3, 1])),
         ("lengths=[1] for 2 sequences", place, cache, cache.config, tokens[:, :2], one),
+        ("lengths are of rows in a cache; give one, or leave them out", model, tokens[:1], None, one),
+        ("lengths are of rows in a cache; give one, or leave them out", model.run, tokens[:1], None, False, one),
         ("truncate to [11, 11], but the lengths are [10, 10]", cache.truncate, 11),
         ("truncate to [-1, 3]", cache.truncate, torch.tensor([-1, 3])),
         ("mtp=True needs a cache for multi-token", model.run, tokens[:, :1], cache, True),
@@ -292,6 +294,9 @@ def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -
 def test_impossible_cache_raises(small_model: Model) -> None:
     for changes, options, words in (
         ({}, {"max_seq_len": 33}, "33 tokens a sequence is longer than the model's max_seq_len=32"),
+        ({}, {"batch_size": 0}, "a cache of 0 sequences of 32 tokens; want 1 or more of both"),
+        ({}, {"max_seq_len": 0}, "a cache of 1 sequences of 0 tokens; want 1 or more of both"),
+        ({}, {"dtype": torch.int64}, "dtype=torch.int64 holds no rows of a cache; use torch.float32,"),
         ({"attention": "mha"}, {"dtype": "fp8"}, "the layout of MLA's latent, not of attention='mha'"),
         ({"attention": "mha"}, {"form": "absorbed"}, "form='absorbed' is MLA's"),
         ({"qk_norm": True}, {"form": "absorbed"}, "form='absorbed' is MLA's without qk_norm"),

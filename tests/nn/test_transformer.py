@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dsmini import MLA, MTP, Attention, Block, Experts, FeedForward, Gate, ModelConfig, MoE, RMSNorm, Transformer, ops
-from dsmini.nn import Rope
+from dsmini.nn import Embedding, Linear, Rope
+from dsmini.nn.layers import FP32Linear
 from tests import reference_model as reference
 from tests.conftest import randomise
 from tests.helpers.configs import refusal
@@ -172,6 +173,16 @@ def test_layer_is_built_from_a_config_or_from_plain_arguments(layer: Any) -> Non
     assert shapes[0] == shapes[1] == shapes[2]
     assert any(20 in shape for shape in shapes[0].values())
     assert "unknown key 'n_head' in the arguments; did you mean 'n_heads'" in refusal(layer, n_head=2)
+
+
+def test_layers_show_their_sizes() -> None:
+    assert [str(layer) for layer in (Gate(), Experts(), Embedding(7, 4), Linear(5, 3), FP32Linear(5, 3))] == [
+        "Gate(192, 4 of 16 experts, 2 of 4 groups, sigmoid)",
+        "Experts(192, 128, 16 experts)",
+        "Embedding(7, 4)",
+        "Linear(5, 3)",
+        "FP32Linear(5, 3)",
+    ]
 
 
 def test_layers_run_alone() -> None:

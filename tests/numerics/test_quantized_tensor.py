@@ -104,6 +104,8 @@ def test_what_cannot_be_quantized_is_refused() -> None:
     for dtype in (torch.float64, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64):
         want = f"x is {dtype}; want float32, bfloat16 or float16: use x.float()"
         assert refusal(quantize, x.to(dtype)) == want
+    want = "x is a single number; want a dimension or more: use x[None]"
+    assert refusal(quantize, torch.tensor(1.0)) == refusal(fp8_matmul, torch.tensor(1.0), x) == want
     for tile in ((0, 1), (1, -128), (1,), (1, 2, 3), "row", (1.5, 2), (True, 128), 128, None):
         want = f"tile={tile!r} is no tile of [3, 4]; want rows and columns, such as (1, 128)"
         assert refusal(quantize, x, tile) == want
