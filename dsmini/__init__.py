@@ -78,7 +78,7 @@ HOMES = {
     ),
     "dsmini.numerics": ("Accumulator", "QuantizedTensor", "fp8_matmul", "quantize"),
 }
-ROOMS = (
+PACKAGES = (
     *("accounting", "checkpoint", "config", "functional", "inference", "machine", "measure", "nn", "numerics", "ops"),
     "text",
 )
@@ -87,7 +87,7 @@ ROOMS = (
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
-    if name in ROOMS:
+    if name in PACKAGES:
         return import_module(f"dsmini.{name}")
     for home, names in HOMES.items():
         if name in names:

@@ -57,6 +57,8 @@ BESIDE = re.compile(
 )
 TENSORS = (".safetensors", ".bin", ".pt", ".pth")
 LOST = ", which no config says: the folder would be read as another model; save model.state_dict() with your code"
+IDEAS = ("mask", "options", "scale", "eps", "rope", "topk", "interleaved", "fp8", "exchange", "pre_norm")
+"""Attributes of layers, besides weights, that decide what they compute."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -141,10 +143,12 @@ def save_inference(
 
     Warns: if there are such blocks; if gates have a bias that DeepSeek's code has no place for.
 
-    Raises: ValueError if the folder holds anything already, or if the layout cannot hold the model on these ranks.
+    Raises: ValueError if the folder holds anything already, if the layout cannot hold the model on these ranks, or if a
+        layer computes what no config says.
     """
     path = Path(path)
     refuse_filled(path)
+    refuse_changed_ideas(model)
     config, origin = model.config, origin_of(model)
     raw = inference_to_json(dataclasses.asdict(config), config.extended)
     _refuse_ranks(config, ranks)
@@ -296,17 +300,19 @@ class SavePlan:
 def refuse_changed_ideas(model: Transformer) -> None:
     """Raise ValueError for a model that computes what no config says, since it would be read back as another.
 
-    That is a layer whose class is not dsmini's or torch's, a mask, and options of a gate. A folder never holds code.
+    That is a layer with a hook, or whose class is not dsmini's or torch's, and one of IDEAS that the config does not
+    give. A folder never holds code.
     """
     with torch.device("meta"):
         plain = dict(Transformer(model.config).named_modules())
     for name, module in model.named_modules():
-        kind = type(module)
+        kind, where = type(module), f"{name}." if name else "the model's "
         ours = kind.__module__.split(".")[0] in ("dsmini", "torch") and "forward" not in vars(module)
+        ours = ours and not module._forward_hooks and not module._forward_pre_hooks
         require(ours, f"{name or 'the model'} is a {kind.__qualname__} with code of its own{LOST}")
-        for option in ("mask", "options"):
-            given = getattr(module, option, None)
-            require(given == getattr(plain.get(name), option, None), f"{name}.{option} is {brief(given)}{LOST}")
+        for option in IDEAS:
+            given = vars(module).get(option)  # buffers of such names are weights
+            require(given == getattr(plain.get(name), option, None), f"{where}{option} is {brief(given)}{LOST}")
 
 
 def parse_size(size: int | str) -> int:

@@ -10,8 +10,8 @@ query latent c_q, from which MLA makes its own queries:
     k   = H RoPE(LayerNorm(W_K h))  one key for all heads: cached
     w_j = W_w h                     a weight for each head, in FP32
     I[t, s] = sum_j w[t, j] relu(q[t, j] . k[s]) / sqrt(heads * head dim)
-RoPE turns the first qk_rope_head_dim numbers, where MLA turns the last ones, and it pairs the two halves of them, where
-MLA pairs neighbours; its angles are MLA's, YaRN included. H is the Hadamard transform. It leaves all products as they
+RoPE rotates the first qk_rope_head_dim numbers, in MLA the last ones. It pairs their two halves, where MLA pairs
+neighbours. Its angles are MLA's, YaRN included. H is the Hadamard transform. It leaves all products as they
 are, and makes the rounding to FP8 harmless: no number of a row is much larger than the others.
 
 With no more than index_topk keys there is nothing to choose, and the layer is MLA. MLA's two forms remain. Expanded

@@ -1,7 +1,7 @@
 """Rotary position embedding, interleaved as DeepSeek has it, and YaRN for a context longer than the trained one.
 
 A head's dimensions are rotated in adjacent pairs (x0, x1), (x2, x3), ... and stay where they are. Pair j at position p
-turns by p * theta^(-2j/d). Only differences of positions reach the attention logit q.k.
+is rotated by p * theta^(-2j/d). Only differences of positions reach the attention logit q.k.
 
 YaRN (Peng et al. 2023) stretches a context by `factor`: pairs that turn often within the original context keep their
 frequency, pairs that hardly turn are slowed by the factor, a linear ramp blends those between. The logits are also made

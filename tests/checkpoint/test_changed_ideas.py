@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import dsmini
+from dsmini.checkpoint.save import save_inference
 
 
 class OtherGate(dsmini.Gate):
@@ -33,8 +34,18 @@ def build(config: dsmini.ModelConfig, idea: str) -> dsmini.Transformer:
         "residual": OtherResidual,
     }
     model = dsmini.Transformer(config, make_block=make_block.get(idea, dsmini.Block))
-    if idea == "forward":
-        model.layers[0].attn_norm.forward = lambda x: x
+    first, second = model.layers
+    changes = {
+        "forward": lambda: setattr(first.attn_norm, "forward", lambda x: x),
+        "hook": lambda: second.attn.wo.register_forward_hook(lambda module, inputs, y: 2 * y),
+        "input hook": lambda: second.register_forward_pre_hook(lambda module, inputs: None),
+        "scale": lambda: setattr(first.attn, "scale", 1.0),
+        "eps": lambda: setattr(model.norm, "eps", 0.5),
+        "rope": lambda: setattr(model, "rope", dsmini.nn.Rope(dim=model.rope.dim, rope_theta=5.0)),
+        "exchange": lambda: setattr(second.ffn, "exchange", lambda experts, shared, x, routing: x),
+    }
+    if idea in changes:
+        changes[idea]()
     return model
 
 
@@ -49,13 +60,20 @@ def build(config: dsmini.ModelConfig, idea: str) -> dsmini.Transformer:
         ("mask", r"layers\.0\.attn\.mask is .*lambda.*which no config says"),
         ("residual", r"layers\.0 is a OtherResidual with code of its own, which no config says"),
         ("forward", r"layers\.0\.attn_norm is a RMSNorm with code of its own"),
+        ("hook", r"layers\.1\.attn\.wo is a Linear with code of its own"),
+        ("input hook", r"layers\.1 is a Block with code of its own"),
+        ("scale", r"layers\.0\.attn\.scale is 1\.0, which no config says"),
+        ("eps", r"norm\.eps is 0\.5, which no config says"),
+        ("rope", r"the model's rope is Rope.*which no config says"),
+        ("exchange", r"layers\.1\.ffn\.exchange is .*lambda.*which no config says"),
     ],
 )
 def test_changed_idea_is_refused_by_name(tmp_path: Path, small_config, idea: str, sentence: str) -> None:
     model = build(small_config(), idea)
-    with pytest.raises(ValueError, match=sentence):
-        dsmini.save_pretrained(model, tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+    for save in (dsmini.save_pretrained, *([] if idea == "score" else [save_inference])):
+        with pytest.raises(ValueError, match=sentence):
+            save(model, tmp_path / "x")
+        assert not (tmp_path / "x").exists()
 
 
 def test_same_computation_in_other_classes_is_written(tmp_path: Path, small_model) -> None:

@@ -51,10 +51,10 @@ def test_lazy_names_are_those_that_type_checkers_see() -> None:
     seen = {
         node.module: {alias.name for alias in node.names} for node in block.body if isinstance(node, ast.ImportFrom)
     }
-    rooms = seen.pop("dsmini")
+    packages = seen.pop("dsmini")
     assert seen == {home: set(names) for home, names in dsmini.HOMES.items()}
-    assert rooms <= set(dsmini.ROOMS)
-    assert set(dsmini.__all__) == {"__version__"} | rooms | {name for names in seen.values() for name in names}
+    assert packages <= set(dsmini.PACKAGES)
+    assert set(dsmini.__all__) == {"__version__"} | packages | {name for names in seen.values() for name in names}
     assert set(dsmini.__all__) <= set(dir(dsmini))
 
 

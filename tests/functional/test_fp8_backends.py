@@ -147,9 +147,9 @@ def test_experts_and_linear_cost_their_operands_once() -> None:
     indices, weights = routed(130, 2, 6, empty=(0, 3))
     matrices, x = stacked(), torch.randn(130, 200).bfloat16()
     held = [quantize(w, WEIGHT_TILE, "fp32") for w in matrices]
-    visits, codes, scales = 260, 136 * 200, 4 * (2 * 2)
+    pairs, codes, scales = 260, 136 * 200, 4 * (2 * 2)
     routing = indices.nbytes + weights.nbytes
-    flops = 6 * visits * 136 * 200
+    flops = 6 * pairs * 136 * 200
     held_read = 4 * 3 * (codes + scales)
     cost = cost_of("quantized_experts", None, x, indices, weights, *held)
     assert cost[:3] == (x.nbytes + routing + held_read, x.nbytes, flops)

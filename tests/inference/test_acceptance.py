@@ -39,8 +39,8 @@ def test_tokens_follow_the_model_and_guesses_are_kept_as_often_as_possible(case:
     generator = torch.Generator().manual_seed(0)
     guesses = torch.stack([draw(row.expand(N, -1), generator) for row in q], 1).tolist()
     rows: list[Tensor] = list(q)
-    picked = [accept(guess, rows, p, generator) for guess in guesses]
-    at_depth = [[row for row in picked if len(row) > i] for i in range(3)]
+    accepted = [accept(guess, rows, p, generator) for guess in guesses]
+    at_depth = [[row for row in accepted if len(row) > i] for i in range(3)]
     # 1. each token is distributed as the model's, whatever was guessed
     for i, reached in enumerate(at_depth):
         counts = Counter(row[i] for row in reached)

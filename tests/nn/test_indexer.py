@@ -51,8 +51,8 @@ def test_scores_and_gradients_follow_the_report(case: str, interleave: bool) -> 
 def test_keys_are_cached_after_the_hadamard_transform() -> None:
     layer, c, x, _, table = made()
     k = layer.k_norm(layer.wk(x))
-    turned = torch.cat((reference.rotate(k[..., None, :8], c, halves=True).squeeze(2), k[..., 8:]), -1)
-    assert relative_error(layer.keys(x, table), turned @ sylvester(16) / 4) <= TOLERANCE
+    rotated = torch.cat((reference.rotate(k[..., None, :8], c, halves=True).squeeze(2), k[..., 8:]), -1)
+    assert relative_error(layer.keys(x, table), rotated @ sylvester(16) / 4) <= TOLERANCE
 
 
 @pytest.mark.parametrize("d", [1, 2, 16, 128])

@@ -14,7 +14,7 @@ import dsmini
 from dsmini import Transformer, ops
 
 ROOT = Path(__file__).parents[2]
-ROOMS = (str(ROOT / "dsmini"), str(ROOT / "kernels"))
+PACKAGES = (str(ROOT / "dsmini"), str(ROOT / "kernels"))
 GENERATED = ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>", "<module>")
 
 
@@ -25,7 +25,7 @@ def functions_that_run() -> Iterator[set[tuple[str, str]]]:
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(ROOMS) and code.co_name not in GENERATED:
+        if event == "call" and code.co_filename.startswith(PACKAGES) and code.co_name not in GENERATED:
             seen.add((code.co_filename, f"{code.co_qualname}:{code.co_firstlineno}"))
 
     sys.setprofile(note)

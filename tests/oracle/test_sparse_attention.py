@@ -1,4 +1,4 @@
-"""Logits, picks and gradients of DSA equal those of transformers' DeepSeek-V3.2."""
+"""Logits, chosen keys and gradients of DSA equal those of transformers' DeepSeek-V3.2."""
 
 import json
 from typing import Any
@@ -47,8 +47,8 @@ def renamed(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def picked(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Return a list that gets the picks of each of our layers."""
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Return a list that gets the chosen keys of each of our layers."""
     seen: list[Tensor] = []
     real = DSA.select_topk
     monkeypatch.setattr(DSA, "select_topk", lambda *args: (seen.append(real(*args)), seen[-1])[1])
@@ -56,16 +56,16 @@ def picked(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_picks_and_gradients(picked: list[Tensor], case: str) -> None:
-    theirs, their_picks = hf.v32(3, **CASES[case]), []
+def test_logits_chosen_keys_and_gradients(chosen: list[Tensor], case: str) -> None:
+    theirs, their_chosen = hf.v32(3, **CASES[case]), []
     for layer in theirs.model.layers:
-        layer.self_attn.indexer.register_forward_hook(lambda *args: their_picks.append(args[2]))
+        layer.self_attn.indexer.register_forward_hook(lambda *args: their_chosen.append(args[2]))
     model, tokens = ours(theirs), tokens_for(theirs)
     want, got = theirs(tokens).logits, model(tokens)
     assert_close(got, want, LOGITS, "logits")
 
-    assert len(picked) == (0 if theirs.config.index_topk >= 61 else 3)
-    for mine, other in zip(picked, their_picks, strict=False):
+    assert len(chosen) == (0 if theirs.config.index_topk >= 61 else 3)
+    for mine, other in zip(chosen, their_chosen, strict=False):
         for t in range(61):
             for a, b in zip(mine[:, t].tolist(), other[:, t].tolist(), strict=True):
                 assert set(a) - {-1} == {s for s in b if s <= t}  # theirs are filled with keys that the mask hides
@@ -96,7 +96,7 @@ def test_greedy_tokens_from_the_cache(case: str) -> None:
 
 
 def test_interleaved_pairs_are_another_model() -> None:
-    """transformers has V3.2's halves alone, so that the switch must change the picks."""
+    """transformers has V3.2's halves alone, so that the switch must change the chosen keys."""
     theirs = hf.v32(3)
     model = ours(theirs)
     other = Transformer(model.config, indexer_rope_interleave=True)
