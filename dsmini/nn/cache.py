@@ -229,8 +229,8 @@ class BlockCaches:
         """
         before, columns, data = self.lengths + ahead, torch.arange(s), self.stores[0].data
         if new is not None:
-            new = torch.as_tensor(new, dtype=torch.int64, device="cpu")
-            if new.shape != before.shape or int(new.min()) < 0 or int(new.max()) > s:
+            new = torch.as_tensor(new, device="cpu")
+            if new.is_floating_point() or new.shape != before.shape or int(new.min()) < 0 or int(new.max()) > s:
                 raise ValueError(
                     f"lengths={new.tolist()} for {len(before)} sequences of {s} columns; want one of 0 to {s} each"
                 )

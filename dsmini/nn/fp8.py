@@ -237,8 +237,7 @@ class QuantizedExperts(FP8Weights, Experts):
         indices: Int[Tensor, "n k"],
         weights: Float[Tensor, "n k"],
     ) -> Float[Tensor, "n m"]:
-        w1, w2, w3 = (self.operand(name) for name in ("w1", "w2", "w3"))
-        return quantized_experts(x, indices, weights, w1, w2, w3)
+        return quantized_experts(x, indices, weights, *map(self.operand, ("w1", "w2", "w3")))
 
 
 class FP8Experts(FP8Weights, Experts):
@@ -256,8 +255,7 @@ class FP8Experts(FP8Weights, Experts):
         weights: Float[Tensor, "n k"],
     ) -> Float[Tensor, "n m"]:
         codes = quantize(x) if isinstance(x, Tensor) else x
-        w1, w2, w3 = (self.operand(name) for name in ("w1", "w2", "w3"))
-        return fp8_experts(codes, indices, weights, w1, w2, w3)
+        return fp8_experts(codes, indices, weights, *map(self.operand, ("w1", "w2", "w3")))
 
 
 Projection.by_precision["fp8"], Experts.by_precision["fp8"] = FP8Linear, FP8Experts

@@ -188,54 +188,50 @@ def rms_norm(x: Float[Tensor, "*batch m"], weight: Float[Tensor, " m"], eps: flo
     return (y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * weight).to(x.dtype)
 
 
-class RMSNorm(FP32Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in FP32, returned in x's dtype.
-
-    Source: Zhang and Sennrich 2019; DeepSeek-V3 adds one after each compressed latent (report, section 4.2).
-    """
+class Norm(FP32Module):
+    """Base of the norms: a weight for each number of x."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
-        self.reset_parameters()
+        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Set the weight to 1; nothing is drawn."""
+        """Set the weight to 1, and a bias to 0; nothing is drawn."""
         nn.init.ones_(self.weight)
-
-    def forward(self, x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
-        return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-class LayerNorm(FP32Module):
+class RMSNorm(Norm):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in FP32, returned in x's dtype.
+
+    Source: Zhang and Sennrich 2019; DeepSeek-V3 adds one after each compressed latent (report, section 4.2).
+    """
+
+    def forward(self, x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(Norm):
     """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, computed in FP32, returned in x's dtype.
 
     Source: Ba et al. 2016; DeepSeek-V3.2 has it on the indexer's key alone.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(dim, dtype=torch.float32))
-        self.reset_parameters()
+        super().__init__(dim, eps)
+        self.bias = nn.Parameter(torch.zeros(dim, dtype=torch.float32))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Set the weight to 1 and the bias to 0; nothing is drawn."""
-        nn.init.ones_(self.weight)
+        super().reset_parameters()
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
         y = at_least_fp32(x)
         weight, bias = self.weight.to(y.dtype), self.bias.to(y.dtype)
         return F.layer_norm(y, weight.shape, weight, bias, self.eps).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
 class Embedding(Matrix):

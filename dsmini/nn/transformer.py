@@ -16,7 +16,7 @@ from dsmini.nn.block import Aux, Block
 from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy
 from dsmini.nn.dsa import IndexerLoss
 from dsmini.nn.gate import Gate, Routing, sequence_balance_loss
-from dsmini.nn.layers import Embedding, LayerNorm, Linear, Matrix, RMSNorm, at_least_fp32, check_ids, is_plain
+from dsmini.nn.layers import Embedding, Linear, Matrix, Norm, RMSNorm, at_least_fp32, check_ids, is_plain
 from dsmini.nn.moe import Experts
 from dsmini.nn.mtp import MTPChain
 from dsmini.nn.rope import Rope
@@ -123,7 +123,7 @@ class Transformer(nn.Module):
         A module that is not dsmini's, such as nn.Linear, draws from torch's own generator.
         """
         for module in self.modules():
-            if isinstance(module, Matrix | Experts | Gate | RMSNorm | LayerNorm):
+            if isinstance(module, Matrix | Norm | Experts | Gate):
                 module.reset_parameters(generator)
             elif module is not self and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()

@@ -112,7 +112,7 @@ class Operation(Generic[P, R]):
             return self.reference(*args, **kwargs)
         if forced == "eager":
             return self.plain(*args, **kwargs)
-        first: Any = args[0] if args else next(iter(kwargs.values()))
+        first: Any = args[0] if args else next(x for x in kwargs.values() if hasattr(x, "device"))
         backend = FOR_DEVICE.get(first.device.type) if forced == "auto" else forced
         names = () if backend is None else _operations(backend)
         if backend is None or (names is not None and self.name not in names):

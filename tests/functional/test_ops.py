@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ops
+from dsmini.nn import causal_attention
 from dsmini.ops import explanation
 from tests.functional.conftest import Unserved
 from tests.helpers.commands import ROOT
@@ -87,6 +88,11 @@ def test_the_device_chooses_unless_something_is_forced(monkeypatch: pytest.Monke
     for value, name, spoken in forced:
         monkeypatch.setenv(ops.VARIABLE, value)
         assert (ops.chosen(), speak(X)) == (name, spoken)
+
+
+def test_arguments_are_named_in_any_order() -> None:
+    q = torch.randn(1, 2, 3, 4)
+    assert torch.equal(causal_attention(scale=0.5, documents=None, v=q, k=q, q=q), causal_attention(q, q, q, 0.5))
 
 
 def test_use_overrides_the_environment_and_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -283,6 +283,7 @@ def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -
         ("lengths are of rows in a cache; give one, or leave them out", model.run, tokens[:1], None, False, one),
         ("truncate to [11, 11], but the lengths are [10, 10]", cache.truncate, 11),
         ("truncate to [-1, 3]", cache.truncate, torch.tensor([-1, 3])),
+        ("lengths=[1.5, 2.0] for 2 sequences", cache.place, 2, torch.tensor([1.5, 2.0])),
         ("mtp=True needs a cache for multi-token", model.run, tokens[:, :1], cache, True),
         ("made by new_cache of a model of this config", small_model(n_heads=2), tokens[:, :1], cache),
     ):

@@ -156,11 +156,10 @@ def test_mask_hides_keys_with_and_without_a_cache(attention: str, form: Any) -> 
 
 def test_bad_mask_is_refused_in_a_sentence() -> None:
     tokens = torch.zeros(1, 9, dtype=torch.int64)
-    for mask, words in ((lambda q, k: (q - k >= 2) | (q == k), "mask hides all keys from the query at position 0"),):
-        make_block = functools.partial(Block, attention_class=functools.partial(MLA, mask=mask))
-        model = Transformer(**SMALL, make_block=make_block)
-        for cache in (None, model.new_cache(1, form="expanded"), model.new_cache(1, form="absorbed")):
-            assert refusal(model, tokens, cache).startswith(words)
+    attention = functools.partial(MLA, mask=lambda q, k: (q - k >= 2) | (q == k))
+    model = Transformer(**SMALL, make_block=functools.partial(Block, attention_class=attention))
+    for cache in (None, model.new_cache(1, form="expanded"), model.new_cache(1, form="absorbed")):
+        assert refusal(model, tokens, cache).startswith("mask hides all keys from the query at position 0")
     # each of a mask and documents lets every query see one key, both together not all of them
     layer = MLA(**SMALL, mask=lambda q, k: (q == k) & (q > 0))
     context = AttentionContext(

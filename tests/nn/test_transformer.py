@@ -176,13 +176,9 @@ def test_layer_is_built_from_a_config_or_from_plain_arguments(layer: Any) -> Non
 
 
 def test_layers_show_their_sizes() -> None:
-    assert [str(layer) for layer in (Gate(), Experts(), Embedding(7, 4), Linear(5, 3), FP32Linear(5, 3))] == [
-        "Gate(192, 4 of 16 experts, 2 of 4 groups, sigmoid)",
-        "Experts(192, 128, 16 experts)",
-        "Embedding(7, 4)",
-        "Linear(5, 3)",
-        "FP32Linear(5, 3)",
-    ]
+    routed = "Gate(192, 4 of 16 experts, 2 of 4 groups, sigmoid) Experts(192, 128, 16 experts)"
+    layers = (Gate(), Experts(), Embedding(7, 4), Linear(5, 3), FP32Linear(5, 3))
+    assert " ".join(map(str, layers)) == f"{routed} Embedding(7, 4) Linear(5, 3) FP32Linear(5, 3)"
 
 
 def test_layers_run_alone() -> None:
