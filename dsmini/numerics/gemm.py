@@ -82,6 +82,8 @@ class Accumulator:
 
     def matmul(self, a: Float[Tensor, "n k"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n m"]:
         """Return a b^T in FP32, each sum computed in this accumulator."""
+        if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
+            raise ValueError(f"a is {list(a.shape)}, b is {list(b.shape)}; want [n, k] and [m, k]")
         rows = max(1, AT_A_TIME // max(1, b.shape[0] * GROUP))
         parts = [self._matmul(part.float(), b.float()) for part in a.split(rows)]
         return torch.cat(parts) if parts else a.new_zeros(0, b.shape[0], dtype=torch.float32)

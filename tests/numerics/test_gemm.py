@@ -152,6 +152,9 @@ def test_what_cannot_be_multiplied_is_refused() -> None:
     for bits, every in ((14.5, 128), (1, 128), (14, 100)):
         said = refusal(Accumulator, bits=bits, promote_every=every)
         assert said.startswith(f"promote_every={every}" if bits == 14 else f"bits={bits}")
+    for a, b in ((x, w[:, :1]), (x[:, :33], w[:, :64])):  # torch would stretch a single column
+        want = f"a is {list(a.shape)}, b is {list(b.shape)}; want [n, k] and [m, k]"
+        assert refusal(Accumulator().matmul, a, b) == want
     for y in (fp8_matmul(x, w), fp8_swiglu_matmul(x, x, w)):
         with pytest.raises(ValueError, match="create_graph=True wants second derivatives"):
             torch.autograd.grad(y.square().sum(), x, create_graph=True)
