@@ -31,7 +31,7 @@ from dsmini.config import RunConfig
 from dsmini.config.fields import build, check_types
 from dsmini.machine import refuse_too_large
 from dsmini.nn import Transformer
-from dsmini.reading import UnreadableError, check_path, is_there, open_regular, parse_json, read_table, read_text
+from dsmini.reading import UnreadableError, brief, check_path, is_there, open_regular, parse_json, read_table, read_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -118,7 +118,8 @@ def verify(folder: Path, names: Iterable[str]) -> None:
         if got["bytes"] != want["bytes"]:
             raise ValueError(f"{name} has {got['bytes']} bytes, {MANIFEST} says {want['bytes']}")
         if got["sha256"] != want["sha256"]:
-            raise ValueError(f"{name} has sha256 {got['sha256'][:12]}..., {MANIFEST} says {want['sha256'][:12]}...")
+            says = brief(want["sha256"], 12)
+            raise ValueError(f"{name} has sha256 {got['sha256'][:12]}..., {MANIFEST} says {says}")
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
@@ -128,7 +129,8 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     form, files = (raw.get("format"), raw.get("files")) if isinstance(raw, dict) else (None, None)
     if isinstance(form, int) and form > FORMAT:
         raise UnreadableError(f"{MANIFEST} has format {form}, this dsmini reads {FORMAT}")
-    if form != FORMAT or not isinstance(files, dict) or any(set(of) != {"bytes", "sha256"} for of in files.values()):
+    of_files = list(files.values()) if isinstance(files, dict) else [None]
+    if form != FORMAT or any(not isinstance(of, dict) or of.keys() != {"bytes", "sha256"} for of in of_files):
         raise ValueError(f"{MANIFEST} is damaged: want format {FORMAT}, and bytes and sha256 for every file")
     return files
 

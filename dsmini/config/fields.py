@@ -135,6 +135,7 @@ def build(cls: type[C], values: dict[str, Any], source: str, prefix: str, base: 
         elif value == "none" and type(None) in choices:  # TOML has neither None nor paths
             value = None
         elif isinstance(value, str) and Path in choices:
+            require(value != "", f"{source}: {prefix}{key} is empty; name a file or a folder, or leave it out")
             value = Path(value)
         given[key] = value
     try:

@@ -314,8 +314,8 @@ class RunConfig:
         )
         context = self.train.eval_context
         require(
-            context is None or context <= self.model.max_seq_len,
-            f"train.eval_context={context} is longer than model.max_seq_len={self.model.max_seq_len}; shorten it",
+            context is None or context <= self.seq_len,
+            f"train.eval_context={context} is longer than a training sequence of {self.seq_len}; shorten it",
         )
         sparse = self.model.attention == "dsa"
         require(

@@ -155,7 +155,7 @@ def summarise(run: "TrainingRun") -> dict[str, Any]:
     history, last = run.history, run.history.records[-1]
     train, itemsize = config.train, DTYPES[config.train.dtype].itemsize
     parameters = accounting.parameters(model)
-    tokens = trainer.sequences * config.seq_len
+    tokens = sum(row["tokens"] for row in history.records)  # not those of steps that a rewind took back
     rate = tokens / history.seconds
     flops = accounting.flops_per_token(model, config.seq_len, training=True, dsa_stage=train.dsa_stage).total
     cache, mha_cache = (

@@ -208,6 +208,7 @@ class TrainingRun:
             self._record()
         while trainer.steps_done < train.steps and not (asked.agreed and history.records):
             # 1. step
+            self.phase("batch")  # a wait for data is no long phase
             step = trainer.step()
             stopping = asked.agreed = asked.agreed or step.stopping
             change = None if self.watch is None else self.watch(step)
@@ -216,7 +217,8 @@ class TrainingRun:
             every = self.config.parallel.check_replicas
             if every and step.step % every == 0:
                 self._compare_replicas()
-            if train.max_rewinds and step.loss > self.world.first(history.spike_limit) and self._rewind(step):
+            may_rewind = train.max_rewinds and not step.skipped  # a skipped step has changed nothing
+            if may_rewind and step.loss > self.world.first(history.spike_limit) and self._rewind(step):
                 continue
             # 2. log
             self._keep(step, change)
@@ -293,9 +295,10 @@ class TrainingRun:
 
     def _save_what_is_whole(self, error: BaseException) -> None:
         """Note that a run ends by an error; save it where only a file of its figures could not be written."""
-        with suppress(NotSavedError):  # the first error is the one to tell
+        with suppress(Exception):  # the first error is the one to tell
             self.saver.finish()
-        self.note("failed", error=type(error).__name__)
+        stopped = isinstance(error, KeyboardInterrupt)  # on purpose: no crash of the checkpoint it started from
+        self.note("stopped" if stopped else "failed", error=type(error).__name__)
         records = self.history.records
         failed_to_write = isinstance(error, OSError | SystemExit) and not isinstance(error, NotSavedError)
         whole = bool(records) and records[-1]["step"] == self.trainer.steps_done
@@ -422,7 +425,7 @@ class TrainingRun:
         self.note("started", step, world_size=self.world.size, layout=layout)
 
     def phase(self, name: str) -> None:
-        """Tell the others that the main thread moved: forward, backward, optimizer, between, validating, saving."""
+        """Tell the others where this thread is: batch, forward, backward, optimizer, between, validating, saving."""
         if self.heartbeat is not None:
             self.heartbeat.beat(self.trainer.steps_done, name)
 

@@ -184,14 +184,11 @@ class Saver:
     # --- save
 
     def save(self, *, background: bool = False) -> None:
-        """Save the state after the last step, unless it is saved; NotSavedError names the newest checkpoint.
+        """Save the state after the last step; NotSavedError names the newest checkpoint. No save is in the background.
 
         Args:
             background: copy the tensors, and let a thread write them; `finish` waits for it, and raises its error.
         """
-        self.finish()
-        if self.saved_at == self.trainer.steps_done:
-            return
         tensors, state = {**self.trainer.tensors(), "rng": random_state(self.trainer.device)}, self._state()
         if not background:
             self._write(tensors, state, self.world)

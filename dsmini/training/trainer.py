@@ -241,7 +241,7 @@ class Trainer:
             windows: the part of it to score; None: all windows of the training's length.
             on_part: told the share that is done. An exception that it raises ends the validation.
         """
-        windows = windows or self.corpus.windows(self.config.seq_len)
+        windows = self.corpus.windows(self.config.seq_len) if windows is None else windows
         mine, real = windows.share(self.mesh.part, self.mesh.parts)
         total, done = torch.zeros((), dtype=torch.float64), 0
         self.model.eval()

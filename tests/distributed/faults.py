@@ -38,7 +38,7 @@ SIGNALS = {
     **{"kill": signal.SIGKILL, "kill_saving": signal.SIGKILL, "terminate": signal.SIGTERM, "stop": signal.SIGSTOP},
 }
 ERRNO = {"full_disk": errno.ENOSPC, "io_error": errno.EIO}
-LOSS = {"nan": math.nan, "spike": 1000.0}
+LOSS = {"nan": math.nan, "infinite": math.inf, "spike": 1000.0}
 """Factors of a rank's loss."""
 
 

@@ -112,6 +112,19 @@ def test_rank_reads_its_rows_of_a_folder_alone(tmp_path: Path, parallel: dict[st
     assert experts[0] and experts[1] and not experts[0] & experts[1]
 
 
+def divided_after_a_part(world: World, zero: int) -> bool:
+    """Return whether the gradients of the first part of a batch are divided before the second is computed."""
+    trainer, phases = new_trainer(world, {"zero": zero}, {}, {"grad_accum": 2}), dict[str, bool]()
+    trainer.phase = lambda name: phases.update({name: any(p.grad is not None for p in trainer.named.values())})
+    trainer.step()
+    return phases["forward"]
+
+
+@pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_gradients_are_divided_after_each_part_from_zero_2_on(zero: int) -> None:
+    assert run_ranks(2, divided_after_a_part, zero) == [zero == 2] * 2
+
+
 # --- a model that does not fit
 
 

@@ -3,13 +3,14 @@
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from dsmini.training import saving
 from dsmini.training.record import read_events
 from dsmini.training.run import TrainingRun
-from tests.helpers.runs import asked_after, new_run, resumed, unequal, whole
+from tests.helpers.runs import calls, kill, new_run, resumed, stopped, unequal, whole
 
 BEHIND: dict[str, Any] = {"save_in_background": True, "keep": 9}
 
@@ -87,17 +88,16 @@ def test_thread_of_a_save_does_not_say_that_the_steps_move(tmp_path: Path) -> No
     assert threads == {"MainThread"}
 
 
-def test_interrupted_restores_put_no_good_checkpoint_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = new_run(tmp_path)
-    asked_after(training, 2)
-    assert not training.train()
+def test_failure_of_a_save_does_not_hide_the_first_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "save_pieces", Mock(side_effect=RuntimeError("the second")))
+    training = new_run(tmp_path, **BEHIND)
+    kill(monkeypatch, training.trainer, "forward_backward", calls(training, 2, 0), False)
+    stopped(training)
 
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
 
-    for _ in range(4):
-        with monkeypatch.context() as patch:
-            patch.setattr(saving.Saver, "restore", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                resumed(tmp_path)
-    assert resumed(tmp_path).trainer.steps_done == 3
+def test_interrupted_restore_is_no_crash_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert new_run(tmp_path).train()
+    monkeypatch.setattr(saving.Saver, "restore", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        resumed(tmp_path)
+    assert [event["event"] for event in read_events(tmp_path)][-2:] == ["started", "stopped"]

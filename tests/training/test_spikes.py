@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dsmini.training.outputs import summarise
 from dsmini.training.record import History
 from tests.distributed.faults import Fault, inject
 from tests.helpers.runs import kill, new_run, resumed, stopped
@@ -73,3 +74,12 @@ def test_rewind_is_remembered_by_a_run_that_is_killed_after_it(tmp_path: Path, m
     inject(again, [Fault("spike", 0, 37, "forward")])
     again.train()
     assert again.history.rewinds == 2, "the losses before the stop count"
+    tokens = 64 * len(again.history.records)
+    assert summarise(again)["tokens"] == tokens < 16 * again.trainer.sequences, "steps taken back do not count"
+
+
+def test_infinite_loss_is_skipped_and_no_spike(tmp_path: Path) -> None:
+    training = new_run(tmp_path, steps=36, max_rewinds=1, save_every=9)
+    inject(training, [Fault("infinite", 0, 34, "forward")])
+    assert training.train() and training.history.rewinds == 0
+    assert [row["step"] for row in training.history.records if row["skipped"]] == [34]

@@ -16,9 +16,10 @@ from rich.console import Console
 from dsmini.checkpoint.run_folder import new_run_folder
 from dsmini.checkpoint.training_state import load_run
 from dsmini.data.corpus import Corpus, Windows
+from dsmini.distributed.world import LONG_PHASES
 from dsmini.machine import peak_memory
 from dsmini.training.outputs import plot_run, summarise, summary_lines
-from dsmini.training.record import KEYS, read_records
+from dsmini.training.record import KEYS, read_events, read_records
 from dsmini.training.run import TrainingRun
 from tests.conftest import Clock
 from tests.helpers.runs import new_run
@@ -100,6 +101,15 @@ def test_a_second_ctrl_c_interrupts_at_once(training: TrainingRun, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         training.train()
     assert training.trainer.steps_done == 0
+    assert read_events(training.folder)[-1]["event"] == "stopped", "no crash of the checkpoint it started from"
+
+
+def test_wait_for_a_batch_counts_as_no_long_phase(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    phases, waits, take = [""], set(), training.trainer.loader.take
+    training.phase = training.trainer.phase = phases.append
+    monkeypatch.setattr(training.trainer.loader, "take", lambda of: waits.add(phases[-1]) or take(of))
+    assert training.train() and "validating" in phases
+    assert waits == {"batch"} and not waits & {*LONG_PHASES}
 
 
 def test_steps_without_finite_gradient_save_and_end_the_run(training: TrainingRun) -> None:
