@@ -7,6 +7,7 @@ wrote and raises the system's own OSError. A later write removes what a killed p
 The one exception is a log that grows line by line: it is opened to append, and a reader ignores a torn last line.
 """
 
+import errno
 import json
 import os
 import re
@@ -45,6 +46,23 @@ def try_writing(path: Path) -> None:
     partial = _hidden_name(path, "partial")
     partial.touch()
     partial.unlink()
+
+
+def check_folder(folder: Path, names: Iterable[str]) -> None:
+    """Make the folder --out for files of these names, if it is not there, before they are made.
+
+    Raises: ValueError for one that cannot be written.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if (folder / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{name} in it is a folder")
+            try_writing(folder / name)
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -1,12 +1,9 @@
 """python -m dsmini.diagnose: which of Data, Algorithm and Machine binds training or decoding, proved by experiment."""
 
 import dataclasses
-import errno
 import json
-import os
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from rich.console import Console
 
-from dsmini.atomic import write_json, write_text
+from dsmini.atomic import check_folder, write_json, write_text
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
@@ -24,6 +21,7 @@ from dsmini.reading import find_config
 if TYPE_CHECKING:  # it loads torch: --help is instant
     from dsmini.diagnosis.pages import Diagnosis
 
+FILES = ("diagnosis.html", "diagnosis.json")
 MOST_BATCH = 1024
 """Largest number of sequences that are decoded together."""
 
@@ -89,8 +87,7 @@ def main(args: Sequence[str]) -> int:
         command = dataclasses.replace(command, what=find_config(command.what))
     console = Console(stderr=command.json)
     if command.out is not None:  # before minutes are spent
-        with _written(command.out):
-            pass
+        check_folder(command.out, FILES)
     with Progress(console, 1.0, "diagnosing", delay=0.5, refresh_per_second=1) as bar:
         found = _answer(command, bar)
     from dsmini.diagnosis.pages import record_of, report_of, short_report_of
@@ -101,23 +98,11 @@ def main(args: Sequence[str]) -> int:
         print(json.dumps(record))
     if command.out is not None:
         line = shlex.join(["python", "-m", "dsmini.diagnose", *args])
-        with _written(command.out):
-            write_json(command.out / "diagnosis.json", record)
-            write_text(command.out / "diagnosis.html", report_of(found, line).html())
-        say(console, f"written  {command.out / 'diagnosis.html'}")
+        page, data = (command.out / name for name in FILES)
+        write_json(data, record)
+        write_text(page, report_of(found, line).html())
+        say(console, f"written  {page}")
     return 130 if found.stopped else 0
-
-
-@contextmanager
-def _written(out: Path) -> Iterator[None]:
-    """Say in a sentence what keeps a folder from being written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        yield
-        if not os.access(out, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}; choose another folder") from None
 
 
 def _answer(command: DiagnoseCommand, bar: Progress) -> "Diagnosis":

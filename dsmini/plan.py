@@ -1,7 +1,6 @@
 """python -m dsmini.plan: predict memory, time, traffic, cost and failures of a model, and explain each figure."""
 
 import dataclasses
-import itertools
 import json
 import shlex
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 
+from dsmini.atomic import check_folder
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
@@ -104,8 +104,6 @@ def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
         raise ValueError("--of names the figures that --vary compares; add --vary, or --explain one figure")
     if command.search and (chosen := {"pipeline", "expert", "tensor"} & command.given().keys()):
         raise ValueError(f"--search chooses {', '.join(sorted(chosen))}; leave that out, or leave out --search")
-    if "--out=" in args or ("--out", "") in itertools.pairwise(args):
-        raise ValueError("--out '' names no folder; name one, such as --out plan")
     if command.out is not None and command.explain is not None:
         raise ValueError("--explain prints one figure, and --out writes a page of all; leave one of them out")
 
@@ -131,7 +129,7 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Ans
         return Progress(console, 1.0, label, delay=2.0)
 
     if command.out is not None:
-        pages.check_folder(command.out)
+        check_folder(command.out, pages.FILES)
     if command.published:
         return pages.published()
     assert command.config is not None, "a plan without a config is refused"

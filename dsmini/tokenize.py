@@ -1,6 +1,7 @@
 """python -m dsmini.tokenize: train a byte-pair encoding on a corpus."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from dsmini.atomic import try_writing, write_text
 from dsmini.config import DataConfig
+from dsmini.config.fields import require
 from dsmini.console.command import interruptible, run
 from dsmini.console.commandline import parse
 from dsmini.console.messages import say
@@ -56,12 +58,14 @@ def main(args: Sequence[str]) -> int:
     with Progress(console, label="the corpus", unit="bytes") as progress:
         documents, left_out = measure(source, progress.stage)
         parts = split(documents, config.val_fraction, whole_characters=True)
+        held_out = read_first(parts.val, MEASURED)
+        short = f"{source.words} is too short to hold out a part of it; use more text or a larger --val-fraction"
+        require(bool(held_out), short)
         texts = read_texts(parts.train, "counting pairs in", progress.stage)
         with patience(console, f"finding {command.vocab_size:,} tokens"):
             content = interruptible(partial(train_bpe, texts, command.vocab_size))
         write_text(command.out, content)
     tokenizer = BPETokenizer(command.out)
-    held_out = read_first(parts.val, MEASURED)
     with patience(console, "tokenizing held-out text"):
         tokens = sum(map(len, interruptible(partial(tokenizer.encode_all, held_out))))
     figures = {
@@ -80,7 +84,7 @@ def main(args: Sequence[str]) -> int:
         say(console, left_out_in_words(figures["left_out"], where))
     if figures["not_utf8"]:
         say(console, not_utf8_in_words(figures["not_utf8"], where, as_bytes=False))
-    _show(console, source.describe(len(documents)), figures, config)
+    _show(console, source.words, figures, config)
     if command.json:
         print(json.dumps(figures))
     return 0
@@ -103,16 +107,19 @@ def _check(command: TokenizeCommand) -> None:
 
 
 def _show(console: Console, source: str, figures: dict[str, Any], config: DataConfig) -> None:
-    path = "" if config.path is None else f" --data.path {config.path}"
-    fraction = "" if config.val_fraction == DataConfig().val_fraction else f" --data.val-fraction {config.val_fraction}"
+    words = ["python", "-m", "dsmini.train", "--data.tokenizer", figures["tokenizer"]]
+    words += ["--model.vocab-size", str(figures["vocab_size"])]
+    words += [] if config.path is None else ["--data.path", str(config.path)]
+    if config.val_fraction != DataConfig().val_fraction:
+        words += ["--data.val-fraction", str(config.val_fraction)]
+    several = "s" * (figures["documents"] != 1)
     for line in (
-        f"corpus     {source}: {figures['documents']:,} documents, {figures['bytes']:,} bytes",
+        f"corpus     {source}: {figures['documents']:,} document{several}, {figures['bytes']:,} bytes",
         f"tokenizer  {figures['tokenizer']}, {figures['vocab_size']:,} tokens",
         f"held out   {figures['held_out_bytes']:,} bytes are {figures['held_out_tokens']:,} tokens: "
         f"{figures['bytes_per_token']:.2f} bytes a token, where bytes have 1.00",
         "",
-        f"Train with it: python -m dsmini.train --data.tokenizer {figures['tokenizer']} "
-        f"--model.vocab-size {figures['vocab_size']}{path}{fraction}",
+        f"Train with it: {shlex.join(words)}",
     ):
         say(console, line)
 

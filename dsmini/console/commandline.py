@@ -52,14 +52,12 @@ def take_folder(args: Sequence[str], flag: str) -> tuple[Path | None, list[str]]
     Raises: ValueError for a flag without a folder.
     """
     for i, word in enumerate(args):
-        if word.startswith(f"{flag}="):
-            return Path(word.removeprefix(f"{flag}=")), [*args[:i], *args[i + 1 :]]
-        if word == flag:
-            following = args[i + 1 : i + 2]
-            if not following or following[0].startswith("-"):
-                got = following[0] if following else "nothing"
-                raise ValueError(f"{flag} needs a folder, got {got}; use {flag} runs/toy-001")
-            return Path(following[0]), [*args[:i], *args[i + 2 :]]
+        name, equals, value = word.partition("=")
+        if name == flag:
+            value = value if equals else "".join(args[i + 1 : i + 2])
+            if not value or (not equals and value.startswith("-")):
+                raise ValueError(f"{flag} needs a folder, got {value or 'nothing'}; use {flag} runs/toy-001")
+            return Path(value), [*args[:i], *args[i + (1 if equals else 2) :]]
     return None, list(args)
 
 
@@ -76,6 +74,8 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
         if speaks():
             print(short_help(kind, prog, help, default))
         sys.exit(0)
+    if args[:1] == [""]:
+        raise ValueError(f"the first argument is empty; see {prog} --help")
     _refuse_wrong(args, dict(_types(kind)), f"Every flag: {prog} {'--help' if help is None else '--help-all'}")
     options: dict[str, Any] = {} if default is None else {"default": default}
     said = io.StringIO()
@@ -135,6 +135,8 @@ def _wanted(value: str, hint: Any) -> str:
     if value == "None" and type(None) in choices:
         return ""
     for choice in choices:
+        if choice is Path and not value:  # else it would be the current folder
+            return "a path"
         if get_origin(choice) is Literal:
             allowed = [str(one) for one in get_args(choice)]
             return "" if value in allowed else f"one of {', '.join(allowed)}"

@@ -258,7 +258,7 @@ class CorpusCache:
                 ) from None
             try:
                 facts = CorpusFacts(
-                    source=self.source.describe(len(texts)),
+                    source=self.source.words,
                     files=len(texts),
                     skipped=len(left_out),
                     left_out=tuple(left_out),
@@ -492,7 +492,7 @@ def load_corpus(
 
     found, parts, words = CorpusCache(cache, source, tokenizer, config, seed).open(check, progress)
     check(found.train_tokens, found.val_tokens)
-    facts: dict[str, Any] = asdict(found) | {"source": source.describe(found.files)}  # as it is named now
+    facts: dict[str, Any] = asdict(found) | {"source": source.words}  # as it is named now
     return Corpus(
         **facts, train=parts["train"], val=parts["val"], end_of_document=tokenizer.end_of_document, cache=words
     )

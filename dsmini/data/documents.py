@@ -85,10 +85,6 @@ class Source:
     """file, folder or library."""
     documents: list[Document]
 
-    def describe(self, texts: int) -> str:
-        """Return a sentence that names the source and the number of its files that are text."""
-        return f"{self.words} ({texts} files)" if self.kind == "folder" else self.words
-
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:

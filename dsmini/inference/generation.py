@@ -382,5 +382,9 @@ def check_request(
         limit = f"the model's context of {context}" if room >= context else f"the cache's {room}"
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than {limit}; "
-            f"use max_new_tokens={max(0, room - longest + 1)}, or a shorter prompt"
+            + (
+                f"ask for {room - longest + 1} or fewer, or give a shorter prompt"
+                if longest <= room
+                else "shorten the prompt"
+            )
         )

@@ -4,7 +4,6 @@ A plan is ten lines, each about one question. With --all, and on the page, they 
 the figures that words.toml names. All sentences are in words.toml, with the rule by which a plan leaves some out.
 """
 
-import errno
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dsmini.atomic import try_writing, write_json, write_text
+from dsmini.atomic import write_json, write_text
 from dsmini.console.messages import say
 from dsmini.planner.figure import Figure, titles
 from dsmini.planner.hardware import OnPart, quiet
@@ -64,20 +63,6 @@ class Answer:
         write_text(page, self.page().html())
         write_json(record, self.record)
         return [page, record]
-
-
-def check_folder(folder: Path) -> None:
-    """Make a folder for the page if it is not there. Raises: ValueError for one that cannot be written."""
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            if (folder / name).is_dir():
-                raise IsADirectoryError(errno.EISDIR, f"{name} in it is a folder")
-            try_writing(folder / name)
-    except OSError as error:
-        raise ValueError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from None
 
 
 # --- words

@@ -228,11 +228,8 @@ def _corpus_before(folder: Path) -> str | None:
 
 def _introduction(config: RunConfig, corpus: Corpus) -> list[str]:
     """Return lines about what will be trained, on what, and where."""
-    parameters, where, tokenizer = (
-        accounting.parameters(config.model),
-        f"{config.out}/corpus.json",
-        config.data.tokenizer,
-    )
+    parameters, where = accounting.parameters(config.model), f"{config.out}/corpus.json"
+    tokenizer = config.data.tokenizer
     kind = f"tokens of {tokenizer}, {corpus.bytes_per_token:.2f} bytes each" if tokenizer else "a token is a byte"
     if config.data.fim_rate:
         kind += f"; {corpus.rearranged:,} training documents rearranged for fill-in-the-middle"
@@ -240,7 +237,7 @@ def _introduction(config: RunConfig, corpus: Corpus) -> list[str]:
     about += [not_utf8_in_words(corpus.not_utf8, where, tokenizer is None)] if corpus.not_utf8 else []
     about.append(f"{len(corpus.train):,} training tokens, {len(corpus.val):,} held out ({corpus.split})")
     return [
-        f"corpus  {corpus.source}, {corpus.files} files",
+        f"corpus  {corpus.source}, {corpus.files:,} file{'s' * (corpus.files != 1)}",
         *(f"        {line}" for line in [*about, kind, f"sha256 {corpus.sha256}", corpus.cache]),
         f"model   {parameters.total:,} parameters, {parameters.active:,} active for a token",
         f"run     {config.out}, {config.train.dtype} on {config.train.device}, threads: {config.train.threads}",

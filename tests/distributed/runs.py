@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from dsmini.training.trainer import StepResult, Trainer
 from tests.conftest import SMALL
 from tests.distributed.faults import Fault, inject
 from tests.distributed.ranks import Outcome, outcomes
-from tests.helpers.runs import TIMING, untimed
+from tests.helpers.runs import TIMING, asked_after, untimed
 from tests.helpers.tolerances import FP32_MODEL
 
 CPU = torch.device("cpu")
@@ -164,23 +163,9 @@ def run(
 ) -> bool:
     """Train; return whether the run came to its end, before a signal came to the last rank in step `until`."""
     training = new_run(world, folder, parallel, faults, **changes)
-
-    def stop() -> None:
-        if training.trainer.steps_done == until - 1 and world.rank == world.size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before_each_step(training, stop)
+    if world.rank == world.size - 1:
+        asked_after(training, until - 1)
     return training.train()
-
-
-def before_each_step(training: TrainingRun, work: Callable[[], Any]) -> None:
-    real = training.trainer.step
-
-    def step() -> StepResult:
-        work()
-        return real()
-
-    training.trainer.step = step
 
 
 def until_end(

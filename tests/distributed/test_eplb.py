@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dsmini.distributed.eplb import balance, copies_of, loads_of_run, place_experts
-from tests.helpers.commands import run_all
+from tests.helpers.commands import check_refused, run_all
 
 COMMAND = "dsmini.distributed.eplb"
 README = np.array(
@@ -139,21 +139,7 @@ def test_command_shows_the_balance(tmp_path: Path) -> None:
     assert [found["before"][0], found["after"][0]] == pytest.approx([269 / (1033 / 8), 156 / (1033 / 8)])
 
 
-REFUSED = {
-    "": "no run is named",
-    "empty": "no loads of experts",
-    "nowhere": "nowhere has no metrics.jsonl",
-    "run --gpus 5": "use 15, which is 3 redundant",
-    "run --redundant -4": "--redundant=-4 is negative; use 0 or more",
-    "run --last 0": "--last=0 is not positive; use 1 or more",
-    "run --nodes 0": "--nodes=0 is not positive",
-    "run --gpu 4": "did you mean --gpus",
-}
-
-
 def test_command_refuses_in_a_sentence_with_status_2(tmp_path: Path) -> None:
     write_run(tmp_path / "run", README.tolist())
     write_run(tmp_path / "empty", None, "[1]", "nonsense")
-    answers = run_all([(COMMAND, line) for line in REFUSED], tmp_path)
-    for (status, said), words in zip(answers, REFUSED.values(), strict=True):
-        assert status == 2 and words in said and said.count("\n") == 1, said
+    check_refused(COMMAND, tmp_path)

@@ -34,7 +34,6 @@ from tests.distributed.runs import (
     KILLED,
     RECIPE,
     STEPS,
-    before_each_step,
     differences,
     events,
     new_run,
@@ -44,7 +43,7 @@ from tests.distributed.runs import (
     statuses,
     until_end,
 )
-from tests.helpers.runs import unequal
+from tests.helpers.runs import before_each_step, unequal
 
 EP: dict[str, Any] = {"ep": 2}
 THREE: dict[str, Any] = {"dp": 3}

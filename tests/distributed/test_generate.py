@@ -14,7 +14,7 @@ from dsmini import ModelConfig, Transformer, load_pretrained
 from dsmini.checkpoint.load import all_experts
 from dsmini.checkpoint.tensor_files import is_stacked
 from dsmini.checkpoint.training_state import load_run
-from dsmini.distributed.decode import SharedTokens, Sharing, held_by_ranks, read_placement, sharing
+from dsmini.distributed.decode import SharedTokens, Sharing, held_by_ranks, read_placement
 from dsmini.distributed.world import World
 from dsmini.inference.fused import Decoder
 from dsmini.inference.generation import Generation
@@ -153,11 +153,6 @@ def test_placement_that_is_no_table_is_refused(content: str, words: str, tmp_pat
     (tmp_path / "placed.json").write_text(content)
     with pytest.raises(ValueError, match=words):
         read_placement(tmp_path / "placed.json")
-
-
-def test_placement_for_one_process_is_refused() -> None:
-    with pytest.raises(ValueError, match="there is one; start torchrun"), sharing("", "cpu", Path("placed.json")):
-        pass
 
 
 # --- the command

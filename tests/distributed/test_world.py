@@ -124,6 +124,16 @@ def test_each_process_has_a_gpu_of_its_own(local: str | None, device: str, monke
     assert [own_share(name, None) for name in ("cuda", "cpu", "cuda:1")] == [device, "cpu", "cuda:1"]
 
 
+def test_processes_share_the_cores_that_they_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for given in (None, 2, 64):
+        own_share("cpu", given)
+    assert threads == [3, 2, 3]
+
+
 def test_gpus_are_chosen_before_nccl_and_gloo_sends_what_is_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[str, object]] = []
     monkeypatch.setenv("RANK", "1")

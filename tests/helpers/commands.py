@@ -120,15 +120,15 @@ def _show(message: object, category: type[Warning], filename: str, lineno: int, 
     sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))  # pyright: ignore[reportArgumentType]
 
 
-def check_refused(module: str, folder: Path, bad: Mapping[str, str] | None = None) -> None:
+def check_refused(module: str, folder: Path, bad: Mapping[str, str] | str = "") -> None:
     """Fail unless each command line ends with status 2 and one line with its sentence, and touches no file.
 
     Args:
-        bad: a part of the sentence for each command line; None: those of refusals.toml.
+        bad: a part of the sentence for each command line, or a table of refusals.toml; "": that of the command.
     """
-    if bad is None:
+    if isinstance(bad, str):
         every = tomllib.loads(Path(__file__).with_name("refusals.toml").read_text(encoding="utf-8"))
-        bad = every[module.removeprefix("dsmini.")]
+        bad = every[bad or module.removeprefix("dsmini.")]
 
     def files() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -152,11 +153,19 @@ def calls(training: TrainingRun, step: int, number: int) -> Callable[[], bool]:
 
 def asked_after(training: TrainingRun, steps: int) -> None:
     """Ask the run to stop, as by Ctrl-C, in the step after this number of steps."""
+
+    def ask() -> None:
+        if training.trainer.steps_done == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before_each_step(training, ask)
+
+
+def before_each_step(training: TrainingRun, work: Callable[[], Any]) -> None:
     real = training.trainer.step
 
     def step() -> Any:
-        if training.trainer.steps_done == steps:
-            os.kill(os.getpid(), 15)
+        work()
         return real()
 
     training.trainer.step = step

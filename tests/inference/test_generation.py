@@ -208,7 +208,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ([[1]], {"top_k": 0}, "top_k=0 is not a whole number"),
     ([[1]], {"speculative": True}, "no multi-token prediction blocks"),
     ([[1] * 33], {}, "a prompt of 33 tokens and 4 new ones are more than the model's context of 32"),
-    ([[1] * 30], {}, "30 tokens and 4 new ones are more than the model's context of 32; use max_new_tokens=3"),
+    ([[1] * 30], {}, "30 tokens and 4 new ones are more than the model's context of 32; ask for 3 or fewer"),
 ]
 
 

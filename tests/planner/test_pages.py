@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dsmini.atomic import check_folder
 from dsmini.planner import pages
 from dsmini.planner.hardware import known_hardware
-from dsmini.planner.pages import Answer, check_folder, ten_lines
+from dsmini.planner.pages import FILES, Answer, ten_lines
 from dsmini.planner.plan import read_axis, vary
 from dsmini.planner.words import step_of
 from tests.helpers.plans import figures_of, plan_of, same_page, setup_of, values_of
@@ -105,7 +106,7 @@ def test_models_are_planned_on_every_machine(name: str, hardware: str) -> None:
 
 def test_every_figure_is_on_the_page_with_its_formula_and_each_link_leads_to_one(tmp_path: Path) -> None:
     path = tmp_path / "new" / "plan.html"
-    check_folder(path.parent)
+    check_folder(path.parent, FILES)
     assert planned(V3).write(path.parent) == [path, path.parent / "plan.json"]
     text = path.read_text()
     ids, links = re.findall(r'\bid="([^"]+)"', text), set(re.findall(r'href="#([^"]+)"', text))
@@ -143,7 +144,7 @@ def test_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "taken" / "plan.html").mkdir(parents=True)
     for name, why in (("file", "it is a file"), ("taken", "plan.html in it is a folder")):
         with pytest.raises(ValueError, match=rf"--out .*{name} cannot be written: {why}; choose another folder"):
-            check_folder(tmp_path / name)
+            check_folder(tmp_path / name, FILES)
 
 
 # --- variations

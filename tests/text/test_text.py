@@ -112,8 +112,3 @@ def test_a_prompt_that_ends_inside_a_character_is_continued() -> None:
     prompt, rest = b"caf\xc3", b"\xa9!"
     assert stream.decode(prompt) == "caf"
     assert Continuation(stream).add(rest) == "é!"
-
-
-def test_an_empty_stop_string_is_refused() -> None:
-    with pytest.raises(ValueError, match="a stop string is empty; give it a character"):
-        Continuation(ByteTokenizer().stream(), stops=["a", ""])

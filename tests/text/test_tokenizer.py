@@ -1,6 +1,7 @@
 """Tokenizers: every text comes back, no text can spell a special token, and the command that trains one."""
 
 import json
+import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -203,21 +204,21 @@ def test_a_tokenizer_is_trained_and_trained_with(
         assert import_module(f"dsmini.{name}").main(words) == 0  # dsmini.generate is the function
         return capsys.readouterr()
 
-    out, err = run("tokenize", str(trained / "book.txt"), "--vocab-size", "300", "--json")
+    out, err = run("tokenize", str(trained / "book.txt"), "--vocab-size", "300", "--json", "--out", "my tokenizer.json")
     pieces = split(measure(find(trained / "book.txt"))[0], 0.1, whole_characters=True).train
-    assert Path("tokenizer.json").read_text() == train_bpe(read_texts(pieces), 300)
+    assert Path("my tokenizer.json").read_text() == train_bpe(read_texts(pieces), 300)
     figures = json.loads(out)
     known = {"left_out": [], "not_utf8": [], "vocab_size": 300, "documents": 1, "bytes": len(TEXT.encode())}
     assert figures | known == figures
     assert figures["bytes_per_token"] == figures["held_out_bytes"] / figures["held_out_tokens"] > 1
     advice = next(line for line in err.splitlines() if "Train with it" in line).split("dsmini.train ")[1]
     flags = "--out runs/x --train.steps 2 --data.workers 2 --data.fim-rate 1 --json"
-    out, err = run("train", *f"{advice} {flags} {TINY}".split())
+    out, err = run("train", *shlex.split(f"{advice} {flags} {TINY}"))
     summary, corpus = json.loads(out), json.loads(Path("runs/x/corpus.json").read_text())
     per_token = corpus["val_bytes"] / corpus["val_tokens"]
     assert summary["val_bits_per_byte"] == pytest.approx(summary["val_loss"] / np.log(2) / per_token)
     assert "tokenized once into runs/corpus" in err and "1 training documents rearranged" in err
-    Path("tokenizer.json").unlink()  # the run has its own
+    Path("my tokenizer.json").unlink()  # the run has its own
     prompt = ("--prompt", "def naïve", "--max-new-tokens", "9")
     text = json.loads(run("generate", "runs/x", *prompt, "--json")[0])["text"]
     assert text.startswith("def naïve")
@@ -230,4 +231,5 @@ def test_a_tokenizer_is_trained_and_trained_with(
 def test_mistakes_write_nothing(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(TEXT)
     (tmp_path / "there.json").write_text("mine")
+    (tmp_path / "cut.txt").write_text("aé")  # no place to cut in the last tenth
     check_refused("dsmini.tokenize", tmp_path)

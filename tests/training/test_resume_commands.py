@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsmini import RunConfig
-from tests.helpers.commands import TINY, run, run_all, start
+from tests.helpers.commands import TINY, check_refused, run, run_all, start
 from tests.helpers.runs import untimed
 
 TRAIN = f"dsmini.train --data.path book.txt {TINY} --train.dtype float32 --train.save-every 3"
@@ -164,36 +164,11 @@ def test_ctrl_c_while_a_command_starts_is_one_word(place: Path, monkeypatch: pyt
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
-REFUSED = {
-    "--resume runs/x": "runs/x is finished: 12 of 12 steps; to continue raise --train.steps",
-    "--resume runs/x --train.device auto": "runs/x is finished: 12 of 12 steps",
-    "--resume runs/x --train.steps 5": "has done 12 steps, train.steps=5 is fewer",
-    "--resume runs/x --init runs/x": "use one of them",
-    "--resume runs/x --out runs/y": "stays in its folder",
-    "--resume=runs/x --train.steps 20 --model.dim 64 --train.seed 3": "model.dim (32 -> 64), train.seed (0 -> 3)",
-    "out.toml --resume runs/x --train.steps 20": "out (runs/x -> runs/y)",
-    "--resume runs/x --train.steps 20 --data.path other.txt": "other.txt now has",
-    "--resume runs/nothing": "there is no folder runs/nothing",
-    "--resume runs": "is not a training run",
-    "--resume runs/x/checkpoints/step-000012": "is a checkpoint, a run continues from its last one: use --resume /",
-    "--resume --train.steps 3": "--resume needs a folder, got --train.steps; use --resume runs/toy-001",
-    "--resume auto": "name its folder, as --out runs/x",
-    "--train.steps 3 --init": "--init needs a folder, got nothing; use --init runs/toy-001",
-    "--init runs/x --model.dim 64 --model.n-layers 3": "model.dim=64 (there 32), model.n_layers=3 (there 2)",
-    "--init runs/nothing": "or a DeepSeek or Hugging Face folder with config.json",
-    "--init runs": "runs has neither the config.toml of a training run nor the config.json of a model's folder",
-}
-
-
 def test_what_cannot_go_on_is_a_sentence_and_touches_nothing(place: Path) -> None:
     (place / "out.toml").write_text('out = "runs/y"\n')
     (place / "other.txt").write_text("Another text. " * 100)
     run_all([("dsmini.train", "--resume runs/x"), ("dsmini.train", "--resume runs/x --data.path other.txt")], place)
-    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
-    answers = run_all([("dsmini.train", arguments) for arguments in REFUSED], place)
-    for (arguments, message), (status, said) in zip(REFUSED.items(), answers, strict=True):
-        assert status == 2 and message in " ".join(said.split()), (arguments, said)
-    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    check_refused("dsmini.train", place, "resume")
 
 
 def test_resume_auto_takes_a_finished_run_as_the_end(place: Path) -> None:

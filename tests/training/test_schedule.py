@@ -99,12 +99,8 @@ def test_v32_is_v3_with_indexers_and_its_printed_stage() -> None:
     assert (train.dsa_stage, train.steps, train.batch_size, train.seq_len) == ("sparse", 15000, 480, sequence)
     assert round(train.steps * train.batch_size * sequence / 1e8) == 9437
     assert {train.lr * learning_rate_share(step, train) for step in (0, 7000, 14999)} == {7.3e-6}
-    assert (train.optimizer, train.beta2, train.weight_decay, train.moments) == (
-        V3.optimizer,
-        V3.beta2,
-        V3.weight_decay,
-        V3.moments,
-    )
+    alike = ("optimizer", "beta2", "weight_decay", "moments")
+    assert [getattr(train, name) for name in alike] == [getattr(V3, name) for name in alike]
     flags = ["--train.dsa-stage warmup", "--train.steps 1000", "--train.batch-size 16", "--train.lr 1e-3"]
     assert " ".join(flags) in (CONFIGS / "deepseek-v3.2.toml").read_text()
     assert round(1000 * 16 * sequence / 1e8) == 21
