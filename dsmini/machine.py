@@ -140,6 +140,11 @@ def once(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """Return the states of torch's generators, of the CPU and of the device in use."""
     states = {"cpu": torch.get_rng_state()}

@@ -27,10 +27,9 @@ from torch import Tensor
 from benchmarks.models import trainer
 from benchmarks.question import Case, Figure, Question, Setting, cases_over, drawing, figure, pick
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
-from dsmini.diagnosis.contention import cores
 from dsmini.diagnosis.diagnosis import Diagnosis, Plan, diagnose
 from dsmini.diagnosis.training import Subject
-from dsmini.machine import pick_dtype
+from dsmini.machine import cores, pick_dtype
 
 SEEDS, QUICK_SEEDS = 5, 1
 ROUNDS = 10

@@ -29,10 +29,10 @@ from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.atomic import new_file
 from dsmini.config.run import CHUNKS, ParallelConfig, ScheduleName
 from dsmini.data.corpus import Corpus
-from dsmini.diagnosis.contention import cores
 from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.pipeline import Pipeline
 from dsmini.distributed.world import World, joined
+from dsmini.machine import cores
 from dsmini.training.trainer import Trainer
 
 RANKS, PARTS = 2, 8

@@ -9,7 +9,6 @@ measured. Others may hold a core without slowing a step, and a probe may be slow
 It is an estimate: other programs cannot be stopped to see.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,13 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from dsmini.diagnosis.arms import Step
+from dsmini.machine import cores
 from dsmini.measure.cpu_time import CpuTimes
 from dsmini.measure.roofs import Roofs, steadiness
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ from dsmini import accounting, ops
 from dsmini.accounting import mha_twin
 from dsmini.config import ModelConfig
 from dsmini.diagnosis.arms import Arm, Step, Work, arm_of
-from dsmini.diagnosis.contention import Contention, cores, quiet, threads_put_back, watch
+from dsmini.diagnosis.contention import Contention, quiet, threads_put_back, watch
 from dsmini.diagnosis.findings import Finding, other_programs
 from dsmini.diagnosis.training import dense_baseline, no_more_threads
 from dsmini.inference import Generation
@@ -60,7 +60,7 @@ from dsmini.inference.fused import Decoder
 from dsmini.inference.generation import prefill
 from dsmini.inference.sampling import Sampling, likeliest
 from dsmini.inference.speculative import Drafter, agreed
-from dsmini.machine import memory_bytes, refuse_too_large
+from dsmini.machine import cores, memory_bytes, refuse_too_large
 from dsmini.measure.price import Forecast, Prices
 from dsmini.measure.workloads import ROOM, StepDtype, StepShape, dtype_name, random_cache, random_tokens
 from dsmini.nn import Block, Cache, MoE, Rope, Transformer

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 
 from dsmini.diagnosis.arms import Arm, Comparison, measure, predict, words
-from dsmini.diagnosis.contention import cores
 from dsmini.diagnosis.decoding import DecodingSubject
 from dsmini.diagnosis.pages import plot_of, sentence_of, table_of
 from dsmini.diagnosis.training import Subject
 from dsmini.diagnosis.verdict import Diagnosis
+from dsmini.machine import cores
 from dsmini.measure.counting import CountedOperation, count
 from dsmini.measure.roofs import Roofs
 from dsmini.report import Figure, Plot, Section, Series

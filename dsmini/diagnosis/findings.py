@@ -45,7 +45,8 @@ from torch import Tensor
 
 from dsmini.data.corpus import Corpus, forget
 from dsmini.diagnosis.arms import Axis, Work, percent, words
-from dsmini.diagnosis.contention import Contention, cores
+from dsmini.diagnosis.contention import Contention
+from dsmini.machine import cores
 from dsmini.measure.turns import mean_of, median_of
 from dsmini.nn import max_violation
 from dsmini.nn.transformer import IGNORE

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.config.schedule import batch_size
 from dsmini.diagnosis.arms import Arm, Step, Work, arm_of, patched
-from dsmini.diagnosis.contention import Contention, cores, quiet, threads_put_back, watch
+from dsmini.diagnosis.contention import Contention, quiet, threads_put_back, watch
 from dsmini.diagnosis.findings import (
     Finding,
     duplicates,
@@ -52,7 +52,7 @@ from dsmini.diagnosis.findings import (
     waiting,
     wrong_targets,
 )
-from dsmini.machine import DTYPES, memory_bytes, pick_dtype
+from dsmini.machine import DTYPES, cores, memory_bytes, pick_dtype
 from dsmini.measure.price import Forecast, Prices
 from dsmini.measure.workloads import StepDtype, StepShape
 from dsmini.nn import Block, FeedForward

@@ -36,9 +36,9 @@ from typing import Any
 import torch
 
 from dsmini.diagnosis.arms import Axis, words
-from dsmini.diagnosis.contention import cores
 from dsmini.diagnosis.findings import MOST_IDLE, load
 from dsmini.diagnosis.verdict import LEAST
+from dsmini.machine import cores
 from dsmini.measure.cpu_time import CpuTimes
 from dsmini.training.run import BindingChange
 from dsmini.training.trainer import StepResult

@@ -101,11 +101,6 @@ def held_by_launcher() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def attempt() -> int:
-    """Return how many times the launcher has started all processes again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
 def told(error: Exception) -> Exception:
     """Return an error that all ranks raise, marked so that one of them reports it."""
     error.add_note(TOLD)
@@ -199,7 +194,8 @@ def store_client(prefix: str, seconds: float) -> "Store":
         client = interruptible(connected, seconds + 0.5)  # a client hears no signal, and another service never answers
     except (ValueError, RuntimeError, TimeoutError) as error:
         raise _unreachable(error) from None
-    return PrefixStore(f"{prefix} {attempt()}", client)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"{prefix} {attempt}", client)
 
 
 def _await_answer(host: str, port: int, seconds: float) -> None:

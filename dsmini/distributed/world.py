@@ -43,7 +43,7 @@ import torch.distributed as dist
 from dsmini.config.fields import plain
 from dsmini.console.command import interruptible
 from dsmini.distributed.meeting import TOLD, held_by_launcher, launched, meet, store_client, told
-from dsmini.machine import pick_device
+from dsmini.machine import cores, pick_device
 from dsmini.reading import UnreadableError
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def own_share(device: str, threads: int | None) -> torch.device:
     if local is not None and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local}"
     if processes > 1:
-        share = max(1, (os.cpu_count() or 1) // processes)
+        share = max(1, cores() // processes)
         threads = min(threads or share, share)
     if threads is not None:
         torch.set_num_threads(threads)
