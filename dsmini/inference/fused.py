@@ -222,11 +222,6 @@ class Decoder:
         self._cos_sin = model.rope.cos_sin(torch.arange(0)[None])
         """Cos and sin of positions 0, 1, ..., as far as they have been asked for."""
 
-    def logits(self, tokens: Int[Tensor, "b s"], cache: Cache) -> Float[Tensor, "b s v"]:
-        """Append tokens to the cache and return the logits after each, as the model does."""
-        with torch.no_grad():
-            return self.model.head(self.states(tokens, cache).normed)
-
     def states(self, tokens: Int[Tensor, "b s"], cache: Cache, lengths: Int[Tensor, " b"] | None = None) -> States:
         """Do what Transformer.states does with a cache. normed and given are FP32 where all blocks are taken apart.
 

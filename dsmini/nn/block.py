@@ -48,8 +48,7 @@ class Block(nn.Module):
         super().__init__()
         c = layer_config(config, arguments)
         if attention_class is None:
-            baseline = MLA if c.is_mla else Attention
-            attention_class = DSA if c.attention == "dsa" else baseline
+            attention_class = {"mla": MLA, "dsa": DSA}.get(c.attention, Attention)
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.attn = attention_class(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)

@@ -136,8 +136,8 @@ def is_plain(module: nn.Module) -> bool:
     return type(module).__module__.startswith("dsmini.nn.") and not any(hooks) and "forward" not in module.__dict__
 
 
-def reads_codes(*modules: nn.Module | None) -> bool:
-    """Return True if each module, but for None, is a plain layer that multiplies FP8 codes."""
+def in_fp8(*modules: nn.Module | None) -> bool:
+    """Return True if each module, but for None, is a plain layer that multiplies in simulated FP8."""
     return all(getattr(m, "precision", None) == "fp8" and is_plain(m) for m in modules if m is not None)
 
 
@@ -147,7 +147,7 @@ def quantize_once(x: Tensor | QuantizedTensor, *readers: nn.Module | None) -> An
     FP8 training then saves one copy of x for backward. Where another module takes the place of a reader, all get x
     itself, and the others quantize it on their own, to the same codes.
     """
-    return quantize(x) if isinstance(x, Tensor) and reads_codes(*readers) else x
+    return quantize(x) if isinstance(x, Tensor) and in_fp8(*readers) else x
 
 
 class FP32Linear(FP32Module, Matrix):

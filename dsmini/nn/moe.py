@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.nn.gate import Gate, Routing
-from dsmini.nn.layers import draw_normal, make_linear, quantize_once, reads_codes
+from dsmini.nn.layers import draw_normal, in_fp8, make_linear, quantize_once
 from dsmini.numerics import QuantizedTensor
 
 
@@ -31,7 +31,7 @@ class FeedForward(nn.Module):
         x = quantize_once(x, self.w1, self.w3)
         w2: Any = self.w2
         gate, up = self.w1(x), self.w3(x)
-        return w2.swiglu(gate, up) if reads_codes(w2) else w2(F.silu(gate) * up)
+        return w2.swiglu(gate, up) if in_fp8(w2) else w2(F.silu(gate) * up)
 
 
 @ops.operation("experts")

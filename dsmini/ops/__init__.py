@@ -27,7 +27,7 @@ PyTorch cannot see into a kernel, so a counter (`ops.counting`) is told of each 
 """
 
 import functools
-import importlib
+import importlib.util
 import os
 import time
 import warnings
@@ -175,11 +175,8 @@ def _declare(kind: str, name: str, version: Callable[P, R]) -> Callable[P, R]:
 
 def load_eager() -> None:
     """Import the tuned PyTorch versions, so that torch.compile finds them; without them the plain ones run."""
-    try:
+    if importlib.util.find_spec("dsmini.functional") is not None:
         importlib.import_module("dsmini.functional")
-    except ModuleNotFoundError as error:
-        if error.name != "dsmini.functional":
-            raise
 
 
 def find(name: str) -> Operation[..., Any]:
