@@ -73,9 +73,9 @@ def test_up_to_k_keys_the_model_is_v3_to_the_bit(changes: dict[str, Any]) -> Non
     model, tokens = model_of(**changes), tokens_of(2, 20)
     dense = dense_baseline(model)
     assert torch.equal(model(tokens[:, :8]), dense(tokens[:, :8]))
-    for form in ("auto", "expanded", "absorbed"):
-        caches = [each.new_cache(2, form=form) for each in (model, dense)]
-        for part in tokens[:, :8].split((3, 4, 1), 1):
+    for form, sizes in (("auto", 8), ("auto", (3, 4, 1)), ("expanded", (3, 4, 1)), ("absorbed", (3, 4, 1))):
+        caches = [each.new_cache(2, 8, form=form) for each in (model, dense)]
+        for part in tokens[:, :8].split(sizes, 1):
             sparse, want = (each(part, cache) for each, cache in zip((model, dense), caches, strict=True))
             assert torch.equal(sparse, want)
     assert relative_error(model(tokens), dense(tokens)) > 1e-2
