@@ -45,7 +45,7 @@ class DiagnoseCommand:
     batch: int | None = None
     """Sequences that are decoded together, for --work decode; left out: 1."""
     quick: bool = False
-    """Look for half a minute instead of three, at the verdict alone. Predict only where roofs are stored."""
+    """Look for half a minute instead of three, at the verdict alone. Predict only where roofs are stored, for 20 s."""
     rounds: int | None = None
     """Number of rounds, instead of as many as fit into the time."""
     only: tuple[str, ...] = ()

@@ -109,7 +109,9 @@ def draw(lines: Mapping[str, Sequence[Row]], path: Path) -> None:
             if long > 0.008 * (ended - begun):
                 axes.text(start + long / 2, row.rank, str(row.microbatch), **words)
         axes.set(xlim=(0, ended - begun), ylim=(RANKS - 0.5, -0.5), ylabel="rank", yticks=range(RANKS))
-        axes.set_title(f"{title}: {bubble_share(rows):.1%} bubbles, {ended - begun:.3g} s", loc="left", fontsize=10)
+        axes.set_title(
+            f"{title}: {100 * bubble_share(rows):.1f} % bubbles, {ended - begun:.3g} s", loc="left", fontsize=10
+        )
         axes.spines[["top", "right", "left"]].set_visible(False)
     handles = [Patch(color=colour, label=words) for words, colour, _ in KINDS.values()]
     picture.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)

@@ -38,8 +38,7 @@ def run(main: Callable[[Sequence[str]], int], tell: Callable[[str, BaseException
     for out in (sys.stdout, sys.stderr):
         if isinstance(out, io.TextIOWrapper):
             out.reconfigure(errors="replace")  # for a character that the terminal cannot show
-    with_place = warnings.formatwarning
-    warnings.formatwarning = lambda *args, **kwargs: printable(with_place(*args, **kwargs))
+    warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
     try:
         status = main(sys.argv[1:])
     except ValueError as error:

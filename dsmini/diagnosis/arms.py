@@ -19,13 +19,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from dsmini.measure.turns import LEAST_TURNS, Estimate, Turns, in_turns, mean_of, median_of, reported
+from dsmini.measure.turns import LEAST_TURNS, Estimate, TimeOverError, Turns, in_turns, mean_of, median_of, reported
 from dsmini.reading import read_toml
 
 Axis = Literal["Data", "Algorithm", "Machine"]
@@ -118,23 +118,22 @@ class Comparison:
         return 1 - self.predicted[arm.name] / arm.tokens / self.predicted[self.plain]
 
 
-def percent(gain: Estimate | float | None) -> str:
+def percent(gain: Estimate | float | None, digits: int = 0) -> str:
     """Write a share in percent, with its interval if it has one; nothing for None."""
     if isinstance(gain, Estimate) and gain.is_clear:
         return f"{100 * gain.value:.0f} % ({100 * gain.low:.0f} to {100 * gain.high:.0f})"
     value = gain.value if isinstance(gain, Estimate) else gain
-    return "" if value is None else f"{100 * value:.0f} %"
+    return "" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def predict(arms: Sequence[Arm], prices: Any) -> dict[str, float]:
-    """Return the predicted seconds of a step of each arm; of none without prices."""
-    if prices is None:
-        return {}
-    return {arm.name: arm.predict(prices) for arm in arms if arm.predict is not None}
-
-
-class _TimeOverError(Exception):
-    """No arm may begin."""
+    """Return the predicted seconds of a step of each arm, as far as the time allows; of none without prices."""
+    found: dict[str, float] = {}
+    with suppress(TimeOverError):
+        for arm in arms if prices is not None else ():
+            if arm.predict is not None:
+                found[arm.name] = arm.predict(prices)
+    return found
 
 
 def measure(
@@ -159,7 +158,7 @@ def measure(
 
     def steps_of(arm: Arm) -> float:
         if time.perf_counter() >= until:
-            raise _TimeOverError
+            raise TimeOverError
         with arm.apply() as step:
             for _ in range(arm.uncounted):
                 step(last.get(found.plain, 0.0))
@@ -173,7 +172,7 @@ def measure(
     runs = {arm.name: lambda arm=arm: steps_of(arm) for arm in arms}
     try:
         in_turns(runs, count=count, seconds=until - time.perf_counter(), least=0, clock=reported, on_turn=noted)
-    except _TimeOverError:
+    except TimeOverError:
         pass
     except KeyboardInterrupt:
         if found.turns.count < LEAST_TURNS:

@@ -64,9 +64,10 @@ def quiet(seen: Contention, asleep: float = 0.0) -> nullcontext[Step]:
 
 
 @contextmanager
-def threads_put_back() -> Iterator[None]:
-    """Let the number of threads be afterwards what it was before."""
+def on_threads(number: int) -> Iterator[None]:
+    """Let products run on a number of cores, and afterwards on as many as before."""
     before = torch.get_num_threads()
+    torch.set_num_threads(number)
     try:
         yield
     finally:

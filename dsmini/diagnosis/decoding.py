@@ -51,8 +51,8 @@ from torch import Tensor, nn
 from dsmini import accounting, ops
 from dsmini.accounting import mha_twin
 from dsmini.config import ModelConfig
-from dsmini.diagnosis.arms import Arm, Step, Work, arm_of
-from dsmini.diagnosis.contention import Contention, quiet, threads_put_back, watch
+from dsmini.diagnosis.arms import Arm, Step, Work, arm_of, percent
+from dsmini.diagnosis.contention import Contention, on_threads, quiet, watch
 from dsmini.diagnosis.findings import Finding, other_programs
 from dsmini.diagnosis.training import dense_baseline, no_more_threads
 from dsmini.inference import Generation
@@ -183,7 +183,7 @@ class DecodingSubject:
             return []
         share = found.accepted / max(1, found.drafted)
         words = (
-            f"Of {found.drafted:,} guesses of multi-token prediction {share:.0%} are accepted in greedy decoding: "
+            f"Of {found.drafted:,} guesses of multi-token prediction {percent(share)} are accepted in greedy decoding: "
             f"{found.tokens_per_step:.2f} tokens a step."
         )
         if not self.trained:
@@ -279,8 +279,7 @@ class DecodingSubject:
     @contextmanager
     def threads(self, number: int) -> Iterator[Step]:
         """Let products run on a number of cores."""
-        with threads_put_back():
-            torch.set_num_threads(number)
+        with on_threads(number):
             yield lambda _base: self.seconds(PLAIN)
 
 
@@ -544,8 +543,7 @@ class DecodingPrices:
 
     def threads(self, number: int) -> float:
         """Return the predicted seconds of a plain step on a number of threads."""
-        with threads_put_back():
-            torch.set_num_threads(number)
+        with on_threads(number):
             return self.seconds()
 
     def forecast(self, variant: Variant, batch: int | None = None) -> Forecast:

@@ -22,7 +22,7 @@ from dsmini.checkpoint.training_state import checkpoint_folders, last_checkpoint
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.diagnosis import evidence
-from dsmini.diagnosis.arms import Arm, measure, predict
+from dsmini.diagnosis.arms import Arm, measure, patched, predict
 from dsmini.diagnosis.decoding import DecodingSubject
 from dsmini.diagnosis.training import Subject
 from dsmini.diagnosis.verdict import Diagnosis
@@ -37,11 +37,15 @@ OnPart = Callable[[float, str], None]
 MOST_ROUNDS = 60
 SECONDS = {"train": (75.0, 25.0), "decode": (30.0, 18.0)}
 """Time of the rounds, and that of a quick diagnosis; decoding steps are short."""
+PREDICTING = (45.0, 20.0)
+"""Time of predictions, and that of a quick diagnosis, after which no operation is timed."""
 TOTAL_SECONDS = 150.0
 """Time of predictions, rounds and evidence, so that a command takes less than three minutes where rates are stored. A
 quick diagnosis gathers no evidence."""
 ROOFS, ROUNDS = 0.03, 0.65
 """Shares of the progress after which this machine's roofs are there, and rounds are over."""
+PREDICTED, LOOKED = 0.35, 0.4
+"""Shares of the progress until the rounds are over, after which predictions and findings are there."""
 MOST_TEXT = 1 << 20
 """Tokens of a text that are looked at in decoding."""
 
@@ -52,6 +56,8 @@ class Plan:
 
     seconds: float = 75.0
     """Time of all rounds; infinite where their number is given."""
+    predicting: float = PREDICTING[0]
+    """Time of predictions. Arms that would need more have none."""
     rounds: int = MOST_ROUNDS
     only: Sequence[str] = ()
     """Names of the arms to try; none: all that apply."""
@@ -83,9 +89,9 @@ def answer(
         prices = Prices.stored()
     elif device.type == "cpu":
         prices = Prices.here(on_part=lambda share, part: on_part(ROOFS * share, part))
-    plan = Plan(seconds=SECONDS[work][quick], only=only)
+    plan = Plan(seconds=SECONDS[work][quick], predicting=PREDICTING[quick], only=only)
     if rounds is not None:
-        plan = Plan(seconds=math.inf, rounds=rounds, only=only)
+        plan = dataclasses.replace(plan, seconds=math.inf, rounds=rounds)
     start, end = time.perf_counter(), 1.0 if quick else ROUNDS
     found = diagnose(subject, plan, prices, lambda share, part: on_part(ROOFS + (end - ROOFS) * share, part))
     if not quick and not found.stopped:
@@ -114,26 +120,34 @@ def diagnose(
     arms = chosen(subject.arms(prices), plan.only)
     tried = [arm for arm in arms if arm.why_not is None]
     on_part(0.0, "predicting")
+    begun, predicted = time.perf_counter(), dict[str, float]()
+
+    def on_call(_share: float, part: str) -> None:
+        on_part(PREDICTED * min(1.0, (time.perf_counter() - begun) / plan.predicting), part)
+
     if prices is not None:
-        prices.on_part = lambda _share, part: on_part(0.0, part)
-    predicted = predict(tried, subject.prices)
-    on_part(0.08, "looking")
+        with patched(prices, "until", begun + plan.predicting), patched(prices, "on_part", on_call):
+            predicted = predict(tried, subject.prices)
+    on_part(PREDICTED, "looking")
     findings = subject.look()
 
     def on_turn(share: float, number: int) -> None:
-        on_part(0.15 + 0.85 * share, f"round {min(number + 1, plan.rounds)}")
+        on_part(LOOKED + (1 - LOOKED) * share, f"round {min(number + 1, plan.rounds)}")
 
     with tried[0].apply() as step:
         step(0.0)  # the first one compiles kernels, and the clock of the rounds does not run yet
     subject.turns.clear()
     until = time.perf_counter() + plan.seconds
     compared = measure(tried, predicted, count=plan.rounds, until=until, on_turn=on_turn)
+    notes = ["It was interrupted, and rests on the rounds until then."] if compared.stopped else []
+    if prices is not None and any(arm.predict and arm.name not in predicted for arm in tried):
+        notes.append("Some arms have no prediction: its time was over. A quiet machine, or the same again, has more.")
     return Diagnosis(
         compared=compared,
         findings=[*subject.look_back(), *findings],
         not_tried={arm.name: arm.why_not for arm in arms if arm.why_not is not None},
-        forecast=None if subject.prices is None else subject.prices.plain,
-        warnings=["It was interrupted, and rests on the rounds until then."] if compared.stopped else [],
+        forecast=subject.prices.plain if subject.prices is not None and compared.plain in predicted else None,
+        warnings=notes,
         stopped=compared.stopped,
     )
 

@@ -25,13 +25,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from dsmini.diagnosis.arms import Arm, Comparison, measure, predict, words
+from dsmini.diagnosis.arms import Arm, Comparison, measure, percent, predict, words
 from dsmini.diagnosis.decoding import DecodingSubject
 from dsmini.diagnosis.pages import plot_of, sentence_of, table_of
 from dsmini.diagnosis.training import Subject
 from dsmini.diagnosis.verdict import Diagnosis
 from dsmini.machine import cores
 from dsmini.measure.counting import CountedOperation, count
+from dsmini.measure.price import quiet
 from dsmini.measure.roofs import Roofs
 from dsmini.report import Figure, Plot, Section, Series
 from dsmini.report.units import human
@@ -68,7 +69,10 @@ def gather(
     Args:
         on_part: told the share that is done and what is next.
     """
-    every, until = all_evidence(subject, found.seconds), time.perf_counter() + seconds
+    until = time.perf_counter() + seconds
+    if subject.prices is not None:
+        subject.prices.of.until, subject.prices.of.on_part = until, quiet
+    every = all_evidence(subject, found.seconds)
     found.not_tried |= {each.name: each.why_not for each in every if each.why_not is not None}
     left = [each for each in every if each.why_not is None]
     try:
@@ -237,8 +241,8 @@ def roofline(step: Callable[[], object], roofs: Roofs, dtype: str) -> Section:
     return Section(
         name="roofline",
         title="Which operations does memory limit, and which arithmetic?",
-        finding=f"{memory:.0%} of the time of operations lies below {ridge:.0f} FLOPs a byte, where memory or a cache "
-        f"is the limit. Products take {human(sum(op.flops for op in passes[0]), 'FLOP')} a step.",
+        finding=f"{percent(memory)} of the time of operations lies below {ridge:.0f} FLOPs a byte, where memory or a "
+        f"cache is the limit. Products take {human(sum(op.flops for op in passes[0]), 'FLOP')} a step.",
         figures=figures,
         plots=[roof_plot(shown, roofs.bandwidth, peak)],
         about="Above the sloping roof an operation's bytes come from a cache. Where one call decodes a step, the "

@@ -4,11 +4,11 @@ Copies. Repeated text is worth less than its size: up to four epochs are nearly 
 value of another epoch falls to nothing (Muennighoff et al., "Scaling Data-Constrained Language Models", 2023). Copied
 tokens in passages of 200 bytes, measured in texts of up to 16 MB:
 
-    Tiny Shakespeare                 0.0%     Perl's library                   12%
-    Python's own standard library    4.8%     SymPy                            13%
-    PyTorch's Python                  11%     headers in /usr/include          27%
-    Transformers, whose models are copies of each other by design              56%
-    any text, written twice                                                   100%
+    Tiny Shakespeare                 0.0 %     Perl's library                   12 %
+    Python's own standard library    4.8 %     SymPy                            13 %
+    PyTorch's Python                  11 %     headers in /usr/include          27 %
+    Transformers, whose models are copies of each other by design               56 %
+    any text, written twice                                                    100 %
 
 A passage is a number of tokens in a row, about 200 bytes of text. A token is copied if some passage that contains it
 also occurs elsewhere. An occurrence may overlap another: 210 equal signs in a row hold the same 200 bytes eleven times.
@@ -66,8 +66,8 @@ MOST_HELD_OUT = 1 << 20
 DUPLICATES = 0.3
 """Share of copied training tokens that is a fault: above every text of the table that was not copied by design."""
 LEAK = 0.1
-"""Share of copied held-out tokens that is a fault: a model that knew them by heart would show a loss 10% too low. The
-default corpus has 2%."""
+"""Share of copied held-out tokens that is a fault: a model that knew them by heart would show a loss 10 % too low. The
+default corpus has 2 %."""
 BASE, MIX = 0x9E3779B97F4A7C15, np.uint64(0xBF58476D1CE4E5B9)
 
 
@@ -117,7 +117,7 @@ def load(steps: Sequence[StepResult]) -> Finding | None:
     idle = (loads < IDLE_LOAD * loads.double().mean(1, keepdim=True)).double().mean().item()
     vio = max_violation(loads).mean().item()
     sentence = (
-        f"{idle:.0%} of the experts get less than a tenth of the mean load; "
+        f"{percent(idle)} of the experts get less than a tenth of the mean load; "
         f"the fullest gets {1 + vio:.1f} times the mean (MaxVio {vio:.2f})."
     )
     fix = "Reset the routing bias, or raise train.bias_speed: idle experts learn nothing." if idle > MOST_IDLE else ""
@@ -129,8 +129,8 @@ def other_programs(turns: Sequence[Contention], work: Work) -> Finding:
     others, delayed = (statistics.median(getattr(turn, name) for turn in turns) for name in ("others", "delayed"))
     loss = median_of([turn.loss for turn in turns])
     sentence = (
-        f"Other programs keep {others:.1f} of {cores()} cores busy, and a thread of this run is {delayed:.0%} of the "
-        f"time without a core. Others cost about {loss.value:.0%} of a step."
+        f"Other programs keep {others:.1f} of {cores()} cores busy, and a thread of this run is {percent(delayed)} of "
+        f"the time without a core. Others cost about {percent(loss.value)} of a step."
     )
     fix = words()[work]["quiet_machine"]["advice"] if loss.low > MUCH else ""
     return Finding(axis="Machine", name="other_programs", value=loss.value, sentence=sentence, fix=fix)
@@ -145,7 +145,7 @@ def wrong_targets(batches: Sequence[tuple[Tensor, Tensor]]) -> Finding:
     checked = sum(int(each.sum()) for each in known)
     wrong = sum(int((each & (y[:, :-1] != x[:, 1:])).sum()) for each, (x, y) in zip(known, batches, strict=True))
     share = wrong / max(1, checked)
-    sentence = f"{wrong:,} of {checked:,} targets ({share:.2%}) are not the next token of their sequence."
+    sentence = f"{wrong:,} of {checked:,} targets ({percent(share, 2)}) are not the next token of their sequence."
     fix = "Correct the loader: targets[:, t] must be tokens[:, t + 1]; train nothing before that." if wrong else ""
     return Finding(axis="Data", name="wrong_targets", value=share, sentence=sentence, fix=fix)
 
@@ -155,9 +155,9 @@ def padding(targets: Sequence[Tensor]) -> Finding:
     ignored = sum(int((y == IGNORE).sum()) for y in targets)
     after = sum(int(((y != IGNORE).flip(1).cumsum(1) == 0).sum()) for y in targets)
     n = sum(y.numel() for y in targets)
-    said = f"{ignored / n:.1%} of the {n:,} targets looked at teach nothing"
+    said = f"{percent(ignored / n, 1)} of the {n:,} targets looked at teach nothing"
     if ignored:
-        said += f"; {after / n:.1%} stand after the last one of their row that does, so that their work is for nothing"
+        said += f"; {percent(after / n, 1)} stand after the last one of their row that does: their work is for nothing"
     fix = "Pack several documents into a row, or put rows of like length into a batch." if after / n > MUCH else ""
     return Finding(axis="Algorithm", name="padding", value=ignored / n, sentence=f"{said}.", fix=fix)
 
@@ -171,8 +171,8 @@ def duplicates(corpus: Corpus) -> Finding:
     share = share_covered(repeated(passage_hashes(text, length)), length)
     forget(corpus.train)
     sentence = (
-        f"{share:.1%} of the training tokens lie in passages of {length} tokens that occur more than once; "
-        f"{_read(text, corpus.train)} tokens were compared. A share above {DUPLICATES:.0%} is a fault."
+        f"{percent(share, 1)} of the training tokens lie in passages of {length} tokens that occur more than once; "
+        f"{_read(text, corpus.train)} tokens were compared. A share above {percent(DUPLICATES)} is a fault."
     )
     fix = "Remove repeated documents from the text first: their passages are trained on more often than the rest."
     fix = fix if share > DUPLICATES else ""
@@ -185,9 +185,9 @@ def held_out_leak(corpus: Corpus) -> Finding:
     share = share_covered(occurring(passage_hashes(text, length), passage_hashes(other, length)), length)
     forget(corpus.train)
     sentence = (
-        f"{share:.1%} of the held-out tokens lie in passages of {length} tokens that also occur in the training "
-        f"text; {_read(text, corpus.val)} tokens were looked for in {_read(other, corpus.train)}. A share above "
-        f"{LEAK:.0%} is a fault."
+        f"{percent(share, 1)} of the held-out tokens lie in passages of {length} tokens that also occur in the "
+        f"training text; {_read(text, corpus.val)} tokens were looked for in {_read(other, corpus.train)}. A share "
+        f"above {percent(LEAK)} is a fault."
     )
     fix = "Hold out text that has no copy in the training text first; the held-out loss is too low until then."
     fix = fix if share > LEAK else ""

@@ -46,7 +46,7 @@ def plot_of(compared: Comparison, title: str, x: str) -> Plot:
     if placed:
         at, names = [place for place, _ in placed], [name for _, name in placed]
         lines = [Series(label="measured", x=at, y=[1e3 * compared.turns.median(name) for name in names])]
-        if compared.predicted:
+        if all(name in compared.predicted for name in names):
             y = [1e3 * compared.predicted[name] for name in names]
             lines.append(Series(label="predicted", x=at, y=y, dashed=True, of="measured"))
         return Plot(title=title, x=x, y="ms", series=lines, log_x=True, log_y=True)
@@ -199,5 +199,5 @@ def _step(found: Diagnosis) -> list[Section]:
     plot = Plot(title="Parts of a step", x="class of operations", y="ms", series=[bars], labels=list(parts))
     largest = max(parts, key=lambda name: parts[name])
     share = parts[largest] / sum(parts.values())
-    words = f"Most of it, {share:.0%}, is {largest}, by the forecast of this machine's rates."
+    words = f"Most of it, {percent(share)}, is {largest}, by the forecast of this machine's rates."
     return [Section(name="step", title="What does a step consist of?", finding=words, plots=[plot])]

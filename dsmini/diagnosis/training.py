@@ -31,9 +31,10 @@ but the one that replays a batch.
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.config.schedule import batch_size
 from dsmini.diagnosis.arms import Arm, Step, Work, arm_of, patched
-from dsmini.diagnosis.contention import Contention, quiet, threads_put_back, watch
+from dsmini.diagnosis.contention import Contention, on_threads, quiet, watch
 from dsmini.diagnosis.findings import (
     Finding,
     duplicates,
@@ -54,6 +55,7 @@ from dsmini.diagnosis.findings import (
 )
 from dsmini.machine import DTYPES, cores, memory_bytes, pick_dtype
 from dsmini.measure.price import Forecast, Prices
+from dsmini.measure.turns import TimeOverError
 from dsmini.measure.workloads import StepDtype, StepShape
 from dsmini.nn import Block, FeedForward
 from dsmini.training.trainer import StepResult, Trainer
@@ -167,17 +169,13 @@ class Subject:
         def fits(n: int) -> bool:
             if n <= self.rows or self.prices is None:
                 return n <= 2 * self.rows
-            return self.prices.forecast(n).peak + self.prices.of.process < MOST_MEMORY * memory_bytes(self.device)
+            with suppress(TimeOverError):
+                return self.prices.forecast(n).peak + self.prices.of.process < MOST_MEMORY * memory_bytes(self.device)
+            return False
 
         parts = self.config.train.grad_accum
         sizes = [round(self.rows * factor) for factor in FACTORS if self.rows * factor >= parts]
         return [self.rows, *(n for n in sizes if n % parts == 0 and n != self.rows and fits(n))]
-
-    @contextmanager
-    def batch_of(self, n: int) -> Iterator[Step]:
-        """Let steps take a number of sequences, which are in memory."""
-        with self.replayed(n) as step:
-            yield lambda _base: step()
 
     @property
     def counted(self) -> int:
@@ -235,24 +233,24 @@ class Subject:
         self.turns.append(PlainTurn(steps=counted, contention=ended(), preparing=sum(cpu) / len(steps)))
 
     @contextmanager
-    def replayed(self, rows: int | None = None) -> Iterator[Callable[[], float]]:
-        """Let every step take the same batch, which is in memory, of other rows if asked for; yield what takes one."""
+    def batch_of(self, rows: int | None = None) -> Iterator[Step]:
+        """Let every step take the same batch, which is in memory, of other rows if asked for."""
         batch = self.trainer.loader.prepared((self.trainer.sequences, rows or self.rows))
         config = self.config
         if rows is not None:
             train = dataclasses.replace(config.train, batch_size=rows, batch_start=None)
             config = dataclasses.replace(config, train=train)
-        stub = Stub(lambda _: batch)
-        with patched(self.trainer, "config", config), patched(self.trainer, "loader", stub):
-            yield lambda: self.step().seconds
+        loader = SimpleNamespace(take=lambda _: batch)  # all that a trainer asks for
+        with patched(self.trainer, "config", config), patched(self.trainer, "loader", loader):
+            yield lambda _base: self.step().seconds
 
     @contextmanager
     def replay(self) -> Iterator[Step]:
         """Let every step take the same batch; its seconds are within what plain steps have seen."""
-        with self.replayed() as step:
+        with self.batch_of() as step:
             seen = self.turns[-1]
             most = seen.seconds - seen.waited
-            yield lambda _base: min(max(step(), most - seen.preparing), most)
+            yield lambda base: min(max(step(base), most - seen.preparing), most)
 
     def changed(self, _base: float = 0.0) -> float:
         """Take a step of an arm that leaves the loader as it is; return its seconds with the wait of plain steps."""
@@ -262,8 +260,7 @@ class Subject:
     @contextmanager
     def threads(self, number: int) -> Iterator[Step]:
         """Let products run on a number of cores."""
-        with threads_put_back():
-            torch.set_num_threads(number)
+        with on_threads(number):
             yield self.changed
 
     @contextmanager
@@ -293,7 +290,7 @@ class Subject:
             # the pair may have had a slower moment than the plain step, whose computing it is a part of
             return base - min(base - self.turns[-1].waited, with_routing) * (1 - without / with_routing)
 
-        with self.replayed():  # neither side waits
+        with self.batch_of():  # neither side waits
             yield step
 
     def forward_backward(self) -> float:
@@ -307,13 +304,6 @@ class Subject:
     def quiet(self) -> "nullcontext[Step]":
         """Return the arm without other programs: a wait in which no batch is prepared stays."""
         return quiet(self.turns[-1].contention, self.turns[-1].asleep)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stub:
-    """The part of a loader that a trainer asks for."""
-
-    take: Callable[..., tuple[Tensor, Tensor]]
 
 
 def routed_blocks(model: nn.Module) -> list[Block]:
@@ -348,23 +338,27 @@ class TrainingPrices:
 
     def __init__(self, subject: Subject, prices: Prices) -> None:
         self.subject, self.of = subject, prices
+        self.known: dict[tuple[StepShape, int], Forecast] = {}
+        """Forecasts by step and number of threads."""
 
-    @cached_property
+    @property
     def plain(self) -> Forecast:
         """Forecast of a step that waits for nothing."""
         return self.forecast()
 
     def forecast(self, batch: int | None = None, dtype: str | None = None) -> Forecast:
-        return self.of.forecast(self.shape(batch, dtype))
+        """Return the forecast of a step that waits for nothing, with other rows or another dtype."""
+        key = self.shape(batch, dtype), torch.get_num_threads()
+        if key not in self.known:
+            self.known[key] = self.of.forecast(key[0])
+        return self.known[key]
 
     def seconds(self, batch: int | None = None, dtype: str | None = None) -> float:
-        """Return the seconds of a step that waits for nothing, with other rows or another dtype."""
-        return (self.plain if batch is None and dtype is None else self.forecast(batch, dtype)).seconds
+        return self.forecast(batch, dtype).seconds
 
     def threads(self, number: int) -> float:
         """Return the seconds of a step on a number of threads, its wait included."""
-        with threads_put_back():
-            torch.set_num_threads(number)
+        with on_threads(number):
             return self.forecast().seconds + self.wait
 
     def routing(self) -> float:

@@ -74,7 +74,7 @@ def verdict(gains: Mapping[Axis, Estimate]) -> Verdict:
         return Verdict(outcome="binds", axis=axis, sentence=words)
     if all(g.high <= LEAST for g in gains.values()):
         most, gain = max(gains.items(), key=lambda item: item[1].high)
-        words = f"Nothing binds: no axis has {LEAST:.0%} of a step to give. The most is {most}, {percent(gain)}."
+        words = f"Nothing binds: no axis has {percent(LEAST)} of a step to give. The most is {most}, {percent(gain)}."
         return Verdict(outcome="nothing binds", sentence=words)
     outcome, decides = "undetermined", _more_rounds(gains)
     if len(clear) > 1:
@@ -82,7 +82,9 @@ def verdict(gains: Mapping[Axis, Estimate]) -> Verdict:
     elif clear:
         words = f"Undetermined: {axis} {percent(best)} of a step leads, and {_named(near)} may be as much."
     else:
-        words = f"Undetermined: {_named(across)} of a step may be more or less than the {LEAST:.0%} worth an action."
+        words = (
+            f"Undetermined: {_named(across)} of a step may be more or less than the {percent(LEAST)} worth an action."
+        )
     return Verdict(outcome=outcome, sentence=words, decides=decides)
 
 

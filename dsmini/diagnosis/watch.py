@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from dsmini.diagnosis.arms import Axis, words
+from dsmini.diagnosis.arms import Axis, percent, words
 from dsmini.diagnosis.findings import MOST_IDLE, load
 from dsmini.diagnosis.verdict import LEAST
 from dsmini.machine import cores
@@ -98,7 +98,7 @@ def sign(name: str, share: Mapping[str, Any], of: str = "", limit: float = LEAST
         figures: that the words need besides the share.
     """
     found = words()["watch"][of or name]
-    observed = found["words"].format(**share, **figures)
+    observed = found["words"].format(**{end: percent(value) for end, value in share.items()}, **figures)
     return Sign(name=name, axis=found["axis"], **share, words=observed, fix=found["fix"], limit=limit)
 
 
@@ -160,7 +160,7 @@ class RunWatch:
             return None
         self.binds = axis
         if found is None:
-            figures = ", ".join(f"{sign.name} {sign.value:.0%}" for sign in signs)
+            figures = ", ".join(f"{sign.name} {percent(sign.value)}" for sign in signs)
             return BindingChange(binds="", share=None, sentence=f"step {step.step}: nothing binds ({figures})")
         said = f"step {step.step}: {axis} binds: {found.words}. {found.fix}"
         return BindingChange(binds=axis, share=found.value, sentence=said)
@@ -181,7 +181,7 @@ class RunWatch:
         if len(self.times) > 1:
             rates, threads = self.times[-1][1].rates_since(self.times[0][1]), torch.get_num_threads()
             others, delayed = rates.others, rates.delayed / threads
-            figures = {"others": _of_others(others), "threads": threads, "delayed": delayed}
+            figures = {"others": _of_others(others), "threads": threads, "delayed": percent(delayed)}
             yield sign("CPU time lost", dict.fromkeys(ends, min(others / cores(), delayed)), **figures)
         yield self._slower(others)
         if idle := load(self.steps):

@@ -54,7 +54,7 @@ class CpuTimes:
 
 
 def watched(run: Callable[[], T]) -> tuple[T, float]:
-    """Return what a function returns, and the share of the time in which a thread had no core meanwhile, summed up."""
+    """Return what a function returns, and the number of cores that threads waited for meanwhile, its mean."""
     before = CpuTimes.now()
     result = run()
     return result, CpuTimes.now().rates_since(before).delayed

@@ -16,7 +16,10 @@ Simulated: experts are chosen at random, all alike likely.
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +33,7 @@ from dsmini.measure.cpu_time import watched
 from dsmini.measure.dry import Dry, dry_count
 from dsmini.measure.process import peak_of_process
 from dsmini.measure.roofs import BUSY, Roofs, Store, key_of, load_or_measure, seconds_of
+from dsmini.measure.turns import TimeOverError
 from dsmini.measure.workloads import StepShape
 
 VERSION = 1
@@ -77,7 +81,9 @@ class Prices:
     on_part: OnPart = quiet
     """Told the share of a forecast that is done, and what is next."""
     busy: float = 0.0
-    """Largest share of the time in which a thread had no core while a forecast was priced."""
+    """Most cores that this process waited for while a forecast was priced."""
+    until: float = math.inf
+    """Moment of time.perf_counter after which nothing is timed."""
     known: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -106,13 +112,23 @@ class Prices:
         Args:
             make: makes the step, where it is not a plain one of this shape.
             between: the work whose Python it runs, such as "prefill"; "": the shape's.
+
+        Raises: TimeOverError if it would time a call after `until`; what was timed before is kept.
         """
         counted = dry_count(make or (lambda: shape.make(CPU)), self.roofs.cache_bytes)
-        found, busy = watched(lambda: self._parts(counted, shape, between))
+
+        def parts() -> dict[str, float] | None:
+            with suppress(TimeOverError):
+                return self._parts(counted, shape, between)
+            return None
+
+        found, busy = watched(parts)
         self.operands.blocks.clear()  # some hundred megabytes
         is_first, self.busy = self.busy <= BUSY, max(self.busy, busy)
         if self.store is not None and (is_first or busy <= BUSY):  # one warning is enough
             self.store.write(_key(), self.known, busy)
+        if found is None:
+            raise TimeOverError
         return Forecast(
             shape=shape,
             seconds=sum(found.values()),
@@ -168,6 +184,8 @@ class Prices:
     def _once(self, what: str, measure: Callable[[], float]) -> float:
         key = hashlib.sha1(f"{torch.get_num_threads()} {what}".encode()).hexdigest()
         if key not in self.known:
+            if time.perf_counter() >= self.until:
+                raise TimeOverError
             self.known[key] = measure()
         return self.known[key]
 

@@ -27,10 +27,10 @@ VERSION = 13
 LEAST_SHARE = 0.2
 """Least share of FP32's rate that a usable dtype reaches."""
 BUSY = 0.1
-"""Share of the time without a core above which rates are those of a busy machine."""
+"""Cores that are waited for above which rates are those of a busy machine."""
 BUSY_WORDS = (
-    "other programs had the cores while this machine's rates were measured ({:.0%} of the time): the rates are too "
-    "low and not stored; predictions are too slow until it is measured again on a quiet machine"
+    "other programs had the cores while this machine's rates were measured ({:.1f} cores were waited for): the rates "
+    "are too low and not stored; predictions are too slow until it is measured again on a quiet machine"
 )
 LARGE = 1 << 28
 """Bytes that fit into no cache."""

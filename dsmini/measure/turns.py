@@ -3,7 +3,6 @@
     turns = in_turns({"ours": ours, "theirs": theirs}, count=15, seconds=20.0)
     turns.estimate("ours")                 # Estimate: median seconds of a run, and its 95 % interval
     turns.ratio("theirs", "ours")          # how many times as fast ours is
-    turns.paired(lambda plain, free: 1 - free / plain, "ours", "theirs")
 
 A single time says little: caches are cold, a GPU returns before it is done, another process takes a core for a second.
 So measurements follow five rules:
@@ -49,6 +48,10 @@ MOST_TURNS, MOST_REPEATS = 1000, 1 << 14
 Run = Callable[[], object]
 
 
+class TimeOverError(Exception):
+    """Nothing more may be measured."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """A value with its 95 % interval."""
@@ -85,17 +88,9 @@ class Turns:
         """Return the median seconds of a run, with its interval."""
         return median_of(self.seconds[name])
 
-    def values(self, compare: Callable[[float, float], float], one: str, other: str) -> list[float]:
-        """Return a function of the seconds of two runs, turn by turn."""
-        return [compare(a, b) for a, b in zip(self.seconds[one], self.seconds[other], strict=True)]
-
-    def paired(self, compare: Callable[[float, float], float], one: str, other: str) -> Estimate:
-        """Return the median over turns of a function of the seconds of two runs, with its interval."""
-        return median_of(self.values(compare, one, other))
-
     def ratio(self, over: str, under: str) -> Estimate:
-        """Return the seconds of one run over those of another."""
-        return self.paired(lambda a, b: a / b, over, under)
+        """Return the median over turns of the seconds of one run over those of another, with its interval."""
+        return median_of([a / b for a, b in zip(self.seconds[over], self.seconds[under], strict=True)])
 
 
 Clock = Callable[[Run, int], float]
@@ -130,7 +125,6 @@ def in_turns(
     repeats: int = 1,
     uncounted: int = 0,
     least_seconds: float = 0.0,
-    rotate: bool = False,
     clock: Callable[..., float] | None = None,
     on_turn: Callable[[float, Turns], None] = lambda share, turns: None,
 ) -> Turns:
@@ -144,7 +138,6 @@ def in_turns(
         repeats: times that each run is repeated in its turn; the mean counts.
         uncounted: runs at the start of each turn that do not count, such as the first on a cold cache.
         least_seconds: a shorter run is repeated until it takes so long, by its time in the turn to warm up.
-        rotate: begin each turn with the next run, so that none is always the first after another.
         clock: `reported` for runs that return their own seconds; None: the stopwatch of the device.
         on_turn: told the share that is done and the whole turns so far, before each turn and at the end. It may raise
             to end the measurement: the Turns that it was given have whole turns alone.
@@ -157,16 +150,14 @@ def in_turns(
         if least_seconds:
             warm = clock(run, 1)  # the first may have paid for compilation
             number[name] = max(repeats, min(MOST_REPEATS, math.ceil(least_seconds / max(warm, 1e-7))))
-    names = list(runs)
     before, now = start, time.perf_counter()
     while taken.count < count and (taken.count < least or now + (now - before) - start <= seconds):
         on_turn(max(taken.count / count, min(0.99, (now - start) / max(seconds, 1e-9))), taken)
-        first = taken.count % len(names) if rotate else 0
         turn: dict[str, float] = {}
-        for name in [*names[first:], *names[:first]]:
+        for name, run in runs.items():
             for _ in range(uncounted):
-                runs[name]()
-            turn[name] = clock(runs[name], number[name]) / number[name]
+                run()
+            turn[name] = clock(run, number[name]) / number[name]
         for name, each in turn.items():
             taken.seconds[name].append(each)
         before, now = now, time.perf_counter()

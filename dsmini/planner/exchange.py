@@ -93,19 +93,12 @@ def exchange(s: Sheet, t: Sheet, c: ModelConfig, gpus: Any, dtype: str, one_hop:
     t.fast_row_bytes = t.fast_copies * (t.dispatch_row + t.combine_row)
 
 
-def training_exchange(s: Sheet, c: ModelConfig, hardware: Hardware, nodes: float, dtype: str) -> None:
+def training_exchange(s: Sheet, c: ModelConfig, hardware: Hardware, dtype: str) -> None:
     """Name the traffic of a token among the GPUs that share experts in training, and its times.
 
     Args:
-        nodes: nodes that the GPUs are of.
         dtype: of rows on their way to the experts.
-
-    Raises: ValueError where the hardware has no link that the GPUs need.
     """
-    if not hardware.linked:
-        raise ValueError(f"{hardware.title} has no fast link between GPUs, which experts on several need; use expert=1")
-    if not hardware.networked and nodes > 1:
-        raise ValueError(f"{hardware.title} has no link between nodes, which experts on several need; use fewer GPUs")
     exchange(s, s, c, s.expert, dtype)
     s.slow_row_seconds = s.slow_row_bytes / s.slow_link if hardware.networked else 0.0
     s.fast_row_seconds = s.fast_row_bytes / s.fast_link

@@ -260,7 +260,9 @@ def here_section(steps: Steps) -> Section:
     """Return the forecasts of this machine as a section: each step next to its roofs, and what takes longest."""
     columns, rows = ("step", "of", "forecast", "by roofs", "tensors", "process", "longest"), list[tuple[str, ...]]()
     for name, (found, row) in steps.items():
-        longest = [f"{kind} {seconds / found.seconds:.0%}" for kind, seconds in list(found.by_class.items())[:3]]
+        longest = [
+            f"{kind} {100 * seconds / found.seconds:.0f} %" for kind, seconds in list(found.by_class.items())[:3]
+        ]
         size = f"{found.shape.batch} x {found.shape.tokens:,} tokens, {found.shape.dtype}"
         amounts = (human(value, "s" if "seconds" in key else "bytes") for key, value in row.items())
         rows.append((name, size, *amounts, ", ".join(longest)))

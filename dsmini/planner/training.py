@@ -95,6 +95,9 @@ def training_figures(s: Sheet, c: ModelConfig, hardware: Hardware, r: Layout) ->
 
     Raises: ValueError for a precision or a link that the hardware lacks.
     """
+    if r.gpus > hardware.most_gpus:
+        most = f"{hardware.node}{' or fewer' * hardware.linked}"
+        raise ValueError(f"{hardware.title} has no link that gpus={r.gpus} need; use {most}")
     s.data = s.gpus / (s.pipeline * s.tensor)
     s.expert_data = s.data * s.tensor / s.expert
     s.micro_batches = s.batch / (s.data * s.micro_batch)
@@ -295,12 +298,11 @@ def _step(s: Sheet, c: ModelConfig, hardware: Hardware, r: Layout, gpus: list[Sh
     """Name the parts of a step's time: what a GPU waits for, one after the other."""
     rows = 0.0
     if r.expert > 1:
-        nodes = r.expert / hardware.value("gpus_per_node")
-        training_exchange(s, c, hardware, nodes, DTYPES[r.precision])
+        training_exchange(s, c, hardware, DTYPES[r.precision])
         layers = (s.moe_layers + s.mtp_moe_layers) / s.pipeline
         s.chunk_dispatch = s.dispatch_seconds * s.micro_batch_tokens * layers
         rows = s.chunk_dispatch
-    s.chunk_tensor = _reduce_seconds(s, c, hardware, r)
+    s.chunk_tensor = _reduce_seconds(s, c, r)
     alone, number = s.chunk_forward + s.chunk_backward, s.micro_batches
     both, shown_rows = alone + 2 * rows, number * (2 * rows)
     if r.schedule == "dualpipe":  # in the middle of a step, a forward and a backward hide each other's rows
@@ -338,12 +340,10 @@ def bubble_seconds(schedule: Schedule, pipeline: Any, *, forward: Any, backward:
     return (pipeline - 1) * (alone - 2 * weights if schedule == "zb1p" else alone)
 
 
-def _reduce_seconds(s: Sheet, c: ModelConfig, hardware: Hardware, r: Layout) -> Any:
+def _reduce_seconds(s: Sheet, c: ModelConfig, r: Layout) -> Any:
     """Return the time of two all-reduces a layer in one pass; each moves every row twice but for the own part."""
     if r.tensor == 1:
         return 0.0
-    if not hardware.linked:
-        raise ValueError(f"{hardware.title} has no fast link between GPUs, which tensor={r.tensor} needs; use 1")
     layers = (c.n_layers + c.n_mtp_layers) / s.pipeline
     return SIZES[DTYPES[r.precision]] * c.dim * s.micro_batch_tokens * (4 * (s.tensor - 1) * layers) / s.fast_link
 
@@ -352,10 +352,6 @@ def _state_seconds(s: Sheet, hardware: Hardware, r: Layout, gpus: list[Sheet]) -
     """Return the time of gradients and weights between data-parallel GPUs, before computing hides any of it."""
     if r.gpus == 1:
         return 0.0
-    one_node = r.gpus <= hardware.value("gpus_per_node")
-    if not (hardware.linked if one_node else hardware.networked):
-        most = f"{hardware.node} or fewer" if hardware.linked else 1
-        raise ValueError(f"{hardware.title} has no link that gpus={r.gpus} need; use {most}")
     # what a GPU sends when a number for each parameter is reduced or gathered once
     numbers = _most(total(n * (1 - 1 / holders) for n, holders in _held_by(s, r, gpu)) for gpu in gpus)
     s.sent_gradients, s.sent_weights = numbers * s.state_gradient, numbers * s.state_weight
@@ -365,7 +361,7 @@ def _state_seconds(s: Sheet, hardware: Hardware, r: Layout, gpus: list[Sheet]) -
         2: s.micro_batches * s.sent_gradients + s.sent_weights,
         3: s.micro_batches * (s.sent_gradients + 2 * s.sent_weights),
     }[r.zero]
-    return sent / (s.fast_link if one_node else s.slow_link)
+    return sent / (s.fast_link if r.gpus <= hardware.gpus_per_node else s.slow_link)
 
 
 def _owned(s: Sheet, r: Layout, gpu: Sheet) -> Any:

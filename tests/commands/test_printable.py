@@ -27,5 +27,5 @@ def test_lines_errors_and_warnings_are_printable(capsys: pytest.CaptureFixture[s
     )
     done = subprocess.run([sys.executable, "-c", program, HOSTILE], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.count(SHOWN) == 2
+    assert done.stderr == f"warning: {SHOWN}\nerror: {SHOWN}\n"
     assert "\x1b" not in done.stderr

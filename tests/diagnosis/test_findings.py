@@ -126,12 +126,12 @@ def test_largest_texts_fit_into_memory(tmp_path: Path) -> None:
 OUT = IGNORE
 # targets, the share that is left out, if it is a fault, and words of the sentence
 PADDED: dict[str, tuple[list[list[int]], float, bool, str]] = {
-    "none": ([[0] * 8] * 6, 0.0, False, "0.0% of the 48 targets"),
-    "two of three at the end": ([[1, 2, OUT, 4, OUT, OUT]], 0.5, True, "33.3% stand after"),
-    "a masked prompt is context": ([[OUT] * 9 + [1]] * 2, 0.9, False, "0.0% stand after"),
-    "a row without a target": ([[1, 2], [OUT, OUT]], 0.5, True, "50.0% stand after"),
-    "a tenth": ([[0] * 90 + [OUT] * 10], 0.1, False, "10.0% stand after"),
-    "more than a tenth": ([[0] * 89 + [OUT] * 11], 0.11, True, "11.0% stand after"),
+    "none": ([[0] * 8] * 6, 0.0, False, "0.0 % of the 48 targets"),
+    "two of three at the end": ([[1, 2, OUT, 4, OUT, OUT]], 0.5, True, "33.3 % stand after"),
+    "a masked prompt is context": ([[OUT] * 9 + [1]] * 2, 0.9, False, "0.0 % stand after"),
+    "a row without a target": ([[1, 2], [OUT, OUT]], 0.5, True, "50.0 % stand after"),
+    "a tenth": ([[0] * 90 + [OUT] * 10], 0.1, False, "10.0 % stand after"),
+    "more than a tenth": ([[0] * 89 + [OUT] * 11], 0.11, True, "11.0 % stand after"),
 }
 
 

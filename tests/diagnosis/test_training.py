@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from dsmini.diagnosis.training import PlainTurn, Subject, dense_baseline, routed
 from dsmini.diagnosis.verdict import Diagnosis
 from dsmini.measure import cpu_time
 from dsmini.measure.price import Prices
-from dsmini.measure.turns import Turns
+from dsmini.measure.turns import TimeOverError, Turns
 from dsmini.nn import FeedForward, MoE
 from dsmini.report import Section
 from tests.diagnosis.conftest import World, step_of
@@ -85,7 +86,7 @@ def test_fault_put_into_a_run_is_named(subject: Subject, world: Worlds, fault: s
     if fault == "stalls of one step in five":
         assert found.gains["replay"].value == pytest.approx(0.12 / 0.22, abs=0.1)
     if fault == "idle experts":
-        assert "50% of the experts" in found.sentence and "MaxVio 1.00" in found.sentence
+        assert "50 % of the experts" in found.sentence and "MaxVio 1.00" in found.sentence
 
 
 @pytest.mark.parametrize(("workers", "computing"), [(1, 0.02), (3, 0.02), (4, 0.02), (3, 0.08), (4, 0.06)])
@@ -261,7 +262,7 @@ def test_replay_saves_what_was_waited_and_at_most_what_was_prepared(
 ) -> None:
     """Check plain steps of 100 ms, 10 of them waited, with 20 ms of preparing."""
     monkeypatch.setattr(subject, "turns", [SimpleNamespace(seconds=0.1, waited=0.01, preparing=0.02)])
-    monkeypatch.setattr(subject, "replayed", lambda: nullcontext(lambda: replayed))
+    monkeypatch.setattr(subject, "batch_of", lambda: nullcontext(lambda _: replayed))
     with arm_of(subject, "replay").apply() as step:
         assert step(0.1) == pytest.approx(want)
 
@@ -346,6 +347,47 @@ def test_threads_are_predicted_with_calls_timed_on_them(subject: Subject, monkey
     assert one == pytest.approx(2 * two, rel=0.05) and two > 0 and torch.get_num_threads() == threads
 
 
+def test_steps_are_forecast_once(subject: Subject, prices: Prices, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check also a batch that is tried for its memory and then swept, and the threads in use."""
+    seen: list[Any] = []
+    real = prices.forecast
+    monkeypatch.setattr(
+        prices, "forecast", lambda *args: (seen.append((args, torch.get_num_threads())), real(*args))[1]
+    )
+    monkeypatch.setattr(training.TrainingPrices, "wait", 0.5)
+    subject.arms(prices)
+    found = subject.prices
+    assert found is not None
+    sizes = subject.batch_sizes()
+    assert sizes[-1] == 8 * 4 and found.threads(torch.get_num_threads()) == 0.5 + found.plain.seconds
+    assert all(found.seconds(batch=n) > 0 for n in sizes) and len(seen) == len(sizes) == len({repr(s) for s in seen})
+
+
+@pytest.mark.parametrize(("calls", "names"), [(0, set()), (1, {"plain", "replay"})])
+def test_predictions_end_with_their_time(
+    subject: Subject, world: Worlds, prices: Prices, monkeypatch: pytest.MonkeyPatch, calls: int, names: set[str]
+) -> None:
+    """Check that the rounds follow, that the page is drawn, and what a sweep does without the time to predict."""
+    world(cores=2)
+    left = iter([True] * calls)
+    real = prices.forecast
+
+    def forecast(*args: Any) -> Any:
+        if not next(left, False):
+            raise TimeOverError
+        return real(*args)
+
+    monkeypatch.setattr(prices, "forecast", forecast)
+    found = diagnose(subject, Plan(rounds=5, seconds=math.inf), prices)
+    assert found.compared.predicted.keys() == names and found.compared.turns.count == 5
+    assert found.warnings[0].startswith("Some arms have no prediction") and "Machine binds" in found.sentence
+    assert subject.batch_sizes() == [4, 1, 2]
+    monkeypatch.setattr(evidence, "roofline", Mock(side_effect=ValueError("it has no operations")))
+    evidence.gather(found, subject, 100.0)
+    assert [each.name for each in found.sections] == ["batches", "threads"]
+    assert "batch" in text_of(report_of(found).html())
+
+
 # --- whole diagnoses, and what is shown
 
 
@@ -388,7 +430,7 @@ def add_evidence(found: Diagnosis, *_: Any) -> None:
 @pytest.fixture
 def predicted(subject: Subject, prices: Prices, monkeypatch: pytest.MonkeyPatch) -> None:
     parts: Any = SimpleNamespace(by_class={"experts": 0.06, "product": 0.04, "calls": 0.01}, seconds=0.11)
-    monkeypatch.setattr(training.TrainingPrices, "plain", parts)
+    monkeypatch.setattr(training.TrainingPrices, "forecast", lambda *_: parts)
     monkeypatch.setattr(training.TrainingPrices, "wait", 0.04)
     monkeypatch.setattr(training.TrainingPrices, "routing", lambda _: 0.01)
 
@@ -398,7 +440,7 @@ def test_pages_of_a_diagnosis(
 ) -> None:
     """Compare terminal and page with those that are stored: verdict, gains, what to try, and what is wrong."""
     world(batch=0.16, routing=0.01, counts=[[5, 5, 6, 4]])
-    words = {"sentence": "30.0% of the tokens are copies.", "fix": "Remove them."}
+    words = {"sentence": "30.0 % of the tokens are copies.", "fix": "Remove them."}
     monkeypatch.setattr(Subject, "look", lambda _: [Finding(axis="Data", name="duplicates", value=0.3, **words)])
     found = diagnose(subject, Plan(rounds=8, seconds=math.inf), prices)
     add_evidence(found)

@@ -104,7 +104,7 @@ def test_rounds_that_would_decide_grow_with_noise() -> None:
     assert narrow.sentence == leads
     for low, high, rounds in ((0.09, 0.11, 20), (0.0, 0.22, 60)):
         hopeless = verdict({DATA: exactly(low, high, rounds), ALGORITHM: exactly(0.0)})
-        assert "may be more or less than the 10% worth an action" in hopeless.sentence
+        assert "may be more or less than the 10 % worth an action" in hopeless.sentence
         assert "quiet machine" in hopeless.decides
     assert verdict({}).outcome == UNDETERMINED, "the time was over"
 

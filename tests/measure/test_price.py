@@ -13,8 +13,9 @@ from dsmini.measure import price
 from dsmini.measure.calls import BLOCKS, INDEX_DTYPES, Call, Operands
 from dsmini.measure.dry import Dry, dry_count
 from dsmini.measure.price import Prices, narrow
+from dsmini.measure.roofs import Store
 from dsmini.measure.torch_operations import tensors_in
-from dsmini.measure.turns import in_turns
+from dsmini.measure.turns import TimeOverError, in_turns
 from dsmini.measure.workloads import StepDtype, StepShape, Work
 from tests.helpers.questions import TINY, InventedPrices, invented_roofs
 
@@ -161,6 +162,19 @@ def test_forecast_is_the_sum_of_calls_and_what_is_between(monkeypatch: pytest.Mo
     assert found.peak > found.held > 2 * 4 * numbers, "weights and moments"
 
 
+def test_nothing_is_timed_after_the_time_is_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Check that what was timed before is stored, and makes the next forecast shorter."""
+    timed, shape = priced(monkeypatch), shape_of("decode", TINY)
+    monkeypatch.setattr(price.time, "perf_counter", lambda: float(len(timed)))
+    found = Prices(roofs=invented_roofs(), store=Store(tmp_path / "kept"), until=4.0)
+    with pytest.raises(TimeOverError):
+        found.forecast(shape)
+    assert len(timed) == 4 and len(found.known) == 4
+    again = Prices.under(invented_roofs(), tmp_path / "kept")
+    again.forecast(shape)
+    assert len(timed) == len(again.known) - 1, "all but what is between"
+
+
 def test_nothing_is_between_where_calls_alone_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     priced(monkeypatch, alone=1.0, step=0.5)
     assert Prices(roofs=invented_roofs()).forecast(shape_of("decode", TINY)).by_class["calls"] == 0
@@ -189,7 +203,7 @@ def test_prices_of_a_busy_machine_are_not_kept(tmp_path: Path, monkeypatch: pyte
     priced(monkeypatch)
     monkeypatch.setattr(price, "watched", lambda run: (run(), 0.4))
     prices = Prices.under(invented_roofs(), tmp_path / "roofs.json")
-    with pytest.warns(UserWarning, match="40% of the time"):
+    with pytest.warns(UserWarning, match="0.4 cores were waited for"):
         prices.forecast(shape_of("decode", TINY))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # one is enough

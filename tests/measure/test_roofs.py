@@ -144,7 +144,7 @@ def test_roofs_of_a_busy_machine_are_marked_and_not_stored(tmp_path: Path, monke
     monkeypatch.setattr(roofs, "matmul_rate", lambda device, dtype, seconds: 1.0)
     monkeypatch.setattr(roofs, "probes", lambda device: {"products": 1.0})
     monkeypatch.setattr(roofs, "watched", lambda run: (run(), 0.3))
-    with pytest.warns(UserWarning, match="other programs had the cores .*30%.*not stored"):
+    with pytest.warns(UserWarning, match="other programs had the cores .*0.3 cores.*not stored"):
         assert load_or_measure(CPU, keep).busy == 0.3
     assert not keep.exists()
     monkeypatch.setattr(roofs, "watched", lambda run: (run(), 0.0))

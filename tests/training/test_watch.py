@@ -113,7 +113,7 @@ WORDS = {
         *("other programs keep 1.0 of", "Stop other programs"),
     ],
     "slower steps without other programs": ["no other program is seen"],
-    "idle experts": ["50% of the experts", "MaxVio 1.00"],
+    "idle experts": ["50 % of the experts", "MaxVio 1.00"],
 }
 """Words of the second change."""
 
@@ -130,7 +130,7 @@ def test_sentence_has_the_figures_and_what_to_do() -> None:
     (change,) = watched((60, {"wait": 0.4}))
     assert change.share == pytest.approx(0.4)
     assert change.sentence == (
-        "step 40: Data binds: a step waits 40% (40% to 40%) of its time for its batch. "
+        "step 40: Data binds: a step waits 40 % (40 % to 40 %) of its time for its batch. "
         "Prepare batches in more threads (data.workers), or make them cheaper to read."
     )
 
