@@ -129,8 +129,11 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     form, files = (raw.get("format"), raw.get("files")) if isinstance(raw, dict) else (None, None)
     if isinstance(form, int) and form > FORMAT:
         raise UnreadableError(f"{MANIFEST} has format {form}, this dsmini reads {FORMAT}")
-    of_files = list(files.values()) if isinstance(files, dict) else [None]
-    if form != FORMAT or any(not isinstance(of, dict) or of.keys() != {"bytes", "sha256"} for of in of_files):
+    if (
+        form != FORMAT
+        or not isinstance(files, dict)
+        or any(not isinstance(of, dict) or of.keys() != {"bytes", "sha256"} for of in files.values())
+    ):
         raise ValueError(f"{MANIFEST} is damaged: want format {FORMAT}, and bytes and sha256 for every file")
     return files
 
