@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 CASES = {
     "tests/oracle -rP": 92,
     'tests/accounting -k "printed or mha_twin"': 9,
-    "tests/training -k resume": 121,
+    "tests/training -k resume": 122,
     "tests/oracle/test_sparse_attention.py tests/nn/test_indexer_loss.py": 52,
     "tests/planner/test_published.py": 34,
     'tests/nn/test_transformer.py tests/nn/test_mtp.py -k "changed_token or sees_tokens"': 14,

@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 
 from dsmini.checkpoint.tensor_files import Entry, SafetensorsReader, write_safetensors
 from tests.helpers import folders
-from tests.helpers.configs import refusal
 
 TENSORS = {
     "b": torch.arange(12.0).view(3, 4).t(),
@@ -47,7 +46,3 @@ def test_writing_to_what_was_read_leaves_the_file(tmp_path: Path) -> None:
     assert torch.equal(SafetensorsReader(tmp_path / "x").read("a"), torch.ones(9))
     del reader
     assert torch.equal(view, torch.zeros(9))  # outlives the reader
-
-
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    assert refusal(SafetensorsReader, tmp_path / "x") == f"there is no file {tmp_path / 'x'}; check the name"

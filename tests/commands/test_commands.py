@@ -141,13 +141,10 @@ def test_every_flag_that_help_shows_exists(help_of: dict[tuple[str, str], str], 
         assert re.search(f"{flag}[ ,]", help_of[f"dsmini.{command}", "--help-all"]), flag
 
 
-def test_help_shows_defaults_and_those_of_a_config_file(help_of: dict[tuple[str, str], str]) -> None:
+def test_help_shows_defaults_those_of_a_config_file_and_several_processes(help_of: dict[tuple[str, str], str]) -> None:
     assert f"--train.steps {RunConfig().train.steps} " in help_of["dsmini.train", "--help"]
     with_file = help_of["dsmini.train", "mine.toml -h --train.lr 1"]
     assert "--train.steps 77 " in with_file and "--train.compile (on) " in with_file
-
-
-def test_help_names_several_processes_and_restarts(help_of: dict[tuple[str, str], str]) -> None:
     said = help_of["dsmini.train", "--help"]
     assert "\n  torchrun --nproc-per-node 4 -m dsmini.train --parallel.ep 2\n" in said
     assert all(flag in said for flag in ("--parallel.pp 1 ", "--parallel.ep 1 ", "--resume auto "))

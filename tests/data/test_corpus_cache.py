@@ -34,6 +34,7 @@ def test_corpus_is_tokenized_once(place: Path, monkeypatch: pytest.MonkeyPatch) 
 
 CHANGES: dict[str, Change] = {
     "content": lambda texts: (texts / "00.txt").write_bytes(b"other " * 40),
+    "folder": lambda texts: (texts.rename(texts.with_name("moved")), texts.symlink_to("moved")),
     "time": lambda texts: os.utime(texts / "00.txt", ns=(1, 1)),
     "one more": lambda texts: (texts / "new.txt").write_bytes(b"new " * 40),
     "name": lambda texts: (texts / "00.txt").rename(texts / "000.txt"),

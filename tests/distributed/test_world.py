@@ -3,6 +3,7 @@
 import errno
 import os
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from dsmini.distributed import world as worlds
 from dsmini.distributed.meeting import launcher
+from dsmini.distributed.mesh import unequal_replicas
 from dsmini.distributed.world import World, _joint, joined, own_share, tells_of_loss
 from tests.distributed.ranks import new_store, outcomes, run_ranks
 
@@ -122,6 +124,15 @@ def test_each_process_has_a_gpu_of_its_own(local: str | None, device: str, monke
     if local is not None:
         monkeypatch.setenv("LOCAL_RANK", local)
     assert [own_share(name, None) for name in ("cuda", "cpu", "cuda:1")] == [device, "cpu", "cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [("ab", "ranks 0, 1 hold unequal copies of"), ("aba", "rank 1 differs in"), ("baaac", "ranks 0, 4 differ in")],
+)
+def test_rank_that_is_alone_is_named_and_both_of_two(bits: str, words: str) -> None:
+    world: Any = SimpleNamespace(gather=lambda _: [{(tuple(range(len(bits))), "w"): one} for one in bits])
+    assert unequal_replicas(world, {})[1] == f"{words} w"
 
 
 def test_processes_share_the_cores_that_they_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

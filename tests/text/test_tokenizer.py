@@ -63,6 +63,14 @@ def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> BPETokenizer:
     return BPETokenizer(path)
 
 
+def test_texts_are_whole_whatever_the_file_says_of_lengths(trained: Path, bpe: BPETokenizer, tmp_path: Path) -> None:
+    library = tokenizers().Tokenizer.from_file(str(trained / "tokenizer.json"))
+    library.enable_truncation(3)
+    library.enable_padding(length=900)
+    library.save(str(tmp_path / "short.json"))
+    assert np.array_equal(BPETokenizer(tmp_path / "short.json").encode(TEXT[:90]), bpe.encode(TEXT[:90]))
+
+
 TOKENIZERS = ["bytes", "bpe", "byte_fallback"]
 
 

@@ -71,6 +71,7 @@ PHASES: dict[str, Kill] = {
     "after the optimizer": lambda t, m: kill(m, t.trainer.optimizers[-1], "step", calls(t, 4, 0), True),
     "in the validation": lambda t, m: kill(m, t.trainer, "_score", calls(t, 6, 0), True),
     "after the validation": lambda t, m: kill(m, t.trainer, "validate", calls(t, 6, 0), True),
+    "after the last row": lambda t, m: kill(m, t, "_record", calls(t, 8, 0), True),
     "in the last validation": lambda t, m: kill(m, t.trainer, "validate", calls(t, 8, 0), False),
 }
 
