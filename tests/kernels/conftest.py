@@ -32,7 +32,7 @@ NAMED = os.environ.get(build.ISA_VARIABLE) or build.isas_here()[-1]
 ISAS = [name if name == NAMED else pytest.param(name, marks=pytest.mark.slow) for name in build.ISAS]
 """Instruction sets as parameters. That of this process is this CPU's best, or another that DSMINI_CPU_ISA names."""
 
-load = functools.cache(build.load)
+load = functools.cache(build.Library)
 
 
 class Guarded:
@@ -166,7 +166,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def library() -> build.Library:
-    """Return the compiled library, or skip the test where there is none."""
+    """Return the compiled functions, or skip the test where there is none."""
     reason = cpu.why_not()
     if reason is not None:
         pytest.skip(reason)

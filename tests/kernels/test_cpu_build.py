@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dsmini import ops
+from dsmini.nn.layers import linear
 from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
 from dsmini_kernels import cpu
 from dsmini_kernels.cpu import build, folder
@@ -102,9 +103,11 @@ def test_library_is_built_for_this_cpu_and_links_no_openmp() -> None:
     assert reason is None
     library = build.library()
     assert library.isa == (os.environ.get(build.ISA_VARIABLE) or build.isas_here()[-1])
-    assert re.fullmatch(r"[0-9a-f]{24}-[0-9a-f]{32}\.so", library.path.name)
-    content = library.path.read_bytes()
-    assert not any(name in content for name in (b"gomp", b"iomp", b"libomp"))
+    assert re.fullmatch(r"[0-9a-f]{24}-[0-9a-f]{32}\.so", library.paths["training"].name)
+    for name in (*build.LAYOUTS, "blocks"):
+        assert library.entry(name)
+    for path in library.paths.values():
+        assert not any(name in path.read_bytes() for name in (b"gomp", b"iomp", b"libomp"))
 
 
 @pytest.mark.parametrize(
@@ -129,10 +132,28 @@ def test_error_of_the_compiler_is_quoted(cache: Path, compiler: Callable[..., Pa
     assert not list(cache.iterdir())
 
 
-def test_environment_chooses_the_instruction_set(
+def test_kernels_whose_library_cannot_be_built_are_plain(
     library: build.Library, monkeypatch: pytest.MonkeyPatch, fresh_door: None
 ) -> None:
-    monkeypatch.setattr(build, "load", lambda isa: library._replace(isa=isa))
+    """The library for training is there, that for decoding is not: the disk is full, or the compiler was killed."""
+
+    def fail(isa: str, part: str) -> Path:
+        tried.append(part)
+        raise build.BuildError("it is late")
+
+    tried: list[str] = []
+    x, w = torch.randn(2, 8), torch.randn(3, 8).bfloat16()
+    assert cpu.why_not() is None
+    monkeypatch.setattr(build, "find_or_build", fail)
+    with torch.no_grad(), pytest.warns(UserWarning, match="linear is out, plain PyTorch runs instead: it is late"):
+        assert torch.equal(linear(x, w), x @ w.float().T)
+    refused = pytest.raises(ValueError, match="cannot run linear: it is late")
+    with ops.use("cpu"), pytest.warns(UserWarning, match="it is late"), refused:
+        linear(x, w)
+    assert tried == ["decoding"], "a library that cannot be built is tried once"
+
+
+def test_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> None:
     monkeypatch.setattr(build, "isas_here", lambda: ["portable", "avx2"])
     for name, want in (("", "avx2"), ("avx2", "avx2"), ("portable", "portable")):
         monkeypatch.setenv(build.ISA_VARIABLE, name)
@@ -169,38 +190,43 @@ def test_cache_is_used_and_damaged_or_planted_files_are_not(
     library: build.Library, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.mkdir(parents=True, mode=0o700)
-    whole, path = library.path.read_bytes(), cache / library.path.name
+    loaded = library.paths["training"]
+    whole, path = loaded.read_bytes(), cache / loaded.name
     path.write_bytes(whole)
     path.chmod(0o700)
     builds: list[Path] = []
 
-    def rebuild(_compiler: Any, _flags: Any, folder: Path, key: str, trial: bool) -> Path:
+    def rebuild(_compiler: Any, _flags: Any, folder: Path, key: str, _part: str, trial: bool) -> Path:
         assert path.name.startswith(key) and folder == cache
         builds.append(path)
         return path
 
     monkeypatch.setattr(build, "_build", rebuild)
-    assert build.find_or_build(library.isa) == path and not builds
+    assert build.find_or_build(library.isa, "training") == path and not builds
     planted: list[Callable[[], object]] = [
         *(lambda damaged=damaged: path.write_bytes(damaged) for damaged in (whole[:99], whole[:-1] + b"?")),
         lambda: (path.write_bytes(whole), path.chmod(0o770)),
-        lambda: path.symlink_to(library.path),
+        lambda: path.symlink_to(loaded),
         lambda: os.mkfifo(path),
         path.mkdir,
     ]
     for number, plant in enumerate(planted, 1):
         path.unlink(missing_ok=True)
         plant()
-        build.find_or_build(library.isa)
+        build.find_or_build(library.isa, "training")
         assert len(builds) == number
     path.rmdir()
     path.write_bytes(whole)
     monkeypatch.setattr(build, "can_write", lambda _: False)
-    assert build.find_or_build(library.isa) == path and len(builds) == len(planted), "it is read all the same"
-    key = build._key(build.find_compiler(), build.FLAGS)
-    assert key != build._key(build.find_compiler(), (*build.FLAGS, "-g")), "flags are part of the key"
-    monkeypatch.setattr(build, "SOURCES", {"tiles.cpp": build.ROUNDING})
-    assert key != build._key(build.find_compiler(), build.FLAGS), "sources are part of the key"
+    assert build.find_or_build(library.isa, "training") == path and len(builds) == len(planted), (
+        "it is read all the same"
+    )
+    compiler = build.find_compiler()
+    key = build._key(compiler, build.FLAGS, "training")
+    assert key != build._key(compiler, (*build.FLAGS, "-g"), "training"), "flags are part of the key"
+    assert key != build._key(compiler, build.FLAGS, "decoding"), "sources are part of the key"
+    monkeypatch.setitem(build.LAYOUTS, "muon", "=q")
+    assert key != build._key(compiler, build.FLAGS, "training"), "calls are part of the key"
 
 
 def give_away(path: Path) -> None:
@@ -243,11 +269,11 @@ def test_cache_that_others_can_change_is_not_used(
         folder.user_cache()
     if place == "../../..":  # temporary files lie there too
         with pytest.raises(build.BuildError, match=r"no folder .* can be written; others can write to"):
-            build.find_or_build("portable")
+            build.find_or_build("portable", "training")
         return
-    monkeypatch.setattr(build, "_build", lambda _c, _f, place, _k, **_: place)
+    monkeypatch.setattr(build, "_build", lambda _c, _f, place, *_, **__: place)
     with pytest.warns(UserWarning, match=f"compiled kernels are stored in .*, because .*{reason}.* \\(chmod go-w"):
-        used = build.find_or_build("portable")
+        used = build.find_or_build("portable", "training")
     assert used == private_folder / "tmp" / f"dsmini-kernels-{os.geteuid()}"
     used.chmod(0o777)
     with pytest.raises(folder.UntrustedFolderError):
@@ -276,15 +302,16 @@ def test_processes_that_want_a_library_at_once_compile_it_once(
     notes, go = tmp_path / "compiles", tmp_path / "go"
     notes.touch()
     waits = f'echo "$(dirname "$last")" >> {notes}; while [ ! -e {go} ]; do sleep 0.1; done'
-    compiler(*gives(library.path, waits))
-    code = "import torch; from dsmini_kernels.cpu import build; open({!r}, 'w'); print(build.library().path)"
+    compiler(*gives(library.paths["training"], waits))
+    find = f"print(build.find_or_build({library.isa!r}, 'training'))"
+    code = "import torch; from dsmini_kernels.cpu import build; open({!r}, 'w'); " + find
 
     def folders() -> Counter[str]:
         return Counter(notes.read_text().split())
 
     ready = [tmp_path / f"ready {i}" for i in range(3)]  # all have loaded torch, and want the library
     killed = in_process(code.format(str(ready[0])))
-    wait_for(lambda: sum(folders().values()) == len(build.SOURCES))
+    wait_for(lambda: sum(folders().values()) == len(build.SOURCES["training"]))
     killed.kill()
     killed.communicate()
     (left,) = folders()
@@ -296,10 +323,12 @@ def test_processes_that_want_a_library_at_once_compile_it_once(
     assert {p.name for p in cache.iterdir()} == {Path(left).name, path.name}
     assert path.stat().st_mode & 0o777 == 0o700
     del (found := folders())[left]
-    assert list(found.values()) == [len(build.SOURCES) + 1], "one process compiled each source once, and linked"
+    assert list(found.values()) == [len(build.SOURCES["training"]) + 1], (
+        "one process compiled each source once, and linked"
+    )
 
 
-OTHERS = " ".join(f"long dsmini_{name}() {{ return 0; }}" for name in build.ENTRIES if name != "tiles")
+OTHERS = " ".join(f"long dsmini_{name}() {{ return 0; }}" for name in build.IN_TRAINING if name != "tiles")
 BROKEN = {
     "trap at a call": ("long dsmini_tiles() { __builtin_trap(); } " + OTHERS, "it ends a process by SIG"),
     "no such function": ("int f;", "it cannot be loaded: "),
@@ -358,5 +387,5 @@ def test_only_one_openmp_is_loaded(library: build.Library) -> None:
         "n.round_tiles(x, (1, 128), 'ue8m0', 'e4m3', 1e-4, torch.bfloat16); print(open('/proc/self/maps').read())"
     )
     mapped = {line.split("/")[-1] for line in output(in_process(code)).splitlines() if ".so" in line}
-    assert library.path.name in mapped
+    assert library.paths["training"].name in mapped
     assert sum(any(name in path for name in ("gomp", "iomp", "libomp")) for path in mapped) == 1, mapped

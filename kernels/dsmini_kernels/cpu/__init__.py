@@ -31,12 +31,12 @@ OPERATIONS = (
 
 
 def why_not() -> str | None:
-    """Compile and load the library; return in one sentence why that failed, or None.
+    """Compile and load the library for training; return in one sentence why that failed, or None.
 
     Raises: ValueError if DSMINI_CPU_ISA is unknown or names instructions that this CPU lacks.
     """
     try:
-        library()
+        library().entry("tiles")
     except BuildError as error:
         return str(error)
     return None
@@ -48,7 +48,8 @@ def expected() -> bool:
 
 
 def describe() -> str:
-    """Return the instruction set, the threads and the library's path."""
+    """Return the instruction set, the threads and the paths of the libraries in use."""
     loaded = library()
     tiles = "torch's own threads" if loaded.parallel else "one thread, as torch has no GOMP_parallel here"
-    return f"{loaded.isa}, tiles and many rows on {tiles}, steps on a team of their own, {loaded.path}"
+    paths = ", ".join(map(str, loaded.paths.values()))
+    return f"{loaded.isa}, tiles and many rows on {tiles}, steps on a team of their own, {paths}"

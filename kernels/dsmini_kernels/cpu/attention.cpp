@@ -2,7 +2,7 @@
 
 #include "attention.h"
 #include "indexer.h"
-#include "steps.h"
+#include "entry.h"
 
 namespace {
 
@@ -288,6 +288,49 @@ void step(const AttentionCall& c, const Buffers& m) {
   });
 }
 
+bool attention(const AttentionCall& c) { return with_memory<Buffers>(c, step); }
+
+int64_t check(const Indexer& i, const AttentionCall& c) {
+  if (i.topk == 0) return FINE;
+  if (!sizes({i.heads, i.width, i.topk}) || i.heads < 1 || i.width < c.rope || i.width < 2 || (i.width & (i.width - 1)) != 0)
+    return BAD_SHAPE;
+  int64_t queries;
+  if (__builtin_mul_overflow(i.heads, i.width, &queries) || c.room > INT32_MAX) return BAD_SHAPE;
+  if (i.wq.type != c.wq_b.type || i.type < 0 || i.type > 1) return BAD_CALL;
+  if (!i.wq.fits(queries, c.q_rank ? c.q_rank : c.dim) || !i.wk.fits(i.width, c.dim) || !i.weights.fits(i.heads, c.dim) ||
+      !within(i.norm, i.norm_bytes, 4, i.width) || !within(i.bias, i.bias_bytes, 4, i.width) ||
+      i.row != (i.type == 0 ? 4 : 2) * i.width || !within(i.cache, i.cache_bytes, i.row, c.b, c.room))
+    return OUT_OF_BOUNDS;
+  return FINE;
+}
+
+int64_t check(const AttentionCall& c) {
+  if (!sizes({c.b, c.s, c.dim, c.heads, c.nope, c.rope, c.latent, c.value, c.q_rank, c.room, c.cache_row})) return BAD_SHAPE;
+  if (c.b < 1 || c.s < 1 || c.b * c.s > MOST_TOKENS || c.dim < 1 || c.heads < 1 || c.nope < 1 || c.rope % 2 != 0 ||
+      c.latent < 1 || c.value < 1 || (c.tables != 1 && c.tables != c.b))
+    return BAD_SHAPE;
+  int64_t queries, kv_up, width;
+  if (__builtin_mul_overflow(c.heads, c.nope + c.rope, &queries) || __builtin_mul_overflow(c.heads, c.nope + c.value, &kv_up) ||
+      __builtin_mul_overflow(c.heads, c.value, &width))
+    return BAD_SHAPE;
+  const int64_t q_in = c.q_rank ? c.q_rank : c.dim;
+  if ((c.q_rank ? !c.wq_a.fits(c.q_rank, c.dim) : !c.wq_a.none()) || !c.wq_b.fits(queries, q_in) ||
+      !c.wkv_a.fits(c.latent + c.rope, c.dim) || !c.wkv_b.fits(kv_up, c.latent) || !c.wo.fits(c.dim, width))
+    return OUT_OF_BOUNDS;
+  if (!within(c.x, c.x_bytes, 4, c.b, c.s, c.dim) || !within(c.y, c.y_bytes, 4, c.b, c.s, c.dim) ||
+      !within(c.attn_norm, c.attn_norm_bytes, 4, c.dim) || !within(c.q_norm, c.q_norm_bytes, 4, c.q_rank) ||
+      !within(c.kv_norm, c.kv_norm_bytes, 4, c.latent) || !within(c.cos, c.table_bytes, 4, c.tables, c.s, c.rope / 2) ||
+      !within(c.sin, c.table_bytes, 4, c.tables, c.s, c.rope / 2) || !within(c.starts, c.starts_bytes, 8, c.b))
+    return OUT_OF_BOUNDS;
+  const int64_t numbers = c.latent + c.rope, tiles = (c.latent + BLOCK - 1) / BLOCK;
+  const int64_t row = c.cache_type == 0 ? 4 * numbers : c.cache_type == 1 ? 2 * numbers : c.latent + 4 * tiles + 2 * c.rope;
+  if (c.cache_type < 0 || c.cache_type > 2 || c.cache_row != row || !within(c.cache, c.cache_bytes, row, c.b, c.room))
+    return OUT_OF_BOUNDS;
+  for (int64_t i = 0; i < c.b; ++i)
+    if (c.starts[i] < 0 || c.starts[i] > c.room - c.s) return OUT_OF_BOUNDS;
+  return check(c.index, c);
+}
+
 }  // namespace
 
-bool attention(const AttentionCall& c) { return with_memory<Buffers>(c, step); }
+ENTRY(attention, AttentionCall)

@@ -1,12 +1,13 @@
 """Compile the C++ once, and load it.
 
-A library has one instruction set: the best of this CPU, or the one that DSMINI_CPU_ISA names.
+There are two libraries, so that training need not wait for the kernels of decoding: each is built when an entry of it
+is first wanted. Both have one instruction set: the best of this CPU, or the one that DSMINI_CPU_ISA names.
 
-It is stored in ${XDG_CACHE_HOME:-~/.cache}/dsmini/kernels as <key>-<sha256 of the file>.so, if only this user can write
-there (folder.py). The key hashes sources, flags, compiler and machine. The library is built in a folder next to its
-place, tried in a process of its own (trial.py), then moved. A killed build leaves nothing that counts. Processes that
-want the same library wait for the one that builds it, where the folder has locks; elsewhere each builds its own. A file
-whose content does not hash to its name is damaged, and built again.
+A library is stored in ${XDG_CACHE_HOME:-~/.cache}/dsmini/kernels as <key>-<sha256 of the file>.so, if only this user
+can write there (folder.py). The key hashes sources, flags, compiler and machine. The library is built in a folder next
+to its place, tried in a process of its own (trial.py), then moved. A killed build leaves nothing that counts. Processes
+that want the same library wait for the one that builds it, where the folder has locks; elsewhere each builds its own. A
+file whose content does not hash to its name is damaged, and built again.
 
 No OpenMP is linked: two runtimes in a process spin on the same cores. The library calls the runtime that torch has
 loaded, through the address of its `GOMP_parallel`. libgomp has it, and LLVM's libomp on Linux. Elsewhere kernels of
@@ -29,10 +30,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -49,13 +50,22 @@ HERE = Path(__file__).parent
 ROUNDING = ("-O2", "-ffp-contract=off")
 """Flags of kernels whose bits are defined: no multiplication and addition may become one operation."""
 PRODUCTS = ("-O3", "-ffp-contract=fast")
+SHARED = dict.fromkeys(("scratch.cpp", "team.cpp"), ROUNDING)
 SOURCES = {
-    **dict.fromkeys(("library.cpp", "steps.cpp", "team.cpp", "tiles.cpp"), ROUNDING),
-    **dict.fromkeys(("attention.cpp", "grouped_attention.cpp", "feed_forward.cpp", "linear.cpp"), PRODUCTS),
-    **dict.fromkeys(("norms.cpp", "experts.cpp", "muon.cpp", "topk_attention.cpp", "topk_keys.cpp"), PRODUCTS),
-    "trained_experts.cpp": ("-O2", "-ffp-contract=fast"),  # compiled in half the time (docs/log.md)
+    "training": {
+        **SHARED,
+        **dict.fromkeys(("library.cpp", "tiles.cpp"), ROUNDING),
+        **dict.fromkeys(("experts.cpp", "muon.cpp"), PRODUCTS),
+        "trained_experts.cpp": ("-O2", "-ffp-contract=fast"),  # compiled in half the time (docs/log.md)
+    },
+    "decoding": {
+        **SHARED,
+        "blocks.cpp": ROUNDING,
+        **dict.fromkeys(("attention.cpp", "grouped_attention.cpp", "feed_forward.cpp", "linear.cpp"), PRODUCTS),
+        **dict.fromkeys(("norms.cpp", "topk_attention.cpp", "topk_keys.cpp"), PRODUCTS),
+    },
 }
-"""Sources and their flags. Headers are all *.h."""
+"""Sources of each library, and their flags. Headers are all *.h."""
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 ISAS = {
@@ -78,14 +88,17 @@ LAYOUTS = {
     "topk_keys": "=20q",
     "topk_attention": "=18qd",
 }
-"""Functions of the library, and how the call of each is packed: struct Call of tiles.h, and the calls of steps.h."""
+"""Functions of the libraries, and how the call of each is packed: struct Call of tiles.h, and the calls of steps.h."""
+IN_TRAINING = ("tiles", "experts", "trained_experts", "muon")
+"""Functions of the library for training. The others, and `blocks`, are in that for decoding."""
 STRUCTS = {name: Struct(layout) for name, layout in LAYOUTS.items()}
-TRIAL_LAYOUTS = [f"{name}{layout}" for name, layout in LAYOUTS.items()]
-"""Arguments of trial.py."""
-ENTRIES = (*LAYOUTS, "blocks")
-"""Functions of the library, in the order of their numbers."""
+BLOCKS = ("attention", "grouped", "feed_forward")
+"""Functions that `dsmini_blocks` calls one after the other."""
 HEADER = Struct("=2q")
-"""Before each call of `dsmini_blocks`: the entry's place in ENTRIES, and the bytes of the call."""
+"""Before each of its calls: the function's place in BLOCKS, and the bytes of the call."""
+ENTRY = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
+"""A function of a library: takes a packed call and its bytes, returns 0 or an error (calls.py)."""
+BORROW = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 300.0, 60.0
 """Time limits in seconds: for a compiler to say its version, for each step of a build, and for a library's trial."""
 
@@ -97,28 +110,64 @@ class BuildError(Exception):
 Done = subprocess.CompletedProcess[str]
 
 
-class Library(NamedTuple):
-    path: Path
-    isa: str
-    """Instruction set, of ISAS."""
-    parallel: int
-    """Address of GOMP_parallel, or 0."""
-    entries: Mapping[str, Any]
-    """Functions by their names in ENTRIES."""
+class Library:
+    """The compiled functions for an instruction set, of ISAS.
+
+    `paths` has the libraries that are in use, `entries` their functions by name.
+    """
+
+    def __init__(self, isa: str) -> None:
+        self.isa, self.paths = isa, dict[str, Path]()
+        self.parallel = _gomp_parallel()
+        """Address of GOMP_parallel, or 0."""
+        self.entries, self._failed = dict[str, Any](), dict[str, BuildError]()
+
+    def entry(self, name: str) -> Any:
+        """Return a function of LAYOUTS, or `blocks`. The first that is wanted of a library loads it, or builds it.
+
+        Raises: BuildError.
+        """
+        if name not in self.entries:
+            self._load("training" if name in IN_TRAINING else "decoding")
+        return self.entries[name]
+
+    def _load(self, part: str) -> None:
+        if part in self._failed:  # to compile takes seconds
+            raise self._failed[part]
+        try:
+            path = find_or_build(self.isa, part)
+            loaded = ctypes.CDLL(str(path))
+            self.entries |= {name: ENTRY((f"dsmini_{name}", loaded)) for name in entries_of(part)}
+            BORROW(("dsmini_borrow", loaded))(self.parallel or None)
+            self.paths[part] = path
+        except (BuildError, OSError, AttributeError) as error:
+            cannot = f"the compiled library cannot be loaded: {error}"  # from a folder from which no code may be run
+            self._failed[part] = error if isinstance(error, BuildError) else BuildError(cannot)
+            raise self._failed[part] from None
+
+
+def entries_of(part: str) -> list[str]:
+    """Return the functions of a library, of SOURCES."""
+    return [name for name in (*LAYOUTS, "blocks") if (name in IN_TRAINING) == (part == "training")]
+
+
+def trial_arguments(part: str) -> list[str]:
+    """Return the functions of a library that trial.py calls, and how."""
+    return [f"{name}{LAYOUTS[name]}" for name in entries_of(part) if name in LAYOUTS]
 
 
 @functools.cache
 def library() -> Library:
-    """Load the compiled library, from the cache or built now.
+    """Return the compiled functions for this CPU, or for the instruction set that is named.
 
-    Raises: BuildError, and ValueError if DSMINI_CPU_ISA is unknown or names instructions that this CPU lacks.
+    Raises: ValueError if DSMINI_CPU_ISA is unknown or names instructions that this CPU lacks.
     """
     named = os.environ.get(ISA_VARIABLE)
     if named and named not in ISAS:
         raise ValueError(f"{ISA_VARIABLE}={named!r} is unknown; use avx512, avx2 or portable")
     if named and named not in isas_here():
         raise ValueError(f"{ISA_VARIABLE}={named!r} asks for instructions that this CPU lacks; unset it")
-    return load(named or isas_here()[-1])
+    return Library(named or isas_here()[-1])
 
 
 def isas_here() -> list[str]:
@@ -129,27 +178,8 @@ def isas_here() -> list[str]:
     return list(itertools.takewhile(has.__getitem__, ISAS))
 
 
-def load(isa: str) -> Library:
-    """Load the library of an instruction set, from the cache or built now.
-
-    Raises: BuildError.
-    """
-    try:
-        path = find_or_build(isa)
-        loaded = ctypes.CDLL(str(path))
-        loaded.dsmini_borrow.argtypes, loaded.dsmini_borrow.restype = [ctypes.c_void_p], None
-        entries = {name: getattr(loaded, f"dsmini_{name}") for name in ENTRIES}
-        for entry in entries.values():
-            entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
-    except (OSError, AttributeError) as error:  # a folder from which no code may be run
-        raise BuildError(f"the compiled library cannot be loaded: {error}") from None
-    parallel = _gomp_parallel()
-    loaded.dsmini_borrow(parallel or None)
-    return Library(path, isa, parallel, entries)
-
-
-def find_or_build(isa: str, sanitize: bool = False) -> Path:
-    """Return the path of the library of an instruction set, built now if it is not in a cache.
+def find_or_build(isa: str, part: str, sanitize: bool = False) -> Path:
+    """Return the path of a library, of SOURCES, for an instruction set, built now if it is not in a cache.
 
     A cache that others can change is not used, and a warning says so; one that cannot be written is read all the same.
 
@@ -162,13 +192,13 @@ def find_or_build(isa: str, sanitize: bool = False) -> Path:
         raise BuildError(f"the C++ is written for little-endian 64-bit POSIX systems, not {platform.platform()}")
     compiler = find_compiler()
     flags = (*FLAGS, *ISAS[isa], *(SANITIZE if sanitize else ()))
-    key = _key(compiler, flags)
+    key = _key(compiler, flags, part)
     refused: list[str] = []
     for folder in _folders(refused):
         path = _find(folder, key)
         if path is None and can_write(folder):
             with alone_in(folder, BUILD_SECONDS):
-                path = _find(folder, key) or _build(compiler, flags, folder, key, trial=not sanitize)
+                path = _find(folder, key) or _build(compiler, flags, folder, key, part, trial=not sanitize)
         if path is not None:
             if refused:
                 fix = "let XDG_CACHE_HOME be a folder that you alone can write to, or take that right from others"
@@ -208,15 +238,16 @@ def find_compiler() -> tuple[str, ...]:
     raise BuildError("there is no C++ compiler: no CXX, and no c++, g++ or clang++ on the PATH")
 
 
-def _key(compiler: tuple[str, ...], flags: tuple[str, ...]) -> str:
+def _key(compiler: tuple[str, ...], flags: tuple[str, ...], part: str) -> str:
     (version,) = _run(f"{shlex.join(compiler)} --version", [[*compiler, "--version"]], VERSION_SECONDS)
     if version.returncode != 0:
         raise BuildError(f"{shlex.join(compiler)} --version failed: {_first_error(version)}")
-    parts = [repr((compiler, flags, SOURCES)), version.stdout, platform.machine(), _cpu_flags()]
-    files = [*sorted(HERE.glob("*.h")), *(HERE / name for name in SOURCES)]
+    told = repr((compiler, flags, SOURCES[part], trial_arguments(part)))
+    parts = [told, version.stdout, platform.machine(), _cpu_flags()]
+    files = [*sorted(HERE.glob("*.h")), *(HERE / name for name in SOURCES[part])]
     hashed = hashlib.sha256()
-    for part in [*(p.encode() for p in parts), *(file.read_bytes() for file in files)]:
-        hashed.update(len(part).to_bytes(8, "little") + part)
+    for piece in [*(p.encode() for p in parts), *(file.read_bytes() for file in files)]:
+        hashed.update(len(piece).to_bytes(8, "little") + piece)
     return hashed.hexdigest()[:24]
 
 
@@ -252,13 +283,13 @@ def _name(key: str, content: bytes) -> str:
     return f"{key}-{hashlib.sha256(content).hexdigest()[:32]}.so"
 
 
-def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key: str, trial: bool) -> Path:
+def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key: str, part: str, trial: bool) -> Path:
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
         built = Path(scratch) / "library.so"
-        objects = [f"{scratch}/{Path(source).stem}.o" for source in SOURCES]
+        objects = [f"{scratch}/{Path(source).stem}.o" for source in SOURCES[part]]
         compiles = [
             [*compiler, "-c", *more, *flags, str(HERE / source), "-o", made]
-            for (source, more), made in zip(SOURCES.items(), objects, strict=True)
+            for (source, more), made in zip(SOURCES[part].items(), objects, strict=True)
         ]
         for done in _run(shlex.join(compiler), compiles, BUILD_SECONDS):
             if done.returncode != 0:
@@ -268,16 +299,16 @@ def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key:
         if linked.returncode != 0:
             raise BuildError(f"{shlex.join(compiler)} failed to link: {_first_error(linked)}")
         if trial:
-            _try(built, compiler)
+            _try(built, compiler, part)
         built.chmod(0o700)  # whatever the umask: nobody else may write into it
         path = folder / _name(key, built.read_bytes())
         os.replace(built, path)  # not forced to the disk: the name holds the content's hash, so a torn file is found
     return path
 
 
-def _try(library: Path, compiler: tuple[str, ...]) -> None:
+def _try(library: Path, compiler: tuple[str, ...], part: str) -> None:
     """Run the library in a process of its own, which it may end."""
-    command = [sys.executable, "-I", str(HERE / "trial.py"), str(library), *TRIAL_LAYOUTS]
+    command = [sys.executable, "-I", str(HERE / "trial.py"), str(library), *trial_arguments(part)]
     (done,) = _run(f"the trial of the library that {shlex.join(compiler)} makes", [command], TRIAL_SECONDS)
     if done.returncode == 0:
         return

@@ -3,7 +3,7 @@
 
 #include "activations.h"
 #include "panels.h"
-#include "steps.h"
+#include "entry.h"
 
 namespace {
 
@@ -156,8 +156,6 @@ void compute(const ExpertsCall& c, Buffers<Words>& m, Team& team, int64_t first,
   });
 }
 
-}  // namespace
-
 bool experts(const ExpertsCall& c) {
   bool fine = true;
   const bool one_type = c.w1.type == c.w2.type && c.w1.type == c.w3.type;
@@ -175,3 +173,21 @@ bool experts(const ExpertsCall& c) {
   });
   return fine;
 }
+
+int64_t check(const ExpertsCall& c) {
+  if (!sizes({c.n, c.dim, c.inter, c.experts, c.k}) || c.dim < 1 || c.inter < 1 || c.k < 1 || c.experts > MOST_STACK)
+    return BAD_SHAPE;
+  if (c.bf16 < 0 || c.bf16 > 1) return BAD_CALL;
+  const int64_t size = c.bf16 ? 2 : 4;
+  if (!c.w1.fits_stack(c.experts, c.inter, c.dim) || !c.w3.fits_stack(c.experts, c.inter, c.dim) ||
+      !c.w2.fits_stack(c.experts, c.dim, c.inter))
+    return OUT_OF_BOUNDS;
+  if (!within(c.x, c.x_bytes, size, c.n, c.dim) || !within(c.y, c.y_bytes, size, c.n, c.dim) ||
+      !within(c.indices, c.indices_bytes, 8, c.n, c.k) || !within(c.weights, c.weights_bytes, 4, c.n, c.k))
+    return OUT_OF_BOUNDS;
+  return indices_fit(c.indices, c.n * c.k, c.experts) ? FINE : OUT_OF_BOUNDS;
+}
+
+}  // namespace
+
+ENTRY(experts, ExpertsCall)

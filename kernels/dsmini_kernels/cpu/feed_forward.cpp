@@ -3,7 +3,7 @@
 
 #include "activations.h"
 #include "dots.h"
-#include "steps.h"
+#include "entry.h"
 
 namespace {
 
@@ -194,6 +194,34 @@ void step(const FeedForwardCall& c, const Buffers& m) {
   });
 }
 
+bool feed_forward(const FeedForwardCall& c) { return with_memory<Buffers>(c, step); }
+
+int64_t check(const FeedForwardCall& c) {
+  if (!sizes({c.n, c.dim, c.inter, c.experts, c.expert_inter, c.k, c.groups, c.kept_groups})) return BAD_SHAPE;
+  if (c.n < 1 || c.n > MOST_TOKENS || c.dim < 1 || c.experts > MOST_EXPERTS) return BAD_SHAPE;
+  if (c.score < 0 || c.score >= SCORES) return BAD_CALL;
+  if (c.w1.type != c.w3.type) return BAD_CALL;
+  if (c.inter ? !c.w1.fits(c.inter, c.dim) || !c.w3.fits(c.inter, c.dim) || !c.w2.fits(c.dim, c.inter)
+              : !c.w1.none() || !c.w2.none() || !c.w3.none())
+    return OUT_OF_BOUNDS;
+  if (!within(c.x, c.x_bytes, 4, c.n, c.dim) || !within(c.y, c.y_bytes, 4, c.n, c.dim) ||
+      !within(c.norm, c.norm_bytes, 4, c.dim))
+    return OUT_OF_BOUNDS;
+  if (c.experts == 0) return c.k == 0 && c.expert_inter == 0 ? FINE : BAD_SHAPE;
+  if (c.groups < 1 || c.experts % c.groups != 0 || c.kept_groups < 1 || c.kept_groups > c.groups || c.k < 1 ||
+      c.k > c.experts / c.groups * c.kept_groups || c.expert_inter < 1)
+    return BAD_SHAPE;
+  if (c.groups > 1 && c.bias != nullptr && c.experts / c.groups < 2) return BAD_SHAPE;
+  if (!c.e1.fits_stack(c.experts, c.expert_inter, c.dim) || !c.e3.fits_stack(c.experts, c.expert_inter, c.dim) ||
+      !c.e2.fits_stack(c.experts, c.dim, c.expert_inter) || c.e1.type != c.e3.type)
+    return OUT_OF_BOUNDS;
+  if (!within(c.gate, c.gate_bytes, 4, c.experts, c.dim) || (c.bias != nullptr && !within(c.bias, c.bias_bytes, 4, c.experts)) ||
+      !within(c.indices, c.indices_bytes, 8, c.n, c.k) || !within(c.weights, c.weights_bytes, 4, c.n, c.k) ||
+      !within(c.scores, c.scores_bytes, 4, c.n, c.experts) || !within(c.counts, c.counts_bytes, 8, c.experts))
+    return OUT_OF_BOUNDS;
+  return FINE;
+}
+
 }  // namespace
 
-bool feed_forward(const FeedForwardCall& c) { return with_memory<Buffers>(c, step); }
+ENTRY(feed_forward, FeedForwardCall)

@@ -1,7 +1,7 @@
 // A layer's attention in a decoding step, from the residual stream to the residual stream: MHA, GQA and MQA.
 
 #include "attention.h"
-#include "steps.h"
+#include "entry.h"
 
 namespace {
 
@@ -149,6 +149,32 @@ void step(const GroupedCall& c, const Buffers& m) {
   });
 }
 
+bool grouped(const GroupedCall& c) { return with_memory<Buffers>(c, step); }
+
+int64_t check(const GroupedCall& c) {
+  if (!sizes({c.b, c.s, c.dim, c.key_heads, c.group, c.width, c.value, c.room, c.cache_row})) return BAD_SHAPE;
+  if (c.b < 1 || c.s < 1 || c.b * c.s > MOST_TOKENS || c.dim < 1 || c.key_heads < 1 || c.group < 1 || c.width < 2 ||
+      c.width % 2 != 0 || c.value < 1 || (c.tables != 1 && c.tables != c.b))
+    return BAD_SHAPE;
+  int64_t heads, queries, keys, values, width;
+  if (__builtin_mul_overflow(c.key_heads, c.group, &heads) || __builtin_mul_overflow(heads, c.width, &queries) ||
+      __builtin_mul_overflow(c.key_heads, c.width, &keys) || __builtin_mul_overflow(c.key_heads, c.value, &values) ||
+      __builtin_mul_overflow(heads, c.value, &width))
+    return BAD_SHAPE;
+  if (!c.wq.fits(queries, c.dim) || !c.wk.fits(keys, c.dim) || !c.wv.fits(values, c.dim) || !c.wo.fits(c.dim, width))
+    return OUT_OF_BOUNDS;
+  if (!within(c.x, c.x_bytes, 4, c.b, c.s, c.dim) || !within(c.y, c.y_bytes, 4, c.b, c.s, c.dim) ||
+      !within(c.norm, c.norm_bytes, 4, c.dim) || !within(c.cos, c.table_bytes, 4, c.tables, c.s, c.width / 2) ||
+      !within(c.sin, c.table_bytes, 4, c.tables, c.s, c.width / 2) || !within(c.starts, c.starts_bytes, 8, c.b))
+    return OUT_OF_BOUNDS;
+  if (c.cache_type < 0 || c.cache_type > 1 || c.cache_row != (c.cache_type == 0 ? 4 : 2) * (keys + values) ||
+      !within(c.cache, c.cache_bytes, c.cache_row, c.b, c.room))
+    return OUT_OF_BOUNDS;
+  for (int64_t i = 0; i < c.b; ++i)
+    if (c.starts[i] < 0 || c.starts[i] > c.room - c.s) return OUT_OF_BOUNDS;
+  return FINE;
+}
+
 }  // namespace
 
-bool grouped(const GroupedCall& c) { return with_memory<Buffers>(c, step); }
+ENTRY(grouped, GroupedCall)

@@ -2,7 +2,7 @@
 // multiplied with panels of x.
 
 #include "panels.h"
-#include "steps.h"
+#include "entry.h"
 
 namespace {
 
@@ -88,6 +88,17 @@ bool many_rows(const LinearCall& c) {
   return fine;
 }
 
+bool linear(const LinearCall& c) { return c.n < FEW ? few_rows(c) : many_rows(c); }
+
+int64_t check(const LinearCall& c) {
+  if (!sizes({c.n, c.w.rows, c.w.columns}) || c.n < 1 || c.bf16 < 0 || c.bf16 > 1) return BAD_SHAPE;
+  const int64_t size = c.bf16 ? 2 : 4;
+  if (!c.w.fits(c.w.rows, c.w.columns) || !within(c.x, c.x_bytes, size, c.n, c.w.columns) ||
+      !within(c.y, c.y_bytes, size, c.n, c.w.rows))
+    return OUT_OF_BOUNDS;
+  return FINE;
+}
+
 }  // namespace
 
-bool linear(const LinearCall& c) { return c.n < FEW ? few_rows(c) : many_rows(c); }
+ENTRY(linear, LinearCall)

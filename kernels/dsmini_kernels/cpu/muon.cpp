@@ -8,7 +8,7 @@
 // up with zeros to multiples of SIDE.
 
 #include "dots.h"
-#include "steps.h"
+#include "entry.h"
 
 #include <math.h>
 
@@ -298,11 +298,31 @@ bool run_all(const MuonCall& c) {
   return true;
 }
 
-}  // namespace
-
 bool muon(const MuonCall& c) {
 #if BF16_UNITS
   if (c.bf16 && __builtin_cpu_supports("avx512bf16")) return run_all<Bf16Word>(c);
 #endif
   return run_all<Fp32Word>(c);
 }
+
+int64_t check(const MuonCall& c) {
+  if (!sizes({c.pieces, c.steps}) || c.steps < 1 || c.steps > 100) return BAD_SHAPE;
+  if (c.bf16 < 0 || c.bf16 > 1 || c.by_gram < 0 || c.by_gram > 1) return BAD_CALL;
+  if (!within(c.piece, c.piece_bytes, sizeof(MuonPiece), c.pieces) ||
+      !within(c.coefficients, c.coefficients_bytes, 24, c.steps))
+    return OUT_OF_BOUNDS;
+  for (int64_t k = 0; k < c.pieces; ++k) {
+    const MuonPiece& piece = c.piece[k];
+    if (piece.count < 0 || piece.rows < 1 || piece.columns < 1 || piece.rows > MOST_SIDE || piece.columns > MOST_SIDE)
+      return BAD_SHAPE;
+    if (!within(piece.p, piece.p_bytes, 4, piece.count, piece.rows, piece.columns) ||
+        !within(piece.g, piece.g_bytes, 4, piece.count, piece.rows, piece.columns) ||
+        !within(piece.m, piece.m_bytes, 4, piece.count, piece.rows, piece.columns))
+      return OUT_OF_BOUNDS;
+  }
+  return FINE;
+}
+
+}  // namespace
+
+ENTRY(muon, MuonCall)

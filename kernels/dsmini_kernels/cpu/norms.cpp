@@ -1,7 +1,9 @@
 // Normed rows of one or two inputs, side by side: the input of a multi-token prediction block, or of the head.
 
 #include "activations.h"
-#include "steps.h"
+#include "entry.h"
+
+namespace {
 
 bool norms(const NormsCall& c) {
   const int64_t width = c.second == nullptr ? c.dim : 2 * c.dim;
@@ -11,3 +13,17 @@ bool norms(const NormsCall& c) {
   }
   return true;
 }
+
+int64_t check(const NormsCall& c) {
+  if (!sizes({c.n, c.dim}) || c.n < 1 || c.n > MOST_TOKENS || c.dim < 1) return BAD_SHAPE;
+  const bool two = c.second != nullptr;
+  if (!within(c.first, c.first_bytes, 4, c.n, c.dim) || !within(c.first_norm, c.first_norm_bytes, 4, c.dim) ||
+      (two && (!within(c.second, c.second_bytes, 4, c.n, c.dim) || !within(c.second_norm, c.second_norm_bytes, 4, c.dim))) ||
+      !within(c.y, c.y_bytes, 4, c.n, two ? 2 : 1, c.dim))
+    return OUT_OF_BOUNDS;
+  return FINE;
+}
+
+}  // namespace
+
+ENTRY(norms, NormsCall)

@@ -198,27 +198,3 @@ struct MuonCall {
   int64_t coefficients_bytes;
   double lr, momentum, decay;
 };
-
-// False if there is no memory left.
-bool linear(const LinearCall&);
-bool norms(const NormsCall&);
-bool attention(const AttentionCall&);
-bool grouped(const GroupedCall&);
-bool feed_forward(const FeedForwardCall&);
-bool experts(const ExpertsCall&);
-bool trained_experts(const TrainedCall&);
-bool muon(const MuonCall&);
-bool topk_keys(const PicksCall&);
-bool topk_attention(const PickedCall&);
-
-// Memory of a thread that calls, kept from call to call unless it is large. Null if there is none left.
-float* scratch_of(int64_t numbers);
-
-// Runs step(call, buffers) with the memory that Buffers asks for. False if there is none left.
-template <class Buffers, class Call>
-INLINE bool with_memory(const Call& c, void (*step)(const Call&, const Buffers&)) {
-  float* memory = scratch_of(Buffers(c, nullptr).all);
-  if (memory == nullptr) return false;
-  step(c, Buffers(c, memory));
-  return true;
-}

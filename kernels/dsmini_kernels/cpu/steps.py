@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import ENTRIES, HEADER, STRUCTS
+from dsmini_kernels.cpu.build import BLOCKS, HEADER, STRUCTS
 from dsmini_kernels.cpu.calls import enter, run
 from dsmini_kernels.cpu.tiles import span
 
@@ -115,7 +115,7 @@ def blocks_step(
 def _packed(entry: str, call: Sequence[Any]) -> tuple[bytes, bytes]:
     """Return a call as `dsmini_blocks` reads it: which entry, how many bytes, and these."""
     struct = STRUCTS[entry]
-    return HEADER.pack(ENTRIES.index(entry), struct.size), struct.pack(*call)
+    return HEADER.pack(BLOCKS.index(entry), struct.size), struct.pack(*call)
 
 
 def _attention_call(

@@ -7,7 +7,7 @@
 
 #include "attention.h"
 #include "panels.h"
-#include "steps.h"
+#include "entry.h"
 
 namespace {
 
@@ -218,6 +218,30 @@ void step(const PickedCall& c, const Buffers& m) {
   });
 }
 
+bool topk_attention(const PickedCall& c) { return with_memory<Buffers>(c, step); }
+
+int64_t check(const PickedCall& c) {
+  if (!sizes({c.b, c.s, c.t, c.heads, c.width, c.latent, c.k}) || c.b < 1 || c.s < 1 || c.t < 1 || c.t > INT32_MAX ||
+      c.heads < 1 || c.latent < 1 || c.latent > c.width || c.k < 1)
+    return BAD_SHAPE;
+  if (c.bf16 < 0 || c.bf16 > 1) return BAD_CALL;
+  const int64_t size = c.bf16 ? 2 : 4;
+  if (!within(c.q, c.q_bytes, size, c.b, c.s, c.heads, c.width) ||
+      !rows_fit(c.rows, c.rows_bytes, c.rows_stride, size, c.b, c.t, c.width) ||
+      !within(c.out, c.out_bytes, size, c.b, c.s, c.heads, c.latent) || !within(c.picks, c.picks_bytes, 8, c.b, c.s, c.k))
+    return OUT_OF_BOUNDS;
+  for (int64_t query = 0; query < c.b * c.s; ++query) {
+    bool some = false;
+    for (int64_t i = 0; i < c.k; ++i) {
+      const int64_t pick = c.picks[query * c.k + i];
+      if (pick < -1 || pick >= c.t) return OUT_OF_BOUNDS;
+      some = some || pick >= 0;
+    }
+    if (!some) return BAD_SHAPE;
+  }
+  return FINE;
+}
+
 }  // namespace
 
-bool topk_attention(const PickedCall& c) { return with_memory<Buffers>(c, step); }
+ENTRY(topk_attention, PickedCall)

@@ -4,7 +4,7 @@
 // panel comes from the first-level cache for all but the first of them.
 
 #include "indexer.h"
-#include "steps.h"
+#include "entry.h"
 
 namespace {
 
@@ -75,8 +75,6 @@ void step(const PicksCall& c, const Buffers<Words>& m) {
   });
 }
 
-}  // namespace
-
 bool topk_keys(const PicksCall& c) {
   bool fine = true;
   with_words(c.bf16, c.bf16 ? WEIGHT_BF16 : WEIGHT_FP32, [&](auto words) {
@@ -85,3 +83,20 @@ bool topk_keys(const PicksCall& c) {
   });
   return fine;
 }
+
+int64_t check(const PicksCall& c) {
+  if (!sizes({c.b, c.s, c.t, c.heads, c.width, c.topk}) || c.b < 1 || c.s < 1 || c.t < 1 || c.t > INT32_MAX || c.heads < 1 ||
+      c.width < 1 || c.topk < 1 || c.topk > c.t)
+    return BAD_SHAPE;
+  if (c.bf16 < 0 || c.bf16 > 1 || (c.hidden_batch != 1 && c.hidden_batch != c.b)) return BAD_CALL;
+  const int64_t size = c.bf16 ? 2 : 4;
+  if (!within(c.q, c.q_bytes, size, c.b, c.s, c.heads, c.width) || !rows_fit(c.k, c.k_bytes, c.k_stride, size, c.b, c.t, c.width) ||
+      !within(c.weights, c.weights_bytes, 4, c.b, c.s, c.heads) || !within(c.hidden, c.hidden_bytes, 1, c.hidden_batch, c.s, c.t) ||
+      !within(c.picks, c.picks_bytes, 8, c.b, c.s, c.topk))
+    return OUT_OF_BOUNDS;
+  return FINE;
+}
+
+}  // namespace
+
+ENTRY(topk_keys, PicksCall)

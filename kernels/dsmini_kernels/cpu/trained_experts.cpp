@@ -9,7 +9,7 @@
 
 #include "activations.h"
 #include "panels.h"
-#include "steps.h"
+#include "entry.h"
 
 #include <utility>
 
@@ -339,11 +339,37 @@ bool run_all(const TrainedCall& c) {
   return true;
 }
 
-}  // namespace
-
 bool trained_experts(const TrainedCall& c) {
 #if BF16_UNITS
   if (c.bf16 && __builtin_cpu_supports("avx512bf16")) return run_all<Bf16Words>(c);
 #endif
   return run_all<Fp32Words>(c);
 }
+
+int64_t check(const TrainedCall& c) {
+  if (!sizes({c.n, c.dim, c.inter, c.experts, c.k}) || c.dim < 1 || c.inter < 1 || c.k < 1 || c.experts > MOST_STACK)
+    return BAD_SHAPE;
+  if (c.bf16 < 0 || c.bf16 > 1 || c.backward < 0 || c.backward > 1) return BAD_CALL;
+  for (const Matrix* w : {&c.w1, &c.w2, &c.w3})
+    if (w->type != WEIGHT_FP32 || w->stride != 4 * w->columns) return BAD_CALL;
+  if (!c.w1.fits_stack(c.experts, c.inter, c.dim) || !c.w3.fits_stack(c.experts, c.inter, c.dim) ||
+      !c.w2.fits_stack(c.experts, c.dim, c.inter))
+    return OUT_OF_BOUNDS;
+  const int64_t size = c.bf16 ? 2 : 4;
+  if (!within(c.x, c.x_bytes, size, c.n, c.dim) || !within(c.indices, c.indices_bytes, 8, c.n, c.k) ||
+      !within(c.weights, c.weights_bytes, 4, c.n, c.k) || !within(c.gate, c.gate_bytes, size, c.n, c.k, c.inter) ||
+      !within(c.up, c.up_bytes, size, c.n, c.k, c.inter))
+    return OUT_OF_BOUNDS;
+  if (c.backward ? !within(c.dy, c.dy_bytes, size, c.n, c.dim) || !within(c.dx, c.dx_bytes, size, c.n, c.dim) ||
+                       !within(c.dweights, c.dweights_bytes, 4, c.n, c.k) ||
+                       !within(c.dw1, c.dw1_bytes, 4, c.experts, c.inter, c.dim) ||
+                       !within(c.dw2, c.dw2_bytes, 4, c.experts, c.inter, c.dim) ||
+                       !within(c.dw3, c.dw3_bytes, 4, c.experts, c.inter, c.dim)
+                 : !within(c.y, c.y_bytes, size, c.n, c.dim))
+    return OUT_OF_BOUNDS;
+  return indices_fit(c.indices, c.n * c.k, c.experts) ? FINE : OUT_OF_BOUNDS;
+}
+
+}  // namespace
+
+ENTRY(trained_experts, TrainedCall)

@@ -22,6 +22,8 @@ VALUES = [(-1.0) ** i * 2.0 ** (i % 5 - 3) for i in range(ROWS * COLUMNS)]
 WEIGHT_SIZES = (4, 2, 1, 1)
 WEIGHTS = range(len(WEIGHT_SIZES))
 """Bytes of a number in FP32, BF16 and E4M3."""
+BLOCKS = ("attention", "grouped", "feed_forward")
+"""Entries that `dsmini_blocks` calls, in the order of their numbers."""
 Memory = Callable[[int], int]
 """Returns the address of this many bytes, all zero."""
 
@@ -29,11 +31,11 @@ Memory = Callable[[int], int]
 def main(path: str, *layouts: str) -> None:
     library = ctypes.CDLL(path)
     structs = structs_of(layouts)
-    numbers = {name: number for number, name in enumerate(structs)}
-    for name in (*structs, "blocks"):
+    for name in (*structs, *(["blocks"] if BLOCKS[0] in structs else [])):
         entry = getattr(library, f"dsmini_{name}")
         entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
-    try_tiles(library, structs["tiles"])
+    if "tiles" in structs:
+        try_tiles(library, structs["tiles"])
     kept: list[Any] = []
 
     def memory(size: int) -> int:
@@ -41,10 +43,12 @@ def main(path: str, *layouts: str) -> None:
         return ctypes.addressof(kept[-1])
 
     for name, call in step_calls(memory):
+        if name not in structs:
+            continue
         packed = structs[name].pack(*call)
         error = getattr(library, f"dsmini_{name}")(packed, len(packed))
-        if name in ("attention", "grouped", "feed_forward"):
-            twice = 2 * (Struct("=2q").pack(numbers[name], len(packed)) + packed)
+        if name in BLOCKS:
+            twice = 2 * (Struct("=2q").pack(BLOCKS.index(name), len(packed)) + packed)
             error = error or library.dsmini_blocks(twice, len(twice))
         if error:
             sys.exit(f"a call of {name} ended with error {error}")
