@@ -12,6 +12,7 @@ from torch import Tensor
 from dsmini import Transformer, ops
 from dsmini.diagnosis import decoding, evidence
 from dsmini.diagnosis.arms import Arm, predict
+from dsmini.diagnosis.contention import Contention
 from dsmini.diagnosis.decoding import (
     ABSORBED,
     PLAIN,
@@ -67,7 +68,11 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def paid(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], float]], None]:
-    """Return what lets the clock move by the decoding steps alone, each by its number of cached tokens."""
+    """Return what lets the clock move by the decoding steps alone, each by its number of cached tokens.
+
+    Other programs take nothing.
+    """
+    monkeypatch.setattr(decoding, "watch", lambda *_: lambda: Contention(others=0.0))
 
     def pay(seconds: Callable[[int], float]) -> None:
         real = Decoder.states
