@@ -47,6 +47,8 @@ def test_folder_is_read_in_order_and_split_by_files(tmp_path: Path) -> None:
     assert train == [text for text in order if text in train]
     assert val == [text for text in order if text in val]
     assert 0.08 <= len(corpus.val) / (len(corpus.val) + len(corpus.train)) <= 0.1
+    uneven = load(tmp_path / "uneven", {"a.txt": b"a" * 50, "b.txt": b"b" * 1000})
+    assert uneven.split == "the last 10% of the text", "a.txt alone is too little to hold out"
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 99))

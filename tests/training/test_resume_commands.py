@@ -66,6 +66,7 @@ def test_a_run_killed_outright_goes_on_to_the_same_end(place: Path, monkeypatch:
     assert not (folder / "summary.json").exists()
     done = run(f"dsmini.train --resume {folder}", place)
     assert done.returncode == 0 and "resuming after step 6 of 12 from" in done.stdout, done.stderr
+    assert not list(folder.glob("config-until-*")), "nothing was changed"
     assert_same_end(folder, place / "runs/x")
     assert (folder / "sample.txt").read_text() == (place / "runs/x/sample.txt").read_text()
 
