@@ -35,7 +35,7 @@ from dsmini.measure.counting import CountedOperation, count
 from dsmini.measure.price import quiet
 from dsmini.measure.roofs import Roofs
 from dsmini.report import Figure, Plot, Section, Series
-from dsmini.report.units import human
+from dsmini.report.units import human, plural
 
 LEAST_TURNS, MOST_TURNS = 2, 15
 PASSES = 3
@@ -124,7 +124,7 @@ def all_evidence(subject: Subject | DecodingSubject, step: float) -> list[Eviden
     numbers = {2**i for i in range(most.bit_length()) if 2**i <= most} | {most}
     threads = [
         Arm(
-            name=f"{n} threads",
+            name=plural(n, "thread"),
             apply=partial(subject.threads, n),
             advice=advice["threads"].format(n),
             predict=lambda p, n=n: p.threads(n),

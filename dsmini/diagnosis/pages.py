@@ -12,9 +12,10 @@ from dsmini.diagnosis.findings import Finding
 from dsmini.diagnosis.verdict import Diagnosis, best_arms
 from dsmini.report import Plot, Report, Section, Series, Table
 from dsmini.report.figures import plain
-from dsmini.report.units import plural
+from dsmini.report.units import digits, human, plural
 
 NOTHING_GAINS = "Nothing that was tried gains: less work, or a faster machine, is what is left."
+NOTHING_TRIED = "Nothing was tried: the time was over."
 BRIEF = ("made free", "axis", "gain", "predicted")
 """Columns of a terminal."""
 
@@ -28,8 +29,8 @@ def table_of(compared: Comparison, columns: Sequence[str] = (*BRIEF, "ms", "pred
     arms = compared.measured if columns == BRIEF else [arm for arm in compared.arms if arm.name in taken]
     for arm in arms:
         priced, cells = compared.predicted.get(arm.name), {"made free": arm.name, "meaning": arm.words}
-        cells["ms"] = f"{1e3 * compared.turns.median(arm.name):.4g}"
-        cells["predicted ms"] = "" if priced is None else f"{1e3 * priced:.4g}"
+        cells["ms"] = digits(1e3 * compared.turns.median(arm.name))
+        cells["predicted ms"] = "" if priced is None else digits(1e3 * priced)
         if arm.name in gains:
             said = {"gain": percent(gains[arm.name]), "predicted": percent(compared.predicted_gain(arm))}
             cells |= {"axis": arm.axis, **said}
@@ -152,13 +153,15 @@ def _verdict(found: Diagnosis) -> Section:
 def _gains(found: Diagnosis, columns: Sequence[str] = ()) -> Section:
     compared = found.compared
     said = compared.predicted.get(compared.plain)
-    words = f"{plural(compared.turns.count, 'round')} in turns; a plain step takes {1e3 * found.seconds:.4g} ms"
+    words = f"A plain step takes {human(found.seconds, 's')}"
+    if compared.measured:
+        words = f"{plural(compared.turns.count, 'round')} in turns; a{words[1:]}"
     return Section(
         name="evidence",
         title="What gains how much, predicted first and then measured?",
-        finding=f"{words}." if said is None else f"{words}, {1e3 * said:.4g} ms were predicted.",
-        tables=[table_of(compared, columns) if columns else table_of(compared)],
-        plots=[plot_of(compared, "Share of a step that would go", "what is made free")],
+        finding=f"{words}." if said is None else f"{words}, {human(said, 's')} were predicted.",
+        tables=[table_of(compared, columns) if columns else table_of(compared)] * bool(compared.measured),
+        plots=[plot_of(compared, "Share of a step that would go", "what is made free")] * bool(compared.measured),
         about="Brackets hold 95 % intervals of the median over rounds, of replay the mean. Those of an axis hold "
         "together, as its best arm counts.",
     )
@@ -168,7 +171,7 @@ def _to_try(found: Diagnosis) -> Section:
     """Return what gained, best first."""
     rows = [[arm.name, percent(gain), arm.advice, percent(predicted)] for arm, gain, predicted in found.tries]
     table = Table(columns=("try", "gain", "how", "predicted"), rows=rows, numeric=("gain", "predicted"))
-    words = NOTHING_GAINS
+    words = NOTHING_GAINS if found.compared.measured else NOTHING_TRIED
     if rows:
         arm, gain, _ = found.tries[0]
         would = "would go" if gain.low > 0 else "may go; less than nothing is possible too"

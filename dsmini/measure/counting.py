@@ -137,16 +137,8 @@ class Count(TorchDispatchMode):
         self.views = 0
 
     @property
-    def read(self) -> int:
-        return sum(op.read for op in self.operations)
-
-    @property
-    def written(self) -> int:
-        return sum(op.written for op in self.operations)
-
-    @property
     def bytes(self) -> int:
-        return self.read + self.written
+        return sum(op.bytes for op in self.operations)
 
     @property
     def flops(self) -> int:

@@ -17,8 +17,6 @@ T = TypeVar("T")
 class CpuRates:
     """CPU seconds in a second: numbers of cores."""
 
-    own: float
-    """Used by this process."""
     others: float
     """Used by all other programs, and stolen by other guests."""
     delayed: float
@@ -47,7 +45,6 @@ class CpuTimes:
         passed = max(1e-3, self.at - before.at)
         own = self.own - before.own
         return CpuRates(
-            own=own / passed,
             others=max(0.0, (self.busy - before.busy - own) / passed),
             delayed=max(0.0, (self.delayed - before.delayed) / passed),
         )

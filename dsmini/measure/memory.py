@@ -1,4 +1,4 @@
-"""Measure bytes in memory: of a model, of activations saved for backward, of this process at its peak."""
+"""Measure bytes in memory: of activations saved for backward, and of this process at its peak."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,12 +11,6 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from dsmini.machine import peak_memory
 from dsmini.nn import Experts, FeedForward, Projection, Transformer
-
-
-def storage_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters and buffers, counting each storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def reset_peak() -> None:

@@ -60,15 +60,8 @@ class Forecast:
     seconds: float
     by_class: Mapping[str, float]
     """Seconds by kernel or kind of operation, and those of "calls" between them, longest first."""
-    calls: int
-    """Operations and views."""
-    flops: int
-    bytes: int
-    """Bytes that the operations must move."""
-    held: int
-    """Bytes of all tensors after a step: weights, and gradients or optimizer state or the cache."""
     peak: int
-    """The most bytes that tensors take at a time in a step, `held` included."""
+    """The most bytes that tensors take at a time in a step, weights and all else that stays included."""
 
 
 @dataclass
@@ -133,10 +126,6 @@ class Prices:
             shape=shape,
             seconds=sum(found.values()),
             by_class=dict(sorted(found.items(), key=lambda part: -part[1])),
-            calls=len(counted.operations) + counted.views,
-            flops=counted.flops,
-            bytes=counted.bytes,
-            held=counted.left,
             peak=counted.peak,
         )
 

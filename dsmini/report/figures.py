@@ -92,7 +92,6 @@ class Plot:
     log_y: bool = False
     labels: Sequence[str] | None = None
     """Names of the positions 0, 1, 2 and so on; None for an axis of numbers."""
-    caption: str = ""
 
 
 class Toned(str):

@@ -72,7 +72,6 @@ def over_labels(
     line: tuple[str, float] | None = None,
     predicted: bool = False,
     log_y: bool = False,
-    caption: str = "",
 ) -> list[Plot]:
     """Draw groups of figures, each over its label, with 95 % intervals if there are any.
 
@@ -95,7 +94,7 @@ def over_labels(
     if line:
         words, height = line
         series.append(Series(label=words, x=[-0.5, len(places) - 0.5], y=[height] * 2, dashed=True))
-    return [Plot(title=title, x="", y=y, series=series, labels=list(places), log_y=log_y, caption=caption)]
+    return [Plot(title=title, x="", y=y, series=series, labels=list(places), log_y=log_y)]
 
 
 def _series(label: str, x: Sequence[float], figures: Sequence[Figure], kind: Kind) -> Series:

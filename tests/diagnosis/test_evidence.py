@@ -78,7 +78,7 @@ FOUND: dict[str, tuple[dict[str, float], str]] = {
         {"computing": 0.06, "row": 0.015},
         "The knee is at 4.0 sequences. With batch x 8 a token takes 44 % (44 to 44) less time than with batch 4.",
     ),
-    "threads": ({"cores": 2}, "With 2 threads a token takes 50 % (50 to 50) less time than with 1 threads."),
+    "threads": ({"cores": 2}, "With 2 threads a token takes 50 % (50 to 50) less time than with 1 thread."),
 }
 
 

@@ -1,6 +1,7 @@
 """A diagnosis of training: faults put into a run are named, what is changed is taken back, and what is shown."""
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -183,7 +184,7 @@ def test_clock_decides_and_what_is_known_is_said(
     if seconds > 1:
         assert "Data 67 %" in found.sentence and "--rounds 5" in found.verdict.decides
     json.dumps(record_of(found), allow_nan=False)
-    report_of(found).html()
+    assert ("Nothing was tried" in text_of(report_of(found).html())) == (seconds < 1)
 
 
 def stop_at(round_: str) -> Callable[[float, str], None]:
@@ -348,44 +349,30 @@ def test_threads_are_predicted_with_calls_timed_on_them(subject: Subject, monkey
 
 
 def test_steps_are_forecast_once(subject: Subject, prices: Prices, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check also a batch that is tried for its memory and then swept, and the threads in use."""
-    seen: list[Any] = []
-    real = prices.forecast
-    monkeypatch.setattr(
-        prices, "forecast", lambda *args: (seen.append((args, torch.get_num_threads())), real(*args))[1]
-    )
-    monkeypatch.setattr(training.TrainingPrices, "wait", 0.5)
+    """Check also a batch that is tried for its memory and then swept."""
+    forecast = Mock(side_effect=prices.forecast)
+    monkeypatch.setattr(prices, "forecast", forecast)
     subject.arms(prices)
-    found = subject.prices
-    assert found is not None
-    sizes = subject.batch_sizes()
-    assert sizes[-1] == 8 * 4 and found.threads(torch.get_num_threads()) == 0.5 + found.plain.seconds
-    assert all(found.seconds(batch=n) > 0 for n in sizes) and len(seen) == len(sizes) == len({repr(s) for s in seen})
+    sizes, found = subject.batch_sizes(), subject.prices
+    assert sizes[-1] == 8 * 4 and found is not None
+    assert len({found.seconds(n) for n in sizes} | {found.plain.seconds}) == len(sizes) == forecast.call_count
 
 
-@pytest.mark.parametrize(("calls", "names"), [(0, set()), (1, {"plain", "replay"})])
 def test_predictions_end_with_their_time(
-    subject: Subject, world: Worlds, prices: Prices, monkeypatch: pytest.MonkeyPatch, calls: int, names: set[str]
+    subject: Subject, world: Worlds, prices: Prices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check that the rounds follow, that the page is drawn, and what a sweep does without the time to predict."""
     world(cores=2)
-    left = iter([True] * calls)
-    real = prices.forecast
-
-    def forecast(*args: Any) -> Any:
-        if not next(left, False):
-            raise TimeOverError
-        return real(*args)
-
-    monkeypatch.setattr(prices, "forecast", forecast)
-    found = diagnose(subject, Plan(rounds=5, seconds=math.inf), prices)
-    assert found.compared.predicted.keys() == names and found.compared.turns.count == 5
-    assert found.warnings[0].startswith("Some arms have no prediction") and "Machine binds" in found.sentence
-    assert subject.batch_sizes() == [4, 1, 2]
+    first = prices.forecast(training.TrainingPrices(subject, prices).shape())
+    forecasts = itertools.chain([first], itertools.repeat(TimeOverError))
+    monkeypatch.setattr(prices, "forecast", Mock(side_effect=forecasts))
     monkeypatch.setattr(evidence, "roofline", Mock(side_effect=ValueError("it has no operations")))
+    found = diagnose(subject, Plan(rounds=5, seconds=math.inf), prices)
+    assert found.compared.predicted.keys() == {"plain", "replay"} and "Machine binds" in found.sentence
+    assert found.warnings[0].startswith("Some arms have no prediction")
     evidence.gather(found, subject, 100.0)
-    assert [each.name for each in found.sections] == ["batches", "threads"]
-    assert "batch" in text_of(report_of(found).html())
+    assert [arm.at for arm in found.sweeps["batches"].arms] == [4, 1, 2], "what fits is not known of others"
+    assert "threads" in text_of(report_of(found).html())
 
 
 # --- whole diagnoses, and what is shown

@@ -69,9 +69,8 @@ def decode(on_case: Callable[[str], None] = lambda key: None) -> Question:
             if who == "dsmini":
                 y = [f.predicted or math.nan for f in mine]
                 series.append(Series(label="dsmini, predicted", x=x, y=y, dashed=True, of="dsmini"))
-        caption = "Medians of 24 turns, with their intervals."
         title = "Decoding at growing contexts"
-        return [Plot(title=title, x="context, tokens", y="tokens/s", log_x=True, series=series, caption=caption)]
+        return [Plot(title=title, x="context, tokens", y="tokens/s", log_x=True, series=series)]
 
     return Question(
         name="fake_decode",
