@@ -235,7 +235,10 @@ def cache_bytes(
 
     Args:
         mtp: with the rows of the multi-token prediction blocks, a layer's each.
+
+    Raises: ValueError for sizes below 1, and "fp8" where attention is not MLA.
     """
+    check_sizes(max_seq_len=max_seq_len, batch=batch)
     rows = batch * max_seq_len * (row_bytes(config, dtype) + index_row_bytes(config, dtype))
     return Bytes.of([("cache", config.n_layers * rows), (MTP + "cache", config.n_mtp_layers * rows if mtp else 0)])
 

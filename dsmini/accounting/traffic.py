@@ -279,7 +279,7 @@ def expected_experts(config: ModelConfig, tokens: Any) -> Any:
     Raises: ValueError for fewer than 0 tokens.
     """
     if tokens < 0:
-        raise ValueError(f"tokens={tokens}; 0 or more")
+        raise ValueError(f"tokens={tokens} is negative; use 0 or more")
     e, k = config.n_routed_experts, config.n_activated_experts
     return e * (1 - (1 - k / e) ** tokens)
 

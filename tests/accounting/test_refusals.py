@@ -7,8 +7,10 @@ import pytest
 from dsmini import ModelConfig
 from dsmini.accounting import (
     activation_bytes,
+    cache_bytes,
     decode_bytes_per_token,
     decode_flops_per_token,
+    expected_experts,
     flops_per_token,
     kv_bytes_per_token,
     optimizer_bytes,
@@ -28,6 +30,8 @@ REFUSED: list[tuple[Any, ModelConfig, dict[str, Any], str]] = [
     (step_flops, V3, {"batch_size": 1, "seq_len": 9, "last_logits": True}, "use training=False"),
     (step_flops, V3, {"batch_size": 1, "seq_len": 1}, "too short for n_mtp_layers=1"),
     (kv_bytes_per_token, MHA, {"dtype": "fp8"}, "use bfloat16"),
+    (cache_bytes, TOY, {"max_seq_len": 0}, "max_seq_len=0 is not positive; use 1 or more"),
+    (expected_experts, TOY, {"tokens": -1}, "tokens=-1 is negative; use 0 or more"),
     (weight_bytes, TOY, {"dtype": "int8"}, "dtype='int8' is unknown; use float32, bfloat16 or fp8"),
     (optimizer_bytes, TOY, {"optimizer": "sgd"}, "use adamw or muon"),
     (decode_bytes_per_token, V3, {"context": 0}, "context=0 is not from 1 to max_seq_len=163840"),
