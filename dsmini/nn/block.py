@@ -47,10 +47,9 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         c = layer_config(config, arguments)
-        if attention_class is None:
-            attention_class = {"mla": MLA, "dsa": DSA}.get(c.attention, Attention)
+        classes: dict[str, type[nn.Module]] = {"mla": MLA, "dsa": DSA}
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
-        self.attn = attention_class(c)
+        self.attn = (attention_class or classes.get(c.attention, Attention))(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         self.ffn = moe_class(c) if c.is_moe(layer) else FeedForward(c)
 
