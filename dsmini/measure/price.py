@@ -58,6 +58,9 @@ class Forecast:
 
     shape: StepShape
     seconds: float
+    calls: int
+    """Operations and views."""
+    flops: int
     by_class: Mapping[str, float]
     """Seconds by kernel or kind of operation, and those of "calls" between them, longest first."""
     peak: int
@@ -125,6 +128,8 @@ class Prices:
         return Forecast(
             shape=shape,
             seconds=sum(found.values()),
+            calls=len(counted.operations) + counted.views,
+            flops=counted.flops,
             by_class=dict(sorted(found.items(), key=lambda part: -part[1])),
             peak=counted.peak,
         )

@@ -83,9 +83,6 @@ def paid(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[i
 
         monkeypatch.setattr(Decoder, "states", states)
 
-    monkeypatch.setattr(
-        decoding, "watch", lambda *_: lambda: Contention(others=0.0)
-    )  # others have a clock of their own
     return pay
 
 

@@ -74,7 +74,7 @@ def test_two_hops_send_a_token_once_to_a_node_as_the_planner_predicts() -> None:
     predicted.put("gpus_per_node", 2, "a test")
     predicted.put("expert", 4, "a test")
     hardware.put(predicted)
-    training_exchange(predicted, ModelConfig(**MODEL), hardware, nodes=2, dtype="fp8")
+    training_exchange(predicted, ModelConfig(**MODEL), hardware, dtype="fp8")
     assert predicted.dispatch_row == ROW["dispatch"]
     copies = TOKENS * predicted.slow_copies
     for found in every:
