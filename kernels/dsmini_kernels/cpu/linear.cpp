@@ -64,7 +64,8 @@ void columns_of_y(const LinearCall& c, const Cut& cut, int64_t first, int64_t n,
 
 bool many_rows(const LinearCall& c) {
   bool fine = true;
-  with_words(c.bf16 != 0, c.w.type, [&](auto kind) {
+  // without BF16 units a row becomes FP32 once (get_row), which is faster than to widen BF16 for each panel
+  with_words(c.bf16 != 0, WEIGHT_FP32, [&](auto kind) {
     using Words = decltype(kind);
     const int64_t k = c.w.columns, words = words_of<Words>(k), size = c.bf16 ? 2 : 4;
     const int64_t room = MOST_WORDS / (words ? words : 1), some = least(c.n, room < 512 ? 512 : room);
