@@ -554,8 +554,7 @@ class DecodingPrices:
         shape = StepShape(work="decode", config=config, dtype=dtype, batch=point.batch, tokens=context)
         key = variant, point.batch, torch.get_num_threads()
         if key not in self.known:
-            make = lambda: variant.steps(self.like(config), point)  # noqa: E731
-            self.known[key] = self.of.forecast(shape, make, variant.runs_as)
+            self.known[key] = self.of.forecast(shape, lambda: variant.steps(self.like(config), point), variant.runs_as)
         return self.known[key]
 
     def like(self, config: ModelConfig) -> Transformer:

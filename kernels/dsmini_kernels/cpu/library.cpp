@@ -1,4 +1,4 @@
-// The entry of the C++ side: check a call against the memory that its pointers have, plan it, run it.
+// The entry of tiles: check a call against the memory that its pointers have, plan it, run it.
 
 #include "tiles.h"
 

@@ -2,7 +2,7 @@
 // left. The others take items too if they are awake: nobody waits for a thread that has not begun. So a call costs no
 // more than on one thread where other processes hold the cores.
 //
-// A long call takes torch's threads instead, where there are any (library.cpp): after an operation of torch these look
+// A long call takes torch's threads instead, where there are any (build.py): after an operation of torch these look
 // for work for milliseconds, and hold the cores that a team of our own would want.
 //
 // Which thread computes an item is chance, so an item must be the same arithmetic wherever it runs, and no two items
