@@ -151,9 +151,9 @@ def test_forecast_is_the_sum_of_calls_and_what_is_between(monkeypatch: pytest.Mo
     dry, small = counted(shape), counted(dataclasses.replace(shape, config=narrow(TINY), batch=1, tokens=64))
     found = Prices(roofs=invented_roofs(cache_bytes=1 << 20)).forecast(shape)
     between = (1.0 - 1e-3 * len(small.operations)) / (len(small.operations) + small.views)
-    calls = len(dry.operations) + dry.views
-    assert found.by_class["calls"] == pytest.approx(calls * between)
-    assert found.seconds == pytest.approx(1e-3 * len(dry.operations) + calls * between)
+    assert found.calls == len(dry.operations) + dry.views and found.flops == dry.flops
+    assert found.by_class["calls"] == pytest.approx(found.calls * between)
+    assert found.seconds == pytest.approx(1e-3 * len(dry.operations) + found.calls * between)
     assert found.seconds == pytest.approx(sum(found.by_class.values()))
     assert list(found.by_class.values()) == sorted(found.by_class.values(), reverse=True)
     assert len(timed) <= len(dry.calls) + len(small.calls), "each distinct call once"
@@ -223,6 +223,7 @@ def test_a_step_by_other_code_is_priced_as_what_it_runs() -> None:
     """Price a step that multiplies once, in place of that of the shape."""
     a = torch.rand(64, 64)
     found = InventedPrices().forecast(shape_of("prefill", TINY), lambda: lambda: a @ a)
+    assert found.calls == 1 and found.flops == 2 * 64**3
     assert found.by_class["product"] == pytest.approx(2 * 64**3 / 1e9, rel=0.2)
 
 
