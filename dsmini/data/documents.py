@@ -220,7 +220,8 @@ def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[D
             texts.append(dataclasses.replace(document, size=size, utf8=utf8 and _decodes(decoder, b"", final=True)))
         elif source.kind == "file":
             by = f"iconv -f {reason} -t UTF-8" if reason.startswith("UTF") else "iconv -t UTF-8"
-            raise ValueError(f"data.path={document.path} is {reason}; name a text file in UTF-8, such as {by} makes")
+            such = "" if reason == "empty" else f", such as {by} makes"
+            raise ValueError(f"data.path={document.path} is {reason}; name a text file in UTF-8{such}")
         else:
             left_out.append(f"{document.name} ({reason})")
     if not texts:

@@ -154,9 +154,7 @@ class Generation:
     ) -> None:
         ends = [] if eos_token_id is None else eos_token_id
         ends = ends if isinstance(ends, Collection) else [ends]
-        longest = max(map(len, prompts), default=0)
-        room = min(model.config.max_seq_len, longest + max_new_tokens) if max_seq_len is None else max_seq_len
-        check_request(model, prompts, max_new_tokens, ends, room, slide, speculative)
+        room = checked_room(model, prompts, max_new_tokens, ends, max_seq_len, slide, speculative)
         self.model, self.sampling, self.generator = model, sampling or Sampling(), generator
         self.rows = [list(prompt) for prompt in prompts]
         """Each row's prompt and continuation so far."""
@@ -353,19 +351,22 @@ def rows_of(prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) -> lis
     return [list(row) for row in rows]
 
 
-def check_request(
+def checked_room(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     ends: Collection[int],
-    room: int,
+    max_seq_len: int | None,
     slide: bool,
     speculative: bool,
-) -> None:
-    """Raise ValueError for prompts or options that this model, and a cache of `room` tokens a row, cannot serve."""
+) -> int:
+    """Return the number of tokens of a row that the cache needs room for.
+
+    Raises: ValueError for prompts or options that this model, or a cache with that room, cannot serve.
+    """
     longest, context, v = max(map(len, prompts), default=0), model.config.max_seq_len, model.config.vocab_size
     if not is_whole(max_new_tokens) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is not a whole number from 0 on; use for example 64")
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} is not a whole number from 0 on; use for example 64")
     for i, prompt in enumerate(prompts):
         if wrong := [token for token in prompt if not 0 <= token < v]:
             raise ValueError(f"prompt {i} has token id {wrong[0]}, outside the vocabulary; want 0 to {v - 1}")
@@ -376,6 +377,7 @@ def check_request(
             raise ValueError(f"eos_token_id={token} is outside the vocabulary; want 0 to {v - 1}, or None")
     if speculative and not len(model.mtp):
         raise ValueError("speculative=True, but the model has no multi-token prediction blocks; leave it out")
+    room = min(context, longest + max_new_tokens) if max_seq_len is None else max_seq_len
     # the last new token is never fed back; a row that slides needs room for its prompt and half of the cache
     fits = longest + max_new_tokens - 1 <= room or (slide and longest <= room and room > 1)
     if longest > context or not fits:
@@ -388,3 +390,4 @@ def check_request(
                 else "shorten the prompt"
             )
         )
+    return room

@@ -67,12 +67,14 @@ def route(
 
     Source: DeepSeek-V3 report, section 2.1.2, equations 12 to 16.
     """
-    reachable = logits.shape[1] // n_expert_groups * n_limited_groups
+    each, left = divmod(logits.shape[1], n_expert_groups)
+    reachable = each * n_limited_groups
     score = SCORE_FUNCS.get(score_func) if isinstance(score_func, str) else score_func
-    if score is None or n_activated_experts > reachable:
+    if score is None or left or n_activated_experts > reachable:
         raise ValueError(
-            f"score_func={score_func!r}, n_activated_experts={n_activated_experts} of {reachable} reachable experts; "
-            "want sigmoid or softmax, and no more active than reachable experts"
+            f"score_func={score_func!r}, n_activated_experts={n_activated_experts} of {reachable} reachable experts in "
+            f"groups of {each}, {left} left over; want sigmoid or softmax, groups of equal size, and no more active "
+            "than reachable experts"
         )
     # 1. scores, and what experts are chosen by: [n, e]
     scores = score(logits)

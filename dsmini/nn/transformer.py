@@ -300,9 +300,9 @@ class Transformer(nn.Module):
         loss. Source: DeepSeek-V3 report, equations 17 to 20 (balance), 24 and 25 (MTP); DeepSeek-V3.2
         report, equations 3 and 4 (indexers).
         """
-        if targets.shape != tokens.shape:
+        if targets.shape != tokens.shape or not tokens.numel():
             got = f"targets are {tuple(targets.shape)}, tokens {tuple(tokens.shape)}"
-            raise ValueError(f"{got}; want a target for each token: losses(x[:, :-1], x[:, 1:])")
+            raise ValueError(f"{got}; want a token or more, and a target for each: losses(x[:, :-1], x[:, 1:])")
         check_ids("target", targets.masked_fill(targets == IGNORE, 0), self.config.vocab_size)
         if states is None:
             states = self.states(tokens, documents=documents, recompute=recompute, train_indexers=True)

@@ -97,7 +97,7 @@ class Hardware:
     def peak(self, sheet: Sheet, dtype: str) -> Any:
         """Return the peak of a dtype on a sheet. Raises: ValueError for a dtype that the hardware has no units for."""
         if dtype not in self.peaks:
-            raise ValueError(f"{self.title} has no {dtype} units; use one of {', '.join(self.peaks)}")
+            raise ValueError(f"{self.title} has no {dtype} units; use a precision that it has: {', '.join(self.peaks)}")
         return getattr(sheet, f"peak_{dtype}")
 
     def having(self, source: str, **numbers: float) -> "Hardware":

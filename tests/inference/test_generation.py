@@ -202,6 +202,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ([[1.5]], {}, "prompt 0 is not a row of whole numbers"),
     ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1 is not a whole number from 0 on"),
     ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 is not a whole number"),
+    ([[1]], {"max_new_tokens": "2"}, "max_new_tokens='2' is not a whole number"),
     ([[1]], {"eos_token_id": 61}, "eos_token_id=61 is outside the vocabulary; want 0 to 60, or None"),
     ([[1]], {"eos_token_id": [3, -1]}, "eos_token_id=-1 is outside the vocabulary"),
     ([[1]], {"eos_token_id": 1.5}, "eos_token_id=1.5 is outside the vocabulary"),

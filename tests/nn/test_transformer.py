@@ -195,8 +195,9 @@ def test_what_a_model_cannot_read_is_refused(small_model: Model, backend: str | 
     losses: Any = inspect.unwrap(type(model).losses)  # without the type checks of these tests
     with ops.use(backend):
         assert "33 tokens is longer than max_seq_len=32; shorten it" in refusal(model, tokens)
-        want = "targets are (2, 9), tokens (2, 8); want a target for each token"
+        want = "targets are (2, 9), tokens (2, 8); want a token or more, and a target for each"
         assert want in refusal(losses, model, tokens[:, :8], tokens[:, :9])
+        assert "tokens (0, 8); want a token or more" in refusal(losses, model, tokens[:0, :8], tokens[:0, :8])
         for token in (VOCAB, -1, 10**6):
             tokens[1, 3] = token
             want = f"token id {token} is outside the vocabulary; want 0 to 60"

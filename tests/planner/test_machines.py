@@ -54,7 +54,7 @@ def test_this_is_the_measured_machine(monkeypatch: pytest.MonkeyPatch, bfloat16:
     (source,) = {source for _, source in this.numbers.values()}
     assert re.fullmatch(r"measured here by dsmini\.measure, \d{4}-\d\d-\d\d", source)
     if "bfloat16" not in peaks:
-        with pytest.raises(ValueError, match="A processor has no bfloat16 units; use one of float32"):
+        with pytest.raises(ValueError, match="A processor has no bfloat16 units; use a precision that it has: float32"):
             this.peak(Sheet(), "bfloat16")
 
 

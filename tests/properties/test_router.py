@@ -12,6 +12,7 @@ from torch import Tensor
 from dsmini import Gate
 from dsmini.nn import route
 from tests import reference_model as reference
+from tests.helpers.configs import refusal
 from tests.helpers.tolerances import FP32_UNIT, FP64_UNIT, relative_error, rounding
 
 
@@ -85,3 +86,11 @@ def test_scores_are_fp32_whatever_the_input_is(randomise: Any) -> None:
     exact = (x.double() @ gate.weight.double().T).sigmoid()
     assert relative_error(routing.scores, exact) <= rounding(FP32_UNIT, terms=63)
     assert torch.equal(gate(x.float()).indices, routing.indices)
+
+
+def test_what_cannot_be_routed_is_refused() -> None:
+    logits = torch.zeros(3, 10)
+    assert "groups of 5, 0 left over; want" in refusal(route, logits, None, n_activated_experts=6, n_expert_groups=2)
+    assert "groups of 3, 1 left over; want" in refusal(route, logits, None, n_activated_experts=2, n_expert_groups=3)
+    unchecked: Any = getattr(route, "__wrapped__", route)  # without the type checks of these tests
+    assert "score_func='relu'" in refusal(unchecked, logits, None, n_activated_experts=2, score_func="relu")
