@@ -6,6 +6,7 @@ of others depends on them. Made again, the operands are pieces of one block of r
 last-level cache: those from memory are other pieces each time, so that no cache holds them, the others stay the same.
 """
 
+import functools
 import io
 import itertools
 import pickle
@@ -146,13 +147,17 @@ def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 def random_numbers(n: int, dtype: torch.dtype) -> Tensor:
     """Return numbers from 1 to 2 with both signs, or codes: none becomes denormal, which some CPUs multiply slowly."""
-    few, generator = min(n, 1 << 20), torch.Generator().manual_seed(0)
+    few = _few_numbers(dtype)
+    return few[:n].clone() if n <= len(few) else few.repeat(-(-n // len(few)))[:n]
+
+
+@functools.cache
+def _few_numbers(dtype: torch.dtype) -> Tensor:
+    n, generator = 1 << 20, torch.Generator().manual_seed(0)
     if dtype.itemsize == 1:
-        made = torch.randint(1, 120, (few,), dtype=torch.uint8, generator=generator).view(dtype)
-    else:
-        signs = torch.randint(0, 2, (few,), generator=generator) * 2 - 1
-        made = ((1 + torch.rand(few, generator=generator)) * signs).to(dtype)
-    return made if few == n else made.repeat(-(-n // few))[:n]
+        return torch.randint(1, 120, (n,), dtype=torch.uint8, generator=generator).view(dtype)
+    signs = torch.randint(0, 2, (n,), generator=generator) * 2 - 1
+    return ((1 + torch.rand(n, generator=generator)) * signs).to(dtype)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -168,8 +173,9 @@ class _Unpickler(pickle.Unpickler):
             return self.call.indices[place]
         stride, dtype, is_cold = rest
         if place in self.call.changed:  # a block that calls change would drift
-            made = self.made.setdefault(place, random_numbers(_extent(shape, stride), _named(dtype)))
-            return made.as_strided(shape, stride)
+            if place not in self.made:
+                self.made[place] = random_numbers(_extent(shape, stride), _named(dtype))
+            return self.made[place].as_strided(shape, stride)
         known = self.made if is_cold else self.warm
         if place not in known:
             known[place] = self.operands.take(shape, stride, _named(dtype))
