@@ -33,6 +33,17 @@ def decoded(quick: bool) -> ModelConfig:
     return QUICK if quick else BIG
 
 
+def sparse(config: ModelConfig, topk: int) -> ModelConfig:
+    """Return a config of dense MLA with an indexer of V3.2's proportions."""
+    return dataclasses.replace(
+        config,
+        attention="dsa",
+        index_n_heads=max(1, config.n_heads // 2),
+        index_head_dim=max(config.kv_lora_rank // 4, config.qk_rope_head_dim),
+        index_topk=topk,
+    )
+
+
 def recipe(name: str) -> RunConfig:
     """Return configs/NAME.toml."""
     return RunConfig.from_file(ROOT / "configs" / f"{name}.toml")

@@ -1,21 +1,21 @@
-"""The CPU kernels next to the roof of this machine and to plain PyTorch.
+"""The CPU kernels in steps of a model, next to the roof of this machine and to plain PyTorch.
 
-Each kernel runs at two sizes: rows of a product, keys of attention, bytes of what only moves. First its result is
-compared with the reference, bit for bit where it rounds. Predicted is the roof: the bytes that the operation must move
-over the measured bandwidth, or its FLOPs over the measured matrix peak, whichever takes longer. Each call takes other
-operands, so that no cache holds them, as in decoding. Kernel and plain PyTorch take turns. DSMINI_CPU_ISA forces a
-narrower instruction set.
+Steps of training, of reading a prompt and of decoding are run dry. Each distinct call that a kernel serves is then made
+again alone, on random operands of its own shape: other ones each time where the step reads them from memory, so that no
+cache holds them. Predicted is the roof: the bytes that come from memory over the measured bandwidth, or the FLOPs over
+the measured matrix peak, whichever takes longer. All calls of a kernel count together, and kernel and plain PyTorch
+take turns. Of steps with another attention than MLA only its own kernels count. DSMINI_CPU_ISA forces a narrower
+instruction set. Results are compared in tests/kernels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.kernel_calls import FP8, KERNELS, Kernel, rotating
+from benchmarks import models
 from benchmarks.question import (
     Case,
     Figure,
@@ -30,28 +30,73 @@ from benchmarks.question import (
 )
 from dsmini import ops
 from dsmini.machine import DTYPES
-from dsmini.measure.costs import Cost, cost_of
+from dsmini.measure.calls import Call, Operands
+from dsmini.measure.dry import dry_count
+from dsmini.measure.roofs import why_unusable
 from dsmini.measure.turns import in_turns
+from dsmini.measure.workloads import StepShape
 from dsmini.ops.explanation import instruction_set
+
+TOPK = 256
+"""Keys that a query of sparse attention chooses."""
+STEPS: Mapping[str, dict[str, Any]] = {
+    "training": {"work": "training", "batch": 4, "tokens": 256},
+    "prompt": {"work": "prefill", "batch": 1, "tokens": 512},
+    "decoding": {"work": "decode", "batch": 1, "tokens": 1024},
+    "sparse prompt": {"work": "prefill", "batch": 1, "tokens": 512, "attention": "dsa"},
+    "sparse decoding": {"work": "decode", "batch": 1, "tokens": 1024, "attention": "dsa"},
+    "MHA decoding": {"work": "decode", "batch": 1, "tokens": 1024, "attention": "mha"},
+}
 
 
 def cases(setting: Setting) -> list[Case]:
-    return cases_over(
-        "kernel={}", ((name,) for name in KERNELS), 0.6 if setting.quick else 25.0, partial(measure, setting)
-    )
+    dtypes = [setting.dtype_name] if setting.quick else [*DTYPES, "fp8"]
+    points = [(step, dtype) for step in STEPS for dtype in dtypes if (step, dtype) != ("MHA decoding", "fp8")]
+    return cases_over("step={} dtype={}", points, 3.0 if setting.quick else 20.0, partial(measure, setting))
 
 
-@torch.no_grad()
-def measure(setting: Setting, name: str) -> Iterator[Figure]:
-    kernel, case = KERNELS[name], {"kernel": name, "instructions": instruction_set()}
+def measure(setting: Setting, step: str, dtype: Any) -> Iterator[Figure]:
+    case = {"step": step, "dtype": dtype, "instructions": instruction_set()}
     if reason := "they run on a CPU" if setting.device.type != "cpu" else why_not():
         yield left_out("share_of_roof", case, reason)
         return
-    torch.manual_seed(0)
-    large = kernel.sizes[len(kernel.sizes) // 2 if setting.quick else -1]
-    for dtype in kernel.dtypes:
-        for size, words in {large: "large", kernel.sizes[0]: "small"}.items():
-            yield from one(kernel, {**case, "dtype": dtype, "size": size, "at": words}, dtype, size, setting)
+    slow = why_unusable(DTYPES.get(dtype, torch.bfloat16), setting.roofs.peak)
+    operands = Operands(setting.roofs.cache_bytes)
+    for kernel, calls in calls_of(setting, step, dtype).items():
+        turns = [operands.turn(call)[0] for call in calls]
+
+        def under(backend: str, turns: Sequence[Any] = turns) -> None:
+            with torch.no_grad(), ops.use(backend):
+                for turn in turns:
+                    turn()
+
+        runs = {backend: partial(under, backend) for backend in ("cpu", "eager") if backend == "cpu" or not slow}
+        how = {"count": 5, "seconds": 0.2} if setting.quick else {"count": 15, "seconds": 2.0}
+        taken = in_turns(runs, setting.device, least=3, least_seconds=0.002 if setting.quick else 0.01, **how)
+        here, roof = {"kernel": kernel, **case}, roof_seconds(calls, taken.median("cpu"), dtype, setting)
+        yield figure("seconds", here, taken.estimate("cpu"), predicted=roof, bound=True, note=f"calls: {len(calls)}")
+        yield figure("share_of_roof", here, [roof / seconds for seconds in taken.seconds["cpu"]])
+        if slow:
+            yield left_out("times_as_long", here, slow)
+        else:
+            yield figure("times_as_long", here, taken.ratio("eager", "cpu"), note="plain PyTorch, next to the kernel")
+
+
+def calls_of(setting: Setting, step: str, dtype: Any) -> dict[str, list[Call]]:
+    """Return the distinct calls that each kernel serves in a step of the model, by the kernel's words."""
+    how = dict(STEPS[step])
+    config, attention = models.decoded(setting.quick), how.pop("attention", None)
+    if how["work"] == "training":
+        config, how["tokens"] = models.TRAINED, min(how["tokens"], models.TRAINED.max_seq_len)
+    if attention is not None:
+        config = models.sparse(config, TOPK) if attention == "dsa" else dataclasses.replace(config, attention=attention)
+    shape = StepShape(config=config, dtype=dtype, **how)
+    found: dict[str, list[Call]] = {}
+    for call, _ in dry_count(lambda: shape.make(setting.device), setting.roofs.cache_bytes).calls.values():
+        own = attention is None or "attention" in call.kind or "topk" in call.kind
+        if isinstance(call.run, ops.Operation) and own:
+            found.setdefault(call.kind, []).append(call)
+    return found
 
 
 def why_not() -> str:
@@ -60,63 +105,17 @@ def why_not() -> str:
     return "" if serving == "cpu" else f"{serving} serves tensors in main memory; see python -m dsmini.explain"
 
 
-def one(kernel: Kernel, case: dict[str, str | int], dtype: str, size: int, setting: Setting) -> Iterator[Figure]:
-    """Check a call against the plain version, then yield its time next to the roof and to plain PyTorch."""
-    here = FP8 if dtype == "fp8" else DTYPES[dtype]
-    run, inputs = kernel.make(size if kernel.is_product else size // here.itemsize, here, setting.device)
-    check(kernel, run, inputs, str(case))
-    calls: list[ops.Call] = []
-    counter: Any = SimpleNamespace(kernel_ran=calls.append)
-    with ops.counting(counter), ops.use("cpu"):
-        run(*inputs)
-    if not calls:
-        yield left_out("share_of_roof", case, "plain PyTorch serves this call")
-        return
-    turn = rotating(run, inputs)  # other operands each time, so that no cache holds them
+def roof_seconds(calls: Sequence[Call], seconds: float, dtype: str, setting: Setting) -> float:
+    """Return the least seconds of calls here: for each its bytes over bandwidth or FLOPs over peak, the longer.
 
-    def under(backend: str) -> None:
-        with ops.use(backend):
-            turn()
+    The matrix peak is that of FP32, or of BF16 for steps in BF16 and FP8 where the machine multiplies it faster.
 
-    runs = {backend: partial(under, backend) for backend in ("cpu", "eager")}
-    how = {"count": 5, "seconds": 0.2} if setting.quick else {"count": 15, "seconds": 6.0}
-    turns = in_turns(runs, setting.device, least=3, least_seconds=0.002 if setting.quick else 0.01, **how)
-    cost = cost_of(calls[0].name, calls[0].result, *calls[0].args, **calls[0].kwargs)
-    roof = roof_seconds(" ".join(map(str, case.values())), cost, turns.median("cpu"), setting)
-    yield figure("seconds", case, turns.estimate("cpu"), predicted=roof, bound=True, note="of a call")
-    yield figure("share_of_roof", case, [roof / seconds for seconds in turns.seconds["cpu"]])
-    yield figure("times_as_long", case, turns.ratio("eager", "cpu"), note="plain PyTorch, next to the kernel")
-
-
-def roof_seconds(what: str, cost: Cost, seconds: float, setting: Setting) -> float:
-    """Return the least seconds of a call on this machine: its bytes over bandwidth or FLOPs over peak, the longer.
-
-    The matrix peak is that of FP32, or of BF16 for matrices in BF16 and FP8 where the machine multiplies it faster.
-
-    Raises: ValueError for a call that read memory clearly faster, which can only be an error of counting.
+    Raises: ValueError for calls that read memory clearly faster, which can only be an error of counting.
     """
-    moved, peaks = cost.read + cost.written, setting.roofs.peak
-    memory = moved / check_bandwidth(f"kernels {what}", moved / seconds, setting)
-    return max(memory, cost.flops / (peaks["float32"] if cost.dtype == torch.float32 else max(peaks.values())))
-
-
-def check(kernel: Kernel, run: Callable[..., Any], inputs: Sequence[Tensor], what: str) -> None:
-    """Compare the kernel's result with the reference: exactly where it rounds, else within kernel.close.
-
-    The reference then computes in FP32, so that the roundings are the kernel's alone. The result of a call that returns
-    none is what it made of copies of its operands. Chosen keys are sets, without an order.
-    """
-    results: list[list[Tensor]] = []
-    for backend in ("cpu", "reference"):
-        wide = backend == "reference" and kernel.close
-        copies = [t.float() if wide and t.dtype == torch.bfloat16 else t.clone() for t in inputs]
-        with ops.use(backend):
-            got = run(*copies)
-        got = copies[0] - inputs[0] if got is None else got
-        parts = got if isinstance(got, tuple) else getattr(got, "parts", (got,))
-        results.append([(t if t.is_floating_point() else t.sort().values).float() for t in parts])
-    error = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
-    assert error <= kernel.close, f"{what}: the kernel differs from the reference by {error:.2g}, want {kernel.close}"
+    moved, peaks = sum(call.cold for call in calls), setting.roofs.peak
+    rate = check_bandwidth(f"kernel {calls[0].kind}", moved / seconds, setting)
+    peak = peaks["float32"] if dtype == "float32" else max(peaks.values())
+    return sum(max(call.cold / rate, call.flops / peak) for call in calls)
 
 
 def answer(figures: list[Figure]) -> str:
@@ -144,7 +143,7 @@ QUESTION = Question(
     cases=cases,
     answer=answer,
     plots=(
-        drawing("share_of_roof", "Kernels and the roof", "{kernel}, {dtype}", by="at", line=("the roof", 1.0)),
-        drawing("times_as_long", "Plain PyTorch", "{kernel}, {dtype}", by="at", line=("the kernel", 1.0), log_y=True),
+        drawing("share_of_roof", "Kernels and the roof", "{kernel}, {dtype}", by="step", line=("the roof", 1.0)),
+        drawing("times_as_long", "Plain PyTorch", "{kernel}, {dtype}", by="step", line=("the kernel", 1.0), log_y=True),
     ),
 )

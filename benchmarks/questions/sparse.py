@@ -62,13 +62,7 @@ def base(setting: Setting, layers: int | None = None) -> ModelConfig:
 def sparse_and_dense(config: ModelConfig, setting: Setting) -> dict[str, Transformer]:
     """Return a sparse model, and a dense one with the same weights."""
     dense = random_model(config, setting.device, setting.dtype)
-    indexed = dataclasses.replace(
-        config,
-        attention="dsa",
-        index_n_heads=max(1, config.n_heads // 2),
-        index_head_dim=max(config.kv_lora_rank // 4, config.qk_rope_head_dim),
-        index_topk=QUICK_TOPK if setting.quick else TOPK,
-    )
+    indexed = models.sparse(config, QUICK_TOPK if setting.quick else TOPK)
     sparse = random_model(indexed, setting.device, setting.dtype)
     sparse.load_state_dict(dense.state_dict(), strict=False, assign=True)
     return {"sparse": sparse, "dense": dense}

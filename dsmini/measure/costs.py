@@ -10,11 +10,10 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from dsmini.measure.torch_operations import tensors_in
-from dsmini.numerics import QuantizedTensor, Weight, number_dtype
+from dsmini.numerics import QuantizedTensor, Weight
 
 
 class Cost(NamedTuple):
@@ -26,8 +25,6 @@ class Cost(NamedTuple):
     """Bytes."""
     flops: int
     """Floating-point operations of products. A multiply-add counts as two."""
-    dtype: torch.dtype | None = None
-    """Dtype of the matrices, or of the products where it is another, if not that of the result."""
 
 
 def cost_of(name: str, result: Any, *args: Any, **kwargs: Any) -> Cost:
@@ -63,7 +60,7 @@ def _converted(result: Any, *operands: Any, **_: Any) -> Cost:
 
 def _linear(result: Any, x: Tensor, weight: Weight) -> Cost:
     rows, (o, i) = math.prod(x.shape[:-1]), weight.shape
-    return Cost(_nbytes(x, weight), rows * o * x.element_size(), 2 * rows * o * i, number_dtype(weight))
+    return Cost(_nbytes(x, weight), rows * o * x.element_size(), 2 * rows * o * i)
 
 
 def _experts(
@@ -77,7 +74,7 @@ def _experts(
 ) -> Cost:
     chosen, (e, f, m) = len(indices.unique()), w1.shape
     read = _nbytes(x, indices, weights) + _nbytes(w1, w2, w3) * chosen // e  # only what some token chose
-    return Cost(read, math.prod(x.shape) * x.dtype.itemsize, 6 * indices.numel() * f * m, number_dtype(w1))
+    return Cost(read, math.prod(x.shape) * x.dtype.itemsize, 6 * indices.numel() * f * m)
 
 
 def _trained_experts(
@@ -102,13 +99,13 @@ def _trained_experts_gradients(
     return Cost(read, _nbytes(x, weights, *matrices), 12 * indices.numel() * matrices[0][0].numel())
 
 
-def _muon(result: Any, matrices: Any, steps: Any, *, matmul_dtype: torch.dtype, **_: object) -> Cost:
+def _muon(result: Any, matrices: Any, steps: Any, **_: object) -> Cost:
     moved, flops = _nbytes(*matrices.params), 0
     for p in matrices.params:
         o, i = sorted(p.shape[-2:])
         # X X^T and its square are symmetric, so that half of their products is enough
         flops += p.numel() // (o * i) * len(steps.coefficients) * (o * (o + 1) * (i + o) + 2 * o * o * i)
-    return Cost(3 * moved, 2 * moved, flops, matmul_dtype)
+    return Cost(3 * moved, 2 * moved, flops)
 
 
 # attention to the keys that an indexer chose
@@ -116,7 +113,7 @@ def _muon(result: Any, matrices: Any, steps: Any, *, matmul_dtype: torch.dtype, 
 
 def _scores(q: Tensor, k: Tensor, weights: Tensor) -> Cost:
     (b, s, h, d), t = q.shape, k.shape[1]
-    return Cost(_nbytes(q, k, weights), 4 * b * s * t, 2 * b * s * h * t * d, q.dtype)
+    return Cost(_nbytes(q, k, weights), 4 * b * s * t, 2 * b * s * h * t * d)
 
 
 def _topk_keys(result: Any, q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) -> Cost:
@@ -131,7 +128,7 @@ def _topk_attention(
     (b, s, h, n), width, (c, v), k = q_nope.shape, rows.shape[2], w_uv.shape[1:], chosen.shape[2]
     read = _nbytes(q_nope, q_rope, w_uk, w_uv, chosen) + chosen.numel() * rows[0, 0].nbytes
     flops = 2 * b * s * h * (c * (n + v) + k * (width + c))
-    return Cost(read, b * s * h * v * q_nope.element_size(), flops, rows.dtype)
+    return Cost(read, b * s * h * v * q_nope.element_size(), flops)
 
 
 # a decoding step in few calls
@@ -160,7 +157,7 @@ def _attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any,
     read = _nbytes(x, *w.values()) + read_keys * row + (keys if scores else 0) * index_row
     written = x.nbytes + b * s * (row + index_row)
     flops = 2 * b * s * products + attention + scores
-    return Cost(read, written, flops, number_dtype(w["wo"]))
+    return Cost(read, written, flops)
 
 
 def _grouped_attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any, starts: Tensor) -> Cost:
@@ -171,7 +168,7 @@ def _grouped_attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_s
     attention = 2 * s * keys * widths
     flops = 2 * b * s * _numbers(*(w[name] for name in ("wq", "wk", "wv", "wo"))) + attention
     read = _nbytes(x, *w.values()) + keys * row
-    return Cost(read, x.nbytes + b * s * row, flops, number_dtype(w["wo"]))
+    return Cost(read, x.nbytes + b * s * row, flops)
 
 
 def _feed_forward_step(result: Sequence[Tensor], x: Tensor, part: Any) -> Cost:
@@ -179,15 +176,14 @@ def _feed_forward_step(result: Sequence[Tensor], x: Tensor, part: Any) -> Cost:
     dense = [w.get(name if gate is None else f"shared_experts.{name}") for name in ("w1", "w2", "w3")]
     read = _nbytes(x, w["norm"], *dense)
     products = _numbers(*dense)
-    weight = dense[1]
     if gate is not None:
         routed = [w[f"experts.{name}"] for name in ("w1", "w2", "w3")]
-        e, k, weight = gate.shape[0], part.layer.gate.options["n_activated_experts"], routed[1]
+        e, k = gate.shape[0], part.layer.gate.options["n_activated_experts"]
         chosen = int((result[-1] > 0).sum())  # matrices that no token chose are not read
         expert = _numbers(*routed) // e
         read += gate.nbytes + _nbytes(*routed) * chosen // e
         products += gate.numel() + k * expert
-    return Cost(read, x.nbytes, 2 * x.shape[0] * products, None if weight is None else number_dtype(weight))
+    return Cost(read, x.nbytes, 2 * x.shape[0] * products)
 
 
 def _blocks_step(

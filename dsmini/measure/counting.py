@@ -104,7 +104,7 @@ class Count(TorchDispatchMode):
         self.cold_parts.clear()
         warm = sum(map(size_of, operands)) - self._touch(operands)
         cold = max(0, cost.read - warm) + min(cost.written, self._touch(results))
-        counts = cost._asdict() | {"dtype": cost.dtype or results[0].dtype, "seconds": max(1e-7, call.seconds)}
+        counts = cost._asdict() | {"dtype": results[0].dtype, "seconds": max(1e-7, call.seconds)}
         counts |= {"kind": "product" if cost.flops else "move"}
         self._add(results, name=call.name, cold=cold, is_kernel=True, **counts)
 

@@ -263,11 +263,6 @@ Weight = Tensor | QuantizedTensor
 X = TypeVar("X", Tensor, QuantizedTensor)
 
 
-def number_dtype(x: Tensor | QuantizedTensor) -> torch.dtype:
-    """Return the dtype of the numbers in memory: the tensor's, or that of the codes."""
-    return x.dtype if isinstance(x, Tensor) else x.codes.dtype
-
-
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     """Return the weight's numbers in dtype."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)

@@ -1,5 +1,6 @@
 """What questions compute besides, as by hand, and the words of comparisons."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 from benchmarks import question
 from benchmarks.question import check_bandwidth, compared, figure, race, times
 from benchmarks.questions import kernels, plan, sparse, steps
-from dsmini.measure.costs import Cost
 from dsmini.measure.counting import count
 from tests.conftest import Clock
 from tests.helpers.questions import setting
@@ -109,7 +109,7 @@ def test_figures_of_a_step_are_over_its_bytes_and_flops(monkeypatch: pytest.Monk
         (2e10, 0, "float32", 1.0),
         (1e10, 1e11, "float32", 1.0),
         (1e10, 1e11, "bfloat16", 0.5),
-        (2.6e10, 0, "float32", "kernels x: 26.0 GB/s from memory is above the roof of 20.0"),
+        (2.6e10, 0, "float32", "kernel x: 26.0 GB/s from memory is above the roof of 20.0"),
     ],
 )
 def test_roof_of_a_kernel_is_the_slower_of_memory_and_arithmetic(
@@ -117,9 +117,9 @@ def test_roof_of_a_kernel_is_the_slower_of_memory_and_arithmetic(
 ) -> None:
     """Expect 20 GB/s and 100 GFLOP/s in FP32, 300 in BF16, of the invented machine, for a call of a second."""
     monkeypatch.setattr(question, "read_bandwidth", lambda device: 2e10)
-    cost = Cost(int(moved), 0, int(flops), dtype=getattr(torch, dtype))
+    calls: Any = [SimpleNamespace(kind="x", cold=moved / 2, flops=flops / 2)] * 2
     if isinstance(seconds, str):
         with pytest.raises(ValueError, match=seconds):
-            kernels.roof_seconds("x", cost, 1.0, setting())
+            kernels.roof_seconds(calls, 1.0, dtype, setting())
     else:
-        assert kernels.roof_seconds("x", cost, 1.0, setting()) == seconds
+        assert kernels.roof_seconds(calls, 1.0, dtype, setting()) == seconds
