@@ -29,7 +29,7 @@ from benchmarks.question import Case, Figure, Question, Setting, cases_over, dra
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dsmini.diagnosis.diagnosis import Diagnosis, Plan, diagnose
 from dsmini.diagnosis.training import Subject
-from dsmini.machine import cores, pick_dtype
+from dsmini.machine import cores, pick_dtype, slow_bf16
 
 SEEDS, QUICK_SEEDS = 5, 1
 ROUNDS = 10
@@ -169,14 +169,15 @@ class Fault:
                 path = Path(stack.enter_context(TemporaryDirectory())) / "text.txt"
                 path.write_text(Path(__file__).read_text()[:20_000] * 20)
                 data = DataConfig(path=path)
-            dtype = pick_dtype("auto", device)
+            model, dtype = self.model, pick_dtype("auto", device)
             if self.slower_dtype:
+                model = MODEL if slow_bf16(device) else model  # else ten rounds of such steps take half an hour
                 dtype = torch.bfloat16 if dtype == torch.float32 else torch.float32
             here = dataclasses.replace(setting, device=device, dtype=dtype)
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.train.threads or cores())
             train = dataclasses.replace(self.train, seed=seed, dtype=here.dtype_name, device="cpu")
-            made = Subject(trainer(RunConfig(model=self.model, data=data, train=train), here))
+            made = Subject(trainer(RunConfig(model=model, data=data, train=train), here))
             stack.callback(made.trainer.loader.close)
             stack.enter_context(self.wrong(made, seed))
             yield made
