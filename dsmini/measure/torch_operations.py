@@ -45,10 +45,8 @@ KINDS = {
     "scatter": "scatter scatter_add index_copy index_put index_add index_fill masked_fill slice_scatter",
     "order": "sort argsort topk cumsum searchsorted bincount unique nonzero",
     "reduction": "sum mean amax linalg_vector_norm max min any all prod aminmax",
-    "slow pointwise": "silu silu_backward sigmoid sigmoid_backward exp log logsumexp pow rsqrt sin cos "
-    "_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data",
 }
-"""Operations of each kind that has its own rate; all others are pointwise."""
+"""Operations by kind; all others are pointwise."""
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 
 
@@ -62,8 +60,8 @@ class Work(NamedTuple):
     flops: int
     """FLOPs of products and attention; 0 for other operations."""
     kind: str
-    """One of product, batched product, grouped product, attention, pointwise, slow pointwise, reduction, move, gather,
-    scatter, order, optimizer."""
+    """One of product, batched product, grouped product, attention, pointwise, reduction, move, gather, scatter, order,
+    optimizer."""
     touched: list[Tensor]
     """Inputs and outputs, each storage once."""
 
