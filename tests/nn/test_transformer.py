@@ -186,6 +186,8 @@ def test_layers_run_alone() -> None:
     assert MLA()(x).shape == Attention()(x).shape == FeedForward()(x).shape == RMSNorm(192)(x).shape == x.shape
     assert MoE()(x)[0].shape == Block(layer=0)(x)[0].shape == MTP()(x, x)[0].shape == x.shape
     assert Gate()(x[0]).indices.shape == (9, 4)
+    config = ModelConfig(original_seq_len=64, qk_rope_head_dim=8)
+    assert Rope(dim=8, original_seq_len=64) == Rope.from_config(config), "the same defaults, written twice"
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
