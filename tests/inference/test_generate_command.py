@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, save_pretrained
+from dsmini.console.progress import Progress
 from dsmini.text.chat import read_text_side
 from dsmini.text.prompts import Page
 from tests.conftest import SMALL, randomise
@@ -93,6 +94,13 @@ def test_answers_of_one_token_or_none_have_no_speed(place: Path) -> None:
         ((status, said),) = run_all([("dsmini.generate", f"runs/x --prompt T {given}")], place)
         assert status == 0 and said.splitlines()[-1] == f"{new} new tokens"
         assert "prompt 1 tokens" in said and "bytes a token" in said
+
+
+def test_an_answer_that_nobody_sees_coming_says_how_far_it_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Progress, "stage", lambda _bar, *stage: told.append(stage))
+    run("dsmini.generate runs/x --json --max-new-tokens 3 --prompt a bcd", place)
+    assert told == [("reading the prompt", 4, 4), *(("writing", n, 6) for n in (2, 4, 6))]
 
 
 def test_prompts_come_from_standard_input_and_files(place: Path) -> None:
