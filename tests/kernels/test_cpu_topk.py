@@ -9,6 +9,7 @@ from dsmini import ops
 from dsmini.nn.dsa import index_scores, topk_attention, topk_keys
 from dsmini_kernels import Unserved, cpu
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
+from tests.helpers.watching import Operations
 from tests.kernels.conftest import assert_threads_change_no_bit
 
 pytestmark = pytest.mark.usefixtures("library", "poisoned_memory", "without_gradients")
@@ -99,6 +100,17 @@ def test_attention_to_picked_rows_agrees(isa: str) -> None:
             assert got.dtype == dtype and got.shape == want.shape
             for a, b in zip(got.flatten(0, 1), want.flatten(0, 1), strict=True):
                 assert relative_error(a, b) < rounding(unit, terms=terms, chained=4), (shape, dtype)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_heads_are_multiplied_in_bf16_only_where_a_cpu_has_units_for_it(
+    monkeypatch: pytest.MonkeyPatch, units: bool
+) -> None:
+    monkeypatch.setattr("dsmini_kernels.cpu.topk.has_bf16_units", lambda: units)
+    with Operations() as seen:
+        assert cpu.topk_attention(*attended(*ATTENDED[1], torch.bfloat16)).dtype == torch.bfloat16
+    products = {result.dtype for result in seen.results if "bmm" in result.operation}
+    assert products == {torch.bfloat16 if units else torch.float32}
 
 
 def test_the_order_of_picks_and_rows_not_picked_do_not_matter(isa: str) -> None:

@@ -68,12 +68,12 @@ def quantized_linear(x: Tensor, weight: Any) -> Tensor:
 def _torch_is_faster(x: Tensor) -> bool:
     """Return True where torch multiplies these rows with a weight of their dtype faster (kernels/README.md)."""
     rows = x.shape[:-1].numel()
-    few = x.dtype == torch.bfloat16 and 4 < rows < 16 and _has_bf16_units()
+    few = x.dtype == torch.bfloat16 and 4 < rows < 16 and has_bf16_units()
     return few or rows > MOST_ROWS
 
 
 @functools.cache
-def _has_bf16_units() -> bool:
+def has_bf16_units() -> bool:
     """Return True if torch can use AVX-512's BF16 products; ONEDNN_MAX_CPU_ISA may forbid it."""
     return torch.cpu._is_avx512_bf16_supported() and "ONEDNN_MAX_CPU_ISA" not in os.environ
 
