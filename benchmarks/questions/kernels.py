@@ -3,10 +3,9 @@
 Steps of training, of reading a prompt and of decoding are run dry. Each distinct call that a kernel serves is then made
 again alone, on random operands of its own shape: other ones each time where the step reads them from memory, so that no
 cache holds them. Predicted is the roof: the bytes that come from memory over the measured bandwidth, or the FLOPs over
-the measured matrix peak, whichever takes longer. What a cache holds costs nothing in it, so that kernels which only
-convert small operands stay far below. All calls of a kernel count together, and kernel and plain PyTorch take turns. Of
-steps with another attention than MLA only its own kernels count. DSMINI_CPU_ISA forces a narrower instruction set.
-Results are compared in tests/kernels.
+the measured matrix peak, whichever takes longer. It leaves out caches: kernels that convert small operands stay far
+below. All calls of a kernel count together, and kernel and plain PyTorch take turns. Other kinds of attention than MLA
+show their own kernels alone. DSMINI_CPU_ISA forces a narrower instruction set. tests/kernels compares results.
 """
 
 import dataclasses
