@@ -51,7 +51,7 @@ STEPS: Mapping[str, dict[str, Any]] = {
 
 def cases(setting: Setting) -> list[Case]:
     dtypes = [setting.dtype_name] if setting.quick else [*DTYPES, "fp8"]
-    points = [(step, dtype) for step in STEPS for dtype in dtypes if (step, dtype) != ("MHA decoding", "fp8")]
+    points = [(step, dtype) for step in STEPS for dtype in dtypes]
     return cases_over("step={} dtype={}", points, 3.0 if setting.quick else 20.0, partial(measure, setting))
 
 
