@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -423,6 +424,21 @@ def test_what_is_not_served_says_why() -> None:
             call()
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(Unserved, match="autocast"):
         cpu.linear(torch.randn(1, 301), large)
+
+
+def test_torch_multiplies_many_bf16_rows_only_with_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_served(rows: int, columns: int, dtype: torch.dtype) -> bool:
+        with suppress(Unserved):
+            x, weight = torch.randn(rows, columns, dtype=dtype), torch.randn(301, columns, dtype=dtype)
+            return cpu.linear(x, weight).numel() > 0
+        return False
+
+    for units in (True, False):
+        monkeypatch.setattr(steps, "has_bf16_units", lambda units=units: units)
+        shapes = ((steps.MOST_ROWS + 1, 301), (8, 301), (64, 16), (1, 16))
+        served = [is_served(*shape, torch.bfloat16) for shape in shapes]
+        assert served == [not units, not units, not units, False]
+        assert [is_served(*shape, torch.float32) for shape in ((steps.MOST_ROWS + 1, 301), (8, 301))] == [False, True]
 
 
 def test_other_strides_and_integers_are_served() -> None:

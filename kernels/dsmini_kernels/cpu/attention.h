@@ -12,7 +12,7 @@
 namespace {
 
 enum CacheType : int64_t { CACHE_FP32, CACHE_BF16, CACHE_FP8, CACHE_TYPES };
-constexpr int64_t KEYS = 32;                  // decoded at a time
+constexpr int64_t KEYS = 32, NEAR_KEYS = 8;   // that are decoded together, and that stay in the first cache
 constexpr int QUERIES = BYTES == 64 ? 8 : 4;  // rows that share a key's numbers, whose sums stay in registers
 inline int64_t part_length(int64_t keys) { return keys < 2048 ? 64 : 256; }
 
@@ -53,12 +53,18 @@ inline void decode_row(const Rows& rows, int64_t t, float* out) {
   for (int64_t at = 0, tile = 0; at < rows.latent; at += BLOCK, ++tile) {
     const F up = splat(0x1p120f), scale = splat(load<float>(scales + 4 * tile));
     const int64_t n = least(BLOCK, rows.latent - at);
-    Watch<DecodeE4m3> unused;  // a tile with NaN has NaN as its scale
-    along_units<DecodeE4m3>(p + at, n, unused, [&](int64_t i, const F(&v)[2]) {
-      float* to = out + at + i;
-      store_some(to, v[0] * up * scale, n - i);
-      if (n - i > LANES) store_some(to + LANES, v[1] * up * scale, n - i - LANES);
-    });
+    int64_t i = 0;
+    F v[2];
+    for (; i + UNIT <= n; i += UNIT) {  // a tile with NaN has NaN as its scale
+      DecodeE4m3::get(p + at + i, v);
+      store(out + at + i, v[0] * up * scale), store(out + at + i + LANES, v[1] * up * scale);
+    }
+    Watch<DecodeE4m3> unused;
+    if (i < n)
+      along_units<DecodeE4m3>(p + at + i, n - i, unused, [&](int64_t, const F(&rest)[2]) {
+        store_some(out + at + i, rest[0] * up * scale, n - i);
+        if (n - i > LANES) store_some(out + at + i + LANES, rest[1] * up * scale, n - i - LANES);
+      });
   }
   decode_bf16(scales + 4 * ((rows.latent + BLOCK - 1) / BLOCK), rows.rope, out + rows.latent);
 }
@@ -70,41 +76,41 @@ inline void each_group(int64_t n, Body body, int64_t at = 0) {
   if constexpr (Q > 1) each_group<Q / 2>(n, body, at);
 }
 
-// logits[r, t] of n query rows and `some` decoded keys.
-inline void logits_of(const float* q, int64_t q_stride, int64_t n, const Matrix& keys, int64_t some, float* logits) {
-  each_group(n, [&](auto count, int64_t r) {
-    constexpr int Q = decltype(count)::value;
-    float out[2 * Q];
-    const auto put = [&](int64_t t, int64_t number) {
-      for (int64_t j = 0; j < number; ++j)
-        for (int k = 0; k < Q; ++k) logits[(r + k) * KEYS + t + j] = out[j * Q + k];
-    };
-    int64_t t = 0;
-    for (; t + 2 <= some; t += 2) dots<DecodeFp32, 2, Q>(keys, t, q + r * q_stride, q_stride, out), put(t, 2);
-    if (t < some) dots<DecodeFp32, 1, Q>(keys, t, q + r * q_stride, q_stride, out), put(t, 1);
-  });
+// logits[r, k] of Q query rows and K decoded keys. Rows of all are `stride` numbers, with zeros after their width.
+template <int Q, int K>
+inline void logits_of(const float* q, const float* keys, int64_t stride, float* logits) {
+  F sums[K][Q] = {};
+  for (int64_t i = 0; i < stride; i += LANES) {
+    F key[K];
+    UNROLL for (int k = 0; k < K; ++k) key[k] = in_register(load<F>(keys + k * stride + i));
+    UNROLL for (int r = 0; r < Q; ++r) {
+      const F query = in_register(load<F>(q + r * stride + i));
+      UNROLL for (int k = 0; k < K; ++k) sums[k][r] += query * key[k];
+    }
+  }
+  UNROLL for (int k = 0; k < K; ++k) UNROLL for (int r = 0; r < Q; ++r) logits[r * KEYS + k] = sum(sums[k][r]);
 }
 
 // out[r] = out[r] * keep[r] + sum over keys of weights[r] * values, for n rows and `columns` numbers, rounded up to UNIT.
+// A strip of values stays in the first cache for all rows.
 inline void add_values(const float* weights, const float* keep, int64_t n, const float* values, int64_t stride, int64_t some,
                        int64_t columns, float* out, int64_t out_stride) {
-  each_group(n, [&](auto count, int64_t row) {
-    constexpr int Q = decltype(count)::value;
-    for (int64_t i = 0; i < columns; i += UNIT) {
+  for (int64_t i = 0; i < columns; i += UNIT)
+    each_group(n, [&](auto count, int64_t row) {
+      constexpr int Q = decltype(count)::value;
       float* to = out + row * out_stride + i;
       F total[Q][2];
       UNROLL for (int r = 0; r < Q; ++r) UNROLL for (int k = 0; k < 2; ++k)
           total[r][k] = load<F>(to + r * out_stride + k * LANES) * splat(keep[row + r]);
       for (int64_t t = 0; t < some; ++t) {
-        const F v[2] = {load<F>(values + t * stride + i), load<F>(values + t * stride + i + LANES)};
+        const F v[2] = {in_register(load<F>(values + t * stride + i)), in_register(load<F>(values + t * stride + i + LANES))};
         UNROLL for (int r = 0; r < Q; ++r) {
           const F weight = splat(weights[(row + r) * KEYS + t]);
           UNROLL for (int k = 0; k < 2; ++k) total[r][k] += weight * v[k];
         }
       }
       UNROLL for (int r = 0; r < Q; ++r) UNROLL for (int k = 0; k < 2; ++k) store(to + r * out_stride + k * LANES, total[r][k]);
-    }
-  });
+    });
 }
 
 // The weights of `some` keys from `at` on, in the place of their logits, and what the sums so far must be multiplied by.
@@ -118,9 +124,11 @@ inline void weights_of(float* logits, int64_t n, int64_t at, int64_t some, const
       memset(row, 0, KEYS * 4);
       continue;
     }
-    float top = high[r];
-    for (int64_t t = 0; t < seen; ++t) top = row[t] > top ? row[t] : top;
     for (int64_t t = seen; t < KEYS; ++t) row[t] = -INFINITY;
+    F tops = splat(high[r]);
+    for (int64_t t = 0; t < KEYS; t += LANES) tops = larger(load<F>(row + t), tops);
+    float top = tops[0];
+    UNROLL for (int lane = 1; lane < LANES; ++lane) top = tops[lane] > top ? tops[lane] : top;
     keep[r] = total[r] == 0 && high[r] == -INFINITY ? 0 : expf(high[r] - top);
     F sums{};
     for (int64_t t = 0; t < KEYS; t += LANES) {
@@ -134,13 +142,26 @@ inline void weights_of(float* logits, int64_t n, int64_t at, int64_t some, const
 }
 
 // What `n` query rows of one sequence see of the keys [at, at + some), some <= KEYS. Row r sees keys up to last[r],
-// included. q: rows of `stride` numbers, scaled, zero after their width, as keys are; values: rows of `v_stride` numbers,
-// of which `value` count. high, total: [n]; out: [n, out_stride]. All strides are multiples of UNIT.
-// logits: n * KEYS numbers; keep: n numbers.
-inline void attend_block(int64_t at, int64_t some, const float* keys, int64_t stride, const float* values, int64_t v_stride,
-                         int64_t value, const float* q, int64_t n, const int64_t* last, float* high, float* total,
-                         float* out, int64_t out_stride, float* logits, float* keep) {
-  logits_of(q, stride, n, {reinterpret_cast<const char*>(keys), 0, WEIGHT_FP32, some, stride, stride * 4, nullptr, 0}, some, logits);
+// included. decode(t) puts key `at + t` and its value in their places, just before they are used.
+// q: rows of `stride` numbers, scaled, zero after their width, as keys are; values: rows of `v_stride` numbers, of which
+// `value` count. high, total: [n]; out: [n, out_stride]. All strides are multiples of UNIT. logits: n * KEYS numbers;
+// keep: n numbers.
+template <class Decode>
+inline void attend_block(int64_t at, int64_t some, Decode decode, const float* keys, int64_t stride, const float* values,
+                         int64_t v_stride, int64_t value, const float* q, int64_t n, const int64_t* last, float* high,
+                         float* total, float* out, int64_t out_stride, float* logits, float* keep) {
+  for (int64_t from = 0; from < some; from += NEAR_KEYS)
+    each_group(n, [&](auto count, int64_t r) {
+      constexpr int Q = decltype(count)::value;
+      const int64_t to = least(some, from + NEAR_KEYS);
+      for (int64_t t = from; t < to; t += 2) {
+        for (int64_t k = t; r == 0 && k < least(to, t + 2); ++k) decode(k);
+        if (t + 1 < to)
+          logits_of<Q, 2>(q + r * stride, keys + t * stride, stride, logits + r * KEYS + t);
+        else
+          logits_of<Q, 1>(q + r * stride, keys + t * stride, stride, logits + r * KEYS + t);
+      }
+    });
   weights_of(logits, n, at, some, last, high, total, keep);
   add_values(logits, keep, n, values, v_stride, some, value, out, out_stride);
 }
@@ -168,13 +189,12 @@ inline void attend_part(const Rows& rows, int64_t from, int64_t to, const float*
   memset(keys, 0, KEYS * q_stride * 4);
   begin_part(n, high, total, out, out_stride);
   for (int64_t at = from; at < to; at += KEYS) {
-    const int64_t some = least(KEYS, to - at);
-    for (int64_t t = 0; t < some; ++t) {
+    const auto decode = [&](int64_t t) {
       if (list == nullptr || at + t + SOON < to) prefetch(rows.data + row_at(at + t + SOON) * rows.stride, rows.stride);
       decode_row(rows, row_at(at + t), keys + t * q_stride);
-    }
-    attend_block(at, some, keys, q_stride, keys, q_stride, rows.latent, q, n, last, high, total, out, out_stride, logits,
-                 logits + n * KEYS);
+    };
+    attend_block(at, least(KEYS, to - at), decode, keys, q_stride, keys, q_stride, rows.latent, q, n, last, high, total, out,
+                 out_stride, logits, logits + n * KEYS);
   }
 }
 

@@ -113,7 +113,7 @@ void add_down(const ExpertsCall& c, const Buffers<Words>& m, const Panel& p, int
     const auto row_of = [&](int64_t r) {
       return get_row<Words>(w2, least(column + r, c.dim - 1), memory + r * converted(c.inter));
     };
-    strip<Words>(row_of, p.hidden, p.vectors, c.inter, LANES * w2.stride, out);
+    strip<Words>(row_of, LANES, p.hidden, p.vectors, c.inter, LANES * w2.stride, out);
     for (int64_t v = 0; v < p.vectors; ++v) {
       F block[LANES];
       turn(out, p.vectors, v, block);

@@ -71,16 +71,16 @@ void attend(const GroupedCall& c, const Buffers& m, int64_t sequence, int64_t pa
   for (int64_t at = part * length; at < to; at += KEYS) {
     const int64_t some = least(KEYS, to - at);
     for (int64_t g = 0; g < c.key_heads; ++g) {
-      for (int64_t t = 0; t < some; ++t) {
+      const auto decode = [&](int64_t t) {
         const char* k = cache + (at + t) * c.cache_row + g * c.width * size;
         const char* v = cache + (at + t) * c.cache_row + (m.keys_width + g * c.value) * size;
         prefetch(k + SOON * c.cache_row, c.width * size);
         prefetch(v + SOON * c.cache_row, c.value * size);
         decode_numbers(c.cache_type, k, c.width, key + t * m.stride);
         decode_numbers(c.cache_type, v, c.value, value + t * m.v_stride);
-      }
+      };
       const int64_t first = g * n;
-      attend_block(at, some, key, m.stride, value, m.v_stride, c.value,
+      attend_block(at, some, decode, key, m.stride, value, m.v_stride, c.value,
                    m.query + (sequence * m.rows + first) * m.stride, n, last, high + first, total + first,
                    sums + first * m.v_stride, m.v_stride, logits, logits + n * KEYS);
     }

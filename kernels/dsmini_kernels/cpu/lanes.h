@@ -41,6 +41,13 @@ template <class V>
 void store(void* p, V v) {
   memcpy(p, &v, sizeof v);
 }
+// A vector that several products use. Compilers would read it from memory again for each, and such reads are the limit.
+inline F in_register(F v) {
+#ifdef X86
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 // The first n numbers, a vector at most; zeros follow.
 inline F load_some(const float* p, int64_t n) {
   if (n >= LANES) return load<F>(p);

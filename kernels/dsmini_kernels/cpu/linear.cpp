@@ -7,7 +7,8 @@
 namespace {
 
 constexpr int64_t FEW = 16;  // rows of x: from here on panels are as fast
-constexpr int64_t MOST_WORDS = 4 << 20;  // of memory for panels: more rows of x are computed in turns
+constexpr int64_t STRIP = 32;            // rows of the weight that share a panel while the cache has it
+constexpr int64_t MOST_WORDS = 2 << 20;  // of memory for panels: more rows of x are computed in turns
 
 bool few_rows(const LinearCall& c) {
   const int64_t width = padded(c.w.columns), in = c.w.columns;
@@ -42,23 +43,25 @@ bool few_rows(const LinearCall& c) {
   return true;
 }
 
-// LANES rows of the weight, from `row` on, times all panels.
+// STRIP rows of the weight, from `row` on, times all panels.
 template <class Words>
 void columns_of_y(const LinearCall& c, const Cut& cut, int64_t first, int64_t n, int64_t row, const float* panels,
                   float* memory) {
-  const int64_t size = c.bf16 ? 2 : 4, columns = least(LANES, c.w.rows - row), k = c.w.columns;
-  const char* rows[LANES];
-  for (int64_t r = 0; r < LANES; ++r) rows[r] = get_row<Words>(c.w, least(row + r, c.w.rows - 1), memory + r * converted(k));
-  float out[LANES * MOST_VECTORS * LANES];
+  const int64_t size = c.bf16 ? 2 : 4, count = least(STRIP, c.w.rows - row), k = c.w.columns;
+  const char* rows[STRIP];
+  for (int64_t r = 0; r < STRIP; ++r) rows[r] = r < count ? get_row<Words>(c.w, row + r, memory + r * converted(k)) : rows[count - 1];
+  float out[STRIP * MOST_VECTORS * LANES];
   for (int64_t from = 0; from < n; from += cut.tokens) {
-    const int64_t count = least(cut.tokens, n - from), vectors = divide_up(count, LANES);
-    strip<Words>([&](int64_t r) { return rows[r]; }, panels + from * words_of<Words>(k), vectors, k, LANES * c.w.stride, out);
-    for (int64_t v = 0; v < vectors; ++v) {
-      F block[LANES];
-      turn(out, vectors, v, block);
-      for (int64_t t = v * LANES; t < least((v + 1) * LANES, count); ++t)
-        put(c.bf16, block[t % LANES], columns, c.y + ((first + from + t) * c.w.rows + row) * size);
-    }
+    const int64_t tokens = least(cut.tokens, n - from), vectors = divide_up(tokens, LANES);
+    strip<Words>([&](int64_t r) { return rows[r]; }, round_up(count, LANES), panels + from * words_of<Words>(k), vectors, k,
+                 LANES * c.w.stride, out);
+    for (int64_t r = 0; r < count; r += LANES)
+      for (int64_t v = 0; v < vectors; ++v) {
+        F block[LANES];
+        turn(out + r * vectors * LANES, vectors, v, block);
+        for (int64_t t = v * LANES; t < least((v + 1) * LANES, tokens); ++t)
+          put(c.bf16, block[t % LANES], least(LANES, count - r), c.y + ((first + from + t) * c.w.rows + row + r) * size);
+      }
   }
 }
 
@@ -69,7 +72,7 @@ bool many_rows(const LinearCall& c) {
     using Words = decltype(kind);
     const int64_t k = c.w.columns, words = words_of<Words>(k), size = c.bf16 ? 2 : 4;
     const int64_t room = MOST_WORDS / (words ? words : 1), some = least(c.n, room < 512 ? 512 : room);
-    const int64_t panels = round_up(some + MOST_VECTORS * LANES, LANES) * words, each = LANES * converted(k);
+    const int64_t panels = round_up(some + MOST_VECTORS * LANES, LANES) * words, each = STRIP * converted(k);
     float* memory = scratch_of(panels + c.threads * each);
     if (memory == nullptr) return void(fine = false);
     Team team(c.threads, Team::LONG);
@@ -81,8 +84,8 @@ bool many_rows(const LinearCall& c) {
         pack<Words>(c.bf16, k, count, divide_up(count, LANES),
                     [&](int64_t token) { return c.x + (first + from + token) * k * size; }, memory + from * words);
       });
-      team.each(divide_up(c.w.rows, LANES), [&](int64_t item, int64_t thread) {
-        columns_of_y<Words>(c, cut, first, n, item * LANES, memory, memory + panels + thread * each);
+      team.each(divide_up(c.w.rows, STRIP), [&](int64_t item, int64_t thread) {
+        columns_of_y<Words>(c, cut, first, n, item * STRIP, memory, memory + panels + thread * each);
       });
     }
   });

@@ -33,57 +33,44 @@ struct Sums {
   }
 };
 
-// sums += a word of each row times the tokens of a panel: how both lie. NUMBERS of a word, bytes of a number in a row.
-struct Fp32Words {
-  static constexpr int64_t NUMBERS = 1, SIZE = 4;
-  static constexpr WeightType TYPE = WEIGHT_FP32;
+// How rows and panels lie: NUMBERS of a word, bytes of a number in a row, and `tile`. out = the words of each row times the
+// tokens of a panel. One word at a time: of the 16 registers of AVX2 none is left for a second one.
+template <class Words>
+struct OneNumber {
+  static constexpr int64_t NUMBERS = 1;
   template <int V>
   static void tile(const char* const* rows, const float* panel, int64_t k, int64_t ahead, float* out) {
+    constexpr int P = PARTS<V>;
     Sums<V> sums;
-    const auto add = [&](int64_t i, F(&into)[ROWS_AT_ONCE][V]) {
+    const auto add = [&](int64_t i, F(&into)[ROWS_AT_ONCE][V]) __attribute__((always_inline)) {
       F tokens[V];
-      UNROLL for (int v = 0; v < V; ++v) tokens[v] = load<F>(panel + (i * V + v) * LANES);
+      UNROLL for (int v = 0; v < V; ++v) tokens[v] = in_register(load<F>(panel + (i * V + v) * LANES));
       UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-        const F w = splat(load<float>(rows[r] + i * 4));
+        const F w = Words::number(rows[r] + i * Words::SIZE);
         UNROLL for (int v = 0; v < V; ++v) into[r][v] += w * tokens[v];
       }
     };
-    int64_t i = 0;
-    for (; i + 2 <= k; i += 2) {
-      if (i % 16 == 0)
-        for (int r = 0; r < ROWS_AT_ONCE; ++r) __builtin_prefetch(rows[r] + i * 4 + ahead);
-      add(i, sums.of[0]), add(i + 1, sums.of[PARTS<V> - 1]);
+    for (int64_t i = 0; i < k;) {
+      for (int r = 0; r < ROWS_AT_ONCE; ++r) __builtin_prefetch(rows[r] + i * Words::SIZE + ahead);
+      const int64_t end = least(k, i + 64 / Words::SIZE);
+      for (; i + P <= end; i += P) UNROLL for (int p = 0; p < P; ++p) add(i + p, sums.of[p]);
+      if (P > 1 && i < end) add(i++, sums.of[0]);
     }
-    if (i < k) add(i, sums.of[0]);
     sums.put(out);
   }
 };
-
-// Rows in BF16, whose numbers become FP32 in registers.
-struct WidenedWords {
-  static constexpr int64_t NUMBERS = 1, SIZE = 2;
+struct Fp32Words : OneNumber<Fp32Words> {
+  static constexpr int64_t SIZE = 4;
+  static constexpr WeightType TYPE = WEIGHT_FP32;
+  static F number(const char* p) { return splat(load<float>(p)); }
+};
+// Rows in BF16, whose numbers become FP32 in registers: both halves of a word hold one, and a shift empties the lower.
+struct WidenedWords : OneNumber<WidenedWords> {
+  static constexpr int64_t SIZE = 2;
   static constexpr WeightType TYPE = WEIGHT_BF16;
-  template <int V>
-  static void tile(const char* const* rows, const float* panel, int64_t k, int64_t ahead, float* out) {
-    Sums<V> sums;
-    // a row's words are read once for the even and once for the odd numbers, so that a panel's vectors are read once
-    const auto add = [&](int64_t i, F(&into)[ROWS_AT_ONCE][V], auto number_of) {
-      F tokens[V];
-      UNROLL for (int v = 0; v < V; ++v) tokens[v] = load<F>(panel + (i * V + v) * LANES);
-      UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-        const F w = number_of(rows[r]);
-        UNROLL for (int v = 0; v < V; ++v) into[r][v] += w * tokens[v];
-      }
-    };
-    int64_t i = 0;
-    for (; i + 2 <= k; i += 2) {
-      if (i % 32 == 0)
-        for (int r = 0; r < ROWS_AT_ONCE; ++r) __builtin_prefetch(rows[r] + i * 2 + ahead);
-      add(i, sums.of[0], [&](const char* row) { return (F)(splat(load<int32_t>(row + i * 2)) << 16); });
-      add(i + 1, sums.of[PARTS<V> - 1], [&](const char* row) { return (F)(splat(load<int32_t>(row + i * 2)) & HIGH_HALF); });
-    }
-    if (i < k) add(i, sums.of[0], [&](const char* row) { return (F)splat(int32_t(load<uint16_t>(row + i * 2)) << 16); });
-    sums.put(out);
+  static F number(const char* p) {
+    typedef uint16_t S __attribute__((vector_size(BYTES)));
+    return (F)((I)(S{} + load<uint16_t>(p)) << 16);
   }
 };
 
@@ -253,16 +240,16 @@ inline U word_of(F a, F b) {
   return (Bf16::rounded(a, false) >> 16) | (Bf16::rounded(b, false) & uint32_t(HIGH_HALF));
 }
 
-// LANES rows, row_of(0) and on, times a panel: out[LANES][vectors * LANES].
+// `count` rows, row_of(0) and on, times a panel: out[count][vectors * LANES].
 template <class Words, class RowOf>
-void strip(RowOf row_of, const float* panel, int64_t vectors, int64_t k, int64_t ahead, float* out) {
-  for (int64_t r = 0; r < LANES; r += ROWS_AT_ONCE) {
+void strip(RowOf row_of, int64_t count, const float* panel, int64_t vectors, int64_t k, int64_t ahead, float* out) {
+  for (int64_t r = 0; r < count; r += ROWS_AT_ONCE) {
     const char* rows[ROWS_AT_ONCE] = {row_of(r), row_of(r + 1), row_of(r + 2), row_of(r + 3)};
     multiply<Words>(rows, panel, vectors, k, ahead, out + r * vectors * LANES);
   }
 }
 
-// Columns v * LANES and on of a strip's result, transposed: LANES tokens by LANES rows.
+// Columns v * LANES and on of the result of LANES rows, transposed: LANES tokens by LANES rows.
 inline void turn(const float* out, int64_t vectors, int64_t v, F (&block)[LANES]) {
   for (int64_t r = 0; r < LANES; ++r) block[r] = load<F>(out + (r * vectors + v) * LANES);
   transpose(block);

@@ -24,7 +24,8 @@ MOST_ROWS = 1024
 SMALL = 1 << 15
 """Number of weights below which a call of torch's product costs less, where its threads find their cores free."""
 THREADED = 1 << 16
-"""Number of multiplications from which two threads are faster than one."""
+"""Number of multiplications from which two threads are faster than one, and the kernel is faster than torch's BF16
+product without BF16 units."""
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
 CODES_IN_BF16 = 3
 """Type of codes whose products are in BF16."""
@@ -41,7 +42,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return x W^T. Sums are FP32."""
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
         raise Unserved("codes in the place of a tensor")
-    if x.dtype == weight.dtype and (weight.numel() < SMALL or _torch_is_faster(x)):
+    if x.dtype == weight.dtype and _torch_is_faster(x, weight):
         raise Unserved
     return quantized_linear(x, weight)
 
@@ -65,11 +66,12 @@ def quantized_linear(x: Tensor, weight: Any) -> Tensor:
     return y
 
 
-def _torch_is_faster(x: Tensor) -> bool:
+def _torch_is_faster(x: Tensor, weight: Tensor) -> bool:
     """Return True where torch multiplies these rows with a weight of their dtype faster (kernels/README.md)."""
-    rows = x.shape[:-1].numel()
-    few = x.dtype == torch.bfloat16 and 4 < rows < 16 and has_bf16_units()
-    return few or rows > MOST_ROWS
+    rows, is_bf16 = x.shape[:-1].numel(), x.dtype == torch.bfloat16
+    if is_bf16 and not has_bf16_units():
+        return rows * weight.numel() < THREADED
+    return weight.numel() < SMALL or rows > MOST_ROWS or (is_bf16 and 4 < rows < 16)
 
 
 @functools.cache

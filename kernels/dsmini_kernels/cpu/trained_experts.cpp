@@ -153,7 +153,7 @@ struct Expert {
 
   // out[LANES][vectors * LANES] = rows `row` and on times a panel.
   void times(const char* rows, int64_t row, int64_t length, const float* panel, int64_t vectors, int64_t k, float* to) const {
-    strip<Words>([&](int64_t r) { return rows + (row + r) * length * SIZE; }, panel, vectors, k, LANES * length * SIZE, to);
+    strip<Words>([&](int64_t r) { return rows + (row + r) * length * SIZE; }, LANES, panel, vectors, k, LANES * length * SIZE, to);
   }
 
   // Hidden numbers of LANES rows and all tokens of a vector, as words of a panel.
