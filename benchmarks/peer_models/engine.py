@@ -20,6 +20,7 @@ from dsmini.nn import MLA, FeedForward, MoE
 
 PACKAGES = {"llama.cpp": "llama_cpp", "ik_llama.cpp": "ik_llama_cpp"}
 WORKER = Path(__file__).with_name("worker.py")
+BF16_HEAD = "BF16 head"
 
 
 @functools.cache
@@ -56,7 +57,7 @@ class Engine:
     """A model of ours that an engine runs.
 
     Args:
-        kind: type of the matrices: BF16, F32 or Q8_0.
+        kind: type of the matrices: see write_gguf.
         room: tokens that the cache has room for.
         at_once: tokens of a prompt that are read together.
     """
@@ -113,8 +114,8 @@ def write_gguf(model: Transformer, path: Path, kind: str = "BF16") -> None:
     """Write a model with MLA, compressed queries and V3's routing as a GGUF file without a tokenizer.
 
     Args:
-        kind: type of the matrices, BF16, F32 or Q8_0. Norms and gates are FP32. Q8_0 needs rows of whole blocks of 32
-            numbers; other matrices are BF16.
+        kind: type of the matrices, BF16, F32 or Q8_0; "Q8_0, BF16 head": of all but the head. Norms and gates are FP32.
+            Q8_0 needs rows of whole blocks of 32 numbers; other matrices are BF16.
     """
     import gguf  # pyright: ignore[reportMissingImports]
 
@@ -122,12 +123,13 @@ def write_gguf(model: Transformer, path: Path, kind: str = "BF16") -> None:
     assert c.attention == "mla" and c.q_lora_rank is not None and c.topk_method == "noaux_tc" and not c.extended
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     _describe(writer, c)
-    matrix = gguf.GGMLQuantizationType[kind]
+    types = gguf.GGMLQuantizationType
+    matrix, _, but = kind.partition(", ")
 
     def put(name: str, t: Tensor, exact: bool = False) -> None:
-        type_ = gguf.GGMLQuantizationType.F32 if exact or t.dim() == 1 else matrix
-        if kind == "Q8_0" and type_ == matrix and t.shape[-1] % 32:
-            type_ = gguf.GGMLQuantizationType.BF16
+        type_ = types.F32 if exact or t.dim() == 1 else types[matrix]
+        if type_ == types.Q8_0 and (t.shape[-1] % 32 or (but == BF16_HEAD and name == "output.weight")):
+            type_ = types.BF16
         values = t.detach().float().cpu().contiguous().numpy()
         writer.add_tensor(name, gguf.quants.quantize(values, type_), raw_dtype=type_)
 

@@ -1,13 +1,13 @@
 """dsmini next to transformers, llama.cpp and ik_llama.cpp.
 
-Models of one shape with random weights decode, read prompts and train on the same number of tokens. All take turns, and
-each turn gives one ratio; the head takes the last token. transformers 5.24 also stores MLA's latent, but expands all of
-it in every step; it reads a prompt in parts of 512 tokens, as the engines do. llama.cpp and ik_llama.cpp, where
+Models of one shape with random weights decode, read prompts and train on the same number of tokens. All take turns,
+and each turn gives one ratio; the head takes the last token. transformers 5.24 also stores MLA's latent, but expands
+all of it in every step; it reads a prompt in parts of 512 tokens, as the engines do. llama.cpp and ik_llama.cpp, where
 installed and only on a CPU, run our weights from a GGUF file: in BF16, in FP32, and in 8-bit integers (Q8_0) next to
-dsmini in FP8. Their cache is FP16. ik_llama.cpp serves only DeepSeek's widths of heads, and does not limit the groups
-of experts: "wide" is such a model. --peer-python names another Python that has them. The roof is the least time of a
-case on this machine: the bytes that dsmini must move over the bandwidth, or the FLOPs over the peak, whichever is
-longer.
+dsmini in FP8, whose head is BF16: once with such a head too. Their cache is FP16. ik_llama.cpp serves only DeepSeek's
+widths of heads, and does not limit the groups of experts: "wide" is such a model. --peer-python names another Python
+that has them. The roof is the least time of a case on this machine: the bytes that dsmini must move over the
+bandwidth, or the FLOPs over the peak, whichever is longer.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.models import trainer, training_flops
-from benchmarks.peer_models.engine import Engine, engines
+from benchmarks.peer_models.engine import BF16_HEAD, Engine, engines
 from benchmarks.question import (
     Case,
     Figure,
@@ -48,10 +48,11 @@ from dsmini.nn.cache import CacheDtype
 from dsmini.nn.fp8 import hold_all_fp8
 
 OURS, THEIRS, IK = "dsmini", "transformers", "ik_llama.cpp"
-KINDS: dict[str, tuple[Literal["float32", "bfloat16", "fp8"], str]] = {
-    **{"FP32": ("float32", "F32"), "BF16": ("bfloat16", "BF16"), "FP8": ("fp8", "Q8_0")}
+KINDS: dict[str, tuple[Literal["float32", "bfloat16", "fp8"], tuple[str, ...]]] = {
+    **{"FP32": ("float32", ("F32",)), "BF16": ("bfloat16", ("BF16",))},
+    "FP8": ("fp8", ("Q8_0", f"Q8_0, {BF16_HEAD}")),
 }
-"""Types of the weights: their name in accounting, and the engines' type that is compared with each."""
+"""Types of the weights: their name in accounting, and the engines' types that are compared with each."""
 PART = 512
 """Tokens of a prompt that others read together."""
 LONGEST, LEAST = 120.0, 3
@@ -148,8 +149,7 @@ def sides(setting: Setting, config: ModelConfig, found: Mapping[str, str], kind:
     out: dict[str, Side] = {}
     if kind != "FP8" and not why_unusable(dtype, setting.roofs.peak):
         out[f"{THEIRS} {kind}"] = Theirs(config, setting.device, dtype)
-    for name, python in found.items():
-        theirs = KINDS[kind][1]
+    for (name, python), theirs in itertools.product(found.items(), KINDS[kind][1]):
         out[f"{name} {theirs}"] = Engine(name, python, model, theirs, room, PART)
     ours = Ours(hold_all_fp8(model), "fp8") if kind == "FP8" else Ours(model)
     return {f"{OURS} {kind}": ours, **out}

@@ -152,16 +152,17 @@ def test_each_engine_is_compared_with_the_side_of_its_bits(
     peak = {"float32": 1e11, "bfloat16": 3e11 if dtype == torch.bfloat16 else 1e9}
     here = dataclasses.replace(setting(peak=peak), dtype=dtype, peer_python=tuple(pythons.values()))
     figures = [f for case in peers.cases(here) if "train" not in case.key for f in case.run()]
-    bits = {"transformers BF16": "dsmini BF16", "llama.cpp BF16": "dsmini BF16", "llama.cpp Q8_0": "dsmini FP8"}
+    bits = {"transformers BF16": "dsmini BF16", "llama.cpp BF16": "dsmini BF16"}
     if dtype == torch.float32:
-        bits = {"transformers FP32": "dsmini FP32", "llama.cpp F32": "dsmini FP32", "llama.cpp Q8_0": "dsmini FP8"}
+        bits = {"transformers FP32": "dsmini FP32", "llama.cpp F32": "dsmini FP32"}
+    bits |= dict.fromkeys(("llama.cpp Q8_0", "llama.cpp Q8_0, BF16 head"), "dsmini FP8")
     wide = bits | {f"ik_{peer}": than for peer, than in bits.items() if peer.startswith("llama")}
     for what, shape, want in [(w, *s) for w in ("decode", "prefill") for s in (("", bits), ("wide", wide))]:
         mine = [f for f in figures if (f.case["what"], f.case.get("shape", "")) == (what, shape)]
         assert {f.case["who"]: f.case["than"] for f in pick(mine, "times_as_long")} == want
         assert {f.case["who"] for f in pick(mine, "share_of_roof") if f.measured} == want.keys() | set(want.values())
     sizes = {str(call["file"]) for call in noted(pythons["ik_llama.cpp"]) if "file" in call}
-    assert len(sizes) == 2
+    assert len(sizes) == 3
     told = peers.answer(figures)
     assert "; ik_llama.cpp Q8_0 " in told and "in decoding wide FP8" in told
 
