@@ -8,7 +8,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dsmini import machine, ops
+from dsmini import ops
+from dsmini.functional.linear import is_slow_bf16
 
 # Up to this many tokens a CPU is faster with explicit logits than with torch's flash attention (docs/log.md).
 EXPLICIT_UP_TO = 128
@@ -30,14 +31,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = 
     limit = EXPLICIT_UP_TO_BF16 if q.dtype == torch.bfloat16 else EXPLICIT_UP_TO
     if torch.compiler.is_compiling():
         limit = max(limit, EXPLICIT_UP_TO_COMPILED)
-    short = q.is_cpu and q.shape[2] <= limit and not _is_slow_bf16(q)  # flash attention multiplies in FP32
+    short = q.is_cpu and q.shape[2] <= limit and not is_slow_bf16(q)  # flash attention multiplies in FP32
     return (explicit_attention if short else flash_attention)(q, k, v, scale, documents)
-
-
-def _is_slow_bf16(x: Tensor) -> bool:
-    """Return True on a CPU without BF16 units, 2 to 14 times as fast with many rows in FP32 (docs/log.md)."""
-    short = x.is_cpu and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-    return short and not machine.multiplies_bf16()
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
@@ -79,7 +74,7 @@ def cached_attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: 
     if not q.numel() or not k.numel():
         return ops.find("cached_attention").reference(q, k, v, scale, mask)
     (b, h, s, _), (g, t) = q.shape, k.shape[1:3]
-    if s * h // g > FEW_ROWS and _is_slow_bf16(q):
+    if s * h // g > FEW_ROWS and is_slow_bf16(q):
         return cached_attention_eager(q.float(), k.float(), v.float(), scale, mask).to(v.dtype)
     blocks = []
     for start in range(0, s, BLOCK):
@@ -102,7 +97,7 @@ def absorbed_attention_eager(
     q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, mask: Tensor | None
 ) -> Tensor:
     b, s, h, _ = q_nope.shape
-    if s * h > FEW_ROWS and _is_slow_bf16(q_nope):
+    if s * h > FEW_ROWS and is_slow_bf16(q_nope):
         queries, keys = (q_nope.float(), q_rope.float()), rows.float()
         return absorbed_attention_eager(*queries, keys, w_uk.float(), w_uv.float(), scale, mask).to(rows.dtype)
     q_latent = rearrange(rearrange(q_nope, "b s h n -> h (b s) n") @ w_uk, "h (b s) c -> b h s c", b=b)

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
+from dsmini.functional.linear import product_dtype
 from dsmini.numerics import (
     QuantizedTensor,
     Weight,
@@ -44,7 +45,8 @@ LEAST = 1 << 20
 
 @ops.eager("experts")
 def _(x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    if not torch.is_grad_enabled() and prefer_loop(x, indices, w1.shape[0]):
+    in_turn = prefer_loop(x, indices, w1.shape[0]) or product_dtype(x) != x.dtype
+    if not torch.is_grad_enabled() and in_turn:
         return run_experts(x, indices, weights, w1.shape[0], lambda i, rows: _swiglu(rows, w1[i], w2[i], w3[i]))
     if torch.is_grad_enabled() and (y := train_experts(x, indices, weights, w1, w2, w3)) is not None:
         return y
@@ -54,9 +56,8 @@ def _(x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: T
 
 @ops.eager("quantized_experts")
 def _(x: Tensor, indices: Tensor, weights: Tensor, w1: Weight, w2: Weight, w3: Weight) -> Tensor:
-    def swiglu(i: int, rows: Tensor) -> Tensor:  # only chosen experts are dequantized, one after the other
-        return _swiglu(rows, *(dense(matrix_of(w, i), rows.dtype) for w in (w1, w2, w3)))
-
+    # only chosen experts are dequantized, one after the other
+    swiglu = lambda i, rows: _swiglu(rows, *(matrix_of(w, i) for w in (w1, w2, w3)))  # noqa: E731
     return run_experts(x, indices, weights, w1.shape[0], swiglu)
 
 
@@ -102,10 +103,10 @@ def row_alignment(x: Tensor | QuantizedTensor, indices: Tensor, e: int) -> int:
     return 64 if enough and x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
 
 
-def _swiglu(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    dtype = rows.dtype
-    hidden = F.silu(F.linear(rows, w1.to(dtype))) * F.linear(rows, w3.to(dtype))
-    return F.linear(hidden, w2.to(dtype))
+def _swiglu(rows: Tensor, w1: Weight, w2: Weight, w3: Weight) -> Tensor:
+    dtype = product_dtype(rows)
+    x, *matrices = rows.to(dtype), *(dense(w, rows.dtype).to(dtype) for w in (w1, w2, w3))
+    return F.linear(F.silu(F.linear(x, matrices[0])) * F.linear(x, matrices[2]), matrices[1]).to(rows.dtype)
 
 
 def _grouped_swiglu(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ends: Tensor) -> Tensor:

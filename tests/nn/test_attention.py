@@ -4,12 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import MLA, Attention, FeedForward, ModelConfig, MoE, ops
 from dsmini.functional import attention
 from dsmini.nn import cached_attention
-from dsmini.nn.mla import absorbed_attention
 from tests import reference_model as reference
 from tests.conftest import SMALL
 from tests.helpers.configs import refusal
@@ -32,39 +30,6 @@ def test_baseline_equals_attention_by_hand(randomise: Any, kind: str, s: int) ->
         gqa = Attention(**SIZES, attention="gqa", n_kv_heads=groups).double()
         gqa.load_state_dict(layer.state_dict())
         assert torch.equal(gqa(x), layer(x))
-
-
-class Products(TorchDispatchMode):
-    """The dtypes in which matrices are multiplied."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default, torch.ops.aten.mm.default):
-            self.dtypes.add(args[-1].dtype)
-        return function(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("units", [True, False])
-def test_long_prompts_multiply_bf16_only_where_a_cpu_has_units_for_it(
-    monkeypatch: pytest.MonkeyPatch, units: bool
-) -> None:
-    monkeypatch.setattr("dsmini.machine.multiplies_bf16", lambda: units)
-    latent = torch.randn(2, 40, 3, 8), torch.randn(2, 40, 3, 4), torch.randn(2, 90, 24)
-    operands = [x.bfloat16() for x in (*latent, torch.randn(3, 8, 20), torch.randn(3, 20, 6))]
-    heads = [x.bfloat16() for x in (torch.randn(2, 4, 40, 8), torch.randn(2, 2, 90, 8), torch.randn(2, 2, 90, 6))]
-    mask = torch.ones(1, 40, 90, dtype=torch.bool).triu(51)
-    for call, given in ((absorbed_attention, operands), (cached_attention, heads)):
-        with ops.use("eager"), Products() as seen:
-            got = call(*given, 0.3, mask)
-        assert seen.dtypes == {torch.bfloat16 if units else torch.float32}
-        want = call.reference(*(x.float() for x in given), 0.3, mask)
-        assert got.dtype == torch.bfloat16 and relative_error(got, want) < (4 if units else 1) * BF16_UNIT
-    with ops.use("eager"), Products() as seen:
-        cached_attention(heads[0][:, :, :8], *heads[1:], 0.3, mask[:, :8])
-    assert seen.dtypes == {torch.bfloat16}, "few rows, as of a decoded token, are as fast in BF16 on any CPU"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
