@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t MOST_HIDDEN = 8 << 20;  // numbers of memory for hidden panels: more tokens are computed in turns
 constexpr int64_t HALF = ROWS_AT_ONCE / 2;
 constexpr int64_t WIDEST_PART = 64;  // columns of y that an item sums
+constexpr int64_t SHARED = 4;        // panels of an expert that share a row of its weights, which may have to be converted
 
 // Tokens of one expert, and their hidden numbers.
 struct Panel {
@@ -21,7 +22,7 @@ struct Panel {
 template <class Words>
 struct Buffers {
   int64_t all = 0, threads, panel_numbers, inter_words, each;
-  int64_t *slot_token, *first_slot, *counts;
+  int64_t *slot_token, *first_slot, *counts, *groups;  // of up to SHARED panels of an expert: their first panels
   float *slot_weight, *hidden, *of_threads;
   Panel* panels;
 
@@ -38,11 +39,12 @@ struct Buffers {
     first_slot = reinterpret_cast<int64_t*>(take(2 * (c.experts + 1)));
     counts = reinterpret_cast<int64_t*>(take(2 * c.experts));
     panels = reinterpret_cast<Panel*>(take(most_panels(c, n) * int64_t(sizeof(Panel) / 4)));
+    groups = reinterpret_cast<int64_t*>(take(2 * (most_panels(c, n) + 1)));
     inter_words = words_of<Words>(round_up(c.inter, HALF));
     hidden = take(most_vectors(c, n) * LANES * inter_words);
     panel_numbers = MOST_VECTORS * LANES * words_of<Words>(c.dim);
     const int64_t longest = c.dim > c.inter ? c.dim : c.inter;
-    each = panel_numbers + LANES * converted(longest) + n * WIDEST_PART;
+    each = SHARED * panel_numbers + LANES * converted(longest) + n * WIDEST_PART;
     each = round_up(each, 16);
     of_threads = take(threads * each);
   }
@@ -53,18 +55,20 @@ struct Buffers {
   static int64_t most_vectors(const ExpertsCall& c, int64_t n) { return n * c.k / LANES + 2 * most_panels(c, n); }
 };
 
-// Sorts the visits of n tokens by expert, and cuts each expert's into panels. Returns the number of panels.
+// Sorts the visits of n tokens by expert, and cuts each expert's into panels, and these into groups. Returns the number of
+// groups.
 template <class Words>
 int64_t sort_visits(const ExpertsCall& c, const Buffers<Words>& m, const int64_t* indices, const float* weights, int64_t n) {
   memset(m.counts, 0, c.experts * 8);
   for (int64_t i = 0; i < n * c.k; ++i) ++m.counts[indices[i]];
-  int64_t slot = 0, panels = 0;
+  int64_t slot = 0, panels = 0, groups = 0;
   float* hidden = m.hidden;
   for (int64_t e = 0; e < c.experts; ++e) {
     m.first_slot[e] = slot;
     const Cut cut(m.counts[e]);
     for (int64_t from = 0; from < m.counts[e]; from += cut.tokens) {
       const int64_t count = least(cut.tokens, m.counts[e] - from), vectors = divide_up(count, LANES);
+      if (from / cut.tokens % SHARED == 0) m.groups[groups++] = panels;
       m.panels[panels++] = {e, slot + from, count, vectors, hidden};
       hidden += vectors * LANES * m.inter_words;
     }
@@ -74,53 +78,59 @@ int64_t sort_visits(const ExpertsCall& c, const Buffers<Words>& m, const int64_t
     const int64_t to = m.first_slot[indices[i]]++;
     m.slot_token[to] = i / c.k, m.slot_weight[to] = weights[i];
   }
-  return panels;
+  m.groups[groups] = panels;
+  return groups;
 }
 
-// Hidden numbers [from, to) of a panel: silu(w1 x) * (w3 x). `from` is a multiple of HALF.
+// Hidden numbers [from, to) of the `count` panels of a group: silu(w1 x) * (w3 x). `from` is a multiple of HALF.
 template <class Words>
-void gate_and_up(const ExpertsCall& c, const Panel& p, const float* x, int64_t from, int64_t to, float* memory) {
-  const Matrix w1 = part_of(c.w1, p.expert, c.inter), w3 = part_of(c.w3, p.expert, c.inter);
-  const int64_t width = p.vectors * LANES;
+void gate_and_up(const ExpertsCall& c, const Buffers<Words>& m, const Panel* group, int64_t count, const float* x, int64_t from,
+                 int64_t to, float* memory) {
+  const Matrix w1 = part_of(c.w1, group->expert, c.inter), w3 = part_of(c.w3, group->expert, c.inter);
   for (int64_t row = from; row < to; row += HALF) {
     float both[ROWS_AT_ONCE * MOST_VECTORS * LANES];
     const char* rows[ROWS_AT_ONCE];
     for (int64_t r = 0; r < ROWS_AT_ONCE; ++r)
       rows[r] = get_row<Words>(r < HALF ? w1 : w3, least(row + r % HALF, c.inter - 1), memory + r * converted(c.dim));
-    multiply<Words>(rows, x, p.vectors, c.dim, HALF * w1.stride, both);
-    for (int64_t i = 0; i < width; i += LANES) {
-      F h[HALF];
-      for (int64_t r = 0; r < HALF; ++r) {
-        const F up = load<F>(both + (HALF + r) * width + i);
-        h[r] = row + r < c.inter ? silu(load<F>(both + r * width + i)) * up : F{};
-      }
-      if constexpr (Words::NUMBERS == 2) {
-        store(p.hidden + row / 2 * width + i, word_of(h[0], h[1]));
-      } else {
-        for (int64_t r = 0; r < HALF; ++r) store(p.hidden + (row + r) * width + i, h[r]);
+    for (const Panel* p = group; p < group + count; ++p) {
+      const int64_t width = p->vectors * LANES;
+      multiply<Words>(rows, x + (p - group) * m.panel_numbers, p->vectors, c.dim, HALF * w1.stride, both);
+      for (int64_t i = 0; i < width; i += LANES) {
+        F h[HALF];
+        for (int64_t r = 0; r < HALF; ++r) {
+          const F up = load<F>(both + (HALF + r) * width + i);
+          h[r] = row + r < c.inter ? silu(load<F>(both + r * width + i)) * up : F{};
+        }
+        if constexpr (Words::NUMBERS == 2) {
+          store(p->hidden + row / 2 * width + i, word_of(h[0], h[1]));
+        } else {
+          for (int64_t r = 0; r < HALF; ++r) store(p->hidden + (row + r) * width + i, h[r]);
+        }
       }
     }
   }
 }
 
-// Adds columns [from, to) of w2 hidden, times the weight of each visit, to total [tokens, WIDEST_PART].
+// Adds columns [from, to) of w2 hidden of a group, times the weight of each visit, to total [tokens, WIDEST_PART].
 template <class Words>
-void add_down(const ExpertsCall& c, const Buffers<Words>& m, const Panel& p, int64_t from, int64_t to, float* total,
-              float* memory) {
-  const Matrix w2 = part_of(c.w2, p.expert, c.dim);
+void add_down(const ExpertsCall& c, const Buffers<Words>& m, const Panel* group, int64_t count, int64_t from, int64_t to,
+              float* total, float* memory) {
+  const Matrix w2 = part_of(c.w2, group->expert, c.dim);
   float out[LANES * MOST_VECTORS * LANES];
   for (int64_t column = from; column < to; column += LANES) {
-    const auto row_of = [&](int64_t r) {
-      return get_row<Words>(w2, least(column + r, c.dim - 1), memory + r * converted(c.inter));
-    };
-    strip<Words>(row_of, LANES, p.hidden, p.vectors, c.inter, LANES * w2.stride, out);
-    for (int64_t v = 0; v < p.vectors; ++v) {
-      F block[LANES];
-      turn(out, p.vectors, v, block);
-      for (int64_t t = 0; t < least(LANES, p.count - v * LANES); ++t) {
-        const int64_t slot = p.slot + v * LANES + t;
-        float* sum = total + m.slot_token[slot] * WIDEST_PART + column - from;
-        store(sum, load<F>(sum) + block[t] * splat(m.slot_weight[slot]));
+    const char* rows[LANES];
+    for (int64_t r = 0; r < LANES; ++r)
+      rows[r] = get_row<Words>(w2, least(column + r, c.dim - 1), memory + r * converted(c.inter));
+    for (const Panel* p = group; p < group + count; ++p) {
+      strip<Words>([&](int64_t r) { return rows[r]; }, LANES, p->hidden, p->vectors, c.inter, LANES * w2.stride, out);
+      for (int64_t v = 0; v < p->vectors; ++v) {
+        F block[LANES];
+        turn(out, p->vectors, v, block);
+        for (int64_t t = 0; t < least(LANES, p->count - v * LANES); ++t) {
+          const int64_t slot = p->slot + v * LANES + t;
+          float* sum = total + m.slot_token[slot] * WIDEST_PART + column - from;
+          store(sum, load<F>(sum) + block[t] * splat(m.slot_weight[slot]));
+        }
       }
     }
   }
@@ -129,19 +139,21 @@ void add_down(const ExpertsCall& c, const Buffers<Words>& m, const Panel& p, int
 template <class Words>
 void compute(const ExpertsCall& c, Buffers<Words>& m, Team& team, int64_t first, int64_t n) {
   const int64_t size = c.bf16 ? 2 : 4;
-  const int64_t panels = sort_visits(c, m, c.indices + first * c.k, c.weights + first * c.k, n);
+  const int64_t groups = sort_visits(c, m, c.indices + first * c.k, c.weights + first * c.k, n);
   const auto memory_of = [&](int64_t thread) { return m.of_threads + thread * m.each; };
-  // 1. hidden numbers of all panels; few panels are shared by parts, each of which packs x once more
-  const int64_t wanted = m.threads > 1 && panels < 4 * m.threads ? divide_up(4 * m.threads, panels ? panels : 1) : 1;
+  const auto size_of = [&](int64_t group) { return m.groups[group + 1] - m.groups[group]; };
+  // 1. hidden numbers of all panels; few groups are shared by parts, each of which packs x once more
+  const int64_t wanted = m.threads > 1 && groups < 4 * m.threads ? divide_up(4 * m.threads, groups ? groups : 1) : 1;
   const int64_t part = round_up(divide_up(c.inter, wanted), 32), parts = divide_up(c.inter, part);
-  team.each(panels * parts, [&](int64_t item, int64_t thread) {
-    const Panel& p = m.panels[item / parts];
+  team.each(groups * parts, [&](int64_t item, int64_t thread) {
+    const Panel* group = m.panels + m.groups[item / parts];
+    const int64_t count = size_of(item / parts), from = item % parts * part;
     float* x = memory_of(thread);
     const char* rows = c.x + first * c.dim * size;
-    pack<Words>(c.bf16, c.dim, p.count, p.vectors,
-                [&](int64_t token) { return rows + m.slot_token[p.slot + token] * c.dim * size; }, x);
-    const int64_t from = item % parts * part;
-    gate_and_up<Words>(c, p, x, from, least(c.inter, from + part), x + m.panel_numbers);
+    for (int64_t i = 0; i < count; ++i)
+      pack<Words>(c.bf16, c.dim, group[i].count, group[i].vectors,
+                  [&](int64_t token) { return rows + m.slot_token[group[i].slot + token] * c.dim * size; }, x + i * m.panel_numbers);
+    gate_and_up(c, m, group, count, x, from, least(c.inter, from + part), x + SHARED * m.panel_numbers);
   });
   // 2. y, a part of its columns at a time
   team.each(divide_up(c.dim, WIDEST_PART), [&](int64_t item, int64_t thread) {
@@ -149,7 +161,7 @@ void compute(const ExpertsCall& c, Buffers<Words>& m, Team& team, int64_t first,
     float* total = memory_of(thread);
     float* memory = total + n * WIDEST_PART;
     memset(total, 0, n * WIDEST_PART * 4);
-    for (int64_t i = 0; i < panels; ++i) add_down<Words>(c, m, m.panels[i], from, to, total, memory);
+    for (int64_t i = 0; i < groups; ++i) add_down(c, m, m.panels + m.groups[i], size_of(i), from, to, total, memory);
     for (int64_t t = 0; t < n; ++t)
       for (int64_t i = from; i < to; i += LANES)
         put(c.bf16, load<F>(total + t * WIDEST_PART + i - from), least(LANES, to - i), c.y + ((first + t) * c.dim + i) * size);
@@ -159,7 +171,9 @@ void compute(const ExpertsCall& c, Buffers<Words>& m, Team& team, int64_t first,
 bool experts(const ExpertsCall& c) {
   bool fine = true;
   const bool one_type = c.w1.type == c.w2.type && c.w1.type == c.w3.type;
-  with_words(c.bf16 != 0, one_type ? c.w1.type : int64_t{WEIGHT_FP32}, [&](auto words) {
+  // with several panels an expert, rows that become FP32 once are faster than those that do in registers; the bits are equal
+  const bool widened = one_type && c.n * c.k < 2 * MOST_VECTORS * LANES * c.experts;
+  with_words(c.bf16 != 0, widened ? c.w1.type : int64_t{WEIGHT_FP32}, [&](auto words) {
     using Words = decltype(words);
     const int64_t room = MOST_HIDDEN / (c.k * round_up(c.inter, HALF)), some = least(c.n, room < 512 ? 512 : room);
     float* memory = scratch_of(Buffers<Words>(c, some, nullptr).all);
