@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.linear import is_slow_bf16
+from dsmini.functional.layers import is_slow_bf16
 
 # Up to this many tokens a CPU is faster with explicit logits than with torch's flash attention (docs/log.md).
 EXPLICIT_UP_TO = 128

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.linear import product_dtype
+from dsmini.functional.layers import product_dtype
 from dsmini.numerics import (
     QuantizedTensor,
     Weight,
@@ -45,8 +45,8 @@ LEAST = 1 << 20
 
 @ops.eager("experts")
 def _(x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    in_turn = prefer_loop(x, indices, w1.shape[0]) or product_dtype(x) != x.dtype
-    if not torch.is_grad_enabled() and in_turn:
+    slow = x.dtype == torch.bfloat16 and product_dtype(x) != x.dtype
+    if not torch.is_grad_enabled() and (slow or prefer_loop(x, indices, w1.shape[0])):
         return run_experts(x, indices, weights, w1.shape[0], lambda i, rows: _swiglu(rows, w1[i], w2[i], w3[i]))
     if torch.is_grad_enabled() and (y := train_experts(x, indices, weights, w1, w2, w3)) is not None:
         return y

@@ -61,10 +61,12 @@ class Faults:
         self.path = training.folder / f"faults-rank-{rank:04d}.log"
         done = self.path.read_text().splitlines() if self.path.exists() else []
         self.left = [fault for fault in faults if fault.rank == rank and str(fault) not in done]
+        self.saving = 0
+        """Step of the state that is saved, while steps go on if that is in the background."""
 
     def take(self, phase: str, *kinds: str) -> Fault | None:
         """Return a fault that is due, after it was noted."""
-        step = self.training.trainer.steps_done + 1
+        step = 1 + (self.saving if phase.startswith("save:") else self.training.trainer.steps_done)
         due = (f for f in self.left if f.step <= step and f.phase == phase and (f.kind in kinds) == bool(kinds))
         fault = next((one for one in due if kinds or one.kind not in (*LOSS, "flip")), None)
         if fault is not None:
@@ -114,7 +116,7 @@ def inject(training: TrainingRun, faults: Sequence[Fault]) -> None:
     """Let a run meet faults."""
     mine, trainer = Faults(faults, training), training.trainer
     of_this_process[:] = [mine]
-    real_phase, real_parts = training.phase, trainer.train_parts
+    real_phase, real_parts, real_write = training.phase, trainer.train_parts, training.saver._write
 
     def phase(name: str) -> None:
         real_phase(name)
@@ -125,8 +127,12 @@ def inject(training: TrainingRun, faults: Sequence[Fault]) -> None:
         factor = 1.0 if fault is None else LOSS[fault.kind]
         return real_parts(dataclasses.replace(batch, parts=batch.parts / factor))
 
+    def write(tensors: Any, state: Any, world: Any) -> None:
+        mine.saving = state.step
+        real_write(tensors, state, world)
+
     training.phase = trainer.phase = phase
-    trainer.train_parts = train_parts
+    trainer.train_parts, training.saver._write = train_parts, write
     for module, name, before, after in (
         (saving, "save_pieces", "staged", None),
         (saving, "_write_all", "writing", "written"),

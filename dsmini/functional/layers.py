@@ -1,4 +1,8 @@
-"""Root mean square normalisation with a backward of its own, for training on a CPU."""
+"""Linears and root mean square normalisation on a CPU, where torch's own are slow.
+
+Without BF16 units a product of several BF16 rows is made in FP32: operands are widened, and sums rounded to BF16 once,
+as such units do. Not in training: autograd would keep the wider operands. RMSNorm has a backward of its own.
+"""
 
 from typing import Any
 
@@ -6,7 +10,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsmini import ops
+from dsmini import machine, ops
+from dsmini.numerics import QuantizedTensor
+
+FEW_ROWS = 8
+"""Rows below which a wider copy of the weight costs more than it saves."""
+
+
+@ops.eager("linear")
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    dtype = product_dtype(x) if x.dtype == torch.bfloat16 else x.dtype
+    return F.linear(x.to(dtype), weight.to(x.dtype).to(dtype)).to(x.dtype)
+
+
+@ops.eager("quantized_linear")
+def _(x: Tensor, weight: QuantizedTensor) -> Tensor:
+    dtype = product_dtype(x)
+    return F.linear(x.to(dtype), weight.dequantize(x.dtype).to(dtype)).to(x.dtype)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which these rows are multiplied fastest."""
+    many = not torch.is_grad_enabled() and x.shape[:-1].numel() >= FEW_ROWS
+    return torch.float32 if many and is_slow_bf16(x) else x.dtype
+
+
+def is_slow_bf16(x: Tensor) -> bool:
+    """Return True for BF16 on a CPU without BF16 units, 2 to 16 times as fast with many rows in FP32 (docs/log.md)."""
+    here = x.is_cpu and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    return here and not machine.multiplies_bf16()
 
 
 @ops.eager("rms_norm")
