@@ -36,7 +36,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def is_slow_bf16(x: Tensor) -> bool:
-    """Return True for BF16 on a CPU without BF16 units, 2 to 16 times as fast with many rows in FP32 (docs/log.md)."""
+    """Return True for BF16 on a CPU without BF16 units, 2 to 14 times as fast with many rows in FP32 (docs/log.md)."""
     here = x.is_cpu and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
     return here and not machine.multiplies_bf16()
 
