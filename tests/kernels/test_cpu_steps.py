@@ -137,7 +137,8 @@ def test_codes_in_bf16_agree(isa: str, name: str) -> None:
             assert relative_error(got, want) < STEP + rounding(BF16_UNIT / 2, chained=8)
 
 
-FEW_ROWS = [(n, *size) for size in ((1, 1), (5, 31), (130, 200), (33, 128), (257, 65)) for n in (1, 2, 3, 5, 8, 32)]
+SIZES = ((1, 1), (5, 31), (130, 200), (33, 128), (257, 65), (131, 640), (9, 777))
+FEW_ROWS = [(n, *size) for size in SIZES for n in (1, 2, 3, 5, 8, 32)]
 MANY_ROWS = [(33, 1, 1), (16, 40, 31), (97, 130, 63), (200, 33, 257), (600, 50, 128)]
 """Rows, and the two sizes of the weight."""
 
@@ -186,14 +187,16 @@ def test_size_of_x_loses_nothing(isa: str, weights: str) -> None:
     assert cpu.quantized_linear(torch.full((1, 200), math.inf), held).isfinite().logical_not().all()
 
 
-@pytest.mark.parametrize("rows", [1, 32])
-def test_every_code_is_decoded(isa: str, rows: int) -> None:
-    codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)[:, None].repeat(1, 40)
-    weight = dataclasses.replace(weight_in("fp8", 256, 40), codes=codes, scales=torch.tensor([[1.0], [3.0]]))
+@pytest.mark.parametrize(("rows", "width", "at"), [(1, 40, 3), (32, 40, 3), (1, 700, 3), (1, 700, 697)])
+def test_every_code_is_decoded(isa: str, rows: int, width: int, at: int) -> None:
+    codes = torch.zeros(256, width).to(torch.float8_e4m3fn)
+    codes[:, at] = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    scales = torch.tensor([[1.0], [3.0]]).repeat(1, -(-width // 128))
+    weight = dataclasses.replace(weight_in("fp8", 256, width), codes=codes, scales=scales)
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.zeros(rows, 40, dtype=dtype)
-        x[:, 3] = 1
-        got, want = cpu.quantized_linear(x, weight), weight.dequantize(dtype)[:, 3]
+        x = torch.zeros(rows, width, dtype=dtype)
+        x[:, at] = 1
+        got, want = cpu.quantized_linear(x, weight), weight.dequantize(dtype)[:, at]
         assert all(torch.equal(row.nan_to_num(nan=7e7), want.nan_to_num(nan=7e7)) for row in got)
 
 
@@ -217,8 +220,9 @@ def test_one_call_for_all_blocks_has_the_bits_of_many(isa: str, name: str) -> No
 
 def test_blocks_that_are_not_whole_calls_are_refused() -> None:
     run = build.library().entry("blocks")
-    arguments = step("wide", [9])  # whose memory the call reads
-    call, held = steps._attention_call(*arguments)
+    x, part, past, table, starts = step("wide", [9])
+    shared, y = steps._step(x, table, starts), torch.empty(x.shape)  # whose memory the call reads and writes
+    call = steps._attention_call(shared, shared.x.data_ptr(), y.data_ptr(), part, past)
     header, packed = steps._packed("attention", call)
     whole = header + packed
     assert run(whole, len(whole)) == 0 and run(b"", 0) == 0
@@ -226,7 +230,19 @@ def test_blocks_that_are_not_whole_calls_are_refused() -> None:
         assert run(wrong, len(wrong)) != 0
     for number, size in ((-1, len(packed)), (1, len(packed)), (3, len(packed)), (0, len(packed) - 8), (0, -1)):
         assert run(build.HEADER.pack(number, size) + packed, len(whole)) != 0
-    assert held[0].isfinite().all()
+    assert y.isfinite().all()
+
+
+def test_default_dtype_changes_nothing() -> None:
+    model = model_of("blocks", "bfloat16")
+    x, (_, part, *_) = torch.randn(3, model.config.dim), list(layers(model, model.new_cache(1, 8), 1))[1]
+    want = cpu.feed_forward_step(x, part)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = cpu.feed_forward_step(x, part)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("name", ["wide", "gqa, wide", "dsa, blocks"])

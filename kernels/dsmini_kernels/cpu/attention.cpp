@@ -48,7 +48,8 @@ struct Buffers {
     for (int64_t i = 0; i < groups.count; ++i) parts += groups.parts(c, i);
     for (int64_t i = 0; i < c.b; ++i) most = larger(most, c.starts[i] + c.s);
     const int64_t rows = groups.tokens * c.heads, index = c.index.topk ? 1 : 0, scored = groups.picked ? 1 : 0;
-    own = round_up(larger(scratch_for(rows, q_stride) + 2 * rows, scored * index_panel_for(c.index.width)), 16);
+    own = larger(scratch_for(rows, q_stride) + 2 * rows, scored * index_panel_for(c.index.width));
+    own = round_up(larger(own, tokens * larger(padded(c.latent), round_up(c.latent, WIDEST))), 16);
     all = 0;
     const auto take = [&](int64_t numbers) {
       float* at = memory == nullptr ? nullptr : memory + all;
@@ -102,29 +103,34 @@ void write_row(const AttentionCall& c, const float* row, char* to) {
   for (int64_t i = 0; i < c.rope; ++i) store(key + 2 * i, rounded_bf16(row[c.latent + i]));
 }
 
+// Where the angles of a token begin.
+int64_t angles_of(const AttentionCall& c, int64_t token) { return (c.tables == 1 ? token % c.s : token) * (c.rope / 2); }
+
 // A query's or key's rotation and Hadamard transform.
 void turn(const AttentionCall& c, int64_t token, float* x) {
-  const int64_t angles = (c.tables == 1 ? token % c.s : token) * (c.rope / 2);
+  const int64_t angles = angles_of(c, token);
   (c.index.halves ? rotate_halves : rotate)(x, c.rope / 2, c.cos + angles, c.sin + angles);
   hadamard(x, c.index.width);
 }
 
 // Items of the products of an indexer: keys and weights of heads from `index_in`, and queries from what is arranged for wq.
-int64_t key_items(const Indexer& i) { return i.topk ? items_of(i.wk) : 0; }
-int64_t index_items(const Indexer& i) { return i.topk ? items_of(i.wk) + items_of(i.weights) : 0; }
+int64_t key_items(const AttentionCall& c) { return c.index.topk ? items_of(c.index.wk, c.threads) : 0; }
+int64_t index_items(const AttentionCall& c) {
+  return c.index.topk ? key_items(c) + items_of(c.index.weights, c.threads) : 0;
+}
 void index_product(const AttentionCall& c, const Buffers& m, int64_t item) {
   const Indexer& index = c.index;
-  const int64_t dim_stride = padded(c.dim), keys = key_items(index);
+  const int64_t dim_stride = padded(c.dim), keys = key_items(c);
   if (item < keys)
-    return product_item(index.wk, item, m.index_in, dim_stride, m.tokens,
+    return product_item(index.wk, c.threads, item, m.index_in, dim_stride, m.tokens,
                         [&](int64_t row, int64_t n, float value) { m.index_k[n * index.width + row] = value; });
-  product_item(index.weights, item - keys, m.index_in + m.tokens * dim_stride, dim_stride, m.tokens,
+  product_item(index.weights, c.threads, item - keys, m.index_in + m.tokens * dim_stride, dim_stride, m.tokens,
                [&](int64_t row, int64_t n, float value) {
                  m.index_weights[n * index.heads + row] = value / sqrtf(float(index.heads * index.width));
                });
 }
 void index_query(const AttentionCall& c, const Buffers& m, int64_t item, const float* x, int64_t stride) {
-  product_item(c.index.wq, item, x, stride, m.tokens,
+  product_item(c.index.wq, c.threads, item, x, stride, m.tokens,
                [&](int64_t row, int64_t n, float value) { m.index_q[n * c.index.heads * c.index.width + row] = value; });
 }
 
@@ -181,25 +187,25 @@ void step(const AttentionCall& c, const Buffers& m) {
     arrange(normed, c.dim, c.index.weights.type, m.index_in + (m.tokens + i) * dim_stride);
   });
   // 2. down: the query's latent, [c_kv | k_rope], and the indexer's keys and weights of heads
-  const int64_t q_items = c.q_rank ? items_of(c.wq_a) : items_of(c.wq_b);
-  const int64_t down_items = q_items + items_of(c.wkv_a);
-  team.each(down_items + index_items(c.index), [&](int64_t item, int64_t) {
+  const int64_t q_items = c.q_rank ? items_of(c.wq_a, c.threads) : items_of(c.wq_b, c.threads);
+  const int64_t down_items = q_items + items_of(c.wkv_a, c.threads);
+  team.each(down_items + index_items(c), [&](int64_t item, int64_t) {
     if (item >= down_items) {
       index_product(c, m, item - down_items);
     } else if (item >= q_items) {
-      product_item(c.wkv_a, item - q_items, for_kv, dim_stride, m.tokens,
+      product_item(c.wkv_a, c.threads, item - q_items, for_kv, dim_stride, m.tokens,
                    [&](int64_t row, int64_t n, float value) { m.kv[n * m.kv_width + row] = value; });
     } else if (c.q_rank) {
-      product_item(c.wq_a, item, m.normed, dim_stride, m.tokens,
+      product_item(c.wq_a, c.threads, item, m.normed, dim_stride, m.tokens,
                    [&](int64_t row, int64_t n, float value) { m.q_a[n * round_up(m.q_width, 16) + row] = value; });
     } else {
-      product_item(c.wq_b, item, m.normed, dim_stride, m.tokens,
+      product_item(c.wq_b, c.threads, item, m.normed, dim_stride, m.tokens,
                    [&](int64_t row, int64_t n, float value) { m.q[n * c.heads * head + row] = value; });
     }
   });
   // 3. norms, the key's rotation, the cache's new row
   team.each(m.tokens, [&](int64_t i, int64_t) {
-    const int64_t sequence = i / c.s, token = i % c.s, angles = ((c.tables == 1 ? 0 : sequence) * c.s + token) * (c.rope / 2);
+    const int64_t sequence = i / c.s, token = i % c.s, angles = angles_of(c, i);
     float* kv = m.kv + i * m.kv_width;
     rms_norm(kv, c.kv_norm, c.latent, c.kv_eps, kv);
     rotate(kv + c.latent, c.rope / 2, c.cos + angles, c.sin + angles);
@@ -212,36 +218,35 @@ void step(const AttentionCall& c, const Buffers& m) {
   });
   // 4. up: queries of all heads, of the indexer too
   const float* for_q = c.q_rank ? m.q_in : m.normed;
-  const int64_t up_items = c.q_rank ? items_of(c.wq_b) : 0;
-  team.each(up_items + (groups.picked ? items_of(c.index.wq) : 0), [&](int64_t item, int64_t) {
+  const int64_t up_items = c.q_rank ? items_of(c.wq_b, c.threads) : 0;
+  team.each(up_items + (groups.picked ? items_of(c.index.wq, c.threads) : 0), [&](int64_t item, int64_t) {
     if (item >= up_items) return index_query(c, m, item - up_items, for_q, padded(m.q_width));
-    product_item(c.wq_b, item, for_q, padded(m.q_width), m.tokens,
+    product_item(c.wq_b, c.threads, item, for_q, padded(m.q_width), m.tokens,
                  [&](int64_t row, int64_t n, float value) { m.q[n * c.heads * head + row] = value; });
   });
-  // 5. queries of the latent: W_UK^T q_nope, and the rotated part, both scaled; a piece of WIDEST columns is an item.
+  // 5. queries of the latent: W_UK^T q_nope, and the rotated part, both scaled; a head is an item, or columns of one.
   // After them the indexer's queries, rotated
-  const int64_t pieces = (c.latent + WIDEST - 1) / WIDEST;
-  const int64_t latent_items = m.tokens * c.heads * pieces;
-  team.each(latent_items + (groups.picked ? m.tokens * c.index.heads : 0), [&](int64_t item, int64_t) {
+  const int64_t wanted = divide_up(4 * c.threads, c.heads), across = round_up(divide_up(c.latent, wanted), WIDEST);
+  const int64_t pieces = divide_up(c.latent, across), latent_items = c.heads * pieces;
+  team.each(latent_items + (groups.picked ? m.tokens * c.index.heads : 0), [&](int64_t item, int64_t thread) {
     if (item >= latent_items) {
       const int64_t at = item - latent_items;
       return turn(c, at / c.index.heads, m.index_q + at * c.index.width);
     }
-    const int64_t piece = item % pieces, h = item / pieces % c.heads, i = item / pieces / c.heads;
-    const int64_t sequence = i / c.s, token = i % c.s, first = piece * WIDEST;
-    float* q = m.q + (i * c.heads + h) * head;
-    float* out = m.query + ((sequence * c.s + token) * c.heads + h) * m.q_stride;
-    float all[WIDEST];
-    const int64_t n = least(WIDEST, c.latent - first);
+    const int64_t h = item / pieces, first = item % pieces * across, n = least(across, c.latent - first);
+    float* own = m.owned + thread * m.own;
     with_decoder(c.wkv_b.type, [&](auto decoder) {
-      weighted_rows<decltype(decoder)>(c.wkv_b, h * (c.nope + c.value), c.nope, q, first, n, all);
+      weighted_rows<decltype(decoder)>(c.wkv_b, h * (c.nope + c.value), c.nope, m.q + h * head, c.heads * head, m.tokens, first, n,
+                                       own, across);
     });
-    for (int64_t k = 0; k < n; ++k) out[first + k] = all[k] * float(c.scale);
-    if (piece != 0) return;
-    const int64_t angles = ((c.tables == 1 ? 0 : sequence) * c.s + token) * (c.rope / 2);
-    rotate(q + c.nope, c.rope / 2, c.cos + angles, c.sin + angles);
-    for (int64_t k = 0; k < c.rope; ++k) out[c.latent + k] = q[c.nope + k] * float(c.scale);
-    memset(out + m.kv_width, 0, (m.q_stride - m.kv_width) * 4);
+    for (int64_t i = 0; i < m.tokens; ++i) {
+      float *q = m.q + (i * c.heads + h) * head, *out = m.query + (i * c.heads + h) * m.q_stride;
+      for (int64_t k = 0; k < n; ++k) out[first + k] = own[i * across + k] * float(c.scale);
+      if (first != 0) continue;
+      rotate(q + c.nope, c.rope / 2, c.cos + angles_of(c, i), c.sin + angles_of(c, i));
+      for (int64_t k = 0; k < c.rope; ++k) out[c.latent + k] = q[c.nope + k] * float(c.scale);
+      memset(out + m.kv_width, 0, (m.q_stride - m.kv_width) * 4);
+    }
   });
   if (groups.picked) pick(c, m, team);
   // 6. attention to parts of the context, or of the picks
@@ -258,21 +263,21 @@ void step(const AttentionCall& c, const Buffers& m) {
                 m.q_stride, rows, last, m.high + item * rows, m.total + item * rows, m.sums + item * rows * m.sums_stride,
                 m.sums_stride, own + 2 * rows, list);
   });
-  // 7. values: the merged latent of each head, times W_UV
-  team.each(m.tokens * c.heads, [&](int64_t item, int64_t thread) {
+  // 7. values: the merged latents of each head, times W_UV
+  team.each(c.heads, [&](int64_t h, int64_t thread) {
+    const int64_t from = h * (c.nope + c.value) + c.nope, stride = padded(c.latent);
     float* own = m.owned + thread * m.own;
-    const int64_t h = item % c.heads, i = item / c.heads, group = i / groups.tokens, r = i % groups.tokens * c.heads + h;
-    int64_t first = 0;
-    for (int64_t k = 0; k < group; ++k) first += groups.parts(c, k);
-    float* latent = m.query + item * m.q_stride;  // read by the phase before
-    const int64_t at = first * rows + r;
-    merge_parts(m.high + at, m.total + at, m.sums + at * m.sums_stride, groups.parts(c, group), rows,
-                rows * m.sums_stride, c.latent, latent);
-    arrange(latent, c.latent, c.wkv_b.type, own);
+    for (int64_t i = 0, first = 0, group = 0; i < m.tokens; ++i) {
+      for (; group < i / groups.tokens; ++group) first += groups.parts(c, group);
+      const int64_t at = first * rows + i % groups.tokens * c.heads + h;
+      float* latent = m.query + (i * c.heads + h) * m.q_stride;  // read by the phase before
+      merge_parts(m.high + at, m.total + at, m.sums + at * m.sums_stride, groups.parts(c, group), rows,
+                  rows * m.sums_stride, c.latent, latent);
+      arrange(latent, c.latent, c.wkv_b.type, own + i * stride);
+    }
     with_decoder(c.wkv_b.type, [&](auto decoder) {
-      const int64_t from = h * (c.nope + c.value) + c.nope;
-      products<decltype(decoder)>(c.wkv_b, from, from + c.value, own, 0, 1, [&](int64_t row, int64_t, float value) {
-        m.attended[item * c.value + row - from] = value;
+      products<decltype(decoder)>(c.wkv_b, from, from + c.value, own, stride, m.tokens, [&](int64_t row, int64_t i, float value) {
+        m.attended[(i * c.heads + h) * c.value + row - from] = value;
       });
     });
   });
@@ -281,8 +286,8 @@ void step(const AttentionCall& c, const Buffers& m) {
   team.each(m.tokens, [&](int64_t i, int64_t) {
     arrange(m.attended + i * width, width, c.wo.type, m.merged + i * padded(width));
   });
-  team.each(items_of(c.wo), [&](int64_t item, int64_t) {
-    product_item(c.wo, item, m.merged, padded(width), m.tokens, [&](int64_t row, int64_t n, float value) {
+  team.each(items_of(c.wo, c.threads), [&](int64_t item, int64_t) {
+    product_item(c.wo, c.threads, item, m.merged, padded(width), m.tokens, [&](int64_t row, int64_t n, float value) {
       c.y[n * c.dim + row] = c.x[n * c.dim + row] + value;
     });
   });

@@ -14,7 +14,8 @@ namespace {
 enum CacheType : int64_t { CACHE_FP32, CACHE_BF16, CACHE_FP8, CACHE_TYPES };
 constexpr int64_t KEYS = 32, NEAR_KEYS = 8;   // that are decoded together, and that stay in the first cache
 constexpr int QUERIES = BYTES == 64 ? 8 : 4;  // rows that share a key's numbers, whose sums stay in registers
-inline int64_t part_length(int64_t keys) { return keys < 2048 ? 64 : 256; }
+// Keys of a part: few where the context is short, so that several threads have some.
+inline int64_t part_length(int64_t keys) { return keys < 512 ? KEYS : keys < 2048 ? 2 * KEYS : 8 * KEYS; }
 
 // The rows [latent | rotary key] of a sequence. In FP8: codes, FP32 scales of 128 numbers each, BF16 rotary key.
 struct Rows {
@@ -166,6 +167,11 @@ inline void attend_block(int64_t at, int64_t some, Decode decode, const float* k
   add_values(logits, keep, n, values, v_stride, some, value, out, out_stride);
 }
 
+// Zeros after the `width` numbers of each of KEYS rows, which decoding leaves.
+inline void clear_after(float* rows, int64_t width, int64_t stride) {
+  for (int64_t t = 0; t < KEYS && width < stride; ++t) memset(rows + t * stride + width, 0, (stride - width) * 4);
+}
+
 // Makes `n` query rows ready for the first block of a part.
 inline void begin_part(int64_t n, float* high, float* total, float* out, int64_t out_stride) {
   memset(out, 0, n * out_stride * 4);
@@ -186,7 +192,7 @@ inline void attend_part(const Rows& rows, int64_t from, int64_t to, const float*
                         const int32_t* list = nullptr) {
   const auto row_at = [&](int64_t t) { return list == nullptr ? t : int64_t{list[t]}; };
   float *keys = scratch, *logits = keys + KEYS * q_stride;
-  memset(keys, 0, KEYS * q_stride * 4);
+  clear_after(keys, rows.latent + rows.rope, q_stride);
   begin_part(n, high, total, out, out_stride);
   for (int64_t at = from; at < to; at += KEYS) {
     const auto decode = [&](int64_t t) {
@@ -204,12 +210,11 @@ inline int64_t parts_of(int64_t keys) {
   return (keys + length - 1) / length;
 }
 
-// Products of all tokens with rows of a weight; ROWS rows are an item.
-constexpr int64_t ROWS = 32;
-inline int64_t items_of(const Matrix& w) { return (w.rows + ROWS - 1) / ROWS; }
+// Products of all tokens with a weight, some rows an item.
+inline int64_t items_of(const Matrix& w, int64_t threads) { return divide_up(w.rows, rows_of_item(w.rows, threads)); }
 template <class Put>
-inline void product_item(const Matrix& w, int64_t item, const float* x, int64_t stride, int64_t n, Put put) {
-  const int64_t from = item * ROWS, to = least(w.rows, from + ROWS);
+inline void product_item(const Matrix& w, int64_t threads, int64_t item, const float* x, int64_t stride, int64_t n, Put put) {
+  const int64_t rows = rows_of_item(w.rows, threads), from = item * rows, to = least(w.rows, from + rows);
   with_decoder(w.type, [&](auto decoder) { products<decltype(decoder)>(w, from, to, x, stride, n, put); });
 }
 

@@ -270,6 +270,7 @@ inline float sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 #endif
 
 constexpr int64_t AHEAD = 8192, NEAR = 1024;  // bytes
+constexpr int64_t SHORT = 512;                // columns of codes
 
 #if BF16_UNITS
 template <int R, int N>
@@ -322,7 +323,7 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
 #if BF16_UNITS
   if constexpr (std::is_same_v<W, PairedE4m3>) return paired_dots<R, N>(w, row, x, stride, out);
 #endif
-  constexpr int V = W::VECTORS, SUMS = R * N == 1 ? V : 1;  // one sum would wait for itself
+  constexpr int V = W::VECTORS;
   constexpr int64_t STEP = V * LANES;
   // processors look ahead less than this, and not from one page of memory into the next
   const int64_t group = R * w.stride, ahead = group * (AHEAD > group ? AHEAD / group : 1);
@@ -331,7 +332,7 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
   const char* p = w.row(row);
   for (int64_t at = 0; at < w.columns; at += W::SCALED ? BLOCK : w.columns) {
     const int64_t end = W::SCALED ? least(w.columns, at + BLOCK) : w.columns;
-    F part[R][N][SUMS] = {};
+    F part[R][N] = {};
     int64_t i = at;
     const auto add = [&](const char* const* from, int64_t to) __attribute__((always_inline)) {
       F xs[N][V];
@@ -341,7 +342,7 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
         __builtin_prefetch(from[r] + (R > 1 ? ahead : NEAR));
         watch.see(from[r]);
         W::get(from[r], v);
-        UNROLL for (int n = 0; n < N; ++n) UNROLL for (int k = 0; k < V; ++k) part[r][n][k % SUMS] += v[k] * xs[n][k];
+        UNROLL for (int n = 0; n < N; ++n) UNROLL for (int k = 0; k < V; ++k) part[r][n] += v[k] * xs[n][k];
       }
     };
     for (; i + STEP <= end; i += STEP) {
@@ -360,10 +361,7 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
     }
     UNROLL for (int r = 0; r < R; ++r) {
       const F scale = splat(W::SCALED ? w.scales_of(row + r)[at / BLOCK] * W::FACTOR : 1.0f);
-      UNROLL for (int n = 0; n < N; ++n) {
-        UNROLL for (int k = 1; k < SUMS; ++k) part[r][n][0] += part[r][n][k];
-        total[r][n] += part[r][n][0] * scale;
-      }
+      UNROLL for (int n = 0; n < N; ++n) total[r][n] += part[r][n] * scale;
     }
   }
   const bool nan = watch.nan();
@@ -374,6 +372,49 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
       if constexpr (W::SCALED) out[r * N + n] *= x[n * stride + round_up(w.columns, UNITS_OF_X)] * factor;
     }
   }
+}
+
+// One row of codes, times one row of x (arranged).
+template <class W>
+inline float scaled_dot(const Matrix& w, int64_t row, const float* x) {
+#if BF16_UNITS
+  if constexpr (std::is_same_v<W, PairedE4m3>) {
+    float out;
+    paired_dots<1, 1>(w, row, x, 0, &out);
+    return out;
+  }
+#endif
+  constexpr int V = W::VECTORS;
+  const char* p = w.row(row);
+  const float* scales = w.scales_of(row);
+  F total[V] = {};
+  Watch<W> watch;
+  const auto add = [&](const char* from, int64_t i, F(&part)[V]) __attribute__((always_inline)) {
+    F v[V];
+    watch.see(from);
+    W::get(from, v);
+    UNROLL for (int k = 0; k < V; ++k) part[k] += v[k] * load<F>(x + i + k * LANES);
+  };
+  const auto close = [&](const F(&part)[V], float scale) __attribute__((always_inline)) {
+    UNROLL for (int k = 0; k < V; ++k) total[k] += part[k] * splat(scale * W::FACTOR);
+  };
+  int64_t at = 0;
+  for (; at + BLOCK <= w.columns; at += BLOCK) {
+    F part[V] = {};
+    for (int64_t line = 0; line < BLOCK; line += 64) __builtin_prefetch(p + at + NEAR + line);
+    UNROLL for (int64_t i = at; i < at + BLOCK; i += V * LANES) add(p + i, i, part);
+    close(part, *scales++);
+  }
+  if (at < w.columns) {
+    F part[V] = {};
+    char rest[BLOCK] = {};
+    memcpy(rest, p + at, w.columns - at);
+    for (int64_t i = at; i < w.columns; i += V * LANES) add(rest + i - at, i, part);
+    close(part, *scales);
+  }
+  UNROLL for (int k = 1; k < V; ++k) total[0] += total[k];
+  const float factor = watch.nan() && has_nan(p, w.columns) ? NAN : 1.0f;
+  return sum(total[0]) * x[round_up(w.columns, UNITS_OF_X)] * factor;
 }
 
 // One row of a weight without scales, times one row of x (arranged).
@@ -400,6 +441,13 @@ inline float dot(const Matrix& w, int64_t row, const float* x) {
   return sum((part[0] + part[1]) + (part[2] + part[3]));
 }
 
+// Rows of a weight that are an item of a team: long stretches come from memory fastest, but each thread should find four.
+constexpr int64_t LEAST_ROWS = 32, MOST_ROWS = 128;
+inline int64_t rows_of_item(int64_t rows, int64_t threads) {
+  const int64_t wanted = rows / (4 * threads) / LEAST_ROWS * LEAST_ROWS;
+  return wanted < LEAST_ROWS ? LEAST_ROWS : least(wanted, MOST_ROWS);
+}
+
 // Calls put(row, n, value) for rows [from, to) of the weight times `n` rows of x.
 template <class W, class Put>
 inline void products(const Matrix& w, int64_t from, int64_t to, const float* x, int64_t stride, int64_t n, Put put) {
@@ -424,57 +472,66 @@ inline void products(const Matrix& w, int64_t from, int64_t to, const float* x, 
   int64_t at = 0;
   for (; at + MOST <= n; at += MOST) some(Constant<MOST>(), at);
   if (MOST > 2 && at + 2 <= n) some(Constant<2>(), at), at += 2;
-  for (; at < n; ++at) {
-    // one row of x: rows that are read one after the other, and somewhat ahead, come from memory faster than four at a time
-    for (int64_t i = from; i < to; ++i) {
-      if constexpr (W::SCALED)
-        dots<Dots, 1, 1>(w, i, x + at * stride, 0, out), put(i, at, out[0]);
-      else
-        put(i, at, dot<W>(w, i, x + at * stride));
-    }
+  if (at == n) return;
+  if (W::SCALED && w.columns <= SHORT) return some(Constant<1>(), at);
+  // one row of x: long rows that are read one after the other, and somewhat ahead, come from memory faster than four at a time
+  for (int64_t i = from; i < to; ++i) {
+    if constexpr (W::SCALED)
+      put(i, at, scaled_dot<Dots>(w, i, x + at * stride));
+    else
+      put(i, at, dot<W>(w, i, x + at * stride));
   }
 }
 
-// The sum over rows [from, from + count) of factor * row, for columns [first, first + width): width <= WIDEST, and
-// `first` is a multiple of UNIT. `out` has room for WIDEST numbers.
+// The sums over rows [from, from + count) of factor * row, for columns [first, first + width), of n tokens: factors and sums
+// of a token are so many numbers after those of the one before. `first` is a multiple of WIDEST, and `out` has room for
+// round_up(width, WIDEST) numbers of a token. Some rows at a time, so that they are read one after the other, and once.
 constexpr int UNITS = 4;
-constexpr int64_t WIDEST = UNITS * UNIT;
+constexpr int64_t WIDEST = UNITS * UNIT, SOME_ROWS = 8;
 template <class W>
-inline void weighted_rows(const Matrix& w, int64_t from, int64_t count, const float* factors, int64_t first,
-                          int64_t width, float* out) {
-  F total[2 * UNITS] = {};
+inline void weighted_rows(const Matrix& w, int64_t from, int64_t count, const float* factors, int64_t apart, int64_t n,
+                          int64_t first, int64_t width, float* out, int64_t out_stride) {
   Watch<W> watch;
-  for (int64_t j = 0; j < count; ++j) {
-    const char* p = w.row(from + j) + first * W::SIZE;
-    const float* scales = W::SCALED ? w.scales_of(from + j) : nullptr;
-    for (int64_t line = 0; line < width * W::SIZE; line += 64) __builtin_prefetch(p + 8 * w.stride + line);
-    const auto add = [&](int u, const F(&v)[2]) {
-      F factor = splat(factors[j]);
-      if constexpr (W::SCALED) factor = splat(factors[j] * scales[(first + u * UNIT) / BLOCK] * W::FACTOR);
-      total[2 * u] += v[0] * factor, total[2 * u + 1] += v[1] * factor;
-    };
-    if (width == WIDEST) {
-      UNROLL for (int u = 0; u < UNITS; ++u) {
-        F v[2];
-        watch.see(p + u * UNIT * W::SIZE);
-        W::get(p + u * UNIT * W::SIZE, v);
-        add(u, v);
+  for (int64_t i = 0; i < n; ++i) memset(out + i * out_stride, 0, round_up(width, WIDEST) * 4);
+  // rows [some, to) of WIDEST columns from `at` on, for a token
+  const auto add = [&](int64_t some, int64_t to, int64_t at, int64_t i) {
+    float* sums = out + i * out_stride + at;
+    F total[2 * UNITS];
+    UNROLL for (int k = 0; k < 2 * UNITS; ++k) total[k] = load<F>(sums + k * LANES);
+    for (int64_t j = some; j < to; ++j) {
+      const char* p = w.row(from + j) + (first + at) * W::SIZE;
+      for (int64_t line = 0; i == 0 && line < WIDEST * W::SIZE; line += 64) __builtin_prefetch(p + SOME_ROWS * w.stride + line);
+      float factor = factors[i * apart + j];
+      if constexpr (W::SCALED) factor *= w.scales_of(from + j)[(first + at) / BLOCK] * W::FACTOR;
+      if (at + WIDEST <= width) {
+        UNROLL for (int u = 0; u < UNITS; ++u) {
+          F v[2];
+          watch.see(p + u * UNIT * W::SIZE);
+          W::get(p + u * UNIT * W::SIZE, v);
+          total[2 * u] += v[0] * splat(factor), total[2 * u + 1] += v[1] * splat(factor);
+        }
+      } else {
+        along_units<W>(p, width - at, watch, [&](int64_t k, const F(&v)[2]) {
+          total[k / LANES] += v[0] * splat(factor), total[k / LANES + 1] += v[1] * splat(factor);
+        });
       }
-    } else {
-      along_units<W>(p, width, watch, [&](int64_t i, const F(&v)[2]) { add(i / UNIT, v); });
     }
-  }
+    UNROLL for (int k = 0; k < 2 * UNITS; ++k) store(sums + k * LANES, total[k]);
+  };
+  for (int64_t some = 0; some < count; some += SOME_ROWS)
+    for (int64_t at = 0; at < width; at += WIDEST)
+      for (int64_t i = 0; i < n; ++i) add(some, least(count, some + SOME_ROWS), at, i);
   if constexpr (W::WATCHED)
-    if (watch.nan()) return weighted_rows<DecodeE4m3WithNan>(w, from, count, factors, first, width, out);
-  for (int u = 0; u < UNITS; ++u) {
-    float pair[UNIT];
-    const F up = splat(W::SCALED ? UP : 1.0f);
-    store(pair, total[2 * u] * up), store(pair + LANES, total[2 * u + 1] * up);
-    for (int64_t k = 0; k < LANES; ++k) {
-      out[u * UNIT + (W::EVEN_ODD ? 2 * k : k)] = pair[k];
-      out[u * UNIT + (W::EVEN_ODD ? 2 * k + 1 : LANES + k)] = pair[LANES + k];
+    if (watch.nan()) return weighted_rows<DecodeE4m3WithNan>(w, from, count, factors, apart, n, first, width, out, out_stride);
+  for (int64_t i = 0; i < n; ++i)
+    for (float* unit = out + i * out_stride; unit < out + i * out_stride + width; unit += UNIT) {
+      float pair[UNIT];
+      memcpy(pair, unit, sizeof pair);
+      for (int64_t k = 0; k < LANES; ++k) {
+        unit[W::EVEN_ODD ? 2 * k : k] = pair[k] * (W::SCALED ? UP : 1.0f);
+        unit[W::EVEN_ODD ? 2 * k + 1 : LANES + k] = pair[LANES + k] * (W::SCALED ? UP : 1.0f);
+      }
     }
-  }
 }
 
 }  // namespace

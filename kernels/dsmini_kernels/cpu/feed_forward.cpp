@@ -7,9 +7,6 @@
 
 namespace {
 
-constexpr int64_t ROWS = 32;  // of a weight, an item
-int64_t items_for(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
-
 // The memory of a call; sizes in numbers. Slots are the visits (token, choice), sorted by expert.
 struct Buffers {
   int64_t wide, inter, expert_inter, slots;
@@ -108,19 +105,21 @@ void sort_visits(const FeedForwardCall& c, const Buffers& m) {
   m.first_slot[c.experts] = slot;
 }
 
-// out = silu(w1 x) * (w3 x) for ROWS rows of both weights and n rows of x.
-void gate_and_up(const Matrix& w1, const Matrix& w3, int64_t item, const float* x, int64_t stride, int64_t n, float* out) {
-  const int64_t from = item * ROWS, to = least(w1.rows, from + ROWS);
-  alignas(64) float gate[MOST_TOKENS * ROWS] = {}, up[MOST_TOKENS * ROWS] = {};
+// out = silu(w1 x) * (w3 x) for rows [from, to) of both weights and n rows of x.
+void gate_and_up(const Matrix& w1, const Matrix& w3, int64_t from, int64_t to, const float* x, int64_t stride, int64_t n,
+                 float* out) {
+  const int64_t rows = to - from;
+  alignas(64) float gate[MOST_TOKENS * MOST_ROWS], up[MOST_TOKENS * MOST_ROWS];
   const auto multiply = [&](const Matrix& w, float* y) {
     with_decoder(w.type, [&](auto decoder) {
       products<decltype(decoder)>(w, from, to, x, stride, n,
-                                  [&](int64_t row, int64_t k, float value) { y[k * ROWS + row - from] = value; });
+                                  [&](int64_t row, int64_t k, float value) { y[k * rows + row - from] = value; });
     });
+    for (int64_t i = n * rows; i % LANES; ++i) y[i] = 0;
   };
   multiply(w1, gate), multiply(w3, up);
-  for (int64_t i = 0; i < n * ROWS; i += LANES) store(gate + i, silu(load<F>(gate + i)) * load<F>(up + i));
-  for (int64_t k = 0; k < n; ++k) memcpy(out + k * w1.rows + from, gate + k * ROWS, (to - from) * 4);
+  for (int64_t i = 0; i < n * rows; i += LANES) store(gate + i, silu(load<F>(gate + i)) * load<F>(up + i));
+  for (int64_t k = 0; k < n; ++k) memcpy(out + k * w1.rows + from, gate + k * rows, rows * 4);
 }
 
 void step(const FeedForwardCall& c, const Buffers& m) {
@@ -135,14 +134,15 @@ void step(const FeedForwardCall& c, const Buffers& m) {
     arrange(normed, c.dim, c.e1.type, m.for_experts + i * m.wide);
   });
   // 2. logits of the gate, and the hidden numbers of the dense or shared experts
-  const int64_t gate_items = items_for(c.experts);
-  team.each(gate_items + items_for(c.inter), [&](int64_t item, int64_t) {
+  const int64_t some = rows_of_item(c.inter, c.threads), gate_items = divide_up(c.experts, LEAST_ROWS);
+  team.each(gate_items + divide_up(c.inter, some), [&](int64_t item, int64_t) {
     if (item < gate_items) {
-      const int64_t from = item * ROWS, to = least(c.experts, from + ROWS);
+      const int64_t from = item * LEAST_ROWS, to = least(c.experts, from + LEAST_ROWS);
       products<DecodeFp32>(gate, from, to, m.for_gate, m.wide, c.n,
                            [&](int64_t row, int64_t n, float value) { c.scores[n * c.experts + row] = value; });
     } else {
-      gate_and_up(c.w1, c.w3, item - gate_items, m.for_dense, m.wide, c.n, m.gated);
+      const int64_t from = (item - gate_items) * some;
+      gate_and_up(c.w1, c.w3, from, least(c.inter, from + some), m.for_dense, m.wide, c.n, m.gated);
     }
   });
   if (c.experts) {
@@ -155,10 +155,10 @@ void step(const FeedForwardCall& c, const Buffers& m) {
       memcpy(m.rows + slot * m.wide, m.for_experts + m.slot_token[slot] * m.wide, m.wide * 4);
     });
     // 4. the hidden numbers of the visited experts
-    const int64_t across = items_for(c.expert_inter);
+    const int64_t rows = rows_of_item(*m.n_visited * c.expert_inter, c.threads), across = divide_up(c.expert_inter, rows);
     team.each(*m.n_visited * across, [&](int64_t item, int64_t) {
-      const int64_t e = m.visited[item / across], slot = m.first_slot[e];
-      gate_and_up(part_of(c.e1, e, c.expert_inter), part_of(c.e3, e, c.expert_inter), item % across,
+      const int64_t e = m.visited[item / across], slot = m.first_slot[e], from = item % across * rows;
+      gate_and_up(part_of(c.e1, e, c.expert_inter), part_of(c.e3, e, c.expert_inter), from, least(c.expert_inter, from + rows),
                   m.rows + slot * m.wide, m.wide, c.counts[e], m.expert_gated + slot * c.expert_inter);
     });
   }
@@ -170,14 +170,15 @@ void step(const FeedForwardCall& c, const Buffers& m) {
       arrange(m.expert_gated + slot * c.expert_inter, c.expert_inter, c.e2.type, m.expert_hidden + slot * m.expert_inter);
   });
   // 5. out: shared experts, then the routed ones in their order, and the residual
-  team.each(items_for(c.dim), [&](int64_t item, int64_t) {
-    const int64_t from = item * ROWS, to = least(c.dim, from + ROWS);
-    float total[MOST_TOKENS * ROWS];
-    for (int64_t n = 0; n < c.n; ++n) memcpy(total + n * ROWS, c.x + n * c.dim + from, (to - from) * 4);
+  const int64_t rows = rows_of_item(c.dim, c.threads);
+  team.each(divide_up(c.dim, rows), [&](int64_t item, int64_t) {
+    const int64_t from = item * rows, to = least(c.dim, from + rows);
+    float total[MOST_TOKENS * MOST_ROWS];
+    for (int64_t n = 0; n < c.n; ++n) memcpy(total + n * rows, c.x + n * c.dim + from, (to - from) * 4);
     if (c.inter)
       with_decoder(c.w2.type, [&](auto decoder) {
         products<decltype(decoder)>(c.w2, from, to, m.hidden, m.inter, c.n,
-                                    [&](int64_t row, int64_t n, float value) { total[n * ROWS + row - from] += value; });
+                                    [&](int64_t row, int64_t n, float value) { total[n * rows + row - from] += value; });
       });
     for (int64_t v = 0; c.experts && v < *m.n_visited; ++v) {
       const int64_t e = m.visited[v], slot = m.first_slot[e];
@@ -186,11 +187,11 @@ void step(const FeedForwardCall& c, const Buffers& m) {
         products<decltype(decoder)>(
             w, from, to, m.expert_hidden + slot * m.expert_inter, m.expert_inter, c.counts[e],
             [&](int64_t row, int64_t k, float value) {
-              total[m.slot_token[slot + k] * ROWS + row - from] += m.slot_weight[slot + k] * value;
+              total[m.slot_token[slot + k] * rows + row - from] += m.slot_weight[slot + k] * value;
             });
       });
     }
-    for (int64_t n = 0; n < c.n; ++n) memcpy(c.y + n * c.dim + from, total + n * ROWS, (to - from) * 4);
+    for (int64_t n = 0; n < c.n; ++n) memcpy(c.y + n * c.dim + from, total + n * rows, (to - from) * 4);
   });
 }
 

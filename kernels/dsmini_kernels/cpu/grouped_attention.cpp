@@ -47,9 +47,9 @@ struct Buffers {
 
 // An item of a product into rows of `out_stride` numbers, with x added where it is given. One function for all weights:
 // each copy of the products takes long to compile.
-void product(const Matrix& w, int64_t item, const float* rows, int64_t stride, int64_t n, float* out, int64_t out_stride,
+void product(const Matrix& w, int64_t threads, int64_t item, const float* rows, int64_t stride, int64_t n, float* out, int64_t out_stride,
              const float* x) {
-  product_item(w, item, rows, stride, n, [&](int64_t row, int64_t token, float value) {
+  product_item(w, threads, item, rows, stride, n, [&](int64_t row, int64_t token, float value) {
     const int64_t at = token * out_stride + row;
     out[at] = x == nullptr ? value : x[at] + value;
   });
@@ -66,7 +66,7 @@ void attend(const GroupedCall& c, const Buffers& m, int64_t sequence, int64_t pa
   float* key = own + round_up(2 * n, 16);
   float *value = key + KEYS * m.stride, *logits = value + KEYS * m.v_stride;
   for (int64_t r = 0; r < n; ++r) last[r] = c.starts[sequence] + r / c.group;
-  memset(key, 0, KEYS * (m.stride + m.v_stride) * 4);
+  clear_after(key, c.width, m.stride), clear_after(value, c.value, m.v_stride);
   begin_part(m.rows, high, total, sums, m.v_stride);
   for (int64_t at = part * length; at < to; at += KEYS) {
     const int64_t some = least(KEYS, to - at);
@@ -99,14 +99,14 @@ void step(const GroupedCall& c, const Buffers& m) {
     arrange(normed, c.dim, c.wv.type, m.for_v + i * stride);
   });
   // 2. queries, keys and values
-  const int64_t q_items = items_of(c.wq), k_items = items_of(c.wk);
-  team.each(q_items + k_items + items_of(c.wv), [&](int64_t item, int64_t) {
+  const int64_t q_items = items_of(c.wq, c.threads), k_items = items_of(c.wk, c.threads);
+  team.each(q_items + k_items + items_of(c.wv, c.threads), [&](int64_t item, int64_t) {
     if (item < q_items)
-      product(c.wq, item, m.for_q, stride, m.tokens, m.q, m.heads * c.width, nullptr);
+      product(c.wq, c.threads, item, m.for_q, stride, m.tokens, m.q, m.heads * c.width, nullptr);
     else if (item < q_items + k_items)
-      product(c.wk, item - q_items, m.for_k, stride, m.tokens, m.kv, kv_width, nullptr);
+      product(c.wk, c.threads, item - q_items, m.for_k, stride, m.tokens, m.kv, kv_width, nullptr);
     else
-      product(c.wv, item - q_items - k_items, m.for_v, stride, m.tokens, m.kv + m.keys_width, kv_width, nullptr);
+      product(c.wv, c.threads, item - q_items - k_items, m.for_v, stride, m.tokens, m.kv + m.keys_width, kv_width, nullptr);
   });
   // 3. rotations, the cache's new row, and the scaled queries in their order
   team.each(m.tokens, [&](int64_t i, int64_t) {
@@ -144,8 +144,8 @@ void step(const GroupedCall& c, const Buffers& m) {
   team.each(m.tokens, [&](int64_t i, int64_t) {
     arrange(m.attended + i * width, width, c.wo.type, m.merged + i * padded(width));
   });
-  team.each(items_of(c.wo), [&](int64_t item, int64_t) {
-    product(c.wo, item, m.merged, padded(width), m.tokens, c.y, c.dim, c.x);
+  team.each(items_of(c.wo, c.threads), [&](int64_t item, int64_t) {
+    product(c.wo, c.threads, item, m.merged, padded(width), m.tokens, c.y, c.dim, c.x);
   });
 }
 

@@ -26,10 +26,10 @@ bool few_rows(const LinearCall& c) {
     }
     arrange(row, in, c.w.type, x + n * width);
   }
-  constexpr int64_t ROWS = 32;
+  const int64_t rows = rows_of_item(c.w.rows, c.threads);
   Team team(c.threads);
-  team.each((c.w.rows + ROWS - 1) / ROWS, [&](int64_t item, int64_t) {
-    const int64_t from = item * ROWS, to = least(c.w.rows, from + ROWS);
+  team.each(divide_up(c.w.rows, rows), [&](int64_t item, int64_t) {
+    const int64_t from = item * rows, to = least(c.w.rows, from + rows);
     with_decoder(c.w.type, [&](auto decoder) {
       products<decltype(decoder)>(c.w, from, to, x, width, c.n, [&](int64_t row, int64_t n, float value) {
         const int64_t at = n * c.w.rows + row;

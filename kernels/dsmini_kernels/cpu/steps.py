@@ -6,7 +6,7 @@ A weight is a tensor in FP32 or BF16, or E4M3 codes with FP32 scales of 128x128 
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,38 +80,71 @@ def has_bf16_units() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and "ONEDNN_MAX_CPU_ISA" not in os.environ
 
 
+class _Step(NamedTuple):
+    """What all calls of a step read: its tokens, their angles and starts. The tensors stay until the calls have run."""
+
+    x: Tensor
+    threads: int
+    angles: tuple[int, ...]
+    starts: tuple[int, int]
+    held: tuple[Tensor, ...]
+
+
+def _step(x: Tensor, table: tuple[Tensor, Tensor], starts: Tensor) -> _Step:
+    if x.dtype != torch.float32 or x.shape[0] * x.shape[1] > MOST_TOKENS:
+        raise Unserved(f"{list(x.shape)} tokens of {x.dtype}")
+    x = detached(x).contiguous()
+    cos, sin = (t if t.is_contiguous() and t.dtype == torch.float32 else t.float().contiguous() for t in table)
+    starts = starts.to(torch.int64).contiguous()
+    angles = (cos.data_ptr(), sin.data_ptr(), 4 * min(cos.numel(), sin.numel()), cos.shape[0] if cos.dim() == 3 else 1)
+    return _Step(x, n_threads(), angles, span(starts), (cos, sin, starts))
+
+
 def attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
     """Return x + MLA(norm(x)), absorbed, and append the new rows to the cache."""
-    call, held = _attention_call(x, part, past, table, starts)
-    run("attention", call)
-    return held[0]
+    step = _step(x, table, starts)
+    y = torch.empty_like(step.x)
+    run("attention", _attention_call(step, step.x.data_ptr(), y.data_ptr(), part, past))
+    return y
 
 
 def grouped_attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
     """Return x + Attention(norm(x)) of MHA, GQA or MQA, and append the new rows to the cache."""
-    call, held = _attention_call(x, part, past, table, starts)
-    run("grouped", call)
-    return held[0]
+    step = _step(x, table, starts)
+    y = torch.empty_like(step.x)
+    run("grouped", _attention_call(step, step.x.data_ptr(), y.data_ptr(), part, past))
+    return y
+
+
+def feed_forward_step(x: Tensor, part: Any) -> tuple[Tensor, ...]:
+    """Return x + FFN(norm(x)), and the indices, weights, scores and counts of the routing."""
+    if x.dtype != torch.float32 or x.shape[0] > MOST_TOKENS:
+        raise Unserved(f"{x.shape[0]} tokens of {x.dtype}")
+    x = detached(x).contiguous()
+    y, (routing,) = torch.empty_like(x), _routing([part], len(x))
+    run("feed_forward", _feed_forward_call(n_threads(), x.shape, x.data_ptr(), y.data_ptr(), part, routing))
+    return (y, *routing)
 
 
 def blocks_step(
     x: Tensor, blocks: Sequence[Any], pasts: Sequence[Any], table: tuple[Tensor, Tensor], starts: Tensor
 ) -> tuple[Tensor, ...]:
     """Return x after all blocks, and the four tensors of the routing of each block with a gate."""
-    packed: list[bytes] = []
-    kept: list[tuple[Tensor, ...]] = []
-    routing: list[Tensor] = []
-    for (attention, feed_forward), past in zip(blocks, pasts, strict=True):
-        call, held = _attention_call(x, attention, past, table, starts)
-        kept.append(held)
-        packed += _packed("grouped" if _is_grouped(attention) else "attention", call)
-        call, held = _feed_forward_call(held[0].flatten(0, 1), feed_forward)
-        kept.append(held)
+    step, packed = _step(x, table, starts), list[bytes]()
+    between, y = step.x.new_empty(2, x.shape[:-1].numel(), x.shape[-1]), torch.empty_like(step.x)
+    at, middle, end = step.x.data_ptr(), between[0].data_ptr(), between[1].data_ptr()
+    routing = _routing([part for _, part in blocks if "gate" in part.weights], between.shape[1])
+    chosen = iter(routing)
+    for i, ((attention, part), past) in enumerate(zip(blocks, pasts, strict=True)):
+        to = y.data_ptr() if i + 1 == len(blocks) else end
+        entry = "grouped" if _is_grouped(attention) else "attention"
+        packed += _packed(entry, _attention_call(step, at, middle, attention, past))
+        of_part = next(chosen) if "gate" in part.weights else ()
+        call = _feed_forward_call(step.threads, between.shape[1:], middle, to, part, of_part)
         packed += _packed("feed_forward", call)
-        routing += held[1:5] if "gate" in feed_forward.weights else ()
-        x = held[0].view(x.shape)
+        at = to
     enter("blocks", b"".join(packed))
-    return (x, *routing)
+    return (y, *(t for of_part in routing for t in of_part))
 
 
 def _packed(entry: str, call: Sequence[Any]) -> tuple[bytes, bytes]:
@@ -120,32 +153,20 @@ def _packed(entry: str, call: Sequence[Any]) -> tuple[bytes, bytes]:
     return HEADER.pack(BLOCKS.index(entry), struct.size), struct.pack(*call)
 
 
-def _attention_call(
-    x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor
-) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    """Describe an attention to new tokens x, of any kind, to the C++.
-
-    Returns: the call, and the tensors that must stay until it has run, its result first.
-    """
-    data = past.store.data
+def _attention_call(step: _Step, x: int, y: int, part: Any, past: Any) -> tuple[Any, ...]:
+    """Describe an attention to new tokens, of any kind, to the C++: from states at address x to those at y."""
+    data, nbytes = past.store.data, 4 * step.x.numel()
     sizes, norms, weights, numbers = part.prepared.get("cpu") or _prepared_attention(part)
-    if x.dtype != torch.float32 or x.shape[0] * x.shape[1] > MOST_TOKENS or data.dtype not in CACHE_TYPES:
-        raise Unserved(f"{list(x.shape)} tokens of {x.dtype} and a cache of {data.dtype}")
-    if not data.is_contiguous() or not data.is_cpu:
-        raise Unserved("a cache that is not contiguous in main memory")
+    if data.dtype not in CACHE_TYPES or not data.is_contiguous() or not data.is_cpu:
+        raise Unserved(f"a cache of {data.dtype} on {data.device} that may not be contiguous")
     if data.dtype == torch.uint8 and _is_grouped(part):
         raise Unserved("keys and values in FP8")
-    x = detached(x).contiguous()
-    cos, sin = (t if t.is_contiguous() and t.dtype == torch.float32 else t.float().contiguous() for t in table)
-    starts = starts.to(torch.int64).contiguous()
     index = () if _is_grouped(part) else _index_call(part, past.store.index)
-    y = torch.empty_like(x)
     return (
-        *(n_threads(), *x.shape, *sizes, *span(x), *span(y), *norms, cos.data_ptr(), sin.data_ptr()),
-        *(4 * min(cos.numel(), sin.numel()), cos.shape[0] if cos.dim() == 3 else 1, *span(data)),
-        *(CACHE_TYPES[data.dtype], data.shape[2] * data.element_size(), data.shape[1], *span(starts)),
+        *(step.threads, *step.x.shape, *sizes, x, nbytes, y, nbytes, *norms, *step.angles, *span(data)),
+        *(CACHE_TYPES[data.dtype], data.shape[2] * data.element_size(), data.shape[1], *step.starts),
         *(*weights, *index, *numbers),
-    ), (y, x, cos, sin, starts)
+    )
 
 
 def _index_call(part: Any, store: Any) -> tuple[int, ...]:
@@ -163,35 +184,27 @@ def _index_call(part: Any, store: Any) -> tuple[int, ...]:
     return (indexer.n_heads, len(norm_weight), indexer.topk, halves, norm, bias, *sizes, *cache, *matrices)
 
 
-def feed_forward_step(x: Tensor, part: Any) -> tuple[Tensor, ...]:
-    """Return x + FFN(norm(x)), and the indices, weights, scores and counts of the routing."""
-    call, held = _feed_forward_call(x, part)
-    run("feed_forward", call)
-    return held[:5]
+def _routing(gated: Sequence[Any], n: int) -> list[tuple[Tensor, ...]]:
+    """Return memory for the indices, weights, scores and counts of n tokens, for each of these feed-forwards."""
+    sizes = {(part.prepared.get("cpu") or _prepared_feed_forward(part))[0][1:4:2] for part in gated}
+    if len(sizes) > 1:
+        raise Unserved("blocks with different numbers of experts")
+    (e, k), count = sizes.pop() if sizes else (0, 0), len(gated)
+    shapes = (((n, k), torch.int64), ((n, k), torch.float32), ((n, e), torch.float32), ((e,), torch.int64))
+    of_all = [torch.empty(count, *shape, dtype=dtype) for shape, dtype in shapes]
+    return [*zip(*(t.unbind() for t in of_all), strict=True)]
 
 
-def _feed_forward_call(x: Tensor, part: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    """Describe a feed-forward to the C++.
-
-    Returns: the call, and the tensors that must stay until it has run, its five results first.
-    """
-    if x.dtype != torch.float32 or x.shape[0] > MOST_TOKENS:
-        raise Unserved(f"{x.shape[0]} tokens of {x.dtype}")
-    n, m = x.shape
-    x = detached(x).contiguous()
+def _feed_forward_call(
+    threads: int, shape: torch.Size, x: int, y: int, part: Any, routing: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    """Describe a feed-forward to the C++: from states [n, m] at address x to those at y."""
+    n, m = shape
     sizes, inputs, weights, numbers = part.prepared.get("cpu") or _prepared_feed_forward(part)
     _, e, _, k, *_ = sizes
-    y = torch.empty_like(x)
-    routing = (
-        *(torch.empty(n, k, dtype=torch.int64), torch.empty(n, k), torch.empty(n, e)),
-        torch.empty(e, dtype=torch.int64),
-    )
+    at = (t.data_ptr() for t in routing) if routing else (0,) * 4
     outs = (8 * n * k, 4 * n * k, 4 * n * e, 8 * e)
-    call = (
-        *(n_threads(), n, m, *sizes, *span(x), *span(y), *inputs),
-        *(*(t.data_ptr() for t in routing), *outs, *weights, *numbers),
-    )
-    return call, (y, *routing, x)
+    return (threads, n, m, *sizes, x, 4 * n * m, y, 4 * n * m, *inputs, *at, *outs, *weights, *numbers)
 
 
 def _is_grouped(part: Any) -> bool:
