@@ -1,6 +1,7 @@
 """python -m dsmini.plan as a user runs it: answers, JSON, pages, and mistakes in one sentence."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from dsmini.console.progress import Progress
+from dsmini.planner.words import in_unit
 from tests.helpers.commands import ROOT, check_refused, run, run_all, run_apart
 from tests.helpers.configs import CONFIGS
 from tests.helpers.released_configs import HF_V3
@@ -109,6 +111,14 @@ def test_json_of_published_figures_variations_and_searches(place: Path) -> None:
     assert all(layout["memory"] <= 80e9 for layout in layouts)
     own = record("toy --hardware mine.toml", place)
     assert own["hardware"] == "mine" and own["layout"]["gpus"] == 1
+
+
+def test_page_of_a_search_plans_the_fastest(place: Path) -> None:
+    command = "deepseek-v3 --gpus 256 --schedule 1f1b --recompute full --search --out found"
+    ((status, _),) = run_all([("dsmini.plan", command)], place)
+    fastest = json.loads((place / "found/plan.json").read_text())["layouts"][0]
+    page = (place / "found/plan.html").read_text()
+    assert status == 0 and f"The fullest GPU needs {in_unit(fastest['memory'], 'B')} of" in re.sub("<[^>]+>", "", page)
 
 
 def test_mistake_is_a_sentence_and_status_2(place: Path) -> None:

@@ -201,6 +201,14 @@ def test_what_is_not_gathered_says_why(subject: Subject, case: str, monkeypatch:
     assert ("some evidence is missing" in "".join(found.warnings)) == found.stopped
 
 
+def test_each_experiment_has_a_share_of_the_time_that_is_left(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence, "all_evidence", lambda *_: [fake("a"), fake("b"), fake("c")])
+    gather(found := nothing_yet(), subject, 600.0)
+    assert [section.finding for section in found.sections] == ["200.0", "300.0", "600.0"]
+
+
 # --- the roofline
 
 
