@@ -104,17 +104,27 @@ def draw(probabilities: Float[Tensor, "b v"], generator: torch.Generator | None 
 
 
 def _top_k(scores: Tensor, k: int) -> Tensor:
-    """Return a mask of the k highest scores of each row. torch.topk alone takes any among equals."""
-    floor = scores.topk(k, -1).values[:, -1:]
-    above, level = scores > floor, scores == floor
-    return above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    """Return a mask of the k highest scores of each row."""
+    return _highest(scores, torch.tensor(k, device=scores.device), scores.topk(k, -1).values[:, -1:])
 
 
 def _top_p(probabilities: Tensor, p: float) -> Tensor:
     """Return a mask of the fewest likeliest tokens of each row that together reach p."""
-    ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = F.pad(ordered.cumsum(-1)[:, :-1], (1, 0))
-    return torch.zeros_like(ids, dtype=torch.bool).scatter_(-1, ids, before < p)
+    # a token with no more than its share of 1 - p is not needed: few are left to be sorted, unless rounding wants all
+    size = int((probabilities > (1 - p) / probabilities.shape[-1]).sum(-1).max())
+    for count in (size, probabilities.shape[-1]):
+        likeliest = probabilities.topk(count, -1).values
+        sums = likeliest.cumsum(-1)
+        if bool((sums[:, -1] >= p).all()):
+            break
+    n = (F.pad(sums[:, :-1], (1, 0)) < p).sum(-1, keepdim=True)
+    return _highest(probabilities, n, likeliest.gather(-1, n - 1))
+
+
+def _highest(x: Tensor, n: Tensor, least: Tensor) -> Tensor:
+    """Return a mask of the n highest numbers of each row, down to `least`, and the first of those that equal it."""
+    above, level = x > least, x == least
+    return above | (level & (level.cumsum(-1) <= n - above.sum(-1, keepdim=True)))
 
 
 def _require_finite(scores: Float[Tensor, "*b v"]) -> None:
