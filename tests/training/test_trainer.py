@@ -12,6 +12,7 @@ from torch import Tensor
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config.schedule import learning_rate_share
 from dsmini.data.corpus import Corpus
+from dsmini.nn.transformer import IGNORE
 from dsmini.training.trainer import Trainer
 from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
 
@@ -50,6 +51,20 @@ def test_training_learns(new_trainer: NewTrainer) -> None:
     losses = [trainer.step().loss for _ in range(20)]
     assert losses[-1] < losses[0] - 0.5
     assert trainer.validate() < before - 0.5
+
+
+@pytest.mark.parametrize("grad_accum", [1, 4])
+def test_loss_is_the_mean_over_targets_that_are_not_ignored(
+    new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch, grad_accum: int
+) -> None:
+    trainer = new_trainer(grad_accum=grad_accum)
+    tokens, targets = trainer.loader.take([(0, 4)])
+    targets = targets.clone()
+    targets[0], targets[1, :5] = IGNORE, IGNORE
+    with torch.no_grad():
+        want = trainer.model.losses(tokens, targets).main
+    monkeypatch.setattr(trainer.loader, "take", lambda requests: (tokens, targets))
+    assert trainer.step().loss == pytest.approx(float(want), rel=1e-5)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
