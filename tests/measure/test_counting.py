@@ -143,6 +143,8 @@ def test_a_cache_keeps_what_was_used_last() -> None:
         with Count(room) as counted:
             results = [x.sum() for x in order]
         assert [op.cold < 4000 for op in counted.operations] == list(warm)
+        of_last = {results[-1].data_ptr(): 4, order[-1].data_ptr(): 0 if warm[-1] else order[-1].nbytes}
+        assert counted.cold_parts == of_last, "of the last operation alone"
         del results
 
 
