@@ -102,6 +102,10 @@ def answer(
     busy = 0.0 if prices is None else max(prices.busy, prices.roofs.busy)
     if busy > BUSY:
         found.warnings.append(f"{BUSY_WORDS.format(busy).capitalize()}.")
+    if prices is None and device.type == "cpu":
+        found.warnings.append(
+            "Nothing was predicted: this machine's rates are not known; without --quick they are measured."
+        )
     return found
 
 

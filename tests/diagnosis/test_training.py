@@ -481,6 +481,7 @@ def test_quick_diagnosis_gathers_none_and_ends_with_its_time(asked: Sequence[Any
     """Check also steps of 10 s in the 25 s of a quick diagnosis."""
     found = told(True)
     assert not asked and record_of(found)["evidence"] == {} and not found.stopped
+    assert "rates are not known; without --quick they are measured" in found.warnings[-1]
     there = world(computing=10.0)
     record = record_of(told(True, rounds=None))
     assert there.now < 100 and record["outcome"] == "undetermined" and record["step_seconds"] > 9
