@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from dsmini import Transformer, load_pretrained, save_pretrained
-from dsmini.checkpoint.save import parse_size
 from tests.helpers import folders
 from tests.helpers.configs import DSA
 
@@ -158,17 +157,3 @@ def test_config_json_round_trip(tmp_path: Path, small_model: Build, changes: dic
     assert loaded.config == model.config
     tokens = torch.randint(0, 61, (2, 20))
     assert torch.equal(loaded(tokens), model(tokens))
-
-
-def test_sizes_of_files_have_units() -> None:
-    sizes = {
-        7: 7,
-        "7": 7,
-        "5KB": 5000,
-        "1.5 mb": 1_500_000,
-        "5GB": 5 * 10**9,
-        "2KiB": 2048,
-        "2 MiB": 2**21,
-        "3GiB": 3 << 30,
-    }
-    assert {text: parse_size(text) for text in sizes} == sizes

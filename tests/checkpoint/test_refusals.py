@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, Transformer, load_pretrained, save_pretrained
 from dsmini.checkpoint.run_folder import new_run_folder
+from dsmini.checkpoint.save import parse_size
 from dsmini.training.origin import find_origin
 from tests.helpers import folders
 from tests.helpers.configs import refusal, written
@@ -333,3 +334,17 @@ def test_model_held_in_fp8_with_nan_is_not_saved(tmp_path: Path, fp8: Path) -> N
     model = load_pretrained(fp8, fp8="keep")
     model.state_dict()["layers.1.ffn.experts.w3"].view(torch.uint8)[3, 0, 0] = 0xFF
     assert refusal(save_pretrained, model, tmp_path / "b").startswith(f"{EXPERT} would hold NaN, with which no folder ")
+
+
+def test_sizes_of_files_have_units() -> None:
+    sizes = {
+        7: 7,
+        "7": 7,
+        "5KB": 5000,
+        "1.5 mb": 1_500_000,
+        "5GB": 5 * 10**9,
+        "2KiB": 2048,
+        "2 MiB": 2**21,
+        "3GiB": 3 << 30,
+    }
+    assert {text: parse_size(text) for text in sizes} == sizes

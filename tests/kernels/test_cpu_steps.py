@@ -223,7 +223,8 @@ def test_blocks_that_are_not_whole_calls_are_refused() -> None:
     x, part, past, table, starts = step("wide", [9])
     shared, y = steps._step(x, table, starts), torch.empty(x.shape)  # whose memory the call reads and writes
     call = steps._attention_call(shared, shared.x.data_ptr(), y.data_ptr(), part, past)
-    header, packed = steps._packed("attention", call)
+    packed = build.STRUCTS["attention"].pack(*call)
+    header = build.HEADER.pack(build.BLOCKS.index("attention"), len(packed))
     whole = header + packed
     assert run(whole, len(whole)) == 0 and run(b"", 0) == 0
     for wrong in (whole[:-1], whole[:7], whole + b"x", whole + header, header):

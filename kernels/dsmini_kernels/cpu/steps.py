@@ -130,27 +130,22 @@ def blocks_step(
     x: Tensor, blocks: Sequence[Any], pasts: Sequence[Any], table: tuple[Tensor, Tensor], starts: Tensor
 ) -> tuple[Tensor, ...]:
     """Return x after all blocks, and the four tensors of the routing of each block with a gate."""
-    step, packed = _step(x, table, starts), list[bytes]()
+    step, calls = _step(x, table, starts), list[tuple[str, tuple[Any, ...]]]()
     between, y = step.x.new_empty(2, x.shape[:-1].numel(), x.shape[-1]), torch.empty_like(step.x)
     at, middle, end = step.x.data_ptr(), between[0].data_ptr(), between[1].data_ptr()
     routing = _routing([part for _, part in blocks if "gate" in part.weights], between.shape[1])
     chosen = iter(routing)
     for i, ((attention, part), past) in enumerate(zip(blocks, pasts, strict=True)):
         to = y.data_ptr() if i + 1 == len(blocks) else end
-        entry = "grouped" if _is_grouped(attention) else "attention"
-        packed += _packed(entry, _attention_call(step, at, middle, attention, past))
+        entry = "grouped" if "wk" in attention.weights else "attention"
+        calls.append((entry, _attention_call(step, at, middle, attention, past)))
         of_part = next(chosen) if "gate" in part.weights else ()
         call = _feed_forward_call(step.threads, between.shape[1:], middle, to, part, of_part)
-        packed += _packed("feed_forward", call)
+        calls.append(("feed_forward", call))
         at = to
+    packed = (HEADER.pack(BLOCKS.index(e), STRUCTS[e].size) + STRUCTS[e].pack(*call) for e, call in calls)
     enter("blocks", b"".join(packed))
     return (y, *(t for of_part in routing for t in of_part))
-
-
-def _packed(entry: str, call: Sequence[Any]) -> tuple[bytes, bytes]:
-    """Return a call as `dsmini_blocks` reads it: which entry, how many bytes, and these."""
-    struct = STRUCTS[entry]
-    return HEADER.pack(BLOCKS.index(entry), struct.size), struct.pack(*call)
 
 
 def _attention_call(step: _Step, x: int, y: int, part: Any, past: Any) -> tuple[Any, ...]:
@@ -159,9 +154,9 @@ def _attention_call(step: _Step, x: int, y: int, part: Any, past: Any) -> tuple[
     sizes, norms, weights, numbers = part.prepared.get("cpu") or _prepared_attention(part)
     if data.dtype not in CACHE_TYPES or not data.is_contiguous() or not data.is_cpu:
         raise Unserved(f"a cache of {data.dtype} on {data.device} that may not be contiguous")
-    if data.dtype == torch.uint8 and _is_grouped(part):
+    if data.dtype == torch.uint8 and "wk" in part.weights:
         raise Unserved("keys and values in FP8")
-    index = () if _is_grouped(part) else _index_call(part, past.store.index)
+    index = () if "wk" in part.weights else _index_call(part, past.store.index)
     return (
         *(step.threads, *step.x.shape, *sizes, x, nbytes, y, nbytes, *norms, *step.angles, *span(data)),
         *(CACHE_TYPES[data.dtype], data.shape[2] * data.element_size(), data.shape[1], *step.starts),
@@ -207,10 +202,6 @@ def _feed_forward_call(
     return (threads, n, m, *sizes, x, 4 * n * m, y, 4 * n * m, *inputs, *at, *outs, *weights, *numbers)
 
 
-def _is_grouped(part: Any) -> bool:
-    return "wk" in part.weights
-
-
 Prepared = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[float, ...]]
 """Sizes, addresses and bytes of vectors, matrices, and numbers. The part keeps the tensors where they are."""
 
@@ -218,7 +209,7 @@ Prepared = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[float,
 def _prepared_attention(part: Any) -> Prepared:
     """Describe a part to the C++, once."""
     layer, w, eps = part.layer, part.weights, part.norm.eps
-    if _is_grouped(part):
+    if "wk" in part.weights:
         heads, groups = layer.n_heads, layer.n_kv_heads
         sizes = (groups, heads // groups, w["wk"].shape[0] // groups, w["wv"].shape[0] // groups)
         names, norms, numbers = ("wq", "wk", "wv", "wo"), ("norm",), (layer.scale, eps)
