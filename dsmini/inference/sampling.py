@@ -112,12 +112,12 @@ def _top_p(probabilities: Tensor, p: float) -> Tensor:
     """Return a mask of the fewest likeliest tokens of each row that together reach p."""
     # a token with no more than its share of 1 - p is not needed: few are left to be sorted, unless rounding wants all
     size = int((probabilities > (1 - p) / probabilities.shape[-1]).sum(-1).max())
-    for count in (size, probabilities.shape[-1]):
+    for count in (max(1, size), probabilities.shape[-1]):
         likeliest = probabilities.topk(count, -1).values
         sums = likeliest.cumsum(-1)
         if bool((sums[:, -1] >= p).all()):
             break
-    n = (F.pad(sums[:, :-1], (1, 0)) < p).sum(-1, keepdim=True)
+    n = (F.pad(sums[:, :-1], (1, 0)) < p).sum(-1, keepdim=True).clamp(min=1)
     return _highest(probabilities, n, likeliest.gather(-1, n - 1))
 
 

@@ -485,7 +485,7 @@ inline void products(const Matrix& w, int64_t from, int64_t to, const float* x, 
 
 // The sums over rows [from, from + count) of factor * row, for columns [first, first + width), of n tokens: factors and sums
 // of a token are so many numbers after those of the one before. `first` is a multiple of WIDEST, and `out` has room for
-// round_up(width, WIDEST) numbers of a token. Some rows at a time, so that they are read one after the other, and once.
+// round_up(width, WIDEST) numbers of a token. Eight rows at a time, strip by strip, so that each comes from memory once.
 constexpr int UNITS = 4;
 constexpr int64_t WIDEST = UNITS * UNIT, SOME_ROWS = 8;
 template <class W>
