@@ -105,7 +105,7 @@ def draw(probabilities: Float[Tensor, "b v"], generator: torch.Generator | None 
 
 def _top_k(scores: Tensor, k: int) -> Tensor:
     """Return a mask of the k highest scores of each row."""
-    return _highest(scores, torch.tensor(k, device=scores.device), scores.topk(k, -1).values[:, -1:])
+    return _highest(scores, k, scores.topk(k, -1).values[:, -1:])
 
 
 def _top_p(probabilities: Tensor, p: float) -> Tensor:
@@ -121,7 +121,7 @@ def _top_p(probabilities: Tensor, p: float) -> Tensor:
     return _highest(probabilities, n, likeliest.gather(-1, n - 1))
 
 
-def _highest(x: Tensor, n: Tensor, least: Tensor) -> Tensor:
+def _highest(x: Tensor, n: Tensor | int, least: Tensor) -> Tensor:
     """Return a mask of the n highest numbers of each row, down to `least`, and the first of those that equal it."""
     above, level = x > least, x == least
     return above | (level & (level.cumsum(-1) <= n - above.sum(-1, keepdim=True)))
