@@ -1,11 +1,18 @@
-"""Fast attention in plain PyTorch: causal, as in training and prefill, and of new tokens to a cache."""
+"""Fast attention in plain PyTorch: causal, as in training and prefill, and of new tokens to a cache.
+
+In training there are two more operations with a backward of their own, which kernels can serve. Their forward keeps the
+result y and, of each query, lse = log sum exp(scale q.k). With the gradient dy of y, a pair of query and key adds
+
+    p  = exp(scale q.k - lse),  ds = scale p (dy.v - dy.y),  dq += ds k,  dk += ds q,  dv += p dy
+"""
 
 import functools
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dsmini import ops
@@ -17,6 +24,8 @@ EXPLICIT_UP_TO_BF16 = 1024
 EXPLICIT_UP_TO_COMPILED = 512
 BLOCK = 128
 """Queries whose logits exist at a time."""
+LEAST = 1 << 20
+"""Number of multiplications of a forward below which torch's operations cost no more than those of training."""
 FEW_ROWS = 32
 """Queries of a key head, of all its heads, up to which BF16 products are as fast as FP32 ones on any CPU."""
 SPLIT_FROM, PART = 32 << 20, 8 << 20
@@ -28,6 +37,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = 
     """Compute causal_attention of short sequences on a CPU with explicit logits, else by torch's flash attention."""
     if not q.numel():
         return ops.find("causal_attention").reference(q, k, v, scale, documents)
+    if torch.is_grad_enabled() and (y := train_attention(q, k, v, scale, documents)) is not None:
+        return y
     limit = EXPLICIT_UP_TO_BF16 if q.dtype == torch.bfloat16 else EXPLICIT_UP_TO
     if torch.compiler.is_compiling():
         limit = max(limit, EXPLICIT_UP_TO_COMPILED)
@@ -60,6 +71,68 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents:
         logits = torch.baddbmm(added[..., start:end, :end], q[:, start:end], k[:, :end].mT, alpha=scale)
         blocks.append(logits.softmax(-1) @ v[:, :end])
     return torch.cat(blocks, 1).unflatten(0, (b, h))
+
+
+@ops.operation("trained_attention")
+def trained_attention(
+    q: Float[Tensor, "b h s d"],
+    k: Float[Tensor, "b h s d"],
+    v: Float[Tensor, "b h s v"],
+    scale: float,
+    documents: Int[Tensor, "b s"] | None,
+) -> tuple[Float[Tensor, "b h s v"], Float[Tensor, "b h s"]]:
+    """Return causal_attention, and the logarithm of each query's sum of exponentials."""
+    logits = (q @ k.mT * scale).masked_fill(_mask(documents, q.shape[2], q.device), -torch.inf)
+    return logits.softmax(-1) @ v, logits.logsumexp(-1)
+
+
+@ops.operation("trained_attention_gradients")
+def trained_attention_gradients(
+    grad: Float[Tensor, "b h s v"],
+    q: Float[Tensor, "b h s d"],
+    k: Float[Tensor, "b h s d"],
+    v: Float[Tensor, "b h s v"],
+    y: Float[Tensor, "b h s v"],
+    lse: Float[Tensor, "b h s"],
+    scale: float,
+    documents: Int[Tensor, "b s"] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v."""
+    seen = ~_mask(documents, q.shape[2], q.device)
+    p = (q @ k.mT * scale - lse[..., None]).exp() * seen
+    ds = scale * p * (grad @ v.mT - (grad * y).sum(-1, keepdim=True))
+    return ds @ k, ds.mT @ q, p.mT @ grad
+
+
+class TrainedAttention(torch.autograd.Function):
+    """`causal_attention` by the two operations. First derivatives only."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor:
+        y, lse = trained_attention(q, k, v, scale, documents)
+        ctx.save_for_backward(q, k, v, y, lse, documents)
+        ctx.backend, ctx.scale = ops.chosen(), scale
+        return y
+
+    @staticmethod
+    @ops.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, documents = ctx.saved_tensors
+        # forward ran outside of autocast, or another version would have
+        with ops.use(ctx.backend), torch.autocast(grad.device.type, enabled=False):
+            return *trained_attention_gradients(grad, *saved, ctx.scale, documents), None, None
+
+
+def train_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor | None:
+    """Return causal_attention by a kernel with a backward of its own, or None where none serves this call."""
+    little = q.numel() * q.shape[2] < LEAST
+    if little or any(t.dtype != torch.float32 or not t.requires_grad for t in (q, k, v)):
+        return None
+    if q.shape[0] * q.shape[1] < torch.get_num_threads() or not ops.serves("trained_attention", q):
+        return None  # a head is computed by one thread
+    if torch.is_autocast_enabled(q.device.type):
+        return None
+    return cast(Tensor, TrainedAttention.apply(q, k, v, scale, documents))
 
 
 def _mask(documents: Tensor | None, s: int, device: torch.device) -> Bool[Tensor, "..."]:

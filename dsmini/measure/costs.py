@@ -108,6 +108,46 @@ def _muon(result: Any, matrices: Any, steps: Any, **_: object) -> Cost:
     return Cost(3 * moved, 2 * moved, flops)
 
 
+# attention to the keys of every head
+
+
+def _pairs(q: Tensor, documents: Tensor | None) -> int:
+    """Return the number of pairs of a query and a key that it sees, over sequences and heads."""
+    b, h, s, _ = q.shape
+    if documents is None:
+        return b * h * s * (s + 1) // 2
+    alike = documents[:, :, None] == documents[:, None]
+    return h * int(alike.tril().sum())
+
+
+def _causal_attention(
+    result: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None
+) -> Cost:
+    flops = 2 * _pairs(q, documents) * (q.shape[3] + v.shape[3])
+    return Cost(_nbytes(q, k, v, documents), sum(t.nbytes for t in tensors_in(result)), flops)
+
+
+def _cached_attention(result: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Cost:
+    (b, h, s, d), t = q.shape, k.shape[2]
+    pairs = b * s * t if mask is None else int((~mask).sum()) * (b // len(mask))
+    return Cost(_nbytes(q, k, v, mask), result.nbytes, 2 * h * pairs * (d + v.shape[3]))
+
+
+def _trained_attention_gradients(
+    result: Any,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    scale: float,
+    documents: Tensor | None,
+) -> Cost:
+    flops = 2 * _pairs(q, documents) * (3 * q.shape[3] + 2 * v.shape[3])
+    return Cost(_nbytes(grad, q, k, v, y, lse, documents), _nbytes(q, k, v), flops)
+
+
 # attention to the keys that an indexer chose
 
 
@@ -213,6 +253,10 @@ COSTS: MappingProxyType[str, Callable[..., Cost]] = MappingProxyType(
         "trained_experts": _trained_experts,
         "trained_experts_gradients": _trained_experts_gradients,
         "muon_update": _muon,
+        "causal_attention": _causal_attention,
+        "cached_attention": _cached_attention,
+        "trained_attention": _causal_attention,
+        "trained_attention_gradients": _trained_attention_gradients,
         "topk_keys": _topk_keys,
         "topk_attention": _topk_attention,
         "normed": _normed,

@@ -133,14 +133,19 @@ def test_cost_counts_operands_once_and_products(n: int) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     of_kernels = [case for case in cases(n, torch.float32) if case.operation.name in COSTS]
-    assert {case.operation for case in of_kernels} == {linear, experts}
+    assert {case.operation for case in of_kernels} == {linear, experts, causal_attention, cached_attention}
     for case in of_kernels:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             y = case.operation.reference(*case.arguments)
         cost = cost_of(case.operation.name, y, *case.arguments)
-        unread = 0
+        unread, seen = 0, 1.0
+        if case.operation is causal_attention:
+            of = [[0] * n] if case.arguments[4] is None else case.arguments[4][:1].tolist()
+            seen = sum(of[0][i] == of[0][j] for i in range(n) for j in range(i + 1)) / n**2
+        if case.operation is cached_attention and case.arguments[4] is not None:
+            seen = 1 - case.arguments[4].double().mean().item()
         if case.operation is experts:  # those that no token chose are not read
             indices, matrices = case.arguments[1], case.arguments[3:]
             unread = (len(matrices[0]) - len(indices.unique())) * sum(w[0].nbytes for w in matrices)
-        assert cost.flops == counter.get_total_flops() and cost.written == y.nbytes
+        assert cost.flops == round(counter.get_total_flops() * seen) and cost.written == y.nbytes
         assert cost.read == sum(t.nbytes for t in case.arguments if isinstance(t, Tensor)) - unread

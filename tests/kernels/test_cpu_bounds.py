@@ -59,6 +59,24 @@ def experts(sizes: tuple[int, ...] = (3, 8, 5, 2, 2, 0), less: int = 0, index: i
     return called("experts", 1, *sizes, *spans, *w1[:2], kind, *w1[3:], *w2, *w3)
 
 
+def heads(
+    sizes: tuple[int, ...] = (2, 3, 3, 4, 4, 5, 6, 0, 1, 1),
+    short: int = -1,
+    null: int = -1,
+    stride: int = 0,
+    mask: int = 0,
+) -> int:
+    """Return the same for attention of heads. Array number `short` is a byte too short, `null` is none."""
+    b, h, groups, s, t, d, v, *_ = (2, 3, 3, 4, 4, 5, 6)
+    shapes = ((h, s, d), (groups, t, d), (groups, t, v), (h, s, v), (h, s, v), (h, s, d), (h, t, d), (h, t, v))
+    arrays = [*(torch.zeros(b, *shape) for shape in shapes), torch.zeros(b, h, s), torch.zeros(1, s, t)]
+    spans = [(0 if i == null else x.data_ptr(), x.nbytes - (i == short)) for i, x in enumerate(arrays)]
+    strides = [tuple(4 * n + stride for n in x.stride()[:3]) for x in arrays[:8]]
+    rows = [number for span, of in zip(spans, strides, strict=False) for number in (*span, *of)]
+    hidden = (spans[9][0], spans[9][1] // 4, mask) if mask else (0, 0, 0)
+    return called("heads_attention", 1, *sizes, *rows, *spans[8], *hidden, 0.1)
+
+
 GROUPS = {"ends": ENDS.data_ptr(), "ends_bytes": 16, "groups": 2}
 WRONG: list[tuple[Callable[..., int], str, list[dict[str, Any]]]] = [
     (tiles, "malformed", [{"operation": 3}, {"operation": -1}, {"in": 3}, {"out_type": -1}, {"format": 3}]),
@@ -84,6 +102,19 @@ WRONG: list[tuple[Callable[..., int], str, list[dict[str, Any]]]] = [
     (experts, "", [{"sizes": sizes} for sizes in ((3, 8, 5, 3, 2, 0), (3, 8, 5, 2, 3, 0), (-1, 8, 5, 2, 2, 0))]),
     (experts, "", [{"sizes": sizes} for sizes in ((3, 0, 5, 2, 2, 0), (3, 8, 5, 2, 0, 0), (HUGE, 8, 5, 2, 2, 0))]),
     (experts, "", [{"sizes": (3, 8, 5, 2, 2, 2)}]),
+    (
+        heads,
+        "",
+        [{"short": i} for i in range(9)] + [{"null": i} for i in range(9)] + [{"stride": -HUGE}, {"stride": 1}],
+    ),
+    (heads, "", [{"short": 9, "mask": 1}, {"mask": 3}, {"mask": -1}, {"mask": 2}]),
+    (heads, "", [{"sizes": sizes} for sizes in ((3, 3, 3, 4, 4, 5, 6, 0, 1, 1), (2, 4, 4, 4, 4, 5, 6, 0, 1, 1))]),
+    (heads, "", [{"sizes": sizes} for sizes in ((2, 3, 1, 4, 4, 5, 6, 0, 1, 1), (2, 3, 2, 4, 4, 5, 6, 0, 0, 1))]),
+    (heads, "", [{"sizes": sizes} for sizes in ((2, 3, 3, 5, 4, 5, 6, 0, 1, 1), (2, 3, 3, 4, 5, 5, 6, 0, 1, 1))]),
+    (heads, "", [{"sizes": sizes} for sizes in ((2, 3, 3, 4, 4, 6, 6, 0, 1, 1), (2, 3, 3, 4, 4, 5, 7, 0, 1, 1))]),
+    (heads, "", [{"sizes": sizes} for sizes in ((2, 3, 3, 4, 4, 0, 6, 0, 1, 1), (2, HUGE, 3, 4, 4, 5, 6, 0, 1, 1))]),
+    (heads, "", [{"sizes": sizes} for sizes in ((2, 3, 3, 4, 4, 5, 6, 1, 1, 1), (2, 3, 3, 4, 4, 5, 6, 0, 2, 1))]),
+    (heads, "", [{"sizes": (2, 3, 3, 4, 4, 5, 6, 0, 1, 2)}]),
 ]
 
 

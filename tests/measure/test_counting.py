@@ -168,7 +168,7 @@ CONFIG = dataclasses.replace(TINY, n_layers=3, max_seq_len=512)
 def test_flops_of_a_training_step_are_the_configs(
     seq_len: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Allow 1 % for one block of queries without padding; padding and masks add FLOPs otherwise."""
+    """Allow 1 % for one block of queries without padding, 2 % where a kernel makes logits again, and 40 % otherwise."""
     monkeypatch.setattr(attention, "BLOCK", 128)
     model = randomise(Transformer(CONFIG, compute_dtype=dtype))
     tokens, targets = torch.randint(0, 256, (2, 4, seq_len)).unbind()
@@ -178,4 +178,5 @@ def test_flops_of_a_training_step_are_the_configs(
     )
     assert 1 <= counted.flops / least < 1.4
     if (seq_len, dtype) == (100, torch.float32):
-        assert abs(counted.flops / square - 1) < 0.01
+        kernel = "trained_attention" in {op.name for op in counted.operations}
+        assert abs(counted.flops / (least if kernel else square) - 1) < (0.02 if kernel else 0.01)

@@ -48,9 +48,9 @@ def generate(model: Transformer) -> None:
     ("call", "backend", "files", "functions"),
     [
         (losses, "reference", 10, 42),
-        (losses, None, 18, 65),
+        (losses, None, 18, 67),
         (generate, "reference", 15, 99),
-        (generate, None, 22, 123),
+        (generate, None, 22, 125),
     ],
 )
 def test_few_files_and_functions_run(

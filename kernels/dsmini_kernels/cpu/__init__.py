@@ -5,8 +5,12 @@ from dsmini_kernels.cpu.build import BuildError, library
 from dsmini_kernels.cpu.calls import without_running as without_running
 from dsmini_kernels.cpu.muon import muon_update as muon_update
 from dsmini_kernels.cpu.norms import normed as normed
+from dsmini_kernels.cpu.panels import cached_attention as cached_attention
+from dsmini_kernels.cpu.panels import causal_attention as causal_attention
 from dsmini_kernels.cpu.panels import experts as experts
 from dsmini_kernels.cpu.panels import quantized_experts as quantized_experts
+from dsmini_kernels.cpu.panels import trained_attention as trained_attention
+from dsmini_kernels.cpu.panels import trained_attention_gradients as trained_attention_gradients
 from dsmini_kernels.cpu.panels import trained_experts as trained_experts
 from dsmini_kernels.cpu.panels import trained_experts_gradients as trained_experts_gradients
 from dsmini_kernels.cpu.steps import attention_step as attention_step
@@ -26,6 +30,7 @@ OPERATIONS = (
     *("linear", "quantized_linear", "normed"),
     *("attention_step", "grouped_attention_step", "feed_forward_step", "blocks_step"),
     *("experts", "quantized_experts", "trained_experts", "trained_experts_gradients", "muon_update"),
+    *("causal_attention", "cached_attention", "trained_attention", "trained_attention_gradients"),
     *("topk_keys", "topk_attention"),
 )
 

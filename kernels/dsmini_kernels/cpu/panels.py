@@ -1,4 +1,4 @@
-"""The routed experts for any number of tokens: checks, and the description of a call for the C++."""
+"""Routed experts and attention for any number of tokens: checks, and the descriptions of calls for the C++."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.calls import run
-from dsmini_kernels.cpu.steps import detached, n_threads, weight_matrix
+from dsmini_kernels.cpu.steps import detached, has_bf16_units, n_threads, weight_matrix
 from dsmini_kernels.cpu.tiles import span
 
 LEAST = 1 << 20
@@ -103,3 +103,81 @@ def _run_trained(
 
     numbers = (*call, *(i for t in inputs for i in span(t)), *addresses(kept), *span(dx), *addresses(grads))
     run("trained_experts", (*numbers, *(i for w in matrices for i in weight_matrix(w))))
+
+
+# attention
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
+    """Return softmax(scale q k^T) v over the positions up to each query's own, with FP32 sums.
+
+    Raises: Unserved for other dtypes than FP32, or BF16 where torch multiplies it faster, and for little work.
+    """
+    return _attend((q, k, v), (), None, scale, documents, causal=True)
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Return softmax(scale q k^T) v for queries that see the keys where `mask` is False. Raises as causal_attention."""
+    return _attend((q, k, v), (), None, scale, mask, causal=False)
+
+
+def trained_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return causal_attention, and the logarithm of each query's sum of exponentials."""
+    lse = torch.empty(q.shape[:3])
+    return _attend((q, k, v), (), lse, scale, documents, causal=True), lse
+
+
+def trained_attention_gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    scale: float,
+    documents: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v."""
+    out = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _attend((q, k, v), (y, grad, *out), lse, scale, documents, causal=True)
+    return out
+
+
+def _attend(
+    inputs: Sequence[Tensor],
+    backward: Sequence[Tensor],
+    lse: Tensor | None,
+    scale: float,
+    hidden: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """Return the results of queries, keys and values, or write their gradients.
+
+    Args:
+        backward: the result, its gradient, and where the gradients of the inputs go.
+        hidden: documents [b, s] if causal, else a mask [#b, s, t].
+    """
+    q, k, v = inputs
+    (b, h, s, d), (groups, t) = q.shape, k.shape[1:3]
+    is_bf16 = q.dtype == torch.bfloat16
+    if any(x.dtype != q.dtype for x in inputs) or q.dtype not in (torch.float32, torch.bfloat16):
+        raise Unserved
+    if (is_bf16 and has_bf16_units()) or b * h * s * t * (d + v.shape[3]) < LEAST:
+        raise Unserved
+    if causal and hidden is not None:
+        later = torch.ones(s, s, dtype=torch.bool).triu(1)
+        hidden, causal = later | (hidden[:, :, None] != hidden[:, None]), False
+    # the results of a position's heads lie side by side, as the next product reads them
+    y = backward[0] if backward else q.new_empty(b, s, h, v.shape[3]).transpose(1, 2)
+    held = [detached(x) for x in (*inputs, y, *backward[1:])]
+    held = [x if x.stride(3) == 1 else x.contiguous() for x in held]
+    rows: list[int] = []
+    for x in held:
+        size, strides = x.element_size(), x.stride()[:3]
+        last = sum((n - 1) * stride for n, stride in zip(x.shape[:3], strides, strict=True)) + x.shape[3]
+        rows += (x.data_ptr(), size * last, *(size * stride for stride in strides))
+    hidden = None if hidden is None else hidden.contiguous()
+    sizes = (n_threads(), b, h, groups, s, t, d, v.shape[3], is_bf16, bool(backward), causal)
+    spans = (*rows, *(0,) * (40 - len(rows)), *span(lse), *span(hidden), 0 if hidden is None else len(hidden))
+    run("heads_attention", (*sizes, *spans, scale))
+    return y

@@ -176,6 +176,35 @@ struct TrainedCall {
   Matrix w1, w2, w3;  // FP32
 };
 
+// Rows of heads, [b, h, rows, numbers]. Strides are in bytes.
+struct Heads {
+  char* data;
+  int64_t bytes, batch, head, row;
+  INLINE char* of(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
+  INLINE bool fit(int64_t b, int64_t h, int64_t rows, int64_t row_bytes) const {
+    int64_t end = row_bytes, step;
+    const int64_t counts[] = {b, h, rows}, strides[] = {batch, head, row};
+    for (int i = 0; i < 3; ++i)
+      if (strides[i] < 0 || __builtin_mul_overflow(counts[i] - 1, strides[i], &step) || __builtin_add_overflow(end, step, &end))
+        return false;
+    return data != nullptr && end <= bytes;
+  }
+};
+
+// y = softmax(scale q k^T) v of each head; `h / groups` heads share keys and values. All are FP32 or all BF16. With
+// `causal` the last query sees all keys, and each before it one less. Backward is in FP32, with a group for each head. It reads y, lse and dy, and writes
+// the other gradients.
+struct HeadsCall {
+  int64_t threads;
+  int64_t b, h, groups, s, t, d, v, bf16, backward, causal;
+  Heads q, k, v_rows, y, dy, dq, dk, dv;
+  float* lse;  // [b, h, s]; null: not wanted
+  int64_t lse_bytes;
+  const uint8_t* mask;  // [mask_batch, s, t], 1 for keys that a query does not see; null: it sees all
+  int64_t mask_bytes, mask_batch;
+  double scale;
+};
+
 // `count` matrices [rows, columns] that lie one after the other: parameters, gradients, momenta.
 struct MuonPiece {
   float* p;

@@ -101,6 +101,8 @@ def step_calls(memory: Memory) -> Iterator[tuple[str, tuple[float, ...]]]:
         yield "experts", experts_call(memory, n, weight, bf16)
     for bf16, backward in itertools.product(range(2), range(2)):
         yield "trained_experts", trained_experts_call(memory, bf16, backward)
+    for bf16, backward, hidden in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)):
+        yield "heads_attention", heads_attention_call(memory, bf16, backward, hidden)
     for bf16, (b, s), topk in itertools.product(range(2), ((1, 1), (2, 11)), (7, 150)):
         yield "topk_keys", topk_keys_call(memory, b, s, bf16, topk)
     for bf16, (b, s), (heads, latent) in itertools.product(range(2), ((1, 1), (2, 3)), ((3, 37), (19, 64), (130, 32))):
@@ -209,6 +211,20 @@ def trained_experts_call(memory: Memory, bf16: int, backward: int) -> tuple[floa
     matrices = [number for shape in shapes for number in _matrix(memory, *shape, 0, experts)]
     parts = (*x, *y, *dy, *indices, *weights, *itertools.chain(*pair), *dx, *itertools.chain(*four))
     return (1, n, dim, inter, experts, k, bf16, backward, *parts, *matrices)
+
+
+def heads_attention_call(memory: Memory, bf16: int, backward: int, hidden: int) -> tuple[float, ...]:
+    b, h, s, t, d, v, size = 2, 2, 131, 150, 37, 21, (4, 2)[bf16]
+
+    def heads(rows: int, width: int, wanted: int = 1) -> tuple[int, ...]:
+        (span,) = _spans(memory, wanted * b * h * rows * width * size)
+        return (*span, *(strides * wanted * width * size for strides in (h * rows, 1, h)))
+
+    every = (heads(s, d), heads(t, d), heads(t, v), heads(s, v))
+    gradients = (heads(s, v, backward), heads(s, d, backward), heads(t, d, backward), heads(t, v, backward))
+    lse, mask = _spans(memory, b * h * s * 4, hidden * s * t)
+    sizes = (1, b, h, h, s, t, d, v, bf16, backward, 1 - hidden)
+    return (*sizes, *(number for one in (*every, *gradients) for number in one), *lse, *mask, hidden, 0.1)
 
 
 def topk_keys_call(memory: Memory, b: int, s: int, bf16: int, topk: int) -> tuple[float, ...]:
