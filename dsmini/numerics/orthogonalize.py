@@ -1,7 +1,8 @@
-"""Muon's update of matrices: momentum, Newton-Schulz iterations, and the step.
+"""Muon's update of matrices: momentum, a few iterations towards the polar factor, and the step.
 
-A Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X changes singular values only: each s becomes
-a s + b s^3 + c s^5. A few of them bring all singular values near 1.
+An iteration changes singular values only. Newton-Schulz's X <- a X + b (X X^T) X + c (X X^T)^2 X makes each s
+a s + b s^3 + c s^5; Halley's X <- (a + b X X^T) (1 + c X X^T)^-1 X makes it s (a + b s^2) / (1 + c s^2). A few of them
+bring all singular values near 1.
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,11 @@ from dsmini import ops
 
 
 class NewtonSchulz(NamedTuple):
-    """Coefficients (a, b, c) of each iteration, and the first division of X."""
+    """Coefficients (a, b, c) of each iteration."""
 
     coefficients: tuple[tuple[float, float, float], ...]
-    by_gram: bool = False
-    """X is divided by the root of the Frobenius norm of X X^T, which is closer to the largest singular value than
-    the Frobenius norm of X itself, and never below it."""
+    rational: bool = False
+    """They are Halley's."""
 
 
 JORDAN = NewtonSchulz(((3.4445, -4.7750, 2.0315),) * 5)
@@ -31,25 +31,25 @@ JORDAN = NewtonSchulz(((3.4445, -4.7750, 2.0315),) * 5)
 Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
 """
 
-MIN_SIGMA, SAFETY = 0.003, 1.01
-"""Smallest singular value that POLAR_EXPRESS brings near 1, and the room that it leaves for rounding above 1."""
-POLAR_EXPRESS = NewtonSchulz(
-    (
-        (8.300667, -24.037544, 17.466134),
-        (4.003387, -2.922840, 0.541871),
-        (3.470862, -2.549404, 0.500204),
-        (2.490116, -1.834275, 0.436835),
-    ),
-    by_gram=True,
-)
-"""The odd quintics that are closest to 1, each on the interval that the one before leaves; the first on [MIN_SIGMA, 1].
 
-All but the last take x / SAFETY: beyond its interval a polynomial grows steeply. Singular values from MIN_SIGMA on end
-between 0.79 and 1.21. tests/functional/test_muon.py checks that no others are closer.
+def _weighted_halley(low: float, steps: int) -> NewtonSchulz:
+    """Return the Halley iterations that are closest to 1 on [low, 1], each on the interval that the one before leaves.
 
-Source: Amsel et al. 2025, arXiv 2505.16932, theorem 3.1 and section 3.4. The division by the Gram matrix is ours.
-"""
-NEWTON_SCHULZ = MappingProxyType({"jordan": JORDAN, "polar-express": POLAR_EXPRESS})
+    Source: Nakatsukasa, Bai and Gygi 2010, Optimizing Halley's iteration for computing the matrix polar decomposition.
+    """
+    coefficients = []
+    for _ in range(steps):
+        d = (4 * (1 - low**2) / low**4) ** (1 / 3)
+        a = (1 + d) ** 0.5 + (8 - 4 * d + 8 * (2 - low**2) / (low**2 * (1 + d) ** 0.5)) ** 0.5 / 2
+        b = (a - 1) ** 2 / 4
+        coefficients.append((a, b, a + b - 1))
+        low *= (a + b * low**2) / (1 + (a + b - 1) * low**2)
+    return NewtonSchulz(tuple(coefficients), rational=True)
+
+
+HALLEY = _weighted_halley(1e-3, steps=2)
+"""Singular values above a thousandth of the Frobenius norm end between 0.96 and 1, by a third of JORDAN's products."""
+NEWTON_SCHULZ = MappingProxyType({"jordan": JORDAN, "halley": HALLEY})
 """The choices of train.newton_schulz."""
 
 
@@ -129,7 +129,7 @@ def _(
 
 
 def orthogonalize(g: Float[Tensor, "b o i"], steps: NewtonSchulz = JORDAN) -> Float[Tensor, "b o i"]:
-    """Compute about U V^T for each matrix U S V^T in g, by Newton-Schulz iterations in g's dtype.
+    """Compute about U V^T for each matrix U S V^T in g: Newton-Schulz in g's dtype, Halley in FP32 or FP64.
 
     A small singular value is multiplied by at most the product of all a, Jordan's by 3.4445^5 = 485. So some do not
     reach 1. A matrix of zeros stays one.
@@ -137,12 +137,24 @@ def orthogonalize(g: Float[Tensor, "b o i"], steps: NewtonSchulz = JORDAN) -> Fl
     tall = g.shape[-2] > g.shape[-1]
     x = g.mT if tall else g
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
-    for k, (a, b, c) in enumerate(steps.coefficients):
-        square = x @ x.mT
-        if k == 0 and steps.by_gram:
-            size = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True)
-            size = torch.where(size > 0, size, 1)
-            x, square = x / size.sqrt(), square / size
-        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+    if steps.rational:
+        x = _halley(x.to(torch.promote_types(x.dtype, torch.float32)), steps).to(x.dtype)
+    else:
+        for a, b, c in steps.coefficients:
+            square = x @ x.mT
+            polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+            x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
+
+
+def _halley(x: Float[Tensor, "b o i"], steps: NewtonSchulz) -> Float[Tensor, "b o i"]:
+    """Iterate on X X^T alone, which is small: all factors of X are functions of it, so that they commute."""
+    square = x @ x.mT
+    one = torch.eye(len(square[0]), dtype=x.dtype, device=x.device)
+    product = one
+    for a, b, c in steps.coefficients:
+        # (a + b S) (1 + c S)^-1 = b/c + (a - b/c) (1 + c S)^-1
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(one + c * square)[0])
+        factor = b / c * one + (a - b / c) * inverse
+        product, square = factor @ product, factor @ square @ factor
+    return product @ x

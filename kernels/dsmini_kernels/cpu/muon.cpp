@@ -1,6 +1,6 @@
-// Muon's step for many matrices: momentum, Newton-Schulz iterations, and the parameters. A thread takes a matrix at a
-// time and iterates on it within its own second-level cache. The products X X^T and A A are symmetric: blocks below the
-// diagonal are copied from those above. dsmini/numerics/orthogonalize.py has the equations.
+// Muon's step for many matrices: momentum, iterations of Newton and Schulz or of Halley, and the parameters. A thread
+// takes a matrix at a time and iterates on it within its own second-level cache. Products such as X X^T and A A are
+// symmetric: blocks below the diagonal are copied from those above. dsmini/numerics/orthogonalize.py has the equations.
 //
 // Matrices are cut into square blocks of SIDE numbers. An operand of a product is stored in words along the sum, each an
 // FP32 number or two BF16 numbers. The left one is [sum / SIDE][row][words of SIDE numbers], and the right one is
@@ -98,6 +98,7 @@ struct Iteration {
   bool tall;
   int64_t o, i;  // blocks
   float *x_left, *x_right, *xt_right, *a_left, *a_right, *p_left, *strip, *block, *turned;
+  float *w, *factor, *rows_of_pivot, *columns_of_pivot;  // of Halley's iterations
   int64_t numbers = 0;  // of memory
 
   static constexpr int64_t W = AREA / Word::NUMBERS;  // words of a block
@@ -116,6 +117,9 @@ struct Iteration {
     x_left = take(o * i * W), x_right = apart ? take(o * i * W) : x_left, xt_right = take(o * i * W);
     a_left = take(o * o * W), a_right = apart ? take(o * o * W) : a_left, p_left = take(o * o * W);
     strip = take(o * AREA), block = take(AREA), turned = take(AREA);
+    const int64_t h = c.rational;
+    w = take(h * o * o * W), factor = take(h * o * o * W);
+    rows_of_pivot = take(h * o * W), columns_of_pivot = take(h * o * W);
   }
 
   // The block in row `down` and column `across` of an operand with `height` blocks in a column.
@@ -183,23 +187,16 @@ struct Iteration {
     for (int64_t r = 0; r < SIDE; r += TILE) Word::tile(left + r * ROW, height * W, right, blocks, out + r * SIDE);
   }
 
-  // A = X X^T; returns the sum of squares.
-  double gram() {
-    double squares = 0;
+  // A = X X^T
+  void gram() {
     for (int64_t across = 0; across < o; ++across)
       for (int64_t down = 0; down <= across; ++down) {
         multiply(at(x_left, o, down, 0), o, at(xt_right, i, 0, across), i, block);
-        F sum{};
-        for (int64_t k = 0; k < AREA; k += LANES) sum += load<F>(block + k) * load<F>(block + k);
-        float sums[LANES];
-        store(sums, sum);
-        for (float one : sums) squares += down < across ? 2.0 * one : one;
         put_symmetric(down, across, [&](const float* from, int64_t d, int64_t a) {
           Word::put_left(from, at(a_left, o, d, a));
           if (a_right != a_left) Word::put_right(from, at(a_right, o, d, a));
         });
       }
-    return squares;
   }
 
   template <class Put>
@@ -262,19 +259,101 @@ struct Iteration {
     for (int64_t k = 0; k < rows * columns; ++k) p[k] *= kept;
   }
 
+  // W = -(1 + c A)^-1, by Gauss and Jordan with blocks as pivots, of which none is singular. Each takes -P in the place of
+  // its inverse P, so that W stays symmetric: of blocks below the diagonal none is computed.
+  void invert(float c_) {
+    for (int64_t k = 0; k < o * o * W; ++k) w[k] = c_ * a_left[k];
+    for (int64_t k = 0; k < o * SIDE; ++k) at(w, o, k / SIDE, k / SIDE)[k % SIDE * (SIDE + 1)] += 1;
+    for (int64_t pivot = 0; pivot < o; ++pivot) {
+      float* center = at(w, o, pivot, pivot);
+      invert_block(center);
+      for (int64_t j = 0; j < o; ++j) {  // row of the pivot, and its column times P
+        float *row = rows_of_pivot + j * W, *column = columns_of_pivot + j * W;
+        const float* above = at(w, o, least(j, pivot), j < pivot ? pivot : j);
+        if (j == pivot) continue;
+        transpose(above, turned);
+        memcpy(row, j < pivot ? turned : above, AREA * 4);
+        multiply(j < pivot ? above : turned, 1, center, 1, column);
+      }
+      for (int64_t across = 0; across < o; ++across)
+        for (int64_t down = 0; down <= across; ++down) {
+          if (down == pivot || across == pivot) continue;
+          multiply(columns_of_pivot + down * W, 1, rows_of_pivot + across * W, 1, block);
+          float* here = at(w, o, down, across);
+          for (int64_t k = 0; k < AREA; k += LANES) store(here + k, load<F>(here + k) - load<F>(block + k));
+        }
+      for (int64_t j = 0; j < o; ++j) {
+        if (j < pivot) memcpy(at(w, o, j, pivot), columns_of_pivot + j * W, AREA * 4);
+        if (j > pivot) transpose(columns_of_pivot + j * W, at(w, o, pivot, j));
+      }
+      for (int64_t k = 0; k < AREA; ++k) center[k] = -center[k];
+    }
+  }
+
+  static void invert_block(float* x) {
+    for (int64_t k = 0; k < SIDE; ++k) {
+      float* row = x + k * SIDE;
+      const F scale = splat(1 / row[k]);
+      row[k] = 1;
+      for (int64_t half = 0; half < SIDE; half += LANES) store(row + half, load<F>(row + half) * scale);
+      for (int64_t r = 0; r < SIDE; ++r) {
+        if (r == k) continue;
+        float* other = x + r * SIDE;
+        const F share = splat(other[k]);
+        other[k] = 0;
+        for (int64_t half = 0; half < SIDE; half += LANES)
+          store(other + half, load<F>(other + half) - share * load<F>(row + half));
+      }
+    }
+  }
+
+  // out = left right, which is symmetric; out may be an operand.
+  void symmetric_product(const float* left, const float* right, float* out) {
+    for (int64_t across = 0; across < o; ++across)
+      for (int64_t down = 0; down <= across; ++down)
+        multiply(left + down * W, o, at(const_cast<float*>(right), o, 0, across), o, at(w, o, down, across));
+    for (int64_t across = 0; across < o; ++across)
+      for (int64_t down = 0; down <= across; ++down) {
+        memcpy(at(out, o, down, across), at(w, o, down, across), AREA * 4);
+        if (down < across) transpose(at(w, o, down, across), at(out, o, across, down));
+      }
+  }
+
+  // X <- Q X, where Q is the product of all factors (a + b A) (1 + c A)^-1 = b/c + (a - b/c) (1 + c A)^-1.
+  void halley() {
+    gram();
+    for (int64_t k = 0; k < c.steps; ++k) {
+      const double a = c.coefficients[3 * k], b = c.coefficients[3 * k + 1], d = c.coefficients[3 * k + 2];
+      const float rest = float(b / d), share = float(a - b / d), shrunk = float((a - b / d) / d);
+      invert(float(d));
+      float* product = k == 0 ? p_left : factor;
+      for (int64_t across = 0; across < o; ++across)
+        for (int64_t down = 0; down <= across; ++down) {
+          const float* from = at(w, o, down, across);
+          float *to = at(product, o, down, across), *next = at(a_left, o, down, across);
+          for (int64_t n = 0; n < AREA; ++n) {
+            const float one = down == across && n % (SIDE + 1) == 0;
+            to[n] = rest * one - share * from[n];
+            next[n] = rest * next[n] + shrunk * (one + from[n]);  // A times the factor: A (1 + c A)^-1 = (1 - W) / c
+          }
+          if (down == across) continue;
+          transpose(to, at(product, o, across, down)), transpose(next, at(a_left, o, across, down));
+        }
+      if (k < c.steps - 1) symmetric_product(a_left, product, a_left);
+      if (k > 0) symmetric_product(factor, p_left, p_left);
+    }
+    apply(0, true);
+  }
+
   void run(bool stacked) {
     const double squares = begin(stacked);
     if (squares < 0) return decay();
     read(float(1 / (sqrt(squares) + 1e-7)));
+    if constexpr (Word::NUMBERS == 1)
+      if (c.rational) return halley();
     for (int64_t k = 0; k < c.steps; ++k) {
-      double a = c.coefficients[3 * k], b = c.coefficients[3 * k + 1], d = c.coefficients[3 * k + 2];
-      const double gram_squares = gram();
-      if (k == 0 && c.by_gram && gram_squares != 0) {
-        const double square = sqrt(gram_squares), size = sqrt(square);
-        a /= size, b /= size * square, d /= size * square * square;
-      }
-      polynomial(float(b), float(d));
-      apply(float(a), k == c.steps - 1);
+      gram(), polynomial(float(c.coefficients[3 * k + 1]), float(c.coefficients[3 * k + 2]));
+      apply(float(c.coefficients[3 * k]), k == c.steps - 1);
     }
   }
 };
@@ -300,14 +379,14 @@ bool run_all(const MuonCall& c) {
 
 bool muon(const MuonCall& c) {
 #if BF16_UNITS
-  if (c.bf16 && __builtin_cpu_supports("avx512bf16")) return run_all<Bf16Word>(c);
+  if (c.bf16 && !c.rational && __builtin_cpu_supports("avx512bf16")) return run_all<Bf16Word>(c);
 #endif
   return run_all<Fp32Word>(c);
 }
 
 int64_t check(const MuonCall& c) {
   if (!sizes({c.pieces, c.steps}) || c.steps < 1 || c.steps > 100) return BAD_SHAPE;
-  if (c.bf16 < 0 || c.bf16 > 1 || c.by_gram < 0 || c.by_gram > 1) return BAD_CALL;
+  if (c.bf16 < 0 || c.bf16 > 1 || c.rational < 0 || c.rational > 1) return BAD_CALL;
   if (!within(c.piece, c.piece_bytes, sizeof(MuonPiece), c.pieces) ||
       !within(c.coefficients, c.coefficients_bytes, 24, c.steps))
     return OUT_OF_BOUNDS;

@@ -37,7 +37,7 @@ def muon_update(
     coefficients = Struct(f"={len(flat)}d").pack(*flat)
     held = torch.frombuffer(pieces, dtype=torch.uint8), torch.frombuffer(bytearray(coefficients), dtype=torch.uint8)
     call = (
-        *(n_threads(), matmul_dtype == torch.bfloat16, steps.by_gram, len(matrices.params), len(steps.coefficients)),
+        *(n_threads(), matmul_dtype == torch.bfloat16, steps.rational, len(matrices.params), len(steps.coefficients)),
         *(*span(held[0]), *span(held[1]), lr, momentum, weight_decay),
     )
     run("muon", call)

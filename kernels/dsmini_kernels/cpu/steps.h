@@ -216,11 +216,11 @@ struct MuonPiece {
   int64_t count, rows, columns, stacked;  // of a stack those without gradient only decay
 };
 
-// A step of Muon. An iteration is X <- a X + b (X X^T) X + c (X X^T)^2 X, with FP32 sums of FP32 or BF16 numbers. X is
-// first divided by its Frobenius norm, and with `by_gram` then by the root of that of X X^T.
+// A step of Muon. X is divided by its Frobenius norm. An iteration is X <- a X + b (X X^T) X + c (X X^T)^2 X, with FP32
+// sums of FP32 or BF16 numbers, or if `rational` X <- (a + b X X^T) (1 + c X X^T)^-1 X in FP32.
 struct MuonCall {
   int64_t threads;
-  int64_t bf16, by_gram, pieces, steps;
+  int64_t bf16, rational, pieces, steps;
   const MuonPiece* piece;
   int64_t piece_bytes;
   const double* coefficients;  // [steps, 3]

@@ -107,8 +107,8 @@ def step_calls(memory: Memory) -> Iterator[tuple[str, tuple[float, ...]]]:
         yield "topk_keys", topk_keys_call(memory, b, s, bf16, topk)
     for bf16, (b, s), (heads, latent) in itertools.product(range(2), ((1, 1), (2, 3)), ((3, 37), (19, 64), (130, 32))):
         yield "topk_attention", topk_attention_call(memory, b, s, bf16, heads, latent)
-    for bf16, by_gram in itertools.product(range(2), range(2)):
-        yield "muon", muon_call(memory, bf16, by_gram)
+    for bf16, rational in itertools.product(range(2), range(2)):
+        yield "muon", muon_call(memory, bf16, rational)
 
 
 def linear_call(memory: Memory, n: int, o: int, i: int, weight: int, bf16: int) -> tuple[float, ...]:
@@ -244,7 +244,7 @@ def topk_attention_call(memory: Memory, b: int, s: int, bf16: int, heads: int, l
     return (1, b, s, t, heads, width, latent, k, bf16, *q, *rows, t * row, *picks, *out, 0.1)
 
 
-def muon_call(memory: Memory, bf16: int, by_gram: int) -> tuple[float, ...]:
+def muon_call(memory: Memory, bf16: int, rational: int) -> tuple[float, ...]:
     pieces = b""
     for count, rows, columns in ((3, 37, 70), (1, 70, 37), (2, 1, 1)):
         spans = _spans(memory, *[count * rows * columns * 4] * 3)
@@ -254,7 +254,7 @@ def muon_call(memory: Memory, bf16: int, by_gram: int) -> tuple[float, ...]:
     table, coefficients = _spans(memory, len(pieces), 2 * 24)
     ctypes.memmove(table[0], pieces, len(pieces))
     ctypes.memmove(coefficients[0], Struct("=6d").pack(*[1.5, -0.5, 0.0] * 2), 48)
-    return (1, bf16, by_gram, 3, 2, *table, *coefficients, 0.1, 0.9, 0.1)
+    return (1, bf16, rational, 3, 2, *table, *coefficients, 0.1, 0.9, 0.1)
 
 
 def _choose(at: int, visits: int, experts: int) -> None:
