@@ -15,7 +15,7 @@ from dsmini.inference.speculative import Drafter, accept, agreed
 from dsmini.nn import Cache, Transformer
 from dsmini.nn.cache import CacheDtype, last_valid
 
-PREFILL = 512
+PREFILL = 2048
 """Number of tokens of each prompt that are read at a time."""
 
 

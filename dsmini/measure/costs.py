@@ -104,7 +104,11 @@ def _muon(result: Any, matrices: Any, steps: Any, **_: object) -> Cost:
     for p in matrices.params:
         o, i = sorted(p.shape[-2:])
         # X X^T and its square are symmetric, so that half of their products is enough
-        flops += p.numel() // (o * i) * len(steps.coefficients) * (o * (o + 1) * (i + o) + 2 * o * o * i)
+        each = len(steps.coefficients) * (o * (o + 1) * (i + o) + 2 * o * o * i)
+        if steps.rational:  # X X^T, inverses, two products between them, and one with X
+            between = len(steps.coefficients) - 1
+            each = o * (o + 1) * (i + 2 * between * o) + (between + 1) * o**3 + 2 * o * o * i
+        flops += p.numel() // (o * i) * each
     return Cost(3 * moved, 2 * moved, flops)
 
 

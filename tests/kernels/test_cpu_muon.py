@@ -87,6 +87,19 @@ def test_fp32_update_is_the_reference(isa: str, shapes: list[tuple[int, ...]], s
 
 
 @pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("rank", [1, 4, 20])
+def test_matrices_of_low_rank_keep_their_directions(isa: str, rank: int, steps: str) -> None:
+    """An expert with few tokens has such a momentum. Rounding, magnified a thousand times, stays small next to them."""
+    torch.manual_seed(rank)
+    grads = [torch.randn(o, rank) @ torch.randn(rank, i) for o, i in ((96, 130), (130, 96), (64, 64))]
+    zeros = [torch.zeros_like(grad) for grad in grads]
+    given = MuonMatrices(params=zeros, grads=grads, momenta=[grad.clone() for grad in grads])
+    got, want = updated(given, STEPS[steps]), exactly(given, STEPS[steps])
+    for a, b in zip(got.params, want.params, strict=True):
+        assert relative_error(a, b) < 0.05
+
+
+@pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("shapes", [s for s in SHAPES if min(s[0]) > 1], ids=str)
 def test_bf16_update_is_as_exact_as_torchs(isa: str, shapes: list[tuple[int, ...]], steps: str) -> None:
     """Its operands are BF16, or FP32 where the CPU multiplies no BF16. Matrices of one row are too few numbers for

@@ -98,7 +98,7 @@ struct Iteration {
   bool tall;
   int64_t o, i;  // blocks
   float *x_left, *x_right, *xt_right, *a_left, *a_right, *p_left, *strip, *block, *turned;
-  float *w, *factor, *rows_of_pivot, *columns_of_pivot;  // of Halley's iterations
+  float *w, *factor, *corners;  // of Halley's iterations
   int64_t numbers = 0;  // of memory
 
   static constexpr int64_t W = AREA / Word::NUMBERS;  // words of a block
@@ -118,8 +118,7 @@ struct Iteration {
     a_left = take(o * o * W), a_right = apart ? take(o * o * W) : a_left, p_left = take(o * o * W);
     strip = take(o * AREA), block = take(AREA), turned = take(AREA);
     const int64_t h = c.rational;
-    w = take(h * o * o * W), factor = take(h * o * o * W);
-    rows_of_pivot = take(h * o * W), columns_of_pivot = take(h * o * W);
+    w = take(h * o * o * W), factor = take(h * o * o * W), corners = take(h * o * W);
   }
 
   // The block in row `down` and column `across` of an operand with `height` blocks in a column.
@@ -259,51 +258,59 @@ struct Iteration {
     for (int64_t k = 0; k < rows * columns; ++k) p[k] *= kept;
   }
 
-  // W = -(1 + c A)^-1, by Gauss and Jordan with blocks as pivots, of which none is singular. Each takes -P in the place of
-  // its inverse P, so that W stays symmetric: of blocks below the diagonal none is computed.
+  // W = (1 + c A)^-1 = Z^T Z, where Z is the inverse of Cholesky's factor L. An inverse without factors, as Gauss and Jordan
+  // make it, is not exact enough where A has large and small singular values.
   void invert(float c_) {
     for (int64_t k = 0; k < o * o * W; ++k) w[k] = c_ * a_left[k];
     for (int64_t k = 0; k < o * SIDE; ++k) at(w, o, k / SIDE, k / SIDE)[k % SIDE * (SIDE + 1)] += 1;
-    for (int64_t pivot = 0; pivot < o; ++pivot) {
-      float* center = at(w, o, pivot, pivot);
-      invert_block(center);
-      for (int64_t j = 0; j < o; ++j) {  // row of the pivot, and its column times P
-        float *row = rows_of_pivot + j * W, *column = columns_of_pivot + j * W;
-        const float* above = at(w, o, least(j, pivot), j < pivot ? pivot : j);
-        if (j == pivot) continue;
-        transpose(above, turned);
-        memcpy(row, j < pivot ? turned : above, AREA * 4);
-        multiply(j < pivot ? above : turned, 1, center, 1, column);
+    float* z = factor;  // Z, and Z^T above the diagonal; its own blocks on the diagonal turned are in `corners`
+    const auto subtract = [&](const float* left, const float* right, int64_t blocks, float* from) {
+      multiply(left, o, right, blocks, block);
+      for (int64_t k = 0; k < AREA; k += LANES) store(from + k, load<F>(from + k) - load<F>(block + k));
+    };
+    for (int64_t k = 0; k < o; ++k) {  // L below the diagonal of W, L^T above it
+      invert_factor(at(w, o, k, k), at(z, o, k, k));
+      transpose(at(z, o, k, k), corners + k * W);
+      for (int64_t i = k + 1; i < o; ++i) {
+        multiply(at(w, o, i, k), o, corners + k * W, 1, block);
+        memcpy(at(w, o, i, k), block, AREA * 4), transpose(block, at(w, o, k, i));
       }
-      for (int64_t across = 0; across < o; ++across)
-        for (int64_t down = 0; down <= across; ++down) {
-          if (down == pivot || across == pivot) continue;
-          multiply(columns_of_pivot + down * W, 1, rows_of_pivot + across * W, 1, block);
-          float* here = at(w, o, down, across);
-          for (int64_t k = 0; k < AREA; k += LANES) store(here + k, load<F>(here + k) - load<F>(block + k));
-        }
-      for (int64_t j = 0; j < o; ++j) {
-        if (j < pivot) memcpy(at(w, o, j, pivot), columns_of_pivot + j * W, AREA * 4);
-        if (j > pivot) transpose(columns_of_pivot + j * W, at(w, o, pivot, j));
-      }
-      for (int64_t k = 0; k < AREA; ++k) center[k] = -center[k];
+      for (int64_t j = k + 1; j < o; ++j)
+        for (int64_t i = j; i < o; ++i) subtract(at(w, o, i, k), at(w, o, k, j), 1, at(w, o, i, j));
     }
+    for (int64_t k = 0; k < o; ++k)
+      for (int64_t i = k + 1; i < o; ++i) {  // L Z = 1
+        memset(strip, 0, AREA * 4);
+        subtract(at(w, o, i, k), at(z, o, k, k), i - k, strip);
+        multiply(at(z, o, i, i), o, strip, 1, at(z, o, i, k));
+        transpose(at(z, o, i, k), at(z, o, k, i));
+      }
+    for (int64_t across = 0; across < o; ++across)
+      for (int64_t down = 0; down <= across; ++down) {
+        float* to = at(w, o, down, across);
+        multiply(down == across ? corners + down * W : at(z, o, down, across), o, at(z, o, across, across), 1, to);
+        if (across + 1 == o) continue;
+        multiply(at(z, o, down, across + 1), o, at(z, o, across + 1, across), o - across - 1, block);
+        for (int64_t k = 0; k < AREA; k += LANES) store(to + k, load<F>(to + k) + load<F>(block + k));
+      }
   }
 
-  static void invert_block(float* x) {
+  // The inverse of Cholesky's factor of a block, by elimination: what turns the block into L^T turns 1 into it.
+  static void invert_factor(float* x, float* out) {
+    memset(out, 0, AREA * 4);
+    for (int64_t k = 0; k < SIDE; ++k) out[k * (SIDE + 1)] = 1;
     for (int64_t k = 0; k < SIDE; ++k) {
-      float* row = x + k * SIDE;
-      const F scale = splat(1 / row[k]);
-      row[k] = 1;
-      for (int64_t half = 0; half < SIDE; half += LANES) store(row + half, load<F>(row + half) * scale);
-      for (int64_t r = 0; r < SIDE; ++r) {
-        if (r == k) continue;
-        float* other = x + r * SIDE;
-        const F share = splat(other[k]);
-        other[k] = 0;
-        for (int64_t half = 0; half < SIDE; half += LANES)
-          store(other + half, load<F>(other + half) - share * load<F>(row + half));
+      const float* pivot = x + k * SIDE;
+      float* made = out + k * SIDE;
+      for (int64_t r = k + 1; r < SIDE; ++r) {
+        const F share = splat(x[r * SIDE + k] / pivot[k]);
+        for (int64_t half = 0; half < SIDE; half += LANES) {
+          float *a = x + r * SIDE + half, *b = out + r * SIDE + half;
+          store(a, load<F>(a) - share * load<F>(pivot + half)), store(b, load<F>(b) - share * load<F>(made + half));
+        }
       }
+      const F scale = splat(1 / sqrtf(pivot[k]));
+      for (int64_t half = 0; half < SIDE; half += LANES) store(made + half, load<F>(made + half) * scale);
     }
   }
 
@@ -333,8 +340,8 @@ struct Iteration {
           float *to = at(product, o, down, across), *next = at(a_left, o, down, across);
           for (int64_t n = 0; n < AREA; ++n) {
             const float one = down == across && n % (SIDE + 1) == 0;
-            to[n] = rest * one - share * from[n];
-            next[n] = rest * next[n] + shrunk * (one + from[n]);  // A times the factor: A (1 + c A)^-1 = (1 - W) / c
+            to[n] = rest * one + share * from[n];
+            next[n] = rest * next[n] + shrunk * (one - from[n]);  // A times the factor: A W = (1 - W) / c
           }
           if (down == across) continue;
           transpose(to, at(product, o, across, down)), transpose(next, at(a_left, o, across, down));
