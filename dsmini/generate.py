@@ -173,10 +173,11 @@ def _load(
     """
     from dsmini.checkpoint.load import all_experts, load_pretrained
     from dsmini.checkpoint.training_state import load_run
-    from dsmini.machine import DTYPES, pick_device, pick_dtype
+    from dsmini.machine import DTYPES, keep_freed_memory, pick_device, pick_dtype
     from dsmini.text.chat import Dialogue, TextSide, read_text_side
 
     place = pick_device(device)
+    keep_freed_memory()
     if is_model_folder(path):
         require(not command.average, f"--average is for a training run, and {path} is a model's folder; leave it out")
         side = read_text_side(path, tokenizer=command.tokenizer, chat=command.chat)

@@ -1,5 +1,6 @@
 """The machine at hand: which device and dtype to use, how fast it multiplies, memory, caches and versions."""
 
+import ctypes
 import functools
 import os
 import platform
@@ -121,6 +122,17 @@ def _square_product(size: int, device: torch.device, dtype: torch.dtype) -> Call
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=product)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free for the next ones, which otherwise come from the system page by page.
+
+    Training steps that allocate megabytes at a time take 7 % less (docs/log.md). No effect without glibc.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, 2**31 - 1), libc.mallopt(mmap_threshold, 1 << 30)
 
 
 def synchronize(device: torch.device) -> None:

@@ -33,7 +33,7 @@ from dsmini.data.documents import left_out_in_words, not_utf8_in_words
 from dsmini.distributed.meeting import launched
 from dsmini.distributed.mesh import Mesh, divided_model, fill, local
 from dsmini.distributed.world import World, joined, own_share
-from dsmini.machine import DTYPES, pick_dtype, refuse_too_large
+from dsmini.machine import DTYPES, keep_freed_memory, pick_dtype, refuse_too_large
 from dsmini.nn import Transformer
 from dsmini.reading import read_bytes, read_table
 from dsmini.training.origin import INIT, RunOrigin, absolute, check_resume
@@ -100,6 +100,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
     if config.train.tensorboard:
         require_tensorboard()
     device = own_share(config.train.device, config.train.threads)
+    keep_freed_memory()
     with joined(config.parallel.timeout, device, longest_wait=LONGEST_WAIT) as world, ExitStack() as stack:
         world.refuse_unequal(_options(origin, config))
         world.first(lambda: None if origin.resume else refuse_taken(config.out))
