@@ -70,7 +70,7 @@ HELP = Help(
     usage="SRC DST [FLAGS]",
     examples=(
         "runs/toy-001 exported",
-        "runs/toy-001/checkpoints/step-001600 exported --dtype bfloat16",
+        "runs/toy-001/checkpoints/step-001450 exported --dtype bfloat16",
         "DeepSeek-V2-Lite v2-lite-fp8 --fp8 --shard-size 2GB",
         "runs/toy-001 sparse --dsa",
         "DeepSeek-V3.2 v32-mp8 --layout inference --ranks 8",

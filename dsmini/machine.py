@@ -132,7 +132,8 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, 2**31 - 1), libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 1 << 30)
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """Fields of configs: a dataclass declares the bounds of a value and the effect of a change, and is checked by that.
 
-    steps: int = setting(1600, least=1, most=10**12)
+    steps: int = setting(1450, least=1, most=10**12)
     seed: int = setting(0, least=0, resume="refused")
 
 Each check names the field, its value, what is wanted, and a fix.

@@ -19,7 +19,7 @@ from dsmini.reading import find_config, read_toml
 class TrainConfig:
     """Recipe of a training run. Published values are in DeepSeek-V3's report, section 4.2."""
 
-    steps: int = setting(1600, least=1, most=10**12)
+    steps: int = setting(1450, least=1, most=10**12)
     """Number of optimizer steps."""
     batch_size: int = setting(4, least=1, most=10**9)
     """Number of sequences in an optimizer step."""
@@ -34,13 +34,14 @@ class TrainConfig:
 
     optimizer: Literal["adamw", "muon"] = setting("muon", resume="refused")
     """Optimizer of the matrices in attention, feed-forwards and each expert; AdamW for all else (V3: adamw)."""
-    lr: float = setting(3e-3, above=0)
-    """Peak learning rate of AdamW."""
-    muon_lr: float = setting(0.01, above=0)
+    lr: float | None = setting(None, above=0)
+    """Peak learning rate of AdamW; left out: 0.03 next to Muon, which leaves it the embedding, the head and the norms,
+    and 0.003 where it moves all."""
+    muon_lr: float = setting(0.012, above=0)
     """Peak learning rate of Muon, for an update whose singular values are all about 1."""
     gate_lr: float | None = setting(1e-3, above=0)
     """Peak learning rate of the gates (AdamW); left out: lr. Gates that learn fast fix their choice too early."""
-    lr_schedule: tuple[str, ...] = ("warmup 0.05", "cosine to 0.1")
+    lr_schedule: tuple[str, ...] = ("warmup 0.01", "constant", "linear 0.8 to 0")
     """Phases of the learning rates: "warmup SHARE", "constant SHARE [at LEVEL]", "cosine to LEVEL", "linear to LEVEL".
     SHARE is a share of the steps, LEVEL a share of the peak. The phase without a share takes the other steps."""
     beta1: float = setting(0.9, least=0, below=1)
@@ -49,9 +50,9 @@ class TrainConfig:
     """Decay of AdamW's second moment per step."""
     moments: Literal["float32", "bfloat16"] = setting("float32", resume="refused")
     """Dtype in which AdamW's moments are stored (V3: bfloat16)."""
-    muon_momentum: float = setting(0.95, least=0, below=1)
+    muon_momentum: float = setting(0.9, least=0, below=1)
     """Decay of Muon's momentum per step (Nesterov)."""
-    newton_schulz: Literal["jordan", "halley"] = "jordan"
+    newton_schulz: Literal["jordan", "halley"] = "halley"
     """Iterations of Muon: Jordan's five of Newton and Schulz, or two of Halley, which are closer to the nearest
     orthogonal matrix, and faster on a CPU."""
     weight_decay: float = setting(0.01, least=0)
@@ -130,6 +131,13 @@ class TrainConfig:
         self._check_batch()
         phases = read_phases(self.lr_schedule)
         object.__setattr__(self, "lr_schedule", tuple(map(str, phases)))  # equal schedules have equal texts
+
+    @property
+    def adamw_lr(self) -> float:
+        """Peak learning rate of AdamW."""
+        if self.lr is not None:
+            return self.lr
+        return 0.03 if self.optimizer == "muon" else 0.003
 
     def _check_batch(self) -> None:
         require_multiple("train.batch_size", self.batch_size, "train.grad_accum", self.grad_accum)

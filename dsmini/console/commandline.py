@@ -181,7 +181,7 @@ def short_help(kind: type, prog: str, help: Help, default: Any = None, width: in
 def flags(kind: type, default: Any = None, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield each field of a command: its path, its flag with the default as one would type it, and its docstring.
 
-    A field that is a dataclass yields its own fields: "train.steps", "--train.steps 1600", "Number of optimizer steps."
+    A field that is a dataclass yields its own fields: "train.steps", "--train.steps 1450", "Number of optimizer steps."
     """
     said, hints = field_docstrings(kind), get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -207,7 +207,7 @@ def field_docstrings(kind: type) -> dict[str, str]:
 
 
 def _typed(path: str, value: Any, hint: Any) -> str:
-    """Return a field as one would type it: --train.steps 1600; if None, --data.path PATH; a positional one, RUN."""
+    """Return a field as one would type it: --train.steps 1450; if None, --data.path PATH; a positional one, RUN."""
     flag = "--" + path.replace("_", "-")
     if value is dataclasses.MISSING:
         return path.upper()

@@ -117,10 +117,10 @@ class TrainedAttention(torch.autograd.Function):
     @staticmethod
     @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, documents = ctx.saved_tensors
+        q, k, v, y, lse, documents = ctx.saved_tensors
         # forward ran outside of autocast, or another version would have
         with ops.use(ctx.backend), torch.autocast(grad.device.type, enabled=False):
-            return *trained_attention_gradients(grad, *saved, ctx.scale, documents), None, None
+            return *trained_attention_gradients(grad, q, k, v, y, lse, ctx.scale, documents), None, None
 
 
 def train_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor | None:

@@ -118,7 +118,7 @@ def optimizers(
             kinds["gate" if name.endswith("gate.weight") else kind].append(p)
     groups = []
     for kind, params in kinds.items():
-        lr = config.gate_lr or config.lr if kind == "gate" else config.lr
+        lr = config.gate_lr or config.adamw_lr if kind == "gate" else config.adamw_lr
         decay = config.weight_decay if kind == "matrix" else 0.0
         # the parameters of a group are of one class: divided among processes, or whole
         for divided in dict.fromkeys(type(p.data) for p in params):
@@ -127,9 +127,9 @@ def optimizers(
     betas = (config.beta1, config.beta2)
     adamw: Optimizer
     if config.moments == "bfloat16":
-        adamw = AdamWBF16(groups, lr=config.lr, betas=betas)
+        adamw = AdamWBF16(groups, lr=config.adamw_lr, betas=betas)
     else:
-        adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+        adamw = torch.optim.AdamW(groups, lr=config.adamw_lr, betas=betas, fused=True)
     if not muon:
         return [adamw]
     inner = {"params": muon, "peak_lr": config.muon_lr, "weight_decay": config.weight_decay}

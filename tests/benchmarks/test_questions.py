@@ -200,7 +200,8 @@ def test_every_kernel_is_measured_in_some_step(monkeypatch: pytest.MonkeyPatch) 
         for calls in kernels.calls_of(setting(), step, dtype).values()
         for call in calls
     }
-    assert found == set(cpu.OPERATIONS) - {"blocks_step"}
+    # a step's blocks are measured one by one; later parts of a prompt run the kernel of its first one
+    assert found == set(cpu.OPERATIONS) - {"blocks_step", "cached_attention"}
 
 
 # --- claims

@@ -30,7 +30,7 @@ PATHS = st.none() | st.sampled_from(["book.txt", "a b/ü.txt", ".", 'quo"te\\', 
 TRAIN: dict[str, st.SearchStrategy[Any]] = {
     "steps": st.integers(1, 10**9),
     "seq_len": st.none() | st.just(3),
-    "lr": ABOVE_0,
+    "lr": st.none() | ABOVE_0,
     "lr_schedule": st.tuples(SHARE.map("warmup {}".format), SHARE.map("cosine to {}".format)),
     "beta1": st.floats(0, 0.999),
     "beta2": st.floats(0, 0.999),

@@ -22,11 +22,15 @@ ROOT = HERE.parents[1]
 # --data.val-fraction: the validation at the end reads the whole held-out part, a tenth of 8 MB by default
 # --train.newton-schulz: version 0.1.0 had these coefficients alone
 EVERY = f"--train.device cpu --train.threads {THREADS} --train.sample-tokens 0 --train.newton-schulz jordan"
-TOY = "--train.steps 20 --train.batch-size 2 --train.dtype float32"
+RECIPE = (
+    "--train.lr 0.003 --train.muon-lr 0.01 --train.muon-momentum 0.95 --train.lr-schedule 'warmup 0.05' 'cosine to 0.1'"
+)
+"""The defaults when the runs were recorded."""
+TOY = f"--train.steps 20 --train.batch-size 2 --train.dtype float32 {RECIPE}"
 TRAIN = {
     "default": f"{TOY} --data.val-fraction 0.0002",
-    "fp8": f"{HERE}/configs/fp8.toml --data.path book.txt --train.dtype float32",
-    "bf16": f"{HERE}/configs/bf16.toml --data.path book.txt",
+    "fp8": f"{HERE}/configs/fp8.toml --data.path book.txt --train.dtype float32 {RECIPE}",
+    "bf16": f"{HERE}/configs/bf16.toml --data.path book.txt {RECIPE}",
     "schedule": f"{HERE}/configs/schedule.toml --data.path book.txt --train.dtype float32",
     "shakespeare": f"{ROOT}/configs/shakespeare.toml --data.path book.txt --train.dtype float32 "
     "--train.steps 20 --train.batch-size 4",
@@ -54,7 +58,7 @@ def prepared(folder: Path) -> Path:
 
 def trained(name: str, folder: Path) -> dict[str, Any]:
     """Train a run in a prepared folder, and return its values."""
-    resume = f"--resume resumed --data.path {shlex.quote(str(HERE / 'old_run/text.txt'))}"
+    resume = f"--resume resumed --data.path {shlex.quote(str(HERE / 'old_run/text.txt'))} --train.newton-schulz jordan"
     succeed("dsmini.train", resume if name == "resumed" else f"{TRAIN[name]} {EVERY} --out '{name}'", folder)
     return run_values(folder / name)
 
