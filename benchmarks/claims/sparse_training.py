@@ -28,6 +28,8 @@ STARTS = {"short": "", "dense": "short", "longer": "dense", "warmup": "fresh", "
 LONG = f"--train.seq-len {CONTEXT} --train.batch-size 1"
 KEYS = f"--model.index-topk {TOPK}"
 GENTLY = "--train.lr 3e-4 --train.muon-lr 1e-3 --train.lr-schedule constant"
+OPTIMIZER = ["--train.muon-momentum", "0.95", "--train.newton-schulz", "jordan"]
+RECIPE = ["--train.lr", "0.003", "--train.muon-lr", "0.01", "--train.lr-schedule", "warmup 0.05", "cosine to 0.1"]
 
 
 def run(trial: Trial, arm: str, flags: Sequence[str]) -> Mapping[str, float]:
@@ -48,7 +50,7 @@ def run(trial: Trial, arm: str, flags: Sequence[str]) -> Mapping[str, float]:
         quick, recipe = trial.setting.quick, "toy-dsa" if arm in ("warmup", "sparse") else "toy"
         text = ["--data.path", str(path), "--data.val-fraction", f"{(len(words) - cut) / len(mixed):.6f}"]
         size = f"--model.max-seq-len {CONTEXT} --model.n-mtp-layers 0 --train.save-every 100 --train.steps".split()
-        every = [*size, str(QUICK_STEPS if quick else STEPS[arm]), *text, *flags]
+        every = [*size, str(QUICK_STEPS if quick else STEPS[arm]), *text, *OPTIMIZER, *flags]
         how = {"start": STARTS[arm], "eval_tokens": 4096 if quick else 10**12}
         found["loss"] = trial.train(arm, recipe, *every, **how)["val_loss"]
         if recipe == "toy-dsa":
@@ -66,8 +68,8 @@ QUESTION = study(
     title="Does a model lose anything when it learns to attend to a few keys?",
     about=__doc__,
     arms={
-        "short": ["--train.seq-len", "256", "--train.batch-size", "16"],
-        "dense": LONG.split(),
+        "short": ["--train.seq-len", "256", "--train.batch-size", "16", *RECIPE],
+        "dense": [*LONG.split(), *RECIPE],
         "longer": f"{LONG} {GENTLY}".split(),
         "fresh": f"--index-n-heads 4 --index-head-dim 32 --index-topk {TOPK}".split(),
         "warmup": f"{LONG} {KEYS} --train.dsa-stage warmup --train.lr 1e-3 --train.lr-schedule constant".split(),

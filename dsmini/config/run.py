@@ -35,8 +35,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = setting("muon", resume="refused")
     """Optimizer of the matrices in attention, feed-forwards and each expert; AdamW for all else (V3: adamw)."""
     lr: float | None = setting(None, above=0)
-    """Peak learning rate of AdamW; left out: 0.03 next to Muon, which leaves it the embedding, the head and the norms,
-    and 0.003 where it moves all."""
+    """Peak learning rate of AdamW; left out: 0.03 of the embedding, the head and the norms next to Muon, else 0.003."""
     muon_lr: float = setting(0.012, above=0)
     """Peak learning rate of Muon, for an update whose singular values are all about 1."""
     gate_lr: float | None = setting(1e-3, above=0)
@@ -134,10 +133,13 @@ class TrainConfig:
 
     @property
     def adamw_lr(self) -> float:
-        """Peak learning rate of AdamW."""
-        if self.lr is not None:
-            return self.lr
-        return 0.03 if self.optimizer == "muon" else 0.003
+        """Peak learning rate of AdamW, but for `table_lr`."""
+        return 0.003 if self.lr is None else self.lr
+
+    @property
+    def table_lr(self) -> float:
+        """Peak learning rate of the embedding, the head and the norms."""
+        return 0.03 if self.lr is None and self.optimizer == "muon" else self.adamw_lr
 
     def _check_batch(self) -> None:
         require_multiple("train.batch_size", self.batch_size, "train.grad_accum", self.grad_accum)

@@ -125,8 +125,9 @@ class TrainedAttention(torch.autograd.Function):
 
 def train_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor | None:
     """Return causal_attention by a kernel with a backward of its own, or None where none serves this call."""
-    little = q.numel() * q.shape[2] < LEAST
-    if little or any(t.dtype != torch.float32 or not t.requires_grad for t in (q, k, v)):
+    if torch.compiler.is_compiling() or q.numel() * q.shape[2] < LEAST:
+        return None
+    if any(t.dtype != torch.float32 or not t.requires_grad for t in (q, k, v)):
         return None
     if q.shape[0] * q.shape[1] < torch.get_num_threads() or not ops.serves("trained_attention", q):
         return None  # a head is computed by one thread

@@ -77,6 +77,7 @@ class Counter(Protocol):
 
 _transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
 """Return the innermost transform of torch.func, or None. torch.compile cannot trace the call."""
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
 _chosen: ContextVar[str | None] = ContextVar("chosen", default=None)
 _counter: ContextVar[Counter | None] = ContextVar("counter", default=None)
 
@@ -341,6 +342,8 @@ def _is_watched(tensor: Tensor) -> bool:
     """
     modes = torch._C._len_torch_dispatch_stack()
     if forward_ad._current_level >= 0:  # a dual tensor has a tangent, which kernels do not see
+        return True
+    if _is_batched(tensor):  # is_grads_batched=True
         return True
     return type(tensor) not in (Tensor, torch.nn.Parameter) or modes > (_counter.get() is not None)
 

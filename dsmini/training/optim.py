@@ -111,15 +111,16 @@ def optimizers(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     by_muon = {name for name, p in named if config.optimizer == "muon" and is_inner_matrix(name, p)}
     muon = owned([p for name, p in named if name in by_muon])
-    kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "norm": [], "gate": []}
+    kinds: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    """Parameters that AdamW moves, by learning rate and weight decay."""
     for name, p in named:
         if name not in by_muon:
-            kind = "norm" if p.dim() <= 1 else "matrix"
-            kinds["gate" if name.endswith("gate.weight") else kind].append(p)
+            is_gate, is_indexer = name.endswith("gate.weight"), ".indexer." in name
+            lr = config.adamw_lr if is_indexer or not by_muon else config.table_lr
+            decay = 0.0 if is_gate or p.dim() <= 1 else config.weight_decay
+            kinds[config.gate_lr or config.adamw_lr if is_gate else lr, decay].append(p)
     groups = []
-    for kind, params in kinds.items():
-        lr = config.gate_lr or config.adamw_lr if kind == "gate" else config.adamw_lr
-        decay = config.weight_decay if kind == "matrix" else 0.0
+    for (lr, decay), params in kinds.items():
         # the parameters of a group are of one class: divided among processes, or whole
         for divided in dict.fromkeys(type(p.data) for p in params):
             alike = [p for p in params if type(p.data) is divided]

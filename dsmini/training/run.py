@@ -265,7 +265,7 @@ class TrainingRun:
     def _why_lost(self) -> str:
         """Return in words what happened, and where to continue with a smaller learning rate."""
         train, step, skipped = self.config.train, self.trainer.steps_done, self.history.skipped_in_a_row
-        lower = f"--train.lr {train.adamw_lr / 2:g}"
+        lower = f"--train.lr {train.table_lr / 2:g}"
         if train.optimizer == "muon":
             lower += f" --train.muon-lr {train.muon_lr / 2:g}"
         before = [folder for folder in checkpoint_folders(self.folder) if checkpoint_step(folder) < step - skipped]

@@ -146,7 +146,7 @@ class Trainer:
             mtp_loss=mtp,
             balance_loss=balance,
             grad_norm=norms[0].item(),
-            lr=train.adamw_lr * share,
+            lr=train.table_lr * share,
             tokens=rows * self.config.seq_len,
             seconds=seconds,
             data_wait=waited / seconds,

@@ -21,9 +21,8 @@ def test_each_halley_step_is_the_best_on_what_the_one_before_leaves() -> None:
     for a, b, c in HALLEY.coefficients:
         x = torch.logspace(math.log10(low), 0, 100_001, dtype=torch.float64)
         y = x * (a + b * x**2) / (1 + c * x**2)
-        inner = y[(y[1:-1] > y[:-2]).nonzero()[-1] + 1]  # the top between the ends
         assert y.max() <= 1 + 1e-9 and abs(y[-1] - 1) < 1e-9
-        assert y[:50_000].max() > 1 - 1e-6 and len(inner)
+        assert y[:50_000].max() > 1 - 1e-6
         assert abs(y.min() - y[0]) < 1e-9, "the ends of the interval are its worst places"
         low = y[0].item()
     assert low > 0.96

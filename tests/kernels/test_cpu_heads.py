@@ -153,3 +153,51 @@ def test_calls_that_torch_serves_better_are_left_to_it(monkeypatch: pytest.Monke
     monkeypatch.setattr(panels, "LEAST", 1 << 20)
     with pytest.raises(Unserved):
         cpu.causal_attention(q, q, q, SCALE)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 1, 3, 2), (2, 3, 0, 1), (3, 1, 0, 2)])
+def test_gradients_go_to_inputs_of_any_layout(leaves: list[Tensor], order: tuple[int, ...]) -> None:
+    """Also gradients with stride 0, several at once, and under another default dtype."""
+    back = [order.index(i) for i in range(4)]
+    odd = [t.detach().permute(order).contiguous().permute(back).requires_grad_() for t in leaves]
+    grads = torch.randn(2, 1, 1, 1, 16).expand(2, 2, 3, 150, 16)
+    want = [exact(*leaves, None, grad)[1:] for grad in grads]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.enable_grad():
+            y = causal_attention(*odd, SCALE)
+        got = [torch.autograd.grad(y, odd, grad, retain_graph=True) for grad in grads]
+        together = torch.autograd.grad(y, odd, grads, is_grads_batched=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for i in range(2):
+        for a, b, c in zip(got[i], want[i], together, strict=True):
+            assert relative_error(a, b) < limit(150) and relative_error(c[i], b) < limit(150)
+
+
+def test_calls_that_do_not_fit_go_to_torch() -> None:
+    q, k = draw(1, 4, 40, 16), draw(1, 2, 60, 16)
+    mask = torch.zeros(1, 40, 60, dtype=torch.bool)
+    assert cpu.cached_attention(q, k, k, SCALE, mask).shape == q.shape
+    for wrong in (
+        (q, k, k[:, :, :50], SCALE, mask),
+        (q, k[..., :8], k, SCALE, mask),
+        (q, k, draw(1, 4, 60, 16), SCALE, mask),
+        (q, draw(1, 3, 60, 16), draw(1, 3, 60, 16), SCALE, mask),
+        (q, k, k, SCALE, mask.long()),
+        (q, k, k, SCALE, mask[:, :39]),
+        (q, k, k, 0.0, mask),
+        (q, k, k, -SCALE, mask),
+        (q[..., :0], k[..., :0], k, SCALE, mask),
+        (q, k, k[..., :0], SCALE, mask),
+    ):
+        with pytest.raises(Unserved):
+            cpu.cached_attention(*wrong)
+    with pytest.raises(Unserved):
+        cpu.causal_attention(q, draw(1, 4, 60, 16), draw(1, 4, 60, 16), SCALE)
+
+
+def test_compiled_training_has_no_kernel_and_no_break(leaves: list[Tensor]) -> None:
+    compiled = torch.compile(lambda *heads: causal_attention(*heads, SCALE), backend="eager", fullgraph=True)
+    with torch.enable_grad():
+        assert relative_error(compiled(*leaves), causal_attention(*leaves, SCALE)) < limit(150)

@@ -40,6 +40,26 @@ def test_each_parameter_has_one_optimizer_and_its_decay(
             assert group["weight_decay"] == (0.0 if is_plain(name) else 0.1), name
 
 
+@pytest.mark.parametrize(
+    ("given", "tables", "indexer", "gate"),
+    [
+        ({}, 0.03, 0.003, 0.001),
+        ({"gate_lr": None}, 0.03, 0.003, 0.003),
+        ({"optimizer": "adamw"}, 0.003, 0.003, 0.001),
+        ({"lr": 0.5, "gate_lr": None}, 0.5, 0.5, 0.5),
+    ],
+)
+def test_left_out_learning_rate_is_larger_for_tables_next_to_muon(
+    small_model: Callable[..., Transformer], given: dict[str, Any], tables: float, indexer: float, gate: float
+) -> None:
+    model = small_model(attention="dsa", index_n_heads=2, index_head_dim=16, index_topk=8)
+    for of in optimizers(model, TrainConfig(**given)):
+        for group in (group for group in of.param_groups if not isinstance(of, Muon)):
+            for name in by_name(model, group["params"]):
+                want = gate if name.endswith("gate.weight") else indexer if ".indexer." in name else tables
+                assert group["peak_lr"] == want, name
+
+
 def test_muon_moves_the_matrices_between_hidden_states(small_model: Callable[..., Transformer]) -> None:
     model = small_model()
     muon, adamw = optimizers(model, TrainConfig(optimizer="muon", muon_lr=0.5, lr=0.25, gate_lr=None))

@@ -57,10 +57,13 @@ struct Head {
   static int64_t columns_of(int64_t width) { return Cut(width).panels * Cut(width).tokens; }
 
   // `count` rows that lie `stride` bytes apart, times a panel: [count, rounded up to four][vectors * LANES].
-  static void times(const char* rows, int64_t stride, int64_t count, const float* panel, int64_t vectors, int64_t k, float* out) {
-    strip<Fp32Words>([&](int64_t r) { return rows + least(r, count - 1) * stride; }, count, panel, vectors, k, 4 * stride, out);
+  static void times(const char* rows, int64_t stride, int64_t count, const float* panel, int64_t vectors, int64_t k,
+                    float* out) {
+    const auto row_of = [&](int64_t r) { return rows + least(r, count - 1) * stride; };
+    strip<Fp32Words>(row_of, count, panel, vectors, k, 4 * stride, out);
   }
-  static void times(const float* rows, int64_t stride, int64_t count, const float* panel, int64_t vectors, int64_t k, float* out) {
+  static void times(const float* rows, int64_t stride, int64_t count, const float* panel, int64_t vectors, int64_t k,
+                    float* out) {
     times(reinterpret_cast<const char*>(rows), 4 * stride, count, panel, vectors, k, out);
   }
 
@@ -141,12 +144,19 @@ struct Head {
   }
 
   // A panel, times a factor of each query if there are some, to rows of queries.
-  void put_rows(const Panel& p, const float* panel, int64_t columns, const F* factors, const Heads& to, int64_t b, int64_t h) const {
+  void put_rows(const Panel& p, const float* panel, int64_t columns, const F* factors, const Heads& to, int64_t b,
+                int64_t h) const {
     for (int64_t v = 0; v < p.vectors; ++v)
       for (int64_t i = 0; i < columns; i += LANES) {
         F block[LANES];
-        for (int64_t r = 0; r < LANES; ++r)
-          block[r] = i + r < columns ? load<F>(panel + ((i + r) * p.vectors + v) * LANES) * (factors ? factors[v] : splat(1.0f)) : F{};
+        for (int64_t r = 0; r < LANES; ++r) {
+          if (i + r < columns) {
+            const F numbers_ = load<F>(panel + ((i + r) * p.vectors + v) * LANES);
+            block[r] = factors == nullptr ? numbers_ : numbers_ * factors[v];
+          } else {
+            block[r] = F{};
+          }
+        }
         transpose(block);
         for (int64_t q_ = 0; q_ < least(LANES, p.count - v * LANES); ++q_)
           put(c.bf16, block[q_], least(LANES, columns - i), to.of(b, h, p.first + v * LANES + q_) + i * size);
@@ -158,11 +168,13 @@ struct Head {
   }
 
   // Columns of `count` rows turned round, to rows of FP32 numbers.
-  void turn_rows(const Heads& from, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width, int64_t row, float* out) const {
+  void turn_rows(const Heads& from, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width, int64_t row,
+                 float* out) const {
     for (int64_t r = 0; r < count; r += LANES)
       for (int64_t i = 0; i < width; i += LANES) {
         F block[LANES];
-        for (int64_t k = 0; k < LANES; ++k) block[k] = r + k < count ? numbers(from.of(b, h, first + r + k), i, width) : F{};
+        for (int64_t k = 0; k < LANES; ++k)
+          block[k] = r + k < count ? numbers(from.of(b, h, first + r + k), i, width) : F{};
         transpose(block);
         for (int64_t k = 0; k < least(LANES, width - i); ++k) store(out + (i + k) * row + r, block[k]);
       }
@@ -275,7 +287,8 @@ struct Head {
   // p and ds of a panel for n keys, as rows of `most` keys from column `at` on; and dq.
   void gradients_of_keys(const Panel& p, int64_t b, int64_t h, int64_t from, int64_t n, int64_t most, int64_t at) const {
     const int64_t width = p.vectors * LANES;
-    for (int64_t r = n; r < most; ++r) memset(weight_rows + r * QUERIES + at, 0, p.count * 4), memset(ds_rows + r * QUERIES + at, 0, p.count * 4);
+    for (int64_t r = n; r < most; ++r)
+      for (float* rows : {weight_rows, ds_rows}) memset(rows + r * QUERIES + at, 0, p.count * 4);
     if (n == 0) return;
     times(c.k.of(b, h, from), c.k.row, n, part(q, p, c.d), p.vectors, c.d, weights);
     hide(p, b, from, n, weights);

@@ -123,7 +123,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor
 
 def trained_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return causal_attention, and the logarithm of each query's sum of exponentials."""
-    lse = torch.empty(q.shape[:3])
+    lse = q.new_empty(q.shape[:3])
     return _attend((q, k, v), (), lse, scale, documents, causal=True), lse
 
 
@@ -138,7 +138,7 @@ def trained_attention_gradients(
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    out = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    out = _heads(q, q.shape[3]), _heads(k, k.shape[3]), _heads(v, v.shape[3])
     _attend((q, k, v), (y, grad, *out), lse, scale, documents, causal=True)
     return out
 
@@ -158,17 +158,20 @@ def _attend(
         hidden: documents [b, s] if causal, else a mask [#b, s, t].
     """
     q, k, v = inputs
-    (b, h, s, d), (groups, t) = q.shape, k.shape[1:3]
-    is_bf16 = q.dtype == torch.bfloat16
-    if any(x.dtype != q.dtype for x in inputs) or q.dtype not in (torch.float32, torch.bfloat16):
+    (b, h, s, d), (groups, t), width = q.shape, k.shape[1:3], v.shape[3]
+    is_bf16, is_fp32 = q.dtype == torch.bfloat16, q.dtype == torch.float32
+    alike = all(x.dtype == q.dtype for x in (*inputs, *backward)) and k.shape == (b, groups, t, d)
+    fits = v.shape == (b, groups, t, width) and h % max(1, groups) == 0 and (t == s or not causal)
+    if not (alike and fits and scale > 0) or not (is_fp32 or (is_bf16 and not has_bf16_units())):
         raise Unserved
-    if (is_bf16 and has_bf16_units()) or b * h * s * t * (d + v.shape[3]) < LEAST:
+    if not d * width or b * h * s * t * (d + width) < LEAST:
         raise Unserved
     if causal and hidden is not None:
-        later = torch.ones(s, s, dtype=torch.bool).triu(1)
+        later = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
         hidden, causal = later | (hidden[:, :, None] != hidden[:, None]), False
-    # the results of a position's heads lie side by side, as the next product reads them
-    y = backward[0] if backward else q.new_empty(b, s, h, v.shape[3]).transpose(1, 2)
+    if hidden is not None and (hidden.dtype != torch.bool or hidden.shape not in ((1, s, t), (b, s, t))):
+        raise Unserved
+    y = backward[0] if backward else _heads(q, width)
     held = [detached(x) for x in (*inputs, y, *backward[1:])]
     held = [x if x.stride(3) == 1 else x.contiguous() for x in held]
     rows: list[int] = []
@@ -177,7 +180,14 @@ def _attend(
         last = sum((n - 1) * stride for n, stride in zip(x.shape[:3], strides, strict=True)) + x.shape[3]
         rows += (x.data_ptr(), size * last, *(size * stride for stride in strides))
     hidden = None if hidden is None else hidden.contiguous()
-    sizes = (n_threads(), b, h, groups, s, t, d, v.shape[3], is_bf16, bool(backward), causal)
+    sizes = (n_threads(), b, h, groups, s, t, d, width, is_bf16, bool(backward), causal)
+    lse = None if lse is None else lse.contiguous()
     spans = (*rows, *(0,) * (40 - len(rows)), *span(lse), *span(hidden), 0 if hidden is None else len(hidden))
     run("heads_attention", (*sizes, *spans, scale))
     return y
+
+
+def _heads(like: Tensor, width: int) -> Tensor:
+    """Return memory for heads, those of a position side by side, as the next product reads them."""
+    b, h, s, _ = like.shape
+    return like.new_empty(b, s, h, width).transpose(1, 2)

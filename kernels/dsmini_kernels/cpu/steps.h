@@ -192,8 +192,8 @@ struct Heads {
 };
 
 // y = softmax(scale q k^T) v of each head; `h / groups` heads share keys and values. All are FP32 or all BF16. With
-// `causal` the last query sees all keys, and each before it one less. Backward is in FP32, with a group for each head. It reads y, lse and dy, and writes
-// the other gradients.
+// `causal` the last query sees all keys, and each before it one less. Backward is in FP32, with a group for each head. It
+// reads y, lse and dy, and writes the other gradients.
 struct HeadsCall {
   int64_t threads;
   int64_t b, h, groups, s, t, d, v, bf16, backward, causal;
