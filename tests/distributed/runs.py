@@ -31,14 +31,16 @@ from tests.helpers.tolerances import FP32_MODEL
 
 CPU = torch.device("cpu")
 TRAIN = TrainConfig(
-    steps=50, batch_size=8, seq_len=16, optimizer="adamw", gate_lr=None, lr=1e-2, bias_speed=0.01, dtype="float32"
+    **{"steps": 50, "batch_size": 8, "seq_len": 16, "optimizer": "adamw", "gate_lr": None, "lr": 1e-2},
+    **{"bias_speed": 0.01, "dtype": "float32", "newton_schulz": "jordan"},
 )
+"""Halley's iteration magnifies the order of sums more than the bounds of layouts allow."""
 STEPS = 8
 RECIPE: dict[str, Any] = {
     **{"steps": STEPS, "eval_every": 3, "eval_tokens": 64, "save_every": 2, "keep": 3, "ema_decay": 0.9},
-    **{"optimizer": "muon", "newton_schulz": "jordan", "batch_size": 12, "sample_tokens": 0},
+    **{"optimizer": "muon", "batch_size": 12, "sample_tokens": 0},
 }
-"""The train config of whole runs. Halley's iteration magnifies the order of sums more than these bounds allow."""
+"""The train config of whole runs."""
 MOVES = 2.0 * TRAIN.lr
 """Most that AdamW moves an element in a step: lr times at most 2 in the first steps."""
 KILLED = -signal.SIGKILL
