@@ -115,10 +115,11 @@ def optimizers(
     """Parameters that AdamW moves, by learning rate and weight decay."""
     for name, p in named:
         if name not in by_muon:
-            is_gate, is_indexer = name.endswith("gate.weight"), ".indexer." in name
-            lr = config.adamw_lr if is_indexer or not by_muon else config.table_lr
-            decay = 0.0 if is_gate or p.dim() <= 1 else config.weight_decay
-            kinds[config.gate_lr or config.adamw_lr if is_gate else lr, decay].append(p)
+            is_gate = name.endswith("gate.weight")
+            lr = config.adamw_lr if ".indexer." in name else config.table_lr
+            if is_gate:
+                lr = config.gate_lr or config.adamw_lr
+            kinds[lr, 0.0 if is_gate or p.dim() <= 1 else config.weight_decay].append(p)
     groups = []
     for (lr, decay), params in kinds.items():
         # the parameters of a group are of one class: divided among processes, or whole

@@ -101,11 +101,11 @@ struct Head {
     const int64_t width = p.vectors * LANES;
     if (c.causal) {
       const int64_t last = p.first + c.t - c.s - from;  // key that the first query sees last
+      I lane;
+      UNROLL for (int l = 0; l < LANES; ++l) lane[l] = l;
       for (int64_t r = last + 1 > 0 ? last + 1 : 0; r < n; ++r)
         for (int64_t i = 0; i < width; i += LANES) {
-          I lane;
-          UNROLL for (int l = 0; l < LANES; ++l) lane[l] = l;
-          F* at = reinterpret_cast<F*>(logits + r * width + i);
+          float* at = logits + r * width + i;
           store(at, lane + splat(int32_t(last + i)) < splat(int32_t(r)) ? splat(-INFINITY) : load<F>(at));
         }
     } else if (c.mask != nullptr) {
