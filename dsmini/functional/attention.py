@@ -39,11 +39,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = 
         return ops.find("causal_attention").reference(q, k, v, scale, documents)
     if torch.is_grad_enabled() and (y := train_attention(q, k, v, scale, documents)) is not None:
         return y
+    dtype, slow = v.dtype, is_slow_bf16(q)
+    if slow and torch.is_grad_enabled():  # the backward of flash attention would multiply in BF16
+        q, k, v, slow = q.float(), k.float(), v.float(), False
     limit = EXPLICIT_UP_TO_BF16 if q.dtype == torch.bfloat16 else EXPLICIT_UP_TO
     if torch.compiler.is_compiling():
         limit = max(limit, EXPLICIT_UP_TO_COMPILED)
-    short = q.is_cpu and q.shape[2] <= limit and not is_slow_bf16(q)  # flash attention multiplies in FP32
-    return (explicit_attention if short else flash_attention)(q, k, v, scale, documents)
+    short = q.is_cpu and q.shape[2] <= limit and not slow  # flash attention multiplies in FP32
+    return (explicit_attention if short else flash_attention)(q, k, v, scale, documents).to(dtype)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
@@ -109,7 +112,8 @@ class TrainedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor:
-        y, lse = trained_attention(q, k, v, scale, documents)
+        y, lse = trained_attention(q.float(), k.float(), v.float(), scale, documents)
+        y = y.to(q.dtype)
         ctx.save_for_backward(q, k, v, y, lse, documents)
         ctx.backend, ctx.scale = ops.chosen(), scale
         return y
@@ -117,17 +121,19 @@ class TrainedAttention(torch.autograd.Function):
     @staticmethod
     @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, lse, documents = ctx.saved_tensors
+        *saved, lse, documents = ctx.saved_tensors
+        wide = [t.float() for t in (grad, *saved)]
         # forward ran outside of autocast, or another version would have
         with ops.use(ctx.backend), torch.autocast(grad.device.type, enabled=False):
-            return *trained_attention_gradients(grad, q, k, v, y, lse, ctx.scale, documents), None, None
+            grads = trained_attention_gradients(*wide, lse, ctx.scale, documents)
+        return *(g.to(grad.dtype) for g in grads), None, None
 
 
 def train_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor | None:
     """Return causal_attention by a kernel with a backward of its own, or None where none serves this call."""
     if torch.compiler.is_compiling() or q.numel() * q.shape[2] < LEAST:
         return None
-    if any(t.dtype != torch.float32 or not t.requires_grad for t in (q, k, v)):
+    if not all((t.dtype == torch.float32 or is_slow_bf16(t)) and t.requires_grad for t in (q, k, v)):
         return None
     if q.shape[0] * q.shape[1] < torch.get_num_threads() or not ops.serves("trained_attention", q):
         return None  # a head is computed by one thread

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import ops
+from dsmini.functional.layers import product_dtype
 
 IGNORE = -100
 """Target of a row that the loss leaves out."""
@@ -31,7 +32,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
         chunk_rows = max(1, CHUNK // weight.shape[0])
-        w = weight.to(hidden.dtype)
+        dtype = product_dtype(hidden)
+        w = weight.to(hidden.dtype).to(dtype)
         need_hidden, need_weight = (with_gradients and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
@@ -39,7 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
-            h, target = hidden[rows], targets[rows]
+            h, target = hidden[rows].to(dtype), targets[rows]
             log_p = F.log_softmax(F.linear(h, w), -1, dtype=wide)
             kept = (target != IGNORE)[:, None]
             index = target.masked_fill(target == IGNORE, 0)[:, None]
@@ -47,9 +49,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is None and grad_weight is None:
                 continue
             p_minus_1 = log_p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=log_p.dtype))
-            grad_logits = (p_minus_1 * kept).to(hidden.dtype)
+            grad_logits = (p_minus_1 * kept).to(dtype)
             if grad_hidden is not None:
-                torch.mm(grad_logits, w, out=grad_hidden[rows])
+                grad_hidden[rows] = grad_logits @ w
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)

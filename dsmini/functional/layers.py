@@ -1,7 +1,7 @@
 """Linears and root mean square normalisation on a CPU, where torch's own are slow.
 
 Without BF16 units a product of several BF16 rows is made in FP32: operands are widened, and sums rounded to BF16 once,
-as such units do. Not in training: autograd would keep the wider operands. RMSNorm has a backward of its own.
+as such units do. In training linears keep the operands in BF16 for their gradients. RMSNorm has a backward of its own.
 """
 
 from typing import Any
@@ -20,6 +20,8 @@ FEW_ROWS = 8
 @ops.eager("linear")
 def _(x: Tensor, weight: Tensor) -> Tensor:
     dtype = product_dtype(x) if x.dtype == torch.bfloat16 else x.dtype
+    if dtype != x.dtype and torch.is_grad_enabled():
+        return _WideLinear.apply(x, weight.to(x.dtype))  # pyright: ignore[reportReturnType]
     return F.linear(x.to(dtype), weight.to(x.dtype).to(dtype)).to(x.dtype)
 
 
@@ -31,14 +33,31 @@ def _(x: Tensor, weight: QuantizedTensor) -> Tensor:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which these rows are multiplied fastest."""
-    many = not torch.is_grad_enabled() and x.shape[:-1].numel() >= FEW_ROWS
-    return torch.float32 if many and is_slow_bf16(x) else x.dtype
+    return torch.float32 if x.shape[:-1].numel() >= FEW_ROWS and is_slow_bf16(x) else x.dtype
 
 
 def is_slow_bf16(x: Tensor) -> bool:
     """Return True for BF16 on a CPU without BF16 units, 2 to 14 times as fast with many rows in FP32 (docs/log.md)."""
     here = x.is_cpu and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
     return here and not machine.multiplies_bf16()
+
+
+class _WideLinear(torch.autograd.Function):
+    """A linear of BF16 rows whose products are made in FP32. First derivatives only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float()).to(x.dtype)
+
+    @staticmethod
+    @ops.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x, weight), wide, (of_x, of_weight) = ctx.saved_tensors, grad.float(), ctx.needs_input_grad
+        return (
+            (wide @ weight.float()).to(x.dtype) if of_x else None,
+            (wide.flatten(0, -2).T @ x.flatten(0, -2).float()).to(weight.dtype) if of_weight else None,
+        )
 
 
 @ops.eager("rms_norm")

@@ -148,13 +148,24 @@ def orthogonalize(g: Float[Tensor, "b o i"], steps: NewtonSchulz = JORDAN) -> Fl
 
 
 def _halley(x: Float[Tensor, "b o i"], steps: NewtonSchulz) -> Float[Tensor, "b o i"]:
-    """Iterate on X X^T alone, which is small: all factors of X are functions of it, so that they commute."""
-    square = x @ x.mT
-    one = torch.eye(len(square[0]), dtype=x.dtype, device=x.device)
-    product = one
+    one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
     for a, b, c in steps.coefficients:
         # (a + b S) (1 + c S)^-1 = b/c + (a - b/c) (1 + c S)^-1
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(one + c * square)[0])
-        factor = b / c * one + (a - b / c) * inverse
-        product, square = factor @ product, factor @ square @ factor
-    return product @ x
+        root = _inverse_root(one + c * (x @ x.mT), one)
+        x = b / c * x + (a - b / c) * (root.mT @ (root @ x))
+    return x
+
+
+def _inverse_root(square: Float[Tensor, "b o o"], one: Float[Tensor, "b o o"]) -> Float[Tensor, "b o o"]:
+    """Return L^-1 of the Cholesky factor L of each positive definite matrix.
+
+    Halves of a matrix are taken apart: products of stacks are faster than torch's small factorisations, one by one.
+    """
+    half = len(square[0]) // 2
+    if half < 16:
+        return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(square)[0], one, upper=False)
+    upper = _inverse_root(square[:, :half, :half], one[:, :half, :half])
+    below = square[:, half:, :half] @ upper.mT
+    lower = _inverse_root(square[:, half:, half:] - below @ below.mT, one[:, half:, half:])
+    rows = torch.cat((upper, torch.zeros_like(below).mT), -1), torch.cat((-(lower @ (below @ upper)), lower), -1)
+    return torch.cat(rows, 1)

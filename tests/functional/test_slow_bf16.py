@@ -1,19 +1,25 @@
 """On CPUs without BF16 units, rows of BF16 numbers are multiplied in FP32."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ops, quantize
 from dsmini.nn import cached_attention
+from dsmini.nn.attention import causal_attention
 from dsmini.nn.fp8 import quantized_experts, quantized_linear
 from dsmini.nn.layers import linear
 from dsmini.nn.mla import absorbed_attention
 from dsmini.nn.moe import experts
+from dsmini.nn.transformer import linear_cross_entropy
 from dsmini.numerics import dense
 from tests.helpers.tolerances import BF16_UNIT, relative_error
+
+aten = torch.ops.aten
 
 
 class Products(TorchDispatchMode):
@@ -24,8 +30,8 @@ class Products(TorchDispatchMode):
         self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default, torch.ops.aten.mm.default):
-            self.dtypes.add(args[-1].dtype)
+        if function.overloadpacket in (aten.bmm, aten.baddbmm, aten.mm, aten._grouped_mm):
+            self.dtypes.add(args[1].dtype)
         return function(*args, **kwargs or {})
 
 
@@ -70,8 +76,52 @@ def test_weights_multiply_bf16_only_where_a_cpu_has_units_for_it(
     want = reference.reference(x.float(), *routing, *(dense(w, torch.bfloat16).float() for w in operands))
     assert got.dtype == torch.bfloat16 and relative_error(got, want) < (4 if units else 1) * BF16_UNIT
     if (name, held) == ("linear", False):
-        with ops.use("eager"), Products() as seen:
-            linear(x, weights[0].requires_grad_())
-            with torch.no_grad():
-                linear(x[:4], weights[0])
-        assert seen.dtypes == {torch.bfloat16}, "autograd would keep wider operands, and few rows save less than a copy"
+        with torch.no_grad(), ops.use("eager"), Products() as seen:
+            linear(x[:4], weights[0])
+        assert seen.dtypes == {torch.bfloat16}, "few rows save less than a copy"
+
+
+TRAINED: dict[str, tuple[Any, list[Tensor], tuple[Any, ...]]] = {
+    "linear": (linear, [torch.randn(2, 40, 24), torch.randn(30, 24)], ()),
+    "experts": (
+        experts,
+        [torch.randn(40, 24), torch.rand(40, 1), *(torch.randn(3, *size) for size in ((16, 24), (24, 16), (16, 24)))],
+        (torch.arange(40)[:, None] % 3,),
+    ),
+    "attention": (causal_attention, [torch.randn(2, 3, 200, n) for n in (24, 24, 16)], (0.3,)),
+    "loss": (linear_cross_entropy, [torch.randn(40, 24), torch.randn(30, 24)], (torch.arange(40) % 30,)),
+}
+"""Operation, operands that learn, and other arguments: the first of experts stands between."""
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("backend", ["eager", None])
+@pytest.mark.parametrize("name", list(TRAINED))
+def test_training_multiplies_bf16_only_where_a_cpu_has_units_for_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, backend: str | None, units: bool
+) -> None:
+    monkeypatch.setattr("dsmini.machine.multiplies_bf16", lambda: units)
+    operation, given, rest = TRAINED[name]
+
+    def gradients(call: Any, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        y = call(leaves[0], *rest, *leaves[1:]) if name == "experts" else call(*leaves, *rest)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) if y.dim() else torch.ones(())
+        return y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))
+
+    # weights are FP32 parameters, and attention has none
+    whole, rounded = (3 if name == "attention" else 1), [t.bfloat16() for t in given]
+    learned = [*rounded[:whole], *(t.float() for t in rounded[whole:])]
+    kept: list[Tensor] = []
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with ops.use("eager"), keep, Products() as seen:
+        gradients(operation, learned)
+    assert (torch.bfloat16 in seen.dtypes) if units else (torch.bfloat16 not in seen.dtypes)
+    if name == "linear":
+        assert {t.dtype for t in kept} == {torch.bfloat16}, "operands are kept as they came"
+    with ops.use(backend) if backend else nullcontext():  # kernels stand back while products are seen
+        got = gradients(operation, learned)
+    want = gradients(operation.reference, [t.double() for t in rounded])
+    for each, wanted, leaf in zip(got[1:], want[1:], learned, strict=True):
+        assert each.dtype == leaf.dtype and relative_error(each, wanted) < (12 if units else 3) * BF16_UNIT
+    assert relative_error(got[0], want[0]) < (4 if units else 1) * BF16_UNIT
