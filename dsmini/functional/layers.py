@@ -1,13 +1,15 @@
 """Linears and root mean square normalisation on a CPU, where torch's own are slow.
 
 Without BF16 units a product of several BF16 rows is made in FP32: operands are widened, and sums rounded to BF16 once,
-as such units do. In training linears keep the operands in BF16 for their gradients. RMSNorm has a backward of its own.
+as such units do. For their gradients linears keep operands in BF16; attention and experts without a kernel keep FP32
+copies. RMSNorm has a backward of its own.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from dsmini import machine, ops
@@ -69,28 +71,48 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(y, weight.shape, weight.to(y.dtype), eps).to(x.dtype)
 
 
+@ops.operation("trained_norm")
+def trained_norm(
+    x: Float[Tensor, "*batch m"], weight: Float[Tensor, " m"], eps: float
+) -> tuple[Float[Tensor, "*batch m"], Float[Tensor, "*batch 1"]]:
+    """Return rms_norm, and each row's 1 / sqrt(mean(x^2) + eps)."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (y * inverse).mul_(weight).to(x.dtype), inverse
+
+
+@ops.operation("trained_norm_gradients")
+def trained_norm_gradients(
+    grad: Float[Tensor, "*batch m"],
+    x: Float[Tensor, "*batch m"],
+    weight: Float[Tensor, " m"],
+    inverse: Float[Tensor, "*batch 1"],
+) -> tuple[Float[Tensor, "*batch m"], Float[Tensor, " m"]]:
+    """Return the gradients of x and of the weight."""
+    unit, wide = x.to(inverse.dtype) * inverse, grad.to(inverse.dtype)
+    product = wide * unit
+    # a matrix-vector product: torch's mean over the last dimension is ten times slower
+    mean = (product @ (weight.to(product.dtype) / x.shape[-1])).unsqueeze(-1)
+    grad_x = (wide * weight).addcmul_(unit, mean, value=-1).mul_(inverse)
+    return grad_x.to(x.dtype), product.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
     """rms_norm for training on a CPU, where torch composes it of slow operations: means over short rows, mixed dtypes.
 
-    This version takes half to two thirds of the time (docs/log.md), and saves x instead of FP32 copies.
+    In plain PyTorch it takes half to two thirds of the time (docs/log.md), and saves x instead of FP32 copies.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, inverse = trained_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (y * inverse).mul_(weight).to(x.dtype)
+        ctx.backend = ops.chosen()
+        return y
 
     @staticmethod
     @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, inverse = ctx.saved_tensors
-        unit, grad = x.to(inverse.dtype) * inverse, grad.to(inverse.dtype)
-        product = grad * unit
-        grad_weight = product.flatten(0, -2).sum(0)
-        # a matrix-vector product: torch's mean over the last dimension is ten times slower
-        mean = (product @ (weight.to(product.dtype) / x.shape[-1])).unsqueeze(-1)
-        grad_x = (grad * weight).addcmul_(unit, mean, value=-1).mul_(inverse)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        with ops.use(ctx.backend), torch.autocast(grad.device.type, enabled=False):
+            return *trained_norm_gradients(grad, *ctx.saved_tensors), None

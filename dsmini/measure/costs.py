@@ -183,6 +183,14 @@ def _normed(result: Any, x: Tensor, norm: Any, y: Tensor | None = None, y_norm: 
     return Cost(inputs * _nbytes(x, norm.weight), inputs * x.nbytes, 0)
 
 
+def _trained_norm(result: Any, x: Tensor, weight: Tensor, eps: float) -> Cost:
+    return Cost(_nbytes(x, weight), _nbytes(*result), 0)
+
+
+def _trained_norm_gradients(result: Any, grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Cost:
+    return Cost(_nbytes(grad, x, weight, inverse), _nbytes(x, weight), 0)
+
+
 def _attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any, starts: Tensor) -> Cost:
     (b, s, _), layer, w = x.shape, part.layer, part.weights
     keys, data = int(starts.sum()) + b * s, cache.store.data
@@ -264,6 +272,8 @@ COSTS: MappingProxyType[str, Callable[..., Cost]] = MappingProxyType(
         "topk_keys": _topk_keys,
         "topk_attention": _topk_attention,
         "normed": _normed,
+        "trained_norm": _trained_norm,
+        "trained_norm_gradients": _trained_norm_gradients,
         "attention_step": _attention_step,
         "grouped_attention_step": _grouped_attention_step,
         "feed_forward_step": _feed_forward_step,

@@ -77,6 +77,13 @@ def heads(
     return called("heads_attention", 1, *sizes, *rows, *spans[8], *hidden, 0.1)
 
 
+def norm(sizes: tuple[int, ...] = (3, 8, 0, 1), short: int = -1, null: int = -1, stride: int = 40) -> int:
+    """Return the same for RMSNorm in training, whose rows lie 40 bytes apart."""
+    arrays = [torch.zeros(n) for n in (28, 8, 3, 24, 24, 8)]
+    x, *others = [(0 if i == null else t.data_ptr(), t.nbytes - (i == short)) for i, t in enumerate(arrays)]
+    return called("trained_norm", 1, *sizes, *x, stride, *(number for span in others for number in span), 0.1)
+
+
 GROUPS = {"ends": ENDS.data_ptr(), "ends_bytes": 16, "groups": 2}
 WRONG: list[tuple[Callable[..., int], str, list[dict[str, Any]]]] = [
     (tiles, "malformed", [{"operation": 3}, {"operation": -1}, {"in": 3}, {"out_type": -1}, {"format": 3}]),
@@ -115,6 +122,14 @@ WRONG: list[tuple[Callable[..., int], str, list[dict[str, Any]]]] = [
     (heads, "", [{"sizes": sizes} for sizes in ((2, 3, 3, 4, 4, 0, 6, 0, 1, 1), (2, HUGE, 3, 4, 4, 5, 6, 0, 1, 1))]),
     (heads, "", [{"sizes": sizes} for sizes in ((2, 3, 3, 4, 4, 5, 6, 1, 1, 1), (2, 3, 3, 4, 4, 5, 6, 0, 2, 1))]),
     (heads, "", [{"sizes": (2, 3, 3, 4, 4, 5, 6, 0, 1, 2)}]),
+    (norm, "beyond", [{"short": i} for i in range(6)] + [{"null": i} for i in range(6)]),
+    (norm, "beyond", [{"stride": stride} for stride in (-40, 28, 41, HUGE)]),
+    (norm, "beyond", [{"sizes": sizes} for sizes in ((4, 8, 0, 1), (3, 9, 0, 1), (HUGE // 2**23, 8, 0, 0))]),
+    (
+        norm,
+        "",
+        [{"sizes": sizes} for sizes in ((0, 8, 0, 1), (3, 0, 0, 1), (HUGE, 8, 0, 1), (3, 8, 2, 1), (3, 8, 0, 2))],
+    ),
 ]
 
 

@@ -134,7 +134,10 @@ def test_training_takes_the_kernel_only_where_it_serves(leaves: list[Tensor], mo
         patch.setattr("dsmini.functional.attention.LEAST", 1 << 30)
         assert "TrainedAttention" not in trained_by(q, k, v), "little work"
     assert "TrainedAttention" not in trained_by(q, k, v.detach()), "a frozen operand"
-    assert "TrainedAttention" not in trained_by(*(t.detach().bfloat16().requires_grad_() for t in leaves))
+    for units in (True, False):
+        monkeypatch.setattr("dsmini.machine.multiplies_bf16", lambda units=units: units)
+        rounded = [t.detach().bfloat16().requires_grad_() for t in leaves]
+        assert ("TrainedAttention" in trained_by(*rounded)) is not units, "BF16 where torch multiplies it"
     with ops.use("eager"):
         assert "TrainedAttention" not in trained_by(q, k, v)
     with torch.autocast("cpu", torch.bfloat16):

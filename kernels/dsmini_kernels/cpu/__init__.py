@@ -5,6 +5,8 @@ from dsmini_kernels.cpu.build import BuildError, library
 from dsmini_kernels.cpu.calls import without_running as without_running
 from dsmini_kernels.cpu.muon import muon_update as muon_update
 from dsmini_kernels.cpu.norms import normed as normed
+from dsmini_kernels.cpu.norms import trained_norm as trained_norm
+from dsmini_kernels.cpu.norms import trained_norm_gradients as trained_norm_gradients
 from dsmini_kernels.cpu.panels import cached_attention as cached_attention
 from dsmini_kernels.cpu.panels import causal_attention as causal_attention
 from dsmini_kernels.cpu.panels import experts as experts
@@ -27,7 +29,7 @@ from dsmini_kernels.cpu.topk import topk_keys as topk_keys
 
 OPERATIONS = (
     *("quantize", "dequantize", "quantize_dequantize"),
-    *("linear", "quantized_linear", "normed"),
+    *("linear", "quantized_linear", "normed", "trained_norm", "trained_norm_gradients"),
     *("attention_step", "grouped_attention_step", "feed_forward_step", "blocks_step"),
     *("experts", "quantized_experts", "trained_experts", "trained_experts_gradients", "muon_update"),
     *("causal_attention", "cached_attention", "trained_attention", "trained_attention_gradients"),

@@ -56,7 +56,7 @@ SOURCES = {
         **SHARED,
         **dict.fromkeys(("library.cpp", "tiles.cpp"), ROUNDING),
         **dict.fromkeys(("experts.cpp", "muon.cpp"), PRODUCTS),
-        "heads_attention.cpp": PRODUCTS,
+        **dict.fromkeys(("heads_attention.cpp", "trained_norm.cpp"), PRODUCTS),
         "trained_experts.cpp": ("-O2", "-ffp-contract=fast"),  # compiled in half the time (docs/log.md)
     },
     "decoding": {
@@ -87,11 +87,12 @@ LAYOUTS = {
     "experts": "=39q",
     "trained_experts": "=56q",
     "heads_attention": "=56qd",
+    "trained_norm": "=18qd",
     "topk_keys": "=20q",
     "topk_attention": "=18qd",
 }
 """Functions of the libraries, and how the call of each is packed: struct Call of tiles.h, and the calls of steps.h."""
-IN_TRAINING = ("tiles", "experts", "trained_experts", "heads_attention", "muon")
+IN_TRAINING = ("tiles", "experts", "trained_experts", "heads_attention", "trained_norm", "muon")
 """Functions of the library for training. The others, and `blocks`, are in that for decoding."""
 STRUCTS = {name: Struct(layout) for name, layout in LAYOUTS.items()}
 BLOCKS = ("attention", "grouped", "feed_forward")

@@ -12,8 +12,6 @@
 #include <cmath>
 #include <type_traits>
 
-#define UNROLL _Pragma("GCC unroll 16")
-
 namespace {
 
 template <int N>

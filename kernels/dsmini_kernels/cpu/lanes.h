@@ -18,6 +18,7 @@
 #else
 #define BF16_UNITS 0
 #endif
+#define UNROLL _Pragma("GCC unroll 16")
 
 namespace {
 
@@ -141,9 +142,9 @@ inline void interleave(F a, F b, F* out) {
 // move: after as many times as LANES has bits, rows are columns.
 inline void transpose(F (&rows)[LANES]) {
   F mixed[LANES];
-  _Pragma("GCC unroll 16") for (int bit = 1; bit < LANES; bit *= 2) {
-    _Pragma("GCC unroll 16") for (int r = 0; r < LANES / 2; ++r) interleave(rows[r], rows[r + LANES / 2], mixed + 2 * r);
-    _Pragma("GCC unroll 16") for (int r = 0; r < LANES; ++r) rows[r] = mixed[r];
+  UNROLL for (int bit = 1; bit < LANES; bit *= 2) {
+    UNROLL for (int r = 0; r < LANES / 2; ++r) interleave(rows[r], rows[r + LANES / 2], mixed + 2 * r);
+    UNROLL for (int r = 0; r < LANES; ++r) rows[r] = mixed[r];
   }
 }
 
@@ -206,6 +207,19 @@ struct Fp16 {
   }
 #endif
 };
+
+// The first n numbers of a vector, from and to where they stay, in FP32 or BF16. Zeros follow in the vector.
+inline F get(bool bf16, const char* x, int64_t n) {
+  char some[4 * LANES] = {};
+  if (n < LANES) memcpy(some, x, n * (bf16 ? 2 : 4)), x = some;
+  return bf16 ? Bf16::get(x) : load<F>(x);
+}
+inline void put(bool bf16, F v, int64_t n, char* out) {
+  if (!bf16) return store_some(reinterpret_cast<float*>(out), v, n);
+  const H rounded = Bf16::put(v != v ? (F)splat(QUIET_NAN) : v, false);
+  if (n == LANES) return store(out, rounded);
+  memcpy(out, &rounded, 2 * n);
+}
 
 // An int32 holds two BF16 numbers, and a shift or a mask makes each an FP32 number. Scales of columns have the same
 // order: of each PAIR of vectors first those of the even numbers, then those of the odd ones.

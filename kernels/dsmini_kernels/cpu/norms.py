@@ -1,4 +1,4 @@
-"""The norm before a product that no step contains: its check, and the description of a call for the C++."""
+"""Norms that no step contains: of few rows before a product, and in training. Checks, and descriptions of calls."""
 
 from typing import Any
 
@@ -29,3 +29,35 @@ def normed(x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) ->
     )
     run("norms", call)
     return out
+
+
+def trained_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x / sqrt(mean(x^2) + eps) * weight in x's dtype, and each row's 1 / sqrt(mean(x^2) + eps)."""
+    inverse = torch.empty(*x.shape[:-1], 1)
+    return _train(x, weight, inverse, eps=eps), inverse
+
+
+def trained_norm_gradients(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the weight."""
+    if grad.dtype != x.dtype or grad.shape != x.shape:
+        raise Unserved(f"a gradient of {grad.dtype} and {list(grad.shape)}")
+    dw = torch.empty_like(weight)
+    return _train(x, weight, inverse.contiguous(), detached(grad).contiguous(), dw), dw
+
+
+def _train(
+    x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor | None = None, dw: Tensor | None = None, eps: float = 0.0
+) -> Tensor:
+    """Return the normed rows and write inverse, or return the gradient of x and write dw."""
+    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32 or not x.numel():
+        raise Unserved(f"{list(x.shape)} numbers of {x.dtype}, and a weight of {weight.dtype}")
+    rows, y, weight = detached(x), torch.empty(x.shape, dtype=x.dtype), detached(weight).contiguous()
+    rows = rows.flatten(0, -2) if x.dim() > 1 else rows[None]
+    (n, dim), size = rows.shape, x.element_size()
+    if rows.stride(1) != 1 or rows.stride(0) < dim or n == 1:  # else they may be apart in memory
+        rows = rows.contiguous()
+    stride = size * (rows.stride(0) if n > 1 else dim)
+    spans = (*span(weight), *span(inverse), *span(y), *span(grad), *span(dw))
+    sizes = n_threads(), n, dim, x.dtype == torch.bfloat16, grad is not None
+    run("trained_norm", (*sizes, rows.data_ptr(), (n - 1) * stride + dim * size, stride, *spans, eps))
+    return y

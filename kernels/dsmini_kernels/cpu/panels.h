@@ -226,14 +226,6 @@ void pack(bool bf16, int64_t columns, int64_t count, int64_t vectors, RowOf row_
     }
 }
 
-// The first n numbers of a vector to where they stay, in FP32 or BF16.
-inline void put(bool bf16, F v, int64_t n, char* out) {
-  if (!bf16) return store_some(reinterpret_cast<float*>(out), v, n);
-  const H rounded = Bf16::put(v != v ? (F)splat(QUIET_NAN) : v, false);
-  if (n == LANES) return store(out, rounded);
-  memcpy(out, &rounded, 2 * n);
-}
-
 // Two BF16 numbers as a word: those of a in the low halves.
 inline U word_of(F a, F b) {
   a = a != a ? (F)splat(QUIET_NAN) : a, b = b != b ? (F)splat(QUIET_NAN) : b;

@@ -65,6 +65,26 @@ struct NormsCall {
   double first_eps, second_eps;
 };
 
+// RMSNorm of rows [n, dim] in training, in FP32 or BF16. Forward writes y and inverse, backward reads inverse and dy, and
+// writes the gradient of x to y, and dw. The rows of x are x_stride bytes apart, all else is contiguous.
+struct TrainedNormCall {
+  int64_t threads;
+  int64_t n, dim, bf16, backward;
+  const char* x;
+  int64_t x_bytes, x_stride;
+  const float* weight;
+  int64_t weight_bytes;
+  float* inverse;  // [n]
+  int64_t inverse_bytes;
+  char* y;
+  int64_t y_bytes;
+  const char* dy;
+  int64_t dy_bytes;
+  float* dw;
+  int64_t dw_bytes;
+  double eps;
+};
+
 // The indexer of an attention: topk 0 where there is none. Its queries read what wq_b reads.
 struct Indexer {
   int64_t heads, width, topk, halves;  // halves: RoPE pairs the halves of the first numbers, not neighbours

@@ -74,12 +74,6 @@ void combine(const TrainedCall& c, const Slots& s, Team& team, bool weighted, ch
   });
 }
 
-F get(bool bf16, const char* x, int64_t n) {  // the first n numbers, of at most a vector
-  char some[4 * LANES] = {};
-  if (n < LANES) memcpy(some, x, n * (bf16 ? 2 : 4)), x = some;
-  return bf16 ? Bf16::get(x) : load<F>(x);
-}
-
 // A thread's work on one expert.
 template <class Words>
 struct Expert {
@@ -91,7 +85,7 @@ struct Expert {
   char *into, *up, *out;  // forward: w1, w3, w2; backward: w1^T, w3^T, w2^T
   float *x, *hidden, *second;  // panels
   char *dg, *du, *h;           // [f, tokens]
-  float *pairs, *turned;       // [tokens, WIDTH] in words; a strip and its transpose
+  float *pairs, *turned;       // panels of [tokens, WIDTH] in words, side by side; a strip and its transpose
   int64_t all = 0;
 
   Expert(const TrainedCall& call, const Slots& slots, int64_t most_, float* memory)
@@ -110,7 +104,7 @@ struct Expert {
     second = take(c.backward ? WIDTH * words_of<Words>(f) : 0);
     const int64_t along = c.backward ? f : 0;
     dg = rows(along, t_row), du = rows(along, t_row), h = rows(along, t_row);
-    pairs = take(c.backward ? WIDTH * words_of<Words>(most) : 0);
+    pairs = take(c.backward ? round_up(c.dim, WIDTH) * words_of<Words>(most) : 0);
     turned = take(LANES * WIDTH);
   }
 
@@ -231,14 +225,16 @@ struct Expert {
     for (int64_t at = 0; at < visits; at += cut.tokens)
       backward_of_tokens(from + at, least(cut.tokens, visits - at), at);
     // gradients of weights, WIDTH columns of x and dy at a time
-    for (int64_t column = 0; column < c.dim; column += WIDTH) {
-      const int64_t width = least(WIDTH, c.dim - column), vectors = divide_up(width, LANES), at = e * c.inter * c.dim;
-      pack_pairs(c.x, from, visits, column, width, false);
-      weight_gradient(dg, visits, vectors, c.dw1 + at + column, width);
-      weight_gradient(du, visits, vectors, c.dw3 + at + column, width);
-      pack_pairs(c.dy, from, visits, column, width, true);
-      turned_gradient(visits, vectors, c.dw2 + at + column * c.inter, width);
-    }
+    const int64_t at = e * c.inter * c.dim;
+    pack_pairs(c.x, from, visits, false);
+    each_panel(visits, [&](const float* panel, int64_t column, int64_t width) {
+      weight_gradient(dg, visits, panel, c.dw1 + at + column, width);
+      weight_gradient(du, visits, panel, c.dw3 + at + column, width);
+    });
+    pack_pairs(c.dy, from, visits, true);
+    each_panel(visits, [&](const float* panel, int64_t column, int64_t width) {
+      turned_gradient(visits, panel, c.dw2 + at + column * c.inter, width);
+    });
   }
 
   void backward_of_tokens(int64_t slot, int64_t count, int64_t at) const {
@@ -278,35 +274,47 @@ struct Expert {
     }
   }
 
-  // Words of pairs of tokens: columns [column, column + width) of their rows, times their weights if `weighted`.
-  void pack_pairs(const char* rows, int64_t from, int64_t visits, int64_t column, int64_t width, bool weighted) const {
-    const int64_t size = c.bf16 ? 2 : 4, vectors = divide_up(width, LANES);
+  // Calls body(panel of pairs, its first column of x, columns).
+  template <class Body>
+  void each_panel(int64_t visits, Body body) const {
+    for (int64_t column = 0; column < c.dim; column += WIDTH)
+      body(pairs + column * words_of<Words>(visits), column, least(WIDTH, c.dim - column));
+  }
+
+  // The panels of an expert's rows, times their weights if `weighted`. Each row is read once, from end to end: rows lie
+  // anywhere, and the pieces of a panel alone are far apart.
+  void pack_pairs(const char* rows, int64_t from, int64_t visits, bool weighted) const {
+    const int64_t size = c.bf16 ? 2 : 4;
     const auto numbers = [&](int64_t t, int64_t i) {
       if (t >= visits) return F{};
-      const F x_ = get(c.bf16, rows + (s.token[from + t] * c.dim + column + i) * size, least(LANES, width - i));
+      const F x_ = get(c.bf16, rows + (s.token[from + t] * c.dim + i) * size, least(LANES, c.dim - i));
       return weighted ? x_ * splat(s.weight[from + t]) : x_;
     };
     for (int64_t word = 0; word < words_of<Words>(visits); ++word)
-      for (int64_t i = 0; i < width; i += LANES) {
-        float* to = pairs + (word * vectors) * LANES + i;
-        if constexpr (NUMBERS == 2)
-          store(to, word_of(numbers(2 * word, i), numbers(2 * word + 1, i)));
-        else
-          store(to, numbers(word, i));
-      }
+      each_panel(visits, [&](float* panel, int64_t column, int64_t width) {
+        float* to = panel + word * round_up(width, LANES);
+        for (int64_t i = 0; i < width; i += LANES) {
+          if constexpr (NUMBERS == 2)
+            store(to + i, word_of(numbers(2 * word, column + i), numbers(2 * word + 1, column + i)));
+          else
+            store(to + i, numbers(word, column + i));
+        }
+      });
   }
 
-  void weight_gradient(const char* rows, int64_t visits, int64_t vectors, float* grad, int64_t width) const {
+  void weight_gradient(const char* rows, int64_t visits, const float* panel, float* grad, int64_t width) const {
+    const int64_t vectors = divide_up(width, LANES);
     for (int64_t row = 0; row < c.inter; row += LANES) {
-      times(rows, row, t_row, pairs, vectors, visits, turned);
+      times(rows, row, t_row, panel, vectors, visits, turned);
       for (int64_t r = 0; r < least(LANES, c.inter - row); ++r)
         memcpy(grad + (row + r) * c.dim, turned + r * vectors * LANES, width * 4);
     }
   }
 
-  void turned_gradient(int64_t visits, int64_t vectors, float* grad, int64_t width) const {
+  void turned_gradient(int64_t visits, const float* panel, float* grad, int64_t width) const {
+    const int64_t vectors = divide_up(width, LANES);
     for (int64_t row = 0; row < c.inter; row += LANES) {
-      times(h, row, t_row, pairs, vectors, visits, turned);
+      times(h, row, t_row, panel, vectors, visits, turned);
       for (int64_t v = 0; v < vectors; ++v) {
         F block[LANES];
         turn(turned, vectors, v, block);

@@ -103,6 +103,8 @@ def step_calls(memory: Memory) -> Iterator[tuple[str, tuple[float, ...]]]:
         yield "trained_experts", trained_experts_call(memory, bf16, backward)
     for bf16, backward, hidden in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)):
         yield "heads_attention", heads_attention_call(memory, bf16, backward, hidden)
+    for bf16, backward in itertools.product(range(2), range(2)):
+        yield "trained_norm", trained_norm_call(memory, bf16, backward)
     for bf16, (b, s), topk in itertools.product(range(2), ((1, 1), (2, 11)), (7, 150)):
         yield "topk_keys", topk_keys_call(memory, b, s, bf16, topk)
     for bf16, (b, s), (heads, latent) in itertools.product(range(2), ((1, 1), (2, 3)), ((3, 37), (19, 64), (130, 32))):
@@ -225,6 +227,14 @@ def heads_attention_call(memory: Memory, bf16: int, backward: int, hidden: int) 
     lse, mask = _spans(memory, b * h * s * 4, hidden * s * t)
     sizes = (1, b, h, h, s, t, d, v, bf16, backward, 1 - hidden)
     return (*sizes, *(number for one in (*every, *gradients) for number in one), *lse, *mask, hidden, 0.1)
+
+
+def trained_norm_call(memory: Memory, bf16: int, backward: int) -> tuple[float, ...]:
+    n, dim, size = 35, 37, (4, 2)[bf16]
+    rows, apart = n * dim * size, dim * size + 6
+    sizes = (n * apart - 6, dim * 4, n * 4, rows, backward * rows, backward * dim * 4)
+    x, *others = _spans(memory, *sizes)
+    return (1, n, dim, bf16, backward, *x, apart, *itertools.chain(*others), 1e-6)
 
 
 def topk_keys_call(memory: Memory, b: int, s: int, bf16: int, topk: int) -> tuple[float, ...]:
