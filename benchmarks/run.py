@@ -52,6 +52,8 @@ class BenchmarksCommand:
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Questions to measure; none: all that take minutes, not hours."""
+    cases: str = ""
+    """Measure only the cases that have this in their names, such as wide of peers."""
     quick: bool = False
     """Small sizes and two minutes; questions that have no time are left out."""
     out: Path = Path("results")
@@ -107,7 +109,8 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[.
         run = run_of(setting, " ".join(args))
         try:
             measure_all(
-                {n: known[n] for n in asked if n not in left_out}, setting, run, writer, command.fresh, left_out
+                *({n: known[n] for n in asked if n not in left_out}, setting, run, writer, command.fresh, left_out),
+                only=command.cases,
             )
         except KeyboardInterrupt:
             interrupted = True
@@ -257,18 +260,20 @@ def measure_all(
     writer: Writer,
     fresh: bool,
     left_out: dict[str, str],
+    only: str = "",
 ) -> None:
     """Measure the cases that are not done, and save each when it is.
 
     Args:
         fresh: measure the others too.
+        only: part of a case's name; others are left out.
         left_out: gets the questions for which --quick has no time, as a whole.
     """
     console, todo, planned = Console(stderr=True), dict[str, list[Case]](), 0
     left = QUICK - spent() if setting.quick else float("inf")
     for name, question in questions.items():
         done = () if fresh else {r.key for r in writer.results.of(name, run.setting) if is_done(r, run)}
-        cases = question.cases(setting)
+        cases = [case for case in question.cases(setting) if only in case.key]
         new = [case for case in cases if case.key not in done]
         if (seconds := sum(case.seconds for case in new)) > left:
             left_out[name] = NO_TIME
@@ -276,6 +281,8 @@ def measure_all(
         todo[name], left, planned = new, left - seconds, planned + len(cases)
     if (there := planned - sum(map(len, todo.values()))) and not setting.quick:
         say(console, f"{there} of {planned} cases are already done; --fresh measures them again")
+    if only and not planned:
+        raise ValueError(f"--cases {only!r} is in no case's name; the report's tables and results.jsonl have the names")
     total, expected = sum(case.seconds for new in todo.values() for case in new), 0.0
     with Progress(console, total, delay=0, line_every=0, refresh_per_second=1) as bar:  # a quiet bar
         for name, new in todo.items():

@@ -29,8 +29,8 @@ if TYPE_CHECKING:  # training loads torch, so it is imported where it is used: -
 class TrainCommand(RunConfig):
     """Train a DeepSeek-style transformer on a text, and see what it learned to write.
 
-    Without arguments: a small model and the source code of Python's standard library. On two cores that takes about 7
-    minutes where the CPU has no BF16 units (AVX2, as in most laptops), and less where it has.
+    Without arguments: a small model and the source code of Python's standard library. That takes about 7 minutes on two
+    cores of a CPU with AVX2.
     A config may come first, a file or the name of one: python -m dsmini.train toy-dense --train.steps 200. Every field
     below can be set, here or in that file: [train] steps = 200.
     Several processes divide a run: torchrun --nproc-per-node 4 -m dsmini.train --parallel.ep 2. See docs/training.md.

@@ -121,12 +121,12 @@ class TrainedAttention(torch.autograd.Function):
     @staticmethod
     @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, lse, documents = ctx.saved_tensors
-        wide = [t.float() for t in (grad, *saved)]
+        dtype, (*saved, lse, documents) = grad.dtype, ctx.saved_tensors
+        grad, q, k, v, y = (t.float() for t in (grad, *saved))
         # forward ran outside of autocast, or another version would have
         with ops.use(ctx.backend), torch.autocast(grad.device.type, enabled=False):
-            grads = trained_attention_gradients(*wide, lse, ctx.scale, documents)
-        return *(g.to(grad.dtype) for g in grads), None, None
+            grads = trained_attention_gradients(grad, q, k, v, y, lse, ctx.scale, documents)
+        return *(g.to(dtype) for g in grads), None, None
 
 
 def train_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor | None:
