@@ -30,7 +30,7 @@ CASES = {
     "tests/checkpoint/test_checkpoint.py -k damaged": 39,
     "tests/training/test_trainer.py -k finite": 18,
     "tests/training/test_trainer.py -k bias": 6,
-    "tests/numerics/test_formats.py tests/properties/test_quantization.py tests/kernels": 1080,
+    "tests/numerics/test_formats.py tests/properties/test_quantization.py tests/kernels": 1127,
     "tests/numerics/test_gemm.py tests/numerics/test_gemm_gradients.py": 58,
     "tests/numerics/test_accumulation.py -k 14_bits": 1,
     "tests/kernels/test_cpu_steps.py tests/inference/test_decoding.py": 428,
