@@ -53,7 +53,7 @@ class BenchmarksCommand:
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Questions to measure; none: all that take minutes, not hours."""
     cases: str = ""
-    """Measure only the cases that have this in their names, such as wide of peers."""
+    """Measure only the cases that have this in their names: peers --cases wide."""
     quick: bool = False
     """Small sizes and two minutes; questions that have no time are left out."""
     out: Path = Path("results")
@@ -270,10 +270,14 @@ def measure_all(
         left_out: gets the questions for which --quick has no time, as a whole.
     """
     console, todo, planned = Console(stderr=True), dict[str, list[Case]](), 0
+    by_name = {name: question.cases(setting) for name, question in questions.items()}
+    if only and not any(only in case.key for cases in by_name.values() for case in cases):
+        some = ", ".join(repr(case.key) for cases in by_name.values() for case in cases[:3])
+        raise ValueError(f"--cases {only!r} is in no case's name; names are {some} and others")
     left = QUICK - spent() if setting.quick else float("inf")
-    for name, question in questions.items():
+    for name in questions:
         done = () if fresh else {r.key for r in writer.results.of(name, run.setting) if is_done(r, run)}
-        cases = [case for case in question.cases(setting) if only in case.key]
+        cases = [case for case in by_name[name] if only in case.key]
         new = [case for case in cases if case.key not in done]
         if (seconds := sum(case.seconds for case in new)) > left:
             left_out[name] = NO_TIME
@@ -281,8 +285,6 @@ def measure_all(
         todo[name], left, planned = new, left - seconds, planned + len(cases)
     if (there := planned - sum(map(len, todo.values()))) and not setting.quick:
         say(console, f"{there} of {planned} cases are already done; --fresh measures them again")
-    if only and not planned:
-        raise ValueError(f"--cases {only!r} is in no case's name; the report's tables and results.jsonl have the names")
     total, expected = sum(case.seconds for new in todo.values() for case in new), 0.0
     with Progress(console, total, delay=0, line_every=0, refresh_per_second=1) as bar:  # a quiet bar
         for name, new in todo.items():

@@ -147,7 +147,7 @@ def _checked(command: ConvertCommand) -> dict[str, int]:
 
 def _read(command: ConvertCommand, tell: Callable[[str], None]) -> "tuple[Transformer, dict[str, str], dict[str, Any]]":
     """Read SRC; return its model, and a run's tokenizer files and special ids."""
-    from dsmini.checkpoint.load import SlowDtypeWarning, load_pretrained
+    from dsmini.checkpoint.load import load_pretrained
     from dsmini.checkpoint.training_state import load_run
 
     check_path(command.src, "SRC")
@@ -155,7 +155,6 @@ def _read(command: ConvertCommand, tell: Callable[[str], None]) -> "tuple[Transf
         model, config = load_run(command.src, average=command.average, say=tell)
         return model, *_tokenizer_files(command.src, config)
     require(not command.average, f"--average is for a training run, and {command.src} is not one; leave it out")
-    warnings.simplefilter("ignore", SlowDtypeWarning)  # nothing is multiplied
     return load_pretrained(command.src, fp8="keep"), {}, {}
 
 

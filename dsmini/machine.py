@@ -51,16 +51,6 @@ def faster_dtype(fp32: float, bf16: float) -> torch.dtype:
 
 
 @functools.cache
-def slow_bf16(device: torch.device) -> bool:
-    """Return True if this device multiplies BF16 at a fifth of its FP32 rate or less, measured once per process.
-
-    On a CPU with neither AVX-512 nor AMX, torch's BF16 product takes 30 to 500 times as long as the FP32 one.
-    """
-    fp32, bf16 = product_rates(device)
-    return fp32 >= 5 * bf16
-
-
-@functools.cache
 def multiplies_bf16() -> bool:
     """Return True if this CPU has units for BF16 products that torch uses; without them FP32 products are faster."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():

@@ -38,7 +38,7 @@ from dsmini.config.fields import require
 from dsmini.config.published import is_hugging_face, is_quantized
 from dsmini.console.command import speaks
 from dsmini.console.progress import Progress
-from dsmini.machine import pick_device, refuse_too_large, slow_bf16
+from dsmini.machine import pick_device, refuse_too_large
 from dsmini.nn import DSA, MLA, Experts, Indexer, Transformer
 from dsmini.nn.fp8 import SCALES as FP8_SCALES
 from dsmini.nn.fp8 import fp8_weights, hold_fp8
@@ -58,10 +58,6 @@ Treatment = Literal["dequantize", "keep"]
 Holding = Callable[[Transformer], Sequence[Sequence[int]]]
 """Returns the experts that this process holds of each layer with experts, in the order of the model's modules. It is
 called with the whole model on the meta device, and raises ValueError for one that it does not fit."""
-
-
-class SlowDtypeWarning(UserWarning):
-    """Weights are held in a dtype that this hardware multiplies slowly."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +161,7 @@ def load_pretrained(
 
     Warns: if config.json promises multi-token prediction blocks of which the folder holds nothing (transformers
         leaves them out when it saves a model); the model has none then. If those blocks' copies of embedding and
-        head are not what the model's are, which are used. If matrices are held in BF16 for want of a dtype, and this
-        CPU multiplies BF16 slowly: a SlowDtypeWarning.
+        head are not what the model's are, which are used.
 
     Raises: ValueError for a folder that does not hold the model its config describes, with all that is wrong, for a
         config that cannot be honoured, and for a damaged file, before memory for the model is taken; for tensors with
@@ -194,14 +189,6 @@ def load_pretrained(
         dtypes=there.dtypes(),
     )
     model.pretrained_origin = origin  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-    cpu = torch.device("cpu")
-    if dtype is None and torch.bfloat16 in held.values() and place == cpu and slow_bf16(cpu):
-        warnings.warn(
-            f"the model of {folder} has weights in bfloat16, which this CPU multiplies many times more slowly than "
-            "float32; load it with dtype=torch.float32 (--dtype float32 on the command line), at twice their memory",
-            SlowDtypeWarning,
-            stacklevel=2,
-        )
     return model.eval()
 
 

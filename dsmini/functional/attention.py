@@ -33,20 +33,20 @@ SPLIT_FROM, PART = 32 << 20, 8 << 20
 
 
 @ops.eager("causal_attention")
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
+def causal_attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
     """Compute causal_attention of short sequences on a CPU with explicit logits, else by torch's flash attention."""
     if not q.numel():
         return ops.find("causal_attention").reference(q, k, v, scale, documents)
     if torch.is_grad_enabled() and (y := train_attention(q, k, v, scale, documents)) is not None:
         return y
-    dtype, slow = v.dtype, is_slow_bf16(q)
-    if slow and torch.is_grad_enabled():  # the backward of flash attention would multiply in BF16
-        q, k, v, slow = q.float(), k.float(), v.float(), False
+    slow = is_slow_bf16(q)
+    if slow and torch.is_grad_enabled():  # flash attention multiplies in FP32, but its backward in BF16
+        return causal_attention_eager(q.float(), k.float(), v.float(), scale, documents).to(v.dtype)
     limit = EXPLICIT_UP_TO_BF16 if q.dtype == torch.bfloat16 else EXPLICIT_UP_TO
     if torch.compiler.is_compiling():
         limit = max(limit, EXPLICIT_UP_TO_COMPILED)
-    short = q.is_cpu and q.shape[2] <= limit and not slow  # flash attention multiplies in FP32
-    return (explicit_attention if short else flash_attention)(q, k, v, scale, documents).to(dtype)
+    short = q.is_cpu and q.shape[2] <= limit and not slow
+    return (explicit_attention if short else flash_attention)(q, k, v, scale, documents)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:

@@ -51,7 +51,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             p_minus_1 = log_p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=log_p.dtype))
             grad_logits = (p_minus_1 * kept).to(dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits @ w
+                if dtype == hidden.dtype:
+                    torch.mm(grad_logits, w, out=grad_hidden[rows])
+                else:
+                    grad_hidden[rows] = grad_logits @ w
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)

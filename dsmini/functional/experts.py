@@ -50,10 +50,10 @@ def _(x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: T
         return run_experts(x, indices, weights, w1.shape[0], lambda i, rows: _swiglu(rows, w1[i], w2[i], w3[i]))
     if torch.is_grad_enabled() and (y := train_experts(x, indices, weights, w1, w2, w3)) is not None:
         return y
+    if (dtype := product_dtype(x)) != (given := x.dtype):
+        x, w1, w2, w3 = (t.to(given).to(dtype) for t in (x, w1, w2, w3))
     slots = sort_by_expert(indices, w1.shape[0], row_alignment(x, indices, w1.shape[0]))
-    dtype = product_dtype(x)
-    w1, w2, w3 = (w.to(x.dtype).to(dtype) for w in (w1, w2, w3))
-    return combine(_grouped_swiglu(dispatch(x.to(dtype), slots), w1, w2, w3, slots.ends), weights, slots).to(x.dtype)
+    return combine(_grouped_swiglu(dispatch(x, slots), w1, w2, w3, slots.ends), weights, slots).to(given)
 
 
 @ops.eager("quantized_experts")

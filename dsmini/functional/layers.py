@@ -15,6 +15,8 @@ from torch import Tensor
 from dsmini import machine, ops
 from dsmini.numerics import QuantizedTensor
 
+LEAST = 1 << 14
+"""Numbers from which a norm in training asks for its kernel, which may have to be compiled."""
 FEW_ROWS = 8
 """Rows below which a wider copy of the weight costs more than it saves."""
 
@@ -22,15 +24,19 @@ FEW_ROWS = 8
 @ops.eager("linear")
 def _(x: Tensor, weight: Tensor) -> Tensor:
     dtype = product_dtype(x) if x.dtype == torch.bfloat16 else x.dtype
-    if dtype != x.dtype and torch.is_grad_enabled():
-        return _WideLinear.apply(x, weight.to(x.dtype))  # pyright: ignore[reportReturnType]
-    return F.linear(x.to(dtype), weight.to(x.dtype).to(dtype)).to(x.dtype)
+    return _linear(x, weight.to(x.dtype), dtype)
 
 
 @ops.eager("quantized_linear")
 def _(x: Tensor, weight: QuantizedTensor) -> Tensor:
-    dtype = product_dtype(x)
-    return F.linear(x.to(dtype), weight.dequantize(x.dtype).to(dtype)).to(x.dtype)
+    return _linear(x, weight.dequantize(x.dtype), product_dtype(x))
+
+
+def _linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x W^T, multiplied in this dtype."""
+    if dtype != x.dtype and torch.is_grad_enabled():
+        return _WideLinear.apply(x, weight)  # pyright: ignore[reportReturnType]
+    return F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -39,9 +45,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def is_slow_bf16(x: Tensor) -> bool:
-    """Return True for BF16 on a CPU without BF16 units, 2 to 14 times as fast with many rows in FP32 (docs/log.md)."""
+    """Return True for BF16 on a CPU without BF16 units, where many rows are multiplied faster in FP32 (docs/log.md).
+
+    False under autocast, which would make them BF16 again.
+    """
     here = x.is_cpu and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-    return here and not machine.multiplies_bf16()
+    return here and not machine.multiplies_bf16() and not torch.is_autocast_enabled("cpu")
 
 
 class _WideLinear(torch.autograd.Function):
@@ -49,17 +58,19 @@ class _WideLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return F.linear(x.float(), weight.float()).to(x.dtype)
 
     @staticmethod
     @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x, weight), wide, (of_x, of_weight) = ctx.saved_tensors, grad.float(), ctx.needs_input_grad
-        return (
-            (wide @ weight.float()).to(x.dtype) if of_x else None,
-            (wide.flatten(0, -2).T @ x.flatten(0, -2).float()).to(weight.dtype) if of_weight else None,
-        )
+        (x, weight), wide = ctx.saved_tensors, grad.float()
+        with torch.autocast("cpu", enabled=False):  # as in forward
+            return (
+                None if weight is None else (wide @ weight.float()).to(grad.dtype),
+                None if x is None else (wide.flatten(0, -2).T @ x.flatten(0, -2).float()).to(grad.dtype),
+            )
 
 
 @ops.eager("rms_norm")
@@ -101,12 +112,17 @@ def trained_norm_gradients(
 class _RMSNorm(torch.autograd.Function):
     """rms_norm for training on a CPU, where torch composes it of slow operations: means over short rows, mixed dtypes.
 
-    In plain PyTorch it takes half to two thirds of the time (docs/log.md), and saves x instead of FP32 copies.
+    It takes half to two thirds of the time of torch's, a fifth by a kernel (docs/log.md), and keeps x instead of FP32
+    copies.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, inverse = trained_norm(x, weight, eps)
+        known = x.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32
+        ctx.served = (
+            known and x.numel() >= LEAST and weight.shape == x.shape[-1:] and not torch.is_autocast_enabled("cpu")
+        )
+        y, inverse = (trained_norm if ctx.served else trained_norm.plain)(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         ctx.backend = ops.chosen()
         return y
@@ -114,5 +130,6 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gradients = trained_norm_gradients if ctx.served else trained_norm_gradients.plain
         with ops.use(ctx.backend), torch.autocast(grad.device.type, enabled=False):
-            return *trained_norm_gradients(grad, *ctx.saved_tensors), None
+            return *gradients(grad, *ctx.saved_tensors), None

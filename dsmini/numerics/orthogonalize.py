@@ -48,7 +48,8 @@ def _weighted_halley(low: float, steps: int) -> NewtonSchulz:
 
 
 HALLEY = _weighted_halley(1e-3, steps=2)
-"""Singular values above a thousandth of the Frobenius norm end between 0.96 and 1, by a third of JORDAN's products."""
+"""Singular values above a thousandth of the Frobenius norm end between 0.96 and 1, by a third of JORDAN's products in
+its kernel."""
 NEWTON_SCHULZ = MappingProxyType({"jordan": JORDAN, "halley": HALLEY})
 """The choices of train.newton_schulz."""
 
@@ -152,20 +153,21 @@ def _halley(x: Float[Tensor, "b o i"], steps: NewtonSchulz) -> Float[Tensor, "b 
     for a, b, c in steps.coefficients:
         # (a + b S) (1 + c S)^-1 = b/c + (a - b/c) (1 + c S)^-1
         root = _inverse_root(one + c * (x @ x.mT), one)
-        x = b / c * x + (a - b / c) * (root.mT @ (root @ x))
+        x = b / c * x + (a - b / c) * (root.mT @ root @ x)
     return x
 
 
 def _inverse_root(square: Float[Tensor, "b o o"], one: Float[Tensor, "b o o"]) -> Float[Tensor, "b o o"]:
-    """Return L^-1 of the Cholesky factor L of each positive definite matrix.
+    """Return L^-1 of the Cholesky factor L of each positive definite matrix, L L^T.
 
-    Halves of a matrix are taken apart: products of stacks are faster than torch's small factorisations, one by one.
+    Larger matrices are cut in halves, and their parts multiplied: torch factors the matrices of a stack one by one,
+    but multiplies all of them at once.
     """
-    half = len(square[0]) // 2
+    half = square.shape[1] // 2
     if half < 16:
         return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(square)[0], one, upper=False)
-    upper = _inverse_root(square[:, :half, :half], one[:, :half, :half])
-    below = square[:, half:, :half] @ upper.mT
-    lower = _inverse_root(square[:, half:, half:] - below @ below.mT, one[:, half:, half:])
-    rows = torch.cat((upper, torch.zeros_like(below).mT), -1), torch.cat((-(lower @ (below @ upper)), lower), -1)
+    first = _inverse_root(square[:, :half, :half], one[:, :half, :half])
+    below = square[:, half:, :half] @ first.mT
+    second = _inverse_root(square[:, half:, half:] - below @ below.mT, one[:, half:, half:])
+    rows = torch.cat((first, torch.zeros_like(below).mT), -1), torch.cat((-(second @ (below @ first)), second), -1)
     return torch.cat(rows, 1)

@@ -286,7 +286,7 @@ def test_rates_are_measured_as_the_command_asks(tmp_path: Path, monkeypatch: pyt
 # --- resuming: stopped in every way, finished cases stay done, and the same command continues
 
 
-def test_some_cases_alone(go: Go) -> None:
+def test_some_cases_are_measured_alone(go: Go) -> None:
     watch = Watch()
     assert go("--cases", "dsmini 2048", known=watch.known).status == 0 and watch.seen == ["dsmini 2048"]
     with pytest.raises(ValueError, match=r"--cases 'narrow' is in no case's name"):

@@ -92,27 +92,6 @@ def test_small_files_are_copied_along(tmp_path: Path, folder: Path) -> None:
         save_pretrained(loaded, tmp_path / "c")
 
 
-@pytest.fixture
-def bf16_folder(tmp_path: Path, small_model: Build) -> Path:
-    model = small_model()
-    tensors, raw = folders.tensors_of(model, torch.bfloat16), folders.config_json(model.config)
-    return folders.write(tmp_path / "bf16", tensors, raw)
-
-
-@pytest.mark.parametrize("fp8", ["dequantize", "keep"])
-def test_stored_bf16_warns_where_bf16_is_slow(
-    bf16_folder: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, fp8: Any
-) -> None:
-    monkeypatch.setattr("dsmini.checkpoint.load.slow_bf16", lambda device: device.type == "cpu")
-    load_pretrained(bf16_folder, fp8=fp8)
-    (warned,) = recwarn
-    assert str(warned.message) == (
-        f"the model of {bf16_folder} has weights in bfloat16, which this CPU multiplies many times more slowly than "
-        "float32; load it with dtype=torch.float32 (--dtype float32 on the command line), at twice their memory"
-    )
-    assert warned.filename == __file__
-
-
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
     return folders.write(folder, change(folders.read(folder)), folders.config_of(folder))
 

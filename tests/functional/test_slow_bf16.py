@@ -81,17 +81,13 @@ def test_weights_multiply_bf16_only_where_a_cpu_has_units_for_it(
         assert seen.dtypes == {torch.bfloat16}, "few rows save less than a copy"
 
 
-TRAINED: dict[str, tuple[Any, list[Tensor], tuple[Any, ...]]] = {
-    "linear": (linear, [torch.randn(2, 40, 24), torch.randn(30, 24)], ()),
-    "experts": (
-        experts,
-        [torch.randn(40, 24), torch.rand(40, 1), *(torch.randn(3, *size) for size in ((16, 24), (24, 16), (16, 24)))],
-        (torch.arange(40)[:, None] % 3,),
-    ),
-    "attention": (causal_attention, [torch.randn(2, 3, 200, n) for n in (24, 24, 16)], (0.3,)),
-    "loss": (linear_cross_entropy, [torch.randn(40, 24), torch.randn(30, 24)], (torch.arange(40) % 30,)),
+TRAINED: dict[str, tuple[Any, tuple[tuple[int, ...], ...], tuple[Any, ...]]] = {
+    "linear": (linear, ((2, 40, 24), (30, 24)), ()),
+    "experts": (experts, ((40, 24), (40, 1), (3, 16, 24), (3, 24, 16), (3, 16, 24)), (torch.arange(40)[:, None] % 3,)),
+    "attention": (causal_attention, ((2, 3, 200, 24), (2, 3, 200, 24), (2, 3, 200, 16)), (0.3,)),
+    "loss": (linear_cross_entropy, ((40, 24), (30, 24)), (torch.arange(40) % 30,)),
 }
-"""Operation, operands that learn, and other arguments: the first of experts stands between."""
+"""Operation, sizes of what learns, and other arguments, which come last, but after the first of experts."""
 
 
 @pytest.mark.parametrize("units", [True, False])
@@ -101,7 +97,7 @@ def test_training_multiplies_bf16_only_where_a_cpu_has_units_for_it(
     monkeypatch: pytest.MonkeyPatch, name: str, backend: str | None, units: bool
 ) -> None:
     monkeypatch.setattr("dsmini.machine.multiplies_bf16", lambda: units)
-    operation, given, rest = TRAINED[name]
+    operation, sizes, rest = TRAINED[name]
 
     def gradients(call: Any, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         leaves = [t.clone().requires_grad_() for t in tensors]
@@ -110,7 +106,7 @@ def test_training_multiplies_bf16_only_where_a_cpu_has_units_for_it(
         return y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))
 
     # weights are FP32 parameters, and attention has none
-    whole, rounded = (3 if name == "attention" else 1), [t.bfloat16() for t in given]
+    whole, rounded = (3 if name == "attention" else 1), [torch.randn(size).bfloat16() for size in sizes]
     learned = [*rounded[:whole], *(t.float() for t in rounded[whole:])]
     kept: list[Tensor] = []
     keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
@@ -125,3 +121,17 @@ def test_training_multiplies_bf16_only_where_a_cpu_has_units_for_it(
     for each, wanted, leaf in zip(got[1:], want[1:], learned, strict=True):
         assert each.dtype == leaf.dtype and relative_error(each, wanted) < (12 if units else 3) * BF16_UNIT
     assert relative_error(got[0], want[0]) < (4 if units else 1) * BF16_UNIT
+
+
+def test_frozen_weights_keep_no_rows_and_autocast_multiplies_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmini.machine.multiplies_bf16", lambda: False)
+    x, weight, kept = torch.randn(40, 24).bfloat16().requires_grad_(), torch.randn(30, 24).bfloat16(), list[Tensor]()
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with ops.use("eager"), keep:
+        y = linear(x, weight)
+    assert [t.shape for t in kept] == [weight.shape]
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert relative_error(grad, weight.double().sum(0).expand(40, 24)) < 2 * BF16_UNIT
+    with ops.use("eager"), torch.autocast("cpu", torch.bfloat16), Products() as seen:
+        linear(x, weight)
+    assert seen.dtypes == {torch.bfloat16}

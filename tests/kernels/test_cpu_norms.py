@@ -67,18 +67,52 @@ def test_threads_change_no_bit() -> None:
     assert_threads_change_no_bit(run)
 
 
-def test_training_is_served_and_other_numbers_are_not() -> None:
+def test_default_dtype_changes_nothing() -> None:
+    x, grad, weight = torch.randn(9, 37), torch.randn(9, 37), torch.rand(37)
+    try:
+        results = []
+        for dtype in (torch.float64, torch.bfloat16, torch.float32):
+            torch.set_default_dtype(dtype)
+            y, inverse = cpu.trained_norm(x, weight, EPS)
+            results.append([y, inverse, *cpu.trained_norm_gradients(grad, x, weight, inverse)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for other in results[:2]:
+        for a, b in zip(other, results[2], strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_training_is_served_and_other_numbers_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     norm, served = RMSNorm(37), list[str]()
 
     class Counter:
         def kernel_ran(self, call: ops.Call) -> None:
             served.append(call.name)
 
-    with torch.enable_grad(), ops.counting(Counter()):
-        norm(draw(torch.float32, 3, 37).requires_grad_()).sum().backward()
+    def train(x: Tensor) -> None:
+        with torch.enable_grad(), ops.counting(Counter()):
+            norm(x.requires_grad_()).sum().backward()
+
+    train(draw(torch.float32, 3, 37))
+    assert served == [], "little work"
+    monkeypatch.setattr("dsmini.functional.layers.LEAST", 0)
+    train(draw(torch.float32, 3, 37))
     assert served == ["trained_norm", "trained_norm_gradients"]
+    with ops.use("cpu"):  # where no kernel is asked, a forced backend refuses nothing
+        for dtype in (torch.float64, torch.half):
+            train(draw(dtype, 3, 37))
+        train(torch.empty(0, 37))
+    assert len(served) == 2
+    with pytest.raises(RuntimeError, match="size"):
+        train(draw(torch.float32, 3, 32))
     x, weight = torch.randn(3, 37), torch.rand(37)
-    for wrong in ((x.double(), weight), (x.half(), weight), (x, weight.bfloat16()), (x[:0], weight)):
+    for wrong in (
+        (x.double(), weight),
+        (x.half(), weight),
+        (x, weight.bfloat16()),
+        (x[:0], weight),
+        (x[:, :30], weight),
+    ):
         with pytest.raises(Unserved):
             cpu.trained_norm(*wrong, EPS)
     with pytest.raises(Unserved):

@@ -1,6 +1,6 @@
 """Roofs of invented machines: measured within a budget of time, and stored."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsmini import machine
-from dsmini.machine import matmul_rate, pick_dtype, slow_bf16
+from dsmini.machine import matmul_rate, pick_dtype
 from dsmini.measure import roofs
 from dsmini.measure.roofs import Roofs, load_or_measure, seconds_of
 from tests.conftest import Clock
@@ -36,9 +36,8 @@ def test_seconds_of_is_the_second_fastest_round(clock: Clock) -> None:
 
 
 @pytest.fixture
-def machine_of(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[int]]]:
-    """Yield the maker of a machine of this many FLOP/s, with a wait in each product; it returns the sizes seen."""
-    slow_bf16.cache_clear()
+def machine_of(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Return the maker of a machine of this many FLOP/s, with a wait in each product; it returns the sizes seen."""
 
     def make(rates: Rates, wait: float = 0.0) -> list[int]:
         sizes: list[int] = []
@@ -53,8 +52,7 @@ def machine_of(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         monkeypatch.setattr(torch, "mm", mm)
         return sizes
 
-    yield make
-    slow_bf16.cache_clear()
+    return make
 
 
 @pytest.mark.parametrize(
@@ -77,26 +75,21 @@ def test_matmul_rate_outgrows_a_wait_in_each_product(machine_of: Callable[..., l
 
 
 @pytest.mark.parametrize(
-    ("rates", "dtype", "slow"),
+    ("rates", "dtype"),
     [
-        ({FP32: 1e11, BF16: 2.1e11}, BF16, False),
-        ({FP32: 1e11, BF16: 1.1e11}, FP32, False),
-        ({FP32: 1e11, BF16: 0.25e11}, FP32, False),
-        ({FP32: 1e11, BF16: 0.19e11}, FP32, True),
-        ({FP32: 1.7e11, BF16: 3e8}, FP32, True),
-        ({FP32: 1e11}, FP32, True),
+        ({FP32: 1e11, BF16: 2.1e11}, BF16),
+        ({FP32: 1e11, BF16: 1.1e11}, FP32),
+        ({FP32: 1.7e11, BF16: 3e8}, FP32),
+        ({FP32: 1e11}, FP32),
     ],
 )
-def test_dtype_and_slow_bf16_follow_the_rates(
-    clock: Clock, machine_of: Callable[..., list[int]], rates: Rates, dtype: torch.dtype, slow: bool
+def test_dtype_follows_the_rates(
+    clock: Clock, machine_of: Callable[..., list[int]], rates: Rates, dtype: torch.dtype
 ) -> None:
     machine_of(rates)
     assert pick_dtype("auto", CPU) == dtype
     if rates.get(BF16) == 3e8:  # a clear loss ends the trial: one turn each, with four products of the smallest size
         assert clock.now < 0.02 + 4 * 2 * 64**3 / 3e8
-    assert slow_bf16(CPU) == slow
-    before = clock.now
-    assert slow_bf16(CPU) == slow and clock.now == before, "measured once"
     assert clock.now < 2 * 12 * 0.06
 
 

@@ -1,4 +1,4 @@
-"""Norms that no step contains: of few rows before a product, and in training. Checks, and descriptions of calls."""
+"""Norms outside of decoding steps: of few rows before a product, and in training. Checks, and descriptions of calls."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def normed(x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) ->
 
 def trained_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x / sqrt(mean(x^2) + eps) * weight in x's dtype, and each row's 1 / sqrt(mean(x^2) + eps)."""
-    inverse = torch.empty(*x.shape[:-1], 1)
+    inverse = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     return _train(x, weight, inverse, eps=eps), inverse
 
 
@@ -49,9 +49,10 @@ def _train(
     x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor | None = None, dw: Tensor | None = None, eps: float = 0.0
 ) -> Tensor:
     """Return the normed rows and write inverse, or return the gradient of x and write dw."""
-    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32 or not x.numel():
-        raise Unserved(f"{list(x.shape)} numbers of {x.dtype}, and a weight of {weight.dtype}")
-    rows, y, weight = detached(x), torch.empty(x.shape, dtype=x.dtype), detached(weight).contiguous()
+    known = x.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32
+    if not known or not x.numel() or weight.shape != x.shape[-1:]:
+        raise Unserved(f"{list(x.shape)} numbers of {x.dtype}, a weight of {weight.dtype} and {list(weight.shape)}")
+    rows, y, weight = detached(x), x.new_empty(x.shape), detached(weight).contiguous()
     rows = rows.flatten(0, -2) if x.dim() > 1 else rows[None]
     (n, dim), size = rows.shape, x.element_size()
     if rows.stride(1) != 1 or rows.stride(0) < dim or n == 1:  # else they may be apart in memory

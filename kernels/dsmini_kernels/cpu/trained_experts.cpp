@@ -15,7 +15,8 @@
 
 namespace {
 
-constexpr int64_t WIDTH = MOST_VECTORS * LANES;  // of a panel
+constexpr int64_t WIDTH = MOST_VECTORS * LANES;    // of a panel
+constexpr int64_t AT_ONCE = 384 / WIDTH * WIDTH;  // columns of x and dy that are packed at once: panels side by side
 
 // The slots of all visits, and the rows of results by slot. Sizes in numbers.
 struct Slots {
@@ -104,7 +105,7 @@ struct Expert {
     second = take(c.backward ? WIDTH * words_of<Words>(f) : 0);
     const int64_t along = c.backward ? f : 0;
     dg = rows(along, t_row), du = rows(along, t_row), h = rows(along, t_row);
-    pairs = take(c.backward ? round_up(c.dim, WIDTH) * words_of<Words>(most) : 0);
+    pairs = take(c.backward ? least(AT_ONCE, round_up(c.dim, WIDTH)) * words_of<Words>(most) : 0);
     turned = take(LANES * WIDTH);
   }
 
@@ -224,17 +225,19 @@ struct Expert {
     const Cut cut(visits);
     for (int64_t at = 0; at < visits; at += cut.tokens)
       backward_of_tokens(from + at, least(cut.tokens, visits - at), at);
-    // gradients of weights, WIDTH columns of x and dy at a time
-    const int64_t at = e * c.inter * c.dim;
-    pack_pairs(c.x, from, visits, false);
-    each_panel(visits, [&](const float* panel, int64_t column, int64_t width) {
-      weight_gradient(dg, visits, panel, c.dw1 + at + column, width);
-      weight_gradient(du, visits, panel, c.dw3 + at + column, width);
-    });
-    pack_pairs(c.dy, from, visits, true);
-    each_panel(visits, [&](const float* panel, int64_t column, int64_t width) {
-      turned_gradient(visits, panel, c.dw2 + at + column * c.inter, width);
-    });
+    // gradients of weights
+    for (int64_t first = 0; first < c.dim; first += AT_ONCE) {
+      const int64_t at = e * c.inter * c.dim;
+      pack_pairs(c.x, from, visits, first, false);
+      each_panel(visits, first, [&](const float* panel, int64_t column, int64_t width) {
+        weight_gradient(dg, visits, panel, c.dw1 + at + column, width);
+        weight_gradient(du, visits, panel, c.dw3 + at + column, width);
+      });
+      pack_pairs(c.dy, from, visits, first, true);
+      each_panel(visits, first, [&](const float* panel, int64_t column, int64_t width) {
+        turned_gradient(visits, panel, c.dw2 + at + column * c.inter, width);
+      });
+    }
   }
 
   void backward_of_tokens(int64_t slot, int64_t count, int64_t at) const {
@@ -274,16 +277,16 @@ struct Expert {
     }
   }
 
-  // Calls body(panel of pairs, its first column of x, columns).
+  // Calls body(panel of pairs, its first column of x, columns) for AT_ONCE columns.
   template <class Body>
-  void each_panel(int64_t visits, Body body) const {
-    for (int64_t column = 0; column < c.dim; column += WIDTH)
-      body(pairs + column * words_of<Words>(visits), column, least(WIDTH, c.dim - column));
+  void each_panel(int64_t visits, int64_t first, Body body) const {
+    for (int64_t column = first; column < least(c.dim, first + AT_ONCE); column += WIDTH)
+      body(pairs + (column - first) * words_of<Words>(visits), column, least(WIDTH, c.dim - column));
   }
 
-  // The panels of an expert's rows, times their weights if `weighted`. Each row is read once, from end to end: rows lie
-  // anywhere, and the pieces of a panel alone are far apart.
-  void pack_pairs(const char* rows, int64_t from, int64_t visits, bool weighted) const {
+  // The panels of AT_ONCE columns of an expert's rows, times their weights if `weighted`. Rows lie anywhere, so long
+  // pieces of them are read: those of a panel alone would be far apart.
+  void pack_pairs(const char* rows, int64_t from, int64_t visits, int64_t first, bool weighted) const {
     const int64_t size = c.bf16 ? 2 : 4;
     const auto numbers = [&](int64_t t, int64_t i) {
       if (t >= visits) return F{};
@@ -291,7 +294,7 @@ struct Expert {
       return weighted ? x_ * splat(s.weight[from + t]) : x_;
     };
     for (int64_t word = 0; word < words_of<Words>(visits); ++word)
-      each_panel(visits, [&](float* panel, int64_t column, int64_t width) {
+      each_panel(visits, first, [&](float* panel, int64_t column, int64_t width) {
         float* to = panel + word * round_up(width, LANES);
         for (int64_t i = 0; i < width; i += LANES) {
           if constexpr (NUMBERS == 2)

@@ -78,9 +78,10 @@ bool trained_norm(const TrainedNormCall& c) {
   if (sums == nullptr) return false;
   Team team(c.threads, Team::LONG);
   team.each(blocks, [&](int64_t block, int64_t) {
-    if (c.backward) memset(sums + block * width, 0, width * 4);
+    float* of_block = c.backward ? sums + block * width : nullptr;
+    if (c.backward) memset(of_block, 0, width * 4);
     const auto run = c.bf16 ? run_rows<Bf16> : run_rows<Fp32>;
-    run(c, block * rows, least(c.n, (block + 1) * rows), sums + block * width);
+    run(c, block * rows, least(c.n, (block + 1) * rows), of_block);
   });
   if (c.backward)
     each(c.dim, [&](int64_t i, int64_t n, int) {
