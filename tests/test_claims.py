@@ -17,7 +17,7 @@ CASES = {
     'tests/nn/test_transformer.py tests/nn/test_mtp.py -k "changed_token or sees_tokens"': 14,
     "tests/gradients": 28,
     "tests/oracle/test_pretrained.py tests/checkpoint/test_pretrained.py "
-    "tests/checkpoint/test_pretrained_fp8.py -rP": 82,
+    "tests/checkpoint/test_pretrained_fp8.py -rP": 80,
     "tests/oracle/test_greedy.py": 7,
     "tests/nn/test_cache.py": 60,
     "tests/inference/test_generation.py -k guesses": 11,
@@ -30,7 +30,7 @@ CASES = {
     "tests/checkpoint/test_checkpoint.py -k damaged": 39,
     "tests/training/test_trainer.py -k finite": 18,
     "tests/training/test_trainer.py -k bias": 6,
-    "tests/numerics/test_formats.py tests/properties/test_quantization.py tests/kernels": 1127,
+    "tests/numerics/test_formats.py tests/properties/test_quantization.py tests/kernels": 1128,
     "tests/numerics/test_gemm.py tests/numerics/test_gemm_gradients.py": 58,
     "tests/numerics/test_accumulation.py -k 14_bits": 1,
     "tests/kernels/test_cpu_steps.py tests/inference/test_decoding.py": 428,

@@ -22,21 +22,17 @@ FEW_ROWS = 8
 
 
 @ops.eager("linear")
-def _(x: Tensor, weight: Tensor) -> Tensor:
+def linear_eager(x: Tensor, weight: Tensor) -> Tensor:
     dtype = product_dtype(x) if x.dtype == torch.bfloat16 else x.dtype
-    return _linear(x, weight.to(x.dtype), dtype)
+    weight = weight.to(x.dtype)
+    if dtype != x.dtype and torch.is_grad_enabled():
+        return _WideLinear.apply(x, weight)  # pyright: ignore[reportReturnType]
+    return F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
 
 
 @ops.eager("quantized_linear")
 def _(x: Tensor, weight: QuantizedTensor) -> Tensor:
-    return _linear(x, weight.dequantize(x.dtype), product_dtype(x))
-
-
-def _linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x W^T, multiplied in this dtype."""
-    if dtype != x.dtype and torch.is_grad_enabled():
-        return _WideLinear.apply(x, weight)  # pyright: ignore[reportReturnType]
-    return F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
+    return linear_eager(x, weight.dequantize(x.dtype))
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -69,7 +65,7 @@ class _WideLinear(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):  # as in forward
             return (
                 None if weight is None else (wide @ weight.float()).to(grad.dtype),
-                None if x is None else (wide.flatten(0, -2).T @ x.flatten(0, -2).float()).to(grad.dtype),
+                None if x is None else (wide.reshape(-1, wide.shape[-1]).T @ x.reshape(-1, x.shape[-1]).float()).to(grad.dtype),
             )
 
 

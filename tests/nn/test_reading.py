@@ -48,7 +48,7 @@ def generate(model: Transformer) -> None:
     ("call", "backend", "files", "functions"),
     [
         (losses, "reference", 10, 42),
-        (losses, None, 19, 72),
+        (losses, None, 19, 73),
         (generate, "reference", 15, 99),
         (generate, None, 22, 125),
     ],
