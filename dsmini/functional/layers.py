@@ -61,21 +61,14 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x, weight), wide = ctx.saved_tensors, grad.float()
+        (x, weight), wide, dx, dw = ctx.saved_tensors, grad.float(), None, None
         with torch.autocast("cpu", enabled=False):  # as in forward
-            return (
-                None if weight is None else (wide @ weight.float()).to(grad.dtype),
-                None if x is None else (wide.reshape(-1, wide.shape[-1]).T @ x.reshape(-1, x.shape[-1]).float()).to(grad.dtype),
-            )
-
-
-@ops.eager("rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute rms_norm with torch's operation, or in training on a CPU with a faster one."""
-    if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.rms_norm(y, weight.shape, weight.to(y.dtype), eps).to(x.dtype)
+            if weight is not None:
+                dx = (wide @ weight.float()).to(grad.dtype)
+            if x is not None:
+                rows = x.reshape(-1, x.shape[-1]).float()
+                dw = (wide.reshape(-1, wide.shape[-1]).T @ rows).to(grad.dtype)
+        return dx, dw
 
 
 @ops.operation("trained_norm")
