@@ -26,8 +26,6 @@ BLOCK = 128
 """Queries whose logits exist at a time."""
 LEAST = 1 << 20
 """Number of multiplications of a forward below which torch's operations cost no more than those of training."""
-FEW_ROWS = 32
-"""Queries of a key head, of all its heads, up to which BF16 products are as fast as FP32 ones on any CPU."""
 SPLIT_FROM, PART = 32 << 20, 8 << 20
 """Bytes of keys or values from which a product on a CPU runs in parts, and bytes of a part."""
 
@@ -154,7 +152,7 @@ def cached_attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: 
     if not q.numel() or not k.numel():
         return ops.find("cached_attention").reference(q, k, v, scale, mask)
     (b, h, s, _), (g, t) = q.shape, k.shape[1:3]
-    if s * h // g > FEW_ROWS and is_slow_bf16(q):
+    if is_slow_bf16(q):
         return cached_attention_eager(q.float(), k.float(), v.float(), scale, mask).to(v.dtype)
     blocks = []
     for start in range(0, s, BLOCK):
@@ -176,8 +174,8 @@ def cached_attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: 
 def absorbed_attention_eager(
     q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, mask: Tensor | None
 ) -> Tensor:
-    b, s, h, _ = q_nope.shape
-    if s * h > FEW_ROWS and is_slow_bf16(q_nope):
+    b, s = q_nope.shape[:2]
+    if is_slow_bf16(q_nope):
         queries, keys = (q_nope.float(), q_rope.float()), rows.float()
         return absorbed_attention_eager(*queries, keys, w_uk.float(), w_uv.float(), scale, mask).to(rows.dtype)
     q_latent = rearrange(rearrange(q_nope, "b s h n -> h (b s) n") @ w_uk, "h (b s) c -> b h s c", b=b)

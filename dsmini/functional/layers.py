@@ -17,7 +17,7 @@ from dsmini.numerics import QuantizedTensor
 
 LEAST = 1 << 14
 """Numbers from which a norm in training asks for its kernel, which may have to be compiled."""
-FEW_ROWS = 8
+FEW_ROWS = 3
 """Rows below which a wider copy of the weight costs more than it saves."""
 
 
