@@ -108,10 +108,8 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[.
         setting = setting_of(command, device, measure or load_or_measure)
         run = run_of(setting, " ".join(args))
         try:
-            measure_all(
-                *({n: known[n] for n in asked if n not in left_out}, setting, run, writer, command.fresh, left_out),
-                only=command.cases,
-            )
+            here = {name: known[name] for name in asked if name not in left_out}
+            measure_all(here, setting, run, writer, command.fresh, left_out, command.cases)
         except KeyboardInterrupt:
             interrupted = True
         found = {name: writer.results.of(name, run.setting) for name in known if name not in left_out}
@@ -260,14 +258,14 @@ def measure_all(
     writer: Writer,
     fresh: bool,
     left_out: dict[str, str],
-    only: str = "",
+    only: str,
 ) -> None:
     """Measure the cases that are not done, and save each when it is.
 
     Args:
         fresh: measure the others too.
-        only: part of a case's name; others are left out.
         left_out: gets the questions for which --quick has no time, as a whole.
+        only: part of a case's name; others are left out.
     """
     console, todo, planned = Console(stderr=True), dict[str, list[Case]](), 0
     by_name = {name: question.cases(setting) for name, question in questions.items()}

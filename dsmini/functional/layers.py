@@ -110,7 +110,7 @@ def trained_norm_gradients(
 class _RMSNorm(torch.autograd.Function):
     """rms_norm for training on a CPU, where torch composes it of slow operations: means over short rows, mixed dtypes.
 
-    It takes half to two thirds of the time of torch's, a fifth by a kernel (docs/log.md), and keeps x instead of FP32
+    It takes half to two thirds of the time of torch's, less by a kernel (docs/log.md), and keeps x instead of FP32
     copies.
     """
 

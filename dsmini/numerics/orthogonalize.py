@@ -149,15 +149,15 @@ def orthogonalize(g: Float[Tensor, "b o i"], steps: NewtonSchulz = JORDAN) -> Fl
 
 
 def _halley(x: Float[Tensor, "b o i"], steps: NewtonSchulz) -> Float[Tensor, "b o i"]:
-    one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
+    one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     for a, b, c in steps.coefficients:
         # (a + b S) (1 + c S)^-1 = b/c + (a - b/c) (1 + c S)^-1
-        root = _inverse_root(one + c * (x @ x.mT), one)
+        root = _inverse_root(one + c * (x @ x.mT))
         x = b / c * x + (a - b / c) * (root.mT @ root @ x)
     return x
 
 
-def _inverse_root(square: Float[Tensor, "b o o"], one: Float[Tensor, "b o o"]) -> Float[Tensor, "b o o"]:
+def _inverse_root(square: Float[Tensor, "b o o"]) -> Float[Tensor, "b o o"]:
     """Return L^-1 of the Cholesky factor L of each positive definite matrix, L L^T.
 
     Larger matrices are cut in halves, and their parts multiplied: torch factors the matrices of a stack one by one,
@@ -165,9 +165,10 @@ def _inverse_root(square: Float[Tensor, "b o o"], one: Float[Tensor, "b o o"]) -
     """
     half = square.shape[1] // 2
     if half < 16:
+        one = torch.eye(square.shape[1], dtype=square.dtype, device=square.device)
         return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(square)[0], one, upper=False)
-    first = _inverse_root(square[:, :half, :half], one[:, :half, :half])
+    first = _inverse_root(square[:, :half, :half])
     below = square[:, half:, :half] @ first.mT
-    second = _inverse_root(square[:, half:, half:] - below @ below.mT, one[:, half:, half:])
+    second = _inverse_root(square[:, half:, half:] - below @ below.mT)
     rows = torch.cat((first, torch.zeros_like(below).mT), -1), torch.cat((-(second @ (below @ first)), second), -1)
     return torch.cat(rows, 1)

@@ -4,8 +4,8 @@
 //
 // An item is a block of rows. Sums over rows are added block by block, whatever the number of threads.
 
+#include "dots.h"
 #include "entry.h"
-#include "lanes.h"
 
 #include <math.h>
 
@@ -25,12 +25,7 @@ inline F take(const char* x, int64_t i, int64_t n) {
   x += i * sizeof(typename T::Bits);
   return n == LANES ? T::get(x) : get(sizeof(typename T::Bits) == 2, x, n);
 }
-float total(const F (&sums)[SUMS]) {
-  float all[LANES], sum = 0;
-  store(all, (sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (float one : all) sum += one;
-  return sum;
-}
+float total(const F (&sums)[SUMS]) { return sum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
 
 template <class T>
 void forward(const TrainedNormCall& c, int64_t row) {
@@ -73,7 +68,7 @@ void run_rows(const TrainedNormCall& c, int64_t from, int64_t to, float* sums) {
 
 bool trained_norm(const TrainedNormCall& c) {
   const int64_t rows = larger<int64_t>(16, divide_up(c.n, 64)), blocks = divide_up(c.n, rows);
-  const int64_t width = divide_up(c.dim, 16) * 16;
+  const int64_t width = round_up(c.dim, 16);
   float* sums = scratch_of(c.backward ? blocks * width : 1);
   if (sums == nullptr) return false;
   Team team(c.threads, Team::LONG);
