@@ -13,13 +13,13 @@ import tyro
 from rich.console import Console
 
 from dsmini.atomic import as_json
-from dsmini.checkpoint.run_folder import run_tokenizer
+from dsmini.checkpoint.run_folder import is_model_folder, run_tokenizer
 from dsmini.config import RunConfig
 from dsmini.config.fields import require
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
-from dsmini.reading import check_path, is_there, read_text
+from dsmini.reading import read_text
 from dsmini.text.tokenizer import BPETokenizer, byte_tokenizer_json
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ class ConvertCommand:
     DeepSeek's inference code reads (model0-mp8.safetensors, ...), the files of all ranks next to its config JSON.
     """
 
-    src: Annotated[Path, tyro.conf.Positional]
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """The model to read."""
-    dst: Annotated[Path, tyro.conf.Positional]
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to write, which must be new or empty."""
     fp8: bool = False
     """Write the matrices of attention and feed-forwards in FP8: E4M3 codes, an FP32 scale for each 128x128 block."""
@@ -150,8 +150,7 @@ def _read(command: ConvertCommand, tell: Callable[[str], None]) -> "tuple[Transf
     from dsmini.checkpoint.load import load_pretrained
     from dsmini.checkpoint.training_state import load_run
 
-    check_path(command.src, "SRC")
-    if is_there(command.src / "config.toml"):
+    if not is_model_folder(command.src):
         model, config = load_run(command.src, average=command.average, say=tell)
         return model, *_tokenizer_files(command.src, config)
     require(not command.average, f"--average is for a training run, and {command.src} is not one; leave it out")

@@ -184,7 +184,10 @@ def _write(
             raise ValueError(f"cannot make the folder {path}: {error.strerror}; choose another") from None
         with Progress(Console(stderr=True), nbytes, f"writing {path.name}", unit="bytes") as progress, torch.no_grad():
             for name, entries in shards.items():
-                write_safetensors(folder / name, entries, {"format": "pt"}, progress.add)
+                try:
+                    write_safetensors(folder / name, entries, {"format": "pt"}, progress.add)
+                except OSError as error:  # it names no file where the disk is full
+                    raise OSError(error.errno, error.strerror, str(path)) from None
         if origin and not origin.folder.is_dir():
             words.append(f"{origin.folder}, from which the model was loaded, is gone; its tokenizer is not copied")
         for file in sorted(origin.folder.iterdir()) if origin and origin.folder.is_dir() else ():

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dsmini.reading import UnreadableError, brief, is_there, listed, open_regular, read_table, readable
+from dsmini.reading import UnreadableError, brief, is_there, listed, open_regular, parse_json, read_table, readable
 
 # parts of a name, ours -> theirs; as in DeepSeek's convert.py, the other way round
 _HUGGING_FACE = {
@@ -228,6 +228,9 @@ def _opened(path: Path) -> Any:
 def _header(path: Path) -> dict[str, Stored]:
     """Return the tensors of one file in the order of their places."""
     file, tensors = _opened(path), {}
+    with open_regular(path) as again:  # the library keeps the last of two entries with one name
+        length = int.from_bytes(again.read(8), "little")
+        parse_json(again.read(length).decode(), f"the header of {path}")
     for name in file.offset_keys():
         part = file.get_slice(name)
         dtype = part.get_dtype()

@@ -28,6 +28,12 @@ NAMED = 3
 CHUNK = 1 << 20
 """Bytes read at a time."""
 
+# bytes that begin a text of another encoding; those of UTF-32 begin with those of UTF-16
+MARKS = {
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+
 # Tests, generated tables, and packages that some Pythons lack: without them the corpus is the same everywhere.
 _NOT_STDLIB = {
     *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "tkinter", "ensurepip"),
@@ -40,6 +46,10 @@ ProgressCallback = Callable[[str, int, int], None]
 
 def silent(what: str, done: int, total: int) -> None:
     """Ignore progress, as library use does."""
+
+
+class DamagedError(ValueError):
+    """A .gz file that is cut short or no such file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +71,7 @@ class Document:
     def chunks(self, start: int = 0) -> Iterator[tuple[bytes, int]]:
         """Yield the text from byte `start` on, and with each chunk how many bytes on disk were read so far.
 
-        Raises: ValueError for a file that cannot be read, or is a damaged .gz.
+        Raises: ValueError for a file that cannot be read; DamagedError for a damaged .gz.
         """
         try:
             with open_regular(self.path) as stored:
@@ -70,7 +80,7 @@ class Document:
                 while chunk := text.read(CHUNK):
                     yield chunk, stored.tell()
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{self.path} is a damaged .gz file: {error}; fetch it again, or remove it") from None
+            raise DamagedError(f"{self.path} is a damaged .gz file: {error}; fetch it again, or remove it") from None
         except OSError as error:
             raise ValueError(f"cannot read {self.path}: {error.strerror}; check its permissions") from None
 
@@ -197,33 +207,33 @@ def _document(root: Path, path: Path) -> Document:
 def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[Document], list[str]]:
     """Return the documents that are text, with their sizes, and the names of the files that are not.
 
-    A name has the reason after it: empty, not text, or UTF-16, UTF-32, UTF-16LE or UTF-16BE for text that is not UTF-8.
+    A name has the reason after it: empty, not text, damaged .gz, or UTF-16 or UTF-32 for a text of that encoding.
 
-    Raises: ValueError if none is text.
+    Raises: ValueError if none is text; DamagedError for a single file that is a damaged .gz.
     """
     total, done = sum(document.stored for document in source.documents), 0
     texts: list[Document] = []
     left_out: list[str] = []
-    trusted = source.kind == "library"
     for document in source.documents:
-        size, reason, utf8 = 0, "" if trusted else "empty", trusted
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        for chunk, stored in document.chunks():
-            reason = "" if trusted else _why_not_text(chunk, first=size == 0)
-            utf8 = trusted or (_decodes(decoder, chunk) and (utf8 or size == 0))
-            size += len(chunk)
-            progress("reading", done + stored, total)
-            if reason:
-                break
+        look = _Look(trusted=source.kind == "library")
+        try:
+            for chunk, stored in document.chunks():
+                look.take(chunk)
+                progress("reading", done + stored, total)
+                if look.fault:
+                    break
+        except DamagedError:
+            if source.kind == "file":
+                raise
+            look.fault = "damaged .gz"
         done += document.stored
-        if not reason:
-            texts.append(dataclasses.replace(document, size=size, utf8=utf8 and _decodes(decoder, b"", final=True)))
+        if not look.fault:
+            texts.append(dataclasses.replace(document, size=look.size, utf8=look.is_utf8()))
         elif source.kind == "file":
-            by = f"iconv -f {reason} -t UTF-8" if reason.startswith("UTF") else "iconv -t UTF-8"
-            such = "" if reason == "empty" else f", such as {by} makes"
-            raise ValueError(f"data.path={document.path} is {reason}; name a text file in UTF-8{such}")
+            such = f", such as iconv -f {look.fault} -t UTF-8 makes" if look.fault.startswith("UTF") else ""
+            raise ValueError(f"data.path={document.path} is {look.fault}; name a text file in UTF-8{such}")
         else:
-            left_out.append(f"{document.name} ({reason})")
+            left_out.append(f"{document.name} ({look.fault})")
     if not texts:
         named = f": {listed(left_out, NAMED)}" if left_out else ""
         raise ValueError(
@@ -233,31 +243,39 @@ def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[D
     return texts, left_out
 
 
-def _decodes(decoder: codecs.IncrementalDecoder, chunk: bytes, final: bool = False) -> bool:
-    try:
-        decoder.decode(chunk, final)
-    except UnicodeDecodeError:
-        decoder.reset()
-        return False
-    return True
-
-
-def _why_not_text(chunk: bytes, first: bool) -> str:
-    """Return why these bytes are not UTF-8 text or a text of single bytes; "" if they may be. Text has no NUL byte.
+class _Look:
+    """A look at a file, chunk by chunk: its size, and whether it is text. Text has no NUL byte.
 
     Args:
-        first: they are the first of a file, where its encoding shows.
+        trusted: it is text, whatever it holds.
     """
-    if b"\0" not in chunk:
-        return ""
-    if first and chunk.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return "UTF-32"
-    if first and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "UTF-16"
-    even, odd = (chunk[start:4096:2].count(0) / len(chunk[:4096]) for start in (0, 1))  # of ASCII every second byte
-    if first and len(chunk) > 8 and max(even, odd) > 0.3 and min(even, odd) < 0.03:
-        return "UTF-16BE" if even > odd else "UTF-16LE"
-    return "not text"
+
+    def __init__(self, trusted: bool) -> None:
+        self.size = 0
+        self.fault = "" if trusted else "empty"
+        """The reason why it is not text."""
+        self._trusted, self._utf8 = trusted, True
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def take(self, chunk: bytes) -> None:
+        if not self._trusted:
+            self.fault = "not text" if b"\0" in chunk else ""
+            if self.fault and self.size == 0:
+                self.fault = next((name for name, marks in MARKS.items() if chunk.startswith(marks)), self.fault)
+            self._decode(chunk)
+        self.size += len(chunk)
+
+    def is_utf8(self) -> bool:
+        """Return True if all that was taken, to its end, is UTF-8."""
+        self._decode(b"", final=True)
+        return self._utf8
+
+    def _decode(self, chunk: bytes, final: bool = False) -> None:
+        if self._utf8:
+            try:
+                self._decoder.decode(chunk, final)
+            except UnicodeDecodeError:
+                self._utf8 = False
 
 
 def left_out_in_words(names: Sequence[str], where: str) -> str:

@@ -6,6 +6,7 @@ sentence, gets the tokens of those characters; it cannot end a document or open 
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 END_TOKENS = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 NOT_A_TOKENIZER = "is not a tokenizer.json of the tokenizers library"
+LARGEST_GROWTH = 64
+"""Largest factor by which a file's steps may lengthen a text; published files stay below 10."""
 OTHER = "name another tokenizer.json, such as DeepSeek publishes"
 
 
@@ -198,14 +201,38 @@ def _load(path: Path, markup: Collection[str]) -> "tokenizers.Tokenizer":
             name = token["content"]
             token["special"] |= name in markup or re.fullmatch("<｜.*｜>", name) is not None
         tokenizer = library.from_str(json.dumps(content))
+        growth = {name: _growth(content.get(name)) for name in ("normalizer", "pre_tokenizer", "decoder")}
     if dropout := content["model"].get("dropout"):
         raise ValueError(
             f"{path} has dropout {brief(dropout)}, which gives a text other tokens each time; want null; {OTHER}"
         )
+    for name, factor in growth.items():
+        if factor > LARGEST_GROWTH:
+            raise ValueError(
+                f"{path} has a {name} that can make a text {factor:,.0f} times as long; want at most {LARGEST_GROWTH}; "
+                f"{OTHER}"
+            )
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _growth(step: Any) -> float:
+    """Return the largest factor by which a step of a tokenizer.json, with all steps in it, may lengthen a text.
+
+    A regular expression, and an empty text, may match between any two characters. The table of a Precompiled step is
+    not looked at.
+    """
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1.0
+    if step.get("type") == "Replace":
+        replaced, by = (len(text.encode()) for text in (step["pattern"].get("String", ""), step["content"]))
+        return max(1.0, by / replaced) if replaced else 1.0 + by
+    own = 2.0 if step.get("type") == "ByteLevel" else 1.0
+    return own * math.prod(map(_growth, step.values()))
 
 
 def _library(work: str) -> Any:

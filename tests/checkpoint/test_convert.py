@@ -85,3 +85,13 @@ def test_published_folder_keeps_its_dtypes(tmp_path: Path, small_model: Build, c
 def test_mistakes_are_refused_and_write_nothing(tmp_path: Path, small_model: Build) -> None:
     save_pretrained(small_model(**BUILT), tmp_path / "a")
     check_refused("dsmini.convert", tmp_path)
+
+
+def test_full_disk_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_model: Build) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dsmini.checkpoint.tensor_files.os.pwrite", full)
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '.*/b'$"):
+        save_pretrained(small_model(), tmp_path / "b")
+    assert not list(tmp_path.iterdir())

@@ -63,6 +63,14 @@ def header(name: str, **changes: Any) -> Damage:
     return content(edited)
 
 
+def named_twice(file: bytes) -> bytes:
+    """Repeat an entry of the header: the library takes the last one in silence."""
+    end = 8 + struct.unpack("<Q", file[:8])[0]
+    entry = f'"model.norm.weight":{json.dumps(json.loads(file[8:end])["model.norm.weight"])}'
+    text = f"{{{entry},{file[9:end].decode()}".encode()
+    return struct.pack("<Q", len(text)) + text + file[end:]
+
+
 def renamed(old: str, new: str) -> Damage:
     return lambda folder: (folder / old).rename(folder / new)
 
@@ -155,6 +163,10 @@ FOLDERS: dict[str, list[tuple[Damage, str]]] = {  # by the folder that is damage
                 ("lm_head.weight", {"dtype": "F9"}),
                 ("model.norm.weight", {"data_offsets": [0, 96]}),
             )
+        ),
+        (
+            content(named_twice),
+            "the header of {folder}/model.safetensors names 'model.norm.weight' twice; keep one of the two",
         ),
         # tensors
         (tensors(many_faults), ALL_FAULTS),

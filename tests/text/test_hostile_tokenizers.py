@@ -16,6 +16,11 @@ tk = tokenizers()
 norm, pre, dec, post = tk.normalizers, tk.pre_tokenizers, tk.decoders, tk.processors
 
 
+def long_by(n: int, *steps: Any) -> dict[str, Any]:
+    """Return steps that are repeated n times."""
+    return {"normalizer": norm.Sequence([*steps] * n)}
+
+
 def steps(**parts: Any) -> str:
     """Return a tokenizer.json of two letters with these parts."""
     library = tk.Tokenizer(tk.models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
@@ -33,6 +38,20 @@ def edited(**changes: Any) -> str:
 NOT_ONE = "is not a tokenizer.json"
 REFUSALS: dict[str, tuple[str, str]] = {
     "dropout": (edited(dropout=0.5), "has dropout 0.5, which gives a text other tokens each time; want null; name"),
+    **{
+        name: (
+            steps(**parts),
+            f"has a {next(iter(parts))} that can make a text {factor} times as long; want at most 64; name another",
+        )
+        for name, factor, parts in (
+            ("doubled 40 times", "1,099,511,627,776", long_by(40, norm.Replace("a", "aa"))),
+            ("tripled for each letter", "81", long_by(4, norm.Replace(tk.Regex(""), "ab"))),
+            ("inserted", "128", long_by(7, norm.Replace("", "a"))),
+            ("bytes of bytes", "128", long_by(7, norm.ByteLevel())),
+            ("bytes before words", "128", {"pre_tokenizer": pre.Sequence([pre.ByteLevel()] * 7)}),
+            ("decoded", "243", {"decoder": dec.Sequence([dec.Replace("é", "aaaaaa")] * 5)}),
+        )
+    },
     "steps": (edited(normalizer={"type": "Sequence", "normalizers": [3]}), NOT_ONE),
     "deep lists": ("[" * 100_000, NOT_ONE),
     "deep tables": ('{"a":' * 100_000, NOT_ONE),
