@@ -30,7 +30,7 @@ from dsmini.measure.price import Prices
 from dsmini.measure.roofs import Roofs, load_or_measure, steadiness
 from dsmini.ops.explanation import instruction_set
 from dsmini.report import Report
-from dsmini.report.units import duration, human
+from dsmini.report.units import human
 
 STARTED = time.monotonic()
 QUICK = 135.0
@@ -322,7 +322,7 @@ def measure_case(name: str, case: Case, setting: Setting, run: Run, writer: Writ
             raise
         why, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
         if isinstance(error, TookTooLong):
-            why = trace = f"stopped after {duration(allowed)}; its estimate was {duration(case.seconds)}"
+            why = trace = f"stopped after {human(allowed, 's')}; its estimate was {human(case.seconds, 's')}"
         writer.add(Result(question=name, key=case.key, run=run, error=trace))
         say(Console(stderr=True), f"{name} {case.key} failed: {why}", style="bold red")
         return

@@ -23,11 +23,11 @@ from dsmini.planner.request import ONE_PROCESS, Setup, is_v3, presets
 from dsmini.planner.search import search
 from dsmini.planner.serving import STAGES
 from dsmini.planner.setup import changed
-from dsmini.planner.words import explain, find, in_unit, in_words, named, shown, step_of, text
+from dsmini.planner.words import explain, find, named, shown, step_of, text
 from dsmini.reading import read_toml
 from dsmini.report import Detail, Report, Section, Table, heat_map
 from dsmini.report.figures import plain
-from dsmini.report.units import human, plural
+from dsmini.report.units import human, in_words, plural
 
 Record = dict[str, Any]
 FILES = ("plan.html", "plan.json")
@@ -126,7 +126,7 @@ def _binds(plan: Plan, stage: str) -> str:
     """Return what binds a step, by how much, and what is next: of training's parts, or of those that overlap."""
     seconds, (first, second, *_) = plan.waits[stage], plan.longest(stage)
     if stage in STAGES:
-        gain = in_unit(seconds[first] / seconds[second], "")
+        gain = human(seconds[first] / seconds[second], "")
         return words()["overlapping"].format(first=first, second=second, gain=gain)
     share, rest = (100 * seconds[part] / sum(seconds.values()) for part in (first, second))
     return words()["in_turn"].format(first=first, second=second, share=share, rest=rest)
@@ -302,7 +302,7 @@ def searched(made: Setup, command: str, on_part: OnPart = quiet) -> Answer:
     records = [record for _, record in found]
     rows = [
         (
-            *(str(i), in_unit(c["step_seconds"], "s"), c["binds"], in_unit(c["memory"], "B"), f"{c['mfu']:.3f}"),
+            *(str(i), human(c["step_seconds"], "s"), c["binds"], human(c["memory"], "B"), f"{c['mfu']:.3f}"),
             words()["search"]["layout"].format(**c),
         )
         for i, c in enumerate(records, 1)
@@ -394,7 +394,7 @@ def published() -> Answer:
 def _published_row(f: PublishedFigure) -> tuple[str, ...]:
     """Return the figure in words. Ours has no unit where it is the same, nor "a token", which the name says."""
     printed, ours = (
-        in_words(value, True) if not f.unit and value >= 1e6 else in_unit(value, f.unit.partition("/")[0], given=True)
+        in_words(value, True) if not f.unit and value >= 1e6 else human(value, f.unit.partition("/")[0], given=True)
         for value in (f.printed, float(f"{f.ours:.4g}"))
     )
     unit = printed.partition(" ")[2]

@@ -33,7 +33,7 @@ from dsmini.planner.hardware import OnPart, quiet
 from dsmini.planner.model import model_figures
 from dsmini.planner.request import DTYPES, ONE_PROCESS, Setup, is_v3, presets, rules
 from dsmini.planner.training import PARTS, training_figures
-from dsmini.planner.words import in_unit
+from dsmini.report.units import human
 
 SIZES = ("pipeline", "tensor", "expert", "micro_batch")
 CHOICES = ("schedule", "zero", "recompute", "precision")
@@ -262,5 +262,5 @@ def what_would_fit(found: Layouts) -> str:
             break
     least = found.at(found.smallest).request
     sizes = ", ".join(f"{n}={getattr(least, n)!r}" for n in ("pipeline", "tensor", "expert", *CHOICES[1:]))
-    of, needs = f"no layout on gpus={gpus} fits {in_unit(memory, 'B')} a GPU", in_unit(found.smallest.memory, "B")
+    of, needs = f"no layout on gpus={gpus} fits {human(memory, 'B')} a GPU", human(found.smallest.memory, "B")
     return f"{of}: the smallest needs {needs}, with {sizes}; {fix}"

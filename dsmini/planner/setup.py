@@ -19,8 +19,7 @@ from dsmini.planner.model import cache_figures, weight_figures
 from dsmini.planner.request import DTYPES, Model, PlanRequest, Setup, check, is_v3, presets
 from dsmini.planner.search import choose_layout, gpu_counts
 from dsmini.planner.serving import STAGES, Stage, deployment_figures, deployment_rules
-from dsmini.planner.words import in_unit
-from dsmini.report.units import plural
+from dsmini.report.units import human, plural
 
 CONTEXT, SEQUENCES = 4096, 32
 """Tokens of a decoding sequence, and the most sequences of a GPU in a micro-batch, where the user leaves them open."""
@@ -175,5 +174,5 @@ def _misfit(made: Setup, stage: Stage) -> str:
         fix = f"use sequences={fit}"
     elif memory.longest_context >= 1:
         fix = f"use {'context' if stage == 'decode' else 'prompt'}={float(memory.longest_context):.0f}"
-    takes, of = (in_unit(float(value), "B") for value in (memory.gpu_memory, made.memory))
+    takes, of = (human(float(value), "B") for value in (memory.gpu_memory, made.memory))
     return f"{stage} on {plural(d.gpus, 'GPU')} does not fit: weights and cache take {takes} of {of}; {fix}"

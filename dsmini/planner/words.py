@@ -27,53 +27,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsmini.report.units import DECIMAL, SECONDS, digits
-
-HOUR, DAY = 3600.0, 86400.0
-YEAR = 365.25 * DAY
-Steps = list[tuple[float, float, str]]
-"""Sizes from which on a value is divided by a number and followed by a word, the largest first."""
-LONG: Steps = [(2 * YEAR, YEAR, " years"), (2 * DAY, DAY, " days"), (HOUR, HOUR, " h"), (120.0, 60.0, " min")]
-WORDS: Steps = [(1e12, 1e12, " trillion"), (1e9, 1e9, " billion"), (1e6, 1e6, " million"), (0.0, 1.0, "")]
-LARGEST_WHOLE = 2.0**53
-"""Size from which on a float can no longer hold every whole number."""
-
-
-def in_unit(value: float, unit: str, *, given: bool = False) -> str:
-    """Return a value of a unit in words.
-
-    Args:
-        given: with up to six digits, as an input was given.
-    """
-    over, slash, under = unit.partition("/")
-    if over == "$":
-        factor, after = {"": (1, ""), "s": (HOUR, "/h"), "token": (1e6, " per million tokens")}[under]
-        return _dollars(factor * value, given) + after
-    if over in ("", "token"):
-        after = f" {_plural(unit)}" if unit else ""
-        whole = _is_whole(value) and (not unit or abs(value) < 1e6)
-        return (_number(value, given) if whole else in_words(value, given)) + after
-    if over == "s":
-        seconds = [(size, size, f" {name}{slash}{under}") for size, name in SECONDS]
-        return _scaled(value, seconds if slash else LONG + seconds, given) if value else "0 s"
-    prefixes = [(size, size, f" {name}{unit}") for size, name in DECIMAL]
-    return _scaled(value, [(1e18, 1.0, f" {unit}"), *prefixes], given)
-
-
-def in_words(value: float, given: bool = False) -> str:
-    """Return a count in words: 671 billion."""
-    return _scaled(value, WORDS, given)
+from dsmini.report.units import human, in_words, is_whole, plural_of
 
 
 def shown(figure: Any) -> str:
     """Return a named figure for people: in three digits, or as it was given if it is an input."""
-    return in_unit(figure.value, figure.title.unit, given=figure.op == "input")
+    return human(figure.value, figure.title.unit, given=figure.op == "input")
 
 
 def exactly(figure: Any) -> str:
     """Return a figure in its base units: a whole number with all digits, any other with ten."""
-    value, unit = figure.value, _plural(figure.title.unit)
-    number = f"{value:,.0f}" if _is_whole(value) else f"{value:,.10g}"
+    value, unit = figure.value, plural_of(figure.title.unit)
+    number = f"{value:,.0f}" if is_whole(value) else f"{value:,.10g}"
     return f"${number}" if unit == "$" else f"{number} {unit}".rstrip()
 
 
@@ -84,36 +49,6 @@ WAYS: Mapping[str, Callable[[Any], str]] = {
     "amount": lambda figure: shown(figure).partition("/")[0],
 }
 """Ways to write a figure in a sentence: as shown, in percent, in words, without its "a token"."""
-
-
-def _scaled(value: float, steps: Steps, given: bool) -> str:
-    _, size, word = next((step for step in steps if abs(value) >= step[0]), steps[-1])
-    return _number(value / size, given) + word
-
-
-def _is_whole(value: float) -> bool:
-    return isinstance(value, int) or (float(value).is_integer() and abs(value) < LARGEST_WHOLE)
-
-
-def _plural(unit: str) -> str:
-    over, slash, under = unit.partition("/")
-    return f"tokens{slash}{under}" if over == "token" else unit
-
-
-def _number(value: float, given: bool) -> str:
-    """Return three digits of a value, or up to six of an input."""
-    if _is_whole(value) and abs(value) < 1e15:
-        return f"{value:,.0f}"
-    text = f"{value:.6g}" if given else digits(float(value))
-    return f"{float(text):,}" if given and "e" not in text else text
-
-
-def _dollars(value: float, given: bool) -> str:
-    if value >= 1e6:
-        return f"${in_words(value, given)}"
-    if value >= 1000:
-        return f"${value:,.0f}"
-    return f"${value:.2f}" if value >= 1 else f"${_number(value, given)}"
 
 
 # --- explanations
@@ -237,7 +172,7 @@ def _name(node: Any) -> str:
 def _in_numbers(node: Any) -> str:
     if node.op == "number":
         return f"{node.value:,.15g}"
-    return in_unit(node.value, node.title.unit if node.name else "", given=True)
+    return human(node.value, node.title.unit if node.name else "", given=True)
 
 
 def _written(node: Any, leaf: Callable[[Any], str], need: int = 0) -> str:

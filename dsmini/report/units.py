@@ -1,34 +1,71 @@
-"""Numbers for people: 1.25 MiB, 38.2 GB/s, 4.71 ms."""
+"""Numbers for people: 1.25 MiB, 38.2 GB/s, 4.71 ms, 54.5 days, $5.58 million.
+
+A unit may end in what a value is per: "B/token". Memory of this machine ("bytes") has prefixes of 1024. All else has
+prefixes of 1000: a GB is 1e9 B. A whole count is written out, another one in words.
+"""
 
 import math
 from collections.abc import Sequence
 
 Value = str | int | float | bool
 NOTHING = "–"  # noqa: RUF001
-Scale = Sequence[tuple[float, str]]
-DECIMAL: Scale = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
-BINARY: Scale = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "bytes"))
-SECONDS: Scale = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+HOUR, DAY = 3600.0, 86400.0
+YEAR = 365.25 * DAY
+Steps = Sequence[tuple[float, float, str]]
+"""Sizes from which on a value is divided by a number and followed by a word, the largest first."""
+DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+BINARY = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "bytes"))
+SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+LONG: Steps = ((2 * YEAR, YEAR, " years"), (2 * DAY, DAY, " days"), (HOUR, HOUR, " h"), (120.0, 60.0, " min"))
+WORDS: Steps = ((1e12, 1e12, " trillion"), (1e9, 1e9, " billion"), (1e6, 1e6, " million"), (0.0, 1.0, ""))
+DOLLARS = {"": (1.0, ""), "s": (HOUR, "/h"), "token": (1e6, " per million tokens")}
+LARGEST_WHOLE = 2.0**53
+"""Size from which on a float can no longer hold every whole number."""
 
 
-def human(value: float | None, unit: str, exact: bool = False) -> str:
-    """Return a value with its unit, in three digits, or in all of them for an exact count."""
+def human(value: float | None, unit: str, exact: bool = False, given: bool = False) -> str:
+    """Return a value with its unit, in three digits.
+
+    Args:
+        exact: all digits of a whole number.
+        given: up to six digits, as an input was given.
+    """
     if value is None:
         return NOTHING
-    if exact and float(value).is_integer():
-        return f"{value:,.0f} {unit}".rstrip()
-    if unit == "s":
-        return _scaled(value, SECONDS) if value else "0 s"
-    if unit in ("bytes/s", "FLOP/s", "FLOP"):
-        return _scaled(value, DECIMAL) + {"bytes/s": "B/s"}.get(unit, unit)
-    if unit.startswith("bytes"):
-        return _scaled(value, BINARY) + unit.removeprefix("bytes")
-    return f"{digits(value)} {'×' if unit == 'x' else unit}".rstrip()  # noqa: RUF001
+    over, slash, under = unit.partition("/")
+    per, whole = slash + under, is_whole(value)
+    if exact and whole:
+        return f"{value:,.0f} {plural_of(unit)}".rstrip()
+    if over == "$":
+        factor, after = DOLLARS[under]
+        return _dollars(factor * value, given) + after
+    if over == "s" and not value:
+        return f"0 {unit}"
+    if over == "s":
+        short = [(size, size, f" {name}{per}") for size, name in SECONDS]
+        return _scaled(value, short if per else [*LONG, *short], given)
+    if over == "bytes" and under != "s":
+        return _scaled(value, [(size, size, f" {name}{per}") for size, name in BINARY], given)
+    if over in ("B", "bytes", "FLOP"):
+        unit = unit.replace("bytes", "B")
+        return _scaled(value, [(1e18, 1.0, f" {unit}"), *((size, size, f" {n}{unit}") for size, n in DECIMAL)], given)
+    if over in ("", "token"):
+        written = whole and (not unit or abs(value) < 1e6)
+        return f"{number(value, given) if written else in_words(value, given)} {plural_of(unit)}".rstrip()
+    return f"{digits(value)} {'×' if unit == 'x' else unit}"  # noqa: RUF001
 
 
-def _scaled(value: float, scale: Scale) -> str:
-    size, name = next((step for step in scale if abs(value) >= step[0]), scale[-1])
-    return f"{digits(value / size)} {name}"
+def in_words(value: float, given: bool = False) -> str:
+    """Return a count in words: 671 billion."""
+    return _scaled(value, WORDS, given)
+
+
+def number(value: float, given: bool = False) -> str:
+    """Return three digits of a value, up to six of an input, and all of a whole number."""
+    if is_whole(value) and abs(value) < 1e15:
+        return f"{value:,.0f}"
+    text = f"{value:.6g}" if given else digits(float(value))
+    return f"{float(text):,}" if given and "e" not in text else text
 
 
 def digits(value: float) -> str:
@@ -39,6 +76,35 @@ def digits(value: float) -> str:
     if size < 1e-3 or size >= 1e9:
         return f"{value:.2e}"
     return f"{value:.{2 - math.floor(math.log10(size))}f}"
+
+
+def percent(share: float, decimals: int = 0) -> str:
+    """Return a share in percent: 12 %."""
+    return f"{100 * share:.{decimals}f} %"
+
+
+def is_whole(value: float) -> bool:
+    """Return True for a whole number that its type can tell from the next one."""
+    return isinstance(value, int) or (float(value).is_integer() and abs(value) < LARGEST_WHOLE)
+
+
+def plural_of(unit: str) -> str:
+    """Return a unit as it follows a number: tokens/s for token/s."""
+    over, slash, under = unit.partition("/")
+    return f"tokens{slash}{under}" if over == "token" else unit
+
+
+def _scaled(value: float, steps: Steps, given: bool) -> str:
+    _, size, word = next((step for step in steps if abs(value) >= step[0]), steps[-1])
+    return number(value / size, given) + word
+
+
+def _dollars(value: float, given: bool) -> str:
+    if value >= 1e6:
+        return f"${in_words(value, given)}"
+    if value >= 1000:
+        return f"${value:,.0f}"
+    return f"${value:.2f}" if value >= 1 else f"${number(value, given)}"
 
 
 def short(value: float) -> str:
@@ -52,14 +118,6 @@ def short(value: float) -> str:
     return f"{value:.3g}" if size >= 1e-3 or size == 0 else f"{value:.0e}".replace("e-0", "e-")
 
 
-def duration(seconds: float) -> str:
-    """Return a duration in words: 40 s, 3 min, 1 h 20 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def words(name: str) -> str:
     """Return a metric or the key of a case in words."""
     return name.replace("_per_", " per ").replace("_", " ")
@@ -69,9 +127,7 @@ def shown(value: Value) -> str:
     """Return the value of a case in words."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value.is_integer() else digits(value)
-    return value if isinstance(value, str) else f"{value:,}"
+    return value if isinstance(value, str) else number(value)
 
 
 def plural(count: int, one: str, many: str = "") -> str:

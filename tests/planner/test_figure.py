@@ -5,7 +5,8 @@ import pytest
 
 from dsmini.accounting.tensors import ceiling, largest, smallest, total
 from dsmini.planner.figure import Figure, Sheet, call
-from dsmini.planner.words import exactly, explain, in_unit, shown, step_of, text
+from dsmini.planner.words import exactly, explain, shown, step_of, text
+from dsmini.report.units import human
 
 
 def cache_sheet() -> Sheet:
@@ -87,7 +88,7 @@ WORDS = [
 
 @pytest.mark.parametrize(("value", "unit", "wanted"), WORDS)
 def test_value_in_words(value: float, unit: str, wanted: str) -> None:
-    assert in_unit(float(value) if unit else value, unit) == wanted
+    assert human(float(value) if unit else value, unit) == wanted
 
 
 def test_input_is_shown_as_it_was_given() -> None:

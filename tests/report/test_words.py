@@ -27,6 +27,12 @@ def figure(measured: float | None, **given: Any) -> Figure:
         (0.4567, "", "0.457"),
         (2.4e-6, "", "2.40e-06"),
         (0.0, "s", "0 s"),
+        (54.5 * 86400, "s", "54.5 days"),
+        (1019.05, "s", "17.0 min"),
+        (0.5, "s/token", "500 ms/token"),
+        (70272, "B/token", "70.3 kB/token"),
+        (2176.0, "token", "2,176 tokens"),
+        (2.38e-7, "$/token", "$0.238 per million tokens"),
         (None, "s", units.NOTHING),
     ],
 )
