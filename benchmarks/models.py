@@ -11,9 +11,7 @@ from benchmarks.question import Setting
 from benchmarks.results import ROOT
 from dsmini import ModelConfig, RunConfig, Transformer, accounting
 from dsmini.data.corpus import load_corpus
-from dsmini.inference.fused import Decoder
-from dsmini.measure.workloads import ROOM, Step, StepShape, random_cache, random_tokens
-from dsmini.nn import Routing
+from dsmini.measure.workloads import ROOM, Step, StepShape, decoding_step, random_cache
 from dsmini.training.trainer import Trainer
 
 BIG = ModelConfig.from_file(Path(__file__).with_name("big.toml"))
@@ -75,19 +73,7 @@ def decoding(
 ) -> tuple[dict[str, Step], dict[str, float]]:
     """Return steps that decode random tokens from caches of random rows, and their predicted seconds, by model."""
 
-    def make(model: Transformer) -> Step:
-        cache, decoder = random_cache(model, batch, context, ROOM), Decoder(model)
-
-        @torch.no_grad()
-        def step() -> list[Routing]:
-            cache.truncate(context)
-            # other tokens each time, which choose other experts
-            states = decoder.states(random_tokens(model.config, batch, 1, setting.device), cache)
-            model.head(states.normed)
-            return states.routing
-
-        return step
-
     shape: dict[str, Any] = {"work": "decode", "dtype": setting.dtype_name, "batch": batch, "tokens": context}
     predicted = setting.predicted({name: StepShape(config=model.config, **shape) for name, model in models.items()})
-    return {name: make(model) for name, model in models.items()}, predicted
+    steps = {name: decoding_step(model, random_cache(model, batch, context, ROOM)) for name, model in models.items()}
+    return steps, predicted

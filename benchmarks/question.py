@@ -266,7 +266,7 @@ def check_bandwidth(what: str, reached: float, setting: Setting) -> float:
 
     Raises: ValueError for a rate far above the roof, which can only be an error of counting.
     """
-    roof = max(setting.roofs.bandwidth, setting.roofs.copy)
+    roof = setting.roofs.memory
     if reached > roof:
         roof = max(roof, read_bandwidth(setting.device))
     if reached > FASTEST * roof:

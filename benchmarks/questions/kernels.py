@@ -112,10 +112,10 @@ def roof_seconds(calls: Sequence[Call], seconds: float, dtype: str, setting: Set
 
     Raises: ValueError for calls that read memory clearly faster, which can only be an error of counting.
     """
-    moved, peaks = sum(call.cold for call in calls), setting.roofs.peak
+    moved = sum(call.cold for call in calls)
     rate = check_bandwidth(f"kernel {calls[0].kind}", moved / seconds, setting)
-    peak = peaks["float32"] if dtype == "float32" else max(peaks.values())
-    return sum(max(call.cold / rate, call.flops / peak) for call in calls)
+    roofs = dataclasses.replace(setting.roofs, bandwidth=rate)
+    return sum(roofs.least_seconds(call.cold, call.flops, dtype) for call in calls)
 
 
 def answer(figures: list[Figure]) -> str:

@@ -199,9 +199,7 @@ def _roof(setting: Setting, config: ModelConfig, kind: str, what: str, tokens: i
         moved = tokens * accounting.prefill_bytes_per_token(config, seq_len=tokens, **how).total
         last: dict[str, Any] = {"training": False, "last_logits": True}
         flops = accounting.step_flops(config, batch_size=1, seq_len=tokens, **last).total
-    peaks = setting.roofs.peak
-    peak = peaks["float32"] if kind == "FP32" else max(peaks.values())
-    return max(moved / max(setting.roofs.bandwidth, setting.roofs.copy), flops / peak)
+    return setting.roofs.least_seconds(moved, flops, KINDS[kind][0])
 
 
 @torch.inference_mode()

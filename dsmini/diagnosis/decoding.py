@@ -11,7 +11,7 @@
     quiet_machine      Machine    other programs take nothing (contention.py)
 
 A negative gain is what the way in use saves: expanded_mla at -50 % says that a step would take half as long again. A
-step is what generation does: embed the last token, run the blocks with the cache, make logits, take the likeliest.
+step is what generation does: embed the last token, run the blocks with the cache, make logits.
 
     cached tokens         0 1 2 ... context-1 | new token        the new token's row is written, and attends to all
     after the step        0 1 2 ... context-1 |                  the cache is cut back to where it was
@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal, NamedTuple, Optional, TypeVar
+from typing import Any, Literal, NamedTuple, Optional, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -62,7 +62,7 @@ from dsmini.inference.sampling import Sampling, likeliest
 from dsmini.inference.speculative import Drafter, agreed
 from dsmini.machine import cores, memory_bytes, refuse_too_large
 from dsmini.measure.price import Forecast, Prices
-from dsmini.measure.workloads import ROOM, StepDtype, StepShape, dtype_name, random_cache, random_tokens
+from dsmini.measure.workloads import ROOM, StepDtype, StepShape, decoding_step, dtype_name, random_cache, random_tokens
 from dsmini.nn import Block, Cache, MoE, Rope, Transformer
 from dsmini.nn.attention import Attention
 from dsmini.nn.cache import Form
@@ -126,7 +126,7 @@ class DecodingSubject:
         with torch.no_grad():
             self.tokens = likeliest(prefill(self.model, self.cache, self.rows))[:, None]
         """First token of each sequence that is decoded, [b, 1]."""
-        self.run = steps_with(self.model, self.cache, self.tokens)
+        self.run = decoding_step(self.model, self.cache, self.tokens)
         """Takes one step. It decodes a token of each sequence, and cuts the cache back."""
         self._timed = {(PLAIN, batch): timed(self.run)}
         self.turns: list[Contention] = []
@@ -344,35 +344,15 @@ class Point:
     """Cache whose rows are copied where they fit; None: random rows."""
 
 
-Run = Callable[[], object]
-"""Takes one decoding step."""
-Maker = Callable[[Transformer, Point], Run]
+Maker = Callable[[Transformer, Point], Callable[[], Any]]
 
 
 def steps_at(form: Form | None) -> Maker:
     """Return the maker of steps: by the modules in a form of MLA, or as generation takes them, for None."""
-    return lambda model, point: steps_with(model, filled_cache(model, point), tokens_of(model, point), form)
+    return lambda model, point: decoding_step(model, filled_cache(model, point), tokens_of(model, point), form)
 
 
-def steps_with(model: Transformer, cache: Cache, tokens: Int[Tensor, "b 1"], form: Form | None = None) -> Run:
-    """Return steps with this cache: as generation takes them, by kernels where they serve and MLA absorbed.
-
-    Args:
-        form: form of MLA of steps by the modules themselves, which have both; None: as generation takes them.
-    """
-    states_of, context = Decoder(model).states if form is None else model.states, cache.lengths.clone()
-    cache.form = form or cache.form
-
-    @torch.no_grad()
-    def step() -> object:
-        states = states_of(tokens, cache)
-        cache.truncate(context)
-        return likeliest(model.head(states.normed))
-
-    return step
-
-
-def guessing_steps(model: Transformer, point: Point) -> Run:
+def guessing_steps(model: Transformer, point: Point) -> Callable[[], Any]:
     """Return steps in which multi-token prediction guesses and the model checks; each is back at the point."""
     decoder, tokens = Decoder(model), tokens_of(model, point)
     room = min(ROOM, model.config.max_seq_len - point.context)
@@ -413,7 +393,7 @@ def tokens_of(model: Transformer, point: Point) -> Int[Tensor, "b 1"]:
     return random_tokens(model.config, point.batch, 1, model.device) if point.tokens is None else point.tokens
 
 
-def timed(run: Run) -> Callable[[], float]:
+def timed(run: Callable[[], Any]) -> Callable[[], float]:
     """Return what takes steps, as many as a turn needs, and returns the mean seconds of one."""
     run()
     start = time.perf_counter()
@@ -502,7 +482,7 @@ class Variant:
     reference: Optional["Variant"] = None
     """Steps that run in the same way and do what plain steps do; None: plain steps themselves."""
 
-    def steps(self, model: Transformer, point: Point) -> Run:
+    def steps(self, model: Transformer, point: Point) -> Callable[[], Any]:
         """Return its steps of this model."""
         return self.make(self.change(model), replace(point, context=self.context or point.context))
 

@@ -192,8 +192,8 @@ class Point:
     """FLOPs a byte."""
 
 
-def points_of(passes: Sequence[Sequence[CountedOperation]], roofs: Roofs, peak: float) -> list[Point]:
-    """Return the operations of a step, longest first."""
+def points_of(passes: Sequence[Sequence[CountedOperation]], roofs: Roofs, dtype: str) -> list[Point]:
+    """Return the operations of a step, longest first. Args: as of roofline."""
     groups: dict[tuple[str, str, str], list[CountedOperation]] = {}
     for op in (op for operations in passes for op in operations):
         shape = " x ".join("[" + ", ".join(map(str, s)) + "]" for s in op.shape[:2])
@@ -206,7 +206,7 @@ def points_of(passes: Sequence[Sequence[CountedOperation]], roofs: Roofs, peak: 
             name=name,
             shape=shape,
             seconds=sum(op.seconds for op in ops) / n,
-            roof=sum(max(op.cold / roofs.bandwidth, op.flops / peak) for op in ops) / n,
+            roof=sum(roofs.least_seconds(op.cold, op.flops, dtype) for op in ops) / n,
             flops=flops // n,
             intensity=flops / max(1, sum(op.bytes for op in ops)),
         )
@@ -221,9 +221,8 @@ def roofline(step: Callable[[], object], roofs: Roofs, dtype: str) -> Section:
         dtype: of the products.
     """
     passes = [count(step, roofs.cache_bytes).operations for _ in range(1 + PASSES)][1:]
-    peak = roofs.peak.get(dtype, max(roofs.peak.values()))
-    points = points_of(passes, roofs, peak)
-    ridge, total = peak / roofs.bandwidth, sum(p.seconds for p in points)
+    peak, points = roofs.peak_of(dtype), points_of(passes, roofs, dtype)
+    ridge, total = peak / roofs.memory, sum(p.seconds for p in points)
     memory = sum(p.seconds for p in points if p.intensity < ridge) / total
     shown = [p for p in points if p.seconds >= LEAST_SHARE * total and p.flops]
     figures = [
@@ -244,7 +243,7 @@ def roofline(step: Callable[[], object], roofs: Roofs, dtype: str) -> Section:
         finding=f"{percent(memory)} of the time of operations lies below {ridge:.0f} FLOPs a byte, where memory or a "
         f"cache is the limit. Products take {human(sum(op.flops for op in passes[0]), 'FLOP')} a step.",
         figures=figures,
-        plots=[roof_plot(shown, roofs.bandwidth, peak)],
+        plots=[roof_plot(shown, roofs.memory, peak)],
         about="Above the sloping roof an operation's bytes come from a cache. Where one call decodes a step, the "
         "operations of its blocks are timed apart, which takes longer.",
     )

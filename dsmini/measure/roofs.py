@@ -60,6 +60,19 @@ class Roofs:
     """Cores that this process waited for while it measured. Above BUSY the rates are those of a busy machine: they are
     too low, and are not stored."""
 
+    @property
+    def memory(self) -> float:
+        """Bytes/s from memory at most: of reading or of a copy, whichever is higher."""
+        return max(self.bandwidth, self.copy)
+
+    def peak_of(self, dtype: str) -> float:
+        """Return the FLOP/s of products: of float32, or for narrower dtypes of the fastest, in which they run here."""
+        return self.peak["float32"] if dtype == "float32" else max(self.peak.values())
+
+    def least_seconds(self, moved: float, flops: float, dtype: str) -> float:
+        """Return the roof: seconds of the bytes from memory, or of the products, whichever is longer."""
+        return max(moved / self.memory, flops / self.peak_of(dtype))
+
 
 @dataclass(frozen=True)
 class Store:

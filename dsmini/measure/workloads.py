@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from dsmini.config import ModelConfig, TrainConfig
 from dsmini.inference.fused import Decoder
 from dsmini.nn import Routing, Transformer
-from dsmini.nn.cache import Cache, CacheDtype, FP8LayerCache
+from dsmini.nn.cache import Cache, CacheDtype, Form, FP8LayerCache
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.training.optim import optimizers
 
@@ -52,8 +53,10 @@ class StepShape:
             return training_step(config, self.train, compute, self.batch, self.tokens, device, **training)
         model = random_model(self.config, device, compute)
         model = hold_all_fp8(model) if self.dtype == "fp8" else model
-        make = prefill_step if self.work == "prefill" else decoding_step
-        return make(model, self.batch, self.tokens)
+        if self.work == "prefill":
+            return prefill_step(model, self.batch, self.tokens)
+        tokens = random_tokens(self.config, self.batch, 1, device)
+        return decoding_step(model, random_cache(model, self.batch, self.tokens, ROOM), tokens)
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -144,15 +147,23 @@ def prefill_step(model: Transformer, batch: int, tokens: int) -> Step:
     return step
 
 
-def decoding_step(model: Transformer, batch: int, context: int) -> Step:
-    """Return a step that decodes a random token after a random context."""
-    cache, decoder = random_cache(model, batch, context, ROOM), Decoder(model)
-    tokens = random_tokens(model.config, batch, 1, model.device)
+def decoding_step(
+    model: Transformer, cache: Cache, tokens: Int[Tensor, "b 1"] | None = None, form: Form | None = None
+) -> Step:
+    """Return a step that decodes one token of each sequence after those in a cache, and cuts the cache back.
+
+    Args:
+        tokens: last token of each sequence; None: random ones, others in each step, which choose other experts.
+        form: of MLA, in steps by the modules, which have both; None: as generation takes them, by kernels that serve.
+    """
+    states_of, lengths = Decoder(model).states if form is None else model.states, cache.lengths.clone()
+    cache.form = form or cache.form
 
     @torch.no_grad()
     def step() -> list[Routing]:
-        cache.truncate(context)
-        states = decoder.states(tokens, cache)
+        last = random_tokens(model.config, len(lengths), 1, model.device) if tokens is None else tokens
+        states = states_of(last, cache)
+        cache.truncate(lengths)
         model.head(states.normed)
         return states.routing
 

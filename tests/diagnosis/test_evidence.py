@@ -220,5 +220,5 @@ def operation(name: str = "mm", size: int = 1, **more: Any) -> CountedOperation:
 
 def test_operations_of_one_shape_are_one_point(prices: Prices) -> None:
     passes = [[operation(seconds=1.0), operation(seconds=2.0), operation(size=2, seconds=4.0)]] * 2
-    found = points_of(passes, prices.roofs, 1e9)
+    found = points_of(passes, prices.roofs, "float32")
     assert [(p.shape, p.seconds, p.flops, p.intensity) for p in found] == [("[2]", 4.0, 8, 1.0), ("[1]", 3.0, 16, 1.0)]
