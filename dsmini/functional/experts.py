@@ -32,6 +32,7 @@ from dsmini.numerics import (
     grouped_linear,
     matrix_of,
     rows_of,
+    swiglu,
 )
 from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
 from dsmini.numerics.quantization import group_sizes
@@ -44,46 +45,55 @@ LEAST = 1 << 20
 
 
 @ops.eager("experts")
-def _(x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+def experts_eager(
+    x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, limit: float | None = None
+) -> Tensor:
     slow = x.dtype == torch.bfloat16 and product_dtype(x) != x.dtype
     if not torch.is_grad_enabled() and (slow or prefer_loop(x, indices, w1.shape[0])):
-        return run_experts(x, indices, weights, w1.shape[0], lambda i, rows: _swiglu(rows, w1[i], w2[i], w3[i]))
-    if torch.is_grad_enabled() and (y := train_experts(x, indices, weights, w1, w2, w3)) is not None:
+        expert = lambda i, rows: _expert(rows, w1[i], w2[i], w3[i], limit)  # noqa: E731
+        return run_experts(x, indices, weights, w1.shape[0], expert)
+    if limit is None and torch.is_grad_enabled() and (y := train_experts(x, indices, weights, w1, w2, w3)) is not None:
         return y
     if (dtype := product_dtype(x)) != (given := x.dtype):
         x, w1, w2, w3 = (t.to(given).to(dtype) for t in (x, w1, w2, w3))
     slots = sort_by_expert(indices, w1.shape[0], row_alignment(x, indices, w1.shape[0]))
-    return combine(_grouped_swiglu(dispatch(x, slots), w1, w2, w3, slots.ends), weights, slots).to(given)
+    y = _grouped_experts(dispatch(x, slots), w1, w2, w3, slots.ends, limit)
+    return combine(y, weights, slots).to(given)
 
 
 @ops.eager("quantized_experts")
-def _(x: Tensor, indices: Tensor, weights: Tensor, w1: Weight, w2: Weight, w3: Weight) -> Tensor:
+def quantized_experts_eager(
+    x: Tensor, indices: Tensor, weights: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None = None
+) -> Tensor:
     # only chosen experts are dequantized, one after the other
-    swiglu = lambda i, rows: _swiglu(rows, *(matrix_of(w, i) for w in (w1, w2, w3)))  # noqa: E731
-    return run_experts(x, indices, weights, w1.shape[0], swiglu)
+    expert = lambda i, rows: _expert(rows, *(matrix_of(w, i) for w in (w1, w2, w3)), limit=limit)  # noqa: E731
+    return run_experts(x, indices, weights, w1.shape[0], expert)
 
 
 @ops.eager("fp8_experts")
-def _(x: QuantizedTensor, indices: Tensor, weights: Tensor, w1: Weight, w2: Weight, w3: Weight) -> Tensor:
-    def swiglu(i: int, rows: QuantizedTensor) -> Tensor:
-        return _fp8_swiglu(rows, matrix_of(w1, i), matrix_of(w2, i), matrix_of(w3, i))
+def fp8_experts_eager(
+    x: QuantizedTensor, indices: Tensor, weights: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None = None
+) -> Tensor:
+    def expert(i: int, rows: QuantizedTensor) -> Tensor:
+        return _fp8_experts(rows, matrix_of(w1, i), matrix_of(w2, i), matrix_of(w3, i), None, limit)
 
     coded = any(isinstance(w, QuantizedTensor) for w in (w1, w2, w3))
     if coded or (not torch.is_grad_enabled() and prefer_loop(x, indices, w1.shape[0])):
-        return run_experts(x, indices, weights, w1.shape[0], swiglu)
+        return run_experts(x, indices, weights, w1.shape[0], expert)
     slots = sort_by_expert(indices, w1.shape[0], row_alignment(x, indices, w1.shape[0]))
-    return combine(_fp8_swiglu(dispatch_quantized(x, slots), w1, w2, w3, slots.ends), weights, slots)
+    y = _fp8_experts(dispatch_quantized(x, slots), w1, w2, w3, slots.ends, limit)
+    return combine(y, weights, slots)
 
 
-def run_experts(x: X, indices: Tensor, weights: Tensor, e: int, swiglu: Callable[[int, X], Tensor]) -> Tensor:
-    """Run the chosen experts one after the other. swiglu(i, rows) returns expert i's output for its rows."""
+def run_experts(x: X, indices: Tensor, weights: Tensor, e: int, expert: Callable[[int, X], Tensor]) -> Tensor:
+    """Run the chosen experts one after the other. expert(i, rows) returns expert i's output for its rows."""
     if x.shape[0] == 1:  # decoding: nothing to sort
-        return weights.to(x.dtype) @ torch.cat([swiglu(i, x) for i in indices[0].tolist()])
+        return weights.to(x.dtype) @ torch.cat([expert(i, x) for i in indices[0].tolist()])
     slots = sort_by_expert(indices, e)
     out: list[Tensor] = []
     for i, tokens in enumerate(slots.token.split(group_sizes(slots.ends).tolist())):
         if len(tokens):
-            out.append(swiglu(i, rows_of(x, tokens)))
+            out.append(expert(i, rows_of(x, tokens)))
     y = torch.cat(out) if out else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     return combine(y, weights, slots)
 
@@ -105,24 +115,27 @@ def row_alignment(x: Tensor | QuantizedTensor, indices: Tensor, e: int) -> int:
     return 64 if enough and x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
 
 
-def _swiglu(rows: Tensor, w1: Weight, w2: Weight, w3: Weight) -> Tensor:
+def _expert(rows: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None) -> Tensor:
     dtype = product_dtype(rows)
     x, *matrices = rows.to(dtype), *(dense(w, rows.dtype).to(dtype) for w in (w1, w2, w3))
-    return F.linear(F.silu(F.linear(x, matrices[0])) * F.linear(x, matrices[2]), matrices[1]).to(rows.dtype)
+    hidden = swiglu(F.linear(x, matrices[0]), F.linear(x, matrices[2]), limit)
+    return F.linear(hidden, matrices[1]).to(rows.dtype)
 
 
-def _grouped_swiglu(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ends: Tensor) -> Tensor:
+def _grouped_experts(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ends: Tensor, limit: float | None) -> Tensor:
     if torch.is_grad_enabled():
         w13 = torch.cat((w1.to(rows.dtype), w3.to(rows.dtype)), 1)  # one product reads the rows once
         gate, up = grouped_linear(rows, w13, ends).chunk(2, -1)
     else:  # joining them costs more than it saves where the step has no backward
         gate, up = grouped_linear(rows, w1, ends), grouped_linear(rows, w3, ends)
-    return grouped_linear(F.silu(gate) * up, w2, ends)
+    return grouped_linear(swiglu(gate, up, limit), w2, ends)
 
 
-def _fp8_swiglu(rows: QuantizedTensor, w1: Weight, w2: Weight, w3: Weight, ends: Tensor | None = None) -> Tensor:
+def _fp8_experts(
+    rows: QuantizedTensor, w1: Weight, w2: Weight, w3: Weight, ends: Tensor | None, limit: float | None
+) -> Tensor:
     gate, up = (fp8_matmul(rows, w, ends=ends) for w in (w1, w3))
-    return fp8_swiglu_matmul(gate, up, w2, ends=ends)
+    return fp8_swiglu_matmul(gate, up, w2, ends=ends, limit=limit)
 
 
 @ops.operation("trained_experts")

@@ -53,9 +53,10 @@ def quantized_experts(
     w1: Weight,
     w2: Weight,
     w3: Weight,
+    limit: float | None = None,
 ) -> Float[Tensor, "n m"]:
     """Compute `experts` with stacked matrices that may be FP8 codes. Products take their values in x's dtype."""
-    return experts.reference(x, indices, weights, *(dense(w, x.dtype) for w in (w1, w2, w3)))
+    return experts.reference(x, indices, weights, *(dense(w, x.dtype) for w in (w1, w2, w3)), limit=limit)
 
 
 @ops.for_transforms("fp8_experts")
@@ -72,6 +73,7 @@ def fp8_experts(
     w1: Weight,
     w2: Weight,
     w3: Weight,
+    limit: float | None = None,
 ) -> Float[Tensor, "n m"]:
     """Compute `experts` with simulated FP8 products, forward and backward.
 
@@ -82,7 +84,7 @@ def fp8_experts(
         token, choice = (indices == i).nonzero(as_tuple=True)
         rows = rows_of(x, token)
         gate, up = fp8_matmul(rows, matrix_of(w1, i)), fp8_matmul(rows, matrix_of(w3, i))
-        out = fp8_swiglu_matmul(gate, up, matrix_of(w2, i))
+        out = fp8_swiglu_matmul(gate, up, matrix_of(w2, i), limit=limit)
         y = y.index_add(0, token, weights[token, choice, None].to(x.dtype) * out)
     return y
 
@@ -237,7 +239,8 @@ class QuantizedExperts(FP8Weights, Experts):
         indices: Int[Tensor, "n k"],
         weights: Float[Tensor, "n k"],
     ) -> Float[Tensor, "n m"]:
-        return quantized_experts(x, indices, weights, *map(self.operand, ("w1", "w2", "w3")))
+        w1, w2, w3 = (self.operand(name) for name in ("w1", "w2", "w3"))
+        return quantized_experts(x, indices, weights, w1, w2, w3)
 
 
 class FP8Experts(FP8Weights, Experts):
@@ -255,7 +258,8 @@ class FP8Experts(FP8Weights, Experts):
         weights: Float[Tensor, "n k"],
     ) -> Float[Tensor, "n m"]:
         codes = quantize(x) if isinstance(x, Tensor) else x
-        return fp8_experts(codes, indices, weights, *map(self.operand, ("w1", "w2", "w3")))
+        w1, w2, w3 = (self.operand(name) for name in ("w1", "w2", "w3"))
+        return fp8_experts(codes, indices, weights, w1, w2, w3)
 
 
 Projection.by_precision["fp8"], Experts.by_precision["fp8"] = FP8Linear, FP8Experts

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.nn.gate import Gate, Routing
 from dsmini.nn.layers import draw_normal, in_fp8, make_linear, quantize_once
-from dsmini.numerics import QuantizedTensor
+from dsmini.numerics import QuantizedTensor, swiglu
 
 
 class FeedForward(nn.Module):
@@ -31,7 +30,7 @@ class FeedForward(nn.Module):
         x = quantize_once(x, self.w1, self.w3)
         w2: Any = self.w2
         gate, up = self.w1(x), self.w3(x)
-        return w2.swiglu(gate, up) if in_fp8(w2) else w2(F.silu(gate) * up)
+        return w2.swiglu(gate, up) if in_fp8(w2) else w2(swiglu(gate, up))
 
 
 @ops.operation("experts")
@@ -42,27 +41,30 @@ def experts(
     w1: Float[Tensor, "e f m"],
     w2: Float[Tensor, "e m f"],
     w3: Float[Tensor, "e f m"],
+    limit: float | None = None,
 ) -> Float[Tensor, "n m"]:
     """Return the weighted sum of each token's chosen experts' outputs. The products run in x's dtype.
 
-    y_n = sum over k of weights[n, k] * w2[i] (silu(w1[i] x_n) * w3[i] x_n),  i = indices[n, k]
+    y_n = sum over k of weights[n, k] * w2[i] swiglu(w1[i] x_n, w3[i] x_n, limit),  i = indices[n, k]
     """
     y = torch.zeros_like(x)
     for i in indices.unique().tolist():
         token, choice = (indices == i).nonzero(as_tuple=True)
         rows = x[token]
-        inner = F.silu(rows @ w1[i].to(x.dtype).T) * (rows @ w3[i].to(x.dtype).T)
+        inner = swiglu(rows @ w1[i].to(x.dtype).T, rows @ w3[i].to(x.dtype).T, limit)
         y = y.index_add(0, token, weights[token, choice, None].to(x.dtype) * (inner @ w2[i].to(x.dtype).T))
     return y
 
 
 @ops.for_transforms("experts")
-def _(x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+def experts_for_transforms(
+    x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, limit: float | None = None
+) -> Tensor:
     w1, w2, w3 = (w.to(x.dtype) for w in (w1, w2, w3))
     # every expert runs every token, with weight 0 where it was not chosen: [n, e] and [n, e, f]
     share = weights.new_zeros(x.shape[0], w1.shape[0]).scatter(1, indices, weights).to(x.dtype)
-    inner = F.silu(einsum(x, w1, "n m, e f m -> n e f")) * einsum(x, w3, "n m, e f m -> n e f")
-    return einsum(share.unsqueeze(-1) * inner, w2, "n e f, e m f -> n m")
+    gate, up = (einsum(x, w, "n m, e f m -> n e f") for w in (w1, w3))
+    return einsum(share.unsqueeze(-1) * swiglu(gate, up, limit), w2, "n e f, e m f -> n m")
 
 
 class Experts(nn.Module):

@@ -21,6 +21,7 @@ from dsmini.numerics.quantization import (
     rows_of,
     tile_scales,
 )
+from dsmini.numerics.swiglu import swiglu
 
 __all__ = [
     "ACTIVATION_TILE",
@@ -47,5 +48,6 @@ __all__ = [
     "quantize_tiles",
     "round_tiles",
     "rows_of",
+    "swiglu",
     "tile_scales",
 ]

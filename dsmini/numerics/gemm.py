@@ -47,6 +47,7 @@ from dsmini.numerics.quantization import (
     quantize_tiles,
     round_tiles,
 )
+from dsmini.numerics.swiglu import swiglu, swiglu_gradients
 
 GROUP = 32
 """Number of products that an emulated accumulator adds at once."""
@@ -222,8 +223,9 @@ def fp8_swiglu_matmul(
     scale: Scale = "ue8m0",
     grad_format: Literal["e4m3", "e5m2"] = "e4m3",
     ends: Int[Tensor, " e"] | None = None,
+    limit: float | None = None,
 ) -> Float[Tensor, "*batch o"]:
-    """Compute fp8_matmul(silu(gate) * up, w); save gate and up as FP8, and compute the rest again in backward.
+    """Compute fp8_matmul(swiglu(gate, up, limit), w); save gate and up as FP8, and compute the rest again in backward.
 
     Forward uses gate and up as they are. Backward uses the saved FP8 values, also for the derivative of silu.
 
@@ -234,7 +236,7 @@ def fp8_swiglu_matmul(
     _check_operands(up, w, ends)
     trained, weight = _weight_operand(w, scale)
     recipe = Recipe(scale, weight.scale, grad_format, "e4m3", up.dtype, None, ops.chosen())
-    return cast(Tensor, _SwiGLUMatmul.apply(gate, up, trained, *weight.parts, ends, recipe))
+    return cast(Tensor, _SwiGLUMatmul.apply(gate, up, trained, *weight.parts, ends, recipe, limit))
 
 
 def _operand(
@@ -304,12 +306,13 @@ class _SwiGLUMatmul(torch.autograd.Function):
         w_scales: Tensor,
         ends: Tensor | None,
         recipe: Recipe,
+        limit: float | None,
     ) -> Tensor:
         if any(ctx.needs_input_grad):
             kept = [quantize_tiles(_rows(t), ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN) for t in (gate, up)]
             ctx.save_for_backward(*kept[0], *kept[1], w_codes, w_scales, ends)
-        ctx.recipe, ctx.dtypes = recipe, (gate.dtype, None if w is None else w.dtype)
-        hidden = F.silu(_rows(gate)).mul_(_rows(up))
+        ctx.recipe, ctx.limit, ctx.dtypes = recipe, limit, (gate.dtype, None if w is None else w.dtype)
+        hidden = swiglu(_rows(gate), _rows(up), limit)
         x = round_tiles(hidden, ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands)
         y = fp8_fprop(x, recipe.weight(w_codes, w_scales), ends, recipe)
         return y.view(*gate.shape[:-1], y.shape[-1])
@@ -326,14 +329,13 @@ class _SwiGLUMatmul(torch.autograd.Function):
             gate, up = (
                 dequantize_tiles(kept[i], kept[i + 1], ACTIVATION_TILE, "e4m3", recipe.out_dtype, k) for i in (0, 2)
             )
-            activated = F.silu(gate)
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
                 dh = fp8_dgrad(dy, recipe.weight(w_codes, w_scales), ends, recipe)
-                dgate = torch.ops.aten.silu_backward(dh * up, gate).view(*grad.shape[:-1], k).to(ctx.dtypes[0])
-                dup = (dh * activated).view(*grad.shape[:-1], k).to(ctx.dtypes[0])
+                inputs = swiglu_gradients(dh, gate, up, ctx.limit)
+                dgate, dup = (g.view(*grad.shape[:-1], k).to(ctx.dtypes[0]) for g in inputs)
             if ctx.needs_input_grad[2]:
-                dw = fp8_wgrad(dy, activated.mul_(up), ends, recipe).to(ctx.dtypes[1])
-        return dgate, dup, dw, *[None] * 4
+                dw = fp8_wgrad(dy, swiglu(gate, up, ctx.limit), ends, recipe).to(ctx.dtypes[1])
+        return dgate, dup, dw, *[None] * 5
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ from torch import Tensor
 from dsmini import ops
 from dsmini.measure.costs import COSTS, cost_of
 from dsmini.nn.attention import cached_attention, causal_attention
+from dsmini.nn.fp8 import quantized_experts
 from dsmini.nn.layers import linear, rms_norm
 from dsmini.nn.mla import absorbed_attention
 from dsmini.nn.moe import experts
 from dsmini.nn.transformer import IGNORE, linear_cross_entropy
+from dsmini.numerics import WEIGHT_TILE, quantize
 from tests.functional.conftest import BACKENDS, SIZES, forced, moved, routed, tied
-from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, rounding
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -125,6 +127,33 @@ def test_backend_equals_reference_in_fp64(n: int, dtype: torch.dtype, backend: s
             scale = max(b.norm().item(), 1e-3 * want[0].norm().item()) or 1.0  # all targets ignored
             error = (a.cpu().double() - b).norm().item() / scale
             assert error <= tolerance, f"{case.operation.name}, part {part}: {error:.1e} > {tolerance:.1e}"
+
+
+@pytest.mark.parametrize("version", ["reference", "plain", "static"])
+def test_swiglu_limit_clamps_gate_and_up_in_every_version_of_experts(version: str) -> None:
+    case = expert_case(63, torch.float32)
+    x, indices, weights, *matrices = case.arguments
+    got = run(case._replace(arguments=(*case.arguments, 0.5)), getattr(experts, version))
+
+    def clamped(x: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+        every = []
+        for i in range(len(w1)):
+            gate, up = (x @ w1[i].T).clamp(max=0.5), (x @ w3[i].T).clamp(-0.5, 0.5)
+            every.append(gate * gate.sigmoid() * up @ w2[i].T)
+        each = torch.stack(every, 1)[torch.arange(len(x))[:, None], indices]
+        return (weights[..., None] * each).sum(1)
+
+    want = run(Case(experts, (x, weights, *matrices), terms=0), clamped)
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) <= rounding(FP32_UNIT, terms=24, chained=8)
+    with torch.no_grad():
+        assert relative_error(getattr(experts, version)(*case.arguments, 0.5), want[0]) <= 24 * FP32_UNIT
+        held = [quantize(w, WEIGHT_TILE) for w in matrices]
+        rounded = [q.dequantize() for q in held]
+        y = getattr(quantized_experts, version if version != "static" else "plain")(x, indices, weights, *held, 0.5)
+        assert relative_error(y, clamped(x, weights, *rounded)) <= 24 * FP32_UNIT
+    with forced("cpu"), pytest.raises(ValueError, match="a limit of SwiGLU"):
+        experts(*(t.detach() for t in case.arguments), 0.5)
 
 
 @pytest.mark.parametrize("n", [5, 130])

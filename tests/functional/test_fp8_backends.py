@@ -60,6 +60,7 @@ def layers(n: int, dtype: torch.dtype) -> list[Layer]:
         Layer("quantized w", lambda x: fp8_matmul(x, held), (x,), single),
         Layer("x kept in e5m6", lambda x, w: fp8_matmul(x, w, saved_format="e5m6"), (x, w), single),
         Layer("swiglu", fp8_swiglu_matmul, (gate, up, w), single),
+        Layer("clamped swiglu", lambda *t: fp8_swiglu_matmul(*t, limit=0.5), (gate, up, w), single),
         Layer("held codes", lambda x: quantized_linear(x, held), (x,), single),
     ]
     for kind, routing in routings(n).items():

@@ -141,16 +141,23 @@ def test_weight_gradient_tiles_hold_one_expert_each(of_x: float, of_dy: float) -
 # --- SwiGLU
 
 
-@pytest.mark.parametrize("ends", [None, (0, 40, 150)])
+@pytest.mark.parametrize(("ends", "limit"), [(None, None), ((0, 40, 150), None), (None, 0.2)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_swiglu_is_recomputed_from_its_saved_inputs(dtype: torch.dtype, ends: tuple[int, ...] | None) -> None:
+def test_swiglu_is_recomputed_from_its_saved_inputs(
+    dtype: torch.dtype, ends: tuple[int, ...] | None, limit: float | None
+) -> None:
     at = None if ends is None else torch.tensor(ends)
     gate, up = (varied(150, 256, dtype=dtype, seed=s).div(4).to(dtype).requires_grad_() for s in (0, 1))
     shape = (100, 256) if ends is None else (3, 100, 256)
     w = varied(*shape, seed=2).requires_grad_()
     dy = varied(150, 100, dtype=dtype, seed=3)
-    y = fp8_swiglu_matmul(gate, up, w, ends=at)
-    assert torch.equal(y, fp8_matmul(F.silu(gate) * up, w, ends=at))
+
+    def activate(g: Tensor, u: Tensor) -> Tensor:
+        g, u = (g, u) if limit is None else (g.clamp(max=limit), u.clamp(-limit, limit))
+        return F.silu(g) * u
+
+    y = fp8_swiglu_matmul(gate, up, w, ends=at, limit=limit)
+    assert torch.equal(y, fp8_matmul(activate(gate, up), w, ends=at))
     got = torch.autograd.grad(y, [gate, up, w], dy)
 
     sizes = [150] if ends is None else torch.tensor(ends).diff(prepend=torch.zeros(1)).int().tolist()
@@ -158,7 +165,7 @@ def test_swiglu_is_recomputed_from_its_saved_inputs(dtype: torch.dtype, ends: tu
     want: list[list[Tensor]] = []
     for g0, u0, d0, w0 in zip(gate.split(sizes), up.split(sizes), dy.split(sizes), weights, strict=True):
         g, u = (rounded(t, (1, 128)).to(dtype).requires_grad_() for t in (g0, u0))
-        hidden = F.silu(g) * u
+        hidden = activate(g, u)
         dh = rounded(d0, (1, 128), amax_min=SMALLEST_AMAX) @ rounded(w0, (128, 128))
         dg, du = torch.autograd.grad(hidden, [g, u], dh.to(dtype))
         dw = rounded(d0, (128, 1), amax_min=SMALLEST_AMAX).T @ rounded(hidden, (128, 1))

@@ -15,13 +15,17 @@ LEAST = 1 << 20
 """Number of multiplications below which torch's calls cost no more."""
 
 
-def experts(x: Tensor, indices: Tensor, weights: Tensor, w1: Any, w2: Any, w3: Any) -> Tensor:
+def experts(
+    x: Tensor, indices: Tensor, weights: Tensor, w1: Any, w2: Any, w3: Any, limit: float | None = None
+) -> Tensor:
     """Return the weighted sum of each token's chosen experts. Sums are FP32, of numbers in BF16 where x is.
 
     A CPU without products of BF16 numbers takes them as FP32. Hidden numbers are rounded to BF16 once, or not at all.
 
-    Raises: Unserved for other dtypes and layouts, and for little work.
+    Raises: Unserved for a limit of SwiGLU, for other dtypes and layouts, and for little work.
     """
+    if limit is not None:
+        raise Unserved("a limit of SwiGLU")
     if x.dtype not in (torch.float32, torch.bfloat16) or weights.dtype != torch.float32:
         raise Unserved(f"x of {x.dtype} and weights of {weights.dtype}")
     (n, m), (e, f, _) = x.shape, w1.shape
