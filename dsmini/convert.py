@@ -1,6 +1,5 @@
 """python -m dsmini.convert: write a trained or a published model as a folder that others load."""
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from dsmini.nn import Transformer
 
 BEGIN_TOKEN = "<｜begin▁of▁sentence｜>"
-SHARD_SIZE = "5GB"
-"""Maximum size of a file where none is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +43,8 @@ class ConvertCommand:
     """Write the matrices of attention and feed-forwards in FP8: E4M3 codes, an FP32 scale for each 128x128 block."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """Dtype of all that is not FP8, except gates, which stay float32; stored: as in SRC, FP8 included."""
-    layout: Literal["hugging-face", "inference"] = "hugging-face"
-    """Layout of the folder: Hugging Face's, or the one that DeepSeek's inference code reads, a file for each rank."""
-    ranks: int | None = None
-    """Number of ranks to divide the inference layout for; left out: 1."""
-    shard_size: str = SHARD_SIZE
-    """Maximum size of a file in Hugging Face's layout, such as 5GB or 500MB."""
+    shard_size: str = "5GB"
+    """Maximum size of a file, such as 5GB or 500MB."""
     average: bool = False
     """Use the EMA of a run's parameters; the run must have one, by --train.ema-decay."""
     dsa: bool = False
@@ -73,9 +66,8 @@ HELP = Help(
         "runs/toy-001/checkpoints/step-001450 exported --dtype bfloat16",
         "DeepSeek-V2-Lite v2-lite-fp8 --fp8 --shard-size 2GB",
         "runs/toy-001 sparse --dsa",
-        "DeepSeek-V3.2 v32-mp8 --layout inference --ranks 8",
     ),
-    main=("src", "dst", "fp8", "dtype", "layout", "ranks", "shard_size", "average", "dsa", "json"),
+    main=("src", "dst", "fp8", "dtype", "shard_size", "average", "dsa", "json"),
 )
 
 
@@ -87,14 +79,14 @@ def main(args: Sequence[str]) -> int:
 
     from dsmini import accounting, ops
     from dsmini.checkpoint.load import add_indexers
-    from dsmini.checkpoint.save import parse_size, refuse_filled, save_inference, save_pretrained
+    from dsmini.checkpoint.save import parse_size, refuse_filled, save_pretrained
     from dsmini.checkpoint.tensor_files import mtp_prefixes
 
     ops.check_forced()
     tell = partial(say, Console(stderr=command.json))
     refuse_filled(command.dst)
     parse_size(command.shard_size)
-    sizes, inference = _checked(command), command.layout == "inference"
+    sizes = _indexer_sizes(command)
     dtype = None if command.dtype == "stored" else getattr(torch, command.dtype)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: tell(str(message))
@@ -104,18 +96,16 @@ def main(args: Sequence[str]) -> int:
             topk, most = model.config.index_topk or 0, model.config.max_seq_len
             if topk >= most:
                 tell(f"no token will have a choice: index_topk={topk} of at most {most} tokens; lower --index-topk")
-        if inference:
-            saved = save_inference(model, command.dst, command.ranks or 1, command.fp8, dtype=dtype, files=files)
-        else:
-            shards: dict[str, Any] = {"shard_size": command.shard_size, "config": ids}
-            saved = save_pretrained(model, command.dst, command.fp8, dtype=dtype, files=files, **shards)
-    written_config = dataclasses.replace(model.config, n_mtp_layers=0) if inference else model.config
-    n_parameters = accounting.parameters(written_config).total
+        saved = save_pretrained(
+            model, command.dst, command.fp8, dtype=dtype, shard_size=command.shard_size, files=files, config=ids
+        )
+    n_parameters = accounting.parameters(model.config).total
     written = f"{len(saved.files)} file" + "s" * (len(saved.files) != 1)
-    readers = "dsmini and DeepSeek's inference code" if inference else "dsmini and transformers"
-    tell(f"{command.dst}: {written} with {n_parameters:,} parameters in {saved.nbytes:,} bytes, for {readers}")
-    prefixes = mtp_prefixes(model.config.n_layers, model.config.n_mtp_layers)
-    if prefixes and not inference:
+    tell(
+        f"{command.dst}: {written} with {n_parameters:,} parameters in {saved.nbytes:,} bytes, for dsmini and "
+        "transformers"
+    )
+    if prefixes := mtp_prefixes(model.config.n_layers, model.config.n_mtp_layers):
         tell(
             f"transformers will list the tensors of {', '.join(prefix[:-1] for prefix in prefixes)} as unexpected and "
             "load the others: it has no multi-token prediction, dsmini has"
@@ -126,21 +116,11 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _checked(command: ConvertCommand) -> dict[str, int]:
-    """Return the given sizes of fresh indexers. Raises: ValueError for an option of what is not written."""
-    inference, ranks = command.layout == "inference", command.ranks
+def _indexer_sizes(command: ConvertCommand) -> dict[str, int]:
+    """Return the given sizes of fresh indexers. Raises: ValueError if none are made."""
     sizes = {name: getattr(command, f"index_{name}") for name in ("n_heads", "head_dim", "topk")}
     sizes = {name: size for name, size in sizes.items() if size is not None}
     flags = ", ".join(f"--index-{name.replace('_', '-')}" for name in sizes)
-    require(
-        not inference or command.shard_size == SHARD_SIZE,
-        "--shard-size is for Hugging Face's layout; with --layout inference, each rank has one file",
-    )
-    require(ranks is None or ranks > 0, f"--ranks {ranks} is not positive; use 1 or more")
-    require(
-        inference or ranks is None,
-        "--ranks is for DeepSeek's inference layout; add --layout inference, or leave it out",
-    )
     require(command.dsa or not sizes, f"{flags}: these are sizes of fresh indexers; add --dsa, or leave them out")
     return sizes
 

@@ -25,7 +25,6 @@ from dsmini.checkpoint.tensor_files import (
     fault_of,
     hf_name,
     inference_name,
-    inference_split,
     is_derived,
     is_indexer,
     is_inference_layout,
@@ -80,19 +79,18 @@ class Part:
         return [self] if self.scales is None else [self, self.scales]
 
 
-def parts_of(model: Transformer, ranks: int | None = None) -> Iterator[Part]:
+def parts_of(model: Transformer, inference: bool = False) -> Iterator[Part]:
     """Yield the parts of a model, experts one by one. This is the walk of both directions: to load and to save.
 
     Args:
         model: may be on the meta device, and may hold FP8 weights, whose scales are no parts by themselves.
-        ranks: the layout of DeepSeek's inference code for this many ranks, with the shapes of one rank's share;
-            None: Hugging Face's layout.
+        inference: name them as DeepSeek's inference code does; False: as a Hugging Face folder.
 
     Raises: ValueError for a tensor that DeepSeek's architecture does not have.
     """
 
     def folder_name(ours: str, expert: int | None) -> str:
-        return inference_name(ours, expert) if ranks else hf_name(ours, model.config.n_layers, expert)
+        return inference_name(ours, expert) if inference else hf_name(ours, model.config.n_layers, expert)
 
     scales_of = {}
     for ours in fp8_weights(model):
@@ -103,13 +101,10 @@ def parts_of(model: Transformer, ranks: int | None = None) -> Iterator[Part]:
             continue
         stacked = is_stacked(ours)
         for expert in range(len(tensor)) if stacked else (None,):
-            name, shape = folder_name(ours, expert), list(tensor.shape[1:] if stacked else tensor.shape)
-            if ranks is not None and (dim := inference_split(name)) is not None:
-                shape[dim] //= ranks
-            scales = None
+            shape, scales = tuple(tensor.shape[1:] if stacked else tensor.shape), None
             if theirs := scales_of.get(ours):
                 scales = Part(theirs, expert, blocks_of(shape), folder_name(theirs, expert))
-            yield Part(ours, expert, tuple(shape), name, scales)
+            yield Part(ours, expert, shape, folder_name(ours, expert), scales)
 
 
 def blocks_of(shape: Sequence[int]) -> tuple[int, ...]:
@@ -215,13 +210,13 @@ class PretrainedTensors:
         copies = mtp_copies(self.config.n_layers, range(self.config.n_mtp_layers))
         self.copies = {theirs: ours for theirs, ours in copies.items() if theirs in tensors}
         """The MTP blocks' copies of embedding and head that are there, each with our name of the original."""
-        self._find(tensors, 1 if is_inference_layout(folder) else None)
+        self._find(tensors, is_inference_layout(folder))
 
-    def _find(self, tensors: Mapping[str, Stored], ranks: int | None) -> None:
+    def _find(self, tensors: Mapping[str, Stored], inference: bool) -> None:
         """Find the model's tensors among the folder's. Raises: ValueError listing all that do not fit."""
         plain = is_hugging_face(self.raw) and not is_quantized(self.raw)
         wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
-        for part in parts_of(self.model, ranks):
+        for part in parts_of(self.model, inference):
             scales, stored = None if plain else part.scales, tensors.get(part.name)
             wanted[part.name] = (part.shape, ("F8_E4M3", *PLAIN) if scales else PLAIN)
             scales = scales if stored and stored.dtype == "F8_E4M3" else None

@@ -1,13 +1,10 @@
-"""save_pretrained and save_inference: write a folder that transformers loads, or that DeepSeek's inference code reads.
+"""save_pretrained: write a folder that transformers loads.
 
 Tensors are made one at a time when their turn comes, in the dtype that they are written in. An unchanged model gives
-the folder it was loaded from. In the inference layout each rank of a group has a file: rows or columns of attention,
-feed-forwards, embedding and head are divided over the ranks, routed experts are dealt out whole, and every rank has all
-else, as in DeepSeek's convert.py.
+the folder it was loaded from.
 """
 
 import dataclasses
-import math
 import re
 import shutil
 import warnings
@@ -23,26 +20,10 @@ from torch import Tensor
 
 from dsmini.atomic import as_json, new_folder
 from dsmini.checkpoint.load import FP8, Part, check_dtype, origin_of, parts_of
-from dsmini.checkpoint.tensor_files import (
-    INDEX,
-    ONE_FILE,
-    Entry,
-    hf_name,
-    inference_split,
-    mtp_copies,
-    write_safetensors,
-)
+from dsmini.checkpoint.tensor_files import INDEX, ONE_FILE, Entry, hf_name, mtp_copies, write_safetensors
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
-from dsmini.config.published import (
-    BIASED_DIM,
-    UNKNOWN_IDS,
-    config_from_json,
-    config_to_json,
-    inference_to_json,
-    with_dtypes,
-    with_mtp_layers,
-)
+from dsmini.config.published import UNKNOWN_IDS, config_from_json, config_to_json, with_dtypes, with_mtp_layers
 from dsmini.console.progress import Progress
 from dsmini.nn import Transformer
 from dsmini.nn.fp8 import fp8_weights
@@ -104,79 +85,20 @@ def save_pretrained(
     refuse_changed_ideas(model)
     raw = _described(model)
     plan = SavePlan(model, fp8, dtype)
-    shards: list[list[Entry]] = [[]]
-    for unit in plan.units():
-        if shards[-1] and sum(entry.nbytes for entry in [*shards[-1], *unit]) > limit:
-            shards.append([])
-        shards[-1] += unit
-    several = len(shards) > 1
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    named = dict(zip(names if several else [ONE_FILE], shards, strict=True))
-    written = {entry.name: entry for entries in shards for entry in entries}
+    shards = _shards(plan, limit)
+    every = {entry.name: (file, entry) for file, entries in shards.items() for entry in entries}
+    nbytes = sum(entry.nbytes for _, entry in every.values())
     raw = with_dtypes(
         raw,
-        str(written[hf_name("embed.weight", 0)].dtype).removeprefix("torch."),
+        str(every[hf_name("embed.weight", 0)][1].dtype).removeprefix("torch."),
         replace=dtype is not None,
         fp8=plan.has_fp8,
         keep_quantization=not plan.quantizes,
     )
     texts = {**(files or {}), "config.json": as_json(raw | dict(config or {}))}
-    if several:
-        weight_map = {entry.name: file for file, entries in named.items() for entry in entries}
-        total = sum(entry.nbytes for entry in written.values())
-        texts[INDEX] = as_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    return _write(model, path, named, texts)
-
-
-def save_inference(
-    model: Transformer,
-    path: str | Path,
-    ranks: int = 1,
-    fp8: bool = False,
-    *,
-    dtype: torch.dtype | None = None,
-    files: Mapping[str, str] | None = None,
-) -> Saved:
-    """Write the model as a new folder for DeepSeek's inference code on this many ranks. See save_pretrained.
-
-    The JSON file of its sizes is config.json. Multi-token prediction blocks are left out, as DeepSeek leaves them.
-
-    Warns: if there are such blocks; if gates have a bias that DeepSeek's code has no place for.
-
-    Raises: ValueError if the folder holds anything already, if the layout cannot hold the model on these ranks, or if a
-        layer computes what no config says.
-    """
-    path = Path(path)
-    refuse_filled(path)
-    refuse_changed_ideas(model)
-    config, origin = model.config, origin_of(model)
-    raw = inference_to_json(dataclasses.asdict(config), config.extended)
-    _refuse_ranks(config, ranks)
-    plans = [SavePlan(model, fp8, dtype, ranks, rank) for rank in range(ranks)]
-    shards = {
-        f"model{plan.rank}-mp{ranks}.safetensors": [entry for unit in plan.units() for entry in unit] for plan in plans
-    }
-    raw["dtype"] = "fp8" if plans[0].has_fp8 else "bf16"
-    stated = origin and not plans[0].quantizes and origin.raw.get("quantization_config")
-    if plans[0].has_fp8 and stated and stated.get("scale_fmt") == "ue8m0":
-        raw["scale_fmt"] = "ue8m0"
-    return _write(model, path, shards, {**(files or {}), "config.json": as_json(raw)}, _losses(config, path))
-
-
-def _write(
-    model: Transformer,
-    path: Path,
-    shards: Mapping[str, Sequence[Entry]],
-    texts: Mapping[str, str],
-    losses: Sequence[str] = (),
-) -> Saved:
-    """Write a new folder, whole or not at all: the tensors of each file, what the model came with, and further texts.
-
-    Args:
-        losses: what the folder does not hold of the model, for warnings.
-    """
-    nbytes, words = sum(entry.nbytes for entries in shards.values() for entry in entries), list(losses)
-    origin = origin_of(model)
+    if len(shards) > 1:
+        weight_map = {name: file for name, (file, _) in sorted(every.items())}
+        texts[INDEX] = as_json({"metadata": {"total_size": nbytes}, "weight_map": weight_map})
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(new_folder(path))
@@ -188,33 +110,53 @@ def _write(
                     write_safetensors(folder / name, entries, {"format": "pt"}, progress.add)
                 except OSError as error:  # it names no file where the disk is full
                     raise OSError(error.errno, error.strerror, str(path)) from None
-        if origin and not origin.folder.is_dir():
-            words.append(f"{origin.folder}, from which the model was loaded, is gone; its tokenizer is not copied")
-        for file in sorted(origin.folder.iterdir()) if origin and origin.folder.is_dir() else ():
-            if file.is_file() and BESIDE.fullmatch(file.name) and file.suffix not in TENSORS:
-                shutil.copyfile(file, folder / file.name)
+        for name, file in _files_beside(model).items():
+            shutil.copyfile(file, folder / name)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-    for warning in words:
-        warnings.warn(warning, stacklevel=3)
     return Saved(nbytes, list(shards))
 
 
+def _shards(plan: "SavePlan", limit: int) -> dict[str, list[Entry]]:
+    """Return the tensors of each file by its name. A file has at most `limit` bytes, or one weight and its scales."""
+    shards: list[list[Entry]] = []
+    room = 0
+    for unit in plan.units():
+        size = sum(entry.nbytes for entry in unit)
+        if not shards or size > room:
+            shards.append([])
+            room = limit
+        shards[-1] += unit
+        room -= size
+    if len(shards) == 1:
+        return {ONE_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": entries for i, entries in enumerate(shards, 1)}
+
+
+def _files_beside(model: Transformer) -> dict[str, Path]:
+    """Return the small files of the folder that a model was loaded from, by name. Warns: if that folder is gone."""
+    origin = origin_of(model)
+    if origin is None:
+        return {}
+    if not origin.folder.is_dir():
+        gone = f"{origin.folder}, from which the model was loaded, is gone; its tokenizer is not copied"
+        warnings.warn(gone, stacklevel=3)
+        return {}
+    files = {file.name: file for file in sorted(origin.folder.iterdir()) if file.is_file()}
+    return {name: f for name, f in files.items() if BESIDE.fullmatch(name) and f.suffix not in TENSORS}
+
+
 class SavePlan:
-    """The tensors of a folder, or of a rank's file in the inference layout, each with the dtype that it is written in.
+    """The tensors of a folder, each with the dtype that it is written in.
 
     Args:
         fp8: write matrices as FP8 codes; see save_pretrained.
         dtype: dtype of all that is not FP8; None: as it was stored, or is held.
-        ranks: number of ranks of the inference layout; None: a Hugging Face folder.
-        rank: the rank of the file.
     """
 
-    def __init__(
-        self, model: Transformer, fp8: bool, dtype: torch.dtype | None, ranks: int | None = None, rank: int = 0
-    ) -> None:
+    def __init__(self, model: Transformer, fp8: bool, dtype: torch.dtype | None) -> None:
         check_dtype(dtype)
-        self.model, self.fp8, self.dtype, self.ranks, self.rank = model, fp8, dtype, ranks, rank
+        self.model, self.fp8, self.dtype = model, fp8, dtype
         self.state = model.state_dict()
         origin = origin_of(model)
         self.stored: Mapping[str, torch.dtype] | None = None if origin is None else origin.dtypes
@@ -228,27 +170,16 @@ class SavePlan:
     def parts(self) -> Iterator[Part]:
         """Yield the parts of the model that are written; last the MTP blocks' copies of embedding and head."""
         config = self.model.config
-        if self.ranks is not None:
-            n = config.n_routed_experts // self.ranks
-            for part in parts_of(self.model, self.ranks):
-                mine = part.expert is None or part.expert // n == self.rank
-                if mine and not part.ours.startswith("mtp."):
-                    yield part
-            return
         yield from parts_of(self.model)
         for theirs, ours in mtp_copies(config.n_layers, range(config.n_mtp_layers)).items():
             if self.stored is None or theirs in self.stored:
                 yield Part(ours, None, tuple(self.state[ours].shape), theirs)
 
     def units(self) -> Iterator[Sequence[Entry]]:
-        """Yield the entries in the order of the model, a weight and its scales together.
-
-        Raises: ValueError if a rank's part would cut a block of FP8 scales.
-        """
+        """Yield the entries in the order of the model, a weight and its scales together."""
         for part in self.parts():
             scales, held = part.scales, self.state[part.ours].dtype
             if scales is not None and (self.fp8 or (held == FP8 and self.dtype is None)):
-                self._refuse_cut_blocks(part)
                 kind = self._stored_as(scales, torch.float32) if held == FP8 else torch.float32
                 written = ((part, FP8, partial(self._codes, part)), (scales, kind, partial(self._scales, part, kind)))
             else:
@@ -263,24 +194,11 @@ class SavePlan:
     def value(self, part: Part) -> Tensor:
         """Return the values of a part of the model, as they are held."""
         whole = self.state[part.ours]
-        whole = whole if part.expert is None else whole[part.expert]
-        dim = None if self.ranks is None else inference_split(part.name)
-        return whole if dim is None else whole.chunk(self.ranks or 1, dim)[self.rank]
+        return whole if part.expert is None else whole[part.expert]
 
     def _stored_as(self, part: Part, otherwise: torch.dtype) -> torch.dtype:
         """Return the dtype in which a part was stored; another if the model was not loaded."""
-        name = part.name if self.ranks is None else hf_name(part.ours, self.model.config.n_layers, part.expert)
-        return (self.stored or {}).get(name, otherwise)
-
-    def _refuse_cut_blocks(self, part: Part) -> None:
-        dim = inference_split(part.name) if self.ranks else None
-        if dim is not None and self.ranks != 1:
-            n, tile = part.shape[dim], WEIGHT_TILE[dim]
-            require(
-                n % tile == 0,
-                f"{part.name} in FP8 has {n} {('rows', 'columns')[dim]} on each of {self.ranks} ranks, want a "
-                f"multiple of {tile}, the side of a block with one scale; use fewer ranks, or another dtype",
-            )
+        return (self.stored or {}).get(part.name, otherwise)
 
     def _plain(self, part: Part, dtype: torch.dtype) -> Tensor:
         value = self.value(part)
@@ -345,34 +263,3 @@ def _described(model: Transformer) -> dict[str, Any]:
         if dataclasses.replace(read, n_mtp_layers=model.config.n_mtp_layers) == model.config:
             return with_mtp_layers(origin.raw, model.config.n_mtp_layers)
     return {**UNKNOWN_IDS, **config_to_json(dataclasses.asdict(model.config))}
-
-
-def _refuse_ranks(config: ModelConfig, ranks: int) -> None:
-    require(ranks >= 1, f"ranks={ranks} is not positive; use 1 or more")
-    sizes = {name: getattr(config, name) for name in ("vocab_size", "n_heads")}
-    blocks = [config.is_moe(layer) for layer in range(config.n_layers)]
-    if any(blocks):
-        sizes["n_routed_experts"] = config.n_routed_experts
-        sizes["the width of shared experts"] = config.n_shared_experts * config.moe_inter_dim
-    if not all(blocks):
-        sizes["inter_dim"] = config.inter_dim
-    for name, size in sizes.items():
-        fix = f"use {math.gcd(*sizes.values())} or a divisor of it"
-        require(size % ranks == 0, f"{name}={size} is not divisible by ranks={ranks}; {fix}")
-
-
-def _losses(config: ModelConfig, path: Path) -> list[str]:
-    """Return a sentence for each part of a model that DeepSeek's inference code does not read."""
-    out = []
-    if config.n_mtp_layers:
-        out.append(
-            f"{path} has no multi-token prediction layers, of which the model has {config.n_mtp_layers}: DeepSeek's "
-            "inference layout leaves them out"
-        )
-    biased = config.topk_method == "noaux_tc" and config.n_dense_layers < config.n_layers
-    if biased and config.dim != BIASED_DIM:
-        out.append(
-            f"{path} has routing biases, for which DeepSeek's inference code has a place at dim={BIASED_DIM} alone, "
-            f"and the model has dim={config.dim}; dsmini reads them"
-        )
-    return out

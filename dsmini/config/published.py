@@ -292,10 +292,6 @@ _MODEL_ARGS = {
 }
 # those of V3.2's ModelArgs, where a file has any of them
 _INDEX_ARGS = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
-# fields without a key, with the only value that the code computes with
-_WITHOUT_KEY = {"norm_eps": 1e-6, "embed_norm": False, "qk_norm": False, "indexer_rope_interleave": False}
-BIASED_DIM = 7168
-"""Width of a model whose gates have a routing bias in DeepSeek's inference code; in any other it has none."""
 
 
 def inference_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -313,31 +309,4 @@ def inference_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     out["norm_topk_prob"] = sigmoid
     grouped = "greedy" if out["n_expert_groups"] == 1 else "group_limited_greedy"
     out["topk_method"] = "noaux_tc" if sigmoid else grouped
-    return {**out, "n_mtp_layers": 0, "norm_eps": _WITHOUT_KEY["norm_eps"]}
-
-
-def inference_to_json(fields: Mapping[str, Any], extended: bool) -> dict[str, Any]:
-    """Return the JSON file of a ModelConfig's fields, without its MTP blocks and without dtypes.
-
-    Args:
-        extended: YaRN applies.
-
-    Raises: ValueError naming a field that DeepSeek's inference code computes otherwise, or not at all.
-    """
-    sparse = fields["attention"] == "dsa"
-    _refuse_unequal("attention", fields["attention"], "'mla' or 'dsa'", fields["attention"] in ("mla", "dsa"))
-    out = {key: fields[key] for key in (*_MODEL_ARGS, *(_INDEX_ARGS if sparse else ()))}
-    out["q_lora_rank"] = out["q_lora_rank"] or 0
-    out["original_seq_len"] = out["original_seq_len"] or out["max_seq_len"]
-    read = {**inference_from_json(out, ""), **_WITHOUT_KEY}
-    free = {"n_mtp_layers", "original_seq_len", *(() if extended else ("mscale_all_dim",))}
-    for key in sorted(read.keys() - free):
-        _refuse_unequal(key, fields[key], repr(read[key]), fields[key] == read[key])
-    _refuse_unequal("n_shared_experts", fields["n_shared_experts"], "1 or more", fields["n_shared_experts"] > 0)
-    _refuse_unequal("q_lora_rank", None, "a compressed query for the indexer", not sparse or out["q_lora_rank"] > 0)
-    return out
-
-
-def _refuse_unequal(key: str, got: Any, want: str, honoured: bool) -> None:
-    if not honoured:
-        raise ValueError(f"a model with {key}={got!r} is not for DeepSeek's inference code, which has {want}")
+    return {**out, "n_mtp_layers": 0, "norm_eps": 1e-6}
