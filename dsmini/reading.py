@@ -12,7 +12,7 @@ import re
 import stat
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
@@ -162,18 +162,25 @@ def read_table(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the tables of a file with a line of JSON for each; none if there is no file.
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the tables of a file with a line of JSON for each; none if there is no file.
 
     Lines that are torn, or hold something else, are left out: a kill or a full disk leaves such lines.
+
+    Raises: ValueError for a file that cannot be read.
     """
-    rows = []
-    if is_there(path):
-        with open_regular(path) as file:
+    if not is_there(path):
+        return
+    with open_regular(path) as file:
+        try:
             for line in file:
+                row = None
                 with suppress(ValueError):
-                    rows.append(parse_json(line.decode(errors="replace"), path.name))
-    return [row for row in rows if isinstance(row, dict)]
+                    row = parse_json(line.decode(errors="replace"), path.name)
+                if isinstance(row, dict):
+                    yield row
+        except OSError as error:
+            raise UnreadableError(f"cannot read {path}: {error.strerror}; check the disk") from None
 
 
 def parse_json(text: str, source: str) -> Any:

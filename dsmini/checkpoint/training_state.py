@@ -127,10 +127,11 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{MANIFEST} is missing")
     raw = parse_json(read_text(path), MANIFEST)
     form, files = (raw.get("format"), raw.get("files")) if isinstance(raw, dict) else (None, None)
-    if isinstance(form, int) and form > FORMAT:
+    if type(form) is int and form > FORMAT:
         raise UnreadableError(f"{MANIFEST} has format {form}, this dsmini reads {FORMAT}")
     if (
-        form != FORMAT
+        type(form) is not int
+        or form != FORMAT
         or not isinstance(files, dict)
         or any(not isinstance(of, dict) or of.keys() != {"bytes", "sha256"} for of in files.values())
     ):
@@ -173,9 +174,8 @@ def last_checkpoint(
             checkpoint = read_checkpoint(folder, parts)
             fits(checkpoint)
         except UnreadableError as error:  # it may be whole, and a later save would remove it
-            raise ValueError(
-                f"cannot read {folder}: {error}; try again, or move that folder away to continue from the one before"
-            ) from None
+            before = ", or move that folder away to continue from the one before" if folder != found[-1] else ""
+            raise ValueError(f"cannot read {folder}: {error}; try again{before}") from None
         except ValueError as error:
             reasons.append(f"cannot read {folder}: {error}")
             continue

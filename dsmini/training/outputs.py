@@ -24,7 +24,7 @@ from dsmini.console.messages import printable, say
 from dsmini.inference.generation import Generation
 from dsmini.inference.sampling import Sampling
 from dsmini.machine import DTYPES, peak_memory
-from dsmini.training.record import Row, goodput, read_events
+from dsmini.training.record import Row
 
 if TYPE_CHECKING:
     from dsmini.training.run import TrainingRun
@@ -165,7 +165,6 @@ def summarise(run: "TrainingRun") -> dict[str, Any]:
     validated = [(row["val_loss"], row["step"]) for row in history.records if row["val_loss"] is not None]
     best_val_loss, best_val_step = min(validated, default=(None, None))
     nats = last["val_loss"]
-    attempts, share = goodput(read_events(run.folder))
     return {
         "run": str(run.folder),
         "steps": trainer.steps_done,
@@ -195,8 +194,6 @@ def summarise(run: "TrainingRun") -> dict[str, Any]:
         "cache_saved": 1 - cache / mha_cache,
         "max_vio": sum(vio) / len(vio) if vio else None,
         "skipped": sum(row["skipped"] for row in history.records),
-        "attempts": attempts,
-        "goodput": share,
         "corpus_sha256": trainer.corpus.sha256,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -219,7 +216,6 @@ def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
         where = f"{s['val_tokens']:,} of {s['held_out_tokens']:,} held-out tokens, in windows of {s['seq_len']}"
     saved = f"{{mha_cache_bytes_per_token:,}} with the same heads as MHA, {s['cache_saved']:.1%} less"
     speed = f"{s['flops_per_s'] / 1e9:.1f} GFLOP/s in {{dtype}}"
-    rest = "the rest in starts, stops, saves, validations, and steps that were done again"
     lines = [
         ("val_loss", "validation", "{val_loss:.4f} nats, {val_bits_per_byte:.4f} bits a byte (" + where + ")"),
         ("val_loss_at_eval_context", "at context", "{val_loss_at_eval_context:.4f} nats in windows of {eval_context}"),
@@ -230,10 +226,9 @@ def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
         ("dtype", "memory", f"{s['peak_memory'] / 2**20:,.0f} MiB at the peak"),
         ("dtype", "cache", "{cache_bytes_per_token:,} bytes a token in {dtype}; " + saved),
         ("max_vio", "balance", "MaxVio {max_vio:.2f}, mean over the layers and the last tenth of the steps"),
-        ("goodput", "time", "started {attempts} times; {goodput:.0%} of the time in training steps, " + rest),
         ("skipped", "skipped", "{skipped} steps, for a gradient that was not finite"),
     ]
-    shown = s | {"goodput": s["goodput"] if s["attempts"] > 1 else None, "skipped": s["skipped"] or None}
+    shown = s | {"skipped": s["skipped"] or None}
     return [(name, words.format_map(s)) for figure, name, words in lines if shown[figure] is not None]
 
 

@@ -5,12 +5,9 @@ The event log of a run has one line of JSON for everything that happened to it, 
 runs/NAME/events.jsonl              the log of rank 0
 runs/NAME/events-rank-0003.jsonl    what another rank has to say, such as a stall that it found
 
-A line holds the event, the wall time, the attempt and the step: started (from step 0 or a checkpoint), restored, step,
-saved (its files are on the disk), validated, plotted, rewound, quarantined, stalled, corrupted, and stopped, failed or
-finished, one of which ends an attempt, unless it was killed. Other fields depend on the event. A restarted run appends
-with the next attempt. A reader ignores a torn line, which a kill or a full disk leaves.
-
-Two things follow from it: which checkpoints no attempt survives, and how much of the time went into steps that count.
+A line holds the event, the wall time and the step: started (from step 0 or a checkpoint), saved (its files are on the
+disk), rewound, stalled, corrupted, and stopped, failed or finished, one of which ends an attempt, unless it was killed.
+Other fields depend on the event. A reader ignores a torn line, which a kill or a full disk leaves.
 
 The record of a run has a row for each step, as a line of metrics.jsonl. A row is a table that JSON can hold. None
 stands for a figure that is not finite or was not measured, and in a dense model for figures of experts. Losses are in
@@ -42,11 +39,9 @@ Plots, TensorBoard and the summary read the same rows.
 
 import json
 import math
-import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,9 +51,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsmini.atomic import sync
-from dsmini.checkpoint.training_state import RunState, checkpoint_folder, checkpoint_folders
-from dsmini.config import RunConfig
+from dsmini.atomic import new_file
+from dsmini.checkpoint.training_state import RunState
 from dsmini.console.messages import printable
 from dsmini.nn import max_violation
 from dsmini.reading import read_rows
@@ -66,8 +60,6 @@ from dsmini.training.trainer import StepResult
 
 Event = Mapping[str, Any]
 """A line of the log."""
-AT_MOST = 3
-"""Attempts from one checkpoint without a step, after which it is put aside."""
 
 
 def log_path(run: Path, rank: int = 0) -> Path:
@@ -76,20 +68,25 @@ def log_path(run: Path, rank: int = 0) -> Path:
 
 
 class EventLog:
-    """Appends events to a log. Each line is one system call, so that a kill tears at most the last one.
+    """Appends events to a log. An attempt's first line comes after an empty one, so it never ends a torn line.
 
     The log matters less than the run: the first error of the system is told, and none is raised.
     """
 
-    def __init__(self, path: Path, attempt: int) -> None:
-        self.path, self.attempt, self.failed = path, attempt, False
+    def __init__(self, path: Path) -> None:
+        self.path, self.failed = path, False
+        self.break_line = "\n" if path.exists() else ""
+        """What comes before the next line: it ends one that a kill or a full disk tore."""
 
     def write(self, event: str, step: int, **fields: Any) -> None:
         """Append an event."""
-        row = {"event": event, "time": time.time(), "attempt": self.attempt, "step": step, **fields}
+        row = {"event": event, "time": time.time(), "step": step, **fields}
         try:
-            _append(self.path, json.dumps(row, default=str).encode() + b"\n")
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{self.break_line}{json.dumps(row, default=str)}\n")
+            self.break_line = ""
         except OSError as error:
+            self.break_line = "\n"
             if not self.failed:
                 self.failed, reason = True, error.strerror or error
                 words = f"cannot write {self.path}: {reason}; training continues, some events are lost"
@@ -97,92 +94,10 @@ class EventLog:
                     print(printable(words), file=sys.stderr, flush=True)
 
 
-def _append(path: Path, line: bytes) -> None:
-    """Append a line in one call; end a torn line before it. Raises: OSError, also if only a part was written."""
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = b"\n" + line
-        if os.write(descriptor, line) < len(line):
-            raise OSError("the disk is full")
-    finally:
-        os.close(descriptor)
-
-
 def read_events(run: Path, rank: int = 0) -> list[Event]:
     """Return the events of a run as a rank wrote them, without torn lines; none if there is no log."""
-    kinds = {"event": str, "time": int | float, "attempt": int, "step": int}
     rows = read_rows(log_path(run, rank))
-    return [row for row in rows if all(isinstance(row.get(name), kind) for name, kind in kinds.items())]
-
-
-# --- crash loops
-
-
-def crash_loops(events: Sequence[Event]) -> list[int]:
-    """Return the steps of the checkpoints from which AT_MOST attempts in a row failed before their first step.
-
-    A checkpoint may be whole and yet end every attempt that starts from it: a loss that is not finite, memory that does
-    not suffice. An attempt that was stopped on purpose does not count, nor one from step 0, which has no checkpoint. A
-    checkpoint that is saved again, or put aside, starts without a count.
-
-    Args:
-        events: of attempts that have ended.
-    """
-    failures: Counter[int] = Counter()
-    start: int | None = None  # the checkpoint from which this attempt has not got on so far
-    for event in [*events, {"event": "started", "step": 0}]:
-        name, step = event["event"], event["step"]
-        if name == "started" and start is not None:
-            failures[start] += 1
-        if name in ("started", "restored"):
-            start = step
-        elif name == "step":
-            failures.pop(step - 1 if start is None else start, None)
-            start = None
-        elif name in ("stopped", "finished"):
-            start = None
-        elif name in ("saved", "quarantined"):
-            failures.pop(step, None)
-    return sorted(step for step, count in failures.items() if step > 0 and count >= AT_MOST)
-
-
-def put_aside_crash_loops(config: RunConfig, log: EventLog, events: Sequence[Event]) -> list[Path]:
-    """Rename the checkpoints of crash loops, so that the next attempt takes the one before; return the new names.
-
-    The last one stays in any case: a machine that ends every attempt early says nothing about its checkpoints.
-    """
-    assert config.out is not None
-    there, renamed = config.out / "checkpoints", []
-    for folder in (checkpoint_folder(config, step) for step in reversed(crash_loops(events))):
-        if folder.is_dir() and len(checkpoint_folders(config.out)) > 1:
-            names = (f"quarantined-{folder.name}{end}" for end in ("", *(f"-{n}" for n in range(2, 1000))))
-            target = next(there / name for name in names if not os.path.lexists(there / name))
-            os.rename(folder, target)
-            sync(there)
-            log.write("quarantined", int(folder.name.removeprefix("step-")), folder=target.name)
-            renamed.append(target)
-    return renamed
-
-
-# --- time
-
-
-def goodput(events: Sequence[Event]) -> tuple[int, float | None]:
-    """Return how often a run was started, and the share of its time, first event to last, in steps that count.
-
-    A step counts once: a restart or a rewind takes back the steps after the checkpoint that it returns to.
-    """
-    counted: dict[int, float] = {}
-    for event in events:
-        if event["event"] in ("started", "restored", "rewound"):
-            counted = {step: seconds for step, seconds in counted.items() if step <= event["step"]}
-        elif event["event"] == "step":
-            counted[event["step"]] = float(event.get("seconds") or 0.0)
-    total = events[-1]["time"] - events[0]["time"] if events else 0.0
-    attempts = len({event["attempt"] for event in events})
-    return max(1, attempts), sum(counted.values()) / total if total > 0 else None
+    return [row for row in rows if isinstance(row.get("event"), str) and isinstance(row.get("step"), int)]
 
 
 # --- a row for each step
@@ -236,9 +151,20 @@ def is_whole(row: Row) -> bool:
     return all(key in row and isinstance(row[key], kind) for key, kind in KEYS.items())
 
 
+def rows_of(run: Path) -> Iterator[Row]:
+    """Yield the rows of metrics.jsonl, leaving out lines that are torn or incomplete."""
+    return filter(is_whole, read_rows(run / METRICS))
+
+
 def read_records(run: Path) -> list[Row]:
-    """Read metrics.jsonl, leaving out lines that are torn or incomplete."""
-    return [row for row in read_rows(run / METRICS) if is_whole(row)]
+    """Return the rows of metrics.jsonl. Those of a long run take much memory."""
+    return list(rows_of(run))
+
+
+def drop_rows(run: Path, step: int) -> None:
+    """Leave the rows of earlier steps in metrics.jsonl. Those from this step on come again."""
+    with new_file(run / METRICS) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows_of(run) if row["step"] < step)
 
 
 class History:
@@ -258,33 +184,27 @@ class History:
         """Number of times that the run went back to a checkpoint after a spike of the loss."""
 
     def add(self, row: Row) -> None:
-        """Append the row of a step."""
+        """Append the row of a step, and drop the loads of one that is not recent. They are in metrics.jsonl."""
         self.records.append(row)
+        if len(self.records) > self.window:
+            self.records[-1 - self.window]["loads"] = None
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
 
-    def close_last(self) -> Row:
-        """Return the last row, which is complete now.
-
-        The loads of one old row are dropped from memory. They are in metrics.jsonl.
-        """
-        if len(self.records) > self.window:
-            self.records[-1 - self.window] |= {"loads": None}
-        return self.records[-1]
-
-    def restore(self, state: RunState, recorded: list[Row], *, complete: bool) -> int:
+    def restore(self, state: RunState, recorded: Iterable[Row], *, complete: bool) -> int:
         """Restore a saved state; return the number of steps whose rows are lost.
 
         Args:
-            recorded: lines of metrics.jsonl.
+            recorded: rows of metrics.jsonl.
             complete: the state is that of the last step, which is validated again in any case.
         """
+        self.records, last = [], dict(state.row)
+        for row in recorded:
+            if row["step"] < state.step:
+                self.add(row)
+            elif row["step"] == state.step and not complete:
+                last["val_loss"] = row["val_loss"]
+        self.add(last)
         self.skipped_in_a_row, self.rewinds = state.skipped_in_a_row, state.rewinds
-        by_step = {row["step"]: row for row in recorded if row["step"] <= state.step}
-        last = dict(state.row)
-        if not complete and state.step in by_step:
-            last["val_loss"] = by_step[state.step]["val_loss"]
-        by_step[state.step] = last
-        self.records = [by_step[step] for step in sorted(by_step)]
         return state.step - len(self.records)
 
     @property

@@ -13,7 +13,6 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from dsmini.atomic import write_text
 from dsmini.checkpoint.training_state import (
     Checkpoint,
     checkpoint_folder,
@@ -38,10 +37,9 @@ from dsmini.training.record import (
     EventLog,
     History,
     TensorBoard,
+    drop_rows,
     finite,
     log_path,
-    put_aside_crash_loops,
-    read_events,
     row_of,
 )
 from dsmini.training.saving import NotSavedError, Saver
@@ -153,9 +151,15 @@ class TrainingRun:
         self.world = world or World()
         self.folder: Path = config.out
         self.history = History(config.train.steps)
-        attempt, self.put_aside = self.world.first(self._look_back)
-        self.log = EventLog(log_path(self.folder, self.world.rank), attempt)
-        self.saver = Saver(config, trainer, self.history, self.world, lambda step: self.note("saved", step))
+        self.log = EventLog(log_path(self.folder, self.world.rank))
+        self.saver = Saver(
+            config,
+            trainer,
+            self.history,
+            self.world,
+            on_saved=lambda step: self.note("saved", step),
+            say=lambda line: self.progress.say(line),
+        )
         self.heartbeat: Heartbeat | None = None
         trainer.phase = self.phase
         self.watch: Callable[[StepResult], BindingChange | None] | None = None
@@ -212,7 +216,6 @@ class TrainingRun:
             step = trainer.step()
             stopping = asked.agreed = asked.agreed or step.stopping
             change = None if self.watch is None else self.watch(step)
-            self.note("step", seconds=step.seconds)
             self.phase("between")
             every = self.config.parallel.check_replicas
             if every and step.step % every == 0:
@@ -258,7 +261,6 @@ class TrainingRun:
         try:
             if not self.asked.agreed and (scores := validate(self.trainer, self.progress, self.asked)):
                 self.history.records[-1] |= finite(scores)
-                self.note("validated")
         except StopAskedError:
             self._save()
 
@@ -297,7 +299,7 @@ class TrainingRun:
         """Note that a run ends by an error; save it where only a file of its figures could not be written."""
         with suppress(Exception):  # the first error is the one to tell
             self.saver.finish()
-        stopped = isinstance(error, KeyboardInterrupt)  # on purpose: no crash of the checkpoint it started from
+        stopped = isinstance(error, KeyboardInterrupt)
         self.note("stopped" if stopped else "failed", error=type(error).__name__)
         records = self.history.records
         failed_to_write = isinstance(error, OSError | SystemExit) and not isinstance(error, NotSavedError)
@@ -314,13 +316,7 @@ class TrainingRun:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore a checkpoint of this run that its saver `fits`."""
         self._note_start(checkpoint.state.step)
-        try:
-            lost = self.saver.restore(checkpoint)
-        except KeyboardInterrupt:  # no crash of this checkpoint
-            self.note("stopped", checkpoint.state.step)
-            raise
-        self.note("restored")
-        if lost:
+        if lost := self.saver.restore(checkpoint):
             of = f"{lost} of {checkpoint.state.step} steps"
             say(self.console, f"{METRICS} lacks {of}; the plots leave them out")
 
@@ -328,7 +324,7 @@ class TrainingRun:
         """Return to the last checkpoint after a spike, and leave out the batches since; False if there is none.
 
         This is PaLM's remedy (Chowdhery et al. 2022, section 5.1): these batches did not spike again when they were
-        fed to an older state.
+        fed to an older state. A run that is killed before its next checkpoint meets the spike again, and returns again.
 
         Raises: ArithmeticError after train.max_rewinds of them.
         """
@@ -348,8 +344,6 @@ class TrainingRun:
         self.note("rewound")
         self._open_records()
         self._record()
-        self.saver.saved_at = None  # saved again, so that a run that is killed now knows what it leaves out
-        self._tell_failure(self._save)
         self.progress.say(
             f"step {step.step}: the loss {step.loss:.3f} is a spike; back to step {self.trainer.steps_done}, without "
             f"the batches since (rewind {rewinds + 1} of {most})"
@@ -359,14 +353,14 @@ class TrainingRun:
     # --- what is written on the way
 
     def _open_records(self) -> None:
-        """Open metrics.jsonl to append, with the lines of all steps before the last row, which comes again."""
+        """Open metrics.jsonl to append, with the rows before the last one, which comes again."""
         if self.world.rank:
             return
-        path, records = self.folder / METRICS, self.history.records
-        write_text(path, "".join(json.dumps(row) + "\n" for row in records[:-1]))
-        self.metrics = path.open("a", encoding="utf-8")
+        records = self.history.records
+        first = records[-1]["step"] if records else 1
+        drop_rows(self.folder, first)
+        self.metrics = (self.folder / METRICS).open("a", encoding="utf-8")
         if self.config.train.tensorboard:
-            first = records[-1]["step"] if records else 1
             self.board = TensorBoard(self.folder / "tensorboard", moe_layers(self.config.model), first)
 
     def _close_records(self) -> None:
@@ -379,7 +373,7 @@ class TrainingRun:
 
         Where there are other processes, an error asks all to stop after this step, and comes after their save.
         """
-        row = self.history.close_last()
+        row = self.history.records[-1]
         if self.world.rank:
             return
         try:
@@ -406,16 +400,9 @@ class TrainingRun:
         loads = dict(zip(moe_layers(self.config.model), shares, strict=True)) if shares else {}
         with patience(self.console, "drawing"):
             plot_run(self.folder, self.history.records, loads)
-        self.note("plotted")
         self.next_plot = self.history.seconds + PLOT_EVERY
 
     # --- survival
-
-    def _look_back(self) -> tuple[int, list[Path]]:
-        """Return the number of this attempt, and the checkpoints that no attempt survived, which are put aside."""
-        before = read_events(self.folder)
-        attempt = 1 + max((event["attempt"] for event in before), default=0)
-        return attempt, put_aside_crash_loops(self.config, EventLog(log_path(self.folder), attempt), before)
 
     def _note_start(self, step: int) -> None:
         """Log the start of this attempt, from the checkpoint of a step or from none."""

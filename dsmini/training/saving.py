@@ -10,7 +10,7 @@ then the folder is removed.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,7 +35,7 @@ from dsmini.distributed.meeting import told
 from dsmini.distributed.mesh import Pieces
 from dsmini.distributed.world import World
 from dsmini.machine import random_state, set_random_state
-from dsmini.training.record import METRICS, History, Row, is_whole, read_records
+from dsmini.training.record import METRICS, History, Row, is_whole, rows_of
 from dsmini.training.trainer import Trainer
 
 
@@ -121,6 +121,7 @@ class Saver:
         config: config with the run's folder `out`.
         world: the processes of the run, which save and restore together.
         on_saved: told the step of each checkpoint, once its files are on the disk.
+        say: told of old checkpoints that could not be removed.
     """
 
     def __init__(
@@ -130,10 +131,11 @@ class Saver:
         history: History,
         world: World,
         on_saved: Callable[[int], None] = lambda step: None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         assert config.out is not None
         self.config, self.trainer, self.history, self.world = config, trainer, history, world
-        self.metrics, self.on_saved = config.out / METRICS, on_saved
+        self.metrics, self.on_saved, self.say = config.out / METRICS, on_saved, say
         self.saved_at: int | None = None
         """Step of the last checkpoint."""
         self._behind: World | None = None
@@ -161,16 +163,11 @@ class Saver:
 
         Rank 0 alone has all rows, which it writes and draws. All ranks have the last one, with its validation.
         """
-        rows: list[Row] = []
+        run, step = self.metrics.parent, checkpoint.state.step
+        last = self.world.first(lambda: [row for row in rows_of(run) if row["step"] == step])
+        return self.world.together(lambda: self._restore(checkpoint, last if self.world.rank else rows_of(run)))
 
-        def read() -> list[Row]:
-            rows.extend(read_records(self.metrics.parent))
-            return [row for row in rows if row["step"] == checkpoint.state.step]
-
-        last = self.world.first(read)
-        return self.world.together(lambda: self._restore(checkpoint, rows or last))
-
-    def _restore(self, checkpoint: Checkpoint, rows: list[Row]) -> int:
+    def _restore(self, checkpoint: Checkpoint, rows: Iterable[Row]) -> int:
         state, train, trainer = checkpoint.state, self.config.train, self.trainer
         where = {"sequences": state.sequences, "average_updates": state.average_updates}
         trainer.load(trainer.mine(checkpoint.tensors), steps_done=state.step, **where)
@@ -213,7 +210,6 @@ class Saver:
             world.first(lambda: sync(self.metrics))  # the lines before the state's own must not be lost after it
             texts, metadata = state_texts(config, state), {"step": str(state.step)}
             save_pieces(world, checkpoint_folder(config, state.step), held, texts, metadata)
-            world.first(lambda: prune(config, state))
         except OSError as error:
             kept = self.saved_at is not None and checkpoint_folder(config, self.saved_at).is_dir()
             there = f"step {self.saved_at} is still there" if kept else "no earlier one is there"
@@ -221,6 +217,12 @@ class Saver:
             raise told(NotSavedError(sentence)) from None
         self.saved_at = state.step
         self.on_saved(state.step)
+        if world.rank == 0:
+            try:
+                prune(config, state)
+            except OSError as error:  # the state is saved all the same
+                reason = error.strerror or error
+                self.say(f"cannot remove old checkpoints in {config.out}: {reason}; training continues, they stay")
 
     def _state(self) -> RunState:
         trainer, history = self.trainer, self.history

@@ -129,8 +129,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
                 world.first(lambda: ops.serving(device.type) and None)
         training = TrainingRun(config, Trainer(model, corpus, config, device, mesh), console, world)
         lines = _continued(origin, training) if origin.resume else world.first(lambda: _begun(origin, training))
-        aside = [f"{folder} was put aside: no attempt survived it" for folder in training.put_aside]
-        for line in [*_introduction(config, corpus), *aside, *lines]:
+        for line in [*_introduction(config, corpus), *lines]:
             say(console, line)
         yield training
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
@@ -181,6 +182,10 @@ def test_checkpoint_of_a_newer_version_is_not_passed_over(run: Path) -> None:
         f"cannot read {path.parent}: manifest.json has format 2, this dsmini reads 1; try again, or "
     )
     assert names(run) == ["step-000002", "step-000004"]
+    shutil.rmtree(run / "checkpoints/step-000002")
+    assert refusal(resumed, run, **OPTIONS).endswith("try again"), "there is none before"
+    path.write_text(path.read_text().replace('"format": 2', '"format": true'))
+    assert "manifest.json is damaged" in refusal(resumed, run, **OPTIONS)
 
 
 def test_average_is_loaded_in_place_of_parameters(run: Path) -> None:
@@ -210,6 +215,18 @@ def test_damaged_later_checkpoint_does_not_count_as_kept(run: Path) -> None:
     assert training.train()
     assert names(run) == ["step-000003"]
     assert resumed(run, **OPTIONS).trainer.steps_done == 3
+
+
+def test_checkpoint_that_cannot_be_removed_fails_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoints, "prune", Mock(side_effect=OSError(13, "Permission denied")))
+    training = new_run(tmp_path, **(OPTIONS | {"keep": 1}))
+    training.console.quiet = False
+    assert training.train()
+    assert names(tmp_path) == ["step-000002", "step-000004"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "cannot remove old checkpoints" in said and "cannot save" not in said
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, training: TrainingRun, name: str, steps: tuple[int, ...]) -> None:

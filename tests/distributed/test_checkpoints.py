@@ -61,5 +61,4 @@ def test_every_layout_writes_the_same_bytes(tmp_path: Path, left: Callable[[int,
     shutil.copytree(left(0, 5), tmp_path / "run")
     want = (tmp_path / "run" / "checkpoints" / "step-000005" / "manifest.json").read_text()
     for n, parallel in LAYOUTS[1:]:
-        (tmp_path / "run" / "events.jsonl").unlink()  # attempts without a step look like a crash loop
         assert run_ranks(n, manifest_of_rewritten, tmp_path / "run", parallel, 5, **BATCH)[0] == want

@@ -93,11 +93,3 @@ def test_failure_of_a_save_does_not_hide_the_first_error(tmp_path: Path, monkeyp
     training = new_run(tmp_path, **BEHIND)
     kill(monkeypatch, training.trainer, "forward_backward", calls(training, 2, 0), False)
     stopped(training)
-
-
-def test_interrupted_restore_is_no_crash_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert new_run(tmp_path).train()
-    monkeypatch.setattr(saving.Saver, "restore", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        resumed(tmp_path)
-    assert [event["event"] for event in read_events(tmp_path)][-2:] == ["started", "stopped"]

@@ -6,7 +6,9 @@ import math
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
+import pytest
 from rich.console import Console
 
 from dsmini.checkpoint.training_state import last_checkpoint
@@ -74,3 +76,15 @@ def test_run_resumes_without_the_rows_that_are_not_whole(
     assert training.train()
     training.plot()
     assert [row["step"] for row in training.history.records] == [1, 3, 4, 5, 6, 7, 8]
+
+
+def test_metrics_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> Any:
+        file = MagicMock()
+        file.__enter__.return_value.__iter__.side_effect = OSError(5, "Input/output error")
+        return file
+
+    (tmp_path / "metrics.jsonl").touch()
+    monkeypatch.setattr("dsmini.reading.open_regular", broken)
+    with pytest.raises(ValueError, match=r"cannot read .*/metrics.jsonl: Input/output error"):
+        read_records(tmp_path)

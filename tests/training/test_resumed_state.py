@@ -5,13 +5,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from dsmini.checkpoint.training_state import Checkpoint
-from dsmini.training.outputs import summarise, summary_lines
+from dsmini.training.outputs import summarise
+from dsmini.training.record import History
 from tests.helpers.runs import RICH, asked_after, new_run, resumed, unequal, whole
 
 
@@ -99,7 +101,13 @@ def test_totals_and_plots_cover_the_whole_run(never_and_stopped: tuple[dict[str,
     assert summary["train_seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
     assert summary["train_seconds"] > before
     assert summary["skipped"] == 1 and summary["val_loss_ema"] == rows[-1]["val_loss_ema"]
-    assert summary["attempts"] == 2 and 0 < summary["goodput"] < 1
-    assert dict(summary_lines(summary))["time"].startswith(f"started 2 times; {summary['goodput']:.0%} of the time in ")
     assert all(len(layer) == 8 for row in rows for layer in row["loads"])
     assert [max(row["layer_max_vio"]) >= row["max_vio"] for row in rows] == [True] * 8
+
+
+def test_resumed_run_forgets_the_loads_of_old_steps() -> None:
+    """They are as long as the run, and stay in metrics.jsonl."""
+    history, row = History(20), {"loads": [[1]], "skipped": False}
+    state: Any = SimpleNamespace(step=30, row=row | {"step": 30}, skipped_in_a_row=0, rewinds=0)
+    assert history.restore(state, (row | {"step": step} for step in range(1, 41)), complete=True) == 0
+    assert [bool(row["loads"]) for row in history.records] == [False] * 20 + [True] * 10

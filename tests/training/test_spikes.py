@@ -10,7 +10,7 @@ import pytest
 from dsmini.training.outputs import summarise
 from dsmini.training.record import History
 from tests.distributed.faults import Fault, inject
-from tests.helpers.runs import kill, new_run, resumed, stopped
+from tests.helpers.runs import kill, new_run, resumed, stopped, unequal, whole
 
 
 def healthy(seed: int, steps: int = 600) -> list[float]:
@@ -61,19 +61,25 @@ def test_losses_that_are_not_finite_are_no_spikes() -> None:
     assert history.spike_limit() == 3.0
 
 
-def test_rewind_is_remembered_by_a_run_that_is_killed_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_killed_after_a_rewind_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It meets the spike again, and returns again."""
     options = {"steps": 40, "max_rewinds": 2, "eval_every": 40}
-    training = new_run(tmp_path, **options)
-    inject(training, [Fault("spike", 0, 36, "forward")])
+    spikes = [Fault("spike", 0, 36, "forward"), Fault("spike", 0, 37, "forward")]
+    never = new_run(tmp_path / "never", **options)
+    inject(never, spikes)
+    assert never.train()
+    want = whole(never)
+    training = new_run(tmp_path / "killed", **options)
+    inject(training, spikes)
     with monkeypatch.context() as patch:
         kill(patch, training.trainer, "forward_backward", lambda: training.history.rewinds == 1, False)
         stopped(training)
-    again = resumed(tmp_path, **options)
-    assert again.trainer.steps_done == 34
-    assert (again.trainer.sequences, again.history.rewinds) == (36 * 4, 1)
-    inject(again, [Fault("spike", 0, 37, "forward")])
-    again.train()
-    assert again.history.rewinds == 2, "the losses before the stop count"
+    next(training.folder.glob("faults-*")).unlink()  # the spike is in the batch, so it comes again
+    again = resumed(training.folder, **options)
+    assert (again.trainer.steps_done, again.history.rewinds) == (34, 0)
+    inject(again, spikes)
+    assert again.train() and again.history.rewinds == 2
+    assert unequal(whole(again), want) == set()
     tokens = 64 * len(again.history.records)
     assert summarise(again)["tokens"] == tokens < 16 * again.trainer.sequences, "steps taken back do not count"
 

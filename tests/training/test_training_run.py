@@ -101,7 +101,7 @@ def test_a_second_ctrl_c_interrupts_at_once(training: TrainingRun, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         training.train()
     assert training.trainer.steps_done == 0
-    assert read_events(training.folder)[-1]["event"] == "stopped", "no crash of the checkpoint it started from"
+    assert read_events(training.folder)[-1]["event"] == "stopped"
 
 
 def test_wait_for_a_batch_counts_as_no_long_phase(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
