@@ -1,4 +1,4 @@
-"""What a run writes on its way: its events, and a row for each step.
+"""The record of a run on its way: its events, and a row for each step.
 
 The event log of a run has one line of JSON for everything that happened to it, appended and never rewritten:
 
@@ -76,7 +76,7 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self.path, self.failed = path, False
         self.break_line = "\n" if path.exists() else ""
-        """What comes before the next line: it ends one that a kill or a full disk tore."""
+        """Text before the next line. It ends a line that a kill or a full disk tore."""
 
     def write(self, event: str, step: int, **fields: Any) -> None:
         """Append an event."""
@@ -157,12 +157,12 @@ def rows_of(run: Path) -> Iterator[Row]:
 
 
 def read_records(run: Path) -> list[Row]:
-    """Return the rows of metrics.jsonl. Those of a long run take much memory."""
+    """Return the rows of metrics.jsonl, which take much memory after a long run."""
     return list(rows_of(run))
 
 
 def drop_rows(run: Path, step: int) -> None:
-    """Leave the rows of earlier steps in metrics.jsonl. Those from this step on come again."""
+    """Leave the rows of earlier steps in metrics.jsonl: the others come again."""
     with new_file(run / METRICS) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows_of(run) if row["step"] < step)
 
