@@ -7,7 +7,6 @@ import difflib
 import inspect
 import io
 import itertools
-import re
 import shutil
 import sys
 import textwrap
@@ -78,31 +77,25 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
         raise ValueError(f"the first argument is empty; see {prog} --help")
     _refuse_wrong(args, dict(_types(kind)), f"Every flag: {prog} {'--help' if help is None else '--help-all'}")
     options: dict[str, Any] = {} if default is None else {"default": default}
-    said = io.StringIO()
+    args = ["--help" if arg == "--help-all" else arg for arg in args]
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=prog, args=["--help" if arg == "--help-all" else arg for arg in args], **options)
+        with contextlib.redirect_stderr(io.StringIO()):  # where tyro draws a box around an error
+            value, extra = tyro.cli(kind, prog=prog, args=args, return_unknown_args=True, **options)
     except SystemExit as stop:
         if not stop.code:
-            print(said.getvalue(), end="", file=sys.stderr)
             raise
-        raise ValueError(_reason(stop, said.getvalue(), prog)) from None
+        usage = f"an argument is missing or wrong; want {prog} {help.usage if help else '[FLAGS]'}"
+        raise ValueError(_said_by_a_check(stop) or usage) from None
+    if extra:
+        raise ValueError(f"unexpected {brief(extra[0])}; leave it out, or see {prog} --help")
+    return value
 
 
-def _reason(stop: SystemExit, said: str, prog: str) -> str:
-    """Return in one sentence why tyro refuses a command line, from its exception and the box that it prints."""
-    cause: BaseException | None = stop.__context__
-    while cause is not None:
-        if isinstance(cause, ValueError):  # a check of a dataclass
-            return str(cause)
-        cause = cause.__context__
-    if extra := re.search(r"(?m)Unrecognized options: (.*?)\s*[│|]?$", said):
-        return f"unexpected {brief(extra[1])}; leave it out, or see {prog} --help"
-    lines = [line.strip("│| \t") for line in said.splitlines()[1:]]
-    lines = itertools.dropwhile(lambda line: not line or line[0] in "─-", lines)
-    first = " ".join(itertools.takewhile(lambda line: line and line[0] not in "─-", lines))
-    missing = re.match(r"Missing from [^:]*: (\S+)", first)
-    return f"{f'{missing[1]} is missing' if missing else first}; see {prog} --help"
+def _said_by_a_check(error: BaseException | None) -> str:
+    """Return the sentence of the dataclass's own check, from which an error arose; "" if it arose from none."""
+    while error is not None and not isinstance(error, ValueError):
+        error = error.__context__
+    return str(error or "")
 
 
 def _refuse_wrong(args: Sequence[str], kinds: Mapping[str, Any], more: str) -> None:
@@ -144,7 +137,14 @@ def _wanted(value: str, hint: Any) -> str:
             try:
                 choice(value)
             except ValueError:
-                return "a whole number" if choice is int else "a number"
+                return "a number" if choice is float else f"a whole number{_in_digits(value)}"
+    return ""
+
+
+def _in_digits(value: str) -> str:
+    """Return ", such as 1000" for 1e3."""
+    with contextlib.suppress(ValueError, OverflowError):
+        return f", such as {int(float(value))}"
     return ""
 
 
