@@ -75,7 +75,7 @@ class RunOrigin:
             if self.weights is not None:
                 check_init(self.weights.run.model, config.model, str(self.weights.named))
             return config
-        used = {key: getattr(self.before.train, key) for key in ("device", "dtype", "threads")}
+        used = {key: getattr(self.before.train, key) for key in ("dtype", "threads")}
         auto = {key: value for key, value in used.items() if getattr(config.train, key) in ("auto", None)}
         config = dataclasses.replace(absolute(config), train=dataclasses.replace(config.train, **auto))
         check_resume(self.before, config)

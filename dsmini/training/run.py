@@ -28,7 +28,7 @@ from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Windows
 from dsmini.distributed.meeting import StopAskedError, StopSignals, asked_to_stop, told
 from dsmini.distributed.mesh import unequal_replicas
-from dsmini.distributed.world import Heartbeat, World, watched
+from dsmini.distributed.world import World
 from dsmini.machine import peak_memory, refuse_too_large
 from dsmini.nn import Transformer
 from dsmini.training.outputs import plot_run
@@ -84,6 +84,7 @@ def validate(trainer: Trainer, progress: TrainingProgress, asked: StopSignals) -
 
     def score(windows: Windows) -> float:
         def check(done: float) -> None:
+            trainer.phase("validating")
             show(done)
             if done < 1 and asked.came():
                 raise StopAskedError
@@ -160,8 +161,7 @@ class TrainingRun:
             on_saved=lambda step: self.note("saved", step),
             say=lambda line: self.progress.say(line),
         )
-        self.heartbeat: Heartbeat | None = None
-        trainer.phase = self.phase
+        trainer.phase, self.world.on_stall = self.phase, self._note_stall
         self.watch: Callable[[StepResult], BindingChange | None] | None = None
         """Told of every step, to say when what binds the run changes. It changes no tensor and draws no number."""
         self.asked = StopSignals()
@@ -188,8 +188,7 @@ class TrainingRun:
         self.progress = TrainingProgress(self.console, self.config.train.steps)
         agree = self.world.any if self.world.size > 1 else bool
         try:
-            watch = watched(self.world, self.config.parallel.timeout, self._note_stall)
-            with watch as self.heartbeat, asked_to_stop(agree) as self.asked, self.progress:
+            with asked_to_stop(agree) as self.asked, self.progress:
                 self._open_records()
                 self._take_steps()
             if self.failure is not None:
@@ -198,7 +197,6 @@ class TrainingRun:
             self._save_what_is_whole(error)
             raise
         finally:
-            self.heartbeat = None
             self._close_records()
         self.note("stopped" if self.asked.agreed else "finished")
         return not self.asked.agreed
@@ -413,8 +411,7 @@ class TrainingRun:
 
     def phase(self, name: str) -> None:
         """Tell the others where this thread is: batch, forward, backward, optimizer, between, validating, saving."""
-        if self.heartbeat is not None:
-            self.heartbeat.beat(self.trainer.steps_done, name)
+        self.world.beat(self.trainer.steps_done, name)
 
     def _note_stall(self, rank: int, seconds: float, sentence: str) -> None:
         """Log a stall that this rank has found, of one that stands still."""

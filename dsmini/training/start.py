@@ -30,6 +30,7 @@ from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import left_out_in_words, not_utf8_in_words
+from dsmini.distributed.heartbeat import watched
 from dsmini.distributed.meeting import launched
 from dsmini.distributed.mesh import Mesh, divided_model, fill, local
 from dsmini.distributed.world import World, joined, own_share
@@ -78,7 +79,7 @@ def refuse_oversized_parts(model: Transformer, device: torch.device, world: Worl
 
 
 LONGEST_WAIT = 86400.0
-"""Seconds in which all ranks must come to a message. Rank 0 tokenizes alone; a rank that hangs is found otherwise."""
+"""Seconds in which all ranks must come to a message: rank 0 tokenizes alone. The heartbeat finds a rank that hangs."""
 
 
 @contextmanager
@@ -102,6 +103,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
     device = own_share(config.train.device, config.train.threads)
     keep_freed_memory()
     with joined(config.parallel.timeout, device, longest_wait=LONGEST_WAIT) as world, ExitStack() as stack:
+        stack.enter_context(watched(world, config.parallel.timeout, device))
         world.refuse_unequal(_options(origin, config))
         world.first(lambda: None if origin.resume else refuse_taken(config.out))
         if world.size == 1:  # first, for even without memory the layers of an absurd model take long to make
@@ -117,6 +119,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         # 3. the folder
         config = dataclasses.replace(config, train=world.first(lambda: resolved(config, device).train))
         out = world.first(lambda: origin.resume or new_run_folder(config.out, origin.name))
+        world.refuse_unshared(out)
         config = dataclasses.replace(absolute(config), out=out)
         world.first(lambda: stack.enter_context(sole_trainer(out)) and None)
         # 4. the model, and its first values or those of the last checkpoint
@@ -125,6 +128,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         with patience(console, "making the model"):  # before the Trainer, whose average of the parameters starts so
             fill(model, mesh, device, None if origin.weights is None else origin.weights.rows)
         if config.train.optimizer == "muon":  # its kernel may have to be compiled
+            world.beat(0, "compiling")
             with patience(console, "preparing kernels"):
                 world.first(lambda: ops.serving(device.type) and None)
         training = TrainingRun(config, Trainer(model, corpus, config, device, mesh), console, world)
@@ -155,7 +159,8 @@ def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Co
 def resolved(config: RunConfig, device: torch.device) -> RunConfig:
     """Return the config with the device, dtype and threads that are in use now, and with absolute paths."""
     dtype = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
-    name = str(device) if launched()[1] == 1 else device.type  # each process has a number of its own
+    # a number that was not asked for is of this start: the run may continue with more processes
+    name = config.train.device if launched()[1] == 1 and ":" in config.train.device else device.type
     train = dataclasses.replace(config.train, device=name, dtype=dtype, threads=torch.get_num_threads())
     return dataclasses.replace(absolute(config), train=train)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from dsmini.console.command import run
 from dsmini.distributed.meeting import tell
 from dsmini.distributed.mesh import local
-from dsmini.training import saving
+from dsmini.training import saving, start
 from dsmini.training.run import TrainingRun
 
 STEP_PHASES = ("forward", "backward", "optimizer", "between")
@@ -50,7 +50,7 @@ class Fault:
     rank: int
     step: int
     phase: str
-    """One of STEP_PHASES, or save: and one of SAVE_PHASES."""
+    """One of STEP_PHASES; save: and one of SAVE_PHASES; or fill, before the first step."""
 
 
 class Faults:
@@ -159,11 +159,19 @@ def inject_into_command(faults: Sequence[Fault]) -> None:
     """Let the run of this process, which a command starts, meet faults."""
     real = TrainingRun.__init__
 
+    real_fill = start.fill
+
     def init(training: TrainingRun, *args: Any, **kwargs: Any) -> None:
         real(training, *args, **kwargs)
         inject(training, faults)
 
-    TrainingRun.__init__ = init
+    def fill(*args: Any) -> None:
+        real_fill(*args)
+        for fault in faults:
+            if fault.phase == "fill" and fault.rank == int(os.environ["RANK"]):
+                do(fault)
+
+    TrainingRun.__init__, start.fill = init, fill
 
 
 def parsed(text: str) -> list[Fault]:

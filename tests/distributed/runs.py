@@ -18,6 +18,7 @@ from dsmini.checkpoint.training_state import checkpoint_folders
 from dsmini.config import DataConfig
 from dsmini.config.run import ParallelConfig
 from dsmini.data.corpus import Corpus
+from dsmini.distributed.heartbeat import watched
 from dsmini.distributed.mesh import HeldRows, Mesh, divided_model, fill
 from dsmini.distributed.world import World
 from dsmini.training.record import Event, read_events
@@ -167,7 +168,8 @@ def run(
     training = new_run(world, folder, parallel, faults, **changes)
     if world.rank == world.size - 1:
         asked_after(training, until - 1)
-    return training.train()
+    with watched(world, training.config.parallel.timeout, CPU):
+        return training.train()
 
 
 def until_end(

@@ -24,13 +24,15 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini.distributed.world import STALLED, World
+from dsmini.distributed.heartbeat import STALLED, watched
+from dsmini.distributed.world import World
 from dsmini.machine import random_state
 from dsmini.training.record import read_events, read_records
 from dsmini.training.run import TrainingRun
 from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault, of_this_process, parsed
 from tests.distributed.ranks import START, new_store, outcomes, run_ranks, spoken, start
 from tests.distributed.runs import (
+    CPU,
     KILLED,
     RECIPE,
     STEPS,
@@ -258,7 +260,8 @@ def paused(world: World, folder: Path) -> bool:
         os.kill(parent, signal.SIGCONT)
         os._exit(0)
     before_each_step(training, lambda: time.sleep(0.1))
-    return training.train()
+    with watched(world, WATCHED["timeout"], CPU):
+        return training.train()
 
 
 @pytest.mark.slow
@@ -310,10 +313,13 @@ def ends_of(folder: Path, *line: object) -> list[int | None]:
 
 
 @pytest.mark.slow
-def test_a_stall_of_the_command_is_told_on_the_standard_error(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("step", "phase"), [(0, "fill"), (3, "forward")])
+def test_a_stall_of_the_command_is_told_on_the_standard_error(
+    step: int, phase: str, config: Path, tmp_path: Path
+) -> None:
     """Leave the output to the line of JSON."""
     args = [str(config), "--out", str(tmp_path / "run"), "--json", "--parallel.timeout", "5"]
-    got = spoken(tmp_path, args, args, faults=[Fault("hang", 1, 3, "forward")])
+    got = spoken(tmp_path, args, args, faults=[Fault("hang", 1, step, phase)])
     assert got.statuses == [STALLED] * 2 and got.outputs == ["", ""]
     assert got.errors[0].count("rank 1 (pid") == 1 and "--resume" in got.errors[0]
 

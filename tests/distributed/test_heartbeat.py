@@ -1,13 +1,14 @@
 """The heartbeat: of ranks in one process with scripted times, and of a process whose store ends."""
 
 import os
+import threading
 import time
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from dsmini.distributed.world import ENDED, STALLED, Heartbeat, place_of
+from dsmini.distributed.heartbeat import ENDED, STALLED, Heartbeat, place_of
 
 
 class Ended(BaseException):
@@ -28,6 +29,7 @@ PLACE = {"waits": ("torch/distributed/c10d.py:1 all_reduce", True), "waits elsew
         (("waits", "waits elsewhere", "waits"), 1, 0, "all ranks have waited inside a collective for 4 s; rank 1 (pid"),
         (("ends", "waits", "is stopped"), None, None, ""),
         (("waits", "moves", "saves", "ends"), None, None, ""),
+        (("waits", "validates", "waits"), None, None, ""),
     ],
     ids=str,
 )
@@ -44,7 +46,12 @@ def test_stall_is_found_and_ends_all(
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     monkeypatch.setattr("socket.gethostname", lambda: "here")
     monkeypatch.setattr(
-        "dsmini.distributed.world.place_of", lambda thread: PLACE.get(now["behaviour"], ("faults.py:3 do", False))
+        "dsmini.distributed.heartbeat.place_of", lambda thread: PLACE.get(now["behaviour"], ("faults.py:3 do", False))
+    )
+    lines = iter(range(10**6))
+    monkeypatch.setattr(
+        "dsmini.distributed.heartbeat.stack_of",
+        lambda thread: next(lines) if now["behaviour"] == "validates" else 0,
     )
     store: Any = dist.HashStore()
     said: dict[int, tuple[int, float, str]] = {}
@@ -57,7 +64,7 @@ def test_stall_is_found_and_ends_all(
         rank._publish(ENDED if behaviour == "ends" else rank.phase)
     living = {rank for rank, behaviour in enumerate(behaviours) if behaviour not in ("is stopped", "ends")}
     statuses: dict[int, int] = {}
-    for _ in range(10):
+    for _ in range(1000 if speaker is None else 10):
         for rank in sorted(living - statuses.keys()):
             now["behaviour"] = behaviours[rank]
             if behaviours[rank] == "moves":
@@ -111,8 +118,26 @@ def test_store_that_does_not_answer_ends_the_process(monkeypatch: pytest.MonkeyP
     assert statuses == [STALLED] and "held by rank 0 or the launcher, has not answered for 0 s" in said[0]
 
 
-def test_place_is_the_innermost_line_of_ours() -> None:
-    import threading
+def code(module: str, file: str, line: str) -> Any:
+    """Return a function of one line of a module that is installed."""
+    names: dict[str, Any] = {"__name__": module}
+    exec(compile(f"def function(call):\n    {line}\n", f"/usr/lib/python3/site-packages/{file}", "exec"), names)
+    return names["function"]
 
-    where, waits = place_of(threading.main_thread().ident)
-    assert where.startswith("dsmini/distributed/world.py:") and where.endswith(" place_of") and not waits
+
+def test_place_is_the_innermost_line_outside_torch_of_an_installed_package_too() -> None:
+    seen, held, main = [], threading.Lock(), threading.main_thread().ident
+    ours = code("dsmini.distributed.mesh", "dsmini/distributed/mesh.py", "call(lock)")
+    torchs = code("torch.distributed.distributed_c10d", "torch/distributed/distributed_c10d.py", "call()")
+
+    def look() -> None:
+        end = time.monotonic() + 20
+        while not (seen and seen[-1][1]) and time.monotonic() < end:
+            seen.append(place_of(main))
+        held.release()
+
+    held.acquire()
+    threading.Thread(target=look).start()
+    ours.__globals__["lock"] = held.acquire
+    ours(torchs)
+    assert seen[-1] == ("dsmini/distributed/mesh.py:2 function", True)

@@ -1,5 +1,6 @@
 """Several processes of a command that do not start alike, or not all: one sentence, once, and status 2."""
 
+import dataclasses
 import os
 import re
 import shlex
@@ -10,8 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
+from dsmini import RunConfig, TrainConfig
 from dsmini.distributed.world import joined
+from dsmini.training.origin import RunOrigin
+from dsmini.training.start import resolved
 from tests.distributed.ranks import Speech, free_port, new_store, spoken, wait_until
 from tests.distributed.runs import small_config
 
@@ -155,3 +160,13 @@ def test_sigterm_ends_a_process_that_waits_for_another(config: Path, tmp_path: P
 
     got = spoken(tmp_path, args, None, store=store, meanwhile=stop_once_it_waits)
     assert (got.statuses, got.errors) == ([130, 0], ["stopped\n", ""])
+
+
+def test_gpu_of_one_process_is_stored_without_its_number_and_auto_is_picked_again(tmp_path: Path) -> None:
+    config = RunConfig(train=TrainConfig(dtype="float32"), out=tmp_path)
+    stored = resolved(config, torch.device("cuda:0"))
+    assert stored.train.device == "cuda"
+    before = dataclasses.replace(stored, train=dataclasses.replace(stored.train, device="cuda:0"))
+    again = dataclasses.replace(before, train=dataclasses.replace(before.train, device="auto", dtype="auto"))
+    accepted = RunOrigin(config=before, before=before).accept(again).train
+    assert (accepted.device, accepted.dtype) == ("auto", "float32")

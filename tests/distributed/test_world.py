@@ -3,6 +3,7 @@
 import errno
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,10 +49,63 @@ def test_ranks_with_equal_words_are_named_together() -> None:
     assert str(_joint([a, a])) == "a"
 
 
-def test_loss_of_a_rank_is_known_by_the_type_of_the_error_or_the_words_of_gloo() -> None:
-    assert tells_of_loss(dist.DistBackendError("NCCL communicator was aborted on rank 1"))
-    assert tells_of_loss(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"))
-    assert tells_of_loss(RuntimeError("shapes differ")) is None and tells_of_loss(ValueError("closed by peer")) is None
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (dist.DistBackendError("NCCL communicator was aborted on rank 1"), True),
+        (
+            dist.DistBackendError("ncclRemoteError: ... possibly due to a network error or a remote process exiting"),
+            True,
+        ),
+        (dist.DistNetworkError("failed to recv, got 0 bytes. Connection was likely closed."), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"), True),
+        (RuntimeError("[gloo/transport/tcp/buffer.cc:72] Timed out waiting 8000ms for recv operation"), True),
+        (dist.DistBackendError("ncclInvalidUsage: Duplicate GPU detected : rank 0 and rank 1 both on 1a0"), False),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4"), False),
+        (ValueError("closed by peer"), False),
+    ],
+    ids=str,
+)
+def test_loss_of_a_rank_is_known_by_the_words_of_gloo_nccl_and_the_store(error: Exception, lost: bool) -> None:
+    assert tells_of_loss(error) == lost
+
+
+def failing(error: Exception, said: Path) -> None:
+    with said.open("a") as file:
+        os.dup2(file.fileno(), 2)
+    with joined(20.0):
+        raise error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (dist.DistBackendError("NCCL error:\nDuplicate GPU"), "rank 0: DistBackendError: NCCL error: Duplicate GPU\n"),
+        (RuntimeError("Broken pipe"), "rank 0: lost another process (Broken pipe); a run of dsmini.train continues"),
+    ],
+    ids=["NCCL", "lost"],
+)
+def test_error_of_a_group_is_told_with_its_message(error: Exception, said: str, tmp_path: Path) -> None:
+    ends = outcomes(2, failing, error, tmp_path / "said", timeout=None)
+    assert [end.status for end in ends] == [1, 1] and said in (tmp_path / "said").read_text()
+
+
+def unshared(world: World, folder: Path) -> str:
+    worlds.SHARED_WITHIN = 0.2
+    own = folder / f"{min(world.rank, 1)}"
+    own.mkdir(exist_ok=True)
+    try:
+        world.refuse_unshared(own)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_folder_that_is_not_on_all_machines_is_refused(tmp_path: Path) -> None:
+    (words,) = {*run_ranks(3, unshared, tmp_path)}
+    assert " of rank 0 is not there for rank 1 (on " in words and ", 2 (on " in words and "--out" in words
+    assert not [*tmp_path.glob("*/.seen*")]
 
 
 def caught(world: World) -> list[tuple[str, str, str, bool]]:
@@ -116,14 +170,33 @@ def test_command_to_continue_starts_as_many_processes(
     assert launcher() == words
 
 
-@pytest.mark.parametrize(("local", "device"), [(None, "cuda"), ("3", "cuda:3")])
-def test_each_process_has_a_gpu_of_its_own(local: str | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("local", "size", "got"),
+    [
+        (None, "1", ["cuda", "cpu", "cuda:1", "cuda"]),
+        ("0", "1", ["cuda:0", "cpu", "cuda:1", "cuda:0"]),
+        ("3", "8", ["cuda:3", "cpu", "cuda:3", "cuda:3"]),  # a run of one process may have stored cuda:1
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(
+    local: str | None, size: str, got: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(worlds, "pick_device", str)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local is not None:
         monkeypatch.setenv("LOCAL_RANK", local)
-    assert [own_share(name, None) for name in ("cuda", "cpu", "cuda:1")] == [device, "cpu", "cuda:1"]
+    assert [str(own_share(name, None)) for name in ("cuda", "cpu", "cuda:1", "auto")] == got
+
+
+def test_several_processes_of_a_mac_use_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert own_share("auto", None).type == "mps"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert own_share("auto", None).type == "cpu"
+    with pytest.raises(ValueError, match="several processes cannot train on mps"):
+        own_share("mps", None)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from rich.console import Console
 from dsmini.checkpoint.run_folder import new_run_folder
 from dsmini.checkpoint.training_state import load_run
 from dsmini.data.corpus import Corpus, Windows
-from dsmini.distributed.world import LONG_PHASES
+from dsmini.distributed.heartbeat import LONG_PHASES
 from dsmini.machine import peak_memory
 from dsmini.training.outputs import plot_run, summarise, summary_lines
 from dsmini.training.record import KEYS, read_events, read_records
