@@ -1,12 +1,14 @@
 """Show results: the figures that a reader came for, one answer for each question, and problems."""
 
+import dataclasses
+import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.question import Question
-from benchmarks.results import ROOT, Results, Run
+from benchmarks.results import Result, Run, figures_of, of_question
 from dsmini.report import Figure, Report, Section, pick
 from dsmini.report.tables import case_words
 from dsmini.report.units import human, plural, words
@@ -29,10 +31,11 @@ def report(sections: list[Section], figures: list[Figure], run: Run) -> Report:
     )
 
 
-def section(question: Question, found: Results, now: Run) -> Section:
+def section(question: Question, found: Sequence[Result], now: Run) -> Section:
     """Return a question with all that was measured."""
-    reasons = dict.fromkeys(figure.note for figure in found.figures if figure.measured is None)
-    run, finding = found[-1].run, question.answer(found.figures) or "; ".join(reasons) or "Nothing was measured yet."
+    figures = figures_of(found)
+    reasons = dict.fromkeys(figure.note for figure in figures if figure.measured is None)
+    run, finding = found[-1].run, question.answer(figures) or "; ".join(reasons) or "Nothing was measured yet."
     if busy := [result.steadiness for result in found if result.unsteady]:
         finding = (
             f"Times are unreliable: the machine was busy or throttled, and reached as little as {min(busy):.0%} of "
@@ -46,8 +49,8 @@ def section(question: Question, found: Results, now: Run) -> Section:
         name=question.name,
         title=question.title,
         finding=spaced(finding),
-        figures=found.figures,
-        plots=[plot for draw in question.plots for plot in draw(found.figures)],
+        figures=figures,
+        plots=[plot for draw in question.plots for plot in draw(figures)],
         about=" ".join((question.about or "").split()),
         command=f"python -m benchmarks {question.name}{' --quick' * s['quick']} {where}",
         warnings=warnings,
@@ -55,21 +58,64 @@ def section(question: Question, found: Results, now: Run) -> Section:
     )
 
 
-def problems(found: Mapping[str, Results]) -> list[str]:
+def problems(found: Mapping[str, Sequence[Result]]) -> list[str]:
     """Return in words how many cases failed, and each count that differs from its prediction."""
-    failed = sum(bool(result.error) for results in found.values() for result in results)
+    every = [result for results in found.values() for result in results]
+    failed = sum(bool(result.error) for result in every)
     told = [f"{plural(failed, 'case')} failed; the page has the tracebacks"] if failed else []
-    for f in (f for results in found.values() for f in results.figures if f.equal is False):
+    for f in (f for f in figures_of(every) if f.equal is False):
         got, want = (human(value, f.unit, exact=True) for value in (f.measured, f.predicted))
         told.append(f"{f.question} {case_words(f)}: {words(f.metric)} is {got}, predicted: {want}")
     return told
+
+
+def changes(path: str, before: Sequence[Result], found: Mapping[str, Sequence[Result]], now: Run) -> Section:
+    """Return what changed since an older file, as factors: values now over values then.
+
+    A value changed if the two 95 % intervals do not meet; a count, if it is another one.
+    """
+    changed, unchanged, new, machines = list[Figure](), 0, 0, list[Mapping[str, str]]()
+    for name, results in found.items():
+        old = of_question(before, name, now.setting)
+        machines += [result.run.setting["machine"] for result in old]
+        then = {_key(f): f for f in figures_of(old) if f.measured}
+        for f in (f for f in figures_of(results) if f.measured):
+            if _key(f) not in then:
+                new += 1
+                continue
+            (low, high), (old_low, old_high) = _ends(f), _ends(then[_key(f)])
+            if low <= old_high and old_low <= high:
+                unchanged += 1
+                continue
+            ends: dict[str, Any] = {"low": low / old_high, "high": high / old_low, "predicted": None, "exact": False}
+            factor = (f.measured or 1.0) / (then[_key(f)].measured or 1.0)
+            case = {"question": name, **f.case}
+            changed.append(dataclasses.replace(f, case=case, unit="x", measured=factor, **ends))
+    changed.sort(key=lambda f: -abs(math.log(f.measured or 1.0)))
+    told = "; ".join(f"{words(f.metric)} of {case_words(f)} {human(f.measured, 'x')}" for f in changed[:3])
+    finding = f"{plural(len(changed), 'value')} changed{', most of all ' if told else ''}{told}. "
+    finding += f"{unchanged} are the same or within their intervals, {new} are not in the older file."
+    another = any(machine != now.setting["machine"] for machine in machines)
+    warnings = [f"{path} is of another machine."] if another else []
+    title = f"What changed since {path}? Values now over values then"
+    return Section(name="changes", title=title, finding=spaced(finding), figures=changed, warnings=warnings)
+
+
+def _key(f: Figure) -> tuple[Any, ...]:
+    return f.metric, *sorted(f.case.items())
+
+
+def _ends(f: Figure) -> tuple[float, float]:
+    """Return the ends of the interval of a measured value; the value twice without one."""
+    assert f.measured is not None, "the caller picks measured figures"
+    return f.measured if f.low is None else f.low, f.measured if f.high is None else f.high
 
 
 # --- the figures that a reader came for
 
 
 def headline(figures: list[Figure]) -> list[tuple[str, str]]:
-    """Return the figures that a reader came for, each with its words: those of them that were measured, and a quote."""
+    """Return the figures that a reader came for, each with its words: those of them that were measured."""
     found: list[tuple[str, str]] = []
 
     def first(question: str, metric: str, **case: Any) -> list[Figure]:
@@ -90,19 +136,9 @@ def headline(figures: list[Figure]) -> list[tuple[str, str]]:
     if errors := [f for f in pick(figures, "error") if f.question == "fp8-error"]:
         middle, expected = statistics.median(f.measured or 0.0 for f in errors), errors[0].predicted or 0.0
         found.append((f"{middle:.1%}", f"error of an FP8 product in training, {expected:.1%} expected from rounding"))
-    return [(spaced(value), spaced(what)) for value, what in (*found, *quoted())] if found else []
+    return [(spaced(value), spaced(what)) for value, what in found]
 
 
 def spaced(text: str) -> str:
     """Write percentages with a space, as everywhere: 85.9 %."""
     return re.sub(r"(\d)%", r"\1 %", text)
-
-
-def quoted() -> list[tuple[str, str]]:
-    """Return how much better experts are than dense layers, as docs/claims.md has it. Training takes too long here."""
-    claims = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
-    row = re.search(r"equal tokens: by ([\d.]+ nats per byte), (95 % .*? seeds) \((.*?)\).*moe-or-dense", claims)
-    if row is None:
-        return []
-    value, interval, date = row.groups()
-    return [(value, f"experts better than dense layers, {interval}; not measured here: docs/claims.md, {date}")]

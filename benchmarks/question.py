@@ -4,8 +4,9 @@ A question is data: words, cases that are measured one by one, a function that a
 cases follow from the setting alone. Answers and plots use figures alone, so a page can be drawn again from a file.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +17,7 @@ import torch
 from dsmini import ModelConfig
 from dsmini.measure.price import Prices
 from dsmini.measure.roofs import Roofs, read_bandwidth
-from dsmini.measure.turns import Estimate, Run, in_turns, median_of
+from dsmini.measure.turns import Estimate, Run, TimeOverError, in_turns, median_of
 from dsmini.measure.workloads import StepShape, dtype_name
 from dsmini.report import Figure, Plot, Value, pick
 from dsmini.report.plots import lines, over_labels
@@ -24,6 +25,18 @@ from dsmini.report.units import shown, words
 
 REACHED = 0.5
 """Share of the peak rate that a model's products are assumed to reach in estimates of time."""
+
+
+@dataclass
+class Deadline:
+    """Time of time.monotonic() after which no turn begins."""
+
+    at: float = float("inf")
+
+    def __call__(self, *_: object) -> None:
+        """Raise TimeOverError after it; the on_turn of in_turns."""
+        if time.monotonic() > self.at:
+            raise TimeOverError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +57,14 @@ class Setting:
     """Pythons that --peer-python names, which have llama.cpp or ik_llama.cpp."""
     out: Path = Path("results")
     """Folder of --out, for files that a question writes besides its figures."""
+    deadline: Deadline = field(default_factory=Deadline)
+    """Time until which the running case may begin another turn."""
 
     @property
     def turns(self) -> dict[str, Any]:
-        """Number and seconds of the turns of a comparison, as in_turns takes them."""
-        return {"count": 9, "seconds": 1.5, "least": 3} if self.quick else {"count": 40, "seconds": 12.0, "least": 5}
+        """Number, seconds and deadline of the turns of a comparison, as in_turns takes them."""
+        number = {"count": 9, "seconds": 1.5, "least": 3} if self.quick else {"count": 40, "seconds": 12.0, "least": 5}
+        return {**number, "on_turn": self.deadline}
 
     def predicted(
         self, shapes: Mapping[str, StepShape], make: Callable[[ModelConfig], Run] | None = None

@@ -9,13 +9,11 @@ device, dtype, threads, sizes, machine, versions and sources.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -74,27 +72,17 @@ class Result:
         return self.steadiness < STEADY and any(f.is_time and f.measured is not None for f in self.figures)
 
 
-class Results(list[Result]):
-    """Contents of a file of results, in its order. A case that was measured again takes its old place."""
+def of_question(results: Iterable[Result], question: str, setting: Mapping[str, Any] | None = None) -> list[Result]:
+    """Return the results of a question in this setting; if there are none, in the setting of its latest run."""
+    mine = [result for result in results if result.question == question]
+    here = [result for result in mine if result.run.setting == setting]
+    latest = max(mine, key=lambda result: result.run.date, default=None)
+    return here or [result for result in mine if latest and result.run.setting == latest.run.setting]
 
-    def take(self, new: Result) -> None:
-        """Take a result, in place of an older one of the same case and setting."""
-        for i, old in enumerate(self):
-            if (old.question, old.key, old.run.setting) == (new.question, new.key, new.run.setting):
-                self[i] = new
-                return
-        self.append(new)
 
-    def of(self, question: str, setting: Mapping[str, Any] | None = None) -> "Results":
-        """Return the results of a question in this setting; if there are none, in the setting of its latest run."""
-        mine = [result for result in self if result.question == question]
-        here = [result for result in mine if result.run.setting == setting]
-        latest = max(mine, key=lambda result: result.run.date, default=None)
-        return Results(here or [r for r in mine if latest and r.run.setting == latest.run.setting])
-
-    @property
-    def figures(self) -> list[Figure]:
-        return [figure for result in self for figure in result.figures]
+def figures_of(results: Iterable[Result]) -> list[Figure]:
+    """Return the figures of results, in their order."""
+    return [figure for result in results for figure in result.figures]
 
 
 def commit() -> str:
@@ -125,68 +113,50 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read(path: Path) -> Results:
-    """Return the contents of a file of results, empty without a file. Skip a half-written last line.
+# --- the file
+
+
+def start(path: Path) -> list[Result]:
+    """Make the folder of a file of results, end its last line, and return its contents.
+
+    Raises: ValueError if the folder cannot be written, or the file is damaged.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_special(path)  # opening a FIFO to append would wait
+        with path.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a killed run was writing the rest
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"{path.parent} cannot be written: {why}; choose another folder by --out") from None
+    return read(path)
+
+
+def read(path: Path) -> list[Result]:
+    """Return the results of a file, empty without one. A case that was measured again in its setting counts once.
 
     Raises: ValueError that names the damaged line, or a file that is not a regular one.
     """
-    results = Results()
-    if not is_there(path):
-        return results
-    lines = read_bytes(path).decode("utf-8", errors="replace").splitlines(keepends=True)
+    found: dict[tuple[str, str, str], Result] = {}
+    lines = read_bytes(path).decode("utf-8", errors="replace").splitlines() if is_there(path) else []
     for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
-            break  # a killed run was writing it
         try:
-            results.take(_result(parse_json(line, f"line {number} of {path}")))
+            result = _result(parse_json(line, f"line {number} of {path}"))
+            found[result.question, result.key, json.dumps(result.run.setting, sort_keys=True)] = result
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"line {number} of {path} is not a line of results ({error!r}); remove it") from None
-    return results
+    return [*found.values()]
+
+
+def append(path: Path, result: Result) -> None:
+    """Add a line to a file."""
+    line = plain(dataclasses.asdict(result) | {"figures": [figure.as_json() for figure in result.figures]})
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{json.dumps(line)}\n")
 
 
 def _result(line: dict[str, Any]) -> Result:
     names = {field.name for field in dataclasses.fields(Figure)}
     figures = [Figure(**{k: v for k, v in figure.items() if k in names}) for figure in line["figures"]]
     return Result(**{**line, "run": Run(**line["run"]), "figures": figures})
-
-
-class Writer:
-    """Writer that appends whole lines. Each call returns after the data is on the disk.
-
-    Raises: ValueError if the folder cannot be written, another run is writing there, or the file is damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        with contextlib.ExitStack() as failed:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                refuse_special(path)  # opening a FIFO to append would wait
-                self.file = failed.enter_context(path.open("ab+"))
-            except OSError as error:
-                why = error.strerror or error
-                raise ValueError(f"{path.parent} cannot be written: {why}; choose another folder by --out") from None
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(
-                    f"{path} is being written by another run; wait for it, or choose another --out"
-                ) from None
-            self.results = read(path)
-            """Contents of the file."""
-            failed.pop_all()
-        self.file.seek(0)
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def add(self, result: Result) -> None:
-        """Append a line."""
-        line = plain(dataclasses.asdict(result) | {"figures": [figure.as_json() for figure in result.figures]})
-        self.file.write(f"{json.dumps(line)}\n".encode())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.results.take(_result(line))

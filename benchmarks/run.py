@@ -3,11 +3,10 @@
 import contextlib
 import dataclasses
 import json
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from benchmarks import page, results
 from benchmarks.question import Case, Question, Setting
-from benchmarks.results import Result, Run, Writer
+from benchmarks.results import Result, Run, figures_of, of_question
 from dsmini import ops
 from dsmini.atomic import write_text
 from dsmini.console.commandline import Help, parse
@@ -28,15 +27,16 @@ from dsmini.console.progress import Progress
 from dsmini.machine import faster_dtype, pick_device, pick_dtype
 from dsmini.measure.price import Prices
 from dsmini.measure.roofs import Roofs, load_or_measure, steadiness
+from dsmini.measure.turns import TimeOverError
 from dsmini.ops.explanation import instruction_set
-from dsmini.report import Report
+from dsmini.report import Figure, Report
 from dsmini.report.units import human
 
 STARTED = time.monotonic()
 QUICK = 135.0
 """Seconds after the start in which --quick measures; drawing the page takes the rest of two minutes and a half."""
 TIMES, LEAST = 10.0, 30.0
-"""A case is stopped after ten times its estimate, but not before half a minute."""
+"""A case begins no turn after ten times its estimate, but has half a minute in any case."""
 GRACE = 5.0
 """Seconds that a case of --quick may take beyond QUICK."""
 MOST_THREADS = 1024
@@ -72,6 +72,8 @@ class BenchmarksCommand:
     """List the questions and end."""
     fresh: bool = False
     """Measure everything again, this machine's rates too."""
+    compare: Path | None = None
+    """Older results.jsonl: print what changed since, and what did not."""
     json: bool = False
     """Print one line of JSON, and the rest to the standard error."""
 
@@ -103,25 +105,28 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[.
     left_out = {name: reason for name in asked if (reason := why_not(known[name], command))}
     if left_out.keys() >= set(asked):
         raise ValueError("no question can run here; python -m benchmarks --list gives the reasons")
+    before = results.read(command.compare) if command.compare else []
     path, device, interrupted = command.out / "results.jsonl", pick_device(command.device), False
-    with Writer(path) as writer, contextlib.redirect_stdout(sys.stderr):  # measured libraries may print
+    done = results.start(path)
+    with contextlib.redirect_stdout(sys.stderr):  # measured libraries may print
         setting = setting_of(command, device, measure or load_or_measure)
         run = run_of(setting, " ".join(args))
         try:
             here = {name: known[name] for name in asked if name not in left_out}
-            measure_all(here, setting, run, writer, command.fresh, left_out, command.cases)
+            left_out |= measure_all(here, setting, run, path, [] if command.fresh else done, command.cases)
         except KeyboardInterrupt:
             interrupted = True
-        found = {name: writer.results.of(name, run.setting) for name in known if name not in left_out}
-
+    every = results.read(path)
+    found = {name: of for name in known if (of := of_question(every, name, run.setting))}
     mine = {name: of for name, of in found.items() if name in asked}
-    sections = {name: page.section(known[name], of, run) for name, of in found.items() if of}
+    sections = {name: page.section(known[name], of, run) for name, of in found.items()}
     shown = [section for name, section in sections.items() if name in mine]
     if not command.names:  # tables are for those who ask by name
         shown = [dataclasses.replace(section, figures=()) for section in shown]
-    for value, what in page.headline([figure for of in mine.values() for figure in of.figures]):
+    changes = page.changes(str(command.compare), before, mine, run) if command.compare else None
+    for value, what in page.headline([figure for of in mine.values() for figure in figures_of(of)]):
         say(console, f"{value}  {what}", style="bold")
-    Report(title="", sections=shown).show(console)
+    Report(title="", sections=[*shown, *filter(None, [changes])]).show(console)
     say(console)
     for reason in dict.fromkeys(left_out.values()):
         names = [name for name, why in left_out.items() if why == reason]
@@ -130,32 +135,37 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[.
     for problem in problems:
         say(console, problem, style="bold red")
     if command.json:
-        print(json.dumps(as_json(run, mine, left_out)))
+        print(json.dumps(as_json(run, mine, left_out, changes.figures if changes else None)))
     if interrupted:
         say(console, f"stopped; finished cases are saved in {path}, and the same command without --fresh continues")
-    every = [figure for of in found.values() for figure in of.figures]
-    write_text(command.out / "report.html", page.report(list(sections.values()), every, run).html())
+    everything = [*sections.values(), *filter(None, [changes])]
+    figures = [figure for of in found.values() for figure in figures_of(of)]
+    write_text(command.out / "report.html", page.report(everything, figures, run).html())
     say(console, f"report  {command.out / 'report.html'}")
     return 130 if interrupted else int(bool(problems))
 
 
-def as_json(run: Run, found: Mapping[str, results.Results], left_out: Mapping[str, str]) -> dict[str, Any]:
+def as_json(
+    run: Run, found: Mapping[str, list[Result]], left_out: Mapping[str, str], changed: Sequence[Figure] | None
+) -> dict[str, Any]:
     """Return the answer for programs: the run's date, command, commit and setting, and what follows.
 
     figures: those of this call's questions.
     failed: cases that raised or took too long.
-    left_out: reason for each question that was left out.
+    left_out: reason for each question that was left out, as a whole or in part.
     steadiness: least share of its stored rates that the machine reached, by question.
+    changed: with --compare, what became larger or smaller, as factors.
     """
     every = [result for of in found.values() for result in of]
     failed = [(result, result.error.strip().splitlines()[-1]) for result in every if result.error]
-    return {
+    answer = {
         **{"date": run.date, "command": run.command, "commit": run.commit, **run.setting},
-        "figures": [figure.as_json() for result in every for figure in result.figures],
+        "figures": [figure.as_json() for figure in figures_of(every)],
         "failed": [{"question": r.question, "case": r.key, "error": words} for r, words in failed],
         "left_out": dict(left_out),
-        "steadiness": {name: min(r.steadiness for r in of) for name, of in found.items() if of},
+        "steadiness": {name: min(r.steadiness for r in of) for name, of in found.items()},
     }
+    return answer if changed is None else answer | {"changed": [figure.as_json() for figure in changed]}
 
 
 def checked(command: BenchmarksCommand, known: Mapping[str, Question]) -> BenchmarksCommand:
@@ -169,7 +179,8 @@ def checked(command: BenchmarksCommand, known: Mapping[str, Question]) -> Benchm
             raise ValueError(f"unknown question {name!r}; there are {', '.join(known)}")
     if command.threads is not None and not 1 <= command.threads <= MOST_THREADS:
         raise ValueError(f"--threads {command.threads} is out of range; use 1 to {MOST_THREADS}")
-    for flag, path in (("--text", command.text), *(("--peer-python", python) for python in command.peer_python)):
+    files = ("--text", command.text), ("--compare", command.compare)
+    for flag, path in (*files, *(("--peer-python", python) for python in command.peer_python)):
         if path is not None and not path.is_file():
             raise ValueError(f"{flag}: there is no file {path}; name another")
     return dataclasses.replace(command, names=names)
@@ -191,25 +202,6 @@ def why_not(question: Question, command: BenchmarksCommand) -> str:
 
 
 # --- the measurement
-
-
-class TookTooLong(BaseException):
-    """End of the time of a case; not an Exception, because measured code must not catch it."""
-
-
-@contextlib.contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raise TookTooLong after some seconds, at the next line of Python: one call into torch is not interrupted."""
-
-    def stop(*_: object) -> None:
-        raise TookTooLong
-
-    before, (left, _) = signal.signal(signal.SIGALRM, stop), signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, left)
-        signal.signal(signal.SIGALRM, before)
 
 
 def setting_of(command: BenchmarksCommand, device: torch.device, measure: Callable[..., Roofs]) -> Setting:
@@ -252,78 +244,64 @@ def spent() -> float:
 
 
 def measure_all(
-    questions: Mapping[str, Question],
-    setting: Setting,
-    run: Run,
-    writer: Writer,
-    fresh: bool,
-    left_out: dict[str, str],
-    only: str,
-) -> None:
-    """Measure the cases that are not done, and save each when it is.
+    questions: Mapping[str, Question], setting: Setting, run: Run, path: Path, done: Sequence[Result], only: str
+) -> dict[str, str]:
+    """Measure the cases that are not done, and save each when it is. Return why questions have cases without figures.
+
+    With --quick a question begins only if there is time for all its cases. What the cases before took longer than
+    their estimates is expected of the others too.
 
     Args:
-        fresh: measure the others too.
-        left_out: gets the questions for which --quick has no time, as a whole.
+        path: file of results.
+        done: results that may have cases of this run already.
         only: part of a case's name; others are left out.
     """
-    console, todo, planned = Console(stderr=True), dict[str, list[Case]](), 0
+    console, left_out = Console(stderr=True), dict[str, str]()
     by_name = {name: question.cases(setting) for name, question in questions.items()}
     if only and not any(only in case.key for cases in by_name.values() for case in cases):
         some = ", ".join(repr(case.key) for cases in by_name.values() for case in cases[:3])
         raise ValueError(f"--cases {only!r} is in no case's name; names are {some} and others")
-    left = QUICK - spent() if setting.quick else float("inf")
-    for name in questions:
-        done = () if fresh else {r.key for r in writer.results.of(name, run.setting) if is_done(r, run)}
-        cases = [case for case in by_name[name] if only in case.key]
-        new = [case for case in cases if case.key not in done]
-        if (seconds := sum(case.seconds for case in new)) > left:
-            left_out[name] = NO_TIME
-            continue
-        todo[name], left, planned = new, left - seconds, planned + len(cases)
-    if (there := planned - sum(map(len, todo.values()))) and not setting.quick:
-        say(console, f"{there} of {planned} cases are already done; --fresh measures them again")
-    total, expected = sum(case.seconds for new in todo.values() for case in new), 0.0
-    with Progress(console, total, delay=0, line_every=0, refresh_per_second=1) as bar:  # a quiet bar
+    there = {(r.question, r.key) for r in done if not r.error and r.run.setting == run.setting}
+    planned = {name: [case for case in cases if only in case.key] for name, cases in by_name.items()}
+    todo = {name: [case for case in of if (name, case.key) not in there] for name, of in planned.items()}
+    number, all_of_them = (sum(map(len, of.values())) for of in (todo, planned))
+    if number < all_of_them and not setting.quick:
+        say(console, f"{all_of_them - number} of {all_of_them} cases are already done; --fresh measures them again")
+    begun, expected = spent(), 0.0
+    with Progress(console, seconds_of(*todo.values()), delay=0, line_every=0, refresh_per_second=1) as bar:  # quiet
         for name, new in todo.items():
-            if setting.quick and new and spent() + sum(case.seconds for case in new) > QUICK:
-                left_out[name] = NO_TIME
-                continue
-            for case in new:
-                bar.update(expected, f"{name} {case.key}")
-                try:
-                    measure_case(name, case, setting, run, writer)
-                except TookTooLong:
-                    left_out[name] = NO_TIME
+            for i, case in enumerate(new):
+                slower = max(1.0, (spent() - begun) / expected) if expected else 1.0
+                rest = seconds_of(new) if i == 0 else case.seconds
+                if setting.quick and spent() + slower * rest > QUICK + GRACE * bool(i):
+                    left_out[name] = NO_TIME if i == 0 else f"{i} of {len(new)} cases done; {NO_TIME}"
                     break
+                bar.update(expected, f"{name} {case.key}")
+                measure_case(name, case, setting, run, path)
                 expected += case.seconds
+    return left_out
 
 
-def is_done(result: Result, run: Run) -> bool:
-    """Return True for a case that was measured in the setting of this run."""
-    return not result.error and result.run.setting == run.setting
+def seconds_of(*questions: Sequence[Case]) -> float:
+    """Return the estimated seconds of all cases."""
+    return sum(case.seconds for cases in questions for case in cases)
 
 
-def measure_case(name: str, case: Case, setting: Setting, run: Run, writer: Writer) -> None:
-    """Measure a case and save its figures, or the reason why it failed.
-
-    Raises: TookTooLong with --quick.
-    """
+def measure_case(name: str, case: Case, setting: Setting, run: Run, path: Path) -> None:
+    """Measure a case and save its figures, or the reason why it failed."""
     allowed = max(LEAST, TIMES * case.seconds)
     if setting.quick:
         allowed = min(allowed, max(1.0, QUICK + GRACE - spent()))
+    setting.deadline.at = time.monotonic() + allowed
     try:
-        with limited(allowed):
-            steady = steadiness(setting.roofs, setting.device)
-            figures = [dataclasses.replace(figure, question=name) for figure in case.run()]
-            steady = min(steady, steadiness(setting.roofs, setting.device))
-    except (Exception, TookTooLong) as error:  # from the measured code; errors of writing are not caught here
-        if setting.quick and isinstance(error, TookTooLong):
-            raise
+        steady = steadiness(setting.roofs, setting.device)
+        figures = [dataclasses.replace(figure, question=name) for figure in case.run()]
+        steady = min(steady, steadiness(setting.roofs, setting.device))
+    except Exception as error:  # from the measured code; errors of writing are not caught here
         why, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
-        if isinstance(error, TookTooLong):
+        if isinstance(error, TimeOverError):
             why = trace = f"stopped after {human(allowed, 's')}; its estimate was {human(case.seconds, 's')}"
-        writer.add(Result(question=name, key=case.key, run=run, error=trace))
+        results.append(path, Result(question=name, key=case.key, run=run, error=trace))
         say(Console(stderr=True), f"{name} {case.key} failed: {why}", style="bold red")
         return
-    writer.add(Result(question=name, key=case.key, run=run, figures=figures, steadiness=round(steady, 3)))
+    results.append(path, Result(question=name, key=case.key, run=run, figures=figures, steadiness=round(steady, 3)))

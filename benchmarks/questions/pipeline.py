@@ -4,7 +4,8 @@ Two processes of one thread each, on the CPU and in FP32, train a small model of
 schedule, with eight micro-batches a step. They send by gloo on the loopback interface. A bubble is the share of the
 time in which a rank computes nothing. The formulas are those of table 2 of the DeepSeek-V3 report, with the median
 seconds of forwards and backwards from the record. The first stage's backward of the input computes nothing, because
-tokens have no gradient. pipeline/schedules.png shows the median step of each schedule.
+tokens have no gradient. pipeline/schedules.json has the median step of each schedule, for ui.perfetto.dev or
+chrome://tracing.
 """
 
 import itertools
@@ -16,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from benchmarks.claims.study import run_module
 from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, left_out, pick
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.atomic import new_file
+from dsmini.atomic import write_text
 from dsmini.config.run import CHUNKS, ParallelConfig, ScheduleName
 from dsmini.data.corpus import Corpus
 from dsmini.distributed.mesh import Mesh
@@ -79,46 +79,21 @@ def formula(name: ScheduleName, n_ranks: int, n_microbatches: int, f: float, i: 
     return bubble / (bubble + n_microbatches * CHUNKS[name] * (f + i + w))
 
 
-KINDS = {
-    "F": ("forward", "#3f77b8", "#a9c6e8"),
-    "B": ("backward, whole", "#3d8b5f", "#abd6bd"),
-    "I": ("backward of the input", "#1f9aa0", "#a3dcde"),
-    "W": ("backward of the weights", "#c9942a", "#efd39a"),
-}
-"""Words and colours of each kind of action: the colour of a rank's first stage, and of its others."""
-WIDTH, HEIGHT = 14.0, 1.5
-"""Width of a picture, and height of a time line, in inches."""
+KINDS = {"F": "forward", "B": "backward, whole", "I": "backward of the input", "W": "backward of the weights"}
+"""Words of each kind of action."""
 
 
-def draw(lines: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Draw time lines below each other, by title: a row for each rank, the number of the micro-batch in each box."""
-    from matplotlib import figure as figures  # half a second to import
-    from matplotlib.patches import Patch
-
-    how: Any = {"figsize": (WIDTH, len(lines) * HEIGHT), "layout": "constrained"}
-    picture = figures.Figure(**how)
-    for axes, (title, rows) in zip(picture.subplots(len(lines), 1, squeeze=False)[:, 0], lines.items(), strict=True):
-        begun, ended = min(row.start for row in rows), max(row.end for row in rows)
+def trace(steps: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    """Return steps by name in the format of Chrome's traces: a process for each, a thread for each rank."""
+    events: list[dict[str, Any]] = []
+    for pid, (name, rows) in enumerate(steps.items()):
+        events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}})
+        begun = min(row.start for row in rows)
         for row in rows:
-            first = min(other.stage for other in rows if other.rank == row.rank)
-            _, colour, pale = KINDS[row.kind]
-            face, ink = (colour, "white") if row.stage == first else (pale, "#22262b")
-            start, long = row.start - begun, row.end - row.start
-            axes.barh(row.rank, long, 0.84, start, color=face, edgecolor="white", linewidth=0.5)
-            words: Any = {"ha": "center", "va": "center_baseline", "fontsize": 7, "color": ink, "clip_on": True}
-            if long > 0.008 * (ended - begun):
-                axes.text(start + long / 2, row.rank, str(row.microbatch), **words)
-        axes.set(xlim=(0, ended - begun), ylim=(RANKS - 0.5, -0.5), ylabel="rank", yticks=range(RANKS))
-        axes.set_title(
-            f"{title}: {100 * bubble_share(rows):.1f} % bubbles, {ended - begun:.3g} s", loc="left", fontsize=10
-        )
-        axes.spines[["top", "right", "left"]].set_visible(False)
-    handles = [Patch(color=colour, label=words) for words, colour, _ in KINDS.values()]
-    picture.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
-    picture.text(0.99, 0.995, "paler: later stages of a rank", ha="right", va="top", fontsize=9, color="#656c75")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as partial:
-        picture.savefig(partial, dpi=120, format="png")
+            at = {"ts": 1e6 * (row.start - begun), "dur": 1e6 * (row.end - row.start), "pid": pid, "tid": row.rank}
+            args = {"stage": row.stage, "microbatch": row.microbatch}
+            events.append({"ph": "X", "name": f"{KINDS[row.kind]} {row.microbatch}", **at, "args": args})
+    return {"traceEvents": events}
 
 
 # --- the processes: `python -m benchmarks.questions.pipeline SIZE` on each rank; schedules take turns step by step
@@ -252,7 +227,7 @@ def why_not() -> str:
 
 
 def measure(setting: Setting, size: Size) -> Iterator[Figure]:
-    """Train on two processes, yield the bubbles of the record and the seconds of whole steps, and draw time lines."""
+    """Train on two processes, yield the bubbles of the record and the seconds of whole steps, and save time lines."""
     if reason := why_not():
         yield from (left_out("bubble", {"schedule": name}, reason) for name in CHUNKS)
         return
@@ -264,12 +239,14 @@ def measure(setting: Setting, size: Size) -> Iterator[Figure]:
         middle = {kind: statistics.median(seconds) for kind, seconds in taken.items()}
         # a schedule with whole backwards alone has no halves; all is backward of the input then
         times = middle["F"], middle.get("I", middle.get("B", 0.0)), middle.get("W", 0.0)
-        shares, note = [bubble_share(step.rows) for step in steps], "pictures: pipeline/schedules.png"
+        shares, note = [bubble_share(step.rows) for step in steps], "time lines: pipeline/schedules.json"
         yield figure("bubble", {"schedule": name}, shares, predicted=formula(name, RANKS, PARTS, *times), note=note)
         whole = [step.seconds for step in steps]
         yield figure("step_seconds", {"schedule": name}, whole, note="with the loader and the optimizer")
         lines[name] = min(steps, key=lambda step: abs(step.seconds - statistics.median_low(whole))).rows
-    draw(lines, setting.out / "pipeline" / "schedules.png")
+    folder = setting.out / "pipeline"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "schedules.json", json.dumps(trace(lines)))
 
 
 def answer(figures: list[Figure]) -> str:

@@ -76,7 +76,7 @@ def measure(setting: Setting, name: str, shape: StepShape) -> Iterator[Figure]:
         expected = prices.forecast(here)
         case = {"step": name, "work": shape.work, "batch": shape.batch, "tokens": shape.tokens, "dtype": dtype}
         step = here.make(setting.device)
-        turns = in_turns({"step": step}, setting.device, seconds=SECONDS, least=3)
+        turns = in_turns({"step": step}, setting.device, seconds=SECONDS, least=3, on_turn=setting.deadline)
         yield figure("seconds", case, turns.estimate("step"), predicted=expected.seconds)
         del step
         there = counted_twice(lambda here=here: here.make(setting.device), Holding())

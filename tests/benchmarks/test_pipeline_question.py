@@ -1,6 +1,7 @@
 """The question of a pipeline's bubbles: the formulas by hand, and two real processes."""
 
 import dataclasses
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def test_formulas_are_those_of_the_report(name: pipeline.ScheduleName) -> None:
     assert formula(name, 4, 12, 1.0, 1.2, 0.8) == pytest.approx(bubble / whole, rel=1e-12)
 
 
-def test_bubbles_have_a_prediction_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bubbles_have_a_prediction_and_a_time_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bubble_share([Row(0, "F", 0, 0, 5, 6), Row(1, "F", 1, 0, 6, 7), Row(0, "B", 0, 0, 7, 9)]) == 1 - 4 / 8
     monkeypatch.setattr(pipeline, "record", lambda size: {name: invented_steps() for name in CHUNKS})
     monkeypatch.setattr(pipeline, "cores", lambda: 2)
@@ -43,8 +44,18 @@ def test_bubbles_have_a_prediction_and_a_picture(tmp_path: Path, monkeypatch: py
     assert bubbles["1f1b"].predicted == pytest.approx(1 / 9), "(PP - 1)(F + B) of eight micro-batches of F + B"
     told = pipeline.answer(found)
     assert "1f1b 4% (formula 11%)" in told and "the fastest step is that of 1f1b, 30.3 s" in told
-    picture = tmp_path / "pipeline" / "schedules.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    events = json.loads((tmp_path / "pipeline" / "schedules.json").read_text())["traceEvents"]
+    first = [event for event in events if event["ph"] == "X" and event["pid"] == 0]
+    assert first[0] == {
+        "ph": "X",
+        "name": "forward 0",
+        "ts": 0.0,
+        "dur": 1e6,
+        "pid": 0,
+        "tid": 0,
+        "args": first[0]["args"],
+    }
+    assert len(first) == len(invented_steps()[0].rows) and {event["tid"] for event in first} == {0, 1}
 
 
 def test_pipeline_is_left_out_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
