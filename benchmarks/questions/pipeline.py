@@ -1,22 +1,20 @@
 """Bubbles of pipeline schedules on two processes, next to V3's formulas.
 
 Two processes of one thread each, on the CPU and in FP32, train a small model of eight equal MoE blocks through each
-schedule, with eight micro-batches a step. They send by gloo on the loopback interface. A bubble is the share of the
-time in which a rank computes nothing. The formulas are those of table 2 of the DeepSeek-V3 report, with the median
-seconds of forwards and backwards from the record. The first stage's backward of the input computes nothing, because
-tokens have no gradient. pipeline/schedules.json has the median step of each schedule, for ui.perfetto.dev or
-chrome://tracing.
+schedule, with eight micro-batches a step. The schedules take turns. Processes send by gloo on the loopback interface.
+A bubble is the share of the passes of a step in which a rank computes nothing: its thread has no time of the processor.
+So another program that takes a core counts as a bubble too. The formulas are those of table 2 of the
+DeepSeek-V3 report, for forwards and both halves of backwards that take equally long. Folder pipeline/ has a trace of a
+step of each schedule and rank, for ui.perfetto.dev.
 """
 
-import itertools
 import json
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +24,6 @@ import torch.distributed as dist
 from benchmarks.claims.study import run_module
 from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, left_out, pick
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.atomic import write_text
 from dsmini.config.run import CHUNKS, ParallelConfig, ScheduleName
 from dsmini.data.corpus import Corpus
 from dsmini.distributed.mesh import Mesh
@@ -43,60 +40,19 @@ TIMEOUT = 60.0
 """Seconds after which a rank gives up waiting for the other."""
 
 
-class Row(NamedTuple):
-    """An action of a rank with its start and its end, in any unit of time."""
+def formula(name: ScheduleName, n_ranks: int, n_microbatches: int) -> float:
+    """Return the share of the published bubble where a forward F and both halves of a backward, I and W, take 1 each.
 
-    rank: int
-    kind: str
-    stage: int
-    microbatch: int
-    start: float
-    end: float
+    For ZBV this is the formula of ZB1P, and for DualPipeV that of DualPipe on twice as many ranks.
 
-
-def bubble_share(rows: Iterable[Row]) -> float:
-    """Return the time in which ranks compute nothing, of the time of all ranks."""
-    ranks, _, _, _, starts, ends = zip(*rows, strict=True)
-    busy = sum(ends) - sum(starts)
-    return 1 - busy / ((max(ranks) + 1) * (max(ends) - min(starts)))
-
-
-def formula(name: ScheduleName, n_ranks: int, n_microbatches: int, f: float, i: float, w: float) -> float:
-    """Return the share of the published bubble, with the times of a forward, and of both parts of a backward.
-
-    Times are of one stage and micro-batch. For ZBV this is the formula of ZB1P, and for DualPipeV that of DualPipe on
-    twice as many ranks. Both hold where F, I and W are equal; otherwise the bubble may be shorter.
-
-    Source: DeepSeek-V3 report, table 2: (PP-1)(F+B), (PP-1)(F+B-2W), (PP/2-1)(F&B+B-3W), with PP stages.
+    Source: DeepSeek-V3 report, table 2: (PP-1)(F+B), (PP-1)(F+B-2W), (PP/2-1)(F&B+B-3W), with PP stages and B = I + W.
     """
-    bubble = {
-        "1f1b": (n_ranks - 1) * (f + i + w),
-        "interleaved1f1b": (n_ranks - 1) * (f + i + w),
-        "zero_bubble": (n_ranks - 1) * (f + i - w),
-        "zbv": (n_ranks - 1) * (f + i - w),
-        "dualpipev": (n_ranks - 1) * (f + 2 * i - w),
-    }[name]
-    return bubble / (bubble + n_microbatches * CHUNKS[name] * (f + i + w))
+    units = {"1f1b": 3, "interleaved1f1b": 3, "zero_bubble": 1, "zbv": 1, "dualpipev": 2}[name]
+    bubble = (n_ranks - 1) * units
+    return bubble / (bubble + n_microbatches * CHUNKS[name] * 3)
 
 
-KINDS = {"F": "forward", "B": "backward, whole", "I": "backward of the input", "W": "backward of the weights"}
-"""Words of each kind of action."""
-
-
-def trace(steps: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    """Return steps by name in the format of Chrome's traces: a process for each, a thread for each rank."""
-    events: list[dict[str, Any]] = []
-    for pid, (name, rows) in enumerate(steps.items()):
-        events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}})
-        begun = min(row.start for row in rows)
-        for row in rows:
-            at = {"ts": 1e6 * (row.start - begun), "dur": 1e6 * (row.end - row.start), "pid": pid, "tid": row.rank}
-            args = {"stage": row.stage, "microbatch": row.microbatch}
-            events.append({"ph": "X", "name": f"{KINDS[row.kind]} {row.microbatch}", **at, "args": args})
-    return {"traceEvents": events}
-
-
-# --- the processes: `python -m benchmarks.questions.pipeline SIZE` on each rank; schedules take turns step by step
+# --- the processes: `python -m benchmarks.questions.pipeline FOLDER SIZE` on each rank
 
 
 class Size(NamedTuple):
@@ -107,81 +63,65 @@ class Size(NamedTuple):
     tokens: int
     """Tokens of a sequence."""
     warm: int
-    """Steps before those that are recorded."""
+    """Steps before those that count."""
     steps: int
 
 
 FULL, QUICK = Size(2, 256, 2, 5), Size(1, 128, 1, 5)
 
 
-class Step(NamedTuple):
-    """A step of a schedule."""
+class Passes(NamedTuple):
+    """Times of the forwards and backwards of a step, in seconds."""
 
-    seconds: float
-    """Time of the whole step, with the loader and the optimizer: that of the slower rank."""
-    rows: list[Row]
-    """Actions of all ranks."""
-
-
-@contextmanager
-def record_timeline(schedule: Any) -> Iterator[list[Row]]:
-    """Yield a list that gets a row for each action of this rank's stages, in order, in seconds.
-
-    Times include none of the communication. The processes of one machine have one clock.
-    """
-    rows: list[Row] = []
-    stages: list[Any] = getattr(schedule, "_stages", None) or [schedule._stage]
-    kinds = {"forward_one_chunk": "F", "backward_one_chunk": "", "backward_weight_one_chunk": "W"}
-
-    def watched(stage: Any, method: str, kind: str) -> Callable[..., Any]:
-        run = getattr(stage, method)
-
-        def timed(part: int, *args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = run(part, *args, **kwargs)
-            what = kind or ("B" if kwargs.get("full_backward", True) else "I")
-            rows.append(Row(stage.group_rank, what, stage.stage_index, part, start, time.perf_counter()))
-            return result
-
-        return timed
-
-    for stage, (method, kind) in itertools.product(stages, kinds.items()):
-        setattr(stage, method, watched(stage, method, kind))
-    try:
-        yield rows
-    finally:
-        for stage, method in itertools.product(stages, kinds):
-            delattr(stage, method)
+    whole: float
+    busy: float
+    """Time that the rank's thread had of the processor."""
 
 
-def record(size: Size) -> dict[ScheduleName, list[Step]]:
-    """Return the recorded steps of each schedule.
+def bubble_share(ranks: list[Passes]) -> float:
+    """Return the share of the ranks' time in which they compute nothing."""
+    return 1 - sum(rank.busy for rank in ranks) / (len(ranks) * max(rank.whole for rank in ranks))
+
+
+def train_in_turns(folder: Path, size: Size) -> dict[ScheduleName, list[tuple[float, float]]]:
+    """Return the bubble and the seconds of each step by schedule, and save a trace of one more step of each.
 
     Raises: RuntimeError with the messages of a process that fails.
     """
     launch = ("--standalone", "--nproc-per-node", str(RANKS), "-m", "benchmarks.questions.pipeline")
-    said = run_module("torch.distributed.run", *launch, json.dumps(size), OMP_NUM_THREADS="1")
-    found: dict[ScheduleName, list[Any]] = json.loads(said.splitlines()[-1])
-    return {name: [Step(seconds, list(map(Row._make, rows))) for seconds, rows in of] for name, of in found.items()}
+    said = run_module("torch.distributed.run", *launch, str(folder), json.dumps(size), OMP_NUM_THREADS="1")
+    found: dict[ScheduleName, list[tuple[float, float]]] = json.loads(said.splitlines()[-1])
+    return found
 
 
-def run_steps(world: World, size: Size) -> dict[ScheduleName, list[Step]]:
-    """Train with each schedule in turns. Return the recorded steps, on every rank."""
-    trainers: dict[ScheduleName, Trainer] = {}
-    for name in CHUNKS:
-        trainers[name] = _trainer(ParallelConfig(pp=RANKS, schedule=name), size)
-    found: dict[ScheduleName, list[Step]] = {name: [] for name in CHUNKS}
+def run_steps(world: World, folder: Path, size: Size) -> dict[ScheduleName, list[tuple[float, float]]]:
+    """Be one rank: train with each schedule in turns. Return the bubble and the seconds of each step."""
+    taken: list[Passes] = []
+
+    def timed(run: Any, *args: Any, **kwargs: Any) -> Any:
+        start, busy = time.perf_counter(), time.thread_time()
+        result = run(*args, **kwargs)
+        taken.append(Passes(time.perf_counter() - start, time.thread_time() - busy))
+        return result
+
+    trainers = {name: _trainer(ParallelConfig(pp=RANKS, schedule=name), size) for name in CHUNKS}
+    for trainer in trainers.values():
+        assert isinstance(trainer.pipeline, Pipeline), "pp is 2"
+        schedule = trainer.pipeline.schedule(size.sequences, size.tokens, PARTS)
+        schedule.step = partial(timed, schedule.step)
+    found: dict[ScheduleName, list[tuple[float, float]]] = {name: [] for name in CHUNKS}
     for turn in range(-size.warm, size.steps):
         for name, trainer in trainers.items():
-            passes = trainer.pipeline
-            assert isinstance(passes, Pipeline), "pp is 2"
             world.gather(None)  # both ranks start together
             start = time.perf_counter()
-            with record_timeline(passes.schedule(size.sequences, size.tokens, PARTS)) as rows:
-                trainer.step()
-            both = world.gather((time.perf_counter() - start, rows))
+            trainer.step()
+            both = world.gather((taken.pop(), time.perf_counter() - start))
             if turn >= 0:
-                found[name].append(Step(max(seconds for seconds, _ in both), [row for _, rows in both for row in rows]))
+                found[name].append((bubble_share([passes for passes, _ in both]), max(seconds for _, seconds in both)))
+    for name, trainer in trainers.items():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            trainer.step()
+        profile.export_chrome_trace(str(folder / f"{name}-rank{world.rank}.json"))
     return found
 
 
@@ -199,10 +139,10 @@ def _trainer(parallel: ParallelConfig, size: Size) -> Trainer:
 
 
 def main() -> None:
-    """Be one rank. Rank 0 prints the steps."""
+    """Be one rank. Rank 0 prints what was measured."""
     torch.set_num_threads(1)
     with joined(TIMEOUT) as world:
-        found = run_steps(world, Size(*json.loads(sys.argv[1])))
+        found = run_steps(world, Path(sys.argv[1]), Size(*json.loads(sys.argv[2])))
         if world.rank == 0:
             print(json.dumps(found), flush=True)
         world.gather(None)
@@ -227,26 +167,17 @@ def why_not() -> str:
 
 
 def measure(setting: Setting, size: Size) -> Iterator[Figure]:
-    """Train on two processes, yield the bubbles of the record and the seconds of whole steps, and save time lines."""
+    """Train on two processes, and yield the bubbles and the seconds of whole steps."""
     if reason := why_not():
         yield from (left_out("bubble", {"schedule": name}, reason) for name in CHUNKS)
         return
-    lines: dict[str, list[Row]] = {}
-    for name, steps in record(size).items():
-        taken: dict[str, list[float]] = {}
-        for row in (row for step in steps for row in step.rows):
-            taken.setdefault(row.kind, []).append(row.end - row.start)
-        middle = {kind: statistics.median(seconds) for kind, seconds in taken.items()}
-        # a schedule with whole backwards alone has no halves; all is backward of the input then
-        times = middle["F"], middle.get("I", middle.get("B", 0.0)), middle.get("W", 0.0)
-        shares, note = [bubble_share(step.rows) for step in steps], "time lines: pipeline/schedules.json"
-        yield figure("bubble", {"schedule": name}, shares, predicted=formula(name, RANKS, PARTS, *times), note=note)
-        whole = [step.seconds for step in steps]
-        yield figure("step_seconds", {"schedule": name}, whole, note="with the loader and the optimizer")
-        lines[name] = min(steps, key=lambda step: abs(step.seconds - statistics.median_low(whole))).rows
-    folder = setting.out / "pipeline"
+    folder = setting.out.resolve() / "pipeline"
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "schedules.json", json.dumps(trace(lines)))
+    for name, steps in train_in_turns(folder, size).items():
+        bubbles, seconds = zip(*steps, strict=True)
+        note = f"trace: pipeline/{name}-rank0.json"
+        yield figure("bubble", {"schedule": name}, bubbles, predicted=formula(name, RANKS, PARTS), note=note)
+        yield figure("step_seconds", {"schedule": name}, seconds, note="with the loader and the optimizer")
 
 
 def answer(figures: list[Figure]) -> str:

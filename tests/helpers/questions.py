@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from benchmarks.question import Setting
-from benchmarks.questions.pipeline import PARTS, RANKS, Row, Step
 from dsmini import ModelConfig
 from dsmini.measure.calls import Call
 from dsmini.measure.price import Prices
@@ -50,18 +49,3 @@ def setting(**given: Any) -> Setting:
     """Return a quick setting on an invented machine, with these fields of Roofs."""
     prices, usual = InventedPrices(**given), {"quick": True, "device": torch.device("cpu"), "dtype": torch.bfloat16}
     return Setting(**usual, roofs=prices.roofs, prices=prices, text=Path("book.txt"))
-
-
-def invented_steps(steps: int = 3) -> list[Step]:
-    """Return steps in which each rank does nothing in a ninth of the time: F takes 1, and B twice as long."""
-    found: list[Step] = []
-    for n in range(steps):
-        long = 1.0 + 0.01 * n
-        rows = [
-            Row(rank, kind, rank, i, 9 + long * (rank + 3 * i + at), 9 + long * (rank + 3 * i + end))
-            for rank in range(RANKS)
-            for i in range(PARTS)
-            for kind, at, end in (("F", 0, 1), ("B", 1, 3))
-        ]
-        found.append(Step(30.0 * long, rows))
-    return found
