@@ -104,7 +104,9 @@ def run_steps(world: World, folder: Path, size: Size) -> dict[ScheduleName, list
         taken.append(Passes(time.perf_counter() - start, time.thread_time() - busy))
         return result
 
-    trainers = {name: _trainer(ParallelConfig(pp=RANKS, schedule=name), size) for name in CHUNKS}
+    trainers: dict[ScheduleName, Trainer] = {
+        name: _trainer(ParallelConfig(pp=RANKS, schedule=name), size) for name in CHUNKS
+    }
     for trainer in trainers.values():
         assert isinstance(trainer.pipeline, Pipeline), "pp is 2"
         schedule = trainer.pipeline.schedule(size.sequences, size.tokens, PARTS)

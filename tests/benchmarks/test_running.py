@@ -426,7 +426,7 @@ def test_a_case_that_takes_too_long_ends_before_its_next_turn(go: Go, monkeypatc
 
     slow = replace(fake.decode(), cases=lambda s: [Case(key="a", seconds=2.0, run=lambda: turns(s))])
     ran = go(known={"fake_decode": slow, "fake_cache": fake.cache()})
-    said = "stopped after 0 s; its estimate was 2 s"
+    said = "stopped after 100 ms; its estimate was 2 s"
     assert ran.status == 1 and f"fake_decode a failed: {said}" in ran.err
     assert ran.answer["failed"] == [{"question": "fake_decode", "case": "a", "error": said}]
     assert len(ran.answer["figures"]) == 3, "the others run"
