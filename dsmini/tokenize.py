@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -18,7 +18,7 @@ from dsmini.console.command import interruptible, run
 from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
-from dsmini.data.documents import find, left_out_in_words, measure, not_utf8_in_words, read_first, read_texts, split
+from dsmini.data.documents import find, measure, notes, read_first, read_texts, split
 from dsmini.reading import is_there
 from dsmini.text.tokenizer import SMALLEST, SPECIAL_TOKENS, BPETokenizer, train_bpe
 
@@ -68,25 +68,27 @@ def main(args: Sequence[str]) -> int:
     tokenizer = BPETokenizer(command.out)
     with patience(console, "tokenizing held-out text"):
         tokens = sum(map(len, interruptible(partial(tokenizer.encode_all, held_out))))
-    figures = {
-        "tokenizer": str(command.out),
-        "vocab_size": tokenizer.vocab_size,
-        "documents": len(documents),
-        "bytes": sum(document.size for document in documents),
-        "held_out_bytes": sum(map(len, held_out)),
-        "held_out_tokens": tokens,
-        "bytes_per_token": sum(map(len, held_out)) / tokens,
-        "left_out": left_out,
-        "not_utf8": [document.name for document in documents if not document.utf8],
-    }
-    where = "the figures of --json"
-    if figures["left_out"]:
-        say(console, left_out_in_words(figures["left_out"], where))
-    if figures["not_utf8"]:
-        say(console, not_utf8_in_words(figures["not_utf8"], where, as_bytes=False))
-    _show(console, source.words, figures, config)
+    nbytes, size = sum(map(len, held_out)), sum(document.size for document in documents)
+    per_token = nbytes / tokens
+    not_utf8 = [document.name for document in documents if not document.utf8]
+    train = ["python", "-m", "dsmini.train", "--data.tokenizer", str(command.out)]
+    train += ["--model.vocab-size", str(tokenizer.vocab_size)]
+    train += [] if command.corpus is None else ["--data.path", str(command.corpus)]
+    if command.val_fraction != DataConfig().val_fraction:
+        train += ["--data.val-fraction", str(command.val_fraction)]
+    for line in (
+        *notes(left_out, not_utf8, "the figures of --json", as_bytes=False),
+        f"corpus     {source.words}: {len(documents):,} document{'s' * (len(documents) != 1)}, {size:,} bytes",
+        f"tokenizer  {command.out}, {tokenizer.vocab_size:,} tokens",
+        f"held out   {nbytes:,} bytes are {tokens:,} tokens: {per_token:.2f} bytes a token, where bytes have 1.00",
+        "",
+        f"Train with it: {shlex.join(train)}",
+    ):
+        say(console, line)
     if command.json:
-        print(json.dumps(figures))
+        figures = {"tokenizer": str(command.out), "vocab_size": tokenizer.vocab_size, "documents": len(documents)}
+        figures |= {"bytes": size, "held_out_bytes": nbytes, "held_out_tokens": tokens}
+        print(json.dumps({**figures, "bytes_per_token": per_token, "left_out": left_out, "not_utf8": not_utf8}))
     return 0
 
 
@@ -104,24 +106,6 @@ def _check(command: TokenizeCommand) -> None:
         try_writing(command.out)
     except OSError as error:
         raise ValueError(f"--out {command.out} cannot be written: {error.strerror}; choose another place") from None
-
-
-def _show(console: Console, source: str, figures: dict[str, Any], config: DataConfig) -> None:
-    words = ["python", "-m", "dsmini.train", "--data.tokenizer", figures["tokenizer"]]
-    words += ["--model.vocab-size", str(figures["vocab_size"])]
-    words += [] if config.path is None else ["--data.path", str(config.path)]
-    if config.val_fraction != DataConfig().val_fraction:
-        words += ["--data.val-fraction", str(config.val_fraction)]
-    several = "s" * (figures["documents"] != 1)
-    for line in (
-        f"corpus     {source}: {figures['documents']:,} document{several}, {figures['bytes']:,} bytes",
-        f"tokenizer  {figures['tokenizer']}, {figures['vocab_size']:,} tokens",
-        f"held out   {figures['held_out_bytes']:,} bytes are {figures['held_out_tokens']:,} tokens: "
-        f"{figures['bytes_per_token']:.2f} bytes a token, where bytes have 1.00",
-        "",
-        f"Train with it: {shlex.join(words)}",
-    ):
-        say(console, line)
 
 
 if __name__ == "__main__":

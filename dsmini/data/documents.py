@@ -278,35 +278,26 @@ class _Look:
                 self._utf8 = False
 
 
-def left_out_in_words(names: Sequence[str], where: str) -> str:
-    """Return in words which files of a corpus are not text.
-
-    Args:
-        names: all of them, each with the reason.
-        where: place that names all, for a list that is cut.
-    """
-    return f"{len(names):,} left out: {_first_of(names, where)}"
-
-
-def not_utf8_in_words(names: Sequence[str], where: str, as_bytes: bool) -> str:
-    """Return in words which texts of a corpus are not UTF-8, how they are read, and what to do.
+def notes(left_out: Sequence[str], not_utf8: Sequence[str], where: str, as_bytes: bool) -> list[str]:
+    """Return lines about the files of a corpus that were left out, and about texts that are not UTF-8.
 
     Bytes hold any text of single bytes, so such files are read, but a model learns two spellings of one letter.
 
     Args:
-        names: all of them.
+        left_out: names with the reason, all of them.
         where: place that names all, for a list that is cut.
         as_bytes: a token is a byte; False: a tokenizer reads characters.
     """
-    how = "read byte by byte as they are" if as_bytes else "read with U+FFFD for each other byte"
-    return (
-        f"{len(names):,} not UTF-8, {how}: {_first_of(names, where)}; to convert Latin-1: "
-        "iconv -f LATIN1 -t UTF-8 FILE > NEW_FILE"
-    )
 
+    def first(names: Sequence[str]) -> str:
+        return listed(names, NAMED) + (f" (all are in {where})" if len(names) > NAMED else "")
 
-def _first_of(names: Sequence[str], where: str) -> str:
-    return listed(names, NAMED) + (f" (all are in {where})" if len(names) > NAMED else "")
+    lines = [f"{len(left_out):,} left out: {first(left_out)}"] if left_out else []
+    if not_utf8:
+        how = "read byte by byte as they are" if as_bytes else "read with U+FFFD for each other byte"
+        fix = "to convert Latin-1: iconv -f LATIN1 -t UTF-8 FILE > NEW_FILE"
+        lines.append(f"{len(not_utf8):,} not UTF-8, {how}: {first(not_utf8)}; {fix}")
+    return lines
 
 
 # --- texts in pieces

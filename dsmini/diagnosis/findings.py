@@ -43,7 +43,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsmini.data.corpus import Corpus, forget
+from dsmini.data.corpus import Corpus
+from dsmini.data.tokenized import forget
 from dsmini.diagnosis.arms import Axis, Work, percent, words
 from dsmini.diagnosis.contention import Contention
 from dsmini.machine import cores

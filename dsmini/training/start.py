@@ -29,7 +29,7 @@ from dsmini.config.fields import require
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.data.documents import left_out_in_words, not_utf8_in_words
+from dsmini.data.documents import notes
 from dsmini.distributed.heartbeat import watched
 from dsmini.distributed.meeting import launched
 from dsmini.distributed.mesh import Mesh, divided_model, fill, local
@@ -238,8 +238,7 @@ def _introduction(config: RunConfig, corpus: Corpus) -> list[str]:
     kind = f"tokens of {tokenizer}, {corpus.bytes_per_token:.2f} bytes each" if tokenizer else "a token is a byte"
     if config.data.fim_rate:
         kind += f"; {corpus.rearranged:,} training documents rearranged for fill-in-the-middle"
-    about = [left_out_in_words(corpus.left_out, where)] if corpus.left_out else []
-    about += [not_utf8_in_words(corpus.not_utf8, where, tokenizer is None)] if corpus.not_utf8 else []
+    about = notes(corpus.left_out, corpus.not_utf8, where, tokenizer is None)
     about.append(f"{len(corpus.train):,} training tokens, {len(corpus.val):,} held out ({corpus.split})")
     return [
         f"corpus  {corpus.source}, {corpus.files:,} file{'s' * (corpus.files != 1)}",

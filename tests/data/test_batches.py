@@ -9,7 +9,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dsmini.data.corpus import Corpus, Loader, permute
+from dsmini.data.corpus import Corpus, Loader
+from dsmini.data.order import permute
 from tests.helpers.token_texts import corpus
 
 

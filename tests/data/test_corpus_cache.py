@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsmini.data import corpus as corpus_cache
+from dsmini.data import tokenized
 from dsmini.data.corpus import Corpus
 from dsmini.text.tokenizer import ByteTokenizer
 from tests.helpers import corpora
@@ -75,7 +75,7 @@ def test_damaged_entry_is_built_again_and_said(place: Path, damage: str) -> None
 
 
 def test_large_entry_is_checked_by_size_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_cache, "_HASHED_ON_LOAD", 0)
+    monkeypatch.setattr(tokenized, "_HASHED_ON_LOAD", 0)
     corpora.load(place)
     flip(corpora.entries(place)[0])
     assert "read from" in corpora.load(place).cache
@@ -119,15 +119,15 @@ def test_slower_builder_takes_the_entry_that_is_there(
     if damaged:
         corpora.load(place)
         DAMAGES["shorter"](corpora.entries(place)[0])
-    real = corpus_cache.CorpusCache._keep
+    real = tokenized.CorpusCache._keep
     inside: list[Corpus] = []
 
-    def meanwhile(cache: corpus_cache.CorpusCache, partial: Path) -> None:
-        monkeypatch.setattr(corpus_cache.CorpusCache, "_keep", real)
+    def meanwhile(cache: tokenized.CorpusCache, partial: Path) -> None:
+        monkeypatch.setattr(tokenized.CorpusCache, "_keep", real)
         inside.append(corpora.load(place))
         real(cache, partial)
 
-    monkeypatch.setattr(corpus_cache.CorpusCache, "_keep", meanwhile)
+    monkeypatch.setattr(tokenized.CorpusCache, "_keep", meanwhile)
     outside = corpora.load(place)
     assert np.array_equal(outside.train, inside[0].train) and len(corpora.entries(place)) == 1
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini.config import DataConfig
-from dsmini.data import corpus as corpus_cache
+from dsmini.data import tokenized
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.data.documents import CHUNK, Document, cut_once, left_out_in_words, not_utf8_in_words
+from dsmini.data.documents import CHUNK, Document, cut_once, notes
 from tests.helpers import corpora
 from tests.helpers.configs import refusal
 
@@ -104,7 +104,7 @@ def test_text_in_another_encoding_is_left_out_and_named(tmp_path: Path, encoding
     corpus = load(tmp_path, {f"{i}.txt": text.encode(encoding) for i in range(5)} | {"good.txt": b"text " * 50})
     assert (corpus.skipped, corpus.left_out) == (5, tuple(f"{i}.txt ({name})" for i in range(5)))
     assert corpus.describe()["left_out"] == list(corpus.left_out)
-    words = left_out_in_words(corpus.left_out, "runs/x/corpus.json")
+    (words,) = notes(corpus.left_out, (), "runs/x/corpus.json", as_bytes=True)
     named = ", ".join(f"{i}.txt ({name})" for i in range(3))
     assert words == f"5 left out: {named}, and 2 more (all are in runs/x/corpus.json)"
     said = refusal(corpora.load, tmp_path, path=tmp_path / "texts/0.txt")
@@ -119,9 +119,10 @@ def test_text_of_single_bytes_is_read_and_named(tmp_path: Path) -> None:
     assert (corpus.files, corpus.skipped, corpus.not_utf8) == (4, 0, ("a.txt", "c.txt"))
     assert corpus.describe()["not_utf8"] == ["a.txt", "c.txt"]
     assert 0xF6 in both(corpus), "a token is a byte, whatever it means"
-    words = not_utf8_in_words(corpus.not_utf8, "corpus.json", as_bytes=True)
+    (words,) = notes((), corpus.not_utf8, "corpus.json", as_bytes=True)
     assert words.startswith("2 not UTF-8, read byte by byte as they are: a.txt, c.txt; to convert Latin-1: iconv -f ")
-    assert "U+FFFD for each other byte: a.txt" in not_utf8_in_words(corpus.not_utf8, "corpus.json", as_bytes=False)
+    (words,) = notes((), corpus.not_utf8, "corpus.json", as_bytes=False)
+    assert "U+FFFD for each other byte: a.txt" in words
 
 
 def test_gz_is_read_as_the_text_in_it(place: Path) -> None:
@@ -184,14 +185,14 @@ def test_bad_corpus_is_refused_with_the_reason(
 
 
 def test_file_that_changes_while_read_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = corpus_cache.measure
+    real = tokenized.measure
 
     def then_grow(*args: Any) -> Any:
         measured = real(*args)
         corpora.lay_out(place / "texts", dict.fromkeys(corpora.TEXTS, b"longer " * 100))
         return measured
 
-    monkeypatch.setattr(corpus_cache, "measure", then_grow)
+    monkeypatch.setattr(tokenized, "measure", then_grow)
     assert ".txt changed while it was read; run the command again" in refusal(corpora.load, place)
     assert corpora.entries(place) == []
 

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmini.data import corpus as corpus_files
-from dsmini.data import documents
-from dsmini.data.corpus import arrange
+from dsmini.data import documents, tokenized
 from dsmini.data.dialogue import NAMES, dialogues
 from dsmini.data.documents import lines
+from dsmini.data.tokenized import arrange
 from dsmini.text.tokenizer import ByteTokenizer
 from tests.helpers import corpora
 
@@ -114,14 +113,14 @@ def test_documents_with_marks_or_too_large_stay_unchanged(place: Path, monkeypat
     for path in (place / "texts").iterdir():
         path.write_bytes(b"latin \xfe one " * 5)
     (place / "texts/large.txt").write_bytes(b"large " * 200)
-    monkeypatch.setattr("dsmini.data.corpus.LARGEST_FIM", 1000)
+    monkeypatch.setattr("dsmini.data.tokenized.LARGEST_FIM", 1000)
     corpus = corpora.load(place, fim_rate=1.0)
     assert corpus.rearranged == 0 and corpus.sha256 == corpora.load(place).sha256
 
 
 def test_tokens_do_not_depend_on_chunk_size(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "CHUNK", 100)
-    monkeypatch.setattr(corpus_files, "_AT_ONCE", 300)
+    monkeypatch.setattr(tokenized, "_AT_ONCE", 300)
     corpus = corpora.load(place)
     assert sorted(documents_of(corpus.train) + documents_of(corpus.val)) == sorted(corpora.TEXTS.values())
 

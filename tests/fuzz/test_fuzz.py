@@ -21,8 +21,8 @@ from dsmini import DataConfig, ModelConfig, RunConfig, Transformer, load_pretrai
 from dsmini.atomic import as_json
 from dsmini.checkpoint.run_folder import read_summary, run_config, run_tokenizer
 from dsmini.checkpoint.training_state import MANIFEST, load_run, write_manifest
-from dsmini.data.corpus import CorpusCache
 from dsmini.data.documents import Source
+from dsmini.data.tokenized import CorpusCache
 from dsmini.text.chat import read_text_side
 from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer
 from dsmini.training.record import read_records
