@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ def study(
     pairs: Sequence[tuple[str, str, str]],
     seeds: tuple[int, int] = (5, 2),
     seconds: tuple[float, float] = (130.0, 40.0),
+    margins: Mapping[str, float] = MappingProxyType({}),
     **words: Any,
 ) -> Question:
     """Return the question of arms that train with the same seeds, and metrics that are compared seed by seed.
@@ -94,6 +96,8 @@ def study(
         pairs: metric, arm, and the arm that is subtracted from it.
         seeds: number of them, and with --quick.
         seconds: estimate for a seed, and with --quick.
+        margins: difference by which an arm may be worse and still loses nothing, by metric: below 0 where more is
+            better. "No clear difference" alone does not say that nothing is lost.
         words: name, title and other fields of the Question.
     """
 
@@ -119,15 +123,15 @@ def study(
     return Question(
         about=f"{about} Each seed gives one difference; the interval is Student's t over the seeds.",
         cases=cases,
-        answer=partial(answer, pairs),
+        answer=partial(answer, pairs, margins),
         plots=[drawing(m, in_words(m), "seed {seed}", by="arm") for m in dict.fromkeys(pair[0] for pair in pairs)],
         on_request=True,
         **words,
     )
 
 
-def answer(pairs: Sequence[tuple[str, str, str]], figures: list[Figure]) -> str:
-    """Return the mean of each metric in both arms of a pair, and of their difference."""
+def answer(pairs: Sequence[tuple[str, str, str]], margins: Mapping[str, float], figures: list[Figure]) -> str:
+    """Return the mean of each metric in both arms of a pair, of their difference, and whether that is in the margin."""
     told = []
     for metric, arm, less in pairs:
         found, mine, other = (
@@ -144,4 +148,8 @@ def answer(pairs: Sequence[tuple[str, str, str]], figures: list[Figure]) -> str:
         clear = "" if mean.low > 0 or mean.high < 0 else ", no clear difference"
         sure = f" ({mean.low:+.4f} to {mean.high:+.4f} in 95 %, {mean.turns} seeds{clear})"
         told.append(text + (sure if mean.is_clear else ", with one seed"))
+        if (margin := margins.get(metric)) is not None and mean.is_clear:
+            worst, best = (mean.high, mean.low) if margin > 0 else (-mean.low, -mean.high)
+            lost = "undecided: more seeds are needed" if best <= abs(margin) else "more than that is lost"
+            told[-1] += f", margin {margin:+g}: {'nothing is lost' if worst <= abs(margin) else lost}"
     return f"{'; '.join(told)}." if told else ""

@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks import models
 from benchmarks.claims import nanogpt, shakespeare, sparse_training, study
 from benchmarks.claims.study import Trial
-from benchmarks.question import Question, Setting
+from benchmarks.question import Question, Setting, figure
 from benchmarks.questions import QUESTIONS, diagnose, fp8, kernels, peers, pipeline, plan
 from dsmini import RunConfig, TrainConfig, Transformer
 from dsmini.config.run import CHUNKS
@@ -24,7 +24,7 @@ from dsmini.report import Figure
 from dsmini.report.tables import show_figures
 from tests.conftest import require_cpu_kernels
 from tests.helpers.commands import TINY as TINY_RUN
-from tests.helpers.questions import TINY, invented_steps, setting
+from tests.helpers.questions import TINY, setting
 
 LONG = dataclasses.replace(TINY, max_seq_len=32768)
 STEPS = kernels.STEPS  # the small sizes leave some out
@@ -91,8 +91,8 @@ def small_sizes(corpus: Path) -> list[tuple[Any, str, Any]]:
         *((plan, "held_out", lambda quick: forecast), (plan, "SECONDS", 0.0)),
         (plan, "peak_of_process", lambda shape: 400 << 20),
         *((shakespeare, "run_module", lambda *_: '{"loss": 2.0}'), (Trial, "train", fake_train)),
-        *((pipeline, "why_not", lambda: ""), (pipeline, "draw", lambda lines, path: None)),
-        (pipeline, "record", lambda size: {name: invented_steps() for name in CHUNKS}),
+        (pipeline, "why_not", lambda: ""),
+        (pipeline, "train_in_turns", lambda folder, size: dict.fromkeys(CHUNKS, [(0.04, 30.3)] * 3)),
         *((sparse_training, "run_module", lambda *_: ""), (sparse_training, "CONTEXT", 192)),
         (sparse_training, "load_run", lambda _: (random_weights, None)),
         (sparse_training, "load_pretrained", lambda _: random_weights),
@@ -226,6 +226,24 @@ def test_study_pairs_its_arms_by_seed(tmp_path: Path) -> None:
     again = [f for f in figures if f.case["seed"] in (0, 4)]
     flipped = [dataclasses.replace(f, measured=-(f.measured or 0)) if f.case["seed"] else f for f in again]
     assert "no clear difference" in here.answer(flipped) and "with one seed" in here.answer(figures[:3])
+
+
+@pytest.mark.parametrize(
+    ("margin", "said"),
+    [
+        (0.25, "nothing is lost"),
+        (0.15, "undecided: more seeds are needed"),
+        (0.01, "more than that is lost"),
+        (-0.01, "nothing is lost"),
+    ],
+)
+def test_study_says_whether_a_difference_is_within_its_margin(margin: float, said: str) -> None:
+    """Three seeds give 0.10, 0.12 and 0.16, whose interval ends at 0.05 and 0.20."""
+    case = {"arm": "sparse", "less": "dense"}
+    found = [figure("difference of loss", case, value) for value in (0.10, 0.12, 0.16)]
+    found += [figure("loss", {"arm": arm}, 1.0) for arm in case.values()]
+    told = study.answer([("loss", "sparse", "dense")], {"loss": margin}, found)
+    assert told.endswith(f"margin {margin:+g}: {said}.")
 
 
 @pytest.mark.slow
