@@ -98,6 +98,24 @@ def test_what_is_not_a_number_stays_where_it_is_seen(isa: str) -> None:
     )
 
 
+def test_large_logits_choose_one_key_forward_and_backward(isa: str) -> None:
+    """Logits of 1e10 are far apart, and rounding them moves each by hundreds: the largest must still have weight 1."""
+    q, k, v, grad = (draw(1, 2, 150, n) for n in (32, 32, 16, 16))
+    # sums of products of integers are exact, so that the largest logit is the same one; few are equal
+    q, k = (64 * q).round() * 2.0**20, (64 * k).round()
+    want_y, _, _, want_dv = exact(q, k, v, None, grad)
+    y, lse = cpu.trained_attention(q, k, v, SCALE, None)
+    dq, dk, dv = cpu.trained_attention_gradients(grad, q, k, v, y, lse, SCALE, None)
+    mask = torch.ones(1, 150, 150, dtype=torch.bool).triu(1)
+    for got in (y, cpu.causal_attention(q, k, v, SCALE), cpu.cached_attention(q, k, v, SCALE, mask)):
+        assert_each_agrees(got, want_y, limit(16))
+    assert_each_agrees(dv, want_dv, limit(150))
+    # one weight is 1, so both are zero up to the rounding of a product of a value and a gradient
+    most = limit(16) * v.norm(dim=-1).max() * grad.norm(dim=-1).max() * SCALE
+    assert dq.norm(dim=-1).max() <= most * k.norm(dim=-1).max()
+    assert dk.norm(dim=-1).max() <= most * 150 * q.norm(dim=-1).max()
+
+
 @pytest.fixture
 def leaves(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Return q, k and v that are trained, by kernels although there are few."""

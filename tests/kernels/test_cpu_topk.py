@@ -102,6 +102,20 @@ def test_attention_to_picked_rows_agrees(isa: str) -> None:
                 assert relative_error(a, b) < rounding(unit, terms=terms, chained=4), (shape, dtype)
 
 
+def test_large_logits_choose_one_row(isa: str) -> None:
+    """Rounding logits of 1e10 moves each by hundreds: the largest must still have weight 1."""
+    for dtype in DTYPES:
+        q_nope, q_rope, rows, w_uk, w_uv, _, chosen = attended(1, 4, 300, 16, 64, 32, 256, 64, 130, dtype)
+        call = (1e10 * q_nope, 1e10 * q_rope, rows, w_uk, w_uv, 0.3, chosen)
+        got = cpu.topk_attention(*call)
+        with ops.use("reference"):
+            want = topk_attention(*(x.double() for x in call[:5]), *call[5:])
+        assert got.isfinite().all()
+        # two logits may tie after the rounding of W_UK q: few rows of heads may differ
+        near = (got - want).flatten(0, 1).unflatten(-1, (16, 64)).norm(dim=-1) < 0.05 * want.norm() / (4 * 16) ** 0.5
+        assert near.double().mean() > 0.9
+
+
 @pytest.mark.parametrize("units", [True, False])
 def test_heads_are_multiplied_in_bf16_only_where_a_cpu_has_units_for_it(
     monkeypatch: pytest.MonkeyPatch, units: bool

@@ -128,7 +128,7 @@ struct Head {
       for (int64_t r = 0; r < n; ++r) now = larger(now, load<F>(weights + r * width + v * LANES) * scale);
       for (int64_t r = 0; r < n; ++r) {
         float* at = weights + r * width + v * LANES;
-        const F weight = exponential(load<F>(at) * scale - now);
+        const F weight = exponential(rounded_product(load<F>(at), scale) - now);
         sum += weight;
         store(at, weight);
       }
@@ -298,7 +298,7 @@ struct Head {
       const F scale = splat(float(c.scale));
       for (int64_t r = 0; r < n; ++r) {
         float* here = ds + r * width + v * LANES;
-        const F weight = exponential(load<F>(weights + r * width + v * LANES) * scale - lse);
+        const F weight = exponential(rounded_product(load<F>(weights + r * width + v * LANES), scale) - lse);
         const F slope = weight * (load<F>(here) - mean) * scale;
         store(here, slope);
         const int64_t to = r * QUERIES + at + v * LANES, some = p.count - v * LANES;

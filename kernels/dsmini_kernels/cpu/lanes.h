@@ -49,6 +49,17 @@ inline F in_register(F v) {
 #endif
   return v;
 }
+// a * b as an FP32 number. A compiler may fuse a product and the difference that follows, whose result is then far from 0
+// for two large numbers that are equal once they are rounded.
+inline F rounded_product(F a, F b) {
+  F v = a * b;
+#ifdef X86
+  asm("" : "+v"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
+}
 // The first n numbers, a vector at most; zeros follow.
 inline F load_some(const float* p, int64_t n) {
   if (n >= LANES) return load<F>(p);

@@ -103,7 +103,7 @@ void weights_of_block(const Own& own, int64_t some, float scale) {
     for (int64_t t = 0; t < SOME; t += 2) {
       F p[2];
       UNROLL for (int j = 0; j < 2; ++j) {
-        const F logit = load<F>(own.logits + (t + j) * heads + v * LANES) * splat(scale);
+        const F logit = rounded_product(load<F>(own.logits + (t + j) * heads + v * LANES), splat(scale));
         p[j] = t + j < some ? exponential(logit - top) : F{};
         total += p[j];
       }
