@@ -37,7 +37,7 @@ struct PicksCall {
 };
 
 // softmax(scale q . rows[picks]) rows[picks], of the first `latent` numbers of a row, for each query and all its heads. A
-// pick of -1 is none. Types and strides as of PicksCall.
+// pick of -1 is none; without any the result is NaN. Types and strides as of PicksCall.
 struct PickedCall {
   int64_t threads;
   int64_t b, s, t, heads, width, latent, k, bf16;

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.calls import run
-from dsmini_kernels.cpu.steps import detached, has_bf16_units, n_threads
+from dsmini_kernels.cpu.steps import detached, has_bf16_units, n_threads, quantized_linear
 from dsmini_kernels.cpu.tiles import span
 
 
@@ -55,10 +55,13 @@ def topk_attention(
 def _of_each_head(x: Tensor, w: Tensor) -> Tensor:
     """Return the product of each head's rows [b, s, h, i] and its matrix [h, i, o].
 
-    torch multiplies BF16 many times more slowly than FP32 on a CPU without units for it.
+    torch multiplies BF16 many times more slowly than FP32 on a CPU without units for it. Its sums depend on the number
+    of threads where there is one head, or where the numbers of a sum are apart in memory.
     """
+    if len(w) == 1:
+        return quantized_linear(x.squeeze(2), w[0].T.clone(memory_format=torch.contiguous_format)).unsqueeze(2)
     wide = x.dtype if has_bf16_units() else torch.float32
-    y = x.flatten(0, 1).transpose(0, 1).to(wide) @ w.to(wide)
+    y = x.flatten(0, 1).transpose(0, 1).to(wide) @ w.mT.contiguous().mT.to(wide)
     return y.transpose(0, 1).unflatten(0, x.shape[:2]).to(x.dtype)
 
 
