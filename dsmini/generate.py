@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dsmini.checkpoint.run_folder import is_model_folder, run_tokenizer
 from dsmini.config.fields import require
-from dsmini.console.command import run, speaks
+from dsmini.console.command import complain, run, speaks
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
@@ -24,6 +24,7 @@ from dsmini.text.prompts import Page, read_line, read_prompts, without_surrogate
 
 if TYPE_CHECKING:  # they load torch, so they are imported where they are used: --help is instant
     from dsmini.distributed.decode import Sharing
+    from dsmini.inference.generation import Stats
     from dsmini.inference.writer import Answers, Writer
     from dsmini.nn import Transformer
     from dsmini.text.chat import TextSide
@@ -202,17 +203,34 @@ def _load(
 
 
 def _converse(writer: "Writer", command: GenerateCommand, shared: "Sharing") -> int:
-    """Hold a conversation on standard input, one line a turn; return the exit status."""
-    from dsmini.inference.writer import Conversation
+    """Hold a conversation on standard input, one line a turn; return the exit status.
 
-    conversation = Conversation(writer, command.system)
+    A line that is too long is refused and changes nothing; the status is then 2 at the end.
+    """
+    from dsmini.inference.writer import Conversation, turns_in_words
+
+    conversation, status, turns = Conversation(writer, command.system), 0, list["Stats"]()
     while line := shared.world.first(read_line):
-        with shared.stopping():
-            answers = conversation.answer(line, Page([""]) if speaks() and not command.json else None)
+        try:
+            with shared.stopping():
+                answers = conversation.answer(line, Page([""]) if speaks() and not command.json else None)
+        except ValueError as error:
+            status = 2
+            if speaks():
+                complain(str(error))
+            if command.json and speaks():
+                print(json.dumps({"prompt": without_surrogates(line), "error": str(error)}), flush=True)
+            continue
+        turns.append(answers.stats)
         said = answers.rows[0].described(without_surrogates(line))
-        if status := _end(command, {key: said[key] for key in ("prompt", "answer", "finish")}, answers):
-            return status
-    return 0
+        if command.json:
+            _end(command, {key: said[key] for key in ("prompt", "answer", "finish")}, answers)
+        if answers.interrupted:
+            status = _status(answers)
+            break
+    if turns and speaks() and not command.json:
+        print(turns_in_words(turns), file=sys.stderr)
+    return status
 
 
 def _end(command: GenerateCommand, said: dict[str, Any], answers: "Answers") -> int:
@@ -223,6 +241,10 @@ def _end(command: GenerateCommand, said: dict[str, Any], answers: "Answers") -> 
         print(json.dumps(said | figures(answers.stats, command.speculative)), flush=True)
     elif speaks():
         print(figures_in_words(answers.stats, command.speculative), file=sys.stderr)
+    return _status(answers)
+
+
+def _status(answers: "Answers") -> int:
     # torchrun takes any status but 0 for a failure of this process
     return 130 if answers.interrupted and "TORCHELASTIC_RUN_ID" not in os.environ else 0
 

@@ -194,18 +194,21 @@ class Conversation:
 
     def answer(self, line: str, page: Page | None) -> Answers:
         """Answer a turn. Both turns become part of the conversation, whose oldest ones are forgotten as it outgrows the
-        model's context, unless the writer has a context of its own."""
-        self.messages.append(Message(role="user", content=self.chat.plain(line)))
-        tokens, system = self.chat.encode(self.messages), self.messages[0]["role"] == "system"
+        model's context, unless the writer has a context of its own.
+
+        Raises: ValueError for a turn that is too long; the conversation is then as it was before.
+        """
+        messages = [*self.messages, Message(role="user", content=self.chat.plain(line))]
+        tokens, system = self.chat.encode(messages), messages[0]["role"] == "system"
         while self.writer.context is None and len(tokens) > self.writer.model.config.max_seq_len:
-            if len(self.messages) < 3 + system:  # the turn alone is too long
+            if len(messages) < 3 + system:  # the turn alone is too long
                 break
-            del self.messages[system : system + 2]
-            tokens = self.chat.encode(self.messages)
+            del messages[system : system + 2]
+            tokens = self.chat.encode(messages)
         answers = self.writer.write([tokens], page)
         (row,) = answers.rows
         said = self.chat.plain(row.text) if row.finish == "stop" else self.chat.answer(row.tokens)
-        self.messages.append(Message(role="assistant", content=said))
+        self.messages = [*messages, Message(role="assistant", content=said)]
         return answers
 
 
@@ -222,6 +225,13 @@ def figures(stats: Stats, speculative: bool) -> dict[str, Any]:
     return {name: getattr(stats, name) for name in names}
 
 
+def turns_in_words(turns: Sequence[Stats]) -> str:
+    """Return the answers of a conversation, their tokens and rate in one line."""
+    tokens, seconds = sum(turn.decoded_tokens for turn in turns), sum(turn.seconds for turn in turns)
+    answers = "1 answer" if len(turns) == 1 else f"{len(turns)} answers"
+    return f"{answers}, {sum(turn.new_tokens for turn in turns)} new tokens{_rate(tokens / seconds if seconds else 0)}"
+
+
 def figures_in_words(stats: Stats, speculative: bool) -> str:
     """Return the figures of a generation in lines of at most 80 columns. The last has the tokens and their rate."""
     lines = [
@@ -230,11 +240,14 @@ def figures_in_words(stats: Stats, speculative: bool) -> str:
     ]
     if speculative and stats.drafted:
         lines.append(f"{stats.acceptance_rate:.0%} of drafts accepted, {stats.tokens_per_step:.2f} tokens a step")
-    last = f"{stats.new_tokens} new tokens"
-    if stats.tokens_per_s:
-        speed = f"{stats.tokens_per_s:.0f}" if stats.tokens_per_s >= 10 else f"{stats.tokens_per_s:.2g}"
-        last += f", {speed} tokens/s"
-    return "\n".join([*lines, last])
+        lines.append("a small model may be faster without --speculative, whatever is accepted")
+    return "\n".join([*lines, f"{stats.new_tokens} new tokens{_rate(stats.tokens_per_s)}"])
+
+
+def _rate(tokens_per_s: float) -> str:
+    if not tokens_per_s:
+        return ""
+    return f", {tokens_per_s:.0f} tokens/s" if tokens_per_s >= 10 else f", {tokens_per_s:.2g} tokens/s"
 
 
 def _size(nbytes: float) -> str:

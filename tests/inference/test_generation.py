@@ -200,7 +200,8 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ([[1], [61]], {}, "prompt 1 has token id 61, outside the vocabulary; want 0 to 60"),
     ([[-1]], {}, "token id -1"),
     ([[1.5]], {}, "prompt 0 is not a row of whole numbers"),
-    ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1 is not a whole number from 0 on"),
+    ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1 is not a whole number from 0 to 1,000,000,000"),
+    ([[1]], {"max_new_tokens": 10**24}, "is not a whole number from 0 to 1,000,000,000"),
     ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 is not a whole number"),
     ([[1]], {"max_new_tokens": "2"}, "max_new_tokens='2' is not a whole number"),
     ([[1]], {"eos_token_id": 61}, "eos_token_id=61 is outside the vocabulary; want 0 to 60, or None"),
@@ -224,7 +225,7 @@ def test_figures_fit_80_columns_and_end_with_the_rate_of_tokens() -> None:
     counts: Any = {"new_tokens": 10**7, "steps": 10**7, "drafted": 10**7, "accepted": 10**7 - 1}
     fast = Stats(**sizes, **counts, prefill_seconds=12345.67, seconds=1e5)
     lines = figures_in_words(fast, True).splitlines()
-    assert max(map(len, lines)) <= 80 and len(lines) == 3
+    assert max(map(len, lines)) <= 80 and len(lines) == 4
     one = dataclasses.replace(fast, new_tokens=1001, rows=1, seconds=10.0, cache_bytes=73728)
     assert figures_in_words(one, False).splitlines()[-1] == "1001 new tokens, 100 tokens/s"
     none = dataclasses.replace(fast, new_tokens=0, seconds=0.0, drafted=0)
