@@ -206,9 +206,10 @@ class Decoder:
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
-        floats = (torch.float32, torch.bfloat16)
-        dtype = model.compute_dtype or model.embed.weight.dtype
-        fast = dtype in floats and model.device.type == "cpu" and ops.serving("cpu") == "cpu"
+        dtype = self._dtype = model.compute_dtype or next(model.embed.parameters()).dtype
+        fast = dtype in (torch.float32, torch.bfloat16) and ops.serves(
+            "blocks_step", torch.empty(0, device=model.device)
+        )
         self.blocks: list[BlockWeights | None] = [
             extract_weights(block, dtype) if fast else None for block in model.layers
         ]
@@ -218,7 +219,7 @@ class Decoder:
             extract_weights(block.block, dtype) if fast_chain and is_known(block, MTP) else None for block in model.mtp
         ]
         """The same of the multi-token prediction blocks."""
-        self._plain_norm = is_known(model.norm, RMSNorm)
+        self._plain_norm, self._plain_head = is_known(model.norm, RMSNorm), is_plain(model.head)
         self._cos_sin = model.rope.cos_sin(torch.arange(0)[None])
         """Cos and sin of positions 0, 1, ..., as far as they have been asked for."""
 
@@ -240,8 +241,12 @@ class Decoder:
             x, routing = _run(x, [block for block in self.blocks if block], cache.views(at), cos_sin, starts)
             cache.lengths = at.lengths
             # 4. the final norm: [b, s, m]
-            states = normed(x, model.norm) if self._plain_norm else model.norm(x)
+            states = normed(x, model.norm) if self._plain_norm else model.norm(x.to(self._dtype))
             return States(states, x if model.config.mtp_input == "pre_norm" else states, routing, [])
+
+    def logits(self, states: Float[Tensor, "*b m"]) -> Float[Tensor, "*b v"]:
+        """Return the head's logits. A head that is not dsmini's, such as LoRA's wrapper, gets the compute dtype."""
+        return self.model.head(states if self._plain_head else states.to(self._dtype))
 
     def mtp(
         self,

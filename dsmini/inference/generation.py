@@ -17,6 +17,8 @@ from dsmini.nn.cache import CacheDtype, last_valid
 
 PREFILL = 2048
 """Number of tokens of each prompt that are read at a time."""
+MOST_NEW = 1_000_000_000
+"""Largest number of new tokens that may be asked for: years of decoding."""
 
 
 @dataclass(kw_only=True)
@@ -231,7 +233,7 @@ class Generation:
         start = self.cache.lengths
         new = None if all(live) else torch.tensor(live) * tokens.shape[1]
         states = self.decoder.states(tokens, self.cache, new)
-        logits = self.model.head(states.normed)
+        logits = self.decoder.logits(states.normed)
         # 3. the accepted guesses of each row, and one more token
         if self.sampling.greedy:
             chosen = [agreed(*row) for row in zip(guesses.tolist(), likeliest(logits).tolist(), strict=True)]
@@ -365,8 +367,10 @@ def checked_room(
     Raises: ValueError for prompts or options that this model, or a cache with that room, cannot serve.
     """
     longest, context, v = max(map(len, prompts), default=0), model.config.max_seq_len, model.config.vocab_size
-    if not is_whole(max_new_tokens) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens!r} is not a whole number from 0 on; use for example 64")
+    if not is_whole(max_new_tokens) or not 0 <= max_new_tokens <= MOST_NEW:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens!r} is not a whole number from 0 to {MOST_NEW:,}; use for example 64"
+        )
     for i, prompt in enumerate(prompts):
         if wrong := [token for token in prompt if not 0 <= token < v]:
             raise ValueError(f"prompt {i} has token id {wrong[0]}, outside the vocabulary; want 0 to {v - 1}")

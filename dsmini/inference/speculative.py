@@ -75,7 +75,7 @@ class Drafter:
         guesses: list[Tensor] = []
         distributions: list[Tensor] = []
         for k in range(self.depths):
-            logits = self.model.head(states[k])
+            logits = self.decoder.logits(states[k])
             if self.sampling.greedy:
                 guesses.append(likeliest(logits))
             else:

@@ -252,11 +252,14 @@ def serving(device: str) -> str:
 
 
 def serves(name: str, tensor: Tensor) -> bool:
-    """Return True where a call of the operation with this tensor, gradients off, would be given to a kernel now."""
+    """Return True where a call of the operation with this tensor, gradients off, would be given to a kernel now.
+
+    That kernel's library is compiled now if it has to be.
+    """
     if torch.compiler.is_compiling() or _transform() is not None or _is_watched(tensor):
         return False
     backend = serving(tensor.device.type)
-    return backend in FOR_DEVICE.values() and name in (_operations(backend) or ())
+    return backend in FOR_DEVICE.values() and name in (_operations(backend) or ()) and _without(name, backend) is None
 
 
 def explain() -> str:
@@ -292,6 +295,12 @@ def _load(backend: str) -> ModuleType | str:
     if kernels.expected():
         warnings.warn(f"dsmini's {backend} kernels are out, plain PyTorch runs instead: {reason}", stacklevel=4)
     return reason
+
+
+def _without(name: str, backend: str) -> str | None:
+    """Return why a backend has no kernel of an operation ready, or None if it has."""
+    kernels = _load(backend)
+    return kernels.why_not(name) if isinstance(kernels, ModuleType) else kernels
 
 
 def tensors_of(argument: Any) -> Sequence[Tensor]:

@@ -63,7 +63,7 @@ def _kernel_cell(name: str, backend: str, device: str, forced: str | None) -> st
     if forced is None and FOR_DEVICE.get(device) != backend:
         return "other device"
     kernels = _kernels(backend)
-    if isinstance(kernels, ModuleType):
+    if isinstance(kernels, ModuleType) and kernels.why_not(name) is None:
         return RUNS
     return "raises" if forced or isinstance(kernels, ValueError) else "not here"
 

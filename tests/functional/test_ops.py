@@ -30,7 +30,7 @@ def backend(name: str) -> ModuleType:
             raise Unserved("whole numbers")
         return name
 
-    kernels.speak, kernels.Unserved = speak, Unserved
+    kernels.speak, kernels.Unserved, kernels.why_not = speak, Unserved, lambda _: None
     kernels.OPERATIONS, kernels.describe = ("speak", "sing"), lambda: f"made of {name}, with care"
     return kernels
 

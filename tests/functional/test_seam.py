@@ -80,7 +80,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, names: set[str]) -> list[str]:
     """Let a backend for this device have a kernel for each of these operations; return what ran, in order."""
     kernels: Any = ModuleType("stand-in")
     ran: list[str] = []
-    kernels.OPERATIONS, kernels.Unserved = tuple(names), Unserved
+    kernels.OPERATIONS, kernels.Unserved, kernels.why_not = tuple(names), Unserved, lambda _: None
     for name, operation in operations().items():
 
         def kernel(*args: Any, run: Any = operation.plain, name: str = name, **options: Any) -> Any:

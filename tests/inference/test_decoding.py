@@ -1,5 +1,6 @@
 """Decoding in few calls: states, cache and texts are those of the model, and some blocks run as they are."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ from dsmini.nn import MTP, Block, Cache, MoE
 from dsmini.nn.attention import Attention
 from dsmini.nn.gate import Gate
 from dsmini.nn.mtp import MTPChain
+from dsmini_kernels import cpu
+from dsmini_kernels.cpu import build, calls
 from tests.conftest import SMALL, randomise, require_cpu_kernels
 from tests.helpers.decoding import GROUPED, MODELS, SPARSE, model_of
 from tests.helpers.tolerances import FP32_MODEL, relative_error
@@ -234,6 +237,49 @@ def test_a_change_of_the_model_is_heeded(name: str) -> None:
     if name != "score function":
         assert None in Decoder(model).blocks
     check_step(model, [9, 20], 1)
+
+
+def replaced(part: str, model: Transformer) -> None:
+    """Put another module with the same weights into the place of the head or the embedding."""
+    old = model.get_submodule(part)
+    if part == "embed":
+        inner = nn.Embedding(*old.weight.shape, dtype=old.weight.dtype)
+        new: nn.Module = nn.Sequential(inner)
+    else:
+        new = inner = nn.Linear(*reversed(old.weight.shape), bias=False, dtype=old.weight.dtype)
+    inner.weight.data.copy_(old.weight.data)
+    model.set_submodule(part, new)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", ["head", "embed"])
+def test_a_replaced_head_or_embedding_decodes(small_model: Model, part: str, dtype: torch.dtype) -> None:
+    model = small_model(n_mtp_layers=1).to(dtype)
+    want = [generate(model, [[5, 3, 8], [1]], 8, speculative=drafts) for drafts in (False, True)]
+    replaced(part, model)
+    assert None not in Decoder(model).blocks
+    got = [generate(model, [[5, 3, 8], [1]], 8, speculative=drafts) for drafts in (False, True)]
+    for a, b in zip(got, want, strict=True):
+        # a head in BF16 gets states in BF16, and may find another token the likeliest
+        assert a.tokens.shape == b.tokens.shape and (
+            (part == "head" and dtype != torch.float32) or torch.equal(a.tokens, b.tokens)
+        )
+
+
+def test_modules_run_where_the_kernels_of_decoding_cannot_be_built(
+    small_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each call of a kernel would fail, and each weight be converted for each token."""
+    broken = build.Library(build.library().isa)
+    broken.entries |= {name: build.library().entry(name) for name in build.IN_TRAINING}
+    broken._failed["decoding"] = build.BuildError("it is late")
+    for module in (calls, cpu):
+        monkeypatch.setattr(module, "library", lambda: broken)
+    assert ops.serving("cpu") == "cpu" and set(Decoder(small_model()).blocks) == {None}
+    said = ops.explain()
+    assert "none for decoding: it is late" in said
+    cells = {cells[0]: cells[2] for line in said.splitlines() if len(cells := re.split("  +", line)) > 2}
+    assert cells["blocks_step"] == "not here" and cells["quantize"] == "runs"
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])

@@ -27,23 +27,28 @@ from dsmini_kernels.cpu.tiles import quantize_dequantize as quantize_dequantize
 from dsmini_kernels.cpu.topk import topk_attention as topk_attention
 from dsmini_kernels.cpu.topk import topk_keys as topk_keys
 
-OPERATIONS = (
-    *("quantize", "dequantize", "quantize_dequantize"),
-    *("linear", "quantized_linear", "normed", "trained_norm", "trained_norm_gradients"),
-    *("attention_step", "grouped_attention_step", "feed_forward_step", "blocks_step"),
-    *("experts", "quantized_experts", "trained_experts", "trained_experts_gradients", "muon_update"),
-    *("causal_attention", "cached_attention", "trained_attention", "trained_attention_gradients"),
-    *("topk_keys", "topk_attention"),
-)
+OPERATIONS = {
+    **dict.fromkeys(("quantize", "dequantize", "quantize_dequantize"), "tiles"),
+    **dict.fromkeys(("linear", "quantized_linear"), "linear"),
+    **dict.fromkeys(("experts", "quantized_experts"), "experts"),
+    **dict.fromkeys(("trained_experts", "trained_experts_gradients"), "trained_experts"),
+    **dict.fromkeys(("trained_norm", "trained_norm_gradients"), "trained_norm"),
+    **dict.fromkeys(("causal_attention", "cached_attention"), "heads_attention"),
+    **dict.fromkeys(("trained_attention", "trained_attention_gradients"), "heads_attention"),
+    **{"attention_step": "attention", "grouped_attention_step": "grouped", "feed_forward_step": "feed_forward"},
+    **{"blocks_step": "blocks", "normed": "norms", "muon_update": "muon"},
+    **{"topk_keys": "topk_keys", "topk_attention": "topk_attention"},
+}
+"""Operations, and the function of a library that runs each."""
 
 
-def why_not() -> str | None:
-    """Compile and load the library for training; return in one sentence why that failed, or None.
+def why_not(operation: str = "quantize") -> str | None:
+    """Compile and load the library that has an operation; return in one sentence why that failed, or None.
 
     Raises: ValueError if DSMINI_CPU_ISA is unknown or names instructions that this CPU lacks.
     """
     try:
-        library().entry("tiles")
+        library().entry(OPERATIONS[operation])
     except BuildError as error:
         return str(error)
     return None
@@ -55,8 +60,14 @@ def expected() -> bool:
 
 
 def describe() -> str:
-    """Return the instruction set, the threads and the paths of the libraries in use."""
+    """Return the instruction set, the threads and the paths of the libraries, or why one is missing. Compile both."""
     loaded = library()
+    missing = [f"none for {part}: {reason}" for part, reason in prepare().items() if reason]
     tiles = "torch's own threads" if loaded.parallel else "one thread, as torch has no GOMP_parallel here"
-    paths = ", ".join(map(str, loaded.paths.values()))
+    paths = ", ".join([*map(str, loaded.paths.values()), *missing])
     return f"{loaded.isa}, tiles and many rows on {tiles}, steps on a team of their own, {paths}"
+
+
+def prepare() -> dict[str, str | None]:
+    """Compile and load all libraries; return for each why that failed, or None."""
+    return {"training": why_not("quantize"), "decoding": why_not("linear")}

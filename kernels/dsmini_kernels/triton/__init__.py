@@ -20,8 +20,8 @@ if _FOUND:
     from dsmini_kernels.triton.tiles import quantize_dequantize as quantize_dequantize
 
 
-def why_not() -> str | None:
-    """Return in one sentence why these kernels cannot run; None if they can."""
+def why_not(operation: str = "") -> str | None:
+    """Return in one sentence why these kernels cannot run; None if they can, which all do then."""
     if not _FOUND:
         return "Triton is not installed; pip install triton"
     from dsmini_kernels.triton import tiles
