@@ -19,7 +19,7 @@ from docs.tutorials.make_notebook import notebook
 from tests.docs.pages import TUTORIALS, Code, differences, read, shape
 from tests.helpers.commands import ROOT, let_prices_be_invented
 
-CHEAP = ("mla", "fp8_by_hand")
+CHEAP = ("mla", "fp8_by_hand", "own_loop")
 PAGES = sorted(path for path in TUTORIALS.glob("*.md") if path.name != "README.md")
 SMALL_TRAIN = "--train.seq-len 32 --train.batch-size 4 --train.eval-tokens 64 --train.sample-tokens 8 --train.threads 1"
 SMALL = (
@@ -89,7 +89,8 @@ def test_page_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     let_prices_be_invented(monkeypatch)
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for configs in (Path("configs"), Path("docs/tutorials")):
+        shutil.copytree(ROOT / configs, tmp_path / configs, ignore=shutil.ignore_patterns("*.png", "*.md"))
     names: dict[str, Any] = {"__name__": page.stem}
     blocks = read(page)
     assert any(block.printed for block in blocks)
