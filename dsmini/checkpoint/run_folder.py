@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dsmini.atomic import write_text
 from dsmini.config import RunConfig
@@ -71,9 +71,8 @@ def refuse_taken(out: Path | None) -> None:
         raise ValueError(f"--out {out} holds {held}; choose a new folder, or remove that one")
 
 
-@contextmanager
-def sole_trainer(run: Path) -> Iterator[None]:
-    """Lock a run's folder against other processes; the system frees the lock when this process ends.
+def lock_run(run: Path) -> IO[str]:
+    """Lock a run's folder against other processes, until the file that it returns is closed, or this process ends.
 
     Raises: ValueError if another process holds it.
     """
@@ -83,12 +82,12 @@ def sole_trainer(run: Path) -> Iterator[None]:
     except OSError as error:
         reason = f"cannot write {path}: {error.strerror}; a run is trained in a folder that can be written"
         raise ValueError(reason) from None
-    with os.fdopen(lock, "w"):  # which closes it
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is training in {run}; wait for it, or stop it") from None
-        yield
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"another process is training in {run}; wait for it, or stop it") from None
+    return os.fdopen(lock, "w")
 
 
 def check_run(run: Path) -> None:

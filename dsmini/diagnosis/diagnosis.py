@@ -30,6 +30,7 @@ from dsmini.machine import DTYPES, card, pick_device, pick_dtype, refuse_too_lar
 from dsmini.measure.price import Prices
 from dsmini.measure.roofs import BUSY, BUSY_WORDS
 from dsmini.nn import Transformer
+from dsmini.training.saving import check_state
 from dsmini.training.start import refuse_oversized, resolved
 from dsmini.training.trainer import Trainer
 
@@ -197,7 +198,7 @@ def training_subject(what: Path | None) -> Subject:
     trainer = Trainer(model, corpus, config, device)
     if run is not None and checkpoint_folders(run):
         parts, notes = ["model", "optimizer", *([] if trainer.average is None else ["average"])], list[str]()
-        checkpoint = last_checkpoint(run, parts, lambda found: trainer.check(found.tensors), notes.append)
+        checkpoint = last_checkpoint(run, parts, check_state, notes.append)
         _refuse_damaged(run, notes)
         state, done = checkpoint.state, min(checkpoint.state.step, trainer.config.train.steps - 1)
         rest = {"sequences": state.sequences, "average_updates": state.average_updates}

@@ -78,7 +78,6 @@ class RunOrigin:
         used = {key: getattr(self.before.train, key) for key in ("dtype", "threads")}
         auto = {key: value for key, value in used.items() if getattr(config.train, key) in ("auto", None)}
         config = dataclasses.replace(absolute(config), train=dataclasses.replace(config.train, **auto))
-        check_resume(self.before, config)
         own, given = tokenizer_file(self.resume, config), config.data.tokenizer
         if own is not None and given is not None and given != self.before.data.tokenizer:
             require(given.is_file(), f"there is no file {given}; leave --data.tokenizer out: {own} is used")

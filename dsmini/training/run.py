@@ -18,9 +18,7 @@ from dsmini.checkpoint.training_state import (
     checkpoint_folder,
     checkpoint_folders,
     checkpoint_step,
-    last_checkpoint,
     load_run,
-    read_checkpoint,
 )
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.console.messages import say
@@ -42,7 +40,7 @@ from dsmini.training.record import (
     log_path,
     row_of,
 )
-from dsmini.training.saving import NotSavedError, Saver
+from dsmini.training.saving import NotSavedError, Saver, newest_checkpoint
 from dsmini.training.trainer import StepResult, Trainer
 
 
@@ -305,14 +303,8 @@ class TrainingRun:
         if failed_to_write and self.world.size == 1 and whole:
             self._save()
 
-    def newest_checkpoint(self, say: Callable[[str], None]) -> Checkpoint:
-        """Return the newest whole checkpoint, which rank 0 finds and all read. Raises: as last_checkpoint."""
-        saver, world = self.saver, self.world
-        folder = world.first(lambda: last_checkpoint(self.folder, saver.parts, saver.fits, say).folder)
-        return world.together(lambda: read_checkpoint(folder, saver.parts, verified=True))
-
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Restore a checkpoint of this run that its saver `fits`."""
+        """Restore a checkpoint of this run."""
         self._note_start(checkpoint.state.step)
         if lost := self.saver.restore(checkpoint):
             of = f"{lost} of {checkpoint.state.step} steps"
@@ -337,7 +329,7 @@ class TrainingRun:
                 "with a smaller learning rate"
             )
         self._close_records()
-        self.saver.restore(self.newest_checkpoint(self.progress.say))
+        self.saver.restore(newest_checkpoint(self.config, self.world, self.progress.say, self.trainer.device))
         self.trainer.sequences, self.history.rewinds = place, rewinds + 1  # the data continues after the spike
         self.note("rewound")
         self._open_records()

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,18 +26,23 @@ from dsmini.checkpoint.training_state import (
     Tensors,
     check_tensors,
     checkpoint_folder,
+    last_checkpoint,
     prune,
+    read_checkpoint,
     state_texts,
     write_manifest,
 )
 from dsmini.config import RunConfig
 from dsmini.config.fields import require
 from dsmini.distributed.meeting import told
-from dsmini.distributed.mesh import Pieces
+from dsmini.distributed.mesh import Pieces, meta_model
 from dsmini.distributed.world import World
 from dsmini.machine import random_state, set_random_state
+from dsmini.training.optim import begin_stage, optimizer_state, optimizers
 from dsmini.training.record import METRICS, History, Row, is_whole, rows_of
 from dsmini.training.trainer import Trainer
+
+CPU = torch.device("cpu")
 
 
 def save_pieces(
@@ -110,6 +116,41 @@ def _write_all(folder: Path, held: Pieces, places: Mapping[str, Mapping[str, int
 # --- the state of a run
 
 
+def newest_checkpoint(
+    config: RunConfig, world: World, say: Callable[[str], None], device: torch.device = CPU
+) -> Checkpoint:
+    """Return the newest checkpoint of a run that is whole and fits its config. Rank 0 finds it, and all read it.
+
+    Args:
+        config: config with the run's folder `out`.
+        say: told on rank 0 about each newer checkpoint, with what is wrong with it.
+
+    Raises: ValueError if there is none, and for one that cannot be read now.
+    """
+    assert config.out is not None
+    run, parts = config.out, ["model", "optimizer", "rng"]
+    parts += [] if config.train.ema_decay is None else ["average"]
+    found = world.first(lambda: last_checkpoint(run, parts, partial(check_state, device=device), say).folder)
+    return world.together(lambda: read_checkpoint(found, parts, verified=True))
+
+
+def check_state(checkpoint: Checkpoint, device: torch.device = CPU) -> None:
+    """Refuse a checkpoint from which no run with its config can continue; ValueError says why."""
+    train, model = checkpoint.config.train, meta_model(checkpoint.config.model)
+    begin_stage(model, train.dsa_stage)
+    named = dict(model.named_parameters())
+    want = {"model": model.state_dict(), "optimizer": optimizer_state(optimizers(model, train), named.items())}
+    want["average"] = {name: p.float() for name, p in named.items()}
+    got = dict(checkpoint.tensors)
+    if "rng" in got:
+        states = random_state(device)
+        there = (states.keys() & got["rng"].keys()) | {"cpu"}  # another kind of device than before has no state in it
+        got["rng"], want["rng"] = ({n: t for n, t in of.items() if n in there} for of in (got["rng"], states))
+    for part, tensors in got.items():
+        check_tensors(tensors, want[part], f"{part}.safetensors")
+    require(is_whole(checkpoint.state.row), "the row of the last step in state.json lacks a figure")
+
+
 class NotSavedError(OSError):
     """A checkpoint could not be written; the earlier ones are still there."""
 
@@ -142,24 +183,10 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "saving")
         self._writing: Future[None] | None = None
 
-    @property
-    def parts(self) -> list[str]:
-        """The stems of the tensor files of this run's checkpoints."""
-        return ["model", "optimizer", "rng", *([] if self.trainer.average is None else ["average"])]
-
     # --- restore
 
-    def fits(self, checkpoint: Checkpoint) -> None:
-        """Refuse a checkpoint that this run cannot continue from; ValueError says why. Changes nothing."""
-        self.trainer.check(self.trainer.mine(checkpoint.tensors))
-        require(is_whole(checkpoint.state.row), "the row of the last step in state.json lacks a figure")
-        got, want = checkpoint.tensors["rng"], random_state(self.trainer.device)
-        there = (want.keys() & got.keys()) | {"cpu"}  # another kind of device than before has no state in it
-        of_both = [{name: state for name, state in states.items() if name in there} for states in (got, want)]
-        check_tensors(of_both[0], of_both[1], "rng.safetensors")
-
     def restore(self, checkpoint: Checkpoint) -> int:
-        """Restore a checkpoint of this run that `fits`; return the number of steps whose rows are lost.
+        """Restore a checkpoint of this run; return the number of steps whose rows are lost.
 
         Rank 0 alone has all rows, which it writes and draws. All ranks have the last one, with its validation.
         """

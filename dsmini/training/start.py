@@ -6,9 +6,10 @@ One that cannot fit into memory is refused before its model has any.
 import dataclasses
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -16,14 +17,14 @@ from rich.console import Console
 from dsmini import accounting, ops
 from dsmini.atomic import remove_leftovers, write_bytes, write_json, write_text
 from dsmini.checkpoint.run_folder import (
+    lock_run,
     new_run_folder,
     read_summary,
     refuse_taken,
     replace_config,
-    sole_trainer,
     tokenizer_file,
 )
-from dsmini.checkpoint.training_state import checkpoint_folders
+from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folders
 from dsmini.config import RunConfig
 from dsmini.config.fields import require
 from dsmini.console.messages import say
@@ -37,9 +38,10 @@ from dsmini.distributed.world import World, joined, own_share
 from dsmini.machine import DTYPES, keep_freed_memory, pick_dtype, refuse_too_large
 from dsmini.nn import Transformer
 from dsmini.reading import read_bytes, read_table
-from dsmini.training.origin import INIT, RunOrigin, absolute, check_resume
+from dsmini.training.origin import INIT, FirstWeights, RunOrigin, absolute, check_resume
 from dsmini.training.record import read_events, require_tensorboard
 from dsmini.training.run import TrainingRun
+from dsmini.training.saving import newest_checkpoint
 from dsmini.training.trainer import Trainer
 
 WHAT = "training this model with such a batch"
@@ -105,37 +107,59 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
     with joined(config.parallel.timeout, device, longest_wait=LONGEST_WAIT) as world, ExitStack() as stack:
         stack.enter_context(watched(world, config.parallel.timeout, device))
         world.refuse_unequal(_options(origin, config))
-        world.first(lambda: None if origin.resume else refuse_taken(config.out))
+        # 2. a new run has a free folder, one to continue stopped somewhere
+        resume, weights = origin.resume, origin.weights
+        stopped: Stopped | None = None
+        if resume is None:
+            world.first(lambda: refuse_taken(config.out))
+            lines = [] if weights is None else [f"weights {weights.folder}"]
+        else:
+            stack.enter_context(_locked(resume, world))
+            stopped = _where_stopped(origin, resume, device, world, console)
+            lines = world.first(lambda: _how_it_continues(resume, stopped, config))
+        # 3. the model fits into the memory; it has none yet
         if world.size == 1:  # first, for even without memory the layers of an absurd model take long to make
             refuse_oversized(config, device)
         mesh = Mesh(config.parallel, device)
-        model = divided_model(config.model, mesh)  # without memory yet
+        model = divided_model(config.model, mesh)
         if world.size > 1:
             refuse_oversized_parts(model, device, world)
-        # 2. the text: rank 0 tokenizes it into a file, which the others read
-        read: list[Corpus] = []
-        world.first(lambda: read.append(_read_corpus(config, origin.resume, console)))
-        corpus = read[0] if read else _read_corpus(config, origin.resume, console)
-        # 3. the folder
-        config = dataclasses.replace(config, train=world.first(lambda: resolved(config, device).train))
-        out = world.first(lambda: origin.resume or new_run_folder(config.out, origin.name))
+        # 4. the text: rank 0 tokenizes it into a file, which the others read
+        corpus = world.in_turn(lambda: _read_corpus(config, resume, console))
+        if stopped is not None:
+            world.first(lambda: _refuse_other_corpus(stopped, corpus))
+        # 5. the folder
+        config = world.first(lambda: resolved(config, device))
+        out = resume or world.first(lambda: new_run_folder(config.out, origin.name))
         world.refuse_unshared(out)
-        config = dataclasses.replace(absolute(config), out=out)
-        world.first(lambda: stack.enter_context(sole_trainer(out)) and None)
-        # 4. the model, and its first values or those of the last checkpoint
+        config = dataclasses.replace(config, out=out)
+        if resume is None:
+            stack.enter_context(_locked(out, world))
+        # 6. the model, with its first values or those of the checkpoint, which the Trainer's average starts from too
+        checkpoint, rows = stopped and stopped.checkpoint, weights and weights.rows
+        if checkpoint is not None:
+            rows = partial(_rows_of, checkpoint)
         torch.manual_seed(config.train.seed)
         model.compute_dtype = DTYPES[config.train.dtype]
-        with patience(console, "making the model"):  # before the Trainer, whose average of the parameters starts so
-            fill(model, mesh, device, None if origin.weights is None else origin.weights.rows)
+        with patience(console, "making the model"):
+            fill(model, mesh, device, rows)
         if config.train.optimizer == "muon":  # its kernel may have to be compiled
             world.beat(0, "compiling")
             with patience(console, "preparing kernels"):
                 world.first(lambda: ops.serving(device.type) and None)
         training = TrainingRun(config, Trainer(model, corpus, config, device, mesh), console, world)
-        lines = _continued(origin, training) if origin.resume else world.first(lambda: _begun(origin, training))
         for line in [*_introduction(config, corpus), *lines]:
             say(console, line)
+        # 7. the state of the checkpoint, or the first files of a new folder
+        if checkpoint is not None:
+            training.resume(checkpoint)
+        world.first(lambda: _continue(config, stopped) if stopped else _begin(config, corpus, weights))
         yield training
+
+
+def _locked(run: Path, world: World) -> AbstractContextManager[Any]:
+    """Lock a run's folder for all processes, on rank 0."""
+    return world.together(lambda: lock_run(run) if world.rank == 0 else nullcontext())
 
 
 def _options(origin: RunOrigin, config: RunConfig) -> dict[str, object]:
@@ -165,70 +189,89 @@ def resolved(config: RunConfig, device: torch.device) -> RunConfig:
     return dataclasses.replace(absolute(config), train=train)
 
 
-def _begun(origin: RunOrigin, training: TrainingRun) -> list[str]:
-    """Write the first files of a new run's folder; return lines about the weights it starts from.
-
-    config.toml is the last: with it the folder is a run, which can be resumed.
-    """
-    config, folder, weights = training.config, training.folder, origin.weights
+def _begin(config: RunConfig, corpus: Corpus, weights: FirstWeights | None) -> None:
+    """Write the first files of a new run's folder. config.toml is the last: with it the folder can be resumed."""
+    folder = config.out
+    assert folder is not None
     refuse_taken(folder)  # another run may have begun in it since it was looked at
-    write_json(folder / "corpus.json", training.trainer.corpus.describe())
+    write_json(folder / "corpus.json", corpus.describe())
     if config.data.tokenizer is not None:
         write_bytes(folder / "tokenizer.json", read_bytes(config.data.tokenizer))
     if weights is not None:
         write_json(folder / INIT, weights.describe())
     write_text(folder / "config.toml", config.to_toml())
-    return [] if weights is None else [f"weights {weights.folder}"]
 
 
-def _continued(origin: RunOrigin, training: TrainingRun) -> list[str]:
-    """Restore a run from its last checkpoint, or start it again where it was killed before its first one.
-
-    Return lines about what it does differently from here on.
-    """
-    config, folder, world, corpus = training.config, training.folder, training.world, training.trainer.corpus
-    steps, checkpoint = config.train.steps, None
-    if world.first(lambda: bool(checkpoint_folders(folder))):
-        with patience(training.console, "reading the checkpoint"):
-            checkpoint = training.newest_checkpoint(partial(say, training.console))
-        world.first(lambda: remove_leftovers(checkpoint.folder.parent))  # of a save that was killed
-        step, trained_on = checkpoint.state.step, checkpoint.state.corpus_sha256
-        old = dataclasses.replace(checkpoint.config, out=folder)  # the folder may have been moved
-        how = f"resuming after step {step} of {steps} from {checkpoint.folder}"
-    else:
-        assert origin.before is not None
-        step, old, trained_on = 0, origin.before, world.first(lambda: _corpus_before(folder))
-        how = f"starting again from step 0 of {steps}: there is no checkpoint yet"
-    require(
-        trained_on in (None, corpus.sha256),
-        f"{folder} was trained on a corpus with sha256 {trained_on}, {corpus.source} now has {corpus.sha256}; restore "
-        "that text, or name where it is now with --data.path, or start a new run from its weights with --init "
-        f"{folder}",
-    )
-    require(step <= steps, f"{folder} has done {step} steps, train.steps={steps} is fewer; use more")
-    finished = checkpoint is not None and read_summary(folder).get("steps") == step == steps
-    require(not finished, f"{folder} is finished: {step} of {steps} steps; to continue raise --train.steps")
-    changes = check_resume(old, config)
-    if checkpoint is not None:
-        training.resume(checkpoint)
-    world.first(lambda: replace_config(folder, old, config, step))
-    return [*changes, how]
+# --- a run to continue
 
 
-def _corpus_before(folder: Path) -> str | None:
-    """Return the hash of the corpus of a run that never had a checkpoint, if it is known.
+class Stopped(NamedTuple):
+    """The place where a run to continue stopped."""
 
-    Raises: ValueError for a run that had one.
-    """
-    if saved := [event["step"] for event in read_events(folder) if event["event"] == "saved"]:
+    config: RunConfig
+    """Config until then. Its folder is where the run is now: it may have been moved."""
+    checkpoint: Checkpoint | None
+    """The last whole one; None where the run was killed before its first one."""
+    step: int
+    corpus_sha256: Any
+    """Hash of the corpus so far; None if it is not known."""
+
+
+def _where_stopped(origin: RunOrigin, run: Path, device: torch.device, world: World, console: Console) -> Stopped:
+    """Find the last whole checkpoint. Raises: ValueError for a run whose checkpoints are gone or damaged."""
+    assert origin.before is not None
+    if not world.first(lambda: bool(checkpoint_folders(run))):
+        return Stopped(origin.before, None, 0, world.first(lambda: _corpus_without_checkpoint(run)))
+    with patience(console, "reading the checkpoint"):
+        last = newest_checkpoint(origin.before, world, partial(say, console), device)
+    return Stopped(dataclasses.replace(last.config, out=run), last, last.state.step, last.state.corpus_sha256)
+
+
+def _corpus_without_checkpoint(run: Path) -> Any:
+    """Return the hash of the corpus of a run that never had a checkpoint; raise ValueError for one that had."""
+    if saved := [event["step"] for event in read_events(run) if event["event"] == "saved"]:
         raise ValueError(
-            f"{folder} has saved {len(saved)} checkpoints, the last after step {saved[-1]}, and they are gone; put one "
+            f"{run} has saved {len(saved)} checkpoints, the last after step {saved[-1]}, and they are gone; put one "
             "back into its checkpoints, or start a new run in another folder"
         )
-    before = None
     with suppress(ValueError):  # the file is damaged
-        before = read_table(folder / "corpus.json").get("sha256")
-    return before if isinstance(before, str) else None
+        return read_table(run / "corpus.json").get("sha256")
+
+
+def _how_it_continues(run: Path, stopped: Stopped, config: RunConfig) -> list[str]:
+    """Return in lines what a run does differently from here on, and where it continues.
+
+    Raises: ValueError for changes that are not allowed, and for a run that has nothing left to do.
+    """
+    step, steps = stopped.step, config.train.steps
+    changes = check_resume(stopped.config, config)
+    require(step <= steps, f"{run} has done {step} steps, train.steps={steps} is fewer; use more")
+    if stopped.checkpoint is None:
+        return [*changes, f"starting again from step 0 of {steps}: there is no checkpoint yet"]
+    finished = read_summary(run).get("steps") == step == steps
+    require(not finished, f"{run} is finished: {step} of {steps} steps; to continue raise --train.steps")
+    return [*changes, f"resuming after step {step} of {steps} from {stopped.checkpoint.folder}"]
+
+
+def _refuse_other_corpus(stopped: Stopped, corpus: Corpus) -> None:
+    """Raise ValueError for another corpus than before."""
+    run, before = stopped.config.out, stopped.corpus_sha256
+    require(
+        before in (None, corpus.sha256),
+        f"{run} was trained on a corpus with sha256 {before}, {corpus.source} now has {corpus.sha256}; restore that "
+        f"text, or name where it is now with --data.path, or start a new run from its weights with --init {run}",
+    )
+
+
+def _rows_of(checkpoint: Checkpoint, name: str, rows: slice) -> torch.Tensor:
+    return checkpoint.tensors["model"][name][rows]
+
+
+def _continue(config: RunConfig, stopped: Stopped) -> None:
+    """Store the config that holds from here on, and remove what a save left that was killed."""
+    assert config.out is not None
+    remove_leftovers(config.out / "checkpoints")
+    replace_config(config.out, stopped.config, config, stopped.step)
 
 
 def _introduction(config: RunConfig, corpus: Corpus) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsmini.checkpoint.training_state import Tensors, check_tensors
+from dsmini.checkpoint.training_state import Tensors
 from dsmini.config import RunConfig
 from dsmini.config.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
 from dsmini.data.corpus import Corpus, Loader, Windows
@@ -340,14 +340,8 @@ class Trainer:
                 held.setdefault(self.mesh.holders(self._like(name, tensor)), {})[f"{part}/{name}"] = tensor
         return {holders: named for holders, named in held.items() if len(holders) > 1}
 
-    def check(self, tensors: Tensors) -> None:
-        """Refuse tensors that `load` cannot take; ValueError names the first. Changes nothing."""
-        for part, want in self.tensors().items():
-            check_tensors(tensors[part], want, f"{part}.safetensors")
-
     def load(self, tensors: Tensors, *, steps_done: int, sequences: int, average_updates: int) -> None:
-        """Load the tensors of a run after this many steps. All are checked before anything changes."""
-        self.check(tensors)
+        """Load the tensors of a run after this many steps."""
         for part, of in self.tensors().items():
             self._copy(of, tensors[part])
         if self.average is not None:

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from dsmini.checkpoint import tensor_files
 from dsmini.checkpoint.run_folder import read_summary
-from dsmini.checkpoint.training_state import MANIFEST, last_checkpoint, load_run, write_manifest
+from dsmini.checkpoint.training_state import MANIFEST, load_run, write_manifest
+from dsmini.distributed.world import World
 from dsmini.machine import random_state
 from dsmini.training import saving as checkpoints
 from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun
-from dsmini.training.saving import NotSavedError
+from dsmini.training.saving import NotSavedError, newest_checkpoint
 from tests.helpers.configs import refusal
 from tests.helpers.runs import new_run, resumed, unequal, whole
 
@@ -89,7 +90,7 @@ def test_damaged_checkpoint_is_named_and_passed_over(trained: Path, run: Path, n
         shutil.copy(trained / "checkpoints/step-000004" / name, file)
         do(file, where)
         said: list[str] = []
-        found = last_checkpoint(run, training.saver.parts, training.saver.fits, said.append)
+        found = newest_checkpoint(training.config, World(), said.append)
         assert found.folder.name == "step-000002"
         (sentence,) = said
         assert str(file.parent) in sentence and "using step-000002" in sentence
@@ -165,7 +166,7 @@ def test_checkpoint_that_cannot_be_read_now_is_not_passed_over(
     with monkeypatch.context() as patch:
         training = new_run(run, **OPTIONS)
         failing_once(patch, owner, name)
-        said = refusal(last_checkpoint, run, training.saver.parts, training.saver.fits, pytest.fail)
+        said = refusal(newest_checkpoint, training.config, World(), pytest.fail)
     assert said.startswith(f"cannot read {run}/checkpoints/step-000004: cannot read ")
     assert "Input/output error" in said and said.endswith(
         "; try again, or move that folder away to continue from the one before"

@@ -23,6 +23,7 @@ from dsmini.distributed.mesh import HeldRows, Mesh, divided_model, fill
 from dsmini.distributed.world import World
 from dsmini.training.record import Event, read_events
 from dsmini.training.run import TrainingRun
+from dsmini.training.saving import newest_checkpoint
 from dsmini.training.trainer import StepResult, Trainer
 from tests.conftest import SMALL
 from tests.distributed.faults import Fault, inject
@@ -151,7 +152,7 @@ def new_run(
     said = Console(file=(folder / f"said-{world.rank}").open("a"), width=1000)
     training = TrainingRun(trainer.config, trainer, said, world)
     if world.first(lambda: bool(checkpoint_folders(folder))):
-        training.resume(training.newest_checkpoint(str))
+        training.resume(newest_checkpoint(trainer.config, world, str))
     inject(training, faults)
     return training
 

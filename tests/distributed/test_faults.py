@@ -4,6 +4,7 @@ A run that is started again ends with the bits of one that met no fault. A row w
 started again after each of them.
 """
 
+import dataclasses
 import math
 import os
 import random
@@ -29,6 +30,7 @@ from dsmini.distributed.world import World
 from dsmini.machine import random_state
 from dsmini.training.record import read_events, read_records
 from dsmini.training.run import TrainingRun
+from dsmini.training.saving import newest_checkpoint
 from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault, of_this_process, parsed
 from tests.distributed.ranks import START, new_store, outcomes, run_ranks, spoken, start
 from tests.distributed.runs import (
@@ -413,9 +415,10 @@ def look(world: World, place: Path) -> list[tuple[bool, int, list[str]]]:
     training.trainer.step()
     for name in ("one", "all"):
         before, said, step = live(training), [], 0
-        training.folder = place / name
         try:
-            step = training.newest_checkpoint(said.append).state.step
+            step = newest_checkpoint(
+                dataclasses.replace(training.config, out=place / name), world, said.append
+            ).state.step
         except ValueError as failure:
             said = [str(failure)]
         found.append((unequal(before, live(training)) == set(), step, said))

@@ -15,11 +15,13 @@ from rich.console import Console
 from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.checkpoint.training_state import Checkpoint, last_checkpoint
+from dsmini.checkpoint.training_state import Checkpoint
 from dsmini.data.corpus import Corpus
+from dsmini.distributed.world import World
 from dsmini.machine import random_state
 from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun
+from dsmini.training.saving import newest_checkpoint
 from dsmini.training.trainer import Trainer
 from tests.conftest import SMALL
 
@@ -88,7 +90,7 @@ def resumed(
     training = new_run(folder, **options)
     torch.manual_seed(99)  # another random state than the stored one
     say = (lambda line: None) if said is None else said.append
-    training.resume(change(last_checkpoint(folder, training.saver.parts, training.saver.fits, say)))
+    training.resume(change(newest_checkpoint(training.config, World(), say)))
     return training
 
 

@@ -11,9 +11,10 @@ from unittest.mock import MagicMock
 import pytest
 from rich.console import Console
 
-from dsmini.checkpoint.training_state import last_checkpoint
+from dsmini.distributed.world import World
 from dsmini.training import record
 from dsmini.training.record import finite, read_records, row_of
+from dsmini.training.saving import newest_checkpoint
 from dsmini.training.trainer import StepResult
 from tests.helpers.runs import RICH, new_run
 
@@ -70,7 +71,7 @@ def test_run_resumes_without_the_rows_that_are_not_whole(
     training = new_run(tmp_path, **RICH)
     said: list[str] = []
     training.console = Console(file=io.StringIO(), width=200)
-    training.resume(last_checkpoint(tmp_path, training.saver.parts, training.saver.fits, said.append))
+    training.resume(newest_checkpoint(training.config, World(), said.append))
     assert training.console.file.getvalue() == "metrics.jsonl lacks 1 of 4 steps; the plots leave them out\n"
     assert said == []
     assert training.train()
