@@ -63,7 +63,7 @@ class Setting:
     @property
     def turns(self) -> dict[str, Any]:
         """Number, seconds and deadline of the turns of a comparison, as in_turns takes them."""
-        number = {"count": 9, "seconds": 1.5, "least": 3} if self.quick else {"count": 40, "seconds": 12.0, "least": 5}
+        number = {"count": 9, "seconds": 1.5, "least": 3} if self.quick else {"count": 40, "seconds": 12.0, "least": 6}
         return {**number, "on_turn": self.deadline}
 
     def predicted(

@@ -1,4 +1,4 @@
-"""python -m dsmini.diagnose: which of Data, Algorithm and Machine binds training or decoding, proved by experiment."""
+"""python -m dsmini.diagnose: is data, the algorithm or the machine the bottleneck? Predicted, then measured."""
 
 import dataclasses
 import json
@@ -28,10 +28,10 @@ MOST_BATCH = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseCommand:
-    """Find which of Data, Algorithm and Machine binds training or decoding, proved by experiment on this machine.
+    """Find the bottleneck of training or decoding on this machine: data, the algorithm, or the machine.
 
-    WHAT is a config, such as configs/toy.toml, or the folder of a run, which is only read. Each prediction is made
-    before its experiment. Plain steps and steps with one thing made free take turns.
+    WHAT is a config, such as configs/toy.toml, or the folder of a run, which is only read. One cost at a time is
+    removed: the gain is predicted first, then measured, as plain and changed steps take turns.
     """
 
     what: Annotated[Path | None, tyro.conf.Positional] = None
@@ -46,10 +46,12 @@ class DiagnoseCommand:
     """Sequences that are decoded together, for --work decode; left out: 1."""
     quick: bool = False
     """Look for half a minute instead of three, at the verdict alone. Predict only where roofs are stored, for 20 s."""
+    fresh: bool = False
+    """Measure this machine's rates and prices again, in place of those that are stored."""
     rounds: int | None = None
-    """Number of rounds, instead of as many as fit into the time."""
+    """Number of rounds, instead of as many as fit into the time. A verdict on 4 changes needs 7, on 8 changes 8."""
     only: tuple[str, ...] = ()
-    """Names of the interventions to try, such as replay dense_active; left out: all that apply."""
+    """Names of the changes to try, such as replay dense_active; left out: all that apply."""
     out: Path | None = None
     """Folder for diagnosis.html, a page to read offline, and diagnosis.json."""
     json: bool = False
@@ -73,7 +75,7 @@ HELP = Help(
         "runs/toy-001 --out diagnosis",
         "runs/toy-001 --work decode --context 128 --batch 4",
     ),
-    main=("work", "context", "batch", "quick", "rounds", "only", "out", "json"),
+    main=("work", "context", "batch", "quick", "fresh", "rounds", "only", "out", "json"),
 )
 
 

@@ -71,7 +71,7 @@ def measure(setting: Setting, step: str, dtype: Any) -> Iterator[Figure]:
                     turn()
 
         runs = {backend: partial(under, backend) for backend in ("cpu", "eager") if backend == "cpu" or not slow}
-        how = {"count": 5, "seconds": 0.2} if setting.quick else {"count": 15, "seconds": 2.0}
+        how = {"count": 6, "seconds": 0.2} if setting.quick else {"count": 15, "seconds": 2.0}
         how |= {"least": 3, "least_seconds": 0.002 if setting.quick else 0.01}
         taken = in_turns(runs, setting.device, **{**setting.turns, **how})
         here, roof = {"kernel": kernel, **case}, roof_seconds(calls, taken.median("cpu"), dtype, setting)

@@ -75,7 +75,7 @@ class Size(NamedTuple):
         return (self.turns + 1) * (COUNTED + 1)
 
 
-FULL, QUICK = Size((128, 2048, 8192), (128, 512, 2048, 8192), 7, 16), Size((128, 1024), (256,), 5, 4)
+FULL, QUICK = Size((128, 2048, 8192), (128, 512, 2048, 8192), 7, 16), Size((128, 1024), (256,), 6, 4)
 
 
 def _size(setting: Setting) -> Size:

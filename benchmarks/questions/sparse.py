@@ -48,7 +48,7 @@ def cases(setting: Setting) -> list[Case]:
     seconds, reading = 4.0 if setting.quick else 20.0, partial(prompt_speed, setting)
     return [
         *cases_over("decode context={}", ((n,) for n in contexts), seconds, partial(decode_speed, setting)),
-        # two rounds to warm up and to count, then five of three ways; attention is far below the peak rate
+        # two rounds to warm up and to count, then six of three ways; attention is far below the peak rate
         *(Case(key=f"prompt={n}", seconds=2.0 + expected[n], run=partial(reading, n)) for n in prompts),
     ]
 
@@ -95,7 +95,7 @@ def prompt_speed(setting: Setting, tokens: int) -> Iterator[Figure]:
     shape: dict[str, Any] = {"work": "prefill", "dtype": setting.dtype_name, "batch": 1, "tokens": tokens}
     shapes = {name: StepShape(config=model.config, **shape) for name, model in both.items()}
     predicted = setting.predicted(shapes, dry) | setting.predicted({"dense in one call": shapes["dense"]})
-    yield from race(setting, {"prompt": tokens}, runs, predicted=predicted, count=5, least=5)
+    yield from race(setting, {"prompt": tokens}, runs, predicted=predicted, count=6, least=6)
 
 
 def answer(figures: list[Figure]) -> str:

@@ -1,16 +1,22 @@
 """An arm is all that an experiment is: a step with one thing changed, an axis, and advice. Arms take turns.
 
     turn 1    plain plain plain   replay replay replay   dense dense dense   ...
-    turn 2    plain plain plain   replay replay replay   dense dense dense   ...
+    turn 2    plain plain plain   dense dense dense   replay replay replay   ...
 
-The first arm is the work as it is. Of the steps of an arm in a turn the first are not counted, since they find what was
-prepared while other arms ran. The gain of an arm is the share of a step's time that would go:
+The first arm is the work as it is. It begins each turn, and the others change places. Of the steps of an arm in a turn
+the first are not counted, since they find what was prepared while other arms ran. The gain of an arm is the share of a
+step's time that would go:
 
     gain = (T - T_X) / T,    T the mean seconds of plain steps in a turn, T_X those of the arm in the same turn
 
 Worked example: plain steps of 200, 210 and 400 ms, with the batch at hand 100, 104 and 205 ms. The turns gain 0.5,
-0.505 and 0.488. The median is 0.5, although the third turn was twice as slow. Intervals are those of measure/turns.py,
-widened so that those of all arms of an axis hold together: the best of them is taken.
+0.505 and 0.488. The median is 0.5, although the third turn was twice as slow.
+
+A verdict takes the best of all arms. So each of m arms has an interval (measure/turns.py) whose lower end is above the
+truth in at most 5 / m of 100 cases: in at most 5 of 100 diagnoses some lower end is. 4 arms need 7 turns for that, and
+8 arms 8; after fewer there are no intervals.
+
+An arm that is computed takes no steps. Its gain is shown, and wins no verdict.
 
 The clock decides. No arm begins its steps after the time is over, and what is known then is kept.
 """
@@ -21,16 +27,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
-from dsmini.measure.turns import LEAST_TURNS, Estimate, TimeOverError, Turns, in_turns, mean_of, median_of, reported
-from dsmini.reading import read_toml
+from dsmini.measure.turns import (
+    Estimate,
+    TimeOverError,
+    Turns,
+    in_turns,
+    least_turns,
+    mean_of,
+    median_of,
+    reported,
+)
+from dsmini.report.units import percent as percent_of
 
 Axis = Literal["Data", "Algorithm", "Machine"]
 Work = Literal["training", "decoding"]
 AXES: tuple[Axis, ...] = ("Data", "Algorithm", "Machine")
+ALARMS = 0.05
+"""Largest share of diagnoses in which the lower end of some arm's interval is above the truth."""
 Step = Callable[[float], float]
 """Takes one step. It is told the seconds of this turn's plain step, and returns the seconds of its own."""
 Apply = Callable[[], AbstractContextManager[Step]]
@@ -43,7 +58,8 @@ class Arm:
 
     name: str
     apply: Apply
-    axis: Axis = "Machine"
+    axis: Axis | None = None
+    """What it makes free; None for a choice that is none of them, such as the size of a batch."""
     words: str = ""
     """The change in words."""
     advice: str = ""
@@ -59,19 +75,10 @@ class Arm:
     """Tokens that a step makes, in those of a plain step."""
     is_rare: bool = False
     """A part of the steps has all of its gain, such as stalls: the mean over turns counts, which a median hides."""
+    is_computed: bool = False
+    """Its seconds follow from a formula, and no step of its own is taken."""
     at: float | None = None
     """Place on the axis of a plot; None for a bar."""
-
-
-@cache
-def words() -> dict[str, Any]:
-    """Return the words of arms and evidence by work and name."""
-    return read_toml(Path(__file__).with_name("words.toml"))
-
-
-def arm_of(work: Work, name: str, apply: Apply, **more: Any) -> Arm:
-    """Return the arm of that name, with its axis and its words."""
-    return Arm(name=name, apply=apply, **words()[work][name], **more)
 
 
 @dataclass(kw_only=True)
@@ -95,20 +102,29 @@ class Comparison:
         return [arm for arm in self.arms[1:] if arm.name in self.turns.seconds]
 
     @property
+    def tail(self) -> float:
+        """Largest chance that the lower end of an arm's interval is above the truth."""
+        return ALARMS / max(1, sum(not arm.is_computed for arm in self.measured))
+
+    @property
+    def least_turns(self) -> int:
+        """Number of turns without which gains have no intervals."""
+        return least_turns(self.tail)
+
+    @property
     def gains(self) -> dict[str, Estimate]:
         """Share of a token's time that would go, by arm."""
-        axes = [arm.axis for arm in self.measured]
         found: dict[str, Estimate] = {}
         for arm in self.measured:
             per_token = [seconds / arm.tokens for seconds in self.turns.seconds[arm.name]]
             pairs = [*zip(self.turns.seconds[self.plain], per_token, strict=True)]
             if arm.is_rare:
                 middle = statistics.fmean(plain for plain, _ in pairs)
-                saved = mean_of([(plain - own) / middle for plain, own in pairs])
-                few = len(pairs) < LEAST_TURNS
+                saved = mean_of([(plain - own) / middle for plain, own in pairs], self.tail)
+                few = len(pairs) < self.least_turns
                 found[arm.name] = replace(saved, low=-math.inf, high=math.inf) if few else saved
             else:
-                found[arm.name] = median_of([1 - own / plain for plain, own in pairs], together=axes.count(arm.axis))
+                found[arm.name] = median_of([1 - own / plain for plain, own in pairs], tail=self.tail)
         return found
 
     def predicted_gain(self, arm: Arm) -> float | None:
@@ -118,12 +134,18 @@ class Comparison:
         return 1 - self.predicted[arm.name] / arm.tokens / self.predicted[self.plain]
 
 
-def percent(gain: Estimate | float | None, digits: int = 0) -> str:
-    """Write a share in percent, with its interval if it has one; nothing for None."""
+def percent(gain: Estimate | float | None, decimals: int = 0) -> str:
+    """Write a share in percent, with its interval if it has one; nothing for None.
+
+    A loss of more than a whole step is a factor: 3 times as long.
+    """
+    if gain is None:
+        return ""
+    if isinstance(gain, Estimate) and gain.value < -1:
+        return f"{1 - gain.value:.0f} times as long"
     if isinstance(gain, Estimate) and gain.is_clear:
-        return f"{100 * gain.value:.0f} % ({100 * gain.low:.0f} to {100 * gain.high:.0f})"
-    value = gain.value if isinstance(gain, Estimate) else gain
-    return "" if value is None else f"{100 * value:.{digits}f} %"
+        return f"{percent_of(gain.value)} ({100 * gain.low:.0f} to {100 * gain.high:.0f})"
+    return percent_of(gain.value if isinstance(gain, Estimate) else gain, decimals)
 
 
 def predict(arms: Sequence[Arm], prices: Any) -> dict[str, float]:
@@ -151,7 +173,7 @@ def measure(
             warm up is kept.
         on_turn: told the share that is done and the number of whole turns.
 
-    Raises: KeyboardInterrupt if it is interrupted before there are turns enough for an interval.
+    Raises: KeyboardInterrupt if it is interrupted before there are turns enough for intervals.
     """
     found = Comparison(arms=arms, predicted=predicted or {})
     last: dict[str, float] = {}
@@ -171,11 +193,12 @@ def measure(
 
     runs = {arm.name: lambda arm=arm: steps_of(arm) for arm in arms}
     try:
-        in_turns(runs, count=count, seconds=until - time.perf_counter(), least=0, clock=reported, on_turn=noted)
+        how = {"count": count, "seconds": until - time.perf_counter(), "least": 0}
+        in_turns(runs, first=found.plain, clock=reported, on_turn=noted, **how)
     except TimeOverError:
         pass
     except KeyboardInterrupt:
-        if found.turns.count < LEAST_TURNS:
+        if found.turns.count < found.least_turns:
             raise
         found.stopped = True
     if not found.turns.count:

@@ -8,9 +8,9 @@
     bfloat16_weights   Machine    weights of 2 bytes
     fp8_weights        Machine    weights of 1 byte, with scales
     all_threads        Machine    products run on all cores
-    quiet_machine      Machine    other programs take nothing (contention.py)
+    quiet_machine      Machine    other programs take nothing: computed (contention.py)
 
-A negative gain is what the way in use saves: expanded_mla at -50 % says that a step would take half as long again. A
+Where a gain is negative, the current choice is faster: with expanded_mla at -50 % a step takes half as long again. A
 step is what generation does: embed the last token, run the blocks with the cache, make logits.
 
     cached tokens         0 1 2 ... context-1 | new token        the new token's row is written, and attends to all
@@ -51,17 +51,18 @@ from torch import Tensor, nn
 from dsmini import accounting, ops
 from dsmini.accounting import mha_twin
 from dsmini.config import ModelConfig
-from dsmini.diagnosis.arms import Arm, Step, Work, arm_of, percent
+from dsmini.diagnosis.arms import Arm, Axis, Step, Work, percent
 from dsmini.diagnosis.contention import Contention, on_threads, quiet, watch
 from dsmini.diagnosis.findings import Finding, other_programs
-from dsmini.diagnosis.training import dense_baseline, no_more_threads
+from dsmini.diagnosis.training import all_threads, dense_baseline, quiet_machine
 from dsmini.inference import Generation
 from dsmini.inference.fused import Decoder
 from dsmini.inference.generation import prefill
 from dsmini.inference.sampling import Sampling, likeliest
 from dsmini.inference.speculative import Drafter, agreed
-from dsmini.machine import cores, memory_bytes, refuse_too_large
+from dsmini.machine import memory_bytes, refuse_too_large
 from dsmini.measure.price import Forecast, Prices
+from dsmini.measure.turns import stopwatch
 from dsmini.measure.workloads import ROOM, StepDtype, StepShape, decoding_step, dtype_name, random_cache, random_tokens
 from dsmini.nn import Block, Cache, MoE, Rope, Transformer
 from dsmini.nn.attention import Attention
@@ -128,7 +129,7 @@ class DecodingSubject:
         """First token of each sequence that is decoded, [b, 1]."""
         self.run = decoding_step(self.model, self.cache, self.tokens)
         """Takes one step. It decodes a token of each sequence, and cuts the cache back."""
-        self._timed = {(PLAIN, batch): timed(self.run)}
+        self._timed = {(PLAIN, batch): timed(self.run, self.device)}
         self.turns: list[Contention] = []
         """What others took in turns of plain steps, the one to warm up included."""
         self.prices: DecodingPrices | None = None
@@ -168,7 +169,7 @@ class DecodingSubject:
             point = Point(batch=key[1], context=self.context)
             if batch is None:
                 point = replace(point, tokens=self.tokens, rows=self.cache)
-            self._timed[key] = timed(variant.steps(self.model, point))
+            self._timed[key] = timed(variant.steps(self.model, point), self.device)
         return self._timed[key]()
 
     @cached_property
@@ -197,33 +198,32 @@ class DecodingSubject:
     def arms(self, prices: Prices | None) -> list[Arm]:
         """Return all arms, the plain steps first. Without prices nothing is predicted."""
         self.prices = None if prices is None else DecodingPrices(self, prices)
-        arm = partial(arm_of, "decoding")
-        reasons = {**self._attention_stays(), **self._weights_stay()}
-        reasons["dense_active"] = (
-            None if self.config.n_dense_layers < self.config.n_layers else "the model has no routed experts"
-        )
-        reasons["drafts"] = drafts = self._no_guesses()
+        reasons = {**self._attention_stays(), **self._weights_stay(), "drafts": self._no_guesses()}
+        if self.config.n_dense_layers >= self.config.n_layers:
+            reasons["dense_active"] = "the model has no routed experts"
 
         def of(name: str, variant: Variant) -> Arm:
-            tokens = 1.0
-            if name == "drafts" and drafts is None and self.acceptance is not None:
+            tokens, step = 1.0, partial(changed, variant, self.seconds)
+            if name == "drafts" and reasons[name] is None and self.acceptance is not None:
                 tokens = self.acceptance.tokens_per_step
-            step = partial(changed, variant, self.seconds)
-            predict = lambda p: changed(variant, p.seconds, p.seconds(PLAIN))  # noqa: E731
-            return arm(name, lambda: nullcontext(step), why_not=reasons[name], predict=predict, tokens=tokens)
+            return Arm(
+                name=name,
+                axis=variant.axis,
+                apply=lambda: nullcontext(step),
+                why_not=reasons.get(name),
+                predict=lambda p: changed(variant, p.seconds, p.seconds(PLAIN)),
+                tokens=tokens,
+                words=variant.words,
+                advice=variant.advice,
+            )
 
         no_data = "decoding waits for no data: the model makes each token itself"
         return [
             Arm(name="plain", apply=self.plain, predict=lambda p: p.seconds(PLAIN)),
             *(of(name, variant) for name, variant in VARIANTS.items()),
-            arm(
-                "all_threads",
-                lambda: self.threads(cores()),
-                why_not=no_more_threads(self.device),
-                predict=lambda p: p.threads(cores()),
-            ),
+            all_threads(self, "Leave train.threads out, so that all cores are used."),
             Arm(name="replay", axis="Data", why_not=no_data, apply=lambda: nullcontext(lambda base: base)),
-            arm("quiet_machine", lambda: quiet(self.turns[-1]), uncounted=0, counted=1),
+            quiet_machine(lambda: quiet(self.turns[-1]), "Stop other programs, or leave them a core."),
         ]
 
     def _attention_stays(self) -> dict[str, str | None]:
@@ -393,20 +393,12 @@ def tokens_of(model: Transformer, point: Point) -> Int[Tensor, "b 1"]:
     return random_tokens(model.config, point.batch, 1, model.device) if point.tokens is None else point.tokens
 
 
-def timed(run: Callable[[], Any]) -> Callable[[], float]:
+def timed(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
     """Return what takes steps, as many as a turn needs, and returns the mean seconds of one."""
     run()
-    start = time.perf_counter()
-    run()
-    steps = max(1, min(MOST_STEPS, round(TURN / max(1e-6, time.perf_counter() - start))))
-
-    def turn() -> float:
-        start = time.perf_counter()
-        for _ in range(steps):
-            run()
-        return (time.perf_counter() - start) / steps
-
-    return turn
+    clock = stopwatch(device)
+    steps = max(1, min(MOST_STEPS, round(TURN / max(1e-6, clock(run, 1)))))
+    return lambda: clock(run, steps) / steps
 
 
 # --- variants of a model
@@ -481,6 +473,11 @@ class Variant:
     """Work whose Python it runs: steps by modules run that of prefill."""
     reference: Optional["Variant"] = None
     """Steps that run in the same way and do what plain steps do; None: plain steps themselves."""
+    axis: Axis = "Machine"
+    words: str = ""
+    """The change in words."""
+    advice: str = ""
+    """What to do where it gains, in one sentence."""
 
     def steps(self, model: Transformer, point: Point) -> Callable[[], Any]:
         """Return its steps of this model."""
@@ -490,13 +487,49 @@ class Variant:
 PLAIN = Variant()
 ABSORBED = Variant(make=steps_at("absorbed"), runs_as="prefill")
 VARIANTS = {
-    "free_cache": Variant(context=1),
-    "expanded_mla": Variant(make=steps_at("expanded"), runs_as="prefill", reference=ABSORBED),
-    "mha_baseline": Variant(change=with_mha),
-    "dense_active": Variant(change=with_dense),
-    "drafts": Variant(make=guessing_steps),
-    "bfloat16_weights": Variant(change=with_bfloat16_weights, dtype="bfloat16"),
-    "fp8_weights": Variant(change=with_fp8_weights, dtype="fp8"),
+    "free_cache": Variant(
+        context=1,
+        words="1 cached token in place of all: the rest is not attended to",
+        advice="Shorten the contexts, or make the cache smaller: a smaller kv_lora_rank, --cache-dtype fp8.",
+    ),
+    "expanded_mla": Variant(
+        make=steps_at("expanded"),
+        runs_as="prefill",
+        reference=ABSORBED,
+        axis="Algorithm",
+        words="keys and values of all cached tokens are made again, instead of absorbing",
+        advice="Expand: at so few cached tokens absorbing costs more than it saves.",
+    ),
+    "mha_baseline": Variant(
+        change=with_mha,
+        axis="Algorithm",
+        words="multi-head attention of as many heads, which caches keys and values of each",
+        advice='Set model.attention = "mha" where contexts stay this short: it has a larger cache, fewer projections.',
+    ),
+    "dense_active": Variant(
+        change=with_dense,
+        axis="Algorithm",
+        words="a dense feed-forward with as many active parameters replaces the experts",
+        advice="Make fewer and wider experts: routing and small products cost more than they save at this size.",
+    ),
+    "drafts": Variant(
+        make=guessing_steps,
+        axis="Algorithm",
+        words="multi-token prediction guesses, and one step checks all guesses",
+        advice="Add --speculative to dsmini.generate.",
+    ),
+    "bfloat16_weights": Variant(
+        change=with_bfloat16_weights,
+        dtype="bfloat16",
+        words="weights are held in BF16",
+        advice="Make a folder in BF16 by python -m dsmini.convert RUN FOLDER --dtype bfloat16, and decode from it.",
+    ),
+    "fp8_weights": Variant(
+        change=with_fp8_weights,
+        dtype="fp8",
+        words="weights inside the blocks are held as FP8 codes with scales",
+        advice="Make a folder in FP8 by python -m dsmini.convert RUN FOLDER --fp8, and decode with --fp8 keep.",
+    ),
 }
 """Variants by the name of their arm."""
 

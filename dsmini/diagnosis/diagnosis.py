@@ -26,10 +26,10 @@ from dsmini.diagnosis.arms import Arm, measure, patched, predict
 from dsmini.diagnosis.decoding import DecodingSubject
 from dsmini.diagnosis.training import Subject
 from dsmini.diagnosis.verdict import Diagnosis
-from dsmini.machine import DTYPES, card, pick_device, pick_dtype, refuse_too_large
+from dsmini.machine import DTYPES, card, cores, pick_device, pick_dtype, refuse_too_large
 from dsmini.measure.price import Prices
-from dsmini.measure.roofs import BUSY, BUSY_WORDS
 from dsmini.nn import Transformer
+from dsmini.report.units import plural
 from dsmini.training.saving import check_state
 from dsmini.training.start import refuse_oversized, resolved
 from dsmini.training.trainer import Trainer
@@ -71,6 +71,7 @@ def answer(
     context: int | None = None,
     batch: int | None = None,
     quick: bool = False,
+    fresh: bool = False,
     rounds: int | None = None,
     only: Sequence[str] = (),
     on_part: OnPart = lambda done, what: None,
@@ -78,6 +79,7 @@ def answer(
     """Diagnose training or decoding by a config, a run or a model's folder; gather evidence in the time that is left.
 
     Args:
+        fresh: measure this machine's rates and prices again.
         only: names of the arms to try; none: all that apply.
 
     Raises: ValueError for what is none of them, a damaged run, a context longer than the model's, and an arm that does
@@ -86,10 +88,10 @@ def answer(
     on_part(0.0, "reading")
     subject = training_subject(what) if work == "train" else decoding_subject(what, batch or 1, context)
     device, prices = subject.device, None
-    if device.type == "cpu" and quick:
+    if device.type == "cpu" and quick and not fresh:
         prices = Prices.stored()
     elif device.type == "cpu":
-        prices = Prices.here(on_part=lambda share, part: on_part(ROOFS * share, part))
+        prices = Prices.here(on_part=lambda share, part: on_part(ROOFS * share, part), fresh=fresh)
     plan = Plan(seconds=SECONDS[work][quick], predicting=PREDICTING[quick], only=only)
     if rounds is not None:
         plan = dataclasses.replace(plan, seconds=math.inf, rounds=rounds)
@@ -100,9 +102,8 @@ def answer(
         evidence.gather(found, subject, left, lambda share, part: on_part(end + (1 - end) * share, part))
     found.of = f"{'decoding, ' if work == 'decode' else ''}{what or 'the default run'}"
     found.facts, found.machine = subject.facts, card(device)
-    busy = 0.0 if prices is None else max(prices.busy, prices.roofs.busy)
-    if busy > BUSY:
-        found.warnings.append(f"{BUSY_WORDS.format(busy).capitalize()}.")
+    if prices is not None and (disturbed := prices.roofs.disturbed or prices.disturbed):
+        found.warnings.append(f"{disturbed[0].upper()}{disturbed[1:]}.")
     if prices is None and device.type == "cpu":
         found.warnings.append(
             "Nothing was predicted: this machine's rates are not known; without --quick they are measured."
@@ -146,7 +147,14 @@ def diagnose(
     compared = measure(tried, predicted, count=plan.rounds, until=until, on_turn=on_turn)
     notes = ["It was interrupted, and rests on the rounds until then."] if compared.stopped else []
     if prices is not None and any(arm.predict and arm.name not in predicted for arm in tried):
-        notes.append("Some arms have no prediction: its time was over. A quiet machine, or the same again, has more.")
+        notes.append("Some changes have no prediction, as its time was over; the next diagnosis has more of them.")
+    gain = compared.gains.get("all_threads")
+    if gain is not None and gain.high < 0:
+        used, times = plural(torch.get_num_threads(), "thread"), 1 - gain.value
+        notes.append(
+            f"On {cores()} cores a step takes {times:.1f} times as long as on {used}: other programs use them. Keep "
+            f"--train.threads {torch.get_num_threads()}, or stop the other programs."
+        )
     return Diagnosis(
         compared=compared,
         findings=[*subject.look_back(), *findings],
@@ -165,7 +173,7 @@ def chosen(arms: Sequence[Arm], only: Sequence[str]) -> list[Arm]:
     by_name = {arm.name: arm for arm in arms[1:] if arm.uncounted}
     for name in only:
         if name not in by_name:
-            raise ValueError(f"unknown intervention {name!r}; use one of {', '.join(by_name)}")
+            raise ValueError(f"unknown change {name!r}; use one of {', '.join(by_name)}")
         if why := by_name[name].why_not:
             raise ValueError(f"--only {name} does not apply: {why}; leave it out")
     return [arm for arm in arms if not only or arm.name in (arms[0].name, *only) or not arm.uncounted]

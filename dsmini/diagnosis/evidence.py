@@ -25,7 +25,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from dsmini.diagnosis.arms import Arm, Comparison, measure, percent, predict, words
+from dsmini.diagnosis.arms import Arm, Comparison, measure, percent, predict
 from dsmini.diagnosis.decoding import DecodingSubject
 from dsmini.diagnosis.pages import plot_of, sentence_of, table_of
 from dsmini.diagnosis.training import Subject
@@ -45,6 +45,9 @@ LEAST_INTENSITY = 0.01
 """FLOPs a byte below which an operation is not drawn: it only looks at its bytes."""
 MOST_KINDS = 4
 """Number of kinds that the plot names, by their time."""
+ABOUT_BATCHES = (
+    "Batches are in memory, and rows of caches random. How much a larger batch teaches is not measured here."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +112,18 @@ def all_evidence(subject: Subject | DecodingSubject, step: float) -> list[Eviden
     """
     prices, used, most = subject.prices, torch.get_num_threads(), cores()
     own, *sizes = subject.batch_sizes()
-    advice = {name: words()[subject.work][name]["advice"] for name in ("batches", "threads")}
+    of_batch, of_threads = (
+        "Decode {} sequences at a time: give dsmini.generate several prompts.",
+        "Decode with {} threads.",
+    )
+    if subject.work == "training":
+        of_batch = "Set train.batch_size = {}, if fewer and larger steps learn as much from as many tokens."
+        of_threads = "Set train.threads = {}."
     batches = [
         Arm(
             name=f"batch x {n / own:g}" if n != own else f"batch {n}",
             apply=partial(subject.batch_of, n),
-            advice=advice["batches"].format(n),
+            advice=of_batch.format(n),
             predict=lambda p, n=n: p.seconds(batch=n),
             tokens=n / own,
             at=float(n),
@@ -126,7 +135,8 @@ def all_evidence(subject: Subject | DecodingSubject, step: float) -> list[Eviden
         Arm(
             name=plural(n, "thread"),
             apply=partial(subject.threads, n),
-            advice=advice["threads"].format(n),
+            axis="Machine",
+            advice=of_threads.format(n),
             predict=lambda p, n=n: p.threads(n),
             at=float(n),
         )
@@ -156,12 +166,15 @@ def sweep(name: str, arms: Sequence[Arm], prices: object, step: float, seconds: 
         tried.remove(max(tried[1:], key=lambda arm: arm.tokens))
     tried = [replace(arm, uncounted=0, counted=1) for arm in tried]
     compared = measure(tried, predict(tried, prices), count=MOST_TURNS, until=until)
-    said, finding = words()["evidence"][name], sentence_of(compared)
-    fixed, each = line_through(compared)
-    if name == "batches" and each > 0:
-        finding = f"The knee is at {max(0.0, fixed / each):.1f} sequences. {finding}"
-    shown = {"tables": [table_of(compared)], "plots": [plot_of(compared, said["title"], said["x"])]}
-    return Section(name=name, title=said["title"], finding=finding, about=said["about"], **shown), compared
+    finding, x = sentence_of(compared), "threads"
+    title, about = "How much faster is a step with more cores?", "Only what waits for arithmetic scales with cores."
+    if name == "batches":
+        title, x, about = "What does a token cost in a larger batch?", "sequences", ABOUT_BATCHES
+        fixed, each = line_through(compared)
+        if each > 0:
+            finding = f"The knee is at {max(0.0, fixed / each):.1f} sequences. {finding}"
+    shown = {"tables": [table_of(compared)], "plots": [plot_of(compared, title, x)]}
+    return Section(name=name, title=title, finding=finding, about=about, **shown), compared
 
 
 def line_through(compared: Comparison) -> tuple[float, float]:

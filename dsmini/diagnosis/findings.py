@@ -45,7 +45,7 @@ from torch import Tensor
 
 from dsmini.data.corpus import Corpus
 from dsmini.data.tokenized import forget
-from dsmini.diagnosis.arms import Axis, Work, percent, words
+from dsmini.diagnosis.arms import Axis, Work, percent
 from dsmini.diagnosis.contention import Contention
 from dsmini.machine import cores
 from dsmini.measure.turns import mean_of, median_of
@@ -133,7 +133,10 @@ def other_programs(turns: Sequence[Contention], work: Work) -> Finding:
         f"Other programs keep {others:.1f} of {cores()} cores busy, and a thread of this run is {percent(delayed)} of "
         f"the time without a core. Others cost about {percent(loss.value)} of a step."
     )
-    fix = words()[work]["quiet_machine"]["advice"] if loss.low > MUCH else ""
+    fix = ""
+    if loss.low > MUCH:
+        leave = " and set train.threads to the rest" if work == "training" else ""
+        fix = f"Stop other programs, or leave them a core{leave}."
     return Finding(axis="Machine", name="other_programs", value=loss.value, sentence=sentence, fix=fix)
 
 

@@ -4,9 +4,9 @@
     dense_active      Algorithm  a dense feed-forward with as many active parameters
     all_threads       Machine    products run on all cores
     fastest_dtype     Machine    products run in the dtype that this machine multiplies fastest
-    quiet_machine     Machine    other programs take nothing (contention.py)
+    quiet_machine     Machine    other programs take nothing: computed (contention.py)
 
-Data binds by what its arm saves, within what the plain steps of the same turn have seen: at least the time that they
+The gain of replay is measured, within what the plain steps of the same turn have seen: at least the time that they
 waited, and at most that and the CPU time in which batches were prepared, since threads that prepare take a core from
 the products. The other arms leave the wait as it is, and gain no more than what is not waited. Waiting comes in stalls,
 so that its mean counts, not its median.
@@ -35,13 +35,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.config.schedule import batch_size
-from dsmini.diagnosis.arms import Arm, Step, Work, arm_of, patched
+from dsmini.diagnosis.arms import Apply, Arm, Step, Work, patched
 from dsmini.diagnosis.contention import Contention, on_threads, quiet, watch
 from dsmini.diagnosis.findings import (
     Finding,
@@ -53,7 +54,7 @@ from dsmini.diagnosis.findings import (
     waiting,
     wrong_targets,
 )
-from dsmini.machine import DTYPES, cores, memory_bytes, pick_dtype
+from dsmini.machine import DTYPES, cores, memory_bytes, once, pick_dtype
 from dsmini.measure.price import Forecast, Prices
 from dsmini.measure.turns import TimeOverError
 from dsmini.measure.workloads import StepDtype, StepShape
@@ -190,24 +191,37 @@ class Subject:
         compiled = "the model is compiled; run without --train.compile" if self.is_compiled else None
         no_experts = compiled or (None if self.trainer.model.gates() else "the model has no routed experts")
         same_dtype = f"{fastest} is the fastest dtype here, and used" if config.train.dtype == fastest else None
-        arm = partial(arm_of, "training")
         return [
             Arm(name="plain", apply=self.plain, counted=self.counted, predict=lambda p: p.seconds() + p.wait),
-            arm("replay", self.replay, is_rare=True, predict=lambda p: p.seconds()),
-            arm("dense_active", self.dense, why_not=no_experts, predict=lambda p: p.seconds() + p.wait - p.routing()),
-            arm(
-                "all_threads",
-                lambda: self.threads(cores()),
-                why_not=no_more_threads(self.device),
-                predict=lambda p: p.threads(cores()),
+            Arm(
+                name="replay",
+                axis="Data",
+                apply=self.replay,
+                is_rare=True,
+                predict=lambda p: p.seconds(),
+                words="every step takes the same batch from memory; saves at most what plain steps waited and prepared",
+                advice="Prepare batches earlier or faster: raise data.workers, read plain files, tokenize once.",
             ),
-            arm(
-                "fastest_dtype",
-                lambda: self.dtype(fastest),
+            Arm(
+                name="dense_active",
+                axis="Algorithm",
+                apply=self.dense,
+                why_not=no_experts,
+                predict=lambda p: p.seconds() + p.wait - p.routing(),
+                words="a dense feed-forward with as many active parameters replaces the experts",
+                advice="Make fewer and wider experts, or larger batches, so that each product has more rows.",
+            ),
+            all_threads(self, "Leave train.threads out, so that all cores are used."),
+            Arm(
+                name="fastest_dtype",
+                axis="Machine",
+                apply=lambda: self.dtype(fastest),
                 why_not=compiled or same_dtype,
                 predict=lambda p: p.seconds(dtype=fastest) + p.wait,
+                words="products run in the dtype that this machine multiplies fastest",
+                advice="Leave train.dtype at auto.",
             ),
-            arm("quiet_machine", self.quiet, uncounted=0, counted=1),
+            quiet_machine(self.quiet, "Stop other programs, or leave them a core and set train.threads to the rest."),
         ]
 
     @contextmanager
@@ -295,9 +309,7 @@ class Subject:
 
     def forward_backward(self) -> float:
         """Return the seconds of a forward and backward without an update."""
-        start = time.perf_counter()
-        self.trainer.forward_backward(self.rows)
-        seconds = time.perf_counter() - start
+        seconds = once(lambda: self.trainer.forward_backward(self.rows), self.device)
         self.trainer.model.zero_grad(set_to_none=True)
         return seconds
 
@@ -320,6 +332,26 @@ def dense_baseline(config: ModelConfig) -> FeedForward:
 def fastest_dtype(device: torch.device) -> str:
     """Return the name of the dtype that a device multiplies fastest."""
     return str(pick_dtype("auto", device)).removeprefix("torch.")
+
+
+def all_threads(subject: Any, advice: str) -> Arm:
+    """Return the arm whose products run on all cores."""
+    return Arm(
+        name="all_threads",
+        axis="Machine",
+        apply=lambda: subject.threads(cores()),
+        why_not=no_more_threads(subject.device),
+        predict=lambda p: p.threads(cores()),
+        words="products run on all cores",
+        advice=advice,
+    )
+
+
+def quiet_machine(apply: Apply, advice: str) -> Arm:
+    """Return the arm without other programs, which is computed from the plain steps of its turn."""
+    words = "other programs take nothing; computed from CPU times and probes, not tried"
+    computed = {"uncounted": 0, "counted": 1, "is_computed": True}
+    return Arm(name="quiet_machine", axis="Machine", apply=apply, words=words, advice=advice, **computed)
 
 
 def no_more_threads(device: torch.device) -> str | None:

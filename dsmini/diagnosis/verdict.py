@@ -1,9 +1,12 @@
-"""The verdict: which axis binds, from the gains of all axes. The gain of an axis is that of its best arm.
+"""The verdict: which axis binds, from the gains of all axes. The gain of an axis is that of its best measured arm.
 
     binds           the lower end of one gain is above 10 % and above the upper ends of all others
     nothing binds   all upper ends are at most 10 %: no axis has a tenth of the time to give
     mixed           several lower ends are above 10 %, and the best two intervals overlap
-    undetermined    an interval reaches across 10 %, or across the best one: noise hides the answer
+    undetermined    an interval reaches across 10 %, or across the best one: noise hides the answer. Or the best gain
+                    is computed, that of a machine without other programs: nobody has tried it.
+
+Intervals are those of arms.py: in at most 5 of 100 diagnoses an axis is named whose gain is not above 10 %.
 
 Where nothing binds, a step is the work itself, done at the speed that this machine has: less work, or a faster machine.
 """
@@ -17,8 +20,9 @@ from typing import Literal
 from dsmini.diagnosis.arms import AXES, Arm, Axis, Comparison, percent
 from dsmini.diagnosis.findings import Finding
 from dsmini.measure.price import Forecast
-from dsmini.measure.turns import LEAST_TURNS, Estimate
+from dsmini.measure.turns import Estimate
 from dsmini.report import Section
+from dsmini.report.units import plural
 
 LEAST = 0.10
 """Gain that is worth an action."""
@@ -26,6 +30,7 @@ LEAST_TRIED = 0.02
 """Gain below which nothing is worth a line."""
 MOST_ROUNDS = 200
 QUIET_MACHINE = "A quiet machine would decide it: stop other programs, and run it again."
+OTHERS = "other programs (computed)"
 Outcome = Literal["binds", "nothing binds", "mixed", "undetermined"]
 
 
@@ -42,49 +47,65 @@ class Verdict:
 
 
 def best_arms(compared: Comparison) -> dict[Axis, Arm]:
-    """Return for each axis the arm that gains most for certain."""
+    """Return for each axis the measured arm that gains most for certain."""
     gains = compared.gains
-    ranked = sorted(compared.measured, key=lambda arm: (-gains[arm.name].low, -gains[arm.name].value))
-    return {
-        axis: next(arm for arm in ranked if arm.axis == axis) for axis in AXES if any(a.axis == axis for a in ranked)
-    }
+    tried = [arm for arm in compared.measured if not arm.is_computed]
+    ranked = sorted(tried, key=lambda arm: (-gains[arm.name].low, -gains[arm.name].value))
+    return {axis: next(a for a in ranked if a.axis == axis) for axis in AXES if any(a.axis == axis for a in ranked)}
 
 
 def gains_by_axis(compared: Comparison) -> dict[Axis, Estimate]:
-    """Return each axis's gain: the best of its arms, with the highest upper end of all of them.
+    """Return each axis's gain: the best of its measured arms, with the highest upper end of all of them.
 
     An arm that noise hides may gain more than the best one, and then nobody knows what binds.
     """
-    gains, best = compared.gains, best_arms(compared)
-    highest = {axis: max(gains[a.name].high for a in compared.measured if a.axis == axis) for axis in best}
-    return {axis: replace(gains[arm.name], high=highest[axis]) for axis, arm in best.items()}
+    gains, found = compared.gains, dict[Axis, Estimate]()
+    for axis, arm in best_arms(compared).items():
+        of_axis = [gains[a.name].high for a in compared.measured if a.axis == axis and not a.is_computed]
+        found[axis] = replace(gains[arm.name], high=max(of_axis))
+    return found
 
 
-def verdict(gains: Mapping[Axis, Estimate]) -> Verdict:
-    """Return the verdict of the gains of all axes that could be tried."""
+def computed_gain(compared: Comparison) -> Estimate | None:
+    """Return the gain of the computed arm, if there is one."""
+    return next((compared.gains[arm.name] for arm in compared.measured if arm.is_computed), None)
+
+
+def verdict(gains: Mapping[Axis, Estimate], computed: Estimate | None = None, least_turns: int = 0) -> Verdict:
+    """Return the verdict of the gains of all axes that could be tried.
+
+    Args:
+        computed: gain without other programs, which nobody tried.
+        least_turns: number of rounds that intervals need.
+    """
     if not gains or not all(gain.is_clear for gain in gains.values()):
-        return _too_early(gains)
-    ranked = sorted(gains.items(), key=lambda item: -item[1].low)
-    (axis, best), others = ranked[0], ranked[1:]
+        return _too_early(gains, least_turns)
+    ranked: list[tuple[str, Estimate]] = sorted(gains.items(), key=lambda item: -item[1].low)
+    every = ranked if computed is None else [*ranked, (OTHERS, computed)]
+    axis, best = max(gains.items(), key=lambda item: item[1].low)
+    if computed is not None and computed.low > max(LEAST, best.low):
+        words = (
+            f"Undetermined: other programs lengthen a step by about {percent(computed)} of its time. That is computed "
+        )
+        words += f"from CPU times and probes, not tried. Of what was tried, {_named(ranked[:1])} gains most."
+        return Verdict(outcome="undetermined", sentence=words, decides=QUIET_MACHINE)
     clear = [(a, g) for a, g in ranked if g.low > LEAST]
-    near = [(a, g) for a, g in others if g.high >= best.low]
-    across = [(a, g) for a, g in gains.items() if g.low <= LEAST < g.high]
+    near = [(a, g) for a, g in every if a != axis and g.high >= best.low]
+    across = [(a, g) for a, g in every if g.low <= LEAST < g.high]
     if clear and not near:
-        words = f"{axis} binds: {percent(best)} of a step would go if it were free."
+        words = f"{axis} binds: removing its cost would shorten a step by {percent(best)}."
         return Verdict(outcome="binds", axis=axis, sentence=words)
-    if all(g.high <= LEAST for g in gains.values()):
-        most, gain = max(gains.items(), key=lambda item: item[1].high)
-        words = f"Nothing binds: no axis has {percent(LEAST)} of a step to give. The most is {most}, {percent(gain)}."
+    if all(g.high <= LEAST for _, g in every):
+        most = max(every, key=lambda item: item[1].high)
+        words = f"Nothing binds: no change shortens a step by more than {percent(LEAST)}. The most is {_named([most])}."
         return Verdict(outcome="nothing binds", sentence=words)
     outcome, decides = "undetermined", _more_rounds(gains)
     if len(clear) > 1:
         outcome, words = "mixed", f"Mixed: {_named(clear)}. Their intervals overlap, so neither comes first."
     elif clear:
-        words = f"Undetermined: {axis} {percent(best)} of a step leads, and {_named(near)} may be as much."
+        words = f"Undetermined: {axis} leads with {percent(best)} of a step, and {_named(near)} may be as much."
     else:
-        words = (
-            f"Undetermined: {_named(across)} of a step may be more or less than the {percent(LEAST)} worth an action."
-        )
+        words = f"Undetermined: {_named(across)} of a step may be above or below {percent(LEAST)}, the least that pays."
     return Verdict(outcome=outcome, sentence=words, decides=decides)
 
 
@@ -92,14 +113,13 @@ def _named(gains: Sequence[tuple[str, Estimate]]) -> str:
     return " and ".join(f"{axis} {percent(gain)}" for axis, gain in gains)
 
 
-def _too_early(gains: Mapping[Axis, Estimate]) -> Verdict:
+def _too_early(gains: Mapping[Axis, Estimate], least: int) -> Verdict:
     """Return the verdict where the time was over before there were rounds enough."""
     rounds = min((gain.turns for gain in gains.values()), default=0)
-    words = f"Undetermined: {rounds} of {LEAST_TURNS} rounds were over in the time, too few for an interval."
+    words = f"Undetermined: {plural(rounds, 'round')} in the time, and a verdict on so many changes needs {least}."
     if gains:
         words += f" So far: {_named([*gains.items()])} of a step."
-    decides = f"More time would decide it (--rounds {LEAST_TURNS})."
-    return Verdict(outcome="undetermined", sentence=words, decides=decides)
+    return Verdict(outcome="undetermined", sentence=words, decides=f"More time would decide it (--rounds {least}).")
 
 
 def _more_rounds(gains: Mapping[Axis, Estimate]) -> str:
@@ -142,7 +162,7 @@ class Diagnosis:
 
     @cached_property
     def verdict(self) -> Verdict:
-        return verdict(gains_by_axis(self.compared))
+        return verdict(gains_by_axis(self.compared), computed_gain(self.compared), self.compared.least_turns)
 
     @property
     def gains(self) -> dict[str, Estimate]:

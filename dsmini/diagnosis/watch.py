@@ -9,8 +9,7 @@ A diagnosis makes one thing free and measures the gain. A watch changes nothing,
                                 all cores at most
     Algorithm   idle experts    share of experts with less than a tenth of the mean load
 
-Each share has an interval: of a median of 20 steps it reaches from the 6th to the 15th in order, which holds the true
-median 96 times in 100 whatever the distribution (5 or fewer heads in 20 tosses: 2.1 %, and as often 5 or fewer tails).
+Each share has an interval, that of the sign test: of a median of 20 steps it reaches from the 6th to the 15th in order.
 A share binds if all of its interval is above 10 % (idle experts: 25 %, slower steps without another program in sight:
 20 %). It no longer binds if all of it is below, or its median below half the limit. In between nothing changes. Idle
 experts cost no time, so that they are named only where nothing else binds.
@@ -21,32 +20,29 @@ step 100 has 15 slow steps of 20 at step 114, and is named at step 134.
 The steps are the probe of the machine: a product and a read of memory, as a diagnosis runs them, would take seconds on
 a busy machine and count in the run's peak memory. The cost of a look is measured, and the next waits until the steps
 took a hundred times as long: the overhead is at most 1 %.
-
-Source: David and Nagaraja, Order Statistics, section 7.1 (interval of a median).
 """
 
 import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from dsmini.diagnosis.arms import Axis, percent, words
+from dsmini.diagnosis.arms import Axis, percent
 from dsmini.diagnosis.findings import MOST_IDLE, load
 from dsmini.diagnosis.verdict import LEAST
 from dsmini.machine import cores
 from dsmini.measure.cpu_time import CpuTimes
+from dsmini.measure.turns import TAIL, Estimate, sign_interval
 from dsmini.training.run import BindingChange
 from dsmini.training.trainer import StepResult
 
 WINDOW = 20
 """Number of steps that a look rests on, and that a change must hold."""
-RANK = 6
-"""Place in order, from either end, at which the interval of the median of a window ends."""
+STOP_OTHERS = "Stop other programs, or leave them a core and set train.threads to the rest."
 HOLD_SECONDS = 3.0
 """Seconds of steps that a change must hold: very short steps are slowed together by what passes in a moment."""
 COST_SHARE = 0.01
@@ -64,10 +60,8 @@ class Sign:
 
     name: str
     axis: Axis
-    low: float
-    """Share of the time, or of the experts, with the ends of its interval."""
-    value: float
-    high: float
+    share: Estimate
+    """Share of the time, or of the experts, with its interval."""
     words: str
     """Observation, with its figures."""
     fix: str
@@ -77,29 +71,16 @@ class Sign:
 
     @property
     def is_over(self) -> bool:
-        return self.low > self.limit
+        return self.share.low > self.limit
 
     @property
     def is_below(self) -> bool:
-        return self.high <= self.limit or self.value <= self.limit / 2
+        return self.share.high <= self.limit or self.share.value <= self.limit / 2
 
 
-def median_of(values: Sequence[float]) -> dict[str, float]:
-    """Return the median of a window, with its interval."""
-    ordered = sorted(values)
-    return {"low": ordered[RANK - 1], "value": statistics.median(ordered), "high": ordered[-RANK]}
-
-
-def sign(name: str, share: Mapping[str, Any], of: str = "", limit: float = LEAST, **figures: Any) -> Sign:
-    """Return a sign with its words.
-
-    Args:
-        of: name of the words; "": the sign's own.
-        figures: that the words need besides the share.
-    """
-    found = words()["watch"][of or name]
-    observed = found["words"].format(**{end: percent(value) for end, value in share.items()}, **figures)
-    return Sign(name=name, axis=found["axis"], **share, words=observed, fix=found["fix"], limit=limit)
+def exactly(value: float) -> Estimate:
+    """Return a share that is known for the whole window."""
+    return Estimate(value=value, low=value, high=value, turns=1)
 
 
 class RunWatch:
@@ -160,44 +141,70 @@ class RunWatch:
             return None
         self.binds = axis
         if found is None:
-            figures = ", ".join(f"{sign.name} {percent(sign.value)}" for sign in signs)
+            figures = ", ".join(f"{sign.name} {percent(sign.share.value)}" for sign in signs)
             return BindingChange(binds="", share=None, sentence=f"step {step.step}: nothing binds ({figures})")
         said = f"step {step.step}: {axis} binds: {found.words}. {found.fix}"
-        return BindingChange(binds=axis, share=found.value, sentence=said)
+        return BindingChange(binds=axis, share=found.share.value, sentence=said)
 
     def _first(self, over: Sequence[Sign]) -> Sign | None:
         """Return the sign that binds: the largest, or that of the axis of the last look if none is clearly larger."""
         over = [sign for sign in over if sign.takes_time] or list(over)
-        over.sort(key=lambda sign: -sign.value)
+        over.sort(key=lambda sign: -sign.share.value)
         before = next((sign for sign in over if sign.axis == self._next), None)
-        if before is None or over[0].low > before.high:
+        if before is None or over[0].share.low > before.share.high:
             return next(iter(over), None)
         return before
 
     def _signs(self) -> Iterator[Sign]:
         """Yield the signs of the window: of the CPU time only where the steps run on it."""
-        yield sign("waiting", median_of([step.data_wait for step in self.steps]))
-        others, ends = 0.0, ("low", "value", "high")
+        waiting = sign_interval([step.data_wait for step in self.steps], TAIL)
+        yield Sign(
+            name="waiting",
+            axis="Data",
+            share=waiting,
+            words=f"a step waits {percent(waiting)} of its time for its batch",
+            fix="Prepare batches in more threads (data.workers), or make them cheaper to read.",
+        )
+        others = 0.0
         if len(self.times) > 1:
             rates, threads = self.times[-1][1].rates_since(self.times[0][1]), torch.get_num_threads()
             others, delayed = rates.others, rates.delayed / threads
-            figures = {"others": _of_others(others), "threads": threads, "delayed": percent(delayed)}
-            yield sign("CPU time lost", dict.fromkeys(ends, min(others / cores(), delayed)), **figures)
+            yield Sign(
+                name="CPU time lost",
+                axis="Machine",
+                share=exactly(min(others / cores(), delayed)),
+                words=f"{_of_others(others)}, and each of this run's {threads} threads waits {percent(delayed)} of the "
+                "time for a core",
+                fix=STOP_OTHERS,
+            )
         yield self._slower(others)
         if idle := load(self.steps):
-            share: dict[str, Any] = dict.fromkeys(ends, idle.value)
-            kind: dict[str, Any] = {"limit": MOST_IDLE, "takes_time": False, "fix": idle.fix}
-            observed = idle.sentence.removesuffix(".")
-            yield Sign(name="idle experts", axis="Algorithm", **share, words=observed, **kind)
+            yield Sign(
+                name="idle experts",
+                axis="Algorithm",
+                share=exactly(idle.value),
+                words=idle.sentence.removesuffix("."),
+                fix=idle.fix,
+                limit=MOST_IDLE,
+                takes_time=False,
+            )
 
     def _slower(self, others: float) -> Sign:
         """Return the sign of steps that take longer than those of equal work took."""
-        now = median_of([max(1e-9, step.seconds * (1 - step.data_wait)) for step in self.steps])
+        now = sign_interval([max(1e-9, step.seconds * (1 - step.data_wait)) for step in self.steps], TAIL)
         work = self.steps[-1].tokens, round(statistics.median(self.vios) / EQUAL_VIO)
-        fastest = self.fastest[work] = min(self.fastest.get(work, math.inf), now["high"])
-        share = {end: max(0.0, 1 - fastest / seconds) for end, seconds in now.items()}
-        said, limit = ("slower steps alone", DRIFT) if others < LEAST * cores() else ("slower steps", LEAST)
-        return sign("slower steps", share, said, limit, now=now["value"], fastest=fastest, others=_of_others(others))
+        fastest = self.fastest[work] = min(self.fastest.get(work, math.inf), now.high)
+        low, value, high = (max(0.0, 1 - fastest / seconds) for seconds in (now.low, now.value, now.high))
+        alone = others < LEAST * cores()
+        return Sign(
+            name="slower steps",
+            axis="Machine",
+            share=replace(now, low=low, value=value, high=high),
+            words=f"a step computes for {now.value:.3g} s, and for {fastest:.3g} s when such steps were fastest; "
+            f"{'no other program is seen' if alone else _of_others(others)}",
+            fix="Look at clock speed, memory, and other guests of the host." if alone else STOP_OTHERS,
+            limit=DRIFT if alone else LEAST,
+        )
 
 
 def _of_others(others: float) -> str:

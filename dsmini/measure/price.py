@@ -9,7 +9,8 @@ and autograd take the rest of a step. A narrow model of as many blocks, experts 
 
     seconds = sum over distinct calls of (number * seconds alone) + calls * (T(narrow) - alone(narrow)) / calls(narrow)
 
-No number comes from a run of the model itself. Prices are kept, in memory and in a file of the user's cache.
+No number comes from a run of the model itself. Prices are medians, as measurements are. They are stored in a file of
+the user's cache, and measured again once the kernels' sources change. Those of a busy or slow hour are not stored.
 
 Simulated: experts are chosen at random, all alike likely.
 """
@@ -17,12 +18,16 @@ Simulated: experts are chosen at random, all alike likely.
 import hashlib
 import json
 import math
+import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,17 +37,17 @@ from dsmini.measure.calls import Call, Operands
 from dsmini.measure.cpu_time import watched
 from dsmini.measure.dry import Dry, dry_count
 from dsmini.measure.process import peak_of_process
-from dsmini.measure.roofs import BUSY, Roofs, Store, key_of, load_or_measure, seconds_of
+from dsmini.measure.roofs import Roofs, Store, disturbance, key_of, load_or_measure, seconds_of, steadiness
 from dsmini.measure.turns import TimeOverError
 from dsmini.measure.workloads import StepShape
 
-VERSION = 1
+VERSION = 2
 """Version of the measurement; prices stored by another version are measured again."""
 CPU = torch.device("cpu")
 ROUNDS, ROUND, MOST = 5, 5e-4, 0.05
 """Rounds of a call, least seconds of one, and seconds after which none begins."""
 LONG = 0.05
-"""Seconds of a call that is made only twice."""
+"""Seconds of a call that is made only twice, of which the second counts."""
 WIDTH, TOKENS = 16, 64
 """Width of all that is narrow in a narrow model, and its tokens."""
 OnPart = Callable[[float, str], None]
@@ -76,11 +81,16 @@ class Prices:
     """File that keeps the prices; None: none does."""
     on_part: OnPart = quiet
     """Told the share of a forecast that is done, and what is next."""
-    busy: float = 0.0
-    """Most cores that this process waited for while a forecast was priced."""
+    disturbed: str = ""
+    """Sentence about what disturbed the first such forecast; "" for nothing."""
     until: float = math.inf
     """Moment of time.perf_counter after which nothing is timed."""
     known: dict[str, float] = field(default_factory=dict)
+    """Seconds by the hash of a call and the number of threads."""
+    kept: dict[str, float] = field(default_factory=dict)
+    """Those that the file has."""
+    pending: dict[str, float] = field(default_factory=dict)
+    """Those that were measured since it was written."""
 
     @classmethod
     def here(cls, keep: Path | None = None, on_part: OnPart = quiet, fresh: bool = False) -> "Prices":
@@ -91,8 +101,8 @@ class Prices:
     def under(cls, roofs: Roofs, keep: Path | None = None, on_part: OnPart = quiet, fresh: bool = False) -> "Prices":
         """Return the prices of a machine with these roofs: those that are stored, unless fresh ones are asked for."""
         store = Store.at(keep)
-        known = None if fresh else store.read(_key(), lambda raw: {str(k): float(v) for k, v in raw.items()})
-        return cls(roofs=roofs, store=store, on_part=on_part, known=known or {})
+        known = {} if fresh else store.read(_key(), _of_these_kernels) or {}
+        return cls(roofs=roofs, store=store, on_part=on_part, known=dict(known), kept=known)
 
     @classmethod
     def stored(cls, keep: Path | None = None) -> "Prices | None":
@@ -120,9 +130,7 @@ class Prices:
 
         found, busy = watched(parts)
         self.operands.blocks.clear()  # some hundred megabytes
-        is_first, self.busy = self.busy <= BUSY, max(self.busy, busy)
-        if self.store is not None and (is_first or busy <= BUSY):  # one warning is enough
-            self.store.write(_key(), self.known, busy)
+        self._store(busy)
         if found is None:
             raise TimeOverError
         return Forecast(
@@ -133,6 +141,17 @@ class Prices:
             by_class=dict(sorted(found.items(), key=lambda part: -part[1])),
             peak=counted.peak,
         )
+
+    def _store(self, busy: float) -> None:
+        """Store new prices, unless something disturbed them: of that the first time warns."""
+        new, self.pending = self.pending, {}
+        disturbed = disturbance(busy, steadiness(self.roofs, CPU)) if new else ""
+        if disturbed and not self.disturbed:
+            warnings.warn(disturbed, stacklevel=3)
+            self.disturbed = disturbed
+        if new and not disturbed and self.store is not None:
+            self.kept |= new
+            self.store.write(_key(), {"kernels": _sources(), "seconds": self.kept})
 
     def _parts(self, counted: Dry, shape: StepShape, between: str) -> dict[str, float]:
         """Return the seconds of a step by class of calls, and those of "calls" between them."""
@@ -180,21 +199,36 @@ class Prices:
         if key not in self.known:
             if time.perf_counter() >= self.until:
                 raise TimeOverError
-            self.known[key] = measure()
+            self.known[key] = self.pending[key] = measure()
         return self.known[key]
 
 
 def _key() -> str:
-    return json.dumps(["prices", VERSION, key_of(CPU)])
+    return json.dumps(["prices", VERSION, key_of(CPU), os.environ.get("DSMINI_CPU_ISA", "")])
+
+
+def _of_these_kernels(raw: Any) -> dict[str, float]:
+    """Return stored prices; none if the kernels had other sources."""
+    return {str(k): float(v) for k, v in raw["seconds"].items()} if raw["kernels"] == _sources() else {}
+
+
+def _sources() -> str:
+    """Return the hash of the kernels' sources; "" without kernels."""
+    kernels = find_spec("dsmini_kernels")
+    hashed = hashlib.sha1()
+    for folder in kernels.submodule_search_locations or () if kernels else ():
+        for path in sorted(Path(folder).rglob("*.*")):
+            if path.suffix in (".cpp", ".h", ".py"):
+                hashed.update(path.read_bytes())
+    return hashed.hexdigest()
 
 
 @torch.no_grad()
 def seconds_alone(call: Call, operands: Operands) -> float:
-    """Return the seconds of a call that is made again with other operands."""
+    """Return the median seconds of a call that is made again with other operands."""
     turn, copies = operands.turn(call)
-    first = once(turn, CPU)
-    if first > LONG:
-        return min(first, once(turn, CPU))
+    if once(turn, CPU) > LONG:
+        return once(turn, CPU)
     for _ in range(copies):  # results get memory that the process has had
         turn()
     return seconds_of(turn, CPU, ROUNDS, ROUND, MOST)

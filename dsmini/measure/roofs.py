@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import statistics
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,16 +21,15 @@ from dsmini.reading import read_table
 
 R = TypeVar("R")
 
-VERSION = 13
+VERSION = 14
 """Version of the measurement; roofs stored by another version are measured again."""
 LEAST_SHARE = 0.2
 """Least share of FP32's rate that a usable dtype reaches."""
-BUSY = 0.1
-"""Cores that are waited for above which rates are those of a busy machine."""
-BUSY_WORDS = (
-    "other programs had the cores while this machine's rates were measured ({:.1f} cores were waited for): the rates "
-    "are too low and not stored; predictions are too slow until it is measured again on a quiet machine"
-)
+BUSY, SLOW = 0.1, 0.2
+"""Cores that are waited for, and share by which this machine is slower than usual, above which rates are disturbed. A
+shared machine drifts by up to 15 % in minutes."""
+ENVIRONMENT = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+"""Variables that choose the instructions of torch's products."""
 LARGE = 1 << 28
 """Bytes that fit into no cache."""
 ROUNDS, ROUND = 5, 2e-4
@@ -56,9 +54,8 @@ class Roofs:
     """Bytes of the last-level cache."""
     probes: Mapping[str, float]
     """Seconds of a short product and of reading memory, to be repeated later; see steadiness."""
-    busy: float = 0.0
-    """Cores that this process waited for while it measured. Above BUSY the rates are those of a busy machine: they are
-    too low, and are not stored."""
+    disturbed: str = ""
+    """Sentence about what disturbed the measurement; "" for nothing. Disturbed rates are too low, and not stored."""
 
     @property
     def memory(self) -> float:
@@ -98,14 +95,26 @@ class Store:
             return parse(self.contents()[key])
         return None
 
-    def write(self, key: str, value: Mapping[str, Any], busy: float) -> None:
-        """Store rates under a key, unless they are those of a busy machine; that is said."""
-        if busy > BUSY:
-            warnings.warn(BUSY_WORDS.format(busy), stacklevel=2)
-            return
+    def write(self, key: str, value: Mapping[str, Any]) -> None:
+        """Store rates under a key."""
         with suppress(OSError):  # measured again next time
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.path, json.dumps({**self.contents(), key: value}))
+
+
+def disturbance(busy: float, steady: float = 1.0) -> str:
+    """Return what disturbed a measurement in a sentence; "" if nothing did.
+
+    Args:
+        busy: cores that this process waited for.
+        steady: rate of this machine during the measurement, as a share of its usual one.
+    """
+    if busy <= BUSY and steady >= 1 - SLOW:
+        return ""
+    why = f"this machine ran at {steady:.0%} of its usual rate"
+    if busy > BUSY:
+        why = f"other programs kept {busy:.1f} cores from this one"
+    return f"{why} while it was measured: its rates are not stored, and predictions from them are too slow"
 
 
 def why_unusable(dtype: torch.dtype, peak: Mapping[str, float]) -> str | None:
@@ -142,13 +151,17 @@ def load_or_measure(
     if not fresh and (stored := store.read(key, lambda raw: Roofs(**raw))) is not None:
         return stored
     roofs = measure(device, on_part)
-    store.write(key, asdict(roofs), roofs.busy)
+    if roofs.disturbed:
+        warnings.warn(roofs.disturbed, stacklevel=2)
+    else:
+        store.write(key, asdict(roofs))
     return roofs
 
 
 def key_of(device: torch.device) -> str:
     """Return the key of this machine's roofs in a store."""
-    return json.dumps([VERSION, card(device)], sort_keys=True)
+    chosen = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    return json.dumps([VERSION, card(device), chosen], sort_keys=True)
 
 
 def measure(device: torch.device, on_part: Callable[[float, str], None] = lambda done, what: None) -> Roofs:
@@ -168,14 +181,16 @@ def measure(device: torch.device, on_part: Callable[[float, str], None] = lambda
             done[name] = job()
 
     _, busy = watched(measure_all)
+    first, again = done["probes"], done["probes again"]
+    steady = min((min(pair) / max(pair) for pair in zip(first.values(), again.values(), strict=True)), default=1.0)
     return Roofs(
         card=card(device),
         peak={name: done[name] for name in DTYPES},
         bandwidth=done["bandwidth"],
         copy=done["copy"],
-        probes={name: statistics.mean((a, done["probes again"][name])) for name, a in done["probes"].items()},
+        probes={name: (seconds + again[name]) / 2 for name, seconds in first.items()},
         cache_bytes=last_level_cache(device),
-        busy=busy,
+        disturbed=disturbance(busy, steady),
     )
 
 
@@ -186,14 +201,13 @@ def seconds_of(
     least: float = ROUND,
     most: float = math.inf,
 ) -> float:
-    """Return the second fastest of some rounds, in seconds: other programs only make a round slower.
+    """Return the median seconds of some rounds after a warm-up: the statistic of what is predicted.
 
     Args:
         least: seconds of a round, which repeats short runs.
         most: seconds after which no round begins; the first always runs.
     """
-    taken = in_turns({"run": run}, device, count=rounds, seconds=most, least_seconds=least).seconds["run"]
-    return sorted(taken)[len(taken) > 2]
+    return in_turns({"run": run}, device, count=rounds, seconds=most, least_seconds=least).median("run")
 
 
 def read_bandwidth(device: torch.device, size: int = LARGE, rounds: int = 3) -> float:

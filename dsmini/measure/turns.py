@@ -5,24 +5,29 @@
     turns.ratio("theirs", "ours")          # how many times as fast ours is
 
 A single time says little: caches are cold, a GPU returns before it is done, another process takes a core for a second.
-So measurements follow five rules:
+So measurements follow six rules:
 
 1. Warm up. The first turn pays for memory, compiled kernels and cold caches, and does not count.
 2. Synchronize. The clock stops when the device is done, not when it has accepted the work.
-3. Take turns. A B A B, not A A B B: whatever slows the machine for a second slows both sides.
+3. Take turns, in changing orders: A B, B A. Whatever slows the machine for a second slows all sides, and what a run
+   leaves in the caches meets all others equally often.
 4. Compare turn by turn first, then take the median of the turns, so that a slow turn cancels.
 5. Stop in time. No turn begins that would probably end after the time allowed.
+6. Predict what is measured: prices of operations are medians of turns too.
 
 A turn gives each run one number: the mean of its repeats, so that a rare stall counts. Turns are independent, the
 repeats within one are not. So the interval is of turns: they are drawn again with replacement, many times, and the
-middle 95 % of the medians are kept (bootstrap). With few turns that is too narrow: of 7 turns it leaves the truth out
+middle 95 % of the medians are taken (bootstrap). With few turns that is too narrow: of 7 turns it leaves the truth out
 12 times in 100. So the interval is at least that of the sign test, which needs nothing of the noise: each turn is below
 the true median by chance 1/2, so the k-th smallest of n is above it only if fewer than k of them are below,
 
     P(k-th smallest > median) = sum over i < k of C(n, i) / 2^n
 
-and the largest k is taken for which this is at most 2.5 %; the upper end is the k-th largest. 7 turns have k = 1, 20
-have k = 6. Fewer than 5 turns have no such interval, and their ends are infinite.
+and the largest k is taken for which this is at most the tail, 2.5 % for a 95 % interval; the upper end is the k-th
+largest. 7 turns have k = 1, 20 have k = 6. n turns reach no tail below 2^-n: 5 turns reach 93.75 %, so that a 95 %
+interval needs 6. With fewer both ends are infinite: nothing is claimed.
+
+Where the best of m is chosen, each of the m intervals gets the m-th part of the tail (Bonferroni).
 
 Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13 (percentile interval); Hettmansperger and
 McKean, Robust Nonparametric Statistical Methods, section 1.3 (sign test).
@@ -32,7 +37,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -40,10 +45,9 @@ import torch
 from dsmini.machine import once
 
 CPU = torch.device("cpu")
-COVERAGE = 0.95
+TAIL = 0.025
+"""Chance that the truth is beyond one end of a 95 % interval."""
 RESAMPLES = 4000
-LEAST_TURNS = 5
-"""Number of turns below which no interval of turns holds the truth in about 95 of 100 times."""
 MOST_TURNS, MOST_REPEATS = 1000, 1 << 14
 Run = Callable[[], object]
 
@@ -54,14 +58,16 @@ class TimeOverError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A value with its 95 % interval."""
+    """A value with its interval."""
 
     value: float
     low: float
     high: float
-    """Ends of the interval; infinite if there are too few turns for one."""
+    """Ends of the interval; infinite if there are too few turns for its level."""
     turns: int
     """Number of independent values that it rests on."""
+    tail: float = TAIL
+    """Largest chance that the truth is beyond one end."""
 
     @property
     def is_clear(self) -> bool:
@@ -111,7 +117,7 @@ def stopwatch(device: torch.device) -> Clock:
 
 
 def reported(run: Callable[[], float], repeats: int) -> float:
-    """Return the seconds that the runs themselves return; a clock for runs that know which part counts."""
+    """Return the seconds that the runs themselves return: those by another process's clock, or of a part of a run."""
     return sum(run() for _ in range(repeats))
 
 
@@ -126,6 +132,7 @@ def in_turns(
     uncounted: int = 0,
     least_seconds: float = 0.0,
     clock: Callable[..., float] | None = None,
+    first: str | None = None,
     on_turn: Callable[[float, Turns], None] = lambda share, turns: None,
 ) -> Turns:
     """Let runs take turns after a turn to warm up, and return the seconds of one run by name and turn.
@@ -139,6 +146,7 @@ def in_turns(
         uncounted: runs at the start of each turn that do not count, such as the first on a cold cache.
         least_seconds: a shorter run is repeated until it takes so long, by its time in the turn to warm up.
         clock: `reported` for runs that return their own seconds; None: the stopwatch of the device.
+        first: the run that begins every turn, since others depend on it; all others change places.
         on_turn: told the share that is done and the whole turns so far, before each turn and at the end. It may raise
             to end the measurement: the Turns that it was given have whole turns alone.
     """
@@ -150,14 +158,16 @@ def in_turns(
         if least_seconds:
             warm = clock(run, 1)  # the first may have paid for compilation
             number[name] = max(repeats, min(MOST_REPEATS, math.ceil(least_seconds / max(warm, 1e-7))))
+    fixed = [name for name in runs if name == first]
+    moving = [name for name in runs if name != first]
     before, now = start, time.perf_counter()
     while taken.count < count and (taken.count < least or now + (now - before) - start <= seconds):
         on_turn(max(taken.count / count, min(0.99, (now - start) / max(seconds, 1e-9))), taken)
-        turn: dict[str, float] = {}
-        for name, run in runs.items():
+        turn = dict[str, float]()
+        for name in (*fixed, *(moving[i] for i in order_of(len(moving), taken.count))):
             for _ in range(uncounted):
-                run()
-            turn[name] = clock(run, number[name]) / number[name]
+                runs[name]()
+            turn[name] = clock(runs[name], number[name]) / number[name]
         for name, each in turn.items():
             taken.seconds[name].append(each)
         before, now = now, time.perf_counter()
@@ -165,28 +175,50 @@ def in_turns(
     return taken
 
 
-def median_of(values: Sequence[float] | np.ndarray, seed: int = 0, together: int = 1) -> Estimate:
-    """Return the median of independent values, with its 95 % interval: bootstrap, at least that of the sign test.
+def order_of(n: int, turn: int) -> list[int]:
+    """Return the places of n runs in a turn: in n turns, 2 n of an odd n, each follows each other one equally often.
+
+    Source: Williams, Experimental designs balanced for the estimation of residual effects of treatments, 1949.
+    """
+    zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(n)]
+    order = [(at + turn) % n for at in zigzag]
+    return order[::-1] if n % 2 and turn // n % 2 else order
+
+
+def least_turns(tail: float = TAIL) -> int:
+    """Return the number of turns with which an interval can have this tail: 6 for 95 %."""
+    return math.ceil(math.log2(1 / tail))
+
+
+def median_of(values: Sequence[float] | np.ndarray, seed: int = 0, tail: float = TAIL) -> Estimate:
+    """Return the median of independent values, with its interval: bootstrap, at least that of the sign test.
 
     Args:
-        together: number of intervals that shall all hold at once in 95 % of the cases, as where the best of several is
-            taken. Each then holds in 1 - 5 % / together (Bonferroni), as far as the turns allow.
+        tail: largest chance that the truth is beyond one end.
 
     Raises: ValueError without values.
     """
-    found = np.asarray(values, dtype=np.float64)
-    if not len(found):
+    found = sign_interval(values, tail)
+    if not found.is_clear:
+        return found
+    drawn = np.random.default_rng(seed).integers(0, found.turns, (RESAMPLES, found.turns))
+    low, high = np.quantile(np.median(np.asarray(values, dtype=np.float64)[drawn], axis=1), [tail, 1 - tail])
+    return replace(found, low=min(float(low), found.low), high=max(float(high), found.high))
+
+
+def sign_interval(values: Sequence[float] | np.ndarray, tail: float = TAIL) -> Estimate:
+    """Return the median with the interval of the sign test alone, which takes no time. Args: as of median_of."""
+    if not len(values):
         raise ValueError("a median needs at least one value, got none")
-    middle, n = float(np.median(found)), len(found)
-    if n < LEAST_TURNS:
-        return Estimate(value=middle, low=-math.inf, high=math.inf, turns=n)
-    drawn, tail = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n)), (1 - COVERAGE) / 2 / together
-    low, high = np.quantile(np.median(found[drawn], axis=1), [tail, 1 - tail])
-    k, ordered = sign_test_rank(n, tail), np.sort(found)
-    return Estimate(value=middle, low=float(min(low, ordered[k - 1])), high=float(max(high, ordered[-k])), turns=n)
+    ordered, n = np.sort(np.asarray(values, dtype=np.float64)), len(values)
+    low, high = -math.inf, math.inf
+    if n >= least_turns(tail):
+        k = sign_test_rank(n, tail)
+        low, high = float(ordered[k - 1]), float(ordered[-k])
+    return Estimate(value=float(np.median(ordered)), low=low, high=high, turns=n, tail=tail)
 
 
-def sign_test_rank(n: int, tail: float = (1 - COVERAGE) / 2) -> int:
+def sign_test_rank(n: int, tail: float = TAIL) -> int:
     """Return the largest k for which the k-th smallest of n draws is above their median by chance `tail` at most.
 
     At least 1, whose chance is 2^-n.
@@ -198,26 +230,33 @@ def sign_test_rank(n: int, tail: float = (1 - COVERAGE) / 2) -> int:
     return k
 
 
-def mean_of(values: Sequence[float]) -> Estimate:
-    """Return the mean of a few independent values, such as the differences of seeds, with Student's 95 % interval.
+def mean_of(values: Sequence[float], tail: float = TAIL) -> Estimate:
+    """Return the mean of a few independent values, such as the differences of seeds, with Student's interval.
 
     It takes the values as normal, which medians need not; in exchange two values have an interval.
     """
     n, mean = len(values), statistics.fmean(values)
-    half = students_t(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
-    return Estimate(value=mean, low=mean - half, high=mean + half, turns=n)
+    half = students_t(n - 1, tail) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
+    return Estimate(value=mean, low=mean - half, high=mean + half, turns=n, tail=tail)
 
 
-STUDENTS_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Two-sided 95 % quantiles of Student's t, for 1, 2, 3, ... degrees of freedom."""
+def students_t(freedom: int, tail: float = TAIL) -> float:
+    """Return the number that Student's t exceeds by chance `tail`: 12.7, 4.30, 3.18 for 1, 2, 3 degrees of freedom.
 
-
-def students_t(freedom: int) -> float:
-    """Return the two-sided 95 % quantile of Student's t for these degrees of freedom, right in three digits.
-
-    Source: Abramowitz and Stegun, 26.7.5, from ten on.
+    Source: Abramowitz and Stegun, 26.7.3 and 26.7.4: P(|t| < x) in closed form, here solved for x by halving.
     """
-    if freedom <= len(STUDENTS_T):
-        return STUDENTS_T[freedom - 1]
-    x = 1.959964
-    return x + (x**3 + x) / (4 * freedom) + (5 * x**5 + 16 * x**3 + 3 * x) / (96 * freedom**2)
+
+    def inside(x: float) -> float:
+        angle = math.atan(x / math.sqrt(freedom))
+        odd, term = freedom % 2, math.cos(angle) if freedom % 2 else 1.0
+        total = term if freedom > 1 else 0.0
+        for i in range(2 + odd, freedom - 1, 2):
+            term *= (i - 1) / i * math.cos(angle) ** 2
+            total += term
+        return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+    low, high = 0.0, 1 / tail**2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 1 - 2 * tail else (low, middle)
+    return high

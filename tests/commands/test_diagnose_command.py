@@ -94,7 +94,7 @@ def test_training_is_diagnosed_by_a_run_or_a_config(place: Path) -> None:
     (said, of_run), (_, of_config), (_, of_finished) = diagnoses(
         place, "unfinished --out found", "small.toml --only replay", "finished --only replay --out found_finished"
     )
-    for words in ("replay", "dense_active", "5 rounds in turns", "made free", "what to do first"):
+    for words in ("replay", "dense_active", "5 rounds in turns", "change", "what to do first"):
         assert words in said, words
     assert "after step 1" in check_all(place, "found_finished", of_finished, "replay"), "its own weights"
     assert "<svg" in check_all(place, "found", of_run, TRAINING)
@@ -108,7 +108,7 @@ def test_decoding_is_diagnosed_by_a_config_a_run_or_a_folder(place: Path) -> Non
         "finished --work decode --only expanded_mla --context 16 --batch 2",
         "folder --work decode --only free_cache",
     )
-    for words in ("free_cache", "expanded_mla", "dense_active", "5 rounds in turns", "made free"):
+    for words in ("free_cache", "expanded_mla", "dense_active", "5 rounds in turns", "change"):
         assert words in said, words
     page = check_all(place, "found_decoding", of_config, DECODING)
     for words in ("<svg", "random weights", "24 tokens in the cache of each", "decoding waits for no data"):

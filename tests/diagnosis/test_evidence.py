@@ -66,7 +66,7 @@ def test_experiments_predict_measure_and_leave_the_subject(subject: Subject, pri
         assert section.figures or section.tables[0].rows, section.name
     for name, sweep in found.sweeps.items():
         assert bool(sweep.predicted) == with_prices and set(sweep.turns.seconds) >= set(sweep.predicted), name
-    assert [arm.at for arm in found.sweeps["batches"].arms] == [4, 8]
+    assert [(arm.at, arm.axis) for arm in found.sweeps["batches"].arms] == [(4, None), (8, None)]
     if with_prices:
         steps = found.sweeps["batches"].predicted
         assert 0 < steps["batch 4"] < steps["batch x 2"]
@@ -90,7 +90,7 @@ def test_experiment_finds_what_steps_cost(subject: Subject, world: Any, monkeypa
     subject.arms(None)
     monkeypatch.setattr(subject, "turns", turns)
     monkeypatch.setattr(subject, "batch_sizes", lambda: [4, 1, 2, 32])
-    monkeypatch.setattr(evidence, "MOST_TURNS", 5)
+    monkeypatch.setattr(evidence, "MOST_TURNS", 6)
     monkeypatch.setattr(evidence, "cores", lambda: 2)
     section, _ = next(each for each in all_evidence(subject, 0.01) if each.name == name).run(1e6)
     assert section.finding == words and there.now > 0
@@ -130,6 +130,7 @@ def test_batches_fit_into_memory(subject: Subject, prices: Prices, monkeypatch: 
 
 def compared(taken: dict[str, float], predicted: dict[str, float] | None = None, **of: Any) -> Comparison:
     """Return arms that took these seconds in 20 turns each; other arguments are fields of every arm."""
+    of = {"axis": "Machine", **of}
     arms = [Arm(name=name, apply=idle, words=f"with {name}", advice=f"Do {name}.", **of) for name in taken]
     return Comparison(arms=arms, turns=Turns({n: [s] * 20 for n, s in taken.items()}), predicted=predicted or {})
 
@@ -141,7 +142,7 @@ def test_table_plot_and_sentence_of_a_comparison() -> None:
     assert table.rows[1] == ["a", "Machine", "50 % (50 to 50)", "40 %", "100", "120", "with a"]
     assert table_of(found, BRIEF).rows[1] == ["b", "Machine", "-25 % (-25 to -25)", ""]
     assert [series.label for series in plot.series] == ["measured", "predicted"] and plot.labels == ["a", "b"]
-    assert plot.series[0].y == pytest.approx([0.5, -0.25])
+    assert plot.series[0].y == pytest.approx([50, -25]) and plot.y == "gain, %"
     assert sentence_of(found) == "With a a token takes 50 % (50 to 50) less time than with plain."
     assert sentence_of(compared({"plain": 0.2, "b": 0.25})) == "Nothing is faster than plain, as it is."
 

@@ -1,7 +1,7 @@
 """Prices: calls of a step made again alone, the Python between them, what is kept, and forecasts of whole steps."""
 
 import dataclasses
-import warnings
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -199,16 +199,46 @@ def test_prices_are_kept_for_a_number_of_threads(tmp_path: Path, monkeypatch: py
     assert Prices.stored(keep) is None
 
 
-def test_prices_of_a_busy_machine_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    priced(monkeypatch)
-    monkeypatch.setattr(price, "watched", lambda run: (run(), 0.4))
-    prices = Prices.under(invented_roofs(), tmp_path / "roofs.json")
-    with pytest.warns(UserWarning, match="0.4 cores were waited for"):
-        prices.forecast(shape_of("decode", TINY))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # one is enough
-        prices.forecast(shape_of("decode", TINY))
-    assert prices.busy == 0.4 and not (tmp_path / "roofs.json").exists()
+@pytest.mark.parametrize("disturbed", ["busy", "slow"])
+def test_prices_of_a_disturbed_machine_are_not_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disturbed: str
+) -> None:
+    """Price one step while others have cores, or at half the rate, and another one in a quiet minute."""
+    timed, keep, shapes = priced(monkeypatch), tmp_path / "roofs.json", [shape_of("decode", c) for c in (TINY, MHA)]
+    monkeypatch.setattr(price, "watched", lambda run: (run(), 0.4 * (disturbed == "busy")))
+    monkeypatch.setattr(price, "steadiness", lambda *_: 0.5 if disturbed == "slow" else 1.0)
+    prices = Prices.under(invented_roofs(), keep)
+    with pytest.warns(UserWarning, match="0.4 cores" if disturbed == "busy" else "at 50% of its usual rate"):
+        prices.forecast(shapes[0])
+    assert prices.disturbed and not keep.exists()
+    monkeypatch.setattr(price, "watched", lambda run: (run(), 0.0))
+    monkeypatch.setattr(price, "steadiness", lambda *_: 1.0)
+    slow = set(prices.known)
+    prices.forecast(shapes[1])
+    stored = Prices.under(invented_roofs(), keep).known
+    assert stored and not slow & set(stored), "only those of the quiet minute"
+    n = len(timed)
+    Prices.under(invented_roofs(), keep).forecast(shapes[0])
+    assert len(timed) > n, "the disturbed ones are measured again"
+
+
+@pytest.mark.parametrize("change", ["a kernel's source", "the instruction set"])
+def test_prices_of_other_kernels_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    timed, shape, keep = priced(monkeypatch), shape_of("decode", TINY), tmp_path / "roofs.json"
+    monkeypatch.setattr(price, "_sources", lambda: "first")
+    Prices.under(invented_roofs(), keep).forecast(shape)
+    n = len(timed)
+    if change == "the instruction set":
+        monkeypatch.setenv("DSMINI_CPU_ISA", "avx2")
+    else:
+        monkeypatch.setattr(price, "_sources", lambda: "second")
+    assert not Prices.under(invented_roofs(), keep).known
+    Prices.under(invented_roofs(), keep).forecast(shape)
+    assert len(timed) == 2 * n
+
+
+def test_sources_of_kernels_have_a_hash() -> None:
+    assert len(price._sources()) == 40 and price._sources() != hashlib.sha1().hexdigest()
 
 
 def test_a_long_call_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,26 @@
 """The stopwatch on a clock that the test moves, and the statistic next to draws whose truth is known."""
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from dsmini.measure.turns import Turns, in_turns, mean_of, median_of, reported, students_t
+from dsmini.measure.turns import (
+    TAIL,
+    Turns,
+    in_turns,
+    least_turns,
+    mean_of,
+    median_of,
+    order_of,
+    reported,
+    sign_interval,
+    students_t,
+)
 from tests.conftest import Clock
 
 CPU = torch.device("cpu")
@@ -15,10 +28,25 @@ CPU = torch.device("cpu")
 # --- the stopwatch
 
 
-def test_runs_take_turns_after_a_warm_up(clock: Clock) -> None:
-    taken = in_turns({"a": clock.work("a", 9.0, 1.0), "b": clock.work("b", 9.0, 2.0)}, count=2)
-    assert clock.log == list("ababab")
-    assert taken.seconds == {"a": [1, 1], "b": [2, 2]} and taken.count == 2
+def test_runs_change_places_after_a_warm_up(clock: Clock) -> None:
+    """Check that each run comes at each place, and that one on which others depend stays first."""
+    works = {name: clock.work(name, 9.0, seconds) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    taken = in_turns(works, count=3)
+    assert "".join(clock.log) == "abc" + "abc" + "bca" + "cab"
+    assert taken.seconds == {"a": [1] * 3, "b": [2] * 3, "c": [3] * 3} and taken.count == 3
+    clock.log.clear()
+    in_turns(works, count=3, first="b")
+    assert "".join(clock.log) == "abc" + "bac" + "bca" + "bac"
+
+
+@pytest.mark.parametrize("n", range(2, 9))
+def test_each_run_follows_each_other_one_equally_often(n: int) -> None:
+    """Check all pairs of neighbours, so that what one run leaves in the caches cancels, and all places."""
+    turns = [order_of(n, turn) for turn in range(n * (1 + n % 2))]
+    pairs = Counter(pair for order in turns for pair in itertools.pairwise(order))
+    assert len(pairs) == n * (n - 1) and len(set(pairs.values())) == 1
+    assert all(sorted(order) == list(range(n)) for order in turns)
+    assert all(len({order[at] for order in turns}) == n for at in range(n))
 
 
 @pytest.mark.parametrize(
@@ -67,9 +95,9 @@ def test_turns_that_were_interrupted_are_whole(clock: Clock) -> None:
 
 
 def test_slow_turns_cancel_in_pairs() -> None:
-    turns = Turns({"ours": [1.0, 10.0, 1.0, 3.0, 2.0], "theirs": [2.0, 20.0, 2.0, 6.0, 4.0]})
+    turns = Turns({"ours": [1.0, 10.0, 1.0, 3.0, 2.0, 2.0], "theirs": [2.0, 20.0, 2.0, 6.0, 4.0, 4.0]})
     found = turns.ratio("theirs", "ours")
-    assert found.low == found.value == found.high == 2 and found.turns == 5
+    assert found.low == found.value == found.high == 2 and found.turns == 6
     assert turns.median("ours") == 2
     with pytest.raises(ValueError, match="zip"):
         Turns({"a": [1.0], "b": [1.0, 2.0]}).ratio("a", "b")
@@ -78,12 +106,15 @@ def test_slow_turns_cancel_in_pairs() -> None:
 def test_few_turns_have_no_interval() -> None:
     found = median_of([1.0, 2.0, 3.0, 4.0])
     assert (found.value, found.low, found.high, found.is_clear) == (2.5, -math.inf, math.inf, False)
-    assert median_of([5.0, 1.0, 2.0, 4.0, 3.0]).is_clear
+    for tail, least in ((TAIL, 6), (0.05, 5), (0.05 / 4, 7), (0.05 / 8, 8)):
+        assert least_turns(tail) == least and 2**-least <= tail < 2 ** (1 - least)
+        assert [median_of(range(n), tail=tail).is_clear for n in (least - 1, least)] == [False, True]
+        assert [sign_interval(range(n), tail).is_clear for n in (least - 1, least)] == [False, True]
     with pytest.raises(ValueError, match="got none"):
         median_of([])
 
 
-@pytest.mark.parametrize("n", [5, 7, 20])
+@pytest.mark.parametrize("n", [6, 7, 20])
 @pytest.mark.parametrize(
     ("draw", "truth"), [(lambda rng, n: rng.normal(0, 1, n), 0.0), (lambda rng, n: rng.exponential(1, n), math.log(2))]
 )
@@ -101,14 +132,15 @@ def test_best_of_five_intervals_is_corrected(n: int) -> None:
     rng = np.random.default_rng(n)
     samples = [rng.normal(0, 1, (5, n)) for _ in range(400)]
     most = 400 * 0.025 + 3 * (400 * 0.025) ** 0.5
-    wrong = {k: sum(max(median_of(each, together=k).low for each in five) > 0 for five in samples) for k in (1, 5)}
+    wrong = {k: sum(max(median_of(each, tail=TAIL / k).low for each in five) > 0 for five in samples) for k in (1, 5)}
     assert wrong[5] <= most < wrong[1]
 
 
 def test_interval_of_a_mean_is_students() -> None:
     found = mean_of([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found.value == 3
-    assert found.high - 3 == 3 - found.low == pytest.approx(2.776 * 2.5**0.5 / 5**0.5)
+    assert [found.high - 3, 3 - found.low] == pytest.approx([2.776 * 2.5**0.5 / 5**0.5] * 2, rel=1e-3)
     assert not mean_of([1.0]).is_clear
-    for freedom, want in ((1, 12.706), (9, 2.262), (10, 2.228), (20, 2.086), (30, 2.042), (1000, 1.962)):
-        assert students_t(freedom) == pytest.approx(want, abs=3e-3)
+    for freedom, want in ((1, 12.706), (2, 4.303), (9, 2.262), (10, 2.228), (30, 2.042), (1000, 1.962)):
+        assert students_t(freedom) == pytest.approx(want, abs=1e-3)
+    assert students_t(9, 0.01) == pytest.approx(2.821, abs=1e-3)

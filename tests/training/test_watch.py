@@ -130,7 +130,7 @@ def test_sentence_has_the_figures_and_what_to_do() -> None:
     (change,) = watched((60, {"wait": 0.4}))
     assert change.share == pytest.approx(0.4)
     assert change.sentence == (
-        "step 40: Data binds: a step waits 40 % (40 % to 40 %) of its time for its batch. "
+        "step 40: Data binds: a step waits 40 % (40 to 40) of its time for its batch. "
         "Prepare batches in more threads (data.workers), or make them cheaper to read."
     )
 
@@ -183,7 +183,7 @@ def test_metrics_have_what_binds_only_with_a_watcher(tmp_path: Path) -> None:
 def test_watched_run_that_stops_and_resumes_is_the_run_without_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"WINDOW": 2, "RANK": 1, "HOLD_SECONDS": 0.0}.items():  # it says changes after two steps
+    for name, value in {"WINDOW": 2, "TAIL": 0.25, "HOLD_SECONDS": 0.0}.items():  # it says changes after two steps
         monkeypatch.setattr(f"dsmini.diagnosis.watch.{name}", value)
     never = new_run(tmp_path / "never", **RICH)
     assert never.train()
