@@ -3,9 +3,9 @@
     turn 1    plain plain plain   replay replay replay   dense dense dense   ...
     turn 2    plain plain plain   dense dense dense   replay replay replay   ...
 
-The first arm is the work as it is. It begins each turn, and the others change places. Of the steps of an arm in a turn
-the first are not counted, since they find what was prepared while other arms ran. The gain of an arm is the share of a
-step's time that would go:
+The first arm is the work as it is. It begins each turn, and the others change places. An arm's first
+steps in a turn are not counted, since they find what was prepared while other arms ran. The gain of an arm is the
+share of a step's time that would go:
 
     gain = (T - T_X) / T,    T the mean seconds of plain steps in a turn, T_X those of the arm in the same turn
 
@@ -59,11 +59,11 @@ class Arm:
     name: str
     apply: Apply
     axis: Axis | None = None
-    """What it makes free; None for a choice that is none of them, such as the size of a batch."""
+    """Axis whose cost it removes; None for other choices, such as the size of a batch."""
     words: str = ""
     """The change in words."""
     advice: str = ""
-    """What to do where it gains, in one sentence."""
+    """Advice where it gains, in one sentence."""
     why_not: str | None = None
     """Reason why it cannot be tried; None if it can."""
     predict: Callable[[Any], float] | None = None

@@ -1,4 +1,4 @@
-"""What other programs take of this machine while steps run.
+"""The share that other programs take of this machine while steps run.
 
 The operating system says how many cores others kept busy, and how long this process's threads were ready without a
 core. Probes, a product and a read of memory, say how much slower they run now than when this machine's rates were

@@ -131,7 +131,7 @@ class DecodingSubject:
         """Takes one step. It decodes a token of each sequence, and cuts the cache back."""
         self._timed = {(PLAIN, batch): timed(self.run, self.device)}
         self.turns: list[Contention] = []
-        """What others took in turns of plain steps, the one to warm up included."""
+        """Shares that others took in turns of plain steps, the one to warm up included."""
         self.prices: DecodingPrices | None = None
 
     @property
@@ -477,7 +477,7 @@ class Variant:
     words: str = ""
     """The change in words."""
     advice: str = ""
-    """What to do where it gains, in one sentence."""
+    """Advice where it gains, in one sentence."""
 
     def steps(self, model: Transformer, point: Point) -> Callable[[], Any]:
         """Return its steps of this model."""

@@ -71,7 +71,7 @@ MOST_MEMORY = 0.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlainTurn:
-    """What was seen of the plain steps of a turn."""
+    """Figures of the plain steps of a turn."""
 
     steps: Sequence[StepResult]
     """The steps that are counted."""

@@ -10,7 +10,7 @@ and autograd take the rest of a step. A narrow model of as many blocks, experts 
     seconds = sum over distinct calls of (number * seconds alone) + calls * (T(narrow) - alone(narrow)) / calls(narrow)
 
 No number comes from a run of the model itself. Prices are medians, as measurements are. They are stored in a file of
-the user's cache, and measured again once the kernels' sources change. Those of a busy or slow hour are not stored.
+the user's cache, and measured again once the kernels' sources change. Prices of a busy or slow hour are not stored.
 
 Simulated: experts are chosen at random, all alike likely.
 """
@@ -88,9 +88,9 @@ class Prices:
     known: dict[str, float] = field(default_factory=dict)
     """Seconds by the hash of a call and the number of threads."""
     kept: dict[str, float] = field(default_factory=dict)
-    """Those that the file has."""
+    """Prices that the file has."""
     pending: dict[str, float] = field(default_factory=dict)
-    """Those that were measured since it was written."""
+    """Prices that were measured since it was written."""
 
     @classmethod
     def here(cls, keep: Path | None = None, on_part: OnPart = quiet, fresh: bool = False) -> "Prices":
