@@ -99,8 +99,9 @@ def trained_attention_gradients(
     documents: Int[Tensor, "b s"] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    seen = ~_mask(documents, q.shape[2], q.device)
-    p = (q @ k.mT * scale - lse[..., None]).exp() * seen
+    # masked before exp: the logit of a masked key may be so large that exp is infinite
+    logits = (q @ k.mT * scale).masked_fill(_mask(documents, q.shape[2], q.device), -torch.inf)
+    p = (logits - lse[..., None]).exp()
     ds = scale * p * (grad @ v.mT - (grad * y).sum(-1, keepdim=True))
     return ds @ k, ds.mT @ q, p.mT @ grad
 

@@ -129,7 +129,7 @@ def topk_attention(
     ones gather, and read k rows a query.
 
     Args:
-        topk_indices: distinct rows of each query, at least one; -1 is none.
+        topk_indices: distinct rows of each query; -1 is none. A query without any has NaN, the softmax of nothing.
 
     Source: DeepSeek-V3.2 report, equation 2.
     """

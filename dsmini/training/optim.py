@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from dsmini.config import TrainConfig
 from dsmini.distributed.mesh import muon_update_divided
 from dsmini.nn import dsa_layers
-from dsmini.numerics.orthogonalize import JORDAN, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz
+from dsmini.numerics.orthogonalize import HALLEY, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz
 
 Named = Iterable[tuple[str, Tensor]]
 """Parameters with their names."""
@@ -72,7 +72,7 @@ class Muon(Optimizer):
         lr: float,
         momentum: float = 0.95,
         matmul_dtype: torch.dtype = torch.float32,
-        newton_schulz: NewtonSchulz = JORDAN,
+        newton_schulz: NewtonSchulz = HALLEY,
     ) -> None:
         self.matmul_dtype, self.newton_schulz = matmul_dtype, newton_schulz
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from dsmini import ops
+from dsmini.functional.attention import trained_attention, trained_attention_gradients
+from dsmini.functional.cross_entropy import rows_at_a_time
 from dsmini.measure.costs import COSTS, cost_of
 from dsmini.nn.attention import cached_attention, causal_attention
+from dsmini.nn.dsa import topk_attention
 from dsmini.nn.fp8 import quantized_experts
 from dsmini.nn.layers import linear, rms_norm
 from dsmini.nn.mla import absorbed_attention
@@ -127,6 +130,36 @@ def test_backend_equals_reference_in_fp64(n: int, dtype: torch.dtype, backend: s
             scale = max(b.norm().item(), 1e-3 * want[0].norm().item()) or 1.0  # all targets ignored
             error = (a.cpu().double() - b).norm().item() / scale
             assert error <= tolerance, f"{case.operation.name}, part {part}: {error:.1e} > {tolerance:.1e}"
+
+
+def test_gradients_of_attention_survive_a_masked_key_with_a_huge_logit() -> None:
+    """Query 1 alone has the large logit with key 2, which comes after it."""
+    q, k, v, grad = (torch.randn(1, 1, 3, 4) for _ in range(4))
+    q[..., 1, 0], k[..., 2, 0] = 1e3, 1e3
+    q[..., 2, 0] = 0
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    want = torch.autograd.grad(causal_attention.reference(*leaves, 0.5), leaves, grad)
+    y, lse = trained_attention.reference(q, k, v, 0.5, None)
+    got = trained_attention_gradients.reference(grad, q, k, v, y, lse, 0.5, None)
+    assert all(relative_error(a, b) <= rounding(FP32_UNIT, terms=8, chained=4) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("k", [0, 3])
+def test_a_query_that_chose_no_key_has_nan_and_no_other_has(backend: str, k: int) -> None:
+    operands = [torch.randn(size) for size in ((2, 5, 3, 7), (2, 5, 3, 4), (2, 9, 14), (3, 7, 10), (3, 10, 5))]
+    chosen = torch.randint(0, 9, (2, 5, k)).sort(-1).values + torch.arange(k)
+    chosen[1, 2] = -1
+    with ops.use(backend):
+        y = topk_attention(*operands, 0.3, chosen.clamp(max=8).where(chosen < 9, -1))
+    assert y[1, 2].isnan().all() and bool(y.isnan().any(-1).sum() == (1 if k else 10))
+
+
+def test_logits_of_a_chunk_fill_a_gpus_products_and_a_cpus_cache() -> None:
+    """With V3's vocabulary: 4,096 rows make the weight's gradient twice on a GPU, 128 times on a CPU."""
+    for device, products in (("meta", 2), ("cpu", 128)):
+        weight = torch.empty(129_280, 1, device=device)
+        assert -(-4096 // rows_at_a_time(weight)) == products
 
 
 @pytest.mark.parametrize("version", ["reference", "plain", "static"])
