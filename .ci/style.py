@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Every package of dsmini, from below, with those that it may import besides SHARED. It may import only what is above it
 # here, so there is no cycle. Commands import anything, and no package imports a command.
 MAY_IMPORT = {
-    **{"ops": "", "config": "", "console": "", "atomic": "", "machine": "", "reading": ""},
+    **{"atomic": "", "machine": "", "reading": "", "ops": "", "config": "", "console": ""},
     "report": "console",
     "accounting": "config",
     "numerics": "ops",
     "functional": "numerics ops",
-    "nn": "config numerics ops",
+    "nn": "config functional numerics ops",
     "text": "config console",
     "data": "config text",
     "inference": "config nn numerics ops text",
@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "diagnosis": "accounting checkpoint config data inference measure nn numerics ops planner report text training",
 }
 SHARED = ("atomic", "machine", "reading")
+IMPORTERS = ("import_module", "importorskip")
+"""Functions that import by a string."""
 COMMANDS = ["train", "generate", "tokenize", "convert", "explain", "plan", "diagnose", "__main__", "__init__"]
 # names that no file in these folders may import
 FORBIDDEN = (
@@ -61,7 +63,7 @@ MUTATORS = {"append", "add", "update", "extend", "pop", "popitem", "clear", "rem
 
 
 def imports(where: Path, top: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield the line and the full name of all that a file imports, also if it is skipped where there is none."""
+    """Yield the line and the full name of all that a file imports, also by a string that is or begins with it."""
     for node in ast.walk(top):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -69,8 +71,10 @@ def imports(where: Path, top: ast.AST) -> Iterator[tuple[int, str]]:
             above = where.parent.parts[: len(where.parts) - node.level] if node.level else ()
             of = [*above, *filter(None, [node.module])]
             yield from ((node.lineno, ".".join([*of, alias.name])) for alias in node.names)
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "importorskip":
-            yield from ((node.lineno, it.value) for it in node.args[:1] if isinstance(it, ast.Constant))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in IMPORTERS:
+            name = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+            if isinstance(name, ast.Constant):
+                yield node.lineno, name.value
 
 
 def check_imports(where: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -97,6 +101,16 @@ def check_cycles(trees: dict[Path, ast.Module]) -> Iterator[str]:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         yield "import each other: " + ", ".join(map(str, error.args[1]))
+
+
+def arrows(trees: dict[Path, ast.Module]) -> set[tuple[str, str]]:
+    """Return who imports whom among the packages and commands of dsmini, also inside of functions and by strings."""
+    found = set[tuple[str, str]]()
+    for path in (path for path in trees if path.parts[0] == "dsmini"):
+        mine = path.with_suffix("").parts[1]
+        names = (name.split(".") for _, name in imports(path, trees[path]) if name.startswith("dsmini."))
+        found |= {(mine, parts[1]) for parts in names if parts[1] not in ("", mine)}
+    return found
 
 
 def check_globals(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -168,6 +182,11 @@ def main() -> int:
         wrong += found if len(found) > 4e-4 * spoken[place] else []
     print(f"{'package':32}{'files':>7}{'code':>8}{'tokens':>9}")
     print(*(f"{name:32}{n:7,}{code:8,}{tokens:9,}" for name, (n, code, tokens) in sorted(sizes.items())), sep="\n")
+    found, order = arrows(trees), {name: i for i, name in enumerate([*MAY_IMPORT, *COMMANDS])}
+    circles = sum((b, a) in found for a, b in found) // 2
+    back = [f"{a} -> {b}" for a, b in found if order.get(a, len(order)) < order.get(b, 0)]
+    print(f"\n{len(found)} arrows between packages and commands, {circles} circles, {len(back)} against the order")
+    wrong += [f"{arrow}: against the order of packages" for arrow in back]
     print("\n".join(wrong), file=sys.stderr)
     return 1 if wrong else 0
 

@@ -1,4 +1,4 @@
-"""python -m dsmini.explain: show which implementation of each operation runs on this machine, and why no other."""
+"""python -m dsmini.explain: show which backend runs each operation on this machine, and why no kernel does."""
 
 import json
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from dsmini.console.commandline import Help, parse
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainCommand:
-    """Show which implementation of each operation runs on this machine: kernels, tuned PyTorch, or the equations.
+    """Show what runs each operation on this machine: kernels, tuned PyTorch, or the equations.
 
     Kernels in C++ are compiled if this machine has not done so yet. DSMINI_BACKEND and DSMINI_CPU_ISA choose others.
     """
 
     json: bool = False
-    """Print a line of JSON instead: for each operation its implementations."""
+    """Print a line of JSON instead: for each operation its backend, and the reason if that is not a kernel."""
 
 
 HELP = Help(usage="[FLAGS]", examples=("",), main=("json",))
@@ -25,11 +25,15 @@ HELP = Help(usage="[FLAGS]", examples=("",), main=("json",))
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     command = parse(ExplainCommand, "dsmini.explain", args, help=HELP)
+    # these three declare all operations
+    import dsmini.inference.fused
+    import dsmini.nn
+    import dsmini.numerics.orthogonalize  # noqa: F401
     from dsmini import ops
     from dsmini.ops import explanation
 
     if command.json:
-        print(json.dumps(explanation.rows("cpu")))
+        print(json.dumps({name: choice._asdict() for name, choice in explanation.choices("cpu").items()}))
     else:
         ops.explain()
     return 0

@@ -31,7 +31,7 @@ def linear_eager(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @ops.eager("quantized_linear")
-def _(x: Tensor, weight: QuantizedTensor) -> Tensor:
+def quantized_linear_eager(x: Tensor, weight: QuantizedTensor) -> Tensor:
     return linear_eager(x, weight.dequantize(x.dtype))
 
 
@@ -72,7 +72,7 @@ class _WideLinear(torch.autograd.Function):
 
 
 @ops.eager("rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute rms_norm with torch's operation, or in training on a CPU with a faster one."""
     if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]

@@ -27,7 +27,7 @@ def queries_at_a_time(x: Tensor, query_bytes: int) -> int:
 
 @ops.eager("topk_keys")
 @torch.no_grad()
-def _(q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) -> Tensor:
+def topk_keys_eager(q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) -> Tensor:
     """Score some queries at a time, so that the products of all heads with a long context never exist together."""
     if not q.numel():
         return ops.find("topk_keys").reference(q, k, weights, topk, mask)
@@ -57,7 +57,7 @@ def _first_largest(scores: Float[Tensor, "b s t"], k: int) -> Int[Tensor, "b s k
 
 
 @ops.eager("topk_attention")
-def _(
+def topk_attention_eager(
     q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, topk_indices: Tensor
 ) -> Tensor:
     """Gather the chosen rows of some queries at a time; each query then is a sequence of its own, with k keys."""
@@ -76,7 +76,7 @@ def _(
 
 
 @ops.eager("indexer_agreement")
-def _(
+def indexer_agreement_eager(
     q: Tensor,
     k: Tensor,
     weights: Tensor,

@@ -4,7 +4,8 @@ Each works alone, from a ModelConfig or from plain arguments. Of dsmini they nee
 and the kernels have faster versions of some functions.
 """
 
-from dsmini import ops
+import importlib.util
+
 from dsmini.nn.attention import Attention, AttentionContext, cached_attention, causal_attention
 from dsmini.nn.block import Aux, Block
 from dsmini.nn.cache import Cache
@@ -56,4 +57,5 @@ __all__ = [
     "sequence_balance_loss",
 ]
 
-ops.load_eager()
+if importlib.util.find_spec("dsmini.functional") is not None:  # faster versions; the model runs without them
+    import dsmini.functional  # noqa: F401

@@ -9,7 +9,7 @@ An operation is declared once, on its plain version, the equation, in the file o
 A faster version is found by the operation's name, wherever it is written:
 
     @ops.eager("rms_norm")
-    def _(x, weight, eps): ...          # the same, fast in plain PyTorch
+    def rms_norm_eager(x, weight, eps): ...          # the same, fast in plain PyTorch
 
 A call then runs the first of these that can serve it:
 
@@ -27,7 +27,7 @@ PyTorch cannot see into a kernel, so a counter (`ops.counting`) is told of each 
 """
 
 import functools
-import importlib.util
+import importlib
 import os
 import time
 import warnings
@@ -174,12 +174,6 @@ def _declare(kind: str, name: str, version: Callable[P, R]) -> Callable[P, R]:
     return version
 
 
-def load_eager() -> None:
-    """Import the tuned PyTorch versions, so that torch.compile finds them; without them the plain ones run."""
-    if importlib.util.find_spec("dsmini.functional") is not None:
-        importlib.import_module("dsmini.functional")
-
-
 def find(name: str) -> Operation[..., Any]:
     """Return the operation of that name."""
     return Operation.declared[name]
@@ -263,12 +257,14 @@ def serves(name: str, tensor: Tensor) -> bool:
 
 
 def explain() -> str:
-    """Print and return which implementation of each operation would run on this machine, and why no other.
+    """Print and return which backend would run each operation on this machine, and why no kernel does.
 
-    The first lines say what is forced and which backends are ready. Then a table has a row for each operation and a
-    column for each implementation. Its last lines say what the cells mean. `python -m dsmini.explain` prints the same.
+    The first lines say what is forced and which backends are ready. Then a table has a row for each operation that an
+    imported module declares: `import dsmini.nn` first. `python -m dsmini.explain` prints it for all of dsmini.
     """
-    text = "\n".join(importlib.import_module("dsmini.ops.explanation").lines())
+    from dsmini.ops.explanation import lines
+
+    text = "\n".join(lines())
     print(text)
     return text
 

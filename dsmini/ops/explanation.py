@@ -1,71 +1,50 @@
-"""Say which implementation of each operation runs on this machine, and why the others do not."""
+"""Say which backend runs each operation on this machine, and why no kernel does."""
 
-import importlib
 import os
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from dsmini import ops
-from dsmini.ops import BACKENDS, FOR_DEVICE, VARIABLE, Operation
+from dsmini.ops import FOR_DEVICE, VARIABLE, Operation
 
 ISA_VARIABLE = "DSMINI_CPU_ISA"
-DECLARE = ("dsmini.nn", "dsmini.inference.fused", "dsmini.numerics.orthogonalize")
-"""Modules that declare operations."""
-RUNS = "runs"
-REASONS = {
-    RUNS: "this implementation serves a call",
-    "gradient": "it serves a wanted gradient, torch.compile, and calls that the kernel does not serve",
-    "on request": f"it serves under {VARIABLE}=reference, or `with dsmini.ops.use('reference')`",
-    "forced away": f"{VARIABLE} or ops.use forces another backend",
-    "not here": "the backend cannot run here, for the reason above",
-    "raises": "the environment asks for what cannot run here: a call raises the reason above",
-    "other device": "it serves tensors on another device",
-    "no kernel": "the backend has none for this operation",
-    "none": "there is no tuned version: the reference runs in its place",
-}
-"""Meaning of each cell of the table."""
 
 
-def operations() -> dict[str, Operation[..., Any]]:
-    """Return the operations of dsmini by name."""
-    for module in DECLARE:
-        importlib.import_module(module)
-    return dict(sorted(Operation.declared.items()))
+class Choice(NamedTuple):
+    """The backend of a call, and the reason, in a few words, if it is not a kernel."""
+
+    backend: str
+    why: str = ""
 
 
-def rows(device: str) -> dict[str, dict[str, str]]:
-    """Return for each operation what each backend does with a call on a device type, "cpu" or "cuda".
-
-    The words are keys of REASONS, by the name of the backend.
+def choices(device: str) -> dict[str, Choice]:
+    """Return for each declared operation the backend of a call without gradients on a device type, "cpu" or "cuda".
 
     Raises: ValueError if DSMINI_BACKEND is unknown.
     """
-    forced, found = ops.chosen(), {}
-    for name, operation in operations().items():
-        kernels = {backend: _kernel_cell(name, backend, device, forced) for backend in FOR_DEVICE.values()}
-        plain = "gradient" if {RUNS, "raises"} & set(kernels.values()) else RUNS
-        cells = (RUNS, "forced away") if forced == "reference" else ("on request", plain)
-        if operation.plain is operation.reference:
-            cells = (RUNS if forced == "reference" else plain, "none")
-        found[name] = {"reference": cells[0], "eager": cells[1], **kernels}
-    return found
+    forced = ops.chosen()
+    return {name: _choice(operation, device, forced) for name, operation in sorted(Operation.declared.items())}
 
 
-def _kernel_cell(name: str, backend: str, device: str, forced: str | None) -> str:
-    if name not in (ops._operations(backend) or ()):
-        return "no kernel"
-    if forced not in (None, backend):
-        return "forced away"
-    if forced is None and FOR_DEVICE.get(device) != backend:
-        return "other device"
+def _choice(operation: Operation[..., object], device: str, forced: str | None) -> Choice:
+    if forced == "reference":
+        return Choice("reference", "forced")
+    plain = "reference" if operation.plain is operation.reference else "eager"
+    backend = forced or FOR_DEVICE.get(device)
+    if forced == "eager":
+        return Choice(plain, "forced" if plain == "eager" else "no eager version")
+    if backend is None or operation.name not in (ops._operations(backend) or ()):
+        return Choice(plain, f"no {backend} kernel" if backend else f"no kernels for {device}")
     kernels = _kernels(backend)
-    if isinstance(kernels, ModuleType) and kernels.why_not(name) is None:
-        return RUNS
-    return "raises" if forced or isinstance(kernels, ValueError) else "not here"
+    reason = kernels.why_not(operation.name) if isinstance(kernels, ModuleType) else f"{backend} is not here"
+    if reason is None:
+        return Choice(backend)
+    raises = forced or isinstance(kernels, ValueError)
+    return Choice("none", f"a call raises: {reason}") if raises else Choice(plain, reason)
 
 
 def _kernels(backend: str) -> ModuleType | str | ValueError:
@@ -79,7 +58,7 @@ def _kernels(backend: str) -> ModuleType | str | ValueError:
 
 
 def lines() -> Iterator[str]:
-    """Yield the backends with their state, a table of the operations for each device, and what its cells mean."""
+    """Yield the backends with their state, and a table of the operations for each device."""
     try:
         forced = f"forced here: {ops.chosen() or 'nothing'}"
     except ValueError as error:
@@ -91,21 +70,17 @@ def lines() -> Iterator[str]:
         kernels = _kernels(backend)
         ready = isinstance(kernels, ModuleType)
         yield f"{backend}: " + (f"ready: {kernels.describe()}" if ready else f"not here: {kernels}")
-    columns, met = [*reversed(BACKENDS)], set[str]()
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
-        isas = {name: instruction_set(name) for name in columns}
-        table = [(f"tensors on {device}", *(f"{name} ({isa})" if isa else name for name, isa in isas.items()))]
-        table += [(name, *(cells[backend] for backend in columns)) for name, cells in rows(device).items()]
-        met |= {cell for row in table[1:] for cell in row[1:]}
+        table = [("operation", f"on {device}", "why"), *((name, *choice) for name, choice in choices(device).items())]
         wide = [max(map(len, column)) for column in zip(*table, strict=True)]
         yield ""
         yield from ("  ".join(f"{cell:{w}}" for cell, w in zip(row, wide, strict=True)).rstrip() for row in table)
     yield ""
-    longest = max(map(len, met))
-    yield from (f"{cell:{longest}}  {meaning}" for cell, meaning in REASONS.items() if cell in met)
+    yield "Calls that want a gradient, run under torch.compile, or that a kernel does not serve run in PyTorch:"
+    yield "eager, which is tuned, where there is such a version, else reference, the equation."
 
 
 def instruction_set(backend: str = "cpu") -> str:
     """Return the instruction set of a backend's kernels, such as "avx512"; "" if they cannot run here."""
-    kernels = _kernels(backend) if backend in FOR_DEVICE.values() else None
+    kernels = _kernels(backend)
     return kernels.describe().partition(",")[0] if isinstance(kernels, ModuleType) else ""

@@ -1,5 +1,6 @@
 """The backend that serves a call, forced or not, and the words about it."""
 
+import importlib
 import re
 from collections.abc import Callable
 from types import ModuleType
@@ -41,7 +42,7 @@ def speak(x: Tensor) -> str:
 
 
 @ops.eager("speak")
-def _(x: Tensor) -> str:
+def speak_eager(x: Tensor) -> str:
     return "eager"
 
 
@@ -125,10 +126,10 @@ def test_a_backend_that_is_unknown_or_cannot_serve_says_why(monkeypatch: pytest.
 
 
 @pytest.fixture
-def explained(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, list[str]]]:
-    """Return a function that explains two operations: the cells by operation, in the order of ops.BACKENDS."""
-    monkeypatch.setattr(explanation, "operations", lambda: {"speak": speak, "whisper": whisper})
-    return lambda: {name: [of[backend] for backend in ops.BACKENDS] for name, of in explanation.rows("cpu").items()}
+def explained(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[explanation.Choice]]:
+    """Return a function that explains two operations, speak and whisper."""
+    monkeypatch.setattr(ops.Operation, "declared", {"speak": speak, "whisper": whisper})
+    return lambda: [*explanation.choices("cpu").values()]
 
 
 def test_explain_prints_an_aligned_table(
@@ -144,46 +145,48 @@ DSMINI_CPU_ISA: not set
 cpu: ready: made of cpu, with care
 triton: not here: no GPU here
 
-tensors on cpu  triton        cpu (made of cpu)  eager     reference
-speak           other device  runs               gradient  on request
-whisper         no kernel     no kernel          none      runs
+operation  on cpu     why
+speak      cpu
+whisper    reference  no cpu kernel
 """
     assert text.startswith(want.strip())
 
 
-def test_explain_names_what_each_implementation_does(
-    monkeypatch: pytest.MonkeyPatch, explained: Callable[[], dict[str, list[str]]]
+def test_explain_names_the_backend_that_a_call_then_runs_on(
+    monkeypatch: pytest.MonkeyPatch, explained: Callable[[], list[explanation.Choice]]
 ) -> None:
-    """Compare the cells with what calls do: reference, eager, cpu, triton."""
-    for forced, cells in (
-        (None, ["on request", "gradient", "runs", "other device"]),
-        ("eager", ["on request", "runs", "forced away", "forced away"]),
-        ("reference", ["runs", "forced away", "forced away", "forced away"]),
-        ("triton", ["on request", "gradient", "forced away", "raises"]),
+    silent = "reference"  # what whisper runs on: it has neither an eager version nor a kernel
+    for forced, choice, why in (
+        (None, ("cpu", ""), "no cpu kernel"),
+        ("eager", ("eager", "forced"), "no eager version"),
+        ("reference", ("reference", "forced"), "forced"),
+        ("triton", ("none", "a call raises: triton is not here"), "no triton kernel"),
     ):
         with ops.use(forced):
-            assert explained() == {"speak": cells, "whisper": ["runs", "none", "no kernel", "no kernel"]}
+            assert explained() == [choice, (silent, why)] and whisper(X) == silent
+            assert "cannot run speak" in refusal(speak, X) if choice[0] == "none" else speak(X) == choice[0]
     monkeypatch.setattr(ops, "_load", lambda name: "no compiler")
-    assert explained()["speak"] == ["on request", "runs", "not here", "other device"] and speak(X) == "eager"
+    assert explained()[0] == ("eager", "cpu is not here") and speak(X) == "eager"
 
     def load(name: str) -> ModuleType:
         raise ValueError("DSMINI_CPU_ISA asks for what this CPU lacks")
 
     monkeypatch.setattr(ops, "_load", load)
-    assert explained()["speak"] == ["on request", "gradient", "raises", "other device"]
+    assert explained()[0] == ("none", "a call raises: cpu is not here")
     assert "DSMINI_CPU_ISA" in refusal(speak, X) and "cpu: not here: DSMINI_CPU_ISA asks" in ops.explain()
 
 
-def test_every_declared_operation_is_explained_and_declared_once() -> None:
+def test_every_operation_is_declared_once_and_every_version_has_one() -> None:
     declared = {
-        name
+        name: path.relative_to(ROOT).with_suffix("")
         for path in (ROOT / "dsmini").rglob("*.py")
         for name in re.findall(r'^@ops\.operation\("(\w+)"', path.read_text(), re.MULTILINE)
     }
-    known = explanation.operations().keys()
-    assert len(declared) > 15 and known - {"speak", "whisper"} == declared
+    for path in declared.values():
+        importlib.import_module(".".join(path.parts))
+    known = ops.Operation.declared.keys()
+    assert len(declared) > 15 and known - {"speak", "whisper"} == declared.keys()
     assert {name for _, name in ops.Operation.fast} <= known, "a version under a misspelt name would never run"
-    assert explanation.REASONS.keys() >= {cell for cells in explanation.rows("cpu").values() for cell in cells.values()}
     with pytest.raises(ValueError, match=r"declares the operation 'linear' again; it is that of dsmini\.nn\.layers"):
         ops.operation("linear")(lambda x: x)
 

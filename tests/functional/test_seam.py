@@ -14,7 +14,6 @@ from dsmini.measure.costs import COSTS
 from dsmini.measure.counting import count
 from dsmini.nn.fp8 import fp8_experts, hold_all_fp8
 from dsmini.numerics import WEIGHT_TILE, quantize
-from dsmini.ops.explanation import operations
 from tests.functional.conftest import Unserved, routed
 from tests.helpers.configs import refusal
 from tests.helpers.tolerances import E4M3_UNIT, FP32_UNIT, relative_error, rounding
@@ -33,7 +32,7 @@ def only_references(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         raise AssertionError("an eager version ran")
 
     def ask() -> None:
-        for operation in operations().values():
+        for operation in ops.Operation.declared.values():
             monkeypatch.setattr(operation, "plain", refuse)
         for name in ("grouped_linear", "sort_by_expert", "combine"):
             monkeypatch.setattr(functional_experts, name, refuse)
@@ -81,7 +80,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, names: set[str]) -> list[str]:
     kernels: Any = ModuleType("stand-in")
     ran: list[str] = []
     kernels.OPERATIONS, kernels.Unserved, kernels.why_not = tuple(names), Unserved, lambda _: None
-    for name, operation in operations().items():
+    for name, operation in ops.Operation.declared.items():
 
         def kernel(*args: Any, run: Any = operation.plain, name: str = name, **options: Any) -> Any:
             ran.append(name)
