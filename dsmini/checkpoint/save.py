@@ -8,9 +8,8 @@ import dataclasses
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,17 +178,16 @@ class SavePlan:
         """Yield the entries in the order of the model, a weight and its scales together."""
         for part in self.parts():
             scales, held = part.scales, self.state[part.ours].dtype
-            if scales is not None and (self.fp8 or (held == FP8 and self.dtype is None)):
-                kind = self._stored_as(scales, torch.float32) if held == FP8 else torch.float32
-                written = ((part, FP8, partial(self._codes, part)), (scales, kind, partial(self._scales, part, kind)))
+            as_codes = scales is not None and (self.fp8 or (held == FP8 and self.dtype is None))
+            if scales is None or not as_codes:
+                yield [_entry(part, self._dtype_of(part, held), self._plain)]
+            elif held == FP8:
+                yield [
+                    _entry(part, FP8, self.value),
+                    _entry(scales, self._stored_as(scales, torch.float32), self.value),
+                ]
             else:
-                dtype = self._stored_as(part, held)
-                if dtype == FP8:  # and dequantized since
-                    dtype = held
-                if self.dtype is not None:
-                    dtype = torch.float32 if part.ours.startswith(self.gates) else self.dtype
-                written = ((part, dtype, partial(self._plain, part, dtype)),)
-            yield [Entry(one.name, dtype, one.shape, make) for one, dtype, make in written]
+                yield [_entry(part, FP8, self._codes), _entry(scales, torch.float32, self._scales, part)]
 
     def value(self, part: Part) -> Tensor:
         """Return the values of a part of the model, as they are held."""
@@ -200,22 +198,30 @@ class SavePlan:
         """Return the dtype in which a part was stored; another if the model was not loaded."""
         return (self.stored or {}).get(part.name, otherwise)
 
-    def _plain(self, part: Part, dtype: torch.dtype) -> Tensor:
+    def _dtype_of(self, part: Part, held: torch.dtype) -> torch.dtype:
+        """Return the dtype in which a part is written that is not FP8."""
+        if self.dtype is not None:
+            return torch.float32 if part.ours.startswith(self.gates) else self.dtype
+        stored = self._stored_as(part, held)
+        return held if stored == FP8 else stored  # dequantized since
+
+    def _plain(self, part: Part) -> Tensor:
         value = self.value(part)
         if value.dtype != FP8 or part.scales is None:
-            return value.to(dtype)
-        return dequantize_tiles(value, self.value(part.scales).float(), WEIGHT_TILE, "e4m3", dtype)
+            return value
+        assert self.dtype is not None, "codes are written as they are where no dtype is asked for"
+        return dequantize_tiles(value, self.value(part.scales).float(), WEIGHT_TILE, "e4m3", self.dtype)
 
-    def _scales(self, part: Part, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the scales of a weight, new ones if it is not held in FP8."""
-        value = self.value(part)
-        if value.dtype == FP8 and part.scales is not None:
-            return self.value(part.scales).to(dtype)
-        return tile_scales(value, WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
+    def _scales(self, part: Part) -> Tensor:
+        return tile_scales(self.value(part), WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
 
     def _codes(self, part: Part) -> Tensor:
-        value = self.value(part)
-        return value if value.dtype == FP8 else encode_tiles(value, self._scales(part), WEIGHT_TILE)
+        return encode_tiles(self.value(part), self._scales(part), WEIGHT_TILE)
+
+
+def _entry(part: Part, dtype: torch.dtype, make: Callable[[Part], Tensor], of: Part | None = None) -> Entry:
+    """Return the entry of a part. Args: of: the part that its values are made from; None: itself."""
+    return Entry(part.name, dtype, part.shape, lambda: make(of or part).to(dtype))
 
 
 def refuse_changed_ideas(model: Transformer) -> None:

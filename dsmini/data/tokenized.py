@@ -35,7 +35,7 @@ from dsmini.data.documents import CHUNK, Piece, ProgressCallback, Reader, Source
 from dsmini.reading import read_bytes, read_table
 from dsmini.text.tokenizer import Tokenizer
 
-FORMAT = 4
+FORMAT = 5
 """Version of an entry; changes whenever the same corpus would be written otherwise."""
 _HASHED_ON_LOAD = 256 << 20
 """Bytes of the largest entry whose tokens are hashed each time: that takes less than a second."""
@@ -50,10 +50,8 @@ class CorpusFacts:
     source: str
     """Sentence that names what was read."""
     files: int
-    skipped: int
-    """Number of files of a folder that were left out because they are empty or not text."""
     left_out: tuple[str, ...] = ()
-    """Their names, each with the reason."""
+    """Names of the files of a folder that are not text, each with the reason."""
     not_utf8: tuple[str, ...] = ()
     """Names of the texts that are not UTF-8."""
     split: str
@@ -154,7 +152,6 @@ class CorpusCache:
                 facts = CorpusFacts(
                     source=self.source.words,
                     files=len(texts),
-                    skipped=len(left_out),
                     left_out=tuple(left_out),
                     not_utf8=tuple(document.name for document in texts if not document.utf8),
                     split=parts.words,

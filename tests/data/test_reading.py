@@ -71,7 +71,7 @@ def test_cut_parts_are_the_whole_text(sizes: list[int], percent: int) -> None:
 def test_binary_empty_and_hidden_files_are_left_out(tmp_path: Path) -> None:
     files = {"a.txt": b"text " * 50, "b.bin": b"\0\1\2" * 50, "c.txt": b"", ".git/d.txt": b"hidden " * 50, ".e": b"e"}
     corpus = load(tmp_path, files)
-    assert (corpus.files, corpus.skipped, corpus.left_out) == (1, 2, ("b.bin (not text)", "c.txt (empty)"))
+    assert (corpus.files, corpus.left_out) == (1, ("b.bin (not text)", "c.txt (empty)"))
     assert set(both(corpus)) == set(b"text ")
     again = corpora.load(tmp_path)
     assert "read from" in again.cache and again.left_out == corpus.left_out
@@ -102,7 +102,7 @@ def test_text_in_another_encoding_is_left_out_and_named(tmp_path: Path, encoding
     text = "Ein \u00fcbler Text. " * 50
     name = encoding.upper()
     corpus = load(tmp_path, {f"{i}.txt": text.encode(encoding) for i in range(5)} | {"good.txt": b"text " * 50})
-    assert (corpus.skipped, corpus.left_out) == (5, tuple(f"{i}.txt ({name})" for i in range(5)))
+    assert corpus.left_out == tuple(f"{i}.txt ({name})" for i in range(5))
     assert corpus.describe()["left_out"] == list(corpus.left_out)
     (words,) = notes(corpus.left_out, (), "runs/x/corpus.json", as_bytes=True)
     named = ", ".join(f"{i}.txt ({name})" for i in range(3))
@@ -116,7 +116,7 @@ def test_text_of_single_bytes_is_read_and_named(tmp_path: Path) -> None:
     long = ("a" * (CHUNK - 1) + "\u00fc").encode()
     latin = "Gr\u00f6\u00dfe ".encode("latin-1") * 50
     corpus = load(tmp_path, {"a.txt": latin, "b.txt": long, "c.txt": long[:-1], "d.txt": b"text"})
-    assert (corpus.files, corpus.skipped, corpus.not_utf8) == (4, 0, ("a.txt", "c.txt"))
+    assert (corpus.files, corpus.left_out, corpus.not_utf8) == (4, (), ("a.txt", "c.txt"))
     assert corpus.describe()["not_utf8"] == ["a.txt", "c.txt"]
     assert 0xF6 in both(corpus), "a token is a byte, whatever it means"
     (words,) = notes((), corpus.not_utf8, "corpus.json", as_bytes=True)

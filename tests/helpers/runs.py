@@ -68,7 +68,7 @@ def new_run(
         model=ModelConfig(**SMALL | (model or {})), train=dataclasses.replace(TRAIN, **changes), out=folder
     )
     text = np.frombuffer(bytes(7 * i * i % 61 for i in range(1000)), np.uint8)
-    corpus = Corpus(train=text[:900], val=text[900:], source="", files=1, skipped=0, split="", sha256="")
+    corpus = Corpus(train=text[:900], val=text[900:], source="", files=1, split="", sha256="")
     torch.manual_seed(0)
     whole = Transformer(config.model)
     whole.embed.register_forward_hook(lambda m, _, out: out + 1e-3 * torch.randn_like(out) if m.training else out)

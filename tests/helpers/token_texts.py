@@ -11,7 +11,7 @@ from dsmini.data.corpus import Corpus
 
 def corpus(train: NDArray[Any], val: NDArray[Any] | None = None, **more: Any) -> Corpus:
     held_out = train[:1000] if val is None else val
-    about: dict[str, Any] = {"source": "a test", "files": 1, "skipped": 0, "split": "", "sha256": ""}
+    about: dict[str, Any] = {"source": "a test", "files": 1, "split": "", "sha256": ""}
     return Corpus(train=train, val=held_out, **about | more)
 
 
