@@ -167,8 +167,9 @@ def check_types(config: Any, prefix: str = "", whole: Bounds = Bounds(), real: B
         if isinstance(value, list):
             value = tuple(value)
         if not any(_is_a(value, choice) for choice in choices) and not (callable(value) and f.metadata.get("function")):
-            want = " or ".join(_describe(choice) for choice in choices)
-            raise ValueError(f"{name}={brief(getattr(config, f.name))} is not {want}{_nearest(value, choices)}")
+            want = " or ".join(_describe(choice) for choice in choices if choice is not type(None))
+            fix = _nearest(value, choices) or ('; use one, or "none" to leave it out' if type(None) in choices else "")
+            raise ValueError(f"{name}={brief(getattr(config, f.name))} is not {want}{fix}")
         object.__setattr__(config, f.name, value)
         if isinstance(value, Path):
             check_path(value, name)
@@ -190,7 +191,7 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", Path: "a path"}
-    return words.get(hint, "a list of texts" if typing.get_origin(hint) is tuple else '"none"')
+    return words.get(hint, "a list of texts")
 
 
 def _nearest(value: Any, choices: tuple[Any, ...]) -> str:

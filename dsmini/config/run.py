@@ -11,7 +11,7 @@ import tomli_w
 
 from dsmini.config.fields import build, check_types, plain, require, require_multiple, setting
 from dsmini.config.model import ModelConfig
-from dsmini.config.schedule import read_phases
+from dsmini.config.schedule import rate_share, read_phases
 from dsmini.reading import find_config, read_toml
 
 
@@ -97,7 +97,8 @@ class TrainConfig:
     about a tenth of the training time, but at least 131072 tokens, which take longer after a short training. A large
     number takes the whole held-out split."""
     eval_context: int | None = setting(None, least=1, resume="none")
-    """Shorter context in tokens at which the final validation is repeated; left out: no repetition."""
+    """Context in tokens at which each validation is repeated, shorter or longer than the training's; left out: no
+    repetition. How good a model is beyond its training length needs a model.max_seq_len above train.seq_len."""
     save_every: int = setting(400, least=1, resume="none")
     """Number of steps between checkpoints; the last step is always saved."""
     save_in_background: bool = setting(False, resume="none")
@@ -140,6 +141,34 @@ class TrainConfig:
     def table_lr(self) -> float:
         """Peak learning rate of the embedding, the head and the norms."""
         return 0.03 if self.lr is None and self.optimizer == "muon" else self.adamw_lr
+
+    def rate_share_at(self, step: int) -> float:
+        """Return the share of its peak that every learning rate has at a step, counted from 0."""
+        return rate_share(step, self.steps, read_phases(self.lr_schedule))
+
+    def batch_size_at(self, step: int, parts: int = 1) -> int:
+        """Return the number of sequences in a step.
+
+        It grows linearly from batch_start to batch_size, rounded down so that each of the parts of the batch has a
+        multiple of grad_accum. The first step after the ramp has batch_size.
+
+        Args:
+            parts: number of processes that share the batch.
+        """
+        ramp = round(self.batch_ramp * self.steps)
+        if self.batch_start is None or step >= ramp:
+            return self.batch_size
+        unit = self.grad_accum * parts
+        return self.batch_start + (self.batch_size - self.batch_start) // unit * step // ramp * unit
+
+    def bias_speed_at(self, step: int) -> float:
+        """Return the change of the routing bias after a step: none while only indexers learn."""
+        moves = self.dsa_stage != "warmup" and step < round(self.bias_until * self.steps)
+        return self.bias_speed if moves else 0.0
+
+    def mtp_weight_at(self, step: int) -> float:
+        """Return the weight of the multi-token prediction loss in a step."""
+        return self.mtp_weight if step < round(self.mtp_until * self.steps) else self.mtp_weight_after
 
     def _check_batch(self) -> None:
         require_multiple("train.batch_size", self.batch_size, "train.grad_accum", self.grad_accum)
@@ -324,8 +353,9 @@ class RunConfig:
         )
         context = self.train.eval_context
         require(
-            context is None or context <= self.seq_len,
-            f"train.eval_context={context} is longer than a training sequence of {self.seq_len}; shorten it",
+            context is None or context <= self.model.max_seq_len,
+            f"train.eval_context={context} is longer than model.max_seq_len={self.model.max_seq_len}; raise that, and "
+            f"set train.seq_len={self.seq_len} to train as before",
         )
         sparse = self.model.attention == "dsa"
         require(

@@ -1,6 +1,4 @@
-"""Values that change over a run, as functions of the step: learning rate, batch size, bias speed, MTP weight.
-
-The phases of the learning rate are written in a config:
+"""The schedule of the learning rates, as phases in a config:
 
     lr_schedule = ["warmup 0.05", "constant 0.5", "cosine to 0.1", "constant 0.1 at 0.03"]
 
@@ -24,12 +22,8 @@ from dataclasses import dataclass
 from functools import cache, reduce
 from itertools import accumulate
 from operator import sub
-from typing import TYPE_CHECKING
 
 from dsmini.config.fields import require
-
-if TYPE_CHECKING:
-    from dsmini.config.run import TrainConfig
 
 SPELLINGS = "'warmup SHARE', 'constant [SHARE] [at LEVEL]', 'cosine [SHARE] to LEVEL' or 'linear [SHARE] to LEVEL'"
 NUMBER = r"-?\d*\.?\d+(?:[eE][+-]?\d+)?|-?\d+\."
@@ -118,15 +112,14 @@ def _read(text: str) -> Phase:
 # --- the values at a step
 
 
-def learning_rate_share(step: int, config: "TrainConfig") -> float:
+def rate_share(step: int, steps: int, phases: tuple[Phase, ...]) -> float:
     """Return the share of its peak that every learning rate has at this step.
 
     A warm-up ends with the first step at the full peak. A decay starts at the level before it and ends at its own, both
     included. A decay of one step has the level before it. A phase may be too short for a step.
     """
-    phases = read_phases(config.lr_schedule)
     level, start = 1.0, 0
-    for phase, end in zip(phases, phase_ends(phases, config.steps), strict=True):
+    for phase, end in zip(phases, phase_ends(phases, steps), strict=True):
         if step < end:
             return _share_within(phase, step - start, end - start, level)
         level, start = level if phase.level is None else phase.level, max(start, end)
@@ -154,30 +147,3 @@ def _share_within(phase: Phase, step: int, length: int, before: float) -> float:
     progress = step / max(1, length - 1)
     above = 0.5 * (1 + math.cos(math.pi * progress)) if phase.kind == "cosine" else 1 - progress
     return level + (before - level) * above
-
-
-def batch_size(step: int, config: "TrainConfig", parts: int = 1) -> int:
-    """Return the number of sequences in this step.
-
-    It grows linearly from batch_start to batch_size, rounded down so that each of the parts of the batch has a multiple
-    of grad_accum. The first step after the ramp has batch_size.
-
-    Args:
-        parts: number of processes that share the batch.
-    """
-    ramp = round(config.batch_ramp * config.steps)
-    if config.batch_start is None or step >= ramp:
-        return config.batch_size
-    unit = config.grad_accum * parts
-    return config.batch_start + (config.batch_size - config.batch_start) // unit * step // ramp * unit
-
-
-def bias_speed(step: int, config: "TrainConfig") -> float:
-    """Return the change of the routing bias after this step: none while only indexers learn."""
-    moves = config.dsa_stage != "warmup" and step < round(config.bias_until * config.steps)
-    return config.bias_speed if moves else 0.0
-
-
-def mtp_weight(step: int, config: "TrainConfig") -> float:
-    """Return the weight of the multi-token prediction loss in this step."""
-    return config.mtp_weight if step < round(config.mtp_until * config.steps) else config.mtp_weight_after

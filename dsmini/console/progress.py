@@ -1,5 +1,6 @@
 """Show progress: a bar in a terminal, lines at intervals in a pipe or a file."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ class Progress:
 
         Args:
             words: more about it, such as the loss.
-            left: seconds left, if the caller knows better than the rate so far.
+            left: seconds left, if the caller knows better than the rate so far; infinity shows none.
         """
         self.done, now = done, time.monotonic()
         if self.unit == "bytes":
@@ -94,7 +95,7 @@ class Progress:
             words = f"{done:,.0f} of {self.total:,.0f} tokens"
         if left is None and done > 0:
             left = (now - self._begun) * max(0.0, self.total / done - 1)
-        if left is not None:
+        if left is not None and left < math.inf:
             words = f"{words}  {timedelta(seconds=round(left))} left".lstrip()
         self._bar.update(self._task, completed=done, total=self.total, description=self.label, words=words)
         if now - self._begun >= self.delay:

@@ -41,7 +41,6 @@ import torch
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, RunConfig
-from dsmini.config.schedule import batch_size
 from dsmini.diagnosis.arms import Apply, Arm, Step, Work, patched
 from dsmini.diagnosis.contention import Contention, on_threads, quiet, watch
 from dsmini.diagnosis.findings import (
@@ -103,7 +102,7 @@ class Subject:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.at = trainer.steps_done
-        self.rows = batch_size(self.at, trainer.config.train)
+        self.rows = trainer.config.train.batch_size_at(self.at)
         self.prices: TrainingPrices | None = None
         self.turns: list[PlainTurn] = []
         """Turns of plain steps, the one to warm up included."""

@@ -29,7 +29,7 @@ nats a token.
 
     only with the option that measures it:
     val_loss_ema             with the EMA of the parameters, at the last step
-    val_loss_at_eval_context at the shorter context, at the last step
+    val_loss_at_eval_context at train.eval_context
     spread, busiest          of several processes: as in StepResult, and the number of the part with most work
     indexer_*                with DSA: means over the layers of IndexerLoss, kl, recall, mass; of each: layer_indexer_*
     binds, binds_share       where what binds the run has changed: "Data", "Algorithm", "Machine" or "" for nothing
@@ -202,7 +202,7 @@ class History:
             if row["step"] < state.step:
                 self.add(row)
             elif row["step"] == state.step and not complete:
-                last["val_loss"] = row["val_loss"]
+                last |= {key: value for key, value in row.items() if key.startswith("val_loss")}
         self.add(last)
         self.skipped_in_a_row, self.rewinds = state.skipped_in_a_row, state.rewinds
         return state.step - len(self.records)

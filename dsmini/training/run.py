@@ -5,10 +5,13 @@ A validation on the way scores a part of the held-out split; that at the end all
 
 import io
 import json
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -29,7 +32,7 @@ from dsmini.distributed.mesh import unequal_replicas
 from dsmini.distributed.world import World
 from dsmini.machine import peak_memory, refuse_too_large
 from dsmini.nn import Transformer
-from dsmini.training.outputs import plot_run
+from dsmini.training.plots import plot_run
 from dsmini.training.record import (
     METRICS,
     EventLog,
@@ -43,6 +46,9 @@ from dsmini.training.record import (
 from dsmini.training.saving import NotSavedError, Saver, newest_checkpoint
 from dsmini.training.trainer import StepResult, Trainer
 
+LEAST_TIMES = 3
+"""Number of steps of a process from which on the time left is shown."""
+
 
 class TrainingProgress(Progress):
     """The progress bar of a training run."""
@@ -50,6 +56,8 @@ class TrainingProgress(Progress):
     def __init__(self, console: Console, steps: int) -> None:
         super().__init__(console, steps, f"step 0/{steps}", delay=0, line_every=max(1, steps // 20), stays=True)
         self.steps = steps
+        self.times: deque[float] = deque(maxlen=11)
+        """Seconds a token of the last steps. The first steps of a process also prepare, so a median is taken."""
 
     def show(self, step: StepResult, tokens_per_s: float, sentence: str = "") -> None:
         """Show a training step, and a sentence about it."""
@@ -61,7 +69,11 @@ class TrainingProgress(Progress):
             kl, recall = (sum(step.indexers[name]) / len(step.indexers[name]) for name in ("kl", "recall"))
             figures += f"  indexer KL {kl:.4f} recall {recall:.0%}"
         self.label = f"step {step.step}/{self.steps}"
-        self.update(step.step, figures, left=(self.steps - step.step) * step.tokens / max(tokens_per_s, 1e-9))
+        self.times.append(step.seconds / step.tokens)
+        left = (
+            (self.steps - step.step) * step.tokens * median(self.times) if len(self.times) >= LEAST_TIMES else math.inf
+        )
+        self.update(step.step, figures, left=left)
         if step.skipped:
             self.say(f"step {step.step}: the gradient was not finite; the step was skipped, nothing changed")
         if sentence:
@@ -71,7 +83,7 @@ class TrainingProgress(Progress):
 def validate(trainer: Trainer, progress: TrainingProgress, asked: StopSignals) -> dict[str, float]:
     """Validate after the last step so far, if that is due; return the losses by their keys in metrics.jsonl.
 
-    At the end there may be three: at the context of training, at eval_context, and with the average.
+    There may be three: at the context of training, at eval_context, and at the end with the average.
 
     Args:
         asked: the signals that ask the run to stop.
@@ -90,13 +102,14 @@ def validate(trainer: Trainer, progress: TrainingProgress, asked: StopSignals) -
         with progress.part("validation") as show:
             return trainer.validate(windows, on_part=check)
 
-    if step < train.steps:
-        if step % train.eval_every:
-            return {}
-        windows = trainer.corpus.windows(seq_len, train.eval_tokens)
-        nats = score(windows)
-        progress.say(f"step {step}: validation {nats:.3f} nats ({windows.tokens:,} held-out tokens, context {seq_len})")
-        return {"val_loss": nats}
+    at_end = step == train.steps
+    if not at_end and step % train.eval_every:
+        return {}
+    kinds = {"val_loss": (seq_len, "")}
+    if train.eval_context is not None:
+        kinds["val_loss_at_eval_context"] = (train.eval_context, f" at context {train.eval_context}")
+    if at_end and trainer.average is not None:
+        kinds["val_loss_ema"] = (seq_len, ", with the average of the parameters")
     windows, every = trainer.final_windows(), trainer.corpus.windows(seq_len)
     line = "validating on the whole held-out split"
     if len(windows) < len(every):
@@ -104,16 +117,16 @@ def validate(trainer: Trainer, progress: TrainingProgress, asked: StopSignals) -
             f"validating on {windows.tokens:,} of {every.tokens:,} held-out tokens, spread evenly "
             f"(all of them: --train.final-eval-tokens {every.tokens})"
         )
-    kinds = {"val_loss": (seq_len, "")}
-    if train.eval_context is not None:
-        kinds["val_loss_at_eval_context"] = (train.eval_context, f" at context {train.eval_context}")
-    if trainer.average is not None:
-        kinds["val_loss_ema"] = (seq_len, ", with the average of the parameters")
     scores = {}
     for key, (length, words) in kinds.items():
-        progress.say(line + words)
+        if at_end:
+            progress.say(line + words)
+        windows = trainer.final_windows(length) if at_end else trainer.corpus.windows(length, train.eval_tokens)
         with trainer.averaged() if key == "val_loss_ema" else nullcontext():
-            scores[key] = score(trainer.final_windows(length))
+            scores[key] = nats = score(windows)
+        if not at_end:
+            of = f"{windows.tokens:,} held-out tokens, context {length}"
+            progress.say(f"step {step}: validation {nats:.3f} nats ({of})")
     return scores
 
 
@@ -169,7 +182,7 @@ class TrainingRun:
         """metrics.jsonl while steps are taken."""
         self.board: TensorBoard | None = None
         self.failure: OSError | None = None
-        """The error of rank 0 for which all processes stop."""
+        """The error of rank 0 for which all processes stop, as if it was asked to stop."""
         self.next_plot = PLOT_EVERY
 
     # --- the loop
@@ -201,7 +214,7 @@ class TrainingRun:
 
     def _take_steps(self) -> None:
         train, trainer, history, asked = self.config.train, self.trainer, self.history, self.asked
-        trainer.stop = lambda: bool(asked.numbers)
+        trainer.stop = lambda: bool(asked.numbers) or self.failure is not None
         if history.records:  # resumed: the last step may not have been validated yet
             if history.records[-1]["val_loss"] is None:
                 self._validate()
@@ -375,7 +388,6 @@ class TrainingRun:
             if self.world.size == 1:
                 raise
             self.failure = error
-            self.asked.numbers.append(0)
 
     def note(self, event: str, step: int | None = None, **fields: Any) -> None:
         """Log an event of the whole run, once."""

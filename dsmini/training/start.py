@@ -126,8 +126,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
             refuse_oversized_parts(model, device, world)
         # 4. the text: rank 0 tokenizes it into a file, which the others read
         corpus = world.in_turn(lambda: _read_corpus(config, resume, console))
-        if stopped is not None:
-            world.first(lambda: _refuse_other_corpus(stopped, corpus))
+        world.first(lambda: _check_corpus(config, stopped, corpus))
         # 5. the folder
         config = world.first(lambda: resolved(config, device))
         out = resume or world.first(lambda: new_run_folder(config.out, origin.name))
@@ -253,13 +252,19 @@ def _how_it_continues(run: Path, stopped: Stopped, config: RunConfig) -> list[st
     return [*changes, f"resuming after step {step} of {steps} from {stopped.checkpoint.folder}"]
 
 
-def _refuse_other_corpus(stopped: Stopped, corpus: Corpus) -> None:
-    """Raise ValueError for another corpus than before."""
-    run, before = stopped.config.out, stopped.corpus_sha256
+def _check_corpus(config: RunConfig, stopped: Stopped | None, corpus: Corpus) -> None:
+    """Raise ValueError for another corpus than before, and for one that is too short for train.eval_context."""
+    context = config.train.eval_context
+    require(
+        context is None or len(corpus.windows(context)) > 0,
+        f"train.eval_context={context} is longer than the {len(corpus.val):,} held-out tokens; use less or more text",
+    )
+    before = stopped and stopped.corpus_sha256
     require(
         before in (None, corpus.sha256),
-        f"{run} was trained on a corpus with sha256 {before}, {corpus.source} now has {corpus.sha256}; restore that "
-        f"text, or name where it is now with --data.path, or start a new run from its weights with --init {run}",
+        f"{config.out} was trained on a corpus with sha256 {before}, {corpus.source} now has {corpus.sha256}; restore "
+        "that text, or name where it is now with --data.path, or start a new run from its weights with --init "
+        f"{config.out}",
     )
 
 
@@ -283,9 +288,10 @@ def _introduction(config: RunConfig, corpus: Corpus) -> list[str]:
         kind += f"; {corpus.rearranged:,} training documents rearranged for fill-in-the-middle"
     about = notes(corpus.left_out, corpus.not_utf8, where, tokenizer is None)
     about.append(f"{len(corpus.train):,} training tokens, {len(corpus.val):,} held out ({corpus.split})")
+    mtp = f" ({parameters.mtp:,} of them for multi-token prediction)" if parameters.mtp else ""
     return [
         f"corpus  {corpus.source}, {corpus.files:,} file{'s' * (corpus.files != 1)}",
         *(f"        {line}" for line in [*about, kind, f"sha256 {corpus.sha256}", corpus.cache]),
-        f"model   {parameters.total:,} parameters, {parameters.active:,} active for a token",
+        f"model   {parameters.total:,} parameters{mtp}, {parameters.active:,} active for a token",
         f"run     {config.out}, {config.train.dtype} on {config.train.device}, threads: {config.train.threads}",
     ]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dsmini.checkpoint.training_state import Tensors
 from dsmini.config import RunConfig
-from dsmini.config.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
 from dsmini.data.corpus import Corpus, Loader, Windows
 from dsmini.distributed.mesh import HeldRows, Mesh, Pieces, local
 from dsmini.distributed.pipeline import StepBatch
@@ -103,7 +102,7 @@ class Trainer:
     def step(self) -> StepResult:
         """Take one optimizer step."""
         start, train, mesh = time.perf_counter(), self.config.train, self.mesh
-        rows = batch_size(self.steps_done, train, mesh.parts)
+        rows = train.batch_size_at(self.steps_done, mesh.parts)
         # 1. this rank's gradients, and its share of the losses and the loads
         begin = time.thread_time()
         sums, counts, waited = self.forward_backward(rows)
@@ -117,7 +116,7 @@ class Trainer:
         # 3. clip each group of parameters by its norm; nothing changes unless all is finite
         norms = [torch.linalg.vector_norm(squares[places].sqrt().float()) for places in self.clipped]
         finite = all(norm.isfinite() for norm in norms) and bool(sums.isfinite().all())
-        share = learning_rate_share(self.steps_done, train)
+        share = train.rate_share_at(self.steps_done)
         if finite:
             for places, norm in zip(self.clipped, norms, strict=True):
                 self._clip({mesh.names[place] for place in places}, norm)
@@ -127,7 +126,7 @@ class Trainer:
                     group["lr"] = group["peak_lr"] * share
                 optimizer.step()
             mesh.exchange_moved()
-            speed = bias_speed(self.steps_done, train)
+            speed = train.bias_speed_at(self.steps_done)
             if loads:
                 own = loads[0] if self.pipeline is None else self.pipeline.own_counts(loads[0])
                 for gate, load in zip(self.model.gates(), own, strict=True):
@@ -177,7 +176,7 @@ class Trainer:
             phase=self.phase,
             n_targets=(counted.clamp(min=1) / parts).to(self.device),
             options={
-                "mtp_weight": mtp_weight(self.steps_done, train),
+                "mtp_weight": train.mtp_weight_at(self.steps_done),
                 "balance_alpha": train.balance_alpha,
                 "balance_counts": train.balance_counts,
                 "recompute": train.recompute,
@@ -221,7 +220,7 @@ class Trainer:
         """Return (first, number) of this rank's sequences of this step, and of those that are prepared meanwhile."""
         requests, at, mesh = [], self.sequences, self.mesh
         for step in range(self.steps_done, self.steps_done + 1 + self.config.data.workers):
-            rows = rows if step == self.steps_done else batch_size(step, self.config.train, mesh.parts)
+            rows = rows if step == self.steps_done else self.config.train.batch_size_at(step, mesh.parts)
             requests.append((at + mesh.part * (rows // mesh.parts), rows // mesh.parts))
             at += rows
         return requests

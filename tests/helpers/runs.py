@@ -46,6 +46,7 @@ RICH: dict[str, Any] = {
     "grad_accum": 2,
     "batch_start": 2,
     "batch_ramp": 0.5,
+    "eval_context": 24,
     "nan_at": (2,),
 }
 TIMING = {"seconds", "tokens_per_s", "data_wait", "memory", "spread", "busiest"}

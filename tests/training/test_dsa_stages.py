@@ -13,7 +13,7 @@ from torch import Tensor
 from dsmini import ModelConfig, RunConfig, TrainConfig
 from dsmini.config.run import ParallelConfig
 from dsmini.nn import IndexerLoss, dsa_layers
-from dsmini.training.outputs import plot_run
+from dsmini.training.plots import plot_run
 from dsmini.training.record import read_records
 from dsmini.training.trainer import Trainer
 from tests.conftest import SMALL

@@ -23,13 +23,14 @@ KEYS = (
     *("data_wait", "memory", "tokens", "seconds", "layer_max_vio", "loads"),
 )
 """Keys of metrics.jsonl, in the order in which they are written."""
+OPTIONAL = ("val_loss_ema", "val_loss_at_eval_context")
 
 
 def test_metrics_have_their_keys_in_order_and_read_back_equal(
     never_and_stopped: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     lines = (never_and_stopped[1] / "metrics.jsonl").read_text().splitlines()
-    assert [tuple(json.loads(line)) for line in lines] == [(*KEYS, "val_loss_ema")] * len(lines)
+    assert [tuple(json.loads(line)) for line in lines] == [(*KEYS, *OPTIONAL)] * len(lines)
     assert tuple(record.KEYS) == KEYS
     records = read_records(never_and_stopped[1])
     assert [json.dumps(row) for row in records] == lines
@@ -54,11 +55,10 @@ def test_row_with_a_missing_or_wrong_value_is_left_out(
     row = json.loads(lines[0])
     lacking = {key: {k: v for k, v in row.items() if k != key} for key in row}
     wrong = {key: {**row, key: {"x": 1}} for key in row}
-    optional = {"val_loss_ema"}
     for bad in (lacking, wrong):
         for key, other in bad.items():
             (tmp_path / "metrics.jsonl").write_text("\n".join([lines[1], json.dumps(other), lines[2]]))
-            assert [r["step"] for r in read_records(tmp_path)] == [2, *([1] if key in optional else []), 3], key
+            assert [r["step"] for r in read_records(tmp_path)] == [2, *([1] if key in OPTIONAL else []), 3], key
 
 
 def test_run_resumes_without_the_rows_that_are_not_whole(

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini import RunConfig, TrainConfig
-from dsmini.config.schedule import Phase, batch_size, bias_speed, learning_rate_share, mtp_weight, read_phases
+from dsmini.config.schedule import Phase, read_phases
 from tests.helpers.configs import CONFIGS, V32, released
 
 
 def rates(train: TrainConfig) -> list[float]:
-    return [learning_rate_share(step, train) for step in range(train.steps)]
+    return [train.rate_share_at(step) for step in range(train.steps)]
 
 
 def phases(train: TrainConfig) -> tuple[Phase, ...]:
@@ -25,7 +25,7 @@ def shares(train: TrainConfig) -> list[float | None]:
 
 
 def batches(train: TrainConfig) -> list[int]:
-    return [batch_size(step, train) for step in range(train.steps)]
+    return [train.batch_size_at(step) for step in range(train.steps)]
 
 
 # DeepSeek-V3's recipe, copied from the report's section 4.2. Tokens seen when a phase is over:
@@ -77,10 +77,10 @@ def test_published_recipe_has_the_published_values(seen: list[int], moment: str 
     step = int(moment.removeprefix("step ")) if isinstance(moment, str) else bisect_left(seen, moment)
     lr, rows, speed, weight = V3_BY_HAND[moment]
     # a step further down the cosine is at most pi / 2 / 68,346 of its height: 5e-9, which is 2.3e-4 of the lowest rate
-    assert V3.lr * learning_rate_share(step, V3) == pytest.approx(lr, rel=2.3e-4, abs=0)
-    assert batch_size(step, V3) == rows
-    assert bias_speed(step, V3) == speed
-    assert mtp_weight(step, V3) == weight
+    assert V3.lr * V3.rate_share_at(step) == pytest.approx(lr, rel=2.3e-4, abs=0)
+    assert V3.batch_size_at(step) == rows
+    assert V3.bias_speed_at(step) == speed
+    assert V3.mtp_weight_at(step) == weight
 
 
 def test_published_recipe_has_the_published_constants() -> None:
@@ -98,7 +98,7 @@ def test_v32_is_v3_with_indexers_and_its_printed_stage() -> None:
     assert run.model == released("deepseek-v3", **V32)
     assert (train.dsa_stage, train.steps, train.batch_size, train.seq_len) == ("sparse", 15000, 480, sequence)
     assert round(train.steps * train.batch_size * sequence / 1e8) == 9437
-    assert {train.lr * learning_rate_share(step, train) for step in (0, 7000, 14999)} == {7.3e-6}
+    assert {train.lr * train.rate_share_at(step) for step in (0, 7000, 14999)} == {7.3e-6}
     alike = ("optimizer", "beta2", "weight_decay", "moments")
     assert [getattr(train, name) for name in alike] == [getattr(V3, name) for name in alike]
     flags = ["--train.dsa-stage warmup", "--train.steps 1000", "--train.batch-size 16", "--train.lr 1e-3"]
@@ -148,7 +148,7 @@ def test_growing_batch_is_the_nearest_multiple_below(
     unit = accum * parts
     start, size, ramp = small * unit, (small + more) * unit, round(share * steps)
     train = TrainConfig(steps=steps, grad_accum=accum, batch_start=start, batch_size=size, batch_ramp=share)
-    found = [batch_size(step, train, parts) for step in range(steps)]
+    found = [train.batch_size_at(step, parts) for step in range(steps)]
     assert found == sorted(found) and all(rows % unit == 0 for rows in found)
     assert found[ramp:] == [size] * (steps - ramp) and (ramp == 0 or found[0] == start)
     for step, rows in enumerate(found[:ramp]):

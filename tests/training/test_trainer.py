@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.config.schedule import learning_rate_share
 from dsmini.data.corpus import Corpus
 from dsmini.nn.transformer import IGNORE
 from dsmini.training.trainer import Trainer
@@ -100,7 +99,7 @@ def test_the_optimizer_follows_the_schedule(new_trainer: NewTrainer, monkeypatch
     real = optimizer.step
     monkeypatch.setattr(optimizer, "step", lambda: (used.append([g["lr"] for g in optimizer.param_groups]), real()))
     said = [trainer.step().lr for _ in range(3)]
-    want = [TRAIN.lr * learning_rate_share(i, trainer.config.train) for i in range(3)]
+    want = [TRAIN.lr * trainer.config.train.rate_share_at(i) for i in range(3)]
     assert said == want and [set(rates) for rates in used] == [{lr} for lr in want] and len(set(want)) == 3
 
 

@@ -1,6 +1,7 @@
 """A whole run: stopping at any moment, giving up, validations, and what is drawn."""
 
 import io
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -18,7 +20,8 @@ from dsmini.checkpoint.training_state import load_run
 from dsmini.data.corpus import Corpus, Windows
 from dsmini.distributed.heartbeat import LONG_PHASES
 from dsmini.machine import peak_memory
-from dsmini.training.outputs import plot_run, summarise, summary_lines
+from dsmini.training.outputs import summarise, summary_lines
+from dsmini.training.plots import plot_run, smooth
 from dsmini.training.record import KEYS, read_events, read_records
 from dsmini.training.run import TrainingRun
 from tests.conftest import Clock
@@ -141,6 +144,16 @@ def test_validation_at_the_end_is_capped_on_request(tmp_path: Path) -> None:
     assert "48 of 96 held-out tokens, in windows of 16" in dict(summary_lines(summary))["validation"]
 
 
+def test_each_validation_is_repeated_at_a_context_beyond_that_of_training(tmp_path: Path) -> None:
+    training = new_run(tmp_path, steps=4, eval_context=32)
+    assert training.train()
+    rows, windows = read_records(tmp_path), training.trainer.corpus.windows(32)
+    assert [row["step"] for row in rows if row["val_loss_at_eval_context"] is not None] == [3, 4]
+    assert rows[-1]["val_loss_at_eval_context"] == pytest.approx(training.trainer.validate(windows), rel=1e-6)
+    assert rows[-1]["val_loss_at_eval_context"] != rows[-1]["val_loss"]
+    assert "nats in windows of 32" in dict(summary_lines(summarise(training)))["at context"]
+
+
 @pytest.mark.parametrize(("trained", "tokens"), [(1_638_400, 819_200), (2048, 131_072)])
 def test_final_validation_takes_half_the_trained_tokens_and_a_least_number(
     training: TrainingRun, monkeypatch: pytest.MonkeyPatch, trained: int, tokens: int
@@ -198,3 +211,11 @@ def test_a_picture_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         plot_run(tmp_path, [row], {})
     assert (tmp_path / "loss.png").read_bytes() == before
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_smoothed_curve_does_not_lag() -> None:
+    falling = [10.0 - 0.01 * step for step in range(400)]
+    assert np.allclose(smooth([*falling[:200], math.nan, *falling[201:]])[:180], falling[:180], atol=1e-9)
+    assert smooth([math.nan, 1.0])[1] == 1.0 and math.isnan(smooth([math.nan])[0])
+    noise = [5.0 + (-1) ** step for step in range(401)]
+    assert np.abs(smooth(noise)[20:] - 5.0).max() < 0.1
