@@ -215,25 +215,22 @@ def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[D
     texts: list[Document] = []
     left_out: list[str] = []
     for document in source.documents:
-        look = _Look(trusted=source.kind == "library")
         try:
-            for chunk, stored in document.chunks():
-                look.take(chunk)
-                progress("reading", done + stored, total)
-                if look.fault:
-                    break
+            measured, fault = _measured(
+                document, source.kind == "library", lambda n, before=done: progress("reading", before + n, total)
+            )
         except DamagedError:
             if source.kind == "file":
                 raise
-            look.fault = "damaged .gz"
+            measured, fault = document, "damaged .gz"
         done += document.stored
-        if not look.fault:
-            texts.append(dataclasses.replace(document, size=look.size, utf8=look.is_utf8()))
+        if not fault:
+            texts.append(measured)
         elif source.kind == "file":
-            such = f", such as iconv -f {look.fault} -t UTF-8 makes" if look.fault.startswith("UTF") else ""
-            raise ValueError(f"data.path={document.path} is {look.fault}; name a text file in UTF-8{such}")
+            such = f", such as iconv -f {fault} -t UTF-8 makes" if fault.startswith("UTF") else ""
+            raise ValueError(f"data.path={document.path} is {fault}; name a text file in UTF-8{such}")
         else:
-            left_out.append(f"{document.name} ({look.fault})")
+            left_out.append(f"{document.name} ({fault})")
     if not texts:
         named = f": {listed(left_out, NAMED)}" if left_out else ""
         raise ValueError(
@@ -243,39 +240,31 @@ def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[D
     return texts, left_out
 
 
-class _Look:
-    """A look at a file, chunk by chunk: its size, and whether it is text. Text has no NUL byte.
+def _measured(document: Document, trusted: bool, read: Callable[[int], None]) -> tuple[Document, str]:
+    """Return a document with its size, and why it is not text; "" if it is. Text has no NUL byte.
 
     Args:
-        trusted: it is text, whatever it holds.
+        trusted: it is text in UTF-8, whatever it holds.
+        read: told how many of its bytes on disk are read.
     """
+    size, utf8, decoder = 0, True, codecs.getincrementaldecoder("utf-8")()
+    for chunk, stored in document.chunks():
+        read(stored)
+        if not trusted and b"\0" in chunk:
+            marks = MARKS.items() if size == 0 else ()
+            return document, next((name for name, begin in marks if chunk.startswith(begin)), "not text")
+        utf8 = utf8 and (trusted or _decodes(decoder, chunk))
+        size += len(chunk)
+    utf8 = utf8 and _decodes(decoder, b"", final=True)
+    return dataclasses.replace(document, size=size, utf8=utf8), "" if size or trusted else "empty"
 
-    def __init__(self, trusted: bool) -> None:
-        self.size = 0
-        self.fault = "" if trusted else "empty"
-        """The reason why it is not text."""
-        self._trusted, self._utf8 = trusted, True
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
-    def take(self, chunk: bytes) -> None:
-        if not self._trusted:
-            self.fault = "not text" if b"\0" in chunk else ""
-            if self.fault and self.size == 0:
-                self.fault = next((name for name, marks in MARKS.items() if chunk.startswith(marks)), self.fault)
-            self._decode(chunk)
-        self.size += len(chunk)
-
-    def is_utf8(self) -> bool:
-        """Return True if all that was taken, to its end, is UTF-8."""
-        self._decode(b"", final=True)
-        return self._utf8
-
-    def _decode(self, chunk: bytes, final: bool = False) -> None:
-        if self._utf8:
-            try:
-                self._decoder.decode(chunk, final)
-            except UnicodeDecodeError:
-                self._utf8 = False
+def _decodes(decoder: codecs.IncrementalDecoder, chunk: bytes, final: bool = False) -> bool:
+    try:
+        decoder.decode(chunk, final)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def notes(left_out: Sequence[str], not_utf8: Sequence[str], where: str, as_bytes: bool) -> list[str]:
