@@ -71,17 +71,6 @@ def test_checkpoint_is_written_in_fp8_and_bf16(trained: Path, tmp_path: Path, co
     assert (got - want(tokens)).norm() < 0.2 * want(tokens).norm()
 
 
-def test_published_folder_keeps_its_dtypes(tmp_path: Path, small_model: Build, convert: Convert) -> None:
-    model = small_model()
-    tensors, _ = folders.in_fp8(folders.tensors_of(model, torch.bfloat16))
-    raw = folders.config_json(model.config, quantization_config=folders.QUANTIZED, torch_dtype="bfloat16")
-    source = folders.write(tmp_path / "a", tensors, raw, shards=2)
-    exact = folders.tensors_of(load_pretrained(source, dtype=torch.float32))
-    for arguments, want in (("a b", tensors), ("a c --fp8", tensors), ("a d --dtype float32", exact)):
-        convert(arguments, tmp_path)
-        assert not folders.different(want, folders.read(tmp_path / arguments.split()[1]))
-
-
 def test_mistakes_are_refused_and_write_nothing(tmp_path: Path, small_model: Build) -> None:
     save_pretrained(small_model(**BUILT), tmp_path / "a")
     check_refused("dsmini.convert", tmp_path)

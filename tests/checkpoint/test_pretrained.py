@@ -96,10 +96,6 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, tor
     return folders.write(folder, change(folders.read(folder)), folders.config_of(folder))
 
 
-def without(*prefixes: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    return lambda tensors: {name: t for name, t in tensors.items() if not name.startswith(prefixes)}
-
-
 def test_rotary_frequencies_of_old_folders_are_ignored(folder: Path) -> None:
     load_pretrained(edit(folder, lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
 
@@ -108,12 +104,6 @@ def test_mtp_copies_that_differ_warn(folder: Path) -> None:
     edit(folder, lambda t: t | {"model.layers.3.shared_head.head.weight": t["lm_head.weight"] + 1})
     with pytest.warns(UserWarning, match="has model.layers.3.shared_head.head.weight other than the model's own"):
         load_pretrained(folder)
-
-
-def test_absent_mtp_layers_warn_and_are_left_out(folder: Path) -> None:
-    edit(folder, without("model.layers.2.", "model.layers.3."))
-    with pytest.warns(UserWarning, match="holds nothing of the 2 multi-token prediction layers"):
-        assert load_pretrained(folder).config.n_mtp_layers == 0
 
 
 @pytest.mark.parametrize(

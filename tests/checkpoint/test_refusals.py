@@ -261,7 +261,6 @@ CALLS: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: load_pretrained(LONG), "is too long for a path"),
     (lambda folder: new_run_folder(None, LONG), "is too long for a path"),
     (lambda folder: save_pretrained(load_pretrained(folder), folder), "holds files already"),
-    (lambda folder: ModelConfig(rope_theta=10**400), "... is not a finite number"),
     (lambda folder: ModelConfig(rope_theta=-(10**400)), "... is not a finite number"),
     (
         lambda folder: RunConfig.from_file(written(folder, '[data]\npath = "a\\u0000b"', "x.toml")),

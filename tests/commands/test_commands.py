@@ -79,12 +79,11 @@ def test_a_reader_that_goes_away_does_not_lose_the_model(place: Path) -> None:
     assert list((place / "runs/head").glob("checkpoints/step-*/model.safetensors"))
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
-def test_two_runs_of_the_same_command_are_equal(place: Path, dtype: str) -> None:
+def test_two_runs_of_the_same_command_are_equal(place: Path) -> None:
     """One of the runs has a process of its own."""
     outs = []
-    for name, run_it in ((f"{dtype}-a", run), (f"{dtype}-b", run_apart)):
-        options = f"--data.path book.txt --out runs/{name} --train.steps 3 --train.dtype {dtype} {TINY}"
+    for name, run_it in (("one", run), ("other", run_apart)):
+        options = f"--data.path book.txt --out runs/{name} --train.steps 3 --train.dtype bfloat16 {TINY}"
         done = run_it(f"dsmini.train {options}", place)
         assert done.returncode == 0, done.stderr
         outs.append((place / f"runs/{name}/checkpoints/step-000003/model.safetensors").read_bytes())

@@ -18,8 +18,9 @@ def test_control_characters_become_pictures() -> None:
 
 
 def test_lines_errors_and_warnings_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
-    say(Console(), HOSTILE)
-    assert capsys.readouterr().out == SHOWN + "\n"
+    text = "[bold]12 :smile: " + "x" * 300
+    say(Console(width=200), text + HOSTILE)
+    assert capsys.readouterr().out == text + SHOWN + "\n"
     program = (
         "import warnings; from dsmini.console.command import run\n"
         "def main(args):\n    warnings.warn(args[0])\n    raise ValueError(args[0])\n"

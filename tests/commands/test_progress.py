@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from dsmini.console.command import interruptible
-from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 
 
@@ -106,12 +105,6 @@ def test_terminal_shows_no_bar_for_short_work(clock: list[float]) -> None:
         clock[0] += 2
         bar.add(40)
     assert "reading" in said(console) and bar.done == 100
-
-
-def test_line_is_printed_as_it_is() -> None:
-    console = pipe()
-    say(console, "[bold]12 :smile: " + "x" * 300)
-    assert said(console) == "[bold]12 :smile: " + "x" * 300 + "\n"
 
 
 def test_stages_of_tokens_follow_each_other_and_leave_no_bar(clock: list[float]) -> None:

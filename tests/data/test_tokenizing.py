@@ -133,19 +133,3 @@ def test_dialogues_are_lines_of_two_that_end_with_an_empty_one() -> None:
         assert [line.startswith("> ") for line in lines] == [True, False] * (len(lines) // 2) and len(lines) >= 2
         names = {word for line in lines for word in re.findall(r"\w+", line) if word in NAMES}
         assert len(names) <= 1 and ("Your name is" not in conversation or names)
-
-
-BORDERS = {
-    b"one\ntwo\nthree": 8,
-    b"one\ntwo \nthree": 4,
-    b"one\ntwo\n three": 4,
-    b"one two  three": 3,
-    b"three": 5,
-    b"ab\xc3": 2,
-    b"ab\xe2\x82": 2,
-}
-
-
-@pytest.mark.parametrize("text", BORDERS)
-def test_a_piece_ends_at_a_single_line_break_or_space_or_whole_character(text: bytes) -> None:
-    assert documents._last_border(text) == BORDERS[text]
