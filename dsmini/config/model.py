@@ -148,9 +148,14 @@ class ModelConfig:
         rotary = "qk_rope_head_dim" if self.is_mla else "qk_nope_head_dim"
         width, kind = getattr(self, rotary), self.attention
         require(width % 2 == 0, f"{rotary}={width} is odd; RoPE turns pairs, use {width + 1}")
-        for f in (f for f in dataclasses.fields(self) if f.metadata.get("only")):
+        chosen = [f for f in dataclasses.fields(self) if f.metadata.get("only")]
+        missing = [f.name for f in chosen if f.metadata["only"] == kind and getattr(self, f.name) is None]
+        require(
+            not missing,
+            f"attention='{kind}' needs {', '.join(missing)}; set {'it' if len(missing) == 1 else 'them'}",
+        )
+        for f in chosen:
             value, only = getattr(self, f.name), f.metadata["only"]
-            require(kind != only or value is not None, f"attention='{kind}' needs {f.name}; set it")
             require(
                 kind == only or value == f.default,
                 f"{f.name}={value} has no meaning with attention='{kind}'; leave it out, or use attention='{only}'",
@@ -225,6 +230,10 @@ class ModelConfig:
         """Return the number of key-value heads of a baseline."""
         return {"mqa": 1, "gqa": self.n_kv_heads or self.n_heads}.get(self.attention, self.n_heads)
 
+    def attention_of(self, layer: int) -> str:
+        """Return the kind of attention of block `layer`; MTP blocks follow the last layer."""
+        return self.attention
+
     def is_moe(self, layer: int) -> bool:
         """Return True if block `layer` has experts; MTP blocks follow the last layer."""
         return layer >= self.n_dense_layers
@@ -252,6 +261,10 @@ def layer_config(config: ModelConfig | None, arguments: dict[str, Any]) -> Model
     require(
         config is None or isinstance(config, ModelConfig),
         f"a layer is made from a ModelConfig or keyword arguments, got a {type(config).__name__}; use ModelConfig(...)",
+    )
+    require(
+        "causal" not in arguments,
+        "attention is causal; leave out causal, and hide keys in a call: layer(x, mask=...), True for hidden keys",
     )
     if not arguments:  # a model asks for every part of every layer
         return config or ModelConfig()

@@ -64,7 +64,7 @@ from dsmini.machine import memory_bytes, refuse_too_large
 from dsmini.measure.price import Forecast, Prices
 from dsmini.measure.turns import stopwatch
 from dsmini.measure.workloads import ROOM, StepDtype, StepShape, decoding_step, dtype_name, random_cache, random_tokens
-from dsmini.nn import Block, Cache, MoE, Rope, Transformer
+from dsmini.nn import Block, Cache, MoE, Transformer
 from dsmini.nn.attention import Attention
 from dsmini.nn.cache import Form
 from dsmini.nn.fp8 import hold_all_fp8
@@ -429,7 +429,7 @@ def with_mha(model: Transformer) -> Transformer:
         block.attn = Attention(config).to(like.device, like.dtype)
 
     variant = with_blocks(model, change)
-    variant.config, variant.rope = config, Rope.from_config(config)
+    variant.config = config
     return variant
 
 

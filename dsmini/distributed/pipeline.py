@@ -27,11 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dsmini import ops
 from dsmini.config.run import CHUNKS, ParallelConfig, ScheduleName
 from dsmini.nn import Routing, Transformer
-from dsmini.nn.attention import AttentionContext
-from dsmini.nn.block import Aux
+from dsmini.nn.attention import Context
+from dsmini.nn.block import Aux, run_block
 from dsmini.nn.gate import sequence_balance_loss
 from dsmini.nn.moe import MoE
 
@@ -179,7 +178,7 @@ class ModelStage(nn.Module):
             before: balance losses of the MoE layers before this stage, [layers].
         """
         batch, model = self.batch, self._model()
-        x, found = self.hidden(x, documents, batch.options["recompute"])
+        x, found = self.hidden(x, tokens, documents, batch.options["recompute"])
         if not self.last:
             routing = [aux.routing for aux in found if aux.routing is not None]
             self._count(routing)
@@ -196,16 +195,18 @@ class ModelStage(nn.Module):
         self.sums += torch.stack([losses.main, losses.mtp, balance]).detach() / batch.parts
         return total / batch.parts
 
-    def hidden(self, x: Tensor, documents: Tensor | None, recompute: bool = False) -> tuple[Tensor, list[Aux]]:
+    def hidden(
+        self, x: Tensor, tokens: Tensor, documents: Tensor | None, recompute: bool = False
+    ) -> tuple[Tensor, list[Aux]]:
         """Return the output of the last block, and what all blocks found."""
         model = self._model()
         if self.first:
-            x = model.embedded(x)
-        cos_sin = model.rope.cos_sin(torch.arange(x.shape[1], device=x.device))
-        context = AttentionContext(cos_sin=cos_sin, documents=documents)
+            x = model.expand(model.embedded(x))
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        context = Context(positions=positions, tokens=tokens, documents=documents)
         found: list[Aux] = []
         for block in self.blocks:
-            x, aux = ops.recomputed(block, x, context) if recompute else block(x, context)
+            x, aux = run_block(block, x, context, recompute)
             found.append(aux)
         return x, found
 
@@ -287,9 +288,9 @@ class Pipeline:
             if not stage.first and index - 1 not in self.stages:
                 x = torch.empty(*tokens.shape, self.model.config.dim, dtype=self.dtype, device=tokens.device)
                 dist.recv(x, self._global_rank(index - 1), group=self.group)
-            x, _ = stage.hidden(x, documents)
+            x, found = stage.hidden(x, tokens, documents)
             if stage.last:
-                hidden = self.model.norm(x)
+                hidden = self.model.states_of(x, found).normed
                 total = self.model.cross_entropy(hidden[: len(targets)].flatten(0, 1), targets.flatten())
             elif index + 1 not in self.stages:
                 dist.send(x.contiguous(), self._global_rank(index + 1), group=self.group)

@@ -26,9 +26,9 @@ from dsmini.nn import (
     MLA,
     MTP,
     Attention,
-    AttentionContext,
     Block,
     Cache,
+    Context,
     FeedForward,
     MoE,
     RMSNorm,
@@ -39,7 +39,7 @@ from dsmini.nn.cache import CachePositions, Form, FormPolicy, LayerCacheView, MT
 from dsmini.nn.fp8 import FP8Weights
 from dsmini.nn.layers import is_plain
 from dsmini.nn.mtp import MTPChain
-from dsmini.nn.rope import CosSin
+from dsmini.nn.rope import CosSin, Rope
 from dsmini.nn.transformer import States
 from dsmini.numerics import Weight
 
@@ -159,7 +159,8 @@ def grouped_attention_step(
 
 
 def _attention(x: Tensor, weights: StepWeights, cache: LayerCacheView, cos_sin: CosSin) -> Tensor:
-    return x + weights.layer(weights.norm(x), AttentionContext(cos_sin=cos_sin, cache=cache))
+    context = Context(positions=cache.at.positions, cache=cache, angles={weights.layer.rope: cos_sin})
+    return x + weights.layer(weights.norm(x), context)
 
 
 @ops.operation("feed_forward_step")
@@ -220,7 +221,11 @@ class Decoder:
         ]
         """The same of the multi-token prediction blocks."""
         self._plain_norm, self._plain_head = is_known(model.norm, RMSNorm), is_plain(model.head)
-        self._cos_sin = model.rope.cos_sin(torch.arange(0)[None])
+        ropes = {weights.attention.layer.rope for weights in [*self.blocks, *self.mtp_blocks] if weights}
+        if len(ropes) > 1:  # one table serves a step of all blocks
+            self.blocks[:], self.mtp_blocks[:] = [None] * len(self.blocks), [None] * len(self.mtp_blocks)
+        self._rope = next(iter(ropes), Rope.from_config(model.config))
+        self._cos_sin = self._rope.cos_sin(torch.arange(0)[None])
         """Cos and sin of positions 0, 1, ..., as far as they have been asked for."""
 
     def states(self, tokens: Int[Tensor, "b s"], cache: Cache, lengths: Int[Tensor, " b"] | None = None) -> States:
@@ -233,7 +238,7 @@ class Decoder:
             return model.states(tokens, cache, lengths)
         with torch.no_grad():
             # 1. token ids to hidden states: [b, s, m]
-            x = model.embedded(tokens).float()
+            x = model.expand(model.embedded(tokens)).float()
             # 2. positions, and the place in the cache
             at = cache.place_tokens(model.config, tokens, lengths)
             cos_sin = self._angles(at)
@@ -241,7 +246,8 @@ class Decoder:
             x, routing = _run(x, [block for block in self.blocks if block], cache.views(at), cos_sin, starts)
             cache.lengths = at.lengths
             # 4. the final norm: [b, s, m]
-            states = normed(x, model.norm) if self._plain_norm else model.norm(x.to(self._dtype))
+            last = model.collapse(x)
+            states = normed(last, model.norm) if self._plain_norm else model.norm(last.to(self._dtype))
             return States(states, x if model.config.mtp_input == "pre_norm" else states, routing, [])
 
     def logits(self, states: Float[Tensor, "*b m"]) -> Float[Tensor, "*b v"]:
@@ -287,7 +293,7 @@ class Decoder:
         positions, start = place.positions, place.start
         end = int(positions.max()) + 1 if start is None else start + positions.shape[1]
         if end > self._cos_sin[0].shape[1]:
-            self._cos_sin = self.model.rope.cos_sin(torch.arange(max(256, 2 * end))[None])
+            self._cos_sin = self._rope.cos_sin(torch.arange(max(256, 2 * end))[None])
         cos, sin = self._cos_sin
         if start is None:
             return cos[0, positions], sin[0, positions]

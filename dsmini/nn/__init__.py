@@ -6,7 +6,7 @@ and the kernels have faster versions of some functions.
 
 import importlib.util
 
-from dsmini.nn.attention import Attention, AttentionContext, cached_attention, causal_attention
+from dsmini.nn.attention import Attention, Context, cached_attention, causal_attention
 from dsmini.nn.block import Aux, Block
 from dsmini.nn.cache import Cache
 from dsmini.nn.dsa import DSA, Indexer, IndexerLoss, dsa_layers
@@ -24,10 +24,10 @@ __all__ = [
     "MLA",
     "MTP",
     "Attention",
-    "AttentionContext",
     "Aux",
     "Block",
     "Cache",
+    "Context",
     "Embedding",
     "Experts",
     "FP8Experts",

@@ -1,7 +1,7 @@
 """Causal attention, what it needs besides its input, and MHA, GQA and MQA: the baselines of MLA."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,25 +21,37 @@ that a query may not see. Keys after the query are hidden in any case. b is 1 wh
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionContext:
-    """What attention needs of a call besides its input. It is the same for all layers but for the cache."""
+class Context:
+    """What the layers of a block need of a call besides their input. All blocks have the same but for the cache."""
 
-    cos_sin: CosSin
-    """Rotary angles of each new position."""
+    positions: Int[Tensor, "#b s"]
+    """Position of each new token; one row if all rows have the same."""
+    tokens: Int[Tensor, "b s"] | None = None
+    """Ids of the new tokens, for a layer that looks something up by them; None for a layer that stands alone."""
     documents: Int[Tensor, "b s"] | None = None
     """Number of each position's document. A position sees its own document only. None: there is one."""
+    mask: Bool[Tensor, "#b #s s"] | None = None
+    """True for keys that a query may not see, in the place of the causal mask; None: those after it."""
     cache: LayerCacheView | None = None
     """The layer's part of a cache. The new tokens are appended to it and attend to all its rows."""
     train_indexers: bool = False
-    """Compute the loss of indexers that learn (dsa.py)."""
+    """Compute the loss of indexers that learn (dsa.py). DSA then returns a pair."""
+    angles: dict[Rope, CosSin] = field(default_factory=dict, repr=False)
+    """Cosine and sine of the positions by each Rope that was asked for. All blocks share them."""
 
-    def mask(
+    def cos_sin(self, rope: Rope) -> CosSin:
+        """Return cosine and sine of the new tokens' rotary angles, computed once for all layers with an equal Rope."""
+        if rope not in self.angles:
+            self.angles[rope] = rope.cos_sin(self.positions)
+        return self.angles[rope]
+
+    def masked(
         self, hides: Mask | None, t: int, start: int = 0, stop: int | None = None
     ) -> Bool[Tensor, "#b n t"] | None:
         """Return True for those of t keys that the new tokens in columns start to stop may not see; None: they see all.
 
         Args:
-            hides: the layer's own mask, which hides more keys than those after a query.
+            hides: the layer's own mask, which hides further keys.
 
         Raises: ValueError, in eager mode on a CPU, if that leaves a query without a key.
         """
@@ -47,23 +59,66 @@ class AttentionContext:
             return self.cache.at.mask
         columns = slice(start, stop)
         if self.cache is None:
-            positions = torch.arange(t, device=self.cos_sin[0].device)[None, columns]
+            positions = torch.arange(t, device=self.positions.device)[None, columns]
         else:  # those of padding may lie after all keys
             positions = self.cache.at.positions[:, columns].clamp(max=t - 1)
-        masked = attention_mask(hides, positions, t)
+        if self.mask is None:
+            masked = attention_mask(hides, positions, t)
+        else:
+            masked = self.mask.expand(-1, self.positions.shape[1], -1)[:, columns, :t]
+            masked = masked if hides is None else masked | hidden_by(hides, positions, t)
         if self.documents is not None:
             masked = masked | (self.documents[:, columns, None] != self.documents[:, None, :t])
-        if hides is not None and ops.can_read_values(masked) and bool((blind := masked.all(-1)).any()):
+        if (hides or self.mask is not None) and ops.can_read_values(masked) and bool((blind := masked.all(-1)).any()):
             position = int(positions.expand(blind.shape)[blind][0])
             raise ValueError(f"mask hides all keys from the query at position {position}; let each query see itself")
         return masked
 
 
+def context_of(x: Tensor, m: int, context: Context | None = None, mask: Tensor | None = None) -> Context:
+    """Return the context of a layer's call: the one that it was given, or that of whole sequences, x [b, s, m].
+
+    Those have positions 0, 1, ..., and no cache. A mask is bool [b or 1, s or 1, s].
+
+    Raises: ValueError for rows [n, m], such as a gate takes, for another width, and for a mask of another kind.
+    """
+    if context is not None:
+        if mask is not None:
+            raise ValueError("attention got a context and mask=; use one of them, such as Context(mask=...)")
+        return context
+    if x.dim() != 3 or x.shape[-1] != m:
+        fix = "join its first dimensions"
+        if x.shape[-1] != m:
+            fix = f"make the layer with dim={x.shape[-1]}"
+        elif x.dim() == 2:
+            fix = "x[None] is one sequence"
+        raise ValueError(f"attention got {tuple(x.shape)}; want [b, s, {m}], sequences of hidden states; {fix}")
+    b, s = x.shape[:2]
+    if mask is not None and (
+        mask.dtype != torch.bool
+        or mask.dim() != 3
+        or any(n not in sizes for n, sizes in zip(mask.shape, ({1, b}, {1, s}, {s}), strict=True))
+    ):
+        got = f"mask is {mask.dtype} {list(mask.shape)}"
+        raise ValueError(f"{got}; want bool [{b} or 1, {s} or 1, {s}], True for keys that a query may not see")
+    return Context(positions=torch.arange(s, device=x.device)[None], mask=mask)
+
+
 def attention_mask(hides: Mask | None, queries: Int[Tensor, "#b s"], t: int) -> Bool[Tensor, "#b s t"]:
     """Return True for the keys 0 to t - 1 that a query may not see: those after it, and those that a mask hides."""
-    keys, positions = torch.arange(t, device=queries.device), queries[..., None]
-    masked = keys > positions
-    return masked if hides is None else masked | hides(positions, keys)
+    masked = torch.arange(t, device=queries.device) > queries[..., None]
+    return masked if hides is None else masked | hidden_by(hides, queries, t)
+
+
+def hidden_by(hides: Mask, queries: Int[Tensor, "#b s"], t: int) -> Bool[Tensor, "#b s t"]:
+    """Return True for the keys 0 to t - 1 that a mask hides.
+
+    Raises: ValueError for a function that returns no bool.
+    """
+    hidden = hides(queries[..., None], torch.arange(t, device=queries.device))
+    if hidden.dtype != torch.bool:
+        raise ValueError(f"mask returned {hidden.dtype}; want bool, True for keys that a query may not see")
+    return hidden
 
 
 @ops.operation("causal_attention")
@@ -113,29 +168,18 @@ def attend(
     k: Float[Tensor, "b g t d"],
     v: Float[Tensor, "b g t v"],
     scale: float,
-    context: AttentionContext,
+    context: Context,
     mask: Mask | None,
 ) -> Float[Tensor, "b h s v"]:
-    """Attend causally: to the new tokens, or to all rows of a cache.
+    """Attend to the new tokens, or to all rows of a cache: causally, or as the context's mask says.
 
     Args:
-        mask: hides more keys than those after a query.
+        mask: hides further keys.
     """
-    if mask is not None or (context.cache is not None and not context.cache.at.fresh):
-        return cached_attention(q, k, v, scale, context.mask(mask, k.shape[2]))
+    if mask is not None or context.mask is not None or (context.cache is not None and not context.cache.at.fresh):
+        return cached_attention(q, k, v, scale, context.masked(mask, k.shape[2]))
     k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], 1) for heads in (k, v))
     return causal_attention(q, k, v, scale, context.documents)
-
-
-def context_of(x: Float[Tensor, "b s m"], rope: Rope) -> AttentionContext:
-    """Return the context of whole sequences: positions 0, 1, ..., and no cache.
-
-    Raises: ValueError for rows [n, m], such as a gate takes.
-    """
-    if x.dim() != 3:
-        fix = "x[None] is one sequence" if x.dim() == 2 else "join its first dimensions"
-        raise ValueError(f"attention got {tuple(x.shape)}; want [b, s, m], sequences of hidden states; {fix}")
-    return AttentionContext(cos_sin=rope.cos_sin(torch.arange(x.shape[1], device=x.device)))
 
 
 class Attention(nn.Module):
@@ -155,7 +199,7 @@ class Attention(nn.Module):
         if c.is_mla:
             module = c.attention.upper()
             raise ValueError(f"attention={c.attention!r} is another module; use {module}, or 'mha', 'gqa' or 'mqa'")
-        self.rope = Rope.from_config(c)
+        self.dim, self.rope = c.dim, Rope.from_config(c)
         self.scale = self.rope.softmax_scale(c.qk_nope_head_dim)
         self.n_heads, self.n_kv_heads = c.n_heads, c.kv_heads
         self.wq = make_linear(c, c.dim, c.n_heads * c.qk_nope_head_dim)
@@ -165,13 +209,20 @@ class Attention(nn.Module):
         self.k_head_norm = RMSNorm(c.qk_nope_head_dim, c.norm_eps) if c.qk_norm else None
         self.wo = output_linear(c, c.n_heads * c.v_head_dim)
 
-    def forward(self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None) -> Float[Tensor, "b s m"]:
-        """Attend causally, to the sequence or, with a cache in the context, to all its rows."""
-        context = context or context_of(x, self.rope)
+    def forward(
+        self,
+        x: Float[Tensor, "b s m"],
+        context: Context | None = None,
+        *,
+        mask: Bool[Tensor, "#b #s s"] | None = None,
+    ) -> Float[Tensor, "b s m"]:
+        """Attend as MLA.forward does."""
+        context = context_of(x, self.dim, context, mask)
+        cos_sin = context.cos_sin(self.rope)
         # 1. queries and keys, rotated: [b, s, h, d] and [b, s, g, d]
         x = quantize_once(x, self.wq, self.wk, self.wv)
-        q = apply_rope(rearrange(self.wq(x), "b s (h d) -> b s h d", h=self.n_heads), context.cos_sin)
-        k = apply_rope(rearrange(self.wk(x), "b s (g d) -> b s g d", g=self.n_kv_heads), context.cos_sin)
+        q = apply_rope(rearrange(self.wq(x), "b s (h d) -> b s h d", h=self.n_heads), cos_sin)
+        k = apply_rope(rearrange(self.wk(x), "b s (g d) -> b s g d", g=self.n_kv_heads), cos_sin)
         if self.q_head_norm is not None and self.k_head_norm is not None:
             q, k = self.q_head_norm(q), self.k_head_norm(k)
         # 2. rows as they are cached, keys and values of all heads side by side: [b, s, g d] and [b, s, g v]

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
-from dsmini.nn.attention import Attention, AttentionContext
+from dsmini.nn.attention import Attention, Context
 from dsmini.nn.dsa import DSA, IndexerLoss
 from dsmini.nn.gate import Routing
 from dsmini.nn.layers import RMSNorm
@@ -32,7 +33,8 @@ class Block(nn.Module):
             those of config.attention. `functools.partial(MLA, mask=...)` is MLA with another mask.
         moe_class: another mixture of experts, such as `functools.partial(MoE, gate_class=...)`.
 
-    Another residual rule is a subclass with another `forward`; Transformer(make_block=...) builds a model of it.
+    Another residual rule is a subclass with another `forward`, which calls `attend` and `feed_forward` and returns the
+    pair of x and Aux. Transformer(make_block=...) builds a model of it.
     """
 
     def __init__(
@@ -49,17 +51,43 @@ class Block(nn.Module):
         c = layer_config(config, arguments)
         classes: dict[str, type[nn.Module]] = {"mla": MLA, "dsa": DSA}
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
-        self.attn = (attention_class or classes.get(c.attention, Attention))(c)
+        self.attn = (attention_class or classes.get(c.attention_of(layer), Attention))(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         self.ffn = moe_class(c) if c.is_moe(layer) else FeedForward(c)
 
-    def forward(
-        self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None
-    ) -> tuple[Float[Tensor, "b s m"], Aux]:
+    def forward(self, x: Float[Tensor, "b s m"], context: Context | None = None) -> tuple[Float[Tensor, "b s m"], Aux]:
         """Return the block's output, and what it found on the way."""
-        y = self.attn(self.attn_norm(x), context)
-        y, indexer_loss = y if isinstance(y, tuple) else (y, None)
+        y, indexer_loss = self.attend(self.attn_norm(x), context)
         x = x + y
-        y = self.ffn(self.ffn_norm(x))
-        y, routing = y if isinstance(y, tuple) else (y, None)
+        y, routing = self.feed_forward(self.ffn_norm(x), context)
         return x + y, Aux(routing, indexer_loss)
+
+    def attend(
+        self, x: Float[Tensor, "b s m"], context: Context | None = None
+    ) -> tuple[Float[Tensor, "b s m"], IndexerLoss | None]:
+        """Return the attention's output, and the loss of its indexer if that learns."""
+        return _pair(self.attn(x, context))
+
+    def feed_forward(
+        self, x: Float[Tensor, "b s m"], context: Context | None = None
+    ) -> tuple[Float[Tensor, "b s m"], Routing | None]:
+        """Return the feed-forward's output, and the decision of its gate if it has one."""
+        return _pair(self.ffn(x, context))
+
+
+def _pair(result: Any) -> Any:
+    return result if isinstance(result, tuple) else (result, None)
+
+
+def run_block(block: nn.Module, x: Tensor, context: Context | None, recompute: bool = False) -> tuple[Tensor, Aux]:
+    """Return block(x, context), whose backward computes it again with `recompute`.
+
+    Raises: ValueError for a block that returns anything but a pair of x and Aux.
+    """
+    result = ops.recomputed(block, x, context) if recompute else block(x, context)
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Aux):
+        raise ValueError(
+            f"{type(block).__name__}.forward returned a {type(result).__name__}; a block returns the pair (x, "
+            "Aux(routing, indexer_loss)): what Block.feed_forward and Block.attend return besides their outputs"
+        )
+    return result

@@ -36,10 +36,9 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
-from dsmini.nn.attention import AttentionContext, Mask, attend, cached_attention, context_of
-from dsmini.nn.cache import LayerCacheView
+from dsmini.nn.attention import Context, Mask, attend, cached_attention, context_of
 from dsmini.nn.gate import stable_topk
-from dsmini.nn.layers import FP32Linear, LayerNorm, at_least_fp32, make_linear, quantize_once, without_autocast
+from dsmini.nn.layers import FP32Linear, LayerNorm, at_least_fp32, make_linear, without_autocast
 from dsmini.nn.mla import MLA, absorbed_attention, form_of
 from dsmini.nn.rope import CosSin, apply_rope, apply_rope_to_halves
 from dsmini.numerics import quantize
@@ -279,51 +278,61 @@ class DSA(MLA):
         super().__init__(c, mask=mask)
         self.indexer = Indexer(c)
 
-    def forward(self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None) -> Any:
+    def forward(
+        self,
+        x: Float[Tensor, "b s m"],
+        context: Context | None = None,
+        *,
+        mask: Bool[Tensor, "#b #s s"] | None = None,
+    ) -> Any:
         """Attend to the keys that the indexer chooses; to all where there are no more than index_topk.
 
-        The indexer's keys are cached in any case. While the indexer learns, and the context asks for its loss, the
-        result is the output [b, s, m] and an IndexerLoss. The loss moves the indexer alone, whose inputs are detached.
+        Return the output [b, s, m], as MLA does. A context with train_indexers asks for the indexer's loss: the result
+        then is a pair, of the output and an IndexerLoss, or None while the indexer does not learn. The loss moves the
+        indexer alone, whose inputs are detached.
+
+        Args:
+            mask: as in MLA.forward; the indexer chooses among the keys that it leaves.
         """
-        context = context or context_of(x, self.rope)
-        cache = context.cache
+        context = context_of(x, self.dim, context, mask)
+        y, loss = self.forward_with_loss(x, context)
+        return (y, loss) if context.train_indexers else y
+
+    def attention(
+        self, q: Float[Tensor, "b s h d"], new: tuple[Tensor, Tensor], context: Context, inputs: tuple[Tensor, Tensor]
+    ) -> tuple[Float[Tensor, "b s hv"], IndexerLoss | None]:
+        """Attend to chosen keys. The indexer's keys are cached in any case."""
+        x, latent, cache, cos_sin = *inputs, context.cache, context.cos_sin(self.rope)
         stage = self.stage if self.training and cache is None else None
         learns = stage is not None and context.train_indexers
         longest = x.shape[1] if cache is None else int(cache.at.lengths.max())
         if not learns and (stage == "warmup" or longest <= self.indexer.topk):
             if cache is not None:
-                cache.index.append((self.indexer.keys(x, context.cos_sin),))
-            return super().forward(x, context)
-        # 1. queries, and what they are made of: [b, s, h, n + r], [b, s, l], [b, s, c] and [b, s, r]
-        codes = quantize_once(x, self.wkv_a, self.wq if self.wq_a is None else self.wq_a)
-        latent = self.query_latent(codes)
-        q, new = self.queries(latent, context.cos_sin), self.latents(codes, context.cos_sin)
-        # 2. the keys of each query: [b, s, k]
-        latent = latent if isinstance(latent, Tensor) else x
+                cache.index.append((self.indexer.keys(x, cos_sin),))
+            return super().attention(q, new, context, inputs)
+        # 1. the keys of each query: [b, s, k]
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            index = self.indexer(x.detach(), latent.detach(), context.cos_sin)
+            index = self.indexer(x.detach(), latent.detach(), cos_sin)
         topk_indices = self.select_topk(index, context)
-        # 3. attention to the chosen rows of the cache, absorbed: [b, s, h v]
-        if cache is not None and form_of(self, x.shape[1], cache) == "absorbed":
+        # 2. attention to the chosen rows of the cache, absorbed: [b, s, h v]
+        if cache is not None and form_of(self, q.shape[1], cache) == "absorbed":
             q_nope, q_rope, rows, w_uk, w_uv = self.absorbed_operands(q, new, cache)
-            y = topk_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, topk_indices)
-            return self.wo(y)
-        # 4. or to keys and values of every head, all but the chosen ones masked: [b, h, s, v]
+            return topk_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, topk_indices), None
+        # 3. or to keys and values of every head, all but the chosen ones masked: [b, h, s, v]
         k, v = self.keys_and_values(*(new if cache is None else cache.extend(new, q.dtype)))
         loss = self.indexer_loss(index, q, k, topk_indices, context, stage) if learns and stage else None
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if stage == "warmup":
             y = attend(q, k, v, self.scale, context, self.mask)
         else:
-            y = self.masked(q, k, v, topk_indices, cache)
-        y = self.wo(rearrange(y, "b h s v -> b s (h v)"))
-        return y if loss is None else (y, loss)
+            y = self.masked(q, k, v, topk_indices, context)
+        return rearrange(y, "b h s v -> b s (h v)"), loss
 
     @torch.no_grad()
     def select_topk(
         self,
         index: tuple[Float[Tensor, "b s i d"], Float[Tensor, "b s d"], Float[Tensor, "b s i"]],
-        context: AttentionContext,
+        context: Context,
     ) -> Int[Tensor, "b s k"]:
         """Return the positions of the keys that each new token attends to; -1 where it sees fewer than index_topk.
 
@@ -337,8 +346,8 @@ class DSA(MLA):
             (keys,) = context.cache.index.extend((keys,), keys.dtype)
         blocks, k = [], min(self.indexer.topk, keys.shape[1])
         for start in range(0, q.shape[1], BLOCK):
-            part, t = slice(start, start + BLOCK), _keys_before(start + BLOCK, keys.shape[1], context.cache)
-            mask: Any = context.mask(self.mask, t, start, min(start + BLOCK, q.shape[1]))
+            part, t = slice(start, start + BLOCK), _keys_before(start + BLOCK, keys.shape[1], context)
+            mask: Any = context.masked(self.mask, t, start, min(start + BLOCK, q.shape[1]))
             chosen = topk_keys(q[:, part], keys[:, :t], weights[:, part], k, mask)
             blocks.append(F.pad(chosen, (0, k - chosen.shape[2]), value=-1))
         return torch.cat(blocks, 1)
@@ -349,13 +358,18 @@ class DSA(MLA):
         q: Float[Tensor, "b s h n"],
         k: Float[Tensor, "b s h n"],
         topk_indices: Int[Tensor, "b s k"],
-        context: AttentionContext,
+        context: Context,
         stage: Literal["warmup", "sparse"],
     ) -> IndexerLoss:
-        """Compare the indexer's queries, keys and head weights with attention by the queries q and keys k."""
+        """Compare the indexer's queries, keys and head weights with attention by the queries q and keys k.
+
+        Raises: ValueError for a context with a mask: an indexer learns from causal attention.
+        """
+        if context.mask is not None:
+            raise ValueError("an indexer that learns got a mask of keys; leave it out, or train_indexers")
 
         def mask(start: int, stop: int) -> Any:
-            return context.mask(self.mask, stop, start, stop)
+            return context.masked(self.mask, stop, start, stop)
 
         sums = indexer_agreement(*index, q.detach(), k.detach(), self.scale, topk_indices, mask, stage)
         kl, mass, found, asked = sums.unbind()
@@ -369,12 +383,12 @@ class DSA(MLA):
         k: Float[Tensor, "b h t d"],
         v: Float[Tensor, "b h t v"],
         topk_indices: Int[Tensor, "b s k"],
-        cache: LayerCacheView | None,
+        context: Context,
     ) -> Float[Tensor, "b h s v"]:
         """Attend to keys and values of every head, all but the chosen ones masked."""
         y = []
         for i, (part, chosen) in enumerate(zip(q.split(BLOCK, 2), topk_indices.split(BLOCK, 1), strict=True)):
-            t = _keys_before((i + 1) * BLOCK, k.shape[2], cache)
+            t = _keys_before((i + 1) * BLOCK, k.shape[2], context)
             y.append(cached_attention(part, k[:, :, :t], v[:, :, :t], self.scale, topk_mask(chosen, t)))
         return torch.cat(y, 2)
 
@@ -384,6 +398,7 @@ def dsa_layers(model: nn.Module) -> list[DSA]:
     return [module for module in model.modules() if isinstance(module, DSA)]
 
 
-def _keys_before(stop: int, t: int, cache: LayerCacheView | None) -> int:
+def _keys_before(stop: int, t: int, context: Context) -> int:
     """Return the number of t keys that new tokens before column `stop` may see, as far as shapes alone tell."""
-    return min(stop, t) if cache is None or cache.at.fresh else t
+    causal = context.mask is None and (context.cache is None or context.cache.at.fresh)
+    return min(stop, t) if causal else t

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, mask_function
-from dsmini.nn.attention import AttentionContext, Mask, attend, context_of
+from dsmini.nn.attention import Context, Mask, attend, context_of
 from dsmini.nn.cache import ChosenForm, LayerCache, LayerCacheView
 from dsmini.nn.layers import RMSNorm, at_least_fp32, dense_weight, is_plain, make_linear, output_linear, quantize_once
 from dsmini.nn.rope import CosSin, Rope, apply_rope
@@ -76,7 +76,7 @@ class MLA(nn.Module):
         super().__init__()
         self.mask = mask_function(mask)
         c = layer_config(config, arguments)
-        self.rope = Rope.from_config(c)
+        self.dim, self.rope = c.dim, Rope.from_config(c)
         self.scale = self.rope.softmax_scale(c.qk_head_dim)
         self.n_heads = c.n_heads
         self.kv_lora_rank = c.kv_lora_rank
@@ -95,27 +95,54 @@ class MLA(nn.Module):
         self.wkv_b = make_linear(c, c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.wo = output_linear(c, c.n_heads * c.v_head_dim)
 
-    def forward(self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None) -> Float[Tensor, "b s m"]:
-        """Attend causally, to the sequence or, with a cache in the context, to all its rows in one of the forms."""
-        context = context or context_of(x, self.rope)
-        # 1. queries: [b, s, h, n + r]
-        x = quantize_once(x, self.wkv_a, self.wq if self.wq_a is None else self.wq_a)
-        q = self.queries(self.query_latent(x), context.cos_sin)
-        # 2. latent and rotary key, which are cached: [b, s, c] and [b, s, r]
-        new = self.latents(x, context.cos_sin)
-        # 3. attention: [b, s, h v]
-        if context.cache is not None and form_of(self, q.shape[1], context.cache) == "absorbed":
-            return self.wo(self.absorbed(q, new, context))
-        return self.wo(self.expanded(q, new, context))
+    def forward(
+        self,
+        x: Float[Tensor, "b s m"],
+        context: Context | None = None,
+        *,
+        mask: Bool[Tensor, "#b #s s"] | None = None,
+    ) -> Float[Tensor, "b s m"]:
+        """Attend causally: to the sequence or, with a cache in the context, to all its rows in one of the forms.
 
-    def expanded(
-        self, q: Float[Tensor, "b s h d"], new: tuple[Tensor, Tensor], context: AttentionContext
-    ) -> Float[Tensor, "b s hv"]:
-        """Attend to keys and values of every head, which are made from the latents.
+        Args:
+            mask: of a layer that stands alone, [b or 1, s or 1, s]: True for keys that a query may not see, as in
+                torch.nn.MultiheadAttention. It takes the place of the causal mask. `padding[:, None]`, for padding
+                [b, s], makes an encoder's attention, which sees all keys but padding.
+
+        Raises: ValueError for an x or mask of another shape, and a query that may see no key.
+        """
+        return self.forward_with_loss(x, context_of(x, self.dim, context, mask))[0]
+
+    def forward_with_loss(self, x: Float[Tensor, "b s m"], context: Context) -> tuple[Float[Tensor, "b s m"], Any]:
+        """Return forward's result, and the loss of an indexer that learns (dsa.py)."""
+        cos_sin = context.cos_sin(self.rope)
+        # 1. queries, and what they are made of: [b, s, h, n + r] and [b, s, l]
+        codes = quantize_once(x, self.wkv_a, self.wq if self.wq_a is None else self.wq_a)
+        latent = self.query_latent(codes)
+        q = self.queries(latent, cos_sin)
+        # 2. latent and rotary key, which are cached: [b, s, c] and [b, s, r]
+        new = self.latents(codes, cos_sin)
+        # 3. attention: [b, s, h v]
+        y, loss = self.attention(q, new, context, (x, latent if isinstance(latent, Tensor) else x))
+        return self.wo(y), loss
+
+    def attention(
+        self, q: Float[Tensor, "b s h d"], new: tuple[Tensor, Tensor], context: Context, inputs: tuple[Tensor, Tensor]
+    ) -> tuple[Float[Tensor, "b s hv"], Any]:
+        """Attend in the form that is less work.
 
         Args:
             new: latents and rotary keys of the new tokens.
+            inputs: the layer's input and the compressed query, of which DSA's indexer chooses keys.
         """
+        if context.cache is not None and form_of(self, q.shape[1], context.cache) == "absorbed":
+            return self.absorbed(q, new, context), None
+        return self.expanded(q, new, context), None
+
+    def expanded(
+        self, q: Float[Tensor, "b s h d"], new: tuple[Tensor, Tensor], context: Context
+    ) -> Float[Tensor, "b s hv"]:
+        """Attend to keys and values of every head, which are made from the latents."""
         # latent and rotary key of all tokens: [b, t, c] and [b, t, r]
         c_kv, k_rope = new if context.cache is None else context.cache.extend(new, q.dtype)
         # keys and values of every head: [b, t, h, n + r] and [b, t, h, v]
@@ -127,7 +154,7 @@ class MLA(nn.Module):
         return rearrange(y, "b h s v -> b s (h v)")
 
     def absorbed(
-        self, q: Float[Tensor, "b s h d"], new: tuple[Tensor, Tensor], context: AttentionContext
+        self, q: Float[Tensor, "b s h d"], new: tuple[Tensor, Tensor], context: Context
     ) -> Float[Tensor, "b s hv"]:
         """Attend to the latents of a cache themselves: nothing is expanded.
 
@@ -137,7 +164,7 @@ class MLA(nn.Module):
         """
         assert context.cache is not None, "latents are read from a cache"
         q_nope, q_rope, rows, w_uk, w_uv = self.absorbed_operands(q, new, context.cache)
-        mask = context.mask(self.mask, context.cache.at.end)
+        mask = context.masked(self.mask, context.cache.at.end)
         return absorbed_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, mask)
 
     def absorbed_operands(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
+from dsmini.nn.attention import Context
 from dsmini.nn.gate import Gate, Routing
 from dsmini.nn.layers import draw_normal, in_fp8, make_linear, quantize_once
 from dsmini.numerics import QuantizedTensor, swiglu
@@ -26,7 +27,10 @@ class FeedForward(nn.Module):
         self.w2 = make_linear(c, width, c.dim, c.output_init_std)
         self.w3 = make_linear(c, c.dim, width)
 
-    def forward(self, x: Float[Tensor, "*batch m"] | QuantizedTensor) -> Float[Tensor, "*batch m"]:
+    def forward(
+        self, x: Float[Tensor, "*batch m"] | QuantizedTensor, context: Context | None = None
+    ) -> Float[Tensor, "*batch m"]:
+        """Return a row for each row of x. The context of a block, as attention gets it, is not needed."""
         x = quantize_once(x, self.w1, self.w3)
         w2: Any = self.w2
         gate, up = self.w1(x), self.w3(x)
@@ -127,10 +131,25 @@ class MoE(nn.Module):
         shared = c.n_shared_experts * c.moe_inter_dim
         self.shared_experts = FeedForward(c, inter_dim=shared) if shared else None
 
-    def forward(self, x: Float[Tensor, "*batch m"]) -> tuple[Float[Tensor, "*batch m"], Routing]:
+    def forward(
+        self, x: Float[Tensor, "*batch m"], context: Context | None = None
+    ) -> tuple[Float[Tensor, "*batch m"], Routing]:
+        """Return a row for each row of x, and the gate's decision.
+
+        Args:
+            context: of the block: ids and positions of the rows, for a subclass that chooses experts by them.
+
+        Raises: ValueError for a gate that returns no Routing.
+        """
         # 1. experts and their weights for each token: [n, k]
         tokens = x.flatten(0, -2)
         routing = self.gate(tokens)
+        if not isinstance(routing, Routing):
+            gate, got = type(self.gate).__name__, type(routing).__name__
+            raise ValueError(
+                f"{gate}.forward returned a {got}; a gate returns a Routing of indices and weights [n, k], scores "
+                "[n, e] and counts [e], as dsmini.nn.route makes of logits [n, e]"
+            )
         # 2. the routed experts' weighted sum, and the shared experts: [n, m]
         shared = self.shared_experts
         readers = (shared.w1, shared.w3) if isinstance(shared, FeedForward) else (shared,)

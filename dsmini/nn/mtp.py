@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
-from dsmini.nn.attention import AttentionContext
-from dsmini.nn.block import Aux, Block
+from dsmini.nn.attention import Context
+from dsmini.nn.block import Aux, Block, run_block
 from dsmini.nn.cache import CachePositions, MTPCache
 from dsmini.nn.layers import Linear, RMSNorm
-from dsmini.nn.rope import Rope
 
 
 class MTP(nn.Module):
@@ -52,21 +51,29 @@ class MTP(nn.Module):
 
     def forward(
         self,
-        hidden: Float[Tensor, "b s m"],
+        hidden: Float[Tensor, "b s *streams m"],
         embedding: Float[Tensor, "b s m"],
-        context: AttentionContext | None = None,
-        both: bool = False,
-    ) -> tuple[Float[Tensor, "b s m"] | tuple[Tensor, Tensor], Aux]:
-        """Return the block's output before `norm`, and what it found.
+        context: Context | None = None,
+    ) -> tuple[Float[Tensor, "b s *streams m"], Float[Tensor, "b s m"], Aux]:
+        """Return the block's output before and after `norm`, and what it found.
 
         Args:
             hidden: hidden states of the depth before.
             embedding: embeddings of the tokens that the depth before predicts.
-            both: return the output before and after `norm`, as a pair.
         """
-        x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
-        x, aux = self.block(x, context)
-        return (x, self.norm(x)) if both else x, aux
+        x = self.join(hidden, embedding)
+        x, aux = run_block(self.block, x, context)
+        return x, self.norm(self.collapse(x)), aux
+
+    def join(
+        self, hidden: Float[Tensor, "b s *streams m"], embedding: Float[Tensor, "b s m"]
+    ) -> Float[Tensor, "b s *streams m"]:
+        """Return the block's input."""
+        return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
+
+    def collapse(self, x: Float[Tensor, "b s *streams m"]) -> Float[Tensor, "b s m"]:
+        """Return one hidden state for each position, as Transformer.collapse does."""
+        return x
 
 
 class MTPChain(nn.ModuleList):
@@ -74,7 +81,6 @@ class MTPChain(nn.ModuleList):
 
     def __init__(self, config: ModelConfig, make_block: Callable[..., nn.Module] = Block) -> None:
         super().__init__(MTP(config, depth=k, make_block=make_block) for k in range(config.n_mtp_layers))
-        self.rope = Rope.from_config(config)
         self.pre_norm = config.mtp_input == "pre_norm"
 
     def __getitem__(self, index: Any) -> Any:
@@ -84,7 +90,7 @@ class MTPChain(nn.ModuleList):
     def forward(
         self,
         tokens: Int[Tensor, "b s"],
-        hidden: Float[Tensor, "b s m"],
+        hidden: Float[Tensor, "b s *streams m"],
         embed: Callable[[Tensor], Tensor],
         documents: Int[Tensor, "b s"] | None = None,
         recompute: bool = False,
@@ -93,10 +99,10 @@ class MTPChain(nn.ModuleList):
         """Return the normed hidden states of each depth k = 1, 2, ..., [b, s - k, m], and what each block found.
 
         Args:
-            hidden: the main model's hidden states.
+            hidden: the main model's hidden states, States.given.
             embed: makes embeddings of token ids.
             documents, recompute: as in Transformer.losses.
-            train_indexers: as in AttentionContext.
+            train_indexers: as in Context.
         """
         all_normed: list[Tensor] = []
         found: list[Aux] = []
@@ -107,14 +113,15 @@ class MTPChain(nn.ModuleList):
             embedding = embed(tokens[:, k:])
             n = embedding.shape[1]
             hidden = hidden[:, :n]
-            context = AttentionContext(
-                cos_sin=self.rope.cos_sin(torch.arange(n, device=tokens.device)),
+            context = Context(
+                positions=torch.arange(n, device=tokens.device)[None],
+                tokens=tokens[:, k:],
                 documents=None if documents is None else documents[:, :n],
                 train_indexers=train_indexers,
             )
             # 2. run the block: [b, s - k, m]
-            inputs = (hidden, embedding, context, True)
-            (x, normed), aux = ops.recomputed(block, *inputs) if recompute else block(*inputs)
+            inputs = (hidden, embedding, context)
+            x, normed, aux = ops.recomputed(block, *inputs) if recompute else block(*inputs)
             # 3. the head reads the normed states; the next depth those before or after the norm
             hidden = x if self.pre_norm else normed
             all_normed.append(normed)
@@ -124,7 +131,7 @@ class MTPChain(nn.ModuleList):
     def decode(
         self,
         embedding: Float[Tensor, "b s m"],
-        before: Float[Tensor, "b s m"],
+        before: Float[Tensor, "b s *streams m"],
         cache: MTPCache,
         lengths: Int[Tensor, " b"] | None = None,
         run: Callable[..., tuple[Tensor, Tensor]] | None = None,
@@ -150,12 +157,11 @@ class MTPChain(nn.ModuleList):
         self,
         k: int,
         embedding: Float[Tensor, "b s m"],
-        before: Float[Tensor, "b s m"],
+        before: Float[Tensor, "b s *streams m"],
         cache: MTPCache,
         at: CachePositions,
-    ) -> tuple[Float[Tensor, "b s m"], Float[Tensor, "b s m"]]:
+    ) -> tuple[Float[Tensor, "b s m"], Float[Tensor, "b s *streams m"]]:
         """Run block k (0, 1, ...) on new tokens; return its normed states, and what the next depth reads of them."""
         block, at = cast(MTP, self[k]), at.before(k + 1)
-        context = AttentionContext(cos_sin=self.rope.cos_sin(at.positions), cache=cache.views(at)[k])
-        (x, normed), _ = block(before, embedding, context, True)
+        x, normed, _ = block(before, embedding, Context(positions=at.positions, cache=cache.views(at)[k]))
         return normed, x if self.pre_norm else normed

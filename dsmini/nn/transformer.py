@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,15 +12,14 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
-from dsmini.nn.attention import AttentionContext
-from dsmini.nn.block import Aux, Block
+from dsmini.nn.attention import Context
+from dsmini.nn.block import Aux, Block, run_block
 from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy
 from dsmini.nn.dsa import IndexerLoss
 from dsmini.nn.gate import Gate, Routing, sequence_balance_loss
 from dsmini.nn.layers import Embedding, Linear, Matrix, Norm, RMSNorm, at_least_fp32, check_ids, is_plain
 from dsmini.nn.moe import Experts
 from dsmini.nn.mtp import MTPChain
-from dsmini.nn.rope import Rope
 
 IGNORE = -100
 """Target of a row that the loss leaves out, as in torch's cross_entropy."""
@@ -78,8 +78,9 @@ class States(NamedTuple):
 
     normed: Float[Tensor, "b s m"]
     """Hidden states after the final norm."""
-    given: Float[Tensor, "b s m"]
-    """Hidden states that the first MTP block reads: before or after the final norm, as config.mtp_input says."""
+    given: Float[Tensor, "b s *streams m"]
+    """Hidden states that the first MTP block reads: the last block's, or after the final norm, as config.mtp_input
+    says."""
     routing: list[Routing]
     indexers: list[IndexerLoss]
 
@@ -109,7 +110,6 @@ class Transformer(nn.Module):
         c = self.config = layer_config(config, arguments)
         self.compute_dtype = compute_dtype
         require_subclass("make_block", make_block, Block)
-        self.rope = Rope.from_config(c)
         self.embed = Embedding(c.vocab_size, c.dim, init_std=c.init_std)
         self.embed_norm = RMSNorm(c.dim, c.norm_eps) if c.embed_norm else None
         self.layers = nn.ModuleList(make_block(c, layer=i) for i in range(c.n_layers))
@@ -170,36 +170,42 @@ class Transformer(nn.Module):
         Args:
             cache, lengths: as in forward.
             documents, recompute: as in losses; not with a cache, whose rows are one document each.
-            train_indexers: as in AttentionContext.
+            train_indexers: as in Context.
         """
         if cache is None and lengths is not None:
             raise ValueError("lengths are of rows in a cache; give one, or leave them out")
         if cache is not None and documents is not None:
             raise ValueError("documents do not go with a cache, which holds one document a row; leave out one of them")
         with nullcontext() if cache is None else torch.no_grad():
-            # 1. token ids to hidden states: [b, s, m]
-            x = self.embedded(tokens)
+            # 1. token ids to hidden states: [b, s, m], or as many streams of them as `expand` makes
+            x = self.expand(self.embedded(tokens))
             # 2. positions: 0, 1, ... in all rows, or after what is cached in each: [#b, s]
             at = None if cache is None else cache.place_tokens(self.config, tokens, lengths)
-            cos_sin = self.rope.cos_sin(torch.arange(tokens.shape[1], device=x.device) if at is None else at.positions)
+            positions = torch.arange(tokens.shape[1], device=x.device)[None] if at is None else at.positions
+            context = Context(positions=positions, tokens=tokens, documents=documents, train_indexers=train_indexers)
             # 3. the blocks, each with its layer's part of the cache: [b, s, m]
             views = [None] * len(self.layers) if cache is None or at is None else cache.views(at)
             found: list[Aux] = []
             for block, view in zip(self.layers, views, strict=True):
-                context = AttentionContext(
-                    cos_sin=cos_sin, documents=documents, cache=view, train_indexers=train_indexers
-                )
-                x, aux = ops.recomputed(block, x, context) if recompute else block(x, context)
+                x, aux = run_block(block, x, context if view is None else replace(context, cache=view), recompute)
                 found.append(aux)
             if cache is not None and at is not None:
                 cache.lengths = at.lengths
             # 4. the final norm: [b, s, m]
             return self.states_of(x, found)
 
-    def states_of(self, x: Float[Tensor, "b s m"], found: list[Aux]) -> States:
+    def states_of(self, x: Float[Tensor, "b s *streams m"], found: list[Aux]) -> States:
         """Return the states after the last block, whose output is x, and what all blocks found."""
-        normed = self.norm(x)
+        normed = self.norm(self.collapse(x))
         return States(normed, x if self.config.mtp_input == "pre_norm" else normed, *_listed(found))
+
+    def expand(self, x: Float[Tensor, "b s m"]) -> Float[Tensor, "b s *streams m"]:
+        """Return what the first block gets of the embeddings: themselves. A model may have several residual streams."""
+        return x
+
+    def collapse(self, x: Float[Tensor, "b s *streams m"]) -> Float[Tensor, "b s m"]:
+        """Return one hidden state for each position of what the last block gave: that itself."""
+        return x
 
     def embedded(self, tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s m"]:
         """Return the embeddings of token ids, in the compute dtype.

@@ -40,7 +40,7 @@ def build(config: dsmini.ModelConfig, idea: str) -> dsmini.Transformer:
         "input hook": lambda: second.register_forward_pre_hook(lambda module, inputs: None),
         "scale": lambda: setattr(first.attn, "scale", 1.0),
         "eps": lambda: setattr(model.norm, "eps", 0.5),
-        "rope": lambda: setattr(model, "rope", dsmini.nn.Rope(dim=model.rope.dim, rope_theta=5.0)),
+        "rope": lambda: setattr(second.attn, "rope", dsmini.nn.Rope(dim=second.attn.rope.dim, rope_theta=5.0)),
         "exchange": lambda: setattr(second.ffn, "exchange", lambda experts, shared, x, routing: x),
     }
     if idea in changes:
@@ -63,7 +63,7 @@ def build(config: dsmini.ModelConfig, idea: str) -> dsmini.Transformer:
         ("input hook", r"layers\.1 is a Block with code of its own"),
         ("scale", r"layers\.0\.attn\.scale is 1\.0, which no config says"),
         ("eps", r"norm\.eps is 0\.5, which no config says"),
-        ("rope", r"the model's rope is Rope.*which no config says"),
+        ("rope", r"layers\.1\.attn\.rope is Rope.*which no config says"),
         ("exchange", r"layers\.1\.ffn\.exchange is .*lambda.*which no config says"),
     ],
 )

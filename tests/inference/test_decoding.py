@@ -153,8 +153,8 @@ class Doubled(Block):
 
 class DoubledMTP(MTP):
     def forward(self, *args: Any) -> Any:
-        (x, normed), routing = super().forward(*args)
-        return (2 * x, 2 * normed), routing
+        x, normed, aux = super().forward(*args)
+        return 2 * x, 2 * normed, aux
 
 
 class Twice(MTPChain):
@@ -178,7 +178,7 @@ def subclass(path: str, kind: type) -> Change:
 CHANGES_OF_MTP: dict[str, Change] = {
     "hook on a norm of a block": hook("mtp.1.block.ffn_norm"),
     "hook on a norm": hook("mtp.0.hnorm"),
-    "hook on a depth": hook("mtp.0", lambda module, args, out: ((out[0][0] * 2, out[0][1] * 2), out[1])),
+    "hook on a depth": hook("mtp.0", lambda module, args, out: (out[0] * 2, out[1] * 2, out[2])),
     "depth": subclass("mtp.0", DoubledMTP),
     "wrapped projection": wrap("mtp.1.eh_proj"),
     "chain": subclass("mtp", Twice),

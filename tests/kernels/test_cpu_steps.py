@@ -22,7 +22,7 @@ from dsmini.inference.fused import (
     grouped_attention_step,
     normed,
 )
-from dsmini.nn import Cache, RMSNorm
+from dsmini.nn import Cache, RMSNorm, Rope
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build, steps
 from tests.helpers.decoding import CACHES, GROUPED, MODELS, ROOM, SPARSE, WEIGHTS, filled, model_of, rows_of
@@ -51,7 +51,7 @@ def layers(
     """Yield each block's parts with its part of the cache, the table of positions, and the starts."""
     tokens = torch.zeros(cache.batch_size, s, dtype=torch.int64)
     window = cache.place_tokens(model.config, tokens)
-    table = model.rope.cos_sin(window.positions)
+    table = Rope.from_config(model.config).cos_sin(window.positions)
     for block, past in zip(model.layers, cache.views(window), strict=True):
         parts = extract_weights(block, products)
         assert parts is not None

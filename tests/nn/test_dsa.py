@@ -9,14 +9,12 @@ from torch import Tensor
 from dsmini import ModelConfig, Transformer, ops
 from dsmini.functional import sparse_attention
 from dsmini.nn import DSA, dsa
-from dsmini.nn.attention import context_of
 from dsmini.nn.dsa import topk_attention
 from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
 from tests.helpers import configs
 from tests.helpers.tolerances import ROPE_TABLE, assert_agree, relative_error
-from tests.nn.test_indexer import INDEX
-from tests.nn.test_mla import CASES, SIZES
+from tests.nn.test_mla import CASES, INDEX, SIZES
 
 SPARSE: dict[str, Any] = SMALL | configs.DSA
 
@@ -62,7 +60,7 @@ def test_a_sliding_window_leaves_the_rest_to_choose_from() -> None:
     with pytest.MonkeyPatch.context() as patch:
         real = dsa.topk_mask
         patch.setattr(dsa, "topk_mask", lambda indices, t: (chosen.append(indices), real(indices, t))[1])
-        layer(x, context_of(x, layer.rope))
+        layer(x)
     for t, row in enumerate(chosen[0][0]):
         assert set(row[row >= 0].tolist()) <= set(range(t - 5, t + 1)) and (row >= 0).sum() == min(4, t + 1)
 

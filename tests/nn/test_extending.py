@@ -1,6 +1,7 @@
 """A researcher's change stays local: each is made here in under 25 lines, trained for a step, and decoded."""
 
 import copy
+import dataclasses
 import functools
 import inspect
 from typing import Any
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmini import MLA, Attention, Block, Gate, Linear, ModelConfig, MoE, Transformer
-from dsmini.nn import AttentionContext, Aux, Routing, route
+from dsmini.inference.fused import Decoder
+from dsmini.nn import Aux, Context, Routing, dsa_layers, route
 from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
-from tests.helpers.configs import refusal
+from tests.helpers.configs import DSA, refusal
 from tests.helpers.tolerances import FP32_MODEL, MOVED, UNMOVED, relative_error
 
 WINDOW = 6
@@ -28,11 +30,25 @@ class ScaledResidual(Block):
         super().__init__(*args, **kwargs)
         self.alpha = nn.Parameter(torch.full((2,), 0.5))
 
-    def forward(self, x: Tensor, context: AttentionContext | None = None) -> tuple[Tensor, Aux]:
-        x = x + self.alpha[0] * self.attn(self.attn_norm(x), context)
-        y = self.ffn(self.ffn_norm(x))
-        y, routing = y if isinstance(y, tuple) else (y, None)
-        return x + self.alpha[1] * y, Aux(routing)
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Aux]:
+        y, indexer_loss = self.attend(self.attn_norm(x), context)
+        x = x + self.alpha[0] * y
+        y, routing = self.feed_forward(self.ffn_norm(x), context)
+        return x + self.alpha[1] * y, Aux(routing, indexer_loss)
+
+
+class WithoutAux(Block):
+    """A block that forgets what it found."""
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Any:
+        return super().forward(x, context)[0]
+
+
+class TupleGate(Gate):
+    """A gate that returns a plain tuple."""
+
+    def forward(self, x: Tensor) -> Any:
+        return tuple(super().forward(x))
 
 
 class AttentionWithoutPositions(nn.Module):
@@ -44,7 +60,7 @@ class AttentionWithoutPositions(nn.Module):
         self.wq, self.wkv = Linear(c.dim, c.n_heads * self.d), Linear(c.dim, self.d + self.v)
         self.wo = Linear(c.n_heads * self.v, c.dim)
 
-    def forward(self, x: Tensor, context: AttentionContext | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         q = self.wq(x).unflatten(-1, (self.n_heads, self.d)).transpose(1, 2)
         rows, mask = self.wkv(x), torch.ones(x.shape[1], x.shape[1]).tril().bool()
         if context is not None and (cache := context.cache) is not None:
@@ -101,6 +117,34 @@ def test_another_residual_rule_is_a_subclass_of_block() -> None:
             if name.endswith("alpha"):
                 p.fill_(1.0)
     assert torch.equal(plain(tokens), model(tokens))
+
+
+def test_another_residual_rule_trains_the_indexers_too() -> None:
+    """Its block gets a pair from attention, whether the indexer learns or not."""
+    tokens = torch.randint(0, SMALL["vocab_size"], (2, 20))
+    changed, plain = (randomise(Transformer(**SMALL | DSA, make_block=kind)) for kind in (ScaledResidual, Block))
+    for stage in ("warmup", "sparse", None):
+        for model in (changed, plain):
+            for layer in dsa_layers(model):
+                layer.stage = stage
+        ours, theirs = (model.losses(tokens[:, :-1], tokens[:, 1:]).indexers for model in (changed, plain))
+        assert len(ours) == len(theirs) == (0 if stage is None else ALL_LAYERS)
+        assert all(loss.kl > 0 for loss in ours)
+    x = torch.randn(1, 20, SMALL["dim"])
+    dsa_layers(changed)[0].stage = "sparse"
+    assert isinstance(dsa_layers(changed)[0](x), Tensor), "a loss that nobody asks for"
+
+
+def test_a_rope_of_ones_own_is_that_of_its_layer() -> None:
+    """Layers may turn by different angles, as V4's do, in training and in every way to decode."""
+    model, tokens = randomise(Transformer(**SMALL)), torch.randint(0, SMALL["vocab_size"], (2, 20))
+    before = model(tokens)
+    layer: Any = model.layers[1].attn
+    layer.rope = dataclasses.replace(layer.rope, rope_theta=50.0)
+    want, cache = model(tokens), model.new_cache(2)
+    assert relative_error(want, before) > FP32_MODEL
+    states = [Decoder(model).states(part, cache).normed for part in tokens.split((17, 1, 2), 1)]
+    assert relative_error(model.head(torch.cat(states, 1)), want) < FP32_MODEL
 
 
 def test_another_attention_class_is_handed_to_transformer() -> None:
@@ -162,11 +206,12 @@ def test_bad_mask_is_refused_in_a_sentence() -> None:
         assert refusal(model, tokens, cache).startswith("mask hides all keys from the query at position 0")
     # each of a mask and documents lets every query see one key, both together not all of them
     layer = MLA(**SMALL, mask=lambda q, k: (q == k) & (q > 0))
-    context = AttentionContext(
-        cos_sin=layer.rope.cos_sin(torch.arange(6)), documents=torch.tensor([[0, 0, 0, 1, 1, 1]])
-    )
+    context = Context(positions=torch.arange(6)[None], documents=torch.tensor([[0, 0, 0, 1, 1, 1]]))
     want = "mask hides all keys from the query at position 3; let each query see itself"
     assert refusal(layer, torch.randn(1, 6, SMALL["dim"]), context) == want
+    wrong: Any = lambda q, k: (q - k >= 2).float()  # noqa: E731
+    said = refusal(MLA(**SMALL, mask=wrong), torch.randn(1, 6, SMALL["dim"]))
+    assert said == "mask returned torch.float32; want bool, True for keys that a query may not see"
     for kind in (MLA, Attention):
         unchecked: Any = inspect.unwrap(kind.__init__)  # without the type checks of these tests
         said = refusal(unchecked, kind.__new__(kind), mask=torch.ones(3, 3))
@@ -188,6 +233,17 @@ def test_another_gate_is_handed_to_transformer() -> None:
     by_config.load_state_dict(model.state_dict())
     tokens = torch.randint(0, SMALL["vocab_size"], (1, 9))
     assert torch.equal(by_config(tokens), model(tokens))
+
+
+def test_a_block_or_gate_that_returns_something_else_is_told_what_to_return() -> None:
+    tokens = torch.zeros(2, 9, dtype=torch.int64)
+    said = refusal(Transformer(**SMALL, make_block=WithoutAux), tokens)
+    assert said.startswith(
+        "WithoutAux.forward returned a Tensor; a block returns the pair (x, Aux(routing, indexer_loss))"
+    )
+    unchecked: Any = inspect.unwrap(MoE.forward)  # without the type checks of these tests
+    said = refusal(unchecked, MoE(**SMALL, gate_class=TupleGate), torch.zeros(1, 9, SMALL["dim"]))
+    assert said.startswith("TupleGate.forward returned a tuple; a gate returns a Routing of indices and weights [n, k]")
 
 
 def test_what_is_no_part_of_a_model_is_refused() -> None:

@@ -15,9 +15,8 @@ from tests import reference_model as reference
 from tests.conftest import randomise
 from tests.helpers.configs import refusal
 from tests.helpers.tolerances import FP32_UNIT, ROPE_TABLE, assert_agree, relative_error, rounding
-from tests.nn.test_mla import CASES, SIZES
+from tests.nn.test_mla import CASES, INDEX, SIZES
 
-INDEX: dict[str, Any] = {"attention": "dsa", "index_n_heads": 5, "index_head_dim": 16, "index_topk": 7}
 TOLERANCE = 8 * ROPE_TABLE
 
 

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from dsmini import ModelConfig, Transformer
 from dsmini.functional import sparse_attention
-from dsmini.nn import DSA, AttentionContext, dsa, dsa_layers
+from dsmini.nn import DSA, Context, dsa, dsa_layers
 from dsmini.nn.dsa import IndexerLoss, indexer_agreement, kl_of_scores, topk_keys
 from tests.conftest import SMALL, randomise
 from tests.helpers import configs
 from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, FP64_UNIT, relative_error, rounding
 from tests.helpers.watching import Operations
 from tests.nn.test_dsa import SPARSE, dense_baseline, model_of, tokens_of
-from tests.nn.test_indexer import INDEX
-from tests.nn.test_mla import CASES, SIZES
+from tests.nn.test_mla import CASES, INDEX, SIZES
 
 S, TOPK, SCALE = 13, 5, 0.4
 EXACT = rounding(FP64_UNIT, terms=S * 8, chained=8)
@@ -134,7 +133,7 @@ def test_a_layer_compares_its_own_attention(stage: Any, case: str) -> None:
         return heads.flatten(-2)
 
     x = torch.randn(1, s, SIZES["dim"], dtype=torch.float64)
-    context = AttentionContext(cos_sin=layer.rope.cos_sin(torch.arange(s)), train_indexers=True)
+    context = Context(positions=torch.arange(s)[None], train_indexers=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dsa, "head_sum", lambda *args: (seen.append(head_sum(*args)), seen[-1])[1])
         patch.setattr(layer.wkv_b, "forward", unit_values)

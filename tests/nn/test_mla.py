@@ -1,15 +1,18 @@
 """Multi-head Latent Attention against the report's equations 1 to 11, which tests/reference_model.py writes out."""
 
+import functools
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dsmini import MLA, ModelConfig
-from dsmini.nn import AttentionContext
+from dsmini import DSA, MLA, Attention, ModelConfig, ops
+from dsmini.nn import Context, apply_rope
 from tests import reference_model as reference
-from tests.helpers.tolerances import ROPE_TABLE, assert_agree, relative_error
+from tests.helpers.configs import refusal
+from tests.helpers.tolerances import FP32_MODEL, ROPE_TABLE, assert_agree, relative_error
 
 SIZES: dict[str, Any] = {
     "dim": 23,
@@ -22,6 +25,7 @@ SIZES: dict[str, Any] = {
     "norm_eps": 0.5,
     "max_seq_len": 64,
 }
+INDEX: dict[str, Any] = {"attention": "dsa", "index_n_heads": 5, "index_head_dim": 16, "index_topk": 7}
 YARN: dict[str, Any] = {
     "original_seq_len": 16,
     "rope_theta": 100.0,
@@ -64,7 +68,79 @@ def test_logit_depends_only_on_the_difference_of_positions(randomise: Any, rope:
 
     assert relative_error(logits(positions + 20), logits(positions)) <= 8 * ROPE_TABLE
     assert relative_error(logits(2 * positions), logits(positions)) > 0.1
-    want = layer(x, AttentionContext(cos_sin=layer.rope.cos_sin(positions)))
-    for moved in (positions + 20, torch.stack((positions, positions + 7))):
-        got = layer(x, AttentionContext(cos_sin=layer.rope.cos_sin(moved)))
+    want = layer(x, Context(positions=positions[None]))
+    for moved in (positions[None] + 20, torch.stack((positions, positions + 7))):
+        got = layer(x, Context(positions=moved))
         assert relative_error(got, want) <= 8 * ROPE_TABLE
+
+
+def reference_attention(layer: Any, x: Tensor, c: ModelConfig, hidden: Tensor) -> Tensor:
+    """Write out attention of a layer that stands alone, with keys that a query may not see."""
+    cos_sin = layer.rope.cos_sin(torch.arange(x.shape[1]))
+    if isinstance(layer, MLA):
+        q = layer.queries(layer.query_latent(x), cos_sin)
+        k, v = layer.keys_and_values(*layer.latents(x, cos_sin))
+    else:
+        q, k, v = (w(x).unflatten(-1, (c.n_heads, -1)) for w in (layer.wq, layer.wk, layer.wv))
+        q, k = apply_rope(q, cos_sin), apply_rope(k, cos_sin)
+    logits = torch.einsum("b s h d, b t h d -> b h s t", q, k) * layer.scale
+    p = logits.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
+    return layer.wo(torch.einsum("b h s t, b t h d -> b s h d", p, v).flatten(2))
+
+
+@pytest.mark.parametrize("kind", [MLA, DSA, Attention])
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_a_mask_of_a_call_takes_the_place_of_the_causal_one(randomise: Any, kind: Any, backend: str | None) -> None:
+    """An encoder's, which sees all keys but padding; and rows padded on the left, which are causal."""
+    extra = {"attention": "mha"} if kind is Attention else INDEX | {"index_topk": 150} if kind is DSA else {}
+    sizes = {name: size for name, size in SIZES.items() if kind is not Attention or "rank" not in name}
+    sizes |= {"qk_nope_head_dim": 8} if kind is Attention else {}
+    c = ModelConfig(**sizes | extra | {"max_seq_len": 160})
+    layer, x = randomise(kind(c)), torch.randn(2, 140, c.dim)
+    padding = torch.arange(140) >= torch.tensor([[140], [91]])
+    left = torch.ones(140, 140, dtype=torch.bool).triu(1) | padding.flip(1)[:, None]
+    left |= torch.zeros_like(left)
+    left.diagonal(dim1=1, dim2=2).fill_(False)  # padding sees itself
+    for mask in (padding[:, None], left, torch.zeros(1, 1, 140, dtype=torch.bool)):
+        with ops.use(backend):
+            got = layer(x, mask=mask)
+        want = reference_attention(layer, x, c, mask.expand(2, 140, 140))
+        assert relative_error(got, want) < FP32_MODEL
+    causal = torch.ones(1, 140, 140, dtype=torch.bool).triu(1)
+    assert relative_error(layer(x, mask=causal), layer(x)) < FP32_MODEL
+
+
+def test_an_indexer_chooses_among_the_keys_that_a_mask_leaves(randomise: Any) -> None:
+    layer, x = randomise(DSA(**SIZES | INDEX | {"index_topk": 4})), torch.randn(1, 150, 23)
+    seen: list[Tensor] = []
+    mask = torch.ones(1, 150, 150, dtype=torch.bool)
+    mask[:, :, 70:80] = False  # ten keys, which come after half of the queries
+    select = layer.select_topk
+    layer.select_topk = lambda *args: (seen.append(select(*args)), seen[-1])[1]
+    y = layer(x, mask=mask)
+    assert ((seen[0] >= 70) & (seen[0] < 80)).all() and seen[0].shape == (1, 150, 4)
+    hidden = torch.ones(1, 150, 150, dtype=torch.bool).scatter(2, seen[0], False)
+    assert relative_error(y, reference_attention(layer, x, layer, hidden)) < FP32_MODEL
+
+
+def test_wrong_input_of_a_layer_is_refused_in_a_sentence() -> None:
+    layer, x = MLA(**SIZES), torch.zeros(2, 9, 23)
+    unchecked: Any = functools.partial(inspect.unwrap(MLA.forward), layer)  # without the type checks of these tests
+    float_mask, wrong, all_hidden = torch.zeros(2, 9, 9), torch.zeros(2, 1, 8).bool(), torch.ones(1, 1, 9).bool()
+    for said, want in (
+        (
+            refusal(unchecked, x[..., :22]),
+            "got (2, 9, 22); want [b, s, 23], sequences of hidden states; make the layer",
+        ),
+        (refusal(unchecked, x[0]), "got (9, 23); want [b, s, 23], sequences of hidden states; x[None] is one sequence"),
+        (
+            refusal(unchecked, x, mask=float_mask),
+            "mask is torch.float32 [2, 9, 9]; want bool [2 or 1, 9 or 1, 9], True",
+        ),
+        (refusal(unchecked, x, mask=wrong), "mask is torch.bool [2, 1, 8]; want bool [2 or 1, 9 or 1, 9], True"),
+        (refusal(unchecked, x, mask=all_hidden), "mask hides all keys from the query at position 0"),
+        (refusal(unchecked, x, Context(positions=torch.arange(9)[None]), mask=wrong), "a context and mask="),
+        (refusal(MLA, **SIZES, causal=False), "leave out causal, and hide keys in a call: layer(x, mask=...)"),
+        (refusal(DSA, dim=64, n_heads=2), "needs index_n_heads, index_head_dim, index_topk; set them"),
+    ):
+        assert want in said, said
