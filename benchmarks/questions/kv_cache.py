@@ -8,6 +8,7 @@ heads.
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from benchmarks.models import decoding
 from benchmarks.question import Case, Figure, Question, Setting, cases_over, compared, drawing, figure, pick, race
 from dsmini import ModelConfig, accounting
 from dsmini.measure.workloads import random_model
-from dsmini.nn import Cache
+from dsmini.nn import Transformer
 
 
 def kinds(config: ModelConfig) -> dict[str, ModelConfig]:
@@ -35,9 +36,12 @@ def cases(setting: Setting) -> list[Case]:
 def cache_bytes(setting: Setting) -> Iterator[Figure]:
     """Yield the bytes of a token in the cache."""
     for kind, config in kinds(models.BIG).items():
+        with torch.device("meta"):
+            blocks = Transformer(config).layers
         for dtype in (torch.bfloat16, "fp8") if kind == "MLA" else (torch.bfloat16,):
             name = "fp8" if dtype == "fp8" else "bfloat16"
-            held = Cache(config, 2, 64, dtype, setting.device).nbytes_per_token
+            stores: Any = [block.new_cache(2, 64, dtype, setting.device) for block in blocks]
+            held = sum(store.nbytes for store in stores) / (2 * 64)
             predicted, note = accounting.kv_bytes_per_token(config, dtype=name), f"in all {config.n_layers} layers"
             case = {"attention": kind, "cache": name}
             yield figure("bytes_per_token", case, held, predicted=predicted, exact=True, note=note)

@@ -87,8 +87,12 @@ def indexer_agreement_eager(
     mask: Callable[[int, int], Tensor],
     stage: str,
     start: int = 0,
+    other_lse: Tensor | None = None,
 ) -> Tensor:
     assert start == 0, "whole sequences are compared"
+    if other_lse is not None:
+        plain = ops.find("indexer_agreement").reference
+        return plain(q, k, weights, main_q, main_k, scale, topk_indices, mask, stage, start, other_lse)
     options = (main_q, main_k, scale, topk_indices, mask, stage, torch.is_grad_enabled())
     return cast(Tensor, _IndexerAgreement.apply(q, k, weights, *options))
 

@@ -276,21 +276,21 @@ class Decoder:
         weights, depth, chain = self.mtp_blocks[k], k + 1, self.model.mtp
         module: MTP = chain[k]
         starts = (at.positions[:, 0] - depth).expand(len(embedding))
-        short = not _absorbs(cache.form) or not _is_step(embedding, starts, cache.stores[k].data.shape[1])
+        short = not _absorbs(cache.form) or not _is_step(embedding, starts, cache.max_seq_len)
         with torch.no_grad():
             if weights is None or short:
                 return chain.decode_depth(k, embedding, before.to(embedding.dtype), cache, at)
             # 1. join what the depth before knows with the embedding: [b, s, m]
             x = module.eh_proj(normed(embedding.float(), module.enorm, before.float(), module.hnorm))
             # 2. the block and its norm
-            at = at.before(depth)
+            at = at.moved_back(depth)
             x, _ = _run(x, [weights], [cache.views(at)[k]], self._angles(at), starts)
             states = normed(x, module.norm)
             return states, x if chain.pre_norm else states
 
     def _angles(self, place: CachePositions) -> CosSin:
         """Return cos and sin of the angles of new tokens: [#b, s, pairs]."""
-        positions, start = place.positions, place.start
+        positions, start = place.positions, place.shared_start
         end = int(positions.max()) + 1 if start is None else start + positions.shape[1]
         if end > self._cos_sin[0].shape[1]:
             self._cos_sin = self._rope.cos_sin(torch.arange(max(256, 2 * end))[None])

@@ -93,7 +93,7 @@ class Drafter:
         """
         if k + 1 == self.depths:
             return
-        embedding, window, before = self.model.embedded(guess[:, None]), self.mtp.place(1, ahead=k), list(given)
+        embedding, window, before = self.model.embedded(guess[:, None]), self.mtp.place(1, skipped=k), list(given)
         for deeper in range(k + 1, self.depths):
             normed, gives = self.decoder.mtp_depth(deeper, embedding, before[deeper][:, None], self.mtp, window)
             states[deeper] = normed[:, 0]

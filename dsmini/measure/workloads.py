@@ -69,7 +69,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 def random_cache(model: Transformer, batch: int, context: int, room: int, dtype: CacheDtype | None = None) -> Cache:
     """Return a cache with random rows for `context` tokens, and room for `room` more."""
     cache = model.new_cache(batch, context + room, dtype=dtype)
-    generator = torch.Generator(cache.stores[0].data.device).manual_seed(0)
+    generator = torch.Generator(cache.device).manual_seed(0)
     for store in [*cache.stores, *cache.index_stores]:
         if isinstance(store, FP8LayerCache):  # codes and scales, encoded like real rows
             numbers = store.widths[0] + store.widths[2] // 2

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, mask_function
-from dsmini.nn.cache import LayerCacheView
+from dsmini.nn.cache import CacheDtype, LayerCache, LayerCacheView
 from dsmini.nn.layers import RMSNorm, at_least_fp32, make_linear, output_linear, quantize_once
 from dsmini.nn.rope import CosSin, Rope, apply_rope
 
@@ -75,17 +75,14 @@ class Context:
         return masked
 
 
-def context_of(x: Tensor, m: int, context: Context | None = None, mask: Tensor | None = None) -> Context:
-    """Return the context of a layer's call: the one that it was given, or that of whole sequences, x [b, s, m].
+def context_of(x: Tensor, m: int, context: Context | None, mask: Tensor | None) -> Context:
+    """Return the context of whole sequences x [b, s, m]: positions 0, 1, ..., no cache, and a mask or None.
 
-    Those have positions 0, 1, ..., and no cache. A mask is bool [b or 1, s or 1, s].
-
-    Raises: ValueError for rows [n, m], such as a gate takes, for another width, and for a mask of another kind.
+    Raises: ValueError for rows [n, m], such as a gate takes, for another width, for a mask that is not bool
+        [b or 1, s or 1, s], and for a mask next to a context.
     """
     if context is not None:
-        if mask is not None:
-            raise ValueError("attention got a context and mask=; use one of them, such as Context(mask=...)")
-        return context
+        raise ValueError("attention got a context and mask=; use one of them, such as Context(mask=...)")
     if x.dim() != 3 or x.shape[-1] != m:
         fix = "join its first dimensions"
         if x.shape[-1] != m:
@@ -176,7 +173,7 @@ def attend(
     Args:
         mask: hides further keys.
     """
-    if mask is not None or context.mask is not None or (context.cache is not None and not context.cache.at.fresh):
+    if mask is not None or context.mask is not None or (context.cache is not None and not context.cache.at.all_new):
         return cached_attention(q, k, v, scale, context.masked(mask, k.shape[2]))
     k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], 1) for heads in (k, v))
     return causal_attention(q, k, v, scale, context.documents)
@@ -202,6 +199,7 @@ class Attention(nn.Module):
         self.dim, self.rope = c.dim, Rope.from_config(c)
         self.scale = self.rope.softmax_scale(c.qk_nope_head_dim)
         self.n_heads, self.n_kv_heads = c.n_heads, c.kv_heads
+        self.widths = (c.qk_nope_head_dim, c.v_head_dim)
         self.wq = make_linear(c, c.dim, c.n_heads * c.qk_nope_head_dim)
         self.wk = make_linear(c, c.dim, c.kv_heads * c.qk_nope_head_dim)
         self.wv = make_linear(c, c.dim, c.kv_heads * c.v_head_dim)
@@ -217,7 +215,8 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "#b #s s"] | None = None,
     ) -> Float[Tensor, "b s m"]:
         """Attend as MLA.forward does."""
-        context = context_of(x, self.dim, context, mask)
+        if context is None or mask is not None:
+            context = context_of(x, self.dim, context, mask)
         cos_sin = context.cos_sin(self.rope)
         # 1. queries and keys, rotated: [b, s, h, d] and [b, s, g, d]
         x = quantize_once(x, self.wq, self.wk, self.wv)
@@ -233,3 +232,12 @@ class Attention(nn.Module):
         k, v = (rearrange(rows, "b t (g d) -> b g t d", g=self.n_kv_heads) for rows in (k, v))
         y = attend(q, k, v, self.scale, context, self.mask)
         return self.wo(rearrange(y, "b h s d -> b s (h d)"))
+
+    def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> LayerCache:
+        """Return the layer's empty cache: a row holds [k | v] of every key-value head.
+
+        Raises: ValueError for FP8, which is the layout of MLA's latent.
+        """
+        if dtype == "fp8":
+            raise ValueError("dtype='fp8' is the layout of MLA's latent, not of keys and values of heads; use BF16")
+        return LayerCache(batch_size, max_seq_len, self.n_kv_heads * sum(self.widths), dtype, device)

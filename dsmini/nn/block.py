@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.attention import Attention, Context
+from dsmini.nn.cache import CacheDtype, LayerCache
 from dsmini.nn.dsa import DSA, IndexerLoss
 from dsmini.nn.gate import Routing
 from dsmini.nn.layers import RMSNorm
@@ -29,8 +31,8 @@ class Block(nn.Module):
     """Block number `layer` of a model: attention as config.attention says, experts from layer n_dense_layers on.
 
     Args:
-        attention_class: another attention, built from a config and called as MLA is. Its rows in a cache are as wide as
-            those of config.attention. `functools.partial(MLA, mask=...)` is MLA with another mask.
+        attention_class: another attention, built from a config and called as MLA is; to decode it also has MLA's
+            new_cache. `functools.partial(MLA, mask=...)` is MLA with another mask.
         moe_class: another mixture of experts, such as `functools.partial(MoE, gate_class=...)`.
 
     Another residual rule is a subclass with another `forward`, which calls `attend` and `feed_forward` and returns the
@@ -66,17 +68,28 @@ class Block(nn.Module):
         self, x: Float[Tensor, "b s m"], context: Context | None = None
     ) -> tuple[Float[Tensor, "b s m"], IndexerLoss | None]:
         """Return the attention's output, and the loss of its indexer if that learns."""
-        return _pair(self.attn(x, context))
+        y = self.attn(x, context)
+        return y if isinstance(y, tuple) else (y, None)
 
     def feed_forward(
         self, x: Float[Tensor, "b s m"], context: Context | None = None
     ) -> tuple[Float[Tensor, "b s m"], Routing | None]:
         """Return the feed-forward's output, and the decision of its gate if it has one."""
-        return _pair(self.ffn(x, context))
+        y = self.ffn(x, context)
+        return y if isinstance(y, tuple) else (y, None)
 
+    def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> LayerCache:
+        """Return the empty cache of the attention, which may be inside a wrapper.
 
-def _pair(result: Any) -> Any:
-    return result if isinstance(result, tuple) else (result, None)
+        Raises: ValueError for an attention that makes none.
+        """
+        for module in self.attn.modules():
+            if callable(make := getattr(module, "new_cache", None)):
+                return make(batch_size, max_seq_len, dtype, device)
+        raise ValueError(
+            f"{type(self.attn).__name__} makes no cache; give it new_cache(batch_size, max_seq_len, dtype, device), "
+            "which returns a dsmini.nn.LayerCache for the rows that it appends"
+        )
 
 
 def run_block(block: nn.Module, x: Tensor, context: Context | None, recompute: bool = False) -> tuple[Tensor, Aux]:

@@ -8,8 +8,10 @@ In FP8 a row of MLA is a run of bytes, as in DeepSeek-V3.2: the latent in E4M3, 
 numbers, and the rotary key in BF16. At V3's sizes that is 512 + 4 * 4 + 2 * 64 = 656 bytes, compared with 1152 in BF16.
 The indexer's key is 128 codes and a scale, a power of two: 132 bytes, compared with 256.
 
-All memory is allocated when a cache is made, max_seq_len rows for each sequence. The rows of a batch may have different
-valid lengths. `CachePositions` says where the new tokens of a call go, `LayerCacheView` is what a layer gets of it.
+Each attention makes its own LayerCache (`new_cache`), and alone knows what is in it. `Cache` knows how many tokens each
+sequence has. All memory is allocated when a cache is made, max_seq_len rows for each sequence. The rows of a batch may
+have different valid lengths. `CachePositions` says where the new tokens of a call go, `LayerCacheView` is what a layer
+gets of it.
 """
 
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dsmini.config import ModelConfig
-from dsmini.numerics import AMAX_MIN, SMALLEST_AMAX, dequantize_tiles, quantize_tiles
+from dsmini.numerics import SMALLEST_AMAX, dequantize_tiles, quantize_tiles
 
 CacheDtype = torch.dtype | Literal["fp8"]
 ChosenForm = Literal["expanded", "absorbed"]
@@ -38,7 +40,10 @@ TILE = 128
 
 
 class LayerCache:
-    """The stored rows of one layer, [b, max_seq_len, width], as numbers."""
+    """The stored rows of one layer, [b, max_seq_len, width], as numbers.
+
+    A layer that stores something else derives from it: Cache asks for `select` and `nbytes` alone.
+    """
 
     def __init__(self, batch_size: int, max_seq_len: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         # zeros: a row that was never written has weight 0 in the softmax, and 0 * NaN would be NaN
@@ -51,11 +56,11 @@ class LayerCache:
     def write(self, rows: Float[Tensor, "b s w"], positions: "CachePositions") -> None:
         """Store the rows of new tokens in their places, and those of padding nowhere."""
         encoded = self._encode(rows)
-        if positions.start is not None:
-            self.data[:, positions.start : positions.start + rows.shape[1]] = encoded
+        if (start := positions.shared_start) is not None:
+            self.data[:, start : start + rows.shape[1]] = encoded
             return
-        assert positions.valid is not None, "rows of different lengths say which columns are valid"
-        sequence, column = positions.valid.nonzero(as_tuple=True)
+        assert positions.is_token is not None, "rows of different lengths say which columns are tokens"
+        sequence, column = positions.is_token.nonzero(as_tuple=True)
         position = positions.positions.expand(len(rows), -1)[sequence, column]
         self.data[sequence, position] = encoded[sequence, column]
 
@@ -117,35 +122,19 @@ class FP8LayerCache(LayerCache):
         return torch.cat((latent, k_rope.view(torch.bfloat16).to(dtype)), -1) if self.widths[2] else latent
 
 
-def new_layer_cache(
-    c: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device
-) -> LayerCache:
-    """Return the empty cache of one layer of a model, with that of its indexer."""
-    sizes, d = (batch_size, max_seq_len), c.index_head_dim if c.attention == "dsa" else None
-    if dtype == "fp8":
-        layer: LayerCache = FP8LayerCache(*sizes, c.kv_lora_rank, c.qk_rope_head_dim, device)
-        index = None if d is None else FP8LayerCache(*sizes, d, 0, device, "ue8m0", AMAX_MIN)
-    else:
-        latent, heads = c.kv_lora_rank + c.qk_rope_head_dim, c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim)
-        layer = LayerCache(*sizes, latent if c.is_mla else heads, dtype, device)
-        index = None if d is None else LayerCache(*sizes, d, dtype, device)
-    layer.index = index
-    return layer
-
-
 @dataclass(frozen=True, kw_only=True)
 class CachePositions:
     """The place of the s new tokens of a call in each row of the cache, and the keys that they may see."""
 
     positions: Int[Tensor, "#b s"]
     """Position of each new token, on the device; one row if all rows are equally long."""
-    start: int | None
+    shared_start: int | None
     """First position of the new tokens if all rows are equally long and have no padding, else None."""
-    fresh: bool
+    all_new: bool
     """True if all rows begin with the new tokens: there are no older keys to see."""
-    end: int
+    n_keys: int
     """Number of keys to read, t: the longest row with its new tokens, and perhaps some that the mask hides."""
-    valid: Bool[Tensor, "b s"] | None
+    is_token: Bool[Tensor, "b s"] | None
     """True where a new token is not padding; None if there is no padding."""
     lengths: Int[Tensor, " b"]
     """Valid length of each row with its new tokens, on the CPU."""
@@ -153,24 +142,24 @@ class CachePositions:
     @cached_property
     def mask(self) -> Bool[Tensor, "#b s t"] | None:
         """The mask: True for keys that a new token may not see, those after it; None if it may see all."""
-        if self.start is not None and self.start + 1 == self.end:
+        if self.shared_start is not None and self.shared_start + 1 == self.n_keys:
             return None
-        keys = torch.arange(self.end, device=self.positions.device)
+        keys = torch.arange(self.n_keys, device=self.positions.device)
         return keys > self.positions[..., None]
 
-    def before(self, depth: int) -> "CachePositions":
+    def moved_back(self, depth: int) -> "CachePositions":
         """Return the positions for the multi-token prediction block of this depth.
 
         Its entry for a token lies `depth` positions before the token. The first `depth` tokens of a row have none.
         """
         positions, lengths = self.positions - depth, (self.lengths - depth).clamp(min=0)
-        start = valid = None
-        if self.start is not None and self.start >= depth:
-            start = self.start - depth
+        if self.shared_start is not None and self.shared_start >= depth:
+            start, is_token = self.shared_start - depth, None
         else:
-            valid = positions >= 0 if self.valid is None else self.valid & (positions >= 0)
-            valid, positions = valid.expand(len(lengths), -1), positions.clamp(min=0)
-        return CachePositions(positions=positions, start=start, fresh=False, end=self.end, valid=valid, lengths=lengths)
+            start, is_token = None, positions >= 0 if self.is_token is None else self.is_token & (positions >= 0)
+            is_token, positions = is_token.expand(len(lengths), -1), positions.clamp(min=0)
+        moved = {"positions": positions, "shared_start": start, "is_token": is_token, "lengths": lengths}
+        return CachePositions(**moved, all_new=False, n_keys=self.n_keys)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,132 +184,47 @@ class LayerCacheView:
     def extend(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Append, and return the parts of all rows to attend to: those of a fresh cache as they came."""
         self.append(parts)
-        if self.at.fresh and self.store.data.dtype == dtype:
+        if self.at.all_new and self.store.data.dtype == dtype:
             return parts
-        rows = self.store.read(parts[0].shape[1] if self.at.fresh else self.at.end, dtype)
+        rows = self.store.read(parts[0].shape[1] if self.at.all_new else self.at.n_keys, dtype)
         return rows.split([part.shape[-1] for part in parts], -1)
 
 
-class BlockCaches:
-    """A LayerCache for each of some blocks, and the valid length of every row.
+class Cache:
+    """The LayerCaches of all blocks, and the valid length of every row. Made by Transformer.new_cache.
 
     Args:
+        config: of the model, whose tokens alone it takes.
         form: how MLA attends to what is stored, or a function that chooses it (FormPolicy).
-    """
-
-    def __init__(self, stores: list[LayerCache], batch_size: int, form: Form | FormPolicy) -> None:
-        self.stores = stores
-        self.form: Form | FormPolicy = form
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
-        """[b], on the CPU: valid length of each row, in tokens."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the storage, used or not."""
-        return sum(store.nbytes for store in self.stores)
-
-    def place(self, s: int, new: Tensor | None = None, ahead: int = 0) -> CachePositions:
-        """Return the place of s new tokens, `ahead` tokens after the last of each row.
-
-        Args:
-            new: number of new tokens of each row, [b], which are padded to s on the right; None: s in every row.
-
-        Raises: ValueError if they do not fit.
-        """
-        before, columns, data = self.lengths + ahead, torch.arange(s), self.stores[0].data
-        if new is not None:
-            new = torch.as_tensor(new, device="cpu")
-            if new.is_floating_point() or new.shape != before.shape or int(new.min()) < 0 or int(new.max()) > s:
-                raise ValueError(
-                    f"lengths={new.tolist()} for {len(before)} sequences of {s} columns; want one of 0 to {s} each"
-                )
-        lengths = before + (s if new is None else new)
-        starts, longest, room = before.tolist(), int(lengths.max()), data.shape[1]
-        if longest > room:
-            raise ValueError(
-                f"the cache holds {room} tokens a sequence, and this call would make {longest}; "
-                "make it with a larger max_seq_len, or truncate it"
-            )
-        alike = min(starts) == max(starts) and (new is None or bool((new == s).all()))
-        return CachePositions(
-            positions=((before[:1] if alike else before)[:, None] + columns).to(data.device),
-            start=starts[0] if alike else None,
-            fresh=not any(starts),
-            # a CPU prepares a BF16 product again for each number of rows, so that number grows in steps (docs/log.md)
-            end=min(room, -(-longest // KEY_STEP) * KEY_STEP),
-            valid=None if alike else (columns < (lengths - before)[:, None]).to(data.device),
-            lengths=lengths,
-        )
-
-    def views(self, at: CachePositions) -> list[LayerCacheView]:
-        """Return each block's part of a call."""
-        return [LayerCacheView(store=store, at=at, form=self.form) for store in self.stores]
-
-    def select(self, rows: Int[Tensor, " n"] | list[int]) -> None:
-        """Keep these rows, in this order. A row may be taken more than once."""
-        index = torch.as_tensor(rows, device="cpu")
-        self.lengths = self.lengths[index]
-        for store in self.stores:
-            store.select(index)
-
-
-class MTPCache(BlockCaches):
-    """The cache of the multi-token prediction blocks, which may have fewer tokens than the layers' cache."""
-
-    def __init__(self, stores: list[LayerCache], hidden: Float[Tensor, "b m"], form: Form | FormPolicy) -> None:
-        super().__init__(stores, len(hidden), form)
-        self.last = [hidden.clone() for _ in stores]
-        """[b, m] for each depth: the hidden state at each row's last token, as the depth before made it."""
-
-    def shift(
-        self, k: int, hidden: Float[Tensor, "b s m"], lengths: Int[Tensor, " b"] | None
-    ) -> Float[Tensor, "b s m"]:
-        """Return the hidden state before each new token from the states at the new tokens, and store the last one."""
-        before = torch.cat((self.last[k][:, None].to(hidden.dtype), hidden[:, :-1]), 1)
-        self.last[k] = last_valid(hidden, lengths, self.last[k])
-        return before
-
-    def select(self, rows: Int[Tensor, " n"] | list[int]) -> None:
-        super().select(rows)
-        self.last = [hidden[torch.as_tensor(rows, device=hidden.device)] for hidden in self.last]
-
-
-class Cache(BlockCaches):
-    """The caches of all layers. Made by Transformer.new_cache.
-
-    Args:
-        mtp: also make a cache for the multi-token prediction blocks.
-        hidden_dtype: dtype of the hidden states between the multi-token prediction blocks.
+        mtp: the cache of the multi-token prediction blocks, where there is one.
     """
 
     def __init__(
         self,
         config: ModelConfig,
+        stores: list[LayerCache],
         batch_size: int,
         max_seq_len: int,
-        dtype: CacheDtype,
         device: torch.device,
         *,
-        mtp: bool = False,
         form: Form | FormPolicy = "auto",
-        hidden_dtype: torch.dtype = torch.float32,
+        mtp: "MTPCache | None" = None,
     ) -> None:
-        _check(config, batch_size, max_seq_len, dtype, form)
-        self.config, self.max_seq_len = config, max_seq_len
-
-        def stores(n: int) -> list[LayerCache]:
-            return [new_layer_cache(config, batch_size, max_seq_len, dtype, device) for _ in range(n)]
-
-        super().__init__(stores(config.n_layers), batch_size, form)
-        self.mtp: MTPCache | None = None
-        if mtp:
-            hidden = torch.zeros(batch_size, config.dim, dtype=hidden_dtype, device=device)
-            self.mtp = MTPCache(stores(config.n_mtp_layers), hidden, form)
+        self.config, self.stores, self.max_seq_len, self.device = config, stores, max_seq_len, device
+        self.form: Form | FormPolicy = form
+        self.mtp = mtp
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+        """[b], on the CPU: valid length of each row, in tokens."""
 
     @property
     def batch_size(self) -> int:
         """Number of rows."""
         return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage, used or not, without that of the multi-token prediction blocks."""
+        return sum(store.nbytes for store in self.stores)
 
     @property
     def mtp_nbytes(self) -> int:
@@ -338,16 +242,55 @@ class Cache(BlockCaches):
         return [store.index for store in self.stores if store.index is not None]
 
     def place_tokens(
-        self, config: ModelConfig, tokens: Int[Tensor, "b s"], new: Tensor | None = None
+        self, config: ModelConfig, tokens: Int[Tensor, "b s"], new_lengths: Tensor | None = None
     ) -> CachePositions:
         """Return the place of a model's new tokens, as `place` does.
 
         Raises: ValueError also if the cache is of another model or number of rows.
         """
-        if (self.config is not config and self.config != config) or len(tokens) != self.batch_size:
-            got = f"{len(tokens)} rows of tokens for a cache of {self.batch_size}"
-            raise ValueError(f"{got} sequences, made by new_cache of a model of this config; want as many, and that")
-        return self.place(tokens.shape[1], new)
+        if self.config is not config and self.config != config:
+            raise ValueError("the cache is of a model of another config; make one by this model's new_cache")
+        if len(tokens) != self.batch_size:
+            n = len(tokens)
+            raise ValueError(f"tokens have {n} rows, the cache {self.batch_size}; use new_cache(batch_size={n})")
+        return self.place(tokens.shape[1], new_lengths)
+
+    def place(self, s: int, new_lengths: Tensor | None = None, skipped: int = 0) -> CachePositions:
+        """Return the place of s new tokens after the last of each row.
+
+        Args:
+            new_lengths: number of new tokens of each row, [b], padded to s on the right; None: s in every row.
+            skipped: number of tokens between the last of a row and the new ones.
+
+        Raises: ValueError if they do not fit.
+        """
+        old, columns, room = self.lengths + skipped, torch.arange(s), self.max_seq_len
+        new = torch.full_like(old, s) if new_lengths is None else torch.as_tensor(new_lengths, device="cpu")
+        if new.is_floating_point() or new.shape != old.shape or int(new.min()) < 0 or int(new.max()) > s:
+            raise ValueError(
+                f"lengths={new.tolist()} for {len(old)} sequences of {s} columns; want one of 0 to {s} each"
+            )
+        lengths = old + new
+        starts, longest = old.tolist(), int(lengths.max())
+        if longest > room:
+            raise ValueError(
+                f"the cache holds {room} tokens a sequence, and this call would make {longest}; "
+                "make it with a larger max_seq_len, or truncate it"
+            )
+        alike = min(starts) == max(starts) and bool((new == s).all())
+        return CachePositions(
+            positions=((old[:1] if alike else old)[:, None] + columns).to(self.device),
+            shared_start=starts[0] if alike else None,
+            all_new=not any(starts),
+            # a CPU prepares a BF16 product again for each number of rows, so that number grows in steps (docs/log.md)
+            n_keys=min(room, -(-longest // KEY_STEP) * KEY_STEP),
+            is_token=None if alike else (columns < new[:, None]).to(self.device),
+            lengths=lengths,
+        )
+
+    def views(self, at: CachePositions) -> list[LayerCacheView]:
+        """Return each block's part of a call."""
+        return [LayerCacheView(store=store, at=at, form=self.form) for store in self.stores]
 
     def truncate(self, lengths: Int[Tensor, " b"] | int) -> None:
         """Forget all but the first tokens of each row. Multi-token prediction must not have seen more.
@@ -355,29 +298,34 @@ class Cache(BlockCaches):
         Raises: ValueError for a length that is negative or longer than the row, and where multi-token prediction would
             have to forget: it can only begin again, from 0.
         """
-        wanted = torch.as_tensor(lengths, device="cpu")
-        if wanted.is_floating_point():
-            raise ValueError(f"truncate to {wanted.tolist()}; want whole numbers, such as int64")
-        wanted = wanted.long().expand(self.batch_size)
-        if bool((wanted < 0).any()) or bool((wanted > self.lengths).any()):
-            raise ValueError(f"truncate to {wanted.tolist()}, but the lengths are {self.lengths.tolist()}")
+        have = self.lengths.tolist()
+        wanted = _whole_numbers(lengths, f"truncate to {lengths}; want a whole number, or one for each row of {have}")
+        if wanted.shape not in ((), self.lengths.shape) or bool(((wanted < 0) | (wanted > self.lengths)).any()):
+            raise ValueError(
+                f"truncate to {wanted.tolist()}, but the lengths are {have}; want 0 to as many for each row"
+            )
+        wanted = wanted.expand(self.batch_size).clone()
         if self.mtp is not None:
-            kept = torch.where(wanted == 0, 0, self.mtp.lengths)
-            if bool((kept > wanted).any()):
-                raise ValueError(
-                    f"multi-token prediction has taken in {self.mtp.lengths.tolist()} tokens and cannot go back to "
-                    f"{wanted.tolist()}; truncate to 0 and feed them again, or make the cache with mtp=False"
-                )
-            self.mtp.lengths = kept
-        self.lengths = wanted.clone()
+            self.mtp.forget_beyond(wanted)
+        self.lengths = wanted
 
     def select(self, rows: Int[Tensor, " n"] | list[int]) -> None:
-        """Keep these rows, in this order. A row may be taken more than once."""
-        super().select(rows)
-        if self.mtp is not None:
-            self.mtp.select(rows)
+        """Keep these rows, in this order. A row may be taken more than once.
 
-    def checked_mtp(self) -> MTPCache:
+        Raises: ValueError for anything but a list of numbers of rows, from 0.
+        """
+        n = self.batch_size
+        refusal = f"select {rows}; want numbers of rows from 0 to {n - 1} in a list, one or more"
+        index = _whole_numbers(rows, refusal)
+        if index.dim() != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= n:
+            raise ValueError(refusal)
+        self.lengths = self.lengths[index]
+        for store in self.stores:
+            store.select(index)
+        if self.mtp is not None:
+            self.mtp.select(index)
+
+    def checked_mtp(self) -> "MTPCache":
         """Return the cache of multi-token prediction.
 
         Raises: ValueError if there is none, or if it has fewer tokens than the layers' cache.
@@ -392,7 +340,48 @@ class Cache(BlockCaches):
         return self.mtp
 
 
-def _check(config: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheDtype, form: Any) -> None:
+class MTPCache(Cache):
+    """The cache of the multi-token prediction blocks, which may have fewer tokens than the layers' cache."""
+
+    last: list[Float[Tensor, "b *streams m"]]
+    """For each depth: the hidden state at each row's last token, as the depth before made it."""
+
+    def shift(
+        self, k: int, hidden: Float[Tensor, "b s *streams m"], lengths: Int[Tensor, " b"] | None
+    ) -> Float[Tensor, "b s *streams m"]:
+        """Return the hidden state before each new token from the states at the new tokens, and store the last one."""
+        before = torch.cat((self.last[k][:, None].to(hidden.dtype), hidden[:, :-1]), 1)
+        self.last[k] = last_valid(hidden, lengths, self.last[k])
+        return before
+
+    def forget_beyond(self, lengths: Int[Tensor, " b"]) -> None:
+        """Begin again with the rows that are cut to 0; raise ValueError for others that have seen more than is left."""
+        kept = torch.where(lengths == 0, 0, self.lengths)
+        if bool((kept > lengths).any()):
+            raise ValueError(
+                f"multi-token prediction has taken in {self.lengths.tolist()} tokens and cannot go back to "
+                f"{lengths.tolist()}; truncate to 0 and feed them again, or make the cache with mtp=False"
+            )
+        self.lengths = kept
+
+    def select(self, rows: Int[Tensor, " n"] | list[int]) -> None:
+        super().select(rows)
+        self.last = [hidden[torch.as_tensor(rows, device=hidden.device)] for hidden in self.last]
+
+
+def _whole_numbers(given: Any, refusal: str) -> Int[Tensor, "..."]:
+    """Return numbers as int64 on the CPU; raise ValueError with this sentence for anything else."""
+    try:
+        numbers = torch.as_tensor(given, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(refusal) from None
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise ValueError(refusal)
+    return numbers.long()
+
+
+def check_cache(config: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheDtype, form: Any) -> None:
+    """Raise ValueError for a cache that a model of this config cannot use."""
     if min(batch_size, max_seq_len) < 1:
         raise ValueError(f"a cache of {batch_size} sequences of {max_seq_len} tokens; want 1 or more of both")
     if max_seq_len > config.max_seq_len:
@@ -402,8 +391,6 @@ def _check(config: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheD
         )
     if dtype != "fp8" and dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"dtype={dtype!r} holds no rows of a cache; use torch.float32, torch.bfloat16 or 'fp8'")
-    if dtype == "fp8" and not config.is_mla:
-        raise ValueError(f"dtype='fp8' is the layout of MLA's latent, not of attention={config.attention!r}; use BF16")
     if form not in ("auto", "expanded", "absorbed") and not callable(form):
         raise ValueError(f"form={form!r} is unknown; use auto, expanded, absorbed, or a function that chooses")
     if form == "absorbed" and (not config.is_mla or config.qk_norm):
@@ -411,8 +398,8 @@ def _check(config: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheD
 
 
 def last_valid(
-    hidden: Float[Tensor, "b s m"], lengths: Int[Tensor, " b"] | None, old: Float[Tensor, "b m"]
-) -> Float[Tensor, "b m"]:
+    hidden: Float[Tensor, "b s *streams m"], lengths: Int[Tensor, " b"] | None, old: Float[Tensor, "b *streams m"]
+) -> Float[Tensor, "b *streams m"]:
     """Return the hidden state of each row's last valid column, or the old one for a row that has none.
 
     Args:
@@ -422,4 +409,4 @@ def last_valid(
         return hidden[:, -1]
     at = lengths.to(hidden.device)
     last = hidden[torch.arange(len(hidden), device=hidden.device), (at - 1).clamp(min=0)]
-    return torch.where((at > 0)[:, None], last, old.to(last.dtype))
+    return torch.where((at > 0).view(-1, *[1] * (last.dim() - 1)), last, old.to(last.dtype))

@@ -36,12 +36,13 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
-from dsmini.nn.attention import Context, Mask, attend, cached_attention, context_of
+from dsmini.nn.attention import Context, Mask, attend, cached_attention
+from dsmini.nn.cache import CacheDtype, FP8LayerCache, LayerCache
 from dsmini.nn.gate import stable_topk
 from dsmini.nn.layers import FP32Linear, LayerNorm, at_least_fp32, make_linear, without_autocast
 from dsmini.nn.mla import MLA, absorbed_attention, form_of
 from dsmini.nn.rope import CosSin, apply_rope, apply_rope_to_halves
-from dsmini.numerics import quantize
+from dsmini.numerics import AMAX_MIN, quantize
 
 BLOCK = 128
 """Queries that are masked, scored and attended together: of a long context no tensor of all pairs exists."""
@@ -195,9 +196,20 @@ class IndexerLoss(NamedTuple):
     """Share of the attention to all keys that went to chosen ones, mean over queries."""
 
 
-def head_sum(logits: Float[Tensor, "b h s t"], mask: Bool[Tensor, "#b s t"]) -> Float[Tensor, "b s t"]:
-    """Return softmax(logits) over the keys that are not masked, summed over heads and L1-normalised."""
-    return logits.masked_fill(mask[:, None], -torch.inf).softmax(-1).mean(1)  # each head's row sums to 1
+def head_sum(
+    logits: Float[Tensor, "b h s t"], mask: Bool[Tensor, "#b s t"], other_lse: Float[Tensor, "b h s"] | None = None
+) -> Float[Tensor, "b s t"]:
+    """Return softmax(logits) over the keys that are not masked, summed over heads and L1-normalised.
+
+    Args:
+        other_lse: log-sum-exp of the logits of further keys, such as V4's window and sink. They take part in each
+            head's softmax, so that a head that attends to them counts for less, and are left out of the result.
+    """
+    logits = logits.masked_fill(mask[:, None], -torch.inf)
+    if other_lse is None:
+        return logits.softmax(-1).mean(1)  # each head's row sums to 1
+    share = torch.sigmoid(logits.logsumexp(-1) - other_lse)  # of the keys here in a head's attention: [b, h, s]
+    return einsum(logits.softmax(-1), share, "b h s t, b h s -> b s t") / share.sum(1)[..., None]
 
 
 def kl_of_scores(
@@ -226,6 +238,7 @@ def indexer_agreement(
     mask: Callable[[int, int], Bool[Tensor, "#b s t"]],
     stage: Literal["warmup", "sparse"],
     start: int = 0,
+    other_lse: Float[Tensor, "b heads s"] | None = None,
 ) -> Float[Tensor, " 4"]:
     """Compare an indexer's scores with the main model's attention, for the queries from `start` on.
 
@@ -237,6 +250,7 @@ def indexer_agreement(
         q, k, weights: of the indexer, as in index_scores; t is start + s.
         main_q, main_k: queries and keys of the main model, detached.
         mask: returns for queries start to stop True for those of the keys 0 to stop that they may not see.
+        other_lse: as in head_sum.
 
     Returns:
         Sums over queries: the KL divergence, which alone has a gradient; the share of attention that went to chosen
@@ -249,9 +263,9 @@ def indexer_agreement(
     # 1. the attention of the main model to all keys: [b, s, t]
     masked, left_out = mask(start, t), topk_mask(topk_indices, t)
     logits = at_least_fp32(einsum(main_q, main_k, "b s h d, b t h d -> b h s t")) * scale
-    attention = head_sum(logits, masked)
+    attention = head_sum(logits, masked, other_lse)
     # 2. the indexer's scores next to it, of the keys that are compared
-    target, compared = (head_sum(logits, left_out), left_out) if stage == "sparse" else (attention, masked)
+    target, compared = (head_sum(logits, left_out, other_lse), left_out) if stage == "sparse" else (attention, masked)
     kl = kl_of_scores(target, index_scores(q, k, weights), compared.expand_as(left_out)).sum()
     # 3. how much of the attention was chosen
     mass = attention.masked_fill(left_out, 0.0).sum()
@@ -278,30 +292,14 @@ class DSA(MLA):
         super().__init__(c, mask=mask)
         self.indexer = Indexer(c)
 
-    def forward(
-        self,
-        x: Float[Tensor, "b s m"],
-        context: Context | None = None,
-        *,
-        mask: Bool[Tensor, "#b #s s"] | None = None,
-    ) -> Any:
-        """Attend to the keys that the indexer chooses; to all where there are no more than index_topk.
-
-        Return the output [b, s, m], as MLA does. A context with train_indexers asks for the indexer's loss: the result
-        then is a pair, of the output and an IndexerLoss, or None while the indexer does not learn. The loss moves the
-        indexer alone, whose inputs are detached.
-
-        Args:
-            mask: as in MLA.forward; the indexer chooses among the keys that it leaves.
-        """
-        context = context_of(x, self.dim, context, mask)
-        y, loss = self.forward_with_loss(x, context)
-        return (y, loss) if context.train_indexers else y
-
     def attention(
         self, q: Float[Tensor, "b s h d"], new: tuple[Tensor, Tensor], context: Context, inputs: tuple[Tensor, Tensor]
     ) -> tuple[Float[Tensor, "b s hv"], IndexerLoss | None]:
-        """Attend to chosen keys. The indexer's keys are cached in any case."""
+        """Attend to the keys that the indexer chooses; to all where there are no more than index_topk.
+
+        The indexer's keys are cached in any case. While it learns, and the context asks for its loss, that is returned
+        too. The loss moves the indexer alone, whose inputs are detached.
+        """
         x, latent, cache, cos_sin = *inputs, context.cache, context.cos_sin(self.rope)
         stage = self.stage if self.training and cache is None else None
         learns = stage is not None and context.train_indexers
@@ -327,6 +325,15 @@ class DSA(MLA):
         else:
             y = self.masked(q, k, v, topk_indices, context)
         return rearrange(y, "b h s v -> b s (h v)"), loss
+
+    def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> LayerCache:
+        """Return MLA's cache with another one for the indexer's keys, whose scales in FP8 are powers of two."""
+        cache, d = super().new_cache(batch_size, max_seq_len, dtype, device), self.indexer.head_dim
+        if dtype == "fp8":
+            cache.index = FP8LayerCache(batch_size, max_seq_len, d, 0, device, "ue8m0", AMAX_MIN)
+        else:
+            cache.index = LayerCache(batch_size, max_seq_len, d, dtype, device)
+        return cache
 
     @torch.no_grad()
     def select_topk(
@@ -400,5 +407,5 @@ def dsa_layers(model: nn.Module) -> list[DSA]:
 
 def _keys_before(stop: int, t: int, context: Context) -> int:
     """Return the number of t keys that new tokens before column `stop` may see, as far as shapes alone tell."""
-    causal = context.mask is None and (context.cache is None or context.cache.at.fresh)
+    causal = context.mask is None and (context.cache is None or context.cache.at.all_new)
     return min(stop, t) if causal else t

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, mask_function
 from dsmini.nn.attention import Context, Mask, attend, context_of
-from dsmini.nn.cache import ChosenForm, LayerCache, LayerCacheView
+from dsmini.nn.cache import CacheDtype, ChosenForm, FP8LayerCache, LayerCache, LayerCacheView
 from dsmini.nn.layers import RMSNorm, at_least_fp32, dense_weight, is_plain, make_linear, output_linear, quantize_once
 from dsmini.nn.rope import CosSin, Rope, apply_rope
 from dsmini.numerics import QuantizedTensor
@@ -81,7 +81,7 @@ class MLA(nn.Module):
         self.n_heads = c.n_heads
         self.kv_lora_rank = c.kv_lora_rank
         self.qk_nope_head_dim, self.v_head_dim = c.qk_nope_head_dim, c.v_head_dim
-        self.wq = self.wq_a = self.q_norm = self.wq_b = None
+        self.wq = self.wq_a = self.q_norm = self.wq_b = self.indexer = None
         if c.q_lora_rank is None:
             self.wq = make_linear(c, c.dim, c.n_heads * c.qk_head_dim)
         else:
@@ -101,8 +101,11 @@ class MLA(nn.Module):
         context: Context | None = None,
         *,
         mask: Bool[Tensor, "#b #s s"] | None = None,
-    ) -> Float[Tensor, "b s m"]:
+    ) -> Any:
         """Attend causally: to the sequence or, with a cache in the context, to all its rows in one of the forms.
+
+        Return the output [b, s, m]. A context with train_indexers asks DSA for a pair: the output, and an IndexerLoss
+        or None while the indexer does not learn.
 
         Args:
             mask: of a layer that stands alone, [b or 1, s or 1, s]: True for keys that a query may not see, as in
@@ -111,10 +114,8 @@ class MLA(nn.Module):
 
         Raises: ValueError for an x or mask of another shape, and a query that may see no key.
         """
-        return self.forward_with_loss(x, context_of(x, self.dim, context, mask))[0]
-
-    def forward_with_loss(self, x: Float[Tensor, "b s m"], context: Context) -> tuple[Float[Tensor, "b s m"], Any]:
-        """Return forward's result, and the loss of an indexer that learns (dsa.py)."""
+        if context is None or mask is not None:
+            context = context_of(x, self.dim, context, mask)
         cos_sin = context.cos_sin(self.rope)
         # 1. queries, and what they are made of: [b, s, h, n + r] and [b, s, l]
         codes = quantize_once(x, self.wkv_a, self.wq if self.wq_a is None else self.wq_a)
@@ -124,7 +125,8 @@ class MLA(nn.Module):
         new = self.latents(codes, cos_sin)
         # 3. attention: [b, s, h v]
         y, loss = self.attention(q, new, context, (x, latent if isinstance(latent, Tensor) else x))
-        return self.wo(y), loss
+        y = self.wo(y)
+        return (y, loss) if context.train_indexers and self.indexer is not None else y
 
     def attention(
         self, q: Float[Tensor, "b s h d"], new: tuple[Tensor, Tensor], context: Context, inputs: tuple[Tensor, Tensor]
@@ -164,7 +166,7 @@ class MLA(nn.Module):
         """
         assert context.cache is not None, "latents are read from a cache"
         q_nope, q_rope, rows, w_uk, w_uv = self.absorbed_operands(q, new, context.cache)
-        mask = context.masked(self.mask, context.cache.at.end)
+        mask = context.masked(self.mask, context.cache.at.n_keys)
         return absorbed_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, mask)
 
     def absorbed_operands(
@@ -178,7 +180,7 @@ class MLA(nn.Module):
             )
         cache.append(new)
         q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
-        return q_nope, q_rope, cache.store.read(cache.at.end, q.dtype), *self.absorbed_halves(q.dtype, cache.store)
+        return q_nope, q_rope, cache.store.read(cache.at.n_keys, q.dtype), *self.absorbed_halves(q.dtype, cache.store)
 
     def query_latent(self, x: Float[Tensor, "b s m"] | QuantizedTensor) -> Float[Tensor, "b s l"] | QuantizedTensor:
         """Return the normed compressed query; x itself where the query is not compressed."""
@@ -206,6 +208,13 @@ class MLA(nn.Module):
         kv = rearrange(self.wkv_b(c_kv), "b t (h d) -> b t h d", h=self.n_heads)
         k_nope, v = kv.tensor_split((self.qk_nope_head_dim,), -1)
         return torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, self.n_heads, -1)), -1), v
+
+    def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> LayerCache:
+        """Return the layer's empty cache: a row holds the latent and the rotary key."""
+        c, r = self.kv_lora_rank, self.rope.dim
+        if dtype == "fp8":
+            return FP8LayerCache(batch_size, max_seq_len, c, r, device)
+        return LayerCache(batch_size, max_seq_len, c + r, dtype, device)
 
     def absorbed_halves(
         self, dtype: torch.dtype, store: LayerCache | None = None
@@ -276,9 +285,9 @@ def form_of(layer: MLA, queries: int, cache: LayerCacheView) -> ChosenForm:
         return form
     if layer.q_head_norm is not None or not is_plain(layer.wkv_b):
         return "expanded"
-    indexer: Any = getattr(layer, "indexer", None)
+    indexer = layer.indexer
     topk = None if indexer is None or int(cache.at.lengths.max()) <= indexer.topk else indexer.topk
     if topk is not None and ops.serves("topk_attention", layer.wkv_b.weight):
         return "absorbed"
-    keys = cache.at.end
+    keys = cache.at.n_keys
     return attention_work(layer, queries, keys, None if topk is None else min(keys, topk)).cheaper

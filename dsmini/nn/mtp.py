@@ -61,19 +61,14 @@ class MTP(nn.Module):
             hidden: hidden states of the depth before.
             embedding: embeddings of the tokens that the depth before predicts.
         """
-        x = self.join(hidden, embedding)
-        x, aux = run_block(self.block, x, context)
-        return x, self.norm(self.collapse(x)), aux
+        x, aux = run_block(self.block, self.join(hidden, embedding), context)
+        return x, self.norm(x), aux
 
     def join(
         self, hidden: Float[Tensor, "b s *streams m"], embedding: Float[Tensor, "b s m"]
     ) -> Float[Tensor, "b s *streams m"]:
         """Return the block's input."""
         return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
-
-    def collapse(self, x: Float[Tensor, "b s *streams m"]) -> Float[Tensor, "b s m"]:
-        """Return one hidden state for each position, as Transformer.collapse does."""
-        return x
 
 
 class MTPChain(nn.ModuleList):
@@ -162,6 +157,6 @@ class MTPChain(nn.ModuleList):
         at: CachePositions,
     ) -> tuple[Float[Tensor, "b s m"], Float[Tensor, "b s *streams m"]]:
         """Run block k (0, 1, ...) on new tokens; return its normed states, and what the next depth reads of them."""
-        block, at = cast(MTP, self[k]), at.before(k + 1)
+        block, at = cast(MTP, self[k]), at.moved_back(k + 1)
         x, normed, _ = block(before, embedding, Context(positions=at.positions, cache=cache.views(at)[k]))
         return normed, x if self.pre_norm else normed

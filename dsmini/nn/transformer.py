@@ -1,5 +1,6 @@
 """The whole model: embedding, blocks, norm, head, the multi-token prediction blocks after them, and the losses."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,7 +15,7 @@ from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.nn.attention import Context
 from dsmini.nn.block import Aux, Block, run_block
-from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy
+from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy, MTPCache, check_cache
 from dsmini.nn.dsa import IndexerLoss
 from dsmini.nn.gate import Gate, Routing, sequence_balance_loss
 from dsmini.nn.layers import Embedding, Linear, Matrix, Norm, RMSNorm, at_least_fp32, check_ids, is_plain
@@ -152,6 +153,11 @@ class Transformer(nn.Module):
                 raise ValueError("targets do not go with a cache or lengths; leave them out, or the targets")
             return self.losses(tokens, targets, **options)
         if options:
+            if unknown := options.keys() - inspect.signature(Transformer.losses).parameters.keys():
+                raise ValueError(
+                    f"the model takes no {', '.join(sorted(unknown))}; it takes tokens, cache and lengths. Pad rows on "
+                    "the right, where no token before sees the padding, and set its targets to -100"
+                )
             raise ValueError(f"{', '.join(options)}: these are options of the losses; give targets too")
         with nullcontext() if cache is None else torch.no_grad():
             return self.head(self.states(tokens, cache, lengths).normed)
@@ -267,16 +273,18 @@ class Transformer(nn.Module):
         if mtp and not len(self.mtp):
             raise ValueError("mtp=True, but the model has no multi-token prediction blocks; use n_mtp_layers=1")
         compute_dtype = self.compute_dtype or next(self.embed.parameters()).dtype
-        return Cache(
-            self.config,
-            batch_size,
-            self.config.max_seq_len if max_seq_len is None else max_seq_len,
-            dtype or compute_dtype,
-            self.device,
-            mtp=mtp,
-            form=form,
-            hidden_dtype=compute_dtype,
-        )
+        max_seq_len = self.config.max_seq_len if max_seq_len is None else max_seq_len
+        dtype = dtype or compute_dtype
+        check_cache(self.config, batch_size, max_seq_len, dtype, form)
+        sizes: Any = (batch_size, max_seq_len)
+        of_mtp = None
+        if mtp:
+            stores = [depth.block.new_cache(*sizes, dtype, self.device) for depth in self.mtp]
+            of_mtp = MTPCache(self.config, stores, *sizes, self.device, form=form)
+            zeros = torch.zeros(batch_size, 1, self.config.dim, dtype=compute_dtype, device=self.device)
+            of_mtp.last = [self.expand(zeros)[:, 0].clone() for _ in stores]
+        stores = [block.new_cache(*sizes, dtype, self.device) for block in self.layers]
+        return Cache(self.config, stores, *sizes, self.device, form=form, mtp=of_mtp)
 
     def losses(
         self,
@@ -295,8 +303,8 @@ class Transformer(nn.Module):
 
         Args:
             targets: the token after each position; IGNORE (-100) where there is none.
-            documents: number of the document of each position: no position then attends to another document. None:
-                a position sees all that came before in the sequence, as published.
+            documents: number of each position's document. A position attends to its own document alone. None: it
+                attends to all positions before it, as published.
             recompute: save only each block's input, and compute the rest again in backward.
             n_targets: number of targets that the cross-entropies are divided by; None: those of this call. The parts
                 of a batch whose losses are averaged share the mean of theirs.

@@ -11,7 +11,7 @@ from torch import nn
 
 from dsmini import MLA, ModelConfig, Transformer, generate, ops
 from dsmini.inference.fused import Decoder
-from dsmini.nn import MTP, Block, Cache, MoE
+from dsmini.nn import MTP, Block, MoE
 from dsmini.nn.attention import Attention
 from dsmini.nn.gate import Gate
 from dsmini.nn.mtp import MTPChain
@@ -293,7 +293,7 @@ def test_a_moved_model_leaves_the_decoder_its_weights(small_model: Model) -> Non
     decoder, tokens = Decoder(model), torch.arange(8)[None]
 
     def step() -> torch.Tensor:
-        cache = Cache(model.config, 1, 16, torch.float32, torch.device("cpu"))
+        cache = model.new_cache(1, 16, torch.float32)
         for number, store in enumerate(cache.stores):
             store.data.copy_(torch.linspace(-1, 1, store.data.numel()).view_as(store.data) * (number + 1))
         cache.lengths[:] = 9

@@ -41,8 +41,9 @@ def tokens_of(b: int, s: int) -> Tensor:
 def test_v3_and_its_indexer_take_the_published_bytes_of_a_layer() -> None:
     """The second is V3.2: an indexer's key is 128 codes and a scale, or 128 numbers."""
     for changes, in_fp8, in_bf16 in (({}, 656, 1152), (V32, 788, 1408)):
-        config, meta = released("deepseek-v3", **changes), torch.device("meta")
-        fp8, bf16 = (Cache(config, 1, 8, dtype, meta, mtp=True) for dtype in ("fp8", torch.bfloat16))
+        with torch.device("meta"):
+            model = Transformer(released("deepseek-v3", **changes))
+        fp8, bf16 = (model.new_cache(1, 8, dtype, mtp=True) for dtype in ("fp8", torch.bfloat16))
         assert (fp8.nbytes_per_token, bf16.nbytes_per_token) == (61 * in_fp8, 61 * in_bf16)
         assert fp8.mtp_nbytes == 8 * in_fp8
     mha = 2 * 128 * 128 * 2
@@ -246,7 +247,7 @@ def test_a_form_is_chosen_by_work_unless_it_is_forced(small_model: Model, monkey
     asked: list[tuple[int, int]] = []
 
     def policy(layer: MLA, queries: int, view: Any) -> Any:
-        asked.append((queries, view.at.end))
+        asked.append((queries, view.at.n_keys))
         return "expanded"
 
     for form, want in (
@@ -273,19 +274,37 @@ def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -
     cache = model.new_cache(2, 16, torch.float32)
     model(tokens[:, :10], cache)
     before = [store.data.clone() for store in cache.stores]
-    place, one = inspect.unwrap(Cache.place_tokens), torch.tensor([1])
+    unchecked: Any = inspect.unwrap  # a function without the type checks of these tests
+    place, one = unchecked(Cache.place_tokens), torch.tensor([1])
     for words, call, *arguments in (
         ("holds 16 tokens a sequence, and this call would make 17; make it with", model, tokens[:, :7], cache),
-        ("1 rows of tokens for a cache of 2", model, tokens[:1, :2], cache),
+        ("tokens have 1 rows, the cache 2; use new_cache(batch_size=1)", model, tokens[:1, :2], cache),
         ("lengths=[3, 1] for 2 sequences of 2", model, tokens[:, :2], cache, torch.tensor([3, 1])),
         ("lengths=[1] for 2 sequences", place, cache, cache.config, tokens[:, :2], one),
         ("lengths are of rows in a cache; give one, or leave them out", model, tokens[:1], None, one),
         ("lengths are of rows in a cache; give one, or leave them out", model.run, tokens[:1], None, False, one),
         ("truncate to [11, 11], but the lengths are [10, 10]", cache.truncate, 11),
         ("truncate to [-1, 3]", cache.truncate, torch.tensor([-1, 3])),
+        ("truncate to [1, 2, 3], but the lengths are [10, 10]; want 0 to", cache.truncate, torch.tensor([1, 2, 3])),
+        ("want a whole number, or one for each row of [10, 10]", cache.truncate, torch.tensor([True, False])),
+        ("truncate to None; want a whole number", unchecked(Cache.truncate), cache, None),
+        *(
+            (
+                f"select {rows}; want numbers of rows from 0 to 1 in a list, one or more",
+                unchecked(Cache.select),
+                cache,
+                rows,
+            )
+            for rows in ([-1], [2], [[0], [0]], [[0], [0, 1]], [0.0], [], 0, None, [True], torch.tensor([[0]]))
+        ),
         ("lengths=[1.5, 2.0] for 2 sequences", cache.place, 2, torch.tensor([1.5, 2.0])),
         ("mtp=True needs a cache for multi-token", model.run, tokens[:, :1], cache, True),
-        ("made by new_cache of a model of this config", small_model(n_heads=2), tokens[:, :1], cache),
+        (
+            "of a model of another config; make one by this model's new_cache",
+            small_model(n_heads=2),
+            tokens[:, :1],
+            cache,
+        ),
     ):
         assert words in refusal(call, *arguments)
     assert cache.lengths.tolist() == [10, 10]
@@ -298,7 +317,7 @@ def test_impossible_cache_raises(small_model: Model) -> None:
         ({}, {"batch_size": 0}, "a cache of 0 sequences of 32 tokens; want 1 or more of both"),
         ({}, {"max_seq_len": 0}, "a cache of 1 sequences of 0 tokens; want 1 or more of both"),
         ({}, {"dtype": torch.int64}, "dtype=torch.int64 holds no rows of a cache; use torch.float32,"),
-        ({"attention": "mha"}, {"dtype": "fp8"}, "the layout of MLA's latent, not of attention='mha'"),
+        ({"attention": "mha"}, {"dtype": "fp8"}, "the layout of MLA's latent, not of keys and values of heads"),
         ({"attention": "mha"}, {"form": "absorbed"}, "form='absorbed' is MLA's"),
         ({"qk_norm": True}, {"form": "absorbed"}, "form='absorbed' is MLA's without qk_norm"),
         ({"n_mtp_layers": 0}, {"mtp": True}, "no multi-token prediction blocks"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsmini import MLA, Attention, Block, Gate, Linear, ModelConfig, MoE, Transformer
 from dsmini.inference.fused import Decoder
-from dsmini.nn import Aux, Context, Routing, dsa_layers, route
+from dsmini.nn import Aux, Context, LayerCache, Routing, dsa_layers, route
 from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import DSA, refusal
@@ -65,11 +65,14 @@ class AttentionWithoutPositions(nn.Module):
         rows, mask = self.wkv(x), torch.ones(x.shape[1], x.shape[1]).tril().bool()
         if context is not None and (cache := context.cache) is not None:
             cache.append((rows,))
-            rows = cache.store.read(cache.at.end, x.dtype)
-            mask = cache.at.positions[:, None, :, None] >= torch.arange(cache.at.end)
+            rows = cache.store.read(cache.at.n_keys, x.dtype)
+            mask = cache.at.positions[:, None, :, None] >= torch.arange(cache.at.n_keys)
         k, v = rows.unsqueeze(1).split((self.d, self.v), -1)
         y = F.scaled_dot_product_attention(q, k, v, mask)
         return self.wo(y.transpose(1, 2).flatten(2))
+
+    def new_cache(self, b: int, t: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+        return LayerCache(b, t, self.d + self.v, dtype, device)
 
 
 def sliding(queries: Tensor, keys: Tensor) -> Tensor:
@@ -149,10 +152,18 @@ def test_a_rope_of_ones_own_is_that_of_its_layer() -> None:
 
 def test_another_attention_class_is_handed_to_transformer() -> None:
     make_block = functools.partial(Block, attention_class=AttentionWithoutPositions)
-    model = randomise(Transformer(**SMALL, attention="mqa", make_block=make_block))
+    model = randomise(Transformer(**SMALL, make_block=make_block))
     assert all(isinstance(block.attn, AttentionWithoutPositions) for block in model.layers)
     assert all(isinstance(mtp.block.attn, AttentionWithoutPositions) for mtp in model.mtp)
     check_training_and_decoding(model, "attn.wkv")
+    assert (
+        model.new_cache(2, 16, torch.float32).nbytes_per_token
+        == 4 * SMALL["n_layers"] * model.layers[0].attn.wkv.out_features
+    )
+    model.layers[1].attn = nn.Identity()
+    assert refusal(model.new_cache).startswith(
+        "Identity makes no cache; give it new_cache(batch_size, max_seq_len, dtype,"
+    )
 
 
 def masked_model(layer: Any = MLA, /, **changes: Any) -> Transformer:

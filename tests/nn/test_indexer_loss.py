@@ -33,8 +33,9 @@ class Main(NamedTuple):
     mask: Callable[[int, int], Tensor]
 
 
-def compare(index: Index, main: Main, topk_indices: Tensor, stage: Any) -> IndexerLoss:
-    kl, mass, found, asked = indexer_agreement(*index, main.q, main.k, SCALE, topk_indices, main.mask, stage)
+def compare(index: Index, main: Main, topk_indices: Tensor, stage: Any, other_lse: Tensor | None = None) -> IndexerLoss:
+    more = {} if other_lse is None else {"other_lse": other_lse}
+    kl, mass, found, asked = indexer_agreement(*index, main.q, main.k, SCALE, topk_indices, main.mask, stage, **more)
     queries = main.q.shape[0] * main.q.shape[1]
     return IndexerLoss(kl / queries, found / asked, mass / queries)
 
@@ -50,8 +51,14 @@ def problem(s: int = S, topk: int = TOPK, documents: Tensor | None = None) -> tu
     return index, Main(q, k, lambda start, end: mask[:, start:end, :end]), topk_keys(*index, topk, mask)
 
 
-def by_the_report(index: Index, main: Main, topk_indices: Tensor, stage: str) -> IndexerLoss:
-    """Equations 3 and 4, recall and mass, from the probabilities of all pairs."""
+def by_the_report(
+    index: Index, main: Main, topk_indices: Tensor, stage: str, other_lse: Tensor | None = None
+) -> IndexerLoss:
+    """Equations 3 and 4, recall and mass, from the probabilities of all pairs.
+
+    Other keys are in the denominator of each head, before all heads' sum is normalised.
+    """
+    others = 0.0 if other_lse is None else other_lse.exp()[..., None]
     q, k, weights = index
     seen = ~main.mask(0, S).expand(2, S, S)
     # -1 is a column that is cut
@@ -60,7 +67,7 @@ def by_the_report(index: Index, main: Main, topk_indices: Tensor, stage: str) ->
     def p_of(keys: Tensor) -> Tensor:
         logits = torch.einsum("bshd,bthd->bhst", main.q, main.k) * SCALE
         e = logits.exp() * keys[:, None]
-        total = (e / e.sum(-1, keepdim=True)).sum(1)
+        total = (e / (e.sum(-1, keepdim=True) + others)).sum(1)
         return total / total.sum(-1, keepdim=True)
 
     compared = chosen if stage == "sparse" else seen
@@ -75,15 +82,16 @@ def by_the_report(index: Index, main: Main, topk_indices: Tensor, stage: str) ->
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4 * 2 * 4 * S * 5, 1 << 26])
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("case", ["", "documents", "other keys"])
 @STAGES
 def test_losses_and_gradients_follow_the_report(
-    stage: str, documents: bool, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+    stage: str, case: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse_attention, "BLOCK_BYTES", block_bytes)
-    of = torch.tensor([[0] * 4 + [1] * 9, [0] * 11 + [1] * 2]) if documents else None
+    of = torch.tensor([[0] * 4 + [1] * 9, [0] * 11 + [1] * 2]) if case == "documents" else None
     index, main, chosen = problem(documents=of)
-    got, want = compare(index, main, chosen, stage), by_the_report(index, main, chosen, stage)
+    others = 3 * torch.randn(2, 4, S, dtype=torch.float64) if case == "other keys" else None
+    got, want = compare(index, main, chosen, stage, others), by_the_report(index, main, chosen, stage, others)
     assert 0 < want.recall < 1 and 0 < want.mass < 1
     for name, a, b in zip(IndexerLoss._fields, got, want, strict=True):
         assert relative_error(a, b) <= (EXACT if name == "kl" else rounding(FP32_UNIT))
