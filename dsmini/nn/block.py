@@ -84,7 +84,8 @@ class Block(nn.Module):
         Raises: ValueError for an attention that makes none.
         """
         for module in self.attn.modules():
-            if callable(make := getattr(module, "new_cache", None)):
+            make: Any = getattr(module, "new_cache", None)
+            if make is not None:
                 return make(batch_size, max_seq_len, dtype, device)
         raise ValueError(
             f"{type(self.attn).__name__} makes no cache; give it new_cache(batch_size, max_seq_len, dtype, device), "

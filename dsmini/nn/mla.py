@@ -72,6 +72,9 @@ class MLA(nn.Module):
     Source: DeepSeek-V3 report, section 2.1.1, equations 1 to 11.
     """
 
+    indexer: Any
+    """Chooses the keys of a query in DSA; MLA has none."""
+
     def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
         super().__init__()
         self.mask = mask_function(mask)

@@ -276,14 +276,13 @@ class Transformer(nn.Module):
         max_seq_len = self.config.max_seq_len if max_seq_len is None else max_seq_len
         dtype = dtype or compute_dtype
         check_cache(self.config, batch_size, max_seq_len, dtype, form)
-        sizes: Any = (batch_size, max_seq_len)
-        of_mtp = None
+        sizes, blocks, of_mtp = (batch_size, max_seq_len), list[Any](self.layers), None
         if mtp:
-            stores = [depth.block.new_cache(*sizes, dtype, self.device) for depth in self.mtp]
+            stores = [depth.block.new_cache(*sizes, dtype, self.device) for depth in list[Any](self.mtp)]
             of_mtp = MTPCache(self.config, stores, *sizes, self.device, form=form)
             zeros = torch.zeros(batch_size, 1, self.config.dim, dtype=compute_dtype, device=self.device)
             of_mtp.last = [self.expand(zeros)[:, 0].clone() for _ in stores]
-        stores = [block.new_cache(*sizes, dtype, self.device) for block in self.layers]
+        stores = [block.new_cache(*sizes, dtype, self.device) for block in blocks]
         return Cache(self.config, stores, *sizes, self.device, form=form, mtp=of_mtp)
 
     def losses(

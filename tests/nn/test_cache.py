@@ -283,10 +283,10 @@ def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -
         ("lengths=[1] for 2 sequences", place, cache, cache.config, tokens[:, :2], one),
         ("lengths are of rows in a cache; give one, or leave them out", model, tokens[:1], None, one),
         ("lengths are of rows in a cache; give one, or leave them out", model.run, tokens[:1], None, False, one),
-        ("truncate to [11, 11], but the lengths are [10, 10]", cache.truncate, 11),
+        ("truncate to 11, but the lengths are [10, 10]; want 0 to as many for each row", cache.truncate, 11),
         ("truncate to [-1, 3]", cache.truncate, torch.tensor([-1, 3])),
         ("truncate to [1, 2, 3], but the lengths are [10, 10]; want 0 to", cache.truncate, torch.tensor([1, 2, 3])),
-        ("want a whole number, or one for each row of [10, 10]", cache.truncate, torch.tensor([True, False])),
+        ("one for each row of [10, 10]", unchecked(Cache.truncate), cache, torch.tensor([True, False])),
         ("truncate to None; want a whole number", unchecked(Cache.truncate), cache, None),
         *(
             (

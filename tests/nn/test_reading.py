@@ -47,10 +47,10 @@ def generate(model: Transformer) -> None:
 @pytest.mark.parametrize(
     ("call", "backend", "files", "functions"),
     [
-        (losses, "reference", 10, 42),
-        (losses, None, 19, 73),
-        (generate, "reference", 15, 99),
-        (generate, None, 22, 125),
+        (losses, "reference", 11, 51),
+        (losses, None, 22, 86),
+        (generate, "reference", 16, 110),
+        (generate, None, 25, 138),
     ],
 )
 def test_few_files_and_functions_run(
