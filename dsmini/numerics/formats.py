@@ -42,9 +42,19 @@ class Format:
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
+    def packing(self) -> tuple[int, int]:
+        """Number of codes that are stored together, and of elements of dtype that hold them."""
+        return (8, 12) if self.bits == 12 else (1, 1)
+
+    @property
     def packed(self) -> bool:
-        """True if two codes share three bytes."""
-        return self.bits == 12
+        """True if codes share elements."""
+        return self.packing != (1, 1)
+
+    def width(self, columns: int) -> int:
+        """Return the number of elements that hold the codes of this many columns."""
+        codes, elements = self.packing
+        return -(-columns // codes) * elements
 
     def round(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Return the nearest value in FP32, ties to an even last bit.

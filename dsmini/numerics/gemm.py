@@ -21,6 +21,7 @@ before it is added to that of an FP32 parameter. `Accumulator` emulates the narr
 An infinity or NaN makes NaN of its whole tile, and of the results that the tile takes part in.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -40,6 +41,7 @@ from dsmini.numerics.quantization import (
     FormatName,
     QuantizedTensor,
     Scale,
+    Tile,
     check_options,
     check_source,
     dequantize_tiles,
@@ -118,7 +120,12 @@ class Recipe(NamedTuple):
     """Options of one product and its gradients."""
 
     scale: Scale
+    """Kind of scale of x, and of the gradients."""
+    k: int
+    """Columns of x and W, over which the product sums."""
+    weight_tile: Tile
     weight_scale: Scale
+    weight_format: FormatName
     grad_format: FormatName
     saved_format: FormatName
     """Format in which x is kept for wgrad."""
@@ -138,7 +145,7 @@ class Recipe(NamedTuple):
 
     def weight(self, codes: Tensor, scales: Float[Tensor, "*e ot kt"]) -> Float[Tensor, "*e o k"]:
         """Return the values of a weight's codes."""
-        return dequantize_tiles(codes, scales, WEIGHT_TILE, "e4m3", self.operands)
+        return dequantize_tiles(codes, scales, self.weight_tile, self.weight_format, self.operands, self.k)
 
 
 def fp8_fprop(
@@ -188,7 +195,7 @@ def fp8_matmul(
     Args:
         x: FP32, BF16 or FP16, or the result of `quantize(x)`, which several products may share. Then it is saved as
             it is, and gradients are rounded with its kind of scale. E5M2 and E5M6 are multiplied in E4M3.
-        w: of the same kinds; a quantized weight has no gradient.
+        w: of the same kinds; a quantized weight may have any tile and format, and has no gradient.
         out_dtype: BF16, FP32 or FP16; None: x's.
         ends: the row after each expert's last, for x [rows, k] and w [e, o, k]. The last is the number of rows; an
             expert may have none.
@@ -207,9 +214,11 @@ def fp8_matmul(
     _check_operands(x, w, ends)
     if ends is not None and accumulator is not None:
         raise ValueError("an accumulator is emulated for one matrix, not with ends; multiply expert by expert")
-    q, saved = _operand(x, scale, saved_format)
     trained, weight = _weight_operand(w, scale)
-    recipe = Recipe(q.scale, weight.scale, grad_format, saved.format, out_dtype or x.dtype, accumulator, ops.chosen())
+    wants_dw = trained is not None and trained.requires_grad and torch.is_grad_enabled()
+    q, saved = _operand(x, scale, saved_format if wants_dw else "e4m3")
+    of_weight, dtype = (weight.shape[-1], weight.tile, weight.scale, weight.format), out_dtype or x.dtype
+    recipe = Recipe(q.scale, *of_weight, grad_format, saved.format, dtype, accumulator, ops.chosen())
     kept = (None, None) if saved is q else saved.parts  # torch.compile wants no tensor twice
     y = _Matmul.apply(q.source, trained, *q.parts, *kept, *weight.parts, ends, recipe)
     return cast(Tensor, y)
@@ -235,7 +244,8 @@ def fp8_swiglu_matmul(
     check_source(gate, "gate")
     _check_operands(up, w, ends)
     trained, weight = _weight_operand(w, scale)
-    recipe = Recipe(scale, weight.scale, grad_format, "e4m3", up.dtype, None, ops.chosen())
+    of_weight = (weight.shape[-1], weight.tile, weight.scale, weight.format)
+    recipe = Recipe(scale, *of_weight, grad_format, "e4m3", up.dtype, None, ops.chosen())
     return cast(Tensor, _SwiGLUMatmul.apply(gate, up, trained, *weight.parts, ends, recipe, limit))
 
 
@@ -255,6 +265,8 @@ def _weight_operand(w: Tensor | QuantizedTensor, scale: Scale) -> tuple[Tensor |
 
 
 class _Matmul(torch.autograd.Function):
+    """The product of codes x [*batch, k], which `saved` replaces for backward, and of the codes of W."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -271,8 +283,7 @@ class _Matmul(torch.autograd.Function):
     ) -> Tensor:
         saved = (codes, scales) if saved_codes is None else (saved_codes, saved_scales)
         ctx.save_for_backward(*saved, w_codes, w_scales, ends)
-        ctx.recipe, ctx.k = recipe, codes.shape[-1]
-        ctx.dtypes = None if source is None else source.dtype, None if w is None else w.dtype
+        ctx.recipe, ctx.dtypes = recipe, (None if source is None else source.dtype, None if w is None else w.dtype)
         x = dequantize_tiles(_rows(codes), _rows(scales), ACTIVATION_TILE, "e4m3", recipe.operands)
         y = fp8_fprop(x, recipe.weight(w_codes, w_scales), ends, recipe)
         return y.view(*codes.shape[:-1], y.shape[-1])
@@ -280,22 +291,21 @@ class _Matmul(torch.autograd.Function):
     @staticmethod
     @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        saved_codes, saved_scales, w_codes, w_scales, ends = ctx.saved_tensors
+        codes, scales, *weight = ctx.saved_tensors
         recipe: Recipe = ctx.recipe
-        dx = dw = None
+
+        def saved() -> Tensor:
+            tiles = (_rows(codes), _rows(scales), ACTIVATION_TILE, recipe.saved_format)
+            return dequantize_tiles(*tiles, recipe.operands, recipe.k)
+
         with ops.use(recipe.backend):
-            dy = _rows(grad)
-            if ctx.needs_input_grad[0]:
-                dx = fp8_dgrad(dy, recipe.weight(w_codes, w_scales), ends, recipe)
-                dx = dx.view(*grad.shape[:-1], dx.shape[-1]).to(ctx.dtypes[0])
-            if ctx.needs_input_grad[1]:
-                saved = _rows(saved_codes), _rows(saved_scales), ACTIVATION_TILE, recipe.saved_format
-                x = dequantize_tiles(*saved, recipe.operands, ctx.k)
-                dw = fp8_wgrad(dy, x, ends, recipe).to(ctx.dtypes[1])
-        return dx, dw, *[None] * 8
+            dx, dw = _gradients(ctx, grad, ctx.needs_input_grad[:2], saved, *weight)
+        return None if dx is None else dx.view(*grad.shape[:-1], recipe.k).to(ctx.dtypes[0]), dw, *[None] * 8
 
 
 class _SwiGLUMatmul(torch.autograd.Function):
+    """The product of swiglu(gate, up), both [*batch, k], and of the codes of W."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -321,21 +331,36 @@ class _SwiGLUMatmul(torch.autograd.Function):
     @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *kept, w_codes, w_scales, ends = ctx.saved_tensors
-        recipe: Recipe = ctx.recipe
-        dgate = dup = dw = None
+        recipe, wanted = ctx.recipe, (any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2])
         with ops.use(recipe.backend):
-            dy = _rows(grad)
-            k = w_codes.shape[-1]
             gate, up = (
-                dequantize_tiles(kept[i], kept[i + 1], ACTIVATION_TILE, "e4m3", recipe.out_dtype, k) for i in (0, 2)
+                dequantize_tiles(kept[i], kept[i + 1], ACTIVATION_TILE, "e4m3", recipe.out_dtype, recipe.k)
+                for i in (0, 2)
             )
-            if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-                dh = fp8_dgrad(dy, recipe.weight(w_codes, w_scales), ends, recipe)
-                inputs = swiglu_gradients(dh, gate, up, ctx.limit)
-                dgate, dup = (g.view(*grad.shape[:-1], k).to(ctx.dtypes[0]) for g in inputs)
-            if ctx.needs_input_grad[2]:
-                dw = fp8_wgrad(dy, swiglu(gate, up, ctx.limit), ends, recipe).to(ctx.dtypes[1])
-        return dgate, dup, dw, *[None] * 5
+            hidden = lambda: swiglu(gate, up, ctx.limit)  # noqa: E731
+            dh, dw = _gradients(ctx, grad, wanted, hidden, w_codes, w_scales, ends)
+            grads = [None, None] if dh is None else swiglu_gradients(dh, gate, up, ctx.limit)
+        shape = (*grad.shape[:-1], recipe.k)
+        return *(None if g is None else g.view(shape).to(ctx.dtypes[0]) for g in grads), dw, *[None] * 5
+
+
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    wanted: Sequence[bool],
+    x: Callable[[], Tensor],
+    w_codes: Tensor,
+    w_scales: Tensor,
+    ends: Tensor | None,
+) -> tuple[Float[Tensor, "rows k"] | None, Float[Tensor, "*e o k"] | None]:
+    """Return the gradients of the rows that W multiplies, and of W, where they are wanted.
+
+    Args:
+        x: makes the rows, for W's gradient alone.
+    """
+    dy, recipe = _rows(grad), ctx.recipe
+    dx = fp8_dgrad(dy, recipe.weight(w_codes, w_scales), ends, recipe) if wanted[0] else None
+    return dx, fp8_wgrad(dy, x(), ends, recipe).to(ctx.dtypes[1]) if wanted[1] else None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -343,12 +368,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _check_operands(x: Tensor | QuantizedTensor, w: Tensor | QuantizedTensor, ends: Tensor | None) -> None:
-    for value, name, tile in ((x, "x", ACTIVATION_TILE), (w, "w", WEIGHT_TILE)):
+    for value, name in ((x, "x"), (w, "w")):
         if not isinstance(value, QuantizedTensor):
             check_source(value, name)
-        elif value.tile != tile or (name == "w" and value.format != "e4m3"):
-            got = f"{name} is quantized in {value.format} tiles of {value.tile[0]}x{value.tile[1]}"
-            raise ValueError(f"{got}; want {tile[0]}x{tile[1]}, of w in e4m3: quantize({name}, tile={tile})")
+    if isinstance(x, QuantizedTensor) and x.tile != ACTIVATION_TILE:
+        raise ValueError(f"x is quantized in tiles of {x.tile[0]}x{x.tile[1]}; want 1x128: quantize(x)")
     grouped = ends is not None
     shapes = len(w.shape) == 2 + grouped and (not grouped or (len(x.shape) == 2 and ends.shape == w.shape[:1]))
     if not shapes or x.shape[-1] != w.shape[-1]:

@@ -83,10 +83,8 @@ def dequantize_tiles(
     """
     f = FORMATS[format]
     c = codes.shape[-1] if columns is None else columns
-    if f.packed and codes.shape[-1] != -(-c // 8) * 12:
-        raise ValueError(
-            f"{codes.shape[-1]} bytes of packed codes for {c} columns; want {-(-c // 8) * 12}, and columns"
-        )
+    if codes.shape[-1] != f.width(c):
+        raise ValueError(f"{codes.shape[-1]} bytes of packed codes for {c} columns; want {f.width(c)}, and columns")
     shape = torch.Size((*codes.shape[:-1], c))
     return _in_strips(shape, scales, tile, lambda strip, s: f.decode(codes[..., strip, :], c) * s, dtype)
 
@@ -272,8 +270,7 @@ def matrix_of(w: Weight, i: int) -> Weight:
     """Return matrix i of a stack."""
     if isinstance(w, Tensor):
         return w[i]
-    codes = w.codes[i]
-    return replace(w, codes=codes, scales=w.scales[i], shape=codes.shape)
+    return replace(w, codes=w.codes[i], scales=w.scales[i], shape=w.shape[1:])
 
 
 def rows_of(x: X, rows: Int[Tensor, " rows"]) -> X:

@@ -73,7 +73,7 @@ def written_out(matrices: MuonMatrices, steps: NewtonSchulz, lr: float, mu: floa
 
 
 @STEPS
-@pytest.mark.parametrize("size", [(1, 1), (1, 7), (17, 5), (63, 130), (3, 9, 5), (4, 5, 9), (1, 6, 6)], ids=str)
+@pytest.mark.parametrize("size", [(17, 5), (63, 130), (3, 9, 5)], ids=str)
 def test_update_is_that_of_each_matrix_alone(size: tuple[int, ...], steps: NewtonSchulz) -> None:
     """After three updates from the same numbers, with an expert that has no gradient in two of them."""
     *stack, o, i = size

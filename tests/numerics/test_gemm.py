@@ -9,11 +9,13 @@ from torch import Tensor
 from dsmini import ops
 from dsmini.numerics import (
     AMAX_MIN,
+    SMALLEST_AMAX,
     Accumulator,
     dequantize_tiles,
     fp8_matmul,
     fp8_swiglu_matmul,
     quantize,
+    quantize_tiles,
     round_tiles,
 )
 from tests.helpers.configs import refusal
@@ -116,6 +118,35 @@ def test_backward_runs_on_the_backend_of_forward(product: str, monkeypatch: pyte
     assert seen and set(seen) == {"reference"}
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_e5m6_is_made_only_for_a_weight_gradient(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    formats: list[str] = []
+
+    def spy(x: Tensor, tile: Any, scale: Any, format: Any, amax_min: float) -> Any:
+        formats.append(format)
+        return quantize_tiles.reference(x, tile, scale, format, amax_min)
+
+    monkeypatch.setattr(quantize_tiles, "plain", spy)
+    x, w = varied(4, 128).requires_grad_(), varied(4, 128).requires_grad_(trained)
+    with ops.use("eager"):
+        fp8_matmul(x, w, saved_format="e5m6")
+        with torch.no_grad():
+            fp8_matmul(x, w, saved_format="e5m6")
+    assert formats.count("e5m6") == trained
+
+
+def test_a_weight_may_have_tiles_and_a_format_of_its_own() -> None:
+    """Such as blocks of 32 along the contraction."""
+    x = varied(5, 200, dtype=torch.bfloat16).requires_grad_()
+    for tile, format in (((1, 32), "e4m3"), ((128, 128), "e5m2"), ((128, 128), "e5m6")):
+        w = quantize(varied(63, 200, seed=1), tile, format=format)
+        values, dy = w.dequantize(), varied(5, 63, dtype=torch.bfloat16, seed=2)
+        y = fp8_matmul(x, w)
+        assert relative_error(y, quantize(x.detach()).dequantize() @ values.T) < 2 * BF16_UNIT
+        (dx,) = torch.autograd.grad(y, x, dy)
+        assert relative_error(dx, rounded(dy, (1, 128), amax_min=SMALLEST_AMAX).float() @ values) < 2 * BF16_UNIT
+
+
 def test_sizes_of_zero_and_a_vector() -> None:
     for m, n, k in ((0, 8, 128), (4, 0, 128), (4, 8, 0)):
         x, w = torch.randn(m, k, requires_grad=True), torch.randn(n, k, requires_grad=True)
@@ -140,8 +171,7 @@ def test_what_cannot_be_multiplied_is_refused() -> None:
         ("scale='e8m0' is unknown", (x, w), {"scale": "e8m0"}),
         ("grad_format='e3m4' is unknown", (x, w), {"grad_format": "e3m4"}),
         ("saved_format='e5m7' is unknown", (x, w), {"saved_format": "e5m7"}),
-        ("want 1x128, of w in e4m3: quantize(x, tile=(1, 128))", (quantize(x, (128, 128)), w), {}),
-        ("want 128x128, of w in e4m3: quantize(w, tile=(128, 128))", (x, quantize(w)), {}),
+        ("x is quantized in tiles of 128x128; want 1x128: quantize(x)", (quantize(x, (128, 128)), w), {}),
         ("not with ends", (x, w[None]), {"ends": torch.tensor([4]), "accumulator": Accumulator()}),
         *(
             ("do not cut 4 rows", (x, w.expand(len(ends), -1, -1)), {"ends": torch.tensor(ends)})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmini import TrainConfig, Transformer
+from dsmini.numerics.orthogonalize import JORDAN
 from dsmini.training.optim import AdamWBF16, Muon, ParameterAverage, optimizers
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
 
@@ -116,7 +117,7 @@ def muon_steps(start: Tensor, grads: list[Tensor]) -> Tensor:
     p = nn.Parameter(start.clone())
     crowd = [nn.Parameter(torch.randn_like(start)), nn.Parameter(torch.randn(3, 2, dtype=start.dtype))]
     groups = [{"params": [crowd[0], p, crowd[1]], "weight_decay": 0.3}]
-    optimizer = Muon(groups, lr=0.07, momentum=0.9, matmul_dtype=torch.float64)
+    optimizer = Muon(groups, lr=0.07, momentum=0.9, matmul_dtype=torch.float64, newton_schulz=JORDAN)
     for grad in grads:
         p.grad = grad.clone()
         for other in crowd:
