@@ -62,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invent the machine's rates, and let it have one core: two threads crawl where another program takes a core."""
     let_prices_be_invented(monkeypatch)
-    for module in ("contention", "training", "decoding", "evidence"):
+    for module in ("contention", "diagnosis", "training", "evidence"):
         monkeypatch.setattr(f"dsmini.diagnosis.{module}.cores", lambda: 1)
 
 
