@@ -1,7 +1,6 @@
 """Decoding as the work that is diagnosed: steps that are the same work, variants of the model, arms and predictions.
 
     free_cache         Machine    1 cached token in place of all: the gain is the share of cached attention
-    expanded_mla       Algorithm  keys and values of all cached tokens are made again; dsmini decodes absorbed
     mha_baseline       Algorithm  multi-head attention of as many heads, which caches the keys and values of each
     dense_active       Algorithm  a dense feed-forward with as many active parameters: what routing costs
     drafts             Algorithm  multi-token prediction guesses, at the share of guesses that is accepted
@@ -10,7 +9,7 @@
     all_threads        Machine    products run on all cores
     quiet_machine      Machine    other programs take nothing: computed (contention.py)
 
-Where a gain is negative, the current choice is faster: with expanded_mla at -50 % a step takes half as long again. A
+Where a gain is negative, the current choice is faster: with mha_baseline at -50 % a step takes half as long again. A
 step is what generation does: embed the last token, run the blocks with the cache, make logits.
 
     cached tokens         0 1 2 ... context-1 | new token        the new token's row is written, and attends to all
@@ -18,8 +17,6 @@ step is what generation does: embed the last token, run the blocks with the cach
 
 A variant is a changed model with what makes its steps: the same ones are timed, and run dry to be priced. It shares
 every module with its model but those that differ, so that it takes little memory, and the model stays as it is.
-Expanded attention has no kernel. It is compared with absorbed attention by modules too, and a plain step is taken to
-change by the same ratio: T_X = T * T(expanded) / T(absorbed).
 
 Multi-token prediction guesses ahead, and the model checks all guesses in one step. With n blocks a step takes 1 + n
 tokens of each sequence and makes the guesses that are accepted, and one token more:
@@ -41,8 +38,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple, Optional, TypeVar
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -66,7 +63,6 @@ from dsmini.measure.turns import stopwatch
 from dsmini.measure.workloads import ROOM, StepDtype, StepShape, decoding_step, dtype_name, random_cache, random_tokens
 from dsmini.nn import Block, Cache, MoE, Transformer
 from dsmini.nn.attention import Attention
-from dsmini.nn.cache import Form
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.nn.mtp import MTPChain
 
@@ -203,15 +199,15 @@ class DecodingSubject:
             reasons["dense_active"] = "the model has no routed experts"
 
         def of(name: str, variant: Variant) -> Arm:
-            tokens, step = 1.0, partial(changed, variant, self.seconds)
+            tokens = 1.0
             if name == "drafts" and reasons[name] is None and self.acceptance is not None:
                 tokens = self.acceptance.tokens_per_step
             return Arm(
                 name=name,
                 axis=variant.axis,
-                apply=lambda: nullcontext(step),
+                apply=lambda: nullcontext(lambda _base: self.seconds(variant)),
                 why_not=reasons.get(name),
-                predict=lambda p: changed(variant, p.seconds, p.seconds(PLAIN)),
+                predict=lambda p: p.seconds(variant),
                 tokens=tokens,
                 words=variant.words,
                 advice=variant.advice,
@@ -228,17 +224,13 @@ class DecodingSubject:
 
     def _attention_stays(self) -> dict[str, str | None]:
         """Return why no other attention can be tried, by arm; None for one that can."""
-        c, forms, mha = self.config, None, None
-        if not c.is_mla:
-            forms = f"only MLA has two forms, and the attention is {c.attention}"
-        elif c.qk_norm:
-            forms = "normed heads have no absorbed form (qk_norm)"
+        c, mha = self.config, None
         if c.attention == "mha":
             mha = "the attention is multi-head attention already"
         elif c.qk_nope_head_dim % 2:
             mha = f"heads of qk_nope_head_dim={c.qk_nope_head_dim} cannot be rotated in pairs"
         free = None if self.context > 1 else "there is only 1 cached token"
-        return {"free_cache": free, "expanded_mla": forms, "mha_baseline": mha}
+        return {"free_cache": free, "mha_baseline": mha}
 
     def _weights_stay(self) -> dict[str, str | None]:
         """Return why weights of fewer bytes save nothing here, by arm: only kernels read them as they lie."""
@@ -281,12 +273,6 @@ class DecodingSubject:
         """Let products run on a number of cores."""
         with on_threads(number):
             yield lambda _base: self.seconds(PLAIN)
-
-
-def changed(variant: "Variant", seconds: Callable[["Variant"], float], plain: float) -> float:
-    """Return the seconds of a plain step as a variant changes it: by its ratio to its reference, if it has one."""
-    own = seconds(variant)
-    return own if variant.reference is None else plain * own / seconds(variant.reference)
 
 
 def accepted_guesses(model: Transformer, rows: Sequence[Sequence[int]]) -> Acceptance:
@@ -347,9 +333,9 @@ class Point:
 Maker = Callable[[Transformer, Point], Callable[[], Any]]
 
 
-def steps_at(form: Form | None) -> Maker:
-    """Return the maker of steps: by the modules in a form of MLA, or as generation takes them, for None."""
-    return lambda model, point: decoding_step(model, filled_cache(model, point), tokens_of(model, point), form)
+def plain_steps(model: Transformer, point: Point) -> Callable[[], Any]:
+    """Return steps as generation takes them: by kernels where they serve."""
+    return decoding_step(model, filled_cache(model, point), tokens_of(model, point))
 
 
 def guessing_steps(model: Transformer, point: Point) -> Callable[[], Any]:
@@ -464,15 +450,11 @@ class Variant:
     """Steps of a changed model."""
 
     change: Callable[[Transformer], Transformer] = lambda model: model
-    make: Maker = steps_at(None)  # noqa: RUF009
+    make: Maker = plain_steps
     context: int | None = None
     """Number of cached tokens instead of the point's."""
     dtype: StepDtype | None = None
     """Dtype in which it holds its weights; None: the model's."""
-    runs_as: Literal["decode", "prefill"] = "decode"
-    """Work whose Python it runs: steps by modules run that of prefill."""
-    reference: Optional["Variant"] = None
-    """Steps that run in the same way and do what plain steps do; None: plain steps themselves."""
     axis: Axis = "Machine"
     words: str = ""
     """The change in words."""
@@ -485,20 +467,11 @@ class Variant:
 
 
 PLAIN = Variant()
-ABSORBED = Variant(make=steps_at("absorbed"), runs_as="prefill")
 VARIANTS = {
     "free_cache": Variant(
         context=1,
         words="1 cached token in place of all: the rest is not attended to",
         advice="Shorten the contexts, or make the cache smaller: a smaller kv_lora_rank, --cache-dtype fp8.",
-    ),
-    "expanded_mla": Variant(
-        make=steps_at("expanded"),
-        runs_as="prefill",
-        reference=ABSORBED,
-        axis="Algorithm",
-        words="keys and values of all cached tokens are made again, instead of absorbing",
-        advice="Expand: at so few cached tokens absorbing costs more than it saves.",
     ),
     "mha_baseline": Variant(
         change=with_mha,
@@ -567,7 +540,7 @@ class DecodingPrices:
         shape = StepShape(work="decode", config=config, dtype=dtype, batch=point.batch, tokens=context)
         key = variant, point.batch, torch.get_num_threads()
         if key not in self.known:
-            self.known[key] = self.of.forecast(shape, lambda: variant.steps(self.like(config), point), variant.runs_as)
+            self.known[key] = self.of.forecast(shape, lambda: variant.steps(self.like(config), point))
         return self.known[key]
 
     def like(self, config: ModelConfig) -> Transformer:

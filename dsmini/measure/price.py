@@ -110,14 +110,11 @@ class Prices:
         roofs = Store.at(keep).read(key_of(CPU), lambda raw: Roofs(**raw))
         return None if roofs is None else cls.under(roofs, keep)
 
-    def forecast(
-        self, shape: StepShape, make: Callable[[], Callable[[], object]] | None = None, between: str = ""
-    ) -> Forecast:
+    def forecast(self, shape: StepShape, make: Callable[[], Callable[[], object]] | None = None) -> Forecast:
         """Forecast a step on the CPU. Takes some seconds; holds nothing of the model.
 
         Args:
             make: makes the step, where it is not a plain one of this shape.
-            between: the work whose Python it runs, such as "prefill"; "": the shape's.
 
         Raises: TimeOverError if it would time a call after `until`; what was timed before is kept.
         """
@@ -125,7 +122,7 @@ class Prices:
 
         def parts() -> dict[str, float] | None:
             with suppress(TimeOverError):
-                return self._parts(counted, shape, between)
+                return self._parts(counted, shape)
             return None
 
         found, busy = watched(parts)
@@ -153,24 +150,24 @@ class Prices:
             self.kept |= new
             self.store.write(_key(), {"kernels": _sources(), "seconds": self.kept})
 
-    def _parts(self, counted: Dry, shape: StepShape, between: str) -> dict[str, float]:
+    def _parts(self, counted: Dry, shape: StepShape) -> dict[str, float]:
         """Return the seconds of a step by class of calls, and those of "calls" between them."""
         found: dict[str, float] = {}
         for i, (call, number) in enumerate(counted.calls.values()):
             self.on_part(i / len(counted.calls), f"timing {call.kind}")
             found[call.kind] = found.get(call.kind, 0.0) + number * self.alone(call)
         calls = len(counted.operations) + counted.views
-        return found | {"calls": calls * self.between(shape, between or shape.work)}
+        return found | {"calls": calls * self.between(shape)}
 
     def alone(self, call: Call) -> float:
         """Return the seconds of a call, made again and again."""
         return self._once(repr(call.key), lambda: seconds_alone(call, self.operands))
 
-    def between(self, shape: StepShape, work: str) -> float:
-        """Return the seconds of a call beyond the operations, in a narrow model that does this work."""
-        config, rows = narrow(shape.config), shape.train.grad_accum if work == "training" else 1
+    def between(self, shape: StepShape) -> float:
+        """Return the seconds of a call beyond the operations, in a narrow model that does the same work."""
+        config, rows = narrow(shape.config), shape.train.grad_accum if shape.work == "training" else 1
         config = replace(config, max_seq_len=max(config.max_seq_len, 2 * TOKENS))  # room for the tokens and a new one
-        small = replace(shape, work=work, config=config, batch=rows, tokens=TOKENS)
+        small = replace(shape, config=config, batch=rows, tokens=TOKENS)
 
         def measure() -> float:
             counted, step = dry_count(lambda: small.make(CPU), self.roofs.cache_bytes), small.make(CPU)

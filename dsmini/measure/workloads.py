@@ -15,7 +15,7 @@ from torch import Tensor
 from dsmini.config import ModelConfig, TrainConfig
 from dsmini.inference.fused import Decoder
 from dsmini.nn import Routing, Transformer
-from dsmini.nn.cache import Cache, CacheDtype, Form, FP8LayerCache
+from dsmini.nn.cache import Cache, CacheDtype, FP8LayerCache
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.training.optim import optimizers
 
@@ -147,22 +147,18 @@ def prefill_step(model: Transformer, batch: int, tokens: int) -> Step:
     return step
 
 
-def decoding_step(
-    model: Transformer, cache: Cache, tokens: Int[Tensor, "b 1"] | None = None, form: Form | None = None
-) -> Step:
+def decoding_step(model: Transformer, cache: Cache, tokens: Int[Tensor, "b 1"] | None = None) -> Step:
     """Return a step that decodes one token of each sequence after those in a cache, and cuts the cache back.
 
     Args:
         tokens: last token of each sequence; None: random ones, others in each step, which choose other experts.
-        form: of MLA, in steps by the modules, which have both; None: as generation takes them, by kernels that serve.
     """
-    states_of, lengths = Decoder(model).states if form is None else model.states, cache.lengths.clone()
-    cache.form = form or cache.form
+    decoder, lengths = Decoder(model), cache.lengths.clone()
 
     @torch.no_grad()
     def step() -> list[Routing]:
         last = random_tokens(model.config, len(lengths), 1, model.device) if tokens is None else tokens
-        states = states_of(last, cache)
+        states = decoder.states(last, cache)
         cache.truncate(lengths)
         model.head(states.normed)
         return states.routing

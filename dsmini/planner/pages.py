@@ -25,7 +25,7 @@ from dsmini.planner.serving import STAGES
 from dsmini.planner.setup import changed
 from dsmini.planner.words import explain, find, named, shown, step_of, text
 from dsmini.reading import read_toml
-from dsmini.report import Detail, Report, Section, Table, heat_map
+from dsmini.report import Detail, Report, Section, Table, Toned, heat_map
 from dsmini.report.figures import plain
 from dsmini.report.units import human, in_words, plural
 
@@ -405,6 +405,6 @@ def _published_row(f: PublishedFigure) -> tuple[str, ...]:
             ours.removesuffix(f" {unit}"),
             f"{100 * f.residual:+.2f}",
             f"{100 * f.within:.2g}",
-            f.status,
+            Toned(f.status, f.status),
         ),
     )

@@ -111,7 +111,7 @@ class Toned(str):
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Table of words and numbers. Cells that are Toned, or such as "missed" or "far", are coloured."""
+    """Table of words and numbers. Cells that are Toned are coloured."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]

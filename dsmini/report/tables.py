@@ -125,7 +125,7 @@ def show_details(console: Console, title: str, details: Sequence[Detail]) -> Non
 
 
 def show_table(console: Console, table: Table, title: str = "") -> None:
-    """Print a table of words, in parts if it is too wide; colour cells that are in STYLES, such as "missed"."""
+    """Print a table of words, in parts if it is too wide, with the colours of its cells."""
     title = title or table.heat
     heading = Text(title, style="bold") if title else Text(table.common, style="dim")
     for columns in _parts(table, console.width):
@@ -135,7 +135,7 @@ def show_table(console: Console, table: Table, title: str = "") -> None:
 
 
 def _cell(cell: str) -> Text:
-    return Text(cell, STYLES.get(cell.tone if isinstance(cell, Toned) else cell, ""))
+    return Text(cell, STYLES.get(cell.tone, "") if isinstance(cell, Toned) else "")
 
 
 def _parts(table: Table, width: int) -> Iterator[list[int]]:

@@ -13,7 +13,7 @@ from dsmini.console.progress import Progress
 from tests.helpers.commands import check_refused, let_prices_be_invented, run, run_all
 
 TRAINING = "replay dense_active all_threads fastest_dtype"
-DECODING = "free_cache expanded_mla mha_baseline dense_active drafts all_threads fp8_weights"
+DECODING = "free_cache mha_baseline dense_active drafts all_threads fp8_weights"
 SMALL = """
 [model]
 dim = 32
@@ -105,16 +105,16 @@ def test_decoding_is_diagnosed_by_a_config_a_run_or_a_folder(place: Path) -> Non
     (said, of_config), (_, of_run), (_, of_folder) = diagnoses(
         place,
         "small.toml --work decode --out found_decoding",
-        "finished --work decode --only expanded_mla --context 16 --batch 2",
+        "finished --work decode --only mha_baseline --context 16 --batch 2",
         "folder --work decode --only free_cache",
     )
-    for words in ("free_cache", "expanded_mla", "dense_active", "5 rounds in turns", "change"):
+    for words in ("free_cache", "mha_baseline", "dense_active", "5 rounds in turns", "change"):
         assert words in said, words
     page = check_all(place, "found_decoding", of_config, DECODING)
     for words in ("<svg", "random weights", "24 tokens in the cache of each", "decoding waits for no data"):
         assert words in page, words
     assert "accepted_guesses" in {finding["name"] for finding in of_config["findings"]}
-    assert of_run["gains"].keys() == {"expanded_mla", "quiet_machine"}
+    assert of_run["gains"].keys() == {"mha_baseline", "quiet_machine"}
     assert of_folder["gains"].keys() == {"free_cache", "quiet_machine"}
 
 

@@ -14,7 +14,6 @@ from dsmini.diagnosis import decoding, evidence
 from dsmini.diagnosis.arms import Arm, predict
 from dsmini.diagnosis.contention import Contention
 from dsmini.diagnosis.decoding import (
-    ABSORBED,
     PLAIN,
     VARIANTS,
     Acceptance,
@@ -31,7 +30,7 @@ from dsmini.diagnosis.pages import record_of
 from dsmini.inference.fused import Decoder
 from dsmini.inference.speculative import Drafter
 from dsmini.measure.price import Prices
-from dsmini.nn import MLA, Cache, FeedForward, MoE, mla
+from dsmini.nn import MLA, Cache, FeedForward, MoE
 from dsmini.report import Report
 from tests.conftest import Clock
 from tests.diagnosis.conftest import MODEL, decoding_subject
@@ -97,6 +96,12 @@ def test_cache_is_the_same_after_a_step(decoding: DecodingSubject) -> None:
     assert all(map(torch.equal, rows(decoding), before))
 
 
+def test_variants_decode_the_rows_and_tokens_of_the_subject(decoding: DecodingSubject) -> None:
+    """Check that a variant of the same weights chooses the experts that the subject's own step chooses."""
+    (want,), (got,) = decoding.run(), PLAIN.steps(decoding.model, point_of(decoding))()
+    assert torch.equal(got.indices, want.indices) and torch.equal(got.weights, want.weights)
+
+
 def test_text_is_what_was_read() -> None:
     """Check that each sequence has its own piece of the text, and that a short one is repeated."""
     model = Transformer(LONG).eval()
@@ -143,44 +148,12 @@ def test_alternatives_decode_what_they_say(decoding: DecodingSubject) -> None:
     assert model.get_parameter("layers.0.attn.wo.weight").dtype == torch.float32 == model.embed.weight.dtype
 
 
-@pytest.mark.parametrize(("arm", "form"), [(VARIANTS["expanded_mla"], "expanded"), (ABSORBED, "absorbed")])
-def test_forms_are_those_asked_for(
-    decoding: DecodingSubject, arm: decoding.Variant, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Check the forms of both layers, and that rows and tokens are the subject's: the same experts are chosen."""
-    seen: list[str] = []
-    real = mla.form_of
-
-    def form_of(layer: MLA, queries: int, cache: Any) -> Any:
-        seen.append(real(layer, queries, cache))
-        return seen[-1]
-
-    run, want = arm.steps(decoding.model, point_of(decoding)), decoding.run()
-    monkeypatch.setattr(mla, "form_of", form_of)
-    for got, expected in zip(run(), want, strict=True):
-        assert torch.equal(got.indices, expected.indices)
-        torch.testing.assert_close(got.weights, expected.weights, rtol=1e-4, atol=1e-5)
-    assert seen == [form] * 2
-
-
-def test_plain_step_changes_by_the_ratio_of_two_variants(
-    decoding: DecodingSubject, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Check 0.6 s by kernels, and 5 s expanded next to 3 s absorbed by modules: 1 s. MHA has kernels of its own."""
-    seconds = {VARIANTS["expanded_mla"]: 5.0, ABSORBED: 3.0, VARIANTS["mha_baseline"]: 0.4}
-    monkeypatch.setattr(decoding, "seconds", seconds.__getitem__)
-    for name, want in (("expanded_mla", 1.0), ("mha_baseline", 0.4)):
-        with arm_of(decoding, name).apply() as step:
-            assert step(0.6) == pytest.approx(want)
-
-
 # changes of the model, sequences, cached tokens; words of the reason why an alternative is not tried, "" for none
 BASELINE: dict[str, Any] = {"attention": "mha", "n_dense_layers": 2, "n_mtp_layers": 0}
 REASONS: list[tuple[dict[str, Any], int, int, str, str]] = [
     ({}, 1, 64, "dense_active", ""),
     ({"max_seq_len": 65}, 1, 64, "drafts", "no room for a guess"),
     ({"max_seq_len": 8}, 1, 1, "free_cache", "only 1 cached token"),
-    (BASELINE, 1, 64, "expanded_mla", "only MLA has two forms"),
     (BASELINE, 1, 64, "mha_baseline", "already"),
     (BASELINE, 1, 64, "dense_active", "no routed experts"),
     (BASELINE, 1, 64, "drafts", "no multi-token prediction"),

@@ -37,7 +37,7 @@ class InventedPrices(Prices):
     def alone(self, call: Call) -> float:
         return 1e-9 * call.cold + call.flops / (2e9 if b"bfloat16" in call.arguments else 1e9)
 
-    def between(self, shape: StepShape, work: str) -> float:
+    def between(self, shape: StepShape) -> float:
         return 1e-6
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
-from dsmini.report import Detail, Figure, Plot, Report, Section, Series, Table, heat_map
+from dsmini.report import Detail, Figure, Plot, Report, Section, Series, Table, Toned, heat_map
 from tests.helpers import fake_questions as fake
 
 
@@ -38,7 +38,9 @@ def planned() -> Report:
         finding="It fits on 4 GPUs.",
         figures=figures,
         plots=[Plot(title="Memory", x="GPUs", y="bytes", series=[line])],
-        tables=[Table(columns=("part", "size", ""), rows=[("weights", "70 GB", "far")], numeric=("size",))],
+        tables=[
+            Table(columns=("part", "size", ""), rows=[("weights", "70 GB", Toned("far", "far"))], numeric=("size",))
+        ],
         warnings=["Activations are a lower bound."],
         errors=[("gpus 8", "ValueError: there are only 4")],
     )
