@@ -8,9 +8,9 @@ import re
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
@@ -98,25 +98,21 @@ def interruptible(work: Callable[[], T], seconds: float = math.inf) -> T:
 
     Raises: TimeoutError if it takes longer than some seconds; the thread remains.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
+    result: Future[T] = Future()
 
     def call() -> None:
         try:
-            results.append(work())
+            result.set_result(work())
         except BaseException as error:
-            errors.append(error)
+            result.set_exception(error)
 
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    end = time.monotonic() + seconds
-    while thread.is_alive():
-        thread.join(0.1)
-        if time.monotonic() > end:
-            raise TimeoutError(f"it takes longer than {seconds:g} s")
-    if errors:
-        raise errors[0]
-    return results[0]
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        return result.result(min(seconds, threading.TIMEOUT_MAX))
+    except TimeoutError:
+        if result.done():  # it is the work's own
+            raise
+        raise TimeoutError(f"it takes longer than {seconds:g} s") from None
 
 
 def speaks() -> bool:
