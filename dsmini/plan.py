@@ -44,6 +44,10 @@ class PlanCommand(PlanRequest):
     """Names of the figures that --vary compares; left out: the main ones that differ."""
     explain: str | None = None
     """Name of a figure to explain: formula, numbers and sources, down to the inputs. list: all names."""
+    depth: int | None = None
+    """How many formulas --explain goes down; left out: to the inputs."""
+    compare: tuple[str, ...] = ()
+    """Configs to plan side by side on equally many GPUs, with CONFIG if there is one; --gpus left out: 2048."""
     published: bool = False
     """Show published figures next to ours, with residuals; needs no CONFIG."""
     out: Path | None = None
@@ -59,12 +63,25 @@ HELP = Help(
         "configs/deepseek-v3.toml --gpus 1024 --search",
         "configs/deepseek-v3.toml --vary kv_lora_rank=128,256,512 hardware=h100,h800 --out plan",
         "configs/toy.toml --hardware this --explain list",
+        "--compare deepseek-v3 deepseek-v3.2 kimi-k2 --gpus 2048",
         "--published",
     ),
     main=(
-        *("hardware", "gpus", "pipeline", "expert", "tensor", "zero", "recompute", "precision", "batch", "seq_len"),
+        *(
+            "hardware",
+            "gpus",
+            "days",
+            "pipeline",
+            "expert",
+            "tensor",
+            "zero",
+            "recompute",
+            "precision",
+            "batch",
+            "seq_len",
+        ),
         *("tokens", "context", "sequences", "weight_dtype", "cache_dtype", "decode_gpus", "all", "search", "vary"),
-        *("explain", "published", "out", "json"),
+        *("explain", "depth", "compare", "published", "out", "json"),
     ),
 )
 
@@ -90,10 +107,10 @@ def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
     """Raise ValueError for questions that contradict each other."""
     if sum(arg.partition("=")[0] == "--vary" for arg in args) > 1:
         raise ValueError("--vary is given twice; write both after one: --vary kv_lora_rank=256,512 hardware=h100,h800")
-    alone = [name for name in ("explain", "search", "vary", "published", "all") if getattr(command, name)]
+    alone = [n for n in ("explain", "search", "vary", "compare", "published", "all") if getattr(command, n)]
     if len(alone) > 1:
         raise ValueError(f"{' and '.join(f'--{name}' for name in alone)} are different questions; ask them one by one")
-    if command.config is None and not command.published:
+    if command.config is None and not command.published and not command.compare:
         raise ValueError("a plan needs a config; name a .toml or .json, such as configs/deepseek-v3.toml")
     if command.config is not None:
         _refuse_config(command.config, command.published)
@@ -102,6 +119,8 @@ def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
         raise ValueError(f"--published compares published runs alone, without {', '.join(others)}; leave that out")
     if command.of and not command.vary:
         raise ValueError("--of names the figures that --vary compares; add --vary, or --explain one figure")
+    if command.depth is not None and command.explain is None:
+        raise ValueError("--depth says how far --explain goes; add --explain NAME, or leave it out")
     if command.search and (chosen := {"pipeline", "expert", "tensor"} & command.given().keys()):
         raise ValueError(f"--search chooses {', '.join(sorted(chosen))}; leave that out, or leave out --search")
     if command.out is not None and command.explain is not None:
@@ -122,8 +141,8 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Ans
     # what loads numpy and jinja2 is imported after --help
     from dsmini.planner import pages
     from dsmini.planner.hardware import load_hardware
+    from dsmini.planner.plan import make_plan
     from dsmini.planner.request import Model
-    from dsmini.planner.setup import setup
 
     def progress(label: str) -> Progress:
         return Progress(console, 1.0, label, delay=2.0)
@@ -132,21 +151,32 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Ans
         check_folder(command.out, pages.FILES)
     if command.published:
         return pages.published()
+    line = shlex.join(["python", "-m", "dsmini.plan", *args])
+    if command.compare:
+        configs = [*filter(None, [command.config]), *(find_config(_named(name)) for name in command.compare)]
+        with progress("planning models") as bar:
+            return pages.compare(command, [Model.from_file(path) for path in configs], line, bar.update)
     assert command.config is not None, "a plan without a config is refused"
     model = Model.from_file(command.config)
     with progress("measuring this machine") as bar:
-        made = setup(command, model, load_hardware(command.hardware, bar.update))
+        hardware = load_hardware(command.hardware, bar.update)
+    with progress("choosing a layout"):
+        plan = make_plan(command, model, hardware)
     if command.explain is not None:
-        return pages.explained(made, command.explain, console.width)
-    line = shlex.join(["python", "-m", "dsmini.plan", *args])
+        return pages.explained(plan, command.explain, console.width, command.depth)
     if command.search:
         with progress("searching layouts") as bar:
-            return pages.searched(made, line, bar.update)
+            return pages.searched(plan, line, bar.update)
     if command.vary:
         with progress("varying the plan") as bar:
-            return pages.varied(made, command.vary, command.of, line, bar.update)
+            return pages.varied(plan, command.vary, command.of, line, bar.update)
     with progress("forecasting steps") as bar:
-        return pages.planned(made, line, bar.update, whole=command.all)
+        return pages.planned(plan, line, bar.update, whole=command.all)
+
+
+def _named(name: str) -> Path:
+    """Return the path of a config, or its name, which may leave out deepseek-."""
+    return Path(f"deepseek-{name}" if name in ("v2", "v2-lite", "v3", "v3.2") else name)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ the mask. dsmini.measure.counting counts those that ran.
 Source: "Insights into DeepSeek-V3" (arXiv 2505.09343), table 2; DeepSeek-V2 report, section 2.1.2 (absorption).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dsmini.accounting.tensors import (
     INDEXER,
@@ -65,6 +65,15 @@ class Flops:
     context apart."""
 
 
+class Work(NamedTuple):
+    """FLOPs of the products of one tensor."""
+
+    module: str
+    forward: Any
+    backward: Any
+    """Gradients of both factors, nothing made again. An indexer's loss is made in the forward, with its gradients."""
+
+
 def flops_per_token(
     config: ModelConfig,
     seq_len: int,
@@ -72,7 +81,6 @@ def flops_per_token(
     training: bool = False,
     mtp: bool | None = None,
     dsa_stage: Stage = "sparse",
-    uses: Iterable[TensorUse] | None = None,
 ) -> Flops:
     """Return the FLOPs of a token, the mean over a sequence of seq_len tokens: 2 N + L H (d_qk + d_v) seq_len.
 
@@ -91,9 +99,9 @@ def flops_per_token(
     """
     check_sizes(seq_len=seq_len)
     stage = dsa_stage if training else None
-    if uses is None:
-        uses = tensors(config) if (training if mtp is None else mtp) else main_tensors(config)
-    return _flops(part for use in uses for part in _work(config, use, seq_len, 1, causal, stage, False))
+    uses = tensors(config) if (training if mtp is None else mtp) else main_tensors(config)
+    parts = (part for use in uses for part in work(config, use, seq_len, 1, causal, stage))
+    return _flops((part.module, part.forward + part.backward) for part in parts)
 
 
 def decode_flops_per_token(config: ModelConfig, *, context: int, form: Form = "auto") -> Flops:
@@ -157,37 +165,36 @@ def step_flops(
 
     def amounts() -> Amounts:
         for use in tensors(config) if training else main_tensors(config):
-            again = training and recompute and _is_repeated(config, use, dsa_stage)
+            again = training and recompute and is_repeated(config, use, dsa_stage)
             for each, s in by_depth(use, seq_len):
                 tokens = 1 if use.name == "head" and last_logits else s
-                for module, flops in _work(config, each, s, tokens, causal, stage, again):
-                    yield module, batch_size * flops
+                for part in work(config, each, s, tokens, causal, stage):
+                    yield part.module, batch_size * ((1 + again) * part.forward + part.backward)
 
     return _flops(amounts())
 
 
-def _work(c: ModelConfig, use: TensorUse, s: Any, n: Any, causal: bool, stage: Stage | None, again: bool) -> Amounts:
+def work(c: ModelConfig, use: TensorUse, s: Any, n: Any, causal: bool, stage: Stage | None) -> Iterator[Work]:
     """Yield the FLOPs of a tensor for n tokens of a sequence of s, and of an indexer's loss next to its scores.
 
     Args:
         stage: of a training step; None: a forward.
-        again: a forward more in backward.
     """
     keys, all_ = (twice_the_keys(most, s, causal, stage) for most in (use.most_keys, None))
-    passes = 3  # forward, and the gradients of both factors
+    gradients = 2  # of both factors
     if stage is None or use.kind == SCORES or (stage == "warmup" and use.kind != INDEXER):
-        passes = 1
+        gradients = 0
     elif use.kind == INDEXER:  # whose inputs have no gradient
-        passes = 2
-    pairs = whole(n * keys * use.per_pair)
-    yield use.module, (passes + again) * (2 * n * use.per_token + use.times * pairs)
+        gradients = 1
+    forward = 2 * n * use.per_token + use.times * whole(n * keys * use.per_pair)
+    yield Work(use.module, forward, gradients * forward)
     if stage and use.kind == SCORES:  # scores with their backward, and the target's logits of all keys
         compared = twice_the_keys(c.index_topk, s, causal, stage)
         loss = 3 * compared * use.per_pair + all_ * (c.n_heads * key_width(c))
-        yield use.module.replace(SCORES, LOSS), (1 + again) * use.times * whole(n * loss)
+        yield Work(use.module.replace(SCORES, LOSS), use.times * whole(n * loss), 0)
 
 
-def _is_repeated(c: ModelConfig, use: TensorUse, stage: Stage) -> bool:
+def is_repeated(c: ModelConfig, use: TensorUse, stage: Stage) -> bool:
     """Return whether a block that is made again in backward runs a product again.
 
     Backward needs no result of the last one. Two it needs: the routed experts', whose weights learn from them, and in

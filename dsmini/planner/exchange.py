@@ -8,29 +8,28 @@ inside the node the fast link takes it to each GPU with one. In one hop (V3's de
 of its own. The links work at the same time, so the slower one counts.
 
 To see what another network gives, change the links of a hardware file (machines.toml), or --vary slow_link=100e9; for
-another topology, `copies` is the one place that says how many rows cross which link.
+another topology, the rows of `Exchange` are the one place that says how many cross which link.
 
 Worked example, DeepSeek-V3's training, 64 GPUs in 8 nodes, k = 8: chosen freely a token's experts are on 5.29 nodes;
 with 4 of 8 groups allowed it reaches 3.97, 3.47 of them remote. A row is 7392 bytes in FP8 and 14,336 in BF16: 75 KB
 a token, layer and pass over InfiniBand, which take 1.9 us at 40 GB/s. Of eight separate rows seven are remote: 152
 KB.
 
-Estimates: all experts are equally likely; latency is left out.
+Estimates: all experts are equally likely, but for `imbalance`, by which the fullest GPU has more rows than the mean;
+latency is left out.
 
 Source: DeepSeek-V3 report, sections 2.1.2, 3.2.2 and 3.4; INS, section 2.3.2.
 """
 
 import functools
 import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dsmini.accounting.tensors import BLOCK, SIZES, ceiling, largest
+from dsmini.accounting.tensors import BLOCK, SIZES, ceiling
 from dsmini.config import ModelConfig
-from dsmini.planner.figure import Sheet, call
-from dsmini.planner.hardware import Hardware
+from dsmini.planner.figure import Figure
 
 TOKENS = 8192
 """Random tokens that are routed where groups are limited."""
@@ -65,41 +64,70 @@ def _routed(experts: int, chosen: int, groups: int, limited: int, best: int) -> 
     return np.argpartition(allowed, -chosen, axis=1)[:, -chosen:]
 
 
-def exchange(s: Sheet, t: Sheet, c: ModelConfig, gpus: Any, dtype: str, one_hop: Any = None) -> None:
-    """Name the bytes of a token in a MoE layer that cross the slow and the fast link, both ways.
+class Exchange:
+    """Bytes of a token in a MoE layer that cross the slow and the fast link, both ways."""
 
-    Args:
-        s: sheet with the hardware's numbers.
-        t: sheet for the figures, the same one or a stage's.
-        gpus: GPUs that share the experts.
-        dtype: of rows on their way to the experts, in FP8 codes with a scale for each tile.
-        one_hop: experts of a token, each of which gets a row of its own, with shared ones that are reached like routed
-            ones; None: two hops.
-    """
-    t.expert_nodes = largest(1.0, gpus / s.gpus_per_node)
-    if one_hop is None:
-        best = 2 if c.topk_method == "noaux_tc" else 1
+    expert_nodes: Figure
+    """Nodes that share a layer's experts. Source: V3, sections 3.2.2 and 3.4."""
+    nodes_reached: Figure
+    """Nodes that a token reaches, or rows of its own. Source: V3, sections 3.2.2 and 3.4."""
+    gpus_reached: Figure
+    """GPUs of a token's experts, or rows of its own. Source: V3, sections 3.2.2 and 3.4."""
+    slow_copies: Figure
+    """Rows of a token over the slow link. Source: V3, sections 3.2.2 and 3.4."""
+    fast_copies: Figure
+    """Rows of a token over the fast link. Source: V3, sections 3.2.2 and 3.4."""
+    dispatch_row: Figure
+    """Row on its way to an expert. Source: V3, section 3.3.3."""
+    combine_row: Figure
+    """Row on its way back. Source: V3, section 3.3.3."""
+    slow_row_bytes: Figure
+    """Slow link: bytes of a token and layer. Source: V3, sections 3.2.2 and 3.4."""
+    fast_row_bytes: Figure
+    """Fast link: bytes of a token and layer. Source: V3, sections 3.2.2 and 3.4."""
+
+    def __init__(
+        self,
+        c: ModelConfig,
+        gpus: float,
+        in_node: float,
+        dtype: str,
+        names: tuple[str, str],
+        one_hop: int | None = None,
+    ) -> None:
+        """Compute the bytes.
+
+        Args:
+            gpus, in_node: GPUs that share the experts, and how many of them are in a node.
+            dtype: of rows on their way to the experts, in FP8 codes with a scale for each tile.
+            names: of these two in formulas.
+            one_hop: experts of a token, each of which gets a row of its own, with shared ones that are reached like
+                routed ones; None: two hops.
+        """
+        whole, node = names
+        nodes, best = max(1.0, gpus / in_node), 2 if c.topk_method == "noaux_tc" else 1
+        self.expert_nodes = Figure(nodes, "", f"max(1, {whole} / {node})")
         how = (c.n_routed_experts, c.n_activated_experts, c.n_expert_groups, c.n_limited_groups, best)
-        t.nodes_reached = call("places_hit", places_hit, *how, t.expert_nodes)
-        t.gpus_reached = call("places_hit", places_hit, *how, gpus)
-        t.slow_copies = t.nodes_reached * (1 - 1 / t.expert_nodes)
-        t.fast_copies = t.gpus_reached * (1 - 1 / np.minimum(gpus, s.gpus_per_node))
-    else:
-        t.slow_copies = one_hop * (1 - 1 / t.expert_nodes)
-        t.fast_copies = one_hop * (1 / t.expert_nodes - 1 / gpus)
-    sizes = {"float32": 4 * c.dim, "bfloat16": 2 * c.dim, "fp8": c.dim + 4 * ceiling(c.dim, BLOCK)}
-    t.dispatch_row, t.combine_row = sizes[dtype], SIZES[dtype] * c.dim
-    t.slow_row_bytes = t.slow_copies * (t.dispatch_row + t.combine_row)
-    t.fast_row_bytes = t.fast_copies * (t.dispatch_row + t.combine_row)
+        sizes = f"n_routed_experts, n_activated_experts, n_expert_groups, n_limited_groups, {best}"
 
+        def reached(places: float, name: str) -> Figure:
+            if one_hop:
+                return Figure(one_hop, "", f"{one_hop}")
+            return Figure(places_hit(*how, float(places)), "", f"places_hit({sizes}, {name})")
 
-def training_exchange(s: Sheet, c: ModelConfig, hardware: Hardware, dtype: str) -> None:
-    """Name the traffic of a token among the GPUs that share experts in training, and its times.
-
-    Args:
-        dtype: of rows on their way to the experts.
-    """
-    exchange(s, s, c, s.expert, dtype)
-    s.slow_row_seconds = s.slow_row_bytes / s.slow_link if hardware.networked else 0.0
-    s.fast_row_seconds = s.fast_row_bytes / s.fast_link
-    s.dispatch_seconds = np.maximum(s.slow_row_seconds, s.fast_row_seconds)
+        self.nodes_reached, self.gpus_reached = reached(nodes, "expert_nodes"), reached(gpus, whole)
+        slow, fast = self.nodes_reached * (1 - 1 / nodes), self.gpus_reached * (1 - 1 / min(gpus, in_node))
+        formula = f"gpus_reached * (1 - 1 / min({whole}, {node}))"
+        if one_hop:
+            fast, formula = one_hop * (1 / nodes - 1 / gpus), f"gpus_reached * (1 / expert_nodes - 1 / {whole})"
+        self.slow_copies = Figure(slow, "", "nodes_reached * (1 - 1 / expert_nodes)")
+        self.fast_copies = Figure(fast, "", formula)
+        size = SIZES[dtype]
+        row, formula = size * c.dim, f"{size} * dim"
+        self.combine_row = Figure(row, "B", formula)
+        if dtype == "fp8":
+            row, formula = c.dim + 4 * ceiling(c.dim, BLOCK), f"dim + 4 * ceil(dim / {BLOCK})"
+        self.dispatch_row = Figure(row, "B", formula)
+        both = self.dispatch_row + self.combine_row
+        self.slow_row_bytes = Figure(slow * both, "B/token", "slow_copies * (dispatch_row + combine_row)")
+        self.fast_row_bytes = Figure(fast * both, "B/token", "fast_copies * (dispatch_row + combine_row)")

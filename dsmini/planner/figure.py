@@ -1,195 +1,238 @@
-"""Figures: numbers that remember how they were computed, and the sheet that names them.
+"""Figures: numbers with a unit, the formula that they were computed by, and a source; and their explanation in words.
 
-    s = Sheet()
-    s.put("n_layers", 61, "configs/deepseek-v3.toml")           # an input, with its source
-    s.kv_cache = s.n_layers * s.cache_row                       # a figure: its formula is what was computed
+    row = Figure(2 * 576, "B", "2 * (kv_lora_rank + qk_rope_head_dim)")
+    cache = Figure(n_layers * row, "B/token", "n_layers * cache_row")
 
-A formula works on plain numbers, on arrays and on figures alike, because it uses operators and NumPy's functions. So
-one copy of a formula serves a count, a search over thousands of layouts, and an explanation:
+A figure is a float, so formulas are plain Python. The text of a formula stands next to it, and names other figures and
+inputs; a test computes every text and compares. An input has no formula, and its source says where it comes from.
 
-    Sheet()                   every number is a Figure; words.py writes its formula
-    Sheet(explained=False)    numbers and arrays stay as they are
+Units are base units, without prefixes: B, FLOP, s, token, $, and their quotients. In words a prefix is a power of
+1000: a GB is 1e9 B. A computed figure has three digits, an input up to six, as it was given. Whole counts stay whole.
 
-Names, titles and units are in titles.toml. A name that is not there raises, so a misspelt figure is never lost.
-Units are declared, not computed: bytes, FLOP, seconds, tokens, dollars and joules, never with a prefix.
-"""
+An explanation has the figure that was asked for first, then each figure that it needs, once, then the inputs:
 
+    kv_cache: Cache of a token, all layers
+      = n_layers × cache_row
+      = 61 × 1.152 kB
+      = 70.3 kB/token (70,272 B/token)
+      source: V2, table 1
+"""  # noqa: RUF002
+
+import ast
+import difflib
 import functools
-import math
-import operator
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+import inspect
+import itertools
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-from numpy.lib.mixins import NDArrayOperatorsMixin
+from dsmini.report.units import human, is_whole, plural_of
 
-from dsmini.planner.words import WAYS
-from dsmini.reading import read_toml
-from dsmini.report.units import plural
-
-STAGES = ("decode", "prefill", "verify")
-PLACES = ("only", "first", "second", "middle", "last")
-"""GPUs of a pipeline by their place in it."""
-EACH = {
-    "stage": (STAGES, "{0}_{1}", "inference"),
-    "gpu": (PLACES, "{1}_{0}", "training"),
-}
-"""Tables of titles.toml whose figures exist several times: the words, the names with a word, and the section."""
+NAME = re.compile(r"(?<![\w.])[a-z_][a-z_0-9]*(?![a-z_0-9]*\()")
+"""Name in a formula that is not of a function."""
 
 
-class Title(NamedTuple):
-    """Words of a figure in titles.toml."""
+class Figure(float):
+    """Number that knows its unit, its formula in names, its title and its source; an input has no formula.
 
-    title: str
+    A class whose attributes are figures says their titles and sources in the documentation of its fields.
+    """
+
+    __slots__ = ("formula", "source", "title", "unit")
     unit: str
+    formula: str
+    title: str
     source: str
-    section: str
-    """Section of a plan, or "inputs"."""
+
+    def __new__(cls, value: float, unit: str, formula: str, title: str = "", source: str = "") -> "Figure":
+        made = super().__new__(cls, value)
+        made.unit, made.formula, made.title, made.source = unit, formula, title, source
+        return made
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the figures and inputs in the formula, each once."""
+        return list(dict.fromkeys(NAME.findall(self.formula)))
+
+    @property
+    def plain(self) -> float:
+        """Value as a plain number, whole where it is whole."""
+        return int(self) if is_whole(self) else float(self)
+
+    def __str__(self) -> str:
+        return human(self, self.unit, given=not self.formula)
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec) if spec else str(self)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Figure as JSON."""
+        return {"value": self.plain, "unit": self.unit, "title": self.title, "source": self.source}
+
+
+Figures = Mapping[str, Figure]
+
+
+def given(value: float, unit: str, title: str, source: str) -> Figure:
+    """Return an input."""
+    return Figure(value, unit, "", title, source)
 
 
 @functools.cache
-def titles() -> Mapping[str, Title]:
-    """Return the titles of all figures by name."""
-    tables = read_toml(Path(__file__).parent / "titles.toml")
-    found: dict[str, Title] = {}
-    for section, table in tables.items():
-        words, pattern, of = EACH.get(section, (("",), "{1}", section))
-        for name, (title, unit, *source) in table.items():
-            for word in words:
-                text = title.format(word.capitalize())
-                found[pattern.format(word, name)] = Title(text, unit, source[0] if source else "", of)
+def field_docs(kind: type) -> Mapping[str, tuple[str, str]]:
+    """Return title and source of each field of a class, as its documentation says them.
+
+    >>> field_docs(CacheFigures)["kv_cache"]
+    ('Cache of a token, all layers', 'V2, table 1; INS, table 1')
+    """
+    module = ast.parse(inspect.getsource(inspect.getmodule(kind) or kind))
+    (declared,) = (n for n in module.body if isinstance(n, ast.ClassDef) and n.name == kind.__name__)
+    found: dict[str, tuple[str, str]] = {}
+    for field, doc in itertools.pairwise(declared.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(doc, ast.Expr):
+            title, _, source = " ".join(ast.literal_eval(doc.value).split()).rstrip(".").partition(". Source: ")
+            found[field.target.id] = title, source
     return found
 
 
-OPERATIONS: Mapping[Any, tuple[str, Callable[..., Any]]] = {
-    np.add: ("+", operator.add),
-    np.subtract: ("-", operator.sub),
-    np.multiply: ("×", operator.mul),  # noqa: RUF001
-    np.true_divide: ("/", operator.truediv),
-    np.power: ("^", operator.pow),
-    np.maximum: ("max", max),
-    np.minimum: ("min", min),
-    np.ceil: ("ceil", math.ceil),
-    np.floor: ("floor", math.floor),
-    np.exp: ("exp", math.exp),
-    np.sqrt: ("sqrt", math.sqrt),
-}
-"""Operations of figures by NumPy's function: the sign, and the operation on numbers, which keeps whole ones exact."""
-COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
-NOTHING = {np.add: 0, np.multiply: 1}
-"""Number that leaves the other one as it is."""
+def figures_of(found: object, pattern: str = "{}") -> dict[str, Figure]:
+    """Return the attributes of an object that are figures, by name, with their titles and sources.
+
+    Args:
+        pattern: of whole names, such as "memory_{}", which formulas then have too.
+    """
+    here = {name: value for name, value in vars(found).items() if isinstance(value, Figure)}
+    names, docs = {name: pattern.format(name) for name in here}, field_docs(type(found))
+    whole: dict[str, Figure] = {}
+    for name, figure in here.items():
+        title, source = docs.get(name, (figure.title, figure.source))
+        formula = renamed(figure.formula, names)
+        whole[names[name]] = Figure(figure, figure.unit, formula, figure.title or title, figure.source or source)
+    return whole
 
 
-class Figure(NDArrayOperatorsMixin):
-    """Number with the operation and the numbers that gave it."""
+def renamed(formula: str, names: Mapping[str, str]) -> str:
+    """Return a formula with other names."""
+    return NAME.sub(lambda found: names.get(found[0], found[0]), formula)
 
-    __slots__ = ("args", "name", "op", "source", "value")
 
-    def __init__(
-        self, value: Any, op: str = "number", args: tuple["Figure", ...] = (), name: str = "", source: str = ""
-    ):
-        self.value, self.op, self.args, self.name, self.source = value, op, args, name, source
+def exactly(figure: Figure) -> str:
+    """Return a figure in its base units: a whole number with all digits, any other with ten."""
+    value, unit = float(figure), plural_of(figure.unit)
+    number = f"{value:,.0f}" if is_whole(value) else f"{value:,.10g}"
+    return f"${number}" if unit == "$" else f"{number} {unit}".rstrip()
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **_: Any) -> Any:
-        given = [a if isinstance(a, Figure) else Figure(a) for a in inputs]
-        if ufunc in COMPARISONS:
-            return bool(ufunc(*(a.value for a in given)))
-        plain = [not isinstance(a, Figure) for a in inputs]
-        for i, other in ((0, 1), (1, 0)):
-            if ufunc in NOTHING and plain[i] and given[i].value == NOTHING[ufunc]:
-                return inputs[other]
-            if ufunc is np.multiply and plain[i] and given[i].value == 0:
-                return 0
-        sign, operation = OPERATIONS[ufunc]
-        if sign in ("max", "min") and given[0].op == sign:  # max(max(a, b), c) reads max(a, b, c)
-            given = [*given[0].args, given[1]]
-        return Figure(operation(*(a.value for a in given)), sign, tuple(given))
 
-    def __bool__(self) -> bool:
-        return bool(self.value)
+# --- explanations
 
-    def __float__(self) -> float:
-        return float(self.value)
 
-    def __index__(self) -> int:
-        return int(self.value)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One named figure: its formula in names, in numbers, and the result. An input has no formula."""
 
-    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return id(self)
+    name: str
+    title: str
+    value: str
+    """Result for people, such as "70.3 kB/token"."""
+    exact: str
+    """Result with all digits, such as "70,272 B/token"."""
+    source: str
+    formula: str = ""
+    numbers: str = ""
+    """The same formula in numbers with their units, such as "61 × 1.152 kB"."""  # noqa: RUF001
+    needs: tuple[str, ...] = ()
+    """Names of the figures and inputs in the formula."""
 
     @property
-    def title(self) -> Title:
-        """Title of a named figure."""
-        return titles()[self.name]
-
-    def __format__(self, way: str) -> str:
-        if way in WAYS:
-            return WAYS[way](self)
-        return plural(int(self.value), way) if way.isalpha() else format(float(self.value), way)
-
-    def __repr__(self) -> str:
-        return f"{self.name or 'Figure'} = {self.value:.6g}"
+    def lines(self) -> list[str]:
+        """Formula in names and in numbers, where these say more than the result does."""
+        written = dict.fromkeys((self.formula, self.numbers))
+        return [line for line in written if line and not line == self.value == self.exact]
 
 
-def call(sign: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Return a function of numbers, figures or arrays; a formula shows it as sign(...)."""
-    if any(isinstance(arg, Figure) for arg in args):
-        given = tuple(arg if isinstance(arg, Figure) else Figure(arg) for arg in args)
-        return Figure(function(*(arg.value for arg in given)), sign, given)
-    return np.vectorize(function, otypes=[float])(*args) if any(np.ndim(arg) for arg in args) else function(*args)
+def step_of(figures: Figures, name: str) -> Step:
+    """Return the formula, the numbers and the result of a figure, or an input's value and source."""
+    figure = figures[name]
+
+    def number(found: re.Match[str]) -> str:
+        written = human(figures[found[0]], figures[found[0]].unit, given=True)
+        return f"({written})" if written.startswith("-") else written
+
+    return Step(
+        name=name,
+        title=figure.title,
+        value=str(figure),
+        exact=exactly(figure),
+        source=figure.source,
+        formula=_shown(figure.formula),
+        numbers=_shown(NAME.sub(number, figure.formula)),
+        needs=tuple(figure.names),
+    )
 
 
-class Sheet:
-    """Numbers by name. Setting an attribute names a figure, and reading one returns it."""
+def _shown(formula: str) -> str:
+    """Return a formula as it is read: with signs of mathematics, and large numbers in groups of three digits."""
+    grouped = re.sub(r"(?<![\w.])\d{5,}(?![\w.])", lambda found: f"{int(found[0]):,}", formula)
+    return grouped.replace("**", "^").replace("*", "×")  # noqa: RUF001
 
-    def __init__(self, explained: bool = True, pattern: str = "{}", found: dict[str, Any] | None = None) -> None:
-        self.__dict__.update(_explained=explained, _pattern=pattern, _found={} if found is None else found)
 
-    def each(self, pattern: str) -> "Sheet":
-        """Return the sheet for figures whose names have a part more, such as "decode_{}"."""
-        return Sheet(self._explained, pattern, self._found)
+def needed(figures: Figures, name: str, depth: int | None = None) -> list[str]:
+    """Return a figure's name and those that it needs, down to the inputs, in the order of reading, each once.
 
-    def copy(self) -> "Sheet":
-        """Return a sheet with the same figures, to which others may be added."""
-        return Sheet(self._explained, self._pattern, dict(self._found))
+    Args:
+        depth: names at most so many formulas away.
+    """
+    found, todo = dict[str, None](), [(name, 0)]
+    while todo:
+        here, away = todo.pop()
+        if here not in found and (depth is None or away <= depth):
+            found[here] = None
+            todo += [(inner, away + 1) for inner in reversed(figures[here].names)]
+    return list(found)
 
-    def put(self, name: str, value: Any, source: str) -> Any:
-        """Name an input, and return it."""
-        name = self._pattern.format(name)
-        assert name in titles(), f"{name} is not in titles.toml"
-        if name not in self._found:
-            self._found[name] = Figure(value, "input", (), name, source) if self._explained else value
-        return self._found[name]
 
-    def name(self, name: str, value: Any) -> Any:
-        """Name a figure, and return it."""
-        setattr(self, name, value)
-        return getattr(self, name)
+def explain(figures: Figures, name: str, depth: int | None = None) -> dict[str, list[Step]]:
+    """Return the steps of a figure, what was asked for first, and the inputs in the order of their use.
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        name = self._pattern.format(name)
-        if name not in titles():
-            raise AttributeError(f"{name} is not in titles.toml")
-        if self._explained:
-            formula = value if isinstance(value, Figure) else Figure(value)
-            value = Figure(formula.value, "name", (formula,), name, titles()[name].source)
-            assert self._found.get(name, value).value == value.value, f"{name} is named twice, with other values"
-        self._found[name] = value
+    Raises: ValueError for an unknown name, with the nearest known ones.
+    """
+    check_name(figures, name)
+    steps = [step_of(figures, each) for each in needed(figures, name, depth)]
+    return {"steps": [s for s in steps if s.formula], "inputs": [s for s in steps if not s.formula]}
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["_found"][self.__dict__["_pattern"].format(name)]
-        except KeyError:
-            raise AttributeError(f"{self._pattern.format(name)} was not computed") from None
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return a figure by name, or the default for what a model does not have."""
-        return self._found.get(self._pattern.format(name), default)
+def check_name(known: Iterable[str], name: str) -> None:
+    """Raise ValueError for an unknown name, with the nearest known ones."""
+    names = list(known)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+        near += [other for other in names if name and name in other and other not in near][:5]
+        fix = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"unknown figure {name!r}; {fix}--explain list shows all {len(names)} names")
 
-    def section(self, name: str) -> dict[str, Any]:
-        """Return the figures of a section, without inputs."""
-        return {key: f for key, f in self._found.items() if titles()[key].section == name and f.op != "input"}
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._found.values())
+def text(explanation: Mapping[str, list[Step]], width: int = 100) -> str:
+    """Return an explanation as lines of at most this many characters, if no name or number is longer."""
+    lines: list[str] = []
+
+    def say(line: str, first: str = "") -> None:
+        how: dict[str, Any] = {"initial_indent": first, "subsequent_indent": f"{first and '  '}  "}
+        lines.extend(textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False, **how))
+
+    for step in explanation["steps"]:
+        say(f"{step.name}: {step.title}")
+        for line in step.lines:
+            say(line, "  = ")
+        say(step.value if step.value == step.exact else f"{step.value} ({step.exact})", "  = ")
+        if step.source:
+            say(f"source: {step.source}", "  ")
+        lines.append("")
+    if explanation["inputs"]:
+        lines.append("inputs")
+    for step in explanation["inputs"]:
+        say(f"{step.name} = {step.value}: {step.title} ({step.source})", "  ")
+    return "\n".join(lines).rstrip()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmini.config.fields import build, check_types, refuse_unknown, require, setting
-from dsmini.planner.figure import Sheet
+from dsmini.planner.figure import Figure, given
 from dsmini.reading import brief, read_toml
 
 OnPart = Callable[[float, str], None]
@@ -31,17 +31,21 @@ BYTES = {f"{p}B": size for p, size in PREFIXES.items()} | {f"{p}iB": 1024.0**i f
 RATES = {f"{p}B/s": size for p, size in PREFIXES.items()} | {f"{p}b/s": size / 8 for p, size in PREFIXES.items()}
 SPEEDS = {f"{p}FLOP/s": size for p, size in PREFIXES.items()}
 COUNT = {"": 1.0}
-NUMBERS: Mapping[str, tuple[str, Mapping[str, float]]] = {
-    **{f"peaks.{dtype}": (f"peak_{dtype}", SPEEDS) for dtype in DTYPES},
-    "memory": ("gpu_memory", BYTES),
-    "memory_bandwidth": ("memory_bandwidth", RATES),
-    "gpus_per_node": ("gpus_per_node", COUNT),
-    "multiprocessors": ("multiprocessors", COUNT),
-    "fast_link": ("fast_link", RATES),
-    "slow_link": ("slow_link", RATES),
-    "price": ("gpu_price", {"$/s": 1.0, "$/h": 1 / 3600}),
+NUMBERS: Mapping[str, tuple[str, str, Mapping[str, float]]] = {
+    **{
+        f"peaks.{dtype}": (f"peak_{dtype}", f"Dense peak of {dtype} products of an accelerator", SPEEDS)
+        for dtype in DTYPES
+    },
+    "memory": ("gpu_memory", "Memory of an accelerator", BYTES),
+    "memory_bandwidth": ("memory_bandwidth", "Bandwidth of an accelerator's memory", RATES),
+    "gpus_per_node": ("gpus_per_node", "Accelerators that the fast link connects", COUNT),
+    "fast_link": ("fast_link", "Peak rate to others of the node, one direction", RATES),
+    "slow_link": ("slow_link", "Peak rate to other nodes, one direction", RATES),
+    "price": ("gpu_price", "Rent of an accelerator", {"$/s": 1.0, "$/h": 1 / 3600}),
 }
-"""Numbers of a file: the figure that each gives, and the units that it may have, the base unit first."""
+"""Numbers of a file: the figure that each gives, its title, and the units that it may have, the base unit first."""
+FIGURES = {name: (title, next(iter(units))) for name, title, units in NUMBERS.values()}
+"""Title and base unit of each figure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +56,8 @@ class Hardware:
     """Name on the command line, such as "h800"."""
     title: str
     """Name for people, such as "NVIDIA H800 SXM"."""
-    numbers: Mapping[str, tuple[float, str]]
-    """Value in base units and source of each number, by the name of its figure; without what is not published."""
+    numbers: Mapping[str, Figure]
+    """Numbers by the name of their figure, in base units, with their sources; without what is not published."""
 
     @property
     def peaks(self) -> list[str]:
@@ -73,7 +77,7 @@ class Hardware:
     @property
     def gpus_per_node(self) -> int:
         """Number of accelerators in a node."""
-        return round(self.value("gpus_per_node"))
+        return round(self.numbers["gpus_per_node"])
 
     @property
     def node(self) -> int:
@@ -85,32 +89,47 @@ class Hardware:
         """Number of accelerators that the links connect."""
         return math.inf if self.networked else self.node
 
-    def value(self, name: str) -> float:
-        """Return a number by the name of its figure."""
-        return self.numbers[name][0]
+    @property
+    def memory(self) -> Figure:
+        """Bytes of an accelerator's memory."""
+        return self.numbers["gpu_memory"]
 
-    def put(self, sheet: Sheet) -> None:
-        """Put all numbers on a sheet as inputs."""
-        for name, (value, source) in self.numbers.items():
-            sheet.put(name, value, source)
+    @property
+    def memory_bandwidth(self) -> Figure:
+        """Bytes a second between memory and what computes."""
+        return self.numbers["memory_bandwidth"]
 
-    def peak(self, sheet: Sheet, dtype: str) -> Any:
-        """Return the peak of a dtype on a sheet. Raises: ValueError for a dtype that the hardware has no units for."""
+    @property
+    def fast_link(self) -> Figure:
+        """Bytes a second to others of the node. Hardware without a link has plans of one accelerator only."""
+        return self.numbers["fast_link"]
+
+    @property
+    def slow_link(self) -> Figure:
+        """Bytes a second to other nodes. Hardware without such a link has plans of one node only."""
+        return self.numbers["slow_link"]
+
+    @property
+    def price(self) -> Figure | None:
+        """Dollars a second of an accelerator; None where nobody published one."""
+        return self.numbers.get("gpu_price")
+
+    def peak(self, dtype: str) -> Figure:
+        """Return the peak of a dtype. Raises: ValueError for a dtype that the hardware has no units for."""
         if dtype not in self.peaks:
             raise ValueError(f"{self.title} has no {dtype} units; use a precision that it has: {', '.join(self.peaks)}")
-        return getattr(sheet, f"peak_{dtype}")
+        return self.numbers[f"peak_{dtype}"]
 
-    def having(self, source: str, **numbers: float) -> "Hardware":
-        """Return hardware with other numbers, in base units."""
-        return replace(self, numbers={**self.numbers, **{name: (value, source) for name, value in numbers.items()}})
+    def having(self, source: str, numbers: Mapping[str, Any]) -> "Hardware":
+        """Return hardware with other numbers in base units, also such as it lacks.
 
-    def varied(self, source: str, numbers: Mapping[str, Any]) -> "Hardware":
-        """Return hardware with other numbers, also such as it lacks. Raises: ValueError for what no file may have."""
+        Raises: ValueError for what no file may have.
+        """
         found = dict(self.numbers)
-        for figure, units in NUMBERS.values():
+        for figure, title, units in NUMBERS.values():
             if figure in numbers:
                 table = {"value": numbers[figure], "unit": next(iter(units)), "source": source}
-                found[figure] = _number(table, units, f"{figure} of {source}", "")
+                found[figure] = _number(table, (figure, title, units), f"{figure} of {source}", "")
         return replace(self, numbers=found)
 
 
@@ -168,22 +187,19 @@ def read(raw: dict[str, Any], name: str, file: str) -> Hardware:
         require(isinstance(raw.get(key), dict) and bool(raw[key]), f"{file} has no {key}; add a table [{key}]")
     refuse_unknown(peaks, list(DTYPES), file, "peaks.")
     there = raw | {f"peaks.{dtype}": table for dtype, table in peaks.items()}
-    numbers: dict[str, tuple[float, str]] = {}
-    for key, (figure, units) in NUMBERS.items():
-        if key in there:
-            numbers[figure] = _number(there[key], units, file, f"{key}.")
+    kinds = {key: kind for key, kind in NUMBERS.items() if key in there}
+    numbers = {kind[0]: _number(there[key], kind, file, f"{key}.") for key, kind in kinds.items()}
     return Hardware(name=name, title=title, numbers=numbers)
 
 
-def _number(table: Any, units: Mapping[str, float], file: str, key: str) -> tuple[float, str]:
-    """Return the value in base units, and the source, of a table of a file. Raises: ValueError naming what is wrong."""
-    number = build(Number, table, f"[{key[:-1]}] of {file}" if key else file, key)
+def _number(table: Any, kind: tuple[str, str, Mapping[str, float]], file: str, key: str) -> Figure:
+    """Return a number of a file in base units. Raises: ValueError naming what is wrong."""
+    number, (_, title, units) = build(Number, table, f"[{key[:-1]}] of {file}" if key else file, key), kind
     want = ", ".join(filter(None, units)) or "none"
     require(number.unit in units, f"{key}unit in {file} is {brief(number.unit)}, want {want}")
     scaled = number.value * units[number.unit]
-    whole = scaled.is_integer() and scaled < 2.0**53
-    require(whole or units is not COUNT, f"{key}value in {file} is {number.value}, want a whole number")
-    return (int(scaled) if whole else scaled), number.source
+    require(scaled.is_integer() or units is not COUNT, f"{key}value in {file} is {number.value}, want a whole number")
+    return given(scaled, next(iter(units)), title, number.source)
 
 
 def this_machine(on_part: OnPart) -> Hardware:
@@ -204,4 +220,8 @@ def this_machine(on_part: OnPart) -> Hardware:
     numbers |= {"memory_bandwidth": roofs.bandwidth, "gpu_memory": memory, "gpus_per_node": count}
     source = f"measured here by dsmini.measure, {datetime.date.today()}"
     title = roofs.card["device" if device.type == "cuda" else "processor"]
-    return Hardware(name="this", title=title, numbers={key: (value, source) for key, value in numbers.items()})
+    return Hardware(
+        name="this",
+        title=title,
+        numbers={n: given(x, FIGURES[n][1], FIGURES[n][0], source) for n, x in numbers.items()},
+    )

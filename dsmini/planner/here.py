@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsmini.config import TrainConfig
 from dsmini.planner.hardware import OnPart, quiet
-from dsmini.planner.plan import Plan
-from dsmini.planner.request import DTYPES, Setup
+from dsmini.planner.plan import Plan, make_plan
+from dsmini.planner.request import DTYPES
 
 if TYPE_CHECKING:
     from dsmini.measure.price import Forecast
@@ -50,27 +50,28 @@ def steps_here(plan: Plan, on_part: OnPart = quiet) -> Steps:
     return found
 
 
-def with_forecast(planned: Plan, steps: Steps) -> Setup:
-    """Return a setup in which a step takes as long as its forecast, unless the user gave a utilization."""
-    made = planned.setup
-    if TRAINING not in steps or made.request.utilization is not None:
-        return made
-    reached = float(planned.sheet.mfu * planned.sheet.step_seconds) / steps[TRAINING][0].seconds
-    return replace(made.asking(utilization=reached), sources={**made.sources, "utilization": "the forecast of a step"})
+def with_forecast(plan: Plan, steps: Steps) -> Plan:
+    """Return a plan in which a step takes as long as its forecast, unless the user gave a utilization."""
+    if TRAINING not in steps or plan.request.utilization is not None:
+        return plan
+    reached = plan.run.mfu * plan.run.step_seconds / steps[TRAINING][0].seconds
+    request = replace(plan.request, utilization=reached)
+    return make_plan(request, plan.model, plan.hardware, plan, "the forecast of a step")
 
 
 def _steps(plan: Plan) -> Iterator[tuple[str, Any, "StepShape"]]:
     """Yield the name, the seconds by roofs, and the shape of each step."""
     from dsmini.measure.workloads import ROOM, StepShape
 
-    r: Any = plan.setup.request
-    s, config, run = plan.sheet, plan.setup.model.config, plan.setup.model.run
+    r: Any = plan.request
+    config, run = plan.model.config, plan.model.run
     if plan.fits and r.gpus == 1 and (run is not None or r.batch * config.max_seq_len <= MOST_TOKENS):
         train = run.train if run is not None else TrainConfig(optimizer=r.optimizer, moments=r.moments)
         how: dict[str, Any] = {"work": "training", "dtype": DTYPES[r.precision], "train": train}
-        yield TRAINING, s.parts_seconds, StepShape(batch=r.batch, tokens=r.seq_len, config=config, **how)
-    if plan.setup.served:
+        yield TRAINING, plan.step.parts_seconds, StepShape(batch=r.batch, tokens=r.seq_len, config=config, **how)
+    if plan.served is not None:
         how = {"config": config, "dtype": r.weight_dtype}
-        yield "prompt", s.prefill_step_time, StepShape(work="prefill", batch=1, tokens=r.prompt, **how)
+        prompt, token = (plan.served.steps[stage].step_time for stage in ("prefill", "decode"))
+        yield "prompt", prompt, StepShape(work="prefill", batch=1, tokens=r.prompt, **how)
         context = min(r.context, config.max_seq_len - ROOM)
-        yield "decoding step", s.decode_step_time, StepShape(work="decode", batch=r.sequences, tokens=context, **how)
+        yield "decoding step", token, StepShape(work="decode", batch=r.sequences, tokens=context, **how)

@@ -1,9 +1,11 @@
 """Plan: all figures of a model on hardware, and what binds training, decode and prefill; and plans of several values.
 
-    >>> made = setup(PlanRequest(hardware="h800"), Model.from_file(find_config("deepseek-v3")), load_hardware("h800"))
-    >>> plan(made).sheet.training_cost
+    >>> plan = make_plan(PlanRequest(), Model.from_file(find_config(Path("deepseek-v3"))), load_hardware("h800"))
+    >>> plan.run.training_cost
 
-A plan is a function of its setup alone. To vary, search or compare, change a request and plan it.
+The way is one: request, layout and deployments, figures, sentences, page. What a user leaves open is filled in with
+the first that has it: the file's section [train], DeepSeek-V3's published run (presets.toml), what search.py and
+serving.py choose. A complete request is planned as it is. So another plan is a complete request with a change.
 
 What binds. The parts of a training step run one after the other: the longest one binds, and its share of the step says
 how much. The parts of serving overlap, so a step takes as long as the slowest one. Making it faster gains at most its
@@ -15,7 +17,7 @@ Variation.
     kv_lora_rank=128,256,512        a field of the model
     hardware=h100,h800              hardware, by name or file
     slow_link=50e9,100e9            a number of the hardware, in base units, by the name of its figure
-    gpus=512,1024,2048              a field of the request: layout, workload, serving, failures
+    gpus=512,1024,2048              a field of the request: layout, workload, serving, efficiencies, failures
 
 Everything else stays as the plan has it: with other hardware the layout is the same one. So a difference has one
 cause. Only the number of sequences follows a longer context, where the user left it open. Values for which there is
@@ -26,91 +28,243 @@ import contextlib
 import difflib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
-from dsmini.planner.figure import Figure, Sheet
-from dsmini.planner.hardware import NUMBERS, OnPart, load_hardware, quiet
-from dsmini.planner.model import ModelSizes, cache_figures, model_figures, weight_figures
-from dsmini.planner.request import PlanRequest, Setup, check
-from dsmini.planner.serving import STAGES, demands, deployment_figures, deployment_rules, serving_figures
-from dsmini.planner.setup import changed
-from dsmini.planner.training import FAILURES, PARTS, failure_figures, run_figures, training_figures
-from dsmini.planner.words import find
+from dsmini.planner.figure import Figure, Figures, check_name, figures_of
+from dsmini.planner.hardware import FIGURES, USER, Hardware, OnPart, load_hardware, quiet
+from dsmini.planner.model import CacheFigures, ModelFigures, WeightFigures
+from dsmini.planner.request import LAYOUT, SERVING, Assumptions, Inputs, Model, PlanRequest, is_v3, presets
+from dsmini.planner.search import Chosen, choose_layout
+from dsmini.planner.serving import STAGES, Served, Serving, choose_serving, fill
+from dsmini.planner.training import Failures, Run, Step, Training
 from dsmini.reading import brief
 
 SECTIONS = ("model", "training", "reliability", "inference")
-LAYOUT_INPUTS = ("gpus", "pipeline", "expert", "tensor", "micro_batch", "batch", "seq_len", "tokens")
+WORKLOAD = "as DeepSeek-V3: V3 report, section 4.2"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """All figures of a plan."""
 
-    setup: Setup
-    sheet: Sheet
-    waits: Mapping[str, Mapping[str, float]]
-    """Seconds of the parts of a step by their words: of training, and of decode and prefill if serving has a plan."""
+    model: Model
+    hardware: Hardware
+    asked: PlanRequest
+    """Request as it was before it was completed."""
+    request: PlanRequest
+    """Complete request. Where serving has no plan, decode_gpus is open."""
+    sources: dict[str, str]
+    """Source of each field of the request, in words."""
+    published: bool
+    """Deployments of DeepSeek-V3's sizes send rows as its own do: it is the model, or one that is varied from it."""
+    inputs: Inputs
+    assumed: Assumptions
+    m: ModelFigures
+    chosen: Chosen
+    step: Step
+    run: Run
+    failures: Failures | None
+    """None where training does not fit."""
+    serving: Serving | None
+    served: Served | None
+    unserved: str
+    """Reason why serving has no plan, in one sentence; "" if it has one."""
+
+    @property
+    def training(self) -> Training:
+        """Figures of the layout."""
+        return self.chosen.training
 
     @property
     def fits(self) -> bool:
         """True if every GPU has the memory for training. The need is a lower bound, so leave room."""
-        return self.sheet.memory_free >= 0
+        return self.training.fits
 
     @property
-    def figures(self) -> dict[str, Figure]:
-        """All figures by name, inputs not among them."""
-        return {name: f for section in SECTIONS for name, f in self.sheet.section(section).items()}
+    def misfit(self) -> dict[str, str]:
+        """Sentences about what does not fit, with what would: of training, decode and prefill."""
+        training = {"training": self.chosen.misfit} if self.chosen.misfit else {}
+        return training | (self.serving.misfit if self.serving else {})
+
+    @property
+    def refused(self) -> str:
+        """Sentence about a plan in which nothing fits; "" if training or serving does."""
+        serving = self.unserved or (next(iter(self.serving.misfit.values()), "") if self.serving else "")
+        if not self.chosen.misfit or not serving:
+            return ""
+        return f"neither training nor serving fits: {self.chosen.misfit}. Serving: {serving}"
+
+    @property
+    def waits(self) -> dict[str, dict[str, float]]:
+        """Seconds of the parts of a step by their words: of training, and of decode and prefill."""
+        return {"training": self.step.parts} | ({s: self.served.steps[s].waits for s in STAGES} if self.served else {})
 
     def longest(self, stage: str) -> list[str]:
         """Return the parts of a step, the longest first, which binds."""
         return sorted(self.waits[stage], key=lambda part: -self.waits[stage][part])
 
+    @cached_property
+    def sections(self) -> dict[str, dict[str, Figure]]:
+        """Figures by section and name, without inputs."""
+        weights = self.serving.work.weights if self.serving else WeightFigures(self.m, "bfloat16")
+        cache = self.serving.work.cache if self.serving else CacheFigures(self.m, "bfloat16")
+        t, found = self.training, dict[str, Figure]()
+        parts = (t, t.state, t.local, t.saved, t.rates, t.links, self.step, self.run)
+        rows = self.step.rows
+        for part in (*parts, *filter(None, (t.process, rows, rows and rows.exchange))):
+            found |= figures_of(part)
+        for place, gpu in t.gpus.items():
+            found |= figures_of(gpu, f"{{}}_{place}")
+        every = {
+            "model": figures_of(self.m) | figures_of(cache) | figures_of(weights),
+            "training": found,
+            "reliability": figures_of(self.failures) if self.failures else {},
+            "inference": dict(self.served.figures) if self.served else {},
+        }
+        return {name: {n: f for n, f in section.items() if f.formula} for name, section in every.items()}
+
+    @cached_property
+    def figures(self) -> Figures:
+        """All figures by name, then all inputs that they need."""
+        computed = {name: figure for section in self.sections.values() for name, figure in section.items()}
+        known = self.m.sizes | dict(self.hardware.numbers) | figures_of(self.assumed) | computed
+        for name in (*LAYOUT[:4], "micro_batch", "batch"):
+            known[name] = self.inputs.of(name)
+        known |= {name: self.inputs.of(name, "token") for name in ("seq_len", "tokens")}
+        parts = (self.training, self.training.process, self.step.rows, self.failures)
+        for part in filter(None, parts):
+            known |= {name: figure for name, figure in figures_of(part).items() if not figure.formula}
+        if self.request.utilization is not None:
+            known["utilization"] = self.inputs.of("utilization")
+        if self.serving is not None and self.served is not None:
+            w = self.serving.work
+            known |= {"context": w.context, "prompt": w.prompt, "sequences": w.sequences}
+            known |= {name: self.inputs.of(name) for name in ("drafts", "acceptance")}
+            known |= self.served.figures
+        names = dict.fromkeys(computed)
+        for name in computed:
+            names |= dict.fromkeys(known[name].names)
+        return {name: known[name] for name in names}
+
+    def get(self, name: str) -> Figure | None:
+        """Return a figure or an input by name; None for what the plan does not have."""
+        return self.figures.get(name)
+
+    def section(self, name: str) -> str:
+        """Return the section of a figure; "" for an input."""
+        return next((section for section, found in self.sections.items() if name in found), "")
+
     def unfit(self, name: str) -> bool:
         """Return whether a figure is of training or of a deployment that the memory of a GPU does not hold."""
-        section = self.sheet.get(name).title.section
+        section = self.section(name)
         if section == "inference":
-            return ("prefill" if name.startswith("prefill") else "decode") in self.setup.misfit
+            return ("prefill" if name.startswith("prefill") else "decode") in self.misfit
         return section in ("training", "reliability") and not self.fits
 
+    def in_precision(self, precision: Any) -> Figure | None:
+        """Return the time of the run in the same layout with another precision; None if it does not fit."""
+        layout = replace(self.chosen.layout, precision=precision)
+        training = Training(self.m, self.hardware, self.assumed, layout)
+        if not training.fits:
+            return None
+        step = Step(self.m, self.hardware, self.assumed, layout, training)
+        return Run(self.m, self.hardware, layout, self.inputs.of("tokens", "token"), step, None).training_time
 
-def plan(made: Setup) -> Plan:
-    """Return the plan of a setup.
 
-    Raises: ValueError with one sentence for what the model or the hardware cannot have.
+def make_plan(
+    request: PlanRequest, model: Model, hardware: Hardware, before: Plan | None = None, source: str = USER
+) -> Plan:
+    """Return the plan of a request.
+
+    Args:
+        before: plan of which this is a variation, whose complete request was changed.
+        source: of the fields that are given, but for those that stay as before.
+
+    Raises: ValueError with one sentence for choices that the model or the hardware cannot have.
     """
-    r, hardware, config, s = made.request, made.hardware, made.model.config, Sheet()
-    c: Any = ModelSizes(config, s, made.sources.get("model", made.model.source))
+    if model.config.attention == "dsa" and model.run is not None and model.run.train.dsa_stage == "warmup":
+        raise ValueError(f"{model.source} has train.dsa_stage='warmup', which has no plan; use dsa_stage='sparse'")
+    given = request.given(tuple(field.name for field in fields(request)))
+    old = before.sources if before is not None else {}
+    same = {name for name in given if before is not None and given[name] == getattr(before.request, name)}
+    sources = {**dict.fromkeys(given, source), **{n: s for n, s in old.items() if n in same or n not in given}}
+    if request.price is not None:
+        hardware = hardware.having(sources["price"], {"gpu_price": request.price / 3600})
+    r, sources = _worked(request, sources, model)
+    asked, published = (request, is_v3(model.config)) if before is None else (before.asked, before.published)
+    inputs, tokens = Inputs(request=r, sources=sources), Inputs(request=r, sources=sources).of("tokens", "token")
+    assumed = Assumptions(inputs)
+    reached = None if r.utilization is None else inputs.of("utilization")
+    m = ModelFigures(model.config, inputs.of("seq_len", "token"), sources.get("model", model.source))
 
-    def put(*names: str) -> None:
-        for name in names:
-            s.put(name, getattr(r, name), made.sources[name])
+    def run_of(chosen: Any) -> Run:
+        return Run(m, hardware, chosen.layout, tokens, chosen.step, reached)
 
-    hardware.put(s)
-    put(*LAYOUT_INPUTS, *r.given((*FAILURES, "utilization")))
-    model_figures(s, c)
-    cache_figures(s, c, r.cache_dtype or "bfloat16")
-    weight_figures(s, c, r.weight_dtype or "bfloat16")
-    training_figures(s, c, hardware, r)
-    run_figures(s, hardware, r)
-    waits = {"training": {words: float(getattr(s, part)) for part, words in PARTS.items()}}
-    if s.memory_free >= 0:
-        failure_figures(s)
-        s.elapsed_time = s.training_time / s.effective_share
-        if s.get("training_cost") is not None:
-            s.elapsed_cost = s.training_cost / s.effective_share
-    if made.served:
-        put("context", "sequences", "prompt", *(("drafts", "acceptance") if config.n_mtp_layers and r.drafts else ()))
-        deployments = {stage: made.deployment(stage) for stage in STAGES}
-        for stage, deployment in deployments.items():
-            check(deployment_rules(deployment, config, hardware))
-            deployment_figures(s, c, deployment, made.sources[stage])
-        serving_figures(s, c, hardware, r.weight_dtype or "bfloat16", *deployments.values())
-        for stage in STAGES:
-            waits[stage] = {words: float(time) for words, time in demands(s.each(f"{stage}_{{}}")).items()}
-    return Plan(setup=made, sheet=s, waits=waits)
+    chosen = choose_layout(r, model, m, hardware, assumed, lambda found: float(run_of(found).training_time))
+    chosen = chosen._replace(how=sources.get("layout", chosen.how))
+    r, sources = fill(r, sources, chosen.how, {name: getattr(chosen.layout, name) for name in LAYOUT})
+    sources["layout"] = chosen.how
+    step = Step(m, hardware, assumed, chosen.layout, chosen.training)
+    run = Run(m, hardware, chosen.layout, tokens, step, reached)
+    inputs = Inputs(request=r, sources=sources)
+    failures = Failures(inputs, chosen.layout.gpus, run) if chosen.training.fits else None
+    serving, served, unserved = None, None, ""
+    try:
+        serving = choose_serving(r, sources, model, m, hardware, published)
+        served = Served(serving.work, hardware, assumed, inputs, serving.decode, serving.prefill)
+        r = serving.request
+        for stage, d in ("decode", serving.decode), ("prefill", serving.prefill):
+            values = {f"{stage}_gpus": d.gpus, f"{stage}_tensor": d.tensor}
+            r, serving.sources[stage] = replace(r, **values), sources.get(stage, d.how)
+        sources = serving.sources
+    except ValueError as error:
+        if before is None and request.given(SERVING):
+            raise
+        serving, unserved, r = None, str(error), replace(r, decode_gpus=None, prefill_gpus=None)
+    return Plan(
+        **{"model": model, "hardware": hardware, "asked": asked, "request": r, "sources": sources},
+        **{"published": published, "inputs": Inputs(request=r, sources=sources), "assumed": assumed, "m": m},
+        **{"chosen": chosen, "step": step, "run": run, "failures": failures},
+        **{"serving": serving, "served": served, "unserved": unserved},
+    )
+
+
+def _worked(r: PlanRequest, sources: dict[str, str], model: Model) -> tuple[PlanRequest, dict[str, str]]:
+    """Return the request with the training's sequences, steps and tokens."""
+    run, longest = model.run, model.config.max_seq_len
+    if r.seq_len is not None and r.seq_len > longest:
+        raise ValueError(f"seq_len={r.seq_len} is longer than max_seq_len={longest} of {model.source}; shorten it")
+    if run is not None:
+        train = run.train
+        fewer = (train.batch_size - (train.batch_start or train.batch_size)) / 2 * train.batch_ramp  # in equal steps
+        tokens = train.steps * (train.batch_size - fewer) * run.seq_len
+        work = {"seq_len": run.seq_len, "batch": train.batch_size, "tokens": tokens}
+        return fill(r, sources, f"[train] of {model.name}", work)
+    work = presets()["deepseek-v3"]["workload"]
+    return fill(r, sources, WORKLOAD, work | {"seq_len": min(work["seq_len"], longest)})
+
+
+def changed(before: Plan, changes: Mapping[str, Any], hardware: Hardware, source: str = "--vary") -> Plan:
+    """Return the plan with some changes of the request, of the model's sizes or of the hardware, all else as it is.
+
+    A longer context leaves room for fewer sequences, unless the user chose their number.
+
+    Raises: ValueError for changes that the model or the hardware cannot have.
+    """
+    of_request = {name: value for name, value in changes.items() if name in PlanRequest.__slots__}
+    of_hardware = {name: value for name, value in changes.items() if name in FIGURES}
+    of_model = {name: value for name, value in changes.items() if name not in of_request | of_hardware}
+    model, old = before.model, before
+    if of_model:
+        model = replace(model, config=replace(model.config, **of_model))
+        old = replace(before, sources={**before.sources, "model": f"{source} and {model.source}"})
+    again: dict[str, Any] = {"sequences": None} if "context" in changes and before.asked.sequences is None else {}
+    request = replace(before.request, **{**again, **of_request})
+    return make_plan(request, model, hardware.having(source, of_hardware), old, source)
 
 
 # --- variation
@@ -137,7 +291,7 @@ def read_axis(text: str) -> Axis:
     words = [word.strip() for word in rest.split(",") if word.strip()]
     require(bool(words), f"--vary {brief(text)} has no values; write it like kv_lora_rank=128,256,512")
     known = [field.name for kind in (ModelConfig, PlanRequest) for field in fields(kind)]
-    known += [figure for figure, _ in NUMBERS.values()]
+    known += FIGURES
     near = " or ".join(difflib.get_close_matches(name, known, n=3))
     fix = f"did you mean {near}?" if near else "vary hardware, or a field of the model or of --help-all"
     require(name in known, f"unknown --vary name {brief(name)}; {fix}")
@@ -169,17 +323,16 @@ class Variant:
     @property
     def at(self) -> str:
         """Names and values, in words."""
-        return ", ".join(
-            f"{name}={value}" for name, value in zip(self.values, labels(self.values.values()), strict=True)
-        )
+        words = zip(self.values, labels(self.values.values()), strict=True)
+        return ", ".join(f"{name}={value}" for name, value in words)
 
     def figure(self, name: str) -> Figure | None:
         """Return a figure of the plan; None where there is none."""
-        return None if self.plan is None else self.plan.sheet.get(name)
+        return None if self.plan is None else self.plan.get(name)
 
 
 def vary(
-    made: Setup, axes: Sequence[Axis], names: Sequence[str] = (), on_part: OnPart = quiet
+    before: Plan, axes: Sequence[Axis], names: Sequence[str] = (), on_part: OnPart = quiet
 ) -> tuple[list[Variant], list[str]]:
     """Return the variants of one axis, or of all pairs of two, and the names of the figures to compare.
 
@@ -195,20 +348,26 @@ def vary(
     require(not twice, f"--vary got {', '.join(asked)}; vary one thing, or two different ones")
     every = [dict(zip(asked, values, strict=True)) for values in itertools.product(*(values for _, values in axes))]
     require(len(every) <= MOST_VALUES, f"--vary asks for {len(every):,} plans; use at most {MOST_VALUES}")
-    machines = {values.get("hardware"): made.hardware for values in every}
+    machines = {values.get("hardware"): before.hardware for values in every}
     machines |= {name: load_hardware(name) for name in machines if name is not None}
     variants: list[Variant] = []
     for values in every:
         try:
-            found = Variant(values=values, plan=plan(changed(made, values, machines[values.get("hardware")])))
+            found = Variant(values=values, plan=changed(before, values, machines[values.get("hardware")]))
         except ValueError as error:
             found = Variant(values=values, problem=str(error))
         variants.append(found)
         on_part(len(variants) / len(every), f"{len(variants)} of {len(every)} plans")
+    return variants, compared(variants, names)
+
+
+def compared(variants: Sequence[Variant], names: Sequence[str] = ()) -> list[str]:
+    """Return the names of the figures to compare. Raises: ValueError for unknown ones, and if nothing has a plan."""
     plans = [each.plan for each in variants if each.plan is not None]
     require(bool(plans), variants[0].problem)
+    known = {name for each in plans for name in each.figures}
     for name in names:
-        find([figure for each in plans for figure in each.sheet], name)
-    values_of = {name: {f.value for each in variants if (f := each.figure(name)) is not None} for name in COMPARED}
+        check_name(known, name)
+    values_of = {name: {float(f) for each in variants if (f := each.figure(name)) is not None} for name in COMPARED}
     differ = [name for name in COMPARED if len(values_of[name]) > 1]
-    return variants, list(names) or differ or [name for name in COMPARED if values_of[name]]
+    return list(names) or differ or [name for name in COMPARED if values_of[name]]

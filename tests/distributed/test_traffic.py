@@ -11,9 +11,7 @@ from dsmini.config.run import ParallelConfig
 from dsmini.distributed.expert_parallel import moe_layers
 from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.world import World
-from dsmini.planner.exchange import training_exchange
-from dsmini.planner.figure import Sheet
-from dsmini.planner.hardware import load_hardware
+from dsmini.planner.exchange import Exchange
 from tests.conftest import SMALL
 from tests.distributed.ranks import run_ranks
 
@@ -70,11 +68,7 @@ def test_flat_exchange_sends_one_row_a_visit() -> None:
 @pytest.mark.slow
 def test_two_hops_send_a_token_once_to_a_node_as_the_planner_predicts() -> None:
     every = run_ranks(4, exchange, 2)
-    predicted, hardware = Sheet(explained=False), load_hardware("h800")
-    predicted.put("gpus_per_node", 2, "a test")
-    predicted.put("expert", 4, "a test")
-    hardware.put(predicted)
-    training_exchange(predicted, ModelConfig(**MODEL), hardware, dtype="fp8")
+    predicted = Exchange(ModelConfig(**MODEL), 4, 2, "fp8", ("expert", "expert_in_node"))
     assert predicted.dispatch_row == ROW["dispatch"]
     copies = TOKENS * predicted.slow_copies
     for found in every:

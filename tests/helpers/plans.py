@@ -4,20 +4,18 @@ import ast
 import dataclasses
 import functools
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 from dsmini.planner.exchange import places_hit
-from dsmini.planner.figure import Figure, Sheet
+from dsmini.planner.figure import Figure
 from dsmini.planner.hardware import Hardware, load_hardware
-from dsmini.planner.plan import Plan, plan
-from dsmini.planner.request import Model, PlanRequest, Setup
-from dsmini.planner.search import layout_figures
-from dsmini.planner.setup import changed, setup
-from dsmini.planner.words import named, step_of
+from dsmini.planner.layout import check, rules
+from dsmini.planner.plan import Plan, make_plan
+from dsmini.planner.request import Model, PlanRequest
+from dsmini.planner.search import Chosen
+from dsmini.planner.training import Step, Training
 from tests.helpers.configs import CONFIGS
 from tests.helpers.pages import check_page
 
@@ -38,8 +36,8 @@ def hardware_of(words: str) -> Hardware:
         if not float(factor):
             del numbers[key]
         elif key in numbers:
-            value, source = numbers[key]
-            numbers[key] = (value * float(factor), source)
+            old = numbers[key]
+            numbers[key] = Figure(old * float(factor), old.unit, "", old.title, old.source)
     return dataclasses.replace(made, numbers=numbers)
 
 
@@ -67,70 +65,34 @@ def read(words: str) -> tuple[Model, Hardware, PlanRequest]:
 
 
 @functools.lru_cache(maxsize=32)
-def setup_of(words: str) -> Setup:
-    """Return the setup of a plan in words; see read."""
-    model, hardware, request = read(words)
-    return setup(request, model, hardware)
-
-
-@functools.lru_cache(maxsize=16)  # what is collected takes no time of the garbage collector
 def plan_of(words: str) -> Plan:
-    return plan(setup_of(words))
-
-
-@functools.lru_cache(maxsize=16)
-def figures_of(words: str) -> dict[str, Figure]:
-    """Return the figures of a plan, and all inputs that they are computed from, by name."""
-    return named(plan_of(words).figures.values())
+    model, hardware, request = read(words)
+    return make_plan(request, model, hardware)
 
 
 @functools.cache
 def values_of(words: str) -> dict[str, float]:
-    return {name: figure.value for name, figure in figures_of(words).items()}
+    """Return the figures of a plan, and all inputs that they are computed from, by name."""
+    return {name: float(figure) for name, figure in plan_of(words).figures.items()}
 
 
-def in_layout(made: Setup, **layout: Any) -> Sheet:
-    """Return the training figures of a setup in another layout, as plain numbers."""
-    return layout_figures(made.asking(**layout))
-
-
-def planned_with(made: Setup, **changes: Any) -> Plan:
-    """Return the plan of a setup with some changes."""
-    return plan(changed(made, changes, made.hardware))
+def in_layout(plan: Plan, **layout: Any) -> dict[str, float]:
+    """Return the training figures of a plan in another layout. Raises: ValueError for one that it cannot have."""
+    other = dataclasses.replace(plan.chosen.layout, **layout)
+    check(rules(other, plan.model.config, plan.hardware.gpus_per_node))
+    training = Training(plan.m, plan.hardware, plan.assumed, other)
+    step = Step(plan.m, plan.hardware, plan.assumed, other, training)
+    found = dataclasses.replace(plan, chosen=Chosen(other, training, "a test"), step=step)
+    return {name: float(figure) for name, figure in found.sections["training"].items()}
 
 
 FUNCTIONS = {"max": max, "min": min, "exp": math.exp, "sqrt": math.sqrt, "ceil": math.ceil, "floor": math.floor}
-FUNCTIONS["places_hit"] = places_hit
+FUNCTIONS["places_hit"] = lambda *sizes: places_hit(*map(int, sizes[:-1]), sizes[-1])
 
 
-class Formulas:
-    """Formulas of figures as their explanations write them, computed by Python alone."""
-
-    def __init__(self, figures: Iterable[Figure]) -> None:
-        self.steps = {f.name: step_of(f) for f in named(figures).values() if f.op != "input"}
-        self._code: dict[str, CodeType] = {
-            name: compile(python(step.formula), name, "eval") for name, step in self.steps.items()
-        }
-
-    def values(self, inputs: Mapping[str, float], names: Iterable[str] | None = None) -> dict[str, float]:
-        """Return the values of some figures, or of all, that these inputs give, and all that they need."""
-        known = dict(inputs)
-        todo = list(self.steps if names is None else names)
-        while todo:
-            name = todo[-1]
-            missing = [] if name in known else [need for need in self.steps[name].needs if need not in known]
-            todo += missing
-            if not missing:
-                todo.pop()
-            if not missing and name not in known:
-                known[name] = eval(self._code[name], {"__builtins__": {}, **FUNCTIONS}, known)
-        return known
-
-
-def python(formula: str) -> str:
-    """Return a formula of an explanation in Python; large numbers are written in words there."""
-    code = formula.replace("×", "*").replace("^", "**").replace("1 trillion", "1e12")  # noqa: RUF001
-    return re.sub(r"(?<=\d),(?=\d{3})", "", code)
+def computed(formula: str, values: Mapping[str, float]) -> float:
+    """Return what Python alone makes of a formula."""
+    return eval(formula, {"__builtins__": {}, **FUNCTIONS}, dict(values))
 
 
 PAGES = Path(__file__).parents[1] / "planner" / "pages"

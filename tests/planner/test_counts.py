@@ -23,9 +23,8 @@ from dsmini.accounting import (
     weight_bytes,
 )
 from dsmini.planner.hardware import load_hardware
-from dsmini.planner.plan import plan
-from dsmini.planner.request import PlanRequest
-from dsmini.planner.setup import Model, setup
+from dsmini.planner.plan import make_plan
+from dsmini.planner.request import Model, PlanRequest
 from tests.helpers.configs import CONFIGS, released
 from tests.helpers.plans import values_of
 from tests.helpers.strategies import model_configs
@@ -63,7 +62,8 @@ def check_counts(config: ModelConfig, **work: Any) -> None:
     given_ = {name: value for name, value in work.items() if served or name not in serving}
     deployed = {"decode_gpus": 1, "prefill_gpus": 1} if served else {}
     request = PlanRequest(gpus=1, batch=12, tokens=1e9, **deployed, **given_)
-    found = {n: f.value for n, f in plan(setup(request, Model(config=config, source="a test"), H800)).figures.items()}
+    plan = make_plan(request, Model(config=config, source="a test"), H800)
+    found = {name: float(figure) for name, figure in plan.figures.items()}
     counted = parameters(config)
     exact = {ours: getattr(counted, theirs) for ours, theirs in BASES.items()}
     exact["mtp_active"] = sum(n for module, n in counted.active_by_module.items() if module.startswith("mtp "))
@@ -134,7 +134,7 @@ def test_one_gpu_with_each_config_is_as_counted(path: Path) -> None:
 
 
 def test_gpus_together_compute_what_their_tokens_need() -> None:
-    """320 GPUs with 60 sequences each: nothing is computed twice, and nothing is left out."""
+    """320 GPUs with 64 sequences each: nothing is computed twice, and nothing is left out."""
     found = values_of("deepseek-v3")
     counted = decode_flops_per_token(released("deepseek-v3"), context=4096).total
-    assert found["decode_matrix_flops"] + found["decode_other_flops"] == 60 * counted
+    assert found["decode_matrix_flops"] + found["decode_other_flops"] == 64 * counted

@@ -1,14 +1,14 @@
-"""Laws of all figures: they are what their explanations say, have fitting units, and are all declared and used."""
+"""Laws of all figures: they are what their formulas say, have fitting units, and are all documented."""
 
-import functools
+import ast
 
 import pytest
 
-from dsmini.planner.figure import Figure, titles
-from dsmini.planner.pages import words
-from dsmini.planner.plan import COMPARED, SECTIONS, read_axis
-from dsmini.planner.words import named
-from tests.helpers.plans import Formulas, figures_of, in_layout, plan_of, planned_with, setup_of
+from dsmini.planner.figure import Figures
+from dsmini.planner.pages import FIRST
+from dsmini.planner.plan import COMPARED, changed, read_axis
+from dsmini.planner.request import SIZES as NAMES
+from tests.helpers.plans import computed, plan_of
 
 V3_LAYOUT = "gpus=2048 pipeline=16 expert=64 moments=bfloat16"
 BF16 = f"{V3_LAYOUT} tensor=2 zero=1 schedule=zb1p precision=bf16 recompute=full"
@@ -35,88 +35,97 @@ CASES = {
 """Plans, and other values of their inputs."""
 
 
-@functools.cache
-def formulas_of(words_: str) -> Formulas:
-    return Formulas(plan_of(words_).figures.values())
+def other_plan(words: str) -> Figures:
+    """Return the figures of a plan with other values of its inputs."""
+    changes = {name: value for name, (value,) in map(read_axis, CASES[words].split())}
+    return changed(plan_of(words), changes, plan_of(words).hardware).figures
 
 
-@pytest.mark.parametrize("words_", CASES)
-def test_explained_formulas_predict_a_plan_of_other_inputs(words_: str) -> None:
-    """No figure depends on anything that its explanation does not name, and every change acts on some figure."""
-    changes = {name: value for name, (value,) in map(read_axis, CASES[words_].split())}
-    other = planned_with(setup_of(words_), **changes)
-    found = {name: f.value for name, f in named(other.figures.values()).items()}
-    before, formulas = figures_of(words_), formulas_of(words_)
-    both = {name for name in found.keys() & before.keys() if before[name].op != "input"}
-    inputs = {name: value for name, value in found.items() if name not in formulas.steps}
-    predicted = formulas.values(before_values(words_) | inputs, both)
-    assert len(both) > 60
-    assert {name: predicted[name] for name in both} == pytest.approx({name: found[name] for name in both}, rel=1e-12)
-    acting = {name for name in inputs if name in before and inputs[name] != before[name].value}
-    unfit = (
-        set() if other.fits and plan_of(words_).fits else {"failures_per_node_day", "restart_time", "checkpoint_halt"}
-    )
-    assert changes.keys() <= acting | unfit
+KINDS = [
+    "deepseek-v3",
+    "toy",
+    "shakespeare",
+    "toy gpus=4 pipeline=4 n_dense_layers=2 batch=8",
+    "toy recompute=full gpus=1",
+]
+KINDS += [
+    "deepseek-v3 n_layers=60 n_dense_layers=7 gpus=512",
+    "toy-dsa",
+    "toy-dense @laptop",
+    "deepseek-v3 @gb200-nvl72",
+]
+KINDS += ["deepseek-v3 gpus=2048 pipeline=16 expert=64 schedule=1f1b recompute=full precision=fp8 zero=1 imbalance=1.5"]
 
 
-def before_values(words_: str) -> dict[str, float]:
-    return {name: f.value for name, f in figures_of(words_).items() if f.op == "input"}
+@pytest.mark.parametrize("words", [*KINDS, *CASES])
+def test_each_formula_gives_its_figure(words: str) -> None:
+    """No figure depends on anything that its formula does not name, also with other values of all inputs."""
+    for figures in (plan_of(words).figures, *([other_plan(words)] if words in CASES else [])):
+        values = {name: float(figure) for name, figure in figures.items()}
+        named = {name: figure for name, figure in figures.items() if figure.formula}
+        found = {name: computed(figure.formula, values) for name, figure in named.items()}
+        assert len(named) > 60
+        assert {name: values[name] for name in named} == pytest.approx(found, rel=1e-12)
+        assert [name for name, figure in figures.items() if not figure.title] == []
+        assert [name for name, figure in figures.items() if not (figure.formula or figure.source)] == []
 
 
-TIMED = ("mean_time_to_failure", "training_gpu_hours", "training_cost")
+def test_changed_inputs_act_on_figures() -> None:
+    """Every change of CASES is an input of some figure, but for those of a training that does not fit."""
+    rare = {"failures_per_node_day", "restart_time", "checkpoint_halt"}
+    for words, text in CASES.items():
+        changes = {name: value for name, (value,) in map(read_axis, text.split())}
+        found = other_plan(words)
+        assert changes.keys() - found.keys() - {*NAMES} <= rare  # sizes are also numbers of shapes
+        named = changes.keys() & found.keys()
+        assert {name: float(found[name]) for name in named} == {name: changes[name] for name in named}
+
+
+SECONDS = ("mean_time_to_failure", "training_gpu_hours", "training_cost")
 """Figures whose formula has the seconds of an hour or a day as a plain number."""
 
 
 def dimension(unit: str) -> dict[str, float]:
-    """Return the exponents of seconds, dollars and joules; bytes, tokens and operations count as plain numbers."""
+    """Return the exponents of seconds and dollars; bytes, tokens and operations count as plain numbers."""
     over, _, under = unit.partition("/")
-    found = dict.fromkeys({over} & {"s", "$", "J"}, 1.0)
-    return found | dict.fromkeys({under} & {"s", "$", "J"}, -1.0)
+    return dict.fromkeys({over} & {"s", "$"}, 1.0) | dict.fromkeys({under} & {"s", "$"}, -1.0)
 
 
-def computed(node: Figure) -> dict[str, float]:
-    """Return the dimension of a formula, by those that titles declare for the names in it."""
-    if node.name or not node.args:
-        return dimension(node.title.unit) if node.name else {}
-    parts = [computed(arg) for arg in node.args]
-    if node.op in ("×", "/"):  # noqa: RUF001
-        sign = 1 if node.op == "×" else -1  # noqa: RUF001
-        both = {base: parts[0].get(base, 0.0) + sign * parts[1].get(base, 0.0) for base in {*parts[0], *parts[1]}}
-        return {base: power for base, power in both.items() if power}
-    if node.op == "sqrt":
-        return {base: power / 2 for base, power in parts[0].items()}
-    zeros = [arg.op == "number" and arg.value == 0 for arg in node.args]
-    known = [part for part, zero in zip(parts, zeros, strict=True) if not zero]
-    assert all(part == known[0] for part in known), f"{node.op} of {[arg.name or arg.op for arg in node.args]}: {parts}"
-    return known[0]
+def of_formula(node: ast.AST, figures: Figures) -> dict[str, float] | None:
+    """Return the dimension of a formula by the units of the names in it; None for a zero, which has any."""
+    match node:
+        case ast.Constant(value=0):
+            return None
+        case ast.Name(id=name):
+            return dimension(figures[name].unit)
+        case ast.BinOp(left=left, op=ast.Mult() | ast.Div() as op, right=right):
+            a, b = of_formula(left, figures) or {}, of_formula(right, figures) or {}
+            sign = 1 if isinstance(op, ast.Mult) else -1
+            both = {base: a.get(base, 0.0) + sign * b.get(base, 0.0) for base in {*a, *b}}
+            return {base: power for base, power in both.items() if power}
+        case ast.Call(func=ast.Name(id="sqrt"), args=[inner]):
+            return {base: power / 2 for base, power in (of_formula(inner, figures) or {}).items()}
+        case ast.BinOp(left=left, right=right):
+            parts = [of_formula(left, figures), of_formula(right, figures)]
+        case ast.Call(args=args):
+            parts = [of_formula(arg, figures) for arg in args]
+        case _:
+            return {}
+    known = [part for part in parts if part is not None]
+    assert all(part == known[0] for part in known), ast.unparse(node)
+    return known[0] if known else None
 
 
-@pytest.mark.parametrize("words_", [*CASES, "deepseek-v3"])
-def test_units_of_formulas_are_those_that_titles_declare(words_: str) -> None:
+@pytest.mark.parametrize("words", [*CASES, "deepseek-v3"])
+def test_units_of_formulas_are_those_of_figures(words: str) -> None:
     """Sums add like to like, and an amount over a rate is a time."""
-    for name, figure in figures_of(words_).items():
-        if figure.op != "input" and name not in TIMED and figure.value:
-            assert computed(figure.args[0]) == dimension(figure.title.unit), name
+    figures = plan_of(words).figures
+    for name, figure in figures.items():
+        if figure.formula and name not in SECONDS and figure:
+            found = of_formula(ast.parse(figure.formula, mode="eval").body, figures)
+            assert found == dimension(figure.unit), name
 
 
-def test_every_title_is_of_a_figure_of_some_plan() -> None:
-    """And each headline and compared figure is declared, so that no name is misspelt."""
-    of_kinds = ["toy", "shakespeare", "toy gpus=4 pipeline=4 n_dense_layers=2 batch=8", "toy recompute=full gpus=1"]
-    of_kinds += ["toy-dense utilization=0.5", "deepseek-v3 n_layers=60 n_dense_layers=7 gpus=512"]
-    of_kinds += ["deepseek-v3 gpus=2048 pipeline=16 expert=64 schedule=1f1b recompute=full precision=fp8 zero=1"]
-    used = {figure.name for words_ in [*CASES, "deepseek-v3", *of_kinds] for figure in plan_of(words_).sheet}
-    unused = titles().keys() - used
-    stages = ("verify_", "prefill_", "decode_")
-    assert {name for name in unused if not name.startswith(stages)} == set()
-    headlines = {name for section in SECTIONS for name in words()[section]["figures"] + words()["training"]["unfit"]}
-    assert headlines | set(COMPARED) <= titles().keys()
-
-
-@pytest.mark.parametrize("name", ["deepseek-v3", "toy"])
-def test_search_in_plain_numbers_is_the_explained_plan(name: str) -> None:
-    made = setup_of(name)
-    plain, explained = in_layout(made), plan_of(name).sheet
-    for figure in explained:
-        value = plain.get(figure.name)
-        if value is not None and figure.title.section == "training":
-            assert float(value) == pytest.approx(float(figure.value), rel=1e-12), figure.name
+def test_headlines_are_figures_of_some_plan() -> None:
+    known = {name for words in KINDS for name in plan_of(words).figures}
+    assert {name for names in FIRST.values() for name in names} | set(COMPARED) <= known

@@ -9,12 +9,11 @@ import torch
 
 from dsmini.measure.roofs import Roofs
 from dsmini.planner import pages
-from dsmini.planner.figure import Sheet
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.here import MOST_TOKENS, steps_here, with_forecast
 from dsmini.planner.pages import here_section, plan_page
 from tests.helpers.commands import let_prices_be_invented
-from tests.helpers.plans import INVENTED, plan_of, setup_of, values_of
+from tests.helpers.plans import INVENTED, plan_of, values_of
 
 
 def test_numbers_of_an_own_file_are_in_base_units(tmp_path: Path) -> None:
@@ -24,14 +23,14 @@ def test_numbers_of_an_own_file_are_in_base_units(tmp_path: Path) -> None:
     wanted = {"gpu_memory": 96 * 2**30, "memory_bandwidth": 2e12, "gpus_per_node": 8, "fast_link": 100e9}
     wanted |= {"slow_link": 25e9, "gpu_price": 3 / 3600}
     wanted |= {"peak_float32": 50e12, "peak_bfloat16": 500e12, "peak_fp8": 1e15}
-    assert {name: value for name, (value, _) in before.numbers.items()} == pytest.approx(wanted)
+    assert {name: float(value) for name, value in before.numbers.items()} == pytest.approx(wanted)
     for i, found in enumerate(re.finditer(r"value = ([\d.e+-]+)", text)):
         path = tmp_path / f"{i}.toml"
         path.write_text(f"{text[: found.start(1)]}{2 * float(found[1])}{text[found.end(1) :]}")
         after = load_hardware(path)
-        differs = [key for key in wanted if after.value(key) != before.value(key)]
+        differs = [key for key in wanted if after.numbers[key] != before.numbers[key]]
         assert len(differs) == 1, differs
-        assert all(after.value(key) == pytest.approx(2 * before.value(key)) for key in differs)
+        assert all(after.numbers[key] == pytest.approx(2 * before.numbers[key]) for key in differs)
 
 
 # --- the machine at hand
@@ -47,15 +46,15 @@ def test_this_is_the_measured_machine(monkeypatch: pytest.MonkeyPatch, bfloat16:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     this = load_hardware("this")
     assert (this.name, this.title, this.peaks, this.linked) == ("this", "A processor", peaks, False)
-    values = {name: value for name, (value, _) in this.numbers.items()}
+    values = {name: float(value) for name, value in this.numbers.items()}
     assert values.pop("gpu_memory") > 1e8
     of_peaks = {f"peak_{dtype}": roofs.peak[dtype] for dtype in peaks}
     assert values == of_peaks | {"memory_bandwidth": 20e9, "gpus_per_node": 1}
-    (source,) = {source for _, source in this.numbers.values()}
+    (source,) = {value.source for value in this.numbers.values()}
     assert re.fullmatch(r"measured here by dsmini\.measure, \d{4}-\d\d-\d\d", source)
     if "bfloat16" not in peaks:
         with pytest.raises(ValueError, match="A processor has no bfloat16 units; use a precision that it has: float32"):
-            this.peak(Sheet(), "bfloat16")
+            this.peak("bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +86,12 @@ def test_plan_of_this_machine_has_forecasts_of_its_steps(invented: None) -> None
     assert said == [f"{size} tokens, bfloat16" for size in ("4 x 256", "1 x 50", "3 x 100")]
     assert with_forecast(plan, steps).request.utilization is not None
     stated = plan_of(f"{words} utilization=0.9")
-    assert with_forecast(stated, steps) is stated.setup, "the user's own holds"
+    assert with_forecast(stated, steps) is stated, "the user's own holds"
 
 
 def test_answer_about_this_machine_shows_and_records_forecasts(invented: None) -> None:
     words = f"toy @this batch={MOST_TOKENS // 256} sequences=2 {SMALL}"
-    made = setup_of(words)
-    answer = pages.planned(made, "plan toy")
+    answer = pages.planned(plan_of(words), "plan toy")
     assert answer.page is not None
     assert answer.sections[-1].title == "What will this machine take?"
     assert "here_section" in [section.name for section in answer.page().sections]
@@ -107,5 +105,5 @@ def test_answer_about_this_machine_shows_and_records_forecasts(invented: None) -
 
 
 def test_other_machines_have_no_forecasts_and_this_says_what_was_measured(invented: None) -> None:
-    assert "here" not in pages.planned(setup_of("toy"), "plan toy").record
+    assert "here" not in pages.planned(plan_of("toy"), "plan toy").record
     assert "measured on this machine" in plan_page(plan_of(f"toy @this {SMALL}"), "", []).lead

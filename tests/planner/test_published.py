@@ -15,11 +15,13 @@ def test_figure_is_as_the_file_says(name: str) -> None:
     figure = FIGURES[name]
     assert figure.status == figure.expected, figure.residual
     assert figure.note or figure.status in ("reproduced", "follows"), "what misses says so"
-    assert figure.note or figure.within <= 0.05 or figure.within == rounding(f"{figure.printed:g}"), "wide"
+    assert figure.note or figure.within <= 0.05 or figure.within == rounding(figure.printed), "wide"
 
 
 OURS = {
-    "v3_step": (19.89, 0.001),
+    "v3_step": (19.895, 0.001),
+    "v3_link_time": (2 * 32 * 58 * 9 * 39 / 40 * 21728 / 50e9, 1e-9),
+    "v3_nvlink_time": (2 * 32 * 58 * 9 * (1 - 1 / 320) * 21728 / 900e9, 1e-9),
     "v3_extension_hours": (75.3e3, 4e-3),
     "v3_mtp": (11.507e9, 1e-4),
     "v2_cache_saving": (0.9334, 1e-4),
@@ -43,7 +45,7 @@ def test_statuses_are_as_they_are_said() -> None:
     assert by["fitted"] == {"v3_step", "v3_mfu", "v3_pretraining_hours", "v3_cost"}
     assert by["missed"] == {"llama_flops", "v3_bubble", "failure_1k", "v3_extension_hours"}
     assert {status: len(names) for status, names in by.items()} == {
-        **{"reproduced": 10, "follows": 4, "fitted": 4, "missed": 4, "misprint": 2}
+        **{"reproduced": 14, "follows": 4, "fitted": 4, "missed": 4, "misprint": 2}
     }
 
 
@@ -53,6 +55,6 @@ def test_status_follows_the_residual() -> None:
     def status(**changes: object) -> str:
         return dataclasses.replace(figure, **changes).status
 
-    assert status(within=0.001) == "missed" == status(expected="fitted", within=0.001)
-    assert status(within=0.001, expected="misprint") == "misprint"
+    assert status(hold=0.001) == "missed" == status(expected="fitted", hold=0.001)
+    assert status(hold=0.001, expected="misprint") == "misprint"
     assert status(expected="missed") == "reproduced", "the residual decides, not the file"

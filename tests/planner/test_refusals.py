@@ -13,26 +13,26 @@ import pytest
 
 from dsmini.planner import pages
 from dsmini.planner.hardware import load_hardware
-from dsmini.planner.setup import setup
+from dsmini.planner.plan import make_plan
 from tests.helpers.configs import refusal
-from tests.helpers.plans import INVENTED, read, setup_of
+from tests.helpers.plans import INVENTED, plan_of, read
 
 
 def planned(words: str, folder: Path) -> None:
-    made = setup_of(words)
-    pages.planned(made, words)
-    for sentence in made.misfit.values():  # told in the plan, and no error
+    plan = plan_of(words)
+    for sentence in plan.misfit.values():  # told in the plan, and no error
         raise ValueError(sentence)
+    pages.planned(plan, words)
 
 
 def searched(words: str, folder: Path) -> None:
-    pages.searched(setup_of(words), words)
+    pages.searched(plan_of(words), words)
 
 
 def varied(words: str, folder: Path) -> None:
     names = re.findall(r"--of (\S+)", words)
     words = re.sub(r"1\.\.(\d+)", lambda last: ",".join(map(str, range(1, int(last[1]) + 1))), words)
-    pages.varied(setup_of("deepseek-v3"), re.sub(r"--of \S+", "", words).split(), names, "")
+    pages.varied(plan_of("deepseek-v3"), re.sub(r"--of \S+", "", words).split(), names, "")
 
 
 def edited(text: str, edit: str, path: Path) -> Path:
@@ -80,5 +80,5 @@ def test_warm_up_of_indexers_has_no_plan() -> None:
     model, hardware, request = read("toy-dsa")
     assert model.run is not None
     warm_up = dataclasses.replace(model.run, train=dataclasses.replace(model.run.train, dsa_stage="warmup"))
-    said = refusal(setup, request, dataclasses.replace(model, run=warm_up), hardware)
+    said = refusal(make_plan, request, dataclasses.replace(model, run=warm_up), hardware)
     assert said.endswith("toy-dsa.toml has train.dsa_stage='warmup', which has no plan; use dsa_stage='sparse'")

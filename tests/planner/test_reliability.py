@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from dsmini.planner.figure import Sheet
-from dsmini.planner.training import effective_share, failure_figures
+from dsmini.planner.request import Inputs, PlanRequest
+from dsmini.planner.training import Failures, effective_share
 
 SIMULATED = 0.004
 """Relative standard error of 100,000 failures: 1 / sqrt(100,000) for an exponential time, and less for a ratio of two
@@ -16,11 +16,8 @@ sums that go together."""
 
 @functools.cache
 def mean_time(gpus: float) -> float:
-    s = Sheet(explained=False)
-    s.put("gpus", gpus, "")
-    s.put("restart_time", 0.0, "")
-    failure_figures(s)
-    return s.mean_time_to_failure
+    request = PlanRequest(restart_time=1e-9, checkpoint_halt=1e-9)
+    return Failures(Inputs(request=request, sources={}), gpus).mean_time_to_failure
 
 
 def share(gpus: float, write: float, restart: float = 300, interval: float = 0) -> tuple[float, float]:

@@ -1,0 +1,126 @@
+"""Layout: how a training run is divided over GPUs, and the rules that it must meet.
+
+    gpus = pipeline * data * tensor       each GPU is in one pipeline stage, one part of the batch, one part of matrices
+    experts: data * tensor GPUs of a stage are divided into groups of `expert`, each of which holds all experts once
+
+Worked example, DeepSeek-V3: 2048 GPUs, 16 stages, no tensor parallelism: 2048 / 16 = 128 parts of the batch. 64 of them
+share the 256 experts, 4 on each GPU, over 8 nodes; the experts exist 128 / 64 = 2 times. 15360 sequences a step are 120
+micro-batches of one sequence for each part.
+
+A group of experts fits a node, or takes equally many GPUs of several. With 72 GPUs in a node, 64 share the experts of
+V3 inside one node; the other 8 are not in the group.
+
+Source: DeepSeek-V3 report, section 3.2.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from dsmini.accounting.memory import Optimizer, Recompute
+from dsmini.accounting.tensors import Dtype, divisors
+from dsmini.config import ModelConfig
+from dsmini.planner.request import Precision, Schedule, Zero
+from dsmini.reading import listed
+from dsmini.report.units import plural
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Complete layout of a training run, and its step."""
+
+    gpus: int
+    pipeline: int
+    expert: int
+    tensor: int
+    zero: Zero
+    recompute: Recompute
+    precision: Precision
+    micro_batch: int
+    schedule: Schedule
+    optimizer: Optimizer
+    moments: Dtype
+    batch: int
+    """Sequences of an optimizer step."""
+
+    @property
+    def data(self) -> int:
+        """Parts of the batch."""
+        return self.gpus // (self.pipeline * self.tensor)
+
+    @property
+    def copies(self) -> int:
+        """Copies of the parameters in a pipeline: two with DualPipe, whose halves hold the same stages."""
+        return 2 if self.schedule == "dualpipe" else 1
+
+
+Rule = tuple[bool, Callable[[], str]]
+"""Condition, and the sentence for what does not meet it."""
+
+
+def gpus_in_node(expert: int, node: int) -> int:
+    """Return how many GPUs of a node a group of experts takes, where nodes have so many."""
+    return divisors(expert, node)[-1]
+
+
+def rules(r: Layout, c: ModelConfig, node: int) -> Iterator[Rule]:
+    """Yield what a layout must meet: in itself, with the model, with nodes of this many GPUs, and with the batch."""
+    gpus, p, e, t, m, batch = r.gpus, r.pipeline, r.expert, r.tensor, r.micro_batch, r.batch
+    moe, dual = c.n_dense_layers < c.n_layers + c.n_mtp_layers, r.schedule == "dualpipe"
+    yield (
+        gpus % (p * t) == 0,
+        lambda: f"pipeline={p} and tensor={t} do not divide gpus={gpus}; change one of the three",
+    )
+    yield _divides("expert", e, "gpus/pipeline", gpus // p)
+    yield p <= c.n_layers, lambda: f"pipeline={p} is more than n_layers={c.n_layers}; use {c.n_layers} or fewer stages"
+    yield e == 1 or moe, lambda: f"expert={e} but the model has no MoE layers; use expert=1"
+    yield _divides("expert", e, "n_routed_experts", c.n_routed_experts)
+    yield (
+        e <= node or 2 * gpus_in_node(e, node) > node,
+        lambda: f"expert={e} takes {gpus_in_node(e, node)} of the {node} GPUs of a node; use a multiple of {node}",
+    )
+    yield t <= node, lambda: f"tensor={t} is more than the {plural(node, 'GPU')} of a node; use {node} or fewer"
+    yield _divides("tensor", t, "n_heads", c.n_heads)
+    yield _divides("tensor", t, "n_kv_heads", c.kv_heads)
+    yield (
+        p % 2 == 0 or not dual,
+        lambda: f"schedule='dualpipe' pairs stages, got pipeline={p}; use an even number, or 1f1b",
+    )
+    data = gpus // (p * t)
+    yield (
+        data * r.copies > 1 or r.zero == 0,
+        lambda: f"zero={r.zero} divides the state over data-parallel GPUs, of which there is one; use zero=0",
+    )
+    yield _divides("micro_batch", m, "batch", batch)
+    rows = max(1, data * m)
+    yield (
+        batch % rows == 0,
+        lambda: (
+            f"a step of batch={batch} sequences is not divisible by data={data} parts of micro_batch={m}; "
+            f"use a batch of {max(rows, batch // rows * rows)}"
+        ),
+    )
+    number, fix = batch // rows, "use a larger batch, a smaller micro_batch or fewer stages"
+    yield (
+        (number >= 2 * p and number % 2 == 0) or not dual,
+        lambda: (
+            f"schedule='dualpipe' with pipeline={p} needs an even number of micro-batches from {2 * p}, "
+            f"got {number}; {fix}"
+        ),
+    )
+    yield number >= p, lambda: f"pipeline={p} needs at least {p} micro-batches a step, got {number}; {fix}"
+
+
+def _divides(name: str, part: int, of: str, whole: int) -> Rule:
+    return (
+        whole % part == 0,
+        lambda: (
+            f"{name}={part} does not divide {of}={whole}; use one of {listed([str(n) for n in divisors(whole)], 8)}"
+        ),
+    )
+
+
+def check(found: Iterator[Rule]) -> None:
+    """Raise ValueError with the sentence of the first rule that is broken."""
+    for holds, sentence in found:
+        if not holds:
+            raise ValueError(sentence())
