@@ -161,21 +161,6 @@ class FP32Linear(FP32Module, Matrix):
             return linear(at_least_fp32(x), self.weight)
 
 
-def dense_weight(module: nn.Module, in_features: int, dtype: torch.dtype) -> Float[Tensor, "o i"]:
-    """Return the matrix by which a module multiplies, in that dtype.
-
-    It is the output for the identity, which is exact: each sum has one term that is not zero.
-
-    Raises: ValueError for a module that adds a bias.
-    """
-    identity = torch.eye(in_features, dtype=dtype, device=next(module.parameters()).device)
-    if module(torch.zeros_like(identity[:1])).any():
-        raise ValueError(
-            f"a {type(module).__name__} adds a bias, which absorbed weights cannot hold; use form='expanded'"
-        )
-    return module(identity).T.to(dtype)
-
-
 @ops.operation("rms_norm")
 def rms_norm(x: Float[Tensor, "*batch m"], weight: Float[Tensor, " m"], eps: float) -> Float[Tensor, "*batch m"]:
     """Return x / sqrt(mean(x^2) + eps) * weight, computed in FP32, in x's dtype.

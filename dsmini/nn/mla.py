@@ -26,7 +26,7 @@ from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, mask_function
 from dsmini.nn.attention import Context, Mask, attend, context_of
 from dsmini.nn.cache import CacheDtype, ChosenForm, FP8LayerCache, LayerCache, LayerCacheView
-from dsmini.nn.layers import RMSNorm, at_least_fp32, dense_weight, is_plain, make_linear, output_linear, quantize_once
+from dsmini.nn.layers import RMSNorm, at_least_fp32, is_plain, make_linear, output_linear, quantize_once
 from dsmini.nn.rope import CosSin, Rope, apply_rope
 from dsmini.numerics import QuantizedTensor
 
@@ -225,21 +225,22 @@ class MLA(nn.Module):
         """Take wkv_b apart for the absorbed form: W_UK and W_UV of every head, in dtype.
 
         Args:
-            store: keeps them, until a step, a load or a move changes the weight. Nothing tells when that of another
-                module in the place of wkv_b changes, such as FSDP's, so it is computed in each call.
+            store: keeps them, until a step, a load or a move changes the weight.
+
+        Raises: ValueError for a module in the place of wkv_b, such as a LoRA wrapper, whose weight nobody can read.
         """
-        key = None
-        if is_plain(self.wkv_b):
-            weight = self.wkv_b.weight
-            version = None if weight.is_inference() else weight._version
-            key = (id(weight), weight.data_ptr(), version, dtype)
-            if store is not None and store.halves is not None and store.halves[0] == key:
-                return store.halves[1]
-        w = dense_weight(self.wkv_b, self.kv_lora_rank, dtype) if key is None else self.wkv_b.dense(dtype)
-        w = rearrange(w, "(h d) c -> h d c", h=self.n_heads)
-        w_uk, w_uv = w.tensor_split((self.qk_nope_head_dim,), 1)
+        if not is_plain(self.wkv_b):
+            kind = type(self.wkv_b).__name__
+            raise ValueError(f"form='absorbed' reads the weight of wkv_b, here a {kind}; use form='expanded' or 'auto'")
+        weight = self.wkv_b.weight
+        key = (id(weight), weight.data_ptr(), None if weight.is_inference() else weight._version, dtype)
+        if store is not None and store.halves is not None and store.halves[0] == key:
+            return store.halves[1]
+        w_uk, w_uv = rearrange(self.wkv_b.dense(dtype), "(h d) c -> h d c", h=self.n_heads).tensor_split(
+            (self.qk_nope_head_dim,), 1
+        )
         halves = w_uk.contiguous(), w_uv.transpose(1, 2).contiguous()
-        if store is not None and key is not None:
+        if store is not None:
             store.halves = (key, halves)
         return halves
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmini import MLA, Attention, Block, Gate, Linear, ModelConfig, MoE, Transformer
+from dsmini import MLA, MTP, Attention, Block, Gate, Linear, ModelConfig, MoE, Transformer
 from dsmini.inference.fused import Decoder
 from dsmini.nn import Aux, Context, LayerCache, Routing, dsa_layers, route
 from tests import reference_model as reference
@@ -42,6 +42,38 @@ class WithoutAux(Block):
 
     def forward(self, x: Tensor, context: Context | None = None) -> Any:
         return super().forward(x, context)[0]
+
+
+class TwoStreams(Transformer):
+    """A model with two residual streams, the first step to hyper-connections (Zhu et al. 2024)."""
+
+    def expand(self, x: Tensor) -> Tensor:
+        return torch.stack((x, 2 * x), 2)
+
+    def collapse(self, x: Tensor) -> Tensor:
+        return x.mean(2)
+
+
+class StreamBlock(Block):
+    """A block that reads the mean of two streams, and writes to both with other weights."""
+
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Aux]:
+        weights = torch.tensor([0.5, 1.5])[:, None]
+        y, indexer_loss = self.attend(self.attn_norm(x.mean(2)), context)
+        x = x + weights * y[:, :, None]
+        y, routing = self.feed_forward(self.ffn_norm(x.mean(2)), context)
+        return x + weights * y[:, :, None], Aux(routing, indexer_loss)
+
+
+class StreamMTP(MTP):
+    """Multi-token prediction that joins the embedding with each stream of the depth before."""
+
+    def join(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        embedding = self.enorm(embedding)[:, :, None].expand_as(hidden)
+        return self.eh_proj(torch.cat((embedding, self.hnorm(hidden)), -1))
+
+    def collapse(self, x: Tensor) -> Tensor:
+        return x.mean(2)
 
 
 class TupleGate(Gate):
@@ -148,6 +180,25 @@ def test_a_rope_of_ones_own_is_that_of_its_layer() -> None:
     assert relative_error(want, before) > FP32_MODEL
     states = [Decoder(model).states(part, cache).normed for part in tokens.split((17, 1, 2), 1)]
     assert relative_error(model.head(torch.cat(states, 1)), want) < FP32_MODEL
+
+
+def test_residual_streams_reach_every_part_of_the_model() -> None:
+    """Two streams are trained, cached, handed to each depth of prediction, and recomputed."""
+    model = randomise(TwoStreams(**SMALL | {"mtp_input": "pre_norm"}, make_block=StreamBlock))
+    for depth in model.mtp:
+        depth.__class__ = StreamMTP
+    check_training_and_decoding(model, "attn.wkv_b")
+    tokens = torch.randint(0, SMALL["vocab_size"], (2, 20))
+    want, cache = model.run(tokens, mtp=True), model.new_cache(2, mtp=True)
+    assert model.states(tokens).given.shape == (2, 20, 2, SMALL["dim"])
+    parts = [model.run(part, cache, mtp=True) for part in tokens.split((9, 1, 10), 1)]
+    for k, ahead in enumerate(want.mtp_logits):
+        got = torch.cat([part.mtp_logits[k] for part in parts], 1)
+        assert relative_error(got[:, k + 1 :], ahead) < FP32_MODEL
+    cache.select([1, 0, 1])
+    assert cache.mtp is not None and cache.mtp.last[0].shape == (3, 2, SMALL["dim"])
+    totals = [model.losses(tokens, tokens, recompute=recompute).total for recompute in (False, True)]
+    assert torch.equal(*totals)
 
 
 def test_another_attention_class_is_handed_to_transformer() -> None:

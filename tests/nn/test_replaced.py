@@ -149,7 +149,7 @@ def test_a_layer_with_a_bias_is_expanded_and_absorbed_refuses_it() -> None:
     got = torch.cat([model(part, cache) for part in tokens.split((7, 1, 1), 1)], 1)
     assert relative_error(got, want) < FP32_MODEL
     said = refusal(model, tokens, model.new_cache(1, form="absorbed"))
-    assert said == "a Linear adds a bias, which absorbed weights cannot hold; use form='expanded'"
+    assert said == "form='absorbed' reads the weight of wkv_b, here a Linear; use form='expanded' or 'auto'"
 
 
 class Reads(nn.Module):
