@@ -58,6 +58,7 @@ from dsmini.measure.price import Forecast, Prices
 from dsmini.measure.turns import TimeOverError
 from dsmini.measure.workloads import StepDtype, StepShape
 from dsmini.nn import Block, FeedForward
+from dsmini.nn.layers import in_precision
 from dsmini.training.trainer import StepResult, Trainer
 
 BATCHES = 4
@@ -325,7 +326,7 @@ def routed_blocks(model: nn.Module) -> list[Block]:
 def dense_baseline(config: ModelConfig) -> FeedForward:
     """Make the dense feed-forward with the active parameters of a mixture of experts."""
     active = config.n_activated_experts + config.n_shared_experts
-    return FeedForward(config, inter_dim=active * config.moe_inter_dim)
+    return in_precision(config, FeedForward)(config, inter_dim=active * config.moe_inter_dim)
 
 
 def fastest_dtype(device: torch.device) -> str:

@@ -13,7 +13,7 @@ from dsmini.nn.attention import Attention, Context
 from dsmini.nn.cache import CacheDtype, LayerCache
 from dsmini.nn.dsa import DSA, IndexerLoss
 from dsmini.nn.gate import Routing
-from dsmini.nn.layers import RMSNorm
+from dsmini.nn.layers import RMSNorm, in_precision
 from dsmini.nn.mla import MLA
 from dsmini.nn.moe import FeedForward, MoE
 
@@ -55,7 +55,7 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.attn = (attention_class or classes.get(c.attention_of(layer), Attention))(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
-        self.ffn = moe_class(c) if c.is_moe(layer) else FeedForward(c)
+        self.ffn = moe_class(c) if c.is_moe(layer) else in_precision(c, FeedForward)(c)
 
     def forward(self, x: Float[Tensor, "b s m"], context: Context | None = None) -> tuple[Float[Tensor, "b s m"], Aux]:
         """Return the block's output, and what it found on the way."""

@@ -1,14 +1,14 @@
 """FP8 in the layers, by class: Linears and Experts that multiply in simulated FP8, or whose weights are FP8 codes.
 
-    Linear, Experts                      products in the compute dtype
-    FP8Linear, FP8Experts                precision "fp8": products in simulated FP8, forward and backward
-    QuantizedLinear, QuantizedExperts    products in the compute dtype of weights that are held as FP8 codes
+    Linear, FeedForward, Experts             products in the compute dtype
+    FP8Linear, FP8FeedForward, FP8Experts    precision "fp8": products in simulated FP8, forward and backward
+    QuantizedLinear, QuantizedExperts        products in the compute dtype of weights that are held as FP8 codes
 
-A layer is made of the class that config.precision names. `hold_fp8` puts codes into a model's. A held weight is E4M3
-codes with an FP32 scale for each 128x128 block.
+A layer is made of the class that config.precision names (`in_precision`). `hold_fp8` puts codes into a model's. They
+are E4M3 with an FP32 scale for each 128x128 block, or have another layout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini import ops
-from dsmini.nn.layers import Linear, Projection, linear
-from dsmini.nn.moe import Experts, experts
+from dsmini.nn.attention import Context
+from dsmini.nn.layers import Linear, Projection, in_fp8, linear, quantize_once
+from dsmini.nn.moe import Experts, FeedForward, experts
 from dsmini.numerics import (
     WEIGHT_TILE,
     QuantizedTensor,
@@ -30,8 +31,9 @@ from dsmini.numerics import (
     matrix_of,
     quantize,
     rows_of,
+    swiglu,
 )
-from dsmini.numerics.quantization import Scale
+from dsmini.numerics.quantization import FormatName, Scale, Tile
 
 SCALES = MappingProxyType({"weight": "scale", "w1": "w1_scale", "w2": "w2_scale", "w3": "w3_scale"})
 """Names of the buffers that hold the scales of matrices in FP8."""
@@ -103,8 +105,16 @@ def fp8_weights(model: nn.Module) -> dict[str, "Projection | Experts"]:
     }
 
 
-def hold_fp8(model: nn.Module, name: str, codes: Tensor, scales: Tensor) -> None:
-    """Let the parameter of that name be these E4M3 codes, with FP32 scales of its last two dimensions' blocks.
+def hold_fp8(
+    model: nn.Module,
+    name: str,
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    tile: Tile = WEIGHT_TILE,
+    format: FormatName = "e4m3",
+) -> None:
+    """Let the parameter of that name be these codes, with FP32 scales of its last two dimensions' tiles.
 
     A layer of a class that holds codes takes the place of a plain one.
 
@@ -121,8 +131,10 @@ def hold_fp8(model: nn.Module, name: str, codes: Tensor, scales: Tensor) -> None
         plain, layer = vars(layer), holds.__new__(holds)  # the same parameters, sizes and hooks
         vars(layer).update(plain | {name: {**plain[name]} for name in ("_parameters", "_buffers")})
         model.set_submodule(path, layer)
+    shape = layer.layouts[attribute][0] if attribute in layer.layouts else layer.get_parameter(attribute).shape
     setattr(layer, attribute, nn.Parameter(codes, requires_grad=False))
     layer.register_buffer(SCALES[attribute], scales)
+    layer.layouts = {**layer.layouts, attribute: (shape, tile, format)}
 
 
 @torch.no_grad()
@@ -142,9 +154,12 @@ class FP8Weights(nn.Module):
     gradients pass it to its input alone.
     """
 
+    layouts: Mapping[str, tuple[torch.Size, Tile, FormatName]] = MappingProxyType({})
+    """Shape, tile and format of each parameter that is codes."""
+
     @property
     def holds_fp8(self) -> bool:
-        return any(name in self._buffers for name in SCALES.values())
+        return bool(self.layouts)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if self.holds_fp8:
@@ -157,13 +172,14 @@ class FP8Weights(nn.Module):
         assert weight is not None
         if scales is None:
             return weight
+        shape, tile, format = self.layouts[name]
         return QuantizedTensor(
             codes=weight,
             scales=scales.float(),
-            shape=weight.shape,
-            tile=WEIGHT_TILE,
-            scale="fp32",
-            format="e4m3",
+            shape=shape,
+            tile=tile,
+            scale="fp32",  # a power of two is one too
+            format=format,
             dtype=torch.float32,
         )
 
@@ -173,10 +189,11 @@ class FP8Weights(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FP8Weights":
-        scales = {id(self._buffers[name]) for name in SCALES.values() if name in self._buffers}
+        codes = {id(self._parameters[name]) for name in self.layouts}
+        scales = {id(self._buffers[SCALES[name]]) for name in self.layouts}
 
         def keep(tensor: Tensor) -> Tensor:
-            if tensor.dtype == torch.float8_e4m3fn:
+            if id(tensor) in codes:
                 return fn(tensor.view(torch.uint8)).view(tensor.dtype)  # whole numbers are moved, never cast
             out = fn(tensor)
             return tensor.to(out.device) if id(tensor) in scales and out.dtype != tensor.dtype else out
@@ -230,6 +247,23 @@ class FP8Linear(FP8Weights, Projection):
         return (quantize(weight, WEIGHT_TILE) if isinstance(weight, Tensor) else weight).dequantize(dtype)
 
 
+class FP8FeedForward(FeedForward):
+    """A feed-forward of FP8Linears. x is quantized once, and of SwiGLU its inputs alone are saved, as FP8.
+
+    A module in the place of w1, w2 or w3 is called with numbers, as in FeedForward.
+
+    Source: DeepSeek-V3 report, section 3.3.3.
+    """
+
+    def forward(
+        self, x: Float[Tensor, "*batch m"] | QuantizedTensor, context: Context | None = None
+    ) -> Float[Tensor, "*batch m"]:
+        x = quantize_once(x, self.w1, self.w3)
+        w2: Any = self.w2
+        gate, up = self.w1(x), self.w3(x)
+        return w2.swiglu(gate, up) if in_fp8(w2) else w2(swiglu(gate, up))
+
+
 class QuantizedExperts(FP8Weights, Experts):
     """Experts that hold matrices as FP8 codes. Only those that a token chose are dequantized, one after the other."""
 
@@ -262,4 +296,5 @@ class FP8Experts(FP8Weights, Experts):
         return fp8_experts(codes, indices, weights, w1, w2, w3)
 
 
-Projection.by_precision["fp8"], Experts.by_precision["fp8"] = FP8Linear, FP8Experts
+DERIVED: Mapping[Any, Any] = MappingProxyType({Linear: FP8Linear, FeedForward: FP8FeedForward, Experts: FP8Experts})
+"""The class of precision "fp8" for each plain one."""

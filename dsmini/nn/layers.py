@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig
 from dsmini.numerics import QuantizedTensor, quantize
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -78,8 +80,6 @@ class Projection(Matrix):
     forward of its own. So whoever reads a weight, or calls another method than forward, asks `is_plain` before.
     """
 
-    by_precision: ClassVar[dict[str, Callable[..., "Projection"]]] = {}
-    """Classes that multiply in another precision than the compute dtype's, by config.precision (fp8.py)."""
     precision = "native"
 
     def __init__(self, in_features: int, out_features: int, *, init_std: float = 0.02) -> None:
@@ -102,6 +102,15 @@ class Linear(Projection, nn.Linear):
         return linear(x, self.weight)
 
 
+def in_precision(c: ModelConfig, plain: type[M]) -> type[M]:
+    """Return the class that multiplies in config.precision: `plain`, or what fp8.py derives from it."""
+    if c.precision == "native":
+        return plain
+    from dsmini.nn.fp8 import DERIVED  # whose layers are subclasses of plain ones
+
+    return DERIVED[plain]
+
+
 def make_linear(
     c: ModelConfig, in_features: int, out_features: int, init_std: float | None = None, **options: Any
 ) -> Projection:
@@ -112,9 +121,8 @@ def make_linear(
         options: of the class of that precision; Linear has none.
     """
     std = c.init_std if init_std is None else init_std
-    if c.precision in Projection.by_precision:
-        return Projection.by_precision[c.precision](in_features, out_features, init_std=std, **options)
-    return Linear(in_features, out_features, init_std=std)
+    layer: Any = in_precision(c, Linear)
+    return layer(in_features, out_features, init_std=std, **({} if layer is Linear else options))
 
 
 def output_linear(c: ModelConfig, width: int) -> Projection:

@@ -1,7 +1,7 @@
 """DeepSeekMoE: many small routed experts, of which a token chooses a few, and shared experts that serve all tokens."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from einops import einsum
@@ -12,7 +12,7 @@ from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.nn.attention import Context
 from dsmini.nn.gate import Gate, Routing
-from dsmini.nn.layers import draw_normal, in_fp8, make_linear, quantize_once
+from dsmini.nn.layers import draw_normal, in_precision, make_linear, quantize_once
 from dsmini.numerics import QuantizedTensor, swiglu
 
 
@@ -31,10 +31,7 @@ class FeedForward(nn.Module):
         self, x: Float[Tensor, "*batch m"] | QuantizedTensor, context: Context | None = None
     ) -> Float[Tensor, "*batch m"]:
         """Return a row for each row of x. The context of a block, as attention gets it, is not needed."""
-        x = quantize_once(x, self.w1, self.w3)
-        w2: Any = self.w2
-        gate, up = self.w1(x), self.w3(x)
-        return w2.swiglu(gate, up) if in_fp8(w2) else w2(swiglu(gate, up))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 @ops.operation("experts")
@@ -74,8 +71,6 @@ def experts_for_transforms(
 class Experts(nn.Module):
     """All routed experts of a layer: w1, w3 [e, f, m], w2 [e, m, f]; each is a SwiGLU. No token is dropped."""
 
-    by_precision: ClassVar[dict[str, Callable[[ModelConfig], "Experts"]]] = {}
-    """Classes that multiply in another precision than the compute dtype's, by config.precision."""
     precision = "native"
 
     def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
@@ -127,9 +122,9 @@ class MoE(nn.Module):
         c = layer_config(config, arguments)
         require_subclass("gate_class", gate_class, Gate)
         self.gate = gate_class(c)
-        self.experts = Experts.by_precision.get(c.precision, Experts)(c)
+        self.experts = in_precision(c, Experts)(c)
         shared = c.n_shared_experts * c.moe_inter_dim
-        self.shared_experts = FeedForward(c, inter_dim=shared) if shared else None
+        self.shared_experts = in_precision(c, FeedForward)(c, inter_dim=shared) if shared else None
 
     def forward(
         self, x: Float[Tensor, "*batch m"], context: Context | None = None

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsmini.nn import MLA, Attention, Experts, FeedForward, MoE, Projection
+from dsmini.nn import MLA, Attention, Experts, MoE, Projection
+from dsmini.nn.fp8 import FP8FeedForward
 from dsmini.numerics import quantization
 from tests.conftest import randomise
 from tests.helpers.configs import FP8_SIZES as SIZES
@@ -50,7 +51,7 @@ LAYERS: dict[str, tuple[Any, dict[str, Any], list[int]]] = {
     "mha": (Attention, {"attention": "mha"}, [N * DIM, WO]),
     "gqa": (Attention, {"attention": "gqa", "n_kv_heads": 2}, [N * DIM, WO]),
     # x, and gate and up, from which the rest is computed again
-    "feed-forward": (FeedForward, {}, [N * DIM, *[N * SIZES["inter_dim"]] * 2]),
+    "feed-forward": (FP8FeedForward, {}, [N * DIM, *[N * SIZES["inter_dim"]] * 2]),
 }
 
 
