@@ -275,9 +275,9 @@ def test_dense_baseline_has_as_many_active_parameters(subject: Subject, monkeypa
     seen: list[Sequence[int]] = []
     real = FeedForward.forward
 
-    def watched(self: FeedForward, x: Tensor) -> Tensor:
+    def watched(self: FeedForward, x: Tensor, *context: Any) -> Tensor:
         seen.append(tuple(self.w1.weight.shape))
-        return real(self, x)
+        return real(self, x, *context)
 
     monkeypatch.setattr(subject, "turns", [SimpleNamespace(waited=0.0)])
     monkeypatch.setattr(FeedForward, "forward", watched)
