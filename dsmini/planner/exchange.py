@@ -65,26 +65,19 @@ def _routed(experts: int, chosen: int, groups: int, limited: int, best: int) -> 
 
 
 class Exchange:
-    """Bytes of a token in a MoE layer that cross the slow and the fast link, both ways."""
+    """Bytes of a token in a MoE layer that cross the slow and the fast link, both ways.
 
-    expert_nodes: Figure
-    """Nodes that share a layer's experts. Source: V3, sections 3.2.2 and 3.4."""
-    nodes_reached: Figure
-    """Nodes that a token reaches, or rows of its own. Source: V3, sections 3.2.2 and 3.4."""
-    gpus_reached: Figure
-    """GPUs of a token's experts, or rows of its own. Source: V3, sections 3.2.2 and 3.4."""
-    slow_copies: Figure
-    """Rows of a token over the slow link. Source: V3, sections 3.2.2 and 3.4."""
-    fast_copies: Figure
-    """Rows of a token over the fast link. Source: V3, sections 3.2.2 and 3.4."""
-    dispatch_row: Figure
-    """Row on its way to an expert. Source: V3, section 3.3.3."""
-    combine_row: Figure
-    """Row on its way back. Source: V3, section 3.3.3."""
-    slow_row_bytes: Figure
-    """Slow link: bytes of a token and layer. Source: V3, sections 3.2.2 and 3.4."""
-    fast_row_bytes: Figure
-    """Fast link: bytes of a token and layer. Source: V3, sections 3.2.2 and 3.4."""
+    Attributes:
+        expert_nodes: Nodes that share a layer's experts. Source: V3, sections 3.2.2 and 3.4.
+        nodes_reached: Nodes that a token reaches, or rows of its own. Source: V3, sections 3.2.2 and 3.4.
+        gpus_reached: GPUs of a token's experts, or rows of its own. Source: V3, sections 3.2.2 and 3.4.
+        slow_copies: Rows of a token over the slow link. Source: V3, sections 3.2.2 and 3.4.
+        fast_copies: Rows of a token over the fast link. Source: V3, sections 3.2.2 and 3.4.
+        dispatch_row: Row on its way to an expert. Source: V3, section 3.3.3.
+        combine_row: Row on its way back. Source: V3, section 3.3.3.
+        slow_row_bytes: Slow link: bytes of a token and layer. Source: V3, sections 3.2.2 and 3.4.
+        fast_row_bytes: Fast link: bytes of a token and layer. Source: V3, sections 3.2.2 and 3.4.
+    """
 
     def __init__(
         self,

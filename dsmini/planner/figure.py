@@ -18,11 +18,9 @@ An explanation has the figure that was asked for first, then each figure that it
       source: V2, table 1
 """  # noqa: RUF002
 
-import ast
 import difflib
 import functools
 import inspect
-import itertools
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -38,7 +36,7 @@ NAME = re.compile(r"(?<![\w.])[a-z_][a-z_0-9]*(?![a-z_0-9]*\()")
 class Figure(float):
     """Number that knows its unit, its formula in names, its title and its source; an input has no formula.
 
-    A class whose attributes are figures says their titles and sources in the documentation of its fields.
+    A class whose attributes are figures lists their titles and sources in its docstring.
     """
 
     __slots__ = ("formula", "source", "title", "unit")
@@ -83,19 +81,18 @@ def given(value: float, unit: str, title: str, source: str) -> Figure:
 
 
 @functools.cache
-def field_docs(kind: type) -> Mapping[str, tuple[str, str]]:
-    """Return title and source of each field of a class, as its documentation says them.
+def attribute_docs(kind: type) -> Mapping[str, tuple[str, str]]:
+    """Return title and source of each attribute that the docstring of a class lists.
 
-    >>> field_docs(CacheFigures)["kv_cache"]
+    >>> attribute_docs(CacheFigures)["kv_cache"]
     ('Cache of a token, all layers', 'V2, table 1; INS, table 1')
     """
-    module = ast.parse(inspect.getsource(inspect.getmodule(kind) or kind))
-    (declared,) = (n for n in module.body if isinstance(n, ast.ClassDef) and n.name == kind.__name__)
+    _, _, listed = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
     found: dict[str, tuple[str, str]] = {}
-    for field, doc in itertools.pairwise(declared.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(doc, ast.Expr):
-            title, _, source = " ".join(ast.literal_eval(doc.value).split()).rstrip(".").partition(". Source: ")
-            found[field.target.id] = title, source
+    for entry in re.split(r"\n(?=    \w)", f"\n{listed}")[1:]:
+        name, _, doc = " ".join(entry.split()).partition(": ")
+        title, _, source = doc.rstrip(".").partition(". Source: ")
+        found[name] = title, source
     return found
 
 
@@ -106,7 +103,7 @@ def figures_of(found: object, pattern: str = "{}") -> dict[str, Figure]:
         pattern: of whole names, such as "memory_{}", which formulas then have too.
     """
     here = {name: value for name, value in vars(found).items() if isinstance(value, Figure)}
-    names, docs = {name: pattern.format(name) for name in here}, field_docs(type(found))
+    names, docs = {name: pattern.format(name) for name in here}, attribute_docs(type(found))
     whole: dict[str, Figure] = {}
     for name, figure in here.items():
         title, source = docs.get(name, (figure.title, figure.source))

@@ -50,54 +50,33 @@ def one_of_each(c: ModelConfig) -> list[TensorUse]:
 
 
 class ModelFigures:
-    """Parameters and operations of a model. DSA is counted in the sparse stage of its training."""
+    """Parameters and operations of a model. DSA is counted in the sparse stage of its training.
 
-    dense_layers: Figure
-    """Dense layers of the main model. Source: V3, section 4.2."""
-    moe_layers: Figure
-    """MoE layers of the main model. Source: V3, section 4.2."""
-    mtp_dense_layers: Figure
-    """Dense layers of multi-token prediction."""
-    mtp_moe_layers: Figure
-    """MoE layers of multi-token prediction."""
-    parameters_main: Figure
-    """Parameters without MTP. Source: V3, section 4.2."""
-    mtp_parameters: Figure
-    """MTP: parameters of its own. Source: V3, section 2.2."""
-    parameters_total: Figure
-    """All parameters, with MTP. Source: V3, section 4.2."""
-    parameters_active: Figure
-    """Active parameters, without embedding. Source: V3, section 4.2."""
-    mtp_active: Figure
-    """MTP: active parameters. Source: V3, section 2.2."""
-    attention_parameters: Figure
-    """Matrices of attention, a layer. Source: V2, section 2.1."""
-    indexer_parameters: Figure
-    """Matrices of an indexer, a layer. Source: V3.2, section 2.1."""
-    dense_parameters: Figure
-    """Dense feed-forward, a layer. Source: V3, section 4.2."""
-    expert_parameters: Figure
-    """One routed expert. Source: V3, section 4.2."""
-    shared_parameters: Figure
-    """Shared experts, a layer. Source: V3, section 4.2."""
-    gate_parameters: Figure
-    """Gate of a MoE layer. Source: V3, section 4.2."""
-    norm_parameters: Figure
-    """Norms of a block. Source: V3, section 4.2."""
-    vocabulary_parameters: Figure
-    """Embedding, and as many again: head."""
-    final_norm_parameters: Figure
-    """Norms outside the blocks."""
-    mtp_projection_layer: Figure
-    """MTP: projection of a depth. Source: V3, section 2.2."""
-    mtp_norm_layer: Figure
-    """MTP: norms of a depth outside its block. Source: V3, section 2.2."""
-    attention_flops: Figure
-    """Operations of attention over the context, forward, causal. Source: INS, table 2."""
-    indexer_flops: Figure
-    """Operations of indexers over the context in training, causal. Source: V3.2, section 2.1."""
-    training_flops: Figure
-    """Operations of a token in training. Source: INS, table 2."""
+    Attributes:
+        dense_layers: Dense layers of the main model. Source: V3, section 4.2.
+        moe_layers: MoE layers of the main model. Source: V3, section 4.2.
+        mtp_dense_layers: Dense layers of multi-token prediction.
+        mtp_moe_layers: MoE layers of multi-token prediction.
+        parameters_main: Parameters without MTP. Source: V3, section 4.2.
+        mtp_parameters: MTP: parameters of its own. Source: V3, section 2.2.
+        parameters_total: All parameters, with MTP. Source: V3, section 4.2.
+        parameters_active: Active parameters, without embedding. Source: V3, section 4.2.
+        mtp_active: MTP: active parameters. Source: V3, section 2.2.
+        attention_parameters: Matrices of attention, a layer. Source: V2, section 2.1.
+        indexer_parameters: Matrices of an indexer, a layer. Source: V3.2, section 2.1.
+        dense_parameters: Dense feed-forward, a layer. Source: V3, section 4.2.
+        expert_parameters: One routed expert. Source: V3, section 4.2.
+        shared_parameters: Shared experts, a layer. Source: V3, section 4.2.
+        gate_parameters: Gate of a MoE layer. Source: V3, section 4.2.
+        norm_parameters: Norms of a block. Source: V3, section 4.2.
+        vocabulary_parameters: Embedding, and as many again: head.
+        final_norm_parameters: Norms outside the blocks.
+        mtp_projection_layer: MTP: projection of a depth. Source: V3, section 2.2.
+        mtp_norm_layer: MTP: norms of a depth outside its block. Source: V3, section 2.2.
+        attention_flops: Operations of attention over the context, forward, causal. Source: INS, table 2.
+        indexer_flops: Operations of indexers over the context in training, causal. Source: V3.2, section 2.1.
+        training_flops: Operations of a token in training. Source: INS, table 2.
+    """
 
     def __init__(self, c: ModelConfig, seq_len: Figure, source: str) -> None:
         self.config, self.seq_len = c, seq_len
@@ -105,7 +84,7 @@ class ModelFigures:
         self._counted: dict[Recompute, dict[Part, Operations]] = {}
         self._saved: dict[tuple[int, bool, Recompute], SavedFigures] = {}
         self.sizes = {
-            n: given(v, "", request.title_of(ModelConfig, n), source)
+            n: given(v, "", request.titles_of(ModelConfig)[n], source)
             for n in request.SIZES
             if (v := getattr(c, n)) is not None
         }
@@ -220,20 +199,16 @@ def _parts(use: TensorUse) -> list[Part]:
 
 
 class SavedFigures:
-    """Bytes of a token that are saved for backward, by part."""
+    """Bytes of a token that are saved for backward, by part.
 
-    activations_embedding: Figure
-    """Activations of a token, embedding. Source: V3, section 3.2.3."""
-    activations_dense: Figure
-    """Activations of a token, dense layer. Source: V3, section 3.2.3."""
-    activations_moe: Figure
-    """Activations of a token, MoE layer. Source: V3, section 3.2.3."""
-    activations_head: Figure
-    """Activations of a token, head. Source: V3, section 3.2.3."""
-    activations_mtp: Figure
-    """Activations of a token, MTP without its block. Source: V3, section 3.2.3."""
-    activations_again: Figure
-    """Activations of a token of the block that is made again."""
+    Attributes:
+        activations_embedding: Activations of a token, embedding. Source: V3, section 3.2.3.
+        activations_dense: Activations of a token, dense layer. Source: V3, section 3.2.3.
+        activations_moe: Activations of a token, MoE layer. Source: V3, section 3.2.3.
+        activations_head: Activations of a token, head. Source: V3, section 3.2.3.
+        activations_mtp: Activations of a token, MTP without its block. Source: V3, section 3.2.3.
+        activations_again: Activations of a token of the block that is made again.
+    """
 
     def __init__(self, saved: Saved) -> None:
         def part(name: Part) -> Figure:
@@ -255,18 +230,15 @@ class SavedFigures:
 
 
 class CacheFigures:
-    """Cache of a token. Raises: ValueError for "fp8" where attention is not MLA."""
+    """Cache of a token. Raises: ValueError for "fp8" where attention is not MLA.
 
-    index_row: Figure
-    """Indexer's key of a token, one layer. Source: V2, table 1; INS, table 1."""
-    cache_row: Figure
-    """Cache of a token in one layer. Source: V2, table 1; INS, table 1."""
-    kv_cache: Figure
-    """Cache of a token, all layers. Source: V2, table 1; INS, table 1."""
-    mha_kv_cache: Figure
-    """Cache of a token with MHA, all layers. Source: V2, table 1; INS, table 1."""
-    cache_saving: Figure
-    """Share of MHA's cache that is saved. Source: V2, table 1; INS, table 1."""
+    Attributes:
+        index_row: Indexer's key of a token, one layer. Source: V2, table 1; INS, table 1.
+        cache_row: Cache of a token in one layer. Source: V2, table 1; INS, table 1.
+        kv_cache: Cache of a token, all layers. Source: V2, table 1; INS, table 1.
+        mha_kv_cache: Cache of a token with MHA, all layers. Source: V2, table 1; INS, table 1.
+        cache_saving: Share of MHA's cache that is saved. Source: V2, table 1; INS, table 1.
+    """
 
     def __init__(self, m: ModelFigures, dtype: Any) -> None:
         c, size = m.config, SIZES[dtype]
@@ -292,30 +264,22 @@ class WeightFigures:
     is whole on each GPU. A matrix [o, i] takes o * i multiply-adds of a token. Its bytes are 4 or 2 a number, or in FP8
     one and an FP32 scale for each block of 128x128. `absorbed` are the two halves of wkv_b that decoding applies to
     queries and sums: as many numbers, in the compute dtype.
-    """
 
-    head_matrices_bytes: Figure
-    """Bytes of the matrices of heads. Source: shapes of the released checkpoints."""
-    latent_up_bytes: Figure
-    """Bytes of the projections out of the latent. Source: shapes of the released checkpoints."""
-    latent_up_products: Figure
-    """Multiply-adds of a token with the projections out of the latent. Source: every matrix once."""
-    whole_bytes: Figure
-    """Bytes that every GPU holds whole: latents, dense layers, gates, norms. Source: shapes of released checkpoints."""
-    shared_experts_bytes: Figure
-    """Bytes of the shared experts. Source: shapes of the released checkpoints."""
-    matrix_products: Figure
-    """Multiply-adds of a token with matrices that may be FP8, but those of the latent. Source: every matrix once."""
-    other_products: Figure
-    """Multiply-adds of a token with gates and other plain matrices. Source: every matrix once."""
-    absorbed_bytes: Figure
-    """Bytes of the projections out of the latent in two halves. Source: V2, section 2.1.2."""
-    expert_bytes: Figure
-    """Bytes of one routed expert. Source: shapes of the released checkpoints."""
-    vocabulary_bytes: Figure
-    """Bytes of the embedding, or the head. Source: shapes of the released checkpoints."""
-    model_bytes: Figure
-    """Weights of the model without MTP. Source: shapes of the released checkpoints."""
+    Attributes:
+        head_matrices_bytes: Bytes of the matrices of heads. Source: shapes of the released checkpoints.
+        latent_up_bytes: Bytes of the projections out of the latent. Source: shapes of the released checkpoints.
+        latent_up_products: Multiply-adds of a token with the projections out of the latent. Source: every matrix once.
+        whole_bytes: Bytes that every GPU holds whole: latents, dense layers, gates, norms. Source: shapes of released
+            checkpoints.
+        shared_experts_bytes: Bytes of the shared experts. Source: shapes of the released checkpoints.
+        matrix_products: Multiply-adds of a token with matrices that may be FP8, but those of the latent. Source: every
+            matrix once.
+        other_products: Multiply-adds of a token with gates and other plain matrices. Source: every matrix once.
+        absorbed_bytes: Bytes of the projections out of the latent in two halves. Source: V2, section 2.1.2.
+        expert_bytes: Bytes of one routed expert. Source: shapes of the released checkpoints.
+        vocabulary_bytes: Bytes of the embedding, or the head. Source: shapes of the released checkpoints.
+        model_bytes: Weights of the model without MTP. Source: shapes of the released checkpoints.
+    """
 
     def __init__(self, m: ModelFigures, dtype: Any) -> None:
         c, size = m.config, SIZES[dtype]

@@ -5,7 +5,10 @@ file, those that are the model's in its config. All else is here: how the model 
 shares of the peaks are reached, and how often the machines fail.
 """
 
+import ast
 import functools
+import inspect
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +20,7 @@ from dsmini.accounting.tensors import Dtype, WeightDtype
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.config.fields import Bounds, build, check_types, setting
 from dsmini.config.model import NO_INDEXER
-from dsmini.planner.figure import Figure, field_docs, given
+from dsmini.planner.figure import Figure, given
 from dsmini.reading import find_config, read_table, read_toml
 
 Zero = Literal[0, 1, 2, 3]
@@ -147,9 +150,17 @@ class PlanRequest:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-def title_of(kind: type, name: str) -> str:
-    """Return what the documentation of a field says first."""
-    return re.split(r"[.;:] |, such as", field_docs(kind)[name][0])[0]
+@functools.cache
+def titles_of(kind: type) -> Mapping[str, str]:
+    """Return what the documentation below each field of a dataclass says first."""
+    (declared,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(declared, ast.ClassDef)
+    found: dict[str, str] = {}
+    for field, doc in itertools.pairwise(declared.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+            said = " ".join(ast.literal_eval(doc.value).split())
+            found[ast.unparse(field.target)] = re.split(r"[.;:] |, such as|\.$", said)[0]
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +176,7 @@ class Inputs:
         value, source = getattr(self.request, name), self.sources.get(name, "")
         if value is None:
             value, source = presets()["assumed"][name]
-        return given(value, unit, title_of(PlanRequest, name), source)
+        return given(value, unit, titles_of(PlanRequest)[name], source)
 
 
 class Assumptions:

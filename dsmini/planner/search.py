@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from dsmini.accounting.memory import Recompute
 from dsmini.accounting.tensors import divisors
 from dsmini.planner.hardware import Hardware, OnPart, quiet
 from dsmini.planner.layout import Layout, check, rules
@@ -39,6 +38,7 @@ from dsmini.planner.training import (
     stages,
     state_sent,
     state_stays_in_node,
+    waiting,
 )
 from dsmini.report.units import DAY, human, plural
 
@@ -74,24 +74,33 @@ def lean(options: Options) -> Options:
 
 
 class Bounded(NamedTuple):
-    """Layout with its lower bounds; the order is that of time, then memory, sizes and choices."""
+    """Layout with its lower bounds; the order is that of time, then memory, then of the options."""
 
     seconds: float
     memory: float
-    sizes: tuple[int, ...]
-    """Pipeline, tensor, expert and micro-batch."""
-    choice: tuple[Any, ...]
-    """Place of schedule, ZeRO, recomputation and precision among the options."""
+    place: int
+    """Place among all layouts of the options."""
+    layout: Layout
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Pipeline, tensor, expert and micro-batch."""
+        return tuple(getattr(self.layout, name) for name in SIZES)
 
 
 class Found(NamedTuple):
-    """Layout that was planned."""
+    """Layout that was planned; the order is that of time, then memory, then of the options."""
 
     seconds: float
     memory: float
-    layout: Layout
+    place: int
     training: Training
     step: Step
+
+    @property
+    def layout(self) -> Layout:
+        """Layout that was planned."""
+        return self.training.layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,27 +115,20 @@ class Search:
     options: Options
     planned: dict[Layout, Training] = field(default_factory=dict)
 
-    def layout(self, one: Bounded) -> Layout:
-        """Return the layout that bounds are of."""
-        choice = (self.options[name][i] for name, i in zip(CHOICES, one.choice, strict=True))
-        return replace(self.base, **dict(zip((*SIZES, *CHOICES), (*one.sizes, *choice), strict=True)))
-
     def every(self) -> list[Bounded]:
         """Return all layouts that the rules allow, with their bounds."""
         c, gpus, node = self.m.config, self.base.gpus, self.hardware.gpus_per_node
         check_links(self.hardware, gpus)
         most = {"pipeline": c.n_layers, "tensor": node, "expert": c.n_routed_experts}
-        lists = [self.options[name] if name in self.options else divisors(gpus, most[name]) for name in SIZES]
-        found: list[Bounded] = []
-        bounds = _Bounds(self)
-        places = [range(len(self.options[name])) for name in CHOICES]
-        for sizes in itertools.product(*lists):
-            for schedule, zero in itertools.product(*places[:2]):
-                here = self.layout(Bounded(0.0, 0.0, sizes, (schedule, zero, 0, 0)))
-                if all(holds for holds, _ in rules(here, c, node)):
-                    for rest in itertools.product(*places[2:]):
-                        choice = (schedule, zero, *rest)
-                        found.append(Bounded(*bounds.of(here, rest), sizes, choice))
+        sizes = [self.options[name] if name in self.options else divisors(gpus, most[name]) for name in SIZES]
+        ruled, free = ([self.options[name] for name in names] for names in (CHOICES[:2], CHOICES[2:]))
+        bounds, found = _Bounds(self), list[Bounded]()
+        for values in itertools.product(*sizes, *ruled):
+            here = replace(self.base, **dict(zip((*SIZES, *CHOICES[:2]), values, strict=True)))
+            if all(holds for holds, _ in rules(here, c, node)):
+                for recompute, precision in itertools.product(*free):
+                    layout = replace(here, recompute=recompute, precision=precision)
+                    found.append(Bounded(*bounds.of(layout), len(found), layout))
         return found
 
     def training(self, layout: Layout) -> Training:
@@ -137,8 +139,7 @@ class Search:
 
     def fastest(self, most: int, on_part: OnPart = quiet) -> list[Found]:
         """Return the fastest layouts that fit, one for each combination of sizes, fastest first."""
-        best: dict[tuple[int, ...], tuple[tuple[Any, ...], Found]] = {}
-        unfit: dict[Layout, int] = {}
+        best: dict[tuple[int, ...], Found] = {}
         last = math.inf  # time of the slowest layout to return
         every = sorted(one for one in self.every() if one.memory <= self.hardware.memory)
         for i, one in enumerate(every):
@@ -146,26 +147,15 @@ class Search:
                 on_part(i / len(every), f"{plural(len(every), 'layout')}")
             if last < one.seconds:
                 break
-            if one.sizes in best and best[one.sizes][0][0] < one.seconds:
-                continue
-            layout = self.layout(one)
-            same = replace(layout, zero=0)  # what does not fit with more of ZeRO does not with less
-            if layout.zero <= unfit.get(same, -1):
-                continue
-            training = self.training(layout)
-            if not training.fits and layout.zero < 3:  # which holds gathered weights besides
-                unfit[same] = layout.zero
-            if training.fits:
-                step = Step(self.m, self.hardware, self.assumed, layout, training)
-                seconds, memory = float(step.parts_seconds), float(training.memory_needed)
-                key = (seconds, memory, one.choice)
-                if one.sizes not in best or key < best[one.sizes][0]:
-                    best[one.sizes] = key, Found(seconds, memory, layout, training, step)
-                    times = sorted(key[0] for key, _ in best.values())
-                    last = times[most - 1] if len(times) >= most else math.inf
+            old = best.get(one.sizes)
+            if (old is None or one.seconds <= old.seconds) and (training := self.training(one.layout)).fits:
+                step = Step(self.m, self.hardware, self.assumed, one.layout, training)
+                new = Found(float(step.parts_seconds), float(training.memory_needed), one.place, training, step)
+                best[one.sizes] = min(new, old or new)
+                times = sorted(each.seconds for each in best.values())
+                last = times[most - 1] if len(times) >= most else math.inf
         on_part(1.0, f"{plural(len(every), 'layout')}")
-        order = sorted(best.items(), key=lambda item: (*item[1][0][:2], item[0], item[1][0][2]))
-        return [found for _, (_, found) in order[:most]]
+        return sorted(best.values())[:most]
 
     def fits_any(self) -> bool:
         """Return whether some layout fits."""
@@ -173,97 +163,77 @@ class Search:
         return smallest is not None and smallest.fits
 
     def smallest(self) -> Training | None:
-        """Return the layout of least memory, then of first sizes and choices; None if there is none."""
-        best: tuple[tuple[Any, ...], Training] | None = None
-        for one in sorted(self.every(), key=lambda one: (one.memory, one.sizes, one.choice)):
-            if best is not None and best[0][0] < one.memory:
+        """Return the layout of least memory, then the first one of the options; None if there is none."""
+        best: Training | None = None
+        for one in sorted(self.every(), key=lambda one: (one.memory, one.place)):
+            if best is not None and best.memory_needed < one.memory:
                 break
-            training = self.training(self.layout(one))
-            key = (float(training.memory_needed), one.sizes, one.choice)
-            if best is None or key < best[0]:
-                best = key, training
-        return best[1] if best else None
+            training = self.training(one.layout)
+            if best is None or training.memory_needed < best.memory_needed:
+                best = training
+        return best
 
 
 class _Bounds:
     """Lower bounds of the time and the memory of layouts, in plain numbers."""
 
     def __init__(self, search: Search) -> None:
-        self._search, self._m = search, search.m
-        self._stage: dict[tuple[Any, ...], tuple[float, float, float]] = {}
+        self._m, self._h, self._a = search.m, search.hardware, search.assumed
+        self._stage: dict[tuple[Any, ...], tuple[float, ...]] = {}
         self._row: dict[tuple[Any, ...], float] = {}
-        self._state: dict[tuple[Any, ...], tuple[float, float, float, float]] = {}
-        self._links = Links(search.hardware, search.assumed)
-        c, parameters = self._m.config, self._m
-        self._layers, self._moe = c.n_layers, max(0, c.n_layers + c.n_mtp_layers - c.n_dense_layers)
-        self._experts = self._moe * c.n_routed_experts * float(parameters.expert_parameters)
-        self._rest = max(0.0, float(parameters.parameters_total) - self._experts)
+        self._state: dict[str, State] = {}
+        self._links, c = Links(self._h, self._a), self._m.config
+        self._moe = max(0, c.n_layers + c.n_mtp_layers - c.n_dense_layers)
+        self._experts = self._moe * c.n_routed_experts * float(self._m.expert_parameters)
+        self._rest = max(0.0, float(self._m.parameters_total) - self._experts)
 
-    def of(self, here: Layout, rest: tuple[int, ...]) -> tuple[float, float]:
-        """Return the seconds of a step but for the update, and the bytes of the mean GPU.
-
-        Args:
-            here: layout, of which the next are chosen anew.
-            rest: places of recomputation and precision among the options.
-        """
-        recompute, precision = (self._search.options[name][i] for name, i in zip(CHOICES[2:], rest, strict=True))
-        key = (here.pipeline, here.schedule, recompute, precision, here.expert > 1)
+    def of(self, r: Layout) -> tuple[float, float]:
+        """Return the seconds of a step but for the update, and the bytes of the mean GPU."""
+        key = (r.pipeline, r.schedule, r.recompute, r.precision, r.expert > 1)
         if key not in self._stage:
-            self._stage[key] = self._seconds(replace(here, recompute=recompute, precision=precision, zero=0))
-        tokens = here.micro_batch * float(self._m.seq_len) / here.tensor
+            self._stage[key] = self._seconds(r)
+        if (r.expert, r.precision) not in self._row:
+            rows = Rows(self._m, self._h, self._a, r.expert, r.precision).dispatch_seconds
+            self._row[r.expert, r.precision] = float(rows) if r.expert > 1 else 0.0
+        tokens, number = r.micro_batch * float(self._m.seq_len) / r.tensor, r.batch / (r.data * r.micro_batch)
         forward, backward, weights = (tokens * seconds for seconds in self._stage[key])
-        rows = self._rows(here, precision) * tokens * self._moe / here.pipeline
-        number, alone = here.batch / (here.data * here.micro_batch), forward + backward
-        p, pair, hidden = here.pipeline, alone + 2 * rows, 0.0
-        if here.schedule == "dualpipe":
-            hidden = (number - p) * min(alone, 2 * rows)
-            bubble = (p / 2 - 1) * (max(alone, 2 * rows) + backward + rows - 3 * weights)
-        else:
-            bubble = (p - 1) * (pair - 2 * weights if here.schedule == "zb1p" else pair)
-        state, memory = self._held(here, recompute, precision, number)
-        if here.zero >= 2:
-            state = max(0.0, state - number * alone)
-        return ROUNDING * (number * pair - hidden + bubble + state), ROUNDING * memory
+        rows = self._row[r.expert, r.precision] * tokens * self._moe / r.pipeline
+        computing = number * (forward + backward)
+        state, memory = self._held(r, tokens, number)
+        if r.zero >= 2:
+            state = max(0.0, state - computing)
+        waits = sum(waiting(r, number, (forward, backward, weights), rows, 0.0))
+        return ROUNDING * (computing + waits + state), ROUNDING * memory
 
-    def _seconds(self, layout: Layout) -> tuple[float, float, float]:
+    def _seconds(self, r: Layout) -> tuple[float, ...]:
         """Return the computing time of a token in the slowest stage: forward, backward, and gradients of weights."""
-        rates, of = Rates(self._search.hardware, self._search.assumed, layout), self._m.operations(layout.recompute)
-        last, place = placed(self._m.config, layout.pipeline, layout.schedule, rates.of_parts(of))
-        mine = stage_operations(of, stages(self._m.config, layout.pipeline, layout.schedule, last)[place])
-        return rates.seconds(mine, "forward"), rates.seconds(mine, "backward"), rates.seconds(mine, "weights")
+        rates, of = Rates(self._h, self._a, r), self._m.operations(r.recompute)
+        last, place = placed(self._m.config, r.pipeline, r.schedule, rates.of_parts(of))
+        mine = stage_operations(of, stages(self._m.config, r.pipeline, r.schedule, last)[place])
+        return tuple(rates.seconds(mine, phase) for phase in ("forward", "backward", "weights"))
 
-    def _rows(self, layout: Layout, precision: Precision) -> float:
-        """Return the time of a token's rows in a layer and pass."""
-        key = (layout.expert, precision)
-        if key not in self._row:
-            rows = Rows(self._m, self._search.hardware, self._search.assumed, layout.expert, precision)
-            self._row[key] = float(rows.dispatch_seconds) if layout.expert > 1 else 0.0
-        return self._row[key]
-
-    def _held(self, r: Layout, recompute: Recompute, precision: Precision, number: float) -> tuple[float, float]:
+    def _held(self, r: Layout, tokens: float, number: float) -> tuple[float, float]:
         """Return the seconds of exchanging the mean GPU's state, and the bytes that it holds."""
         if r.gpus == 1:
             return 0.0, 0.0
-        key = (precision, r.zero)
-        if key not in self._state:
-            state = State(replace(r, precision=precision))
-            parts = (state.state_weight, 3), (state.state_gradient, 2), (state.state_optimizer, 1)
-            whole, divided = (sum(float(n) for n, since in parts if (r.zero >= since) == is_) for is_ in (False, True))
-            self._state[key] = whole, divided, float(state.state_gradient), float(state.state_weight)
-        whole, divided, gradient, weight = self._state[key]
+        if r.precision not in self._state:
+            self._state[r.precision] = State(r)
+        state = self._state[r.precision]
+        parts = (state.state_weight, 3), (state.state_gradient, 2), (state.state_optimizer, 1)
+        whole = sum(float(n) for n, since in parts if r.zero < since)
+        divided = state.state_parameter - whole
         by, p = r.data * r.copies, r.pipeline
         by_expert = by * r.tensor / r.expert
         rest, experts = (n * r.copies / p for n in (self._rest / r.tensor, self._experts / r.expert))
-        held = rest * (whole + divided / by) + experts * (whole + divided / by_expert)
         numbers = rest * (1 - 1 / by) + experts * (1 - 1 / by_expert)
-        inside = state_stays_in_node(r, self._search.hardware.gpus_per_node)
-        rate = self._links.fast_rate if inside else self._links.slow_rate
-        sent = state_sent(r.zero, number, numbers * gradient, numbers * weight)
-        saved = self._m.saved(4 if precision == "fp32" else 2, precision == "fp8", recompute)
-        kinds = [float(a) for a in (saved.activations_dense, saved.activations_moe) if a]
-        tokens = r.micro_batch * float(self._m.seq_len) / r.tensor
+        sent = state_sent(r.zero, number, numbers * state.state_gradient, numbers * state.state_weight)
+        inside = state_stays_in_node(r, self._h.gpus_per_node)
+        saved = self._m.saved(4 if r.precision == "fp32" else 2, r.precision == "fp8", r.recompute)
+        least = min(float(a) for a in (saved.activations_dense, saved.activations_moe) if a)
         in_flight = {"1f1b": (p + 1) / 2 / p, "zb1p": 1.0, "dualpipe": (p + 1) / p}[r.schedule]  # the mean of GPUs
-        return sent / rate, held + tokens * in_flight * self._layers * min(kinds)
+        held = rest * (whole + divided / by) + experts * (whole + divided / by_expert)
+        rate = self._links.fast_rate if inside else self._links.slow_rate
+        return sent / rate, held + tokens * in_flight * self._m.config.n_layers * least
 
 
 def candidates(search: Search, on_part: OnPart = quiet, most: int = 12) -> list[Found]:

@@ -122,22 +122,17 @@ class Work:
 
 
 class Deployed:
-    """Sizes and memory of a deployment."""
+    """Sizes and memory of a deployment.
 
-    gpu_experts: Figure
-    """Experts in each block that a GPU holds. Source: V3, section 3.4."""
-    gpu_weights: Figure
-    """Weights that a GPU holds. Source: V3, section 3.4."""
-    sequence_cache: Figure
-    """Cache of a sequence on a GPU, a token. Source: V3, section 3.4."""
-    gpu_cache: Figure
-    """Cache that a GPU holds. Source: V3, section 3.4."""
-    gpu_memory: Figure
-    """Weights and cache that a GPU holds. Source: V3, section 3.4."""
-    sequences_that_fit: Figure
-    """Sequences of this length that fit. Source: V3, section 3.4."""
-    longest_context: Figure
-    """Longest context of these sequences. Source: V3, section 3.4."""
+    Attributes:
+        gpu_experts: Experts in each block that a GPU holds. Source: V3, section 3.4.
+        gpu_weights: Weights that a GPU holds. Source: V3, section 3.4.
+        sequence_cache: Cache of a sequence on a GPU, a token. Source: V3, section 3.4.
+        gpu_cache: Cache that a GPU holds. Source: V3, section 3.4.
+        gpu_memory: Weights and cache that a GPU holds. Source: V3, section 3.4.
+        sequences_that_fit: Sequences of this length that fit. Source: V3, section 3.4.
+        longest_context: Longest context of these sequences. Source: V3, section 3.4.
+    """
 
     def __init__(self, w: Work, d: Deployment, memory: Figure) -> None:
         self._w, self._d = w, d
@@ -190,36 +185,23 @@ class ServedStep:
     """Times of a step of a deployment, and what they are computed from.
 
     Raises: ValueError for hardware without units for the weights' dtype.
-    """
 
-    rows: Figure
-    """Tokens of a GPU in a micro-batch."""
-    experts_read: Figure
-    """Experts in each block that a GPU reads in a micro-batch. Source: even routing."""
-    weights_read: Figure
-    """Weights that a GPU reads in a step. Source: every chosen matrix once."""
-    cache_read: Figure
-    """Cache that a GPU reads in a step. Source: every row of its sequences once."""
-    memory_time: Figure
-    """Time of a step in memory traffic. Source: amount over rate."""
-    step_time: Figure
-    """Time of a step whose parts all overlap. Source: the slowest part: at least this."""
-    pair_products: Figure
-    """Multiply-adds of a token with its context, a block. Source: accounting's context_products."""
-    matrix_flops: Figure
-    """Operations of a GPU in a step in the weights' dtype. Source: 2 a multiply-add."""
-    other_flops: Figure
-    """Operations of a GPU in a step on attention, gates and head. Source: 2 a multiply-add."""
-    compute_time: Figure
-    """Time of a step in matrix products. Source: amount over rate."""
-    slow_bytes: Figure
-    """Bytes to other nodes, a step. Source: V3, section 3.4."""
-    fast_bytes: Figure
-    """Bytes that a GPU sends in its node in a step. Source: V3, section 3.4."""
-    slow_link_time: Figure
-    """Time of a step between nodes. Source: amount over rate."""
-    fast_link_time: Figure
-    """Time of a step within a node. Source: amount over rate."""
+    Attributes:
+        rows: Tokens of a GPU in a micro-batch.
+        experts_read: Experts in each block that a GPU reads in a micro-batch. Source: even routing.
+        weights_read: Weights that a GPU reads in a step. Source: every chosen matrix once.
+        cache_read: Cache that a GPU reads in a step. Source: every row of its sequences once.
+        memory_time: Time of a step in memory traffic. Source: amount over rate.
+        step_time: Time of a step whose parts all overlap. Source: the slowest part: at least this.
+        pair_products: Multiply-adds of a token with its context, a block. Source: accounting's context_products.
+        matrix_flops: Operations of a GPU in a step in the weights' dtype. Source: 2 a multiply-add.
+        other_flops: Operations of a GPU in a step on attention, gates and head. Source: 2 a multiply-add.
+        compute_time: Time of a step in matrix products. Source: amount over rate.
+        slow_bytes: Bytes to other nodes, a step. Source: V3, section 3.4.
+        fast_bytes: Bytes that a GPU sends in its node in a step. Source: V3, section 3.4.
+        slow_link_time: Time of a step between nodes. Source: amount over rate.
+        fast_link_time: Time of a step within a node. Source: amount over rate.
+    """
 
     def __init__(
         self, w: Work, d: Deployment, of: Deployed, x: Exchange | None, h: Hardware, a: Assumptions, positions: int = 1
@@ -332,24 +314,18 @@ class ServedStep:
 
 
 class Served:
-    """Times of decoding, of prompts, and of drafts where there are some, of deployments."""
+    """Times of decoding, of prompts, and of drafts where there are some, of deployments.
 
-    decode_sequences: Figure
-    """Sequences that a GPU decodes."""
-    decode_time_per_token: Figure
-    """Least time of an output token. Source: INS, section 2.3.2."""
-    decode_tokens_per_second: Figure
-    """Most tokens/s of a sequence. Source: INS, section 2.3.2."""
-    decode_gpu_tokens_per_second: Figure
-    """Most tokens/s of a GPU. Source: INS, section 2.3.2."""
-    prefill_time_to_first_token: Figure
-    """Least time to the first token. Source: V3, section 3.4.1."""
-    prefill_gpu_tokens_per_second: Figure
-    """Most prompt tokens/s of a GPU. Source: V3, section 3.4.1."""
-    decode_cost: Figure | None
-    """Least rent of an output token."""
-    prefill_cost: Figure | None
-    """Least rent of a prompt token."""
+    Attributes:
+        decode_sequences: Sequences that a GPU decodes.
+        decode_time_per_token: Least time of an output token. Source: INS, section 2.3.2.
+        decode_tokens_per_second: Most tokens/s of a sequence. Source: INS, section 2.3.2.
+        decode_gpu_tokens_per_second: Most tokens/s of a GPU. Source: INS, section 2.3.2.
+        prefill_time_to_first_token: Least time to the first token. Source: V3, section 3.4.1.
+        prefill_gpu_tokens_per_second: Most prompt tokens/s of a GPU. Source: V3, section 3.4.1.
+        decode_cost: Least rent of an output token.
+        prefill_cost: Least rent of a prompt token.
+    """
 
     def __init__(self, w: Work, h: Hardware, a: Assumptions, inputs: Inputs, decode: Deployment, prefill: Deployment):
         c = w.m.config
@@ -376,8 +352,8 @@ class Served:
         self.prefill_gpu_tokens_per_second = Figure(
             prefill.micro_batches * w.prompt / prompt, "token/s", "prefill_micro_batches * prompt / prefill_step_time"
         )
-        self.decode_cost = None
-        self.prefill_cost = None
+        self.decode_cost: Figure | None = None
+        self.prefill_cost: Figure | None = None
         if h.price is not None:
             cost, formula = h.price / self.decode_gpu_tokens_per_second, "gpu_price / decode_gpu_tokens_per_second"
             self.decode_cost = Figure(cost, "$/token", formula)
@@ -412,16 +388,14 @@ def _staged(names: Mapping[str, str], parts: Sequence[object]) -> dict[str, Figu
 
 
 class Drafts:
-    """Gain of tokens that multi-token prediction drafts. A draft is one more block, and reads the head."""
+    """Gain of tokens that multi-token prediction drafts. A draft is one more block, and reads the head.
 
-    draft_time: Figure
-    """Time of a draft: a block and the head. Source: V3, section 5.4.3."""
-    tokens_per_step: Figure
-    """Tokens of a step, before overhead. Source: V3, section 5.4.3."""
-    speculative_step: Figure
-    """Time of all drafts and of the step that verifies them. Source: V3, section 5.4.3."""
-    speculation_gain: Figure
-    """Speedup by drafts. Source: V3, section 5.4.3."""
+    Attributes:
+        draft_time: Time of a draft: a block and the head. Source: V3, section 5.4.3.
+        tokens_per_step: Tokens of a step, before overhead. Source: V3, section 5.4.3.
+        speculative_step: Time of all drafts and of the step that verifies them. Source: V3, section 5.4.3.
+        speculation_gain: Speedup by drafts. Source: V3, section 5.4.3.
+    """
 
     def __init__(self, w: Work, h: Hardware, a: Assumptions, inputs: Inputs, served: Served) -> None:
         n = inputs.request.drafts

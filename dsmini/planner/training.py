@@ -74,12 +74,12 @@ V3 = "V3, section 3.2"
 
 
 class Links:
-    """Rates of the links that are reached; 0 without a link."""
+    """Rates of the links that are reached; 0 without a link.
 
-    fast_rate: Figure
-    """Rate to others of the node that is reached. Source: INS, section 4.3."""
-    slow_rate: Figure
-    """Rate to other nodes that is reached. Source: INS, section 4.3."""
+    Attributes:
+        fast_rate: Rate to others of the node that is reached. Source: INS, section 4.3.
+        slow_rate: Rate to other nodes that is reached. Source: INS, section 4.3.
+    """
 
     def __init__(self, h: Hardware, a: Assumptions) -> None:
         def reached(name: str) -> Figure:
@@ -98,12 +98,12 @@ def check_links(h: Hardware, gpus: int) -> None:
 
 
 class Rates:
-    """Rates of products. Raises: ValueError for a precision that the hardware lacks."""
+    """Rates of products. Raises: ValueError for a precision that the hardware lacks.
 
-    plain_rate: Figure
-    """Rate of other products."""
-    fp8_rate: Figure
-    """Rate of products of attention and feed-forwards."""
+    Attributes:
+        plain_rate: Rate of other products.
+        fp8_rate: Rate of products of attention and feed-forwards.
+    """
 
     def __init__(self, h: Hardware, a: Assumptions, r: Layout) -> None:
         share, formula = (1 - a.communication_share, " * (1 - communication_share)") if r.expert > 1 else (1.0, "")
@@ -217,16 +217,14 @@ def placed(c: ModelConfig, pipeline: int, schedule: str, seconds: tuple[tuple[Pa
 
 
 class State:
-    """Bytes of a parameter of a matrix in training."""
+    """Bytes of a parameter of a matrix in training.
 
-    state_weight: Figure
-    """Weight for products. Source: V3, section 3.3.3."""
-    state_gradient: Figure
-    """Gradient of a parameter. Source: V3, section 3.3.3."""
-    state_optimizer: Figure
-    """Master weight and moments of a parameter. Source: V3, section 3.3.3."""
-    state_parameter: Figure
-    """Training state of a parameter. Source: V3, section 3.3.3."""
+    Attributes:
+        state_weight: Weight for products. Source: V3, section 3.3.3.
+        state_gradient: Gradient of a parameter. Source: V3, section 3.3.3.
+        state_optimizer: Master weight and moments of a parameter. Source: V3, section 3.3.3.
+        state_parameter: Training state of a parameter. Source: V3, section 3.3.3.
+    """
 
     def __init__(self, r: Layout) -> None:
         fp32, moments = r.precision == "fp32", 2 * SIZES[r.moments]
@@ -246,16 +244,14 @@ class State:
 
 
 class Local:
-    """Matrices of a block on one of the GPUs that share it."""
+    """Matrices of a block on one of the GPUs that share it.
 
-    local_dense: Figure
-    """Matrices of a dense layer on a GPU."""
-    local_moe: Figure
-    """Matrices of a MoE layer on a GPU, shared part."""
-    local_experts: Figure
-    """Routed experts of a MoE layer on a GPU. Source: V3, section 3.2."""
-    local_norms: Figure
-    """Parameters of a block that are never FP8."""
+    Attributes:
+        local_dense: Matrices of a dense layer on a GPU.
+        local_moe: Matrices of a MoE layer on a GPU, shared part.
+        local_experts: Routed experts of a MoE layer on a GPU. Source: V3, section 3.2.
+        local_norms: Parameters of a block that are never FP8.
+    """
 
     def __init__(self, m: ModelFigures, r: Layout) -> None:
         block = [use for use in m.uses if use.place == "block"]
@@ -280,30 +276,21 @@ class Local:
 
 
 class Gpu:
-    """Parameters and memory of a GPU of a pipeline, by its place."""
+    """Parameters and memory of a GPU of a pipeline, by its place.
 
-    matrices: Figure
-    """Matrices but routed experts."""
-    others: Figure
-    """Parameters that are never FP8."""
-    expert_parameters: Figure
-    """Parameters of routed experts."""
-    parameters: Figure
-    """Parameters."""
-    memory_weights: Figure
-    """Weights for products. Source: V3, section 3.2."""
-    memory_gradients: Figure
-    """Gradients. Source: V3, section 3.2."""
-    memory_optimizer: Figure
-    """Master weights and moments. Source: V3, section 3.2."""
-    memory_activations: Figure
-    """Activations in flight, and what is made or gathered again. Source: V3, section 3.2."""
-    memory: Figure
-    """Memory. Source: V3, section 3.2."""
-    sent_numbers: Figure
-    """Numbers that it sends when all are reduced or gathered once. Source: ZeRO, section 7."""
-    owned: Figure
-    """Parameters that it updates."""
+    Attributes:
+        matrices: Matrices but routed experts.
+        others: Parameters that are never FP8.
+        expert_parameters: Parameters of routed experts.
+        parameters: Parameters.
+        memory_weights: Weights for products. Source: V3, section 3.2.
+        memory_gradients: Gradients. Source: V3, section 3.2.
+        memory_optimizer: Master weights and moments. Source: V3, section 3.2.
+        memory_activations: Activations in flight, and what is made or gathered again. Source: V3, section 3.2.
+        memory: Memory. Source: V3, section 3.2.
+        sent_numbers: Numbers that it sends when all are reduced or gathered once. Source: ZeRO, section 7.
+        owned: Parameters that it updates.
+    """
 
     def __init__(self, m: ModelFigures, r: Layout, t: "Training", found: list[Stage]) -> None:
         state, local, saved = t.state, t.local, t.saved
@@ -390,30 +377,20 @@ class Training:
     """Figures of a training step in a layout.
 
     Raises: ValueError for a precision or a link that the hardware lacks.
-    """
 
-    data: Figure
-    """Parts of the batch (data parallelism). Source: V3, section 3.2."""
-    expert_data: Figure
-    """Copies of the experts of a stage. Source: V3, section 3.2."""
-    micro_batches: Figure
-    """Micro-batches of a pipeline, a step."""
-    micro_batch_tokens: Figure
-    """Tokens of a micro-batch on a GPU."""
-    chunk_forward: Figure
-    """Computing, forward, of a micro-batch in the slowest stage."""
-    chunk_backward: Figure
-    """Computing, backward, of a micro-batch in the slowest stage."""
-    chunk_weights: Figure
-    """Gradients of weights of a micro-batch in the slowest stage."""
-    computing_seconds: Figure
-    """Computing, a step. Source: V3, section 3.2."""
-    memory_again: Figure
-    """A block that is made again, and layers whose weights are gathered."""
-    memory_needed: Figure
-    """Memory of the GPU that holds most. Source: V3, section 3.2."""
-    memory_free: Figure
-    """Memory of a GPU that is left."""
+    Attributes:
+        data: Parts of the batch (data parallelism). Source: V3, section 3.2.
+        expert_data: Copies of the experts of a stage. Source: V3, section 3.2.
+        micro_batches: Micro-batches of a pipeline, a step.
+        micro_batch_tokens: Tokens of a micro-batch on a GPU.
+        chunk_forward: Computing, forward, of a micro-batch in the slowest stage.
+        chunk_backward: Computing, backward, of a micro-batch in the slowest stage.
+        chunk_weights: Gradients of weights of a micro-batch in the slowest stage.
+        computing_seconds: Computing, a step. Source: V3, section 3.2.
+        memory_again: A block that is made again, and layers whose weights are gathered.
+        memory_needed: Memory of the GPU that holds most. Source: V3, section 3.2.
+        memory_free: Memory of a GPU that is left.
+    """
 
     def __init__(self, m: ModelFigures, h: Hardware, a: Assumptions, r: Layout) -> None:
         check_links(h, r.gpus)
@@ -479,14 +456,13 @@ class Training:
 
 
 class Rows:
-    """Traffic of a token among the GPUs that share experts in training, and its time."""
+    """Traffic of a token among the GPUs that share experts in training, and its time.
 
-    slow_row_seconds: Figure
-    """Slow link: time of a token's rows, a layer and pass."""
-    fast_row_seconds: Figure
-    """Fast link: time of a token's rows, a layer and pass."""
-    dispatch_seconds: Figure
-    """Time of a token's rows, a layer and pass. Source: V3, section 3.2.2."""
+    Attributes:
+        slow_row_seconds: Slow link: time of a token's rows, a layer and pass.
+        fast_row_seconds: Fast link: time of a token's rows, a layer and pass.
+        dispatch_seconds: Time of a token's rows, a layer and pass. Source: V3, section 3.2.2.
+    """
 
     def __init__(self, m: ModelFigures, h: Hardware, a: Assumptions, expert: int, precision: Precision) -> None:
         links, in_node = Links(h, a), gpus_in_node(expert, h.gpus_per_node)
@@ -505,30 +481,21 @@ class Rows:
 
 
 class Step:
-    """Parts of the time of a step, one after the other."""
+    """Parts of the time of a step, one after the other.
 
-    chunk_dispatch: Figure
-    """Rows of a micro-batch, the stage with most MoE layers and pass. Source: V3, section 3.2."""
-    chunk_tensor: Figure
-    """All-reduces of a micro-batch, the fullest stage and pass."""
-    dispatching_seconds: Figure
-    """Rows of experts, not hidden. Source: V3, section 3.2."""
-    reducing_seconds: Figure
-    """All-reduces of shared matrices, a step."""
-    parts_seconds: Figure
-    """Time of a step from its parts. Source: V3, section 3.2."""
-    bubble_seconds: Figure
-    """Waiting in the pipeline, a step. Source: V3, table 2."""
-    sent_gradients: Figure
-    """Gradients that a GPU sends when they are reduced. Source: ZeRO, section 7."""
-    sent_weights: Figure
-    """Weights that a GPU sends when they are gathered. Source: ZeRO, section 7."""
-    state_seconds: Figure
-    """Gradients and weights between GPUs, a step. Source: ZeRO, section 7."""
-    exchange_seconds: Figure
-    """Gradients, weights, not hidden. Source: ZeRO, section 7."""
-    update_seconds: Figure
-    """Update of the weights by the optimizer. Source: V3, section 3.3.3."""
+    Attributes:
+        chunk_dispatch: Rows of a micro-batch, the stage with most MoE layers and pass. Source: V3, section 3.2.
+        chunk_tensor: All-reduces of a micro-batch, the fullest stage and pass.
+        dispatching_seconds: Rows of experts, not hidden. Source: V3, section 3.2.
+        reducing_seconds: All-reduces of shared matrices, a step.
+        parts_seconds: Time of a step from its parts. Source: V3, section 3.2.
+        bubble_seconds: Waiting in the pipeline, a step. Source: V3, table 2.
+        sent_gradients: Gradients that a GPU sends when they are reduced. Source: ZeRO, section 7.
+        sent_weights: Weights that a GPU sends when they are gathered. Source: ZeRO, section 7.
+        state_seconds: Gradients and weights between GPUs, a step. Source: ZeRO, section 7.
+        exchange_seconds: Gradients, weights, not hidden. Source: ZeRO, section 7.
+        update_seconds: Update of the weights by the optimizer. Source: V3, section 3.3.3.
+    """
 
     def __init__(self, m: ModelFigures, h: Hardware, a: Assumptions, r: Layout, t: Training) -> None:
         links, number = t.links, t.micro_batches
@@ -553,36 +520,25 @@ class Step:
             if r.tensor > 1
             else "0",
         )
-        alone, f_alone = t.chunk_forward + t.chunk_backward, "(chunk_forward + chunk_backward)"
-        both, f_both = alone + 2 * rows, f"({f_alone} + 2 * chunk_dispatch)"
-        unhidden, f_unhidden = number * 2 * rows, "micro_batches * 2 * chunk_dispatch"
-        if r.schedule == "dualpipe":  # in the middle of a step, a forward and a backward hide each other's rows
-            both, f_both = max(alone, 2 * rows), f"max({f_alone}, 2 * chunk_dispatch)"
-            unhidden = unhidden - (number - r.pipeline) * (alone + 2 * rows - both)
-            f_unhidden += f" - (micro_batches - pipeline) * ({f_alone} + 2 * chunk_dispatch - {f_both})"
-        self.dispatching_seconds = Figure(unhidden, "s", f_unhidden)
+        chunk = t.chunk_forward, t.chunk_backward, t.chunk_weights
+        unhidden, wait = waiting(r, number, chunk, rows, self.chunk_tensor)
+        alone = "(chunk_forward + chunk_backward)"
+        pair = f"{alone} + 2 * (chunk_dispatch + chunk_tensor)"
+        rows_formula, formula = "micro_batches * 2 * chunk_dispatch", f"(pipeline - 1) * ({pair})"
+        if r.schedule == "zb1p":
+            formula = f"(pipeline - 1) * ({pair} - 2 * chunk_weights)"
+        if r.schedule == "dualpipe":
+            both = f"max({alone}, 2 * chunk_dispatch)"
+            rows_formula += f" - (micro_batches - pipeline) * ({alone} + 2 * chunk_dispatch - {both})"
+            backward = "chunk_backward + chunk_dispatch + chunk_tensor"
+            formula = f"(pipeline / 2 - 1) * ({both} + 2 * chunk_tensor + {backward} - 3 * chunk_weights)"
+        self.dispatching_seconds = Figure(unhidden, "s", rows_formula)
         self.reducing_seconds = Figure(number * 2 * self.chunk_tensor, "s", "micro_batches * 2 * chunk_tensor")
-        self._bubble(r, t, rows, both, f_both)
+        self.bubble_seconds = Figure(wait, "s", formula)
         self._state(h, r, t)
         parts = t.computing_seconds + self.dispatching_seconds + self.reducing_seconds + self.bubble_seconds
         self.parts_seconds = Figure(parts + self.exchange_seconds + self.update_seconds, "s", " + ".join(PARTS))
         self.parts = {words: float(getattr(t, name, None) or getattr(self, name, 0)) for name, words in PARTS.items()}
-
-    def _bubble(self, r: Layout, t: Training, rows: float, both: float, f_both: str) -> None:
-        """Set the time that a GPU waits in a step. Source: DeepSeek-V3 report, table 2."""
-        sent, f_sent = rows + self.chunk_tensor, "chunk_dispatch + chunk_tensor"
-        forward, backward = t.chunk_forward + sent, t.chunk_backward + sent
-        f_backward = f"(chunk_backward + {f_sent})"
-        pair, f_pair = forward + backward, f"chunk_forward + {f_sent} + {f_backward}"
-        if r.schedule == "dualpipe":
-            wait = (r.pipeline / 2 - 1) * (both + 2 * self.chunk_tensor + backward - 3 * t.chunk_weights)
-            formula = f"(pipeline / 2 - 1) * ({f_both} + 2 * chunk_tensor + {f_backward} - 3 * chunk_weights)"
-        elif r.schedule == "zb1p":
-            wait = (r.pipeline - 1) * (pair - 2 * t.chunk_weights)
-            formula = f"(pipeline - 1) * ({f_pair} - 2 * chunk_weights)"
-        else:
-            wait, formula = (r.pipeline - 1) * pair, f"(pipeline - 1) * ({f_pair})"
-        self.bubble_seconds = Figure(wait, "s", formula)
 
     def _state(self, h: Hardware, r: Layout, t: Training) -> None:
         """Set the time of gradients and weights between data-parallel GPUs, and of the update."""
@@ -618,6 +574,27 @@ class Step:
         )
 
 
+def waiting(
+    r: Layout, number: float, chunk: tuple[float, float, float], rows: float, shared: float
+) -> tuple[float, float]:
+    """Return the time of a step that rows take and nothing hides, and that of waiting in the pipeline.
+
+    Args:
+        number: micro-batches.
+        chunk: times of a micro-batch in the slowest stage: forward, backward, and of it the gradients of weights.
+        rows, shared: times of a micro-batch's rows, and of its all-reduces, in one pass.
+
+    Source: DeepSeek-V3 report, table 2.
+    """
+    forward, backward, weights = chunk
+    alone, pair = forward + backward, forward + backward + 2 * (rows + shared)
+    if r.schedule == "dualpipe":  # in the middle of a step, a forward and a backward hide each other's rows
+        both = max(alone, 2 * rows)
+        unhidden = number * 2 * rows - (number - r.pipeline) * (alone + 2 * rows - both)
+        return unhidden, (r.pipeline / 2 - 1) * (both + 3 * shared + backward + rows - 3 * weights)
+    return number * 2 * rows, (r.pipeline - 1) * (pair - 2 * weights if r.schedule == "zb1p" else pair)
+
+
 def state_sent(zero: int, micro_batches: float, gradients: float, weights: float) -> float:
     """Return the bytes that a GPU sends in a step, with those of reducing and of gathering all once."""
     return {
@@ -644,24 +621,17 @@ class Run:
 
     Operations are those of training_flops, without multi-token prediction and recomputation. The peak is that of BF16
     also where products are FP8. DeepSeek counts both like this.
-    """
 
-    step_tokens: Figure
-    """Tokens of a step. Source: V3, section 4.2."""
-    step_flops: Figure
-    """Operations of a step. Source: INS, table 2."""
-    step_seconds: Figure
-    """Time of a step."""
-    mfu: Figure
-    """Share of BF16's peak that a step reaches (MFU, causal). Source: INS, table 4."""
-    training_tokens_per_second: Figure
-    """Tokens a second, all GPUs."""
-    training_time: Figure
-    """Time of the whole run without failures."""
-    training_gpu_hours: Figure
-    """GPU-hours of the whole run. Source: V3, table 1."""
-    training_cost: Figure | None
-    """Rent of the whole run. Source: V3, table 1."""
+    Attributes:
+        step_tokens: Tokens of a step. Source: V3, section 4.2.
+        step_flops: Operations of a step. Source: INS, table 2.
+        step_seconds: Time of a step.
+        mfu: Share of BF16's peak that a step reaches (MFU, causal). Source: INS, table 4.
+        training_tokens_per_second: Tokens a second, all GPUs.
+        training_time: Time of the whole run without failures.
+        training_gpu_hours: GPU-hours of the whole run. Source: V3, table 1.
+        training_cost: Rent of the whole run. Source: V3, table 1.
+    """
 
     def __init__(
         self, m: ModelFigures, h: Hardware, r: Layout, tokens: Figure, step: Step, reached: Figure | None
@@ -680,7 +650,7 @@ class Run:
             tokens / self.training_tokens_per_second, "s", "tokens / training_tokens_per_second"
         )
         self.training_gpu_hours = Figure(r.gpus * self.training_time / 3600, "", "gpus * training_time / 3600")
-        self.training_cost = None
+        self.training_cost: Figure | None = None
         if h.price is not None:
             cost = self.training_gpu_hours * 3600 * h.price
             formula = "training_gpu_hours * 3600 * gpu_price"
@@ -691,18 +661,14 @@ class Failures:
     """Cost of failures to a run, or to GPUs alone.
 
     Raises: ValueError for more of them than a run survives.
-    """
 
-    mean_time_to_failure: Figure
-    """Mean time between failures. Source: Kokolis et al. (arXiv 2410.21680)."""
-    checkpoint_interval: Figure
-    """Time between checkpoints, best to first order. Source: Young (1974): sqrt(2 w M)."""
-    effective_share: Figure
-    """Share of the time that trains. Source: Daly (2006): the complete cost function."""
-    elapsed_time: Figure | None
-    """Time of the run with failures. Source: Kokolis et al. (arXiv 2410.21680)."""
-    elapsed_cost: Figure | None
-    """Rent of the run with failures."""
+    Attributes:
+        mean_time_to_failure: Mean time between failures. Source: Kokolis et al. (arXiv 2410.21680).
+        checkpoint_interval: Time between checkpoints, best to first order. Source: Young (1974): sqrt(2 w M).
+        effective_share: Share of the time that trains. Source: Daly (2006): the complete cost function.
+        elapsed_time: Time of the run with failures. Source: Kokolis et al. (arXiv 2410.21680).
+        elapsed_cost: Rent of the run with failures.
+    """
 
     def __init__(self, inputs: Inputs, gpus: float, run: Run | None = None) -> None:
         self.failures_per_node_day = inputs.of("failures_per_node_day")
@@ -724,8 +690,8 @@ class Failures:
             "checkpoint_interval / (mean_time_to_failure * exp(restart_time / mean_time_to_failure) "
             "* (exp((checkpoint_interval + checkpoint_halt) / mean_time_to_failure) - 1))",
         )
-        self.elapsed_time = None
-        self.elapsed_cost = None
+        self.elapsed_time: Figure | None = None
+        self.elapsed_cost: Figure | None = None
         if run is not None:
             self.elapsed_time = Figure(run.training_time / self.effective_share, "s", "training_time / effective_share")
             if run.training_cost is not None:

@@ -1,19 +1,19 @@
-"""Figures: numbers that are explained, titles in the documentation of fields, and numbers in words."""
+"""Figures: numbers that are explained, titles in docstrings, and numbers in words."""
 
 import pytest
 
-from dsmini.planner.figure import Figure, check_name, exactly, explain, field_docs, figures_of, given, text
+from dsmini.planner.figure import Figure, attribute_docs, check_name, exactly, explain, figures_of, given, text
 from dsmini.report.units import human
 
 
 class Cache:
-    """Cache of a token."""
+    """Cache of a token.
 
-    cache_row: Figure
-    """Cache of a token in one layer."""
-    kv_cache: Figure
-    """Cache of a token,
-    all layers. Source: V2, table 1."""
+    Attributes:
+        cache_row: Cache of a token in one layer.
+        kv_cache: Cache of a token,
+            all layers. Source: V2, table 1.
+    """
 
     def __init__(self) -> None:
         self.cache_row = Figure((512 + 64) * 2, "B", "(kv_lora_rank + 64) * 2")
@@ -43,7 +43,7 @@ def test_explanation_has_the_formula_the_numbers_and_the_inputs() -> None:
 def test_names_of_a_stage_are_whole_in_formulas() -> None:
     found = figures_of(Cache(), "decode_{}")
     assert found["decode_kv_cache"].formula == "n_layers * decode_cache_row"
-    assert field_docs(Cache)["cache_row"] == ("Cache of a token in one layer", "")
+    assert attribute_docs(Cache)["cache_row"] == ("Cache of a token in one layer", "")
     with pytest.raises(ValueError, match="unknown figure 'kv_cach'; did you mean decode_kv_cache"):
         check_name(found, "kv_cach")
 
