@@ -71,16 +71,19 @@ def main(args: Sequence[str]) -> int:
         return 0
 
     from dsmini import ops
+    from dsmini.diagnosis.contention import OtherPrograms
+    from dsmini.diagnosis.watch import RunWatch
     from dsmini.training.outputs import offered_prompt, print_summary
     from dsmini.training.start import started
 
     ops.check_forced()
     console = Console(stderr=command.json, quiet=not speaks())
     with started(origin, RunConfig(**_fields(command)), console) as training:
+        device = training.trainer.device
         if training.config.train.diagnose:
-            from dsmini.diagnosis.watch import RunWatch
-
-            training.watch = RunWatch(training.trainer.device).see
+            training.watch = RunWatch(device).see
+        elif device.type == "cpu" and training.world.size == 1:
+            training.remark = OtherPrograms().see
         folder = training.folder
         complete = training.train()
         if not speaks():

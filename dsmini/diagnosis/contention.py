@@ -72,3 +72,36 @@ def on_threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class OtherPrograms:
+    """A look at the first steps of a run on the CPU: do other programs slow them?
+
+    Args:
+        read: reads the CPU times.
+    """
+
+    SECONDS = 10.0
+    """Seconds of steps that it looks at, after the first one, which also prepares."""
+    SHARE = 0.15
+    """Share of the time without a core from which on it speaks."""
+
+    def __init__(self, read: Callable[[], CpuTimes] = CpuTimes.now) -> None:
+        self.read, self.left = read, self.SECONDS
+        self.before: CpuTimes | None = None
+
+    def see(self, seconds: float) -> str:
+        """Take a step of this many seconds; return a sentence about other programs, "" for nothing to say."""
+        if self.before is None:
+            self.before = self.read()
+            return ""
+        looking, self.left = self.left > 0, self.left - seconds
+        if not looking or self.left > 0:
+            return ""
+        rates, threads = self.read().rates_since(self.before), torch.get_num_threads()
+        lost = min(rates.others / cores(), rates.delayed / threads)
+        if lost < self.SHARE:
+            return ""
+        fix = f", or leave them a core with --train.threads {threads - 1}" if threads > 1 else ""
+        used = f"other programs keep {rates.others:.1f} of {cores()} cores busy"
+        return f"{used}: the steps wait for a core {lost:.0%} of their time; stop those programs{fix}"

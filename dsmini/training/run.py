@@ -175,6 +175,8 @@ class TrainingRun:
         trainer.phase, self.world.on_stall = self.phase, self._note_stall
         self.watch: Callable[[StepResult], BindingChange | None] | None = None
         """Told of every step, to say when what binds the run changes. It changes no tensor and draws no number."""
+        self.remark: Callable[[float], str] = lambda seconds: ""
+        """Told the seconds of every step; returns a sentence to say about it, or ""."""
         self.asked = StopSignals()
         """The signals that ask this run to stop."""
         self.progress = TrainingProgress(console, config.train.steps)
@@ -234,7 +236,7 @@ class TrainingRun:
                 continue
             # 2. log
             self._keep(step, change)
-            self.progress.show(step, history.tokens_per_s(), "" if change is None else change.sentence)
+            self.progress.show(step, history.tokens_per_s(), change.sentence if change else self.remark(step.seconds))
             # 3. save
             last, lost = step.step == train.steps, history.skipped_in_a_row >= train.max_skipped
             if last or stopping or lost:

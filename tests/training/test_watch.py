@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from dsmini.diagnosis.contention import OtherPrograms
 from dsmini.diagnosis.watch import WINDOW, RunWatch
 from dsmini.measure.cpu_time import CpuTimes
 from dsmini.training.record import read_records
@@ -203,3 +204,22 @@ def test_watched_run_that_stops_and_resumes_is_the_run_without_to_the_bit(
     assert all("binds" in row for row in rows)
     got["rows"] = json.dumps(without(rows, "binds", "binds_share"))
     assert unequal(got, want) == set()
+
+
+@pytest.mark.parametrize(
+    ("others", "missed", "said"),
+    [
+        (0.6, 0.4, "other programs keep 0.6 of 1 cores busy: the steps wait for a core 40% of their time; stop those"),
+        (0.6, 0.0, ""),
+        (0.0, 0.4, ""),
+    ],
+)
+def test_other_programs_that_slow_the_steps_are_named_once(
+    monkeypatch: pytest.MonkeyPatch, others: float, missed: float, said: str
+) -> None:
+    monkeypatch.setattr("dsmini.diagnosis.contention.cores", lambda: 1)
+    machine = Machine()
+    machine.others, machine.missed = others, missed
+    look = OtherPrograms(machine.read)
+    found = [sentence for _ in range(100) if (sentence := look.see(SECONDS))]
+    assert (found[0].startswith(said) and len(found) == 1) if said else found == []
