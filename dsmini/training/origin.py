@@ -205,9 +205,10 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[Change]:
         if dataclasses.is_dataclass(before):
             yield from differences(before, after, f"{f.name}.")
         elif before != after:
-            begins = None in (before, after) and f.metadata.get("none_stays", False)
-            same = begins or isinstance(old, ModelConfig)  # another model is another run
-            yield Change(prefix + f.name, before, after, "refused" if same else f.metadata.get("resume", "recipe"))
+            effect = f.metadata.get("resume", "recipe")
+            another_model = isinstance(old, ModelConfig)
+            begins_or_ends = f.metadata.get("none_stays", False) and None in (before, after)
+            yield Change(prefix + f.name, before, after, "refused" if another_model or begins_or_ends else effect)
 
 
 def check_resume(old: RunConfig, new: RunConfig) -> list[str]:

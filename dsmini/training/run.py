@@ -197,7 +197,7 @@ class TrainingRun:
             something could not be written, after saving the state if that can be done.
         """
         if not self.history.records:  # else it was resumed
-            self._note_start(0)
+            self.note("started", 0, world_size=self.world.size)
         self.progress = TrainingProgress(self.console, self.config.train.steps)
         agree = self.world.any if self.world.size > 1 else bool
         try:
@@ -320,7 +320,7 @@ class TrainingRun:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore a checkpoint of this run."""
-        self._note_start(checkpoint.state.step)
+        self.note("started", checkpoint.state.step, world_size=self.world.size)
         if lost := self.saver.restore(checkpoint):
             of = f"{lost} of {checkpoint.state.step} steps"
             say(self.console, f"{METRICS} lacks {of}; the plots leave them out")
@@ -407,13 +407,6 @@ class TrainingRun:
         self.next_plot = self.history.seconds + PLOT_EVERY
 
     # --- survival
-
-    def _note_start(self, step: int) -> None:
-        """Log the start of this attempt, from the checkpoint of a step or from none."""
-        parallel = self.config.parallel
-        dp = parallel.parts(self.world.size) // parallel.ep
-        layout = {"pp": parallel.pp, "dp": dp, "ep": parallel.ep}
-        self.note("started", step, world_size=self.world.size, layout=layout)
 
     def phase(self, name: str) -> None:
         """Tell the others where this thread is: batch, forward, backward, optimizer, between, validating, saving."""

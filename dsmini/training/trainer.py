@@ -308,28 +308,28 @@ class Trainer:
         return {part: {name: local(t) for name, t in of.items()} for part, of in parts.items()}
 
     def _like(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the parameter that a tensor is divided as: NAME, or NAME/MOMENT; itself if it is another's."""
+        """Return the parameter of a tensor NAME or NAME/MOMENT; the tensor itself if it is another's."""
         return self.named.get(name.partition("/")[0], tensor)
+
+    def _piece(self, name: str, tensor: Tensor) -> HeldRows:
+        """Return this rank's piece of a tensor. Moments are divided as their parameter is, counts of steps are not."""
+        return self.mesh.piece(tensor if name.endswith("/step") else self._like(name, tensor))
 
     def pieces(self, tensors: Tensors) -> Pieces:
         """Return tensors of this rank with the pieces that they are of the whole run's."""
-
-        def piece(name: str, tensor: Tensor) -> HeldRows:
-            like = self._like(name, tensor)
-            return self.mesh.piece(like if local(like).shape == tensor.shape else tensor)
-
-        return {part: {name: (piece(name, t), t) for name, t in of.items()} for part, of in tensors.items()}
+        return {part: {name: (self._piece(name, t), t) for name, t in of.items()} for part, of in tensors.items()}
 
     def mine(self, tensors: Tensors) -> Tensors:
         """Return this rank's pieces of the tensors of a whole run."""
-        out, mesh = {part: {} for part in tensors}, self.mesh
-        for part, name, whole in ((part, *named) for part, of in tensors.items() for named in of.items()):
-            like = self._like(name, whole)
-            moved_elsewhere = part == "optimizer" and like in mesh.moved_elsewhere
-            if name.partition("/")[0] not in mesh.elsewhere and not moved_elsewhere:
-                piece = mesh.piece(like)
-                out[part][name] = piece.of(whole) if piece.shape == tuple(whole.shape) else whole
-        return out
+
+        def is_here(part: str, name: str, whole: Tensor) -> bool:
+            moved_elsewhere = part == "optimizer" and self._like(name, whole) in self.mesh.moved_elsewhere
+            return name.partition("/")[0] not in self.mesh.elsewhere and not moved_elsewhere
+
+        return {
+            part: {name: self._piece(name, t).of(t) for name, t in of.items() if is_here(part, name, t)}
+            for part, of in tensors.items()
+        }
 
     def held_alike(self) -> dict[tuple[int, ...], dict[str, Tensor]]:
         """Return the tensors that other ranks hold too, by those ranks."""

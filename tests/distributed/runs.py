@@ -75,7 +75,7 @@ def new_trainer(
     config = RunConfig(model=ModelConfig(**(SMALL | model)), train=recipe, parallel=ParallelConfig(**parallel), out=out)
     config.parallel.check(config.model, config.train, world.size)
     text = np.frombuffer(bytes(7 * i * i % 61 for i in range(3000)), np.uint8)
-    corpus = Corpus(train=text[:2700], val=text[2700:], source="", files=1, skipped=0, split="", sha256="")
+    corpus = Corpus(train=text[:2700], val=text[2700:], source="", files=1, split="", sha256="")
     torch.manual_seed(0)
     dtype = getattr(torch, config.train.dtype)
     if world.size == 1:

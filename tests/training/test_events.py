@@ -11,12 +11,12 @@ from dsmini.training.record import EventLog, log_path, read_events
 
 def test_events_are_read_as_written(tmp_path: Path) -> None:
     log = EventLog(log_path(tmp_path))
-    log.write("started", 0, world_size=4, layout={"pp": 2, "dp": 2})
+    log.write("started", 0, world_size=4)
     log.write("saved", 1, path=tmp_path)
     EventLog(log_path(tmp_path, 3)).write("stalled", 7, rank=2)
     started, saved = read_events(tmp_path)
     assert (started["event"], started["step"]) == ("started", 0)
-    assert started["layout"] == {"pp": 2, "dp": 2} and saved["path"] == str(tmp_path)
+    assert started["world_size"] == 4 and saved["path"] == str(tmp_path)
     assert started["time"] <= saved["time"]
     assert [event["rank"] for event in read_events(tmp_path, rank=3)] == [2]
 
