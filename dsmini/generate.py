@@ -1,7 +1,6 @@
 """python -m dsmini.generate: continue texts, or hold a conversation, with a trained or a published model."""
 
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,15 +14,14 @@ from rich.console import Console
 
 from dsmini.checkpoint.run_folder import is_model_folder, run_tokenizer
 from dsmini.config.fields import require
-from dsmini.console.command import complain, run, speaks
+from dsmini.console.command import complain, run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
-from dsmini.distributed.meeting import tell
+from dsmini.distributed.meeting import launched, tell
 from dsmini.text.prompts import Page, read_line, read_prompts, without_surrogates
 
 if TYPE_CHECKING:  # they load torch, so they are imported where they are used: --help is instant
-    from dsmini.distributed.decode import Sharing
     from dsmini.inference.generation import Stats
     from dsmini.inference.writer import Answers, Writer
     from dsmini.nn import Transformer
@@ -32,10 +30,7 @@ if TYPE_CHECKING:  # they load torch, so they are imported where they are used: 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateCommand:
-    """Continue texts with a model that dsmini.train trained, or with a DeepSeek or Hugging Face folder.
-
-    Under torchrun several processes divide its experts: torchrun --nproc-per-node 2 -m dsmini.generate runs/toy-001.
-    """
+    """Continue texts with a model that dsmini.train trained, or with a DeepSeek or Hugging Face folder."""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FOLDER")]
     """A training run or a folder with config.json, or one of a run's checkpoints."""
@@ -82,8 +77,6 @@ class GenerateCommand:
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto, float32 or bfloat16. auto: as a folder stores its weights; for a run, what is faster here."""
-    placement: Path | None = None
-    """With several processes: a JSON file with the expert at each place of each layer, redundant copies included."""
     average: bool = False
     """Use the moving average of the parameters; the run must have stored one, with --train.ema-decay."""
     json: bool = False
@@ -114,36 +107,35 @@ def main(args: Sequence[str]) -> int:
         raise ValueError(f"--seed {command.seed} is too large; use less than 2^63")
     if command.system is not None and not command.chat:
         raise ValueError("--system is for a conversation; add --chat, or put it into the prompt")
-    from dsmini.distributed.decode import sharing
-
+    require(
+        launched()[1] == 1,
+        "dsmini.generate is one process, and a launcher started several; start it without torchrun, and serve a model "
+        "that does not fit into one with vLLM or SGLang, from its Hugging Face folder",
+    )
     talks = command.chat and not command.prompt and not command.prompt_file
     bar = Progress(Console(stderr=True), unit="tokens")
-    with sharing(command, command.device, command.placement, waits=talks) as shared, bar:
-        writer = _writer(command, bar, shared)
-        return (_converse if talks else _answer)(writer, command, shared)
+    with bar:
+        return (_converse if talks else _answer)(_writer(command, bar), command)
 
 
-def _answer(writer: "Writer", command: GenerateCommand, shared: "Sharing") -> int:
+def _answer(writer: "Writer", command: GenerateCommand) -> int:
     """Continue the prompts of the command line; return the exit status."""
-    prompts = shared.world.first(lambda: list(read_prompts(command.prompt, command.prompt_file, about=command.chat)))
-    page = Page([heading for heading, _ in prompts]) if speaks() and not command.json else None
-    encoded = [writer.encode(text, command.system) for _, text in prompts]
-    with shared.stopping():
-        answers = writer.write(encoded, page)
+    prompts = list(read_prompts(command.prompt, command.prompt_file, about=command.chat))
+    page = None if command.json else Page([heading for heading, _ in prompts])
+    answers = writer.write([writer.encode(text, command.system) for _, text in prompts], page)
     rows = [row.described(without_surrogates(text)) for (_, text), row in zip(prompts, answers.rows, strict=True)]
     only = {"text": rows[0]["text"]} if len(rows) == 1 else {}
     return _end(command, only | {"answers": rows}, answers)
 
 
-def _writer(command: GenerateCommand, bar: Progress, shared: "Sharing") -> "Writer":
+def _writer(command: GenerateCommand, bar: Progress) -> "Writer":
     from dsmini.inference.sampling import Sampling
     from dsmini.inference.writer import Writer
 
     sampling = Sampling(**{field.name: getattr(command, field.name) for field in fields(Sampling)})
-    note = partial(say, Console(stderr=True, quiet=not speaks()))
-    with patience(Console(stderr=True, quiet=not speaks()), f"reading {command.model}"):
-        load = partial(_load, command=command, device=shared.device, note=note)
-        model, side, is_run = shared.load(command.model, command.average, note, load)
+    console = Console(stderr=True)
+    with patience(console, f"reading {command.model}"):
+        model, side, is_run = _load(command, partial(say, console))
     return Writer(
         model=model,
         side=side,
@@ -155,29 +147,24 @@ def _writer(command: GenerateCommand, bar: Progress, shared: "Sharing") -> "Writ
         cache_dtype=command.cache_dtype,
         context=command.context,
         seed=command.seed,
-        watch=bar.stage if speaks() else None,
-        agree=None if shared.alone else shared.agree,
+        watch=bar.stage,
     )
 
 
-def _load(
-    path: Path, command: GenerateCommand, device: str, note: Callable[[str], None], **shared: Any
-) -> "tuple[Transformer, TextSide, bool]":
+def _load(command: GenerateCommand, note: Callable[[str], None]) -> "tuple[Transformer, TextSide, bool]":
     """Load the model of the command; return it, its text side, and whether it is a training run's.
 
     Args:
-        path: the model's, or the checkpoint of it that all processes have agreed on.
         note: told about damaged checkpoints that are passed over, and warned.
-        shared: holding and verified of load_run.
 
     Raises: ValueError for a path that is neither a run nor a folder, and for a flag of the other kind.
     """
-    from dsmini.checkpoint.load import all_experts, load_pretrained
+    from dsmini.checkpoint.load import load_pretrained
     from dsmini.checkpoint.training_state import load_run
     from dsmini.machine import DTYPES, keep_freed_memory, pick_device, pick_dtype
     from dsmini.text.chat import Dialogue, TextSide, read_text_side
 
-    place = pick_device(device)
+    path, place = command.model, pick_device(command.device)
     keep_freed_memory()
     if is_model_folder(path):
         require(not command.average, f"--average is for a training run, and {path} is a model's folder; leave it out")
@@ -185,8 +172,7 @@ def _load(
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: note(str(message))
             dtype = None if command.dtype == "auto" else DTYPES[command.dtype]
-            holding = shared.get("holding", all_experts)
-            model = load_pretrained(path, dtype=dtype, fp8=command.fp8, device=place, holding=holding)
+            model = load_pretrained(path, dtype=dtype, fp8=command.fp8, device=place)
         got, want = side.tokenizer.vocab_size, model.config.vocab_size
         if got > want:
             file = command.tokenizer or path / "tokenizer.json"
@@ -196,13 +182,13 @@ def _load(
         require(
             not wanted, f"{flag} is for a DeepSeek or Hugging Face folder, and {path} is a training run; leave it out"
         )
-    model, config = load_run(path, pick_dtype(command.dtype, place), average=command.average, say=note, **shared)
+    model, config = load_run(path, pick_dtype(command.dtype, place), average=command.average, say=note)
     own = run_tokenizer(path, config)
     talk = {"chat": Dialogue(own), "stops": Dialogue.stops} if command.chat else {}
     return model.to(place), TextSide(tokenizer=own, ends=(own.end_of_document,), **talk), True
 
 
-def _converse(writer: "Writer", command: GenerateCommand, shared: "Sharing") -> int:
+def _converse(writer: "Writer", command: GenerateCommand) -> int:
     """Hold a conversation on standard input, one line a turn; return the exit status.
 
     A line that is too long is refused and changes nothing; the status is then 2 at the end.
@@ -210,15 +196,13 @@ def _converse(writer: "Writer", command: GenerateCommand, shared: "Sharing") -> 
     from dsmini.inference.writer import Conversation, turns_in_words
 
     conversation, status, turns = Conversation(writer, command.system), 0, list["Stats"]()
-    while line := shared.world.first(read_line):
+    while line := read_line():
         try:
-            with shared.stopping():
-                answers = conversation.answer(line, Page([""]) if speaks() and not command.json else None)
+            answers = conversation.answer(line, None if command.json else Page([""]))
         except ValueError as error:
             status = 2
-            if speaks():
-                complain(str(error))
-            if command.json and speaks():
+            complain(str(error))
+            if command.json:
                 print(json.dumps({"prompt": without_surrogates(line), "error": str(error)}), flush=True)
             continue
         turns.append(answers.stats)
@@ -226,9 +210,9 @@ def _converse(writer: "Writer", command: GenerateCommand, shared: "Sharing") -> 
         if command.json:
             _end(command, {key: said[key] for key in ("prompt", "answer", "finish")}, answers)
         if answers.interrupted:
-            status = _status(answers)
+            status = 130
             break
-    if turns and speaks() and not command.json:
+    if turns and not command.json:
         print(turns_in_words(turns), file=sys.stderr)
     return status
 
@@ -237,16 +221,11 @@ def _end(command: GenerateCommand, said: dict[str, Any], answers: "Answers") -> 
     """Print the JSON object, or the figures below the page; return the exit status."""
     from dsmini.inference.writer import figures, figures_in_words
 
-    if command.json and speaks():
+    if command.json:
         print(json.dumps(said | figures(answers.stats, command.speculative)), flush=True)
-    elif speaks():
+    else:
         print(figures_in_words(answers.stats, command.speculative), file=sys.stderr)
-    return _status(answers)
-
-
-def _status(answers: "Answers") -> int:
-    # torchrun takes any status but 0 for a failure of this process
-    return 130 if answers.interrupted and "TORCHELASTIC_RUN_ID" not in os.environ else 0
+    return 130 if answers.interrupted else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ unpickled, and no code is run.
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsmini.checkpoint.tensor_files import (
     DTYPES,
@@ -38,7 +38,7 @@ from dsmini.config.published import is_hugging_face, is_quantized
 from dsmini.console.command import speaks
 from dsmini.console.progress import Progress
 from dsmini.machine import pick_device, refuse_too_large
-from dsmini.nn import DSA, MLA, Experts, Indexer, Transformer
+from dsmini.nn import DSA, MLA, Indexer, Transformer
 from dsmini.nn.fp8 import SCALES as FP8_SCALES
 from dsmini.nn.fp8 import fp8_weights, hold_fp8
 from dsmini.nn.layers import FP32Module
@@ -54,9 +54,6 @@ FP8 = torch.float8_e4m3fn
 RELEASED = 16 << 20
 """Bytes that are read between two releases of the mapped files, so that these do not count as memory twice."""
 Treatment = Literal["dequantize", "keep"]
-Holding = Callable[[Transformer], Sequence[Sequence[int]]]
-"""Returns the experts that this process holds of each layer with experts, in the order of the model's modules. It is
-called with the whole model on the meta device, and raises ValueError for one that it does not fit."""
 
 
 @dataclass(frozen=True)
@@ -128,19 +125,11 @@ def origin_of(model: Transformer) -> PretrainedOrigin | None:
     return getattr(model, "pretrained_origin", None)
 
 
-def all_experts(model: Transformer) -> list[range]:
-    """Return all experts of each layer, as a process alone holds them."""
-    layers = sum(isinstance(module, Experts) for module in model.modules())
-    return [range(model.config.n_routed_experts)] * layers
-
-
 def load_pretrained(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     fp8: Treatment = "dequantize",
     device: str | torch.device = "cpu",
-    *,
-    holding: Holding = all_experts,
 ) -> Transformer:
     """Return the model of a DeepSeek or Hugging Face folder (deepseek_v2, deepseek_v3, deepseek_v32, kimi_k2).
 
@@ -151,8 +140,6 @@ def load_pretrained(
         dtype: dtype of matrices and embedding; None: as each is stored. Norms and gates are FP32 in any case.
         fp8: treatment of FP8 weights. "dequantize": they are held in `dtype`, by default BF16. "keep": codes and
             scales are held, and dequantized where they are used; such a model cannot be trained.
-        holding: the experts that this process holds of those that several divide, for dsmini.distributed.decode. Only
-            their tensors are read.
 
     Warns: if config.json promises multi-token prediction blocks of which the folder holds nothing (transformers
         leaves them out when it saves a model); the model has none then. If those blocks' copies of embedding and
@@ -171,13 +158,12 @@ def load_pretrained(
         mixed = [name for name, of in kinds.items() if FP8 in of and len(of) > 1]
         fix = f"in {listed(mixed)}; load it with fp8='dequantize'"
         require(not mixed, f"{there.folder} has some experts in FP8 and others not, {fix}")
-    experts = keep_experts(model, holding(model))
     held = {name: FP8 if fp8 == "keep" and FP8 in of else _held(model, name, of, dtype) for name, of in kinds.items()}
     nbytes = sum(tensor.numel() * held[name].itemsize for name, tensor in model.state_dict().items())
     refuse_too_large(nbytes, f"the model of {there.folder}", place)
     _allocate(model, held, place)
     with Progress(Console(stderr=True, quiet=not speaks()), label=f"reading {there.folder.name}", unit="bytes") as bar:
-        there.fill(model, experts, bar)
+        there.fill(model, bar)
     origin = PretrainedOrigin(
         folder=there.folder.absolute(),
         raw=there.raw if is_hugging_face(there.raw) else {},
@@ -299,18 +285,10 @@ class PretrainedTensors:
                 stacklevel=4,
             )
 
-    def fill(self, model: Transformer, held: Mapping[str, Sequence[int]], bar: Progress) -> None:
-        """Copy tensors into a model in the order of the files, and let go of each file's memory on the way.
-
-        Args:
-            held: the experts that the model has, by the name of the module that stacks them.
-        """
+    def fill(self, model: Transformer, bar: Progress) -> None:
+        """Copy tensors into a model in the order of the files, and let go of each file's memory on the way."""
         state, order = model.state_dict(), {name: number for number, name in enumerate(self._reader.tensors)}
-        parts = [
-            part
-            for part in sorted(chain(*self.parts.values()), key=lambda part: order[part.name])
-            if part.expert is None or part.expert in held[part.ours.rpartition(".")[0]]
-        ]
+        parts = sorted(chain(*self.parts.values()), key=lambda part: order[part.name])
         bar.total = sum(self._reader.tensors[one.name].nbytes for part in parts for one in part.tensors)
         released = 0.0
         for part in parts:
@@ -318,7 +296,7 @@ class PretrainedTensors:
                 if one.ours in state:  # scales are not, where weights are dequantized
                     target = state[one.ours]
                     if part.expert is not None:
-                        target = target[held[part.ours.rpartition(".")[0]].index(part.expert)]
+                        target = target[part.expert]
                     target.copy_(self.read(one, target.dtype))
                 bar.add(self._reader.tensors[one.name].nbytes)
             if bar.done - released > RELEASED:
@@ -378,18 +356,6 @@ def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Pat
         stacklevel=4,
     )
     return dataclasses.replace(config, n_mtp_layers=0)
-
-
-def keep_experts(model: Transformer, held: Sequence[Sequence[int]]) -> dict[str, Sequence[int]]:
-    """Leave only these experts of each layer in a model; return them by the name of the module that stacks them."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    named = dict(zip(layers, held, strict=True))
-    for module, own in named.items():
-        for name in ("w1", "w2", "w3"):
-            weight = getattr(layers[module], name)
-            kept = nn.Parameter(weight.detach()[list(own)], requires_grad=weight.requires_grad)
-            setattr(layers[module], name, kept)
-    return named
 
 
 def _held(model: Transformer, name: str, kinds: set[torch.dtype], dtype: torch.dtype | None) -> torch.dtype:

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from dsmini.atomic import as_json, remove_folders
-from dsmini.checkpoint.load import Holding, all_experts, keep_experts, refuse_more_parts
+from dsmini.checkpoint.load import refuse_more_parts
 from dsmini.checkpoint.run_folder import check_run, run_config
-from dsmini.checkpoint.tensor_files import SafetensorsReader, is_stacked
+from dsmini.checkpoint.tensor_files import SafetensorsReader
 from dsmini.config import RunConfig
 from dsmini.config.fields import build, check_types
 from dsmini.machine import refuse_too_large
@@ -239,7 +239,6 @@ def load_run(
     *,
     average: bool = False,
     say: Callable[[str], None] = warnings.warn,
-    holding: Holding = all_experts,
     verified: bool = False,
 ) -> tuple[Transformer, RunConfig]:
     """Return the model of a run folder's last whole checkpoint, or of one checkpoint folder, and the run's config.
@@ -247,7 +246,6 @@ def load_run(
     Args:
         average: load the parameters' average over the steps instead of the last ones.
         say: told about each damaged checkpoint that is passed over.
-        holding: the experts that this process holds. Only their rows are read.
         verified: another process has compared this checkpoint with its checksums.
 
     Raises: ValueError for a folder that is not a run, has no checkpoint, or whose tensors do not fit the config.
@@ -255,15 +253,10 @@ def load_run(
     checkpoint = model_checkpoint(path, average=average, say=say, verified=verified)
     with torch.device("meta"):  # weights that are drawn first would be overwritten
         model = Transformer(checkpoint.config.model, compute_dtype=compute_dtype)
-    held = keep_experts(model, holding(model))
     nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     refuse_too_large(nbytes, f"the model of {path}", torch.device("cpu"))
-
-    def here(name: str, tensor: Tensor) -> Tensor:
-        # copies, because the tensors are views of the file
-        return tensor[list(held[name.rpartition(".")[0]])] if is_stacked(name) else tensor.clone()
-
-    model.load_state_dict({name: here(name, t) for name, t in model_tensors(checkpoint).items()}, assign=True)
+    # copies, because the tensors are views of the file
+    model.load_state_dict({name: tensor.clone() for name, tensor in model_tensors(checkpoint).items()}, assign=True)
     return model.eval(), checkpoint.config
 
 

@@ -207,9 +207,6 @@ class ParallelConfig:
     """Number of parts of the batch for each expert; left out: as many as there are processes for."""
     ep: int = setting(1, least=1, resume="rounding")
     """Number of processes that the experts of a layer are divided among. Each has its own part of the batch too."""
-    nodes: int = setting(1, least=1, resume="rounding")
-    """Number of machines that the ep processes are on. With more than one a token is sent once to each machine with an
-    expert of its own, and passed on there (V3: section 3.2.2)."""
     zero: Literal[0, 1, 2, 3] = setting(0, resume="rounding")
     """Division among the processes with the same parameters: 0 nothing, 1 the optimizer state, 2 the gradients
     too, 3 the parameters too (FSDP2)."""
@@ -222,7 +219,6 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "parallel.")
-        require_multiple("parallel.ep", self.ep, "parallel.nodes", self.nodes)
 
     def parts(self, world_size: int) -> int:
         """Return the number of parts of the batch, dp * ep.
@@ -250,8 +246,6 @@ class ParallelConfig:
                 f"parallel.ep={self.ep}, but the model has no experts to divide; use parallel.dp",
             )
             require_multiple("model.n_routed_experts", model.n_routed_experts, "parallel.ep", self.ep)
-        if self.nodes > 1:
-            require_multiple("model.n_expert_groups", model.n_expert_groups, "parallel.nodes", self.nodes)
         if self.pp > 1:
             self._check_pipeline(model, train)
         frozen = model.attention == "dsa" and train.dsa_stage == "warmup"

@@ -71,8 +71,8 @@ def run(main: Callable[[Sequence[str]], int], tell: Callable[[str, BaseException
 
 
 def _exit(status: int) -> None:
-    """End this process. After a failure of several, threads of their connections are alive: Python would abort."""
-    if status and os.environ.get("WORLD_SIZE", "1") != "1":
+    """End this process. Of several, threads of their connections are alive: Python would now and then abort."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         for out in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 out.flush()

@@ -1,4 +1,4 @@
-"""python -m dsmini.distributed.eplb: place the experts of a run on GPUs, and show the balance before and after.
+"""Place experts and redundant copies on GPUs by their loads, with the balance before and after: DeepSeek's EPLB.
 
 Some experts receive more tokens than others, and all GPUs wait for the one with the most. DeepSeek's load balancer
 gives the busiest experts more than one copy, and spreads the copies over the GPUs. It has two policies.
@@ -15,22 +15,12 @@ To pack is to take the heaviest item first, and put it into the lightest pack th
 Source: github.com/deepseek-ai/EPLB and the DeepSeek-V3 report, sections 3.4.1 and 3.4.2.
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import tyro
 from jaxtyping import Float, Int, Real
-from rich.console import Console
 
-from dsmini.config.fields import Bounds, check_types, require, setting
-from dsmini.console.command import run
-from dsmini.console.commandline import Help, parse
-from dsmini.console.messages import say
-from dsmini.reading import is_there, read_rows
+from dsmini.config.fields import require
 
 
 def place_experts(
@@ -129,87 +119,3 @@ def balance(
     even = np.ones_like(mean)  # a layer without any load counts as balanced
     largest = [np.divide(loads.max(1), mean, out=even.copy(), where=mean > 0) for loads in (before, after)]
     return GpuBalance(before=largest[0], after=largest[1])
-
-
-def loads_of_run(folder: Path, last: int | None = None) -> Int[np.ndarray, "layers e"]:
-    """Return the tokens that each expert received in a training run: the sum over steps of its metrics.jsonl.
-
-    Lines that are torn are left out.
-
-    Args:
-        last: number of steps to sum, the last ones; None: all.
-
-    Raises: ValueError for a folder without such a file, and a run without experts.
-    """
-    path = folder / "metrics.jsonl"
-    require(is_there(path), f"{folder} has no {path.name}; name the folder of a training run")
-    steps = [row["loads"] for row in read_rows(path) if row.get("loads")]
-    require(bool(steps), f"{path} has no loads of experts; name a run of a model with experts, not a dense one")
-    return np.sum(steps[-(last or 0) :], axis=0)
-
-
-# --- the command
-
-
-@dataclass(frozen=True, kw_only=True)
-class EplbCommand:
-    """Place the experts of a run on GPUs by the loads that it recorded, and show the balance before and after.
-
-    RUN is the folder of a training run with metrics.jsonl, which is only read. Before: one copy of each expert, in the
-    order of their numbers. After: placed by DeepSeek's load balancer. 1 is a perfect balance.
-    """
-
-    run: Annotated[Path | None, tyro.conf.Positional] = None
-    """Folder of a training run."""
-    gpus: int = 4
-    """Number of GPUs, over all nodes."""
-    nodes: int = 1
-    """Number of nodes. If it divides --groups, a group of experts stays whole on one node."""
-    redundant: int = setting(0, least=0)
-    """Number of copies beyond one of each expert, over all GPUs."""
-    groups: int = 1
-    """Number of expert groups of the model's gate: n_expert_groups of its config."""
-    last: int | None = None
-    """Number of steps to take the loads from, the last ones; left out: all steps."""
-    json: bool = False
-    """Print a line of JSON instead, with the placement."""
-
-    def __post_init__(self) -> None:
-        check_types(self, "--", whole=Bounds(least=1))
-
-
-HELP = Help(
-    usage="RUN [FLAGS]",
-    examples=("runs/toy-001 --gpus 4", "runs/toy-001 --gpus 8 --nodes 2 --groups 4 --redundant 8 --json"),
-    main=("gpus", "nodes", "redundant", "groups", "last", "json"),
-)
-
-
-def main(args: Sequence[str]) -> int:
-    """Run the command; return its exit status."""
-    command = parse(EplbCommand, "dsmini.distributed.eplb", args, help=HELP)
-    require(command.run is not None, "no run is named; name the folder of one, such as runs/toy-001")
-    loads = loads_of_run(command.run or Path(), command.last)
-    places = loads.shape[1] + command.redundant
-    experts = place_experts(loads, places, command.groups, command.nodes, command.gpus)
-    found = balance(loads, experts, command.gpus)
-    if command.json:
-        arrays = {**found._asdict(), "experts": experts, "counts": copies_of(experts, loads.shape[1])}
-        print(json.dumps({name: array.tolist() for name, array in arrays.items()}))
-    else:
-        from dsmini.report import Table
-        from dsmini.report.tables import show_table
-
-        console, columns = Console(), ("MoE layer", "before", "after")
-        layers = enumerate(zip(*found, strict=True))
-        rows = [[str(layer), f"{before:.3f}", f"{after:.3f}"] for layer, (before, after) in layers]
-        title = f"Largest load over the mean, {places} places, {command.gpus} GPUs"
-        show_table(console, Table(columns=columns, rows=rows, numeric=columns), title)
-        before, after = found.before.mean(), found.after.mean()
-        words = f"The busiest GPU has {before:.3f} times the mean load before, {after:.3f} after."
-        say(console, words, style="bold cyan")
-    return 0
-
-
-if __name__ == "__main__":
-    run(main)

@@ -15,6 +15,9 @@ no more sum over ep. Backward sends gradients the way back of their rows.
 
 FP8 rows travel as bytes, codes and scales side by side: neither gloo nor NCCL sends float8.
 
+Simplified: a row goes to each of its experts, also to several of one machine. DeepSeek sends it once to a machine and
+forwards it there. `MoE.exchange` is the hook for such an exchange: DeepEP's functions fit behind it.
+
 Source: DeepSeek-V3 report, sections 3.2.2 and 3.3.3.
 """
 
@@ -32,7 +35,7 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.nn.gate import Routing
 from dsmini.nn.moe import MoE
-from dsmini.numerics import QuantizedTensor, rows_of
+from dsmini.numerics import QuantizedTensor
 from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
 
 Rows = Any
@@ -144,61 +147,6 @@ class ExpertExchange:
         y = run_local(experts, arrived(), received)
         y = combine(route.back.exchange(y, "combine")(), routing.weights, slots)
         return y if y_shared is None else y + y_shared
-
-
-class TwoHopExchange:
-    """The exchange of a MoE layer whose ranks are on several nodes: a token crosses to each node once.
-
-    A rank sends each token once to each node with an expert of its own, to the rank of the same number there. That rank
-    passes it on to the experts inside the node, sums their results, and sends back one row. Node-limited routing bounds
-    the number of nodes of a token. The sum inside a node comes first, so it differs from ExpertExchange by rounding.
-
-    Args:
-        between: group of the ranks of the same number on all nodes.
-        inside: group of the ranks of this node.
-        slow: counts what is sent between nodes; `fast` what is sent inside.
-
-    Source: DeepSeek-V3 report, section 3.2.2.
-    """
-
-    def __init__(
-        self, between: dist.ProcessGroup, inside: dist.ProcessGroup, slow: Counter[str], fast: Counter[str]
-    ) -> None:
-        self.between, self.slow = between, slow
-        self.nodes = dist.get_world_size(between)
-        self.inside = ExpertExchange(inside, fast)
-
-    def __call__(self, experts: nn.Module, shared: nn.Module | None, x: Rows, routing: Routing) -> Float[Tensor, "n m"]:
-        """Return the sum of each token's experts, routed and shared, as MoE does."""
-        indices, weights, _, counts = routing
-        n, per_node = x.shape[0], counts.shape[0] // self.nodes
-        # 1. a row for each node and token with an expert there, in the order of nodes
-        visits = torch.zeros(self.nodes, n, dtype=torch.bool, device=indices.device)
-        visits[(indices // per_node).T, torch.arange(n, device=indices.device)] = True
-        node, token = visits.nonzero(as_tuple=True)
-        route, _ = new_route(visits.sum(1, keepdim=True), self.between, self.slow)
-        arriving = route.exchange(rows_of(x, token), "dispatch")
-        # 2. the choices go with the rows: experts by their number in the node, or outside of its range
-        chosen = route.exchange(indices[token] - (node * per_node)[:, None], "counts")()
-        weight = route.exchange(weights[token], "counts")()
-        y_shared = None if shared is None else shared(x)
-        # 3. inside the node: one pair a row, weighted, and summed by the row that came
-        arrived = arriving()
-        row, choice = ((chosen >= 0) & (chosen < per_node)).nonzero(as_tuple=True)
-        expert = chosen[row, choice]
-        pairs = Routing(
-            expert[:, None], weight[row, choice][:, None], weight, torch.bincount(expert, minlength=per_node)
-        )
-        y = self.inside(experts, None, rows_of(arrived, row), pairs)
-        y = scattered_sum(y, row, arrived.shape[0])
-        # 4. back, and the sum over the nodes of a token
-        y = scattered_sum(route.back.exchange(y, "combine")(), token, n)
-        return y if y_shared is None else y + y_shared
-
-
-def scattered_sum(rows: Float[Tensor, "rows m"], place: Int[Tensor, " rows"], n: int) -> Float[Tensor, "{n} m"]:
-    """Return the sums of the rows of each place 0 ... n - 1, added in their order on a CPU."""
-    return rows.new_zeros(n, rows.shape[1]).index_add(0, place, rows)
 
 
 def run_local(experts: nn.Module, rows: Rows, received: Int[Tensor, "ranks own"]) -> Float[Tensor, "rows m"]:

@@ -1,8 +1,8 @@
 """The meeting of a command's processes before they have a group, and the one sentence about what went wrong.
 
-They meet in the launcher's store, each under its rank, so that those that came can say who is missing. A process that
-made a mistake before it came leaves its sentence there, and the others do not wait for it. `tell` prints one sentence,
-whoever failed, before any process ends: torchrun ends all once one has ended.
+They meet in the launcher's store. Each sets a key of its own, so those that came can say who is missing. A process that
+made a mistake before it came sets its key to its sentence, and the others do not wait for it. `tell` prints one
+sentence, whoever failed, before any process ends: torchrun ends all once one has ended.
 """
 
 import os
@@ -108,29 +108,28 @@ def told(error: Exception) -> Exception:
 
 
 def meet(seconds: float) -> None:
-    """Wait until all processes have come.
+    """Wait until all processes have come. Each sets a key of its own: to nothing, or to what is wrong.
 
-    Raises: ValueError, the same on all that came, if one is missing after some seconds, or has made a mistake.
+    Raises: ValueError on all that came, if one is missing after some seconds, or has made a mistake.
     """
     rank, size = launched()
-    store, end = store_client("meeting", seconds), time.monotonic() + seconds
-    came = [f"came {other}" for other in range(size)]
+    store = store_client("meeting", seconds)
+    keys = [f"rank {other}" for other in range(size)]
     try:
-        store.set(came[rank], "")
-        while not store.check(came):
-            if time.monotonic() > end:
-                missing = [str(other) for other in range(size) if not store.check([came[other]])]
-                ranks = f"rank{'s' if missing[1:] else ''} {', '.join(missing[:8])}{', ...' if missing[8:] else ''}"
-                sentence = (
-                    f"{size - len(missing)} of {size} processes came to {_where()} within {seconds:g} s, without "
-                    f"{ranks}; check that all were started, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
-                )
-                store.compare_set("mistake", "", sentence)
-            if store.check(["mistake"]):
-                raise told(ValueError(store.get("mistake").decode()))
-            time.sleep(0.05)
+        store.set(keys[rank], "")
+        _wait(store, keys, seconds)
+        missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+        wrong = [words for key in keys if store.check([key]) and (words := store.get(key).decode())]
     except RuntimeError as error:
         raise _unreachable(error) from None
+    if missing and not wrong:
+        ranks = f"rank{'s' if missing[1:] else ''} {', '.join(missing[:8])}{', ...' if missing[8:] else ''}"
+        wrong = [
+            f"{size - len(missing)} of {size} processes came to {_where()} within {seconds:g} s, without {ranks}; "
+            "check that all were started, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
+        ]
+    if wrong:
+        raise told(ValueError(wrong[0]))
 
 
 def tell(sentence: str, error: BaseException) -> None:
@@ -140,36 +139,33 @@ def tell(sentence: str, error: BaseException) -> None:
         error: one that was `told` is raised by all ranks.
     """
     rank, size = launched()
-    common = size == 1 or rank == 0 or TOLD in getattr(error, "__notes__", ())
-    words = sentence if common else f"rank {rank}: {sentence}"
-    if size == 1:
-        complain(words)
-        return
+    own = f"rank {rank}: {sentence}" if rank else sentence
     try:
-        if isinstance(error, UnreachableError):
-            raise error
+        if size == 1 or isinstance(error, UnreachableError):
+            raise UnreachableError
         store = store_client("meeting", GRACE)
     except UnreachableError:
-        complain(f"rank {rank}: {sentence}" if rank else sentence)
+        complain(own)
         return
+    words = sentence if TOLD in getattr(error, "__notes__", ()) else own
     # KeyboardInterrupt: torchrun ends all once one has ended; RuntimeError: rank 0 held the store, and has ended
     with suppress(KeyboardInterrupt, RuntimeError):
-        store.compare_set("mistake", "", words)
+        store.set(f"rank {rank}", words)
         if rank:  # rank 0 may be about to say the same
-            _wait(lambda: store.check(["said"]), GRACE / 4)
+            _wait(store, ["said"], GRACE / 4)
         if store.add("speakers", 1) == 1:
             complain(words)
             store.set("said", "")
-        _wait(lambda: store.check(["said"]), GRACE)
-        if rank:
-            store.add("heard", 1)
-        elif not held_by_launcher():
-            _wait(lambda: store.add("heard", 0) >= size - 1, GRACE)
+        _wait(store, ["said"], GRACE)
+        store.set(f"heard {rank}", "")
+        if rank == 0 and not held_by_launcher():
+            _wait(store, [f"heard {other}" for other in range(size)], GRACE)
 
 
-def _wait(until: Callable[[], bool], seconds: float) -> None:
+def _wait(store: "Store", keys: list[str], seconds: float) -> None:
+    """Wait some seconds for keys. The store's own wait hears no signal, and prints warnings of a time-out."""
     end = time.monotonic() + seconds
-    while not until() and time.monotonic() < end:
+    while not store.check(keys) and time.monotonic() < end:
         time.sleep(0.02)
 
 
@@ -180,34 +176,26 @@ def store_client(prefix: str, seconds: float) -> "Store":
     """
     from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    host, end = os.environ.get("MASTER_ADDR", ""), time.monotonic() + seconds
 
     def connected() -> TCPStore:
+        port = int(os.environ.get("MASTER_PORT", ""))
         if launched()[0] == 0 and not held_by_launcher():
-            _held(host, int(port))
-        _await_answer(host, int(port), seconds)  # for a client of the store would say a lot about waiting
-        return TCPStore(host, int(port), None, False, timedelta(seconds=seconds), wait_for_workers=False)
+            _held(host, port)
+        while True:  # a client of the store would say a lot about waiting
+            try:
+                socket.create_connection((host, port), timeout=5).close()
+                return TCPStore(host, port, None, False, timedelta(seconds=seconds), wait_for_workers=False)
+            except OSError:
+                if time.monotonic() > end:
+                    raise ValueError(f"nobody answers within {seconds:g} s") from None
+                time.sleep(0.1)
 
     try:
-        if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
-            raise ValueError(f"MASTER_PORT is {port[:20]!r}, not a port from 1 to 65535")
         client = interruptible(connected, seconds + 0.5)  # a client hears no signal, and another service never answers
-    except (ValueError, RuntimeError, TimeoutError) as error:
+    except (ValueError, OverflowError, RuntimeError, TimeoutError) as error:
         raise _unreachable(error) from None
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"{prefix} {attempt}", client)
-
-
-def _await_answer(host: str, port: int, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=5).close()
-            return
-        except OSError:
-            if time.monotonic() > end:
-                raise ValueError(f"nobody answers within {seconds:g} s") from None
-            time.sleep(0.1)
+    return PrefixStore(f"{prefix} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
 
 
 @cache

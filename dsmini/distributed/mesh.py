@@ -28,12 +28,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from dsmini.checkpoint.load import keep_experts
 from dsmini.checkpoint.tensor_files import bytes_of
 from dsmini.config import ModelConfig
 from dsmini.config.run import ParallelConfig
 from dsmini.console.command import interruptible
-from dsmini.distributed.expert_parallel import ExpertExchange, TwoHopExchange, moe_layers
+from dsmini.distributed.expert_parallel import ExpertExchange, moe_layers
 from dsmini.distributed.pipeline import Pipeline, StageLayout
 from dsmini.distributed.world import World
 from dsmini.nn import Transformer
@@ -251,8 +250,8 @@ class Mesh:
         """Number of parts of the batch, dp x ep."""
         self.pp_index, self.part = divmod(self.rank, self.parts)
         self.ep_index = self.part % config.ep
-        self.traffic, self.slow_traffic = Counter[str](), Counter[str]()
-        """Bytes of the expert exchange inside a node, or of all where there is one; between nodes."""
+        self.traffic = Counter[str]()
+        """Bytes of the expert exchange that left this rank."""
         self.zero = config.zero if self.parts > 1 else 0
         self.layout: StageLayout | None = None
         """The stages of a pipeline."""
@@ -274,14 +273,12 @@ class Mesh:
         """Those of other ranks."""
         self.groups: dict[str, Any] = {}
         if self.size > 1:
-            names, dp = ("pp", "dp", "node", "inside"), self.parts // config.ep
-            shape = (config.pp, dp, config.nodes, config.ep // config.nodes)
+            names, shape = ("pp", "dp", "ep"), (config.pp, self.parts // config.ep, config.ep)
             kind = "cpu" if device is None else device.type
 
             def make() -> dict[str, DeviceMesh]:
                 whole = init_device_mesh(kind, shape, mesh_dim_names=names)
-                joint = {"ep": whole[names[2:]]._flatten("ep"), "parts": whole[names[1:]]._flatten("parts")}
-                return {name: whole[name] for name in names} | joint
+                return {name: whole[name] for name in names} | {"parts": whole["dp", "ep"]._flatten("parts")}
 
             self.meshes = self._in_time(make)
             self.groups = {name: mesh.get_group() for name, mesh in self.meshes.items()}
@@ -304,14 +301,15 @@ class Mesh:
         if self.config.pp > 1:
             self._keep_stages(model)
         if self.config.ep > 1:
-            layers, exchange = moe_layers(model), ExpertExchange(self.groups["ep"], self.traffic)
-            if self.config.nodes > 1:
-                between, inside = self.groups["node"], self.groups["inside"]
-                exchange = TwoHopExchange(between, inside, self.slow_traffic, self.traffic)
             n = model.config.n_routed_experts // self.config.ep
-            keep_experts(model, [range(self.ep_index * n, (self.ep_index + 1) * n)] * len(layers))
-            for moe in layers:
+            own, exchange = (
+                slice(self.ep_index * n, self.ep_index * n + n),
+                ExpertExchange(self.groups["ep"], self.traffic),
+            )
+            for moe in moe_layers(model):
                 moe.exchange = exchange
+                for name, stacked in list(moe.experts.named_parameters()):
+                    setattr(moe.experts, name, nn.Parameter(stacked.detach()[own].clone()))
         if self.zero:
             dp = self.meshes["dp"] if self.config.ep > 1 else None
             shard(model, [*model.layers, *model.mtp], self.zero, self.meshes["parts"], dp)

@@ -134,7 +134,6 @@ class Generation:
         slide: when a row fills the cache, forget its older half and read the rest again. Without it, such a request
             is an error at the start.
         watch: called while the prompts are read, with the number of tokens read so far and that of all.
-        agree: called with the tokens of each row after each step; several processes that share a model compare them.
         The others are as in generate.
     """
 
@@ -152,7 +151,6 @@ class Generation:
         max_seq_len: int | None = None,
         slide: bool = False,
         watch: Callable[[int, int], None] | None = None,
-        agree: Callable[[list[list[int]]], None] | None = None,
     ) -> None:
         ends = [] if eos_token_id is None else eos_token_id
         ends = ends if isinstance(ends, Collection) else [ends]
@@ -160,7 +158,7 @@ class Generation:
         self.model, self.sampling, self.generator = model, sampling or Sampling(), generator
         self.rows = [list(prompt) for prompt in prompts]
         """Each row's prompt and continuation so far."""
-        self._ends, self._watch, self._agree = set(ends), watch, agree
+        self._ends, self._watch = set(ends), watch
         self._left = [max_new_tokens] * len(prompts)
         self._begin = [0] * len(prompts)  # first token of each row that is in the cache
         self.cache = model.new_cache(len(prompts), room, cache_dtype, mtp=speculative)
@@ -200,8 +198,6 @@ class Generation:
             self._forget()
             chosen = self._step()
             self.stats.seconds += time.perf_counter() - start
-        if self._agree is not None:
-            self._agree(chosen)
         new: list[list[int]] = [[] for _ in self.rows]
         for row, tokens in zip(self._active, chosen, strict=True):
             new[row] = self._take(row, tokens)

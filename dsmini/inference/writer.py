@@ -83,8 +83,6 @@ class Writer:
     """Seed of the random draws."""
     watch: Callable[[str, int, int], None] | None = None
     """Shows the progress of long phases: a label, the number of tokens that are done, and that of all."""
-    agree: Callable[[list[list[int]]], None] | None = None
-    """As in Generation."""
 
     def __post_init__(self) -> None:
         self.stops = (*self.stops, *self.side.stops)
@@ -117,7 +115,6 @@ class Writer:
             max_seq_len=self.context,
             slide=self.context is None,
             watch=None if self.watch is None else partial(self.watch, "reading the prompt"),
-            agree=self.agree,
         )
         rows, shown = zip(*(self._continuation(row) for row in prompts), strict=True)
         interrupted = self._follow(generation, rows, shown, page)

@@ -1,18 +1,14 @@
 """Check the load balancer against its published example and figures, by its invariants, and by brute force."""
 
 import itertools
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dsmini.distributed.eplb import balance, copies_of, loads_of_run, place_experts
-from tests.helpers.commands import check_refused, run_all
+from dsmini.distributed.eplb import balance, copies_of, place_experts
 
-COMMAND = "dsmini.distributed.eplb"
 README = np.array(
     [
         [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
@@ -110,36 +106,3 @@ def test_wrong_sizes_and_loads_are_refused(loads: object, sizes: tuple[int, int,
     with pytest.raises(ValueError, match=said) as error:
         place_experts(np.array(loads), *sizes)
     assert "\n" not in str(error.value)
-
-
-def write_run(folder: Path, *rows: object) -> Path:
-    """Write a metrics.jsonl: texts as they are, anything else as the loads of a step."""
-    folder.mkdir(exist_ok=True)
-    lines = [row if isinstance(row, str) else json.dumps({"step": i, "loads": row}) for i, row in enumerate(rows)]
-    (folder / "metrics.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def test_loads_of_a_run_are_summed_over_its_steps(tmp_path: Path) -> None:
-    torn = json.dumps({"loads": [[9, 9], [9, 9]]})[:-3]
-    run = write_run(tmp_path, [[1, 2], [3, 4]], [[10, 20], [30, 40]], None, "", '{"step": 3}', torn)
-    assert loads_of_run(run).tolist() == [[11, 22], [33, 44]]
-    assert loads_of_run(run, last=1).tolist() == [[10, 20], [30, 40]]
-    assert loads_of_run(run, last=9).tolist() == [[11, 22], [33, 44]]
-
-
-def test_command_shows_the_balance(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", README.tolist())
-    line = "run --gpus 8 --nodes 2 --groups 4 --redundant 4"
-    (shown, table), (made, line_of_json) = run_all([(COMMAND, line), (COMMAND, f"{line} --json")], tmp_path)
-    assert shown == made == 0 and "times the mean load before" in table
-    found = json.loads(line_of_json)
-    assert found["experts"] == PLACED
-    # by hand: of 1033 tokens in layer 0, experts 4 and 5 have 104 + 165; after, 0 and a copy of 1 have 90 + 132 / 2
-    assert [found["before"][0], found["after"][0]] == pytest.approx([269 / (1033 / 8), 156 / (1033 / 8)])
-
-
-def test_command_refuses_in_a_sentence_with_status_2(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", README.tolist())
-    write_run(tmp_path / "empty", None, "[1]", "nonsense")
-    check_refused(COMMAND, tmp_path)

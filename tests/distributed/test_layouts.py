@@ -16,7 +16,7 @@ from dsmini.nn.transformer import IGNORE
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import Trained, exactly, far_apart, held_pieces, new_trainer, train, up_to_sums
 from tests.helpers.configs import DSA
-from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, moved_codes, rounding
+from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, rounding
 
 STEPS = 6
 FP8: dict[str, Any] = {"dim": 128, "inter_dim": 128, "moe_inter_dim": 128, "precision": "fp8"}
@@ -67,7 +67,7 @@ ROWS: list[Row] = [
     stages({"pp": 2, "schedule": "1f1b"}, FOUR, PLAIN, exact=True),
     # slow from here on
     Row({"dp": 2}, MUON, alone=PARTS),
-    *(Row(parallel) for parallel in ({"dp": 4}, {"ep": 2, "dp": 2}, {"ep": 4}, {"ep": 4, "nodes": 2})),
+    *(Row(parallel) for parallel in ({"dp": 4}, {"ep": 2, "dp": 2}, {"ep": 4})),
     Row({"ep": 2, "dp": 2}, MUON | PARTS | {"recompute": True, "ema_decay": 0.9}),
     Row({"dp": 2, "zero": 3}, MUON),
     Row({"dp": 4, "zero": 1}, PARTS),
@@ -160,13 +160,8 @@ def test_two_runs_of_a_layout_have_the_same_bits() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("parallel", "tolerance"),
-    [({"ep": 2}, FP32_MODEL), ({"ep": 2, "nodes": 2}, moved_codes(rounding(FP32_UNIT, 3)))],
-    ids=["one hop", "two hops"],
-)
-def test_fp8_rows_are_sent_exactly(parallel: dict[str, Any], tolerance: float) -> None:
-    """Compare the first step. Two hops sum a token's experts in another order, which moves codes of later layers."""
-    want, got = train(World(), None, FP8, None, 1), run_ranks(2, train, parallel, FP8, None, 1)[0]
-    assert (got.losses - want.losses).abs().max() < tolerance * want.losses.abs().max()
-    assert got.steps[0].grad_norm == pytest.approx(want.steps[0].grad_norm, rel=tolerance)
+def test_fp8_rows_are_sent_exactly() -> None:
+    """Compare the first step."""
+    want, got = train(World(), None, FP8, None, 1), run_ranks(2, train, {"ep": 2}, FP8, None, 1)[0]
+    assert (got.losses - want.losses).abs().max() < FP32_MODEL * want.losses.abs().max()
+    assert got.steps[0].grad_norm == pytest.approx(want.steps[0].grad_norm, rel=FP32_MODEL)
