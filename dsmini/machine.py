@@ -135,6 +135,13 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on a device. A GPU copies it while this process goes on."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def once(run: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of one run, until the device has finished."""
     synchronize(device)

@@ -234,6 +234,25 @@ def muon_update_divided(
 # --- the mesh
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """This rank's part of a step's batch, and what its losses are made of."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor | None
+    accumulate: int
+    """Number of parts that it is cut into, one forward and backward each."""
+    parts: float
+    """Number that the losses are divided by: of such parts of the whole step, on all ranks."""
+    phase: Callable[[str], None]
+    """Told where a forward and a backward begin."""
+    n_targets: Tensor
+    """Mean number of targets of a part."""
+    options: dict[str, Any]
+    """Further options of Transformer.losses."""
+
+
 T = TypeVar("T")
 BUCKET = 1 << 23
 """Numbers of gradients that are summed in one message."""
@@ -451,7 +470,10 @@ def sum_in_buckets(gradients: Sequence[Tensor | None], group: Any) -> None:
     for grad in (grad for grad in gradients if grad is not None):
         last = buckets[-1] if buckets else []
         fits = last and last[0].dtype == grad.dtype and sum(t.numel() for t in last) + grad.numel() <= BUCKET
-        last.append(grad) if fits else buckets.append([grad])
+        if fits:
+            last.append(grad)
+        else:
+            buckets.append([grad])
     in_messages(buckets, lambda flat, _: dist.all_reduce(flat, group=group))
 
 

@@ -21,7 +21,7 @@ that two stages of one rank share.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,9 @@ from dsmini.nn.attention import Context
 from dsmini.nn.block import Aux, run_block
 from dsmini.nn.gate import sequence_balance_loss
 from dsmini.nn.moe import MoE
+
+if TYPE_CHECKING:
+    from dsmini.distributed.mesh import StepBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,25 +125,6 @@ def _cost(module: nn.Module, model: Transformer) -> float:
     return every - of_experts * (1 - share)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepBatch:
-    """This rank's part of a step's batch, and what its losses are made of."""
-
-    tokens: Tensor
-    targets: Tensor
-    documents: Tensor | None
-    accumulate: int
-    """Number of parts that it is cut into, one forward and backward each."""
-    parts: float
-    """Number that the losses are divided by: of such parts of the whole step, on all ranks."""
-    phase: Callable[[str], None]
-    """Told where a forward and a backward begin."""
-    n_targets: Tensor
-    """Mean number of targets of a part."""
-    options: dict[str, Any]
-    """Further options of Transformer.losses."""
-
-
 class ModelStage(nn.Module):
     """One stage. Its modules are the model's own."""
 
@@ -154,11 +138,11 @@ class ModelStage(nn.Module):
         if self.last:
             self.norm, self.head, self.mtp = model.norm, model.head, model.mtp
         self._model: Callable[[], Transformer] = lambda: model  # not a submodule: the parameters are those above
-        self.batch: StepBatch
+        self.batch: "StepBatch"
         self.sums: Tensor
         self.counts: Tensor | None
 
-    def begin(self, batch: StepBatch) -> None:
+    def begin(self, batch: "StepBatch") -> None:
         """Begin a step."""
         self.batch, self.sums, self.counts = batch, torch.zeros(3, device=batch.tokens.device), None
 
@@ -250,7 +234,7 @@ class Pipeline:
         self.stages = {index: ModelStage(model, layout, index) for index in layout.stages(self.rank)}
         self._schedules: dict[tuple[int, ...], Any] = {}
 
-    def train(self, batch: StepBatch) -> tuple[Tensor, Tensor | None]:
+    def train(self, batch: "StepBatch") -> tuple[Tensor, Tensor | None]:
         """Add up the gradients of the mean loss over the batch, for the parameters of this rank.
 
         Return this rank's part of the mean losses and of the loads of all MoE layers; those of all ranks add up.

@@ -12,9 +12,8 @@ from torch import Tensor
 from dsmini.checkpoint.training_state import Tensors
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader, Windows
-from dsmini.distributed.mesh import HeldRows, Mesh, Pieces, local
-from dsmini.distributed.pipeline import StepBatch
-from dsmini.machine import synchronize
+from dsmini.distributed.mesh import HeldRows, Mesh, Pieces, StepBatch, local
+from dsmini.machine import sent, synchronize
 from dsmini.nn import IndexerLoss, Transformer, max_violation
 from dsmini.nn.transformer import IGNORE
 from dsmini.training.optim import ParameterAverage, begin_stage, optimizer_state, optimizers
@@ -111,7 +110,7 @@ class Trainer:
         # 2. the sums over all ranks: gradients, then all figures in one message
         self.phase("optimizer")
         mesh.sum_gradients(self.model.parameters())
-        here = [sums, mesh.squared_norms(self.model), work, torch.tensor(float(self.stop()))]
+        here = [sums.cpu(), mesh.squared_norms(self.model), work, torch.tensor(float(self.stop()))]
         sums, squares, work, stopping, *loads = mesh.sum_all(*here, *([] if counts is None else [counts]))
         # 3. clip each group of parameters by its norm; nothing changes unless all is finite
         norms = [torch.linalg.vector_norm(squares[places].sqrt().float()) for places in self.clipped]
@@ -168,8 +167,8 @@ class Trainer:
         parts = train.grad_accum * self.mesh.parts
         counted = self.mesh.sum_parts((targets != IGNORE).sum())  # of all ranks: every loss is divided by it once
         batch = StepBatch(
-            tokens=tokens.to(self.device),
-            targets=targets.to(self.device),
+            tokens=sent(tokens, self.device),
+            targets=sent(targets, self.device),
             documents=self._documents(tokens),
             accumulate=train.grad_accum,
             parts=parts,
@@ -214,7 +213,7 @@ class Trainer:
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
         """Return the documents to mask from each other, on the device; None without such a mask."""
-        return self.corpus.documents(tokens).to(self.device) if self.config.data.document_mask else None
+        return sent(self.corpus.documents(tokens), self.device) if self.config.data.document_mask else None
 
     def _requests(self, rows: int) -> list[tuple[int, int]]:
         """Return (first, number) of this rank's sequences of this step, and of those that are prepared meanwhile."""
