@@ -1,14 +1,11 @@
-"""The stages of a pipeline: their order, validation and layers. test_layouts.py compares what they train."""
+"""The stages of a pipeline: their validation and layers. test_layouts.py compares what they train."""
 
 import itertools
-import re
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.questions.pipeline import record_timeline
 from dsmini import ModelConfig, TrainConfig, Transformer
 from dsmini.config.run import CHUNKS, ParallelConfig, ScheduleName
 from dsmini.distributed.mesh import unequal_replicas
@@ -19,24 +16,18 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import new_trainer
 
 
-def timeline_and_rest(world: World) -> dict[str, Any]:
-    """Return what else a pipeline does, for each schedule."""
+def steps_and_rest(world: World) -> dict[str, Any]:
+    """Return what a pipeline does besides training, for each schedule."""
     found: dict[str, Any] = {}
     for name in CHUNKS:
         options = {"grad_accum": 4, "eval_tokens": 64}
         trainer = new_trainer(world, {"pp": 2, "schedule": name}, {"n_layers": 4}, options)
-        passes = trainer.pipeline
-        assert isinstance(passes, Pipeline)
+        assert isinstance(trainer.pipeline, Pipeline)
         trainer.step()
         phases: list[str] = []
         trainer.phase = phases.append
-        schedule = passes.schedule(2, 16, 4)
-        with record_timeline(schedule) as rows:
-            trainer.step()
-        program = [action for action in schedule.pipeline_order[world.rank] if action is not None]
+        trainer.step()
         found[name] = {
-            "rows": rows,
-            "program": [str(part) for action in program for part in action.sub_actions or (action,)],
             "phases": phases,
             "unequal": unequal_replicas(world, trainer.held_alike()),
             "compared": {holders: list(named) for holders, named in trainer.held_alike().items()},
@@ -49,33 +40,13 @@ def timeline_and_rest(world: World) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def rest() -> list[dict[str, Any]]:
-    return run_ranks(2, timeline_and_rest)
-
-
-# torch describes its 1F1B by numbers that are one too high on the last rank
-ONE_FORWARD_ONE_BACKWARD = [
-    ["0F0", "0F1", "0B0", "0F2", "0B1", "0F3", "0B2", "0B3"],
-    ["1F0", "1B0", "1F1", "1B1", "1F2", "1B2", "1F3", "1B3"],
-]
+    return run_ranks(2, steps_and_rest)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHUNKS)
-def test_ranks_run_the_program_of_their_schedule(name: ScheduleName, rest: list[dict[str, Any]]) -> None:
-    """Compare each rank's actions with those of torch's schedule, one by one."""
-    done = Counter[tuple[str, int, int]]()
-    for rank, of_rank in enumerate(rest):
-        rows = of_rank[name]["rows"]
-        actions = [f"{row.stage}{row.kind}{row.microbatch}" for row in rows]
-        program = [action for action in of_rank[name]["program"] if re.fullmatch(r"\d+[FBIW]\d+", action)]
-        assert actions == (ONE_FORWARD_ONE_BACKWARD[rank] if name == "1f1b" else program)
-        assert all(row.rank == rank for row in rows) and {"forward", "backward"} <= set(of_rank[name]["phases"])
-        times = [time for row in rows for time in (row.start, row.end)]
-        assert times == sorted(times)
-        done.update((kind, row.stage, row.microbatch) for row in rows for kind in row.kind.replace("B", "IW"))
-    kinds = {"1f1b": "FB", "interleaved1f1b": "FB", "zero_bubble": "FIW", "zbv": "FIW", "dualpipev": "FBIW"}
-    assert {row.kind for of_rank in rest for row in of_rank[name]["rows"]} == set(kinds[name])
-    assert done == Counter((kind, s, m) for kind in "FIW" for s in range(2 * CHUNKS[name]) for m in range(4))
+def test_stages_tell_their_phases(name: ScheduleName, rest: list[dict[str, Any]]) -> None:
+    assert all({"forward", "backward"} <= set(of_rank[name]["phases"]) for of_rank in rest)
 
 
 @pytest.mark.slow
