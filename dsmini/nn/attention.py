@@ -107,8 +107,8 @@ def attention_mask(hides: Mask | None, queries: Int[Tensor, "#b s"], t: int) -> 
     return masked if hides is None else masked | hidden_by(hides, queries, t)
 
 
-def hidden_by(hides: Mask, queries: Int[Tensor, "#b s"], t: int) -> Bool[Tensor, "#b s t"]:
-    """Return True for the keys 0 to t - 1 that a mask hides.
+def hidden_by(hides: Mask, queries: Int[Tensor, "#b s"], t: int) -> Tensor:
+    """Return True for the keys 0 to t - 1 that a mask hides, [b, s, t] or what broadcasts to it.
 
     Raises: ValueError for a function that returns no bool.
     """
