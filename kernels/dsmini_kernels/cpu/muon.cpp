@@ -314,42 +314,21 @@ struct Iteration {
     }
   }
 
-  // out = left right, which is symmetric; out may be an operand.
-  void symmetric_product(const float* left, const float* right, float* out) {
-    for (int64_t across = 0; across < o; ++across)
-      for (int64_t down = 0; down <= across; ++down)
-        multiply(left + down * W, o, at(const_cast<float*>(right), o, 0, across), o, at(w, o, down, across));
-    for (int64_t across = 0; across < o; ++across)
-      for (int64_t down = 0; down <= across; ++down) {
-        memcpy(at(out, o, down, across), at(w, o, down, across), AREA * 4);
-        if (down < across) transpose(at(w, o, down, across), at(out, o, across, down));
-      }
-  }
-
-  // X <- Q X, where Q is the product of all factors (a + b A) (1 + c A)^-1 = b/c + (a - b/c) (1 + c A)^-1.
+  // X <- (a + b A) (1 + c A)^-1 X = b/c X + (a - b/c) (1 + c A)^-1 X, with A = X X^T of each X. A of the last X could follow
+  // from that of the one before, by fewer products. But what is left of a small singular value cancels there.
   void halley() {
-    gram();
     for (int64_t k = 0; k < c.steps; ++k) {
       const double a = c.coefficients[3 * k], b = c.coefficients[3 * k + 1], d = c.coefficients[3 * k + 2];
-      const float rest = float(b / d), share = float(a - b / d), shrunk = float((a - b / d) / d);
-      invert(float(d));
-      float* product = k == 0 ? p_left : factor;
+      const float share = float(a - b / d);
+      gram(), invert(float(d));
       for (int64_t across = 0; across < o; ++across)
         for (int64_t down = 0; down <= across; ++down) {
-          const float* from = at(w, o, down, across);
-          float *to = at(product, o, down, across), *next = at(a_left, o, down, across);
-          for (int64_t n = 0; n < AREA; ++n) {
-            const float one = down == across && n % (SIDE + 1) == 0;
-            to[n] = rest * one + share * from[n];
-            next[n] = rest * next[n] + shrunk * (one - from[n]);  // A times the factor: A W = (1 - W) / c
-          }
-          if (down == across) continue;
-          transpose(to, at(product, o, across, down)), transpose(next, at(a_left, o, across, down));
+          float *from = at(w, o, down, across), *to = at(p_left, o, down, across);
+          for (int64_t n = 0; n < AREA; ++n) to[n] = share * from[n];
+          if (down < across) transpose(to, at(p_left, o, across, down));
         }
-      if (k < c.steps - 1) symmetric_product(a_left, product, a_left);
-      if (k > 0) symmetric_product(factor, p_left, p_left);
+      apply(float(b / d), k == c.steps - 1);
     }
-    apply(0, true);
   }
 
   void run(bool stacked) {
