@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Transformer,
     )
     from dsmini.numerics import Accumulator, QuantizedTensor, fp8_matmul, quantize
+    from dsmini.ops import prepare
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "nn",
     "numerics",
     "ops",
+    "prepare",
     "quantize",
     "save_pretrained",
 ]
@@ -77,6 +79,7 @@ HOMES = {
         "Transformer",
     ),
     "dsmini.numerics": ("Accumulator", "QuantizedTensor", "fp8_matmul", "quantize"),
+    "dsmini.ops": ("prepare",),
 }
 PACKAGES = (
     *("accounting", "checkpoint", "config", "functional", "inference", "machine", "measure", "nn", "numerics", "ops"),

@@ -269,6 +269,17 @@ def explain() -> str:
     return text
 
 
+def prepare() -> str:
+    """Compile all kernels for this machine now; print and return which backends are ready, and why one is not.
+
+    Otherwise the first call that wants a kernel compiles its library, which takes seconds. The compiler's progress goes
+    to the standard error. Once compiled, kernels are found in a cache, by later processes too.
+    """
+    text = "\n".join(importlib.import_module("dsmini.ops.explanation").backends())
+    print(text)
+    return text
+
+
 @functools.cache
 def _operations(backend: str) -> tuple[str, ...] | None:
     """Return the names of a backend's operations, even if it cannot run here, or None if there is no such backend."""

@@ -57,6 +57,17 @@ def _kernels(backend: str) -> ModuleType | str | ValueError:
         return error
 
 
+def backends() -> Iterator[str]:
+    """Compile all kernels that this machine can run, and yield a line for each backend: ready, or why not."""
+    for backend in FOR_DEVICE.values():
+        kernels = _kernels(backend)
+        if isinstance(kernels, ModuleType):
+            missing = [f"; none for {part}: {reason}" for part, reason in kernels.prepare().items() if reason]
+            yield f"{backend}: ready: {kernels.describe()}{''.join(missing)}"
+        else:
+            yield f"{backend}: not here: {kernels}"
+
+
 def lines() -> Iterator[str]:
     """Yield the backends with their state, and a table of the operations for each device."""
     try:
@@ -66,10 +77,7 @@ def lines() -> Iterator[str]:
         return
     yield f"{VARIABLE}: {os.environ.get(VARIABLE) or 'not set'}; {forced}"
     yield f"{ISA_VARIABLE}: {os.environ.get(ISA_VARIABLE) or 'not set'}"
-    for backend in FOR_DEVICE.values():
-        kernels = _kernels(backend)
-        ready = isinstance(kernels, ModuleType)
-        yield f"{backend}: " + (f"ready: {kernels.describe()}" if ready else f"not here: {kernels}")
+    yield from backends()
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         table = [("operation", f"on {device}", "why"), *((name, *choice) for name, choice in choices(device).items())]
         wide = [max(map(len, column)) for column in zip(*table, strict=True)]

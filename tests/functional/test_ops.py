@@ -33,6 +33,7 @@ def backend(name: str) -> ModuleType:
 
     kernels.speak, kernels.Unserved, kernels.why_not = speak, Unserved, lambda _: None
     kernels.OPERATIONS, kernels.describe = ("speak", "sing"), lambda: f"made of {name}, with care"
+    kernels.prepare = dict
     return kernels
 
 

@@ -60,11 +60,10 @@ def expected() -> bool:
 
 
 def describe() -> str:
-    """Return the instruction set, the threads and the paths of the libraries, or why one is missing. Compile both."""
+    """Return the instruction set, the threads and the paths of the libraries in use."""
     loaded = library()
-    missing = [f"none for {part}: {reason}" for part, reason in prepare().items() if reason]
     tiles = "torch's own threads" if loaded.parallel else "one thread, as torch has no GOMP_parallel here"
-    paths = ", ".join([*map(str, loaded.paths.values()), *missing])
+    paths = ", ".join(map(str, loaded.paths.values()))
     return f"{loaded.isa}, tiles and many rows on {tiles}, steps on a team of their own, {paths}"
 
 

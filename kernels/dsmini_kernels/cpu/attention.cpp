@@ -122,22 +122,19 @@ void index_product(const AttentionCall& c, const Buffers& m, int64_t item) {
   const Indexer& index = c.index;
   const int64_t dim_stride = padded(c.dim), keys = key_items(c);
   if (item < keys)
-    return product_item(index.wk, c.threads, item, m.index_in, dim_stride, m.tokens,
-                        [&](int64_t row, int64_t n, float value) { m.index_k[n * index.width + row] = value; });
+    return product_item(index.wk, c.threads, item, m.index_in, dim_stride, m.tokens, m.index_k, index.width);
   product_item(index.weights, c.threads, item - keys, m.index_in + m.tokens * dim_stride, dim_stride, m.tokens,
-               [&](int64_t row, int64_t n, float value) {
-                 m.index_weights[n * index.heads + row] = value / sqrtf(float(index.heads * index.width));
-               });
+               m.index_weights, index.heads);
 }
 void index_query(const AttentionCall& c, const Buffers& m, int64_t item, const float* x, int64_t stride) {
-  product_item(c.index.wq, c.threads, item, x, stride, m.tokens,
-               [&](int64_t row, int64_t n, float value) { m.index_q[n * c.index.heads * c.index.width + row] = value; });
+  product_item(c.index.wq, c.threads, item, x, stride, m.tokens, m.index_q, c.index.heads * c.index.width);
 }
 
-// A new token's key into the cache.
+// A new token's key into the cache, and its weights of heads by their number.
 void index_key(const AttentionCall& c, const Buffers& m, int64_t i) {
   const Indexer& index = c.index;
-  float* key = m.index_k + i * index.width;
+  float *key = m.index_k + i * index.width, *weights = m.index_weights + i * index.heads;
+  for (int64_t h = 0; h < index.heads; ++h) weights[h] /= sqrtf(float(index.heads * index.width));
   layer_norm(key, index.norm, index.bias, index.width, c.index_eps);
   turn(c, i, key);
   encode_numbers(index.type, key, index.width, index.cache + (i / c.s * c.room + c.starts[i / c.s] + i % c.s) * index.row);
@@ -193,14 +190,11 @@ void step(const AttentionCall& c, const Buffers& m) {
     if (item >= down_items) {
       index_product(c, m, item - down_items);
     } else if (item >= q_items) {
-      product_item(c.wkv_a, c.threads, item - q_items, for_kv, dim_stride, m.tokens,
-                   [&](int64_t row, int64_t n, float value) { m.kv[n * m.kv_width + row] = value; });
+      product_item(c.wkv_a, c.threads, item - q_items, for_kv, dim_stride, m.tokens, m.kv, m.kv_width);
     } else if (c.q_rank) {
-      product_item(c.wq_a, c.threads, item, m.normed, dim_stride, m.tokens,
-                   [&](int64_t row, int64_t n, float value) { m.q_a[n * round_up(m.q_width, 16) + row] = value; });
+      product_item(c.wq_a, c.threads, item, m.normed, dim_stride, m.tokens, m.q_a, round_up(m.q_width, 16));
     } else {
-      product_item(c.wq_b, c.threads, item, m.normed, dim_stride, m.tokens,
-                   [&](int64_t row, int64_t n, float value) { m.q[n * c.heads * head + row] = value; });
+      product_item(c.wq_b, c.threads, item, m.normed, dim_stride, m.tokens, m.q, c.heads * head);
     }
   });
   // 3. norms, the key's rotation, the cache's new row
@@ -221,8 +215,7 @@ void step(const AttentionCall& c, const Buffers& m) {
   const int64_t up_items = c.q_rank ? items_of(c.wq_b, c.threads) : 0;
   team.each(up_items + (groups.picked ? items_of(c.index.wq, c.threads) : 0), [&](int64_t item, int64_t) {
     if (item >= up_items) return index_query(c, m, item - up_items, for_q, padded(m.q_width));
-    product_item(c.wq_b, c.threads, item, for_q, padded(m.q_width), m.tokens,
-                 [&](int64_t row, int64_t n, float value) { m.q[n * c.heads * head + row] = value; });
+    product_item(c.wq_b, c.threads, item, for_q, padded(m.q_width), m.tokens, m.q, c.heads * head);
   });
   // 5. queries of the latent: W_UK^T q_nope, and the rotated part, both scaled; a head is an item, or columns of one.
   // After them the indexer's queries, rotated
@@ -235,10 +228,7 @@ void step(const AttentionCall& c, const Buffers& m) {
     }
     const int64_t h = item / pieces, first = item % pieces * across, n = least(across, c.latent - first);
     float* own = m.owned + thread * m.own;
-    with_decoder(c.wkv_b.type, [&](auto decoder) {
-      weighted_rows<decltype(decoder)>(c.wkv_b, h * (c.nope + c.value), c.nope, m.q + h * head, c.heads * head, m.tokens, first, n,
-                                       own, across);
-    });
+    weighted_rows(c.wkv_b, h * (c.nope + c.value), c.nope, m.q + h * head, c.heads * head, m.tokens, first, n, own, across);
     for (int64_t i = 0; i < m.tokens; ++i) {
       float *q = m.q + (i * c.heads + h) * head, *out = m.query + (i * c.heads + h) * m.q_stride;
       for (int64_t k = 0; k < n; ++k) out[first + k] = own[i * across + k] * float(c.scale);
@@ -275,11 +265,7 @@ void step(const AttentionCall& c, const Buffers& m) {
                   rows * m.sums_stride, c.latent, latent);
       arrange(latent, c.latent, c.wkv_b.type, own + i * stride);
     }
-    with_decoder(c.wkv_b.type, [&](auto decoder) {
-      products<decltype(decoder)>(c.wkv_b, from, from + c.value, own, stride, m.tokens, [&](int64_t row, int64_t i, float value) {
-        m.attended[(i * c.heads + h) * c.value + row - from] = value;
-      });
-    });
+    product(c.wkv_b, from, from + c.value, own, stride, m.tokens, m.attended + h * c.value, c.heads * c.value);
   });
   // 8. out, and the residual
   const int64_t width = c.heads * c.value;
@@ -287,9 +273,7 @@ void step(const AttentionCall& c, const Buffers& m) {
     arrange(m.attended + i * width, width, c.wo.type, m.merged + i * padded(width));
   });
   team.each(items_of(c.wo, c.threads), [&](int64_t item, int64_t) {
-    product_item(c.wo, c.threads, item, m.merged, padded(width), m.tokens, [&](int64_t row, int64_t n, float value) {
-      c.y[n * c.dim + row] = c.x[n * c.dim + row] + value;
-    });
+    product_item(c.wo, c.threads, item, m.merged, padded(width), m.tokens, c.y, c.dim, c.x);
   });
 }
 

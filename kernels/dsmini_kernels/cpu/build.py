@@ -49,21 +49,25 @@ from dsmini_kernels.cpu.folder import (
 HERE = Path(__file__).parent
 ROUNDING = ("-O2", "-ffp-contract=off")
 """Flags of kernels whose bits are defined: no multiplication and addition may become one operation."""
-PRODUCTS = ("-O3", "-ffp-contract=fast")
+PRODUCTS = ("-O2", "-ffp-contract=fast")  # as fast as -O3, in 0.6 of the time (docs/log.md)
+PRECOMPILED = "dots.h"
+"""Header of all sources with the flags of PRODUCTS."""
 SHARED = dict.fromkeys(("scratch.cpp", "team.cpp"), ROUNDING)
 SOURCES = {
     "training": {
         **SHARED,
         **dict.fromkeys(("library.cpp", "tiles.cpp"), ROUNDING),
         **dict.fromkeys(("experts.cpp", "muon.cpp"), PRODUCTS),
-        **dict.fromkeys(("heads_attention.cpp", "trained_norm.cpp"), PRODUCTS),
-        "trained_experts.cpp": ("-O2", "-ffp-contract=fast"),  # compiled in half the time (docs/log.md)
+        **dict.fromkeys(("heads_attention.cpp", "trained_norm.cpp", "panels.cpp"), PRODUCTS),
+        "trained_experts.cpp": PRODUCTS,
     },
     "decoding": {
         **SHARED,
         "blocks.cpp": ROUNDING,
         **dict.fromkeys(("attention.cpp", "grouped_attention.cpp", "feed_forward.cpp", "linear.cpp"), PRODUCTS),
-        **dict.fromkeys(("norms.cpp", "topk_attention.cpp", "topk_keys.cpp"), PRODUCTS),
+        **dict.fromkeys(
+            ("norms.cpp", "topk_attention.cpp", "topk_keys.cpp", "products.cpp", "panels.cpp", "attend.cpp"), PRODUCTS
+        ),
     },
 }
 """Sources of each library, and their flags. Headers are all *.h."""
@@ -102,6 +106,8 @@ HEADER = Struct("=2q")
 ENTRY = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
 """A function of a library: takes a packed call and its bytes, returns 0 or an error (calls.py)."""
 BORROW = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+BETWEEN_NOTES = 10.0
+"""Seconds between two lines about a build on the standard error."""
 VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 300.0, 60.0
 """Time limits in seconds: for a compiler to say its version, for each step of a build, and for a library's trial."""
 
@@ -287,14 +293,22 @@ def _name(key: str, content: bytes) -> str:
 
 
 def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key: str, part: str, trial: bool) -> Path:
+    _note(f"compiling the kernels for {part} in C++, once on this machine: about 10 s of a free core")
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
         built = Path(scratch) / "library.so"
         objects = [f"{scratch}/{Path(source).stem}.o" for source in SOURCES[part]]
+        # compiled once for all: a compiler looks for dots.h.gch next to dots.h, and reads dots.h if that is none
+        header = Path(scratch) / PRECOMPILED
+        header.write_text(f'#include "{HERE / PRECOMPILED}"\n')
+        made_first = [*compiler, "-x", "c++-header", *PRODUCTS, *flags, str(header), "-o", f"{header}.gch"]
+        with_header = {PRODUCTS: ("-include", str(header))}
         compiles = [
-            [*compiler, "-c", *more, *flags, str(HERE / source), "-o", made]
+            [*compiler, "-c", *more, *flags, *with_header.get(more, ()), str(HERE / source), "-o", made]
             for (source, more), made in zip(SOURCES[part].items(), objects, strict=True)
         ]
-        for done in _run(shlex.join(compiler), compiles, BUILD_SECONDS):
+        what = shlex.join(compiler)
+        for done in [*_run(what, [made_first], BUILD_SECONDS), *_run(what, compiles, BUILD_SECONDS)]:
             if done.returncode != 0:
                 raise BuildError(f"{shlex.join(compiler)} failed: {_first_error(done)}")
         link = [*compiler, *flags, "-shared", *objects, "-o", str(built)]
@@ -305,6 +319,7 @@ def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key:
             _try(built, compiler, part)
         built.chmod(0o700)  # whatever the umask: nobody else may write into it
         path = folder / _name(key, built.read_bytes())
+        _note(f"compiled the kernels for {part} in {time.monotonic() - began:.0f} s")
         os.replace(built, path)  # not forced to the disk: the name holds the content's hash, so a torn file is found
     return path
 
@@ -336,7 +351,11 @@ def _run(what: str, commands: Sequence[list[str]], seconds: float) -> list[Done]
                 # a group of its own: a script that is killed alone leaves the compiler that it started
                 running.append(subprocess.Popen(command, process_group=0, **how))
             for process in running:
-                process.wait(max(0.0, deadline - time.monotonic()))
+                while process.poll() is None:
+                    _wait(process, deadline)
+                    if process.poll() is None:
+                        done = sum(other.poll() is not None for other in running)
+                        _note(f"{what}: {done} of {len(running)} have ended")
         except BaseException as error:
             for process in running:
                 with contextlib.suppress(ProcessLookupError):
@@ -349,6 +368,24 @@ def _run(what: str, commands: Sequence[list[str]], seconds: float) -> list[Done]
             raise
         texts = [(output.seek(0), output.read())[1].decode(errors="replace") for output in outputs]
     return [Done(process.args, process.returncode, text) for process, text in zip(running, texts, strict=True)]
+
+
+def _wait(process: "subprocess.Popen[Any]", deadline: float) -> None:
+    """Wait for the end of a process, until the next note is due.
+
+    Raises: subprocess.TimeoutExpired after the deadline.
+    """
+    left = deadline - time.monotonic()
+    try:
+        process.wait(max(0.0, min(left, BETWEEN_NOTES)))
+    except subprocess.TimeoutExpired:
+        if left <= BETWEEN_NOTES:
+            raise
+
+
+def _note(words: str) -> None:
+    """Print a line on the standard error: to compile takes seconds, and minutes on a busy machine."""
+    print(f"dsmini: {words}", file=sys.stderr, flush=True)
 
 
 def _first_error(done: Done) -> str:

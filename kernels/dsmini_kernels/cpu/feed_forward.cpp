@@ -111,10 +111,7 @@ void gate_and_up(const Matrix& w1, const Matrix& w3, int64_t from, int64_t to, c
   const int64_t rows = to - from;
   alignas(64) float gate[MOST_TOKENS * MOST_ROWS], up[MOST_TOKENS * MOST_ROWS];
   const auto multiply = [&](const Matrix& w, float* y) {
-    with_decoder(w.type, [&](auto decoder) {
-      products<decltype(decoder)>(w, from, to, x, stride, n,
-                                  [&](int64_t row, int64_t k, float value) { y[k * rows + row - from] = value; });
-    });
+    product(w, from, to, x, stride, n, y, rows);
     for (int64_t i = n * rows; i % LANES; ++i) y[i] = 0;
   };
   multiply(w1, gate), multiply(w3, up);
@@ -138,8 +135,7 @@ void step(const FeedForwardCall& c, const Buffers& m) {
   team.each(gate_items + divide_up(c.inter, some), [&](int64_t item, int64_t) {
     if (item < gate_items) {
       const int64_t from = item * LEAST_ROWS, to = least(c.experts, from + LEAST_ROWS);
-      products<DecodeFp32>(gate, from, to, m.for_gate, m.wide, c.n,
-                           [&](int64_t row, int64_t n, float value) { c.scores[n * c.experts + row] = value; });
+      product(gate, from, to, m.for_gate, m.wide, c.n, c.scores + from, c.experts);
     } else {
       const int64_t from = (item - gate_items) * some;
       gate_and_up(c.w1, c.w3, from, least(c.inter, from + some), m.for_dense, m.wide, c.n, m.gated);
@@ -173,23 +169,17 @@ void step(const FeedForwardCall& c, const Buffers& m) {
   const int64_t rows = rows_of_item(c.dim, c.threads);
   team.each(divide_up(c.dim, rows), [&](int64_t item, int64_t) {
     const int64_t from = item * rows, to = least(c.dim, from + rows);
-    float total[MOST_TOKENS * MOST_ROWS];
+    float total[MOST_TOKENS * MOST_ROWS], part[MOST_TOKENS * MOST_ROWS];
     for (int64_t n = 0; n < c.n; ++n) memcpy(total + n * rows, c.x + n * c.dim + from, (to - from) * 4);
-    if (c.inter)
-      with_decoder(c.w2.type, [&](auto decoder) {
-        products<decltype(decoder)>(c.w2, from, to, m.hidden, m.inter, c.n,
-                                    [&](int64_t row, int64_t n, float value) { total[n * rows + row - from] += value; });
-      });
+    if (c.inter) product(c.w2, from, to, m.hidden, m.inter, c.n, total, rows, total);
     for (int64_t v = 0; c.experts && v < *m.n_visited; ++v) {
       const int64_t e = m.visited[v], slot = m.first_slot[e];
-      const Matrix w = part_of(c.e2, e, c.dim);
-      with_decoder(w.type, [&](auto decoder) {
-        products<decltype(decoder)>(
-            w, from, to, m.expert_hidden + slot * m.expert_inter, m.expert_inter, c.counts[e],
-            [&](int64_t row, int64_t k, float value) {
-              total[m.slot_token[slot + k] * rows + row - from] += m.slot_weight[slot + k] * value;
-            });
-      });
+      product(part_of(c.e2, e, c.dim), from, to, m.expert_hidden + slot * m.expert_inter, m.expert_inter, c.counts[e], part,
+              rows);
+      for (int64_t k = 0; k < c.counts[e]; ++k) {
+        float* of_token = total + m.slot_token[slot + k] * rows;
+        for (int64_t r = 0; r < to - from; ++r) of_token[r] += m.slot_weight[slot + k] * part[k * rows + r];
+      }
     }
     for (int64_t n = 0; n < c.n; ++n) memcpy(c.y + n * c.dim + from, total + n * rows, (to - from) * 4);
   });

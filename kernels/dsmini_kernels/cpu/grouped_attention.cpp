@@ -45,16 +45,6 @@ struct Buffers {
   }
 };
 
-// An item of a product into rows of `out_stride` numbers, with x added where it is given. One function for all weights:
-// each copy of the products takes long to compile.
-void product(const Matrix& w, int64_t threads, int64_t item, const float* rows, int64_t stride, int64_t n, float* out, int64_t out_stride,
-             const float* x) {
-  product_item(w, threads, item, rows, stride, n, [&](int64_t row, int64_t token, float value) {
-    const int64_t at = token * out_stride + row;
-    out[at] = x == nullptr ? value : x[at] + value;
-  });
-}
-
 // Attention of all heads to a part of a sequence's context. Blocks of keys are outside and heads inside: rows of the
 // cache, which hold all heads, are then read one after the other.
 void attend(const GroupedCall& c, const Buffers& m, int64_t sequence, int64_t part, int64_t item, float* own) {
@@ -80,7 +70,7 @@ void attend(const GroupedCall& c, const Buffers& m, int64_t sequence, int64_t pa
         decode_numbers(c.cache_type, v, c.value, value + t * m.v_stride);
       };
       const int64_t first = g * n;
-      attend_block(at, some, decode, key, m.stride, value, m.v_stride, c.value,
+      attend_block(at, some, decoding(decode), key, m.stride, value, m.v_stride, c.value,
                    m.query + (sequence * m.rows + first) * m.stride, n, last, high + first, total + first,
                    sums + first * m.v_stride, m.v_stride, logits, logits + n * KEYS);
     }
@@ -102,11 +92,11 @@ void step(const GroupedCall& c, const Buffers& m) {
   const int64_t q_items = items_of(c.wq, c.threads), k_items = items_of(c.wk, c.threads);
   team.each(q_items + k_items + items_of(c.wv, c.threads), [&](int64_t item, int64_t) {
     if (item < q_items)
-      product(c.wq, c.threads, item, m.for_q, stride, m.tokens, m.q, m.heads * c.width, nullptr);
+      product_item(c.wq, c.threads, item, m.for_q, stride, m.tokens, m.q, m.heads * c.width);
     else if (item < q_items + k_items)
-      product(c.wk, c.threads, item - q_items, m.for_k, stride, m.tokens, m.kv, kv_width, nullptr);
+      product_item(c.wk, c.threads, item - q_items, m.for_k, stride, m.tokens, m.kv, kv_width);
     else
-      product(c.wv, c.threads, item - q_items - k_items, m.for_v, stride, m.tokens, m.kv + m.keys_width, kv_width, nullptr);
+      product_item(c.wv, c.threads, item - q_items - k_items, m.for_v, stride, m.tokens, m.kv + m.keys_width, kv_width);
   });
   // 3. rotations, the cache's new row, and the scaled queries in their order
   team.each(m.tokens, [&](int64_t i, int64_t) {
@@ -145,7 +135,7 @@ void step(const GroupedCall& c, const Buffers& m) {
     arrange(m.attended + i * width, width, c.wo.type, m.merged + i * padded(width));
   });
   team.each(items_of(c.wo, c.threads), [&](int64_t item, int64_t) {
-    product(c.wo, c.threads, item, m.merged, padded(width), m.tokens, c.y, c.dim, c.x);
+    product_item(c.wo, c.threads, item, m.merged, padded(width), m.tokens, c.y, c.dim, c.x);
   });
 }
 

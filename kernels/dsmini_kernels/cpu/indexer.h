@@ -53,24 +53,8 @@ inline int64_t index_panel_for(int64_t width) { return width * PANEL_KEYS; }  //
 
 // FP32 rows times keys in BF16, whose words stay pairs in the panel: half as much is transposed and stored.
 struct KeyPairs {
+  static constexpr WordKind KIND = KEY_PAIRS;
   static constexpr int64_t NUMBERS = 2, SIZE = 4;
-  template <int V>
-  static void tile(const char* const* rows, const float* panel, int64_t k, int64_t, float* out) {
-    Sums<V> sums;
-    const auto add = [&](int64_t number, F(&into)[ROWS_AT_ONCE][V], auto number_of) {
-      F keys[V];
-      UNROLL for (int v = 0; v < V; ++v) keys[v] = number_of(load<I>(panel + (number / 2 * V + v) * LANES));
-      UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-        const F q = splat(load<float>(rows[r] + number * 4));
-        UNROLL for (int v = 0; v < V; ++v) into[r][v] += q * keys[v];
-      }
-    };
-    for (int64_t i = 0; i + 2 <= k; i += 2) {
-      add(i, sums.of[0], [](I both) { return (F)(both << 16); });
-      add(i + 1, sums.of[PARTS<V> - 1], [](I both) { return (F)(both & HIGH_HALF); });
-    }
-    sums.put(out);
-  }
 };
 
 // Calls body(Words) for FP32 queries, and keys in BF16 or FP32.

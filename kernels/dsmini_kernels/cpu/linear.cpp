@@ -30,15 +30,11 @@ bool few_rows(const LinearCall& c) {
   Team team(c.threads);
   team.each(divide_up(c.w.rows, rows), [&](int64_t item, int64_t) {
     const int64_t from = item * rows, to = least(c.w.rows, from + rows);
-    with_decoder(c.w.type, [&](auto decoder) {
-      products<decltype(decoder)>(c.w, from, to, x, width, c.n, [&](int64_t row, int64_t n, float value) {
-        const int64_t at = n * c.w.rows + row;
-        if (c.bf16)
-          store(c.y + 2 * at, rounded_bf16(value));
-        else
-          store(c.y + 4 * at, value);
-      });
-    });
+    if (!c.bf16) return product(c.w, from, to, x, width, c.n, reinterpret_cast<float*>(c.y) + from, c.w.rows);
+    float y[FEW * MOST_ROWS];
+    product(c.w, from, to, x, width, c.n, y, rows);
+    for (int64_t n = 0; n < c.n; ++n)
+      for (int64_t r = 0; r < to - from; ++r) store(c.y + 2 * (n * c.w.rows + from + r), rounded_bf16(y[n * rows + r]));
   });
   return true;
 }

@@ -89,10 +89,9 @@ void attend_in_fp32(const PickedCall& c, const Own& own, const char* q, const ch
 
 #if BF16_UNITS
 // The weights of `some` keys in the place of their logits: for each two keys a vector of words, of the heads.
-template <int V>
 void weights_of_block(const Own& own, int64_t some, float scale) {
-  constexpr int64_t heads = V * LANES;
-  UNROLL for (int v = 0; v < V; ++v) {
+  const int64_t heads = own.heads;
+  for (int64_t v = 0; v < own.vectors; ++v) {
     const F before = load<F>(own.high + v * LANES);
     F top = before;
     for (int64_t t = 0; t < some; ++t) {
@@ -136,14 +135,13 @@ __attribute__((target("avx512bf16"))) void add_block(const Own& own, int64_t fir
 
 // Heads [first, first + count) of a query, with as many vectors as they need. Columns of the sums stay in the order in
 // which two rows are interleaved: of 32 numbers, four and four of each eighth go to two vectors.
-template <int V>
 void attend_heads(const PickedCall& c, const Own& whole, const char* q, const char* rows, int64_t n, int64_t first,
                   int64_t count, char* out) {
   Own own = whole;
-  constexpr int64_t heads = V * LANES;
-  own.heads = heads;
+  own.vectors = divide_up(count, LANES);
+  const int64_t heads = own.heads = own.vectors * LANES;
   const int64_t stride = 2 * c.width;
-  pack<Bf16Words>(true, c.width, count, V, [&](int64_t h) { return q + (first + h) * stride; }, own.q);
+  pack<Bf16Words>(true, c.width, count, own.vectors, [&](int64_t h) { return q + (first + h) * stride; }, own.q);
   memset(own.sums, 0, heads * c.latent * 4);
   for (int64_t h = 0; h < heads; ++h) own.high[h] = -INFINITY, own.total[h] = 0;
   const auto row_at = [&](int64_t i) { return rows + own.list[least(i, n - 1)] * stride; };
@@ -155,9 +153,9 @@ void attend_heads(const PickedCall& c, const Own& whole, const char* q, const ch
         four[r] = row_at(at + t + r);
         prefetch(row_at(at + SOME + t + r), stride);
       }
-      multiply<Bf16Words>(four, own.q, V, c.width, 0, own.logits + t * heads);
+      multiply<Bf16Words>(four, own.q, own.vectors, c.width, 0, own.logits + t * heads);
     }
-    weights_of_block<V>(own, some, float(c.scale));
+    weights_of_block(own, some, float(c.scale));
     for (int64_t pair = 0; pair < pairs; ++pair) {
       const char *a = row_at(at + 2 * pair), *b = row_at(at + 2 * pair + 1);
       float* to = own.values + pair * c.latent;
@@ -185,18 +183,7 @@ void attend_heads(const PickedCall& c, const Own& whole, const char* q, const ch
 void attend_in_pairs(const PickedCall& c, const Own& own, const char* q, const char* rows, int64_t n, char* out) {
   const Cut cut(c.heads);
   for (int64_t first = 0; first < c.heads; first += cut.tokens) {
-    const int64_t count = least(cut.tokens, c.heads - first);
-    const auto run = [&](auto vectors) {
-      attend_heads<decltype(vectors)::value>(c, own, q, rows, n, first, count, out);
-    };
-    switch (divide_up(count, LANES)) {
-      case 1: run(Constant<1>()); break;
-      case 2: run(Constant<2>()); break;
-      case 3: run(Constant<3>()); break;
-      case 4: run(Constant<4>()); break;
-      case 5: run(Constant<5>()); break;
-      default: run(Constant<6>());
-    }
+    attend_heads(c, own, q, rows, n, first, least(cut.tokens, c.heads - first), out);
   }
 }
 #else
