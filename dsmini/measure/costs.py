@@ -6,7 +6,6 @@ function of the result of a call and of its arguments.
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -175,7 +174,7 @@ def _topk_attention(
     return Cost(read, b * s * h * v * q_nope.element_size(), flops)
 
 
-# a decoding step in few calls
+# the parts of a decoding step, as a counted step calls them
 
 
 def _normed(result: Any, x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) -> Cost:
@@ -238,21 +237,6 @@ def _feed_forward_step(result: Sequence[Tensor], x: Tensor, part: Any) -> Cost:
     return Cost(read, x.nbytes, 2 * x.shape[0] * products)
 
 
-def _blocks_step(
-    result: Sequence[Tensor], x: Tensor, blocks: Sequence[Any], caches: Sequence[Any], cos_sin: Any, starts: Tensor
-) -> Cost:
-    routing, total = iter(result[1:]), [0, 0, 0]
-    for (attention, feed_forward), cache in zip(blocks, caches, strict=True):
-        of_block = tuple(islice(routing, 4)) if "gate" in feed_forward.weights else ()
-        attend = _attention_step if "wkv_b" in attention.weights else _grouped_attention_step
-        costs = (
-            attend(None, x, attention, cache, cos_sin, starts),
-            _feed_forward_step(of_block, x.flatten(0, 1), feed_forward),
-        )
-        total = [sum(each) for each in zip(total, *(cost[:3] for cost in costs), strict=True)]
-    return Cost(total[0], total[1], total[2])
-
-
 COSTS: MappingProxyType[str, Callable[..., Cost]] = MappingProxyType(
     {
         "quantize": _converted,
@@ -277,7 +261,6 @@ COSTS: MappingProxyType[str, Callable[..., Cost]] = MappingProxyType(
         "attention_step": _attention_step,
         "grouped_attention_step": _grouped_attention_step,
         "feed_forward_step": _feed_forward_step,
-        "blocks_step": _blocks_step,
     }
 )
 """A function from the result and the arguments of a call, by the name of the operation."""

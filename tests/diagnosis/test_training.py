@@ -20,6 +20,7 @@ from dsmini.diagnosis import contention, evidence, training
 from dsmini.diagnosis import diagnosis as whole
 from dsmini.diagnosis.arms import Arm, Comparison, measure
 from dsmini.diagnosis.contention import Contention
+from dsmini.diagnosis.decoding import timed
 from dsmini.diagnosis.diagnosis import Plan, answer, diagnose
 from dsmini.diagnosis.findings import Finding
 from dsmini.diagnosis.pages import record_of, report_of, short_report_of
@@ -270,6 +271,19 @@ def test_replay_saves_what_was_waited_and_at_most_what_was_prepared(
         assert step(0.1) == pytest.approx(want)
 
 
+def test_steps_that_time_themselves_wait_for_the_device(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the clock starts and stops when the device is done, of training and of decoding."""
+    events: list[str] = []
+    monkeypatch.setattr("dsmini.machine.synchronize", lambda device: events.append("done"))
+    monkeypatch.setattr(subject.trainer, "forward_backward", lambda rows: events.append("step"))
+    subject.forward_backward()
+    assert events == ["done", "step", "done"]
+    turn = timed(lambda: events.append("step"), torch.device("cpu"))
+    events.clear()
+    turn()
+    assert (events[0], events[1], events[-1]) == ("done", "step", "done")
+
+
 def test_dense_baseline_has_as_many_active_parameters(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check the width of what stands in: two chosen experts and the shared one; nothing is left for the next step."""
     seen: list[Sequence[int]] = []
@@ -487,6 +501,16 @@ def test_quick_diagnosis_gathers_none_and_ends_with_its_time(asked: Sequence[Any
     there = world(computing=10.0)
     record = record_of(told(True, rounds=None))
     assert there.now < 100 and record["outcome"] == "undetermined" and record["step_seconds"] > 9
+
+
+@pytest.mark.parametrize(("quick", "fresh", "want"), [(True, False, []), (True, True, [True]), (False, False, [False])])
+def test_fresh_prices_are_measured_again(
+    asked: Sequence[Any], monkeypatch: pytest.MonkeyPatch, quick: bool, fresh: bool, want: list[bool]
+) -> None:
+    made: list[bool] = []
+    monkeypatch.setattr(Prices, "here", lambda *, fresh, **_: made.append(fresh))
+    told(quick, fresh=fresh)
+    assert made == want
 
 
 def test_interruption_keeps_what_is_known(asked: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -> None:
