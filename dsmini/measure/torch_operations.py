@@ -38,6 +38,10 @@ ATTENTION = frozenset(
     for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
     for backward in ("", "_backward")
 )
+PRODUCTS: dict[str, str] = {
+    **dict.fromkeys(("mm", "addmm", "mv", "addmv", "dot"), "product"),
+    **dict.fromkeys(("bmm", "baddbmm"), "batched product"),
+}
 BAGS = _names("_embedding_bag _embedding_bag_forward_only")
 KINDS = {
     "move": "copy_ clone _to_copy cat stack constant_pad_nd contiguous repeat_interleave",
@@ -73,7 +77,7 @@ def work_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) ->
     outputs = [t for t in tensors_in(out) if not any(t is c for c in changed)]
     base = name.rstrip("_") if name not in OVERWRITES else name
     touched = list({t.data_ptr(): t for t in [*inputs, *changed, *outputs]}.values())
-    flops, kind = _flops(base, inputs, args, kwargs)
+    flops, kind = _flops(base, inputs, args, kwargs, out)
     kind = kind or _kind(name, base)
     if kind == "scatter" and changed:
         read, written = _scattered(base, inputs, changed[0], args, kwargs)
@@ -155,7 +159,8 @@ def _scattered(
     if base.startswith("scatter"):
         written = inputs[0].numel() * target.element_size()
     elif base == "index_put":
-        written = _named(target, args[1]) * target.element_size()
+        places = tuple(slice(None) if index is None else index for index in args[1])
+        written = target.new_empty(()).expand(target.shape)[places].numel() * target.element_size()
     elif base == "index_fill":
         written = inputs[0].numel() * target.numel() // max(1, target.shape[0]) * target.element_size()
     elif base == "masked_fill":
@@ -170,16 +175,12 @@ def _kind(name: str, base: str) -> str:
     return KIND_OF.get(name) or KIND_OF.get(base, "pointwise")
 
 
-def _flops(base: str, inputs: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, str]:
+def _flops(
+    base: str, inputs: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any], out: Any
+) -> tuple[int, str]:
     """Return the FLOPs of a product and its kind; 0 and "" for other operations."""
-    if base in ("mm", "addmm", "mv", "addmv", "dot"):
-        a, b = inputs[-2:]
-        rows, k = (a.shape[0], a.shape[1]) if a.dim() == 2 else (1, a.shape[0])
-        columns = b.shape[1] if b.dim() == 2 else 1
-        return 2 * rows * k * columns, "product"
-    if base in ("bmm", "baddbmm"):
-        a, b = inputs[-2:]
-        return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2], "batched product"
+    if base in PRODUCTS:  # each number of the result is a sum over the last dimension of the first factor
+        return 2 * out.numel() * inputs[-2].shape[-1], PRODUCTS[base]
     if base == "_grouped_mm":
         a, b = inputs[:2]  # groups of rows, each with its matrix, or products of groups
         return 2 * a.shape[0] * a.shape[1] * b.shape[-1], "grouped product"
@@ -193,21 +194,6 @@ def _flops(base: str, inputs: Sequence[Tensor], args: Sequence[Any], kwargs: dic
         # backward recomputes the logits, and computes gradients of values, weights, queries and keys: 5 products for 2
         return (forward * 5 // 2 if backward else forward), "attention"
     return 0, ""
-
-
-def _named(t: Tensor, indices: Sequence[Tensor | None]) -> int:
-    """Return the number of elements of t[indices]."""
-    places, whole, at = [], 1, 0
-    for index in indices:
-        if index is None:
-            whole, at = whole * t.shape[at], at + 1
-        elif index.dtype in (torch.bool, torch.uint8):
-            places.append((int(index.sum()),))
-            at += index.dim()
-        else:
-            places.append(tuple(index.shape))
-            at += 1
-    return math.prod(torch.broadcast_shapes(*places)) * whole * math.prod(t.shape[at:])
 
 
 def _unused_matrices(inputs: Sequence[Tensor]) -> int:
