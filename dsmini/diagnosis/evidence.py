@@ -112,13 +112,12 @@ def all_evidence(subject: Subject | DecodingSubject, step: float) -> list[Eviden
     """
     prices, used, most = subject.prices, torch.get_num_threads(), cores()
     own, *sizes = subject.batch_sizes()
-    of_batch, of_threads = (
-        "Decode {} sequences at a time: give dsmini.generate several prompts.",
-        "Decode with {} threads.",
-    )
     if subject.work == "training":
         of_batch = "Set train.batch_size = {}, if fewer and larger steps learn as much from as many tokens."
         of_threads = "Set train.threads = {}."
+    else:
+        of_batch = "Decode {} sequences at a time: give dsmini.generate several prompts."
+        of_threads = "Decode with {} threads."
     batches = [
         Arm(
             name=f"batch x {n / own:g}" if n != own else f"batch {n}",

@@ -55,8 +55,7 @@ class StepShape:
         model = hold_all_fp8(model) if self.dtype == "fp8" else model
         if self.work == "prefill":
             return prefill_step(model, self.batch, self.tokens)
-        tokens = random_tokens(self.config, self.batch, 1, device)
-        return decoding_step(model, random_cache(model, self.batch, self.tokens, ROOM), tokens)
+        return decoding_step(model, random_cache(model, self.batch, self.tokens, ROOM))
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
