@@ -67,6 +67,7 @@ def test_experiments_predict_measure_and_leave_the_subject(subject: Subject, pri
     for name, sweep in found.sweeps.items():
         assert bool(sweep.predicted) == with_prices and set(sweep.turns.seconds) >= set(sweep.predicted), name
     assert [(arm.at, arm.axis) for arm in found.sweeps["batches"].arms] == [(4, None), (8, None)]
+    assert {arm.axis for arm in found.sweeps["threads"].arms} == {"Machine"}
     if with_prices:
         steps = found.sweeps["batches"].predicted
         assert 0 < steps["batch 4"] < steps["batch x 2"]

@@ -260,9 +260,9 @@ def test_a_step_by_other_code_is_priced_as_what_it_runs() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("work", ["training", "prefill", "decode"])
 def test_forecast_is_near_what_a_step_takes(work: Work) -> None:
-    """Allow a factor of two, of the fastest step: other programs may run beside this test."""
+    """Allow a factor of two between medians."""
     config = dataclasses.replace(TINY, dim=512, inter_dim=1024, moe_inter_dim=256, max_seq_len=256)
     shape = shape_of(work, config, tokens=192)
     expected = Prices.here().forecast(shape).seconds
-    taken = min(in_turns({"step": shape.make(CPU)}, count=25).seconds["step"])
+    taken = in_turns({"step": shape.make(CPU)}, count=25).median("step")
     assert 0.5 < expected / taken < 2
