@@ -23,7 +23,7 @@ EXPLICIT_UP_TO_BF16 = 1024
 EXPLICIT_UP_TO_COMPILED = 512
 BLOCK = 128
 """Queries whose logits exist at a time."""
-LEAST = 1 << 20
+KERNEL_FROM = 1 << 20
 """Number of multiplications of a forward below which torch's operations cost no more than those of training."""
 
 
@@ -127,7 +127,7 @@ class TrainedAttention(torch.autograd.Function):
 
 def train_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor | None:
     """Return causal_attention by a kernel with a backward of its own, or None where none serves this call."""
-    if torch.compiler.is_compiling() or q.numel() * q.shape[2] < LEAST:
+    if torch.compiler.is_compiling() or q.numel() * q.shape[2] < KERNEL_FROM:
         return None
     if not all((t.dtype == torch.float32 or is_slow_bf16(t)) and t.requires_grad for t in (q, k, v)):
         return None

@@ -40,7 +40,7 @@ from dsmini.numerics.quantization import group_sizes
 X = TypeVar("X", Tensor, QuantizedTensor)
 W1 = Float[Tensor, "e f m"]
 W2 = Float[Tensor, "e m f"]
-LEAST = 1 << 20
+KERNEL_FROM = 1 << 20
 """Number of multiplications of a forward below which autograd's operations cost no more than those of training."""
 
 
@@ -200,7 +200,7 @@ def train_experts(x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: T
     matrices, forward = (w1, w2, w3), 3 * indices.numel() * w1[0].numel()
     plain = all(w.dtype == torch.float32 and w.is_contiguous() for w in matrices)
     known = plain and weights.dtype == torch.float32 and x.dtype in (torch.float32, torch.bfloat16)
-    if not known or forward < LEAST or not all(w.requires_grad for w in matrices):
+    if not known or forward < KERNEL_FROM or not all(w.requires_grad for w in matrices):
         return None
     # an expert is computed by one thread; frozen ones want no gradients, which the kernel would make
     if w1.shape[0] < 2 * torch.get_num_threads() or not ops.serves("trained_experts", x):

@@ -15,7 +15,7 @@ from torch import Tensor
 from dsmini import machine, ops
 from dsmini.numerics import QuantizedTensor
 
-LEAST = 1 << 14
+KERNEL_FROM = 1 << 14
 """Numbers from which a norm in training asks for its kernel, which may have to be compiled."""
 FEW_ROWS = 3
 """Rows below which a wider copy of the weight costs more than it saves."""
@@ -118,7 +118,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         known = x.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32
         ctx.served = (
-            known and x.numel() >= LEAST and weight.shape == x.shape[-1:] and not torch.is_autocast_enabled("cpu")
+            known and x.numel() >= KERNEL_FROM and weight.shape == x.shape[-1:] and not torch.is_autocast_enabled("cpu")
         )
         y, inverse = (trained_norm if ctx.served else trained_norm.plain)(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)

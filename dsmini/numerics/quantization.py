@@ -46,7 +46,7 @@ AMAX_MIN = 1e-4
 SMALLEST_AMAX = 2.0**-100
 """Smallest amax for gradients, which are tiny when nothing scales the loss: only a tile of zeros is below."""
 
-STRIP = 1 << 18
+ELEMENTS_AT_A_TIME = 1 << 18
 """Number of elements that are coded or decoded at a time. They stay in a cache, and no FP32 copy of a whole matrix is
 made."""
 
@@ -159,7 +159,7 @@ def _places_apart(ends: Int[Tensor, " e"], rows: int, height: int) -> Int[Tensor
     return row + begin[torch.searchsorted(ends, row, right=True)]
 
 
-def _spread(x: Tensor, times: int, size: int, dim: int) -> Tensor:
+def _repeat_scales(x: Tensor, times: int, size: int, dim: int) -> Tensor:
     """Repeat each number this many times along dim, and keep the first `size`."""
     if torch.compiler.is_compiling():
         # the index is a quotient in disguise: inductor reads past the end of x if it sees one (CPU, torch 2.13)
@@ -186,10 +186,10 @@ def _in_strips(
 
     def rows(first: int, tiles: int) -> Tensor:
         strip = slice(first * height, min(r, (first + tiles) * height))
-        some = _spread(scales[..., first : first + tiles, :].float(), width, c, -1)
-        return make(strip, _spread(some, height, strip.stop - strip.start, -2)).to(dtype)
+        some = _repeat_scales(scales[..., first : first + tiles, :].float(), width, c, -1)
+        return make(strip, _repeat_scales(some, height, strip.stop - strip.start, -2)).to(dtype)
 
-    tiles = max(1, STRIP * max(1, r) // max(1, shape.numel()) // height)
+    tiles = max(1, ELEMENTS_AT_A_TIME * max(1, r) // max(1, shape.numel()) // height)
     if tiles >= want[-2] or torch.compiler.is_compiling():
         return rows(0, max(1, want[-2]))
     out: Tensor | None = None

@@ -119,7 +119,7 @@ def test_large_logits_choose_one_key_forward_and_backward(isa: str) -> None:
 @pytest.fixture
 def leaves(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Return q, k and v that are trained, by kernels although there are few."""
-    monkeypatch.setattr("dsmini.functional.attention.LEAST", 0)
+    monkeypatch.setattr("dsmini.functional.attention.KERNEL_FROM", 0)
     return [draw(2, 3, 150, n).requires_grad_() for n in (24, 24, 16)]
 
 
@@ -149,7 +149,7 @@ def test_training_reaches_the_kernel_and_its_threads_change_no_bit(leaves: list[
 def test_training_takes_the_kernel_only_where_it_serves(leaves: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = leaves
     with monkeypatch.context() as patch:
-        patch.setattr("dsmini.functional.attention.LEAST", 1 << 30)
+        patch.setattr("dsmini.functional.attention.KERNEL_FROM", 1 << 30)
         assert "TrainedAttention" not in trained_by(q, k, v), "little work"
     assert "TrainedAttention" not in trained_by(q, k, v.detach()), "a frozen operand"
     for units in (True, False):

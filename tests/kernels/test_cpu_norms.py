@@ -95,7 +95,7 @@ def test_training_is_served_and_other_numbers_are_not(monkeypatch: pytest.Monkey
 
     train(draw(torch.float32, 3, 37))
     assert served == [], "little work"
-    monkeypatch.setattr("dsmini.functional.layers.LEAST", 1)
+    monkeypatch.setattr("dsmini.functional.layers.KERNEL_FROM", 1)
     train(draw(torch.float32, 3, 37))
     assert served == ["trained_norm", "trained_norm_gradients"]
     with ops.use("cpu"):  # where no kernel is asked, a forced backend refuses nothing

@@ -162,7 +162,7 @@ def test_trained_experts_agree(isa: str, shape: tuple[int, ...], dtype: torch.dt
 @pytest.fixture
 def trained_call(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
     """Return a call whose matrices are trained, by kernels although it is small."""
-    monkeypatch.setattr("dsmini.functional.experts.LEAST", 0)
+    monkeypatch.setattr("dsmini.functional.experts.KERNEL_FROM", 0)
     call = a_call(90, 40, 20, 8, 2, torch.float32, "float32")
     for w in call[3:]:
         w.requires_grad_()
@@ -203,7 +203,7 @@ def test_training_takes_the_kernel_only_where_it_serves(
     call = trained_call
     assert "TrainedExperts" in trained_by(call)
     with monkeypatch.context() as patch:
-        patch.setattr("dsmini.functional.experts.LEAST", 1 << 20)
+        patch.setattr("dsmini.functional.experts.KERNEL_FROM", 1 << 20)
         assert "TrainedExperts" not in trained_by(call), "little work"
     w1 = call[3]
     for w in (w1.detach(), w1.detach().mT.contiguous().mT.requires_grad_(), w1.detach().bfloat16().requires_grad_()):

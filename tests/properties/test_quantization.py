@@ -21,7 +21,7 @@ from dsmini.numerics import (
     round_tiles,
     tile_scales,
 )
-from dsmini.numerics.quantization import STRIP
+from dsmini.numerics.quantization import ELEMENTS_AT_A_TIME
 from tests.helpers.configs import refusal
 from tests.helpers.quantizer import EVERY_FORMAT, NAMES, UNIT, quantized, quantized_groups, raw, same, stored, tiles
 from tests.helpers.tolerances import relative_error
@@ -99,7 +99,7 @@ def assert_agrees(case: Case) -> None:
 def test_codes_scales_and_values_of_each_tile(case: Case, strip: int) -> None:
     """Strips of any size change nothing; a tile that holds an infinity or NaN is NaN as a whole, and no other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dsmini.numerics.quantization.STRIP", strip)
+        patch.setattr("dsmini.numerics.quantization.ELEMENTS_AT_A_TIME", strip)
         assert_agrees(case)
 
 
@@ -161,8 +161,8 @@ def test_tiles_begin_anew_with_each_group(
 @pytest.mark.parametrize("tile", [(1, 128), (128, 128)])
 def test_no_copy_of_a_whole_matrix_in_fp32(shape: tuple[int, ...], tile: Any) -> None:
     x = torch.randn(shape).bfloat16()
-    assert x.numel() > STRIP
-    strip = max(STRIP, tile[0] * x.numel() // shape[-2])  # one row of tiles at least
+    assert x.numel() > ELEMENTS_AT_A_TIME
+    strip = max(ELEMENTS_AT_A_TIME, tile[0] * x.numel() // shape[-2])  # one row of tiles at least
     codes, scales = quantize_tiles(x, tile, "ue8m0", "e4m3", AMAX_MIN)
     for call in (
         lambda: quantize_tiles(x, tile, "ue8m0", "e4m3", AMAX_MIN),
