@@ -92,7 +92,7 @@ class PlanRequest:
     """Share of the peak that your training reaches (MFU), such as 0.39; left out: what the parts of a step give."""
 
     bf16_efficiency: float | None = setting(None, above=0, most=1)
-    """Share of the peak that training's BF16 or FP32 products reach while computing; left out: 0.51, from Llama 3."""
+    """Share of the peak that training's BF16 or FP32 products reach while computing; left out: 0.52, from Llama 3."""
     fp8_efficiency: float | None = setting(None, above=0, most=1)
     """Share of the peak that training's FP8 products reach while computing; left out: fitted to DeepSeek-V3's step."""
     communication_share: float | None = setting(None, least=0, below=1)

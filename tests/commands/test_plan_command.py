@@ -20,7 +20,7 @@ V3 = CONFIGS / "deepseek-v3.toml"
 SAYS = {  # a command line, and what it says among other things; tests/planner has whole pages
     "deepseek-v3": """\
 as DeepSeek-V3 was trained
-2,048 GPUs take 54.2 days and $5.32 million for 14.8 trillion tokens
+2,048 GPUs take 54.1 days and $5.31 million for 14.8 trillion tokens
 64 sequences of 4,096 tokens a GPU take 82.3 GB of 85.9 GB: at most 37.0 tokens/s each
 DeepSeek measured 1,850 tokens/s a GPU
 A failure every 14.4 h
@@ -33,7 +33,7 @@ compute, 87 % of a step; next: waiting in the pipeline""",
     "deepseek-v3 --explain mfu --depth 1": "step_seconds\nfigures and inputs more are further away",
     "deepseek-v3 --vary hardware=h100,h800 --of training_cost": "no price of h100 is published; --price",
     "deepseek-v3 --explain kv_cache": "70.3 kB/token (70,272 B/token)\nkv_lora_rank = 512\ndeepseek-v3.toml",
-    "--published": "14 are reproduced from sizes of models and machines, 4 follow",
+    "--published": "12 are reproduced from sizes of models and machines, 6 follow",
     "deepseek-v3 --vary kv_lora_rank=128,512": "23.4 kB/token\n70.3 kB/token",
     "toy --out page": "written  page/plan.html",
     "toy --vary batch=4,8 --out varied": "written  varied/plan.html",
@@ -106,7 +106,7 @@ def test_json_has_every_figure_in_base_units(place: Path) -> None:
 def test_json_of_published_figures_variations_and_searches(place: Path) -> None:
     rows = {row["name"]: row for row in record("--published", place)}
     assert rows["v3_parameters"]["ours"] == 671_026_404_352
-    assert rows["v3_bubble"]["status"] == "missed" and rows["v3_bubble"]["residual"] == pytest.approx(-0.5094, abs=1e-4)
+    assert rows["v3_bubble"]["status"] == "missed" and rows["v3_bubble"]["residual"] == pytest.approx(-0.5109, abs=1e-4)
     pairs = record("deepseek-v3 --vary kv_lora_rank=128,512 hardware=h100,h800 --of kv_cache", place)["plans"]
     assert [(p["kv_lora_rank"], p["hardware"], p["kv_cache"]) for p in pairs] == [
         (rank, hardware, cache) for rank, cache in ((128, 23_424), (512, 70_272)) for hardware in ("h100", "h800")

@@ -19,10 +19,10 @@ def test_figure_is_as_the_file_says(name: str) -> None:
 
 
 OURS = {
-    "v3_step": (19.895, 0.001),
+    "v3_step": (19.852, 0.001),
     "v3_link_time": (2 * 32 * 58 * 9 * 39 / 40 * 21728 / 50e9, 1e-9),
     "v3_nvlink_time": (2 * 32 * 58 * 9 * (1 - 1 / 320) * 21728 / 900e9, 1e-9),
-    "v3_extension_hours": (75.3e3, 4e-3),
+    "v3_extension_hours": (75.2e3, 4e-3),
     "v3_mtp": (11.507e9, 1e-4),
     "v2_cache_saving": (0.9334, 1e-4),
     "llama_flops": (2473e9, 3e-4),
@@ -45,7 +45,7 @@ def test_statuses_are_as_they_are_said() -> None:
     assert by["fitted"] == {"v3_step", "v3_mfu", "v3_pretraining_hours", "v3_cost"}
     assert by["missed"] == {"llama_flops", "v3_bubble", "failure_1k", "v3_extension_hours"}
     assert {status: len(names) for status, names in by.items()} == {
-        **{"reproduced": 14, "follows": 4, "fitted": 4, "missed": 4, "misprint": 2}
+        **{"reproduced": 12, "follows": 6, "fitted": 4, "missed": 4, "misprint": 2}
     }
 
 

@@ -121,9 +121,9 @@ def test_efficiencies_give_the_printed_runs() -> None:
     plan = make_plan(PlanRequest(**sizes, batch=2048, seq_len=8192), model, hardware_of("h100"))
     s = {name: float(figure) for name, figure in plan.figures.items()}
     whole = (s["computing_seconds"] + s["reducing_seconds"]) * (1 + 15 / (8 * s["micro_batches"]))
-    assert s["training_flops"] * 2048 * 8192 / whole / (8192 * 989.4e12) == pytest.approx(0.43, rel=0.06)
+    assert s["training_flops"] * 2048 * 8192 / whole / (8192 * 989.4e12) == pytest.approx(0.43, rel=0.01)
     v3 = values_of("deepseek-v3")
-    assert v3["chunk_forward"] + v3["chunk_backward"] == pytest.approx(13.95 / (120 - 23), rel=0.003)
+    assert v3["chunk_forward"] + v3["chunk_backward"] == pytest.approx(13.95 / (120 - 23), rel=0.002)
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3.2", "deepseek-v2-lite n_mtp_layers=1"])
@@ -182,8 +182,9 @@ def test_gradients_stay_in_a_node_with_the_gpus_that_hold_the_same() -> None:
 
 
 def test_experts_of_64_gpus_share_one_domain_of_72() -> None:
-    found = values_of("deepseek-v3 @gb200-nvl72 expert=64 gpus=1024")
-    assert (found["expert_nodes"], found["expert_in_node"], found["slow_row_bytes"]) == (1, 64, 0)
+    for expert in (32, 64):
+        found = values_of(f"deepseek-v3 @gb200-nvl72 expert={expert} gpus=1024")
+        assert (found["expert_nodes"], found["expert_in_node"], found["slow_row_bytes"]) == (1, expert, 0)
 
 
 def test_hardware_is_compared_on_the_same_basis() -> None:
