@@ -27,7 +27,7 @@ def new_trainer(small_config: Callable[..., ModelConfig]) -> NewTrainer:
         train = dataclasses.replace(TRAIN, **changes)
         config = RunConfig(model=small_config(**(model_changes or {})), train=train)
         text = np.frombuffer(bytes(7 * i % 61 for i in range(3000)), np.uint8)
-        corpus = Corpus(train=text[:2700], val=text[2700:], source="", files=1, skipped=0, split="", sha256="")
+        corpus = Corpus(train=text[:2700], val=text[2700:], source="", files=1, split="", sha256="")
         torch.manual_seed(0)
         return Trainer(Transformer(config.model), corpus, config, torch.device("cpu"))
 
