@@ -57,8 +57,19 @@ HELP = Help(
         "torchrun --nproc-per-node 4 -m dsmini.train --parallel.ep 2",
     ),
     main=(
-        *("data.path", "out", "model.dim", "train.steps", "train.batch_size", "train.optimizer", "train.lr"),
-        *("train.compile", "train.device", "parallel.pp", "parallel.ep", "resume", "init"),
+        "data.path",
+        "out",
+        "model.dim",
+        "train.steps",
+        "train.batch_size",
+        "train.optimizer",
+        "train.lr",
+        "train.compile",
+        "train.device",
+        "parallel.pp",
+        "parallel.ep",
+        "resume",
+        "init",
     ),
 )
 

@@ -150,8 +150,13 @@ def _first_weights(path: Path, say: Callable[[str], None]) -> FirstWeights:
     if data.tokenizer is not None and is_there(copy):  # the original may have changed, or be gone
         data = dataclasses.replace(data, tokenizer=copy)
     run = RunConfig(model=found.config.model, data=data)
-    where = {"named": path, "folder": found.folder, "step": found.state.step}
-    return FirstWeights(**where, rows=lambda name, rows: mapped[name][rows], run=run)
+    return FirstWeights(
+        named=path,
+        folder=found.folder,
+        step=found.state.step,
+        rows=lambda name, rows: mapped[name][rows],
+        run=run,
+    )
 
 
 def _origin_of_stopped(run: Path, say: Callable[[str], None]) -> RunOrigin:

@@ -108,9 +108,22 @@ Row = dict[str, Any]
 """The record of a step."""
 FIGURE, LIST = float | int | None, list | None
 KEYS: dict[str, Any] = {
-    **{"step": int, "loss": FIGURE, "val_loss": FIGURE, "lr": FIGURE, "tokens_per_s": FIGURE, "max_vio": FIGURE},
-    **{"skipped": bool, "mtp_loss": FIGURE, "balance_loss": FIGURE, "grad_norm": FIGURE, "data_wait": FIGURE},
-    **{"memory": int, "tokens": int, "seconds": float, "layer_max_vio": LIST, "loads": LIST},
+    "step": int,
+    "loss": FIGURE,
+    "val_loss": FIGURE,
+    "lr": FIGURE,
+    "tokens_per_s": FIGURE,
+    "max_vio": FIGURE,
+    "skipped": bool,
+    "mtp_loss": FIGURE,
+    "balance_loss": FIGURE,
+    "grad_norm": FIGURE,
+    "data_wait": FIGURE,
+    "memory": int,
+    "tokens": int,
+    "seconds": float,
+    "layer_max_vio": LIST,
+    "loads": LIST,
 }
 """The keys of every row, in order, and the kinds of their values."""
 WINDOW = 128

@@ -196,8 +196,12 @@ class Saver:
 
     def _restore(self, checkpoint: Checkpoint, rows: Iterable[Row]) -> int:
         state, train, trainer = checkpoint.state, self.config.train, self.trainer
-        where = {"sequences": state.sequences, "average_updates": state.average_updates}
-        trainer.load(trainer.mine(checkpoint.tensors), steps_done=state.step, **where)
+        trainer.load(
+            trainer.mine(checkpoint.tensors),
+            steps_done=state.step,
+            sequences=state.sequences,
+            average_updates=state.average_updates,
+        )
         set_random_state(checkpoint.tensors["rng"], trainer.device)
         lost = self.history.restore(state, rows, complete=state.step >= train.steps)
         if state.skipped_in_a_row >= train.max_skipped:  # it gave up; whoever resumes it gets that number again
