@@ -54,7 +54,8 @@ def experts_eager(
         return run_experts(x, indices, weights, w1.shape[0], expert)
     if limit is None and torch.is_grad_enabled() and (y := train_experts(x, indices, weights, w1, w2, w3)) is not None:
         return y
-    if (dtype := product_dtype(x)) != (given := x.dtype):
+    given, dtype = x.dtype, product_dtype(x)
+    if dtype != given:  # weights are rounded as x is, and then widened
         x, w1, w2, w3 = (t.to(given).to(dtype) for t in (x, w1, w2, w3))
     slots = sort_by_expert(indices, w1.shape[0], row_alignment(x, indices, w1.shape[0]))
     y = _grouped_experts(dispatch(x, slots), w1, w2, w3, slots.ends, limit)

@@ -42,8 +42,8 @@ def sort_by_expert(indices: Int[Tensor, "n k"], e: int, align: int = 1) -> Slots
     order = flat.argsort(stable=True)
     rows = n * k if align == 1 else -(-(n * k + e * (align - 1)) // align) * align
     aligned = (counts + align - 1) // align * align
-    shift = (aligned.cumsum(0) - aligned) - (counts.cumsum(0) - counts)
-    slot_in_order = torch.arange(n * k, device=flat.device) + shift[flat[order]]
+    start, unpadded_start = (sizes.cumsum(0) - sizes for sizes in (aligned, counts))
+    slot_in_order = torch.arange(n * k, device=flat.device) + (start - unpadded_start)[flat[order]]
     slot = torch.empty_like(flat).scatter(0, order, slot_in_order)
     token = torch.zeros(rows, dtype=torch.int64, device=flat.device).scatter(0, slot_in_order, order // k)
     ends = aligned.cumsum(0)
