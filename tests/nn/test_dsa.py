@@ -53,18 +53,6 @@ def test_dsa_follows_the_report(monkeypatch: pytest.MonkeyPatch, case: str, inte
     assert_agree(got, reference.attention(layer, x, c), main, 8 * ROPE_TABLE)
 
 
-def test_a_sliding_window_leaves_the_rest_to_choose_from() -> None:
-    layer, chosen = randomise(DSA(**SIZES | INDEX | {"index_topk": 4})), []
-    layer.mask = lambda q, k: q - k >= 6
-    x = torch.randn(1, 30, 23)
-    with pytest.MonkeyPatch.context() as patch:
-        real = dsa.topk_mask
-        patch.setattr(dsa, "topk_mask", lambda indices, t: (chosen.append(indices), real(indices, t))[1])
-        layer(x)
-    for t, row in enumerate(chosen[0][0]):
-        assert set(row[row >= 0].tolist()) <= set(range(t - 5, t + 1)) and (row >= 0).sum() == min(4, t + 1)
-
-
 @pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"original_seq_len": 16}], ids=str)
 def test_up_to_k_keys_the_model_is_v3_to_the_bit(changes: dict[str, Any]) -> None:
     """A prompt takes MLA's form too."""
