@@ -104,7 +104,7 @@ class Comparison:
     @property
     def tail(self) -> float:
         """Largest chance that the lower end of an arm's interval is above the truth."""
-        return ALARMS / max(1, sum(not arm.is_computed for arm in self.measured))
+        return ALARMS / max(1, sum(not arm.is_computed for arm in self.arms[1:]))
 
     @property
     def least_turns(self) -> int:
