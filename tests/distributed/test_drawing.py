@@ -1,6 +1,8 @@
 """Each rank makes its part of a model with the bits of one process, and never holds more than that and one tensor."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -8,20 +10,22 @@ from unittest import mock
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dsmini import ModelConfig, RunConfig, Transformer, load_pretrained
 from dsmini import machine as memory
 from dsmini.checkpoint.load import PretrainedTensors
+from dsmini.checkpoint.tensor_files import SafetensorsReader
 from dsmini.config.run import ParallelConfig
 from dsmini.distributed.mesh import Mesh, divided_model, fill, local
 from dsmini.distributed.world import World
 from dsmini.training.outputs import write_sample
 from dsmini.training.start import refuse_oversized_parts
-from tests.conftest import SMALL
-from tests.distributed.generating import new_folder, reads
+from tests.conftest import SMALL, randomise
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import CPU, exactly, far_apart, held_pieces, new_run, new_trainer
+from tests.helpers import folders
 
 LARGE: dict[str, Any] = {"dim": 64, "n_layers": 4, "vocab_size": 400, "moe_inter_dim": 64}
 SLACK = 20_000
@@ -89,6 +93,30 @@ def test_one_process_draws_in_the_order_of_its_modules(changes: dict[str, Any]) 
     assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
 
 
+@contextmanager
+def reads() -> Iterator[list[str]]:
+    """Yield the names of the tensors that are read in a block."""
+    names: list[str] = []
+    read = SafetensorsReader.read
+
+    def recorded(self: SafetensorsReader, name: str) -> Tensor:
+        names.append(name)
+        return read(self, name)
+
+    with mock.patch.object(SafetensorsReader, "read", recorded):
+        yield names
+
+
+def fp8_folder(place: Path) -> Path:
+    """Write the folder of a random model with experts in the last layers and in the MTP block."""
+    sizes = {"n_layers": 3, "dim": 136, "inter_dim": 200, "moe_inter_dim": 130, "n_mtp_layers": 1}
+    torch.manual_seed(3)
+    model = randomise(Transformer(ModelConfig(**SMALL | sizes)))
+    tensors = folders.in_fp8(folders.tensors_of(model, torch.float32))[0]
+    config = folders.config_json(model.config, quantization_config=folders.QUANTIZED)
+    return folders.write(place, tensors, config, shards=3)
+
+
 def filled_from(world: World, folder: Path, parallel: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the pieces of a folder's model that a rank holds, and the names of the tensors that it read."""
     there = PretrainedTensors(folder)
@@ -102,7 +130,7 @@ def filled_from(world: World, folder: Path, parallel: dict[str, Any]) -> tuple[d
 
 @pytest.mark.parametrize("parallel", [SLOW_BUT_ONE[0], *SLOW_BUT_ONE[1:3]], ids=str)
 def test_rank_reads_its_rows_of_a_folder_alone(tmp_path: Path, parallel: dict[str, Any]) -> None:
-    folder = new_folder(tmp_path / "model", fp8=True)
+    folder = fp8_folder(tmp_path / "model")
     want = load_pretrained(folder, torch.float32).state_dict()
     every = run_ranks(2, filled_from, folder, parallel)
     for held, names in every:
