@@ -217,8 +217,18 @@ def fp8_matmul(
     trained, weight = _weight_operand(w, scale)
     wants_dw = trained is not None and trained.requires_grad and torch.is_grad_enabled()
     q, saved = _operand(x, scale, saved_format if wants_dw else "e4m3")
-    of_weight, dtype = (weight.shape[-1], weight.tile, weight.scale, weight.format), out_dtype or x.dtype
-    recipe = Recipe(q.scale, *of_weight, grad_format, saved.format, dtype, accumulator, ops.chosen())
+    recipe = Recipe(
+        q.scale,
+        weight.shape[-1],
+        weight.tile,
+        weight.scale,
+        weight.format,
+        grad_format,
+        saved.format,
+        out_dtype or x.dtype,
+        accumulator,
+        ops.chosen(),
+    )
     kept = (None, None) if saved is q else saved.parts  # torch.compile wants no tensor twice
     y = _Matmul.apply(q.source, trained, *q.parts, *kept, *weight.parts, ends, recipe)
     return cast(Tensor, y)
