@@ -134,7 +134,7 @@ def _trainer(parallel: ParallelConfig, size: Size) -> Trainer:
     config = RunConfig(model=MODEL, train=train, parallel=parallel)
     parallel.check(config.model, config.train, RANKS)
     text = np.random.default_rng(0).integers(0, 256, 64 * size.tokens * PARTS, np.uint8)
-    corpus = Corpus(train=text, val=text[: 4 * size.tokens], source="", files=1, skipped=0, split="", sha256="")
+    corpus = Corpus(train=text, val=text[: 4 * size.tokens], source="", files=1, split="", sha256="")
     torch.manual_seed(0)
     model = Transformer(config.model, compute_dtype=torch.float32)
     return Trainer(model, corpus, config, torch.device("cpu"), Mesh(parallel))

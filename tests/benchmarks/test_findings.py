@@ -16,16 +16,16 @@ from tests.helpers.questions import setting
 # --- comparisons in words
 
 
-def ratio(middle: float, spread: float = 0.0, turns: int = 5, **case: Any) -> question.Figure:
+def ratio(middle: float, spread: float = 0.0, turns: int = 6, **case: Any) -> question.Figure:
     """Return how many times as long MHA takes as MLA, over turns that differ by this share."""
-    values = [middle * (1 + spread * (i - (turns - 1) / 2)) for i in range(turns)]
+    values = [middle * (1 + spread * (2 * i / (turns - 1) - 1)) for i in range(turns)]
     return figure("times_as_long", {"attention": "MHA", "than": "MLA", **case}, values)
 
 
 def test_ratios_are_told_with_their_interval() -> None:
-    assert times(ratio(1.62, 0.01)) == "1.62 times (1.59 to 1.65)"
-    assert times(ratio(1.1, 0.1)) == "1.10 times (0.88 to 1.32, unclear)"
-    assert times(ratio(12.34, 0.0, turns=4)) == "12.3 times", "four turns have no interval"
+    assert times(ratio(1.62, 0.02)) == "1.62 times (1.59 to 1.65)"
+    assert times(ratio(1.1, 0.2)) == "1.10 times (0.88 to 1.32, unclear)"
+    assert times(ratio(12.34, 0.0, turns=5)) == "12.3 times", "five turns have no interval"
 
 
 def test_comparison_tells_both_ends() -> None:
@@ -38,8 +38,8 @@ def test_comparison_tells_both_ends() -> None:
 
 def test_race_compares_turn_by_turn(clock: Clock) -> None:
     """A slow turn slows both sides, and leaves the ratio as it is."""
-    runs = {"a": clock.work("a", 1, 1, 10, 1, 1, 1), "b": clock.work("b", 2, 2, 20, 2, 2, 2)}
-    found = list(race(setting(), {"n": 1}, runs, predicted={"a": 3.0, "b": 9.0}, each=2, count=5, seconds=99, least=5))
+    runs = {"a": clock.work("a", 1, 1, 10, 1, 1, 1, 1), "b": clock.work("b", 2, 2, 20, 2, 2, 2, 2)}
+    found = list(race(setting(), {"n": 1}, runs, predicted={"a": 3.0, "b": 9.0}, each=2, count=6, seconds=99, least=6))
     assert [(f.metric, f.measured, f.predicted) for f in found] == [
         ("seconds", 0.5, 1.5),
         ("seconds", 1.0, 4.5),

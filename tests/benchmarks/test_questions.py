@@ -87,7 +87,7 @@ def small_sizes(corpus: Path) -> list[tuple[Any, str, Any]]:
         *((fp8, "trained_config", lambda quick: config), (fp8, "QUICK", TINY), (fp8, "QUICK_STEPS", 2)),
         (peers, "QUICK", peers.Size((16, 24), (16,), turns=2, batch=1)),
         (kernels, "STEPS", few),
-        *((diagnose, "FAULTS", {"small": run}), (diagnose, "ROUNDS", 5), (training, "cores", lambda: 1)),
+        *((diagnose, "FAULTS", {"small": run}), (diagnose, "ROUNDS", 8), (training, "cores", lambda: 1)),
         *((plan, "held_out", lambda quick: forecast), (plan, "SECONDS", 0.0)),
         (plan, "peak_of_process", lambda shape: 400 << 20),
         *((shakespeare, "run_module", lambda *_: '{"loss": 2.0}'), (Trial, "train", fake_train)),

@@ -120,7 +120,7 @@ def test_greedy_text_of_the_default_model_is_the_cpus(device: str, speculative: 
 CORPUS = Corpus(
     train=torch.arange(3000).square().remainder(61).byte().numpy(),
     val=torch.arange(300).remainder(61).byte().numpy(),
-    **{"source": "", "files": 1, "skipped": 0, "split": "", "sha256": ""},
+    **{"source": "", "files": 1, "split": "", "sha256": ""},
 )
 
 
