@@ -42,6 +42,8 @@ def smaller(module: str, arguments: str) -> str:
         return "small.toml --quick --rounds 5 --only replay"
     if module in ("dsmini.convert", "dsmini.explain", "dsmini.plan"):
         return arguments
+    if "--train.eval-context" in arguments:  # lengths in the same proportion
+        arguments = arguments.replace("1024", "32").replace("256", "8")
     if "--resume" in arguments:  # the only setting that differs from the run it goes on with
         return re.sub(r"--train.steps \d+", "--train.steps 4", arguments)
     text = "" if "--data.path" in arguments else " --data.path book.txt"

@@ -260,9 +260,9 @@ def test_a_step_by_other_code_is_priced_as_what_it_runs() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("work", ["training", "prefill", "decode"])
 def test_forecast_is_near_what_a_step_takes(work: Work) -> None:
-    """Allow a factor of two between medians."""
+    """Allow a factor of two: above the fastest step, which no other program slows, and below the median."""
     config = dataclasses.replace(TINY, dim=512, inter_dim=1024, moe_inter_dim=256, max_seq_len=256)
     shape = shape_of(work, config, tokens=192)
     expected = Prices.here().forecast(shape).seconds
-    taken = in_turns({"step": shape.make(CPU)}, count=25).median("step")
-    assert 0.5 < expected / taken < 2
+    turns = in_turns({"step": shape.make(CPU)}, count=25)
+    assert min(turns.seconds["step"]) / 2 < expected < 2 * turns.median("step")

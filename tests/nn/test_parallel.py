@@ -58,7 +58,7 @@ def fsdp_method(model: Transformer) -> Callable[..., Losses]:
 
 
 def fsdp_of_each(model: Transformer) -> Callable[..., Losses]:
-    """Head, embedding and what is absorbed are sharded on their own: nobody but their forward sees the weight."""
+    """Head, embedding and wkv_b are sharded on their own: nobody but their forward sees the weight."""
     shard(model, model.head, model.embed, *(block.attn.wkv_b for block in model.layers))
     return model
 
@@ -94,7 +94,7 @@ def errors(recipe: str, rank: int) -> dict[str, float]:
     dist.all_reduce(loss := loss.detach().clone())
     out["loss"] = relative_error(loss / RANKS, want.total)
     if recipe != "ddp":
-        cache = model.new_cache(2, form="absorbed")
+        cache = model.new_cache(2)
         logits = torch.cat([model(part, cache) for part in tokens[rows].split((7, 1, 4), 1)], 1)
         out["decoding"] = relative_error(logits, alone(tokens[rows]))
     return out
