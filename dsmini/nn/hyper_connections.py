@@ -1,0 +1,175 @@
+"""Manifold-constrained hyper-connections (mHC): several residual streams, mixed by doubly stochastic matrices.
+
+A pre-norm block adds to one stream, x' = x + F(norm(x)). Here the residual is n streams X [n, m] of each token. A
+sublayer F (attention or feed-forward) reads one weighted sum of them and writes to all, while the streams are mixed:
+
+    x  = sum_i pre_i X_i                                      what F reads, after its norm
+    X' = post_k F(norm(x)) + sum_j comb_jk X_j                for each stream k
+
+All weights depend on the token, by one matrix fn over the normed streams, with a gate (scale) and a bias (base) each:
+
+    mixes = fn vec(X) / rms(vec(X))                           n for pre, n for post, n x n for comb
+    pre   = sigmoid(scale_0 mixes + base) + eps
+    post  = 2 sigmoid(scale_1 mixes + base)
+    comb  = Sinkhorn(scale_2 mixes + base)                    rows and columns sum to 1
+
+Plain hyper-connections leave comb free, so that a product over many layers grows or vanishes. A doubly stochastic
+matrix never magnifies (its spectral norm is 1), and products of such matrices are doubly stochastic again.
+
+Source: mHC (arXiv 2512.24880), equations 1 to 8; DeepSeek-V4 report (arXiv 2606.19348), section 2.2. The paper's
+residual matrix is the transpose of comb, as DeepSeek's code has it. No config has it yet: it stands alone.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dsmini.nn.layers import FP32Module, at_least_fp32, without_autocast
+
+AWAY = 0.02
+"""Weight of each stream but its home that a sublayer reads at first."""
+GATE = 0.01
+"""Scale of the part of the weights that depends on the token, at first. Source: mHC, table 5."""
+KEEP = 6.0
+"""Logit at first of a stream's way to itself, above that to the others."""
+
+
+class Mix(NamedTuple):
+    """Weights by which a sublayer's output and the old streams become the new ones."""
+
+    post: Float[Tensor, "b s n"]
+    comb: Float[Tensor, "b s n n"]
+    """Share of the old stream (first n) in the new one (second n)."""
+
+
+def sinkhorn(logits: Float[Tensor, "*any n n"], iterations: int, eps: float) -> Float[Tensor, "*any n n"]:
+    """Return a matrix whose rows and columns sum to 1, within about iterations * eps.
+
+    A softmax makes rows, then columns and rows are divided by their sums in turns; columns last. eps keeps a sum from
+    becoming 0, forward and backward.
+
+    Source: Sinkhorn and Knopp 1967; mHC, equation 7.
+    """
+    comb = logits.softmax(-1) + eps
+    comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        comb = comb / (comb.sum(-1, keepdim=True) + eps)
+        comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    return comb
+
+
+def normed_streams(streams: Float[Tensor, "b s n m"], eps: float) -> Float[Tensor, "b s nm"]:
+    """Return the streams of a token as one vector, divided by its root mean square, in FP32 at least."""
+    flat = at_least_fp32(streams).flatten(-2)
+    return flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+
+
+class HyperConnection(FP32Module):
+    """The connection of one sublayer to the streams.
+
+    It starts as a pre-norm residual: from equal streams a sublayer reads their common value, and its output is added to
+    each of them. It reads most from its home stream, so that the streams part as they learn.
+
+    Args:
+        dim: m, width of a stream.
+        n_streams: n.
+        sinkhorn_iters: divisions of rows and columns, V4's hc_sinkhorn_iters.
+        eps: V4's hc_eps.
+        norm_eps: eps of the norm of the streams.
+        home: number of a stream; sublayers in turns have others.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_streams: int = 4,
+        *,
+        sinkhorn_iters: int = 20,
+        eps: float = 1e-6,
+        norm_eps: float = 1e-6,
+        home: int = 0,
+    ) -> None:
+        super().__init__()
+        self.n, self.sinkhorn_iters, self.eps, self.norm_eps = n_streams, sinkhorn_iters, eps, norm_eps
+        self.home = home % n_streams
+        rows = n_streams * (2 + n_streams)
+        self.fn = nn.Parameter(torch.empty(rows, n_streams * dim, dtype=torch.float32))
+        """Rows for pre, for post, and for comb row by row."""
+        self.base = nn.Parameter(torch.empty(rows, dtype=torch.float32))
+        self.scale = nn.Parameter(torch.empty(3, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start as a pre-norm residual: nothing depends on the token yet."""
+        n = self.n
+        pre = torch.full((n,), AWAY)
+        pre[self.home] = 1 - (n - 1) * AWAY
+        with torch.no_grad():
+            self.fn.zero_()
+            self.scale.fill_(GATE)
+            self.base.copy_(torch.cat(((pre - self.eps).logit(), torch.zeros(n), KEEP * torch.eye(n).flatten())))
+
+    def forward(self, streams: Float[Tensor, "b s n m"]) -> tuple[Float[Tensor, "b s m"], Mix]:
+        """Return what the sublayer reads, and the weights of what it will write."""
+        n = self.n
+        with without_autocast(streams):
+            mixes = F.linear(normed_streams(streams, self.norm_eps), self.fn)
+            pre, post, comb = (scale * mix + base for scale, mix, base in self._parts(mixes))
+            comb = sinkhorn(comb.unflatten(-1, (n, n)), self.sinkhorn_iters, self.eps)
+            return weighted_sum(streams, pre.sigmoid() + self.eps), Mix(2 * post.sigmoid(), comb)
+
+    def _parts(self, mixes: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        sizes = [self.n, self.n, self.n * self.n]
+        return [*zip(self.scale, mixes.split(sizes, -1), self.base.split(sizes), strict=True)]
+
+
+def weighted_sum(streams: Float[Tensor, "b s n m"], weights: Float[Tensor, "b s n"]) -> Float[Tensor, "b s m"]:
+    """Return the sum of the streams by weights, computed in FP32 at least, in the dtype of the streams."""
+    return (weights.unsqueeze(-1) * at_least_fp32(streams)).sum(-2).to(streams.dtype)
+
+
+def write(streams: Float[Tensor, "b s n m"], output: Float[Tensor, "b s m"], mix: Mix) -> Float[Tensor, "b s n m"]:
+    """Return the new streams: a sublayer's output, and the old streams mixed.
+
+    Simplified: computed in FP32, where DeepSeek's code does it in the dtype of the streams.
+    """
+    with without_autocast(streams):
+        mixed = mix.comb.mT @ at_least_fp32(streams)  # transposed: comb_jk is the share of the old stream j in k
+        return (mix.post.unsqueeze(-1) * output.unsqueeze(-2) + mixed).to(streams.dtype)
+
+
+class StreamHead(FP32Module):
+    """The end of the streams: one weighted sum of them, before the last norm. It starts as their mean.
+
+    Args:
+        dim, n_streams, eps, norm_eps: as those of a HyperConnection.
+    """
+
+    def __init__(self, dim: int, n_streams: int = 4, *, eps: float = 1e-6, norm_eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps, self.norm_eps = eps, norm_eps
+        self.fn = nn.Parameter(torch.empty(n_streams, n_streams * dim, dtype=torch.float32))
+        self.base = nn.Parameter(torch.empty(n_streams, dtype=torch.float32))
+        self.scale = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        with torch.no_grad():
+            self.fn.zero_()
+            self.scale.fill_(GATE)
+            share = 1 / len(self.base) - self.eps
+            self.base.fill_(math.log(share / (1 - share)))
+
+    def forward(self, streams: Float[Tensor, "b s n m"]) -> Float[Tensor, "b s m"]:
+        with without_autocast(streams):
+            mixes = F.linear(normed_streams(streams, self.norm_eps), self.fn)
+            return weighted_sum(streams, (self.scale * mixes + self.base).sigmoid() + self.eps)
+
+
+def expand(x: Float[Tensor, "b s m"], n_streams: int) -> Float[Tensor, "b s n m"]:
+    """Return equal streams."""
+    return x.unsqueeze(-2).expand(*x.shape[:-1], n_streams, x.shape[-1])

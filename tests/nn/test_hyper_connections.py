@@ -1,0 +1,104 @@
+"""Hyper-connections: the start as a pre-norm residual, doubly stochastic mixing, gradients."""
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsmini.nn.hyper_connections import HyperConnection, StreamHead, expand, sinkhorn, write
+
+B, S, N, M = 2, 5, 4, 16
+
+
+def randomized(module: nn.Module, scale: float = 1.0) -> nn.Module:
+    """Return the module with random parameters, so that every part of it matters."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(scale * torch.randn_like(p))
+    return module
+
+
+def test_starts_as_a_pre_norm_residual() -> None:
+    """Three sublayers with other homes: their streams stay equal to the plain residual."""
+    x, layers = torch.randn(B, S, M), [nn.Linear(M, M) for _ in range(3)]
+    streams, head = expand(x, N), StreamHead(M, N)
+    for i, layer in enumerate(layers):
+        read, mix = HyperConnection(M, N, home=i)(streams)
+        torch.testing.assert_close(read, x, rtol=1e-5, atol=1e-5)
+        streams, x = write(streams, layer(read), mix), x + layer(x)
+    torch.testing.assert_close(streams, expand(x, N), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(head(streams), x, rtol=1e-4, atol=1e-4)
+
+
+def test_streams_part_as_they_learn() -> None:
+    """The gradients of pre differ between a home and the others, and those of fn are not zero."""
+    connection = HyperConnection(M, N, home=2)
+    streams = torch.randn(B, S, N, M)
+    read, mix = connection(streams)
+    write(streams, read.tanh(), mix).square().sum().backward()
+    grads = connection.base.grad
+    assert grads is not None and connection.fn.grad is not None and connection.fn.grad.abs().max() > 0
+    assert len({round(float(g), 6) for g in grads[:N]}) == N
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+def test_mixing_is_doubly_stochastic(spread: float) -> None:
+    comb = sinkhorn(spread * torch.randn(50, N, N), 20, 1e-6)
+    assert bool((comb >= 0).all())
+    torch.testing.assert_close(comb.sum(-2), torch.ones(50, N), rtol=0, atol=1e-4)
+    slack = 1e-4 if spread < 5 else 0.05  # far from uniform, rows converge slowly
+    torch.testing.assert_close(comb.sum(-1), torch.ones(50, N), rtol=0, atol=slack)
+
+
+def composed_gain(matrices: Tensor) -> float:
+    """Return the largest absolute sum of a row or column of the product of matrices [l, n, n]."""
+    product = torch.linalg.multi_dot([*matrices]).abs()
+    return float(max(product.sum(-1).max(), product.sum(-2).max()))
+
+
+def test_products_over_64_layers_do_not_grow() -> None:
+    """Doubly stochastic matrices keep a gain of about 1, where free ones of the same logits grow without bound."""
+    logits = torch.randn(64, N, N)
+    assert composed_gain(sinkhorn(logits, 20, 1e-6)) < 1.6
+    assert composed_gain(torch.eye(N) + logits) > 100
+
+
+@pytest.mark.parametrize("module", [HyperConnection(3, N), StreamHead(3, N)], ids=["connection", "head"])
+def test_gradients_agree_with_finite_differences(module: nn.Module) -> None:
+    randomized(module, 0.5).double()
+    streams = torch.randn(1, 2, N, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(streams: Tensor, *_: Tensor) -> Tensor:
+        if isinstance(module, StreamHead):
+            return module(streams)
+        read, mix = module(streams)
+        return write(streams, read.tanh(), mix)
+
+    assert torch.autograd.gradcheck(run, (streams, *module.parameters()))
+
+
+@pytest.mark.slow
+def test_compiled_sinkhorn_has_finite_gradients() -> None:
+    """Logits as far apart as FP32's exponential allows, where a fused backward has been seen to overflow."""
+    logits = (40 * torch.randn(64, N, N)).requires_grad_()
+    weights = torch.randn(64, N, N)
+    (plain,) = torch.autograd.grad((weights * sinkhorn(logits, 20, 1e-6)).sum(), logits)
+    (compiled,) = torch.autograd.grad(
+        (weights * torch.compile(inspect.unwrap(sinkhorn))(logits, 20, 1e-6)).sum(), logits
+    )
+    assert bool(compiled.isfinite().all())
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_parameters_stay_in_fp32_and_streams_keep_their_dtype() -> None:
+    connection = HyperConnection(M, N).to(torch.bfloat16)
+    assert {p.dtype for p in connection.parameters()} == {torch.float32}
+    streams = torch.randn(B, S, N, M, dtype=torch.bfloat16)
+    read, mix = connection(streams)
+    assert read.dtype == write(streams, read, mix).dtype == torch.bfloat16 and mix.comb.dtype == torch.float32
+
+
+def test_head_starts_as_the_mean() -> None:
+    streams = torch.randn(B, S, N, M)
+    torch.testing.assert_close(StreamHead(M, N)(streams), streams.mean(-2), rtol=1e-5, atol=1e-6)
