@@ -6,6 +6,7 @@ result y and, of each query, lse = log sum exp(scale q.k). With the gradient dy 
     p  = exp(scale q.k - lse),  ds = scale p (dy.v - dy.y),  dq += ds k,  dk += ds q,  dv += p dy
 """
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,8 @@ BLOCK = 128
 """Queries whose logits exist at a time."""
 KERNEL_FROM = 1 << 20
 """Number of multiplications of a forward below which torch's operations cost no more than those of training."""
+SPLIT_FROM, PART = 32 << 20, 8 << 20
+"""Bytes of keys or values from which a product on a CPU runs in parts, and bytes of a part."""
 
 
 @ops.eager("causal_attention")
@@ -152,18 +155,18 @@ def cached_attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: 
     (b, h, s, _), (g, t) = q.shape, k.shape[1:3]
     if is_slow_bf16(q):
         return cached_attention_eager(q.float(), k.float(), v.float(), scale, mask).to(v.dtype)
-    blocks, keys, values = [], k.flatten(0, 1), v.flatten(0, 1)
+    blocks = []
     for start in range(0, s, BLOCK):
         part = q[:, :, start : start + BLOCK]
         rows = part.reshape(b * g, -1, q.shape[-1])
         # keys times queries: with few queries a CPU takes a sixth of the time of queries times keys (docs/log.md)
         few = rows.shape[1] < t
-        logits = (keys @ rows.mT).mT if few else rows @ keys.mT
+        logits = _times(k, rows.mT).mT if few else rows @ k.reshape(b * g, t, -1).mT
         logits = _wide(logits).mul(scale)
         if mask is not None:
             heads = logits.reshape(b, h, -1, t)
             logits = heads.masked_fill(mask[:, None, start : start + BLOCK], -torch.inf).view(logits.shape)
-        y = logits.softmax(-1).to(v.dtype) @ values
+        y = _weighted(logits.softmax(-1).to(v.dtype), v)
         blocks.append(y.view(b, h, -1, v.shape[-1]))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
@@ -186,3 +189,31 @@ def absorbed_attention_eager(
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _times(keys: Tensor, queries: Tensor) -> Tensor:
+    """Multiply keys [b, g, t, d] by queries [b * g, d, n]."""
+    parts = [part.flatten(0, 1) @ queries for part in split_keys(keys)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Multiply weights [b * g, n, t] by values [b, g, t, v]. The products of parts are added in FP32."""
+    parts = split_keys(values)
+    if len(parts) == 1:
+        return weights @ values.flatten(0, 1)
+    shares = weights.split(parts[0].shape[2], 2)
+    sums = (_wide(w @ part.flatten(0, 1)) for w, part in zip(shares, parts, strict=True))
+    return functools.reduce(torch.add, sums).to(values.dtype)
+
+
+def split_keys(x: Float[Tensor, "b g t c"]) -> tuple[Tensor, ...]:
+    """Split keys or values along t where torch would copy all of them for a product on a CPU.
+
+    torch copies matrices that are interleaved in memory, as the heads of a cache's rows are. A copy of 32 MB or more
+    gets new memory from the system each time. It takes 6 times as long as several small copies (docs/log.md).
+    """
+    b, g, t, c = x.shape
+    if b * g == 1 or x.device.type != "cpu" or x.is_contiguous() or x.numel() * x.element_size() < SPLIT_FROM:
+        return (x,)
+    return x.split(max(64, min(t, PART // (b * g * c * x.element_size()))), 2)

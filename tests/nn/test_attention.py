@@ -34,8 +34,12 @@ def test_baseline_equals_attention_by_hand(randomise: Any, kind: str, s: int) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("batch", "groups"), [(1, 1), (3, 1), (1, 6), (2, 3)])
-def test_decoding_from_interleaved_heads_equals_attention_by_hand(dtype: torch.dtype, batch: int, groups: int) -> None:
-    """Read a cache whose rows hold keys and values of all heads side by side."""
+def test_decoding_in_parts_equals_attention_by_hand(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, batch: int, groups: int
+) -> None:
+    """Read a cache whose rows hold keys and values of all heads side by side, in parts the last of which is ragged."""
+    for name in ("SPLIT_FROM", "PART"):
+        monkeypatch.setattr(attention, name, 1)  # so 64 keys at a time
     t, d, width = 200, 8, 5
     q = torch.randn(batch, 6, 2, d).to(dtype)
     rows = torch.randn(batch, t + 7, groups * (d + width)).to(dtype)[:, :t]
@@ -45,8 +49,19 @@ def test_decoding_from_interleaved_heads_equals_attention_by_hand(dtype: torch.d
     got = attention.cached_attention_eager(q, k, v, d**-0.5, mask)
     want = cached_attention.reference(q.double(), k.double(), v.double(), d**-0.5, mask)
     unit = FP32_UNIT if dtype == torch.float32 else BF16_UNIT
-    # sums of 8 and of 200 terms in FP32; what is rounded to dtype are logits, weights and the result
+    # sums of 8 and of 200 terms in FP32; what is rounded to dtype are logits, weights and the parts' sums
     assert relative_error(got, want) <= rounding(FP32_UNIT, terms=200, chained=2) + rounding(unit, chained=3)
+    assert [part.shape[2] for part in attention.split_keys(k)] == ([t] if batch * groups == 1 else [64, 64, 64, 8])
+
+
+def test_parts_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 parts of one: in BF16 the sum stops at 256, where one more is half a step."""
+    for name in ("SPLIT_FROM", "PART"):
+        monkeypatch.setattr(attention, name, 1)
+    t = 64 * 512
+    weights = torch.full((2, 1, t), 2.0**-6, dtype=torch.bfloat16)  # 64 of them are one
+    values = torch.ones(1, t, 2, 3, dtype=torch.bfloat16).transpose(1, 2)
+    assert (attention._weighted(weights, values) == 512).all()
 
 
 @pytest.mark.parametrize("backend", ["eager", "reference"])
