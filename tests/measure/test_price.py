@@ -224,6 +224,7 @@ def test_prices_of_a_disturbed_machine_are_not_stored(
 
 @pytest.mark.parametrize("change", ["a kernel's source", "the instruction set"])
 def test_prices_of_other_kernels_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    monkeypatch.delenv("DSMINI_CPU_ISA", raising=False)
     timed, shape, keep = priced(monkeypatch), shape_of("decode", TINY), tmp_path / "roofs.json"
     monkeypatch.setattr(price, "_sources", lambda: "first")
     Prices.under(invented_roofs(), keep).forecast(shape)
