@@ -277,7 +277,11 @@ def measure_all(
                     left_out[name] = NO_TIME if i == 0 else f"{i} of {len(new)} cases done; {NO_TIME}"
                     break
                 bar.update(expected, f"{name} {case.key}")
-                measure_case(name, case, setting, run, path)
+                try:
+                    measure_case(name, case, setting, run, path)
+                except TimeOverError:
+                    left_out[name] = f"{i} of {len(new)} cases done; {NO_TIME}"
+                    break
                 expected += case.seconds
     return left_out
 
@@ -288,7 +292,10 @@ def seconds_of(*questions: Sequence[Case]) -> float:
 
 
 def measure_case(name: str, case: Case, setting: Setting, run: Run, path: Path) -> None:
-    """Measure a case and save its figures, or the reason why it failed."""
+    """Measure a case and save its figures, or the reason why it failed.
+
+    Raises: TimeOverError with --quick, where a lack of time is no failure.
+    """
     allowed = max(LEAST, TIMES * case.seconds)
     if setting.quick:
         allowed = min(allowed, max(1.0, QUICK + GRACE - spent()))
@@ -298,6 +305,8 @@ def measure_case(name: str, case: Case, setting: Setting, run: Run, path: Path) 
         figures = [dataclasses.replace(figure, question=name) for figure in case.run()]
         steady = min(steady, steadiness(setting.roofs, setting.device))
     except Exception as error:  # from the measured code; errors of writing are not caught here
+        if setting.quick and isinstance(error, TimeOverError):
+            raise
         why, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
         if isinstance(error, TimeOverError):
             why = trace = f"stopped after {human(allowed, 's')}; its estimate was {human(case.seconds, 's')}"

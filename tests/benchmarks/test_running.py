@@ -430,6 +430,8 @@ def test_a_case_that_takes_too_long_ends_before_its_next_turn(go: Go, monkeypatc
     assert ran.status == 1 and f"fake_decode a failed: {said}" in ran.err
     assert ran.answer["failed"] == [{"question": "fake_decode", "case": "a", "error": said}]
     assert len(ran.answer["figures"]) == 3, "the others run"
+    ran = go("--quick", known={"fake_decode": slow, "fake_cache": fake.cache()}, out="quick")
+    assert ran.status == 0 and ran.answer["left_out"] == {"fake_decode": f"0 of 1 cases done; {run.NO_TIME}"}
 
 
 def test_quick_leaves_out_whole_questions_in_one_line(go: Go) -> None:
