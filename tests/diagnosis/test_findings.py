@@ -103,6 +103,7 @@ def test_of_a_large_text_the_beginning_is_read(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
+@pytest.mark.memory(1.5)
 def test_largest_texts_fit_into_memory(tmp_path: Path) -> None:
     """Map 100 million random tokens: most of it is never read, and none is held."""
     path = tmp_path / "train.bin"

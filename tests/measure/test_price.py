@@ -13,7 +13,7 @@ from dsmini.measure import price
 from dsmini.measure.calls import BLOCKS, INDEX_DTYPES, Call, Operands
 from dsmini.measure.dry import Dry, dry_count
 from dsmini.measure.price import Prices, narrow
-from dsmini.measure.roofs import Store
+from dsmini.measure.roofs import Store, load_or_measure
 from dsmini.measure.torch_operations import tensors_in
 from dsmini.measure.turns import TimeOverError, in_turns
 from dsmini.measure.workloads import StepDtype, StepShape, Work
@@ -261,9 +261,12 @@ def test_a_step_by_other_code_is_priced_as_what_it_runs() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("work", ["training", "prefill", "decode"])
 def test_forecast_is_near_what_a_step_takes(work: Work) -> None:
-    """Allow a factor of two: above the fastest step, which no other program slows, and below the median."""
+    """Allow a factor of two: above the fastest step, which no other program slows, and below the median.
+
+    Prices are measured now: stored ones are of a quiet hour, and here tests of other processes run too.
+    """
     config = dataclasses.replace(TINY, dim=512, inter_dim=1024, moe_inter_dim=256, max_seq_len=256)
     shape = shape_of(work, config, tokens=192)
-    expected = Prices.here().forecast(shape).seconds
-    turns = in_turns({"step": shape.make(CPU)}, count=25)
+    expected = Prices.under(load_or_measure(CPU), fresh=True).forecast(shape).seconds
+    turns = in_turns({"step": shape.make(CPU)}, count=200 if work == "decode" else 25)
     assert min(turns.seconds["step"]) / 2 < expected < 2 * turns.median("step")
