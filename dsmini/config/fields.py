@@ -56,7 +56,7 @@ def setting(
     none_stays: bool = False,
     shapes: bool = False,
     function: bool = False,
-    only: str | None = None,
+    only: tuple[str, ...] | None = None,
     **bounds: float,
 ) -> Any:
     """Declare a field of a config.
@@ -66,7 +66,7 @@ def setting(
         none_stays: a run that resumes may neither begin nor end to have a value.
         shapes: it decides which tensors a model has, and their shapes.
         function: in Python it may be a function too. Its type stays that of files and flags.
-        only: the kind of attention that has it; needed there if the default is None, and left out elsewhere.
+        only: the kinds of attention that have it; needed there if the default is None, and left out elsewhere.
         bounds: least or above, most or below; see Bounds.
     """
     said: dict[str, Any] = {"resume": resume, "none_stays": none_stays, "shapes": shapes, "function": function}
@@ -180,7 +180,7 @@ def check_types(config: Any, prefix: str = "", whole: Bounds = Bounds(), real: B
 def _is_a(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:  # of any number of texts, as in tuple[str, ...]
+    if typing.get_origin(hint) is tuple:  # of any number of parts of one type, as in tuple[str, ...]
         return isinstance(value, tuple) and all(_is_a(part, typing.get_args(hint)[0]) for part in value)
     if hint is float:
         return isinstance(value, float) and math.isfinite(value)
@@ -191,7 +191,7 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", Path: "a path"}
-    return words.get(hint, "a list of texts")
+    return words.get(hint, "a list of whole numbers" if int in typing.get_args(hint) else "a list of texts")
 
 
 def _nearest(value: Any, choices: tuple[Any, ...]) -> str:

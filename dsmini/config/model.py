@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from dsmini.config.fields import Bounds, build, check_types, refuse_unknown, require, require_multiple, setting
 from dsmini.config.published import config_from_json
-from dsmini.reading import find_config, read_table, read_toml
+from dsmini.reading import brief, find_config, read_table, read_toml
 
 SECTIONS = ["model", "data", "train", "parallel", "out"]
 """Top-level keys of a TOML file."""
@@ -15,11 +15,16 @@ LARGEST_SIZE = 2**31 - 1
 """Maximum value of a whole number of a model."""
 LARGEST_MATRIX = 2**50
 """Maximum number of parameters in one tensor; no machine holds a petabyte."""
+CSA_RATIO = 4
+"""Compression ratio that makes a layer of V4 compressed sparse attention. Source: DeepSeek-V4's inference code."""
+V4 = ("compressed",)
+INDEXED = ("dsa", *V4)
+"""Kinds of attention with an indexer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Sizes and choices of a DeepSeek-V3 style transformer."""
+    """Sizes and choices of a transformer in the style of DeepSeek-V2, V3, V3.2 or V4."""
 
     vocab_size: int = setting(256, shapes=True)
     """Number of token ids; 256 for bytes."""
@@ -36,13 +41,14 @@ class ModelConfig:
     n_heads: int = setting(4, shapes=True)
     """Number of attention heads."""
 
-    attention: Literal["mla", "dsa", "mha", "gqa", "mqa"] = setting("mla", shapes=True)
-    """Kind of attention: MLA; DSA, V3.2's MLA that reads only the keys its indexer picks; or a baseline with keys of
-    qk_nope_head_dim and values of v_head_dim."""
-    n_kv_heads: int | None = setting(None, shapes=True, only="gqa")
+    attention: Literal["mla", "dsa", "compressed", "mha", "gqa", "mqa"] = setting("mla", shapes=True)
+    """Kind of attention: MLA; DSA, V3.2's MLA that reads only the keys its indexer picks; compressed, V4's window of
+    tokens with compressed entries of those before; or a baseline with keys of qk_nope_head_dim and values of
+    v_head_dim."""
+    n_kv_heads: int | None = setting(None, shapes=True, only=("gqa",))
     """Number of key-value heads; only for attention "gqa"."""
     q_lora_rank: int | None = setting(96, shapes=True)
-    """Width of the compressed query; None projects the query directly."""
+    """Width of the compressed query; None projects the query directly, but not in V4."""
     kv_lora_rank: int = setting(64, shapes=True)
     """Width of the compressed key-value latent c_kv, which is what MLA caches."""
     qk_nope_head_dim: int = setting(32, shapes=True)
@@ -51,16 +57,33 @@ class ModelConfig:
     """Width of the rotary part of a query head, and of the rotary key that all heads share."""
     v_head_dim: int = setting(32, shapes=True)
     """Width of a value head."""
-    index_n_heads: int | None = setting(None, shapes=True, only="dsa")
-    """Number of the indexer's heads (V3.2: 64); only for attention "dsa"."""
-    index_head_dim: int | None = setting(None, shapes=True, only="dsa")
-    """Width of an indexer's head and of its key (V3.2: 128), a power of two; only for attention "dsa"."""
-    index_topk: int | None = setting(None, only="dsa")
-    """Number of keys that a query attends to (V3.2: 2048); only for attention "dsa"."""
-    indexer_rope_interleave: bool = setting(False, only="dsa")
+    index_n_heads: int | None = setting(None, shapes=True, only=INDEXED)
+    """Number of the indexer's heads (V3.2, V4: 64); only for attention "dsa" and "compressed"."""
+    index_head_dim: int | None = setting(None, shapes=True, only=INDEXED)
+    """Width of an indexer's head and of its key (V3.2, V4: 128), a power of two."""
+    index_topk: int | None = setting(None, only=INDEXED)
+    """Number of keys that a query attends to (V3.2: 2048), in V4 of compressed entries (Flash: 512, Pro: 1024)."""
+    indexer_rope_interleave: bool = setting(False, only=("dsa",))
     """Adjacent pairs in the indexer's RoPE, as in GLM; off: pairs of the two halves, as in V3.2."""
-    indexer_fp8: bool = setting(False, only="dsa")
+    indexer_fp8: bool = setting(False, only=("dsa",))
     """Simulated FP8 in the indexer: queries and keys are rounded to E4M3 with a scale for each 128 numbers."""
+
+    head_dim: int | None = setting(None, shapes=True, only=V4)
+    """Width of a head of V4, of which the last qk_rope_head_dim numbers are rotated. One key, its value too, serves all
+    heads (512)."""
+    window_size: int | None = setting(None, only=V4)
+    """Number of latest tokens, the query's own among them, that a query sees uncompressed (V4: 128)."""
+    compress_ratios: tuple[int, ...] | None = setting(None, shapes=True, only=V4)
+    """Number of tokens in a compressed entry, for each of n_layers blocks. 4: CSA, whose entries overlap and whose
+    indexer picks among them; 0: the window alone, as in MTP blocks; any other, such as 128: HCA."""
+    compress_rope_theta: float = setting(160000.0, only=V4)
+    """Base of the rotary frequencies in layers with compressed entries, which alone have YaRN."""
+    o_groups: int | None = setting(None, shapes=True, only=V4)
+    """Number of groups of heads whose outputs are projected apart (Flash: 8, Pro: 16)."""
+    o_lora_rank: int | None = setting(None, shapes=True, only=V4)
+    """Width of each group's projected output (V4: 1024)."""
+    qat: bool = setting(False, only=V4)
+    """Entries rounded to FP8, and the indexer's queries and keys to FP4, in training as in V4's cache."""
 
     n_routed_experts: int = setting(16, shapes=True)
     """Number of routed experts in a MoE layer."""
@@ -72,9 +95,9 @@ class ModelConfig:
     """Number of groups of equal size that the routed experts are divided into."""
     n_limited_groups: int = 2
     """Maximum number of expert groups a token may use."""
-    score_func: Literal["sigmoid", "softmax"] = setting("sigmoid", function=True)
-    """Function that turns the gate's logits into scores: sigmoid in V3, softmax in V2. In Python also a function,
-    from logits [n, e] to scores, which no file can hold."""
+    score_func: Literal["sigmoid", "softmax", "sqrtsoftplus"] = setting("sigmoid", function=True)
+    """Function that turns the gate's logits into scores: softmax in V2, sigmoid in V3, sqrt(softplus) in V4. In Python
+    also a function, from logits [n, e] to scores, which no file can hold."""
     topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = setting("noaux_tc", shapes=True)
     """Method of selecting experts. noaux_tc (V3): with a bias, groups scored by their best two experts;
     group_limited_greedy (V2): no bias, groups scored by their best one; greedy (V2-Lite): no bias, no groups."""
@@ -82,11 +105,23 @@ class ModelConfig:
     """Normalization of a token's expert weights to a sum of 1."""
     route_scale: float = 2.5
     """Factor on the weights of the routed experts."""
+    n_hash_layers: int = setting(0, least=0, most=10_000, shapes=True)
+    """Number of leading blocks that choose experts by a table from token ids, not by scores (V4: 3)."""
+    swiglu_limit: float | None = None
+    """Largest value of SwiGLU's two inputs, and negative the smallest of `up` (V4: 10); None: any."""
+
+    hc_mult: int = setting(1, most=64, shapes=True)
+    """Number of residual streams, which manifold-constrained hyper-connections mix (V4: 4); 1: a plain residual."""
+    hc_sinkhorn_iters: int = setting(20, most=1000)
+    """Number of times that rows and columns of a mixing matrix are divided by their sums."""
+    hc_eps: float = setting(1e-6, above=0, most=0.01)
+    """Number that is added to weights and sums of hyper-connections."""
 
     n_mtp_layers: int = setting(1, least=0, most=10_000, shapes=True)
     """Number of extra blocks for multi-token prediction, each of which predicts one token further."""
     mtp_input: Literal["post_norm", "pre_norm"] = "post_norm"
-    """Hidden state given to the MTP blocks: the one after or before the final norm. The sources disagree."""
+    """Hidden state given to the MTP blocks: the one after or before the final norm. The sources disagree. Several
+    residual streams are given as they are."""
 
     max_seq_len: int = 256
     """Maximum sequence length in tokens; beyond original_seq_len the context counts as extended and YaRN is on."""
@@ -130,6 +165,7 @@ class ModelConfig:
         heads = self.n_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
         experts = self.moe_inter_dim * max(self.n_routed_experts, self.n_shared_experts)
         indexer = (self.index_n_heads or 0) * (self.index_head_dim or 0)
+        heads = max(heads, self.n_heads * (self.head_dim or 0), (self.o_groups or 0) * (self.o_lora_rank or 0))
         latents = (self.q_lora_rank or 0, self.kv_lora_rank)
         largest = max(self.vocab_size, self.inter_dim, heads, experts, indexer, *latents) * max(self.dim, *latents)
         require(
@@ -145,11 +181,11 @@ class ModelConfig:
         )
 
     def _check_attention(self) -> None:
-        rotary = "qk_rope_head_dim" if self.is_mla else "qk_nope_head_dim"
+        rotary = "qk_nope_head_dim" if self.is_baseline else "qk_rope_head_dim"
         width, kind = getattr(self, rotary), self.attention
         require(width % 2 == 0, f"{rotary}={width} is odd; RoPE turns pairs, use {width + 1}")
         chosen = [f for f in dataclasses.fields(self) if f.metadata.get("only")]
-        missing = [f.name for f in chosen if f.metadata["only"] == kind and getattr(self, f.name) is None]
+        missing = [f.name for f in chosen if kind in f.metadata["only"] and getattr(self, f.name) is None]
         require(
             not missing,
             f"attention='{kind}' needs {', '.join(missing)}; set {'it' if len(missing) == 1 else 'them'}",
@@ -157,13 +193,16 @@ class ModelConfig:
         for f in chosen:
             value, only = getattr(self, f.name), f.metadata["only"]
             require(
-                kind == only or value == f.default,
-                f"{f.name}={value} has no meaning with attention='{kind}'; leave it out, or use attention='{only}'",
+                kind in only or value == f.default,
+                f"{f.name}={brief(value)} has no meaning with attention='{kind}'; leave it out, or use "
+                f"attention={' or '.join(map(repr, only))}",
             )
         if self.n_kv_heads is not None:
             require_multiple("n_heads", self.n_heads, "n_kv_heads", self.n_kv_heads)
         if self.index_head_dim is not None:
             self._check_indexer(self.index_head_dim, self.qk_rope_head_dim)
+        if self.compress_ratios is not None:
+            self._check_compressed(self.compress_ratios, self.head_dim or 0, self.o_groups or 1)
         require(self.rope_theta > 1, f"rope_theta={self.rope_theta} makes no slower frequencies; use more than 1")
         if self.extended:
             require(self.rope_factor >= 1, f"rope_factor={self.rope_factor} shrinks the context; use 1 or more")
@@ -173,7 +212,7 @@ class ModelConfig:
     def _check_indexer(self, d: int, r: int) -> None:
         require(
             not self.qk_norm,
-            "attention='dsa' with qk_norm: DSA is MLA in its absorbed form, which normed heads have not; leave one out",
+            f"attention='{self.attention}' with qk_norm: it has no form for heads normed as a whole; leave one out",
         )
         require(
             d & (d - 1) == 0,
@@ -184,10 +223,28 @@ class ModelConfig:
             f"index_head_dim={d} is smaller than qk_rope_head_dim={r}, which it holds; use {1 << (r - 1).bit_length()}",
         )
 
+    def _check_compressed(self, ratios: tuple[int, ...], d: int, groups: int) -> None:
+        n, r = self.n_layers, self.qk_rope_head_dim
+        require(
+            len(ratios) == n,
+            f"compress_ratios has {len(ratios)} numbers, n_layers={n}; give one for each layer (MTP blocks have none)",
+        )
+        wrong = [ratio for ratio in ratios if ratio < 0 or ratio == 1 or ratio > LARGEST_SIZE]
+        require(not wrong, f"compress_ratios has {brief(wrong)}; use 0 for the window alone, 4 for CSA, 128 for HCA")
+        require(r <= d, f"qk_rope_head_dim={r} is more than head_dim={d}, which it is a part of; use {d} or less")
+        require(self.q_lora_rank is not None, "attention='compressed' needs q_lora_rank, a compressed query; set it")
+        require_multiple("n_heads", self.n_heads, "o_groups", groups)
+
     def _check_experts(self) -> None:
         e, g, k = self.n_routed_experts, self.n_expert_groups, self.n_activated_experts
         limited, method = self.n_limited_groups, self.topk_method
-        reachable = e // g * limited
+        reachable, hashed = e // g * limited, self.n_hash_layers
+        require(hashed <= self.n_layers, f"n_hash_layers={hashed} is more than n_layers={self.n_layers}; use fewer")
+        require(
+            not hashed or not self.n_dense_layers,
+            f"n_hash_layers={hashed} with n_dense_layers={self.n_dense_layers}: both are the first layers; use "
+            "n_dense_layers=0",
+        )
         require_multiple("n_routed_experts", e, "n_expert_groups", g)
         require(limited <= g, f"n_limited_groups={limited} is more than n_expert_groups={g}; use {g} or fewer")
         require(k <= e, f"n_activated_experts={k} is more than n_routed_experts={e}; use {e} or fewer")
@@ -216,6 +273,11 @@ class ModelConfig:
         return self.attention in ("mla", "dsa")
 
     @property
+    def is_baseline(self) -> bool:
+        """Return True for MHA, GQA and MQA, which rotate whole heads of qk_nope_head_dim."""
+        return self.attention in ("mha", "gqa", "mqa")
+
+    @property
     def output_init_std(self) -> float:
         """Return the standard deviation of the initial weights of the head and of writes into the residual stream."""
         return 0.0 if self.zero_init else self.init_std
@@ -231,8 +293,18 @@ class ModelConfig:
         return {"mqa": 1, "gqa": self.n_kv_heads or self.n_heads}.get(self.attention, self.n_heads)
 
     def attention_of(self, layer: int) -> str:
-        """Return the kind of attention of block `layer`; MTP blocks follow the last layer."""
-        return self.attention
+        """Return the kind of attention of block `layer`: in V4 window, csa or hca. MTP blocks follow the last layer."""
+        if self.attention != "compressed":
+            return self.attention
+        return {0: "window", CSA_RATIO: "csa"}.get(self.compress_ratio(layer), "hca")
+
+    def compress_ratio(self, layer: int) -> int:
+        """Return the number of tokens in a compressed entry of block `layer`; 0 without any, as in MTP blocks."""
+        return self.compress_ratios[layer] if self.compress_ratios and layer < self.n_layers else 0
+
+    def is_hashed(self, layer: int) -> bool:
+        """Return True if block `layer` chooses experts by a table from token ids."""
+        return layer < self.n_hash_layers
 
     def is_moe(self, layer: int) -> bool:
         """Return True if block `layer` has experts; MTP blocks follow the last layer."""
@@ -272,5 +344,9 @@ def layer_config(config: ModelConfig | None, arguments: dict[str, Any]) -> Model
     return dataclasses.replace(config or ModelConfig(), **arguments)
 
 
-NO_INDEXER = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.metadata.get("only") == "dsa"}
-"""Fields of a model without an indexer: of every attention but "dsa"."""
+NO_INDEXER = {
+    f.name: f.default
+    for f in dataclasses.fields(ModelConfig)
+    if {"dsa", "compressed"} & set(f.metadata.get("only") or ())
+}
+"""Fields of a model whose attention has neither an indexer nor compressed entries."""

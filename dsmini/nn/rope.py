@@ -63,7 +63,7 @@ class Rope:
     def from_config(cls, config: ModelConfig) -> "Rope":
         """Make the rotary embedding of a model's heads; YaRN only if its context is extended."""
         own = {field.name: getattr(config, field.name) for field in fields(cls) if field.name != "dim"}
-        dim = config.qk_rope_head_dim if config.is_mla else config.qk_nope_head_dim
+        dim = config.qk_nope_head_dim if config.is_baseline else config.qk_rope_head_dim
         return cls(**own | {"dim": dim, "original_seq_len": config.original_seq_len if config.extended else None})
 
     def frequencies(self, device: torch.device | None = None) -> Float[Tensor, " pairs"]:

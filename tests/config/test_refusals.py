@@ -9,7 +9,7 @@ import tomli_w
 
 from dsmini import ModelConfig, RunConfig
 from dsmini.config.schedule import SPELLINGS
-from tests.helpers.configs import DSA, refusal, written
+from tests.helpers.configs import DSA, V4, refusal, written
 from tests.helpers.released_configs import HF_V3, HF_V32
 
 REFUSALS = tomllib.loads((Path(__file__).parent / "refusals.toml").read_text(encoding="utf-8"))
@@ -28,10 +28,11 @@ def test_wrong_model_is_refused(tmp_path: Path, toml: str, kind: Any) -> None:
     check(refusal(kind.from_file, path), REFUSALS["model"][toml], path)
 
 
-@pytest.mark.parametrize("toml", REFUSALS["sparse"])
-def test_wrong_sparse_attention_is_refused(tmp_path: Path, toml: str) -> None:
-    content = tomli_w.dumps({"model": DSA | tomllib.loads(toml)})
-    check(refusal(ModelConfig.from_file, written(tmp_path, content, "x.toml")), REFUSALS["sparse"][toml])
+@pytest.mark.parametrize(("name", "base"), [("sparse", DSA), ("compressed", V4)])
+def test_wrong_sizes_of_an_attention_are_refused(tmp_path: Path, name: str, base: dict[str, Any]) -> None:
+    for toml, sentence in REFUSALS[name].items():
+        path = written(tmp_path, tomli_w.dumps({"model": base | tomllib.loads(toml)}), "x.toml")
+        check(refusal(ModelConfig.from_file, path), sentence)
 
 
 @pytest.mark.parametrize("toml", REFUSALS["run"])

@@ -11,6 +11,26 @@ from dsmini import ModelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DSA: dict[str, Any] = {"attention": "dsa", "index_n_heads": 3, "index_head_dim": 32, "index_topk": 8}
+V4: dict[str, Any] = {
+    "attention": "compressed",
+    "n_layers": 3,
+    "n_dense_layers": 0,
+    "n_heads": 4,
+    "head_dim": 32,
+    "qk_rope_head_dim": 8,
+    "q_lora_rank": 24,
+    "window_size": 8,
+    "compress_ratios": [0, 4, 8],
+    "o_groups": 2,
+    "o_lora_rank": 16,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 4,
+    "score_func": "sqrtsoftplus",
+    "n_expert_groups": 1,
+    "n_limited_groups": 1,
+}
+"""V4's attention with a layer of each kind: window, CSA, HCA."""
 """Sparse attention whose top-k is shorter than the tests' sequences."""
 V32: dict[str, Any] = {"attention": "dsa", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
 """The indexer of DeepSeek-V3.2, which is DeepSeek-V3 but for it."""
