@@ -1,7 +1,8 @@
 """The least that a call of a kernel must move and compute: each operand is read once, each result is written once.
 
-PyTorch counts its own operations, and cannot see into a kernel. So each operation with a kernel has a cost here, a
-function of the result of a call and of its arguments.
+PyTorch counts its own operations, and cannot see into a kernel. So each operation with a kernel has a function here, of
+the result of a call and of its arguments. It returns the FLOPs of the products where a call moves all its operands and
+results, and a whole Cost where it moves other bytes.
 """
 
 import math
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dsmini.measure.torch_operations import tensors_in
 from dsmini.numerics import QuantizedTensor, Weight
+from dsmini.ops import Call
 
 
 class Cost(NamedTuple):
@@ -26,16 +28,17 @@ class Cost(NamedTuple):
     """Floating-point operations of products. A multiply-add counts as two."""
 
 
-def cost_of(name: str, result: Any, *args: Any, **kwargs: Any) -> Cost:
-    """Return the cost of a call of the operation of that name.
+def cost_of(call: Call) -> Cost:
+    """Return the cost of a call.
 
     Raises: ValueError for an operation without a cost: a count leaves nothing out in silence.
     """
-    if name not in COSTS:
+    if call.name not in COSTS:
         raise ValueError(
-            f"the kernel of {name} has no cost, so it cannot be counted; add one to dsmini/measure/costs.py"
+            f"the kernel of {call.name} has no cost, so it cannot be counted; add one to dsmini/measure/costs.py"
         )
-    return COSTS[name](result, *args, **kwargs)
+    cost = COSTS[call.name](call.result, *call.args, **call.kwargs)
+    return cost if isinstance(cost, Cost) else Cost(_nbytes(*call.operands), _nbytes(*tensors_in(call.result)), cost)
 
 
 def _nbytes(*operands: Any) -> int:
@@ -47,19 +50,15 @@ def _numbers(*weights: Any) -> int:
     return sum(math.prod(weight.shape) for weight in weights if weight is not None)
 
 
-# number formats
-
-
-def _converted(result: Any, *operands: Any, **_: Any) -> Cost:
-    return Cost(_nbytes(*tensors_in(operands)), _nbytes(*tensors_in(result)), 0)
+def _no_products(result: Any, *operands: Any, **_: Any) -> int:
+    return 0
 
 
 # products
 
 
-def _linear(result: Any, x: Tensor, weight: Weight) -> Cost:
-    rows, (o, i) = math.prod(x.shape[:-1]), weight.shape
-    return Cost(_nbytes(x, weight), rows * o * x.element_size(), 2 * rows * o * i)
+def _linear(result: Any, x: Tensor, weight: Weight) -> int:
+    return 2 * math.prod(x.shape[:-1]) * math.prod(weight.shape)
 
 
 def _experts(
@@ -76,26 +75,12 @@ def _experts(
     return Cost(read, math.prod(x.shape) * x.dtype.itemsize, 6 * indices.numel() * f * m)
 
 
-def _trained_experts(
-    result: Any, x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
-) -> Cost:
-    saved = 2 * indices.numel() * w1.shape[1] * x.element_size()
-    read = _nbytes(x, indices, weights, w1, w2, w3)
-    return Cost(read, x.nbytes + saved, 6 * indices.numel() * w1[0].numel())
+def _trained_experts(result: Any, x: Tensor, indices: Tensor, weights: Tensor, *matrices: Tensor) -> int:
+    return 6 * indices.numel() * matrices[0][0].numel()
 
 
-def _trained_experts_gradients(
-    result: Any,
-    grad: Tensor,
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    *matrices: Tensor,
-) -> Cost:
-    read = _nbytes(grad, x, indices, weights, gate, up, *matrices)
-    return Cost(read, _nbytes(x, weights, *matrices), 12 * indices.numel() * matrices[0][0].numel())
+def _trained_experts_gradients(result: Any, grad: Tensor, x: Tensor, indices: Tensor, *rest: Tensor) -> int:
+    return 12 * indices.numel() * rest[-1][0].numel()
 
 
 def _muon(result: Any, matrices: Any, steps: Any, **_: object) -> Cost:
@@ -125,44 +110,27 @@ def _pairs(q: Tensor, documents: Tensor | None) -> int:
 
 def _causal_attention(
     result: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None
-) -> Cost:
-    flops = 2 * _pairs(q, documents) * (q.shape[3] + v.shape[3])
-    return Cost(_nbytes(q, k, v, documents), sum(t.nbytes for t in tensors_in(result)), flops)
+) -> int:
+    return 2 * _pairs(q, documents) * (q.shape[3] + v.shape[3])
 
 
-def _cached_attention(result: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Cost:
+def _cached_attention(result: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> int:
     (b, h, s, d), t = q.shape, k.shape[2]
     pairs = b * s * t if mask is None else int((~mask).sum()) * (b // len(mask))
-    return Cost(_nbytes(q, k, v, mask), result.nbytes, 2 * h * pairs * (d + v.shape[3]))
+    return 2 * h * pairs * (d + v.shape[3])
 
 
 def _trained_attention_gradients(
-    result: Any,
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    scale: float,
-    documents: Tensor | None,
-) -> Cost:
-    flops = 2 * _pairs(q, documents) * (3 * q.shape[3] + 2 * v.shape[3])
-    return Cost(_nbytes(grad, q, k, v, y, lse, documents), _nbytes(q, k, v), flops)
+    result: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float, documents: Any
+) -> int:
+    return 2 * _pairs(q, documents) * (3 * q.shape[3] + 2 * v.shape[3])
 
 
 # attention to the keys that an indexer chose
 
 
-def _scores(q: Tensor, k: Tensor, weights: Tensor) -> Cost:
-    (b, s, h, d), t = q.shape, k.shape[1]
-    return Cost(_nbytes(q, k, weights), 4 * b * s * t, 2 * b * s * h * t * d)
-
-
-def _topk_keys(result: Any, q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) -> Cost:
-    (b, s), chosen = q.shape[:2], min(topk, k.shape[1])
-    scores = _scores(q, k, weights)
-    return scores._replace(read=scores.read + mask.nbytes, written=8 * b * s * chosen)
+def _topk_keys(result: Any, q: Tensor, k: Tensor, *_: Any) -> int:
+    return 2 * q.numel() * k.shape[1]
 
 
 def _topk_attention(
@@ -180,14 +148,6 @@ def _topk_attention(
 def _normed(result: Any, x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) -> Cost:
     inputs = 1 if y is None else 2
     return Cost(inputs * _nbytes(x, norm.weight), inputs * x.nbytes, 0)
-
-
-def _trained_norm(result: Any, x: Tensor, weight: Tensor, eps: float) -> Cost:
-    return Cost(_nbytes(x, weight), _nbytes(*result), 0)
-
-
-def _trained_norm_gradients(result: Any, grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Cost:
-    return Cost(_nbytes(grad, x, weight, inverse), _nbytes(x, weight), 0)
 
 
 def _attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any, starts: Tensor) -> Cost:
@@ -237,11 +197,11 @@ def _feed_forward_step(result: Sequence[Tensor], x: Tensor, part: Any) -> Cost:
     return Cost(read, x.nbytes, 2 * x.shape[0] * products)
 
 
-COSTS: MappingProxyType[str, Callable[..., Cost]] = MappingProxyType(
+COSTS: MappingProxyType[str, Callable[..., int | Cost]] = MappingProxyType(
     {
-        "quantize": _converted,
-        "dequantize": _converted,
-        "quantize_dequantize": _converted,
+        "quantize": _no_products,
+        "dequantize": _no_products,
+        "quantize_dequantize": _no_products,
         "linear": _linear,
         "quantized_linear": _linear,
         "experts": _experts,
@@ -256,8 +216,8 @@ COSTS: MappingProxyType[str, Callable[..., Cost]] = MappingProxyType(
         "topk_keys": _topk_keys,
         "topk_attention": _topk_attention,
         "normed": _normed,
-        "trained_norm": _trained_norm,
-        "trained_norm_gradients": _trained_norm_gradients,
+        "trained_norm": _no_products,
+        "trained_norm_gradients": _no_products,
         "attention_step": _attention_step,
         "grouped_attention_step": _grouped_attention_step,
         "feed_forward_step": _feed_forward_step,

@@ -99,7 +99,7 @@ class Count(TorchDispatchMode):
 
     def kernel_ran(self, call: ops.Call) -> None:
         """Count a kernel by the cost of its operation. Bytes beyond the operands are cold."""
-        cost, operands = cost_of(call.name, call.result, *call.args, **call.kwargs), call.operands
+        cost, operands = cost_of(call), call.operands
         results = tensors_in(call.result) or operands  # no result: it changes its operands
         self.cold_parts.clear()
         warm = sum(map(size_of, operands)) - self._touch(operands)
