@@ -1,7 +1,8 @@
 """Short number formats, tiles with a scale each, and products of them."""
 
 from dsmini.numerics.dispatch import grouped_linear
-from dsmini.numerics.formats import E4M3, E5M2, E5M6, FORMATS, Format
+from dsmini.numerics.formats import E2M1, E4M3, E5M2, E5M6, FORMATS, Format
+from dsmini.numerics.fp4 import FP4_BLOCK, dequantize_fp4, fp4_to_fp8, quantize_fp4, round_fp4
 from dsmini.numerics.gemm import Accumulator, fp8_matmul, fp8_swiglu_matmul
 from dsmini.numerics.quantization import (
     ACTIVATION_TILE,
@@ -26,10 +27,12 @@ from dsmini.numerics.swiglu import swiglu
 __all__ = [
     "ACTIVATION_TILE",
     "AMAX_MIN",
+    "E2M1",
     "E4M3",
     "E5M2",
     "E5M6",
     "FORMATS",
+    "FP4_BLOCK",
     "SMALLEST_AMAX",
     "TOKEN_TILE",
     "WEIGHT_TILE",
@@ -38,14 +41,18 @@ __all__ = [
     "QuantizedTensor",
     "Weight",
     "dense",
+    "dequantize_fp4",
     "dequantize_tiles",
     "encode_tiles",
+    "fp4_to_fp8",
     "fp8_matmul",
     "fp8_swiglu_matmul",
     "grouped_linear",
     "matrix_of",
     "quantize",
+    "quantize_fp4",
     "quantize_tiles",
+    "round_fp4",
     "round_tiles",
     "rows_of",
     "swiglu",

@@ -3,13 +3,14 @@
     e4m3   S.EEEE.FFF      reaches 448, steps of 1/8 to 1/16 of a value; nearly everything in DeepSeek-V3's FP8
     e5m2   S.EEEEE.FF      reaches 57344 with half the precision; others use it for gradients
     e5m6   S.EEEEE.FFFFFF  12 bits, reaches 65024; DeepSeek-V3 keeps the input of the Linear after attention in it
+    e2m1   S.EE.F          4 bits: 0, 0.5, 1, 1.5, 2, 3, 4, 6; DeepSeek-V4's experts
     ue8m0  EEEEEEEE        powers of two, for scales: multiplying by one rounds nothing
 
 With exponent field e, fraction f and m fraction bits a value is (1 + f / 2^m) 2^(e - bias), and for e = 0, where the
 format runs out of exponents, (f / 2^m) 2^(1 - bias).
 
-Source: Micikevicius et al. 2022 (E4M3, E5M2); OCP microscaling formats 1.0 (UE8M0); DeepSeek-V3 report, section 3.3
-(E5M6).
+Source: Micikevicius et al. 2022 (E4M3, E5M2); OCP microscaling formats 1.0 (E2M1, UE8M0); DeepSeek-V3 report, section
+3.3 (E5M6).
 """
 
 from dataclasses import dataclass
@@ -33,9 +34,9 @@ class Format:
     max: float
     """Largest finite value."""
     nan: int
-    """Code of NaN, without sign."""
+    """Code of NaN, without sign; 0 in E2M1, which has none."""
     dtype: torch.dtype
-    """Type of codes. Where torch has none it is uint8, with eight codes packed in twelve bytes."""
+    """Type of codes. Where torch has none it is uint8, with eight codes packed in twelve bytes, or two in one."""
 
     @property
     def bits(self) -> int:
@@ -44,7 +45,7 @@ class Format:
     @property
     def packing(self) -> tuple[int, int]:
         """Number of codes that are stored together, and of elements of dtype that hold them."""
-        return (8, 12) if self.bits == 12 else (1, 1)
+        return {12: (8, 12), 4: (2, 1)}.get(self.bits, (1, 1))
 
     @property
     def packed(self) -> bool:
@@ -72,10 +73,10 @@ class Format:
         return torch.copysign((x.abs() + magic) - magic, x)
 
     def encode(self, x: Float[Tensor, "*batch c"]) -> Tensor:
-        """Return the codes of `round(x)`, in the format's dtype and x's shape; packed, [*batch, 12 ceil(c / 8)] bytes.
+        """Return the codes of `round(x)`, in the format's dtype and x's shape; packed, [*batch, width(c)] bytes.
 
-        Packed code 2i is the first of three bytes and the low four bits of the second; code 2i + 1 is the rest. Zeros
-        fill up the last eight codes.
+        Packed code 2i of E5M6 is the first of three bytes and the low four bits of the second; code 2i + 1 is the rest.
+        In E2M1 it is the low four bits of a byte. Zeros fill up the last bytes.
 
         Raises: ValueError for FP64, which would be rounded twice.
         """
@@ -83,22 +84,33 @@ class Format:
         x = torch.where(x.isnan(), torch.nan, x)  # one code for NaN, whatever its sign
         if not self.packed:
             return x.to(self.dtype)
-        # E5M6 is FP16 without its last four bits
-        code = torch.where(x.isnan(), self.nan, (self.round(x).half().view(torch.int16).int() & 0xFFFF) >> 4)
-        even, odd = F.pad(code, (0, -code.shape[-1] % 8)).unflatten(-1, (-1, 2)).unbind(-1)
+        # with FP16's bias and without its last bits of fraction it is FP16
+        half = (self.round(x).abs() * 2.0 ** (self.bias - 15)).half().view(torch.int16).int()
+        code = half >> 10 - self.mantissa_bits | x.signbit().int() << self.bits - 1
+        code = F.pad(torch.where(x.isnan(), self.nan, code), (0, -code.shape[-1] % self.packing[0]))
+        even, odd = code.unflatten(-1, (-1, 2)).unbind(-1)
+        if self.bits == 4:
+            return (even | odd << 4).to(torch.uint8)
         return torch.stack((even & 0xFF, even >> 8 | (odd & 0xF) << 4, odd >> 4), -1).flatten(-2).to(torch.uint8)
 
     def decode(self, codes: Tensor, columns: int | None = None) -> Float[Tensor, "*batch c"]:
         """Return the FP32 values of codes.
 
         Args:
-            columns: c; needed if codes are packed and c is not a multiple of 8.
+            columns: c; needed if codes are packed and do not fill the last bytes.
         """
         if not self.packed:
             return codes.view(self.dtype).float()
-        low, middle, high = codes.unflatten(-1, (-1, 3)).int().unbind(-1)
-        code = torch.stack((low | (middle & 0xF) << 8, middle >> 4 | high << 4), -1).flatten(-2)[..., :columns]
-        values = (code << 4).to(torch.int16).view(torch.float16).float()
+        codes = codes.view(self.dtype)
+        if self.bits == 4:
+            pairs = (codes & 0xF, codes >> 4)
+        else:
+            low, middle, high = codes.unflatten(-1, (-1, 3)).int().unbind(-1)
+            pairs = (low | (middle & 0xF) << 8, middle >> 4 | high << 4)
+        code = torch.stack(pairs, -1).flatten(-2)[..., :columns].int()
+        sign = 1 << self.bits - 1
+        half = ((code & sign - 1) << 10 - self.mantissa_bits).to(torch.int16).view(torch.float16)
+        values = torch.where(code < sign, half, -half).float() * 2.0 ** (15 - self.bias)
         return values.masked_fill(values.isinf(), torch.nan)  # E5M6 has none
 
 
@@ -106,7 +118,9 @@ E4M3 = Format(name="e4m3", exponent_bits=4, mantissa_bits=3, bias=7, max=448.0, 
 """E4M3 without infinities: only the topmost code is not a number."""
 E5M2 = Format(name="e5m2", exponent_bits=5, mantissa_bits=2, bias=15, max=57344.0, nan=0x7F, dtype=torch.float8_e5m2)
 E5M6 = Format(name="e5m6", exponent_bits=5, mantissa_bits=6, bias=15, max=65024.0, nan=0x7FF, dtype=torch.uint8)
-FORMATS = MappingProxyType({f.name: f for f in (E4M3, E5M2, E5M6)})
+E2M1 = Format(name="e2m1", exponent_bits=2, mantissa_bits=1, bias=1, max=6.0, nan=0, dtype=torch.uint8)
+"""E2M1 without infinities and NaN."""
+FORMATS = MappingProxyType({f.name: f for f in (E4M3, E5M2, E5M6, E2M1)})
 
 
 def next_power_of_two(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:

@@ -31,7 +31,7 @@ from dsmini import ops
 from dsmini.numerics.formats import FORMATS, next_power_of_two
 
 Scale = Literal["ue8m0", "fp32"]
-FormatName = Literal["e4m3", "e5m2", "e5m6"]
+FormatName = Literal["e4m3", "e5m2", "e5m6", "e2m1"]
 Tile = tuple[int, int]
 
 ACTIVATION_TILE = (1, 128)
@@ -57,7 +57,7 @@ def quantize_tiles(
 ) -> tuple[Tensor, Float[Tensor, "*batch rt ct"]]:
     """Return the codes of x, which is FP32, BF16 or FP16, and the FP32 scales of its tiles.
 
-    Codes have x's shape; packed ones are [*batch, r, 12 ceil(c / 8)] bytes. The last tiles may be ragged.
+    Codes have x's shape; packed ones are [*batch, r, width(c)] bytes. The last tiles may be ragged.
 
     Source: DeepSeek-V3 report, section 3.3.2 (128x128 for weights, 1x128 for activations).
     """
@@ -209,7 +209,8 @@ class QuantizedTensor:
     """
 
     codes: Tensor
-    """Codes in the format's dtype and the original shape; e5m6 as uint8, [..., 12 ceil(c / 8)]."""
+    """Codes in the format's dtype and the original shape; packed ones as uint8, e5m6's [..., 12 ceil(c / 8)] and e2m1's
+    [..., ceil(c / 2)]."""
     scales: Float[Tensor, "*tiles"]
     """Scales of tiles, FP32, [..., rt, ct]."""
     shape: torch.Size
@@ -247,7 +248,7 @@ class QuantizedTensor:
         """
         codes, scales = self.parts if len(self.shape) > 1 else (self.codes[None], self.scales[None])
         values = dequantize_tiles(codes, scales, self.tile, self.format, dtype, self.shape[-1]).view(self.shape)
-        return values if self.source is None else cast(Tensor, _Standing.apply(self.source, values))
+        return values if self.source is None else cast(Tensor, StraightThrough.apply(self.source, values))
 
     def __repr__(self) -> str:
         tile = f"{self.tile[0]}x{self.tile[1]}"
@@ -295,7 +296,7 @@ def quantize(
     Args:
         tile: rows and columns that share a scale, of the last two dimensions.
         scale: "fp32", or "ue8m0", a power of two.
-        format: "e4m3", "e5m2" or "e5m6".
+        format: "e4m3", "e5m2", "e5m6" or "e2m1".
         amax_min: lower bound of a tile's largest magnitude. AMAX_MIN suits activations and weights. Gradients want
             SMALLEST_AMAX, else whole tiles of them get a scale that is far too large.
 
@@ -369,7 +370,7 @@ class _Source(torch.autograd.Function):
         return grad
 
 
-class _Standing(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
     """The values, at the source's place in the graph: the straight-through estimator."""
 
     @staticmethod

@@ -111,7 +111,7 @@ def test_what_cannot_be_quantized_is_refused() -> None:
         assert refusal(quantize, x, tile) == want
     assert "is no tile of [300]" in refusal(quantize, torch.ones(300), (128, 1))
     for value in ("e4m3fn", "E4M3", None):
-        assert refusal(quantize, x, format=value) == f"format={value!r} is unknown; use one of e4m3, e5m2, e5m6"
+        assert refusal(quantize, x, format=value) == f"format={value!r} is unknown; use one of e4m3, e5m2, e5m6, e2m1"
         assert refusal(quantize, x, scale=value) == f"scale={value!r} is unknown; use one of ue8m0, fp32"
     for value in (0, -1.0, 2.0**-101, float("inf"), float("nan")):
         want = f"amax_min={value}; want a finite number, 2^-100 or more, such as 0.0001"
