@@ -19,7 +19,7 @@ from dsmini.console.commandline import Help, parse, take_file, take_folder
 from dsmini.console.messages import say
 from dsmini.distributed.meeting import launcher, tell
 from dsmini.reading import find_config
-from dsmini.training.origin import RunOrigin, find_origin, is_finished, resume_automatically
+from dsmini.training.origin import RunOrigin, find_origin, resume_automatically
 
 if TYPE_CHECKING:  # training loads torch, so it is imported where it is used: --help is instant
     from dsmini.training.run import TrainingRun
@@ -77,7 +77,7 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     origin, command, auto = _read(args)
-    if auto and is_finished(origin, command.train.steps):
+    if auto and origin.is_finished(command.train.steps):
         say(Console(stderr=True, quiet=not speaks()), f"{origin.resume} is finished")
         return 0
 

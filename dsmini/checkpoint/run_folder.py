@@ -29,11 +29,7 @@ BEFORE_CONFIG = ("corpus.json", "tokenizer.json", "init.json")
 
 
 def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Path:
-    """Make the folder of a new run: `out`, or the first free base/NAME-001, -002, ...
-
-    Raises: ValueError if the folder holds anything already; nothing is overwritten.
-    """
-    refuse_taken(out)
+    """Make the folder of a new run: `out`, or the first free base/NAME-001, -002, ..."""
     check_path(base / name, "name of the run")
     with _making(out or base / name):
         if out is not None:

@@ -72,6 +72,10 @@ class Checkpoint:
     tensors: Tensors
     state: RunState
 
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Return rows of a tensor of the model's state dict."""
+        return self.tensors["model"][name][rows]
+
 
 def checkpoint_folder(config: RunConfig, step: int) -> Path:
     """Return the folder of a run's checkpoint after this many steps."""

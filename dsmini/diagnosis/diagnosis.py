@@ -30,7 +30,7 @@ from dsmini.machine import DTYPES, card, cores, pick_device, pick_dtype, refuse_
 from dsmini.measure.price import Prices
 from dsmini.nn import Transformer
 from dsmini.report.units import plural
-from dsmini.training.saving import check_state
+from dsmini.training.run import check_state
 from dsmini.training.start import refuse_oversized, resolved
 from dsmini.training.trainer import Trainer
 

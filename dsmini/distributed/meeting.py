@@ -6,69 +6,17 @@ sentence, whoever failed, before any process ends: torchrun ends all once one ha
 """
 
 import os
-import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from dsmini.console.command import complain, interruptible
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
-
-
-class StopAskedError(Exception):
-    """Ends a phase that can be repeated, such as a validation, because a signal asked the run to stop."""
-
-
-class StopSignals:
-    """The signals that asked a run to stop.
-
-    Args:
-        agree: returns True in all processes of the run if its argument is True in one; bool: this process is alone.
-    """
-
-    def __init__(self, agree: Callable[[bool], bool] = bool) -> None:
-        self.numbers: list[int] = []
-        self.agree, self.agreed = agree, False
-        """agreed: True in all processes once they know that a signal came to one. It stays True."""
-
-    def came(self) -> bool:
-        """Ask the others, which all ask together; return True in all if a signal came to one."""
-        self.agreed = self.agreed or self.agree(bool(self.numbers))
-        return self.agreed
-
-
-@contextmanager
-def asked_to_stop(agree: Callable[[bool], bool] = bool) -> Iterator[StopSignals]:
-    """Yield the signals so far: Ctrl-C, SIGTERM, a closed terminal. A second Ctrl-C interrupts at once.
-
-    The others often come repeatedly (from a scheduler, then from a shell that passes them on), so none interrupts.
-    """
-    asked = StopSignals(agree)
-
-    def ask(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and signal.SIGINT in asked.numbers:
-            raise KeyboardInterrupt
-        asked.numbers.append(number)
-        asked.agreed = asked.agreed or agree is bool  # nobody else is to be asked
-
-    hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
-    hangup = [number for number in hangup if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores it
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# --- the meeting
 
 
 TOLD = "all ranks raise this"

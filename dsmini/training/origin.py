@@ -14,66 +14,52 @@ from dsmini.checkpoint.run_folder import is_model_folder, read_summary, run_conf
 from dsmini.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dsmini.config.fields import Effect, plain, require
 from dsmini.console.commandline import take_folder
-from dsmini.reading import is_there, read_bytes, read_table, read_text
+from dsmini.reading import is_there, read_bytes, read_text
 from dsmini.text.tokenizer import byte_tokenizer_json
 
 if TYPE_CHECKING:  # what reads weights loads torch, so it is imported where it is used: --help is instant
     from torch import Tensor
 
+    from dsmini.checkpoint.training_state import Checkpoint
+
 FOLDER_SEQ_LEN = 512
 """Default of train.seq_len for a model's folder with a longer context: published ones would fill the memory."""
-INIT = "init.json"
-"""Name of the file in a run's folder that says where its first weights are from."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FirstWeights:
-    """The weights that a run starts from."""
-
-    named: Path
-    """The run, checkpoint or folder, as the user named it."""
-    folder: Path
-    """The checkpoint or the model's folder that they are from."""
-    step: int | None
-    """Step of the checkpoint; None for a model's folder."""
-    rows: "Callable[[str, slice], Tensor]"
-    """Reads rows of a tensor of the model's state dict, by its name."""
-    run: RunConfig
-    """The model's config, its data and its tokenizer."""
-
-    def describe(self) -> dict[str, Any]:
-        """Return the content of init.json."""
-        folder = str(self.folder.resolve())
-        return {"folder": folder} if self.step is None else {"checkpoint": folder, "step": self.step}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOrigin:
-    """The beginning of a run, before the flags of the command line."""
+    """The beginning of a run: drawn weights, those of another run or a folder, or the place where it stopped."""
 
     config: RunConfig
     """Values without flags: from the file, else from the run that is named, else the defaults. They may hold
     "auto", and no folder."""
     name: str = "toy"
     """Name in a new run's folder, runs/NAME-001."""
-    weights: FirstWeights | None = None
-    """The first weights of a new run, or of one to continue that has no checkpoint."""
+    resume: Path | None = None
+    """The folder of the run to continue."""
     before: RunConfig | None = None
-    """The config of the run to continue, with its folder."""
+    """The config until now, of the run to continue or of the weights; None for drawn weights."""
+    weights: Path | None = None
+    """The checkpoint or the model's folder that the weights are from; None: they are drawn."""
+    rows: "Callable[[str, slice], Tensor] | None" = None
+    """Reads rows of a tensor of the weights, by its name in the model's state dict."""
+    checkpoint: "Checkpoint | None" = None
+    """The last whole one of the run to continue, once its folder is locked. None before its first one."""
 
     @property
-    def resume(self) -> Path | None:
-        """The folder of the run to continue."""
-        return self.before and self.before.out
+    def step(self) -> int:
+        """Number of steps that the run to continue has done."""
+        return 0 if self.checkpoint is None else self.checkpoint.state.step
 
     def accept(self, config: RunConfig) -> RunConfig:
         """Return the config that this origin allows, after all flags, with absolute paths to compare.
 
         Raises: ValueError for what a resumed run or other weights do not allow.
         """
-        if self.resume is None or self.before is None:
-            if self.weights is not None:
-                check_init(self.weights.run.model, config.model, str(self.weights.named))
+        if self.before is None:
+            return config
+        if self.resume is None:
+            check_init(self.before.model, config.model, str(self.weights))
             return config
         used = {key: getattr(self.before.train, key) for key in ("dtype", "threads")}
         auto = {key: value for key, value in used.items() if getattr(config.train, key) in ("auto", None)}
@@ -87,6 +73,26 @@ class RunOrigin:
                 "start a new run",
             )
         return config
+
+    def is_finished(self, steps: int) -> bool:
+        """Return True if the run to continue has done this many steps, and all that follows them."""
+        return self.resume is not None and read_summary(self.resume).get("steps") == steps
+
+    def describe(self, config: RunConfig) -> list[str]:
+        """Return in lines where the run starts, and what one to continue does differently from here on.
+
+        Raises: ValueError for changes that are not allowed, and for a run that has nothing left to do.
+        """
+        if self.resume is None or self.before is None:
+            return [] if self.weights is None else [f"weights {self.weights}"]
+        step, steps = self.step, config.train.steps
+        changes = check_resume(self.before, config)
+        require(step <= steps, f"{self.resume} has done {step} steps, train.steps={steps} is fewer; use more")
+        if self.checkpoint is None:
+            return [*changes, f"starting again from step 0 of {steps}: there is no checkpoint yet"]
+        finished = step == steps and self.is_finished(steps)
+        require(not finished, f"{self.resume} is finished: {step} of {steps} steps; to continue raise --train.steps")
+        return [*changes, f"resuming after step {step} of {steps} from {self.checkpoint.folder}"]
 
 
 def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: Callable[[str], None]) -> RunOrigin:
@@ -103,12 +109,16 @@ def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: 
     )
     origin = RunOrigin(config=RunConfig())
     if resume:
-        origin = _origin_of_stopped(resume, say)
+        whole = resume.resolve().parent
+        require(
+            whole.name != "checkpoints",
+            f"{resume} is a checkpoint, a run continues from its last one: use --resume {whole.parent}, or start a new "
+            f"run from this one's weights with --init {resume}",
+        )
+        before = dataclasses.replace(run_config(resume), out=resume)
+        origin = RunOrigin(config=before, resume=resume, before=before)
     elif init:
-        weights = _first_weights(init, say)
-        whole = weights.folder.resolve()
-        name = whole.name if weights.step is None else re.sub(r"-\d+$", "", whole.parent.parent.name)
-        origin = RunOrigin(config=weights.run, name=name or "model", weights=weights)
+        origin = origin_of_weights(init, say)
     if file is None:
         return origin
     return dataclasses.replace(origin, config=RunConfig.from_file(file, origin.config), name=file.stem)
@@ -126,15 +136,10 @@ def resume_automatically(args: Sequence[str]) -> tuple[Path | None, list[str]]:
     return (out, rest) if begun else (None, [*rest, "--out", str(out)])
 
 
-def is_finished(origin: RunOrigin, steps: int) -> bool:
-    """Return True if the run to continue has done this many steps, and all that follows them."""
-    return origin.resume is not None and read_summary(origin.resume).get("steps") == steps
-
-
-def _first_weights(path: Path, say: Callable[[str], None]) -> FirstWeights:
-    """Find the weights of a run, a checkpoint, or a DeepSeek or Hugging Face folder."""
+def origin_of_weights(path: Path, say: Callable[[str], None]) -> RunOrigin:
+    """Return the origin of a run with the weights of a run, a checkpoint, or a DeepSeek or Hugging Face folder."""
     from dsmini.checkpoint.load import PretrainedTensors
-    from dsmini.checkpoint.training_state import model_checkpoint, model_tensors
+    from dsmini.checkpoint.training_state import model_checkpoint
 
     if is_model_folder(path):
         there, tokenizer = PretrainedTensors(path), path / "tokenizer.json"
@@ -143,41 +148,13 @@ def _first_weights(path: Path, say: Callable[[str], None]) -> FirstWeights:
         own = is_there(tokenizer) and read_text(tokenizer) != byte_tokenizer_json()
         train = TrainConfig(seq_len=min(there.config.max_seq_len, FOLDER_SEQ_LEN))
         run = RunConfig(model=there.config, data=DataConfig(tokenizer=tokenizer if own else None), train=train)
-        return FirstWeights(named=path, folder=path, step=None, rows=there.rows, run=run)
+        return RunOrigin(config=run, name=path.resolve().name or "model", before=run, weights=path, rows=there.rows)
     found = model_checkpoint(path, say=say)
-    data, mapped = found.config.data, model_tensors(found)  # views of the file
-    copy = found.folder.resolve().parent.parent / "tokenizer.json"
-    if data.tokenizer is not None and is_there(copy):  # the original may have changed, or be gone
-        data = dataclasses.replace(data, tokenizer=copy)
-    run = RunConfig(model=found.config.model, data=data)
-    return FirstWeights(
-        named=path,
-        folder=found.folder,
-        step=found.state.step,
-        rows=lambda name, rows: mapped[name][rows],
-        run=run,
-    )
-
-
-def _origin_of_stopped(run: Path, say: Callable[[str], None]) -> RunOrigin:
-    """Find a run to continue; if it has no checkpoint, the weights that it started from too, unless they were drawn."""
-    from dsmini.checkpoint.training_state import checkpoint_folders
-
-    whole = run.resolve().parent
-    require(
-        whole.name != "checkpoints",
-        f"{run} is a checkpoint, a run continues from its last one: use --resume {whole.parent}, or start a new run "
-        f"from this one's weights with --init {run}",
-    )
-    before, weights = dataclasses.replace(run_config(run), out=run), None
-    if not checkpoint_folders(run) and is_there(run / INIT):
-        table = read_table(run / INIT)
-        try:
-            weights = _first_weights(Path(str(table.get("checkpoint", table.get("folder")))), say)
-        except ValueError as error:
-            sentence = f"{run} has no checkpoint, and the weights it started from cannot be read: {error}"
-            raise ValueError(sentence) from None
-    return RunOrigin(config=before, weights=weights, before=before)
+    data, folder = found.config.data, found.folder.resolve().parent.parent
+    if data.tokenizer is not None and is_there(folder / "tokenizer.json"):  # the original may have changed, or be gone
+        data = dataclasses.replace(data, tokenizer=folder / "tokenizer.json")
+    run, name = RunConfig(model=found.config.model, data=data), re.sub(r"-\d+$", "", folder.name)
+    return RunOrigin(config=run, name=name or "model", before=run, weights=found.folder, rows=found.rows)
 
 
 def absolute(config: RunConfig) -> RunConfig:

@@ -10,28 +10,35 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
 
+import torch
 from rich.console import Console
 
 from dsmini.checkpoint.training_state import (
     Checkpoint,
+    check_tensors,
     checkpoint_folder,
     checkpoint_folders,
     checkpoint_step,
+    last_checkpoint,
     load_run,
+    read_checkpoint,
 )
 from dsmini.config import ModelConfig, RunConfig
+from dsmini.config.fields import require
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Windows
-from dsmini.distributed.meeting import StopAskedError, StopSignals, asked_to_stop, told
-from dsmini.distributed.mesh import unequal_replicas
+from dsmini.distributed.meeting import told
+from dsmini.distributed.mesh import meta_model, unequal_replicas
 from dsmini.distributed.world import World
-from dsmini.machine import peak_memory, refuse_too_large
+from dsmini.machine import peak_memory, random_state, refuse_too_large, set_random_state
 from dsmini.nn import Transformer
+from dsmini.training.optim import begin_stage, optimizer_state, optimizers
 from dsmini.training.plots import plot_run
 from dsmini.training.record import (
     METRICS,
@@ -40,10 +47,13 @@ from dsmini.training.record import (
     TensorBoard,
     drop_rows,
     finite,
+    is_whole,
     log_path,
     row_of,
+    rows_of,
 )
-from dsmini.training.saving import NotSavedError, Saver, newest_checkpoint
+from dsmini.training.saving import NotSavedError, Saver
+from dsmini.training.signals import StopAskedError, StopSignals
 from dsmini.training.trainer import StepResult, Trainer
 
 LEAST_TIMES = 3
@@ -130,6 +140,47 @@ def validate(trainer: Trainer, progress: TrainingProgress, asked: StopSignals) -
     return scores
 
 
+# --- where to continue
+
+
+CPU = torch.device("cpu")
+
+
+def newest_checkpoint(
+    config: RunConfig, world: World, say: Callable[[str], None], device: torch.device = CPU
+) -> Checkpoint:
+    """Return the newest checkpoint of a run that is whole and fits its config. Rank 0 finds it, and all read it.
+
+    Args:
+        config: config with the run's folder `out`.
+        say: told on rank 0 about each newer checkpoint, with what is wrong with it.
+
+    Raises: ValueError if there is none, and for one that cannot be read now.
+    """
+    assert config.out is not None
+    run, parts = config.out, ["model", "optimizer", "rng"]
+    parts += [] if config.train.ema_decay is None else ["average"]
+    found = world.first(lambda: last_checkpoint(run, parts, partial(check_state, device=device), say).folder)
+    return world.together(lambda: read_checkpoint(found, parts, verified=True))
+
+
+def check_state(checkpoint: Checkpoint, device: torch.device = CPU) -> None:
+    """Refuse a checkpoint from which no run with its config can continue; ValueError says why."""
+    train, model = checkpoint.config.train, meta_model(checkpoint.config.model)
+    begin_stage(model, train.dsa_stage)
+    named = dict(model.named_parameters())
+    want = {"model": model.state_dict(), "optimizer": optimizer_state(optimizers(model, train), named.items())}
+    want["average"] = {name: p.float() for name, p in named.items()}
+    got = dict(checkpoint.tensors)
+    if "rng" in got:
+        states = random_state(device)
+        there = (states.keys() & got["rng"].keys()) | {"cpu"}  # another kind of device than before has no state in it
+        got["rng"], want["rng"] = ({n: t for n, t in of.items() if n in there} for of in (got["rng"], states))
+    for part, tensors in got.items():
+        check_tensors(tensors, want[part], f"{part}.safetensors")
+    require(is_whole(checkpoint.state.row), "the row of the last step in state.json lacks a figure")
+
+
 # --- the run
 
 
@@ -177,7 +228,7 @@ class TrainingRun:
         """Told of every step, to say when what binds the run changes. It changes no tensor and draws no number."""
         self.remark: Callable[[float], str] = lambda seconds: ""
         """Told the seconds of every step; returns a sentence to say about it, or ""."""
-        self.asked = StopSignals()
+        self.asked = StopSignals(self.world)
         """The signals that ask this run to stop."""
         self.progress = TrainingProgress(console, config.train.steps)
         self.metrics: TextIO = io.StringIO()
@@ -199,9 +250,8 @@ class TrainingRun:
         if not self.history.records:  # else it was resumed
             self.note("started", 0, world_size=self.world.size)
         self.progress = TrainingProgress(self.console, self.config.train.steps)
-        agree = self.world.any if self.world.size > 1 else bool
         try:
-            with asked_to_stop(agree) as self.asked, self.progress:
+            with self.asked, self.progress:
                 self._open_records()
                 self._take_steps()
             if self.failure is not None:
@@ -211,8 +261,8 @@ class TrainingRun:
             raise
         finally:
             self._close_records()
-        self.note("stopped" if self.asked.agreed else "finished")
-        return not self.asked.agreed
+        self.note("stopped" if self.asked.stopping else "finished")
+        return not self.asked.stopping
 
     def _take_steps(self) -> None:
         train, trainer, history, asked = self.config.train, self.trainer, self.history, self.asked
@@ -221,11 +271,11 @@ class TrainingRun:
             if history.records[-1]["val_loss"] is None:
                 self._validate()
             self._record()
-        while trainer.steps_done < train.steps and not (asked.agreed and history.records):
+        while trainer.steps_done < train.steps and not (asked.stopping and history.records):
             # 1. step
             self.phase("batch")  # a wait for data is no long phase
             step = trainer.step()
-            stopping = asked.agreed = asked.agreed or step.stopping
+            asked.stopping = asked.stopping or step.stopping
             change = None if self.watch is None else self.watch(step)
             self.phase("between")
             every = self.config.parallel.check_replicas
@@ -239,7 +289,7 @@ class TrainingRun:
             self.progress.show(step, history.tokens_per_s(), change.sentence if change else self.remark(step.seconds))
             # 3. save
             last, lost = step.step == train.steps, history.skipped_in_a_row >= train.max_skipped
-            if last or stopping or lost:
+            if last or asked.stopping or lost:
                 self._save()
             elif step.step % train.save_every == 0 and not step.skipped:  # else nothing new is to be saved
                 self._tell_failure(lambda: self._save(background=train.save_in_background))
@@ -249,9 +299,9 @@ class TrainingRun:
             if lost:
                 raise told(ArithmeticError(self._why_lost()))
             validated = history.records[-1]["val_loss"] is not None
-            if validated and not last and not stopping and history.seconds >= self.next_plot:
+            if validated and not last and not asked.stopping and history.seconds >= self.next_plot:
                 self.plot()
-        if asked.agreed:
+        if asked.stopping:
             self._save()  # if the signal came after the last save
 
     def _keep(self, step: StepResult, change: BindingChange | None = None) -> None:
@@ -270,7 +320,7 @@ class TrainingRun:
         """Validate the last step if that is due, and save it if a signal comes: a resumed run validates it again."""
         self.phase("validating")
         try:
-            if not self.asked.agreed and (scores := validate(self.trainer, self.progress, self.asked)):
+            if not self.asked.stopping and (scores := validate(self.trainer, self.progress, self.asked)):
                 self.history.records[-1] |= finite(scores)
         except StopAskedError:
             self._save()
@@ -321,9 +371,30 @@ class TrainingRun:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore a checkpoint of this run."""
         self.note("started", checkpoint.state.step, world_size=self.world.size)
-        if lost := self.saver.restore(checkpoint):
+        if lost := self._restore(checkpoint):
             of = f"{lost} of {checkpoint.state.step} steps"
             say(self.console, f"{METRICS} lacks {of}; the plots leave them out")
+
+    def _restore(self, checkpoint: Checkpoint) -> int:
+        """Restore the state of a checkpoint; return the number of steps whose rows are lost.
+
+        Rank 0 alone has all rows, which it writes and draws. All ranks have the last one, with its validation.
+        """
+        state, train, trainer, world = checkpoint.state, self.config.train, self.trainer, self.world
+        last = world.first(lambda: [row for row in rows_of(self.folder) if row["step"] == state.step])
+
+        def restore() -> int:
+            progress = {"sequences": state.sequences, "average_updates": state.average_updates}
+            trainer.load(checkpoint.tensors, steps_done=state.step, **progress)
+            set_random_state(checkpoint.tensors["rng"], trainer.device)
+            rows = last if world.rank else rows_of(self.folder)
+            return self.history.restore(state, rows, complete=state.step >= train.steps)
+
+        lost = world.together(restore)
+        if state.skipped_in_a_row >= train.max_skipped:  # it gave up; whoever resumes it gets that number again
+            self.history.skipped_in_a_row = 0
+        self.saver.saved_at = state.step
+        return lost
 
     def _rewind(self, step: StepResult) -> bool:
         """Return to the last checkpoint after a spike, and leave out the batches since; False if there is none.
@@ -344,7 +415,7 @@ class TrainingRun:
                 "with a smaller learning rate"
             )
         self._close_records()
-        self.saver.restore(newest_checkpoint(self.config, self.world, self.progress.say, self.trainer.device))
+        self._restore(newest_checkpoint(self.config, self.world, self.progress.say, self.trainer.device))
         self.trainer.sequences, self.history.rewinds = place, rewinds + 1  # the data continues after the spike
         self.note("rewound")
         self._open_records()

@@ -1,4 +1,4 @@
-"""Save the state of a run in checkpoints, and restore it. All ranks write their pieces into the same files.
+"""Save the state of a run in checkpoints. All ranks write their pieces into the same files.
 
     rank 0    makes the hidden folder, and in it each file: its header, and room for all tensors
     all       write their own rows at their place in the file
@@ -10,10 +10,9 @@ then the folder is removed.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,28 +20,20 @@ import torch
 from dsmini.atomic import finish_folder, partial_folder, remove_leftovers, sync
 from dsmini.checkpoint.tensor_files import Entry, begin_safetensors, bytes_of, write_at
 from dsmini.checkpoint.training_state import (
-    Checkpoint,
     RunState,
     Tensors,
-    check_tensors,
     checkpoint_folder,
-    last_checkpoint,
     prune,
-    read_checkpoint,
     state_texts,
     write_manifest,
 )
 from dsmini.config import RunConfig
-from dsmini.config.fields import require
 from dsmini.distributed.meeting import told
-from dsmini.distributed.mesh import Pieces, meta_model
+from dsmini.distributed.mesh import Pieces
 from dsmini.distributed.world import World
-from dsmini.machine import random_state, set_random_state
-from dsmini.training.optim import begin_stage, optimizer_state, optimizers
-from dsmini.training.record import METRICS, History, Row, is_whole, rows_of
+from dsmini.machine import random_state
+from dsmini.training.record import METRICS, History
 from dsmini.training.trainer import Trainer
-
-CPU = torch.device("cpu")
 
 
 def save_pieces(
@@ -116,51 +107,16 @@ def _write_all(folder: Path, held: Pieces, places: Mapping[str, Mapping[str, int
 # --- the state of a run
 
 
-def newest_checkpoint(
-    config: RunConfig, world: World, say: Callable[[str], None], device: torch.device = CPU
-) -> Checkpoint:
-    """Return the newest checkpoint of a run that is whole and fits its config. Rank 0 finds it, and all read it.
-
-    Args:
-        config: config with the run's folder `out`.
-        say: told on rank 0 about each newer checkpoint, with what is wrong with it.
-
-    Raises: ValueError if there is none, and for one that cannot be read now.
-    """
-    assert config.out is not None
-    run, parts = config.out, ["model", "optimizer", "rng"]
-    parts += [] if config.train.ema_decay is None else ["average"]
-    found = world.first(lambda: last_checkpoint(run, parts, partial(check_state, device=device), say).folder)
-    return world.together(lambda: read_checkpoint(found, parts, verified=True))
-
-
-def check_state(checkpoint: Checkpoint, device: torch.device = CPU) -> None:
-    """Refuse a checkpoint from which no run with its config can continue; ValueError says why."""
-    train, model = checkpoint.config.train, meta_model(checkpoint.config.model)
-    begin_stage(model, train.dsa_stage)
-    named = dict(model.named_parameters())
-    want = {"model": model.state_dict(), "optimizer": optimizer_state(optimizers(model, train), named.items())}
-    want["average"] = {name: p.float() for name, p in named.items()}
-    got = dict(checkpoint.tensors)
-    if "rng" in got:
-        states = random_state(device)
-        there = (states.keys() & got["rng"].keys()) | {"cpu"}  # another kind of device than before has no state in it
-        got["rng"], want["rng"] = ({n: t for n, t in of.items() if n in there} for of in (got["rng"], states))
-    for part, tensors in got.items():
-        check_tensors(tensors, want[part], f"{part}.safetensors")
-    require(is_whole(checkpoint.state.row), "the row of the last step in state.json lacks a figure")
-
-
 class NotSavedError(OSError):
     """A checkpoint could not be written; the earlier ones are still there."""
 
 
 class Saver:
-    """Saves and restores the state of a run: its Trainer, its History and the random number generators.
+    """Saves the state of a run: its Trainer, its History and the random number generators.
 
     Args:
         config: config with the run's folder `out`.
-        world: the processes of the run, which save and restore together.
+        world: the processes of the run, which save together.
         on_saved: told the step of each checkpoint, once its files are on the disk.
         say: told of old checkpoints that could not be removed.
     """
@@ -182,34 +138,6 @@ class Saver:
         self._behind: World | None = None
         self._thread = ThreadPoolExecutor(1, "saving")
         self._writing: Future[None] | None = None
-
-    # --- restore
-
-    def restore(self, checkpoint: Checkpoint) -> int:
-        """Restore a checkpoint of this run; return the number of steps whose rows are lost.
-
-        Rank 0 alone has all rows, which it writes and draws. All ranks have the last one, with its validation.
-        """
-        run, step = self.metrics.parent, checkpoint.state.step
-        last = self.world.first(lambda: [row for row in rows_of(run) if row["step"] == step])
-        return self.world.together(lambda: self._restore(checkpoint, last if self.world.rank else rows_of(run)))
-
-    def _restore(self, checkpoint: Checkpoint, rows: Iterable[Row]) -> int:
-        state, train, trainer = checkpoint.state, self.config.train, self.trainer
-        trainer.load(
-            trainer.mine(checkpoint.tensors),
-            steps_done=state.step,
-            sequences=state.sequences,
-            average_updates=state.average_updates,
-        )
-        set_random_state(checkpoint.tensors["rng"], trainer.device)
-        lost = self.history.restore(state, rows, complete=state.step >= train.steps)
-        if state.skipped_in_a_row >= train.max_skipped:  # it gave up; whoever resumes it gets that number again
-            self.history.skipped_in_a_row = 0
-        self.saved_at = state.step
-        return lost
-
-    # --- save
 
     def save(self, *, background: bool = False) -> None:
         """Save the state after the last step; NotSavedError names the newest checkpoint. No save is in the background.

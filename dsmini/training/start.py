@@ -5,11 +5,11 @@ One that cannot fit into memory is refused before its model has any.
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,12 +19,11 @@ from dsmini.atomic import remove_leftovers, write_bytes, write_json, write_text
 from dsmini.checkpoint.run_folder import (
     lock_run,
     new_run_folder,
-    read_summary,
     refuse_taken,
     replace_config,
     tokenizer_file,
 )
-from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folders
+from dsmini.checkpoint.training_state import checkpoint_folders
 from dsmini.config import RunConfig
 from dsmini.config.fields import require
 from dsmini.console.messages import say
@@ -37,11 +36,10 @@ from dsmini.distributed.mesh import Mesh, divided_model, fill, local
 from dsmini.distributed.world import World, joined, own_share
 from dsmini.machine import DTYPES, keep_freed_memory, pick_dtype, refuse_too_large
 from dsmini.nn import Transformer
-from dsmini.reading import read_bytes, read_table
-from dsmini.training.origin import INIT, FirstWeights, RunOrigin, absolute, check_resume
+from dsmini.reading import is_there, read_bytes, read_table
+from dsmini.training.origin import RunOrigin, absolute, origin_of_weights
 from dsmini.training.record import read_events, require_tensorboard
-from dsmini.training.run import TrainingRun
-from dsmini.training.saving import newest_checkpoint
+from dsmini.training.run import TrainingRun, newest_checkpoint
 from dsmini.training.trainer import Trainer
 
 WHAT = "training this model with such a batch"
@@ -108,15 +106,12 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         stack.enter_context(watched(world, config.parallel.timeout, device))
         world.refuse_unequal(_options(origin, config))
         # 2. a new run has a free folder, one to continue stopped somewhere
-        resume, weights = origin.resume, origin.weights
-        stopped: Stopped | None = None
-        if resume is None:
+        if origin.resume is None:
             world.first(lambda: refuse_taken(config.out))
-            lines = [] if weights is None else [f"weights {weights.folder}"]
         else:
-            stack.enter_context(_locked(resume, world))
-            stopped = _where_stopped(origin, resume, device, world, console)
-            lines = world.first(lambda: _how_it_continues(resume, stopped, config))
+            stack.enter_context(_locked(origin.resume, world))
+            origin = _where_it_stopped(origin, device, world, console)
+        lines = world.first(lambda: origin.describe(config))
         # 3. the model fits into the memory; it has none yet
         if world.size == 1:  # first, for even without memory the layers of an absurd model take long to make
             refuse_oversized(config, device)
@@ -125,23 +120,20 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         if world.size > 1:
             refuse_oversized_parts(model, device, world)
         # 4. the text: rank 0 tokenizes it into a file, which the others read
-        corpus = world.in_turn(lambda: _read_corpus(config, resume, console))
-        world.first(lambda: _check_corpus(config, stopped, corpus))
+        corpus = world.in_turn(lambda: _read_corpus(config, origin.resume, console))
+        world.first(lambda: _check_corpus(config, origin, corpus))
         # 5. the folder
         config = world.first(lambda: resolved(config, device))
-        out = resume or world.first(lambda: new_run_folder(config.out, origin.name))
+        out = origin.resume or world.first(lambda: new_run_folder(config.out, origin.name))
         world.refuse_unshared(out)
         config = dataclasses.replace(config, out=out)
-        if resume is None:
+        if origin.resume is None:
             stack.enter_context(_locked(out, world))
         # 6. the model, with its first values or those of the checkpoint, which the Trainer's average starts from too
-        checkpoint, rows = stopped and stopped.checkpoint, weights and weights.rows
-        if checkpoint is not None:
-            rows = partial(_rows_of, checkpoint)
         torch.manual_seed(config.train.seed)
         model.compute_dtype = DTYPES[config.train.dtype]
         with patience(console, "making the model"):
-            fill(model, mesh, device, rows)
+            fill(model, mesh, device, origin.rows)
         if config.train.optimizer == "muon":  # its kernel may have to be compiled
             world.beat(0, "compiling")
             with patience(console, "preparing kernels"):
@@ -150,9 +142,12 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         for line in [*_introduction(config, corpus), *lines]:
             say(console, line)
         # 7. the state of the checkpoint, or the first files of a new folder
-        if checkpoint is not None:
-            training.resume(checkpoint)
-        world.first(lambda: _continue(config, stopped) if stopped else _begin(config, corpus, weights))
+        if origin.checkpoint is not None:
+            training.resume(origin.checkpoint)
+        if origin.resume is None:
+            world.first(lambda: _begin(config, corpus, origin.weights))
+        else:
+            world.first(lambda: _continue(config, origin))
         yield training
 
 
@@ -163,10 +158,9 @@ def _locked(run: Path, world: World) -> AbstractContextManager[Any]:
 
 def _options(origin: RunOrigin, config: RunConfig) -> dict[str, object]:
     """Return the options that all processes of a run must be started with."""
-    weights = origin.weights
-    named = {"--resume": origin.resume, "--init": weights and weights.named, "its step": weights and weights.step}
     parts = {name: of for name, of in dataclasses.asdict(config).items() if isinstance(of, dict)}
-    return named | {f"{part}.{key}": value for part, of in parts.items() for key, value in of.items()}
+    keys = {f"{part}.{key}": value for part, of in parts.items() for key, value in of.items()}
+    return {"--resume": origin.resume, "--init": origin.weights, **keys}
 
 
 def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Corpus:
@@ -188,7 +182,7 @@ def resolved(config: RunConfig, device: torch.device) -> RunConfig:
     return dataclasses.replace(absolute(config), train=train)
 
 
-def _begin(config: RunConfig, corpus: Corpus, weights: FirstWeights | None) -> None:
+def _begin(config: RunConfig, corpus: Corpus, weights: Path | None) -> None:
     """Write the first files of a new run's folder. config.toml is the last: with it the folder can be resumed."""
     folder = config.out
     assert folder is not None
@@ -197,69 +191,65 @@ def _begin(config: RunConfig, corpus: Corpus, weights: FirstWeights | None) -> N
     if config.data.tokenizer is not None:
         write_bytes(folder / "tokenizer.json", read_bytes(config.data.tokenizer))
     if weights is not None:
-        write_json(folder / INIT, weights.describe())
+        write_json(folder / "init.json", {"folder": str(weights.resolve())})
     write_text(folder / "config.toml", config.to_toml())
 
 
 # --- a run to continue
 
 
-class Stopped(NamedTuple):
-    """The place where a run to continue stopped."""
+def _where_it_stopped(origin: RunOrigin, device: torch.device, world: World, console: Console) -> RunOrigin:
+    """Return the origin with the last whole checkpoint, or without any, with the weights that the run started from.
 
-    config: RunConfig
-    """Config until then. Its folder is where the run is now: it may have been moved."""
-    checkpoint: Checkpoint | None
-    """The last whole one; None where the run was killed before its first one."""
-    step: int
-    corpus_sha256: Any
-    """Hash of the corpus so far; None if it is not known."""
-
-
-def _where_stopped(origin: RunOrigin, run: Path, device: torch.device, world: World, console: Console) -> Stopped:
-    """Find the last whole checkpoint. Raises: ValueError for a run whose checkpoints are gone or damaged."""
-    assert origin.before is not None
-    if not world.first(lambda: bool(checkpoint_folders(run))):
-        return Stopped(origin.before, None, 0, world.first(lambda: _corpus_without_checkpoint(run)))
-    with patience(console, "reading the checkpoint"):
-        last = newest_checkpoint(origin.before, world, partial(say, console), device)
-    return Stopped(dataclasses.replace(last.config, out=run), last, last.state.step, last.state.corpus_sha256)
+    Raises: ValueError for a run whose checkpoints are gone or damaged, and for weights that cannot be read.
+    """
+    run, before, say_it = origin.resume, origin.before, partial(say, console)
+    assert run is not None
+    assert before is not None
+    if world.first(lambda: bool(checkpoint_folders(run))):
+        with patience(console, "reading the checkpoint"):
+            last = newest_checkpoint(before, world, say_it, device)
+        config = dataclasses.replace(last.config, out=run)  # it may have been moved
+        return dataclasses.replace(origin, before=config, checkpoint=last, weights=last.folder, rows=last.rows)
+    world.first(lambda: _refuse_lost_checkpoints(run))
+    if not is_there(run / "init.json"):
+        return origin
+    first = world.together(lambda: _first_weights(run, say_it))
+    return dataclasses.replace(origin, weights=first.weights, rows=first.rows)
 
 
-def _corpus_without_checkpoint(run: Path) -> Any:
-    """Return the hash of the corpus of a run that never had a checkpoint; raise ValueError for one that had."""
+def _first_weights(run: Path, say: Callable[[str], None]) -> RunOrigin:
+    """Find the weights that a run without a checkpoint started from."""
+    table = read_table(run / "init.json")
+    try:
+        return origin_of_weights(Path(str(table.get("checkpoint", table.get("folder")))), say)
+    except ValueError as error:
+        sentence = f"{run} has no checkpoint, and the weights it started from cannot be read: {error}"
+        raise ValueError(sentence) from None
+
+
+def _refuse_lost_checkpoints(run: Path) -> None:
+    """Raise ValueError for a run without a checkpoint that had one."""
     if saved := [event["step"] for event in read_events(run) if event["event"] == "saved"]:
         raise ValueError(
             f"{run} has saved {len(saved)} checkpoints, the last after step {saved[-1]}, and they are gone; put one "
             "back into its checkpoints, or start a new run in another folder"
         )
-    with suppress(ValueError):  # the file is damaged
-        return read_table(run / "corpus.json").get("sha256")
 
 
-def _how_it_continues(run: Path, stopped: Stopped, config: RunConfig) -> list[str]:
-    """Return in lines what a run does differently from here on, and where it continues.
-
-    Raises: ValueError for changes that are not allowed, and for a run that has nothing left to do.
-    """
-    step, steps = stopped.step, config.train.steps
-    changes = check_resume(stopped.config, config)
-    require(step <= steps, f"{run} has done {step} steps, train.steps={steps} is fewer; use more")
-    if stopped.checkpoint is None:
-        return [*changes, f"starting again from step 0 of {steps}: there is no checkpoint yet"]
-    finished = read_summary(run).get("steps") == step == steps
-    require(not finished, f"{run} is finished: {step} of {steps} steps; to continue raise --train.steps")
-    return [*changes, f"resuming after step {step} of {steps} from {stopped.checkpoint.folder}"]
-
-
-def _check_corpus(config: RunConfig, stopped: Stopped | None, corpus: Corpus) -> None:
+def _check_corpus(config: RunConfig, origin: RunOrigin, corpus: Corpus) -> None:
     """Raise ValueError for another corpus than before, and for one that is too short for train.eval_context."""
     context = config.train.eval_context
     require(
         context is None or len(corpus.windows(context)) > 0,
         f"train.eval_context={context} is longer than the {len(corpus.val):,} held-out tokens; use less or more text",
     )
-    before = stopped and stopped.corpus_sha256
+    before = None
+    if origin.checkpoint is not None:
+        before = origin.checkpoint.state.corpus_sha256
+    elif origin.resume is not None:
+        with suppress(ValueError):  # the file is damaged
+            before = read_table(origin.resume / "corpus.json").get("sha256")
     require(
         before in (None, corpus.sha256),
         f"{config.out} was trained on a corpus with sha256 {before}, {corpus.source} now has {corpus.sha256}; restore "
@@ -268,15 +258,12 @@ def _check_corpus(config: RunConfig, stopped: Stopped | None, corpus: Corpus) ->
     )
 
 
-def _rows_of(checkpoint: Checkpoint, name: str, rows: slice) -> torch.Tensor:
-    return checkpoint.tensors["model"][name][rows]
-
-
-def _continue(config: RunConfig, stopped: Stopped) -> None:
+def _continue(config: RunConfig, origin: RunOrigin) -> None:
     """Store the config that holds from here on, and remove what a save left that was killed."""
     assert config.out is not None
+    assert origin.before is not None
     remove_leftovers(config.out / "checkpoints")
-    replace_config(config.out, stopped.config, config, stopped.step)
+    replace_config(config.out, origin.before, config, origin.step)
 
 
 def _introduction(config: RunConfig, corpus: Corpus) -> list[str]:

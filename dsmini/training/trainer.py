@@ -339,9 +339,10 @@ class Trainer:
         return {holders: named for holders, named in held.items() if len(holders) > 1}
 
     def load(self, tensors: Tensors, *, steps_done: int, sequences: int, average_updates: int) -> None:
-        """Load the tensors of a run after this many steps."""
+        """Load the tensors of a whole run after this many steps, of those divided the pieces of this rank."""
+        mine = self.mine(tensors)
         for part, of in self.tensors().items():
-            self._copy(of, tensors[part])
+            self._copy(of, mine[part])
         if self.average is not None:
             self.average.updates = average_updates
         self.steps_done, self.sequences = steps_done, sequences

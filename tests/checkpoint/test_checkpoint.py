@@ -22,8 +22,8 @@ from dsmini.distributed.world import World
 from dsmini.machine import random_state
 from dsmini.training import saving as checkpoints
 from dsmini.training.record import read_records
-from dsmini.training.run import TrainingRun
-from dsmini.training.saving import NotSavedError, newest_checkpoint
+from dsmini.training.run import TrainingRun, newest_checkpoint
+from dsmini.training.saving import NotSavedError
 from tests.helpers.configs import refusal
 from tests.helpers.runs import new_run, resumed, unequal, whole
 

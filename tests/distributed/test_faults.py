@@ -29,8 +29,7 @@ from dsmini.distributed.heartbeat import STALLED, watched
 from dsmini.distributed.world import World
 from dsmini.machine import random_state
 from dsmini.training.record import read_events, read_records
-from dsmini.training.run import TrainingRun
-from dsmini.training.saving import newest_checkpoint
+from dsmini.training.run import TrainingRun, newest_checkpoint
 from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault, of_this_process, parsed
 from tests.distributed.ranks import START, new_store, outcomes, run_ranks, spoken, start
 from tests.distributed.runs import (

@@ -20,8 +20,7 @@ from dsmini.data.corpus import Corpus
 from dsmini.distributed.world import World
 from dsmini.machine import random_state
 from dsmini.training.record import read_records
-from dsmini.training.run import TrainingRun
-from dsmini.training.saving import newest_checkpoint
+from dsmini.training.run import TrainingRun, newest_checkpoint
 from dsmini.training.trainer import Trainer
 from tests.conftest import SMALL
 

@@ -34,11 +34,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_origin_is_the_loaded_model_in_float32(place: Path, form: str) -> None:
     origin = find_origin(None, None, place / form, say=pytest.fail)
     want = load_pretrained(place / form, torch.float32)
-    assert origin.weights is not None and origin.config.model == want.config and origin.name == form
+    assert origin.rows is not None and origin.config.model == want.config and origin.name == form
     for name, tensor in want.state_dict().items():
-        got = origin.weights.rows(name, slice(None))
+        got = origin.rows(name, slice(None))
         assert got.dtype == torch.float32 and torch.equal(got, tensor), name
-        assert torch.equal(origin.weights.rows(name, slice(1, 3)), tensor[1:3]), name
+        assert torch.equal(origin.rows(name, slice(1, 3)), tensor[1:3]), name
 
 
 def test_a_run_starts_from_a_folder_and_may_extend_its_context(place: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from dsmini.distributed.world import World
 from dsmini.training import record
 from dsmini.training.record import finite, read_records, row_of
-from dsmini.training.saving import newest_checkpoint
+from dsmini.training.run import newest_checkpoint
 from dsmini.training.trainer import StepResult
 from tests.helpers.runs import RICH, new_run
 
