@@ -28,7 +28,7 @@ def main(args: Sequence[str]) -> int:
     # these three declare all operations
     import dsmini.inference.fused
     import dsmini.nn
-    import dsmini.numerics.orthogonalize  # noqa: F401
+    import dsmini.training.muon  # noqa: F401
     from dsmini import ops
     from dsmini.ops import explanation
 

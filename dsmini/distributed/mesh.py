@@ -37,7 +37,6 @@ from dsmini.distributed.pipeline import Pipeline, StageLayout
 from dsmini.distributed.world import World
 from dsmini.nn import Transformer
 from dsmini.nn.moe import Experts
-from dsmini.numerics.orthogonalize import MuonMatrices, NewtonSchulz, muon_update
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +143,7 @@ def first_row(parameter: Tensor) -> int:
 #
 #     zero 0     reduce each matrix's gradients to its owner; broadcast the matrix as it is after its step
 #     zero 1-3   each rank has momentum and Nesterov's mean of its own rows; gather them; broadcast the owner's step
+#                (training/muon.py)
 #
 # A divided stack of experts is divided by experts, whole matrices, which move where they are. All ranks end with the
 # same bits. Source: Liu et al. 2025, arXiv 2502.16982, section 2.3 (distributed Muon, there with ZeRO-1).
@@ -182,53 +182,12 @@ def broadcast(tensors: Sequence[Sequence[Tensor]], group: Any) -> None:
 
 
 @torch.no_grad()
-def sum_to_owners(by_owner: Sequence[Sequence[nn.Parameter]], group: Any) -> None:
+def sum_to_owners(by_owner: Sequence[Sequence[Tensor]], group: Any) -> None:
     """Sum the gradients of list i over a group. Only its rank i has them afterwards."""
     grads = [[p.grad for p in of if p.grad is not None] for of in by_owner]
     in_messages(grads, lambda flat, to: dist.reduce(flat, group=group, group_dst=to))
     for p in (p for i, of in enumerate(by_owner) if i != dist.get_rank(group) for p in of):
         p.grad = None
-
-
-@torch.no_grad()
-def muon_update_divided(
-    matrices: MuonMatrices,
-    steps: NewtonSchulz,
-    *,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    matmul_dtype: torch.dtype,
-) -> None:
-    """Compute `muon_update` of matrices that FSDP2 may divide. All ranks that share one call it together."""
-    every = list(zip(matrices.params, matrices.grads, matrices.momenta, strict=True))
-    divided = [of for of in every if isinstance(of[0], DTensor) and of[0].dim() == 2]
-    here = [tuple(map(local, of)) for of in every if not isinstance(of[0], DTensor) or of[0].dim() > 2]
-    if here := [of for of in here if of[0].numel()]:
-        params, grads, momenta = (list(of) for of in zip(*here, strict=True))
-        whole = MuonMatrices(params=params, grads=grads, momenta=momenta)
-        muon_update(whole, steps, lr=lr, momentum=momentum, weight_decay=weight_decay, matmul_dtype=matmul_dtype)
-    if not divided:
-        return
-    # 1. Nesterov's mean of the own rows, and of all rows from all ranks
-    first_one: Any = divided[0][0]
-    wholes, group = [], first_one.device_mesh.get_group()
-    for p, grad, m in divided:
-        local(m).lerp_(local(grad), 1 - momentum)
-        wholes.append(gathered(local(grad).lerp(local(m), momentum), p))
-    # 2. the step of each matrix at its owner: without a momentum of its own, the update is the matrix that it gets
-    moves = {whole: torch.zeros_like(whole) for whole in wholes}
-    owned = owners_of(wholes, dist.get_world_size(group))
-    if own := owned[dist.get_rank(group)]:
-        scratch = MuonMatrices(
-            params=[moves[whole] for whole in own], grads=own, momenta=[torch.zeros_like(whole) for whole in own]
-        )
-        muon_update(scratch, steps, lr=lr, momentum=0.0, weight_decay=0.0, matmul_dtype=matmul_dtype)
-    broadcast([[moves[whole] for whole in of] for of in owned], group)
-    # 3. the own rows of each step
-    for (p, _, _), whole in zip(divided, wholes, strict=True):
-        first, rows = first_row(p), local(p)
-        rows.mul_(1 - lr * weight_decay).add_(moves[whole][first : first + len(rows)])
 
 
 # --- the mesh
@@ -284,12 +243,9 @@ class Mesh:
         """The ranks of the first and the last stage of this part of the batch, on these ranks."""
         self.shared_by_ends: set[Tensor] = set()
         """Parameters that the first and the last stage both have, on two ranks."""
-        self.owners: list[tuple[list[list[nn.Parameter]], Any]] = []
-        """Matrices of each rank of a group, which Muon moves there alone."""
-        self.moved_by_one: set[Tensor] = set()
-        """All of them, whose gradients only the owner has."""
-        self.moved_elsewhere: set[Tensor] = set()
-        """Those of other ranks."""
+        self.owner: dict[Tensor, int] = {}
+        """The rank that alone moves a matrix by Muon, and alone has its summed gradient and its momentum, of those that
+        hold it alike; without the matrices that no other rank holds."""
         self.groups: dict[str, Any] = {}
         if self.size > 1:
             names, shape = ("pp", "dp", "ep"), (config.pp, self.parts // config.ep, config.ep)
@@ -383,7 +339,7 @@ class Mesh:
             return tuple(stage * self.parts + part for stage in (0, last) for part in range(self.parts))
         return tuple(dist.get_process_group_ranks(self.groups["dp" if tensor in self.own_experts else "parts"]))
 
-    def _by_holders(self, parameters: Iterable[nn.Parameter]) -> list[tuple[list[nn.Parameter], Any]]:
+    def _by_holders(self, parameters: Iterable[Tensor]) -> list[tuple[list[Tensor], Any]]:
         """Return those that all parts of the batch hold alike, and the experts, each with the group that does."""
         common, own = [], []
         for p in parameters:
@@ -418,9 +374,9 @@ class Mesh:
         """Replace gradients by their sums over the ranks that hold the same parameter; Muon's at owners alone."""
         if self.size == 1 or self.zero:  # FSDP2 has summed them
             return
-        for by_owner, group in self.owners:
+        for by_owner, group in self._by_owner():
             sum_to_owners(by_owner, group)
-        for_all = [p for p in parameters if p.grad is not None and p not in self.moved_by_one]
+        for_all = [p for p in parameters if p.grad is not None and p not in self.owner]
         for held_alike, group in self._by_holders(for_all):
             sum_in_buckets([p.grad for p in held_alike], group)
         if self.ends is not None:
@@ -437,7 +393,7 @@ class Mesh:
         counted = [
             (places[name], local(p.grad))
             for name, p in model.named_parameters()
-            if p.grad is not None and (p in self.moved_by_one or self.holders(p)[0] == self.rank)
+            if p.grad is not None and self.owner.get(p, self.holders(p)[0]) == self.rank
         ]
         if counted:
             norms = torch._foreach_norm([grad for _, grad in counted])  # pyright: ignore[reportPrivateImportUsage]
@@ -449,16 +405,24 @@ class Mesh:
     def owned(self, matrices: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """Return the matrices that Muon moves on this rank; `exchange_moved` gives it those that others have moved."""
         for held_alike, group in self._by_holders(matrices) if self.size > 1 and not self.zero else ():
-            if (n := dist.get_world_size(group)) > 1:
-                by_owner = owners_of(held_alike, n)
-                self.owners.append((by_owner, group))
-                self.moved_by_one.update(held_alike)
-                self.moved_elsewhere.update(set(held_alike) - set(by_owner[dist.get_rank(group)]))
-        return [p for p in matrices if p not in self.moved_elsewhere]
+            ranks = dist.get_process_group_ranks(group)
+            if len(ranks) > 1:
+                for rank, of in zip(ranks, owners_of(held_alike, len(ranks)), strict=True):
+                    self.owner.update(dict.fromkeys(of, rank))
+        return [p for p in matrices if not self.moved_elsewhere(p)]
+
+    def moved_elsewhere(self, parameter: Tensor) -> bool:
+        """Return whether another rank moves a parameter by Muon."""
+        return self.owner.get(parameter, self.rank) != self.rank
+
+    def _by_owner(self) -> Iterator[tuple[list[list[Tensor]], Any]]:
+        """Yield the matrices that each rank of a group owns, and the group."""
+        for owned, group in self._by_holders(self.owner) if self.owner else ():
+            yield [[p for p in owned if self.owner[p] == rank] for rank in dist.get_process_group_ranks(group)], group
 
     def exchange_moved(self) -> None:
         """Get the matrices that Muon has moved on other ranks."""
-        for by_owner, group in self.owners:
+        for by_owner, group in self._by_owner():
             broadcast(by_owner, group)
 
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dsmini.config import TrainConfig
-from dsmini.distributed.mesh import muon_update_divided
 from dsmini.nn import dsa_layers
-from dsmini.numerics.orthogonalize import HALLEY, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz
+from dsmini.training.muon import HALLEY, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz, muon_update_divided
 
 Named = Iterable[tuple[str, Tensor]]
 """Parameters with their names."""

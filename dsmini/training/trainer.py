@@ -322,7 +322,7 @@ class Trainer:
         """Return this rank's pieces of the tensors of a whole run."""
 
         def is_here(part: str, name: str, whole: Tensor) -> bool:
-            moved_elsewhere = part == "optimizer" and self._like(name, whole) in self.mesh.moved_elsewhere
+            moved_elsewhere = part == "optimizer" and self.mesh.moved_elsewhere(self._like(name, whole))
             return name.partition("/")[0] not in self.mesh.elsewhere and not moved_elsewhere
 
         return {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.numerics.orthogonalize import HALLEY, JORDAN, MuonMatrices, NewtonSchulz, muon_update
+from dsmini.training.muon import HALLEY, JORDAN, MuonMatrices, NewtonSchulz, muon_update
 from dsmini_kernels import Unserved, cpu
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 from tests.kernels.conftest import assert_threads_change_no_bit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmini import TrainConfig, Transformer
-from dsmini.numerics.orthogonalize import JORDAN
+from dsmini.training.muon import JORDAN
 from dsmini.training.optim import AdamWBF16, Muon, ParameterAverage, optimizers
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
 

@@ -1,6 +1,6 @@
 // Muon's step for many matrices: momentum, iterations of Newton and Schulz or of Halley, and the parameters. A thread
 // takes a matrix at a time and iterates on it within its own second-level cache. Products such as X X^T and A A are
-// symmetric: blocks below the diagonal are copied from those above. dsmini/numerics/orthogonalize.py has the equations.
+// symmetric: blocks below the diagonal are copied from those above. dsmini/training/muon.py has the equations.
 //
 // Matrices are cut into square blocks of SIDE numbers. An operand of a product is stored in words along the sum, each an
 // FP32 number or two BF16 numbers. The left one is [sum / SIDE][row][words of SIDE numbers], and the right one is

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dsmini.measure.costs import cost_of
-from dsmini.numerics.orthogonalize import HALLEY, JORDAN, MuonMatrices, NewtonSchulz, muon_update, orthogonalize
 from dsmini.ops import Call
+from dsmini.training.muon import HALLEY, JORDAN, MuonMatrices, NewtonSchulz, muon_update, orthogonalize
 from tests.helpers.tolerances import FP64_UNIT, relative_error, rounding
 
 STEPS = pytest.mark.parametrize("steps", [JORDAN, HALLEY], ids=["jordan", "halley"])

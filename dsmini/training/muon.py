@@ -2,19 +2,22 @@
 
 An iteration changes singular values only. Newton-Schulz's X <- a X + b (X X^T) X + c (X X^T)^2 X makes each s
 a s + b s^3 + c s^5; Halley's X <- (a + b X X^T) (1 + c X X^T)^-1 X makes it s (a + b s^2) / (1 + c s^2). A few of them
-bring all singular values near 1.
+bring all singular values near 1. `muon_update` moves whole matrices, `muon_update_divided` those divided by FSDP2 too.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dsmini import ops
+from dsmini.distributed.mesh import broadcast, first_row, gathered, local, owners_of
 
 
 class NewtonSchulz(NamedTuple):
@@ -150,3 +153,44 @@ def _inverse_root(square: Float[Tensor, "b o o"]) -> Float[Tensor, "b o o"]:
     second = _inverse_root(square[:, half:, half:] - below @ below.mT)
     rows = torch.cat((first, torch.zeros_like(below).mT), -1), torch.cat((-(second @ (below @ first)), second), -1)
     return torch.cat(rows, 1)
+
+
+@torch.no_grad()
+def muon_update_divided(
+    matrices: MuonMatrices,
+    steps: NewtonSchulz,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    matmul_dtype: torch.dtype,
+) -> None:
+    """Compute `muon_update` of matrices that FSDP2 may divide. All ranks that share one call it together."""
+    every = list(zip(matrices.params, matrices.grads, matrices.momenta, strict=True))
+    divided = [of for of in every if isinstance(of[0], DTensor) and of[0].dim() == 2]
+    here = [tuple(map(local, of)) for of in every if not isinstance(of[0], DTensor) or of[0].dim() > 2]
+    if here := [of for of in here if of[0].numel()]:
+        params, grads, momenta = (list(of) for of in zip(*here, strict=True))
+        whole = MuonMatrices(params=params, grads=grads, momenta=momenta)
+        muon_update(whole, steps, lr=lr, momentum=momentum, weight_decay=weight_decay, matmul_dtype=matmul_dtype)
+    if not divided:
+        return
+    # 1. Nesterov's mean of the own rows, and of all rows from all ranks
+    first_one: Any = divided[0][0]
+    wholes, group = [], first_one.device_mesh.get_group()
+    for p, grad, m in divided:
+        local(m).lerp_(local(grad), 1 - momentum)
+        wholes.append(gathered(local(grad).lerp(local(m), momentum), p))
+    # 2. the step of each matrix at its owner: without a momentum of its own, the update is the matrix that it gets
+    moves = {whole: torch.zeros_like(whole) for whole in wholes}
+    owned = owners_of(wholes, dist.get_world_size(group))
+    if own := owned[dist.get_rank(group)]:
+        scratch = MuonMatrices(
+            params=[moves[whole] for whole in own], grads=own, momenta=[torch.zeros_like(whole) for whole in own]
+        )
+        muon_update(scratch, steps, lr=lr, momentum=0.0, weight_decay=0.0, matmul_dtype=matmul_dtype)
+    broadcast([[moves[whole] for whole in of] for of in owned], group)
+    # 3. the own rows of each step
+    for (p, _, _), whole in zip(divided, wholes, strict=True):
+        first, rows = first_row(p), local(p)
+        rows.mul_(1 - lr * weight_decay).add_(moves[whole][first : first + len(rows)])
