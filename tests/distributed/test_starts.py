@@ -65,9 +65,7 @@ TABLE: dict[str, Start] = {
         r"error: rank 1 was started with another train.steps \(9, not 6\), train.lr \(0.5, not .*\) than rank 0",
     ),
     # slow from here on
-    "unequal weights": Start(
-        [f"--init {ONE}", f"--init {TWO}"], r"another --init \(.*/two/checkpoints/step-.*, not "
-    ),
+    "unequal weights": Start([f"--init {ONE}", f"--init {TWO}"], r"another --init \(.*/two/checkpoints/step-.*, not "),
     "weights of one": Start([f"--init {ONE}", ""], r"another --init \(none, not "),
     "two are missing": Start(
         ["--parallel.timeout 3", None] * 2, "error: 2 of 4 processes came to .* within 3 s, without ranks 1, 3;"
