@@ -9,9 +9,9 @@ A stage has consecutive layers of a model, the embedding with the first, norm, h
 Stages are cut where the largest cost is smallest. Simplified: the cost of a layer is the number of its matrices'
 parameters that a token uses. Attention to other tokens is not in it, since most layers have the same.
 
-A stage gives to the next its hidden states [b, s, m], and the balance losses of all MoE layers so far, [layers]. The
-last stage makes the losses of them, as one process does. MTP reads the embedding too. Where first and last stage are on
-two ranks, both have it. Their gradients are summed, so that both stay equal.
+A stage gives to the next its hidden states [b, s, m], or all streams [b, s, n, m], and the balance losses of all MoE
+layers so far, [layers]. The last stage makes the losses of them, as one process does. MTP reads the embedding too.
+Where first and last stage are on two ranks, both have it. Their gradients are summed, so that both stay equal.
 
 torch.distributed.pipelining has the schedules and runs them. Each part's loss is divided once, by what the whole step
 has of targets, so gradients are summed and never scaled. Its default, scale_grads=True, would divide a parameter twice
@@ -83,7 +83,7 @@ class StageLayout:
         for layer in set(range(len(model.layers))) - own:
             model.layers[layer] = nn.Identity()
         away = [] if first or (last and len(model.mtp)) else ["embed", "embed_norm"]
-        away += [] if last else ["norm", "head"]
+        away += [] if last else ["hc_head", "norm", "head"]
         for name in away:
             setattr(model, name, nn.Identity())
         if not last:
@@ -136,7 +136,7 @@ class ModelStage(nn.Module):
         if self.first or (self.last and len(model.mtp)):
             self.embed, self.embed_norm = model.embed, model.embed_norm
         if self.last:
-            self.norm, self.head, self.mtp = model.norm, model.head, model.mtp
+            self.hc_head, self.norm, self.head, self.mtp = model.hc_head, model.norm, model.head, model.mtp
         self._model: Callable[[], Transformer] = lambda: model  # not a submodule: the parameters are those above
         self.batch: "StepBatch"
         self.sums: Tensor
@@ -270,7 +270,7 @@ class Pipeline:
         x, total = tokens, torch.zeros((), device=tokens.device)
         for index, stage in self.stages.items():
             if not stage.first and index - 1 not in self.stages:
-                x = torch.empty(*tokens.shape, self.model.config.dim, dtype=self.dtype, device=tokens.device)
+                x = torch.empty(*tokens.shape, *self._streams, dtype=self.dtype, device=tokens.device)
                 dist.recv(x, self._global_rank(index - 1), group=self.group)
             x, found = stage.hidden(x, tokens, documents)
             if stage.last:
@@ -279,6 +279,12 @@ class Pipeline:
             elif index + 1 not in self.stages:
                 dist.send(x.contiguous(), self._global_rank(index + 1), group=self.group)
         return total
+
+    @property
+    def _streams(self) -> tuple[int, ...]:
+        """Size of the hidden states of a token: [m], or [n, m] with several residual streams."""
+        c = self.model.config
+        return (c.hc_mult, c.dim) if c.hc_mult > 1 else (c.dim,)
 
     def _global_rank(self, stage: int) -> int:
         return dist.get_global_rank(self.group, self.layout.ranks[stage])
@@ -301,7 +307,7 @@ class Pipeline:
         device = next(self.model.parameters()).device
 
         def between(stage: int) -> tuple[Tensor, ...]:
-            x = torch.empty(b, s, self.model.config.dim, dtype=self.dtype, device="meta", requires_grad=True)
+            x = torch.empty(b, s, *self._streams, dtype=self.dtype, device="meta", requires_grad=True)
             n = self.layout.moe_before(stage)
             balances = torch.empty(n, device="meta", requires_grad=True)
             return (x, balances) if n else (x,)

@@ -5,8 +5,8 @@ block. A reader of the model need not meet it: without it, or where a layer is n
 
 A model is taken apart into its weights once for each generation: bare tensors, with the sizes and options beside them.
 Only a block whose modules are all dsmini's own is: with a subclass, a hook, a mask, normed heads, simulated FP8,
-experts on other processes or a wrapper such as LoRA it runs as a module, and then all blocks do. A multi-token
-prediction block that is not plain runs as it is. The plain versions of the operations run the modules.
+experts on other processes, a wrapper such as LoRA, or what V4 adds, it runs as a module, and then all blocks do. A
+multi-token prediction block that is not plain runs as it is. The plain versions of the operations run the modules.
 
 Numbers between operations are FP32. Weights and the cache stay as they are stored.
 """
@@ -37,6 +37,8 @@ from dsmini.nn import (
 )
 from dsmini.nn.cache import CachePositions, Form, FormPolicy, LayerCacheView, MTPCache
 from dsmini.nn.fp8 import FP8Weights
+from dsmini.nn.gate import HashGate
+from dsmini.nn.hyper_connections import HyperConnection
 from dsmini.nn.layers import is_plain
 from dsmini.nn.mtp import MTPChain
 from dsmini.nn.rope import CosSin, Rope
@@ -95,6 +97,9 @@ def extract_weights(block: nn.Module, dtype: torch.dtype) -> BlockWeights | None
     if not is_known(block, Block):
         return None
     if type(block.attn) not in (MLA, DSA, Attention) or type(block.ffn) not in (FeedForward, MoE):
+        return None
+    of_v4 = any(isinstance(part, HyperConnection | HashGate) for part in block.modules())
+    if of_v4 or any(getattr(part, "limit", None) is not None for part in block.modules()):
         return None
     return BlockWeights(_half(block.attn_norm, block.attn, dtype), _half(block.ffn_norm, block.ffn, dtype))
 

@@ -69,6 +69,7 @@ def _experts(
     w1: Weight,
     w2: Weight,
     w3: Weight,
+    limit: float | None = None,
 ) -> Cost:
     chosen, (e, f, m) = len(indices.unique()), w1.shape
     read = _nbytes(x, indices, weights) + _nbytes(w1, w2, w3) * chosen // e  # only what some token chose

@@ -1,6 +1,7 @@
 """A transformer block: attention, then a feed-forward or its mixture of experts, each normed first and added back."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.attention import Attention, Context
 from dsmini.nn.cache import CacheDtype, LayerCache
 from dsmini.nn.dsa import DSA, IndexerLoss
-from dsmini.nn.gate import Routing
+from dsmini.nn.gate import HashGate, Routing
+from dsmini.nn.hyper_connections import connection_of, write
 from dsmini.nn.layers import RMSNorm, in_precision
 from dsmini.nn.mla import MLA
 from dsmini.nn.moe import FeedForward, MoE
@@ -29,6 +31,8 @@ class Aux(NamedTuple):
 
 class Block(nn.Module):
     """Block number `layer` of a model: attention as config.attention says, experts from layer n_dense_layers on.
+
+    With hc_mult of more than 1 it reads and writes that many residual streams, [b, s, n, m], by hyper-connections.
 
     Args:
         attention_class: another attention, built from a config and called as MLA is; to decode it also has MLA's
@@ -55,14 +59,25 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.attn = (attention_class or classes.get(c.attention_of(layer), Attention))(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
-        self.ffn = moe_class(c) if c.is_moe(layer) else in_precision(c, FeedForward)(c)
+        by_table = {"gate_class": partial(HashGate, layer=layer)} if c.is_hashed(layer) else {}
+        self.ffn = moe_class(c, **by_table) if c.is_moe(layer) else in_precision(c, FeedForward)(c)
+        self.hc_attn, self.hc_ffn = connection_of(c, 2 * layer), connection_of(c, 2 * layer + 1)
 
-    def forward(self, x: Float[Tensor, "b s m"], context: Context | None = None) -> tuple[Float[Tensor, "b s m"], Aux]:
+    def forward(
+        self, x: Float[Tensor, "b s *streams m"], context: Context | None = None
+    ) -> tuple[Float[Tensor, "b s *streams m"], Aux]:
         """Return the block's output, and what it found on the way."""
-        y, indexer_loss = self.attend(self.attn_norm(x), context)
-        x = x + y
-        y, routing = self.feed_forward(self.ffn_norm(x), context)
-        return x + y, Aux(routing, indexer_loss)
+        if self.hc_attn is None or self.hc_ffn is None:
+            y, indexer_loss = self.attend(self.attn_norm(x), context)
+            x = x + y
+            y, routing = self.feed_forward(self.ffn_norm(x), context)
+            return x + y, Aux(routing, indexer_loss)
+        read, mix = self.hc_attn(x)
+        y, indexer_loss = self.attend(self.attn_norm(read), context)
+        x = write(x, y, mix)
+        read, mix = self.hc_ffn(x)
+        y, routing = self.feed_forward(self.ffn_norm(read), context)
+        return write(x, y, mix), Aux(routing, indexer_loss)
 
     def attend(
         self, x: Float[Tensor, "b s m"], context: Context | None = None

@@ -238,9 +238,11 @@ class FP8Linear(FP8Weights, Projection):
     def forward(self, x: Float[Tensor, "*batch i"] | QuantizedTensor) -> Float[Tensor, "*batch o"]:
         return fp8_matmul(x, self.operand("weight"), saved_format=self.saved_format)
 
-    def swiglu(self, gate: Float[Tensor, "*batch i"], up: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        """Return forward(silu(gate) * up), which saves gate and up alone for backward."""
-        return fp8_swiglu_matmul(gate, up, self.operand("weight"))
+    def swiglu(
+        self, gate: Float[Tensor, "*batch i"], up: Float[Tensor, "*batch i"], limit: float | None = None
+    ) -> Float[Tensor, "*batch o"]:
+        """Return forward(swiglu(gate, up, limit)), which saves gate and up alone for backward."""
+        return fp8_swiglu_matmul(gate, up, self.operand("weight"), limit=limit)
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
         weight = self.operand("weight")
@@ -261,7 +263,7 @@ class FP8FeedForward(FeedForward):
         x = quantize_once(x, self.w1, self.w3)
         w2: Any = self.w2
         gate, up = self.w1(x), self.w3(x)
-        return w2.swiglu(gate, up) if in_fp8(w2) else w2(swiglu(gate, up))
+        return w2.swiglu(gate, up, self.limit) if in_fp8(w2) else w2(swiglu(gate, up, self.limit))
 
 
 class QuantizedExperts(FP8Weights, Experts):
@@ -274,7 +276,7 @@ class QuantizedExperts(FP8Weights, Experts):
         weights: Float[Tensor, "n k"],
     ) -> Float[Tensor, "n m"]:
         w1, w2, w3 = (self.operand(name) for name in ("w1", "w2", "w3"))
-        return quantized_experts(x, indices, weights, w1, w2, w3)
+        return quantized_experts(x, indices, weights, w1, w2, w3, self.limit)
 
 
 class FP8Experts(FP8Weights, Experts):
@@ -293,7 +295,7 @@ class FP8Experts(FP8Weights, Experts):
     ) -> Float[Tensor, "n m"]:
         codes = quantize(x) if isinstance(x, Tensor) else x
         w1, w2, w3 = (self.operand(name) for name in ("w1", "w2", "w3"))
-        return fp8_experts(codes, indices, weights, w1, w2, w3)
+        return fp8_experts(codes, indices, weights, w1, w2, w3, self.limit)
 
 
 DERIVED: Mapping[Any, Any] = MappingProxyType({Linear: FP8Linear, FeedForward: FP8FeedForward, Experts: FP8Experts})

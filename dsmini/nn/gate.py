@@ -1,20 +1,30 @@
 """The gate: which experts a token gets, with which weights, and what keeps the load of the experts even."""
 
+import heapq
+import random
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
+from dsmini.config.fields import require
 from dsmini.nn.layers import FP32Module, at_least_fp32, draw_normal, linear, without_autocast
 
 ScoreFunc = Callable[[Tensor], Tensor]
 SCORE_FUNCS: Mapping[str, ScoreFunc] = MappingProxyType(
-    {"sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)}
+    {
+        "sigmoid": torch.sigmoid,
+        "softmax": lambda logits: logits.softmax(-1),
+        # far below zero softplus is 0, where the gradient of the root would be infinite
+        "sqrtsoftplus": lambda logits: F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt(),
+    }
 )
 
 OPTIONS = (
@@ -52,9 +62,10 @@ def route(
     n_activated_experts: int,
     n_expert_groups: int = 1,
     n_limited_groups: int = 1,
-    score_func: Literal["sigmoid", "softmax"] | ScoreFunc = "sigmoid",
+    score_func: Literal["sigmoid", "softmax", "sqrtsoftplus"] | ScoreFunc = "sigmoid",
     norm_topk_prob: bool = True,
     route_scale: float = 1.0,
+    chosen: Int[Tensor, "n k"] | None = None,
 ) -> Routing:
     """Choose experts per token by group-limited top-k.
 
@@ -63,9 +74,10 @@ def route(
     Among equal scores the lower expert wins, on every device.
 
     Args:
-        score_func: sigmoid (V3), softmax (V2), or a function from logits to scores, both [n, e].
+        score_func: sigmoid (V3), softmax (V2), sqrtsoftplus (V4), or a function from logits to scores, both [n, e].
+        chosen: the experts, where a table names them; the scores then make the weights alone.
 
-    Source: DeepSeek-V3 report, section 2.1.2, equations 12 to 16.
+    Source: DeepSeek-V3 report, section 2.1.2, equations 12 to 16; DeepSeek-V4 report, section 2.1.
     """
     each, left = divmod(logits.shape[1], n_expert_groups)
     reachable = each * n_limited_groups
@@ -73,8 +85,8 @@ def route(
     if score is None or left or n_activated_experts > reachable:
         raise ValueError(
             f"score_func={score_func!r}, n_activated_experts={n_activated_experts} of {reachable} reachable experts in "
-            f"groups of {each}, {left} left over; want sigmoid or softmax, groups of equal size, and no more active "
-            "than reachable experts"
+            f"groups of {each}, {left} left over; want {', '.join(SCORE_FUNCS)}, groups of equal size, and no more "
+            "active than reachable experts"
         )
     # 1. scores, and what experts are chosen by: [n, e]
     scores = score(logits)
@@ -87,7 +99,7 @@ def route(
         excluded = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, kept, False)
         choice = rearrange(grouped.masked_fill(excluded.unsqueeze(-1), -torch.inf), "n g i -> n (g i)")
     # 3. experts and their weights: [n, k]
-    indices = stable_topk(choice, n_activated_experts)
+    indices = stable_topk(choice, n_activated_experts) if chosen is None else chosen
     weights = scores.gather(1, indices)
     if norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -158,6 +170,94 @@ class Gate(FP32Module):
         if self.bias is not None:
             with torch.no_grad():
                 self.bias.copy_(bias_after(self.bias, counts, speed))
+
+
+class HashGate(Gate):
+    """A gate that looks the experts of a token up by its id. The weights are made of its scores, as in any gate.
+
+    It has no selection bias, and nothing balances its load but the table: its scores have no part in the balance loss.
+
+    Args:
+        layer: number of the block; each has a table of its own.
+
+    Source: DeepSeek-V4 report, section 2.1. How DeepSeek makes the table is not printed.
+    """
+
+    tid2eid: Int[Tensor, "v k"]
+    """Experts of each token id, int32: a buffer, saved with the model."""
+
+    def __init__(self, config: ModelConfig | None = None, /, layer: int = 0, **arguments: Any) -> None:
+        c = layer_config(config, arguments)
+        super().__init__(c)
+        self.layer, self.bias = layer, None
+        self.register_buffer("tid2eid", torch.empty(c.vocab_size, c.n_activated_experts, dtype=torch.int32))
+        self.table_shape = tuple(self.tid2eid.shape)
+        self.make_table()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weight, and make the table of a text whose tokens are all equally frequent."""
+        super().reset_parameters(generator)
+        if "tid2eid" in self._buffers:  # not yet while Gate.__init__ runs
+            self.make_table()
+
+    def make_table(self, counts: Int[Tensor, " v"] | None = None) -> None:
+        """Replace the table by `hash_table` of these token counts; None: all are equal."""
+        if not self.tid2eid.is_meta:
+            v, k = self.table_shape
+            counts = torch.ones(v, dtype=torch.int64) if counts is None else counts
+            self.tid2eid.copy_(hash_table(counts, len(self.weight), k, self.layer))
+
+    def forward(self, x: Float[Tensor, "n m"], tokens: Int[Tensor, " n"] | None = None) -> Routing:
+        """Weigh the experts of each token.
+
+        Args:
+            tokens: ids of the rows of x.
+
+        Raises: ValueError without ids, for a table of another vocabulary, and for one that `check_table` refuses.
+        """
+        got, want = tuple(self.tid2eid.shape), self.table_shape
+        require(tokens is not None, "a hash layer chooses experts by token ids and got none; give Context(tokens=...)")
+        require(got == want, f"tid2eid is {list(got)}; want {list(want)}, a row for each token; load the model's own")
+        chosen = self.tid2eid[tokens].long()
+        if ops.can_read_values(chosen):
+            check_table(chosen, len(self.weight))
+        with without_autocast(x):
+            logits = linear(at_least_fp32(x), self.weight)
+        routing = route(logits, None, **self.options, chosen=chosen)
+        return routing._replace(scores=routing.scores.detach())
+
+
+def check_table(experts: Int[Tensor, "n k"], n_experts: int) -> None:
+    """Raise ValueError for a row with an expert twice, as in a table of zeros, or with one that does not exist."""
+    rows = experts.sort(-1).values
+    wrong = (rows[:, 1:] == rows[:, :-1]).any(-1) | (rows[:, 0] < 0) | (rows[:, -1] >= n_experts)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"tid2eid names the experts {experts[wrong][0].tolist()} for a token; want {experts.shape[1]} different "
+            f"ones of 0 to {n_experts - 1}: load the model's own table, or make one by HashGate.make_table"
+        )
+
+
+def hash_table(counts: Int[Tensor, " v"], n_experts: int, k: int, layer: int = 0) -> Int[Tensor, "v k"]:
+    """Return k different experts for each token id, such that the experts share the tokens of a text evenly.
+
+    Greedy: from the most frequent token on, each gets the k experts with the least load so far, drawn by the number of
+    the layer among equals. A token counts once more than it was seen, so that new ones are spread too. The result is
+    the same on every machine.
+
+    Args:
+        counts: number of times that each token id was seen.
+    """
+    draw, frequent = random.Random(layer).random, counts.argsort(descending=True, stable=True)
+    experts = [(0, draw(), expert) for expert in range(n_experts)]
+    heapq.heapify(experts)
+    table = torch.empty(len(counts), k, dtype=torch.int32)
+    for token, count in zip(frequent.tolist(), counts[frequent].tolist(), strict=True):
+        least = [heapq.heappop(experts) for _ in range(k)]
+        table[token] = torch.tensor([expert for _, _, expert in least])
+        for load, _, expert in least:
+            heapq.heappush(experts, (load + count + 1, draw(), expert))
+    return table
 
 
 def bias_after(bias: Float[Tensor, " e"], counts: Int[Tensor, " e"], speed: float) -> Float[Tensor, " e"]:

@@ -17,7 +17,7 @@ Plain hyper-connections leave comb free, so that a product over many layers grow
 matrix never magnifies (its spectral norm is 1), and products of such matrices are doubly stochastic again.
 
 Source: mHC (arXiv 2512.24880), equations 1 to 8; DeepSeek-V4 report (arXiv 2606.19348), section 2.2. The paper's
-residual matrix is the transpose of comb, as DeepSeek's code has it. No config has it yet: it stands alone.
+residual matrix is the transpose of comb, as DeepSeek's code has it.
 """
 
 import math
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsmini.config import ModelConfig
 from dsmini.nn.layers import FP32Module, at_least_fp32, without_autocast
 
 AWAY = 0.02
@@ -140,6 +141,17 @@ def write(streams: Float[Tensor, "b s n m"], output: Float[Tensor, "b s m"], mix
     with without_autocast(streams):
         mixed = mix.comb.mT @ at_least_fp32(streams)  # transposed: comb_jk is the share of the old stream j in k
         return (mix.post.unsqueeze(-1) * output.unsqueeze(-2) + mixed).to(streams.dtype)
+
+
+def connection_of(c: ModelConfig, sublayer: int) -> HyperConnection | None:
+    """Return the hyper-connection of a sublayer, two of which are in a block; None where there is one stream."""
+    options = {"sinkhorn_iters": c.hc_sinkhorn_iters, "eps": c.hc_eps, "norm_eps": c.norm_eps, "home": sublayer}
+    return HyperConnection(c.dim, c.hc_mult, **options) if c.hc_mult > 1 else None
+
+
+def head_of(c: ModelConfig) -> "StreamHead | None":
+    """Return the end of the streams; None where there is one."""
+    return StreamHead(c.dim, c.hc_mult, eps=c.hc_eps, norm_eps=c.norm_eps) if c.hc_mult > 1 else None
 
 
 class StreamHead(FP32Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.nn.attention import Context
-from dsmini.nn.gate import Gate, Routing
+from dsmini.nn.gate import Gate, HashGate, Routing
 from dsmini.nn.layers import draw_normal, in_precision, make_linear, quantize_once
 from dsmini.numerics import QuantizedTensor, swiglu
 
@@ -26,12 +26,13 @@ class FeedForward(nn.Module):
         self.w1 = make_linear(c, c.dim, width)
         self.w2 = make_linear(c, width, c.dim, c.output_init_std)
         self.w3 = make_linear(c, c.dim, width)
+        self.limit = c.swiglu_limit
 
     def forward(
         self, x: Float[Tensor, "*batch m"] | QuantizedTensor, context: Context | None = None
     ) -> Float[Tensor, "*batch m"]:
         """Return a row for each row of x. The context of a block, as attention gets it, is not needed."""
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        return self.w2(swiglu(self.w1(x), self.w3(x), self.limit))
 
 
 @ops.operation("experts")
@@ -80,7 +81,7 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(e, f, m))
         self.w2 = nn.Parameter(torch.empty(e, m, f))
         self.w3 = nn.Parameter(torch.empty(e, f, m))
-        self.init_std, self.output_init_std = c.init_std, c.output_init_std
+        self.init_std, self.output_init_std, self.limit = c.init_std, c.output_init_std, c.swiglu_limit
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -95,7 +96,7 @@ class Experts(nn.Module):
         weights: Float[Tensor, "n k"],
     ) -> Float[Tensor, "n m"]:
         """Return the sum of each token's chosen experts' outputs times their weights."""
-        return experts(x, indices, weights, self.w1, self.w2, self.w3)
+        return experts(x, indices, weights, self.w1, self.w2, self.w3, self.limit)
 
     def extra_repr(self) -> str:
         e, f, m = self.w1.shape
@@ -132,13 +133,17 @@ class MoE(nn.Module):
         """Return a row for each row of x, and the gate's decision.
 
         Args:
-            context: of the block: ids and positions of the rows, for a subclass that chooses experts by them.
+            context: of the block: a hash layer, or a subclass, chooses experts by the ids of the rows.
 
         Raises: ValueError for a gate that returns no Routing.
         """
         # 1. experts and their weights for each token: [n, k]
         tokens = x.flatten(0, -2)
-        routing = self.gate(tokens)
+        if isinstance(self.gate, HashGate):
+            ids = None if context is None else context.tokens
+            routing = self.gate(tokens, ids if ids is None else ids.flatten())
+        else:
+            routing = self.gate(tokens)
         if not isinstance(routing, Routing):
             gate, got = type(self.gate).__name__, type(routing).__name__
             raise ValueError(

@@ -3,6 +3,9 @@
 The block of depth k (1, 2, ...) joins what depth k-1 knows at position i with the embedding of token i+k, and
 predicts token i+k+1. Embedding and output head are the main model's. Position i never sees the token it predicts:
 given its own target's embedding, a block would learn to copy.
+
+A model with several residual streams gives all of them, as its last block left them, to the first depth. Each is normed
+and projected by itself, and the embedding is added to each. A depth ends with a sum of its streams of its own.
 """
 
 from collections.abc import Callable
@@ -17,19 +20,21 @@ from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.attention import Context
 from dsmini.nn.block import Aux, Block, run_block
 from dsmini.nn.cache import CachePositions, MTPCache
+from dsmini.nn.hyper_connections import head_of
 from dsmini.nn.layers import Linear, RMSNorm
 
 
 class MTP(nn.Module):
     """One depth of multi-token prediction: eh_proj(concat(enorm(embedding), hnorm(hidden))), then a whole block.
 
-    The embedding comes first in the concatenation, as the released weights need it and the reverse of equation 21.
+    The embedding comes first in the concatenation, as the released weights need it and the reverse of equation 21. With
+    several residual streams each gets e_proj(enorm(embedding)) + h_proj(hnorm(stream)).
 
     Args:
         depth: 0 for the first MTP block; it is block n_layers + depth of the model.
         make_block: as in Transformer.
 
-    Source: DeepSeek-V3 report, section 2.2, equations 21 to 23.
+    Source: DeepSeek-V3 report, section 2.2, equations 21 to 23; streams: DeepSeek-V4's inference code.
     """
 
     def __init__(
@@ -45,8 +50,13 @@ class MTP(nn.Module):
         c = layer_config(config, arguments)
         self.enorm = RMSNorm(c.dim, c.norm_eps)
         self.hnorm = RMSNorm(c.dim, c.norm_eps)
-        self.eh_proj = Linear(2 * c.dim, c.dim, init_std=c.init_std)
+        if c.hc_mult > 1:
+            self.e_proj = Linear(c.dim, c.dim, init_std=c.init_std)
+            self.h_proj = Linear(c.dim, c.dim, init_std=c.init_std)
+        else:
+            self.eh_proj = Linear(2 * c.dim, c.dim, init_std=c.init_std)
         self.block = make_block(c, layer=c.n_layers + depth)
+        self.hc_head = head_of(c)
         self.norm = RMSNorm(c.dim, c.norm_eps)
 
     def forward(
@@ -68,11 +78,13 @@ class MTP(nn.Module):
         self, hidden: Float[Tensor, "b s *streams m"], embedding: Float[Tensor, "b s m"]
     ) -> Float[Tensor, "b s *streams m"]:
         """Return the block's input."""
+        if self.hc_head is not None:
+            return self.e_proj(self.enorm(embedding)).unsqueeze(-2) + self.h_proj(self.hnorm(hidden))
         return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
 
     def collapse(self, x: Float[Tensor, "b s *streams m"]) -> Float[Tensor, "b s m"]:
         """Return one hidden state for each position, as Transformer.collapse does."""
-        return x
+        return x if self.hc_head is None else self.hc_head(x)
 
 
 class MTPChain(nn.ModuleList):
@@ -80,7 +92,7 @@ class MTPChain(nn.ModuleList):
 
     def __init__(self, config: ModelConfig, make_block: Callable[..., nn.Module] = Block) -> None:
         super().__init__(MTP(config, depth=k, make_block=make_block) for k in range(config.n_mtp_layers))
-        self.pre_norm = config.mtp_input == "pre_norm"
+        self.pre_norm = config.mtp_input == "pre_norm" or config.hc_mult > 1
 
     def __getitem__(self, index: Any) -> Any:
         """Return a block, or a plain ModuleList of several: a chain is made from a config."""

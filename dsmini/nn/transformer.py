@@ -18,6 +18,7 @@ from dsmini.nn.block import Aux, Block, run_block
 from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy, MTPCache, check_cache
 from dsmini.nn.dsa import IndexerLoss
 from dsmini.nn.gate import Gate, Routing, sequence_balance_loss
+from dsmini.nn.hyper_connections import HyperConnection, StreamHead, expand, head_of
 from dsmini.nn.layers import Embedding, Linear, Matrix, Norm, RMSNorm, at_least_fp32, check_ids, is_plain
 from dsmini.nn.moe import Experts
 from dsmini.nn.mtp import MTPChain
@@ -81,7 +82,7 @@ class States(NamedTuple):
     """Hidden states after the final norm."""
     given: Float[Tensor, "b s *streams m"]
     """Hidden states that the first MTP block reads: the last block's, or after the final norm, as config.mtp_input
-    says."""
+    says. Several residual streams are given as the last block left them."""
     routing: list[Routing]
     indexers: list[IndexerLoss]
 
@@ -114,6 +115,7 @@ class Transformer(nn.Module):
         self.embed = Embedding(c.vocab_size, c.dim, init_std=c.init_std)
         self.embed_norm = RMSNorm(c.dim, c.norm_eps) if c.embed_norm else None
         self.layers = nn.ModuleList(make_block(c, layer=i) for i in range(c.n_layers))
+        self.hc_head = head_of(c)
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.head = Linear(c.dim, c.vocab_size, init_std=c.output_init_std)
         self.mtp = MTPChain(c, make_block)
@@ -124,7 +126,7 @@ class Transformer(nn.Module):
         A module that is not dsmini's, such as nn.Linear, draws from torch's own generator.
         """
         for module in self.modules():
-            if isinstance(module, Matrix | Norm | Experts | Gate):
+            if isinstance(module, Matrix | Norm | Experts | Gate | HyperConnection | StreamHead):
                 module.reset_parameters(generator)
             elif module is not self and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
@@ -203,15 +205,16 @@ class Transformer(nn.Module):
     def states_of(self, x: Float[Tensor, "b s *streams m"], found: list[Aux]) -> States:
         """Return the states after the last block, whose output is x, and what all blocks found."""
         normed = self.norm(self.collapse(x))
-        return States(normed, x if self.config.mtp_input == "pre_norm" else normed, *_listed(found))
+        before = self.hc_head is not None or self.config.mtp_input == "pre_norm"
+        return States(normed, x if before else normed, *_listed(found))
 
     def expand(self, x: Float[Tensor, "b s m"]) -> Float[Tensor, "b s *streams m"]:
-        """Return what the first block gets of the embeddings: themselves. A model may have several residual streams."""
-        return x
+        """Return what the first block gets of the embeddings: themselves, or equal streams of them."""
+        return expand(x, self.config.hc_mult) if self.config.hc_mult > 1 else x
 
     def collapse(self, x: Float[Tensor, "b s *streams m"]) -> Float[Tensor, "b s m"]:
-        """Return one hidden state for each position of what the last block gave: that itself."""
-        return x
+        """Return one hidden state for each position of what the last block gave: that itself, or a sum of streams."""
+        return x if self.hc_head is None else self.hc_head(x)
 
     def embedded(self, tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s m"]:
         """Return the embeddings of token ids, in the compute dtype.

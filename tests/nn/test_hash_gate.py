@@ -1,0 +1,103 @@
+"""V4's gates: the score function, experts looked up by token ids, and the table's making."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsmini.nn import Context, MoE, route
+from dsmini.nn.gate import HashGate, hash_table
+from tests.helpers.configs import refusal
+
+E, K, V, M = 6, 2, 11, 8
+SIZES: dict[str, Any] = {
+    **{"n_routed_experts": E, "n_activated_experts": K, "vocab_size": V, "dim": M, "moe_inter_dim": 5},
+    **{"n_expert_groups": 1, "n_limited_groups": 1, "n_layers": 2, "n_dense_layers": 0, "n_hash_layers": 1},
+    **{"score_func": "sqrtsoftplus", "route_scale": 1.5},
+}
+
+
+def context_of_ids(tokens: torch.Tensor) -> Context:
+    return Context(positions=torch.arange(tokens.shape[1])[None], tokens=tokens)
+
+
+def test_scores_are_the_root_of_softplus_with_finite_gradients() -> None:
+    """Logits of -200 have a softplus of 0, whose root has an infinite derivative."""
+    logits = torch.tensor([[-200.0, -30.0, 0.0, 30.0]], requires_grad=True)
+    routing = route(logits, None, n_activated_experts=3, score_func="sqrtsoftplus")
+    torch.testing.assert_close(routing.scores[0, 1:], logits[0, 1:].exp().log1p().sqrt())
+    routing.scores.sum().backward()
+    assert logits.grad is not None and bool(logits.grad.isfinite().all())
+
+
+def test_scores_stay_in_fp32_for_hidden_states_in_bf16() -> None:
+    routing = HashGate(**SIZES)(torch.randn(3, M).bfloat16(), torch.arange(3))
+    assert routing.weights.dtype == routing.scores.dtype == torch.float32
+
+
+def test_table_chooses_experts_and_scores_weigh_them() -> None:
+    gate, x, tokens = HashGate(**SIZES), torch.randn(7, M), torch.randint(V, (7,))
+    routing = gate(x, tokens)
+    assert torch.equal(routing.indices, gate.tid2eid[tokens].long())
+    scores = F.softplus(x @ gate.weight.T).sqrt()
+    chosen = torch.stack([scores[i, of] for i, of in enumerate(routing.indices)])
+    torch.testing.assert_close(routing.weights, 1.5 * chosen / chosen.sum(-1, keepdim=True))
+    assert torch.equal(routing.counts, routing.indices.flatten().bincount(minlength=E))
+
+
+def test_hash_layer_has_no_bias_and_no_part_in_the_balance_loss() -> None:
+    gate = HashGate(**SIZES, topk_method="noaux_tc")
+    assert gate.bias is None and set(gate.state_dict()) == {"weight", "tid2eid"}
+    routing = gate(torch.randn(4, M), torch.arange(4))
+    gate.update_bias(routing.counts, 0.1)
+    assert not routing.scores.requires_grad and routing.weights.requires_grad
+
+
+def test_table_is_saved_and_stays_int32_in_bf16() -> None:
+    gate, again = HashGate(**SIZES), HashGate(**SIZES)
+    gate.make_table(torch.arange(V))
+    again.load_state_dict(gate.state_dict())
+    assert torch.equal(again.bfloat16().tid2eid, gate.tid2eid)
+    assert again.tid2eid.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (torch.zeros(V, K, dtype=torch.int32), "tid2eid names the experts [0, 0] for a token; want 2 different ones"),
+        (torch.tensor([[0, E]] * V, dtype=torch.int32), f"tid2eid names the experts [0, {E}]"),
+        (torch.tensor([[0, 1]] * (V - 1), dtype=torch.int32), f"tid2eid is [{V - 1}, 2]"),
+    ],
+    ids=["zeros", "no such expert", "another vocabulary"],
+)
+def test_wrong_table_is_refused(table: torch.Tensor, message: str) -> None:
+    gate = HashGate(**SIZES)
+    gate.tid2eid = table
+    assert message in refusal(gate, torch.randn(1, M), torch.tensor([3]))
+
+
+def test_hash_layer_without_ids_is_refused() -> None:
+    moe = MoE(gate_class=HashGate, **SIZES)
+    assert "token ids and got none" in refusal(moe, torch.randn(1, 3, M))
+    y, routing = moe(torch.randn(2, 3, M), context_of_ids(torch.arange(6).view(2, 3)))
+    assert y.shape == (2, 3, M) and routing.indices.shape == (6, K)
+
+
+@pytest.mark.parametrize("skew", [0.0, 1.0], ids=["even", "Zipf"])
+def test_table_spreads_the_tokens_of_a_text(skew: float) -> None:
+    """256 ids with frequencies of 1 / rank^skew on 16 experts, 4 each: no expert has 2 % more than the mean."""
+    counts = (1e6 / torch.arange(1, 257) ** skew).long()[torch.randperm(256)]
+    tables = [hash_table(counts, 16, 4, layer) for layer in range(2)]
+    for table in tables:
+        assert bool((table.sort(-1).values.diff(dim=-1) > 0).all())
+        load = torch.zeros(16, dtype=torch.int64).index_add(0, table.flatten().long(), counts.repeat_interleave(4))
+        assert load.max() < 1.02 * load.sum() / 16
+        assert len({frozenset(of) for of in table.tolist()}) > 25  # far more than 16 / 4 fixed groups
+    assert (tables[0] != tables[1]).any(-1).float().mean() > 0.8
+    assert torch.equal(tables[0], hash_table(counts, 16, 4, 0))
+
+
+def test_unseen_tokens_are_spread_too() -> None:
+    table = hash_table(torch.tensor([1000] + [0] * 999), 8, 2)
+    assert table[1:].flatten().bincount(minlength=8).max() < 2 * 999 * 2 / 8
