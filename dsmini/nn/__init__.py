@@ -9,6 +9,7 @@ import importlib.util
 from dsmini.nn.attention import Attention, Context, cached_attention, causal_attention
 from dsmini.nn.block import Aux, Block
 from dsmini.nn.cache import Cache, LayerCache
+from dsmini.nn.compressed_attention import CompressedAttention
 from dsmini.nn.dsa import DSA, Indexer, IndexerLoss, dsa_layers
 from dsmini.nn.fp8 import FP8Experts, FP8Linear, QuantizedExperts, QuantizedLinear
 from dsmini.nn.gate import Gate, Routing, max_violation, route, sequence_balance_loss
@@ -27,6 +28,7 @@ __all__ = [
     "Aux",
     "Block",
     "Cache",
+    "CompressedAttention",
     "Context",
     "Embedding",
     "Experts",

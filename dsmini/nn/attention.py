@@ -193,8 +193,8 @@ class Attention(nn.Module):
         super().__init__()
         self.mask = mask_function(mask)
         c = layer_config(config, arguments if config else {"attention": "mha", **arguments})
-        if c.is_mla:
-            module = c.attention.upper()
+        if not c.is_baseline:
+            module = "CompressedAttention" if c.attention == "compressed" else c.attention.upper()
             raise ValueError(f"attention={c.attention!r} is another module; use {module}, or 'mha', 'gqa' or 'mqa'")
         self.dim, self.rope = c.dim, Rope.from_config(c)
         self.scale = self.rope.softmax_scale(c.qk_nope_head_dim)

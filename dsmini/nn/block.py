@@ -12,6 +12,7 @@ from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.attention import Attention, Context
 from dsmini.nn.cache import CacheDtype, LayerCache
+from dsmini.nn.compressed_attention import CompressedAttention
 from dsmini.nn.dsa import DSA, IndexerLoss
 from dsmini.nn.gate import HashGate, Routing
 from dsmini.nn.hyper_connections import connection_of, write
@@ -57,7 +58,10 @@ class Block(nn.Module):
         c = layer_config(config, arguments)
         classes: dict[str, type[nn.Module]] = {"mla": MLA, "dsa": DSA}
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
-        self.attn = (attention_class or classes.get(c.attention_of(layer), Attention))(c)
+        if c.attention == "compressed" and attention_class is None:
+            self.attn = CompressedAttention(c, compress_ratio=c.compress_ratio(layer))
+        else:
+            self.attn = (attention_class or classes.get(c.attention, Attention))(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         by_table = {"gate_class": partial(HashGate, layer=layer)} if c.is_hashed(layer) else {}
         self.ffn = moe_class(c, **by_table) if c.is_moe(layer) else in_precision(c, FeedForward)(c)

@@ -42,8 +42,11 @@ TILE = 128
 class LayerCache:
     """The stored rows of one layer, [b, max_seq_len, width], as numbers.
 
-    A layer that stores something else derives from it: Cache asks for `select` and `nbytes` alone.
+    A layer that stores something else derives from it: Cache asks for `select`, `nbytes` and `slack` alone.
     """
+
+    slack: int | None = None
+    """Number of latest tokens that may be taken back; None: all."""
 
     def __init__(self, batch_size: int, max_seq_len: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         # zeros: a row that was never written has weight 0 in the softmax, and 0 * NaN would be NaN
@@ -215,6 +218,8 @@ class Cache:
         self.mtp = mtp
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
         """[b], on the CPU: valid length of each row, in tokens."""
+        self._longest = self.lengths
+        """The same with tokens that were taken back."""
 
     @property
     def batch_size(self) -> int:
@@ -277,6 +282,7 @@ class Cache:
                 f"the cache holds {room} tokens a sequence, and this call would make {longest}; "
                 "make it with a larger max_seq_len, or truncate it"
             )
+        self._longest = torch.where(old == 0, lengths, lengths.maximum(self._longest))
         alike = min(starts) == max(starts) and bool((new == s).all())
         return CachePositions(
             positions=((old[:1] if alike else old)[:, None] + columns).to(self.device),
@@ -295,8 +301,9 @@ class Cache:
     def truncate(self, lengths: Int[Tensor, " b"] | int) -> None:
         """Forget all but the first tokens of each row. Multi-token prediction must not have seen more.
 
-        Raises: ValueError for a length that is negative or longer than the row, and where multi-token prediction would
-            have to forget: it can only begin again, from 0.
+        Raises: ValueError for a length that is negative or longer than the row, for more tokens than compressed
+            attention can take back, and where multi-token prediction would have to forget: it can only begin again,
+            from 0.
         """
         have = self.lengths.tolist()
         wanted = _whole_numbers(lengths, f"truncate to {lengths}; want a whole number, or one for each row of {have}")
@@ -305,6 +312,12 @@ class Cache:
                 f"truncate to {wanted.tolist()}, but the lengths are {have}; want 0 to as many for each row"
             )
         wanted = wanted.expand(self.batch_size).clone()
+        slack = min((store.slack for store in self.stores if store.slack is not None), default=self.max_seq_len)
+        if bool(((wanted > 0) & (wanted < self._longest - slack)).any()):
+            raise ValueError(
+                f"truncate to {wanted.tolist()}, but rows have had {self._longest.tolist()} tokens and the cache can "
+                f"take back {slack}; truncate to 0 and feed them again"
+            )
         if self.mtp is not None:
             self.mtp.forget_beyond(wanted)
         self.lengths = wanted
@@ -319,7 +332,7 @@ class Cache:
         index = _whole_numbers(rows, refusal)
         if index.dim() != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= n:
             raise ValueError(refusal)
-        self.lengths = self.lengths[index]
+        self.lengths, self._longest = self.lengths[index], self._longest[index]
         for store in self.stores:
             store.select(index)
         if self.mtp is not None:

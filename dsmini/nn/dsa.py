@@ -150,9 +150,13 @@ class Indexer(nn.Module):
         self.fp8 = c.indexer_fp8
         width = c.dim if c.q_lora_rank is None else c.q_lora_rank
         self.wq_b = make_linear(c, width, self.n_heads * self.head_dim)
+        self.add_keys(c)
+        self.weights_proj = FP32Linear(c.dim, self.n_heads, init_std=c.init_std)
+
+    def add_keys(self, c: ModelConfig) -> None:
+        """Make the layers that make keys."""
         self.wk = make_linear(c, c.dim, self.head_dim)
         self.k_norm = LayerNorm(self.head_dim)
-        self.weights_proj = FP32Linear(c.dim, self.n_heads, init_std=c.init_std)
 
     def forward(
         self, x: Float[Tensor, "b s m"], latent: Float[Tensor, "b s l"], cos_sin: CosSin
@@ -203,13 +207,15 @@ def head_sum(
 
     Args:
         other_lse: log-sum-exp of the logits of further keys, such as V4's window and sink. They take part in each
-            head's softmax, so that a head that attends to them counts for less, and are left out of the result.
+            head's softmax, so that a head that attends to them counts for less, and are left out of the result. A
+            query that sees these alone has zeros.
     """
     logits = logits.masked_fill(mask[:, None], -torch.inf)
     if other_lse is None:
         return logits.softmax(-1).mean(1)  # each head's row sums to 1
-    share = torch.sigmoid(logits.logsumexp(-1) - other_lse)  # of the keys here in a head's attention: [b, h, s]
-    return einsum(logits.softmax(-1), share, "b h s t, b h s -> b s t") / share.sum(1)[..., None]
+    # a head's weight is the share of the keys here in its attention; a softmax over heads normalises it: [b, h, s]
+    weight = F.logsigmoid(logits.logsumexp(-1) - other_lse).softmax(1)
+    return einsum(logits.softmax(-1), weight, "b h s t, b h s -> b s t").masked_fill(mask.all(-1, keepdim=True), 0.0)
 
 
 def kl_of_scores(
@@ -273,6 +279,13 @@ def indexer_agreement(
     many = ((~masked).sum(-1) > topk).expand(left_out.shape[:2])
     found = ((~left_out).gather(-1, wanted) & many[..., None]).sum()
     return torch.stack((kl, mass.detach(), found.to(kl.dtype), (many.sum() * topk).to(kl.dtype)))
+
+
+def mean_loss(sums: Float[Tensor, " 4"], queries: int) -> IndexerLoss:
+    """Return the loss of this many queries from the sums of indexer_agreement."""
+    kl, mass, found, asked = sums.unbind()
+    recall = torch.where(asked > 0, found / asked.clamp(min=1), 1.0)
+    return IndexerLoss(kl / queries, recall.detach(), mass.detach() / queries)
 
 
 class DSA(MLA):
@@ -379,10 +392,7 @@ class DSA(MLA):
             return context.masked(self.mask, stop, start, stop)
 
         sums = indexer_agreement(*index, q.detach(), k.detach(), self.scale, topk_indices, mask, stage)
-        kl, mass, found, asked = sums.unbind()
-        queries = q.shape[0] * q.shape[1]
-        recall = torch.where(asked > 0, found / asked.clamp(min=1), 1.0)
-        return IndexerLoss(kl / queries, recall.detach(), mass.detach() / queries)
+        return mean_loss(sums, q.shape[0] * q.shape[1])
 
     def masked(
         self,
@@ -400,9 +410,12 @@ class DSA(MLA):
         return torch.cat(y, 2)
 
 
-def dsa_layers(model: nn.Module) -> list[DSA]:
-    """Return the DSA layers in the order of a model, those of MTP blocks last."""
-    return [module for module in model.modules() if isinstance(module, DSA)]
+def dsa_layers(model: nn.Module) -> list[Any]:
+    """Return the attention layers with an indexer in the order of a model, those of MTP blocks last.
+
+    They are DSA, or V4's CompressedAttention. `stage` says how their indexer learns.
+    """
+    return [module for module in model.modules() if isinstance(getattr(module, "indexer", None), Indexer)]
 
 
 def _keys_before(stop: int, t: int, context: Context) -> int:

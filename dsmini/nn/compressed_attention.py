@@ -1,0 +1,530 @@
+"""Compressed attention of DeepSeek-V4: a window of tokens, and entries that stand for blocks of the tokens before.
+
+One key of head_dim numbers serves all heads, and is their value too. A token with hidden state h has
+    c_q = q_norm(W_QA h)                    the compressed query
+    q_j = RoPE(rms(W_QB c_q)_j)             a query for each head j, each divided by its own root mean square
+    k   = RoPE(kv_norm(W_KV h))             key and value: cached while the window holds them
+RoPE rotates the last qk_rope_head_dim numbers in adjacent pairs. A query at position t sees the keys of the last
+window_size tokens, itself among them, and compressed entries.
+
+Each block of m tokens that is complete becomes one entry. A token has contents C = W_C h and weights Z = W_G h + ape,
+all in FP32, with a bias for its place in the block. For each of the head_dim numbers on its own
+    entry = RoPE(norm(sum of softmax(Z) C over the rows of the block))    rotated as the block's first token is
+HCA (m = 128) has just that, and a query sees all entries. In CSA (m = 4) entries overlap: a token has two series of
+C and Z, and an entry is made of the first series of the block before and the second of its own, in one softmax of 2 m
+rows. The first entry has no block before it. In CSA the indexer chooses index_topk entries for each query. It is that
+of dsa.py, but for its keys, which a compressor of its own makes, and RoPE as above. Entry i is seen from its last token
+on: i < floor((t + 1) / m).
+
+All that a query sees shares one softmax, in FP32, with a learned logit for each head, the sink, which takes weight
+and has no value:
+    p_s = exp(q.k_s / sqrt(head_dim)) / (exp(sink) + sum over window and entries of exp(q.k / sqrt(head_dim)))
+    o   = RoPE^-1(sum of p_s k_s)           rotated back by the query's position: values then know distances alone
+    y   = W_OB concat over groups of W_OA_g concat of the group's heads
+Layers with entries rotate everything by compress_rope_theta and YaRN, without its temperature; a layer with the window
+alone (compress_ratio 0) by rope_theta and no YaRN.
+
+The choice of entries is a constant. The indexer learns by the loss of dsa.py, in the same two stages. Its target is the
+attention of all heads to entries. Window and sink take part in each head's softmax, so that a head that looks there
+counts for less.
+
+Simplified: DeepSeek stores weights of wo_a in FP8 and multiplies them in BF16; here they have the compute dtype in FP8
+training too.
+
+Source: DeepSeek-V4 report (arXiv 2606.19348), section 2.3, equations 9 to 23; DeepSeek's released inference code.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dsmini import ops
+from dsmini.config import ModelConfig, layer_config
+from dsmini.config.model import CSA_RATIO
+from dsmini.nn.attention import Context, context_of
+from dsmini.nn.cache import CacheDtype, CachePositions, LayerCacheView
+from dsmini.nn.compressed_cache import BLOCK_FP4, BLOCK_FP8, SLACK, CompressedCache, FP4Rows, FP8Rows, Rows, stored
+from dsmini.nn.dsa import BLOCK, Indexer, IndexerLoss, hadamard, indexer_agreement, mean_loss, topk_keys, topk_mask
+from dsmini.nn.layers import (
+    FP32Linear,
+    FP32Module,
+    Linear,
+    RMSNorm,
+    at_least_fp32,
+    is_plain,
+    make_linear,
+    output_linear,
+    quantize_once,
+    rms_norm,
+)
+from dsmini.nn.rope import CosSin, Rope, apply_rope
+from dsmini.numerics import quantize
+from dsmini.numerics.fp4 import round_fp4
+
+
+def sink_logits(
+    q: Float[Tensor, "b s h d"],
+    kv: Float[Tensor, "b t d"],
+    mask: Bool[Tensor, "#b s t"],
+    sink: Float[Tensor, " h"],
+    scale: float,
+) -> Float[Tensor, "b s h t1"]:
+    """Return the logits of all keys, in FP32, and after them the sink's. True in mask hides a key from a query."""
+    logits = at_least_fp32(einsum(q, kv, "b s h d, b t d -> b s h t")) * scale
+    logits = logits.masked_fill(mask[:, :, None], -torch.inf)
+    return torch.cat((logits, sink.to(logits.dtype).expand(logits.shape[:-1])[..., None]), -1)
+
+
+@ops.operation("sink_attention")
+def sink_attention(
+    q: Float[Tensor, "b s h d"],
+    kv: Float[Tensor, "b t d"],
+    mask: Bool[Tensor, "#b s t"],
+    sink: Float[Tensor, " h"],
+    scale: float,
+) -> Float[Tensor, "b s h d"]:
+    """Return the sum of values by weights softmax([scale q k ; sink]), of which the sink's is left out.
+
+    Args:
+        kv: keys of all heads, and their values.
+        mask: True for keys that a query may not see.
+
+    Source: DeepSeek-V4 report, section 2.3; attention sinks of Xiao et al. 2023 and gpt-oss.
+    """
+    weights = sink_logits(q, kv, mask, sink, scale).softmax(-1)[..., :-1]
+    return einsum(weights.to(kv.dtype), kv, "b s h t, b t d -> b s h d")
+
+
+def rotated(x: Float[Tensor, "b s h d"], cos_sin: CosSin) -> Float[Tensor, "b s h d"]:
+    """Rotate the last numbers of x, adjacent pairs of them."""
+    nope, rope = x.tensor_split((x.shape[-1] - 2 * cos_sin[0].shape[-1],), -1)
+    return torch.cat((nope, apply_rope(rope, cos_sin)), -1)
+
+
+def rows_at(rows: Float[Tensor, "b t d"], places: Int[Tensor, "#b *n"]) -> Float[Tensor, "b *n d"]:
+    """Return the rows of each sequence in these places; any row for a negative place."""
+    b, t, _ = rows.shape
+    places = places.clamp(min=0) + t * torch.arange(b, device=rows.device).view(-1, *[1] * (places.dim() - 1))
+    return F.embedding(places, rows.flatten(0, 1))
+
+
+class Blocks(NamedTuple):
+    """The blocks of m tokens that a call completes, each document's counted from its first token."""
+
+    m: int
+    ends: Int[Tensor, "#b n"]
+    """Column of a block's last token among the new ones."""
+    at: CachePositions
+    """Place of a block: its number in its document or sequence. is_token is True for blocks; None if all are."""
+
+
+def document_starts(documents: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
+    """Return the column of the first token of each position's document. A document is a run of equal numbers."""
+    columns = torch.arange(documents.shape[1], device=documents.device)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return torch.where(begins, columns, 0).cummax(1).values
+
+
+def blocks_of(context: Context, m: int, starts: Int[Tensor, "b s"] | None) -> Blocks:
+    """Find the blocks of m tokens that end among the new ones.
+
+    Args:
+        starts: document_starts; None: there is one document.
+    """
+    s, at = context.positions.shape[1], None if context.cache is None else context.cache.at
+    columns = torch.arange(s, device=context.positions.device)[None]
+    own = columns if at is None else at.positions
+    own = own if starts is None else own - starts
+    # 1. how many blocks there may be: as many as there are, unless rows differ
+    alike = starts is None and (at is None or at.is_token is None)
+    before = 0 if at is None else at.shared_start or 0
+    n = (before + s) // m - before // m if alike else -(-s // m)
+    # 2. in this order the columns of last tokens come first, and stay in theirs
+    is_last = (own + 1) % m == 0
+    if at is not None and at.is_token is not None:
+        is_last = is_last & at.is_token
+    ends = is_last.logical_not().byte().argsort(dim=1, stable=True)[:, :n]
+    place = CachePositions(
+        positions=own.expand_as(is_last).gather(1, ends) // m,
+        shared_start=before // m if alike else None,
+        all_new=at is None or at.all_new,
+        n_keys=n if at is None else at.n_keys // m,
+        is_token=None if alike else is_last.gather(1, ends),
+        lengths=torch.full((len(is_last),), n) if at is None else at.lengths // m,
+    )
+    return Blocks(m, ends, place)
+
+
+class Compressor(FP32Module):
+    """Makes one row of each block of m tokens. All of it is FP32, whatever dtype x has.
+
+    Args:
+        d: width of the row.
+        overlap: rows are made of the block before too, as in CSA.
+
+    Source: DeepSeek-V4 report, equations 9 to 12 and 20 to 23.
+    """
+
+    def __init__(self, c: ModelConfig, m: int, d: int, overlap: bool) -> None:
+        super().__init__()
+        self.m, self.d, self.series = m, d, 2 if overlap else 1
+        self.wkv = FP32Linear(c.dim, self.series * d, init_std=c.init_std)
+        self.wgate = FP32Linear(c.dim, self.series * d, init_std=c.init_std)
+        self.ape = nn.Parameter(torch.zeros(m, self.series * d, dtype=torch.float32))
+        """Bias of Z for each place in a block. The series of the block before comes first, in all three tensors."""
+        self.norm = RMSNorm(d, c.norm_eps)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.ape)
+
+    def forward(
+        self, x: Float[Tensor, "b s m"], blocks: Blocks, cache: LayerCacheView | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """Return the row of each block that ends among the tokens x, in the dtype of x.
+
+        Args:
+            cache: has the raw rows of the latest tokens, to which those of x are appended.
+        """
+        rows = torch.cat((self.wkv(x), self.wgate(x)), -1)
+        if cache is not None:
+            rows = stored(cache).raw.extend(rows, cache.at, self.series * self.m - 1, rows.dtype)
+        ends = blocks.ends + rows.shape[1] - x.shape[1]
+        tokens = ends[..., None] + torch.arange(1 - self.m, 1, device=x.device)
+        contents, weights = [], []
+        for i in range(self.series):
+            back, of = self.m * (self.series - 1 - i), slice(i * self.d, (i + 1) * self.d)
+            c, z = (rows_at(part[..., of], tokens - back) for part in rows.chunk(2, -1))
+            z = z + self.ape[:, of]
+            if back:  # the first block has none before it
+                z = z.masked_fill((blocks.at.positions == 0)[..., None, None], -torch.inf)
+            contents.append(c)
+            weights.append(z)
+        return self.norm((torch.cat(weights, 2).softmax(2) * torch.cat(contents, 2)).sum(2)).to(x.dtype)
+
+
+class EntryIndexer(Indexer):
+    """The indexer of CSA, whose keys are entries of its own compressor."""
+
+    def add_keys(self, c: ModelConfig) -> None:
+        self.compressor = Compressor(c, CSA_RATIO, self.head_dim, overlap=True)
+        self.qat = c.qat
+
+    def _rotated(self, x: Float[Tensor, "b s h d"], cos_sin: CosSin) -> Float[Tensor, "b s h d"]:
+        x = hadamard(rotated(x, cos_sin))
+        return round_fp4(x, min(BLOCK_FP4, self.head_dim)) if self.qat else x
+
+    def entry_keys(self, rows: Float[Tensor, "b n d"], cos_sin: CosSin) -> Float[Tensor, "b n d"]:
+        """Return the keys of entries, of what the compressor makes."""
+        return self._rotated(rows.unsqueeze(2), cos_sin).squeeze(2)
+
+
+class Index(NamedTuple):
+    """The indexer's part of a call, of which index_scores makes I[t, s]."""
+
+    q: Float[Tensor, "b s i d"]
+    keys: Float[Tensor, "b n d"]
+    weights: Float[Tensor, "b s i"]
+
+
+class Entries(NamedTuple):
+    """The entries that the queries of a call may see."""
+
+    rows: Any
+    """[b, n, d], or Rows of a cache of which queries read the chosen ones alone."""
+    ends: Int[Tensor, "#b n"]
+    """Position of the last token of each; without a cache, its column. Beyond all queries where there is no entry."""
+    index: Index | None
+    """What chooses among them; None: a query sees all up to its own position."""
+
+
+class CompressedAttention(FP32Module):
+    """The attention of a layer of DeepSeek-V4. From a config, or from plain arguments.
+
+    Args:
+        compress_ratio: m, number of tokens in an entry. 4: CSA, with overlap and an indexer; 0: the window alone;
+            any other: HCA.
+    """
+
+    stage: Literal["warmup", "sparse"] | None = None
+    """Stage in which the indexer learns, in training mode; None: it does not."""
+
+    def __init__(self, config: ModelConfig | None = None, /, *, compress_ratio: int, **arguments: Any) -> None:
+        super().__init__()
+        alone = {"attention": "compressed", "n_layers": 1, "compress_ratios": (compress_ratio,)}
+        c = layer_config(config, arguments if config else alone | arguments)
+        if c.head_dim is None or c.window_size is None or c.o_groups is None or c.o_lora_rank is None:
+            raise ValueError(f"attention={c.attention!r} is another module; use attention='compressed'")
+        assert c.q_lora_rank is not None, "V4 compresses its queries"
+        self.dim, self.n_heads, self.head_dim, self.groups = c.dim, c.n_heads, c.head_dim, c.o_groups
+        self.window_size, self.m, self.eps = c.window_size, compress_ratio, c.norm_eps
+        self.scale, self.qat = c.head_dim**-0.5, c.qat
+        self.rope = Rope(dim=c.qk_rope_head_dim, rope_theta=c.rope_theta)
+        if compress_ratio:
+            yarn = {"original_seq_len": c.original_seq_len if c.extended else None, "rope_factor": c.rope_factor}
+            yarn |= {"beta_fast": c.beta_fast, "beta_slow": c.beta_slow, "mscale": 0.0, "mscale_all_dim": 0.0}
+            self.rope = Rope(dim=c.qk_rope_head_dim, rope_theta=c.compress_rope_theta, **yarn)
+        self.wq_a = make_linear(c, c.dim, c.q_lora_rank)
+        self.q_norm = RMSNorm(c.q_lora_rank, c.norm_eps)
+        self.wq_b = make_linear(c, c.q_lora_rank, c.n_heads * c.head_dim)
+        self.wkv = make_linear(c, c.dim, c.head_dim)
+        self.kv_norm = RMSNorm(c.head_dim, c.norm_eps)
+        self.attn_sink = nn.Parameter(torch.zeros(c.n_heads, dtype=torch.float32))
+        self.wo_a = Linear(c.n_heads * c.head_dim // c.o_groups, c.o_groups * c.o_lora_rank, init_std=c.init_std)
+        self.wo_b = output_linear(c, c.o_groups * c.o_lora_rank)
+        self.compressor = self.indexer = None
+        if compress_ratio:
+            self.compressor = Compressor(c, compress_ratio, c.head_dim, overlap=compress_ratio == CSA_RATIO)
+        if compress_ratio == CSA_RATIO:
+            self.indexer = EntryIndexer(c)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "CompressedAttention":
+        for part in self.children() if recurse else ():
+            part._apply(fn)
+        super()._apply(fn, recurse=False)  # the sink alone stays in FP32
+        return self
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.attn_sink)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b s m"],
+        context: Context | None = None,
+        *,
+        mask: Bool[Tensor, "#b #s s"] | None = None,
+    ) -> Any:
+        """Attend to the window and to the entries that a query sees, or that the indexer chooses.
+
+        Return the output [b, s, m]. A context with train_indexers asks a layer with an indexer for a pair, as DSA's.
+
+        Raises: ValueError for an x of another shape, and for a mask: an entry is made of tokens that it may hide.
+        """
+        if mask is not None or (context is not None and context.mask is not None):
+            raise ValueError(
+                "compressed attention got a mask, and has entries of whole blocks, in which it cannot hide single "
+                "tokens; leave it out, or give documents"
+            )
+        if context is None:
+            context = context_of(x, self.dim, context, mask)
+        cos, sin = cos_sin = context.cos_sin(self.rope)
+        # 1. queries, and key-value rows: [b, s, h, d] and [b, s, d]
+        codes = quantize_once(x, self.wq_a, self.wkv)
+        latent = self.q_norm(self.wq_a(codes))
+        q = rearrange(self.wq_b(latent), "b s (h d) -> b s h d", h=self.n_heads)
+        q = rotated(rms_norm(q, torch.ones(self.head_dim, device=q.device), self.eps), cos_sin)
+        kv = self.key_value(self.kv_norm(self.wkv(codes)), cos_sin)
+        # 2. attention: [b, s, h, d]
+        y, loss = self.attention(q, kv, x, latent, context)
+        # 3. the output of each group of heads, and of all: [b, s, g r] and [b, s, m]
+        y = self.grouped(rotated(y, (cos, -sin)))
+        y = self.wo_b(y)
+        return (y, loss) if context.train_indexers and self.indexer is not None else y
+
+    def key_value(self, rows: Float[Tensor, "b s d"], cos_sin: CosSin) -> Float[Tensor, "b s d"]:
+        """Return rows as attention reads them: rotated, and in quantization-aware training as FP8 stores them."""
+        rows = rotated(rows.unsqueeze(2), cos_sin).squeeze(2)
+        if not self.qat:
+            return rows
+        nope, rope = rows.tensor_split((-self.rope.dim,), -1)
+        return torch.cat((quantize(nope, (1, BLOCK_FP8)).dequantize(rows.dtype), rope), -1)
+
+    def grouped(self, y: Float[Tensor, "b s h d"]) -> Float[Tensor, "b s gr"]:
+        """Project the heads of each group by its part of wo_a."""
+        y = rearrange(y, "b s (g h) d -> b s g (h d)", g=self.groups)
+        if is_plain(self.wo_a):
+            weight = rearrange(self.wo_a.dense(y.dtype), "(g r) w -> g r w", g=self.groups)
+            return einsum(y, weight, "b s g w, g r w -> b s g r").flatten(2)
+        # a module in its place, such as a LoRA wrapper, gives each group's output for every group's input
+        every = rearrange(self.wo_a(y), "b s g (k r) -> b s r g k", k=self.groups)
+        return rearrange(every.diagonal(dim1=-2, dim2=-1), "b s r g -> b s (g r)")
+
+    def attention(
+        self,
+        q: Float[Tensor, "b s h d"],
+        kv: Float[Tensor, "b s d"],
+        x: Float[Tensor, "b s m"],
+        latent: Float[Tensor, "b s l"],
+        context: Context,
+    ) -> tuple[Float[Tensor, "b s h d"], IndexerLoss | None]:
+        """Attend, and compute the loss of the indexer where it learns and the context asks for it."""
+        (b, s), cache = q.shape[:2], context.cache
+        starts = None if context.documents is None else document_starts(context.documents)
+        stage = self.stage if self.training and cache is None else None
+        learning = stage if context.train_indexers else None
+        # 1. rows of the window before the new tokens, and these, [b, w + s, d]; the entries, [b, n, d]
+        rows = kv
+        if cache is not None:
+            rows = stored(cache).window.extend(kv, cache.at, self.window_size - 1, kv.dtype)
+        entries = self.entries(x, latent, context, starts, stage)
+        # 2. some queries at a time
+        y, sums = [], torch.zeros(4, device=q.device)
+        for start in range(0, s, BLOCK):
+            part = slice(start, min(start + BLOCK, s))
+            some, (kv, masked) = q[:, part], self.window(rows, part, context, starts)
+            # 3. the entries that a query may not see, [#b, s, n], and those that it reads, [b, s, k]
+            n = entries.ends.shape[1]
+            if self.m and (cache is None or cache.at.all_new):  # those that end later are of no use to these queries
+                n = min(n, part.stop // self.m)
+            hidden, chosen = self.hidden(entries.ends[:, :n], part, context, starts), None
+            if self.indexer is not None and entries.index is not None and n:
+                own = entries.index.q[:, part], entries.index.keys[:, :n], entries.index.weights[:, part]
+                chosen = topk_keys(*own, min(self.indexer.topk, n), hidden)
+                if learning is not None:
+                    others = sink_logits(some, kv, masked, self.attn_sink, self.scale).logsumexp(-1)
+                    sums = sums + self.agreement(own, some, entries.rows[:, :n], others, chosen, hidden, learning)
+            y.append(self.attend(some, kv, masked, entries.rows, hidden, None if stage == "warmup" else chosen))
+        return torch.cat(y, 1), None if learning is None or self.indexer is None else mean_loss(sums, b * s)
+
+    def entries(
+        self,
+        x: Float[Tensor, "b s m"],
+        latent: Float[Tensor, "b s l"],
+        context: Context,
+        starts: Int[Tensor, "b s"] | None,
+        stage: Literal["warmup", "sparse"] | None,
+    ) -> Entries:
+        """Return the entries of the new tokens or, with a cache, append them to it and return all."""
+        cache, indexer, index = context.cache, self.indexer, None
+        if self.compressor is None:
+            return Entries(x.new_zeros(len(x), 0, self.head_dim), context.positions[:, :0], None)
+        blocks = blocks_of(context, self.m, starts)
+        first = context.positions.expand(len(blocks.ends), -1).gather(1, blocks.ends) + 1 - self.m
+        cos_sin, n = self.rope.cos_sin(first), blocks.at.n_keys
+        # 1. the indexer's, which the output does not move
+        learns = stage is not None and context.train_indexers
+        longest = n if cache is None else int(blocks.at.lengths.max())
+        chooses = indexer is not None and (learns or (longest > indexer.topk and stage != "warmup"))
+        if indexer is not None and (chooses or cache is not None):
+            with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+                keys = indexer.entry_keys(indexer.compressor(x.detach(), blocks, cache and cache.index), cos_sin)
+                if cache is not None:
+                    stored(cache.index).entries.write(keys, blocks.at)
+                    keys = stored(cache.index).entries.read(n, x.dtype)
+                if chooses:
+                    queries = indexer.queries(latent.detach(), context.cos_sin(self.rope))
+                    index = Index(queries, keys, indexer.head_weights(x.detach()))
+        # 2. and those that are read
+        rows = self.key_value(self.compressor(x, blocks, cache), cos_sin)
+        if cache is None:
+            is_block = blocks.at.is_token
+            return Entries(rows, blocks.ends if is_block is None else blocks.ends.where(is_block, x.shape[1]), index)
+        store = stored(cache).entries
+        store.write(rows, blocks.at)
+        few = index is not None and self.reads_few(x.shape[1], n)
+        ends = (torch.arange(n, device=x.device)[None] + 1) * self.m - 1
+        return Entries(store if few else store.read(n, x.dtype), ends, index)
+
+    def reads_few(self, queries: int, n: int) -> bool:
+        """Return True if the chosen entries of these queries, or of a block of them, are fewer than all n entries."""
+        return self.indexer is not None and min(queries, BLOCK) * self.indexer.topk < n
+
+    def window(
+        self, rows: Float[Tensor, "b t d"], part: slice, context: Context, starts: Int[Tensor, "b s"] | None
+    ) -> tuple[Float[Tensor, "b w d"], Bool[Tensor, "#b n w"]]:
+        """Return the rows in the windows of the new tokens in these columns, and True for those a query may not see.
+
+        Args:
+            rows: of the new tokens, after those before them that a cache has.
+        """
+        old = rows.shape[1] - context.positions.shape[1]
+        keys = torch.arange(max(0, old + part.start - self.window_size + 1), old + part.stop, device=rows.device)
+        distance = torch.arange(old + part.start, old + part.stop, device=rows.device)[:, None] - keys
+        masked = ((distance < 0) | (distance >= self.window_size))[None]
+        if context.cache is not None:  # rows before position 0 and those of padding are none
+            at, b = context.cache.at, len(rows)
+            before = at.positions[:, :1] >= torch.arange(old, 0, -1, device=rows.device)
+            new = torch.ones_like(at.positions, dtype=torch.bool) if at.is_token is None else at.is_token
+            is_row = torch.cat((before.expand(b, -1), new.expand(b, -1)), 1)
+            masked = masked | ~is_row[:, None, keys]
+        if starts is not None:
+            masked = masked | (keys < starts[:, part, None])
+        return rows[:, keys[0] : keys[-1] + 1], masked
+
+    def hidden(
+        self, ends: Int[Tensor, "#b n"], part: slice, context: Context, starts: Int[Tensor, "b s"] | None
+    ) -> Bool[Tensor, "#b s n"]:
+        """Return True for the entries that the queries in these columns may not see: those with a later token.
+
+        An entry is seen from its last token on. It is of the query's document if that token is.
+        """
+        if context.cache is None:
+            positions = torch.arange(part.start, part.stop, device=ends.device)[None]
+        else:
+            positions = context.cache.at.positions[:, part]
+        hidden = ends[:, None] > positions[..., None]
+        return hidden if starts is None else hidden | (ends[:, None] < starts[:, part, None])
+
+    def attend(
+        self,
+        q: Float[Tensor, "b s h d"],
+        kv: Float[Tensor, "b w d"],
+        masked: Bool[Tensor, "#b s w"],
+        entries: Float[Tensor, "b all d"] | Rows,
+        hidden: Bool[Tensor, "#b s n"],
+        chosen: Int[Tensor, "b s k"] | None,
+    ) -> Float[Tensor, "b s h d"]:
+        """Attend to the window, and to the chosen entries or, for None, to all that are not hidden."""
+        (b, s), n = q.shape[:2], hidden.shape[2]
+        if chosen is None or not self.reads_few(s, n):
+            some = entries[:, :n] if isinstance(entries, Tensor) else entries.read(n, q.dtype)
+            hidden = hidden if chosen is None else topk_mask(chosen, n)
+            masks = [mask.expand(b, -1, -1) for mask in (masked, hidden)]
+            return sink_attention(q, torch.cat((kv, some), 1), torch.cat(masks, 2), self.attn_sink, self.scale)
+        # each query is a sequence of its own, of which few entries are gathered
+        some = rows_at(entries, chosen) if isinstance(entries, Tensor) else entries.read_at(chosen.clamp(0), q.dtype)
+        keys = torch.cat((kv[:, None].expand(-1, s, -1, -1), some), 2).flatten(0, 1)
+        mask = torch.cat((masked.expand(b, -1, -1), chosen < 0), 2).flatten(0, 1)[:, None]
+        y = sink_attention(q.flatten(0, 1)[:, None], keys, mask, self.attn_sink, self.scale)
+        return y.view_as(q)
+
+    def agreement(
+        self,
+        index: tuple[Tensor, Tensor, Tensor],
+        q: Float[Tensor, "b s h d"],
+        entries: Float[Tensor, "b n d"],
+        others: Float[Tensor, "b s h"],
+        chosen: Int[Tensor, "b s k"],
+        hidden: Bool[Tensor, "#b s n"],
+        stage: Literal["warmup", "sparse"],
+    ) -> Float[Tensor, " 4"]:
+        """Return indexer_agreement of some queries. One that sees no entry agrees: no KL divergence, and mass 1.
+
+        Args:
+            index: the indexer's queries, keys and head weights.
+            others: log-sum-exp of each head's logits of window and sink.
+        """
+        keys = entries.detach()[:, :, None].expand(-1, -1, self.n_heads, -1)
+        main = q.detach(), keys, self.scale, chosen, lambda *_: hidden, stage
+        sums = indexer_agreement(*index, *main, other_lse=others.detach().transpose(1, 2))
+        blind = hidden.all(-1).expand(len(q), -1).sum()
+        return sums + F.one_hot(torch.tensor(1, device=q.device), 4) * blind
+
+    def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> CompressedCache:
+        """Return the layer's empty cache."""
+        b, n, m, compressor = batch_size, max_seq_len, self.m, self.compressor
+
+        def rows(size: int, d: int) -> Rows:
+            if isinstance(dtype, torch.dtype):
+                return Rows(b, size, d, dtype, device)
+            return FP8Rows(b, size, d - self.rope.dim, self.rope.dim, device)
+
+        def raw(of: Compressor) -> Rows:
+            exact = torch.float64 if dtype == torch.float64 else torch.float32
+            return Rows(b, of.series * m + SLACK, 2 * of.series * of.d, exact, device)
+
+        window = rows(self.window_size + SLACK, self.head_dim)
+        if compressor is None:
+            return CompressedCache(window)
+        cache = CompressedCache(window, rows(n // m, self.head_dim), raw(compressor))
+        if self.indexer is not None:
+            d = self.indexer.head_dim
+            if isinstance(dtype, torch.dtype):
+                keys = Rows(b, n // m, d, dtype, device)
+            else:
+                keys = FP4Rows(b, n // m, d, device)
+            cache.index = CompressedCache(None, keys, raw(self.indexer.compressor))
+        return cache
