@@ -7,25 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsmini.config.fields import refuse_unread, token_ids
-from dsmini.reading import brief
+from dsmini.reading import brief, listed
 
 Allowed = Mapping[str, tuple[Any, ...]]
 """The values that each key may have, the usual one first."""
 
 # keys of config.json with the same name here
 _SAME = ("vocab_size", "n_routed_experts", "n_shared_experts", "topk_method", "norm_topk_prob", "rope_theta")
-_SAME += ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-# theirs -> ours, for config.json
-_CONFIG = {name: name for name in _SAME} | {
+_SAME += ("q_lora_rank", "qk_rope_head_dim")
+# theirs -> ours, for every config.json
+_EVERY = {name: name for name in _SAME} | {
     "hidden_size": "dim",
-    "intermediate_size": "inter_dim",
     "moe_intermediate_size": "moe_inter_dim",
     "num_hidden_layers": "n_layers",
-    "first_k_dense_replace": "n_dense_layers",
     "num_attention_heads": "n_heads",
     "num_experts_per_tok": "n_activated_experts",
-    "n_group": "n_expert_groups",
-    "topk_group": "n_limited_groups",
     "scoring_func": "score_func",
     "routed_scaling_factor": "route_scale",
     "max_position_embeddings": "max_seq_len",
@@ -34,8 +30,20 @@ _CONFIG = {name: name for name in _SAME} | {
     "num_nextn_predict_layers": "n_mtp_layers",
     "num_mtp_layers": "n_mtp_layers",
 }
-# keys of deepseek_v32, the same here
+# keys of deepseek_v32 and deepseek_v4, the same here
 _INDEXER = ("index_n_heads", "index_head_dim", "index_topk")
+# for models of MLA
+_CONFIG = _EVERY | {name: name for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim")}
+_CONFIG |= {"intermediate_size": "inter_dim", "first_k_dense_replace": "n_dense_layers"}
+_CONFIG |= {"n_group": "n_expert_groups", "topk_group": "n_limited_groups"}
+# for deepseek_v4, in the released spelling
+_V4 = _EVERY | {name: name for name in (*_INDEXER, "head_dim", "compress_ratios", "compress_rope_theta", "o_groups")}
+_V4 |= {name: name for name in ("o_lora_rank", "swiglu_limit", "hc_mult", "hc_sinkhorn_iters", "hc_eps")}
+_V4 |= {"sliding_window": "window_size", "num_hash_layers": "n_hash_layers"}
+# in transformers' spelling of it
+_V4_LISTS = {"layer_types", "mlp_layer_types", "compress_rates", "partial_rotary_factor"}
+_NOT_YARN = ("attention_factor", "partial_rotary_factor", "rope_theta")
+_LAYER_TYPES = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 # keys of deepseek_v32 that repeat others, as transformers writes them; and GLM's switch
 _SPARSE = {*_INDEXER, "indexer_rope_interleave", "layer_types", "mlp_layer_types"}
 _YARN = {
@@ -58,19 +66,27 @@ _FIXED: Allowed = {
 }
 # the same, of keys that are only read
 _READ: Allowed = {"mlp_bias": (False,), "rope_interleave": (True,)}
+_V4_READ: Allowed = _READ | {
+    "num_key_value_heads": (1,),
+    "first_k_dense_replace": (0,),
+    "n_group": (1,),
+    "topk_group": (1,),
+    "expert_dtype": ("fp4", "fp8"),
+    "router_jitter_noise": (0.0,),
+}
 _FP8: Allowed = {
     "quant_method": ("fp8",),
     "fmt": ("e4m3",),
     "weight_block_size": ([128, 128], (128, 128)),
     "scale_fmt": ("ue8m0", "float"),
-    "expert_dtype": ("fp8",),
+    "expert_dtype": ("fp8", "fp4"),
 }
 # keys that do not change the model's output
 _SILENT = {
     *("architectures", "model_type", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
     *("torch_dtype", "dtype", "transformers_version", "num_key_value_heads", "qk_head_dim", "head_dim"),
     *("aux_loss_alpha", "seq_aux", "output_router_logits", "quantization_config", "rope_scaling", "rope_parameters"),
-    *("_name_or_path", "num_local_experts"),
+    *("_name_or_path", "num_local_experts", "router_aux_loss_coef"),
 }
 UNKNOWN_IDS = {"bos_token_id": None, "eos_token_id": None}
 """Special ids of a config.json whose tokenizer is not known."""
@@ -94,21 +110,22 @@ def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     if not is_hugging_face(raw):
         return inference_from_json(raw, source)
     kind = raw["model_type"]
-    if kind not in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2"):
-        also = "; a plan of DeepSeek-V3's config shows the attention of V4 too" if "deepseek_v4" in str(kind) else ""
+    if kind not in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "deepseek_v4"):
         raise ValueError(
-            f"{source} has model_type={brief(kind)}; dsmini reads deepseek_v2, deepseek_v3, deepseek_v32 and "
-            f"kimi_k2{also}"
+            f"{source} has model_type={brief(kind)}; dsmini reads deepseek_v2, deepseek_v3, deepseek_v32, kimi_k2 and "
+            "deepseek_v4"
         )
-    v2, sparse = kind == "deepseek_v2", kind == "deepseek_v32"
-    refuse_unread(set(raw).difference(_CONFIG, _FIXED, _READ, _SILENT, _SPARSE if sparse else ()), source)
     quantized = raw.get("quantization_config")
     if quantized and not isinstance(quantized, dict):
         raise ValueError(f"{source} has quantization_config={brief(quantized)}; want a table of keys, or none")
-    _refuse_other(raw, {**_FIXED, **_READ}, source)
     _refuse_other({"quant_method": "unnamed", **quantized} if quantized else {}, _FP8, source, "quantization_config.")
     if raw.get("eos_token_id") is not None:
         token_ids(raw["eos_token_id"], raw.get("vocab_size"), f"eos_token_id in {source}")
+    if kind == "deepseek_v4":
+        return _v4_from_json(raw, source)
+    v2, sparse = kind == "deepseek_v2", kind == "deepseek_v32"
+    refuse_unread(set(raw).difference(_CONFIG, _FIXED, _READ, _SILENT, _SPARSE if sparse else ()), source)
+    _refuse_other(raw, {**_FIXED, **_READ}, source)
     out: dict[str, Any] = {"score_func": "softmax" if v2 else "sigmoid", "n_mtp_layers": 0, "q_lora_rank": None}
     out |= {"topk_method": "greedy" if v2 else "noaux_tc", "norm_eps": 1e-6, "init_std": 0.02}
     out |= {ours: raw[theirs] for theirs, ours in _CONFIG.items() if theirs in raw}
@@ -120,11 +137,15 @@ def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     if sparse:
         sizes |= dict(zip(_INDEXER, _INDEXER, strict=True))
         out |= {"attention": "dsa"} | {key: raw[key] for key in (*_INDEXER, "indexer_rope_interleave") if key in raw}
-    # a missing size is not taken from another model
-    if missing := sorted(theirs for theirs, ours in sizes.items() if ours not in out):
-        raise ValueError(f"{source} lacks {', '.join(missing)}; want every size of the model")
+    _refuse_missing(sizes, out, source)
     _refuse_unequal_layers(raw, out, source)
     return out
+
+
+def _refuse_missing(sizes: Mapping[str, str], out: Mapping[str, Any], source: str) -> None:
+    """Refuse a config without some size, which is not taken from another model."""
+    if missing := sorted(theirs for theirs, ours in sizes.items() if ours not in out):
+        raise ValueError(f"{source} lacks {', '.join(missing)}; want every size of the model")
 
 
 def _refuse_other(raw: Mapping[str, Any], allowed: Allowed, source: str, prefix: str = "") -> None:
@@ -191,26 +212,37 @@ def _yarn(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config.json of a ModelConfig's fields, spelled as in released ones, without dtype and token ids.
 
-    Raises: ValueError for a model that none of deepseek_v2, deepseek_v3 and deepseek_v32 describes, naming the field.
+    Raises: ValueError for a model that none of deepseek_v2, deepseek_v3, deepseek_v32 and deepseek_v4 describes, naming
+        the field.
     """
-    v2, sparse = fields["score_func"] == "softmax", fields["attention"] == "dsa"
-    wanted = {"attention": ("mla", "dsa"), "topk_method": ("noaux_tc",), "score_func": ("sigmoid", "softmax")}
-    wanted |= {"embed_norm": (False,), "qk_norm": (False,)}
-    if v2:
+    v2, sparse, v4 = fields["score_func"] == "softmax", fields["attention"] == "dsa", fields["attention"] == V4
+    wanted = {"attention": ("mla", "dsa", V4), "topk_method": ("noaux_tc",), "score_func": ("sigmoid", "softmax")}
+    wanted |= {"embed_norm": (False,), "qk_norm": (False,), "hc_mult": (1,), "swiglu_limit": (None,)}
+    wanted |= {"n_hash_layers": (0,)}
+    if v4:
+        wanted = dict(_V4_WANTED)
+        _refuse_plain(fields)
+    elif v2:
         wanted |= {"attention": ("mla",), "topk_method": ("greedy", "group_limited_greedy"), "norm_topk_prob": (False,)}
-    if fields["n_mtp_layers"]:
+    if fields["n_mtp_layers"] and fields["hc_mult"] == 1:
         wanted["mtp_input"] = ("post_norm",)
-    version = "2" if v2 else {"dsa": "32"}.get(fields["attention"], "3")
+    version = {"dsa": "32", V4: "4"}.get(fields["attention"], "2" if v2 else "3")
     for key, allowed in wanted.items():
         if fields[key] not in allowed:
             want = " or ".join(map(repr, allowed))
             raise ValueError(f"a model with {key}={fields[key]!r} has no deepseek_v{version} folder; want {want}")
-    out: dict[str, Any] = {theirs: fields[ours] for theirs, ours in _CONFIG.items() if theirs != "num_mtp_layers"}
+    keys = _V4 if v4 else _CONFIG
+    out: dict[str, Any] = {theirs: fields[ours] for theirs, ours in keys.items() if theirs != "num_mtp_layers"}
     out |= {key: values[0] for key, values in _FIXED.items()}
     out |= {key: fields[key] for key in _INDEXER if sparse}
+    out |= _v4_lists(fields) if v4 else {}
     out |= {key: True for key in ("indexer_rope_interleave",) if fields[key]}
     out |= {"model_type": f"deepseek_v{version}", "architectures": [f"DeepseekV{version}ForCausalLM"]}
-    out |= {"num_key_value_heads": fields["n_heads"], "rope_scaling": _yarn_to_json(fields), "use_cache": True}
+    out |= {
+        "num_key_value_heads": 1 if v4 else fields["n_heads"],
+        "rope_scaling": _yarn_to_json(fields),
+        "use_cache": True,
+    }
     return dict(sorted(out.items()))
 
 
@@ -220,7 +252,7 @@ def _yarn_to_json(fields: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     out: dict[str, Any] = {"type": "yarn", **{theirs: fields[ours] for theirs, ours in _YARN.items()}}
     temperatures = (fields["mscale"], fields["mscale_all_dim"])
-    if temperatures == (1.0, 0.0):  # how a file without the two is read
+    if temperatures == (1.0, 0.0) or fields["attention"] == V4:  # how a file without the two is read; V4 has none
         return {key: value for key, value in out.items() if not key.startswith("mscale")}
     if 0.0 in temperatures:
         raise ValueError(
@@ -258,6 +290,114 @@ def with_dtypes(
     return out
 
 
+# --- deepseek_v4
+
+
+V4 = "compressed"
+_V4_WANTED: Allowed = {
+    "attention": (V4,),
+    "n_dense_layers": (0,),
+    "n_expert_groups": (1,),
+    "topk_method": ("noaux_tc",),
+    "score_func": ("sqrtsoftplus", "sigmoid"),
+    "norm_topk_prob": (True,),
+    "embed_norm": (False,),
+    "qk_norm": (False,),
+}
+
+
+def _v4_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return ModelConfig fields from a config.json of deepseek_v4, as released or as transformers writes it."""
+    refuse_unread(set(raw).difference(_V4, _FIXED, _V4_READ, _SILENT, _V4_LISTS), source)
+    _refuse_other(raw, {**_FIXED, **_V4_READ}, source)
+    raw = _in_released_spelling(raw, source)
+    out: dict[str, Any] = {"attention": V4, "n_dense_layers": 0, "n_expert_groups": 1, "n_limited_groups": 1}
+    out |= {"score_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True, "n_mtp_layers": 0}
+    out |= {ours: raw[theirs] for theirs, ours in _V4.items() if theirs in raw}
+    _refuse_missing(_V4, out, source)
+    return out | _yarn(raw, source) | {"mscale": 1.0, "mscale_all_dim": 1.0}
+
+
+def _in_released_spelling(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return a config.json of deepseek_v4 with the released keys in the place of those that transformers writes.
+
+    Ratios of MTP blocks are left out, which must be 0.
+    """
+    out, n, said = dict(raw), raw.get("num_hidden_layers"), {}
+    if "compress_ratios" in raw:
+        out["compress_ratios"] = _without_mtp(raw["compress_ratios"], n, source)
+    ropes, factors = raw.get("rope_parameters"), [raw.get("partial_rotary_factor")]
+    if isinstance(ropes, dict) and {"main", "compress"} & ropes.keys():
+        main, compress = ropes.get("main"), ropes.get("compress")
+        if not (isinstance(main, dict) and isinstance(compress, dict)):
+            raise ValueError(f"{source} has rope_parameters={brief(ropes)}; want a table 'main' and a table 'compress'")
+        _refuse_other(main, {"rope_type": ("default",), "type": ("default",)}, source, "rope_parameters.main.")
+        _refuse_other(compress, {"attention_factor": (1.0,)}, source, "rope_parameters.compress.")
+        said = {"rope_theta": main.get("rope_theta"), "compress_rope_theta": compress.get("rope_theta")}
+        factors += [main.get("partial_rotary_factor"), compress.get("partial_rotary_factor")]
+        del out["rope_parameters"]
+        said["rope_scaling"] = {key: compress[key] for key in compress if key not in _NOT_YARN}
+    if "layer_types" in raw:
+        said["compress_ratios"] = _ratios(raw["layer_types"], raw.get("compress_rates"), source)
+    if "mlp_layer_types" in raw:
+        hashed = raw["mlp_layer_types"].count("hash_moe") if isinstance(raw["mlp_layer_types"], list) else 0
+        want = ["hash_moe"] * hashed + ["moe"] * (n - hashed if isinstance(n, int) else 0)
+        _refuse_other(raw, {"mlp_layer_types": (want,)}, source)
+        said["num_hash_layers"] = hashed
+    width = raw.get("head_dim")
+    for factor in factors:
+        if isinstance(factor, float) and isinstance(width, int):
+            said["qk_rope_head_dim"] = int(width * factor)
+    for key, value in said.items():
+        if out.get(key) not in (None, value):
+            raise ValueError(f"{source} has {key}={brief(out[key])}, and {brief(value)} in other words; keep one")
+    return {key: value for key, value in (out | said).items() if key not in _V4_LISTS}
+
+
+def _without_mtp(ratios: Any, n_layers: Any, source: str) -> Any:
+    """Return the compress_ratios of the layers, without those of MTP blocks that may follow, which must be 0."""
+    if not (isinstance(ratios, list) and isinstance(n_layers, int) and len(ratios) > n_layers):
+        return ratios
+    if any(ratios[n_layers:]):
+        raise ValueError(
+            f"{source} has compress_ratios with {brief(ratios[n_layers:])} after those of the {n_layers} layers, for "
+            "multi-token prediction; dsmini's MTP blocks see a window alone, so want 0 or none"
+        )
+    return ratios[:n_layers]
+
+
+def _ratios(kinds: Any, rates: Any, source: str) -> list[int]:
+    """Return the compress_ratios of layer_types and compress_rates, which are not known to be what they should."""
+    window, csa, hca = _LAYER_TYPES
+    ratio = {window: 0, csa: 4, hca: 128} | (rates if isinstance(rates, dict) else {})
+    known = isinstance(kinds, list) and all(kind in _LAYER_TYPES for kind in kinds)
+    if not known or ratio[window] != 0 or ratio[csa] != 4 or ratio[hca] in (0, 4):
+        raise ValueError(
+            f"{source} has layer_types={brief(kinds)} with compress_rates={brief(rates)}, which dsmini cannot honour; "
+            f"want {listed(_LAYER_TYPES)}, with a rate of 4 for the second and another for the third"
+        )
+    return [ratio[kind] for kind in kinds]
+
+
+def _v4_lists(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return compress_ratios with those of MTP blocks, and transformers' lists where it does not read those ratios."""
+    ratios = list(fields["compress_ratios"])
+    out: dict[str, Any] = {"compress_ratios": ratios + [0] * fields["n_mtp_layers"]}
+    others = set(ratios) - {0, 4}
+    if len(others) == 1 and others != {128}:
+        window, csa, hca = _LAYER_TYPES
+        out["layer_types"] = [{0: window, 4: csa}.get(ratio, hca) for ratio in ratios]
+        out["compress_rates"] = {csa: 4, hca: others.pop()}
+    return out
+
+
+def _refuse_plain(fields: Mapping[str, Any]) -> None:
+    """Refuse a model without what every model of deepseek_v4 has."""
+    for key, none, want in (("hc_mult", 1, "2 or more"), ("swiglu_limit", None, "a number")):
+        if fields[key] == none:
+            raise ValueError(f"a model with {key}={none} has no deepseek_v4 folder; want {want}")
+
+
 # --- DeepSeek's inference code
 
 
@@ -292,6 +432,44 @@ _MODEL_ARGS = {
 }
 # those of V3.2's ModelArgs, where a file has any of them
 _INDEX_ARGS = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
+# those of V4's ModelArgs, a small model, not the released ones
+_V4_ARGS = {
+    "vocab_size": 129280,
+    "dim": 4096,
+    "moe_inter_dim": 4096,
+    "n_layers": 7,
+    "n_hash_layers": 0,
+    "n_mtp_layers": 1,
+    "n_heads": 64,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "n_activated_experts": 2,
+    "score_func": "sqrtsoftplus",
+    "route_scale": 1.0,
+    "swiglu_limit": 0.0,
+    "q_lora_rank": 1024,
+    "head_dim": 512,
+    "rope_head_dim": 64,
+    "norm_eps": 1e-6,
+    "o_groups": 8,
+    "o_lora_rank": 1024,
+    "window_size": 128,
+    "compress_ratios": [0, 0, 4, 128, 4, 128, 4, 0],
+    "max_seq_len": 4096,
+    "compress_rope_theta": 40000.0,
+    "original_seq_len": 0,
+    "rope_theta": 10000.0,
+    "rope_factor": 40,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 512,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "hc_eps": 1e-6,
+}
+_ACCEPTED = {"dtype", "scale_fmt", "max_batch_size"}
 
 
 def inference_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -299,10 +477,11 @@ def inference_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 
     Raises: ValueError for a key that ModelArgs does not have.
     """
-    accepted = {"dtype", "scale_fmt", "max_batch_size"}
+    if (_V4_ARGS.keys() - _MODEL_ARGS.keys() - _INDEX_ARGS.keys()) & raw.keys():
+        return _v4_inference_from_json(raw, source)
     sparse = {"attention": "dsa", **_INDEX_ARGS} if _INDEX_ARGS.keys() & raw.keys() else {}
-    refuse_unread(set(raw) - set(_MODEL_ARGS) - set(_INDEX_ARGS) - accepted, source)
-    out = {**_MODEL_ARGS, **sparse, **{key: value for key, value in raw.items() if key not in accepted}}
+    refuse_unread(set(raw) - set(_MODEL_ARGS) - set(_INDEX_ARGS) - _ACCEPTED, source)
+    out = {**_MODEL_ARGS, **sparse, **{key: value for key, value in raw.items() if key not in _ACCEPTED}}
     sigmoid = out["score_func"] == "sigmoid"
     out["q_lora_rank"] = out["q_lora_rank"] or None
     out["mscale_all_dim"] = out["mscale"]
@@ -310,3 +489,25 @@ def inference_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     grouped = "greedy" if out["n_expert_groups"] == 1 else "group_limited_greedy"
     out["topk_method"] = "noaux_tc" if sigmoid else grouped
     return {**out, "n_mtp_layers": 0, "norm_eps": 1e-6}
+
+
+def _v4_inference_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return ModelConfig fields from a JSON file of V4's inference code, which has YaRN at every length or at none."""
+    accepted = _ACCEPTED | {"scale_dtype", "expert_dtype"}
+    refuse_unread(set(raw) - set(_V4_ARGS) - accepted, source)
+    out = {**_V4_ARGS, **{key: value for key, value in raw.items() if key not in accepted}}
+    out["compress_ratios"] = _without_mtp(out["compress_ratios"], out["n_layers"], source)
+    out["qk_rope_head_dim"] = out.pop("rope_head_dim")
+    out["original_seq_len"] = out["original_seq_len"] or None
+    out["swiglu_limit"] = out["swiglu_limit"] or None
+    lengths = (out["max_seq_len"], out["original_seq_len"], out["rope_factor"])
+    if all(isinstance(n, int | float) for n in lengths):  # max_seq_len is that of a cache
+        out["max_seq_len"] = max(lengths[0], int(lengths[1] * lengths[2]))
+    same = {
+        "attention": V4,
+        "n_dense_layers": 0,
+        "n_expert_groups": 1,
+        "n_limited_groups": 1,
+        "topk_method": "noaux_tc",
+    }
+    return out | same | {"norm_topk_prob": out["score_func"] != "softmax"}

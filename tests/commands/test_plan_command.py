@@ -55,7 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.toml").write_text("[model\n")
     (folder / "taken").write_text("")
     (folder / "empty.toml").write_text("# nothing\n[train]\n")
-    (folder / "later.json").write_text(json.dumps(HF_V3 | {"model_type": "deepseek_v4"}))
+    (folder / "later.json").write_text(json.dumps(HF_V3 | {"model_type": "deepseek_v41"}))
     (folder / "empty.json").write_text("{}")
     (folder / "notes.md").write_text("# Notes\n")
     (folder / "mine.toml").write_text(MINE)

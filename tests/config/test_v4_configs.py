@@ -1,0 +1,189 @@
+"""DeepSeek-V4's config.json as released, as transformers writes it, and the JSON of its inference code."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsmini import ModelConfig
+from dsmini.config.published import config_to_json
+from tests.helpers.configs import refusal, released, written
+
+Changes = dict[str, Any]
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0"}
+HF_FLASH: Changes = {
+    **{"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "torch_dtype": "bfloat16"},
+    **{"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 1, "hidden_act": "silu"},
+    **{"compress_ratios": [0, 0] + [4, 128] * 20 + [4, 0], "compress_rope_theta": 160000, "expert_dtype": "fp4"},
+    **{"hc_eps": 1e-6, "hc_mult": 4, "hc_sinkhorn_iters": 20, "head_dim": 512, "hidden_size": 4096},
+    **{"index_head_dim": 128, "index_n_heads": 64, "index_topk": 512, "initializer_range": 0.02},
+    **{"max_position_embeddings": 1048576, "moe_intermediate_size": 2048, "n_routed_experts": 256},
+    **{"n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 64, "num_experts_per_tok": 6},
+    **{"num_hash_layers": 3, "num_hidden_layers": 43, "num_key_value_heads": 1, "num_nextn_predict_layers": 1},
+    **{"o_groups": 8, "o_lora_rank": 1024, "q_lora_rank": 1024, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6},
+    **{"rope_theta": 10000, "routed_scaling_factor": 1.5, "scoring_func": "sqrtsoftplus", "sliding_window": 128},
+    **{"swiglu_limit": 10.0, "tie_word_embeddings": False, "topk_method": "noaux_tc", "use_cache": True},
+    "quantization_config": {**FP8, "weight_block_size": [128, 128]},
+    "rope_scaling": {
+        **{"type": "yarn", "factor": 16, "beta_fast": 32, "beta_slow": 1},
+        "original_max_position_embeddings": 65536,
+    },
+    **{"transformers_version": "4.57.1", "vocab_size": 129280},
+}
+HF_PRO: Changes = HF_FLASH | {
+    **{"compress_ratios": [128, 128] + [4, 128] * 29 + [4, 0], "hidden_size": 7168, "index_topk": 1024},
+    **{"moe_intermediate_size": 3072, "n_routed_experts": 384, "num_attention_heads": 128, "num_hidden_layers": 61},
+    **{"o_groups": 16, "q_lora_rank": 1536, "routed_scaling_factor": 2.5},
+}
+RELEASED = pytest.mark.parametrize(("name", "raw"), [("deepseek-v4-flash", HF_FLASH), ("deepseek-v4-pro", HF_PRO)])
+DEMO_FLASH: Changes = {
+    **{"vocab_size": 129280, "dim": 4096, "moe_inter_dim": 2048, "n_layers": 43, "n_hash_layers": 3, "n_mtp_layers": 1},
+    **{"n_heads": 64, "n_routed_experts": 256, "n_shared_experts": 1, "n_activated_experts": 6, "route_scale": 1.5},
+    **{"score_func": "sqrtsoftplus", "swiglu_limit": 10.0, "q_lora_rank": 1024, "head_dim": 512, "rope_head_dim": 64},
+    **{"o_groups": 8, "o_lora_rank": 1024, "window_size": 128, "compress_ratios": HF_FLASH["compress_ratios"]},
+    **{"compress_rope_theta": 160000.0, "original_seq_len": 65536, "rope_theta": 10000.0, "rope_factor": 16},
+    **{"beta_fast": 32, "beta_slow": 1, "index_n_heads": 64, "index_head_dim": 128, "index_topk": 512, "hc_mult": 4},
+    **{"dtype": "fp8", "scale_fmt": "ue8m0", "expert_dtype": "fp4", "scale_dtype": "fp8", "norm_eps": 1e-6},
+}
+
+
+def read(folder: Path, raw: Changes) -> ModelConfig:
+    return ModelConfig.from_file(written(folder, raw))
+
+
+def as_transformers_writes(raw: Changes, hca: int = 128) -> Changes:
+    """Spell out the kind of each layer, and nest both kinds of rotary tables, as save_pretrained of 5.24 does."""
+    n, hashed = raw["num_hidden_layers"], raw["num_hash_layers"]
+    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention", hca: "heavily_compressed_attention"}
+    part, yarn = {"partial_rotary_factor": 0.125}, dict(raw["rope_scaling"])
+    left_out = ("compress_ratios", "num_hash_layers", "rope_scaling", "quantization_config", "torch_dtype")
+    return {key: value for key, value in raw.items() if key not in left_out} | {
+        "layer_types": [kinds[ratio] for ratio in raw["compress_ratios"][:n]],
+        "compress_rates": {kinds[4]: 4, kinds[hca]: hca},
+        "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (n - hashed),
+        "rope_parameters": {
+            "main": {"rope_type": "default", "rope_theta": 10000, **part},
+            "compress": {**yarn, "rope_type": "yarn", "attention_factor": 1.0, "rope_theta": 160000, **part},
+        },
+        **{"partial_rotary_factor": 0.125, "dtype": "bfloat16", "mlp_bias": False, "output_router_logits": False},
+        **{"router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0, "pad_token_id": None},
+    }
+
+
+@RELEASED
+def test_released_config_json_is_the_toml_in_both_spellings(tmp_path: Path, name: str, raw: Changes) -> None:
+    want = released(name)
+    for spelling in (raw, raw | {"compress_ratios": raw["compress_ratios"][:-1]}, as_transformers_writes(raw)):
+        assert read(tmp_path, spelling) == want
+    spelling.pop("qk_rope_head_dim")  # it follows from partial_rotary_factor
+    assert read(tmp_path, spelling) == want
+
+
+@RELEASED
+def test_config_is_written_in_the_released_spelling(tmp_path: Path, name: str, raw: Changes) -> None:
+    out = config_to_json(dataclasses.asdict(released(name)))
+    unwritten = {
+        "torch_dtype",
+        "transformers_version",
+        "quantization_config",
+        "expert_dtype",
+        "bos_token_id",
+        "eos_token_id",
+    }
+    assert {key: out[key] for key in raw if key not in unwritten} == {
+        k: v for k, v in raw.items() if k not in unwritten
+    }
+    assert read(tmp_path, out) == released(name)
+
+
+def test_a_ratio_that_transformers_does_not_know_is_written_in_its_words_too(tmp_path: Path) -> None:
+    ratios = (0, 4, 16, *[4] * 40)
+    config = released("deepseek-v4-flash", compress_ratios=ratios, original_seq_len=None, rope_factor=40.0)
+    out = config_to_json(dataclasses.asdict(config))
+    assert out["compress_rates"] == {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16}
+    assert read(tmp_path, out) == config
+    del out["compress_ratios"]
+    assert read(tmp_path, out) == config
+
+
+def test_inference_json_of_v4(tmp_path: Path) -> None:
+    """ModelArgs' defaults are a small model. YaRN is on at any length, so max_seq_len becomes what it is for."""
+    assert read(tmp_path, DEMO_FLASH) == released("deepseek-v4-flash")
+    small = read(tmp_path, {"n_hash_layers": 0})
+    assert (small.dim, small.n_layers, small.compress_ratios) == (4096, 7, (0, 0, 4, 128, 4, 128, 4))
+    assert (small.compress_rope_theta, small.original_seq_len, small.swiglu_limit) == (40000.0, None, None)
+    assert (small.n_routed_experts, small.n_activated_experts, small.n_mtp_layers) == (8, 2, 1)
+    assert small.norm_topk_prob and not small.extended
+
+
+RATES = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"compress_ratios": [*HF_FLASH["compress_ratios"][:-1], 4]}, "for multi-token prediction"),
+        ({"compress_ratios": [0, 4]}, "give one for each layer"),
+        ({"compress_ratios": "many"}, "not a list of whole numbers"),
+        ({"num_key_value_heads": 64}, "num_key_value_heads=64, which dsmini cannot honour; want 1"),
+        ({"n_group": 8}, "n_group=8, which dsmini cannot honour; want 1"),
+        ({"first_k_dense_replace": 3}, "first_k_dense_replace=3, which dsmini cannot honour; want 0"),
+        ({"engram_layer_ids": [1]}, "keys that dsmini does not know and so cannot honour: engram_layer_ids"),
+        ({"dspark_block_size": 5}, "cannot honour: dspark_block_size"),
+        ({"expert_dtype": "nvfp4"}, "expert_dtype='nvfp4', which dsmini cannot honour; want 'fp4'"),
+        ({"quantization_config": FP8 | {"weight_block_size": [32, 32]}}, "weight_block_size=[32, 32]"),
+        ({"hc_mult": None}, "hc_mult=None is not a whole number"),
+        ({"rope_parameters": {"main": 3}}, "want a table 'main' and a table 'compress'"),
+        ({"layer_types": ["sliding_attention"] * 43}, "in other words; keep one"),
+        ({"layer_types": ["mamba"] * 43}, "cannot honour; want sliding_attention"),
+        ({"layer_types": 7}, "layer_types=7"),
+        ({"mlp_layer_types": ["moe", "hash_moe"]}, "mlp_layer_types="),
+        ({"mlp_layer_types": ["moe"] * 43}, "num_hash_layers=3, and 0 in other words"),
+        ({"partial_rotary_factor": 0.25}, "qk_rope_head_dim=64, and 128 in other words"),
+        ({"swiglu_limit": 0.0}, "swiglu_limit=0.0 is not positive"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type"),
+    ],
+)  # fmt: skip
+def test_config_json_that_cannot_be_honoured_is_refused(tmp_path: Path, changes: Changes, want: str) -> None:
+    assert want in refusal(read, tmp_path, HF_FLASH | changes)
+
+
+@pytest.mark.parametrize(
+    ("rates", "factor", "want"),
+    [
+        (RATES | {"compressed_sparse_attention": 8}, 1.0, "a rate of 4 for the second"),
+        (RATES | {"heavily_compressed_attention": 4}, 1.0, "a rate of 4 for the second"),
+        (RATES, 1.277, "attention_factor=1.277, which dsmini cannot honour; want 1.0"),
+    ],
+)
+def test_transformers_spelling_that_cannot_be_honoured(
+    tmp_path: Path, rates: Changes, factor: float, want: str
+) -> None:
+    raw = as_transformers_writes(HF_FLASH) | {"compress_rates": rates}
+    raw["rope_parameters"]["compress"]["attention_factor"] = factor
+    assert want in refusal(read, tmp_path, raw)
+
+
+def test_a_missing_size_is_named(tmp_path: Path) -> None:
+    raw = {key: value for key, value in HF_FLASH.items() if key not in ("o_groups", "num_hash_layers")}
+    assert "lacks num_hash_layers, o_groups; want every size of the model" in refusal(read, tmp_path, raw)
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"hc_mult": 1}, "a model with hc_mult=1 has no deepseek_v4 folder; want 2 or more"),
+        ({"swiglu_limit": None}, "a model with swiglu_limit=None has no deepseek_v4 folder; want a number"),
+        ({"score_func": "softmax"}, "score_func='softmax' has no deepseek_v4 folder"),
+        ({"n_expert_groups": 2}, "n_expert_groups=2 has no deepseek_v4 folder; want 1"),
+    ],
+)
+def test_a_model_that_is_no_v4_is_not_written(changes: Changes, want: str) -> None:
+    assert want in refusal(config_to_json, dataclasses.asdict(released("deepseek-v4-flash")) | changes)
+
+
+@pytest.mark.parametrize("changes", [{"hc_mult": 4}, {"n_hash_layers": 1}, {"swiglu_limit": 10.0}])
+def test_v4_parts_are_not_lost_in_a_folder_of_v3(changes: Changes) -> None:
+    fields = dataclasses.asdict(released("deepseek-v3")) | changes
+    assert "has no deepseek_v3 folder" in refusal(config_to_json, fields)
