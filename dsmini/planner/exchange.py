@@ -27,9 +27,11 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from dsmini.accounting.tensors import BLOCK, SIZES, ceiling
+from dsmini.accounting.tensors import BLOCK, SIZES
 from dsmini.config import ModelConfig
-from dsmini.planner.figure import Figure
+from dsmini.planner.figure import counted, figure
+from dsmini.planner.hardware import Hardware
+from dsmini.planner.request import Assumptions
 
 TOKENS = 8192
 """Random tokens that are routed where groups are limited."""
@@ -64,63 +66,104 @@ def _routed(experts: int, chosen: int, groups: int, limited: int, best: int) -> 
     return np.argpartition(allowed, -chosen, axis=1)[:, -chosen:]
 
 
-class Exchange:
-    """Bytes of a token in a MoE layer that cross the slow and the fast link, both ways.
+class Links:
+    """Rates of the links that are reached; 0 without a link."""
 
-    Attributes:
-        expert_nodes: Nodes that share a layer's experts. Source: V3, sections 3.2.2 and 3.4.
-        nodes_reached: Nodes that a token reaches, or rows of its own. Source: V3, sections 3.2.2 and 3.4.
-        gpus_reached: GPUs of a token's experts, or rows of its own. Source: V3, sections 3.2.2 and 3.4.
-        slow_copies: Rows of a token over the slow link. Source: V3, sections 3.2.2 and 3.4.
-        fast_copies: Rows of a token over the fast link. Source: V3, sections 3.2.2 and 3.4.
-        dispatch_row: Row on its way to an expert. Source: V3, section 3.3.3.
-        combine_row: Row on its way back. Source: V3, section 3.3.3.
-        slow_row_bytes: Slow link: bytes of a token and layer. Source: V3, sections 3.2.2 and 3.4.
-        fast_row_bytes: Fast link: bytes of a token and layer. Source: V3, sections 3.2.2 and 3.4.
-    """
+    def __init__(self, h: Hardware, a: Assumptions) -> None:
+        self.h, self.a = h, a
+
+    @figure("B/s")
+    def fast_rate(self) -> float:
+        """Rate to others of the node that is reached. Source: INS, section 4.3."""
+        return self.h.fast_link * self.a.link_efficiency if self.h.linked else 0
+
+    @figure("B/s")
+    def slow_rate(self) -> float:
+        """Rate to other nodes that is reached. Source: INS, section 4.3."""
+        return self.h.slow_link * self.a.link_efficiency if self.h.networked else 0
+
+
+class Exchange:
+    """Bytes of a token in a MoE layer that cross the slow and the fast link, both ways."""
 
     def __init__(
-        self,
-        c: ModelConfig,
-        gpus: float,
-        in_node: float,
-        dtype: str,
-        names: tuple[str, str],
-        one_hop: int | None = None,
+        self, c: ModelConfig, gpus: int, in_node: int, dtype: str, one_hop: int | None = None, stage: str = ""
     ) -> None:
-        """Compute the bytes.
+        """Take the sizes.
 
         Args:
             gpus, in_node: GPUs that share the experts, and how many of them are in a node.
             dtype: of rows on their way to the experts, in FP8 codes with a scale for each tile.
-            names: of these two in formulas.
             one_hop: experts of a token, each of which gets a row of its own, with shared ones that are reached like
                 routed ones; None: two hops.
+            stage: beginning of the names of figures, such as "decode_".
         """
-        whole, node = names
-        nodes, best = max(1.0, gpus / in_node), 2 if c.topk_method == "noaux_tc" else 1
-        self.expert_nodes = Figure(nodes, "", f"max(1, {whole} / {node})")
-        how = (c.n_routed_experts, c.n_activated_experts, c.n_expert_groups, c.n_limited_groups, best)
-        sizes = f"n_routed_experts, n_activated_experts, n_expert_groups, n_limited_groups, {best}"
+        self.c, self.gpus, self.in_node, self.dtype = c, gpus, in_node, dtype
+        self.one_hop, self.stage = one_hop, stage
 
-        def reached(places: float, name: str) -> Figure:
-            if one_hop:
-                return Figure(one_hop, "", f"{one_hop}")
-            return Figure(places_hit(*how, float(places)), "", f"places_hit({sizes}, {name})")
+    def reached(self, places: float) -> float:
+        """Return how many of these places a token's rows reach."""
+        c, best = self.c, 2 if self.c.topk_method == "noaux_tc" else 1
+        if self.one_hop:
+            return self.one_hop
+        how = c.n_routed_experts, c.n_activated_experts, c.n_expert_groups, c.n_limited_groups, best
+        return places_hit(*how, float(places))
 
-        self.nodes_reached, self.gpus_reached = reached(nodes, "expert_nodes"), reached(gpus, whole)
-        slow, fast = self.nodes_reached * (1 - 1 / nodes), self.gpus_reached * (1 - 1 / min(gpus, in_node))
-        formula = f"gpus_reached * (1 - 1 / min({whole}, {node}))"
-        if one_hop:
-            fast, formula = one_hop * (1 / nodes - 1 / gpus), f"gpus_reached * (1 / expert_nodes - 1 / {whole})"
-        self.slow_copies = Figure(slow, "", "nodes_reached * (1 - 1 / expert_nodes)")
-        self.fast_copies = Figure(fast, "", formula)
-        size = SIZES[dtype]
-        row, formula = size * c.dim, f"{size} * dim"
-        self.combine_row = Figure(row, "B", formula)
-        if dtype == "fp8":
-            row, formula = c.dim + 4 * ceiling(c.dim, BLOCK), f"dim + 4 * ceil(dim / {BLOCK})"
-        self.dispatch_row = Figure(row, "B", formula)
-        both = self.dispatch_row + self.combine_row
-        self.slow_row_bytes = Figure(slow * both, "B/token", "slow_copies * (dispatch_row + combine_row)")
-        self.fast_row_bytes = Figure(fast * both, "B/token", "fast_copies * (dispatch_row + combine_row)")
+    @counted()
+    def expert_parallel(self) -> int:
+        """GPUs that share a layer's experts. Source: the layout or the deployment."""
+        return self.gpus
+
+    @counted()
+    def expert_in_node(self) -> int:
+        """GPUs of a node that share experts, if there are so many. Source: the hardware, and what divides evenly."""
+        return self.in_node
+
+    @figure()
+    def expert_nodes(self) -> float:
+        """Nodes that share a layer's experts. Source: V3, sections 3.2.2 and 3.4."""
+        return max(1, self.expert_parallel / self.expert_in_node)
+
+    @counted()
+    def nodes_reached(self) -> float:
+        """Nodes that a token reaches, or rows of its own. Source: V3, sections 3.2.2 and 3.4: by the gate's rule."""
+        return self.reached(self.expert_nodes)
+
+    @counted()
+    def gpus_reached(self) -> float:
+        """GPUs of a token's experts, or rows of its own. Source: V3, sections 3.2.2 and 3.4: by the gate's rule."""
+        return self.reached(self.gpus)
+
+    @figure()
+    def slow_copies(self) -> float:
+        """Rows of a token over the slow link. Source: V3, sections 3.2.2 and 3.4."""
+        return self.nodes_reached * (1 - 1 / self.expert_nodes)
+
+    @figure()
+    def fast_copies(self) -> float:
+        """Rows of a token over the fast link. Source: V3, sections 3.2.2 and 3.4."""
+        if self.one_hop:
+            return self.gpus_reached * (1 / self.expert_nodes - 1 / self.expert_parallel)
+        return self.gpus_reached * (1 - 1 / min(self.expert_parallel, self.expert_in_node))
+
+    @figure("B")
+    def combine_row(self) -> int:
+        """Row on its way back. Source: V3, section 3.3.3."""
+        return SIZES[self.dtype] * self.c.dim
+
+    @figure("B")
+    def dispatch_row(self) -> int:
+        """Row on its way to an expert. Source: V3, section 3.3.3."""
+        if self.dtype == "fp8":
+            return self.c.dim + 4 * math.ceil(self.c.dim / BLOCK)
+        return self.combine_row
+
+    @figure("B/token")
+    def slow_row_bytes(self) -> float:
+        """Slow link: bytes of a token and layer. Source: V3, sections 3.2.2 and 3.4."""
+        return self.slow_copies * (self.dispatch_row + self.combine_row)
+
+    @figure("B/token")
+    def fast_row_bytes(self) -> float:
+        """Fast link: bytes of a token and layer. Source: V3, sections 3.2.2 and 3.4."""
+        return self.fast_copies * (self.dispatch_row + self.combine_row)

@@ -1,10 +1,17 @@
-"""Figures: numbers with a unit, the formula that they were computed by, and a source; and their explanation in words.
+"""Figures: numbers with a unit, a title, a source, and the formula that they are computed by; and their explanation.
 
-    row = Figure(2 * 576, "B", "2 * (kv_lora_rank + qk_rope_head_dim)")
-    cache = Figure(n_layers * row, "B/token", "n_layers * cache_row")
+    class Cache:
+        @figure("B/token")
+        def kv_cache(self) -> float:
+            \"\"\"Cache of a token, all layers. Source: V2, table 1.\"\"\"
+            return self.c.n_layers * self.cache_row
 
-A figure is a float, so formulas are plain Python. The text of a formula stands next to it, and names other figures and
-inputs; a test computes every text and compares. An input has no formula, and its source says where it comes from.
+A figure is a property that is computed once. Its formula is the expression that the method returns, as it stands in the
+source; its docstring is its title and its source. A `counted` figure has no formula to show: accounting counts it, and
+an explanation shows it as an input. So each formula is said once, and is plain Python.
+
+In a written formula an attribute that is a figure or an input has its name: `self.c.n_layers` is n_layers. All else,
+such as a call of a method, is written as the number that it gives.
 
 Units are base units, without prefixes: B, FLOP, s, token, $, and their quotients. In words a prefix is a power of
 1000: a GB is 1e9 B. A computed figure has three digits, an input up to six, as it was given. Whole counts stay whole.
@@ -18,36 +25,40 @@ An explanation has the figure that was asked for first, then each figure that it
       source: V2, table 1
 """  # noqa: RUF002
 
+import ast
+import copy
 import difflib
 import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 from dsmini.report.units import human, is_whole, plural_of
 
+T = TypeVar("T")
 NAME = re.compile(r"(?<![\w.])[a-z_][a-z_0-9]*(?![a-z_0-9]*\()")
 """Name in a formula that is not of a function."""
+FUNCTIONS = ("max", "min", "ceil", "floor", "sqrt", "exp")
+"""Functions that formulas show."""
+COUNTED = "counted by dsmini.accounting"
 
 
 class Figure(float):
-    """Number that knows its unit, its formula in names, its title and its source; an input has no formula.
+    """Number that knows its name, its unit, its formula in names, its title and its source; an input has no formula."""
 
-    A class whose attributes are figures lists their titles and sources in its docstring.
-    """
-
-    __slots__ = ("formula", "source", "title", "unit")
+    __slots__ = ("formula", "name", "source", "title", "unit")
+    name: str
     unit: str
-    formula: str
     title: str
     source: str
+    formula: str
 
-    def __new__(cls, value: float, unit: str, formula: str, title: str = "", source: str = "") -> "Figure":
+    def __new__(cls, name: str, value: float, unit: str, title: str, source: str, formula: str = "") -> "Figure":
         made = super().__new__(cls, value)
-        made.unit, made.formula, made.title, made.source = unit, formula, title, source
+        made.name, made.unit, made.title, made.source, made.formula = name, unit, title, source, formula
         return made
 
     @property
@@ -75,46 +86,141 @@ class Figure(float):
 Figures = Mapping[str, Figure]
 
 
-def given(value: float, unit: str, title: str, source: str) -> Figure:
-    """Return an input."""
-    return Figure(value, unit, "", title, source)
+class Explained(Generic[T]):
+    """Property that is computed once, and knows how."""
+
+    def __init__(self, method: Callable[[Any], T], unit: str, counted: bool) -> None:
+        self.method, self.unit, self.counted = method, unit, counted
+        self.title, _, self.source = " ".join((method.__doc__ or "").split()).rstrip(".").partition(". Source: ")
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, of: None, kind: type) -> "Explained[T]": ...
+    @overload
+    def __get__(self, of: object, kind: type) -> T: ...
+    def __get__(self, of: object | None, kind: type) -> "T | Explained[T]":
+        if of is None:
+            return self
+        found = of.__dict__[self.name] = self.method(of)
+        return found
+
+
+def figure(unit: str = "") -> Callable[[Callable[[Any], T]], Explained[T]]:
+    """Make a method a figure: it returns one expression, or one in each branch. Where it is None there is no figure."""
+    return lambda method: Explained(method, unit, counted=False)
+
+
+def counted(unit: str = "") -> Callable[[Callable[[Any], T]], Explained[T]]:
+    """Make a method a figure that formulas name and that has none."""
+    return lambda method: Explained(method, unit, counted=True)
+
+
+def figures_of(found: object, inputs: Figures) -> dict[str, Figure]:
+    """Return the figures of an object by name, and the inputs that their formulas name.
+
+    The names begin with the object's `stage`, if it has one, such as "decode_".
+
+    Args:
+        inputs: numbers that the object has as plain ones, such as sizes of a model, by the names of their attributes.
+    """
+    figures: dict[str, Figure] = {}
+    for each in vars(type(found)).values():
+        if isinstance(each, Explained) and (value := getattr(found, each.name)) is not None:
+            name, writer = _whole_name(found, each.name), _Writer(found, each.method, inputs)
+            formula = "" if each.counted else writer.formula()
+            source = each.source or (COUNTED if each.counted else "")
+            figures |= {name: Figure(name, value, each.unit, each.title, source, formula)}
+            figures |= writer.met
+    return figures
+
+
+def _whole_name(owner: object, name: str) -> str:
+    return getattr(owner, "stage", "") + name
 
 
 @functools.cache
-def attribute_docs(kind: type) -> Mapping[str, tuple[str, str]]:
-    """Return title and source of each attribute that the docstring of a class lists.
-
-    >>> attribute_docs(CacheFigures)["kv_cache"]
-    ('Cache of a token, all layers', 'V2, table 1; INS, table 1')
-    """
-    _, _, listed = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
-    found: dict[str, tuple[str, str]] = {}
-    for entry in re.split(r"\n(?=    \w)", f"\n{listed}")[1:]:
-        name, _, doc = " ".join(entry.split()).partition(": ")
-        title, _, source = doc.rstrip(".").partition(". Source: ")
-        found[name] = title, source
-    return found
+def _body(method: Callable[..., Any]) -> list[ast.stmt]:
+    (made,) = ast.parse(textwrap.dedent(inspect.getsource(method))).body
+    assert isinstance(made, ast.FunctionDef)
+    return made.body
 
 
-def figures_of(found: object, pattern: str = "{}") -> dict[str, Figure]:
-    """Return the attributes of an object that are figures, by name, with their titles and sources.
+class _Writer(ast.NodeTransformer):
+    """Writes the expression that a method returns as a formula."""
 
-    Args:
-        pattern: of whole names, such as "memory_{}", which formulas then have too.
-    """
-    here = {name: value for name, value in vars(found).items() if isinstance(value, Figure)}
-    names, docs = {name: pattern.format(name) for name in here}, attribute_docs(type(found))
-    whole: dict[str, Figure] = {}
-    for name, figure in here.items():
-        title, source = docs.get(name, (figure.title, figure.source))
-        formula = renamed(figure.formula, names)
-        whole[names[name]] = Figure(figure, figure.unit, formula, figure.title or title, figure.source or source)
-    return whole
+    def __init__(self, owner: object, method: Callable[..., Any], inputs: Figures) -> None:
+        self.method, self.inputs = method, inputs
+        self.scope = {**method.__globals__, "self": owner}
+        self.local: dict[str, ast.expr] = {}
+        """Expressions of the method's variables."""
+        self.met: dict[str, Figure] = {}
+        """Inputs that are named."""
 
+    def formula(self) -> str:
+        """Return the formula of the branch that was taken."""
+        found = self.returned(_body(self.method))
+        assert found is not None, f"{self.method.__qualname__} returns no expression"
+        return ast.unparse(self.visit(copy.deepcopy(found)))
 
-def renamed(formula: str, names: Mapping[str, str]) -> str:
-    """Return a formula with other names."""
-    return NAME.sub(lambda found: names.get(found[0], found[0]), formula)
+    def returned(self, body: list[ast.stmt]) -> ast.expr | None:
+        for line in body:
+            if isinstance(line, ast.Return):
+                return line.value
+            if isinstance(line, ast.Assign):
+                (target,), value = line.targets, line.value
+                names, parts = [target], [value]
+                if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                    names, parts = target.elts, value.elts
+                self.local |= dict(zip(map(ast.unparse, names), parts, strict=True))
+                exec(compile(ast.Module([line], []), "", "exec"), self.scope)
+            if isinstance(line, ast.If) and (
+                found := self.returned(line.body if self.value(line.test) else line.orelse)
+            ):
+                return found
+        return None
+
+    def value(self, node: ast.expr) -> Any:
+        """Return the value of a part of the source, which is the method's own."""
+        return eval(compile(ast.Expression(node), "", "eval"), self.scope)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        owner = self.value(node.value)
+        if isinstance(getattr(type(owner), node.attr, None), Explained):
+            return ast.Name(_whole_name(owner, node.attr))
+        value, known = self.value(node), self.inputs.get(node.attr)
+        is_input = known is not None and known == value and not isinstance(value, Figure)
+        return self.named(known) if is_input else self.plain(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        name = ast.unparse(node.func).rpartition(".")[2]
+        if name in FUNCTIONS:
+            return ast.Call(ast.Name(name), [self.visit(arg) for arg in node.args], [])
+        if name == "sum":
+            parts: list[ast.expr] = [self.named(part) for part in self.value(node.args[0])]
+            return functools.reduce(lambda a, b: ast.BinOp(a, ast.Add(), b), parts) if parts else ast.Constant(0)
+        return self.plain(node)
+
+    def plain(self, node: ast.expr) -> ast.expr:
+        """Return the name of an input, or the number that an expression gives."""
+        value = self.value(node)
+        if isinstance(value, Figure):
+            return self.named(value)
+        return ast.Constant(int(value) if is_whole(value) else float(value))
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        return self.plain(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self.visit(copy.deepcopy(self.local[node.id])) if node.id in self.local else self.plain(node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        return self.visit(node.body if self.value(node.test) else node.orelse)
+
+    def named(self, found: Figure) -> ast.Name:
+        self.met[found.name] = found
+        return ast.Name(found.name)
 
 
 def exactly(figure: Figure) -> str:

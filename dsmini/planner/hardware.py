@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmini.config.fields import build, check_types, refuse_unknown, require, setting
-from dsmini.planner.figure import Figure, given
+from dsmini.planner.figure import Figure
 from dsmini.reading import brief, read_toml
 
 OnPart = Callable[[float, str], None]
@@ -114,6 +114,12 @@ class Hardware:
         """Dollars a second of an accelerator; None where nobody published one."""
         return self.numbers.get("gpu_price")
 
+    def check_links(self, gpus: int) -> None:
+        """Raise ValueError for more accelerators than the links connect."""
+        if gpus > self.most_gpus:
+            most = f"{self.node} or fewer" if self.linked else f"{self.node}"
+            raise ValueError(f"{self.title} has no link that gpus={gpus} need; use {most}")
+
     def peak(self, dtype: str) -> Figure:
         """Return the peak of a dtype. Raises: ValueError for a dtype that the hardware has no units for."""
         if dtype not in self.peaks:
@@ -194,12 +200,12 @@ def read(raw: dict[str, Any], name: str, file: str) -> Hardware:
 
 def _number(table: Any, kind: tuple[str, str, Mapping[str, float]], file: str, key: str) -> Figure:
     """Return a number of a file in base units. Raises: ValueError naming what is wrong."""
-    number, (_, title, units) = build(Number, table, f"[{key[:-1]}] of {file}" if key else file, key), kind
+    number, (name, title, units) = build(Number, table, f"[{key[:-1]}] of {file}" if key else file, key), kind
     want = ", ".join(filter(None, units)) or "none"
     require(number.unit in units, f"{key}unit in {file} is {brief(number.unit)}, want {want}")
     scaled = number.value * units[number.unit]
     require(scaled.is_integer() or units is not COUNT, f"{key}value in {file} is {number.value}, want a whole number")
-    return given(scaled, next(iter(units)), title, number.source)
+    return Figure(name, scaled, next(iter(units)), title, number.source)
 
 
 def this_machine(on_part: OnPart) -> Hardware:
@@ -223,5 +229,5 @@ def this_machine(on_part: OnPart) -> Hardware:
     return Hardware(
         name="this",
         title=title,
-        numbers={n: given(x, FIGURES[n][1], FIGURES[n][0], source) for n, x in numbers.items()},
+        numbers={n: Figure(n, x, FIGURES[n][1], FIGURES[n][0], source) for n, x in numbers.items()},
     )

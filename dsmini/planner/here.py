@@ -68,10 +68,10 @@ def _steps(plan: Plan) -> Iterator[tuple[str, Any, "StepShape"]]:
     if plan.fits and r.gpus == 1 and (run is not None or r.batch * config.max_seq_len <= MOST_TOKENS):
         train = run.train if run is not None else TrainConfig(optimizer=r.optimizer, moments=r.moments)
         how: dict[str, Any] = {"work": "training", "dtype": DTYPES[r.precision], "train": train}
-        yield TRAINING, plan.step.parts_seconds, StepShape(batch=r.batch, tokens=r.seq_len, config=config, **how)
+        yield TRAINING, plan.training.parts_seconds, StepShape(batch=r.batch, tokens=r.seq_len, config=config, **how)
     if plan.served is not None:
         how = {"config": config, "dtype": r.weight_dtype}
-        prompt, token = (plan.served.steps[stage].step_time for stage in ("prefill", "decode"))
+        prompt, token = plan.served.prefill_step.step_time, plan.served.decode_step.step_time
         yield "prompt", prompt, StepShape(work="prefill", batch=1, tokens=r.prompt, **how)
         context = min(r.context, config.max_seq_len - ROOM)
         yield "decoding step", token, StepShape(work="decode", batch=r.sequences, tokens=context, **how)

@@ -19,7 +19,6 @@ from dsmini.planner.hardware import OnPart, load_hardware, quiet
 from dsmini.planner.here import Steps, steps_here, with_forecast
 from dsmini.planner.plan import (
     COMPARED,
-    SECTIONS,
     WORKLOAD,
     Axis,
     Plan,
@@ -134,16 +133,17 @@ def _model(plan: Plan) -> str:
     said = f"{in_words(m.parameters_main)} parameters"
     if m.mtp_parameters:
         said += f" ({in_words(m.parameters_total)} with multi-token prediction)"
-    said += f", of which a token uses {in_words(m.parameters_active)}: {m.training_flops} in training. "
+    flops = human(m.training_flops, "FLOP/token")
+    said += f", of which a token uses {in_words(m.parameters_active)}: {flops} in training. "
     said += f"A token's cache takes {human(cache, 'B')}"
     saving = plan.figures["cache_saving"]
     return said + (f", {100 * saving:.3g} % less than multi-head attention." if saving > 0 else ".")
 
 
 def _training(plan: Plan) -> list[Line]:
-    r, run, need = plan.request, plan.run, plan.training.memory_needed
+    r, run, need = plan.request, plan.run, human(plan.training.memory_needed, "B")
     memory = human(plan.hardware.memory, "B")
-    gpus, tokens = plural(plan.chosen.layout.gpus, "GPU"), plan.inputs.of("tokens", "token")
+    gpus, tokens = plural(plan.training.layout.gpus, "GPU"), run.tokens
     workload = plan.sources["tokens"]
     if workload == WORKLOAD and not is_v3(plan.model.config):
         workload += "; choose --tokens, --batch and --seq-len"
@@ -153,13 +153,15 @@ def _training(plan: Plan) -> list[Line]:
     ]
     if precision := _precision(plan):
         lines.append(Line("precision", precision))
-    alone = plan.chosen.layout.gpus == 1
+    alone = plan.training.layout.gpus == 1
     fullest = f"{'It' if alone else 'The fullest GPU'} needs {need} of {memory}."
     if not plan.fits:
         return [*lines, Line("time", f"It does not fit: {plan.chosen.misfit}. {fullest}")]
     by = "by the parts of a step" if r.utilization is None else f"as {plan.sources['utilization']} says"
-    cost = f" and {run.training_cost}" if run.training_cost else ""
-    said = f"{gpus} {'takes' if alone else 'take'} {run.training_time}{cost} for {in_words(tokens)} tokens, "
+    cost = f" and {human(run.training_cost, '$')}" if run.training_cost else ""
+    said = (
+        f"{gpus} {'takes' if alone else 'take'} {human(run.training_time, 's')}{cost} for {in_words(tokens)} tokens, "
+    )
     said += f"at an MFU of {run.mfu:.3g} {by}. {fullest}"
     if plan.hardware.price is None and plan.hardware.networked:
         said += " No price of this hardware is published; --price 2, in dollars an hour, adds the cost."
@@ -178,12 +180,13 @@ def _precision(plan: Plan) -> str:
     said, time = "BF16, since the config does not ask for FP8", plan.in_precision("fp8")
     if time is None:
         return f"{said}; with --precision fp8 this layout does not fit."
-    return f"{said}; with --precision fp8 this layout takes {time} in place of {plan.run.training_time}."
+    here = human(plan.run.training_time, "s")
+    return f"{said}; with --precision fp8 this layout takes {human(time, 's')} in place of {here}."
 
 
 def _layout(plan: Plan) -> str:
     """Return the choices of a layout that divide something or say how training computes."""
-    r = plan.chosen.layout
+    r = plan.training.layout
     worth = {"pipeline": 2, "expert": 2, "tensor": 2, "zero": 1}
     found = [f"{name} {value}" for name, least in worth.items() if (value := getattr(r, name)) >= least]
     found += [f"recompute {r.recompute}"] if r.recompute != "none" else []
@@ -194,28 +197,29 @@ def _layout(plan: Plan) -> str:
 def _failures(plan: Plan) -> str:
     f = plan.failures
     assert f is not None
-    said = f"A failure every {f.mean_time_to_failure}: {100 * f.effective_share:.3g} % of the time is training, "
-    return said + f"with a checkpoint every {f.checkpoint_interval}. The whole run takes {f.elapsed_time}."
+    mean, interval, whole = (human(t, "s") for t in (f.mean_time_to_failure, f.checkpoint_interval, f.elapsed_time))
+    said = f"A failure every {mean}: {100 * f.effective_share:.3g} % of the time is training, "
+    return said + f"with a checkpoint every {interval}. The whole run takes {whole}."
 
 
 def _serving(plan: Plan) -> list[Line]:
     served, serving = plan.served, plan.serving
     if served is None or serving is None:
         return [Line("serving", f"not planned: {plan.unserved}.")]
-    w, d, p = serving.work, served.deployed["decode"], served.deployed["prefill"]
-    memory = human(plan.hardware.memory, "B")
-    decode = f"{plural(serving.decode.gpus, 'GPU')}, {plan.sources['decode']}. {served.decode_sequences} sequences of "
-    decode += f"{in_words(w.context)} tokens a GPU take {d.gpu_memory} of {memory}: "
-    decode += f"at most {served.decode_tokens_per_second} each and {served.decode_gpu_tokens_per_second} a GPU"
-    decode += f", at least {served.decode_cost}." if served.decode_cost else "."
+    w, d, p = serving.work, served.decode, served.prefill
+    memory, figures = human(plan.hardware.memory, "B"), plan.figures
+    decode = f"{plural(serving.decode.gpus, 'GPU')}, {plan.sources['decode']}. {human(d.sequences, '')} sequences of "
+    decode += f"{in_words(w.context)} tokens a GPU take {human(d.gpu_memory, 'B')} of {memory}: "
+    decode += f"at most {figures['decode_tokens_per_second']} each and {figures['decode_gpu_tokens_per_second']} a GPU"
+    decode += f", at least {figures['decode_cost']}." if served.decode_cost else "."
     lines = [Line("decode", decode)]
     if served.drafts is not None:
         lines.append(Line("drafts", _drafts(plan, served.drafts.speculation_gain)))
     lines.append(Line("slowest", _overlapping(plan, "decode")))
     prefill = f"{plural(serving.prefill.gpus, 'GPU')}, {plan.sources['prefill']}. Reading {in_words(w.prompt)} tokens "
-    prefill += f"takes at least {served.prefill_time_to_first_token}, with {p.gpu_memory} of {memory}; "
-    prefill += f"at most {served.prefill_gpu_tokens_per_second} of prompts a GPU"
-    prefill += f", at least {served.prefill_cost}." if served.prefill_cost else "."
+    prefill += f"takes at least {figures['prefill_time_to_first_token']}, with {human(p.gpu_memory, 'B')} of {memory}; "
+    prefill += f"at most {figures['prefill_gpu_tokens_per_second']} of prompts a GPU"
+    prefill += f", at least {figures['prefill_cost']}." if served.prefill_cost else "."
     lines += [Line("prefill", prefill), Line("slowest", _overlapping(plan, "prefill"))]
     if plan.published and plan.hardware.name == "h800":
         printed = presets()["deepseek-v3"]["printed"]
@@ -255,7 +259,7 @@ def ten_lines(plan: Plan) -> list[str]:
 def warnings(plan: Plan) -> dict[str, list[str]]:
     """Return what a reader of a section must know."""
     free, memory = plan.training.memory_free, plan.hardware.memory
-    narrow = [f"Memory is a lower bound, and only {free} of {human(memory, 'B')} are left."]
+    narrow = [f"Memory is a lower bound, and only {human(free, 'B')} of {human(memory, 'B')} are left."]
     misfit = [plan.misfit[stage] for stage in STAGES if stage in plan.misfit]
     return {
         "training": narrow if 0 <= free < NARROW * memory else [],
@@ -295,7 +299,7 @@ def plan_record(plan: Plan) -> Record:
         "misfit": plan.misfit,
         "unserved": plan.unserved,
         "binds": {stage: plan.longest(stage)[0] for stage in plan.waits},
-        "figures": {name: figures_record(plan.sections[name]) for name in SECTIONS},
+        "figures": {name: figures_record(figures) for name, figures in plan.computed.items()},
     }
 
 
@@ -316,7 +320,7 @@ def sections(plan: Plan, *, full: bool) -> list[Section]:
         first = FIRST[name][: None if name != "training" or plan.fits else 3]  # of what does not fit, only the memory
         shown = [key for key in first if every.get(key)]
         details = [_detail(plan, key, full) for key in shown]
-        others = [_detail(plan, key, full) for key in every if key not in shown] if full else []
+        others = [_detail(plan, key, full) for key in plan.computed[name] if key not in shown] if full else []
         parts: dict[str, Any] = {
             "finding": main.words,
             "about": " ".join(f"{label.capitalize()}: {said}" for label, said in lines if said != main.words),
@@ -341,7 +345,8 @@ def _detail(plan: Plan, name: str, full: bool) -> Detail:
 def plan_page(plan: Plan, command: str, more: Sequence[Section]) -> Report:
     """Return the page of a plan; sections of what was asked besides, such as a variation, come first."""
     figures = plan.figures
-    inputs = [_detail(plan, name, full=True) for name, figure in figures.items() if not figure.formula]
+    main = {name for names in FIRST.values() for name in names}
+    inputs = [_detail(plan, name, full=True) for name, f in figures.items() if not f.formula and name not in main]
     last = Section(
         name="inputs_section",
         title="What is it computed from?",
@@ -422,8 +427,8 @@ def searched(plan: Plan, command: str, on_part: OnPart = quiet) -> Answer:
     precisions = ("fp32",) if plan.request.precision == "fp32" else has_units
     options = {**EVERY, "precision": precisions, **{name: (value,) for name, value in plan.asked.given().items()}}
     how: dict[str, Any] = {"m": plan.m, "hardware": plan.hardware, "assumed": plan.assumed}
-    found = candidates(Search(base=plan.chosen.layout, options=options, **how), on_part)
-    fastest = {name: getattr(found[0].layout, name) for name in LAYOUT}
+    found = candidates(Search(base=plan.training.layout, options=options, **how), on_part)
+    fastest = {name: getattr(found[0].training.layout, name) for name in LAYOUT}
     best = changed(plan, fastest, plan.hardware, "the fastest of all that fit")
     best.sources["layout"] = "the fastest of all that fit"
     records = [_candidate(plan, one) for one in found]
@@ -452,7 +457,7 @@ def searched(plan: Plan, command: str, on_part: OnPart = quiet) -> Answer:
 
 def _candidate(plan: Plan, found: Found) -> Record:
     """Return a layout with its memory, its step, the share of the peak, and the longest part of a step."""
-    r, parts = found.layout, found.step.parts
+    r, parts = found.training.layout, found.training.parts
     peak = plan.hardware.peak("float32" if r.precision == "fp32" else "bfloat16") * r.gpus
     return {
         **{name: getattr(r, name) for name in LAYOUT},

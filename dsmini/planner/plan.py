@@ -38,9 +38,10 @@ from dsmini.planner.figure import Figure, Figures, check_name, figures_of
 from dsmini.planner.hardware import FIGURES, USER, Hardware, OnPart, load_hardware, quiet
 from dsmini.planner.model import CacheFigures, ModelFigures, WeightFigures
 from dsmini.planner.request import LAYOUT, SERVING, Assumptions, Inputs, Model, PlanRequest, is_v3, presets
+from dsmini.planner.run import Failures, Run
 from dsmini.planner.search import Chosen, choose_layout
-from dsmini.planner.serving import STAGES, Served, Serving, choose_serving, fill
-from dsmini.planner.training import Failures, Run, Step, Training
+from dsmini.planner.serving import Served, Serving, choose_serving, fill
+from dsmini.planner.training import Training
 from dsmini.reading import brief
 
 SECTIONS = ("model", "training", "reliability", "inference")
@@ -65,7 +66,6 @@ class Plan:
     assumed: Assumptions
     m: ModelFigures
     chosen: Chosen
-    step: Step
     run: Run
     failures: Failures | None
     """None where training does not fit."""
@@ -101,54 +101,45 @@ class Plan:
     @property
     def waits(self) -> dict[str, dict[str, float]]:
         """Seconds of the parts of a step by their words: of training, and of decode and prefill."""
-        return {"training": self.step.parts} | ({s: self.served.steps[s].waits for s in STAGES} if self.served else {})
+        return {"training": self.training.parts} | (self.served.waits if self.served else {})
 
     def longest(self, stage: str) -> list[str]:
         """Return the parts of a step, the longest first, which binds."""
         return sorted(self.waits[stage], key=lambda part: -self.waits[stage][part])
 
     @cached_property
-    def sections(self) -> dict[str, dict[str, Figure]]:
-        """Figures by section and name, without inputs."""
-        weights = self.serving.work.weights if self.serving else WeightFigures(self.m, "bfloat16")
-        cache = self.serving.work.cache if self.serving else CacheFigures(self.m, "bfloat16")
-        t, found = self.training, dict[str, Figure]()
-        parts = (t, t.state, t.local, t.saved, t.rates, t.links, self.step, self.run)
-        rows = self.step.rows
-        for part in (*parts, *filter(None, (t.process, rows, rows and rows.exchange))):
-            found |= figures_of(part)
-        for place, gpu in t.gpus.items():
-            found |= figures_of(gpu, f"{{}}_{place}")
-        every = {
-            "model": figures_of(self.m) | figures_of(cache) | figures_of(weights),
-            "training": found,
-            "reliability": figures_of(self.failures) if self.failures else {},
-            "inference": dict(self.served.figures) if self.served else {},
-        }
-        return {name: {n: f for n, f in section.items() if f.formula} for name, section in every.items()}
+    def figures(self) -> Figures:
+        """All figures by name, and all inputs that they need."""
+        return {name: figure for section in self.sections.values() for name, figure in section.items()}
 
     @cached_property
-    def figures(self) -> Figures:
-        """All figures by name, then all inputs that they need."""
-        computed = {name: figure for section in self.sections.values() for name, figure in section.items()}
-        known = self.m.sizes | dict(self.hardware.numbers) | figures_of(self.assumed) | computed
-        for name in (*LAYOUT[:4], "micro_batch", "batch"):
-            known[name] = self.inputs.of(name)
-        known |= {name: self.inputs.of(name, "token") for name in ("seq_len", "tokens")}
-        parts = (self.training, self.training.process, self.step.rows, self.failures)
-        for part in filter(None, parts):
-            known |= {name: figure for name, figure in figures_of(part).items() if not figure.formula}
-        if self.request.utilization is not None:
-            known["utilization"] = self.inputs.of("utilization")
-        if self.serving is not None and self.served is not None:
-            w = self.serving.work
-            known |= {"context": w.context, "prompt": w.prompt, "sequences": w.sequences}
-            known |= {name: self.inputs.of(name) for name in ("drafts", "acceptance")}
-            known |= self.served.figures
-        names = dict.fromkeys(computed)
-        for name in computed:
-            names |= dict.fromkeys(known[name].names)
-        return {name: known[name] for name in names}
+    def sections(self) -> dict[str, dict[str, Figure]]:
+        """Figures by section and name, and the inputs that they need."""
+        t, served, serving = self.training, self.served, self.serving
+        weights = serving.work.weights if serving else WeightFigures(self.m, "bfloat16")
+        cache = serving.work.cache if serving else CacheFigures(self.m.config, "bfloat16")
+        parts: dict[str, list[object]] = {
+            "model": [self.m, cache, weights],
+            "training": [t, t.links, t.exchange, self.run, t.process if t.layout.gpus == 1 else t.fullest],
+            "reliability": [self.failures] if self.failures else [],
+            "inference": [],
+        }
+        if served is not None:
+            for step in (served.decode_step, served.prefill_step):
+                parts["inference"] += [step.of, step.exchange, step]
+            parts["inference"].append(served)
+            if served.drafts is not None:
+                parts["inference"] += [served.drafts.step, served.drafts]
+        inputs = self.m.sizes | {name: self.inputs.of(name) for name in (*LAYOUT[:4], "micro_batch", "batch")}
+        return {
+            name: {n: figure for part in found for n, figure in figures_of(part, inputs).items()}
+            for name, found in parts.items()
+        }
+
+    @property
+    def computed(self) -> dict[str, dict[str, Figure]]:
+        """Figures by section and name that have a formula."""
+        return {name: {n: f for n, f in found.items() if f.formula} for name, found in self.sections.items()}
 
     def get(self, name: str) -> Figure | None:
         """Return a figure or an input by name; None for what the plan does not have."""
@@ -165,14 +156,10 @@ class Plan:
             return ("prefill" if name.startswith("prefill") else "decode") in self.misfit
         return section in ("training", "reliability") and not self.fits
 
-    def in_precision(self, precision: Any) -> Figure | None:
+    def in_precision(self, precision: Any) -> float | None:
         """Return the time of the run in the same layout with another precision; None if it does not fit."""
-        layout = replace(self.chosen.layout, precision=precision)
-        training = Training(self.m, self.hardware, self.assumed, layout)
-        if not training.fits:
-            return None
-        step = Step(self.m, self.hardware, self.assumed, layout, training)
-        return Run(self.m, self.hardware, layout, self.inputs.of("tokens", "token"), step, None).training_time
+        training = Training(self.m, self.hardware, self.assumed, replace(self.training.layout, precision=precision))
+        return Run(training, self.run.tokens, None).training_time if training.fits else None
 
 
 def make_plan(
@@ -201,17 +188,12 @@ def make_plan(
     reached = None if r.utilization is None else inputs.of("utilization")
     m = ModelFigures(model.config, inputs.of("seq_len", "token"), sources.get("model", model.source))
 
-    def run_of(chosen: Any) -> Run:
-        return Run(m, hardware, chosen.layout, tokens, chosen.step, reached)
-
-    chosen = choose_layout(r, model, m, hardware, assumed, lambda found: float(run_of(found).training_time))
-    chosen = chosen._replace(how=sources.get("layout", chosen.how))
-    r, sources = fill(r, sources, chosen.how, {name: getattr(chosen.layout, name) for name in LAYOUT})
-    sources["layout"] = chosen.how
-    step = Step(m, hardware, assumed, chosen.layout, chosen.training)
-    run = Run(m, hardware, chosen.layout, tokens, step, reached)
-    inputs = Inputs(request=r, sources=sources)
-    failures = Failures(inputs, chosen.layout.gpus, run) if chosen.training.fits else None
+    chosen = choose_layout(r, model, m, hardware, assumed, lambda t: Run(t, tokens, reached).training_time)
+    layout, how = chosen.training.layout, sources.get("layout", chosen.how)
+    r, sources = fill(r, sources, how, {name: getattr(layout, name) for name in LAYOUT})
+    sources["layout"] = how
+    run, inputs = Run(chosen.training, tokens, reached), Inputs(request=r, sources=sources)
+    failures = Failures(inputs, layout.gpus, run) if chosen.training.fits else None
     serving, served, unserved = None, None, ""
     try:
         serving = choose_serving(r, sources, model, m, hardware, published)
@@ -228,7 +210,7 @@ def make_plan(
     return Plan(
         **{"model": model, "hardware": hardware, "asked": asked, "request": r, "sources": sources},
         **{"published": published, "inputs": Inputs(request=r, sources=sources), "assumed": assumed, "m": m},
-        **{"chosen": chosen, "step": step, "run": run, "failures": failures},
+        **{"chosen": chosen, "run": run, "failures": failures},
         **{"serving": serving, "served": served, "unserved": unserved},
     )
 

@@ -16,14 +16,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dsmini.accounting import kv_bytes_per_token
+from dsmini.accounting import kv_bytes_per_token, parameters
 from dsmini.accounting.flops import flops_per_token
-from dsmini.planner.figure import given
+from dsmini.accounting.tensors import MTP
+from dsmini.planner.figure import Figure
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.model import CacheFigures, ModelFigures
 from dsmini.planner.plan import Plan, make_plan
 from dsmini.planner.request import Inputs, Model, PlanRequest, reference
-from dsmini.planner.training import Failures
+from dsmini.planner.run import Failures
 from dsmini.reading import read_toml
 
 Status = Literal["reproduced", "follows", "fitted", "missed", "misprint"]
@@ -88,13 +89,13 @@ def rounding(printed: str) -> float:
 @functools.cache
 def counts(name: str) -> ModelFigures:
     """Return the counts of a model at 4096 tokens."""
-    return ModelFigures(reference(name), given(4096, "token", "", ""), name)
+    return ModelFigures(reference(name), Figure("seq_len", 4096, "token", "", ""), name)
 
 
 @functools.cache
 def cache(name: str) -> CacheFigures:
     """Return the cache of a model in BF16."""
-    return CacheFigures(counts(name), "bfloat16")
+    return CacheFigures(reference(name), "bfloat16")
 
 
 @functools.cache
@@ -112,9 +113,10 @@ def failures(gpus: int) -> Failures:
 
 def v3_mtp(active: bool = False) -> float:
     """Return the parameters of V3's multi-token prediction as printed: without the projection; active with the ends."""
-    m = counts("deepseek-v3")
-    own = m.mtp_active + m.vocabulary_parameters if active else m.mtp_parameters
-    return own - m.config.n_mtp_layers * m.mtp_projection_layer
+    counted = parameters(reference("deepseek-v3"))
+    of = counted.active_by_module if active else counted.by_module
+    own = sum(n for module, n in of.items() if module.startswith(MTP)) - of["mtp projection"]
+    return own + counted.by_module["embedding"] if active else own
 
 
 def extension_hours() -> float:
@@ -134,7 +136,7 @@ def link_seconds() -> float:
     """Return the time of an output token that InfiniBand's peak allows, with two micro-batches of 32 a GPU."""
     served = v3("h100", sequences=32, link_efficiency=1.0).served
     assert served is not None
-    return served.steps["decode"].slow_link_time
+    return served.decode_step.slow_link_time
 
 
 def nvlink_seconds() -> float:
@@ -153,7 +155,7 @@ OURS: Mapping[str, Callable[[], float]] = {
     "v3_parameters": lambda: counts("deepseek-v3").parameters_main,
     "v3_active": lambda: counts("deepseek-v3").parameters_active,
     "v3_active_with_embedding": lambda: (
-        counts("deepseek-v3").parameters_active + counts("deepseek-v3").vocabulary_parameters
+        counts("deepseek-v3").parameters_active + counts("deepseek-v3").numbers("embedding")
     ),
     "v3_mtp": v3_mtp,
     "v3_mtp_active": lambda: v3_mtp(active=True),

@@ -20,7 +20,7 @@ from dsmini.accounting.tensors import Dtype, WeightDtype
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.config.fields import Bounds, build, check_types, setting
 from dsmini.config.model import NO_INDEXER
-from dsmini.planner.figure import Figure, given
+from dsmini.planner.figure import Figure
 from dsmini.reading import find_config, read_table, read_toml
 
 Zero = Literal[0, 1, 2, 3]
@@ -176,7 +176,7 @@ class Inputs:
         value, source = getattr(self.request, name), self.sources.get(name, "")
         if value is None:
             value, source = presets()["assumed"][name]
-        return given(value, unit, titles_of(PlanRequest)[name], source)
+        return Figure(name, value, unit, titles_of(PlanRequest)[name], source)
 
 
 class Assumptions:

@@ -29,23 +29,22 @@ Left out: activations, buffers of exchanges, the runtime, and in prefill the wri
 Source: DeepSeek-V3 report, sections 3.4 and 5.4.3; INS, section 2.3.2; Leviathan et al., arXiv 2211.17192 (drafts).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import floor
 from typing import Literal
 
 from dsmini.accounting.flops import context_products, twice_the_keys
 from dsmini.accounting.tensors import SIZES, divisors, main_tensors
-from dsmini.accounting.traffic import expected_experts
 from dsmini.config import ModelConfig
-from dsmini.planner.exchange import Exchange
-from dsmini.planner.figure import Figure, Figures, figures_of, given, renamed
+from dsmini.planner.exchange import Exchange, Links
+from dsmini.planner.figure import Figure, counted, figure
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.layout import Rule, check
 from dsmini.planner.model import CacheFigures, ModelFigures, WeightFigures
 from dsmini.planner.request import DTYPES, Assumptions, Inputs, Model, PlanRequest, presets
 from dsmini.planner.search import gpu_counts, usual_precision
-from dsmini.planner.training import Links
 from dsmini.reading import listed
 from dsmini.report.units import human, plural
 
@@ -60,7 +59,6 @@ RESOURCES = {
 """Times that overlap in a step, with the words of a verdict."""
 CONTEXT, SEQUENCES = 4096, 32
 """Tokens of a decoding sequence, and the most sequences of a GPU in a micro-batch, where the user leaves them open."""
-V3 = "V3, section 3.4"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,304 +120,289 @@ class Work:
 
 
 class Deployed:
-    """Sizes and memory of a deployment.
+    """Sizes and memory of a deployment."""
 
-    Attributes:
-        gpu_experts: Experts in each block that a GPU holds. Source: V3, section 3.4.
-        gpu_weights: Weights that a GPU holds. Source: V3, section 3.4.
-        sequence_cache: Cache of a sequence on a GPU, a token. Source: V3, section 3.4.
-        gpu_cache: Cache that a GPU holds. Source: V3, section 3.4.
-        gpu_memory: Weights and cache that a GPU holds. Source: V3, section 3.4.
-        sequences_that_fit: Sequences of this length that fit. Source: V3, section 3.4.
-        longest_context: Longest context of these sequences. Source: V3, section 3.4.
-    """
+    def __init__(self, w: Work, d: Deployment, h: Hardware) -> None:
+        self.w, self.d, self.stage, self.memory, c = w, d, f"{d.stage}_", h.memory, w.m.config
+        one_hop = None if d.two_hop else c.n_activated_experts + c.n_shared_experts * d.shared_remote
+        self.exchange = Exchange(c, d.gpus, h.gpus_per_node, w.dtype, one_hop, self.stage)
+        names = {"tensor": "GPUs that divide attention's heads", "micro_batches": "Micro-batches of a step"}
+        self.tensor, self.micro_batches = (
+            Figure(f"{self.stage}{name}", getattr(d, name), "", title, d.how) for name, title in names.items()
+        )
+        self.tokens = w.context if d.stage == "decode" else w.prompt
 
-    def __init__(self, w: Work, d: Deployment, memory: Figure) -> None:
-        self._w, self._d = w, d
-        c, where, stage = w.m.config, d.how, d.stage
-        self.tensor_parallel = given(d.tensor, "", "GPUs that divide attention's heads", where)
-        self.expert_parallel = given(d.gpus, "", "GPUs that divide the experts", where)
-        self.redundant_experts = given(d.redundant, "", "Copies of experts beyond one of each", where)
-        self.micro_batches = given(d.micro_batches, "", "Micro-batches of a step", where)
-        self.gpu_experts = Figure(
-            (c.n_routed_experts + d.redundant) / d.gpus, "", "(n_routed_experts + redundant_experts) / expert_parallel"
-        )
-        held, formula = self.bytes_of(self.gpu_experts, "gpu_experts", absorbed=False)
-        self.gpu_weights = Figure(
-            held + w.weights.vocabulary_bytes / d.tensor, "B", f"{formula} + vocabulary_bytes / tensor_parallel"
-        )
-        heads = c.kv_heads
-        self.sequence_cache = Figure(
-            w.cache.kv_cache * (d.tensor if c.is_mla else d.tensor / min(d.tensor, heads)),
-            "B/token",
-            "kv_cache * tensor_parallel" + ("" if c.is_mla else f" / min(tensor_parallel, {heads})"),
-        )
-        mine = d.micro_batches * (w.sequences if stage == "decode" else 1)
-        tokens, of = (w.context, "context") if stage == "decode" else (w.prompt, "prompt")
-        formula = "micro_batches * sequences" if stage == "decode" else "micro_batches"
-        self.mine = float(mine)
-        self.gpu_cache = Figure(mine * tokens * self.sequence_cache, "B", f"{formula} * {of} * sequence_cache")
-        self.gpu_memory = Figure(self.gpu_weights + self.gpu_cache, "B", "gpu_weights + gpu_cache")
-        # inside a stage gpu_memory is the stage's own; the accelerator's is memory_of_gpu
-        left, free = max(memory - self.gpu_weights, 0), "max(memory_of_gpu - gpu_weights, 0)"
-        self.sequences_that_fit = Figure(
-            left // (tokens * self.sequence_cache), "", f"floor({free} / ({of} * sequence_cache))"
-        )
-        self.longest_context = Figure(
-            left // (mine * self.sequence_cache), "token", f"floor({free} / ({formula} * sequence_cache))"
-        )
+    @figure()
+    def gpu_experts(self) -> float:
+        """Experts in each block that a GPU holds, with copies. Source: V3, section 3.4."""
+        return (self.w.m.config.n_routed_experts + self.d.redundant) / self.exchange.expert_parallel
 
-    def bytes_of(self, experts: float, name: str, absorbed: bool) -> tuple[float, str]:
-        """Return the bytes of all blocks and the head, with this many experts in each MoE block, and the formula."""
-        w, d = self._w.weights, self._d
-        up, of_up = (w.absorbed_bytes, "absorbed_bytes") if absorbed else (w.latent_up_bytes, "latent_up_bytes")
-        divided = (w.head_matrices_bytes + up + w.vocabulary_bytes) / d.tensor
-        shared = 0 if d.shared_remote else w.shared_experts_bytes
-        held = divided + self._w.m.moe_layers * experts * w.expert_bytes + shared + w.whole_bytes
-        formula = f"(head_matrices_bytes + {of_up} + vocabulary_bytes) / tensor_parallel "
-        formula += f"+ moe_layers * {name} * expert_bytes + whole_bytes"
-        return held, formula + ("" if d.shared_remote else " + shared_experts_bytes")
+    @figure("B")
+    def gpu_weights(self) -> float:
+        """Weights that a GPU holds. Source: V3, section 3.4."""
+        w = self.w.weights
+        divided = w.head_matrices_bytes + w.latent_up_bytes + 2 * w.vocabulary_bytes
+        return divided / self.tensor + self.w.m.moe_layers * self.gpu_experts * w.expert_bytes + self.whole_weights
+
+    @figure("B")
+    def whole_weights(self) -> float:
+        """Weights that each GPU holds whole. Source: V3, section 3.4."""
+        w = self.w.weights
+        return w.whole_bytes if self.d.shared_remote else w.whole_bytes + w.shared_experts_bytes
+
+    @figure("B/token")
+    def sequence_cache(self) -> float:
+        """Cache of a sequence on a GPU, a token. Source: V3, section 3.4."""
+        c = self.w.m.config
+        if c.is_mla:
+            return self.w.cache.kv_cache * self.tensor
+        return self.w.cache.kv_cache * self.tensor / min(self.tensor, c.kv_heads)
+
+    @figure()
+    def sequences(self) -> float:
+        """Sequences of a GPU, a step."""
+        return self.micro_batches * self.w.sequences if self.d.stage == "decode" else self.micro_batches
+
+    @figure("B")
+    def gpu_cache(self) -> float:
+        """Cache that a GPU holds. Source: V3, section 3.4."""
+        return self.sequences * self.tokens * self.sequence_cache
+
+    @figure("B")
+    def gpu_memory(self) -> float:
+        """Weights and cache that a GPU holds. Source: V3, section 3.4."""
+        return self.gpu_weights + self.gpu_cache
+
+    @figure()
+    def sequences_that_fit(self) -> float:
+        """Sequences of this length that fit. Source: V3, section 3.4."""
+        return floor(max(self.memory - self.gpu_weights, 0) / (self.tokens * self.sequence_cache))
+
+    @figure("token")
+    def longest_context(self) -> float:
+        """Longest context of these sequences. Source: V3, section 3.4."""
+        return floor(max(self.memory - self.gpu_weights, 0) / (self.sequences * self.sequence_cache))
 
 
 class ServedStep:
     """Times of a step of a deployment, and what they are computed from.
 
     Raises: ValueError for hardware without units for the weights' dtype.
-
-    Attributes:
-        rows: Tokens of a GPU in a micro-batch.
-        experts_read: Experts in each block that a GPU reads in a micro-batch. Source: even routing.
-        weights_read: Weights that a GPU reads in a step. Source: every chosen matrix once.
-        cache_read: Cache that a GPU reads in a step. Source: every row of its sequences once.
-        memory_time: Time of a step in memory traffic. Source: amount over rate.
-        step_time: Time of a step whose parts all overlap. Source: the slowest part: at least this.
-        pair_products: Multiply-adds of a token with its context, a block. Source: accounting's context_products.
-        matrix_flops: Operations of a GPU in a step in the weights' dtype. Source: 2 a multiply-add.
-        other_flops: Operations of a GPU in a step on attention, gates and head. Source: 2 a multiply-add.
-        compute_time: Time of a step in matrix products. Source: amount over rate.
-        slow_bytes: Bytes to other nodes, a step. Source: V3, section 3.4.
-        fast_bytes: Bytes that a GPU sends in its node in a step. Source: V3, section 3.4.
-        slow_link_time: Time of a step between nodes. Source: amount over rate.
-        fast_link_time: Time of a step within a node. Source: amount over rate.
     """
 
-    def __init__(
-        self, w: Work, d: Deployment, of: Deployed, x: Exchange | None, h: Hardware, a: Assumptions, positions: int = 1
-    ) -> None:
-        """Compute the times.
+    def __init__(self, of: Deployed, h: Hardware, a: Assumptions, drafts: int = 0) -> None:
+        """Take the sizes.
 
         Args:
-            positions: tokens of each decoding sequence: 1, or drafts to verify. They share one read of its cache.
+            drafts: tokens of each decoding sequence to verify besides the last one. They share a read of its cache.
         """
-        self._w, self._d, self._of, self._h, self._a = w, d, of, h, a
-        c, decode, parts = w.m.config, d.stage == "decode", d.micro_batches
-        absorbed = decode and c.is_mla
-        rows, formula = float(w.prompt), "prompt"
-        if decode:
-            rows = float(w.sequences * positions)
-            formula = "sequences" if positions == 1 else f"sequences * {positions}"
-        self.rows = Figure(rows, "", formula)
-        read = expected_experts(c, int(rows) * d.gpus)
-        e, k = "n_routed_experts", "n_activated_experts"
-        self.experts_read = Figure(
-            of.gpu_experts * read / c.n_routed_experts,
-            "",
-            f"gpu_experts * (1 - (1 - {k} / {e}) ** (rows * expert_parallel))",
-        )
-        weights, formula = of.bytes_of(self.experts_read, "experts_read", absorbed)
-        self.weights_read = Figure(parts * weights, "B", f"micro_batches * ({formula})")
-        cache, formula = self._cache(c) if decode else (0.0, "0")
-        self.cache_read = Figure(cache, "B", formula)
-        bandwidth = h.memory_bandwidth * a.memory_efficiency
-        self.memory_time = Figure(
-            (self.weights_read + self.cache_read) / bandwidth,
-            "s",
-            "(weights_read + cache_read) / (memory_bandwidth * memory_efficiency)",
-        )
-        self._compute(c, absorbed, decode)
-        self._links(c, x)
-        self.waits = {words: float(time) for name, words in RESOURCES.items() if (time := getattr(self, name))}
-        self.step_time = Figure(max(self.waits.values()), "s", f"max({', '.join(RESOURCES)})")
+        self.of, self.w, self.d, self.h, self.a = of, of.w, of.d, h, a
+        self.links, self.exchange, self.positions = Links(h, a), of.exchange, 1 + drafts
+        self.stage = "verify_" if drafts else of.stage
+        self.decode = of.d.stage == "decode"
+        self.absorbed = self.decode and self.w.m.config.is_mla
+        h.peak(self.w.dtype)  # raises
 
-    def _cache(self, c: ModelConfig) -> tuple[float, str]:
-        """Return the bytes of cache that a decoding step reads, and the formula."""
-        w, of = self._w, self._of
-        row, formula = float(of.sequence_cache), "sequence_cache"
-        if c.index_topk is not None:  # an indexer's keys are read whole, and of attention's rows those that it picked
-            index, met = w.cache.index_row, min(w.context, c.index_topk)
-            row *= (index + (w.cache.cache_row - index) * met / w.context) / w.cache.cache_row
-            formula += " * (index_row + (cache_row - index_row) * min(context, index_topk) / context) / cache_row"
-        return self._d.micro_batches * w.sequences * w.context * row, f"micro_batches * sequences * context * {formula}"
+    @figure()
+    def rows(self) -> float:
+        """Tokens of a GPU in a micro-batch."""
+        if not self.decode:
+            return self.w.prompt
+        return self.w.sequences * self.positions if self.positions > 1 else self.w.sequences
 
-    def _compute(self, c: ModelConfig, absorbed: bool, decode: bool) -> None:
-        w, d, a, h = self._w, self._d, self._a, self._h
+    @figure()
+    def experts_read(self) -> float:
+        """Experts in each block that a GPU reads in a micro-batch. Source: even routing."""
+        c = self.w.m.config
+        missed = (1 - c.n_activated_experts / c.n_routed_experts) ** (self.rows * self.exchange.expert_parallel)
+        return self.of.gpu_experts * (1 - missed)
+
+    @figure("B")
+    def weights_read(self) -> float:
+        """Weights that a GPU reads in a step. Source: every chosen matrix once."""
+        w, of = self.w.weights, self.of
+        up = w.absorbed_bytes if self.absorbed else w.latent_up_bytes
+        divided = w.head_matrices_bytes + up + w.vocabulary_bytes
+        experts = self.w.m.moe_layers * self.experts_read * w.expert_bytes
+        return of.micro_batches * (divided / of.tensor + experts + of.whole_weights)
+
+    @figure("B")
+    def cache_read(self) -> float:
+        """Cache that a GPU reads in a step: of an indexer's keys all. Source: every row of its sequences once."""
+        k, cache, of = self.w.m.config.index_topk, self.w.cache, self.of
+        if not self.decode:
+            return 0
+        if k is None:
+            return of.gpu_cache
+        chosen = (cache.cache_row - cache.index_row) * min(self.w.context, k) / self.w.context
+        return of.gpu_cache * (cache.index_row + chosen) / cache.cache_row
+
+    @figure("s")
+    def memory_time(self) -> float:
+        """Time of a step in memory traffic. Source: amount over rate."""
+        return (self.weights_read + self.cache_read) / (self.h.memory_bandwidth * self.a.memory_efficiency)
+
+    @counted()
+    def pair_products(self) -> float:
+        """Multiply-adds of a token with its context, a block. Source: accounting's context_products."""
+        c = self.w.m.config
         over = [use for use in main_tensors(c) if use.place == "block" and not use.shape]
-        if decode:
-            pairs = sum(context_products(c, use, int(w.context), absorbed=True) for use in over)
-            logits, of_logits = float(self.rows), "rows"
-        else:
-            halves = (Fraction(twice_the_keys(use.most_keys, int(w.prompt))) / 2 * use.per_pair for use in over)
-            pairs, logits, of_logits = float(sum(halves)), 1.0, "1"
-        matrices, others = w.weights.matrix_products, w.weights.other_products
-        up = w.weights.latent_up_products
-        of_matrices, of_others = "matrix_products", "other_products + latent_up_products"
-        if not absorbed:
-            of_matrices, of_others = "matrix_products + latent_up_products", "other_products"
-        # the fullest GPU has more tokens of routed experts than the mean
-        fuller = (a.imbalance - 1) * w.m.moe_layers * c.n_activated_experts * w.m.expert_parameters
-        of_fuller = "(imbalance - 1) * moe_layers * n_activated_experts * expert_parameters"
-        self.pair_products = Figure(pairs, "", f"{pairs!r}")
-        rows, parts = self.rows, d.micro_batches
-        self.matrix_flops = Figure(
-            2 * parts * rows * (matrices + (0 if absorbed else up) + fuller),
-            "FLOP",
-            f"2 * micro_batches * rows * ({of_matrices} + {of_fuller})",
-        )
-        plain = rows * (others + up if absorbed else others) + c.n_layers * rows * pairs
-        self.other_flops = Figure(
-            2 * parts * (plain + logits * w.m.vocabulary_parameters),
-            "FLOP",
-            f"2 * micro_batches * (rows * ({of_others} + n_layers * pair_products) "
-            f"+ {of_logits} * vocabulary_parameters)",
-        )
-        other = "float32" if w.dtype == "float32" else "bfloat16"
-        self.compute_time = Figure(
-            (self.matrix_flops / h.peak(w.dtype) + self.other_flops / h.peak(other)) / a.serving_efficiency,
-            "s",
-            f"(matrix_flops / peak_{w.dtype} + other_flops / peak_{other}) / serving_efficiency",
-        )
+        if self.decode:
+            return sum(context_products(c, use, int(self.w.context), absorbed=True) for use in over)
+        prompt = int(self.w.prompt)
+        return float(sum(Fraction(twice_the_keys(use.most_keys, prompt)) / 2 * use.per_pair for use in over))
 
-    def _links(self, c: ModelConfig, x: Exchange | None) -> None:
-        w, d, a, links = self._w, self._d, self._a, Links(self._h, self._a)
-        sent, of_sent = d.micro_batches * self.rows * w.m.moe_layers, "imbalance * micro_batches * rows * moe_layers"
-        several = x is not None and d.gpus > self._h.gpus_per_node
-        slow = a.imbalance * sent * x.slow_row_bytes if x is not None and several else 0.0
-        fast, formula = 0.0, []
-        if x is not None:
-            fast, formula = a.imbalance * sent * x.fast_row_bytes, [f"{of_sent} * fast_row_bytes"]
-        if d.tensor > 1:
-            gathered = c.dim if not c.is_mla or c.q_lora_rank is None else c.q_lora_rank
-            width = gathered + (c.kv_lora_rank + c.qk_rope_head_dim if c.is_mla else 0) + c.dim
-            size = SIZES[w.dtype]
-            fast += d.micro_batches * self.rows * c.n_layers * size * width * (d.tensor - 1)
-            formula.append(f"micro_batches * rows * n_layers * {size} * {width} * (tensor_parallel - 1)")
-        self.slow_bytes = Figure(slow, "B", f"{of_sent} * slow_row_bytes" if several else "0")
-        self.fast_bytes = Figure(fast, "B", " + ".join(formula) or "0")
-        self.slow_link_time = Figure(
-            slow / links.slow_rate if slow else 0, "s", "slow_bytes / slow_rate" if slow else "0"
+    @figure("FLOP")
+    def matrix_flops(self) -> float:
+        """Operations of a GPU in a step in the weights' dtype; the fullest has more of experts than the mean."""
+        w, m, of = self.w.weights, self.w.m, self.of
+        matrices = w.matrix_products if self.absorbed else w.matrix_products + w.latent_up_products
+        fuller = (self.a.imbalance - 1) * m.moe_layers * m.config.n_activated_experts * m.expert_parameters
+        return 2 * of.micro_batches * self.rows * (matrices + fuller)
+
+    @figure("FLOP")
+    def other_flops(self) -> float:
+        """Operations of a GPU in a step on attention, gates and head. Source: 2 a multiply-add."""
+        w, c, of = self.w.weights, self.w.m.config, self.of
+        plain = w.other_products + w.latent_up_products if self.absorbed else w.other_products
+        logits = self.rows if self.decode else 1
+        products = self.rows * (plain + c.n_layers * self.pair_products) + logits * c.vocab_size * c.dim
+        return 2 * of.micro_batches * products
+
+    @figure("s")
+    def compute_time(self) -> float:
+        """Time of a step in matrix products. Source: amount over rate."""
+        other = self.h.peak("float32" if self.w.dtype == "float32" else "bfloat16")
+        return (self.matrix_flops / self.h.peak(self.w.dtype) + self.other_flops / other) / self.a.serving_efficiency
+
+    @figure("token")
+    def routed_rows(self) -> float:
+        """Tokens of the fullest GPU that pass a MoE layer, all layers of a step. Source: V3, section 3.4."""
+        return self.a.imbalance * self.of.micro_batches * self.rows * self.w.m.moe_layers
+
+    @figure("B")
+    def slow_bytes(self) -> float:
+        """Bytes to other nodes, a step. Source: V3, section 3.4."""
+        return self.routed_rows * self.exchange.slow_row_bytes
+
+    @figure("B")
+    def fast_bytes(self) -> float:
+        """Bytes that a GPU sends in its node in a step. Source: V3, section 3.4."""
+        if self.d.tensor == 1:
+            return self.routed_rows * self.exchange.fast_row_bytes
+        gathered = (
+            self.of.micro_batches * self.rows * self.w.m.config.n_layers * self.gathered_row * (self.of.tensor - 1)
         )
-        self.fast_link_time = Figure(
-            fast / links.fast_rate if fast else 0, "s", "fast_bytes / fast_rate" if fast else "0"
-        )
+        return self.routed_rows * self.exchange.fast_row_bytes + gathered
+
+    @counted("B")
+    def gathered_row(self) -> int:
+        """Latents and sums of a token that GPUs with the same sequences exchange, a layer. Source: V3, section 3.4."""
+        c = self.w.m.config
+        latents = c.dim if not c.is_mla or c.q_lora_rank is None else c.q_lora_rank
+        return SIZES[self.w.dtype] * (latents + (c.kv_lora_rank + c.qk_rope_head_dim if c.is_mla else 0) + c.dim)
+
+    @figure("s")
+    def slow_link_time(self) -> float:
+        """Time of a step between nodes. Source: amount over rate."""
+        return self.slow_bytes / self.links.slow_rate if self.slow_bytes else 0
+
+    @figure("s")
+    def fast_link_time(self) -> float:
+        """Time of a step within a node. Source: amount over rate."""
+        return self.fast_bytes / self.links.fast_rate if self.fast_bytes else 0
+
+    @figure("s")
+    def step_time(self) -> float:
+        """Time of a step whose parts all overlap. Source: the slowest part: at least this."""
+        return max(self.memory_time, self.compute_time, self.slow_link_time, self.fast_link_time)
+
+    @property
+    def waits(self) -> dict[str, float]:
+        """Seconds of the parts of a step by their words."""
+        return {words: time for name, words in RESOURCES.items() if (time := getattr(self, name))}
 
 
 class Served:
-    """Times of decoding, of prompts, and of drafts where there are some, of deployments.
-
-    Attributes:
-        decode_sequences: Sequences that a GPU decodes.
-        decode_time_per_token: Least time of an output token. Source: INS, section 2.3.2.
-        decode_tokens_per_second: Most tokens/s of a sequence. Source: INS, section 2.3.2.
-        decode_gpu_tokens_per_second: Most tokens/s of a GPU. Source: INS, section 2.3.2.
-        prefill_time_to_first_token: Least time to the first token. Source: V3, section 3.4.1.
-        prefill_gpu_tokens_per_second: Most prompt tokens/s of a GPU. Source: V3, section 3.4.1.
-        decode_cost: Least rent of an output token.
-        prefill_cost: Least rent of a prompt token.
-    """
+    """Times of decoding, of prompts, and of drafts where there are some, of deployments."""
 
     def __init__(self, w: Work, h: Hardware, a: Assumptions, inputs: Inputs, decode: Deployment, prefill: Deployment):
-        c = w.m.config
-        self.deployments = {"decode": decode, "prefill": prefill}
-        self.deployed = {stage: Deployed(w, d, h.memory) for stage, d in self.deployments.items()}
-        self.exchanges: dict[str, Exchange] = {}
-        for stage, d in self.deployments.items():
-            each = None if d.two_hop else c.n_activated_experts + c.n_shared_experts * d.shared_remote
-            if d.gpus > 1:
-                names = ("expert_parallel", "gpus_per_node")
-                self.exchanges[stage] = Exchange(c, d.gpus, h.gpus_per_node, w.dtype, names, each)
-        self.steps = {
-            stage: ServedStep(w, d, self.deployed[stage], self.exchanges.get(stage), h, a)
-            for stage, d in self.deployments.items()
-        }
-        step, prompt = self.steps["decode"].step_time, self.steps["prefill"].step_time
-        self.decode_sequences = Figure(self.deployed["decode"].mine, "", "decode_micro_batches * sequences")
-        self.decode_time_per_token = Figure(step, "s/token", "decode_step_time")
-        self.decode_tokens_per_second = Figure(1 / step, "token/s", "1 / decode_step_time")
-        self.decode_gpu_tokens_per_second = Figure(
-            self.decode_sequences / step, "token/s", "decode_sequences / decode_step_time"
-        )
-        self.prefill_time_to_first_token = Figure(prompt, "s", "prefill_step_time")
-        self.prefill_gpu_tokens_per_second = Figure(
-            prefill.micro_batches * w.prompt / prompt, "token/s", "prefill_micro_batches * prompt / prefill_step_time"
-        )
-        self.decode_cost: Figure | None = None
-        self.prefill_cost: Figure | None = None
-        if h.price is not None:
-            cost, formula = h.price / self.decode_gpu_tokens_per_second, "gpu_price / decode_gpu_tokens_per_second"
-            self.decode_cost = Figure(cost, "$/token", formula)
-            cost, formula = h.price / self.prefill_gpu_tokens_per_second, "gpu_price / prefill_gpu_tokens_per_second"
-            self.prefill_cost = Figure(cost, "$/token", formula)
-        self.drafts: Drafts | None = None
-        if c.n_mtp_layers and inputs.request.drafts:
-            self.drafts = Drafts(w, h, a, inputs, self)
+        self.w, self.h = w, h
+        self.decode, self.prefill = Deployed(w, decode, h), Deployed(w, prefill, h)
+        self.decode_step, self.prefill_step = ServedStep(self.decode, h, a), ServedStep(self.prefill, h, a)
+        drafted = w.m.config.n_mtp_layers and inputs.request.drafts
+        self.drafts = Drafts(w, h, a, inputs, self.decode_step) if drafted else None
 
     @property
-    def figures(self) -> Figures:
-        """All figures by name; those of a stage begin with its name."""
-        found, names = figures_of(self), dict[str, str]()
-        for stage, d in reversed(self.deployed.items()):
-            parts = [*filter(None, (d, self.exchanges.get(stage), self.steps[stage]))]
-            names = _names(stage, parts)  # decode's are the last
-            found |= _staged(names, parts)
-        if self.drafts is not None:
-            found |= figures_of(self.drafts) | _staged(names | _names("verify", [self.drafts.step]), [self.drafts.step])
-        return found
+    def waits(self) -> dict[str, dict[str, float]]:
+        """Seconds of the parts of a step by their words, of decode and prefill."""
+        return {"decode": self.decode_step.waits, "prefill": self.prefill_step.waits}
 
+    @figure("s/token")
+    def decode_time_per_token(self) -> float:
+        """Least time of an output token. Source: INS, section 2.3.2."""
+        return self.decode_step.step_time
 
-def _names(stage: str, parts: Sequence[object]) -> dict[str, str]:
-    """Return the whole names of the figures of a stage."""
-    return {name: f"{stage}_{name}" for part in parts for name in figures_of(part)} | {"memory_of_gpu": "gpu_memory"}
+    @figure("token/s")
+    def decode_tokens_per_second(self) -> float:
+        """Most tokens/s of a sequence. Source: INS, section 2.3.2."""
+        return 1 / self.decode_step.step_time
 
+    @figure("token/s")
+    def decode_gpu_tokens_per_second(self) -> float:
+        """Most tokens/s of a GPU. Source: INS, section 2.3.2."""
+        return self.decode.sequences / self.decode_step.step_time
 
-def _staged(names: Mapping[str, str], parts: Sequence[object]) -> dict[str, Figure]:
-    """Return the figures of a stage by their whole names, which their formulas then have too."""
-    every = {names[name]: figure for part in parts for name, figure in figures_of(part).items()}
-    return {n: Figure(f, f.unit, renamed(f.formula, names), f.title, f.source) for n, f in every.items()}
+    @figure("s")
+    def prefill_time_to_first_token(self) -> float:
+        """Least time to the first token. Source: V3, section 3.4.1."""
+        return self.prefill_step.step_time
+
+    @figure("token/s")
+    def prefill_gpu_tokens_per_second(self) -> float:
+        """Most prompt tokens/s of a GPU. Source: V3, section 3.4.1."""
+        return self.prefill.micro_batches * self.w.prompt / self.prefill_step.step_time
+
+    @figure("$/token")
+    def decode_cost(self) -> float | None:
+        """Least rent of an output token."""
+        return self.h.price / self.decode_gpu_tokens_per_second if self.h.price is not None else None
+
+    @figure("$/token")
+    def prefill_cost(self) -> float | None:
+        """Least rent of a prompt token."""
+        return self.h.price / self.prefill_gpu_tokens_per_second if self.h.price is not None else None
 
 
 class Drafts:
-    """Gain of tokens that multi-token prediction drafts. A draft is one more block, and reads the head.
+    """Gain of tokens that multi-token prediction drafts. A draft is one more block, and reads the head."""
 
-    Attributes:
-        draft_time: Time of a draft: a block and the head. Source: V3, section 5.4.3.
-        tokens_per_step: Tokens of a step, before overhead. Source: V3, section 5.4.3.
-        speculative_step: Time of all drafts and of the step that verifies them. Source: V3, section 5.4.3.
-        speculation_gain: Speedup by drafts. Source: V3, section 5.4.3.
-    """
+    def __init__(self, w: Work, h: Hardware, a: Assumptions, inputs: Inputs, plain: ServedStep) -> None:
+        self.w, self.h, self.a, self.plain = w, h, a, plain
+        self.drafts, self.acceptance = inputs.of("drafts"), inputs.of("acceptance")
+        self.step = ServedStep(plain.of, h, a, drafts=inputs.request.drafts)
 
-    def __init__(self, w: Work, h: Hardware, a: Assumptions, inputs: Inputs, served: Served) -> None:
-        n = inputs.request.drafts
-        d, of, plain = served.deployments["decode"], served.deployed["decode"], served.steps["decode"].step_time
-        acceptance = inputs.request.acceptance
-        self.step = ServedStep(w, d, of, served.exchanges.get("decode"), h, a, positions=n + 1)
-        bandwidth = h.memory_bandwidth * a.memory_efficiency
-        self.draft_time = Figure(
-            plain / w.m.config.n_layers + d.micro_batches * w.weights.vocabulary_bytes / d.tensor / bandwidth,
-            "s",
-            "decode_step_time / n_layers + decode_micro_batches * vocabulary_bytes / decode_tensor_parallel "
-            "/ (memory_bandwidth * memory_efficiency)",
-        )
-        self.tokens_per_step = Figure(
-            (1 - acceptance ** (n + 1)) / (1 - acceptance), "", "(1 - acceptance ** (drafts + 1)) / (1 - acceptance)"
-        )
-        self.speculative_step = Figure(
-            self.step.step_time + n * self.draft_time, "s", "verify_step_time + drafts * draft_time"
-        )
-        self.speculation_gain = Figure(
-            self.tokens_per_step * plain / self.speculative_step,
-            "",
-            "tokens_per_step * decode_step_time / speculative_step",
-        )
+    @figure("s")
+    def draft_time(self) -> float:
+        """Time of a draft: a block and the head. Source: V3, section 5.4.3."""
+        of, bandwidth = self.plain.of, self.h.memory_bandwidth * self.a.memory_efficiency
+        head = of.micro_batches * self.w.weights.vocabulary_bytes / of.tensor
+        return self.plain.step_time / self.w.m.config.n_layers + head / bandwidth
+
+    @figure()
+    def tokens_per_step(self) -> float:
+        """Tokens of a step, before overhead. Source: V3, section 5.4.3."""
+        return (1 - self.acceptance ** (self.drafts + 1)) / (1 - self.acceptance)
+
+    @figure("s")
+    def speculative_step(self) -> float:
+        """Time of all drafts and of the step that verifies them. Source: V3, section 5.4.3."""
+        return self.step.step_time + self.drafts * self.draft_time
+
+    @figure()
+    def speculation_gain(self) -> float:
+        """Speedup by drafts. Source: V3, section 5.4.3."""
+        return self.tokens_per_step * self.plain.step_time / self.speculative_step
 
 
 # --- what a user leaves open
@@ -457,7 +440,7 @@ def choose_serving(
     precision = usual_precision(model, h)  # however training multiplies
     filled = {"context": context, "prompt": context, "weight_dtype": DTYPES[precision], "cache_dtype": "bfloat16"}  # pyright: ignore
     r, sources = fill(r, sources, "chosen", filled)
-    weights, cache = WeightFigures(m, r.weight_dtype), CacheFigures(m, r.cache_dtype)
+    weights, cache = WeightFigures(m, r.weight_dtype), CacheFigures(m.config, r.cache_dtype)
 
     def work(r: PlanRequest) -> Work:
         inputs = Inputs(request=r if r.sequences else replace(r, sequences=1), sources=sources)
@@ -469,11 +452,11 @@ def choose_serving(
     found: dict[StageName, Deployment] = {}
     for stage in STAGES:
         found[stage] = _deployment(r, stage, work(r), h, published)
-    one = Deployed(work(replace(r, sequences=1)), found["decode"], h.memory)
+    one = Deployed(work(replace(r, sequences=1)), found["decode"], h)
     fit = int(one.sequences_that_fit / found["decode"].micro_batches)
     r, sources = fill(r, sources, "chosen", {"sequences": max(1, min(SEQUENCES, fit))})
     done = work(r)
-    misfit = {stage: text for stage, d in found.items() if (text := _misfit(d, Deployed(done, d, h.memory), h))}
+    misfit = {stage: text for stage, d in found.items() if (text := _misfit(d, Deployed(done, d, h), h))}
     return Serving(request=r, sources=sources, work=done, misfit=misfit, **found)
 
 
@@ -510,7 +493,7 @@ def _deployment(r: PlanRequest, stage: StageName, w: Work, h: Hardware, publishe
     for d in tried or [made(tensor or 1, tensor or 1, "")]:
         check(rules(d, w.m.config, h))
         h.peak(w.dtype)
-        if Deployed(w, d, h.memory).gpu_memory <= h.memory:
+        if Deployed(w, d, h).gpu_memory <= h.memory:
             return d
     return tried[-1] if gpus is not None else replace(tried[-1], how="the most GPUs that can share it")
 
@@ -539,5 +522,5 @@ def _misfit(d: Deployment, memory: Deployed, h: Hardware) -> str:
         fix = f"use sequences={fit}"
     elif memory.longest_context >= 1:
         fix = f"use {'context' if d.stage == 'decode' else 'prompt'}={memory.longest_context:.0f}"
-    takes = f"weights and cache take {memory.gpu_memory} of {human(h.memory, 'B')}"
+    takes = f"weights and cache take {human(memory.gpu_memory, 'B')} of {human(h.memory, 'B')}"
     return f"{d.stage} on {plural(d.gpus, 'GPU')} does not fit: {takes}; {fix}"

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsmini.planner.exchange import places_hit
 from dsmini.planner.figure import Figure
 from dsmini.planner.hardware import Hardware, load_hardware
 from dsmini.planner.layout import check, rules
 from dsmini.planner.plan import Plan, make_plan
 from dsmini.planner.request import Model, PlanRequest
 from dsmini.planner.search import Chosen
-from dsmini.planner.training import Step, Training
+from dsmini.planner.training import Training
 from tests.helpers.configs import CONFIGS
 from tests.helpers.pages import check_page
 
@@ -37,7 +36,7 @@ def hardware_of(words: str) -> Hardware:
             del numbers[key]
         elif key in numbers:
             old = numbers[key]
-            numbers[key] = Figure(old * float(factor), old.unit, "", old.title, old.source)
+            numbers[key] = Figure(key, old * float(factor), old.unit, old.title, old.source)
     return dataclasses.replace(made, numbers=numbers)
 
 
@@ -76,18 +75,20 @@ def values_of(words: str) -> dict[str, float]:
     return {name: float(figure) for name, figure in plan_of(words).figures.items()}
 
 
-def in_layout(plan: Plan, **layout: Any) -> dict[str, float]:
-    """Return the training figures of a plan in another layout. Raises: ValueError for one that it cannot have."""
-    other = dataclasses.replace(plan.chosen.layout, **layout)
+def trained_in(plan: Plan, **layout: Any) -> Training:
+    """Return the training of a plan in another layout. Raises: ValueError for one that it cannot have."""
+    other = dataclasses.replace(plan.training.layout, **layout)
     check(rules(other, plan.model.config, plan.hardware.gpus_per_node))
-    training = Training(plan.m, plan.hardware, plan.assumed, other)
-    step = Step(plan.m, plan.hardware, plan.assumed, other, training)
-    found = dataclasses.replace(plan, chosen=Chosen(other, training, "a test"), step=step)
+    return Training(plan.m, plan.hardware, plan.assumed, other)
+
+
+def in_layout(plan: Plan, **layout: Any) -> dict[str, float]:
+    """Return the training figures of a plan in another layout, as trained_in."""
+    found = dataclasses.replace(plan, chosen=Chosen(trained_in(plan, **layout), "a test"))
     return {name: float(figure) for name, figure in found.sections["training"].items()}
 
 
 FUNCTIONS = {"max": max, "min": min, "exp": math.exp, "sqrt": math.sqrt, "ceil": math.ceil, "floor": math.floor}
-FUNCTIONS["places_hit"] = lambda *sizes: places_hit(*map(int, sizes[:-1]), sizes[-1])
 
 
 def computed(formula: str, values: Mapping[str, float]) -> float:

@@ -66,7 +66,6 @@ def check_counts(config: ModelConfig, **work: Any) -> None:
     found = {name: float(figure) for name, figure in plan.figures.items()}
     counted = parameters(config)
     exact = {ours: getattr(counted, theirs) for ours, theirs in BASES.items()}
-    exact["mtp_active"] = sum(n for module, n in counted.active_by_module.items() if module.startswith("mtp "))
     assert {name: found[name] for name in exact} == exact
     held = training_bytes(config, **trained(work)).total
     assert found["memory_needed"] == pytest.approx(held, rel=1e-9)

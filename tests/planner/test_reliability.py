@@ -7,24 +7,21 @@ import numpy as np
 import pytest
 
 from dsmini.planner.request import Inputs, PlanRequest
-from dsmini.planner.training import Failures, effective_share
+from dsmini.planner.run import Failures
 
 SIMULATED = 0.004
 """Relative standard error of 100,000 failures: 1 / sqrt(100,000) for an exponential time, and less for a ratio of two
 sums that go together."""
 
 
+def failures(gpus: float, write: float, restart: float = 300) -> Failures:
+    request = PlanRequest(restart_time=restart, checkpoint_halt=write)
+    return Failures(Inputs(request=request, sources={}), gpus)
+
+
 @functools.cache
 def mean_time(gpus: float) -> float:
-    request = PlanRequest(restart_time=1e-9, checkpoint_halt=1e-9)
-    return Failures(Inputs(request=request, sources={}), gpus).mean_time_to_failure
-
-
-def share(gpus: float, write: float, restart: float = 300, interval: float = 0) -> tuple[float, float]:
-    """Return the share of the time that trains, and the interval: if it is 0, the planner's."""
-    mean = mean_time(gpus)
-    interval = interval or math.sqrt(2 * write * mean)
-    return effective_share(mean, interval, restart, write), interval
+    return failures(gpus, 1e-9, 1e-9).mean_time_to_failure
 
 
 def trained(gpus: float, write: float, interval: float, seed: int) -> float:
@@ -38,10 +35,12 @@ def trained(gpus: float, write: float, interval: float, seed: int) -> float:
     return float(work.sum() / time.sum())
 
 
-@pytest.mark.parametrize("gpus", [1024, 16_384, 131_072, 1_000_000])
-@pytest.mark.parametrize("write", [10, 300])
+@pytest.mark.parametrize(
+    ("gpus", "write"), [(1024, 10), (1024, 300), (16_384, 300), (131_072, 10), (131_072, 300), (1_000_000, 10)]
+)
 def test_share_of_the_time_agrees_with_a_simulation(gpus: int, write: float) -> None:
-    found, interval = share(gpus, write)
+    made = failures(gpus, write)
+    found, interval = made.effective_share, made.checkpoint_interval
     # rare cycles count for more: one in 1 / found failures completes any
     assert found == pytest.approx(trained(gpus, write, interval, gpus), rel=4 * SIMULATED / math.sqrt(found))
 
@@ -50,7 +49,13 @@ def test_share_of_the_time_agrees_with_a_simulation(gpus: int, write: float) -> 
 @pytest.mark.parametrize("write", [1, 300])
 def test_interval_is_near_the_best_of_a_search(gpus: int, write: float) -> None:
     """Young's is the first term of a series whose terms fall by the root of w / 2 M."""
-    found = share(gpus, write)[1]
-    tried = np.exp(np.linspace(math.log(found / 30), math.log(found * 30), 20_001))
-    best = tried[np.argmax([share(gpus, write, interval=float(one))[0] for one in tried])]
+    found = failures(gpus, write).checkpoint_interval
+    tried = np.exp(np.linspace(math.log(found / 30), math.log(found * 30), 2_001))
+
+    def share(interval: float) -> float:
+        other = failures(gpus, write)
+        vars(other)["checkpoint_interval"] = interval
+        return other.effective_share
+
+    best = max(map(float, tried), key=share)
     assert found == pytest.approx(best, rel=2 * math.sqrt(write / (2 * mean_time(gpus))) + 1e-3)

@@ -76,5 +76,5 @@ def test_own_efficiencies_and_imbalance_slow_a_step() -> None:
 def test_prefill_with_deepseeks_copies_of_experts() -> None:
     """EP32 with 32 copies, without V3's own tensor parallelism: nine experts a GPU."""
     found = values_of("deepseek-v3 prefill_gpus=32 prefill_tensor=1 prefill_redundant=32")
-    assert (found["prefill_gpu_experts"], found["prefill_tensor_parallel"]) == (9, 1)
+    assert (found["prefill_gpu_experts"], found["prefill_tensor"]) == (9, 1)
     assert values_of("deepseek-v3 prefill_gpus=32 prefill_tensor=1")["prefill_gpu_experts"] == 8

@@ -16,7 +16,7 @@ from dsmini.planner.plan import make_plan
 from dsmini.planner.request import Model, PlanRequest, Schedule, reference
 from dsmini.planner.search import DEFAULTS
 from dsmini.planner.training import PARTS
-from tests.helpers.plans import hardware_of, in_layout, plan_of, values_of
+from tests.helpers.plans import hardware_of, in_layout, plan_of, trained_in, values_of
 
 # --- what GPUs hold
 
@@ -27,18 +27,16 @@ from tests.helpers.plans import hardware_of, in_layout, plan_of, values_of
 def test_gpus_together_hold_the_model(name: str, schedule: Any, tensor: int, expert: int) -> None:
     """Sum over two stages: all parameters, those that tensor parallelism repeats, and a copy of the embedding."""
     made = plan_of(f"{name} gpus=1 batch=1024")
-    found = in_layout(
-        made, gpus=16, pipeline=2, tensor=tensor, expert=expert, schedule=schedule, zero=0, recompute="none"
-    )
-    kinds = [kind for kind in ("first", "last") if f"parameters_{kind}" in found]
-    experts = sum(found[f"expert_parameters_{kind}"] for kind in kinds)
+    how: dict[str, Any] = {"gpus": 16, "pipeline": 2, "tensor": tensor, "expert": expert, "schedule": schedule}
+    gpus = trained_in(made, **how, zero=0, recompute="none").gpus.values()
+    experts = sum(gpu.gpu_experts for gpu in gpus)
     counted = parameters(made.model.config)
     of = counted.by_module
     assert experts * expert == of["routed experts"] + of["mtp routed experts"]
     repeated = sum(n for key, n in of.items() if key.endswith(("norms", "gates", "mtp projection", "indexer")))
     repeated += 62 * 7168 * (1536 + 512 + 64)
     copy = 0 if schedule == "dualpipe" else of["embedding"]
-    rest = sum(found[f"parameters_{kind}"] for kind in kinds) - experts
+    rest = sum(gpu.gpu_matrices + gpu.gpu_others for gpu in gpus)
     assert rest * tensor == counted.total - experts * expert + copy + (tensor - 1) * repeated
 
 
@@ -59,7 +57,7 @@ def test_activations_of_one_stage_are_those_of_one_process(recompute: Any, name:
     )
     size = 4 if dtype == "fp32" else 2
     between = 2 * length * config.dim * size * config.n_mtp_layers
-    found = four["memory_activations_only"]
+    found = four["memory_activations"]
     assert found == pytest.approx(counted.total - between - counted.by_part["rotary tables"], rel=1 / length)
 
 
@@ -67,18 +65,17 @@ def test_zero_divides_one_part_after_the_other() -> None:
     parts = ("weights", "gradients", "optimizer")
 
     def held(zero: Any) -> dict[str, float]:
-        found = in_layout(plan_of("deepseek-v3"), zero=zero)
-        return {part: found[f"memory_{part}_middle"] for part in parts}
+        found = trained_in(plan_of("deepseek-v3"), zero=zero).gpus["middle"]
+        return {part: getattr(found, f"memory_{part}") for part in parts}
 
     for zero, divided in ((1, {"optimizer"}), (2, {"gradients"}), (3, {"weights"})):
         before, after = held(zero - 1), held(zero)
         assert {part for part in parts if after[part] < before[part] / 3} == divided
         assert {part for part in parts if after[part] == before[part]} == set(parts) - divided
-    one = in_layout(plan_of("deepseek-v3"), zero=1)  # DualPipe's halves hold the same stages
-    experts = one["expert_parameters_middle"]
-    rest = one["parameters_middle"] - experts
-    owned = rest / (2 * one["data"]) + experts / (2 * one["expert_data"])
-    assert one["memory_optimizer_middle"] == pytest.approx(owned * one["state_optimizer"])
+    t = trained_in(plan_of("deepseek-v3"), zero=1)  # DualPipe's halves hold the same stages
+    gpu = t.gpus["middle"]
+    owned = (gpu.gpu_matrices + gpu.gpu_others) / (2 * t.data) + gpu.gpu_experts / (2 * t.expert_data)
+    assert gpu.memory_optimizer == pytest.approx(owned * t.state_optimizer)
 
 
 @pytest.mark.parametrize("name", ["kimi-k2", "deepseek-v2", "toy", "deepseek-v3"])
@@ -145,15 +142,15 @@ SPLIT = ["deepseek-v3", "deepseek-v3 schedule=1f1b", "deepseek-v2-lite gpus=64 p
 def test_slowest_stage_has_its_own_layers_and_the_head(words: str) -> None:
     """By the operations of each kind of layer at the rates of the plan, worked out here."""
     plan = plan_of(words)
-    c, r, found = plan.model.config, plan.chosen.layout, plan.figures
-    block = found["attention_parameters"]
+    c, r, found = plan.model.config, plan.training.layout, plan.figures
+    n = plan.m.numbers
     over = c.n_heads * (c.qk_head_dim + c.v_head_dim) * plan.m.seq_len / found["plain_rate"]
-    gate = 2 * found["gate_parameters"] / found["plain_rate"]
-    experts = c.n_activated_experts * found["expert_parameters"] + found["shared_parameters"]
-    dense = 2 * (block + found["dense_parameters"]) / found["fp8_rate"] + over
-    moe = 2 * (block + experts) / found["fp8_rate"] + over + gate
-    head = 2 * found["vocabulary_parameters"] / found["plain_rate"]
-    mtp = c.n_mtp_layers * (moe + head + 2 * found["mtp_projection_layer"] / found["plain_rate"])
+    gate = 2 * n("gates") / found["plain_rate"]
+    experts = c.n_activated_experts * n("routed experts") + n("shared experts")
+    dense = 2 * (n("attention") + n("dense feed-forward")) / found["fp8_rate"] + over
+    moe = 2 * (n("attention") + experts) / found["fp8_rate"] + over + gate
+    head = 2 * n("embedding") / found["plain_rate"]
+    mtp = c.n_mtp_layers * (moe + head + 2 * n("projection") / found["plain_rate"])
 
     def slowest(last: int) -> float:
         rest = [(c.n_layers - last) // (r.pipeline - 1)] * (r.pipeline - 1)
