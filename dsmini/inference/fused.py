@@ -134,7 +134,7 @@ def attention_step(
     cos_sin: CosSin,
     starts: Int[Tensor, " b"],
 ) -> Float[Tensor, "b s m"]:
-    """Return x + MLA(norm(x)) for new tokens, absorbed, and append their rows to the cache.
+    """Return x + attention(norm(x)) for new tokens, and append their rows to the cache: MLA absorbed, MHA, GQA and MQA.
 
     With an indexer a token attends to the keys that it chooses, where some token sees more than topk.
 
@@ -144,26 +144,8 @@ def attention_step(
 
     Source: DeepSeek-V2 report, section 2.1.2; DeepSeek-V3.2 report, section 2.1.
     """
-    return _attention(x, weights, replace(cache, form="absorbed"), cos_sin)
-
-
-@ops.operation("grouped_attention_step")
-def grouped_attention_step(
-    x: Float[Tensor, "b s m"],
-    weights: StepWeights,
-    cache: LayerCacheView,
-    cos_sin: CosSin,
-    starts: Int[Tensor, " b"],
-) -> Float[Tensor, "b s m"]:
-    """Return x + Attention(norm(x)) for new tokens, and append their rows to the cache: MHA, GQA and MQA.
-
-    Args:
-        cache, starts: as in attention_step.
-    """
-    return _attention(x, weights, cache, cos_sin)
-
-
-def _attention(x: Tensor, weights: StepWeights, cache: LayerCacheView, cos_sin: CosSin) -> Tensor:
+    if isinstance(weights.layer, MLA):
+        cache = replace(cache, form="absorbed")
     context = Context(positions=cache.at.positions, cache=cache, angles={weights.layer.rope: cos_sin})
     return x + weights.layer(weights.norm(x), context)
 
@@ -196,8 +178,7 @@ def blocks_step(
     """
     routing: list[Tensor] = []
     for (attention, feed_forward), cache in zip(blocks, caches, strict=True):
-        attend = attention_step if isinstance(attention.layer, MLA) else grouped_attention_step
-        y = attend(x, attention, cache, cos_sin, starts)
+        y = attention_step(x, attention, cache, cos_sin, starts)
         z, *routing_of_block = feed_forward_step(y.flatten(0, 1), feed_forward)
         x = z.view(x.shape)
         routing += routing_of_block if isinstance(feed_forward.layer, MoE) else []

@@ -152,6 +152,8 @@ def _normed(result: Any, x: Tensor, norm: Any, y: Tensor | None = None, y_norm: 
 
 
 def _attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any, starts: Tensor) -> Cost:
+    if "wk" in part.weights:
+        return _grouped_attention_step(x, part, cache, starts)
     (b, s, _), layer, w = x.shape, part.layer, part.weights
     keys, data = int(starts.sum()) + b * s, cache.store.data
     row = data.shape[2] * data.element_size()
@@ -172,7 +174,7 @@ def _attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any,
     return Cost(read, written, flops)
 
 
-def _grouped_attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any, starts: Tensor) -> Cost:
+def _grouped_attention_step(x: Tensor, part: Any, cache: Any, starts: Tensor) -> Cost:
     (b, s, _), w = x.shape, part.weights
     keys, data = int(starts.sum()) + b * s, cache.store.data
     row = data.shape[2] * data.element_size()
@@ -220,7 +222,6 @@ COSTS: MappingProxyType[str, Callable[..., int | Cost]] = MappingProxyType(
         "trained_norm": _no_products,
         "trained_norm_gradients": _no_products,
         "attention_step": _attention_step,
-        "grouped_attention_step": _grouped_attention_step,
         "feed_forward_step": _feed_forward_step,
     }
 )

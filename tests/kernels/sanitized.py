@@ -1,8 +1,9 @@
 """Drive the sanitizer build of the CPU kernels with buffers of exact sizes, for tests/kernels/test_cpu_bounds.py.
 
-    python sanitized.py LIBRARY ENTRY=LAYOUT ... [overflow]
+    python sanitized.py LIBRARY [overflow]
 
 It does not import torch, which takes long under a sanitizer. With `overflow` one call gets a size beyond its buffer.
+All functions run in the calls of trial.h; those of tiles also on shapes drawn at random.
 """
 
 import ctypes
@@ -10,36 +11,43 @@ import itertools
 import random
 import sys
 from pathlib import Path
-from struct import Struct
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels/dsmini_kernels/cpu"))
 import trial
-from trial import DEQUANTIZE, PACKED, QUANTIZE, SIZES
-from trial import QUANTIZE_DEQUANTIZE as BOTH
+from structs import CALLS, LAYOUTS
+
+QUANTIZE, DEQUANTIZE, BOTH = range(3)
+SIZES, PACKED = (4, 2, 2), 2
+"""Bytes of a number in FP32, BF16 and FP16; the format whose codes are packed."""
 
 
 def up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def main(path: str, layouts: list[str], overflow: bool) -> None:
-    library, structs = ctypes.CDLL(path), trial.structs_of(layouts)
-    libc = ctypes.CDLL(None)
-    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-    libc.free.argtypes = [ctypes.c_void_p]
-    count = try_tiles(library, libc, structs["tiles"], overflow) if "tiles" in structs else 0
-    print(f"{count + steps(library, libc, structs)} calls")
+def memory(address: int, nbytes: int) -> bytes:
+    return LAYOUTS["Span"].pack(data=address, bytes=nbytes)
 
 
-def try_tiles(library: ctypes.CDLL, libc: ctypes.CDLL, call: Struct, overflow: bool) -> int:
-    """Run operations of tiles on shapes drawn at random; return the number of calls."""
+def main(path: str, overflow: bool) -> None:
+    trial.main(path)
+    library = ctypes.CDLL(path)
+    if hasattr(library, "dsmini_tiles"):
+        libc = ctypes.CDLL(None)
+        libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+        libc.free.argtypes = [ctypes.c_void_p]
+        try_tiles(library, libc, overflow)
+    print("all calls ran")
+
+
+def try_tiles(library: ctypes.CDLL, libc: ctypes.CDLL, overflow: bool) -> None:
+    """Run operations of tiles on shapes drawn at random."""
     library.dsmini_tiles.argtypes, library.dsmini_tiles.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
     choose = random.Random(0)
     shapes = [(1, 1), (1, 63), (2, 130), (127, 9), (129, 576), (5, 2100), (300, 17), (0, 5), (5, 0)]
     tiles = [(1, 128), (128, 1), (128, 128), (3, 5), (1, 1), (2, 16), (9999, 9999), (1, 100)]
-    count = 0
     for operation, format, powers, tile in itertools.product(range(3), range(3), range(2), tiles):
         large = [(2100, 2051)] if operation == BOTH and format == powers == 0 and 128 in tile else []  # past the cache
         for r, c in choose.sample(shapes, 4) + large:
@@ -63,44 +71,21 @@ def try_tiles(library: ctypes.CDLL, libc: ctypes.CDLL, call: Struct, overflow: b
             ctypes.memmove(buffers[3], ends.ctypes.data, ends.nbytes)
             told = 4096 if overflow else 0
             columns = c + 64 if overflow else c
-            error = library.dsmini_tiles(
-                call.pack(
-                    *(operation, 1, kind, out_kind, format, powers, batch, r, columns, *tile),
-                    *(buffers[0], in_bytes + told * r, r * (in_row + gap) // element, (in_row + gap) // element),
-                    *(buffers[1], out_bytes + told * r, buffers[2], scale_bytes + told * r),
-                    *((buffers[3], ends.nbytes, len(ends)) if grouped else (0, 0, 0)),
-                    *(1e-4, 0),
-                ),
-                call.size,
+            given = (buffers[3], ends.nbytes, len(ends)) if grouped else (0, 0, 0)
+            call = CALLS["tiles"].pack(
+                **{"operation": operation, "threads": 1, "in_type": kind, "out_type": out_kind},
+                **{"format": format, "powers_of_two": powers, "batch": batch, "rows": r, "columns": columns},
+                **{"tile_rows": tile[0], "tile_columns": tile[1], "amax_min": 1e-4, "parallel": 0},
+                **{"x": memory(buffers[0], in_bytes + told * r), "row_stride": (in_row + gap) // element},
+                **{"batch_stride": r * (in_row + gap) // element, "ends": memory(*given[:2]), "groups": given[2]},
+                **{"out": memory(buffers[1], out_bytes + told * r)},
+                **{"scales": memory(buffers[2], scale_bytes + told * r)},
             )
+            error = library.dsmini_tiles(call, len(call))
             assert error == 0, (error, operation, format, tile, r, c)
             for buffer in buffers:
                 libc.free(buffer)
-            count += 1
-    return count
-
-
-def steps(library: ctypes.CDLL, libc: ctypes.CDLL, structs: dict[str, Struct]) -> int:
-    """Run the calls of trial.py in buffers of exact sizes; return their number."""
-    count, buffers = 0, []
-
-    def memory(size: int) -> int:
-        buffers.append(libc.malloc(size))
-        ctypes.memset(buffers[-1], 0, size)
-        return buffers[-1]
-
-    for name, fields in trial.step_calls(memory):
-        if name not in structs:
-            continue
-        struct = structs[name]
-        entry = getattr(library, f"dsmini_{name}")
-        entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
-        assert entry(struct.pack(*fields), struct.size) == 0, (name, fields)
-        while buffers:
-            libc.free(buffers.pop())
-        count += 1
-    return count
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [word for word in sys.argv[2:] if word != "overflow"], "overflow" in sys.argv)
+    main(sys.argv[1], "overflow" in sys.argv)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from dsmini.nn.layers import linear
 from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
 from dsmini_kernels import cpu
 from dsmini_kernels.cpu import build, folder
+from dsmini_kernels.cpu.structs import LAYOUTS
 from tests.helpers.commands import ROOT
 from tests.kernels.conftest import assert_same, quantize
 
@@ -104,10 +106,27 @@ def test_library_is_built_for_this_cpu_and_links_no_openmp() -> None:
     library = build.library()
     assert library.isa == (os.environ.get(build.ISA_VARIABLE) or build.isas_here()[-1])
     assert re.fullmatch(r"[0-9a-f]{24}-[0-9a-f]{32}\.so", library.paths["training"].name)
-    for name in (*build.LAYOUTS, "blocks"):
+    for name in (*build.FUNCTIONS["training"], *build.FUNCTIONS["decoding"]):
         assert library.entry(name)
     for path in library.paths.values():
         assert not any(name in path.read_bytes() for name in (b"gomp", b"iomp", b"libomp"))
+
+
+def test_packed_fields_lie_where_the_compiler_reads_them(tmp_path: Path) -> None:
+    """Sizes and offsets of all structs, as a compiler of calls.h has them."""
+    packed = {name.replace("Span", "Span<char>"): layout for name, layout in LAYOUTS.items()}
+    asked = [f"sizeof({name})" for name in packed]
+    asked += [f"offsetof({name}, {field})" for name, layout in packed.items() for field in layout.fields]
+    source, program = tmp_path / "offsets.cpp", tmp_path / "offsets"
+    prints = "\n".join(f'printf("%zu ", {size});' for size in asked)
+    source.write_text(f'#include "calls.h"\n#include <cstddef>\n#include <cstdio>\nint main() {{ {prints} }}')
+    command = (*build.find_compiler(), "-w", "-std=c++17", f"-I{build.HERE}", str(source), "-o", str(program))
+    subprocess.run(command, check=True)
+    want = [layout.size for layout in packed.values()]
+    for layout in packed.values():
+        formats = list(layout.fields.values())
+        want += [struct.calcsize("=" + "".join(formats[:before])) for before in range(len(formats))]
+    assert subprocess.check_output(program, text=True).split() == [str(size) for size in want]
 
 
 @pytest.mark.parametrize(
@@ -228,8 +247,6 @@ def test_cache_is_used_and_damaged_or_planted_files_are_not(
     key = build._key(compiler, build.FLAGS, "training")
     assert key != build._key(compiler, (*build.FLAGS, "-g"), "training"), "flags are part of the key"
     assert key != build._key(compiler, build.FLAGS, "decoding"), "sources are part of the key"
-    monkeypatch.setitem(build.LAYOUTS, "muon", "=q")
-    assert key != build._key(compiler, build.FLAGS, "training"), "calls are part of the key"
 
 
 def give_away(path: Path) -> None:
@@ -331,12 +348,11 @@ def test_processes_that_want_a_library_at_once_compile_it_once(
     )
 
 
-OTHERS = " ".join(f"long dsmini_{name}() {{ return 0; }}" for name in build.IN_TRAINING if name != "tiles")
 BROKEN = {
-    "trap at a call": ("long dsmini_tiles() { __builtin_trap(); } " + OTHERS, "it ends a process by SIG"),
+    "trap at a call": ("const char* dsmini_try() { __builtin_trap(); }", "it ends a process by SIG"),
     "no such function": ("int f;", "it cannot be loaded: "),
-    "wrong values": ("long dsmini_tiles() { return 0; } " + OTHERS, "wrong values"),
-    "no end": ("long dsmini_tiles() { for (;;); } " + OTHERS, "did not end within 1 s"),
+    "wrong values": ('const char* dsmini_try() { return "tiles"; }', "a call failed: tiles"),
+    "no end": ("const char* dsmini_try() { for (;;); }", "did not end within 1 s"),
     "no file": (None, "does not work here: it cannot be loaded: "),
 }
 

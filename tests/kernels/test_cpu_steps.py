@@ -19,12 +19,13 @@ from dsmini.inference.fused import (
     blocks_step,
     extract_weights,
     feed_forward_step,
-    grouped_attention_step,
     normed,
 )
 from dsmini.nn import Cache, RMSNorm, Rope
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build, steps
+from dsmini_kernels.cpu.calls import span
+from dsmini_kernels.cpu.structs import LAYOUTS
 from tests.helpers.decoding import CACHES, GROUPED, MODELS, ROOM, SPARSE, WEIGHTS, filled, model_of, rows_of
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 from tests.kernels.conftest import assert_threads_change_no_bit, dense, weight_in
@@ -59,12 +60,11 @@ def layers(
 
 
 def attend(x: Tensor, part: Any, *more: Any, reference: bool = False) -> Tensor:
-    """Run the step of this kind of attention, in C++ or as its reference."""
-    grouped = "wk" in part.weights
+    """Run the step of an attention, in C++ or as its reference."""
     if reference:
         with ops.use("reference"):
-            return (grouped_attention_step if grouped else attention_step)(x, part, *more)
-    return (cpu.grouped_attention_step if grouped else cpu.attention_step)(x, part, *more)
+            return attention_step(x, part, *more)
+    return cpu.attention_step(x, part, *more)
 
 
 def step(name: str, lengths: list[int], s: int = 1, weights: str = "float32", dtype: Any = torch.float32) -> Any:
@@ -221,16 +221,15 @@ def test_one_call_for_all_blocks_has_the_bits_of_many(isa: str, name: str) -> No
 def test_blocks_that_are_not_whole_calls_are_refused() -> None:
     run = build.library().entry("blocks")
     x, part, past, table, starts = step("wide", [9])
-    shared, y = steps._step(x, table, starts), torch.empty(x.shape)  # whose memory the call reads and writes
-    call = steps._attention_call(shared, shared.x.data_ptr(), y.data_ptr(), part, past)
-    packed = build.STRUCTS["attention"].pack(*call)
-    header = build.HEADER.pack(build.BLOCKS.index("attention"), len(packed))
+    call, y = steps._Step(x, table, starts), torch.empty(x.shape)  # whose memory the call reads and writes
+    function, packed = call.attention(span(call.x), span(y), part, past)
+    header, head = steps.STEP_HEADERS[function], LAYOUTS["StepHeader"]
     whole = header + packed
     assert run(whole, len(whole)) == 0 and run(b"", 0) == 0
     for wrong in (whole[:-1], whole[:7], whole + b"x", whole + header, header):
         assert run(wrong, len(wrong)) != 0
     for number, size in ((-1, len(packed)), (1, len(packed)), (3, len(packed)), (0, len(packed) - 8), (0, -1)):
-        assert run(build.HEADER.pack(number, size) + packed, len(whole)) != 0
+        assert run(head.pack(kind=number, bytes=size) + packed, len(whole)) != 0
     assert y.isfinite().all()
 
 
@@ -411,22 +410,20 @@ def test_what_is_not_served_says_why() -> None:
 
     def with_cache(other: Tensor) -> None:
         past.store.data = other
-        cpu.grouped_attention_step(x, grouped, past, *after)
+        cpu.attention_step(x, grouped, past, *after)
 
     refused: tuple[tuple[Callable[[], Any], str], ...] = (
         (lambda: cpu.attention_step(x.double(), attention, *more), "tokens of torch.float64"),
         (lambda: cpu.attention_step(x.expand(1, 33, 24), attention, *more), r"\[1, 33, 24\] tokens"),
-        (lambda: cpu.grouped_attention_step(x.double(), grouped, past, *after), "tokens of torch.float64"),
-        (lambda: cpu.grouped_attention_step(x.expand(1, 33, 24), grouped, past, *after), r"\[1, 33, 24\] tokens"),
-        (lambda: with_cache(data.to(torch.uint8)), "in FP8"),
+        (lambda: with_cache(data.to(torch.uint8)), r"cache of torch\.uint8"),
         (lambda: with_cache(data.half()), "float16"),
         (lambda: with_cache(data[..., ::2]), "contiguous"),
-        (lambda: cpu.attention_step(*step("dsa", [70], dtype="fp8")), r"keys of an indexer in torch\.uint8"),
+        (lambda: cpu.attention_step(*step("dsa", [70], dtype="fp8")), r"index_cache of torch\.uint8"),
         (
             lambda: cpu.attention_step(x, dataclasses.replace(sparse, weights=mixed, prepared={}), *sparse_more),
             "weights of different types",
         ),
-        (lambda: cpu.feed_forward_step(x[0].expand(33, 24), feed_forward), "33 tokens"),
+        (lambda: cpu.feed_forward_step(x[0].expand(33, 24), feed_forward), r"\[33, 24\] tokens"),
         (lambda: cpu.normed(x.half(), one), "numbers of torch.float16"),
         (lambda: cpu.normed(x, norm_of(torch.ones(24).double(), 0.0)), "a norm or gate in torch.float64"),
         (lambda: cpu.normed(x, one, x[0], one), r"\[1, 24\] numbers of torch.float32 next to"),
@@ -491,4 +488,4 @@ def test_caches_and_indexers_that_do_not_fit_are_refused() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(part.layer.indexer, name, value)
             with pytest.raises(RuntimeError):
-                attend(x, part, past, table, starts)
+                attend(x, dataclasses.replace(part, prepared={}), past, table, starts)

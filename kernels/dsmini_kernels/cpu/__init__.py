@@ -18,7 +18,6 @@ from dsmini_kernels.cpu.panels import trained_experts_gradients as trained_exper
 from dsmini_kernels.cpu.steps import attention_step as attention_step
 from dsmini_kernels.cpu.steps import blocks_step as blocks_step
 from dsmini_kernels.cpu.steps import feed_forward_step as feed_forward_step
-from dsmini_kernels.cpu.steps import grouped_attention_step as grouped_attention_step
 from dsmini_kernels.cpu.steps import linear as linear
 from dsmini_kernels.cpu.steps import quantized_linear as quantized_linear
 from dsmini_kernels.cpu.tiles import dequantize as dequantize
@@ -35,8 +34,8 @@ OPERATIONS = {
     **dict.fromkeys(("trained_norm", "trained_norm_gradients"), "trained_norm"),
     **dict.fromkeys(("causal_attention", "cached_attention"), "heads_attention"),
     **dict.fromkeys(("trained_attention", "trained_attention_gradients"), "heads_attention"),
-    **{"attention_step": "attention", "grouped_attention_step": "grouped", "feed_forward_step": "feed_forward"},
-    **{"blocks_step": "blocks", "normed": "norms", "muon_update": "muon"},
+    **{"attention_step": "attention", "feed_forward_step": "feed_forward", "blocks_step": "blocks"},
+    **{"normed": "norms", "muon_update": "muon"},
     **{"topk_keys": "topk_keys", "topk_attention": "topk_attention"},
 }
 """Operations, and the function of a library that runs each."""

@@ -8,21 +8,21 @@ namespace {
 
 constexpr int64_t SCORED = 16 * PANEL_KEYS;  // keys of an item of scores
 
-// Tokens that attend to the same keys: those of a sequence, or each one alone where an indexer picks keys.
+// Tokens that attend to the same keys: those of a sequence, or each one alone where an indexer chooses keys.
 struct Groups {
-  bool picked;
+  bool chosen;
   int64_t count, tokens;  // tokens of each
 
-  explicit Groups(const AttentionCall& c) : picked(false) {
-    for (int64_t i = 0; i < c.b; ++i) picked = picked || (c.index.topk > 0 && c.starts[i] + c.s > c.index.topk);
-    count = picked ? c.b * c.s : c.b, tokens = picked ? 1 : c.s;
+  explicit Groups(const AttentionCall& c) : chosen(false) {
+    for (int64_t i = 0; i < c.b; ++i) chosen = chosen || (c.index.topk > 0 && c.starts[i] + c.s > c.index.topk);
+    count = chosen ? c.b * c.s : c.b, tokens = chosen ? 1 : c.s;
   }
   int64_t sequence(const AttentionCall& c, int64_t group) const { return group * tokens / c.s; }
   int64_t seen(const AttentionCall& c, int64_t group) const {
     return c.starts[sequence(c, group)] + group * tokens % c.s + tokens;
   }
   int64_t keys(const AttentionCall& c, int64_t group) const {
-    return picked ? least(c.index.topk, seen(c, group)) : seen(c, group);
+    return chosen ? least(c.index.topk, seen(c, group)) : seen(c, group);
   }
   int64_t parts(const AttentionCall& c, int64_t group) const { return parts_of(keys(c, group)); }
 };
@@ -47,7 +47,7 @@ struct Buffers {
     parts = 0;
     for (int64_t i = 0; i < groups.count; ++i) parts += groups.parts(c, i);
     for (int64_t i = 0; i < c.b; ++i) most = larger(most, c.starts[i] + c.s);
-    const int64_t rows = groups.tokens * c.heads, index = c.index.topk ? 1 : 0, scored = groups.picked ? 1 : 0;
+    const int64_t rows = groups.tokens * c.heads, index = c.index.topk ? 1 : 0, scored = groups.chosen ? 1 : 0;
     own = larger(scratch_for(rows, q_stride) + 2 * rows, scored * index_panel_for(c.index.width));
     own = round_up(larger(own, tokens * larger(padded(c.latent), round_up(c.latent, WIDEST))), 16);
     all = 0;
@@ -104,7 +104,7 @@ void write_row(const AttentionCall& c, const float* row, char* to) {
 }
 
 // Where the angles of a token begin.
-int64_t angles_of(const AttentionCall& c, int64_t token) { return (c.tables == 1 ? token % c.s : token) * (c.rope / 2); }
+int64_t angles_of(const AttentionCall& c, int64_t token) { return (c.cos_sin_batch == 1 ? token % c.s : token) * (c.rope / 2); }
 
 // A query's or key's rotation and Hadamard transform.
 void turn(const AttentionCall& c, int64_t token, float* x) {
@@ -135,13 +135,13 @@ void index_key(const AttentionCall& c, const Buffers& m, int64_t i) {
   const Indexer& index = c.index;
   float *key = m.index_k + i * index.width, *weights = m.index_weights + i * index.heads;
   for (int64_t h = 0; h < index.heads; ++h) weights[h] /= sqrtf(float(index.heads * index.width));
-  layer_norm(key, index.norm, index.bias, index.width, c.index_eps);
+  layer_norm(key, index.norm, index.bias, index.width, index.eps);
   turn(c, i, key);
-  encode_numbers(index.type, key, index.width, index.cache + (i / c.s * c.room + c.starts[i / c.s] + i % c.s) * index.row);
+  encode_numbers(c.index_cache_type, key, index.width, c.index_cache + (i / c.s * c.room + c.starts[i / c.s] + i % c.s) * c.index_cache_row);
 }
 
 // The places of each token's keys: the scores of all keys that it sees, then the largest.
-void pick(const AttentionCall& c, const Buffers& m, Team& team) {
+void select_keys(const AttentionCall& c, const Buffers& m, Team& team) {
   const Indexer& index = c.index;
   const int64_t width = index.width, room = round_up(m.most, SCORED), pieces = room / SCORED;
   team.each(m.tokens * pieces, [&](int64_t item, int64_t thread) {
@@ -150,11 +150,11 @@ void pick(const AttentionCall& c, const Buffers& m, Team& team) {
     if (seen <= index.topk) return;
     for (int64_t at = from; at < least(seen, from + SCORED); at += PANEL_KEYS) {
       const int64_t some = least(PANEL_KEYS, seen - at), vectors = divide_up(some, LANES);
-      const char* keys = index.cache + (i / c.s * c.room + at) * index.row;
-      prefetch(keys + PANEL_KEYS * index.row, PANEL_KEYS * index.row);
-      with_keys(index.type == CACHE_BF16, [&](auto words) {
+      const char* keys = c.index_cache + (i / c.s * c.room + at) * c.index_cache_row;
+      prefetch(keys + PANEL_KEYS * c.index_cache_row, PANEL_KEYS * c.index_cache_row);
+      with_keys(c.index_cache_type == CACHE_BF16, [&](auto words) {
         using Words = decltype(words);
-        pack<Words>(index.type == CACHE_BF16, width, some, vectors, [&](int64_t t) { return keys + t * index.row; }, panel);
+        pack<Words>(c.index_cache_type == CACHE_BF16, width, some, vectors, [&](int64_t t) { return keys + t * c.index_cache_row; }, panel);
         const auto q_of = [&](int64_t h) { return reinterpret_cast<const char*>(m.index_q + (i * index.heads + h) * width); };
         score_panel<Words>(panel, vectors, width, index.heads, q_of, m.index_weights + i * index.heads, m.scores + i * room + at);
       });
@@ -176,7 +176,7 @@ void step(const AttentionCall& c, const Buffers& m) {
   // 1. the normed x, in the order of each weight that reads it
   team.each(m.tokens, [&](int64_t i, int64_t) {
     float* normed = m.plain + i * c.dim;
-    rms_norm(c.x + i * c.dim, c.attn_norm, c.dim, c.attn_eps, normed);
+    rms_norm(c.x + i * c.dim, c.norm, c.dim, c.eps, normed);
     arrange(normed, c.dim, (c.q_rank ? c.wq_a : c.wq_b).type, m.normed + i * dim_stride);
     arrange(normed, c.dim, c.wkv_a.type, m.normed + (m.tokens + i) * dim_stride);
     if (c.index.topk == 0) return;
@@ -213,7 +213,7 @@ void step(const AttentionCall& c, const Buffers& m) {
   // 4. up: queries of all heads, of the indexer too
   const float* for_q = c.q_rank ? m.q_in : m.normed;
   const int64_t up_items = c.q_rank ? items_of(c.wq_b, c.threads) : 0;
-  team.each(up_items + (groups.picked ? items_of(c.index.wq, c.threads) : 0), [&](int64_t item, int64_t) {
+  team.each(up_items + (groups.chosen ? items_of(c.index.wq, c.threads) : 0), [&](int64_t item, int64_t) {
     if (item >= up_items) return index_query(c, m, item - up_items, for_q, padded(m.q_width));
     product_item(c.wq_b, c.threads, item, for_q, padded(m.q_width), m.tokens, m.q, c.heads * head);
   });
@@ -221,7 +221,7 @@ void step(const AttentionCall& c, const Buffers& m) {
   // After them the indexer's queries, rotated
   const int64_t wanted = divide_up(4 * c.threads, c.heads), across = round_up(divide_up(c.latent, wanted), WIDEST);
   const int64_t pieces = divide_up(c.latent, across), latent_items = c.heads * pieces;
-  team.each(latent_items + (groups.picked ? m.tokens * c.index.heads : 0), [&](int64_t item, int64_t thread) {
+  team.each(latent_items + (groups.chosen ? m.tokens * c.index.heads : 0), [&](int64_t item, int64_t thread) {
     if (item >= latent_items) {
       const int64_t at = item - latent_items;
       return turn(c, at / c.index.heads, m.index_q + at * c.index.width);
@@ -238,8 +238,8 @@ void step(const AttentionCall& c, const Buffers& m) {
       memset(out + m.kv_width, 0, (m.q_stride - m.kv_width) * 4);
     }
   });
-  if (groups.picked) pick(c, m, team);
-  // 6. attention to parts of the context, or of the picks
+  if (groups.chosen) select_keys(c, m, team);
+  // 6. attention to parts of the context, or of the chosen keys
   team.each(m.parts, [&](int64_t item, int64_t thread) {
     float* own = m.owned + thread * m.own;
     int64_t group = 0, part = item;
@@ -248,7 +248,7 @@ void step(const AttentionCall& c, const Buffers& m) {
     const Rows stored{c.cache + sequence * c.room * c.cache_row, c.cache_type, c.cache_row, c.latent, c.rope};
     int64_t* last = reinterpret_cast<int64_t*>(own);
     for (int64_t r = 0; r < rows; ++r) last[r] = keys - groups.tokens + r / c.heads;
-    const int32_t* list = groups.picked ? m.list + group * c.index.topk : nullptr;
+    const int32_t* list = groups.chosen ? m.list + group * c.index.topk : nullptr;
     attend_part(stored, part * length, least(keys, (part + 1) * length), m.query + group * rows * m.q_stride,
                 m.q_stride, rows, last, m.high + item * rows, m.total + item * rows, m.sums + item * rows * m.sums_stride,
                 m.sums_stride, own + 2 * rows, list);
@@ -285,10 +285,10 @@ int64_t check(const Indexer& i, const AttentionCall& c) {
     return BAD_SHAPE;
   int64_t queries;
   if (__builtin_mul_overflow(i.heads, i.width, &queries) || c.room > INT32_MAX) return BAD_SHAPE;
-  if (i.wq.type != c.wq_b.type || i.type < 0 || i.type > 1) return BAD_CALL;
+  if (i.wq.type != c.wq_b.type || c.index_cache_type < 0 || c.index_cache_type > 1) return BAD_CALL;
   if (!i.wq.fits(queries, c.q_rank ? c.q_rank : c.dim) || !i.wk.fits(i.width, c.dim) || !i.weights.fits(i.heads, c.dim) ||
-      !within(i.norm, i.norm_bytes, 4, i.width) || !within(i.bias, i.bias_bytes, 4, i.width) ||
-      i.row != (i.type == 0 ? 4 : 2) * i.width || !within(i.cache, i.cache_bytes, i.row, c.b, c.room))
+      !within(i.norm, 4, i.width) || !within(i.bias, 4, i.width) ||
+      c.index_cache_row != (c.index_cache_type == 0 ? 4 : 2) * i.width || !within(c.index_cache, c.index_cache_row, c.b, c.room))
     return OUT_OF_BOUNDS;
   return FINE;
 }
@@ -296,7 +296,7 @@ int64_t check(const Indexer& i, const AttentionCall& c) {
 int64_t check(const AttentionCall& c) {
   if (!sizes({c.b, c.s, c.dim, c.heads, c.nope, c.rope, c.latent, c.value, c.q_rank, c.room, c.cache_row})) return BAD_SHAPE;
   if (c.b < 1 || c.s < 1 || c.b * c.s > MOST_TOKENS || c.dim < 1 || c.heads < 1 || c.nope < 1 || c.rope % 2 != 0 ||
-      c.latent < 1 || c.value < 1 || (c.tables != 1 && c.tables != c.b))
+      c.latent < 1 || c.value < 1 || (c.cos_sin_batch != 1 && c.cos_sin_batch != c.b))
     return BAD_SHAPE;
   int64_t queries, kv_up, width;
   if (__builtin_mul_overflow(c.heads, c.nope + c.rope, &queries) || __builtin_mul_overflow(c.heads, c.nope + c.value, &kv_up) ||
@@ -306,14 +306,14 @@ int64_t check(const AttentionCall& c) {
   if ((c.q_rank ? !c.wq_a.fits(c.q_rank, c.dim) : !c.wq_a.none()) || !c.wq_b.fits(queries, q_in) ||
       !c.wkv_a.fits(c.latent + c.rope, c.dim) || !c.wkv_b.fits(kv_up, c.latent) || !c.wo.fits(c.dim, width))
     return OUT_OF_BOUNDS;
-  if (!within(c.x, c.x_bytes, 4, c.b, c.s, c.dim) || !within(c.y, c.y_bytes, 4, c.b, c.s, c.dim) ||
-      !within(c.attn_norm, c.attn_norm_bytes, 4, c.dim) || !within(c.q_norm, c.q_norm_bytes, 4, c.q_rank) ||
-      !within(c.kv_norm, c.kv_norm_bytes, 4, c.latent) || !within(c.cos, c.table_bytes, 4, c.tables, c.s, c.rope / 2) ||
-      !within(c.sin, c.table_bytes, 4, c.tables, c.s, c.rope / 2) || !within(c.starts, c.starts_bytes, 8, c.b))
+  if (!within(c.x, 4, c.b, c.s, c.dim) || !within(c.y, 4, c.b, c.s, c.dim) ||
+      !within(c.norm, 4, c.dim) || !within(c.q_norm, 4, c.q_rank) ||
+      !within(c.kv_norm, 4, c.latent) || !within(c.cos, 4, c.cos_sin_batch, c.s, c.rope / 2) ||
+      !within(c.sin, 4, c.cos_sin_batch, c.s, c.rope / 2) || !within(c.starts, 8, c.b))
     return OUT_OF_BOUNDS;
   const int64_t numbers = c.latent + c.rope, tiles = (c.latent + BLOCK - 1) / BLOCK;
   const int64_t row = c.cache_type == 0 ? 4 * numbers : c.cache_type == 1 ? 2 * numbers : c.latent + 4 * tiles + 2 * c.rope;
-  if (c.cache_type < 0 || c.cache_type > 2 || c.cache_row != row || !within(c.cache, c.cache_bytes, row, c.b, c.room))
+  if (c.cache_type < 0 || c.cache_type > 2 || c.cache_row != row || !within(c.cache, row, c.b, c.room))
     return OUT_OF_BOUNDS;
   for (int64_t i = 0; i < c.b; ++i)
     if (c.starts[i] < 0 || c.starts[i] > c.room - c.s) return OUT_OF_BOUNDS;

@@ -32,7 +32,6 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from struct import Struct
 from typing import Any
 
 import torch
@@ -56,14 +55,13 @@ SHARED = dict.fromkeys(("scratch.cpp", "team.cpp"), ROUNDING)
 SOURCES = {
     "training": {
         **SHARED,
-        **dict.fromkeys(("library.cpp", "tiles.cpp"), ROUNDING),
+        **dict.fromkeys(("library.cpp", "tiles.cpp", "trial_of_training.cpp"), ROUNDING),
         **dict.fromkeys(("experts.cpp", "muon.cpp"), PRODUCTS),
-        **dict.fromkeys(("heads_attention.cpp", "trained_norm.cpp", "panels.cpp"), PRODUCTS),
-        "trained_experts.cpp": PRODUCTS,
+        **dict.fromkeys(("heads_attention.cpp", "trained_norm.cpp", "panels.cpp", "trained_experts.cpp"), PRODUCTS),
     },
     "decoding": {
         **SHARED,
-        "blocks.cpp": ROUNDING,
+        **dict.fromkeys(("blocks.cpp", "trial_of_decoding.cpp"), ROUNDING),
         **dict.fromkeys(("attention.cpp", "grouped_attention.cpp", "feed_forward.cpp", "linear.cpp"), PRODUCTS),
         **dict.fromkeys(
             ("norms.cpp", "topk_attention.cpp", "topk_keys.cpp", "products.cpp", "panels.cpp", "attend.cpp"), PRODUCTS
@@ -80,29 +78,14 @@ ISAS = {
 }
 """Instruction sets and their flags. A CPU that has one has those before it."""
 ISA_VARIABLE = "DSMINI_CPU_ISA"
-LAYOUTS = {
-    "tiles": "=22qdq",
-    "linear": "=15q",
-    "norms": "=13q2d",
-    "attention": "=107q5d",
-    "grouped": "=57q2d",
-    "feed_forward": "=77q2d",
-    "muon": "=9q3d",
-    "experts": "=39q",
-    "trained_experts": "=56q",
-    "heads_attention": "=56qd",
-    "trained_norm": "=18qd",
-    "topk_keys": "=20q",
-    "topk_attention": "=18qd",
+FUNCTIONS = {
+    "training": ("tiles", "experts", "trained_experts", "heads_attention", "trained_norm", "muon"),
+    "decoding": (
+        *("linear", "norms", "attention", "grouped_attention", "feed_forward", "blocks"),
+        *("topk_keys", "topk_attention"),
+    ),
 }
-"""Functions of the libraries, and how the call of each is packed: struct Call of tiles.h, and the calls of steps.h."""
-IN_TRAINING = ("tiles", "experts", "trained_experts", "heads_attention", "trained_norm", "muon")
-"""Functions of the library for training. The others, and `blocks`, are in that for decoding."""
-STRUCTS = {name: Struct(layout) for name, layout in LAYOUTS.items()}
-BLOCKS = ("attention", "grouped", "feed_forward")
-"""Functions that `dsmini_blocks` calls one after the other."""
-HEADER = Struct("=2q")
-"""Before each of its calls: the function's place in BLOCKS, and the bytes of the call."""
+"""Functions of each library. Each takes its struct of calls.h, but `blocks`, which takes the calls of many steps."""
 ENTRY = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
 """A function of a library: takes a packed call and its bytes, returns 0 or an error (calls.py)."""
 BORROW = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -132,12 +115,12 @@ class Library:
         self.entries, self._failed = dict[str, Any](), dict[str, BuildError]()
 
     def entry(self, name: str) -> Any:
-        """Return a function of LAYOUTS, or `blocks`. The first that is wanted of a library loads it, or builds it.
+        """Return a function of FUNCTIONS. The first that is wanted of a library loads it, or builds it.
 
         Raises: BuildError.
         """
         if name not in self.entries:
-            self._load("training" if name in IN_TRAINING else "decoding")
+            self._load("training" if name in FUNCTIONS["training"] else "decoding")
         return self.entries[name]
 
     def _load(self, part: str) -> None:
@@ -146,23 +129,13 @@ class Library:
         try:
             path = find_or_build(self.isa, part)
             loaded = ctypes.CDLL(str(path))
-            self.entries |= {name: ENTRY((f"dsmini_{name}", loaded)) for name in entries_of(part)}
+            self.entries |= {name: ENTRY((f"dsmini_{name}", loaded)) for name in FUNCTIONS[part]}
             BORROW(("dsmini_borrow", loaded))(self.parallel or None)
             self.paths[part] = path
         except (BuildError, OSError, AttributeError) as error:
             cannot = f"the compiled library cannot be loaded: {error}"  # from a folder from which no code may be run
             self._failed[part] = error if isinstance(error, BuildError) else BuildError(cannot)
             raise self._failed[part] from None
-
-
-def entries_of(part: str) -> list[str]:
-    """Return the functions of a library, of SOURCES."""
-    return [name for name in (*LAYOUTS, "blocks") if (name in IN_TRAINING) == (part == "training")]
-
-
-def trial_arguments(part: str) -> list[str]:
-    """Return the functions of a library that trial.py calls, and how."""
-    return [f"{name}{LAYOUTS[name]}" for name in entries_of(part) if name in LAYOUTS]
 
 
 @functools.cache
@@ -251,7 +224,7 @@ def _key(compiler: tuple[str, ...], flags: tuple[str, ...], part: str) -> str:
     (version,) = _run(f"{shlex.join(compiler)} --version", [[*compiler, "--version"]], VERSION_SECONDS)
     if version.returncode != 0:
         raise BuildError(f"{shlex.join(compiler)} --version failed: {_first_error(version)}")
-    told = repr((compiler, flags, SOURCES[part], trial_arguments(part)))
+    told = repr((compiler, flags, SOURCES[part]))
     parts = [told, version.stdout, platform.machine(), _cpu_flags()]
     files = [*sorted(HERE.glob("*.h")), *(HERE / name for name in SOURCES[part])]
     hashed = hashlib.sha256()
@@ -316,7 +289,7 @@ def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key:
         if linked.returncode != 0:
             raise BuildError(f"{shlex.join(compiler)} failed to link: {_first_error(linked)}")
         if trial:
-            _try(built, compiler, part)
+            _try(built, compiler)
         built.chmod(0o700)  # whatever the umask: nobody else may write into it
         path = folder / _name(key, built.read_bytes())
         _note(f"compiled the kernels for {part} in {time.monotonic() - began:.0f} s")
@@ -324,9 +297,9 @@ def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key:
     return path
 
 
-def _try(library: Path, compiler: tuple[str, ...], part: str) -> None:
+def _try(library: Path, compiler: tuple[str, ...]) -> None:
     """Run the library in a process of its own, which it may end."""
-    command = [sys.executable, "-I", str(HERE / "trial.py"), str(library), *trial_arguments(part)]
+    command = [sys.executable, "-I", str(HERE / "trial.py"), str(library)]
     (done,) = _run(f"the trial of the library that {shlex.join(compiler)} makes", [command], TRIAL_SECONDS)
     if done.returncode == 0:
         return

@@ -1,14 +1,18 @@
 """Enter the C++, or describe its calls without running them."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import STRUCTS, BuildError, library
+from torch import Tensor
 
+from dsmini_kernels import Unserved
+from dsmini_kernels.cpu.build import BuildError, library
+from dsmini_kernels.cpu.structs import CALLS, LAYOUTS
+
+SPAN = LAYOUTS["Span"].struct
 GROUPS = 4
 ERRORS = {
     1: "the call is malformed",
@@ -22,27 +26,37 @@ _runs: ContextVar[bool] = ContextVar("runs", default=True)
 """False inside `without_running`."""
 
 
-def run(entry: str, fields: Sequence[Any]) -> None:
-    """Call an entry of the library with the fields of its struct; inside `without_running` do nothing.
+def run(function: str, **fields: Any) -> None:
+    """Call a function of a library with the fields of its struct in calls.h; inside `without_running` do nothing.
 
     Raises: RuntimeError where it refuses; Unserved for groups of rows that do not cover them.
     """
-    enter(entry, STRUCTS[entry].pack(*fields))
+    enter(function, CALLS[function].pack_all(fields))
 
 
-def enter(entry: str, call: bytes) -> None:
-    """Call an entry with a packed call, as `run` does.
+def enter(function: str, call: bytes) -> None:
+    """Call a function with a packed call, as `run` does.
 
-    Raises: Unserved, with a warning, where the entry's library cannot be built.
+    Raises: Unserved, with a warning, where its library cannot be built.
     """
     loaded = library()
     try:
-        function = loaded.entries.get(entry) or loaded.entry(entry)
+        entry = loaded.entries.get(function) or loaded.entry(function)
     except BuildError as error:  # after another library was built
-        warnings.warn(f"dsmini's kernel {entry} is out, plain PyTorch runs instead: {error}", stacklevel=2)
+        warnings.warn(f"dsmini's kernel {function} is out, plain PyTorch runs instead: {error}", stacklevel=2)
         raise Unserved(str(error)) from None
-    if _runs.get() and (error := function(call, len(call))):
+    if _runs.get() and (error := entry(call, len(call))):
         raise (Unserved if error == GROUPS else RuntimeError)(ERRORS[error])
+
+
+def span(x: Tensor | None) -> bytes:
+    """Return a Span: the address of a contiguous tensor, and the bytes from there on."""
+    return b"" if x is None else SPAN.pack(x.data_ptr(), x.nbytes)
+
+
+def memory(address: int, nbytes: int) -> bytes:
+    """Return a Span of memory. The order is that of its two fields, as a call has several."""
+    return SPAN.pack(address, nbytes)
 
 
 @contextmanager

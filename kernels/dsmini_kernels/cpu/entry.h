@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "steps.h"
+#include "team.h"
 #include "tiles.h"
 
 #include <initializer_list>
@@ -31,6 +31,10 @@ INLINE bool within(const void* p, int64_t bytes, int64_t size, int64_t a, int64_
     if (factor < 0 || __builtin_mul_overflow(all, factor, &all)) return false;
   return all <= bytes && (all == 0 || p != nullptr);
 }
+template <class T>
+INLINE bool within(const Span<T>& span, int64_t size, int64_t a, int64_t b = 1, int64_t c = 1, int64_t d = 1) {
+  return within(span.data, span.bytes, size, a, b, c, d);
+}
 
 INLINE bool sizes(std::initializer_list<int64_t> all) {
   for (int64_t size : all)
@@ -45,9 +49,9 @@ INLINE bool indices_fit(const int64_t* indices, int64_t count, int64_t experts) 
 }
 
 // Rows [b, t, width] of `size` bytes a number, whose batches are `stride` bytes apart.
-INLINE bool rows_fit(const void* p, int64_t bytes, int64_t stride, int64_t size, int64_t b, int64_t t, int64_t width) {
-  if (stride < 0 || stride > MOST || !within(p, bytes, size, t, width)) return false;
-  return b == 1 || (stride >= size * t * width && within(p, bytes - size * t * width, stride, b - 1));
+INLINE bool rows_fit(const Span<const char>& rows, int64_t stride, int64_t size, int64_t b, int64_t t, int64_t width) {
+  if (stride < 0 || stride > MOST || !within(rows, size, t, width)) return false;
+  return b == 1 || (stride >= size * t * width && within(rows.data, rows.bytes - size * t * width, stride, b - 1));
 }
 
 template <class Call>

@@ -196,8 +196,8 @@ int64_t check(const ExpertsCall& c) {
   if (!c.w1.fits_stack(c.experts, c.inter, c.dim) || !c.w3.fits_stack(c.experts, c.inter, c.dim) ||
       !c.w2.fits_stack(c.experts, c.dim, c.inter))
     return OUT_OF_BOUNDS;
-  if (!within(c.x, c.x_bytes, size, c.n, c.dim) || !within(c.y, c.y_bytes, size, c.n, c.dim) ||
-      !within(c.indices, c.indices_bytes, 8, c.n, c.k) || !within(c.weights, c.weights_bytes, 4, c.n, c.k))
+  if (!within(c.x, size, c.n, c.dim) || !within(c.y, size, c.n, c.dim) ||
+      !within(c.indices, 8, c.n, c.k) || !within(c.weights, 4, c.n, c.k))
     return OUT_OF_BOUNDS;
   return indices_fit(c.indices, c.n * c.k, c.experts) ? FINE : OUT_OF_BOUNDS;
 }

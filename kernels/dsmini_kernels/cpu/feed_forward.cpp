@@ -121,7 +121,8 @@ void gate_and_up(const Matrix& w1, const Matrix& w3, int64_t from, int64_t to, c
 
 void step(const FeedForwardCall& c, const Buffers& m) {
   Team team(c.threads);
-  const Matrix gate{reinterpret_cast<const char*>(c.gate), c.gate_bytes, WEIGHT_FP32, c.experts, c.dim, c.dim * 4, nullptr, 0};
+  const Span<const char> numbers{reinterpret_cast<const char*>(c.gate.data), c.gate.bytes};
+  const Matrix gate{numbers, WEIGHT_FP32, c.experts, c.dim, c.dim * 4, {nullptr, 0}};
   // 1. the normed x, in the order of the weights that read it
   team.each(c.n, [&](int64_t i, int64_t) {
     float* normed = m.plain + i * c.dim;
@@ -195,8 +196,8 @@ int64_t check(const FeedForwardCall& c) {
   if (c.inter ? !c.w1.fits(c.inter, c.dim) || !c.w3.fits(c.inter, c.dim) || !c.w2.fits(c.dim, c.inter)
               : !c.w1.none() || !c.w2.none() || !c.w3.none())
     return OUT_OF_BOUNDS;
-  if (!within(c.x, c.x_bytes, 4, c.n, c.dim) || !within(c.y, c.y_bytes, 4, c.n, c.dim) ||
-      !within(c.norm, c.norm_bytes, 4, c.dim))
+  if (!within(c.x, 4, c.n, c.dim) || !within(c.y, 4, c.n, c.dim) ||
+      !within(c.norm, 4, c.dim))
     return OUT_OF_BOUNDS;
   if (c.experts == 0) return c.k == 0 && c.expert_inter == 0 ? FINE : BAD_SHAPE;
   if (c.groups < 1 || c.experts % c.groups != 0 || c.kept_groups < 1 || c.kept_groups > c.groups || c.k < 1 ||
@@ -206,9 +207,9 @@ int64_t check(const FeedForwardCall& c) {
   if (!c.e1.fits_stack(c.experts, c.expert_inter, c.dim) || !c.e3.fits_stack(c.experts, c.expert_inter, c.dim) ||
       !c.e2.fits_stack(c.experts, c.dim, c.expert_inter) || c.e1.type != c.e3.type)
     return OUT_OF_BOUNDS;
-  if (!within(c.gate, c.gate_bytes, 4, c.experts, c.dim) || (c.bias != nullptr && !within(c.bias, c.bias_bytes, 4, c.experts)) ||
-      !within(c.indices, c.indices_bytes, 8, c.n, c.k) || !within(c.weights, c.weights_bytes, 4, c.n, c.k) ||
-      !within(c.scores, c.scores_bytes, 4, c.n, c.experts) || !within(c.counts, c.counts_bytes, 8, c.experts))
+  if (!within(c.gate, 4, c.experts, c.dim) || (c.bias != nullptr && !within(c.bias, 4, c.experts)) ||
+      !within(c.indices, 8, c.n, c.k) || !within(c.weights, 4, c.n, c.k) ||
+      !within(c.scores, 4, c.n, c.experts) || !within(c.counts, 8, c.experts))
     return OUT_OF_BOUNDS;
   return FINE;
 }

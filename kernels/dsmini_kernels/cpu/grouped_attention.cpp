@@ -5,7 +5,7 @@
 
 namespace {
 
-int64_t keys_of(const GroupedCall& c, int64_t sequence) { return c.starts[sequence] + c.s; }
+int64_t keys_of(const GroupedAttentionCall& c, int64_t sequence) { return c.starts[sequence] + c.s; }
 
 // The memory of a call; sizes in numbers. Query rows of a sequence have the order [key head, token, head of the group],
 // so that those that share a key follow each other.
@@ -15,7 +15,7 @@ struct Buffers {
   float *plain, *for_q, *for_k, *for_v, *q, *kv, *query, *attended, *merged, *high, *total, *sums, *owned;
   int64_t all;
 
-  Buffers(const GroupedCall& c, float* memory) {
+  Buffers(const GroupedAttentionCall& c, float* memory) {
     tokens = c.b * c.s, heads = c.key_heads * c.group, rows = heads * c.s;
     keys_width = c.key_heads * c.width, values_width = c.key_heads * c.value;
     stride = round_up(c.width, UNIT), v_stride = round_up(c.value, UNIT);
@@ -47,7 +47,7 @@ struct Buffers {
 
 // Attention of all heads to a part of a sequence's context. Blocks of keys are outside and heads inside: rows of the
 // cache, which hold all heads, are then read one after the other.
-void attend(const GroupedCall& c, const Buffers& m, int64_t sequence, int64_t part, int64_t item, float* own) {
+void attend(const GroupedAttentionCall& c, const Buffers& m, int64_t sequence, int64_t part, int64_t item, float* own) {
   const int64_t keys = keys_of(c, sequence), length = part_length(keys), n = c.group * c.s;
   const int64_t size = c.cache_type == CACHE_FP32 ? 4 : 2, to = least(keys, (part + 1) * length);
   const char* cache = c.cache + sequence * c.room * c.cache_row;
@@ -77,7 +77,7 @@ void attend(const GroupedCall& c, const Buffers& m, int64_t sequence, int64_t pa
   }
 }
 
-void step(const GroupedCall& c, const Buffers& m) {
+void step(const GroupedAttentionCall& c, const Buffers& m) {
   Team team(c.threads);
   const int64_t stride = padded(c.dim), kv_width = m.keys_width + m.values_width;
   // 1. the normed x, in the order of each weight that reads it
@@ -101,7 +101,7 @@ void step(const GroupedCall& c, const Buffers& m) {
   // 3. rotations, the cache's new row, and the scaled queries in their order
   team.each(m.tokens, [&](int64_t i, int64_t) {
     const int64_t sequence = i / c.s, token = i % c.s;
-    const int64_t angles = ((c.tables == 1 ? 0 : sequence) * c.s + token) * (c.width / 2);
+    const int64_t angles = ((c.cos_sin_batch == 1 ? 0 : sequence) * c.s + token) * (c.width / 2);
     float *kv = m.kv + i * kv_width, *q = m.q + i * m.heads * c.width;
     for (int64_t g = 0; g < c.key_heads; ++g) rotate(kv + g * c.width, c.width / 2, c.cos + angles, c.sin + angles);
     encode_numbers(c.cache_type, kv, kv_width, c.cache + (sequence * c.room + c.starts[sequence] + token) * c.cache_row);
@@ -139,12 +139,12 @@ void step(const GroupedCall& c, const Buffers& m) {
   });
 }
 
-bool grouped(const GroupedCall& c) { return with_memory<Buffers>(c, step); }
+bool grouped_attention(const GroupedAttentionCall& c) { return with_memory<Buffers>(c, step); }
 
-int64_t check(const GroupedCall& c) {
+int64_t check(const GroupedAttentionCall& c) {
   if (!sizes({c.b, c.s, c.dim, c.key_heads, c.group, c.width, c.value, c.room, c.cache_row})) return BAD_SHAPE;
   if (c.b < 1 || c.s < 1 || c.b * c.s > MOST_TOKENS || c.dim < 1 || c.key_heads < 1 || c.group < 1 || c.width < 2 ||
-      c.width % 2 != 0 || c.value < 1 || (c.tables != 1 && c.tables != c.b))
+      c.width % 2 != 0 || c.value < 1 || (c.cos_sin_batch != 1 && c.cos_sin_batch != c.b))
     return BAD_SHAPE;
   int64_t heads, queries, keys, values, width;
   if (__builtin_mul_overflow(c.key_heads, c.group, &heads) || __builtin_mul_overflow(heads, c.width, &queries) ||
@@ -153,12 +153,12 @@ int64_t check(const GroupedCall& c) {
     return BAD_SHAPE;
   if (!c.wq.fits(queries, c.dim) || !c.wk.fits(keys, c.dim) || !c.wv.fits(values, c.dim) || !c.wo.fits(c.dim, width))
     return OUT_OF_BOUNDS;
-  if (!within(c.x, c.x_bytes, 4, c.b, c.s, c.dim) || !within(c.y, c.y_bytes, 4, c.b, c.s, c.dim) ||
-      !within(c.norm, c.norm_bytes, 4, c.dim) || !within(c.cos, c.table_bytes, 4, c.tables, c.s, c.width / 2) ||
-      !within(c.sin, c.table_bytes, 4, c.tables, c.s, c.width / 2) || !within(c.starts, c.starts_bytes, 8, c.b))
+  if (!within(c.x, 4, c.b, c.s, c.dim) || !within(c.y, 4, c.b, c.s, c.dim) ||
+      !within(c.norm, 4, c.dim) || !within(c.cos, 4, c.cos_sin_batch, c.s, c.width / 2) ||
+      !within(c.sin, 4, c.cos_sin_batch, c.s, c.width / 2) || !within(c.starts, 8, c.b))
     return OUT_OF_BOUNDS;
   if (c.cache_type < 0 || c.cache_type > 1 || c.cache_row != (c.cache_type == 0 ? 4 : 2) * (keys + values) ||
-      !within(c.cache, c.cache_bytes, c.cache_row, c.b, c.room))
+      !within(c.cache, c.cache_row, c.b, c.room))
     return OUT_OF_BOUNDS;
   for (int64_t i = 0; i < c.b; ++i)
     if (c.starts[i] < 0 || c.starts[i] > c.room - c.s) return OUT_OF_BOUNDS;
@@ -167,4 +167,4 @@ int64_t check(const GroupedCall& c) {
 
 }  // namespace
 
-ENTRY(grouped, GroupedCall)
+ENTRY(grouped_attention, GroupedAttentionCall)

@@ -28,7 +28,7 @@ struct Panel {
 
 // A thread's work on a head.
 struct Head {
-  const HeadsCall& c;
+  const HeadsAttentionCall& c;
   const int64_t size, t_row;  // bytes of a number; keys in whole blocks
   float *q, *dy, *y, *dq;     // panels of a block: [width, WIDTH] each, one after the other
   float *q_rows, *dy_rows;    // the same queries as they lie, cut into panels of columns
@@ -39,7 +39,7 @@ struct Head {
   float* result;              // of a product
   int64_t all = 0;
 
-  Head(const HeadsCall& call, float* memory) : c(call), size(call.bf16 ? 2 : 4), t_row(round_up(call.t, KEYS)) {
+  Head(const HeadsAttentionCall& call, float* memory) : c(call), size(call.bf16 ? 2 : 4), t_row(round_up(call.t, KEYS)) {
     const auto take = [&](int64_t numbers) {
       float* at = memory == nullptr ? nullptr : memory + all;
       all += round_up(numbers, 16);
@@ -311,7 +311,7 @@ struct Head {
   }
 };
 
-bool heads_attention(const HeadsCall& c) {
+bool heads_attention(const HeadsAttentionCall& c) {
   const int64_t each = Head(c, nullptr).all, blocks = c.backward ? 1 : divide_up(c.s, QUERIES);
   float* memory = scratch_of(c.threads * each);
   if (memory == nullptr) return false;
@@ -324,7 +324,7 @@ bool heads_attention(const HeadsCall& c) {
   return true;
 }
 
-int64_t check(const HeadsCall& c) {
+int64_t check(const HeadsAttentionCall& c) {
   if (!sizes({c.b, c.h, c.groups, c.s, c.t, c.d, c.v, c.mask_batch}) || c.b < 1 || c.h < 1 || c.groups < 1 || c.h % c.groups ||
       c.s < 1 || c.t < 1 || c.t > INT32_MAX || c.d < 1 || c.v < 1 || c.d > MOST_SIDE || c.v > MOST_SIDE ||
       (c.causal && c.t < c.s) || (c.mask != nullptr && c.mask_batch != 1 && c.mask_batch != c.b))
@@ -337,11 +337,11 @@ int64_t check(const HeadsCall& c) {
   if (c.backward)
     fits = fits && c.dy.fit(c.b, c.h, c.s, c.v * size) && c.dq.fit(c.b, c.h, c.s, c.d * size) &&
            c.dk.fit(c.b, c.h, c.t, c.d * size) && c.dv.fit(c.b, c.h, c.t, c.v * size);
-  fits = fits && (c.lse == nullptr || within(c.lse, c.lse_bytes, 4, c.b, c.h, c.s)) &&
-         (c.mask == nullptr || within(c.mask, c.mask_bytes, 1, c.mask_batch, c.s, c.t));
+  fits = fits && (c.lse == nullptr || within(c.lse, 4, c.b, c.h, c.s)) &&
+         (c.mask == nullptr || within(c.mask, 1, c.mask_batch, c.s, c.t));
   return fits ? FINE : OUT_OF_BOUNDS;
 }
 
 }  // namespace
 
-ENTRY(heads_attention, HeadsCall)
+ENTRY(heads_attention, HeadsAttentionCall)

@@ -25,27 +25,27 @@ int64_t common_multiple(int64_t a, int64_t b) {
 }
 
 // Bytes of [batch, rows] rows with strides, from the first to the end of the last. False if no int64 holds them.
-bool extent(const Call& c, int64_t element, int64_t row, int64_t* bytes) {
+bool extent(const TilesCall& c, int64_t element, int64_t row, int64_t* bytes) {
   int64_t batches, rows, elements;
   return multiply(c.batch - 1, c.batch_stride, &batches) && multiply(c.rows - 1, c.row_stride, &rows) &&
          add(batches, rows, &elements) && multiply(elements, element, &elements) && add(elements, row, bytes);
 }
 
-bool contiguous(const Call& c, int64_t rows, int64_t row, int64_t* bytes) {
+bool contiguous(const TilesCall& c, int64_t rows, int64_t row, int64_t* bytes) {
   return multiply(c.batch, rows, bytes) && multiply(*bytes, row, bytes);
 }
 
-int64_t check_ends(const Call& c) {
-  if (c.groups < 0 || c.groups > c.ends_bytes / 8 || c.batch != 1) return BAD_ENDS;
+int64_t check_ends(const TilesCall& c) {
+  if (c.groups < 0 || c.groups > c.ends.bytes / 8 || c.batch != 1) return BAD_ENDS;
   if (c.operation != QUANTIZE_DEQUANTIZE) return BAD_ENDS;
   for (int64_t g = 0; g < c.groups; ++g)
     if (c.ends[g] < (g == 0 ? 0 : c.ends[g - 1]) || c.ends[g] > c.rows) return BAD_ENDS;
   return (c.groups == 0 ? 0 : c.ends[c.groups - 1]) == c.rows ? FINE : BAD_ENDS;
 }
 
-int64_t check(const Call& c) {
+int64_t check(const TilesCall& c) {
   if (c.operation < 0 || c.operation >= OPERATIONS || c.format < 0 || c.format > 2 || c.threads < 1) return BAD_CALL;
-  if (c.in < 0 || c.in >= TYPES || c.out_type < 0 || c.out_type >= TYPES) return BAD_CALL;
+  if (c.in_type < 0 || c.in_type >= TYPES || c.out_type < 0 || c.out_type >= TYPES) return BAD_CALL;
   if (c.batch < 0 || c.rows < 0 || c.columns < 0 || c.tile_rows < 1 || c.tile_columns < 1) return BAD_SHAPE;
   if (c.columns > (INT64_MAX >> 8)) return BAD_SHAPE;
   if (c.batch_stride < 0 || c.row_stride < 0) return BAD_STRIDE;
@@ -53,19 +53,19 @@ int64_t check(const Call& c) {
 }
 
 int64_t check_bounds(const Plan& plan, int64_t code_row) {
-  const Call& c = plan.call;
+  const TilesCall& c = plan.call;
   int64_t in, out, scales = 0;
   const int64_t in_row = c.operation == DEQUANTIZE ? code_row : c.columns * plan.in_bytes;
   const int64_t out_row = c.operation == QUANTIZE ? code_row : c.columns * plan.out_bytes;
   if (!extent(c, plan.in_bytes, in_row, &in) || !contiguous(c, c.rows, out_row, &out)) return OUT_OF_BOUNDS;
   if (c.operation != QUANTIZE_DEQUANTIZE && !contiguous(c, plan.bands, plan.tile_columns_all * 4, &scales))
     return OUT_OF_BOUNDS;
-  if (in > c.x_bytes || out > c.out_bytes || scales > c.scales_bytes) return OUT_OF_BOUNDS;
+  if (in > c.x.bytes || out > c.out.bytes || scales > c.scales.bytes) return OUT_OF_BOUNDS;
   return c.x == nullptr || c.out == nullptr || (scales > 0 && c.scales == nullptr) ? OUT_OF_BOUNDS : FINE;
 }
 
 // With tiles of one row that end with the row's end, all rows of a contiguous tensor are one.
-void join_rows(Call& c, bool packed) {
+void join_rows(TilesCall& c, bool packed) {
   int64_t all;
   const bool joined = c.tile_rows == 1 && c.rows > 1 && c.row_stride == c.columns && c.columns % c.tile_columns == 0 &&
                       (c.batch == 1 || c.batch_stride == c.rows * c.columns) && !packed;
@@ -76,7 +76,7 @@ void join_rows(Call& c, bool packed) {
 }
 
 void cut(Plan& plan, bool packed) {
-  const Call& c = plan.call;
+  const TilesCall& c = plan.call;
   plan.tile_columns_all = divide_up(c.columns, c.tile_columns);
   plan.bands = plan.first_band != nullptr ? plan.first_band[c.groups] : divide_up(c.rows, c.tile_rows);
   const int64_t want = CHUNK_BYTES / plan.in_bytes / c.tile_rows;
@@ -88,7 +88,7 @@ void cut(Plan& plan, bool packed) {
 }
 
 int64_t run(Plan& plan) {
-  Call& c = plan.call;
+  TilesCall& c = plan.call;
   const int64_t items = c.batch * plan.bands * plan.chunks;
   const bool alone = c.threads == 1 || c.parallel == nullptr || items == 1;
   plan.spans = alone ? 1 : least(items, c.threads * 4);
@@ -104,16 +104,16 @@ int64_t run(Plan& plan) {
 extern "C" {
 
 // `bytes` is the size of the caller's struct. Returns an Error.
-__attribute__((visibility("default"))) int64_t dsmini_tiles(const Call* call, int64_t bytes) {
-  if (bytes != sizeof(Call)) return BAD_CALL;
+__attribute__((visibility("default"))) int64_t dsmini_tiles(const TilesCall* call, int64_t bytes) {
+  if (bytes != sizeof(TilesCall)) return BAD_CALL;
   Plan plan{};
   plan.call = *call;
-  Call& c = plan.call;
+  TilesCall& c = plan.call;
   if (const int64_t error = check(c)) return error;
   plan.format = FORMATS[c.format];
   constexpr int64_t SIZES[] = {4, 2, 2};
   const bool packed = plan.format.bits == 12 && c.operation != QUANTIZE_DEQUANTIZE;
-  plan.in_bytes = c.operation == DEQUANTIZE ? 1 : SIZES[c.in];
+  plan.in_bytes = c.operation == DEQUANTIZE ? 1 : SIZES[c.in_type];
   plan.out_bytes = c.operation == QUANTIZE ? 1 : SIZES[c.out_type];
   const int64_t code_row = packed ? divide_up(c.columns, 8) * 12 : c.columns;
   if (c.batch == 0 || c.rows == 0 || c.columns == 0) return FINE;

@@ -16,7 +16,7 @@ bool few_rows(const LinearCall& c) {
   if (x == nullptr) return false;
   float* plain = x + c.n * width;
   for (int64_t n = 0; n < c.n; ++n) {
-    const float* row = reinterpret_cast<const float*>(c.x) + n * in;
+    const float* row = reinterpret_cast<const float*>(c.x.data) + n * in;
     if (c.bf16) {
       for (int64_t i = 0; i < in; ++i) {
         const uint32_t bits = uint32_t(load<uint16_t>(c.x + (n * in + i) * 2)) << 16;
@@ -30,7 +30,7 @@ bool few_rows(const LinearCall& c) {
   Team team(c.threads);
   team.each(divide_up(c.w.rows, rows), [&](int64_t item, int64_t) {
     const int64_t from = item * rows, to = least(c.w.rows, from + rows);
-    if (!c.bf16) return product(c.w, from, to, x, width, c.n, reinterpret_cast<float*>(c.y) + from, c.w.rows);
+    if (!c.bf16) return product(c.w, from, to, x, width, c.n, reinterpret_cast<float*>(c.y.data) + from, c.w.rows);
     float y[FEW * MOST_ROWS];
     product(c.w, from, to, x, width, c.n, y, rows);
     for (int64_t n = 0; n < c.n; ++n)
@@ -93,8 +93,8 @@ bool linear(const LinearCall& c) { return c.n < FEW ? few_rows(c) : many_rows(c)
 int64_t check(const LinearCall& c) {
   if (!sizes({c.n, c.w.rows, c.w.columns}) || c.n < 1 || c.bf16 < 0 || c.bf16 > 1) return BAD_SHAPE;
   const int64_t size = c.bf16 ? 2 : 4;
-  if (!c.w.fits(c.w.rows, c.w.columns) || !within(c.x, c.x_bytes, size, c.n, c.w.columns) ||
-      !within(c.y, c.y_bytes, size, c.n, c.w.rows))
+  if (!c.w.fits(c.w.rows, c.w.columns) || !within(c.x, size, c.n, c.w.columns) ||
+      !within(c.y, size, c.n, c.w.rows))
     return OUT_OF_BOUNDS;
   return FINE;
 }

@@ -1,4 +1,4 @@
-// A weight as it lies in memory, and its check. steps.py packs it, field by field.
+// Memory that Python lends for a call, and a weight in it. structs.py reads both structs, as those of calls.h.
 
 #pragma once
 
@@ -11,14 +11,23 @@ constexpr int64_t BLOCK = 128;  // rows and columns that share a scale, in E4M3
 // Inlined always: a function with linkage that was compiled for AVX-512 might be linked for a CPU without it.
 #define INLINE __attribute__((always_inline)) inline
 
+// Runs a function on several threads, as GOMP_parallel does.
+typedef void Parallel(void (*)(void*), void*, unsigned, unsigned);
+
+// An address, and the bytes from there on.
+template <class T>
+struct Span {
+  T* data;
+  int64_t bytes;
+  INLINE operator T*() const { return data; }
+};
+
 struct Matrix {
-  const char* data;
-  int64_t bytes;  // of memory from `data` on
+  Span<const char> data;
   int64_t type;
   int64_t rows, columns;
-  int64_t stride;  // bytes from a row to the next
-  const float* scales;  // [rows / BLOCK, columns / BLOCK], rounded up, contiguous; of E4M3 only
-  int64_t scales_bytes;
+  int64_t stride;            // bytes from a row to the next
+  Span<const float> scales;  // [rows / BLOCK, columns / BLOCK], rounded up, contiguous; of E4M3 only
 
   INLINE bool none() const { return data == nullptr && rows == 0; }
   INLINE bool codes() const { return type >= WEIGHT_E4M3; }
@@ -38,19 +47,19 @@ struct Matrix {
     constexpr int64_t SIZES[] = {4, 2, 1, 1};
     int64_t last, row, end, all;
     if (__builtin_mul_overflow(rows - 1, stride, &last) || __builtin_mul_overflow(columns, SIZES[type], &row) ||
-        __builtin_add_overflow(last, row, &end) || stride < row || data == nullptr || end > bytes)
+        __builtin_add_overflow(last, row, &end) || stride < row || data == nullptr || end > data.bytes)
       return false;
     if (!codes()) return true;
     const int64_t down = count * ((want_rows - 1) / BLOCK + 1), across = (columns - 1) / BLOCK + 1;
     return !__builtin_mul_overflow(down, across, &all) && !__builtin_mul_overflow(all, int64_t{4}, &all) &&
-           scales != nullptr && all <= scales_bytes;
+           scales != nullptr && all <= scales.bytes;
   }
 };
 
 // Matrix number `index` of a stack of matrices with `rows` rows each.
 INLINE Matrix part_of(const Matrix& stack, int64_t index, int64_t rows) {
   Matrix one = stack;
-  one.data += index * rows * stack.stride, one.bytes -= index * rows * stack.stride, one.rows = rows;
-  if (stack.codes()) one.scales += index * ((rows + BLOCK - 1) / BLOCK) * ((stack.columns + BLOCK - 1) / BLOCK);
+  one.data.data += index * rows * stack.stride, one.data.bytes -= index * rows * stack.stride, one.rows = rows;
+  if (stack.codes()) one.scales.data += index * ((rows + BLOCK - 1) / BLOCK) * ((stack.columns + BLOCK - 1) / BLOCK);
   return one;
 }

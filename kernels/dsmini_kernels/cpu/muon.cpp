@@ -373,16 +373,16 @@ bool muon(const MuonCall& c) {
 int64_t check(const MuonCall& c) {
   if (!sizes({c.pieces, c.steps}) || c.steps < 1 || c.steps > 100) return BAD_SHAPE;
   if (c.bf16 < 0 || c.bf16 > 1 || c.rational < 0 || c.rational > 1) return BAD_CALL;
-  if (!within(c.piece, c.piece_bytes, sizeof(MuonPiece), c.pieces) ||
-      !within(c.coefficients, c.coefficients_bytes, 24, c.steps))
+  if (!within(c.piece, sizeof(MuonPiece), c.pieces) ||
+      !within(c.coefficients, 24, c.steps))
     return OUT_OF_BOUNDS;
   for (int64_t k = 0; k < c.pieces; ++k) {
     const MuonPiece& piece = c.piece[k];
     if (piece.count < 0 || piece.rows < 1 || piece.columns < 1 || piece.rows > MOST_SIDE || piece.columns > MOST_SIDE)
       return BAD_SHAPE;
-    if (!within(piece.p, piece.p_bytes, 4, piece.count, piece.rows, piece.columns) ||
-        !within(piece.g, piece.g_bytes, 4, piece.count, piece.rows, piece.columns) ||
-        !within(piece.m, piece.m_bytes, 4, piece.count, piece.rows, piece.columns))
+    if (!within(piece.p, 4, piece.count, piece.rows, piece.columns) ||
+        !within(piece.g, 4, piece.count, piece.rows, piece.columns) ||
+        !within(piece.m, 4, piece.count, piece.rows, piece.columns))
       return OUT_OF_BOUNDS;
   }
   return FINE;

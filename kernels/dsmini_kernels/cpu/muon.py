@@ -1,18 +1,15 @@
-"""Muon's update of matrices: checks, and the description of a call for the C++."""
+"""Muon's update of matrices: checks, and the call of the C++."""
 
-from struct import Struct
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.calls import run
+from dsmini_kernels.cpu.calls import run, span
 from dsmini_kernels.cpu.steps import n_threads
-from dsmini_kernels.cpu.tiles import span
+from dsmini_kernels.cpu.structs import LAYOUTS
 
-PIECE = Struct("=10q")
-"""struct MuonPiece of steps.h."""
 LARGEST = 1 << 18
 """Number of elements up to which a matrix and what is computed from it stay in a core's own cache."""
 
@@ -31,20 +28,34 @@ def muon_update(
         raise Unserved
     pieces = bytearray()
     for p, grad, m in zip(matrices.params, matrices.grads, matrices.momenta, strict=True):
-        spans = (number for x in (p, grad, m) for number in _numbers(x, p.shape))
-        pieces += PIECE.pack(*spans, p.numel() // (o * i), *p.shape[-2:], p.dim() > 2)
-    flat = [number for each in steps.coefficients for number in each]
-    coefficients = Struct(f"={len(flat)}d").pack(*flat)
-    held = torch.frombuffer(pieces, dtype=torch.uint8), torch.frombuffer(bytearray(coefficients), dtype=torch.uint8)
-    call = (
-        *(n_threads(), matmul_dtype == torch.bfloat16, steps.rational, len(matrices.params), len(steps.coefficients)),
-        *(*span(held[0]), *span(held[1]), lr, momentum, weight_decay),
+        pieces += LAYOUTS["MuonPiece"].pack(
+            p=_numbers(p, p.shape),
+            g=_numbers(grad, p.shape),
+            m=_numbers(m, p.shape),
+            count=p.numel() // (o * i),
+            rows=p.shape[-2],
+            columns=p.shape[-1],
+            stacked=p.dim() > 2,
+        )
+    piece = torch.frombuffer(pieces, dtype=torch.uint8)
+    coefficients = torch.tensor(steps.coefficients, dtype=torch.float64)
+    run(
+        "muon",
+        threads=n_threads(),
+        bf16=matmul_dtype == torch.bfloat16,
+        rational=steps.rational,
+        pieces=len(matrices.params),
+        steps=len(coefficients),
+        piece=span(piece),
+        coefficients=span(coefficients),
+        lr=lr,
+        momentum=momentum,
+        decay=weight_decay,
     )
-    run("muon", call)
 
 
-def _numbers(x: Tensor, shape: torch.Size) -> tuple[int, int]:
-    """Return the address and the bytes of FP32 numbers of that shape."""
+def _numbers(x: Tensor, shape: torch.Size) -> bytes:
+    """Return the Span of FP32 numbers of that shape."""
     if x.dtype != torch.float32 or not x.is_cpu or x.layout is not torch.strided or not x.is_contiguous():
         raise Unserved(f"a tensor in {x.dtype} on {x.device}, or one that is not contiguous")
     if x.shape != shape or x.is_neg():

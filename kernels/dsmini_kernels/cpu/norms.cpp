@@ -17,9 +17,9 @@ bool norms(const NormsCall& c) {
 int64_t check(const NormsCall& c) {
   if (!sizes({c.n, c.dim}) || c.n < 1 || c.n > MOST_TOKENS || c.dim < 1) return BAD_SHAPE;
   const bool two = c.second != nullptr;
-  if (!within(c.first, c.first_bytes, 4, c.n, c.dim) || !within(c.first_norm, c.first_norm_bytes, 4, c.dim) ||
-      (two && (!within(c.second, c.second_bytes, 4, c.n, c.dim) || !within(c.second_norm, c.second_norm_bytes, 4, c.dim))) ||
-      !within(c.y, c.y_bytes, 4, c.n, two ? 2 : 1, c.dim))
+  if (!within(c.first, 4, c.n, c.dim) || !within(c.first_norm, 4, c.dim) ||
+      (two && (!within(c.second, 4, c.n, c.dim) || !within(c.second_norm, 4, c.dim))) ||
+      !within(c.y, 4, c.n, two ? 2 : 1, c.dim))
     return OUT_OF_BOUNDS;
   return FINE;
 }

@@ -1,4 +1,4 @@
-"""Norms outside of decoding steps: of few rows before a product, and in training. Checks, and descriptions of calls."""
+"""Norms outside of decoding steps: of few rows before a product, and in training. Checks, and calls of the C++."""
 
 from typing import Any
 
@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.calls import run
-from dsmini_kernels.cpu.steps import MOST_TOKENS, detached, n_threads, vectors
-from dsmini_kernels.cpu.tiles import span
+from dsmini_kernels.cpu.calls import memory, run, span
+from dsmini_kernels.cpu.steps import MOST_TOKENS, detached, n_threads, vector
 
 
 def normed(x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) -> Tensor:
@@ -19,15 +18,20 @@ def normed(x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) ->
     if y is not None and (y.dtype != x.dtype or y.shape != x.shape):
         raise Unserved(f"{list(y.shape)} numbers of {y.dtype} next to {list(x.shape)} of {x.dtype}")
     x, y = detached(x).contiguous(), None if y is None else detached(y).contiguous()
-    inputs = 1 if y is None else 2
-    out = x.new_empty(*x.shape[:-1], inputs * x.shape[-1])
-    (a, x_bytes), (b, y_bytes) = span(x), span(y)
-    weights = vectors(norm.weight, None if y is None else y_norm.weight)
-    call = (
-        *(n_threads(), rows, x.shape[-1], a, b, x_bytes, y_bytes, *weights, *span(out)),
-        *(norm.eps, 0.0 if y is None else y_norm.eps),
+    out = x.new_empty(*x.shape[:-1], (1 if y is None else 2) * x.shape[-1])
+    run(
+        "norms",
+        threads=n_threads(),
+        n=rows,
+        dim=x.shape[-1],
+        first=span(x),
+        second=span(y),
+        first_norm=vector(norm.weight),
+        second_norm=b"" if y is None else vector(y_norm.weight),
+        y=span(out),
+        first_eps=norm.eps,
+        second_eps=0.0 if y is None else y_norm.eps,
     )
-    run("norms", call)
     return out
 
 
@@ -58,7 +62,20 @@ def _train(
     if rows.stride(1) != 1 or rows.stride(0) < dim or n == 1:  # else they may be apart in memory
         rows = rows.contiguous()
     stride = size * (rows.stride(0) if n > 1 else dim)
-    spans = (*span(weight), *span(inverse), *span(y), *span(grad), *span(dw))
-    sizes = n_threads(), n, dim, x.dtype == torch.bfloat16, grad is not None
-    run("trained_norm", (*sizes, rows.data_ptr(), (n - 1) * stride + dim * size, stride, *spans, eps))
+    run(
+        "trained_norm",
+        threads=n_threads(),
+        n=n,
+        dim=dim,
+        bf16=x.dtype == torch.bfloat16,
+        backward=grad is not None,
+        x=memory(rows.data_ptr(), (n - 1) * stride + dim * size),
+        x_stride=stride,
+        weight=span(weight),
+        inverse=span(inverse),
+        y=span(y),
+        dy=span(grad),
+        dw=span(dw),
+        eps=eps,
+    )
     return y

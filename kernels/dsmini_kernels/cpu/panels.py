@@ -1,4 +1,4 @@
-"""Routed experts and attention for any number of tokens: checks, and the descriptions of calls for the C++."""
+"""Routed experts and attention for any number of tokens: checks, and the calls of the C++."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.calls import run
+from dsmini_kernels.cpu.calls import memory, run, span
 from dsmini_kernels.cpu.steps import detached, has_bf16_units, n_threads, weight_matrix
-from dsmini_kernels.cpu.tiles import span
+from dsmini_kernels.cpu.structs import LAYOUTS
 
 LEAST = 1 << 20
 """Number of multiplications below which torch's calls cost no more."""
@@ -26,21 +26,11 @@ def experts(
     """
     if limit is not None:
         raise Unserved("a limit of SwiGLU")
-    if x.dtype not in (torch.float32, torch.bfloat16) or weights.dtype != torch.float32:
-        raise Unserved(f"x of {x.dtype} and weights of {weights.dtype}")
-    (n, m), (e, f, _) = x.shape, w1.shape
-    if 3 * indices.numel() * f * m < LEAST:
-        raise Unserved
-    matrices = [weight_matrix(w) for w in (w1, w2, w3)]
+    sizes = _sizes(x, indices, weights, (w1, w2, w3))
     x, weights = detached(x).contiguous(), detached(weights).contiguous()
     indices = indices.to(torch.int64).contiguous()
     y = torch.empty_like(x)
-    call = (
-        *(n_threads(), n, m, f, e, indices.shape[1], x.dtype == torch.bfloat16),
-        *(*span(x), *span(y), *span(indices), *span(weights)),
-        *(number for w in matrices for number in w),
-    )
-    run("experts", call)
+    run("experts", **sizes, x=span(x), y=span(y), indices=span(indices), weights=span(weights))
     return y
 
 
@@ -51,10 +41,10 @@ def trained_experts(
     x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `experts`, and the results of w1 and w3 for each token-expert pair, sorted by expert."""
-    call, (x, indices, weights) = _trained_call(x, indices, weights, (w1, w2, w3))
-    y, gate, up = torch.empty_like(x), *(x.new_empty(indices.numel(), w1.shape[1]) for _ in range(2))
-    _run_trained(call, (x, y, None, indices, weights), (gate, up), None, (None,) * 4, (w1, w2, w3))
-    return y, gate, up
+    made = {"y": torch.empty_like(x, memory_format=torch.contiguous_format)}
+    made |= {name: x.new_empty(indices.numel(), w1.shape[1]) for name in ("gate", "up")}
+    _train(x, indices, weights, (w1, w2, w3), made)
+    return made["y"], made["gate"], made["up"]
 
 
 def trained_experts_gradients(
@@ -69,44 +59,37 @@ def trained_experts_gradients(
     w3: Tensor,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, weights, w1, w2 and w3."""
-    call, (x, indices, weights) = _trained_call(x, indices, weights, (w1, w2, w3), backward=True)
     if grad.dtype != x.dtype or grad.shape != x.shape:
         raise Unserved(f"a gradient of {grad.dtype} and {list(grad.shape)}")
-    grad, gate, up = (detached(t).contiguous() for t in (grad, gate, up))
-    out = torch.empty_like(x), torch.empty_like(weights), *(torch.empty_like(w) for w in (w1, w2, w3))
-    _run_trained(call, (x, None, grad, indices, weights), (gate, up), out[0], out[1:], (w1, w2, w3))
-    return out
+    given = {name: detached(t).contiguous() for name, t in (("dy", grad), ("gate", gate), ("up", up))}
+    leaves = {"dx": x, "dweights": weights, "dw1": w1, "dw2": w2, "dw3": w3}
+    made = {name: torch.empty_like(t, memory_format=torch.contiguous_format) for name, t in leaves.items()}
+    _train(x, indices, weights, (w1, w2, w3), given | made)
+    return tuple(made.values())
 
 
-def _trained_call(
-    x: Tensor, indices: Tensor, weights: Tensor, matrices: Sequence[Tensor], backward: bool = False
-) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]]:
-    """Return the numbers that a call for training begins with, and x, indices and weights as the C++ reads them."""
-    if x.dtype not in (torch.float32, torch.bfloat16) or weights.dtype != torch.float32:
-        raise Unserved(f"x of {x.dtype} and weights of {weights.dtype}")
+def _train(
+    x: Tensor, indices: Tensor, weights: Tensor, matrices: tuple[Tensor, Tensor, Tensor], others: dict[str, Tensor]
+) -> None:
+    """Run forward, or with `dy` among the other tensors backward."""
     if any(w.dtype != torch.float32 or not w.is_contiguous() for w in matrices):
         raise Unserved("matrices that are not contiguous FP32")
-    (n, m), (e, f, _) = x.shape, matrices[0].shape
+    fields = _sizes(x, indices, weights, matrices) | {"backward": "dy" in others}
+    fields |= dict.fromkeys(("y", "dy", "dx", "dweights", "dw1", "dw2", "dw3"), b"")
+    others["x"], others["weights"] = detached(x).contiguous(), detached(weights).contiguous()
+    others["indices"] = indices.to(torch.int64).contiguous()
+    run("trained_experts", **fields | {name: span(t) for name, t in others.items()})
+
+
+def _sizes(x: Tensor, indices: Tensor, weights: Tensor, matrices: Sequence[Any]) -> dict[str, Any]:
+    """Check experts' tensors, and return the sizes and the weights of their call."""
+    if x.dtype not in (torch.float32, torch.bfloat16) or weights.dtype != torch.float32:
+        raise Unserved(f"x of {x.dtype} and weights of {weights.dtype}")
+    (n, m), (e, f, _), k, is_bf16 = x.shape, matrices[0].shape, indices.shape[1], x.dtype == torch.bfloat16
     if 3 * indices.numel() * f * m < LEAST:
         raise Unserved
-    made = detached(x).contiguous(), indices.to(torch.int64).contiguous(), detached(weights).contiguous()
-    return (n_threads(), n, m, f, e, indices.shape[1], x.dtype == torch.bfloat16, backward), made
-
-
-def _run_trained(
-    call: Sequence[int],
-    inputs: Sequence[Tensor | None],
-    kept: Sequence[Tensor],
-    dx: Tensor | None,
-    grads: Sequence[Tensor | None],
-    matrices: Sequence[Tensor],
-) -> None:
-    def addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-        spans = [span(t) for t in tensors]
-        return (*(at for at, _ in spans), *(size for _, size in spans))
-
-    numbers = (*call, *(i for t in inputs for i in span(t)), *addresses(kept), *span(dx), *addresses(grads))
-    run("trained_experts", (*numbers, *(i for w in matrices for i in weight_matrix(w))))
+    sizes = {"threads": n_threads(), "n": n, "dim": m, "inter": f, "experts": e, "k": k, "bf16": is_bf16}
+    return sizes | dict(zip(("w1", "w2", "w3"), map(weight_matrix, matrices), strict=True))
 
 
 # attention
@@ -152,14 +135,14 @@ def _attend(
     backward: Sequence[Tensor],
     lse: Tensor | None,
     scale: float,
-    hidden: Tensor | None,
+    mask: Tensor | None,
     causal: bool,
 ) -> Tensor:
     """Return the results of queries, keys and values, or write their gradients.
 
     Args:
         backward: the result, its gradient, and where the gradients of the inputs go.
-        hidden: documents [b, s] if causal, else a mask [#b, s, t].
+        mask: documents [b, s] if causal, else a mask [#b, s, t].
     """
     q, k, v = inputs
     (b, h, s, d), (groups, t), width = q.shape, k.shape[1:3], v.shape[3]
@@ -170,25 +153,43 @@ def _attend(
         raise Unserved
     if not d * width or b * h * s * t * (d + width) < LEAST:
         raise Unserved
-    if causal and hidden is not None:
+    if causal and mask is not None:
         later = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
-        hidden, causal = later | (hidden[:, :, None] != hidden[:, None]), False
-    if hidden is not None and (hidden.dtype != torch.bool or hidden.shape not in ((1, s, t), (b, s, t))):
+        mask, causal = later | (mask[:, :, None] != mask[:, None]), False
+    if mask is not None and (mask.dtype != torch.bool or mask.shape not in ((1, s, t), (b, s, t))):
         raise Unserved
     y = backward[0] if backward else _heads(q, width)
-    held = [detached(x) for x in (*inputs, y, *backward[1:])]
-    held = [x if x.stride(3) == 1 else x.contiguous() for x in held]
-    rows: list[int] = []
-    for x in held:
-        size, strides = x.element_size(), x.stride()[:3]
-        last = sum((n - 1) * stride for n, stride in zip(x.shape[:3], strides, strict=True)) + x.shape[3]
-        rows += (x.data_ptr(), size * last, *(size * stride for stride in strides))
-    hidden = None if hidden is None else hidden.contiguous()
-    sizes = (n_threads(), b, h, groups, s, t, d, width, is_bf16, bool(backward), causal)
-    lse = None if lse is None else lse.contiguous()
-    spans = (*rows, *(0,) * (40 - len(rows)), *span(lse), *span(hidden), 0 if hidden is None else len(hidden))
-    run("heads_attention", (*sizes, *spans, scale))
+    names = ("q", "k", "v_rows", "y", "dy", "dq", "dk", "dv")
+    held = [x if x.stride(3) == 1 else x.contiguous() for x in map(detached, (*inputs, y, *backward[1:]))]
+    lse, mask = (None if x is None else x.contiguous() for x in (lse, mask))
+    run(
+        "heads_attention",
+        threads=n_threads(),
+        b=b,
+        h=h,
+        groups=groups,
+        s=s,
+        t=t,
+        d=d,
+        v=width,
+        bf16=is_bf16,
+        backward=bool(backward),
+        causal=causal,
+        **dict.fromkeys(names, b"") | dict(zip(names, map(_rows_of_heads, held), strict=False)),
+        lse=span(lse),
+        mask=span(mask),
+        mask_batch=0 if mask is None else len(mask),
+        scale=scale,
+    )
     return y
+
+
+def _rows_of_heads(x: Tensor) -> bytes:
+    """Return Heads: rows [b, h, rows, numbers] and their strides in bytes."""
+    size, strides = x.element_size(), x.stride()[:3]
+    last = sum((n - 1) * stride for n, stride in zip(x.shape[:3], strides, strict=True)) + x.shape[3]
+    batch, head, row = (size * stride for stride in strides)
+    return LAYOUTS["Heads"].pack(data=memory(x.data_ptr(), size * last), batch=batch, head=head, row=row)
 
 
 def _heads(like: Tensor, width: int) -> Tensor:

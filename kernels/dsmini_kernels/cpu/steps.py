@@ -1,4 +1,4 @@
-"""Products, and the parts of a decoding step: checks, and the description of a call for the C++.
+"""Products, and the two halves of a block in a decoding step: checks, and the calls of the C++.
 
 A weight is a tensor in FP32 or BF16, or E4M3 codes with FP32 scales of 128x128 blocks. It is read where it lies.
 """
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import BLOCKS, HEADER, STRUCTS
-from dsmini_kernels.cpu.calls import enter, run
-from dsmini_kernels.cpu.tiles import span
+from dsmini_kernels.cpu.calls import enter, memory, run, span
+from dsmini_kernels.cpu.structs import CALLS, LAYOUTS
 
 MOST_TOKENS = 32
 """Number of tokens of a decoding step up to which a product reads each weight once and is bound by memory."""
@@ -31,11 +30,11 @@ CODES_IN_BF16 = 3
 """Type of codes whose products are in BF16."""
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 SCORES = {"sigmoid": 0, "softmax": 1}
-NONE = (0,) * 8
-"""A Matrix that is not there."""
-NO_INDEXER = (0,) * 36
-INDEXER = ("k_norm", "k_norm.bias", "wq_b", "wk", "weights_proj")
-"""Weights of an indexer: vectors, then matrices."""
+STEPS = ("attention", "grouped_attention", "feed_forward")
+STEP_HEADERS = {
+    function: LAYOUTS["StepHeader"].pack(kind=kind, bytes=CALLS[function].size) for kind, function in enumerate(STEPS)
+}
+"""Functions that `blocks` calls, and what stands there before their calls. Kinds are StepKind's, in calls.h."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -58,11 +57,11 @@ def quantized_linear(x: Tensor, weight: Any) -> Tensor:
     w = weight_matrix(weight, x.dtype)
     if x.shape[-1] == 0:
         raise Unserved
-    if x.shape[-1] != w[4] or len(weight.shape) != 2:
+    if len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
         raise Unserved(f"x of shape {list(x.shape)} for a weight of {list(weight.shape)}")
-    y = x.new_empty(*x.shape[:-1], w[3])
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
     threads = n_threads() if weight.shape.numel() * rows >= THREADED else 1
-    run("linear", (threads, rows, x.dtype == torch.bfloat16, *span(x), *span(y), *w))
+    run("linear", threads=threads, n=rows, bf16=x.dtype == torch.bfloat16, x=span(x), y=span(y), w=w)
     return y
 
 
@@ -80,108 +79,89 @@ def has_bf16_units() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and "ONEDNN_MAX_CPU_ISA" not in os.environ
 
 
-class _Step(NamedTuple):
-    """What all calls of a step read: its tokens, their angles and starts. The tensors stay until the calls have run."""
-
-    x: Tensor
-    threads: int
-    angles: tuple[int, ...]
-    starts: tuple[int, int]
-    held: tuple[Tensor, ...]
-
-
-def _step(x: Tensor, table: tuple[Tensor, Tensor], starts: Tensor) -> _Step:
-    if x.dtype != torch.float32 or x.shape[0] * x.shape[1] > MOST_TOKENS:
-        raise Unserved(f"{list(x.shape)} tokens of {x.dtype}")
-    x = detached(x).contiguous()
-    cos, sin = (t if t.is_contiguous() and t.dtype == torch.float32 else t.float().contiguous() for t in table)
-    starts = starts.to(torch.int64).contiguous()
-    angles = (cos.data_ptr(), sin.data_ptr(), 4 * min(cos.numel(), sin.numel()), cos.shape[0] if cos.dim() == 3 else 1)
-    return _Step(x, n_threads(), angles, span(starts), (cos, sin, starts))
-
-
-def attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
-    """Return x + MLA(norm(x)), absorbed, and append the new rows to the cache."""
-    step = _step(x, table, starts)
+def attention_step(x: Tensor, weights: Any, cache: Any, cos_sin: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
+    """Return x + attention(norm(x)), and append the new rows to the cache: absorbed MLA, or MHA, GQA or MQA."""
+    step = _Step(x, cos_sin, starts)
     y = torch.empty_like(step.x)
-    run("attention", _attention_call(step, step.x.data_ptr(), y.data_ptr(), part, past))
+    enter(*step.attention(span(step.x), span(y), weights, cache))
     return y
 
 
-def grouped_attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
-    """Return x + Attention(norm(x)) of MHA, GQA or MQA, and append the new rows to the cache."""
-    step = _step(x, table, starts)
-    y = torch.empty_like(step.x)
-    run("grouped", _attention_call(step, step.x.data_ptr(), y.data_ptr(), part, past))
-    return y
-
-
-def feed_forward_step(x: Tensor, part: Any) -> tuple[Tensor, ...]:
+def feed_forward_step(x: Tensor, weights: Any) -> tuple[Tensor, ...]:
     """Return x + FFN(norm(x)), and the indices, weights, scores and counts of the routing."""
-    if x.dtype != torch.float32 or x.shape[0] > MOST_TOKENS:
-        raise Unserved(f"{x.shape[0]} tokens of {x.dtype}")
-    x = detached(x).contiguous()
-    y, (routing,) = torch.empty_like(x), _routing([part], len(x))
-    run("feed_forward", _feed_forward_call(n_threads(), x.shape, x.data_ptr(), y.data_ptr(), part, routing))
+    x = _states(x, len(x))
+    y, (routing,) = torch.empty_like(x), _routings([weights], len(x))
+    enter(*_feed_forward(x.shape, span(x), span(y), weights, routing))
     return (y, *routing)
 
 
 def blocks_step(
-    x: Tensor, blocks: Sequence[Any], pasts: Sequence[Any], table: tuple[Tensor, Tensor], starts: Tensor
+    x: Tensor, blocks: Sequence[Any], caches: Sequence[Any], cos_sin: tuple[Tensor, Tensor], starts: Tensor
 ) -> tuple[Tensor, ...]:
     """Return x after all blocks, and the four tensors of the routing of each block with a gate."""
-    step, calls = _step(x, table, starts), list[tuple[str, tuple[Any, ...]]]()
-    between, y = step.x.new_empty(2, x.shape[:-1].numel(), x.shape[-1]), torch.empty_like(step.x)
-    at, middle, end = step.x.data_ptr(), between[0].data_ptr(), between[1].data_ptr()
-    routing = _routing([part for _, part in blocks if "gate" in part.weights], between.shape[1])
-    chosen = iter(routing)
-    for i, ((attention, part), past) in enumerate(zip(blocks, pasts, strict=True)):
-        to = y.data_ptr() if i + 1 == len(blocks) else end
-        entry = "grouped" if "wk" in attention.weights else "attention"
-        calls.append((entry, _attention_call(step, at, middle, attention, past)))
-        of_part = next(chosen) if "gate" in part.weights else ()
-        call = _feed_forward_call(step.threads, between.shape[1:], middle, to, part, of_part)
-        calls.append(("feed_forward", call))
-        at = to
-    packed = (HEADER.pack(BLOCKS.index(e), STRUCTS[e].size) + STRUCTS[e].pack(*call) for e, call in calls)
-    enter("blocks", b"".join(packed))
-    return (y, *(t for of_part in routing for t in of_part))
+    step, calls = _Step(x, cos_sin, starts), list[tuple[str, bytes]]()
+    shape = torch.Size((x.shape[:-1].numel(), x.shape[-1]))
+    between, y = step.x.new_empty(2, *shape), torch.empty_like(step.x)
+    before, middle, after = span(step.x), span(between[0]), span(between[1])
+    routings = _routings([feed_forward for _, feed_forward in blocks if "gate" in feed_forward.weights], shape[0])
+    unused = iter(routings)
+    for i, ((attention, feed_forward), cache) in enumerate(zip(blocks, caches, strict=True)):
+        after = span(y) if i + 1 == len(blocks) else after
+        routing = next(unused) if "gate" in feed_forward.weights else ()
+        calls.append(step.attention(before, middle, attention, cache))
+        calls.append(_feed_forward(shape, middle, after, feed_forward, routing))
+        before = after
+    enter("blocks", b"".join(STEP_HEADERS[function] + call for function, call in calls))
+    return (y, *(t for routing in routings for t in routing))
 
 
-def _attention_call(step: _Step, x: int, y: int, part: Any, past: Any) -> tuple[Any, ...]:
-    """Describe an attention to new tokens, of any kind, to the C++: from states at address x to those at y."""
-    data, nbytes = past.store.data, 4 * step.x.numel()
-    sizes, norms, weights, numbers = part.prepared.get("cpu") or _prepared_attention(part)
-    if data.dtype not in CACHE_TYPES or not data.is_contiguous() or not data.is_cpu:
-        raise Unserved(f"a cache of {data.dtype} on {data.device} that may not be contiguous")
-    if data.dtype == torch.uint8 and "wk" in part.weights:
-        raise Unserved("keys and values in FP8")
-    index = () if "wk" in part.weights else _index_call(part, past.store.index)
-    return (
-        *(step.threads, *step.x.shape, *sizes, x, nbytes, y, nbytes, *norms, *step.angles, *span(data)),
-        *(CACHE_TYPES[data.dtype], data.shape[2] * data.element_size(), data.shape[1], *step.starts),
-        *(*weights, *index, *numbers),
-    )
+class _Step:
+    """What all attentions of a step read: tokens [b, s, m], angles and starts. It holds the tensors of the calls."""
+
+    def __init__(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], starts: Tensor) -> None:
+        b, s, dim = x.shape
+        self.x = _states(x, b * s)
+        self.cos, self.sin = (t.float().contiguous() for t in cos_sin)
+        self.starts = starts.to(torch.int64).contiguous()
+        self.fields = {"threads": n_threads(), "b": b, "s": s, "dim": dim, "starts": span(self.starts)}
+        self.fields |= {"cos": span(self.cos), "sin": span(self.sin)}
+        self.fields["cos_sin_batch"] = self.cos.shape[0] if self.cos.dim() == 3 else 1
+
+    def attention(self, x: bytes, y: bytes, weights: Any, cache: Any) -> tuple[str, bytes]:
+        """Return the function and the call of an attention of any kind, from states at x to those at y."""
+        prepared = weights.prepared.get("cpu") or _prepare_attention(weights)
+        grouped, index = prepared.function == "grouped_attention", cache.store.index
+        step = LAYOUTS["AttentionStep"].pack(
+            x=x,
+            y=y,
+            room=cache.store.data.shape[1],
+            **_cache_fields("cache", cache.store.data, 2 if grouped else 3),
+            **_cache_fields("index_cache", None if index is None else index.data, 2),
+            **self.fields,
+        )
+        return prepared.function, step + prepared.weights
 
 
-def _index_call(part: Any, store: Any) -> tuple[int, ...]:
-    """Describe an indexer and the cache of its keys to the C++."""
-    if "indexer.wk" not in part.weights:
-        return NO_INDEXER
-    data, indexer = store.data, part.layer.indexer
-    norm_weight, *others = (part.weights[f"indexer.{name}"] for name in INDEXER)
-    if data.dtype not in (torch.float32, torch.bfloat16) or not data.is_contiguous() or not data.is_cpu:
-        raise Unserved(f"keys of an indexer in {data.dtype} on {data.device}")
-    (norm, bias, *sizes), (at, size) = vectors(norm_weight, others[0]), span(data)
-    matrices = _matrices(others[1:], part.dtype)
-    cache = (at, size, CACHE_TYPES[data.dtype], data.shape[2] * data.element_size())
-    halves = int(not indexer.interleaved)
-    return (indexer.n_heads, len(norm_weight), indexer.topk, halves, norm, bias, *sizes, *cache, *matrices)
+def _states(x: Tensor, tokens: int) -> Tensor:
+    """Return the hidden states of a decoding step as the C++ reads them."""
+    if x.dtype != torch.float32 or tokens > MOST_TOKENS:
+        raise Unserved(f"{list(x.shape)} tokens of {x.dtype}")
+    return detached(x).contiguous()
 
 
-def _routing(gated: Sequence[Any], n: int) -> list[tuple[Tensor, ...]]:
+def _cache_fields(name: str, data: Tensor | None, types: int) -> dict[str, Any]:
+    """Return the fields of a cache [b, t, row], which may have the first so many of CACHE_TYPES."""
+    if data is None:
+        return {name: b"", f"{name}_type": 0, f"{name}_row": 0}
+    kind = CACHE_TYPES.get(data.dtype, types)
+    if kind >= types or not data.is_contiguous() or not data.is_cpu:
+        raise Unserved(f"{name} of {data.dtype} on {data.device}, or not contiguous")
+    return {name: span(data), f"{name}_type": kind, f"{name}_row": data.shape[2] * data.element_size()}
+
+
+def _routings(gated: Sequence[Any], n: int) -> list[tuple[Tensor, ...]]:
     """Return memory for the indices, weights, scores and counts of n tokens, for each of these feed-forwards."""
-    sizes = {(part.prepared.get("cpu") or _prepared_feed_forward(part))[0][1:4:2] for part in gated}
+    sizes = {(p.experts, p.topk) for p in (w.prepared.get("cpu") or _prepare_feed_forward(w) for w in gated)}
     if len(sizes) > 1:
         raise Unserved("blocks with different numbers of experts")
     (e, k), count = sizes.pop() if sizes else (0, 0), len(gated)
@@ -190,77 +170,140 @@ def _routing(gated: Sequence[Any], n: int) -> list[tuple[Tensor, ...]]:
     return [*zip(*(t.unbind() for t in of_all), strict=True)]
 
 
-def _feed_forward_call(
-    threads: int, shape: torch.Size, x: int, y: int, part: Any, routing: Sequence[Tensor]
-) -> tuple[Any, ...]:
-    """Describe a feed-forward to the C++: from states [n, m] at address x to those at y."""
-    n, m = shape
-    sizes, inputs, weights, numbers = part.prepared.get("cpu") or _prepared_feed_forward(part)
-    _, e, _, k, *_ = sizes
-    at = (t.data_ptr() for t in routing) if routing else (0,) * 4
-    outs = (8 * n * k, 4 * n * k, 4 * n * e, 8 * e)
-    return (threads, n, m, *sizes, x, 4 * n * m, y, 4 * n * m, *inputs, *at, *outs, *weights, *numbers)
+def _feed_forward(shape: torch.Size, x: bytes, y: bytes, weights: Any, routing: Sequence[Tensor]) -> tuple[str, bytes]:
+    """Return the function and the call of a feed-forward, from states [n, m] at x to those at y."""
+    prepared = weights.prepared.get("cpu") or _prepare_feed_forward(weights)
+    indices, chosen_weights, scores, counts = map(span, routing or (None,) * 4)
+    step = LAYOUTS["FeedForwardStep"].pack(
+        threads=n_threads(),
+        n=shape[0],
+        dim=shape[1],
+        x=x,
+        y=y,
+        indices=indices,
+        weights=chosen_weights,
+        scores=scores,
+        counts=counts,
+    )
+    return prepared.function, step + prepared.weights
 
 
-Prepared = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[float, ...]]
-"""Sizes, addresses and bytes of vectors, matrices, and numbers. The part keeps the tensors where they are."""
+class Prepared(NamedTuple):
+    """What stays of the calls of half a block. Its StepWeights keep the tensors where they are."""
+
+    function: str
+    weights: bytes
+    experts: int = 0
+    topk: int = 0
 
 
-def _prepared_attention(part: Any) -> Prepared:
-    """Describe a part to the C++, once."""
-    layer, w, eps = part.layer, part.weights, part.norm.eps
-    if "wk" in part.weights:
-        heads, groups = layer.n_heads, layer.n_kv_heads
-        sizes = (groups, heads // groups, w["wk"].shape[0] // groups, w["wv"].shape[0] // groups)
-        names, norms, numbers = ("wq", "wk", "wv", "wo"), ("norm",), (layer.scale, eps)
-    else:
-        indexer, norms = getattr(layer, "indexer", None), ("norm", "q_norm", "kv_norm")
-        query = "wq_b" if "wq_b" in w else "wq"
-        if indexer is not None and len({matrix(w[name], part.dtype)[2] for name in (query, "indexer.wq_b")}) > 1:
-            raise Unserved("queries of MLA and of its indexer from weights of different types")
-        q_rank = w["wq_a"].shape[0] if "wq_a" in w else 0
-        sizes = (layer.n_heads, layer.qk_nope_head_dim, layer.rope.dim, layer.kv_lora_rank, layer.v_head_dim, q_rank)
-        names = ("wq_a", query, "wkv_a", "wkv_b", "wo")
-        q_eps = 0.0 if layer.q_norm is None else layer.q_norm.eps
-        numbers = (layer.scale, eps, q_eps, layer.kv_norm.eps, 0.0 if indexer is None else indexer.k_norm.eps)
-    matrices = _matrices([w.get(name) for name in names], part.dtype)
-    part.prepared["cpu"] = sizes, vectors(*(w.get(name) for name in norms)), matrices, numbers
-    return part.prepared["cpu"]
+def _prepare_attention(weights: Any) -> Prepared:
+    """Describe an attention's weights to the C++, once."""
+    grouped = "wk" in weights.weights
+    packed = (_grouped_weights if grouped else _mla_weights)(weights, weights.layer, weights.weights)
+    prepared = weights.prepared["cpu"] = Prepared("grouped_attention" if grouped else "attention", packed)
+    return prepared
 
 
-def _prepared_feed_forward(part: Any) -> Prepared:
-    """Describe a part to the C++, once."""
-    w, gated, options = part.weights, "gate" in part.weights, {}
-    w1, w2, w3 = (w.get(f"shared_experts.{name}" if gated else name) for name in ("w1", "w2", "w3"))
-    e1, e2, e3 = (w.get(f"experts.{name}") for name in ("w1", "w2", "w3"))
-    sizes = (0 if w1 is None else w1.shape[0], 0, 0, 0, 1, 1, 0, 0)
-    if gated:
-        options = part.layer.gate.options
-        if options["score_func"] not in SCORES:
-            raise Unserved("a score function of its own")
-        groups = (options["n_expert_groups"], options["n_limited_groups"])
-        how = (*groups, SCORES[options["score_func"]], int(options["norm_topk_prob"]))
-        sizes = (sizes[0], *e1.shape[:2], options["n_activated_experts"], *how)
-    for first, third in ((w1, w3), (e1, e3)):
+def _grouped_weights(weights: Any, layer: Any, w: dict[str, Any]) -> bytes:
+    key_heads = layer.n_kv_heads
+    return LAYOUTS["GroupedWeights"].pack(
+        key_heads=key_heads,
+        group=layer.n_heads // key_heads,
+        width=w["wk"].shape[0] // key_heads,
+        value=w["wv"].shape[0] // key_heads,
+        norm=vector(w["norm"]),
+        **{name: matrix(w[name], weights.dtype) for name in ("wq", "wk", "wv", "wo")},
+        scale=layer.scale,
+        eps=weights.norm.eps,
+    )
+
+
+def _mla_weights(weights: Any, layer: Any, w: dict[str, Any]) -> bytes:
+    wq_b = w["wq_b" if "wq_b" in w else "wq"]
+    return LAYOUTS["MlaWeights"].pack(
+        heads=layer.n_heads,
+        nope=layer.qk_nope_head_dim,
+        rope=layer.rope.dim,
+        latent=layer.kv_lora_rank,
+        value=layer.v_head_dim,
+        q_rank=w["wq_a"].shape[0] if "wq_a" in w else 0,
+        norm=vector(w["norm"]),
+        q_norm=vector(w.get("q_norm")),
+        kv_norm=vector(w["kv_norm"]),
+        wq_a=matrix(w.get("wq_a"), weights.dtype),
+        wq_b=matrix(wq_b, weights.dtype),
+        **{name: matrix(w[name], weights.dtype) for name in ("wkv_a", "wkv_b", "wo")},
+        scale=layer.scale,
+        eps=weights.norm.eps,
+        q_eps=0.0 if layer.q_norm is None else layer.q_norm.eps,
+        kv_eps=layer.kv_norm.eps,
+        index=_indexer_weights(weights, layer.indexer, w, wq_b) if "indexer.wk" in w else b"",
+    )
+
+
+def _indexer_weights(weights: Any, indexer: Any, w: dict[str, Any], wq_b: Any) -> bytes:
+    if _weight_type(w["indexer.wq_b"], weights.dtype) != _weight_type(wq_b, weights.dtype):
+        raise Unserved("queries of MLA and of its indexer from weights of different types")
+    return LAYOUTS["Indexer"].pack(
+        heads=indexer.n_heads,
+        width=len(w["indexer.k_norm"]),
+        topk=indexer.topk,
+        halves=not indexer.interleaved,
+        norm=vector(w["indexer.k_norm"]),
+        bias=vector(w["indexer.k_norm.bias"]),
+        wq=matrix(w["indexer.wq_b"], weights.dtype),
+        wk=matrix(w["indexer.wk"], weights.dtype),
+        weights=matrix(w["indexer.weights_proj"], weights.dtype),
+        eps=indexer.k_norm.eps,
+    )
+
+
+def _prepare_feed_forward(weights: Any) -> Prepared:
+    """Describe a feed-forward's weights to the C++, once."""
+    w, gated, names = weights.weights, "gate" in weights.weights, ("w1", "w2", "w3")
+    dense = [w.get(f"shared_experts.{name}" if gated else name) for name in names]
+    stacks = [w.get(f"experts.{name}") for name in names]
+    for first, _, third in (dense, stacks):
         if type(first) is not type(third) or (first is not None and first.dtype != third.dtype):
             raise Unserved("w1 and w3 of different types")
-    numbers = (part.norm.eps, options.get("route_scale", 1.0))
-    inputs = vectors(w["norm"], w.get("gate"), w.get("gate.bias"))
-    part.prepared["cpu"] = sizes, inputs, _matrices((w1, w2, w3, e1, e2, e3), part.dtype), numbers
-    return part.prepared["cpu"]
+    options = weights.layer.gate.options if gated else {}
+    score = SCORES.get(options.get("score_func", "sigmoid"))
+    if score is None:
+        raise Unserved("a score function of its own")
+    experts, expert_inter = stacks[0].shape[:2] if gated else (0, 0)
+    topk = options.get("n_activated_experts", 0)
+    packed = LAYOUTS["FeedForwardWeights"].pack(
+        inter=0 if dense[0] is None else dense[0].shape[0],
+        experts=experts,
+        expert_inter=expert_inter,
+        k=topk,
+        groups=options.get("n_expert_groups", 1),
+        kept_groups=options.get("n_limited_groups", 1),
+        score=score,
+        normed=options.get("norm_topk_prob", False),
+        norm=vector(w["norm"]),
+        gate=vector(w.get("gate")),
+        bias=vector(w.get("gate.bias")),
+        **{
+            name: matrix(x, weights.dtype)
+            for name, x in zip(("w1", "w2", "w3", "e1", "e2", "e3"), (*dense, *stacks), strict=True)
+        },
+        eps=weights.norm.eps,
+        route_scale=options.get("route_scale", 1.0),
+    )
+    prepared = weights.prepared["cpu"] = Prepared("feed_forward", packed, experts, topk)
+    return prepared
 
 
-def vectors(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Return the addresses of FP32 tensors, and then their bytes."""
-    for x in tensors:
-        if x is not None and (x.dtype != torch.float32 or not x.is_contiguous() or not x.is_cpu):
-            raise Unserved(f"a norm or gate in {x.dtype} on {x.device}")
-    spans = [span(x) for x in tensors]
-    return (*(at for at, _ in spans), *(size for _, size in spans))
+def vector(x: Tensor | None) -> bytes:
+    """Return the Span of the weight of a norm or a gate.
 
-
-def _matrices(weights: Sequence[Any], dtype: torch.dtype) -> tuple[int, ...]:
-    return tuple(number for w in weights for number in (NONE if w is None else matrix(w, dtype)))
+    Raises: Unserved if it is not contiguous FP32.
+    """
+    if x is not None and (x.dtype != torch.float32 or not x.is_contiguous() or not x.is_cpu):
+        raise Unserved(f"a norm or gate in {x.dtype} on {x.device}")
+    return span(x)
 
 
 def n_threads() -> int:
@@ -268,7 +311,7 @@ def n_threads() -> int:
     return min(torch.get_num_threads(), MOST_THREADS)
 
 
-def weight_matrix(weight: Any, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:
+def weight_matrix(weight: Any, dtype: torch.dtype = torch.float32) -> bytes:
     """Describe a weight whose gradient is not asked for.
 
     Raises: Unserved as `matrix` does, and for a weight that is not the numbers in its memory.
@@ -280,14 +323,16 @@ def weight_matrix(weight: Any, dtype: torch.dtype = torch.float32) -> tuple[int,
     return matrix(weight, dtype)
 
 
-def matrix(weight: Any, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:
-    """Describe a weight [o, i], or a stack of weights [e, o, i] as one of e * o rows.
+def matrix(weight: Any, dtype: torch.dtype = torch.float32) -> bytes:
+    """Describe a weight [o, i], or a stack of weights [e, o, i] as one of e * o rows. None is a Matrix of zeros.
 
     Args:
         dtype: of products with codes.
 
     Raises: Unserved for another dtype, tile or layout.
     """
+    if weight is None:
+        return b""
     data = weight if isinstance(weight, Tensor) else weight.codes
     scales = None if isinstance(weight, Tensor) else weight.scales
     plain = type(data) in (Tensor, torch.nn.Parameter) and data.layout is torch.strided
@@ -299,15 +344,29 @@ def matrix(weight: Any, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:
         weight.tile != (128, 128) or scales.dtype != torch.float32 or not scales.is_contiguous()
     ):
         raise Unserved(f"scales of {scales.dtype} for tiles of {weight.tile}")
-    rows = data.numel() // max(1, data.shape[-1])
-    apart = data.dim() >= 2 and (data.shape[-2] < 2 or data.stride(-2) >= data.shape[-1])
+    columns = data.shape[-1]
+    rows = data.numel() // max(1, columns)
+    apart = data.dim() >= 2 and (data.shape[-2] < 2 or data.stride(-2) >= columns)
     if not apart or data.stride(-1) != 1 or (data.dim() > 2 and not data.is_contiguous()):
         raise Unserved(f"a weight with strides {list(data.stride())}")
     size = data.element_size()
-    stride = size * (data.stride(-2) if data.shape[-2] > 1 else data.shape[-1])
-    memory = int(data.untyped_storage().nbytes() - data.storage_offset() * size)
-    kind = WEIGHT_TYPES[data.dtype] if scales is None or dtype != torch.bfloat16 else CODES_IN_BF16
-    return (data.data_ptr(), memory, kind, rows, data.shape[-1], stride, *span(scales))
+    stride = size * (data.stride(-2) if data.shape[-2] > 1 else columns)
+    nbytes = int(data.untyped_storage().nbytes() - data.storage_offset() * size)
+    return LAYOUTS["Matrix"].pack(
+        data=memory(data.data_ptr(), nbytes),
+        type=_weight_type(weight, dtype),
+        rows=rows,
+        columns=columns,
+        stride=stride,
+        scales=span(scales),
+    )
+
+
+def _weight_type(weight: Any, dtype: torch.dtype) -> int | None:
+    """Return the number of a weight's type, where products with codes are in this dtype."""
+    if isinstance(weight, Tensor) or dtype != torch.bfloat16:
+        return WEIGHT_TYPES.get(weight.dtype if isinstance(weight, Tensor) else weight.codes.dtype)
+    return CODES_IN_BF16
 
 
 def detached(x: Tensor) -> Tensor:

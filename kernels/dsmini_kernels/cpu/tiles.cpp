@@ -12,41 +12,41 @@ namespace {
 // The work: bands of chunks, which threads take one after the other.
 
 template <class In, class Out, Scaling SCALING>
-Row pick_round(bool spread) {
+Row select_round(bool spread) {
   return spread ? round_row<In, Out, SCALING, true> : round_row<In, Out, SCALING, false>;
 }
 template <class In, class Out>
-Row pick_round(const Plan& plan, bool spread) {
-  if (plan.exact) return pick_round<In, Out, EXACT>(spread);
-  return plan.call.powers_of_two ? pick_round<In, Out, MULTIPLY>(spread) : pick_round<In, Out, DIVIDE>(spread);
+Row select_round(const Plan& plan, bool spread) {
+  if (plan.exact) return select_round<In, Out, EXACT>(spread);
+  return plan.call.powers_of_two ? select_round<In, Out, MULTIPLY>(spread) : select_round<In, Out, DIVIDE>(spread);
 }
 template <class In, class CODE>
-Row pick_encode(const Plan& plan, bool spread) {
+Row select_encode(const Plan& plan, bool spread) {
   if (plan.call.powers_of_two)
     return spread ? encode_row<In, CODE, MULTIPLY, true> : encode_row<In, CODE, MULTIPLY, false>;
   return spread ? encode_row<In, CODE, DIVIDE, true> : encode_row<In, CODE, DIVIDE, false>;
 }
 template <class In>
-Row pick_from(const Plan& plan, bool spread) {
+Row select_from(const Plan& plan, bool spread) {
   if (plan.call.operation == QUANTIZE)
-    return plan.format.bits == 8 ? pick_encode<In, uint8_t>(plan, spread) : pick_encode<In, uint16_t>(plan, spread);
+    return plan.format.bits == 8 ? select_encode<In, uint8_t>(plan, spread) : select_encode<In, uint16_t>(plan, spread);
   switch (plan.call.out_type) {
-    case FP32: return pick_round<In, Fp32>(plan, spread);
-    case BF16: return pick_round<In, Bf16>(plan, spread);
-    default: return pick_round<In, Fp16>(plan, spread);
+    case FP32: return select_round<In, Fp32>(plan, spread);
+    case BF16: return select_round<In, Bf16>(plan, spread);
+    default: return select_round<In, Fp16>(plan, spread);
   }
 }
 template <class Out>
-Row pick_decode(const Plan& plan, bool spread) {
+Row select_decode(const Plan& plan, bool spread) {
   if (plan.format.bits == 8) return spread ? decode_row<uint8_t, Out, true> : decode_row<uint8_t, Out, false>;
   return spread ? decode_row<uint16_t, Out, true> : decode_row<uint16_t, Out, false>;
 }
-Row pick(const Plan& plan, bool spread) {
+Row select(const Plan& plan, bool spread) {
   const bool decode = plan.call.operation == DEQUANTIZE;
-  switch (decode ? plan.call.out_type : plan.call.in) {
-    case FP32: return decode ? pick_decode<Fp32>(plan, spread) : pick_from<Fp32>(plan, spread);
-    case BF16: return decode ? pick_decode<Bf16>(plan, spread) : pick_from<Bf16>(plan, spread);
-    default: return decode ? pick_decode<Fp16>(plan, spread) : pick_from<Fp16>(plan, spread);
+  switch (decode ? plan.call.out_type : plan.call.in_type) {
+    case FP32: return decode ? select_decode<Fp32>(plan, spread) : select_from<Fp32>(plan, spread);
+    case BF16: return decode ? select_decode<Bf16>(plan, spread) : select_from<Bf16>(plan, spread);
+    default: return decode ? select_decode<Fp16>(plan, spread) : select_from<Fp16>(plan, spread);
   }
 }
 
@@ -108,9 +108,9 @@ void find_scales(const Plan& plan, const char* x, int64_t rows, int64_t n, int64
   if (plan.in_bytes == 2) find_magnitudes<uint16_t>(plan, x, rows, n, scratch);
   const void* high = scratch.tile_high;
   const auto bits = static_cast<const uint16_t*>(high);
-  if (plan.call.in == FP32)
+  if (plan.call.in_type == FP32)
     to_scales<Fp32>(plan, static_cast<const uint32_t*>(high), tiles, scratch.scales, scratch.factors);
-  else if (plan.call.in == BF16)
+  else if (plan.call.in_type == BF16)
     to_scales<Bf16>(plan, bits, tiles, scratch.scales, scratch.factors);
   else
     to_scales<Fp16>(plan, bits, tiles, scratch.scales, scratch.factors);
@@ -119,7 +119,7 @@ void find_scales(const Plan& plan, const char* x, int64_t rows, int64_t n, int64
 // A chunk: `rows` rows from `row` on, tiles of tile row `band`.
 void do_chunk(const Plan& plan, Row run, bool spread, int64_t batch, int64_t band, int64_t row, int64_t rows,
               int64_t chunk, Scratch& scratch) {
-  const Call& c = plan.call;
+  const TilesCall& c = plan.call;
   const bool decode = c.operation == DEQUANTIZE, packed = c.operation != QUANTIZE_DEQUANTIZE && plan.format.bits == 12;
   const int64_t column = chunk * plan.chunk_columns, n = least(plan.chunk_columns, c.columns - column);
   const int64_t first = column / c.tile_columns, tiles = divide_up(n, c.tile_columns);
@@ -136,7 +136,7 @@ void do_chunk(const Plan& plan, Row run, bool spread, int64_t batch, int64_t ban
     if (c.operation == QUANTIZE) memcpy(stored, scratch.scales, tiles * 4);
   }
   const float *scales = scratch.scales, *factors = scratch.factors;
-  const bool pairs = c.operation == QUANTIZE_DEQUANTIZE && c.in == BF16 && c.out_type == BF16;
+  const bool pairs = c.operation == QUANTIZE_DEQUANTIZE && c.in_type == BF16 && c.out_type == BF16;
   if (spread && (c.tile_columns > 1 || pairs)) {
     for (int64_t i = 0, t = 0; i < n; ++t)
       for (const int64_t end = least(n, i + c.tile_columns); i < end; ++i) {
@@ -173,9 +173,9 @@ void do_chunk(const Plan& plan, Row run, bool spread, int64_t batch, int64_t ban
 }  // namespace
 
 void work(Plan& plan) {
-  const Call& c = plan.call;
+  const TilesCall& c = plan.call;
   const bool spread = c.tile_columns < c.columns && c.tile_columns % PAIR != 0;
-  const Row run = pick(plan, spread);
+  const Row run = select(plan, spread);
   Scratch scratch(plan.chunk_columns);
   if (scratch.memory == nullptr) {
     plan.failed = true;

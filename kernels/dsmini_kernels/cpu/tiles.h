@@ -1,6 +1,8 @@
-// Shared by library.cpp and tiles.cpp: a call as it comes from Python, and its plan.
+// Shared by library.cpp and tiles.cpp: the plan of a call.
 
 #pragma once
+
+#include "calls.h"
 
 #include <atomic>
 #include <cstdint>
@@ -8,23 +10,6 @@
 enum Operation : int64_t { QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE, OPERATIONS };
 enum Type : int64_t { FP32, BF16, FP16, TYPES };
 enum Error : int64_t { FINE, BAD_CALL, BAD_SHAPE, BAD_STRIDE, BAD_ENDS, OUT_OF_BOUNDS, NO_MEMORY };
-
-// x [batch, rows, columns] with strides in elements; out and scales are contiguous. For dequantize x holds codes and
-// its strides are bytes. `*_bytes` is the memory from each pointer on. tiles.py packs this, field by field.
-struct Call {
-  int64_t operation, threads, in, out_type, format, powers_of_two;
-  int64_t batch, rows, columns, tile_rows, tile_columns;
-  const char* x;
-  int64_t x_bytes, batch_stride, row_stride;
-  char* out;
-  int64_t out_bytes;
-  char* scales;
-  int64_t scales_bytes;
-  const int64_t* ends;
-  int64_t ends_bytes, groups;
-  double amax_min;
-  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel, or null for one thread
-};
 
 struct Format {
   int bits, fraction_bits, bias;
@@ -43,7 +28,7 @@ constexpr Format FORMATS[] = {
 // The matrix is cut into bands (the rows of a row of tiles), and bands into chunks (columns of some tiles). A chunk is
 // so small that it is still in the cache when the second pass, which rounds, follows the first, which finds the scales.
 struct Plan {
-  Call call;
+  TilesCall call;
   Format format;
   int64_t in_bytes, out_bytes;  // of an element; 0 for packed codes
   int64_t tile_columns_all;     // tiles in a row of tiles

@@ -1,6 +1,6 @@
 """The tile primitives, with the signatures of their references in dsmini/numerics/quantization.py.
 
-This module checks a call and describes it to the C++; tiles.cpp computes it.
+This module checks and packs a call; tiles.cpp computes it.
 """
 
 from collections.abc import Container
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.calls import library, run
+from dsmini_kernels.cpu.calls import library, memory, run, span
 
 QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE = range(3)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -24,11 +24,11 @@ LARGEST = 2.0**127
 
 
 def quantize(x: Tensor, tile: tuple[int, int], scale: str, format: str, amax_min: float) -> tuple[Tensor, Tensor]:
-    x, f = _plain(x, TYPES), _pick(FORMATS, format, "format")
+    x, f = _plain(x, TYPES), _code(FORMATS, format, "format")
     *batch, r, c = x.shape
     codes = torch.empty((*batch, r, -(-c // 8) * 12) if f == PACKED else x.shape, dtype=CODES[f], device="cpu")
     scales = torch.empty((*batch, *_tiles(r, c, tile)), dtype=torch.float32, device="cpu")
-    _call(QUANTIZE, x, TYPES[x.dtype], c, codes, 0, scales, tile, f, _pick(SCALES, scale, "scale"), amax_min)
+    _call(QUANTIZE, x, TYPES[x.dtype], c, codes, 0, scales, tile, f, _code(SCALES, scale, "scale"), amax_min)
     return codes, scales
 
 
@@ -40,7 +40,7 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     columns: int | None = None,
 ) -> Tensor:
-    f, out_type = _pick(FORMATS, format, "format"), _pick(TYPES, dtype, "output")
+    f, out_type = _code(FORMATS, format, "format"), _code(TYPES, dtype, "output")
     codes = _plain(codes, (CODES[f], torch.uint8))
     *batch, r, last = codes.shape
     c = last if columns is None else columns
@@ -63,14 +63,14 @@ def quantize_dequantize(
     dtype: torch.dtype,
     ends: Tensor | None = None,
 ) -> Tensor:
-    x, f, out_type = _plain(x, TYPES), _pick(FORMATS, format, "format"), _pick(TYPES, dtype, "output")
+    x, f, out_type = _plain(x, TYPES), _code(FORMATS, format, "format"), _code(TYPES, dtype, "output")
     _tiles(1, 1, tile)
     if ends is not None:
         if not ends.is_cpu or ends.dim() != 1 or x.dim() != 2 or ends.dtype not in (torch.int64, torch.int32):
             raise Unserved("`ends` must be integers of one dimension, and x a matrix")
         ends = ends.long().contiguous()
     out = torch.empty(x.shape, dtype=dtype, device="cpu")
-    scale_kind = _pick(SCALES, scale, "scale")
+    scale_kind = _code(SCALES, scale, "scale")
     _call(QUANTIZE_DEQUANTIZE, x, TYPES[x.dtype], x.shape[-1], out, out_type, None, tile, f, scale_kind, amax_min, ends)
     return out
 
@@ -86,12 +86,7 @@ def _plain(x: Tensor, dtypes: Container[torch.dtype]) -> Tensor:
     return x if is_rows else x.contiguous()
 
 
-def span(x: Tensor | None) -> tuple[int, int]:
-    """Return the address of a contiguous tensor, and the bytes from there on."""
-    return (0, 0) if x is None else (x.data_ptr(), x.numel() * x.element_size())
-
-
-def _pick(table: dict[Any, int], key: Any, what: str) -> int:
+def _code(table: dict[Any, int], key: Any, what: str) -> int:
     try:
         return table[key]
     except KeyError:
@@ -127,11 +122,27 @@ def _call(
         batches, batch_stride = batch[0], x.stride(0)
     else:  # contiguous, by _plain
         batches, batch_stride = x.numel() // max(1, rows * last), rows * last
-    threads = torch.get_num_threads() if out.numel() >= THREADED else 1
-    held = x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize
-    fields = (
-        *(operation, threads, in_type, out_type, format, scale, batches, rows, columns, *tile),
-        *(x.data_ptr(), held, batch_stride, x.stride(-2), *span(out), *span(scales), *span(ends)),
-        *(0 if ends is None else ends.numel(), amax_min, library().parallel),
+    held = int(x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize)
+    run(
+        "tiles",
+        operation=operation,
+        threads=torch.get_num_threads() if out.numel() >= THREADED else 1,
+        in_type=in_type,
+        out_type=out_type,
+        format=format,
+        powers_of_two=scale,
+        batch=batches,
+        rows=rows,
+        columns=columns,
+        tile_rows=tile[0],
+        tile_columns=tile[1],
+        x=memory(x.data_ptr(), held),
+        batch_stride=batch_stride,
+        row_stride=x.stride(-2),
+        out=span(out),
+        scales=span(scales),
+        ends=span(ends),
+        groups=0 if ends is None else ends.numel(),
+        amax_min=amax_min,
+        parallel=library().parallel,
     )
-    run("tiles", fields)

@@ -4,51 +4,76 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.calls import run
+from dsmini_kernels.cpu.calls import memory, run, span
 from dsmini_kernels.cpu.steps import detached, has_bf16_units, n_threads, quantized_linear
-from dsmini_kernels.cpu.tiles import span
 
 
-def topk_keys(q: Tensor, k: Tensor, weights: Tensor, topk: int, hidden: Tensor) -> Tensor:
+def topk_keys(q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) -> Tensor:
     """Return the places of the topk largest scores of each query in order, and -1 where it sees fewer keys."""
     (b, s, heads, width), t = q.shape, k.shape[1]
     topk = min(topk, t)
     bf16 = _is_bf16(q, k)
-    if weights.dtype != torch.float32 or hidden.dtype != torch.bool or not b * s * heads * width * topk:
+    if weights.dtype != torch.float32 or mask.dtype != torch.bool or not b * s * heads * width * topk:
         raise Unserved(f"weights of {weights.dtype}, and {b} x {s} queries for {topk} keys")
     with torch.no_grad():
-        q, weights, hidden = (detached(x).contiguous() for x in (q, weights, hidden))
+        q, weights, mask = (detached(x).contiguous() for x in (q, weights, mask))
         k, k_span, k_stride = _batches(k)
-    picks = torch.empty(b, s, topk, dtype=torch.int64)
-    call = (
-        *(n_threads(), b, s, t, heads, width, topk, bf16),
-        *(*span(q), *k_span, k_stride, *span(weights), *span(hidden), hidden.shape[0], *span(picks)),
+    topk_indices = torch.empty(b, s, topk, dtype=torch.int64)
+    run(
+        "topk_keys",
+        threads=n_threads(),
+        b=b,
+        s=s,
+        t=t,
+        heads=heads,
+        width=width,
+        topk=topk,
+        bf16=bf16,
+        q=span(q),
+        k=k_span,
+        k_stride=k_stride,
+        weights=span(weights),
+        mask=span(mask),
+        mask_batch=len(mask),
+        topk_indices=span(topk_indices),
     )
-    run("topk_keys", call)
-    return picks
+    return topk_indices
 
 
 def topk_attention(
-    q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, picks: Tensor
+    q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, topk_indices: Tensor
 ) -> Tensor:
     """Return absorbed attention of each query to the rows that it chose. Sums are FP32, of BF16 numbers if rows are.
 
     A CPU without products of BF16 numbers takes them as FP32.
     """
-    (b, s, heads, _), (t, width), latent, k = q_nope.shape, rows.shape[1:], w_uk.shape[2], picks.shape[2]
+    (b, s, heads, _), (t, width), latent, k = q_nope.shape, rows.shape[1:], w_uk.shape[2], topk_indices.shape[2]
     bf16 = _is_bf16(q_nope, q_rope, rows, w_uk, w_uv)
     if not b * s * heads * latent * k:
         raise Unserved
-    q_nope, q_rope, w_uk, w_uv, picks = (detached(x) for x in (q_nope, q_rope, w_uk, w_uv, picks))
+    q_nope, q_rope, w_uk, w_uv, topk_indices = (detached(x) for x in (q_nope, q_rope, w_uk, w_uv, topk_indices))
     rows, rows_span, rows_stride = _batches(rows)
     q = torch.cat((_of_each_head(q_nope, w_uk), q_rope), -1)
-    picks = picks.contiguous()
+    topk_indices = topk_indices.contiguous()
     out = q.new_empty(b, s, heads, latent)
-    call = (
-        *(n_threads(), b, s, t, heads, width, latent, k, bf16),
-        *(*span(q), *rows_span, rows_stride, *span(picks), *span(out), scale),
+    run(
+        "topk_attention",
+        threads=n_threads(),
+        b=b,
+        s=s,
+        t=t,
+        heads=heads,
+        width=width,
+        latent=latent,
+        k=k,
+        bf16=bf16,
+        q=span(q),
+        rows=rows_span,
+        rows_stride=rows_stride,
+        topk_indices=span(topk_indices),
+        out=span(out),
+        scale=scale,
     )
-    run("topk_attention", call)
     return _of_each_head(out, w_uv).reshape(b, s, heads * w_uv.shape[2])
 
 
@@ -73,12 +98,12 @@ def _is_bf16(first: Tensor, *others: Tensor) -> bool:
     return first.dtype == torch.bfloat16
 
 
-def _batches(x: Tensor) -> tuple[Tensor, tuple[int, int], int]:
-    """Return rows [b, t, width] with contiguous batches, their address and bytes, and the bytes from batch to batch."""
+def _batches(x: Tensor) -> tuple[Tensor, bytes, int]:
+    """Return rows [b, t, width] with contiguous batches, their Span, and the bytes from batch to batch."""
     x = detached(x)
     b, t, width = x.shape
     if x.stride(2) != 1 or x.stride(1) != width or (b > 1 and x.stride(0) < t * width):
         x = x.contiguous()
     stride = x.stride(0) if b > 1 else t * width
     size = x.element_size()
-    return x, (x.data_ptr(), size * ((b - 1) * stride + t * width)), size * stride
+    return x, memory(x.data_ptr(), size * ((b - 1) * stride + t * width)), size * stride

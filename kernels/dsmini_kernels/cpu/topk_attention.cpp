@@ -1,4 +1,4 @@
-// Absorbed attention of each query to the rows of a cache that it picked, for any number of queries.
+// Absorbed attention of each query to the rows of a cache that it chose, for any number of queries.
 //
 // All heads of a query read the same rows. A CPU that multiplies BF16 numbers takes rows in BF16 as they are: for the
 // logits with the heads as the tokens of a panel, for the values with the weights of two keys as a word. The result of a
@@ -17,7 +17,7 @@ constexpr int64_t CHUNK = 2 * LANES;      // numbers of a row in a vector
 constexpr int64_t HEADS_AT_ONCE = 8;      // whose sums stay in registers
 #endif
 
-bool in_pairs(const PickedCall& c) {
+bool in_pairs(const TopkAttentionCall& c) {
 #if BF16_UNITS
   return c.bf16 && c.latent % CHUNK == 0 && c.width % 2 == 0 && __builtin_cpu_supports("avx512bf16");
 #else
@@ -32,7 +32,7 @@ struct Own {
   float *q, *logits, *values, *sums, *high, *total, *keep, *scratch;
   int64_t* last;
 
-  Own(const PickedCall& c, float* memory) {
+  Own(const TopkAttentionCall& c, float* memory) {
     const auto take = [&](int64_t numbers) {
       float* at = memory == nullptr ? nullptr : memory + all;
       all += round_up(numbers, 16);
@@ -63,12 +63,12 @@ struct Own {
 struct Buffers {
   int64_t all = 0, each;
   float* owned;
-  Buffers(const PickedCall& c, float* memory) {
+  Buffers(const TopkAttentionCall& c, float* memory) {
     each = Own(c, nullptr).all, owned = memory, all = c.threads * each;
   }
 };
 
-void attend_in_fp32(const PickedCall& c, const Own& own, const char* q, const char* rows, int64_t n, char* out) {
+void attend_in_fp32(const TopkAttentionCall& c, const Own& own, const char* q, const char* rows, int64_t n, char* out) {
   const int64_t size = c.bf16 ? 2 : 4, type = c.bf16 ? CACHE_BF16 : CACHE_FP32;
   for (int64_t h = 0; h < c.heads; ++h) {
     float* to = own.q + h * own.q_stride;
@@ -135,7 +135,7 @@ __attribute__((target("avx512bf16"))) void add_block(const Own& own, int64_t fir
 
 // Heads [first, first + count) of a query, with as many vectors as they need. Columns of the sums stay in the order in
 // which two rows are interleaved: of 32 numbers, four and four of each eighth go to two vectors.
-void attend_heads(const PickedCall& c, const Own& whole, const char* q, const char* rows, int64_t n, int64_t first,
+void attend_heads(const TopkAttentionCall& c, const Own& whole, const char* q, const char* rows, int64_t n, int64_t first,
                   int64_t count, char* out) {
   Own own = whole;
   own.vectors = divide_up(count, LANES);
@@ -180,48 +180,48 @@ void attend_heads(const PickedCall& c, const Own& whole, const char* q, const ch
   }
 }
 
-void attend_in_pairs(const PickedCall& c, const Own& own, const char* q, const char* rows, int64_t n, char* out) {
+void attend_in_pairs(const TopkAttentionCall& c, const Own& own, const char* q, const char* rows, int64_t n, char* out) {
   const Cut cut(c.heads);
   for (int64_t first = 0; first < c.heads; first += cut.tokens) {
     attend_heads(c, own, q, rows, n, first, least(cut.tokens, c.heads - first), out);
   }
 }
 #else
-void attend_in_pairs(const PickedCall&, const Own&, const char*, const char*, int64_t, char*) {}
+void attend_in_pairs(const TopkAttentionCall&, const Own&, const char*, const char*, int64_t, char*) {}
 #endif
 
-void step(const PickedCall& c, const Buffers& m) {
+void step(const TopkAttentionCall& c, const Buffers& m) {
   Team team(c.threads, Team::LONG);
   const int64_t size = c.bf16 ? 2 : 4;
   const bool pairs = in_pairs(c);
   team.each(c.b * c.s, [&](int64_t item, int64_t thread) {
     const Own own(c, m.owned + thread * m.each);
-    const int64_t* picks = c.picks + item * c.k;
+    const int64_t* indices = c.topk_indices + item * c.k;
     int64_t n = 0;
     for (int64_t i = 0; i < c.k; ++i)
-      if (picks[i] >= 0) own.list[n++] = int32_t(picks[i]);
+      if (indices[i] >= 0) own.list[n++] = int32_t(indices[i]);
     const char *q = c.q + item * c.heads * c.width * size, *rows = c.rows + item / c.s * c.rows_stride;
     (pairs ? attend_in_pairs : attend_in_fp32)(c, own, q, rows, n, c.out + item * c.heads * c.latent * size);
   });
 }
 
-bool topk_attention(const PickedCall& c) { return with_memory<Buffers>(c, step); }
+bool topk_attention(const TopkAttentionCall& c) { return with_memory<Buffers>(c, step); }
 
-int64_t check(const PickedCall& c) {
+int64_t check(const TopkAttentionCall& c) {
   if (!sizes({c.b, c.s, c.t, c.heads, c.width, c.latent, c.k}) || c.b < 1 || c.s < 1 || c.t < 1 || c.t > INT32_MAX ||
       c.heads < 1 || c.latent < 1 || c.latent > c.width || c.k < 1)
     return BAD_SHAPE;
   if (c.bf16 < 0 || c.bf16 > 1) return BAD_CALL;
   const int64_t size = c.bf16 ? 2 : 4;
-  if (!within(c.q, c.q_bytes, size, c.b, c.s, c.heads, c.width) ||
-      !rows_fit(c.rows, c.rows_bytes, c.rows_stride, size, c.b, c.t, c.width) ||
-      !within(c.out, c.out_bytes, size, c.b, c.s, c.heads, c.latent) || !within(c.picks, c.picks_bytes, 8, c.b, c.s, c.k))
+  if (!within(c.q, size, c.b, c.s, c.heads, c.width) ||
+      !rows_fit(c.rows, c.rows_stride, size, c.b, c.t, c.width) ||
+      !within(c.out, size, c.b, c.s, c.heads, c.latent) || !within(c.topk_indices, 8, c.b, c.s, c.k))
     return OUT_OF_BOUNDS;
   for (int64_t i = 0; i < c.b * c.s * c.k; ++i)
-    if (c.picks[i] < -1 || c.picks[i] >= c.t) return OUT_OF_BOUNDS;
+    if (c.topk_indices[i] < -1 || c.topk_indices[i] >= c.t) return OUT_OF_BOUNDS;
   return FINE;
 }
 
 }  // namespace
 
-ENTRY(topk_attention, PickedCall)
+ENTRY(topk_attention, TopkAttentionCall)

@@ -1,4 +1,4 @@
-// The keys that an indexer picks, for any number of queries: scores of all keys, and the places of the largest.
+// The keys that an indexer chooses, for any number of queries: scores of all keys, and the places of the largest.
 //
 // Keys are transposed once for all queries. Each item scores some queries against one panel after the other, so that a
 // panel comes from the first-level cache for all but the first of them.
@@ -19,7 +19,7 @@ struct Buffers {
   uint32_t* scores;  // [threads, QUERIES_OF_ITEM, room]
   int32_t* places;   // [threads, topk]
 
-  Buffers(const PicksCall& c, float* memory) {
+  Buffers(const TopkKeysCall& c, float* memory) {
     const auto take = [&](int64_t numbers) {
       float* at = memory == nullptr ? nullptr : memory + all;
       all += round_up(numbers, 16);
@@ -32,21 +32,21 @@ struct Buffers {
   }
 };
 
-// The places of a query's picks in order, and -1 after them.
-void write_picks(const PicksCall& c, uint32_t* scores, const uint8_t* hidden, int32_t* places, int64_t* picks) {
-  for (int64_t t = 0; t < c.t; ++t) scores[t] = hidden[t] ? UNSEEN : scores[t];
+// The places of a query's keys in order, and -1 after them.
+void write_indices(const TopkKeysCall& c, uint32_t* scores, const uint8_t* mask, int32_t* places, int64_t* indices) {
+  for (int64_t t = 0; t < c.t; ++t) scores[t] = mask[t] ? UNSEEN : scores[t];
   if (c.topk < c.t) select_largest(scores, c.t, c.topk, places);
   int64_t found = 0;
   for (int64_t i = 0; i < c.topk; ++i) {
     const int64_t place = c.topk < c.t ? places[i] : i;
-    picks[found] = place;
+    indices[found] = place;
     found += scores[place] > UNSEEN;
   }
-  for (; found < c.topk; ++found) picks[found] = -1;
+  for (; found < c.topk; ++found) indices[found] = -1;
 }
 
 template <class Words>
-void step(const PicksCall& c, const Buffers<Words>& m) {
+void step(const TopkKeysCall& c, const Buffers<Words>& m) {
   Team team(c.threads, Team::LONG);
   const int64_t size = c.bf16 ? 2 : 4, of_query = c.heads * c.width * size;
   const auto vectors_of = [&](int64_t panel) { return divide_up(least(PANEL_KEYS, c.t - panel * PANEL_KEYS), LANES); };
@@ -68,14 +68,14 @@ void step(const PicksCall& c, const Buffers<Words>& m) {
                            c.weights + query * c.heads, scores + n * m.room + panel * PANEL_KEYS);
       }
     for (int64_t n = 0; n < some; ++n) {
-      const int64_t query = i * c.s + first + n, row = c.hidden_batch == 1 ? first + n : query;
-      write_picks(c, scores + n * m.room, c.hidden + row * c.t, m.places + thread * round_up(c.topk, 16),
-                  c.picks + query * c.topk);
+      const int64_t query = i * c.s + first + n, row = c.mask_batch == 1 ? first + n : query;
+      write_indices(c, scores + n * m.room, c.mask + row * c.t, m.places + thread * round_up(c.topk, 16),
+                  c.topk_indices + query * c.topk);
     }
   });
 }
 
-bool topk_keys(const PicksCall& c) {
+bool topk_keys(const TopkKeysCall& c) {
   bool fine = true;
   with_words(c.bf16, c.bf16 ? WEIGHT_BF16 : WEIGHT_FP32, [&](auto words) {
     using Words = decltype(words);
@@ -84,19 +84,19 @@ bool topk_keys(const PicksCall& c) {
   return fine;
 }
 
-int64_t check(const PicksCall& c) {
+int64_t check(const TopkKeysCall& c) {
   if (!sizes({c.b, c.s, c.t, c.heads, c.width, c.topk}) || c.b < 1 || c.s < 1 || c.t < 1 || c.t > INT32_MAX || c.heads < 1 ||
       c.width < 1 || c.topk < 1 || c.topk > c.t)
     return BAD_SHAPE;
-  if (c.bf16 < 0 || c.bf16 > 1 || (c.hidden_batch != 1 && c.hidden_batch != c.b)) return BAD_CALL;
+  if (c.bf16 < 0 || c.bf16 > 1 || (c.mask_batch != 1 && c.mask_batch != c.b)) return BAD_CALL;
   const int64_t size = c.bf16 ? 2 : 4;
-  if (!within(c.q, c.q_bytes, size, c.b, c.s, c.heads, c.width) || !rows_fit(c.k, c.k_bytes, c.k_stride, size, c.b, c.t, c.width) ||
-      !within(c.weights, c.weights_bytes, 4, c.b, c.s, c.heads) || !within(c.hidden, c.hidden_bytes, 1, c.hidden_batch, c.s, c.t) ||
-      !within(c.picks, c.picks_bytes, 8, c.b, c.s, c.topk))
+  if (!within(c.q, size, c.b, c.s, c.heads, c.width) || !rows_fit(c.k, c.k_stride, size, c.b, c.t, c.width) ||
+      !within(c.weights, 4, c.b, c.s, c.heads) || !within(c.mask, 1, c.mask_batch, c.s, c.t) ||
+      !within(c.topk_indices, 8, c.b, c.s, c.topk))
     return OUT_OF_BOUNDS;
   return FINE;
 }
 
 }  // namespace
 
-ENTRY(topk_keys, PicksCall)
+ENTRY(topk_keys, TopkKeysCall)

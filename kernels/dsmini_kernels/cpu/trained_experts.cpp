@@ -24,7 +24,7 @@ struct Slots {
   int64_t *token, *slot, *first;
   float *weight, *dp, *rows;
 
-  Slots(const TrainedCall& c, float* memory) {
+  Slots(const TrainedExpertsCall& c, float* memory) {
     const int64_t visits = c.n * c.k;
     const auto take = [&](int64_t numbers) {
       float* at = memory == nullptr ? nullptr : memory + all;
@@ -36,7 +36,7 @@ struct Slots {
     weight = take(visits), dp = take(visits), rows = take(visits * c.dim);
   }
 
-  void sort(const TrainedCall& c) {
+  void sort(const TrainedExpertsCall& c) {
     memset(first, 0, (c.experts + 2) * 8);
     int64_t* end = first + 1;  // while sorting, of the visits so far
     for (int64_t i = 0; i < c.n * c.k; ++i) ++first[c.indices[i] + 2];
@@ -48,7 +48,7 @@ struct Slots {
   }
 };
 
-int64_t most_visits(const TrainedCall& c, int64_t* counts) {
+int64_t most_visits(const TrainedExpertsCall& c, int64_t* counts) {
   memset(counts, 0, c.experts * 8);
   int64_t most = 0;
   for (int64_t i = 0; i < c.n * c.k; ++i) {
@@ -59,7 +59,7 @@ int64_t most_visits(const TrainedCall& c, int64_t* counts) {
 }
 
 // The sum of each token's rows, in the order of its choices, with or without weights, to where it stays.
-void combine(const TrainedCall& c, const Slots& s, Team& team, bool weighted, char* out) {
+void combine(const TrainedExpertsCall& c, const Slots& s, Team& team, bool weighted, char* out) {
   const int64_t size = c.bf16 ? 2 : 4;
   constexpr int64_t TOKENS = 16;
   team.each(divide_up(c.n, TOKENS), [&](int64_t item, int64_t) {
@@ -79,7 +79,7 @@ void combine(const TrainedCall& c, const Slots& s, Team& team, bool weighted, ch
 template <class Words>
 struct Expert {
   static constexpr int64_t SIZE = Words::SIZE, NUMBERS = Words::NUMBERS;
-  const TrainedCall& c;
+  const TrainedExpertsCall& c;
   const Slots& s;
   int64_t most;           // visits of any expert, in whole vectors
   int64_t m_row, f_row, t_row;  // numbers of a row along the model's width, along the expert's, along tokens
@@ -89,7 +89,7 @@ struct Expert {
   float *pairs, *turned;       // panels of [tokens, WIDTH] in words, side by side; a strip and its transpose
   int64_t all = 0;
 
-  Expert(const TrainedCall& call, const Slots& slots, int64_t most_, float* memory)
+  Expert(const TrainedExpertsCall& call, const Slots& slots, int64_t most_, float* memory)
       : c(call), s(slots), most(round_up(most_, LANES)), m_row(round_up(c.dim, UNIT)), f_row(round_up(c.inter, UNIT)),
         t_row(round_up(most, UNIT)) {
     const auto take = [&](int64_t numbers) {
@@ -329,7 +329,7 @@ struct Expert {
 };
 
 template <class Words>
-bool run_all(const TrainedCall& c) {
+bool run_all(const TrainedExpertsCall& c) {
   const Slots sizes(c, nullptr);
   float* memory = scratch_of(sizes.all + 2 * c.experts + 16);
   if (memory == nullptr) return false;
@@ -350,14 +350,14 @@ bool run_all(const TrainedCall& c) {
   return true;
 }
 
-bool trained_experts(const TrainedCall& c) {
+bool trained_experts(const TrainedExpertsCall& c) {
 #if BF16_UNITS
   if (c.bf16 && __builtin_cpu_supports("avx512bf16")) return run_all<Bf16Words>(c);
 #endif
   return run_all<Fp32Words>(c);
 }
 
-int64_t check(const TrainedCall& c) {
+int64_t check(const TrainedExpertsCall& c) {
   if (!sizes({c.n, c.dim, c.inter, c.experts, c.k}) || c.dim < 1 || c.inter < 1 || c.k < 1 || c.experts > MOST_STACK)
     return BAD_SHAPE;
   if (c.bf16 < 0 || c.bf16 > 1 || c.backward < 0 || c.backward > 1) return BAD_CALL;
@@ -367,20 +367,20 @@ int64_t check(const TrainedCall& c) {
       !c.w2.fits_stack(c.experts, c.dim, c.inter))
     return OUT_OF_BOUNDS;
   const int64_t size = c.bf16 ? 2 : 4;
-  if (!within(c.x, c.x_bytes, size, c.n, c.dim) || !within(c.indices, c.indices_bytes, 8, c.n, c.k) ||
-      !within(c.weights, c.weights_bytes, 4, c.n, c.k) || !within(c.gate, c.gate_bytes, size, c.n, c.k, c.inter) ||
-      !within(c.up, c.up_bytes, size, c.n, c.k, c.inter))
+  if (!within(c.x, size, c.n, c.dim) || !within(c.indices, 8, c.n, c.k) ||
+      !within(c.weights, 4, c.n, c.k) || !within(c.gate, size, c.n, c.k, c.inter) ||
+      !within(c.up, size, c.n, c.k, c.inter))
     return OUT_OF_BOUNDS;
-  if (c.backward ? !within(c.dy, c.dy_bytes, size, c.n, c.dim) || !within(c.dx, c.dx_bytes, size, c.n, c.dim) ||
-                       !within(c.dweights, c.dweights_bytes, 4, c.n, c.k) ||
-                       !within(c.dw1, c.dw1_bytes, 4, c.experts, c.inter, c.dim) ||
-                       !within(c.dw2, c.dw2_bytes, 4, c.experts, c.inter, c.dim) ||
-                       !within(c.dw3, c.dw3_bytes, 4, c.experts, c.inter, c.dim)
-                 : !within(c.y, c.y_bytes, size, c.n, c.dim))
+  if (c.backward ? !within(c.dy, size, c.n, c.dim) || !within(c.dx, size, c.n, c.dim) ||
+                       !within(c.dweights, 4, c.n, c.k) ||
+                       !within(c.dw1, 4, c.experts, c.inter, c.dim) ||
+                       !within(c.dw2, 4, c.experts, c.inter, c.dim) ||
+                       !within(c.dw3, 4, c.experts, c.inter, c.dim)
+                 : !within(c.y, size, c.n, c.dim))
     return OUT_OF_BOUNDS;
   return indices_fit(c.indices, c.n * c.k, c.experts) ? FINE : OUT_OF_BOUNDS;
 }
 
 }  // namespace
 
-ENTRY(trained_experts, TrainedCall)
+ENTRY(trained_experts, TrainedExpertsCall)

@@ -91,10 +91,10 @@ int64_t check(const TrainedNormCall& c) {
   if (!sizes({c.n, c.dim}) || c.n < 1 || c.dim < 1) return BAD_SHAPE;
   if (c.bf16 < 0 || c.bf16 > 1 || c.backward < 0 || c.backward > 1) return BAD_CALL;
   const int64_t size = c.bf16 ? 2 : 4;
-  if (!rows_fit(c.x, c.x_bytes, c.x_stride, size, c.n, 1, c.dim) || !within(c.weight, c.weight_bytes, 4, c.dim) ||
-      !within(c.inverse, c.inverse_bytes, 4, c.n) || !within(c.y, c.y_bytes, size, c.n, c.dim))
+  if (!rows_fit(c.x, c.x_stride, size, c.n, 1, c.dim) || !within(c.weight, 4, c.dim) ||
+      !within(c.inverse, 4, c.n) || !within(c.y, size, c.n, c.dim))
     return OUT_OF_BOUNDS;
-  if (c.backward && (!within(c.dy, c.dy_bytes, size, c.n, c.dim) || !within(c.dw, c.dw_bytes, 4, c.dim)))
+  if (c.backward && (!within(c.dy, size, c.n, c.dim) || !within(c.dw, 4, c.dim)))
     return OUT_OF_BOUNDS;
   return FINE;
 }

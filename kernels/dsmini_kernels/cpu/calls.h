@@ -1,0 +1,216 @@
+// The calls of the libraries' functions: dsmini_linear takes a LinearCall, and so on. This is their one description: Python
+// reads it (structs.py) and packs a call by the names of its fields. So a member is a number of eight bytes, a Span or a
+// struct of such members, one declaration a line, before any function. All numbers are FP32 but those of weights and caches.
+
+#pragma once
+
+#include "matrix.h"
+
+constexpr int64_t MOST_TOKENS = 32, MOST_EXPERTS = 512, MOST_STACK = 1 << 16, MOST_SIDE = 1 << 16;
+
+// A rounding of tiles. x [batch, rows, columns] has strides in elements; out and scales are contiguous. For dequantize x
+// holds codes and its strides are bytes.
+struct TilesCall {
+  int64_t operation, threads, in_type, out_type, format, powers_of_two;
+  int64_t batch, rows, columns, tile_rows, tile_columns;
+  Span<const char> x;
+  int64_t batch_stride, row_stride;
+  Span<char> out, scales;
+  Span<const int64_t> ends;  // of groups of rows
+  int64_t groups;
+  double amax_min;
+  Parallel* parallel;  // GOMP_parallel, or null for one thread
+};
+
+// y[n, rows] = x[n, columns] w^T; x and y are contiguous, FP32 or BF16.
+struct LinearCall {
+  int64_t threads, n, bf16;
+  Span<const char> x;
+  Span<char> y;
+  Matrix w;
+};
+
+// The places of the topk <= t keys with the largest scores of an indexer for each query, and -1 where it sees fewer. q and
+// k are both FP32 or both BF16. All is contiguous but for the batches of k, which are `k_stride` bytes apart.
+struct TopkKeysCall {
+  int64_t threads, b, s, t, heads, width, topk, bf16;
+  Span<const char> q;  // [b, s, heads, width]
+  Span<const char> k;  // [b, t, width]
+  int64_t k_stride;
+  Span<const float> weights;  // [b, s, heads]
+  Span<const uint8_t> mask;   // [mask_batch, s, t], 1 for keys that a query does not see; mask_batch is b or 1
+  int64_t mask_batch;
+  Span<int64_t> topk_indices;  // [b, s, topk]
+};
+
+// softmax(scale q . rows[topk_indices]) rows[topk_indices], of the first `latent` numbers of a row, for each query and all
+// its heads. An index of -1 is none; without any the result is NaN. Types and strides as of TopkKeysCall.
+struct TopkAttentionCall {
+  int64_t threads, b, s, t, heads, width, latent, k, bf16;
+  Span<const char> q;     // [b, s, heads, width]
+  Span<const char> rows;  // [b, t, width]
+  int64_t rows_stride;
+  Span<const int64_t> topk_indices;  // [b, s, k]
+  Span<char> out;                    // [b, s, heads, latent]
+  double scale;
+};
+
+// y[n] = [norm(first[n]) | norm(second[n])], or the first alone where second is null. All of it contiguous.
+struct NormsCall {
+  int64_t threads, n, dim;
+  Span<const float> first, second, first_norm, second_norm;
+  Span<float> y;
+  double first_eps, second_eps;
+};
+
+// RMSNorm of rows [n, dim] in training, in FP32 or BF16. Forward writes y and inverse, backward reads inverse and dy, and
+// writes the gradient of x to y, and dw. The rows of x are x_stride bytes apart, all else is contiguous.
+struct TrainedNormCall {
+  int64_t threads, n, dim, bf16, backward;
+  Span<const char> x;
+  int64_t x_stride;
+  Span<const float> weight;
+  Span<float> inverse;  // [n]
+  Span<char> y;
+  Span<const char> dy;
+  Span<float> dw;
+  double eps;
+};
+
+// The attention of a decoding step is x + attention(norm(x)) for s tokens of each of b sequences. This changes from step to
+// step and from layer to layer, for all kinds of attention.
+struct AttentionStep {
+  int64_t threads, b, s, dim;
+  Span<const float> x;
+  Span<float> y;
+  Span<const float> cos, sin;  // [cos_sin_batch, s, pairs], of every sequence or of all
+  int64_t cos_sin_batch;
+  Span<char> cache;  // rows of `cache_row` bytes; a sequence has room for `room`
+  int64_t cache_type, cache_row, room;
+  Span<char> index_cache;  // the indexer's, with the places of the attention's
+  int64_t index_cache_type, index_cache_row;
+  Span<const int64_t> starts;  // [b]: position of the first new token
+};
+
+// The indexer of an attention: topk 0 where there is none. Its queries read what wq_b reads.
+struct Indexer {
+  int64_t heads, width, topk, halves;  // halves: RoPE pairs the halves of the first numbers, not neighbours
+  Span<const float> norm, bias;
+  Matrix wq, wk, weights;
+  double eps;
+};
+
+// What stays of MLA, absorbed: dsmini/inference/fused.py has the equations.
+struct MlaWeights {
+  int64_t heads, nope, rope, latent, value, q_rank;  // q_rank 0: wq_b reads the normed x
+  Span<const float> norm, q_norm, kv_norm;
+  Matrix wq_a, wq_b, wkv_a, wkv_b, wo;
+  double scale, eps, q_eps, kv_eps;
+  Indexer index;
+};
+struct AttentionCall : AttentionStep, MlaWeights {};
+
+// What stays of MHA, GQA or MQA. `group` query heads share a key head. A row of the cache has the keys of all heads, then
+// their values, in FP32 or BF16.
+struct GroupedWeights {
+  int64_t key_heads, group, width, value;  // width: numbers of a query or key of one head
+  Span<const float> norm;
+  Matrix wq, wk, wv, wo;
+  double scale, eps;
+};
+struct GroupedAttentionCall : AttentionStep, GroupedWeights {};
+
+enum Score : int64_t { SIGMOID, SOFTMAX, SCORES };
+
+// x + FFN(norm(x)) for n tokens: the dense or shared experts (w1, w2, w3; none if inter is 0), and where `experts` is
+// not 0 the routed ones. Routing comes back in indices, weights [n, k], scores [n, experts] and counts [experts].
+struct FeedForwardStep {
+  int64_t threads, n, dim;
+  Span<const float> x;
+  Span<float> y;
+  Span<int64_t> indices;
+  Span<float> weights, scores;
+  Span<int64_t> counts;
+};
+struct FeedForwardWeights {
+  int64_t inter, experts, expert_inter, k, groups, kept_groups, score, normed;
+  Span<const float> norm, gate, bias;  // bias may be null
+  Matrix w1, w2, w3;
+  Matrix e1, e2, e3;  // e1 and e3: [experts * expert_inter, dim]; e2: [experts * dim, expert_inter]
+  double eps, route_scale;
+};
+struct FeedForwardCall : FeedForwardStep, FeedForwardWeights {};
+
+// A step of many blocks is a series of calls, each after a header.
+enum StepKind : int64_t { ATTENTION, GROUPED_ATTENTION, FEED_FORWARD };
+struct StepHeader {
+  int64_t kind, bytes;  // of the call
+};
+
+// y[n] = the sum over a token's k experts of weight * w2 (silu(w1 x) * (w3 x)). x and y are FP32 or BF16, contiguous.
+struct ExpertsCall {
+  int64_t threads, n, dim, inter, experts, k, bf16;
+  Span<const char> x;
+  Span<char> y;
+  Span<const int64_t> indices;  // [n, k]
+  Span<const float> weights;    // [n, k]
+  Matrix w1, w2, w3;            // w1 and w3: [experts * inter, dim]; w2: [experts * dim, inter]
+};
+
+// The same for training. Forward writes y, gate and up; backward reads dy, gate and up, and writes all gradients. x, y,
+// dy, dx, gate and up are FP32 or BF16; gate and up are [n k, inter], sorted by expert. Everything is contiguous.
+struct TrainedExpertsCall {
+  int64_t threads, n, dim, inter, experts, k, bf16, backward;
+  Span<const char> x;
+  Span<char> y;
+  Span<const char> dy;
+  Span<const int64_t> indices;  // [n, k]
+  Span<const float> weights;    // [n, k]
+  Span<char> gate, up, dx;
+  Span<float> dweights, dw1, dw2, dw3;
+  Matrix w1, w2, w3;  // FP32
+};
+
+// Rows of heads, [b, h, rows, numbers]. Strides are in bytes.
+struct Heads {
+  Span<char> data;
+  int64_t batch, head, row;
+  INLINE char* of(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
+  INLINE bool fit(int64_t b, int64_t h, int64_t rows, int64_t row_bytes) const {
+    int64_t end = row_bytes, step;
+    const int64_t counts[] = {b, h, rows}, strides[] = {batch, head, row};
+    for (int i = 0; i < 3; ++i)
+      if (strides[i] < 0 || __builtin_mul_overflow(counts[i] - 1, strides[i], &step) || __builtin_add_overflow(end, step, &end))
+        return false;
+    return data != nullptr && end <= data.bytes;
+  }
+};
+
+// y = softmax(scale q k^T) v of each head; `h / groups` heads share keys and values. All are FP32 or all BF16. With
+// `causal` the last query sees all keys, and each before it one less. Backward is in FP32, with a group for each head. It
+// reads y, lse and dy, and writes the other gradients.
+struct HeadsAttentionCall {
+  int64_t threads, b, h, groups, s, t, d, v, bf16, backward, causal;
+  Heads q, k, v_rows, y, dy, dq, dk, dv;
+  Span<float> lse;           // [b, h, s]; null: not wanted
+  Span<const uint8_t> mask;  // [mask_batch, s, t], 1 for keys that a query does not see; null: it sees all
+  int64_t mask_batch;
+  double scale;
+};
+
+// `count` matrices [rows, columns] that lie one after the other: parameters, gradients, momenta.
+struct MuonPiece {
+  Span<float> p;
+  Span<const float> g;
+  Span<float> m;
+  int64_t count, rows, columns, stacked;  // of a stack those without gradient only decay
+};
+
+// A step of Muon. X is divided by its Frobenius norm. An iteration is X <- a X + b (X X^T) X + c (X X^T)^2 X, with FP32
+// sums of FP32 or BF16 numbers, or if `rational` X <- (a + b X X^T) (1 + c X X^T)^-1 X in FP32.
+struct MuonCall {
+  int64_t threads, bf16, rational, pieces, steps;
+  Span<const MuonPiece> piece;
+  Span<const double> coefficients;  // [steps, 3]
+  double lr, momentum, decay;
+};

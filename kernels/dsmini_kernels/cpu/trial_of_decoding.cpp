@@ -1,0 +1,164 @@
+// The trial of the library for decoding.
+
+#include "trial.h"
+
+extern "C" int64_t dsmini_linear(const LinearCall*, int64_t);
+extern "C" int64_t dsmini_norms(const NormsCall*, int64_t);
+extern "C" int64_t dsmini_attention(const AttentionCall*, int64_t);
+extern "C" int64_t dsmini_grouped_attention(const GroupedAttentionCall*, int64_t);
+extern "C" int64_t dsmini_feed_forward(const FeedForwardCall*, int64_t);
+extern "C" int64_t dsmini_topk_keys(const TopkKeysCall*, int64_t);
+extern "C" int64_t dsmini_topk_attention(const TopkAttentionCall*, int64_t);
+extern "C" int64_t dsmini_blocks(const char*, int64_t);
+
+namespace {
+
+constexpr int64_t DIM = 45, ROOM = 150;
+
+// Runs a call of a step alone, and twice as a step of many blocks.
+template <class Call>
+void run_step(Trial& trial, const char* name, int64_t kind, int64_t (*function)(const Call*, int64_t), const Call& call) {
+  trial.run(name, function, call);
+  char calls[2 * (sizeof(StepHeader) + sizeof(Call))];
+  for (char* at = calls; at < calls + sizeof calls; at += sizeof(StepHeader) + sizeof(Call)) {
+    const StepHeader header{kind, sizeof(Call)};
+    memcpy(at, &header, sizeof header), memcpy(at + sizeof header, &call, sizeof call);
+  }
+  if (trial.failed == nullptr && dsmini_blocks(calls, sizeof calls) != FINE) trial.failed = "blocks";
+}
+
+void try_linear(Trial& trial, int64_t n, int64_t type, int64_t bf16) {
+  const int64_t o = 37, i = 131, size = bf16 ? 2 : 4;
+  Memory memory;
+  LinearCall c{};
+  c.threads = 1, c.n = n, c.bf16 = bf16;
+  c.x = memory.bytes(n * i * size), c.y = memory.bytes(n * o * size), c.w = memory.matrix(o, i, type);
+  trial.run("linear", dsmini_linear, c);
+}
+
+void try_norms(Trial& trial, int64_t n, int64_t inputs) {
+  const int64_t dim = 131, second = inputs - 1;
+  Memory memory;
+  NormsCall c{};
+  c.threads = 1, c.n = n, c.dim = dim, c.first_eps = c.second_eps = 1e-6;
+  c.first = memory.bytes(n * dim * 4), c.first_norm = memory.bytes(dim * 4);
+  c.second = memory.bytes(second * n * dim * 4), c.second_norm = memory.bytes(second * dim * 4);
+  c.y = memory.bytes(inputs * n * dim * 4);
+  trial.run("norms", dsmini_norms, c);
+}
+
+void fill_step(AttentionStep& c, Memory& memory, int64_t b, int64_t s, int64_t pairs, int64_t type, int64_t row) {
+  c.threads = 1, c.b = b, c.s = s, c.dim = DIM;
+  c.x = memory.bytes(b * s * DIM * 4), c.y = memory.bytes(b * s * DIM * 4);
+  c.cos = memory.bytes(s * pairs * 4), c.sin = memory.bytes(s * pairs * 4), c.cos_sin_batch = 1;
+  c.cache = memory.bytes(b * ROOM * row), c.cache_type = type, c.cache_row = row, c.room = ROOM;
+  const Lent starts = memory.bytes(b * 8);
+  for (int64_t i = 0; i < b; ++i) static_cast<int64_t*>(starts.data)[i] = ROOM - s - 40 * i;
+  c.starts = starts;
+}
+
+void try_attention(Trial& trial, int64_t b, int64_t s, int64_t type, int64_t cache, int64_t q_rank, int64_t topk) {
+  const int64_t heads = 3, nope = 21, rope = 6, latent = 133, value = 13, q_in = q_rank ? q_rank : DIM;
+  const int64_t rows[] = {(latent + rope) * 4, (latent + rope) * 2, latent + 8 + 2 * rope};
+  Memory memory;
+  AttentionCall c{};
+  fill_step(c, memory, b, s, rope / 2, cache, rows[cache]);
+  c.heads = heads, c.nope = nope, c.rope = rope, c.latent = latent, c.value = value, c.q_rank = q_rank;
+  c.norm = memory.bytes(DIM * 4), c.q_norm = memory.bytes(q_rank * 4), c.kv_norm = memory.bytes(latent * 4);
+  if (q_rank) c.wq_a = memory.matrix(q_rank, DIM, type);
+  c.wq_b = memory.matrix(heads * (nope + rope), q_in, type), c.wkv_a = memory.matrix(latent + rope, DIM, type);
+  c.wkv_b = memory.matrix(heads * (nope + value), latent, type), c.wo = memory.matrix(DIM, heads * value, type);
+  c.scale = 0.1, c.eps = c.q_eps = c.kv_eps = 1e-6;
+  if (topk) {
+    Indexer& index = c.index;
+    index.heads = 3, index.width = 16, index.topk = topk, index.halves = cache % 2, index.eps = 1e-6;
+    index.norm = memory.bytes(index.width * 4), index.bias = memory.bytes(index.width * 4);
+    index.wq = memory.matrix(index.heads * index.width, q_in, type), index.wk = memory.matrix(index.width, DIM, type);
+    index.weights = memory.matrix(index.heads, DIM, WEIGHT_FP32);
+    c.index_cache_type = cache % 2, c.index_cache_row = index.width * NUMBER_BYTES[cache % 2];
+    c.index_cache = memory.bytes(b * ROOM * c.index_cache_row);
+  }
+  run_step(trial, "attention", ATTENTION, dsmini_attention, c);
+}
+
+void try_grouped_attention(Trial& trial, int64_t b, int64_t s, int64_t type, int64_t cache, int64_t group) {
+  const int64_t key_heads = 2, heads = key_heads * group, width = 22, value = 13;
+  Memory memory;
+  GroupedAttentionCall c{};
+  fill_step(c, memory, b, s, width / 2, cache, key_heads * (width + value) * NUMBER_BYTES[cache]);
+  c.key_heads = key_heads, c.group = group, c.width = width, c.value = value;
+  c.norm = memory.bytes(DIM * 4), c.scale = 0.1, c.eps = 1e-6;
+  c.wq = memory.matrix(heads * width, DIM, type), c.wk = memory.matrix(key_heads * width, DIM, type);
+  c.wv = memory.matrix(key_heads * value, DIM, type), c.wo = memory.matrix(DIM, heads * value, type);
+  run_step(trial, "grouped_attention", GROUPED_ATTENTION, dsmini_grouped_attention, c);
+}
+
+void try_feed_forward(Trial& trial, int64_t n, int64_t type, int64_t experts) {
+  const int64_t inter = experts && n == 2 ? 0 : 131, f = experts ? 19 : 0, k = experts ? 3 : 0;
+  Memory memory;
+  FeedForwardCall c{};
+  c.threads = 1, c.n = n, c.dim = DIM, c.inter = inter, c.experts = experts, c.expert_inter = f, c.k = k;
+  c.groups = c.kept_groups = 2, c.score = n % 2, c.normed = 1, c.eps = 1e-6, c.route_scale = 1;
+  c.x = memory.bytes(n * DIM * 4), c.y = memory.bytes(n * DIM * 4), c.norm = memory.bytes(DIM * 4);
+  c.gate = memory.bytes(experts * DIM * 4), c.bias = memory.bytes(experts * 4);
+  c.indices = memory.bytes(n * k * 8), c.weights = memory.bytes(n * k * 4);
+  c.scores = memory.bytes(n * experts * 4), c.counts = memory.bytes(experts * 8);
+  if (inter) c.w1 = memory.matrix(inter, DIM, type), c.w2 = memory.matrix(DIM, inter, type), c.w3 = memory.matrix(inter, DIM, type);
+  if (experts) {
+    c.e1 = memory.matrix(f, DIM, type, experts), c.e3 = memory.matrix(f, DIM, type, experts);
+    c.e2 = memory.matrix(DIM, f, type, experts);
+  }
+  run_step(trial, "feed_forward", FEED_FORWARD, dsmini_feed_forward, c);
+}
+
+void try_topk_keys(Trial& trial, int64_t b, int64_t s, int64_t bf16, int64_t topk) {
+  const int64_t size = bf16 ? 2 : 4;
+  Memory memory;
+  TopkKeysCall c{};
+  c.threads = 1, c.b = b, c.s = s, c.t = 150, c.heads = 5, c.width = 18, c.topk = topk, c.bf16 = bf16, c.mask_batch = 1;
+  c.q = memory.bytes(b * s * c.heads * c.width * size), c.k = memory.bytes(b * c.t * c.width * size);
+  c.k_stride = c.t * c.width * size;
+  c.weights = memory.bytes(b * s * c.heads * 4), c.mask = memory.bytes(s * c.t), c.topk_indices = memory.bytes(b * s * topk * 8);
+  trial.run("topk_keys", dsmini_topk_keys, c);
+}
+
+void try_topk_attention(Trial& trial, int64_t b, int64_t s, int64_t bf16, int64_t heads, int64_t latent) {
+  const int64_t size = bf16 ? 2 : 4;
+  Memory memory;
+  TopkAttentionCall c{};
+  c.threads = 1, c.b = b, c.s = s, c.t = 150, c.heads = heads, c.width = latent + 6, c.latent = latent, c.k = 71, c.bf16 = bf16;
+  c.scale = 0.1, c.rows_stride = c.t * c.width * size;
+  c.q = memory.bytes(b * s * heads * c.width * size), c.rows = memory.bytes(b * c.rows_stride);
+  const Lent indices = memory.bytes(b * s * c.k * 8);
+  for (int64_t i = 0; i < b * s * c.k; ++i)
+    static_cast<int64_t*>(indices.data)[i] = i % 9 == 4 ? -1 : (2 * i + i / c.k) % c.t;
+  c.topk_indices = indices, c.out = memory.bytes(b * s * heads * latent * size);
+  trial.run("topk_attention", dsmini_topk_attention, c);
+}
+
+}  // namespace
+
+const char* dsmini_try() {
+  Trial trial;
+  constexpr int64_t TOKENS[][2] = {{1, 1}, {2, 3}}, WIDTHS[][2] = {{3, 37}, {19, 64}, {130, 32}};
+  for (int64_t type = 0; type < WEIGHT_TYPES; ++type) {
+    for (const int64_t n : {1, 2, 7}) {
+      for (const int64_t bf16 : {0, 1}) try_linear(trial, n, type, bf16), try_linear(trial, 40 * n, type, bf16);
+      for (const int64_t experts : {0, 6}) try_feed_forward(trial, n, type, experts);
+    }
+    for (const auto& [b, s] : TOKENS) {
+      for (const int64_t cache : {0, 1, 2})
+        for (const int64_t q_rank : {0, 19})
+          for (const int64_t topk : {0, 50, 150}) try_attention(trial, b, s, type, cache, q_rank, topk);
+      for (const int64_t cache : {0, 1})
+        for (const int64_t group : {1, 3}) try_grouped_attention(trial, b, s, type, cache, group);
+    }
+  }
+  for (const int64_t n : {1, 2, 7}) try_norms(trial, n, 1), try_norms(trial, n, 2);
+  for (const int64_t bf16 : {0, 1}) {
+    for (const int64_t topk : {7, 150}) try_topk_keys(trial, 1, 1, bf16, topk), try_topk_keys(trial, 2, 11, bf16, topk);
+    for (const auto& [b, s] : TOKENS)
+      for (const auto& [heads, latent] : WIDTHS) try_topk_attention(trial, b, s, bf16, heads, latent);
+  }
+  return trial.failed;
+}
