@@ -43,6 +43,8 @@ class Stats:
     """Number of tokens that multi-token prediction guessed."""
     accepted: int = 0
     """Number of accepted guesses."""
+    draft_seconds: float = 0.0
+    """Part of the time of decoding that multi-token prediction took, in seconds."""
 
     @property
     def decoded_tokens(self) -> int:
@@ -63,6 +65,14 @@ class Stats:
     def tokens_per_step(self) -> float:
         """New tokens per row and decoding step: 1 without speculation."""
         return _ratio(self.decoded_tokens, self.steps)
+
+    @property
+    def most_speedup(self) -> float:
+        """Upper bound of the speed of this decoding relative to that without guesses.
+
+        A step without guesses takes at most the time that the model took here for a token and its guesses.
+        """
+        return self.tokens_per_step * (1 - _ratio(self.draft_seconds, self.seconds))
 
 
 def _ratio(a: float, b: float) -> float:
@@ -223,7 +233,9 @@ class Generation:
         # 1. the last token of each row and its guesses: [b, s]
         guesses, q = tokens[:, :0], []
         if self.drafter is not None:
+            began = time.perf_counter()
             guesses, q = self.drafter.guess(tokens, live, self._seen())
+            self.stats.draft_seconds += time.perf_counter() - began
             tokens = torch.cat((tokens, guesses), 1)
         # 2. the model's logits after each of them: [b, s, v]
         start = self.cache.lengths

@@ -218,7 +218,9 @@ def figures(stats: Stats, speculative: bool) -> dict[str, Any]:
     """Return the counts and times of a generation by name: times in seconds, sizes in bytes."""
     names = ["prompt_tokens", "new_tokens", "tokens_per_s", "seconds", "prefill_seconds"]
     names += ["cache_bytes_per_token", "cache_bytes"]
-    names += ["steps", "drafted", "accepted", "acceptance_rate", "tokens_per_step"] if speculative else []
+    names += (
+        ["steps", "drafted", "accepted", "acceptance_rate", "tokens_per_step", "draft_seconds"] if speculative else []
+    )
     return {name: getattr(stats, name) for name in names}
 
 
@@ -237,7 +239,10 @@ def figures_in_words(stats: Stats, speculative: bool) -> str:
     ]
     if speculative and stats.drafted:
         lines.append(f"{stats.acceptance_rate:.0%} of drafts accepted, {stats.tokens_per_step:.2f} tokens a step")
-        lines.append("a small model may be faster without --speculative, whatever is accepted")
+        share = stats.draft_seconds / stats.seconds
+        lines.append(
+            f"guessing took {share:.0%} of the time: at most {stats.most_speedup:.2f} times as fast as without"
+        )
     return "\n".join([*lines, f"{stats.new_tokens} new tokens{_rate(stats.tokens_per_s)}"])
 
 

@@ -223,9 +223,10 @@ def test_bad_request_raises(small_model: Model) -> None:
 def test_figures_fit_80_columns_and_end_with_the_rate_of_tokens() -> None:
     sizes: Any = {"prompt_tokens": 123456, "rows": 16, "cache_bytes": 10**12, "cache_bytes_per_token": 1234567.0}
     counts: Any = {"new_tokens": 10**7, "steps": 10**7, "drafted": 10**7, "accepted": 10**7 - 1}
-    fast = Stats(**sizes, **counts, prefill_seconds=12345.67, seconds=1e5)
+    fast = Stats(**sizes, **counts, prefill_seconds=12345.67, seconds=1e5, draft_seconds=4e4)
     lines = figures_in_words(fast, True).splitlines()
     assert max(map(len, lines)) <= 80 and len(lines) == 4
+    assert lines[2] == "guessing took 40% of the time: at most 0.60 times as fast as without"
     one = dataclasses.replace(fast, new_tokens=1001, rows=1, seconds=10.0, cache_bytes=73728)
     assert figures_in_words(one, False).splitlines()[-1] == "1001 new tokens, 100 tokens/s"
     none = dataclasses.replace(fast, new_tokens=0, seconds=0.0, drafted=0)
