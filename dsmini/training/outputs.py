@@ -146,11 +146,16 @@ def write_sample(run: TrainingRun) -> str:
     return text + decoder.decode([], final=True)
 
 
-def offered_prompt(run: TrainingRun) -> str:
-    """Return a prompt for a trained model, as a shell takes it: the first whole words of the held-out text."""
+def offered_flags(run: TrainingRun) -> str:
+    """Return flags for a trained model, as a shell takes them: a prompt of the held-out text's first whole words.
+
+    A text with lines of persons, as dsmini.data.dialogue writes them, makes a model for --chat.
+    """
     if run.config.data.path is None:  # the source code of Python's library
-        return "'def '"
+        return "--prompt 'def '"
     text = run_tokenizer(run.folder, run.config).decode(run.trainer.corpus.val[:128].tolist())
+    if "\n> " in f"\n{text}":
+        return "--chat"
     prompt = " ".join(text.split()[1:4])
     fits = 0 < len(prompt) <= 40 and prompt.isprintable() and "\ufffd" not in prompt and not prompt.startswith("-")
-    return shlex.quote(prompt) if fits else "TEXT"
+    return f"--prompt {shlex.quote(prompt) if fits else 'TEXT'}"

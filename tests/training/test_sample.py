@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from dsmini import DataConfig
-from dsmini.training.outputs import offered_prompt, write_sample
+from dsmini.training.outputs import offered_flags, write_sample
 from dsmini.training.run import TrainingRun
 from tests.helpers.runs import new_run
 
@@ -50,17 +50,18 @@ def test_interrupted_sample_ends_its_line(run: TrainingRun, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("text", "prompt"),
+    ("text", "flags"),
     [
-        (b"It was a bright cold day in April", "'was a bright'"),
-        (b"x don't stop", "'don'\"'\"'t stop'"),
-        (b"x --flag then", "TEXT"),
-        (b"\xff\xfe " + b"x" * 300, "TEXT"),
-        (b"x \x1b[31mred", "TEXT"),
+        (b"It was a bright cold day in April", "--prompt 'was a bright'"),
+        (b"x don't stop", "--prompt 'don'\"'\"'t stop'"),
+        (b"x --flag then", "--prompt TEXT"),
+        (b"\xff\xfe " + b"x" * 300, "--prompt TEXT"),
+        (b"x \x1b[31mred", "--prompt TEXT"),
+        (b"Rome.\n> What is snow like?\n", "--chat"),
     ],
 )
-def test_offered_prompt_is_the_first_whole_words_of_the_text(run: TrainingRun, text: bytes, prompt: str) -> None:
+def test_offered_flags_are_a_prompt_of_whole_words_or_chat(run: TrainingRun, text: bytes, flags: str) -> None:
     run.trainer.corpus = dataclasses.replace(run.trainer.corpus, val=np.frombuffer(text, np.uint8))
-    assert offered_prompt(run) == prompt
+    assert offered_flags(run) == flags
     run.config = dataclasses.replace(run.config, data=DataConfig())
-    assert offered_prompt(run) == "'def '"
+    assert offered_flags(run) == "--prompt 'def '"
