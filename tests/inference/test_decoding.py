@@ -282,7 +282,7 @@ def test_modules_run_where_the_kernels_of_decoding_cannot_be_built(
 ) -> None:
     """Else each call of a kernel would fail, and each weight be converted for each token."""
     broken = build.Library(build.library().isa)
-    broken.entries |= {name: build.library().entry(name) for name in build.IN_TRAINING}
+    broken.entries |= {name: build.library().entry(name) for name in build.FUNCTIONS["training"]}
     broken._failed["decoding"] = build.BuildError("it is late")
     for module in (calls, cpu):
         monkeypatch.setattr(module, "library", lambda: broken)

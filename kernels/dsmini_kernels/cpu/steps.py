@@ -116,7 +116,7 @@ def blocks_step(
 
 
 class _Step:
-    """What all attentions of a step read: tokens [b, s, m], angles and starts. It holds the tensors of the calls."""
+    """The tokens of a step, [b, s, m], with their angles and starts. It holds the tensors that calls read."""
 
     def __init__(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], starts: Tensor) -> None:
         b, s, dim = x.shape
@@ -189,7 +189,7 @@ def _feed_forward(shape: torch.Size, x: bytes, y: bytes, weights: Any, routing: 
 
 
 class Prepared(NamedTuple):
-    """What stays of the calls of half a block. Its StepWeights keep the tensors where they are."""
+    """The part of a call that is the same in all steps. StepWeights keep the tensors where they are."""
 
     function: str
     weights: bytes
