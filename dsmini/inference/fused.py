@@ -14,7 +14,7 @@ Numbers between operations are FP32. Weights and the cache stay as they are stor
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, TypeGuard, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -29,23 +29,35 @@ from dsmini.nn import (
     Block,
     Cache,
     Context,
+    Experts,
     FeedForward,
+    Gate,
+    Indexer,
+    Linear,
     MoE,
+    QuantizedExperts,
+    QuantizedLinear,
     RMSNorm,
     Routing,
     Transformer,
 )
 from dsmini.nn.cache import CachePositions, Form, FormPolicy, LayerCacheView, MTPCache
 from dsmini.nn.fp8 import FP8Weights
-from dsmini.nn.gate import HashGate
-from dsmini.nn.hyper_connections import HyperConnection
-from dsmini.nn.layers import is_plain
+from dsmini.nn.layers import FP32Linear, LayerNorm, is_plain
 from dsmini.nn.mtp import MTPChain
 from dsmini.nn.rope import CosSin, Rope
 from dsmini.nn.transformer import States
 from dsmini.numerics import Weight
 
-M = TypeVar("M", bound=nn.Module)
+KNOWN = (
+    *(Block, MTP, RMSNorm, LayerNorm, Linear, FP32Linear, QuantizedLinear),
+    *(MLA, DSA, Indexer, Attention, FeedForward, MoE, Gate, Experts, QuantizedExperts),
+)
+"""Classes whose equations the kernels have."""
+ROLES = {"attn_norm": (RMSNorm,), "attn": (MLA, DSA, Attention), "ffn_norm": (RMSNorm,), "ffn": (FeedForward, MoE)}
+"""Those of the children of a block."""
+SCORE_FUNCS = ("sigmoid", "softmax")
+"""Score functions that they have."""
 MOST_TOKENS = 32
 """Number of tokens in a step up to which the steps' kernels serve."""
 
@@ -81,26 +93,41 @@ class BlockWeights(NamedTuple):
     feed_forward: StepWeights
 
 
-def is_known(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Return True for a module of that class whose parts all do what their classes say, without other options."""
-    for part in module.modules():
-        replaced = any(callable(value) and hasattr(type(part), name) for name, value in vars(part).items())
-        other = getattr(part, "precision", "native") != "native" or getattr(part, "fp8", False)
-        changed = any(getattr(part, name, None) is not None for name in ("mask", "q_head_norm", "exchange"))
-        if replaced or other or changed or not is_plain(part):
-            return False
-    return type(module) is kind
+def why_not_known(module: nn.Module, *classes: type[nn.Module]) -> str:
+    """Return why a module may do something else than one of these classes says, without options; "" if it does not."""
+    if type(module) not in classes:
+        return f"it is a {type(module).__name__}"
+    for path, part in module.named_modules():
+        name = path or type(module).__name__
+        if type(part) not in KNOWN:
+            return f"{name} is a {type(part).__name__}"
+        if not is_plain(part) or any(callable(value) and hasattr(type(part), key) for key, value in vars(part).items()):
+            return f"{name} has a hook or a method of its own"
+        if getattr(part, "precision", "native") != "native" or getattr(part, "fp8", False):
+            return f"{name} simulates FP8"
+        for option in ("mask", "q_head_norm", "exchange", "limit"):
+            if getattr(part, option, None) is not None:
+                return f"{name} has a {option}"
+        if isinstance(part, Gate) and part.options["score_func"] not in SCORE_FUNCS:
+            return f"{name} has score_func={part.options['score_func']!r}"
+    return ""
+
+
+def why_as_module(block: nn.Module) -> str:
+    """Return why a block must run as it is, or "" if it can be taken apart."""
+    if reason := why_not_known(block, Block):
+        return reason
+    wrong = (
+        f"{name} is a {type(part).__name__}" for name, part in block.named_children() if type(part) not in ROLES[name]
+    )
+    return next(wrong, "")
 
 
 def extract_weights(block: nn.Module, dtype: torch.dtype) -> BlockWeights | None:
     """Take a block apart, with products in this dtype, or return None if some module of it must run as it is."""
-    if not is_known(block, Block):
+    if why_as_module(block):
         return None
-    if type(block.attn) not in (MLA, DSA, Attention) or type(block.ffn) not in (FeedForward, MoE):
-        return None
-    of_v4 = any(isinstance(part, HyperConnection | HashGate) for part in block.modules())
-    if of_v4 or any(getattr(part, "limit", None) is not None for part in block.modules()):
-        return None
+    assert isinstance(block, Block)
     return BlockWeights(_half(block.attn_norm, block.attn, dtype), _half(block.ffn_norm, block.ffn, dtype))
 
 
@@ -203,12 +230,17 @@ class Decoder:
         """The weights of each block, or None for one that runs as it is."""
         fast_chain = fast and type(model.mtp) is MTPChain
         self.mtp_blocks = [
-            extract_weights(block.block, dtype) if fast_chain and is_known(block, MTP) else None for block in model.mtp
+            extract_weights(block.block, dtype) if fast_chain and not why_not_known(block, MTP) else None
+            for block in model.mtp
         ]
         """The same of the multi-token prediction blocks."""
-        self._plain_norm, self._plain_head = is_known(model.norm, RMSNorm), is_plain(model.head)
+        self._plain_norm, self._plain_head = not why_not_known(model.norm, RMSNorm), is_plain(model.head)
+        reasons = (f"layers.{i}: {why}" for i, block in enumerate(model.layers) if (why := why_as_module(block)))
+        self.why = next(reasons, "") if fast else "no kernels of decoding steps run here, or in this dtype"
+        """The reason why the blocks run as modules, or "" where they are taken apart."""
         ropes = {weights.attention.layer.rope for weights in [*self.blocks, *self.mtp_blocks] if weights}
-        if len(ropes) > 1:  # one table serves a step of all blocks
+        if len(ropes) > 1:  # one pair of cos and sin serves a step of all blocks
+            self.why = "layers have different RoPE"
             self.blocks[:], self.mtp_blocks[:] = [None] * len(self.blocks), [None] * len(self.mtp_blocks)
         self._rope = next(iter(ropes), Rope.from_config(model.config))
         self._cos_sin = self._rope.cos_sin(torch.arange(0)[None])

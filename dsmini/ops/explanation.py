@@ -85,7 +85,9 @@ def lines() -> Iterator[str]:
         yield from ("  ".join(f"{cell:{w}}" for cell, w in zip(row, wide, strict=True)).rstrip() for row in table)
     yield ""
     yield "Calls that want a gradient, run under torch.compile, or that a kernel does not serve run in PyTorch:"
-    yield "eager, which is tuned, where there is such a version, else reference, the equation."
+    yield "eager, which is tuned, where there is such a version, else reference, the equation. Steps of decoding run"
+    yield "as modules where a block has more than the kernels know, such as hooks, V4's attention or a limit of SwiGLU:"
+    yield "dsmini.inference.fused.Decoder(model).why names it."
 
 
 def instruction_set(backend: str = "cpu") -> str:
