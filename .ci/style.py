@@ -32,11 +32,23 @@ MAY_IMPORT = {
     "measure": "config inference nn numerics ops training",
     "planner": "accounting config console measure report",
     "diagnosis": "accounting checkpoint config data inference measure nn numerics ops planner report text training",
+    "comparison": "accounting config console data measure nn report training",
 }
 SHARED = ("atomic", "machine", "reading")
 IMPORTERS = ("import_module", "importorskip")
 """Functions that import by a string."""
-COMMANDS = ["train", "generate", "tokenize", "convert", "explain", "plan", "diagnose", "__main__", "__init__"]
+COMMANDS = [
+    "train",
+    "generate",
+    "compare",
+    "tokenize",
+    "convert",
+    "explain",
+    "plan",
+    "diagnose",
+    "__main__",
+    "__init__",
+]
 # names that no file in these folders may import
 FORBIDDEN = (
     (rf"dsmini\.({'|'.join(COMMANDS)})\b", "dsmini/.*/"),

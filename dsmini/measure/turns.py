@@ -241,22 +241,23 @@ def mean_of(values: Sequence[float], tail: float = TAIL) -> Estimate:
 
 
 def students_t(freedom: int, tail: float = TAIL) -> float:
-    """Return the number that Student's t exceeds by chance `tail`: 12.7, 4.30, 3.18 for 1, 2, 3 degrees of freedom.
-
-    Source: Abramowitz and Stegun, 26.7.3 and 26.7.4: P(|t| < x) in closed form, here solved for x by halving.
-    """
-
-    def inside(x: float) -> float:
-        angle = math.atan(x / math.sqrt(freedom))
-        odd, term = freedom % 2, math.cos(angle) if freedom % 2 else 1.0
-        total = term if freedom > 1 else 0.0
-        for i in range(2 + odd, freedom - 1, 2):
-            term *= (i - 1) / i * math.cos(angle) ** 2
-            total += term
-        return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-
+    """Return the number that Student's t exceeds by chance `tail`: 12.7, 4.30, 3.18 for 1, 2, 3 degrees of freedom."""
     low, high = 0.0, 1 / tail**2
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 1 - 2 * tail else (low, middle)
+        low, high = (middle, high) if chance_within(middle, freedom) < 1 - 2 * tail else (low, middle)
     return high
+
+
+def chance_within(x: float, freedom: int) -> float:
+    """Return the chance that Student's t is between -x and x.
+
+    Source: Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    """
+    angle = math.atan(x / math.sqrt(freedom))
+    odd, term = freedom % 2, math.cos(angle) if freedom % 2 else 1.0
+    total = term if freedom > 1 else 0.0
+    for i in range(2 + odd, freedom - 1, 2):
+        term *= (i - 1) / i * math.cos(angle) ** 2
+        total += term
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total

@@ -1,0 +1,166 @@
+"""python -m dsmini.compare: is an idea better? Train pairs of runs, and say so with an interval."""
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from dsmini.config.fields import require
+from dsmini.console.command import run, speaks
+from dsmini.console.commandline import Help, parse
+from dsmini.console.messages import say
+from dsmini.console.progress import Progress
+from dsmini.reading import find_config, read_toml
+
+if TYPE_CHECKING:
+    from dsmini.comparison.arms import Comparison
+    from dsmini.comparison.results import Results
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareCommand:
+    """Find out if an idea is better: train pairs of runs with equal seeds, and say which differences are real.
+
+    BASE and each IDEA are configs (a file or a name); an IDEA may also be a Python function that makes a model,
+    my_idea.py:make_model, and --idea changes single settings of the base. Without BASE the toy is the base. A claim is
+    a TOML file with [arms]: python -m dsmini.compare docs/claims/mtp.toml.
+    Runs of one seed see the same data in the same order, and start from the same weights where shapes agree. Each core
+    has a run of its own, on one thread. A run that is done has its line in --out, and is never done again: the same
+    command continues a comparison that was stopped, and more --seeds continue one that is done.
+    """
+
+    idea: tuple[str, ...] = ()
+    """Settings that make an arm of the base, such as "model.n_mtp_layers=0" or "model.attention=mha train.lr=0.01"."""
+    seeds: int = 20
+    """Number of pairs for each idea. Choose it before the first run: who stops at the first verdict is wrong more
+    often."""
+    margin: float | None = None
+    """Difference in nats a byte below which two arms count as equal; left out: 0.01."""
+    small: bool = False
+    """Runs of 200 steps, a minute or two on one core each."""
+    minutes: float | None = None
+    """Minutes of each run on one core: equal time instead of equal tokens."""
+    set: tuple[str, ...] = ()
+    """Settings of all arms, such as data.path=book.txt or train.steps=400."""
+    jobs: int | None = None
+    """Number of runs at a time; left out: one for each core."""
+    out: Path | None = None
+    """File of the results, NAME.jsonl; left out: beside a claim, else in comparisons/. NAME.png is the picture."""
+    report: Path | None = None
+    """Folder of results to show again, without a run; draws one picture of all, forest.png."""
+    json: bool = False
+    """Print the answer as a line of JSON, and all else to the standard error."""
+
+
+HELP = Help(
+    usage="[BASE] [IDEA ...] [FLAGS]",
+    examples=(
+        '--idea "model.n_mtp_layers=0" --small        # the toy without multi-token prediction',
+        "toy toy-mha --seeds 20",
+        "my_base.toml my_idea.py:make_model --seeds 10",
+        "docs/claims/mtp.toml --seeds 20",
+        "--report docs/claims",
+    ),
+    main=("idea", "seeds", "margin", "small", "minutes", "set", "jobs", "out", "report", "json"),
+)
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    words: list[str] = []
+    rest = list(args)
+    while rest and not rest[0].startswith("-"):
+        words.append(rest.pop(0))
+    command = parse(CompareCommand, "dsmini.compare", rest, help=HELP)
+    console = Console(stderr=command.json, quiet=not speaks())
+    _refuse(command, words, rest)
+    if command.report is not None:
+        return _report(command, command.report, console)
+
+    from dsmini import __version__
+    from dsmini.comparison.results import head_of, opened, read_results
+    from dsmini.comparison.runs import elapsed, read_corpora, run_missing, with_steps_for
+
+    comparison, begun = _comparison(command, words), time.monotonic()
+    path = command.out or _place(comparison, words)
+    with Progress(console, label="the corpus", unit="bytes") as progress:
+        corpora = read_corpora(comparison, path, progress.stage)
+    if command.minutes is not None:
+        with Progress(console, 1.0, "timing") as progress:
+            comparison = with_steps_for(comparison, command.minutes, path, read_results(path), progress)
+    with opened(path, head_of(comparison, corpora, command.minutes, __version__)) as results:
+        base, *others = results.names
+        say(console, f"compare {', '.join(others)} with {base}: {command.seeds} seeds, results in {path}")
+        say(console, f"margin  {comparison.margin:g} nats a byte: a difference within it counts as none")
+        with Progress(console, label="runs", delay=0, stays=True) as progress:
+            try:
+                done = run_missing(comparison, results, command.seeds, command.jobs, progress)
+            except KeyboardInterrupt:
+                say(console, f"stopped; {len(results.lines)} runs are kept in {path}; the same command continues")
+                return 130
+        say(console, f"{done} runs in {elapsed(begun)}" if done else "all runs were done before")
+    _answer(command, [results], path.with_suffix(".png"), console)
+    return 0
+
+
+def _refuse(command: CompareCommand, words: Sequence[str], rest: Sequence[str]) -> None:
+    """Raise ValueError for flags that contradict each other, and for numbers of nothing."""
+    require(command.seeds > 0, f"--seeds {command.seeds} is no pair; use 2 or more, 20 for a difference of 0.01")
+    require(command.margin is None or command.margin > 0, f"--margin {command.margin} is not positive; use 0.01")
+    require(command.jobs is None or command.jobs > 0, f"--jobs {command.jobs} runs nothing; use 1 or more")
+    require(command.minutes is None or command.minutes > 0, f"--minutes {command.minutes} is no time; use 1 or more")
+    twice = [flag for flag in ("--idea", "--set") if sum(arg.partition("=")[0] == flag for arg in rest) > 1]
+    require(not twice, f"{' and '.join(twice)} given twice; write all after one: --idea A B, each in quotes")
+    alone = command.report is None or not (words or command.idea or command.set or command.minutes or command.small)
+    require(alone, "--report shows results that are there, without arms, --set, --minutes and --small")
+
+
+def _comparison(command: CompareCommand, words: Sequence[str]) -> "Comparison":
+    """Return what is asked: a claim's comparison, or that of the command line."""
+    from dsmini.comparison.arms import MARGIN, SMALL, Comparison, arms_of, read_claim
+
+    settings = [*(SMALL if command.small else ()), *command.set]
+    if words and words[0].endswith(".toml") and "arms" in read_toml(find_config(Path(words[0]))):
+        require(len(words) == 1 and not command.idea, f"{words[0]} is a claim with its own arms; leave out the others")
+        return read_claim(Path(words[0]), settings, command.margin)
+    arms = arms_of(words, command.idea, settings)
+    name = "-".join(re.sub(r"\W+", "-", arm.name).strip("-") for arm in arms)[:80]
+    return Comparison(name=name, arms=arms, margin=command.margin or MARGIN)
+
+
+def _place(comparison: "Comparison", words: Sequence[str]) -> Path:
+    beside = Path(words[0]).parent if comparison.question and words else Path("comparisons")
+    return beside / f"{comparison.name}.jsonl"
+
+
+def _report(command: CompareCommand, folder: Path, console: Console) -> int:
+    """Show the results of a folder, and draw them in one picture."""
+    from dsmini.comparison.results import read_results
+
+    require(folder.is_dir(), f"there is no folder {folder}; name one with results of comparisons, such as docs/claims")
+    found = [results for path in sorted(folder.glob("*.jsonl")) if (results := read_results(path)) and results.lines]
+    require(bool(found), f"{folder} has no results of comparisons (*.jsonl); run one, see --help")
+    _answer(command, found, folder / "forest.png", console)
+    return 0
+
+
+def _answer(command: CompareCommand, found: "list[Results]", picture: Path, console: Console) -> None:
+    """Show answers in the terminal, as a picture, and as JSON."""
+    from dsmini.comparison.answer import draw, record_of, show
+
+    for results in found:
+        show(console, results)
+    draw(picture, found)
+    say(console, f"picture {picture}")
+    if command.json:
+        records = [record_of(results) for results in found]
+        print(json.dumps(records if command.report else records[0]))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,190 @@
+"""Arms: what is compared. Each is a whole RunConfig, and perhaps a Python function that makes another model of it."""
+
+import dataclasses
+import hashlib
+import inspect
+import re
+import runpy
+import shlex
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dsmini.config import ModelConfig, RunConfig
+from dsmini.config.fields import build, plain, refuse_unknown, require
+from dsmini.machine import pick_device
+from dsmini.reading import brief, find_config, read_bytes, read_toml
+
+FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)")
+"""An arm in Python: FILE.py:FUNCTION."""
+EQUAL = ("train.final_eval_tokens=262144", "train.threads=1")
+"""Settings of every run: each core has one, on one thread; the losses are of 262,144 tokens."""
+SMALL = ("train.steps=200", "train.final_eval_tokens=131072")
+MARGIN = 0.01
+"""Default margin in nats a byte. In a pilot two runs of the toy with the same seed differ by chance with a deviation of
+0.0125, so 20 pairs know a difference within 0.006: differences of 0.01 are found, or ruled out."""
+CLAIM = ("question", "source", "hypothesis", "margin", "base", "set", "arms")
+"""Keys of a claim's file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One side of a comparison."""
+
+    name: str
+    config: RunConfig
+    function: str = ""
+    """FILE.py:FUNCTION that makes the model from a ModelConfig; "" for dsmini.Transformer."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what decides this arm's runs but the seed and the text, as JSON has it."""
+        table = plain(dataclasses.asdict(self.config))
+        table.pop("out", None)
+        table["train"].pop("seed")
+        table["data"].pop("path")
+        found: dict[str, Any] = {"config": table}
+        if self.function:
+            file = Path(self.function.rpartition(":")[0])
+            found |= {"function": self.function, "sha256": hashlib.sha256(read_bytes(file)).hexdigest()}
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is asked: the first arm is the base, with which each other arm is compared."""
+
+    name: str
+    arms: list[Arm]
+    margin: float
+    """Difference in nats a byte below which two arms count as equal; it is stated before the first run."""
+    question: str = ""
+    source: str = ""
+    hypothesis: str = ""
+
+    def of(self, name: str) -> Arm:
+        """Return an arm by its name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+def make_model_of(function: str) -> Callable[[ModelConfig], Any]:
+    """Return the function FILE.py:FUNCTION.
+
+    Raises: ValueError for a file that cannot be run and a name that is no function of one argument in it.
+    """
+    file, _, name = function.rpartition(":")
+    require(Path(file).is_file(), f"there is no file {file}; name a function as my_idea.py:make_model")
+    try:
+        found = runpy.run_path(file).get(name)
+    except Exception as error:
+        raise ValueError(f"{file} ended with {type(error).__name__}: {brief(str(error))}") from error
+    require(callable(found), f"{file} has no function {name}; it takes a ModelConfig and returns a model")
+    assert callable(found)
+    try:
+        inspect.signature(found).bind(ModelConfig())
+    except TypeError:
+        raise ValueError(f"{function} takes other arguments than one ModelConfig; give the others defaults") from None
+    return found
+
+
+def changed(config: RunConfig, settings: Sequence[str], source: str) -> RunConfig:
+    """Return a config with settings such as model.n_mtp_layers=0.
+
+    Raises: ValueError for one without "=", an unknown key, or a wrong value.
+    """
+    table: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        section, dot, name = key.strip().partition(".")
+        require(bool(equals and dot), f"{source} has {brief(setting)}; want KEY=VALUE, such as model.n_mtp_layers=0")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()  # a word, such as dense, needs no quotes
+        table.setdefault(section, {})[name.replace("-", "_")] = value
+    return build(RunConfig, table, source, "", config)
+
+
+def arm_of(words: Sequence[str], base: RunConfig, name: str = "", folder: Path = Path()) -> Arm:
+    """Return the arm that words describe: a config (else the base), perhaps a function, and settings.
+
+    Args:
+        name: of the arm; "" takes it from the words.
+        folder: in which functions' files are looked for.
+    """
+    config, function, settings = base, "", []
+    for word in words:
+        if FUNCTION.fullmatch(word):
+            function = str(folder / word)
+            make_model_of(function)
+        elif "=" in word:
+            settings.append(word)
+        else:
+            config = RunConfig.from_file(find_config(Path(word)))
+    short = words[0].rpartition(":")[2] if function else Path(words[0]).stem
+    name = name or (" ".join(words) if settings else short)
+    return Arm(name=name, config=changed(config, settings, name), function=function)
+
+
+def arms_of(words: Sequence[str], ideas: Sequence[str], settings: Sequence[str]) -> list[Arm]:
+    """Return the base, the first of the words (the toy without one), and the arms that other words and ideas name.
+
+    Args:
+        settings: of all arms.
+
+    Raises: ValueError for fewer than two arms, for two of one name, and for two that differ in nothing.
+    """
+    base = RunConfig.from_file(find_config(Path(words[0]))) if words else RunConfig()
+    arms = [Arm(name=Path(words[0]).stem if words else "base", config=base)]
+    arms += [arm_of([word], base) for word in words[1:]]
+    arms += [arm_of(shlex.split(idea), base) for idea in ideas]
+    return checked(arms, settings)
+
+
+def checked(arms: Sequence[Arm], settings: Sequence[str]) -> list[Arm]:
+    """Return arms with settings of all runs; raise ValueError as arms_of does."""
+    require(len(arms) > 1, 'there is nothing to compare; name another config, or --idea "model.n_mtp_layers=0"')
+    done: list[Arm] = []
+    for arm in arms:
+        config = changed(changed(arm.config, EQUAL, "a comparison"), settings, "--set")
+        device = pick_device(config.train.device)
+        dtype = "float32" if config.train.dtype == "auto" else config.train.dtype  # the same on all machines
+        train = replace(config.train, device=device.type, dtype=dtype, seed=0)
+        arm = replace(arm, config=replace(config, train=train, out=None))
+        for other in done:
+            require(other.name != arm.name, f"two arms are called {arm.name}; give their files other names")
+            same = other.config == arm.config and other.function == arm.function
+            require(not same, f"{other.name} and {arm.name} differ in nothing; change one of them")
+        done.append(arm)
+    return done
+
+
+def read_claim(path: Path, settings: Sequence[str], margin: float | None) -> Comparison:
+    """Read a claim: a TOML file with a question, its source, a hypothesis, a margin, a base and [arms].
+
+    Each arm is a list of settings, or the name of a config or of a function.
+
+    Raises: ValueError for unknown keys and for what arms_of refuses.
+    """
+    table = read_toml(path)
+    refuse_unknown(table, list(CLAIM), path.name, "")
+    named = table.get("arms")
+    require(isinstance(named, Mapping) and bool(named), f"{path} has no [arms]; give each a list of settings")
+    assert isinstance(named, Mapping)
+    base = RunConfig.from_file(find_config(Path(table.get("base", "toy"))))
+    arms = [Arm(name="base", config=base)]
+    for name, of in named.items():
+        words = [of] if isinstance(of, str) else of
+        require(isinstance(words, list) and bool(words), f"{path}: arms.{name} is {brief(of)}; want a list of settings")
+        arms.append(arm_of([str(word) for word in words], base, name, path.parent))
+    stated = table.get("margin")
+    require(stated is None or margin in (None, stated), f"{path} states the margin {stated}; leave --margin out")
+    return Comparison(
+        name=path.stem,
+        arms=checked(arms, [*table.get("set", ()), *settings]),
+        margin=stated if stated is not None else margin if margin is not None else MARGIN,
+        question=table.get("question", ""),
+        source=table.get("source", ""),
+        hypothesis=table.get("hypothesis", ""),
+    )

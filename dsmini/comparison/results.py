@@ -1,0 +1,158 @@
+"""The file of a comparison: a first line that says what is compared, then one for each finished run.
+
+A run that was killed has no line and is done again; a line that was cut at the end of the file is dropped. A file is
+continued by the same comparison alone.
+"""
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsmini.comparison.arms import Arm, Comparison
+from dsmini.config import RunConfig
+from dsmini.config.fields import build
+from dsmini.reading import brief, read_bytes
+
+Line = dict[str, Any]
+"""Arm, seed, and the figures of trial.run_trial."""
+
+
+@dataclass(kw_only=True)
+class Results:
+    """What a file holds."""
+
+    path: Path
+    head: dict[str, Any]
+    lines: list[Line] = field(default_factory=list)
+
+    def done(self, arm: str, seed: int) -> bool:
+        """Return True if a run has its line."""
+        return any(line["arm"] == arm and line["seed"] == seed for line in self.lines)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the arms, the base first."""
+        return list(self.head["arms"])
+
+    def values(self, arm: str, figure: str = "loss") -> dict[int, float]:
+        """Return a figure of an arm by seed, of the runs that have it."""
+        lines = [line for line in self.lines if line["arm"] == arm and line.get(figure) is not None]
+        return {line["seed"]: line[figure] for line in lines}
+
+    def diverged(self, arm: str) -> int:
+        """Return the number of an arm's runs that have no loss."""
+        return sum(line["arm"] == arm and line["loss"] is None for line in self.lines)
+
+    def differences(self, arm: str, figure: str = "loss") -> list[float]:
+        """Return a figure of an arm less that of the base, for each seed that both have."""
+        mine, base = self.values(arm, figure), self.values(self.names[0], figure)
+        return [mine[seed] - base[seed] for seed in sorted(mine.keys() & base.keys())]
+
+    def add(self, line: Line) -> None:
+        """Write a finished run to the end of the file, whole or not at all."""
+        with self.path.open("ab") as file:
+            start = file.tell()
+            try:
+                file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(self.path, start)
+                raise
+        self.lines.append(line)
+
+
+def head_of(comparison: Comparison, corpora: Mapping[str, str], minutes: float | None, version: str) -> dict[str, Any]:
+    """Return the first line of a comparison's file.
+
+    Args:
+        corpora: hash of the corpus of each arm.
+        minutes: time of each run; None: all have equally many tokens.
+        version: of dsmini.
+    """
+    return {
+        "dsmini": version,
+        "question": comparison.question,
+        "source": comparison.source,
+        "hypothesis": comparison.hypothesis,
+        "margin": comparison.margin,
+        "minutes": minutes,
+        "arms": {arm.name: arm.describe() | {"corpus": corpora[arm.name]} for arm in comparison.arms},
+    }
+
+
+def read_results(path: Path) -> Results | None:
+    """Return what a file holds; None if there is none, or if it was killed before its first line.
+
+    Raises: ValueError for a file of something else.
+    """
+    if not path.exists():
+        return None
+    *whole, _cut = read_bytes(path).split(b"\n")
+    try:
+        rows = [json.loads(line) for line in whole]
+        results = Results(path=path, head=rows[0], lines=rows[1:]) if rows else None
+        if results is not None and not {"dsmini", "margin", "arms"} <= results.head.keys():
+            raise ValueError("no head")
+        for line in rows[1:]:
+            if line["arm"] not in results.head["arms"] or not isinstance(line["seed"], int):  # pyright: ignore[reportOptionalMemberAccess]
+                raise ValueError("no run")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is no file of a comparison; name another with --out") from None
+    return results
+
+
+@contextmanager
+def opened(path: Path, head: dict[str, Any]) -> Iterator[Results]:
+    """Yield the results of a file, new or continued, and keep other commands out of it meanwhile.
+
+    Raises: ValueError for a file of another comparison, version or corpus, and for one that is in use.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another command is measuring into {path}; wait for it, or name another --out") from None
+        results = read_results(path)
+        if results is None:
+            file.truncate(0)
+            file.write(json.dumps(head).encode() + b"\n")
+            file.flush()
+            results = Results(path=path, head=head)
+        else:
+            refuse_other(results, head)
+            file.truncate(_whole_bytes(path))
+        yield results
+
+
+def refuse_other(results: Results, head: Mapping[str, Any]) -> None:
+    """Raise ValueError for a file that another comparison began, with the first thing that differs."""
+    fix = f"name another file with --out, or remove {results.path}"
+    begun = results.head | {"arms": {name: _as_now(arm, results.path) for name, arm in results.head["arms"].items()}}
+    for where, old, new in _differences("", begun, head):
+        raise ValueError(f"{results.path} was begun with {where or 'it'} {brief(old)}, this has {brief(new)}; {fix}")
+
+
+def _as_now(arm: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return an arm's description with the fields that configs have had since, at their defaults."""
+    config = build(RunConfig, arm["config"], str(path), "")
+    return arm | Arm(name="", config=config).describe()
+
+
+def _differences(where: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, Mapping):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from _differences(f"{where}.{key}".lstrip("."), old.get(key), new.get(key))
+    elif old != new and not (isinstance(old, float) and isinstance(new, float) and math.isclose(old, new)):
+        yield where, old, new
+
+
+def _whole_bytes(path: Path) -> int:
+    return read_bytes(path).rfind(b"\n") + 1

@@ -1,0 +1,190 @@
+"""Run what a comparison lacks: each run in a process of its own on one thread, one for each core."""
+
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dsmini.comparison.arms import Arm, Comparison
+from dsmini.comparison.results import Results
+from dsmini.comparison.trial import request_of
+from dsmini.console.progress import Progress
+from dsmini.data.corpus import load_corpus
+from dsmini.data.documents import ProgressCallback
+from dsmini.machine import cores
+
+
+class StoppedError(Exception):
+    """The processes of the runs were ended."""
+
+
+class Workers:
+    """The processes that are running. Those that are left when the block ends are killed."""
+
+    def __init__(self) -> None:
+        self.running: dict[subprocess.Popen[str], float] = {}
+        """Share of its run that each process has done."""
+        self.closed = False
+        self.lock = threading.Lock()
+
+    def ask(self, request: str, what: str) -> Any:
+        """Run a request (trial.py) in a process of its own and return its result.
+
+        Raises: ValueError for what the run refuses; RuntimeError if it breaks.
+        """
+        with self.lock:
+            if self.closed:
+                raise StoppedError
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dsmini.comparison.trial"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # Ctrl-C comes to the command alone
+            )
+            self.running[process] = 0.0
+        assert process.stdin and process.stdout and process.stderr
+        messages: list[str] = []
+        listener = threading.Thread(target=lambda: messages.append(process.stderr.read()), daemon=True)  # pyright: ignore[reportOptionalMemberAccess]
+        listener.start()
+        try:
+            print(request, file=process.stdin, flush=True)
+            for line in process.stdout:
+                if not line.startswith("{"):  # printed by a function of the user's
+                    continue
+                said = json.loads(line)
+                if "done" in said:
+                    self.running[process] = said["done"]
+                elif "error" in said:
+                    raise ValueError(f"{what}: {said['error']}")
+                else:
+                    return said["result"]
+            process.wait()
+            listener.join()
+            if self.closed:
+                raise StoppedError
+            last = ("".join(messages).strip() or f"status {process.returncode}").splitlines()[-1]
+            raise RuntimeError(f"{what} broke: {last}")
+        finally:
+            with self.lock:
+                self.running.pop(process, None)
+            process.kill()
+            process.wait()
+
+    def close(self) -> None:
+        """Kill the processes, and start no more."""
+        with self.lock:
+            self.closed = True
+            for process in self.running:
+                process.kill()
+
+
+@contextmanager
+def workers(number: int) -> Iterator[tuple[Workers, ThreadPoolExecutor]]:
+    """Yield processes, and a pool of threads that each wait for one."""
+    all_of_them, pool = Workers(), ThreadPoolExecutor(number)
+    try:
+        yield all_of_them, pool
+    finally:
+        all_of_them.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def run_missing(comparison: Comparison, results: Results, seeds: int, jobs: int | None, progress: Progress) -> int:
+    """Do the runs of the seeds 0 to seeds - 1 that have no line yet, and return how many there were.
+
+    Seed by seed, so that pairs become complete. A finished run is in the file at once.
+
+    Args:
+        jobs: number of runs at a time; None: one for each core, on a GPU one.
+
+    Raises: ValueError and RuntimeError of a run; the others are ended.
+    """
+    missing = [
+        (arm, seed)
+        for seed, arm in itertools.product(range(seeds), comparison.arms)
+        if not results.done(arm.name, seed)
+    ]
+    if not missing:
+        return 0
+    weigh = cost_of(comparison.arms)
+    progress.total = sum(weigh[arm.name] for arm, _ in missing)
+    whole, waiting = 0.0, list(missing)
+    at_a_time = jobs or (cores() if comparison.arms[0].config.train.device == "cpu" else 1)
+    with workers(at_a_time) as (processes, pool):
+        running: dict[Future[Any], tuple[Arm, int]] = {}
+        while waiting or running:
+            while waiting and len(running) < at_a_time:
+                arm, seed = waiting.pop(0)
+                request = request_of(arm, seed, cache_of(results.path))
+                running[pool.submit(processes.ask, request, f"{arm.name}, seed {seed}")] = arm, seed
+            finished, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in finished:
+                arm, seed = running.pop(future)
+                results.add({"arm": arm.name, "seed": seed, **future.result()})
+                whole += weigh[arm.name]
+            names = ", ".join(f"{arm.name} seed {seed}" for arm, seed in running.values())
+            mean = sum(weigh[arm.name] for arm, _ in running.values()) / max(1, len(running))
+            part = sum(processes.running.values()) * mean
+            progress.update(whole + part, f"{len(missing) - len(waiting) - len(running)}/{len(missing)} runs  {names}")
+    return len(missing)
+
+
+def cost_of(arms: Sequence[Arm]) -> dict[str, float]:
+    """Return about how many steps each arm's run is worth: all arms have steps of about one length."""
+    return {arm.name: float(arm.config.train.steps) for arm in arms}
+
+
+def cache_of(path: Path) -> Path:
+    """Return the folder of tokenized corpora beside a file of results."""
+    return path.parent / "corpus"
+
+
+def read_corpora(comparison: Comparison, path: Path, progress: ProgressCallback) -> dict[str, str]:
+    """Tokenize what the arms train on, before their runs do, and return the hash of each arm's corpus.
+
+    Raises: ValueError for a text that is too short.
+    """
+    found: dict[str, str] = {}
+    for arm in comparison.arms:
+        c = arm.config
+        corpus = load_corpus(c.data, c.seq_len, c.model.vocab_size, cache_of(path), 0, progress=progress)
+        found[arm.name] = corpus.sha256
+    return found
+
+
+def with_steps_for(
+    comparison: Comparison, minutes: float, path: Path, before: Results | None, progress: Progress
+) -> Comparison:
+    """Return a comparison whose arms have the number of steps that they take in these minutes on one thread.
+
+    Args:
+        before: results that are continued, whose steps hold.
+    """
+    arms = []
+    with workers(1) as (processes, _):
+        for i, arm in enumerate(comparison.arms):
+            progress.update(i / len(comparison.arms), f"how long a step of {arm.name} takes")
+            if before is not None and before.head["minutes"] == minutes and arm.name in before.names:
+                steps = before.head["arms"][arm.name]["config"]["train"]["steps"]
+            else:
+                seconds = processes.ask(request_of(arm, None, cache_of(path)), arm.name)
+                steps = max(1, round(minutes * 60 / seconds))
+            train = replace(arm.config.train, steps=steps)
+            arms.append(replace(arm, config=replace(arm.config, train=train)))
+    return replace(comparison, arms=arms)
+
+
+def elapsed(start: float) -> str:
+    """Return the time since a moment of time.monotonic, in minutes and seconds."""
+    minutes, seconds = divmod(round(time.monotonic() - start), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

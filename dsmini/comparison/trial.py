@@ -1,0 +1,162 @@
+"""One run of an arm with a seed: paired weights, training, and what it came to. A process of its own runs it.
+
+python -m dsmini.comparison.trial < REQUEST     prints a JSON line for each step, and one with the result
+"""
+
+import hashlib
+import json
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsmini import accounting
+from dsmini.comparison.arms import Arm, make_model_of
+from dsmini.config import RunConfig
+from dsmini.config.fields import build
+from dsmini.data.corpus import Corpus, load_corpus
+from dsmini.machine import DTYPES, keep_freed_memory, pick_device
+from dsmini.nn import Transformer
+from dsmini.training.trainer import StepResult, Trainer
+
+LAST = 0.1
+"""Share of the steps, at the end, over which loads are averaged."""
+PACE_STEPS = 8
+ACCEPTED_TOKENS = 16384
+"""Held-out tokens on which drafts are compared with the next token."""
+
+
+def run_trial(arm: Arm, seed: int, cache: Path, on_part: Callable[[float], None] = lambda done: None) -> dict[str, Any]:
+    """Train an arm with a seed, and return its figures.
+
+    Args:
+        cache: folder of tokenized corpora.
+        on_part: told the share of the steps that is done.
+
+    Returns: loss in nats a byte (None if the run diverged), train_seconds and cpu_seconds of all steps, steps, tokens,
+        parameters and active, cache_bytes a token, max_vio at the end and over all steps, and acceptance of drafts.
+    """
+    trainer, corpus = prepared(arm, seed, cache)
+    config, steps = trainer.config, trainer.config.train.steps
+    done: list[StepResult] = []
+    skipped, cpu = 0, time.process_time()
+    while trainer.steps_done < steps and skipped < config.train.max_skipped:
+        done.append(trainer.step())
+        skipped = skipped + 1 if done[-1].skipped else 0
+        on_part(len(done) / steps)
+    cpu = time.process_time() - cpu
+    loss = (
+        trainer.validate(trainer.final_windows()) / corpus.bytes_per_token if trainer.steps_done == steps else math.nan
+    )
+    loads = [step.max_vio for step in done if step.max_vio is not None]
+    return {
+        "loss": loss if math.isfinite(loss) else None,
+        "train_seconds": round(sum(step.seconds for step in done), 3),
+        "cpu_seconds": round(cpu, 3),
+        "steps": len(done),
+        "tokens": sum(step.tokens for step in done),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "active": accounting.parameters(config.model).active,
+        "cache_bytes": _cache_bytes(trainer),
+        "max_vio": statistics.fmean(loads[-max(1, round(LAST * steps)) :]) if loads else None,
+        "max_vio_mean": statistics.fmean(loads) if loads else None,
+        "acceptance": acceptance(trainer) if len(trainer.model.mtp) else None,
+    }
+
+
+def pace(arm: Arm, cache: Path) -> float:
+    """Return the median seconds of a step after the first ones."""
+    trainer, _ = prepared(arm, 0, cache)
+    return statistics.median(trainer.step().seconds for _ in range(PACE_STEPS)[2:])
+
+
+def prepared(arm: Arm, seed: int, cache: Path) -> tuple[Trainer, Corpus]:
+    """Return a trainer of an arm's model with the weights of a seed, and its corpus.
+
+    Raises: ValueError for a function that returns no model, and for what load_corpus refuses.
+    """
+    config = replace(arm.config, train=replace(arm.config.train, seed=seed))
+    device = pick_device(config.train.device)
+    corpus = load_corpus(config.data, config.seq_len, config.model.vocab_size, cache, 0)
+    torch.manual_seed(seed)
+    model = make_model_of(arm.function)(config.model) if arm.function else Transformer(config.model)
+    if not isinstance(model, Transformer):
+        raise ValueError(f"{arm.function} returned a {type(model).__name__}; want a dsmini.Transformer")
+    draw_by_name(model, seed)
+    model.compute_dtype = DTYPES[config.train.dtype]
+    torch.manual_seed(seed)
+    return Trainer(model.to(device), corpus, config, device), corpus
+
+
+def draw_by_name(model: nn.Module, seed: int) -> None:
+    """Draw each module's first weights by its name, so that all arms have the same where shapes agree."""
+    for name, module in model.named_modules():
+        reset: Any = getattr(module, "reset_parameters", None)
+        if module is not model and callable(reset):
+            hashed = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            torch.manual_seed(int.from_bytes(hashed[:8], "big") >> 1)
+            reset()
+
+
+@torch.no_grad()
+def acceptance(trainer: Trainer) -> float:
+    """Return how often the first draft is the token that the model itself would write, on held-out text."""
+    equal, asked = 0, 0
+    trainer.model.eval()
+    for tokens, _ in trainer.corpus.windows(trainer.config.seq_len, ACCEPTED_TOKENS).blocks(8):
+        out = trainer.model.run(tokens.to(trainer.device), mtp=True)
+        drafts, wanted = out.mtp_logits[0].argmax(-1), out.logits.argmax(-1)[:, 1:]
+        equal, asked = equal + int((drafts == wanted).sum()), asked + drafts.numel()
+    trainer.model.train()
+    return equal / asked
+
+
+def _cache_bytes(trainer: Trainer) -> float | None:
+    with suppress(Exception):  # a model of somebody's own may have no cache
+        return trainer.model.new_cache(1, trainer.config.seq_len).nbytes_per_token
+    return None
+
+
+# --- the process
+
+
+def request_of(arm: Arm, seed: int | None, cache: Path) -> str:
+    """Return the line that asks a process for a run; for an arm's pace without a seed."""
+    said = {"name": arm.name, "function": arm.function, "seed": seed, "cache": str(cache)}
+    return json.dumps(said | {"config": arm.config.to_toml()})
+
+
+def main() -> None:
+    """Do what the first line of the standard input asks for. End when that closes: the command was killed."""
+    asked = json.loads(sys.stdin.readline())
+    threading.Thread(target=lambda: sys.stdin.read() or os._exit(1), daemon=True).start()
+    keep_freed_memory()
+
+    def say(what: dict[str, Any]) -> None:
+        print(json.dumps(what), flush=True)
+
+    try:
+        config = build(RunConfig, tomllib.loads(asked["config"]), asked["name"], "")
+        torch.set_num_threads(config.train.threads or 1)
+        arm, cache = Arm(name=asked["name"], config=config, function=asked["function"]), Path(asked["cache"])
+        if asked["seed"] is None:
+            say({"result": pace(arm, cache)})
+        else:
+            say({"result": run_trial(arm, asked["seed"], cache, lambda done: say({"done": done}))})
+    except ValueError as error:
+        say({"error": str(error)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The verdict on an arm: better, worse, equal within the margin, or undecided, and how many seeds would decide.
+
+Differences are of runs with the same seed, in nats a byte; below 0 the arm is better. Student's interval of their mean:
+
+    equal      the interval lies within the margin, which was stated before the runs
+    better     it lies below 0 (worse: above 0)
+    undecided  neither
+
+Of several arms one would be named by chance. So the arms are taken in the order of their p values, and the i-th of m is
+named only if its interval at the level 1 - 5 % / (m - i + 1) leaves 0 out, and all before it were named (Holm). The
+interval that must lie within the margin is at the level 1 - 5 % / m.
+
+The levels hold for a number of seeds that was chosen before. Who looks after each seed and stops at the first verdict
+is wrong more often.
+
+Source: Holm 1979, A simple sequentially rejective multiple test procedure; Schuirmann 1987 for equality.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dsmini.measure.turns import TAIL, Estimate, chance_within, mean_of, students_t
+
+Word = Literal["better", "worse", "equal", "undecided", "diverged"]
+MOST_SEEDS = 100_000
+MANY = 300
+"""Degrees of freedom beyond which Student's t changes by less than half a percent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What is known of an arm."""
+
+    word: Word
+    difference: Estimate
+    """Mean paired difference in nats a byte, and its 95 % interval."""
+
+
+def verdicts(
+    differences: Mapping[str, Sequence[float]], margin: float, diverged: Mapping[str, int]
+) -> dict[str, Verdict]:
+    """Return the verdict on each arm.
+
+    Args:
+        differences: of each arm to the base, for each seed.
+        margin: largest difference of equal arms, in nats a byte.
+        diverged: number of each arm's runs without a loss; such an arm is neither better nor equal.
+    """
+    m = len(differences)
+    found: dict[str, Verdict] = {}
+    named = True  # all arms with smaller p values were
+    for rank, arm in enumerate(sorted(differences, key=lambda arm: p_value(differences[arm]))):
+        values = differences[arm]
+        if not values:
+            nothing = Estimate(value=math.nan, low=-math.inf, high=math.inf, turns=0)
+            found[arm] = Verdict(word="diverged" if diverged.get(arm) else "undecided", difference=nothing)
+            continue
+        step, strict = mean_of(values, TAIL / (m - rank)), mean_of(values, TAIL / m)
+        named = named and (step.high < 0 or step.low > 0)
+        word: Word = "undecided"
+        if diverged.get(arm):
+            word = "diverged"
+        elif -margin <= strict.low and strict.high <= margin:
+            word = "equal"
+        elif named:
+            word = "better" if step.high < 0 else "worse"
+        found[arm] = Verdict(word=word, difference=mean_of(values))
+    return {arm: found[arm] for arm in differences}
+
+
+def p_value(values: Sequence[float]) -> float:
+    """Return the chance of a mean so far from 0 if the true one is 0; 1 for fewer than two values."""
+    if len(values) < 2:
+        return 1.0
+    deviation, mean = statistics.stdev(values), abs(statistics.fmean(values))
+    if deviation == 0:
+        return 1.0 if mean == 0 else 0.0
+    return 1 - chance_within(mean / deviation * math.sqrt(len(values)), len(values) - 1)
+
+
+def seeds_to_decide(values: Sequence[float], margin: float, tail: float = TAIL) -> int | None:
+    """Return the number of seeds that would decide if mean and deviation stay as they are; None for fewer than two.
+
+    Args:
+        tail: of the interval; divided by the number of arms.
+    """
+    if len(values) < 2:
+        return None
+    mean, deviation = abs(statistics.fmean(values)), statistics.stdev(values)
+    allowed = max(mean, margin - mean)
+    low, high = len(values), MOST_SEEDS
+    while low < high:
+        n = (low + high) // 2
+        enough = students_t(min(n - 1, MANY), tail) * deviation / math.sqrt(n) < allowed
+        low, high = (low, n) if enough else (n + 1, high)
+    return low

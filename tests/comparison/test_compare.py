@@ -1,0 +1,175 @@
+"""python -m dsmini.compare on tiny models: pairs, files that continue, pictures, and refusals."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsmini import RunConfig, Transformer
+from dsmini.comparison.arms import arms_of
+from dsmini.comparison.trial import draw_by_name
+from tests.helpers.commands import check_refused, run, start
+
+BASE = """\
+[model]
+dim = 32
+inter_dim = 48
+moe_inter_dim = 16
+n_layers = 2
+n_dense_layers = 1
+n_routed_experts = 8
+max_seq_len = 32
+[data]
+path = "text.txt"
+[train]
+steps = 3
+batch_size = 4
+"""
+IDEA = """\
+import dsmini
+from torch import nn
+def relu(config):
+    return dsmini.Transformer(config, score_func=lambda logits: logits.relu())
+def plain(config, width=8):
+    return nn.Linear(width, width)
+def two(config, other):
+    return None
+NUMBER = 3
+"""
+CLAIM = """\
+question = "Does multi-token prediction help?"
+source = "V3 report, 4.5.1"
+margin = 0.5
+base = "base.toml"
+[arms]
+"no mtp" = ["model.n_mtp_layers=0"]
+"relu" = ["idea.py:relu"]
+"""
+COMPARE = "dsmini.compare base.toml --idea model.n_mtp_layers=0 --seeds 2 --out found.jsonl"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Return a folder with a text, a base, an idea and a claim."""
+    words = "the model reads a text and learns what comes next. "
+    (tmp_path / "text.txt").write_text("".join(f"{i} {words}" for i in range(400)))
+    for name, content in (("base.toml", BASE), ("idea.py", IDEA), ("claim.toml", CLAIM)):
+        (tmp_path / name).write_text(content)
+    return tmp_path
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Return the runs of a file in the order of arm and seed, without their times."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    kept = [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in rows]
+    return sorted(kept, key=lambda row: (row["arm"], row["seed"]))
+
+
+def test_pairs_start_with_equal_weights_where_shapes_agree() -> None:
+    base, wide = Transformer(moe_inter_dim=16, n_layers=2), Transformer(moe_inter_dim=32, n_layers=3, n_mtp_layers=0)
+    for model in (base, wide):
+        draw_by_name(model, 7)
+    ours, theirs = base.state_dict(), wide.state_dict()
+    alike = {name for name in ours.keys() & theirs.keys() if ours[name].shape == theirs[name].shape}
+    assert len(alike) > 20 and all(torch.equal(ours[name], theirs[name]) for name in alike)
+    draw_by_name(wide, 8)
+    assert not torch.equal(ours["embed.weight"], wide.state_dict()["embed.weight"])
+
+
+@pytest.mark.slow
+def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
+    done = run(f"{COMPARE} --json", place)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["arms"]["base"]["runs"] == answer["arms"]["model.n_mtp_layers=0"]["runs"] == 2
+    assert answer["arms"]["model.n_mtp_layers=0"]["word"] in ("better", "worse", "equal", "undecided")
+    for words in ("margin  0.01 nats a byte", "4 runs in", "95 % interval", "found.jsonl"):
+        assert words in done.stderr, words
+    assert (place / "found.png").stat().st_size > 5000
+    first = lines_of(place / "found.jsonl")
+    again = run(COMPARE.replace("--seeds 2", "--seeds 3"), place)
+    assert again.returncode == 0 and "2 runs in" in again.stdout, "only the third seed is run"
+    after = lines_of(place / "found.jsonl")
+    assert [row for row in after if row["seed"] < 2] == first and len(after) == 6
+    refused = run(f"{COMPARE} --set train.steps=4", place)
+    assert refused.returncode == 2 and "begun with arms.base.config.train.steps 3, this has 4" in refused.stderr
+    (place / "text.txt").write_text((place / "text.txt").read_text() + "more")
+    refused = run(COMPARE, place)
+    assert refused.returncode == 2 and "arms.base.corpus" in refused.stderr
+    report = run("dsmini.compare --report . --json", place)
+    assert report.returncode == 0 and len(json.loads(report.stdout)) == 1 and (place / "forest.png").exists()
+
+
+@pytest.mark.slow
+def test_a_claim_has_its_arms_and_keeps_its_results_beside_it(place: Path) -> None:
+    done = run("dsmini.compare claim.toml --seeds 1", place)
+    assert done.returncode == 0, done.stderr
+    head = json.loads((place / "claim.jsonl").read_text().splitlines()[0])
+    assert list(head["arms"]) == ["base", "no mtp", "relu"] and head["margin"] == 0.5
+    losses = {row["arm"]: row["loss"] for row in lines_of(place / "claim.jsonl")}
+    assert len(set(losses.values())) == 3, "three models"
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_continues_to_the_same_lines(place: Path) -> None:
+    whole = run(COMPARE, place)
+    assert whole.returncode == 0, whole.stderr
+    want = lines_of(place / "found.jsonl")
+    command = COMPARE.replace("found", "killed") + " --jobs 1"
+    for seconds in (2.0, 5.0, 8.0):
+        process = start(command, place)
+        time.sleep(seconds)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    with (place / "killed.jsonl").open("a") as file:
+        file.write('{"arm": "base", "se')  # a line that the disk lost half of
+    done = run(command, place)
+    assert done.returncode == 0, done.stderr
+    assert lines_of(place / "killed.jsonl") == want
+
+
+def test_arms_are_equal_but_for_their_idea() -> None:
+    base, idea = arms_of([], ["model.dim=64 train.lr=0.01"], ["train.steps=5"])
+    assert base.config == RunConfig() or base.config.train.steps == idea.config.train.steps == 5
+    assert idea.config.model.dim == 64 and idea.config.train.lr == 0.01 and base.config.model.dim == 192
+    assert base.config.train.threads == idea.config.train.threads == 1
+
+
+BAD = {
+    "": "there is nothing to compare",
+    "base.toml base.toml": "two arms are called base",
+    "base.toml --idea model.dim=32": "base and model.dim=32 differ in nothing",
+    "base.toml --idea model.dimm=32": "did you mean",
+    "base.toml --idea model.dim=x": "is not a whole number",
+    "base.toml --idea dim": "there is no file dim",
+    "base.toml nothing.py:make": "there is no file nothing.py",
+    "base.toml idea.py:NUMBER": "has no function NUMBER",
+    "base.toml idea.py:two": "takes other arguments than one ModelConfig",
+    "base.toml --idea model.dim=64 --seeds 0": "--seeds 0 is no pair",
+    "base.toml --idea model.dim=64 --margin -1": "--margin -1.0 is not positive",
+    "base.toml --idea model.dim=64 --jobs 0": "--jobs 0 runs nothing",
+    "base.toml --idea model.dim=64 --set data.path=none.txt": "none.txt",
+    "claim.toml base.toml": "is a claim with its own arms",
+    "claim.toml --margin 0.1": "states the margin 0.5",
+    "claim.toml --set train.seq_len=4000": "is longer than",
+    "missing.toml": "there is no file missing.toml",
+    "--report .": "has no results",
+    "--report nowhere": "there is no folder nowhere",
+    "--report . --small": "without arms",
+    "base.toml --idea model.dim=64 --idea model.dim=128": "--idea given twice",
+}
+
+
+def test_what_cannot_be_compared_is_refused(place: Path) -> None:
+    check_refused("dsmini.compare", place, BAD)
+
+
+@pytest.mark.slow
+def test_a_function_that_returns_no_model_is_refused(place: Path) -> None:
+    done = run("dsmini.compare base.toml idea.py:plain --seeds 1 --out x.jsonl", place)
+    assert done.returncode == 2 and "returned a Linear; want a dsmini.Transformer" in done.stderr

@@ -1,0 +1,66 @@
+"""Verdicts: what is named, how often by chance, and how many seeds would decide."""
+
+import random
+
+import pytest
+
+from dsmini.comparison.verdict import Word, p_value, seeds_to_decide, verdicts
+
+
+def word_of(values: list[float], margin: float = 0.01, diverged: int = 0) -> Word:
+    return verdicts({"arm": values}, margin, {"arm": diverged})["arm"].word
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ([-0.03, -0.02, -0.025], "better"),
+        ([0.03, 0.02, 0.025], "worse"),
+        ([0.003, 0.004, 0.0035], "equal"),  # clearly above 0, and within the margin
+        ([0.001, -0.001, 0.0, 0.001], "equal"),
+        ([0.05, -0.04, 0.01], "undecided"),
+        ([-0.03], "undecided"),
+        ([], "undecided"),
+    ],
+)
+def test_an_arm_is_named_by_its_interval(values: list[float], word: Word) -> None:
+    assert word_of(values) == word
+
+
+def test_an_arm_that_diverged_is_neither_better_nor_equal() -> None:
+    assert word_of([-0.03, -0.02, -0.025], diverged=1) == word_of([], diverged=3) == "diverged"
+
+
+def test_p_values_are_those_of_students_test() -> None:
+    """Compare with scipy.stats.ttest_1samp, whose figures are written here."""
+    assert p_value([0.1, 0.2, 0.15, 0.05]) == pytest.approx(0.030466, abs=1e-5)
+    assert p_value([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(0.013236, abs=1e-5)
+    assert p_value([0.0, 0.0]) == p_value([3.0]) == 1.0 and p_value([1.0, 1.0]) == 0.0
+
+
+def test_several_arms_are_named_as_rarely_by_chance_as_one() -> None:
+    """Simulate four arms that differ in nothing: 5 % of the comparisons name any, within three deviations."""
+    rng, alarms = random.Random(0), 0
+    for _ in range(400):
+        found = verdicts({str(i): [rng.gauss(0, 1) for _ in range(8)] for i in range(4)}, 1e-9, {})
+        alarms += any(each.word in ("better", "worse") for each in found.values())
+    assert alarms <= 400 * 0.05 + 3 * (400 * 0.05 * 0.95) ** 0.5
+
+
+def test_holm_names_an_arm_that_bonferroni_would_not() -> None:
+    clear = {f"clear {i}": [1.0, 1.001, 1.0, 0.999, 1.0] for i in range(3)}
+    found = verdicts(clear | {"weak": [0.2, 0.9, 0.6, 0.1, 0.9]}, 0.01, {})
+    assert p_value([0.2, 0.9, 0.6, 0.1, 0.9]) > 0.05 / 4
+    assert [each.word for each in found.values()] == ["worse"] * 4
+
+
+@pytest.mark.parametrize(("shift", "margin"), [(0.02, 0.01), (0.0, 0.02)])
+def test_the_seeds_that_are_needed_do_decide(shift: float, margin: float) -> None:
+    rng = random.Random(1)
+    values = [shift + rng.gauss(0, 0.03) for _ in range(4)]
+    needed = seeds_to_decide(values, margin)
+    assert needed is not None
+    mean, deviation = sum(values) / 4, (sum((v - sum(values) / 4) ** 2 for v in values) / 3) ** 0.5
+    n = 2 * (needed // 2 + 1)
+    same = [mean + side * deviation * ((n - 1) / n) ** 0.5 for side in (-1, 1) for _ in range(n // 2)]
+    assert word_of(same, margin) != "undecided"
