@@ -356,27 +356,28 @@ class CompressedAttention(FP32Module):
         stage = self.stage if self.training and cache is None else None
         learning = stage if context.train_indexers else None
         # 1. rows of the window before the new tokens, and these, [b, w + s, d]; the entries, [b, n, d]
-        rows = kv
         if cache is not None:
-            rows = stored(cache).window.extend(kv, cache.at, self.window_size - 1, kv.dtype)
+            kv = stored(cache).window.extend(kv, cache.at, self.window_size - 1, kv.dtype)
         entries = self.entries(x, latent, context, starts, stage)
         # 2. some queries at a time
         y, sums = [], torch.zeros(4, device=q.device)
         for start in range(0, s, BLOCK):
             part = slice(start, min(start + BLOCK, s))
-            some, (kv, masked) = q[:, part], self.window(rows, part, context, starts)
+            some, (near, masked) = q[:, part], self.window(kv, part, context, starts)
             # 3. the entries that a query may not see, [#b, s, n], and those that it reads, [b, s, k]
             n = entries.ends.shape[1]
             if self.m and (cache is None or cache.at.all_new):  # those that end later are of no use to these queries
                 n = min(n, part.stop // self.m)
             hidden, chosen = self.hidden(entries.ends[:, :n], part, context, starts), None
+            if learning is not None:  # a query that sees none agrees: no KL divergence, and mass 1
+                sums = sums + hidden.all(-1).expand(b, -1).sum() * torch.eye(4, device=q.device)[1]
             if self.indexer is not None and entries.index is not None and n:
                 own = entries.index.q[:, part], entries.index.keys[:, :n], entries.index.weights[:, part]
                 chosen = topk_keys(*own, min(self.indexer.topk, n), hidden)
                 if learning is not None:
-                    others = sink_logits(some, kv, masked, self.attn_sink, self.scale).logsumexp(-1)
+                    others = sink_logits(some, near, masked, self.attn_sink, self.scale).logsumexp(-1)
                     sums = sums + self.agreement(own, some, entries.rows[:, :n], others, chosen, hidden, learning)
-            y.append(self.attend(some, kv, masked, entries.rows, hidden, None if stage == "warmup" else chosen))
+            y.append(self.attend(some, near, masked, entries.rows, hidden, None if stage == "warmup" else chosen))
         return torch.cat(y, 1), None if learning is None or self.indexer is None else mean_loss(sums, b * s)
 
     def entries(
@@ -424,29 +425,30 @@ class CompressedAttention(FP32Module):
 
     def window(
         self, rows: Float[Tensor, "b t d"], part: slice, context: Context, starts: Int[Tensor, "b s"] | None
-    ) -> tuple[Float[Tensor, "b w d"], Bool[Tensor, "#b n w"]]:
+    ) -> tuple[Float[Tensor, "b w d"], Bool[Tensor, "#b q w"]]:
         """Return the rows in the windows of the new tokens in these columns, and True for those a query may not see.
 
         Args:
             rows: of the new tokens, after those before them that a cache has.
         """
         old = rows.shape[1] - context.positions.shape[1]
-        keys = torch.arange(max(0, old + part.start - self.window_size + 1), old + part.stop, device=rows.device)
-        distance = torch.arange(old + part.start, old + part.stop, device=rows.device)[:, None] - keys
+        first, stop = max(0, old + part.start - self.window_size + 1), old + part.stop
+        keys = torch.arange(first, stop, device=rows.device)
+        distance = torch.arange(old + part.start, stop, device=rows.device)[:, None] - keys
         masked = ((distance < 0) | (distance >= self.window_size))[None]
         if context.cache is not None:  # rows before position 0 and those of padding are none
             at, b = context.cache.at, len(rows)
             before = at.positions[:, :1] >= torch.arange(old, 0, -1, device=rows.device)
             new = torch.ones_like(at.positions, dtype=torch.bool) if at.is_token is None else at.is_token
             is_row = torch.cat((before.expand(b, -1), new.expand(b, -1)), 1)
-            masked = masked | ~is_row[:, None, keys]
+            masked = masked | ~is_row[:, None, first:stop]
         if starts is not None:
             masked = masked | (keys < starts[:, part, None])
-        return rows[:, keys[0] : keys[-1] + 1], masked
+        return rows[:, first:stop], masked
 
     def hidden(
         self, ends: Int[Tensor, "#b n"], part: slice, context: Context, starts: Int[Tensor, "b s"] | None
-    ) -> Bool[Tensor, "#b s n"]:
+    ) -> Bool[Tensor, "#b q n"]:
         """Return True for the entries that the queries in these columns may not see: those with a later token.
 
         An entry is seen from its last token on. It is of the query's document if that token is.
@@ -491,7 +493,7 @@ class CompressedAttention(FP32Module):
         hidden: Bool[Tensor, "#b s n"],
         stage: Literal["warmup", "sparse"],
     ) -> Float[Tensor, " 4"]:
-        """Return indexer_agreement of some queries. One that sees no entry agrees: no KL divergence, and mass 1.
+        """Return indexer_agreement of some queries.
 
         Args:
             index: the indexer's queries, keys and head weights.
@@ -499,9 +501,7 @@ class CompressedAttention(FP32Module):
         """
         keys = entries.detach()[:, :, None].expand(-1, -1, self.n_heads, -1)
         main = q.detach(), keys, self.scale, chosen, lambda *_: hidden, stage
-        sums = indexer_agreement(*index, *main, other_lse=others.detach().transpose(1, 2))
-        blind = hidden.all(-1).expand(len(q), -1).sum()
-        return sums + F.one_hot(torch.tensor(1, device=q.device), 4) * blind
+        return indexer_agreement(*index, *main, other_lse=others.detach().transpose(1, 2))
 
     def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> CompressedCache:
         """Return the layer's empty cache."""

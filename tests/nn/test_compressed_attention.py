@@ -1,0 +1,495 @@
+"""V4's attention against its equations, token by token, and its cache against one pass."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dsmini
+from dsmini import ModelConfig, Transformer, quantize
+from dsmini.nn import Attention, CompressedAttention, Context, compressed_attention, dsa_layers
+from dsmini.nn.compressed_attention import Compressor
+from dsmini.nn.compressed_cache import SLACK, FP4Rows, FP8Rows
+from dsmini.numerics.fp4 import round_fp4
+from tests.conftest import SMALL, randomise
+from tests.helpers.configs import V4, refusal
+from tests.helpers.tolerances import (
+    BF16_UNIT,
+    E4M3_UNIT,
+    FP32_MODEL,
+    ROPE_TABLE,
+    assert_agree,
+    relative_error,
+    rounding,
+)
+from tests.helpers.watching import Operations
+
+KINDS = {"window": 0, "csa": 4, "hca": 8}
+CHUNKS = 1e-5
+"""Between one pass and chunks of it in FP32."""
+FLASH: dict[str, Any] = {
+    **{"attention": "compressed", "dim": 64, "n_layers": 43, "n_dense_layers": 43, "inter_dim": 8, "n_heads": 8},
+    **{"head_dim": 512, "qk_rope_head_dim": 64, "q_lora_rank": 8, "window_size": 128, "o_groups": 8, "o_lora_rank": 8},
+    **{"index_n_heads": 2, "index_head_dim": 128, "index_topk": 512, "max_seq_len": 1 << 20, "n_mtp_layers": 0},
+    "compress_ratios": (0, 0, *(4, 128) * 20, 4),
+}
+PRO = FLASH | {"n_layers": 61, "n_dense_layers": 61, "compress_ratios": (128, 128, *(4, 128) * 29, 4)}
+"""Sizes of V4 that its cache depends on."""
+
+
+def config_of(changes: dict[str, Any]) -> Any:
+    return ModelConfig(**{**SMALL, **V4, **changes})
+
+
+def layer_of(kind: str, stage: Any = None, **changes: Any) -> tuple[Any, Any]:
+    m = KINDS[kind]
+    c = config_of({"n_layers": 1, "compress_ratios": (m,), "norm_eps": 1e-5, **changes})
+    layer = randomise(CompressedAttention(c, compress_ratio=m)).double()
+    layer.stage = stage
+    return layer, c
+
+
+def model_of(stage: Any = None, **changes: Any) -> Transformer:
+    model = randomise(Transformer(config_of({"max_seq_len": 256, **changes})))
+    for layer in dsa_layers(model):
+        layer.stage = stage
+    return model
+
+
+def tokens_of(b: int, s: int) -> Tensor:
+    return torch.randint(0, SMALL["vocab_size"], (b, s))
+
+
+# the equations, for one document, token by token
+
+
+def rms(x: Tensor, c: Any, norm: Any = None) -> Tensor:
+    y = x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()
+    return y if norm is None else y * norm.weight
+
+
+def turn(x: Tensor, position: int, c: Any, m: int) -> Tensor:
+    """Rotate the last numbers of one or several vectors by a position, as complex numbers."""
+    r = c.qk_rope_head_dim
+    theta = c.compress_rope_theta if m else c.rope_theta
+    angles = position * theta ** (-torch.arange(0, r, 2, dtype=torch.float64) / r)
+    pairs = torch.view_as_complex(x[..., -r:].unflatten(-1, (-1, 2)).contiguous())
+    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+    return torch.cat((x[..., :-r], turned), -1)
+
+
+def entries_of(of: Compressor, x: Tensor, c: Any, m: int) -> list[Tensor]:
+    """Equations 9 to 12, and 20 to 23 without the block before."""
+    contents, weights, d = x @ of.wkv.weight.T, x @ of.wgate.weight.T, of.norm.weight.shape[0]
+    entries = []
+    for i in range(len(x) // m):
+        own = slice(i * m, (i + 1) * m)
+        current, rows = (slice(d, None), []) if m == 4 else (slice(None), [])
+        rows.append((contents[own, current], weights[own, current] + of.ape[:, current]))
+        if m == 4 and i:
+            before = slice((i - 1) * m, i * m)
+            rows.append((contents[before, :d], weights[before, :d] + of.ape[:, :d]))
+        values, logits = (torch.cat(part) for part in zip(*rows, strict=True))
+        entries.append(turn(rms((logits.softmax(0) * values).sum(0), c, of.norm), i * m, c, m))
+    return entries
+
+
+def scores_of(layer: CompressedAttention, latent: Tensor, x: Tensor, t: int, keys: list[Tensor], c: Any) -> Tensor:
+    """Equations 13 to 16: the indexer's scores of the entries for the token t. No Hadamard transform is needed."""
+    indexer: Any = layer.indexer
+    q = turn((indexer.wq_b.weight @ latent[t]).unflatten(0, (c.index_n_heads, -1)), t, c, 4)
+    weights = indexer.weights_proj.weight @ x[t] * c.index_head_dim**-0.5 * c.index_n_heads**-0.5
+    return torch.stack([(weights * (q @ key).clamp(min=0)).sum() for key in keys])
+
+
+def weights_of(layer: Any, q: Tensor, keys: Tensor) -> Tensor:
+    """Return each head's weights of keys [h, t], which share the softmax with the sink."""
+    logits = torch.cat((q @ keys.T * q.shape[-1] ** -0.5, layer.attn_sink[:, None]), 1)
+    return logits.softmax(1)[:, :-1]
+
+
+def one_document(layer: Any, c: Any, x: Tensor, stage: Any) -> tuple[Tensor, Tensor, float]:
+    """Return the output of a document [s, m], the sum of KL divergences, and that of attention to chosen entries."""
+    m, out, kl, mass = layer.m, [], torch.zeros((), dtype=x.dtype), 0.0
+    latent = rms(x @ layer.wq_a.weight.T, c, layer.q_norm)
+    kv = [turn(row, t, c, m) for t, row in enumerate(rms(x @ layer.wkv.weight.T, c, layer.kv_norm))]
+    entries = entries_of(layer.compressor, x, c, m) if m else []
+    keys = entries_of(layer.indexer.compressor, x, c, m) if m == 4 else []
+    for t in range(len(x)):
+        q = turn(rms((layer.wq_b.weight @ latent[t]).unflatten(0, (c.n_heads, -1)), c), t, c, m)
+        near = kv[max(0, t - layer.window_size + 1) : t + 1]
+        best, scores = [], torch.zeros(0)
+        chosen = visible = [i for i in range(len(entries)) if i * m + m - 1 <= t]
+        if m == 4 and visible:
+            scores = scores_of(layer, latent, x, t, keys[: len(visible)], c)
+            best = sorted(visible, key=lambda i: (-scores[i].item(), i))[: c.index_topk]
+            chosen = visible if stage == "warmup" else sorted(best)
+
+        values = torch.stack(near + [entries[i] for i in chosen])
+        p = weights_of(layer, q, values)
+        y = turn(p @ values, -t, c, m).flatten().unflatten(0, (c.o_groups, -1))
+        group = layer.wo_a.weight.unflatten(0, (c.o_groups, -1))
+        out.append(layer.wo_b.weight @ torch.cat([w @ part for w, part in zip(group, y, strict=True)]))
+        if m == 4 and stage:
+            target = p[:, len(near) :].sum(0).detach()
+            if len(target):
+                target = target / target.sum()
+                kl = kl + (target * (target.log() - scores[chosen].log_softmax(0))).sum()
+                every = torch.stack(near + [entries[i] for i in visible])
+                whole = weights_of(layer, q, every)[:, len(near) :].sum(0)
+                mass += float((whole / whole.sum())[best].sum())
+            else:
+                mass += 1.0
+    return torch.stack(out), kl, mass
+
+
+def by_the_report(layer: Any, c: Any, x: Tensor, lengths: list[int], stage: Any = None) -> tuple[Any, ...]:
+    parts = [[one_document(layer, c, part, stage) for part in row.split(lengths)] for row in x]
+    y = torch.stack([torch.cat([part[0] for part in row]) for row in parts])
+    n = x.shape[0] * x.shape[1]
+    return y, sum(part[1] for row in parts for part in row) / n, sum(part[2] for row in parts for part in row) / n
+
+
+def numbered(lengths: list[int], b: int) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(b, -1)
+
+
+@pytest.mark.parametrize("lengths", [[37], [1], [3], [5, 1, 8, 3, 20]], ids=str)
+@pytest.mark.parametrize(("kind", "block"), [("window", 16), ("csa", 16), ("csa", 2), ("hca", 16)])
+def test_outputs_and_gradients_follow_the_report(
+    monkeypatch: pytest.MonkeyPatch, kind: str, block: int, lengths: list[int]
+) -> None:
+    """Documents too: each is compressed by itself. Of two queries at a time the chosen entries are gathered."""
+    monkeypatch.setattr(compressed_attention, "BLOCK", block)
+    layer, c = layer_of(kind, index_topk=2)
+    x = torch.randn(2, sum(lengths), c.dim, dtype=torch.float64, requires_grad=True)
+    context = Context(positions=torch.arange(x.shape[1])[None], documents=numbered(lengths, 2))
+    got = layer(x) if len(lengths) == 1 else layer(x, context)
+    want, _, _ = by_the_report(layer, c, x, lengths)
+    used = torch.autograd.grad(want.sum(), [*layer.parameters()], allow_unused=True, retain_graph=True)
+    wrt = [p for p, grad in zip(layer.parameters(), used, strict=True) if grad is not None]
+    assert len(wrt) == 8 + 4 * (layer.m > 0 and max(lengths) >= layer.m)
+    assert_agree(got, want, [x, *wrt], 8 * ROPE_TABLE)
+    layer(x).sum().backward()
+    assert layer.indexer is None or all(p.grad is None for p in layer.indexer.parameters()), "the choice is a constant"
+
+
+@pytest.mark.parametrize("lengths", [[30], [3], [5, 1, 8, 3, 20]], ids=str)
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+def test_indexer_learns_the_joint_softmax_of_all_heads(
+    monkeypatch: pytest.MonkeyPatch, stage: Any, lengths: list[int]
+) -> None:
+    """The target has window and sink in each head's softmax; the loss moves the indexer alone."""
+    monkeypatch.setattr(compressed_attention, "BLOCK", 16)
+    layer, c = layer_of("csa", stage)
+    x = torch.randn(2, sum(lengths), c.dim, dtype=torch.float64, requires_grad=True)
+    context = Context(
+        positions=torch.arange(x.shape[1])[None],
+        documents=numbered(lengths, 2) if len(lengths) > 1 else None,
+        train_indexers=True,
+    )
+    y, got = layer(x, context)
+    want_y, kl, mass = by_the_report(layer, c, x, lengths, stage)
+    assert relative_error(y, want_y) < 8 * ROPE_TABLE
+    assert relative_error(got.kl, kl) < 8 * ROPE_TABLE and abs(got.mass.item() - mass) < 1e-5
+    if len(x[0]) > 3:
+        indexer = [*layer.indexer.parameters()]
+        grads = [torch.autograd.grad(loss, indexer, retain_graph=True) for loss in (got.kl, kl)]
+        assert all(relative_error(a, b) < 16 * ROPE_TABLE for a, b in zip(*grads, strict=True))
+        got.kl.backward()
+        assert x.grad is None and [p.grad for p in layer.parameters()].count(None) == len([*layer.parameters()]) - 6
+
+
+def test_every_share_of_heads_counts_in_the_target() -> None:
+    """A head that attends to the window alone has no part in it: targets are not renormalised for each head."""
+    layer, c = layer_of("csa", "sparse", n_heads=2)
+    x = torch.randn(1, 24, c.dim, dtype=torch.float64)
+    context = Context(positions=torch.arange(24)[None], train_indexers=True)
+    with torch.no_grad():
+        both = layer(x, context)[1].kl
+        layer.attn_sink[0] = 40.0  # all of head 0 goes to the sink
+        alone = layer(x, context)[1].kl
+        layer.attn_sink[1] = 40.0  # and of head 1: both count alike again, by what is left
+        again = layer(x, context)[1].kl
+    assert abs(both - alone) > 1e-3 and abs(alone - again) > 1e-3 and again.isfinite()
+
+
+def test_losses_train_every_parameter_and_warm_up_reads_all_entries() -> None:
+    tokens = tokens_of(2, 61)
+    for stage in ("warmup", "sparse"):
+        model = model_of(stage)
+        losses = model.losses(tokens[:, :-1], tokens[:, 1:])
+        losses.total.backward()
+        assert len(losses.indexers) == len(dsa_layers(model)) == 1 and losses.indexers[0].kl > 0
+        assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    everything = model_of(index_topk=1000)
+    everything.load_state_dict(model.state_dict())
+    for layer in dsa_layers(model):
+        layer.stage = "warmup"
+    assert relative_error(model(tokens), everything(tokens)) < FP32_MODEL
+    assert relative_error(model.eval()(tokens), everything(tokens)) > 1e-2
+
+
+def test_packed_documents_answer_and_learn_as_alone() -> None:
+    """In FP32, with lengths around blocks and window, and with multi-token prediction after them."""
+    model, lengths = model_of("sparse"), [9, 1, 3, 4, 8, 40, 7]
+    tokens = tokens_of(2, sum(lengths))
+    documents = numbered(lengths, 2)
+    packed = model.states(tokens, documents=documents, train_indexers=True)
+    alone = [model.states(part, train_indexers=True) for part in tokens.split(lengths, 1)]
+    for got, want in zip(packed.normed.split(lengths, 1), alone, strict=True):
+        assert relative_error(got, want.normed) < 1e-5
+    kl = sum(one.indexers[0].kl * n for one, n in zip(alone, lengths, strict=True)) / sum(lengths)
+    assert relative_error(packed.indexers[0].kl, torch.as_tensor(kl)) < 1e-5
+    joined = model.states(tokens, train_indexers=True)
+    assert relative_error(joined.normed, packed.normed) > 1e-2
+
+
+# the cache
+
+
+@pytest.fixture(scope="module")
+def long_model() -> tuple[Transformer, Tensor, Any]:
+    torch.manual_seed(3)
+    model, tokens = model_of(n_layers=4, compress_ratios=(0, 4, 8, 7), index_topk=3).eval(), tokens_of(2, 200)
+    return model, tokens, model.run(tokens, mtp=True)
+
+
+@pytest.mark.parametrize(("size", "length"), [(1, 50), (3, 100), (64, 200), (129, 200)])
+def test_chunks_answer_as_one_pass(long_model: Any, size: int, length: int) -> None:
+    model, tokens, _ = long_model
+    tokens = tokens[:, :length]
+    want = model.run(tokens, mtp=True)
+    cache = model.new_cache(2, mtp=True)
+    outs = [model.run(part, cache, mtp=True) for part in tokens.split(size, 1)]
+    assert relative_error(torch.cat([out.logits for out in outs], 1), want.logits) < CHUNKS
+    for k, mtp_logits in enumerate(want.mtp_logits):
+        got = torch.cat([out.mtp_logits[k] for out in outs], 1)
+        assert relative_error(got[:, k + 1 :], mtp_logits) < CHUNKS
+
+
+def test_rows_of_unequal_length_taken_back_and_selected(long_model: Any) -> None:
+    """Rows stop within blocks, wait, lose rejected tokens that completed blocks, begin again, and change places."""
+    model, tokens, want = long_model
+    cache, rows = model.new_cache(3), [0, 1, 0]
+
+    def feed(*new: int) -> None:
+        at, part = cache.lengths.tolist(), torch.zeros(3, max(new), dtype=torch.int64)
+        for i, n in enumerate(new):
+            part[i, :n] = tokens[rows[i], at[i] : at[i] + n]
+        got = model(part, cache, lengths=torch.tensor(new))
+        for i, n in enumerate(new):
+            assert not n or relative_error(got[i, :n], want.logits[rows[i], at[i] : at[i] + n]) < CHUNKS, (i, at, new)
+
+    feed(5, 0, 70)
+    feed(1, 1, 1)
+    feed(0, 33, 2)
+    feed(40, 40, 40)
+    model(tokens_of(3, 30), cache)  # guesses, all rejected
+    cache.truncate(cache.lengths - 30)
+    feed(2, 9, 4)
+    feed(50, 40, 40)
+    cache.truncate(cache.lengths - torch.tensor([3, 0, SLACK]))
+    feed(1, 4, 20)
+    cache.select([2, 1, 1])
+    rows = [0, 1, 1]
+    feed(3, 8, 1)
+    cache.truncate(cache.lengths * torch.tensor([1, 0, 1]))
+    feed(1, 50, 0)
+    feed(4, 3, 4)
+
+
+def test_taking_back_more_than_the_slack_is_refused(long_model: Any) -> None:
+    model, tokens, want = long_model
+    cache = model.new_cache(2)
+    model(tokens[:, :100], cache)
+    cache.truncate(100 - SLACK)
+    message = refusal(cache.truncate, 99 - SLACK)
+    assert message == (
+        f"truncate to [{99 - SLACK}, {99 - SLACK}], but rows have had [100, 100] tokens and the cache can take back "
+        f"{SLACK}; truncate to 0 and feed them again"
+    )
+    assert cache.lengths.tolist() == [100 - SLACK] * 2
+    cache.truncate(0)
+    assert relative_error(model(tokens[:, :50], cache), want.logits[:, :50]) < CHUNKS
+    cache.truncate(50 - SLACK)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "fp8"])
+@pytest.mark.parametrize("qat", [False, True])
+def test_rounded_caches_answer_alike_in_all_chunks(dtype: Any, qat: bool) -> None:
+    """A row is rounded before a query reads it, also in the call that stores it."""
+    model, tokens = model_of(qat=qat, index_topk=100, n_dense_layers=3).eval(), tokens_of(2, 40)
+    outs = []
+    for size in (1, 7, 40):
+        cache = model.new_cache(2, dtype=dtype)
+        outs.append(torch.cat([model(part, cache) for part in tokens.split(size, 1)], 1))
+    # a number next to the middle of two values may be rounded to either
+    assert all(relative_error(out, outs[-1]) < 1e-3 for out in outs)
+    error = relative_error(outs[-1], model(tokens))
+    unit = BF16_UNIT if qat or dtype == torch.bfloat16 else E4M3_UNIT
+    assert 0 < error < rounding(unit, chained=3 * 4)
+
+
+def test_cache_takes_the_published_bytes() -> None:
+    """584 bytes an entry and 68 an indexer's, and for each layer what does not grow: window and raw rows."""
+    for sizes, published in ((FLASH, 3514.25), (PRO, 5031.4)):
+        with torch.device("meta"):
+            cache: Any = Transformer(ModelConfig(**sizes)).new_cache(1, 1 << 20, "fp8")
+        grows = sum(
+            store.entries.nbytes + (store.index.entries.nbytes if store.index else 0)
+            for store in cache.stores
+            if store.entries
+        )
+        assert abs(grows / (1 << 20) - published) < 0.05
+        fixed = cache.nbytes - grows
+        ratios = sizes["compress_ratios"]
+        raw = {0: 0, 4: (8 + SLACK) * 4 * (2048 + 512), 128: (128 + SLACK) * 4 * 1024}
+        assert fixed == sum((128 + SLACK) * 584 + raw[m] for m in ratios)
+        assert cache.nbytes_per_token == cache.nbytes / (1 << 20) < published + 40
+    for rows, width in (
+        (FP8Rows(1, 2, 448, 64, torch.device("cpu")), 584),
+        (FP4Rows(1, 2, 128, torch.device("cpu")), 68),
+    ):
+        assert rows.data.shape[2] == width
+
+
+def test_stored_bytes_are_the_rounded_values() -> None:
+    rows, index = torch.randn(2, 5, 512), torch.randn(2, 5, 128)
+    fp8, fp4 = FP8Rows(2, 9, 448, 64, rows.device), FP4Rows(2, 9, 128, rows.device)
+    places = torch.arange(5).expand(2, -1)
+    for store, given in ((fp8, rows), (fp4, index)):
+        store.data[:, :5] = store._encode(given)
+        assert torch.equal(store.read(5, torch.float32), store.read_at(places, torch.float32))
+    want = torch.cat((quantize(rows[..., :448], (1, 64)).dequantize(), rows[..., 448:].bfloat16().float()), -1)
+    assert torch.equal(fp8.read(5, torch.float32), want)
+    assert torch.equal(fp4.read(5, torch.float32), round_fp4(index))
+
+
+def test_speculative_decoding_gives_the_same_tokens(long_model: Any) -> None:
+    model = long_model[0]
+    prompts = [torch.randint(0, SMALL["vocab_size"], (n,)) for n in (5, 40, 1)]
+    plain = dsmini.generate(model, prompts, 15)
+    drafted = dsmini.generate(model, prompts, 15, speculative=True)
+    assert torch.equal(plain.tokens, drafted.tokens) and drafted.stats.drafted > 0
+
+
+# numbers
+
+
+def test_qat_rounds_entries_and_both_sides_of_the_indexer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding passes gradients on. The Hadamard transform, on both sides, changes no score but for the rounding."""
+    sizes: dict[str, Any] = {
+        "head_dim": 128,
+        "qk_rope_head_dim": 16,
+        "index_head_dim": 64,
+        "index_topk": 4,
+        "qat": True,
+    }
+    layer, _ = layer_of("csa", "sparse", **sizes)
+    layer = layer.float()
+    plain = CompressedAttention(config_of({**sizes, "qat": False}), compress_ratio=4)
+    plain.load_state_dict(layer.state_dict())
+    x, seen = torch.randn(2, 24, SMALL["dim"]), []
+    real = compressed_attention.topk_keys
+    monkeypatch.setattr(compressed_attention, "topk_keys", lambda *args: (seen.append(args), real(*args))[1])
+    context = Context(positions=torch.arange(24)[None], train_indexers=True)
+    y, loss = layer(x, context)
+    (y.sum() + loss.kl).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
+    q, keys = seen[0][:2]
+    assert torch.equal(round_fp4(q), q) and torch.equal(round_fp4(keys), keys)
+    assert 1e-3 < relative_error(y, plain(x)) < 0.3
+    plain.stage = "sparse"
+    plain(x, context)
+    exact = seen[1][:2]
+    assert 1e-2 < relative_error(q, exact[0]) < 0.2 and 1e-2 < relative_error(keys, exact[1]) < 0.2
+    rows = torch.randn(1, 3, 128)
+    rounded = layer.key_value(rows, layer.rope.cos_sin(torch.arange(3)[None]))
+    assert torch.equal(rounded[..., :112], quantize(rows[..., :112], (1, 64)).dequantize())
+
+
+def test_yarn_has_no_temperature_and_the_window_alone_no_yarn() -> None:
+    yarn: dict[str, Any] = {"original_seq_len": 16, "rope_factor": 16.0, "mscale": 1.0, "mscale_all_dim": 0.5}
+    for kind in KINDS:
+        layer, c = layer_of(kind, **yarn)
+        cos, sin = layer.rope.cos_sin(torch.arange(30)[None])
+        assert relative_error(cos.square() + sin.square(), torch.ones_like(cos)) < 1e-6
+        assert layer.scale == c.head_dim**-0.5
+        assert (layer.rope.rope_theta, layer.rope.original_seq_len) == ((160000.0, 16) if layer.m else (10000.0, None))
+
+
+def test_fp32_stays_where_numbers_need_it() -> None:
+    model = model_of().to(torch.bfloat16)
+    exact = {name for name, p in model.layers[1].get_submodule("attn").named_parameters() if p.dtype == torch.float32}
+    assert exact == {
+        *("attn_sink", "q_norm.weight", "kv_norm.weight", "indexer.weights_proj.weight"),
+        *(
+            f"{of}compressor.{part}"
+            for of in ("", "indexer.")
+            for part in ("ape", "wkv.weight", "wgate.weight", "norm.weight")
+        ),
+    }
+    assert model(tokens_of(1, 20)).dtype == torch.bfloat16
+
+
+def test_layer_learns_in_simulated_fp8() -> None:
+    sizes: dict[str, Any] = {"dim": 128, "q_lora_rank": 128, "head_dim": 128, "o_lora_rank": 64, "precision": "fp8"}
+    model = model_of("sparse", **sizes)
+    exact = Transformer(dataclasses.replace(model.config, precision="native"))
+    exact.load_state_dict(model.state_dict())
+    tokens = tokens_of(2, 40)
+    losses = model.losses(tokens[:, :-1], tokens[:, 1:])
+    losses.total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert 0 < relative_error(losses.main, exact.losses(tokens[:, :-1], tokens[:, 1:]).main) < 0.1
+
+
+class Wrapper(nn.Module):
+    """A module around another one, as tools put them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+
+def test_every_projection_may_be_wrapped() -> None:
+    layer, c = layer_of("csa")
+    x = torch.randn(2, 20, c.dim, dtype=torch.float64)
+    want = layer(x)
+    for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b"):
+        setattr(layer, name, Wrapper(getattr(layer, name)))
+    assert relative_error(layer(x), want) < 1e-12
+
+
+def test_no_tensor_of_all_pairs_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compressed_attention, "BLOCK", 32)
+    (layer, c), s = layer_of("csa"), 1024
+    x = torch.randn(1, s, c.dim, dtype=torch.float64)
+    with torch.no_grad(), Operations() as seen:
+        layer(x)
+    assert seen.largest < s * s / 4  # all pairs of a token and an entry, for one head
+
+
+# refusals
+
+
+def test_masks_and_other_attention_are_refused() -> None:
+    layer, c = layer_of("csa")
+    x = torch.randn(1, 5, c.dim, dtype=torch.float64)
+    hidden = torch.zeros(1, 5, 5, dtype=torch.bool)
+    context = Context(positions=torch.arange(5)[None], mask=hidden)
+    for call in (functools.partial(layer, x, mask=hidden), functools.partial(layer, x, context)):
+        assert refusal(call) == (
+            "compressed attention got a mask, and has entries of whole blocks, in which it cannot hide single tokens; "
+            "leave it out, or give documents"
+        )
+    assert "use CompressedAttention, or 'mha', 'gqa' or 'mqa'" in refusal(Attention, c)
+    assert "use attention='compressed'" in refusal(CompressedAttention, ModelConfig(), compress_ratio=4)
+    assert refusal(CompressedAttention, compress_ratio=4).startswith("attention='compressed' needs")
