@@ -145,6 +145,8 @@ def randomise(module: M) -> M:
     """Draw matrices that keep the size of their input, norms around 1, and nonzero, mostly negative routing biases."""
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if not tensor.is_floating_point():  # a table of experts
+                continue
             if name.endswith("bias"):
                 tensor.uniform_(-0.4, 0.1)
             elif tensor.dim() == 1:

@@ -302,6 +302,11 @@ class ModelConfig:
         """Return the number of tokens in a compressed entry of block `layer`; 0 without any, as in MTP blocks."""
         return self.compress_ratios[layer] if self.compress_ratios and layer < self.n_layers else 0
 
+    @property
+    def has_indexers(self) -> bool:
+        """Return True if some layer chooses keys or compressed entries by an indexer."""
+        return self.attention == "dsa" or CSA_RATIO in (self.compress_ratios or ())
+
     def is_hashed(self, layer: int) -> bool:
         """Return True if block `layer` chooses experts by a table from token ids."""
         return layer < self.n_hash_layers

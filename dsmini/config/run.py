@@ -81,8 +81,8 @@ class TrainConfig:
     mtp_weight_after: float = setting(0.1, least=0)
     """Weight of the multi-token prediction loss after mtp_until (V3: 0.1)."""
     dsa_stage: Literal["warmup", "sparse"] = setting("sparse", resume="refused")
-    """Stage of training with attention "dsa". warmup: only the indexers learn, from attention to all keys; sparse: all
-    learns, with attention to the picks (V3.2: 1000 steps of warmup, then 15000 of sparse)."""
+    """Stage of training with indexers (V3.2, V4). warmup: only the indexers learn, from attention to all keys; sparse:
+    all learns, with attention to the picks (V3.2: 1000 steps of warmup, then 15000 of sparse)."""
 
     recompute: bool = setting(False, resume="rounding")
     """Recomputation of each block in the backward pass: less memory, about a third more work."""
@@ -248,7 +248,7 @@ class ParallelConfig:
             require_multiple("model.n_routed_experts", model.n_routed_experts, "parallel.ep", self.ep)
         if self.pp > 1:
             self._check_pipeline(model, train)
-        frozen = model.attention == "dsa" and train.dsa_stage == "warmup"
+        frozen = model.has_indexers and train.dsa_stage == "warmup"
         require(
             not frozen or self.zero == 0,
             f"parallel.zero={self.zero} does not go with train.dsa_stage='warmup', in which little has a gradient; "
@@ -269,9 +269,9 @@ class ParallelConfig:
     def _check_pipeline(self, model: ModelConfig, train: TrainConfig) -> None:
         """Raise ValueError for layers or parts of a batch that a pipeline does not take."""
         require(
-            model.attention != "dsa",
-            f"parallel.pp={self.pp} does not go with model.attention='dsa', whose indexers' losses no stage passes on; "
-            "use parallel.dp or parallel.ep",
+            not model.has_indexers,
+            f"parallel.pp={self.pp} does not go with model.attention='{model.attention}', whose indexers' losses no "
+            "stage passes on; use parallel.dp or parallel.ep",
         )
         name, parts = self.schedule, train.grad_accum
         stages = self.pp * CHUNKS[name]
@@ -351,7 +351,7 @@ class RunConfig:
             f"train.eval_context={context} is longer than model.max_seq_len={self.model.max_seq_len}; raise that, and "
             f"set train.seq_len={self.seq_len} to train as before",
         )
-        sparse = self.model.attention == "dsa"
+        sparse = self.model.has_indexers
         require(
             sparse or self.train.dsa_stage != "warmup",
             f"train.dsa_stage='warmup' trains indexers, and model.attention='{self.model.attention}' has none; leave "
@@ -359,7 +359,8 @@ class RunConfig:
         )
         require(
             not (sparse and self.train.compile),
-            "train.compile does not go with model.attention='dsa', whose indexers learn uncompiled; leave it out",
+            f"train.compile does not go with model.attention='{self.model.attention}', whose indexers learn "
+            "uncompiled; leave it out",
         )
 
     @property

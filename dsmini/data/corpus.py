@@ -23,6 +23,9 @@ from dsmini.data.order import window_starts
 from dsmini.data.tokenized import CorpusCache, CorpusFacts, forget
 from dsmini.text.tokenizer import FIM_TOKENS, ByteTokenizer, Tokenizer, load_tokenizer
 
+COUNTED = 1 << 24
+"""Number of tokens that are counted at a time."""
+
 
 def sequences(
     text: NDArray[Any], starts: NDArray[np.int64], seq_len: int
@@ -66,6 +69,14 @@ class Corpus(CorpusFacts):
     ) -> tuple[Int[Tensor, "{n} {seq_len}"], Int[Tensor, "{n} {seq_len}"]]:
         """Return tokens and targets of sequences first .. first + n - 1 of the endless stream."""
         return sequences(self.train, window_starts(first, n, len(self.train), seq_len, seed), seq_len)
+
+    def token_counts(self, vocab_size: int) -> NDArray[np.int64]:
+        """Return how often each token id is in the training text."""
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for start in range(0, len(self.train), COUNTED):
+            counts += np.bincount(self.train[start : start + COUNTED], minlength=vocab_size)
+        forget(self.train)
+        return counts
 
     def documents(self, tokens: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
         """Return the number, from 0 in each row, of the document that a token belongs to; its end belongs to it."""

@@ -6,6 +6,7 @@ Muon (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982) turns a matrix's mo
 singular values are all 1, so that no direction of the update is lost next to a few large ones.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -20,6 +21,11 @@ from dsmini.training.muon import HALLEY, NEWTON_SCHULZ, MuonMatrices, NewtonSchu
 
 Named = Iterable[tuple[str, Tensor]]
 """Parameters with their names."""
+
+
+WEIGHS = re.compile(r"(^|\.)(gate\.weight|hc_\w+\.\w+|attn_sink|ape)$")
+"""Names of the parameters that weigh or choose: gates, hyper-connections, and V4's sinks and position biases. AdamW
+moves them, with the gates' learning rate."""
 
 
 class AdamWBF16(Optimizer):
@@ -101,7 +107,7 @@ def optimizers(
     """Return the optimizers that together move every parameter that learns once.
 
     The routing bias is a buffer, so none moves it. Each group has a "peak_lr", its learning rate at the top of the
-    schedule. Matrices decay, norms and gates do not.
+    schedule. Matrices decay; norms, gates and the small parameters of V4 do not.
 
     Args:
         matmul_dtype: dtype of Muon's matrix products.
@@ -114,11 +120,11 @@ def optimizers(
     """Parameters that AdamW moves, by learning rate and weight decay."""
     for name, p in named:
         if name not in by_muon:
-            is_gate = name.endswith("gate.weight")
+            weighs = WEIGHS.search(name)
             lr = config.adamw_lr if ".indexer." in name else config.table_lr
-            if is_gate:
+            if weighs:
                 lr = config.gate_lr or config.adamw_lr
-            kinds[lr, 0.0 if is_gate or p.dim() <= 1 else config.weight_decay].append(p)
+            kinds[lr, 0.0 if weighs or p.dim() <= 1 else config.weight_decay].append(p)
     groups = []
     for (lr, decay), params in kinds.items():
         # the parameters of a group are of one class: divided among processes, or whole
@@ -142,9 +148,10 @@ def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Return whether Muon moves a parameter.
 
     It moves matrices, and stacks of experts' matrices, that map hidden states to hidden states: not the embedding, the
-    head, the gates, and the indexers, which choose as gates do and have V3.2's optimizer and learning rate.
+    head, the gates and what else weighs, and the indexers, which choose as gates do and have V3.2's optimizer and
+    learning rate.
     """
-    outer = name in ("embed.weight", "head.weight") or name.endswith("gate.weight") or ".indexer." in name
+    outer = name in ("embed.weight", "head.weight") or WEIGHS.search(name) or ".indexer." in name
     return parameter.dim() > 1 and not outer
 
 

@@ -15,7 +15,7 @@ from dsmini.distributed.world import World
 from dsmini.nn.transformer import IGNORE
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import Trained, exactly, far_apart, held_pieces, new_trainer, train, up_to_sums
-from tests.helpers.configs import DSA
+from tests.helpers.configs import DSA, V4_MODEL
 from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, rounding
 
 STEPS = 6
@@ -54,6 +54,9 @@ PARTS, FOUR = {"grad_accum": 2}, {"grad_accum": 4}
 UNCLIPPED: dict[str, Any] = {"grad_clip": 1e6}
 PLAIN: dict[str, Any] = {"n_layers": 4, "n_mtp_layers": 0}
 DEEP: dict[str, Any] = {"n_layers": 4}
+STREAMS: dict[str, Any] = {
+    **{"n_layers": 4, "n_dense_layers": 0, "n_hash_layers": 2, "hc_mult": 3, "score_func": "sqrtsoftplus"},
+}
 
 
 def stages(parallel: dict[str, Any], train: dict[str, Any], model: dict[str, Any], exact: bool = False) -> Row:
@@ -85,6 +88,10 @@ ROWS: list[Row] = [
             ({"dp": 2, "zero": 3}, PARTS | {"recompute": True}),
         )
     ),
+    Row({"dp": 2}, MUON, V4_MODEL, PARTS),
+    Row({"ep": 2}, {"recompute": True}, V4_MODEL, steps=2),
+    stages({"pp": 2}, PARTS, PLAIN | STREAMS, exact=True),
+    stages({"pp": 2, "schedule": "dualpipev"}, FOUR, STREAMS),
     *(stages({"pp": 2, "schedule": name}, FOUR, PLAIN, exact=True) for name in CHUNKS if name != "1f1b"),
     stages({"pp": 2}, PARTS, PLAIN | {"n_layers": 5}, exact=True),  # unequal stages
     stages({"pp": 2, "schedule": "zbv"}, FOUR | {"recompute": True}, PLAIN, exact=True),

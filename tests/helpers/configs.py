@@ -31,6 +31,8 @@ V4: dict[str, Any] = {
     "n_limited_groups": 1,
 }
 """V4's attention with a layer of each kind: window, CSA, HCA."""
+V4_MODEL: dict[str, Any] = V4 | {"n_hash_layers": 1, "swiglu_limit": 0.5, "hc_mult": 4}
+"""The same with all of V4's parts."""
 """Sparse attention whose top-k is shorter than the tests' sequences."""
 V32: dict[str, Any] = {"attention": "dsa", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
 """The indexer of DeepSeek-V3.2, which is DeepSeek-V3 but for it."""

@@ -11,7 +11,7 @@ import pytest
 
 from dsmini.training import saving
 from dsmini.training.run import TrainingRun
-from tests.helpers.configs import DSA
+from tests.helpers.configs import DSA, V4_MODEL
 from tests.helpers.runs import RICH, asked_after, calls, kill, new_run, resumed, stopped, unequal, whole
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "recompute": {"recompute": True},
     "warm-up of indexers": {"model": DSA, "dsa_stage": "warmup", "optimizer": "muon", "ema_decay": 0.9},
     "sparse attention": {"model": DSA, "optimizer": "muon", "recompute": True, "grad_accum": 2},
+    "V4": {"model": V4_MODEL, "optimizer": "muon", "grad_accum": 2, "ema_decay": 0.9},
     "rich": RICH,
 }
 

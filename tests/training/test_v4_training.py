@@ -1,0 +1,110 @@
+"""What V4 adds to training: tables from the text, who moves what, and indexers in both stages."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini.data.corpus import Corpus
+from dsmini.nn.gate import HashGate, hash_table
+from dsmini.training.optim import Muon, optimizers
+from dsmini.training.origin import RunOrigin, check_resume
+from dsmini.training.start import started
+from dsmini.training.trainer import Trainer
+from tests.conftest import SMALL, randomise
+from tests.helpers.configs import V4_MODEL, refusal
+from tests.helpers.runs import new_run
+from tests.helpers.tolerances import relative_error
+
+MODEL: dict[str, Any] = SMALL | V4_MODEL
+
+
+def test_adamw_moves_what_weighs_at_the_rate_of_gates() -> None:
+    model = Transformer(ModelConfig(**MODEL))
+    muon, adamw = optimizers(model, TrainConfig(optimizer="muon", lr=0.5, gate_lr=0.25, weight_decay=0.1))
+    names, groups = {id(p): name for name, p in model.named_parameters()}, {}
+    for of in (muon, adamw):
+        for group in of.param_groups:
+            how = "muon" if isinstance(of, Muon) else (group["peak_lr"], group["weight_decay"])
+            groups |= {names[id(p)]: how for p in group["params"]}
+    assert groups.keys() == set(names.values())
+    for name in ("hc_attn.fn", "hc_ffn.base", "hc_ffn.scale", "ffn.gate.weight", "attn.attn_sink"):
+        assert groups[f"layers.1.{name}"] == (0.25, 0.0), name
+    assert {groups[f"{path}hc_head.fn"] for path in ("", "mtp.0.")} == {(0.25, 0.0)}
+    assert groups["layers.2.attn.compressor.ape"] == groups["layers.1.attn.indexer.compressor.ape"] == (0.25, 0.0)
+    assert groups["layers.1.attn.indexer.wq_b.weight"] == (0.5, 0.1) and groups["norm.weight"] == (0.5, 0.0)
+    for name in ("layers.2.attn.compressor.wgate.weight", "mtp.0.e_proj.weight", "mtp.0.h_proj.weight"):
+        assert groups[name] == "muon", name
+
+
+def new_trainer(**changes: Any) -> Trainer:
+    """Return a trainer of the same model and text for any changes of the recipe."""
+    train = dataclasses.replace(TrainConfig(seq_len=32, batch_size=4, device="cpu", dtype="float32"), **changes)
+    config = RunConfig(model=ModelConfig(**MODEL), train=train)
+    text = np.frombuffer(bytes(7 * i * i % 61 for i in range(1000)), np.uint8)
+    corpus = Corpus(train=text[:900], val=text[900:], source="", files=1, split="", sha256="")
+    torch.manual_seed(0)
+    return Trainer(randomise(Transformer(config.model)), corpus, config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+def test_indexers_learn_alike_in_one_part_and_in_four(stage: Any) -> None:
+    """The KL divergence is a mean over the micro-batches, and its gradient too."""
+    one, four = (new_trainer(grad_accum=n, dsa_stage=stage) for n in (1, 4))
+    sums = [trainer.forward_backward(4)[0] for trainer in (one, four)]
+    torch.testing.assert_close(sums[1], sums[0], rtol=1e-4, atol=1e-6)
+    assert sums[0][3] > 0, "there is a KL divergence"
+    for (name, p), q in zip(one.model.named_parameters(), four.model.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None) == (stage == "warmup" and ".indexer." not in name), name
+        if p.grad is not None and q.grad is not None:
+            assert relative_error(q.grad, p.grad) < 1e-4, name
+
+
+def test_tables_are_made_of_the_training_text(tmp_path: Path) -> None:
+    """One from weights keeps theirs, whatever its text."""
+    (tmp_path / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    sizes: dict[str, Any] = {"vocab_size": 256, "n_hash_layers": 2}
+    model = ModelConfig(**MODEL | sizes)
+    train = TrainConfig(seq_len=16, device="cpu", dtype="float32")
+    config = RunConfig(model=model, train=train, data=DataConfig(path=tmp_path / "book.txt"), out=tmp_path / "x")
+    with started(RunOrigin(config=config), config, Console(quiet=True)) as training:
+        counts = torch.from_numpy(np.bincount(training.trainer.corpus.train, minlength=256))
+        first = training.trainer.model
+    assert counts.sum() == int(0.9 * 4500)
+    for layer, gate in enumerate(first.gates()[:2]):
+        assert isinstance(gate, HashGate)
+        e, k = len(gate.weight), gate.tid2eid.shape[1]
+        assert torch.equal(gate.tid2eid, hash_table(counts, e, k, layer))
+    state = Transformer(model).state_dict()
+    weights = RunOrigin(config=config, before=config, rows=lambda name, rows: state[name][rows])
+    again = dataclasses.replace(config, out=tmp_path / "y")
+    with started(weights, again, Console(quiet=True)) as training:
+        name = "layers.0.ffn.gate.tid2eid"
+        assert torch.equal(training.trainer.model.state_dict()[name], state[name])
+
+
+def test_v3_run_is_not_resumed_as_v4(tmp_path: Path) -> None:
+    old, train = ModelConfig(**SMALL), TrainConfig(seq_len=16)
+    said = refusal(check_resume, *(RunConfig(model=m, train=train, out=tmp_path) for m in (old, ModelConfig(**MODEL))))
+    assert "model.attention (mla -> compressed)" in said and "model.hc_mult (1 -> 4)" in said
+
+
+def test_documents_do_not_see_each_other() -> None:
+    """A row of two documents has the losses of each by itself, but for the target between them."""
+    model = randomise(Transformer(ModelConfig(**MODEL))).eval()
+    tokens = torch.randint(61, (1, 25))
+    documents = (torch.arange(25)[None] >= 11).long()
+    states = model.states(tokens, documents=documents).normed
+    torch.testing.assert_close(states[:, :11], model.states(tokens[:, :11]).normed, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states[:, 11:], model.states(tokens[:, 11:]).normed, rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_name_the_layers_with_indexers(tmp_path: Path) -> None:
+    training = new_run(tmp_path, model=V4_MODEL, steps=2)
+    assert training.train()
+    assert len(training.history.records[-1]["layer_indexer_kl"]) == 1  # one layer of three is CSA
