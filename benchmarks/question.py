@@ -19,9 +19,9 @@ from dsmini.measure.price import Prices
 from dsmini.measure.roofs import Roofs, read_bandwidth
 from dsmini.measure.turns import Estimate, Run, TimeOverError, in_turns, median_of
 from dsmini.measure.workloads import StepShape, dtype_name
-from dsmini.report import Figure, Plot, Value, pick
-from dsmini.report.plots import lines, over_labels
-from dsmini.report.units import shown, words
+from dsmini.report import Figure, Plot, Series, Value, pick
+from dsmini.report.units import shown
+from dsmini.report.units import words as in_words
 
 REACHED = 0.5
 """Share of the peak rate that a model's products are assumed to reach in estimates of time."""
@@ -139,27 +139,55 @@ def drawing(
     x: str = "",
     by: str = "",
     only: Callable[[Figure], bool] = lambda f: True,
-    **more: Any,
+    kind: Literal["points", "bars"] = "points",
+    line: tuple[str, float] | None = None,
+    predicted: bool = False,
+    log_y: bool = False,
 ) -> Callable[[Sequence[Figure]], list[Plot]]:
     """Return a function that plots a metric over a number of the case, or over labels that are made of the case.
+
+    Lines over a number have dashed predictions. Values over labels have their 95 % intervals.
 
     Args:
         label: label of a figure; a string is filled with its case, such as "{block} {linear}".
         x: key of the number on the horizontal axis; "" draws over labels.
         by: key whose values have a line or a group each.
         only: True for the figures to draw.
-        more: other arguments of over_labels.
+        line: label and height of a dashed line across all labels.
+        predicted: draw predictions over labels too, as points.
     """
 
-    def draw(figures: Sequence[Figure]) -> list[Plot]:
-        found = [f for f in pick(figures, metric) if (not by or by in f.case) and only(f)]
+    def place(f: Figure) -> Any:
         if x:
-            return lines(found, metric, x=x, by=by, title=title)
-        groups: dict[str, dict[str, Figure]] = {}
-        for f in found:
-            at = label.format(**f.case) if isinstance(label, str) else label(f)
-            groups.setdefault(str(f.case[by]) if by else "measured", {})[at] = f
-        return over_labels(title, words(metric), groups, **more)
+            return float(f.case[x])
+        return label.format(**f.case) if isinstance(label, str) else label(f)
+
+    def group(f: Figure) -> str:
+        value = f.case[by] if by else "measured"
+        return str(value) if isinstance(value, str) or not x else f"{by} {value}"
+
+    def draw(figures: Sequence[Figure]) -> list[Plot]:
+        found = [f for f in pick(figures, metric) if f.measured is not None and {x, by} - {""} <= f.case.keys()]
+        found = sorted(filter(only, found), key=place) if x else list(filter(only, found))
+        if not found:
+            return []
+        labels, series = list(dict.fromkeys(map(place, found))), list[Series]()
+        for name in dict.fromkeys(map(group, found)):
+            mine = [f for f in found if group(f) == name]
+            at = [place(f) if x else float(labels.index(place(f))) for f in mine]
+            low, high = ([getattr(f, end) for f in mine] for end in ("low", "high"))
+            ends: Any = {} if None in low or None in high else {"low": low, "high": high}
+            shape = "line" if x else kind
+            series.append(Series(label=name, x=at, y=[f.measured or 0.0 for f in mine], kind=shape, **ends))
+            if predicted or (x and all(f.predicted for f in mine)):
+                y, shape = [f.predicted or 0.0 for f in mine], "line" if x else "points"
+                series.append(Series(label=f"{name}, predicted", x=at, y=y, kind=shape, dashed=True, of=name))
+        if line:
+            words, height = line
+            series.append(Series(label=words, x=[-0.5, len(labels) - 0.5], y=[height] * 2, dashed=True))
+        if x:
+            return [Plot(title=title, x=x, y=found[0].unit, series=series, log_x=True, log_y=True)]
+        return [Plot(title=title, x="", y=in_words(metric), series=series, labels=labels, log_y=log_y)]
 
     return draw
 

@@ -111,9 +111,9 @@ def _answer(command: DiagnoseCommand, bar: Progress) -> "Diagnosis":
     """Diagnose what the command asks for."""
     from dsmini.diagnosis.diagnosis import answer
 
-    def on_part(share: float, what: str) -> None:
+    def on_part(share: float, what: str, left: float) -> None:
         bar.label = what
-        bar.update(share)
+        bar.update(share, left=left)
 
     asked = {name: value for name, value in vars(command).items() if name not in ("out", "json")}
     return answer(**asked, on_part=on_part)

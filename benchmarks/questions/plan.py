@@ -17,7 +17,7 @@ from benchmarks.models import recipe
 from benchmarks.question import Case, Figure, Question, Setting, drawing, figure, left_out, pick
 from dsmini import ModelConfig, TrainConfig
 from dsmini.machine import DTYPES
-from dsmini.measure.dry import Holding, counted_twice
+from dsmini.measure.counting import Count, counted_twice
 from dsmini.measure.process import peak_of_process
 from dsmini.measure.roofs import why_unusable
 from dsmini.measure.turns import in_turns
@@ -79,7 +79,7 @@ def measure(setting: Setting, name: str, shape: StepShape) -> Iterator[Figure]:
         turns = in_turns({"step": step}, setting.device, seconds=SECONDS, least=3, on_turn=setting.deadline)
         yield figure("seconds", case, turns.estimate("step"), predicted=expected.seconds)
         del step
-        there = counted_twice(lambda here=here: here.make(setting.device), Holding())
+        there = counted_twice(lambda here=here: here.make(setting.device), Count())
         yield figure("tensor_memory", case, float(there.peak), predicted=float(expected.peak))
         if shape.work == "training":
             yield figure(

@@ -16,8 +16,6 @@ A verdict takes the best of all arms. So each of m arms has an interval (measure
 truth in at most 5 / m of 100 cases: in at most 5 of 100 diagnoses some lower end is. 4 arms need 7 turns for that, and
 8 arms 8; after fewer there are no intervals.
 
-An arm that is computed takes no steps. Its gain is shown, and wins no verdict.
-
 The clock decides. No arm begins its steps after the time is over, and what is known then is kept.
 """
 
@@ -66,8 +64,8 @@ class Arm:
     """Advice where it gains, in one sentence."""
     why_not: str | None = None
     """Reason why it cannot be tried; None if it can."""
-    predict: Callable[[Any], float] | None = None
-    """Returns the seconds of a step by the prices of the work, before any step runs; None where nothing is known."""
+    predict: Callable[[], float] | None = None
+    """Returns the seconds of a step by this machine's prices, before any step runs; None where nothing is known."""
     uncounted: int = 1
     counted: int = 2
     """Steps of a turn that are taken first, and those that are counted."""
@@ -75,8 +73,6 @@ class Arm:
     """Tokens that a step makes, in those of a plain step."""
     is_rare: bool = False
     """A part of the steps has all of its gain, such as stalls: the mean over turns counts, which a median hides."""
-    is_computed: bool = False
-    """Its seconds follow from a formula, and no step of its own is taken."""
     at: float | None = None
     """Place on the axis of a plot; None for a bar."""
 
@@ -104,7 +100,7 @@ class Comparison:
     @property
     def tail(self) -> float:
         """Largest chance that the lower end of an arm's interval is above the truth."""
-        return ALARMS / max(1, sum(not arm.is_computed for arm in self.arms[1:]))
+        return ALARMS / max(1, len(self.arms) - 1)
 
     @property
     def least_turns(self) -> int:
@@ -148,13 +144,13 @@ def percent(gain: Estimate | float | None, decimals: int = 0) -> str:
     return percent_of(gain.value if isinstance(gain, Estimate) else gain, decimals)
 
 
-def predict(arms: Sequence[Arm], prices: Any) -> dict[str, float]:
-    """Return the predicted seconds of a step of each arm, as far as the time allows; of none without prices."""
+def predict(arms: Sequence[Arm]) -> dict[str, float]:
+    """Return the predicted seconds of a step of each arm, as far as the time allows."""
     found: dict[str, float] = {}
     with suppress(TimeOverError):
-        for arm in arms if prices is not None else ():
+        for arm in arms:
             if arm.predict is not None:
-                found[arm.name] = arm.predict(prices)
+                found[arm.name] = arm.predict()
     return found
 
 

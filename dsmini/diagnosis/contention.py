@@ -10,20 +10,21 @@ It is an estimate: other programs cannot be stopped to see.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from dsmini.diagnosis.arms import Step
 from dsmini.machine import cores
 from dsmini.measure.cpu_time import CpuTimes
 from dsmini.measure.roofs import Roofs, steadiness
 
+STOP_OTHERS = "Stop other programs, or leave them a core and set train.threads to the rest."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contention:
-    """Share of the machine that others took during a turn."""
+    """Share of the machine that others took for a time."""
 
     others: float
     """Cores that other programs, or other guests of the host, kept busy."""
@@ -32,11 +33,21 @@ class Contention:
     steadiness: float | None = None
     """Rate of the probes now over their stored rate; None without stored rates."""
 
+    @classmethod
+    def between(cls, before: CpuTimes, now: CpuTimes, steadiness: float | None = None) -> "Contention":
+        """Return what others took between two moments."""
+        rates = now.rates_since(before)
+        return cls(others=rates.others, delayed=rates.delayed / torch.get_num_threads(), steadiness=steadiness)
+
     @property
     def loss(self) -> float:
         """Share of a step's time that others cost, estimated."""
         slower = 0.0 if self.steadiness is None else 1 - self.steadiness
         return max(0.0, min(self.others / cores(), max(self.delayed, slower)))
+
+    @property
+    def words(self) -> str:
+        return f"other programs keep {self.others:.1f} of {cores()} cores busy"
 
 
 def watch(roofs: Roofs | None, device: torch.device) -> Callable[[], Contention]:
@@ -44,23 +55,12 @@ def watch(roofs: Roofs | None, device: torch.device) -> Callable[[], Contention]
     before = CpuTimes.now()
 
     def end() -> Contention:
-        rates = CpuTimes.now().rates_since(before)
+        now = CpuTimes.now()
         if device.type != "cpu":
-            return Contention(others=rates.others)
-        steady = None if roofs is None else min(1.0, steadiness(roofs, device))
-        return Contention(others=rates.others, delayed=rates.delayed / torch.get_num_threads(), steadiness=steady)
+            return Contention(others=now.rates_since(before).others)
+        return Contention.between(before, now, None if roofs is None else min(1.0, steadiness(roofs, device)))
 
     return end
-
-
-def quiet(seen: Contention, asleep: float = 0.0) -> nullcontext[Step]:
-    """Return the context of an arm without other programs, which takes no steps of its own.
-
-    Args:
-        seen: what others took in the plain steps of this turn.
-        asleep: seconds of a step in which nothing of this process wants a core: others cannot make them longer.
-    """
-    return nullcontext(lambda base: base - max(0.0, base - asleep) * seen.loss)
 
 
 @contextmanager
@@ -98,10 +98,8 @@ class OtherPrograms:
         looking, self.left = self.left > 0, self.left - seconds
         if not looking or self.left > 0:
             return ""
-        rates, threads = self.read().rates_since(self.before), torch.get_num_threads()
-        lost = min(rates.others / cores(), rates.delayed / threads)
-        if lost < self.SHARE:
+        seen, threads = Contention.between(self.before, self.read()), torch.get_num_threads()
+        if seen.loss < self.SHARE:
             return ""
         fix = f", or leave them a core with --train.threads {threads - 1}" if threads > 1 else ""
-        used = f"other programs keep {rates.others:.1f} of {cores()} cores busy"
-        return f"{used}: the steps wait for a core {lost:.0%} of their time; stop those programs{fix}"
+        return f"{seen.words}: the steps wait for a core {seen.loss:.0%} of their time; stop those programs{fix}"

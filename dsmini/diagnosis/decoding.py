@@ -7,7 +7,6 @@
     bfloat16_weights   Machine    weights of 2 bytes
     fp8_weights        Machine    weights of 1 byte, with scales
     all_threads        Machine    products run on all cores
-    quiet_machine      Machine    other programs take nothing: computed (contention.py)
 
 Where a gain is negative, the current choice is faster: with mha_baseline at -50 % a step takes half as long again. A
 step is what generation does: embed the last token, run the blocks with the cache, make logits.
@@ -48,10 +47,10 @@ from torch import Tensor, nn
 from dsmini import accounting, ops
 from dsmini.accounting import mha_twin
 from dsmini.config import ModelConfig
-from dsmini.diagnosis.arms import Arm, Axis, Step, Work, percent
-from dsmini.diagnosis.contention import Contention, on_threads, quiet, watch
-from dsmini.diagnosis.findings import Finding, other_programs
-from dsmini.diagnosis.training import all_threads, dense_baseline, quiet_machine
+from dsmini.diagnosis.arms import Arm, Step, Work, percent
+from dsmini.diagnosis.contention import Contention, on_threads, watch
+from dsmini.diagnosis.findings import Finding
+from dsmini.diagnosis.training import all_threads, dense_baseline
 from dsmini.inference import Generation
 from dsmini.inference.fused import Decoder
 from dsmini.inference.generation import prefill
@@ -100,7 +99,6 @@ class DecodingSubject:
     """
 
     work: Work = "decoding"
-    is_compiled = False
 
     def __init__(
         self,
@@ -123,12 +121,11 @@ class DecodingSubject:
         with torch.no_grad():
             self.tokens = likeliest(prefill(self.model, self.cache, self.rows))[:, None]
         """First token of each sequence that is decoded, [b, 1]."""
-        self.run = decoding_step(self.model, self.cache, self.tokens)
-        """Takes one step. It decodes a token of each sequence, and cuts the cache back."""
-        self._timed = {(PLAIN, batch): timed(self.run, self.device)}
+        step = decoding_step(self.model, self.cache, self.tokens)
+        self._timed = {(PLAIN, batch): timed(step, self.device)}
         self.turns: list[Contention] = []
         """Shares that others took in turns of plain steps, the one to warm up included."""
-        self.prices: DecodingPrices | None = None
+        self.prices: Prices | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -188,69 +185,91 @@ class DecodingSubject:
         return [Finding(axis="Algorithm", name="accepted_guesses", value=share, sentence=words)]
 
     def look_back(self) -> list[Finding]:
-        """Return findings of the plain steps that were taken."""
-        return [other_programs(self.turns[1:] or self.turns, "decoding")] if self.turns else []
+        """Return findings of the plain steps that were taken: none."""
+        return []
+
+    @property
+    def contentions(self) -> list[Contention]:
+        """Others' shares in the turns of plain steps."""
+        return self.turns[1:] or self.turns
 
     def arms(self, prices: Prices | None) -> list[Arm]:
         """Return all arms, the plain steps first. Without prices nothing is predicted."""
-        self.prices = None if prices is None else DecodingPrices(self, prices)
-        reasons = {**self._attention_stays(), **self._weights_stay(), "drafts": self._no_guesses()}
-        if self.config.n_dense_layers >= self.config.n_layers:
-            reasons["dense_active"] = "the model has no routed experts"
-
-        def of(name: str, variant: Variant) -> Arm:
-            tokens = 1.0
-            if name == "drafts" and reasons[name] is None and self.acceptance is not None:
-                tokens = self.acceptance.tokens_per_step
-            return Arm(
-                name=name,
-                axis=variant.axis,
-                apply=lambda: nullcontext(lambda _base: self.seconds(variant)),
-                why_not=reasons.get(name),
-                predict=lambda p: p.seconds(variant),
-                tokens=tokens,
-                words=variant.words,
-                advice=variant.advice,
-            )
-
+        self.prices, c, mtp = prices, self.config, len(self.model.mtp)
+        no_mha = no_guess = None
+        if c.attention == "mha":
+            no_mha = "the attention is multi-head attention already"
+        elif c.qk_nope_head_dim % 2:
+            no_mha = f"heads of qk_nope_head_dim={c.qk_nope_head_dim} cannot be rotated in pairs"
+        if not mtp:
+            no_guess = "the model has no multi-token prediction"
+        elif self.context + 1 + mtp > c.max_seq_len:
+            no_guess = f"{self.context} cached tokens leave no room for a guess in max_seq_len={c.max_seq_len}"
+        # only kernels read weights of fewer bytes as they lie
+        no_kernels = "the model multiplies in simulated FP8" if c.precision == "fp8" else None
+        if ops.serving(self.device.type) != "cpu":
+            no_kernels = "no kernels serve here, and without them such weights are made wider in every step"
         no_data = "decoding waits for no data: the model makes each token itself"
+        narrow = "the weights have 2 bytes already" if self.weight_dtype == "bfloat16" else None
         return [
-            Arm(name="plain", apply=self.plain, predict=lambda p: p.seconds(PLAIN)),
-            *(of(name, variant) for name, variant in VARIANTS.items()),
+            Arm(name="plain", apply=self.plain, predict=lambda: self.forecast().seconds),
+            self.arm(
+                "free_cache",
+                axis="Machine",
+                why_not=None if self.context > 1 else "there is only 1 cached token",
+                words="1 cached token in place of all: the rest is not attended to",
+                advice="Shorten the contexts, or make the cache smaller: a smaller kv_lora_rank, --cache-dtype fp8.",
+            ),
+            self.arm(
+                "mha_baseline",
+                axis="Algorithm",
+                why_not=no_mha,
+                words="multi-head attention of as many heads, which caches keys and values of each",
+                advice='Set model.attention = "mha" where contexts stay this short: larger cache, fewer projections.',
+            ),
+            self.arm(
+                "dense_active",
+                axis="Algorithm",
+                why_not="the model has no routed experts" if c.n_dense_layers >= c.n_layers else None,
+                words="a dense feed-forward with as many active parameters replaces the experts",
+                advice="Make fewer and wider experts: routing and small products cost more than they save here.",
+            ),
+            self.arm(
+                "drafts",
+                axis="Algorithm",
+                why_not=no_guess,
+                tokens=1.0 if no_guess or self.acceptance is None else self.acceptance.tokens_per_step,
+                words="multi-token prediction guesses, and one step checks all guesses",
+                advice="Add --speculative to dsmini.generate.",
+            ),
+            self.arm(
+                "bfloat16_weights",
+                axis="Machine",
+                why_not=no_kernels or narrow,
+                words="weights are held in BF16",
+                advice="Make a folder in BF16 by python -m dsmini.convert RUN FOLDER --dtype bfloat16; decode from it.",
+            ),
+            self.arm(
+                "fp8_weights",
+                axis="Machine",
+                why_not=no_kernels,
+                words="weights inside the blocks are held as FP8 codes with scales",
+                advice="Make a folder in FP8 by python -m dsmini.convert RUN FOLDER --fp8, and decode with --fp8 keep.",
+            ),
             all_threads(self, "Leave train.threads out, so that all cores are used."),
-            Arm(name="replay", axis="Data", why_not=no_data, apply=lambda: nullcontext(lambda base: base)),
-            quiet_machine(lambda: quiet(self.turns[-1]), "Stop other programs, or leave them a core."),
+            Arm(name="replay", axis="Data", why_not=no_data, apply=self.plain),
         ]
 
-    def _attention_stays(self) -> dict[str, str | None]:
-        """Return why no other attention can be tried, by arm; None for one that can."""
-        c, mha = self.config, None
-        if c.attention == "mha":
-            mha = "the attention is multi-head attention already"
-        elif c.qk_nope_head_dim % 2:
-            mha = f"heads of qk_nope_head_dim={c.qk_nope_head_dim} cannot be rotated in pairs"
-        free = None if self.context > 1 else "there is only 1 cached token"
-        return {"free_cache": free, "mha_baseline": mha}
-
-    def _weights_stay(self) -> dict[str, str | None]:
-        """Return why weights of fewer bytes save nothing here, by arm: only kernels read them as they lie."""
-        kernels = "the model multiplies in simulated FP8" if self.config.precision == "fp8" else None
-        if ops.serving(self.device.type) != "cpu":
-            kernels = "no kernels serve here, and without them such weights are made wider in every step"
-        two_bytes = "the weights have 2 bytes already" if self.weight_dtype == "bfloat16" else None
-        return {"bfloat16_weights": kernels or two_bytes, "fp8_weights": kernels}
-
-    def _no_guesses(self) -> str | None:
-        """Return why multi-token prediction cannot guess; None if it can."""
-        most, depths = self.config.max_seq_len, len(self.model.mtp)
-        if depths and self.context + 1 + depths > most:
-            return f"{self.context} cached tokens leave no room for a guess in max_seq_len={most}"
-        return None if depths else "the model has no multi-token prediction"
+    def arm(self, name: str, **more: Any) -> Arm:
+        """Return the arm of the variant of that name."""
+        variant = VARIANTS[name]
+        apply = lambda: nullcontext(lambda _base: self.seconds(variant))  # noqa: E731
+        return Arm(name=name, apply=apply, predict=lambda: self.forecast(name).seconds, **more)
 
     @contextmanager
     def plain(self) -> Iterator[Step]:
         """Yield plain steps, and note what others took meanwhile."""
-        ended = watch(None if self.prices is None else self.prices.of.roofs, self.device)
+        ended = watch(self.prices and self.prices.roofs, self.device)
         yield lambda _base: self.seconds(PLAIN)
         self.turns.append(ended())
 
@@ -273,6 +292,28 @@ class DecodingSubject:
         """Let products run on a number of cores."""
         with on_threads(number):
             yield lambda _base: self.seconds(PLAIN)
+
+    # --- predictions
+
+    def forecast(self, name: str = "", batch: int | None = None) -> Forecast:
+        """Return the forecast of a variant's step, or of a plain one; batch None: the subject's."""
+        assert self.prices is not None, "without prices nothing is predicted"
+        variant, config = VARIANTS.get(name, PLAIN), self.config
+        point = Point(batch=batch or self.batch, context=self.context)
+        dtype, context = variant.dtype or self.weight_dtype, variant.context or self.context
+        shape = StepShape(work="decode", config=config, dtype=dtype, batch=point.batch, tokens=context)
+        return self.prices.forecast(shape, lambda: variant.steps(self.like(config), point), name or "plain")
+
+    def seconds_on(self, threads: int) -> float:
+        """Predict the seconds of a plain step on a number of threads."""
+        with on_threads(threads):
+            return self.forecast().seconds
+
+    def like(self, config: ModelConfig) -> Transformer:
+        """Return a random model in the subject's dtypes; made dry, it takes no memory."""
+        with torch.random.fork_rng(devices=[]):
+            made = Transformer(config, compute_dtype=self.model.compute_dtype)
+        return made.to(self.device, self.model.embed.weight.dtype).eval()
 
 
 def accepted_guesses(model: Transformer, rows: Sequence[Sequence[int]]) -> Acceptance:
@@ -455,11 +496,6 @@ class Variant:
     """Number of cached tokens instead of the point's."""
     dtype: StepDtype | None = None
     """Dtype in which it holds its weights; None: the model's."""
-    axis: Axis = "Machine"
-    words: str = ""
-    """The change in words."""
-    advice: str = ""
-    """Advice where it gains, in one sentence."""
 
     def steps(self, model: Transformer, point: Point) -> Callable[[], Any]:
         """Return its steps of this model."""
@@ -468,84 +504,11 @@ class Variant:
 
 PLAIN = Variant()
 VARIANTS = {
-    "free_cache": Variant(
-        context=1,
-        words="1 cached token in place of all: the rest is not attended to",
-        advice="Shorten the contexts, or make the cache smaller: a smaller kv_lora_rank, --cache-dtype fp8.",
-    ),
-    "mha_baseline": Variant(
-        change=with_mha,
-        axis="Algorithm",
-        words="multi-head attention of as many heads, which caches keys and values of each",
-        advice='Set model.attention = "mha" where contexts stay this short: it has a larger cache, fewer projections.',
-    ),
-    "dense_active": Variant(
-        change=with_dense,
-        axis="Algorithm",
-        words="a dense feed-forward with as many active parameters replaces the experts",
-        advice="Make fewer and wider experts: routing and small products cost more than they save at this size.",
-    ),
-    "drafts": Variant(
-        make=guessing_steps,
-        axis="Algorithm",
-        words="multi-token prediction guesses, and one step checks all guesses",
-        advice="Add --speculative to dsmini.generate.",
-    ),
-    "bfloat16_weights": Variant(
-        change=with_bfloat16_weights,
-        dtype="bfloat16",
-        words="weights are held in BF16",
-        advice="Make a folder in BF16 by python -m dsmini.convert RUN FOLDER --dtype bfloat16, and decode from it.",
-    ),
-    "fp8_weights": Variant(
-        change=with_fp8_weights,
-        dtype="fp8",
-        words="weights inside the blocks are held as FP8 codes with scales",
-        advice="Make a folder in FP8 by python -m dsmini.convert RUN FOLDER --fp8, and decode with --fp8 keep.",
-    ),
+    "free_cache": Variant(context=1),
+    "mha_baseline": Variant(change=with_mha),
+    "dense_active": Variant(change=with_dense),
+    "drafts": Variant(make=guessing_steps),
+    "bfloat16_weights": Variant(change=with_bfloat16_weights, dtype="bfloat16"),
+    "fp8_weights": Variant(change=with_fp8_weights, dtype="fp8"),
 }
 """Variants by the name of their arm."""
-
-
-# --- predictions
-
-
-class DecodingPrices:
-    """Forecasts of a subject's steps, each made once."""
-
-    def __init__(self, subject: DecodingSubject, prices: Prices) -> None:
-        self.subject, self.of = subject, prices
-        self.known: dict[tuple[Variant, int, int], Forecast] = {}
-        """Forecasts by variant, number of sequences and number of threads."""
-
-    @property
-    def plain(self) -> Forecast:
-        """Forecast of a plain step."""
-        return self.forecast(PLAIN)
-
-    def seconds(self, variant: Variant = PLAIN, batch: int | None = None) -> float:
-        """Return the forecast seconds of a variant's step; None: with the subject's batch."""
-        return self.forecast(variant, batch).seconds
-
-    def threads(self, number: int) -> float:
-        """Return the predicted seconds of a plain step on a number of threads."""
-        with on_threads(number):
-            return self.seconds()
-
-    def forecast(self, variant: Variant, batch: int | None = None) -> Forecast:
-        """Return the forecast of a variant's step; None: with the subject's batch."""
-        subject, config = self.subject, self.subject.config
-        point = Point(batch=batch or subject.batch, context=subject.context)
-        dtype, context = variant.dtype or subject.weight_dtype, variant.context or subject.context
-        shape = StepShape(work="decode", config=config, dtype=dtype, batch=point.batch, tokens=context)
-        key = variant, point.batch, torch.get_num_threads()
-        if key not in self.known:
-            self.known[key] = self.of.forecast(shape, lambda: variant.steps(self.like(config), point))
-        return self.known[key]
-
-    def like(self, config: ModelConfig) -> Transformer:
-        """Return a random model in the subject's dtypes; made dry, it takes no memory."""
-        model = self.subject.model
-        with torch.random.fork_rng(devices=[]):
-            made = Transformer(config, compute_dtype=model.compute_dtype)
-        return made.to(model.device, model.embed.weight.dtype).eval()

@@ -24,17 +24,20 @@ from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.diagnosis import evidence
 from dsmini.diagnosis.arms import Arm, measure, patched, predict
 from dsmini.diagnosis.decoding import DecodingSubject
+from dsmini.diagnosis.findings import other_programs
 from dsmini.diagnosis.training import Subject
 from dsmini.diagnosis.verdict import Diagnosis
 from dsmini.machine import DTYPES, card, cores, pick_device, pick_dtype, refuse_too_large
 from dsmini.measure.price import Prices
+from dsmini.measure.turns import median_of
 from dsmini.nn import Transformer
 from dsmini.report.units import plural
 from dsmini.training.run import check_state
 from dsmini.training.start import refuse_oversized, resolved
 from dsmini.training.trainer import Trainer
 
-OnPart = Callable[[float, str], None]
+OnPart = Callable[[float, str, float], None]
+"""Told the share that is done, what is next, and the seconds that are left: infinite or nan where nobody knows."""
 MOST_ROUNDS = 60
 SECONDS = {"train": (75.0, 25.0), "decode": (30.0, 18.0)}
 """Time of the rounds, and that of a quick diagnosis; decoding steps are short."""
@@ -43,10 +46,8 @@ PREDICTING = (45.0, 20.0)
 TOTAL_SECONDS = 150.0
 """Time of predictions, rounds and evidence, so that a command takes less than three minutes where rates are stored. A
 quick diagnosis gathers no evidence."""
-ROOFS, ROUNDS = 0.03, 0.65
-"""Shares of the progress after which this machine's roofs are there, and rounds are over."""
-PREDICTED, LOOKED = 0.35, 0.4
-"""Shares of the progress until the rounds are over, after which predictions and findings are there."""
+ROUNDS = 0.65
+"""Share of the progress after which rounds are over whose number is given: nobody knows how long they take."""
 MOST_TEXT = 1 << 20
 """Tokens of a text that are looked at in decoding."""
 
@@ -74,7 +75,7 @@ def answer(
     fresh: bool = False,
     rounds: int | None = None,
     only: Sequence[str] = (),
-    on_part: OnPart = lambda done, what: None,
+    on_part: OnPart = lambda share, what, left: None,
 ) -> Diagnosis:
     """Diagnose training or decoding by a config, a run or a model's folder; gather evidence in the time that is left.
 
@@ -85,21 +86,30 @@ def answer(
     Raises: ValueError for what is none of them, a damaged run, a context longer than the model's, and an arm that does
         not apply.
     """
-    on_part(0.0, "reading")
+    on_part(0.0, "reading", math.inf)
     subject = training_subject(what) if work == "train" else decoding_subject(what, batch or 1, context)
     device, prices = subject.device, None
     if device.type == "cpu" and quick and not fresh:
         prices = Prices.stored()
     elif device.type == "cpu":
-        prices = Prices.here(on_part=lambda share, part: on_part(ROOFS * share, part), fresh=fresh)
+        prices = Prices.here(on_part=lambda _, part: on_part(0.0, f"measuring {part}", math.inf), fresh=fresh)
     plan = Plan(seconds=SECONDS[work][quick], predicting=PREDICTING[quick], only=only)
     if rounds is not None:
         plan = dataclasses.replace(plan, seconds=math.inf, rounds=rounds)
-    start, end = time.perf_counter(), 1.0 if quick else ROUNDS
-    found = diagnose(subject, plan, prices, lambda share, part: on_part(ROOFS + (end - ROOFS) * share, part))
+    start, seconds = time.perf_counter(), plan.predicting + plan.seconds
+    end = 1.0 if quick else min(seconds / TOTAL_SECONDS, 1.0) if rounds is None else ROUNDS
+    left = 0.0 if quick else TOTAL_SECONDS - seconds
+    found = diagnose(
+        subject, plan, prices, lambda share, part: on_part(end * share, part, seconds * (1 - share) + left)
+    )
     if not quick and not found.stopped:
         left = TOTAL_SECONDS - (time.perf_counter() - start)
-        evidence.gather(found, subject, left, lambda share, part: on_part(end + (1 - end) * share, part))
+        evidence.gather(
+            found,
+            subject,
+            left,
+            lambda share, part: on_part(end + (1 - end) * share, part, left * (1 - share)),
+        )
     found.of = f"{'decoding, ' if work == 'decode' else ''}{what or 'the default run'}"
     found.facts, found.machine = subject.facts, card(device)
     if prices is not None and (disturbed := prices.roofs.disturbed or prices.disturbed):
@@ -112,13 +122,16 @@ def answer(
 
 
 def diagnose(
-    subject: Subject | DecodingSubject, plan: Plan, prices: Prices | None, on_part: OnPart = lambda done, what: None
+    subject: Subject | DecodingSubject,
+    plan: Plan,
+    prices: Prices | None,
+    on_part: Callable[[float, str], None] = lambda share, what: None,
 ) -> Diagnosis:
     """Diagnose training or decoding.
 
     Args:
         prices: this machine's; None: nothing is predicted.
-        on_part: told the share that is done and what is next.
+        on_part: told the share of the time that is over and what is next.
 
     Raises: ValueError for an arm that is unknown or does not apply; KeyboardInterrupt if it is interrupted before
         there are rounds enough for an interval.
@@ -127,18 +140,19 @@ def diagnose(
     tried = [arm for arm in arms if arm.why_not is None]
     on_part(0.0, "predicting")
     begun, predicted = time.perf_counter(), dict[str, float]()
+    first = plan.predicting / (plan.predicting + plan.seconds)
 
     def on_call(_share: float, part: str) -> None:
-        on_part(PREDICTED * min(1.0, (time.perf_counter() - begun) / plan.predicting), part)
+        on_part(first * min(1.0, (time.perf_counter() - begun) / plan.predicting), part)
 
     if prices is not None:
         with patched(prices, "until", begun + plan.predicting), patched(prices, "on_part", on_call):
-            predicted = predict(tried, subject.prices)
-    on_part(PREDICTED, "looking")
+            predicted = predict(tried)
+    on_part(first, "looking")
     findings = subject.look()
 
     def on_turn(share: float, number: int) -> None:
-        on_part(LOOKED + (1 - LOOKED) * share, f"round {min(number + 1, plan.rounds)}")
+        on_part(first + (1 - first) * share, f"round {min(number + 1, plan.rounds)}")
 
     with tried[0].apply() as step:
         step(0.0)  # the first one compiles kernels, and the clock of the rounds does not run yet
@@ -155,28 +169,34 @@ def diagnose(
             f"On {cores()} cores a step takes {times:.1f} times as long as on {used}: other programs use them. Keep "
             f"--train.threads {torch.get_num_threads()}, or stop the other programs."
         )
+    others = None
+    if seen := subject.contentions:
+        others = median_of([each.loss for each in seen], tail=compared.tail)
+        findings.append(other_programs(seen, others, subject.work))
     return Diagnosis(
         compared=compared,
         findings=[*subject.look_back(), *findings],
+        others=others if others is not None and others.is_clear else None,
         not_tried={arm.name: arm.why_not for arm in arms if arm.why_not is not None},
-        forecast=subject.prices.plain if subject.prices is not None and compared.plain in predicted else None,
+        roofs=None if prices is None else prices.roofs,
+        forecast=subject.forecast() if compared.plain in predicted else None,
         warnings=notes,
         stopped=compared.stopped,
     )
 
 
 def chosen(arms: Sequence[Arm], only: Sequence[str]) -> list[Arm]:
-    """Return plain steps and the arms of these names, or all; what is estimated from plain steps is in any case.
+    """Return plain steps and the arms of these names, or all.
 
     Raises: ValueError for a name that is unknown, or of an arm that does not apply.
     """
-    by_name = {arm.name: arm for arm in arms[1:] if arm.uncounted}
+    by_name = {arm.name: arm for arm in arms[1:]}
     for name in only:
         if name not in by_name:
             raise ValueError(f"unknown change {name!r}; use one of {', '.join(by_name)}")
         if why := by_name[name].why_not:
             raise ValueError(f"--only {name} does not apply: {why}; leave it out")
-    return [arm for arm in arms if not only or arm.name in (arms[0].name, *only) or not arm.uncounted]
+    return [arm for arm in arms if not only or arm.name in (arms[0].name, *only)]
 
 
 # --- what a path names

@@ -46,15 +46,14 @@ from torch import Tensor
 from dsmini.data.corpus import Corpus
 from dsmini.data.tokenized import forget
 from dsmini.diagnosis.arms import Axis, Work, percent
-from dsmini.diagnosis.contention import Contention
-from dsmini.machine import cores
-from dsmini.measure.turns import mean_of, median_of
+from dsmini.diagnosis.contention import STOP_OTHERS, Contention
+from dsmini.measure.turns import Estimate
 from dsmini.nn import max_violation
 from dsmini.nn.transformer import IGNORE
 from dsmini.training.trainer import StepResult
 
-HEALTHY_WAIT, MUCH = 0.01, 0.10
-"""Shares of a step: waiting below the first is healthy; what is for nothing above the second is a fault."""
+MUCH = 0.10
+"""Share of a step, or of the targets, above which what is for nothing is a fault."""
 IDLE_LOAD, MOST_IDLE = 0.1, 0.25
 """An expert is idle below this share of the mean load; more than this share of idle experts is a fault. At random
 weights none of the toy's is idle, and in a collapsed gate all but those that it chooses are."""
@@ -94,21 +93,6 @@ class Finding:
 # --- of the steps
 
 
-def waiting(waited: Sequence[float], seconds: Sequence[float]) -> Finding:
-    """Return the share of a step that waits for its batch.
-
-    Args:
-        waited: seconds of waiting, turn by turn.
-        seconds: seconds of a step, turn by turn.
-    """
-    step = statistics.fmean(seconds)
-    share = mean_of([each / step for each in waited])
-    health = "which is healthy" if share.value < HEALTHY_WAIT else "below 1 % is healthy"
-    sentence = f"A step waits {1e3 * share.value * step:.1f} ms for its batch, {percent(share)} of its time; {health}."
-    fix = "Prepare batches in more threads (data.workers), or make them cheaper to read." if share.low > MUCH else ""
-    return Finding(axis="Data", name="waiting", value=share.value, sentence=sentence, fix=fix)
-
-
 def load(steps: Sequence[StepResult]) -> Finding | None:
     """Return the share of experts that hardly any token has chosen; None for a dense model."""
     counted = [step.counts for step in steps if step.counts is not None]
@@ -125,19 +109,22 @@ def load(steps: Sequence[StepResult]) -> Finding | None:
     return Finding(axis="Algorithm", name="idle_experts", value=idle, sentence=sentence, fix=fix)
 
 
-def other_programs(turns: Sequence[Contention], work: Work) -> Finding:
-    """Return what other programs took of the machine."""
-    others, delayed = (statistics.median(getattr(turn, name) for turn in turns) for name in ("others", "delayed"))
-    loss = median_of([turn.loss for turn in turns])
+def other_programs(turns: Sequence[Contention], loss: Estimate, work: Work) -> Finding:
+    """Return what other programs took of the machine. loss: share of a step's time that they cost."""
+    busiest, delayed = (statistics.median(getattr(turn, name) for turn in turns) for name in ("others", "delayed"))
+    seen = Contention(others=busiest, delayed=delayed).words
     sentence = (
-        f"Other programs keep {others:.1f} of {cores()} cores busy, and a thread of this run is {percent(delayed)} of "
-        f"the time without a core. Others cost about {percent(loss.value)} of a step."
+        f"{seen[0].upper()}{seen[1:]}, and a thread of this run is {percent(delayed)} of the time without a core. "
+        f"Others cost about {percent(loss.value)} of a step."
     )
-    fix = ""
-    if loss.low > MUCH:
-        leave = " and set train.threads to the rest" if work == "training" else ""
-        fix = f"Stop other programs, or leave them a core{leave}."
-    return Finding(axis="Machine", name="other_programs", value=loss.value, sentence=sentence, fix=fix)
+    fix = STOP_OTHERS if work == "training" else "Stop other programs, or leave them a core."
+    return Finding(
+        axis="Machine",
+        name="other_programs",
+        value=loss.value,
+        sentence=sentence,
+        fix=fix if loss.low > MUCH else "",
+    )
 
 
 # --- of the batches

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from dsmini.diagnosis import roofline
 from dsmini.diagnosis.arms import Comparison, percent
 from dsmini.diagnosis.findings import Finding
 from dsmini.diagnosis.verdict import Diagnosis, best_arms
@@ -32,8 +33,8 @@ def table_of(compared: Comparison, columns: Sequence[str] = (*BRIEF, "ms", "pred
         cells["ms"] = digits(1e3 * compared.turns.median(arm.name))
         cells["predicted ms"] = "" if priced is None else digits(1e3 * priced)
         if arm.name in gains:
-            gain = percent(gains[arm.name]) + (", computed" if arm.is_computed else "")
-            cells |= {"axis": arm.axis or "", "gain": gain, "predicted": percent(compared.predicted_gain(arm))}
+            predicted = percent(compared.predicted_gain(arm))
+            cells |= {"axis": arm.axis or "", "gain": percent(gains[arm.name]), "predicted": predicted}
         rows.append([cells.get(name, "") for name in columns])
     return Table(columns=columns, rows=rows, numeric=("gain", "predicted", "ms", "predicted ms"))
 
@@ -59,8 +60,7 @@ def plot_of(compared: Comparison, title: str, x: str) -> Plot:
     if compared.predicted:
         expected = [100 * (compared.predicted_gain(arm) or 0.0) for arm in arms]
         bars.append(Series(label="predicted", x=(), y=expected, kind="bars", dashed=True, of="measured"))
-    labels = [f"{arm.name}, computed" if arm.is_computed else arm.name for arm in arms]
-    return Plot(title=title, x=x, y="gain, %", series=bars, labels=labels)
+    return Plot(title=title, x=x, y="gain, %", series=bars, labels=[arm.name for arm in arms])
 
 
 def sentence_of(compared: Comparison) -> str:
@@ -78,7 +78,6 @@ def record_of_arms(compared: Comparison) -> dict[str, Any]:
     return {
         arm.name: {
             "axis": arm.axis,
-            "computed": arm.is_computed,
             "measured": gains[arm.name].value,
             "low": gains[arm.name].low,
             "high": gains[arm.name].high,
@@ -108,12 +107,8 @@ def record_of(found: Diagnosis) -> dict[str, Any]:
         "not_tried": found.not_tried,
         "findings": [asdict(finding) | {"is_fault": finding.is_fault} for finding in found.findings],
         "stopped": found.stopped,
-        "evidence": {
-            section.name: record_of_arms(found.sweeps[section.name])
-            if section.name in found.sweeps
-            else [figure.as_json() for figure in section.figures]
-            for section in found.sections
-        },
+        "parts": {} if found.forecast is None else found.forecast.by_class,
+        "evidence": {name: record_of_arms(sweep) for name, sweep in found.sweeps.items()},
     }
     return plain(record)  # an open interval has no ends
 
@@ -128,7 +123,8 @@ def report_of(found: Diagnosis, command: str = "") -> Report:
         finding=f"{plural(len(rows), 'experiment')} did not apply, or had no time.",
         tables=[Table(columns=("not tried", "why"), rows=rows)],
     )
-    sections = [_verdict(found), _gains(found), _to_try(found), _findings(found), *_step(found), *found.sections]
+    step = [] if found.forecast is None or found.roofs is None else [roofline.section(found.forecast, found.roofs)]
+    sections = [_verdict(found), _gains(found), _to_try(found), _findings(found), *step, *found.sections]
     return Report(
         title=f"Diagnosis of {found.of}",
         lead=found.sentence,
@@ -181,9 +177,7 @@ def _to_try(found: Diagnosis) -> Section:
     if rows:
         arm, gain, _ = found.tries[0]
         words = f"Try {arm.name} first: it shortens the time of a token by {percent(gain)}."
-        if arm.is_computed:
-            words = f"Try {arm.name} first: by a computation it shortens the time of a token by {percent(gain)}."
-        elif not gain.is_clear:
+        if not gain.is_clear:
             words = f"Try {arm.name} first: in few rounds it shortened the time of a token by {percent(gain)}."
         elif gain.low <= 0:
             words = f"Try {arm.name} first: it may shorten the time of a token, by {percent(gain)}, or not at all."
@@ -202,16 +196,3 @@ def _faults(faults: Sequence[Finding]) -> Section:
     tables = [Table(columns=("axis", "fault", "what to do first"), rows=rows)] if rows else []
     words = "These faults were seen." if rows else "No fault was seen."
     return Section(name="faults", title="What is wrong?", finding=words, tables=tables)
-
-
-def _step(found: Diagnosis) -> list[Section]:
-    """Return the section of the parts of a step, if they were forecast."""
-    if found.forecast is None:
-        return []
-    parts = found.forecast.by_class  # longest first
-    bars = Series(label="forecast", x=(), y=[1e3 * s for s in parts.values()], kind="bars", dashed=True)
-    plot = Plot(title="Parts of a step", x="class of operations", y="ms", series=[bars], labels=list(parts))
-    largest = max(parts, key=lambda name: parts[name])
-    share = parts[largest] / sum(parts.values())
-    words = f"Most of it, {percent(share)}, is {largest}, by the forecast of this machine's rates."
-    return [Section(name="step", title="What does a step consist of?", finding=words, plots=[plot])]

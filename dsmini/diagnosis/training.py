@@ -4,7 +4,6 @@
     dense_active      Algorithm  a dense feed-forward with as many active parameters
     all_threads       Machine    products run on all cores
     fastest_dtype     Machine    products run in the dtype that this machine multiplies fastest
-    quiet_machine     Machine    other programs take nothing: computed (contention.py)
 
 The gain of replay is measured, within what the plain steps of the same turn have seen: at least the time that they
 waited, and at most that and the CPU time in which batches were prepared, since threads that prepare take a core from
@@ -32,7 +31,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
@@ -41,18 +40,9 @@ import torch
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, RunConfig
-from dsmini.diagnosis.arms import Apply, Arm, Step, Work, patched
-from dsmini.diagnosis.contention import Contention, on_threads, quiet, watch
-from dsmini.diagnosis.findings import (
-    Finding,
-    duplicates,
-    held_out_leak,
-    load,
-    other_programs,
-    padding,
-    waiting,
-    wrong_targets,
-)
+from dsmini.diagnosis.arms import Arm, Step, Work, patched
+from dsmini.diagnosis.contention import Contention, on_threads, watch
+from dsmini.diagnosis.findings import Finding, duplicates, held_out_leak, load, padding, wrong_targets
 from dsmini.machine import DTYPES, cores, memory_bytes, once, pick_dtype
 from dsmini.measure.price import Forecast, Prices
 from dsmini.measure.turns import TimeOverError
@@ -89,11 +79,6 @@ class PlainTurn:
         """Mean seconds that a step waited for its batch."""
         return statistics.fmean(step.data_wait * step.seconds for step in self.steps)
 
-    @property
-    def asleep(self) -> float:
-        """Mean seconds that a step waited while no batch was prepared."""
-        return max(0.0, self.waited - self.preparing)
-
 
 class Subject:
     """A Trainer whose steps are taken for their time. Its schedules stand still: every step is the same work."""
@@ -104,22 +89,13 @@ class Subject:
         self.trainer = trainer
         self.at = trainer.steps_done
         self.rows = trainer.config.train.batch_size_at(self.at)
-        self.prices: TrainingPrices | None = None
+        self.prices: Prices | None = None
         self.turns: list[PlainTurn] = []
         """Turns of plain steps, the one to warm up included."""
 
     @property
     def config(self) -> RunConfig:
         return self.trainer.config
-
-    @property
-    def is_compiled(self) -> bool:
-        return self.config.train.compile
-
-    @property
-    def compute_dtype(self) -> str:
-        """Dtype of products."""
-        return self.config.train.dtype
 
     @property
     def device(self) -> torch.device:
@@ -144,22 +120,19 @@ class Subject:
 
     def look_back(self) -> list[Finding]:
         """Return findings of the plain steps that were taken."""
-        seen = self.turns[1:] or self.turns
-        idle = load([step for turn in seen for step in turn.steps])
-        return [
-            waiting([turn.waited for turn in seen], [turn.seconds for turn in seen]),
-            *([] if idle is None else [idle]),
-            other_programs([turn.contention for turn in seen], "training"),
-        ]
+        idle = load([step for turn in self.turns for step in turn.steps])
+        return [] if idle is None else [idle]
+
+    @property
+    def contentions(self) -> list[Contention]:
+        """Others' shares in the turns of plain steps."""
+        return [turn.contention for turn in self.turns[1:] or self.turns]
 
     def step(self) -> StepResult:
         """Take one optimizer step, and return to the same place of the schedules."""
         result = self.trainer.step()
         self.trainer.steps_done = self.at
         return result
-
-    run = step
-    """Takes one step."""
 
     def batch_sizes(self) -> list[int]:
         """Return numbers of sequences to try, those of the run first: what fits into memory, by its forecast.
@@ -171,7 +144,7 @@ class Subject:
             if n <= self.rows or self.prices is None:
                 return n <= 2 * self.rows
             with suppress(TimeOverError):
-                return self.prices.forecast(n).peak + self.prices.of.process < MOST_MEMORY * memory_bytes(self.device)
+                return self.forecast(n).peak + self.prices.process < MOST_MEMORY * memory_bytes(self.device)
             return False
 
         parts = self.config.train.grad_accum
@@ -186,19 +159,19 @@ class Subject:
 
     def arms(self, prices: Prices | None) -> list[Arm]:
         """Return all arms, the plain steps first. Without prices nothing is predicted."""
-        self.prices = None if prices is None else TrainingPrices(self, prices)
+        self.prices = prices
         config, fastest = self.config, fastest_dtype(self.device)
-        compiled = "the model is compiled; run without --train.compile" if self.is_compiled else None
+        compiled = "the model is compiled; run without --train.compile" if config.train.compile else None
         no_experts = compiled or (None if self.trainer.model.gates() else "the model has no routed experts")
         same_dtype = f"{fastest} is the fastest dtype here, and used" if config.train.dtype == fastest else None
         return [
-            Arm(name="plain", apply=self.plain, counted=self.counted, predict=lambda p: p.seconds() + p.wait),
+            Arm(name="plain", apply=self.plain, counted=self.counted, predict=lambda: self.seconds() + self.wait),
             Arm(
                 name="replay",
                 axis="Data",
                 apply=self.replay,
                 is_rare=True,
-                predict=lambda p: p.seconds(),
+                predict=self.seconds,
                 words="every step takes the same batch from memory; saves at most what plain steps waited and prepared",
                 advice="Prepare batches earlier or faster: raise data.workers, read plain files, tokenize once.",
             ),
@@ -207,7 +180,7 @@ class Subject:
                 axis="Algorithm",
                 apply=self.dense,
                 why_not=no_experts,
-                predict=lambda p: p.seconds() + p.wait - p.routing(),
+                predict=lambda: self.seconds() + self.wait - self.routing(),
                 words="a dense feed-forward with as many active parameters replaces the experts",
                 advice="Make fewer and wider experts, or larger batches, so that each product has more rows.",
             ),
@@ -217,18 +190,17 @@ class Subject:
                 axis="Machine",
                 apply=lambda: self.dtype(fastest),
                 why_not=compiled or same_dtype,
-                predict=lambda p: p.seconds(dtype=fastest) + p.wait,
+                predict=lambda: self.seconds(dtype=fastest) + self.wait,
                 words="products run in the dtype that this machine multiplies fastest",
                 advice="Leave train.dtype at auto.",
             ),
-            quiet_machine(self.quiet, "Stop other programs, or leave them a core and set train.threads to the rest."),
         ]
 
     @contextmanager
     def plain(self) -> Iterator[Step]:
         """Yield plain steps, and add a turn of what was seen of them."""
         steps, cpu = list[StepResult](), list[float]()
-        ended = watch(None if self.prices is None else self.prices.of.roofs, self.device)
+        ended = watch(self.prices and self.prices.roofs, self.device)
         prepared = self.trainer.loader.prepared
 
         def timed(request: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -313,9 +285,52 @@ class Subject:
         self.trainer.model.zero_grad(set_to_none=True)
         return seconds
 
-    def quiet(self) -> "nullcontext[Step]":
-        """Return the arm without other programs: a wait in which no batch is prepared stays."""
-        return quiet(self.turns[-1].contention, self.turns[-1].asleep)
+    # --- predictions
+
+    def forecast(self, batch: int | None = None, dtype: str | None = None) -> Forecast:
+        """Return the forecast of a step that waits for nothing, with other rows or another dtype."""
+        assert self.prices is not None, "without prices nothing is predicted"
+        return self.prices.forecast(self.shape(batch, dtype))
+
+    def seconds(self, batch: int | None = None, dtype: str | None = None) -> float:
+        return self.forecast(batch, dtype).seconds
+
+    def seconds_on(self, threads: int) -> float:
+        """Predict the seconds of a step on a number of threads, its wait included."""
+        with on_threads(threads):
+            return self.seconds() + self.wait
+
+    def routing(self) -> float:
+        """Predict the seconds that routing adds to a forward and backward."""
+        assert self.prices is not None, "without prices nothing is predicted"
+        shape, device = self.shape(), torch.device("cpu")
+
+        def put_dense(model: nn.Module) -> None:
+            for block in routed_blocks(model):
+                block.ffn = dense_baseline(shape.config)
+
+        routed, dense = (
+            self.prices.forecast(shape, partial(shape.make, device, change=change, update=False)).seconds
+            for change in (lambda model: None, put_dense)
+        )
+        return routed - dense
+
+    @cached_property
+    def wait(self) -> float:
+        """Predicted seconds that the loader adds to a step. Batches are timed: their mean counts, as a stall does."""
+        start, busy = time.perf_counter(), time.thread_time()
+        for i in range(BATCHES):
+            self.trainer.loader.prepared((self.trainer.sequences + i * self.rows, self.rows))
+        batch, cpu = (time.perf_counter() - start) / BATCHES, (time.thread_time() - busy) / BATCHES
+        return waiting_seconds(batch, cpu, self.seconds(), self.config.data.workers)
+
+    def shape(self, batch: int | None = None, dtype: str | None = None) -> StepShape:
+        """Return a step of the run with other rows, or another dtype; in FP8 if that is the model's precision."""
+        config = self.config
+        name: StepDtype = "float32" if (dtype or config.train.dtype) == "float32" else "bfloat16"
+        name = "fp8" if config.model.precision == "fp8" else name
+        sizes = {"batch": batch or self.rows, "tokens": config.seq_len}
+        return StepShape(work="training", config=config.model, dtype=name, train=config.train, **sizes)
 
 
 def routed_blocks(model: nn.Module) -> list[Block]:
@@ -341,17 +356,10 @@ def all_threads(subject: Any, advice: str) -> Arm:
         axis="Machine",
         apply=lambda: subject.threads(cores()),
         why_not=no_more_threads(subject.device),
-        predict=lambda p: p.threads(cores()),
+        predict=lambda: subject.seconds_on(cores()),
         words="products run on all cores",
         advice=advice,
     )
-
-
-def quiet_machine(apply: Apply, advice: str) -> Arm:
-    """Return the arm without other programs, which is computed from the plain steps of its turn."""
-    words = "other programs take nothing; computed from CPU times and probes, not tried"
-    computed = {"uncounted": 0, "counted": 1, "is_computed": True}
-    return Arm(name="quiet_machine", axis="Machine", apply=apply, words=words, advice=advice, **computed)
 
 
 def no_more_threads(device: torch.device) -> str | None:
@@ -360,70 +368,6 @@ def no_more_threads(device: torch.device) -> str | None:
         return f"products run on {device}"
     used = torch.get_num_threads()
     return f"all {used} cores are used already" if used >= cores() else None
-
-
-# --- predictions
-
-
-class TrainingPrices:
-    """Predicted seconds of a subject's steps. Parts that several of them need are computed once."""
-
-    def __init__(self, subject: Subject, prices: Prices) -> None:
-        self.subject, self.of = subject, prices
-        self.known: dict[tuple[StepShape, int], Forecast] = {}
-        """Forecasts by step and number of threads."""
-
-    @property
-    def plain(self) -> Forecast:
-        """Forecast of a step that waits for nothing."""
-        return self.forecast()
-
-    def forecast(self, batch: int | None = None, dtype: str | None = None) -> Forecast:
-        """Return the forecast of a step that waits for nothing, with other rows or another dtype."""
-        key = self.shape(batch, dtype), torch.get_num_threads()
-        if key not in self.known:
-            self.known[key] = self.of.forecast(key[0])
-        return self.known[key]
-
-    def seconds(self, batch: int | None = None, dtype: str | None = None) -> float:
-        return self.forecast(batch, dtype).seconds
-
-    def threads(self, number: int) -> float:
-        """Return the seconds of a step on a number of threads, its wait included."""
-        with on_threads(number):
-            return self.forecast().seconds + self.wait
-
-    def routing(self) -> float:
-        """Return the seconds that routing adds to a forward and backward."""
-        shape, device = self.shape(), torch.device("cpu")
-
-        def put_dense(model: nn.Module) -> None:
-            for block in routed_blocks(model):
-                block.ffn = dense_baseline(shape.config)
-
-        routed, dense = (
-            self.of.forecast(shape, partial(shape.make, device, change=change, update=False)).seconds
-            for change in (lambda model: None, put_dense)
-        )
-        return routed - dense
-
-    @cached_property
-    def wait(self) -> float:
-        """Seconds that the loader adds to a step. Batches are timed: their mean counts, as a stall does."""
-        trainer, rows = self.subject.trainer, self.subject.rows
-        start, busy = time.perf_counter(), time.thread_time()
-        for i in range(BATCHES):
-            trainer.loader.prepared((trainer.sequences + i * rows, rows))
-        batch, cpu = (time.perf_counter() - start) / BATCHES, (time.thread_time() - busy) / BATCHES
-        return waiting_seconds(batch, cpu, self.seconds(), self.subject.config.data.workers)
-
-    def shape(self, batch: int | None = None, dtype: str | None = None) -> StepShape:
-        """Return a step of the run with other rows, or another dtype; in FP8 if that is the model's precision."""
-        config = self.subject.config
-        name: StepDtype = "float32" if (dtype or config.train.dtype) == "float32" else "bfloat16"
-        name = "fp8" if config.model.precision == "fp8" else name
-        sizes = {"batch": batch or self.subject.rows, "tokens": config.seq_len}
-        return StepShape(work="training", config=config.model, dtype=name, train=config.train, **sizes)
 
 
 def waiting_seconds(batch: float, cpu: float, computing: float, workers: int) -> float:

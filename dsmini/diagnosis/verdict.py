@@ -4,7 +4,7 @@
     nothing binds   all upper ends are at most 10 %: no axis has a tenth of the time to give
     mixed           several lower ends are above 10 %, and the best two intervals overlap
     undetermined    an interval reaches across 10 %, or across the best one: noise hides the answer. Or the best gain
-                    is computed, that of a machine without other programs: nobody has tried it.
+                    is that of a machine without other programs, which is computed: nobody has tried it.
 
 Intervals are those of arms.py: in at most 5 of 100 diagnoses an axis is named whose gain is not above 10 %.
 
@@ -20,6 +20,7 @@ from typing import Literal
 from dsmini.diagnosis.arms import AXES, Arm, Axis, Comparison, percent
 from dsmini.diagnosis.findings import Finding
 from dsmini.measure.price import Forecast
+from dsmini.measure.roofs import Roofs
 from dsmini.measure.turns import Estimate
 from dsmini.report import Section
 from dsmini.report.units import plural
@@ -49,8 +50,7 @@ class Verdict:
 def best_arms(compared: Comparison) -> dict[Axis, Arm]:
     """Return for each axis the measured arm that gains most for certain."""
     gains = compared.gains
-    tried = [arm for arm in compared.measured if not arm.is_computed]
-    ranked = sorted(tried, key=lambda arm: (-gains[arm.name].low, -gains[arm.name].value))
+    ranked = sorted(compared.measured, key=lambda arm: (-gains[arm.name].low, -gains[arm.name].value))
     return {axis: next(a for a in ranked if a.axis == axis) for axis in AXES if any(a.axis == axis for a in ranked)}
 
 
@@ -61,33 +61,28 @@ def gains_by_axis(compared: Comparison) -> dict[Axis, Estimate]:
     """
     gains, found = compared.gains, dict[Axis, Estimate]()
     for axis, arm in best_arms(compared).items():
-        of_axis = [gains[a.name].high for a in compared.measured if a.axis == axis and not a.is_computed]
+        of_axis = [gains[a.name].high for a in compared.measured if a.axis == axis]
         found[axis] = replace(gains[arm.name], high=max(of_axis))
     return found
 
 
-def computed_gain(compared: Comparison) -> Estimate | None:
-    """Return the gain of the computed arm, if there is one."""
-    return next((compared.gains[arm.name] for arm in compared.measured if arm.is_computed), None)
-
-
-def verdict(gains: Mapping[Axis, Estimate], computed: Estimate | None = None, least_turns: int = 0) -> Verdict:
+def verdict(gains: Mapping[Axis, Estimate], others: Estimate | None = None, least_turns: int = 0) -> Verdict:
     """Return the verdict of the gains of all axes that could be tried.
 
     Args:
-        computed: gain without other programs, which nobody tried.
+        others: share of a step that other programs cost, which is computed.
         least_turns: number of rounds that intervals need.
     """
     if not gains or not all(gain.is_clear for gain in gains.values()):
         return _too_early(gains, least_turns)
     ranked: list[tuple[str, Estimate]] = sorted(gains.items(), key=lambda item: -item[1].low)
-    every = ranked if computed is None else [*ranked, (OTHERS, computed)]
+    every = ranked if others is None else [*ranked, (OTHERS, others)]
     axis, best = max(gains.items(), key=lambda item: item[1].low)
-    if computed is not None and computed.low > max(LEAST, best.low):
+    if others is not None and others.low > max(LEAST, best.low):
         words = (
-            f"Undetermined: other programs lengthen a step by about {percent(computed)} of its time. That is computed "
+            f"Undetermined: other programs lengthen a step by about {percent(others)} of its time. That is computed "
+            f"from CPU times and probes, not tried. Of what was tried, {_named(ranked[:1])} gains most."
         )
-        words += f"from CPU times and probes, not tried. Of what was tried, {_named(ranked[:1])} gains most."
         return Verdict(outcome="undetermined", sentence=words, decides=QUIET_MACHINE)
     clear = [(a, g) for a, g in ranked if g.low > LEAST]
     near = [(a, g) for a, g in every if a != axis and g.high >= best.low]
@@ -141,10 +136,14 @@ class Diagnosis:
 
     compared: Comparison
     findings: Sequence[Finding]
+    others: Estimate | None = None
+    """Share of a step that other programs cost, which is computed."""
     not_tried: dict[str, str] = field(default_factory=dict)
     """Reasons by arm, and by experiment."""
+    roofs: Roofs | None = None
+    """Rates of this machine; None where they are not known."""
     forecast: Forecast | None = None
-    """Forecast of a plain step that waits for nothing; None without stored rates of this machine."""
+    """Forecast of a plain step that waits for nothing; None without rates."""
     sections: list[Section] = field(default_factory=list)
     """Evidence: experiments besides the verdict's."""
     sweeps: dict[str, Comparison] = field(default_factory=dict)
@@ -162,7 +161,7 @@ class Diagnosis:
 
     @cached_property
     def verdict(self) -> Verdict:
-        return verdict(gains_by_axis(self.compared), computed_gain(self.compared), self.compared.least_turns)
+        return verdict(gains_by_axis(self.compared), self.others, self.compared.least_turns)
 
     @property
     def gains(self) -> dict[str, Estimate]:

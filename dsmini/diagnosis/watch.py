@@ -1,6 +1,6 @@
 """The watch of a running training (train.diagnose): what binds it now, from figures that its steps have anyway.
 
-A diagnosis makes one thing free and measures the gain. A watch changes nothing, and looks at the last 20 steps:
+A diagnosis makes one thing free and measures the gain. A watch changes nothing, and looks at windows of 20 steps:
 
     Data        waiting         share of a step that waits for its batch
     Machine     slower steps    1 - fastest / now, the compute of a step next to that in the run's fastest 20 steps
@@ -9,29 +9,27 @@ A diagnosis makes one thing free and measures the gain. A watch changes nothing,
                                 all cores at most
     Algorithm   idle experts    share of experts with less than a tenth of the mean load
 
-Each share has an interval, that of the sign test: of a median of 20 steps it reaches from the 6th to the 15th in order.
-A share binds if all of its interval is above 10 % (idle experts: 25 %, slower steps without another program in sight:
-20 %). It no longer binds if all of it is below, or its median below half the limit. In between nothing changes. Idle
-experts cost no time, so that they are named only where nothing else binds.
+Each share has an interval, that of the sign test: for the median of 20 steps from the 6th to the 15th in order.
+A share is over its limit if all of its interval is: 10 % (idle experts: 25 %, slower steps without another program in
+sight: 20 %). That of the axis which binds stays over it until its median is below half the limit. Idle experts cost no
+time, so that they are named only where nothing else binds.
 
-A change is said after every look at 20 more steps, and at 3 seconds of them, showed it. A loader that becomes slow at
-step 100 has 15 slow steps of 20 at step 114, and is named at step 134.
+Each window is 20 steps, and 3 seconds, of its own. A change is said once two windows in a row show it. A loader that
+becomes slow at step 101 is named at step 140.
 
 The steps are the probe of the machine: a product and a read of memory, as a diagnosis runs them, would take seconds on
-a busy machine and count in the run's peak memory. The cost of a look is measured, and the next waits until the steps
-took a hundred times as long: the overhead is at most 1 %.
+a busy machine and count in the run's peak memory. A look at a window takes less than a millisecond.
 """
 
 import math
 import statistics
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from dsmini.diagnosis.arms import Axis, percent
+from dsmini.diagnosis.contention import STOP_OTHERS, Contention
 from dsmini.diagnosis.findings import MOST_IDLE, load
 from dsmini.diagnosis.verdict import LEAST
 from dsmini.machine import cores
@@ -41,12 +39,9 @@ from dsmini.training.run import BindingChange
 from dsmini.training.trainer import StepResult
 
 WINDOW = 20
-"""Number of steps that a look rests on, and that a change must hold."""
-STOP_OTHERS = "Stop other programs, or leave them a core and set train.threads to the rest."
+"""Least number of steps of a window."""
 HOLD_SECONDS = 3.0
-"""Seconds of steps that a change must hold: very short steps are slowed together by what passes in a moment."""
-COST_SHARE = 0.01
-"""Largest share of the time that looking may take."""
+"""Least seconds of a window: very short steps are slowed together by what passes in a moment."""
 EQUAL_VIO = 0.5
 """Difference in MaxVio within which routing is equal work. The toy's step takes a fifth longer at 0.3 than at 2.5, as
 all experts have work then."""
@@ -69,14 +64,6 @@ class Sign:
     limit: float = LEAST
     takes_time: bool = True
 
-    @property
-    def is_over(self) -> bool:
-        return self.share.low > self.limit
-
-    @property
-    def is_below(self) -> bool:
-        return self.share.high <= self.limit or self.share.value <= self.limit / 2
-
 
 def exactly(value: float) -> Estimate:
     """Return a share that is known for the whole window."""
@@ -93,51 +80,34 @@ class RunWatch:
 
     def __init__(self, device: torch.device, read: Callable[[], CpuTimes] = CpuTimes.now) -> None:
         self.is_cpu, self.read = device.type == "cpu", read
-        self.steps: deque[StepResult] = deque(maxlen=WINDOW)
-        self.times: deque[tuple[int, CpuTimes]] = deque()
-        """CPU times after steps of the window."""
-        self.vios: deque[float] = deque(maxlen=WINDOW)
+        self.steps: list[StepResult] = []
+        """Steps of the window until now."""
+        self.before: CpuTimes | None = None
+        """CPU times before the window; None where they say nothing."""
         self.fastest: dict[tuple[int, int], float] = {}
         """Seconds of compute of a step in the fastest window of equal work, the upper end of the interval, by the
         number of tokens and the balance of the experts."""
         self.binds: str | None = None
         """The axis that was said to bind, "" for nothing; None before the first was said."""
-        self._next = ""
-        self._held_steps, self._held_seconds = 0, 0.0
-        self._unseen, self._cost = 0.0, 0.0
+        self._last: str | None = None  # axis of the window before
 
     def see(self, step: StepResult) -> BindingChange | None:
-        """Look at a step, unless the last look was too long a part of the time since."""
+        """Take a step; look at the window once it is long enough."""
         if self.steps and step.tokens != self.steps[-1].tokens:  # another size of batch is other work
             self.steps.clear()
-            self.vios.clear()
+        if self.is_cpu and self.before is None:
+            self.before = self.read()
         self.steps.append(step)
-        self.vios.append(step.max_vio or 0.0)
-        self._held_steps += 1
-        self._held_seconds += step.seconds
-        self._unseen += step.seconds
-        if self._unseen * COST_SHARE < self._cost:
+        if len(self.steps) < WINDOW or sum(each.seconds for each in self.steps) < HOLD_SECONDS:
             return None
-        start = time.perf_counter()
-        change = self._look(step)
-        self._unseen, self._cost = 0.0, time.perf_counter() - start
-        return change
-
-    def _look(self, step: StepResult) -> BindingChange | None:
-        if self.is_cpu:
-            self.times.append((step.step, self.read()))
-            while len(self.times) > 2 and self.times[0][0] < self.steps[0].step:
-                self.times.popleft()
-        if len(self.steps) < WINDOW:
-            return None
-        signs = list(self._signs())
-        found = self._first([sign for sign in signs if sign.is_over])
+        now = self.read() if self.is_cpu else None
+        signs = list(self._signs(now))
+        self.before = now
+        self.steps.clear()
+        found = self._first(signs)
         axis = "" if found is None else found.axis
-        if found is None and any(sign.axis == self.binds and not sign.is_below for sign in signs):
-            axis = self.binds or ""  # it may still bind
-        if axis != self._next:
-            self._next, self._held_steps, self._held_seconds = axis, 0, 0.0
-        if axis == self.binds or self._held_steps < WINDOW or self._held_seconds < HOLD_SECONDS:
+        before, self._last = self._last, axis
+        if axis == self.binds or axis != before:
             return None
         self.binds = axis
         if found is None:
@@ -146,16 +116,20 @@ class RunWatch:
         said = f"step {step.step}: {axis} binds: {found.words}. {found.fix}"
         return BindingChange(binds=axis, share=found.share.value, sentence=said)
 
-    def _first(self, over: Sequence[Sign]) -> Sign | None:
-        """Return the sign that binds: the largest, or that of the axis of the last look if none is clearly larger."""
-        over = [sign for sign in over if sign.takes_time] or list(over)
-        over.sort(key=lambda sign: -sign.share.value)
-        before = next((sign for sign in over if sign.axis == self._next), None)
+    def _first(self, signs: Sequence[Sign]) -> Sign | None:
+        """Return the sign that binds: the largest, or that of the axis that binds if none is clearly larger."""
+        over = [
+            sign
+            for sign in signs
+            if sign.share.low > sign.limit or (sign.axis == self.binds and sign.share.value > sign.limit / 2)
+        ]
+        over = sorted([sign for sign in over if sign.takes_time] or over, key=lambda sign: -sign.share.value)
+        before = next((sign for sign in over if sign.axis == self.binds), None)
         if before is None or over[0].share.low > before.share.high:
             return next(iter(over), None)
         return before
 
-    def _signs(self) -> Iterator[Sign]:
+    def _signs(self, now: CpuTimes | None) -> Iterator[Sign]:
         """Yield the signs of the window: of the CPU time only where the steps run on it."""
         waiting = sign_interval([step.data_wait for step in self.steps], TAIL)
         yield Sign(
@@ -165,19 +139,18 @@ class RunWatch:
             words=f"a step waits {percent(waiting)} of its time for its batch",
             fix="Prepare batches in more threads (data.workers), or make them cheaper to read.",
         )
-        others = 0.0
-        if len(self.times) > 1:
-            rates, threads = self.times[-1][1].rates_since(self.times[0][1]), torch.get_num_threads()
-            others, delayed = rates.others, rates.delayed / threads
+        seen = Contention(others=0.0)
+        if self.before is not None and now is not None:
+            seen = Contention.between(self.before, now)
             yield Sign(
                 name="CPU time lost",
                 axis="Machine",
-                share=exactly(min(others / cores(), delayed)),
-                words=f"{_of_others(others)}, and each of this run's {threads} threads waits {percent(delayed)} of the "
-                "time for a core",
+                share=exactly(seen.loss),
+                words=f"{seen.words}, and each of this run's {torch.get_num_threads()} threads waits "
+                f"{percent(seen.delayed)} of the time for a core",
                 fix=STOP_OTHERS,
             )
-        yield self._slower(others)
+        yield self._slower(seen)
         if idle := load(self.steps):
             yield Sign(
                 name="idle experts",
@@ -189,23 +162,19 @@ class RunWatch:
                 takes_time=False,
             )
 
-    def _slower(self, others: float) -> Sign:
+    def _slower(self, seen: Contention) -> Sign:
         """Return the sign of steps that take longer than those of equal work took."""
         now = sign_interval([max(1e-9, step.seconds * (1 - step.data_wait)) for step in self.steps], TAIL)
-        work = self.steps[-1].tokens, round(statistics.median(self.vios) / EQUAL_VIO)
+        work = self.steps[-1].tokens, round(statistics.median(step.max_vio or 0.0 for step in self.steps) / EQUAL_VIO)
         fastest = self.fastest[work] = min(self.fastest.get(work, math.inf), now.high)
         low, value, high = (max(0.0, 1 - fastest / seconds) for seconds in (now.low, now.value, now.high))
-        alone = others < LEAST * cores()
+        alone = seen.others < LEAST * cores()
         return Sign(
             name="slower steps",
             axis="Machine",
             share=replace(now, low=low, value=value, high=high),
             words=f"a step computes for {now.value:.3g} s, and for {fastest:.3g} s when such steps were fastest; "
-            f"{'no other program is seen' if alone else _of_others(others)}",
+            f"{'no other program is seen' if alone else seen.words}",
             fix="Look at clock speed, memory, and other guests of the host." if alone else STOP_OTHERS,
             limit=DRIFT if alone else LEAST,
         )
-
-
-def _of_others(others: float) -> str:
-    return f"other programs keep {others:.1f} of {cores()} cores busy"

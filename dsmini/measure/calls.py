@@ -41,6 +41,8 @@ class Call(NamedTuple):
     changed: frozenset[int]
     """Places of the tensors that the call changes."""
     flops: int
+    moved: int
+    """Bytes of operands and results."""
     cold: int
     """Bytes that come from memory."""
     held: int

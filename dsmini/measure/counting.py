@@ -5,21 +5,21 @@ kernels. For them the cost counts that costs.py has for their operation.
 """
 
 import math
-import statistics
-import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ops
-from dsmini.machine import once, synchronize
 from dsmini.measure.costs import cost_of
 from dsmini.measure.torch_operations import is_composite, is_free, name_of, size_of, tensors_in, work_of
+
+C = TypeVar("C", bound="Count")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class CountedOperation:
 
     name: str
     kind: str
-    """Kind as in torch_operations.Work; a kernel is a move if it only converts, else a product."""
+    """Kind as in torch_operations.Work; of dsmini's own kernels the words of their operation, "attention step"."""
     flops: int
     """FLOPs of products and attention, two for a multiply-add; 0 for other operations."""
     read: int
@@ -39,10 +39,6 @@ class CountedOperation:
     """Bytes that are not in the last-level cache, which keeps the tensors that were used last."""
     dtype: torch.dtype
     shape: tuple[tuple[int, ...], ...]
-    seconds: float
-    """Seconds, without the counting."""
-    is_kernel: bool = False
-    """True for one of dsmini's own kernels, whose name is that of its operation."""
 
     @property
     def bytes(self) -> int:
@@ -50,7 +46,10 @@ class CountedOperation:
 
 
 class Count(TorchDispatchMode):
-    """Counter of all operations inside `with Count() as count:`, backward and optimizer included."""
+    """Counter of all operations inside `with Count() as count:`, backward and optimizer included.
+
+    It also knows which results exist, and the most bytes that they took at a time.
+    """
 
     def __init__(self, cache_bytes: int = 32 << 20) -> None:
         super().__init__()
@@ -58,11 +57,11 @@ class Count(TorchDispatchMode):
         self.operations: list[CountedOperation] = []
         self.views = 0
         """Number of calls that move nothing."""
+        self.held = self.peak = 0
+        """Bytes of all results that exist, and the most that existed at a time."""
+        self._known: set[int] = set()
         self.cold_parts: dict[int, int] = {}
         """Bytes of the last operation's tensors that came from memory, by address."""
-        self.overhead = 0.0
-        """Seconds that counting adds to an operation."""
-        self.overhead = self._measured_overhead()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -73,21 +72,18 @@ class Count(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        device = next((t.device for t in tensors_in([*args, *kwargs.values()])), torch.device("cpu"))
-        start = time.perf_counter()
         out = self._execute(func, args, kwargs)
-        synchronize(device)
-        seconds = max(1e-7, time.perf_counter() - start - self.overhead)
+        self._hold(out)
         if is_free(func):
             self.views += 1
         else:
-            self._torch_ran(func, args, kwargs, out, seconds)
+            self._torch_ran(func, args, kwargs, out)
         return out
 
     def _execute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
-    def _torch_ran(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, seconds: float) -> None:
+    def _torch_ran(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         counts = work_of(func, args, kwargs, out)._asdict()
         touched, moved = counts.pop("touched"), counts["read"] + counts["written"]
         # rows of a table that are not indexed do not move
@@ -95,7 +91,7 @@ class Count(TorchDispatchMode):
         cold = min(moved, self._touch(touched, moved))
         dtype = next((t.dtype for t in [*tensors_in(out), *touched] if t.is_floating_point()), torch.int64)
         shown = tensors_in([*args, *kwargs.values()])[:3]
-        self._add(shown, name=name_of(func), cold=cold, dtype=dtype, seconds=seconds, **counts)
+        self._add(shown, name=name_of(func), cold=cold, dtype=dtype, **counts)
 
     def kernel_ran(self, call: ops.Call) -> None:
         """Count a kernel by the cost of its operation. Bytes beyond the operands are cold."""
@@ -104,9 +100,9 @@ class Count(TorchDispatchMode):
         self.cold_parts.clear()
         warm = sum(map(size_of, operands)) - self._touch(operands)
         cold = max(0, cost.read - warm) + min(cost.written, self._touch(results))
-        counts = cost._asdict() | {"dtype": results[0].dtype, "seconds": max(1e-7, call.seconds)}
-        counts |= {"kind": "product" if cost.flops else "move"}
-        self._add(results, name=call.name, cold=cold, is_kernel=True, **counts)
+        counts = cost._asdict() | {"dtype": results[0].dtype, "kind": call.name.replace("_", " ")}
+        self._add(results, name=call.name, cold=cold, **counts)
+        self._hold(call.result)
 
     def _touch(self, tensors: Sequence[Tensor], most: float = math.inf) -> int:
         """Return the bytes of tensors that come from memory, of each at most so many, and put them into the cache."""
@@ -120,16 +116,19 @@ class Count(TorchDispatchMode):
     def _add(self, tensors: Sequence[Tensor], **counts: Any) -> None:
         self.operations.append(CountedOperation(shape=tuple(tuple(t.shape) for t in tensors), **counts))
 
-    def _measured_overhead(self) -> float:
-        x = torch.ones(1)
-        plain = statistics.median(once(lambda: x * x, x.device) for _ in range(99))
-        with self:
-            for _ in range(99):
-                torch.mul(x, x)
-        watched = statistics.median(op.seconds for op in self.operations)
-        self.clear()
-        self.cache.clear()
-        return max(0.0, watched - plain)
+    def _hold(self, result: Any) -> None:
+        for t in tensors_in(result):
+            storage = t.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known:
+                self._known.add(key)
+                self.held += size
+                self.peak = max(self.peak, self.held)
+                weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.held -= size
 
     def clear(self) -> None:
         """Forget the operations until now; what is in the cache stays."""
@@ -152,10 +151,6 @@ class _Cache:
         self.room, self.used = room, 0
         self.held: OrderedDict[int, int] = OrderedDict()
 
-    def clear(self) -> None:
-        self.used = 0
-        self.held.clear()
-
     def touch(self, t: Tensor, size: int) -> int:
         """Return the bytes of t that come from memory, and put t into the cache."""
         pointer = t.data_ptr()
@@ -172,4 +167,18 @@ def count(run: Callable[[], object], cache_bytes: int = 32 << 20) -> Count:
     counted = Count(cache_bytes)
     with ops.counting(counted), counted:
         run()
+    return counted
+
+
+def counted_twice(make: Callable[[], Callable[[], object]], counted: C) -> C:
+    """Make a step, run it twice, and return the count of the second time: the first fills caches and optimizer states.
+
+    `peak` is the most that existed in a step, with all that `make` made.
+    """
+    with ops.counting(counted), counted:
+        step = make()
+        counted.peak = counted.held
+        step()
+        counted.clear()
+        step()
     return counted

@@ -12,10 +12,9 @@ Simulated: experts are chosen at random, each token's distinct, all alike likely
 """
 
 import importlib
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,61 +22,13 @@ from torch.utils._pytree import tree_map
 
 from dsmini import ops
 from dsmini.measure.calls import INDEX_DTYPES, LEAST_COLD, Call, described
-from dsmini.measure.counting import Count
+from dsmini.measure.counting import Count, counted_twice
 from dsmini.measure.torch_operations import is_free, name_of, operands_of, size_of, tensors_in
 
-H = TypeVar("H", bound="Holding")
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-class Holding(Count):
-    """Counter that also knows which results exist, and the most bytes that they took at a time."""
-
-    def __init__(self, cache_bytes: int = 32 << 20) -> None:
-        super().__init__(cache_bytes)
-        self.held = self.peak = 0
-        """Bytes of all results that exist, and the most that existed at a time."""
-        self.left = 0
-        """Bytes that existed after the last step."""
-        self._known: set[int] = set()
-
-    def _measured_overhead(self) -> float:
-        return 0.0
-
-    def _execute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        out = self._result(func, args, kwargs)
-        for t in tensors_in(out):
-            self._hold(t)
-        return out
-
-    def _result(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        return func(*args, **kwargs)
-
-    def kernel_ran(self, call: ops.Call) -> None:
-        """Count a kernel as Count does, and hold its results."""
-        super().kernel_ran(call)
-        for t in tensors_in(call.result):
-            self._hold(t)
-
-    def _hold(self, t: Tensor) -> None:
-        storage = t.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        self._change(storage.nbytes())
-        weakref.finalize(storage, self._release, key, storage.nbytes())
-
-    def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._change(-size)
-
-    def _change(self, size: int) -> None:
-        self.held += size
-        self.peak = max(self.peak, self.held)
-
-
-class Dry(Holding):
+class Dry(Count):
     """Counter of operations that do not run, and of the memory that their results would take."""
 
     def __init__(self, cache_bytes: int = 32 << 20) -> None:
@@ -91,7 +42,7 @@ class Dry(Holding):
         super().clear()
         self.calls.clear()
 
-    def _result(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _execute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         name = name_of(func)
         given = tensors_in([*args, *kwargs.values()])
         if name == "_local_scalar_dense" and given[0].dtype not in INDEX_DTYPES:
@@ -134,8 +85,8 @@ class Dry(Holding):
         changed = call.operands if call.result is None else []
         self._saw(ops.find(call.name), call.name, call.args, call.kwargs, call.result, call.operands, changed)
 
-    def _torch_ran(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, seconds: float) -> None:
-        super()._torch_ran(func, args, kwargs, out, seconds)
+    def _torch_ran(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        super()._torch_ran(func, args, kwargs, out)
         read, changed = operands_of(func, args, kwargs)
         self._saw(func, str(func), args, kwargs, out, [*read, *changed], changed)
 
@@ -161,11 +112,12 @@ class Dry(Holding):
         call = Call(
             run=run,
             name=name,
-            kind=op.name.replace("_", " ") if op.is_kernel else op.kind,
+            kind=op.kind,
             arguments=arguments,
             indices=indices,
             changed=places,
             flops=op.flops,
+            moved=op.bytes,
             cold=op.cold,
             held=sum(size_of(t) for t in operands if is_cold(t)),
             cold_results=sum(size_of(t) for t in made if is_cold(t)),
@@ -204,13 +156,9 @@ def _empty(t: Tensor) -> Tensor:
 
 
 def dry_count(make: Callable[[], Callable[[], object]], cache_bytes: int = 32 << 20) -> Dry:
-    """Return the count of the second step of those that `make` returns: the first fills caches and optimizer states.
-
-    `peak` is the most that existed in a step, with all that `make` made; `left` is what a step leaves.
-    """
-    counted = Dry(cache_bytes)
+    """Return the count of a step as `counted_twice` does, without running it."""
     with idle_kernels():
-        return counted_twice(make, counted)
+        return counted_twice(make, Dry(cache_bytes))
 
 
 @contextmanager
@@ -222,15 +170,3 @@ def idle_kernels() -> Iterator[None]:
         idle = nullcontext()
     with idle:
         yield
-
-
-def counted_twice(make: Callable[[], Callable[[], object]], counted: H) -> H:
-    """Make a step, run it twice, and return the count of the second time and the bytes of both."""
-    with ops.counting(counted), counted:
-        step = make()
-        counted.peak = counted.held
-        step()
-        counted.clear()
-        step()
-        counted.left = counted.held
-    return counted

@@ -21,13 +21,13 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,6 +50,7 @@ LONG = 0.05
 """Seconds of a call that is made only twice, of which the second counts."""
 WIDTH, TOKENS = 16, 64
 """Width of all that is narrow in a narrow model, and its tokens."""
+BETWEEN = "calls"
 OnPart = Callable[[float, str], None]
 
 
@@ -57,19 +58,51 @@ def quiet(done: float, what: str) -> None:
     """Tell nobody."""
 
 
+class Part(NamedTuple):
+    """Equal calls of a step, or all that is between its calls."""
+
+    kind: str
+    """Kernel or kind of operation; "calls" for what is between them."""
+    number: int
+    seconds: float
+    """Seconds of all of them, as for the other numbers."""
+    roof: float = 0.0
+    """Seconds of their bytes from memory, or of their products, whichever is longer."""
+    flops: int = 0
+    moved: int = 0
+    """Bytes of operands and results."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
     """Time and memory that a step will take here."""
 
     shape: StepShape
-    seconds: float
-    calls: int
-    """Operations and views."""
-    flops: int
-    by_class: Mapping[str, float]
-    """Seconds by kernel or kind of operation, and those of "calls" between them, longest first."""
+    parts: Sequence[Part]
+    """Longest first."""
     peak: int
     """The most bytes that tensors take at a time in a step, weights and all else that stays included."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(part.seconds for part in self.parts)
+
+    @property
+    def flops(self) -> int:
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def calls(self) -> int:
+        """Number of operations and views."""
+        return next(part.number for part in self.parts if part.kind == BETWEEN)
+
+    @property
+    def by_class(self) -> dict[str, float]:
+        """Seconds by kind of part, longest first."""
+        found: dict[str, float] = {}
+        for part in self.parts:
+            found[part.kind] = found.get(part.kind, 0.0) + part.seconds
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 @dataclass
@@ -91,6 +124,8 @@ class Prices:
     """Prices that the file has."""
     pending: dict[str, float] = field(default_factory=dict)
     """Prices that were measured since it was written."""
+    forecasts: dict[Any, Forecast] = field(default_factory=dict)
+    """Forecasts that were made, by step, name and number of threads."""
 
     @classmethod
     def here(cls, keep: Path | None = None, on_part: OnPart = quiet, fresh: bool = False) -> "Prices":
@@ -110,17 +145,23 @@ class Prices:
         roofs = Store.at(keep).read(key_of(CPU), lambda raw: Roofs(**raw))
         return None if roofs is None else cls.under(roofs, keep)
 
-    def forecast(self, shape: StepShape, make: Callable[[], Callable[[], object]] | None = None) -> Forecast:
-        """Forecast a step on the CPU. Takes some seconds; holds nothing of the model.
+    def forecast(
+        self, shape: StepShape, make: Callable[[], Callable[[], object]] | None = None, name: str = ""
+    ) -> Forecast:
+        """Forecast a step on the CPU. Takes some seconds, the first time; holds nothing of the model.
 
         Args:
             make: makes the step, where it is not a plain one of this shape.
+            name: of what `make` makes. One without a name is forecast again each time.
 
         Raises: TimeOverError if it would time a call after `until`; what was timed before is kept.
         """
+        key = shape, name, torch.get_num_threads()
+        if key in self.forecasts and (name or make is None):
+            return self.forecasts[key]
         counted = dry_count(make or (lambda: shape.make(CPU)), self.roofs.cache_bytes)
 
-        def parts() -> dict[str, float] | None:
+        def parts() -> list[Part] | None:
             with suppress(TimeOverError):
                 return self._parts(counted, shape)
             return None
@@ -130,14 +171,9 @@ class Prices:
         self._store(busy)
         if found is None:
             raise TimeOverError
-        return Forecast(
-            shape=shape,
-            seconds=sum(found.values()),
-            calls=len(counted.operations) + counted.views,
-            flops=counted.flops,
-            by_class=dict(sorted(found.items(), key=lambda part: -part[1])),
-            peak=counted.peak,
-        )
+        found.sort(key=lambda part: -part.seconds)
+        self.forecasts[key] = made = Forecast(shape=shape, parts=found, peak=counted.peak)
+        return made
 
     def _store(self, busy: float) -> None:
         """Store new prices, unless something disturbed them: of that the first time warns."""
@@ -150,14 +186,15 @@ class Prices:
             self.kept |= new
             self.store.write(_key(), {"kernels": _sources(), "seconds": self.kept})
 
-    def _parts(self, counted: Dry, shape: StepShape) -> dict[str, float]:
-        """Return the seconds of a step by class of calls, and those of "calls" between them."""
-        found: dict[str, float] = {}
-        for i, (call, number) in enumerate(counted.calls.values()):
+    def _parts(self, counted: Dry, shape: StepShape) -> list[Part]:
+        """Return the distinct calls of a step, and what is between them."""
+        found: list[Part] = []
+        for i, (call, n) in enumerate(counted.calls.values()):
             self.on_part(i / len(counted.calls), f"timing {call.kind}")
-            found[call.kind] = found.get(call.kind, 0.0) + number * self.alone(call)
+            roof = n * self.roofs.least_seconds(call.cold, call.flops, shape.dtype)
+            found.append(Part(call.kind, n, n * self.alone(call), roof, n * call.flops, n * call.moved))
         calls = len(counted.operations) + counted.views
-        return found | {"calls": calls * self.between(shape)}
+        return [*found, Part(BETWEEN, calls, calls * self.between(shape))]
 
     def alone(self, call: Call) -> float:
         """Return the seconds of a call, made again and again."""

@@ -17,7 +17,6 @@ from dsmini.diagnosis.decoding import (
     PLAIN,
     VARIANTS,
     Acceptance,
-    DecodingPrices,
     DecodingSubject,
     Point,
     accepted_guesses,
@@ -30,6 +29,7 @@ from dsmini.diagnosis.pages import record_of
 from dsmini.inference.fused import Decoder
 from dsmini.inference.speculative import Drafter
 from dsmini.measure.price import Prices
+from dsmini.measure.workloads import decoding_step
 from dsmini.nn import MLA, Cache, FeedForward, MoE
 from dsmini.report import Report
 from tests.conftest import Clock
@@ -98,7 +98,8 @@ def test_cache_is_the_same_after_a_step(decoding: DecodingSubject) -> None:
 
 def test_variants_decode_the_rows_and_tokens_of_the_subject(decoding: DecodingSubject) -> None:
     """Check that a variant of the same weights chooses the experts that the subject's own step chooses."""
-    (want,), (got,) = decoding.run(), PLAIN.steps(decoding.model, point_of(decoding))()
+    own = decoding_step(decoding.model, decoding.cache, decoding.tokens)
+    (want,), (got,) = own(), PLAIN.steps(decoding.model, point_of(decoding))()
     assert torch.equal(got.indices, want.indices) and torch.equal(got.weights, want.weights)
 
 
@@ -217,22 +218,22 @@ def test_time_of_a_token_is_shared_by_accepted_guesses(
 def test_every_arm_is_predicted(decoding: DecodingSubject) -> None:
     """Check that each has a prediction, and that nothing of the model changes."""
     before = logits(decoding)
-    found = predict(decoding.arms(InventedPrices()), decoding.prices)
+    found = predict(decoding.arms(InventedPrices()))
     assert found.keys() == {"plain", *NAMES} and min(found.values()) > 0
     assert torch.equal(logits(decoding), before)
 
 
 def test_every_arm_can_be_timed_call_by_call(decoding: DecodingSubject) -> None:
     """Make each call of each variant again, for real: a copied model must keep the shapes of its buffers."""
-    found = predict(decoding.arms(Prices(roofs=invented_roofs())), decoding.prices)
+    found = predict(decoding.arms(Prices(roofs=invented_roofs())))
     assert found.keys() == {"plain", *NAMES} and min(found.values()) > 0
 
 
 def test_forecast_has_the_price_of_cached_tokens(decoding: DecodingSubject) -> None:
     """Check that attention costs less after one cached token, and other parts the same."""
-    priced = DecodingPrices(decoding, InventedPrices())
-    assert priced.plain is priced.forecast(PLAIN, decoding.batch), "made once"
-    many, one = priced.forecast(PLAIN).by_class, priced.forecast(VARIANTS["free_cache"]).by_class
+    decoding.arms(InventedPrices())
+    assert decoding.forecast() is decoding.forecast(batch=decoding.batch), "made once"
+    many, one = decoding.forecast().by_class, decoding.forecast("free_cache").by_class
     assert one["attention step"] < many["attention step"]
     assert one["feed forward step"] == pytest.approx(many["feed forward step"], rel=0.05)
 
@@ -260,14 +261,11 @@ def test_evidence_of_decoding(decoding: DecodingSubject, monkeypatch: Any, with_
     threads, lengths = torch.get_num_threads(), decoding.cache.lengths.tolist()
     decoding.arms(InventedPrices() if with_prices else None)
     made = [each for each in all_evidence(decoding, 0.001) if not each.why_not]
-    assert [each.name for each in made] == ["batches", "threads", "roofline"][: 2 + with_prices]
+    assert [each.name for each in made] == ["batches", "threads"]
     for each in made:
         section, compared = each.run(1e6)
         assert section.name == each.name and section.finding.endswith(".") and section.plots[0].series
-        if compared is None:
-            assert section.figures
-        else:
-            assert set(compared.turns.seconds) == {arm.name for arm in compared.arms}
-            assert bool(compared.predicted) == with_prices
+        assert set(compared.turns.seconds) == {arm.name for arm in compared.arms}
+        assert bool(compared.predicted) == with_prices
         assert section.title in Report(title="A", sections=[section]).html()
     assert torch.get_num_threads() == threads and decoding.cache.lengths.tolist() == lengths

@@ -6,20 +6,21 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini.diagnosis import contention, evidence, training
+from dsmini.diagnosis import contention, evidence, roofline, training
 from dsmini.diagnosis.arms import Arm, Comparison
-from dsmini.diagnosis.evidence import Evidence, all_evidence, gather, points_of
+from dsmini.diagnosis.evidence import Evidence, all_evidence, gather
 from dsmini.diagnosis.pages import BRIEF, plot_of, record_of, sentence_of, table_of
 from dsmini.diagnosis.training import Subject
 from dsmini.diagnosis.verdict import Diagnosis
-from dsmini.measure.counting import CountedOperation
-from dsmini.measure.price import Prices
+from dsmini.measure.price import Forecast, Part, Prices
 from dsmini.measure.turns import Turns
+from dsmini.measure.workloads import StepShape
 from dsmini.report import Section
 from dsmini.training.trainer import Trainer
-from tests.diagnosis.conftest import World, idle, step_of
+from tests.diagnosis.conftest import MODEL, World, idle, step_of
+from tests.helpers.questions import invented_roofs
 
-NAMES = ["batches", "threads", "roofline"]
+NAMES = ["batches", "threads"]
 
 
 def state_of(subject: Subject) -> list[object]:
@@ -59,11 +60,9 @@ def test_experiments_predict_measure_and_leave_the_subject(subject: Subject, pri
         assert state_of(subject) == before, f"before {what}"
 
     gather(found, subject, 1e6, on_part)
-    assert [section.name for section in found.sections] == NAMES[: 2 + with_prices]
-    assert found.not_tried == ({} if with_prices else {"roofline": "this machine's rates are not measured"})
+    assert [section.name for section in found.sections] == NAMES and found.not_tried == {}
     for section in found.sections:
-        assert section.finding.endswith(".") and section.plots[0].series, section.name
-        assert section.figures or section.tables[0].rows, section.name
+        assert section.finding.endswith(".") and section.plots[0].series and section.tables[0].rows, section.name
     for name, sweep in found.sweeps.items():
         assert bool(sweep.predicted) == with_prices and set(sweep.turns.seconds) >= set(sweep.predicted), name
     assert [(arm.at, arm.axis) for arm in found.sweeps["batches"].arms] == [(4, None), (8, None)]
@@ -163,9 +162,9 @@ def test_what_to_try_ranks_gains_of_all_experiments() -> None:
 
 
 def fake(name: str, run: Callable[[], object] = lambda: None, why: str | None = None) -> Evidence:
-    def section(seconds: float) -> tuple[Section, None]:
+    def section(seconds: float) -> tuple[Section, Comparison]:
         run()
-        return Section(name=name, title="?", finding=f"{seconds:.1f}"), None
+        return Section(name=name, title="?", finding=f"{seconds:.1f}"), compared({"plain": 1.0})
 
     return Evidence(name=name, why_not=why, run=section)
 
@@ -214,13 +213,17 @@ def test_each_experiment_has_a_share_of_the_time_that_is_left(
 # --- the roofline
 
 
-def operation(name: str = "mm", size: int = 1, **more: Any) -> CountedOperation:
-    options: dict[str, Any] = {"kind": "product", "flops": 8, "read": 4, "written": 4, "cold": 0}
-    options |= {"dtype": torch.float32, "shape": ((size,),), "seconds": 1.0} | more
-    return CountedOperation(name=name, **options)
-
-
-def test_operations_of_one_shape_are_one_point(prices: Prices) -> None:
-    passes = [[operation(seconds=1.0), operation(seconds=2.0), operation(size=2, seconds=4.0)]] * 2
-    found = points_of(passes, prices.roofs, "float32")
-    assert [(p.shape, p.seconds, p.flops, p.intensity) for p in found] == [("[2]", 4.0, 8, 1.0), ("[1]", 3.0, 16, 1.0)]
+def test_parts_of_a_step_are_told_with_what_limits_them() -> None:
+    """Check a call of 3 s that memory limits, one of 1 s that arithmetic limits, and what is between."""
+    roofs = invented_roofs(peak={"float32": 1e9}, bandwidth=1e8, copy=1e8)
+    parts = [Part("norm", 2, 3.0, 0.5, 0, 10**6), Part("product", 1, 1.0, 0.8, 10**8, 10**6), Part("calls", 9, 0.5)]
+    shape = StepShape(work="decode", config=MODEL, dtype="float32", batch=1, tokens=8)
+    found = roofline.section(Forecast(shape=shape, parts=parts, peak=0), roofs)
+    assert "67 % of a step is norm. 75 % of the time of operations lies below 10 FLOPs a byte" in found.finding
+    assert found.tables[0].rows == [
+        ["norm", "2", "3,000", "500"],
+        ["product", "1", "1,000", "800"],
+        ["calls", "9", "500", ""],
+    ]
+    roof, product = found.plots[1].series
+    assert roof.label == "roof" and (product.x, product.y) == ([100.0], [1e8])

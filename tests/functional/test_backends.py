@@ -199,7 +199,7 @@ def test_cost_counts_operands_once_and_products(n: int) -> None:
     for case in of_kernels:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             y = case.operation.reference(*case.arguments)
-        cost = cost_of(ops.Call(case.operation.name, case.arguments, {}, y, 0.0))
+        cost = cost_of(ops.Call(case.operation.name, case.arguments, {}, y))
         unread, seen = 0, 1.0
         if case.operation is causal_attention:
             of = [[0] * n] if case.arguments[4] is None else case.arguments[4][:1].tolist()

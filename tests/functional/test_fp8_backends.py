@@ -152,8 +152,8 @@ def test_experts_and_linear_cost_their_operands_once() -> None:
     routing = indices.nbytes + weights.nbytes
     flops = 6 * pairs * 136 * 200
     held_read = 4 * 3 * (codes + scales)
-    cost = cost_of(ops.Call("quantized_experts", (x, indices, weights, *held), {}, None, 0.0))
+    cost = cost_of(ops.Call("quantized_experts", (x, indices, weights, *held), {}, None))
     assert cost[:3] == (x.nbytes + routing + held_read, x.nbytes, flops)
     linear = quantize(matrices[0][0], WEIGHT_TILE, "fp32")
-    cost = cost_of(ops.Call("quantized_linear", (x, linear), {}, x.new_empty(130, 136), 0.0))
+    cost = cost_of(ops.Call("quantized_linear", (x, linear), {}, x.new_empty(130, 136)))
     assert cost[:3] == (x.nbytes + codes + scales, 130 * 136 * 2, 2 * 130 * 136 * 200)

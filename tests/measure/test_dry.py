@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dsmini import ModelConfig, TrainConfig
-from dsmini.measure.counting import Count, count
-from dsmini.measure.dry import Dry, Holding, counted_twice, dry_count, idle_kernels
+from dsmini.measure.counting import Count, count, counted_twice
+from dsmini.measure.dry import Dry, dry_count, idle_kernels
 from dsmini.measure.workloads import StepDtype, StepShape, Work
 from tests.helpers.questions import TINY
 
@@ -37,7 +37,7 @@ def test_dry_step_counts_the_operations_of_a_real_one(
     given: tuple[Work, ModelConfig, int, int], dtype: StepDtype
 ) -> None:
     shape = shape_of(*given, dtype)
-    real = counted_twice(lambda: shape.make(CPU), Holding())
+    real = counted_twice(lambda: shape.make(CPU), Count())
     dry = dry_count(lambda: shape.make(CPU))
     assert ran(dry) == ran(real)
     assert dry.views == real.views
@@ -52,7 +52,7 @@ def test_dry_step_counts_each_optimizer(optimizer: Any) -> None:
     train = TrainConfig(optimizer=optimizer, moments="bfloat16", grad_accum=2, recompute=True)
     config = dataclasses.replace(TINY, n_layers=1, n_dense_layers=0)
     shape = dataclasses.replace(shape_of("training", config, 2, 16, "bfloat16"), train=train)
-    real = counted_twice(lambda: shape.make(CPU), Holding())
+    real = counted_twice(lambda: shape.make(CPU), Count())
     assert ran(dry_count(lambda: shape.make(CPU))) == ran(real)
 
 
@@ -77,7 +77,7 @@ def test_dry_step_needs_no_memory() -> None:
 
 
 def test_held_bytes_follow_what_exists() -> None:
-    with Holding() as counted:
+    with Count() as counted:
         x = torch.ones(1000)
         assert counted.held == 4000
         y = x + x

@@ -159,7 +159,7 @@ def test_forecast_is_the_sum_of_calls_and_what_is_between(monkeypatch: pytest.Mo
     assert len(timed) <= len(dry.calls) + len(small.calls), "each distinct call once"
     assert len(dry.calls) < 0.7 * len(dry.operations)
     numbers = sum(p.numel() for p in Transformer(TINY).parameters())
-    assert found.peak == dry.peak > dry.left > 2 * 4 * numbers, "weights and moments"
+    assert found.peak == dry.peak > 3 * 4 * numbers, "weights and moments"
 
 
 def test_nothing_is_timed_after_the_time_is_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_prices_are_kept_for_a_number_of_threads(tmp_path: Path, monkeypatch: py
     timed, shape, keep = priced(monkeypatch), shape_of("decode", TINY), tmp_path / "roofs.json"
     first = Prices.under(invented_roofs(), keep).forecast(shape)
     n = len(timed)
-    assert n and Prices.under(invented_roofs(), keep).forecast(shape) == first and len(timed) == n
+    assert n and Prices.under(invented_roofs(), keep).forecast(shape).by_class == first.by_class and len(timed) == n
     Prices.under(invented_roofs(), keep, fresh=True).forecast(shape)
     assert len(timed) == 2 * n
     prices, threads = Prices.under(invented_roofs(), keep), torch.get_num_threads()

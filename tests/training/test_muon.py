@@ -107,10 +107,10 @@ def test_cost_counts_half_of_the_symmetric_products() -> None:
     p = torch.zeros(2, 5, 3)
     matrices = MuonMatrices(params=[p], grads=[p], momenta=[p])
     options: Any = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "matmul_dtype": torch.float32}
-    cost = cost_of(Call("muon_update", (matrices, NewtonSchulz(((1.0, 0.0, 0.0),))), options, None, 0.0))
+    cost = cost_of(Call("muon_update", (matrices, NewtonSchulz(((1.0, 0.0, 0.0),))), options, None))
     # 3 x 3 entries, 6 of them different: sums of 5 and of 3 terms; then 3 x 5 sums of 3
     assert cost.flops == 2 * 2 * (6 * 5 + 6 * 3 + 15 * 3)
     assert (cost.read, cost.written) == (3 * p.nbytes, 2 * p.nbytes)
-    cost = cost_of(Call("muon_update", (matrices, HALLEY), options, None, 0.0))
+    cost = cost_of(Call("muon_update", (matrices, HALLEY), options, None))
     # X X^T and X's product as above, two inverses of 3 x 3, and of S and of all factors one product of 6 entries each
     assert cost.flops == 2 * 2 * (6 * 5 + 15 * 3 + 2 * 6 * 3) + 2 * 2 * 27
