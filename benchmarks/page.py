@@ -1,20 +1,19 @@
-"""Show results: the figures that a reader came for, one answer for each question, and problems."""
+"""Show results: one answer for each question, what changed, and problems."""
 
 import dataclasses
 import math
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.question import Question
 from benchmarks.results import Result, Run, figures_of, of_question
-from dsmini.report import Figure, Report, Section, pick
+from dsmini.report import Figure, Report, Section
 from dsmini.report.tables import case_words
 from dsmini.report.units import human, plural, words
 
 
-def report(sections: list[Section], figures: list[Figure], run: Run) -> Report:
+def report(sections: list[Section], run: Run) -> Report:
     """Return the page of sections."""
     return Report(
         title="dsmini benchmarks",
@@ -26,7 +25,6 @@ def report(sections: list[Section], figures: list[Figure], run: Run) -> Report:
             "The run": {"date": run.date[:16].replace("T", " "), "commit": run.commit, "setting": run.words}
             | run.setting["versions"],
         },
-        highlights=headline(figures),
         command=run.command,
     )
 
@@ -109,34 +107,6 @@ def _ends(f: Figure) -> tuple[float, float]:
     """Return the ends of the interval of a measured value; the value twice without one."""
     assert f.measured is not None, "the caller picks measured figures"
     return f.measured if f.low is None else f.low, f.measured if f.high is None else f.high
-
-
-# --- the figures that a reader came for
-
-
-def headline(figures: list[Figure]) -> list[tuple[str, str]]:
-    """Return the figures that a reader came for, each with its words: those of them that were measured."""
-    found: list[tuple[str, str]] = []
-
-    def first(question: str, metric: str, **case: Any) -> list[Figure]:
-        some = [f for f in pick(figures, metric, **case) if f.question == question and f.measured is not None]
-        return some[:1]
-
-    for f in first("kv-cache", "bytes_per_token", attention="MLA"):
-        for mha in first("kv-cache", "bytes_per_token", attention="MHA"):
-            less = 1 - (f.measured or 0.0) / (mha.measured or 1.0)
-            found.append((human(f.measured, "bytes", exact=True), f"of cache for a token, {less:.1%} less than MHA's"))
-    for question, doing, rate, roof in (
-        ("decode", "in decoding at context {context}", "bandwidth", "what memory allows"),
-        ("train", "in training", "flop_rate", "the matrix peak"),
-    ):
-        for f in first(question, "tokens_per_s"):
-            share = "".join(f", {b.ratio:.0%} of {roof}" for b in first(question, rate) if b.ratio)
-            found.append((human(f.measured, f.unit), doing.format(**f.case) + share))
-    if errors := [f for f in pick(figures, "error") if f.question == "fp8-error"]:
-        middle, expected = statistics.median(f.measured or 0.0 for f in errors), errors[0].predicted or 0.0
-        found.append((f"{middle:.1%}", f"error of an FP8 product in training, {expected:.1%} expected from rounding"))
-    return [(spaced(value), spaced(what)) for value, what in found]
 
 
 def spaced(text: str) -> str:

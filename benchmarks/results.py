@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import dsmini
-from dsmini.reading import is_there, parse_json, read_bytes, refuse_special
+from dsmini.reading import is_there, parse_json, read_bytes
 from dsmini.report.figures import Figure, plain
 from dsmini.report.units import plural
 
@@ -123,10 +123,9 @@ def start(path: Path) -> list[Result]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        refuse_special(path)  # opening a FIFO to append would wait
-        with path.open("ab+") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # a killed run was writing the rest
+        content = read_bytes(path) if is_there(path) else b""
+        with path.open("ab") as file:
+            file.truncate(content.rfind(b"\n") + 1)  # a killed run was writing the rest
     except OSError as error:
         why = error.strerror or error
         raise ValueError(f"{path.parent} cannot be written: {why}; choose another folder by --out") from None

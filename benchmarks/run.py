@@ -124,8 +124,6 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[.
     if not command.names:  # tables are for those who ask by name
         shown = [dataclasses.replace(section, figures=()) for section in shown]
     changes = page.changes(str(command.compare), before, mine, run) if command.compare else None
-    for value, what in page.headline([figure for of in mine.values() for figure in figures_of(of)]):
-        say(console, f"{value}  {what}", style="bold")
     Report(title="", sections=[*shown, *filter(None, [changes])]).show(console)
     say(console)
     for reason in dict.fromkeys(left_out.values()):
@@ -139,8 +137,7 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[.
     if interrupted:
         say(console, f"stopped; finished cases are saved in {path}, and the same command without --fresh continues")
     everything = [*sections.values(), *filter(None, [changes])]
-    figures = [figure for of in found.values() for figure in figures_of(of)]
-    write_text(command.out / "report.html", page.report(everything, figures, run).html())
+    write_text(command.out / "report.html", page.report(everything, run).html())
     say(console, f"report  {command.out / 'report.html'}")
     return 130 if interrupted else int(bool(problems))
 

@@ -101,12 +101,6 @@ def is_there(path: Path) -> bool:
     return True
 
 
-def refuse_special(path: Path) -> None:
-    """Raise ValueError if something is there that is not a regular file."""
-    if is_there(path):
-        open_regular(path).close()
-
-
 def open_regular(path: Path) -> BufferedReader:
     """Open a regular file to read its bytes. Never waits, as opening a FIFO would.
 

@@ -8,6 +8,7 @@ Predictions are made before the experiments.
 
 import dataclasses
 import math
+import os
 import random
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,9 +28,11 @@ from torch import Tensor
 from benchmarks.models import trainer
 from benchmarks.question import Case, Figure, Question, Setting, cases_over, drawing, figure, pick
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dsmini.diagnosis.arms import patched
 from dsmini.diagnosis.diagnosis import Diagnosis, Plan, diagnose
 from dsmini.diagnosis.training import Subject
 from dsmini.machine import cores, pick_dtype
+from dsmini.training.trainer import StepResult
 
 SEEDS, QUICK_SEEDS = 5, 1
 ROUNDS = 10
@@ -41,7 +44,7 @@ LARGE = 0.10
 LEAST_RIGHT = 4
 """Seeds of five in which a fault must be named rightly."""
 
-# --- what is wrong with a run: each is done to a subject until the context ends
+# --- what is wrong with a run
 
 SLEEP = 0.1
 """Seconds that a slow loader sleeps; a step takes less."""
@@ -52,44 +55,40 @@ HOG = "import numpy as np; a = np.ones(1 << 25); b = np.empty_like(a)\nwhile Tru
 Batch = tuple[Tensor, Tensor]
 
 
-@contextmanager
-def _around(thing: Any, name: str, other: Callable[..., Any]) -> Iterator[None]:
-    """Let a method be another, which gets the first as its first argument."""
-    setattr(thing, name, partial(other, getattr(thing, name)))
-    try:
-        yield
-    finally:
-        delattr(thing, name)
+def sleeping(batch: Batch, seed: int) -> Batch:
+    time.sleep(SLEEP)
+    return batch
 
 
-def _sleeping(subject: Subject, seed: int) -> AbstractContextManager[object]:
-    def prepared(prepare: Callable[..., Batch], request: tuple[int, int]) -> Batch:
-        time.sleep(SLEEP)
-        return prepare(request)
-
-    return _around(subject.trainer.loader, "prepared", prepared)
+def unpacking(batch: Batch, seed: int) -> Batch:
+    zlib.decompress(packed(seed))
+    return batch
 
 
-def _unpacking(subject: Subject, seed: int) -> AbstractContextManager[object]:
-    packed = zlib.compress(random.Random(seed).randbytes(1 << 16) * (PACKED >> 16), 1)
-
-    def prepared(prepare: Callable[..., Batch], request: tuple[int, int]) -> Batch:
-        zlib.decompress(packed)
-        return prepare(request)
-
-    return _around(subject.trainer.loader, "prepared", prepared)
+@cache
+def packed(seed: int) -> bytes:
+    return zlib.compress(random.Random(seed).randbytes(1 << 16) * (PACKED >> 16), 1)
 
 
-def _shuffled(subject: Subject, seed: int) -> AbstractContextManager[object]:
-    def prepared(prepare: Callable[..., Batch], request: tuple[int, int]) -> Batch:
-        tokens, targets = prepare(request)
-        draw = torch.Generator().manual_seed(seed + request[0])
-        return tokens, targets.flatten()[torch.randperm(targets.numel(), generator=draw)].view_as(targets)
-
-    return _around(subject.trainer.loader, "prepared", prepared)
+def shuffled(batch: Batch, seed: int) -> Batch:
+    tokens, targets = batch
+    draw = torch.Generator().manual_seed(seed)
+    return tokens, targets.flatten()[torch.randperm(targets.numel(), generator=draw)].view_as(targets)
 
 
-def _skewed(subject: Subject, seed: int) -> AbstractContextManager[object]:
+def asking() -> None:
+    """Ask a tensor for its number many times, which looks slow and is not on a CPU."""
+    for _ in range(100):
+        torch.ones(1).item()
+
+
+def printing() -> None:
+    """Draw a progress bar into a file."""
+    with open(os.devnull, "w") as file:
+        print("\r" + "#" * 60, end="", file=file, flush=True)
+
+
+def skewed(subject: Subject, seed: int) -> AbstractContextManager[object]:
     """Let the bias choose the same experts for all tokens."""
     draw = random.Random(seed)
     for gate in subject.trainer.model.gates():
@@ -99,7 +98,7 @@ def _skewed(subject: Subject, seed: int) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _hogged(subject: Subject, seed: int) -> Iterator[None]:
+def hogged(subject: Subject, seed: int) -> Iterator[None]:
     """Let another program use a core and the memory."""
     hog = subprocess.Popen([sys.executable, "-c", HOG])
     time.sleep(1.0)
@@ -108,30 +107,6 @@ def _hogged(subject: Subject, seed: int) -> Iterator[None]:
     finally:
         hog.kill()
         hog.wait()
-
-
-def _asking(subject: Subject, seed: int) -> AbstractContextManager[object]:
-    """Ask a tensor for its number many times in a step, which looks slow and is not on a CPU."""
-
-    def step(take: Callable[[], Any]) -> Any:
-        for _ in range(100):
-            torch.ones(1).item()
-        return take()
-
-    return _around(subject.trainer, "step", step)
-
-
-@contextmanager
-def _printing(subject: Subject, seed: int) -> Iterator[None]:
-    """Draw a progress bar in each step, into a file."""
-    with TemporaryDirectory() as folder, (Path(folder) / "bar").open("w") as file:
-
-        def step(take: Callable[[], Any]) -> Any:
-            print("\r" + "#" * 60, end="", file=file, flush=True)
-            return take()
-
-        with _around(subject.trainer, "step", step):
-            yield
 
 
 # --- the runs
@@ -156,7 +131,12 @@ class Fault:
     train: TrainConfig = TRAIN
     repeated: bool = False
     """True to train on one page, again and again; False: on the default corpus."""
+    loading: Callable[[Batch, int], Batch] = lambda batch, seed: batch
+    """What the loader does to each batch."""
+    stepping: Callable[[], None] = lambda: None
+    """What each step does besides."""
     wrong: Callable[[Subject, int], AbstractContextManager[object]] = lambda subject, seed: nullcontext()
+    """What is wrong besides, until the context ends."""
     slower_dtype: bool = False
     """Products run in FP32 on a machine that multiplies BF16 faster. On others neither dtype is slower."""
 
@@ -176,25 +156,33 @@ class Fault:
             train = dataclasses.replace(self.train, seed=seed, dtype=here.dtype_name, device="cpu")
             made = Subject(trainer(RunConfig(model=model, data=data, train=train), here))
             stack.callback(made.trainer.loader.close)
-            stack.enter_context(self.wrong(made, seed))
+            prepare, take = made.trainer.loader.prepared, made.trainer.step
+
+            def step() -> StepResult:
+                self.stepping()
+                return take()
+
+            loading = patched(made.trainer.loader, "prepared", lambda request: self.loading(prepare(request), seed))
+            for changed in (loading, patched(made.trainer, "step", step), self.wrong(made, seed)):
+                stack.enter_context(changed)
             yield made
 
 
 FAULTS = {
-    "loader sleeps": Fault(axis="Data", wrong=_sleeping),
-    "loader unpacks": Fault(axis="Data", wrong=_unpacking),
-    "shuffled labels": Fault(axis="Data", wrong=_shuffled),
+    "loader sleeps": Fault(axis="Data", loading=sleeping),
+    "loader unpacks": Fault(axis="Data", loading=unpacking),
+    "shuffled labels": Fault(axis="Data", loading=shuffled),
     "duplicated text": Fault(axis="Data", repeated=True),
-    "skewed router": Fault(axis="Algorithm", model=dataclasses.replace(MODEL, n_routed_experts=16), wrong=_skewed),
+    "skewed router": Fault(axis="Algorithm", model=dataclasses.replace(MODEL, n_routed_experts=16), wrong=skewed),
     "tiny experts": Fault(axis="Algorithm", model=TINY_EXPERTS),
     "thread cap": Fault(axis="Machine", model=COMPUTING, train=dataclasses.replace(TRAIN, threads=1)),
     "slower dtype": Fault(axis="Machine", model=COMPUTING, slower_dtype=True),
-    "memory hog": Fault(axis="Machine", wrong=_hogged),
+    "memory hog": Fault(axis="Machine", wrong=hogged),
     "healthy": Fault(),
     "healthy, dense": Fault(model=dataclasses.replace(MODEL, n_dense_layers=2)),
     "healthy, wider": Fault(model=dataclasses.replace(MODEL, dim=192, inter_dim=768, moe_inter_dim=512)),
-    "trap: item()": Fault(wrong=_asking),
-    "trap: progress bar": Fault(wrong=_printing),
+    "trap: item()": Fault(stepping=asking),
+    "trap: progress bar": Fault(stepping=printing),
 }
 
 # --- the question

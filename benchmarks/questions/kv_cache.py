@@ -8,7 +8,6 @@ heads.
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -29,19 +28,18 @@ def kinds(config: ModelConfig) -> dict[str, ModelConfig]:
 
 def cases(setting: Setting) -> list[Case]:
     contexts = [(512,), (4096,)] if setting.quick else [(512,), (2048,), (8192,), (32000,)]
-    sizes = Case(key="bytes", seconds=1.0, run=partial(cache_bytes, setting))
+    sizes = Case(key="bytes", seconds=1.0, run=cache_bytes)
     return [sizes, *cases_over("context={}", contexts, 3.0 if setting.quick else 15.0, partial(layer_speed, setting))]
 
 
-def cache_bytes(setting: Setting) -> Iterator[Figure]:
+def cache_bytes() -> Iterator[Figure]:
     """Yield the bytes of a token in the cache."""
     for kind, config in kinds(models.BIG).items():
         with torch.device("meta"):
-            blocks = Transformer(config).layers
+            model = Transformer(config)
         for dtype in (torch.bfloat16, "fp8") if kind == "MLA" else (torch.bfloat16,):
             name = "fp8" if dtype == "fp8" else "bfloat16"
-            stores: Any = [block.new_cache(2, 64, dtype, setting.device) for block in blocks]
-            held = sum(store.nbytes for store in stores) / (2 * 64)
+            held = model.new_cache(2, 64, dtype).nbytes_per_token
             predicted, note = accounting.kv_bytes_per_token(config, dtype=name), f"in all {config.n_layers} layers"
             case = {"attention": kind, "cache": name}
             yield figure("bytes_per_token", case, held, predicted=predicted, exact=True, note=note)

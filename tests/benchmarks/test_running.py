@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import page, results, run
+from benchmarks import results, run
 from benchmarks.question import Case, Question, Setting, left_out, seconds_of_products
 from benchmarks.questions import QUESTIONS
 from benchmarks.results import figures_of, of_question, read
@@ -179,30 +179,6 @@ def test_a_busy_machine_is_told(go: Go, monkeypatch: pytest.MonkeyPatch, share: 
     assert (words in " ".join(ran.err.split())) == (words in ran.page) == said
     monkeypatch.setattr(run, "steadiness", lambda roofs, device: 0.5)
     assert "unreliable" not in go(known={"fake_cache": fake.cache()}, out="counts").err, "no time was taken"
-
-
-def test_headline_has_the_figures_that_readers_come_for() -> None:
-    """Expect the four: cache, decoding, training, and the error of FP8."""
-    known: list[tuple[str, dict[str, Any], str, str, float, float]] = [
-        ("kv-cache", {"attention": "MLA", "cache": "bfloat16"}, "bytes_per_token", "bytes", 4608.0, 4608.0),
-        ("kv-cache", {"attention": "MHA", "cache": "bfloat16"}, "bytes_per_token", "bytes", 36864.0, 36864.0),
-        ("decode", {"batch": 1, "context": 128}, "tokens_per_s", "tokens/s", 50.0, 60.0),
-        ("decode", {"batch": 1, "context": 128}, "bandwidth", "bytes/s", 3e10, 4e10),
-        ("train", {"batch": 4, "tokens": 256}, "tokens_per_s", "tokens/s", 9000.0, 8000.0),
-        ("train", {"batch": 4, "tokens": 256}, "flop_rate", "FLOP/s", 1e11, 4e11),
-        ("fp8-error", {"product": "fprop"}, "error", "", 0.037, 0.0372),
-    ]
-    figures = [
-        Figure(question=question, case=case, metric=metric, unit=unit, measured=measured, predicted=predicted)
-        for question, case, metric, unit, measured, predicted in known
-    ]
-    assert [" ".join(pair) for pair in page.headline(figures)] == [
-        "4,608 bytes of cache for a token, 87.5 % less than MHA's",
-        "50.0 tokens/s in decoding at context 128, 75 % of what memory allows",
-        "9,000 tokens/s in training, 25 % of the matrix peak",
-        "3.7 % error of an FP8 product in training, 3.7 % expected from rounding",
-    ]
-    assert page.headline([Figure(question="moe", case={}, metric="tokens_per_s", unit="tokens/s", measured=1.0)]) == []
 
 
 def test_compare_names_what_changed_beyond_its_interval(go: Go, tmp_path: Path) -> None:
@@ -466,7 +442,7 @@ def test_quick_expects_of_the_rest_what_was_slow_before(go: Go, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("float32", "bfloat16"), [(224e9, 940e9), (170e9, 0.3e9)])
-def test_quick_has_time_for_the_headline_on_a_usual_cpu(float32: float, bfloat16: float) -> None:
+def test_quick_has_time_for_four_questions_on_a_usual_cpu(float32: float, bfloat16: float) -> None:
     """Plan for CPUs with and without BF16 units, after a minute for the machine's rates."""
     roofs = replace(fake.ROOFS, peak={"float32": float32, "bfloat16": bfloat16})
     dtype = torch.bfloat16 if bfloat16 > float32 else torch.float32
