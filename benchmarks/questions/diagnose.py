@@ -132,11 +132,11 @@ class Fault:
     repeated: bool = False
     """True to train on one page, again and again; False: on the default corpus."""
     loading: Callable[[Batch, int], Batch] = lambda batch, seed: batch
-    """What the loader does to each batch."""
+    """Changes each batch as a loader with this fault does, or takes its time."""
     stepping: Callable[[], None] = lambda: None
-    """What each step does besides."""
+    """Work of each step besides its own."""
     wrong: Callable[[Subject, int], AbstractContextManager[object]] = lambda subject, seed: nullcontext()
-    """What is wrong besides, until the context ends."""
+    """Another fault, which lasts until the context ends."""
     slower_dtype: bool = False
     """Products run in FP32 on a machine that multiplies BF16 faster. On others neither dtype is slower."""
 

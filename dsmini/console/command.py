@@ -71,7 +71,7 @@ def run(main: Callable[[Sequence[str]], int], tell: Callable[[str, BaseException
 
 
 def _exit(status: int) -> None:
-    """End this process. Of several, threads of their connections are alive: Python would now and then abort."""
+    """End this process. Among several, threads of connections are alive: Python would now and then abort."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         for out in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):

@@ -18,7 +18,7 @@ The hash of the passage of n tokens at i is a polynomial in an odd base B, modul
 
 Passages that differ in one token never share a hash, because B is odd and the mixing loses nothing. Others share one
 with a chance of about 2^-64: in a text of 2^24 tokens there are 2^47 pairs, and the chance of a single false match is
-2^-17, less than 1 in 100,000. Of a longer text the first 2^24 tokens are read.
+2^-17, less than 1 in 100,000. In a longer text the first 2^24 tokens are read.
 
 Targets. The target at position t is the token at t + 1, so targets[:, t] == tokens[:, t + 1] for all t but the last: a
 loader that shifts or shuffles breaks it. A target is left out of the loss where it is IGNORE (-100). Positions before
