@@ -143,14 +143,9 @@ def _half(norm: Any, layer: nn.Module, dtype: torch.dtype) -> StepWeights:
 
 
 @ops.operation("normed")
-def normed(
-    x: Float[Tensor, "*b m"], norm: RMSNorm, y: Float[Tensor, "*b m"] | None = None, y_norm: RMSNorm | None = None
-) -> Float[Tensor, "*b n"]:
-    """Return norm(x), or norm(x) and y_norm(y) side by side: the input of a multi-token prediction block.
-
-    Source: DeepSeek-V3 report, section 2.2, equation 21.
-    """
-    return norm(x) if y is None or y_norm is None else torch.cat((norm(x), y_norm(y)), -1)
+def normed(x: Float[Tensor, "*b m"], norm: RMSNorm) -> Float[Tensor, "*b m"]:
+    """Return norm(x) of the hidden states of a step."""
+    return norm(x)
 
 
 @ops.operation("attention_step")
@@ -230,7 +225,9 @@ class Decoder:
         """The weights of each block, or None for one that runs as it is."""
         fast_chain = fast and type(model.mtp) is MTPChain
         self.mtp_blocks = [
-            extract_weights(block.block, dtype) if fast_chain and not why_not_known(block, MTP) else None
+            extract_weights(block.get_submodule("block"), dtype)
+            if fast_chain and not why_not_known(block, MTP)
+            else None
             for block in model.mtp
         ]
         """The same of the multi-token prediction blocks."""
@@ -299,7 +296,8 @@ class Decoder:
             if weights is None or short:
                 return chain.decode_depth(k, embedding, before.to(embedding.dtype), cache, at)
             # 1. join what the depth before knows with the embedding: [b, s, m]
-            x = module.eh_proj(normed(embedding.float(), module.enorm, before.float(), module.hnorm))
+            joined = normed(embedding.float(), module.enorm), normed(before.float(), module.hnorm)
+            x = module.eh_proj(torch.cat(joined, -1))
             # 2. the block and its norm
             at = at.moved_back(depth)
             x, _ = _run(x, [weights], [cache.views(at)[k]], self._angles(at), starts)

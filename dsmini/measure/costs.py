@@ -146,9 +146,8 @@ def _topk_attention(
 # the parts of a decoding step, as a counted step calls them
 
 
-def _normed(result: Any, x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) -> Cost:
-    inputs = 1 if y is None else 2
-    return Cost(inputs * _nbytes(x, norm.weight), inputs * x.nbytes, 0)
+def _normed(result: Any, x: Tensor, norm: Any) -> Cost:
+    return Cost(_nbytes(x, norm.weight), x.nbytes, 0)
 
 
 def _attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any, starts: Tensor) -> Cost:

@@ -55,12 +55,12 @@ struct TopkAttentionCall {
   double scale;
 };
 
-// y[n] = [norm(first[n]) | norm(second[n])], or the first alone where second is null. All of it contiguous.
+// y[n] = norm(x[n]). All of it contiguous.
 struct NormsCall {
   int64_t threads, n, dim;
-  Span<const float> first, second, first_norm, second_norm;
+  Span<const float> x, weight;
   Span<float> y;
-  double first_eps, second_eps;
+  double eps;
 };
 
 // RMSNorm of rows [n, dim] in training, in FP32 or BF16. Forward writes y and inverse, backward reads inverse and dy, and

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
@@ -13,6 +14,7 @@ from dsmini_kernels.cpu.build import BuildError, library
 from dsmini_kernels.cpu.structs import CALLS, LAYOUTS
 
 SPAN = LAYOUTS["Span"].struct
+MOST_THREADS = 256
 GROUPS = 4
 ERRORS = {
     1: "the call is malformed",
@@ -29,8 +31,12 @@ _runs: ContextVar[bool] = ContextVar("runs", default=True)
 def run(function: str, **fields: Any) -> None:
     """Call a function of a library with the fields of its struct in calls.h; inside `without_running` do nothing.
 
+    Args:
+        fields: all but `threads`, which is torch's number unless it is given.
+
     Raises: RuntimeError where it refuses; Unserved for groups of rows that do not cover them.
     """
+    fields.setdefault("threads", n_threads())
     enter(function, CALLS[function].pack_all(fields))
 
 
@@ -47,6 +53,11 @@ def enter(function: str, call: bytes) -> None:
         raise Unserved(str(error)) from None
     if _runs.get() and (error := entry(call, len(call))):
         raise (Unserved if error == GROUPS else RuntimeError)(ERRORS[error])
+
+
+def n_threads() -> int:
+    """Return torch's number of threads, limited to the C++'s maximum."""
+    return min(torch.get_num_threads(), MOST_THREADS)
 
 
 def span(x: Tensor | None) -> bytes:

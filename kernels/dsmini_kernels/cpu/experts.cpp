@@ -18,7 +18,7 @@ struct Panel {
   float* hidden;
 };
 
-// The memory of `n` tokens; sizes in numbers. Slots are the visits (token, choice), sorted by expert.
+// The memory of `n` tokens; sizes in numbers. A slot is a token-expert pair; they are sorted by expert.
 template <class Words>
 struct Buffers {
   int64_t all = 0, threads, panel_numbers, inter_words, each;
@@ -55,10 +55,10 @@ struct Buffers {
   static int64_t most_vectors(const ExpertsCall& c, int64_t n) { return n * c.k / LANES + 2 * most_panels(c, n); }
 };
 
-// Sorts the visits of n tokens by expert, and cuts each expert's into panels, and these into groups. Returns the number of
+// Sorts the token-expert pairs of n tokens by expert, and cuts each expert's into panels, and these into groups. Returns the number of
 // groups.
 template <class Words>
-int64_t sort_visits(const ExpertsCall& c, const Buffers<Words>& m, const int64_t* indices, const float* weights, int64_t n) {
+int64_t sort_pairs(const ExpertsCall& c, const Buffers<Words>& m, const int64_t* indices, const float* weights, int64_t n) {
   memset(m.counts, 0, c.experts * 8);
   for (int64_t i = 0; i < n * c.k; ++i) ++m.counts[indices[i]];
   int64_t slot = 0, panels = 0, groups = 0;
@@ -111,7 +111,7 @@ void gate_and_up(const ExpertsCall& c, const Buffers<Words>& m, const Panel* gro
   }
 }
 
-// Adds columns [from, to) of w2 hidden of a group, times the weight of each visit, to total [tokens, WIDEST_PART].
+// Adds columns [from, to) of w2 hidden of a group, times the weight of each pair, to total [tokens, WIDEST_PART].
 template <class Words>
 void add_down(const ExpertsCall& c, const Buffers<Words>& m, const Panel* group, int64_t count, int64_t from, int64_t to,
               float* total, float* memory) {
@@ -139,7 +139,7 @@ void add_down(const ExpertsCall& c, const Buffers<Words>& m, const Panel* group,
 template <class Words>
 void compute(const ExpertsCall& c, Buffers<Words>& m, Team& team, int64_t first, int64_t n) {
   const int64_t size = c.bf16 ? 2 : 4;
-  const int64_t groups = sort_visits(c, m, c.indices + first * c.k, c.weights + first * c.k, n);
+  const int64_t groups = sort_pairs(c, m, c.indices + first * c.k, c.weights + first * c.k, n);
   const auto memory_of = [&](int64_t thread) { return m.of_threads + thread * m.each; };
   const auto size_of = [&](int64_t group) { return m.groups[group + 1] - m.groups[group]; };
   // 1. hidden numbers of all panels; few groups are shared by parts, each of which packs x once more

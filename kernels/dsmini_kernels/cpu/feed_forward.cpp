@@ -7,11 +7,11 @@
 
 namespace {
 
-// The memory of a call; sizes in numbers. Slots are the visits (token, choice), sorted by expert.
+// The memory of a call; sizes in numbers. A slot is a token-expert pair; they are sorted by expert.
 struct Buffers {
   int64_t wide, inter, expert_inter, slots;
   float *plain, *for_gate, *for_dense, *for_experts, *gated, *hidden, *rows, *expert_gated, *expert_hidden, *slot_weight;
-  int64_t *slot_token, *first_slot, *visited, *n_visited;
+  int64_t *slot_token, *first_slot, *chosen, *n_chosen;
   int64_t all;
 
   Buffers(const FeedForwardCall& c, float* memory) {
@@ -35,8 +35,8 @@ struct Buffers {
     slot_weight = take(slots);
     slot_token = take_whole(slots);
     first_slot = take_whole(c.experts + 1);
-    visited = take_whole(c.experts);
-    n_visited = take_whole(1);
+    chosen = take_whole(c.experts);
+    n_chosen = take_whole(1);
   }
 };
 
@@ -89,16 +89,16 @@ void route(const FeedForwardCall& c, float* scores, int64_t* indices, float* wei
   }
 }
 
-// Gives each visit a slot, in the order of experts and of tokens within an expert.
-void sort_visits(const FeedForwardCall& c, const Buffers& m) {
+// Gives each token-expert pair a slot, in the order of experts and of tokens within an expert.
+void sort_pairs(const FeedForwardCall& c, const Buffers& m) {
   memset(c.counts, 0, c.experts * 8);
   for (int64_t i = 0; i < m.slots; ++i) ++c.counts[c.indices[i]];
   int64_t slot = 0;
-  *m.n_visited = 0;
+  *m.n_chosen = 0;
   for (int64_t e = 0; e < c.experts; ++e) {
     m.first_slot[e] = slot;
     if (c.counts[e] == 0) continue;
-    m.visited[(*m.n_visited)++] = e;
+    m.chosen[(*m.n_chosen)++] = e;
     for (int64_t i = 0; i < m.slots; ++i)
       if (c.indices[i] == e) m.slot_token[slot] = i / c.k, m.slot_weight[slot++] = c.weights[i];
   }
@@ -143,18 +143,18 @@ void step(const FeedForwardCall& c, const Buffers& m) {
     }
   });
   if (c.experts) {
-    // 3. the experts of each token, and the slots of all visits
+    // 3. the experts of each token, and the slots of all pairs
     team.each(1, [&](int64_t, int64_t) {
       for (int64_t i = 0; i < c.n; ++i) route(c, c.scores + i * c.experts, c.indices + i * c.k, c.weights + i * c.k);
-      sort_visits(c, m);
+      sort_pairs(c, m);
     });
     team.each(m.slots, [&](int64_t slot, int64_t) {
       memcpy(m.rows + slot * m.wide, m.for_experts + m.slot_token[slot] * m.wide, m.wide * 4);
     });
-    // 4. the hidden numbers of the visited experts
-    const int64_t rows = rows_of_item(*m.n_visited * c.expert_inter, c.threads), across = divide_up(c.expert_inter, rows);
-    team.each(*m.n_visited * across, [&](int64_t item, int64_t) {
-      const int64_t e = m.visited[item / across], slot = m.first_slot[e], from = item % across * rows;
+    // 4. the hidden numbers of the chosen experts
+    const int64_t rows = rows_of_item(*m.n_chosen * c.expert_inter, c.threads), across = divide_up(c.expert_inter, rows);
+    team.each(*m.n_chosen * across, [&](int64_t item, int64_t) {
+      const int64_t e = m.chosen[item / across], slot = m.first_slot[e], from = item % across * rows;
       gate_and_up(part_of(c.e1, e, c.expert_inter), part_of(c.e3, e, c.expert_inter), from, least(c.expert_inter, from + rows),
                   m.rows + slot * m.wide, m.wide, c.counts[e], m.expert_gated + slot * c.expert_inter);
     });
@@ -173,8 +173,8 @@ void step(const FeedForwardCall& c, const Buffers& m) {
     float total[MOST_TOKENS * MOST_ROWS], part[MOST_TOKENS * MOST_ROWS];
     for (int64_t n = 0; n < c.n; ++n) memcpy(total + n * rows, c.x + n * c.dim + from, (to - from) * 4);
     if (c.inter) product(c.w2, from, to, m.hidden, m.inter, c.n, total, rows, total);
-    for (int64_t v = 0; c.experts && v < *m.n_visited; ++v) {
-      const int64_t e = m.visited[v], slot = m.first_slot[e];
+    for (int64_t v = 0; c.experts && v < *m.n_chosen; ++v) {
+      const int64_t e = m.chosen[v], slot = m.first_slot[e];
       product(part_of(c.e2, e, c.dim), from, to, m.expert_hidden + slot * m.expert_inter, m.expert_inter, c.counts[e], part,
               rows);
       for (int64_t k = 0; k < c.counts[e]; ++k) {

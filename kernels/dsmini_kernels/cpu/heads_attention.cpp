@@ -79,7 +79,7 @@ struct Head {
     return panels + p.number * round_up(width, LANES) * WIDTH;
   }
 
-  // The number of keys of the block from `from` on that some query of a panel sees: all after it are hidden.
+  // The number of keys of the block from `from` on that some query of a panel sees: all after it are masked.
   int64_t seen(const Panel& p, int64_t b, int64_t from) const {
     const int64_t some = least(KEYS, c.t - from);
     if (c.causal) {
@@ -96,7 +96,7 @@ struct Head {
     return c.mask + ((c.mask_batch > 1 ? b : 0) * c.s + query) * c.t;
   }
 
-  // Logits of n keys, with those that are hidden at -inf.
+  // Logits of n keys, with those that are masked at -inf.
   void hide(const Panel& p, int64_t b, int64_t from, int64_t n, float* logits) const {
     const int64_t width = p.vectors * LANES;
     if (c.causal) {

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.calls import run, span
-from dsmini_kernels.cpu.steps import n_threads
 from dsmini_kernels.cpu.structs import LAYOUTS
 
 LARGEST = 1 << 18
@@ -28,20 +27,13 @@ def muon_update(
         raise Unserved
     pieces = bytearray()
     for p, grad, m in zip(matrices.params, matrices.grads, matrices.momenta, strict=True):
-        pieces += LAYOUTS["MuonPiece"].pack(
-            p=_numbers(p, p.shape),
-            g=_numbers(grad, p.shape),
-            m=_numbers(m, p.shape),
-            count=p.numel() // (o * i),
-            rows=p.shape[-2],
-            columns=p.shape[-1],
-            stacked=p.dim() > 2,
-        )
+        numbers = {"p": _numbers(p, p.shape), "g": _numbers(grad, p.shape), "m": _numbers(m, p.shape)}
+        sizes = {"count": p.numel() // (o * i), "rows": p.shape[-2], "columns": p.shape[-1], "stacked": p.dim() > 2}
+        pieces += LAYOUTS["MuonPiece"].pack(**numbers, **sizes)
     piece = torch.frombuffer(pieces, dtype=torch.uint8)
     coefficients = torch.tensor(steps.coefficients, dtype=torch.float64)
     run(
         "muon",
-        threads=n_threads(),
         bf16=matmul_dtype == torch.bfloat16,
         rational=steps.rational,
         pieces=len(matrices.params),

@@ -7,32 +7,18 @@ from torch import Tensor
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.calls import memory, run, span
-from dsmini_kernels.cpu.steps import MOST_TOKENS, detached, n_threads, vector
+from dsmini_kernels.cpu.steps import MOST_TOKENS, detached, vector
 
 
-def normed(x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) -> Tensor:
-    """Return norm(x), or norm(x) and y_norm(y) side by side."""
-    rows = x.shape[:-1].numel()
+def normed(x: Tensor, norm: Any) -> Tensor:
+    """Return norm(x)."""
+    rows, dim = x.shape[:-1].numel(), x.shape[-1]
     if x.dtype != torch.float32 or not 1 <= rows <= MOST_TOKENS:
         raise Unserved(f"{list(x.shape)} numbers of {x.dtype}")
-    if y is not None and (y.dtype != x.dtype or y.shape != x.shape):
-        raise Unserved(f"{list(y.shape)} numbers of {y.dtype} next to {list(x.shape)} of {x.dtype}")
-    x, y = detached(x).contiguous(), None if y is None else detached(y).contiguous()
-    out = x.new_empty(*x.shape[:-1], (1 if y is None else 2) * x.shape[-1])
-    run(
-        "norms",
-        threads=n_threads(),
-        n=rows,
-        dim=x.shape[-1],
-        first=span(x),
-        second=span(y),
-        first_norm=vector(norm.weight),
-        second_norm=b"" if y is None else vector(y_norm.weight),
-        y=span(out),
-        first_eps=norm.eps,
-        second_eps=0.0 if y is None else y_norm.eps,
-    )
-    return out
+    x = detached(x).contiguous()
+    y = torch.empty_like(x)
+    run("norms", n=rows, dim=dim, x=span(x), weight=vector(norm.weight), y=span(y), eps=norm.eps)
+    return y
 
 
 def trained_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -62,20 +48,8 @@ def _train(
     if rows.stride(1) != 1 or rows.stride(0) < dim or n == 1:  # else they may be apart in memory
         rows = rows.contiguous()
     stride = size * (rows.stride(0) if n > 1 else dim)
-    run(
-        "trained_norm",
-        threads=n_threads(),
-        n=n,
-        dim=dim,
-        bf16=x.dtype == torch.bfloat16,
-        backward=grad is not None,
-        x=memory(rows.data_ptr(), (n - 1) * stride + dim * size),
-        x_stride=stride,
-        weight=span(weight),
-        inverse=span(inverse),
-        y=span(y),
-        dy=span(grad),
-        dw=span(dw),
-        eps=eps,
-    )
+    sizes = {"n": n, "dim": dim, "bf16": x.dtype == torch.bfloat16, "backward": grad is not None, "eps": eps}
+    strided = {"x": memory(rows.data_ptr(), (n - 1) * stride + dim * size), "x_stride": stride}
+    spans = {"weight": weight, "inverse": inverse, "y": y, "dy": grad, "dw": dw}
+    run("trained_norm", **sizes, **strided, **{name: span(t) for name, t in spans.items()})
     return y

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.calls import memory, run, span
-from dsmini_kernels.cpu.steps import detached, has_bf16_units, n_threads, weight_matrix
+from dsmini_kernels.cpu.steps import detached, has_bf16_units, weight_matrix
 from dsmini_kernels.cpu.structs import LAYOUTS
 
 LEAST = 1 << 20
@@ -88,7 +88,7 @@ def _sizes(x: Tensor, indices: Tensor, weights: Tensor, matrices: Sequence[Any])
     (n, m), (e, f, _), k, is_bf16 = x.shape, matrices[0].shape, indices.shape[1], x.dtype == torch.bfloat16
     if 3 * indices.numel() * f * m < LEAST:
         raise Unserved
-    sizes = {"threads": n_threads(), "n": n, "dim": m, "inter": f, "experts": e, "k": k, "bf16": is_bf16}
+    sizes = {"n": n, "dim": m, "inter": f, "experts": e, "k": k, "bf16": is_bf16}
     return sizes | dict(zip(("w1", "w2", "w3"), map(weight_matrix, matrices), strict=True))
 
 
@@ -162,25 +162,11 @@ def _attend(
     names = ("q", "k", "v_rows", "y", "dy", "dq", "dk", "dv")
     held = [x if x.stride(3) == 1 else x.contiguous() for x in map(detached, (*inputs, y, *backward[1:]))]
     lse, mask = (None if x is None else x.contiguous() for x in (lse, mask))
-    run(
-        "heads_attention",
-        threads=n_threads(),
-        b=b,
-        h=h,
-        groups=groups,
-        s=s,
-        t=t,
-        d=d,
-        v=width,
-        bf16=is_bf16,
-        backward=bool(backward),
-        causal=causal,
-        **dict.fromkeys(names, b"") | dict(zip(names, map(_rows_of_heads, held), strict=False)),
-        lse=span(lse),
-        mask=span(mask),
-        mask_batch=0 if mask is None else len(mask),
-        scale=scale,
-    )
+    sizes = {"b": b, "h": h, "groups": groups, "s": s, "t": t, "d": d, "v": width, "causal": causal}
+    kinds = {"bf16": is_bf16, "backward": bool(backward)}
+    masked = {"mask": span(mask), "mask_batch": 0 if mask is None else len(mask)}
+    rows = dict.fromkeys(names, b"") | dict(zip(names, map(_rows_of_heads, held), strict=False))
+    run("heads_attention", **sizes, **kinds, **masked, **rows, lse=span(lse), scale=scale)
     return y
 
 

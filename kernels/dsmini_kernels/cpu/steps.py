@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.calls import enter, memory, run, span
+from dsmini_kernels.cpu.calls import enter, memory, n_threads, run, span
 from dsmini_kernels.cpu.structs import CALLS, LAYOUTS
 
 MOST_TOKENS = 32
 """Number of tokens of a decoding step up to which a product reads each weight once and is bound by memory."""
-MOST_THREADS = 256
 MOST_ROWS = 1024
 """Number of rows up to which a product is at least as fast as torch's."""
 SMALL = 1 << 15
@@ -173,18 +172,10 @@ def _routings(gated: Sequence[Any], n: int) -> list[tuple[Tensor, ...]]:
 def _feed_forward(shape: torch.Size, x: bytes, y: bytes, weights: Any, routing: Sequence[Tensor]) -> tuple[str, bytes]:
     """Return the function and the call of a feed-forward, from states [n, m] at x to those at y."""
     prepared = weights.prepared.get("cpu") or _prepare_feed_forward(weights)
-    indices, chosen_weights, scores, counts = map(span, routing or (None,) * 4)
-    step = LAYOUTS["FeedForwardStep"].pack(
-        threads=n_threads(),
-        n=shape[0],
-        dim=shape[1],
-        x=x,
-        y=y,
-        indices=indices,
-        weights=chosen_weights,
-        scores=scores,
-        counts=counts,
-    )
+    memories = map(span, routing or (None,) * 4)
+    routed = dict(zip(("indices", "weights", "scores", "counts"), memories, strict=True))
+    n, m = shape
+    step = LAYOUTS["FeedForwardStep"].pack(threads=n_threads(), n=n, dim=m, x=x, y=y, **routed)
     return prepared.function, step + prepared.weights
 
 
@@ -304,11 +295,6 @@ def vector(x: Tensor | None) -> bytes:
     if x is not None and (x.dtype != torch.float32 or not x.is_contiguous() or not x.is_cpu):
         raise Unserved(f"a norm or gate in {x.dtype} on {x.device}")
     return span(x)
-
-
-def n_threads() -> int:
-    """Return torch's number of threads, limited to the C++'s maximum."""
-    return min(torch.get_num_threads(), MOST_THREADS)
 
 
 def weight_matrix(weight: Any, dtype: torch.dtype = torch.float32) -> bytes:

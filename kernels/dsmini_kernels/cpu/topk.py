@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.calls import memory, run, span
-from dsmini_kernels.cpu.steps import detached, has_bf16_units, n_threads, quantized_linear
+from dsmini_kernels.cpu.steps import detached, has_bf16_units, quantized_linear
 
 
 def topk_keys(q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) -> Tensor:
@@ -19,24 +19,10 @@ def topk_keys(q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) ->
         q, weights, mask = (detached(x).contiguous() for x in (q, weights, mask))
         k, k_span, k_stride = _batches(k)
     topk_indices = torch.empty(b, s, topk, dtype=torch.int64)
-    run(
-        "topk_keys",
-        threads=n_threads(),
-        b=b,
-        s=s,
-        t=t,
-        heads=heads,
-        width=width,
-        topk=topk,
-        bf16=bf16,
-        q=span(q),
-        k=k_span,
-        k_stride=k_stride,
-        weights=span(weights),
-        mask=span(mask),
-        mask_batch=len(mask),
-        topk_indices=span(topk_indices),
-    )
+    sizes = {"b": b, "s": s, "t": t, "heads": heads, "width": width, "topk": topk, "bf16": bf16}
+    masked = {"mask": span(mask), "mask_batch": len(mask)}
+    keys = {"k": k_span, "k_stride": k_stride}
+    run("topk_keys", **sizes, **keys, **masked, q=span(q), weights=span(weights), topk_indices=span(topk_indices))
     return topk_indices
 
 
@@ -56,24 +42,9 @@ def topk_attention(
     q = torch.cat((_of_each_head(q_nope, w_uk), q_rope), -1)
     topk_indices = topk_indices.contiguous()
     out = q.new_empty(b, s, heads, latent)
-    run(
-        "topk_attention",
-        threads=n_threads(),
-        b=b,
-        s=s,
-        t=t,
-        heads=heads,
-        width=width,
-        latent=latent,
-        k=k,
-        bf16=bf16,
-        q=span(q),
-        rows=rows_span,
-        rows_stride=rows_stride,
-        topk_indices=span(topk_indices),
-        out=span(out),
-        scale=scale,
-    )
+    sizes = {"b": b, "s": s, "t": t, "heads": heads, "width": width, "latent": latent, "k": k, "bf16": bf16}
+    stored = {"rows": rows_span, "rows_stride": rows_stride, "topk_indices": span(topk_indices)}
+    run("topk_attention", **sizes, **stored, q=span(q), out=span(out), scale=scale)
     return _of_each_head(out, w_uv).reshape(b, s, heads * w_uv.shape[2])
 
 

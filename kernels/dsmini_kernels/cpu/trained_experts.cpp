@@ -1,11 +1,11 @@
 // The routed experts in training: forward keeps the results of w1 and w3, backward makes all gradients. An expert is an
-// item of work. Visits lie in slots, sorted by expert and then by token. In panels (panels.h) tokens are the columns; for
+// item of work. Token-expert pairs lie in slots, sorted by expert and then by token. In panels (panels.h) tokens are the columns; for
 // the gradients of weights, sums over tokens, rows along the tokens are multiplied with panels of pairs of tokens.
 //
-// Of a visit with weight p, with g = w1 x, u = w3 x, s = silu(g), h = s u, and dy the gradient of its token's result:
+// Of a pair with weight p, with g = w1 x, u = w3 x, s = silu(g), h = s u, and dy the gradient of its token's result:
 //
 //     dp = (w2^T dy) h,  dh = p w2^T dy,  du = dh s,  dg = dh u silu'(g),  dx = w1^T dg + w3^T du
-//     dw1 = dg x^T,  dw3 = du x^T,  dw2 = p dy h^T,  each summed over the expert's visits
+//     dw1 = dg x^T,  dw3 = du x^T,  dw2 = p dy h^T,  each summed over the expert's tokens
 
 #include "activations.h"
 #include "panels.h"
@@ -18,27 +18,27 @@ namespace {
 constexpr int64_t WIDTH = MOST_VECTORS * LANES;    // of a panel
 constexpr int64_t AT_ONCE = 384 / WIDTH * WIDTH;  // columns of x and dy that are packed at once: panels side by side
 
-// The slots of all visits, and the rows of results by slot. Sizes in numbers.
+// The slots of all token-expert pairs, and the rows of results by slot. Sizes in numbers.
 struct Slots {
-  int64_t all = 0, most = 0;  // numbers of memory; visits of the expert with the most
+  int64_t all = 0, most = 0;  // numbers of memory; tokens of the expert with the most
   int64_t *token, *slot, *first;
   float *weight, *dp, *rows;
 
   Slots(const TrainedExpertsCall& c, float* memory) {
-    const int64_t visits = c.n * c.k;
+    const int64_t n_pairs = c.n * c.k;
     const auto take = [&](int64_t numbers) {
       float* at = memory == nullptr ? nullptr : memory + all;
       all += round_up(numbers, 16);
       return at;
     };
-    token = reinterpret_cast<int64_t*>(take(2 * visits)), slot = reinterpret_cast<int64_t*>(take(2 * visits));
+    token = reinterpret_cast<int64_t*>(take(2 * n_pairs)), slot = reinterpret_cast<int64_t*>(take(2 * n_pairs));
     first = reinterpret_cast<int64_t*>(take(2 * (c.experts + 2)));
-    weight = take(visits), dp = take(visits), rows = take(visits * c.dim);
+    weight = take(n_pairs), dp = take(n_pairs), rows = take(n_pairs * c.dim);
   }
 
   void sort(const TrainedExpertsCall& c) {
     memset(first, 0, (c.experts + 2) * 8);
-    int64_t* end = first + 1;  // while sorting, of the visits so far
+    int64_t* end = first + 1;  // while sorting, of the pairs so far
     for (int64_t i = 0; i < c.n * c.k; ++i) ++first[c.indices[i] + 2];
     for (int64_t e = 0; e < c.experts; ++e) first[e + 2] += first[e + 1];
     for (int64_t i = 0; i < c.n * c.k; ++i) {
@@ -48,7 +48,7 @@ struct Slots {
   }
 };
 
-int64_t most_visits(const TrainedExpertsCall& c, int64_t* counts) {
+int64_t most_tokens(const TrainedExpertsCall& c, int64_t* counts) {
   memset(counts, 0, c.experts * 8);
   int64_t most = 0;
   for (int64_t i = 0; i < c.n * c.k; ++i) {
@@ -81,7 +81,7 @@ struct Expert {
   static constexpr int64_t SIZE = Words::SIZE, NUMBERS = Words::NUMBERS;
   const TrainedExpertsCall& c;
   const Slots& s;
-  int64_t most;           // visits of any expert, in whole vectors
+  int64_t most;           // tokens of any expert, in whole vectors
   int64_t m_row, f_row, t_row;  // numbers of a row along the model's width, along the expert's, along tokens
   char *into, *up, *out;  // forward: w1, w3, w2; backward: w1^T, w3^T, w2^T
   float *x, *hidden, *second;  // panels
@@ -178,13 +178,13 @@ struct Expert {
   }
 
   void forward(int64_t e) const {
-    const int64_t from = s.first[e], visits = s.first[e + 1] - from, size = c.bf16 ? 2 : 4;
-    if (visits == 0) return;
+    const int64_t from = s.first[e], tokens = s.first[e + 1] - from, size = c.bf16 ? 2 : 4;
+    if (tokens == 0) return;
     prepare(e);
     float g[LANES * WIDTH], u[LANES * WIDTH];
-    const Cut cut(visits);
-    for (int64_t at = 0; at < visits; at += cut.tokens) {
-      const int64_t slot = from + at, count = least(cut.tokens, visits - at), vectors = divide_up(count, LANES);
+    const Cut cut(tokens);
+    for (int64_t at = 0; at < tokens; at += cut.tokens) {
+      const int64_t slot = from + at, count = least(cut.tokens, tokens - at), vectors = divide_up(count, LANES);
       pack_tokens(c.x, slot, count, vectors);
       for (int64_t row = 0; row < c.inter; row += LANES) {
         times(into, row, m_row, x, vectors, c.dim, g), times(up, row, m_row, x, vectors, c.dim, u);
@@ -216,26 +216,26 @@ struct Expert {
   }
 
   void backward(int64_t e) const {
-    const int64_t from = s.first[e], visits = s.first[e + 1] - from;
-    if (visits == 0) {
+    const int64_t from = s.first[e], tokens = s.first[e + 1] - from;
+    if (tokens == 0) {
       for (float* grad : {c.dw1, c.dw2, c.dw3}) memset(grad + e * c.inter * c.dim, 0, c.inter * c.dim * 4);
       return;
     }
     prepare(e);
-    const Cut cut(visits);
-    for (int64_t at = 0; at < visits; at += cut.tokens)
-      backward_of_tokens(from + at, least(cut.tokens, visits - at), at);
+    const Cut cut(tokens);
+    for (int64_t at = 0; at < tokens; at += cut.tokens)
+      backward_of_tokens(from + at, least(cut.tokens, tokens - at), at);
     // gradients of weights
     for (int64_t first = 0; first < c.dim; first += AT_ONCE) {
       const int64_t at = e * c.inter * c.dim;
-      pack_pairs(c.x, from, visits, first, false);
-      each_panel(visits, first, [&](const float* panel, int64_t column, int64_t width) {
-        weight_gradient(dg, visits, panel, c.dw1 + at + column, width);
-        weight_gradient(du, visits, panel, c.dw3 + at + column, width);
+      pack_pairs(c.x, from, tokens, first, false);
+      each_panel(tokens, first, [&](const float* panel, int64_t column, int64_t width) {
+        weight_gradient(dg, tokens, panel, c.dw1 + at + column, width);
+        weight_gradient(du, tokens, panel, c.dw3 + at + column, width);
       });
-      pack_pairs(c.dy, from, visits, first, true);
-      each_panel(visits, first, [&](const float* panel, int64_t column, int64_t width) {
-        turned_gradient(visits, panel, c.dw2 + at + column * c.inter, width);
+      pack_pairs(c.dy, from, tokens, first, true);
+      each_panel(tokens, first, [&](const float* panel, int64_t column, int64_t width) {
+        turned_gradient(tokens, panel, c.dw2 + at + column * c.inter, width);
       });
     }
   }
@@ -279,22 +279,22 @@ struct Expert {
 
   // Calls body(panel of pairs, its first column of x, columns) for AT_ONCE columns.
   template <class Body>
-  void each_panel(int64_t visits, int64_t first, Body body) const {
+  void each_panel(int64_t tokens, int64_t first, Body body) const {
     for (int64_t column = first; column < least(c.dim, first + AT_ONCE); column += WIDTH)
-      body(pairs + (column - first) * words_of<Words>(visits), column, least(WIDTH, c.dim - column));
+      body(pairs + (column - first) * words_of<Words>(tokens), column, least(WIDTH, c.dim - column));
   }
 
   // The panels of AT_ONCE columns of an expert's rows, times their weights if `weighted`. Rows lie anywhere, so long
   // pieces of them are read: those of a panel alone would be far apart.
-  void pack_pairs(const char* rows, int64_t from, int64_t visits, int64_t first, bool weighted) const {
+  void pack_pairs(const char* rows, int64_t from, int64_t tokens, int64_t first, bool weighted) const {
     const int64_t size = c.bf16 ? 2 : 4;
     const auto numbers = [&](int64_t t, int64_t i) {
-      if (t >= visits) return F{};
+      if (t >= tokens) return F{};
       const F x_ = get(c.bf16, rows + (s.token[from + t] * c.dim + i) * size, least(LANES, c.dim - i));
       return weighted ? x_ * splat(s.weight[from + t]) : x_;
     };
-    for (int64_t word = 0; word < words_of<Words>(visits); ++word)
-      each_panel(visits, first, [&](float* panel, int64_t column, int64_t width) {
+    for (int64_t word = 0; word < words_of<Words>(tokens); ++word)
+      each_panel(tokens, first, [&](float* panel, int64_t column, int64_t width) {
         float* to = panel + word * round_up(width, LANES);
         for (int64_t i = 0; i < width; i += LANES) {
           if constexpr (NUMBERS == 2)
@@ -305,19 +305,19 @@ struct Expert {
       });
   }
 
-  void weight_gradient(const char* rows, int64_t visits, const float* panel, float* grad, int64_t width) const {
+  void weight_gradient(const char* rows, int64_t tokens, const float* panel, float* grad, int64_t width) const {
     const int64_t vectors = divide_up(width, LANES);
     for (int64_t row = 0; row < c.inter; row += LANES) {
-      times(rows, row, t_row, panel, vectors, visits, turned);
+      times(rows, row, t_row, panel, vectors, tokens, turned);
       for (int64_t r = 0; r < least(LANES, c.inter - row); ++r)
         memcpy(grad + (row + r) * c.dim, turned + r * vectors * LANES, width * 4);
     }
   }
 
-  void turned_gradient(int64_t visits, const float* panel, float* grad, int64_t width) const {
+  void turned_gradient(int64_t tokens, const float* panel, float* grad, int64_t width) const {
     const int64_t vectors = divide_up(width, LANES);
     for (int64_t row = 0; row < c.inter; row += LANES) {
-      times(h, row, t_row, panel, vectors, visits, turned);
+      times(h, row, t_row, panel, vectors, tokens, turned);
       for (int64_t v = 0; v < vectors; ++v) {
         F block[LANES];
         turn(turned, vectors, v, block);
@@ -333,7 +333,7 @@ bool run_all(const TrainedExpertsCall& c) {
   const Slots sizes(c, nullptr);
   float* memory = scratch_of(sizes.all + 2 * c.experts + 16);
   if (memory == nullptr) return false;
-  const int64_t most = most_visits(c, reinterpret_cast<int64_t*>(memory + sizes.all));
+  const int64_t most = most_tokens(c, reinterpret_cast<int64_t*>(memory + sizes.all));
   const int64_t each = round_up(Expert<Words>(c, sizes, most, nullptr).all, 16);
   memory = scratch_of(sizes.all + c.threads * each);
   if (memory == nullptr) return false;

@@ -36,14 +36,11 @@ void try_linear(Trial& trial, int64_t n, int64_t type, int64_t bf16) {
   trial.run("linear", dsmini_linear, c);
 }
 
-void try_norms(Trial& trial, int64_t n, int64_t inputs) {
-  const int64_t dim = 131, second = inputs - 1;
+void try_norms(Trial& trial, int64_t n) {
   Memory memory;
   NormsCall c{};
-  c.threads = 1, c.n = n, c.dim = dim, c.first_eps = c.second_eps = 1e-6;
-  c.first = memory.bytes(n * dim * 4), c.first_norm = memory.bytes(dim * 4);
-  c.second = memory.bytes(second * n * dim * 4), c.second_norm = memory.bytes(second * dim * 4);
-  c.y = memory.bytes(inputs * n * dim * 4);
+  c.threads = 1, c.n = n, c.dim = 131, c.eps = 1e-6;
+  c.x = memory.bytes(n * c.dim * 4), c.weight = memory.bytes(c.dim * 4), c.y = memory.bytes(n * c.dim * 4);
   trial.run("norms", dsmini_norms, c);
 }
 
@@ -154,7 +151,7 @@ const char* dsmini_try() {
         for (const int64_t group : {1, 3}) try_grouped_attention(trial, b, s, type, cache, group);
     }
   }
-  for (const int64_t n : {1, 2, 7}) try_norms(trial, n, 1), try_norms(trial, n, 2);
+  for (const int64_t n : {1, 2, 7}) try_norms(trial, n);
   for (const int64_t bf16 : {0, 1}) {
     for (const int64_t topk : {7, 150}) try_topk_keys(trial, 1, 1, bf16, topk), try_topk_keys(trial, 2, 11, bf16, topk);
     for (const auto& [b, s] : TOKENS)
