@@ -55,7 +55,7 @@ from dsmini.inference import Generation
 from dsmini.inference.fused import Decoder
 from dsmini.inference.generation import prefill
 from dsmini.inference.sampling import Sampling, likeliest
-from dsmini.inference.speculative import Drafter, agreed
+from dsmini.inference.speculative import Drafter, accept_greedy
 from dsmini.machine import memory_bytes, refuse_too_large
 from dsmini.measure.price import Forecast, Prices
 from dsmini.measure.turns import stopwatch
@@ -397,7 +397,7 @@ def guessing_steps(model: Transformer, point: Point) -> Callable[[], Any]:
         guesses, _ = Drafter(decoder, cache, Sampling()).guess(tokens, live, None)
         states = decoder.states(torch.cat((tokens, guesses), 1), cache)
         best = likeliest(model.head(states.normed))
-        return [agreed(*row) for row in zip(guesses.tolist(), best.tolist(), strict=True)]
+        return [accept_greedy(*row) for row in zip(guesses.tolist(), best.tolist(), strict=True)]
 
     return step
 

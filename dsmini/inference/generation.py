@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsmini.inference.fused import Decoder
 from dsmini.inference.sampling import Sampling, draw, is_whole, likeliest
-from dsmini.inference.speculative import Drafter, accept, agreed
+from dsmini.inference.speculative import Drafter, accept, accept_greedy
 from dsmini.nn import Cache, Transformer
 from dsmini.nn.cache import CacheDtype, last_valid
 
@@ -244,13 +244,13 @@ class Generation:
         logits = self.decoder.logits(states.normed)
         # 3. the accepted guesses of each row, and one more token
         if self.sampling.greedy:
-            chosen = [agreed(*row) for row in zip(guesses.tolist(), likeliest(logits).tolist(), strict=True)]
+            chosen = [accept_greedy(*row) for row in zip(guesses.tolist(), likeliest(logits).tolist(), strict=True)]
         else:
             p = self._probabilities(logits, guesses)
             chosen = [accept(guesses[i].tolist(), [d[i] for d in q], p[i], self.generator) for i in range(len(p))]
         if self.drafter is not None:
             kept = [len(tokens) * is_live for tokens, is_live in zip(chosen, live, strict=True)]
-            self.drafter.settle(start, padded(chosen).to(self._device), kept, states.given)
+            self.drafter.drop_rejected(start, padded(chosen).to(self._device), kept, states.given)
             self.stats.drafted += guesses.shape[1] * sum(live)
             self.stats.accepted += sum(kept) - sum(live)
         self.stats.steps += sum(live)

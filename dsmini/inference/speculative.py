@@ -100,7 +100,7 @@ class Drafter:
             if deeper + 1 < self.depths:
                 given[deeper + 1] = gives[:, 0]
 
-    def settle(
+    def drop_rejected(
         self,
         start: Int[Tensor, " b"],
         tokens: Int[Tensor, "b n"],
@@ -126,7 +126,7 @@ class Drafter:
             self._unseen = (tokens[rows], before[rows], [new[row] for row in rows])
 
 
-def agreed(guesses: list[int], likeliest: list[int]) -> list[int]:
+def accept_greedy(guesses: list[int], likeliest: list[int]) -> list[int]:
     """Return what greedy decoding takes of one row: the guesses that are the model's own tokens, and one more token.
 
     Args:

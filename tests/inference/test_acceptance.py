@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsmini.inference.sampling import draw
-from dsmini.inference.speculative import accept, agreed
+from dsmini.inference.speculative import accept, accept_greedy
 
 N = 20_000
 SIGMAS = 4.5
@@ -57,4 +57,4 @@ def test_tokens_follow_the_model_and_guesses_are_kept_as_often_as_possible(case:
     [([], [4], [4]), ([4], [4, 7], [4, 7]), ([5], [4, 7], [4]), ([4, 6, 9], [4, 7, 9, 1], [4, 7])],
 )
 def test_greedy_takes_guesses_up_to_the_first_other(guesses: list[int], likeliest: list[int], want: list[int]) -> None:
-    assert agreed(guesses, likeliest) == want
+    assert accept_greedy(guesses, likeliest) == want
