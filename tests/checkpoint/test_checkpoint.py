@@ -16,14 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsmini.checkpoint import tensor_files
-from dsmini.checkpoint.run_folder import read_summary
 from dsmini.checkpoint.training_state import MANIFEST, load_run, write_manifest
 from dsmini.distributed.world import World
 from dsmini.machine import random_state
 from dsmini.training import saving as checkpoints
-from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun, newest_checkpoint
-from dsmini.training.saving import NotSavedError
 from tests.helpers.configs import refusal
 from tests.helpers.runs import new_run, resumed, unequal, whole
 
@@ -57,9 +54,8 @@ def cut(path: Path, where: float) -> None:
     path.write_bytes(path.read_bytes()[: int(where * (path.stat().st_size - 2))])
 
 
-PLACES = (0.0, 0.01, 0.3, 0.5, 0.99, 1.0)
+PLACES = (0.0, 0.3, 1.0)
 DAMAGES: dict[str, tuple[Callable[[Path, float], object], tuple[float, ...]]] = {
-    "a flipped byte": (flip, PLACES),
     "a flipped bit": (lambda path, where: flip(path, where, 1), PLACES),
     "cut off": (cut, PLACES),
     "missing": (lambda path, where: path.unlink(), (0.0,)),
@@ -105,11 +101,7 @@ MISFITS: list[tuple[str, Callable[[Named], Any], str]] = [
     ("model", lambda t: t.update(new=torch.zeros(1)), "model.safetensors has an unknown tensor new"),
     ("model", lambda t: t.update({NORM: torch.zeros(7)}), "float32 [7], want torch.float32 [24]"),
     ("model", lambda t: t.update({NORM: t[NORM].double()}), "float64 [24], want torch.float32"),
-    ("model", lambda t: t.pop("layers.1.ffn.gate.bias"), "lacks tensor layers.1.ffn.gate.bias"),
-    ("optimizer", lambda t: t.pop(MOMENT), "lacks tensor norm.weight/exp_avg"),
     ("optimizer", lambda t: t.update({MOMENT: torch.zeros(7)}), "[7], want"),
-    ("optimizer", lambda t: t.update({"norm.weight/step": torch.tensor(1).bfloat16()}), "bfloat16"),
-    ("optimizer", lambda t: t.update({"x/exp_avg": torch.zeros(7)}), "unknown tensor x/exp_avg"),
     ("average", lambda t: t.pop(NORM), "average.safetensors lacks tensor norm.weight"),
     ("rng", lambda t: t.update(cpu=t["cpu"][:9].clone()), "rng.safetensors: cpu is"),
     ("rng", lambda t: t.update(other=t.pop("cpu")), "rng.safetensors lacks tensor cpu"),
@@ -243,32 +235,16 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, training: TrainingRun, name: str,
     monkeypatch.setattr(checkpoints, "_write_all", saved)
 
 
-@pytest.mark.parametrize("name", FILES[:4])
 def test_full_disk_on_the_way_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = new_run(tmp_path, **(OPTIONS | {"steps": 8}))
-    full_disk(monkeypatch, training, name, (4, 6))
+    full_disk(monkeypatch, training, "optimizer.safetensors", (4, 6))
     training.console.quiet = False
     assert training.train()
     assert names(tmp_path) == ["step-000002", "step-000008"]
     said = " ".join(capsys.readouterr().out.split())
     assert "checkpoint of step 6: No space left on device; step 2 is still there; training continues" in said
-
-
-@pytest.mark.parametrize("gone", [True, False])
-def test_full_disk_at_the_end_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool) -> None:
-    training = new_run(tmp_path, **OPTIONS)
-    left = "no earlier one is there" if gone else "step 2 is still there"
-    with monkeypatch.context() as patch:
-        full_disk(patch, training, "optimizer.safetensors", (4,))
-        if gone:
-            patch.setattr(training, "_validate", lambda *_: shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True))
-        with pytest.raises(NotSavedError, match=f"of step 4: .*; {left}"):
-            training.train()
-    if not gone:
-        assert names(tmp_path) == ["step-000002"]
-        assert resumed(tmp_path, **OPTIONS).train()
 
 
 def test_other_write_errors_still_save_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,15 +265,6 @@ def test_other_write_errors_still_save_the_state(tmp_path: Path, monkeypatch: py
     again = resumed(tmp_path / "x", **OPTIONS)
     assert again.train()
     assert unequal(whole(again), whole(never)) == set()
-
-
-def test_damaged_summary_and_lines_of_metrics_count_as_absent(tmp_path: Path) -> None:
-    assert read_summary(tmp_path) == {}
-    for text in ("[]", "null", "3", "{", "[" * 100_000, '{"steps": NaN}', "\xff"):
-        (tmp_path / "summary.json").write_text(text)
-        assert read_summary(tmp_path) == {}
-    (tmp_path / "metrics.jsonl").write_text("[" * 100_000 + "\n{}\nnull\n" + '{"step": ' + "9" * 5000 + "}\n")
-    assert read_records(tmp_path) == []
 
 
 def test_checkpoint_has_its_own_config(run: Path) -> None:

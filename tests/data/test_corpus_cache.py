@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,19 +95,6 @@ def test_interrupted_build_leaves_nothing(place: Path, monkeypatch: pytest.Monke
         assert str(caught.value) == f"cannot tokenize the corpus into {place / 'corpus'}: No space left on device"
     assert corpora.entries(place) == []
     assert "tokenized once" in corpora.load(place).cache
-
-
-def test_leftovers_of_a_killed_build_are_removed_later(place: Path) -> None:
-    corpora.load(place)
-    (entry,) = corpora.entries(place)
-    partial = entry.rename(entry.with_name(f".{entry.name}.partial-1-01234567"))
-    (partial / "meta.json").unlink()
-    assert "tokenized once" in corpora.load(place).cache
-    assert partial.exists(), "another process may be at it"
-    for path in (*partial.iterdir(), partial):
-        os.utime(path, (time.time() - 4000,) * 2)
-    corpora.load(place, val_fraction=0.2)
-    assert not partial.exists()
 
 
 @pytest.mark.parametrize("damaged", [False, True])

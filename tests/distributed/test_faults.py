@@ -4,7 +4,6 @@ A run that is started again ends with the bits of one that met no fault. A row w
 started again after each of them.
 """
 
-import dataclasses
 import math
 import os
 import random
@@ -27,15 +26,12 @@ import torch
 
 from dsmini.distributed.heartbeat import STALLED, watched
 from dsmini.distributed.world import World
-from dsmini.machine import random_state
 from dsmini.training.record import read_events, read_records
-from dsmini.training.run import TrainingRun, newest_checkpoint
 from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault, of_this_process, parsed
 from tests.distributed.ranks import START, new_store, outcomes, run_ranks, spoken, start
 from tests.distributed.runs import (
     CPU,
     KILLED,
-    RECIPE,
     STEPS,
     differences,
     events,
@@ -46,7 +42,7 @@ from tests.distributed.runs import (
     statuses,
     until_end,
 )
-from tests.helpers.runs import before_each_step, unequal
+from tests.helpers.runs import before_each_step
 
 EP: dict[str, Any] = {"ep": 2}
 THREE: dict[str, Any] = {"dp": 3}
@@ -134,6 +130,12 @@ TABLE: dict[str, Row] = {
     },
     "a collective left out": Row("hang:1:3:optimizer", 3, WATCHED, words=("rank 1 (pid", "optimizer")),
     "another collective": Row("alone:1:3:optimizer", 3, WATCHED, words=("rank 1 (pid", "optimizer")),
+    "spike": Row(
+        "spike:1:36:forward",
+        changes={"steps": 40, "max_rewinds": 2, "eval_every": 40, "ema_decay": None, "optimizer": "adamw"},
+        events={"rewound": [34]},
+        like="spike:0:36:forward",
+    ),
     "NaN": Row("nan:1:3:forward", 2, {"dp": 2, "check_replicas": 1}, like="nan:0:3:forward"),
     "bit that flips": Row(
         "flip:1:4:between",  # after step 3, before the step that is saved
@@ -184,7 +186,7 @@ def test_fault_ends_as_the_table_says(name: str, tmp_path: Path, whole: Callable
     told += [path.read_text() for path in folder.glob("said-*")] + [e.failure for ends in attempts for e in ends]
     assert all(word in "\n".join(told) for word in row.words), told
     assert not list(folder.rglob(".*partial*"))
-    assert differences(folder, whole(row)) == []
+    assert differences(folder, whole(row), row.changes.get("steps", STEPS)) == []
 
 
 def test_failed_last_save_raises_on_all_ranks(tmp_path: Path) -> None:
@@ -326,23 +328,6 @@ def test_a_stall_of_the_command_is_told_on_the_standard_error(
 
 
 @pytest.mark.slow
-def test_nothing_whole_to_start_from_is_an_error_and_no_step_zero(config: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    line = (config, "--out", folder, "--resume", "auto", "--train.steps")
-    assert ends_of(tmp_path, *line, 2) == [0, 0]
-    for path in folder.glob("checkpoints/*/model.safetensors"):
-        content = path.read_bytes()
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    before = sorted(path.name for path in folder.glob("checkpoints/*"))
-    for _ in range(2):
-        assert ends_of(tmp_path, *line, 4) == [2, 2]
-    assert sorted(path.name for path in folder.glob("checkpoints/*")) == before
-    shutil.rmtree(folder / "checkpoints")
-    assert ends_of(tmp_path, *line, 4) == [2, 2]
-    assert [event["step"] for event in events(folder, "started")] == [0]
-
-
-@pytest.mark.slow
 def test_torchrun_restarts_until_its_restarts_are_exhausted(config: Path, tmp_path: Path) -> None:
     """Let the second of two kills use up the one restart; then start all again by hand."""
     assert ends_of(tmp_path, config, "--out", tmp_path / "whole") == [0, 0]
@@ -403,68 +388,3 @@ def test_steps_while_a_save_writes_do_not_change_its_files(tmp_path: Path) -> No
     assert "step" in after and set(after) <= {"step", "save:written"}
     phases = [phase for phase in told if phase.startswith("save:")]
     assert phases == phases[: len(phases) // 4] * 4  # one save after the other
-
-
-# --- damage: tests/checkpoint has all kinds of it
-
-
-def look(world: World, place: Path) -> list[tuple[bool, int, list[str]]]:
-    """Return for each folder: whether nothing changed, the step that is read or 0, and what is said."""
-    training, found = new_run(world, place / "live", EP), []
-    training.trainer.step()
-    for name in ("one", "all"):
-        before, said, step = live(training), [], 0
-        try:
-            step = newest_checkpoint(
-                dataclasses.replace(training.config, out=place / name), world, said.append
-            ).state.step
-        except ValueError as failure:
-            said = [str(failure)]
-        found.append((unequal(before, live(training)) == set(), step, said))
-    return found
-
-
-def live(training: TrainingRun) -> dict[str, Any]:
-    parts = {**training.trainer.tensors(), "rng": random_state(training.trainer.device)}
-    tensors = {f"{part}/{name}": t.detach().clone() for part, of in parts.items() for name, t in of.items()}
-    return tensors | {"steps": training.trainer.steps_done}
-
-
-@pytest.mark.slow
-def test_damaged_checkpoint_is_refused_before_anything_changes(tmp_path: Path) -> None:
-    run_ranks(2, run, tmp_path / "one", EP)
-    shutil.copytree(tmp_path / "one", tmp_path / "all")
-    for path in [*tmp_path.glob("all/checkpoints/*"), tmp_path / f"one/checkpoints/step-{STEPS:06d}"]:
-        os.truncate(path / "optimizer.safetensors", 1000)
-    for rank, (one, every) in enumerate(run_ranks(2, look, tmp_path)):
-        assert one[:2] == (True, 6) and every[:2] == (True, 0) and len(one[2]) == (rank == 0)  # rank 0 speaks
-        assert all(f"step-{STEPS:06d}" in said and "using step-000006" in said for said in one[2])
-        assert every[2][0].count("cannot read") == 3 and "no other checkpoint" in every[2][0]
-
-
-# --- spikes
-
-SPIKE: dict[str, Any] = {"steps": 40, "max_rewinds": 2, "eval_every": 40, "ema_decay": None, "optimizer": "adamw"}
-
-
-def without_two_batches(world: World, folder: Path, step: int, sequences: int) -> bool:
-    training = new_run(world, folder, EP, **SPIKE)
-
-    def skip() -> None:
-        if training.trainer.steps_done == step:
-            training.trainer.sequences, training.history.rewinds = sequences, 1
-
-    before_each_step(training, skip)
-    return training.train()
-
-
-@pytest.mark.slow
-def test_spike_rewinds_and_leaves_its_batches_out(tmp_path: Path) -> None:
-    n = RECIPE["batch_size"]
-    assert run_ranks(2, run, tmp_path / "run", EP, parsed("spike:1:36:forward"), **SPIKE) == [True, True]
-    assert [event["step"] for event in events(tmp_path / "run", "rewound")] == [34]
-    assert run_ranks(2, without_two_batches, tmp_path / "want", 34, 36 * n) == [True, True]
-    assert differences(tmp_path / "run", tmp_path / "want", 40) == []
-    faults = parsed("spike:1:36:forward,spike:0:37:forward")
-    ends = outcomes(2, run, tmp_path / "many", EP, faults, **SPIKE | {"max_rewinds": 1})
-    assert statuses(ends) == [1, 1] and all("spiked again after 1 rewinds" in end.failure for end in ends)

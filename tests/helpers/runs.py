@@ -15,7 +15,6 @@ from rich.console import Console
 from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.checkpoint.training_state import Checkpoint
 from dsmini.data.corpus import Corpus
 from dsmini.distributed.world import World
 from dsmini.machine import random_state
@@ -80,17 +79,12 @@ def new_run(
     return TrainingRun(config, trainer, Console(quiet=True))
 
 
-def resumed(
-    folder: Path,
-    change: Callable[[Checkpoint], Checkpoint] = lambda checkpoint: checkpoint,
-    said: list[str] | None = None,
-    **options: Any,
-) -> TrainingRun:
-    """Resume the run of a folder, with changes to the loaded config."""
+def resumed(folder: Path, said: list[str] | None = None, **options: Any) -> TrainingRun:
+    """Resume the run of a folder."""
     training = new_run(folder, **options)
     torch.manual_seed(99)  # another random state than the stored one
     say = (lambda line: None) if said is None else said.append
-    training.resume(change(newest_checkpoint(training.config, World(), say)))
+    training.resume(newest_checkpoint(training.config, World(), say))
     return training
 
 

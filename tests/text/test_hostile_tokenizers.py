@@ -54,12 +54,7 @@ REFUSALS: dict[str, tuple[str, str]] = {
     },
     "steps": (edited(normalizer={"type": "Sequence", "normalizers": [3]}), NOT_ONE),
     "deep lists": ("[" * 100_000, NOT_ONE),
-    "deep tables": ('{"a":' * 100_000, NOT_ONE),
-    "token lists": ('{"added_tokens": 3}', NOT_ONE),
     "tokens": ('{"added_tokens": [3]}', NOT_ONE),
-    "half": ("{", NOT_ONE),
-    "empty": ("[]", NOT_ONE),
-    "model": ('{"model": 3}', NOT_ONE),
 }
 
 

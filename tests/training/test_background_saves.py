@@ -10,7 +10,7 @@ import pytest
 from dsmini.training import saving
 from dsmini.training.record import read_events
 from dsmini.training.run import TrainingRun
-from tests.helpers.runs import calls, kill, new_run, resumed, stopped, unequal, whole
+from tests.helpers.runs import calls, kill, new_run, stopped
 
 BEHIND: dict[str, Any] = {"save_in_background": True, "keep": 9}
 
@@ -54,19 +54,6 @@ def test_file_has_the_state_of_the_moment_it_was_asked_for(tmp_path: Path, gate:
     for name in ("model", "optimizer", "rng"):
         a, b = ((tmp_path / run / f"checkpoints/step-000001/{name}.safetensors").read_bytes() for run in "ab")
         assert a == b
-
-
-def test_run_is_the_same_run(tmp_path: Path) -> None:
-    never = new_run(tmp_path / "a", keep=9)
-    assert never.train()
-    want = whole(never)
-    behind = new_run(tmp_path / "b", **BEHIND)
-    assert behind.train()
-    assert unequal(want, whole(behind)) == set()
-    names = [sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir()) for run in "ab"]
-    assert names[0] == names[1]
-    again = resumed(tmp_path / "b", **BEHIND)
-    assert again.trainer.steps_done == 8
 
 
 def test_checkpoint_is_logged_once_its_files_are_on_the_disk(tmp_path: Path, gate: threading.Event) -> None:

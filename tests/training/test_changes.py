@@ -27,6 +27,11 @@ MODEL: dict[str, Any] = {
     **dict(rope_factor=4.0, beta_fast=16.0, beta_slow=2.0, mscale=0.5, mscale_all_dim=0.5, norm_eps=1e-5),
     **dict(init_std=0.01, zero_init=True, embed_norm=True, qk_norm=True),
 }
+V4 = {
+    *("head_dim", "window_size", "compress_ratios", "compress_rope_theta", "o_groups", "o_lora_rank", "qat"),
+    *("n_hash_layers", "swiglu_limit", "hc_mult", "hc_sinkhorn_iters", "hc_eps"),
+}
+"""Keys of DeepSeek-V4 alone."""
 EFFECTS: list[tuple[str, dict[str, Any], list[str]]] = [
     # changes, and the lines after those of the keys
     ("data", dict(path=Path("x"), workers=2), []),
@@ -114,7 +119,7 @@ def test_a_dense_run_is_not_resumed_as_sparse() -> None:
 
 def test_every_key_of_the_model_is_judged_here() -> None:
     """A new key must be thought about: does it change shapes?"""
-    assert {f.name for f in dataclasses.fields(ModelConfig)} == {*MODEL, *SPARSE, "n_kv_heads", "precision"}
+    assert {f.name for f in dataclasses.fields(ModelConfig)} == {*MODEL, *SPARSE, *V4, "n_kv_heads", "precision"}
     effects = {f.metadata["resume"] for part in (DataConfig, ParallelConfig) for f in dataclasses.fields(part)}
     assert effects <= {"refused", "rounding", "none"}
 

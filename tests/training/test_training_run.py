@@ -52,8 +52,15 @@ def hangups_count() -> Iterator[None]:
     signal.signal(HUP, before)
 
 
-@pytest.mark.parametrize(("moment", "done"), [("trainer.step", 1), ("trainer.validate", 3), ("_keep", 1)])
-@pytest.mark.parametrize("numbers", [(INT,), (TERM, TERM), (HUP, HUP), (TERM, INT), (INT, TERM, HUP)], ids=str)
+@pytest.mark.parametrize(
+    ("moment", "done", "numbers"),
+    [
+        *(("trainer.step", 1, numbers) for numbers in ((INT,), (TERM, INT))),
+        *(("trainer.validate", 3, numbers) for numbers in ((INT,), (TERM, TERM))),
+        *(("_keep", 1, numbers) for numbers in ((HUP, HUP), (INT, TERM, HUP))),
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("hangups_count")
 def test_signals_at_any_moment_stop_after_a_step_and_save(
     training: TrainingRun, monkeypatch: pytest.MonkeyPatch, moment: str, done: int, numbers: tuple[int, ...]
