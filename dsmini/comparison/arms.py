@@ -106,10 +106,11 @@ def changed(config: RunConfig, settings: Sequence[str], source: str) -> RunConfi
     return build(RunConfig, table, source, "", config)
 
 
-def arm_of(words: Sequence[str], base: RunConfig, name: str = "", folder: Path = Path()) -> Arm:
+def arm_of(words: Sequence[str], base: RunConfig, common: Sequence[str], name: str = "", folder: Path = Path()) -> Arm:
     """Return the arm that words describe: a config (else the base), perhaps a function, and settings.
 
     Args:
+        common: settings of all arms, which those of the words may change.
         name: of the arm; "" takes it from the words.
         folder: in which functions' files are looked for.
     """
@@ -122,36 +123,35 @@ def arm_of(words: Sequence[str], base: RunConfig, name: str = "", folder: Path =
             settings.append(word)
         else:
             config = RunConfig.from_file(find_config(Path(word)))
-    short = words[0].rpartition(":")[2] if function else Path(words[0]).stem
+    short = words[0].rpartition(":")[2] if function else Path(words[0]).stem if words else "base"
     name = name or (" ".join(words) if settings else short)
+    config = changed(config, [*EQUAL, *common], "--set")
     return Arm(name=name, config=changed(config, settings, name), function=function)
 
 
-def arms_of(words: Sequence[str], ideas: Sequence[str], settings: Sequence[str]) -> list[Arm]:
+def arms_of(words: Sequence[str], ideas: Sequence[str], common: Sequence[str]) -> list[Arm]:
     """Return the base, the first of the words (the toy without one), and the arms that other words and ideas name.
 
     Args:
-        settings: of all arms.
+        common: settings of all arms.
 
     Raises: ValueError for fewer than two arms, for two of one name, and for two that differ in nothing.
     """
     base = RunConfig.from_file(find_config(Path(words[0]))) if words else RunConfig()
-    arms = [Arm(name=Path(words[0]).stem if words else "base", config=base)]
-    arms += [arm_of([word], base) for word in words[1:]]
-    arms += [arm_of(shlex.split(idea), base) for idea in ideas]
-    return checked(arms, settings)
+    arms = [arm_of(words[:1], base, common)]
+    arms += [arm_of(each, base, common) for each in [*([word] for word in words[1:]), *map(shlex.split, ideas)]]
+    return checked(arms)
 
 
-def checked(arms: Sequence[Arm], settings: Sequence[str]) -> list[Arm]:
-    """Return arms with settings of all runs; raise ValueError as arms_of does."""
+def checked(arms: Sequence[Arm]) -> list[Arm]:
+    """Return arms as they run here; raise ValueError as arms_of does."""
     require(len(arms) > 1, 'there is nothing to compare; name another config, or --idea "model.n_mtp_layers=0"')
     done: list[Arm] = []
     for arm in arms:
-        config = changed(changed(arm.config, EQUAL, "a comparison"), settings, "--set")
-        device = pick_device(config.train.device)
-        dtype = "float32" if config.train.dtype == "auto" else config.train.dtype  # the same on all machines
-        train = replace(config.train, device=device.type, dtype=dtype, seed=0)
-        arm = replace(arm, config=replace(config, train=train, out=None))
+        train, device = arm.config.train, pick_device(arm.config.train.device)
+        dtype = "float32" if train.dtype == "auto" else train.dtype  # the same on all machines
+        train = replace(train, device=device.type, dtype=dtype, seed=0)
+        arm = replace(arm, config=replace(arm.config, train=train, out=None))
         for other in done:
             require(other.name != arm.name, f"two arms are called {arm.name}; give their files other names")
             same = other.config == arm.config and other.function == arm.function
@@ -173,16 +173,17 @@ def read_claim(path: Path, settings: Sequence[str], margin: float | None) -> Com
     require(isinstance(named, Mapping) and bool(named), f"{path} has no [arms]; give each a list of settings")
     assert isinstance(named, Mapping)
     base = RunConfig.from_file(find_config(Path(table.get("base", "toy"))))
-    arms = [Arm(name="base", config=base)]
+    common = [*table.get("set", ()), *settings]
+    arms = [arm_of([], base, common)]
     for name, of in named.items():
         words = [of] if isinstance(of, str) else of
         require(isinstance(words, list) and bool(words), f"{path}: arms.{name} is {brief(of)}; want a list of settings")
-        arms.append(arm_of([str(word) for word in words], base, name, path.parent))
+        arms.append(arm_of([str(word) for word in words], base, common, name, path.parent))
     stated = table.get("margin")
     require(stated is None or margin in (None, stated), f"{path} states the margin {stated}; leave --margin out")
     return Comparison(
         name=path.stem,
-        arms=checked(arms, [*table.get("set", ()), *settings]),
+        arms=checked(arms),
         margin=stated if stated is not None else margin if margin is not None else MARGIN,
         question=table.get("question", ""),
         source=table.get("source", ""),
