@@ -49,6 +49,7 @@ def test_unsupported_calls_raise_unserved(kernels: Kernels) -> None:
     ends = torch.tensor([4], device=kernels.device)
     refused: list[tuple[str, Callable[[], Any]]] = [
         ("x is torch.float64", lambda: quantize_tiles(x.double(), (1, 128), "ue8m0", "e4m3", AMAX_MIN)),
+        ("format 'e2m1'", lambda: quantize_tiles(x, (1, 128), "ue8m0", "e2m1", AMAX_MIN)),
         ("tile of 256x512", lambda: quantize_tiles(wide, (256, 512), "ue8m0", "e4m3", AMAX_MIN)),
         ("got dtype=torch.float64", lambda: dequantize_tiles(codes, scales, (1, 128), "e4m3", torch.float64)),
         ("scales of shape", lambda: dequantize_tiles(codes, scales[:3], (1, 128))),

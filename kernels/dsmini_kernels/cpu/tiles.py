@@ -4,12 +4,11 @@ This module checks and packs a call; tiles.cpp computes it.
 """
 
 from collections.abc import Container
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsmini_kernels import Unserved
+from dsmini_kernels import Unserved, entry_of
 from dsmini_kernels.cpu.calls import library, memory, run, span
 
 QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE = range(3)
@@ -24,11 +23,11 @@ LARGEST = 2.0**127
 
 
 def quantize(x: Tensor, tile: tuple[int, int], scale: str, format: str, amax_min: float) -> tuple[Tensor, Tensor]:
-    x, f = _plain(x, TYPES), _code(FORMATS, format, "format")
+    x, f = _plain(x, TYPES), entry_of(FORMATS, format, "format")
     *batch, r, c = x.shape
     codes = torch.empty((*batch, r, -(-c // 8) * 12) if f == PACKED else x.shape, dtype=CODES[f], device="cpu")
     scales = torch.empty((*batch, *_tiles(r, c, tile)), dtype=torch.float32, device="cpu")
-    _call(QUANTIZE, x, TYPES[x.dtype], c, codes, 0, scales, tile, f, _code(SCALES, scale, "scale"), amax_min)
+    _call(QUANTIZE, x, TYPES[x.dtype], c, codes, 0, scales, tile, f, entry_of(SCALES, scale, "scale"), amax_min)
     return codes, scales
 
 
@@ -40,7 +39,7 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     columns: int | None = None,
 ) -> Tensor:
-    f, out_type = _code(FORMATS, format, "format"), _code(TYPES, dtype, "output")
+    f, out_type = entry_of(FORMATS, format, "format"), entry_of(TYPES, dtype, "output")
     codes = _plain(codes, (CODES[f], torch.uint8))
     *batch, r, last = codes.shape
     c = last if columns is None else columns
@@ -63,14 +62,14 @@ def quantize_dequantize(
     dtype: torch.dtype,
     ends: Tensor | None = None,
 ) -> Tensor:
-    x, f, out_type = _plain(x, TYPES), _code(FORMATS, format, "format"), _code(TYPES, dtype, "output")
+    x, f, out_type = _plain(x, TYPES), entry_of(FORMATS, format, "format"), entry_of(TYPES, dtype, "output")
     _tiles(1, 1, tile)
     if ends is not None:
         if not ends.is_cpu or ends.dim() != 1 or x.dim() != 2 or ends.dtype not in (torch.int64, torch.int32):
             raise Unserved("`ends` must be integers of one dimension, and x a matrix")
         ends = ends.long().contiguous()
     out = torch.empty(x.shape, dtype=dtype, device="cpu")
-    scale_kind = _code(SCALES, scale, "scale")
+    scale_kind = entry_of(SCALES, scale, "scale")
     _call(QUANTIZE_DEQUANTIZE, x, TYPES[x.dtype], x.shape[-1], out, out_type, None, tile, f, scale_kind, amax_min, ends)
     return out
 
@@ -84,13 +83,6 @@ def _plain(x: Tensor, dtypes: Container[torch.dtype]) -> Tensor:
     x = x.resolve_neg()  # else the memory holds -x
     is_rows = x.is_contiguous() or (x.dim() <= 3 and x.stride(-1) == 1)
     return x if is_rows else x.contiguous()
-
-
-def _code(table: dict[Any, int], key: Any, what: str) -> int:
-    try:
-        return table[key]
-    except KeyError:
-        raise Unserved(f"{what} {key!r}") from None
 
 
 def _tiles(r: int, c: int, tile: tuple[int, int]) -> tuple[int, int]:

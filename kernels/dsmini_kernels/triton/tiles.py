@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsmini_kernels import Unserved
+from dsmini_kernels import Unserved, entry_of
 from dsmini_kernels.triton.programs import dequantize_program, pack_program, quantize_program
 
 BLOCK = 4096
@@ -59,7 +59,7 @@ VALUES = (torch.float32, torch.bfloat16, torch.float16)
 
 def quantize(x: Tensor, tile: tuple[int, int], scale: str, format: str, amax_min: float) -> tuple[Tensor, Tensor]:
     """Return codes, and FP32 scales [*batch, ceil(r / tile[0]), ceil(c / tile[1])]."""
-    f = FORMATS[format]
+    f = entry_of(FORMATS, format, "format")
     r, c = x.shape[-2:]
     scales = torch.empty(*x.shape[:-2], -(-r // tile[0]), -(-c // tile[1]), dtype=torch.float32, device=x.device)
     codes = torch.empty(x.shape, dtype=torch.int16 if f.packed else torch.uint8, device=x.device)
@@ -81,7 +81,9 @@ def quantize_dequantize(
     if ends is not None and x.dim() != 2:
         raise Unserved(f"groups of rows want a matrix, and x has {x.dim()} dimensions")
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _launch_quantize(x, out, None, tile, scale, FORMATS[format], amax_min, None if tile[0] == 1 else ends)
+    _launch_quantize(
+        x, out, None, tile, scale, entry_of(FORMATS, format, "format"), amax_min, None if tile[0] == 1 else ends
+    )
     return out
 
 
@@ -96,7 +98,7 @@ def dequantize(
     """Return code * scale in FP32, rounded to dtype."""
     _check_values(dtype)
     _check_device(codes)
-    f = FORMATS[format]
+    f = entry_of(FORMATS, format, "format")
     *batch, r, width = codes.shape
     c = width if columns is None else columns
     if width != (-(-c // 8) * 12 if f.packed else c) or codes.element_size() != 1:
