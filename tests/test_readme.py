@@ -40,6 +40,8 @@ def smaller(module: str, arguments: str) -> str:
         return arguments.replace("FILE_OR_FOLDER", "book.txt")
     if module == "dsmini.diagnose":
         return "small.toml --quick --rounds 5 --only replay"
+    if module == "dsmini.compare":
+        return f"{arguments} --seeds 1 --set data.path=book.txt train.steps=1 train.final_eval_tokens=256"
     if module in ("dsmini.convert", "dsmini.explain", "dsmini.plan"):
         return arguments
     if "--train.eval-context" in arguments:  # lengths in the same proportion

@@ -16,7 +16,7 @@ from dsmini.console.messages import say
 from dsmini.measure.turns import TAIL
 from dsmini.report.figures import Table, Toned, plain
 from dsmini.report.tables import show_table
-from dsmini.report.units import number
+from dsmini.report.units import number, plural
 
 COLOURS = {"better": "#2a7f3f", "worse": "#c8501e", "equal": "#1f4e8c", "undecided": "#7a7a7a", "diverged": "#c8501e"}
 TONES = {"better": "near", "equal": "near", "worse": "far", "diverged": "far", "undecided": "off"}
@@ -89,7 +89,7 @@ def sentences(results: Results) -> list[str]:
                 if needed is None
                 else f"about {needed:,} would decide if they go on like this"
             )
-            told.append(f"{arm} against {base} is undecided with {d.turns} seeds; {more}.")
+            told.append(f"{arm} against {base} is undecided with {plural(d.turns, 'seed')}; {more}.")
         else:
             small = ", less than the margin" if abs(d.value) < margin else ""
             told.append(f"{arm} is {verdict.word} than {base}, by {abs(d.value):.4f} nats a byte{small}.")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dsmini import RunConfig, Transformer
-from dsmini.comparison.arms import arms_of
+from dsmini.comparison.arms import arms_of, read_claim
 from dsmini.comparison.trial import draw_by_name
-from tests.helpers.commands import check_refused, run, start
+from tests.helpers.commands import ROOT, check_refused, run, start
 
 BASE = """\
 [model]
@@ -138,6 +138,12 @@ def test_arms_are_equal_but_for_their_idea() -> None:
     assert base.config == RunConfig() or base.config.train.steps == idea.config.train.steps == 5
     assert idea.config.model.dim == 64 and idea.config.train.lr == 0.01 and base.config.model.dim == 192
     assert base.config.train.threads == idea.config.train.threads == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "claims").glob("*.toml")), ids=lambda path: path.stem)
+def test_claims_of_the_docs_say_what_they_ask(path: Path) -> None:
+    claim = read_claim(path, [], None)
+    assert claim.question.endswith("?") and claim.hypothesis and claim.source and len(claim.arms) > 2
 
 
 BAD = {
