@@ -49,14 +49,14 @@ def calls(name: str) -> list[tuple[list[int], int]]:
 def layers(
     model: Transformer, cache: Cache, s: int, products: torch.dtype = torch.float32
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield each block's parts with its part of the cache, the table of positions, and the starts."""
+    """Yield each block's parts with its part of the cache, cos and sin of positions, and the starts."""
     tokens = torch.zeros(cache.batch_size, s, dtype=torch.int64)
     window = cache.place_tokens(model.config, tokens)
-    table = Rope.from_config(model.config).cos_sin(window.positions)
-    for block, past in zip(model.layers, cache.views(window), strict=True):
+    cos_sin = Rope.from_config(model.config).cos_sin(window.positions)
+    for block, view in zip(model.layers, cache.views(window), strict=True):
         parts = extract_weights(block, products)
         assert parts is not None
-        yield *parts, past, table, cache.lengths
+        yield *parts, view, cos_sin, cache.lengths
 
 
 def attend(x: Tensor, part: Any, *more: Any, reference: bool = False) -> Tensor:
@@ -68,10 +68,10 @@ def attend(x: Tensor, part: Any, *more: Any, reference: bool = False) -> Tensor:
 
 
 def step(name: str, lengths: list[int], s: int = 1, weights: str = "float32", dtype: Any = torch.float32) -> Any:
-    """Return tokens and the attention of the first layer, with its filled cache, the table and the starts."""
+    """Return tokens and the attention of the first layer, with its filled cache, cos and sin, and the starts."""
     model = model_of(name, weights)
-    part, _, past, table, starts = next(layers(model, filled(model, lengths, dtype), s))
-    return torch.randn(len(lengths), s, model.config.dim), part, past, table, starts
+    part, _, view, cos_sin, starts = next(layers(model, filled(model, lengths, dtype), s))
+    return torch.randn(len(lengths), s, model.config.dim), part, view, cos_sin, starts
 
 
 def attended(model: Transformer, lengths: list[int], s: int, dtype: Any, reference: bool = False) -> list[Tensor]:
@@ -94,13 +94,13 @@ def test_attention_agrees(isa: str, name: str, weights: str) -> None:
             assert relative_error(a, b) < STEP, (lengths, s)
         dtype = CACHES[1 + number // 2 % 2] if name in MODELS else torch.bfloat16
         x = torch.randn(len(lengths), s, model.config.dim)
-        for part, _, past, table, starts in layers(model, filled(model, lengths, dtype), s):
-            got = attend(x, part, past, table, starts)
-            stores = [past.store, *([past.store.index] if name in SPARSE else [])]
+        for part, _, view, cos_sin, starts in layers(model, filled(model, lengths, dtype), s):
+            got = attend(x, part, view, cos_sin, starts)
+            stores = [view.store, *([view.store.index] if name in SPARSE else [])]
             kept = [store.data.clone() for store in stores]
             for store in stores:
                 store.write = lambda *_: None
-            assert relative_error(got, attend(x, part, past, table, starts, reference=True)) < STEP, (lengths, s)
+            assert relative_error(got, attend(x, part, view, cos_sin, starts, reference=True)) < STEP, (lengths, s)
             assert all(torch.equal(store.data, data) for store, data in zip(stores, kept, strict=True))
 
 
@@ -204,12 +204,15 @@ def test_one_call_for_all_blocks_has_the_bits_of_many(isa: str, name: str) -> No
     for run in (cpu.blocks_step, blocks_step.reference):
         torch.manual_seed(3)
         cache = filled(model, [70, 9], torch.bfloat16)
-        attentions, feed_forwards, pasts, tables, starts = zip(*layers(model, cache, 2), strict=True)
+        attentions, feed_forwards, views, cos_sins, starts = zip(*layers(model, cache, 2), strict=True)
         blocks = list(zip(attentions, feed_forwards, strict=True))
         # copies that a call needs must live until it has run
-        x, table = torch.randn(2, 2, model.config.dim)[:, ::2].expand(2, 2, -1), tuple(t.double() for t in tables[0])
+        x, cos_sin = (
+            torch.randn(2, 2, model.config.dim)[:, ::2].expand(2, 2, -1),
+            tuple(t.double() for t in cos_sins[0]),
+        )
         with ops.use("cpu"):
-            out = run(x, blocks, pasts, table, starts[0].to(torch.int32))
+            out = run(x, blocks, views, cos_sin, starts[0].to(torch.int32))
         results.append([*out, *rows_of(cache)])
     assert len(results[0]) == len(results[1]) > 1 + len(model.layers)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -217,9 +220,9 @@ def test_one_call_for_all_blocks_has_the_bits_of_many(isa: str, name: str) -> No
 
 def test_blocks_that_are_not_whole_calls_are_refused() -> None:
     run = build.library().entry("blocks")
-    x, part, past, table, starts = step("wide", [9])
-    call, y = steps._Step(x, table, starts), torch.empty(x.shape)  # whose memory the call reads and writes
-    function, packed = call.attention(span(call.x), span(y), part, past)
+    x, part, view, cos_sin, starts = step("wide", [9])
+    call, y = steps._Step(x, cos_sin, starts), torch.empty(x.shape)  # whose memory the call reads and writes
+    function, packed = call.attention(span(call.x), span(y), part, view)
     header, head = steps.STEP_HEADERS[function], LAYOUTS["StepHeader"]
     whole = header + packed
     assert run(whole, len(whole)) == 0 and run(b"", 0) == 0
@@ -308,19 +311,19 @@ def test_stored_rows_have_the_bits_of_the_cache(isa: str, name: str) -> None:
 def test_tiny_numbers_keep_the_eps_and_the_scales(isa: str) -> None:
     """A norm divides by sqrt(eps) there, and a tile of the cache is stored with a scale of its own."""
     model = model_of("blocks")
-    for attention, feed_forward, past, table, starts in layers(model, filled(model, [9], "fp8"), 1):
+    for attention, feed_forward, view, cos_sin, starts in layers(model, filled(model, [9], "fp8"), 1):
         x = torch.randn(1, 1, model.config.dim) * 1e-4
         with ops.use("reference"):
             want = feed_forward_step(x[0], feed_forward)[0]
         assert relative_error(cpu.feed_forward_step(x[0], feed_forward)[0] - x[0], want - x[0]) < STEP
         kv_norm, latent = attention.weights["kv_norm"], attention.layer.kv_lora_rank
         kv_norm.mul_(1e-9)
-        cpu.attention_step(x, attention, past, table, starts)
-        rows = past.store.read(10, torch.float32)[:, 9, :latent]
+        cpu.attention_step(x, attention, view, cos_sin, starts)
+        rows = view.store.read(10, torch.float32)[:, 9, :latent]
         assert 0 < rows.abs().max() < 1e-8 and len(rows.unique()) > latent // 4
         kv_norm.zero_()
-        assert cpu.attention_step(x, attention, past, table, starts).isfinite().all()
-        assert not past.store.read(10, torch.float32)[:, 9, :latent].any(), "and zeros are zeros"
+        assert cpu.attention_step(x, attention, view, cos_sin, starts).isfinite().all()
+        assert not view.store.read(10, torch.float32)[:, 9, :latent].any(), "and zeros are zeros"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -328,20 +331,20 @@ def test_tiny_numbers_keep_the_eps_and_the_scales(isa: str) -> None:
 def test_a_bad_number_stays_visible(isa: str, name: str, column: int, bad: float) -> None:
     """In the new token, and in an old row of the cache: of GQA in the first key and in the last value."""
     model = model_of(name)
-    for part, feed_forward, past, table, starts in layers(model, filled(model, [70], torch.float32), 1):
+    for part, feed_forward, view, cos_sin, starts in layers(model, filled(model, [70], torch.float32), 1):
         x = torch.randn(1, 1, model.config.dim)
         broken = x.clone()
         broken[0, 0, column] = bad
-        assert attend(broken, part, past, table, starts).isnan().all()
+        assert attend(broken, part, view, cos_sin, starts).isnan().all()
         assert cpu.feed_forward_step(broken[0], feed_forward)[0].isnan().all()
-        assert attend(x, part, past, table, starts).isfinite().all()
+        assert attend(x, part, view, cos_sin, starts).isfinite().all()
         if name == "odd":
-            past.store.data[0, 5] = bad
-            assert attend(x, part, past, table, starts).isnan().all()
+            view.store.data[0, 5] = bad
+            assert attend(x, part, view, cos_sin, starts).isnan().all()
         else:
             # a query may turn an infinite key to a logit of -inf, which has no weight
-            past.store.data[0, 5, column] = bad if column < 0 else math.nan
-            assert not attend(x, part, past, table, starts).isfinite().any()
+            view.store.data[0, 5, column] = bad if column < 0 else math.nan
+            assert not attend(x, part, view, cos_sin, starts).isfinite().any()
 
 
 @pytest.mark.parametrize(("experts", "weight"), [([5], math.nan), (slice(None), -1e3)], ids=["NaN", "scores of zero"])
@@ -361,53 +364,53 @@ def test_scores_at_their_ends_are_those_of_the_reference(isa: str, experts: Any,
 @pytest.mark.parametrize("column", [5, 128])
 def test_a_code_of_nan_stays_visible(isa: str, column: int) -> None:
     """Both where whole vectors are read and in the rest of a row."""
-    x, part, past, table, starts = step("blocks", [70], weights="fp8")
+    x, part, view, cos_sin, starts = step("blocks", [70], weights="fp8")
     codes = part.weights["wkv_b"].codes.view(torch.uint8)
     for row in (0, part.layer.qk_nope_head_dim):  # of W_UK, and of W_UV
         before, codes[row, column] = codes[row, column].clone(), 0xFF
-        assert cpu.attention_step(x, part, past, table, starts).isnan().all()
+        assert cpu.attention_step(x, part, view, cos_sin, starts).isnan().all()
         codes[row, column] = before
 
 
 @pytest.mark.parametrize("name", ["odd", "mha", "dsa"])
-def test_hidden_rows_do_not_matter(isa: str, name: str) -> None:
+def test_rows_after_the_end_do_not_matter(isa: str, name: str) -> None:
     """Rows after a sequence's end may hold anything, and other sequences' rows are not read."""
-    x, part, past, table, starts = step(name, [300, 63], s=2)
-    want = attend(x, part, past, table, starts)
-    for data in (past.store.data, *([past.store.index.data] if name == "dsa" else [])):
+    x, part, view, cos_sin, starts = step(name, [300, 63], s=2)
+    want = attend(x, part, view, cos_sin, starts)
+    for data in (view.store.data, *([view.store.index.data] if name == "dsa" else [])):
         data[0, 302:], data[1, 65:] = math.nan, math.nan
-    assert torch.equal(attend(x, part, past, table, starts), want)
+    assert torch.equal(attend(x, part, view, cos_sin, starts), want)
 
 
-def test_of_equal_scores_the_first_keys_are_picked(isa: str) -> None:
-    x, attention, past, table, starts = step("dsa", [300])
+def test_of_equal_scores_the_first_keys_are_chosen(isa: str) -> None:
+    x, attention, view, cos_sin, starts = step("dsa", [300])
     attention.weights["indexer.weights_proj"].zero_()
-    want = cpu.attention_step(x, attention, past, table, starts)
-    past.store.data[:, 40:300] += 1e3  # after the first 40, which is index_topk
-    assert torch.equal(cpu.attention_step(x, attention, past, table, starts), want)
-    past.store.data[:, 39] += 1e3
-    assert not torch.equal(cpu.attention_step(x, attention, past, table, starts), want)
+    want = cpu.attention_step(x, attention, view, cos_sin, starts)
+    view.store.data[:, 40:300] += 1e3  # after the first 40, which is index_topk
+    assert torch.equal(cpu.attention_step(x, attention, view, cos_sin, starts), want)
+    view.store.data[:, 39] += 1e3
+    assert not torch.equal(cpu.attention_step(x, attention, view, cos_sin, starts), want)
 
 
-def test_score_of_nan_is_picked_and_stays_visible(isa: str) -> None:
-    x, attention, past, table, starts = step("dsa", [300])
-    past.store.data[0, 5] = past.store.index.data[0, 5] = torch.nan
-    assert cpu.attention_step(x, attention, past, table, starts).isnan().all()
+def test_score_of_nan_is_chosen_and_stays_visible(isa: str) -> None:
+    x, attention, view, cos_sin, starts = step("dsa", [300])
+    view.store.data[0, 5] = view.store.index.data[0, 5] = torch.nan
+    assert cpu.attention_step(x, attention, view, cos_sin, starts).isnan().all()
 
 
 def test_what_is_not_served_says_why() -> None:
     x, one = torch.randn(1, 1, 24), norm_of(torch.ones(24), 0.0)
     model = model_of("odd", "fp8")
     attention, feed_forward, *more = next(layers(model, filled(model, [3], torch.float32), 1))
-    _, grouped, past, *after = step("gqa", [3])
+    _, grouped, view, *after = step("gqa", [3])
     _, sparse, *sparse_more = step("dsa", [3])
     mixed = sparse.weights | {"indexer.wq_b": sparse.weights["indexer.wq_b"].bfloat16()}
-    data = past.store.data
+    data = view.store.data
     large = torch.randn(300, 301)
 
     def with_cache(other: Tensor) -> None:
-        past.store.data = other
-        cpu.attention_step(x, grouped, past, *after)
+        view.store.data = other
+        cpu.attention_step(x, grouped, view, *after)
 
     refused: tuple[tuple[Callable[[], Any], str], ...] = (
         (lambda: cpu.attention_step(x.double(), attention, *more), "tokens of torch.float64"),
@@ -452,36 +455,36 @@ def test_torch_multiplies_many_bf16_rows_only_with_units_for_it(monkeypatch: pyt
 
 
 def test_other_strides_and_integers_are_served() -> None:
-    x, part, past, table, starts = step("gqa", [3])
-    want = attend(x, part, past, table, starts)
+    x, part, view, cos_sin, starts = step("gqa", [3])
+    want = attend(x, part, view, cos_sin, starts)
     apart = torch.stack((x, x), -1)[..., 0]
-    wide = tuple(torch.stack((t, t), -1)[..., 0].double() for t in table)
-    for call in ((apart, part, past, table, starts.to(torch.int32)), (apart, part, past, wide, starts)):
+    wide = tuple(torch.stack((t, t), -1)[..., 0].double() for t in cos_sin)
+    for call in ((apart, part, view, cos_sin, starts.to(torch.int32)), (apart, part, view, wide, starts)):
         assert torch.equal(attend(*call), want)
 
 
 @pytest.mark.parametrize("start", [-1, ROOM, ROOM - 1])
 @pytest.mark.parametrize("name", ["odd", "mqa"])
 def test_tokens_beyond_the_cache_are_refused(name: str, start: int) -> None:
-    x, part, past, table, _ = step(name, [3], s=2)
-    before = past.store.data.clone()
+    x, part, view, cos_sin, _ = step(name, [3], s=2)
+    before = view.store.data.clone()
     with pytest.raises(RuntimeError, match="beyond their memory"):
-        attend(x, part, past, table, torch.tensor([start]))
-    assert torch.equal(past.store.data, before)
+        attend(x, part, view, cos_sin, torch.tensor([start]))
+    assert torch.equal(view.store.data, before)
 
 
 def test_caches_and_indexers_that_do_not_fit_are_refused() -> None:
     for name in ("gqa", "dsa"):
-        x, part, past, table, starts = step(name, [70])
-        store = past.store if name == "gqa" else past.store.index
+        x, part, view, cos_sin, starts = step(name, [70])
+        store = view.store if name == "gqa" else view.store.index
         whole = store.data
         for wrong in (whole[..., :-1].contiguous(), *([whole[:, :-1].contiguous()] if name == "dsa" else [])):
             store.data = wrong
             with pytest.raises(RuntimeError, match="beyond their memory"):
-                attend(x, part, past, table, starts)
+                attend(x, part, view, cos_sin, starts)
         store.data = whole
     for name, value in (("n_heads", 4), ("topk", -1)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(part.layer.indexer, name, value)
             with pytest.raises(RuntimeError):
-                attend(x, dataclasses.replace(part, prepared={}), past, table, starts)
+                attend(x, dataclasses.replace(part, prepared={}), view, cos_sin, starts)

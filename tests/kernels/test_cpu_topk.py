@@ -1,4 +1,4 @@
-"""The picks of an indexer and attention to them agree with their references, for any number of queries."""
+"""The keys that an indexer chooses, and attention to them agree with their references, for any number of queries."""
 
 from typing import Any
 
@@ -30,17 +30,17 @@ ATTENDED = (
 
 
 def scored(b: int, s: int, t: int, heads: int, width: int, topk: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Return the arguments of topk_keys. Keys are the first of a longer cache, and some are hidden."""
+    """Return the arguments of topk_keys. Keys are the first of a longer cache, and some are masked."""
     q, k = torch.randn(b, s, heads, width).to(dtype), torch.randn(b, t + 3, width).to(dtype)[:, :t]
-    hidden = torch.rand(b, s, t) < 0.3
-    hidden[..., 0] = False
-    return q, k, torch.randn(b, s, heads), topk, hidden
+    mask = torch.rand(b, s, t) < 0.3
+    mask[..., 0] = False
+    return q, k, torch.randn(b, s, heads), topk, mask
 
 
 def attended(
     b: int, s: int, t: int, h: int, n: int, r: int, c: int, v: int, k: int, dtype: torch.dtype
 ) -> tuple[Any, ...]:
-    """Return the arguments of topk_attention. Some picks are none."""
+    """Return the arguments of topk_attention. Some indices are none."""
     shapes = ((b, s, h, n), (b, s, h, r), (b, t + 2, c + r), (h, n, c), (h, c, v))
     q_nope, q_rope, rows, w_uk, w_uv = (torch.randn(shape) for shape in shapes)
     operands = (q_nope, q_rope, rows, w_uk / n**0.5, w_uv / c**0.5)
@@ -53,39 +53,39 @@ def attended(
 def test_picks_are_the_keys_with_the_largest_scores(isa: str) -> None:
     for shape in SCORED:
         for dtype in DTYPES:
-            q, k, weights, topk, hidden = scored(*shape, dtype)
-            got = cpu.topk_keys(q, k, weights, topk, hidden)
+            q, k, weights, topk, mask = scored(*shape, dtype)
+            got = cpu.topk_keys(q, k, weights, topk, mask)
             with ops.use("reference"):
-                scores = index_scores(q.double(), k.double(), weights.double()).masked_fill(hidden, -torch.inf)
+                scores = index_scores(q.double(), k.double(), weights.double()).masked_fill(mask, -torch.inf)
             assert got.shape == (*shape[:2], topk) and got.dtype == torch.int64
             # terms of a score cancel, so its error is a share of what they would be together
             size = index_scores(q.double().abs(), k.double().abs(), weights.double().abs())
             error = rounding(FP32_UNIT, terms=shape[3] * shape[4]) * size.max()
-            for picked, row in zip(got.flatten(0, 1).tolist(), scores.flatten(0, 1), strict=True):
-                places = [p for p in picked if p >= 0]
+            for chosen, row in zip(got.flatten(0, 1).tolist(), scores.flatten(0, 1), strict=True):
+                places = [p for p in chosen if p >= 0]
                 wanted = min(topk, int(row.isfinite().sum()))
-                assert len(places) == len(set(places)) == wanted and picked == sorted(places) + [-1] * (topk - wanted)
+                assert len(places) == len(set(places)) == wanted and chosen == sorted(places) + [-1] * (topk - wanted)
                 rest = row.clone()
                 rest[places] = -torch.inf
                 assert row[places].isfinite().all() and row[places].min() >= rest.max() - error
 
 
 def test_of_equal_scores_the_first_keys_are_picked(isa: str) -> None:
-    q, k, weights, topk, hidden = scored(2, 9, 301, 4, 8, 16, torch.float32)
+    q, k, weights, topk, mask = scored(2, 9, 301, 4, 8, 16, torch.float32)
     weights = weights.abs()
     q[..., 0], k[:, :250, 0], k[:, 250:, 0] = -20.0, 1.0, 0.9  # all heads are rectified
     for order in (slice(None), slice(None, None, 2)):
         with ops.use("eager"):
-            want = topk_keys(q[:, order], k, weights[:, order], topk, hidden[:, order])
-        assert torch.equal(cpu.topk_keys(q[:, order], k, weights[:, order], topk, hidden[:, order]), want)
+            want = topk_keys(q[:, order], k, weights[:, order], topk, mask[:, order])
+        assert torch.equal(cpu.topk_keys(q[:, order], k, weights[:, order], topk, mask[:, order]), want)
 
 
 def test_a_score_of_nan_is_picked_and_no_hidden_key_is(isa: str) -> None:
-    q, k, weights, topk, hidden = scored(1, 4, 200, 3, 16, 5, torch.bfloat16)
-    k[0, 7], hidden[:, :2, 7], hidden[:, 2:, 7] = torch.nan, True, False
-    got = cpu.topk_keys(q, k, weights, topk, hidden)[0]
+    q, k, weights, topk, mask = scored(1, 4, 200, 3, 16, 5, torch.bfloat16)
+    k[0, 7], mask[:, :2, 7], mask[:, 2:, 7] = torch.nan, True, False
+    got = cpu.topk_keys(q, k, weights, topk, mask)[0]
     assert [7 in row for row in got.tolist()] == [False, False, True, True]
-    assert not cpu.topk_keys(q, k, weights, topk, torch.ones_like(hidden)).ge(0).any()
+    assert not cpu.topk_keys(q, k, weights, topk, torch.ones_like(mask)).ge(0).any()
 
 
 def test_attention_to_picked_rows_agrees(isa: str) -> None:
@@ -171,7 +171,7 @@ def test_calls_that_are_not_served_say_why() -> None:
         cpu.topk_attention(*changed(main, 2, main[2].double()))
     with torch.enable_grad(), pytest.raises(Unserved, match="no gradients"):
         cpu.topk_attention(*changed(main, 2, main[2].clone().requires_grad_()))
-    with torch.enable_grad():  # picks have none, so these are
+    with torch.enable_grad():  # indices have none, so these are
         wanting = changed(index, 0, index[0].clone().requires_grad_())
         assert torch.equal(cpu.topk_keys(*wanting), cpu.topk_keys(*index))
 
@@ -179,9 +179,9 @@ def test_calls_that_are_not_served_say_why() -> None:
 def test_picks_outside_the_rows_are_refused() -> None:
     main = attended(1, 2, 30, 2, 8, 4, 32, 8, 5, torch.float32)
     for pick in (30, -2, 1 << 40):
-        picks = main[6].index_put((torch.tensor(0), torch.tensor(1), torch.tensor(2)), torch.tensor(pick))
+        indices = main[6].index_put((torch.tensor(0), torch.tensor(1), torch.tensor(2)), torch.tensor(pick))
         with pytest.raises(RuntimeError, match="beyond their memory"):
-            cpu.topk_attention(*changed(main, 6, picks))
+            cpu.topk_attention(*changed(main, 6, indices))
 
 
 def test_a_query_without_picks_is_nan_everywhere(isa: str) -> None:
