@@ -41,6 +41,8 @@ class ConvertCommand:
     """The folder to write, which must be new or empty."""
     fp8: bool = False
     """Write the matrices of attention and feed-forwards in FP8: E4M3 codes, an FP32 scale for each 128x128 block."""
+    fp4: bool = False
+    """Write the routed experts of DeepSeek-V4 in FP4, and its other matrices in FP8, as its own folder has them."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """Dtype of all that is not FP8, except gates, which stay float32; stored: as in SRC, FP8 included."""
     shard_size: str = "5GB"
@@ -80,7 +82,7 @@ def main(args: Sequence[str]) -> int:
     from dsmini import accounting, ops
     from dsmini.checkpoint.load import add_indexers
     from dsmini.checkpoint.save import parse_size, refuse_filled, save_pretrained
-    from dsmini.checkpoint.tensor_files import mtp_prefixes
+    from dsmini.checkpoint.tensor_files import is_v4, mtp_prefixes
 
     ops.check_forced()
     tell = partial(say, Console(stderr=command.json))
@@ -97,7 +99,14 @@ def main(args: Sequence[str]) -> int:
             if topk >= most:
                 tell(f"no token will have a choice: index_topk={topk} of at most {most} tokens; lower --index-topk")
         saved = save_pretrained(
-            model, command.dst, command.fp8, dtype=dtype, shard_size=command.shard_size, files=files, config=ids
+            model,
+            command.dst,
+            command.fp8,
+            fp4=command.fp4,
+            dtype=dtype,
+            shard_size=command.shard_size,
+            files=files,
+            config=ids,
         )
     n_parameters = accounting.parameters(model.config).total
     written = f"{len(saved.files)} file" + "s" * (len(saved.files) != 1)
@@ -105,7 +114,8 @@ def main(args: Sequence[str]) -> int:
         f"{command.dst}: {written} with {n_parameters:,} parameters in {saved.nbytes:,} bytes, for dsmini and "
         "transformers"
     )
-    if prefixes := mtp_prefixes(model.config.n_layers, model.config.n_mtp_layers):
+    prefixes = mtp_prefixes(model.config)
+    if prefixes and not is_v4(model.config):
         tell(
             f"transformers will list the tensors of {', '.join(prefix[:-1] for prefix in prefixes)} as unexpected and "
             "load the others: it has no multi-token prediction, dsmini has"

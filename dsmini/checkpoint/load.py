@@ -23,12 +23,14 @@ from dsmini.checkpoint.tensor_files import (
     SafetensorsReader,
     Stored,
     fault_of,
-    hf_name,
+    folder_name,
+    in_released_names,
     inference_name,
     is_derived,
     is_indexer,
     is_inference_layout,
     is_stacked,
+    is_v4,
     mtp_copies,
     mtp_prefixes,
 )
@@ -41,16 +43,21 @@ from dsmini.machine import pick_device, refuse_too_large
 from dsmini.nn import DSA, MLA, Indexer, Transformer
 from dsmini.nn.fp8 import SCALES as FP8_SCALES
 from dsmini.nn.fp8 import fp8_weights, hold_fp8
+from dsmini.nn.gate import check_table
 from dsmini.nn.layers import FP32Module
-from dsmini.numerics import WEIGHT_TILE, dequantize_tiles
+from dsmini.numerics import FP4_BLOCK, WEIGHT_TILE, dequantize_fp4, dequantize_tiles
 from dsmini.reading import check_path, is_there, listed, read_table
 
 HELD = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN = ("BF16", "F32", "F16")
 """Stored dtypes of tensors that are not FP8."""
+TABLES = ("I32", "I64")
+"""Stored dtypes of V4's tables of experts."""
 SCALES = ("F32", "F8_E8M0")
 """Stored dtypes of the scales of FP8 weights."""
 FP8 = torch.float8_e4m3fn
+FP4 = torch.uint8
+"""Dtype of a matrix in FP4, two codes a byte. Folders store them as int8."""
 RELEASED = 16 << 20
 """Bytes that are read between two releases of the mapped files, so that these do not count as memory twice."""
 Treatment = Literal["dequantize", "keep"]
@@ -68,12 +75,19 @@ class Part:
     name: str
     """Name in the folder."""
     scales: "Part | None" = None
-    """The scales of a matrix where it is stored in FP8; None for what never is."""
+    """The scales of a matrix where it is stored in FP8 or FP4; None for what never is."""
 
     @property
     def tensors(self) -> "list[Part]":
         """The part, and its scales."""
         return [self] if self.scales is None else [self, self.scales]
+
+    def in_fp4(self) -> "Part":
+        """Return the part as it is stored in FP4: two numbers a byte, and a scale for each block of a row."""
+        rows, columns = self.shape
+        assert self.scales is not None
+        scales = dataclasses.replace(self.scales, shape=(rows, columns // FP4_BLOCK))
+        return dataclasses.replace(self, shape=(rows, columns // 2), scales=scales)
 
 
 def parts_of(model: Transformer, inference: bool = False) -> Iterator[Part]:
@@ -86,8 +100,8 @@ def parts_of(model: Transformer, inference: bool = False) -> Iterator[Part]:
     Raises: ValueError for a tensor that DeepSeek's architecture does not have.
     """
 
-    def folder_name(ours: str, expert: int | None) -> str:
-        return inference_name(ours, expert) if inference else hf_name(ours, model.config.n_layers, expert)
+    def theirs(ours: str, expert: int | None) -> str:
+        return inference_name(ours, expert) if inference else folder_name(ours, model.config, expert)
 
     scales_of = {}
     for ours in fp8_weights(model):
@@ -97,11 +111,12 @@ def parts_of(model: Transformer, inference: bool = False) -> Iterator[Part]:
         if ours in scales_of.values():
             continue
         stacked = is_stacked(ours)
+        whole = tensor.shape if tensor.dtype != FP4 else (*tensor.shape[:-1], 2 * tensor.shape[-1])
         for expert in range(len(tensor)) if stacked else (None,):
-            shape, scales = tuple(tensor.shape[1:] if stacked else tensor.shape), None
-            if theirs := scales_of.get(ours):
-                scales = Part(theirs, expert, blocks_of(shape), folder_name(theirs, expert))
-            yield Part(ours, expert, shape, folder_name(ours, expert), scales)
+            shape, scales = tuple(whole[1:] if stacked else whole), None
+            if scale := scales_of.get(ours):
+                scales = Part(scale, expert, blocks_of(shape), theirs(scale, expert))
+            yield Part(ours, expert, shape, theirs(ours, expert), scales)
 
 
 def blocks_of(shape: Sequence[int]) -> tuple[int, ...]:
@@ -131,15 +146,16 @@ def load_pretrained(
     fp8: Treatment = "dequantize",
     device: str | torch.device = "cpu",
 ) -> Transformer:
-    """Return the model of a DeepSeek or Hugging Face folder (deepseek_v2, deepseek_v3, deepseek_v32, kimi_k2).
+    """Return the model of a DeepSeek or Hugging Face folder (deepseek_v2 to deepseek_v4, kimi_k2).
 
     Folders in DeepSeek's inference layout work too: the files of all ranks next to their config JSON. The model is
     ready to be evaluated. A long load shows a bar on the standard error.
 
     Args:
         dtype: dtype of matrices and embedding; None: as each is stored. Norms and gates are FP32 in any case.
-        fp8: treatment of FP8 weights. "dequantize": they are held in `dtype`, by default BF16. "keep": codes and
-            scales are held, and dequantized where they are used; such a model cannot be trained.
+        fp8: treatment of weights in FP8, and of experts in FP4. "dequantize": they are held in `dtype`, by default
+            BF16. "keep": codes and scales are held, and dequantized where they are used; such a model cannot be
+            trained.
 
     Warns: if config.json promises multi-token prediction blocks of which the folder holds nothing (transformers
         leaves them out when it saves a model); the model has none then. If those blocks' copies of embedding and
@@ -147,7 +163,8 @@ def load_pretrained(
 
     Raises: ValueError for a folder that does not hold the model its config describes, with all that is wrong, for a
         config that cannot be honoured, and for a damaged file, before memory for the model is taken; for tensors with
-        infinities or NaN, and FP8 scales that are not positive, when they are read.
+        infinities or NaN, scales that are not positive, and tables of experts that `check_table` refuses, when they
+        are read.
     """
     require(fp8 in ("dequantize", "keep"), f"fp8={fp8!r} is unknown; use 'dequantize' or 'keep'")
     check_dtype(dtype)
@@ -155,11 +172,11 @@ def load_pretrained(
     there = PretrainedTensors(Path(folder))
     model, kinds = there.model, there.kinds()
     if fp8 == "keep":
-        mixed = [name for name, of in kinds.items() if FP8 in of and len(of) > 1]
+        mixed = [name for name, of in kinds.items() if of & {FP8, FP4} and len(of) > 1]
         fix = f"in {listed(mixed)}; load it with fp8='dequantize'"
-        require(not mixed, f"{there.folder} has some experts in FP8 and others not, {fix}")
-    held = {name: FP8 if fp8 == "keep" and FP8 in of else _held(model, name, of, dtype) for name, of in kinds.items()}
-    nbytes = sum(tensor.numel() * held[name].itemsize for name, tensor in model.state_dict().items())
+        require(not mixed, f"{there.folder} has some experts in FP8 or FP4 and others not, {fix}")
+    held = {name: _held(model, name, of, dtype, fp8 == "keep") for name, of in kinds.items()}
+    nbytes = sum(_held_shape(t, held[name]).numel() * held[name].itemsize for name, t in model.state_dict().items())
     refuse_too_large(nbytes, f"the model of {there.folder}", place)
     _allocate(model, held, place)
     with Progress(Console(stderr=True, quiet=not speaks()), label=f"reading {there.folder.name}", unit="bytes") as bar:
@@ -184,6 +201,8 @@ class PretrainedTensors:
         self.raw, config = _read_config(folder)
         """Content of the config file."""
         self._reader = SafetensorsReader(folder)
+        if is_v4(config):
+            self._reader.tensors = in_released_names(self._reader.tensors)
         tensors = {name: stored for name, stored in self._reader.tensors.items() if not is_derived(name)}
         self.config = _without_absent_mtp(config, tensors, folder)
         """Config of the model, without multi-token prediction blocks that the folder does not hold."""
@@ -192,9 +211,8 @@ class PretrainedTensors:
             self.model = Transformer(self.config)
         """The model without memory."""
         self.parts: dict[str, list[Part]] = {}
-        """The parts of each tensor of the state dict, with scales where they are stored in FP8."""
-        copies = mtp_copies(self.config.n_layers, range(self.config.n_mtp_layers))
-        self.copies = {theirs: ours for theirs, ours in copies.items() if theirs in tensors}
+        """The parts of each tensor of the state dict, with scales where they are stored in FP8 or FP4."""
+        self.copies = {theirs: ours for theirs, ours in mtp_copies(self.config).items() if theirs in tensors}
         """The MTP blocks' copies of embedding and head that are there, each with our name of the original."""
         self._find(tensors, is_inference_layout(folder))
 
@@ -202,25 +220,36 @@ class PretrainedTensors:
         """Find the model's tensors among the folder's. Raises: ValueError listing all that do not fit."""
         plain = is_hugging_face(self.raw) and not is_quantized(self.raw)
         wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+        faults: list[str] = []
         for part in parts_of(self.model, inference):
-            scales, stored = None if plain else part.scales, tensors.get(part.name)
-            wanted[part.name] = (part.shape, ("F8_E4M3", *PLAIN) if scales else PLAIN)
-            scales = scales if stored and stored.dtype == "F8_E4M3" else None
-            if scales:
-                wanted[scales.name] = (scales.shape, SCALES)
-            self.parts.setdefault(part.ours, []).append(dataclasses.replace(part, scales=scales))
+            stored = tensors.get(part.name)
+            dtype, scaled = stored.dtype if stored else "", part.scales is not None and not plain
+            codes = (("F8_E4M3", "I8") if is_v4(self.config) and part.expert is not None else ("F8_E4M3",)) * scaled
+            kinds = (*codes, *(TABLES if part.name.endswith("tid2eid") else PLAIN))
+            if dtype == "I8" and dtype in codes:
+                if part.shape[1] % FP4_BLOCK:
+                    faults.append(
+                        f"{part.name} is FP4, and rows of {part.shape[1]} have no whole blocks of {FP4_BLOCK}"
+                    )
+                part = part.in_fp4()
+            elif dtype not in codes:
+                part = dataclasses.replace(part, scales=None)
+            wanted[part.name] = (part.shape, kinds)
+            if part.scales:
+                wanted[part.scales.name] = (part.scales.shape, SCALES if dtype == "F8_E4M3" else SCALES[1:])
+            self.parts.setdefault(part.ours, []).append(part)
         for theirs, ours in self.copies.items():
             wanted[theirs] = (tuple(self.model.get_parameter(ours).shape), PLAIN)
         missing = [name for name in wanted if name not in tensors]
         lost = [name for name in missing if is_indexer(name)]
         require(
-            not lost or lost != missing or any(map(is_indexer, tensors)),
+            not lost or lost != missing or any(map(is_indexer, tensors)) or is_v4(self.config),
             f"{self.folder} has an indexer in its config and no tensor of one, of which it wants {len(lost):,}; fetch "
             "the files of DeepSeek-V3.2, or give V3's config.json to V3's tensors and add a fresh indexer by python -m "
             "dsmini.convert --dsa",
         )
         unknown = sorted(tensors.keys() - wanted.keys())
-        faults = [f"it lacks {listed(missing)}"] if missing else []
+        faults += [f"it lacks {listed(missing)}"] if missing else []
         faults += [f"it has tensors that belong nowhere: {listed(unknown)}"] if unknown else []
         for name, (shape, kinds) in wanted.items():
             got = tensors.get(name)
@@ -236,22 +265,25 @@ class PretrainedTensors:
         )
 
     def stored(self, name: str) -> torch.dtype:
-        """Return the stored dtype of a tensor of the folder."""
-        return DTYPES[self._reader.tensors[name].dtype]
+        """Return the stored dtype of a tensor of the folder; FP4 for codes of two numbers a byte."""
+        dtype = self._reader.tensors[name].dtype
+        return FP4 if dtype == "I8" else DTYPES[dtype]
 
     def kinds(self) -> dict[str, set[torch.dtype]]:
         """Return the stored dtypes of the parts of each tensor of the state dict."""
         return {ours: {self.stored(part.name) for part in parts} for ours, parts in self.parts.items()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Return the stored dtype of each tensor by its Hugging Face name."""
+        """Return the stored dtype of each tensor by its name in a Hugging Face folder."""
         every = [one for part in chain(*self.parts.values()) for one in part.tensors]
-        out = {hf_name(one.ours, self.config.n_layers, one.expert): self.stored(one.name) for one in every}
+        out = {folder_name(one.ours, self.config, one.expert): self.stored(one.name) for one in every}
         return out | {name: self.stored(name) for name in self.copies}
 
     def read(self, part: Part, dtype: torch.dtype) -> Tensor:
-        """Return the tensor of a part. FP8 codes are dequantized to a dtype that is not theirs; others may differ."""
-        value, *scales = (self._sound(one.name) for one in (part.tensors if dtype != FP8 else [part]))
+        """Return the tensor of a part. Codes are dequantized to a dtype that is not theirs; others may differ."""
+        value, *scales = (self._sound(one.name) for one in (part.tensors if dtype not in (FP8, FP4) else [part]))
+        if value.dtype == torch.int8:
+            return dequantize_fp4(value, scales[0], dtype) if scales else value.view(FP4)
         return dequantize_tiles(value, scales[0].float(), WEIGHT_TILE, "e4m3", dtype) if scales else value
 
     def _sound(self, name: str) -> Tensor:
@@ -259,6 +291,11 @@ class PretrainedTensors:
         value = self._reader.read(name)
         if fault := fault_of(name, value):
             raise ValueError(f"{self.folder}: {name} holds {fault}; fetch the file again")
+        if name.endswith("tid2eid"):
+            try:
+                check_table(value, self.config.n_routed_experts)
+            except ValueError as error:
+                raise ValueError(f"{self.folder}: {name.removesuffix('tid2eid')}{error}") from None
         return value
 
     def rows(self, name: str, rows: slice = slice(None)) -> Tensor:
@@ -341,13 +378,13 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     raw = read_table(path)
     require(
         inference or is_hugging_face(raw),
-        f"{path} has no model_type; want the config.json of a deepseek_v2, deepseek_v3, deepseek_v32 or kimi_k2 model",
+        f"{path} has no model_type; want the config.json of a deepseek_v2, v3, v32 or v4 or of a kimi_k2 model",
     )
     return raw, ModelConfig.from_file(path)
 
 
 def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Path) -> ModelConfig:
-    prefixes = mtp_prefixes(config.n_layers, config.n_mtp_layers)
+    prefixes = mtp_prefixes(config)
     if not prefixes or any(name.startswith(prefixes) for name in tensors):
         return config
     warnings.warn(
@@ -358,22 +395,42 @@ def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Pat
     return dataclasses.replace(config, n_mtp_layers=0)
 
 
-def _held(model: Transformer, name: str, kinds: set[torch.dtype], dtype: torch.dtype | None) -> torch.dtype:
+def _held(model: Transformer, name: str, kinds: set[torch.dtype], dtype: torch.dtype | None, keep: bool) -> torch.dtype:
     """Return the dtype in which a tensor is held that was stored in these."""
-    if isinstance(model.get_submodule(name.rpartition(".")[0]), FP32Module):
+    if keep and kinds & {FP8, FP4}:
+        return next(iter(kinds))
+    path, _, attribute = name.rpartition(".")
+    layer = model.get_submodule(path)
+    made = getattr(layer, attribute).dtype
+    if not made.is_floating_point:
+        return made
+    if isinstance(layer, FP32Module):
         return torch.float64 if dtype == torch.float64 else torch.float32
-    plain = {torch.bfloat16 if kind == FP8 else kind for kind in kinds}
+    plain = {torch.bfloat16 if kind in (FP8, FP4) else kind for kind in kinds}
     return dtype or functools.reduce(torch.promote_types, plain)
+
+
+def _held_shape(tensor: Tensor, held: torch.dtype) -> torch.Size:
+    """Return the shape of a tensor of the model as it is held: FP4 has two numbers a byte."""
+    return torch.Size((*tensor.shape[:-1], tensor.shape[-1] // 2)) if held == FP4 else tensor.shape
 
 
 def _allocate(model: Transformer, held: Mapping[str, torch.dtype], device: torch.device) -> None:
     """Allocate memory for every parameter and buffer of a model on the meta device; values come later."""
-    empty = {name: torch.empty(t.shape, dtype=held[name], device=device) for name, t in model.state_dict().items()}
-    codes = {name: tensor for name, tensor in empty.items() if tensor.dtype == FP8}
+    empty = {
+        name: torch.empty(_held_shape(t, held[name]), dtype=held[name], device=device)
+        for name, t in model.state_dict().items()
+    }
+    codes = {name: tensor for name, tensor in empty.items() if tensor.dtype in (FP8, FP4)}
     model.load_state_dict({name: t for name, t in empty.items() if name not in codes}, strict=False, assign=True)
     for name, tensor in codes.items():
-        blocks = (*tensor.shape[:-2], *blocks_of(tensor.shape[-2:]))
-        hold_fp8(model, name, tensor, torch.empty(blocks, device=device))
+        if tensor.dtype == FP8:
+            blocks = (*tensor.shape[:-2], *blocks_of(tensor.shape[-2:]))
+            hold_fp8(model, name, tensor, torch.empty(blocks, device=device))
+        else:
+            blocks = (*tensor.shape[:-1], 2 * tensor.shape[-1] // FP4_BLOCK)
+            scales = torch.empty(blocks, dtype=torch.float8_e8m0fnu, device=device)
+            hold_fp8(model, name, tensor, scales, tile=(1, FP4_BLOCK), format="e2m1")
 
 
 def _equal(copy: Tensor, original: Tensor, rows: int = 1024) -> bool:

@@ -18,16 +18,35 @@ from rich.console import Console
 from torch import Tensor
 
 from dsmini.atomic import as_json, new_folder
-from dsmini.checkpoint.load import FP8, Part, check_dtype, origin_of, parts_of
-from dsmini.checkpoint.tensor_files import INDEX, ONE_FILE, Entry, hf_name, mtp_copies, write_safetensors
+from dsmini.checkpoint.load import FP4, FP8, Part, check_dtype, origin_of, parts_of
+from dsmini.checkpoint.tensor_files import INDEX, ONE_FILE, Entry, folder_name, is_v4, mtp_copies, write_safetensors
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
-from dsmini.config.published import UNKNOWN_IDS, config_from_json, config_to_json, with_dtypes, with_mtp_layers
+from dsmini.config.published import (
+    UNKNOWN_IDS,
+    config_from_json,
+    config_to_json,
+    with_dtypes,
+    with_experts,
+    with_mtp_layers,
+)
 from dsmini.console.progress import Progress
 from dsmini.nn import Transformer
 from dsmini.nn.fp8 import fp8_weights
-from dsmini.nn.gate import Gate
-from dsmini.numerics import SMALLEST_AMAX, WEIGHT_TILE, dequantize_tiles, encode_tiles, tile_scales
+from dsmini.nn.gate import Gate, HashGate, check_table
+from dsmini.nn.hyper_connections import HyperConnection, StreamHead
+from dsmini.numerics import (
+    FP4_BLOCK,
+    SMALLEST_AMAX,
+    WEIGHT_TILE,
+    dequantize_fp4,
+    dequantize_tiles,
+    encode_tiles,
+    fp4_to_fp8,
+    quantize_fp4,
+    tile_scales,
+)
+from dsmini.numerics.quantization import Scale
 from dsmini.reading import brief, check_path
 
 # files of a model's folder apart from its tensors and config.json; code is copied and never run
@@ -56,6 +75,7 @@ def save_pretrained(
     path: str | Path,
     fp8: bool = False,
     *,
+    fp4: bool = False,
     dtype: torch.dtype | None = None,
     shard_size: int | str = "5GB",
     files: Mapping[str, str] | None = None,
@@ -68,32 +88,38 @@ def save_pretrained(
     is written as it is held. The folder is written whole or not at all. A long save shows a bar on the standard error.
 
     Args:
-        fp8: write the matrices of attention and feed-forwards as E4M3 codes with FP32 scales for 128x128 blocks.
-            Matrices held in FP8 are written as they are, also without it.
-        dtype: dtype of all that is not FP8, except gates, which stay FP32; without `fp8` of all. None: see above.
+        fp8: write the matrices of attention and feed-forwards as E4M3 codes with scales for 128x128 blocks, in V4
+            powers of two. Matrices held in FP8 are written as they are, also without it, and so are experts in FP4
+            without it; with it their values stay the same.
+        fp4: write V4's routed experts in FP4, and the other matrices as `fp8` does.
+        dtype: dtype of all that is not FP8, except gates and V4's hyper-connections, sinks and position biases, which
+            stay FP32; without `fp8` of all. None: see above.
         shard_size: maximum size of a file in bytes, or a text such as "5GB"; a larger tensor has a file of its own.
         files: texts of further files, by name; they replace copied ones of the same name.
         config: further keys of config.json, such as eos_token_id.
 
-    Raises: ValueError if the folder holds anything already, if neither deepseek_v2 nor deepseek_v3 describes the
-        model, if a layer computes what no config says, or if a tensor would have infinities or NaN.
+    Raises: ValueError if the folder holds anything already, if no model type describes the model, if a layer computes
+        what no config says, if a tensor would have infinities or NaN, for experts whose rows have no whole blocks of
+        FP4, and for a hash layer's table that `check_table` refuses.
     """
     path = Path(path)
     limit = parse_size(shard_size)
     refuse_filled(path)
     refuse_changed_ideas(model)
     raw = _described(model)
-    plan = SavePlan(model, fp8, dtype)
+    plan = SavePlan(model, fp8 or fp4, dtype, fp4)
     shards = _shards(plan, limit)
     every = {entry.name: (file, entry) for file, entries in shards.items() for entry in entries}
     nbytes = sum(entry.nbytes for _, entry in every.values())
     raw = with_dtypes(
         raw,
-        str(every[hf_name("embed.weight", 0)][1].dtype).removeprefix("torch."),
+        str(every[folder_name("embed.weight", model.config)][1].dtype).removeprefix("torch."),
         replace=dtype is not None,
         fp8=plan.has_fp8,
         keep_quantization=not plan.quantizes,
     )
+    if is_v4(model.config):
+        raw = with_experts(raw, plan.has_fp4)
     texts = {**(files or {}), "config.json": as_json(raw | dict(config or {}))}
     if len(shards) > 1:
         weight_map = {name: file for name, (file, _) in sorted(every.items())}
@@ -151,26 +177,39 @@ class SavePlan:
     Args:
         fp8: write matrices as FP8 codes; see save_pretrained.
         dtype: dtype of all that is not FP8; None: as it was stored, or is held.
+        fp4: write experts as FP4 codes; see save_pretrained.
     """
 
-    def __init__(self, model: Transformer, fp8: bool, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: Transformer, fp8: bool, dtype: torch.dtype | None, fp4: bool = False) -> None:
         check_dtype(dtype)
-        self.model, self.fp8, self.dtype = model, fp8, dtype
+        c, v4 = model.config, is_v4(model.config)
+        require(v4 or not fp4, "FP4 is the format of DeepSeek-V4's experts; write this model in FP8, or as it is")
+        whole = not (c.dim % FP4_BLOCK or c.moe_inter_dim % FP4_BLOCK)
+        require(
+            whole or not fp4,
+            f"FP4 needs rows of whole blocks of {FP4_BLOCK}, and experts have rows of dim={c.dim} and "
+            f"moe_inter_dim={c.moe_inter_dim}; write them in FP8, or as they are",
+        )
+        self.model, self.fp8, self.dtype, self.fp4 = model, fp8, dtype, fp4
+        self.scale: Scale = "ue8m0" if v4 else "fp32"
+        self.scale_dtype = torch.float8_e8m0fnu if v4 else torch.float32
         self.state = model.state_dict()
         origin = origin_of(model)
         self.stored: Mapping[str, torch.dtype] | None = None if origin is None else origin.dtypes
         """Stored dtypes of a loaded model by their Hugging Face names."""
-        self.gates = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Gate))
-        held = [self.state[name].dtype == FP8 for name in fp8_weights(model)]
+        fp32 = (Gate, HyperConnection, StreamHead)
+        self.fp32 = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, fp32))
+        """Beginnings of the names of tensors that are FP32 in every folder."""
+        held = [self.state[name].dtype in (FP8, FP4) for name in fp8_weights(model)]
         self.quantizes = fp8 and not all(held)
         self.has_fp8 = bool(held) and (fp8 or (dtype is None and any(held)))
-        """True if some tensors are written as FP8 codes."""
+        """True if some tensors are written as codes."""
+        self.has_fp4 = fp4 or (not fp8 and dtype is None and any(t.dtype == FP4 for t in self.state.values()))
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts of the model that are written; last the MTP blocks' copies of embedding and head."""
-        config = self.model.config
         yield from parts_of(self.model)
-        for theirs, ours in mtp_copies(config.n_layers, range(config.n_mtp_layers)).items():
+        for theirs, ours in mtp_copies(self.model.config).items():
             if self.stored is None or theirs in self.stored:
                 yield Part(ours, None, tuple(self.state[ours].shape), theirs)
 
@@ -178,16 +217,23 @@ class SavePlan:
         """Yield the entries in the order of the model, a weight and its scales together."""
         for part in self.parts():
             scales, held = part.scales, self.state[part.ours].dtype
-            as_codes = scales is not None and (self.fp8 or (held == FP8 and self.dtype is None))
+            as_codes = scales is not None and (self.fp8 or (held in (FP8, FP4) and self.dtype is None))
             if scales is None or not as_codes:
                 yield [_entry(part, self._dtype_of(part, held), self._plain)]
+            elif self.has_fp4 and part.expert is not None:
+                four = part.in_fp4()
+                assert four.scales is not None
+                yield [
+                    _entry(four, torch.int8, lambda of: self._fp4(of)[0].view(torch.int8), part),
+                    _entry(four.scales, torch.float8_e8m0fnu, lambda of: self._fp4(of)[1], part),
+                ]
             elif held == FP8:
                 yield [
                     _entry(part, FP8, self.value),
-                    _entry(scales, self._stored_as(scales, torch.float32), self.value),
+                    _entry(scales, self._stored_as(scales, self.scale_dtype), self.value),
                 ]
             else:
-                yield [_entry(part, FP8, self._codes), _entry(scales, torch.float32, self._scales, part)]
+                yield [_entry(part, FP8, self._codes), _entry(scales, self.scale_dtype, self._scales, part)]
 
     def value(self, part: Part) -> Tensor:
         """Return the values of a part of the model, as they are held."""
@@ -200,23 +246,51 @@ class SavePlan:
 
     def _dtype_of(self, part: Part, held: torch.dtype) -> torch.dtype:
         """Return the dtype in which a part is written that is not FP8."""
-        if self.dtype is not None:
-            return torch.float32 if part.ours.startswith(self.gates) else self.dtype
         stored = self._stored_as(part, held)
-        return held if stored == FP8 else stored  # dequantized since
+        if not held.is_floating_point and part.scales is None:
+            return self._stored_as(part, torch.int64)  # a table of experts, as released
+        if self.dtype is not None:
+            fp32 = part.ours.startswith(self.fp32) or part.ours.endswith((".attn_sink", ".ape"))
+            return torch.float32 if fp32 else self.dtype
+        return held if stored in (FP8, FP4) else stored  # dequantized since
 
     def _plain(self, part: Part) -> Tensor:
         value = self.value(part)
-        if value.dtype != FP8 or part.scales is None:
+        if value.dtype not in (FP8, FP4) or part.scales is None:
             return value
         assert self.dtype is not None, "codes are written as they are where no dtype is asked for"
+        if value.dtype == FP4:
+            return dequantize_fp4(value, self.value(part.scales), self.dtype)
         return dequantize_tiles(value, self.value(part.scales).float(), WEIGHT_TILE, "e4m3", self.dtype)
 
     def _scales(self, part: Part) -> Tensor:
-        return tile_scales(self.value(part), WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
+        value = self.value(part)
+        if value.dtype == FP4:
+            return self._as_fp8(part)[1]
+        return tile_scales(value, WEIGHT_TILE, self.scale, "e4m3", SMALLEST_AMAX)
 
     def _codes(self, part: Part) -> Tensor:
+        if self.value(part).dtype == FP4:
+            return self._as_fp8(part)[0]
         return encode_tiles(self.value(part), self._scales(part), WEIGHT_TILE)
+
+    def _as_fp8(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Return codes and scales in FP8 of a part that is held in FP4. Raises: ValueError if FP8 cannot hold them."""
+        assert part.scales is not None
+        try:
+            return fp4_to_fp8(self.value(part), self.value(part.scales))
+        except ValueError as error:
+            raise ValueError(f"{part.name}: {error}") from None
+
+    def _fp4(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Return codes and scales in FP4, as they are held or made from other numbers."""
+        value = self.value(part)
+        if value.dtype == FP4 and part.scales is not None:
+            return value, self.value(part.scales)
+        if value.dtype == FP8 and part.scales is not None:
+            value = dequantize_tiles(value, self.value(part.scales).float(), WEIGHT_TILE)
+        codes, scales = quantize_fp4(value)
+        return codes, scales.view(torch.float8_e8m0fnu)
 
 
 def _entry(part: Part, dtype: torch.dtype, make: Callable[[Part], Tensor], of: Part | None = None) -> Entry:
@@ -237,9 +311,15 @@ def refuse_changed_ideas(model: Transformer) -> None:
         ours = kind.__module__.split(".")[0] in ("dsmini", "torch") and "forward" not in vars(module)
         ours = ours and not module._forward_hooks and not module._forward_pre_hooks
         require(ours, f"{name or 'the model'} is a {kind.__qualname__} with code of its own{LOST}")
+        if isinstance(module, HashGate):
+            try:
+                check_table(module.tid2eid, model.config.n_routed_experts)
+            except ValueError as error:
+                raise ValueError(f"{where}{error}") from None
         for option in IDEAS:
-            given = vars(module).get(option)  # buffers of such names are weights
-            require(given == getattr(plain.get(name), option, None), f"{where}{option} is {brief(given)}{LOST}")
+            given = vars(module).get(option)  # parameters and buffers of such names are weights
+            wanted = vars(plain[name]).get(option) if name in plain else None
+            require(given == wanted, f"{where}{option} is {brief(given)}{LOST}")
 
 
 def parse_size(size: int | str) -> int:

@@ -2,7 +2,7 @@
 
 Our names are those of DeepSeek's inference code with two differences: the experts of a layer are stacked into one
 tensor, and the multi-token prediction blocks are mtp.0, mtp.1, ... (in a folder they follow the last layer as layers N,
-N+1, ...). Hugging Face's names are in no other file.
+N+1, ...). Hugging Face's names are in no other file. A folder of V4 has the names of its inference code.
 
 The safetensors library reads and checks them. Nothing else is opened: a pickle can run code when it is read. Files are
 written here, because the library wants all tensors of a file at once, and several processes write rows of one file.
@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dsmini.config import ModelConfig
 from dsmini.reading import UnreadableError, brief, is_there, listed, open_regular, parse_json, read_table, readable
 
 # parts of a name, ours -> theirs; as in DeepSeek's convert.py, the other way round
@@ -52,22 +53,63 @@ _TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _INDEXER = {"wq_b", "wk", "k_norm", "weights_proj"}
 _STACKED = re.compile(r"(.+ffn\.experts)\.(w[123])(_scale)?")
 _BLOCK = re.compile(r"(layers|mtp)\.(\d+)\.(?:block\.)?(.+)")
+# parts of a name that transformers gives a tensor of V4 -> the released one
+_V4_PARTS = {
+    "embed_tokens": "embed",
+    "lm_head": "head",
+    "self_attn": "attn",
+    "mlp": "ffn",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "sinks": "attn_sink",
+    "position_bias": "ape",
+    "q_a_proj": "wq_a",
+    "q_a_norm": "q_norm",
+    "q_b_proj": "wq_b",
+    "kv_proj": "wkv",
+    "o_a_proj": "wo_a",
+    "o_b_proj": "wo_b",
+    "down_proj": "w2",
+    "up_proj": "w3",
+    "e_score_correction_bias": "bias",
+    "weight_scale_inv": "scale",
+}
+# what is left to rename then, one after the other
+_V4_RULES = (
+    (r"\.(attn|ffn)_hc\.", r".hc_\1_"),
+    (r"^hc_head\.hc_", "hc_head_"),
+    (r"\.compressor\.indexer\.(?:scorer\.)?(wq_b|weights_proj)\.", r".indexer.\1."),
+    (r"\.compressor\.indexer\.", ".indexer.compressor."),
+    (r"\.compressor\.gate_proj\.", ".compressor.wgate."),
+    (r"\.compressor\.kv_norm\.", ".compressor.norm."),
+    (r"\.shared_experts\.gate_proj\.", ".shared_experts.w1."),
+    (r"\.attn\.norm\.", ".attn.kv_norm."),  # so it saves what it loads as kv_norm
+)
+_PACKED = re.compile(r"(.+\.experts)\.(gate_up_proj|w2)")
 # dimension in which DeepSeek's inference code splits these over its ranks: 0 rows, 1 columns
 _SPLIT = {"embed": 0, "head": 0, "wq": 0, "wq_b": 0, "wkv_b": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
+_V4_SPLIT = {"embed": 0, "head": 0, "wq_b": 0, "weights_proj": 0, "wo_a": 0, "wo_b": 1}
 
 
-def mtp_copies(n_layers: int, depths: Iterable[int]) -> dict[str, str]:
+def is_v4(config: ModelConfig) -> bool:
+    """Return whether a model's folder is one of deepseek_v4, with the names of DeepSeek's inference code."""
+    return config.attention == "compressed"
+
+
+def mtp_copies(config: ModelConfig) -> dict[str, str]:
     """Return the names of the MTP blocks' copies of embedding and head, each with our name of the original."""
     return {
-        f"model.layers.{n_layers + depth}.{theirs}.weight": f"{ours}.weight"
-        for depth in depths
+        f"{prefix}{theirs}.weight": f"{ours}.weight"
+        for prefix in mtp_prefixes(config)
         for theirs, ours in (("embed_tokens", "embed"), ("shared_head.head", "head"))
+        if not is_v4(config)
     }
 
 
-def mtp_prefixes(n_layers: int, n_mtp_layers: int) -> tuple[str, ...]:
+def mtp_prefixes(config: ModelConfig) -> tuple[str, ...]:
     """Return the prefix of the names of each MTP block's tensors in a folder."""
-    return tuple(f"model.layers.{n_layers + depth}." for depth in range(n_mtp_layers))
+    depths = range(config.n_mtp_layers)
+    return tuple(f"mtp.{d}." if is_v4(config) else f"model.layers.{config.n_layers + d}." for d in depths)
 
 
 def is_derived(theirs: str) -> bool:
@@ -92,19 +134,31 @@ def is_routed_expert(theirs: str) -> bool:
 
 def inference_name(name: str, expert: int | None = None) -> str:
     """Return the name in DeepSeek's inference code of our tensor, or of one expert's part of a stacked one."""
+    name = re.sub(r"^(mtp\.\d+)\.block\.", r"\1.", name)
+    name = re.sub(r"\b(hc_(?:attn|ffn|head))\.", r"\1_", name)
     if stacked := _STACKED.fullmatch(name):
         return f"{stacked[1]}.{expert}.{stacked[2]}.{'scale' if stacked[3] else 'weight'}"
     return name
 
 
-def inference_split(theirs: str) -> int | None:
+def inference_split(theirs: str, v4: bool = False) -> int | None:
     """Return the dimension in which DeepSeek's inference layout splits a tensor over its ranks.
 
-    None: each rank has the whole tensor, as of the indexer, or one rank has a routed expert's.
+    None: each rank has the whole tensor, as of V3.2's indexer and of V4's compressors and shared experts, or one rank
+    has a routed expert's.
     """
-    if is_routed_expert(theirs) or is_indexer(theirs):
+    parts = theirs.split(".")
+    if is_routed_expert(theirs) or {"compressor", "shared_experts" if v4 else "indexer"} & {*parts}:
         return None
-    return _SPLIT.get(theirs.split(".")[-2])
+    return 0 if parts[-1] == "attn_sink" else (_V4_SPLIT if v4 else _SPLIT).get(parts[-2:][0])
+
+
+def folder_name(name: str, config: ModelConfig, expert: int | None = None) -> str:
+    """Return the name in a folder with a config.json of our tensor, or of one expert's part of a stacked one.
+
+    Raises: ValueError for a tensor that DeepSeek's architecture does not have.
+    """
+    return inference_name(name, expert) if is_v4(config) else hf_name(name, config.n_layers, expert)
 
 
 def hf_name(name: str, n_layers: int, expert: int | None = None) -> str:
@@ -130,7 +184,9 @@ def hf_name(name: str, n_layers: int, expert: int | None = None) -> str:
 
 
 def _unknown(name: str) -> ValueError:
-    return ValueError(f"tensor {name!r} has no Hugging Face name; only models of MLA and DSA have a folder format")
+    return ValueError(
+        f"tensor {name!r} has no Hugging Face name; only models of MLA, DSA and V4's attention have a folder format"
+    )
 
 
 # --- reading
@@ -166,6 +222,8 @@ class Stored:
     shape: tuple[int, ...]
     files: tuple[Path, ...]
     dim: int = 0
+    within: tuple[str, tuple[int | slice, ...]] | None = None
+    """Name of the tensor in the file that it is a part of, and which part; None: it is a whole one."""
 
     @property
     def nbytes(self) -> int:
@@ -196,7 +254,8 @@ class SafetensorsReader:
         for file in stored.files:
             if file not in self._open:
                 self._open[file] = _opened(file)
-        parts = [self._open[file].get_tensor(name) for file in stored.files]
+        whole, part = stored.within or (name, ())
+        parts = [self._open[file].get_tensor(whole)[part] for file in stored.files]
         if len(parts) == 1:
             return parts[0]
         # as bytes, for torch cannot join numbers of every dtype
@@ -292,19 +351,20 @@ def _joined_ranks(folder: Path) -> dict[str, Stored]:
         )
     headers = {file: _header(folder / file) for file in files}
     lacking, tensors = [], {}
+    v4 = any(name.endswith(".attn_sink") for name in headers[files[0]])
     for name in dict.fromkeys(name for header in headers.values() for name in header):
         parts = {file: header[name] for file, header in headers.items() if name in header}
         if not is_routed_expert(name):
             lacking += [f"{name} in {file}" for file in files if file not in parts]
-        tensors[name] = _joined(name, list(parts.values()))
+        tensors[name] = _joined(name, list(parts.values()), inference_split(name, v4))
     if lacking:
         raise ValueError(f"{folder} lacks {listed(lacking)}; convert the model again")
     return tensors
 
 
-def _joined(name: str, parts: Sequence[Stored]) -> Stored:
-    """Return a tensor whose parts are in the files of several ranks."""
-    first, dim = parts[0], inference_split(name)
+def _joined(name: str, parts: Sequence[Stored], dim: int | None) -> Stored:
+    """Return a tensor whose parts are in the files of several ranks, cut along dim; None: each is the whole one."""
+    first = parts[0]
     for other in parts:
         if (other.dtype, other.shape) != (first.dtype, first.shape):
             words = [f"{part.dtype} {list(part.shape)} in {part.files[0].name}" for part in (other, first)]
@@ -315,6 +375,37 @@ def _joined(name: str, parts: Sequence[Stored]) -> Stored:
     return replace(first, shape=shape, files=tuple(part.files[0] for part in parts), dim=dim)
 
 
+def in_released_names(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Return the tensors of a V4 folder by released names, whatever transformers calls them, and experts one by one.
+
+    Raises: ValueError for two tensors of one name.
+    """
+    out: dict[str, Stored] = {}
+    for theirs, whole in tensors.items():
+        name = ".".join(_V4_PARTS.get(part, part) for part in theirs.removeprefix("model.").split("."))
+        for pattern, to in _V4_RULES:
+            name = re.sub(pattern, to, name)
+        for one, stored in _unpacked(name, theirs, whole).items():
+            if one in out:
+                raise ValueError(f"{whole.files[0].parent} has {one} twice, the second time as {theirs}; remove one")
+            out[one] = stored
+    return out
+
+
+def _unpacked(name: str, theirs: str, stored: Stored) -> dict[str, Stored]:
+    """Return the experts that transformers packs into one tensor, by name: gate and up [e, 2 f, m], or down."""
+    packed = _PACKED.fullmatch(name)
+    if packed is None or len(stored.shape) != 3 or 0 in stored.shape:
+        return {name: stored if name == theirs else replace(stored, within=(theirs, ()))}
+    e, r, c = stored.shape
+    rows = {"w2": slice(0, r)} if packed[2] == "w2" else {"w1": slice(0, r // 2), "w3": slice(r // 2, r)}
+    return {
+        f"{packed[1]}.{i}.{w}.weight": replace(stored, shape=(of.stop - of.start, c), within=(theirs, (i, of)))
+        for i in range(e)
+        for w, of in rows.items()
+    }
+
+
 def fault_of(name: str, tensor: Tensor) -> str:
     """Return in words which values of a folder's tensor have no meaning; "" if there are none. Makes no copy of it."""
     if not tensor.is_floating_point() or not tensor.numel():
@@ -322,7 +413,7 @@ def fault_of(name: str, tensor: Tensor) -> str:
     if tensor.dtype == torch.float8_e4m3fn:  # its largest code, with either sign, is NaN
         parts = tensor.reshape(-1).split(1 << 20)
         return "NaN" if any(int((part.view(torch.uint8) & 0x7F).max()) == 0x7F for part in parts) else ""
-    is_scale = name.endswith(("scale", "scale_inv"))
+    is_scale = name.endswith((".scale", "scale_inv"))  # V4's hc_head_scale is none of FP8
     least, most = torch.aminmax(tensor.float() if is_scale else tensor)  # small, and may be E8M0
     if not (math.isfinite(least) and math.isfinite(most)):
         return "infinities or NaN"

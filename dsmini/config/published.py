@@ -284,10 +284,17 @@ def with_dtypes(
     if replace or key not in out:
         out[key] = dtype
     stated = out.pop("quantization_config", None)
-    if fp8:  # as DeepSeek-V3's, with FP32 scales
+    if fp8:  # as DeepSeek-V3's, with FP32 scales, or V4's
         new = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+        new |= {"scale_fmt": "ue8m0"} if raw.get("model_type") == "deepseek_v4" else {}
         out["quantization_config"] = (keep_quantization and stated) or new
     return out
+
+
+def with_experts(raw: Mapping[str, Any], fp4: bool) -> dict[str, Any]:
+    """Return a config.json of deepseek_v4 that says whether its experts are FP4 codes."""
+    other = {key: value for key, value in raw.items() if (key, value) != ("expert_dtype", "fp4")}
+    return {**other, "expert_dtype": "fp4"} if fp4 else other
 
 
 # --- deepseek_v4

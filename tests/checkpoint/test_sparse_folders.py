@@ -104,7 +104,7 @@ def test_fresh_indexers_have_the_sizes_of_their_model() -> None:
     [
         (DSA, {}, "an indexer belongs to MLA, and this model has attention='dsa'; use a model of DeepSeek-V3"),
         ({"attention": "mha"}, {}, "an indexer belongs to MLA, and this model has attention='mha'"),
-        ({"qk_norm": True}, {}, "attention='dsa' with qk_norm: DSA is MLA in its absorbed form"),
+        ({"qk_norm": True}, {}, "attention='dsa' with qk_norm: it has no form"),
         ({}, {"topk": 0}, "index_topk=0 is not positive; use 1 or more"),
         ({}, {"head_dim": 2}, "index_head_dim=2 is smaller than qk_rope_head_dim=4, which it holds; use 4"),
     ],

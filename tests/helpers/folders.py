@@ -90,9 +90,10 @@ def in_fp8(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def tensors_of(model: Transformer, dtype: torch.dtype = torch.float32, copies: bool = True) -> dict[str, Tensor]:
-    """Return a model's tensors as a folder stores them: in this dtype, except the routing biases."""
+    """Return a model's tensors as a folder stores them: in this dtype, except routing biases and tables of experts."""
     out = {name: t if name.endswith("_bias") else t.to(dtype) for name, t in to_hf(model).items()}
-    left_out = () if copies else mtp_copies(model.config.n_layers, range(model.config.n_mtp_layers))
+    out |= {name: t.long() for name, t in to_hf(model).items() if name.endswith("tid2eid")}
+    left_out = () if copies else mtp_copies(model.config)
     return {name: t for name, t in out.items() if name not in left_out}
 
 

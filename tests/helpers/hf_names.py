@@ -14,7 +14,7 @@ def _names(model: Transformer) -> tuple[dict[str, Part], dict[str, str]]:
     """Return the part of each name of a folder, and our name for each of the MTP blocks' copies."""
     state = model.state_dict()
     every = [one for part in parts_of(model) for one in (part, part.scales) if one is not None and one.ours in state]
-    return {part.name: part for part in every}, mtp_copies(model.config.n_layers, range(model.config.n_mtp_layers))
+    return {part.name: part for part in every}, mtp_copies(model.config)
 
 
 def to_hf(model: Transformer) -> dict[str, Tensor]:

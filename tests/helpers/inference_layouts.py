@@ -51,3 +51,23 @@ def inference_layout(
     (folder / name).write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
     return folder
+
+
+def cut_ranks(folder: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], ranks: int) -> Path:
+    """Write a folder of V4 as its convert.py does: the released names, some tensors cut over the ranks."""
+    folder.mkdir()
+    files: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    cut = {**dict.fromkeys(("embed", "head", "wq_b", "weights_proj", "wo_a"), 0), "wo_b": 1}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if "experts" in parts:
+            files[int(parts[parts.index("experts") + 1]) // (config["n_routed_experts"] // ranks)][name] = tensor
+            continue
+        dim = 0 if parts[-1] == "attn_sink" else cut.get(parts[-2] if len(parts) > 1 else "")
+        for rank, file in enumerate(files):
+            chunk = tensor if dim is None else tensor.view(tensor.dtype).tensor_split(ranks, dim)[rank]
+            file[name] = chunk.contiguous().clone()
+    for rank, file in enumerate(files):
+        save_file(file, folder / f"model{rank}-mp{ranks}.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

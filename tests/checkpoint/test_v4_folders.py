@@ -1,0 +1,418 @@
+"""Folders of DeepSeek-V4: the released tensors, codes in FP4 and FP8, transformers' names, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
+from dsmini.checkpoint.save import SavePlan
+from dsmini.convert import main
+from dsmini.numerics import dequantize_fp4, dequantize_tiles
+from tests.helpers import folders
+from tests.helpers.configs import refusal, released
+from tests.helpers.inference_layouts import cut_ranks
+
+BF16, FP32, FP8, E8M0, FP4 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.int8
+FLASH_BYTES = 159_609_485_896
+"""Bytes of DeepSeek-V4-Flash's files, from their index."""
+Table = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def config(**changes: Any) -> ModelConfig:
+    """Return a model with a layer of each kind, whose matrices have ragged blocks of 128 and whole blocks of 32."""
+    sizes: dict[str, Any] = {
+        **{"vocab_size": 61, "dim": 160, "moe_inter_dim": 32, "n_layers": 3, "n_dense_layers": 0, "n_heads": 4},
+        **{"attention": "compressed", "head_dim": 48, "qk_rope_head_dim": 8, "q_lora_rank": 36, "window_size": 4},
+        **{"compress_ratios": (0, 4, 128), "o_groups": 2, "o_lora_rank": 20, "index_n_heads": 5, "index_head_dim": 32},
+        **{"index_topk": 3, "n_routed_experts": 4, "n_activated_experts": 2, "n_expert_groups": 1},
+        **{"n_limited_groups": 1, "score_func": "sqrtsoftplus", "n_hash_layers": 1, "swiglu_limit": 10.0},
+        **{"hc_mult": 4, "n_mtp_layers": 1, "max_seq_len": 64, "original_seq_len": 16, "rope_factor": 4.0},
+    }
+    return ModelConfig(**(sizes | changes))
+
+
+def random_model(c: ModelConfig) -> Transformer:
+    model = Transformer(c).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and "norm" not in name:
+                tensor.normal_(std=tensor.shape[-1] ** -0.5)
+    return model
+
+
+def table(c: ModelConfig, experts: torch.dtype = FP4) -> Table:
+    """Return the released names, shapes and dtypes, written down from DeepSeek's inference code."""
+    out: Table = {}
+
+    def matrix(name: str, rows: int, columns: int, dtype: torch.dtype = FP8) -> None:
+        if dtype == FP4:
+            out[f"{name}.weight"], out[f"{name}.scale"] = ((rows, columns // 2), FP4), ((rows, columns // 32), E8M0)
+            return
+        out[f"{name}.weight"] = ((rows, columns), dtype)
+        if dtype == FP8:
+            out[f"{name}.scale"] = ((-(-rows // 128), -(-columns // 128)), E8M0)
+
+    def mix(prefix: str, rows: int, scales: int) -> None:
+        shapes = {"fn": (rows, c.hc_mult * c.dim), "base": (rows,), "scale": (scales,)}
+        out.update({f"{prefix}_{part}": (shape, FP32) for part, shape in shapes.items()})
+
+    def norm(name: str, width: int) -> None:
+        out[f"{name}.weight"] = ((width,), BF16)
+
+    def compressor(prefix: str, m: int, width: int, series: int) -> None:
+        out[f"{prefix}.ape"] = ((m, series * width), FP32)
+        matrix(f"{prefix}.wkv", series * width, c.dim, BF16)
+        matrix(f"{prefix}.wgate", series * width, c.dim, BF16)
+        norm(f"{prefix}.norm", width)
+
+    head_dim, q_lora, index = c.head_dim or 0, c.q_lora_rank or 0, c.index_head_dim or 0
+    groups, o_lora = c.o_groups or 1, c.o_lora_rank or 0
+
+    def block(prefix: str, ratio: int, hashed: bool) -> None:
+        attn, ffn = f"{prefix}.attn", f"{prefix}.ffn"
+        norm(f"{prefix}.attn_norm", c.dim)
+        norm(f"{prefix}.ffn_norm", c.dim)
+        for part in ("attn", "ffn"):
+            mix(f"{prefix}.hc_{part}", (2 + c.hc_mult) * c.hc_mult, 3)
+        out[f"{attn}.attn_sink"] = ((c.n_heads,), FP32)
+        matrix(f"{attn}.wq_a", q_lora, c.dim)
+        norm(f"{attn}.q_norm", q_lora)
+        matrix(f"{attn}.wq_b", c.n_heads * head_dim, q_lora)
+        matrix(f"{attn}.wkv", head_dim, c.dim)
+        norm(f"{attn}.kv_norm", head_dim)
+        matrix(f"{attn}.wo_a", groups * o_lora, c.n_heads * head_dim // groups)
+        matrix(f"{attn}.wo_b", c.dim, groups * o_lora)
+        if ratio:
+            compressor(f"{attn}.compressor", ratio, head_dim, 2 if ratio == 4 else 1)
+        if ratio == 4:
+            matrix(f"{attn}.indexer.wq_b", (c.index_n_heads or 0) * index, q_lora)
+            matrix(f"{attn}.indexer.weights_proj", c.index_n_heads or 0, c.dim, BF16)
+            compressor(f"{attn}.indexer.compressor", 4, index, 2)
+        matrix(f"{ffn}.gate", c.n_routed_experts, c.dim, BF16)
+        if hashed:
+            out[f"{ffn}.gate.tid2eid"] = ((c.vocab_size, c.n_activated_experts), torch.int64)
+        else:
+            out[f"{ffn}.gate.bias"] = ((c.n_routed_experts,), FP32)
+        for i in range(c.n_routed_experts):
+            for w in ("w1", "w3", "w2"):
+                rows, columns = (c.dim, c.moe_inter_dim) if w == "w2" else (c.moe_inter_dim, c.dim)
+                matrix(f"{ffn}.experts.{i}.{w}", rows, columns, experts)
+        for w in ("w1", "w3"):
+            matrix(f"{ffn}.shared_experts.{w}", c.moe_inter_dim, c.dim)
+        matrix(f"{ffn}.shared_experts.w2", c.dim, c.moe_inter_dim)
+
+    matrix("embed", c.vocab_size, c.dim, BF16)
+    matrix("head", c.vocab_size, c.dim, BF16)
+    norm("norm", c.dim)
+    mix("hc_head", c.hc_mult, 1)
+    for i, ratio in enumerate(c.compress_ratios or ()):
+        block(f"layers.{i}", ratio, i < c.n_hash_layers)
+    for i in range(c.n_mtp_layers):
+        block(f"mtp.{i}", 0, hashed=False)
+        matrix(f"mtp.{i}.e_proj", c.dim, c.dim)
+        matrix(f"mtp.{i}.h_proj", c.dim, c.dim)
+        for part in ("enorm", "hnorm", "norm"):
+            norm(f"mtp.{i}.{part}", c.dim)
+        mix(f"mtp.{i}.hc_head", c.hc_mult, 1)
+    return out
+
+
+def drawn(c: ModelConfig, of: Table) -> dict[str, Tensor]:
+    """Return random tensors of a table: any code, negative zero too, and scales of any size that fit a model."""
+    out: dict[str, Tensor] = {}
+    for name, (shape, dtype) in of.items():
+        if name.endswith("tid2eid"):
+            rows = [torch.randperm(c.n_routed_experts)[: c.n_activated_experts] for _ in range(c.vocab_size)]
+            out[name] = torch.stack(rows).to(dtype)
+        elif dtype == FP4:
+            out[name] = torch.randint(0, 256, shape, dtype=torch.uint8).view(FP4)
+        elif dtype == E8M0:
+            out[name] = torch.randint(118, 122, shape, dtype=torch.uint8).view(E8M0)
+        else:
+            value = torch.randn(shape) * (4.0 if dtype == FP8 else shape[-1] ** -0.5)
+            out[name] = value.to(dtype)
+    return out
+
+
+RAW = {"expert_dtype": "fp4", "torch_dtype": "bfloat16"}
+
+
+def raw_of(c: ModelConfig, **more: Any) -> dict[str, Any]:
+    return folders.config_json(c, quantization_config=folders.QUANTIZED | {"scale_fmt": "ue8m0"}) | RAW | more
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    return drawn(config(), table(config()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
+    return folders.write(tmp_path / "released", tensors, raw_of(config()), shards=3)
+
+
+def values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the values of codes, next to what is none, by name."""
+    out = {name: tensor for name, tensor in tensors.items() if not name.endswith(".scale")}
+    for name in filter(lambda name: name.endswith(".scale"), tensors):
+        weight, scale = name.replace(".scale", ".weight"), tensors[name]
+        codes = tensors[weight]
+        if codes.dtype == FP4:
+            out[weight] = dequantize_fp4(codes, scale)
+        else:
+            out[weight] = dequantize_tiles(codes, scale.float(), (128, 128))
+    return out
+
+
+def test_released_table_has_the_bytes_of_flash_and_is_what_is_written() -> None:
+    """Every tensor of Flash has its released name and shape, and but for gates, which stay FP32, its dtype."""
+    c = released("deepseek-v4-flash")
+    want = table(c)
+    assert sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in want.values()) == FLASH_BYTES
+    with torch.device("meta"):
+        plan = SavePlan(Transformer(c), fp8=True, dtype=BF16, fp4=True)
+    got = {entry.name: (tuple(entry.shape), entry.dtype) for unit in plan.units() for entry in unit}
+    gates = {name: (shape, FP32) for name, (shape, _) in want.items() if name.endswith(".gate.weight")}
+    assert got == want | gates
+
+
+@pytest.mark.parametrize("experts", [FP4, FP8])
+def test_released_folder_is_kept_and_written_bit_by_bit(tmp_path: Path, experts: torch.dtype) -> None:
+    c = config()
+    tensors = drawn(c, table(c, experts))
+    raw = raw_of(c) if experts == FP4 else raw_of(c, expert_dtype="fp8")
+    model = load_pretrained(folders.write(tmp_path / "a", tensors, raw, shards=2), fp8="keep")
+    assert model.config == c
+    held = {tensor.dtype for name, tensor in model.state_dict().items() if re.search(r"experts\.w\d$", name)}
+    assert held == {torch.uint8 if experts == FP4 else FP8}
+    save_pretrained(model, tmp_path / "b")
+    assert not folders.different(tensors, folders.read(tmp_path / "b"))
+    assert folders.config_of(tmp_path / "b") == raw
+
+
+@pytest.mark.parametrize("fp8", ["dequantize", "keep"])
+def test_codes_mean_what_they_say(folder: Path, tensors: dict[str, Tensor], tmp_path: Path, fp8: Any) -> None:
+    """The model computes what one computes that is loaded from the values of all codes."""
+    model = load_pretrained(folder, dtype=FP32, fp8=fp8)
+    exact = load_pretrained(folders.write(tmp_path / "x", values(tensors), folders.config_json(config())), dtype=FP32)
+    tokens = torch.randint(0, 61, (2, 23))
+    assert torch.equal(model(tokens), exact(tokens))
+    for a, b in zip(model.run(tokens, mtp=True).mtp_logits, exact.run(tokens, mtp=True).mtp_logits, strict=True):
+        assert torch.equal(a, b)
+    if fp8 == "dequantize":
+        save_pretrained(model, tmp_path / "b")
+        again = folders.read(tmp_path / "b")
+        assert again.keys() == values(tensors).keys() and {"expert_dtype", "quantization_config"}.isdisjoint(
+            folders.config_of(tmp_path / "b")
+        )
+        assert load_pretrained(tmp_path / "b", dtype=FP32)(tokens).isfinite().all()
+
+
+def test_default_dtypes_of_a_released_folder(folder: Path) -> None:
+    """What DeepSeek uses in FP32 is held in FP32, the table as whole numbers, and all else as BF16."""
+    fp32 = re.compile(r"norm|hc_|ape$|attn_sink$|gate\.(weight|bias)$|compressor|weights_proj")
+    for name, tensor in load_pretrained(folder).state_dict().items():
+        want = FP32 if fp32.search(name) else BF16
+        assert tensor.dtype == (torch.int32 if name.endswith("tid2eid") else want), name
+
+
+def test_fp4_becomes_fp8_without_a_change(folder: Path, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    assert main([str(folder), str(tmp_path / "b"), "--fp8"]) == 0
+    got = folders.read(tmp_path / "b")
+    assert {name: (tuple(t.shape), t.dtype) for name, t in got.items()} == table(config(), FP8)
+    assert all(torch.equal(value, values(got)[name]) for name, value in values(tensors).items())
+    assert "expert_dtype" not in folders.config_of(tmp_path / "b")
+    tensors["layers.1.ffn.experts.2.w1.weight"][:] = 0x11
+    scales = tensors["layers.1.ffn.experts.2.w1.scale"].view(torch.uint8)
+    scales[0, 0], scales[0, 1] = 90, 110
+    far = folders.write(tmp_path / "far", tensors, raw_of(config()))
+    said = refusal(save_pretrained, load_pretrained(far, fp8="keep"), tmp_path / "c", fp8=True)
+    assert said.startswith("layers.1.ffn.experts.2.w1.weight: FP4 scales") and not (tmp_path / "c").exists()
+
+
+def test_a_trained_model_is_written_in_fp4(tmp_path: Path) -> None:
+    model = random_model(config())
+    save_pretrained(model, tmp_path / "a", fp4=True, dtype=BF16)
+    got = folders.read(tmp_path / "a")
+    assert {name: (tuple(t.shape), t.dtype) for name, t in got.items() if ".gate.weight" not in name} == {
+        name: of for name, of in table(config()).items() if ".gate.weight" not in name
+    }
+    back = values(got)
+    for name, tensor in values({n: t for n, t in folders.tensors_of(model).items()}).items():
+        near = 0.3 if ".experts." in name else 0.07
+        assert (back[name].float() - tensor.float()).norm() <= near * tensor.float().norm(), name
+    assert folders.config_of(tmp_path / "a")["expert_dtype"] == "fp4"
+    kept = load_pretrained(tmp_path / "a", fp8="keep")
+    assert kept(torch.randint(0, 61, (1, 9))).isfinite().all()
+
+
+def test_inference_layout_of_ranks(tmp_path: Path) -> None:
+    """Two ranks have half of the heads and experts each, and compressors and shared experts whole."""
+    c = config(vocab_size=62, index_n_heads=4)
+    tensors = values(drawn(c, table(c)))
+    same = (
+        *("vocab_size", "dim", "moe_inter_dim", "n_layers", "n_hash_layers", "n_heads", "n_routed_experts", "head_dim"),
+        *(
+            "n_activated_experts",
+            "route_scale",
+            "swiglu_limit",
+            "q_lora_rank",
+            "o_groups",
+            "o_lora_rank",
+            "rope_factor",
+        ),
+        *("window_size", "compress_ratios", "compress_rope_theta", "index_n_heads", "index_head_dim", "index_topk"),
+        *("max_seq_len", "original_seq_len"),
+    )
+    raw = {name: getattr(c, name) for name in same} | {"rope_head_dim": 8, "dtype": "bf16"}
+    model = load_pretrained(cut_ranks(tmp_path / "ranks", tensors, raw, 2))
+    assert model.config == c
+    save_pretrained(model, tmp_path / "b")
+    assert not folders.different(tensors, folders.read(tmp_path / "b"))
+
+
+# transformers' names
+
+
+def in_their_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a BF16 folder into the module names of transformers, with packed experts."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if ".experts." not in name:
+            new = name.replace(".attn.", ".self_attn.").replace(".ffn.", ".mlp.").replace("attn_sink", "sinks")
+            new = new.replace(".indexer.compressor.", ".compressor.indexer.")
+            new = re.sub(r"\.indexer\.wq_b", ".compressor.indexer.q_b_proj", new)
+            new = re.sub(r"\.indexer\.weights_proj", ".compressor.indexer.scorer.weights_proj", new)
+            new = re.sub(r"(compressor\.(?:indexer\.)?)norm\.", r"\1kv_norm.", new)
+            new = re.sub(r"\.hc_(attn|ffn)_(\w+)$", r".\1_hc.\2", new).replace("hc_head_", "hc_head.hc_")
+            for ours, theirs in (
+                *(
+                    ("attn_norm", "input_layernorm"),
+                    ("ffn_norm", "post_attention_layernorm"),
+                    (".ape", ".position_bias"),
+                ),
+                *((".wq_a", ".q_a_proj"), (".wq_b", ".q_b_proj"), ("q_norm", "q_a_norm"), (".wkv", ".kv_proj")),
+                *((".wgate", ".gate_proj"), (".wo_a", ".o_a_proj"), (".wo_b", ".o_b_proj"), (".w1", ".gate_proj")),
+                *((".w2", ".down_proj"), (".w3", ".up_proj"), ("gate.bias", "gate.e_score_correction_bias")),
+            ):
+                new = new.replace(ours, theirs)
+            new = "lm_head.weight" if new == "head.weight" else f"model.{new.replace('embed.', 'embed_tokens.')}"
+            out[new] = tensor.long() if name.endswith("tid2eid") else tensor
+    for stem in {name.split(".experts.")[0] for name in tensors if ".experts." in name}:
+        w1, w2, w3 = (
+            torch.stack([tensors[f"{stem}.experts.{i}.{w}.weight"] for i in range(4)]) for w in ("w1", "w2", "w3")
+        )
+        theirs = f"model.{stem.replace('.ffn', '.mlp')}.experts"
+        out |= {f"{theirs}.gate_up_proj": torch.cat((w1, w3), 1), f"{theirs}.down_proj": w2}
+    return out
+
+
+def test_names_of_transformers_are_read(tmp_path: Path) -> None:
+    c = config(n_mtp_layers=0)
+    tensors = folders.tensors_of(random_model(c))
+    source = folders.write(tmp_path / "a", in_their_names(tensors), folders.config_json(c))
+    save_pretrained(load_pretrained(source), tmp_path / "b")
+    got = folders.read(tmp_path / "b")
+    assert not folders.different(tensors, got)
+
+
+# refusals
+
+TABLE = "layers.0.ffn.gate.tid2eid"
+WEIGHT, SCALE = "layers.0.ffn.experts.1.w1.weight", "layers.0.ffn.experts.1.w1.scale"
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({TABLE: None}, f"it lacks {TABLE}"),
+        ({TABLE: torch.zeros(61, 2, dtype=torch.int64)}, f"{TABLE} names the experts [0, 0]"),
+        ({TABLE: torch.full((61, 2), 4, dtype=torch.int64)}, "tid2eid names the experts [4, 4] for a token"),
+        ({TABLE: torch.zeros(64, 2, dtype=torch.int64)}, "tid2eid is [64, 2], want [61, 2]"),
+        ({TABLE: torch.zeros(61, 2)}, "tid2eid is F32, want I32 or I64"),
+        ({WEIGHT: torch.zeros(32, 160, dtype=FP4)}, "w1.weight is [32, 160], want [32, 80]"),
+        ({SCALE: torch.ones(1, 2).to(E8M0)}, "w1.scale is [1, 2], want [32, 5]"),
+        ({SCALE: torch.ones(32, 5)}, "w1.scale is F32, want F8_E8M0"),
+        ({SCALE: None}, f"it lacks {SCALE}"),
+        ({WEIGHT: torch.zeros(32, 160, dtype=FP8)}, "w1.scale is [32, 5], want [1, 2]"),
+        ({WEIGHT: torch.zeros(32, 80, dtype=torch.uint8)}, "w1.weight is [32, 80], want [32, 160]"),
+        ({"layers.0.attn.wq_a.weight": torch.zeros(36, 80, dtype=FP4)}, "wq_a.weight is [36, 80], want [36, 160]"),
+        ({"layers.0.attn.wq_a.weight": torch.zeros(36, 160, dtype=FP4)}, "wq_a.weight is I8, want F8_E4M3"),
+        ({"model.layers.0.self_attn.sinks": torch.zeros(4)}, "has layers.0.attn.attn_sink twice"),
+        ({"layers.0.attn.engram": torch.zeros(4)}, "belong nowhere: layers.0.attn.engram"),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_is_refused(tmp_path: Path, tensors: dict[str, Tensor], changes: Any, want: str) -> None:
+    given = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
+    source = folders.write(tmp_path / "a", given, raw_of(config()))
+    for fp8 in ("dequantize", "keep"):
+        assert want in refusal(load_pretrained, source, fp8=fp8)
+    assert main_refuses([str(source), str(tmp_path / "b")]) and not (tmp_path / "b").exists()
+
+
+def main_refuses(args: list[str]) -> bool:
+    return bool(refusal(main, args))
+
+
+def test_experts_partly_in_fp4_can_only_be_dequantized(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    name = "layers.0.ffn.experts.1.w1"
+    mixed = tensors | {f"{name}.weight": torch.ones(32, 160).to(FP8), f"{name}.scale": torch.ones(1, 2).to(E8M0)}
+    source = folders.write(tmp_path / "a", mixed, raw_of(config()))
+    assert "some experts in FP8 or FP4 and others not" in refusal(load_pretrained, source, fp8="keep")
+    assert load_pretrained(source, dtype=FP32).state_dict()["layers.0.ffn.experts.w1"][1].eq(1).all()
+
+
+def test_nan_and_scales_that_may_be_negative(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    """hc_*_scale are weights, no scales of codes."""
+    tensors["hc_head_scale"][:] = -0.5
+    tensors["layers.0.hc_attn_scale"][:] = 0
+    load_pretrained(folders.write(tmp_path / "a", tensors, raw_of(config())))
+    scale = tensors["layers.2.ffn.experts.3.w2.scale"].view(torch.uint8)
+    scale[5, 0] = 255
+    source = folders.write(tmp_path / "b", tensors, raw_of(config()))
+    assert "experts.3.w2.scale holds infinities or NaN" in refusal(load_pretrained, source, fp8="keep")
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "want"),
+    [
+        ({"moe_inter_dim": 40}, {"fp4": True}, "experts have rows of dim=160 and moe_inter_dim=40"),
+        ({"hc_mult": 1}, {}, "a model with hc_mult=1 has no deepseek_v4 folder"),
+    ],
+)
+def test_a_model_without_a_folder_is_not_written(tmp_path: Path, changes: Any, more: Any, want: str) -> None:
+    assert want in refusal(save_pretrained, Transformer(config(**changes)), tmp_path / "a", **more)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_table_of_zeros_is_not_written(tmp_path: Path) -> None:
+    model = random_model(config())
+    model.get_buffer(TABLE).zero_()
+    said = refusal(save_pretrained, model, tmp_path / "a")
+    assert said.startswith("layers.0.ffn.gate.tid2eid names the experts [0, 0]") and not (tmp_path / "a").exists()
+
+
+def test_fp4_is_for_v4_alone(tmp_path: Path, small_model: Any) -> None:
+    assert "FP4 is the format of DeepSeek-V4's experts" in refusal(
+        save_pretrained, small_model(), tmp_path / "a", fp4=True
+    )
+
+
+def test_fp4_of_odd_rows_is_refused(tmp_path: Path) -> None:
+    c = config(moe_inter_dim=40)
+    tensors = drawn(c, table(c, FP8))
+    tensors["layers.0.ffn.experts.0.w2.weight"] = torch.zeros(160, 20, dtype=FP4)
+    source = folders.write(tmp_path / "a", tensors, raw_of(c))
+    assert "w2.weight is FP4, and rows of 40 have no whole blocks of 32" in refusal(load_pretrained, source)
+
+
+def test_index_of_a_kept_folder_names_every_file(folder: Path, tmp_path: Path) -> None:
+    saved = save_pretrained(load_pretrained(folder, fp8="keep"), tmp_path / "b", shard_size="100KB")
+    index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
+    assert len(saved.files) > 2 and set(index["weight_map"].values()) == set(saved.files)
+    assert index["metadata"]["total_size"] == saved.nbytes
