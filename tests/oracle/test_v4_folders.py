@@ -1,0 +1,99 @@
+"""Folders of DeepSeek-V4 pass between dsmini and transformers, in both directions and spellings, with equal logits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_transformers import LOGITS, assert_close, tokens_for
+from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
+
+SIZES: dict[str, Any] = {
+    **{"model_type": "deepseek_v4", "vocab_size": 97, "hidden_size": 40, "num_attention_heads": 6, "head_dim": 24},
+    **{"num_hidden_layers": 4, "num_key_value_heads": 1, "qk_rope_head_dim": 10, "q_lora_rank": 28, "o_groups": 3},
+    **{
+        "o_lora_rank": 5,
+        "sliding_window": 9,
+        "moe_intermediate_size": 20,
+        "n_routed_experts": 7,
+        "n_shared_experts": 1,
+    },
+    **{"num_experts_per_tok": 3, "num_hash_layers": 2, "hc_mult": 3, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6},
+    **{"compress_ratios": [0, 4, 128, 4], "compress_rope_theta": 1600.0, "rope_theta": 100.0, "swiglu_limit": 0.6},
+    **{"max_position_embeddings": 256, "num_nextn_predict_layers": 0, "rms_norm_eps": 1e-5, "index_n_heads": 13},
+    **{"index_head_dim": 16, "index_topk": 5, "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc"},
+    **{"norm_topk_prob": True, "routed_scaling_factor": 1.5, "initializer_range": 0.02, "torch_dtype": "float32"},
+}
+YARN = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1}
+RATES = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 7}
+KINDS = [
+    "heavily_compressed_attention",
+    "compressed_sparse_attention",
+    "sliding_attention",
+    "heavily_compressed_attention",
+]
+CASES: dict[str, dict[str, Any]] = {
+    "window, CSA, HCA of 128": {},
+    "yarn": {"rope_scaling": YARN},
+    "HCA of 7": {"compress_ratios": [7, 4, 0, 7], "layer_types": KINDS, "compress_rates": RATES, "rope_scaling": YARN},
+}
+
+
+def theirs(folder: Path, case: str) -> DeepseekV4ForCausalLM:
+    """Return a random model of transformers, none of whose parts is zero."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SIZES | CASES[case]))
+    torch.manual_seed(3)
+    config = DeepseekV4Config.from_pretrained(folder, attn_implementation="eager")
+    model: Any = DeepseekV4ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("tid2eid"):
+                tensor.copy_(torch.stack([torch.randperm(7)[:3] for _ in range(97)]))
+            elif "norm" in name:
+                tensor.uniform_(0.5, 1.5)
+            else:
+                tensor.normal_(std=tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 0.5)
+    return model
+
+
+@pytest.mark.parametrize("released_names", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_folders_pass_in_both_directions(tmp_path: Path, case: str, released_names: bool) -> None:
+    """transformers saves its module names, or by default nearly the released ones. dsmini writes those."""
+    model = theirs(tmp_path / "config", case)
+    tokens = tokens_for(model)
+    want = model(tokens).logits
+    model.save_pretrained(tmp_path / "a", save_original_format=released_names)
+    ours = load_pretrained(tmp_path / "a")
+    assert_close(ours(tokens), want, LOGITS, "logits of transformers' folder")
+
+    save_pretrained(ours, tmp_path / "b")
+    loaded: Any = DeepseekV4ForCausalLM.from_pretrained(
+        tmp_path / "b", output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    back, info = loaded
+    assert not any(info.values()), info
+    assert_close(back(tokens).logits, want, LOGITS, "logits of dsmini's folder")
+    written, given = (load_file(tmp_path / folder / "model.safetensors") for folder in ("b", "a"))
+    assert sum(t.nbytes for t in written.values()) == sum(t.nbytes for t in given.values())
+
+
+def test_a_new_model_with_mtp_loads_in_transformers(tmp_path: Path) -> None:
+    """A config.json that dsmini makes, with a ratio that transformers does not know, and MTP that it ignores."""
+    raw = tmp_path / "config.json"
+    raw.write_text(json.dumps(SIZES | CASES["HCA of 7"] | {"num_nextn_predict_layers": 1}))
+    torch.manual_seed(5)
+    ours = Transformer(ModelConfig.from_file(raw)).eval()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    save_pretrained(ours, tmp_path / "a")
+    back: Any = DeepseekV4ForCausalLM.from_pretrained(tmp_path / "a", attn_implementation="eager", dtype=torch.float32)
+    tokens = tokens_for(back)
+    assert_close(ours(tokens), back(tokens).logits, LOGITS, "logits of a new model")
