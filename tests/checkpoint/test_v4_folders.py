@@ -214,7 +214,7 @@ def test_codes_mean_what_they_say(folder: Path, tensors: dict[str, Tensor], tmp_
 
 
 def test_default_dtypes_of_a_released_folder(folder: Path) -> None:
-    """What DeepSeek uses in FP32 is held in FP32, the table as whole numbers, and all else as BF16."""
+    """Parts that DeepSeek uses in FP32 are FP32, the table has whole numbers, and all else is BF16."""
     fp32 = re.compile(r"norm|hc_|ape$|attn_sink$|gate\.(weight|bias)$|compressor|weights_proj")
     for name, tensor in load_pretrained(folder).state_dict().items():
         want = FP32 if fp32.search(name) else BF16
