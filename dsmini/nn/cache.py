@@ -2,7 +2,7 @@
 
 MLA stores one row [c_kv | k_rope] for all heads together: kv_lora_rank + qk_rope_head_dim numbers a token and layer.
 Its baselines MHA, GQA and MQA store [k | v] of every key-value head. DSA stores MLA's row, and the indexer's key in a
-LayerCache of its own.
+LayerCache of its own. V4's compressed attention stores other rows (compressed_cache.py).
 
 In FP8 a row of MLA is a run of bytes, as in DeepSeek-V3.2: the latent in E4M3, an FP32 scale for each 128 of its
 numbers, and the rotary key in BF16. At V3's sizes that is 512 + 4 * 4 + 2 * 64 = 656 bytes, compared with 1152 in BF16.

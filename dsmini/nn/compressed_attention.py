@@ -115,7 +115,6 @@ def rows_at(rows: Float[Tensor, "b t d"], places: Int[Tensor, "#b *n"]) -> Float
 class Blocks(NamedTuple):
     """The blocks of m tokens that a call completes, each document's counted from its first token."""
 
-    m: int
     ends: Int[Tensor, "#b n"]
     """Column of a block's last token among the new ones."""
     at: CachePositions
@@ -156,7 +155,7 @@ def blocks_of(context: Context, m: int, starts: Int[Tensor, "b s"] | None) -> Bl
         is_token=None if alike else is_last.gather(1, ends),
         lengths=torch.full((len(is_last),), n) if at is None else at.lengths // m,
     )
-    return Blocks(m, ends, place)
+    return Blocks(ends, place)
 
 
 class Compressor(FP32Module):
@@ -175,7 +174,8 @@ class Compressor(FP32Module):
         self.wkv = FP32Linear(c.dim, self.series * d, init_std=c.init_std)
         self.wgate = FP32Linear(c.dim, self.series * d, init_std=c.init_std)
         self.ape = nn.Parameter(torch.zeros(m, self.series * d, dtype=torch.float32))
-        """Bias of Z for each place in a block. The series of the block before comes first, in all three tensors."""
+        """Bias of Z for each place in a block. Here and in both weights the series of the block before comes first: b
+        in the report, a in transformers."""
         self.norm = RMSNorm(d, c.norm_eps)
 
     def reset_parameters(self) -> None:
@@ -217,9 +217,11 @@ class EntryIndexer(Indexer):
         x = hadamard(rotated(x, cos_sin))
         return round_fp4(x, min(BLOCK_FP4, self.head_dim)) if self.qat else x
 
-    def entry_keys(self, rows: Float[Tensor, "b n d"], cos_sin: CosSin) -> Float[Tensor, "b n d"]:
-        """Return the keys of entries, of what the compressor makes."""
-        return self._rotated(rows.unsqueeze(2), cos_sin).squeeze(2)
+    def entry_keys(
+        self, x: Float[Tensor, "b t m"], blocks: Blocks, cos_sin: CosSin, cache: LayerCacheView | None = None
+    ) -> Float[Tensor, "b s d"]:
+        """Return the key of each block that ends among the tokens x. The arguments are those of the compressor."""
+        return self._rotated(self.compressor(x, blocks, cache).unsqueeze(2), cos_sin).squeeze(2)
 
 
 class Index(NamedTuple):
@@ -401,7 +403,7 @@ class CompressedAttention(FP32Module):
         chooses = indexer is not None and (learns or (longest > indexer.topk and stage != "warmup"))
         if indexer is not None and (chooses or cache is not None):
             with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-                keys = indexer.entry_keys(indexer.compressor(x.detach(), blocks, cache and cache.index), cos_sin)
+                keys = indexer.entry_keys(x.detach(), blocks, cos_sin, cache and cache.index)
                 if cache is not None:
                     stored(cache.index).entries.write(keys, blocks.at)
                     keys = stored(cache.index).entries.read(n, x.dtype)

@@ -269,7 +269,7 @@ class Transformer(nn.Module):
 
         Args:
             max_seq_len: number of tokens of each sequence it has room for; None: the model's.
-            dtype: dtype of what is stored, or "fp8" for V3.2's layout; None: the compute dtype.
+            dtype: dtype of what is stored, or "fp8" for V3.2's and V4's layouts; None: the compute dtype.
             mtp: also store what the multi-token prediction blocks need, for `run(..., mtp=True)` and for drafting.
             form: how MLA attends to it: expanded, absorbed, auto, whichever is less work, or a function that chooses.
         """

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import dsmini
 from dsmini import ModelConfig, Transformer, quantize
 from dsmini.nn import Attention, CompressedAttention, Context, compressed_attention, dsa_layers
-from dsmini.nn.compressed_attention import Compressor
+from dsmini.nn.compressed_attention import Compressor, rotated
 from dsmini.nn.compressed_cache import SLACK, FP4Rows, FP8Rows
+from dsmini.nn.dsa import hadamard
 from dsmini.numerics.fp4 import round_fp4
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import V4, refusal
@@ -224,6 +225,8 @@ def test_losses_train_every_parameter_and_warm_up_reads_all_entries() -> None:
         losses = model.losses(tokens[:, :-1], tokens[:, 1:])
         losses.total.backward()
         assert len(losses.indexers) == len(dsa_layers(model)) == 1 and losses.indexers[0].kl > 0
+        assert losses.total > losses.main + 0.3 * losses.mtp + losses.indexers[0].kl
+        assert model.mtp[0].block.attn.m == 0, "blocks of multi-token prediction have the window alone"
         assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
     everything = model_of(index_topk=1000)
     everything.load_state_dict(model.state_dict())
@@ -391,7 +394,7 @@ def test_qat_rounds_entries_and_both_sides_of_the_indexer(monkeypatch: pytest.Mo
     }
     layer, _ = layer_of("csa", "sparse", **sizes)
     layer = layer.float()
-    plain = CompressedAttention(config_of({**sizes, "qat": False}), compress_ratio=4)
+    plain: Any = CompressedAttention(config_of({**sizes, "qat": False}), compress_ratio=4)
     plain.load_state_dict(layer.state_dict())
     x, seen = torch.randn(2, 24, SMALL["dim"]), []
     real = compressed_attention.topk_keys
@@ -407,6 +410,9 @@ def test_qat_rounds_entries_and_both_sides_of_the_indexer(monkeypatch: pytest.Mo
     plain(x, context)
     exact = seen[1][:2]
     assert 1e-2 < relative_error(q, exact[0]) < 0.2 and 1e-2 < relative_error(keys, exact[1]) < 0.2
+    latent = plain.q_norm(plain.wq_a(x))
+    untransformed = rotated(plain.indexer.wq_b(latent).unflatten(-1, (-1, 64)), context.cos_sin(plain.rope))
+    assert relative_error(exact[0], hadamard(untransformed)) < 1e-6
     rows = torch.randn(1, 3, 128)
     rounded = layer.key_value(rows, layer.rope.cos_sin(torch.arange(3)[None]))
     assert torch.equal(rounded[..., :112], quantize(rows[..., :112], (1, 64)).dequantize())
