@@ -16,7 +16,7 @@ from dsmini import TrainConfig, accounting
 from dsmini.measure.counting import Count, count
 from dsmini.measure.memory import peak_since_reset, reset_peak
 from dsmini.measure.turns import in_turns
-from dsmini.measure.workloads import Step, StepShape, Work, prefill_step, random_model, training_step
+from dsmini.measure.workloads import StepShape, Work
 from dsmini.report import Value
 
 DRAWN = 8
@@ -30,24 +30,21 @@ def measure(work: Work, setting: Setting, batch: int, tokens: int) -> Iterator[F
     """Yield the figures of a step. tokens: those of a sequence; in decoding, those in the cache."""
     dtype, each = setting.dtype_name, batch if work == "decode" else batch * tokens
     adamw = TrainConfig(optimizer="adamw")
+    config = models.decoded(setting.quick)
     if work == "training":
         config = dataclasses.replace(models.TRAINED, max_seq_len=1024)
-        step: Step = training_step(config, adamw, setting.dtype, batch, tokens, setting.device)
         flops = accounting.step_flops(config, batch_size=batch, seq_len=tokens).total / each
         traffic = accounting.training_bytes_per_token
         least = partial(traffic, config, batch_size=batch, seq_len=tokens, dtype=dtype)
+    elif work == "prefill":
+        whole = accounting.step_flops(config, batch_size=batch, seq_len=tokens, training=False, last_logits=True)
+        flops = whole.total / each
+        least = partial(accounting.prefill_bytes_per_token, config, seq_len=tokens, batch=batch, dtype=dtype)
     else:
-        config = models.decoded(setting.quick)
-        model = random_model(config, setting.device, setting.dtype)
-        if work == "prefill":
-            step = prefill_step(model, batch, tokens)
-            whole = accounting.step_flops(config, batch_size=batch, seq_len=tokens, training=False, last_logits=True)
-            flops = whole.total / each
-            least = partial(accounting.prefill_bytes_per_token, config, seq_len=tokens, batch=batch, dtype=dtype)
-        else:
-            step = models.decoding({"one": model}, setting, batch, tokens)[0]["one"]
-            flops = accounting.decode_flops_per_token(config, context=tokens + 1).total
-            least = partial(accounting.decode_bytes_per_token, config, context=tokens + 1, batch=batch, dtype=dtype)
+        flops = accounting.decode_flops_per_token(config, context=tokens + 1).total
+        least = partial(accounting.decode_bytes_per_token, config, context=tokens + 1, batch=batch, dtype=dtype)
+    shape = StepShape(work=work, config=config, dtype=dtype, batch=batch, tokens=tokens, train=adamw)
+    step = shape.make(setting.device)
     reset_peak()
     step()
     experts: list[float] = []
@@ -59,7 +56,6 @@ def measure(work: Work, setting: Setting, batch: int, tokens: int) -> Iterator[F
     seconds = in_turns({"step": step}, setting.device, **setting.turns).seconds["step"]
     moved = statistics.fmean(one.bytes for one in counts) / each
     bounds = flops, least(experts=statistics.fmean(experts)).total
-    shape = StepShape(work=work, config=config, dtype=dtype, batch=batch, tokens=tokens, train=adamw)
     expected = setting.predicted({"step": shape}).get("step")
     case = {"batch": batch, "context" if work == "decode" else "tokens": tokens}
     yield from step_figures(case, counts[0], seconds, expected, setting, each, moved, *bounds)

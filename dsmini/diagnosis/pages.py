@@ -9,7 +9,6 @@ from typing import Any
 
 from dsmini.diagnosis import roofline
 from dsmini.diagnosis.arms import Comparison, percent
-from dsmini.diagnosis.findings import Finding
 from dsmini.diagnosis.verdict import Diagnosis, best_arms
 from dsmini.report import Plot, Report, Section, Series, Table
 from dsmini.report.figures import plain
@@ -139,7 +138,7 @@ def report_of(found: Diagnosis, command: str = "") -> Report:
 
 def short_report_of(found: Diagnosis) -> Report:
     """Return what a terminal shows: the verdict, gains, what to try, and faults."""
-    sections = [_verdict(found), _gains(found, BRIEF), _to_try(found), _faults(found.faults)]
+    sections = [_verdict(found), _gains(found, BRIEF), _to_try(found), _faults(found)]
     return Report(title=f"Diagnosis of {found.of}", sections=sections, warnings=found.warnings)
 
 
@@ -191,8 +190,8 @@ def _findings(found: Diagnosis) -> Section:
     return Section(name="findings", title="What else was seen?", finding=words, tables=[table])
 
 
-def _faults(faults: Sequence[Finding]) -> Section:
-    rows = [[fault.axis, fault.sentence, fault.fix] for fault in faults]
-    tables = [Table(columns=("axis", "fault", "what to do first"), rows=rows)] if rows else []
+def _faults(found: Diagnosis) -> Section:
+    rows = [[fault.axis, fault.sentence, fault.fix] for fault in found.faults]
+    table = Table(columns=("axis", "fault", "what to do first"), rows=rows)
     words = "These faults were seen." if rows else "No fault was seen."
-    return Section(name="faults", title="What is wrong?", finding=words, tables=tables)
+    return Section(name="faults", title="What is wrong?", finding=words, tables=[table] if rows else [])

@@ -201,9 +201,8 @@ def _feed_forward_step(result: Sequence[Tensor], x: Tensor, part: Any) -> Cost:
 
 COSTS: MappingProxyType[str, Callable[..., int | Cost]] = MappingProxyType(
     {
-        "quantize": _no_products,
-        "dequantize": _no_products,
-        "quantize_dequantize": _no_products,
+        **dict.fromkeys(("quantize", "dequantize", "quantize_dequantize"), _no_products),
+        **dict.fromkeys(("trained_norm", "trained_norm_gradients"), _no_products),
         "linear": _linear,
         "quantized_linear": _linear,
         "experts": _experts,
@@ -218,8 +217,6 @@ COSTS: MappingProxyType[str, Callable[..., int | Cost]] = MappingProxyType(
         "topk_keys": _topk_keys,
         "topk_attention": _topk_attention,
         "normed": _normed,
-        "trained_norm": _no_products,
-        "trained_norm_gradients": _no_products,
         "attention_step": _attention_step,
         "feed_forward_step": _feed_forward_step,
     }
