@@ -85,6 +85,15 @@ def test_pipe_gets_a_line_of_bytes_every_ten_seconds(clock: list[float]) -> None
     assert bar.seconds == 22
 
 
+def test_time_left_is_told_once_a_twentieth_is_done(clock: list[float]) -> None:
+    console = pipe()
+    with Progress(console, 100, "step", line_every=0) as bar:
+        for done in (0, 4, 10):
+            bar.update(done)
+            clock[0] += 10
+    assert said(console).splitlines() == ["step", "step", "step  0:03:00 left"]
+
+
 def test_terminal_shows_label_words_and_time_left() -> None:
     console = terminal()
     with Progress(console, 8, "step", delay=0, stays=True) as bar:

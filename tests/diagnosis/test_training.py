@@ -489,6 +489,17 @@ def test_quick_diagnosis_gathers_none_and_ends_with_its_time(asked: Sequence[Any
     assert there.now < 100 and record["outcome"] == "undetermined" and record["step_seconds"] > 9
 
 
+def test_time_left_is_that_of_the_plan(asked: Sequence[Any]) -> None:
+    """Check 20 s of predicting and 25 of rounds, and that nobody says how long a number of rounds takes."""
+    left: list[float] = []
+    answer(None, quick=True, on_part=lambda share, what, seconds: left.append(seconds))
+    known = [seconds for seconds in left if seconds < math.inf]
+    assert (known[0], known[-1]) == (45.0, 0.0) and known == sorted(known, reverse=True)
+    left.clear()
+    answer(None, quick=True, rounds=6, on_part=lambda share, what, seconds: left.append(seconds))
+    assert not any(seconds < math.inf for seconds in left)
+
+
 @pytest.mark.parametrize(("quick", "fresh", "want"), [(True, False, []), (True, True, [True]), (False, False, [False])])
 def test_fresh_prices_are_measured_again(
     asked: Sequence[Any], monkeypatch: pytest.MonkeyPatch, quick: bool, fresh: bool, want: list[bool]
