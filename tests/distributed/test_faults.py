@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +26,7 @@ import torch
 from dsmini.distributed.heartbeat import STALLED, watched
 from dsmini.distributed.world import World
 from dsmini.training.record import read_events, read_records
-from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault, of_this_process, parsed
+from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault, parsed
 from tests.distributed.ranks import START, new_store, outcomes, run_ranks, spoken, start
 from tests.distributed.runs import (
     CPU,
@@ -346,45 +345,3 @@ def test_torchrun_restarts_until_its_restarts_are_exhausted(config: Path, tmp_pa
     assert ends_of(tmp_path, *args) == [0, 0]
     got, want = saved(tmp_path / "run", 6), saved(tmp_path / "whole", 6)
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
-
-
-# --- a save in the background
-
-
-def background(world: World, folder: Path) -> list[str]:
-    """Train with slow saves in the background, in which rank 1 is late: messages of saves must not be those of steps.
-
-    Return the phases of saves and steps of this rank, in their order.
-    """
-    training = new_run(world, folder, EP, save_in_background=True)
-    told: list[str] = []
-
-    def slow(phase: str) -> None:
-        told.extend([phase] if phase.startswith("save:") else [])
-        if phase == "save:writing":
-            writing = len(told)
-            while len(told) == writing and training.trainer.steps_done < STEPS:  # until a step changed the parameters
-                time.sleep(0.1 * world.rank)
-
-    real = training.trainer.step
-
-    def step() -> Any:
-        result = real()
-        told.append("step")
-        return result
-
-    of_this_process[0].at, training.trainer.step = slow, step
-    training.train()
-    return told
-
-
-@pytest.mark.slow
-def test_steps_while_a_save_writes_do_not_change_its_files(tmp_path: Path) -> None:
-    run_ranks(2, run, tmp_path / "whole", EP)
-    told = run_ranks(2, background, tmp_path / "run")[0]
-    for step in (4, 6, 8):
-        assert differences(tmp_path / "run", tmp_path / "whole", step) == []
-    after = [second for first, second in pairwise(told) if first == "save:writing"]
-    assert "step" in after and set(after) <= {"step", "save:written"}
-    phases = [phase for phase in told if phase.startswith("save:")]
-    assert phases == phases[: len(phases) // 4] * 4  # one save after the other
