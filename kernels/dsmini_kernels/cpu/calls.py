@@ -36,7 +36,8 @@ def run(function: str, **fields: Any) -> None:
 
     Raises: RuntimeError where it refuses; Unserved for groups of rows that do not cover them.
     """
-    fields.setdefault("threads", n_threads())
+    if "threads" not in fields:
+        fields["threads"] = n_threads()
     enter(function, CALLS[function].pack_all(fields))
 
 
