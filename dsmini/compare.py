@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.reading import find_config, read_toml
+from dsmini.report.units import plural
 
 if TYPE_CHECKING:
     from dsmini.comparison.arms import Comparison
@@ -84,7 +86,7 @@ def main(args: Sequence[str]) -> int:
 
     from dsmini import __version__
     from dsmini.comparison.results import head_of, opened, read_results
-    from dsmini.comparison.runs import elapsed, read_corpora, run_missing, with_steps_for
+    from dsmini.comparison.runs import read_corpora, run_missing, with_steps_for
 
     comparison, begun = _comparison(command, words), time.monotonic()
     path = command.out or _place(comparison, words)
@@ -103,7 +105,8 @@ def main(args: Sequence[str]) -> int:
             except KeyboardInterrupt:
                 say(console, f"stopped; {len(results.lines)} runs are kept in {path}; the same command continues")
                 return 130
-        say(console, f"{done} runs in {elapsed(begun)}" if done else "all runs were done before")
+        time_taken = timedelta(seconds=round(time.monotonic() - begun))
+        say(console, f"{plural(done, 'run')} in {time_taken}" if done else "all runs were done before")
     _answer(command, [results], path.with_suffix(".png"), console)
     return 0
 

@@ -5,8 +5,7 @@ import json
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
@@ -116,9 +115,7 @@ def run_missing(comparison: Comparison, results: Results, seeds: int, jobs: int 
     ]
     if not missing:
         return 0
-    weigh = cost_of(comparison.arms)
-    progress.total = sum(weigh[arm.name] for arm, _ in missing)
-    whole, waiting = 0.0, list(missing)
+    progress.total, waiting = len(missing), list(missing)
     at_a_time = jobs or (cores() if comparison.arms[0].config.train.device == "cpu" else 1)
     with workers(at_a_time) as (processes, pool):
         running: dict[Future[Any], tuple[Arm, int]] = {}
@@ -131,17 +128,10 @@ def run_missing(comparison: Comparison, results: Results, seeds: int, jobs: int 
             for future in finished:
                 arm, seed = running.pop(future)
                 results.add({"arm": arm.name, "seed": seed, **future.result()})
-                whole += weigh[arm.name]
             names = ", ".join(f"{arm.name} seed {seed}" for arm, seed in running.values())
-            mean = sum(weigh[arm.name] for arm, _ in running.values()) / max(1, len(running))
-            part = sum(processes.running.values()) * mean
-            progress.update(whole + part, f"{len(missing) - len(waiting) - len(running)}/{len(missing)} runs  {names}")
+            whole = len(missing) - len(waiting) - len(running)
+            progress.update(whole + sum(processes.running.values()), f"{whole}/{len(missing)} runs  {names}")
     return len(missing)
-
-
-def cost_of(arms: Sequence[Arm]) -> dict[str, float]:
-    """Return about how many steps each arm's run is worth: all arms have steps of about one length."""
-    return {arm.name: float(arm.config.train.steps) for arm in arms}
 
 
 def cache_of(path: Path) -> Path:
@@ -182,9 +172,3 @@ def with_steps_for(
             train = replace(arm.config.train, steps=steps)
             arms.append(replace(arm, config=replace(arm.config, train=train)))
     return replace(comparison, arms=arms)
-
-
-def elapsed(start: float) -> str:
-    """Return the time since a moment of time.monotonic, in minutes and seconds."""
-    minutes, seconds = divmod(round(time.monotonic() - start), 60)
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
