@@ -52,6 +52,8 @@ class PlanCommand(PlanRequest):
     """Show published figures next to ours, with residuals; needs no CONFIG."""
     out: Path | None = None
     """Folder for plan.html, a page to read offline with all figures, and plan.json."""
+    fresh: bool = False
+    """Measure this machine again, with --hardware this, and not take what was stored."""
     json: bool = False
     """Print the figures as a line of JSON, and everything else on the standard error."""
 
@@ -81,7 +83,7 @@ HELP = Help(
             "seq_len",
         ),
         *("tokens", "context", "sequences", "weight_dtype", "cache_dtype", "decode_gpus", "all", "search", "vary"),
-        *("explain", "depth", "compare", "published", "out", "json"),
+        *("explain", "depth", "compare", "published", "fresh", "out", "json"),
     ),
 )
 
@@ -121,6 +123,8 @@ def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
         raise ValueError("--of names the figures that --vary compares; add --vary, or --explain one figure")
     if command.depth is not None and command.explain is None:
         raise ValueError("--depth says how far --explain goes; add --explain NAME, or leave it out")
+    if command.fresh and command.hardware != "this":
+        raise ValueError(f"--fresh measures this machine, got --hardware {command.hardware}; add --hardware this")
     if command.search and (chosen := {"pipeline", "expert", "tensor"} & command.given().keys()):
         raise ValueError(f"--search chooses {', '.join(sorted(chosen))}; leave that out, or leave out --search")
     if command.out is not None and command.explain is not None:
@@ -159,7 +163,7 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Ans
     assert command.config is not None, "a plan without a config is refused"
     model = Model.from_file(command.config)
     with progress("measuring this machine") as bar:
-        hardware = load_hardware(command.hardware, bar.update)
+        hardware = load_hardware(command.hardware, bar.update, command.fresh)
     with progress("choosing a layout"):
         plan = make_plan(command, model, hardware)
     if command.explain is not None:
@@ -171,7 +175,7 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Ans
         with progress("varying the plan") as bar:
             return pages.varied(plan, command.vary, command.of, line, bar.update)
     with progress("forecasting steps") as bar:
-        return pages.planned(plan, line, bar.update, whole=command.all)
+        return pages.planned(plan, line, bar.update, whole=command.all, fresh=command.fresh)
 
 
 def _named(name: str) -> Path:

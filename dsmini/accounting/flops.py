@@ -29,7 +29,7 @@ Source: "Insights into DeepSeek-V3" (arXiv 2505.09343), table 2; DeepSeek-V2 rep
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from dsmini.accounting.tensors import (
     INDEXER,
@@ -43,12 +43,11 @@ from dsmini.accounting.tensors import (
     collect,
     key_width,
     main_tensors,
-    smallest,
     tensors,
 )
 from dsmini.config import ModelConfig
 
-Amounts = Iterator[tuple[str, Any]]
+Amounts = Iterator[tuple[str, int]]
 LOSS = "loss of the indexer"
 """Name of the products of an indexer's loss."""
 Form = Literal["auto", "expanded", "absorbed"]
@@ -69,8 +68,8 @@ class Work(NamedTuple):
     """FLOPs of the products of one tensor."""
 
     module: str
-    forward: Any
-    backward: Any
+    forward: int
+    backward: int
     """Gradients of both factors, nothing made again. An indexer's loss is made in the forward, with its gradients."""
 
 
@@ -174,7 +173,7 @@ def step_flops(
     return _flops(amounts())
 
 
-def work(c: ModelConfig, use: TensorUse, s: Any, n: Any, causal: bool, stage: Stage | None) -> Iterator[Work]:
+def work(c: ModelConfig, use: TensorUse, s: int, n: int, causal: bool, stage: Stage | None) -> Iterator[Work]:
     """Yield the FLOPs of a tensor for n tokens of a sequence of s, and of an indexer's loss next to its scores.
 
     Args:
@@ -186,12 +185,12 @@ def work(c: ModelConfig, use: TensorUse, s: Any, n: Any, causal: bool, stage: St
         gradients = 0
     elif use.kind == INDEXER:  # whose inputs have no gradient
         gradients = 1
-    forward = 2 * n * use.per_token + use.times * whole(n * keys * use.per_pair)
+    forward = 2 * n * use.per_token + use.times * int(n * keys * use.per_pair)
     yield Work(use.module, forward, gradients * forward)
     if stage and use.kind == SCORES:  # scores with their backward, and the target's logits of all keys
         compared = twice_the_keys(c.index_topk, s, causal, stage)
         loss = 3 * compared * use.per_pair + all_ * (c.n_heads * key_width(c))
-        yield Work(use.module.replace(SCORES, LOSS), use.times * whole(n * loss), 0)
+        yield Work(use.module.replace(SCORES, LOSS), use.times * int(n * loss), 0)
 
 
 def is_repeated(c: ModelConfig, use: TensorUse, stage: Stage) -> bool:
@@ -222,7 +221,7 @@ def by_depth(use: TensorUse, seq_len: int) -> Iterator[tuple[TensorUse, int]]:
         yield use._replace(times=1), seq_len - depth - 1
 
 
-def twice_the_keys(most_keys: Any, s: Any, causal: bool = True, stage: Stage | None = None) -> Any:
+def twice_the_keys(most_keys: int | None, s: int, causal: bool = True, stage: Stage | None = None) -> int | Fraction:
     """Return two times the keys that a query sees, at most most_keys, the mean over s queries.
 
     A mask hides keys and saves nothing: without `causal` all keys count, those that were not picked too. In the warm-up
@@ -232,14 +231,8 @@ def twice_the_keys(most_keys: Any, s: Any, causal: bool = True, stage: Stage | N
         return 2 * s
     if most_keys is None or stage == "warmup":
         return s
-    k = smallest(s, most_keys)
-    pairs = k * (2 * s - k)
-    return Fraction(pairs, s) if isinstance(pairs, int) else pairs / s
-
-
-def whole(number: Any) -> Any:
-    """Return the whole part of a fraction, and any other number as it is."""
-    return int(number) if isinstance(number, Fraction) else number
+    k = min(s, most_keys)
+    return Fraction(k * (2 * s - k), s)
 
 
 def is_absorbed(c: ModelConfig, form: Form) -> bool:
@@ -256,12 +249,12 @@ def is_absorbed(c: ModelConfig, form: Form) -> bool:
     return able and form != "expanded"
 
 
-def context_products(c: ModelConfig, use: TensorUse, context: Any, absorbed: bool) -> Any:
+def context_products(c: ModelConfig, use: TensorUse, context: int, absorbed: bool) -> int:
     """Return the multiply-adds of a new token with the cache in one block, all heads; 0 for a parameter.
 
     The absorbed form reads the rows that a query chose. The expanded one makes all, and hides those that it did not.
     """
-    met = smallest(context, use.most_keys) if use.most_keys and absorbed else context
+    met = min(context, use.most_keys) if use.most_keys and absorbed else context
     if use.kind == OVER and absorbed and c.is_mla:
         return met * (c.n_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim))
     return met * use.per_pair

@@ -50,10 +50,9 @@ report, table 1; "Insights into DeepSeek-V3" (arXiv 2505.09343), table 1; FlashA
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from dsmini.accounting.tensors import (
     BLOCK,
@@ -72,14 +71,12 @@ from dsmini.accounting.tensors import (
     check_dtype,
     check_sizes,
     key_width,
-    largest,
     tensors,
-    total,
 )
 from dsmini.config import ModelConfig
 from dsmini.config.model import NO_INDEXER
 
-Amounts = Iterator[tuple[str, Any]]
+Amounts = Iterator[tuple[str, int]]
 Optimizer = Literal["adamw", "muon"]
 Recompute = Literal["none", "selective", "full"]
 CacheDtype = Literal["float32", "bfloat16", "fp8"]
@@ -243,14 +240,14 @@ def cache_bytes(
     return Bytes.of([("cache", config.n_layers * rows), (MTP + "cache", config.n_mtp_layers * rows if mtp else 0)])
 
 
-def row_width(c: ModelConfig) -> Any:
+def row_width(c: ModelConfig) -> int:
     """Return the numbers that a layer stores of a token for attention."""
     if c.is_mla:
         return c.kv_lora_rank + c.qk_rope_head_dim
     return c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim)
 
 
-def row_bytes(c: ModelConfig, dtype: CacheDtype) -> Any:
+def row_bytes(c: ModelConfig, dtype: CacheDtype) -> int:
     """Return the bytes that a layer stores of a token for attention."""
     if dtype not in ("float32", "bfloat16", "fp8"):
         raise ValueError(f"a cache of dtype={dtype!r}; use float32, bfloat16 or fp8")
@@ -261,7 +258,7 @@ def row_bytes(c: ModelConfig, dtype: CacheDtype) -> Any:
     return c.kv_lora_rank + 4 * ceiling(c.kv_lora_rank, BLOCK) + 2 * c.qk_rope_head_dim
 
 
-def index_row_bytes(c: ModelConfig, dtype: CacheDtype) -> Any:
+def index_row_bytes(c: ModelConfig, dtype: CacheDtype) -> int:
     """Return the bytes that a layer stores of a token for its indexer: 132 of V3.2 in FP8; 0 without an indexer."""
     d = c.index_head_dim or 0
     return d + 4 * ceiling(d, BLOCK) if dtype == "fp8" else d * SIZES[dtype]
@@ -319,7 +316,7 @@ def _amounts(saved: "Saved", seq_len: int) -> Amounts:
         yield "one block, made again", seq_len * saved.largest_block()
 
 
-def _passes(c: ModelConfig, seq_len: Any) -> Iterator[tuple[str, Part, Any]]:
+def _passes(c: ModelConfig, seq_len: int) -> Iterator[tuple[str, Part, int]]:
     """Yield the parts that the tokens of a sequence pass: the prefix of the names, the part, and the tokens.
 
     Depth k of multi-token prediction has seq_len - k positions. The state that a depth gives to the next is saved too.
@@ -432,7 +429,7 @@ class Saved:
         if c.n_shared_experts:
             yield "shared experts", self.swiglu(c.n_shared_experts * c.moe_inter_dim)
 
-    def gate(self) -> Any:
+    def gate(self) -> int:
         """Return bytes of scores, of their order, of which the choice is a part, and of the weights.
 
         Normalised weights are saved twice, divided and undivided, with their sum.
@@ -440,37 +437,37 @@ class Saved:
         k = self.c.n_activated_experts
         return self.scores() + 8 * self.c.n_routed_experts + (8 * k + 4 if self.c.norm_topk_prob else 4 * k)
 
-    def scores(self) -> Any:
+    def scores(self) -> int:
         """Return bytes of the scores, and of their sum, which the balance loss divides by."""
         return 4 * self.c.n_routed_experts + 4
 
-    def swiglu(self, f: Any) -> Any:
+    def swiglu(self, f: int) -> int:
         """Return w1's and w3's results, silu and the product; in FP8 the results as codes, the rest is made again."""
         if self.fp8:
             return 2 * self.read(f)
         return (4 if self.recompute == "none" else 2) * self.row(f)
 
-    def row(self, width: Any) -> Any:
+    def row(self, width: int) -> int:
         """Return the bytes of a row between products."""
         return width * self.size
 
-    def read(self, width: Any) -> Any:
+    def read(self, width: int) -> int:
         """Return the bytes that are saved of one row that a product reads."""
         return width + 4 * ceiling(width, BLOCK) if self.fp8 else self.row(width)
 
-    def normed(self, width: Any) -> Any:
+    def normed(self, width: int) -> int:
         """Return the bytes of a norm's input, and of the inverse of its root mean square unless it is made again."""
         return self.row(width) if self.recompute == "selective" else self.row(width) + 4
 
-    def norm_result(self, width: Any) -> Any:
+    def norm_result(self, width: int) -> int:
         """Return the bytes of a norm's result, which a product reads; none if it is made again."""
         return self.read(width) if self.recompute == "none" else 0
 
-    def largest_block(self) -> Any:
+    def largest_block(self) -> int:
         """Return the bytes of a token of the block whose activations are made again in backward, the largest."""
         whole, c = dataclasses.replace(self, recompute="none"), self.c
         kinds: list[Part] = [
             *(["dense"] if c.n_dense_layers else []),
             *(["moe"] if c.n_dense_layers < c.n_layers else []),
         ]
-        return functools.reduce(largest, (total(amount for _, amount in whole.part(kind)) for kind in kinds))
+        return max(sum(amount for _, amount in whole.part(kind)) for kind in kinds)

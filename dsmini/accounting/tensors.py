@@ -9,9 +9,6 @@ multiply-adds of a token are the same number. In FP8 a matrix has 12 * 56 = 672 
 A stack of 256 experts, w1 of [2048, 7168] each, has 3,758,096,384 parameters; a token visits 8 of the 256 matrices,
 which is 117,440,512 multiply-adds.
 
-The sizes of a config may be whole numbers, or figures that remember how they were computed (dsmini/planner/figure.py).
-Every formula here serves both: accounting returns numbers, and a plan explains the same formulas.
-
 Worked example, DeepSeek-V3 without multi-token prediction: 61 layers, the first 3 of them dense.
 
     embedding, head       2 * 129280 * 7168                                                 1,853,358,080
@@ -30,14 +27,10 @@ Source: the shapes of the released checkpoints; DeepSeek-V3 report (arXiv 2412.1
 activated.
 """
 
-import functools
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
-
-import numpy as np
 
 from dsmini.config import ModelConfig
 
@@ -61,36 +54,15 @@ SIZES = {"float32": 4, "bfloat16": 2, "fp8": 2}
 BLOCK = 128
 """Rows and columns of a block of FP8 weights, and numbers of a tile of FP8 activations (report, section 3.3.2)."""
 
-# Arithmetic of whole numbers, which stay exact, and of figures and arrays, to which NumPy's functions apply.
 
-
-def _whole(*numbers: Any) -> bool:
-    return all(isinstance(number, int) for number in numbers)
-
-
-def ceiling(a: Any, b: Any) -> Any:
+def ceiling(a: int, b: int) -> int:
     """Return a / b, rounded up."""
-    return -(-a // b) if _whole(a, b) else np.ceil(a / b)
-
-
-def smallest(a: Any, b: Any) -> Any:
-    """Return the smaller of two numbers."""
-    return min(a, b) if _whole(a, b) else np.minimum(a, b)
-
-
-def largest(a: Any, b: Any) -> Any:
-    """Return the larger of two numbers."""
-    return max(a, b) if _whole(a, b) else np.maximum(a, b)
+    return -(-a // b)
 
 
 def divisors(number: int, most: int | None = None) -> list[int]:
     """Return the divisors of a number, up to `most`."""
     return [n for n in range(1, min(number, most or number) + 1) if number % n == 0]
-
-
-def total(parts: Iterable[Any]) -> Any:
-    """Return the sum; of nothing 0."""
-    return functools.reduce(operator.add, parts, 0)
 
 
 class TensorUse(NamedTuple):
@@ -100,11 +72,11 @@ class TensorUse(NamedTuple):
     """Kind of module, such as "routed experts"."""
     name: str
     """Name of the parameter in the model, without the path to it."""
-    shape: tuple[Any, ...] = ()
+    shape: tuple[int, ...] = ()
     """[o, i] of a matrix, [m] of a norm; () for products without a parameter."""
-    stack: Any = 1
+    stack: int = 1
     """Number of such matrices: of routed experts."""
-    visits: Any = 0
+    visits: int = 0
     """Products of a token with matrices [o, i]."""
     form: Literal["fp8", "plain", "fp32"] = "plain"
     """fp8: a matrix of attention or a feed-forward, which may be FP8. plain: follows the model's dtype in any case.
@@ -112,7 +84,7 @@ class TensorUse(NamedTuple):
     split: Literal["whole", "heads", "up", "width"] = "whole"
     """How GPUs that share a matrix divide it: not, by heads (up: MLA's wkv_b), or by its hidden width."""
     place: Place = "ends"
-    times: Any = 1
+    times: int = 1
     """Number of blocks that have it."""
     mtp: bool = False
     """It is of the blocks of multi-token prediction."""
@@ -120,11 +92,11 @@ class TensorUse(NamedTuple):
     """Depth of multi-token prediction that has it first."""
     owned: bool = True
     """False: a parameter that is listed elsewhere and used once more."""
-    per_pair: Any = 0
+    per_pair: int = 0
     """Multiply-adds of a query with one key and its value, all heads."""
-    most_keys: Any = None
+    most_keys: int | None = None
     """Number of keys above which a query chooses among them; None: it sees all."""
-    buffers: Any = 0
+    buffers: int = 0
     """Routing biases, which are state but no parameters."""
 
     @property
@@ -133,22 +105,22 @@ class TensorUse(NamedTuple):
         return MTP + self.kind if self.mtp else self.kind
 
     @property
-    def numbers(self) -> Any:
+    def numbers(self) -> int:
         """Numbers of one matrix or norm."""
         return math.prod(self.shape) if self.shape else 0
 
     @property
-    def count(self) -> Any:
+    def count(self) -> int:
         """Number of such matrices or norms in all blocks."""
         return self.times * self.stack if self.owned else 0
 
     @property
-    def parameters(self) -> Any:
+    def parameters(self) -> int:
         """Parameters in all blocks."""
         return self.count * self.numbers
 
     @property
-    def per_token(self) -> Any:
+    def per_token(self) -> int:
         """Multiply-adds of a token in all blocks, which is also the number of parameters it is multiplied with."""
         return self.times * self.visits * self.numbers
 
@@ -157,32 +129,32 @@ class TensorUse(NamedTuple):
         return stage == "sparse" or self.kind == INDEXER or self.name.startswith("k_norm.")
 
     @property
-    def widths(self) -> tuple[Any, Any]:
+    def widths(self) -> tuple[int, int]:
         """Numbers in and numbers out of all products of a token."""
         if not self.shape:
             return 0, 0
         return self.times * self.visits * self.shape[-1], self.times * self.visits * self.shape[0]
 
     @property
-    def scales(self) -> Any:
+    def scales(self) -> int:
         """Number of 128x128 blocks of one matrix, ragged ones at the edges included: 576 rows have five."""
         return ceiling(self.shape[0], BLOCK) * ceiling(self.shape[1], BLOCK)
 
-    def held(self, dtype: str) -> Iterator[tuple[str, Any]]:
+    def held(self, dtype: str) -> Iterator[tuple[str, int]]:
         """Yield the bytes of one matrix or norm that is held in a dtype, then of its scales and routing biases."""
         fp8 = dtype == "fp8" and self.form == "fp8"
         yield self.module, self.numbers * (4 if self.form == "fp32" else 1 if fp8 else SIZES[dtype])
         yield "scales", 4 * self.scales if fp8 else 0
         yield "routing biases", 4 * self.buffers
 
-    def bytes(self, dtype: str) -> Any:
+    def bytes(self, dtype: str) -> int:
         """Return the bytes of one matrix or norm that is held in a dtype, with its scales and routing biases."""
-        return total(amount for _, amount in self.held(dtype))
+        return sum(amount for _, amount in self.held(dtype))
 
 
-def blocks(c: ModelConfig) -> tuple[Any, Any, Any, Any]:
+def blocks(c: ModelConfig) -> tuple[int, int, int, int]:
     """Return the number of blocks: dense, with experts; and of multi-token prediction dense, with experts."""
-    dense = smallest(c.n_dense_layers, c.n_layers)
+    dense = min(c.n_dense_layers, c.n_layers)
     mtp_dense = c.n_dense_layers - dense
     return dense, c.n_layers - dense, mtp_dense, c.n_mtp_layers - mtp_dense
 
@@ -215,10 +187,10 @@ def mtp_tensors(c: ModelConfig) -> Iterator[TensorUse]:
     for use in uses:
         yield use._replace(mtp=True, place="mtp", times=c.n_mtp_layers)
     for use in _placed(c, {"block": c.n_mtp_layers, "dense": dense, "moe": moe}):
-        yield use._replace(mtp=True, first=int(dense) if use.place == "moe" else 0)
+        yield use._replace(mtp=True, first=dense if use.place == "moe" else 0)
 
 
-def _placed(c: ModelConfig, times: dict[Place, Any]) -> Iterator[TensorUse]:
+def _placed(c: ModelConfig, times: dict[Place, int]) -> Iterator[TensorUse]:
     """Yield the tensors of all blocks, with the number of blocks that have them."""
     of: dict[Place, Callable[[ModelConfig], Iterable[TensorUse]]] = {
         "block": lambda c: [_norm("attn_norm", c.dim), *_attention(c), _norm("ffn_norm", c.dim)],
@@ -239,7 +211,7 @@ def _moe(c: ModelConfig) -> Iterator[TensorUse]:
         yield from _swiglu("shared experts", c.dim, c.n_shared_experts * c.moe_inter_dim)
 
 
-def key_width(c: ModelConfig) -> Any:
+def key_width(c: ModelConfig) -> int:
     """Return the width of a head's query and key, of MLA in its expanded form."""
     return c.qk_head_dim if c.is_mla else c.qk_nope_head_dim
 
@@ -278,16 +250,16 @@ def _indexer(h: int, d: int, m: int, width: int) -> Iterator[TensorUse]:
     yield TensorUse(SCORES, "", per_pair=h * d)
 
 
-def _matrix(name: str, o: Any, i: Any, split: Literal["whole", "heads", "up"] = "heads") -> TensorUse:
+def _matrix(name: str, o: int, i: int, split: Literal["whole", "heads", "up"] = "heads") -> TensorUse:
     return TensorUse("attention", name, (o, i), visits=1, form="fp8", split=split)
 
 
-def _swiglu(module: str, m: Any, f: Any) -> Iterator[TensorUse]:
+def _swiglu(module: str, m: int, f: int) -> Iterator[TensorUse]:
     for name, shape in (("w1", (f, m)), ("w2", (m, f)), ("w3", (f, m))):
         yield TensorUse(module, name, shape, visits=1, form="fp8", split="width")
 
 
-def _norm(name: str, width: Any) -> TensorUse:
+def _norm(name: str, width: int) -> TensorUse:
     return TensorUse("norms", name, (width,), form="fp32")
 
 

@@ -20,7 +20,6 @@ Worked example, DeepSeek-V3 in FP8 that decodes a token of one sequence at a con
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from dsmini.accounting.flops import Form, by_depth, is_absorbed
 from dsmini.accounting.memory import CacheDtype, Optimizer, index_row_bytes, optimizer_bytes, row_bytes, row_width
@@ -268,7 +267,7 @@ def _fused(c: ModelConfig, use: TensorUse) -> int:
     return (c.n_heads + c.kv_heads) * (key_width(c) + c.v_head_dim)
 
 
-def expected_experts(config: ModelConfig, tokens: Any) -> Any:
+def expected_experts(config: ModelConfig, tokens: int) -> float:
     """Return how many of a layer's routed experts this many tokens choose together: e (1 - (1 - k/e)^tokens).
 
     Derivation: with uniform routing, all experts alike and tokens independent, a token misses a given expert with

@@ -75,7 +75,7 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
         sys.exit(0)
     if args[:1] == [""]:
         raise ValueError(f"the first argument is empty; see {prog} --help")
-    _refuse_wrong(args, dict(_types(kind)), f"Every flag: {prog} {'--help' if help is None else '--help-all'}")
+    args = _checked(args, dict(_types(kind)), f"Every flag: {prog} {'--help' if help is None else '--help-all'}")
     options: dict[str, Any] = {} if default is None else {"default": default}
     args = ["--help" if arg == "--help-all" else arg for arg in args]
     try:
@@ -98,14 +98,17 @@ def _said_by_a_check(error: BaseException | None) -> str:
     return str(error or "")
 
 
-def _refuse_wrong(args: Sequence[str], kinds: Mapping[str, Any], more: str) -> None:
-    """Raise ValueError for an unknown flag, one without a value, and a value of the wrong type.
+def _checked(args: Sequence[str], kinds: Mapping[str, Any], more: str) -> list[str]:
+    """Return the arguments, with a whole number such as 1e6 in digits, as int() reads it.
 
     Args:
         kinds: the type of each flag.
         more: a sentence that names all flags.
+
+    Raises: ValueError for an unknown flag, one without a value, and a value of the wrong type.
     """
-    for word, following in itertools.zip_longest(args, args[1:]):
+    checked = list(args)
+    for i, (word, following) in enumerate(itertools.zip_longest(args, args[1:])):
         typed, equals, value = word.partition("=")
         flag = typed.replace("_", "-")
         if not flag.startswith("--") or flag in ("--", "--help", "--help-all") or flag.startswith("--tyro-"):
@@ -116,18 +119,28 @@ def _refuse_wrong(args: Sequence[str], kinds: Mapping[str, Any], more: str) -> N
             fix = f"; did you mean {near[0]}?" if near else "."
             raise ValueError(f"unknown flag {brief(typed)}{fix} {more}")
         value = value if equals else following
-        if hint is not bool and (value is None or (not equals and value.startswith("--"))):
+        if hint is bool:
+            continue
+        if value is None or (not equals and value.startswith("--")):
             raise ValueError(f"{typed} needs a value, got {value or 'nothing'}; give it one, or leave the flag out")
-        if hint is not bool and (want := _wanted(value, hint)):
+        if int in _choices(hint) and (digits := _in_digits(value)):
+            value = digits
+            checked[i if equals else i + 1] = f"{typed}={digits}" if equals else digits
+        if want := _wanted(value, hint):
             raise ValueError(f"{typed} {brief(value)} is not {want}; change it, or leave the flag out")
+    return checked
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """Return the types that a value may have."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _wanted(value: str, hint: Any) -> str:
     """Return in words what a value should be; "" for one that is right, and for types that are checked later."""
-    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value == "None" and type(None) in choices:
+    if value == "None" and type(None) in _choices(hint):
         return ""
-    for choice in choices:
+    for choice in _choices(hint):
         if choice is Path and not value:  # else it would be the current folder
             return "a path"
         if get_origin(choice) is Literal:
@@ -137,14 +150,14 @@ def _wanted(value: str, hint: Any) -> str:
             try:
                 choice(value)
             except ValueError:
-                return "a number" if choice is float else f"a whole number{_in_digits(value)}"
+                return "a number" if choice is float else "a whole number"
     return ""
 
 
 def _in_digits(value: str) -> str:
-    """Return ", such as 1000" for 1e3."""
+    """Return "1000000" for 1e6; "" for what is not a whole number or is in digits already."""
     with contextlib.suppress(ValueError, OverflowError):
-        return f", such as {int(float(value))}"
+        return str(int(float(value))) if "e" in value.lower() and float(value).is_integer() else ""
     return ""
 
 

@@ -190,8 +190,9 @@ class _Writer(ast.NodeTransformer):
         if isinstance(getattr(type(owner), node.attr, None), Explained):
             return ast.Name(_whole_name(owner, node.attr))
         value, known = self.value(node), self.inputs.get(node.attr)
-        is_input = known is not None and known == value and not isinstance(value, Figure)
-        return self.named(known) if is_input else self.plain(node)
+        if known is not None and known == value and not isinstance(value, Figure):
+            return self.named(known)
+        return self.plain(node)
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         name = ast.unparse(node.func).rpartition(".")[2]

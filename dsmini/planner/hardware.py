@@ -149,17 +149,18 @@ def known_hardware() -> list[str]:
     return sorted(_machines())
 
 
-def load_hardware(name_or_path: str | Path, on_part: OnPart = quiet) -> Hardware:
+def load_hardware(name_or_path: str | Path, on_part: OnPart = quiet, fresh: bool = False) -> Hardware:
     """Return known hardware by name, that of your own TOML file by path, or this machine's, measured, for "this".
 
     Args:
         on_part: progress of measuring this machine, which takes a few seconds the first time; see load_or_measure.
+        fresh: measure this machine again.
 
     Raises: ValueError for an unknown name, or naming what is wrong with a file.
     """
     name, path = str(name_or_path), Path(name_or_path)
     if name == "this":
-        return this_machine(on_part)
+        return this_machine(on_part, fresh)
     if name in known_hardware():
         return read(_machines()[name], name, f"[{name}]")
     if path.suffix != ".toml":
@@ -208,7 +209,7 @@ def _number(table: Any, kind: tuple[str, str, Mapping[str, float]], file: str, k
     return Figure(name, scaled, next(iter(units)), title, number.source)
 
 
-def this_machine(on_part: OnPart) -> Hardware:
+def this_machine(on_part: OnPart, fresh: bool) -> Hardware:
     """Return this machine: its memory, and its rates, which are stored or measured now."""
     import torch
 
@@ -220,7 +221,7 @@ def this_machine(on_part: OnPart) -> Hardware:
     if not memory:
         raise ValueError("the memory of this machine is unknown; write its numbers into a .toml file of your own")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
-    roofs = load_or_measure(device, on_part=on_part)
+    roofs = load_or_measure(device, on_part=on_part, fresh=fresh)
     usable = [name for name, dtype in machine.DTYPES.items() if why_unusable(dtype, roofs.peak) is None]
     numbers: dict[str, float] = {f"peak_{dtype}": roofs.peak[dtype] for dtype in DTYPES if dtype in usable}
     numbers |= {"memory_bandwidth": roofs.bandwidth, "gpu_memory": memory, "gpus_per_node": count}

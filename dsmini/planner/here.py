@@ -27,20 +27,22 @@ Steps = Mapping[str, tuple[Any, Mapping[str, float]]]
 """A Forecast by the name of the step; and its seconds, those by roofs alone, and bytes of tensors and process."""
 
 
-def steps_here(plan: Plan, on_part: OnPart = quiet) -> Steps:
+def steps_here(plan: Plan, on_part: OnPart = quiet, fresh: bool = False) -> Steps:
     """Return the steps of a plan on this machine's CPU; none on a GPU, whose operations are not timed.
 
     Args:
         on_part: progress of timing the operations, which takes up to half a minute the first time.
+        fresh: time them again. The roofs are those of the plan.
     """
     from dsmini.machine import pick_device
     from dsmini.measure.price import Prices
+    from dsmini.measure.roofs import load_or_measure
 
     device = pick_device("auto")
     steps = [each for each in _steps(plan) if each[2].batch * each[2].tokens <= MOST_TOKENS]
     if device.type != "cpu" or not steps:
         return {}
-    prices = Prices.here(on_part=on_part)
+    prices = Prices.under(load_or_measure(device), on_part=on_part, fresh=fresh)
     found: dict[str, tuple[Forecast, Mapping[str, float]]] = {}
     for name, roof, shape in steps:
         f = prices.forecast(shape)

@@ -270,7 +270,7 @@ def warnings(plan: Plan) -> dict[str, list[str]]:
 # --- a plan
 
 
-def planned(plan: Plan, command: str, on_part: OnPart = quiet, *, whole: bool = False) -> Answer:
+def planned(plan: Plan, command: str, on_part: OnPart = quiet, *, whole: bool = False, fresh: bool = False) -> Answer:
     """Return the plan in ten lines, or with all tables; of this machine, with forecasts of its steps.
 
     Raises: ValueError if neither training nor serving fits.
@@ -278,7 +278,7 @@ def planned(plan: Plan, command: str, on_part: OnPart = quiet, *, whole: bool = 
     if plan.refused:
         raise ValueError(plan.refused)
     more, extra = list[Section](), Record()
-    if plan.hardware.name == "this" and (steps := steps_here(plan, on_part)):
+    if plan.hardware.name == "this" and (steps := steps_here(plan, on_part, fresh)):
         more, extra = [here_section(steps)], {"here": {name: row for name, (_, row) in steps.items()}}
         plan = with_forecast(plan, steps)
     return Answer(

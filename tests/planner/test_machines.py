@@ -42,9 +42,12 @@ def test_this_is_the_measured_machine(monkeypatch: pytest.MonkeyPatch, bfloat16:
     card = {"processor": "A processor", "device": "cpu"}
     peak, rest = {"float32": 170e9, "bfloat16": bfloat16}, {"copy": 15e9, "cache_bytes": 1 << 25, "probes": {}}
     roofs = Roofs(card=card, peak=peak, bandwidth=20e9, **rest)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr("dsmini.measure.roofs.load_or_measure", lambda device, **_: roofs)
+    asked: list[bool] = []
+    measured = lambda device, fresh, **_: (asked.append(fresh), roofs)[1]  # noqa: E731
+    monkeypatch.setattr("dsmini.measure.roofs.load_or_measure", measured)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    this = load_hardware("this")
+    this = load_hardware("this", fresh=True)
+    assert asked == [True], "not what was stored"
     assert (this.name, this.title, this.peaks, this.linked) == ("this", "A processor", peaks, False)
     values = {name: float(value) for name, value in this.numbers.items()}
     assert values.pop("gpu_memory") > 1e8
