@@ -179,7 +179,7 @@ def work(c: ModelConfig, use: TensorUse, s: int, n: int, causal: bool, stage: St
     Args:
         stage: of a training step; None: a forward.
     """
-    keys, all_ = (twice_the_keys(most, s, causal, stage) for most in (use.most_keys, None))
+    keys, all_ = (twice_the_keys(most, s, causal, stage, use.ratio) for most in (use.most_keys, None))
     gradients = 2  # of both factors
     if stage is None or use.kind == SCORES or (stage == "warmup" and use.kind != INDEXER):
         gradients = 0
@@ -188,7 +188,7 @@ def work(c: ModelConfig, use: TensorUse, s: int, n: int, causal: bool, stage: St
     forward = 2 * n * use.per_token + use.times * int(n * keys * use.per_pair)
     yield Work(use.module, forward, gradients * forward)
     if stage and use.kind == SCORES:  # scores with their backward, and the target's logits of all keys
-        compared = twice_the_keys(c.index_topk, s, causal, stage)
+        compared = twice_the_keys(c.index_topk, s, causal, stage, use.ratio)
         loss = 3 * compared * use.per_pair + all_ * (c.n_heads * key_width(c))
         yield Work(use.module.replace(SCORES, LOSS), use.times * int(n * loss), 0)
 
@@ -221,18 +221,24 @@ def by_depth(use: TensorUse, seq_len: int) -> Iterator[tuple[TensorUse, int]]:
         yield use._replace(times=1), seq_len - depth - 1
 
 
-def twice_the_keys(most_keys: int | None, s: int, causal: bool = True, stage: Stage | None = None) -> int | Fraction:
+def twice_the_keys(
+    most_keys: int | None, s: int, causal: bool = True, stage: Stage | None = None, ratio: int = 1
+) -> Fraction:
     """Return two times the keys that a query sees, at most most_keys, the mean over s queries.
 
     A mask hides keys and saves nothing: without `causal` all keys count, those that were not picked too. In the warm-up
     every query sees all keys.
+
+    Args:
+        ratio: tokens of a key.
     """
+    keys = Fraction(s, ratio)
     if not causal:
-        return 2 * s
+        return 2 * keys
     if most_keys is None or stage == "warmup":
-        return s
-    k = min(s, most_keys)
-    return Fraction(k * (2 * s - k), s)
+        return keys
+    k = min(keys, most_keys)
+    return k * (2 * keys - k) / keys
 
 
 def is_absorbed(c: ModelConfig, form: Form) -> bool:
@@ -254,7 +260,9 @@ def context_products(c: ModelConfig, use: TensorUse, context: int, absorbed: boo
 
     The absorbed form reads the rows that a query chose. The expanded one makes all, and hides those that it did not.
     """
-    met = min(context, use.most_keys) if use.most_keys and absorbed else context
+    keys = context // use.ratio
+    reads_all = use.most_keys is None or not (absorbed or c.attention == "compressed")
+    met = keys if reads_all or use.most_keys is None else min(keys, use.most_keys)
     if use.kind == OVER and absorbed and c.is_mla:
         return met * (c.n_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim))
     return met * use.per_pair

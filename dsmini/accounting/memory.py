@@ -56,10 +56,12 @@ from typing import Literal
 
 from dsmini.accounting.tensors import (
     BLOCK,
+    BLOCK_FP4,
     INDEXER,
     MTP,
     OVER,
     SIZES,
+    STREAMS,
     Bytes,
     Dtype,
     Stage,
@@ -74,7 +76,7 @@ from dsmini.accounting.tensors import (
     tensors,
 )
 from dsmini.config import ModelConfig
-from dsmini.config.model import NO_INDEXER
+from dsmini.config.model import CSA_RATIO, NO_INDEXER
 
 Amounts = Iterator[tuple[str, int]]
 Optimizer = Literal["adamw", "muon"]
@@ -83,6 +85,10 @@ CacheDtype = Literal["float32", "bfloat16", "fp8"]
 """fp8: V3.2's layout of MLA's rows."""
 Part = Literal["embedding", "dense", "moe", "head", "state", "mtp"]
 STATE, TABLES = "residual stream and norms", "rotary tables"
+SLACK = 32
+"""Rows that V4's cache stores more than attention reads, so that tokens may be taken back."""
+BLOCK_FP8 = 64
+"""Numbers that share a scale in V4's cache."""
 
 
 def weight_bytes(config: ModelConfig, dtype: WeightDtype = "bfloat16", mtp: bool = True) -> Bytes:
@@ -97,8 +103,7 @@ def weight_bytes(config: ModelConfig, dtype: WeightDtype = "bfloat16", mtp: bool
 
     Source: the shapes and dtypes of the released checkpoints.
     """
-    check_dtype(dtype, ("float32", "bfloat16", "fp8"))
-
+    check_dtype(dtype, ("float32", "bfloat16", "fp8", "fp4"))
     uses = (use for use in tensors(config) if mtp or not use.mtp)
     return Bytes.of((name, use.count * amount) for use in uses for name, amount in use.held(dtype))
 
@@ -191,38 +196,45 @@ def saved_copy(use: TensorUse, config: ModelConfig, dtype: Dtype) -> int:
 # --- the cache
 
 
-def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2, dtype: CacheDtype | None = None) -> int:
+def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2, dtype: CacheDtype | None = None) -> float:
     """Return the bytes of cache that a token occupies in all layers together. V3 in BF16: 70,272.
 
-    The rows of multi-token prediction blocks are not in it.
+    The rows of multi-token prediction blocks are not in it. V4's are those of its entries, a mean; the window and the
+    rows of which the next entry is made are a constant of each sequence.
 
     Args:
         dtype: in place of bytes_per_number. "fp8" is 656 bytes a layer at V3's sizes: 512 codes, four FP32 scales, and
             64 numbers of rotary key in BF16. DSA's are 132 more, the indexer's key: 48,068 in all layers of V3.2.
+            V4's entries are 584 and the indexer's 68: 3,514.25 a token of V4-Flash.
 
     Source: DeepSeek-V2 report, table 1; "Insights into DeepSeek-V3", table 1 (its KB are 1000 bytes).
-    Raises: ValueError for "fp8" where attention is not MLA.
+    Raises: ValueError for "fp8" where attention is a baseline.
     """
-    if dtype is None:
-        return config.n_layers * (row_width(config) + (config.index_head_dim or 0)) * bytes_per_number
-    return config.n_layers * (row_bytes(config, dtype) + index_row_bytes(config, dtype))
+    row, index = row_width(config) * bytes_per_number, (config.index_head_dim or 0) * bytes_per_number
+    if dtype is not None:
+        row, index = row_bytes(config, dtype), index_row_bytes(config, dtype)
+    if config.compress_ratios is None:
+        return config.n_layers * (row + index)
+    return sum((row + index * (ratio == CSA_RATIO)) / ratio for ratio in config.compress_ratios if ratio)
 
 
 def mha_kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
     """Return kv_bytes_per_token of the mha_twin, also where qk_nope_head_dim is odd and no such model can be built."""
-    return config.n_layers * (config.n_heads * (config.qk_nope_head_dim + config.v_head_dim) * bytes_per_number)
+    widths = 2 * config.head_dim if config.head_dim else config.qk_nope_head_dim + config.v_head_dim
+    return config.n_layers * (config.n_heads * widths * bytes_per_number)
 
 
 def mha_twin(config: ModelConfig) -> ModelConfig:
     """Return the same model with multi-head attention of as many heads: the baseline of MLA's cache.
 
-    Its keys are qk_nope_head_dim wide and its values v_head_dim. Against it V3's cache is 98.24 % smaller: 576 numbers
-    a layer next to 128 * (128 + 128) = 32768. That figure needs keys of 128; against MLA's own 192-wide expanded keys,
-    128 * (192 + 128) = 40960, the same cache saves 98.59 %.
+    Its keys are qk_nope_head_dim wide and its values v_head_dim, V4's head_dim. Against it V3's cache is 98.24 %
+    smaller: 576 numbers a layer next to 128 * (128 + 128) = 32768. That figure needs keys of 128; against MLA's own
+    192-wide expanded keys, 128 * (192 + 128) = 40960, the same cache saves 98.59 %.
 
     Raises: ValueError if qk_nope_head_dim is odd, since the baseline rotates it.
     """
-    return dataclasses.replace(config, attention="mha", n_kv_heads=None, **NO_INDEXER)
+    widths = {"qk_nope_head_dim": config.head_dim, "v_head_dim": config.head_dim} if config.head_dim else {}
+    return dataclasses.replace(config, attention="mha", n_kv_heads=None, **widths, **NO_INDEXER)
 
 
 def cache_bytes(
@@ -236,12 +248,48 @@ def cache_bytes(
     Raises: ValueError for sizes below 1, and "fp8" where attention is not MLA.
     """
     check_sizes(max_seq_len=max_seq_len, batch=batch)
-    rows = batch * max_seq_len * (row_bytes(config, dtype) + index_row_bytes(config, dtype))
-    return Bytes.of([("cache", config.n_layers * rows), (MTP + "cache", config.n_mtp_layers * rows if mtp else 0)])
+    c, row, index = config, row_bytes(config, dtype), index_row_bytes(config, dtype)
+    main, of_mtp = c.n_layers * max_seq_len * (row + index), c.n_mtp_layers * max_seq_len * (row + index)
+    if c.compress_ratios is not None:
+        of_layer = (layer_cache_bytes(c, ratio, max_seq_len, row, index) for ratio in c.compress_ratios)
+        main, of_mtp = sum(of_layer), c.n_mtp_layers * layer_cache_bytes(c, 0, max_seq_len, row, index)
+    return Bytes.of([("cache", batch * main), (MTP + "cache", batch * of_mtp if mtp else 0)])
+
+
+def layer_cache_bytes(c: ModelConfig, ratio: int, tokens: int, row: int, index: int) -> int:
+    """Return the bytes that a layer of V4 stores of a sequence: window, entries, and FP32 rows of which one is made.
+
+    Args:
+        row, index: bytes of a row, and of an indexer's.
+    """
+    window = ((c.window_size or 0) + SLACK) * row
+    if not ratio:
+        return window
+    series, widths = (2, (c.head_dim or 0) + (c.index_head_dim or 0)) if ratio == CSA_RATIO else (1, c.head_dim or 0)
+    raw = (series * ratio + SLACK) * 2 * series * widths * 4
+    return window + raw + tokens // ratio * (row + index * (ratio == CSA_RATIO))
+
+
+def rows_read(c: ModelConfig, context: int, dtype: CacheDtype, chosen: bool = True) -> float:
+    """Return the bytes of a sequence's cache that one new token reads in all layers.
+
+    Args:
+        chosen: of attention's rows only those that a query chose; an indexer's keys are read all in any case.
+    """
+    row, index = row_bytes(c, dtype), index_row_bytes(c, dtype)
+    if c.compress_ratios is None:
+        return c.n_layers * ((min(context, c.index_topk or context) if chosen else context) * row + context * index)
+    read = float(c.n_layers * min(context, c.window_size or context) * row)
+    for ratio in filter(None, c.compress_ratios):
+        entries = context // ratio
+        read += min(entries, c.index_topk or 0) * row + entries * index if ratio == CSA_RATIO else entries * row
+    return read
 
 
 def row_width(c: ModelConfig) -> int:
     """Return the numbers that a layer stores of a token for attention."""
+    if c.head_dim is not None:
+        return c.head_dim
     if c.is_mla:
         return c.kv_lora_rank + c.qk_rope_head_dim
     return c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim)
@@ -253,6 +301,9 @@ def row_bytes(c: ModelConfig, dtype: CacheDtype) -> int:
         raise ValueError(f"a cache of dtype={dtype!r}; use float32, bfloat16 or fp8")
     if dtype != "fp8":
         return row_width(c) * SIZES[dtype]
+    if c.head_dim is not None:
+        codes, rotary = c.head_dim - c.qk_rope_head_dim, 2 * c.qk_rope_head_dim
+        return 8 * ceiling(codes + rotary + ceiling(codes, BLOCK_FP8), 8)
     if not c.is_mla:
         raise ValueError(f"dtype='fp8' is the layout of MLA's latent, not of attention={c.attention!r}; use bfloat16")
     return c.kv_lora_rank + 4 * ceiling(c.kv_lora_rank, BLOCK) + 2 * c.qk_rope_head_dim
@@ -261,6 +312,8 @@ def row_bytes(c: ModelConfig, dtype: CacheDtype) -> int:
 def index_row_bytes(c: ModelConfig, dtype: CacheDtype) -> int:
     """Return the bytes that a layer stores of a token for its indexer: 132 of V3.2 in FP8; 0 without an indexer."""
     d = c.index_head_dim or 0
+    if c.attention == "compressed" and dtype == "fp8":  # FP4
+        return d // 2 + d // min(BLOCK_FP4, d)
     return d + 4 * ceiling(d, BLOCK) if dtype == "fp8" else d * SIZES[dtype]
 
 
@@ -369,7 +422,9 @@ class Saved:
             yield "gates", self.scores() if part == "moe" else 0
         elif part in ("dense", "moe"):
             yield STATE, 2 * self.normed(c.dim)
-            yield from self.attention()
+            if c.hc_mult > 1:  # the streams before both sublayers, and what makes their weights, in FP32
+                yield STREAMS, 2 * c.hc_mult * (self.row(c.dim) + 4 * c.dim)
+            yield from self.compressed_attention() if c.attention == "compressed" else self.attention()
             yield from self.moe() if part == "moe" else self.dense()
 
     def attention(self) -> Amounts:
@@ -398,6 +453,19 @@ class Saved:
             yield "attention", 12 * ceiling(h * v, 8) + 4 * ceiling(h * v, BLOCK)
         if c.attention == "dsa":
             yield from self.indexer()
+
+    def compressed_attention(self) -> Amounts:
+        """Yield V4's: of entries the mean of all layers, since their kinds take turns. A lower bound, as if fused."""
+        c, h, d = self.c, self.c.n_heads, self.c.head_dim or 0
+        latent, outputs = c.q_lora_rank or 0, (c.o_groups or 1) * (c.o_lora_rank or 0)
+        yield "attention", self.norm_result(c.dim) + self.norm_result(latent)
+        yield STATE, self.normed(latent) + self.normed(d)
+        made = 0 if self.recompute == "selective" else h * self.normed(d)  # queries before the norm of each head
+        yield OVER, made + (2 * h + 1) * self.row(d) + 4 * h
+        yield "attention", self.row(h * d) + self.read(outputs)
+        ratios = [ratio for ratio in c.compress_ratios or () if ratio]
+        series = sum(2 if ratio == CSA_RATIO else 1 for ratio in ratios)
+        yield "compressor", 4 * (len(ratios) * c.dim + 2 * series * d) // c.n_layers
 
     def indexer(self) -> Amounts:
         """Yield an indexer's own; it reads what attention reads, in FP8 as codes of its own."""

@@ -28,29 +28,40 @@ activated.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
 from dsmini.config import ModelConfig
+from dsmini.config.model import CSA_RATIO
 
 MTP = "mtp "
 """Prefix of the names of what belongs to multi-token prediction blocks."""
 OVER = "attention over the context"
 """Attention's products that grow with the context: queries with keys, weights with values."""
 INDEXER, SCORES = "indexer", "scores of the indexer"
-"""DSA's indexer, and its products of queries with keys, which grow with the context too."""
+"""DSA's and CSA's indexer, and its products of queries with keys, which grow with the context too."""
+
+STREAMS = "hyper-connections"
+
+HELD_FP8 = ("wo_a", "e_proj", "h_proj")
+"""Matrices of V4 that are FP8 in memory, and BF16 in products."""
 
 Dtype = Literal["float32", "bfloat16"]
 """Dtype of numbers that are computed with."""
-WeightDtype = Literal["float32", "bfloat16", "fp8"]
-"""fp8: the matrices of attention and feed-forwards as E4M3 codes with an FP32 scale for each block of 128x128."""
+WeightDtype = Literal["float32", "bfloat16", "fp8", "fp4"]
+"""fp8: the matrices of attention and feed-forwards as E4M3 codes with an FP32 scale for each block of 128x128. fp4: as
+V4 is served, the same but for routed experts, which have E2M1 codes with a scale of one byte for 32 of them."""
 Stage = Literal["warmup", "sparse"]
 """Stage in which indexers learn: as train.dsa_stage. In the warm-up nothing else does."""
-Place = Literal["ends", "mtp", "block", "dense", "moe"]
-"""Blocks that have a tensor: none, as the ends of the model and of a depth; all; those that are dense; with experts."""
-SIZES = {"float32": 4, "bfloat16": 2, "fp8": 2}
-"""Bytes of a number of a model in a dtype; in FP8 of what is BF16 there."""
+Place = Literal["ends", "mtp", "block", "dense", "moe", "scored", "hashed", "compressed"]
+"""Blocks that have a tensor: none, as the ends of the model and of a depth; all; those that are dense; with experts,
+chosen by scores, or by a table; those of V4 with entries."""
+SIZES = {"float32": 4, "bfloat16": 2, "fp8": 2, "fp4": 2}
+"""Bytes of a number of a model in a dtype; in FP8 and FP4 of what is BF16 there."""
+BLOCK_FP4 = 32
+"""Numbers of FP4 that share a scale."""
 BLOCK = 128
 """Rows and columns of a block of FP8 weights, and numbers of a tile of FP8 activations (report, section 3.3.2)."""
 
@@ -96,8 +107,10 @@ class TensorUse(NamedTuple):
     """Multiply-adds of a query with one key and its value, all heads."""
     most_keys: int | None = None
     """Number of keys above which a query chooses among them; None: it sees all."""
+    ratio: int = 1
+    """Tokens of a key: more than one in V4's compressed entries."""
     buffers: int = 0
-    """Routing biases, which are state but no parameters."""
+    """Routing biases and numbers of hash layers' tables, which are state but no parameters."""
 
     @property
     def module(self) -> str:
@@ -142,7 +155,11 @@ class TensorUse(NamedTuple):
 
     def held(self, dtype: str) -> Iterator[tuple[str, int]]:
         """Yield the bytes of one matrix or norm that is held in a dtype, then of its scales and routing biases."""
-        fp8 = dtype == "fp8" and self.form == "fp8"
+        if dtype == "fp4" and self.kind == "routed experts":
+            yield self.module, self.numbers // 2
+            yield "scales", self.numbers // BLOCK_FP4
+            return
+        fp8 = dtype in ("fp8", "fp4") and (self.form == "fp8" or self.name in HELD_FP8)
         yield self.module, self.numbers * (4 if self.form == "fp32" else 1 if fp8 else SIZES[dtype])
         yield "scales", 4 * self.scales if fp8 else 0
         yield "routing biases", 4 * self.buffers
@@ -171,7 +188,12 @@ def main_tensors(c: ModelConfig) -> Iterator[TensorUse]:
     if c.embed_norm:
         yield _norm("embed_norm", c.dim)
     dense, moe, _, _ = blocks(c)
-    yield from _placed(c, {"block": c.n_layers, "dense": dense, "moe": moe})
+    hashed = c.n_hash_layers
+    yield from _placed(c, {"block": c.n_layers, "dense": dense, "moe": moe, "scored": moe - hashed, "hashed": hashed})
+    for ratio, layers in Counter(c.compress_ratios or ()).items():
+        for use in _compressed(c, ratio) if ratio else ():
+            yield use._replace(place="compressed", times=layers, ratio=ratio)
+    yield from _hyper_connection(c, "hc_head", c.hc_mult, 1)
     yield _norm("norm", c.dim)
     yield TensorUse("head", "head", (c.vocab_size, c.dim), visits=1)
 
@@ -182,29 +204,54 @@ def mtp_tensors(c: ModelConfig) -> Iterator[TensorUse]:
         return
     _, _, dense, moe = blocks(c)
     uses = [_norm(name, c.dim) for name in ("enorm", "hnorm", "norm")]
-    uses.append(TensorUse("projection", "eh_proj", (c.dim, 2 * c.dim), visits=1))
+    if c.hc_mult > 1:
+        uses.append(TensorUse("projection", "e_proj", (c.dim, c.dim), visits=1))
+        uses.append(TensorUse("projection", "h_proj", (c.dim, c.dim), visits=c.hc_mult))  # of each stream
+        uses += _hyper_connection(c, "hc_head", c.hc_mult, 1)
+    else:
+        uses.append(TensorUse("projection", "eh_proj", (c.dim, 2 * c.dim), visits=1))
     uses.append(TensorUse("head", "head", (c.vocab_size, c.dim), visits=1, owned=False))
     for use in uses:
         yield use._replace(mtp=True, place="mtp", times=c.n_mtp_layers)
-    for use in _placed(c, {"block": c.n_mtp_layers, "dense": dense, "moe": moe}):
-        yield use._replace(mtp=True, first=dense if use.place == "moe" else 0)
+    for use in _placed(c, {"block": c.n_mtp_layers, "dense": dense, "moe": moe, "scored": moe}):
+        yield use._replace(mtp=True, first=dense if use.place in ("moe", "scored") else 0)
 
 
 def _placed(c: ModelConfig, times: dict[Place, int]) -> Iterator[TensorUse]:
     """Yield the tensors of all blocks, with the number of blocks that have them."""
     of: dict[Place, Callable[[ModelConfig], Iterable[TensorUse]]] = {
-        "block": lambda c: [_norm("attn_norm", c.dim), *_attention(c), _norm("ffn_norm", c.dim)],
+        "block": _block,
         "dense": lambda c: _swiglu("dense feed-forward", c.dim, c.inter_dim),
         "moe": _moe,
+        "scored": lambda c: [TensorUse("gates", "bias", buffers=c.n_routed_experts)],
+        "hashed": lambda c: [TensorUse("gates", "tid2eid", buffers=c.vocab_size * c.n_activated_experts)],
     }
+    if c.topk_method != "noaux_tc":
+        times = {place: number for place, number in times.items() if place != "scored"}
     for place, number in times.items():
         for use in of[place](c) if number else ():
             yield use._replace(place=place, times=number)
 
 
+def _block(c: ModelConfig) -> Iterator[TensorUse]:
+    yield _norm("attn_norm", c.dim)
+    yield from _window(c) if c.attention == "compressed" else _attention(c)
+    yield _norm("ffn_norm", c.dim)
+    for name in ("hc_attn", "hc_ffn"):
+        yield from _hyper_connection(c, name, c.hc_mult * (2 + c.hc_mult), 3)
+
+
+def _hyper_connection(c: ModelConfig, name: str, rows: int, gates: int) -> Iterator[TensorUse]:
+    """Yield a connection to several residual streams, all of it FP32."""
+    if c.hc_mult > 1:
+        yield TensorUse(STREAMS, f"{name}.fn", (rows, c.hc_mult * c.dim), visits=1, form="fp32")
+        yield from (
+            TensorUse(STREAMS, f"{name}.{n}", (width,), form="fp32") for n, width in (("base", rows), ("scale", gates))
+        )
+
+
 def _moe(c: ModelConfig) -> Iterator[TensorUse]:
-    biases = c.n_routed_experts if c.topk_method == "noaux_tc" else 0
-    yield TensorUse("gates", "gate", (c.n_routed_experts, c.dim), visits=1, form="fp32", buffers=biases)
+    yield TensorUse("gates", "gate", (c.n_routed_experts, c.dim), visits=1, form="fp32")
     for use in _swiglu("routed experts", c.dim, c.moe_inter_dim):
         yield use._replace(stack=c.n_routed_experts, visits=c.n_activated_experts, split="whole")
     if c.n_shared_experts:
@@ -213,7 +260,17 @@ def _moe(c: ModelConfig) -> Iterator[TensorUse]:
 
 def key_width(c: ModelConfig) -> int:
     """Return the width of a head's query and key, of MLA in its expanded form."""
-    return c.qk_head_dim if c.is_mla else c.qk_nope_head_dim
+    return c.head_dim or (c.qk_head_dim if c.is_mla else c.qk_nope_head_dim)
+
+
+def value_width(c: ModelConfig) -> int:
+    """Return the width of a head's value; in V4 the key is the value."""
+    return c.head_dim or c.v_head_dim
+
+
+def key_heads(c: ModelConfig) -> int:
+    """Return the number of heads with a key of their own, of MLA in its expanded form."""
+    return 1 if c.attention == "compressed" else c.kv_heads
 
 
 def _attention(c: ModelConfig) -> Iterator[TensorUse]:
@@ -239,6 +296,44 @@ def _attention(c: ModelConfig) -> Iterator[TensorUse]:
     yield _matrix("wo", m, h * v)
     if c.index_n_heads is not None and c.index_head_dim is not None:
         yield from _indexer(c.index_n_heads, c.index_head_dim, m, m if c.q_lora_rank is None else c.q_lora_rank)
+
+
+def _window(c: ModelConfig) -> Iterator[TensorUse]:
+    """Yield what every layer of V4 has: attention to the window, with one key for all heads, which is their value."""
+    m, h, d, g = c.dim, c.n_heads, c.head_dim or 0, c.o_groups or 1
+    yield _matrix("wq_a", c.q_lora_rank or 0, m, "whole")
+    yield _norm("q_norm", c.q_lora_rank or 0)
+    yield _matrix("wq_b", h * d, c.q_lora_rank or 0)
+    yield _matrix("wkv", d, m, "whole")
+    yield _norm("kv_norm", d)
+    yield TensorUse("attention", "attn_sink", (h,), form="fp32")
+    yield TensorUse(OVER, "window", per_pair=2 * h * d, most_keys=c.window_size)
+    # a group's heads meet its part alone
+    wo_a = _matrix("wo_a", g * (c.o_lora_rank or 0), h * d // g)
+    yield wo_a._replace(form="plain")
+    yield _matrix("wo_b", m, g * (c.o_lora_rank or 0))
+
+
+def _compressed(c: ModelConfig, ratio: int) -> Iterator[TensorUse]:
+    """Yield what a layer of V4 with entries has besides. CSA's overlap, and an indexer chooses among them."""
+    m, d, series = c.dim, c.head_dim or 0, 2 if ratio == CSA_RATIO else 1
+    yield from _compressor("compressor", m, d, ratio, series)
+    chosen = c.index_topk if ratio == CSA_RATIO else None
+    yield TensorUse(OVER, "entries", per_pair=2 * c.n_heads * d, most_keys=chosen)
+    if ratio == CSA_RATIO:
+        h, d = c.index_n_heads or 0, c.index_head_dim or 0
+        yield TensorUse(INDEXER, "wq_b", (h * d, c.q_lora_rank or 0), visits=1, form="fp8")
+        yield from _compressor(INDEXER, m, d, ratio, series)
+        yield TensorUse(INDEXER, "weights_proj", (h, m), visits=1, form="fp32")
+        yield TensorUse(SCORES, "", per_pair=h * d)
+
+
+def _compressor(kind: str, m: int, d: int, ratio: int, series: int) -> Iterator[TensorUse]:
+    """Yield what makes an entry of each block of tokens, all of it FP32."""
+    for name in ("compressor.wkv", "compressor.wgate"):
+        yield TensorUse(kind, name, (series * d, m), visits=1, form="fp32")
+    yield TensorUse(kind, "compressor.ape", (ratio, series * d), form="fp32")
+    yield TensorUse(kind, "compressor.norm", (d,), form="fp32")
 
 
 def _indexer(h: int, d: int, m: int, width: int) -> Iterator[TensorUse]:

@@ -22,7 +22,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dsmini.accounting.flops import Form, by_depth, is_absorbed
-from dsmini.accounting.memory import CacheDtype, Optimizer, index_row_bytes, optimizer_bytes, row_bytes, row_width
+from dsmini.accounting.memory import (
+    CacheDtype,
+    Optimizer,
+    kv_bytes_per_token,
+    optimizer_bytes,
+    row_bytes,
+    row_width,
+    rows_read,
+)
 from dsmini.accounting.tensors import (
     BLOCK,
     SCORES,
@@ -36,10 +44,12 @@ from dsmini.accounting.tensors import (
     check_dtype,
     check_sizes,
     collect,
+    key_heads,
     key_width,
     main_tensors,
     parameters,
     tensors,
+    value_width,
 )
 from dsmini.config import ModelConfig
 
@@ -88,7 +98,8 @@ def decode_bytes_per_token(
     check_sizes(batch=batch)
     c, products = config, _products(config, batch, dtype, experts)
     size, absorbed = products.size, is_absorbed(c, form)
-    row, index_row = (count(c, cache_dtype or products.compute) for count in (row_bytes, index_row_bytes))
+    of_cache = cache_dtype or products.compute
+    window = c.n_layers * row_bytes(c, of_cache) if c.compress_ratios else 0  # besides the entries
 
     def amounts() -> Amounts:
         for use in main_tensors(c):
@@ -102,11 +113,10 @@ def decode_bytes_per_token(
                 yield from products.of(use, batch)
             if use.kind == SCORES:
                 yield ATTENDED, batch * use.times * use.per_pair * size
-        met = min(context, c.index_topk or context) if absorbed else context
-        yield WRITE, c.n_layers * batch * (row + index_row)
-        yield READ, c.n_layers * batch * (met * row + context * index_row)
+        yield WRITE, batch * (window + kv_bytes_per_token(c, dtype=of_cache))
+        yield READ, batch * rows_read(c, context, of_cache, chosen=absorbed)
         # absorbed, every head reads the row as its key, and the latent in it as its value
-        widths = row_width(c) + c.kv_lora_rank if absorbed else key_width(c) + c.v_head_dim
+        widths = row_width(c) + c.kv_lora_rank if absorbed else key_width(c) + value_width(c)
         yield ATTENDED, c.n_layers * batch * c.n_heads * widths * size
         if c.is_mla and not absorbed:
             made = c.n_heads * (c.qk_nope_head_dim + c.v_head_dim)
@@ -138,14 +148,13 @@ def prefill_bytes_per_token(
     check_sizes(seq_len=seq_len, batch=batch)
     n = batch * seq_len
     products = _products(config, n, dtype, experts)
-    row = sum(count(config, cache_dtype or products.compute) for count in (row_bytes, index_row_bytes))
 
     def amounts() -> Amounts:
         for use in main_tensors(config):
             yield from products.of(use, batch if last_logits else n)
             if use.per_pair:
                 yield ATTENDED, n * use.times * _fused(config, use) * products.size
-        yield WRITE, config.n_layers * n * row
+        yield WRITE, n * kv_bytes_per_token(config, dtype=cache_dtype or products.compute)
 
     return _per_token(amounts(), n)
 
@@ -194,7 +203,7 @@ def training_bytes_per_token(
         if use.per_pair:
             numbers = _fused(config, use)
             if use.kind != SCORES:
-                numbers = 3 * numbers + config.n_heads * config.v_head_dim
+                numbers = 3 * numbers + config.n_heads * value_width(config)
             yield ATTENDED, tokens * use.times * numbers * size
 
     def amounts() -> Amounts:
@@ -253,7 +262,8 @@ class _Products:
 def _products(config: ModelConfig, n: int, dtype: WeightDtype, experts: float | None) -> _Products:
     """Return the products of n tokens with weights of a dtype; FP8's are computed in BF16."""
     check_dtype(dtype, ("float32", "bfloat16", "fp8"))
-    compute, distinct = "bfloat16" if dtype == "fp8" else dtype, distinct_experts(config, n, experts)
+    compute: Dtype = "float32" if dtype == "float32" else "bfloat16"
+    distinct = distinct_experts(config, n, experts)
     return _Products(config=config, n=n, compute=compute, fp8=dtype == "fp8", experts=distinct)
 
 
@@ -264,7 +274,9 @@ def _fused(c: ModelConfig, use: TensorUse) -> int:
     """
     if use.kind == SCORES:
         return use.per_pair + (c.index_head_dim or 0)
-    return (c.n_heads + c.kv_heads) * (key_width(c) + c.v_head_dim)
+    if use.name == "entries":  # V4 attends to them with the window's keys
+        return 0
+    return (c.n_heads + key_heads(c)) * (key_width(c) + value_width(c))
 
 
 def expected_experts(config: ModelConfig, tokens: int) -> float:

@@ -126,7 +126,8 @@ def figures_of(found: object, inputs: Figures) -> dict[str, Figure]:
         inputs: numbers that the object has as plain ones, such as sizes of a model, by the names of their attributes.
     """
     figures: dict[str, Figure] = {}
-    for each in vars(type(found)).values():
+    methods = (each for kind in reversed(type(found).__mro__) for each in vars(kind).values())
+    for each in methods:
         if isinstance(each, Explained) and (value := getattr(found, each.name)) is not None:
             name, writer = _whole_name(found, each.name), _Writer(found, each.method, inputs)
             formula = "" if each.counted else writer.formula()
@@ -212,6 +213,9 @@ class _Writer(ast.NodeTransformer):
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         return self.plain(node)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:  # a field that may be None, or 0
+        return self.visit(node.values[0]) if self.value(node.values[0]) else self.plain(node.values[1])
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return self.visit(copy.deepcopy(self.local[node.id])) if node.id in self.local else self.plain(node)

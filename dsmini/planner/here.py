@@ -71,7 +71,7 @@ def _steps(plan: Plan) -> Iterator[tuple[str, Any, "StepShape"]]:
         train = run.train if run is not None else TrainConfig(optimizer=r.optimizer, moments=r.moments)
         how: dict[str, Any] = {"work": "training", "dtype": DTYPES[r.precision], "train": train}
         yield TRAINING, plan.training.parts_seconds, StepShape(batch=r.batch, tokens=r.seq_len, config=config, **how)
-    if plan.served is not None:
+    if plan.served is not None and r.weight_dtype != "fp4":
         how = {"config": config, "dtype": r.weight_dtype}
         prompt, token = plan.served.prefill_step.step_time, plan.served.decode_step.step_time
         yield "prompt", prompt, StepShape(work="prefill", batch=1, tokens=r.prompt, **how)

@@ -19,6 +19,7 @@ from dsmini.accounting.flops import LOSS, flops_per_token, is_repeated, work
 from dsmini.accounting.memory import Recompute, Saved, index_row_bytes, row_bytes
 from dsmini.accounting.tensors import BLOCK, INDEXER, MTP, OVER, SCORES, SIZES, TensorUse, blocks, main_tensors, tensors
 from dsmini.config import ModelConfig
+from dsmini.config.model import CSA_RATIO
 from dsmini.planner import request
 from dsmini.planner.figure import COUNTED, Figure, counted, figure
 
@@ -32,10 +33,15 @@ Operations = dict[tuple[str, str], float]
 
 
 def one_of_each(c: ModelConfig) -> list[TensorUse]:
-    """Return the tensors of one block of each kind and of the ends, of the main model or else of MTP."""
-    found: dict[tuple[str, str, str], TensorUse] = {}
+    """Return the tensors of one block of each kind and of the ends, of the main model or else of MTP.
+
+    V4's kinds of attention take turns, so each block has the mean of what makes and chooses entries.
+    """
+    found: dict[tuple[str, str, str, int], TensorUse] = {}
     for use in tensors(c):
-        found.setdefault((use.place, use.kind, use.name), use._replace(times=1, mtp=use.mtp and use.place == "mtp"))
+        times: Any = use.times / c.n_layers if use.place == "compressed" else 1
+        one = use._replace(times=times, mtp=use.mtp and use.place == "mtp")
+        found.setdefault((use.place, use.kind, use.name, use.ratio), one)
     return list(found.values())
 
 
@@ -124,9 +130,9 @@ class ModelFigures:
         for use in self.uses:
             for part in _parts(use):
                 if use.form == "fp8" and use.kind != EXPERTS:
-                    matrices[part] += use.numbers / (1 if use.split == "whole" else tensor)
+                    matrices[part] += use.times * use.numbers / (1 if use.split == "whole" else tensor)
                 elif use.form != "fp8" and use.kind not in ("embedding", "head"):
-                    others[part] += use.numbers
+                    others[part] += use.times * use.numbers
         return matrices, others
 
     @functools.cache  # noqa: B019
@@ -176,8 +182,10 @@ def _module(kind: str, what: str, number: int) -> Figure:
 
 def _parts(use: TensorUse) -> list[Part]:
     """Return the parts of a model that have a tensor."""
-    if use.place == "block":
+    if use.place in ("block", "compressed"):
         return ["dense", "moe"]
+    if use.place in ("scored", "hashed"):
+        return ["moe"]
     if use.place != "ends":
         return [use.place]  # MTP's own use of the head is in "mtp"
     return ["embedding" if use.kind == "embedding" or use.name == "embed_norm" else "head"]
@@ -196,30 +204,74 @@ class CacheFigures:
         return index_row_bytes(self.config, self.dtype)
 
     @figure("B")
-    def cache_row(self) -> int:
-        """Cache of a token in one layer. Source: V2, table 1; INS, table 1."""
+    def attention_row(self) -> int:
+        """Row of attention's cache: of a token, and in V4 of an entry. Source: V2, table 1; V4, section 2.3."""
         c = self.config
         if self.dtype == "fp8":
-            return c.kv_lora_rank + 4 * ceil(c.kv_lora_rank / BLOCK) + 2 * c.qk_rope_head_dim + self.index_row
+            return c.kv_lora_rank + 4 * ceil(c.kv_lora_rank / BLOCK) + 2 * c.qk_rope_head_dim
         if c.is_mla:
-            return self.size * (c.kv_lora_rank + c.qk_rope_head_dim) + self.index_row
-        return self.size * (c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim)) + self.index_row
+            return self.size * (c.kv_lora_rank + c.qk_rope_head_dim)
+        return self.size * (c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim))
+
+    @figure("B")
+    def cache_row(self) -> int:
+        """Cache of a token in one layer. Source: V2, table 1; INS, table 1."""
+        return self.attention_row + self.index_row
 
     @figure("B/token")
-    def kv_cache(self) -> int:
+    def kv_cache(self) -> float:
         """Cache of a token, all layers. Source: V2, table 1; INS, table 1."""
         return self.config.n_layers * self.cache_row
 
     @figure("B/token")
-    def mha_kv_cache(self) -> int:
+    def mha_kv_cache(self) -> float:
         """Cache of a token with MHA, all layers. Source: V2, table 1; INS, table 1."""
         c = self.config
+        if c.head_dim is not None:
+            return c.n_layers * c.n_heads * (2 * c.head_dim) * self.size
         return c.n_layers * c.n_heads * (c.qk_nope_head_dim + c.v_head_dim) * self.size
 
     @figure()
     def cache_saving(self) -> float:
         """Share of MHA's cache that is saved. Source: V2, table 1; INS, table 1."""
         return 1 - self.kv_cache / self.mha_kv_cache
+
+
+class CompressedCacheFigures(CacheFigures):
+    """Cache of V4: its entries grow with a sequence, its window does not."""
+
+    @figure("B")
+    def attention_row(self) -> int:
+        """Row of attention's cache: of a token in the window, or of an entry. Source: V4, section 2.3."""
+        d, rope = self.config.head_dim or 0, self.config.qk_rope_head_dim
+        if self.dtype == "fp8":  # a scale for 64 codes, and whole words of 8 bytes
+            return 8 * ceil((d - rope + 2 * rope + ceil((d - rope) / 64)) / 8)
+        return self.size * d
+
+    @counted()
+    def csa_entries(self) -> float:
+        """Entries of a token in the layers of CSA. Source: compress_ratios of the config."""
+        return sum(1 / ratio for ratio in self.config.compress_ratios or () if ratio == CSA_RATIO)
+
+    @counted()
+    def hca_entries(self) -> float:
+        """Entries of a token in the layers of HCA. Source: compress_ratios of the config."""
+        return sum(1 / ratio for ratio in self.config.compress_ratios or () if ratio not in (0, CSA_RATIO))
+
+    @figure("B/token")
+    def kv_cache(self) -> float:
+        """Cache of a token, all layers, without the window. Source: V4, section 2.3."""
+        return self.csa_entries * self.cache_row + self.hca_entries * self.attention_row
+
+    @figure("B")
+    def window_cache(self) -> float:
+        """Cache of a sequence's window, all layers. Source: V4, section 2.3."""
+        return self.config.n_layers * (self.config.window_size or 0) * self.attention_row
+
+
+def cache_figures(c: ModelConfig, dtype: Any) -> CacheFigures:
+    """Return the cache of a token in a dtype."""
+    return CacheFigures(c, dtype) if c.compress_ratios is None else CompressedCacheFigures(c, dtype)
 
 
 class WeightFigures:

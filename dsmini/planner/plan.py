@@ -36,7 +36,7 @@ from dsmini.config import ModelConfig
 from dsmini.config.fields import require
 from dsmini.planner.figure import Figure, Figures, check_name, figures_of
 from dsmini.planner.hardware import FIGURES, USER, Hardware, OnPart, load_hardware, quiet
-from dsmini.planner.model import CacheFigures, ModelFigures, WeightFigures
+from dsmini.planner.model import ModelFigures, WeightFigures, cache_figures
 from dsmini.planner.request import LAYOUT, SERVING, Assumptions, Inputs, Model, PlanRequest, is_v3, presets
 from dsmini.planner.run import Failures, Run
 from dsmini.planner.search import Chosen, choose_layout
@@ -117,7 +117,7 @@ class Plan:
         """Figures by section and name, and the inputs that they need."""
         t, served, serving = self.training, self.served, self.serving
         weights = serving.work.weights if serving else WeightFigures(self.m, "bfloat16")
-        cache = serving.work.cache if serving else CacheFigures(self.m.config, "bfloat16")
+        cache = serving.work.cache if serving else cache_figures(self.m.config, "bfloat16")
         parts: dict[str, list[object]] = {
             "model": [self.m, cache, weights],
             "training": [t, t.links, t.exchange, self.run, t.process if t.layout.gpus == 1 else t.fullest],

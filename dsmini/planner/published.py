@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dsmini.accounting import kv_bytes_per_token, parameters
+from dsmini.accounting import decode_flops_per_token, kv_bytes_per_token, parameters
 from dsmini.accounting.flops import flops_per_token
-from dsmini.accounting.tensors import MTP
+from dsmini.accounting.tensors import MTP, OVER, SCORES
 from dsmini.planner.figure import Figure
 from dsmini.planner.hardware import load_hardware
-from dsmini.planner.model import CacheFigures, ModelFigures
+from dsmini.planner.model import CacheFigures, ModelFigures, cache_figures
 from dsmini.planner.plan import Plan, make_plan
 from dsmini.planner.request import Inputs, Model, PlanRequest, reference
 from dsmini.planner.run import Failures
@@ -95,7 +95,7 @@ def counts(name: str) -> ModelFigures:
 @functools.cache
 def cache(name: str) -> CacheFigures:
     """Return the cache of a model in BF16."""
-    return CacheFigures(reference(name), "bfloat16")
+    return cache_figures(reference(name), "bfloat16")
 
 
 @functools.cache
@@ -132,6 +132,22 @@ def v2_cache_saving() -> float:
     return 1 - v2 / cache("deepseek-67b").kv_cache
 
 
+def million(name: str, work: bool) -> float:
+    """Return the work of a token after a million, in FLOPs at the rate of FP8, or the FP8 cache of a token."""
+    c, n = replace(reference(name), max_seq_len=2**20), 2**20
+    if not work:
+        return kv_bytes_per_token(c, dtype="fp8")
+    slower = {OVER: 2, SCORES: 0.5 if c.compress_ratios else 1}
+    return sum(
+        flops * slower.get(module, 1) for module, flops in decode_flops_per_token(c, context=n).by_module.items()
+    )
+
+
+def next_to_v3_2(name: str, work: bool) -> Callable[[], float]:
+    """Return a model's work or cache over V3.2's, when it is called."""
+    return lambda: million(name, work) / million("deepseek-v3.2", work)
+
+
 def link_seconds() -> float:
     """Return the time of an output token that InfiniBand's peak allows, with two micro-batches of 32 a GPU."""
     served = v3("h100", sequences=32, link_efficiency=1.0).served
@@ -160,6 +176,14 @@ OURS: Mapping[str, Callable[[], float]] = {
     "v3_mtp": v3_mtp,
     "v3_mtp_active": lambda: v3_mtp(active=True),
     "v3_flops": lambda: counts("deepseek-v3").training_flops,
+    "v4_flash_parameters": lambda: counts("deepseek-v4-flash").parameters_main,
+    "v4_flash_active": lambda: counts("deepseek-v4-flash").parameters_active,
+    "v4_pro_parameters": lambda: counts("deepseek-v4-pro").parameters_main,
+    "v4_pro_active": lambda: counts("deepseek-v4-pro").parameters_active,
+    "v4_flash_cache": next_to_v3_2("deepseek-v4-flash", work=False),
+    "v4_pro_cache": next_to_v3_2("deepseek-v4-pro", work=False),
+    "v4_flash_work": next_to_v3_2("deepseek-v4-flash", work=True),
+    "v4_pro_work": next_to_v3_2("deepseek-v4-pro", work=True),
     "v2_flops": lambda: counts("deepseek-v2").training_flops,
     "llama_flops": lambda: counts("llama-3.1-405b").training_flops,
     "qwen_flops": lambda: counts("qwen-2.5-72b").training_flops,

@@ -138,8 +138,9 @@ class Chosen(NamedTuple):
 
 
 def usual_precision(model: Model, hardware: Hardware) -> Precision:
-    """Return the precision of products where the user leaves it open: FP8 for V3 and for files that say so."""
-    if "fp8" in hardware.peaks and (model.fp8 or is_v3(model.config, indexer=True)):
+    """Return the precision of products where the user leaves it open: FP8 for V3, V4, and files that say so."""
+    is_v4 = model.config.attention == "compressed"
+    if "fp8" in hardware.peaks and (model.fp8 or is_v4 or is_v3(model.config, indexer=True)):
         return "fp8"
     return "bf16" if "bfloat16" in hardware.peaks else "fp32"
 

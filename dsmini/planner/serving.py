@@ -31,18 +31,18 @@ Source: DeepSeek-V3 report, sections 3.4 and 5.4.3; INS, section 2.3.2; Leviatha
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from math import floor
 from typing import Literal
 
 from dsmini.accounting.flops import context_products, twice_the_keys
+from dsmini.accounting.memory import row_width, rows_read
 from dsmini.accounting.tensors import SIZES, divisors, main_tensors
 from dsmini.config import ModelConfig
 from dsmini.planner.exchange import Exchange, Links
 from dsmini.planner.figure import Figure, counted, figure
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.layout import Rule, check
-from dsmini.planner.model import CacheFigures, ModelFigures, WeightFigures
+from dsmini.planner.model import CacheFigures, CompressedCacheFigures, ModelFigures, WeightFigures, cache_figures
 from dsmini.planner.request import DTYPES, Assumptions, Inputs, Model, PlanRequest, presets
 from dsmini.planner.search import gpu_counts, usual_precision
 from dsmini.reading import listed
@@ -113,7 +113,7 @@ class Work:
     weights: WeightFigures
     cache: CacheFigures
     dtype: str
-    """Dtype of the weights."""
+    """Dtype of the products: FP4 weights are multiplied as FP8, which holds each of them exactly."""
     context: Figure
     prompt: Figure
     sequences: Figure
@@ -154,7 +154,7 @@ class Deployed:
     def sequence_cache(self) -> float:
         """Cache of a sequence on a GPU, a token. Source: V3, section 3.4."""
         c = self.w.m.config
-        if c.is_mla:
+        if not c.is_baseline:
             return self.w.cache.kv_cache * self.tensor
         return self.w.cache.kv_cache * self.tensor / min(self.tensor, c.kv_heads)
 
@@ -164,9 +164,15 @@ class Deployed:
         return self.micro_batches * self.w.sequences if self.d.stage == "decode" else self.micro_batches
 
     @figure("B")
+    def sequence_window(self) -> float:
+        """Cache of a sequence on a GPU that its length does not change: V4's window. Source: V4, section 2.3."""
+        cache = self.w.cache
+        return cache.window_cache * self.tensor if isinstance(cache, CompressedCacheFigures) else 0
+
+    @figure("B")
     def gpu_cache(self) -> float:
         """Cache that a GPU holds. Source: V3, section 3.4."""
-        return self.sequences * self.tokens * self.sequence_cache
+        return self.sequences * (self.tokens * self.sequence_cache + self.sequence_window)
 
     @figure("B")
     def gpu_memory(self) -> float:
@@ -176,12 +182,14 @@ class Deployed:
     @figure()
     def sequences_that_fit(self) -> float:
         """Sequences of this length that fit. Source: V3, section 3.4."""
-        return floor(max(self.memory - self.gpu_weights, 0) / (self.tokens * self.sequence_cache))
+        of_one = self.tokens * self.sequence_cache + self.sequence_window
+        return floor(max(self.memory - self.gpu_weights, 0) / of_one)
 
     @figure("token")
     def longest_context(self) -> float:
         """Longest context of these sequences. Source: V3, section 3.4."""
-        return floor(max(self.memory - self.gpu_weights, 0) / (self.sequences * self.sequence_cache))
+        left = max(self.memory - self.gpu_weights - self.sequences * self.sequence_window, 0)
+        return floor(left / (self.sequences * self.sequence_cache))
 
 
 class ServedStep:
@@ -226,16 +234,16 @@ class ServedStep:
         experts = self.w.m.moe_layers * self.experts_read * w.expert_bytes
         return of.micro_batches * (divided / of.tensor + experts + of.whole_weights)
 
+    @counted("B")
+    def sequence_read(self) -> float:
+        """Cache of a sequence that a step reads: of an indexer's keys all, of others those that are chosen."""
+        c, sharing = self.w.m.config, self.of.sequence_cache / self.w.cache.kv_cache
+        return sharing * rows_read(c, int(self.w.context), self.w.cache.dtype)
+
     @figure("B")
     def cache_read(self) -> float:
-        """Cache that a GPU reads in a step: of an indexer's keys all. Source: every row of its sequences once."""
-        k, cache, of = self.w.m.config.index_topk, self.w.cache, self.of
-        if not self.decode:
-            return 0
-        if k is None:
-            return of.gpu_cache
-        chosen = (cache.cache_row - cache.index_row) * min(self.w.context, k) / self.w.context
-        return of.gpu_cache * (cache.index_row + chosen) / cache.cache_row
+        """Cache that a GPU reads in a step. Source: every row of its sequences once."""
+        return self.of.sequences * self.sequence_read if self.decode else 0
 
     @figure("s")
     def memory_time(self) -> float:
@@ -244,13 +252,13 @@ class ServedStep:
 
     @counted()
     def pair_products(self) -> float:
-        """Multiply-adds of a token with its context, a block. Source: accounting's context_products."""
-        c = self.w.m.config
-        over = [use for use in main_tensors(c) if use.place == "block" and not use.shape]
+        """Multiply-adds of a token with its context, all layers. Source: accounting's context_products."""
+        c, prompt = self.w.m.config, int(self.w.prompt)
+        over = [use for use in main_tensors(c) if use.per_pair]
         if self.decode:
-            return sum(context_products(c, use, int(self.w.context), absorbed=True) for use in over)
-        prompt = int(self.w.prompt)
-        return float(sum(Fraction(twice_the_keys(use.most_keys, prompt)) / 2 * use.per_pair for use in over))
+            return sum(use.times * context_products(c, use, int(self.w.context), absorbed=True) for use in over)
+        halves = (use.times * twice_the_keys(use.most_keys, prompt, ratio=use.ratio) / 2 * use.per_pair for use in over)
+        return float(sum(halves))
 
     @figure("FLOP")
     def matrix_flops(self) -> float:
@@ -266,7 +274,7 @@ class ServedStep:
         w, c, of = self.w.weights, self.w.m.config, self.of
         plain = w.other_products + w.latent_up_products if self.absorbed else w.other_products
         logits = self.rows if self.decode else 1
-        products = self.rows * (plain + c.n_layers * self.pair_products) + logits * c.vocab_size * c.dim
+        products = self.rows * (plain + self.pair_products) + logits * c.vocab_size * c.dim
         return 2 * of.micro_batches * products
 
     @figure("s")
@@ -299,8 +307,8 @@ class ServedStep:
     def gathered_row(self) -> int:
         """Latents and sums of a token that GPUs with the same sequences exchange, a layer. Source: V3, section 3.4."""
         c = self.w.m.config
-        latents = c.dim if not c.is_mla or c.q_lora_rank is None else c.q_lora_rank
-        return SIZES[self.w.dtype] * (latents + (c.kv_lora_rank + c.qk_rope_head_dim if c.is_mla else 0) + c.dim)
+        queries = c.dim if c.is_baseline or c.q_lora_rank is None else c.q_lora_rank
+        return SIZES[self.w.dtype] * (queries + (0 if c.is_baseline else row_width(c)) + c.dim)
 
     @figure("s")
     def slow_link_time(self) -> float:
@@ -438,16 +446,18 @@ def choose_serving(
             raise ValueError(f"{name}={tokens} is longer than the model's max_seq_len={longest}; shorten it")
     context = r.context or min(CONTEXT, longest)
     precision = usual_precision(model, h)  # however training multiplies
-    filled = {"context": context, "prompt": context, "weight_dtype": DTYPES[precision], "cache_dtype": "bfloat16"}  # pyright: ignore
+    is_v4 = precision == "fp8" and m.config.attention == "compressed"
+    dtype = "fp4" if is_v4 else DTYPES[precision]
+    filled = {"context": context, "prompt": context, "weight_dtype": dtype, "cache_dtype": "bfloat16"}
     r, sources = fill(r, sources, "chosen", filled)
-    weights, cache = WeightFigures(m, r.weight_dtype), CacheFigures(m.config, r.cache_dtype)
+    weights, cache = WeightFigures(m, r.weight_dtype), cache_figures(m.config, r.cache_dtype)
+
+    products = "fp8" if r.weight_dtype == "fp4" else str(r.weight_dtype)
 
     def work(r: PlanRequest) -> Work:
         inputs = Inputs(request=r if r.sequences else replace(r, sequences=1), sources=sources)
         tokens = {name: inputs.of(name, "token") for name in ("context", "prompt")}
-        return Work(
-            m=m, weights=weights, cache=cache, dtype=str(r.weight_dtype), sequences=inputs.of("sequences"), **tokens
-        )
+        return Work(m=m, weights=weights, cache=cache, dtype=products, sequences=inputs.of("sequences"), **tokens)
 
     found: dict[StageName, Deployment] = {}
     for stage in STAGES:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from dsmini import ModelConfig, TrainConfig, Transformer
 from dsmini.accounting import (
     cache_bytes,
+    decode_flops_per_token,
     kv_bytes_per_token,
     mha_kv_bytes_per_token,
     mha_twin,
@@ -33,7 +34,11 @@ V3 = released("deepseek-v3")
 MODULES = {
     r"embed\.weight": "embedding",
     r"head\.weight": "head",
-    r"eh_proj\.weight": "projection",
+    r"(eh|e|h)_proj\.weight": "projection",
+    r"hc_(attn|ffn|head)\.(fn|base|scale)": "hyper-connections",
+    r"attn\.compressor\.(wkv\.weight|wgate\.weight|ape|norm\.weight)": "compressor",
+    r"attn\.indexer\.compressor\.(wkv\.weight|wgate\.weight|ape|norm\.weight)": "indexer",
+    r"attn\.attn_sink": "attention",
     r"attn\.indexer\.k_norm\.(weight|bias)": "norms",
     r"attn\.indexer\.(wq_b|wk|weights_proj)\.weight": "indexer",
     r"([eh]|embed_|attn_|ffn_|attn\.q_|attn\.kv_|attn\.[qk]_head_)?norm\.weight": "norms",
@@ -66,6 +71,54 @@ def check_parameters(config: ModelConfig) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_parameters_of_the_released_sizes(path: Path) -> None:
     check_parameters(ModelConfig.from_file(path))
+
+
+V4_PRINTED = {
+    # parameters of the released files without MTP, with routing biases; active without the head; FP8 cache of a token
+    "deepseek-v4-flash": (284_332_240_471, 12.7387e9, 3514.25, 0.1188e12),
+    "deepseek-v4-pro": (1_572_997_201_763, 47.9225e9, 5031.4375, 0.3155e12),
+}
+
+
+@pytest.mark.parametrize("name", V4_PRINTED)
+def test_counts_of_v4_are_those_of_its_files_and_report(name: str) -> None:
+    """FLOPs at a million tokens are in units of FP8: a product in BF16 counts twice, one in FP4 half."""
+    c, (files, active, cache, flops) = released(name), V4_PRINTED[name]
+    counted = parameters(c)
+    tables = c.n_hash_layers * c.vocab_size * c.n_activated_experts
+    of_mtp = c.n_mtp_layers * c.n_routed_experts
+    assert counted.main + counted.buffers - tables - of_mtp == files
+    assert counted.active - counted.by_module["head"] == pytest.approx(active, rel=1e-5)
+    assert kv_bytes_per_token(c, dtype="fp8") == cache
+    of = decode_flops_per_token(c, context=2**20).by_module
+    weight = {"attention over the context": 2, "scores of the indexer": 0.5}
+    assert sum(n * weight.get(module, 1) for module, n in of.items()) == pytest.approx(flops, rel=1e-3)
+
+
+V4 = {
+    "attention": "compressed",
+    "compress_ratios": (0, 4, 8, 128, 4),
+    "n_layers": 5,
+    "head_dim": 64,
+    "n_hash_layers": 2,
+}
+V4 |= {"window_size": 8, "o_groups": 2, "o_lora_rank": 12, "index_n_heads": 2, "index_head_dim": 32, "index_topk": 3}
+V4 |= {"n_dense_layers": 0, "score_func": "sqrtsoftplus", "hc_mult": 4, "n_mtp_layers": 2}
+
+
+@pytest.mark.parametrize("changes", [{}, {"hc_mult": 1, "topk_method": "greedy", "n_hash_layers": 0}])
+def test_counts_of_v4_are_those_of_what_is_built(changes: dict[str, Any]) -> None:
+    """Tensor for tensor, in each dtype, and the storage of caches."""
+    config = sized(**(V4 | changes), max_seq_len=256)
+    check_parameters(config)
+    model = Transformer(config).eval()
+    assert weight_bytes(config, "float32").total == held(model)
+    for name in ("float32", "bfloat16", "fp8"):
+        made = model.new_cache(2, 140, DTYPES.get(name, "fp8"), mtp=True)  # pyright: ignore[reportArgumentType]
+        counted = cache_bytes(config, max_seq_len=140, batch=2, dtype=name, mtp=True)  # pyright: ignore[reportArgumentType]
+        assert (counted.by_part["cache"], counted.by_part["mtp cache"]) == (made.nbytes, made.mtp_nbytes)
+    assert weight_bytes(config, "bfloat16").total == held(model.to(torch.bfloat16))
+    assert weight_bytes(config, "fp8").total == held(hold_all_fp8(model))
 
 
 def held(model: Transformer) -> int:

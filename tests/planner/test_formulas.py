@@ -53,6 +53,7 @@ KINDS += [
     "toy-dsa",
     "toy-dense @laptop",
     "deepseek-v3 @gb200-nvl72",
+    "deepseek-v4-flash gpus=2048 cache_dtype=fp8",
 ]
 KINDS += ["deepseek-v3 gpus=2048 pipeline=16 expert=64 schedule=1f1b recompute=full precision=fp8 zero=1 imbalance=1.5"]
 
