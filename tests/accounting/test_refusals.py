@@ -32,7 +32,7 @@ REFUSED: list[tuple[Any, ModelConfig, dict[str, Any], str]] = [
     (kv_bytes_per_token, MHA, {"dtype": "fp8"}, "use bfloat16"),
     (cache_bytes, TOY, {"max_seq_len": 0}, "max_seq_len=0 is not positive; use 1 or more"),
     (expected_experts, TOY, {"tokens": -1}, "tokens=-1 is negative; use 0 or more"),
-    (weight_bytes, TOY, {"dtype": "int8"}, "dtype='int8' is unknown; use float32, bfloat16 or fp8"),
+    (weight_bytes, TOY, {"dtype": "int8"}, "dtype='int8' is unknown; use float32, bfloat16, fp8 or fp4"),
     (optimizer_bytes, TOY, {"optimizer": "sgd"}, "use adamw or muon"),
     (decode_bytes_per_token, V3, {"context": 0}, "context=0 is not from 1 to max_seq_len=163840"),
     (decode_bytes_per_token, MHA, {"context": 5, "form": "absorbed"}, "use expanded"),

@@ -256,8 +256,10 @@ def test_training_moves_three_forwards_of_activations() -> None:
     assert forward.by_part["attention operands"] == 2 * 3 * 4 * 2 * (16 + 14)
     assert training.by_part["attention operands"] == 2 * 3 * 4 * (3 * 2 * (16 + 14) + 14)
     once = {"embedding", "norms"}
-    for name in ("attention", "dense feed-forward", "routed experts", "shared experts", "gates", "head", *once):
+    for name in ("attention", "dense feed-forward", "routed experts", "shared experts", "head", *once):
         assert training.by_part[name] == pytest.approx((1 if name in once else 2) * forward.by_part[name])
+    biases = 2 * 16 * 4 / 200  # have no gradient
+    assert training.by_part["gates"] == pytest.approx(2 * forward.by_part["gates"] - biases)
     n = parameters(config).total
     assert training.by_part["weight gradients"] * 200 == 4 * n
     assert training.by_part["optimizer"] * 200 == pytest.approx(28 * n, rel=1e-2)  # 12 and two moments twice
