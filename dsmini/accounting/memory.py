@@ -422,8 +422,9 @@ class Saved:
             yield "gates", self.scores() if part == "moe" else 0
         elif part in ("dense", "moe"):
             yield STATE, 2 * self.normed(c.dim)
-            if c.hc_mult > 1:  # the streams before both sublayers, and what makes their weights, in FP32
-                yield STREAMS, 2 * c.hc_mult * (self.row(c.dim) + 4 * c.dim)
+            if c.hc_mult > 1:  # before both sublayers the streams, normed and as they are, and what is written to them
+                copies = 2 if self.size == 4 else 4  # in FP32, of which a cast is a copy for each use
+                yield STREAMS, 2 * (4 * copies * c.hc_mult * c.dim + row)
             yield from self.compressed_attention() if c.attention == "compressed" else self.attention()
             yield from self.moe() if part == "moe" else self.dense()
 

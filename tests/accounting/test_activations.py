@@ -10,7 +10,7 @@ from dsmini import ModelConfig, Transformer, ops
 from dsmini.accounting import activation_bytes, training_bytes
 from dsmini.measure.memory import saved_for_backward
 from dsmini.training.optim import begin_stage
-from tests.helpers.accounting import DTYPES, attention_by, fused, sized
+from tests.helpers.accounting import DTYPES, V4, attention_by, fused, sized
 from tests.helpers.configs import DSA, released
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -81,6 +81,10 @@ BOUNDS: dict[str, tuple[ModelConfig, int, int, str, float]] = {
     # beyond 128 tokens in FP32 attention is fused, and queries, keys and values are padded to one width
     **{f"flash, values of {v}": (bound(v_head_dim=v, n_mtp_layers=0), 2, 140, "float32", 1.2) for v in (32, 48, 64)},
 }
+
+
+BOUNDS["compressed"] = (sized(**V4, max_seq_len=256), 2, 140, "bfloat16 float32", 2.2)
+BOUNDS["compressed, a stream"] = (sized(**(V4 | {"hc_mult": 1}), max_seq_len=256), 2, 140, "bfloat16 float32", 1.7)
 
 
 @pytest.mark.parametrize("case", BOUNDS)

@@ -23,7 +23,7 @@ from dsmini.accounting import (
 )
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.training.optim import begin_stage, optimizer_state, optimizers
-from tests.helpers.accounting import DTYPES, sized
+from tests.helpers.accounting import DTYPES, V4, sized
 from tests.helpers.configs import CONFIGS, DSA, released
 from tests.helpers.strategies import model_configs
 
@@ -93,17 +93,6 @@ def test_counts_of_v4_are_those_of_its_files_and_report(name: str) -> None:
     of = decode_flops_per_token(c, context=2**20).by_module
     weight = {"attention over the context": 2, "scores of the indexer": 0.5}
     assert sum(n * weight.get(module, 1) for module, n in of.items()) == pytest.approx(flops, rel=1e-3)
-
-
-V4 = {
-    "attention": "compressed",
-    "compress_ratios": (0, 4, 8, 128, 4),
-    "n_layers": 5,
-    "head_dim": 64,
-    "n_hash_layers": 2,
-}
-V4 |= {"window_size": 8, "o_groups": 2, "o_lora_rank": 12, "index_n_heads": 2, "index_head_dim": 32, "index_topk": 3}
-V4 |= {"n_dense_layers": 0, "score_func": "sqrtsoftplus", "hc_mult": 4, "n_mtp_layers": 2}
 
 
 @pytest.mark.parametrize("changes", [{}, {"hc_mult": 1, "topk_method": "greedy", "n_hash_layers": 0}])
