@@ -242,8 +242,8 @@ class _Products:
         """Return the bytes read of a weight, with scales and routing biases."""
         if use.name == "embed":
             return self.n * self.config.dim * self.size
-        if use.name == "tid2eid":  # a row of a hash layer's table for each token
-            return use.times * self.n * self.config.n_activated_experts * 4
+        if use.name == "tid2eid":  # of a hash layer's table a token reads a row of some bytes, which is left out
+            return 0
         read = self.experts if use.kind == "routed experts" else 1
         return use.times * read * use.bytes("fp8" if self.fp8 else self.compute)
 

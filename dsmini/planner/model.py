@@ -322,6 +322,11 @@ class WeightFigures:
         return self.held("whole", "width")
 
     @counted("B")
+    def table_bytes(self) -> int:
+        """Bytes of the tables of hash layers, of which a token reads a row. Source: the released shapes."""
+        return sum(use.times * use.bytes(self.dtype) for use in self.uses if use.name == "tid2eid")
+
+    @counted("B")
     def shared_experts_bytes(self) -> int:
         """Bytes of the shared experts. Source: shapes of the released checkpoints."""
         return sum(use.times * use.bytes(self.dtype) for use in self.uses if use.kind == SHARED)

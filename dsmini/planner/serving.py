@@ -232,7 +232,8 @@ class ServedStep:
         up = w.absorbed_bytes if self.absorbed else w.latent_up_bytes
         divided = w.head_matrices_bytes + up + w.vocabulary_bytes
         experts = self.w.m.moe_layers * self.experts_read * w.expert_bytes
-        return of.micro_batches * (divided / of.tensor + experts + of.whole_weights)
+        whole = of.whole_weights - w.table_bytes if w.table_bytes else of.whole_weights
+        return of.micro_batches * (divided / of.tensor + experts + whole)
 
     @counted("B")
     def sequence_read(self) -> float:
