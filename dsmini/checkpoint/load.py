@@ -299,10 +299,11 @@ class PretrainedTensors:
         return value
 
     def rows(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Return rows of a tensor of the state dict in FP32. Only those of stacked experts are read."""
+        """Return rows of a tensor of the state dict, FP32 or whole numbers. Only those of stacked experts are read."""
         of = self.parts[name]
         if of[0].expert is None:
-            return self.read(of[0], torch.float32)[rows].float()
+            value = self.read(of[0], torch.float32)[rows]
+            return value.float() if value.is_floating_point() else value
         return torch.stack([self.read(part, torch.float32) for part in of[rows]]).float()
 
     def check(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
+from dsmini.checkpoint.load import PretrainedTensors
 from dsmini.checkpoint.save import SavePlan
 from dsmini.convert import main
 from dsmini.numerics import dequantize_fp4, dequantize_tiles
@@ -213,6 +214,14 @@ def test_codes_mean_what_they_say(folder: Path, tensors: dict[str, Tensor], tmp_
         assert load_pretrained(tmp_path / "b", dtype=FP32)(tokens).isfinite().all()
 
 
+def test_rows_for_a_training_run(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Experts are numbers, of which a process reads its own, and the table stays what it is."""
+    there, meant = PretrainedTensors(folder), values(tensors)
+    w2 = there.rows("layers.1.ffn.experts.w2", slice(2, 4))
+    assert torch.equal(w2, torch.stack([meant[f"layers.1.ffn.experts.{i}.w2.weight"] for i in (2, 3)]))
+    assert torch.equal(there.rows("layers.0.ffn.gate.tid2eid"), meant["layers.0.ffn.gate.tid2eid"])
+
+
 def test_default_dtypes_of_a_released_folder(folder: Path) -> None:
     """Parts that DeepSeek uses in FP32 are FP32, the table has whole numbers, and all else is BF16."""
     fp32 = re.compile(r"norm|hc_|ape$|attn_sink$|gate\.(weight|bias)$|compressor|weights_proj")
@@ -227,6 +236,10 @@ def test_fp4_becomes_fp8_without_a_change(folder: Path, tensors: dict[str, Tenso
     assert {name: (tuple(t.shape), t.dtype) for name, t in got.items()} == table(config(), FP8)
     assert all(torch.equal(value, values(got)[name]) for name, value in values(tensors).items())
     assert "expert_dtype" not in folders.config_of(tmp_path / "b")
+    assert main([str(folder), str(tmp_path / "plain"), "--dtype", "bfloat16"]) == 0  # BF16 holds them all
+    plain = folders.read(tmp_path / "plain")
+    matrices = [name for name in values(tensors) if name.replace(".weight", ".scale") in tensors]
+    assert matrices and all(torch.equal(plain[name].float(), values(tensors)[name]) for name in matrices)
     tensors["layers.1.ffn.experts.2.w1.weight"][:] = 0x11
     scales = tensors["layers.1.ffn.experts.2.w1.scale"].view(torch.uint8)
     scales[0, 0], scales[0, 1] = 90, 110
