@@ -305,6 +305,16 @@ def test_rows_of_unequal_length_taken_back_and_selected(long_model: Any) -> None
     feed(4, 3, 4)
 
 
+def test_padding_is_in_no_entry(long_model: Any) -> None:
+    """Padding beyond the end of the cache too, whose blocks would have the places of the first ones."""
+    model, tokens, want = long_model
+    cache = model.new_cache(2, 40)
+    model(tokens[:, :37], cache, lengths=torch.tensor([37, 9]))
+    model(torch.cat((tokens[:1, 37:57], tokens[1:, 9:29])), cache, lengths=torch.tensor([2, 20]))
+    got = model(torch.stack((tokens[0, 39:40], tokens[1, 29:30])), cache)
+    assert relative_error(got[:, 0], torch.stack((want.logits[0, 39], want.logits[1, 29]))) < CHUNKS
+
+
 def test_taking_back_more_than_the_slack_is_refused(long_model: Any) -> None:
     model, tokens, want = long_model
     cache = model.new_cache(2)
@@ -413,9 +423,12 @@ def test_qat_rounds_entries_and_both_sides_of_the_indexer(monkeypatch: pytest.Mo
     latent = plain.q_norm(plain.wq_a(x))
     untransformed = rotated(plain.indexer.wq_b(latent).unflatten(-1, (-1, 64)), context.cos_sin(plain.rope))
     assert relative_error(exact[0], hadamard(untransformed)) < 1e-6
-    rows = torch.randn(1, 3, 128)
-    rounded = layer.key_value(rows, layer.rope.cos_sin(torch.arange(3)[None]))
-    assert torch.equal(rounded[..., :112], quantize(rows[..., :112], (1, 64)).dequantize())
+    rows = torch.randn(1, 3, 128, requires_grad=True)
+    cos_sin, direction = layer.rope.cos_sin(torch.arange(3)[None]), torch.randn(1, 3, 128)
+    rounded, whole = layer.key_value(rows, cos_sin), plain.key_value(rows, cos_sin)
+    assert torch.equal(rounded[..., :112], quantize(rows.detach()[..., :112], (1, 64)).dequantize())
+    grads = [torch.autograd.grad((each * direction).sum(), rows)[0] for each in (rounded, whole)]
+    assert torch.equal(*grads)
 
 
 def test_yarn_has_no_temperature_and_the_window_alone_no_yarn() -> None:
