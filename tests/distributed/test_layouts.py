@@ -56,6 +56,8 @@ PARTS, FOUR = {"grad_accum": 2}, {"grad_accum": 4}
 UNCLIPPED: dict[str, Any] = {"grad_clip": 1e6}
 PLAIN: dict[str, Any] = {"n_layers": 4, "n_mtp_layers": 0}
 DEEP: dict[str, Any] = {"n_layers": 4}
+# from equal streams the gradients of hyper-connections are noise, of which AdamW would make whole steps
+SLOW_GATES: dict[str, Any] = {"gate_lr": 1e-6}
 STREAMS: dict[str, Any] = {
     **{"n_layers": 4, "n_dense_layers": 0, "n_hash_layers": 2, "hc_mult": 3, "score_func": "sqrtsoftplus"},
 }
@@ -83,9 +85,9 @@ ROWS: list[Row] = [
     Row({"ep": 2}, {"dsa_stage": "warmup"}, SPARSE, steps=2),
     Row({"dp": 2, "zero": 3}, PARTS | {"recompute": True}, SPARSE, steps=2),
     Row({"dp": 2}, MUON, V4_MODEL, PARTS),
-    Row({"ep": 2}, {"recompute": True}, V4_MODEL, steps=2),
+    Row({"ep": 2}, SLOW_GATES | {"recompute": True}, V4_MODEL, steps=2),
     stages({"pp": 2}, PARTS, PLAIN | STREAMS, exact=True),
-    stages({"pp": 2, "schedule": "dualpipev"}, FOUR, STREAMS),
+    stages({"pp": 2, "schedule": "dualpipev"}, FOUR | SLOW_GATES, STREAMS),
     *(stages({"pp": 2, "schedule": name}, FOUR, PLAIN, exact=True) for name in CHUNKS if name != "1f1b"),
     stages({"pp": 2, "schedule": "zero_bubble"}, PARTS, PLAIN | FP8, exact=True),
     stages({"pp": 2}, PARTS | {"dtype": "bfloat16"}, PLAIN | {"n_layers": 5, "n_dense_layers": 4}, exact=True),
@@ -109,7 +111,7 @@ def test_layout_equals_one_process(row: Row) -> None:
     for got, step in zip(ranks[0].steps, want.steps, strict=True):
         assert (got.counts is None and step.counts is None) or torch.equal(got.counts, step.counts)  # pyright: ignore
         assert got.grad_norm == pytest.approx(step.grad_norm, rel=FP32_MODEL * STEPS)
-        assert (got.indexers is None) == (step.indexers is None) == (row.model is not SPARSE)
+        assert (got.indexers is None) == (step.indexers is None) == ("index_topk" not in row.model)
         for name, figures in (step.indexers or {}).items():
             assert (got.indexers or {})[name] == pytest.approx(figures, rel=FP32_MODEL * STEPS), name
 

@@ -105,4 +105,5 @@ def test_logits_and_gradients(yarn: bool) -> None:
     learned = [(name, p) for name, p in mine.named_parameters() if ".indexer." not in name]
     assert len(learned) > 100
     for name, p in learned:
+        assert p.grad is not None, name
         assert relative_error(p.grad, of_theirs(name, grads)) < 3e-5, name
