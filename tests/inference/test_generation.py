@@ -12,7 +12,7 @@ import dsmini
 from dsmini import Transformer
 from dsmini.inference.generation import Generation, Stats
 from dsmini.inference.writer import figures_in_words
-from tests.helpers.configs import DSA, refusal
+from tests.helpers.configs import DSA, V4_MODEL, refusal
 
 Model = Callable[..., Transformer]
 PROMPTS = [[5], [7, 8, 9, 10, 11], [1, 2]]
@@ -33,7 +33,11 @@ def finished(model: Transformer, prompts: list[list[int]], n: int, **options: An
     return generation
 
 
-@pytest.mark.parametrize("changes", [{}, DSA], ids=["mla", "dsa"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, DSA, {"swiglu_limit": 0.1}, {"n_hash_layers": 2, "n_dense_layers": 0}, {"hc_mult": 2}],
+    ids=["mla", "dsa", "clamped", "table", "streams"],
+)
 def test_each_row_takes_its_likeliest_tokens_up_to_an_end(small_model: Model, changes: dict[str, Any]) -> None:
     model = small_model(**changes).eval()
     out = dsmini.generate(model, [torch.tensor(prompt) for prompt in PROMPTS], 10)
@@ -108,19 +112,27 @@ def make_guesses_good(model: Transformer) -> None:
     """
     with torch.no_grad():
         for block in [*model.layers, *(mtp.block for mtp in model.mtp)]:
-            block.attn.wo.weight *= 0.02
+            (block.attn.wo_b if hasattr(block.attn, "wo_b") else block.attn.wo).weight.mul_(0.02)
             for name, p in block.ffn.named_parameters():
                 if name.endswith(("w2.weight", "w2")):
                     p *= 0.02
         m = model.config.dim
         for mtp in model.mtp:
             mtp.enorm.weight.fill_(1)
-            mtp.eh_proj.weight.copy_(torch.cat((torch.eye(m), torch.zeros(m, m)), 1))
+            if hasattr(mtp, "eh_proj"):
+                mtp.eh_proj.weight.copy_(torch.cat((torch.eye(m), torch.zeros(m, m)), 1))
+            else:
+                mtp.e_proj.weight.copy_(torch.eye(m))
+                mtp.h_proj.weight.zero_()
             mtp.norm.weight.copy_(model.norm.weight)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("changes", [{}, {"mtp_input": "pre_norm"}, DSA], ids=["mla", "pre_norm", "dsa"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mtp_input": "pre_norm"}, DSA, pytest.param(V4_MODEL, marks=pytest.mark.slow)],
+    ids=["mla", "pre_norm", "dsa", "V4"],
+)
 def test_greedy_tokens_are_the_same_with_guesses(small_model: Model, depth: int, changes: dict[str, Any]) -> None:
     """Random models agree with few guesses, so another model's are made to agree. Rows end and outgrow the cache."""
     model, ends = small_model(n_mtp_layers=depth, max_seq_len=64, **changes).eval(), set()

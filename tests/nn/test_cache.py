@@ -15,7 +15,7 @@ from dsmini import MLA, ModelConfig, Transformer, ops
 from dsmini.nn import Cache, Linear
 from dsmini.nn.mla import attention_work
 from tests.conftest import SMALL, randomise
-from tests.helpers.configs import DSA, V32, refusal, released
+from tests.helpers.configs import DSA, V4_MODEL, V32, refusal, released
 from tests.helpers.tolerances import (
     BF16_CACHE,
     BF16_UNIT,
@@ -79,6 +79,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "mqa": {"attention": "mqa"},
     "qk_norm": {"qk_norm": True},
     "odd latent": {"kv_lora_rank": 31},
+    "streams": {"hc_mult": 3, "n_hash_layers": 2, "n_dense_layers": 0, "score_func": "sqrtsoftplus"},
+    "V4": V4_MODEL,
 }
 FORMED = [
     *((name, "auto") for name in MODELS),
@@ -124,6 +126,7 @@ def test_chunk_longer_than_a_block_answers_as_without_a_cache(name: str, form: A
     [
         *(("mla", "auto"), ("mla", "absorbed"), ("dsa", "auto")),
         *(slow("mla", "expanded"), slow("dsa", "expanded"), slow("dsa", "absorbed")),
+        *(slow("streams", "auto"), slow("V4", "auto")),
     ],
 )
 def test_rows_of_unequal_length_answer_as_alone(small_model: Model, name: str, form: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini.config.run import ParallelConfig
 from dsmini.data.corpus import Corpus
 from dsmini.nn.gate import HashGate, hash_table
 from dsmini.training.optim import Muon, optimizers
@@ -92,6 +93,15 @@ def test_v3_run_is_not_resumed_as_v4(tmp_path: Path) -> None:
     old, train = ModelConfig(**SMALL), TrainConfig(seq_len=16)
     said = refusal(check_resume, *(RunConfig(model=m, train=train, out=tmp_path) for m in (old, ModelConfig(**MODEL))))
     assert "model.attention (mla -> compressed)" in said and "model.hc_mult (1 -> 4)" in said
+
+
+def test_pipeline_and_compilation_are_refused_with_indexers() -> None:
+    model, train = ModelConfig(**MODEL), TrainConfig(seq_len=16, grad_accum=2)
+    assert "parallel.pp=2 does not go with" in refusal(ParallelConfig(pp=2).check, model, train, 2)
+    window = dataclasses.replace(model, compress_ratios=(0, 8, 8))
+    ParallelConfig(pp=2).check(window, train, 2)
+    said = refusal(RunConfig, model=window, train=dataclasses.replace(train, dsa_stage="warmup"))
+    assert "model.attention='compressed' has none" in said
 
 
 def test_documents_do_not_see_each_other() -> None:
