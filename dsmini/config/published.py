@@ -347,9 +347,13 @@ def _in_released_spelling(raw: Mapping[str, Any], source: str) -> dict[str, Any]
     if "layer_types" in raw:
         said["compress_ratios"] = _ratios(raw["layer_types"], raw.get("compress_rates"), source)
     if "mlp_layer_types" in raw:
-        hashed = raw["mlp_layer_types"].count("hash_moe") if isinstance(raw["mlp_layer_types"], list) else 0
-        want = ["hash_moe"] * hashed + ["moe"] * (n - hashed if isinstance(n, int) else 0)
-        _refuse_other(raw, {"mlp_layer_types": (want,)}, source)
+        kinds = raw["mlp_layer_types"] if isinstance(raw["mlp_layer_types"], list) else []
+        hashed = kinds.count("hash_moe")
+        if len(kinds) != n or kinds != ["hash_moe"] * hashed + ["moe"] * (len(kinds) - hashed):
+            raise ValueError(
+                f"{source} has mlp_layer_types={brief(raw['mlp_layer_types'])}, which dsmini cannot honour; want "
+                "hash_moe for the first layers and moe for all others"
+            )
         said["num_hash_layers"] = hashed
     width = raw.get("head_dim")
     for factor in factors:
