@@ -32,6 +32,7 @@ from dsmini.planner.plan import (
 )
 from dsmini.planner.published import Published, published_figures
 from dsmini.planner.request import LAYOUT, Model, PlanRequest, is_v3, presets
+from dsmini.planner.run import Run
 from dsmini.planner.search import EVERY, Found, Search, candidates
 from dsmini.planner.serving import STAGES
 from dsmini.report import Detail, Report, Section, Table, Toned, heat_map
@@ -451,19 +452,17 @@ def searched(plan: Plan, command: str, on_part: OnPart = quiet) -> Answer:
         about="One layout for each combination of sizes, with its fastest choices that fit. Memory is a lower bound.",
         tables=[table],
     )
-    page = functools.partial(plan_page, best, command, [section])
-    return Answer(record={"layouts": records}, lines=[heading(best)], sections=[section], page=page)
+    return _side({"layouts": records}, [heading(best)], section, best, command)
 
 
 def _candidate(plan: Plan, found: Found) -> Record:
     """Return a layout with its memory, its step, the share of the peak, and the longest part of a step."""
-    r, parts = found.training.layout, found.training.parts
-    peak = plan.hardware.peak("float32" if r.precision == "fp32" else "bfloat16") * r.gpus
+    parts = found.training.parts
     return {
-        **{name: getattr(r, name) for name in LAYOUT},
+        **{name: getattr(found.training.layout, name) for name in LAYOUT},
         "memory": found.memory,
         "step_seconds": found.seconds,
-        "mfu": plan.m.training_flops * r.batch * plan.m.seq_len / peak / found.seconds,
+        "mfu": Run(found.training, plan.run.tokens, None).mfu,
         "binds": max(parts, key=lambda part: parts[part]),
     }
 
@@ -481,12 +480,8 @@ def varied(plan: Plan, texts: Sequence[str], names: Sequence[str], command: str,
     )
     finding += "context where you left it open."
     section = _comparison(f"What changes with {of_what}?", finding, variants, tables, plan.unserved)
-    return Answer(
-        record=variation_record({name: list(values) for name, values in axes}, variants, names),
-        lines=[heading(plan)],
-        sections=[section],
-        page=lambda: plan_page(plan, command, [section]),
-    )
+    record = variation_record({name: list(values) for name, values in axes}, variants, names)
+    return _side(record, [heading(plan)], section, plan, command)
 
 
 def compare(request: PlanRequest, models: Sequence[Model], command: str, on_part: OnPart = quiet) -> Answer:
@@ -510,11 +505,14 @@ def compare(request: PlanRequest, models: Sequence[Model], command: str, on_part
     title = f"How do they compare on {plural(int(gpus), 'GPU')} of {hardware.title}?"
     section = _comparison(title, finding, variants, [_side_by_side(variants, "model", names)], "")
     first = next(each.plan for each in variants if each.plan is not None)
-    return Answer(
-        record=variation_record({"model": [model.name for model in models]}, variants, names),
-        sections=[section],
-        page=lambda: plan_page(first, command, [section]),
-    )
+    record = variation_record({"model": [model.name for model in models]}, variants, names)
+    return _side(record, [], section, first, command)
+
+
+def _side(record: Record, lines: Sequence[str], section: Section, plan: Plan, command: str) -> Answer:
+    """Return an answer that is a section next to a plan's page."""
+    page = functools.partial(plan_page, plan, command, [section])
+    return Answer(record=record, lines=lines, sections=[section], page=page)
 
 
 def _comparison(

@@ -141,17 +141,9 @@ class Plan:
         """Figures by section and name that have a formula."""
         return {name: {n: f for n, f in found.items() if f.formula} for name, found in self.sections.items()}
 
-    def get(self, name: str) -> Figure | None:
-        """Return a figure or an input by name; None for what the plan does not have."""
-        return self.figures.get(name)
-
-    def section(self, name: str) -> str:
-        """Return the section of a figure; "" for an input."""
-        return next((section for section, found in self.sections.items() if name in found), "")
-
     def unfit(self, name: str) -> bool:
         """Return whether a figure is of training or of a deployment that the memory of a GPU does not hold."""
-        section = self.section(name)
+        section = next((section for section, found in self.computed.items() if name in found), "")
         if section == "inference":
             return ("prefill" if name.startswith("prefill") else "decode") in self.misfit
         return section in ("training", "reliability") and not self.fits
@@ -310,7 +302,7 @@ class Variant:
 
     def figure(self, name: str) -> Figure | None:
         """Return a figure of the plan; None where there is none."""
-        return None if self.plan is None else self.plan.get(name)
+        return None if self.plan is None else self.plan.figures.get(name)
 
 
 def vary(
