@@ -36,8 +36,10 @@ class Contention:
     @classmethod
     def between(cls, before: CpuTimes, now: CpuTimes, steadiness: float | None = None) -> "Contention":
         """Return what others took between two moments."""
-        rates = now.rates_since(before)
-        return cls(others=rates.others, delayed=rates.delayed / torch.get_num_threads(), steadiness=steadiness)
+        passed = max(1e-3, now.at - before.at)
+        others = now.busy - before.busy - (now.own - before.own)
+        delayed = (now.delayed - before.delayed) / torch.get_num_threads()
+        return cls(others=max(0.0, others / passed), delayed=max(0.0, delayed / passed), steadiness=steadiness)
 
     @property
     def loss(self) -> float:
@@ -57,7 +59,7 @@ def watch(roofs: Roofs | None, device: torch.device) -> Callable[[], Contention]
     def end() -> Contention:
         now = CpuTimes.now()
         if device.type != "cpu":
-            return Contention(others=now.rates_since(before).others)
+            return Contention(others=Contention.between(before, now).others)
         return Contention.between(before, now, None if roofs is None else min(1.0, steadiness(roofs, device)))
 
     return end

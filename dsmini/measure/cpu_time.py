@@ -14,47 +14,30 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CpuRates:
-    """CPU seconds in a second: numbers of cores."""
-
-    others: float
-    """Used by all other programs, and stolen by other guests."""
-    delayed: float
-    """Missed by this process: its threads were ready to run, and no core was free. 0 where the system does not say."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class CpuTimes:
     """CPU seconds up to a moment."""
 
     at: float
     """The moment, in seconds of a clock that only runs forward."""
     busy: float
-    """Used by all programs, since the machine's start."""
+    """Used by all programs, and stolen by other guests, since the machine's start."""
     own: float
     """Used by this process, since its start."""
     delayed: float
-    """Missed by the threads that this process has now, since their start."""
+    """Missed by the threads that this process has now, since their start: they were ready to run, and no core was free.
+    0 where the system does not say."""
 
     @classmethod
     def now(cls) -> "CpuTimes":
         return cls(at=time.perf_counter(), busy=_busy_seconds(), own=sum(os.times()[:2]), delayed=_delayed_seconds())
-
-    def rates_since(self, before: "CpuTimes") -> CpuRates:
-        """Return the rates since a moment before."""
-        passed = max(1e-3, self.at - before.at)
-        own = self.own - before.own
-        return CpuRates(
-            others=max(0.0, (self.busy - before.busy - own) / passed),
-            delayed=max(0.0, (self.delayed - before.delayed) / passed),
-        )
 
 
 def watched(run: Callable[[], T]) -> tuple[T, float]:
     """Return what a function returns, and the number of cores that threads waited for meanwhile, its mean."""
     before = CpuTimes.now()
     result = run()
-    return result, CpuTimes.now().rates_since(before).delayed
+    now = CpuTimes.now()
+    return result, max(0.0, now.delayed - before.delayed) / max(1e-3, now.at - before.at)
 
 
 def _busy_seconds() -> float:

@@ -76,18 +76,20 @@ def test_few_rounds_have_no_interval_and_no_axis(arms: int, least: int) -> None:
 
 
 def test_other_programs_never_bind_and_may_hide_what_does() -> None:
-    """Check that they cost 40 % and a change gains 20 %, the other way round, and that both are small."""
+    """Check costs of 40 % next to a gain of 20 %, the other way round, perhaps as much as it, and both small."""
 
-    def found(others: float, measured: float) -> Diagnosis:
+    def found(others: float, measured: float, most: float | None = None) -> Diagnosis:
         turns = Turns({"plain": [1.0] * 20, "a": [1 - measured] * 20})
         compared = Comparison(arms=[arm("plain"), arm("a", "Algorithm")], turns=turns)
-        return Diagnosis(compared=compared, findings=[], others=exactly(others))
+        return Diagnosis(compared=compared, findings=[], others=exactly(others, most))
 
     first = found(0.4, 0.2)
     assert first.verdict.outcome == UNDETERMINED and not first.named
     assert (
         "computed" in first.sentence and "Algorithm 20 %" in first.sentence and "quiet machine" in first.verdict.decides
     )
+    as_much = found(0.1, 0.3, 0.5)
+    assert not as_much.named and "other programs (computed) 30 % (10 to 50) may be as much" in as_much.sentence
     assert found(0.2, 0.4).named == "Algorithm" and found(0.05, 0.05).verdict.outcome == NOTHING
 
 
