@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import question
-from benchmarks.question import check_bandwidth, compared, figure, race, times
+from benchmarks.question import check_bandwidth, compared, drawing, figure, race, times
 from benchmarks.questions import kernels, plan, sparse, steps
 from dsmini.measure.counting import count
 from tests.conftest import Clock
@@ -46,6 +46,22 @@ def test_race_compares_turn_by_turn(clock: Clock) -> None:
         ("times_as_long", 2.0, 3.0),
     ]
     assert found[2].low == found[2].high == 2 and found[2].case == {"n": 1, "model": "b", "than": "a"}
+
+
+def test_drawing_has_a_line_for_each_value_or_a_place_for_each_label() -> None:
+    """Check lines over a number, in its order and with their predictions, and one group over labels."""
+    given = [("MLA", 400, 2.0), ("MLA", 100, 1.0), ("MHA", 100, 3.0)]
+    figures = [figure("seconds", {"context": n, "model": m}, value, predicted=9.0) for m, n, value in given]
+    (over_numbers,) = drawing("seconds", "Time", x="context", by="model")(figures)
+    assert [(s.label, s.x, s.y, s.of) for s in over_numbers.series] == [
+        ("MLA", [100.0, 400.0], [1.0, 2.0], ""),
+        ("MLA, predicted", [100.0, 400.0], [9.0, 9.0], "MLA"),
+        ("MHA", [100.0], [3.0], ""),
+        ("MHA, predicted", [100.0], [9.0], "MHA"),
+    ]
+    (over_labels,) = drawing("seconds", "Time", "{model}", by="context", kind="bars")(figures)
+    assert over_labels.labels == ["MLA", "MHA"]
+    assert [(s.label, s.x, s.y) for s in over_labels.series] == [("400", [0.0], [2.0]), ("100", [0.0, 1.0], [1.0, 3.0])]
 
 
 def test_sparse_attention_pays_between_two_cases() -> None:
