@@ -103,7 +103,7 @@ def answer(
         subject, plan, prices, lambda share, part: on_part(end * share, part, seconds * (1 - share) + left)
     )
     if not quick and not found.stopped:
-        left = TOTAL_SECONDS - (time.perf_counter() - start)
+        left = max(0.0, TOTAL_SECONDS - (time.perf_counter() - start))
         evidence.gather(
             found,
             subject,

@@ -489,13 +489,17 @@ def test_quick_diagnosis_gathers_none_and_ends_with_its_time(asked: Sequence[Any
     assert there.now < 100 and record["outcome"] == "undetermined" and record["step_seconds"] > 9
 
 
-def test_time_left_is_that_of_the_plan(asked: Sequence[Any]) -> None:
+def test_time_left_is_that_of_the_plan(asked: Sequence[Any], world: Worlds) -> None:
     """Check 20 s of predicting and 25 of rounds, and that nobody says how long a number of rounds takes."""
     left: list[float] = []
     answer(None, quick=True, on_part=lambda share, what, seconds: left.append(seconds))
     known = [seconds for seconds in left if seconds < math.inf]
     assert (known[0], known[-1]) == (45.0, 0.0) and known == sorted(known, reverse=True)
     left.clear()
+    world(computing=100.0)
+    answer(None)
+    assert asked[-1][2] == 0.0, "rounds that take minutes leave no time for evidence, and not less"
+    world()
     answer(None, quick=True, rounds=6, on_part=lambda share, what, seconds: left.append(seconds))
     assert not any(seconds < math.inf for seconds in left)
 

@@ -188,6 +188,7 @@ def test_prices_are_kept_for_a_number_of_threads(tmp_path: Path, monkeypatch: py
     Prices.under(invented_roofs(), keep, fresh=True).forecast(shape)
     assert len(timed) == 2 * n
     prices, threads = Prices.under(invented_roofs(), keep), torch.get_num_threads()
+    assert prices.forecast(shape) is prices.forecast(shape) and len(timed) == 2 * n, "forecast once"
     try:
         torch.set_num_threads(threads + 1)
         prices.forecast(shape)

@@ -82,6 +82,10 @@ SCRIPTS: dict[str, tuple[list[Part], list[tuple[int, str]]]] = {
         [(99, {"wait": 0.02}), (100, {"wait": 0.4}), (100, {"wait": 0.02})],
         [(40, ""), (140, "Data"), (240, "")],
     ),
+    "what binds until it is below half of the limit": (
+        [(60, {"wait": 0.4}), (60, {"wait": 0.07}), (60, {"wait": 0.04})],
+        [(40, "Data"), (160, "")],
+    ),
     # validations and new files
     "no wait of every third step": ([(2, {}), (1, {"wait": 0.8})] * 66, [(40, "")]),
     "no change that ends within a window": ([(99, {}), (WINDOW, {"wait": 0.4}), (80, {})], [(40, "")]),
