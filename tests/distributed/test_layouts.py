@@ -85,6 +85,7 @@ ROWS: list[Row] = [
     Row({"ep": 2}, {"dsa_stage": "warmup"}, SPARSE, steps=2),
     Row({"dp": 2, "zero": 3}, PARTS | {"recompute": True}, SPARSE, steps=2),
     Row({"dp": 2}, MUON, V4_MODEL, PARTS),
+    Row({"ep": 2}, MUON | SLOW_GATES | {"recompute": True}, V4_MODEL | {"init_std": 0.1}, steps=2),
     stages({"pp": 2}, PARTS, PLAIN | STREAMS, exact=True),
     stages({"pp": 2, "schedule": "dualpipev"}, FOUR | SLOW_GATES, STREAMS),
     *(stages({"pp": 2, "schedule": name}, FOUR, PLAIN, exact=True) for name in CHUNKS if name != "1f1b"),
