@@ -56,7 +56,6 @@ class Training:
         in_node = gpus_in_node(r.expert, h.gpus_per_node)
         self.exchange = Exchange(m.config, r.expert, in_node, DTYPES[r.precision])
         self.dtype = "float32" if r.precision == "fp32" else "bfloat16"
-        self.process = Process(m, r, self.dtype)
         h.check_links(r.gpus)
         h.peak(DTYPES[r.precision])  # raises
 
@@ -167,6 +166,11 @@ class Training:
     def local_experts(self) -> float:
         """Numbers of the routed experts of a layer on a GPU."""
         return self.m.config.n_routed_experts / self.layout.expert * self.m.expert_parameters
+
+    @cached_property
+    def process(self) -> "Process":
+        """The training as one process."""
+        return Process(self.m, self.layout, self.dtype)
 
     @figure("B")
     def memory_needed(self) -> float:
