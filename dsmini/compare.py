@@ -119,8 +119,9 @@ def _refuse(command: CompareCommand, words: Sequence[str], rest: Sequence[str]) 
     require(command.minutes is None or command.minutes > 0, f"--minutes {command.minutes} is no time; use 1 or more")
     twice = [flag for flag in ("--idea", "--set") if sum(arg.partition("=")[0] == flag for arg in rest) > 1]
     require(not twice, f"{' and '.join(twice)} given twice; write all after one: --idea A B, each in quotes")
-    alone = command.report is None or not (words or command.idea or command.set or command.minutes or command.small)
-    require(alone, "--report shows results that are there, without arms, --set, --minutes and --small")
+    others = {arg.partition("=")[0] for arg in rest if arg.startswith("--")} - {"--report", "--json"}
+    alone = command.report is None or not (words or others)
+    require(alone, f"--report shows results that are there, without arms and {', '.join(sorted(others)) or 'configs'}")
 
 
 def _comparison(command: CompareCommand, words: Sequence[str]) -> "Comparison":
@@ -146,7 +147,14 @@ def _report(command: CompareCommand, folder: Path, console: Console) -> int:
     from dsmini.comparison.results import read_results
 
     require(folder.is_dir(), f"there is no folder {folder}; name one with results of comparisons, such as docs/claims")
-    found = [results for path in sorted(folder.glob("*.jsonl")) if (results := read_results(path)) and results.lines]
+    found = []
+    for path in sorted(folder.glob("*.jsonl")):
+        try:
+            results = read_results(path)
+        except ValueError as error:
+            say(console, f"left out: {error}")
+            continue
+        found += [results] if results is not None and results.lines else []
     require(bool(found), f"{folder} has no results of comparisons (*.jsonl); run one, see --help")
     _answer(command, found, folder / "forest.png", console)
     return 0

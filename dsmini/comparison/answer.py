@@ -30,7 +30,8 @@ def verdicts_of(results: Results) -> dict[str, Verdict]:
 
 
 def table_of(results: Results) -> Table:
-    """Return a row for each arm: its loss, the difference to the base, the verdict, and its time and figures."""
+    """Return a row for each arm: its loss and the difference to the base in nats a byte, the verdict, time and bytes of
+    cache as shares of the base's, MaxVio, and the share of drafts that are taken."""
     found, rows = verdicts_of(results), []
     for arm in results.names:
         losses = list(results.values(arm).values())
@@ -48,10 +49,10 @@ def table_of(results: Results) -> Table:
                 *(_mean(results, arm, figure) for figure in ("max_vio", "acceptance")),
             ]
         )
-    columns = ["arm", "seeds", "nats a byte", "difference", "95 % interval", "verdict"]
-    columns += ["time / base", "cache / base", "MaxVio", "drafts taken"]
+    columns = ["arm", "seeds", "loss", "difference", "95 % interval", "verdict"]
+    columns += ["time", "cache", "MaxVio", "drafts"]
     used = [
-        i for i, name in enumerate(columns) if any(row[i] not in ("", "1.00" if "/" in name else "") for row in rows)
+        i for i, name in enumerate(columns) if any(row[i] not in ("", "1.00" if name in RATIOS else "") for row in rows)
     ]
     names = [columns[i] for i in used]
     return Table(
@@ -60,6 +61,7 @@ def table_of(results: Results) -> Table:
 
 
 NOT_NUMBERS = ("arm", "verdict", "95 % interval")
+RATIOS = ("time", "cache")
 
 
 def _mean(results: Results, arm: str, figure: str) -> str:
@@ -77,6 +79,8 @@ def _mean_ratio(results: Results, arm: str, figure: str) -> str:
 def sentences(results: Results) -> list[str]:
     """Return what was found, in a sentence for each arm."""
     base, margin, told = results.names[0], results.head["margin"], []
+    if lost := results.diverged(base):
+        told.append(f"{base} diverged in {plural(lost, 'run')}, whose pairs do not count.")
     for arm, verdict in verdicts_of(results).items():
         d, needed = verdict.difference, _seeds_needed(results, arm, verdict)
         if verdict.word == "diverged":

@@ -137,9 +137,10 @@ def arms_of(words: Sequence[str], ideas: Sequence[str], common: Sequence[str]) -
 
     Raises: ValueError for fewer than two arms, for two of one name, and for two that differ in nothing.
     """
-    base = RunConfig.from_file(find_config(Path(words[0]))) if words else RunConfig()
-    arms = [arm_of(words[:1], base, common)]
-    arms += [arm_of(each, base, common) for each in [*([word] for word in words[1:]), *map(shlex.split, ideas)]]
+    named = bool(words) and not FUNCTION.fullmatch(words[0])
+    base = RunConfig.from_file(find_config(Path(words[0]))) if named else RunConfig()
+    arms = [arm_of(words[:1] if named else [], base, common)]
+    arms += [arm_of(each, base, common) for each in [*([word] for word in words[named:]), *map(shlex.split, ideas)]]
     return checked(arms)
 
 

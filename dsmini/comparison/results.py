@@ -23,6 +23,10 @@ Line = dict[str, Any]
 """Arm, seed, and the figures of trial.run_trial."""
 
 
+HEAD = {"dsmini", "question", "source", "hypothesis", "margin", "minutes", "arms"}
+"""Keys of a first line."""
+
+
 @dataclass(kw_only=True)
 class Results:
     """What a file holds."""
@@ -96,16 +100,17 @@ def read_results(path: Path) -> Results | None:
         return None
     *whole, _cut = read_bytes(path).split(b"\n")
     try:
-        rows = [json.loads(line) for line in whole]
-        results = Results(path=path, head=rows[0], lines=rows[1:]) if rows else None
-        if results is not None and not {"dsmini", "margin", "arms"} <= results.head.keys():
-            raise ValueError("no head")
-        for line in rows[1:]:
-            if line["arm"] not in results.head["arms"] or not isinstance(line["seed"], int):  # pyright: ignore[reportOptionalMemberAccess]
-                raise ValueError("no run")
+        head, *lines = map(json.loads, whole) if whole else (None,)
+        arms = None if head is None else {name: dict(arm) for name, arm in head["arms"].items()}
+        known = head is None or head.keys() >= HEAD
+        known = known and all(
+            isinstance(line["seed"], int) and line["arm"] in arms and "loss" in line for line in lines
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is no file of a comparison; name another with --out") from None
-    return results
+        known, head, lines = False, None, []
+    if not known:
+        raise ValueError(f"{path} is no file of a comparison; name another")
+    return None if head is None else Results(path=path, head=head, lines=lines)
 
 
 @contextmanager

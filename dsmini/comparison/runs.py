@@ -58,8 +58,6 @@ class Workers:
         try:
             print(request, file=process.stdin, flush=True)
             for line in process.stdout:
-                if not line.startswith("{"):  # printed by a function of the user's
-                    continue
                 said = json.loads(line)
                 if "done" in said:
                     self.running[process] = said["done"]

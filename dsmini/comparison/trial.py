@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from dsmini.config.fields import build
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.machine import DTYPES, keep_freed_memory, pick_device
 from dsmini.nn import Transformer
+from dsmini.nn.gate import HashGate
 from dsmini.training.trainer import StepResult, Trainer
 
 LAST = 0.1
@@ -90,13 +92,32 @@ def prepared(arm: Arm, seed: int, cache: Path) -> tuple[Trainer, Corpus]:
     device = pick_device(config.train.device)
     corpus = load_corpus(config.data, config.seq_len, config.model.vocab_size, cache, 0)
     torch.manual_seed(seed)
-    model = make_model_of(arm.function)(config.model) if arm.function else Transformer(config.model)
+    with drawn_by_name(seed):
+        model = make_model_of(arm.function)(config.model) if arm.function else Transformer(config.model)
     if not isinstance(model, Transformer):
         raise ValueError(f"{arm.function} returned a {type(model).__name__}; want a dsmini.Transformer")
-    draw_by_name(model, seed)
+    for gate in model.gates():
+        if isinstance(gate, HashGate):
+            gate.make_table(torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
     model.compute_dtype = DTYPES[config.train.dtype]
     torch.manual_seed(seed)
     return Trainer(model.to(device), corpus, config, device), corpus
+
+
+@contextmanager
+def drawn_by_name(seed: int) -> Iterator[None]:
+    """Draw the first weights of each Transformer that is made in the block by name, before its maker changes them."""
+    plain = Transformer.__init__
+
+    def made(self: Transformer, *args: Any, **more: Any) -> None:
+        plain(self, *args, **more)
+        draw_by_name(self, seed)
+
+    Transformer.__init__ = made
+    try:
+        yield
+    finally:
+        Transformer.__init__ = plain
 
 
 def draw_by_name(model: nn.Module, seed: int) -> None:
@@ -107,6 +128,7 @@ def draw_by_name(model: nn.Module, seed: int) -> None:
             hashed = hashlib.sha256(f"{seed} {name}".encode()).digest()
             torch.manual_seed(int.from_bytes(hashed[:8], "big") >> 1)
             reset()
+    torch.manual_seed(seed)
 
 
 @torch.no_grad()
@@ -141,10 +163,12 @@ def main() -> None:
     """Do what the first line of the standard input asks for. End when that closes: the command was killed."""
     asked = json.loads(sys.stdin.readline())
     threading.Thread(target=lambda: sys.stdin.read() or os._exit(1), daemon=True).start()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a user's function prints is no answer
     keep_freed_memory()
 
     def say(what: dict[str, Any]) -> None:
-        print(json.dumps(what), flush=True)
+        print(json.dumps(what), file=answers, flush=True)
 
     try:
         config = build(RunConfig, tomllib.loads(asked["config"]), asked["name"], "")
@@ -154,8 +178,23 @@ def main() -> None:
             say({"result": pace(arm, cache)})
         else:
             say({"result": run_trial(arm, asked["seed"], cache, lambda done: say({"done": done}))})
-    except ValueError as error:
-        say({"error": str(error)})
+    except (Exception, SystemExit) as error:
+        say({"error": sentence_of(error, asked["function"])})
+
+
+def sentence_of(error: BaseException, function: str) -> str:
+    """Return the first line of an error, and where in a user's file it began.
+
+    Raises: the error, if it is neither the user's nor one that is told to users.
+    """
+    file = function.rpartition(":")[0]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    words = str(error).partition("\n")[0]
+    if isinstance(error, ValueError) and not lines:
+        return words
+    if not lines:
+        raise error
+    return f"{type(error).__name__}: {words} (line {lines[-1]} of {file})"
 
 
 if __name__ == "__main__":

@@ -110,9 +110,9 @@ class ModelConfig:
     swiglu_limit: float | None = None
     """Largest value of SwiGLU's two inputs, and negative the smallest of `up` (V4: 10); None: any."""
 
-    hc_mult: int = setting(1, most=64, shapes=True)
+    hc_mult: int = setting(1, least=1, most=64, shapes=True)
     """Number of residual streams, which manifold-constrained hyper-connections mix (V4: 4); 1: a plain residual."""
-    hc_sinkhorn_iters: int = setting(20, most=1000)
+    hc_sinkhorn_iters: int = setting(20, least=1, most=1000)
     """Number of times that rows and columns of a mixing matrix are divided by their sums."""
     hc_eps: float = setting(1e-6, above=0, most=0.01)
     """Number that is added to weights and sums of hyper-connections."""
@@ -203,7 +203,9 @@ class ModelConfig:
             self._check_indexer(self.index_head_dim, self.qk_rope_head_dim)
         if self.compress_ratios is not None:
             self._check_compressed(self.compress_ratios, self.head_dim or 0, self.o_groups or 1)
-        require(self.rope_theta > 1, f"rope_theta={self.rope_theta} makes no slower frequencies; use more than 1")
+        for name in ("rope_theta", "compress_rope_theta"):
+            theta = getattr(self, name)
+            require(theta > 1, f"{name}={theta} makes no slower frequencies; use more than 1")
         if self.extended:
             require(self.rope_factor >= 1, f"rope_factor={self.rope_factor} shrinks the context; use 1 or more")
             swapped = f"beta_fast={self.beta_fast} is below beta_slow={self.beta_slow}; swap them"

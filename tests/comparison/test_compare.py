@@ -12,7 +12,8 @@ import torch
 
 from dsmini import RunConfig, Transformer
 from dsmini.comparison.arms import arms_of, read_claim
-from dsmini.comparison.trial import draw_by_name
+from dsmini.comparison.trial import draw_by_name, drawn_by_name, prepared
+from dsmini.nn.gate import HashGate, hash_table
 from tests.helpers.commands import ROOT, check_refused, run, start
 
 BASE = """\
@@ -39,6 +40,9 @@ def plain(config, width=8):
     return nn.Linear(width, width)
 def two(config, other):
     return None
+def broken(config):
+    print('{"done": 2}', end="")
+    raise KeyError("boom")
 NUMBER = 3
 """
 CLAIM = """\
@@ -81,6 +85,31 @@ def test_pairs_start_with_equal_weights_where_shapes_agree() -> None:
     assert not torch.equal(ours["embed.weight"], wide.state_dict()["embed.weight"])
 
 
+def test_what_a_function_does_to_first_weights_is_kept() -> None:
+    with drawn_by_name(7):
+        base, zeroed = Transformer(n_layers=1), Transformer(n_layers=1)
+        zeroed.layers[0].ffn_norm.weight.data.zero_()
+    ours, theirs = base.state_dict(), zeroed.state_dict()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == ["layers.0.ffn_norm.weight"]
+    assert torch.equal(ours["embed.weight"], theirs["embed.weight"])
+    assert not torch.equal(Transformer(n_layers=1).state_dict()["embed.weight"], ours["embed.weight"]), "only inside"
+
+
+def test_tables_of_experts_are_those_of_training(place: Path) -> None:
+    (place / "hashed.toml").write_text(
+        BASE.replace("[data]", "n_hash_layers = 1\nn_mtp_layers = 0\n[data]")
+        .replace("n_dense_layers = 1", "n_dense_layers = 0")
+        .replace("text.txt", str(place / "text.txt"))
+    )
+    base, _ = arms_of([str(place / "hashed.toml")], ["train.lr=0.1"], [])
+    trainer, corpus = prepared(base, 0, place / "corpus")
+    gate = next(gate for gate in trainer.model.gates() if isinstance(gate, HashGate))
+    counts = torch.from_numpy(corpus.token_counts(256))
+    assert torch.equal(gate.tid2eid, hash_table(counts, 8, 4, 0)) and not torch.equal(
+        gate.tid2eid, hash_table(torch.ones_like(counts), 8, 4, 0)
+    )
+
+
 @pytest.mark.slow
 def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
     done = run(f"{COMPARE} --json", place)
@@ -101,7 +130,9 @@ def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
     (place / "text.txt").write_text((place / "text.txt").read_text() + "more")
     refused = run(COMPARE, place)
     assert refused.returncode == 2 and "arms.base.corpus" in refused.stderr
+    (place / "other.jsonl").write_text('{"text": "a data set"}\n')
     report = run("dsmini.compare --report . --json", place)
+    assert "left out: other.jsonl is no file of a comparison" in report.stderr
     assert report.returncode == 0 and len(json.loads(report.stdout)) == 1 and (place / "forest.png").exists()
 
 
@@ -179,3 +210,5 @@ def test_what_cannot_be_compared_is_refused(place: Path) -> None:
 def test_a_function_that_returns_no_model_is_refused(place: Path) -> None:
     done = run("dsmini.compare base.toml idea.py:plain --seeds 1 --out x.jsonl", place)
     assert done.returncode == 2 and "returned a Linear; want a dsmini.Transformer" in done.stderr
+    done = run("dsmini.compare base.toml idea.py:broken --seeds 1 --out y.jsonl", place)
+    assert done.returncode == 2 and "KeyError: 'boom' (line 11 of idea.py)" in done.stderr, done.stderr
