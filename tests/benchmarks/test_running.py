@@ -191,6 +191,7 @@ def test_compare_names_what_changed_beyond_its_interval(go: Go, tmp_path: Path) 
 
         def faster() -> list[Figure]:
             (f,) = first[0].run()
+            assert f.measured is not None and f.low is not None and f.high is not None
             return [replace(f, measured=speed * f.measured, low=speed * f.low, high=speed * f.high)]
 
         others = [case for case in cases(SETTING) if case.key != "dsmini 8192"]
