@@ -21,6 +21,7 @@ from dsmini.accounting import (
     training_bytes,
     weight_bytes,
 )
+from dsmini.accounting.memory import rows_read
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.training.optim import begin_stage, optimizer_state, optimizers
 from tests.helpers.accounting import DTYPES, V4, sized
@@ -90,6 +91,14 @@ def test_counts_of_v4_are_those_of_its_files_and_report(name: str) -> None:
     assert counted.main + counted.buffers - tables - of_mtp == files
     assert counted.active - counted.by_module["head"] == pytest.approx(active, rel=1e-5)
     assert kv_bytes_per_token(c, dtype="fp8") == cache
+    entries = (
+        {ratio: c.compress_ratios.count(ratio) * 2**20 // ratio for ratio in (4, 128)} if c.compress_ratios else {}
+    )
+    chosen = c.n_layers * 128 * 584 + entries[128] * 584 + entries[4] * 68
+    assert rows_read(c, 2**20, "fp8") == chosen + c.compress_ratios.count(4) * (c.index_topk or 0) * 584  # pyright: ignore
+    assert counted.active_by_module["mtp projection"] == (1 + 4) * c.dim**2, "h_proj is multiplied with each stream"
+    fp4 = weight_bytes(c, "fp4", mtp=False).by_part
+    assert fp4["routed experts"] == counted.by_module["routed experts"] / 2
     of = decode_flops_per_token(c, context=2**20).by_module
     weight = {"attention over the context": 2, "scores of the indexer": 0.5}
     assert sum(n * weight.get(module, 1) for module, n in of.items()) == pytest.approx(flops, rel=1e-3)
