@@ -46,9 +46,9 @@ def test_statuses_are_as_they_are_said() -> None:
     """Only what comes from sizes counts as reproduced: what rests on the step rests on one fitted constant."""
     by = {s: {name for name, f in FIGURES.items() if f.status == s} for s in get_args(Status)}
     assert by["fitted"] == {"v3_step", "v3_mfu", "v3_pretraining_hours", "v3_cost"}
-    assert by["missed"] == {"llama_flops", "v3_bubble", "failure_1k", "v3_extension_hours"}
+    assert by["missed"] == {"llama_flops", "v3_bubble", "failure_1k", "v3_extension_hours", "v4_pro_work"}
     assert {status: len(names) for status, names in by.items()} == {
-        **{"reproduced": 20, "follows": 6, "fitted": 4, "missed": 4, "misprint": 2}
+        **{"reproduced": 19, "follows": 6, "fitted": 4, "missed": 5, "misprint": 2}
     }
 
 
