@@ -48,9 +48,9 @@ def generate(model: Transformer) -> None:
     ("call", "backend", "files", "functions"),
     [
         (losses, "reference", 11, 52),
-        (losses, None, 22, 87),
+        (losses, None, 22, 91),
         (generate, "reference", 16, 110),
-        (generate, None, 25, 138),
+        (generate, None, 25, 145),
     ],
 )
 def test_few_files_and_functions_run(
