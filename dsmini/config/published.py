@@ -236,7 +236,7 @@ def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     out |= {key: values[0] for key, values in _FIXED.items()}
     out |= {key: fields[key] for key in _INDEXER if sparse}
     out |= _v4_lists(fields) if v4 else {}
-    out |= {key: True for key in ("indexer_rope_interleave",) if fields[key]}
+    out |= {key: True for key in ("indexer_rope_interleave", "qat") if fields[key]}
     out |= {"model_type": f"deepseek_v{version}", "architectures": [f"DeepseekV{version}ForCausalLM"]}
     out |= {
         "num_key_value_heads": 1 if v4 else fields["n_heads"],
@@ -315,11 +315,12 @@ _V4_WANTED: Allowed = {
 
 def _v4_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return ModelConfig fields from a config.json of deepseek_v4, as released or as transformers writes it."""
-    refuse_unread(set(raw).difference(_V4, _FIXED, _V4_READ, _SILENT, _V4_LISTS), source)
+    refuse_unread(set(raw).difference(_V4, _FIXED, _V4_READ, _SILENT, _V4_LISTS, {"qat"}), source)
     _refuse_other(raw, {**_FIXED, **_V4_READ}, source)
     raw = _in_released_spelling(raw, source)
     out: dict[str, Any] = {"attention": V4, "n_dense_layers": 0, "n_expert_groups": 1, "n_limited_groups": 1}
     out |= {"score_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True, "n_mtp_layers": 0}
+    out |= {"qat": raw.get("qat", False)}  # dsmini's own key: DeepSeek's code always rounds, and no file says so
     out |= {ours: raw[theirs] for theirs, ours in _V4.items() if theirs in raw}
     _refuse_missing(_V4, out, source)
     return out | _yarn(raw, source) | {"mscale": 1.0, "mscale_all_dim": 1.0}

@@ -97,6 +97,12 @@ def test_config_is_written_in_the_released_spelling(tmp_path: Path, name: str, r
     assert read(tmp_path, out) == released(name)
 
 
+def test_rounded_entries_are_written_and_read(tmp_path: Path) -> None:
+    config = released("deepseek-v4-flash", qat=True)
+    out = config_to_json(dataclasses.asdict(config))
+    assert out["qat"] is True and read(tmp_path, out) == config
+
+
 def test_a_ratio_that_transformers_does_not_know_is_written_in_its_words_too(tmp_path: Path) -> None:
     ratios = (0, 4, 16, *[4] * 40)
     config = released("deepseek-v4-flash", compress_ratios=ratios, original_seq_len=None, rope_factor=40.0)
