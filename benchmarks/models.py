@@ -42,6 +42,19 @@ def sparse(config: ModelConfig, topk: int) -> ModelConfig:
     )
 
 
+def compressed(config: ModelConfig) -> ModelConfig:
+    """Return a config with V4's attention, layers of CSA and HCA in turn, whose rows are as wide as MLA's latent."""
+    return dataclasses.replace(
+        sparse(config, 512),
+        attention="compressed",
+        compress_ratios=tuple(4 if layer % 2 == 0 else 128 for layer in range(config.n_layers)),
+        head_dim=config.kv_lora_rank,
+        window_size=128,
+        o_groups=2,
+        o_lora_rank=config.dim // 4,
+    )
+
+
 def recipe(name: str) -> RunConfig:
     """Return configs/NAME.toml."""
     return RunConfig.from_file(ROOT / "configs" / f"{name}.toml")

@@ -1,8 +1,8 @@
 """Size of the cache and speed of decoding with each kind of attention.
 
-Bytes are those of the storage for a token in all layers, and must equal the formula. The time is that of one layer with
-a small feed-forward, decoding from a cache of random rows; the kinds of attention take turns. GQA has a quarter of the
-heads.
+Bytes are those that a token more takes in all layers, and must equal the formula. The time is that of one layer with a
+small feed-forward, decoding from a cache of random rows; the kinds of attention take turns. GQA has a quarter of the
+heads, DSA attends to 2,048 keys, and V4 has layers of CSA and HCA in turn, in plain PyTorch.
 """
 
 import dataclasses
@@ -18,12 +18,16 @@ from dsmini import ModelConfig, accounting
 from dsmini.measure.workloads import random_model
 from dsmini.nn import Transformer
 
+LONG = 4096
+"""Tokens of the shorter of two caches whose difference counts: V4's windows are as large in both."""
+
 
 def kinds(config: ModelConfig) -> dict[str, ModelConfig]:
     """Return the same model with each kind of attention; GQA with a quarter of the heads."""
     heads = {"gqa": max(1, config.n_heads // 4)}
     every = ("mla", "mha", "gqa", "mqa")
-    return {k.upper(): dataclasses.replace(config, attention=k, n_kv_heads=heads.get(k)) for k in every}  # pyright: ignore[reportArgumentType]
+    plain = {k.upper(): dataclasses.replace(config, attention=k, n_kv_heads=heads.get(k)) for k in every}  # pyright: ignore[reportArgumentType]
+    return plain | {"DSA": models.sparse(config, 2048), "V4": models.compressed(config)}
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -37,9 +41,9 @@ def cache_bytes() -> Iterator[Figure]:
     for kind, config in kinds(models.BIG).items():
         with torch.device("meta"):
             model = Transformer(config)
-        for dtype in (torch.bfloat16, "fp8") if kind == "MLA" else (torch.bfloat16,):
+        for dtype in (torch.bfloat16, "fp8") if kind in ("MLA", "DSA", "V4") else (torch.bfloat16,):
             name = "fp8" if dtype == "fp8" else "bfloat16"
-            held = model.new_cache(2, 64, dtype).nbytes_per_token
+            held = (model.new_cache(1, 2 * LONG, dtype).nbytes - model.new_cache(1, LONG, dtype).nbytes) / LONG
             predicted, note = accounting.kv_bytes_per_token(config, dtype=name), f"in all {config.n_layers} layers"
             case = {"attention": kind, "cache": name}
             yield figure("bytes_per_token", case, held, predicted=predicted, exact=True, note=note)
@@ -63,6 +67,8 @@ def answer(figures: list[Figure]) -> str:
         return ""
     text = f"MLA stores {mla:,.0f} bytes a token in all {models.BIG.n_layers} layers"
     text += f" ({fp8:,.0f} in FP8)" if fp8 else ""
+    v4 = held.get(("V4", "fp8"))
+    text += f", V4's attention {v4:,.0f} in FP8" if v4 else ""
     text += f", {1 - mla / mha:.1%} less than MHA with the same heads ({mha:,.0f})"
     with_heads = [f for f in pick(figures, "times_as_long") if f.case["attention"] == "MHA"]
     slower = compared(with_heads, "context", "at context {}", key="attention")

@@ -15,7 +15,8 @@ from torch import Tensor
 from dsmini.config import ModelConfig, TrainConfig
 from dsmini.inference.fused import Decoder
 from dsmini.nn import Routing, Transformer
-from dsmini.nn.cache import Cache, CacheDtype, FP8LayerCache
+from dsmini.nn.cache import Cache, CacheDtype, FP8LayerCache, LayerCache
+from dsmini.nn.compressed_cache import CompressedCache, FP4Rows, FP8Rows
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.training.optim import optimizers
 
@@ -70,14 +71,22 @@ def random_cache(model: Transformer, batch: int, context: int, room: int, dtype:
     cache = model.new_cache(batch, context + room, dtype=dtype)
     generator = torch.Generator(cache.device).manual_seed(0)
     for store in [*cache.stores, *cache.index_stores]:
-        if isinstance(store, FP8LayerCache):  # codes and scales, encoded like real rows
-            numbers = store.widths[0] + store.widths[2] // 2
-            rows = torch.randn(batch, context, numbers, generator=generator, device=store.data.device)
-            store.data[:, :context] = store._encode(rows)
-        else:
-            store.data[:, :context].normal_(generator=generator)
+        for rows in store.parts if isinstance(store, CompressedCache) else [store]:
+            if not isinstance(rows, CompressedCache):  # an indexer's, which is among the index_stores
+                _fill(rows, context, generator)
     cache.lengths = torch.full((batch,), context)
     return cache
+
+
+def _fill(store: LayerCache, context: int, generator: torch.Generator) -> None:
+    """Write random numbers into the first rows of a store, encoded like real ones."""
+    data = store.data[:, :context]
+    if data.is_floating_point():
+        data.normal_(generator=generator)
+        return
+    assert isinstance(store, FP8LayerCache | FP8Rows | FP4Rows), "numbers, or bytes of these"
+    rows = torch.randn(*data.shape[:2], store.numbers, generator=generator, device=data.device)
+    data.copy_(store._encode(rows))
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int, device: torch.device) -> Tensor:

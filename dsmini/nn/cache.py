@@ -105,6 +105,8 @@ class FP8LayerCache(LayerCache):
     ) -> None:
         tiles = -(-c // TILE)
         self.widths = (c, 4 * tiles, 2 * r)
+        self.numbers = c + r
+        """Number of numbers in a row."""
         self.scale: Literal["fp32", "ue8m0"] = scale
         self.amax_min = amax_min
         super().__init__(batch_size, max_seq_len, sum(self.widths), torch.uint8, device)

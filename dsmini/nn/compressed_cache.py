@@ -83,7 +83,7 @@ class FP8Rows(Rows):
     def __init__(self, batch_size: int, size: int, c: int, r: int, device: torch.device) -> None:
         scales = -(-c // BLOCK_FP8)
         used = c + 2 * r + scales
-        self.widths = [c, 2 * r, scales, -used % 8]
+        self.widths, self.numbers = [c, 2 * r, scales, -used % 8], c + r
         super().__init__(batch_size, size, sum(self.widths), torch.uint8, device)
 
     def _encode(self, rows: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class FP4Rows(Rows):
 
     def __init__(self, batch_size: int, size: int, d: int, device: torch.device) -> None:
         self.block = min(BLOCK_FP4, d)
-        self.widths = [d // 2, d // self.block]
+        self.widths, self.numbers = [d // 2, d // self.block], d
         super().__init__(batch_size, size, sum(self.widths), torch.uint8, device)
 
     def _encode(self, rows: Tensor) -> Tensor:

@@ -7,22 +7,29 @@ import weakref
 import pytest
 import torch
 
-from dsmini import Transformer
+from dsmini import ModelConfig, Transformer
 from dsmini.measure.memory import saved_for_backward
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
+from dsmini.nn.compressed_cache import CompressedCache
+from tests.helpers.configs import V4
 from tests.helpers.questions import TINY
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, "fp8"])
+@pytest.mark.parametrize("config", [TINY, ModelConfig(**V4, max_seq_len=64)], ids=["MLA", "V4"])
 @torch.no_grad()
-def test_random_cache_is_full_and_has_room(dtype: torch.dtype) -> None:
-    model = random_model(TINY, CPU, torch.float32)
+def test_random_cache_is_full_and_has_room(config: ModelConfig, dtype: torch.dtype) -> None:
+    model = random_model(config, CPU, torch.float32)
     cache = random_cache(model, batch=2, context=16, room=4, dtype=dtype)
     assert cache.lengths.tolist() == [16, 16]
-    assert all(store.data[:, :16].any() for store in cache.stores)
-    tokens = random_tokens(TINY, 2, 4, CPU)
+    for store in [*cache.stores, *cache.index_stores]:
+        rows = (
+            [part for part in store.parts if hasattr(part, "data")] if isinstance(store, CompressedCache) else [store]
+        )
+        assert rows and all(part.data[:, :16].any() for part in rows)
+    tokens = random_tokens(config, 2, 4, CPU)
     assert torch.isfinite(model(tokens, cache)).all()
     assert cache.lengths.tolist() == [20, 20]
 
