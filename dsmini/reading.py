@@ -71,7 +71,10 @@ def check_path(path: Path, what: str) -> None:
 
 def brief(value: Any, longest: int = 120) -> str:
     """Return the repr of a value, cut to this many characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 

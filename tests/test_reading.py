@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini.reading import (
+    brief,
     check_path,
     listed,
     open_regular,
@@ -89,3 +90,7 @@ def test_path_that_no_system_takes_is_refused(name: str, words: str) -> None:
 def test_long_lists_and_hostile_names_are_cut() -> None:
     assert listed([f"n{i}" for i in range(1000)]).endswith("n48, n49, and 950 more")
     assert listed(["a\x1b[31m", "b" * 1000]) == "'a\\x1b[31m', '" + "b" * 299 + "..."
+
+
+def test_a_number_that_python_does_not_write_has_words() -> None:
+    assert brief(16**5000) == brief([16**5000]) == "a number of thousands of digits"

@@ -46,7 +46,7 @@ class Bounds(NamedTuple):
             fault, fix = "too large", f"less than {number}" if most is None else f"{number} or less"
         else:
             return
-        raise ValueError(f"{name}={value} is {fault}; use {fix}")
+        raise ValueError(f"{name}={brief(value)} is {fault}; use {fix}")
 
 
 def setting(
@@ -196,7 +196,7 @@ def _describe(hint: Any) -> str:
 
 def _nearest(value: Any, choices: tuple[Any, ...]) -> str:
     literals = [arg for hint in choices if typing.get_origin(hint) is Literal for arg in typing.get_args(hint)]
-    near = difflib.get_close_matches(str(value)[:100], map(str, literals), n=1)
+    near = difflib.get_close_matches(brief(value, 100).strip("'"), map(str, literals), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
