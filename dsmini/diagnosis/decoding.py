@@ -59,7 +59,16 @@ from dsmini.inference.speculative import Drafter, accept_greedy
 from dsmini.machine import memory_bytes, refuse_too_large
 from dsmini.measure.price import Forecast, Prices
 from dsmini.measure.turns import stopwatch
-from dsmini.measure.workloads import ROOM, StepDtype, StepShape, decoding_step, dtype_name, random_cache, random_tokens
+from dsmini.measure.workloads import (
+    ROOM,
+    StepDtype,
+    StepShape,
+    decoding_step,
+    dtype_name,
+    random_cache,
+    random_tokens,
+    rows_of,
+)
 from dsmini.nn import Block, Cache, MoE, Transformer
 from dsmini.nn.attention import Attention
 from dsmini.nn.fp8 import hold_all_fp8
@@ -383,11 +392,9 @@ def guessing_steps(model: Transformer, point: Point) -> Callable[[], Any]:
     """Return steps in which multi-token prediction guesses and the model checks; each is back at the point."""
     decoder, tokens = Decoder(model), tokens_of(model, point)
     room = min(ROOM, model.config.max_seq_len - point.context)
-    cache = model.new_cache(point.batch, point.context + room, mtp=True)
+    cache = random_cache(model, point.batch, point.context, room, mtp=True)
     mtp = cache.mtp
     assert mtp is not None, "the cache was made with mtp=True"
-    for store in [*cache.stores, *mtp.stores]:
-        store.data[:, : point.context].normal_(generator=torch.Generator(store.data.device).manual_seed(0))
     lengths = torch.full((point.batch,), point.context)
     live, hidden = [True] * point.batch, [torch.randn_like(each) for each in mtp.last]
 
@@ -407,11 +414,13 @@ def filled_cache(model: Transformer, point: Point) -> Cache:
     room = min(ROOM, model.config.max_seq_len - point.context)
     cache = random_cache(model, point.batch, point.context, room)
     if point.rows is not None:
-        pairs = [*zip(cache.stores, point.rows.stores, strict=True)]
-        pairs += zip(cache.index_stores, point.rows.index_stores, strict=False)  # a baseline has no indexers
+        layers = zip(cache.stores, point.rows.stores, strict=True)
+        # a baseline has no indexers
+        pairs = [pair for both in layers for pair in zip(*map(rows_of, both), strict=False)]
         for store, given in pairs:
-            if store.data.shape[2] == given.data.shape[2] and given.data.shape[1] >= point.context:
-                store.data[:, : point.context] = given.data[:, : point.context].to(store.data.dtype)
+            n = min(point.context, store.data.shape[1])
+            if store.data.shape[2] == given.data.shape[2] and given.data.shape[1] >= n:
+                store.data[:, :n] = given.data[:, :n].to(store.data.dtype)
     return cache
 
 
@@ -474,8 +483,9 @@ def with_dense(model: Transformer) -> Transformer:
 def with_bfloat16_weights(model: Transformer) -> Transformer:
     """Return a variant whose matrices are held, and multiplied, in BF16; without multi-token prediction."""
     variant = shallow(model)
+    tables = {id(t): t for t in model.buffers() if not t.is_floating_point()}  # shared: made dry, a copy has no numbers
     for name in ("embed", "layers", "norm", "head"):
-        setattr(variant, name, copy.deepcopy(getattr(model, name)).bfloat16())
+        setattr(variant, name, copy.deepcopy(getattr(model, name), dict(tables)).bfloat16())
     variant.mtp = MTPChain(replace(model.config, n_mtp_layers=0), Block)
     variant.compute_dtype = torch.bfloat16
     return variant

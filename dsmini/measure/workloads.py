@@ -66,16 +66,28 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
         return Transformer(config).to(dtype).eval()
 
 
-def random_cache(model: Transformer, batch: int, context: int, room: int, dtype: CacheDtype | None = None) -> Cache:
-    """Return a cache with random rows for `context` tokens, and room for `room` more."""
-    cache = model.new_cache(batch, context + room, dtype=dtype)
+def random_cache(
+    model: Transformer, batch: int, context: int, room: int, dtype: CacheDtype | None = None, mtp: bool = False
+) -> Cache:
+    """Return a cache with random rows for `context` tokens, and room for `room` more.
+
+    Args:
+        mtp: with rows for multi-token prediction too.
+    """
+    cache = model.new_cache(batch, context + room, dtype=dtype, mtp=mtp)
     generator = torch.Generator(cache.device).manual_seed(0)
-    for store in [*cache.stores, *cache.index_stores]:
-        for rows in store.parts if isinstance(store, CompressedCache) else [store]:
-            if not isinstance(rows, CompressedCache):  # an indexer's, which is among the index_stores
-                _fill(rows, context, generator)
+    for store in [*cache.stores, *(cache.mtp.stores if cache.mtp else ())]:
+        for rows in rows_of(store):
+            _fill(rows, context, generator)
     cache.lengths = torch.full((batch,), context)
     return cache
+
+
+def rows_of(store: LayerCache) -> list[LayerCache]:
+    """Return what a layer's cache is made of, each a store of rows: its own, and those of its indexer."""
+    parts = store.parts if isinstance(store, CompressedCache) else [store.index] if store.index is not None else []
+    inner = [rows for part in parts for rows in rows_of(part)]
+    return inner if isinstance(store, CompressedCache) else [store, *inner]
 
 
 def _fill(store: LayerCache, context: int, generator: torch.Generator) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini import Transformer, ops
+from dsmini import ModelConfig, Transformer, ops
 from dsmini.diagnosis import decoding, evidence
 from dsmini.diagnosis.arms import Arm, predict
 from dsmini.diagnosis.contention import Contention
@@ -34,6 +34,7 @@ from dsmini.nn import MLA, Cache, FeedForward, MoE
 from dsmini.report import Report
 from tests.conftest import Clock
 from tests.diagnosis.conftest import MODEL, decoding_subject
+from tests.helpers.configs import V4
 from tests.helpers.questions import InventedPrices, invented_roofs
 
 LONG = dataclasses.replace(MODEL, max_seq_len=160)
@@ -221,6 +222,13 @@ def test_every_arm_is_predicted(decoding: DecodingSubject) -> None:
     found = predict(decoding.arms(InventedPrices()))
     assert found.keys() == {"plain", *NAMES} and min(found.values()) > 0
     assert torch.equal(logits(decoding), before)
+
+
+def test_every_arm_of_v4_is_predicted() -> None:
+    """Its cache has rows of several kinds, and a table of experts is no number to make up."""
+    config = ModelConfig(**V4, n_hash_layers=1, hc_mult=2, n_routed_experts=8, n_activated_experts=2, max_seq_len=128)
+    found = predict(decoding_subject(config).arms(InventedPrices()))
+    assert found.keys() >= {"plain", "drafts", "bfloat16_weights"} and min(found.values()) > 0
 
 
 def test_every_arm_can_be_timed_call_by_call(decoding: DecodingSubject) -> None:
