@@ -63,10 +63,6 @@ class Comparison:
     source: str = ""
     hypothesis: str = ""
 
-    def of(self, name: str) -> Arm:
-        """Return an arm by its name."""
-        return next(arm for arm in self.arms if arm.name == name)
-
 
 def make_model_of(function: str) -> Callable[[ModelConfig], Any]:
     """Return the function FILE.py:FUNCTION.

@@ -294,12 +294,6 @@ class ModelConfig:
         """Return the number of key-value heads of a baseline."""
         return {"mqa": 1, "gqa": self.n_kv_heads or self.n_heads}.get(self.attention, self.n_heads)
 
-    def attention_of(self, layer: int) -> str:
-        """Return the kind of attention of block `layer`: in V4 window, csa or hca. MTP blocks follow the last layer."""
-        if self.attention != "compressed":
-            return self.attention
-        return {0: "window", CSA_RATIO: "csa"}.get(self.compress_ratio(layer), "hca")
-
     def compress_ratio(self, layer: int) -> int:
         """Return the number of tokens in a compressed entry of block `layer`; 0 without any, as in MTP blocks."""
         return self.compress_ratios[layer] if self.compress_ratios and layer < self.n_layers else 0
