@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini import ModelConfig, TrainConfig
+from dsmini import ModelConfig, TrainConfig, ops
 from dsmini.measure.counting import Count, count, counted_twice
 from dsmini.measure.dry import Dry, dry_count, idle_kernels
 from dsmini.measure.workloads import StepDtype, StepShape, Work
@@ -54,6 +54,15 @@ def test_dry_step_counts_each_optimizer(optimizer: Any) -> None:
     shape = dataclasses.replace(shape_of("training", config, 2, 16, "bfloat16"), train=train)
     real = counted_twice(lambda: shape.make(CPU), Count())
     assert ran(dry_count(lambda: shape.make(CPU))) == ran(real)
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_dry_step_chooses_fewer_keys_than_there_are(backend: str | None) -> None:
+    dense = dataclasses.replace(TINY, n_dense_layers=TINY.n_layers)  # chance decides the products of experts
+    sparse = dataclasses.replace(dense, attention="dsa", index_n_heads=2, index_head_dim=64, index_topk=16)
+    shape = shape_of("decode", sparse, 2, 40, "float32")
+    with ops.use(backend):
+        assert ran(dry_count(lambda: shape.make(CPU))) == ran(counted_twice(lambda: shape.make(CPU), Count()))
 
 
 def test_dry_step_computes_no_numbers() -> None:
