@@ -220,7 +220,7 @@ class Cache:
         self.mtp = mtp
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
         """[b], on the CPU: valid length of each row, in tokens."""
-        self._longest = self.lengths
+        self._longest = [0] * batch_size
         """The same with tokens that were taken back."""
 
     @property
@@ -271,29 +271,28 @@ class Cache:
 
         Raises: ValueError if they do not fit.
         """
-        old, columns, room = self.lengths + skipped, torch.arange(s), self.max_seq_len
-        new = torch.full_like(old, s) if new_lengths is None else torch.as_tensor(new_lengths, device="cpu")
-        if new.is_floating_point() or new.shape != old.shape or int(new.min()) < 0 or int(new.max()) > s:
-            raise ValueError(
-                f"lengths={new.tolist()} for {len(old)} sequences of {s} columns; want one of 0 to {s} each"
-            )
-        lengths = old + new
-        starts, longest = old.tolist(), int(lengths.max())
-        if longest > room:
+        # whole numbers in lists: a decoded token pays for each operation of torch
+        starts, room = [n + skipped for n in self.lengths.tolist()], self.max_seq_len
+        new = [s] * len(starts) if new_lengths is None else _new_tokens(new_lengths, len(starts), s)
+        lengths = [start + n for start, n in zip(starts, new, strict=True)]
+        if (longest := max(lengths)) > room:
             raise ValueError(
                 f"the cache holds {room} tokens a sequence, and this call would make {longest}; "
                 "make it with a larger max_seq_len, or truncate it"
             )
-        self._longest = torch.where(old == 0, lengths, lengths.maximum(self._longest))
-        alike = min(starts) == max(starts) and bool((new == s).all())
+        self._longest = [
+            max(n, was) if start else n for n, was, start in zip(lengths, self._longest, starts, strict=True)
+        ]
+        alike = min(starts) == max(starts) and min(new) == s
+        columns = torch.arange(starts[0], starts[0] + s)[None] if alike else torch.arange(s)
         return CachePositions(
-            positions=((old[:1] if alike else old)[:, None] + columns).to(self.device),
+            positions=(columns if alike else torch.tensor(starts)[:, None] + columns).to(self.device),
             shared_start=starts[0] if alike else None,
             all_new=not any(starts),
             # a CPU prepares a BF16 product again for each number of rows, so that number grows in steps (docs/log.md)
             n_keys=min(room, -(-longest // KEY_STEP) * KEY_STEP),
-            is_token=None if alike else (columns < new[:, None]).to(self.device),
-            lengths=lengths,
+            is_token=None if alike else (columns < torch.tensor(new)[:, None]).to(self.device),
+            lengths=torch.tensor(lengths),
         )
 
     def views(self, at: CachePositions) -> list[LayerCacheView]:
@@ -315,9 +314,9 @@ class Cache:
             )
         wanted = wanted.expand(self.batch_size).clone()
         slack = min((store.slack for store in self.stores if store.slack is not None), default=self.max_seq_len)
-        if bool(((wanted > 0) & (wanted < self._longest - slack)).any()):
+        if any(0 < n < before - slack for n, before in zip(wanted.tolist(), self._longest, strict=True)):
             raise ValueError(
-                f"truncate to {wanted.tolist()}, but rows have had {self._longest.tolist()} tokens and the cache can "
+                f"truncate to {wanted.tolist()}, but rows have had {self._longest} tokens and the cache can "
                 f"take back {slack}; truncate to 0 and feed them again"
             )
         if self.mtp is not None:
@@ -334,7 +333,7 @@ class Cache:
         index = _whole_numbers(rows, refusal)
         if index.dim() != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= n:
             raise ValueError(refusal)
-        self.lengths, self._longest = self.lengths[index], self._longest[index]
+        self.lengths, self._longest = self.lengths[index], [self._longest[row] for row in index.tolist()]
         for store in self.stores:
             store.select(index)
         if self.mtp is not None:
@@ -382,6 +381,14 @@ class MTPCache(Cache):
     def select(self, rows: Int[Tensor, " n"] | list[int]) -> None:
         super().select(rows)
         self.last = [hidden[torch.as_tensor(rows, device=hidden.device)] for hidden in self.last]
+
+
+def _new_tokens(given: Tensor, rows: int, s: int) -> list[int]:
+    """Return the numbers of new tokens of the rows; raise ValueError unless each has one of 0 to s."""
+    new = torch.as_tensor(given, device="cpu")
+    if new.is_floating_point() or new.shape != (rows,) or int(new.min()) < 0 or int(new.max()) > s:
+        raise ValueError(f"lengths={new.tolist()} for {rows} sequences of {s} columns; want one of 0 to {s} each")
+    return new.tolist()
 
 
 def _whole_numbers(given: Any, refusal: str) -> Int[Tensor, "..."]:

@@ -34,6 +34,8 @@ STEP_HEADERS = {
     function: LAYOUTS["StepHeader"].pack(kind=kind, bytes=CALLS[function].size) for kind, function in enumerate(STEPS)
 }
 """Functions that `blocks` calls, and what stands there before their calls. Kinds are StepKind's, in calls.h."""
+ATTENTION_STEP, FEED_FORWARD_STEP = LAYOUTS["AttentionStep"], LAYOUTS["FeedForwardStep"]
+"""The part of these calls that differs from step to step."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ def feed_forward_step(x: Tensor, weights: Any) -> tuple[Tensor, ...]:
     """Return x + FFN(norm(x)), and the indices, weights, scores and counts of the routing."""
     x = _states(x, len(x))
     y, (routing,) = torch.empty_like(x), _routings([weights], len(x))
-    enter(*_feed_forward(x.shape, span(x), span(y), weights, routing))
+    enter(*_feed_forward(n_threads(), x.shape, span(x), span(y), weights, routing))
     return (y, *routing)
 
 
@@ -108,7 +110,7 @@ def blocks_step(
         after = span(y) if i + 1 == len(blocks) else after
         routing = next(unused) if "gate" in feed_forward.weights else ()
         calls.append(step.attention(before, middle, attention, cache))
-        calls.append(_feed_forward(shape, middle, after, feed_forward, routing))
+        calls.append(_feed_forward(step.fields["threads"], shape, middle, after, feed_forward, routing))
         before = after
     enter("blocks", b"".join(STEP_HEADERS[function] + call for function, call in calls))
     return (y, *(t for routing in routings for t in routing))
@@ -122,23 +124,18 @@ class _Step:
         self.x = _states(x, b * s)
         self.cos, self.sin = (t.float().contiguous() for t in cos_sin)
         self.starts = starts.to(torch.int64).contiguous()
-        self.fields = {"threads": n_threads(), "b": b, "s": s, "dim": dim, "starts": span(self.starts)}
+        self.fields: dict[str, Any] = {"threads": n_threads(), "b": b, "s": s, "dim": dim, "starts": span(self.starts)}
         self.fields |= {"cos": span(self.cos), "sin": span(self.sin)}
         self.fields["cos_sin_batch"] = self.cos.shape[0] if self.cos.dim() == 3 else 1
 
     def attention(self, x: bytes, y: bytes, weights: Any, cache: Any) -> tuple[str, bytes]:
         """Return the function and the call of an attention of any kind, from states at x to those at y."""
         prepared = weights.prepared.get("cpu") or _prepare_attention(weights)
-        grouped, index = prepared.function == "grouped_attention", cache.store.index
-        step = LAYOUTS["AttentionStep"].pack(
-            x=x,
-            y=y,
-            room=cache.store.data.shape[1],
-            **_cache_fields("cache", cache.store.data, 2 if grouped else 3),
-            **_cache_fields("index_cache", None if index is None else index.data, 2),
-            **self.fields,
-        )
-        return prepared.function, step + prepared.weights
+        store, fields = cache.store, self.fields
+        fields["x"], fields["y"], fields["room"] = x, y, store.data.shape[1]
+        _set_cache(fields, "cache", store.data, 2 if prepared.function == "grouped_attention" else 3)
+        _set_cache(fields, "index_cache", None if store.index is None else store.index.data, 2)
+        return prepared.function, ATTENTION_STEP.pack_all(fields) + prepared.weights
 
 
 def _states(x: Tensor, tokens: int) -> Tensor:
@@ -148,14 +145,16 @@ def _states(x: Tensor, tokens: int) -> Tensor:
     return detached(x).contiguous()
 
 
-def _cache_fields(name: str, data: Tensor | None, types: int) -> dict[str, Any]:
-    """Return the fields of a cache [b, t, row], which may have the first so many of CACHE_TYPES."""
+def _set_cache(fields: dict[str, Any], name: str, data: Tensor | None, types: int) -> None:
+    """Set the fields of a cache [b, t, row], which may have the first so many of CACHE_TYPES."""
     if data is None:
-        return {name: b"", f"{name}_type": 0, f"{name}_row": 0}
-    kind = CACHE_TYPES.get(data.dtype, types)
-    if kind >= types or not data.is_contiguous() or not data.is_cpu:
-        raise Unserved(f"{name} of {data.dtype} on {data.device}, or not contiguous")
-    return {name: span(data), f"{name}_type": kind, f"{name}_row": data.shape[2] * data.element_size()}
+        at, kind, row = b"", 0, 0
+    else:
+        kind = CACHE_TYPES.get(data.dtype, types)
+        if kind >= types or not data.is_contiguous() or not data.is_cpu:
+            raise Unserved(f"{name} of {data.dtype} on {data.device}, or not contiguous")
+        at, row = span(data), data.shape[2] * data.element_size()
+    fields[name], fields[f"{name}_type"], fields[f"{name}_row"] = at, kind, row
 
 
 def _routings(gated: Sequence[Any], n: int) -> list[tuple[Tensor, ...]]:
@@ -169,14 +168,15 @@ def _routings(gated: Sequence[Any], n: int) -> list[tuple[Tensor, ...]]:
     return [*zip(*(t.unbind() for t in of_all), strict=True)]
 
 
-def _feed_forward(shape: torch.Size, x: bytes, y: bytes, weights: Any, routing: Sequence[Tensor]) -> tuple[str, bytes]:
+def _feed_forward(
+    threads: int, shape: torch.Size, x: bytes, y: bytes, weights: Any, routing: Sequence[Tensor]
+) -> tuple[str, bytes]:
     """Return the function and the call of a feed-forward, from states [n, m] at x to those at y."""
     prepared = weights.prepared.get("cpu") or _prepare_feed_forward(weights)
-    memories = map(span, routing or (None,) * 4)
-    routed = dict(zip(("indices", "weights", "scores", "counts"), memories, strict=True))
-    n, m = shape
-    step = LAYOUTS["FeedForwardStep"].pack(threads=n_threads(), n=n, dim=m, x=x, y=y, **routed)
-    return prepared.function, step + prepared.weights
+    indices, scales, scores, counts = map(span, routing) if routing else (b"",) * 4
+    fields = {"threads": threads, "n": shape[0], "dim": shape[1], "x": x, "y": y, "indices": indices}
+    fields |= {"weights": scales, "scores": scores, "counts": counts}
+    return prepared.function, FEED_FORWARD_STEP.pack_all(fields) + prepared.weights
 
 
 class Prepared(NamedTuple):
