@@ -76,7 +76,7 @@ from dsmini.accounting.tensors import (
     tensors,
 )
 from dsmini.config import ModelConfig
-from dsmini.config.model import CSA_RATIO, NO_INDEXER
+from dsmini.config.model import CSA_RATIO, NO_INDEXER, SLACK
 
 Amounts = Iterator[tuple[str, int]]
 Optimizer = Literal["adamw", "muon"]
@@ -85,8 +85,6 @@ CacheDtype = Literal["float32", "bfloat16", "fp8"]
 """fp8: V3.2's layout of MLA's rows."""
 Part = Literal["embedding", "dense", "moe", "head", "state", "mtp"]
 STATE, TABLES = "residual stream and norms", "rotary tables"
-SLACK = 32
-"""Rows that V4's cache stores more than attention reads, so that tokens may be taken back."""
 BLOCK_FP8 = 64
 """Numbers that share a scale in V4's cache."""
 

@@ -15,6 +15,8 @@ LARGEST_SIZE = 2**31 - 1
 """Maximum value of a whole number of a model."""
 LARGEST_MATRIX = 2**50
 """Maximum number of parameters in one tensor; no machine holds a petabyte."""
+SLACK = 32
+"""Number of latest tokens that V4's cache can take back."""
 CSA_RATIO = 4
 """Compression ratio that makes a layer of V4 compressed sparse attention. Source: DeepSeek-V4's inference code."""
 V4 = ("compressed",)
@@ -236,6 +238,11 @@ class ModelConfig:
         require(r <= d, f"qk_rope_head_dim={r} is more than head_dim={d}, which it is a part of; use {d} or less")
         require(self.q_lora_rank is not None, "attention='compressed' needs q_lora_rank, a compressed query; set it")
         require_multiple("n_heads", self.n_heads, "o_groups", groups)
+        require(
+            self.n_mtp_layers <= SLACK,
+            f"n_mtp_layers={self.n_mtp_layers} guesses with attention='compressed', whose cache can take back {SLACK} "
+            f"tokens; use {SLACK} or fewer",
+        )
 
     def _check_experts(self) -> None:
         e, g, k = self.n_routed_experts, self.n_expert_groups, self.n_activated_experts

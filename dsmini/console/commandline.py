@@ -126,8 +126,11 @@ def _checked(args: Sequence[str], kinds: Mapping[str, Any], more: str) -> list[s
         if int in _choices(hint) and (digits := _in_digits(value)):
             value = digits
             checked[i if equals else i + 1] = f"{typed}={digits}" if equals else digits
-        if want := _wanted(value, hint):
-            raise ValueError(f"{typed} {brief(value)} is not {want}; change it, or leave the flag out")
+        several = not equals and any(get_origin(choice) is tuple for choice in _choices(hint))
+        values = itertools.takewhile(lambda v: not v.startswith("--"), args[i + 1 :]) if several else [value]
+        for value in values:
+            if want := _wanted(value, hint):
+                raise ValueError(f"{typed} {brief(value)} is not {want}; change it, or leave the flag out")
     return checked
 
 
@@ -146,6 +149,8 @@ def _wanted(value: str, hint: Any) -> str:
         if get_origin(choice) is Literal:
             allowed = [str(one) for one in get_args(choice)]
             return "" if value in allowed else f"one of {', '.join(allowed)}"
+        if get_origin(choice) is tuple and (one := _wanted(value, get_args(choice)[0])):
+            return f"{one} (--flag 1 2 gives two)"
         if choice in (int, float):
             try:
                 choice(value)

@@ -23,12 +23,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsmini.config.model import SLACK
 from dsmini.nn.cache import CachePositions, LayerCache, LayerCacheView
 from dsmini.numerics import AMAX_MIN, dequantize_tiles, quantize_tiles
 from dsmini.numerics.fp4 import dequantize_fp4, quantize_fp4
 
-SLACK = 32
-"""Number of latest tokens that may be taken back."""
 BLOCK_FP8 = 64
 """Numbers of a row that share a scale in FP8."""
 BLOCK_FP4 = 32

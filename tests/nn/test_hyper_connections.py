@@ -31,6 +31,30 @@ def test_starts_as_a_pre_norm_residual() -> None:
     torch.testing.assert_close(head(streams), x, rtol=1e-4, atol=1e-4)
 
 
+def test_agrees_with_the_equations_written_out() -> None:
+    """One token, stream by stream in FP64; eps is large, so that its place matters."""
+    eps, connection = 0.05, randomized(HyperConnection(M, N, eps=0.05, norm_eps=0.3), 0.3).double()
+    x, out = torch.randn(1, 1, N, M).double(), torch.randn(1, 1, M).double()
+    streams, fn, base = x[0, 0], connection.fn.detach(), connection.base.detach()
+    flat = streams.flatten()
+    mixes = fn @ (flat / (flat.square().mean() + 0.3).sqrt())
+    logits = [
+        float(connection.scale.detach()[i]) * m + b
+        for i, (m, b) in enumerate(zip(mixes.split([N, N, N * N]), base.split([N, N, N * N]), strict=True))
+    ]
+    comb = logits[2].view(N, N).exp()
+    comb = comb / comb.sum(1, keepdim=True) + eps
+    for i in range(2 * 20 - 1):
+        comb = comb / (comb.sum(i % 2, keepdim=True) + eps)
+    read = sum((float(logits[0][j].sigmoid()) + eps) * streams[j] for j in range(N))
+    written = [
+        2 * logits[1][k].sigmoid() * out[0, 0] + sum(comb[j, k] * streams[j] for j in range(N)) for k in range(N)
+    ]
+    got, mix = connection(x)
+    torch.testing.assert_close(got[0, 0], read)
+    torch.testing.assert_close(write(x, out, mix)[0, 0], torch.stack(written))
+
+
 def test_streams_part_as_they_learn() -> None:
     """The gradients of pre differ between a home and the others, and those of fn are not zero."""
     connection = HyperConnection(M, N, home=2)
