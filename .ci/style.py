@@ -1,13 +1,16 @@
-"""Check what ruff and pyright do not: who imports whom, and plain English. Print the size of every package.
+"""Check what ruff and pyright do not: who imports whom, plain English, and pages. Print the size of every package.
 
-`python .ci/style.py` exits with status 1 after naming every place that breaks a rule."""
+`python .ci/style.py` exits with status 1 after naming every place that breaks a rule. After a picture was drawn again,
+or its script changed in a way that does not show, `python .ci/style.py --drawn` writes docs/pictures.toml anew."""
 
 import ast
 import graphlib
+import hashlib
 import io
 import re
 import sys
 import tokenize
+import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +60,8 @@ FORBIDDEN = (
     (r"(dsmini|benchmarks)\b", "kernels"),
     (r"(tests|benchmarks)\b", "dsmini|kernels"),
 )
-# words that slow a reader down, each allowed 4 times in 10,000 words of a folder
+MOST = {"pages": 5e-4, "code": 2e-4}
+"""Words that slow a reader down, most of all words of pages, and of docstrings and comments."""
 WORDS = {
     "a clause without a subject": r"(?:^|(?<=[.:;] ))(?-i:What|Of|Whether|How|Those|Which|Whose|So many|As many)\b"
     r"[^?]*?(?:[.:;](?= |$)|$)",
@@ -137,12 +141,58 @@ def check_globals(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, f"{ast.unparse(node)} changes a global"
 
 
+def without_code(page: str) -> str:
+    """Return a page with its blocks of code left empty."""
+    return re.sub(r"^ *```.*?^ *```", lambda code: "\n" * code[0].count("\n"), page, flags=re.M | re.S)
+
+
+def check_page(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield links to files and headings that are not there, and claims without a command."""
+    for line, text in enumerate(without_code(path.read_text()).splitlines(), 1):
+        links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text) + re.findall(r'src="([^"]+)()"', text)
+        for link, heading in links:
+            target = path.parent / link if link else path
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if heading and target.is_file() else []
+            if not target.exists():
+                yield line, f"links to {link}, which is not there"
+            elif heading and heading not in [re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles]:
+                yield line, f"links to the heading #{heading}, which is not there"
+        if path.name == "claims.md" and re.match(r"\| (?!claim \||---)", text) and "`" not in text.split("|")[-2]:
+            yield line, "a claim without its command in the last column"
+
+
+def code_of(picture: str, script: str) -> str:
+    """Return a hash of what draws a picture: a script without its words, or the block of a page that saves it."""
+    if not (ROOT / script).exists():
+        return "gone"
+    source = (ROOT / script).read_text()
+    if script.endswith(".md"):
+        blocks = re.findall(r"^```python\n(.*?)^```", source, re.M | re.S)
+        source = "".join(block for block in blocks if f'savefig("{Path(picture).name}"' in block)
+    lines = sorted({token.start[0] for token in tokens(ast.parse(source), source)})
+    code = [re.sub(r"  # .*", "", source.splitlines()[line - 1]).strip() for line in lines]
+    return hashlib.sha256("\n".join(code).encode()).hexdigest()[:12]
+
+
+def check_pictures(drawn: bool) -> Iterator[str]:
+    """Yield pictures that are older than what draws them, by the hashes in docs/pictures.toml; drawn writes those."""
+    page = ROOT / "docs" / "pictures.toml"
+    head = re.match(r"(#.*\n)*", page.read_text())[0]
+    listed = tomllib.loads(page.read_text())
+    now = {picture: [script, code_of(picture, script)] for picture, (script, _) in listed.items()}
+    if drawn:
+        page.write_text(head + "".join(f'"{name}" = ["{row[0]}", "{row[1]}"]\n' for name, row in now.items()))
+        return
+    for picture, row in listed.items():
+        if row != now[picture]:
+            yield f"{picture}: older than {row[0]}; draw it again, then run python .ci/style.py --drawn"
+
+
 def prose(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the line and the text of each paragraph of a page, or of each docstring and comment of a source."""
     source = path.read_text()
     if path.suffix == ".md":
-        kept = re.sub(r"^ *```.*?^ *```", lambda code: "\n" * code[0].count("\n"), source, flags=re.M | re.S)
-        for line, text in enumerate(kept.splitlines(), 1):
+        for line, text in enumerate(without_code(source).splitlines(), 1):
             yield from ((line, re.sub(r"^[#>*\-\d. ]+", "", cell.strip())) for cell in text.split("|"))
         return
     for node in ast.walk(ast.parse(source)):
@@ -157,11 +207,16 @@ def is_docstring(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def size(tree: ast.Module, source: str) -> tuple[int, int]:
-    """Return the lines of code without comments and docstrings, and the tokens on them."""
+def tokens(tree: ast.Module, source: str) -> list[tokenize.TokenInfo]:
+    """Return the tokens of a source without comments and docstrings."""
     docs = {line for n in ast.walk(tree) if is_docstring(n) for line in range(n.lineno, n.end_lineno + 1)}
     found = [token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.string.strip()]
-    found = [token for token in found if token.type != tokenize.COMMENT and token.start[0] not in docs]
+    return [token for token in found if token.type != tokenize.COMMENT and token.start[0] not in docs]
+
+
+def size(tree: ast.Module, source: str) -> tuple[int, int]:
+    """Return the lines of code without comments and docstrings, and the tokens on them."""
+    found = tokens(tree, source)
     return len({line for token in found for line in range(token.start[0], token.end[0] + 1)}), len(found)
 
 
@@ -182,16 +237,18 @@ def main() -> int:
             wrong += [f"{where}:{line}: {words}" for line, words in places]
             row = sizes["/".join(where.parts[:2]) if where.parts[0] in ("dsmini", "tests") else where.parts[0]]
             row[:] = [a + b for a, b in zip(row, (1, *size(tree, path.read_text())), strict=True)]
-        place = "pages" if path.suffix == ".md" else where.parts[0]
+        else:
+            wrong += [f"{where}:{line}: {words}" for line, words in check_page(path)]
+        place = "pages" if path.suffix == ".md" else "code"
         for line, text in prose(path):
             spoken[place] += len(text.split())
             for rule, pattern in WORDS.items():
                 for hit in re.finditer(pattern, text, re.I):
                     said = text[max(0, hit.start() - 40) : hit.end() + 40]
-                    slow[place, rule].append(f"{where}:{line}: {rule}: {said}")
-    wrong += check_cycles(trees)
-    for (place, _), found in slow.items():
-        wrong += found if len(found) > 4e-4 * spoken[place] else []
+                    slow[place].append(f"{where}:{line}: {rule}: {said}")
+    wrong += [*check_cycles(trees), *check_pictures("--drawn" in sys.argv)]
+    for place, found in slow.items():
+        wrong += found if len(found) > MOST[place] * spoken[place] else []
     print(f"{'package':32}{'files':>7}{'code':>8}{'tokens':>9}")
     print(*(f"{name:32}{n:7,}{code:8,}{tokens:9,}" for name, (n, code, tokens) in sorted(sizes.items())), sep="\n")
     found, order = arrows(trees), {name: i for i, name in enumerate([*MAY_IMPORT, *COMMANDS])}

@@ -2,8 +2,10 @@
 
 import importlib
 import re
+import runpy
 import shlex
 import shutil
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -58,12 +60,11 @@ def test_pages_that_make_a_tokenizer_name_the_extra() -> None:
 
 
 def test_every_command_of_a_page_has_known_flags_and_files() -> None:
-    """Commands in text, of several processes, and with lines that continue count too; the log tells of older ones."""
+    """Commands in text, of several processes, and with lines that continue count too."""
     named: list[tuple[str, str]] = []
     for page in PAGES:
-        if "log" not in page.parts:
-            text = page.read_text().replace("\\\n", " ")
-            named += re.findall(r" -m dsmini\.(\w+)(?!\.)\b([^#`|\n]*)", text)
+        text = page.read_text().replace("\\\n", " ")
+        named += re.findall(r" -m dsmini\.(\w+)(?!\.)\b([^#`|\n]*)", text)
     assert len(named) > 20
     wrong = []
     for name, arguments in dict.fromkeys(named):
@@ -121,20 +122,31 @@ def names_of_tests() -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_and_test_names_exist(page: Path) -> None:
+def test_names_of_tests_exist(page: Path) -> None:
     text = page.read_text()
-    links = re.findall(r"\]\((?!http)([^)#]+)", text)
     paths = re.findall(r"\btests/[\w/]+\.py\b", text)
-    assert [link for link in links if not (page.parent / link).exists()] == []
     assert [path for path in paths if not (ROOT / path).exists()] == []
     assert set(re.findall(r"\btest_\w+\b(?!\.py)", text)) - names_of_tests() == set()
 
 
-def test_links_to_headings_exist() -> None:
-    for page in PAGES:
-        for link, heading in re.findall(r"\]\(((?!http)[^)#]*)#([^)]+)\)", page.read_text()):
-            titles = re.findall(r"^#+ (.*)$", ((page.parent / link) if link else page).read_text(), re.MULTILINE)
-            assert heading in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], page
+def test_style_names_a_dead_link_a_bare_claim_and_an_old_picture(tmp_path: Path) -> None:
+    style = runpy.run_path(str(ROOT / ".ci" / "style.py"))
+    page = tmp_path / "claims.md"
+    table = "| claim | command |\n| --- | --- |\n| it is fast | try |\n"
+    page.write_text(f"# One\n[a](#one) [b](#two) [c](none.md)\n\n{table}")
+    named = ["heading #two", "none.md", "without its command"]
+    found = [words for _, words in style["check_page"](page)]
+    assert len(found) == 3 and all(name in words for name, words in zip(named, found, strict=True))
+    for picture, (script, drawn) in tomllib.loads((ROOT / "docs" / "pictures.toml").read_text()).items():
+        assert (ROOT / picture).exists() and style["code_of"](picture, script) == drawn
+    code = style["code_of"].__globals__
+    code["ROOT"] = tmp_path
+    (tmp_path / "page.md").write_text('```python\nf.savefig("a.png")\n```\n')
+    before = style["code_of"]("a.png", "page.md")
+    (tmp_path / "page.md").write_text('Words.\n```python\nf.savefig("a.png")  # a comment\n```\n')
+    assert style["code_of"]("a.png", "page.md") == before
+    (tmp_path / "page.md").write_text('```python\ng.savefig("a.png")\n```\n')
+    assert style["code_of"]("a.png", "page.md") != before
 
 
 def test_no_twelve_words_stand_on_two_pages() -> None:
