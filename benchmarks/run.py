@@ -55,7 +55,7 @@ class BenchmarksCommand:
     cases: str = ""
     """Measure only the cases that have this in their names: peers --cases wide."""
     quick: bool = False
-    """Small sizes and two minutes; questions that have no time are left out."""
+    """Small sizes and two minutes; questions that do not fit are skipped and listed."""
     out: Path = Path("results")
     """Folder for report.html, a page to read offline, and results.jsonl."""
     device: str = "auto"
@@ -245,8 +245,8 @@ def measure_all(
 ) -> dict[str, str]:
     """Measure the cases that are not done, and save each when it is. Return why questions have cases without figures.
 
-    With --quick a question begins only if there is time for all its cases. What the cases before took longer than
-    their estimates is expected of the others too.
+    With --quick a question begins only if there is time for all its cases. If earlier cases took longer than
+    estimated, the others are expected to do so too.
 
     Args:
         path: file of results.
@@ -291,7 +291,7 @@ def seconds_of(*questions: Sequence[Case]) -> float:
 def measure_case(name: str, case: Case, setting: Setting, run: Run, path: Path) -> None:
     """Measure a case and save its figures, or the reason why it failed.
 
-    Raises: TimeOverError with --quick, where a lack of time is no failure.
+    Raises: TimeOverError with --quick, where a lack of time is not a failure.
     """
     allowed = max(LEAST, TIMES * case.seconds)
     if setting.quick:

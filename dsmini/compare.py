@@ -52,7 +52,7 @@ class CompareCommand:
     jobs: int | None = None
     """Number of runs at a time; left out: one for each core."""
     out: Path | None = None
-    """File of the results, NAME.jsonl; left out: beside a claim, else in comparisons/. NAME.png is the picture."""
+    """File of the results, NAME.jsonl; left out: next to a claim, else in comparisons/. NAME.png is the picture."""
     report: Path | None = None
     """Folder of results to show again, without a run; draws one picture of all, forest.png."""
     json: bool = False
@@ -113,10 +113,10 @@ def main(args: Sequence[str]) -> int:
 
 def _refuse(command: CompareCommand, words: Sequence[str], rest: Sequence[str]) -> None:
     """Raise ValueError for flags that contradict each other, and for numbers of nothing."""
-    require(command.seeds > 0, f"--seeds {command.seeds} is no pair; use 2 or more, 20 for a difference of 0.01")
+    require(command.seeds > 0, f"--seeds {command.seeds} is not a pair; use 2 or more, 20 for a difference of 0.01")
     require(command.margin is None or command.margin > 0, f"--margin {command.margin} is not positive; use 0.01")
     require(command.jobs is None or command.jobs > 0, f"--jobs {command.jobs} runs nothing; use 1 or more")
-    require(command.minutes is None or command.minutes > 0, f"--minutes {command.minutes} is no time; use 1 or more")
+    require(command.minutes is None or command.minutes > 0, f"--minutes {command.minutes} is not a time; use 1 or more")
     twice = [flag for flag in ("--idea", "--set") if sum(arg.partition("=")[0] == flag for arg in rest) > 1]
     require(not twice, f"{' and '.join(twice)} given twice; write all after one: --idea A B, each in quotes")
     others = {arg.partition("=")[0] for arg in rest if arg.startswith("--")} - {"--report", "--json"}

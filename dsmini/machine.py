@@ -136,7 +136,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the CPU on a device. A GPU copies it while this process goes on."""
+    """Return a tensor of the CPU on a device. A GPU copies it while this process continues."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

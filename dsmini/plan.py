@@ -45,7 +45,7 @@ class PlanCommand(PlanRequest):
     explain: str | None = None
     """Name of a figure to explain: formula, numbers and sources, down to the inputs. list: all names."""
     depth: int | None = None
-    """How many formulas --explain goes down; left out: to the inputs."""
+    """Number of formulas that --explain goes down; left out: to the inputs."""
     compare: tuple[str, ...] = ()
     """Configs to plan side by side on equally many GPUs, with CONFIG if there is one; --gpus left out: 2048."""
     published: bool = False
@@ -132,13 +132,13 @@ def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
 
 
 def _refuse_config(config: Path, published: bool) -> None:
-    """Raise ValueError for a config next to --published, and for a path that is no config."""
+    """Raise ValueError for a config next to --published, and for a path that is not a config."""
     if published:
         raise ValueError(f"--published compares published runs, and takes no config; leave out {config} or --published")
     if config.is_dir():
         raise ValueError(f"{config} is a folder; name the config in it, such as {config / 'config.json'}")
     if config.suffix not in (".toml", ".json"):
-        raise ValueError(f"{config} is no .toml or .json; name a config, such as configs/deepseek-v3.toml")
+        raise ValueError(f"{config} is not a .toml or .json; name a config, such as configs/deepseek-v3.toml")
 
 
 def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Answer":

@@ -117,7 +117,7 @@ MODEL = ModelConfig(dim=96, inter_dim=384, moe_inter_dim=192, n_layers=2, n_mtp_
 COMPUTING = dataclasses.replace(MODEL, dim=320, inter_dim=1280, moe_inter_dim=640)
 """Large products, which a second core makes faster."""
 TINY_EXPERTS = dataclasses.replace(MODEL, moe_inter_dim=8, n_routed_experts=64, n_activated_experts=32)
-"""As many active parameters as in MODEL's experts less one, in pieces of 8."""
+"""The active parameters of MODEL's experts but one, in pieces of 8."""
 TRAIN = TrainConfig(batch_size=4, optimizer="adamw")
 
 

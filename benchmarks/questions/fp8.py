@@ -195,7 +195,7 @@ def error_answer(figures: list[Figure]) -> str:
     text = f"Median relative errors of FP8 products: {', '.join(parts)} ({EXPECTED:.1%} are expected from rounding)"
     text += f"; at most {worst.measured:.1%}, in {where}"
     one = [f.measured for f in pick(figures, "times_the_error", **{"rounded with": "one scale"}) if f.measured]
-    more = f"; one scale for a whole matrix makes them {statistics.median(one):.2f} times as large" if one else ""
+    more = f"; with one scale for a whole matrix they are {statistics.median(one):.2f} times as large" if one else ""
     return f"{text}{more}."
 
 

@@ -109,7 +109,7 @@ def answer(figures: list[Figure], what: str) -> str:
         ("bandwidth", "at {:.0%} of what memory allows"),
         ("flop_rate", "at {:.0%} of the matrix peak"),
         ("tokens_per_s", "{:.2f} times the predicted speed"),
-        ("bytes_per_token", "bytes are {:.2f} times the least"),
+        ("bytes_per_token", "{:.2f} times the least possible bytes moved"),
     ):
         more += [words.format(f.ratio) for f in pick(figures, metric, **first.case) if f.ratio]
     return f"{'; '.join(told)}. The first is {', '.join(more)}."

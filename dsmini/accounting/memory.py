@@ -15,8 +15,8 @@ The cache.
     DSA              index_head_dim numbers more: the indexer's key
     MHA, GQA, MQA    n_kv_heads (d_k + d_v) numbers a layer
 
-Worked example, DeepSeek-V3 in BF16: (512 + 64) * 61 layers * 2 bytes = 70,272 bytes a token. MHA with as many heads of
-128 would store 128 * (128 + 128) = 32,768 numbers a layer, and 1 - 576 / 32768 = 98.24 % of them are saved.
+Worked example, DeepSeek-V3 in BF16: (512 + 64) * 61 layers * 2 bytes = 70,272 bytes a token. MHA with 128 heads of 128
+would store 128 * (128 + 128) = 32,768 numbers a layer, and 1 - 576 / 32768 = 98.24 % of them are saved.
 
 Activations are a lower bound, exact but for attention's implementation. They are followed through the layers tensor by
 tensor, as autograd saves them when each layer runs as it is written: every storage once, however many operations saved
@@ -223,7 +223,7 @@ def mha_kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> in
 
 
 def mha_twin(config: ModelConfig) -> ModelConfig:
-    """Return the same model with multi-head attention of as many heads: the baseline of MLA's cache.
+    """Return the same model with multi-head attention of the same number of heads: the baseline of MLA's cache.
 
     Its keys are qk_nope_head_dim wide and its values v_head_dim, V4's head_dim. Against it V3's cache is 98.24 %
     smaller: 576 numbers a layer next to 128 * (128 + 128) = 32768. That figure needs keys of 128; against MLA's own

@@ -93,7 +93,7 @@ class TensorUse(NamedTuple):
     """fp8: a matrix of attention or a feed-forward, which may be FP8. plain: follows the model's dtype in any case.
     fp32: a norm or gate, which stays FP32."""
     split: Literal["whole", "heads", "up", "width"] = "whole"
-    """How GPUs that share a matrix divide it: not, by heads (up: MLA's wkv_b), or by its hidden width."""
+    """Way in which GPUs that share a matrix divide it: not, by heads (up: MLA's wkv_b), or by its hidden width."""
     place: Place = "ends"
     times: int = 1
     """Number of blocks that have it."""

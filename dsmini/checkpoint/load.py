@@ -94,7 +94,7 @@ def parts_of(model: Transformer, inference: bool = False) -> Iterator[Part]:
     """Yield the parts of a model, experts one by one. This is the walk of both directions: to load and to save.
 
     Args:
-        model: may be on the meta device, and may hold FP8 weights, whose scales are no parts by themselves.
+        model: may be on the meta device, and may hold FP8 weights, whose scales are not parts by themselves.
         inference: name them as DeepSeek's inference code does; False: as a Hugging Face folder.
 
     Raises: ValueError for a tensor that DeepSeek's architecture does not have.

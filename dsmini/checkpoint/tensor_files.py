@@ -281,7 +281,7 @@ def _opened(path: Path) -> Any:
         raise UnreadableError(f"cannot read {path}: {error.strerror or error}; check the disk") from None
     except SafetensorError as error:
         said = readable(str(error).removeprefix("Error while deserializing header: "))
-        raise ValueError(f"{path} is no safetensors file, is cut short or damaged: {said}; fetch it again") from None
+        raise ValueError(f"{path} is not a safetensors file, is cut short or damaged: {said}; fetch it again") from None
 
 
 def _header(path: Path) -> dict[str, Stored]:

@@ -91,7 +91,7 @@ def sentences(results: Results) -> list[str]:
             more = (
                 "two seeds are the least"
                 if needed is None
-                else f"about {needed:,} would decide if they go on like this"
+                else f"about {needed:,} would decide if the rest is like this"
             )
             told.append(f"{arm} against {base} is undecided with {plural(d.turns, 'seed')}; {more}.")
         else:

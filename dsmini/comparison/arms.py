@@ -53,7 +53,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What is asked: the first arm is the base, with which each other arm is compared."""
+    """A question: the first arm is the base, with which each other arm is compared."""
 
     name: str
     arms: list[Arm]
@@ -67,7 +67,7 @@ class Comparison:
 def make_model_of(function: str) -> Callable[[ModelConfig], Any]:
     """Return the function FILE.py:FUNCTION.
 
-    Raises: ValueError for a file that cannot be run and a name that is no function of one argument in it.
+    Raises: ValueError for a file that cannot be run and a name that is not a function of one argument in it.
     """
     file, _, name = function.rpartition(":")
     require(Path(file).is_file(), f"there is no file {file}; name a function as my_idea.py:make_model")

@@ -29,7 +29,7 @@ HEAD = {"dsmini", "question", "source", "hypothesis", "margin", "minutes", "arms
 
 @dataclass(kw_only=True)
 class Results:
-    """What a file holds."""
+    """Contents of a file of results."""
 
     path: Path
     head: dict[str, Any]
@@ -109,7 +109,7 @@ def read_results(path: Path) -> Results | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         known, head, lines = False, None, []
     if not known:
-        raise ValueError(f"{path} is no file of a comparison; name another")
+        raise ValueError(f"{path} is not a file of a comparison; name another")
     return None if head is None else Results(path=path, head=head, lines=lines)
 
 

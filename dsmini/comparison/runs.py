@@ -26,7 +26,7 @@ class StoppedError(Exception):
 
 
 class Workers:
-    """The processes that are running. Those that are left when the block ends are killed."""
+    """The processes that are running. All that are left when the block ends are killed."""
 
     def __init__(self) -> None:
         self.running: dict[subprocess.Popen[str], float] = {}
@@ -133,7 +133,7 @@ def run_missing(comparison: Comparison, results: Results, seeds: int, jobs: int 
 
 
 def cache_of(path: Path) -> Path:
-    """Return the folder of tokenized corpora beside a file of results."""
+    """Return the folder of tokenized corpora next to a file of results."""
     return path.parent / "corpus"
 
 

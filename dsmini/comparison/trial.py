@@ -164,7 +164,7 @@ def main() -> None:
     asked = json.loads(sys.stdin.readline())
     threading.Thread(target=lambda: sys.stdin.read() or os._exit(1), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a user's function prints is no answer
+    os.dup2(2, 1)  # a user's function may print, but not into the answer
     keep_freed_memory()
 
     def say(what: dict[str, Any]) -> None:

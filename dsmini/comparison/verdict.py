@@ -6,7 +6,7 @@ Differences are of runs with the same seed, in nats a byte; below 0 the arm is b
     better     it lies below 0 (worse: above 0)
     undecided  neither
 
-Of several arms one would be named by chance. So the arms are taken in the order of their p values, and the i-th of m is
+With several arms one would be named by chance. So arms are taken in the order of their p values, and the i-th of m is
 named only if its interval at the level 1 - 5 % / (m - i + 1) leaves 0 out, and all before it were named (Holm). The
 interval that must lie within the margin is at the level 1 - 5 % / m.
 
@@ -32,7 +32,7 @@ MANY = 300
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What is known of an arm."""
+    """Answer for an arm."""
 
     word: Word
     difference: Estimate

@@ -1,6 +1,6 @@
 """Configs as others publish them: Hugging Face's config.json, and the JSON of DeepSeek's inference code.
 
-No other file spells Hugging Face's keys. Those of the second are the fields of DeepSeek's ModelArgs.
+No other file spells Hugging Face's keys. The keys of the second are the fields of DeepSeek's ModelArgs.
 """
 
 from collections.abc import Mapping

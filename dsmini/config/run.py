@@ -98,7 +98,7 @@ class TrainConfig:
     number takes the whole held-out split."""
     eval_context: int | None = setting(None, least=1, resume="none")
     """Context in tokens at which each validation is repeated, shorter or longer than the training's; left out: no
-    repetition. How good a model is beyond its training length needs a model.max_seq_len above train.seq_len."""
+    repetition. Beyond the training length it needs a model.max_seq_len above train.seq_len."""
     save_every: int = setting(400, least=1, resume="none")
     """Number of steps between checkpoints; the last step is always saved."""
     save_in_background: bool = setting(False, resume="none")

@@ -1,11 +1,11 @@
-"""An arm is all that an experiment is: a step with one thing changed, an axis, and advice. Arms take turns.
+"""An arm is one experiment: a step with one thing changed, an axis, and advice. Arms take turns.
 
     turn 1    plain plain plain   replay replay replay   dense dense dense   ...
     turn 2    plain plain plain   dense dense dense   replay replay replay   ...
 
 The first arm is the work as it is. It begins each turn, and the others change places. An arm's first
 steps in a turn are not counted, since they find what was prepared while other arms ran. The gain of an arm is the
-share of a step's time that would go:
+share of a step's time that it saves:
 
     gain = (T - T_X) / T,    T the mean seconds of plain steps in a turn, T_X those of the arm in the same turn
 
@@ -109,7 +109,7 @@ class Comparison:
 
     @property
     def gains(self) -> dict[str, Estimate]:
-        """Share of a token's time that would go, by arm."""
+        """Share of a token's time that each arm saves."""
         found: dict[str, Estimate] = {}
         for arm in self.measured:
             per_token = [seconds / arm.tokens for seconds in self.turns.seconds[arm.name]]

@@ -1,8 +1,8 @@
 """Decoding as the work that is diagnosed: steps that are the same work, variants of the model, arms and predictions.
 
     free_cache         Machine    1 cached token in place of all: the gain is the share of cached attention
-    mha_baseline       Algorithm  multi-head attention of as many heads, which caches the keys and values of each
-    dense_active       Algorithm  a dense feed-forward with as many active parameters: what routing costs
+    mha_baseline       Algorithm  multi-head attention with the same heads, which caches the keys and values of each
+    dense_active       Algorithm  a dense feed-forward with the same active parameters: the cost of routing
     drafts             Algorithm  multi-token prediction guesses, at the share of guesses that is accepted
     bfloat16_weights   Machine    weights of 2 bytes
     fp8_weights        Machine    weights of 1 byte, with scales
@@ -186,7 +186,7 @@ class DecodingSubject:
             return []
         share = found.accepted / max(1, found.drafted)
         words = (
-            f"Of {found.drafted:,} guesses of multi-token prediction {percent(share)} are accepted in greedy decoding: "
+            f"Greedy decoding accepts {percent(share)} of {found.drafted:,} guesses by multi-token prediction: "
             f"{found.tokens_per_step:.2f} tokens a step."
         )
         if not self.trained:
@@ -233,14 +233,14 @@ class DecodingSubject:
                 "mha_baseline",
                 axis="Algorithm",
                 why_not=no_mha,
-                words="multi-head attention of as many heads, which caches keys and values of each",
+                words="multi-head attention with the same number of heads, which caches keys and values of each",
                 advice='Set model.attention = "mha" where contexts stay this short: larger cache, fewer projections.',
             ),
             self.arm(
                 "dense_active",
                 axis="Algorithm",
                 why_not="the model has no routed experts" if c.n_dense_layers >= c.n_layers else None,
-                words="a dense feed-forward with as many active parameters replaces the experts",
+                words="a dense feed-forward with the same number of active parameters replaces the experts",
                 advice="Make fewer and wider experts: routing and small products cost more than they save here.",
             ),
             self.arm(
@@ -458,7 +458,7 @@ def with_blocks(model: Transformer, change: Callable[[Block], None]) -> Transfor
 
 
 def with_mha(model: Transformer) -> Transformer:
-    """Return a variant with multi-head attention of as many heads and the same widths, and random weights in it."""
+    """Return a variant with multi-head attention of the same heads and widths, and random weights in it."""
     config, like = mha_twin(model.config), model.embed.weight
 
     def change(block: Block) -> None:
@@ -470,7 +470,7 @@ def with_mha(model: Transformer) -> Transformer:
 
 
 def with_dense(model: Transformer) -> Transformer:
-    """Return a variant with a dense feed-forward for each mixture of experts, with as many active parameters."""
+    """Return a variant with a dense feed-forward for each mixture of experts, with the same active parameters."""
     like = model.embed.weight
 
     def change(block: Block) -> None:

@@ -161,7 +161,7 @@ def diagnose(
     compared = measure(tried, predicted, count=plan.rounds, until=until, on_turn=on_turn)
     notes = ["It was interrupted, and rests on the rounds until then."] if compared.stopped else []
     if prices is not None and any(arm.predict and arm.name not in predicted for arm in tried):
-        notes.append("Some changes have no prediction, as its time was over; the next diagnosis has more of them.")
+        notes.append("Some changes have no prediction, as time for them ran out; the next diagnosis has more.")
     gain = compared.gains.get("all_threads")
     if gain is not None and gain.high < 0:
         used, times = plural(torch.get_num_threads(), "thread"), 1 - gain.value

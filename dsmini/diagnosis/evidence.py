@@ -28,7 +28,7 @@ from dsmini.report.units import plural
 
 LEAST_TURNS, MOST_TURNS = 2, 15
 ABOUT_BATCHES = (
-    "Batches are in memory, and rows of caches random. How much a larger batch teaches is not measured here."
+    "Batches are in memory, and rows of caches random. This does not measure how much a larger batch teaches."
 )
 
 
@@ -94,7 +94,7 @@ def all_evidence(subject: Subject | DecodingSubject, step: float) -> list[Eviden
     used, most = torch.get_num_threads(), cores()
     own, *sizes = subject.batch_sizes()
     if subject.work == "training":
-        of_batch = "Set train.batch_size = {}, if fewer and larger steps learn as much from as many tokens."
+        of_batch = "Set train.batch_size = {}, if fewer and larger steps learn as much from the same tokens."
         of_threads = "Set train.threads = {}."
     else:
         of_batch = "Decode {} sequences at a time: give dsmini.generate several prompts."

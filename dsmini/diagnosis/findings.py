@@ -27,7 +27,7 @@ the last target of a row that counts are the context of it. Positions after it r
     row        t0   t1   -100  t3   -100  -100
     counts      x    x          x
     context                x
-    for nothing                       x     x       2 of 6
+    wasted                            x     x       2 of 6
 
 Source: 50 tokens in a row are what Lee et al., "Deduplicating Training Data Makes Language Models Better", 2022,
 section 4.2, call a duplicate; their tokens have about 4 bytes.
@@ -53,7 +53,7 @@ from dsmini.nn.transformer import IGNORE
 from dsmini.training.trainer import StepResult
 
 MUCH = 0.10
-"""Share of a step, or of the targets, above which what is for nothing is a fault."""
+"""Share of a step, or of the targets, above which wasted work is a fault."""
 IDLE_LOAD, MOST_IDLE = 0.1, 0.25
 """An expert is idle below this share of the mean load; more than this share of idle experts is a fault. At random
 weights none of the toy's is idle, and in a collapsed gate all but those that it chooses are."""
@@ -142,13 +142,13 @@ def wrong_targets(batches: Sequence[tuple[Tensor, Tensor]]) -> Finding:
 
 
 def padding(targets: Sequence[Tensor]) -> Finding:
-    """Return the share of targets [b, s] that teach nothing; a fault if too many stand after the last that does."""
+    """Return the share of targets [b, s] that do not count; a fault if too many stand after the last that does."""
     ignored = sum(int((y == IGNORE).sum()) for y in targets)
     after = sum(int(((y != IGNORE).flip(1).cumsum(1) == 0).sum()) for y in targets)
     n = sum(y.numel() for y in targets)
-    said = f"{percent(ignored / n, 1)} of the {n:,} targets looked at teach nothing"
+    said = f"{percent(ignored / n, 1)} of the {n:,} targets that were read do not count"
     if ignored:
-        said += f"; {percent(after / n, 1)} stand after the last one of their row that does: their work is for nothing"
+        said += f"; {percent(after / n, 1)} stand after the last one of their row that does: their work is wasted"
     fix = "Pack several documents into a row, or put rows of like length into a batch." if after / n > MUCH else ""
     return Finding(axis="Algorithm", name="padding", value=ignored / n, sentence=f"{said}.", fix=fix)
 

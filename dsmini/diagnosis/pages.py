@@ -14,7 +14,7 @@ from dsmini.report import Plot, Report, Section, Series, Table
 from dsmini.report.figures import plain
 from dsmini.report.units import digits, human, plural
 
-NOTHING_GAINS = "Nothing that was tried gains: less work, or a faster machine, is what is left."
+NOTHING_GAINS = "No change that was tried gains time: only less work or a faster machine would."
 NOTHING_TRIED = "Nothing was tried: the time was over."
 BRIEF = ("change", "axis", "gain", "predicted")
 """Columns of a terminal."""
@@ -119,7 +119,7 @@ def report_of(found: Diagnosis, command: str = "") -> Report:
     untried = Section(
         name="not_tried",
         title="What was not tried?",
-        finding=f"{plural(len(rows), 'experiment')} did not apply, or had no time.",
+        finding=f"{plural(len(rows), 'experiment')} did not apply, or did not fit into the time.",
         tables=[Table(columns=("not tried", "why"), rows=rows)],
     )
     step = [] if found.forecast is None or found.roofs is None else [roofline.section(found.forecast, found.roofs)]
@@ -154,7 +154,7 @@ def _gains(found: Diagnosis, columns: Sequence[str] = ()) -> Section:
     if compared.measured:
         words = f"{plural(compared.turns.count, 'round')} in turns; a{words[1:]}"
         table = table_of(compared, columns) if columns else table_of(compared)
-        shown = {"tables": [table], "plots": [plot_of(compared, "Share of a step that would go", "change")]}
+        shown = {"tables": [table], "plots": [plot_of(compared, "Share of a step that a change saves", "change")]}
     if expected is not None:
         words = f"{words}, {human(expected, 's')} were predicted"
     return Section(
@@ -184,7 +184,7 @@ def _to_try(found: Diagnosis) -> Section:
 
 
 def _findings(found: Diagnosis) -> Section:
-    words = " ".join(fault.fix for fault in found.faults) or "Nothing of it needs an action."
+    words = " ".join(fault.fix for fault in found.faults) or "None of them needs an action."
     rows = [[each.axis, each.name, "fault" if each.is_fault else "fine", each.sentence] for each in found.findings]
     table = Table(columns=("axis", "name", "state", "what was seen"), rows=rows)
     return Section(name="findings", title="What else was seen?", finding=words, tables=[table])

@@ -1,7 +1,7 @@
 """Training as the work that is diagnosed: steps of a run, each the same work, and the arms that make one thing free.
 
     replay            Data       every step takes the same batch, which is in memory
-    dense_active      Algorithm  a dense feed-forward with as many active parameters
+    dense_active      Algorithm  a dense feed-forward with the same active parameters
     all_threads       Machine    products run on all cores
     fastest_dtype     Machine    products run in the dtype that this machine multiplies fastest
 
@@ -13,7 +13,7 @@ so that its mean counts, not its median.
     T - waited - preparing  <=  T_replay  <=  T - waited
 
 In one process all experts run on the same cores: only the sum of their tokens counts, and balance alone gains nothing.
-Without routing, each mixture of experts is a dense feed-forward with as many active parameters. Both do the same
+Without routing, each mixture of experts is a dense feed-forward with the same active parameters. Both do the same
 multiplications, so the difference is what routing costs: choosing, sorting, many small products. The optimizer is left
 out, as it moves all experts, also those that no token has chosen.
 
@@ -137,7 +137,7 @@ class Subject:
     def batch_sizes(self) -> list[int]:
         """Return numbers of sequences to try, those of the run first: what fits into memory, by its forecast.
 
-        Without a forecast at most twice as many are tried.
+        Without a forecast at most twice that number is tried.
         """
 
         def fits(n: int) -> bool:
@@ -153,8 +153,8 @@ class Subject:
 
     @property
     def counted(self) -> int:
-        """Plain steps of a turn that count. After arms that take no batches each worker has one ready, and of as many
-        steps one waits for all."""
+        """Plain steps of a turn that count, one for each worker: after arms that take no batches each worker has one
+        ready."""
         return max(2, self.config.data.workers)
 
     def arms(self, prices: Prices | None) -> list[Arm]:
@@ -181,7 +181,7 @@ class Subject:
                 apply=self.dense,
                 why_not=no_experts,
                 predict=lambda: self.seconds() + self.wait - self.routing(),
-                words="a dense feed-forward with as many active parameters replaces the experts",
+                words="a dense feed-forward with the same number of active parameters replaces the experts",
                 advice="Make fewer and wider experts, or larger batches, so that each product has more rows.",
             ),
             all_threads(self, "Leave train.threads out, so that all cores are used."),

@@ -81,7 +81,7 @@ def verdict(gains: Mapping[Axis, Estimate], others: Estimate | None = None, leas
     if others is not None and others.low > max(LEAST, best.low):
         words = (
             f"Undetermined: other programs lengthen a step by about {percent(others)} of its time. That is computed "
-            f"from CPU times and probes, not tried. Of what was tried, {_named(ranked[:1])} gains most."
+            f"from CPU times and probes, not tried. {_named(ranked[:1])} gains most of what was tried."
         )
         return Verdict(outcome="undetermined", sentence=words, decides=QUIET_MACHINE)
     clear = [(a, g) for a, g in ranked if g.low > LEAST]
@@ -111,7 +111,7 @@ def _named(gains: Sequence[tuple[str, Estimate]]) -> str:
 def _too_early(gains: Mapping[Axis, Estimate], least: int) -> Verdict:
     """Return the verdict where the time was over before there were rounds enough."""
     rounds = min((gain.turns for gain in gains.values()), default=0)
-    words = f"Undetermined: {plural(rounds, 'round')} in the time, and a verdict on so many changes needs {least}."
+    words = f"Undetermined: {plural(rounds, 'round')} in the time, and a verdict on these changes needs {least}."
     if gains:
         words += f" So far: {_named([*gains.items()])} of a step."
     return Verdict(outcome="undetermined", sentence=words, decides=f"More time would decide it (--rounds {least}).")

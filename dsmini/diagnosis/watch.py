@@ -1,10 +1,10 @@
 """The watch of a running training (train.diagnose): what binds it now, from figures that its steps have anyway.
 
-A diagnosis makes one thing free and measures the gain. A watch changes nothing, and looks at windows of 20 steps:
+A diagnosis removes one cost and measures the gain. A watch changes nothing, and looks at windows of 20 steps:
 
     Data        waiting         share of a step that waits for its batch
     Machine     slower steps    1 - fastest / now, the compute of a step next to that in the run's fastest 20 steps
-                                of equal work: as many tokens, experts as balanced
+                                of equal work: the same number of tokens, experts equally balanced
                 CPU time lost   share of the time in which a thread is ready and others have its core, their part of
                                 all cores at most
     Algorithm   idle experts    share of experts with less than a tenth of the mean load

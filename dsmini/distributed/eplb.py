@@ -28,7 +28,7 @@ def place_experts(
 ) -> Int[np.ndarray, "layers replicas"]:
     """Place experts and redundant copies so that the loads of the GPUs are as equal as the published heuristic gets.
 
-    Return the expert at each place. Of n GPUs with R places, g has places g * R/n to (g+1) * R/n - 1.
+    Return the expert at each place. With n GPUs and R places, GPU g has places g * R/n to (g+1) * R/n - 1.
 
     Args:
         loads: tokens that each expert received. All ranks' tokens must be in it, not those of one rank.

@@ -16,7 +16,7 @@ no more sum over ep. Backward sends gradients the way back of their rows.
 FP8 rows travel as bytes, codes and scales side by side: neither gloo nor NCCL sends float8.
 
 Simplified: a row goes to each of its experts, also to several of one machine. DeepSeek sends it once to a machine and
-forwards it there. `MoE.exchange` is the hook for such an exchange: DeepEP's functions fit behind it.
+forwards it there. `MoE.exchange` is the hook for such an exchange: DeepEP's functions fit there.
 
 Source: DeepSeek-V3 report, sections 3.2.2 and 3.3.3.
 """
@@ -118,7 +118,7 @@ def _unpacked(came: Tensor, like: QuantizedTensor, route: Route, name: str) -> Q
 
 
 def new_route(counts: Int[Tensor, "ranks each"], group: Any, traffic: Counter[str]) -> tuple[Route, Tensor]:
-    """Return the route of rows of which this rank sends so many to each rank, and how many of each come here.
+    """Return the route of rows: how many this rank sends to each rank, and how many of each come here.
 
     Args:
         counts: the rows of a rank may be of several kinds, such as its experts.

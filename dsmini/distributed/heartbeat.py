@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 STALLED = 75
 """Exit status of every process of a run that stood still: a temporary failure, as sysexits.h has it."""
 LONG_PHASES, LONG = ("compiling", "saving"), 900.0
-"""Phases with single calls that take long: a compiler, and a file that is forced to the disk. They may take so many
-seconds, or the time-out if that is more."""
+"""Phases with single calls that take long: a compiler, and a file that is forced to the disk. They may take this
+number of seconds, or the time-out if that is more."""
 ENDED = "ended"
 """Phase of a rank that does not watch any more."""
 

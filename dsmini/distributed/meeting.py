@@ -35,7 +35,7 @@ def launched() -> tuple[int, int]:
 
 
 def launcher() -> str:
-    """Return the command that starts as many processes as these, to which -m MODULE is added."""
+    """Return the command that starts the same number of processes, to which -m MODULE is added."""
     _, size = launched()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if size == 1:

@@ -514,8 +514,8 @@ def unequal_replicas(world: World, held: Mapping[tuple[int, ...], Mapping[str, T
 
     With three ranks or more the one that is alone is named; of two, both are.
 
-    What only one rank computes has no replica to compare: divided parameters (parallel.zero), and the matrices that
-    Muon moves at their owner and then sends to all. A bit that flips there is adopted by all.
+    A tensor that one rank alone computes has no replica to compare: divided parameters (parallel.zero), and matrices
+    that Muon moves at their owner and then sends to all. A bit that flips there is adopted by all.
 
     Source: Llama 3 report, section 3.3.4 (silent data corruption was the cause of 6 of 419 interruptions).
 

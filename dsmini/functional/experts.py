@@ -5,7 +5,7 @@ Rows are sorted by expert (dispatch), one grouped product runs for each matrix, 
 
 In training there are two more operations with a backward of their own, which kernels can serve; where none does,
 autograd differentiates the grouped products. Their forward keeps what w1 and w3 made of each token-expert pair, g and
-u. Of a pair with weight p and the gradient dy of its token:
+u. For a pair with weight p and the gradient dy of its token:
 
     h  = silu(g) u,    dh = p w2^T dy,    dg = dh u silu'(g),    du = dh silu(g)
     dp = h (w2^T dy),  dx = w1^T dg + w3^T du,  dw1 = dg x^T,  dw3 = du x^T,  dw2 = p dy h^T

@@ -1,6 +1,6 @@
 """Fast sparse attention in plain PyTorch: some queries at a time, and a gather in place of a mask.
 
-Of a long context neither the products of all heads nor their attention to all pairs exist together.
+A long context's products of all heads and attention to all pairs never exist together.
 """
 
 from collections.abc import Callable

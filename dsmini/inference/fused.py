@@ -1,9 +1,9 @@
 """A decoding step in few calls of C++, in place of the thirty operations of each block: about 2.5 times as fast.
 
 It knows the modules of nn/ by their attributes and writes their forward again, as one operation for each half of a
-block. A reader of the model need not meet it: without it, or where a layer is not plain, the modules themselves run.
+block. You can skip this file: without it, or where a layer is not plain, the modules themselves run.
 
-A model is taken apart into its weights once for each generation: bare tensors, with the sizes and options beside them.
+A model is taken apart into its weights once for each generation: bare tensors, with their sizes and options.
 Only a block whose modules are all dsmini's own is: with a subclass, a hook, a mask, normed heads, simulated FP8,
 experts on other processes, a wrapper such as LoRA, or what V4 adds, it runs as a module, and then all blocks do. A
 multi-token prediction block that is not plain runs as it is. The plain versions of the operations run the modules.
@@ -55,9 +55,9 @@ KNOWN = (
 )
 """Classes whose equations the kernels have."""
 ROLES = {"attn_norm": (RMSNorm,), "attn": (MLA, DSA, Attention), "ffn_norm": (RMSNorm,), "ffn": (FeedForward, MoE)}
-"""Those of the children of a block."""
+"""Classes of the children of a block."""
 SCORE_FUNCS = ("sigmoid", "softmax")
-"""Score functions that they have."""
+"""Score functions that the kernels have."""
 MOST_TOKENS = 32
 """Number of tokens in a step up to which the steps' kernels serve."""
 
@@ -78,7 +78,7 @@ class StepWeights:
     dtype: torch.dtype
     """Dtype of products with codes: in BF16 a kernel may round the other operand to it, as the modules do."""
     prepared: dict[str, Any] = field(default_factory=dict)
-    """What a backend makes of the weights, by its name."""
+    """Weights as a backend prepares them, by its name."""
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -246,7 +246,7 @@ class Decoder:
     def states(self, tokens: Int[Tensor, "b s"], cache: Cache, lengths: Int[Tensor, " b"] | None = None) -> States:
         """Do what Transformer.states does with a cache. normed and given are FP32 where all blocks are taken apart.
 
-        Padding is computed too. What is written of it lies after the end of its row, and is overwritten later.
+        Padding is computed too. Its entries lie after the end of their row, and are overwritten later.
         """
         model, starts = self.model, cache.lengths
         if None in self.blocks or not _is_step(tokens, starts, cache.max_seq_len) or not _absorbs(cache.form):

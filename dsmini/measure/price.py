@@ -5,7 +5,8 @@
 
 The step at its real size is run dry (dry.py): the code decides which operations and kernels serve, and computes
 nothing. Each distinct call is then made again alone, on random operands of its shapes (calls.py), and timed. Python
-and autograd take the rest of a step. A narrow model of as many blocks, experts and heads tells how much a call:
+and autograd take the rest of a step. A narrow model with the same number of blocks, experts and heads tells how much
+a call takes:
 
     seconds = sum over distinct calls of (number * seconds alone) + calls * (T(narrow) - alone(narrow)) / calls(narrow)
 

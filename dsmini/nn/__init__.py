@@ -1,6 +1,6 @@
 """The model: the layers of the papers, one idea per file, with its equation.
 
-Each works alone, from a ModelConfig or from plain arguments. Of dsmini they need config, numerics and ops; functional
+Each works alone, from a ModelConfig or from plain arguments. They import config, numerics and ops alone; functional
 and the kernels have faster versions of some functions.
 """
 

@@ -22,7 +22,7 @@ that a query may not see. Keys after the query are hidden in any case. b is 1 wh
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What the layers of a block need of a call besides their input. All blocks have the same but for the cache."""
+    """Inputs of a call that the layers of a block need besides x. All blocks share them, but for the cache."""
 
     positions: Int[Tensor, "#b s"]
     """Position of each new token; one row if all rows have the same."""

@@ -240,7 +240,7 @@ class Entries(NamedTuple):
     ends: Int[Tensor, "#b n"]
     """Position of the last token of each; without a cache, its column. Beyond all queries where there is no entry."""
     index: Index | None
-    """What chooses among them; None: a query sees all up to its own position."""
+    """Choice among them; None: a query sees all up to its own position."""
 
 
 class CompressedAttention(FP32Module):

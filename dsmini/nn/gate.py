@@ -180,7 +180,7 @@ class HashGate(Gate):
     Args:
         layer: number of the block; each has a table of its own.
 
-    Source: DeepSeek-V4 report, section 2.1. How DeepSeek makes the table is not printed.
+    Source: DeepSeek-V4 report, section 2.1. It does not print how DeepSeek makes the table.
     """
 
     tid2eid: Int[Tensor, "v k"]

@@ -37,7 +37,7 @@ ABSORBED = 6
 def round_fp4(x: Float[Tensor, "*any d"], block: int = FP4_BLOCK) -> Float[Tensor, "*any d"]:
     """Return the values of quantize_fp4 in x's dtype. Its gradient is the straight-through estimator.
 
-    Raises: ValueError for FP64 and integers, and for a width that is no multiple of block.
+    Raises: ValueError for FP64 and integers, and for a width that is not a multiple of block.
     """
     rows = _rows(x, block).detach()
     values = round_tiles(rows, (1, block), "ue8m0", "e2m1", FP4_AMAX_MIN, x.dtype).view(x.shape)

@@ -313,7 +313,7 @@ def quantize(
         raise ValueError(f"amax_min={amax_min}; want a finite number, 2^-100 or more, such as {AMAX_MIN}")
     pair = isinstance(tile, Sequence) and len(tile) == 2
     if not pair or not all(type(n) is int and n > 0 for n in tile) or (x.dim() == 1 and tile[0] > 1):
-        raise ValueError(f"tile={tile!r} is no tile of {list(x.shape)}; want rows and columns, such as (1, 128)")
+        raise ValueError(f"tile={tile!r} is not a tile of {list(x.shape)}; want rows and columns, such as (1, 128)")
     cut = tile[0], tile[1]
     source = cast(Tensor, _Source.apply(x)) if x.requires_grad and torch.is_grad_enabled() else None
     codes, scales = quantize_tiles(x.detach() if x.dim() > 1 else x.detach()[None], cut, scale, format, amax_min)

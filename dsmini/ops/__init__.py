@@ -142,7 +142,7 @@ class Operation(Generic[P, R]):
 
     def _counted(self, kernel: Callable[P, R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         """Run a kernel and report it to the counter."""
-        with torch._C._DisableTorchDispatch():  # what a counter computes is no work of the call
+        with torch._C._DisableTorchDispatch():  # a counter's own work is not the call's
             result = kernel(*args, **kwargs)
             cast(Counter, _counter.get()).kernel_ran(Call(self.name, args, kwargs, result))
         return result

@@ -12,7 +12,7 @@ another topology, the rows of `Exchange` are the one place that says how many cr
 
 Worked example, DeepSeek-V3's training, 64 GPUs in 8 nodes, k = 8: chosen freely a token's experts are on 5.29 nodes;
 with 4 of 8 groups allowed it reaches 3.97, 3.47 of them remote. A row is 7392 bytes in FP8 and 14,336 in BF16: 75 KB
-a token, layer and pass over InfiniBand, which take 1.9 us at 40 GB/s. Of eight separate rows seven are remote: 152
+a token, layer and pass over InfiniBand, which take 1.9 us at 40 GB/s. Seven of eight separate rows are remote: 152
 KB.
 
 Estimates: all experts are equally likely, but for `imbalance`, by which the fullest GPU has more rows than the mean;
@@ -116,7 +116,7 @@ class Exchange:
 
     @counted()
     def expert_in_node(self) -> int:
-        """GPUs of a node that share experts, if there are so many. Source: the hardware, and what divides evenly."""
+        """GPUs of a node that share experts, at most all of them. Source: the hardware, and what divides evenly."""
         return self.in_node
 
     @figure()

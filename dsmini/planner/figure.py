@@ -292,7 +292,7 @@ def needed(figures: Figures, name: str, depth: int | None = None) -> list[str]:
     """Return a figure's name and those that it needs, down to the inputs, in the order of reading, each once.
 
     Args:
-        depth: names at most so many formulas away.
+        depth: most formulas between a name and this one.
     """
     found, todo = dict[str, None](), [(name, 0)]
     while todo:

@@ -58,7 +58,7 @@ Rule = tuple[bool, Callable[[], str]]
 
 
 def gpus_in_node(expert: int, node: int) -> int:
-    """Return how many GPUs of a node a group of experts takes, where nodes have so many."""
+    """Return how many GPUs of a node a group of experts takes, where a node has enough."""
     return divisors(expert, node)[-1]
 
 

@@ -280,7 +280,7 @@ class WeightFigures:
     Heads' matrices and the vocabulary are divided by tensor parallelism, routed experts by expert parallelism; all else
     is whole on each GPU. A matrix [o, i] takes o * i multiply-adds of a token. Its bytes are 4 or 2 a number, or in FP8
     one and an FP32 scale for each block of 128x128. `absorbed` are the two halves of wkv_b that decoding applies to
-    queries and sums: as many numbers, in the compute dtype.
+    queries and sums: the same number, in the compute dtype.
     """
 
     def __init__(self, m: ModelFigures, dtype: Any) -> None:

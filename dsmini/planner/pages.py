@@ -394,7 +394,7 @@ def explained(plan: Plan, name: str, width: int, depth: int | None = None) -> An
     """Return the explanation of a figure, or all names for "list".
 
     Args:
-        depth: figures at most so many formulas away.
+        depth: most formulas between a figure and this one.
 
     Raises: ValueError for an unknown figure, with the nearest known ones.
     """
@@ -448,7 +448,7 @@ def searched(plan: Plan, command: str, on_part: OnPart = quiet) -> Answer:
     section = Section(
         name="search_section",
         title=f"Which layouts fit {plural(records[0]['gpus'], 'GPU')}?",
-        finding=f"The fastest takes {step} a step with {memory} on the fullest GPU. What takes longest: {binds}.",
+        finding=f"The fastest takes {step} a step with {memory} on the fullest GPU. The longest part: {binds}.",
         about="One layout for each combination of sizes, with its fastest choices that fit. Memory is a lower bound.",
         tables=[table],
     )

@@ -3,14 +3,14 @@
     >>> plan = make_plan(PlanRequest(), Model.from_file(find_config(Path("deepseek-v3"))), load_hardware("h800"))
     >>> plan.run.training_cost
 
-The way is one: request, layout and deployments, figures, sentences, page. What a user leaves open is filled in with
+The order is: request, layout and deployments, figures, sentences, page. A value that a user leaves open comes from
 the first that has it: the file's section [train], DeepSeek-V3's published run (presets.toml), what search.py and
 serving.py choose. A complete request is planned as it is. So another plan is a complete request with a change.
 
-What binds. The parts of a training step run one after the other: the longest one binds, and its share of the step says
-how much. The parts of serving overlap, so a step takes as long as the slowest one. Making it faster gains at most its
-ratio to the second, which begins to bind then: with 14 ms on links, 7 ms in memory and 2 ms of compute, links bind, 2
-times the memory's time.
+Bottlenecks. The parts of a training step run one after the other: the longest one binds, and its share of the step
+says how much. The parts of serving overlap, so a step takes as long as the slowest one. Making it faster gains at
+most its ratio to the second, which then binds: with 14 ms on links, 7 ms in memory and 2 ms of compute, links bind,
+2 times the memory's time.
 
 Variation.
 
@@ -256,7 +256,7 @@ Axis = tuple[str, tuple[Any, ...]]
 
 
 def read_axis(text: str) -> Axis:
-    """Read an axis such as "kv_lora_rank=128,256,512". Whether a value can be had, the model or the request says.
+    """Read an axis such as "kv_lora_rank=128,256,512". The model or the request checks the values.
 
     Raises: ValueError for a text without values, and an unknown name with the nearest known ones.
     """

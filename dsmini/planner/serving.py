@@ -79,7 +79,7 @@ class Deployment:
     two_hop: bool = False
     """A token is sent to each chosen node once, and within it to each chosen GPU once; else once for each expert."""
     how: str = ""
-    """How it was chosen."""
+    """Reason why it was chosen."""
 
 
 def rules(d: Deployment, c: ModelConfig, hardware: Hardware) -> Iterator[Rule]:

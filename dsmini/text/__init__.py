@@ -1,1 +1,1 @@
-"""The room between tokens and people: tokenizers, chat templates, and text as it is generated."""
+"""Between tokens and people: tokenizers, chat templates, and text as it is generated."""

@@ -121,7 +121,7 @@ def _column(rows: Sequence[Row], name: str) -> list[float]:
 def smooth(values: Sequence[float]) -> NDArray[np.float64]:
     """Return the mean of the values around each, a twentieth of all, without NaN. Near the start there are fewer.
 
-    As many come before as after, so that the curve does not lag, but near the end.
+    The same number come before and after, so that the curve does not lag, but near the end.
     """
     figures, places = np.asarray(values, dtype=np.float64), np.arange(len(values))
     known = np.isfinite(figures)

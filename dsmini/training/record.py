@@ -32,7 +32,7 @@ nats a token.
     val_loss_at_eval_context at train.eval_context
     spread, busiest          of several processes: as in StepResult, and the number of the part with most work
     indexer_*                with DSA: means over the layers of IndexerLoss, kl, recall, mass; of each: layer_indexer_*
-    binds, binds_share       where what binds the run has changed: "Data", "Algorithm", "Machine" or "" for nothing
+    binds, binds_share       where the bottleneck has changed: "Data", "Algorithm", "Machine" or "" for nothing
 
 Plots, TensorBoard and the summary read the same rows.
 """

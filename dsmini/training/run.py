@@ -195,7 +195,7 @@ class BindingChange:
     binds: str
     """Data, Algorithm, Machine, or "" for nothing."""
     share: float | None
-    """Share of what binds, such as the share of a step that waits; None for nothing."""
+    """Share of the bottleneck, such as that of a step that waits; None for nothing."""
     sentence: str
     """The change for people, with its step and its figures."""
 
@@ -273,7 +273,7 @@ class TrainingRun:
             self._record()
         while trainer.steps_done < train.steps and not (asked.stopping and history.records):
             # 1. step
-            self.phase("batch")  # a wait for data is no long phase
+            self.phase("batch")  # a wait for data is not a long phase
             step = trainer.step()
             asked.stopping = asked.stopping or step.stopping
             change = None if self.watch is None else self.watch(step)

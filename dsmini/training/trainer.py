@@ -156,7 +156,7 @@ class Trainer:
         )
 
     def forward_backward(self, rows: int) -> tuple[Tensor, Tensor | None, float]:
-        """Add up the gradients of the mean loss over this rank's part of a step of so many rows.
+        """Add up the gradients of the mean loss over this rank's part of a step.
 
         Return this rank's shares of the means [main, mtp, balance, and each indexer's kl, recall, mass], its loads [MoE
         layers, experts], and the seconds of waiting for data.

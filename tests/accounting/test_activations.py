@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
 WIDE = {"wide values": {"v_head_dim": 64}, "values as wide as keys": {"v_head_dim": 48}}
 PRECISIONS: list[Any] = [(p, d) for p in ("native", "fp8") for d in ("bfloat16", "float32")]
 FEW = 4 * 220
-"""Bytes of a number for each of 220 tokens. Those saved once an expert or matrix, up to 824, are left out."""
+"""Bytes of a number for each of 220 tokens. Bytes saved once an expert or matrix, up to 824, are left out."""
 
 
 def small(**changes: Any) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""What questions compute besides, as by hand, and the words of comparisons."""
+"""Other figures of questions, as by hand, and the words of comparisons."""
 
 from types import SimpleNamespace
 from typing import Any

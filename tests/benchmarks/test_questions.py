@@ -38,7 +38,7 @@ class Want(NamedTuple):
     others: str = ""
     """Metrics without."""
     exact: str = ""
-    """Those of them whose figures equal their predictions."""
+    """Questions whose figures equal their predictions."""
     plots: int = 2
 
 

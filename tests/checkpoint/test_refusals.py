@@ -147,7 +147,7 @@ FOLDERS: dict[str, list[tuple[Damage, str]]] = {  # by the folder that is damage
         ),
         # damaged files
         *(
-            (content(change), "{folder}/model.safetensors is no safetensors file, is cut short or damaged: ")
+            (content(change), "{folder}/model.safetensors is not a safetensors file, is cut short or damaged: ")
             for change in (
                 lambda file: file[:-5],
                 lambda file: file + b"x",
@@ -157,7 +157,7 @@ FOLDERS: dict[str, list[tuple[Damage, str]]] = {  # by the folder that is damage
         ),
         (content(lambda file: b"version https://git-lfs.github.com/spec/v1\n"), f"{FILE} is a Git LFS pointer"),
         *(
-            (header(*change[:1], **change[1]), "model.safetensors is no safetensors file, is cut short or damaged: ")
+            (header(*change[:1], **change[1]), "model.safetensors is not a safetensors file, is cut short or damaged: ")
             for change in (
                 ("lm_head.weight", {"shape": [61, 25]}),
                 ("lm_head.weight", {"dtype": "F9"}),

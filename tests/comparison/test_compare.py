@@ -132,7 +132,7 @@ def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
     assert refused.returncode == 2 and "arms.base.corpus" in refused.stderr
     (place / "other.jsonl").write_text('{"text": "a data set"}\n')
     report = run("dsmini.compare --report . --json", place)
-    assert "left out: other.jsonl is no file of a comparison" in report.stderr
+    assert "left out: other.jsonl is not a file of a comparison" in report.stderr
     assert report.returncode == 0 and len(json.loads(report.stdout)) == 1 and (place / "forest.png").exists()
 
 
@@ -187,7 +187,7 @@ BAD = {
     "base.toml nothing.py:make": "there is no file nothing.py",
     "base.toml idea.py:NUMBER": "has no function NUMBER",
     "base.toml idea.py:two": "takes other arguments than one ModelConfig",
-    "base.toml --idea model.dim=64 --seeds 0": "--seeds 0 is no pair",
+    "base.toml --idea model.dim=64 --seeds 0": "--seeds 0 is not a pair",
     "base.toml --idea model.dim=64 --margin -1": "--margin -1.0 is not positive",
     "base.toml --idea model.dim=64 --jobs 0": "--jobs 0 runs nothing",
     "base.toml --idea model.dim=64 --set data.path=none.txt": "none.txt",

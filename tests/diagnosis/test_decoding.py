@@ -225,7 +225,7 @@ def test_every_arm_is_predicted(decoding: DecodingSubject) -> None:
 
 
 def test_every_arm_of_v4_is_predicted() -> None:
-    """Its cache has rows of several kinds, and a table of experts is no number to make up."""
+    """Its cache has rows of several kinds, and a table of experts is not a number to make up."""
     config = ModelConfig(**V4, n_hash_layers=1, hc_mult=2, n_routed_experts=8, n_activated_experts=2, max_seq_len=128)
     found = predict(decoding_subject(config).arms(InventedPrices()))
     assert found.keys() >= {"plain", "drafts", "bfloat16_weights"} and min(found.values()) > 0

@@ -38,7 +38,7 @@ def test_default_corpus_is_healthy(default: Corpus) -> None:
 @pytest.mark.parametrize("kinds", [256, 129_280])
 @pytest.mark.parametrize(("length", "copied"), [(LENGTH - 1, 0), (LENGTH, LENGTH), (1000, 1000)])
 def test_copied_piece_is_counted_twice(kinds: int, length: int, copied: int) -> None:
-    """Check that a piece shorter than a passage is no copy."""
+    """Check that a piece shorter than a passage is not a copy."""
     text = random_text(100_000, kinds)
     text[70_000 : 70_000 + length] = text[10_000 : 10_000 + length]
     found = duplicates(corpus(text))

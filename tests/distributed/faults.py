@@ -62,7 +62,7 @@ class Faults:
         done = self.path.read_text().splitlines() if self.path.exists() else []
         self.left = [fault for fault in faults if fault.rank == rank and str(fault) not in done]
         self.saving = 0
-        """Step of the state that is saved, while steps go on if that is in the background."""
+        """Step of the state that is saved, while steps continue if that is in the background."""
 
     def take(self, phase: str, *kinds: str) -> Fault | None:
         """Return a fault that is due, after it was noted."""

@@ -1,6 +1,6 @@
 """Run functions in several processes on the loopback interface, as torchrun does, with an end in any case.
 
-`run_ranks` gives its work to processes that stay for the next work of the same file, and join the others anew for it.
+`run_ranks` gives its work to processes that stay for the next work of the same file, and join the others again for it.
 `outcomes` starts processes for one work, in which they may die.
 """
 

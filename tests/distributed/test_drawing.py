@@ -29,7 +29,7 @@ from tests.helpers import folders
 
 LARGE: dict[str, Any] = {"dim": 64, "n_layers": 4, "vocab_size": 400, "moe_inter_dim": 64}
 SLACK = 20_000
-"""Bytes of what is no tensor of the model: index tables, and messages between the ranks."""
+"""Bytes besides the tensors of the model: index tables, and messages between the ranks."""
 LAYOUTS = [{"ep": 2}, {"pp": 2}, {"pp": 2, "schedule": "zbv"}, {"zero": 3}, {"ep": 2, "zero": 3}]
 SLOW_BUT_ONE = [LAYOUTS[-1], *(pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS[:-1])]
 

@@ -70,7 +70,7 @@ class Row:
     n: int = 2
     parallel: dict[str, Any] = field(default_factory=lambda: EP)
     changes: dict[str, Any] = field(default_factory=dict)
-    """Of the train config."""
+    """Settings of the train config."""
     events: dict[str, list[int]] = field(default_factory=dict)
     """Steps of events of rank 0 by name."""
     words: tuple[str, ...] = ()

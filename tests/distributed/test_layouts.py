@@ -120,7 +120,7 @@ def test_layout_equals_one_process(row: Row) -> None:
     ("size", "start", "grad_accum"), [(4, 2, 1), pytest.param(16, 8, 4, marks=pytest.mark.slow)], ids=str
 )
 def test_growing_batch_takes_the_sequences_of_one_process(size: int, start: int, grad_accum: int) -> None:
-    """One process grows by as many sequences if its batch is in as many parts."""
+    """One process grows by the same number of sequences if its batch has the same parts."""
     ramp = {"batch_size": size, "batch_start": start, "batch_ramp": 1.0, "steps": 16}
     want = train(World(), None, None, {**ramp, "grad_accum": 2 * grad_accum}, 16)
     for got in run_ranks(2, train, {"dp": 2}, None, {**ramp, "grad_accum": grad_accum}, 16):

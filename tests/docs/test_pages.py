@@ -1,4 +1,4 @@
-"""What docs/ says of the code is so."""
+"""Statements of docs/ about the code are true."""
 
 import re
 import runpy

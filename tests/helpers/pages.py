@@ -1,6 +1,6 @@
 """Printed pages, compared with a stored one.
 
-UPDATE_PAGES=1 pytest tests/report    writes them anew; read what has changed before a commit
+UPDATE_PAGES=1 pytest tests/report    writes them again; read what has changed before a commit
 """
 
 import io

@@ -101,7 +101,7 @@ def test_matrices_of_low_rank_keep_their_directions(isa: str, rank: int, steps: 
 
 
 def test_halley_brings_singular_values_near_1(isa: str) -> None:
-    """Those above a thousandth of the norm end between 0.96 and 1, also next to a few that are 1000 times larger."""
+    """Singular values above a thousandth of the norm end between 0.96 and 1, also next to a few 1000 times larger."""
     torch.manual_seed(0)
     for o, i in ((33, 66), (128, 192)):
         left, right = (torch.linalg.qr(torch.randn(n, o, dtype=torch.float64))[0] for n in (o, i))

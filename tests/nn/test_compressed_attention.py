@@ -163,7 +163,7 @@ def numbered(lengths: list[int], b: int) -> Tensor:
 def test_outputs_and_gradients_follow_the_report(
     monkeypatch: pytest.MonkeyPatch, kind: str, block: int, lengths: list[int]
 ) -> None:
-    """Documents too: each is compressed by itself. Of two queries at a time the chosen entries are gathered."""
+    """Documents too: each is compressed by itself. The chosen entries of two queries are gathered at a time."""
     monkeypatch.setattr(compressed_attention, "BLOCK", block)
     layer, c = layer_of(kind, index_topk=2)
     x = torch.randn(2, sum(lengths), c.dim, dtype=torch.float64, requires_grad=True)

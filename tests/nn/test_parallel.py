@@ -29,7 +29,7 @@ RANKS = 2
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Return tokens and targets [4, 12], of which a process gets half the rows; as many count in each half."""
+    """Return tokens and targets [4, 12], of which a process gets half the rows; the same number count in each half."""
     ids = torch.randint(0, SMALL["vocab_size"], (2 * RANKS, 13), generator=torch.Generator().manual_seed(1))
     return ids[:, :-1], ids[:, 1:]
 

@@ -107,9 +107,9 @@ def test_what_cannot_be_quantized_is_refused() -> None:
     want = "x is a single number; want a dimension or more: use x[None]"
     assert refusal(quantize, torch.tensor(1.0)) == refusal(fp8_matmul, torch.tensor(1.0), x) == want
     for tile in ((0, 1), (1, -128), (1,), (1, 2, 3), "row", (1.5, 2), (True, 128), 128, None):
-        want = f"tile={tile!r} is no tile of [3, 4]; want rows and columns, such as (1, 128)"
+        want = f"tile={tile!r} is not a tile of [3, 4]; want rows and columns, such as (1, 128)"
         assert refusal(quantize, x, tile) == want
-    assert "is no tile of [300]" in refusal(quantize, torch.ones(300), (128, 1))
+    assert "is not a tile of [300]" in refusal(quantize, torch.ones(300), (128, 1))
     for value in ("e4m3fn", "E4M3", None):
         assert refusal(quantize, x, format=value) == f"format={value!r} is unknown; use one of e4m3, e5m2, e5m6, e2m1"
         assert refusal(quantize, x, scale=value) == f"scale={value!r} is unknown; use one of ue8m0, fp32"

@@ -41,7 +41,7 @@ SMALL = {
 
 WITHOUT_MTP = {name: value for name, value in SMALL.items() if name != "num_mtp_layers"}
 INDEX = {"index_n_heads": 13, "index_head_dim": 16, "index_topk": 12}
-"""Sizes of an indexer. It has so many heads because a key that none of them likes ties with others at zero."""
+"""Sizes of an indexer. It has this number of heads because a key that none of them likes ties with others at zero."""
 
 
 def yarn(**changes: Any) -> dict[str, Any]:

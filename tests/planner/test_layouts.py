@@ -139,7 +139,7 @@ def test_each_advice_fits_when_it_is_taken(words: str) -> None:
 
 
 def test_either_of_training_and_serving_may_not_fit() -> None:
-    """A plan goes on without what does not fit, and says what would; it is refused if nothing fits."""
+    """A plan leaves out what does not fit, and says what would; it is refused if nothing fits."""
     large = plan_of("deepseek-v2-lite @laptop memory*6")
     record = pages.planned(large, "a test").record
     assert record["fits"] is False and record["misfit"]["training"].startswith("no layout on gpus=1 fits 103 GB a GPU")

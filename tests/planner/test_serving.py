@@ -46,7 +46,7 @@ def test_fp32_sends_twice_the_bytes_of_bf16(figure: str) -> None:
 
 
 def test_gain_of_drafts_is_that_of_plans_with_more_tokens() -> None:
-    """A step that verifies d drafts is one of d + 1 times as many tokens that share the cache of as many sequences."""
+    """A step that verifies d drafts is one of d + 1 times the tokens, which share the cache of the same sequences."""
     for words in ("deepseek-v3", "deepseek-v3 sequences=1 decode_gpus=1"):
         found, none = values_of(f"{words} drafts=2"), values_of(f"{words} drafts=0")
         assert found["tokens_per_step"] == pytest.approx(1 + 0.85 + 0.85**2)

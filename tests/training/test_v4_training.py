@@ -1,4 +1,4 @@
-"""What V4 adds to training: tables from the text, who moves what, and indexers in both stages."""
+"""Training of V4: tables from the text, who moves what, and indexers in both stages."""
 
 import dataclasses
 from pathlib import Path

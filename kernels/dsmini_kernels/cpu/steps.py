@@ -146,7 +146,7 @@ def _states(x: Tensor, tokens: int) -> Tensor:
 
 
 def _set_cache(fields: dict[str, Any], name: str, data: Tensor | None, types: int) -> None:
-    """Set the fields of a cache [b, t, row], which may have the first so many of CACHE_TYPES."""
+    """Set the fields of a cache [b, t, row], which may have the first types of CACHE_TYPES."""
     if data is None:
         at, kind, row = b"", 0, 0
     else:
