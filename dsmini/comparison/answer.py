@@ -108,8 +108,11 @@ def _seeds_needed(results: Results, arm: str, verdict: Verdict) -> int | None:
 
 
 def show(console: Console, results: Results) -> None:
-    """Print the table and the sentences."""
+    """Print the table and the sentences, and of a claim what was expected and who made it."""
     show_table(console, table_of(results), results.head["question"] or results.path.stem)
+    for key in ("source", "hypothesis"):
+        if results.head[key]:
+            say(console, f"{key}: {results.head[key]}")
     for line in sentences(results):
         say(console, line)
 

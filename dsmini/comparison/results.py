@@ -59,11 +59,12 @@ class Results:
         return [mine[seed] - base[seed] for seed in sorted(mine.keys() & base.keys())]
 
     def add(self, line: Line) -> None:
-        """Write a finished run to the end of the file, whole or not at all."""
+        """Write a finished run to the end of the file, whole or not at all; all of them to a file that was removed."""
+        new = [line] if self.path.exists() else [self.head, *self.lines, line]
         with self.path.open("ab") as file:
             start = file.tell()
             try:
-                file.write(json.dumps(line).encode() + b"\n")
+                file.writelines(json.dumps(each).encode() + b"\n" for each in new)
                 file.flush()
                 os.fsync(file.fileno())
             except OSError:

@@ -47,7 +47,8 @@ def run_trial(arm: Arm, seed: int, cache: Path, on_part: Callable[[float], None]
         on_part: told the share of the steps that is done.
 
     Returns: loss in nats a byte (None if the run diverged), train_seconds and cpu_seconds of all steps, steps, tokens,
-        parameters and active, cache_bytes a token, max_vio at the end and over all steps, and acceptance of drafts.
+        parameters, active (None of a function's model), cache_bytes a token, max_vio at the end and over all steps,
+        and acceptance of drafts.
     """
     trainer, corpus = prepared(arm, seed, cache)
     config, steps = trainer.config, trainer.config.train.steps
@@ -69,7 +70,7 @@ def run_trial(arm: Arm, seed: int, cache: Path, on_part: Callable[[float], None]
         "steps": len(done),
         "tokens": sum(step.tokens for step in done),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "active": accounting.parameters(config.model).active,
+        "active": None if arm.function else accounting.parameters(config.model).active,
         "cache_bytes": _cache_bytes(trainer),
         "max_vio": statistics.fmean(loads[-max(1, round(LAST * steps)) :]) if loads else None,
         "max_vio_mean": statistics.fmean(loads) if loads else None,

@@ -12,6 +12,7 @@ import torch
 
 from dsmini import RunConfig, Transformer
 from dsmini.comparison.arms import arms_of, read_claim
+from dsmini.comparison.results import HEAD, Results, read_results
 from dsmini.comparison.trial import draw_by_name, drawn_by_name, prepared
 from dsmini.nn.gate import HashGate, hash_table
 from tests.helpers.commands import ROOT, check_refused, run, start
@@ -144,6 +145,17 @@ def test_a_claim_has_its_arms_and_keeps_its_results_beside_it(place: Path) -> No
     assert list(head["arms"]) == ["base", "no mtp", "relu"] and head["margin"] == 0.5
     losses = {row["arm"]: row["loss"] for row in lines_of(place / "claim.jsonl")}
     assert len(set(losses.values())) == 3, "three models"
+    assert "source: V3 report, 4.5.1\n" in done.stdout and "hypothesis" not in done.stdout, "what the claim says"
+
+
+def test_results_that_were_removed_meanwhile_are_written_again(tmp_path: Path) -> None:
+    results = Results(path=tmp_path / "found.jsonl", head=dict.fromkeys(HEAD, "") | {"arms": {"base": {}}})
+    for seed in range(3):
+        results.add({"arm": "base", "seed": seed, "loss": 1.0})
+        if seed == 1:
+            results.path.unlink()
+    read = read_results(results.path)
+    assert read is not None and (read.head, read.lines) == (results.head, results.lines)
 
 
 @pytest.mark.slow
