@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from dsmini.atomic import as_json
-from dsmini.checkpoint.run_folder import is_model_folder, run_tokenizer
+from dsmini.checkpoint.run_folder import find_model, is_model_folder, run_tokenizer
 from dsmini.config import RunConfig
 from dsmini.config.fields import require
 from dsmini.console.command import run
@@ -140,11 +140,12 @@ def _read(command: ConvertCommand, tell: Callable[[str], None]) -> "tuple[Transf
     from dsmini.checkpoint.load import load_pretrained
     from dsmini.checkpoint.training_state import load_run
 
-    if not is_model_folder(command.src):
-        model, config = load_run(command.src, average=command.average, say=tell)
-        return model, *_tokenizer_files(command.src, config)
-    require(not command.average, f"--average is for a training run, and {command.src} is not one; leave it out")
-    return load_pretrained(command.src, fp8="keep"), {}, {}
+    src = find_model(command.src)
+    if not is_model_folder(src):
+        model, config = load_run(src, average=command.average, say=tell)
+        return model, *_tokenizer_files(src, config)
+    require(not command.average, f"--average is for a training run, and {src} is not one; leave it out")
+    return load_pretrained(src, fp8="keep"), {}, {}
 
 
 def _tokenizer_files(src: Path, config: RunConfig) -> tuple[dict[str, str], dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from dsmini.checkpoint.run_folder import is_model_folder, run_tokenizer
+from dsmini.checkpoint.run_folder import TOY, find_model, is_model_folder, run_tokenizer
 from dsmini.config.fields import require
 from dsmini.console.command import complain, run
 from dsmini.console.commandline import Help, parse
@@ -32,8 +32,9 @@ if TYPE_CHECKING:  # they load torch, so they are imported where they are used: 
 class GenerateCommand:
     """Continue texts with a model that dsmini.train trained, or with a DeepSeek or Hugging Face folder."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FOLDER")]
-    """A training run or a folder with config.json, or one of a run's checkpoints."""
+    model: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FOLDER")] = None
+    """A training run, one of its checkpoints, a folder with config.json, or toy, the model that dsmini comes with. Left
+    out: the newest run under runs/; toy if there is none."""
     prompt: tuple[str, ...] = ()
     """Texts to continue, all at once; - reads one from standard input. Left out: a new line."""
     prompt_file: tuple[Path, ...] = ()
@@ -76,18 +77,20 @@ class GenerateCommand:
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto, float32 or bfloat16. auto: as a folder stores its weights; for a run, what is faster here."""
+    """auto, float32 or bfloat16. auto: as a folder stores its weights; for a run and toy, what is faster here."""
     average: bool = False
     """Use the moving average of the parameters; the run must have stored one, with --train.ema-decay."""
     json: bool = False
     """Print a JSON object instead of streaming the text; in a conversation, one per turn."""
+    stats: bool = False
+    """Also after the answers of --chat: print the tokens, the time and the size of the cache in two lines."""
 
 
 HELP = Help(
-    usage="RUN_OR_FOLDER [FLAGS]",
+    usage="[RUN_OR_FOLDER] [FLAGS]",
     examples=(
-        "runs/toy-001 --prompt 'def ' 'class '",
-        "runs/toy-001 --temperature 0 --speculative",
+        "           # the newest run, or the toy in the box",
+        "runs/toy-001 --prompt 'def ' 'class ' --speculative",
         "DeepSeek-V2-Lite-Chat --chat",
     ),
     main=(
@@ -134,8 +137,9 @@ def _writer(command: GenerateCommand, bar: Progress) -> "Writer":
 
     sampling = Sampling(**{field.name: getattr(command, field.name) for field in fields(Sampling)})
     console = Console(stderr=True)
-    with patience(console, f"reading {command.model}"):
-        model, side, is_run = _load(command, partial(say, console))
+    path = _model_of(command, partial(say, console))
+    with patience(console, f"reading {path}"):
+        model, side, is_run = _load(path, command, partial(say, console))
     return Writer(
         model=model,
         side=side,
@@ -151,8 +155,24 @@ def _writer(command: GenerateCommand, bar: Progress) -> "Writer":
     )
 
 
-def _load(command: GenerateCommand, note: Callable[[str], None]) -> "tuple[Transformer, TextSide, bool]":
-    """Load the model of the command; return it, its text side, and whether it is a training run's.
+def _model_of(command: GenerateCommand, note: Callable[[str], None]) -> Path:
+    """Return the path of the model: the one that is named, the newest run or the toy. Say which was chosen."""
+    if command.model is not None:
+        return find_model(command.model)
+    from dsmini.checkpoint.training_state import newest_run
+
+    newest = newest_run()
+    if newest is None:
+        note(
+            "no run under runs/ yet, so this is the toy that dsmini comes with; train yours with python -m dsmini.train"
+        )
+    else:
+        note(f"this is {newest}, the newest run")
+    return newest or TOY
+
+
+def _load(path: Path, command: GenerateCommand, note: Callable[[str], None]) -> "tuple[Transformer, TextSide, bool]":
+    """Load the model of a path; return it, its text side, and whether it is a training run's.
 
     Args:
         note: told about damaged checkpoints that are passed over, and warned.
@@ -161,17 +181,18 @@ def _load(command: GenerateCommand, note: Callable[[str], None]) -> "tuple[Trans
     """
     from dsmini.checkpoint.load import load_pretrained
     from dsmini.checkpoint.training_state import load_run
-    from dsmini.machine import DTYPES, keep_freed_memory, pick_device, pick_dtype
+    from dsmini.machine import keep_freed_memory, pick_device, pick_dtype
     from dsmini.text.chat import Dialogue, TextSide, read_text_side
 
-    path, place = command.model, pick_device(command.device)
+    place = pick_device(command.device)
     keep_freed_memory()
     if is_model_folder(path):
         require(not command.average, f"--average is for a training run, and {path} is a model's folder; leave it out")
         side = read_text_side(path, tokenizer=command.tokenizer, chat=command.chat)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: note(str(message))
-            dtype = None if command.dtype == "auto" else DTYPES[command.dtype]
+            stored = command.dtype == "auto" and path != TOY  # the toy is small: it takes what is faster, as a run does
+            dtype = None if stored else pick_dtype(command.dtype, place)
             model = load_pretrained(path, dtype=dtype, fp8=command.fp8, device=place)
         got, want = side.tokenizer.vocab_size, model.config.vocab_size
         if got > want:
@@ -193,7 +214,7 @@ def _converse(writer: "Writer", command: GenerateCommand) -> int:
 
     A line that is too long is refused and changes nothing; the status is then 2 at the end.
     """
-    from dsmini.inference.writer import Conversation, turns_in_words
+    from dsmini.inference.writer import Conversation, figures_in_words, turns_in_words
 
     conversation, status, turns = Conversation(writer, command.system), 0, list["Stats"]()
     while line := read_line():
@@ -206,6 +227,8 @@ def _converse(writer: "Writer", command: GenerateCommand) -> int:
                 print(json.dumps({"prompt": without_surrogates(line), "error": str(error)}), flush=True)
             continue
         turns.append(answers.stats)
+        if command.stats and not command.json:
+            print(figures_in_words(answers.stats, command.speculative), file=sys.stderr)
         said = answers.rows[0].described(without_surrogates(line))
         if command.json:
             _end(command, {key: said[key] for key in ("prompt", "answer", "finish")}, answers)
@@ -218,12 +241,12 @@ def _converse(writer: "Writer", command: GenerateCommand) -> int:
 
 
 def _end(command: GenerateCommand, said: dict[str, Any], answers: "Answers") -> int:
-    """Print the JSON object, or the figures below the page; return the exit status."""
+    """Print the JSON object, or the figures below the page, after a chat if asked; return the exit status."""
     from dsmini.inference.writer import figures, figures_in_words
 
     if command.json:
         print(json.dumps(said | figures(answers.stats, command.speculative)), flush=True)
-    else:
+    elif command.stats or not command.chat:
         print(figures_in_words(answers.stats, command.speculative), file=sys.stderr)
     return 130 if answers.interrupted else 0
 

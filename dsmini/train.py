@@ -84,7 +84,7 @@ def main(args: Sequence[str]) -> int:
     from dsmini import ops
     from dsmini.diagnosis.contention import OtherPrograms
     from dsmini.diagnosis.watch import RunWatch
-    from dsmini.training.outputs import offered_flags, print_summary
+    from dsmini.training.outputs import next_command, print_summary
     from dsmini.training.start import started
 
     ops.check_forced()
@@ -106,8 +106,7 @@ def main(args: Sequence[str]) -> int:
             return _status(complete=False)
     summary, sample = results
     print_summary(console, summary)
-    flags = offered_flags(training)
-    say(console, f"\nContinue with: python -m dsmini.generate {shlex.quote(str(folder))} {flags}")
+    say(console, f"\nContinue with: {next_command(training)}")
     if command.json:
         print(json.dumps({**summary, "sample": sample}))
     return 0

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from dsmini.checkpoint.run_folder import find_model
 from dsmini.checkpoint.tensor_files import (
     DTYPES,
     SafetensorsReader,
@@ -152,6 +153,7 @@ def load_pretrained(
     ready to be evaluated. A long load shows a bar on the standard error.
 
     Args:
+        folder: its path, or "toy" for the model that dsmini comes with, whose tokens are bytes.
         dtype: dtype of matrices and embedding; None: as each is stored. Norms and gates are FP32 in any case.
         fp8: treatment of weights in FP8, and of experts in FP4. "dequantize": they are held in `dtype`, by default
             BF16. "keep": codes and scales are held, and dequantized where they are used; such a model cannot be
@@ -169,7 +171,7 @@ def load_pretrained(
     require(fp8 in ("dequantize", "keep"), f"fp8={fp8!r} is unknown; use 'dequantize' or 'keep'")
     check_dtype(dtype)
     place = pick_device(str(device))
-    there = PretrainedTensors(Path(folder))
+    there = PretrainedTensors(find_model(Path(folder)))
     model, kinds = there.model, there.kinds()
     if fp8 == "keep":
         mixed = [name for name, of in kinds.items() if of & {FP8, FP4} and len(of) > 1]

@@ -26,6 +26,8 @@ from dsmini.text.tokenizer import Tokenizer, load_tokenizer
 
 BEFORE_CONFIG = ("corpus.json", "tokenizer.json", "init.json")
 """Files of a new run that are written before its config.toml."""
+TOY = Path(__file__).parents[1] / "toy"
+"""The folder of the model that dsmini comes with: the default run's, its matrices in FP8."""
 
 
 def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Path:
@@ -99,6 +101,11 @@ def run_config(run: Path) -> RunConfig:
     if not is_there(run / "config.toml"):
         raise ValueError(f"{run} has no config.toml, so it is not a training run; name one that dsmini.train wrote")
     return RunConfig.from_file(run / "config.toml")
+
+
+def find_model(path: Path) -> Path:
+    """Return a path as it is, and for the name toy, where nothing else has it, the model that dsmini comes with."""
+    return TOY if path == Path("toy") and not is_there(path) else path
 
 
 def is_model_folder(path: Path) -> bool:

@@ -234,6 +234,13 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(found, key=checkpoint_step, reverse=True)
 
 
+def newest_run(runs: Path = Path("runs")) -> Path | None:
+    """Return the run in a folder that saved a checkpoint last; None if none has one."""
+    runs_there = [run for run in runs.glob("*/") if is_there(run / "config.toml")]
+    saved = [(last.stat().st_mtime_ns, run) for run in runs_there for last in checkpoint_folders(run)[:1]]
+    return max(saved)[1] if saved else None
+
+
 # --- the model of a run: to evaluate it, to write texts with it, or to start another run
 
 

@@ -172,8 +172,13 @@ def _types(kind: type, prefix: str = "--") -> Iterator[tuple[str, Any]]:
         flag = prefix + name.replace("_", "-")
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from _types(hint, f"{flag}.")
-        elif tyro.conf.Positional not in getattr(hint, "__metadata__", ()):  # known by its position
+        elif not _is_positional(hint):
             yield flag, hint
+
+
+def _is_positional(hint: Any) -> bool:
+    """Return True for the type of a field that is known by its position."""
+    return tyro.conf.Positional in getattr(hint, "__metadata__", ())
 
 
 def short_help(kind: type, prog: str, help: Help, default: Any = None, width: int | None = None) -> str:
@@ -201,7 +206,7 @@ def flags(kind: type, default: Any = None, prefix: str = "") -> Iterator[tuple[s
 
     A field that is a dataclass yields its own fields: "train.steps", "--train.steps 1450", "Number of optimizer steps."
     """
-    said, hints = field_docstrings(kind), get_type_hints(kind)
+    said, hints = field_docstrings(kind), get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         value = field.default_factory() if callable(field.default_factory) else field.default
         value = value if default is None else getattr(default, field.name)
@@ -209,7 +214,8 @@ def flags(kind: type, default: Any = None, prefix: str = "") -> Iterator[tuple[s
         if dataclasses.is_dataclass(value):
             yield from flags(type(value), value, f"{path}.")
         else:
-            yield path, _typed(path, value, hints[field.name]), said.get(field.name, "")
+            typed = path.upper() if _is_positional(hints[field.name]) else _typed(path, value, hints[field.name])
+            yield path, typed, said.get(field.name, "")
 
 
 def field_docstrings(kind: type) -> dict[str, str]:
@@ -225,10 +231,8 @@ def field_docstrings(kind: type) -> dict[str, str]:
 
 
 def _typed(path: str, value: Any, hint: Any) -> str:
-    """Return a field as one would type it: --train.steps 1450; if None, --data.path PATH; a positional one, RUN."""
+    """Return a flag as one would type it: --train.steps 1450; if None, --data.path PATH."""
     flag = "--" + path.replace("_", "-")
-    if value is dataclasses.MISSING:
-        return path.upper()
     if isinstance(value, bool):
         return f"{flag} (on)" if value else flag
     if value == ():

@@ -16,8 +16,8 @@ from dsmini.console.messages import say
 
 SECONDS_BETWEEN_LINES = 10.0
 """Shortest time between two lines in a pipe, for a caller that does not count them."""
-LEAST_DONE = 0.05
-"""Share of the work below which its rate says nothing about the time left."""
+LEAST_DONE, LEAST_SECONDS = 0.05, 5.0
+"""Share of the work, and time, below which its rate says nothing about the time left."""
 SECONDS_OF_SILENCE = 60.0
 """Time without a line in a pipe after which the next update prints one, for any caller."""
 
@@ -95,12 +95,13 @@ class Progress:
             words = f"{done / max(1, self.total):.0%} of {self.total:,.0f} bytes"
         elif self.unit == "tokens":
             words = f"{done:,.0f} of {self.total:,.0f} tokens"
-        if left is None and done > 0 and done >= LEAST_DONE * self.total:
-            left = (now - self._begun) * max(0.0, self.total / done - 1)
+        known = now - self._begun
+        if left is None and known >= LEAST_SECONDS and done > 0 and done >= LEAST_DONE * self.total:
+            left = known * max(0.0, self.total / done - 1)
         if left is not None and left < math.inf:
             words = f"{words}  {timedelta(seconds=round(left))} left".lstrip()
         self._bar.update(self._task, completed=done, total=self.total, description=self.label, words=words)
-        if now - self._begun >= self.delay:
+        if known >= self.delay:
             self._bar.start()
         if self._line_is_due(now - self._last_line):
             self._print_line(f"{self.label}  {words}".rstrip())

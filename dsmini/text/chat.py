@@ -29,7 +29,7 @@ import jinja2.nodes
 from dsmini.config.fields import token_ids
 from dsmini.reading import brief, is_there, read_table, read_text, readable
 from dsmini.text.template_worker import environment
-from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, is_byte_tokenizer
 
 # half a character of UTF-16: no text holds it, and Python makes another one of a byte it cannot decode
 MARK = "\ud800"
@@ -289,6 +289,8 @@ def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = F
             f"{folder} has no chat template, neither chat_template.jinja nor chat_template in tokenizer_config.json; "
             "leave out --chat, and write the prompt as the model was trained on it"
         )
+    if not chat and is_byte_tokenizer(path):
+        return TextSide(tokenizer=ByteTokenizer(), ends=_ends(folder, {}, {}))
     bpe = BPETokenizer(path)
     return TextSide(
         tokenizer=bpe,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dsmini.reading import brief, is_there, read_table, readable
+from dsmini.reading import brief, is_there, read_bytes, read_table, readable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -291,6 +291,12 @@ def byte_tokenizer_json() -> str:
         **{"pre_tokenizer": as_bytes, "post_processor": None, "decoder": as_bytes, "model": model},
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def is_byte_tokenizer(path: Path) -> bool:
+    """Return True for a file that holds byte_tokenizer_json(), which ByteTokenizer reads without any library."""
+    content = byte_tokenizer_json().encode()
+    return path.is_file() and path.stat().st_size == len(content) and read_bytes(path) == content
 
 
 # --- training: a tokenizer.json over bytes that splits words as DeepSeek does

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dsmini.checkpoint.run_folder import is_model_folder, read_summary, run_config, tokenizer_file
+from dsmini.checkpoint.run_folder import find_model, is_model_folder, read_summary, run_config, tokenizer_file
 from dsmini.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dsmini.config.fields import Effect, plain, require
 from dsmini.console.commandline import take_folder
-from dsmini.reading import is_there, read_bytes, read_text
-from dsmini.text.tokenizer import byte_tokenizer_json
+from dsmini.reading import is_there, read_bytes
+from dsmini.text.tokenizer import is_byte_tokenizer
 
 if TYPE_CHECKING:  # what reads weights loads torch, so it is imported where it is used: --help is instant
     from torch import Tensor
@@ -141,11 +141,11 @@ def origin_of_weights(path: Path, say: Callable[[str], None]) -> RunOrigin:
     from dsmini.checkpoint.load import PretrainedTensors
     from dsmini.checkpoint.training_state import model_checkpoint
 
+    path = find_model(path)
     if is_model_folder(path):
         there, tokenizer = PretrainedTensors(path), path / "tokenizer.json"
         there.check()
-        # that of bytes, which dsmini.convert writes, is none
-        own = is_there(tokenizer) and read_text(tokenizer) != byte_tokenizer_json()
+        own = is_there(tokenizer) and not is_byte_tokenizer(tokenizer)
         train = TrainConfig(seq_len=min(there.config.max_seq_len, FOLDER_SEQ_LEN))
         run = RunConfig(model=there.config, data=DataConfig(tokenizer=tokenizer if own else None), train=train)
         return RunOrigin(config=run, name=path.resolve().name or "model", before=run, weights=path, rows=there.rows)

@@ -31,7 +31,7 @@ from dsmini.checkpoint.training_state import (
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.config.fields import require
 from dsmini.console.messages import say
-from dsmini.console.progress import Progress, patience
+from dsmini.console.progress import LEAST_SECONDS, Progress, patience
 from dsmini.data.corpus import Windows
 from dsmini.distributed.meeting import told
 from dsmini.distributed.mesh import meta_model, unequal_replicas
@@ -57,7 +57,7 @@ from dsmini.training.signals import StopAskedError, StopSignals
 from dsmini.training.trainer import StepResult, Trainer
 
 LEAST_TIMES = 3
-"""Number of steps of a process from which on the time left is shown."""
+"""Number of steps of a process from which on the time left is shown, once they took LEAST_SECONDS."""
 
 
 class TrainingProgress(Progress):
@@ -68,6 +68,8 @@ class TrainingProgress(Progress):
         self.steps = steps
         self.times: deque[float] = deque(maxlen=11)
         """Seconds a token of the last steps. The first steps of a process also prepare, so a median is taken."""
+        self.trained = 0.0
+        """Seconds of all steps that were shown."""
 
     def show(self, step: StepResult, tokens_per_s: float, sentence: str = "") -> None:
         """Show a training step, and a sentence about it."""
@@ -80,9 +82,10 @@ class TrainingProgress(Progress):
             figures += f"  indexer KL {kl:.4f} recall {recall:.0%}"
         self.label = f"step {step.step}/{self.steps}"
         self.times.append(step.seconds / step.tokens)
-        left = (
-            (self.steps - step.step) * step.tokens * median(self.times) if len(self.times) >= LEAST_TIMES else math.inf
-        )
+        self.trained += step.seconds
+        left = math.inf
+        if len(self.times) >= LEAST_TIMES and self.trained >= LEAST_SECONDS:
+            left = (self.steps - step.step) * step.tokens * median(self.times)
         self.update(step.step, figures, left=left)
         if step.skipped:
             self.say(f"step {step.step}: the gradient was not finite; the step was skipped, nothing changed")

@@ -12,6 +12,8 @@ from rich.console import Console
 
 from dsmini.console.command import interruptible
 from dsmini.console.progress import Progress, patience
+from dsmini.training.run import TrainingProgress
+from dsmini.training.trainer import StepResult
 
 
 @pytest.fixture
@@ -85,13 +87,27 @@ def test_pipe_gets_a_line_of_bytes_every_ten_seconds(clock: list[float]) -> None
     assert bar.seconds == 22
 
 
-def test_time_left_is_told_once_a_twentieth_is_done(clock: list[float]) -> None:
+def test_time_left_is_told_after_a_twentieth_and_five_seconds(clock: list[float]) -> None:
+    for seconds, done in ((10, (0, 4, 10)), (4, (0, 50, 50))):
+        console = pipe()
+        with Progress(console, 100, "step", line_every=0) as bar:
+            for amount in done:
+                bar.update(amount)
+                clock[0] += seconds
+        left = "0:03:00" if seconds == 10 else "0:00:08"
+        assert said(console).splitlines() == ["step", "step", f"step  {left} left"]
+
+
+@pytest.mark.parametrize(("seconds", "left"), [((4.0, 2.0, 1.0), "  0:00:34 left"), ((1.0, 1.0, 1.0), "")])
+def test_training_tells_the_time_left_after_three_steps_and_five_seconds(seconds: tuple[float, ...], left: str) -> None:
     console = pipe()
-    with Progress(console, 100, "step", line_every=0) as bar:
-        for done in (0, 4, 10):
-            bar.update(done)
-            clock[0] += 10
-    assert said(console).splitlines() == ["step", "step", "step  0:03:00 left"]
+    losses = {"loss": 2.0, "mtp_loss": 0.0, "balance_loss": 0.0, "grad_norm": 1.0, "lr": 0.1}
+    with TrainingProgress(console, 20) as bar:
+        for step, each in enumerate(seconds, 1):
+            done = {"step": step, "tokens": 8, "seconds": each, "data_wait": 0.0, "counts": None, "skipped": False}
+            bar.show(StepResult(**losses, **done), 10.0)
+    figures = "loss 2.000  10 tok/s  lr 1.0e-01"
+    assert said(console).splitlines() == [f"step {n}/20  {figures}{left * (n == 3)}" for n in (1, 2, 3)]
 
 
 def test_terminal_shows_label_words_and_time_left() -> None:
@@ -130,7 +146,7 @@ def test_stages_of_tokens_follow_each_other_and_leave_no_bar(clock: list[float])
         assert said(console) == ended
     assert shown[3].splitlines() == [
         "reading  2,000 of 2,000 tokens  0:00:00 left",
-        "writing  1 of 9 tokens  0:00:00 left",
+        "writing  1 of 9 tokens",
         "writing  2 of 9 tokens  0:00:38 left",
     ]
     assert shown[4] == "" and "2,000 of 2,000 tokens" in shown[5] == shown[6] and "2 of 9 tokens" in shown[7]

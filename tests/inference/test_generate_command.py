@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,25 @@ def test_texts_stream_under_headings_and_figures_come_last(place: Path) -> None:
     (answer,) = ask(place, asked)
     streamed = run(f"dsmini.generate runs/x/checkpoints/step-000005 {asked}", place)
     assert answer["text"].startswith("The qu") and streamed.stdout.rstrip("\n") == answer["text"].rstrip("\n")
+
+
+def test_without_a_name_the_newest_run_writes_and_before_there_is_one_the_toy(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSMINI_BACKEND", "eager")
+    command = "dsmini.generate --prompt 'def ' --max-new-tokens 8"
+    first = run(command, tmp_path)
+    assert (first.returncode, first.stdout[:4]) == (0, "def ") and first.stderr.startswith(
+        "no run under runs/ yet, so this is the toy"
+    )
+    for at, name in enumerate(("older", "newest", "oldest")):
+        shutil.copytree(place / "runs/x", tmp_path / "runs" / name)
+        for saved in (tmp_path / "runs" / name / "checkpoints").iterdir():
+            os.utime(saved, (at % 2 - at // 2, 10**9 + at % 2 - at // 2))
+    (tmp_path / "runs/begun").mkdir()
+    (tmp_path / "runs/begun/config.toml").touch()
+    newest = run(command, tmp_path)
+    assert newest.returncode == 0 and newest.stderr.startswith("this is runs/newest, the newest run\n")
 
 
 class Interrupting(io.StringIO):
@@ -292,6 +313,13 @@ def test_a_conversation_is_a_line_a_turn(folder: Path) -> None:
     assert shown.returncode == 0 and re.fullmatch(
         r"2 answers, [2-8] new tokens(, [\d.]+ tokens/s)?", shown.stderr.strip()
     )
+
+
+def test_figures_follow_the_answers_of_a_chat_only_on_request(place: Path) -> None:
+    command = "dsmini.generate runs/x --chat --max-new-tokens 2"
+    for flags, lines in (("--prompt a", 0), ("--prompt a --stats", 2), ("", 1), ("--stats", 5)):
+        done = run(f"{command} {flags}", place, "a\nb\n")
+        assert done.returncode == 0 and len(done.stderr.splitlines()) == lines, (flags, done.stderr)
 
 
 def test_mistakes_with_a_folder_are_sentences(folder: Path) -> None:

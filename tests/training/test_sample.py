@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from dsmini import DataConfig
-from dsmini.training.outputs import offered_flags, write_sample
+from dsmini.training.outputs import next_command, offered_flags, write_sample
 from dsmini.training.run import TrainingRun
 from tests.helpers.runs import new_run
 
@@ -54,9 +55,9 @@ def test_interrupted_sample_ends_its_line(run: TrainingRun, monkeypatch: pytest.
     [
         (b"It was a bright cold day in April", "--prompt 'was a bright'"),
         (b"x don't stop", "--prompt 'don'\"'\"'t stop'"),
-        (b"x --flag then", "--prompt TEXT"),
-        (b"\xff\xfe " + b"x" * 300, "--prompt TEXT"),
-        (b"x \x1b[31mred", "--prompt TEXT"),
+        (b"x --flag then", ""),
+        (b"\xff\xfe " + b"x" * 300, ""),
+        (b"x \x1b[31mred", ""),
         (b"Rome.\n> What is snow like?\n", "--chat"),
     ],
 )
@@ -65,3 +66,19 @@ def test_offered_flags_are_a_prompt_of_whole_words_or_chat(run: TrainingRun, tex
     assert offered_flags(run) == flags
     run.config = dataclasses.replace(run.config, data=DataConfig())
     assert offered_flags(run) == "--prompt 'def '"
+
+
+def test_next_command_fits_the_stage_and_the_end_of_the_run(run: TrainingRun) -> None:
+    folder = shlex.quote(str(run.folder))
+    run.trainer.corpus = dataclasses.replace(run.trainer.corpus, val=np.zeros(200, np.uint8))
+    run.history.records.append({"loss": 1.0})
+    assert next_command(run) == f"python -m dsmini.generate {folder}"
+    sparse = {"attention": "dsa", "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
+    run.config = dataclasses.replace(
+        run.config,
+        model=dataclasses.replace(run.config.model, **sparse),
+        train=dataclasses.replace(run.config.train, dsa_stage="warmup"),
+    )
+    assert next_command(run) == f"python -m dsmini.train --init {folder}"
+    run.history.records.append({"loss": None})
+    assert next_command(run) == f"python -m dsmini.diagnose {folder}"
