@@ -10,7 +10,7 @@ which a causal mask leaves. In DSA a query attends to min(t, index_topk) keys, a
 2 index_n_heads index_head_dim t.
 
 Only the weights of an indexer have gradients, not what it reads: two times a forward of its matrices. Its scores run
-once for all keys, and in its loss three times, for those that the stage compares: all keys in the warm-up, the picked
+once for all keys, and in its loss three times, for those that the stage compares: all keys in the warm-up, the chosen
 ones in the sparse stage. The target of the loss, the main model's logits of all keys, takes 2 H d_qk t more. In the
 warm-up all else runs forward only, with attention to all keys.
 
@@ -226,7 +226,7 @@ def twice_the_keys(
 ) -> Fraction:
     """Return two times the keys that a query sees, at most most_keys, the mean over s queries.
 
-    A mask hides keys and saves nothing: without `causal` all keys count, those that were not picked too. In the warm-up
+    A mask hides keys and saves nothing: without `causal` all keys count, those that were not chosen too. In the warm-up
     every query sees all keys.
 
     Args:

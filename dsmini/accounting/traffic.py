@@ -272,7 +272,7 @@ def _products(config: ModelConfig, n: int, dtype: WeightDtype, experts: float | 
 def _fused(c: ModelConfig, use: TensorUse) -> int:
     """Return the numbers a token that attention to fresh keys reads and writes: queries, keys, values, sums.
 
-    The indexer reads queries and its one key; picks are left out, as the mask is.
+    The indexer reads queries and its one key; topk_indices are left out, as the mask is.
     """
     if use.kind == SCORES:
         return use.per_pair + (c.index_head_dim or 0)

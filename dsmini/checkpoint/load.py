@@ -455,7 +455,7 @@ def add_indexers(
     """Give every attention layer of a model, those of multi-token prediction too, a random indexer, in place.
 
     All other weights stay as they are, codes of FP8 included. With no more than topk tokens the model answers as
-    before; with more it picks at random until its indexers are trained.
+    before; with more it chooses at random until its indexers are trained.
 
     Args:
         n_heads, head_dim, topk: index_n_heads, index_head_dim and index_topk of the model; None: as `fresh_sizes` says.

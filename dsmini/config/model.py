@@ -44,7 +44,7 @@ class ModelConfig:
     """Number of attention heads."""
 
     attention: Literal["mla", "dsa", "compressed", "mha", "gqa", "mqa"] = setting("mla", shapes=True)
-    """Kind of attention: MLA; DSA, V3.2's MLA that reads only the keys its indexer picks; compressed, V4's window of
+    """Kind of attention: MLA; DSA, V3.2's MLA that reads only the keys its indexer chooses; compressed, V4's window of
     tokens with compressed entries of those before; or a baseline with keys of qk_nope_head_dim and values of
     v_head_dim."""
     n_kv_heads: int | None = setting(None, shapes=True, only=("gqa",))
@@ -77,7 +77,7 @@ class ModelConfig:
     """Number of latest tokens, the query's own among them, that a query sees uncompressed (V4: 128)."""
     compress_ratios: tuple[int, ...] | None = setting(None, shapes=True, only=V4)
     """Number of tokens in a compressed entry, for each of n_layers blocks. 4: CSA, whose entries overlap and whose
-    indexer picks among them; 0: the window alone, as in MTP blocks; any other, such as 128: HCA."""
+    indexer chooses among them; 0: the window alone, as in MTP blocks; any other, such as 128: HCA."""
     compress_rope_theta: float = setting(160000.0, only=V4)
     """Base of the rotary frequencies in layers with compressed entries, which alone have YaRN."""
     o_groups: int | None = setting(None, shapes=True, only=V4)

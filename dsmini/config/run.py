@@ -82,7 +82,7 @@ class TrainConfig:
     """Weight of the multi-token prediction loss after mtp_until (V3: 0.1)."""
     dsa_stage: Literal["warmup", "sparse"] = setting("sparse", resume="refused")
     """Stage of training with indexers (V3.2, V4). warmup: only the indexers learn, from attention to all keys; sparse:
-    all learns, with attention to the picks (V3.2: 1000 steps of warmup, then 15000 of sparse)."""
+    all learns, with attention to the chosen keys (V3.2: 1000 steps of warmup, then 15000 of sparse)."""
 
     recompute: bool = setting(False, resume="rounding")
     """Recomputation of each block in the backward pass: less memory, about a third more work."""

@@ -159,7 +159,7 @@ def begin_stage(model: nn.Module, stage: Literal["warmup", "sparse"]) -> list[se
     """Let the parameters of a stage learn, and no others; return the names of each group that is clipped apart.
 
         warmup    attention to all keys    the indexers learn, nothing else has a gradient    1000 steps, rate 1e-3
-        sparse    attention to the picks   all learns, each part from its own loss            15000 steps, 7.3e-6
+        sparse    the chosen keys          all learns, each part from its own loss            15000 steps, 7.3e-6
 
     The indexers are a group of their own: the main model moves as far as it would without their loss. There are no
     groups in a model without indexers: it is clipped as a whole, whatever the stage.
