@@ -46,6 +46,7 @@ from dsmini.accounting.tensors import (
     tensors,
 )
 from dsmini.config import ModelConfig
+from dsmini.config.fields import require
 
 Amounts = Iterator[tuple[str, int]]
 LOSS = "loss of the indexer"
@@ -158,8 +159,7 @@ def step_flops(
     check_sizes(batch_size=batch_size, seq_len=seq_len)
     if training:
         check_depths(config, seq_len)
-    if training and last_logits:
-        raise ValueError("last_logits=True in training, whose losses want all logits; use training=False")
+        require(not last_logits, "last_logits=True in training, whose losses want all logits; use training=False")
     stage = dsa_stage if training else None
 
     def amounts() -> Amounts:
@@ -247,11 +247,9 @@ def is_absorbed(c: ModelConfig, form: Form) -> bool:
     A cached token costs fewer operations absorbed whatever the sizes, so "auto" absorbs where it can: 2 c + d_rope is
     less than c (d_nope + d_v) + d_qk + d_v for each head.
     """
-    if form not in ("auto", "expanded", "absorbed"):
-        raise ValueError(f"form={form!r} is unknown; use auto, expanded or absorbed")
+    require(form in ("auto", "expanded", "absorbed"), f"form={form!r} is unknown; use auto, expanded or absorbed")
     able = c.is_mla and not c.qk_norm
-    if form == "absorbed" and not able:
-        raise ValueError("form='absorbed' is MLA's without qk_norm; use expanded")
+    require(able or form != "absorbed", "form='absorbed' is MLA's without qk_norm; use expanded")
     return able and form != "expanded"
 
 

@@ -76,6 +76,7 @@ from dsmini.accounting.tensors import (
     tensors,
 )
 from dsmini.config import ModelConfig
+from dsmini.config.fields import require
 from dsmini.config.model import CSA_RATIO, NO_INDEXER, SLACK
 
 Amounts = Iterator[tuple[str, int]]
@@ -130,8 +131,7 @@ def optimizer_bytes(
     Temporary tensors of a step are not in it.
     """
     check_dtype(moments, ("float32", "bfloat16"))
-    if optimizer not in ("adamw", "muon"):
-        raise ValueError(f"optimizer={optimizer!r} is unknown; use adamw or muon")
+    require(optimizer in ("adamw", "muon"), f"optimizer={optimizer!r} is unknown; use adamw or muon")
 
     def amount(use: TensorUse) -> int:
         inside = (use.form == "fp8" and use.kind != INDEXER) or use.name == "eh_proj"
@@ -295,15 +295,14 @@ def row_width(c: ModelConfig) -> int:
 
 def row_bytes(c: ModelConfig, dtype: CacheDtype) -> int:
     """Return the bytes that a layer stores of a token for attention."""
-    if dtype not in ("float32", "bfloat16", "fp8"):
-        raise ValueError(f"a cache of dtype={dtype!r}; use float32, bfloat16 or fp8")
+    require(dtype in ("float32", "bfloat16", "fp8"), f"a cache of dtype={dtype!r}; use float32, bfloat16 or fp8")
     if dtype != "fp8":
         return row_width(c) * SIZES[dtype]
     if c.head_dim is not None:
         codes, rotary = c.head_dim - c.qk_rope_head_dim, 2 * c.qk_rope_head_dim
         return 8 * ceiling(codes + rotary + ceiling(codes, BLOCK_FP8), 8)
-    if not c.is_mla:
-        raise ValueError(f"dtype='fp8' is the layout of MLA's latent, not of attention={c.attention!r}; use bfloat16")
+    kind = c.attention
+    require(c.is_mla, f"dtype='fp8' is the layout of MLA's latent, not of attention={kind!r}; use bfloat16")
     return c.kv_lora_rank + 4 * ceiling(c.kv_lora_rank, BLOCK) + 2 * c.qk_rope_head_dim
 
 
@@ -353,18 +352,18 @@ def activation_bytes(
         fp8=config.precision == "fp8",
         recompute=recompute if isinstance(recompute, str) else "full" if recompute else "none",
     )
-    # cosines and sines in FP32, one of each a pair
-    pairs = config.qk_rope_head_dim if config.is_mla else config.qk_nope_head_dim
-    tables = ((TABLES, 4 * pairs * (seq_len - depth)) for depth in range(config.n_mtp_layers + 1))
-    return Bytes.of([*((name, batch_size * amount) for name, amount in _amounts(saved, seq_len)), *tables])
 
+    def amounts() -> Amounts:
+        for prefix, part, tokens in _passes(config, seq_len):
+            yield from ((prefix + name, batch_size * tokens * amount) for name, amount in saved.part(part))
+        if saved.recompute == "full":
+            yield "one block, made again", batch_size * seq_len * saved.largest_block()
+        # cosines and sines in FP32, one of each a pair
+        pairs = config.qk_rope_head_dim if config.is_mla else config.qk_nope_head_dim
+        for depth in range(config.n_mtp_layers + 1):
+            yield TABLES, 4 * pairs * (seq_len - depth)
 
-def _amounts(saved: "Saved", seq_len: int) -> Amounts:
-    """Yield the bytes of one sequence by name."""
-    for prefix, part, tokens in _passes(saved.c, seq_len):
-        yield from ((prefix + name, tokens * amount) for name, amount in saved.part(part))
-    if saved.recompute == "full":
-        yield "one block, made again", seq_len * saved.largest_block()
+    return Bytes.of(amounts())
 
 
 def _passes(c: ModelConfig, seq_len: int) -> Iterator[tuple[str, Part, int]]:
@@ -425,6 +424,10 @@ class Saved:
                 yield STREAMS, 2 * (4 * copies * c.hc_mult * c.dim + row)
             yield from self.compressed_attention() if c.attention == "compressed" else self.attention()
             yield from self.moe() if part == "moe" else self.dense()
+
+    def total(self, part: Part) -> int:
+        """Return the bytes that a token saves in a part."""
+        return sum(amount for _, amount in self.part(part))
 
     def attention(self) -> Amounts:
         """Yield the inputs of the products, then what lies between them (report, section 2.1.1)."""
@@ -533,8 +536,6 @@ class Saved:
     def largest_block(self) -> int:
         """Return the bytes of a token of the block whose activations are made again in backward, the largest."""
         whole, c = dataclasses.replace(self, recompute="none"), self.c
-        kinds: list[Part] = [
-            *(["dense"] if c.n_dense_layers else []),
-            *(["moe"] if c.n_dense_layers < c.n_layers else []),
-        ]
-        return max(sum(amount for _, amount in whole.part(kind)) for kind in kinds)
+        dense, moe, _, _ = blocks(c)
+        found = [whole.total("dense")] if dense else []
+        return max([*found, whole.total("moe")] if moe else found)

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
 from dsmini.config import ModelConfig
+from dsmini.config.fields import require
 from dsmini.config.model import CSA_RATIO
 
 MTP = "mtp "
@@ -245,9 +246,8 @@ def _hyper_connection(c: ModelConfig, name: str, rows: int, gates: int) -> Itera
     """Yield a connection to several residual streams, all of it FP32."""
     if c.hc_mult > 1:
         yield TensorUse(STREAMS, f"{name}.fn", (rows, c.hc_mult * c.dim), visits=1, form="fp32")
-        yield from (
-            TensorUse(STREAMS, f"{name}.{n}", (width,), form="fp32") for n, width in (("base", rows), ("scale", gates))
-        )
+        for part, width in (("base", rows), ("scale", gates)):
+            yield TensorUse(STREAMS, f"{name}.{part}", (width,), form="fp32")
 
 
 def _moe(c: ModelConfig) -> Iterator[TensorUse]:
@@ -385,27 +385,25 @@ class Bytes:
 
 def check_dtype(dtype: str, known: tuple[str, ...]) -> None:
     """Refuse a dtype that is not among the known ones."""
-    if dtype not in known:
-        raise ValueError(f"dtype={dtype!r} is unknown; use {', '.join(known[:-1])} or {known[-1]}")
+    require(dtype in known, f"dtype={dtype!r} is unknown; use {', '.join(known[:-1])} or {known[-1]}")
 
 
 def check_sizes(**sizes: int) -> None:
     """Refuse a size below 1."""
     for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} is not positive; use 1 or more")
+        require(value >= 1, f"{name}={value} is not positive; use 1 or more")
 
 
 def check_context(c: ModelConfig, context: int) -> None:
     """Refuse a context that the model cannot have."""
-    if not 1 <= context <= c.max_seq_len:
-        raise ValueError(f"context={context} is not from 1 to max_seq_len={c.max_seq_len}; use such a number")
+    fits = 1 <= context <= c.max_seq_len
+    require(fits, f"context={context} is not from 1 to max_seq_len={c.max_seq_len}; use such a number")
 
 
 def check_depths(c: ModelConfig, seq_len: int) -> None:
     """Refuse training sequences that leave a depth of multi-token prediction without a position."""
-    if seq_len <= c.n_mtp_layers:
-        raise ValueError(f"seq_len={seq_len} is too short for n_mtp_layers={c.n_mtp_layers}; use more tokens")
+    longer = seq_len > c.n_mtp_layers
+    require(longer, f"seq_len={seq_len} is too short for n_mtp_layers={c.n_mtp_layers}; use more tokens")
 
 
 # --- parameters

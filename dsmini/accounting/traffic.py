@@ -52,6 +52,7 @@ from dsmini.accounting.tensors import (
     value_width,
 )
 from dsmini.config import ModelConfig
+from dsmini.config.fields import require
 
 Amounts = Iterator[tuple[str, float]]
 READ, WRITE, EXPANDED, ATTENDED = "cache read", "cache write", "expanded keys and values", "attention operands"
@@ -291,8 +292,7 @@ def expected_experts(config: ModelConfig, tokens: int) -> float:
 
     Raises: ValueError for fewer than 0 tokens.
     """
-    if tokens < 0:
-        raise ValueError(f"tokens={tokens} is negative; use 0 or more")
+    require(tokens >= 0, f"tokens={tokens} is negative; use 0 or more")
     e, k = config.n_routed_experts, config.n_activated_experts
     return e * (1 - (1 - k / e) ** tokens)
 
@@ -301,10 +301,8 @@ def distinct_experts(c: ModelConfig, tokens: int, experts: float | None) -> floa
     """Return the number of distinct experts that was given, if it can be, or the expected one."""
     if experts is None:
         return expected_experts(c, tokens)
-    most = min(c.n_routed_experts, tokens * c.n_activated_experts)
-    if not c.n_activated_experts <= experts <= most:
-        raise ValueError(
-            f"experts={experts} distinct ones for {tokens} tokens that choose {c.n_activated_experts} of "
-            f"{c.n_routed_experts}; use {c.n_activated_experts} to {most}, or leave it out"
-        )
+    e, k = c.n_routed_experts, c.n_activated_experts
+    most = min(e, tokens * k)
+    fix = f"use {k} to {most}, or leave it out"
+    require(k <= experts <= most, f"experts={experts} distinct ones for {tokens} tokens that choose {k} of {e}; {fix}")
     return experts

@@ -171,7 +171,7 @@ class ModelFigures:
         """
         saved = Saved(c=self.config, size=size, fp8=fp8, recompute=recompute)
         again = saved.largest_block() if recompute == "full" else 0
-        return {part: sum(amount for _, amount in saved.part(part)) for part in PARTS_OF_A_MODEL}, again
+        return {part: saved.total(part) for part in PARTS_OF_A_MODEL}, again
 
 
 def _module(kind: str, what: str, number: int) -> Figure:
