@@ -19,9 +19,9 @@ from typing import Any, Literal
 from dsmini.accounting import decode_flops_per_token, kv_bytes_per_token, parameters
 from dsmini.accounting.flops import flops_per_token
 from dsmini.accounting.tensors import MTP, OVER, SCORES
-from dsmini.planner.figure import Figure
+from dsmini.planner.figure import Figure, Figures, figures_of
 from dsmini.planner.hardware import load_hardware
-from dsmini.planner.model import CacheFigures, ModelFigures, cache_figures
+from dsmini.planner.model import ModelFigures, cache_figures
 from dsmini.planner.plan import Plan, make_plan
 from dsmini.planner.request import Inputs, Model, PlanRequest, reference
 from dsmini.planner.run import Failures
@@ -87,18 +87,6 @@ def rounding(printed: str) -> float:
 
 
 @functools.cache
-def counts(name: str) -> ModelFigures:
-    """Return the counts of a model at 4096 tokens."""
-    return ModelFigures(reference(name), Figure("seq_len", 4096, "token", "", ""), name)
-
-
-@functools.cache
-def cache(name: str) -> CacheFigures:
-    """Return the cache of a model in BF16."""
-    return cache_figures(reference(name), "bfloat16")
-
-
-@functools.cache
 def v3(hardware: str = "h800", gpus_per_node: int = 8, **choices: Any) -> Plan:
     """Return a plan of DeepSeek-V3."""
     model = Model(config=reference("deepseek-v3"), source="deepseek-v3")
@@ -106,9 +94,14 @@ def v3(hardware: str = "h800", gpus_per_node: int = 8, **choices: Any) -> Plan:
     return make_plan(PlanRequest(hardware=hardware, **choices), model, machine)
 
 
-def failures(gpus: int) -> Failures:
-    """Return the failures of GPUs."""
-    return Failures(Inputs(request=PlanRequest(), sources={}), gpus)
+def figures_of_row(model: str = "", gpus: int = 0) -> Figures:
+    """Return the figures that a row may name: of a model alone, of failures of GPUs, or of DeepSeek-V3's plan."""
+    if gpus:
+        return figures_of(Failures(Inputs(request=PlanRequest(), sources={}), gpus), {})
+    if not model:
+        return v3().figures
+    counts = ModelFigures(reference(model), Figure("seq_len", 4096, "token", "", ""), model)
+    return figures_of(counts, {}) | figures_of(cache_figures(reference(model), "bfloat16"), {})
 
 
 def v3_mtp(active: bool = False) -> float:
@@ -129,30 +122,25 @@ def extension_hours() -> float:
 def v2_cache_saving() -> float:
     """Return the share of DeepSeek 67B's cache that V2 saves."""
     v2 = kv_bytes_per_token(reference("deepseek-v2"), bytes_per_number=1) * V2_BITS / 8
-    return 1 - v2 / cache("deepseek-67b").kv_cache
+    return 1 - v2 / kv_bytes_per_token(reference("deepseek-67b"))
 
 
-def million(name: str, work: bool) -> float:
-    """Return the work of a token after a million, in FLOPs at the rate of FP8, or the FP8 cache of a token."""
-    c, n = replace(reference(name), max_seq_len=2**20), 2**20
-    if not work:
-        return kv_bytes_per_token(c, dtype="fp8")
+def fp8_cache(name: str) -> float:
+    """Return the FP8 cache of a token."""
+    return kv_bytes_per_token(reference(name), dtype="fp8")
+
+
+def fp8_work(name: str) -> float:
+    """Return the work of a token after a million, in FLOPs at the rate of FP8."""
+    c = replace(reference(name), max_seq_len=2**20)
     slower = {OVER: 2, SCORES: 0.5 if c.compress_ratios else 1}
-    return sum(
-        flops * slower.get(module, 1) for module, flops in decode_flops_per_token(c, context=n).by_module.items()
-    )
-
-
-def next_to_v3_2(name: str, work: bool) -> Callable[[], float]:
-    """Return a model's work or cache over V3.2's, when it is called."""
-    return lambda: million(name, work) / million("deepseek-v3.2", work)
+    work = decode_flops_per_token(c, context=2**20).by_module
+    return sum(flops * slower.get(module, 1) for module, flops in work.items())
 
 
 def link_seconds() -> float:
     """Return the time of an output token that InfiniBand's peak allows, with two micro-batches of 32 a GPU."""
-    served = v3("h100", sequences=32, link_efficiency=1.0).served
-    assert served is not None
-    return served.decode_step.slow_link_time
+    return v3("h100", sequences=32, link_efficiency=1.0).figures["decode_slow_link_time"]
 
 
 def nvlink_seconds() -> float:
@@ -162,55 +150,30 @@ def nvlink_seconds() -> float:
     return rows / plan.hardware.fast_link
 
 
-def run(name: str) -> Callable[[], float]:
-    """Return a figure of V3's plan, when it is called."""
-    return lambda: v3().figures[name]
-
-
-OURS: Mapping[str, Callable[[], float]] = {
-    "v3_parameters": lambda: counts("deepseek-v3").parameters_main,
-    "v3_active": lambda: counts("deepseek-v3").parameters_active,
-    "v3_active_with_embedding": lambda: (
-        counts("deepseek-v3").parameters_active + counts("deepseek-v3").numbers("embedding")
-    ),
+COMPUTED: Mapping[str, Callable[[], float]] = {
+    "v3_active_with_embedding": lambda: v3().m.parameters_active + v3().m.numbers("embedding"),
     "v3_mtp": v3_mtp,
     "v3_mtp_active": lambda: v3_mtp(active=True),
-    "v3_flops": lambda: counts("deepseek-v3").training_flops,
-    "v4_flash_parameters": lambda: counts("deepseek-v4-flash").parameters_main,
-    "v4_flash_active": lambda: counts("deepseek-v4-flash").parameters_active,
-    "v4_pro_parameters": lambda: counts("deepseek-v4-pro").parameters_main,
-    "v4_pro_active": lambda: counts("deepseek-v4-pro").parameters_active,
-    "v4_flash_cache": next_to_v3_2("deepseek-v4-flash", work=False),
-    "v4_pro_cache": next_to_v3_2("deepseek-v4-pro", work=False),
-    "v4_flash_work": next_to_v3_2("deepseek-v4-flash", work=True),
-    "v4_pro_work": next_to_v3_2("deepseek-v4-pro", work=True),
-    "v2_flops": lambda: counts("deepseek-v2").training_flops,
-    "llama_flops": lambda: counts("llama-3.1-405b").training_flops,
-    "qwen_flops": lambda: counts("qwen-2.5-72b").training_flops,
-    "v3_step": run("step_seconds"),
-    "v3_mfu": run("mfu"),
-    "v3_pretraining_hours": run("training_gpu_hours"),
-    "v3_cost": run("training_cost"),
+    "v4_flash_cache": lambda: fp8_cache("deepseek-v4-flash") / fp8_cache("deepseek-v3.2"),
+    "v4_pro_cache": lambda: fp8_cache("deepseek-v4-pro") / fp8_cache("deepseek-v3.2"),
+    "v4_flash_work": lambda: fp8_work("deepseek-v4-flash") / fp8_work("deepseek-v3.2"),
+    "v4_pro_work": lambda: fp8_work("deepseek-v4-pro") / fp8_work("deepseek-v3.2"),
     "v3_extension_hours": extension_hours,
-    "v3_cache": lambda: cache("deepseek-v3").kv_cache,
-    "qwen_cache": lambda: cache("qwen-2.5-72b").kv_cache,
-    "llama_cache": lambda: cache("llama-3.1-405b").kv_cache,
     "v2_cache_saving": v2_cache_saving,
-    "v3_bubble": run("bubble_seconds"),
     "v3_link_time": link_seconds,
     "v3_link_rate": lambda: 1 / link_seconds(),
     "v3_nvlink_time": nvlink_seconds,
     "v3_nvlink_rate": lambda: 1 / nvlink_seconds(),
-    "v3_speculation": run("tokens_per_step"),
-    "failure_16k": lambda: failures(16384).mean_time_to_failure,
-    "failure_131k": lambda: failures(131072).mean_time_to_failure,
-    "failure_1k": lambda: failures(1024).mean_time_to_failure,
-    "effective_share_12k": lambda: failures(12000).effective_share,
 }
-"""Our value of each figure of published.toml."""
+"""Our value of each row of published.toml that names no figure."""
 
 
 def published_figures() -> list[Published]:
     """Return all figures of published.toml, in its order."""
-    raw = read_toml(Path(__file__).with_name("published.toml"))
-    return [Published(name=name, ours=float(OURS[name]()), **table) for name, table in raw.items()]
+    found: list[Published] = []
+    for name, row in read_toml(Path(__file__).with_name("published.toml")).items():
+        of = {key: row.pop(key) for key in ("model", "gpus") if key in row}
+        figure = row.pop("figure", None)
+        ours = COMPUTED[name]() if figure is None else figures_of_row(**of)[figure]
+        found.append(Published(name=name, ours=float(ours), **row))
+    return found
