@@ -86,16 +86,14 @@ class Links:
 class Exchange:
     """Bytes of a token in a MoE layer that cross the slow and the fast link, both ways."""
 
-    def __init__(
-        self, c: ModelConfig, gpus: int, in_node: int, dtype: str, one_hop: int | None = None, stage: str = ""
-    ) -> None:
+    def __init__(self, c: ModelConfig, gpus: int, in_node: int, dtype: str, one_hop: int = 0, stage: str = "") -> None:
         """Take the sizes.
 
         Args:
             gpus, in_node: GPUs that share the experts, and how many of them are in a node.
             dtype: of rows on their way to the experts, in FP8 codes with a scale for each tile.
             one_hop: experts of a token, each of which gets a row of its own, with shared ones that are reached like
-                routed ones; None: two hops.
+                routed ones; 0: two hops.
             stage: beginning of the names of figures, such as "decode_".
         """
         self.c, self.gpus, self.in_node, self.dtype = c, gpus, in_node, dtype

@@ -249,10 +249,10 @@ class Step:
     exact: str
     """Result with all digits, such as "70,272 B/token"."""
     source: str
-    formula: str = ""
-    numbers: str = ""
+    formula: str
+    numbers: str
     """The same formula in numbers with their units, such as "61 × 1.152 kB"."""  # noqa: RUF001
-    needs: tuple[str, ...] = ()
+    needs: list[str]
     """Names of the figures and inputs in the formula."""
 
     @property
@@ -264,22 +264,15 @@ class Step:
 
 def step_of(figures: Figures, name: str) -> Step:
     """Return the formula, the numbers and the result of a figure, or an input's value and source."""
-    figure = figures[name]
+    f = figures[name]
 
     def number(found: re.Match[str]) -> str:
         written = human(figures[found[0]], figures[found[0]].unit, given=True)
         return f"({written})" if written.startswith("-") else written
 
-    return Step(
-        name=name,
-        title=figure.title,
-        value=str(figure),
-        exact=exactly(figure),
-        source=figure.source,
-        formula=_shown(figure.formula),
-        numbers=_shown(NAME.sub(number, figure.formula)),
-        needs=tuple(figure.names),
-    )
+    formulas = {"formula": _shown(f.formula), "numbers": _shown(NAME.sub(number, f.formula))}
+    results = {"value": str(f), "exact": exactly(f)}
+    return Step(name=name, title=f.title, source=f.source, needs=f.names, **formulas, **results)
 
 
 def _shown(formula: str) -> str:

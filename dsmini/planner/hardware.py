@@ -8,7 +8,7 @@ import datetime
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,9 @@ BYTES = {f"{p}B": size for p, size in PREFIXES.items()} | {f"{p}iB": 1024.0**i f
 RATES = {f"{p}B/s": size for p, size in PREFIXES.items()} | {f"{p}b/s": size / 8 for p, size in PREFIXES.items()}
 SPEEDS = {f"{p}FLOP/s": size for p, size in PREFIXES.items()}
 COUNT = {"": 1.0}
+PEAK = "Dense peak of {} products of an accelerator"
 NUMBERS: Mapping[str, tuple[str, str, Mapping[str, float]]] = {
-    **{
-        f"peaks.{dtype}": (f"peak_{dtype}", f"Dense peak of {dtype} products of an accelerator", SPEEDS)
-        for dtype in DTYPES
-    },
+    **{f"peaks.{dtype}": (f"peak_{dtype}", PEAK.format(dtype), SPEEDS) for dtype in DTYPES},
     "memory": ("gpu_memory", "Memory of an accelerator", BYTES),
     "memory_bandwidth": ("memory_bandwidth", "Bandwidth of an accelerator's memory", RATES),
     "gpus_per_node": ("gpus_per_node", "Accelerators that the fast link connects", COUNT),
@@ -48,71 +46,36 @@ FIGURES = {name: (title, next(iter(units))) for name, title, units in NUMBERS.va
 """Title and base unit of each figure."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+NO_LINK = Figure("no_link", 0, "B/s", "Rate of a link that there is not", "the hardware")
+
+
 class Hardware:
     """One accelerator of a cluster."""
 
-    name: str
-    """Name on the command line, such as "h800"."""
-    title: str
-    """Name for people, such as "NVIDIA H800 SXM"."""
-    numbers: Mapping[str, Figure]
-    """Numbers by the name of their figure, in base units, with their sources; without what is not published."""
+    def __init__(self, name: str, title: str, numbers: Mapping[str, Figure]) -> None:
+        """Take the numbers.
 
-    @property
-    def peaks(self) -> list[str]:
+        Args:
+            name: on the command line, such as "h800".
+            title: for people, such as "NVIDIA H800 SXM".
+            numbers: by the name of their figure, in base units, with their sources; without what is not published.
+        """
+        self.name, self.title, self.numbers = name, title, numbers
+        self.memory, self.memory_bandwidth = numbers["gpu_memory"], numbers["memory_bandwidth"]
+        self.peaks = [dtype for dtype in DTYPES if f"peak_{dtype}" in numbers]
         """Dtypes that the hardware has units for."""
-        return [dtype for dtype in DTYPES if f"peak_{dtype}" in self.numbers]
-
-    @property
-    def linked(self) -> bool:
-        """True for hardware with a link inside a node."""
-        return "fast_link" in self.numbers
-
-    @property
-    def networked(self) -> bool:
-        """True for hardware with links inside a node and between nodes."""
-        return self.linked and "slow_link" in self.numbers
-
-    @property
-    def gpus_per_node(self) -> int:
-        """Number of accelerators in a node."""
-        return round(self.numbers["gpus_per_node"])
-
-    @property
-    def node(self) -> int:
-        """Number of accelerators that the fast link connects; 1 without one."""
-        return self.gpus_per_node if self.linked else 1
-
-    @property
-    def most_gpus(self) -> float:
+        self.linked = "fast_link" in numbers
+        """There is a link inside a node; else all plans are of one accelerator."""
+        self.networked = self.linked and "slow_link" in numbers
+        """There are links between nodes too; else all plans are of one node."""
+        self.fast_link, self.slow_link = numbers.get("fast_link", NO_LINK), numbers.get("slow_link", NO_LINK)
+        self.gpus_per_node = round(numbers["gpus_per_node"])
+        self.node = self.gpus_per_node if self.linked else 1
+        """Number of accelerators that the fast link connects."""
+        self.most_gpus: float = math.inf if self.networked else self.node
         """Number of accelerators that the links connect."""
-        return math.inf if self.networked else self.node
-
-    @property
-    def memory(self) -> Figure:
-        """Bytes of an accelerator's memory."""
-        return self.numbers["gpu_memory"]
-
-    @property
-    def memory_bandwidth(self) -> Figure:
-        """Bytes a second between memory and what computes."""
-        return self.numbers["memory_bandwidth"]
-
-    @property
-    def fast_link(self) -> Figure:
-        """Bytes a second to others of the node. Hardware without a link has plans of one accelerator only."""
-        return self.numbers["fast_link"]
-
-    @property
-    def slow_link(self) -> Figure:
-        """Bytes a second to other nodes. Hardware without such a link has plans of one node only."""
-        return self.numbers["slow_link"]
-
-    @property
-    def price(self) -> Figure | None:
+        self.price = numbers.get("gpu_price")
         """Dollars a second of an accelerator; None where nobody published one."""
-        return self.numbers.get("gpu_price")
 
     def check_links(self, gpus: int) -> None:
         """Raise ValueError for more accelerators than the links connect."""
@@ -136,7 +99,7 @@ class Hardware:
             if figure in numbers:
                 table = {"value": numbers[figure], "unit": next(iter(units)), "source": source}
                 found[figure] = _number(table, (figure, title, units), f"{figure} of {source}", "")
-        return replace(self, numbers=found)
+        return Hardware(self.name, self.title, found)
 
 
 @functools.cache
@@ -164,10 +127,8 @@ def load_hardware(name_or_path: str | Path, on_part: OnPart = quiet, fresh: bool
     if name in known_hardware():
         return read(_machines()[name], name, f"[{name}]")
     if path.suffix != ".toml":
-        known = ", ".join(known_hardware())
-        raise ValueError(
-            f"unknown hardware {brief(name)}; use one of {known}, this, or the path of your own .toml file"
-        )
+        known = f"{', '.join(known_hardware())}, this, or the path of your own .toml file"
+        raise ValueError(f"unknown hardware {brief(name)}; use one of {known}")
     return read(read_toml(path), path.stem, path.name)
 
 
@@ -196,7 +157,7 @@ def read(raw: dict[str, Any], name: str, file: str) -> Hardware:
     there = raw | {f"peaks.{dtype}": table for dtype, table in peaks.items()}
     kinds = {key: kind for key, kind in NUMBERS.items() if key in there}
     numbers = {kind[0]: _number(there[key], kind, file, f"{key}.") for key, kind in kinds.items()}
-    return Hardware(name=name, title=title, numbers=numbers)
+    return Hardware(name, title, numbers)
 
 
 def _number(table: Any, kind: tuple[str, str, Mapping[str, float]], file: str, key: str) -> Figure:
@@ -227,8 +188,4 @@ def this_machine(on_part: OnPart, fresh: bool) -> Hardware:
     numbers |= {"memory_bandwidth": roofs.bandwidth, "gpu_memory": memory, "gpus_per_node": count}
     source = f"measured here by dsmini.measure, {datetime.date.today()}"
     title = roofs.card["device" if device.type == "cuda" else "processor"]
-    return Hardware(
-        name="this",
-        title=title,
-        numbers={n: Figure(n, x, FIGURES[n][1], FIGURES[n][0], source) for n, x in numbers.items()},
-    )
+    return Hardware("this", title, {n: Figure(n, x, FIGURES[n][1], FIGURES[n][0], source) for n, x in numbers.items()})

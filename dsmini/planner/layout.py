@@ -66,57 +66,40 @@ def rules(r: Layout, c: ModelConfig, node: int) -> Iterator[Rule]:
     """Yield what a layout must meet: in itself, with the model, with nodes of this many GPUs, and with the batch."""
     gpus, p, e, t, m, batch = r.gpus, r.pipeline, r.expert, r.tensor, r.micro_batch, r.batch
     moe, dual = c.n_dense_layers < c.n_layers + c.n_mtp_layers, r.schedule == "dualpipe"
-    yield (
-        gpus % (p * t) == 0,
-        lambda: f"pipeline={p} and tensor={t} do not divide gpus={gpus}; change one of the three",
-    )
+    divided = gpus % (p * t) == 0
+    yield divided, lambda: f"pipeline={p} and tensor={t} do not divide gpus={gpus}; change one of the three"
     yield _divides("expert", e, "gpus/pipeline", gpus // p)
     yield p <= c.n_layers, lambda: f"pipeline={p} is more than n_layers={c.n_layers}; use {c.n_layers} or fewer stages"
     yield e == 1 or moe, lambda: f"expert={e} but the model has no MoE layers; use expert=1"
     yield _divides("expert", e, "n_routed_experts", c.n_routed_experts)
-    yield (
-        e <= node or 2 * gpus_in_node(e, node) > node,
-        lambda: f"expert={e} takes {gpus_in_node(e, node)} of the {node} GPUs of a node; use a multiple of {node}",
-    )
+    in_node = gpus_in_node(e, node)
+    whole = e <= node or 2 * in_node > node
+    yield whole, lambda: f"expert={e} takes {in_node} of the {node} GPUs of a node; use a multiple of {node}"
     yield t <= node, lambda: f"tensor={t} is more than the {plural(node, 'GPU')} of a node; use {node} or fewer"
     yield _divides("tensor", t, "n_heads", c.n_heads)
     yield _divides("tensor", t, "n_kv_heads", c.kv_heads)
-    yield (
-        p % 2 == 0 or not dual,
-        lambda: f"schedule='dualpipe' pairs stages, got pipeline={p}; use an even number, or 1f1b",
-    )
-    data = gpus // (p * t)
-    yield (
-        data * r.copies > 1 or r.zero == 0,
-        lambda: f"zero={r.zero} divides the state over data-parallel GPUs, of which there is one; use zero=0",
-    )
+    paired = p % 2 == 0 or not dual
+    yield paired, lambda: f"schedule='dualpipe' pairs stages, got pipeline={p}; use an even number, or 1f1b"
+    shared = r.data * r.copies > 1 or r.zero == 0
+    alone = "divides the state over data-parallel GPUs, of which there is one"
+    yield shared, lambda: f"zero={r.zero} {alone}; use zero=0"
     yield _divides("micro_batch", m, "batch", batch)
-    rows = max(1, data * m)
-    yield (
-        batch % rows == 0,
-        lambda: (
-            f"a step of batch={batch} sequences is not divisible by data={data} parts of micro_batch={m}; "
-            f"use a batch of {max(rows, batch // rows * rows)}"
-        ),
-    )
-    number, fix = batch // rows, "use a larger batch, a smaller micro_batch or fewer stages"
-    yield (
-        (number >= 2 * p and number % 2 == 0) or not dual,
-        lambda: (
-            f"schedule='dualpipe' with pipeline={p} needs an even number of micro-batches from {2 * p}, "
-            f"got {number}; {fix}"
-        ),
-    )
+    rows = max(1, r.data * m)
+    number, near = batch // rows, max(rows, batch // rows * rows)
+    parts = f"data={r.data} parts of micro_batch={m}; use a batch of {near}"
+    yield batch % rows == 0, lambda: f"a step of batch={batch} sequences is not divisible by {parts}"
+    fix = "use a larger batch, a smaller micro_batch or fewer stages"
+    even = number >= 2 * p and number % 2 == 0
+    want = f"an even number of micro-batches from {2 * p}"
+    yield even or not dual, lambda: f"schedule='dualpipe' with pipeline={p} needs {want}, got {number}; {fix}"
     yield number >= p, lambda: f"pipeline={p} needs at least {p} micro-batches a step, got {number}; {fix}"
 
 
 def _divides(name: str, part: int, of: str, whole: int) -> Rule:
-    return (
-        whole % part == 0,
-        lambda: (
-            f"{name}={part} does not divide {of}={whole}; use one of {listed([str(n) for n in divisors(whole)], 8)}"
-        ),
-    )
+    def sentence() -> str:
+        return f"{name}={part} does not divide {of}={whole}; use one of {listed([str(n) for n in divisors(whole)], 8)}"
+
+    return whole % part == 0, sentence
 
 
 def check(found: Iterator[Rule]) -> None:

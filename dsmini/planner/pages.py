@@ -5,20 +5,21 @@ section. The sentences are here, each next to the figures that it names.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
 from dsmini.atomic import write_json, write_text
+from dsmini.config.fields import require
 from dsmini.console.messages import say
 from dsmini.planner.figure import Figures, explain, needed, step_of, text
 from dsmini.planner.hardware import OnPart, load_hardware, quiet
 from dsmini.planner.here import Steps, steps_here, with_forecast
+from dsmini.planner.layout import Layout
 from dsmini.planner.plan import (
-    COMPARED,
     WORKLOAD,
     Axis,
     Plan,
@@ -28,13 +29,14 @@ from dsmini.planner.plan import (
     labels,
     make_plan,
     read_axis,
+    side_by_side,
     vary,
 )
 from dsmini.planner.published import Published, published_figures
 from dsmini.planner.request import LAYOUT, Model, PlanRequest, is_v3, presets
 from dsmini.planner.run import Run
-from dsmini.planner.search import EVERY, Found, Search, candidates
-from dsmini.planner.serving import STAGES
+from dsmini.planner.search import EVERY, Search, candidates
+from dsmini.planner.serving import STAGES, Served
 from dsmini.report import Detail, Report, Section, Table, Toned, heat_map
 from dsmini.report.figures import plain
 from dsmini.report.units import DAY, human, in_words, plural
@@ -105,12 +107,8 @@ class Answer:
 
 # --- sentences
 
-
-class Line(NamedTuple):
-    """Sentences about one thing."""
-
-    label: str
-    words: str
+Lines = list[tuple[str, str]]
+"""Sentences, each after the label of what it is about."""
 
 
 def heading(plan: Plan) -> str:
@@ -118,58 +116,57 @@ def heading(plan: Plan) -> str:
     return f"{plan.model.name} on {plan.hardware.title}"
 
 
-def lines_of(plan: Plan) -> dict[str, list[Line]]:
+def lines_of(plan: Plan) -> dict[str, Lines]:
     """Return the lines of each section that has any."""
     found = {
-        "model": [Line("model", _model(plan))],
+        "model": _model(plan),
         "training": _training(plan),
-        "reliability": [Line("failures", _failures(plan))] if plan.failures else [],
-        "inference": _serving(plan),
+        "reliability": _failures(plan) if plan.failures else [],
+        "inference": _serving(plan, plan.served) if plan.served else [("serving", f"not planned: {plan.unserved}.")],
     }
     return {name: lines for name, lines in found.items() if lines}
 
 
-def _model(plan: Plan) -> str:
-    m, cache = plan.m, plan.figures["kv_cache"]
-    said = f"{in_words(m.parameters_main)} parameters"
-    if m.mtp_parameters:
-        said += f" ({in_words(m.parameters_total)} with multi-token prediction)"
-    flops = human(m.training_flops, "FLOP/token")
-    said += f", of which a token uses {in_words(m.parameters_active)}: {flops} in training. "
-    said += f"A token's cache takes {human(cache, 'B')}"
-    saving = plan.figures["cache_saving"]
-    return said + (f", {100 * saving:.3g} % less than multi-head attention." if saving > 0 else ".")
+def _model(plan: Plan) -> Lines:
+    f = plan.figures
+    said = f"{in_words(f['parameters_main'])} parameters"
+    if f["mtp_parameters"]:
+        said += f" ({in_words(f['parameters_total'])} with multi-token prediction)"
+    said += f", of which a token uses {in_words(f['parameters_active'])}: {f['training_flops']} in training. "
+    said += f"A token's cache takes {human(f['kv_cache'], 'B')}"
+    saved = f["cache_saving"]
+    return [("model", said + (f", {100 * saved:.3g} % less than multi-head attention." if saved > 0 else "."))]
 
 
-def _training(plan: Plan) -> list[Line]:
-    r, run, need = plan.request, plan.run, human(plan.training.memory_needed, "B")
-    memory = human(plan.hardware.memory, "B")
-    gpus, tokens = plural(plan.training.layout.gpus, "GPU"), run.tokens
-    workload = plan.sources["tokens"]
+def _training(plan: Plan) -> Lines:
+    r, f, how, layout = plan.request, plan.figures, plan.sources, plan.training.layout
+    gpus, workload = plural(layout.gpus, "GPU"), how["tokens"]
     if workload == WORKLOAD and not is_v3(plan.model.config):
         workload += "; choose --tokens, --batch and --seq-len"
     lines = [
-        Line("training", f"{gpus} ({_layout(plan)}), {plan.sources['layout']}."),
-        Line("steps", f"{r.batch:,} sequences of {r.seq_len:,} tokens, {workload}."),
+        ("training", f"{gpus} ({_layout(layout)}), {how['layout']}."),
+        ("steps", f"{r.batch:,} sequences of {r.seq_len:,} tokens, {workload}."),
     ]
     if precision := _precision(plan):
-        lines.append(Line("precision", precision))
-    alone = plan.training.layout.gpus == 1
-    fullest = f"{'It' if alone else 'The fullest GPU'} needs {need} of {memory}."
+        lines.append(("precision", precision))
+    one = layout.gpus == 1
+    fullest = f"{'It' if one else 'The fullest GPU'} needs {f['memory_needed']} of {_memory(plan)}."
     if not plan.fits:
-        return [*lines, Line("time", f"It does not fit: {plan.chosen.misfit}. {fullest}")]
-    by = "by the parts of a step" if r.utilization is None else f"as {plan.sources['utilization']} says"
-    cost = f" and {human(run.training_cost, '$')}" if run.training_cost else ""
-    said = (
-        f"{gpus} {'takes' if alone else 'take'} {human(run.training_time, 's')}{cost} for {in_words(tokens)} tokens, "
-    )
-    said += f"at an MFU of {run.mfu:.3g} {by}. {fullest}"
+        return [*lines, ("time", f"It does not fit: {plan.chosen.misfit}. {fullest}")]
+    cost = f" and {f['training_cost']}" if "training_cost" in f else ""
+    by = "by the parts of a step" if r.utilization is None else f"as {how['utilization']} says"
+    said = f"{gpus} {'takes' if one else 'take'} {f['training_time']}{cost} for {in_words(plan.run.tokens)} tokens, "
+    said += f"at an MFU of {f['mfu']:.3g} {by}. {fullest}"
     if plan.hardware.price is None and plan.hardware.networked:
         said += " No price of this hardware is published; --price 2, in dollars an hour, adds the cost."
     seconds, (first, second, *_) = plan.waits["training"], plan.longest("training")
     share, rest = (100 * seconds[part] / sum(seconds.values()) for part in (first, second))
     slowest = f"{first}, {share:.0f} % of a step; next: {second}, {rest:.0f} %."
-    return [*lines, Line("time", said), Line("slowest", slowest)]
+    return [*lines, ("time", said), ("slowest", slowest)]
+
+
+def _memory(plan: Plan) -> str:
+    return human(plan.hardware.memory, "B")
 
 
 def _precision(plan: Plan) -> str:
@@ -178,16 +175,17 @@ def _precision(plan: Plan) -> str:
     able = "fp8" in plan.hardware.peaks and plan.fits and plan.request.utilization is None
     if not open_ or not able or plan.run.training_time < DAY:
         return ""
-    said, time = "BF16, since the config does not ask for FP8", plan.in_precision("fp8")
+    said, time = (
+        "BF16, since the config does not ask for FP8; with --precision fp8 this layout",
+        plan.in_precision("fp8"),
+    )
     if time is None:
-        return f"{said}; with --precision fp8 this layout does not fit."
-    here = human(plan.run.training_time, "s")
-    return f"{said}; with --precision fp8 this layout takes {human(time, 's')} in place of {here}."
+        return f"{said} does not fit."
+    return f"{said} takes {human(time, 's')} in place of {plan.figures['training_time']}."
 
 
-def _layout(plan: Plan) -> str:
+def _layout(r: Layout) -> str:
     """Return the choices of a layout that divide something or say how training computes."""
-    r = plan.training.layout
     worth = {"pipeline": 2, "expert": 2, "tensor": 2, "zero": 1}
     found = [f"{name} {value}" for name, least in worth.items() if (value := getattr(r, name)) >= least]
     found += [f"recompute {r.recompute}"] if r.recompute != "none" else []
@@ -195,46 +193,39 @@ def _layout(plan: Plan) -> str:
     return ", ".join([*found, r.schedule] if r.pipeline > 1 else found)
 
 
-def _failures(plan: Plan) -> str:
-    f = plan.failures
-    assert f is not None
-    mean, interval, whole = (human(t, "s") for t in (f.mean_time_to_failure, f.checkpoint_interval, f.elapsed_time))
-    said = f"A failure every {mean}: {100 * f.effective_share:.3g} % of the time is training, "
-    return said + f"with a checkpoint every {interval}. The whole run takes {whole}."
+def _failures(plan: Plan) -> Lines:
+    f = plan.figures
+    said = f"A failure every {f['mean_time_to_failure']}: {100 * f['effective_share']:.3g} % of the time is training, "
+    said += f"with a checkpoint every {f['checkpoint_interval']}. The whole run takes {f['elapsed_time']}."
+    return [("failures", said)]
 
 
-def _serving(plan: Plan) -> list[Line]:
-    served, serving = plan.served, plan.serving
-    if served is None or serving is None:
-        return [Line("serving", f"not planned: {plan.unserved}.")]
-    w, d, p = serving.work, served.decode, served.prefill
-    memory, figures = human(plan.hardware.memory, "B"), plan.figures
-    decode = f"{plural(serving.decode.gpus, 'GPU')}, {plan.sources['decode']}. {human(d.sequences, '')} sequences of "
-    decode += f"{in_words(w.context)} tokens a GPU take {human(d.gpu_memory, 'B')} of {memory}: "
-    decode += f"at most {figures['decode_tokens_per_second']} each and {figures['decode_gpu_tokens_per_second']} a GPU"
-    decode += f", at least {figures['decode_cost']}." if served.decode_cost else "."
-    lines = [Line("decode", decode)]
+def _serving(plan: Plan, served: Served) -> Lines:
+    f, w, memory = plan.figures, served.w, _memory(plan)
+    gpus = {d.stage: f"{plural(d.gpus, 'GPU')}, {plan.sources[d.stage]}." for d in (served.decode.d, served.prefill.d)}
+    costs = {stage: f", at least {cost}." if (cost := f.get(f"{stage}_cost")) else "." for stage in STAGES}
+    decode = f"{gpus['decode']} {f['decode_sequences']} sequences of {in_words(w.context)} tokens a GPU take "
+    decode += f"{f['decode_gpu_memory']} of {memory}: at most {f['decode_tokens_per_second']} each and "
+    decode += f"{f['decode_gpu_tokens_per_second']} a GPU{costs['decode']}"
+    prefill = f"{gpus['prefill']} Reading {in_words(w.prompt)} tokens takes at least "
+    prefill += f"{f['prefill_time_to_first_token']}, with {f['prefill_gpu_memory']} of {memory}; at most "
+    prefill += f"{f['prefill_gpu_tokens_per_second']} of prompts a GPU{costs['prefill']}"
+    lines = [("decode", decode)]
     if served.drafts is not None:
-        lines.append(Line("drafts", _drafts(plan, served.drafts.speculation_gain)))
-    lines.append(Line("slowest", _overlapping(plan, "decode")))
-    prefill = f"{plural(serving.prefill.gpus, 'GPU')}, {plan.sources['prefill']}. Reading {in_words(w.prompt)} tokens "
-    prefill += f"takes at least {figures['prefill_time_to_first_token']}, with {human(p.gpu_memory, 'B')} of {memory}; "
-    prefill += f"at most {figures['prefill_gpu_tokens_per_second']} of prompts a GPU"
-    prefill += f", at least {figures['prefill_cost']}." if served.prefill_cost else "."
-    lines += [Line("prefill", prefill), Line("slowest", _overlapping(plan, "prefill"))]
+        lines.append(("drafts", _drafts(plan)))
+    lines += [("slowest", _overlapping(plan, "decode")), ("prefill", prefill)]
+    lines.append(("slowest", _overlapping(plan, "prefill")))
     if plan.published and plan.hardware.name == "h800":
         printed = presets()["deepseek-v3"]["printed"]
         said = f"DeepSeek measured {printed['decode']} and {printed['prefill']} ({printed['source']})."
-        lines.append(Line("measured", said))
+        lines.append(("measured", said))
     return lines
 
 
-def _drafts(plan: Plan, gain: float) -> str:
-    n = plan.request.drafts
-    said = (
-        f"If multi-token prediction drafts {plural(n, 'token')} a step and {100 * plan.request.acceptance:.3g} % are "
-    )
-    said += f"accepted, decoding is at most {human(gain, '')} times as fast"
+def _drafts(plan: Plan) -> str:
+    r, gain = plan.request, plan.figures["speculation_gain"]
+    said = f"If multi-token prediction drafts {plural(r.drafts, 'token')} a step and {100 * r.acceptance:.3g} % are "
+    said += f"accepted, decoding is at most {gain} times as fast"
     return said + ("." if gain > 1 else ", so drafts do not pay.")
 
 
@@ -251,19 +242,19 @@ def _overlapping(plan: Plan, stage: str) -> str:
 def ten_lines(plan: Plan) -> list[str]:
     """Return the plan in a few lines: the model, what fits, time, cost, what is slowest, and what to ask next."""
     lines = [line for found in lines_of(plan).values() for line in found]
-    lines += [Line("note", warning) for found in warnings(plan).values() for warning in found]
+    lines += [("note", warning) for found in warnings(plan).values() for warning in found]
     asks = "--explain kv_cache (or list), --all for the tables, --out plan for a page, --search, "
-    lines.append(Line("next", f"{asks}--vary hardware=h100,b200, --compare kimi-k2"))
+    lines.append(("next", f"{asks}--vary hardware=h100,b200, --compare kimi-k2"))
     return [heading(plan), *(f"{label:10} {said}" for label, said in lines)]
 
 
 def warnings(plan: Plan) -> dict[str, list[str]]:
     """Return what a reader of a section must know."""
-    free, memory = plan.training.memory_free, plan.hardware.memory
-    narrow = [f"Memory is a lower bound, and only {human(free, 'B')} of {human(memory, 'B')} are left."]
+    free = plan.training.memory_free
+    narrow = [f"Memory is a lower bound, and only {human(free, 'B')} of {_memory(plan)} are left."]
     misfit = [plan.misfit[stage] for stage in STAGES if stage in plan.misfit]
     return {
-        "training": narrow if 0 <= free < NARROW * memory else [],
+        "training": narrow if 0 <= free < NARROW * plan.hardware.memory else [],
         "inference": [f"{sentence[0].upper()}{sentence[1:]}." for sentence in misfit],
     }
 
@@ -276,8 +267,7 @@ def planned(plan: Plan, command: str, on_part: OnPart = quiet, *, whole: bool = 
 
     Raises: ValueError if neither training nor serving fits.
     """
-    if plan.refused:
-        raise ValueError(plan.refused)
+    require(not plan.refused, plan.refused)
     more, extra = list[Section](), Record()
     if plan.hardware.name == "this" and (steps := steps_here(plan, on_part, fresh)):
         more, extra = [here_section(steps)], {"here": {name: row for name, (_, row) in steps.items()}}
@@ -285,7 +275,7 @@ def planned(plan: Plan, command: str, on_part: OnPart = quiet, *, whole: bool = 
     return Answer(
         record=plan_record(plan) | extra,
         lines=ten_lines(plan),
-        sections=[*(sections(plan, full=False) if whole else ()), *more],
+        sections=[*(sections(plan) if whole else ()), *more],
         page=lambda: plan_page(plan, command, more),
     )
 
@@ -309,50 +299,50 @@ def figures_record(figures: Figures) -> Record:
     return {name: plain(figure.record) for name, figure in figures.items()}
 
 
-def sections(plan: Plan, *, full: bool) -> list[Section]:
-    """Return the sections of a plan.
-
-    Args:
-        full: all figures with their formulas, for a page; else the first ones of each section, for a terminal.
-    """
+def sections(plan: Plan) -> list[Section]:
+    """Return the sections of a plan: a terminal shows the first figures, a page all of them with their formulas."""
     found: list[Section] = []
     for name, lines in lines_of(plan).items():
-        every, main = plan.sections[name], next(line for line in lines if line.label in MAIN)
         first = FIRST[name][: None if name != "training" or plan.fits else 3]  # of what does not fit, only the memory
-        shown = [key for key in first if every.get(key)]
-        details = [_detail(plan, key, full) for key in shown]
-        others = [_detail(plan, key, full) for key in plan.computed[name] if key not in shown] if full else []
-        parts: dict[str, Any] = {
-            "finding": main.words,
-            "about": " ".join(f"{label.capitalize()}: {said}" for label, said in lines if said != main.words),
-            "details": {"": details} if details else {},
-            "folded": {plural(len(others), "other figure"): others} if others else {},
-            "warnings": warnings(plan).get(name, []),
-        }
-        found.append(Section(name=f"{name}_section", title=TITLES[name], **parts))
+        shown = [key for key in first if plan.sections[name].get(key)]
+        others = [key for key in plan.computed[name] if key not in shown]
+        main = next(said for label, said in lines if label in MAIN)
+        section = Section(
+            name=f"{name}_section",
+            title=TITLES[name],
+            finding=main,
+            about=" ".join(f"{label.capitalize()}: {said}" for label, said in lines if said != main),
+            details={"": _details(plan, shown)} if shown else {},
+            folded={plural(len(others), "other figure"): _details(plan, others)} if others else {},
+            warnings=warnings(plan).get(name, []),
+        )
+        found.append(section)
     return found
 
 
-def _detail(plan: Plan, name: str, full: bool) -> Detail:
-    step = step_of(plan.figures, name)
-    if not full:
-        return Detail(name=step.name, title=step.title, value=step.value)
-    exact = [step.exact] if step.formula and step.exact != step.value else []
-    note = f"Source: {step.source}" if step.source else ""
-    lines = [f"= {line}" for line in [*step.lines, *exact]]
-    return Detail(name=step.name, title=step.title, value=step.value, lines=lines, note=note, needs=step.needs)
+def _details(plan: Plan, names: Sequence[str]) -> list[Detail]:
+    """Return figures with their formulas and sources."""
+    found: list[Detail] = []
+    for step in (step_of(plan.figures, name) for name in names):
+        exact = [step.exact] if step.formula and step.exact != step.value else []
+        note = f"Source: {step.source}" if step.source else ""
+        lines = [f"= {line}" for line in [*step.lines, *exact]]
+        found.append(
+            Detail(name=step.name, title=step.title, value=step.value, lines=lines, note=note, needs=step.needs)
+        )
+    return found
 
 
 def plan_page(plan: Plan, command: str, more: Sequence[Section]) -> Report:
     """Return the page of a plan; sections of what was asked besides, such as a variation, come first."""
     figures = plan.figures
     main = {name for names in FIRST.values() for name in names}
-    inputs = [_detail(plan, name, full=True) for name, f in figures.items() if not f.formula and name not in main]
+    inputs = [name for name, f in figures.items() if not f.formula and name not in main]
     last = Section(
         name="inputs_section",
         title="What is it computed from?",
         finding=f"{len(inputs)} inputs, each with its source, give {len(figures) - len(inputs)} figures.",
-        folded={plural(len(inputs), "input"): inputs},
+        folded={plural(len(inputs), "input"): _details(plan, inputs)},
     )
     lead = "Predicted from sizes and data sheets. Nothing was measured. Each number opens its formula."
     if plan.hardware.name == "this":
@@ -360,7 +350,7 @@ def plan_page(plan: Plan, command: str, more: Sequence[Section]) -> Report:
     return Report(
         title=heading(plan),
         lead=lead,
-        sections=[*more, *sections(plan, full=True), last],
+        sections=[*more, *sections(plan), last],
         facts_title="What is planned",
         facts={"Training": {name: str(value) for name, value in plan.request.given().items()}},
         command=command,
@@ -424,89 +414,63 @@ def searched(plan: Plan, command: str, on_part: OnPart = quiet) -> Answer:
 
     Raises: ValueError if no layout fits, with what would fit.
     """
-    has_units = tuple(p for p in EVERY["precision"] if p == "bf16" or "fp8" in plan.hardware.peaks)
-    precisions = ("fp32",) if plan.request.precision == "fp32" else has_units
+    precisions = tuple(p for p in EVERY["precision"] if p == "bf16" or "fp8" in plan.hardware.peaks)
+    if plan.request.precision == "fp32":
+        precisions = ("fp32",)
     options = {**EVERY, "precision": precisions, **{name: (value,) for name, value in plan.asked.given().items()}}
     how: dict[str, Any] = {"m": plan.m, "hardware": plan.hardware, "assumed": plan.assumed}
     found = candidates(Search(base=plan.training.layout, options=options, **how), on_part)
-    fastest = {name: getattr(found[0].training.layout, name) for name in LAYOUT}
-    best = changed(plan, fastest, plan.hardware, "the fastest of all that fit")
+    *_, fastest = found[0]
+    layout = {name: getattr(fastest.layout, name) for name in LAYOUT}
+    best = changed(plan, layout, plan.hardware, "the fastest of all that fit")
     best.sources["layout"] = "the fastest of all that fit"
-    records = [_candidate(plan, one) for one in found]
-    rows = [
-        (
-            *(str(i), human(c["step_seconds"], "s"), c["binds"], human(c["memory"], "B"), f"{c['mfu']:.3f}"),
-            f"pipeline {c['pipeline']}, expert {c['expert']}, tensor {c['tensor']}, zero {c['zero']}, "
-            f"micro-batch {c['micro_batch']}, {c['schedule']}, {c['recompute']}, {c['precision']}",
-        )
-        for i, c in enumerate(records, 1)
-    ]
-    table = Table(
-        columns=("", "step", "slowest", "memory", "MFU", "layout"), rows=rows, numeric=("", "step", "memory", "MFU")
-    )
+    by_parts = replace(plan.inputs, request=replace(plan.request, utilization=None))
+    records: list[Record] = []
+    rows: list[tuple[str, ...]] = []
+    for seconds, memory, _, t in found:
+        c = {name: getattr(t.layout, name) for name in LAYOUT}
+        mfu, binds = Run(t, by_parts).mfu, max(t.parts, key=lambda part: t.parts[part])
+        records.append({**c, "memory": memory, "step_seconds": seconds, "mfu": mfu, "binds": binds})
+        words = f"pipeline {c['pipeline']}, expert {c['expert']}, tensor {c['tensor']}, zero {c['zero']}, "
+        words += f"micro-batch {c['micro_batch']}, {c['schedule']}, {c['recompute']}, {c['precision']}"
+        rows.append((str(len(records)), human(seconds, "s"), binds, human(memory, "B"), f"{mfu:.3f}", words))
+    columns = ("", "step", "slowest", "memory", "MFU", "layout")
     _, step, binds, memory, *_ = rows[0]
     section = Section(
         name="search_section",
         title=f"Which layouts fit {plural(records[0]['gpus'], 'GPU')}?",
         finding=f"The fastest takes {step} a step with {memory} on the fullest GPU. The longest part: {binds}.",
         about="One layout for each combination of sizes, with its fastest choices that fit. Memory is a lower bound.",
-        tables=[table],
+        tables=[Table(columns=columns, rows=rows, numeric=("", "step", "memory", "MFU"))],
     )
     return _side({"layouts": records}, [heading(best)], section, best, command)
-
-
-def _candidate(plan: Plan, found: Found) -> Record:
-    """Return a layout with its memory, its step, the share of the peak, and the longest part of a step."""
-    parts = found.training.parts
-    return {
-        **{name: getattr(found.training.layout, name) for name in LAYOUT},
-        "memory": found.memory,
-        "step_seconds": found.seconds,
-        "mfu": Run(found.training, plan.run.tokens, None).mfu,
-        "binds": max(parts, key=lambda part: parts[part]),
-    }
 
 
 def varied(plan: Plan, texts: Sequence[str], names: Sequence[str], command: str, on_part: OnPart = quiet) -> Answer:
     """Return the plans of all values of one thing, side by side, or of two, as heat maps."""
     axes = [read_axis(text) for text in texts]
     variants, names = vary(plan, axes, names, on_part)
-    tables = [_side_by_side(variants, axes[0][0], names)]
-    if len(axes) == 2:
-        tables = [_heat_map(variants, axes, name) for name in names]
-    of_what = ", ".join(name for name, _ in axes)
-    finding = (
-        "Everything else is as planned: the layout and the serving GPUs stay; the number of sequences follows the "
-    )
-    finding += "context where you left it open."
-    section = _comparison(f"What changes with {of_what}?", finding, variants, tables, plan.unserved)
-    record = variation_record({name: list(values) for name, values in axes}, variants, names)
-    return _side(record, [heading(plan)], section, plan, command)
+    title = f"What changes with {', '.join(name for name, _ in axes)}?"
+    finding = "Everything else is as planned: the layout and the serving GPUs stay; the number of sequences follows "
+    finding += "the context where you left it open."
+    section = _comparison(title, finding, axes, variants, names, plan.unserved)
+    return _side(variation_record(axes, variants, names), [heading(plan)], section, plan, command)
 
 
 def compare(request: PlanRequest, models: Sequence[Model], command: str, on_part: OnPart = quiet) -> Answer:
     """Return the plans of several models on equally many GPUs, side by side."""
     hardware = load_hardware(request.hardware)
-    gpus = request.gpus or min(presets()["deepseek-v3"]["training"]["gpus"], hardware.most_gpus)
-    request = replace(request, gpus=int(gpus))
-    variants: list[Variant] = []
-    for model in models:
-        try:
-            found = Variant(values={"model": model.name}, plan=make_plan(request, model, hardware))
-        except ValueError as error:
-            found = Variant(values={"model": model.name}, problem=str(error))
-        variants.append(found)
-        on_part(len(variants) / len(models), f"{len(variants)} of {len(models)} plans")
-    differ = set(compared(variants))
-    names = ["tokens", "seq_len", *(name for name in COMPARED if name in differ), "training_gpu_hours"]
-    finding = (
-        "Layouts are those that a plan of each chooses. Training tokens are those of each config, or --tokens for all."
-    )
-    title = f"How do they compare on {plural(int(gpus), 'GPU')} of {hardware.title}?"
-    section = _comparison(title, finding, variants, [_side_by_side(variants, "model", names)], "")
+    gpus = int(request.gpus or min(presets()["deepseek-v3"]["training"]["gpus"], hardware.most_gpus))
+    request, axes = replace(request, gpus=gpus), [("model", tuple(model.name for model in models))]
+    makers = [({"model": model.name}, functools.partial(make_plan, request, model, hardware)) for model in models]
+    variants = side_by_side(makers, on_part)
+    names = ["tokens", "seq_len", *compared(variants), "training_gpu_hours"]
+    title = f"How do they compare on {plural(gpus, 'GPU')} of {hardware.title}?"
+    finding = "Layouts are those that a plan of each chooses. Training tokens are those of each config, or --tokens "
+    finding += "for all."
+    section = _comparison(title, finding, axes, variants, names)
     first = next(each.plan for each in variants if each.plan is not None)
-    record = variation_record({"model": [model.name for model in models]}, variants, names)
-    return _side(record, [], section, first, command)
+    return _side(variation_record(axes, variants, names), [], section, first, command)
 
 
 def _side(record: Record, lines: Sequence[str], section: Section, plan: Plan, command: str) -> Answer:
@@ -516,21 +480,29 @@ def _side(record: Record, lines: Sequence[str], section: Section, plan: Plan, co
 
 
 def _comparison(
-    title: str, finding: str, variants: Sequence[Variant], tables: Sequence[Table], unserved: str
+    title: str,
+    finding: str,
+    axes: Sequence[Axis],
+    variants: Sequence[Variant],
+    names: Sequence[str],
+    unserved: str = "",
 ) -> Section:
-    """Return a section with what has no plan, and why.
+    """Return figures of one axis side by side, or of two as heat maps, with what has no plan, and why.
 
     Args:
         unserved: reason that needs no mention.
     """
+    tables = [_side_by_side(variants, axes[0][0], names)]
+    if len(axes) == 2:
+        tables = [_heat_map(variants, axes, name) for name in names]
     warnings = [f"{each.at}: {each.problem}" for each in variants if each.problem]
-    why = {each.at: each.plan.unserved for each in variants if each.plan is not None}
-    warnings += [f"{at}: serving is not planned: {why[at]}" for at in why if why[at] not in ("", unserved)]
-    unpriced = {p.hardware.name for each in variants if (p := each.plan) and p.hardware.price is None}
-    if unpriced and any(each.plan and each.plan.hardware.price for each in variants):
-        warnings.append(
-            f"no price of {', '.join(sorted(unpriced))} is published; --price, in dollars an hour, adds costs"
-        )
+    made = [(each.at, each.plan) for each in variants if each.plan is not None]
+    told = ("", unserved)
+    warnings += [f"{at}: serving is not planned: {p.unserved}" for at, p in made if p.unserved not in told]
+    unpriced = {p.hardware.name for _, p in made if p.hardware.price is None}
+    if unpriced and any(p.hardware.price for _, p in made):
+        without = ", ".join(sorted(unpriced))
+        warnings.append(f"no price of {without} is published; --price, in dollars an hour, adds costs")
     if any(cell.startswith(UNFIT) for table in tables for row in table.rows for cell in row):
         warnings.append("! does not fit into the memory of a GPU")
     return Section(name="variation_section", title=title, finding=finding, tables=tables, warnings=warnings)
@@ -564,7 +536,7 @@ def _heat_map(variants: Sequence[Variant], axes: Sequence[Axis], name: str) -> T
     return heat_map(_title(variants, name), f"{y} \\ {x}", labels(columns), grid)
 
 
-def variation_record(axes: Mapping[str, Any], variants: Sequence[Variant], names: Sequence[str]) -> Record:
+def variation_record(axes: Sequence[Axis], variants: Sequence[Variant], names: Sequence[str]) -> Record:
     """Return a variation: the axes, and for each variant its figures or why there are none."""
     plans: list[Record] = []
     for each in variants:
@@ -573,7 +545,7 @@ def variation_record(axes: Mapping[str, Any], variants: Sequence[Variant], names
             found["fits"] = each.plan.fits
             found |= {name: f.plain for name in names if (f := each.figure(name)) is not None}
         plans.append(found)
-    return {"axes": dict(axes), "plans": plans}
+    return {"axes": {name: list(values) for name, values in axes}, "plans": plans}
 
 
 # --- published figures

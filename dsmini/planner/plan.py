@@ -27,9 +27,9 @@ no plan, such as a pipeline that does not divide the GPUs, are left out, and the
 import contextlib
 import difflib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from dsmini.config import ModelConfig
@@ -40,11 +40,10 @@ from dsmini.planner.model import ModelFigures, WeightFigures, cache_figures
 from dsmini.planner.request import LAYOUT, SERVING, Assumptions, Inputs, Model, PlanRequest, is_v3, presets
 from dsmini.planner.run import Failures, Run
 from dsmini.planner.search import Chosen, choose_layout
-from dsmini.planner.serving import Served, Serving, choose_serving, fill
+from dsmini.planner.serving import Served, choose_serving
 from dsmini.planner.training import Training
 from dsmini.reading import brief
 
-SECTIONS = ("model", "training", "reliability", "inference")
 WORKLOAD = "as DeepSeek-V3: V3 report, section 4.2"
 
 
@@ -56,23 +55,29 @@ class Plan:
     hardware: Hardware
     asked: PlanRequest
     """Request as it was before it was completed."""
-    request: PlanRequest
-    """Complete request. Where serving has no plan, decode_gpus is open."""
-    sources: dict[str, str]
-    """Source of each field of the request, in words."""
+    inputs: Inputs
+    """Complete request, and the sources of its fields. Where serving has no plan, decode_gpus is open."""
     published: bool
     """Deployments of DeepSeek-V3's sizes send rows as its own do: it is the model, or one that is varied from it."""
-    inputs: Inputs
     assumed: Assumptions
     m: ModelFigures
     chosen: Chosen
     run: Run
     failures: Failures | None
     """None where training does not fit."""
-    serving: Serving | None
     served: Served | None
     unserved: str
     """Reason why serving has no plan, in one sentence; "" if it has one."""
+
+    @property
+    def request(self) -> PlanRequest:
+        """Complete request."""
+        return self.inputs.request
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Source of each field of the request, in words."""
+        return self.inputs.sources
 
     @property
     def training(self) -> Training:
@@ -88,12 +93,12 @@ class Plan:
     def misfit(self) -> dict[str, str]:
         """Sentences about what does not fit, with what would: of training, decode and prefill."""
         training = {"training": self.chosen.misfit} if self.chosen.misfit else {}
-        return training | (self.serving.misfit if self.serving else {})
+        return training | (self.served.misfit if self.served else {})
 
     @property
     def refused(self) -> str:
         """Sentence about a plan in which nothing fits; "" if training or serving does."""
-        serving = self.unserved or (next(iter(self.serving.misfit.values()), "") if self.serving else "")
+        serving = self.unserved or (next(iter(self.served.misfit.values()), "") if self.served else "")
         if not self.chosen.misfit or not serving:
             return ""
         return f"neither training nor serving fits: {self.chosen.misfit}. Serving: {serving}"
@@ -115,9 +120,9 @@ class Plan:
     @cached_property
     def sections(self) -> dict[str, dict[str, Figure]]:
         """Figures by section and name, and the inputs that they need."""
-        t, served, serving = self.training, self.served, self.serving
-        weights = serving.work.weights if serving else WeightFigures(self.m, "bfloat16")
-        cache = serving.work.cache if serving else cache_figures(self.m.config, "bfloat16")
+        t, served = self.training, self.served
+        weights = served.w.weights if served else WeightFigures(self.m, "bfloat16")
+        cache = served.w.cache if served else cache_figures(self.m.config, "bfloat16")
         parts: dict[str, list[object]] = {
             "model": [self.m, cache, weights],
             "training": [t, t.links, t.exchange, self.run, t.process if t.layout.gpus == 1 else t.fullest],
@@ -151,7 +156,7 @@ class Plan:
     def in_precision(self, precision: Any) -> float | None:
         """Return the time of the run in the same layout with another precision; None if it does not fit."""
         training = Training(self.m, self.hardware, self.assumed, replace(self.training.layout, precision=precision))
-        return Run(training, self.run.tokens, None).training_time if training.fits else None
+        return Run(training, self.inputs).training_time if training.fits else None
 
 
 def make_plan(
@@ -173,53 +178,44 @@ def make_plan(
     sources = {**dict.fromkeys(given, source), **{n: s for n, s in old.items() if n in same or n not in given}}
     if request.price is not None:
         hardware = hardware.having(sources["price"], {"gpu_price": request.price / 3600})
-    r, sources = _worked(request, sources, model)
-    asked, published = (request, is_v3(model.config)) if before is None else (before.asked, before.published)
-    inputs, tokens = Inputs(request=r, sources=sources), Inputs(request=r, sources=sources).of("tokens", "token")
+    inputs = _worked(Inputs(request=request, sources=sources), model)
     assumed = Assumptions(inputs)
-    reached = None if r.utilization is None else inputs.of("utilization")
     m = ModelFigures(model.config, inputs.of("seq_len", "token"), sources.get("model", model.source))
-
-    chosen = choose_layout(r, model, m, hardware, assumed, lambda t: Run(t, tokens, reached).training_time)
+    chosen = choose_layout(inputs, model, m, hardware, assumed)
     layout, how = chosen.training.layout, sources.get("layout", chosen.how)
-    r, sources = fill(r, sources, how, {name: getattr(layout, name) for name in LAYOUT})
-    sources["layout"] = how
-    run, inputs = Run(chosen.training, tokens, reached), Inputs(request=r, sources=sources)
+    inputs = inputs.filled(how, **{name: getattr(layout, name) for name in LAYOUT})
+    inputs.sources["layout"] = how
+    run = Run(chosen.training, inputs)
     failures = Failures(inputs, layout.gpus, run) if chosen.training.fits else None
-    serving, served, unserved = None, None, ""
+    published = is_v3(model.config) if before is None else before.published
+    served, unserved = None, ""
     try:
-        serving = choose_serving(r, sources, model, m, hardware, published)
-        served = Served(serving.work, hardware, assumed, inputs, serving.decode, serving.prefill)
-        r = serving.request
-        for stage, d in ("decode", serving.decode), ("prefill", serving.prefill):
-            values = {f"{stage}_gpus": d.gpus, f"{stage}_tensor": d.tensor}
-            r, serving.sources[stage] = replace(r, **values), sources.get(stage, d.how)
-        sources = serving.sources
+        served = choose_serving(inputs, model, m, hardware, assumed, published)
+        inputs = served.inputs
     except ValueError as error:
         if before is None and request.given(SERVING):
             raise
-        serving, unserved, r = None, str(error), replace(r, decode_gpus=None, prefill_gpus=None)
+        unserved = str(error)
+        inputs = replace(inputs, request=replace(inputs.request, decode_gpus=None, prefill_gpus=None))
     return Plan(
-        **{"model": model, "hardware": hardware, "asked": asked, "request": r, "sources": sources},
-        **{"published": published, "inputs": Inputs(request=r, sources=sources), "assumed": assumed, "m": m},
-        **{"chosen": chosen, "run": run, "failures": failures},
-        **{"serving": serving, "served": served, "unserved": unserved},
+        **{"model": model, "hardware": hardware, "asked": before.asked if before is not None else request},
+        **{"inputs": inputs, "published": published, "assumed": assumed, "m": m, "chosen": chosen, "run": run},
+        **{"failures": failures, "served": served, "unserved": unserved},
     )
 
 
-def _worked(r: PlanRequest, sources: dict[str, str], model: Model) -> tuple[PlanRequest, dict[str, str]]:
-    """Return the request with the training's sequences, steps and tokens."""
-    run, longest = model.run, model.config.max_seq_len
-    if r.seq_len is not None and r.seq_len > longest:
-        raise ValueError(f"seq_len={r.seq_len} is longer than max_seq_len={longest} of {model.source}; shorten it")
+def _worked(inputs: Inputs, model: Model) -> Inputs:
+    """Return the inputs with the training's sequences, steps and tokens."""
+    run, longest, seq_len = model.run, model.config.max_seq_len, inputs.request.seq_len
+    too_long = f"seq_len={seq_len} is longer than max_seq_len={longest} of {model.source}; shorten it"
+    require(seq_len is None or seq_len <= longest, too_long)
     if run is not None:
         train = run.train
         fewer = (train.batch_size - (train.batch_start or train.batch_size)) / 2 * train.batch_ramp  # in equal steps
         tokens = train.steps * (train.batch_size - fewer) * run.seq_len
-        work = {"seq_len": run.seq_len, "batch": train.batch_size, "tokens": tokens}
-        return fill(r, sources, f"[train] of {model.name}", work)
+        return inputs.filled(f"[train] of {model.name}", seq_len=run.seq_len, batch=train.batch_size, tokens=tokens)
     work = presets()["deepseek-v3"]["workload"]
-    return fill(r, sources, WORKLOAD, work | {"seq_len": min(work["seq_len"], longest)})
+    return inputs.filled(WORKLOAD, **(work | {"seq_len": min(work["seq_len"], longest)}))
 
 
 def changed(before: Plan, changes: Mapping[str, Any], hardware: Hardware, source: str = "--vary") -> Plan:
@@ -235,7 +231,8 @@ def changed(before: Plan, changes: Mapping[str, Any], hardware: Hardware, source
     model, old = before.model, before
     if of_model:
         model = replace(model, config=replace(model.config, **of_model))
-        old = replace(before, sources={**before.sources, "model": f"{source} and {model.source}"})
+        sources = {**before.sources, "model": f"{source} and {model.source}"}
+        old = replace(before, inputs=replace(before.inputs, sources=sources))
     again: dict[str, Any] = {"sequences": None} if "context" in changes and before.asked.sequences is None else {}
     request = replace(before.request, **{**again, **of_request})
     return make_plan(request, model, hardware.having(source, of_hardware), old, source)
@@ -312,7 +309,6 @@ def vary(
 
     Args:
         names: these names; without any, those of COMPARED that differ.
-        on_part: is told the share that is done and a short text, after each plan.
 
     Raises: ValueError for more than two axes, the same one twice, unknown hardware or figures, and if no value has a
         plan.
@@ -324,15 +320,28 @@ def vary(
     require(len(every) <= MOST_VALUES, f"--vary asks for {len(every):,} plans; use at most {MOST_VALUES}")
     machines = {values.get("hardware"): before.hardware for values in every}
     machines |= {name: load_hardware(name) for name in machines if name is not None}
-    variants: list[Variant] = []
-    for values in every:
-        try:
-            found = Variant(values=values, plan=changed(before, values, machines[values.get("hardware")]))
-        except ValueError as error:
-            found = Variant(values=values, problem=str(error))
-        variants.append(found)
-        on_part(len(variants) / len(every), f"{len(variants)} of {len(every)} plans")
+    makers = [(values, partial(changed, before, values, machines[values.get("hardware")])) for values in every]
+    variants = side_by_side(makers, on_part)
     return variants, compared(variants, names)
+
+
+def side_by_side(
+    makers: Sequence[tuple[Mapping[str, Any], Callable[[], Plan]]], on_part: OnPart = quiet
+) -> list[Variant]:
+    """Return the plans of some values, or why there are none.
+
+    Args:
+        makers: values, and the function that plans them.
+        on_part: is told the share that is done and a short text, after each plan.
+    """
+    variants: list[Variant] = []
+    for values, make in makers:
+        try:
+            variants.append(Variant(values=values, plan=make()))
+        except ValueError as error:
+            variants.append(Variant(values=values, problem=str(error)))
+        on_part(len(variants) / len(makers), f"{len(variants)} of {len(makers)} plans")
+    return variants
 
 
 def compared(variants: Sequence[Variant], names: Sequence[str] = ()) -> list[str]:

@@ -5,10 +5,7 @@ file, those that are the model's in its config. All else is here: how the model 
 shares of the peaks are reached, and how often the machines fail.
 """
 
-import ast
 import functools
-import inspect
-import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +17,7 @@ from dsmini.accounting.tensors import Dtype, WeightDtype
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.config.fields import Bounds, build, check_types, setting
 from dsmini.config.model import NO_INDEXER
+from dsmini.console.commandline import field_docstrings
 from dsmini.planner.figure import Figure
 from dsmini.reading import find_config, read_table, read_toml
 
@@ -153,14 +151,7 @@ class PlanRequest:
 @functools.cache
 def titles_of(kind: type) -> Mapping[str, str]:
     """Return what the documentation below each field of a dataclass says first."""
-    (declared,) = ast.parse(inspect.getsource(kind)).body
-    assert isinstance(declared, ast.ClassDef)
-    found: dict[str, str] = {}
-    for field, doc in itertools.pairwise(declared.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
-            said = " ".join(ast.literal_eval(doc.value).split())
-            found[ast.unparse(field.target)] = re.split(r"[.;:] |, such as|\.$", said)[0]
-    return found
+    return {name: re.split(r"[.;:] |, such as|\.$", said)[0] for name, said in field_docstrings(kind).items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,8 +159,9 @@ class Inputs:
     """Numbers that a plan is computed from and no config or hardware file has, each with its source."""
 
     request: PlanRequest
-    sources: Mapping[str, str]
-    """Source of fields of the request, in words."""
+    sources: dict[str, str]
+    """Source of fields of the request, in words; of the layout, and of the GPUs of decode and prefill, how they were
+    chosen."""
 
     def of(self, name: str, unit: str = "") -> Figure:
         """Return a field of the request; what is left open is assumed."""
@@ -177,6 +169,12 @@ class Inputs:
         if value is None:
             value, source = presets()["assumed"][name]
         return Figure(name, value, unit, titles_of(PlanRequest)[name], source)
+
+    def filled(self, source: str, **values: Any) -> "Inputs":
+        """Return the same with values for the fields that are open. What has a source keeps it."""
+        open_ = {name: value for name, value in values.items() if getattr(self.request, name) is None}
+        sources = {**dict.fromkeys(values, source), **self.sources}
+        return Inputs(request=replace(self.request, **open_), sources=sources)
 
 
 class Assumptions:

@@ -18,7 +18,8 @@ Source: Kokolis et al. (arXiv 2410.21680), Young (1974) and Daly (2006) for fail
 
 from math import exp, sqrt
 
-from dsmini.planner.figure import Figure, figure
+from dsmini.config.fields import require
+from dsmini.planner.figure import figure
 from dsmini.planner.request import Inputs
 from dsmini.planner.training import Training
 from dsmini.report.units import human
@@ -32,9 +33,9 @@ MOST_LOST = 7.0
 class Run:
     """Time and cost of a run: by the parts of a step, or by a utilization."""
 
-    def __init__(self, t: Training, tokens: Figure, utilization: Figure | None) -> None:
-        self.t, self.tokens, self.utilization = t, tokens, utilization
-        self.peak = t.h.peak(t.dtype)
+    def __init__(self, t: Training, inputs: Inputs) -> None:
+        self.t, self.peak, self.tokens = t, t.h.peak(t.dtype), inputs.of("tokens", "token")
+        self.utilization = inputs.of("utilization") if inputs.request.utilization is not None else None
 
     @figure("token")
     def step_tokens(self) -> float:
@@ -89,11 +90,9 @@ class Failures:
         self.failures_per_node_day = inputs.of("failures_per_node_day")
         self.restart, self.halt = inputs.of("restart_time", "s"), inputs.of("checkpoint_halt", "s")
         mean = self.mean_time_to_failure
-        if self.restart + self.halt + self.checkpoint_interval > MOST_LOST * mean:
-            raise ValueError(
-                f"a failure every {human(mean, 's')} leaves no time to train, with {self.restart} "
-                f"for a restart and {self.halt} for a checkpoint; lower one of the three"
-            )
+        said = f"a failure every {human(mean, 's')} leaves no time to train, with {self.restart} "
+        said += f"for a restart and {self.halt} for a checkpoint; lower one of the three"
+        require(self.restart + self.halt + self.checkpoint_interval <= MOST_LOST * mean, said)
 
     @figure("s")
     def mean_time_to_failure(self) -> float:

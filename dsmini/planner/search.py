@@ -14,7 +14,7 @@ Estimates: the time is that of training.py. Memory is a lower bound: a layout th
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ from dsmini.accounting.tensors import divisors
 from dsmini.planner.hardware import Hardware, OnPart, quiet
 from dsmini.planner.layout import Layout, check, rules
 from dsmini.planner.model import ModelFigures
-from dsmini.planner.request import LAYOUT, Assumptions, Model, PlanRequest, Precision, is_v3, presets
+from dsmini.planner.request import LAYOUT, Assumptions, Inputs, Model, Precision, is_v3, presets
+from dsmini.planner.run import Run
 from dsmini.planner.training import Training
 from dsmini.report.units import DAY, human, plural
 
@@ -55,19 +56,8 @@ def lean(options: Options) -> Options:
     return {**options, "schedule": options["schedule"][:1], "zero": zeros, **last}
 
 
-class Found(NamedTuple):
-    """Layout that was planned; the order is that of time, then memory, then of the options."""
-
-    seconds: float
-    memory: float
-    place: int
-    """Place among all layouts of the options."""
-    training: Training
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Pipeline, tensor, expert and micro-batch."""
-        return tuple(getattr(self.training.layout, name) for name in SIZES)
+Found = tuple[float, float, int, Training]
+"""Layout that was planned: seconds of a step, memory, and place among all of the options, by which they are sorted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +91,9 @@ class Search:
         every = list(self.every())
         for i, t in enumerate(every):
             if t.fits:
-                new = Found(t.parts_seconds, t.memory_needed, i, t)
-                best[new.sizes] = min(new, best.get(new.sizes, new))
+                new = t.parts_seconds, t.memory_needed, i, t
+                sizes = tuple(getattr(t.layout, name) for name in SIZES)
+                best[sizes] = min(new, best.get(sizes, new))
             if i % 100 == 0:
                 on_part(i / len(every), plural(len(every), "layout"))
         on_part(1.0, plural(len(every), "layout"))
@@ -145,58 +136,48 @@ def usual_precision(model: Model, hardware: Hardware) -> Precision:
     return "bf16" if "bfloat16" in hardware.peaks else "fp32"
 
 
-def choose_layout(
-    r: PlanRequest,
-    model: Model,
-    m: ModelFigures,
-    hardware: Hardware,
-    assumed: Assumptions,
-    seconds: Callable[[Training], float],
-) -> Chosen:
-    """Return a complete layout for a request, and how what is left open was chosen.
-
-    Args:
-        r: request with its batch.
-        seconds: time of the whole run in a layout.
+def choose_layout(inputs: Inputs, model: Model, m: ModelFigures, hardware: Hardware, assumed: Assumptions) -> Chosen:
+    """Return a complete layout for a request with its batch, and how what is left open was chosen.
 
     Raises: ValueError for a layout that contradicts itself, the model, the nodes or the batch.
     """
-    given, run, node = r.given(), model.run, hardware.gpus_per_node
-    batch = r.batch or 1
+    r, run = inputs.request, model.run
+    given = r.given()
+
+    def planned(**layout: Any) -> Training:
+        made = Layout(**layout, batch=r.batch or 1)
+        check(rules(made, model.config, hardware.gpus_per_node))
+        return Training(m, hardware, assumed, made)
+
     if len(given) == len(LAYOUT):
-        layout = Layout(**given, batch=batch)
-        check(rules(layout, model.config, node))
-        training = Training(m, hardware, assumed, layout)
-        misfit = "" if training.fits else "use more GPUs, ZeRO, recomputation, or --search"
-        return Chosen(training, "as chosen", misfit)
-    state: dict[str, Any] = {"precision": usual_precision(model, hardware)}
+        found = planned(**given)
+        return Chosen(found, "as chosen", "" if found.fits else "use more GPUs, ZeRO, recomputation, or --search")
+    state = {**DEFAULTS, "precision": usual_precision(model, hardware)}
     if run is not None:
         state |= {"optimizer": run.train.optimizer, "moments": run.train.moments}
         state |= {"precision": "fp32"} if run.train.dtype == "float32" else {}
     why_not = ""
     if is_v3(model.config) and hardware.networked:
-        layout = Layout(**{**DEFAULTS, **state, **presets()["deepseek-v3"]["training"], **given}, batch=batch)
         but = ", ".join(f"{name}={value}" for name, value in given.items())
         try:
-            check(rules(layout, model.config, node))
-            training = Training(m, hardware, assumed, layout)
-            if training.fits:
-                return Chosen(training, f"as DeepSeek-V3 was trained{but and f', but {but}'}")
-            why_not = f"it needs {human(training.memory_needed, 'B')} of {human(hardware.memory, 'B')}"
+            found = planned(**{**state, **presets()["deepseek-v3"]["training"], **given})
+            if found.fits:
+                return Chosen(found, f"as DeepSeek-V3 was trained{but and f', but {but}'}")
+            why_not = f"it needs {human(found.memory_needed, 'B')} of {human(hardware.memory, 'B')}"
         except ValueError as error:  # the given numbers allow no such layout
             why_not = str(error)
         why_not = f"; not as DeepSeek-V3 was trained: {why_not}"
-    base, held = Layout(**{**DEFAULTS, **state, **given}, batch=batch), {n: (value,) for n, value in given.items()}
-    options = {**SHORT, "precision": (base.precision,), **held}
+    base = Layout(**{**state, **given}, batch=r.batch or 1)
+    options = {**SHORT, "precision": (base.precision,), **{name: (value,) for name, value in given.items()}}
     search = Search(m=m, hardware=hardware, assumed=assumed, base=base, options=options)
     counts = _counts(search, given)
-    chosen = _by_gpus(search, counts, r.days * DAY if "gpus" not in given else math.inf, seconds)
+    chosen = _by_gpus(search, counts, r.days * DAY if "gpus" not in given else math.inf, inputs)
     if chosen is not None:
         return chosen._replace(how=chosen.how + why_not)
     last = replace(search, base=replace(base, gpus=counts[-1]), options=lean(options))
     smallest = last.smallest()
     if smallest is None:
-        check(rules(replace(base, gpus=counts[0]), model.config, node))  # raises what contradicts
+        check(rules(replace(base, gpus=counts[0]), model.config, hardware.gpus_per_node))  # raises what contradicts
         raise ValueError(what_would_fit(last))
     how = "no layout fits, and this one needs the least memory"
     return Chosen(smallest, how + why_not, what_would_fit(last))
@@ -212,7 +193,7 @@ def _counts(search: Search, given: Mapping[str, Any]) -> list[int]:
     return [given["gpus"]] if "gpus" in given else sorted(n for n in counts if n <= most) or [least]
 
 
-def _by_gpus(search: Search, counts: list[int], longest: float, seconds: Callable[[Training], float]) -> Chosen | None:
+def _by_gpus(search: Search, counts: list[int], longest: float, inputs: Inputs) -> Chosen | None:
     """Return the fastest layout on the first number of GPUs that trains in time, or on the most; None if none fits."""
     best: Training | None = None
     wanted = 0.0
@@ -221,21 +202,17 @@ def _by_gpus(search: Search, counts: list[int], longest: float, seconds: Callabl
         if gpus < wanted or not replace(here, options=lean(search.options)).fits_any():
             continue
         if found := here.fastest(1):
-            best = found[0].training
-            wanted = gpus * seconds(best) / longest  # more GPUs are at most so many times as fast
+            *_, best = found[0]
+            wanted = gpus * Run(best, inputs).training_time / longest  # more GPUs are at most so many times as fast
             if wanted <= gpus:
                 break
     if best is None:
         return None
-    how = "the fastest of a short list that fits"
-    if longest < math.inf:
-        late = wanted > best.layout.gpus
-        of = f"{human(longest, 's')} (--days)"
-        how += (
-            f"; no number of GPUs that was tried trains within {of}"
-            if late
-            else f", on the fewest GPUs that train within {of}"
-        )
+    how, of = "the fastest of a short list that fits", f"{human(longest, 's')} (--days)"
+    if wanted > best.layout.gpus:
+        how += f"; no number of GPUs that was tried trains within {of}"
+    elif longest < math.inf:
+        how += f", on the fewest GPUs that train within {of}"
     return Chosen(best, how)
 
 

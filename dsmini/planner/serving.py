@@ -29,7 +29,7 @@ Left out: activations, buffers of exchanges, the runtime, and in prefill the wri
 Source: DeepSeek-V3 report, sections 3.4 and 5.4.3; INS, section 2.3.2; Leviathan et al., arXiv 2211.17192 (drafts).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import floor
 from typing import Literal
@@ -38,11 +38,11 @@ from dsmini.accounting.flops import context_products, twice_the_keys
 from dsmini.accounting.memory import row_width, rows_read
 from dsmini.accounting.tensors import SIZES, divisors, main_tensors
 from dsmini.config import ModelConfig
+from dsmini.config.fields import require
 from dsmini.planner.exchange import Exchange, Links
 from dsmini.planner.figure import Figure, counted, figure
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.layout import Rule, check
-from dsmini.planner.model import CacheFigures, CompressedCacheFigures, ModelFigures, WeightFigures, cache_figures
+from dsmini.planner.model import CompressedCacheFigures, ModelFigures, WeightFigures, cache_figures
 from dsmini.planner.request import DTYPES, Assumptions, Inputs, Model, PlanRequest, presets
 from dsmini.planner.search import gpu_counts, usual_precision
 from dsmini.reading import listed
@@ -82,41 +82,33 @@ class Deployment:
     """Reason why it was chosen."""
 
 
-def rules(d: Deployment, c: ModelConfig, hardware: Hardware) -> Iterator[Rule]:
-    """Yield what a deployment must meet, and the sentence for one that does not."""
-    node, title = hardware.gpus_per_node, hardware.title
-    of, use = f"{d.stage}_tensor={d.tensor}", listed([str(n) for n in divisors(c.n_heads, hardware.node)])
-    yield d.gpus % d.tensor == 0, lambda: f"{of} does not divide {d.stage}_gpus={d.gpus}; use a divisor of it"
-    yield d.tensor <= node, lambda: f"{of} is more than the GPUs of a node; use one of {use}"
-    yield c.n_heads % d.tensor == 0, lambda: f"{of} does not divide n_heads={c.n_heads}; use one of {use}"
+def check_deployment(d: Deployment, c: ModelConfig, h: Hardware) -> None:
+    """Raise ValueError for a deployment that does not divide the model, or that the hardware has no links for."""
+    node, title, of = h.gpus_per_node, h.title, f"{d.stage}_tensor={d.tensor}"
+    use = f"use one of {listed([str(n) for n in divisors(c.n_heads, h.node)])}"
+    require(d.gpus % d.tensor == 0, f"{of} does not divide {d.stage}_gpus={d.gpus}; use a divisor of it")
+    require(d.tensor <= node, f"{of} is more than the GPUs of a node; {use}")
+    require(c.n_heads % d.tensor == 0, f"{of} does not divide n_heads={c.n_heads}; {use}")
     experts = c.n_routed_experts + d.redundant
-    yield (
-        experts % d.gpus == 0,
-        lambda: (
-            f"{d.stage}_redundant={d.redundant} makes {experts} experts, which {d.stage}_gpus={d.gpus} do not divide; "
-            f"use {d.redundant + -experts % d.gpus}"
-        ),
-    )
-    one_node = hardware.networked or d.gpus <= node
-    yield one_node, lambda: f"{title} has no slow link, want one for several nodes; plan one node"
-    linked = hardware.linked or d.gpus == 1
-    yield linked, lambda: f"{title} has no fast link, want one for several GPUs in a node; plan one GPU"
-    absorbed = not (c.is_mla and c.qk_norm and d.stage == "decode")
-    yield absorbed, lambda: "qk_norm=True has no absorbed form, which decoding is planned in; use qk_norm=False"
+    many, fix = f"{d.stage}_redundant={d.redundant} makes {experts} experts", d.redundant + -experts % d.gpus
+    require(experts % d.gpus == 0, f"{many}, which {d.stage}_gpus={d.gpus} do not divide; use {fix}")
+    require(h.networked or d.gpus <= node, f"{title} has no slow link, want one for several nodes; plan one node")
+    require(h.linked or d.gpus == 1, f"{title} has no fast link, want one for several GPUs in a node; plan one GPU")
+    expanded = c.is_mla and c.qk_norm and d.stage == "decode"
+    require(not expanded, "qk_norm=True has no absorbed form, which decoding is planned in; use qk_norm=False")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Work:
-    """Requests that are served, and the model in its dtypes."""
+    """Requests that are served, and the model in its dtypes. Raises: ValueError for a cache that it cannot have."""
 
-    m: ModelFigures
-    weights: WeightFigures
-    cache: CacheFigures
-    dtype: str
-    """Dtype of the products: FP4 weights are multiplied as FP8, which holds each of them exactly."""
-    context: Figure
-    prompt: Figure
-    sequences: Figure
+    def __init__(self, m: ModelFigures, inputs: Inputs) -> None:
+        r = inputs.request
+        assert r.weight_dtype is not None
+        self.m, self.weights, self.cache = m, WeightFigures(m, r.weight_dtype), cache_figures(m.config, r.cache_dtype)
+        # of the products: FP4 weights are multiplied as FP8, which holds each of them exactly
+        self.dtype = "fp8" if r.weight_dtype == "fp4" else r.weight_dtype
+        self.context, self.prompt = inputs.of("context", "token"), inputs.of("prompt", "token")
+        self.sequences = inputs.of("sequences")
 
 
 class Deployed:
@@ -124,7 +116,7 @@ class Deployed:
 
     def __init__(self, w: Work, d: Deployment, h: Hardware) -> None:
         self.w, self.d, self.stage, self.memory, c = w, d, f"{d.stage}_", h.memory, w.m.config
-        one_hop = None if d.two_hop else c.n_activated_experts + c.n_shared_experts * d.shared_remote
+        one_hop = 0 if d.two_hop else c.n_activated_experts + c.n_shared_experts * d.shared_remote
         self.exchange = Exchange(c, d.gpus, h.gpus_per_node, w.dtype, one_hop, self.stage)
         names = {"tensor": "GPUs that divide attention's heads", "micro_batches": "Micro-batches of a step"}
         self.tensor, self.micro_batches = (
@@ -190,6 +182,20 @@ class Deployed:
         """Longest context of these sequences. Source: V3, section 3.4."""
         left = max(self.memory - self.gpu_weights - self.sequences * self.sequence_window, 0)
         return floor(left / (self.sequences * self.sequence_cache))
+
+    @property
+    def misfit(self) -> str:
+        """Sentence about a GPU that does not hold weights and cache, with what would; "" if it does."""
+        d, fit = self.d, int(self.sequences_that_fit / self.micro_batches)
+        if self.gpu_memory <= self.memory:
+            return ""
+        fix = f"use more {d.stage}_gpus, or hardware with more memory"
+        if d.stage == "decode" and fit:
+            fix = f"use sequences={fit}"
+        elif self.longest_context >= 1:
+            fix = f"use {'context' if d.stage == 'decode' else 'prompt'}={self.longest_context:.0f}"
+        takes = f"weights and cache take {human(self.gpu_memory, 'B')} of {human(self.memory, 'B')}"
+        return f"{d.stage} on {plural(d.gpus, 'GPU')} does not fit: {takes}; {fix}"
 
 
 class ServedStep:
@@ -299,9 +305,8 @@ class ServedStep:
         """Bytes that a GPU sends in its node in a step. Source: V3, section 3.4."""
         if self.d.tensor == 1:
             return self.routed_rows * self.exchange.fast_row_bytes
-        gathered = (
-            self.of.micro_batches * self.rows * self.w.m.config.n_layers * self.gathered_row * (self.of.tensor - 1)
-        )
+        rows = self.of.micro_batches * self.rows
+        gathered = rows * self.w.m.config.n_layers * self.gathered_row * (self.of.tensor - 1)
         return self.routed_rows * self.exchange.fast_row_bytes + gathered
 
     @counted("B")
@@ -335,17 +340,25 @@ class ServedStep:
 class Served:
     """Times of decoding, of prompts, and of drafts where there are some, of deployments."""
 
-    def __init__(self, w: Work, h: Hardware, a: Assumptions, inputs: Inputs, decode: Deployment, prefill: Deployment):
-        self.w, self.h = w, h
-        self.decode, self.prefill = Deployed(w, decode, h), Deployed(w, prefill, h)
+    def __init__(
+        self, m: ModelFigures, h: Hardware, a: Assumptions, inputs: Inputs, found: Mapping[StageName, Deployment]
+    ) -> None:
+        w = Work(m, inputs)
+        self.w, self.h, self.inputs = w, h, inputs
+        self.decode, self.prefill = (Deployed(w, found[stage], h) for stage in STAGES)
         self.decode_step, self.prefill_step = ServedStep(self.decode, h, a), ServedStep(self.prefill, h, a)
-        drafted = w.m.config.n_mtp_layers and inputs.request.drafts
+        drafted = m.config.n_mtp_layers and inputs.request.drafts
         self.drafts = Drafts(w, h, a, inputs, self.decode_step) if drafted else None
 
     @property
     def waits(self) -> dict[str, dict[str, float]]:
         """Seconds of the parts of a step by their words, of decode and prefill."""
         return {"decode": self.decode_step.waits, "prefill": self.prefill_step.waits}
+
+    @property
+    def misfit(self) -> dict[str, str]:
+        """Sentences about deployments that do not hold weights and cache, by stage."""
+        return {d.d.stage: d.misfit for d in (self.decode, self.prefill) if d.misfit}
 
     @figure("s/token")
     def decode_time_per_token(self) -> float:
@@ -417,66 +430,35 @@ class Drafts:
 # --- what a user leaves open
 
 
-@dataclass(frozen=True, kw_only=True)
-class Serving:
-    """Complete request for serving: what is served, and by which GPUs."""
-
-    request: PlanRequest
-    sources: dict[str, str]
-    work: Work
-    decode: Deployment
-    prefill: Deployment
-    misfit: dict[str, str]
-    """Sentences about deployments that do not hold weights and cache, with what would, by stage."""
-
-
 def choose_serving(
-    r: PlanRequest, sources: dict[str, str], model: Model, m: ModelFigures, h: Hardware, published: bool
-) -> Serving:
-    """Return both deployments, and as many sequences as fit where the user leaves them open.
+    inputs: Inputs, model: Model, m: ModelFigures, h: Hardware, a: Assumptions, published: bool
+) -> Served:
+    """Return both deployments, with as many sequences as fit where the user leaves them open.
 
     Args:
         published: the model has DeepSeek-V3's sizes, or is varied from it.
 
     Raises: ValueError for what the model or the hardware cannot have.
     """
-    longest = m.config.max_seq_len
+    r, longest = inputs.request, m.config.max_seq_len
     for name in ("context", "prompt"):
         tokens = getattr(r, name) or 1
-        if tokens > longest:
-            raise ValueError(f"{name}={tokens} is longer than the model's max_seq_len={longest}; shorten it")
+        require(tokens <= longest, f"{name}={tokens} is longer than the model's max_seq_len={longest}; shorten it")
     context = r.context or min(CONTEXT, longest)
     precision = usual_precision(model, h)  # however training multiplies
     is_v4 = precision == "fp8" and m.config.attention == "compressed"
     dtype = "fp4" if is_v4 else DTYPES[precision]
-    filled = {"context": context, "prompt": context, "weight_dtype": dtype, "cache_dtype": "bfloat16"}
-    r, sources = fill(r, sources, "chosen", filled)
-    weights, cache = WeightFigures(m, r.weight_dtype), cache_figures(m.config, r.cache_dtype)
-
-    products = "fp8" if r.weight_dtype == "fp4" else str(r.weight_dtype)
-
-    def work(r: PlanRequest) -> Work:
-        inputs = Inputs(request=r if r.sequences else replace(r, sequences=1), sources=sources)
-        tokens = {name: inputs.of(name, "token") for name in ("context", "prompt")}
-        return Work(m=m, weights=weights, cache=cache, dtype=products, sequences=inputs.of("sequences"), **tokens)
-
+    inputs = inputs.filled("chosen", context=context, prompt=context, weight_dtype=dtype, cache_dtype="bfloat16")
+    least = Work(m, inputs.filled("chosen", sequences=1))
     found: dict[StageName, Deployment] = {}
     for stage in STAGES:
-        found[stage] = _deployment(r, stage, work(r), h, published)
-    one = Deployed(work(replace(r, sequences=1)), found["decode"], h)
-    fit = int(one.sequences_that_fit / found["decode"].micro_batches)
-    r, sources = fill(r, sources, "chosen", {"sequences": max(1, min(SEQUENCES, fit))})
-    done = work(r)
-    misfit = {stage: text for stage, d in found.items() if (text := _misfit(d, Deployed(done, d, h), h))}
-    return Serving(request=r, sources=sources, work=done, misfit=misfit, **found)
-
-
-def fill(
-    r: PlanRequest, sources: dict[str, str], source: str, values: dict[str, object]
-) -> tuple[PlanRequest, dict[str, str]]:
-    """Return a request with values for the fields that are open, and where all come from."""
-    open_ = {name: value for name, value in values.items() if getattr(r, name) is None}
-    return replace(r, **open_), {**dict.fromkeys(values, source), **sources}  # pyright: ignore
+        found[stage] = _deployment(inputs.request, stage, least, h, published)
+    fit = int(Deployed(least, found["decode"], h).sequences_that_fit / found["decode"].micro_batches)
+    inputs = inputs.filled("chosen", sequences=max(1, min(SEQUENCES, fit)))
+    for stage, d in found.items():
+        inputs = inputs.filled(d.how, **{f"{stage}_gpus": d.gpus, f"{stage}_tensor": d.tensor})
+        inputs.sources.setdefault(stage, d.how)
+    return Served(m, h, a, inputs, found)
 
 
 def _deployment(r: PlanRequest, stage: StageName, w: Work, h: Hardware, published: bool) -> Deployment:
@@ -492,17 +474,14 @@ def _deployment(r: PlanRequest, stage: StageName, w: Work, h: Hardware, publishe
         if own and redundant in (None, preset["redundant"]) and (experts + preset["redundant"]) % gpus == 0:
             return Deployment(stage=stage, how=how, **preset)
         spare = -experts % gpus if redundant is None else redundant
-        parts = 1 if gpus == 1 else 2
-        two_hop = stage == "prefill"
-        return Deployment(
-            stage=stage, gpus=gpus, tensor=tensor, redundant=spare, micro_batches=parts, two_hop=two_hop, how=how
-        )
+        sizes = {"gpus": gpus, "tensor": tensor, "redundant": spare, "micro_batches": 1 if gpus == 1 else 2}
+        return Deployment(stage=stage, **sizes, two_hop=stage == "prefill", how=how)
 
     tried = [made(gpus, tensor or 1, "as chosen")] if gpus is not None else []
     if gpus is None:
         tried = [made(*each) for each in _tried(stage, tensor, w.m.config, h, published)]
     for d in tried or [made(tensor or 1, tensor or 1, "")]:
-        check(rules(d, w.m.config, h))
+        check_deployment(d, w.m.config, h)
         h.peak(w.dtype)
         if Deployed(w, d, h).gpu_memory <= h.memory:
             return d
@@ -522,16 +501,3 @@ def _tried(
         shared = tensor or (1 if moe else count)
         if count <= most and count % shared == 0 and shared <= node and c.n_heads % shared == 0:
             yield count, shared, "the fewest GPUs that hold weights and cache"
-
-
-def _misfit(d: Deployment, memory: Deployed, h: Hardware) -> str:
-    """Return one sentence for a deployment that does not hold weights and cache, with what would; "" if it does."""
-    if memory.gpu_memory <= h.memory:
-        return ""
-    fix = f"use more {d.stage}_gpus, or hardware with more memory"
-    if d.stage == "decode" and (fit := int(memory.sequences_that_fit / d.micro_batches)):
-        fix = f"use sequences={fit}"
-    elif memory.longest_context >= 1:
-        fix = f"use {'context' if d.stage == 'decode' else 'prompt'}={memory.longest_context:.0f}"
-    takes = f"weights and cache take {human(memory.gpu_memory, 'B')} of {human(h.memory, 'B')}"
-    return f"{d.stage} on {plural(d.gpus, 'GPU')} does not fit: {takes}; {fix}"

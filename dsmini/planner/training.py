@@ -26,7 +26,7 @@ from functools import cached_property
 from typing import Any
 
 from dsmini.accounting.memory import TABLES, activation_bytes, training_bytes
-from dsmini.accounting.tensors import BLOCK, SIZES, Bytes
+from dsmini.accounting.tensors import BLOCK, SIZES
 from dsmini.planner.exchange import Exchange, Links
 from dsmini.planner.figure import counted, figure
 from dsmini.planner.hardware import Hardware
@@ -56,6 +56,12 @@ class Training:
         in_node = gpus_in_node(r.expert, h.gpus_per_node)
         self.exchange = Exchange(m.config, r.expert, in_node, DTYPES[r.precision])
         self.dtype = "float32" if r.precision == "fp32" else "bfloat16"
+        self.master = 0 if r.precision == "fp32" else 4
+        """Bytes of a master weight."""
+        self.communication = a.communication_share if r.expert > 1 else 0
+        """Share of a GPU that carries rows of experts."""
+        self.local_experts = m.config.n_routed_experts / r.expert * m.expert_parameters
+        """Numbers of the routed experts of a layer on a GPU."""
         h.check_links(r.gpus)
         h.peak(DTYPES[r.precision])  # raises
 
@@ -105,11 +111,6 @@ class Training:
         """Training state of a parameter. Source: V3, section 3.3.3."""
         return self.state_weight + self.state_gradient + self.state_optimizer
 
-    @property
-    def master(self) -> int:
-        """Bytes of a master weight."""
-        return 0 if self.layout.precision == "fp32" else 4
-
     # --- the pipeline
 
     @figure("FLOP/s")
@@ -123,11 +124,6 @@ class Training:
         if self.layout.precision == "fp8":
             return self.h.peak("fp8") * self.a.fp8_efficiency * (1 - self.communication)
         return self.plain_rate
-
-    @property
-    def communication(self) -> float:
-        """Share of a GPU that carries rows of experts."""
-        return self.a.communication_share if self.layout.expert > 1 else 0
 
     @cached_property
     def pipeline(self) -> Pipeline:
@@ -161,11 +157,6 @@ class Training:
         matrices, _ = self.m.local(self.layout.tensor)
         widest = max(matrices["dense"], matrices["moe"] + self.local_experts)
         return again * self.micro_batch_tokens + ZERO3_GATHERED * widest * self.state_weight
-
-    @property
-    def local_experts(self) -> float:
-        """Numbers of the routed experts of a layer on a GPU."""
-        return self.m.config.n_routed_experts / self.layout.expert * self.m.expert_parameters
 
     @cached_property
     def process(self) -> "Process":
@@ -305,13 +296,10 @@ class Training:
         """Gradients and weights between GPUs, a step. Source: ZeRO, section 7."""
         if self.layout.gpus == 1:
             return 0
-        return self.sent_state / (self.links.fast_rate if self.state_in_node else self.links.slow_rate)
-
-    @property
-    def state_in_node(self) -> bool:
-        """True if the GPUs that hold the same are in one node. DualPipe's other copy is at the pipeline's other end."""
         r, node = self.layout, self.h.gpus_per_node
-        return r.gpus <= node or (r.data * r.tensor <= node and r.copies == 1)
+        # GPUs that hold the same are in one node; but DualPipe's other copy is at the pipeline's other end
+        in_node = r.gpus <= node or (r.data * r.tensor <= node and r.copies == 1)
+        return self.sent_state / (self.links.fast_rate if in_node else self.links.slow_rate)
 
     @figure("s")
     def exchange_seconds(self) -> float:
@@ -424,14 +412,11 @@ class Process:
     """Bytes that one process holds at the end of a forward, as dsmini itself trains."""
 
     def __init__(self, m: ModelFigures, r: Layout, dtype: str) -> None:
-        self.config = replace(m.config, precision="fp8" if r.precision == "fp8" else "native")
-        self.size: dict[str, Any] = {"batch_size": 1, "seq_len": int(m.seq_len), "dtype": dtype}
-        self.how: dict[str, Any] = {"optimizer": r.optimizer, "moments": r.moments, "recompute": r.recompute}
-
-    @cached_property
-    def held(self) -> Bytes:
-        """All bytes, of one sequence."""
-        return training_bytes(self.config, **self.size, **self.how)
+        config = replace(m.config, precision="fp8" if r.precision == "fp8" else "native")
+        size: dict[str, Any] = {"batch_size": 1, "seq_len": int(m.seq_len), "dtype": dtype}
+        self.tables = activation_bytes(config, **size).by_part[TABLES]
+        how: dict[str, Any] = {"optimizer": r.optimizer, "moments": r.moments, "recompute": r.recompute}
+        self.held = training_bytes(config, **size, **how)
 
     @counted("B")
     def process_state(self) -> float:
@@ -441,4 +426,4 @@ class Process:
     @counted("B")
     def process_activations(self) -> float:
         """One process: activations of a sequence, without tables. Source: dsmini.accounting.training_bytes."""
-        return self.held.by_part["activations"] - activation_bytes(self.config, **self.size).by_part[TABLES]
+        return self.held.by_part["activations"] - self.tables

@@ -37,7 +37,7 @@ def hardware_of(words: str) -> Hardware:
         elif key in numbers:
             old = numbers[key]
             numbers[key] = Figure(key, old * float(factor), old.unit, old.title, old.source)
-    return dataclasses.replace(made, numbers=numbers)
+    return Hardware(made.name, made.title, numbers)
 
 
 def read(words: str) -> tuple[Model, Hardware, PlanRequest]:

@@ -1,9 +1,8 @@
-"""Figures: numbers that are explained, titles in docstrings, and numbers in words."""
+"""Figures: numbers that are explained, with titles in docstrings."""
 
 import pytest
 
 from dsmini.planner.figure import Figure, check_name, counted, exactly, explain, figure, figures_of, text
-from dsmini.report.units import human
 
 
 class Cache:
@@ -76,26 +75,6 @@ def test_formula_is_of_the_branch_that_was_taken_and_names_the_stage() -> None:
     assert other["kv_cache"].formula == "61 * max(cache_row, 0)", "not the input of this name"
     with pytest.raises(ValueError, match="unknown figure 'kv_cach'; did you mean decode_kv_cache"):
         check_name(found, "kv_cach")
-
-
-WORDS = [
-    (70272, "B/token", "70.3 kB/token"),
-    (54.5 * 86400, "s", "54.5 days"),
-    (3.37 * 365.25 * 86400, "s", "3.37 years"),
-    (1019.05, "s", "17.0 min"),
-    (0, "s", "0 s"),
-    (3e-10, "s", "0.300 ns"),
-    (5.576e6, "$", "$5.58 million"),
-    (2 / 3600, "$/s", "$2.00/h"),
-    (2.38e-7, "$/token", "$0.238 per million tokens"),
-    (0.9824, "", "0.982"),
-    (2176.0, "token", "2,176 tokens"),
-]
-
-
-@pytest.mark.parametrize(("value", "unit", "wanted"), WORDS)
-def test_value_in_words(value: float, unit: str, wanted: str) -> None:
-    assert human(float(value) if unit else value, unit) == wanted
 
 
 def test_input_is_shown_as_it_was_given() -> None:

@@ -80,9 +80,9 @@ def chosen(words: str) -> dict[str, Any]:
     plan = plan_of(words)
     found: dict[str, Any] = plan.request.given()
     found |= {"how": plan.sources["layout"], "fits": plan.fits, "weights": plan.request.weight_dtype}
-    for stage, deployed in (("decode", plan.serving.decode), ("prefill", plan.serving.prefill)) if plan.serving else ():
-        found[stage] = (deployed.tensor, deployed.gpus, deployed.redundant)
-        found[f"{stage} how"] = plan.sources[stage]
+    for deployed in (plan.served.decode.d, plan.served.prefill.d) if plan.served else ():
+        found[deployed.stage] = (deployed.tensor, deployed.gpus, deployed.redundant)
+        found[f"{deployed.stage} how"] = plan.sources[deployed.stage]
     return found
 
 

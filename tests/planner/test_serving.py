@@ -2,15 +2,10 @@
 
 import pytest
 
+from dsmini.planner.serving import RESOURCES
 from tests.helpers.plans import plan_of, values_of
 
 SERVED = ["deepseek-v3", "deepseek-v3 context=32768 drafts=3", "deepseek-v2-lite decode_gpus=4", "toy-mha @laptop"]
-RESOURCES = {
-    "memory_time": "memory traffic",
-    "compute_time": "compute",
-    "slow_link_time": "links between nodes",
-    "fast_link_time": "links within a node",
-}
 
 
 @pytest.mark.parametrize("words", SERVED)
