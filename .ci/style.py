@@ -60,7 +60,7 @@ FORBIDDEN = (
     (r"(dsmini|benchmarks)\b", "kernels"),
     (r"(tests|benchmarks)\b", "dsmini|kernels"),
 )
-MOST = {"pages": 5e-4, "code": 2e-4}
+MOST = {"pages": 4e-4, "code": 1.5e-4}
 """Words that slow a reader down, most of all words of pages, and of docstrings and comments."""
 WORDS = {
     "a clause without a subject": r"(?:^|(?<=[.:;] ))(?-i:What|Of|Whether|How|Those|Which|Whose|So many|As many)\b"

@@ -90,8 +90,8 @@ def _plot_indexers(path: Path, rows: Sequence[Row]) -> None:
         top.set(ylabel="KL divergence, nats", title="Attention that the indexers miss")
         top.set_ylim(bottom=0)
         for name, color, label in (
-            ("indexer_mass", BLUE, "share of attention on the picks"),
-            ("indexer_recall", ORANGE, "share of the top-k keys that is picked"),
+            ("indexer_mass", BLUE, "share of attention that goes to chosen keys"),
+            ("indexer_recall", ORANGE, "share of the top-k keys that are chosen"),
         ):
             below.plot(x, smooth(_column(rows, name)), color=color, label=label)
         below.set(xlabel="step", ylim=(0, 1.02))
