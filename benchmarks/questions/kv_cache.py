@@ -67,9 +67,9 @@ def answer(figures: list[Figure]) -> str:
         return ""
     text = f"MLA stores {mla:,.0f} bytes a token in all {models.BIG.n_layers} layers"
     text += f" ({fp8:,.0f} in FP8)" if fp8 else ""
-    v4 = held.get(("V4", "fp8"))
-    text += f", V4's attention {v4:,.0f} in FP8" if v4 else ""
     text += f", {1 - mla / mha:.1%} less than MHA with the same heads ({mha:,.0f})"
+    v4 = held.get(("V4", "fp8"))
+    text += f"; V4's attention stores {v4:,.0f} in FP8" if v4 else ""
     with_heads = [f for f in pick(figures, "times_as_long") if f.case["attention"] == "MHA"]
     slower = compared(with_heads, "context", "at context {}", key="attention")
     return f"{text}. Time to decode a token, next to MLA: {slower}." if slower else f"{text}."
