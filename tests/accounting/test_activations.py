@@ -66,6 +66,20 @@ def test_activations_are_those_saved(case: str, precision: Any, dtype: str) -> N
     check_fused(small(precision=precision, **KINDS[case]), dtype)
 
 
+@pytest.mark.parametrize(("inter_dim", "larger"), [(8, "moe"), (800, "dense")])
+def test_full_recomputation_makes_the_largest_block_again(inter_dim: int, larger: str) -> None:
+    """A block is what a model with one more of its kind saves besides."""
+    how: dict[str, Any] = {"batch_size": 2, "seq_len": 20}
+    few, dense, moe = (
+        activation_bytes(sized(inter_dim=inter_dim, n_layers=n, n_dense_layers=d, n_mtp_layers=0), **how).total
+        for n, d in ((3, 1), (4, 2), (4, 1))
+    )
+    blocks = {"dense": dense - few, "moe": moe - few}
+    config = sized(inter_dim=inter_dim, n_dense_layers=1, n_mtp_layers=0)
+    again = activation_bytes(config, **how, recompute=True).by_part["one block, made again"]
+    assert again == max(blocks.values()) == blocks[larger]
+
+
 def bound(**changes: Any) -> ModelConfig:
     return ModelConfig(n_layers=2, **changes)
 
