@@ -1,5 +1,8 @@
 """Write the API pages, every class and function with its shapes: python docs/api.py FOLDER
 
+The pages of dsmini.nn are the annotated model: the code of each function is open, below the equations that
+docs/equations.md has for it. The pages need no network.
+
 Needs pdoc: pip install -e '.[docs]'. Exits with status 1 if pdoc warns of anything.
 """
 
@@ -12,9 +15,11 @@ from types import ModuleType
 
 import pdoc
 from markupsafe import Markup
+from pdoc.render_helpers import to_html
 
 import dsmini
 
+EQUATIONS = (Path(__file__).parent / "equations.md").read_text()
 HIDDEN = ("dsmini.__main__", "dsmini.generate")
 """Modules without a page. The command dsmini/generate.py has the name of the function dsmini.generate."""
 
@@ -32,6 +37,32 @@ def equations_apart(docstring: str) -> str:
     return re.sub(rf"^( {{4}}.*)\n(?=\S)(?!{section})", r"\1\n\n", docstring, flags=re.MULTILINE)
 
 
+def equations_by_function() -> dict[tuple[str, str], list[str]]:
+    """Return the equations of equations.md as Markdown, by the module and the qualified name that a row links."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for section in EQUATIONS.split("\n## ")[1:]:
+        title, _, rows = section.partition("\n")
+        for row in re.findall(r"^\|.*\|$", rows, re.MULTILINE):
+            cells = [cell.strip() for cell in re.split(r"(?<![^ ])\|(?![^ ])", row)]
+            at = next((i for i, cell in enumerate(cells) if "](../dsmini/nn/" in cell), 0)
+            if at < 2:
+                continue
+            about = " ".join(filter(None, (title, *cells[1 : at - 1])))
+            equation = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", cells[at - 1])  # the words of a link, without its address
+            for names, file in re.findall(r"\[([\w., ]+)\]\(\.\./(dsmini/nn/\w+)\.py\)", cells[at]):
+                for name in names.split(", "):
+                    # four spaces make code, whose signs Markdown leaves as they are
+                    of_function = found.setdefault((file.replace("/", "."), name), [])
+                    of_function.append(f"{about}:\n\n    {equation}")
+    return found
+
+
+def linked_equations() -> str:
+    """Return equations.md with links to pages of the API, and without those to other files."""
+    pages = re.sub(r"\]\(\.\./(dsmini/[\w/]+)\.py\)", r"](\1.html)", EQUATIONS)
+    return re.sub(r"\[([^\]]*)\]\((?!dsmini/|http)[^)]*\)", r"\1", pages)
+
+
 def write_pages(folder: Path) -> list[str]:
     """Write the pages into a folder; return what pdoc warned of."""
     google, signature = pdoc.docstrings.google, pdoc.render.env.filters["format_signature"]
@@ -44,9 +75,12 @@ def write_pages(folder: Path) -> list[str]:
         re.sub(r"(<span class=\"n\">)?jaxtyping(</span>)?<span class=\"o\">\.</span>", "", signature(sig, colon))
     )
     pdoc.render.configure(docformat="google", template_directory=Path(__file__).parent / "api_template")
+    equations = equations_by_function()
+    pdoc.render.env.filters["equations"] = lambda doc: "\n\n".join(equations.get((doc.modulename, doc.qualname), ()))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pdoc.pdoc("dsmini", output_directory=folder)
+    (folder / "equations.html").write_text(f"<!doctype html><meta charset='utf-8'>{to_html(linked_equations())}")
     return [str(warning.message) for warning in caught]
 
 

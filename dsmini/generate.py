@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -179,6 +180,7 @@ def _load(path: Path, command: GenerateCommand, note: Callable[[str], None]) -> 
 
     Raises: ValueError for a path that is neither a run nor a folder, and for a flag of the other kind.
     """
+    from dsmini import ops
     from dsmini.checkpoint.load import load_pretrained
     from dsmini.checkpoint.training_state import load_run
     from dsmini.machine import keep_freed_memory, pick_device, pick_dtype
@@ -193,7 +195,9 @@ def _load(path: Path, command: GenerateCommand, note: Callable[[str], None]) -> 
             warnings.showwarning = lambda message, *_: note(str(message))
             stored = command.dtype == "auto" and path != TOY  # the toy is small: it takes what is faster, as a run does
             dtype = None if stored else pick_dtype(command.dtype, place)
-            model = load_pretrained(path, dtype=dtype, fp8=command.fp8, device=place)
+            # PyTorch gives the same bits, and kernels are then compiled before the text, not in the middle of a bar
+            with ops.use("eager") if path == TOY and ops.chosen() is None else nullcontext():
+                model = load_pretrained(path, dtype=dtype, fp8=command.fp8, device=place)
         got, want = side.tokenizer.vocab_size, model.config.vocab_size
         if got > want:
             file = command.tokenizer or path / "tokenizer.json"

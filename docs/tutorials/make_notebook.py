@@ -1,4 +1,4 @@
-"""Make mla.ipynb from mla.md, so that the two cannot differ: python docs/tutorials/make_notebook.py"""
+"""Make the notebooks of PAGES from these, so that the two cannot differ: python docs/tutorials/make_notebook.py"""
 
 import json
 import re
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+PAGES = ("mla", "look_inside", "change_one_idea")
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text(?: about)?\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 
 def notebook(page: str) -> dict[str, Any]:
@@ -40,5 +41,6 @@ def _lines(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    made = notebook((HERE / "mla.md").read_text())
-    (HERE / "mla.ipynb").write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+    for name in PAGES:
+        made = notebook((HERE / f"{name}.md").read_text())
+        (HERE / f"{name}.ipynb").write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")

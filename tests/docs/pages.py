@@ -21,7 +21,8 @@ class Code:
     line: int
     """Number of lines before the code on its page."""
     printed: str
-    """The text block that follows before any other code; empty if there is none."""
+    """The text block that follows before any other code; empty if there is none, or it is ```text once: a model's own
+    words, and figures of one machine."""
     about: bool
     """True for a block ```text about: its numbers hold within ABOUT, as those of a training run."""
 
@@ -33,7 +34,7 @@ def read(page: Path) -> list[Code]:
         kind, option, body = match.group(1), (match.group(2) or "").strip(), match.group(3)
         if kind in ("python", "bash"):
             found.append(Code(kind, body, text.count("\n", 0, match.start(3)), "", False))
-        elif kind == "text" and found:
+        elif kind == "text" and found and option != "once":
             last = found[-1]
             assert not last.printed, f"{page.name}: two blocks of output after line {last.line}"
             found[-1] = Code(last.kind, last.code, last.line, body, option == "about")

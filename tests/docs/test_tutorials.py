@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
+from docs.tutorials.make_notebook import PAGES as NOTEBOOKS
 from docs.tutorials.make_notebook import notebook
 from tests.docs.pages import TUTORIALS, Code, differences, read, shape
 from tests.helpers.commands import ROOT, let_prices_be_invented
 
 CHEAP = ("mla", "fp8_by_hand", "own_loop")
 PAGES = sorted(path for path in TUTORIALS.glob("*.md") if path.name != "README.md")
+WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
 SMALL_TRAIN = "--train.seq-len 32 --train.batch-size 4 --train.eval-tokens 64 --train.sample-tokens 8 --train.threads 1"
 SMALL = (
     "--model.dim 32 --model.inter-dim 48 --model.moe-inter-dim 16 --model.n-layers 2 --model.n-routed-experts 8 "
@@ -39,7 +41,7 @@ def smaller(command: str) -> str:
     if "--model.dim" in command or "four.toml" in command:
         return command
     if command.startswith("python -m dsmini.diagnose"):
-        return f"{command} --rounds 5 --only replay"
+        return f"{re.sub(r' --(rounds|only) .*', '', command)} --rounds 5 --only replay"
     command = re.sub(r"--train\.steps (\d+)", lambda steps: f"--train.steps {int(steps[1]) // 100}", command)
     if command.startswith("python -m dsmini.train") and "--resume" not in command:
         own_model = "--init" in command or (".toml" in command and "configs/" not in command)
@@ -49,13 +51,16 @@ def smaller(command: str) -> str:
 
 
 def run_command(command: str) -> None:
-    """Run `python -m MODULE ...` or `python -c CODE` in this process, as its main program."""
-    program, option, what, *arguments = shlex.split(command)
-    assert program == "python" and option in ("-m", "-c"), command
-    if option == "-c":
-        exec(compile(what, command, "exec"), {"__name__": "__main__"})
-        return
+    """Run `[NAME=VALUE] python -m MODULE ...` or `python -c CODE` in this process, as its main program."""
+    words = shlex.split(command)
     with pytest.MonkeyPatch.context() as patch:
+        while "=" in words[0]:  # a variable of the environment
+            patch.setenv(*words.pop(0).split("=", 1))
+        program, option, what, *arguments = words
+        assert program == "python" and option in ("-m", "-c"), command
+        if option == "-c":
+            exec(compile(what, command, "exec"), {"__name__": "__main__"})
+            return
         patch.setattr(sys, "argv", [what, *arguments])
         with pytest.raises(SystemExit) as stopped:
             runpy.run_module(what, run_name="__main__", alter_sys=True)
@@ -77,13 +82,18 @@ def printed_by(block: Code, page: Path, names: dict[str, Any]) -> str:
 
 def check_command_output(got: str, want: str) -> None:
     """Each line that the page shows was printed, whatever its numbers. Other lines may lie between them."""
+    got, want = (re.sub(r" +[\d:]+ left$", "", text, flags=re.MULTILINE) for text in (got, want))
     shapes = [shape(line) for line in got.splitlines()]
     for line in filter(None, map(shape, want.splitlines())):
         assert line in shapes, (line, got)
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=() if page.stem in CHEAP else pytest.mark.slow, id=page.stem) for page in PAGES]
+    "page",
+    [
+        pytest.param(page, marks=() if page.stem in CHEAP else pytest.mark.slow, id=page.stem)
+        for page in (*PAGES, WALKTHROUGH)
+    ],
 )
 def test_page_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -119,13 +129,14 @@ def test_mla_of_the_page_is_at_most_60_lines() -> None:
     assert len(lines) <= 60
 
 
-def test_notebook_is_made_from_its_page() -> None:
-    page = TUTORIALS / "mla.md"
-    stored = json.loads((TUTORIALS / "mla.ipynb").read_text())
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_is_made_from_its_page(name: str) -> None:
+    page = TUTORIALS / f"{name}.md"
+    stored = json.loads((TUTORIALS / f"{name}.ipynb").read_text())
     assert stored == notebook(page.read_text()), "run: python docs/tutorials/make_notebook.py"
     cells = [cell for cell in stored["cells"] if cell["cell_type"] == "code"]
     assert [("".join(cell["source"]), _shown(cell)) for cell in cells] == [
-        (block.code.rstrip("\n"), block.printed) for block in read(page)
+        (block.code.rstrip("\n"), block.printed) for block in read(page) if block.kind == "python"
     ]
 
 
