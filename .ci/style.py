@@ -49,6 +49,7 @@ COMMANDS = [
     "explain",
     "plan",
     "diagnose",
+    "selfcheck",
     "__main__",
     "__init__",
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from dsmini.console.command import run
 from dsmini.distributed.meeting import tell
 
-COMMANDS = ("train", "generate", "compare", "tokenize", "convert", "explain", "plan", "diagnose")
+COMMANDS = ("train", "generate", "compare", "tokenize", "convert", "explain", "plan", "diagnose", "selfcheck")
 
 
 def main() -> None:
