@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from dsmini.numerics import Accumulator, QuantizedTensor, fp8_matmul, quantize
     from dsmini.ops import prepare
 
+if sys.platform == "win32":
+    raise ImportError("dsmini locks files as Linux and macOS do, and cannot run on Windows; use WSL")
+
 __version__ = "0.1.0"
 __all__ = [
     "DSA",
@@ -68,7 +71,7 @@ __all__ = [
 ]
 
 # module -> names that the package takes from it, as the imports for type checkers above
-HOMES = {
+HOMES: dict[str, tuple[str, ...]] = {
     "dsmini.checkpoint.save": ("save_pretrained",),
     "dsmini.checkpoint.load": ("load_pretrained",),
     "dsmini.config": ("DataConfig", "ModelConfig", "RunConfig", "TrainConfig"),

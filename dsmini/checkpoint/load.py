@@ -200,21 +200,24 @@ class PretrainedTensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.raw: dict[str, Any]
         self.raw, config = _read_config(folder)
         """Content of the config file."""
         self._reader = SafetensorsReader(folder)
         if is_v4(config):
             self._reader.tensors = in_released_names(self._reader.tensors)
         tensors = {name: stored for name, stored in self._reader.tensors.items() if not is_derived(name)}
-        self.config = _without_absent_mtp(config, tensors, folder)
+        self.config: ModelConfig = _without_absent_mtp(config, tensors, folder)
         """Config of the model, without multi-token prediction blocks that the folder does not hold."""
         refuse_more_parts(self.config, len(tensors), str(folder))
         with torch.device("meta"):
-            self.model = Transformer(self.config)
+            self.model: Transformer = Transformer(self.config)
         """The model without memory."""
         self.parts: dict[str, list[Part]] = {}
         """The parts of each tensor of the state dict, with scales where they are stored in FP8 or FP4."""
-        self.copies = {theirs: ours for theirs, ours in mtp_copies(self.config).items() if theirs in tensors}
+        self.copies: dict[str, str] = {
+            theirs: ours for theirs, ours in mtp_copies(self.config).items() if theirs in tensors
+        }
         """The MTP blocks' copies of embedding and head that are there, each with our name of the original."""
         self._find(tensors, is_inference_layout(folder))
 

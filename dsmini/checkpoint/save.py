@@ -190,21 +190,26 @@ class SavePlan:
             f"FP4 needs rows of whole blocks of {FP4_BLOCK}, and experts have rows of dim={c.dim} and "
             f"moe_inter_dim={c.moe_inter_dim}; write them in FP8, or as they are",
         )
-        self.model, self.fp8, self.dtype, self.fp4 = model, fp8, dtype, fp4
+        self.model: Transformer = model
+        self.fp8: bool = fp8
+        self.dtype: torch.dtype | None = dtype
+        self.fp4: bool = fp4
         self.scale: Scale = "ue8m0" if v4 else "fp32"
-        self.scale_dtype = torch.float8_e8m0fnu if v4 else torch.float32
-        self.state = model.state_dict()
+        self.scale_dtype: torch.dtype = torch.float8_e8m0fnu if v4 else torch.float32
+        self.state: dict[str, Any] = model.state_dict()
         origin = origin_of(model)
         self.stored: Mapping[str, torch.dtype] | None = None if origin is None else origin.dtypes
         """Stored dtypes of a loaded model by their Hugging Face names."""
         fp32 = (Gate, HyperConnection, StreamHead)
-        self.fp32 = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, fp32))
+        self.fp32: tuple[str, ...] = tuple(
+            f"{name}." for name, module in model.named_modules() if isinstance(module, fp32)
+        )
         """Beginnings of the names of tensors that are FP32 in every folder."""
         held = [self.state[name].dtype in (FP8, FP4) for name in fp8_weights(model)]
-        self.quantizes = fp8 and not all(held)
-        self.has_fp8 = bool(held) and (fp8 or (dtype is None and any(held)))
+        self.quantizes: bool = fp8 and not all(held)
+        self.has_fp8: bool = bool(held) and (fp8 or (dtype is None and any(held)))
         """True if some tensors are written as codes."""
-        self.has_fp4 = fp4 or (not fp8 and dtype is None and any(t.dtype == FP4 for t in self.state.values()))
+        self.has_fp4: bool = fp4 or (not fp8 and dtype is None and any(t.dtype == FP4 for t in self.state.values()))
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts of the model that are written; last the MTP blocks' copies of embedding and head."""

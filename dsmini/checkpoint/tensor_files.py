@@ -246,7 +246,7 @@ class SafetensorsReader:
         elif is_inference_layout(path):
             self.tensors = _joined_ranks(path)
         else:
-            self.tensors = _indexed(path)
+            self.tensors: dict[str, Stored] = _indexed(path)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU; one in a single file is a view of the file, with copy on write."""

@@ -54,7 +54,7 @@ class RunState:
     """Number of steps in a row at the end that were skipped because the loss or the gradient was not finite."""
     corpus_sha256: str
     """Hash of the corpus that was trained on."""
-    row: dict
+    row: dict[str, Any]
     """Line of the last step in metrics.jsonl; a validation due at this step is not yet in it."""
     rewinds: int = 0
     """Number of times that the run went back to a checkpoint after a spike of the loss."""

@@ -32,7 +32,7 @@ class Workers:
         self.running: dict[subprocess.Popen[str], float] = {}
         """Share of its run that each process has done."""
         self.closed = False
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
 
     def ask(self, request: str, what: str) -> Any:
         """Run a request (trial.py) in a process of its own and return its result.
@@ -80,7 +80,7 @@ class Workers:
     def close(self) -> None:
         """Kill the processes, and start no more."""
         with self.lock:
-            self.closed = True
+            self.closed: bool = True
             for process in self.running:
                 process.kill()
 

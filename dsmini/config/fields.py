@@ -184,7 +184,8 @@ def _is_a(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and all(_is_a(part, typing.get_args(hint)[0]) for part in value)
     if hint is float:
         return isinstance(value, float) and math.isfinite(value)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    kind = typing.get_origin(hint) or hint  # dict, of dict[str, Any]
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
 def _describe(hint: Any) -> str:

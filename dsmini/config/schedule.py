@@ -28,7 +28,12 @@ from dsmini.config.fields import require
 SPELLINGS = "'warmup SHARE', 'constant [SHARE] [at LEVEL]', 'cosine [SHARE] to LEVEL' or 'linear [SHARE] to LEVEL'"
 NUMBER = r"-?\d*\.?\d+(?:[eE][+-]?\d+)?|-?\d+\."
 PHASE = re.compile(rf"(\w+)(?: ({NUMBER}))?(?: (to|at) ({NUMBER}))?")
-WORDS = {"warmup": (None,), "constant": (None, "at"), "cosine": ("to",), "linear": ("to",)}
+WORDS: dict[str, tuple[str | None, ...]] = {
+    "warmup": (None,),
+    "constant": (None, "at"),
+    "cosine": ("to",),
+    "linear": ("to",),
+}
 """Words that may stand before the level of a phase, by its kind; None: it needs no level."""
 
 

@@ -48,12 +48,15 @@ class Progress:
         stays: bool = False,
         refresh_per_second: float = 10,
     ) -> None:
-        self.console, self.total, self.unit = console, total, unit
+        self.console: Console = console
+        self.total = total
+        self.unit = unit
         self.label = self._object = label
         """Name of the work, or of its stage; a caller may change it before an update."""
         self.done = 0.0
         """Amount of work that is done."""
-        self.delay, self.line_every = delay, line_every
+        self.delay: float = delay
+        self.line_every: float | None = line_every
         self._started = self._begun = self._last_line = time.monotonic()
         self._lines: int | None = None  # number of lines that the work done so far is worth
         self._ended: float | None = None
@@ -90,7 +93,8 @@ class Progress:
             words: more about it, such as the loss.
             left: seconds left, if the caller knows better than the rate so far; infinity shows none.
         """
-        self.done, now = done, time.monotonic()
+        self.done: float = done
+        now = time.monotonic()
         if self.unit == "bytes":
             words = f"{done / max(1, self.total):.0%} of {self.total:,.0f} bytes"
         elif self.unit == "tokens":
@@ -117,8 +121,9 @@ class Progress:
         """
         label = f"{what} {self._object}".rstrip()
         if label != self.label or self.done >= self.total:
-            self.label, self._begun = label, time.monotonic()
-        self.total = total
+            self.label: str = label
+            self._begun = time.monotonic()
+        self.total: float = total
         self.update(done)
         if done >= total:
             self._bar.stop()

@@ -132,7 +132,9 @@ class Loader:
     """
 
     def __init__(self, corpus: Corpus, seq_len: int, seed: int, workers: int) -> None:
-        self.corpus, self.seq_len, self.seed = corpus, seq_len, seed
+        self.corpus: Corpus = corpus
+        self.seq_len: int = seq_len
+        self.seed: int = seed
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="batch") if workers else None
         self._started: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]] = {}
 

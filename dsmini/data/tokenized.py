@@ -74,7 +74,11 @@ class CorpusCache:
     """
 
     def __init__(self, folder: Path, source: Source, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
-        self.folder, self.source, self.tokenizer, self.config, self.seed = folder, source, tokenizer, config, seed
+        self.folder: Path = folder
+        self.source: Source = source
+        self.tokenizer: Tokenizer = tokenizer
+        self.config: DataConfig = config
+        self.seed: int = seed
         everything = {
             "format": FORMAT,
             "root": str(source.root.resolve()),  # two folders may hold files of equal names, sizes and times
@@ -83,11 +87,11 @@ class CorpusCache:
             "tokenizer": config.tokenizer and hashlib.sha256(read_bytes(config.tokenizer)).hexdigest(),
             "fim": [config.fim_rate, seed] if config.fim_rate else None,
         }
-        self.dtype = np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")
+        self.dtype: np.dtype[Any] = np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")
         """The smallest unsigned integers that hold every token, little-endian."""
-        self.rearranged = 0
+        self.rearranged: int = 0
         """Number of documents that fill-in-the-middle has changed so far."""
-        self.entry = folder / hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
+        self.entry: Path = folder / hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
 
     def open(
         self, check: Callable[[int, int], None], progress: ProgressCallback

@@ -89,7 +89,8 @@ class OtherPrograms:
     """Share of the time without a core from which on it speaks."""
 
     def __init__(self, read: Callable[[], CpuTimes] = CpuTimes.now) -> None:
-        self.read, self.left = read, self.SECONDS
+        self.read: Callable[[], CpuTimes] = read
+        self.left = self.SECONDS
         self.before: CpuTimes | None = None
 
     def see(self, seconds: float) -> str:
@@ -97,7 +98,8 @@ class OtherPrograms:
         if self.before is None:
             self.before = self.read()
             return ""
-        looking, self.left = self.left > 0, self.left - seconds
+        looking = self.left > 0
+        self.left: float = self.left - seconds
         if not looking or self.left > 0:
             return ""
         seen, threads = Contention.between(self.before, self.read()), torch.get_num_threads()

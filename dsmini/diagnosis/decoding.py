@@ -119,16 +119,19 @@ class DecodingSubject:
         text: Tensor | None = None,
         source: str = "random tokens",
     ) -> None:
-        self.model, self.trained, self.source = model, trained, source
-        self.batch, self.context = batch, checked_context(model.config, context)
+        self.model: Transformer = model
+        self.trained: bool = trained
+        self.source: str = source
+        self.batch: int = batch
+        self.context: int = checked_context(model.config, context)
         room = min(self.config.max_seq_len, self.context + ROOM)
         needed = accounting.cache_bytes(self.config, max_seq_len=room, batch=batch, dtype=self.compute_dtype).total
         refuse_too_large(int(needed), f"a cache of {batch} x {room} tokens", self.device)
-        self.rows = _rows(text, self.config.vocab_size, batch, self.context)
+        self.rows: list[list[int]] = _rows(text, self.config.vocab_size, batch, self.context)
         """Token ids in the cache, by sequence."""
-        self.cache = self.model.new_cache(batch, room)
+        self.cache: Cache = self.model.new_cache(batch, room)
         with torch.no_grad():
-            self.tokens = likeliest(prefill(self.model, self.cache, self.rows))[:, None]
+            self.tokens: Tensor = likeliest(prefill(self.model, self.cache, self.rows))[:, None]
         """First token of each sequence that is decoded, [b, 1]."""
         step = decoding_step(self.model, self.cache, self.tokens)
         self._timed = {(PLAIN, batch): timed(step, self.device)}

@@ -87,8 +87,8 @@ class Subject:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.at = trainer.steps_done
-        self.rows = trainer.config.train.batch_size_at(self.at)
+        self.at: int = trainer.steps_done
+        self.rows: int = trainer.config.train.batch_size_at(self.at)
         self.prices: Prices | None = None
         self.turns: list[PlainTurn] = []
         """Turns of plain steps, the one to warm up included."""

@@ -79,7 +79,8 @@ class RunWatch:
     """
 
     def __init__(self, device: torch.device, read: Callable[[], CpuTimes] = CpuTimes.now) -> None:
-        self.is_cpu, self.read = device.type == "cpu", read
+        self.is_cpu: bool = device.type == "cpu"
+        self.read: Callable[[], CpuTimes] = read
         self.steps: list[StepResult] = []
         """Steps of the window until now."""
         self.before: CpuTimes | None = None

@@ -134,8 +134,9 @@ class ExpertExchange:
     """The exchange of a MoE layer whose experts are divided among the ranks of a group. All ranks call it together."""
 
     def __init__(self, group: dist.ProcessGroup, traffic: Counter[str]) -> None:
-        self.group, self.traffic = group, traffic
-        self.size = dist.get_world_size(group)
+        self.group: dist.ProcessGroup = group
+        self.traffic: Counter[str] = traffic
+        self.size: int = dist.get_world_size(group)
 
     def __call__(self, experts: nn.Module, shared: nn.Module | None, x: Rows, routing: Routing) -> Float[Tensor, "n m"]:
         """Return the sum of each token's experts, routed and shared, as MoE does."""

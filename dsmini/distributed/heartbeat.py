@@ -92,21 +92,32 @@ class Heartbeat:
         computed: Callable[[], bool] = lambda: True,
         period: float = 1.0,
     ) -> None:
-        self.rank, self.size, self.store, self.timeout, self.period = rank, size, store, timeout, period
-        self.on_stall, self.on_lost, self.computed = on_stall, on_lost, computed
-        self.step, self.phase, self.moves = 0, "starting", 0
+        self.rank: int = rank
+        self.size: int = size
+        self.store: Store = store
+        self.timeout: float = timeout
+        self.period: float = period
+        self.on_stall: Callable[[int, float, str], None] = on_stall
+        self.on_lost: Callable[[], None] = on_lost
+        self.computed: Callable[[], bool] = computed
+        self.step: int = 0
+        self.phase: str = "starting"
+        self.moves: int = 0
         self.seen: object = None
         """Number of moves and stack of the main thread at the last heartbeat."""
-        self.count, self.still, self.silent = 0, 0.0, 0.0
+        self.count: int = 0
+        self.still: float = 0.0
+        self.silent: float = 0.0
         self.last: Beat | None = None
         """The newest message of the rank before this one."""
-        self.main = threading.main_thread().ident
-        self.closed = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self.main: int | None = threading.main_thread().ident
+        self.closed: threading.Event = threading.Event()
+        self.thread: threading.Thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def beat(self, step: int, phase: str) -> None:
         """Tell that the main thread has moved, and to which step and phase."""
-        self.step, self.phase = step, phase
+        self.step: int = step
+        self.phase: str = phase
         self.moves += 1
 
     def __enter__(self) -> "Heartbeat":
@@ -142,7 +153,7 @@ class Heartbeat:
     def exchange(self, passed: float) -> None:
         """Publish a heartbeat, read those of others, and end all processes of a run that stands still."""
         seen = self.moves, stack_of(self.main)
-        self.still = 0.0 if seen != self.seen else self.still + passed
+        self.still: float = 0.0 if seen != self.seen else self.still + passed
         self.seen = seen
         self._publish(self.phase)
         if self.store.check(["stall"]):
@@ -150,7 +161,7 @@ class Heartbeat:
             os._exit(STALLED)
         before = (self.rank - 1) % self.size
         beat = self._read(before)
-        self.silent = 0.0 if beat != self.last else self.silent + passed
+        self.silent: float = 0.0 if beat != self.last else self.silent + passed
         self.last = beat
         if self.silent > self.timeout and not (beat and beat.phase == ENDED):
             who, after = (beat.who, f" after {beat.at}") if beat else (f"rank {before}", "")

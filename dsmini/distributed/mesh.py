@@ -221,14 +221,17 @@ class Mesh:
     """A process in the mesh. All make it together, and call its methods in the same order."""
 
     def __init__(self, config: ParallelConfig | None = None, device: torch.device | None = None) -> None:
+        self.config: ParallelConfig
         self.config = config = config or ParallelConfig()
-        self.size = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if self.size > 1 else 0
-        self.parts = config.parts(self.size)
+        self.size: int = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank: int = dist.get_rank() if self.size > 1 else 0
+        self.parts: int = config.parts(self.size)
         """Number of parts of the batch, dp x ep."""
+        self.pp_index: int
+        self.part: int
         self.pp_index, self.part = divmod(self.rank, self.parts)
-        self.ep_index = self.part % config.ep
-        self.traffic = Counter[str]()
+        self.ep_index: int = self.part % config.ep
+        self.traffic: Counter[str] = Counter[str]()
         """Bytes of the expert exchange that left this rank."""
         self.zero = config.zero if self.parts > 1 else 0
         self.layout: StageLayout | None = None
@@ -255,7 +258,7 @@ class Mesh:
                 whole = init_device_mesh(kind, shape, mesh_dim_names=names)
                 return {name: whole[name] for name in names} | {"parts": whole["dp", "ep"]._flatten("parts")}
 
-            self.meshes = self._in_time(make)
+            self.meshes: dict[str, DeviceMesh] = self._in_time(make)
             self.groups = {name: mesh.get_group() for name, mesh in self.meshes.items()}
 
     def _in_time(self, make: Callable[[], T]) -> T:

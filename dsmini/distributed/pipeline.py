@@ -36,6 +36,9 @@ from dsmini.nn.moe import MoE
 
 if TYPE_CHECKING:
     from dsmini.distributed.mesh import StepBatch
+    from dsmini.nn.hyper_connections import StreamHead
+    from dsmini.nn.layers import Embedding, Linear, RMSNorm
+    from dsmini.nn.mtp import MTPChain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,13 +133,19 @@ class ModelStage(nn.Module):
 
     def __init__(self, model: Transformer, layout: StageLayout, index: int) -> None:
         super().__init__()
-        self.index, self.layout = index, layout
-        self.first, self.last = index == 0, index == len(layout.layers) - 1
-        self.blocks = nn.ModuleList(model.layers[layer] for layer in layout.layers[index])
+        self.index: int = index
+        self.layout: StageLayout = layout
+        self.first: bool = index == 0
+        self.last: bool = index == len(layout.layers) - 1
+        self.blocks: nn.ModuleList = nn.ModuleList(model.layers[layer] for layer in layout.layers[index])
         if self.first or (self.last and len(model.mtp)):
-            self.embed, self.embed_norm = model.embed, model.embed_norm
+            self.embed: Embedding = model.embed
+            self.embed_norm: RMSNorm | None = model.embed_norm
         if self.last:
-            self.hc_head, self.norm, self.head, self.mtp = model.hc_head, model.norm, model.head, model.mtp
+            self.hc_head: StreamHead | None = model.hc_head
+            self.norm: RMSNorm = model.norm
+            self.head: Linear = model.head
+            self.mtp: MTPChain = model.mtp
         self._model: Callable[[], Transformer] = lambda: model  # not a submodule: the parameters are those above
         self.batch: "StepBatch"
         self.sums: Tensor
@@ -229,9 +238,15 @@ class Pipeline:
     def __init__(
         self, model: Transformer, layout: StageLayout, name: ScheduleName, group: dist.ProcessGroup, dtype: torch.dtype
     ) -> None:
-        self.model, self.layout, self.name, self.group, self.dtype = model, layout, name, group, dtype
-        self.rank = dist.get_rank(group)
-        self.stages = {index: ModelStage(model, layout, index) for index in layout.stages(self.rank)}
+        self.model: Transformer = model
+        self.layout: StageLayout = layout
+        self.name = name
+        self.group: dist.ProcessGroup = group
+        self.dtype: torch.dtype = dtype
+        self.rank: int = dist.get_rank(group)
+        self.stages: dict[int, ModelStage] = {
+            index: ModelStage(model, layout, index) for index in layout.stages(self.rank)
+        }
         self._schedules: dict[tuple[int, ...], Any] = {}
 
     def train(self, batch: "StepBatch") -> tuple[Tensor, Tensor | None]:

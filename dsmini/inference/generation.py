@@ -165,19 +165,23 @@ class Generation:
         ends = [] if eos_token_id is None else eos_token_id
         ends = ends if isinstance(ends, Collection) else [ends]
         room = checked_room(model, prompts, max_new_tokens, ends, max_seq_len, slide, speculative)
-        self.model, self.sampling, self.generator = model, sampling or Sampling(), generator
-        self.rows = [list(prompt) for prompt in prompts]
+        self.model: Transformer = model
+        self.sampling: Sampling = sampling or Sampling()
+        self.generator: torch.Generator | None = generator
+        self.rows: list[list[int]] = [list(prompt) for prompt in prompts]
         """Each row's prompt and continuation so far."""
         self._ends, self._watch = set(ends), watch
         self._left = [max_new_tokens] * len(prompts)
         self._begin = [0] * len(prompts)  # first token of each row that is in the cache
-        self.cache = model.new_cache(len(prompts), room, cache_dtype, mtp=speculative)
-        self.decoder = Decoder(model)
-        self.drafter = Drafter(self.decoder, self.cache, self.sampling, generator) if speculative else None
+        self.cache: Cache = model.new_cache(len(prompts), room, cache_dtype, mtp=speculative)
+        self.decoder: Decoder = Decoder(model)
+        self.drafter: Drafter | None = (
+            Drafter(self.decoder, self.cache, self.sampling, generator) if speculative else None
+        )
         self._active = list(range(len(prompts)))
         """The row that each sequence of the cache belongs to."""
         self._device, self._started = model.device, False
-        self.stats = Stats(
+        self.stats: Stats = Stats(
             prompt_tokens=sum(map(len, prompts)),
             rows=len(prompts),
             cache_bytes=self.cache.nbytes + self.cache.mtp_nbytes,

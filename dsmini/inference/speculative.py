@@ -6,6 +6,8 @@ first one that is rejected is drawn again from max(p - q, 0), normalised. The re
 In greedy decoding, p and q lie on one token each, and the tokens are the same.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -13,7 +15,10 @@ from torch import Tensor
 from dsmini.inference.fused import Decoder
 from dsmini.inference.sampling import Sampling, draw, likeliest
 from dsmini.nn import Cache
-from dsmini.nn.cache import last_valid
+from dsmini.nn.cache import MTPCache, last_valid
+
+if TYPE_CHECKING:
+    from dsmini.nn.transformer import Transformer
 
 
 class Drafter:
@@ -29,9 +34,13 @@ class Drafter:
         self, decoder: Decoder, cache: Cache, sampling: Sampling, generator: torch.Generator | None = None
     ) -> None:
         assert cache.mtp is not None, "the cache was made with mtp=True"
-        self.decoder, self.model, self.sampling, self.generator = decoder, decoder.model, sampling, generator
-        self.cache, self.mtp = cache, cache.mtp
-        self.depths = len(self.model.mtp)
+        self.decoder: Decoder = decoder
+        self.model: Transformer = decoder.model
+        self.sampling: Sampling = sampling
+        self.generator: torch.Generator | None = generator
+        self.cache: Cache = cache
+        self.mtp: MTPCache = cache.mtp
+        self.depths: int = len(self.model.mtp)
         self._unseen: tuple[Tensor, Tensor, list[int]] | None = None
         """Tokens that the blocks have not seen [b, n], the hidden state before each [b, n, m], and their number in each
         row [b]. None stands for the one token after those that were read."""

@@ -86,7 +86,7 @@ class Writer:
 
     def __post_init__(self) -> None:
         self.stops = (*self.stops, *self.side.stops)
-        self.generator = torch.Generator().manual_seed(self.seed)
+        self.generator: torch.Generator = torch.Generator().manual_seed(self.seed)
 
     def encode(self, text: str, system: str | None = None) -> list[int]:
         """Return the tokens of a prompt; with a chat template those of a conversation with one turn."""
@@ -186,7 +186,8 @@ class Conversation:
 
     def __init__(self, writer: Writer, system: str | None = None) -> None:
         assert writer.side.chat is not None, "a conversation needs a chat template"
-        self.writer, self.chat = writer, writer.side.chat
+        self.writer: Writer = writer
+        self.chat: Chat | Dialogue = writer.side.chat
         self.messages = system_turn(self.chat, system)
 
     def answer(self, line: str, page: Page | None) -> Answers:
@@ -205,7 +206,7 @@ class Conversation:
         answers = self.writer.write([tokens], page)
         (row,) = answers.rows
         said = self.chat.plain(row.text) if row.finish == "stop" else self.chat.answer(row.tokens)
-        self.messages = [*messages, Message(role="assistant", content=said)]
+        self.messages: list[Message] = [*messages, Message(role="assistant", content=said)]
         return answers
 
 

@@ -53,11 +53,12 @@ class Count(TorchDispatchMode):
 
     def __init__(self, cache_bytes: int = 32 << 20) -> None:
         super().__init__()
-        self.cache = _Cache(cache_bytes)
+        self.cache: _Cache = _Cache(cache_bytes)
         self.operations: list[CountedOperation] = []
         self.views = 0
         """Number of calls that move nothing."""
-        self.held = self.peak = 0
+        self.held: int = 0
+        self.peak: int = 0
         """Bytes of all results that exist, and the most that existed at a time."""
         self._known: set[int] = set()
         self.cold_parts: dict[int, int] = {}
@@ -123,7 +124,7 @@ class Count(TorchDispatchMode):
             if key not in self._known:
                 self._known.add(key)
                 self.held += size
-                self.peak = max(self.peak, self.held)
+                self.peak: int = max(self.peak, self.held)
                 weakref.finalize(storage, self._release, key, size)
 
     def _release(self, key: int, size: int) -> None:
@@ -133,7 +134,7 @@ class Count(TorchDispatchMode):
     def clear(self) -> None:
         """Forget the operations until now; what is in the cache stays."""
         self.operations.clear()
-        self.views = 0
+        self.views: int = 0
 
     @property
     def bytes(self) -> int:
@@ -148,7 +149,8 @@ class _Cache:
     """Model of a cache that keeps the tensors that were used last, each as a whole."""
 
     def __init__(self, room: int) -> None:
-        self.room, self.used = room, 0
+        self.room: int = room
+        self.used: int = 0
         self.held: OrderedDict[int, int] = OrderedDict()
 
     def touch(self, t: Tensor, size: int) -> int:

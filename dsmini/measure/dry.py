@@ -33,7 +33,7 @@ class Dry(Count):
 
     def __init__(self, cache_bytes: int = 32 << 20) -> None:
         super().__init__(cache_bytes)
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator: torch.Generator = torch.Generator().manual_seed(0)
         self.calls: dict[Any, tuple[Call, int]] = {}
         """Each distinct call, and how often it was made, by its key."""
 

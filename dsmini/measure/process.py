@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def peak_of_process(shape: StepShape) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[1]))
-    run = pickle.loads(base64.b85decode(sys.stdin.read())).make(CPU)
-    for _ in range(STEPS):
-        run()
+    _run: Any = pickle.loads(base64.b85decode(sys.stdin.read())).make(CPU)
+    for _step in range(STEPS):
+        _run()
     print(peak_since_reset(CPU))  # not getrusage, which knows the peak of the parent

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, mask_function
 from dsmini.nn.cache import CacheDtype, LayerCache, LayerCacheView
-from dsmini.nn.layers import RMSNorm, at_least_fp32, make_linear, output_linear, quantize_once
+from dsmini.nn.layers import Projection, RMSNorm, at_least_fp32, make_linear, output_linear, quantize_once
 from dsmini.nn.rope import CosSin, Rope, apply_rope
 
 Mask = Callable[[Tensor, Tensor], Tensor]
@@ -191,21 +191,23 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
         super().__init__()
-        self.mask = mask_function(mask)
+        self.mask: Mask | None = mask_function(mask)
         c = layer_config(config, arguments if config else {"attention": "mha", **arguments})
         if not c.is_baseline:
             module = "CompressedAttention" if c.attention == "compressed" else c.attention.upper()
             raise ValueError(f"attention={c.attention!r} is another module; use {module}, or 'mha', 'gqa' or 'mqa'")
-        self.dim, self.rope = c.dim, Rope.from_config(c)
-        self.scale = self.rope.softmax_scale(c.qk_nope_head_dim)
-        self.n_heads, self.n_kv_heads = c.n_heads, c.kv_heads
-        self.widths = (c.qk_nope_head_dim, c.v_head_dim)
-        self.wq = make_linear(c, c.dim, c.n_heads * c.qk_nope_head_dim)
-        self.wk = make_linear(c, c.dim, c.kv_heads * c.qk_nope_head_dim)
-        self.wv = make_linear(c, c.dim, c.kv_heads * c.v_head_dim)
-        self.q_head_norm = RMSNorm(c.qk_nope_head_dim, c.norm_eps) if c.qk_norm else None
-        self.k_head_norm = RMSNorm(c.qk_nope_head_dim, c.norm_eps) if c.qk_norm else None
-        self.wo = output_linear(c, c.n_heads * c.v_head_dim)
+        self.dim: int = c.dim
+        self.rope: Rope = Rope.from_config(c)
+        self.scale: float = self.rope.softmax_scale(c.qk_nope_head_dim)
+        self.n_heads: int = c.n_heads
+        self.n_kv_heads: int = c.kv_heads
+        self.widths: tuple[int, int] = (c.qk_nope_head_dim, c.v_head_dim)
+        self.wq: Projection = make_linear(c, c.dim, c.n_heads * c.qk_nope_head_dim)
+        self.wk: Projection = make_linear(c, c.dim, c.kv_heads * c.qk_nope_head_dim)
+        self.wv: Projection = make_linear(c, c.dim, c.kv_heads * c.v_head_dim)
+        self.q_head_norm: RMSNorm | None = RMSNorm(c.qk_nope_head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_head_norm: RMSNorm | None = RMSNorm(c.qk_nope_head_dim, c.norm_eps) if c.qk_norm else None
+        self.wo: Projection = output_linear(c, c.n_heads * c.v_head_dim)
 
     def forward(
         self,

@@ -15,7 +15,7 @@ from dsmini.nn.cache import CacheDtype, LayerCache
 from dsmini.nn.compressed_attention import CompressedAttention
 from dsmini.nn.dsa import DSA, IndexerLoss
 from dsmini.nn.gate import HashGate, Routing
-from dsmini.nn.hyper_connections import connection_of, write
+from dsmini.nn.hyper_connections import HyperConnection, connection_of, write
 from dsmini.nn.layers import RMSNorm, in_precision
 from dsmini.nn.mla import MLA
 from dsmini.nn.moe import FeedForward, MoE
@@ -57,15 +57,16 @@ class Block(nn.Module):
         super().__init__()
         c = layer_config(config, arguments)
         classes: dict[str, type[nn.Module]] = {"mla": MLA, "dsa": DSA}
-        self.attn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attn_norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
         if c.attention == "compressed" and attention_class is None:
             self.attn = CompressedAttention(c, compress_ratio=c.compress_ratio(layer))
         else:
-            self.attn = (attention_class or classes.get(c.attention, Attention))(c)
-        self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
+            self.attn: nn.Module = (attention_class or classes.get(c.attention, Attention))(c)
+        self.ffn_norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
         by_table = {"gate_class": partial(HashGate, layer=layer)} if c.is_hashed(layer) else {}
-        self.ffn = moe_class(c, **by_table) if c.is_moe(layer) else in_precision(c, FeedForward)(c)
-        self.hc_attn, self.hc_ffn = connection_of(c, 2 * layer), connection_of(c, 2 * layer + 1)
+        self.ffn: nn.Module = moe_class(c, **by_table) if c.is_moe(layer) else in_precision(c, FeedForward)(c)
+        self.hc_attn: HyperConnection | None = connection_of(c, 2 * layer)
+        self.hc_ffn: HyperConnection | None = connection_of(c, 2 * layer + 1)
 
     def forward(
         self, x: Float[Tensor, "b s *streams m"], context: Context | None = None

@@ -76,7 +76,7 @@ class LayerCache:
 
     def select(self, index: Int[Tensor, " n"]) -> None:
         """Keep the rows of these sequences, in this order."""
-        self.data = self.data[index.to(self.data.device)]
+        self.data: Tensor = self.data[index.to(self.data.device)]
         if self.index is not None:
             self.index.select(index)
 
@@ -104,8 +104,8 @@ class FP8LayerCache(LayerCache):
         amax_min: float = SMALLEST_AMAX,
     ) -> None:
         tiles = -(-c // TILE)
-        self.widths = (c, 4 * tiles, 2 * r)
-        self.numbers = c + r
+        self.widths: tuple[int, int, int] = (c, 4 * tiles, 2 * r)
+        self.numbers: int = c + r
         """Number of numbers in a row."""
         self.scale: Literal["fp32", "ue8m0"] = scale
         self.amax_min = amax_min
@@ -215,7 +215,10 @@ class Cache:
         form: Form | FormPolicy = "auto",
         mtp: "MTPCache | None" = None,
     ) -> None:
-        self.config, self.stores, self.max_seq_len, self.device = config, stores, max_seq_len, device
+        self.config: ModelConfig = config
+        self.stores: list[LayerCache] = stores
+        self.max_seq_len: int = max_seq_len
+        self.device: torch.device = device
         self.form: Form | FormPolicy = form
         self.mtp = mtp
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
@@ -333,7 +336,8 @@ class Cache:
         index = _whole_numbers(rows, refusal)
         if index.dim() != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= n:
             raise ValueError(refusal)
-        self.lengths, self._longest = self.lengths[index], [self._longest[row] for row in index.tolist()]
+        self.lengths: Tensor = self.lengths[index]
+        self._longest = [self._longest[row] for row in index.tolist()]
         for store in self.stores:
             store.select(index)
         if self.mtp is not None:

@@ -53,6 +53,7 @@ from dsmini.nn.layers import (
     FP32Linear,
     FP32Module,
     Linear,
+    Projection,
     RMSNorm,
     at_least_fp32,
     is_plain,
@@ -170,13 +171,15 @@ class Compressor(FP32Module):
 
     def __init__(self, c: ModelConfig, m: int, d: int, overlap: bool) -> None:
         super().__init__()
-        self.m, self.d, self.series = m, d, 2 if overlap else 1
-        self.wkv = FP32Linear(c.dim, self.series * d, init_std=c.init_std)
-        self.wgate = FP32Linear(c.dim, self.series * d, init_std=c.init_std)
-        self.ape = nn.Parameter(torch.zeros(m, self.series * d, dtype=torch.float32))
+        self.m: int = m
+        self.d: int = d
+        self.series = 2 if overlap else 1
+        self.wkv: FP32Linear = FP32Linear(c.dim, self.series * d, init_std=c.init_std)
+        self.wgate: FP32Linear = FP32Linear(c.dim, self.series * d, init_std=c.init_std)
+        self.ape: nn.Parameter = nn.Parameter(torch.zeros(m, self.series * d, dtype=torch.float32))
         """Bias of Z for each place in a block. Here and in both weights the series of the block before comes first: b
         in the report, a in transformers."""
-        self.norm = RMSNorm(d, c.norm_eps)
+        self.norm: RMSNorm = RMSNorm(d, c.norm_eps)
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.ape)
@@ -210,8 +213,8 @@ class EntryIndexer(Indexer):
     """The indexer of CSA, whose keys are entries of its own compressor."""
 
     def add_keys(self, c: ModelConfig) -> None:
-        self.compressor = Compressor(c, CSA_RATIO, self.head_dim, overlap=True)
-        self.qat = c.qat
+        self.compressor: Compressor = Compressor(c, CSA_RATIO, self.head_dim, overlap=True)
+        self.qat: bool = c.qat
 
     def _rotated(self, x: Float[Tensor, "b s h d"], cos_sin: CosSin) -> Float[Tensor, "b s h d"]:
         x = hadamard(rotated(x, cos_sin))
@@ -261,23 +264,32 @@ class CompressedAttention(FP32Module):
         if c.head_dim is None or c.window_size is None or c.o_groups is None or c.o_lora_rank is None:
             raise ValueError(f"attention={c.attention!r} is another module; use attention='compressed'")
         assert c.q_lora_rank is not None, "V4 compresses its queries"
-        self.dim, self.n_heads, self.head_dim, self.groups = c.dim, c.n_heads, c.head_dim, c.o_groups
-        self.window_size, self.m, self.eps = c.window_size, compress_ratio, c.norm_eps
-        self.scale, self.qat = c.head_dim**-0.5, c.qat
+        self.dim: int = c.dim
+        self.n_heads: int = c.n_heads
+        self.head_dim: int = c.head_dim
+        self.groups: int = c.o_groups
+        self.window_size: int = c.window_size
+        self.m: int = compress_ratio
+        self.eps: float = c.norm_eps
+        self.scale: float = c.head_dim**-0.5
+        self.qat: bool = c.qat
         self.rope = Rope(dim=c.qk_rope_head_dim, rope_theta=c.rope_theta)
         if compress_ratio:
             yarn = {"original_seq_len": c.original_seq_len if c.extended else None, "rope_factor": c.rope_factor}
             yarn |= {"beta_fast": c.beta_fast, "beta_slow": c.beta_slow, "mscale": 0.0, "mscale_all_dim": 0.0}
-            self.rope = Rope(dim=c.qk_rope_head_dim, rope_theta=c.compress_rope_theta, **yarn)
-        self.wq_a = make_linear(c, c.dim, c.q_lora_rank)
-        self.q_norm = RMSNorm(c.q_lora_rank, c.norm_eps)
-        self.wq_b = make_linear(c, c.q_lora_rank, c.n_heads * c.head_dim)
-        self.wkv = make_linear(c, c.dim, c.head_dim)
-        self.kv_norm = RMSNorm(c.head_dim, c.norm_eps)
-        self.attn_sink = nn.Parameter(torch.zeros(c.n_heads, dtype=torch.float32))
-        self.wo_a = Linear(c.n_heads * c.head_dim // c.o_groups, c.o_groups * c.o_lora_rank, init_std=c.init_std)
-        self.wo_b = output_linear(c, c.o_groups * c.o_lora_rank)
-        self.compressor = self.indexer = None
+            self.rope: Rope = Rope(dim=c.qk_rope_head_dim, rope_theta=c.compress_rope_theta, **yarn)
+        self.wq_a: Projection = make_linear(c, c.dim, c.q_lora_rank)
+        self.q_norm: RMSNorm = RMSNorm(c.q_lora_rank, c.norm_eps)
+        self.wq_b: Projection = make_linear(c, c.q_lora_rank, c.n_heads * c.head_dim)
+        self.wkv: Projection = make_linear(c, c.dim, c.head_dim)
+        self.kv_norm: RMSNorm = RMSNorm(c.head_dim, c.norm_eps)
+        self.attn_sink: nn.Parameter = nn.Parameter(torch.zeros(c.n_heads, dtype=torch.float32))
+        self.wo_a: Linear = Linear(
+            c.n_heads * c.head_dim // c.o_groups, c.o_groups * c.o_lora_rank, init_std=c.init_std
+        )
+        self.wo_b: Projection = output_linear(c, c.o_groups * c.o_lora_rank)
+        self.compressor: Compressor | None = None
+        self.indexer: EntryIndexer | None = None
         if compress_ratio:
             self.compressor = Compressor(c, compress_ratio, c.head_dim, overlap=compress_ratio == CSA_RATIO)
         if compress_ratio == CSA_RATIO:

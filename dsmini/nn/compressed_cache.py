@@ -82,7 +82,8 @@ class FP8Rows(Rows):
     def __init__(self, batch_size: int, size: int, c: int, r: int, device: torch.device) -> None:
         scales = -(-c // BLOCK_FP8)
         used = c + 2 * r + scales
-        self.widths, self.numbers = [c, 2 * r, scales, -used % 8], c + r
+        self.widths: list[int] = [c, 2 * r, scales, -used % 8]
+        self.numbers: int = c + r
         super().__init__(batch_size, size, sum(self.widths), torch.uint8, device)
 
     def _encode(self, rows: Tensor) -> Tensor:
@@ -105,8 +106,9 @@ class FP4Rows(Rows):
     """Rows as bytes: d numbers in FP4, two a byte, and their scales."""
 
     def __init__(self, batch_size: int, size: int, d: int, device: torch.device) -> None:
-        self.block = min(BLOCK_FP4, d)
-        self.widths, self.numbers = [d // 2, d // self.block], d
+        self.block: int = min(BLOCK_FP4, d)
+        self.widths: list[int] = [d // 2, d // self.block]
+        self.numbers: int = d
         super().__init__(batch_size, size, sum(self.widths), torch.uint8, device)
 
     def _encode(self, rows: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ class FP4Rows(Rows):
 class CompressedCache(LayerCache):
     """The rows of a layer, of which a layer with the window alone has no entries, and an indexer no window."""
 
-    slack = SLACK
+    slack: int | None = SLACK
 
     window: Any
     entries: Any
@@ -128,7 +130,8 @@ class CompressedCache(LayerCache):
 
     def __init__(self, window: Rows | None, entries: Rows | None = None, raw: Rows | None = None) -> None:
         self.window, self.entries, self.raw = window, entries, raw
-        self.index = self.halves = None
+        self.index: LayerCache | None = None
+        self.halves: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
 
     @property
     def parts(self) -> list[LayerCache]:

@@ -39,7 +39,7 @@ from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.attention import Context, Mask, attend, cached_attention
 from dsmini.nn.cache import CacheDtype, FP8LayerCache, LayerCache
 from dsmini.nn.gate import stable_topk
-from dsmini.nn.layers import FP32Linear, LayerNorm, at_least_fp32, make_linear, without_autocast
+from dsmini.nn.layers import FP32Linear, LayerNorm, Projection, at_least_fp32, make_linear, without_autocast
 from dsmini.nn.mla import MLA, absorbed_attention, form_of
 from dsmini.nn.rope import CosSin, apply_rope, apply_rope_to_halves
 from dsmini.numerics import AMAX_MIN, quantize
@@ -145,18 +145,20 @@ class Indexer(nn.Module):
         c = layer_config(config, arguments if config else {"attention": "dsa", **arguments})
         if c.index_n_heads is None or c.index_head_dim is None or c.index_topk is None:
             raise ValueError(f"attention={c.attention!r} has no indexer; use attention='dsa'")
-        self.n_heads, self.head_dim, self.topk = c.index_n_heads, c.index_head_dim, c.index_topk
-        self.interleaved = c.indexer_rope_interleave
-        self.fp8 = c.indexer_fp8
+        self.n_heads: int = c.index_n_heads
+        self.head_dim: int = c.index_head_dim
+        self.topk: int = c.index_topk
+        self.interleaved: bool = c.indexer_rope_interleave
+        self.fp8: bool = c.indexer_fp8
         width = c.dim if c.q_lora_rank is None else c.q_lora_rank
-        self.wq_b = make_linear(c, width, self.n_heads * self.head_dim)
+        self.wq_b: Projection = make_linear(c, width, self.n_heads * self.head_dim)
         self.add_keys(c)
-        self.weights_proj = FP32Linear(c.dim, self.n_heads, init_std=c.init_std)
+        self.weights_proj: FP32Linear = FP32Linear(c.dim, self.n_heads, init_std=c.init_std)
 
     def add_keys(self, c: ModelConfig) -> None:
         """Make the layers that make keys."""
-        self.wk = make_linear(c, c.dim, self.head_dim)
-        self.k_norm = LayerNorm(self.head_dim)
+        self.wk: Projection = make_linear(c, c.dim, self.head_dim)
+        self.k_norm: LayerNorm = LayerNorm(self.head_dim)
 
     def forward(
         self, x: Float[Tensor, "b s m"], latent: Float[Tensor, "b s l"], cos_sin: CosSin
@@ -303,7 +305,7 @@ class DSA(MLA):
     def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
         c = layer_config(config, arguments if config else {"attention": "dsa", **arguments})
         super().__init__(c, mask=mask)
-        self.indexer = Indexer(c)
+        self.indexer: Any = Indexer(c)
 
     def attention(
         self, q: Float[Tensor, "b s h d"], new: tuple[Tensor, Tensor], context: Context, inputs: tuple[Tensor, Tensor]

@@ -123,11 +123,11 @@ class Gate(FP32Module):
     def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
         super().__init__()
         c = layer_config(config, arguments)
-        self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.dim, dtype=torch.float32))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(c.n_routed_experts, c.dim, dtype=torch.float32))
         bias = torch.zeros(c.n_routed_experts, dtype=torch.float32) if c.topk_method == "noaux_tc" else None
         self.register_buffer("bias", bias)
         self.options: dict[str, Any] = {name: getattr(c, name) for name in OPTIONS}
-        self.init_std = c.init_std
+        self.init_std: float = c.init_std
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -189,9 +189,10 @@ class HashGate(Gate):
     def __init__(self, config: ModelConfig | None = None, /, layer: int = 0, **arguments: Any) -> None:
         c = layer_config(config, arguments)
         super().__init__(c)
-        self.layer, self.bias = layer, None
+        self.layer: int = layer
+        self.bias: Tensor | None = None
         self.register_buffer("tid2eid", torch.empty(c.vocab_size, c.n_activated_experts, dtype=torch.int32))
-        self.table_shape = tuple(self.tid2eid.shape)
+        self.table_shape: tuple[int, ...] = tuple(self.tid2eid.shape)
         self.make_table()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

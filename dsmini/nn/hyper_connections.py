@@ -95,13 +95,16 @@ class HyperConnection(FP32Module):
         home: int = 0,
     ) -> None:
         super().__init__()
-        self.n, self.sinkhorn_iters, self.eps, self.norm_eps = n_streams, sinkhorn_iters, eps, norm_eps
-        self.home = home % n_streams
+        self.n: int = n_streams
+        self.sinkhorn_iters: int = sinkhorn_iters
+        self.eps: float = eps
+        self.norm_eps: float = norm_eps
+        self.home: int = home % n_streams
         rows = n_streams * (2 + n_streams)
-        self.fn = nn.Parameter(torch.empty(rows, n_streams * dim, dtype=torch.float32))
+        self.fn: nn.Parameter = nn.Parameter(torch.empty(rows, n_streams * dim, dtype=torch.float32))
         """Rows for pre, for post, and for comb row by row."""
-        self.base = nn.Parameter(torch.empty(rows, dtype=torch.float32))
-        self.scale = nn.Parameter(torch.empty(3, dtype=torch.float32))
+        self.base: nn.Parameter = nn.Parameter(torch.empty(rows, dtype=torch.float32))
+        self.scale: nn.Parameter = nn.Parameter(torch.empty(3, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -163,10 +166,11 @@ class StreamHead(FP32Module):
 
     def __init__(self, dim: int, n_streams: int = 4, *, eps: float = 1e-6, norm_eps: float = 1e-6) -> None:
         super().__init__()
-        self.eps, self.norm_eps = eps, norm_eps
-        self.fn = nn.Parameter(torch.empty(n_streams, n_streams * dim, dtype=torch.float32))
-        self.base = nn.Parameter(torch.empty(n_streams, dtype=torch.float32))
-        self.scale = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.eps: float = eps
+        self.norm_eps: float = norm_eps
+        self.fn: nn.Parameter = nn.Parameter(torch.empty(n_streams, n_streams * dim, dtype=torch.float32))
+        self.base: nn.Parameter = nn.Parameter(torch.empty(n_streams, dtype=torch.float32))
+        self.scale: nn.Parameter = nn.Parameter(torch.empty(1, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -55,7 +55,7 @@ class Matrix(nn.Module):
 
     def __init__(self, rows: int, columns: int, init_std: float, dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)
-        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype))
+        self.weight: Tensor = nn.Parameter(torch.empty(rows, columns, dtype=dtype))
         self.init_std = init_std
         self.reset_parameters()
 
@@ -84,7 +84,8 @@ class Projection(Matrix):
 
     def __init__(self, in_features: int, out_features: int, *, init_std: float = 0.02) -> None:
         Matrix.__init__(self, out_features, in_features, init_std)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features: int = in_features
+        self.out_features: int = out_features
         self.register_parameter("bias", None)
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
@@ -187,7 +188,7 @@ class Norm(FP32Module):
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32))
+        self.weight: nn.Parameter = nn.Parameter(torch.ones(dim, dtype=torch.float32))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set the weight to 1, and a bias to 0; nothing is drawn."""
@@ -215,7 +216,7 @@ class LayerNorm(Norm):
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__(dim, eps)
-        self.bias = nn.Parameter(torch.zeros(dim, dtype=torch.float32))
+        self.bias: nn.Parameter = nn.Parameter(torch.zeros(dim, dtype=torch.float32))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         super().reset_parameters()

@@ -26,7 +26,7 @@ from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, mask_function
 from dsmini.nn.attention import Context, Mask, attend, context_of
 from dsmini.nn.cache import CacheDtype, ChosenForm, FP8LayerCache, LayerCache, LayerCacheView
-from dsmini.nn.layers import RMSNorm, at_least_fp32, is_plain, make_linear, output_linear, quantize_once
+from dsmini.nn.layers import Projection, RMSNorm, at_least_fp32, is_plain, make_linear, output_linear, quantize_once
 from dsmini.nn.rope import CosSin, Rope, apply_rope
 from dsmini.numerics import QuantizedTensor
 
@@ -77,26 +77,32 @@ class MLA(nn.Module):
 
     def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
         super().__init__()
-        self.mask = mask_function(mask)
+        self.mask: Mask | None = mask_function(mask)
         c = layer_config(config, arguments)
-        self.dim, self.rope = c.dim, Rope.from_config(c)
-        self.scale = self.rope.softmax_scale(c.qk_head_dim)
-        self.n_heads = c.n_heads
-        self.kv_lora_rank = c.kv_lora_rank
-        self.qk_nope_head_dim, self.v_head_dim = c.qk_nope_head_dim, c.v_head_dim
-        self.wq = self.wq_a = self.q_norm = self.wq_b = self.indexer = None
+        self.dim: int = c.dim
+        self.rope: Rope = Rope.from_config(c)
+        self.scale: float = self.rope.softmax_scale(c.qk_head_dim)
+        self.n_heads: int = c.n_heads
+        self.kv_lora_rank: int = c.kv_lora_rank
+        self.qk_nope_head_dim: int = c.qk_nope_head_dim
+        self.v_head_dim: int = c.v_head_dim
+        self.wq: Projection | None = None
+        self.wq_a: Projection | None = None
+        self.q_norm: RMSNorm | None = None
+        self.wq_b: Projection | None = None
+        self.indexer = None
         if c.q_lora_rank is None:
             self.wq = make_linear(c, c.dim, c.n_heads * c.qk_head_dim)
         else:
             self.wq_a = make_linear(c, c.dim, c.q_lora_rank)
             self.q_norm = RMSNorm(c.q_lora_rank)  # eps 1e-6 whatever norm_eps says: DeepSeek's code does so
             self.wq_b = make_linear(c, c.q_lora_rank, c.n_heads * c.qk_head_dim)
-        self.q_head_norm = RMSNorm(c.qk_head_dim, c.norm_eps) if c.qk_norm else None
-        self.k_head_norm = RMSNorm(c.qk_head_dim, c.norm_eps) if c.qk_norm else None
-        self.wkv_a = make_linear(c, c.dim, c.kv_lora_rank + c.qk_rope_head_dim)
-        self.kv_norm = RMSNorm(c.kv_lora_rank)
-        self.wkv_b = make_linear(c, c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
-        self.wo = output_linear(c, c.n_heads * c.v_head_dim)
+        self.q_head_norm: RMSNorm | None = RMSNorm(c.qk_head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_head_norm: RMSNorm | None = RMSNorm(c.qk_head_dim, c.norm_eps) if c.qk_norm else None
+        self.wkv_a: Projection = make_linear(c, c.dim, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.kv_norm: RMSNorm = RMSNorm(c.kv_lora_rank)
+        self.wkv_b: Projection = make_linear(c, c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
+        self.wo: Projection = output_linear(c, c.n_heads * c.v_head_dim)
 
     def forward(
         self,

@@ -12,7 +12,7 @@ from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.nn.attention import Context
 from dsmini.nn.gate import Gate, HashGate, Routing
-from dsmini.nn.layers import draw_normal, in_precision, make_linear, quantize_once
+from dsmini.nn.layers import Projection, draw_normal, in_precision, make_linear, quantize_once
 from dsmini.numerics import QuantizedTensor, swiglu
 
 
@@ -23,10 +23,10 @@ class FeedForward(nn.Module):
         super().__init__()
         c = layer_config(config, arguments)
         width = c.inter_dim if inter_dim is None else inter_dim
-        self.w1 = make_linear(c, c.dim, width)
-        self.w2 = make_linear(c, width, c.dim, c.output_init_std)
-        self.w3 = make_linear(c, c.dim, width)
-        self.limit = c.swiglu_limit
+        self.w1: Projection = make_linear(c, c.dim, width)
+        self.w2: Projection = make_linear(c, width, c.dim, c.output_init_std)
+        self.w3: Projection = make_linear(c, c.dim, width)
+        self.limit: float | None = c.swiglu_limit
 
     def forward(
         self, x: Float[Tensor, "*batch m"] | QuantizedTensor, context: Context | None = None
@@ -78,10 +78,12 @@ class Experts(nn.Module):
         super().__init__()
         c = layer_config(config, arguments)
         e, f, m = c.n_routed_experts, c.moe_inter_dim, c.dim
-        self.w1 = nn.Parameter(torch.empty(e, f, m))
-        self.w2 = nn.Parameter(torch.empty(e, m, f))
-        self.w3 = nn.Parameter(torch.empty(e, f, m))
-        self.init_std, self.output_init_std, self.limit = c.init_std, c.output_init_std, c.swiglu_limit
+        self.w1: nn.Parameter = nn.Parameter(torch.empty(e, f, m))
+        self.w2: nn.Parameter = nn.Parameter(torch.empty(e, m, f))
+        self.w3: nn.Parameter = nn.Parameter(torch.empty(e, f, m))
+        self.init_std: float = c.init_std
+        self.output_init_std: float = c.output_init_std
+        self.limit: float | None = c.swiglu_limit
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -122,10 +124,10 @@ class MoE(nn.Module):
         super().__init__()
         c = layer_config(config, arguments)
         require_subclass("gate_class", gate_class, Gate)
-        self.gate = gate_class(c)
-        self.experts = in_precision(c, Experts)(c)
+        self.gate: Gate = gate_class(c)
+        self.experts: Experts = in_precision(c, Experts)(c)
         shared = c.n_shared_experts * c.moe_inter_dim
-        self.shared_experts = in_precision(c, FeedForward)(c, inter_dim=shared) if shared else None
+        self.shared_experts: FeedForward | None = in_precision(c, FeedForward)(c, inter_dim=shared) if shared else None
 
     def forward(
         self, x: Float[Tensor, "*batch m"], context: Context | None = None

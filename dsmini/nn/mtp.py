@@ -20,7 +20,7 @@ from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.attention import Context
 from dsmini.nn.block import Aux, Block, run_block
 from dsmini.nn.cache import CachePositions, MTPCache
-from dsmini.nn.hyper_connections import head_of
+from dsmini.nn.hyper_connections import StreamHead, head_of
 from dsmini.nn.layers import Linear, RMSNorm
 
 
@@ -48,16 +48,16 @@ class MTP(nn.Module):
     ) -> None:
         super().__init__()
         c = layer_config(config, arguments)
-        self.enorm = RMSNorm(c.dim, c.norm_eps)
-        self.hnorm = RMSNorm(c.dim, c.norm_eps)
+        self.enorm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
+        self.hnorm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
         if c.hc_mult > 1:
-            self.e_proj = Linear(c.dim, c.dim, init_std=c.init_std)
-            self.h_proj = Linear(c.dim, c.dim, init_std=c.init_std)
+            self.e_proj: Linear = Linear(c.dim, c.dim, init_std=c.init_std)
+            self.h_proj: Linear = Linear(c.dim, c.dim, init_std=c.init_std)
         else:
-            self.eh_proj = Linear(2 * c.dim, c.dim, init_std=c.init_std)
-        self.block = make_block(c, layer=c.n_layers + depth)
-        self.hc_head = head_of(c)
-        self.norm = RMSNorm(c.dim, c.norm_eps)
+            self.eh_proj: Linear = Linear(2 * c.dim, c.dim, init_std=c.init_std)
+        self.block: nn.Module = make_block(c, layer=c.n_layers + depth)
+        self.hc_head: StreamHead | None = head_of(c)
+        self.norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
 
     def forward(
         self,
@@ -92,7 +92,7 @@ class MTPChain(nn.ModuleList):
 
     def __init__(self, config: ModelConfig, make_block: Callable[..., nn.Module] = Block) -> None:
         super().__init__(MTP(config, depth=k, make_block=make_block) for k in range(config.n_mtp_layers))
-        self.pre_norm = config.mtp_input == "pre_norm" or config.hc_mult > 1
+        self.pre_norm: bool = config.mtp_input == "pre_norm" or config.hc_mult > 1
 
     def __getitem__(self, index: Any) -> Any:
         """Return a block, or a plain ModuleList of several: a chain is made from a config."""

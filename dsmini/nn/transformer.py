@@ -109,16 +109,17 @@ class Transformer(nn.Module):
         **arguments: Any,
     ) -> None:
         super().__init__()
+        self.config: ModelConfig
         c = self.config = layer_config(config, arguments)
         self.compute_dtype = compute_dtype
         require_subclass("make_block", make_block, Block)
-        self.embed = Embedding(c.vocab_size, c.dim, init_std=c.init_std)
-        self.embed_norm = RMSNorm(c.dim, c.norm_eps) if c.embed_norm else None
-        self.layers = nn.ModuleList(make_block(c, layer=i) for i in range(c.n_layers))
-        self.hc_head = head_of(c)
-        self.norm = RMSNorm(c.dim, c.norm_eps)
-        self.head = Linear(c.dim, c.vocab_size, init_std=c.output_init_std)
-        self.mtp = MTPChain(c, make_block)
+        self.embed: Embedding = Embedding(c.vocab_size, c.dim, init_std=c.init_std)
+        self.embed_norm: RMSNorm | None = RMSNorm(c.dim, c.norm_eps) if c.embed_norm else None
+        self.layers: nn.ModuleList = nn.ModuleList(make_block(c, layer=i) for i in range(c.n_layers))
+        self.hc_head: StreamHead | None = head_of(c)
+        self.norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
+        self.head: Linear = Linear(c.dim, c.vocab_size, init_std=c.output_init_std)
+        self.mtp: MTPChain = MTPChain(c, make_block)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw all matrices again, in the order of named_modules, and set norms to 1 and biases to 0.

@@ -93,7 +93,8 @@ class Operation(Generic[P, R]):
             other = self.declared[name].reference.__module__
             raise ValueError(f"{reference.__module__} declares the operation {name!r} again; it is that of {other}")
         functools.update_wrapper(self, reference)
-        self.name, self.reference = name, reference
+        self.name: str = name
+        self.reference: Callable[P, R] = reference
         self.plain: Callable[P, R] = self.fast.get(("plain", name), reference)
         """Version in PyTorch that runs where no kernel does."""
         self.static: Callable[P, R] = self.fast.get(("static", name), reference)

@@ -70,7 +70,8 @@ class Links:
     """Rates of the links that are reached; 0 without a link."""
 
     def __init__(self, h: Hardware, a: Assumptions) -> None:
-        self.h, self.a = h, a
+        self.h: Hardware = h
+        self.a: Assumptions = a
 
     @figure("B/s")
     def fast_rate(self) -> float:
@@ -96,8 +97,12 @@ class Exchange:
                 routed ones; 0: two hops.
             stage: beginning of the names of figures, such as "decode_".
         """
-        self.c, self.gpus, self.in_node, self.dtype = c, gpus, in_node, dtype
-        self.one_hop, self.stage = one_hop, stage
+        self.c: ModelConfig = c
+        self.gpus: int = gpus
+        self.in_node: int = in_node
+        self.dtype: str = dtype
+        self.one_hop: int | None = one_hop
+        self.stage: str = stage
 
     def reached(self, places: float) -> float:
         """Return how many of these places a token's rows reach."""

@@ -90,7 +90,11 @@ class Explained(Generic[T]):
     """Property that is computed once, and knows how."""
 
     def __init__(self, method: Callable[[Any], T], unit: str, counted: bool) -> None:
-        self.method, self.unit, self.counted = method, unit, counted
+        self.method: Callable[[Any], T] = method
+        self.unit: str = unit
+        self.counted: bool = counted
+        self.title: str
+        self.source: str
         self.title, _, self.source = " ".join((method.__doc__ or "").split()).rstrip(".").partition(". Source: ")
 
     def __set_name__(self, owner: type, name: str) -> None:

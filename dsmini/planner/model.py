@@ -49,20 +49,23 @@ class ModelFigures:
     """Parameters and operations of a model. DSA is counted in the sparse stage of its training."""
 
     def __init__(self, c: ModelConfig, seq_len: Figure, source: str) -> None:
-        self.config, self.seq_len = c, seq_len
-        self.uses = one_of_each(c)
-        self.sizes = {
+        self.config: ModelConfig = c
+        self.seq_len: Figure = seq_len
+        self.uses: list[TensorUse] = one_of_each(c)
+        self.sizes: dict[str, Figure] = {
             name: Figure(name, value, "", request.titles_of(ModelConfig)[name], source)
             for name in request.SIZES
             if (value := getattr(c, name)) is not None
         }
         of = parameters(c)
         every = [_module(name, "parameters", n) for name, n in of.by_module.items()]
-        self.main_modules = [module for module in every if not module.name.startswith("mtp_")]
-        self.mtp_modules = [module for module in every if module.name.startswith("mtp_")]
+        self.main_modules: list[Figure] = [module for module in every if not module.name.startswith("mtp_")]
+        self.mtp_modules: list[Figure] = [module for module in every if module.name.startswith("mtp_")]
         active = of.active_by_module.items()
-        self.active_modules = [_module(name, "active", n) for name, n in active if not name.startswith(MTP)]
-        self.training = flops_per_token(c, int(seq_len), training=True, mtp=False).by_module
+        self.active_modules: list[Figure] = [
+            _module(name, "active", n) for name, n in active if not name.startswith(MTP)
+        ]
+        self.training: Mapping[str, int] = flops_per_token(c, int(seq_len), training=True, mtp=False).by_module
 
     @counted()
     def moe_layers(self) -> int:
@@ -195,7 +198,9 @@ class CacheFigures:
     """Cache of a token. Raises: ValueError for "fp8" where attention is not MLA."""
 
     def __init__(self, c: ModelConfig, dtype: Any) -> None:
-        self.config, self.dtype, self.size = c, dtype, SIZES[dtype]
+        self.config: ModelConfig = c
+        self.dtype: Any = dtype
+        self.size: int = SIZES[dtype]
         row_bytes(c, dtype)  # raises
 
     @counted("B")
@@ -284,8 +289,10 @@ class WeightFigures:
     """
 
     def __init__(self, m: ModelFigures, dtype: Any) -> None:
-        self.m, self.dtype, self.size = m, dtype, SIZES[dtype]
-        self.uses = [use for use in main_tensors(m.config) if use.kind not in ("embedding", "head")]
+        self.m: ModelFigures = m
+        self.dtype: Any = dtype
+        self.size: int = SIZES[dtype]
+        self.uses: list[TensorUse] = [use for use in main_tensors(m.config) if use.kind not in ("embedding", "head")]
 
     def held(self, *splits: str) -> int:
         """Return the bytes of tensors that are split so, in all their blocks, without experts."""

@@ -55,7 +55,7 @@ TITLES = {
     "reliability": "What do failures cost?",
     "inference": "What does serving take?",
 }
-FIRST = {
+FIRST: dict[str, tuple[str, ...]] = {
     "model": (
         *("parameters_main", "mtp_parameters", "parameters_active", "training_flops", "kv_cache", "mha_kv_cache"),
         *("cache_saving", "model_bytes"),

@@ -181,13 +181,13 @@ class Assumptions:
     """Shares of the peaks that are reached, and imbalance."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.bf16_efficiency = inputs.of("bf16_efficiency")
-        self.fp8_efficiency = inputs.of("fp8_efficiency")
-        self.communication_share = inputs.of("communication_share")
-        self.link_efficiency = inputs.of("link_efficiency")
-        self.serving_efficiency = inputs.of("serving_efficiency")
-        self.memory_efficiency = inputs.of("memory_efficiency")
-        self.imbalance = inputs.of("imbalance")
+        self.bf16_efficiency: Figure = inputs.of("bf16_efficiency")
+        self.fp8_efficiency: Figure = inputs.of("fp8_efficiency")
+        self.communication_share: Figure = inputs.of("communication_share")
+        self.link_efficiency: Figure = inputs.of("link_efficiency")
+        self.serving_efficiency: Figure = inputs.of("serving_efficiency")
+        self.memory_efficiency: Figure = inputs.of("memory_efficiency")
+        self.imbalance: Figure = inputs.of("imbalance")
 
 
 # --- models

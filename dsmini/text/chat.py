@@ -127,7 +127,7 @@ class Chat:
     def __init__(self, template: ChatTemplate, tokenizer: BPETokenizer) -> None:
         self._template = template
         markup = [token for token in tokenizer.added if template.writes(token) and _is_markup(token)]
-        self.tokenizer = BPETokenizer(tokenizer.path, markup=markup)
+        self.tokenizer: BPETokenizer = BPETokenizer(tokenizer.path, markup=markup)
         """The folder's tokenizer, in which the tokens that the template writes are markup: no text can spell them."""
         self._tokens = self.tokenizer.markup
         longest_first = sorted(self._tokens, key=len, reverse=True)  # as the library matches
@@ -180,7 +180,7 @@ class Dialogue:
     another turn.
     """
 
-    stops = ("\n",)
+    stops: tuple[str, ...] = ("\n",)
     """The strings that end an answer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -80,9 +80,9 @@ class Continuation:
     def __init__(self, stream: TextStream, *, ends: Collection[int] = (), stops: Sequence[str] = ()) -> None:
         if "" in stops:
             raise ValueError("a stop string is empty; give it a character, or leave it out")
-        self.text = ""
+        self.text: str = ""
         """The text so far, without the part that is held back."""
-        self.n_tokens = 0
+        self.n_tokens: int = 0
         """Number of tokens read so far, including the one that ended the row."""
         self.ended: Literal["end", "stop"] | None = None
         """The kind of end that the row has had; None before its end."""

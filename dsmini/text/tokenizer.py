@@ -101,8 +101,10 @@ class BPETokenizer:
         self._tokenizer = _load(path, (*END_TOKENS, *markup))
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self._ends = [ids[name] for name in END_TOKENS if name in ids]
-        self.vocab_size = max(ids.values(), default=-1) + 1  # ids may have gaps
-        self.fim = Fim(*(ids[name] for name in FIM_TOKENS)) if all(name in ids for name in FIM_TOKENS) else None
+        self.vocab_size: int = max(ids.values(), default=-1) + 1  # ids may have gaps
+        self.fim: Fim | None = (
+            Fim(*(ids[name] for name in FIM_TOKENS)) if all(name in ids for name in FIM_TOKENS) else None
+        )
 
     @property
     def end_of_document(self) -> int:

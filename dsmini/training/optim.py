@@ -79,7 +79,8 @@ class Muon(Optimizer):
         matmul_dtype: torch.dtype = torch.float32,
         newton_schulz: NewtonSchulz = HALLEY,
     ) -> None:
-        self.matmul_dtype, self.newton_schulz = matmul_dtype, newton_schulz
+        self.matmul_dtype: torch.dtype = matmul_dtype
+        self.newton_schulz: NewtonSchulz = newton_schulz
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
 
     @torch.no_grad()
@@ -214,8 +215,8 @@ class ParameterAverage:
 
     def __init__(self, named: Named, decay: float) -> None:
         self.decay = decay
-        self.updates = 0
-        self.tensors = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in named}
+        self.updates: int = 0
+        self.tensors: dict[str, Tensor] = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in named}
 
     @torch.no_grad()
     def update(self, named: Named) -> None:

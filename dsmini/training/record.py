@@ -74,7 +74,8 @@ class EventLog:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.failed = path, False
+        self.path: Path = path
+        self.failed = False
         self.break_line = "\n" if path.exists() else ""
         """Text before the next line. It ends a line that a kill or a full disk tore."""
 
@@ -88,7 +89,8 @@ class EventLog:
         except OSError as error:
             self.break_line = "\n"
             if not self.failed:
-                self.failed, reason = True, error.strerror or error
+                self.failed: bool = True
+                reason = error.strerror or error
                 words = f"cannot write {self.path}: {reason}; training continues, some events are lost"
                 with suppress(OSError):
                     print(printable(words), file=sys.stderr, flush=True)
@@ -188,7 +190,7 @@ class History:
     """
 
     def __init__(self, steps: int) -> None:
-        self.window = max(10, steps // 10)
+        self.window: int = max(10, steps // 10)
         """Number of steps that count as recent: a tenth of all, at least ten."""
         self.records: list[Row] = []
         self.skipped_in_a_row = 0
@@ -217,7 +219,8 @@ class History:
             elif row["step"] == state.step and not complete:
                 last |= {key: value for key, value in row.items() if key.startswith("val_loss")}
         self.add(last)
-        self.skipped_in_a_row, self.rewinds = state.skipped_in_a_row, state.rewinds
+        self.skipped_in_a_row: int = state.skipped_in_a_row
+        self.rewinds: int = state.rewinds
         return state.step - len(self.records)
 
     @property
@@ -282,7 +285,7 @@ class TensorBoard:
 
         self.layers = layers
         purge_step = first if folder.exists() else None
-        self.writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+        self.writer: SummaryWriter = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
 
     def add(self, row: Row) -> None:
         """Write the figures of a step. Histograms of the loads come with each validation."""

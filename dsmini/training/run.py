@@ -80,7 +80,7 @@ class TrainingProgress(Progress):
         if step.indexers is not None:
             kl, recall = (sum(step.indexers[name]) / len(step.indexers[name]) for name in ("kl", "recall"))
             figures += f"  indexer KL {kl:.4f} recall {recall:.0%}"
-        self.label = f"step {step.step}/{self.steps}"
+        self.label: str = f"step {step.step}/{self.steps}"
         self.times.append(step.seconds / step.tokens)
         self.trained += step.seconds
         left = math.inf
@@ -213,12 +213,14 @@ class TrainingRun:
 
     def __init__(self, config: RunConfig, trainer: Trainer, console: Console, world: World | None = None) -> None:
         assert config.out is not None
-        self.config, self.trainer, self.console = config, trainer, console
-        self.world = world or World()
+        self.config: RunConfig = config
+        self.trainer: Trainer = trainer
+        self.console: Console = console
+        self.world: World = world or World()
         self.folder: Path = config.out
-        self.history = History(config.train.steps)
-        self.log = EventLog(log_path(self.folder, self.world.rank))
-        self.saver = Saver(
+        self.history: History = History(config.train.steps)
+        self.log: EventLog = EventLog(log_path(self.folder, self.world.rank))
+        self.saver: Saver = Saver(
             config,
             trainer,
             self.history,
@@ -231,7 +233,7 @@ class TrainingRun:
         """Told of every step, to say when what binds the run changes. It changes no tensor and draws no number."""
         self.remark: Callable[[float], str] = lambda seconds: ""
         """Told the seconds of every step; returns a sentence to say about it, or ""."""
-        self.asked = StopSignals(self.world)
+        self.asked: StopSignals = StopSignals(self.world)
         """The signals that ask this run to stop."""
         self.progress = TrainingProgress(console, config.train.steps)
         self.metrics: TextIO = io.StringIO()
@@ -252,7 +254,7 @@ class TrainingRun:
         """
         if not self.history.records:  # else it was resumed
             self.note("started", 0, world_size=self.world.size)
-        self.progress = TrainingProgress(self.console, self.config.train.steps)
+        self.progress: TrainingProgress = TrainingProgress(self.console, self.config.train.steps)
         try:
             with self.asked, self.progress:
                 self._open_records()
@@ -478,7 +480,7 @@ class TrainingRun:
         loads = dict(zip(moe_layers(self.config.model), shares, strict=True)) if shares else {}
         with patience(self.console, "drawing"):
             plot_run(self.folder, self.history.records, loads)
-        self.next_plot = self.history.seconds + PLOT_EVERY
+        self.next_plot: float = self.history.seconds + PLOT_EVERY
 
     # --- survival
 

@@ -131,8 +131,13 @@ class Saver:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         assert config.out is not None
-        self.config, self.trainer, self.history, self.world = config, trainer, history, world
-        self.metrics, self.on_saved, self.say = config.out / METRICS, on_saved, say
+        self.config: RunConfig = config
+        self.trainer: Trainer = trainer
+        self.history: History = history
+        self.world: World = world
+        self.metrics: Path = config.out / METRICS
+        self.on_saved: Callable[[int], None] = on_saved
+        self.say: Callable[[str], None] = say
         self.saved_at: int | None = None
         """Step of the last checkpoint."""
         self._behind: World | None = None

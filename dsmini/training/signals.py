@@ -2,6 +2,7 @@
 
 import signal
 from types import FrameType, TracebackType
+from typing import Any
 
 from dsmini.distributed.world import World
 
@@ -25,7 +26,9 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
         hangup = [number for number in hangup if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores it
-        self.before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
+        self.before: dict[signal.Signals, Any] = {
+            number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM, *hangup)
+        }
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -40,5 +43,5 @@ class StopSignals:
 
     def came(self) -> bool:
         """Ask the others, which all ask together; return True in all if a signal came to one."""
-        self.stopping = self.stopping or self.world.any(bool(self.numbers))
+        self.stopping: bool = self.stopping or self.world.any(bool(self.numbers))
         return self.stopping

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsmini.checkpoint.training_state import Tensors
 from dsmini.config import RunConfig
@@ -15,7 +15,7 @@ from dsmini.data.corpus import Corpus, Loader, Windows
 from dsmini.distributed.mesh import HeldRows, Mesh, Pieces, StepBatch, local
 from dsmini.machine import sent, synchronize
 from dsmini.nn import IndexerLoss, Transformer, max_violation
-from dsmini.nn.transformer import IGNORE
+from dsmini.nn.transformer import IGNORE, Losses
 from dsmini.training.optim import ParameterAverage, begin_stage, optimizer_state, optimizers
 
 LEAST_AT_THE_END = 131_072
@@ -73,21 +73,26 @@ class Trainer:
     def __init__(
         self, model: Transformer, corpus: Corpus, config: RunConfig, device: torch.device, mesh: Mesh | None = None
     ) -> None:
-        self.mesh = mesh or Mesh()
+        self.mesh: Mesh = mesh or Mesh()
         if not self.mesh.names:
             self.mesh.divide(model)
-        self.model, self.corpus, self.config, self.device = model, corpus, config, device
-        self.named = dict(model.named_parameters())
+        self.model: Transformer = model
+        self.corpus: Corpus = corpus
+        self.config: RunConfig = config
+        self.device: torch.device = device
+        self.named: dict[str, nn.Parameter] = dict(model.named_parameters())
         groups = begin_stage(model, config.train.dsa_stage) or [set(self.mesh.names)]
-        self.clipped = [[place for place, name in enumerate(self.mesh.names) if name in group] for group in groups]
+        self.clipped: list[list[int]] = [
+            [place for place, name in enumerate(self.mesh.names) if name in group] for group in groups
+        ]
         """Places in mesh.names of the parameters of each group whose gradient is clipped by its own norm."""
         dtype = model.compute_dtype or torch.float32
-        self.optimizers = optimizers(model, config.train, dtype, self.mesh.owned)
+        self.optimizers: list[torch.optim.Optimizer] = optimizers(model, config.train, dtype, self.mesh.owned)
         decay = config.train.ema_decay
-        self.average = None if decay is None else ParameterAverage(self._here().items(), decay)
-        self.losses = torch.compile(model.losses) if config.train.compile else model.losses
+        self.average: ParameterAverage | None = None if decay is None else ParameterAverage(self._here().items(), decay)
+        self.losses: Callable[..., Losses] = torch.compile(model.losses) if config.train.compile else model.losses
         self.pipeline: Any = self.mesh.pipeline(model)
-        self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
+        self.loader: Loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
         self.steps_done = 0
         self.sequences = 0
         """Place in the corpus's stream of sequences where the data continues."""
@@ -345,4 +350,5 @@ class Trainer:
             self._copy(of, mine[part])
         if self.average is not None:
             self.average.updates = average_updates
-        self.steps_done, self.sequences = steps_done, sequences
+        self.steps_done: int = steps_done
+        self.sequences: int = sequences
