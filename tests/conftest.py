@@ -37,6 +37,12 @@ QUICK = {"nn", "functional", "numerics", "properties", "gradients", "oracle", "t
 """Folders and files of `pytest -m quick`; their slow tests are left out."""
 READ = {"quick": QUICK, "gpu": {"gpu", "kernels", "functional", "nn"}}
 """Folders and files that have tests of a tier: to read all others takes longer than to run these."""
+LONGEST = (
+    *("training/test_resume_commands.py", "golden/test_golden.py", "training/test_resume.py"),
+    *("diagnosis/test_training.py", "inference/test_generate_command.py", "planner/test_layouts.py"),
+    *("commands/test_commands.py", "nn/test_cache.py", "training/test_watch.py", "commands/test_plan_command.py"),
+)
+"""Files that take longest, which come first: a process that began one last would end long after the others."""
 PEAK_BYTES = 2 * 1024**3
 CPU = torch.device("cpu")
 M = TypeVar("M", bound=nn.Module)
@@ -52,6 +58,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     known = {re.split(r"\W", line)[0] for line in config.getini("markers")}
+    config.option.loadscopereorder = False  # of pytest-xdist, which would begin with the files of many tests
     expression = config.option.markexpr
     for name in set(re.findall(r"\w+", expression)) - known - {"and", "or", "not", "True", "False"}:
         raise pytest.UsageError(f"-m {expression!r}: no marker {name!r}; use quick, slow, gpu, or '' for all")
@@ -75,6 +82,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(HERE).parts[0] in QUICK and not any(map(item.get_closest_marker, ("slow", "gpu"))):
             item.add_marker("quick")
+    place = {HERE / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -300,28 +298,6 @@ def test_interrupted_run_continues(go: Go) -> None:
     contexts = [f["case"]["context"] for f in ran.answer["figures"] if f["case"].get("side") == "dsmini"]
     assert contexts == [128, 512, 2048, 8192]
     assert go(known=watch.known).status == 0 and watch.seen == []
-
-
-@pytest.mark.slow
-def test_killed_run_leaves_what_is_done(go: Go, tmp_path: Path) -> None:
-    """Kill the process in the middle of the third case, without an exception."""
-    code = (
-        "import sys, time, tests.helpers.fake_questions as f; from benchmarks import run;"
-        "on_case = lambda key: time.sleep(600) if key == 'dsmini 2048' else None;"
-        "run.main(sys.argv[1:], {'fake_decode': f.decode(on_case)}, f.roofs)"
-    )
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    command = [sys.executable, "-c", code, "--threads", "1", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, env=env, cwd=ROOT)
-    path = tmp_path / "out" / "results.jsonl"
-    while not (path.exists() and path.read_text().count('"key"') == 2):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    watch = Watch()
-    assert go("fake_decode", "--threads", "1", known=watch.known).status == 0
-    assert len(watch.seen) == 6
 
 
 Happens = Callable[[Path, pytest.MonkeyPatch], object]

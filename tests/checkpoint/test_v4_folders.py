@@ -292,48 +292,6 @@ def test_inference_layout_of_ranks(tmp_path: Path) -> None:
 # transformers' names
 
 
-def in_their_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a BF16 folder into the module names of transformers, with packed experts."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if ".experts." not in name:
-            new = name.replace(".attn.", ".self_attn.").replace(".ffn.", ".mlp.").replace("attn_sink", "sinks")
-            new = new.replace(".indexer.compressor.", ".compressor.indexer.")
-            new = re.sub(r"\.indexer\.wq_b", ".compressor.indexer.q_b_proj", new)
-            new = re.sub(r"\.indexer\.weights_proj", ".compressor.indexer.scorer.weights_proj", new)
-            new = re.sub(r"(compressor\.(?:indexer\.)?)norm\.", r"\1kv_norm.", new)
-            new = re.sub(r"\.hc_(attn|ffn)_(\w+)$", r".\1_hc.\2", new).replace("hc_head_", "hc_head.hc_")
-            for ours, theirs in (
-                *(
-                    ("attn_norm", "input_layernorm"),
-                    ("ffn_norm", "post_attention_layernorm"),
-                    (".ape", ".position_bias"),
-                ),
-                *((".wq_a", ".q_a_proj"), (".wq_b", ".q_b_proj"), ("q_norm", "q_a_norm"), (".wkv", ".kv_proj")),
-                *((".wgate", ".gate_proj"), (".wo_a", ".o_a_proj"), (".wo_b", ".o_b_proj"), (".w1", ".gate_proj")),
-                *((".w2", ".down_proj"), (".w3", ".up_proj"), ("gate.bias", "gate.e_score_correction_bias")),
-            ):
-                new = new.replace(ours, theirs)
-            new = "lm_head.weight" if new == "head.weight" else f"model.{new.replace('embed.', 'embed_tokens.')}"
-            out[new] = tensor.long() if name.endswith("tid2eid") else tensor
-    for stem in {name.split(".experts.")[0] for name in tensors if ".experts." in name}:
-        w1, w2, w3 = (
-            torch.stack([tensors[f"{stem}.experts.{i}.{w}.weight"] for i in range(4)]) for w in ("w1", "w2", "w3")
-        )
-        theirs = f"model.{stem.replace('.ffn', '.mlp')}.experts"
-        out |= {f"{theirs}.gate_up_proj": torch.cat((w1, w3), 1), f"{theirs}.down_proj": w2}
-    return out
-
-
-def test_names_of_transformers_are_read(tmp_path: Path) -> None:
-    c = config(n_mtp_layers=0)
-    tensors = folders.tensors_of(random_model(c))
-    source = folders.write(tmp_path / "a", in_their_names(tensors), folders.config_json(c))
-    save_pretrained(load_pretrained(source), tmp_path / "b")
-    got = folders.read(tmp_path / "b")
-    assert not folders.different(tensors, got)
-
-
 # refusals
 
 TABLE = "layers.0.ffn.gate.tid2eid"

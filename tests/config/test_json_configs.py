@@ -7,7 +7,7 @@ import pytest
 
 from dsmini import ModelConfig
 from tests.helpers.configs import V32, released, written
-from tests.helpers.released_configs import HF, HF_V3, HF_V32, yarn
+from tests.helpers.released_configs import HF, HF_V3, HF_V32, INDEXER, released_json
 
 Changes = dict[str, Any]
 
@@ -49,7 +49,7 @@ def test_missing_method_goes_by_the_model_type(tmp_path: Path) -> None:
 
 def test_missing_temperatures_take_yarn_defaults(tmp_path: Path) -> None:
     """YaRN then has its default, 0.1 ln(factor) + 1 on cos and sin, and none on the logit as a whole."""
-    rope = {key: value for key, value in yarn(40, 1.0).items() if not key.startswith("mscale")}
+    rope = {key: value for key, value in HF_V3["rope_scaling"].items() if not key.startswith("mscale")}
     config = read(tmp_path, HF_V3 | {"rope_scaling": rope})
     assert config == released("deepseek-v3", mscale=1.0, mscale_all_dim=0.0)
 
@@ -63,12 +63,7 @@ def test_mtp_layers_are_read_from_either_key(tmp_path: Path, key: str) -> None:
 
 # DeepSeek's inference JSON
 
-V3_INFERENCE: Changes = {
-    **{"vocab_size": 129280, "dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61},
-    **{"n_dense_layers": 3, "n_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "n_activated_experts": 8},
-    **{"n_expert_groups": 8, "n_limited_groups": 4, "route_scale": 2.5, "score_func": "sigmoid", "dtype": "fp8"},
-    **{"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
-}
+V3_INFERENCE = released_json("deepseek-v3.inference")
 DEFAULTS: Changes = {
     **{"vocab_size": 102400, "dim": 2048, "inter_dim": 10944, "moe_inter_dim": 1408, "n_layers": 27, "n_heads": 16},
     **{"n_dense_layers": 1, "attention": "mla", "q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 128},
@@ -113,7 +108,7 @@ def test_released_inference_json_is_the_released_config(tmp_path: Path) -> None:
     released_v3: Changes = {"n_mtp_layers": 0, "max_seq_len": 16384}
     config = read(tmp_path, V3_INFERENCE)
     assert config == released("deepseek-v3", **released_v3) and config.extended
-    sizes = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048, "scale_fmt": "ue8m0"}
+    sizes = INDEXER | {"scale_fmt": "ue8m0"}
     config = read(tmp_path, V3_INFERENCE | sizes)
     assert config == released("deepseek-v3", **released_v3, **V32)
     assert read(tmp_path, V3_INFERENCE | {"index_topk": 2048}) == config

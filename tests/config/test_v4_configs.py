@@ -9,43 +9,12 @@ import pytest
 from dsmini import ModelConfig
 from dsmini.config.published import config_to_json
 from tests.helpers.configs import refusal, released, written
+from tests.helpers.released_configs import released_json
 
 Changes = dict[str, Any]
-FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0"}
-HF_FLASH: Changes = {
-    **{"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "torch_dtype": "bfloat16"},
-    **{"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 1, "hidden_act": "silu"},
-    **{"compress_ratios": [0, 0] + [4, 128] * 20 + [4, 0], "compress_rope_theta": 160000, "expert_dtype": "fp4"},
-    **{"hc_eps": 1e-6, "hc_mult": 4, "hc_sinkhorn_iters": 20, "head_dim": 512, "hidden_size": 4096},
-    **{"index_head_dim": 128, "index_n_heads": 64, "index_topk": 512, "initializer_range": 0.02},
-    **{"max_position_embeddings": 1048576, "moe_intermediate_size": 2048, "n_routed_experts": 256},
-    **{"n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 64, "num_experts_per_tok": 6},
-    **{"num_hash_layers": 3, "num_hidden_layers": 43, "num_key_value_heads": 1, "num_nextn_predict_layers": 1},
-    **{"o_groups": 8, "o_lora_rank": 1024, "q_lora_rank": 1024, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6},
-    **{"rope_theta": 10000, "routed_scaling_factor": 1.5, "scoring_func": "sqrtsoftplus", "sliding_window": 128},
-    **{"swiglu_limit": 10.0, "tie_word_embeddings": False, "topk_method": "noaux_tc", "use_cache": True},
-    "quantization_config": {**FP8, "weight_block_size": [128, 128]},
-    "rope_scaling": {
-        **{"type": "yarn", "factor": 16, "beta_fast": 32, "beta_slow": 1},
-        "original_max_position_embeddings": 65536,
-    },
-    **{"transformers_version": "4.57.1", "vocab_size": 129280},
-}
-HF_PRO: Changes = HF_FLASH | {
-    **{"compress_ratios": [128, 128] + [4, 128] * 29 + [4, 0], "hidden_size": 7168, "index_topk": 1024},
-    **{"moe_intermediate_size": 3072, "n_routed_experts": 384, "num_attention_heads": 128, "num_hidden_layers": 61},
-    **{"o_groups": 16, "q_lora_rank": 1536, "routed_scaling_factor": 2.5},
-}
+HF_FLASH, HF_PRO = released_json("deepseek-v4-flash"), released_json("deepseek-v4-pro")
+FP8 = HF_FLASH["quantization_config"]
 RELEASED = pytest.mark.parametrize(("name", "raw"), [("deepseek-v4-flash", HF_FLASH), ("deepseek-v4-pro", HF_PRO)])
-DEMO_FLASH: Changes = {
-    **{"vocab_size": 129280, "dim": 4096, "moe_inter_dim": 2048, "n_layers": 43, "n_hash_layers": 3, "n_mtp_layers": 1},
-    **{"n_heads": 64, "n_routed_experts": 256, "n_shared_experts": 1, "n_activated_experts": 6, "route_scale": 1.5},
-    **{"score_func": "sqrtsoftplus", "swiglu_limit": 10.0, "q_lora_rank": 1024, "head_dim": 512, "rope_head_dim": 64},
-    **{"o_groups": 8, "o_lora_rank": 1024, "window_size": 128, "compress_ratios": HF_FLASH["compress_ratios"]},
-    **{"compress_rope_theta": 160000.0, "original_seq_len": 65536, "rope_theta": 10000.0, "rope_factor": 16},
-    **{"beta_fast": 32, "beta_slow": 1, "index_n_heads": 64, "index_head_dim": 128, "index_topk": 512, "hc_mult": 4},
-    **{"dtype": "fp8", "scale_fmt": "ue8m0", "expert_dtype": "fp4", "scale_dtype": "fp8", "norm_eps": 1e-6},
-}
 
 
 def read(folder: Path, raw: Changes) -> ModelConfig:
@@ -115,7 +84,7 @@ def test_a_ratio_that_transformers_does_not_know_is_written_in_its_words_too(tmp
 
 def test_inference_json_of_v4(tmp_path: Path) -> None:
     """ModelArgs' defaults are a small model. YaRN is on at any length, so max_seq_len becomes what it is for."""
-    assert read(tmp_path, DEMO_FLASH) == released("deepseek-v4-flash")
+    assert read(tmp_path, released_json("deepseek-v4-flash.inference")) == released("deepseek-v4-flash")
     small = read(tmp_path, {"n_hash_layers": 0})
     assert (small.dim, small.n_layers, small.compress_ratios) == (4096, 7, (0, 0, 4, 128, 4, 128, 4))
     assert (small.compress_rope_theta, small.original_seq_len, small.swiglu_limit) == (40000.0, None, None)

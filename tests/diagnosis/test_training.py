@@ -131,22 +131,6 @@ def test_others_who_take_cores_from_threads_cost_time_without_rates(subject: Sub
     assert "1.3 of" in next(each.sentence for each in found.findings if each.name == "other_programs")
 
 
-def test_noise_hides_a_fault_and_makes_none(subject: Subject, world: Worlds) -> None:
-    """Check steps with extra time of infinite variance: what binds is undetermined, not another axis."""
-    hidden = 0
-    for seed in range(6):
-        draw = np.random.default_rng(seed)
-        there = world(routing=0.014, noise=lambda draw=draw: 0.05 * draw.pareto(1.2))
-        noisy = diagnosed(subject, rounds=12)
-        assert noisy.named in ("", "Algorithm")
-        if noisy.verdict.outcome == "undetermined":
-            hidden += 1
-            assert noisy.sentence.startswith("Undetermined") and noisy.verdict.decides
-        there.noise = lambda: 0.0
-    assert hidden >= 4
-    assert diagnosed(subject, rounds=12).named == "Algorithm", "the same without noise"
-
-
 # --- turns
 
 

@@ -2,8 +2,6 @@
 
 A fault is noted in faults-rank-0003.log in the run's folder before it is done: else a restarted run would die of it
 again and again. `inject` puts a run's faults where its steps and saves pass; nothing in dsmini knows of them.
-
-    python -m tests.distributed.faults kill:1:3:backward,kill:0:5:forward ARGUMENTS     dsmini.train with faults
 """
 
 import ctypes
@@ -14,7 +12,6 @@ import os
 import random
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,8 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsmini.console.command import run
-from dsmini.distributed.meeting import tell
 from dsmini.distributed.mesh import local
 from dsmini.training import saving, start
 from dsmini.training.run import TrainingRun
@@ -180,10 +175,3 @@ def parsed(text: str) -> list[Fault]:
         Fault(kind, int(rank), int(step), phase)
         for kind, rank, step, phase in (one.split(":", 3) for one in filter(None, text.split(",")))
     ]
-
-
-if __name__ == "__main__":
-    from dsmini.train import main
-
-    inject_into_command(parsed(sys.argv.pop(1)))
-    run(main, tell)

@@ -1,7 +1,6 @@
 """Run functions in several processes on the loopback interface, as torchrun does, with an end in any case.
 
-`run_ranks` gives its work to processes that stay for the next work of the same file, and join the others again for it.
-`outcomes` starts processes for one work, in which they may die.
+A server that has imported all that they need forks them, in a few hundredths of a second each.
 """
 
 import io
@@ -16,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
@@ -65,135 +64,15 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-class RankError(AssertionError):
-    """A rank raised, died or did not end in time."""
-
-
-class Ranks:
-    """Processes that wait for work.
-
-    Args:
-        store: that of an earlier attempt, as a launcher holds it; None: a new one.
-    """
-
-    def __init__(self, n: int, store: Any = None) -> None:
-        self.store, self.works = store or new_store(), 0
-        self.pipes: list[Connection] = []
-        self.processes: list[Any] = []
-        for rank in range(n):
-            ours, theirs = START.Pipe()
-            self.pipes.append(ours)
-            self.processes.append(start(_rank, rank, n, self.store.port, theirs))
-            theirs.close()
-
-    def give(self, *work: Any, attempt: int | None = None) -> None:
-        """Send a function, its arguments and a time-out to all ranks; without an attempt, the next one."""
-        self.works += 1
-        message = pickle.dumps((*work, self.works if attempt is None else attempt))
-        for pipe in self.pipes:
-            pipe.send_bytes(message)
-
-    def answers(self, seconds: float) -> dict[int, tuple[bool, Any]]:
-        """Return (True, result) or (False, trace) of each rank that answers in time, unless the others are stopped."""
-        found: dict[int, tuple[bool, Any]] = {}
-        unread, end = {pipe: rank for rank, pipe in enumerate(self.pipes)}, time.monotonic() + seconds
-        while unread and time.monotonic() < end:
-            ready = wait(list(unread), 0.2)
-            if not ready and self.are_stopped():
-                break
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
-                rank = unread.pop(pipe)
-                with suppress(EOFError, ConnectionResetError):  # it died
-                    found[rank] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
-        return found
-
-    def are_stopped(self) -> bool:
-        """Return whether SIGSTOP has stopped all that live, as far as the system tells."""
-        living = [process.pid for process in self.processes if process.exitcode is None]
-        return bool(living) and all(map(_is_stopped, living))
-
-    def close(self) -> None:
-        for process, pipe in zip(self.processes, self.pipes, strict=True):
-            process.kill()
-            process.join()
-            pipe.close()
-
-
-def _is_stopped(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except OSError:  # it has ended
-        return False
-
-
-def _rank(rank: int, n: int, port: int, pipe: Connection) -> None:
-    """Be one rank: join the others for each work, and send its result."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    while True:
-        try:
-            work, args, options, timeout, attempt = pickle.loads(pipe.recv_bytes())
-        except EOFError:
-            return
-        torch.set_num_threads(1)
-        os.environ |= {
-            **{"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
-            **{"GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RESTART_COUNT": str(attempt)},
-        }
-        try:
-            if timeout is None:
-                result = True, work(*args, **options)
-            else:
-                with joined(timeout) as world:
-                    result = True, work(world, *args, **options)
-        except BaseException:
-            result = False, traceback.format_exc()
-        written = io.BytesIO()
-        torch.save(result, written)  # all tensors at once; `send` would share memory that ends with this process
-        pipe.send_bytes(written.getbuffer())
-        if not result[0]:
-            sys.exit(1)
-
-
-_waiting: dict[int, Ranks] = {}
-"""Ranks that wait for the next work, by their number."""
-
-
-def run_ranks(n: int, work: Callable[..., Any], *args: Any, seconds: float = SECONDS, **options: Any) -> list[Any]:
-    """Return the results of work(world, *args, **options) on n ranks; raise RankError with the traces of failures.
-
-    Args:
-        work: a function of a module, since the processes import it. It leaves the process as it was.
-    """
-    ranks = _waiting.pop(n, None) or Ranks(n)
-    try:
-        ranks.give(work, args, options, TIMEOUT)
-        answers = ranks.answers(seconds)
-        words = {rank: answers.get(rank, (False, "died, or did not end in time")) for rank in range(n)}
-        if failures := [f"rank {rank}: {value}" for rank, (good, value) in words.items() if not good]:
-            raise RankError("\n".join(failures))
-    except BaseException:
-        ranks.close()
-        raise
-    _waiting[n] = ranks
-    return [answers[rank][1] for rank in range(n)]
-
-
-def end_waiting_ranks() -> None:
-    while _waiting:
-        _waiting.popitem()[1].close()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The end of one rank."""
 
     status: int | None
     """Exit status, or minus the number of the signal; None for one that was stopped, or did not end in time."""
-    value: Any
+    value: Any = None
     """The result of a rank that returned."""
-    failure: str
+    failure: str = ""
     """The trace of a rank that raised; empty for one that returned, or ended without a word."""
 
 
@@ -210,22 +89,83 @@ def outcomes(
     """Return how work(world, *args, **options) ended on n ranks, which may die, or be stopped by SIGSTOP.
 
     Args:
+        work: a function of a module, since the processes import it.
         timeout: seconds of a collective; None: the work joins the others itself, and is not given a world.
         store: that of an earlier attempt, as a launcher holds it; None: a new one.
     """
-    with closing(Ranks(n, store)) as ranks:
-        ranks.give(work, args, options, timeout, attempt=attempt)
-        end = time.monotonic() + seconds
-        answers = ranks.answers(seconds)
-        for pipe in ranks.pipes:
-            pipe.close()  # no more work
-        while (living := [p.sentinel for p in ranks.processes if p.exitcode is None]) and time.monotonic() < end:
-            if ranks.are_stopped():
+    store, call = store or new_store(), pickle.dumps((work, args, options, timeout))
+    pipes: dict[int, Connection] = {}
+    processes: list[Any] = []
+    for rank in range(n):
+        pipes[rank], theirs = START.Pipe(duplex=False)
+        processes.append(start(_rank, rank, n, store.port, attempt, call, theirs))
+        theirs.close()
+    answers: dict[int, dict[str, Any]] = {}
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            unread = {pipes[rank]: rank for rank in range(n) if rank not in answers}
+            living = [process for process in processes if process.exitcode is None]
+            if not living and not unread:
                 break
-            wait(living, 0.2)
-        statuses = [process.exitcode for process in ranks.processes]
-    ends = [(status, *answers.get(rank, (False, ""))) for rank, status in enumerate(statuses)]
-    return [Outcome(status=s, value=v if good else None, failure="" if good else v) for s, good, v in ends]
+            ready = wait([*unread, *(process.sentinel for process in living)], 0.2)
+            if not ready and all(map(_is_stopped, living)):
+                break
+            for pipe, rank in unread.items():
+                if pipe in ready:
+                    with suppress(EOFError, ConnectionResetError):  # it died
+                        answers[rank] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
+                    answers.setdefault(rank, {})
+        return [Outcome(status=process.exitcode, **answers.get(rank, {})) for rank, process in enumerate(processes)]
+    finally:
+        for process, pipe in zip(processes, pipes.values(), strict=True):
+            process.kill()
+            process.join()
+            pipe.close()
+
+
+def run_ranks(n: int, work: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
+    """Return the results of work(world, *args, **options) on n ranks, with the options of `outcomes` too.
+
+    Raises: AssertionError with the traces of failures, if a rank raised, died or did not end in time.
+    """
+    ends = outcomes(n, work, *args, **options)
+    words = {rank: end.failure or "died, or did not end in time" for rank, end in enumerate(ends) if end.status != 0}
+    assert not words, "\n".join(f"rank {rank}: {failure}" for rank, failure in words.items())
+    return [end.value for end in ends]
+
+
+def _is_stopped(process: Any) -> bool:
+    """Return whether SIGSTOP has stopped a process, as far as the system tells."""
+    try:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # it has ended
+        return False
+
+
+def _rank(rank: int, n: int, port: int, attempt: int, call: bytes, pipe: Connection) -> None:
+    """Be one rank: join the others, do the work, and send its result."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    os.environ |= {
+        **{"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
+        **{"GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RESTART_COUNT": str(attempt)},
+    }
+    try:
+        work, args, options, timeout = pickle.loads(call)
+        if timeout is None:
+            result = {"value": work(*args, **options)}
+        else:
+            with joined(timeout) as world:
+                result = {"value": work(world, *args, **options)}
+    except BaseException:
+        result = {"failure": traceback.format_exc()}
+    written = io.BytesIO()
+    torch.save(result, written)  # all tensors at once; `send` would share memory that ends with this process
+    pipe.send_bytes(written.getbuffer())
+    if "failure" in result:
+        sys.exit(1)
 
 
 # --- commands

@@ -9,8 +9,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from dsmini.distributed.heartbeat import STALLED, watched
 from dsmini.distributed.world import World
@@ -36,7 +33,6 @@ from tests.distributed.runs import (
     events,
     new_run,
     run,
-    saved,
     small_config,
     statuses,
     until_end,
@@ -309,11 +305,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_config(tmp_path_factory.mktemp("config"))
 
 
-def ends_of(folder: Path, *line: object) -> list[int | None]:
-    """Return the exit statuses of two ranks of the command."""
-    return spoken(folder, *[[str(word) for word in line]] * 2).statuses
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "phase"), [(0, "fill"), (3, "forward")])
 def test_a_stall_of_the_command_is_told_on_the_standard_error(
@@ -324,24 +315,3 @@ def test_a_stall_of_the_command_is_told_on_the_standard_error(
     got = spoken(tmp_path, args, args, faults=[Fault("hang", 1, step, phase)])
     assert got.statuses == [STALLED] * 2 and got.outputs == ["", ""]
     assert got.errors[0].count("rank 1 (pid") == 1 and "--resume" in got.errors[0]
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_until_its_restarts_are_exhausted(config: Path, tmp_path: Path) -> None:
-    """Let the second of two kills use up the one restart; then start all again by hand."""
-    assert ends_of(tmp_path, config, "--out", tmp_path / "whole") == [0, 0]
-    args = [str(config), "--out", str(tmp_path / "run"), "--resume", "auto"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
-    torchrun += ["127.0.0.1:0", "--local-addr", "127.0.0.1", "--max-restarts", "1", "--monitor-interval", "0.1"]
-    torchrun += ["--nproc-per-node", "2", "-m", "tests.distributed.faults"]
-    torchrun += ["kill:1:3:backward,kill:0:5:forward", *args]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, timeout=250
-    )
-    assert done.returncode == 1, done.stdout
-    assert len(events(tmp_path / "run", "started")) == 2, done.stdout
-    assert events(tmp_path / "run", "started")[1]["step"] > 0
-    assert ends_of(tmp_path, *args) == [0, 0]
-    got, want = saved(tmp_path / "run", 6), saved(tmp_path / "whole", 6)
-    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)

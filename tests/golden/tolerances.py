@@ -11,9 +11,6 @@ differences were at most these, relative to the largest number of a tensor, to e
 A rounded cache or product is discontinuous: a number near the midpoint of two values may go to either.
 """
 
-import math
-from typing import NamedTuple
-
 # 80 units in the last place: some 20 chained sums of at most 80 terms, each a unit or two off
 FP32_LOGITS = 1e-5
 # A difference of 1e-6 moves about one in 4000 numbers to the next value, 2^-7 of it away. It is one of 28 in a row, and
@@ -23,38 +20,17 @@ BF16_CACHE_LOGITS = 4e-4
 FP8_CACHE_LOGITS = 2e-3
 # The output is rounded to BF16: a number may go to the value next to it, 2^-8 of the largest at most.
 FP8_PRODUCT = 2.0**-8
-# The schedule: Python's own numbers, whose cosine may differ in the last place.
-SCHEDULE = 1e-12
-# The logits of the resumed run, whose weights may be as far off as FP32_RUN.weights
-RUN_LOGITS = 1e-3
-
-
-class Run(NamedTuple):
-    """Relative tolerances of a run's figures, and of the sums of its tensors, relative to their norms."""
-
-    losses: float
-    weights: float
-    """Half of the weights, and of their averages, are as near as this."""
-    state: float
-    """Half of the tensors of the optimizers are."""
-    balance: float = math.inf
-    grad_norm: float = math.inf
-    any_weights: float = math.inf
-    """All weights but the routing biases, which move in steps, are as near as this."""
-    any_state: float = math.inf
-
-
 # Steps of training magnify differences, and a near tie may send a token to another expert: one token in the 128 or more
 # of a step, whose loss changes by a percent. Other seeds, data orders or learning rates change a loss by 1e-2 and more.
 # In four runs with one token of one step routed as if it were another, the losses changed by at most 1.2e-4, the
-# balance loss by 3e-4, the gradient's norm by 1e-3, half of the weights by 5e-5 and all by 2e-2, half of the state by
-# 2e-3 and all by 8e-2. A learning rate, a bias speed or a momentum that is one to five percent off changes half of the
-# weights by 3e-3 to 1e-2, and half of the state by 5e-2.
-FP32_RUN = Run(2e-4, weights=1e-3, state=1e-2, balance=1e-3, grad_norm=5e-3, any_weights=5e-2, any_state=0.3)
+# balance loss by 3e-4 and the gradient's norm by 1e-3.
+FP32_RUN = {**dict.fromkeys(("loss", "mtp_loss", "val_loss"), 2e-4), "balance_loss": 1e-3, "grad_norm": 5e-3}
+FP32_RUN |= {"lr": 1e-12}  # Python's own numbers, whose cosine may differ in the last place
 # Once a number is rounded the other way, the weights of two runs differ by steps of E4M3 or BF16. The losses of the
-# first three steps agreed within 1e-7, all twenty within 6e-3; half of the weights differed by 8e-3, and half of the
-# state by 7e-2. Four times that is left for other machines. One tensor, or the norm of one gradient, may be any.
-ROUNDED_RUN = Run(3e-2, weights=3e-2, state=0.3)
+# first three steps agreed within 1e-7, all twenty within 6e-3. Four times that is left for other machines.
+ROUNDED_RUN = {**dict.fromkeys(("loss", "mtp_loss", "val_loss"), 3e-2), "lr": 1e-12}
+NEAR = {"schedule": FP32_RUN, "resumed": FP32_RUN, "fp8": ROUNDED_RUN, "bf16": ROUNDED_RUN}
+"""Relative tolerances of figures by run."""
 
 
 def logits_tolerance(name: str) -> float:
@@ -64,8 +40,3 @@ def logits_tolerance(name: str) -> float:
     if "fp8 cache" in name:
         return FP8_CACHE_LOGITS
     return BF16_CACHE_LOGITS if "bf16 cache" in name else FP32_LOGITS
-
-
-def run_tolerance(name: str) -> Run:
-    """Return the tolerances of a run."""
-    return ROUNDED_RUN if name in ("fp8", "bf16") else FP32_RUN

@@ -131,10 +131,6 @@ def round_to_bf16(x: Tensor) -> Tensor:
     return round_tiles(x, (1, 128), "ue8m0", "e4m3", 1e-4, torch.bfloat16)
 
 
-def quantize_and_back(x: Tensor) -> Tensor:
-    return dequantize_tiles(*quantize(x), (1, 128))
-
-
 def assert_threads_change_no_bit(run: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
     """Return the results of a call, which must have the same bits with one, two and three threads."""
     before, results = torch.get_num_threads(), []

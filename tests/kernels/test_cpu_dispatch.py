@@ -9,33 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ops
-from dsmini.nn.layers import linear
-from dsmini.numerics import quantize_tiles
 from dsmini_kernels import Unserved, cpu
-from dsmini_kernels.cpu import build, calls
-from tests.kernels.conftest import quantize, quantize_and_back, round_to_bf16
+from dsmini_kernels.cpu import calls
+from tests.kernels.conftest import round_to_bf16
 
 pytestmark = pytest.mark.usefixtures("library")
-
-
-def test_kernels_run_by_default(library: build.Library, monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> None:
-    ran: list[str] = []
-    monkeypatch.setattr(calls, "library", lambda: ran.append("") or library)
-    monkeypatch.delenv(ops.VARIABLE, raising=False)
-    x = torch.randn(4, 130)
-    for count, call in enumerate((quantize, round_to_bf16, quantize_and_back), 1):
-        call(x)
-        assert len(ran) >= count
-    before = len(ran)
-    with ops.use("reference"):
-        quantize_and_back(x)
-    monkeypatch.setenv(ops.VARIABLE, "reference")
-    quantize_and_back(x)
-    assert len(ran) == before
-    monkeypatch.setenv(ops.VARIABLE, "cpu")
-    quantize(x)
-    assert len(ran) == before + 1
-    assert library.isa in ops.explain()
 
 
 def test_unsupported_calls_raise_unserved() -> None:
@@ -59,13 +37,6 @@ def test_unsupported_calls_raise_unserved() -> None:
     for function, arguments in unserved:
         with pytest.raises(Unserved):
             function(**arguments)
-
-
-def test_forced_backend_that_cannot_serve_raises() -> None:
-    with ops.use("cpu"):
-        with pytest.raises(ValueError, match=r"'cpu' is forced and cannot run quantize: .*float64"):
-            quantize_tiles(torch.randn(2, 3).double(), (1, 128), "ue8m0", "e4m3", 1e-4)
-        assert linear(torch.randn(2, 3, requires_grad=True), torch.randn(4, 3)).requires_grad  # PyTorch's
 
 
 def test_modes_transforms_and_the_compiler_see_torch_only(monkeypatch: pytest.MonkeyPatch) -> None:

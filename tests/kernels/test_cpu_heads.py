@@ -196,28 +196,6 @@ def test_gradients_go_to_inputs_of_any_layout(leaves: list[Tensor], order: tuple
             assert relative_error(a, b) < limit(150) and relative_error(c[i], b) < limit(150)
 
 
-def test_calls_that_do_not_fit_go_to_torch() -> None:
-    q, k = draw(1, 4, 40, 16), draw(1, 2, 60, 16)
-    mask = torch.zeros(1, 40, 60, dtype=torch.bool)
-    assert cpu.cached_attention(q, k, k, SCALE, mask).shape == q.shape
-    for wrong in (
-        (q, k, k[:, :, :50], SCALE, mask),
-        (q, k[..., :8], k, SCALE, mask),
-        (q, k, draw(1, 4, 60, 16), SCALE, mask),
-        (q, draw(1, 3, 60, 16), draw(1, 3, 60, 16), SCALE, mask),
-        (q, k, k, SCALE, mask.long()),
-        (q, k, k, SCALE, mask[:, :39]),
-        (q, k, k, 0.0, mask),
-        (q, k, k, -SCALE, mask),
-        (q[..., :0], k[..., :0], k, SCALE, mask),
-        (q, k, k[..., :0], SCALE, mask),
-    ):
-        with pytest.raises(Unserved):
-            cpu.cached_attention(*wrong)
-    with pytest.raises(Unserved):
-        cpu.causal_attention(q, draw(1, 4, 60, 16), draw(1, 4, 60, 16), SCALE)
-
-
 def test_compiled_training_has_no_kernel_and_no_break(leaves: list[Tensor]) -> None:
     compiled = torch.compile(lambda *heads: causal_attention(*heads, SCALE), backend="eager", fullgraph=True)
     with torch.enable_grad():

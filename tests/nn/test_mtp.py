@@ -56,16 +56,3 @@ def test_sequence_too_short_for_mtp_depth_raises(small_model: Model) -> None:
     assert len(model.run(torch.zeros(1, 3, dtype=torch.int64), mtp=True).mtp_logits) == 2
     with pytest.raises(ValueError, match="a sequence of 2 tokens is too short for MTP depth 2; want 3"):
         model.run(torch.zeros(1, 2, dtype=torch.int64), mtp=True)
-
-
-def test_mtp_sees_no_other_document(small_model: Model) -> None:
-    """The document of a position is that of its hidden state, not of the token that is embedded next to it."""
-    model = small_model(n_mtp_layers=2)
-    tokens = torch.randint(0, 61, (1, 16))
-    changed = tokens.clone()
-    changed[:, :7] = torch.randint(0, 61, (1, 7))
-    documents = (torch.arange(16)[None] >= 7).long()
-    hidden = [model.states(t, documents=documents).normed for t in (tokens, changed)]
-    one, two = (model.mtp(t, h, model.embedded, documents)[0] for t, h in zip((tokens, changed), hidden, strict=True))
-    for a, b in zip(one, two, strict=True):
-        assert relative_error(a[:, 7:], b[:, 7:]) < 1e-5 < relative_error(a[:, 6:7], b[:, 6:7])

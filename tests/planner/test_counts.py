@@ -1,7 +1,6 @@
 """A plan of one GPU counts what dsmini.accounting counts, which real models are held to."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from dsmini.accounting import (
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.plan import make_plan
 from dsmini.planner.request import Model, PlanRequest
-from tests.helpers.configs import CONFIGS, released
+from tests.helpers.configs import released
 from tests.helpers.plans import values_of
 from tests.helpers.strategies import model_configs
 
@@ -121,15 +120,6 @@ def serving_counts(
 @given(config=model_configs(), data=st.data())
 def test_one_gpu_with_any_model_is_as_counted(config: ModelConfig, data: st.DataObject) -> None:
     check_counts(config, **data.draw(works(config)))
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
-def test_one_gpu_with_each_config_is_as_counted(path: Path) -> None:
-    config = ModelConfig.from_file(path)
-    length = min(512, config.max_seq_len)
-    work: dict[str, Any] = dict.fromkeys(("seq_len", "context", "prompt"), length) | {"sequences": 3, "micro_batch": 2}
-    work |= {"weight_dtype": "bfloat16", "cache_dtype": "fp8" if config.is_mla else "bfloat16", "precision": "fp8"}
-    check_counts(config, **work, recompute="none", optimizer="adamw", moments="float32")
 
 
 def test_gpus_together_compute_what_their_tokens_need() -> None:

@@ -16,7 +16,7 @@ from dsmini.planner.plan import make_plan
 from dsmini.planner.request import LAYOUT, Model, PlanRequest
 from dsmini.planner.training import PARTS
 from tests.helpers.plans import in_layout, plan_of, read, trained_in
-from tests.helpers.released_configs import HF_V3
+from tests.helpers.released_configs import HF_V3, released_json
 
 V3 = {
     **{"gpus": 2048, "pipeline": 16, "expert": 64, "tensor": 1, "zero": 1, "recompute": "selective"},
@@ -24,20 +24,6 @@ V3 = {
 }
 """Layout of DeepSeek-V3 (report, section 3.2)."""
 SERVED_AS_V3 = {"decode": (4, 320, 64), "prefill": (4, 32, 32), "decode how": "as DeepSeek-V3 is served"}
-INFERENCE_V3 = {
-    **{
-        "vocab_size": 129280,
-        "dim": 7168,
-        "inter_dim": 18432,
-        "moe_inter_dim": 2048,
-        "n_layers": 61,
-        "n_dense_layers": 3,
-    },
-    **{"n_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "n_activated_experts": 8, "n_expert_groups": 8},
-    **{"n_limited_groups": 4, "route_scale": 2.5, "score_func": "sigmoid", "q_lora_rank": 1536, "kv_lora_rank": 512},
-    **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "dtype": "fp8"},
-}
-"""DeepSeek's config_671B.json."""
 FEWEST = "the fastest of a short list that fits, on the fewest GPUs that train within 90 days (--days)"
 LATE = "the fastest of a short list that fits; no number of GPUs that was tried trains within 3 days (--days)"
 LEAST = "no layout fits, and this one needs the least memory"
@@ -105,7 +91,7 @@ def test_name_is_of_the_file_or_of_its_folder(tmp_path: Path) -> None:
 def test_own_inference_json_of_v3_is_planned_in_fp8(tmp_path: Path) -> None:
     """It has no blocks of multi-token prediction, and says that its dtype is fp8."""
     path = tmp_path / "config_671B.json"
-    path.write_text(json.dumps(INFERENCE_V3))
+    path.write_text(json.dumps(released_json("deepseek-v3.inference")))
     model = Model.from_file(path)
     plan = make_plan(PlanRequest(), model, load_hardware("h800"))
     assert (model.fp8, model.config.n_mtp_layers) == (True, 0)

@@ -22,12 +22,6 @@ from tests.helpers.plans import plan_of, same_page, values_of
 V3 = "deepseek-v3 @invented"
 SMALL = "deepseek-v2-lite @invented gpus=8 batch=96 schedule=1f1b precision=bf16 micro_batch=1 zero=1"
 SLOW = f"{V3} gpus=2048 pipeline=1 expert=256 tensor=8 zero=3 recompute=full schedule=1f1b precision=fp8"
-FOUND = (
-    *("deepseek-v3 @h800", SLOW, f"{V3} utilization=0.5", f"{V3} decode_gpus=8", "deepseek-v3.2 @invented"),
-    *("deepseek-v2-lite @laptop memory*6", "toy @laptop", "toy-dense @laptop", "shakespeare @invented"),
-    f"{V3} memory*0.7 tokens=1e12 price=5 failures_per_node_day=0.1 restart_time=1000",
-)
-"""Plans of which the ten lines are shown."""
 
 
 @functools.cache
@@ -45,22 +39,9 @@ def on_terminal(answer: Answer, width: int = 100) -> str:
     return out.getvalue()
 
 
-def formulas() -> str:
-    """Return the formulas of all figures of some plans, each once."""
-    seen: set[str] = set()
-    lines: list[str] = []
-    for words in (V3, "toy @invented", "toy-dsa @invented", SMALL):
-        steps = {name: f.formula for name, f in plan_of(words).figures.items() if f.formula}
-        lines += ["", f"## {words}", *(f"{name} = {steps[name]}" for name in sorted(steps.keys() - seen))]
-        seen |= steps.keys()
-    return "\n".join(lines)
-
-
 PAGES: dict[str, Callable[[], str]] = {
     "plan": lambda: on_terminal(planned(V3)),
     "tables": lambda: on_terminal(planned(V3, whole=True)),
-    "formulas": formulas,
-    "findings": lambda: "\n\n".join("\n".join([f"# {words}", *ten_lines(plan_of(words))]) for words in FOUND),
     "explanation": lambda: "\n\n".join(
         "\n".join(pages.explained(plan_of(V3), name, width).lines)
         for name, width in (("slow_row_bytes", 100), ("effective_share", 70), ("n_layers", 80))

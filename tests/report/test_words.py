@@ -31,6 +31,8 @@ def figure(measured: float | None, **given: Any) -> Figure:
         (3.37 * 365.25 * 86400, "s", "3.37 years"),
         (1019.05, "s", "17.0 min"),
         (3e-10, "s", "0.300 ns"),
+        (5.576e6, "$", "$5.58 million"),
+        (2 / 3600, "$/s", "$2.00/h"),
         (0.5, "s/token", "500 ms/token"),
         (70272, "B/token", "70.3 kB/token"),
         (2176.0, "token", "2,176 tokens"),
