@@ -54,7 +54,12 @@ KNOWN = (
     *(MLA, DSA, Indexer, Attention, FeedForward, MoE, Gate, Experts, QuantizedExperts),
 )
 """Classes whose equations the kernels have."""
-ROLES = {"attn_norm": (RMSNorm,), "attn": (MLA, DSA, Attention), "ffn_norm": (RMSNorm,), "ffn": (FeedForward, MoE)}
+ROLES: dict[str, tuple[type, ...]] = {
+    "attn_norm": (RMSNorm,),
+    "attn": (MLA, DSA, Attention),
+    "ffn_norm": (RMSNorm,),
+    "ffn": (FeedForward, MoE),
+}
 """Classes of the children of a block."""
 SCORE_FUNCS = ("sigmoid", "softmax")
 """Score functions that the kernels have."""
@@ -224,7 +229,7 @@ class Decoder:
         ]
         """The weights of each block, or None for one that runs as it is."""
         fast_chain = fast and type(model.mtp) is MTPChain
-        self.mtp_blocks = [
+        self.mtp_blocks: list[BlockWeights | None] = [
             extract_weights(block.get_submodule("block"), dtype)
             if fast_chain and not why_not_known(block, MTP)
             else None
@@ -237,7 +242,7 @@ class Decoder:
         """The reason why the blocks run as modules, or "" where they are taken apart."""
         ropes = {weights.attention.layer.rope for weights in [*self.blocks, *self.mtp_blocks] if weights}
         if len(ropes) > 1:  # one pair of cos and sin serves a step of all blocks
-            self.why = "layers have different RoPE"
+            self.why: str = "layers have different RoPE"
             self.blocks[:], self.mtp_blocks[:] = [None] * len(self.blocks), [None] * len(self.mtp_blocks)
         self._rope = next(iter(ropes), Rope.from_config(model.config))
         self._cos_sin = self._rope.cos_sin(torch.arange(0)[None])

@@ -60,21 +60,25 @@ class Hardware:
             title: for people, such as "NVIDIA H800 SXM".
             numbers: by the name of their figure, in base units, with their sources; without what is not published.
         """
-        self.name, self.title, self.numbers = name, title, numbers
-        self.memory, self.memory_bandwidth = numbers["gpu_memory"], numbers["memory_bandwidth"]
-        self.peaks = [dtype for dtype in DTYPES if f"peak_{dtype}" in numbers]
+        self.name: str = name
+        self.title: str = title
+        self.numbers: Mapping[str, Figure] = numbers
+        self.memory: Figure = numbers["gpu_memory"]
+        self.memory_bandwidth: Figure = numbers["memory_bandwidth"]
+        self.peaks: list[str] = [dtype for dtype in DTYPES if f"peak_{dtype}" in numbers]
         """Dtypes that the hardware has units for."""
-        self.linked = "fast_link" in numbers
+        self.linked: bool = "fast_link" in numbers
         """There is a link inside a node; else all plans are of one accelerator."""
-        self.networked = self.linked and "slow_link" in numbers
+        self.networked: bool = self.linked and "slow_link" in numbers
         """There are links between nodes too; else all plans are of one node."""
-        self.fast_link, self.slow_link = numbers.get("fast_link", NO_LINK), numbers.get("slow_link", NO_LINK)
-        self.gpus_per_node = round(numbers["gpus_per_node"])
-        self.node = self.gpus_per_node if self.linked else 1
+        self.fast_link: Figure = numbers.get("fast_link", NO_LINK)
+        self.slow_link: Figure = numbers.get("slow_link", NO_LINK)
+        self.gpus_per_node: int = round(numbers["gpus_per_node"])
+        self.node: int = self.gpus_per_node if self.linked else 1
         """Number of accelerators that the fast link connects."""
         self.most_gpus: float = math.inf if self.networked else self.node
         """Number of accelerators that the links connect."""
-        self.price = numbers.get("gpu_price")
+        self.price: Figure | None = numbers.get("gpu_price")
         """Dollars a second of an accelerator; None where nobody published one."""
 
     def check_links(self, gpus: int) -> None:

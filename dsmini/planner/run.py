@@ -19,7 +19,7 @@ Source: Kokolis et al. (arXiv 2410.21680), Young (1974) and Daly (2006) for fail
 from math import exp, sqrt
 
 from dsmini.config.fields import require
-from dsmini.planner.figure import figure
+from dsmini.planner.figure import Figure, figure
 from dsmini.planner.request import Inputs
 from dsmini.planner.training import Training
 from dsmini.report.units import human
@@ -34,8 +34,10 @@ class Run:
     """Time and cost of a run: by the parts of a step, or by a utilization."""
 
     def __init__(self, t: Training, inputs: Inputs) -> None:
-        self.t, self.peak, self.tokens = t, t.h.peak(t.dtype), inputs.of("tokens", "token")
-        self.utilization = inputs.of("utilization") if inputs.request.utilization is not None else None
+        self.t: Training = t
+        self.peak: Figure = t.h.peak(t.dtype)
+        self.tokens: Figure = inputs.of("tokens", "token")
+        self.utilization: Figure | None = inputs.of("utilization") if inputs.request.utilization is not None else None
 
     @figure("token")
     def step_tokens(self) -> float:
@@ -86,9 +88,11 @@ class Failures:
     """Cost of failures to a run, or to GPUs alone. Raises: ValueError for more of them than a run survives."""
 
     def __init__(self, inputs: Inputs, gpus: float, run: Run | None = None) -> None:
-        self.gpus, self.run = gpus, run
-        self.failures_per_node_day = inputs.of("failures_per_node_day")
-        self.restart, self.halt = inputs.of("restart_time", "s"), inputs.of("checkpoint_halt", "s")
+        self.gpus: float = gpus
+        self.run: Run | None = run
+        self.failures_per_node_day: Figure = inputs.of("failures_per_node_day")
+        self.restart: Figure = inputs.of("restart_time", "s")
+        self.halt: Figure = inputs.of("checkpoint_halt", "s")
         mean = self.mean_time_to_failure
         said = f"a failure every {human(mean, 's')} leaves no time to train, with {self.restart} "
         said += f"for a restart and {self.halt} for a checkpoint; lower one of the three"

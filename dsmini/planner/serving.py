@@ -32,7 +32,7 @@ Source: DeepSeek-V3 report, sections 3.4 and 5.4.3; INS, section 2.3.2; Leviatha
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import floor
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dsmini.accounting.flops import context_products, twice_the_keys
 from dsmini.accounting.memory import row_width, rows_read
@@ -47,6 +47,9 @@ from dsmini.planner.request import DTYPES, Assumptions, Inputs, Model, PlanReque
 from dsmini.planner.search import gpu_counts, usual_precision
 from dsmini.reading import listed
 from dsmini.report.units import human, plural
+
+if TYPE_CHECKING:
+    from dsmini.planner.model import CacheFigures
 
 StageName = Literal["decode", "prefill"]
 STAGES: tuple[StageName, ...] = ("decode", "prefill")
@@ -104,25 +107,34 @@ class Work:
     def __init__(self, m: ModelFigures, inputs: Inputs) -> None:
         r = inputs.request
         assert r.weight_dtype is not None
-        self.m, self.weights, self.cache = m, WeightFigures(m, r.weight_dtype), cache_figures(m.config, r.cache_dtype)
+        self.m: ModelFigures = m
+        self.weights: WeightFigures = WeightFigures(m, r.weight_dtype)
+        self.cache: CacheFigures = cache_figures(m.config, r.cache_dtype)
         # of the products: FP4 weights are multiplied as FP8, which holds each of them exactly
         self.dtype = "fp8" if r.weight_dtype == "fp4" else r.weight_dtype
-        self.context, self.prompt = inputs.of("context", "token"), inputs.of("prompt", "token")
-        self.sequences = inputs.of("sequences")
+        self.context: Figure = inputs.of("context", "token")
+        self.prompt: Figure = inputs.of("prompt", "token")
+        self.sequences: Figure = inputs.of("sequences")
 
 
 class Deployed:
     """Sizes and memory of a deployment."""
 
     def __init__(self, w: Work, d: Deployment, h: Hardware) -> None:
-        self.w, self.d, self.stage, self.memory, c = w, d, f"{d.stage}_", h.memory, w.m.config
+        self.w: Work = w
+        self.d: Deployment = d
+        self.stage = f"{d.stage}_"
+        self.memory: Figure = h.memory
+        c = w.m.config
         one_hop = 0 if d.two_hop else c.n_activated_experts + c.n_shared_experts * d.shared_remote
-        self.exchange = Exchange(c, d.gpus, h.gpus_per_node, w.dtype, one_hop, self.stage)
+        self.exchange: Exchange = Exchange(c, d.gpus, h.gpus_per_node, w.dtype, one_hop, self.stage)
         names = {"tensor": "GPUs that divide attention's heads", "micro_batches": "Micro-batches of a step"}
+        self.tensor: Figure
+        self.micro_batches: Figure
         self.tensor, self.micro_batches = (
             Figure(f"{self.stage}{name}", getattr(d, name), "", title, d.how) for name, title in names.items()
         )
-        self.tokens = w.context if d.stage == "decode" else w.prompt
+        self.tokens: Figure = w.context if d.stage == "decode" else w.prompt
 
     @figure()
     def gpu_experts(self) -> float:
@@ -210,11 +222,17 @@ class ServedStep:
         Args:
             drafts: tokens of each decoding sequence to verify besides the last one. They share a read of its cache.
         """
-        self.of, self.w, self.d, self.h, self.a = of, of.w, of.d, h, a
-        self.links, self.exchange, self.positions = Links(h, a), of.exchange, 1 + drafts
-        self.stage = "verify_" if drafts else of.stage
-        self.decode = of.d.stage == "decode"
-        self.absorbed = self.decode and self.w.m.config.is_mla
+        self.of: Deployed = of
+        self.w: Work = of.w
+        self.d: Deployment = of.d
+        self.h: Hardware = h
+        self.a: Assumptions = a
+        self.links: Links = Links(h, a)
+        self.exchange: Exchange = of.exchange
+        self.positions: int = 1 + drafts
+        self.stage: str = "verify_" if drafts else of.stage
+        self.decode: bool = of.d.stage == "decode"
+        self.absorbed: bool = self.decode and self.w.m.config.is_mla
         h.peak(self.w.dtype)  # raises
 
     @figure()
@@ -344,11 +362,16 @@ class Served:
         self, m: ModelFigures, h: Hardware, a: Assumptions, inputs: Inputs, found: Mapping[StageName, Deployment]
     ) -> None:
         w = Work(m, inputs)
-        self.w, self.h, self.inputs = w, h, inputs
+        self.w: Work = w
+        self.h: Hardware = h
+        self.inputs: Inputs = inputs
+        self.decode: Deployed
+        self.prefill: Deployed
         self.decode, self.prefill = (Deployed(w, found[stage], h) for stage in STAGES)
-        self.decode_step, self.prefill_step = ServedStep(self.decode, h, a), ServedStep(self.prefill, h, a)
+        self.decode_step: ServedStep = ServedStep(self.decode, h, a)
+        self.prefill_step: ServedStep = ServedStep(self.prefill, h, a)
         drafted = m.config.n_mtp_layers and inputs.request.drafts
-        self.drafts = Drafts(w, h, a, inputs, self.decode_step) if drafted else None
+        self.drafts: Drafts | None = Drafts(w, h, a, inputs, self.decode_step) if drafted else None
 
     @property
     def waits(self) -> dict[str, dict[str, float]]:
@@ -400,9 +423,13 @@ class Drafts:
     """Gain of tokens that multi-token prediction drafts. A draft is one more block, and reads the head."""
 
     def __init__(self, w: Work, h: Hardware, a: Assumptions, inputs: Inputs, plain: ServedStep) -> None:
-        self.w, self.h, self.a, self.plain = w, h, a, plain
-        self.drafts, self.acceptance = inputs.of("drafts"), inputs.of("acceptance")
-        self.step = ServedStep(plain.of, h, a, drafts=inputs.request.drafts)
+        self.w: Work = w
+        self.h: Hardware = h
+        self.a: Assumptions = a
+        self.plain: ServedStep = plain
+        self.drafts: Figure = inputs.of("drafts")
+        self.acceptance: Figure = inputs.of("acceptance")
+        self.step: ServedStep = ServedStep(plain.of, h, a, drafts=inputs.request.drafts)
 
     @figure("s")
     def draft_time(self) -> float:

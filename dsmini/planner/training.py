@@ -23,7 +23,7 @@ Source: DeepSeek-V3 report, sections 3.2 and 3.3, table 2; ZeRO (arXiv 1910.0205
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsmini.accounting.memory import TABLES, activation_bytes, training_bytes
 from dsmini.accounting.tensors import BLOCK, SIZES
@@ -34,6 +34,9 @@ from dsmini.planner.layout import Layout, gpus_in_node
 from dsmini.planner.model import ModelFigures
 from dsmini.planner.request import DTYPES, Assumptions
 from dsmini.planner.stages import Pipeline, Place, fastest_pipeline
+
+if TYPE_CHECKING:
+    from dsmini.accounting.tensors import Bytes
 
 ZERO3_GATHERED = 2
 """Layers whose weights ZeRO 3 holds whole: the one at work and the one that is fetched."""
@@ -52,15 +55,19 @@ class Training:
     """Memory and time of a step in a layout. Raises: ValueError for a precision or a link that the hardware lacks."""
 
     def __init__(self, m: ModelFigures, h: Hardware, a: Assumptions, r: Layout) -> None:
-        self.m, self.h, self.a, self.layout, self.links = m, h, a, r, Links(h, a)
+        self.m: ModelFigures = m
+        self.h: Hardware = h
+        self.a: Assumptions = a
+        self.layout: Layout = r
+        self.links: Links = Links(h, a)
         in_node = gpus_in_node(r.expert, h.gpus_per_node)
-        self.exchange = Exchange(m.config, r.expert, in_node, DTYPES[r.precision])
+        self.exchange: Exchange = Exchange(m.config, r.expert, in_node, DTYPES[r.precision])
         self.dtype = "float32" if r.precision == "fp32" else "bfloat16"
         self.master = 0 if r.precision == "fp32" else 4
         """Bytes of a master weight."""
         self.communication = a.communication_share if r.expert > 1 else 0
         """Share of a GPU that carries rows of experts."""
-        self.local_experts = m.config.n_routed_experts / r.expert * m.expert_parameters
+        self.local_experts: float = m.config.n_routed_experts / r.expert * m.expert_parameters
         """Numbers of the routed experts of a layer on a GPU."""
         h.check_links(r.gpus)
         h.peak(DTYPES[r.precision])  # raises
@@ -334,8 +341,11 @@ class Gpu:
     """Parameters and memory of a GPU of a pipeline."""
 
     def __init__(self, t: Training, place: Place) -> None:
-        self.t, self.place, self.numbers = t, place, place.numbers(t.m, t.layout.tensor)
-        self.holders, self.expert_holders = t.data * t.layout.copies, t.expert_data * t.layout.copies
+        self.t: Training = t
+        self.place: Place = place
+        self.numbers: tuple[float, float] = place.numbers(t.m, t.layout.tensor)
+        self.holders: float = t.data * t.layout.copies
+        self.expert_holders: float = t.expert_data * t.layout.copies
 
     def divided(self, since: int) -> tuple[float, float]:
         """Return over how many GPUs a part of the state is divided from a stage of ZeRO on: of matrices, of experts."""
@@ -414,9 +424,9 @@ class Process:
     def __init__(self, m: ModelFigures, r: Layout, dtype: str) -> None:
         config = replace(m.config, precision="fp8" if r.precision == "fp8" else "native")
         size: dict[str, Any] = {"batch_size": 1, "seq_len": int(m.seq_len), "dtype": dtype}
-        self.tables = activation_bytes(config, **size).by_part[TABLES]
+        self.tables: float = activation_bytes(config, **size).by_part[TABLES]
         how: dict[str, Any] = {"optimizer": r.optimizer, "moments": r.moments, "recompute": r.recompute}
-        self.held = training_bytes(config, **size, **how)
+        self.held: Bytes = training_bytes(config, **size, **how)
 
     @counted("B")
     def process_state(self) -> float:

@@ -68,7 +68,7 @@ class TrainingProgress(Progress):
         self.steps = steps
         self.times: deque[float] = deque(maxlen=11)
         """Seconds a token of the last steps. The first steps of a process also prepare, so a median is taken."""
-        self.trained = 0.0
+        self.trained: float = 0.0
         """Seconds of all steps that were shown."""
 
     def show(self, step: StepResult, tokens_per_s: float, sentence: str = "") -> None:

@@ -37,8 +37,6 @@ def figure(measured: float | None, **given: Any) -> Figure:
         (70272, "B/token", "70.3 kB/token"),
         (2176.0, "token", "2,176 tokens"),
         (2.38e-7, "$/token", "$0.238 per million tokens"),
-        (5.576e6, "$", "$5.58 million"),
-        (2 / 3600, "$/s", "$2.00/h"),
         (None, "s", units.NOTHING),
     ],
 )
