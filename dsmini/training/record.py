@@ -285,19 +285,19 @@ class TensorBoard:
 
         self.layers = layers
         purge_step = first if folder.exists() else None
-        self.writer: SummaryWriter = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
 
     def add(self, row: Row) -> None:
         """Write the figures of a step. Histograms of the loads come with each validation."""
         scalars = {**row, **{f"max_vio/{n}": v for n, v in zip(self.layers, row["layer_max_vio"] or (), strict=False)}}
         for name, value in scalars.items():
             if isinstance(value, int | float) and name != "step":
-                self.writer.add_scalar(name, float(value), row["step"])
+                self._writer.add_scalar(name, float(value), row["step"])
         for layer, loads in zip(self.layers, row["loads"] or (), strict=False):
             counts = np.asarray(loads, dtype=np.float64)
             if row["val_loss"] is not None:
-                self.writer.add_histogram(f"load/{layer}", counts / max(counts.mean(), 1.0), row["step"])
+                self._writer.add_histogram(f"load/{layer}", counts / max(counts.mean(), 1.0), row["step"])
 
     def close(self) -> None:
         """Write all events that are still in memory."""
-        self.writer.close()
+        self._writer.close()
