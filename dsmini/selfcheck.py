@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from dsmini.config.fields import require
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
@@ -91,7 +93,7 @@ def versions(device: str) -> str:
     have = {need.name: metadata.version(need.name) for need in needs}  # its error names what is missing
     wrong = [str(need) for need in needs if not need.specifier.contains(have[need.name], prereleases=True)]
     found = ", ".join(f"{name} {version}" for name, version in have.items())
-    _require(not wrong, f"dsmini wants {', '.join(wrong)}, here are {found}; install dsmini again")
+    require(not wrong, f"dsmini wants {', '.join(wrong)}, here are {found}; install dsmini again")
     return found
 
 
@@ -117,7 +119,7 @@ def kernels(device: str) -> str:
                 rounded = round_tiles(x, (128, 128), "fp32", "e4m3", 1e-4, torch.bfloat16)
                 results.append([codes, scales, rounded, dequantize_tiles(codes, scales, (1, 128))])
         same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(*results, strict=True)]
-        _require(all(same), f"{backend} kernels round other than plain PyTorch: equal are {same}")
+        require(all(same), f"{backend} kernels round other than plain PyTorch: equal are {same}")
         served.append(f"{backend} ({library.describe().partition(',')[0]}) rounds as plain PyTorch, bit by bit")
     if not served:
         raise SkippedError("; ".join(missing))
@@ -150,17 +152,15 @@ def model(device: str) -> str:
     worst = max(range(len(errors)), key=errors.__getitem__)
     # sums of at most 512 terms, some 100 of them chained, each rounded to FP32; four times that for softmax and norms
     allowed = 4 * 2.0**-24 * math.sqrt(512 * 100)
-    _require(
-        errors[worst] <= allowed, f"{names[worst]}: {errors[worst]:.1e} off FP64's, at most {allowed:.1e} is right"
-    )
+    require(errors[worst] <= allowed, f"{names[worst]}: {errors[worst]:.1e} off FP64's, at most {allowed:.1e} is right")
     return f"logits and {len(errors) - 2} gradients within {max(errors):.0e} of FP64's, 16 equal decoded tokens"
 
 
 def training(device: str) -> str:
     """Train ten steps in BF16."""
     rows = _trained([sys.executable], device, "--train.dtype bfloat16")
-    seconds = sorted(512 / row["tokens_per_s"] for row in rows[2:])
-    return f"loss {rows[0]['loss']:.3f} to {rows[-1]['loss']:.3f}, {1000 * seconds[4]:.1f} ms a step"
+    seconds = statistics.median(512 / row["tokens_per_s"] for row in rows[2:])
+    return f"loss {rows[0]['loss']:.3f} to {rows[-1]['loss']:.3f}, {1000 * seconds:.1f} ms a step"
 
 
 def processes(device: str) -> str:
@@ -173,7 +173,7 @@ def processes(device: str) -> str:
     one = _trained([sys.executable], where, "--train.dtype float32")
     two = _trained(launch, where, "--train.dtype float32 --parallel.ep 2")
     apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two, strict=True))
-    _require(apart < 1e-3, f"losses over {over} are up to {apart:.1e} from those of one process")
+    require(apart < 1e-3, f"losses over {over} are up to {apart:.1e} from those of one process")
     return f"experts divided over two ranks by {over}: losses within {apart:.0e} of one process's"
 
 
@@ -205,7 +205,7 @@ def gpu_tests(device: str) -> str:
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     print(done.stdout, file=sys.stderr)
     last = done.stdout.strip().rpartition("\n")[2].strip("= ")
-    _require(done.returncode == 0, last or f"pytest ended with status {done.returncode}")
+    require(done.returncode == 0, last or f"pytest ended with status {done.returncode}")
     return last
 
 
@@ -213,11 +213,6 @@ CHECKS: dict[str, Callable[[str], str]] = {
     **{"versions": versions, "kernels": kernels, "model": model, "training": training, "processes": processes},
     **{"speed": speed, "gpu-tests": gpu_tests},
 }
-
-
-def _require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise ValueError(otherwise)
 
 
 def _trained(launch: list[str], device: str, flags: str) -> list[dict[str, Any]]:
@@ -228,10 +223,10 @@ def _trained(launch: list[str], device: str, flags: str) -> list[dict[str, Any]]
         paths = ["--data.path", str(text), "--out", str(out), "--train.device", device]
         command = [*launch, "-m", "dsmini.train", *paths, *TINY.split(), *flags.split()]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False, timeout=140)
-        _require(done.returncode == 0, f"dsmini.train ended with status {done.returncode}; its error is above")
+        require(done.returncode == 0, f"dsmini.train ended with status {done.returncode}; its error is above")
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    _require(len(rows) == 10 and not any(row["skipped"] for row in rows), "a step was skipped or is missing")
-    _require(rows[-1]["loss"] < rows[0]["loss"], f"the loss went from {rows[0]['loss']} to {rows[-1]['loss']}")
+    require(len(rows) == 10 and not any(row["skipped"] for row in rows), "a step was skipped or is missing")
+    require(rows[-1]["loss"] < rows[0]["loss"], f"the loss went from {rows[0]['loss']} to {rows[-1]['loss']}")
     return rows
 
 

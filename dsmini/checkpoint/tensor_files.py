@@ -242,11 +242,11 @@ class SafetensorsReader:
     def __init__(self, path: Path) -> None:
         self._open: dict[Path, Any] = {}
         if not path.is_dir():
-            self.tensors = _header(path)
+            self.tensors: dict[str, Stored] = _header(path)
         elif is_inference_layout(path):
             self.tensors = _joined_ranks(path)
         else:
-            self.tensors: dict[str, Stored] = _indexed(path)
+            self.tensors = _indexed(path)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU; one in a single file is a view of the file, with copy on write."""

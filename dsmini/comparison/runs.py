@@ -31,7 +31,7 @@ class Workers:
     def __init__(self) -> None:
         self.running: dict[subprocess.Popen[str], float] = {}
         """Share of its run that each process has done."""
-        self.closed = False
+        self.closed: bool = False
         self.lock: threading.Lock = threading.Lock()
 
     def ask(self, request: str, what: str) -> Any:
@@ -80,7 +80,7 @@ class Workers:
     def close(self) -> None:
         """Kill the processes, and start no more."""
         with self.lock:
-            self.closed: bool = True
+            self.closed = True
             for process in self.running:
                 process.kill()
 

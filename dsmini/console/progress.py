@@ -49,11 +49,12 @@ class Progress:
         refresh_per_second: float = 10,
     ) -> None:
         self.console: Console = console
-        self.total = total
+        self.total: float = total
         self.unit = unit
-        self.label = self._object = label
+        self.label: str = label
+        self._object = label
         """Name of the work, or of its stage; a caller may change it before an update."""
-        self.done = 0.0
+        self.done: float = 0.0
         """Amount of work that is done."""
         self.delay: float = delay
         self.line_every: float | None = line_every
@@ -93,7 +94,7 @@ class Progress:
             words: more about it, such as the loss.
             left: seconds left, if the caller knows better than the rate so far; infinity shows none.
         """
-        self.done: float = done
+        self.done = done
         now = time.monotonic()
         if self.unit == "bytes":
             words = f"{done / max(1, self.total):.0%} of {self.total:,.0f} bytes"
@@ -121,9 +122,9 @@ class Progress:
         """
         label = f"{what} {self._object}".rstrip()
         if label != self.label or self.done >= self.total:
-            self.label: str = label
+            self.label = label
             self._begun = time.monotonic()
-        self.total: float = total
+        self.total = total
         self.update(done)
         if done >= total:
             self._bar.stop()

@@ -90,7 +90,7 @@ class OtherPrograms:
 
     def __init__(self, read: Callable[[], CpuTimes] = CpuTimes.now) -> None:
         self.read: Callable[[], CpuTimes] = read
-        self.left = self.SECONDS
+        self.left: float = self.SECONDS
         self.before: CpuTimes | None = None
 
     def see(self, seconds: float) -> str:
@@ -99,7 +99,7 @@ class OtherPrograms:
             self.before = self.read()
             return ""
         looking = self.left > 0
-        self.left: float = self.left - seconds
+        self.left = self.left - seconds
         if not looking or self.left > 0:
             return ""
         seen, threads = Contention.between(self.before, self.read()), torch.get_num_threads()

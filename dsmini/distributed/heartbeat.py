@@ -116,8 +116,8 @@ class Heartbeat:
 
     def beat(self, step: int, phase: str) -> None:
         """Tell that the main thread has moved, and to which step and phase."""
-        self.step: int = step
-        self.phase: str = phase
+        self.step = step
+        self.phase = phase
         self.moves += 1
 
     def __enter__(self) -> "Heartbeat":
@@ -153,7 +153,7 @@ class Heartbeat:
     def exchange(self, passed: float) -> None:
         """Publish a heartbeat, read those of others, and end all processes of a run that stands still."""
         seen = self.moves, stack_of(self.main)
-        self.still: float = 0.0 if seen != self.seen else self.still + passed
+        self.still = 0.0 if seen != self.seen else self.still + passed
         self.seen = seen
         self._publish(self.phase)
         if self.store.check(["stall"]):
@@ -161,7 +161,7 @@ class Heartbeat:
             os._exit(STALLED)
         before = (self.rank - 1) % self.size
         beat = self._read(before)
-        self.silent: float = 0.0 if beat != self.last else self.silent + passed
+        self.silent = 0.0 if beat != self.last else self.silent + passed
         self.last = beat
         if self.silent > self.timeout and not (beat and beat.phase == ENDED):
             who, after = (beat.who, f" after {beat.at}") if beat else (f"rank {before}", "")

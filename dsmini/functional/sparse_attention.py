@@ -51,7 +51,7 @@ def _first_largest(scores: Float[Tensor, "b s t"], k: int) -> Int[Tensor, "b s k
     edge = scores.topk(k, sorted=False).values.amin(-1, keepdim=True)
     above, equal = scores > edge, (scores == edge) & ~scores.isneginf()
     kept = above | equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True))
-    rank = torch.where(kept, kept.cumsum(-1) - 1, k).clamp_(max=k)  # more than k where nothing is computed
+    rank = torch.where(kept, kept.cumsum(-1) - 1, k)
     places = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
     return rank.new_full((*scores.shape[:-1], k + 1), -1).scatter_(-1, rank, places)[..., :k]
 

@@ -238,11 +238,11 @@ class Decoder:
         """The same of the multi-token prediction blocks."""
         self._plain_norm, self._plain_head = not why_not_known(model.norm, RMSNorm), is_plain(model.head)
         reasons = (f"layers.{i}: {why}" for i, block in enumerate(model.layers) if (why := why_as_module(block)))
-        self.why = next(reasons, "") if fast else "no kernels of decoding steps run here, or in this dtype"
+        self.why: str = next(reasons, "") if fast else "no kernels of decoding steps run here, or in this dtype"
         """The reason why the blocks run as modules, or "" where they are taken apart."""
         ropes = {weights.attention.layer.rope for weights in [*self.blocks, *self.mtp_blocks] if weights}
         if len(ropes) > 1:  # one pair of cos and sin serves a step of all blocks
-            self.why: str = "layers have different RoPE"
+            self.why = "layers have different RoPE"
             self.blocks[:], self.mtp_blocks[:] = [None] * len(self.blocks), [None] * len(self.mtp_blocks)
         self._rope = next(iter(ropes), Rope.from_config(model.config))
         self._cos_sin = self._rope.cos_sin(torch.arange(0)[None])

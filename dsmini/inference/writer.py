@@ -188,7 +188,7 @@ class Conversation:
         assert writer.side.chat is not None, "a conversation needs a chat template"
         self.writer: Writer = writer
         self.chat: Chat | Dialogue = writer.side.chat
-        self.messages = system_turn(self.chat, system)
+        self.messages: list[Message] = system_turn(self.chat, system)
 
     def answer(self, line: str, page: Page | None) -> Answers:
         """Answer a turn. Both turns become part of the conversation, whose oldest ones are forgotten as it outgrows the
@@ -206,7 +206,7 @@ class Conversation:
         answers = self.writer.write([tokens], page)
         (row,) = answers.rows
         said = self.chat.plain(row.text) if row.finish == "stop" else self.chat.answer(row.tokens)
-        self.messages: list[Message] = [*messages, Message(role="assistant", content=said)]
+        self.messages = [*messages, Message(role="assistant", content=said)]
         return answers
 
 

@@ -109,7 +109,8 @@ class Operands:
 
     def __init__(self, cache_bytes: int) -> None:
         self.size: int
-        self.size = self.least = BLOCKS * cache_bytes
+        self.least: int = BLOCKS * cache_bytes
+        self.size = self.least
         self.blocks: dict[torch.dtype, Tensor] = {}
         self.next: dict[torch.dtype, int] = {}
 
@@ -119,7 +120,7 @@ class Operands:
         if call.cold >= LEAST_COLD:  # of large tensors, or of many small ones
             copies = max(2, min(MOST_COPIES, self.size // call.cold))
         warm: dict[int, Tensor] = {}
-        self.least: int = max(self.size, 2 * call.held)
+        self.least = max(self.size, 2 * call.held)
         sets = [_Unpickler(call, self, warm).load() for _ in range(copies)]
         kept: list[object] = [None] * (copies if call.cold_results >= LEAST_COLD else 1)
         number = itertools.count()

@@ -55,7 +55,7 @@ class Count(TorchDispatchMode):
         super().__init__()
         self.cache: _Cache = _Cache(cache_bytes)
         self.operations: list[CountedOperation] = []
-        self.views = 0
+        self.views: int = 0
         """Number of calls that move nothing."""
         self.held: int = 0
         self.peak: int = 0
@@ -124,7 +124,7 @@ class Count(TorchDispatchMode):
             if key not in self._known:
                 self._known.add(key)
                 self.held += size
-                self.peak: int = max(self.peak, self.held)
+                self.peak = max(self.peak, self.held)
                 weakref.finalize(storage, self._release, key, size)
 
     def _release(self, key: int, size: int) -> None:
@@ -134,7 +134,7 @@ class Count(TorchDispatchMode):
     def clear(self) -> None:
         """Forget the operations until now; what is in the cache stays."""
         self.operations.clear()
-        self.views: int = 0
+        self.views = 0
 
     @property
     def bytes(self) -> int:

@@ -50,6 +50,9 @@ class Dry(Count):
         _, changed = operands_of(func, args, kwargs)
         on_indices = all(t.dtype in INDEX_DTYPES for t in (*given, *changed))
         if is_free(func) or (on_indices and changed):
+            if name == "scatter_":  # places that are counted from a mask, which is true everywhere, may not exist
+                x, dim, index, *source = args
+                args = (x, dim, index.clamp(max=x.shape[dim] - 1), *source)
             return func(*args, **kwargs)
         if changed:
             return _returned(func, changed)

@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-from typing import Any
 
 import torch
 
@@ -29,9 +28,14 @@ def peak_of_process(shape: StepShape) -> int:
     return int(done.stdout.split()[-1])
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the step that the standard input describes, and print the peak."""
     torch.set_num_threads(int(sys.argv[1]))
-    _run: Any = pickle.loads(base64.b85decode(sys.stdin.read())).make(CPU)
-    for _step in range(STEPS):
-        _run()
+    step = pickle.loads(base64.b85decode(sys.stdin.read())).make(CPU)
+    for _ in range(STEPS):
+        step()
     print(peak_since_reset(CPU))  # not getrusage, which knows the peak of the parent
+
+
+if __name__ == "__main__":
+    main()

@@ -59,9 +59,9 @@ class Block(nn.Module):
         classes: dict[str, type[nn.Module]] = {"mla": MLA, "dsa": DSA}
         self.attn_norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
         if c.attention == "compressed" and attention_class is None:
-            self.attn = CompressedAttention(c, compress_ratio=c.compress_ratio(layer))
+            self.attn: nn.Module = CompressedAttention(c, compress_ratio=c.compress_ratio(layer))
         else:
-            self.attn: nn.Module = (attention_class or classes.get(c.attention, Attention))(c)
+            self.attn = (attention_class or classes.get(c.attention, Attention))(c)
         self.ffn_norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
         by_table = {"gate_class": partial(HashGate, layer=layer)} if c.is_hashed(layer) else {}
         self.ffn: nn.Module = moe_class(c, **by_table) if c.is_moe(layer) else in_precision(c, FeedForward)(c)

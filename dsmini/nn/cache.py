@@ -50,7 +50,7 @@ class LayerCache:
 
     def __init__(self, batch_size: int, max_seq_len: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         # zeros: a row that was never written has weight 0 in the softmax, and 0 * NaN would be NaN
-        self.data = torch.zeros(batch_size, max_seq_len, width, dtype=dtype, device=device)
+        self.data: Tensor = torch.zeros(batch_size, max_seq_len, width, dtype=dtype, device=device)
         self.index: LayerCache | None = None
         """The indexer's keys, which have the same places; None without an indexer."""
         self.halves: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
@@ -76,7 +76,7 @@ class LayerCache:
 
     def select(self, index: Int[Tensor, " n"]) -> None:
         """Keep the rows of these sequences, in this order."""
-        self.data: Tensor = self.data[index.to(self.data.device)]
+        self.data = self.data[index.to(self.data.device)]
         if self.index is not None:
             self.index.select(index)
 
@@ -221,7 +221,7 @@ class Cache:
         self.device: torch.device = device
         self.form: Form | FormPolicy = form
         self.mtp = mtp
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+        self.lengths: Tensor = torch.zeros(batch_size, dtype=torch.int64)
         """[b], on the CPU: valid length of each row, in tokens."""
         self._longest = [0] * batch_size
         """The same with tokens that were taken back."""
@@ -336,7 +336,7 @@ class Cache:
         index = _whole_numbers(rows, refusal)
         if index.dim() != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= n:
             raise ValueError(refusal)
-        self.lengths: Tensor = self.lengths[index]
+        self.lengths = self.lengths[index]
         self._longest = [self._longest[row] for row in index.tolist()]
         for store in self.stores:
             store.select(index)

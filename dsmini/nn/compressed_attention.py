@@ -273,11 +273,11 @@ class CompressedAttention(FP32Module):
         self.eps: float = c.norm_eps
         self.scale: float = c.head_dim**-0.5
         self.qat: bool = c.qat
-        self.rope = Rope(dim=c.qk_rope_head_dim, rope_theta=c.rope_theta)
+        self.rope: Rope = Rope(dim=c.qk_rope_head_dim, rope_theta=c.rope_theta)
         if compress_ratio:
             yarn = {"original_seq_len": c.original_seq_len if c.extended else None, "rope_factor": c.rope_factor}
             yarn |= {"beta_fast": c.beta_fast, "beta_slow": c.beta_slow, "mscale": 0.0, "mscale_all_dim": 0.0}
-            self.rope: Rope = Rope(dim=c.qk_rope_head_dim, rope_theta=c.compress_rope_theta, **yarn)
+            self.rope = Rope(dim=c.qk_rope_head_dim, rope_theta=c.compress_rope_theta, **yarn)
         self.wq_a: Projection = make_linear(c, c.dim, c.q_lora_rank)
         self.q_norm: RMSNorm = RMSNorm(c.q_lora_rank, c.norm_eps)
         self.wq_b: Projection = make_linear(c, c.q_lora_rank, c.n_heads * c.head_dim)

@@ -75,7 +75,7 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self.path: Path = path
-        self.failed = False
+        self.failed: bool = False
         self.break_line = "\n" if path.exists() else ""
         """Text before the next line. It ends a line that a kill or a full disk tore."""
 
@@ -89,7 +89,7 @@ class EventLog:
         except OSError as error:
             self.break_line = "\n"
             if not self.failed:
-                self.failed: bool = True
+                self.failed = True
                 reason = error.strerror or error
                 words = f"cannot write {self.path}: {reason}; training continues, some events are lost"
                 with suppress(OSError):
@@ -193,9 +193,9 @@ class History:
         self.window: int = max(10, steps // 10)
         """Number of steps that count as recent: a tenth of all, at least ten."""
         self.records: list[Row] = []
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row: int = 0
         """Number of steps without a finite gradient and loss since the last one that was not skipped."""
-        self.rewinds = 0
+        self.rewinds: int = 0
         """Number of times that the run went back to a checkpoint after a spike of the loss."""
 
     def add(self, row: Row) -> None:
@@ -219,8 +219,8 @@ class History:
             elif row["step"] == state.step and not complete:
                 last |= {key: value for key, value in row.items() if key.startswith("val_loss")}
         self.add(last)
-        self.skipped_in_a_row: int = state.skipped_in_a_row
-        self.rewinds: int = state.rewinds
+        self.skipped_in_a_row = state.skipped_in_a_row
+        self.rewinds = state.rewinds
         return state.step - len(self.records)
 
     @property

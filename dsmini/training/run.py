@@ -235,13 +235,13 @@ class TrainingRun:
         """Told the seconds of every step; returns a sentence to say about it, or ""."""
         self.asked: StopSignals = StopSignals(self.world)
         """The signals that ask this run to stop."""
-        self.progress = TrainingProgress(console, config.train.steps)
+        self.progress: TrainingProgress = TrainingProgress(console, config.train.steps)
         self.metrics: TextIO = io.StringIO()
         """metrics.jsonl while steps are taken."""
         self.board: TensorBoard | None = None
         self.failure: OSError | None = None
         """The error of rank 0 for which all processes stop, as if it was asked to stop."""
-        self.next_plot = PLOT_EVERY
+        self.next_plot: float = PLOT_EVERY
 
     # --- the loop
 
@@ -254,7 +254,7 @@ class TrainingRun:
         """
         if not self.history.records:  # else it was resumed
             self.note("started", 0, world_size=self.world.size)
-        self.progress: TrainingProgress = TrainingProgress(self.console, self.config.train.steps)
+        self.progress = TrainingProgress(self.console, self.config.train.steps)
         try:
             with self.asked, self.progress:
                 self._open_records()
@@ -480,7 +480,7 @@ class TrainingRun:
         loads = dict(zip(moe_layers(self.config.model), shares, strict=True)) if shares else {}
         with patience(self.console, "drawing"):
             plot_run(self.folder, self.history.records, loads)
-        self.next_plot: float = self.history.seconds + PLOT_EVERY
+        self.next_plot = self.history.seconds + PLOT_EVERY
 
     # --- survival
 

@@ -20,7 +20,7 @@ class StopSignals:
     def __init__(self, world: World) -> None:
         self.world = world
         self.numbers: list[int] = []
-        self.stopping = False
+        self.stopping: bool = False
         """All processes of the run know that a signal came to one. It stays True."""
 
     def __enter__(self) -> "StopSignals":
@@ -43,5 +43,5 @@ class StopSignals:
 
     def came(self) -> bool:
         """Ask the others, which all ask together; return True in all if a signal came to one."""
-        self.stopping: bool = self.stopping or self.world.any(bool(self.numbers))
+        self.stopping = self.stopping or self.world.any(bool(self.numbers))
         return self.stopping

@@ -93,8 +93,8 @@ class Trainer:
         self.losses: Callable[..., Losses] = torch.compile(model.losses) if config.train.compile else model.losses
         self.pipeline: Any = self.mesh.pipeline(model)
         self.loader: Loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
-        self.steps_done = 0
-        self.sequences = 0
+        self.steps_done: int = 0
+        self.sequences: int = 0
         """Place in the corpus's stream of sequences where the data continues."""
         self.phase: Callable[[str], None] = lambda name: None
         """Told where a phase of a step begins: forward, backward, optimizer."""
@@ -350,5 +350,5 @@ class Trainer:
             self._copy(of, mine[part])
         if self.average is not None:
             self.average.updates = average_updates
-        self.steps_done: int = steps_done
-        self.sequences: int = sequences
+        self.steps_done = steps_done
+        self.sequences = sequences

@@ -119,6 +119,7 @@ def test_decoding_is_diagnosed_by_a_config_a_run_or_a_folder(place: Path) -> Non
 
 
 def test_mistake_is_one_sentence(place: Path) -> None:
+    run("dsmini.diagnose small.toml --only nonsense", place)  # tokenizes the text, and refuses after that
     check_refused("dsmini.diagnose", place)
 
 
