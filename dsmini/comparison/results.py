@@ -143,6 +143,9 @@ def refuse_other(results: Results, head: Mapping[str, Any]) -> None:
     fix = f"name another file with --out, or remove {results.path}"
     begun = results.head | {"arms": {name: _as_now(arm, results.path) for name, arm in results.head["arms"].items()}}
     for where, old, new in _differences("", begun, head):
+        if where.endswith(".corpus"):
+            default = "the default one is the library of the Python that runs, so use the same Python"
+            raise ValueError(f"{results.path} was begun on another text; {default}, or {fix}")
         raise ValueError(f"{results.path} was begun with {where or 'it'} {brief(old)}, this has {brief(new)}; {fix}")
 
 

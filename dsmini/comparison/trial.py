@@ -27,7 +27,7 @@ from dsmini.comparison.arms import Arm, make_model_of
 from dsmini.config import RunConfig
 from dsmini.config.fields import build
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.machine import DTYPES, keep_freed_memory, pick_device
+from dsmini.machine import DTYPES, card, keep_freed_memory, pick_device
 from dsmini.nn import Transformer
 from dsmini.nn.gate import HashGate
 from dsmini.training.trainer import StepResult, Trainer
@@ -48,7 +48,7 @@ def run_trial(arm: Arm, seed: int, cache: Path, on_part: Callable[[float], None]
 
     Returns: loss in nats a byte (None if the run diverged), train_seconds and cpu_seconds of all steps, steps, tokens,
         parameters, active (None of a function's model), cache_bytes a token, max_vio at the end and over all steps,
-        and acceptance of drafts.
+        acceptance of drafts, and where it ran: processor, device, torch and python.
     """
     trainer, corpus = prepared(arm, seed, cache)
     config, steps = trainer.config, trainer.config.train.steps
@@ -62,7 +62,7 @@ def run_trial(arm: Arm, seed: int, cache: Path, on_part: Callable[[float], None]
     loss = (
         trainer.validate(trainer.final_windows()) / corpus.bytes_per_token if trainer.steps_done == steps else math.nan
     )
-    loads = [step.max_vio for step in done if step.max_vio is not None]
+    loads, here = [step.max_vio for step in done if step.max_vio is not None], card(trainer.device)
     return {
         "loss": loss if math.isfinite(loss) else None,
         "train_seconds": round(sum(step.seconds for step in done), 3),
@@ -75,6 +75,7 @@ def run_trial(arm: Arm, seed: int, cache: Path, on_part: Callable[[float], None]
         "max_vio": statistics.fmean(loads[-max(1, round(LAST * steps)) :]) if loads else None,
         "max_vio_mean": statistics.fmean(loads) if loads else None,
         "acceptance": acceptance(trainer) if len(trainer.model.mtp) else None,
+        **{key: here[key] for key in ("processor", "device", "torch", "python")},
     }
 
 

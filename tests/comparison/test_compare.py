@@ -130,7 +130,7 @@ def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
     assert refused.returncode == 2 and "begun with arms.base.config.train.steps 3, this has 4" in refused.stderr
     (place / "text.txt").write_text((place / "text.txt").read_text() + "more")
     refused = run(COMPARE, place)
-    assert refused.returncode == 2 and "arms.base.corpus" in refused.stderr
+    assert refused.returncode == 2 and "another text" in refused.stderr
     (place / "other.jsonl").write_text('{"text": "a data set"}\n')
     report = run("dsmini.compare --report . --json", place)
     assert "left out: other.jsonl is not a file of a comparison" in report.stderr
