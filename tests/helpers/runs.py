@@ -1,10 +1,12 @@
 """Small training runs that can be stopped anywhere, resumed, and compared whole."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,26 +127,38 @@ def _same(a: Any, b: Any) -> bool:
     return a == b
 
 
-def kill(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[[], bool], after: bool) -> None:
-    """Make a function raise Killed before or after its work, the first time that `when` returns True."""
-    real = getattr(owner, name)
+def die(
+    training: TrainingRun,
+    owner: Any,
+    name: str,
+    step: int,
+    number: int = 0,
+    after: bool = False,
+    error: type[BaseException] = Killed,
+) -> bool:
+    """Train, and be killed before or after a call of owner.name; return False if the run made no such call.
+
+    Args:
+        step: number of steps that are done then.
+        number: of the call among those after this many steps, counted from 0.
+        error: raised in place of a death.
+    """
+    real, count = getattr(owner, name), itertools.count()
 
     def dying(*args: Any, **kwargs: Any) -> Any:
-        now = when()
+        now = training.trainer.steps_done == step and next(count) == number
         if now and not after:
-            raise Killed
+            raise error
         result = real(*args, **kwargs)
         if now:
-            raise Killed
+            raise error
         return result
 
-    monkeypatch.setattr(owner, name, dying)
-
-
-def calls(training: TrainingRun, step: int, number: int) -> Callable[[], bool]:
-    """Return a condition that is True at one call, counted from 0, after this number of steps."""
-    count: Iterator[int] = iter(range(10**9))
-    return lambda: training.trainer.steps_done == step and next(count) == number
+    with pytest.MonkeyPatch.context() as patch, suppress(error):
+        patch.setattr(owner, name, dying)
+        training.train()
+        return False
+    return True
 
 
 def asked_after(training: TrainingRun, steps: int) -> None:
@@ -165,8 +179,3 @@ def before_each_step(training: TrainingRun, work: Callable[[], Any]) -> None:
         return real()
 
     training.trainer.step = step
-
-
-def stopped(training: TrainingRun) -> None:
-    with pytest.raises(Killed):
-        training.train()

@@ -100,9 +100,7 @@ def clipped(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tens
     return seen
 
 
-def test_the_indexers_loss_does_not_change_how_far_the_main_model_moves(
-    new: New, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_of_indexers_does_not_change_moves_of_the_model(new: New, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both groups are clipped to the norm by themselves."""
     trainer = new(grad_clip=1e-4)
     grads = clipped(trainer, monkeypatch)

@@ -1,4 +1,4 @@
-"""The optimizers, each against its definition, written out with plain loops in FP64."""
+"""The optimizers, each against its definition, written out with plain loops in FP64; and Muon's iterations."""
 
 import math
 from collections.abc import Callable
@@ -8,37 +8,42 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsmini import TrainConfig, Transformer
-from dsmini.training.muon import JORDAN
+from dsmini import ModelConfig, TrainConfig, Transformer
+from dsmini.measure.costs import cost_of
+from dsmini.ops import Call
+from dsmini.training.muon import HALLEY, JORDAN, MuonMatrices, NewtonSchulz, orthogonalize
 from dsmini.training.optim import AdamWBF16, Muon, ParameterAverage, optimizers
+from tests.conftest import SMALL
+from tests.helpers.configs import V4_MODEL
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
+
+Build = Callable[..., Transformer]
 
 # Who moves what
 
 
-def by_name(model: Transformer, params: list[Tensor]) -> list[str]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    return [names[id(p)] for p in params]  # a buffer, such as the routing bias, would have no name here
+def movers(model: Transformer, **recipe: Any) -> dict[str, tuple[type, float, float]]:
+    """Return the optimizer, learning rate and decay of each parameter, which has no other one."""
+    names, found = {id(p): name for name, p in model.named_parameters()}, {}
+    for of in optimizers(model, TrainConfig(**recipe)):
+        for group in of.param_groups:
+            mine = {names[id(p)]: (type(of), group["peak_lr"], group["weight_decay"]) for p in group["params"]}
+            assert not mine.keys() & found.keys()
+            found |= mine
+    assert found.keys() == set(names.values())
+    return found
 
 
 def is_plain(name: str) -> bool:
-    """Norms and gates do not decay."""
+    """Norms and gates do not decay, and Muon does not move them."""
     return "norm" in name or "gate" in name
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_each_parameter_has_one_optimizer_and_its_decay(
-    small_model: Callable[..., Transformer], optimizer: Any, moments: Any
-) -> None:
-    model = small_model()
-    config = TrainConfig(optimizer=optimizer, moments=moments, weight_decay=0.1)
-    groups = [group for of in optimizers(model, config) for group in of.param_groups]
-    members = [by_name(model, g["params"]) for g in groups]
-    assert sorted(name for group in members for name in group) == sorted(name for name, _ in model.named_parameters())
-    for group, names in zip(groups, members, strict=True):
-        for name in names:
-            assert group["weight_decay"] == (0.0 if is_plain(name) else 0.1), name
+def test_each_parameter_has_one_optimizer_and_a_decay(small_model: Build, optimizer: str, moments: str) -> None:
+    for name, (_, _, decay) in movers(small_model(), optimizer=optimizer, moments=moments, weight_decay=0.1).items():
+        assert decay == (0.0 if is_plain(name) else 0.1), name
 
 
 @pytest.mark.parametrize(
@@ -50,26 +55,38 @@ def test_each_parameter_has_one_optimizer_and_its_decay(
         ({"lr": 0.5, "gate_lr": None}, 0.5, 0.5, 0.5),
     ],
 )
-def test_left_out_learning_rate_is_larger_for_tables_next_to_muon(
-    small_model: Callable[..., Transformer], given: dict[str, Any], tables: float, indexer: float, gate: float
+def test_default_rate_is_larger_for_tables_next_to_muon(
+    small_model: Build, given: dict[str, Any], tables: float, indexer: float, gate: float
 ) -> None:
     model = small_model(attention="dsa", index_n_heads=2, index_head_dim=16, index_topk=8)
-    for of in optimizers(model, TrainConfig(**given)):
-        for group in (group for group in of.param_groups if not isinstance(of, Muon)):
-            for name in by_name(model, group["params"]):
-                want = gate if name.endswith("gate.weight") else indexer if ".indexer." in name else tables
-                assert group["peak_lr"] == want, name
+    for name, (optimizer, lr, _) in movers(model, **given).items():
+        want = gate if name.endswith("gate.weight") else indexer if ".indexer." in name else tables
+        assert optimizer is Muon or lr == want, name
 
 
-def test_muon_moves_the_matrices_between_hidden_states(small_model: Callable[..., Transformer]) -> None:
-    model = small_model()
-    muon, adamw = optimizers(model, TrainConfig(optimizer="muon", muon_lr=0.5, lr=0.25, gate_lr=None))
-    by_muon = set(by_name(model, [p for g in muon.param_groups for p in g["params"]]))
-    by_adamw = set(by_name(model, [p for g in adamw.param_groups for p in g["params"]]))
-    assert not by_muon & by_adamw
-    assert by_adamw == {n for n in by_adamw | by_muon if is_plain(n) or n in ("embed.weight", "head.weight")}
-    assert {"layers.1.ffn.experts.w1", "layers.0.attn.wkv_b.weight", "mtp.0.eh_proj.weight"} <= by_muon
-    assert {g["peak_lr"] for g in muon.param_groups} == {0.5} and {g["peak_lr"] for g in adamw.param_groups} == {0.25}
+def test_muon_moves_the_matrices_between_hidden_states(small_model: Build) -> None:
+    found = movers(small_model(), optimizer="muon", muon_lr=0.5, lr=0.25, gate_lr=None)
+    for name, (optimizer, lr, _) in found.items():
+        by_muon = not is_plain(name) and name not in ("embed.weight", "head.weight")
+        assert (optimizer is Muon) == by_muon and lr == (0.5 if by_muon else 0.25), name
+    assert {"layers.1.ffn.experts.w1", "layers.0.attn.wkv_b.weight", "mtp.0.eh_proj.weight"} <= found.keys()
+
+
+def test_adamw_moves_what_weighs_in_v4_at_the_rate_of_gates() -> None:
+    model = Transformer(ModelConfig(**SMALL | V4_MODEL))
+    found = movers(model, optimizer="muon", lr=0.5, gate_lr=0.25, weight_decay=0.1)
+    for name in ("hc_attn.fn", "hc_ffn.base", "hc_ffn.scale", "ffn.gate.weight", "attn.attn_sink"):
+        assert found[f"layers.1.{name}"][1:] == (0.25, 0.0), name
+    for name in (
+        "hc_head.fn",
+        "mtp.0.hc_head.fn",
+        "layers.2.attn.compressor.ape",
+        "layers.1.attn.indexer.compressor.ape",
+    ):
+        assert found[name][1:] == (0.25, 0.0), name
+    assert found["layers.1.attn.indexer.wq_b.weight"][1:] == (0.5, 0.1) and found["norm.weight"][1:] == (0.5, 0.0)
+    for name in ("layers.2.attn.compressor.wgate.weight", "mtp.0.e_proj.weight", "mtp.0.h_proj.weight"):
+        assert found[name][0] is Muon, name
 
 
 # Muon
@@ -153,6 +170,75 @@ def test_expert_that_lost_its_tokens_keeps_its_momentum() -> None:
     want = muon_by_hand(start, grads, lr=0.07, mu=0.9, decay=0.3)
     assert relative_error(got[2], want) <= 2 * muon_rounding((6, 4))
     assert relative_error(got[2][1], got[1][1]) > 0.01
+
+
+# Muon's iterations, which bring singular values near 1
+
+
+def test_each_halley_step_is_the_best_on_what_the_one_before_leaves() -> None:
+    """It maps the interval [low, 1] onto [new low, 1], touches 1 inside, and ends at 1."""
+    low = 1e-3
+    for a, b, c in HALLEY.coefficients:
+        x = torch.logspace(math.log10(low), 0, 100_001, dtype=torch.float64)
+        y = x * (a + b * x**2) / (1 + c * x**2)
+        assert y.max() <= 1 + 1e-9 and abs(y[-1] - 1) < 1e-9
+        assert y[:50_000].max() > 1 - 1e-6
+        assert abs(y.min() - y[0]) < 1e-9, "the ends of the interval are its worst places"
+        low = y[0].item()
+    assert low > 0.96
+
+
+def spectrum(steps: NewtonSchulz, values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the singular values that the steps make of these."""
+    n = len(values)
+    u, v = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for _ in range(2))
+    g = ((u * values) @ v).to(dtype)
+    return torch.linalg.svdvals(orthogonalize(g[None], steps)[0].double())
+
+
+def test_steps_bring_singular_values_near_1() -> None:
+    """Two of Halley's steps come closer than five of Jordan's, for singular values whose squares add up to 1."""
+    for steps, low, least in ((JORDAN, 0.0021, 0.68), (JORDAN, 0.003, 0.68), (HALLEY, 0.001, 0.96)):
+        small = torch.logspace(math.log10(low), -1, 39, dtype=torch.float64)
+        values = spectrum(steps, torch.cat([small, (1 - small.square().sum()).sqrt()[None]]))
+        assert values.min() >= least and values.max() <= (1.21 if steps is JORDAN else 1 + 1e-9)
+
+
+def test_halley_in_fp32_holds_its_bound_where_it_is_hardest() -> None:
+    """One or some large values, and all others at the lower end of the interval, where X X^T rounds most."""
+    for n, large, low in ((4, 1, 1e-3), (33, 1, 1.001e-3), (64, 2, 1e-3), (192, 1, 1e-3), (96, 48, 2e-3)):
+        small = torch.full((n - large,), low, dtype=torch.float64)
+        values = torch.cat([((1 - small.square().sum()) / large).sqrt().expand(large), small])
+        got = spectrum(HALLEY, values, torch.float32)
+        assert got.min() >= 0.96 and got.max() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_singular_values_stay_equal(dtype: torch.dtype) -> None:
+    """All at the upper end of the interval, where rounding may lead beyond it."""
+    one = torch.cat([torch.ones(1), torch.full((39,), 1e-3)]).double()
+    for values in (torch.ones(40, dtype=torch.float64), one):
+        assert spectrum(HALLEY, values, dtype).max() <= 1.02
+
+
+@pytest.mark.parametrize("steps", [JORDAN, HALLEY], ids=["jordan", "halley"])
+def test_zeros_and_tiny_numbers_stay_finite(steps: NewtonSchulz) -> None:
+    for size in (0.0, 1e-30, 1e-12, 1e12):
+        got = orthogonalize(size * torch.randn(2, 3, 4), steps)
+        assert got.isfinite().all() and bool(got.any()) == bool(size)
+
+
+def test_cost_counts_half_of_the_symmetric_products() -> None:
+    p = torch.zeros(2, 5, 3)
+    matrices = MuonMatrices(params=[p], grads=[p], momenta=[p])
+    options: Any = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "matmul_dtype": torch.float32}
+    cost = cost_of(Call("muon_update", (matrices, NewtonSchulz(((1.0, 0.0, 0.0),))), options, None))
+    # 3 x 3 entries, 6 of them different: sums of 5 and of 3 terms; then 3 x 5 sums of 3
+    assert cost.flops == 2 * 2 * (6 * 5 + 6 * 3 + 15 * 3)
+    assert (cost.read, cost.written) == (3 * p.nbytes, 2 * p.nbytes)
+    cost = cost_of(Call("muon_update", (matrices, HALLEY), options, None))
+    # X X^T and X's product as above, two inverses of 3 x 3, and of S and of all factors one product of 6 entries each
+    assert cost.flops == 2 * 2 * (6 * 5 + 15 * 3 + 2 * 6 * 3) + 2 * 2 * 27
 
 
 # AdamW with BF16 moments

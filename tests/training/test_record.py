@@ -1,22 +1,29 @@
-"""The record of a step: metrics.jsonl written and read back, also where lines of it are not whole."""
+"""The record of a run: metrics.jsonl, the event log and TensorBoard's files, as they are written and read back."""
 
 import io
 import json
 import math
 import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from dsmini.distributed.world import World
+from dsmini.train import main
 from dsmini.training import record
-from dsmini.training.record import finite, read_records, row_of
+from dsmini.training.record import EventLog, TensorBoard, finite, log_path, read_events, read_records, row_of
 from dsmini.training.run import newest_checkpoint
 from dsmini.training.trainer import StepResult
-from tests.helpers.runs import RICH, new_run
+from tests.helpers.commands import TINY, run
+from tests.helpers.configs import refusal
+from tests.helpers.runs import RICH, die, new_run, resumed
 
 KEYS = (
     *("step", "loss", "val_loss", "lr", "tokens_per_s", "max_vio", "skipped", "mtp_loss", "balance_loss", "grad_norm"),
@@ -24,15 +31,14 @@ KEYS = (
 )
 """Keys of metrics.jsonl, in the order in which they are written."""
 OPTIONAL = ("val_loss_ema", "val_loss_at_eval_context")
+TEXT = "The quick brown fox jumps over the lazy dog. " * 100
 
 
-def test_metrics_have_their_keys_in_order_and_read_back_equal(
-    never_and_stopped: tuple[dict[str, Any], Path], tmp_path: Path
-) -> None:
-    lines = (never_and_stopped[1] / "metrics.jsonl").read_text().splitlines()
+def test_metrics_have_their_keys_in_order_and_read_back_equal(half: Path, tmp_path: Path) -> None:
+    lines = (half / "metrics.jsonl").read_text().splitlines()
     assert [tuple(json.loads(line)) for line in lines] == [(*KEYS, *OPTIONAL)] * len(lines)
     assert tuple(record.KEYS) == KEYS
-    records = read_records(never_and_stopped[1])
+    records = read_records(half)
     assert [json.dumps(row) for row in records] == lines
     (tmp_path / "metrics.jsonl").write_text(json.dumps(records[0] | {"of_another_version": [1, "x"]}))
     assert read_records(tmp_path)[0]["of_another_version"] == [1, "x"]
@@ -48,10 +54,8 @@ def test_record_without_finite_figures_holds_none() -> None:
     assert finite({"val_loss": math.inf, "val_loss_ema": 2.0}) == {"val_loss": None, "val_loss_ema": 2.0}
 
 
-def test_row_with_a_missing_or_wrong_value_is_left_out(
-    never_and_stopped: tuple[dict[str, Any], Path], tmp_path: Path
-) -> None:
-    lines = (never_and_stopped[1] / "metrics.jsonl").read_text().splitlines()
+def test_row_with_a_missing_or_wrong_value_is_left_out(half: Path, tmp_path: Path) -> None:
+    lines = (half / "metrics.jsonl").read_text().splitlines()
     row = json.loads(lines[0])
     lacking = {key: {k: v for k, v in row.items() if k != key} for key in row}
     wrong = {key: {**row, key: {"x": 1}} for key in row}
@@ -61,10 +65,8 @@ def test_row_with_a_missing_or_wrong_value_is_left_out(
             assert [r["step"] for r in read_records(tmp_path)] == [2, *([1] if key in OPTIONAL else []), 3], key
 
 
-def test_run_resumes_without_the_rows_that_are_not_whole(
-    never_and_stopped: tuple[dict[str, Any], Path], tmp_path: Path
-) -> None:
-    shutil.copytree(never_and_stopped[1], tmp_path, dirs_exist_ok=True)
+def test_run_resumes_without_the_rows_that_are_not_whole(half: Path, tmp_path: Path) -> None:
+    shutil.copytree(half, tmp_path, dirs_exist_ok=True)
     (first, *others) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     bad = [json.dumps({"step": "2", "val_loss": 1.0}), json.dumps({"step": 3, "val_loss": None}), "[]"]
     (tmp_path / "metrics.jsonl").write_text("\n".join([first, *bad, *others[1:]]) + "\n")
@@ -89,3 +91,116 @@ def test_metrics_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("dsmini.reading.open_regular", broken)
     with pytest.raises(ValueError, match=r"cannot read .*/metrics.jsonl: Input/output error"):
         read_records(tmp_path)
+
+
+# the event log
+
+
+def test_events_are_read_as_written(tmp_path: Path) -> None:
+    log = EventLog(log_path(tmp_path))
+    log.write("started", 0, world_size=4)
+    log.write("saved", 1, path=tmp_path)
+    EventLog(log_path(tmp_path, 3)).write("stalled", 7, rank=2)
+    started, saved = read_events(tmp_path)
+    assert (started["event"], started["step"]) == ("started", 0)
+    assert started["world_size"] == 4 and saved["path"] == str(tmp_path)
+    assert started["time"] <= saved["time"]
+    assert [event["rank"] for event in read_events(tmp_path, rank=3)] == [2]
+
+
+@given(cut=st.integers(0, 400), garbage=st.binary(max_size=20))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_torn_line_costs_only_itself(tmp_path: Path, cut: int, garbage: bytes) -> None:
+    path = log_path(tmp_path)
+    path.unlink(missing_ok=True)
+    log = EventLog(path)
+    for step in range(1, 4):
+        log.write("saved", step)
+    left = path.read_bytes()[:cut]
+    path.write_bytes(left + garbage)
+    EventLog(path).write("started", 3)
+    read, complete = read_events(tmp_path), left.count(b"\n")
+    assert [event["step"] for event in read[:complete]] == [1, 2, 3][:complete]
+    assert read[-1]["event"] == "started", "what follows a torn line is read"
+    assert len(read) <= complete + 2, "the torn line at most"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_full_disk_is_said_once_and_torn_line_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = EventLog(log_path(tmp_path))
+    log.write("saved", 1)
+    for _ in range(2):
+        with log.path.open("a") as file:
+            file.write('{"event": "sav')
+        log.path = Path("/dev/full")
+        log.write("saved", 2)
+        log.path = log_path(tmp_path)
+    log.write("saved", 3)
+    assert [event["step"] for event in read_events(tmp_path)] == [1, 3]
+    assert capsys.readouterr().err.count("training continues") == 1
+
+
+# TensorBoard's files, read back by its own reader
+
+
+needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+
+
+def shown(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder)).Reload()
+
+
+def scalars(events: Any, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+@needs_tensorboard
+def test_a_run_shows_the_figures_of_its_metrics(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(TEXT)
+    done = run(f"dsmini.train --data.path book.txt --out x --train.steps 4 --train.tensorboard {TINY}", tmp_path)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "x/metrics.jsonl").read_text().splitlines()]
+    events = shown(tmp_path / "x/tensorboard")
+    for name in [name for name in KEYS if name not in ("step", "layer_max_vio", "loads")]:
+        want = [(r["step"], float(r[name])) for r in rows if r[name] is not None]
+        found = scalars(events, name)
+        assert [step for step, _ in found] == [step for step, _ in want], name
+        assert [value for _, value in found] == pytest.approx([value for _, value in want], rel=2**-23), name
+
+
+@needs_tensorboard
+def test_layers_have_the_curves_and_histograms_of_the_record(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path, ["block 1", "MTP 1"])
+    loads = {2: [[4, 2, 6, 4], [0, 0, 0, 12]], 3: [[4, 4, 4, 4], [0, 0, 0, 0]]}
+    for step, max_vio in ((1, None), (2, [0.5, 2.0]), (3, [0.25, 1.0])):
+        absent = {"skipped": False, "val_loss": 3.0 if step == 2 else None}
+        row = dict.fromkeys(KEYS, step + 0.5) | {"step": step} | absent
+        board.add(row | {"layer_max_vio": max_vio, "loads": loads.get(step)})
+    board.close()
+    events = shown(tmp_path)
+    assert scalars(events, "max_vio/block 1") == [(2, 0.5), (3, 0.25)]
+    assert scalars(events, "max_vio/MTP 1") == [(2, 2.0), (3, 1.0)]
+    (histogram,) = events.Histograms("load/block 1")
+    assert histogram.step == 2
+    value = histogram.histogram_value
+    assert (value.min, value.max, value.num, value.sum) == (0.5, 1.5, 4, 4)
+    assert events.Histograms("load/MTP 1")[0].histogram_value.max == 4
+
+
+@needs_tensorboard
+def test_a_resumed_run_shows_no_step_twice(tmp_path: Path) -> None:
+    """The first process came to step 5, its last checkpoint is of step 4, which is recorded again."""
+    first = new_run(tmp_path, tensorboard=True)
+    assert die(first, first.trainer, "forward_backward", 5)
+    assert resumed(tmp_path, tensorboard=True).train()
+    assert [step for step, _ in scalars(shown(tmp_path / "tensorboard"), "loss")] == list(range(1, 9))
+
+
+def test_missing_library_is_a_sentence_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # Python finds none
+    (tmp_path / "book.txt").write_text(TEXT)
+    flags = f"--data.path {tmp_path}/book.txt --out {tmp_path}/x --train.tensorboard {TINY}"
+    assert "pip install 'dsmini[tensorboard]'" in refusal(main, flags.split())
+    assert not (tmp_path / "x").exists()

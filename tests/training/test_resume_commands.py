@@ -10,6 +10,7 @@ import pytest
 
 from dsmini import RunConfig
 from tests.helpers.commands import TINY, check_refused, run, run_all, start
+from tests.helpers.corpora import lay_out
 from tests.helpers.runs import untimed
 
 TRAIN = f"dsmini.train --data.path book.txt {TINY} --train.dtype float32 --train.save-every 3"
@@ -33,13 +34,6 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert ends[0] == ends[1], name
 
 
-def with_python(place: Path, name: str, program: str) -> str:
-    """Return a folder for EXTRA_PATH, whose program runs before each command."""
-    (place / name).mkdir()
-    (place / name / "sitecustomize.py").write_text(program)
-    return str(place / name)
-
-
 STOP_AT_THE_CHECKPOINT = """
 import os, signal
 real = os.rename
@@ -55,8 +49,9 @@ os.rename = rename
 def test_a_run_killed_outright_goes_on_to_the_same_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9 right after a checkpoint; while the run lives nobody else may train in its folder."""
     folder = place / "runs/killed"
+    lay_out(place / "stop", {"sitecustomize.py": STOP_AT_THE_CHECKPOINT.encode()})
     with monkeypatch.context() as patch:
-        patch.setenv("EXTRA_PATH", with_python(place, "stop", STOP_AT_THE_CHECKPOINT))
+        patch.setenv("EXTRA_PATH", str(place / "stop"))
         process = start(f"{TRAIN} --train.steps 12 --train.ema-decay 0.9 --out {folder}", place)
     assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
     ((status, said),) = run_all([("dsmini.train", f"--resume {folder}")], place)
@@ -134,18 +129,6 @@ def test_run_killed_before_its_first_checkpoint_starts_again(place: Path) -> Non
     ((status, said),) = run_all([("dsmini.train", "--resume runs/early")], place)
     (place / "book.txt").write_text(text)
     assert status == 2 and "book.txt now has" in said
-
-
-def test_ctrl_c_while_a_command_starts_is_one_word(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The signal comes in a late import of the command. Before that, Python answers."""
-    library = place / "library/dsmini_kernels/cpu"
-    library.mkdir(parents=True)
-    (library / "__init__.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
-    (library.parent / "__init__.py").write_text("")
-    monkeypatch.setenv("EXTRA_PATH", str(place / "library"))
-    monkeypatch.setenv("DSMINI_BACKEND", "cpu")
-    done = run("dsmini.train", place)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
 def test_what_cannot_go_on_is_a_sentence_and_touches_nothing(place: Path) -> None:

@@ -1,7 +1,8 @@
-"""Schedules over a run against values worked out by hand, and the published recipe against the report."""
+"""Schedules as a config writes them, over a run by hand, and the published recipe against the report."""
 
 from bisect import bisect_left
 from itertools import accumulate
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,23 +11,6 @@ from hypothesis import strategies as st
 from dsmini import RunConfig, TrainConfig
 from dsmini.config.schedule import Phase, read_phases
 from tests.helpers.configs import CONFIGS, V32, released
-
-
-def rates(train: TrainConfig) -> list[float]:
-    return [train.rate_share_at(step) for step in range(train.steps)]
-
-
-def phases(train: TrainConfig) -> tuple[Phase, ...]:
-    return read_phases(train.lr_schedule)
-
-
-def shares(train: TrainConfig) -> list[float | None]:
-    return [phase.share for phase in phases(train)]
-
-
-def batches(train: TrainConfig) -> list[int]:
-    return [train.batch_size_at(step) for step in range(train.steps)]
-
 
 # DeepSeek-V3's recipe, copied from the report's section 4.2. Tokens seen when a phase is over:
 T, B = 10**12, 10**9
@@ -38,13 +22,13 @@ V3 = RunConfig.from_file(CONFIGS / "deepseek-v3.toml").train
 @pytest.fixture(scope="module")
 def seen() -> list[int]:
     """Return the number of tokens seen before each step of V3's run, and at its end."""
-    return list(accumulate((rows * 4096 for rows in batches(V3)), initial=0))
+    return list(accumulate((V3.batch_size_at(step) * 4096 for step in range(V3.steps)), initial=0))
 
 
 def test_published_recipe_sees_the_published_tokens(seen: list[int]) -> None:
     """Within 40M tokens, as the file says: a step has 63M, so that the nearest one may be 31M away, and the 469B may
     have moved it a little."""
-    warmup, constant, decay, final, last = shares(V3)
+    warmup, constant, decay, final, last = (phase.share for phase in read_phases(V3.lr_schedule))
     assert warmup and constant and decay is None and final and last
     until = (V3.batch_ramp, warmup + constant, V3.bias_until, 1 - last, 1.0)
     for share, tokens in zip(until, (GROWN, CONSTANT, DECAYED, FINAL, ALL), strict=True):
@@ -130,7 +114,8 @@ def test_v32_is_v3_with_indexers_and_its_printed_stage() -> None:
     }.items(),
 )
 def test_phases_of_any_length_by_hand(schedule: str, want: list[float]) -> None:
-    assert rates(TrainConfig(steps=10, lr_schedule=(schedule,))) == pytest.approx(want)
+    train = TrainConfig(steps=10, lr_schedule=(schedule,))
+    assert [train.rate_share_at(step) for step in range(10)] == pytest.approx(want)
 
 
 @given(
@@ -141,7 +126,7 @@ def test_phases_of_any_length_by_hand(schedule: str, want: list[float]) -> None:
     more=st.integers(0, 60),
     share=st.sampled_from([0.01, 0.3, 1 / 3, 1.0]),
 )
-def test_growing_batch_is_the_nearest_multiple_below(
+def test_batch_is_the_nearest_multiple_below(
     steps: int, accum: int, parts: int, small: int, more: int, share: float
 ) -> None:
     """Each part of the batch has a multiple of grad_accum."""
@@ -153,3 +138,35 @@ def test_growing_batch_is_the_nearest_multiple_below(
     assert found[ramp:] == [size] * (steps - ramp) and (ramp == 0 or found[0] == start)
     for step, rows in enumerate(found[:ramp]):
         assert 0 <= (size - start) * step - (rows - start) * ramp < unit * ramp  # both times ramp
+
+
+# phases as a config writes them
+
+
+def test_phases_are_read_however_split() -> None:
+    phases = Phase(kind="warmup", share=0.1, level=None), Phase(kind="cosine", share=None, level=0.2)
+    split = ("warmup", "0.1", "cosine", "to", "0.2")
+    joined = ("warmup 0.1, cosine to 0.2",), ("  warmup   .1 ,", "cosine to 2e-1"), ("warmup 0.1", "cosine to 0.2")
+    for texts in (split, *joined):
+        assert read_phases(texts) == phases
+        for either in (texts, list(texts)):  # a TOML array is a list
+            train = TrainConfig(lr_schedule=either)  # pyright: ignore[reportArgumentType]
+            assert train.lr_schedule == ("warmup 0.1", "cosine to 0.2")
+
+
+@given(
+    st.sampled_from(["warmup", "constant", "linear", "cosine"]),
+    st.sampled_from([None, 1.0]),
+    st.none() | st.floats(0, 1),
+)
+def test_each_phase_is_read_as_written(kind: Any, share: float | None, level: float | None) -> None:
+    level = 0.5 if level is None and kind in ("linear", "cosine") else None if kind == "warmup" else level
+    phase = Phase(kind=kind, share=share, level=level)
+    assert read_phases((str(phase),)) == (phase,)
+
+
+@pytest.mark.parametrize(
+    "text", ["warmup", "constant 1", "constant at 0.03", "constant 1 at 0.03", "cosine 1 to 0", "linear to 1e-05"]
+)
+def test_phase_is_written_in_its_short_words(text: str) -> None:
+    assert str(*read_phases((text,))) == text

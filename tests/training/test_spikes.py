@@ -10,7 +10,7 @@ import pytest
 from dsmini.training.outputs import summarise
 from dsmini.training.record import History
 from tests.distributed.faults import Fault, inject
-from tests.helpers.runs import kill, new_run, resumed, stopped, unequal, whole
+from tests.helpers.runs import die, new_run, resumed, unequal, whole
 
 
 def healthy(seed: int, steps: int = 600) -> list[float]:
@@ -61,7 +61,7 @@ def test_losses_that_are_not_finite_are_no_spikes() -> None:
     assert history.spike_limit() == 3.0
 
 
-def test_run_killed_after_a_rewind_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_killed_after_a_rewind_ends_as_one_that_was_not(tmp_path: Path) -> None:
     """It meets the spike again, and returns again."""
     options = {"steps": 40, "max_rewinds": 2, "eval_every": 40}
     spikes = [Fault("spike", 0, 36, "forward"), Fault("spike", 0, 37, "forward")]
@@ -71,9 +71,7 @@ def test_run_killed_after_a_rewind_ends_as_one_that_was_not(tmp_path: Path, monk
     want = whole(never)
     training = new_run(tmp_path / "killed", **options)
     inject(training, spikes)
-    with monkeypatch.context() as patch:
-        kill(patch, training.trainer, "forward_backward", lambda: training.history.rewinds == 1, False)
-        stopped(training)
+    assert die(training, training.trainer, "forward_backward", 34, number=1) and training.history.rewinds == 1
     next(training.folder.glob("faults-*")).unlink()  # the spike is in the batch, so it comes again
     again = resumed(training.folder, **options)
     assert (again.trainer.steps_done, again.history.rewinds) == (34, 0)

@@ -44,16 +44,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_training_learns(new_trainer: NewTrainer) -> None:
-    trainer = new_trainer()
-    before = trainer.validate()
-    losses = [trainer.step().loss for _ in range(20)]
-    assert losses[-1] < losses[0] - 0.5
-    assert trainer.validate() < before - 0.5
-
-
 @pytest.mark.parametrize("grad_accum", [1, 4])
-def test_loss_is_the_mean_over_targets_that_are_not_ignored(
+def test_loss_is_the_mean_over_targets_that_count(
     new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch, grad_accum: int
 ) -> None:
     trainer = new_trainer(grad_accum=grad_accum)
@@ -68,9 +60,7 @@ def test_loss_is_the_mean_over_targets_that_are_not_ignored(
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("grad_accum", [1, 2, 4])
-def test_bias_moves_once_a_step_by_counts_of_the_whole_batch(
-    new_trainer: NewTrainer, grad_accum: int, recompute: bool
-) -> None:
+def test_bias_moves_once_a_step_by_counts_of_all(new_trainer: NewTrainer, grad_accum: int, recompute: bool) -> None:
     whole, parts = new_trainer(), new_trainer(grad_accum=grad_accum, recompute=recompute)
     want, got = whole.step(), parts.step()
     assert want.counts is not None and got.counts is not None and torch.equal(got.counts, want.counts)
@@ -125,7 +115,7 @@ def test_the_losses_are_weighted_as_the_config_says(new_trainer: NewTrainer, mon
     assert seen == [{**options, "documents": None, "n_targets": torch.tensor(64.0)}]
 
 
-def test_validation_is_the_mean_over_every_held_out_token_and_changes_nothing(new_trainer: NewTrainer) -> None:
+def test_validation_is_the_mean_and_changes_nothing(new_trainer: NewTrainer) -> None:
     trainer = new_trainer()
     trainer.step()
     before = state(trainer)
@@ -137,30 +127,36 @@ def test_validation_is_the_mean_over_every_held_out_token_and_changes_nothing(ne
     assert same(state(trainer), before) and trainer.model.training
 
 
-Spoil = Callable[[Trainer], Callable[[], object]]
-"""Makes a number of each step not finite; returns what undoes it."""
+Spoil = Callable[[Trainer], object]
+"""Makes a number of the second step not finite."""
 
 
 def loss(name: str, value: float) -> Spoil:
-    def spoil(trainer: Trainer) -> Callable[[], object]:
+    def spoil(trainer: Trainer) -> None:
         real = trainer.losses
-        trainer.losses = lambda *x, **more: (out := real(*x, **more))._replace(**{name: getattr(out, name) * value})
-        return lambda: setattr(trainer, "losses", real)
+
+        def losses(*x: Any, **more: Any) -> Any:
+            out = real(*x, **more)
+            return out._replace(**{name: getattr(out, name) * value}) if trainer.steps_done == 1 else out
+
+        trainer.losses = losses
 
     return spoil
 
 
 def gradient(name: str, value: float) -> Spoil:
-    return lambda trainer: trainer.model.get_parameter(name).register_hook(lambda grad: grad * value).remove
+    return lambda trainer: trainer.model.get_parameter(name).register_hook(
+        lambda grad: grad * value if trainer.steps_done == 1 else grad
+    )
 
 
-def activation(trainer: Trainer) -> Callable[[], object]:
+def activation(trainer: Trainer) -> object:
     def hook(module: object, args: object, out: Any) -> Any:
         x = out[0].clone()
-        x[-1, -1, 0] = torch.inf
+        x[-1, -1, 0] = torch.inf if trainer.steps_done == 1 else x[-1, -1, 0]
         return x, out[1]
 
-    return trainer.model.layers[1].register_forward_hook(hook).remove
+    return trainer.model.layers[1].register_forward_hook(hook)
 
 
 PLACES: dict[str, Spoil] = {
@@ -182,15 +178,12 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_step_that_is_not_finite_changes_nothing_and_is_counted(
-    new_trainer: NewTrainer, place: str, optimizer: str
-) -> None:
+def test_step_that_is_not_finite_changes_nothing(new_trainer: NewTrainer, place: str, optimizer: str) -> None:
     trainer = new_trainer(**OPTIMIZERS[optimizer])
     trainer.step()
     before = state(trainer)
-    undo = PLACES[place](trainer)
+    PLACES[place](trainer)
     assert trainer.step().skipped
-    undo()
     assert same(state(trainer), before)
     assert (trainer.steps_done, trainer.sequences) == (2, 8)
     assert not trainer.step().skipped
@@ -208,9 +201,7 @@ def test_document_mask_separates_documents_in_training(new_trainer: NewTrainer) 
     masked.losses = lambda *args, **kwargs: (seen.append((args[0], kwargs["documents"])), real(*args, **kwargs))[1]
     assert masked.step().loss != plain.step().loss
     tokens, documents = seen[0]
-    assert documents.max() > 0
-    for row, numbers in zip(tokens.tolist(), documents.tolist(), strict=True):
-        assert numbers == [row[:i].count(0) for i in range(len(row))]
+    assert documents.max() > 0 and torch.equal(documents, masked.corpus.documents(tokens))
 
 
 def test_document_mask_separates_documents_in_validation(new_trainer: NewTrainer) -> None:
@@ -228,3 +219,27 @@ def test_document_mask_separates_documents_in_validation(new_trainer: NewTrainer
     want = total / trainer.corpus.windows(16).tokens
     assert trainer.validate() == pytest.approx(want, rel=1e-5)
     assert seen != pytest.approx(want, rel=1e-4)
+
+
+# zero_init, which DeepSeek does not have and small models gain from
+
+
+def test_with_zero_init_a_model_starts_undecided_and_can_learn(small_config: Callable[..., ModelConfig]) -> None:
+    model = Transformer(small_config(zero_init=True))
+    tokens = torch.randint(0, 61, (2, 21))
+    x = model.embed(tokens)
+    for block in model.layers:
+        y, _ = block(x)
+        assert torch.equal(y, x)
+    assert model(tokens).abs().max() == 0
+    losses = model.losses(tokens[:, :-1], tokens[:, 1:])
+    assert losses.main.item() == pytest.approx(torch.tensor(61.0).log().item(), rel=1e-6)
+    losses.total.backward()
+    assert model.head.weight.grad is not None and model.head.weight.grad.abs().max() > 0
+
+
+def test_zero_init_zeroes_only_writers_to_the_residual_stream(small_config: Callable[..., ModelConfig]) -> None:
+    zero = {n for n, p in Transformer(small_config(zero_init=True)).named_parameters() if p.abs().max() == 0}
+    ends = ("head.weight", "wo.weight", "w2.weight", "experts.w2")
+    assert zero == {n for n, _ in Transformer(small_config()).named_parameters() if n.endswith(ends)}
+    assert not {n for n, p in Transformer(small_config()).named_parameters() if p.abs().max() == 0}

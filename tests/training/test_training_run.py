@@ -1,10 +1,14 @@
-"""A whole run: stopping at any moment, giving up, validations, and what is drawn."""
+"""A whole run: stopping at any moment, giving up, validations, what is drawn, and the sample at the end."""
 
+import dataclasses
 import io
+import itertools
 import math
 import os
+import shlex
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,12 +19,13 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from dsmini import DataConfig
 from dsmini.checkpoint.run_folder import new_run_folder
 from dsmini.checkpoint.training_state import load_run
-from dsmini.data.corpus import Corpus, Windows
+from dsmini.data.corpus import Corpus
 from dsmini.distributed.heartbeat import LONG_PHASES
 from dsmini.machine import peak_memory
-from dsmini.training.outputs import summarise, summary_lines
+from dsmini.training.outputs import next_command, offered_flags, summarise, summary_lines, write_sample
 from dsmini.training.plots import plot_run, smooth
 from dsmini.training.record import KEYS, read_events, read_records
 from dsmini.training.run import TrainingRun
@@ -53,57 +58,42 @@ def hangups_count() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("moment", "done", "numbers"),
+    ("place", "call", "done", "numbers", "options"),
     [
-        *(("trainer.step", 1, numbers) for numbers in ((INT,), (TERM, INT))),
-        *(("trainer.validate", 3, numbers) for numbers in ((INT,), (TERM, TERM))),
-        *(("_keep", 1, numbers) for numbers in ((HUP, HUP), (INT, TERM, HUP))),
+        *(("trainer.step", 0, 1, numbers, {}) for numbers in ((INT,), (TERM, INT))),
+        *(("trainer.validate", 0, 3, numbers, {}) for numbers in ((INT,), (TERM, TERM))),
+        *(("_keep", 0, 1, numbers, {}) for numbers in ((HUP, HUP), (INT, TERM, HUP))),
+        # the first block of a validation: on the way, at the end, and with the average; a resumed run scores all
+        *(("trainer._score", call, done, (TERM,), {}) for call, done in ((0, 3), (24, 20))),
+        ("trainer._score", 30, 20, (TERM,), {"ema_decay": 0.9}),
     ],
     ids=str,
 )
 @pytest.mark.usefixtures("hangups_count")
 def test_signals_at_any_moment_stop_after_a_step_and_save(
-    training: TrainingRun, monkeypatch: pytest.MonkeyPatch, moment: str, done: int, numbers: tuple[int, ...]
+    tmp_path: Path, place: str, call: int, done: int, numbers: tuple[int, ...], options: dict[str, Any]
 ) -> None:
-    path, _, name = moment.rpartition(".")
+    """They come as a function is called, after this many calls of it."""
+    training, count = new_run(tmp_path, steps=20, batch_size=2, save_every=400, **options), itertools.count()
+    training.trainer.validate = partial(training.trainer.validate, tokens_at_a_time=16)
+    path, _, name = place.rpartition(".")
     owner: Any = getattr(training, path) if path else training
     real = getattr(owner, name)
 
     def interrupted(*args: object, **kwargs: object) -> object:
-        for number in numbers:
-            os.kill(os.getpid(), number)
+        if next(count) == call:
+            for number in numbers:
+                os.kill(os.getpid(), number)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, interrupted)
+    setattr(owner, name, interrupted)
     before = [signal.getsignal(number) for number in numbers]
     assert not training.train()
     assert [signal.getsignal(number) for number in numbers] == before
     assert_saved(training, done)
-
-
-@pytest.mark.parametrize(("due", "done", "options"), [(1, 3, {}), (7, 20, {}), (8, 20, {"ema_decay": 0.9})])
-def test_signal_in_a_validation_ends_it_and_saves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, due: int, done: int, options: dict[str, Any]
-) -> None:
-    """On the way, at the end, and with the average: the first of six blocks is scored. A resumed run scores all."""
-    training, calls, blocks = new_run(tmp_path, steps=20, save_every=400, **options), [], []
-    real = training.trainer.validate
-
-    def interrupted(windows: Windows, on_part: Callable[[float], None]) -> float:
-        def signalled(share: float) -> None:
-            if len(calls) == due:
-                blocks.append(share)
-                os.kill(os.getpid(), TERM)
-            on_part(share)
-
-        calls.append(windows)
-        return real(windows, tokens_at_a_time=16, on_part=signalled)
-
-    monkeypatch.setattr(training.trainer, "validate", interrupted)
-    assert not training.train()
-    assert len(blocks) == 1 and blocks[0] < 1 and training.trainer.model.training
-    assert read_records(training.folder)[-1]["val_loss"] is None
-    assert_saved(training, done)
+    assert training.trainer.model.training
+    if name == "_score":
+        assert next(count) == call + 1 and read_records(training.folder)[-1]["val_loss"] is None
 
 
 def test_a_second_ctrl_c_interrupts_at_once(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,13 +110,6 @@ def test_wait_for_a_batch_counts_as_no_long_phase(training: TrainingRun, monkeyp
     monkeypatch.setattr(training.trainer.loader, "take", lambda of: waits.add(phases[-1]) or take(of))
     assert training.train() and "validating" in phases
     assert waits == {"batch"} and not waits & {*LONG_PHASES}
-
-
-def test_steps_without_finite_gradient_save_and_end_the_run(training: TrainingRun) -> None:
-    training.trainer.model.head.weight.register_hook(lambda grad: grad * torch.nan)
-    with pytest.raises(ArithmeticError, match="no finite gradient in the 10 steps up to step 10; look"):
-        training.train()
-    assert (training.folder / "checkpoints/step-000010/model.safetensors").exists()
 
 
 def test_default_folders_are_numbered_and_never_shared(tmp_path: Path) -> None:
@@ -162,7 +145,7 @@ def test_each_validation_is_repeated_at_a_context_beyond_that_of_training(tmp_pa
 
 
 @pytest.mark.parametrize(("trained", "tokens"), [(1_638_400, 819_200), (2048, 131_072)])
-def test_final_validation_takes_half_the_trained_tokens_and_a_least_number(
+def test_final_validation_takes_half_the_trained_tokens(
     training: TrainingRun, monkeypatch: pytest.MonkeyPatch, trained: int, tokens: int
 ) -> None:
     taken, trainer = Mock(), training.trainer
@@ -226,3 +209,72 @@ def test_smoothed_curve_does_not_lag() -> None:
     assert smooth([math.nan, 1.0])[1] == 1.0 and math.isnan(smooth([math.nan])[0])
     noise = [5.0 + (-1) ** step for step in range(401)]
     assert np.abs(smooth(noise)[20:] - 5.0).max() < 0.1
+
+
+# the sample at the end, and the command that a run offers
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> TrainingRun:
+    """Make an untrained run whose tokens are bytes below 61: half of them are control characters."""
+    run = new_run(tmp_path, sample_tokens=60)
+    run.config = dataclasses.replace(run.config, data=DataConfig(path=tmp_path))
+    run.console = Console(file=io.StringIO(), width=80)
+    return run
+
+
+def test_sample_is_shown_without_control_characters(run: TrainingRun) -> None:
+    text = write_sample(run)
+    shown = run.console.file.getvalue()
+    controls = {character for character in text if ord(character) < 32} - set("\n\t")
+    assert len(controls) > 5 and not controls & set(shown)
+    assert all(chr(0x2400 + ord(character)) in shown for character in controls)
+
+
+def test_interrupted_sample_ends_its_line(run: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = run.console.out, []
+
+    def interrupted(*args: object, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(run.console, "out", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_sample(run)
+    assert run.console.file.getvalue().endswith(f"\n{'─' * 80}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        (b"It was a bright cold day in April", "--prompt 'was a bright'"),
+        (b"x don't stop", "--prompt 'don'\"'\"'t stop'"),
+        (b"x --flag then", ""),
+        (b"\xff\xfe " + b"x" * 300, ""),
+        (b"x \x1b[31mred", ""),
+        (b"Rome.\n> What is snow like?\n", "--chat"),
+    ],
+)
+def test_offered_flags_are_a_prompt_of_whole_words_or_chat(run: TrainingRun, text: bytes, flags: str) -> None:
+    run.trainer.corpus = dataclasses.replace(run.trainer.corpus, val=np.frombuffer(text, np.uint8))
+    assert offered_flags(run) == flags
+    run.config = dataclasses.replace(run.config, data=DataConfig())
+    assert offered_flags(run) == "--prompt 'def '"
+
+
+def test_next_command_fits_the_stage_and_the_end_of_the_run(run: TrainingRun) -> None:
+    folder = shlex.quote(str(run.folder))
+    run.trainer.corpus = dataclasses.replace(run.trainer.corpus, val=np.zeros(200, np.uint8))
+    run.history.records.append({"loss": 1.0})
+    assert next_command(run) == f"python -m dsmini.generate {folder}"
+    sparse = {"attention": "dsa", "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
+    run.config = dataclasses.replace(
+        run.config,
+        model=dataclasses.replace(run.config.model, **sparse),
+        train=dataclasses.replace(run.config.train, dsa_stage="warmup"),
+    )
+    assert next_command(run) == f"python -m dsmini.train --init {folder}"
+    run.history.records.append({"loss": None})
+    assert next_command(run) == f"python -m dsmini.diagnose {folder}"

@@ -13,8 +13,7 @@ from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config.run import ParallelConfig
 from dsmini.data.corpus import Corpus
 from dsmini.nn.gate import HashGate, hash_table
-from dsmini.training.optim import Muon, optimizers
-from dsmini.training.origin import RunOrigin, check_resume
+from dsmini.training.origin import RunOrigin
 from dsmini.training.start import started
 from dsmini.training.trainer import Trainer
 from tests.conftest import SMALL, randomise
@@ -23,24 +22,6 @@ from tests.helpers.runs import new_run
 from tests.helpers.tolerances import relative_error
 
 MODEL: dict[str, Any] = SMALL | V4_MODEL
-
-
-def test_adamw_moves_what_weighs_at_the_rate_of_gates() -> None:
-    model = Transformer(ModelConfig(**MODEL))
-    muon, adamw = optimizers(model, TrainConfig(optimizer="muon", lr=0.5, gate_lr=0.25, weight_decay=0.1))
-    names, groups = {id(p): name for name, p in model.named_parameters()}, {}
-    for of in (muon, adamw):
-        for group in of.param_groups:
-            how = "muon" if isinstance(of, Muon) else (group["peak_lr"], group["weight_decay"])
-            groups |= {names[id(p)]: how for p in group["params"]}
-    assert groups.keys() == set(names.values())
-    for name in ("hc_attn.fn", "hc_ffn.base", "hc_ffn.scale", "ffn.gate.weight", "attn.attn_sink"):
-        assert groups[f"layers.1.{name}"] == (0.25, 0.0), name
-    assert {groups[f"{path}hc_head.fn"] for path in ("", "mtp.0.")} == {(0.25, 0.0)}
-    assert groups["layers.2.attn.compressor.ape"] == groups["layers.1.attn.indexer.compressor.ape"] == (0.25, 0.0)
-    assert groups["layers.1.attn.indexer.wq_b.weight"] == (0.5, 0.1) and groups["norm.weight"] == (0.5, 0.0)
-    for name in ("layers.2.attn.compressor.wgate.weight", "mtp.0.e_proj.weight", "mtp.0.h_proj.weight"):
-        assert groups[name] == "muon", name
 
 
 def new_trainer(**changes: Any) -> Trainer:
@@ -89,12 +70,6 @@ def test_tables_are_made_of_the_training_text(tmp_path: Path) -> None:
         assert torch.equal(training.trainer.model.state_dict()[name], state[name])
 
 
-def test_v3_run_is_not_resumed_as_v4(tmp_path: Path) -> None:
-    old, train = ModelConfig(**SMALL), TrainConfig(seq_len=16)
-    said = refusal(check_resume, *(RunConfig(model=m, train=train, out=tmp_path) for m in (old, ModelConfig(**MODEL))))
-    assert "model.attention (mla -> compressed)" in said and "model.hc_mult (1 -> 4)" in said
-
-
 def test_pipeline_and_compilation_are_refused_with_indexers() -> None:
     model, train = ModelConfig(**MODEL), TrainConfig(seq_len=16, grad_accum=2)
     assert "parallel.pp=2 does not go with" in refusal(ParallelConfig(pp=2).check, model, train, 2)
@@ -102,16 +77,6 @@ def test_pipeline_and_compilation_are_refused_with_indexers() -> None:
     ParallelConfig(pp=2).check(window, train, 2)
     said = refusal(RunConfig, model=window, train=dataclasses.replace(train, dsa_stage="warmup"))
     assert "model.attention='compressed' has none" in said
-
-
-def test_documents_do_not_see_each_other() -> None:
-    """A row of two documents has the losses of each by itself, but for the target between them."""
-    model = randomise(Transformer(ModelConfig(**MODEL))).eval()
-    tokens = torch.randint(61, (1, 25))
-    documents = (torch.arange(25)[None] >= 11).long()
-    states = model.states(tokens, documents=documents).normed
-    torch.testing.assert_close(states[:, :11], model.states(tokens[:, :11]).normed, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(states[:, 11:], model.states(tokens[:, 11:]).normed, rtol=1e-4, atol=1e-5)
 
 
 def test_metrics_name_the_layers_with_indexers(tmp_path: Path) -> None:
