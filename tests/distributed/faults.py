@@ -14,8 +14,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,25 +26,27 @@ from dsmini.training.run import TrainingRun
 
 STEP_PHASES = ("forward", "backward", "optimizer", "between")
 """Phases of a step, in their order."""
-SAVE_PHASES = ("staged", "writing", "written", "before_rename", "renamed", "before_prune", "pruned")
-"""Phases of a save, as save:NAME."""
-SIGNALS = {
-    **{"kill": signal.SIGKILL, "kill_saving": signal.SIGKILL, "terminate": signal.SIGTERM, "stop": signal.SIGSTOP},
+SAVE_CALLS = {
+    "save_pieces": ("staged", ""),
+    "_write_all": ("writing", "written"),
+    "finish_folder": ("before_rename", "renamed"),
+    "prune": ("before_prune", "pruned"),
 }
+"""Functions of dsmini.training.saving, and the phases of a save, as save:NAME, before and after their calls."""
+SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "stop": signal.SIGSTOP}
 ERRNO = {"full_disk": errno.ENOSPC, "io_error": errno.EIO}
 LOSS = {"nan": math.nan, "infinite": math.inf, "spike": 1000.0}
 """Factors of a rank's loss."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(NamedTuple):
     """One fault of a rank, during a step from 1, or at the first save from that step on."""
 
     kind: str
     rank: int
     step: int
     phase: str
-    """One of STEP_PHASES; save: and one of SAVE_PHASES; or fill, before the first step."""
+    """One of STEP_PHASES; save: and a phase of SAVE_CALLS; or fill, before the first step."""
 
 
 class Faults:
@@ -59,24 +60,24 @@ class Faults:
         self.saving = 0
         """Step of the state that is saved, while steps continue if that is in the background."""
 
-    def take(self, phase: str, *kinds: str) -> Fault | None:
-        """Return a fault that is due, after it was noted."""
+    def take(self, phase: str, of_loss: bool = False) -> Fault | None:
+        """Return a fault of the loss, or any other, that is due, after it was noted."""
         step = 1 + (self.saving if phase.startswith("save:") else self.training.trainer.steps_done)
-        due = (f for f in self.left if f.step <= step and f.phase == phase and (f.kind in kinds) == bool(kinds))
-        fault = next((one for one in due if kinds or one.kind not in (*LOSS, "flip")), None)
-        if fault is not None:
-            self.left.remove(fault)
-            with self.path.open("a") as file:
-                file.write(f"{fault}\n")
-        return fault
+        for fault in self.left:
+            if fault.step <= step and fault.phase == phase and (fault.kind in LOSS) == of_loss:
+                self.left.remove(fault)
+                with self.path.open("a") as file:
+                    file.write(f"{fault}\n")
+                return fault
+        return None
 
     def at(self, phase: str) -> None:
         """Do what is due in a phase."""
         while fault := self.take(phase):
-            do(fault)
-        if phase == "between" and (fault := self.take(phase, "flip")):
-            trainer = self.training.trainer
-            flip_a_bit([local(p) for p in trainer.model.parameters()], str(fault))
+            if fault.kind == "flip":
+                flip_a_bit([local(p) for p in self.training.trainer.model.parameters()], str(fault))
+            else:
+                do(fault)
 
 
 def do(fault: Fault) -> None:
@@ -103,14 +104,12 @@ def flip_a_bit(tensors: Sequence[Tensor], seed: str) -> None:
     flat.view(torch.int32)[draw.randrange(len(flat))] ^= 1 << draw.randrange(20)
 
 
-of_this_process: list[Faults] = []
-"""The faults of the run that is trained here, whose saves pass through functions of modules."""
+REAL: dict[str, Callable[..., Any]] = {name: getattr(saving, name) for name in SAVE_CALLS}
 
 
 def inject(training: TrainingRun, faults: Sequence[Fault]) -> None:
-    """Let a run meet faults."""
+    """Let a run meet faults. The saves of this process, which pass through functions of a module, are this run's."""
     mine, trainer = Faults(faults, training), training.trainer
-    of_this_process[:] = [mine]
     real_phase, real_parts, real_write = training.phase, trainer.train_parts, training.saver._write
 
     def phase(name: str) -> None:
@@ -118,7 +117,7 @@ def inject(training: TrainingRun, faults: Sequence[Fault]) -> None:
         mine.at(name)
 
     def train_parts(batch: Any) -> Any:
-        fault = mine.take("forward", *LOSS)
+        fault = mine.take("forward", of_loss=True)
         factor = 1.0 if fault is None else LOSS[fault.kind]
         return real_parts(dataclasses.replace(batch, parts=batch.parts / factor))
 
@@ -128,36 +127,23 @@ def inject(training: TrainingRun, faults: Sequence[Fault]) -> None:
 
     training.phase = trainer.phase = phase
     trainer.train_parts, training.saver._write = train_parts, write
-    for module, name, before, after in (
-        (saving, "save_pieces", "staged", None),
-        (saving, "_write_all", "writing", "written"),
-        (saving, "finish_folder", "before_rename", "renamed"),
-        (saving, "prune", "before_prune", "pruned"),
-    ):
-        if not hasattr(getattr(module, name), "real"):
-            setattr(module, name, _between(getattr(module, name), before, after))
+    for name, phases in SAVE_CALLS.items():
 
+        def call(*args: Any, name: str = name, phases: tuple[str, str] = phases, **kwargs: Any) -> Any:
+            mine.at(f"save:{phases[0]}")
+            result = REAL[name](*args, **kwargs)
+            mine.at(f"save:{phases[1]}")
+            return result
 
-def _between(real: Callable[..., Any], before: str, after: str | None) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        of_this_process[0].at(f"save:{before}")
-        result = real(*args, **kwargs)
-        if after is not None:
-            of_this_process[0].at(f"save:{after}")
-        return result
-
-    call.real = real  # pyright: ignore[reportFunctionMemberAccess]
-    return call
+        setattr(saving, name, call)
 
 
 def inject_into_command(faults: Sequence[Fault]) -> None:
     """Let the run of this process, which a command starts, meet faults."""
-    real = TrainingRun.__init__
-
-    real_fill = start.fill
+    real_init, real_fill = TrainingRun.__init__, start.fill
 
     def init(training: TrainingRun, *args: Any, **kwargs: Any) -> None:
-        real(training, *args, **kwargs)
+        real_init(training, *args, **kwargs)
         inject(training, faults)
 
     def fill(*args: Any) -> None:
@@ -171,7 +157,5 @@ def inject_into_command(faults: Sequence[Fault]) -> None:
 
 def parsed(text: str) -> list[Fault]:
     """Return the faults of a text, each KIND:RANK:STEP:PHASE, separated by commas."""
-    return [
-        Fault(kind, int(rank), int(step), phase)
-        for kind, rank, step, phase in (one.split(":", 3) for one in filter(None, text.split(",")))
-    ]
+    split = [one.split(":", 3) for one in filter(None, text.split(","))]
+    return [Fault(kind, int(rank), int(step), phase) for kind, rank, step, phase in split]

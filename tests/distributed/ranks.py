@@ -8,10 +8,8 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +19,7 @@ from datetime import timedelta
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,13 +55,6 @@ def new_store() -> Any:
     return dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
 
 
-def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The end of one rank."""
@@ -80,7 +71,6 @@ def outcomes(
     n: int,
     work: Callable[..., Any],
     *args: Any,
-    seconds: float = SECONDS,
     timeout: float | None = TIMEOUT,
     store: Any = None,
     attempt: int = 0,
@@ -94,31 +84,31 @@ def outcomes(
         store: that of an earlier attempt, as a launcher holds it; None: a new one.
     """
     store, call = store or new_store(), pickle.dumps((work, args, options, timeout))
-    pipes: dict[int, Connection] = {}
+    pipes: dict[Connection, int] = {}
     processes: list[Any] = []
     for rank in range(n):
-        pipes[rank], theirs = START.Pipe(duplex=False)
+        ours, theirs = START.Pipe(duplex=False)
+        pipes[ours] = rank
         processes.append(start(_rank, rank, n, store.port, attempt, call, theirs))
         theirs.close()
     answers: dict[int, dict[str, Any]] = {}
-    end = time.monotonic() + seconds
+    end = time.monotonic() + SECONDS
     try:
         while time.monotonic() < end:
-            unread = {pipes[rank]: rank for rank in range(n) if rank not in answers}
+            unread = [pipe for pipe, rank in pipes.items() if rank not in answers]
             living = [process for process in processes if process.exitcode is None]
             if not living and not unread:
                 break
             ready = wait([*unread, *(process.sentinel for process in living)], 0.2)
             if not ready and all(map(_is_stopped, living)):
                 break
-            for pipe, rank in unread.items():
-                if pipe in ready:
-                    with suppress(EOFError, ConnectionResetError):  # it died
-                        answers[rank] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
-                    answers.setdefault(rank, {})
+            for pipe in set(unread) & set(ready):
+                answers[pipes[pipe]] = {}
+                with suppress(EOFError, ConnectionResetError):  # it died
+                    answers[pipes[pipe]] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
         return [Outcome(status=process.exitcode, **answers.get(rank, {})) for rank, process in enumerate(processes)]
     finally:
-        for process, pipe in zip(processes, pipes.values(), strict=True):
+        for process, pipe in zip(processes, pipes, strict=True):
             process.kill()
             process.join()
             pipe.close()
@@ -171,26 +161,12 @@ def _rank(rank: int, n: int, port: int, attempt: int, call: bytes, pipe: Connect
 # --- commands
 
 
-class Speech:
-    """The words of a command's processes, each of which writes into files of a folder."""
+class Said(NamedTuple):
+    """The end of a command in several processes: what each returned and wrote."""
 
-    def __init__(self, folder: Path, n: int) -> None:
-        self.folder, self.n = folder, n
-        self.statuses: list[int | None] = []
-        """Exit statuses, at the end."""
-
-    def read(self, name: str) -> list[str]:
-        """Return a text of each rank: its pid, its output or its error (the standard error)."""
-        files = [self.folder / f"{name}-{rank}" for rank in range(self.n)]
-        return [file.read_text() if file.exists() else "" for file in files]
-
-    @property
-    def outputs(self) -> list[str]:
-        return self.read("output")
-
-    @property
-    def errors(self) -> list[str]:
-        return self.read("error")
+    statuses: list[int | None]
+    outputs: list[str]
+    errors: list[str]
 
 
 def spoken(
@@ -199,24 +175,19 @@ def spoken(
     name: str = "train",
     environment: Mapping[str, str] | None = None,
     store: Any = None,
-    meanwhile: Callable[[Speech], None] = lambda speech: None,
     faults: Sequence[Any] = (),
-) -> Speech:
-    """Return what the processes of python -m dsmini.NAME said.
+) -> Said:
+    """Return what the processes of python -m dsmini.NAME said. A subfolder of `folder` holds pid-RANK meanwhile.
 
     Args:
         lines: the arguments of each rank; None for one that is missing.
         environment: changes of what the launcher sets.
-        meanwhile: called while they run.
         faults: to inject into a run of dsmini.train.
     """
-    speech = Speech(Path(tempfile.mkdtemp(dir=folder)), len(lines))
-    other = threading.Thread(target=meanwhile, args=(speech,))
-    other.start()
-    work = (_speak, speech.folder, name, lines, environment or {}, faults)
-    speech.statuses = [end.status for end in outcomes(len(lines), *work, timeout=None, store=store)]
-    other.join()
-    return speech
+    place, n = Path(tempfile.mkdtemp(dir=folder)), len(lines)
+    ends = outcomes(n, _speak, place, name, lines, environment or {}, faults, timeout=None, store=store)
+    words = [[(place / f"{kind}-{rank}").read_text() for rank in range(n)] for kind in ("output", "error")]
+    return Said([end.status for end in ends], *words)
 
 
 def _speak(
@@ -227,15 +198,15 @@ def _speak(
     faults: Sequence[Any],
 ) -> None:
     rank = int(os.environ["RANK"])
+    for descriptor, kind in ((1, "output"), (2, "error")):
+        with (folder / f"{kind}-{rank}").open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
     line = lines[rank]
     if line is None:
         os._exit(0)
     main = import_module(f"dsmini.{name}").main
     if faults:
         import_module("tests.distributed.faults").inject_into_command(faults)
-    for descriptor, written in ((1, f"output-{rank}"), (2, f"error-{rank}")):
-        with (folder / written).open("wb") as file:
-            os.dup2(file.fileno(), descriptor)
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     wait_until(lambda: len(list(folder.glob("pid-*"))) == len(lines) - lines.count(None))  # none is late on a busy CPU
     os.environ |= environment

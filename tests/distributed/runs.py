@@ -26,7 +26,7 @@ from dsmini.training.run import TrainingRun, newest_checkpoint
 from dsmini.training.trainer import StepResult, Trainer
 from tests.conftest import SMALL
 from tests.distributed.faults import Fault, inject
-from tests.distributed.ranks import Outcome, outcomes
+from tests.distributed.ranks import Outcome
 from tests.helpers.runs import TIMING, asked_after, untimed
 from tests.helpers.tolerances import FP32_MODEL
 
@@ -170,18 +170,6 @@ def run(
         asked_after(training, until - 1)
     with watched(world, training.config.parallel.timeout, CPU):
         return training.train()
-
-
-def until_end(
-    n: int, folder: Path, parallel: dict[str, Any], faults: Sequence[Fault], most: int = 16, **changes: Any
-) -> list[list[Outcome]]:
-    """Start a run again until it comes to its end; return how each attempt ended. At most `most` attempts."""
-    attempts: list[list[Outcome]] = []
-    while len(attempts) < most:
-        attempts.append(outcomes(n, run, folder, parallel, faults, **changes))
-        if all(end.status == 0 and end.value is True for end in attempts[-1]):
-            return attempts
-    raise AssertionError("\n".join(str([(e.status, e.failure[-300:]) for e in ends]) for ends in attempts))
 
 
 def statuses(ends: Sequence[Outcome]) -> list[int | None]:

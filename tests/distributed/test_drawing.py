@@ -1,8 +1,6 @@
 """Each rank makes its part of a model with the bits of one process, and never holds more than that and one tensor."""
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,7 +8,6 @@ from unittest import mock
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dsmini import ModelConfig, RunConfig, Transformer, load_pretrained
@@ -93,20 +90,6 @@ def test_one_process_draws_in_the_order_of_its_modules(changes: dict[str, Any]) 
     assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
 
 
-@contextmanager
-def reads() -> Iterator[list[str]]:
-    """Yield the names of the tensors that are read in a block."""
-    names: list[str] = []
-    read = SafetensorsReader.read
-
-    def recorded(self: SafetensorsReader, name: str) -> Tensor:
-        names.append(name)
-        return read(self, name)
-
-    with mock.patch.object(SafetensorsReader, "read", recorded):
-        yield names
-
-
 def fp8_folder(place: Path) -> Path:
     """Write the folder of a random model with experts in the last layers and in the MTP block."""
     sizes = {"n_layers": 3, "dim": 136, "inter_dim": 200, "moe_inter_dim": 130, "n_mtp_layers": 1}
@@ -122,10 +105,12 @@ def filled_from(world: World, folder: Path, parallel: dict[str, Any]) -> tuple[d
     there = PretrainedTensors(folder)
     mesh = Mesh(ParallelConfig(**parallel), CPU)
     model = divided_model(there.config, mesh)
-    with reads() as names:
+    real = SafetensorsReader.read
+    with mock.patch.object(SafetensorsReader, "read", autospec=True, side_effect=real) as read:
         fill(model, mesh, CPU, there.rows)
     held = [*model.named_parameters(), *model.named_buffers()]
-    return {name: (mesh.piece(t), local(t).detach().clone()) for name, t in held}, names
+    pieces = {name: (mesh.piece(t), local(t).detach().clone()) for name, t in held}
+    return pieces, [call.args[1] for call in read.call_args_list]
 
 
 @pytest.mark.parametrize("parallel", [SLOW_BUT_ONE[0], *SLOW_BUT_ONE[1:3]], ids=str)

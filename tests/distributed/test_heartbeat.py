@@ -1,9 +1,13 @@
 """The heartbeat: of ranks in one process with scripted times, and of a process whose store ends."""
 
+import itertools
 import os
+import re
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
@@ -15,18 +19,22 @@ class Ended(BaseException):
     """The end of a process, in place of it."""
 
 
+def end(status: int) -> None:
+    raise Ended(status)
+
+
 PLACE = {"waits": ("torch/distributed/c10d.py:1 all_reduce", True), "waits elsewhere": ("exchange.py:2 wait", True)}
 
 
 @pytest.mark.parametrize(
     ("behaviours", "culprit", "speaker", "words"),
     [
-        (("waits", "is stopped", "waits"), 1, 2, "rank 1 (pid N on here) has given no sign of life for 4 s; it was"),
-        (("is stopped", "waits", "waits"), 0, 1, "rank 0 (pid N on here) has given no sign of life"),
-        (("waits", "waits", "sleeps"), 2, 0, "rank 2 (pid N on here) has stood still for 4 s: step 14, backward, in "),
-        (("sleeps", "waits", "waits"), 0, 0, "rank 0 (pid N on here) has stood still"),
-        (("sleeps", "waits", "sleeps"), 0, 0, "rank 0 (pid N on here) has stood still"),
-        (("waits", "waits elsewhere", "waits"), 1, 0, "all ranks have waited inside a collective for 4 s; rank 1 (pid"),
+        (("waits", "is stopped", "waits"), 1, 2, "rank 1 .* has given no sign of life for 4 s; it was"),
+        (("is stopped", "waits", "waits"), 0, 1, "rank 0 .* has given no sign of life"),
+        (("waits", "waits", "sleeps"), 2, 0, "rank 2 .* has stood still for 4 s: step 14, backward, in "),
+        (("sleeps", "waits", "waits"), 0, 0, "rank 0 .* has stood still"),
+        (("sleeps", "waits", "sleeps"), 0, 0, "rank 0 .* has stood still"),
+        (("waits", "waits elsewhere", "waits"), 1, 0, "all ranks have waited inside a collective for 4 s; rank 1 "),
         (("ends", "waits", "is stopped"), None, None, ""),
         (("waits", "moves", "saves", "ends"), None, None, ""),
         (("waits", "validates", "waits"), None, None, ""),
@@ -36,23 +44,16 @@ PLACE = {"waits": ("torch/distributed/c10d.py:1 all_reduce", True), "waits elsew
 def test_stall_is_found_and_ends_all(
     behaviours: tuple[str, ...], culprit: int | None, speaker: int | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def end(status: int) -> None:
-        raise Ended(status)
-
-    now = {"behaviour": ""}
-    monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    clock = iter(range(10**6))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr("socket.gethostname", lambda: "here")
-    monkeypatch.setattr(
-        "dsmini.distributed.heartbeat.place_of", lambda thread: PLACE.get(now["behaviour"], ("faults.py:3 do", False))
-    )
-    lines = iter(range(10**6))
-    monkeypatch.setattr(
-        "dsmini.distributed.heartbeat.stack_of",
-        lambda thread: next(lines) if now["behaviour"] == "validates" else 0,
-    )
+    now, clock, lines = {"behaviour": ""}, itertools.count(), itertools.count()
+    patches: dict[str, Callable[..., Any]] = {
+        "os._exit": end,
+        "time.sleep": lambda seconds: None,
+        "time.monotonic": lambda: next(clock),
+        "place_of": lambda thread: PLACE.get(now["behaviour"], ("faults.py:3 do", False)),
+        "stack_of": lambda thread: next(lines) if now["behaviour"] == "validates" else 0,
+    }
+    for name, function in patches.items():
+        monkeypatch.setattr(f"dsmini.distributed.heartbeat.{name}", function)
     store: Any = dist.HashStore()
     said: dict[int, tuple[int, float, str]] = {}
     ranks = [
@@ -77,8 +78,7 @@ def test_stall_is_found_and_ends_all(
         assert statuses == {} and said == {}
         return
     assert statuses == dict.fromkeys(living, STALLED) and said.keys() == {speaker}
-    assert said[speaker][0] == culprit
-    assert said[speaker][2].replace(str(os.getpid()), "N").startswith(words)
+    assert said[speaker][0] == culprit and re.match(words, said[speaker][2])
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,10 +95,7 @@ def test_end_of_the_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     lost: list[bool] = []
     beat = Heartbeat(0, 2, dist.HashStore(), 3.0, lambda *_: None, lambda: lost.append(True), period=0.01)
 
-    def broken(_: float) -> None:
-        raise dist.DistNetworkError("Connection reset by peer")
-
-    monkeypatch.setattr(beat, "exchange", broken)
+    monkeypatch.setattr(beat, "exchange", Mock(side_effect=dist.DistNetworkError("Connection reset by peer")))
     beat._run()
     assert lost == [True]
 
@@ -107,15 +104,11 @@ def test_store_that_does_not_answer_ends_the_process(monkeypatch: pytest.MonkeyP
     said: list[str] = []
     beat = Heartbeat(1, 2, dist.HashStore(), 0.2, lambda *stall: said.append(stall[2]), period=0.01)
     monkeypatch.setattr(beat, "exchange", lambda _: beat.closed.wait(60))
-    statuses: list[int] = []
-
-    def end(status: int) -> None:
-        statuses.append(status)
-        beat.closed.set()
-
     monkeypatch.setattr(os, "_exit", end)
-    beat._run()
-    assert statuses == [STALLED] and "held by rank 0 or the launcher, has not answered for 0 s" in said[0]
+    with pytest.raises(Ended, match=f"{STALLED}"):
+        beat._run()
+    beat.closed.set()
+    assert "held by rank 0 or the launcher, has not answered for 0 s" in said[0]
 
 
 def code(module: str, file: str, line: str) -> Any:

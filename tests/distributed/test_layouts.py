@@ -4,17 +4,21 @@ Two parts of the batch, and the stages of a pipeline, sum in the order of one pr
 """
 
 import math
+from collections import Counter
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from dsmini.config.run import CHUNKS
-from dsmini.distributed.mesh import local
+from dsmini import ModelConfig, Transformer
+from dsmini.config.run import CHUNKS, ParallelConfig
+from dsmini.distributed.expert_parallel import moe_layers
+from dsmini.distributed.mesh import Mesh, local
 from dsmini.distributed.world import World
 from dsmini.nn.transformer import IGNORE
 from dsmini.training.optim import optimizer_state
+from tests.conftest import SMALL
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import Trained, exactly, far_apart, held_pieces, new_trainer, train, up_to_sums
 from tests.helpers.configs import DSA, V4_MODEL
@@ -54,6 +58,7 @@ MUON = {"optimizer": "muon"}
 PARTS, FOUR = {"grad_accum": 2}, {"grad_accum": 4}
 # the norm is summed in another order: clipping would carry its last bit into every parameter
 UNCLIPPED: dict[str, Any] = {"grad_clip": 1e6}
+RAMP: dict[str, Any] = {"batch_ramp": 1.0, "steps": 16}
 PLAIN: dict[str, Any] = {"n_layers": 4, "n_mtp_layers": 0}
 DEEP: dict[str, Any] = {"n_layers": 4}
 # from equal streams the gradients of hyper-connections are noise, of which AdamW would make whole steps
@@ -70,9 +75,11 @@ def stages(parallel: dict[str, Any], train: dict[str, Any], model: dict[str, Any
 
 ROWS: list[Row] = [
     Row({"dp": 2}, alone=PARTS),
+    Row({"dp": 2}, RAMP | {"batch_size": 4, "batch_start": 2}, alone=PARTS, steps=16),
     Row({"ep": 2}),
     stages({"pp": 2, "schedule": "1f1b"}, FOUR, PLAIN, exact=True),
     # slow from here on
+    Row({"dp": 2}, RAMP | {"batch_size": 16, "batch_start": 8, "grad_accum": 4}, alone={"grad_accum": 8}, steps=16),
     Row({"dp": 2}, MUON, alone=PARTS),
     Row({"ep": 2, "dp": 2}, MUON | PARTS | {"recompute": True, "ema_decay": 0.9}),
     Row({"ep": 4}),
@@ -98,7 +105,7 @@ ROWS: list[Row] = [
 ]
 
 
-@pytest.mark.parametrize("row", [*ROWS[:3], *(pytest.param(row, marks=pytest.mark.slow) for row in ROWS[3:])], ids=str)
+@pytest.mark.parametrize("row", [*ROWS[:4], *(pytest.param(row, marks=pytest.mark.slow) for row in ROWS[4:])], ids=str)
 def test_layout_equals_one_process(row: Row) -> None:
     want = train(World(), None, row.model, row.train | (row.alone or {}), row.steps)
     n = math.prod(row.parallel.get(name, 1) for name in ("pp", "dp", "ep"))
@@ -109,23 +116,12 @@ def test_layout_equals_one_process(row: Row) -> None:
         assert all(got.losses.equal(want.losses) for got in ranks)
         assert far_apart([got.pieces for got in ranks], want.tensors, exactly) == []
     for got, step in zip(ranks[0].steps, want.steps, strict=True):
+        assert got.tokens == step.tokens
         assert (got.counts is None and step.counts is None) or torch.equal(got.counts, step.counts)  # pyright: ignore
         assert got.grad_norm == pytest.approx(step.grad_norm, rel=FP32_MODEL * STEPS)
         assert (got.indexers is None) == (step.indexers is None) == ("index_topk" not in row.model)
         for name, figures in (step.indexers or {}).items():
             assert (got.indexers or {})[name] == pytest.approx(figures, rel=FP32_MODEL * STEPS), name
-
-
-@pytest.mark.parametrize(
-    ("size", "start", "grad_accum"), [(4, 2, 1), pytest.param(16, 8, 4, marks=pytest.mark.slow)], ids=str
-)
-def test_growing_batch_takes_the_sequences_of_one_process(size: int, start: int, grad_accum: int) -> None:
-    """One process grows by the same number of sequences if its batch has the same parts."""
-    ramp = {"batch_size": size, "batch_start": start, "batch_ramp": 1.0, "steps": 16}
-    want = train(World(), None, None, {**ramp, "grad_accum": 2 * grad_accum}, 16)
-    for got in run_ranks(2, train, {"dp": 2}, None, {**ramp, "grad_accum": grad_accum}, 16):
-        assert [step.tokens for step in got.steps] == [step.tokens for step in want.steps]
-        assert (got.losses - want.losses).abs().max() < rounding(FP32_UNIT, 48, 80) * want.losses.abs().max() * 16
 
 
 def masked(world: World, parallel: dict[str, Any]) -> Trained:
@@ -196,3 +192,45 @@ def test_experts_without_a_token_have_zero_gradients_and_stay_in_step(zero: int)
             if ".experts." in name:
                 torch.testing.assert_close(moment, whole["moments"][name][4 * rank : 4 * rank + 4])
         assert all(torch.equal(a, b) for a, b in zip(got["bias"], whole["bias"], strict=True))
+
+
+# --- bytes that the expert exchange sends: counted, and worked out from the routing
+
+TOKENS, E, K = 1500, 8, 2
+EVEN: dict[str, Any] = SMALL | {
+    **{"dim": 128, "inter_dim": 128, "moe_inter_dim": 128, "n_routed_experts": E, "n_activated_experts": K},
+    **{"n_expert_groups": 2, "n_limited_groups": 2, "n_mtp_layers": 0, "precision": "fp8"},
+}
+
+
+def exchange(world: World) -> tuple[Counter[str], int]:
+    """Run a MoE layer forward and backward on evenly drawn tokens; return what was sent, and the pairs elsewhere."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**EVEN))
+    ranks = Mesh(ParallelConfig(ep=world.size), torch.device("cpu"))
+    ranks.divide(model)
+    (moe,) = moe_layers(model)
+    torch.nn.init.orthogonal_(moe.gate.weight)  # independent scores: all experts are equally likely
+    torch.manual_seed(1 + world.rank)
+    x = torch.randn(TOKENS, 128, requires_grad=True)
+    y, routing = moe(x)
+    y.sum().backward()
+    return ranks.traffic, int((routing.indices // (E // world.size) != world.rank).sum())
+
+
+BYTES = {"dispatch": 128 + 4, "combine": 4 * 128, "dispatch_gradients": 4 * 128, "combine_gradients": 4 * 128}
+"""Bytes of a row: E4M3 codes with one scale, else FP32."""
+
+
+@pytest.mark.slow
+def test_exchange_sends_one_row_a_token_expert_pair() -> None:
+    every = run_ranks(4, exchange)
+    remote = [pairs for _, pairs in every]
+    for sent, pairs in every:
+        for what in ("dispatch", "combine_gradients"):  # leave with the token
+            assert sent[what] == pairs * BYTES[what]
+    for what in ("combine", "dispatch_gradients"):  # come back to it, so they leave from all others
+        assert sum(sent[what] for sent, _ in every) == sum(remote) * BYTES[what]
+    predicted = TOKENS * K * (1 - 1 / 4)
+    for pairs in remote:
+        assert pairs == pytest.approx(predicted, abs=4 * math.sqrt(predicted / 4))

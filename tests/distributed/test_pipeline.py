@@ -1,6 +1,8 @@
 """The stages of a pipeline: their validation and layers. test_layouts.py compares what they train."""
 
 import itertools
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,9 @@ from dsmini.distributed.world import World
 from tests.conftest import SMALL
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import new_trainer
+from tests.helpers.configs import refusal
+
+REFUSALS = tomllib.loads(Path(__file__).with_name("refusals.toml").read_text())
 
 
 def steps_and_rest(world: World) -> dict[str, Any]:
@@ -45,67 +50,34 @@ def rest() -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHUNKS)
-def test_stages_tell_their_phases(name: ScheduleName, rest: list[dict[str, Any]]) -> None:
-    assert all({"forward", "backward"} <= set(of_rank[name]["phases"]) for of_rank in rest)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHUNKS)
-def test_validation_is_that_of_one_process(name: str, rest: list[dict[str, Any]]) -> None:
+def test_stages_validate_as_one_and_share_the_embedding(name: ScheduleName, rest: list[dict[str, Any]]) -> None:
+    ranks = [of_rank[name] for of_rank in rest]
     trainer = new_trainer(World(), {}, {"n_layers": 4}, {"grad_accum": 4})
     for _ in range(2):
         trainer.step()
     want = trainer.validate()
-    for of_rank in rest:
-        assert of_rank[name]["validation"] == pytest.approx([want, want], rel=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHUNKS)
-def test_each_parameter_is_on_one_rank_but_the_embedding(name: str, rest: list[dict[str, Any]]) -> None:
-    names = [of_rank[name]["names"] for of_rank in rest]
-    whole = [n for n, _ in Transformer(ModelConfig(**{**SMALL, "n_layers": 4})).named_parameters()]
-    assert set(itertools.chain(*names)) == set(whole)
-    twice = set(names[0]) & set(names[1])
-    if name in ("zbv", "dualpipev"):
-        assert twice == set()
-    else:
-        assert twice == {"embed.weight"}
-        first, last = (of_rank[name]["embedding"] for of_rank in rest)
-        assert torch.equal(first, last)
-        compared = [f"{part}embed.weight{key}" for part, key in (("model/", ""), ("optimizer/", "/exp_avg"))]
-        for of_rank in rest:
-            assert of_rank[name]["unequal"] == ([], "")
-            assert set(compared) <= set(of_rank[name]["compared"][0, 1])
+    for found in ranks:
+        assert found["validation"] == pytest.approx([want, want], rel=1e-6)
+        assert {"forward", "backward"} <= set(found["phases"])
+        assert found["unequal"] == ([], "")
+    first, last = (set(found["names"]) for found in ranks)
+    assert first | last == {n for n, _ in trainer.model.named_parameters()}
+    assert first & last == (set() if name in ("zbv", "dualpipev") else {"embed.weight"})
+    if first & last:
+        assert torch.equal(*(found["embedding"] for found in ranks))
+        compared = {f"{part}embed.weight{key}" for part, key in (("model/", ""), ("optimizer/", "/exp_avg"))}
+        assert all(compared <= set(found["compared"][0, 1]) for found in ranks)
 
 
 # Config and layout
 
 
-@pytest.mark.parametrize(
-    ("parallel", "train", "n_layers", "said"),
-    [
-        ({"pp": 3}, {"grad_accum": 4}, 2, "parallel.pp=3 with parallel.schedule=1f1b has 3 stages, more than .*=2"),
-        ({"pp": 2, "schedule": "zbv"}, {"grad_accum": 4}, 2, "schedule=zbv has 4 stages, more than model.n_layers=2"),
-        (
-            {"pp": 2},
-            {"grad_accum": 1},
-            2,
-            "train.grad_accum=1 is too small for parallel.schedule=1f1b with parallel.pp=2",
-        ),
-        ({"pp": 2, "zero": 1}, {"grad_accum": 2}, 2, "parallel.zero=1 does not go with a pipeline"),
-        ({"pp": 2, "schedule": "dualpipev"}, {"grad_accum": 3}, 4, "grad_accum=3 is too small .*dualpipev.* use 4"),
-        ({"pp": 2, "schedule": "interleaved1f1b"}, {"grad_accum": 5}, 4, "=5 does not go .* 2 equal rounds .* use 4"),
-        ({"pp": 2, "schedule": "zero_bubble"}, {"grad_accum": 7}, 4, "=7 does not go .* 3 equal rounds .* use 6"),
-    ],
-    ids=str,
-)
-def test_config_refuses_what_a_pipeline_cannot_do(
-    parallel: dict[str, Any], train: dict[str, Any], n_layers: int, said: str
-) -> None:
-    config, recipe = ParallelConfig(**parallel), TrainConfig(batch_size=840, **train)
-    with pytest.raises(ValueError, match=said):
-        config.check(ModelConfig(**{**SMALL, "n_layers": n_layers}), recipe, config.pp)
+@pytest.mark.parametrize("case", REFUSALS["pipeline"], ids=lambda case: case["said"])
+def test_config_refuses_what_a_pipeline_cannot_do(case: dict[str, Any]) -> None:
+    config, recipe = ParallelConfig(**case["parallel"]), TrainConfig(batch_size=840, **case["train"])
+    model = ModelConfig(**SMALL | {"n_layers": case.get("n_layers", 2)})
+    said = refusal(config.check, model, recipe, config.pp)
+    assert case["said"] in said and case.get("fix", "") in said
 
 
 def test_layers_are_divided_where_the_largest_cost_is_smallest() -> None:

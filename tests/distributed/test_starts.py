@@ -6,8 +6,8 @@ import re
 import shlex
 import signal
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import threading
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,11 +17,8 @@ from dsmini import RunConfig, TrainConfig
 from dsmini.distributed.world import joined
 from dsmini.training.origin import RunOrigin
 from dsmini.training.start import resolved
-from tests.distributed.ranks import Speech, free_port, new_store, spoken, wait_until
+from tests.distributed.ranks import new_store, spoken, wait_until
 from tests.distributed.runs import small_config
-
-HELD_BY_RANK_0 = {"TORCHELASTIC_USE_AGENT_STORE": "False"}
-
 
 # --- one process, and a store
 
@@ -41,69 +38,8 @@ def test_rank_that_comes_but_does_not_connect_is_told(monkeypatch: pytest.Monkey
 # --- commands
 
 
-@dataclass(frozen=True)
-class Start:
-    """A start of a command by several processes, which ends with one sentence of one of them."""
-
-    lines: Sequence[str | None]
-    """The arguments of each rank; None for one that is missing."""
-    words: str
-    """In the sentence, which names no other rank at its beginning."""
-    name: str = "train"
-    environment: dict[str, str] = field(default_factory=dict)
-    """Changes of what the launcher sets; {PORT} is a free port, and {SILENT} that of a service that never answers."""
-
-
+TABLE = tomllib.loads(Path(__file__).with_name("starts.toml").read_text())
 LATE = "--train.batch-size 6 --parallel.timeout 900"
-"""Longer than a test has: processes without a mistake must not wait for the others."""
-MISTAKE = "--train.lr 'nonsense' is not a number"
-OWN_STORE = HELD_BY_RANK_0 | {"MASTER_PORT": "{PORT}"}
-ONE, TWO = "{place}/one", "{place}/two"
-TABLE: dict[str, Start] = {
-    "unequal keys": Start(
-        ["", "--train.lr 0.5 --train.steps 9"],
-        r"error: rank 1 was started with another train.steps \(9, not 6\), train.lr \(0.5, not .*\) than rank 0",
-    ),
-    # slow from here on
-    "unequal weights": Start([f"--init {ONE}", f"--init {TWO}"], r"another --init \(.*/two/checkpoints/step-.*, not "),
-    "weights of one": Start([f"--init {ONE}", ""], r"another --init \(none, not "),
-    "two are missing": Start(
-        ["--parallel.timeout 3", None] * 2, "error: 2 of 4 processes came to .* within 3 s, without ranks 1, 3;"
-    ),
-    "one is missing": Start([None, "--parallel.timeout 3"], "error: 1 of 2 .* within 3 s, without rank 0;"),
-    **{
-        f"no store at {port}": Start(
-            ["--parallel.timeout 1", None],
-            f"error: rank 1: cannot join the 2 processes .*{words}",
-            environment=HELD_BY_RANK_0 | {"MASTER_PORT": port, "RANK": "1"},
-        )
-        for port, words in (
-            ("{PORT}", "nobody answers within 1 s"),
-            ("{SILENT}", "it takes longer than 1.5 s"),
-            ("99999", "127.0.0.1:99999: nobody answers within 1 s"),
-        )
-    },
-    "network that refuses": Start(
-        ["", ""],
-        "the 2 processes met, but cannot connect to each other: ",
-        environment={"GLOO_SOCKET_IFNAME": "none0"},
-    ),
-    **{
-        f"mistake of {wrong}, {store}": Start(
-            [f"{LATE} --train.lr nonsense" if rank in wrong else LATE for rank in range(3)],
-            f"error: {'' if 0 in wrong else 'rank [12]: '}{MISTAKE}",
-            environment=environment,
-        )
-        for wrong in ((0,), (1,), (0, 1, 2), (1, 2))
-        for store, environment in (("store of the launcher", {}), ("store of rank 0", OWN_STORE))
-    },
-    "layout that does not fit": Start(
-        ["--parallel.pp 2 --parallel.schedule zbv --train.grad-accum 4"] * 2,
-        "has 4 stages, more than model.n_layers=",
-    ),
-    "finished run": Start([f"--resume {ONE}"] * 2, "error: .*/one is finished: 1 of 1 steps"),
-    "generate": Start([ONE, ONE], "error: dsmini.generate is one process, and a launcher started several", "generate"),
-}
 QUICK, SLOW = [*TABLE][:1], [*TABLE][1:]
 
 
@@ -122,32 +58,43 @@ def place(config: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-def test_one_process_says_one_sentence_and_all_end_with_status_2(
+def test_one_sentence_is_said_and_all_end_with_status_2(
     name: str, request: pytest.FixtureRequest, config: Path, tmp_path: Path
 ) -> None:
     start = TABLE[name]
+    command, environment = start.get("name", "train"), start.get("environment", {})
     place = request.getfixturevalue("place") if name in SLOW else config.parent
-    own = f"{config} --out {tmp_path / 'run'} " if start.name == "train" and "finished" not in name else ""
-    lines = [None if line is None else shlex.split((own + line).format(place=place)) for line in start.lines]
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # another service
-        ports = {"PORT": free_port(), "SILENT": silent.getsockname()[1]}
-        environment = {name: value.format(**ports) for name, value in start.environment.items()}
-        got = spoken(tmp_path, *lines, name=start.name, environment=environment)
+    own = f"{config} --out {tmp_path / 'run'} " if command == "train" and "finished" not in name else ""
+    lines = [
+        None if line == "missing" else shlex.split((own + line).format(place=place, LATE=LATE))
+        for line in start["lines"]
+    ]
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as closed:
+        ports = {"PORT": closed.getsockname()[1], "SILENT": silent.getsockname()[1]}
+        closed.close()
+        changes = {name: value.format(**ports) for name, value in environment.items()}
+        got = spoken(tmp_path, *lines, name=command, environment=changes)
     assert got.statuses == [0 if line is None else 2 for line in lines], got.errors
     (sentence,) = filter(None, got.errors)
-    assert sentence.startswith("error: ") and sentence.count("\n") == 1 and re.search(start.words, sentence), sentence
+    assert sentence.startswith("error: ") and sentence.count("\n") == 1 and re.search(start["words"], sentence), (
+        sentence
+    )
     assert got.outputs == [""] * len(lines) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_sigterm_ends_a_process_that_waits_for_another(config: Path, tmp_path: Path) -> None:
-    args, store = [str(config), "--out", str(tmp_path / "run")], new_store()
+    store = new_store()
 
-    def stop_once_it_waits(speech: Speech) -> None:
+    def stop_once_it_waits() -> None:
         wait_until(lambda: store.check(["meeting 0/rank 0"]))
-        os.kill(int(speech.read("pid")[0]), signal.SIGTERM)
+        (pid,) = tmp_path.glob("*/pid-0")
+        os.kill(int(pid.read_text()), signal.SIGTERM)
 
-    got = spoken(tmp_path, args, None, store=store, meanwhile=stop_once_it_waits)
+    other = threading.Thread(target=stop_once_it_waits)
+    other.start()
+    got = spoken(tmp_path, [str(config), "--out", str(tmp_path / "run")], None, store=store)
+    other.join()
     assert (got.statuses, got.errors) == ([130, 0], ["stopped\n", ""])
 
 
