@@ -20,7 +20,7 @@ from dsmini.checkpoint.training_state import MANIFEST, load_run, write_manifest
 from dsmini.distributed.world import World
 from dsmini.machine import random_state
 from dsmini.training import saving as checkpoints
-from dsmini.training.run import TrainingRun, newest_checkpoint
+from dsmini.training.run import newest_checkpoint
 from tests.helpers.configs import refusal
 from tests.helpers.runs import new_run, resumed, unequal, whole
 
@@ -109,7 +109,7 @@ MISFITS: list[tuple[str, Callable[[Named], Any], str]] = [
 
 
 @pytest.mark.parametrize(("part", "change", "sentence"), MISFITS, ids=[sentence for *_, sentence in MISFITS])
-def test_whole_checkpoint_that_does_not_fit_is_refused(
+def test_checkpoint_that_does_not_fit_is_refused(
     run: Path, part: str, change: Callable[[Named], Any], sentence: str
 ) -> None:
     last = run / "checkpoints/step-000004"
@@ -137,32 +137,23 @@ def test_run_whose_checkpoints_are_all_damaged_is_refused(run: Path) -> None:
         resumed(run, **OPTIONS)
 
 
-def failing_once(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
-    """Let the first call of a function fail as a disk does that is out of reach for a moment."""
-    real = getattr(owner, name)
-
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        patch.setattr(owner, name, real)
-        raise OSError(5, "Input/output error")
-
-    patch.setattr(owner, name, fail)
-
-
 @pytest.mark.parametrize(
     ("owner", "name"), [(hashlib, "file_digest"), (os, "open"), (tensor_files, "safe_open")], ids=lambda x: str(x)
 )
-def test_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+def test_unreadable_checkpoint_is_not_passed_over(
     run: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
     """A later save would remove it, although it may be whole."""
-    with monkeypatch.context() as patch:
-        training = new_run(run, **OPTIONS)
-        failing_once(patch, owner, name)
-        said = refusal(newest_checkpoint, training.config, World(), pytest.fail)
+    training, real = new_run(run, **OPTIONS), getattr(owner, name)
+
+    def fail_once(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.setattr(owner, name, real)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(owner, name, fail_once)
+    said = refusal(newest_checkpoint, training.config, World(), pytest.fail)
     assert said.startswith(f"cannot read {run}/checkpoints/step-000004: cannot read ")
-    assert "Input/output error" in said and said.endswith(
-        "; try again, or move that folder away to continue from the one before"
-    )
+    assert "Input/output error" in said and "move that folder away to continue from the one before" in said
     assert resumed(run, **OPTIONS).trainer.steps_done == 4
     assert names(run) == ["step-000002", "step-000004"]
 
@@ -222,49 +213,24 @@ def test_checkpoint_that_cannot_be_removed_fails_no_run(
     assert "cannot remove old checkpoints" in said and "cannot save" not in said
 
 
-def full_disk(monkeypatch: pytest.MonkeyPatch, training: TrainingRun, name: str, steps: tuple[int, ...]) -> None:
-    """At these steps this file of a checkpoint does not fit on the disk; a part of it is written."""
-    real = checkpoints._write_all
-
-    def saved(folder: Path, *rest: Any) -> None:
-        real(folder, *rest)
-        if training.trainer.steps_done in steps:
-            cut(folder / name, 0.5)
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoints, "_write_all", saved)
-
-
 def test_full_disk_on_the_way_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    training = new_run(tmp_path, **(OPTIONS | {"steps": 8}))
-    full_disk(monkeypatch, training, "optimizer.safetensors", (4, 6))
+    """The checkpoints of steps 4 and 6 do not fit; a part of them is written."""
+    training, real = new_run(tmp_path, **(OPTIONS | {"steps": 8})), checkpoints._write_all
+
+    def write_all(folder: Path, *rest: Any) -> None:
+        real(folder, *rest)
+        if training.trainer.steps_done in (4, 6):
+            cut(folder / "optimizer.safetensors", 0.5)
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "_write_all", write_all)
     training.console.quiet = False
     assert training.train()
     assert names(tmp_path) == ["step-000002", "step-000008"]
     said = " ".join(capsys.readouterr().out.split())
     assert "checkpoint of step 6: No space left on device; step 2 is still there; training continues" in said
-
-
-def test_other_write_errors_still_save_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    never = new_run(tmp_path / "never", **OPTIONS)
-    assert never.train()
-    training = new_run(tmp_path / "x", **OPTIONS)
-    real = training._record
-
-    def full(*of: Any) -> None:
-        if training.trainer.steps_done == 3:
-            raise OSError(28, "No space left on device")
-        real(*of)
-
-    monkeypatch.setattr(training, "_record", full)
-    with pytest.raises(OSError, match="No space"):
-        training.train()
-    assert names(tmp_path / "x") == ["step-000002", "step-000003"]
-    again = resumed(tmp_path / "x", **OPTIONS)
-    assert again.train()
-    assert unequal(whole(again), whole(never)) == set()
 
 
 def test_checkpoint_has_its_own_config(run: Path) -> None:

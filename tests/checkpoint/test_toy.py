@@ -35,9 +35,7 @@ def test_toy_has_the_logits_that_were_recorded(backend: str | None, fp8: Literal
     assert bytes(logits.argmax(-1).tolist()).decode() == RECORDED["guesses"]
 
 
-def test_toy_is_small_and_another_folder_of_its_name_comes_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_toy_is_small_and_a_folder_of_its_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(file.stat().st_size for file in TOY.iterdir()) < 7_000_000
     monkeypatch.chdir(tmp_path)
     assert find_model(Path("toy")) == TOY

@@ -1,7 +1,10 @@
 """Folders of DeepSeek-V4: the released tensors, codes in FP4 and FP8, transformers' names, and what is refused."""
 
+import dataclasses
 import json
 import re
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from dsmini.checkpoint.load import PretrainedTensors
 from dsmini.checkpoint.save import SavePlan
 from dsmini.convert import main
 from dsmini.numerics import dequantize_fp4, dequantize_tiles
+from tests.conftest import SMALL
 from tests.helpers import folders
 from tests.helpers.configs import refusal, released
 from tests.helpers.inference_layouts import cut_ranks
@@ -21,6 +25,8 @@ from tests.helpers.inference_layouts import cut_ranks
 BF16, FP32, FP8, E8M0, FP4 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.int8
 FLASH_BYTES = 159_609_485_896
 """Bytes of DeepSeek-V4-Flash's files, from their index."""
+TENSORS = tomllib.loads(Path(__file__).with_name("v4_tensors.toml").read_text())
+DTYPES = {"fp32": FP32, "bf16": BF16, "fp8": FP8, "int64": torch.int64}
 Table = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -47,79 +53,37 @@ def random_model(c: ModelConfig) -> Transformer:
 
 
 def table(c: ModelConfig, experts: torch.dtype = FP4) -> Table:
-    """Return the released names, shapes and dtypes, written down from DeepSeek's inference code."""
+    """Return the released names, shapes and dtypes."""
     out: Table = {}
 
-    def matrix(name: str, rows: int, columns: int, dtype: torch.dtype = FP8) -> None:
-        if dtype == FP4:
-            out[f"{name}.weight"], out[f"{name}.scale"] = ((rows, columns // 2), FP4), ((rows, columns // 32), E8M0)
-            return
-        out[f"{name}.weight"] = ((rows, columns), dtype)
-        if dtype == FP8:
-            out[f"{name}.scale"] = ((-(-rows // 128), -(-columns // 128)), E8M0)
+    def add(part: str, prefix: str, **more: Any) -> None:
+        for name, text in TENSORS[part].items():
+            sizes, _, kind = text.partition(": ")
+            shape, dtype = eval(f"({sizes},)", {}, dataclasses.asdict(c) | more), DTYPES.get(kind, experts)
+            scale = f"{prefix}{name}".replace(".weight", ".scale")
+            if dtype == FP4:
+                shape, out[scale] = (shape[0], shape[1] // 2), ((shape[0], shape[1] // 32), E8M0)
+            elif dtype == FP8:
+                out[scale] = (-(-shape[0] // 128), -(-shape[1] // 128)), E8M0
+            out[f"{prefix}{name}"] = shape, dtype
 
-    def mix(prefix: str, rows: int, scales: int) -> None:
-        shapes = {"fn": (rows, c.hc_mult * c.dim), "base": (rows,), "scale": (scales,)}
-        out.update({f"{prefix}_{part}": (shape, FP32) for part, shape in shapes.items()})
-
-    def norm(name: str, width: int) -> None:
-        out[f"{name}.weight"] = ((width,), BF16)
-
-    def compressor(prefix: str, m: int, width: int, series: int) -> None:
-        out[f"{prefix}.ape"] = ((m, series * width), FP32)
-        matrix(f"{prefix}.wkv", series * width, c.dim, BF16)
-        matrix(f"{prefix}.wgate", series * width, c.dim, BF16)
-        norm(f"{prefix}.norm", width)
-
-    head_dim, q_lora, index = c.head_dim or 0, c.q_lora_rank or 0, c.index_head_dim or 0
-    groups, o_lora = c.o_groups or 1, c.o_lora_rank or 0
-
-    def block(prefix: str, ratio: int, hashed: bool) -> None:
-        attn, ffn = f"{prefix}.attn", f"{prefix}.ffn"
-        norm(f"{prefix}.attn_norm", c.dim)
-        norm(f"{prefix}.ffn_norm", c.dim)
-        for part in ("attn", "ffn"):
-            mix(f"{prefix}.hc_{part}", (2 + c.hc_mult) * c.hc_mult, 3)
-        out[f"{attn}.attn_sink"] = ((c.n_heads,), FP32)
-        matrix(f"{attn}.wq_a", q_lora, c.dim)
-        norm(f"{attn}.q_norm", q_lora)
-        matrix(f"{attn}.wq_b", c.n_heads * head_dim, q_lora)
-        matrix(f"{attn}.wkv", head_dim, c.dim)
-        norm(f"{attn}.kv_norm", head_dim)
-        matrix(f"{attn}.wo_a", groups * o_lora, c.n_heads * head_dim // groups)
-        matrix(f"{attn}.wo_b", c.dim, groups * o_lora)
-        if ratio:
-            compressor(f"{attn}.compressor", ratio, head_dim, 2 if ratio == 4 else 1)
-        if ratio == 4:
-            matrix(f"{attn}.indexer.wq_b", (c.index_n_heads or 0) * index, q_lora)
-            matrix(f"{attn}.indexer.weights_proj", c.index_n_heads or 0, c.dim, BF16)
-            compressor(f"{attn}.indexer.compressor", 4, index, 2)
-        matrix(f"{ffn}.gate", c.n_routed_experts, c.dim, BF16)
-        if hashed:
-            out[f"{ffn}.gate.tid2eid"] = ((c.vocab_size, c.n_activated_experts), torch.int64)
-        else:
-            out[f"{ffn}.gate.bias"] = ((c.n_routed_experts,), FP32)
+    def block(prefix: str, ratio: int, gate: str) -> None:
+        add("block", prefix)
+        add(gate, prefix)
         for i in range(c.n_routed_experts):
-            for w in ("w1", "w3", "w2"):
-                rows, columns = (c.dim, c.moe_inter_dim) if w == "w2" else (c.moe_inter_dim, c.dim)
-                matrix(f"{ffn}.experts.{i}.{w}", rows, columns, experts)
-        for w in ("w1", "w3"):
-            matrix(f"{ffn}.shared_experts.{w}", c.moe_inter_dim, c.dim)
-        matrix(f"{ffn}.shared_experts.w2", c.dim, c.moe_inter_dim)
+            add("expert", f"{prefix}ffn.experts.{i}.")
+        if ratio:
+            add("compressor", f"{prefix}attn.compressor.", m=ratio, width=c.head_dim, series=1 + (ratio == 4))
+        if ratio == 4:
+            add("indexer", f"{prefix}attn.indexer.")
+            add("compressor", f"{prefix}attn.indexer.compressor.", m=4, width=c.index_head_dim, series=2)
 
-    matrix("embed", c.vocab_size, c.dim, BF16)
-    matrix("head", c.vocab_size, c.dim, BF16)
-    norm("norm", c.dim)
-    mix("hc_head", c.hc_mult, 1)
+    add("model", "")
     for i, ratio in enumerate(c.compress_ratios or ()):
-        block(f"layers.{i}", ratio, i < c.n_hash_layers)
+        block(f"layers.{i}.", ratio, "hashed" if i < c.n_hash_layers else "learned")
     for i in range(c.n_mtp_layers):
-        block(f"mtp.{i}", 0, hashed=False)
-        matrix(f"mtp.{i}.e_proj", c.dim, c.dim)
-        matrix(f"mtp.{i}.h_proj", c.dim, c.dim)
-        for part in ("enorm", "hnorm", "norm"):
-            norm(f"mtp.{i}.{part}", c.dim)
-        mix(f"mtp.{i}.hc_head", c.hc_mult, 1)
+        block(f"mtp.{i}.", 0, "learned")
+        add("mtp", f"mtp.{i}.")
     return out
 
 
@@ -269,27 +233,15 @@ def test_inference_layout_of_ranks(tmp_path: Path) -> None:
     c = config(vocab_size=62, index_n_heads=4)
     tensors = values(drawn(c, table(c)))
     same = (
-        *("vocab_size", "dim", "moe_inter_dim", "n_layers", "n_hash_layers", "n_heads", "n_routed_experts", "head_dim"),
-        *(
-            "n_activated_experts",
-            "route_scale",
-            "swiglu_limit",
-            "q_lora_rank",
-            "o_groups",
-            "o_lora_rank",
-            "rope_factor",
-        ),
-        *("window_size", "compress_ratios", "compress_rope_theta", "index_n_heads", "index_head_dim", "index_topk"),
-        *("max_seq_len", "original_seq_len"),
+        "vocab_size dim moe_inter_dim n_layers n_hash_layers n_heads n_routed_experts head_dim n_activated_experts "
+        "route_scale swiglu_limit q_lora_rank o_groups o_lora_rank rope_factor window_size compress_ratios "
+        "compress_rope_theta index_n_heads index_head_dim index_topk max_seq_len original_seq_len"
     )
-    raw = {name: getattr(c, name) for name in same} | {"rope_head_dim": 8, "dtype": "bf16"}
+    raw = {name: getattr(c, name) for name in same.split()} | {"rope_head_dim": 8, "dtype": "bf16"}
     model = load_pretrained(cut_ranks(tmp_path / "ranks", tensors, raw, 2))
     assert model.config == c
     save_pretrained(model, tmp_path / "b")
     assert not folders.different(tensors, folders.read(tmp_path / "b"))
-
-
-# transformers' names
 
 
 # refusals
@@ -323,11 +275,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, tensors: dict[str, Tensor],
     source = folders.write(tmp_path / "a", given, raw_of(config()))
     for fp8 in ("dequantize", "keep"):
         assert want in refusal(load_pretrained, source, fp8=fp8)
-    assert main_refuses([str(source), str(tmp_path / "b")]) and not (tmp_path / "b").exists()
-
-
-def main_refuses(args: list[str]) -> bool:
-    return bool(refusal(main, args))
+    assert refusal(main, [str(source), str(tmp_path / "b")]) and not (tmp_path / "b").exists()
 
 
 def test_experts_partly_in_fp4_can_only_be_dequantized(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
@@ -349,29 +297,26 @@ def test_nan_and_scales_that_may_be_negative(tmp_path: Path, tensors: dict[str, 
     assert "experts.3.w2.scale holds infinities or NaN" in refusal(load_pretrained, source, fp8="keep")
 
 
-@pytest.mark.parametrize(
-    ("changes", "more", "want"),
-    [
-        ({"moe_inter_dim": 40}, {"fp4": True}, "experts have rows of dim=160 and moe_inter_dim=40"),
-        ({"hc_mult": 1}, {}, "a model with hc_mult=1 has no deepseek_v4 folder"),
-    ],
-)
-def test_a_model_without_a_folder_is_not_written(tmp_path: Path, changes: Any, more: Any, want: str) -> None:
-    assert want in refusal(save_pretrained, Transformer(config(**changes)), tmp_path / "a", **more)
-    assert not (tmp_path / "a").exists()
-
-
-def test_a_table_of_zeros_is_not_written(tmp_path: Path) -> None:
+def with_zeros() -> Transformer:
     model = random_model(config())
     model.get_buffer(TABLE).zero_()
-    said = refusal(save_pretrained, model, tmp_path / "a")
-    assert said.startswith("layers.0.ffn.gate.tid2eid names the experts [0, 0]") and not (tmp_path / "a").exists()
+    return model
 
 
-def test_fp4_is_for_v4_alone(tmp_path: Path, small_model: Any) -> None:
-    assert "FP4 is the format of DeepSeek-V4's experts" in refusal(
-        save_pretrained, small_model(), tmp_path / "a", fp4=True
-    )
+@pytest.mark.parametrize(
+    ("make", "fp4", "want"),
+    [
+        (lambda: Transformer(config(moe_inter_dim=40)), True, "experts have rows of dim=160 and moe_inter_dim=40"),
+        (lambda: Transformer(config(hc_mult=1)), False, "a model with hc_mult=1 has no deepseek_v4 folder"),
+        (with_zeros, False, "layers.0.ffn.gate.tid2eid names the experts [0, 0]"),
+        (lambda: Transformer(**SMALL), True, "FP4 is the format of DeepSeek-V4's experts"),
+    ],
+)
+def test_model_without_a_folder_is_not_written(
+    tmp_path: Path, make: Callable[[], Transformer], fp4: bool, want: str
+) -> None:
+    assert want in refusal(save_pretrained, make(), tmp_path / "a", fp4=fp4)
+    assert not (tmp_path / "a").exists()
 
 
 def test_fp4_of_odd_rows_is_refused(tmp_path: Path) -> None:

@@ -46,10 +46,14 @@ def inference_layout(
             continue
         for rank, file in enumerate(files):
             file[path] = (tensor if dim is None else tensor.chunk(ranks, dim)[rank]).contiguous().clone()
-    for rank, file in enumerate(files):
-        save_file(file, folder / f"model{rank}-mp{ranks}.safetensors")
-    (folder / name).write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
+    return _written(folder, files, config, name)
+
+
+def _written(folder: Path, files: list[dict[str, Tensor]], config: dict[str, Any], name: str) -> Path:
+    for rank, file in enumerate(files):
+        save_file(file, folder / f"model{rank}-mp{len(files)}.safetensors")
+    (folder / name).write_text(json.dumps(config))
     return folder
 
 
@@ -67,7 +71,4 @@ def cut_ranks(folder: Path, tensors: Mapping[str, Tensor], config: dict[str, Any
         for rank, file in enumerate(files):
             chunk = tensor if dim is None else tensor.view(tensor.dtype).tensor_split(ranks, dim)[rank]
             file[name] = chunk.contiguous().clone()
-    for rank, file in enumerate(files):
-        save_file(file, folder / f"model{rank}-mp{ranks}.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return _written(folder, files, config, "config.json")
