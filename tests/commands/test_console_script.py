@@ -1,17 +1,46 @@
-"""`dsmini COMMAND` next to `python -m dsmini.COMMAND`."""
+"""What all commands share: `dsmini COMMAND`, quick imports, printable words, one word after Ctrl-C; and explain."""
 
+import ast
 import importlib
+import json
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+from rich.console import Console
+
 import dsmini
 from dsmini.__main__ import COMMANDS, main
-from tests.helpers.commands import ROOT, run_all
+from dsmini.console.messages import printable, say
+from tests.conftest import SMALL
+from tests.helpers.commands import ROOT, run_all, run_apart
+from tests.helpers.corpora import lay_out
 
 BAD = {
     "trian": "unknown command 'trian'; did you mean 'train'?",
     "zzz": f"unknown command 'zzz'; there are {', '.join(COMMANDS)}",
 }
+HOSTILE = "name\x1b[31m\x07\x9b2J\r\u202e\x7f"
+SHOWN = "name␛[31m␇\ufffd2J␍\ufffd␡"
+HEAVY = ("torch", "matplotlib", "tokenizers", "jinja2", "safetensors")
+PLAN = f"dsmini.plan {ROOT / 'configs' / 'deepseek-v3.toml'} --json"
+# command lines that load none of them; a plan may load jinja2
+LIGHT = ["dsmini --help", *(f"dsmini.{name} --help" for name in COMMANDS), PLAN]
+PROGRAM = """
+import contextlib, io, json, runpy, sys
+import dsmini
+loaded = {"import dsmini": sorted(set(sys.modules) & set(HEAVY))}
+for line in LIGHT:
+    module, *sys.argv[1:] = line.split()
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert ("usage" if line.endswith("--help") else '"fits": true') in said.getvalue(), line
+    loaded[line] = sorted(set(sys.modules) & set(HEAVY))
+print(json.dumps(loaded))
+"""
 
 
 def test_script_lists_the_commands_and_runs_them(tmp_path: Path) -> None:
@@ -41,3 +70,91 @@ def test_script_is_installed_as_dsmini() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, name = scripts["dsmini"].partition(":")
     assert list(scripts) == ["dsmini"] and getattr(importlib.import_module(module), name) is main
+
+
+def test_explain_command_prints_a_table_or_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSMINI_BACKEND", "eager")
+    (status, table), (status_json, line) = run_all([("dsmini.explain", ""), ("dsmini.explain", "--json")], tmp_path)
+    assert status == status_json == 0
+    assert "DSMINI_BACKEND: eager; forced here: eager" in table and "\nlinear " in table and "\nmuon_update " in table
+    said = json.loads(line.splitlines()[-1])
+    assert said.keys() >= {"quantize", "linear", "blocks_step", "muon_update", "topk_attention"}
+    assert said["experts"] == {"backend": "eager", "why": "forced"}
+    assert said["quantize"] == {"backend": "reference", "why": "no eager version"}
+    monkeypatch.setenv("DSMINI_BACKEND", "gpu")
+    ((status, refused),) = run_all([("dsmini.explain", "--json")], tmp_path)
+    assert status == 2 and refused.startswith("error: DSMINI_BACKEND='gpu' is unknown; ") and refused.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "module"), [("plan --help", "tyro.py"), ("train", "dsmini_kernels/cpu/__init__.py")]
+)
+def test_ctrl_c_at_the_start_is_one_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, module: str
+) -> None:
+    """A module of the name of the first or of a late import of the command sends the signal. Before, Python answers."""
+    lay_out(tmp_path, {"dsmini_kernels/__init__.py": b"", module: b"import os\nos.kill(os.getpid(), 2)\n"})
+    monkeypatch.setenv("EXTRA_PATH", str(tmp_path))
+    monkeypatch.setenv("DSMINI_BACKEND", "cpu")
+    done = run_apart(f"dsmini.{command}", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+# words that are not ours reach no terminal as they are
+
+
+def test_control_characters_become_pictures() -> None:
+    assert printable(HOSTILE) == SHOWN
+    assert printable("a line\n\tand é 日本 🙂 \u200f") == "a line\n\tand é 日本 🙂 \u200f"
+
+
+def test_lines_errors_and_warnings_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "[bold]12 :smile: " + "x" * 300
+    say(Console(width=200), text + HOSTILE)
+    assert capsys.readouterr().out == text + SHOWN + "\n"
+    program = (
+        "import warnings; from dsmini.console.command import run\n"
+        "def main(args):\n    warnings.warn(args[0])\n    raise ValueError(args[0])\n"
+        "run(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, HOSTILE], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"warning: {SHOWN}\nerror: {SHOWN}\n"
+    assert "\x1b" not in done.stderr
+
+
+# heavy libraries are loaded where they are used
+
+
+def printed_by(program: str) -> str:
+    """Return what a program prints in a process of its own."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_and_plans_load_no_heavy_library() -> None:
+    loaded = json.loads(printed_by(f"HEAVY, LIGHT = {HEAVY!r}, {LIGHT!r}\n{PROGRAM}"))
+    assert set(loaded.pop(PLAN)) <= {"jinja2"}, "importing torch alone takes longer than a plan may"
+    assert loaded == {line: [] for line in ["import dsmini", *LIGHT[:-1]]}
+
+
+def test_lazy_names_are_those_that_type_checkers_see() -> None:
+    tree = ast.parse(Path(dsmini.__file__).read_text())
+    (block,) = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    seen = {
+        node.module: {alias.name for alias in node.names} for node in block.body if isinstance(node, ast.ImportFrom)
+    }
+    packages = seen.pop("dsmini")
+    assert seen == {home: set(names) for home, names in dsmini.HOMES.items()}
+    assert packages <= set(dsmini.PACKAGES)
+    assert set(dsmini.__all__) == {"__version__"} | packages | {name for names in seen.values() for name in names}
+    assert set(dsmini.__all__) <= set(dir(dsmini)) and not hasattr(dsmini, "Nothing")
+
+
+def test_layers_and_loading_load_no_compiler(tmp_path: Path) -> None:
+    """torch._dynamo takes longer to import than all of dsmini."""
+    dsmini.save_pretrained(dsmini.Transformer(**SMALL), tmp_path / "m")
+    code = f"import sys, dsmini; dsmini.generate, dsmini.load_pretrained({str(tmp_path / 'm')!r})"
+    assert printed_by(f"{code}; print('torch._dynamo' in sys.modules)") == "False\n"

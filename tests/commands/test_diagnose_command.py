@@ -14,21 +14,7 @@ from tests.helpers.commands import check_refused, let_prices_be_invented, run, r
 
 TRAINING = "replay dense_active all_threads fastest_dtype"
 DECODING = "free_cache mha_baseline dense_active drafts all_threads fp8_weights"
-SMALL = """
-[model]
-dim = 32
-inter_dim = 48
-moe_inter_dim = 16
-n_layers = 1
-n_dense_layers = 0
-n_routed_experts = 8
-max_seq_len = 32
-[data]
-path = "text.txt"
-[train]
-batch_size = 4
-threads = 1
-"""
+SMALL = (Path(__file__).parent / "place" / "small.toml").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +14,12 @@ import pytest
 
 from dsmini.console.progress import Progress
 from dsmini.report.units import human
-from tests.helpers.commands import ROOT, check_refused, run, run_all, run_apart
+from tests.helpers.commands import ROOT, check_refused, run, run_all
 from tests.helpers.configs import CONFIGS
 from tests.helpers.released_configs import HF_V3
 
 V3 = CONFIGS / "deepseek-v3.toml"
-SAYS = {  # a command line, and what it says among other things; tests/planner has whole pages
-    "deepseek-v3": """\
-as DeepSeek-V3 was trained
-2,048 GPUs take 54.1 days and $5.31 million for 14.8 trillion tokens
-64 sequences of 4,096 tokens a GPU take 82.3 GB of 85.9 GB: at most 37.0 tokens/s each
-DeepSeek measured 1,850 tokens/s a GPU
-A failure every 14.4 h
-compute, 87 % of a step; next: waiting in the pipeline""",
-    "deepseek-v3 --all": "What does serving take?\ndecode_longest_context\nslowest    compute, 87 % of a step",
-    "deepseek-v2-lite --hardware h100 --gpus 1": "It does not fit: no layout on gpus=1 fits 85.9 GB\ntokens/s a GPU",
-    "deepseek-v2 --hardware b200": "No price of this hardware is published\nwith --precision fp8 this layout",
-    "toy": "4.54 million parameters (5.96 million with multi-token prediction)",
-    "--compare v3 v3.2 kimi-k2": "on 2,048 GPUs of NVIDIA H800\nkimi-k2\nNumber of tokens",
-    "deepseek-v3 --explain mfu --depth 1": "step_seconds\nfigures and inputs more are further away",
-    "deepseek-v3 --vary hardware=h100,h800 --of training_cost": "no price of h100 is published; --price",
-    "deepseek-v3 --explain kv_cache": "70.3 kB/token (70,272 B/token)\nkv_lora_rank = 512\ndeepseek-v3.toml",
-    "--published": "19 are reproduced from sizes of models and machines, 6 follow",
-    "deepseek-v3 --vary kv_lora_rank=128,512": "23.4 kB/token\n70.3 kB/token",
-    "toy --out page": "written  page/plan.html",
-    "toy --vary batch=4,8 --out varied": "written  varied/plan.html",
-}
-MINE = """
-title = "My own GPU"
-peaks.bfloat16 = { value = 100, unit = "TFLOP/s", source = "measured" }
-memory = { value = 24, unit = "GB", source = "data sheet" }
-memory_bandwidth = { value = 1, unit = "TB/s", source = "data sheet" }
-gpus_per_node = { value = 1, source = "one of them" }
-"""
+SAYS = tomllib.loads(Path(__file__).with_name("plan_says.toml").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "later.json").write_text(json.dumps(HF_V3 | {"model_type": "deepseek_v41"}))
     (folder / "empty.json").write_text("{}")
     (folder / "notes.md").write_text("# Notes\n")
-    (folder / "mine.toml").write_text(MINE)
+    shutil.copy(Path(__file__).with_name("place") / "mine.toml", folder)
     return folder
 
 
@@ -142,15 +117,6 @@ def test_full_output_is_no_fault_of_a_folder() -> None:
         command = [sys.executable, "-m", "dsmini.plan", str(V3)]
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and "free some space or write elsewhere" in done.stderr
-
-
-@pytest.mark.parametrize("command", ["plan", pytest.param("tokenize", marks=pytest.mark.slow)])
-def test_ctrl_c_while_modules_load_ends_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    """A module of the name of the first one that a command loads sends the signal."""
-    (tmp_path / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    monkeypatch.setenv("EXTRA_PATH", str(tmp_path))
-    done = run_apart(f"dsmini.{command} --help", tmp_path)
-    assert (done.returncode, done.stderr, done.stdout) == (130, "stopped\n", "")
 
 
 def test_ctrl_c_ends_a_search_cleanly(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

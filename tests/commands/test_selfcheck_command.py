@@ -15,9 +15,7 @@ def _found_by_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "kernels"))))
 
 
-def test_failed_check_is_a_line_and_status_1_and_the_others_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_check_is_a_line_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask for an instruction set that no CPU has."""
     monkeypatch.setenv("DSMINI_CPU_ISA", "z80")
     done = run("dsmini.selfcheck --only kernels gpu-tests --device cpu", tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,21 +18,7 @@ from dsmini.comparison.trial import draw_by_name, drawn_by_name, prepared
 from dsmini.nn.gate import HashGate, hash_table
 from tests.helpers.commands import ROOT, check_refused, run, start
 
-BASE = """\
-[model]
-dim = 32
-inter_dim = 48
-moe_inter_dim = 16
-n_layers = 2
-n_dense_layers = 1
-n_routed_experts = 8
-max_seq_len = 32
-[data]
-path = "text.txt"
-[train]
-steps = 3
-batch_size = 4
-"""
+PLACE = Path(__file__).with_name("place")
 IDEA = """\
 import dsmini
 from torch import nn
@@ -46,15 +33,6 @@ def broken(config):
     raise KeyError("boom")
 NUMBER = 3
 """
-CLAIM = """\
-question = "Does multi-token prediction help?"
-source = "V3 report, 4.5.1"
-margin = 0.5
-base = "base.toml"
-[arms]
-"no mtp" = ["model.n_mtp_layers=0"]
-"relu" = ["idea.py:relu"]
-"""
 COMPARE = "dsmini.compare base.toml --idea model.n_mtp_layers=0 --seeds 2 --out found.jsonl"
 
 
@@ -63,9 +41,8 @@ def place(tmp_path: Path) -> Path:
     """Return a folder with a text, a base, an idea and a claim."""
     words = "the model reads a text and learns what comes next. "
     (tmp_path / "text.txt").write_text("".join(f"{i} {words}" for i in range(400)))
-    for name, content in (("base.toml", BASE), ("idea.py", IDEA), ("claim.toml", CLAIM)):
-        (tmp_path / name).write_text(content)
-    return tmp_path
+    (tmp_path / "idea.py").write_text(IDEA)
+    return shutil.copytree(PLACE, tmp_path, dirs_exist_ok=True)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -98,7 +75,9 @@ def test_what_a_function_does_to_first_weights_is_kept() -> None:
 
 def test_tables_of_experts_are_those_of_training(place: Path) -> None:
     (place / "hashed.toml").write_text(
-        BASE.replace("[data]", "n_hash_layers = 1\nn_mtp_layers = 0\n[data]")
+        (PLACE / "base.toml")
+        .read_text()
+        .replace("[data]", "n_hash_layers = 1\nn_mtp_layers = 0\n[data]")
         .replace("n_dense_layers = 1", "n_dense_layers = 0")
         .replace("text.txt", str(place / "text.txt"))
     )
