@@ -1,12 +1,14 @@
-"""Hugging Face's config.json and DeepSeek's inference JSON, read as they are meant."""
+"""config.json as released and as transformers writes it, and DeepSeek's inference JSON, read as they are meant."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dsmini import ModelConfig
-from tests.helpers.configs import V32, released, written
+from dsmini.config.published import config_to_json
+from tests.helpers.configs import V32, refusal, released, written
 from tests.helpers.released_configs import HF, HF_V3, HF_V32, INDEXER, released_json
 
 Changes = dict[str, Any]
@@ -64,27 +66,15 @@ def test_mtp_layers_are_read_from_either_key(tmp_path: Path, key: str) -> None:
 # DeepSeek's inference JSON
 
 V3_INFERENCE = released_json("deepseek-v3.inference")
-DEFAULTS: Changes = {
-    **{"vocab_size": 102400, "dim": 2048, "inter_dim": 10944, "moe_inter_dim": 1408, "n_layers": 27, "n_heads": 16},
-    **{"n_dense_layers": 1, "attention": "mla", "q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 128},
-    **{"qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 64, "n_shared_experts": 2},
-    **{"n_activated_experts": 6, "n_expert_groups": 1, "n_limited_groups": 1, "score_func": "softmax"},
-    **{"topk_method": "greedy", "norm_topk_prob": False, "route_scale": 1.0, "n_mtp_layers": 0, "max_seq_len": 16384},
-    **{"original_seq_len": 4096, "rope_theta": 10000.0, "rope_factor": 40.0, "beta_fast": 32.0, "beta_slow": 1.0},
-    **{"mscale": 1.0, "mscale_all_dim": 1.0, "norm_eps": 1e-6},
-}
-"""Defaults of DeepSeek's ModelArgs, which are not the toy's."""
 
 
 def test_omitted_keys_take_model_args_defaults(tmp_path: Path) -> None:
-    config = read(tmp_path, {})
-    assert config.extended
-    assert config == released("deepseek-v2-lite", max_seq_len=16384, mscale=1.0, mscale_all_dim=1.0)
-    assert {key: getattr(config, key) for key in DEFAULTS} == DEFAULTS
+    want = released("deepseek-v2-lite", max_seq_len=16384, mscale=1.0, mscale_all_dim=1.0)
+    for changes in ({}, {"dtype": "bf16", "scale_fmt": "ue8m0", "max_batch_size": 8, "q_lora_rank": 0}):
+        assert read(tmp_path, changes) == want and want.extended
 
 
 GROUPS: Changes = {"n_expert_groups": 8, "n_limited_groups": 3}
-SAME: Changes = {"dtype": "bf16", "scale_fmt": "ue8m0", "max_batch_size": 8, "q_lora_rank": 0}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +83,6 @@ SAME: Changes = {"dtype": "bf16", "scale_fmt": "ue8m0", "max_batch_size": 8, "q_
         (GROUPS, {"topk_method": "group_limited_greedy", "norm_topk_prob": False}),
         ({"score_func": "sigmoid"}, {"topk_method": "noaux_tc", "norm_topk_prob": True}),
         ({"score_func": "sigmoid", **GROUPS}, {"topk_method": "noaux_tc", "norm_topk_prob": True}),
-        (SAME, DEFAULTS | {"extended": True}),
         ({"q_lora_rank": 24}, {"q_lora_rank": 24}),
         ({"max_seq_len": 4096}, {"extended": False}),
         ({"mscale": 0.707}, {"mscale": 0.707, "mscale_all_dim": 0.707}),
@@ -112,3 +101,80 @@ def test_released_inference_json_is_the_released_config(tmp_path: Path) -> None:
     config = read(tmp_path, V3_INFERENCE | sizes)
     assert config == released("deepseek-v3", **released_v3, **V32)
     assert read(tmp_path, V3_INFERENCE | {"index_topk": 2048}) == config
+
+
+# DeepSeek-V4
+
+HF_FLASH, HF_PRO = released_json("deepseek-v4-flash"), released_json("deepseek-v4-pro")
+RELEASED = pytest.mark.parametrize(("name", "raw"), [("deepseek-v4-flash", HF_FLASH), ("deepseek-v4-pro", HF_PRO)])
+
+
+def as_transformers_writes(raw: Changes, hca: int = 128) -> Changes:
+    """Spell out the kind of each layer, and nest both kinds of rotary tables, as save_pretrained of 5.24 does."""
+    n, hashed = raw["num_hidden_layers"], raw["num_hash_layers"]
+    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention", hca: "heavily_compressed_attention"}
+    part, yarn = {"partial_rotary_factor": 0.125}, dict(raw["rope_scaling"])
+    left_out = ("compress_ratios", "num_hash_layers", "rope_scaling", "quantization_config", "torch_dtype")
+    return {key: value for key, value in raw.items() if key not in left_out} | {
+        "layer_types": [kinds[ratio] for ratio in raw["compress_ratios"][:n]],
+        "compress_rates": {kinds[4]: 4, kinds[hca]: hca},
+        "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (n - hashed),
+        "rope_parameters": {
+            "main": {"rope_type": "default", "rope_theta": 10000, **part},
+            "compress": {**yarn, "rope_type": "yarn", "attention_factor": 1.0, "rope_theta": 160000, **part},
+        },
+        **{"partial_rotary_factor": 0.125, "dtype": "bfloat16", "mlp_bias": False, "output_router_logits": False},
+        **{"router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0, "pad_token_id": None},
+    }
+
+
+@RELEASED
+def test_released_config_json_is_the_toml_in_both_spellings(tmp_path: Path, name: str, raw: Changes) -> None:
+    want = released(name)
+    for spelling in (raw, raw | {"compress_ratios": raw["compress_ratios"][:-1]}, as_transformers_writes(raw)):
+        assert read(tmp_path, spelling) == want
+    spelling.pop("qk_rope_head_dim")  # it follows from partial_rotary_factor
+    assert read(tmp_path, spelling) == want
+
+
+@RELEASED
+def test_config_is_written_in_the_released_spelling(tmp_path: Path, name: str, raw: Changes) -> None:
+    out = config_to_json(dataclasses.asdict(released(name)))
+    unwritten = ("torch_dtype", "transformers_version", "quantization_config", "expert_dtype")
+    unwritten += ("bos_token_id", "eos_token_id")
+    kept = {key: value for key, value in raw.items() if key not in unwritten}
+    assert kept == {key: out[key] for key in kept}
+    assert read(tmp_path, out) == released(name)
+
+
+def test_rounded_entries_are_written_and_read(tmp_path: Path) -> None:
+    config = released("deepseek-v4-flash", qat=True)
+    out = config_to_json(dataclasses.asdict(config))
+    assert out["qat"] is True and read(tmp_path, out) == config
+
+
+def test_a_ratio_that_transformers_does_not_know_is_written_in_its_words_too(tmp_path: Path) -> None:
+    ratios = (0, 4, 16, *[4] * 40)
+    config = released("deepseek-v4-flash", compress_ratios=ratios, original_seq_len=None, rope_factor=40.0)
+    out = config_to_json(dataclasses.asdict(config))
+    assert out["compress_rates"] == {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16}
+    assert read(tmp_path, out) == config
+    del out["compress_ratios"]
+    assert read(tmp_path, out) == config
+
+
+def test_inference_json_of_v4(tmp_path: Path) -> None:
+    """ModelArgs' defaults are a small model. YaRN is on at any length, so max_seq_len becomes what it is for."""
+    assert read(tmp_path, released_json("deepseek-v4-flash.inference")) == released("deepseek-v4-flash")
+    small = read(tmp_path, {"n_hash_layers": 0})
+    assert (small.dim, small.n_layers, small.compress_ratios) == (4096, 7, (0, 0, 4, 128, 4, 128, 4))
+    assert (small.compress_rope_theta, small.original_seq_len, small.swiglu_limit) == (40000.0, None, None)
+    assert (small.n_routed_experts, small.n_activated_experts, small.n_mtp_layers) == (8, 2, 1)
+    assert small.norm_topk_prob and not small.extended
+
+
+def test_attention_factor_of_transformers_spelling_is_refused(tmp_path: Path) -> None:
+    raw = as_transformers_writes(HF_FLASH)
+    raw["rope_parameters"]["compress"]["attention_factor"] = 1.277
+    said = refusal(read, tmp_path, raw)
+    assert "attention_factor=1.277, which dsmini cannot honour; want 1.0" in said
