@@ -6,13 +6,20 @@ python -m tests.test_public_face        writes the file again, after a change th
 import difflib
 import importlib
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
+import pytest
+
 import dsmini
 
+ROOT = Path(__file__).parent.parent
 STORED = Path(__file__).with_name("public_face.txt")
 MODULES = ("accounting", "config", "inference", "nn", "numerics", "ops")
 """Modules whose names are public one by one; dsmini's own are of the package, wherever they come from."""
@@ -80,6 +87,25 @@ def test_public_names_and_signatures_are_those_that_were_promised() -> None:
         if not line.startswith(("---", "+++", "@@"))
     ]
     assert changed == [], "the public face changed; if CONTRIBUTING.md allows it: python -m tests.test_public_face"
+
+
+# an installed dsmini is found from any folder, also from one that holds a clone of the repository
+
+
+@pytest.mark.parametrize("package", ["dsmini", "dsmini_kernels"])
+def test_import_next_to_the_clone_finds_the_package(tmp_path: Path, package: str) -> None:
+    """The clone is a folder named dsmini without an __init__.py: a namespace package, if nothing better is found."""
+    (tmp_path / "dsmini").symlink_to(ROOT, target_is_directory=True)
+    (tmp_path / "dsmini_kernels").symlink_to(ROOT / "kernels", target_is_directory=True)
+    code = f"import {package}; print({package}.__file__)"
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=alone, capture_output=True, text=True)
+    assert Path(done.stdout.strip()).name == "__init__.py", done.stderr or done.stdout
+
+
+def test_version_is_that_of_the_package_and_the_citation() -> None:
+    assert dsmini.__version__ == metadata.version("dsmini")
+    assert f"\nversion: {dsmini.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 if __name__ == "__main__":

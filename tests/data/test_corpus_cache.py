@@ -98,9 +98,7 @@ def test_interrupted_build_leaves_nothing(place: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_slower_builder_takes_the_entry_that_is_there(
-    place: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
-) -> None:
+def test_slower_builder_takes_what_is_there(place: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
     """Two processes build at once; both may have found the same damaged entry."""
     if damaged:
         corpora.load(place)

@@ -98,24 +98,24 @@ def chat_template(place: Path) -> Target:
     return Target(files_of(save_text_side(place)), partial(read_text_side, chat=True), ["tokenizer_config.json"])
 
 
-def use_tokenizer(folder: Path) -> None:
-    tokenizer = BPETokenizer(folder / "tokenizer.json")
-    tokenizer.decode(tokenizer.encode("Hello <｜User｜> wörld").tolist())
-    assert len(tokenizer.beginning) < 10
-
-
 def tokenizer(place: Path) -> Target:
+    def use(folder: Path) -> None:
+        tokenizer = BPETokenizer(folder / "tokenizer.json")
+        tokenizer.decode(tokenizer.encode("Hello <｜User｜> wörld").tolist())
+        assert len(tokenizer.beginning) < 10
+
     place.mkdir()
     save_tokenizer(place / "tokenizer.json", 300, bos=True)
-    return Target(files_of(place), use_tokenizer)
+    return Target(files_of(place), use)
 
 
 def small_tokenizer(place: Path) -> Target:
     """Return a tokenizer in which most damage meets a step."""
-    content = json.loads(tokenizer(place).files["tokenizer.json"])
+    whole = tokenizer(place)
+    content = json.loads(whole.files["tokenizer.json"])
     content["model"] |= {"vocab": dict(list(content["model"]["vocab"].items())[:9]), "merges": []}
     content["normalizer"] = {"type": "Replace", "pattern": {"Regex": "a+"}, "content": "b"}
-    return Target({"tokenizer.json": json.dumps(content).encode()}, use_tokenizer)
+    return whole._replace(files={"tokenizer.json": json.dumps(content).encode()})
 
 
 def run_toml(place: Path) -> Target:

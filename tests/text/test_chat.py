@@ -1,6 +1,8 @@
 """Chat templates: what is rendered, that nobody can spell a template's tokens, and what a folder says of its texts."""
 
 import json
+import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +166,6 @@ def test_the_templates_surroundings(folder: Path) -> None:
     assert said == f"    {BOS}{messages}4user"
 
 
-NAMED = [{"name": "tools", "template": "no"}]
-
-
 def test_what_a_file_of_its_own_says_comes_first(tmp_path: Path) -> None:
     """Where transformers differs, the config decides; tests/oracle has the cases in which it agrees."""
     folder = save_text_side(tmp_path / "m", add_bos_token=False)
@@ -210,30 +209,62 @@ def test_a_folder_without_a_vocabulary_may_be_of_bytes(tmp_path: Path) -> None:
     assert read_text_side(tmp_path, tokenizer=str(tmp_path / "t.json")).tokenizer.vocab_size > 256
 
 
-IDS = "eos_token_id in {folder}/%s is %s, but the model has 400 tokens"
-REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # tokenizer_config.json, other files, the sentence
-    ({"chat_template": None}, {}, "{folder} has no chat template, neither chat_template.jinja nor chat_template in "),
-    ({"chat_template": 3}, {}, "chat_template in {folder}/tokenizer_config.json is neither a text nor a list"),
-    ({"chat_template": NAMED}, {}, "is neither a text nor a list with a template named 'default'"),
-    ({"add_bos_token": 1}, {}, "add_bos_token in tokenizer_config.json is 1, want true or false"),
-    ({"bos_token": "<nothing>"}, {}, "wants texts to begin with '<nothing>', which {folder}/tokenizer.json lacks"),
-    ({}, {"generation_config.json": "{"}, "{folder}/generation_config.json is not JSON"),
-    ({}, {"generation_config.json": '{"eos_token_id": "x"}'}, "generation_config.json is 'x', which is neither a tok"),
-    *(
-        (
-            {},
-            {"config.json": '{"vocab_size": 400}'} | {name: f'{{"vocab_size": 400, "eos_token_id": [3, {token}]}}'},
-            IDS % (name, [3, token]),
-        )
-        for name in ("generation_config.json", "config.json")
-        for token in (400, 10**30)
-    ),
-]
+REFUSALS = tomllib.loads(Path(__file__).with_name("refusals.toml").read_text(encoding="utf-8"))["folder"]
 
 
-@pytest.mark.parametrize(("config", "files", "sentence"), REFUSALS, ids=[sentence[-60:] for *_, sentence in REFUSALS])
-def test_text_side_is_refused(tmp_path: Path, config: dict[str, Any], files: dict[str, str], sentence: str) -> None:
-    folder = save_text_side(tmp_path / "m", **config)
-    for name, content in files.items():
+@pytest.mark.parametrize("case", REFUSALS, ids=lambda case: case["said"][-60:])
+def test_text_side_is_refused(tmp_path: Path, case: dict[str, Any]) -> None:
+    folder = save_text_side(tmp_path / "m", **case.get("config", {}))
+    for name, content in case.get("files", {}).items():
         (folder / name).write_text(content)
-    assert sentence.format(folder=folder) in refusal(read_text_side, folder, chat="chat_template" in config)
+    assert case["said"].format(folder=folder) in refusal(read_text_side, folder, chat="chat" in case)
+
+
+# templates that fail, or would crash, hang or fill the memory
+
+LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+DOUBLING = "{% set ns = namespace(s='x' * 1000) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}"
+TEMPLATES = tomllib.loads(Path(__file__).with_name("templates.toml").read_text(encoding="utf-8")) | {
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}": "is not a Jinja template: maximum recursion depth exceeded",
+    "{% for x in [1] %}" * 60 + "{% endfor %}" * 60: "refuses the conversation: SyntaxError: too many",
+}
+
+
+def rendered(source: str, content: Any = "hi", **limits: Any) -> str:
+    return ChatTemplate(source, Path("t.jinja"), {}).render([{"role": "user", "content": content}], **limits)
+
+
+@pytest.mark.parametrize("source", TEMPLATES, ids=lambda source: source[:40])
+def test_template_that_fails_is_refused_in_a_sentence(source: str) -> None:
+    said = refusal(rendered, source)
+    assert said.startswith(f"the chat template of t.jinja {TEMPLATES[source]}")
+    assert said.isprintable() and len(said) < 400
+
+
+@pytest.mark.parametrize(
+    ("source", "limits", "sentence"),
+    [
+        (LOOPS, {"seconds": 1}, "it takes more than 1 s of CPU time"),
+        ("{{ 9 ** (9 ** 9) % 7 }}", {"seconds": 1}, "it takes more than 1 s of CPU time"),
+        (DOUBLING, {"memory": 200 << 20}, "it needs more than 200 MiB of memory"),
+    ],
+    ids=["loops", "number", "doubling"],
+)
+def test_template_without_end_is_stopped(source: str, limits: dict[str, Any], sentence: str) -> None:
+    assert refusal(rendered, source, **limits) == f"the chat template of t.jinja refuses the conversation: {sentence}"
+
+
+@pytest.mark.parametrize("content", ["a", f"\r\n\u2028{MARK}\udc80<\x00", "日🙂"])
+def test_text_of_a_message_comes_back_as_it_is(content: str) -> None:
+    assert rendered("{{ messages[0].content }}", content) == content
+
+
+def test_process_that_never_answers_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmini.text.chat.PATIENCE", 0.01)
+    assert refusal(rendered, "x").endswith("refuses the conversation: it takes more than 0.01 s")
+
+
+def test_process_that_crashes_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = subprocess.CompletedProcess([], -11, b"")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: dead)
+    assert refusal(rendered, "x").endswith("refuses the conversation: it crashes its process, with status -11")
