@@ -39,10 +39,10 @@ PLACES: dict[str, tuple[int, Callable[[TrainingRun], bool]]] = {
     "between micro-batches": (4, lambda t: die(t, t.trainer, "losses", 5, 1)),
     "after backward": (4, lambda t: die(t, t.trainer, "forward_backward", 5, after=True)),
     "between the optimizers": (4, lambda t: die(t, t.trainer.optimizers[-1], "step", 5)),
-    "in the validation": (4, lambda t: die(t, t.trainer, "_score", 6, after=True)),
+    "in the validation": (6, lambda t: die(t, t.trainer, "_score", 6, after=True)),
     "at a disk without room for a row": (5, lambda t: die(t, t, "_record", 5, error=OSError)),
-    "after the last row": (6, lambda t: die(t, t, "_record", 8, after=True)),
-    "in the last validation": (6, lambda t: die(t, t.trainer, "validate", 8)),
+    "after the last row": (8, lambda t: die(t, t, "_record", 8, after=True)),
+    "in the last validation": (8, lambda t: die(t, t.trainer, "validate", 8)),
 }
 """Places of death, and the step of the checkpoint from which the run continues."""
 # every place with everything on, and every option once: together they would take minutes
