@@ -1,11 +1,12 @@
-"""A small run whose steps take milliseconds, the same run with a clock of its own, and an invented machine."""
+"""A small run whose steps take milliseconds, and a trainer of steps whose costs and clock are invented."""
 
 import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,40 +15,34 @@ import torch
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config import DataConfig
-from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.diagnosis import training
 from dsmini.diagnosis.arms import Step
 from dsmini.diagnosis.contention import Contention
 from dsmini.diagnosis.decoding import DecodingSubject
+from dsmini.diagnosis.findings import Finding
 from dsmini.diagnosis.training import Subject
 from dsmini.measure.price import Prices
 from dsmini.nn import MoE
 from dsmini.training.trainer import StepResult, Trainer
-from tests.helpers.corpora import TEXTS, load
+from tests.helpers.corpora import TEXTS, lay_out, load
 from tests.helpers.questions import InventedPrices
 
+CPU = torch.device("cpu")
 SIZES: dict[str, Any] = dict(dim=32, inter_dim=40, moe_inter_dim=16, n_layers=2, n_heads=2, q_lora_rank=16)
 SIZES |= dict(kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=8)
 SIZES |= dict(n_activated_experts=2, n_expert_groups=1, n_limited_groups=1, n_mtp_layers=1)
 MODEL = ModelConfig(**SIZES, max_seq_len=8)
-
-
-@pytest.fixture(scope="package")
-def default(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """Load the default corpus."""
-    return load_corpus(DataConfig(), 256, 256, tmp_path_factory.mktemp("corpus"))
+QUIET = Contention(others=0.0)
+RUN = RunConfig(model=MODEL, train=TrainConfig(batch_size=4, dtype="float32", device="cpu"))
 
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     """Return a subject of the small model, with multi-token prediction, in FP32; every test leaves it as it was."""
     place = tmp_path_factory.mktemp("subject")
-    (place / "texts").mkdir()
-    for name, text in TEXTS.items():
-        (place / "texts" / name).write_bytes(text)
+    lay_out(place / "texts", TEXTS)
     torch.manual_seed(0)
-    config = RunConfig(model=MODEL, train=TrainConfig(batch_size=4, dtype="float32", device="cpu"))
-    trainer = Trainer(Transformer(MODEL, compute_dtype=torch.float32), load(place), config, torch.device("cpu"))
+    trainer = Trainer(Transformer(MODEL, compute_dtype=torch.float32), load(place), RUN, CPU)
     yield Subject(trainer)
     trainer.loader.close()
 
@@ -58,17 +53,11 @@ def prices() -> Prices:
     return InventedPrices(process=1000)
 
 
-@pytest.fixture
-def decoding() -> DecodingSubject:
-    """Return a subject of the small model that decodes 2 sequences after 64 tokens, in FP32."""
-    return decoding_subject(dataclasses.replace(MODEL, max_seq_len=160), batch=2)
-
-
-def decoding_subject(config: ModelConfig, batch: int = 1, context: int = 64) -> DecodingSubject:
+def decoding_subject(batch: int = 1, context: int = 64, **changes: Any) -> DecodingSubject:
     """Return a subject that decodes with random weights, in FP32."""
     torch.manual_seed(0)
-    model = Transformer(config, compute_dtype=torch.float32).eval()
-    return DecodingSubject(model, batch, context)
+    config = dataclasses.replace(MODEL, **{"max_seq_len": 160, **changes})
+    return DecodingSubject(Transformer(config, compute_dtype=torch.float32).eval(), batch, context)
 
 
 def idle() -> AbstractContextManager[Step]:
@@ -76,21 +65,20 @@ def idle() -> AbstractContextManager[Step]:
     return nullcontext(lambda base: base)
 
 
-def step_of(seconds: float = 0.1, wait: float = 0.0, counts: Any = None, tokens: int = 32) -> StepResult:
+def step_of(seconds: float = 0.1, wait: float = 0.0, counts: Any = None) -> StepResult:
     """Return a step that took these seconds, and waited for a share of them."""
     losses: dict[str, Any] = dict.fromkeys(("loss", "mtp_loss", "balance_loss", "grad_norm", "lr"), 1.0)
     load = None if counts is None else torch.tensor(counts)
-    return StepResult(step=1, tokens=tokens, seconds=seconds, data_wait=wait, counts=load, skipped=False, **losses)
+    return StepResult(step=1, tokens=32, seconds=seconds, data_wait=wait, counts=load, skipped=False, **losses)
 
 
 @dataclasses.dataclass(kw_only=True)
 class World:
-    """A machine on which steps of a run take what the run's state costs, by a clock that only they move.
+    """A trainer whose steps take what its state costs, by a clock that only they move.
 
-    The state is seen from outside: who gives batches, what gates choose, which layers are there, threads and dtype.
+    The state is seen from outside: who gives batches, which layers are there, threads and dtype.
     """
 
-    subject: Subject
     computing: float = 0.1
     """Seconds of a step on one thread, without anything below."""
     row: float = 0.0
@@ -98,69 +86,55 @@ class World:
     batch: float = 0.0
     """Seconds of a worker to prepare a batch, while steps compute."""
     workers: int = 1
-    stalls: tuple[float, ...] = ()
+    stalls: Sequence[float] = (0.0,)
     """Seconds that the loader blocks each step, step by step, again and again."""
     preparing: float = 0.0
     """CPU seconds of preparing a batch, which a step takes longer."""
     routing: float = 0.0
     """Seconds more where there are experts at all."""
     cores: int = 1
+    crowding: float = 1.0
+    """Factor by which a step is slower on several cores than it should be."""
     slow_dtype: float = 1.0
     """Factor by which FP32 is slower than BF16."""
-    others: float = 0.0
-    """Cores that other programs keep busy, which slows the probes by as much."""
+    seen: Contention = QUIET
+    """What other programs take."""
     counts: Any = None
     """Loads of experts that steps report."""
-    noise: Callable[[], float] = lambda: 0.0
-    """Seconds that a step takes besides."""
     jitter: float = 0.01
     """Share of a step that is chance."""
     now: float = 0.0
     cpu: float = 0.0
+    steps_done: int = 0
+    sequences: int = 0
 
     def __post_init__(self) -> None:
-        self.loader, self.draw = self.subject.trainer.loader, np.random.default_rng(0)
-        self.free, self.queue, self.blocked = (
-            [0.0] * self.workers,
-            list[float](),
-            itertools.cycle(self.stalls or (0.0,)),
-        )
+        self.config = dataclasses.replace(RUN, data=DataConfig(workers=self.workers))
+        self.model, self.device = Transformer(MODEL, compute_dtype=torch.float32), CPU
+        self.own = self.loader = SimpleNamespace(prepared=self.prepare)
+        self.corpus = SimpleNamespace(source="no text")
+        self.free, self.queue = [0.0] * self.workers, list[float]()
+        self.draw, self.blocked = np.random.default_rng(0), itertools.cycle(self.stalls)
 
-    def enter(self, patch: pytest.MonkeyPatch) -> "World":
-        """Let steps of the subject take their time from here."""
-        fastest = "bfloat16" if self.slow_dtype > 1 else "float32"
-        trainer, config, prepared = self.subject.trainer, self.subject.config, self.loader.prepared
-        data = dataclasses.replace(config.data, workers=self.workers)
-        patch.setattr(trainer, "config", dataclasses.replace(config, data=data))
-        patch.setattr(time, "perf_counter", lambda: self.now)
-        patch.setattr(time, "thread_time", lambda: self.cpu)
-        patch.setattr(os, "sched_getaffinity", lambda _: set(range(self.cores)), raising=False)
-        patch.setattr(training, "fastest_dtype", lambda _: fastest)
-        seen = Contention(others=self.others, steadiness=1 - self.others / self.cores)
-        patch.setattr(training, "watch", lambda *_: lambda: seen)
-        patch.setattr(trainer, "step", self.step)
-        patch.setattr(trainer, "forward_backward", lambda rows: self.spend(self.compute()))
-        patch.setattr(self.loader, "prepared", lambda request: (self.prepare(), prepared(request))[1])
-        patch.setattr(self.subject, "turns", [])
-        return self
+    def prepare(self, request: tuple[int, int]) -> None:
+        self.cpu += self.preparing
 
     def spend(self, seconds: float) -> float:
-        """Let a time pass, with its chance and the noise."""
-        seconds = seconds * (1 + self.jitter * self.draw.standard_normal()) + self.noise()
+        """Let a time pass, with its chance."""
+        seconds *= 1 + self.jitter * self.draw.standard_normal()
         self.now += seconds
         return seconds
 
-    def prepare(self) -> None:
-        self.cpu += self.preparing
-
     def compute(self) -> float:
         """Return the seconds of a forward and backward in the state that the run has now."""
-        model = self.subject.trainer.model
-        seconds = self.computing + self.row * self.subject.config.train.batch_size
-        if any(isinstance(m, MoE) for m in model.modules()):
-            seconds += self.routing
-        seconds /= min(torch.get_num_threads(), self.cores)
-        return float(seconds * (self.slow_dtype if model.compute_dtype == torch.float32 else 1.0))
+        seconds = self.computing + self.row * self.config.train.batch_size
+        seconds += self.routing * any(isinstance(m, MoE) for m in self.model.modules())
+        used = min(torch.get_num_threads(), self.cores)
+        seconds *= self.crowding if used > 1 else 1.0
+        return seconds / used * (self.slow_dtype if self.model.compute_dtype == torch.float32 else 1.0)
+
+    def forward_backward(self, rows: int) -> None:
+        self.spend(self.compute())
 
     def wait(self) -> float:
         """Return the seconds until the next batch is there. Each worker prepares one of the next, as a Loader does."""
@@ -171,9 +145,8 @@ class World:
         return max(0.0, self.queue.pop(0) - self.now) + next(self.blocked)
 
     def step(self) -> StepResult:
-        """Take a step."""
         waited = taken = 0.0
-        if self.subject.trainer.loader is self.loader:
+        if self.loader is self.own:
             self.loader.prepared((0, 1))
             waited, taken = self.wait(), self.preparing
             self.now += waited
@@ -181,7 +154,34 @@ class World:
         return step_of(seconds, waited / seconds, self.counts)
 
 
+class Imagined(Subject):
+    """A run in a world of its own, whose text has the findings that are given."""
+
+    found: Sequence[Finding] = ()
+
+    def look(self) -> list[Finding]:
+        return [*self.found]
+
+    @property
+    def world(self) -> World:
+        world: Any = self.trainer
+        return world
+
+
+Imagine = Callable[..., Imagined]
+
+
 @pytest.fixture
-def world(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
-    """Return the maker of a world that the subject's steps are in until the test ends."""
-    return lambda **costs: World(subject=subject, **costs).enter(monkeypatch)
+def imagine(monkeypatch: pytest.MonkeyPatch) -> Imagine:
+    """Return the maker of a run in a world of these costs, which has the clock and the machine until the test ends."""
+
+    def make(**costs: Any) -> Imagined:
+        world: Any = World(**costs)
+        monkeypatch.setattr(time, "perf_counter", lambda: world.now)
+        monkeypatch.setattr(time, "thread_time", lambda: world.cpu)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(world.cores), raising=False)
+        monkeypatch.setattr(training, "fastest_dtype", lambda _: "bfloat16" if world.slow_dtype > 1 else "float32")
+        monkeypatch.setattr(training, "watch", lambda *_: lambda: world.seen)
+        return Imagined(world)
+
+    return make

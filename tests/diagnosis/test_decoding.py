@@ -1,8 +1,6 @@
 """Decoding as a subject: steps that are the same work, alternatives that do what they say, predictions, evidence."""
 
-import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dsmini import ModelConfig, Transformer, ops
-from dsmini.diagnosis import decoding, evidence
+from dsmini.diagnosis import decoding as module
+from dsmini.diagnosis import evidence
 from dsmini.diagnosis.arms import Arm, predict
-from dsmini.diagnosis.contention import Contention
 from dsmini.diagnosis.decoding import (
     PLAIN,
     VARIANTS,
@@ -25,31 +23,34 @@ from dsmini.diagnosis.decoding import (
 )
 from dsmini.diagnosis.diagnosis import Plan, diagnose
 from dsmini.diagnosis.evidence import all_evidence
-from dsmini.diagnosis.pages import record_of
 from dsmini.inference.fused import Decoder
 from dsmini.inference.speculative import Drafter
 from dsmini.measure.price import Prices
 from dsmini.measure.workloads import decoding_step
-from dsmini.nn import MLA, Cache, FeedForward, MoE
+from dsmini.nn import MLA, FeedForward, MoE
 from dsmini.report import Report
 from tests.conftest import Clock
-from tests.diagnosis.conftest import MODEL, decoding_subject
+from tests.diagnosis.conftest import MODEL, QUIET, SIZES, decoding_subject
 from tests.helpers.configs import V4
 from tests.helpers.questions import InventedPrices, invented_roofs
-
-LONG = dataclasses.replace(MODEL, max_seq_len=160)
-
-
-def arm_of(subject: DecodingSubject, name: str) -> Arm:
-    return next(arm for arm in subject.arms(None) if arm.name == name)
-
 
 NAMES = (*VARIANTS, "all_threads")
 
 
-def logits(subject: DecodingSubject) -> Tensor:
-    """Return the logits of a fixed text, without a cache."""
-    return subject.model(torch.arange(20).view(2, 10) % 256).detach()
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let few steps be timed together."""
+    monkeypatch.setattr(module, "TURN", 0.001)
+
+
+@pytest.fixture(scope="module")
+def decoding() -> DecodingSubject:
+    """Return a subject of the small model that decodes 2 sequences after 64 tokens; every test leaves it as it was."""
+    return decoding_subject(batch=2)
+
+
+def arm_of(subject: DecodingSubject, name: str) -> Arm:
+    return next(arm for arm in subject.arms(None) if arm.name == name)
 
 
 def point_of(subject: DecodingSubject) -> Point:
@@ -60,41 +61,30 @@ def rows(subject: DecodingSubject) -> list[Tensor]:
     return [store.data[:, : subject.context].clone() for store in subject.cache.stores]
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let few steps be timed together."""
-    monkeypatch.setattr(decoding, "TURN", 0.001)
+def check_unchanged(subject: DecodingSubject, run: Any) -> None:
+    """Check modules, weights, logits, cache and threads after a run."""
+
+    def state() -> list[Tensor]:
+        logits = subject.model(torch.arange(20).view(2, 10) % 256).detach()
+        return [logits, subject.cache.lengths.clone(), *rows(subject)]
+
+    before, modules, config = state(), list(subject.model.modules()), subject.config
+    threads, form = torch.get_num_threads(), subject.cache.form
+    run()
+    assert all(map(torch.equal, state(), before)) and list(subject.model.modules()) == modules
+    assert (torch.get_num_threads(), subject.cache.form) == (threads, form) and subject.config is config
 
 
-@pytest.fixture
-def paid(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], float]], None]:
-    """Return what lets the clock move by the decoding steps alone, each by its number of cached tokens.
-
-    Other programs take nothing.
-    """
-    monkeypatch.setattr(decoding, "watch", lambda *_: lambda: Contention(others=0.0))
-
-    def pay(seconds: Callable[[int], float]) -> None:
-        real = Decoder.states
-
-        def states(decoder: Decoder, tokens: Tensor, cache: Cache, lengths: Tensor | None = None) -> Any:
-            clock.pay(seconds(int(cache.lengths.max())))
-            return real(decoder, tokens, cache, lengths)
-
-        monkeypatch.setattr(Decoder, "states", states)
-
-    return pay
+# --- steps and alternatives
 
 
-# --- steps
+@pytest.mark.parametrize("name", ["plain", *NAMES])
+def test_arm_leaves_the_subject_as_it_is(decoding: DecodingSubject, name: str) -> None:
+    def run() -> None:
+        with arm_of(decoding, name).apply() as step:
+            assert min(step(0.0) for _ in range(2)) > 0
 
-
-def test_cache_is_the_same_after_a_step(decoding: DecodingSubject) -> None:
-    before, lengths = rows(decoding), decoding.cache.lengths.clone()
-    for _ in range(3):
-        assert decoding.seconds(PLAIN) > 0
-    assert torch.equal(decoding.cache.lengths, lengths) and lengths.tolist() == [64, 64]
-    assert all(map(torch.equal, rows(decoding), before))
+    check_unchanged(decoding, run)
 
 
 def test_variants_decode_the_rows_and_tokens_of_the_subject(decoding: DecodingSubject) -> None:
@@ -106,31 +96,14 @@ def test_variants_decode_the_rows_and_tokens_of_the_subject(decoding: DecodingSu
 
 def test_text_is_what_was_read() -> None:
     """Check that each sequence has its own piece of the text, and that a short one is repeated."""
-    model = Transformer(LONG).eval()
-    text = torch.arange(10)
-    found = DecodingSubject(model, batch=2, context=8, trained=True, text=text)
-    assert found.rows == [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 0, 1, 2, 3, 4, 5]]
-    cache = model.new_cache(2, 8)
+    model = Transformer(MODEL).eval()
+    found = DecodingSubject(model, batch=2, context=6, trained=True, text=torch.arange(8))
+    assert found.rows == [[0, 1, 2, 3, 4, 5], [6, 7, 0, 1, 2, 3]]
+    cache = model.new_cache(2, 6)
     with torch.no_grad():
         model(torch.tensor(found.rows), cache=cache)
     for got, want in zip(rows(found), cache.stores, strict=True):
         torch.testing.assert_close(got, want.data)
-
-
-# --- alternatives
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_alternative_leaves_the_subject_as_it_is(decoding: DecodingSubject, name: str) -> None:
-    """Check modules, weights, logits, cache and threads."""
-    before, modules, kept = logits(decoding), list(decoding.model.modules()), rows(decoding)
-    threads, config = torch.get_num_threads(), decoding.config
-    with arm_of(decoding, name).apply() as step:
-        step(0.0)
-    assert torch.equal(logits(decoding), before) and list(decoding.model.modules()) == modules
-    assert torch.get_num_threads() == threads and decoding.config is config
-    assert decoding.cache.lengths.tolist() == [64, 64] and decoding.cache.form == "auto"
-    assert all(map(torch.equal, rows(decoding), kept))
 
 
 def test_alternatives_decode_what_they_say(decoding: DecodingSubject) -> None:
@@ -146,26 +119,26 @@ def test_alternatives_decode_what_they_say(decoding: DecodingSubject) -> None:
     assert dense.layers[0].ffn is model.layers[0].ffn
     assert made["bfloat16_weights"].embed.weight.dtype == torch.bfloat16
     assert torch.float8_e4m3fn in {t.dtype for t in made["fp8_weights"].layers.state_dict().values()}
-    assert torch.float8_e4m3fn not in {t.dtype for t in model.state_dict().values()}
-    assert model.get_parameter("layers.0.attn.wo.weight").dtype == torch.float32 == model.embed.weight.dtype
+    assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
 
 
-# changes of the model, sequences, cached tokens; words of the reason why an alternative is not tried, "" for none
+# changes of the model, cached tokens; words of the reason why an alternative is not tried, "" for none
 BASELINE: dict[str, Any] = {"attention": "mha", "n_dense_layers": 2, "n_mtp_layers": 0}
-REASONS: list[tuple[dict[str, Any], int, int, str, str]] = [
-    ({}, 1, 64, "dense_active", ""),
-    ({"max_seq_len": 65}, 1, 64, "drafts", "no room for a guess"),
-    ({"max_seq_len": 8}, 1, 1, "free_cache", "only 1 cached token"),
-    (BASELINE, 1, 64, "mha_baseline", "already"),
-    (BASELINE, 1, 64, "dense_active", "no routed experts"),
-    (BASELINE, 1, 64, "drafts", "no multi-token prediction"),
-    ({}, 1, 64, "fp8_weights", "no kernels serve"),
+REASONS: list[tuple[dict[str, Any], int, str, str]] = [
+    ({}, 64, "dense_active", ""),
+    ({"max_seq_len": 65}, 64, "drafts", "no room for a guess"),
+    ({"max_seq_len": 8}, 1, "free_cache", "only 1 cached token"),
+    (BASELINE, 64, "mha_baseline", "already"),
+    (BASELINE, 64, "dense_active", "no routed experts"),
+    (BASELINE, 64, "drafts", "no multi-token prediction"),
+    ({}, 64, "fp8_weights", "no kernels serve"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "batch", "context", "name", "words"), REASONS)
-def test_reasons_not_to_try(changes: dict[str, Any], batch: int, context: int, name: str, words: str) -> None:
-    subject = decoding_subject(dataclasses.replace(LONG, **changes), batch, context)
+@pytest.mark.parametrize(("changes", "context", "name", "words"), REASONS)
+def test_reasons_not_to_try(changes: dict[str, Any], context: int, name: str, words: str) -> None:
+    subject = decoding_subject(context=context, **changes)
+    vars(subject)["acceptance"] = None  # which takes seconds to measure
     with ops.use("eager"):
         why = arm_of(subject, name).why_not
     assert words in why if words and why else why is None and not words
@@ -176,14 +149,13 @@ def test_reasons_not_to_try(changes: dict[str, Any], batch: int, context: int, n
 
 def test_model_of_one_token_accepts_all_guesses() -> None:
     """Check a head that always makes the same token: every guess is right, so that a step makes two tokens."""
-    model = Transformer(LONG, compute_dtype=torch.float32).eval()
+    model = decoding_subject().model
     with torch.no_grad():
         model.head.weight.zero_()
     found = accepted_guesses(model, [[1, 2, 3], [4, 5]])
     assert found.accepted == found.drafted > 0 and found.tokens_per_step == 2.0
     for trained in (True, False):
-        subject = DecodingSubject(model, context=8, trained=trained)
-        (finding,) = subject.look()
+        (finding,) = DecodingSubject(model, context=8, trained=trained).look()
         assert finding.value == 1.0 and "2.00" in finding.sentence and not finding.is_fault
         assert ("random" in finding.sentence) == (not trained)
 
@@ -194,20 +166,17 @@ def test_guessing_step_is_the_same_work_each_time(decoding: DecodingSubject, mon
     real = Drafter.guess
 
     def guess(self: Drafter, last: Any, live: Any, known: Any) -> Any:
-        seen.append((self.cache.lengths.tolist(), self.mtp.lengths.tolist(), [t.clone() for t in self.mtp.last]))
+        seen.append((self.cache.lengths.tolist(), self.mtp.lengths.tolist(), [t.tolist() for t in self.mtp.last]))
         return real(self, last, live, known)
 
     monkeypatch.setattr(Drafter, "guess", guess)
     run = guessing_steps(decoding.model, point_of(decoding))
     made: list[Any] = [run() for _ in range(3)]
     assert made[0] == made[1] == made[2] and [len(row) for row in made[0]]
-    assert [each[:2] for each in seen] == [([64, 64], [64, 64])] * 3
-    assert all(torch.equal(a, b) for each in seen for a, b in zip(each[2], seen[0][2], strict=True))
+    assert seen[0] == seen[1] == seen[2] and seen[0][:2] == ([64, 64], [64, 64])
 
 
-def test_time_of_a_token_is_shared_by_accepted_guesses(
-    decoding: DecodingSubject, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_time_of_a_token_is_shared_by_accepted_guesses(decoding: DecodingSubject, monkeypatch: Any) -> None:
     found = Acceptance(drafted=10, accepted=6, tokens_per_step=1.6)
     monkeypatch.setitem(vars(decoding), "acceptance", found)
     assert arm_of(decoding, "drafts").tokens == 1.6 and arm_of(decoding, "free_cache").tokens == 1.0
@@ -216,25 +185,21 @@ def test_time_of_a_token_is_shared_by_accepted_guesses(
 # --- predictions
 
 
-def test_every_arm_is_predicted(decoding: DecodingSubject) -> None:
-    """Check that each has a prediction, and that nothing of the model changes."""
-    before = logits(decoding)
-    found = predict(decoding.arms(InventedPrices()))
+@pytest.mark.parametrize("prices", [InventedPrices(), Prices(roofs=invented_roofs())], ids=["invented", "timed"])
+def test_every_arm_is_predicted(decoding: DecodingSubject, prices: Prices) -> None:
+    """Make each call of each variant again, for real: a copied model must keep the shapes of its buffers."""
+    found: dict[str, float] = {}
+    check_unchanged(decoding, lambda: found.update(predict(decoding.arms(prices))))
     assert found.keys() == {"plain", *NAMES} and min(found.values()) > 0
-    assert torch.equal(logits(decoding), before)
 
 
 def test_every_arm_of_v4_is_predicted() -> None:
     """Its cache has rows of several kinds, and a table of experts is not a number to make up."""
-    config = ModelConfig(**V4, n_hash_layers=1, hc_mult=2, n_routed_experts=8, n_activated_experts=2, max_seq_len=128)
-    found = predict(decoding_subject(config).arms(InventedPrices()))
+    config = ModelConfig(**(SIZES | V4), n_hash_layers=1, hc_mult=2, max_seq_len=128)
+    subject = DecodingSubject(Transformer(config, compute_dtype=torch.float32).eval(), context=64)
+    vars(subject)["acceptance"] = None  # which takes seconds to measure
+    found = predict(subject.arms(InventedPrices()))
     assert found.keys() >= {"plain", "drafts", "bfloat16_weights"} and min(found.values()) > 0
-
-
-def test_every_arm_can_be_timed_call_by_call(decoding: DecodingSubject) -> None:
-    """Make each call of each variant again, for real: a copied model must keep the shapes of its buffers."""
-    found = predict(decoding.arms(Prices(roofs=invented_roofs())))
-    assert found.keys() == {"plain", *NAMES} and min(found.values()) > 0
 
 
 def test_forecast_has_the_price_of_cached_tokens(decoding: DecodingSubject) -> None:
@@ -247,33 +212,37 @@ def test_forecast_has_the_price_of_cached_tokens(decoding: DecodingSubject) -> N
 
 
 @pytest.mark.parametrize("slow", [True, False], ids=["by the token", "always"])
-def test_slowed_cached_attention_is_found(paid: Any, slow: bool) -> None:
+def test_slowed_cached_attention_is_found(clock: Clock, monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
     """Check that steps which take longer for each cached token are named, and not those which always do."""
-    paid(lambda cached: 2e-4 * cached if slow else 0.012)
-    plan = Plan(rounds=8, seconds=math.inf, only=["free_cache"])
-    found = diagnose(decoding_subject(LONG), plan, None)
+    monkeypatch.setattr(module, "watch", lambda *_: lambda: QUIET)
+    real = Decoder.states
+
+    def states(decoder: Decoder, tokens: Tensor, cache: Any, *more: Any) -> Any:
+        clock.pay(2e-4 * int(cache.lengths.max()) if slow else 0.012)
+        return real(decoder, tokens, cache, *more)
+
+    monkeypatch.setattr(Decoder, "states", states)
+    found = diagnose(decoding_subject(), Plan(rounds=8, seconds=math.inf, only=["free_cache"]), None)
     assert (found.gains["free_cache"].low > 0.5) == slow
     assert (found.verdict.outcome == "binds" and found.named == "Machine") == slow
-    assert record_of(found)["gains"]["free_cache"]["axis"] == "Machine"
 
 
 # --- evidence
 
 
 @pytest.mark.parametrize("with_prices", [True, False])
-def test_evidence_of_decoding(decoding: DecodingSubject, monkeypatch: Any, with_prices: bool) -> None:
-    """Check tables or figures, finding and JSON, and that cache and threads are as before."""
+def test_evidence_of_decoding(decoding: DecodingSubject, monkeypatch: pytest.MonkeyPatch, with_prices: bool) -> None:
+    """Check figures, finding and JSON, and that cache and threads are as before."""
     monkeypatch.setattr(evidence, "MOST_TURNS", 1)
-    monkeypatch.setattr("dsmini.diagnosis.decoding.BATCHES", (1, 2, 4))
+    monkeypatch.setattr(module, "BATCHES", (1, 2, 4))
     monkeypatch.setattr(evidence, "cores", lambda: 2)
-    threads, lengths = torch.get_num_threads(), decoding.cache.lengths.tolist()
     decoding.arms(InventedPrices() if with_prices else None)
     made = [each for each in all_evidence(decoding, 0.001) if not each.why_not]
     assert [each.name for each in made] == ["batches", "threads"]
-    for each in made:
-        section, compared = each.run(1e6)
-        assert section.name == each.name and section.finding.endswith(".") and section.plots[0].series
+    found: list[Any] = []
+    check_unchanged(decoding, lambda: found.extend(each.run(1e6) for each in made))
+    for section, compared in found:
+        assert section.finding.endswith(".") and section.plots[0].series
         assert set(compared.turns.seconds) == {arm.name for arm in compared.arms}
         assert bool(compared.predicted) == with_prices
         assert section.title in Report(title="A", sections=[section]).html()
-    assert torch.get_num_threads() == threads and decoding.cache.lengths.tolist() == lengths
