@@ -189,6 +189,71 @@ def check_pictures(drawn: bool) -> Iterator[str]:
             yield f"{picture}: older than {row[0]}; draw it again, then run python .ci/style.py --drawn"
 
 
+def check_docs() -> Iterator[str]:
+    """Yield lists in docs/ that lack something, names that no source has, and numbers of lines that are not true."""
+    docs, text = ROOT / "docs", {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+    order = re.search(r"in this order, so that there\s+is no cycle: (.*?)\.", text["architecture.md"], re.S)[1]
+    if re.findall(r"`(\w+)`", order) != [name for name in MAY_IMPORT if name not in SHARED]:
+        yield "docs/architecture.md: packages are not in the order of MAY_IMPORT"
+    reading = text["reading.md"].partition("## Shapes")[0]
+    for file in sorted(
+        {path.name for path in (ROOT / "dsmini/nn").glob("[!_]*.py")} - {*re.findall(r"dsmini/nn/(\w+\.py)", reading)}
+    ):
+        yield f"docs/reading.md: {file} of dsmini/nn is not there"
+    minutes = sum(map(int, re.findall(r"^\| (\d+) \|", reading, re.M)))
+    if "Three hours and a quarter" not in reading or abs(minutes - 195) > 10:
+        yield f"docs/reading.md: {minutes} minutes are not three hours and a quarter"
+    pictures = list((docs / "gallery").iterdir())
+    if {*re.findall(r"\]\(gallery/(.+?)\)", text["gallery.md"])} != {path.name for path in pictures}:
+        yield "docs/gallery.md: shows other pictures than docs/gallery has"
+    if sum(path.stat().st_size for path in pictures) >= 1_500_000:
+        yield "docs/gallery: 1.5 MB or more"
+    yield from check_names(text)
+    yield from check_tutorials(docs / "tutorials")
+
+
+def check_names(text: dict[str, str]) -> Iterator[str]:
+    """Yield names in backquotes, such as `Trainer.step`, that are no words of sources, configs and dependencies."""
+    folders = ("dsmini", "kernels", "benchmarks", "configs", ".ci", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".toml", ".h")]
+    words = set(re.findall(r"\w+", " ".join([*map(str, files), *(path.read_text() for path in files)])))
+    for page in ("architecture.md", "decisions.md", "reading.md", "equations.md"):
+        named = {part for code in re.findall(r"`([\w./]+)`", text[page]) for part in re.findall(r"[^\W\d]\w+", code)}
+        yield from (f"docs/{page}: no source has the name {name}" for name in sorted(named - words))
+
+
+def check_tutorials(folder: Path) -> Iterator[str]:
+    """Yield pages that the index lacks, and definitions whose number of lines is not what a page says."""
+    index, code = (folder / "README.md").read_text(), dict[str, str]()
+    for page in sorted(folder.glob("[!R]*.md")):
+        source = page.read_text()
+        code[page.stem] = "\n".join(re.findall(r"^```python\n(.*?)^```", source, re.M | re.S))
+        title, minutes = re.match(r"# (.+)\n\n\*(\d+ minutes)[.,]", source).groups()
+        if not re.search(rf"\[{re.escape(title)}\]\({page.name}\).*\b{minutes}\b", index):
+            yield f"docs/tutorials/README.md: {page.name} is not there with its title and its {minutes}"
+    if sum(definitions(code["mla"]).values()) > 60:
+        yield "docs/tutorials/mla.md: MLA takes more than 60 lines"
+    written, page = definitions(code["change_one_idea"]), folder / "change_one_idea.md"
+    for row in re.findall(r"^\| [\w ]+ \| (\[.*) \| (\d+) \| (`.*`) \| (\d+) \|$", page.read_text(), re.M):
+        links = re.findall(r"\[(.+?)\]\((.+?)\)", row[0])
+        read = sum(
+            definitions((folder / file).read_text())[name] for names, file in links for name in names.split(", ")
+        )
+        made = sum(written[name] for name in re.findall(r"`(\w+)`", row[2]))
+        if abs(read - int(row[1])) > 5 or made != int(row[3]):
+            yield f"docs/tutorials/change_one_idea.md: {row[2]} reads {read} lines and writes {made}"
+
+
+def definitions(source: str) -> dict[str, int]:
+    """Return the number of lines of each function and class of a source that are not blank, decorators included."""
+    lines, found = source.splitlines(), dict[str, int]()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            found[node.name] = sum(bool(line.strip()) for line in lines[first - 1 : node.end_lineno])
+    return found
+
+
 def prose(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the line and the text of each paragraph of a page, or of each docstring and comment of a source."""
     source = path.read_text()
@@ -247,7 +312,7 @@ def main() -> int:
                 for hit in re.finditer(pattern, text, re.I):
                     said = text[max(0, hit.start() - 40) : hit.end() + 40]
                     slow[place].append(f"{where}:{line}: {rule}: {said}")
-    wrong += [*check_cycles(trees), *check_pictures("--drawn" in sys.argv)]
+    wrong += [*check_cycles(trees), *check_pictures("--drawn" in sys.argv), *check_docs()]
     for place, found in slow.items():
         wrong += found if len(found) > MOST[place] * spoken[place] else []
     print(f"{'package':32}{'files':>7}{'code':>8}{'tokens':>9}")

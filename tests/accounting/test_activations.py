@@ -1,6 +1,8 @@
 """Bytes that training saves for backward, counted from the config, compared with the storages of autograd."""
 
 import dataclasses
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,24 +12,12 @@ from dsmini import ModelConfig, Transformer, ops
 from dsmini.accounting import activation_bytes, training_bytes
 from dsmini.measure.memory import saved_for_backward
 from dsmini.training.optim import begin_stage
+from tests.helpers import watching
 from tests.helpers.accounting import DTYPES, V4, attention_by, fused, sized
 from tests.helpers.configs import DSA, released
 
-KINDS: dict[str, dict[str, Any]] = {
-    "mla": {},
-    "mha": {"attention": "mha"},
-    "gqa, normed heads": {"attention": "gqa", "n_kv_heads": 2, "qk_norm": True},
-    "mqa": {"attention": "mqa"},
-    "normed heads and embedding": {"qk_norm": True, "embed_norm": True},
-    "no shared experts": {"n_shared_experts": 0},
-    "two depths": {"n_mtp_layers": 2},
-    "two depths, before the norm": {"n_mtp_layers": 2, "mtp_input": "pre_norm"},
-    "softmax": {"score_func": "softmax", "norm_topk_prob": False},
-    "query not compressed": {"q_lora_rank": None},
-    "dense": {"n_dense_layers": 3},
-    "depths with and without experts": {"n_mtp_layers": 2, "n_dense_layers": 3},
-}
-WIDE = {"wide values": {"v_head_dim": 64}, "values as wide as keys": {"v_head_dim": 48}}
+KINDS = {"query not compressed": {"q_lora_rank": None}}
+KINDS |= tomllib.loads(Path(__file__).with_name("cases.toml").read_text())["activations"]
 PRECISIONS: list[Any] = [(p, d) for p in ("native", "fp8") for d in ("bfloat16", "float32")]
 FEW = 4 * 220
 """Bytes of a number for each of 220 tokens. Bytes saved once an expert or matrix, up to 824, are left out."""
@@ -47,8 +37,14 @@ def saved(config: ModelConfig, b: int, s: int, dtype: str, stage: Any = None) ->
         return saved_for_backward(model, torch.randint(0, config.vocab_size, (b, s + 1))).total
 
 
-def check_fused(config: ModelConfig, dtype: Any, b: int = 2, s: int = 110, few: float = FEW) -> None:
-    """Count what is saved exactly where keys are as wide as values. Grouped heads repeat keys and values."""
+@pytest.mark.parametrize(("precision", "dtype"), PRECISIONS)
+@pytest.mark.parametrize("case", KINDS)
+def test_activations_are_those_saved(case: str, precision: Any, dtype: Any) -> None:
+    """Exact where keys are as wide as values. Grouped heads repeat keys and values.
+
+    No number of rows is a width of the model, by which a copy of a weight would be known.
+    """
+    config, b, s = small(precision=precision, **KINDS[case]), 2, 110
     width = config.qk_head_dim if config.attention == "mla" else config.qk_nope_head_dim
     config = dataclasses.replace(config, v_head_dim=width)
     positions = b * (config.n_layers * s + sum(s - depth for depth in range(1, config.n_mtp_layers + 1)))
@@ -56,14 +52,7 @@ def check_fused(config: ModelConfig, dtype: Any, b: int = 2, s: int = 110, few: 
     with attention_by(fused):
         real = saved(config, b, s, dtype)
     counted = activation_bytes(config, batch_size=b, seq_len=s, dtype=dtype).total
-    assert 0 <= real - (counted + repeated) < few
-
-
-@pytest.mark.parametrize(("precision", "dtype"), PRECISIONS)
-@pytest.mark.parametrize("case", KINDS)
-def test_activations_are_those_saved(case: str, precision: Any, dtype: str) -> None:
-    """No number of rows is a width of the model, by which a copy of a weight would be known."""
-    check_fused(small(precision=precision, **KINDS[case]), dtype)
+    assert 0 <= real - (counted + repeated) < FEW
 
 
 @pytest.mark.parametrize(("inter_dim", "larger"), [(8, "moe"), (800, "dense")])
@@ -80,25 +69,25 @@ def test_full_recomputation_makes_the_largest_block_again(inter_dim: int, larger
     assert again == max(blocks.values()) == blocks[larger]
 
 
-def bound(**changes: Any) -> ModelConfig:
-    return ModelConfig(n_layers=2, **changes)
-
-
-FP8 = released("fp8", n_layers=2)
+TWO = ModelConfig(n_layers=2)
 # config, batch, tokens, dtypes, the most that is saved over what is counted
 BOUNDS: dict[str, tuple[ModelConfig, int, int, str, float]] = {
-    "explicit, mla": (bound(), 2, 140, "bfloat16 float32", 1.6),
-    "explicit, mla in FP8": (bound(precision="fp8"), 2, 140, "bfloat16 float32", 1.6),
-    "explicit, gqa": (bound(attention="gqa", n_kv_heads=2, qk_norm=True), 2, 140, "bfloat16 float32", 1.6),
+    "explicit, mla": (TWO, 2, 140, "bfloat16 float32", 1.6),
+    "explicit, mla in FP8": (dataclasses.replace(TWO, precision="fp8"), 2, 140, "bfloat16 float32", 1.6),
+    "explicit, gqa": (
+        dataclasses.replace(TWO, attention="gqa", n_kv_heads=2, qk_norm=True),
+        *(2, 140, "bfloat16 float32", 1.6),
+    ),
     "the default": (ModelConfig(), 4, 255, "bfloat16", 1.3),
-    "released sizes in FP8": (FP8, 1, 255, "bfloat16", 1.4),
+    "released sizes in FP8": (released("fp8", n_layers=2), 1, 255, "bfloat16", 1.4),
     # beyond 128 tokens in FP32 attention is fused, and queries, keys and values are padded to one width
-    **{f"flash, values of {v}": (bound(v_head_dim=v, n_mtp_layers=0), 2, 140, "float32", 1.2) for v in (32, 48, 64)},
+    **{
+        f"flash, values of {v}": (dataclasses.replace(TWO, v_head_dim=v, n_mtp_layers=0), 2, 140, "float32", 1.2)
+        for v in (32, 48, 64)
+    },
+    "compressed": (sized(**V4, max_seq_len=256), 2, 140, "bfloat16 float32", 2.2),
+    "compressed, a stream": (sized(**(V4 | {"hc_mult": 1}), max_seq_len=256), 2, 140, "bfloat16 float32", 1.7),
 }
-
-
-BOUNDS["compressed"] = (sized(**V4, max_seq_len=256), 2, 140, "bfloat16 float32", 2.2)
-BOUNDS["compressed, a stream"] = (sized(**(V4 | {"hc_mult": 1}), max_seq_len=256), 2, 140, "bfloat16 float32", 1.7)
 
 
 @pytest.mark.parametrize("case", BOUNDS)
@@ -133,19 +122,11 @@ def test_activations_of_indexers_are_those_saved(q_lora_rank: int | None, precis
 def test_all_that_training_keeps(precision: Any, dtype: Any) -> None:
     """Count every storage that is not a parameter's: copies of weights and the head's gradient too."""
     config = ModelConfig(n_layers=2, v_head_dim=48, precision=precision)
-    model, held = Transformer(config, compute_dtype=DTYPES[dtype]), dict[int, torch.Tensor]()
+    model, tokens = Transformer(config, compute_dtype=DTYPES[dtype]), torch.randint(0, 256, (2, 64))
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    tokens = torch.randint(0, 256, (2, 64))
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        t = t.detach()  # a graph that is held from within itself is never freed
-        if (pointer := t.untyped_storage().data_ptr()) not in own:
-            held[pointer] = t
-        return t
-
-    with ops.use("eager"), attention_by(fused), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with ops.use("eager"), attention_by(fused), watching.saved_for_backward() as held:
         model.losses(tokens, tokens)
-    sizes = sum(t.untyped_storage().nbytes() for t in held.values())
+    sizes = sum(watching.storage_bytes([t for t in held if t.untyped_storage().data_ptr() not in own]))
     counted = training_bytes(config, batch_size=2, seq_len=64, dtype=dtype).by_part
     kept = counted["activations"] + counted.get("weights kept for backward", 0) + counted["the head's gradient"]
     assert kept == pytest.approx(sizes, rel=1e-3)

@@ -51,24 +51,26 @@ def test_flops_that_the_printed_utilisation_implies(causal: bool, tflops: float)
 
 
 def counted(
-    config: ModelConfig,
-    b: int,
-    s: int,
-    dtype: Any = "float32",
-    training: bool = False,
-    recompute: bool = False,
-    block: int = WHOLE,
-) -> FlopCounterMode:
-    """Return what torch counts of a step whose attention makes its square of logits."""
-    model = Transformer(config, compute_dtype=DTYPES[dtype])
+    config: ModelConfig, b: int, s: int, dtype: Any = "float32", block: int = WHOLE, stage: Any = None, **how: bool
+) -> int:
+    """Return what torch counts of a step whose attention makes its square of logits. Args: as of step_flops."""
+    model, training = Transformer(config, compute_dtype=DTYPES[dtype]), how.pop("training")
+    if stage is not None:
+        begin_stage(model, stage)
     tokens = torch.randint(0, config.vocab_size, (b, s))
     counter = FlopCounterMode(display=False, custom_mapping=GROUPED)
-    with counter, torch.set_grad_enabled(training), attention_by(explicit, block):
+    with ops.use("eager"), counter, torch.set_grad_enabled(training), attention_by(explicit, block):
         if training:
-            model.losses(tokens, tokens, recompute=recompute).total.backward()
+            model.losses(tokens, tokens, **how).total.backward()
         else:
             model(tokens)
-    return counter
+    return counter.get_total_flops()
+
+
+STEPS: list[dict[str, bool]] = [
+    {"training": training, "recompute": recompute}
+    for training, recompute in ((False, False), (True, False), (True, True))
+]
 
 
 @given(config=model_configs())
@@ -133,32 +135,30 @@ def test_absorbing_v3_is_cheaper_from_the_second_token_on() -> None:
 # --- a step
 
 
-STEPS = ["absorbed", "query not compressed", "mha", "gqa", "no shared experts", MIXED]
+KINDS = ["absorbed", "query not compressed", "mha", "gqa", "no shared experts", MIXED]
 PRECISIONS = [("float32", "native"), ("bfloat16", "native"), ("bfloat16", "fp8")]
-RARE = [pytest.param(case, *how, marks=pytest.mark.slow) for how in PRECISIONS[1:] for case in STEPS[1:]]
+RARE = [pytest.param(case, *how, marks=pytest.mark.slow) for how in PRECISIONS[1:] for case in KINDS[1:]]
 
 
 @pytest.mark.parametrize(
     ("case", "dtype", "precision"),
-    [*((case, *PRECISIONS[0]) for case in STEPS), *((STEPS[0], *how) for how in PRECISIONS[1:]), *RARE],
+    [*((case, *PRECISIONS[0]) for case in KINDS), *((KINDS[0], *how) for how in PRECISIONS[1:]), *RARE],
 )
 def test_flops_of_a_step_against_torch(case: str, dtype: str, precision: Any) -> None:
     """All queries at once, no padded experts, two depths, of which the mixed case has one dense."""
     config = sized(**CASES[case], n_mtp_layers=2, precision=precision)
-    for training, recompute in ((False, False), (True, False), (True, True)):
-        how: dict[str, Any] = {"training": training, "recompute": recompute}
+    for how in STEPS:
         ours = step_flops(config, batch_size=2, seq_len=30, causal=False, **how)
-        assert ours.total == counted(config, 2, 30, dtype, **how).get_total_flops()
+        assert ours.total == counted(config, 2, 30, dtype, **how)
 
 
 @pytest.mark.parametrize("precision", ["native", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_flops_of_a_step_are_a_lower_bound(precision: Any) -> None:
     """Two blocks of queries see parts of the square, and experts are padded in BF16."""
     config = sized(n_routed_experts=4, n_mtp_layers=2, precision=precision)
-    for training, recompute in ((False, False), (True, False), (True, True)):
-        how: dict[str, Any] = {"training": training, "recompute": recompute}
+    for how in STEPS:
         least = step_flops(config, batch_size=2, seq_len=140, **how).total
-        assert least < counted(config, 2, 140, "bfloat16", **how, block=70).get_total_flops() < 1.5 * least
+        assert least < counted(config, 2, 140, "bfloat16", 70, **how) < 1.5 * least
 
 
 # --- indexers
@@ -189,15 +189,9 @@ def test_operations_of_decoding_against_torch(context: int) -> None:
 def test_operations_of_a_training_step_against_torch(stage: Any, q_lora_rank: int | None, recompute: bool) -> None:
     """But for the weighted sums over the indexer's heads: picks, the loss, and two for its gradients."""
     config = sized(**DSA, n_mtp_layers=2, q_lora_rank=q_lora_rank, n_routed_experts=4)
-    model, tokens, heads = Transformer(config), torch.randint(0, 51, (2, 60)), DSA["index_n_heads"]
-    begin_stage(model, stage)
-    counter = FlopCounterMode(display=False, custom_mapping=GROUPED)
-    with ops.use("eager"), counter, attention_by(explicit, WHOLE):
-        model.losses(tokens, tokens, recompute=recompute).total.backward()
-    how: dict[str, Any] = {"causal": False, "recompute": recompute, "dsa_stage": stage}
-    ours = step_flops(config, batch_size=2, seq_len=60, **how)
-    sums = 2 * 2 * heads * (3 * 60**2 + 59**2 + 58**2) * 4 * (1 + recompute)
-    assert counter.get_total_flops() == ours.total + sums
+    ours = step_flops(config, batch_size=2, seq_len=60, causal=False, recompute=recompute, dsa_stage=stage)
+    sums = 2 * 2 * DSA["index_n_heads"] * (3 * 60**2 + 59**2 + 58**2) * 4 * (1 + recompute)
+    assert counted(config, 2, 60, stage=stage, training=True, recompute=recompute) == ours.total + sums
 
 
 def test_the_loss_of_an_indexer_compares_all_keys_or_the_picked_ones() -> None:

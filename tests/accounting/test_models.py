@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dsmini import ModelConfig, TrainConfig, Transformer
+from dsmini import ModelConfig, TrainConfig, Transformer, accounting
 from dsmini.accounting import (
     cache_bytes,
     decode_flops_per_token,
@@ -25,6 +26,7 @@ from dsmini.accounting.memory import rows_read
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.training.optim import begin_stage, optimizer_state, optimizers
 from tests.helpers.accounting import DTYPES, V4, sized
+from tests.helpers.commands import ROOT
 from tests.helpers.configs import CONFIGS, DSA, released
 from tests.helpers.strategies import model_configs
 
@@ -32,24 +34,7 @@ V3 = released("deepseek-v3")
 
 # --- against models
 
-MODULES = {
-    r"embed\.weight": "embedding",
-    r"head\.weight": "head",
-    r"(eh|e|h)_proj\.weight": "projection",
-    r"hc_(attn|ffn|head)\.(fn|base|scale)": "hyper-connections",
-    r"attn\.compressor\.(wkv\.weight|wgate\.weight|ape|norm\.weight)": "compressor",
-    r"attn\.indexer\.compressor\.(wkv\.weight|wgate\.weight|ape|norm\.weight)": "indexer",
-    r"attn\.attn_sink": "attention",
-    r"attn\.indexer\.k_norm\.(weight|bias)": "norms",
-    r"attn\.indexer\.(wq_b|wk|weights_proj)\.weight": "indexer",
-    r"([eh]|embed_|attn_|ffn_|attn\.q_|attn\.kv_|attn\.[qk]_head_)?norm\.weight": "norms",
-    r"attn\.w\w+\.weight": "attention",
-    r"ffn\.w[123]\.weight": "dense feed-forward",
-    r"ffn\.gate\.weight": "gates",
-    r"ffn\.experts\.w[123]": "routed experts",
-    r"ffn\.shared_experts\.w[123]\.weight": "shared experts",
-}
-"""A parameter's name, without its block's, and the module that it is counted in."""
+MODULES = tomllib.loads(Path(__file__).with_name("cases.toml").read_text())["modules"]
 
 
 def module_of(name: str) -> str:
@@ -104,49 +89,44 @@ def test_counts_of_v4_are_those_of_its_files_and_report(name: str) -> None:
     assert sum(n * weight.get(module, 1) for module, n in of.items()) == pytest.approx(flops, rel=1e-3)
 
 
-@pytest.mark.parametrize("changes", [{}, {"hc_mult": 1, "topk_method": "greedy", "n_hash_layers": 0}])
-def test_counts_of_v4_are_those_of_what_is_built(changes: dict[str, Any]) -> None:
-    """Tensor for tensor, in each dtype, and the storage of caches."""
-    config = sized(**(V4 | changes), max_seq_len=256)
-    check_parameters(config)
-    model = Transformer(config).eval()
-    assert weight_bytes(config, "float32").total == held(model)
-    for name in ("float32", "bfloat16", "fp8"):
-        made = model.new_cache(2, 140, DTYPES.get(name, "fp8"), mtp=True)  # pyright: ignore[reportArgumentType]
-        counted = cache_bytes(config, max_seq_len=140, batch=2, dtype=name, mtp=True)  # pyright: ignore[reportArgumentType]
-        assert (counted.by_part["cache"], counted.by_part["mtp cache"]) == (made.nbytes, made.mtp_nbytes)
-    assert weight_bytes(config, "bfloat16").total == held(model.to(torch.bfloat16))
-    assert weight_bytes(config, "fp8").total == held(hold_all_fp8(model))
-
-
 def held(model: Transformer) -> int:
     return sum(t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()])
+
+
+def check_counts(config: ModelConfig, rows: int = 3) -> None:
+    """Compare parameters, weights in each dtype, and the storage of caches with what is built."""
+    check_parameters(config)
+    model, is_latent = Transformer(config).eval(), config.is_mla or config.attention == "compressed"
+    assert weight_bytes(config, "float32").total == held(model)
+    for name in ("float32", "bfloat16", *(["fp8"] if is_latent else [])):
+        for mtp in {False, config.n_mtp_layers > 0}:
+            made = model.new_cache(2, rows, DTYPES.get(name, "fp8"), mtp=mtp)  # pyright: ignore[reportArgumentType]
+            counted = cache_bytes(config, max_seq_len=rows, batch=2, dtype=name, mtp=mtp)  # pyright: ignore[reportArgumentType]
+            assert counted.by_part["cache"] == made.nbytes
+            assert counted.by_part.get("mtp cache", 0) == made.mtp_nbytes
+            if config.attention != "compressed":  # whose rows are not tokens
+                assert made.nbytes_per_token == kv_bytes_per_token(config, dtype=name)  # pyright: ignore[reportArgumentType]
+    assert weight_bytes(config, "bfloat16").total == held(model.to(torch.bfloat16))
+    eight, counted = hold_all_fp8(model), weight_bytes(config, "fp8")
+    assert counted.total == held(eight)
+    assert counted.by_part["scales"] == sum(b.nbytes for name, b in eight.named_buffers() if name.endswith("scale"))
 
 
 @settings(max_examples=30)
 @given(config=model_configs())
 def test_counts_of_any_model_are_those_of_what_is_built(config: ModelConfig) -> None:
-    """Parameters, weights in each dtype, and the storage of caches."""
-    check_parameters(config)
-    model = Transformer(config).eval()
-    assert weight_bytes(config, "float32").total == held(model)
-    for name in ("float32", "bfloat16", *(["fp8"] if config.is_mla else [])):
-        for mtp in {False, config.n_mtp_layers > 0}:
-            made = model.new_cache(2, 3, DTYPES.get(name, "fp8"), mtp=mtp)  # pyright: ignore[reportArgumentType]
-            counted = cache_bytes(config, max_seq_len=3, batch=2, dtype=name, mtp=mtp)  # pyright: ignore[reportArgumentType]
-            assert counted.by_part["cache"] == made.nbytes
-            assert counted.by_part.get("mtp cache", 0) == made.mtp_nbytes
-            assert made.nbytes_per_token == kv_bytes_per_token(config, dtype=name)  # pyright: ignore[reportArgumentType]
-    assert weight_bytes(config, "bfloat16").total == held(model.to(torch.bfloat16))
-    assert weight_bytes(config, "fp8").total == held(hold_all_fp8(model))
+    check_counts(config)
 
 
-@pytest.mark.parametrize("config", [ModelConfig(dim=192, kv_lora_rank=130, moe_inter_dim=129), released("fp8")])
-def test_bytes_of_weights_with_ragged_blocks(config: ModelConfig) -> None:
-    model = hold_all_fp8(Transformer(config).to(torch.bfloat16).eval())
-    counted = weight_bytes(config, "fp8")
-    assert counted.total == held(model)
-    assert counted.by_part["scales"] == sum(b.nbytes for name, b in model.named_buffers() if name.endswith("scale"))
+V4_KINDS = [{}, {"hc_mult": 1, "topk_method": "greedy", "n_hash_layers": 0}]
+OTHERS = {f"v4 {changes}": (sized(**(V4 | changes), max_seq_len=256), 140) for changes in V4_KINDS}
+OTHERS |= {"ragged blocks": (ModelConfig(dim=192, kv_lora_rank=130, moe_inter_dim=129), 3), "fp8": (released("fp8"), 3)}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_counts_are_those_of_what_is_built(name: str) -> None:
+    """Tensor for tensor: V4 with each kind of layer, and weights whose blocks are not whole."""
+    check_counts(*OTHERS[name])
 
 
 STAGES = [({}, "sparse"), ({"attention": "gqa", "n_kv_heads": 1}, "sparse"), (DSA, "sparse"), (DSA, "warmup")]
@@ -226,3 +206,16 @@ def test_cache_against_the_mha_twin() -> None:
 def test_cache_of_the_mha_twin_needs_no_twin(config: ModelConfig) -> None:
     if config.qk_nope_head_dim % 2 == 0:
         assert mha_kv_bytes_per_token(config, 2) == kv_bytes_per_token(mha_twin(config), 2)
+
+
+# --- refusals
+
+CONFIGS = {"TOY": ModelConfig(), "SMALL": sized(), "MHA": sized(attention="mha"), "V3": released("deepseek-v3")}
+REFUSED = tomllib.loads((ROOT / "tests/helpers/refusals.toml").read_text())["accounting"]
+
+
+@pytest.mark.parametrize("call", REFUSED)
+def test_refusals_say_what_to_use(call: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (its words are compared)
+        eval(call, vars(accounting) | CONFIGS)
+    assert REFUSED[call] in str(error.value)

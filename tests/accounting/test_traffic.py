@@ -1,7 +1,6 @@
 """Bytes that must be moved, counted from the config, against what a step really touches."""
 
 import dataclasses
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -82,14 +81,11 @@ def measured(
     model(tokens[:, -2:-1], cache=cache)
     with Moved(context, batch) as moved, torch.no_grad():
         routing = model.run(tokens[:, -1:], cache=cache).routing
+    if batch == 1:  # no count includes the product that weighs and adds one sequence's experts
+        k, m = config.n_activated_experts, config.dim
+        moved.products -= (config.n_layers - config.n_dense_layers) * (k + k * m + m) * DTYPES[dtype].itemsize
     visited = [int((r.counts > 0).sum()) for r in routing]
     return moved, sum(visited) / max(1, len(visited))
-
-
-def combined(config: ModelConfig, batch: int, size: int) -> int:
-    """Return the bytes of the product that weighs and adds one sequence's experts. No count includes it."""
-    k, m = config.n_activated_experts, config.dim
-    return (config.n_layers - config.n_dense_layers) * (k + k * m + m) * size if batch == 1 else 0
 
 
 def split(config: ModelConfig, by_part: Any, case: str, batch: int, size: int) -> tuple[float, float]:
@@ -132,7 +128,7 @@ def test_bytes_that_products_move_in_decoding(
     how: dict[str, Any] = {"dtype": dtype, "cache_dtype": cache_dtype, "form": form_of(case), "experts": experts}
     counted = decode_bytes_per_token(config, context=context, batch=batch, **how)
     rows, rest = split(config, counted.by_part, case, batch, size)
-    assert rest == pytest.approx(moved.products - combined(config, batch, size), rel=1e-12)
+    assert rest == pytest.approx(moved.products, rel=1e-12)
     assert rows <= moved.context
     assert counted.by_part["cache read"] == context * kv_bytes_per_token(config, dtype=cache_dtype)
 
@@ -146,7 +142,7 @@ def test_fp8_weights_are_read_as_codes_and_scales(batch: int) -> None:
     least = decode_bytes_per_token(config, **how, dtype="fp8")
     plain = decode_bytes_per_token(config, **how, dtype="bfloat16")
     _, products = split(config, plain.by_part, "absorbed", batch, 2)
-    assert products == pytest.approx(moved.products - combined(config, batch, 2), rel=1e-12)
+    assert products == pytest.approx(moved.products, rel=1e-12)
     halves = config.n_layers * config.kv_lora_rank * config.n_heads * 24
     stays = batch * sum(plain.by_part[name] for name in ("embedding", "norms", "gates", "head")) + 2 * halves
     scales = batch * least.weights - moved.codes - stays
@@ -186,13 +182,10 @@ def test_decoding_reads_no_more_than_there_is(config: ModelConfig, data: st.Data
     least = decode_bytes_per_token(config, **how)
     assert sum(least.by_part.values()) == least.total
     weights = weight_bytes(config, how["dtype"], mtp=False)
-    assert least.weights * how["batch"] <= weights.total + how["batch"] * 4 * config.dim + halves_of(config)
-    assert least.by_part["cache write"] == kv_bytes_per_token(config, dtype=how["cache_dtype"])
-
-
-def halves_of(config: ModelConfig) -> int:
     width = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
-    return 2 * config.n_layers * config.kv_lora_rank * width
+    halves = 2 * config.n_layers * config.kv_lora_rank * width
+    assert least.weights * how["batch"] <= weights.total + how["batch"] * 4 * config.dim + halves
+    assert least.by_part["cache write"] == kv_bytes_per_token(config, dtype=how["cache_dtype"])
 
 
 # --- distinct experts
@@ -202,13 +195,11 @@ def halves_of(config: ModelConfig) -> int:
 @pytest.mark.parametrize("tokens", [1, 2, 7, 30])
 def test_distinct_experts_of_random_gates(tokens: int, groups: int, limited: int) -> None:
     """The mean over 2000 layers; groups change which experts come together, not how many in the mean."""
-    config = sized(n_activated_experts=3, n_expert_groups=groups, n_limited_groups=limited)
     options: dict[str, Any] = {"n_activated_experts": 3, "n_expert_groups": groups, "n_limited_groups": limited}
-    logits = torch.randn(2000 * tokens, 16)
-    indices = route(logits, torch.zeros(16), **options).indices.reshape(2000, -1)
+    indices = route(torch.randn(2000 * tokens, 16), torch.zeros(16), **options).indices.reshape(2000, -1)
     visited = torch.zeros(2000, 16).scatter(1, indices, 1).sum(1)
     error = float(visited.std()) / 2000**0.5
-    assert expected_experts(config, tokens) == pytest.approx(float(visited.mean()), abs=4 * error + 1e-6)
+    assert expected_experts(sized(**options), tokens) == pytest.approx(float(visited.mean()), abs=4 * error + 1e-6)
 
 
 # --- prefill and training
@@ -219,29 +210,27 @@ def test_bytes_that_a_forward_moves(case: str) -> None:
     """Every Linear, gate and expert reads its input and weight and writes its result: seen by hooks."""
     config, b, s = sized(**ATTENTIONS[case]), 2, 40
     model = randomise(Transformer(config))
-    moved = Counter[str]()
+    moved: list[int] = []
 
     def hook(module: Any, args: Any, result: Any) -> None:
-        moved["products"] += (
-            module.weight.nbytes + args[0].nbytes + (b * s * 16 * 4 if len(result) == 4 else result.nbytes)
-        )
+        made = b * s * 16 * 4 if len(result) == 4 else result.nbytes  # a gate returns its choice
+        moved.append(module.weight.nbytes + args[0].nbytes + made)
 
-    linears: list[Any] = [m for name, m in model.named_modules() if hasattr(m, "weight") and not name.startswith("mtp")]
-    for module in linears:
-        if module.weight.dim() == 2 and module is not model.embed:
+    for name, module in model.named_modules():
+        if not name.startswith(("mtp", "embed")) and getattr(module, "weight", torch.empty(0)).dim() == 2:
             module.register_forward_hook(hook)
     with torch.no_grad():
         routing = model.run(torch.randint(0, 51, (b, s))).routing
     visits = sum(int(r.counts.sum()) for r in routing)
     distinct = sum(int((r.counts > 0).sum()) for r in routing)
-    moved["products"] += 4 * (3 * visits * (config.dim + config.moe_inter_dim) + distinct * 3 * config.dim * 24)
+    products = sum(moved) + 4 * 3 * (visits * (config.dim + config.moe_inter_dim) + distinct * config.dim * 24)
     counted = prefill_bytes_per_token(
         config, seq_len=s, batch=b, dtype="float32", experts=distinct / len(routing), last_logits=False
     )
     left_out = {"embedding", "norms", "attention operands", "cache write"}
     ours = b * s * sum(amount for name, amount in counted.by_part.items() if name not in left_out)
     biases = 4 * 16 * len(routing)
-    assert ours - biases == pytest.approx(moved["products"], rel=1e-12)
+    assert ours - biases == pytest.approx(products, rel=1e-12)
     assert counted.by_part["cache write"] == kv_bytes_per_token(config, 4)
 
 

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from benchmarks import models
 from benchmarks.peer_models import engine
 from benchmarks.peer_models.engine import Engine, write_gguf
+from benchmarks.peer_models.worker import ik_llama_cpp
 from benchmarks.questions import QUESTIONS, peers
 from benchmarks.run import BenchmarksCommand, checked
 from dsmini import Transformer
@@ -21,107 +24,102 @@ from tests.conftest import randomise
 from tests.helpers.questions import TINY, setting
 from tests.helpers.tolerances import relative_error
 
-NOTE = """
-import json, os, types
+NOTED = """
+import json, os
 from pathlib import Path
 here = Path(__file__).parent
-def note(**what):
-    with (here / "calls.jsonl").open("a") as file:
-        print(json.dumps(what), file=file)
-def load(path, **how):
-    note(file=os.path.getsize(path), **how)
+def load(path, *how, **more):
+    with (here / "loads").open("a") as file:
+        print(json.dumps({"file": os.path.getsize(path), **more}), file=file)
     print("noise on standard output")
     return not (here / "refuse").exists()
 """
 LLAMA = """
+from noted import here, load
 class Llama:
     def __init__(self, path, **how):
         if not load(path, **how):
             raise RuntimeError("cannot load the model")
-    def eval(self, tokens):
-        note(tokens=tokens)
-        assert tokens != [99]
-    def reset(self):
-        note(tokens=[])
+        self.eval = lambda tokens: print(tokens, file=(here / "calls").open("a"))
+        self.reset = lambda: self.eval([])
 """
 IK = """
 import sys
-sys.modules["ik_llama_cpp._ctypes_api"] = sys.modules["ik_llama_cpp._internals"] = _ctypes_api = sys.modules[__name__]
-def llama_model_default_params(): return types.SimpleNamespace()
-llama_context_default_params = llama_model_default_params
-def llama_model_load_from_file(path, how): return load(path, **vars(how))
-def llama_init_from_model(model, how):
-    note(**vars(how))
-    return 8
-def make_batch_range(tokens, *, pos_start, logits_last): return [tokens, pos_start, logits_last]
-def llama_decode(context, batch):
-    note(batch=batch)
-    return 1 if batch[0] == [99] else 0
-def llama_get_logits_ith(context, i): pass
-def llama_batch_free(batch): pass
-def llama_kv_cache_clear(context): note(batch=[])
+from unittest.mock import MagicMock
+from noted import load
+_ctypes_api = MagicMock(**{"llama_decode.return_value": 0, "llama_model_load_from_file.side_effect": load})
+sys.modules["ik_llama_cpp._internals"] = MagicMock()
 """
 
 
 @pytest.fixture
 def pythons(tmp_path: Path) -> dict[str, Path]:
-    """Return two Pythons, in which llama_cpp and ik_llama_cpp are modules that note how they are called."""
+    """Return two Pythons, in which llama_cpp and ik_llama_cpp are modules that note what they are told."""
     pytest.importorskip("gguf")
     found = {}
-    for name, text in (("llama_cpp", LLAMA), ("ik_llama_cpp", IK)):
+    for name, module, text in (("llama.cpp", "llama_cpp", LLAMA), ("ik_llama.cpp", "ik_llama_cpp", IK)):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / f"{name}.py").write_text(NOTE + text)
-        path = found[name.replace("a_cpp", "a.cpp")] = folder / "python"
+        (folder / "noted.py").write_text(NOTED)
+        (folder / f"{module}.py").write_text(text)
+        path = found[name] = folder / "python"
         path.write_text(f'#!/bin/sh\n[ -z "$PYTHONPATH" ] || exit 3\nPYTHONPATH={folder} exec {sys.executable} "$@"\n')
         path.chmod(0o700)
     engine.engines.cache_clear()
     return found
 
 
-def noted(python: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (python.parent / "calls.jsonl").read_text().splitlines()]
+def loads(python: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (python.parent / "loads").read_text().splitlines()]
 
 
-# what an engine notes when six tokens, one more, and none and one are appended; ik's settings are the fastest for MLA
-THREADS = {"n_threads": 0, "n_threads_batch": 0}
-CALLS: dict[str, tuple[list[dict[str, Any]], list[Any]]] = {
-    "llama.cpp": (
-        [{"n_ctx": 64, "n_batch": 4, "use_mmap": False, **THREADS}],
-        [[], [0, 1, 2, 3, 4, 5], [50], [], [51]],
-    ),
-    "ik_llama.cpp": (
-        [
-            {"mla": 3, "repack_tensors": True, "use_mmap": False},
-            {"mla_attn": 3, "flash_attn": True, "fused_moe_up_gate": True, "n_ctx": 64, "n_ubatch": 4, **THREADS},
-        ],
-        [[], [[0, 1, 2, 3], 0, True], [[4, 5], 4, True], [[50], 6, True], [], [[51], 0, True]],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
 def test_engine_of_another_python_appends_what_it_is_told(
-    pythons: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+    pythons: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PYTHONPATH, which is meant for this Python, must not reach it."""
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
-    python = pythons[name]
+    python = pythons["llama.cpp"]
     assert engine.engines(tuple(pythons.values())) == {name: str(path) for name, path in pythons.items()}
-    side = Engine(name, str(python), Transformer(TINY), "Q8_0", room=64, at_once=4)
+    side = Engine("llama.cpp", str(python), Transformer(TINY), "Q8_0", room=64, at_once=4)
     side.fill(torch.arange(6)[None], 8)
     assert 0 < side.feed(torch.tensor([[50]])) < 10
     side.start(8)
     side.feed(torch.tensor([[51]]))
-    settings, calls = CALLS[name]
-    for got, want in zip(noted(python), settings, strict=False):
-        assert got.items() >= {**want, **dict.fromkeys(want.keys() & THREADS, torch.get_num_threads())}.items()
-    assert [call.get("tokens", call.get("batch")) for call in noted(python)[len(settings) :]] == calls
-    with pytest.raises(RuntimeError, match=rf"{name} ended with status 1"):
+    (settings,), threads = loads(python), torch.get_num_threads()
+    wanted = {"n_ctx": 64, "n_batch": 4, "n_threads": threads, "n_threads_batch": threads, "use_mmap": False}
+    assert settings.items() >= wanted.items()
+    assert (python.parent / "calls").read_text().split("\n")[:-1] == ["[]", "[0, 1, 2, 3, 4, 5]", "[50]", "[]", "[51]"]
+    side.process.kill()
+    with pytest.raises(RuntimeError, match=r"llama.cpp ended with status -?\d"):
         side.feed(torch.tensor([[99]]))
     (python.parent / "refuse").touch()
-    with pytest.raises(RuntimeError, match=rf"{name} does not run: RuntimeError: .*cannot load the model"):
-        Engine(name, str(python), Transformer(TINY), "BF16", room=64, at_once=4)
+    with pytest.raises(RuntimeError, match=r"llama.cpp does not run: RuntimeError: cannot load the model"):
+        Engine("llama.cpp", str(python), Transformer(TINY), "BF16", room=64, at_once=4)
+
+
+def test_ik_appends_in_parts_with_the_settings_fastest_for_mla(monkeypatch: pytest.MonkeyPatch) -> None:
+    api, internals = MagicMock(), MagicMock()
+    for name, module in {"": SimpleNamespace(_ctypes_api=api), "._internals": internals}.items():
+        monkeypatch.setitem(sys.modules, f"ik_llama_cpp{name}", module)
+    api.llama_decode.return_value = 0
+    feed, reset = ik_llama_cpp("a file", room=64, at_once=4, threads=2)
+    feed(range(6))
+    feed([50])
+    reset()
+    feed([51])
+    made = [(call.args[0], call.kwargs["pos_start"]) for call in internals.make_batch_range.call_args_list]
+    assert made == [([0, 1, 2, 3], 0), ([4, 5], 4), ([50], 6), ([51], 0)]
+    assert api.llama_kv_cache_clear.call_count == 1
+    loading, how = api.llama_model_default_params(), api.llama_context_default_params()
+    assert (loading.mla, loading.repack_tensors, loading.use_mmap) == (3, True, False)
+    assert (how.mla_attn, how.flash_attn, how.fused_moe_up_gate) == (3, True, True)
+    assert (how.n_ctx, how.n_ubatch, how.n_threads, how.n_threads_batch) == (64, 4, 2, 2)
+    api.llama_decode.return_value = 1
+    with pytest.raises(RuntimeError, match="cannot append 1 tokens at 1: status 1"):
+        feed([99])
+    api.llama_init_from_model.return_value = None
+    with pytest.raises(RuntimeError, match="cannot load the model"):
+        ik_llama_cpp("a file", room=64, at_once=4, threads=2)
 
 
 def test_wrong_peer_python_is_one_sentence(pythons: dict[str, Path]) -> None:
@@ -161,8 +159,7 @@ def test_each_engine_is_compared_with_the_side_of_its_bits(
         mine = [f for f in figures if (f.case["what"], f.case.get("shape", "")) == (what, shape)]
         assert {f.case["who"]: f.case["than"] for f in pick(mine, "times_as_long")} == want
         assert {f.case["who"] for f in pick(mine, "share_of_roof") if f.measured} == want.keys() | set(want.values())
-    sizes = {str(call["file"]) for call in noted(pythons["ik_llama.cpp"]) if "file" in call}
-    assert len(sizes) == 3
+    assert len({call["file"] for call in loads(pythons["ik_llama.cpp"])}) == 3
     told = peers.answer(figures)
     assert "; ik_llama.cpp Q8_0 " in told and "in decoding wide FP8" in told
 

@@ -1,5 +1,9 @@
 """Other figures of questions, as by hand, and the words of comparisons."""
 
+import dataclasses
+import itertools
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +12,18 @@ import torch
 
 from benchmarks import question
 from benchmarks.question import check_bandwidth, compared, drawing, figure, race, times
-from benchmarks.questions import kernels, plan, sparse, steps
+from benchmarks.questions import kernels, pipeline, plan, sparse, steps
+from benchmarks.questions.fp8 import Gemm, errors_of, operand_error, product_error, record
+from benchmarks.questions.pipeline import RANKS, Passes, Size, bubble_share, formula
+from dsmini import Transformer
+from dsmini.config.run import CHUNKS
 from dsmini.measure.counting import count
-from tests.conftest import Clock
-from tests.helpers.questions import setting
+from dsmini.nn.fp8 import fp8_weights
+from dsmini.numerics import E4M3, E5M2, fp8_matmul, round_tiles
+from dsmini.report import pick
+from tests.conftest import Clock, randomise
+from tests.helpers.questions import TINY, setting
+from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
 
 # --- comparisons in words
 
@@ -139,3 +151,91 @@ def test_roof_of_a_kernel_is_the_slower_of_memory_and_arithmetic(
             kernels.roof_seconds(calls, 1.0, dtype, setting())
     else:
         assert kernels.roof_seconds(calls, 1.0, dtype, setting()) == seconds
+
+
+# --- FP8: errors of the products of a step
+
+
+@pytest.mark.parametrize("format", [E4M3, E5M2])
+def test_expected_error_is_that_of_rounding(format: Any) -> None:
+    x = torch.randn(1024, 256) * torch.rand(1024, 1).mul(4).exp()  # fractions spread over many powers of two
+    rounded = round_tiles(x, (1, 128), "ue8m0", format.name, 1e-4, torch.float32)
+    assert abs(relative_error(rounded, x) / operand_error(format) - 1) < 0.03
+    for k in (130, 1000):  # of a product it does not depend on the length
+        x, w = torch.randn(300, k), torch.randn(200, k)
+        assert abs(relative_error(fp8_matmul(x, w), x @ w.T) / product_error(E4M3, E4M3) - 1) < 0.05
+
+
+def test_recorded_products_make_the_gradients() -> None:
+    model = randomise(Transformer(dataclasses.replace(TINY, n_mtp_layers=1)))
+    tokens, targets = torch.randint(0, 256, (2, 2, 32)).unbind()
+    gemms = record(model, tokens, targets)
+    assert all(p.grad is None for p in model.parameters())
+    model.losses(tokens, targets).total.backward()
+    assert {g.name for g in gemms} == set(fp8_weights(model))
+    for name in fp8_weights(model):
+        grad = model.get_parameter(name).grad
+        assert grad is not None
+        mine = [g.exact()[2] for g in gemms if g.name == name]
+        chosen = grad if grad.dim() == 2 else grad[[bool(g.any()) for g in grad]]
+        got = torch.stack(sorted(mine, key=torch.norm))  # backward has an order of its own
+        want = torch.stack(sorted(chosen.view(-1, *grad.shape[-2:]), key=torch.norm))
+        assert relative_error(got, want) < rounding(FP32_UNIT, terms=64, chained=8), name
+
+
+def test_errors_are_those_of_the_shipped_products() -> None:
+    gemms = [Gemm("layers.0.attn.wo.weight", torch.randn(63, 130), torch.randn(200, 130), torch.randn(63, 200))] * 2
+    found, expected = errors_of(gemms), product_error(E4M3, E4M3)
+    for product in ("fprop", "dgrad", "wgrad"):
+        assert abs(found["tiles", gemms[0].name, product] / expected - 1) < 0.2
+        assert found["e5m2 gradients", gemms[0].name, product] > (1.3 if product != "fprop" else 0.9) * expected
+
+
+# --- bubbles of a pipeline: the formulas by hand, and two real processes
+
+BY_HAND = {
+    "1f1b": 9 / 33,
+    "interleaved1f1b": 4.5 / 28.5,
+    "zero_bubble": 1.5 / 25.5,
+    "zbv": 1.5 / 25.5,
+    "dualpipev": 3 / 27,
+}
+"""Shares of 4 ranks and 8 micro-batches, where F, I and W take 1 each."""
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+def test_formulas_are_those_of_the_report(name: pipeline.ScheduleName) -> None:
+    assert formula(name, 4, 8) == pytest.approx(BY_HAND[name], rel=1e-12)
+
+
+def test_bubble_is_the_time_without_the_processor() -> None:
+    """The slower of two ranks takes 4 seconds, and both together compute for 6 of 8."""
+    assert bubble_share([Passes(whole=3.0, busy=3.0), Passes(whole=4.0, busy=3.0)]) == pytest.approx(1 / 4)
+
+
+def test_pipeline_is_left_out_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "cores", lambda: 1)
+    found = list(pipeline.measure(setting(), Size(1, 1, 1, 1)))
+    assert [f.case["schedule"] for f in found] == list(CHUNKS)
+    assert {f.note for f in found} == {"left out: 2 ranks need 2 processor cores, and there is 1"}
+    assert pipeline.answer(found) == ""
+
+
+@pytest.mark.slow
+def test_two_processes_measure_every_schedule(tmp_path: Path) -> None:
+    size = Size(sequences=1, tokens=64, warm=1, steps=3)
+    found = list(pipeline.measure(dataclasses.replace(setting(), out=tmp_path), size))
+    bubbles = {str(f.case["schedule"]): f for f in pick(found, "bubble")}
+    assert list(bubbles) == list(CHUNKS)
+    assert all(0 < (f.measured or 0.0) < 0.9 for f in bubbles.values())
+    told = pipeline.answer(found)
+    assert "(formula 11%)" in told and "the fastest step is that of" in told
+    for name, rank in itertools.product(CHUNKS, range(RANKS)):
+        events = json.loads((tmp_path / "pipeline" / f"{name}-rank{rank}.json").read_text())["traceEvents"]
+        assert any("mm" in str(event.get("name")) for event in events)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_is_an_error_with_its_words(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)torch.distributed.run ended with status 1: .*"):
+        pipeline.train_in_turns(tmp_path, Size(sequences=0, tokens=16, warm=0, steps=1))

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -30,37 +31,7 @@ LONG = dataclasses.replace(TINY, max_seq_len=32768)
 STEPS = kernels.STEPS  # the small sizes leave some out
 
 
-class Want(NamedTuple):
-    """Expected figures of a question."""
-
-    predicted: str
-    """Metrics with a prediction in every figure."""
-    others: str = ""
-    """Metrics without."""
-    exact: str = ""
-    """Questions whose figures equal their predictions."""
-    plots: int = 2
-
-
-STEP = Want("tokens_per_s bytes_per_token flops_per_token bandwidth flop_rate", "peak_memory", plots=1)
-WANTED = {
-    "kv-cache": Want("bytes_per_token seconds times_as_long", exact="bytes_per_token"),
-    "moe": Want("tokens_per_s times_as_long distinct_experts"),
-    "decode": STEP,
-    "prefill": STEP,
-    "train": STEP,
-    "fp8": Want("kept", "kept_ratio seconds times_as_long", plots=1),
-    "fp8-error": Want("error", "times_the_error", plots=1),
-    "peers": Want("", "tokens_per_s share_of_roof times_as_long", plots=3),
-    "kernels": Want("seconds", "share_of_roof times_as_long"),
-    "plan": Want("seconds tensor_memory process_memory", plots=1),
-    "diagnose": Want("gain", "right", plots=1),
-    "shakespeare": Want("", "seconds loss_as_peer difference"),
-    "moe-or-dense": Want("", "loss tokens_per_s active_parameters difference"),
-    "pipeline": Want("bubble", "step_seconds", plots=1),
-    "sparse": Want("seconds times_as_long"),
-    "sparse-training": Want("", "loss answered recall difference"),
-}
+WANTED = tomllib.loads(Path(__file__).with_name("wanted.toml").read_text())
 
 
 def fake_train(trial: Trial, name: str, recipe: str, *flags: str, **how: Any) -> dict[str, Any]:
@@ -135,15 +106,15 @@ def figures_of(answers: dict[str, list[Figure]], name: str) -> list[Figure]:
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_question_is_answered_by_its_figures(answers: dict[str, list[Figure]], name: str) -> None:
     figures, want = figures_of(answers, name), WANTED[name]
-    assert {f.metric.split(" of ")[0] for f in figures} == {*want.predicted.split(), *want.others.split()}
+    assert {f.metric.split(" of ")[0] for f in figures} == {*want.get("predicted", []), *want.get("others", [])}
     keys = [(f.metric, *sorted((k, str(v)) for k, v in f.case.items())) for f in figures]
     assert len(set(keys)) == len(keys)
     for f in figures:
         assert f.measured is not None and math.isfinite(f.measured), f
         assert f.low is None or f.high is None or (f.measured is not None and f.low <= f.measured <= f.high), f
-        assert (f.predicted is not None) or f.metric not in want.predicted.split(), f
+        assert (f.predicted is not None) or f.metric not in want.get("predicted", []), f
     exact = [f for f in figures if f.exact]
-    assert {f.metric for f in exact} == {*want.exact.split()}
+    assert {f.metric for f in exact} == {*want.get("exact", [])}
     assert [f for f in exact if f.measured != f.predicted] == []
 
 
@@ -153,7 +124,7 @@ def test_answers_and_plots_are_made_of_what_there_is(answers: dict[str, list[Fig
     assert question.answer([]) == "" and [plot for draw in question.plots for plot in draw([])] == []
     whole = question.answer(figures)
     assert any(digit in whole for digit in "123456789") and whole.endswith(".") and "  " not in whole
-    assert len([plot for draw in question.plots for plot in draw(figures)]) == WANTED[name].plots
+    assert len([plot for draw in question.plots for plot in draw(figures)]) == WANTED[name]["plots"]
     half = len(figures) // 2
     for some in (figures[:half], figures[half:], figures[::2], figures[1::2], *([f] for f in figures)):
         assert question.answer(some).endswith(".") or question.answer(some) == ""

@@ -98,7 +98,7 @@ class World:
     slow_dtype: float = 1.0
     """Factor by which FP32 is slower than BF16."""
     seen: Contention = QUIET
-    """What other programs take."""
+    """Load of other programs."""
     counts: Any = None
     """Loads of experts that steps report."""
     jitter: float = 0.01

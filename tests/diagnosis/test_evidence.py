@@ -18,7 +18,6 @@ from dsmini.report import Section
 from tests.diagnosis.conftest import MODEL, QUIET, Imagine, idle, step_of
 from tests.helpers.questions import invented_roofs
 
-NAMES = ["batches", "threads"]
 SEEN = PlainTurn(steps=[step_of()], contention=QUIET, preparing=0.0)
 """A turn of plain steps that wait for nothing."""
 
@@ -55,7 +54,7 @@ def test_experiments_predict_measure_and_leave_the_subject(few: Subject, prices:
         assert state_of(few) == before, f"before {what}"
 
     gather(found, few, 1e6, on_part)
-    assert [section.name for section in found.sections] == NAMES and found.not_tried == {}
+    assert [section.name for section in found.sections] == ["batches", "threads"] and found.not_tried == {}
     for section in found.sections:
         assert section.finding.endswith(".") and section.plots[0].series and section.tables[0].rows, section.name
     for name, sweep in found.sweeps.items():
@@ -83,23 +82,6 @@ def test_experiment_finds_what_steps_cost(imagine: Imagine, name: str, costs: An
     subject.turns.append(SEEN)
     section, _ = next(each for each in all_evidence(subject, 0.01) if each.name == name).run(1e6)
     assert section.finding == words
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_subject_is_as_before_after_an_error(few: Subject, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the same after a step that is interrupted while it runs, the second."""
-    before, whole, calls = state_of(few), type(few.trainer).forward_backward, list[int]()
-
-    def forward_backward(trainer: Any, rows: int) -> Any:
-        calls.append(rows)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return whole(trainer, rows)
-
-    monkeypatch.setattr(type(few.trainer), "forward_backward", forward_backward)
-    with pytest.raises(KeyboardInterrupt):
-        next(each for each in all_evidence(few, 0.001) if each.name == name).run(1e6)
-    assert len(calls) == 2 and state_of(few) == before
 
 
 def test_batches_fit_into_memory(subject: Subject, prices: Prices, monkeypatch: pytest.MonkeyPatch) -> None:

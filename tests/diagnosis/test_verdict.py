@@ -1,5 +1,6 @@
 """The verdict that gains of arms allow, and how rarely noise makes one."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,72 +24,74 @@ def arm(name: str, axis: Axis = "Machine", **more: Any) -> Arm:
     return Arm(name=name, axis=axis, apply=idle, **more)
 
 
+def compare(taken: Mapping[str, Sequence[float]], axis: Axis = "Algorithm", **of: Any) -> Comparison:
+    """Return arms that took these seconds in turns. All but the first have these fields, and replay is of Data."""
+    first, *rest = taken
+    arms = [arm(first), *(arm(name, "Data" if name == "replay" else axis, **of) for name in rest)]
+    return Comparison(arms=arms, turns=Turns({name: [*seconds] for name, seconds in taken.items()}))
+
+
+def diagnosis(compared: Comparison, **more: Any) -> Diagnosis:
+    return Diagnosis(compared=compared, findings=[], **more)
+
+
 # --- gains
 
 
 def test_slow_turn_cancels() -> None:
     """Check the worked example: the third turn is twice as slow, on both sides."""
     taken = {"plain": [0.2, 0.21, 0.4, 0.2, 0.2], "replay": [0.1, 0.104, 0.205, 0.1, 0.1]}
-    found = Comparison(arms=[arm("plain"), arm("replay")], turns=Turns(taken)).gains["replay"]
+    found = compare(taken).gains["replay"]
     assert found.value == pytest.approx(0.5) and found.low > 0.48 and found.high < 0.51 and found.turns == 5
 
 
 def test_gain_of_rare_stalls_is_that_of_all_turns_together() -> None:
     """Check stalls of 9 s in two of ten turns of 1 s: 18 of 28 s would go, and a median says nothing would."""
     taken = {"plain": [1.0] * 8 + [10.0] * 2, "replay": [1.0] * 10}
-    rare, usual = (Comparison(arms=[arm("plain"), arm("replay", is_rare=r)], turns=Turns(taken)) for r in (True, False))
-    assert rare.gains["replay"].value == pytest.approx(18 / 28) and usual.gains["replay"].value == 0.0
+    rare, usual = (compare(taken, is_rare=is_rare).gains["replay"].value for is_rare in (True, False))
+    assert (rare, usual) == (pytest.approx(18 / 28), 0.0)
 
 
 def test_gain_is_of_a_token() -> None:
     """Check a step that makes twice the tokens in 1.5 times the time, measured and predicted."""
-    arms = [arm("batch 1"), arm("batch 2", tokens=2.0)]
-    turns = Turns({"batch 1": [1.0] * 5, "batch 2": [1.5] * 5})
-    found = Comparison(arms=arms, turns=turns, predicted={"batch 1": 2.0, "batch 2": 2.0})
-    assert found.gains["batch 2"].value == 0.25 and found.predicted_gain(arms[1]) == 0.5
+    found = compare({"batch 1": [1.0] * 5, "batch 2": [1.5] * 5}, tokens=2.0)
+    found.predicted = {"batch 1": 2.0, "batch 2": 2.0}
+    assert found.gains["batch 2"].value == 0.25 and found.predicted_gain(found.arms[1]) == 0.5
 
 
 def test_more_arms_have_wider_intervals_and_need_more_rounds() -> None:
     """Check that the choice among all arms is corrected for, whatever their axis."""
     draw = np.random.default_rng(0)
-    taken = {name: list(1 + 0.1 * draw.standard_normal(30)) for name in ("plain", "a", "b", "c", "d")}
-    every = [arm("plain"), arm("a", "Algorithm"), arm("b", "Algorithm"), arm("c"), arm("d", "Data")]
-    alone, many = (Comparison(arms=arms, turns=Turns(taken)) for arms in (every[:2], every))
+    taken = {name: 1 + 0.1 * draw.standard_normal(30) for name in ("plain", "a", "b", "c", "replay")}
+    alone, many = compare({name: taken[name] for name in ("plain", "a")}), compare(taken)
     assert many.gains["a"].low < alone.gains["a"].low and many.gains["a"].high > alone.gains["a"].high
     assert many.gains["a"].tail == 0.05 / 4 and (alone.least_turns, many.least_turns) == (5, 7)
 
 
+@pytest.mark.parametrize("rare", [True, False])
 @pytest.mark.parametrize(("arms", "least"), [(1, 6), (4, 7)])
-def test_few_rounds_have_no_interval_and_no_axis(arms: int, least: int) -> None:
+def test_few_rounds_have_no_interval_and_no_axis(arms: int, least: int, rare: bool) -> None:
     """Check gains of 80 % after one round less than a verdict needs, and after that."""
     for rounds in (least - 1, least):
-        names = [f"arm {n}" for n in range(arms)]
-        taken = Turns({"plain": [1.0] * rounds} | {name: [0.2] * rounds for name in ("replay", *names)})
-        every = [arm("plain"), arm("replay", "Data"), *(arm(name, "Data") for name in names)]
-        for rare in (True, False):
-            compared = Comparison(arms=[every[0], arm("replay", "Data", is_rare=rare), *every[2:]], turns=taken)
-            found = Diagnosis(compared=compared, findings=[])
-            assert compared.least_turns == least and found.gains["replay"].is_clear == (rounds == least)
-            assert found.named == ("Data" if rounds == least else "")
-            if rounds < least:
-                assert percent(compared.gains["replay"]) == "80 %" and found.verdict.outcome == UNDETERMINED
-                assert f"{rounds} rounds in the time" in found.sentence and f"--rounds {least}" in found.verdict.decides
+        names = ("replay", *(f"arm {n}" for n in range(arms)))
+        taken = {"plain": [1.0] * rounds} | {name: [0.2] * rounds for name in names}
+        found = diagnosis(compare(taken, "Data", is_rare=rare))
+        assert found.compared.least_turns == least and found.gains["replay"].is_clear == (rounds == least)
+        assert found.named == ("Data" if rounds == least else "")
+        if rounds < least:
+            assert percent(found.gains["replay"]) == "80 %" and found.verdict.outcome == UNDETERMINED
+            assert f"{rounds} rounds in the time" in found.sentence and f"--rounds {least}" in found.verdict.decides
 
 
 def test_other_programs_never_bind_and_may_hide_what_does() -> None:
     """Check costs of 40 % next to a gain of 20 %, the other way round, perhaps as much as it, and both small."""
 
     def found(others: float, measured: float, most: float | None = None) -> Diagnosis:
-        turns = Turns({"plain": [1.0] * 20, "a": [1 - measured] * 20})
-        compared = Comparison(arms=[arm("plain"), arm("a", "Algorithm")], turns=turns)
-        return Diagnosis(compared=compared, findings=[], others=exactly(others, most))
+        return diagnosis(compare({"plain": [1.0] * 20, "a": [1 - measured] * 20}), others=exactly(others, most))
 
-    first = found(0.4, 0.2)
-    assert first.verdict.outcome == UNDETERMINED and not first.named
-    assert (
-        "computed" in first.sentence and "Algorithm 20 %" in first.sentence and "quiet machine" in first.verdict.decides
-    )
-    as_much = found(0.1, 0.3, 0.5)
+    first, as_much = found(0.4, 0.2), found(0.1, 0.3, 0.5)
+    assert first.verdict.outcome == UNDETERMINED and not first.named and "quiet machine" in first.verdict.decides
+    assert "computed" in first.sentence and "Algorithm 20 %" in first.sentence
     assert not as_much.named and "other programs (computed) 30 % (10 to 50) may be as much" in as_much.sentence
     assert found(0.2, 0.4).named == "Algorithm" and found(0.05, 0.05).verdict.outcome == NOTHING
 
@@ -161,9 +164,8 @@ def concluded(seed: int, gain: float, rounds: int, noise: float, arms: int = 1) 
         return list(seconds * (1 + noise * draw.pareto(1.2, rounds) + 0.002 * draw.standard_normal(rounds)))
 
     names = [f"arm {n}" for n in range(arms)]
-    turns = Turns({"plain": taken(1.0), "replay": taken(1.0)} | {name: taken(1.0 - gain) for name in names})
-    every = [arm("plain"), arm("replay", "Data"), *(arm(name, "Algorithm") for name in names)]
-    return Diagnosis(compared=Comparison(arms=every, turns=turns), findings=[])
+    seconds = {"plain": taken(1.0), "replay": taken(1.0)} | {name: taken(1.0 - gain) for name in names}
+    return diagnosis(compare(seconds))
 
 
 # a gain, the noise of a step, and how many of 200 runs may name an axis: none where nothing is to be gained; where the

@@ -1,6 +1,5 @@
 """Each tutorial runs from top to bottom and prints what the page shows."""
 
-import ast
 import contextlib
 import io
 import json
@@ -106,21 +105,6 @@ def test_page_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pyte
         assert imread(drawn).shape == imread(TUTORIALS / drawn.name).shape
 
 
-def test_index_lists_every_page_with_its_time() -> None:
-    index = (TUTORIALS / "README.md").read_text()
-    for page in PAGES:
-        title, minutes = re.match(r"# (.+)\n\n\*(\d+ minutes)[.,]", page.read_text()).groups()
-        assert re.search(rf"\[{re.escape(title)}\]\({page.name}\).*\b{minutes}\b", index), page.name
-
-
-def test_mla_of_the_page_is_at_most_60_lines() -> None:
-    code = "\n".join(block.code for block in read(TUTORIALS / "mla.md"))
-    definitions = re.findall(r"^(?:def|class) .*\n(?:(?: .*)?\n)*", code, re.MULTILINE)
-    lines = [line for definition in definitions for line in definition.splitlines() if line.strip()]
-    assert len(definitions) == 3
-    assert len(lines) <= 60
-
-
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_is_made_from_its_page(name: str) -> None:
     page = TUTORIALS / f"{name}.md"
@@ -152,27 +136,3 @@ def _shown(cell: dict[str, Any]) -> str:
 )
 def test_comparison_of_output(got: str, want: str, about: bool, equal: bool) -> None:
     assert (differences(got, want, about) == []) is equal
-
-
-def test_lines_of_a_changed_idea_are_as_many_as_the_page_says() -> None:
-    """Count what each change reads in dsmini, docstrings included, within 5 lines, and what it writes on the page."""
-    page = TUTORIALS / "change_one_idea.md"
-    written = lines_of_definitions("\n".join(block.code for block in read(page) if block.kind == "python"))
-    rows = re.findall(r"^\| [\w ]+ \| (\[.*) \| (\d+) \| (`.*`) \| (\d+) \|$", page.read_text(), re.MULTILINE)
-    assert len(rows) == 4
-    for links, lines_read, names, lines_written in rows:
-        sources = [(label.split(", "), page.parent / file) for label, file in re.findall(r"\[(.+?)\]\((.+?)\)", links)]
-        known = [lines_of_definitions(file.read_text())[name] for labels, file in sources for name in labels]
-        made = [written[name] for name in re.findall(r"`(\w+)`", names)]
-        assert abs(sum(map(len, known)) - int(lines_read)) <= 5, names
-        assert sum(map(len, made)) == int(lines_written), names
-
-
-def lines_of_definitions(source: str) -> dict[str, list[str]]:
-    """Return the lines of each function and class of a source that are not blank, decorators included."""
-    lines, found = source.splitlines(), {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            found[node.name] = [line for line in lines[first - 1 : node.end_lineno] if line.strip()]
-    return found

@@ -1,16 +1,12 @@
-"""Questions and a machine that measure nothing, for the tests of what runs and shows benchmarks.
-
-python -c "import tests.helpers.fake_questions as f; f.main()" NAME ... --out DIR
-"""
+"""Questions and a machine that measure nothing, for the tests of what runs and shows benchmarks."""
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from benchmarks.question import Case, Question, Setting
+from benchmarks.question import Case, Question, cases_over, drawing, figure
 from dsmini.measure.roofs import Roofs
 from dsmini.report import Figure, Plot, Series, pick
 
@@ -34,50 +30,30 @@ def roofs(device: torch.device, *, on_part: Callable[[float, str], None], fresh:
     return ROOFS
 
 
-def decode(on_case: Callable[[str], None] = lambda key: None) -> Question:
+def decode(on_case: Callable[[str], None] = lambda key: None, speed: float = 1.0) -> Question:
     """Return a question with times and intervals, a line of predictions, and notes.
 
     Args:
         on_case: called with each case before it is measured; may raise.
+        speed: factor of the rate of dsmini at the longest context.
     """
 
-    def measure(who: str, context: int) -> Iterator[Figure]:
+    def measure(who: str, context: int) -> list[Figure]:
         on_case(f"{who} {context}")
-        rate = 52 - context / 512 if who == "dsmini" else 6400 / (128 + context / 2)
-        known: dict[str, Any] = {"predicted": 60 / (1 + context / 20000)}
-        known |= {"low": rate * 0.975, "high": rate * 1.025}
-        case = {"side": who, "context": context, "dtype": "bfloat16"}
-        note = "Weights are random." if who != "dsmini" else ""
-        yield Figure(
-            question="fake_decode", case=case, metric="tokens_per_s", unit="tokens/s", measured=rate, note=note, **known
-        )
-
-    def cases(setting: Setting) -> list[Case]:
-        return [
-            Case(key=f"{who} {c}", seconds=2.0, run=lambda who=who, c=c: measure(who, c))
-            for who in SIDES
-            for c in (CONTEXTS[:2] if setting.quick else CONTEXTS)
-        ]
-
-    def plots(figures: list[Figure]) -> list[Plot]:
-        series = []
-        for who in dict.fromkeys(str(f.case["side"]) for f in figures):
-            mine = pick(figures, "tokens_per_s", side=who)
-            x = [float(f.case["context"]) for f in mine]
-            low, high = ([getattr(f, end) for f in mine] for end in ("low", "high"))
-            series.append(Series(label=who, x=x, y=[f.measured or math.nan for f in mine], low=low, high=high))
-            if who == "dsmini":
-                y = [f.predicted or math.nan for f in mine]
-                series.append(Series(label="dsmini, predicted", x=x, y=y, dashed=True, of="dsmini"))
-        title = "Decoding at growing contexts"
-        return [Plot(title=title, x="context, tokens", y="tokens/s", log_x=True, series=series)]
+        rate = 52 - context / 512 if who == SIDES[0] else 6400 / (128 + context / 2)
+        rate *= speed if (who, context) == (SIDES[0], CONTEXTS[-1]) else 1.0
+        known: dict[str, Any] = {"low": rate * 0.975, "high": rate * 1.025, "predicted": 60 / (1 + context / 20000)}
+        known["note"] = "Weights are random." if who != SIDES[0] else ""
+        return [figure("tokens_per_s", {"side": who, "context": context, "dtype": "bfloat16"}, rate, **known)]
 
     return Question(
         name="fake_decode",
         title="How fast does a model decode, and does it stay fast at long contexts?",
-        cases=cases,
+        cases=lambda s: cases_over(
+            "{} {}", [(who, c) for who in SIDES for c in (CONTEXTS[:2] if s.quick else CONTEXTS)], 2.0, measure
+        ),
         answer=lambda figures: f"At context 8,192 it decodes {len(figures)} times as fast as before.",
-        plots=(plots,),
+        plots=(drawing("tokens_per_s", "Decoding at growing contexts", x="context", by="side"),),
         about="Both sides take turns. Nothing is simulated.",
     )
 
@@ -89,26 +65,18 @@ def cache(measured: int | None = None) -> Question:
         measured: bytes of MLA's cache; None: the right ones.
     """
 
-    def run(kind: str) -> Iterator[Figure]:
+    def run(kind: str) -> list[Figure]:
         said = measured if kind == "MLA" and measured else KINDS[kind]
-        counts: dict[str, Any] = {"unit": "bytes", "measured": said, "predicted": KINDS[kind], "exact": True}
-        yield Figure(question="fake_cache", case={"attention": kind}, metric="bytes_per_token", **counts)
+        return [figure("bytes_per_token", {"attention": kind}, said, predicted=KINDS[kind], exact=True)]
 
-    def bars(figures: list[Figure], title: str) -> Plot:
-        y = [f.predicted or 0.0 for f in figures]
-        series = [
-            Series(label="measured", x=(), y=[f.measured or 0.0 for f in figures], kind="bars"),
-            Series(label="predicted", x=(), y=y, kind="bars", dashed=True, of="measured"),
-        ]
-        labels = [str(f.case["attention"]) for f in figures]
-        return Plot(title=title, x="attention", y="bytes a token", labels=labels, series=series)
-
+    bars: dict[str, Any] = {"label": "{attention}", "kind": "bars", "predicted": True}
+    short = drawing("bytes_per_token", "The small ones", only=lambda f: "<" not in str(f.case["attention"]), **bars)
     return Question(
         name="fake_cache",
         title="How many bytes does a token store?",
-        cases=lambda setting: [Case(key=kind, seconds=0.1, run=lambda kind=kind: run(kind)) for kind in KINDS],
+        cases=lambda _: cases_over("{}", [(kind,) for kind in KINDS], 0.1, run),
         answer=lambda figures: "MLA stores 70,272 bytes a token, 98.24 % less than multi-head attention.",
-        plots=(lambda figures: [bars(figures, "Cache of a token, by attention"), bars(figures[:2], "The small ones")],),
+        plots=(drawing("bytes_per_token", "Cache of a token, by attention", **bars), short),
         about="Read off the storages.",
     )
 
@@ -117,18 +85,15 @@ def roofline() -> Question:
     """Return a question with a cloud of points under a roof, and a plot without anything in it."""
 
     def run() -> Iterator[Figure]:
-        about: dict[str, Any] = {"question": "fake_roofline", "metric": "rate", "unit": "FLOP/s"}
         for name, (intensity, rate) in POINTS.items():
-            case = {"operation": name, "intensity": intensity, "rows": 4096}
-            yield Figure(case=case, measured=rate, predicted=min(9e11, intensity * 38e9), **about)
-        yield Figure(question="fake_roofline", case={"share": True}, metric="share_of_peak", unit="", measured=0.63)
+            case, roof = {"operation": name, "intensity": intensity, "rows": 4096}, min(9e11, intensity * 38e9)
+            yield Figure(question="", metric="rate", unit="FLOP/s", case=case, measured=rate, predicted=roof)
+        yield Figure(question="", metric="share_of_peak", unit="", case={"share": True}, measured=0.63)
 
     def plots(figures: list[Figure]) -> list[Plot]:
-        mine = pick(figures, "rate")
-        x = [0.1, 900 / 38, 1000.0]
+        x, points = [0.1, 900 / 38, 1000.0], [(float(f.case["intensity"]), f.measured) for f in pick(figures, "rate")]
         roof = Series(label="the roof", x=x, y=[min(9e11, v * 38e9) for v in x], dashed=True)
-        points = [float(f.case["intensity"]) for f in mine]
-        cloud = Series(label="operations", x=points, y=[f.measured or 0.0 for f in mine], kind="points")
+        cloud = Series(label="operations", x=[at for at, _ in points], y=[y or 0.0 for _, y in points], kind="points")
         return [
             Plot(title="The roofline", x="FLOP a byte", y="FLOP/s", log_x=True, log_y=True, series=[roof, cloud]),
             Plot(title="Nothing", x="", y="", series=[Series(label="none", x=[1.0], y=[math.nan])]),
@@ -137,7 +102,7 @@ def roofline() -> Question:
     return Question(
         name="fake_roofline",
         title="How close does every operation come to what this machine can do?",
-        cases=lambda setting: [Case(key="all", seconds=1.0, run=run)],
+        cases=lambda _: [Case(key="all", seconds=1.0, run=run)],
         answer=lambda figures: "Two of three operations reach more than half of their roof.",
         about="Each is timed alone.",
         plots=(plots,),
@@ -146,9 +111,3 @@ def roofline() -> Question:
 
 def known() -> Mapping[str, Question]:
     return {question.name: question for question in (cache(), decode(), roofline())}
-
-
-def main() -> None:
-    from benchmarks.run import main
-
-    sys.exit(main(sys.argv[1:], known(), roofs))

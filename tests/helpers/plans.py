@@ -16,7 +16,6 @@ from dsmini.planner.request import Model, PlanRequest
 from dsmini.planner.search import Chosen
 from dsmini.planner.training import Training
 from tests.helpers.configs import CONFIGS
-from tests.helpers.pages import check_page
 
 INVENTED = Path(__file__).parents[1] / "planner" / "invented.toml"
 CHOICES = {field.name for field in dataclasses.fields(PlanRequest)}
@@ -94,11 +93,3 @@ FUNCTIONS = {"max": max, "min": min, "exp": math.exp, "sqrt": math.sqrt, "ceil":
 def computed(formula: str, values: Mapping[str, float]) -> float:
     """Return what Python alone makes of a formula."""
     return eval(formula, {"__builtins__": {}, **FUNCTIONS}, dict(values))
-
-
-PAGES = Path(__file__).parents[1] / "planner" / "pages"
-
-
-def same_page(name: str, text: str) -> None:
-    """Compare a text with its snapshot, without spaces at the ends of lines."""
-    check_page(PAGES / f"{name}.txt", "".join(f"{line.rstrip()}\n" for line in text.strip().splitlines()))

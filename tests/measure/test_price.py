@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, TrainConfig, Transformer, ops
+from dsmini.diagnosis.contention import on_threads
 from dsmini.measure import price
 from dsmini.measure.calls import BLOCKS, INDEX_DTYPES, Call, Operands
 from dsmini.measure.dry import Dry, dry_count
 from dsmini.measure.price import Prices, narrow
-from dsmini.measure.roofs import Store, load_or_measure
+from dsmini.measure.roofs import load_or_measure
 from dsmini.measure.torch_operations import tensors_in
 from dsmini.measure.turns import TimeOverError, in_turns
 from dsmini.measure.workloads import StepDtype, StepShape, Work
@@ -131,116 +132,104 @@ def test_calls_of_equal_time_have_one_key() -> None:
 
 # --- prices
 
-
-def priced(monkeypatch: pytest.MonkeyPatch, alone: float = 1e-3, step: float = 1.0) -> list[str]:
-    """Let each call take so long alone, and a narrow step so long in all; return the kinds of timed calls."""
-    timed: list[str] = []
-
-    def seconds_alone(call: Call, operands: object) -> float:
-        timed.append(call.kind)
-        return alone
-
-    monkeypatch.setattr(price, "seconds_alone", seconds_alone)
-    monkeypatch.setattr(price, "seconds_of", lambda *_: step)
-    monkeypatch.setattr(price, "watched", lambda run: (run(), 0.0))
-    return timed
+DECODE = shape_of("decode", TINY)
 
 
-def test_forecast_is_the_sum_of_calls_and_what_is_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed, shape = priced(monkeypatch), shape_of("training", dataclasses.replace(TINY, max_seq_len=50))
+class Timing:
+    """Seconds in place of what is timed, a file that keeps prices, and the kinds of calls that were timed."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, keep: Path) -> None:
+        self.keep, self.timed = keep, list[str]()
+        self.alone, self.step, self.busy, self.steady = 1e-3, 1.0, 0.0, 1.0
+        patch.setattr(price, "seconds_alone", lambda call, _: (self.timed.append(call.kind), self.alone)[1])
+        patch.setattr(price, "seconds_of", lambda *_: self.step)
+        patch.setattr(price, "watched", lambda run: (run(), self.busy))
+        patch.setattr(price, "steadiness", lambda *_: self.steady)
+
+    def prices(self, fresh: bool = False) -> Prices:
+        return Prices.under(invented_roofs(cache_bytes=1 << 20), self.keep, fresh=fresh)
+
+    def calls(self, shape: StepShape = DECODE, fresh: bool = False) -> int:
+        """Return how many calls another process would time for this forecast."""
+        before = len(self.timed)
+        self.prices(fresh).forecast(shape)
+        return len(self.timed) - before
+
+
+@pytest.fixture
+def timing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Timing:
+    return Timing(monkeypatch, tmp_path / "roofs.json")
+
+
+def test_forecast_is_the_sum_of_calls_and_what_is_between(timing: Timing) -> None:
+    shape = shape_of("training", dataclasses.replace(TINY, max_seq_len=50))
     dry, small = counted(shape), counted(dataclasses.replace(shape, config=narrow(TINY), batch=1, tokens=64))
-    found = Prices(roofs=invented_roofs(cache_bytes=1 << 20)).forecast(shape)
+    found = timing.prices().forecast(shape)
     between = (1.0 - 1e-3 * len(small.operations)) / (len(small.operations) + small.views)
     assert found.calls == len(dry.operations) + dry.views and found.flops == dry.flops
     assert found.by_class["calls"] == pytest.approx(found.calls * between)
     assert found.seconds == pytest.approx(1e-3 * len(dry.operations) + found.calls * between)
     assert found.seconds == pytest.approx(sum(found.by_class.values()))
     assert list(found.by_class.values()) == sorted(found.by_class.values(), reverse=True)
-    assert len(timed) <= len(dry.calls) + len(small.calls), "each distinct call once"
+    assert len(timing.timed) <= len(dry.calls) + len(small.calls), "each distinct call once"
     assert len(dry.calls) < 0.7 * len(dry.operations)
     numbers = sum(p.numel() for p in Transformer(TINY).parameters())
     assert found.peak == dry.peak > 3 * 4 * numbers, "weights and moments"
+    timing.alone = 1.0
+    assert timing.prices(fresh=True).forecast(DECODE).by_class["calls"] == 0, "calls alone take longer than the step"
 
 
-def test_nothing_is_timed_after_the_time_is_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nothing_is_timed_after_the_time_is_over(timing: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that what was timed before is stored, and makes the next forecast shorter."""
-    timed, shape = priced(monkeypatch), shape_of("decode", TINY)
-    monkeypatch.setattr(price.time, "perf_counter", lambda: float(len(timed)))
-    found = Prices(roofs=invented_roofs(), store=Store(tmp_path / "kept"), until=4.0)
+    monkeypatch.setattr(price.time, "perf_counter", lambda: float(len(timing.timed)))
+    found = timing.prices()
+    found.until = 4.0
     with pytest.raises(TimeOverError):
-        found.forecast(shape)
-    assert len(timed) == 4 and len(found.known) == 4
-    again = Prices.under(invented_roofs(), tmp_path / "kept")
-    again.forecast(shape)
-    assert len(timed) == len(again.known) - 1, "all but what is between"
+        found.forecast(DECODE)
+    assert len(timing.timed) == len(found.known) == 4
+    again = timing.prices()
+    again.forecast(DECODE)
+    assert len(timing.timed) == len(again.known) - 1, "all but what is between"
 
 
-def test_nothing_is_between_where_calls_alone_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    priced(monkeypatch, alone=1.0, step=0.5)
-    assert Prices(roofs=invented_roofs()).forecast(shape_of("decode", TINY)).by_class["calls"] == 0
+def test_prices_are_kept_for_a_number_of_threads(timing: Timing) -> None:
+    n, prices = timing.calls(), timing.prices()
+    assert n and timing.calls() == 0 and timing.calls(fresh=True) == n
+    assert prices.forecast(DECODE) is prices.forecast(DECODE), "forecast once"
+    with on_threads(torch.get_num_threads() + 1):
+        assert timing.calls() == n
+    timing.keep.write_text('{"x": 5')
+    assert timing.prices().known == {}, "a damaged file has none"
+    assert Prices.stored(timing.keep) is None
 
 
-def test_prices_are_kept_for_a_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed, shape, keep = priced(monkeypatch), shape_of("decode", TINY), tmp_path / "roofs.json"
-    first = Prices.under(invented_roofs(), keep).forecast(shape)
-    n = len(timed)
-    assert n and Prices.under(invented_roofs(), keep).forecast(shape).by_class == first.by_class and len(timed) == n
-    Prices.under(invented_roofs(), keep, fresh=True).forecast(shape)
-    assert len(timed) == 2 * n
-    prices, threads = Prices.under(invented_roofs(), keep), torch.get_num_threads()
-    assert prices.forecast(shape) is prices.forecast(shape) and len(timed) == 2 * n, "forecast once"
-    try:
-        torch.set_num_threads(threads + 1)
-        prices.forecast(shape)
-    finally:
-        torch.set_num_threads(threads)
-    assert len(timed) == 3 * n
-    keep.write_text('{"x": 5')
-    assert Prices.under(invented_roofs(), keep).known == {}, "a damaged file has none"
-    assert Prices.stored(keep) is None
-
-
-@pytest.mark.parametrize("disturbed", ["busy", "slow"])
-def test_prices_of_a_disturbed_machine_are_not_stored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disturbed: str
-) -> None:
+@pytest.mark.parametrize(("busy", "steady", "words"), [(0.4, 1.0, "0.4 cores"), (0.0, 0.5, "at 50% of its usual rate")])
+def test_prices_of_a_disturbed_machine_are_not_stored(timing: Timing, busy: float, steady: float, words: str) -> None:
     """Price one step while others have cores, or at half the rate, and another one in a quiet minute."""
-    timed, keep, shapes = priced(monkeypatch), tmp_path / "roofs.json", [shape_of("decode", c) for c in (TINY, MHA)]
-    monkeypatch.setattr(price, "watched", lambda run: (run(), 0.4 * (disturbed == "busy")))
-    monkeypatch.setattr(price, "steadiness", lambda *_: 0.5 if disturbed == "slow" else 1.0)
-    prices = Prices.under(invented_roofs(), keep)
-    with pytest.warns(UserWarning, match="0.4 cores" if disturbed == "busy" else "at 50% of its usual rate"):
-        prices.forecast(shapes[0])
-    assert prices.disturbed and not keep.exists()
-    monkeypatch.setattr(price, "watched", lambda run: (run(), 0.0))
-    monkeypatch.setattr(price, "steadiness", lambda *_: 1.0)
+    timing.busy, timing.steady = busy, steady
+    prices = timing.prices()
+    with pytest.warns(UserWarning, match=words):
+        prices.forecast(DECODE)
+    assert prices.disturbed and not timing.keep.exists()
+    timing.busy, timing.steady = 0.0, 1.0
     slow = set(prices.known)
-    prices.forecast(shapes[1])
-    stored = Prices.under(invented_roofs(), keep).known
+    prices.forecast(shape_of("decode", MHA))
+    stored = timing.prices().known
     assert stored and not slow & set(stored), "only those of the quiet minute"
-    n = len(timed)
-    Prices.under(invented_roofs(), keep).forecast(shapes[0])
-    assert len(timed) > n, "the disturbed ones are measured again"
+    assert timing.calls() > 0, "the disturbed ones are measured again"
 
 
 @pytest.mark.parametrize("change", ["a kernel's source", "the instruction set"])
-def test_prices_of_other_kernels_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+def test_prices_of_other_kernels_are_not_used(timing: Timing, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     monkeypatch.delenv("DSMINI_CPU_ISA", raising=False)
-    timed, shape, keep = priced(monkeypatch), shape_of("decode", TINY), tmp_path / "roofs.json"
-    monkeypatch.setattr(price, "_sources", lambda: "first")
-    Prices.under(invented_roofs(), keep).forecast(shape)
-    n = len(timed)
+    n = timing.calls()
     if change == "the instruction set":
         monkeypatch.setenv("DSMINI_CPU_ISA", "avx2")
     else:
-        monkeypatch.setattr(price, "_sources", lambda: "second")
-    assert not Prices.under(invented_roofs(), keep).known
-    Prices.under(invented_roofs(), keep).forecast(shape)
-    assert len(timed) == 2 * n
-
-
-def test_sources_of_kernels_have_a_hash() -> None:
-    assert len(price._sources()) == 40 and price._sources() != hashlib.sha1().hexdigest()
+        real = price._sources()
+        assert len(real) == 40 and real != hashlib.sha1().hexdigest(), "it is a hash of files"
+        monkeypatch.setattr(price, "_sources", lambda: "other")
+    assert timing.calls() == n
 
 
 def test_a_long_call_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:

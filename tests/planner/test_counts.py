@@ -29,12 +29,6 @@ from tests.helpers.plans import values_of
 from tests.helpers.strategies import model_configs
 
 H800 = load_hardware("h800")
-BASES = {
-    "parameters_main": "main",
-    "mtp_parameters": "mtp",
-    "parameters_total": "total",
-    "parameters_active": "active",
-}
 
 
 @st.composite
@@ -51,47 +45,6 @@ def works(draw: st.DrawFn, config: ModelConfig) -> dict[str, Any]:
         "sequences": draw(st.integers(1, 40)),
         "weight_dtype": draw(st.sampled_from(["float32", "bfloat16", "fp8"])),
         "cache_dtype": draw(st.sampled_from(["bfloat16", "fp8"] if config.is_mla else ["bfloat16"])),
-    }
-
-
-def check_counts(config: ModelConfig, **work: Any) -> None:
-    config = dataclasses.replace(config, precision="fp8" if work["precision"] == "fp8" else "native")
-    served = not (config.is_mla and config.qk_norm)
-    serving = {"context", "prompt", "sequences", "weight_dtype", "cache_dtype"}
-    given_ = {name: value for name, value in work.items() if served or name not in serving}
-    deployed = {"decode_gpus": 1, "prefill_gpus": 1} if served else {}
-    request = PlanRequest(gpus=1, batch=12, tokens=1e9, **deployed, **given_)
-    plan = make_plan(request, Model(config=config, source="a test"), H800)
-    found = {name: float(figure) for name, figure in plan.figures.items()}
-    counted = parameters(config)
-    exact = {ours: getattr(counted, theirs) for ours, theirs in BASES.items()}
-    assert {name: found[name] for name in exact} == exact
-    held = training_bytes(config, **trained(work)).total
-    assert found["memory_needed"] == pytest.approx(held, rel=1e-9)
-    # a mean of chosen keys is not a whole number, and accounting rounds three products a layer down
-    rounded = 9 * (config.n_layers + config.n_mtp_layers) if config.attention == "dsa" else 0
-    for name, value in operations(config, work["seq_len"]).items():
-        assert found.get(name, 0) == pytest.approx(value, rel=1e-12, abs=rounded), name
-    if served:
-        for stage in ("decode", "prefill"):
-            found[f"{stage}_flops"] = found[f"{stage}_matrix_flops"] + found[f"{stage}_other_flops"]
-        wanted = serving_counts(config, **{name: work[name] for name in serving})
-        assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-12)
-
-
-def trained(work: dict[str, Any]) -> dict[str, Any]:
-    """Return what training_bytes is asked for."""
-    how = {name: work[name] for name in ("seq_len", "optimizer", "moments")}
-    how |= {"dtype": "float32" if work["precision"] == "fp32" else "bfloat16"}
-    return how | {"recompute": work["recompute"] == "full", "batch_size": work["micro_batch"]}
-
-
-def operations(config: ModelConfig, seq_len: int) -> dict[str, float]:
-    learning = flops_per_token(config, seq_len, training=True, mtp=False)
-    return {
-        "training_flops": learning.total,
-        "attention_flops": flops_per_token(config, seq_len).by_module["attention over the context"],
-        "indexer_flops": sum(n for name, n in learning.by_module.items() if name.endswith(" of the indexer")),
     }
 
 
@@ -119,7 +72,40 @@ def serving_counts(
 
 @given(config=model_configs(), data=st.data())
 def test_one_gpu_with_any_model_is_as_counted(config: ModelConfig, data: st.DataObject) -> None:
-    check_counts(config, **data.draw(works(config)))
+    work = data.draw(works(config))
+    config = dataclasses.replace(config, precision="fp8" if work["precision"] == "fp8" else "native")
+    serving = {name: work[name] for name in ("context", "prompt", "sequences", "weight_dtype", "cache_dtype")}
+    served = not (config.is_mla and config.qk_norm)
+    more = {"decode_gpus": 1, "prefill_gpus": 1} if served else dict.fromkeys(serving)
+    request = PlanRequest(gpus=1, batch=12, tokens=1e9, **(work | more))
+    plan = make_plan(request, Model(config=config, source="a test"), H800)
+    found = {name: float(figure) for name, figure in plan.figures.items()}
+    counted = parameters(config)
+    exact = {"parameters_main": counted.main, "mtp_parameters": counted.mtp, "parameters_total": counted.total}
+    exact["parameters_active"] = counted.active
+    assert {name: found[name] for name in exact} == exact
+    held = training_bytes(
+        config,
+        **{name: work[name] for name in ("seq_len", "optimizer", "moments")},
+        dtype="float32" if work["precision"] == "fp32" else "bfloat16",
+        **{"recompute": work["recompute"] == "full", "batch_size": work["micro_batch"]},
+    )
+    assert found["memory_needed"] == pytest.approx(held.total, rel=1e-9)
+    learning = flops_per_token(config, work["seq_len"], training=True, mtp=False)
+    operations = {
+        "training_flops": learning.total,
+        "attention_flops": flops_per_token(config, work["seq_len"]).by_module["attention over the context"],
+        "indexer_flops": sum(n for name, n in learning.by_module.items() if name.endswith(" of the indexer")),
+    }
+    # a mean of chosen keys is not a whole number, and accounting rounds three products a layer down
+    rounded = 9 * (config.n_layers + config.n_mtp_layers) if config.attention == "dsa" else 0
+    for name, value in operations.items():
+        assert found.get(name, 0) == pytest.approx(value, rel=1e-12, abs=rounded), name
+    if served:
+        for stage in ("decode", "prefill"):
+            found[f"{stage}_flops"] = found[f"{stage}_matrix_flops"] + found[f"{stage}_other_flops"]
+        wanted = serving_counts(config, **serving)
+        assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-12)
 
 
 def test_gpus_together_compute_what_their_tokens_need() -> None:

@@ -1,6 +1,8 @@
 """Laws of all figures: they are what their formulas say, have fitting units, and are all documented."""
 
 import ast
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -10,28 +12,15 @@ from dsmini.planner.plan import COMPARED, changed, read_axis
 from dsmini.planner.request import SIZES as NAMES
 from tests.helpers.plans import computed, plan_of
 
-V3_LAYOUT = "gpus=2048 pipeline=16 expert=64 moments=bfloat16"
-BF16 = f"{V3_LAYOUT} tensor=2 zero=1 schedule=zb1p precision=bf16 recompute=full"
-GQA = "attention=gqa n_kv_heads=16 qk_norm=True embed_norm=True topk_method=greedy n_expert_groups=1 n_limited_groups=1"
-SIZES = "vocab_size=100000 dim=6144 inter_dim=10000 moe_inter_dim=1500 n_heads=96"
-SIZES += " qk_nope_head_dim=96 v_head_dim=160 n_shared_experts=2 n_activated_experts=6"
-LATENT = "q_lora_rank=1000 kv_lora_rank=600 qk_rope_head_dim=32"
-GROUPS = "n_routed_experts=576 n_expert_groups=16 n_limited_groups=3 expert=32"
-WORK = "seq_len=200 batch=30720 tokens=7e12 context=200 sequences=50 prompt=100"
-WORK += " failures_per_node_day=0.0001 restart_time=200 checkpoint_halt=20 utilization=0.3"
-CASES = {
-    "deepseek-v3 utilization=0.4": f"{SIZES} {LATENT} {GROUPS} {WORK} gpus=4096 micro_batch=2 acceptance=0.7 drafts=2",
-    "deepseek-v3 context=3000 utilization=0.4": f"{WORK} context=120000 pipeline=32",
-    f"deepseek-v3 {BF16} utilization=0.5": f"{SIZES} {LATENT} {GROUPS} {WORK}",
-    f"deepseek-v3 {GQA} {V3_LAYOUT} tensor=2 zero=3 schedule=1f1b precision=fp8 utilization=0.4": (
-        f"{SIZES} {WORK} n_kv_heads=32 n_routed_experts=320"
-    ),
-    f"deepseek-v3.2 {V3_LAYOUT} tensor=1 batch=15360 decode_gpus=64 prefill_gpus=64 utilization=0.4": (
-        f"{SIZES} {LATENT} {WORK} n_routed_experts=320 index_topk=512 index_n_heads=32"
-    ),
-    "toy utilization=0.4": f"{SIZES} {LATENT} {WORK} n_routed_experts=32",
-    "toy-mha precision=fp32 utilization=0.4": f"{SIZES} {WORK}",
-}
+
+def written_out(words: str) -> str:
+    """Return words with those of each set in place of its name."""
+    return " ".join(PLANS["sets"].get(word, word) for word in words.split())
+
+
+PLANS = tomllib.loads(Path(__file__).with_name("plans.toml").read_text())
+KINDS = PLANS["kinds"]
+CASES = {written_out(plan): written_out(others) for plan, others in PLANS["cases"].items()}
 """Plans, and other values of their inputs."""
 
 
@@ -39,23 +28,6 @@ def other_plan(words: str) -> Figures:
     """Return the figures of a plan with other values of its inputs."""
     changes = {name: value for name, (value,) in map(read_axis, CASES[words].split())}
     return changed(plan_of(words), changes, plan_of(words).hardware).figures
-
-
-KINDS = [
-    "deepseek-v3",
-    "toy",
-    "shakespeare",
-    "toy gpus=4 pipeline=4 n_dense_layers=2 batch=8",
-    "toy recompute=full gpus=1",
-]
-KINDS += [
-    "deepseek-v3 n_layers=60 n_dense_layers=7 gpus=512",
-    "toy-dsa",
-    "toy-dense @laptop",
-    "deepseek-v3 @gb200-nvl72",
-    "deepseek-v4-flash gpus=2048 cache_dtype=fp8",
-]
-KINDS += ["deepseek-v3 gpus=2048 pipeline=16 expert=64 schedule=1f1b recompute=full precision=fp8 zero=1 imbalance=1.5"]
 
 
 @pytest.mark.parametrize("words", [*KINDS, *CASES])

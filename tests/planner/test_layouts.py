@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,48 +19,7 @@ from dsmini.planner.training import PARTS
 from tests.helpers.plans import in_layout, plan_of, read, trained_in
 from tests.helpers.released_configs import HF_V3, released_json
 
-V3 = {
-    **{"gpus": 2048, "pipeline": 16, "expert": 64, "tensor": 1, "zero": 1, "recompute": "selective"},
-    **{"precision": "fp8", "schedule": "dualpipe", "moments": "bfloat16"},
-}
-"""Layout of DeepSeek-V3 (report, section 3.2)."""
-SERVED_AS_V3 = {"decode": (4, 320, 64), "prefill": (4, 32, 32), "decode how": "as DeepSeek-V3 is served"}
-FEWEST = "the fastest of a short list that fits, on the fewest GPUs that train within 90 days (--days)"
-LATE = "the fastest of a short list that fits; no number of GPUs that was tried trains within 3 days (--days)"
-LEAST = "no layout fits, and this one needs the least memory"
-CHOSEN: dict[str, dict[str, Any]] = {
-    "deepseek-v3": V3 | SERVED_AS_V3 | {"how": "as DeepSeek-V3 was trained", "weights": "fp8"},
-    "deepseek-v3 gpus=1024 zero=2": V3
-    | {"gpus": 1024, "zero": 2, "how": "as DeepSeek-V3 was trained, but gpus=1024, zero=2"},
-    "deepseek-v3 gpus=2048 pipeline=16 expert=64 tensor=1 zero=0": {"zero": 0, "fits": True},
-    "deepseek-v3 n_layers=60": {"how": FEWEST, "gpus": 2048, "fits": True},
-    "deepseek-v3 n_layers=60 days=400": {"how": FEWEST.replace("90", "400"), "gpus": 512, "fits": True},
-    "deepseek-v3 n_layers=60 days=3": {"how": LATE, "fits": True},
-    "deepseek-v3 @a100-pcie": {"precision": "bf16", "weights": "bfloat16", "fits": True},
-    "deepseek-v3 pipeline=7 precision=fp8 moments=bfloat16": {"pipeline": 7, "gpus": 1792, "fits": True},
-    "deepseek-v3 gpus=4096 pipeline=8": {"moments": "bfloat16"},
-    "deepseek-v2": {"precision": "bf16", "weights": "bfloat16", "decode": (1, 8, 0)},
-    "deepseek-v2-lite": {"gpus": 128, "fits": True, "decode": (1, 1, 0)},
-    "deepseek-v2-lite gpus=16 pipeline=2 expert=4 zero=1": {"gpus": 16, "pipeline": 2, "expert": 4, "zero": 1},
-    "deepseek-v2-lite @laptop": {
-        "gpus": 1,
-        "fits": False,
-        "how": "no layout fits, and this one needs the least memory",
-    },
-    "moonlight gpus=27 pipeline=27": {"pipeline": 27, "zero": 0, "fits": True},
-    "kimi-k2 gpus=4096": {"decode": (1, 64, 0), "decode how": "the fewest GPUs that hold weights and cache"},
-    "fp8": {"precision": "fp8", "weights": "fp8"},
-    "fp8 precision=bf16": {"precision": "bf16", "weights": "fp8"},
-    "toy": {"gpus": 1, "optimizer": "muon", "decode": (1, 1, 0)},
-    "toy-mha": {"recompute": "selective"},
-    "toy @laptop": {"precision": "fp32", "weights": "float32"},
-    "deepseek-v2 gpus=128 decode_gpus=48": {"decode": (1, 48, 32), "decode how": "as chosen"},
-    "deepseek-v2 gpus=128 decode_gpus=48 decode_tensor=4": {"decode": (4, 48, 32)},
-    "deepseek-v2 gpus=128 sequences=1000": {"decode how": "the most GPUs that can share it"},
-    "kimi-k2 optimizer=muon": {"optimizer": "muon"},
-    "toy optimizer=adamw moments=bfloat16": {"optimizer": "adamw", "moments": "bfloat16"},
-}
-"""The request and the choice: fields of the layout; tensor, GPUs and redundant experts of a deployment."""
+CHOSEN = tomllib.loads(Path(__file__).with_name("chosen.toml").read_text())
 
 
 def chosen(words: str) -> dict[str, Any]:
@@ -67,7 +27,7 @@ def chosen(words: str) -> dict[str, Any]:
     found: dict[str, Any] = plan.request.given()
     found |= {"how": plan.sources["layout"], "fits": plan.fits, "weights": plan.request.weight_dtype}
     for deployed in (plan.served.decode.d, plan.served.prefill.d) if plan.served else ():
-        found[deployed.stage] = (deployed.tensor, deployed.gpus, deployed.redundant)
+        found[deployed.stage] = [deployed.tensor, deployed.gpus, deployed.redundant]
         found[f"{deployed.stage} how"] = plan.sources[deployed.stage]
     return found
 

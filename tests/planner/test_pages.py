@@ -4,20 +4,19 @@ UPDATE_PAGES=1 pytest tests/planner/test_pages.py writes the snapshots again. Re
 """
 
 import functools
-import io
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from dsmini.atomic import check_folder
 from dsmini.planner import pages
 from dsmini.planner.hardware import known_hardware
 from dsmini.planner.pages import FILES, Answer, ten_lines
 from dsmini.planner.plan import read_axis, vary
-from tests.helpers.plans import plan_of, same_page, values_of
+from tests.helpers.pages import check_page, on_terminal
+from tests.helpers.plans import plan_of, values_of
 
 V3 = "deepseek-v3 @invented"
 SMALL = "deepseek-v2-lite @invented gpus=8 batch=96 schedule=1f1b precision=bf16 micro_batch=1 zero=1"
@@ -33,36 +32,29 @@ def varied(*axes: str, of: tuple[str, ...] = (), words: str = V3) -> Answer:
     return pages.varied(plan_of(words), axes, of, "")
 
 
-def on_terminal(answer: Answer, width: int = 100) -> str:
-    out = io.StringIO()
-    answer.show(Console(file=out, width=width))
-    return out.getvalue()
-
-
 PAGES: dict[str, Callable[[], str]] = {
-    "plan": lambda: on_terminal(planned(V3)),
-    "tables": lambda: on_terminal(planned(V3, whole=True)),
+    "plan": lambda: on_terminal(planned(V3), 100),
+    "tables": lambda: on_terminal(planned(V3, whole=True), 100),
     "explanation": lambda: "\n\n".join(
         "\n".join(pages.explained(plan_of(V3), name, width).lines)
         for name, width in (("slow_row_bytes", 100), ("effective_share", 70), ("n_layers", 80))
     ),
-    "search": lambda: on_terminal(pages.searched(plan_of(SMALL), SMALL)),
+    "search": lambda: on_terminal(pages.searched(plan_of(SMALL), SMALL), 100),
     "variation": lambda: (
-        on_terminal(
-            varied("context=4096,1024,65536", of=("decode_gpu_cache", "decode_longest_context", "decode_cost")), 80
-        )
-        + on_terminal(varied("pipeline=8,7,16"))
-        + on_terminal(varied("precision=fp8,bf16", "zero=0,1", of=("memory_needed", "training_time")))
-        + on_terminal(varied("slow_link=12.5e9,25e9", of=("dispatch_seconds",)))
+        on_terminal(varied("context=4096,1024,65536", of=("decode_gpu_cache", "decode_longest_context", "decode_cost")))
+        + on_terminal(varied("pipeline=8,7,16"), 100)
+        + on_terminal(varied("precision=fp8,bf16", "zero=0,1", of=("memory_needed", "training_time")), 100)
+        + on_terminal(varied("slow_link=12.5e9,25e9", of=("dispatch_seconds",)), 100)
     ),
-    "published": lambda: on_terminal(pages.published(), width=80),
+    "published": lambda: on_terminal(pages.published()),
 }
 """Snapshots by name."""
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_page_is_as_it_was(name: str) -> None:
-    same_page(name, PAGES[name]())
+    text = "".join(f"{line.rstrip()}\n" for line in PAGES[name]().strip().splitlines())
+    check_page(Path(__file__).parent / "pages" / f"{name}.txt", text)
 
 
 # --- what snapshots do not show
