@@ -1,6 +1,8 @@
 """Decoding as a subject: steps that are the same work, alternatives that do what they say, predictions, evidence."""
 
 import math
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,17 +124,7 @@ def test_alternatives_decode_what_they_say(decoding: DecodingSubject) -> None:
     assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
 
 
-# changes of the model, cached tokens; words of the reason why an alternative is not tried, "" for none
-BASELINE: dict[str, Any] = {"attention": "mha", "n_dense_layers": 2, "n_mtp_layers": 0}
-REASONS: list[tuple[dict[str, Any], int, str, str]] = [
-    ({}, 64, "dense_active", ""),
-    ({"max_seq_len": 65}, 64, "drafts", "no room for a guess"),
-    ({"max_seq_len": 8}, 1, "free_cache", "only 1 cached token"),
-    (BASELINE, 64, "mha_baseline", "already"),
-    (BASELINE, 64, "dense_active", "no routed experts"),
-    (BASELINE, 64, "drafts", "no multi-token prediction"),
-    ({}, 64, "fp8_weights", "no kernels serve"),
-]
+REASONS = tomllib.loads(Path(__file__).with_name("cases.toml").read_text())["reasons"]
 
 
 @pytest.mark.parametrize(("changes", "context", "name", "words"), REASONS)

@@ -1,5 +1,6 @@
 """Findings in texts and batches: copies, leaks, wrong targets and padding, put in where the truth is known."""
 
+import tomllib
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -116,22 +117,13 @@ def test_largest_texts_fit_into_memory(tmp_path: Path) -> None:
 
 # --- padding
 
-OUT = IGNORE
-# targets, the share that is left out, if it is a fault, and words of the sentence
-PADDED: dict[str, tuple[list[list[int]], float, bool, str]] = {
-    "none": ([[0] * 8] * 6, 0.0, False, "0.0 % of the 48 targets"),
-    "two of three at the end": ([[1, 2, OUT, 4, OUT, OUT]], 0.5, True, "33.3 % stand after"),
-    "a masked prompt is context": ([[OUT] * 9 + [1]] * 2, 0.9, False, "0.0 % stand after"),
-    "a row without a target": ([[1, 2], [OUT, OUT]], 0.5, True, "50.0 % stand after"),
-    "a tenth": ([[0] * 90 + [OUT] * 10], 0.1, False, "10.0 % stand after"),
-    "more than a tenth": ([[0] * 89 + [OUT] * 11], 0.11, True, "11.0 % stand after"),
-}
+PADDED = tomllib.loads(Path(__file__).with_name("cases.toml").read_text())["padded"]
 
 
 @pytest.mark.parametrize("case", PADDED)
 def test_targets_after_the_last_that_counts_are_for_nothing(case: str) -> None:
     rows, share, is_fault, words = PADDED[case]
-    found = padding([torch.tensor(rows)])
+    found = padding([torch.tensor(eval(rows, {"OUT": IGNORE}))])
     assert (found.value, found.is_fault, bool(found.fix)) == (share, is_fault, is_fault) and words in found.sentence
 
 

@@ -1,7 +1,9 @@
 """Counted bytes and FLOPs: each rule by hand, whole steps against torch's counter and the config."""
 
 import dataclasses
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,45 +32,15 @@ def only(run: Callable[[], object]) -> CountedOperation:
 
 X, Y, MASK = torch.rand(6, 10), torch.rand(6, 10), torch.rand(6, 10) < 0.3
 TABLE, ROWS = torch.rand(50, 10), torch.tensor([3, 3, 7])
-# an operation, the bytes that it reads, and those that it writes: of the last one, where a copy comes before
-BYTES: dict[str, tuple[Callable[[], object], int, int]] = {
-    "out of place": (lambda: X + Y, 2 * 60 * F4, 60 * F4),
-    "in place": (lambda: X.add_(Y), 2 * 60 * F4, 60 * F4),
-    "overwritten": (lambda: X.copy_(Y), 60 * F4, 60 * F4),
-    "filled": (lambda: X.zero_(), 0, 60 * F4),
-    "expanded": (lambda: X + Y[:1].expand(6, 10), 70 * F4, 60 * F4),
-    "a row": (lambda: X + Y[0], 70 * F4, 60 * F4),
-    "cast": (lambda: X.bfloat16(), 60 * F4, 60 * 2),
-    "gathered": (lambda: TABLE.index_select(0, ROWS), 30 * F4 + 3 * I8, 30 * F4),
-    "embedded": (lambda: F.embedding(ROWS, TABLE), 30 * F4 + 3 * I8, 30 * F4),
-    "indexed": (lambda: TABLE[ROWS], 30 * F4 + 3 * I8, 30 * F4),
-    "product": (lambda: X @ Y.T, 2 * 60 * F4, 36 * F4),
-    "joined": (lambda: torch.cat((X, Y)), 2 * 60 * F4, 120 * F4),
-    "masked": (lambda: X.masked_fill_(MASK, 0.0), 60, int(MASK.sum()) * F4),
-    "a row scattered": (lambda: X.scatter_(1, ROWS[None], Y[:1, :3]), 3 * I8 + 3 * F4, 3 * F4),
-    "a number scattered": (lambda: X.scatter_(1, ROWS[None], 1.0), 3 * I8, 3 * F4),
-    "rows filled, in a copy": (lambda: TABLE.clone().index_fill_(0, ROWS, 1.0), 3 * I8, 30 * F4),
-    "a row set, in a copy": (
-        lambda: TABLE.clone().index_put_((ROWS[1:],), torch.tensor(1.0)),
-        *(2 * I8 + F4, 20 * F4),
-    ),
-    "masked rows set, in a copy": (
-        lambda: TABLE.clone().index_put_((torch.arange(50) < 3,), X[:3]),
-        *(50 + 30 * F4, 30 * F4),
-    ),
-    "added where named, in a copy": (
-        lambda: TABLE.clone().index_put_((ROWS,), X[:3], accumulate=True),
-        *(3 * I8 + 2 * 30 * F4, 30 * F4),
-    ),
-    "rows added, in a copy": (lambda: TABLE.clone().index_add_(0, ROWS, X[:3]), 3 * I8 + 2 * 30 * F4, 30 * F4),
-}
+BYTES = tomllib.loads(Path(__file__).with_name("bytes.toml").read_text())
 
 
 @pytest.mark.parametrize("what", BYTES)
 def test_bytes_by_hand(what: str) -> None:
-    run, read, written = BYTES[what]
+    operation, *counted = BYTES[what]
+    run = lambda: eval(operation)  # noqa: E731
     op = count(run).operations[-1] if what.endswith("in a copy") else only(run)
-    assert (op.read, op.written) == (read, written)
+    assert [op.read, op.written] == [eval(of) for of in counted]
 
 
 def test_in_inference_mode_the_same_is_counted() -> None:
