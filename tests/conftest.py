@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+import tomllib
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,26 +124,8 @@ def _small_process(request: pytest.FixtureRequest) -> Iterator[None]:
     )
 
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 61,
-    "dim": 24,
-    "inter_dim": 40,
-    "moe_inter_dim": 12,
-    "n_layers": 2,
-    "n_dense_layers": 1,
-    "n_heads": 3,
-    "q_lora_rank": 14,
-    "kv_lora_rank": 10,
-    "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 5,
-    "n_routed_experts": 8,
-    "n_activated_experts": 3,
-    "n_expert_groups": 4,
-    "n_limited_groups": 2,
-    "n_mtp_layers": 2,
-    "max_seq_len": 32,
-}
+MODELS: dict[str, dict[str, Any]] = tomllib.loads((HERE / "helpers" / "models.toml").read_text())
+SMALL = MODELS["small"]
 
 
 @pytest.fixture(autouse=True)

@@ -9,15 +9,14 @@ import torch
 
 import dsmini
 from dsmini.checkpoint.training_state import load_run
-from tests.helpers.commands import TINY, run
+from tests.helpers.commands import TINY, finish
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 100
 
 
 def finished(command: str, folder: Path) -> Any:
     """Run a command, which must succeed; return what it printed as JSON."""
-    done = run(f"dsmini.{command} --json", folder)
-    assert done.returncode == 0, done.stderr
+    done = finish(f"dsmini.{command} --json", folder)
     return json.loads(done.stdout)
 
 

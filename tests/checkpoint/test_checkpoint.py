@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save_file
 from dsmini.checkpoint import tensor_files
 from dsmini.checkpoint.training_state import MANIFEST, load_run, write_manifest
 from dsmini.distributed.world import World
-from dsmini.machine import random_state
 from dsmini.training import saving as checkpoints
 from dsmini.training.run import newest_checkpoint
 from tests.helpers.configs import refusal
-from tests.helpers.runs import new_run, resumed, unequal, whole
+from tests.helpers.runs import new_run, resumed
 
 OPTIONS: dict[str, Any] = {"ema_decay": 0.9, "steps": 4, "eval_every": 100}
 FILES = ["model.safetensors", "optimizer.safetensors", "average.safetensors", "rng.safetensors"]
@@ -79,7 +78,6 @@ for form, pattern in {"numbers for entries": r"\{[^{}]*\}", "numbers for hashes"
 @pytest.mark.parametrize(("name", "damage"), CASES)
 def test_damaged_checkpoint_is_named_and_passed_over(trained: Path, run: Path, name: str, damage: str) -> None:
     training = new_run(run, **OPTIONS)
-    live = {**whole(training), **random_state(torch.device("cpu"))}
     do, places = DAMAGES[damage]
     file = run / "checkpoints/step-000004" / name
     for where in places:
@@ -91,7 +89,6 @@ def test_damaged_checkpoint_is_named_and_passed_over(trained: Path, run: Path, n
         (sentence,) = said
         assert str(file.parent) in sentence and "using step-000002" in sentence
         assert name in sentence or MANIFEST in sentence
-    assert unequal({**whole(training), **random_state(torch.device("cpu"))}, live) == set()
 
 
 Named = dict[str, torch.Tensor]

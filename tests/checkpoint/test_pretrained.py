@@ -21,7 +21,7 @@ from dsmini.convert import main
 from dsmini.nn import Indexer
 from dsmini.numerics import quantize_tiles
 from tests.helpers import folders
-from tests.helpers.commands import ROOT, check_refused, run
+from tests.helpers.commands import ROOT, check_refused, finish
 from tests.helpers.configs import DSA, refusal
 from tests.helpers.hf_names import to_hf
 from tests.helpers.inference_layouts import BUILT, INDEX, INFERENCE, inference_layout
@@ -331,8 +331,7 @@ def test_convert_adds_fresh_indexers(tmp_path: Path, small_model: Build) -> None
     model, tokens = small_model(), torch.randint(0, 61, (2, 20))
     tensors = folders.tensors_of(model, torch.bfloat16)
     folders.write(tmp_path / "a", tensors, folders.config_json(model.config))
-    done = run("dsmini.convert a b --dsa --index-n-heads 3 --index-head-dim 32 --index-topk 8 --json", tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = finish("dsmini.convert a b --dsa --index-n-heads 3 --index-head-dim 32 --index-topk 8 --json", tmp_path)
     sparse = load_pretrained(tmp_path / "b", torch.float32)
     dense = load_pretrained(tmp_path / "a", torch.float32)
     assert sparse.config == ModelConfig.from_file(tmp_path / "b" / "config.json")
@@ -451,18 +450,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def convert(arguments: str, folder: Path) -> tuple[str, str]:
-    """Run the command in a folder, and return what it says on its two outputs."""
-    done = run(f"dsmini.convert {arguments}", folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
-
-
 def test_trained_run_becomes_a_folder(trained: Path, tmp_path: Path) -> None:
-    out, err = convert(f"{trained} exported --json", tmp_path)
-    figures = json.loads(out)
+    done = finish(f"dsmini.convert {trained} exported --json", tmp_path)
+    figures = json.loads(done.stdout)
     assert figures["files"] == ["model.safetensors"]
-    assert "will list the tensors of model.layers.2, model.layers.3 as unexpected and load the others" in err
+    assert "will list the tensors of model.layers.2, model.layers.3 as unexpected and load the others" in done.stderr
     model, config = load_run(trained)
     loaded = load_pretrained(tmp_path / "exported")
     assert not folders.different(model.state_dict(), loaded.state_dict())
@@ -475,13 +467,13 @@ def test_trained_run_becomes_a_folder(trained: Path, tmp_path: Path) -> None:
 
 def test_checkpoint_is_written_in_fp8_and_bf16(trained: Path, tmp_path: Path) -> None:
     source = trained / "checkpoints" / "step-000002"
-    out, _ = convert(f"{source} short --fp8 --dtype bfloat16 --shard-size 20KB", tmp_path)
+    done = finish(f"dsmini.convert {source} short --fp8 --dtype bfloat16 --shard-size 20KB", tmp_path)
     written = folders.read(tmp_path / "short")
     assert {t.dtype for n, t in written.items() if folders.is_matrix(n)} == {folders.FP8}
     assert written["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert written["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
     assert len(list((tmp_path / "short").glob("model-*.safetensors"))) > 1
-    assert "parameters" in out
+    assert "parameters" in done.stdout
     want, _ = load_run(source)
     tokens = torch.randint(0, 61, (1, 30))
     got = load_pretrained(tmp_path / "short", fp8="keep")(tokens)

@@ -1,10 +1,9 @@
 """Folders and arguments that are refused, each with a sentence that says what is wrong, before memory is taken."""
 
-import json
 import os
 import re
-import shutil
 import struct
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dsmini import MLA, Block, Gate, ModelConfig, MoE, RunConfig, Transformer, load_pretrained, save_pretrained
@@ -23,198 +21,40 @@ from dsmini.training.origin import find_origin
 from tests.helpers import folders
 from tests.helpers.configs import refusal, written
 
-Damage = Callable[[Path], object]
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NORM, BIAS = "model.norm.weight", "model.layers.1.mlp.gate.e_score_correction_bias"
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+SCALE = f"{EXPERT}_scale_inv"
+TABLES = tomllib.loads(Path(__file__).with_name("folders.toml").read_text(encoding="utf-8"))
+CASES = [(start, case) for start, cases in TABLES.items() for case in cases if start not in ("config", "v4")]
 
 
-def config(**changes: Any) -> Damage:
-    return lambda folder: written(folder, folders.config_of(folder) | changes, "config.json")
-
-
-def tensors(change: Callable[[dict[str, Tensor]], object]) -> Damage:
-    def damage(folder: Path) -> None:
-        held = folders.read(folder)
-        change(held)
-        folders.write(folder, held, folders.config_of(folder), shards=len(list(folder.glob("*.safetensors"))))
-
-    return damage
-
-
-def index(change: Callable[[dict[str, str]], object]) -> Damage:
-    def damage(folder: Path) -> None:
-        held = json.loads((folder / INDEX).read_text())
-        change(held["weight_map"])
-        written(folder, held, INDEX)
-
-    return damage
-
-
-def content(change: Callable[[bytes], bytes]) -> Damage:
-    return lambda folder: (folder / FILE).write_bytes(change((folder / FILE).read_bytes()))
-
-
-def named_twice(file: bytes) -> bytes:
-    """Repeat an entry of the header: the library takes the last one in silence."""
-    end = 8 + struct.unpack("<Q", file[:8])[0]
-    header = re.sub(rb'("model.norm.weight":[^}]*})', rb"\1,\1", file[8:end])
-    return struct.pack("<Q", len(header)) + header + file[end:]
-
-
-def renamed(old: str, new: str) -> Damage:
-    return lambda folder: (folder / old).rename(folder / new)
-
-
-def removed(*names: str) -> Damage:
-    return lambda folder: [(folder / name).unlink() for name in names]
-
-
-def part(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], to: str = "model1-mp2.safetensors") -> Damage:
-    """Change the tensors of the second rank."""
-
-    def damage(folder: Path) -> None:
-        held = change(load_file(folder / RANK))
-        (folder / RANK).unlink()
-        save_file(held, folder / to)
-
-    return damage
-
-
-def without(*names: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    return lambda held: {name: t for name, t in held.items() if name not in names}
-
-
-def many_faults(held: dict[str, Tensor]) -> None:
-    for name in ("model.norm.weight", "model.layers.1.mlp.experts.6.up_proj.weight"):
-        del held[name]
-    held["model.extra.weight"] = held["model.layers.0.bias"] = torch.ones(3)
-    held["lm_head.weight"] = torch.ones(61, 23)
-    held["model.layers.0.input_layernorm.weight"] = torch.ones(24, dtype=torch.int32)
-    held["model.layers.2.embed_tokens.weight"] = torch.ones(60, 24)
-
-
-def no_indexer(held: dict[str, Tensor]) -> None:
-    for name in [name for name in held if ".indexer." in name]:
-        del held[name]
-
-
-ALL_FAULTS = (
-    "{folder} does not hold the model that its config describes: "
-    "it lacks model.layers.1.mlp.experts.6.up_proj.weight, model.norm.weight; "
-    "it has tensors that belong nowhere: model.extra.weight, model.layers.0.bias; "
-    "model.layers.0.input_layernorm.weight is I32, want BF16 or F32 or F16; "
-    "lm_head.weight is [61, 23], want [61, 24]; "
-    "model.layers.2.embed_tokens.weight is [60, 24], want [61, 24]; "
-    "fetch its files again, or mend the config"
-)
-NO_INDEXER = (
-    "{folder} has an indexer in its config and no tensor of one, of which it wants 20; fetch the files of "
-    "DeepSeek-V3.2, or give V3's config.json to V3's tensors and add a fresh indexer by python -m dsmini.convert --dsa"
-)
-OFFSETS = re.compile(rb'("model.norm.weight":[^}]*"data_offsets":)(\[\d+,\d+\])')
-NORM, RANK = "model.norm.weight", "model1-mp2.safetensors"
-UP, EXPERT = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.experts.3.up_proj.weight"
-SCALE, BIAS = f"{EXPERT}_scale_inv", "model.layers.1.mlp.gate.e_score_correction_bias"
-TITLE = "\x1b]0;title\x07\x1b[31m"
-SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-FOLDERS: dict[str, list[tuple[Damage, str]]] = {  # by the folder that is damaged
-    "folder": [
-        # its files
-        (shutil.rmtree, "there is no folder {folder}; name one"),
-        (renamed("config.json", "config.toml"), "{folder} has no config.json; it is a training run, so use python"),
-        (renamed("config.json", "x.json"), "{folder} has no config.json; name a folder that holds a model"),
-        (lambda folder: written(folder, {}, "config.json"), "{folder}/config.json has no model_type; want"),
-        (removed(FILE), "{folder} has neither model.safetensors nor model.safetensors.index.json"),
-        (
-            renamed(FILE, "pytorch_model.bin"),
-            "; dsmini opens no pickles, such as pytorch_model.bin, for they can run code: convert them",
-        ),
-        (lambda folder: written(folder, "{}", INDEX), f"{{folder}} has both {FILE} and {INDEX}"),
-        (
-            renamed(FILE, "model0-mp1000000000.safetensors"),
-            "has model0-mp1000000000.safetensors; want the files of one",
-        ),
-        # damaged files
-        *(
-            (content(change), "{folder}/model.safetensors is not a safetensors file, is cut short or damaged: ")
-            for change in (
-                lambda file: file[:-5],
-                lambda file: file + b"x",
-                lambda file: struct.pack("<Q", 4) + b"{{{{",
-                lambda file: struct.pack("<Q", 2**40) + file[8:],
-                lambda file: file.replace(b"[61,24]", b"[61,25]", 1),
-                lambda file: file.replace(b'"F32"', b'"F9" ', 1),
-                lambda file: OFFSETS.sub(lambda found: found[1] + b"[0,96]".ljust(len(found[2])), file),
-            )
-        ),
-        (content(lambda file: b"version https://git-lfs.github.com/spec/v1\n"), f"{FILE} is a Git LFS pointer"),
-        (content(named_twice), "the header of {folder}/model.safetensors names 'model.norm.weight' twice; keep one of"),
-        # tensors
-        (tensors(many_faults), ALL_FAULTS),
-        (tensors(lambda t: t.update({TITLE: torch.ones(1)})), f"it has tensors that belong nowhere: {TITLE!r};"),
-    ],
-    "sharded": [
-        (removed(INDEX), f"{{folder}} has neither {FILE} nor {INDEX}, which says what is in several files; fetch its"),
-        (removed(SHARDS[0], SHARDS[2]), f"{{folder}} lacks {SHARDS[0]}, {SHARDS[2]}, which {INDEX} names; fetch what"),
-        *(
-            (
-                index(lambda m, file=file: m.update(a=file)),
-                f"{INDEX} names {file!r}; want a safetensors file of that folder",
-            )
-            for file in ("../x.safetensors", "..", "", "a\\b.safetensors", "x.bin")
-        ),
-        (index(lambda m: m.update(a=SHARDS[0], b=SHARDS[1])), f"has not in the files that {INDEX} names: a, b; fetch"),
-        (index(lambda m: m.update({NORM: m["lm_head.weight"]})), f"not in the files that {INDEX} names: {NORM};"),
-        (lambda folder: written(folder, {}, INDEX), f"{{folder}}/{INDEX} names None; want"),
-    ],
-    "fp8": [
-        (tensors(lambda t: t.pop(f"{UP}_scale_inv")), f"it lacks {UP}_scale_inv;"),
-        (tensors(lambda t: t.update({f"{UP}_scale_inv": torch.ones(2, 1)})), f"{UP}_scale_inv is [2, 1], want [2, 2]"),
-        (tensors(lambda t: t.update({UP: torch.zeros(200, 136)})), f"belong nowhere: {UP}_scale_inv"),
-        (config(quantization_config=None), "kv_b_proj.weight is F8_E4M3, want BF16 or F32 or F16"),
-    ],
-    "sparse": [
-        (tensors(no_indexer), NO_INDEXER),
-        (tensors(lambda t: (no_indexer(t), t.pop("lm_head.weight"))), "the model that its config describes: it lacks"),
-    ],
-    "ranks": [
-        (part(without("embed.weight", "norm.weight")), f"lacks embed.weight in {RANK}, norm.weight in {RANK}; convert"),
-        (part(without("layers.1.ffn.experts.3.w1.weight")), "it lacks layers.1.ffn.experts.3.w1.weight;"),
-        (part(dict, "model2-mp2.safetensors"), "model2-mp2.safetensors; want the files of one conversion"),
-        (part(dict, "model1-mp3.safetensors"), "model1-mp3.safetensors; want the files of one conversion"),
-        (removed("config.json"), "copy the one of DeepSeek's inference code there"),
-    ],
-}
-CONFIGS: list[tuple[dict[str, Any], str]] = [  # changes of config.json, and what is said before a model is made
-    ({"num_nextn_predict_layers": 10**18}, f"config.json: n_mtp_layers={10**18} is too large; use 10,000 or less"),
-    ({"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1}, "make a matrix of 4,611,686,014,132,420,609 numbers"),
-    ({"num_hidden_layers": 9000, "num_nextn_predict_layers": 0}, "tensors for the 9000 layers of its config"),
-    ({"n_routed_experts": 2**20}, "experts of its config; use the model's own"),
-    ({"eos_token_id": [3, 61]}, "is [3, 61], but the model has 61 tokens; want ids below that"),
-]
-CASES = [(start, *case) for start, cases in FOLDERS.items() for case in cases]
-
-
-@pytest.mark.parametrize(("start", "damage", "sentence"), CASES, ids=[sentence[-50:] for *_, sentence in CASES])
+@pytest.mark.parametrize(("start", "case"), CASES, ids=[case["said"][-50:] for _, case in CASES])
 def test_folder_is_refused(
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-    start: str,
-    damage: Damage,
-    sentence: str,
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, start: str, case: dict[str, Any]
 ) -> None:
     monkeypatch.setattr("dsmini.checkpoint.load._allocate", lambda *_: pytest.fail("memory was taken"))
     folder = request.getfixturevalue(start)
-    damage(folder)
-    assert sentence.format(folder=folder) in refusal(load_pretrained, folder)
+    folders.damage(folder, case)
+    assert case["said"].format(folder=folder) in refusal(load_pretrained, folder)
 
 
-@pytest.mark.parametrize(("changes", "sentence"), CONFIGS)
+@pytest.mark.parametrize("case", TABLES["config"], ids=lambda case: case["said"][-50:])
 def test_config_is_refused_before_a_model_is_made(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], sentence: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
 ) -> None:
     monkeypatch.setattr("dsmini.checkpoint.load.Transformer", lambda *_: pytest.fail("a model was made"))
-    config(**changes)(folder)
-    assert sentence.format(folder=folder) in refusal(load_pretrained, folder)
+    folders.damage(folder, case)
+    assert case["said"] in refusal(load_pretrained, folder)
+
+
+def test_header_that_names_a_tensor_twice_is_refused(folder: Path) -> None:
+    """The library takes the last entry in silence."""
+    file = (folder / FILE).read_bytes()
+    end = 8 + struct.unpack("<Q", file[:8])[0]
+    header = re.sub(rb'("model.norm.weight":[^}]*})', rb"\1,\1", file[8:end])
+    (folder / FILE).write_bytes(struct.pack("<Q", len(header)) + header + file[end:])
+    assert f"the header of {folder}/{FILE} names {NORM!r} twice; keep one of" in refusal(load_pretrained, folder)
 
 
 @pytest.mark.parametrize("name", [FILE, "config.json"])
@@ -226,7 +66,7 @@ def test_only_regular_files_are_read(folder: Path, name: str) -> None:
 
 def test_experts_half_in_fp8_load_only_dequantized(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
     folder, meant = fp8_folder
-    tensors(lambda t: (t.pop(SCALE), t.update({EXPERT: meant[EXPERT].bfloat16()})))(folder)
+    folders.change(folder, lambda t: (t.pop(SCALE), t.update({EXPERT: meant[EXPERT].bfloat16()})))
     load_pretrained(folder)
     assert "in layers.1.ffn.experts.w3; load it with fp8='dequantize'" in refusal(load_pretrained, folder, fp8="keep")
 
@@ -236,6 +76,7 @@ CALLS: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: load_pretrained(folder, fp8="int8"), "fp8='int8' is unknown"),  # pyright: ignore[reportArgumentType]
     (lambda folder: load_pretrained(folder, dtype=torch.int8), "dtype=torch.int8 is not for weights"),
     (lambda folder: load_pretrained(folder, device="gpu"), "device 'gpu' is unknown"),
+    (lambda folder: load_pretrained(folder / "x"), "there is no folder "),
     (lambda folder: load_pretrained(LONG), "is too long for a path"),
     (lambda folder: new_run_folder(None, LONG), "is too long for a path"),
     (lambda folder: save_pretrained(load_pretrained(folder), folder), "holds files already"),
@@ -295,7 +136,7 @@ def test_folder_of_values_without_a_meaning_is_refused(fp8: Path, name: str, val
     def change(held: dict[str, Tensor]) -> None:
         held[name].view(-1)[-1] = torch.tensor(value).to(held[name].dtype)
 
-    tensors(change)(fp8)
+    folders.change(fp8, change)
     said = f"{fp8}: {name} holds {fault}; fetch the file again"
     for treatment in ("dequantize", "keep"):
         assert refusal(load_pretrained, fp8, fp8=treatment) == said

@@ -14,7 +14,7 @@ import torch
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dsmini.config.run import ParallelConfig
 from dsmini.console.commandline import field_docstrings
-from tests.helpers.commands import TINY, check_refused, place_with_run, run, run_all, run_apart, start
+from tests.helpers.commands import TINY, check_refused, finish, place_with_run, run, run_all, run_apart, start
 from tests.helpers.configs import refusal
 
 
@@ -96,8 +96,7 @@ def test_model_of_absurd_depth_is_refused_before_it_is_made(monkeypatch: pytest.
 
 def test_a_config_file_comes_first_and_flags_change_it(place: Path) -> None:
     (place / "my.toml").write_text("[model]\ndim = 48\nq_lora_rank = 'none'\n[train]\nsteps = 7\n")
-    done = run(f"dsmini.train my.toml --data.path book.txt {TINY} --train.steps 1", place)
-    assert done.returncode == 0, done.stderr
+    finish(f"dsmini.train my.toml --data.path book.txt {TINY} --train.steps 1", place)
     config = RunConfig.from_file(place / "runs/my-001/config.toml")
     assert config.model.dim == 32 and config.train.steps == 1 and config.model.q_lora_rank is None
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dsmini.console.progress import Progress
-from tests.helpers.commands import check_refused, let_prices_be_invented, run, run_all
+from tests.helpers.commands import check_refused, finish, let_prices_be_invented, run, run_all
 
 TRAINING = "replay dense_active all_threads fastest_dtype"
 DECODING = "free_cache mha_baseline dense_active drafts all_threads fp8_weights"
@@ -29,8 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "odd.toml").write_text("[model]\nn_headz = 3\n")
     (folder / "empty").mkdir()
     few = "--train.steps 2 --train.sample-tokens 0"
-    done = run(f"dsmini.train small.toml {few} --out finished", folder)
-    assert done.returncode == 0, done.stderr
+    finish(f"dsmini.train small.toml {few} --out finished", folder)
     for name in ("unfinished", "damaged"):
         shutil.copytree(folder / "finished", folder / name)
         (folder / name / "summary.json").unlink()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsmini.selfcheck import CHECKS
-from tests.helpers.commands import ROOT, check_refused, run
+from tests.helpers.commands import ROOT, check_refused, finish, run
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,8 @@ def test_failed_check_is_a_line_and_the_others_run(tmp_path: Path, monkeypatch: 
 
 
 def test_a_check_is_a_line_of_json_and_mistakes_are_refused(tmp_path: Path) -> None:
-    done = run("dsmini.selfcheck --only gpu-tests --device cpu --here --json", tmp_path)
-    assert done.returncode == 0 and json.loads(done.stdout)["state"] == "skipped"
+    done = finish("dsmini.selfcheck --only gpu-tests --device cpu --here --json", tmp_path)
+    assert json.loads(done.stdout)["state"] == "skipped"
     bad = {"--only kernel": f"unknown check 'kernel'; there are {', '.join(CHECKS)}", "--device abacus": "is unknown"}
     check_refused("dsmini.selfcheck", tmp_path, bad)
 

@@ -16,7 +16,7 @@ from dsmini.comparison.arms import arms_of, read_claim
 from dsmini.comparison.results import HEAD, Results, read_results
 from dsmini.comparison.trial import draw_by_name, drawn_by_name, prepared
 from dsmini.nn.gate import HashGate, hash_table
-from tests.helpers.commands import ROOT, check_refused, run, start
+from tests.helpers.commands import ROOT, check_refused, finish, run, start
 
 PLACE = Path(__file__).with_name("place")
 IDEA = """\
@@ -92,8 +92,7 @@ def test_tables_of_experts_are_those_of_training(place: Path) -> None:
 
 @pytest.mark.slow
 def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
-    done = run(f"{COMPARE} --json", place)
-    assert done.returncode == 0, done.stderr
+    done = finish(f"{COMPARE} --json", place)
     answer = json.loads(done.stdout)
     assert answer["arms"]["base"]["runs"] == answer["arms"]["model.n_mtp_layers=0"]["runs"] == 2
     assert answer["arms"]["model.n_mtp_layers=0"]["word"] in ("better", "worse", "equal", "undecided")
@@ -101,8 +100,8 @@ def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
         assert words in done.stderr, words
     assert (place / "found.png").stat().st_size > 5000
     first = lines_of(place / "found.jsonl")
-    again = run(COMPARE.replace("--seeds 2", "--seeds 3"), place)
-    assert again.returncode == 0 and "2 runs in" in again.stdout, "only the third seed is run"
+    again = finish(COMPARE.replace("--seeds 2", "--seeds 3"), place)
+    assert "2 runs in" in again.stdout, "only the third seed is run"
     after = lines_of(place / "found.jsonl")
     assert [row for row in after if row["seed"] < 2] == first and len(after) == 6
     refused = run(f"{COMPARE} --set train.steps=4", place)
@@ -118,8 +117,7 @@ def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
 
 @pytest.mark.slow
 def test_a_claim_has_its_arms_and_keeps_its_results_beside_it(place: Path) -> None:
-    done = run("dsmini.compare claim.toml --seeds 1", place)
-    assert done.returncode == 0, done.stderr
+    done = finish("dsmini.compare claim.toml --seeds 1", place)
     head = json.loads((place / "claim.jsonl").read_text().splitlines()[0])
     assert list(head["arms"]) == ["base", "no mtp", "relu"] and head["margin"] == 0.5
     losses = {row["arm"]: row["loss"] for row in lines_of(place / "claim.jsonl")}
@@ -139,8 +137,7 @@ def test_results_that_were_removed_meanwhile_are_written_again(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_continues_to_the_same_lines(place: Path) -> None:
-    whole = run(COMPARE, place)
-    assert whole.returncode == 0, whole.stderr
+    finish(COMPARE, place)
     want = lines_of(place / "found.jsonl")
     command = COMPARE.replace("found", "killed") + " --jobs 1"
     for seconds in (2.0, 5.0, 8.0):
@@ -150,8 +147,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_lines(place: Path) -> Non
         process.communicate()
     with (place / "killed.jsonl").open("a") as file:
         file.write('{"arm": "base", "se')  # a line that the disk lost half of
-    done = run(command, place)
-    assert done.returncode == 0, done.stderr
+    finish(command, place)
     assert lines_of(place / "killed.jsonl") == want
 
 

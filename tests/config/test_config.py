@@ -20,6 +20,7 @@ from tests.helpers.released_configs import HF_V3, HF_V32, released_json
 from tests.helpers.strategies import model_configs
 
 HF_V4 = released_json("deepseek-v4-flash")
+CASES = tomllib.loads((Path(__file__).parent / "cases.toml").read_text())
 REFUSALS = tomllib.loads((Path(__file__).parent / "refusals.toml").read_text(encoding="utf-8"))
 
 
@@ -83,19 +84,7 @@ def test_unknown_name_of_a_config_lists_near_ones(tmp_path: Path, monkeypatch: p
         assert refusal(find_config, Path(name)).startswith(f"there is no file {name}; {fix}")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"vocab_size": 2**26, "dim": 2**24},
-        {"n_limited_groups": 4, "n_activated_experts": 16},
-        {"attention": "mha", "qk_rope_head_dim": 7},
-        {"original_seq_len": 256, "beta_fast": 0.5},
-        {"n_expert_groups": 1, "n_limited_groups": 1, "topk_method": "greedy"},
-        {"n_expert_groups": 16, "n_limited_groups": 4, "topk_method": "group_limited_greedy"},
-        {"n_routed_experts": 1, "n_activated_experts": 1, "n_expert_groups": 1, "n_limited_groups": 1},
-        {"mscale": 0, "mscale_all_dim": 0},
-    ],
-)
+@pytest.mark.parametrize("changes", CASES["fits"], ids=str)
 def test_sizes_that_just_fit_build(changes: dict[str, Any]) -> None:
     with torch.device("meta"):
         Transformer(ModelConfig(**changes))

@@ -1,6 +1,7 @@
 """config.json as released and as transformers writes it, and DeepSeek's inference JSON, read as they are meant."""
 
 import dataclasses
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +75,13 @@ def test_omitted_keys_take_model_args_defaults(tmp_path: Path) -> None:
         assert read(tmp_path, changes) == want and want.extended
 
 
-GROUPS: Changes = {"n_expert_groups": 8, "n_limited_groups": 3}
+CASES = tomllib.loads((Path(__file__).parent / "cases.toml").read_text())
 
 
-@pytest.mark.parametrize(
-    ("raw", "want"),
-    [
-        (GROUPS, {"topk_method": "group_limited_greedy", "norm_topk_prob": False}),
-        ({"score_func": "sigmoid"}, {"topk_method": "noaux_tc", "norm_topk_prob": True}),
-        ({"score_func": "sigmoid", **GROUPS}, {"topk_method": "noaux_tc", "norm_topk_prob": True}),
-        ({"q_lora_rank": 24}, {"q_lora_rank": 24}),
-        ({"max_seq_len": 4096}, {"extended": False}),
-        ({"mscale": 0.707}, {"mscale": 0.707, "mscale_all_dim": 0.707}),
-    ],
-)
-def test_inference_keys_are_honoured(tmp_path: Path, raw: Changes, want: Changes) -> None:
-    config = read(tmp_path, raw)
-    assert {key: getattr(config, key) for key in want} == want
+@pytest.mark.parametrize("case", CASES["inference"], ids=str)
+def test_inference_keys_are_honoured(tmp_path: Path, case: dict[str, Changes]) -> None:
+    config = read(tmp_path, case["raw"])
+    assert {key: getattr(config, key) for key in case["want"]} == case["want"]
 
 
 def test_released_inference_json_is_the_released_config(tmp_path: Path) -> None:

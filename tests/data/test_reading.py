@@ -73,19 +73,14 @@ def test_cut_parts_are_the_whole_text(sizes: list[int], percent: int) -> None:
     assert (train, val) == (text[:cut], text[cut:])
 
 
-def test_binary_empty_and_hidden_files_are_left_out(tmp_path: Path) -> None:
+def test_binary_empty_hidden_and_damaged_files_are_left_out(tmp_path: Path) -> None:
     files = {"a.txt": b"text " * 50, "b.bin": b"\0\1\2" * 50, "c.txt": b"", ".git/d.txt": b"hidden " * 50, ".e": b"e"}
-    corpus = load(tmp_path, files)
-    assert (corpus.files, corpus.left_out) == (1, ("b.bin (not text)", "c.txt (empty)"))
-    assert set(both(corpus)) == set(b"text ")
+    corpus = load(tmp_path, files | {"cut.txt.gz": PACKED[:-9], "none.gz": b"no gzip"})
+    assert corpus.files == 1 and set(both(corpus)) == set(b"text ")
+    named = ("b.bin (not text)", "c.txt (empty)", "cut.txt (damaged .gz)", "none (damaged .gz)")
+    assert corpus.left_out == named
     again = corpora.load(tmp_path)
     assert "read from" in again.cache and again.left_out == corpus.left_out
-
-
-def test_damaged_gz_of_a_folder_is_left_out_and_named(tmp_path: Path) -> None:
-    files = {"a.txt": b"text " * 50, "cut.txt.gz": PACKED[:-9], "none.gz": b"no gzip"}
-    corpus = load(tmp_path, files)
-    assert corpus.left_out == ("cut.txt (damaged .gz)", "none (damaged .gz)") and set(both(corpus)) == set(b"text ")
 
 
 def test_runs_and_caches_inside_the_corpus_are_left_out(tmp_path: Path) -> None:

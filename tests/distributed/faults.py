@@ -24,8 +24,6 @@ from dsmini.distributed.mesh import local
 from dsmini.training import saving, start
 from dsmini.training.run import TrainingRun
 
-STEP_PHASES = ("forward", "backward", "optimizer", "between")
-"""Phases of a step, in their order."""
 SAVE_CALLS = {
     "save_pieces": ("staged", ""),
     "_write_all": ("writing", "written"),
@@ -46,7 +44,7 @@ class Fault(NamedTuple):
     rank: int
     step: int
     phase: str
-    """One of STEP_PHASES; save: and a phase of SAVE_CALLS; or fill, before the first step."""
+    """forward, backward, optimizer or between; save: and a phase of SAVE_CALLS; or fill, before the first step."""
 
 
 class Faults:

@@ -1,7 +1,6 @@
 """Training steps and whole runs in any layout of ranks: with faults, stopped, started again, and compared."""
 
 import dataclasses
-import json
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from rich.console import Console
 from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.checkpoint.tensor_files import SafetensorsReader
 from dsmini.checkpoint.training_state import checkpoint_folders
 from dsmini.config import DataConfig
 from dsmini.config.run import ParallelConfig
@@ -27,7 +25,7 @@ from dsmini.training.trainer import StepResult, Trainer
 from tests.conftest import SMALL
 from tests.distributed.faults import Fault, inject
 from tests.distributed.ranks import Outcome
-from tests.helpers.runs import TIMING, asked_after, untimed
+from tests.helpers.runs import asked_after, saved, untimed
 from tests.helpers.tolerances import FP32_MODEL
 
 CPU = torch.device("cpu")
@@ -182,30 +180,6 @@ def statuses(ends: Sequence[Outcome]) -> list[int | None]:
 def events(folder: Path, name: str, rank: int = 0) -> list[Event]:
     """Return the events of one name."""
     return [event for event in read_events(folder, rank) if event["event"] == name]
-
-
-def saved(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint."""
-    parts = (folder / "checkpoints" / f"step-{step:06d}").glob("*.safetensors")
-    return {
-        f"{path.stem}/{name}": tensor
-        for path in sorted(parts)
-        for name, tensor in SafetensorsReader(path).read_all().items()
-    }
-
-
-def differences(got: Path, want: Path, step: int = STEPS) -> list[str]:
-    """Return what two runs do not have alike at a step: tensors by name, `state` and `rows`."""
-    a, b = saved(got, step), saved(want, step)
-    unequal = [name for name in sorted(a.keys() | b.keys()) if name not in a or name not in b]
-    unequal += [name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])]
-    states = [
-        json.loads((folder / "checkpoints" / f"step-{step:06d}" / "state.json").read_text()) for folder in (got, want)
-    ]
-    for state in states:
-        state["row"] = {key: value for key, value in state["row"].items() if key not in TIMING}
-    unequal += ["state"] if states[0] != states[1] else []
-    return unequal + (["rows"] if untimed(got) != untimed(want) else [])
 
 
 def assert_near(got: Path, want: Path) -> None:

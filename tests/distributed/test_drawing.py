@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import example, given, settings
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,6 +24,7 @@ from tests.conftest import SMALL, randomise
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import CPU, exactly, far_apart, held_pieces, new_run, new_trainer
 from tests.helpers import folders
+from tests.helpers.strategies import model_configs
 
 LARGE: dict[str, Any] = {"dim": 64, "n_layers": 4, "vocab_size": 400, "moe_inter_dim": 64}
 SLACK = 20_000
@@ -68,18 +70,10 @@ def test_drawn_parts_are_those_of_one_process(parallel: dict[str, Any]) -> None:
     assert all(torch.equal(of_rank, state) for _, of_rank in every)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"embed_norm": True, "zero_init": True},
-        {"q_lora_rank": None, "qk_norm": True, "n_shared_experts": 0},
-        {"attention": "gqa", "n_kv_heads": 1, "topk_method": "group_limited_greedy", "score_func": "softmax"},
-        {"precision": "fp8", "dim": 23},
-    ],
-    ids=str,
-)
-def test_one_process_draws_in_the_order_of_its_modules(changes: dict[str, Any]) -> None:
-    config = ModelConfig(**SMALL | changes)
+@settings(max_examples=20)
+@given(model_configs())
+@example(ModelConfig(**SMALL | {"precision": "fp8", "dim": 23}))
+def test_one_process_draws_in_the_order_of_its_modules(config: ModelConfig) -> None:
     torch.manual_seed(1)
     model = divided_model(config, mesh := Mesh())
     fill(model, mesh, CPU)

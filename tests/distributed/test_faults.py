@@ -23,8 +23,8 @@ from dsmini.distributed.world import World
 from dsmini.training.record import read_events, read_records
 from tests.distributed.faults import Fault, parsed
 from tests.distributed.ranks import START, new_store, outcomes, run_ranks, spoken, start, wait_until
-from tests.distributed.runs import CPU, KILLED, STEPS, differences, events, new_run, run, small_config, statuses
-from tests.helpers.runs import before_each_step
+from tests.distributed.runs import CPU, KILLED, STEPS, events, new_run, run, small_config, statuses
+from tests.helpers.runs import before_each_step, differences
 
 EP: dict[str, Any] = {"ep": 2}
 THREE: dict[str, Any] = {"dp": 3}

@@ -32,12 +32,13 @@ SPARSE = DSA | {"init_std": 0.1}
 
 def assert_alike(ranks: list[Trained], want: Trained) -> None:
     """Compare all ranks up to the order of sums. AdamW divides by the size of a gradient: a tiny one may be noise."""
-    most = rounding(FP32_UNIT, 48, 80) * want.losses.abs().max() * STEPS
+    steps = max(STEPS, len(want.steps))
+    most = rounding(FP32_UNIT, 48, 80) * want.losses.abs().max() * steps
     for got in ranks:
         assert (got.losses - want.losses).abs().max() < most and got.losses.equal(ranks[0].losses)
         assert all(torch.equal(g.counts, w.counts) for g, w in zip(got.steps, want.steps, strict=True))  # pyright: ignore
     pieces = [got.pieces for got in ranks]
-    assert far_apart(pieces, want.tensors, up_to_sums(STEPS)) == []
+    assert far_apart(pieces, want.tensors, up_to_sums(steps)) == []
     biases = {name: w for name, w in want.tensors.items() if name.endswith("gate.bias")}
     held = [{name: piece for name, piece in of.items() if name in biases} for of in pieces]
     assert biases and far_apart(held, biases, exactly) == []
@@ -52,6 +53,8 @@ class Row(NamedTuple):
     alone: dict[str, Any] | None = None
     """Changes of the train config in one process, which then has the same bits."""
     steps: int = STEPS
+    exact: bool = True
+    """Compare bits, where there is a config for one process."""
 
 
 MUON = {"optimizer": "muon"}
@@ -79,7 +82,7 @@ ROWS: list[Row] = [
     Row({"ep": 2}),
     stages({"pp": 2, "schedule": "1f1b"}, FOUR, PLAIN, exact=True),
     # slow from here on
-    Row({"dp": 2}, RAMP | {"batch_size": 16, "batch_start": 8, "grad_accum": 4}, alone={"grad_accum": 8}, steps=16),
+    Row({"dp": 2}, RAMP | {"batch_size": 16, "batch_start": 8} | FOUR, {}, {"grad_accum": 8}, 16, exact=False),
     Row({"dp": 2}, MUON, alone=PARTS),
     Row({"ep": 2, "dp": 2}, MUON | PARTS | {"recompute": True, "ema_decay": 0.9}),
     Row({"ep": 4}),
@@ -110,7 +113,7 @@ def test_layout_equals_one_process(row: Row) -> None:
     want = train(World(), None, row.model, row.train | (row.alone or {}), row.steps)
     n = math.prod(row.parallel.get(name, 1) for name in ("pp", "dp", "ep"))
     ranks = run_ranks(n, train, row.parallel, row.model, row.train, row.steps)
-    if row.alone is None:
+    if row.alone is None or not row.exact:
         assert_alike(ranks, want)
     else:
         assert all(got.losses.equal(want.losses) for got in ranks)

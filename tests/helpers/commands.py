@@ -60,6 +60,13 @@ def run(command: str, folder: Path, stdin: str | None = None) -> "subprocess.Com
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
+def finish(command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run a command, which must succeed."""
+    done = run(command, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 def run_all(commands: list[tuple[str, str]], folder: Path, columns: int = 200) -> list[tuple[int, str]]:
     """Run commands (module, arguments) in this process; return the status and output of each."""
     said: list[tuple[int, str]] = []
@@ -160,6 +167,4 @@ def let_prices_be_invented(monkeypatch: pytest.MonkeyPatch, **given: Any) -> Non
 def place_with_run(folder: Path) -> "subprocess.CompletedProcess[str]":
     """Put book.txt into a folder, and runs/x, a finished run of a tiny model of bytes on it; return what it said."""
     (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
-    done = run(f"dsmini.train --data.path book.txt --out runs/x --train.steps 5 --json {TINY}", folder)
-    assert done.returncode == 0, done.stderr
-    return done
+    return finish(f"dsmini.train --data.path book.txt --out runs/x --train.steps 5 --json {TINY}", folder)

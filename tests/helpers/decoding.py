@@ -8,6 +8,7 @@ from torch import Tensor
 from dsmini import ModelConfig, Transformer
 from dsmini.nn import Cache
 from dsmini.nn.fp8 import hold_all_fp8
+from tests.conftest import MODELS as SIZES
 from tests.conftest import SMALL, randomise
 
 WEIGHTS = ("float32", "bfloat16", "fp8")
@@ -15,17 +16,7 @@ CACHES = (torch.float32, torch.bfloat16, "fp8")
 ROOM = 400
 ODD = SMALL | {"n_mtp_layers": 0, "max_seq_len": ROOM}
 """Sizes that no vector divides."""
-BLOCKS: dict[str, Any] = ODD | {
-    "dim": 200,
-    "inter_dim": 150,
-    "moe_inter_dim": 136,
-    "kv_lora_rank": 129,
-    "q_lora_rank": 144,
-    "qk_nope_head_dim": 40,
-    "qk_rope_head_dim": 10,
-    "v_head_dim": 33,
-}
-"""Sizes that cut 128x128 blocks, and rows and units of vectors; one number of the latent is left over."""
+BLOCKS = ODD | SIZES["blocks"]
 GREEDY = {"score_func": "softmax", "topk_method": "greedy", "n_expert_groups": 1, "n_limited_groups": 1}
 MODELS: dict[str, dict[str, Any]] = {
     "odd": ODD,

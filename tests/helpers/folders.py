@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch import Tensor
 from dsmini import ModelConfig, Transformer
 from dsmini.checkpoint.tensor_files import mtp_copies
 from dsmini.config.published import config_to_json
+from tests.helpers.configs import written
 from tests.helpers.hf_names import to_hf
 from tests.helpers.quantizer import tiles
 
 FP8 = torch.float8_e4m3fn
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTIZED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
@@ -26,13 +29,13 @@ def write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     files = [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
-    parts = {file: list(tensors)[i::shards] for i, file in enumerate(files if shards > 1 else ["model.safetensors"])}
+    parts = {file: list(tensors)[i::shards] for i, file in enumerate(files if shards > 1 else [WEIGHTS])}
     for file, names in parts.items():
         copies = {name: tensors[name].detach().contiguous().clone() for name in names}
         save_file(copies, folder / file, {"format": "pt"})
     if shards > 1:
         weight_map = {name: file for file, names in parts.items() for name in names}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
@@ -99,3 +102,45 @@ def tensors_of(model: Transformer, dtype: torch.dtype = torch.float32, copies: b
 
 def config_json(config: ModelConfig, **more: Any) -> dict[str, Any]:
     return config_to_json(dataclasses.asdict(config)) | {"torch_dtype": "float32"} | more
+
+
+def change(folder: Path, how: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a folder."""
+    held = read(folder)
+    how(held)
+    write(folder, held, config_of(folder), shards=len(list(folder.glob("*.safetensors"))))
+
+
+def damage(folder: Path, case: dict[str, Any]) -> None:
+    """Damage a folder as a case of tests/checkpoint/folders.toml says."""
+
+    def how(held: dict[str, Tensor]) -> None:
+        for name in [name for name in held if any(re.fullmatch(drop, name) for drop in case.get("drop", ()))]:
+            del held[name]
+        for name, (*shape, last) in case.get("add", {}).items():
+            dtype = last if isinstance(last, str) else "float32"
+            values = torch.full(shape if dtype == last else [*shape, last], case.get("fill", 1.0))
+            held[name] = values.to(getattr(torch, dtype))
+
+    for old, new in case.get("rename", {}).items():
+        (folder / old).rename(folder / new)
+    for name in case.get("remove", ()):
+        (folder / name).unlink()
+    for name, text in case.get("write", {}).items():
+        (folder / name).write_text(text)
+    if "edit" in case:
+        text = (folder / WEIGHTS).read_bytes().decode("latin-1")
+        (folder / WEIGHTS).write_bytes(re.sub(*case["edit"], text, count=1).encode("latin-1"))
+    if "config" in case:
+        changes = {key: None if value == "none" else value for key, value in case["config"].items()}
+        written(folder, config_of(folder) | changes, "config.json")
+    if "index" in case:
+        held = json.loads((folder / INDEX).read_text())
+        held["weight_map"] |= case["index"]
+        written(folder, held, INDEX)
+    if "rank" in case:
+        held = load_file(folder / case["rank"])
+        how(held)
+        save_file(held, folder / case["rank"])
+    elif {"drop", "add"} & case.keys():
+        change(folder, how)

@@ -1,4 +1,4 @@
-"""Small training runs that can be stopped anywhere, resumed, and compared whole."""
+"""Small training runs that can be stopped anywhere, resumed, and compared."""
 
 import dataclasses
 import itertools
@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data.corpus import Corpus
 from dsmini.distributed.world import World
-from dsmini.machine import random_state
 from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun, newest_checkpoint
 from dsmini.training.trainer import Trainer
 from tests.conftest import SMALL
+from tests.helpers.folders import different
 
 TRAIN = TrainConfig(
     steps=8,
@@ -49,7 +50,7 @@ RICH: dict[str, Any] = {
     "eval_context": 24,
     "nan_at": (2,),
 }
-TIMING = {"seconds", "tokens_per_s", "data_wait", "memory", "spread", "busiest"}
+TIMING = {"seconds", "tokens_per_s", "data_wait", "memory", "spread", "busiest", "binds", "binds_share"}
 
 
 class Killed(BaseException):
@@ -92,39 +93,28 @@ def resumed(folder: Path, said: list[str] | None = None, **options: Any) -> Trai
 
 def untimed(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl without what differs from run to run."""
-    return [{key: value for key, value in row.items() if key not in TIMING} for row in read_records(folder)]
+    return [_untimed(row) for row in read_records(folder)]
 
 
-def whole(training: TrainingRun) -> dict[str, Any]:
-    """Return everything that a run consists of, except times."""
-    trainer = training.trainer
-    tensors = {
-        f"{part}/{name}": tensor.clone()
-        for part, named in {**trainer.tensors(), "rng": random_state(trainer.device)}.items()
-        for name, tensor in named.items()
-    }
-    return {
-        **tensors,
-        "steps": trainer.steps_done,
-        "sequences": trainer.sequences,
-        "average updates": trainer.average and trainer.average.updates,
-        "skipped": training.history.skipped_in_a_row,
-        "rewinds": training.history.rewinds,
-        "rows": json.dumps(untimed(training.folder)),
-        "rows held": len(training.history.records),
-    }
+def _untimed(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in TIMING}
 
 
-def unequal(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
-    """Return the keys whose values differ in any bit."""
-    both = {key for key in a.keys() & b.keys() if _same(a[key], b[key])}
-    return (a.keys() | b.keys()) - both
+def saved(folder: Path, step: int = TRAIN.steps) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint."""
+    parts = (folder / "checkpoints" / f"step-{step:06d}").glob("*.safetensors")
+    return {f"{path.stem}/{name}": tensor for path in sorted(parts) for name, tensor in load_file(path).items()}
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-    return a == b
+def differences(got: Path, want: Path, step: int = TRAIN.steps) -> list[str]:
+    """Return what two runs do not have alike at a step: tensors by name, `state` and `rows`."""
+    found = sorted(different(saved(got, step), saved(want, step)))
+    files = [folder / "checkpoints" / f"step-{step:06d}" / "state.json" for folder in (got, want)]
+    states = [json.loads(file.read_text()) for file in files]
+    rows = [untimed(folder) for folder in (got, want)]
+    for state in states:
+        state["row"] = _untimed(state["row"])
+    return found + ["state"] * (states[0] != states[1]) + ["rows"] * (rows[0] != rows[1])
 
 
 def die(

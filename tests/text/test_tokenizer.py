@@ -1,9 +1,8 @@
 """Tokenizers: every text comes back, no text can spell a special token, and the command that trains one."""
 
 import json
-import shlex
+import shutil
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from dsmini.text.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
-from tests.helpers.commands import TINY, check_refused
+from tests.helpers.commands import TINY, check_refused, finish
 from tests.helpers.configs import refusal
 from tests.helpers.text_folders import tokenizers
 
@@ -193,38 +192,30 @@ def test_bytes_as_a_file_of_the_library_have_the_ids_of_bytes() -> None:
     assert tokenizer.get_vocab_size() == 256
 
 
-def test_a_tokenizer_is_trained_and_trained_with(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(name: str, *words: str) -> tuple[str, str]:
-        assert import_module(f"dsmini.{name}").main(words) == 0  # dsmini.generate is the function
-        return capsys.readouterr()
-
-    out, err = run("tokenize", str(trained / "book.txt"), "--vocab-size", "300", "--json", "--out", "my tokenizer.json")
+def test_a_tokenizer_is_trained_and_trained_with(trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "book.txt", tmp_path)
+    done = finish("dsmini.tokenize book.txt --vocab-size 300 --json --out 'my tokenizer.json'", tmp_path)
     pieces = split(measure(find(trained / "book.txt"))[0], 0.1, whole_characters=True).train
-    assert Path("my tokenizer.json").read_text() == train_bpe(read_texts(pieces), 300)
-    figures = json.loads(out)
+    assert (tmp_path / "my tokenizer.json").read_text() == train_bpe(read_texts(pieces), 300)
+    figures = json.loads(done.stdout)
     known = {"left_out": [], "not_utf8": [], "vocab_size": 300, "documents": 1, "bytes": len(TEXT.encode())}
     assert figures | known == figures
     assert figures["bytes_per_token"] == figures["held_out_bytes"] / figures["held_out_tokens"] > 1
-    advice = next(line for line in err.splitlines() if "Train with it" in line).split("dsmini.train ")[1]
+    advice = next(line for line in done.stderr.splitlines() if "Train with it" in line).split("dsmini.train ")[1]
     flags = "--out runs/x --train.steps 2 --data.workers 2 --data.fim-rate 1 --json"
-    out, err = run("train", *shlex.split(f"{advice} {flags} {TINY}"))
-    summary, corpus = json.loads(out), json.loads(Path("runs/x/corpus.json").read_text())
+    done = finish(f"dsmini.train {advice} {flags} {TINY}", tmp_path)
+    summary, corpus = json.loads(done.stdout), json.loads((tmp_path / "runs/x/corpus.json").read_text())
     per_token = corpus["val_bytes"] / corpus["val_tokens"]
     assert summary["val_bits_per_byte"] == pytest.approx(summary["val_loss"] / np.log(2) / per_token)
-    assert "tokenized once into runs/corpus" in err and "1 training documents rearranged" in err
-    Path("my tokenizer.json").unlink()  # the run has its own
-    prompt = ("--prompt", "def naïve", "--max-new-tokens", "9")
-    text = json.loads(run("generate", "runs/x", *prompt, "--json")[0])["text"]
+    assert "tokenized once into runs/corpus" in done.stderr and "1 training documents rearranged" in done.stderr
+    (tmp_path / "my tokenizer.json").unlink()  # the run has its own
+    asked = "--prompt 'def naïve' --max-new-tokens 9"
+    text = json.loads(finish(f"dsmini.generate runs/x {asked} --json", tmp_path).stdout)["text"]
     assert text.startswith("def naïve")
-    assert run("generate", "runs/x/checkpoints/step-000002", *prompt)[0].startswith(text + "\n")
-    Path("runs/x/tokenizer.json").unlink()
-    main = import_module("dsmini.generate").main
-    assert "runs/x has no tokenizer.json, which it was trained with" in refusal(main, ["runs/x"])
+    of_checkpoint = finish(f"dsmini.generate runs/x/checkpoints/step-000002 {asked}", tmp_path)
+    assert of_checkpoint.stdout.startswith(text + "\n")
+    (tmp_path / "runs/x/tokenizer.json").unlink()
+    check_refused("dsmini.generate", tmp_path, {"runs/x": "runs/x has no tokenizer.json, which it was trained with"})
 
 
 def test_mistakes_write_nothing(tmp_path: Path) -> None:

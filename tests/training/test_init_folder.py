@@ -12,7 +12,7 @@ from dsmini.checkpoint.training_state import load_run
 from dsmini.text.tokenizer import byte_tokenizer_json
 from dsmini.training.origin import find_origin
 from tests.conftest import SMALL
-from tests.helpers.commands import run_all
+from tests.helpers.commands import check_refused, finish
 
 FORMS = ("float32", "bfloat16", "fp8")
 STILL = "--train.optimizer adamw --train.lr 1e-9 --train.gate-lr 1e-9 --train.bias-speed 0 --train.sample-tokens 0"
@@ -44,8 +44,7 @@ def test_origin_is_the_loaded_model_in_float32(place: Path, form: str) -> None:
 def test_a_run_starts_from_a_folder_and_may_extend_its_context(place: Path) -> None:
     longer = "--model.max-seq-len 128 --model.original-seq-len 32 --model.rope-factor 4 --train.seq-len 128"
     train = f"--init fp8 --data.path book.txt --train.steps 2 --train.batch-size 2 {longer} {STILL}"
-    ((status, said),) = run_all([("dsmini.train", train)], place)
-    assert status == 0 and "weights fp8" in said, said
+    assert "weights fp8" in finish(f"dsmini.train {train}", place).stdout
     model, config = load_run(place / "runs/fp8-001")
     assert config.model.extended and config.seq_len == 128
     assert json.loads((place / "runs/fp8-001/init.json").read_text()) == {"folder": str((place / "fp8").resolve())}
@@ -54,8 +53,7 @@ def test_a_run_starts_from_a_folder_and_may_extend_its_context(place: Path) -> N
     shutil.rmtree(place / "runs/fp8-001/checkpoints")  # as if killed before the first one
     (place / "runs/fp8-001/events.jsonl").unlink()
     (place / "runs/fp8-001/summary.json").unlink()
-    ((status, said),) = run_all([("dsmini.train", "--resume runs/fp8-001")], place)
-    assert status == 0 and "starting again from step 0 of 2" in said, said
+    assert "starting again from step 0 of 2" in finish("dsmini.train --resume runs/fp8-001", place).stdout
     model, _ = load_run(place / "runs/fp8-001")
     assert all(torch.equal(tensor, after[name]) for name, tensor in model.state_dict().items())
 
@@ -77,5 +75,4 @@ def test_a_bad_folder_gets_the_sentence_of_load_pretrained(place: Path) -> None:
     shutil.copytree(place / "float32", place / "bad")
     config = json.loads((place / "bad/config.json").read_text())
     (place / "bad/config.json").write_text(json.dumps({**config, "hidden_size": 64}))
-    ((status, said),) = run_all([("dsmini.train", "--init bad")], place)
-    assert status == 2 and "bad does not hold the model that its config describes" in " ".join(said.split())
+    check_refused("dsmini.train", place, {"--init bad": "bad does not hold the model that its config describes"})

@@ -13,14 +13,14 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from safetensors.torch import load_file
+import torch
 
 from dsmini.training import saving
 from dsmini.training.outputs import summarise
 from dsmini.training.record import History, read_events
 from dsmini.training.run import TrainingRun
 from tests.helpers.configs import DSA, V4_MODEL
-from tests.helpers.runs import RICH, asked_after, die, new_run, resumed, unequal, whole
+from tests.helpers.runs import RICH, asked_after, die, differences, new_run, resumed, saved
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": {},
@@ -60,14 +60,14 @@ Start = Callable[[str, Path], TrainingRun]
 
 
 @pytest.fixture(scope="module")
-def unstopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    """Return all of a run with these options that nothing stops; trained once."""
+def unstopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of a run with these options that nothing stops; trained once."""
 
     @cache
-    def run(name: str) -> dict[str, Any]:
+    def run(name: str) -> Path:
         training = new_run(tmp_path_factory.mktemp("unstopped"), **OPTIONS[name])
         assert training.train()
-        return whole(training)
+        return training.folder
 
     return run
 
@@ -95,20 +95,20 @@ def at_step_4(tmp_path_factory: pytest.TempPathFactory, half: Path) -> Start:
     ("options", "place"), [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
 )
 def test_a_resumed_run_is_the_one_never_stopped(
-    unstopped: Callable[[str], dict[str, Any]], at_step_4: Start, tmp_path: Path, options: str, place: str
+    unstopped: Callable[[str], Path], at_step_4: Start, tmp_path: Path, options: str, place: str
 ) -> None:
     step, killed = PLACES[place]
     assert killed(at_step_4(options, tmp_path))
     again = resumed(tmp_path, **OPTIONS[options])
     assert again.saver.saved_at == step and again.train()
-    assert unequal(whole(again), unstopped(options)) == set()
+    assert differences(tmp_path, unstopped(options)) == []
 
 
 @pytest.mark.parametrize(
     ("owner", "name"), [(os, "rename"), *(pytest.param(o, n, marks=pytest.mark.slow) for o, n in SLOW)]
 )
 def test_a_run_stopped_at_any_moment_of_a_save(
-    unstopped: Callable[[str], dict[str, Any]], at_step_4: Start, tmp_path: Path, owner: Any, name: str
+    unstopped: Callable[[str], Path], at_step_4: Start, tmp_path: Path, owner: Any, name: str
 ) -> None:
     """Stop before each call of a function by the save after step 6, until it makes no further one."""
     for number in itertools.count():
@@ -120,11 +120,11 @@ def test_a_run_stopped_at_any_moment_of_a_save(
         again = resumed(folder, said=said, **RICH)
         assert again.saver.saved_at in (4, 6) and said == []  # one or the other whole, and nothing half
         assert again.train()
-        assert unequal(whole(again), unstopped("rich")) == set()
+        assert differences(folder, unstopped("rich")) == []
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000006", "step-000008"]
 
 
-def test_a_run_stopped_again_and_again(unstopped: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+def test_a_run_stopped_again_and_again(unstopped: Callable[[str], Path], tmp_path: Path) -> None:
     """Each time asked to stop, as by Ctrl-C, after one step."""
     training = new_run(tmp_path, **RICH)
     for done in range(8):
@@ -133,7 +133,7 @@ def test_a_run_stopped_again_and_again(unstopped: Callable[[str], dict[str, Any]
         training = resumed(tmp_path, **RICH)
     assert training.trainer.steps_done == 8
     assert training.train()
-    assert unequal(whole(training), unstopped("rich")) == set()
+    assert differences(tmp_path, unstopped("rich")) == []
 
 
 # what is restored besides tensors
@@ -203,7 +203,11 @@ def test_save_in_the_background_has_the_state_it_was_asked_for(
     behind: TrainingRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that is killed in its first save could never be resumed, if the log told of a checkpoint."""
-    opened, real, want = threading.Event(), saving.save_pieces, whole(behind)
+    opened, real = threading.Event(), saving.save_pieces
+    behind.saver.save()
+    want = saved(behind.folder, 1)
+    shutil.rmtree(behind.folder / "checkpoints")
+    (behind.folder / "events.jsonl").unlink()
     monkeypatch.setattr(saving, "save_pieces", lambda *args: (opened.wait(20), real(*args)))
     behind.saver.save(background=True)
     behind._keep(behind.trainer.step())  # every parameter and moment moves while the thread has written nothing
@@ -211,9 +215,8 @@ def test_save_in_the_background_has_the_state_it_was_asked_for(
     assert [event for event in read_events(behind.folder) if event["event"] == "saved"] == []
     opened.set()
     behind.saver.finish()
-    files = [*(behind.folder / "checkpoints/step-000001").glob("*.safetensors")]
-    got = {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
-    assert len(files) == 3 and unequal(got, {name: want[name] for name in got}) == set()
+    got = saved(behind.folder, 1)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in got)
     assert [event["step"] for event in read_events(behind.folder) if event["event"] == "saved"] == [1]
 
 

@@ -1,7 +1,9 @@
 """Schedules as a config writes them, over a run by hand, and the published recipe against the report."""
 
+import tomllib
 from bisect import bisect_left
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,32 +92,13 @@ def test_v32_is_v3_with_indexers_and_its_printed_stage() -> None:
     assert round(1000 * 16 * sequence / 1e8) == 21
 
 
-@pytest.mark.parametrize(
-    ("schedule", "want"),
-    {
-        # all phases of the published recipe
-        "warmup 0.2, constant 0.2, linear to 0.4, constant 0.2, constant 0.1 at 0.05": (
-            [0.5, 1, 1, 1, 1, 0.7, 0.4, 0.4, 0.4, 0.05]
-        ),
-        # some of them
-        "warmup 1, linear to 0.4": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
-        "constant 0.9, linear to 0.4, constant 0.1 at 0.05": [1] * 9 + [0.05],
-        "warmup 0.2, constant 0.5, linear to 0.4, constant 0.3": [0.5, 1, 1, 1, 1, 1, 1, 0.4, 0.4, 0.4],
-        "warmup 0.2, linear to 0.4, constant 0.5, constant 0.3 at 0.05": [0.5, 1] + [0.4] * 5 + [0.05] * 3,
-        "warmup 0.2, constant 0.7, linear to 0.4": [0.5] + [1] * 9,  # a decay of one step
-        "linear to 0.4, constant 1 at 0.05": [0.05] * 10,
-        # others
-        "constant": [1] * 10,
-        "warmup": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
-        "constant 0.5 at 0.3, constant 0.5": [0.3] * 10,
-        "constant, linear 0.4 to 0.1": [1] * 6 + [1, 0.7, 0.4, 0.1],  # warm-up, stable, decay
-        "linear 0.5 to 0.2, constant 0.2, cosine to 0": [1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2, 0.1, 0],
-        "warmup 0.2, linear 0.4 to 0.4, linear 0.4 to 1": [0.5, 1, 1, 0.8, 0.6, 0.4, 0.4, 0.6, 0.8, 1],
-    }.items(),
-)
-def test_phases_of_any_length_by_hand(schedule: str, want: list[float]) -> None:
+BY_HAND = tomllib.loads(Path(__file__).with_name("schedules.toml").read_text())
+
+
+@pytest.mark.parametrize("schedule", BY_HAND)
+def test_phases_of_any_length_by_hand(schedule: str) -> None:
     train = TrainConfig(steps=10, lr_schedule=(schedule,))
-    assert [train.rate_share_at(step) for step in range(10)] == pytest.approx(want)
+    assert [train.rate_share_at(step) for step in range(10)] == pytest.approx(BY_HAND[schedule])
 
 
 @given(

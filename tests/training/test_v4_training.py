@@ -5,46 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from rich.console import Console
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config.run import ParallelConfig
-from dsmini.data.corpus import Corpus
 from dsmini.nn.gate import HashGate, hash_table
 from dsmini.training.origin import RunOrigin
 from dsmini.training.start import started
-from dsmini.training.trainer import Trainer
-from tests.conftest import SMALL, randomise
+from tests.conftest import SMALL
 from tests.helpers.configs import V4_MODEL, refusal
 from tests.helpers.runs import new_run
-from tests.helpers.tolerances import relative_error
 
 MODEL: dict[str, Any] = SMALL | V4_MODEL
-
-
-def new_trainer(**changes: Any) -> Trainer:
-    """Return a trainer of the same model and text for any changes of the recipe."""
-    train = dataclasses.replace(TrainConfig(seq_len=32, batch_size=4, device="cpu", dtype="float32"), **changes)
-    config = RunConfig(model=ModelConfig(**MODEL), train=train)
-    text = np.frombuffer(bytes(7 * i * i % 61 for i in range(1000)), np.uint8)
-    corpus = Corpus(train=text[:900], val=text[900:], source="", files=1, split="", sha256="")
-    torch.manual_seed(0)
-    return Trainer(randomise(Transformer(config.model)), corpus, config, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("stage", ["warmup", "sparse"])
-def test_indexers_learn_alike_in_one_part_and_in_four(stage: Any) -> None:
-    """The KL divergence is a mean over the micro-batches, and its gradient too."""
-    one, four = (new_trainer(grad_accum=n, dsa_stage=stage) for n in (1, 4))
-    sums = [trainer.forward_backward(4)[0] for trainer in (one, four)]
-    torch.testing.assert_close(sums[1], sums[0], rtol=1e-4, atol=1e-6)
-    assert sums[0][3] > 0, "there is a KL divergence"
-    for (name, p), q in zip(one.model.named_parameters(), four.model.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None) == (stage == "warmup" and ".indexer." not in name), name
-        if p.grad is not None and q.grad is not None:
-            assert relative_error(q.grad, p.grad) < 1e-4, name
 
 
 def test_tables_are_made_of_the_training_text(tmp_path: Path) -> None:
