@@ -6,20 +6,21 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dsmini.checkpoint import tensor_files
 from dsmini.checkpoint.training_state import MANIFEST, load_run, write_manifest
 from dsmini.distributed.world import World
 from dsmini.training import saving as checkpoints
 from dsmini.training.run import newest_checkpoint
+from tests.helpers import folders
 from tests.helpers.configs import refusal
 from tests.helpers.runs import new_run, resumed
 
@@ -54,65 +55,51 @@ def cut(path: Path, where: float) -> None:
 
 
 PLACES = (0.0, 0.3, 1.0)
-DAMAGES: dict[str, tuple[Callable[[Path, float], object], tuple[float, ...]]] = {
-    "a flipped bit": (lambda path, where: flip(path, where, 1), PLACES),
-    "cut off": (cut, PLACES),
-    "missing": (lambda path, where: path.unlink(), (0.0,)),
-    "of another checkpoint": (
-        lambda path, where: shutil.copy(path.parents[1] / "step-000002" / path.name, path),
-        (0.0,),
-    ),
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    **{f"a bit flipped at {where}": partial(flip, where=where, mask=1) for where in PLACES},
+    **{f"cut off at {where}": partial(cut, where=where) for where in PLACES},
+    "missing": Path.unlink,
+    "of another checkpoint": lambda path: shutil.copy(path.parents[1] / "step-000002" / path.name, path),
+}
+OF_THE_MANIFEST: dict[str, Callable[[Path], object]] = {
+    "numbers for entries": lambda path: path.write_text(re.sub(r"\{[^{}]*\}", "3", path.read_text())),
+    "numbers for hashes": lambda path: path.write_text(re.sub(r'"[0-9a-f]{64}"', "3", path.read_text())),
 }
 
 
-# config.toml is the same in both checkpoints
-CASES = [
-    (name, damage) for name in FILES for damage in DAMAGES if (name, damage) != ("config.toml", "of another checkpoint")
-]
-
-for form, pattern in {"numbers for entries": r"\{[^{}]*\}", "numbers for hashes": r'"[0-9a-f]{64}"'}.items():
-    DAMAGES[form] = (lambda path, _, of=pattern: path.write_text(re.sub(of, "3", path.read_text())), (0.0,))
-    CASES.append((MANIFEST, form))
-
-
-@pytest.mark.parametrize(("name", "damage"), CASES)
-def test_damaged_checkpoint_is_named_and_passed_over(trained: Path, run: Path, name: str, damage: str) -> None:
-    training = new_run(run, **OPTIONS)
-    do, places = DAMAGES[damage]
-    file = run / "checkpoints/step-000004" / name
-    for where in places:
-        shutil.copy(trained / "checkpoints/step-000004" / name, file)
-        do(file, where)
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_checkpoint_is_named_and_passed_over(run: Path, name: str) -> None:
+    file, config = run / "checkpoints/step-000004" / name, load_run(run)[1]
+    whole = file.read_bytes()
+    for damage, do in (DAMAGES | (OF_THE_MANIFEST if name == MANIFEST else {})).items():
+        file.write_bytes(whole)
+        do(file)
+        if (name, damage) == ("config.toml", "of another checkpoint"):  # it is the same in both
+            continue
         said: list[str] = []
-        found = newest_checkpoint(training.config, World(), said.append)
-        assert found.folder.name == "step-000002"
+        found = newest_checkpoint(dataclasses.replace(config, out=run), World(), said.append)
+        assert found.folder.name == "step-000002", damage
         (sentence,) = said
         assert str(file.parent) in sentence and "using step-000002" in sentence
         assert name in sentence or MANIFEST in sentence
 
 
-Named = dict[str, torch.Tensor]
-NORM, MOMENT = "norm.weight", "norm.weight/exp_avg"
-MISFITS: list[tuple[str, Callable[[Named], Any], str]] = [
-    ("model", lambda t: t.pop(NORM), "model.safetensors lacks tensor norm.weight"),
-    ("model", lambda t: t.update(new=torch.zeros(1)), "model.safetensors has an unknown tensor new"),
-    ("model", lambda t: t.update({NORM: torch.zeros(7)}), "float32 [7], want torch.float32 [24]"),
-    ("model", lambda t: t.update({NORM: t[NORM].double()}), "float64 [24], want torch.float32"),
-    ("optimizer", lambda t: t.update({MOMENT: torch.zeros(7)}), "[7], want"),
-    ("average", lambda t: t.pop(NORM), "average.safetensors lacks tensor norm.weight"),
-    ("rng", lambda t: t.update(cpu=t["cpu"][:9].clone()), "rng.safetensors: cpu is"),
-    ("rng", lambda t: t.update(other=t.pop("cpu")), "rng.safetensors lacks tensor cpu"),
+MISFITS: list[tuple[str, dict[str, Any], str]] = [  # a file, changes as in folders.toml, and a part of the sentence
+    ("model", {"drop": ["norm.weight"]}, "model.safetensors lacks tensor norm.weight"),
+    ("model", {"add": {"new": [1]}}, "model.safetensors has an unknown tensor new"),
+    ("model", {"add": {"norm.weight": [7]}}, "float32 [7], want torch.float32 [24]"),
+    ("model", {"add": {"norm.weight": [24, "float64"]}}, "float64 [24], want torch.float32"),
+    ("optimizer", {"add": {"norm.weight/exp_avg": [7]}}, "[7], want"),
+    ("average", {"drop": ["norm.weight"]}, "average.safetensors lacks tensor norm.weight"),
+    ("rng", {"add": {"cpu": [9, "uint8"]}}, "rng.safetensors: cpu is"),
+    ("rng", {"drop": ["cpu"], "add": {"other": [9, "uint8"]}}, "rng.safetensors lacks tensor cpu"),
 ]
 
 
 @pytest.mark.parametrize(("part", "change", "sentence"), MISFITS, ids=[sentence for *_, sentence in MISFITS])
-def test_checkpoint_that_does_not_fit_is_refused(
-    run: Path, part: str, change: Callable[[Named], Any], sentence: str
-) -> None:
+def test_checkpoint_that_does_not_fit_is_refused(run: Path, part: str, change: dict[str, Any], sentence: str) -> None:
     last = run / "checkpoints/step-000004"
-    tensors = safetensors.torch.load((last / f"{part}.safetensors").read_bytes())
-    change(tensors)
-    save_file(tensors, last / f"{part}.safetensors")
+    folders.damage(last, {"rank": f"{part}.safetensors"} | change)
     write_manifest(last, FILES[:-1])
     said: list[str] = []
     assert resumed(run, said=said, **OPTIONS).trainer.steps_done == 2
