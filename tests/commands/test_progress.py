@@ -5,7 +5,10 @@ import re
 import signal
 import threading
 import time
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -37,28 +40,28 @@ def said(console: Console) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
 
 
-def test_pipe_gets_the_first_update_and_one_line_each_interval() -> None:
-    console = pipe()
-    with Progress(console, 10, "step", delay=0, line_every=4) as bar:
-        for done in range(1, 11):
-            bar.label = f"step {done}/10"
-            bar.update(done, "loss 1.0", left=10.0 - done)
-    assert said(console).splitlines() == [
-        "step 1/10  loss 1.0  0:00:09 left",
-        "step 4/10  loss 1.0  0:00:06 left",
-        "step 8/10  loss 1.0  0:00:02 left",
-    ]
+PIPES = tomllib.loads(Path(__file__).with_name("progress.toml").read_text())
 
 
-def test_pipe_gets_every_update_or_one_after_a_minute_of_silence(clock: list[float]) -> None:
-    for every, lines in ((0, 4), (5000, 2)):
-        console = pipe()
-        with Progress(console, 10_000, "step", line_every=every) as bar:
-            for _ in range(4):
-                bar.update(bar.done + 1, f"loss {bar.done:.0f}", left=9.0)
-                clock[0] += 40
-        want = [f"step  loss {done}  0:00:09 left" for done in range(0, 4, 4 // lines)]
-        assert said(console).splitlines() == want
+def run_bar(console: Console, clock: list[float], case: dict[str, Any]) -> list[str]:
+    """Update a bar as a case says; return what is shown after each update."""
+    shown = []
+    with Progress(console, **case["options"]) as bar:
+        for first, *others in case["updates"]:
+            if isinstance(first, str):
+                bar.stage(first, *others)
+            else:
+                words, left = others or ("", None)
+                bar.update(first, words, left=left)
+            shown.append(said(console))
+            clock[0] += case["seconds"]
+    return shown
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_pipe_gets(name: str, clock: list[float]) -> None:
+    assert run_bar(console := pipe(), clock, PIPES[name])[-1] == said(console), "the end adds no line"
+    assert said(console).splitlines() == PIPES[name]["lines"]
 
 
 def test_pipe_gets_lines_of_a_second_bar_every_ten_seconds(clock: list[float]) -> None:
@@ -68,34 +71,6 @@ def test_pipe_gets_lines_of_a_second_bar_every_ten_seconds(clock: list[float]) -
             update(share)
             clock[0] += 6
     assert said(console).splitlines() == ["validation  30%"]
-
-
-def test_pipe_gets_a_line_of_bytes_every_ten_seconds(clock: list[float]) -> None:
-    console = pipe()
-    with Progress(console, label="the corpus", unit="bytes") as bar:
-        bar.stage("reading", 10, 2000)
-        clock[0] += 11
-        bar.stage("reading", 1000, 2000)
-        clock[0] += 5
-        bar.stage("tokenizing", 100, 2000)
-        clock[0] += 6
-        bar.stage("tokenizing", 500, 2000)
-    assert said(console).splitlines() == [
-        "reading the corpus  50% of 2,000 bytes  0:00:11 left",
-        "tokenizing the corpus  25% of 2,000 bytes  0:00:18 left",
-    ]
-    assert bar.seconds == 22
-
-
-def test_time_left_is_told_after_a_twentieth_and_five_seconds(clock: list[float]) -> None:
-    for seconds, done in ((10, (0, 4, 10)), (4, (0, 50, 50))):
-        console = pipe()
-        with Progress(console, 100, "step", line_every=0) as bar:
-            for amount in done:
-                bar.update(amount)
-                clock[0] += seconds
-        left = "0:03:00" if seconds == 10 else "0:00:08"
-        assert said(console).splitlines() == ["step", "step", f"step  {left} left"]
 
 
 @pytest.mark.parametrize(("seconds", "left"), [((4.0, 2.0, 1.0), "  0:00:34 left"), ((1.0, 1.0, 1.0), "")])
@@ -129,27 +104,13 @@ def test_terminal_shows_no_bar_for_short_work(clock: list[float]) -> None:
         assert said(console) == ""
         clock[0] += 2
         bar.add(40)
-    assert "reading" in said(console) and bar.done == 100
+    assert "reading" in said(console) and (bar.done, bar.seconds) == (100, 2)
 
 
-def test_stages_of_tokens_follow_each_other_and_leave_no_bar(clock: list[float]) -> None:
-    shown, reading, writing = [], "reading", "writing"
-    stages = [(reading, 100, 2000), (reading, 2000, 2000), (writing, 1, 9), (writing, 2, 9)]
-    for console in (pipe(), terminal()):
-        with Progress(console, unit="tokens") as bar:
-            for stage in stages:
-                bar.stage(*stage)
-                shown.append(said(console))
-                clock[0] += 11
-            bar.stage(writing, 9, 9)
-            ended = said(console)
-        assert said(console) == ended
-    assert shown[3].splitlines() == [
-        "reading  2,000 of 2,000 tokens  0:00:00 left",
-        "writing  1 of 9 tokens",
-        "writing  2 of 9 tokens  0:00:38 left",
-    ]
-    assert shown[4] == "" and "2,000 of 2,000 tokens" in shown[5] == shown[6] and "2 of 9 tokens" in shown[7]
+def test_stages_follow_each_other_and_leave_no_bar(clock: list[float]) -> None:
+    shown = run_bar(console := terminal(), clock, PIPES["stages of tokens"])
+    assert shown[0] == "" and "2,000 of 2,000 tokens" in shown[1] == shown[2] and "2 of 9 tokens" in shown[3]
+    assert said(console) == shown[-1]
 
 
 def test_patience_prints_lines_until_its_block_ends() -> None:
