@@ -187,7 +187,7 @@ def test_every_arm_is_predicted(decoding: DecodingSubject, prices: Prices) -> No
 
 def test_every_arm_of_v4_is_predicted() -> None:
     """Its cache has rows of several kinds, and a table of experts is not a number to make up."""
-    config = ModelConfig(**(SIZES | V4), n_hash_layers=1, hc_mult=2, max_seq_len=128)
+    config = ModelConfig(**(SIZES | V4), n_hash_layers=1, hc_mult=2, hc_sinkhorn_iters=1, max_seq_len=128)
     subject = DecodingSubject(Transformer(config, compute_dtype=torch.float32).eval(), context=64)
     vars(subject)["acceptance"] = None  # which takes seconds to measure
     found = predict(subject.arms(InventedPrices()))
