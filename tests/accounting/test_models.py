@@ -210,12 +210,12 @@ def test_cache_of_the_mha_twin_needs_no_twin(config: ModelConfig) -> None:
 
 # --- refusals
 
-CONFIGS = {"TOY": ModelConfig(), "SMALL": sized(), "MHA": sized(attention="mha"), "V3": released("deepseek-v3")}
+NAMED = {"TOY": ModelConfig(), "SMALL": sized(), "MHA": sized(attention="mha"), "V3": released("deepseek-v3")}
 REFUSED = tomllib.loads((ROOT / "tests/helpers/refusals.toml").read_text())["accounting"]
 
 
 @pytest.mark.parametrize("call", REFUSED)
 def test_refusals_say_what_to_use(call: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 (its words are compared)
-        eval(call, vars(accounting) | CONFIGS)
+        eval(call, vars(accounting) | NAMED)
     assert REFUSED[call] in str(error.value)

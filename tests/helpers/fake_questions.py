@@ -9,15 +9,10 @@ import torch
 from benchmarks.question import Case, Question, cases_over, drawing, figure
 from dsmini.measure.roofs import Roofs
 from dsmini.report import Figure, Plot, Series, pick
+from tests.helpers.questions import invented_roofs
 
-ROOFS = Roofs(
-    card={"processor": "an 8-core <test> & more", "cores": "2", "memory": "16 GiB", "device": "cpu"},
-    peak={"float32": 150e9, "bfloat16": 900e9},
-    bandwidth=38e9,
-    copy=31e9,
-    cache_bytes=32 << 20,
-    probes={},
-)
+CARD = {"processor": "an 8-core <test> & more", "cores": "2", "memory": "16 GiB", "device": "cpu"}
+ROOFS = invented_roofs(card=CARD, peak={"float32": 150e9, "bfloat16": 900e9}, bandwidth=38e9, copy=31e9)
 SIDES, CONTEXTS = ("dsmini", "transformers, of the same shape"), (128, 512, 2048, 8192)
 KINDS = {"MLA": 70_272, "MHA, 128 wide": 3_997_696, "MHA, with <tags> & $5": 9_000_000}
 """Bytes of a token's cache by attention, with short labels and long ones."""

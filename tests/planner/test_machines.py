@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmini.measure.roofs import Roofs
 from dsmini.planner import pages
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.here import MOST_TOKENS, steps_here, with_forecast
 from dsmini.planner.pages import here_section, plan_page
 from tests.helpers.commands import let_prices_be_invented
 from tests.helpers.plans import INVENTED, plan_of, values_of
+from tests.helpers.questions import invented_roofs
 
 
 def test_numbers_of_an_own_file_are_in_base_units(tmp_path: Path) -> None:
@@ -39,9 +39,7 @@ def test_numbers_of_an_own_file_are_in_base_units(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("bfloat16", "peaks"), [(300e9, ["float32", "bfloat16"]), (0.3e9, ["float32"])])
 def test_this_is_the_measured_machine(monkeypatch: pytest.MonkeyPatch, bfloat16: float, peaks: list[str]) -> None:
     """It has no peak of a dtype that it multiplies too slowly."""
-    card = {"processor": "A processor", "device": "cpu"}
-    peak, rest = {"float32": 170e9, "bfloat16": bfloat16}, {"copy": 15e9, "cache_bytes": 1 << 25, "probes": {}}
-    roofs = Roofs(card=card, peak=peak, bandwidth=20e9, **rest)  # pyright: ignore[reportArgumentType]
+    roofs = invented_roofs(peak={"float32": 170e9, "bfloat16": bfloat16}, bandwidth=20e9, copy=15e9)
     asked: list[bool] = []
     measured = lambda device, fresh, **_: (asked.append(fresh), roofs)[1]  # noqa: E731
     monkeypatch.setattr("dsmini.measure.roofs.load_or_measure", measured)
