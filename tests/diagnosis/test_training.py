@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -66,6 +67,7 @@ def test_fault_put_into_a_run_is_named(imagine: Imagine, fault: str) -> None:
 
 def test_others_are_what_is_busy_and_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check 3 busy seconds in 2 seconds, of which 1.5 are ours: others keep 0.75 of a core busy."""
+    assert CpuTimes.now().own == pytest.approx(time.process_time(), abs=0.1)
     times = [CpuTimes(at=10.0, busy=100.0, own=6.0, delayed=0.0), CpuTimes(at=12.0, busy=103.0, own=7.5, delayed=0.0)]
     left = iter(times)
     monkeypatch.setattr(contention.CpuTimes, "now", lambda: next(left))
