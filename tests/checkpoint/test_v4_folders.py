@@ -17,7 +17,7 @@ from dsmini.checkpoint.load import PretrainedTensors
 from dsmini.checkpoint.save import SavePlan
 from dsmini.convert import main
 from dsmini.numerics import dequantize_fp4, dequantize_tiles
-from tests.conftest import SMALL
+from tests.conftest import MODELS, SMALL
 from tests.helpers import folders
 from tests.helpers.configs import refusal, released
 from tests.helpers.inference_layouts import cut_ranks
@@ -32,15 +32,7 @@ Table = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 def config(**changes: Any) -> ModelConfig:
     """Return a model with a layer of each kind, whose matrices have ragged blocks of 128 and whole blocks of 32."""
-    sizes: dict[str, Any] = {
-        **{"vocab_size": 61, "dim": 160, "moe_inter_dim": 32, "n_layers": 3, "n_dense_layers": 0, "n_heads": 4},
-        **{"attention": "compressed", "head_dim": 48, "qk_rope_head_dim": 8, "q_lora_rank": 36, "window_size": 4},
-        **{"compress_ratios": (0, 4, 128), "o_groups": 2, "o_lora_rank": 20, "index_n_heads": 5, "index_head_dim": 32},
-        **{"index_topk": 3, "n_routed_experts": 4, "n_activated_experts": 2, "n_expert_groups": 1},
-        **{"n_limited_groups": 1, "score_func": "sqrtsoftplus", "n_hash_layers": 1, "swiglu_limit": 10.0},
-        **{"hc_mult": 4, "n_mtp_layers": 1, "max_seq_len": 64, "original_seq_len": 16, "rope_factor": 4.0},
-    }
-    return ModelConfig(**(sizes | changes))
+    return ModelConfig(**MODELS["v4_folder"] | changes)
 
 
 def random_model(c: ModelConfig) -> Transformer:

@@ -22,24 +22,18 @@ from dsmini.distributed.world import World
 from dsmini.training.record import Event, read_events
 from dsmini.training.run import TrainingRun, newest_checkpoint
 from dsmini.training.trainer import StepResult, Trainer
-from tests.conftest import SMALL
+from tests.conftest import MODELS, SMALL
 from tests.distributed.faults import Fault, inject
 from tests.distributed.ranks import Outcome
 from tests.helpers.runs import asked_after, saved, untimed
 from tests.helpers.tolerances import FP32_MODEL
 
 CPU = torch.device("cpu")
-TRAIN = TrainConfig(
-    **{"steps": 50, "batch_size": 8, "seq_len": 16, "optimizer": "adamw", "gate_lr": None, "lr": 1e-2},
-    **{"bias_speed": 0.01, "dtype": "float32", "newton_schulz": "jordan"},
-)
+TRAIN = TrainConfig(gate_lr=None, **MODELS["train_ranks"])
 """Halley's iteration magnifies the order of sums more than the bounds of layouts allow."""
-STEPS = 8
-RECIPE: dict[str, Any] = {
-    **{"steps": STEPS, "eval_every": 3, "eval_tokens": 64, "save_every": 2, "keep": 3, "ema_decay": 0.9},
-    **{"optimizer": "muon", "batch_size": 12, "sample_tokens": 0},
-}
+RECIPE = MODELS["train_ranks_whole"]
 """The train config of whole runs."""
+STEPS: int = RECIPE["steps"]
 MOVES = 2.0 * TRAIN.lr
 """Most that AdamW moves an element in a step: lr times at most 2 in the first steps."""
 KILLED = -signal.SIGKILL
@@ -207,11 +201,9 @@ def manifest_of_rewritten(world: World, folder: Path, parallel: dict[str, Any], 
 def small_config(folder: Path) -> Path:
     """Write the config of a run of the command with 6 steps, and its text."""
     (folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(400)))
-    train = TrainConfig(
-        **{"steps": 6, "batch_size": 4, "seq_len": 16, "dtype": "float32", "device": "cpu", "optimizer": "adamw"},
-        **{"save_every": 1, "eval_every": 6, "eval_tokens": 64, "sample_tokens": 8},
+    data = DataConfig(path=folder / "text.txt")
+    config = RunConfig(
+        model=ModelConfig(**SMALL | {"vocab_size": 256}), train=TrainConfig(**MODELS["train_six"]), data=data
     )
-    model = ModelConfig(**(SMALL | {"vocab_size": 256}))
-    config = RunConfig(model=model, train=train, data=DataConfig(path=folder / "text.txt"))
     (folder / "small.toml").write_text(config.to_toml())
     return folder / "small.toml"

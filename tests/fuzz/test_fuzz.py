@@ -27,18 +27,14 @@ from dsmini.data.tokenized import CorpusCache
 from dsmini.text.chat import read_text_side
 from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer
 from dsmini.training.record import read_records
-from tests.conftest import randomise
+from tests.conftest import MODELS, randomise
 from tests.helpers import folders
 from tests.helpers.configs import refusal
 from tests.helpers.corpora import Files, lay_out
 from tests.helpers.runs import new_run
 from tests.helpers.text_folders import save_text_side, save_tokenizer
 
-SIZES = {
-    **{"vocab_size": 13, "dim": 8, "inter_dim": 8, "moe_inter_dim": 4, "n_layers": 2, "n_heads": 1, "q_lora_rank": 4},
-    **{"kv_lora_rank": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 4, "n_routed_experts": 4},
-    **{"n_activated_experts": 2, "n_expert_groups": 2, "n_limited_groups": 1, "max_seq_len": 16},
-}
+SIZES = MODELS["tiny"]
 SECONDS = 20.0
 """CPU time of this process that one case may take, some hundred times what any needs."""
 

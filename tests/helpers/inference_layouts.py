@@ -8,6 +8,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.conftest import MODELS
+
 NAMES: dict[str, tuple[str, int | None]] = {
     **{"embed_tokens": ("embed", 0), "lm_head": ("head", 0), "norm": ("norm", None)},
     **{"input_layernorm": ("attn_norm", None), "post_attention_layernorm": ("ffn_norm", None)},
@@ -17,12 +19,7 @@ NAMES: dict[str, tuple[str, int | None]] = {
     **{"gate_proj": ("w1", 0), "down_proj": ("w2", 1), "up_proj": ("w3", 0)},
 }
 """The layout's name of each module of a folder, and the dimension that is divided over the ranks."""
-INFERENCE = {
-    **{"vocab_size": 64, "dim": 256, "inter_dim": 512, "moe_inter_dim": 200, "n_layers": 2, "n_dense_layers": 1},
-    **{"n_heads": 4, "n_routed_experts": 4, "n_shared_experts": 2, "n_activated_experts": 2, "n_expert_groups": 2},
-    **{"n_limited_groups": 1, "score_func": "sigmoid", "route_scale": 2.5, "q_lora_rank": 72, "kv_lora_rank": 72},
-    **{"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64},
-}
+INFERENCE = MODELS["inference"]
 BUILT = INFERENCE | {"n_mtp_layers": 0, "max_seq_len": 16384, "original_seq_len": 4096, "norm_eps": 1e-6}
 """The model of a JSON file of DeepSeek's inference code with the sizes of INFERENCE."""
 INDEX = {"index_n_heads": 3, "index_head_dim": 128, "index_topk": 7}

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,33 +23,11 @@ from dsmini.distributed.world import World
 from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun, newest_checkpoint
 from dsmini.training.trainer import Trainer
-from tests.conftest import SMALL
+from tests.conftest import MODELS, SMALL
 from tests.helpers.folders import different
 
-TRAIN = TrainConfig(
-    steps=8,
-    batch_size=4,
-    seq_len=16,
-    eval_every=3,
-    eval_tokens=64,
-    save_every=2,
-    optimizer="adamw",
-    lr=1e-2,
-    gate_lr=None,
-    weight_decay=0.1,
-    dtype="float32",
-    device="cpu",
-)
-RICH: dict[str, Any] = {
-    "optimizer": "muon",
-    "moments": "bfloat16",
-    "ema_decay": 0.9,
-    "grad_accum": 2,
-    "batch_start": 2,
-    "batch_ramp": 0.5,
-    "eval_context": 24,
-    "nan_at": (2,),
-}
+TRAIN = TrainConfig(gate_lr=None, **MODELS["train"])
+RICH = MODELS["train_rich"]
 TIMING = {"seconds", "tokens_per_s", "data_wait", "memory", "spread", "busiest", "binds", "binds_share"}
 
 
@@ -58,7 +36,7 @@ class Killed(BaseException):
 
 
 def new_run(
-    folder: Path, nan_at: tuple[int, ...] = (), model: dict[str, Any] | None = None, **changes: Any
+    folder: Path, nan_at: Sequence[int] = (), model: dict[str, Any] | None = None, **changes: Any
 ) -> TrainingRun:
     """Start a run of a small model that draws noise in every forward, so that the random state matters.
 
