@@ -4,7 +4,9 @@ Two parts of the batch, and the stages of a pipeline, sum in the order of one pr
 """
 
 import math
+import tomllib
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,16 +20,13 @@ from dsmini.distributed.mesh import Mesh, local
 from dsmini.distributed.world import World
 from dsmini.nn.transformer import IGNORE
 from dsmini.training.optim import optimizer_state
-from tests.conftest import SMALL
+from tests.conftest import MODELS, SMALL
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import Trained, exactly, far_apart, held_pieces, new_trainer, train, up_to_sums
-from tests.helpers.configs import DSA, V4_MODEL
 from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, rounding
 
 STEPS = 6
 FP8: dict[str, Any] = {"dim": 128, "inter_dim": 128, "moe_inter_dim": 128, "precision": "fp8"}
-SPARSE = DSA | {"init_std": 0.1}
-"""Indexers whose loss is far above the rounding errors of its gradient."""
 
 
 def assert_alike(ranks: list[Trained], want: Trained) -> None:
@@ -49,70 +48,29 @@ class Row(NamedTuple):
 
     parallel: dict[str, Any]
     train: dict[str, Any] = {}  # noqa: RUF012
+    base: str = ""
+    """Name of a model of helpers/models.toml."""
     model: dict[str, Any] = {}  # noqa: RUF012
     alone: dict[str, Any] | None = None
-    """Changes of the train config in one process, which then has the same bits."""
+    """Changes of the train config in one process, which then has the same bits, if that is `exact`."""
     steps: int = STEPS
     exact: bool = True
-    """Compare bits, where there is a config for one process."""
 
 
-MUON = {"optimizer": "muon"}
-PARTS, FOUR = {"grad_accum": 2}, {"grad_accum": 4}
-# the norm is summed in another order: clipping would carry its last bit into every parameter
-UNCLIPPED: dict[str, Any] = {"grad_clip": 1e6}
-RAMP: dict[str, Any] = {"batch_ramp": 1.0, "steps": 16}
-PLAIN: dict[str, Any] = {"n_layers": 4, "n_mtp_layers": 0}
-DEEP: dict[str, Any] = {"n_layers": 4}
-# from equal streams the gradients of hyper-connections are noise, of which AdamW would make whole steps
-SLOW_GATES: dict[str, Any] = {"gate_lr": 1e-6}
-STREAMS: dict[str, Any] = {
-    **{"n_layers": 4, "n_dense_layers": 0, "n_hash_layers": 2, "hc_mult": 3, "score_func": "sqrtsoftplus"},
-}
+ROWS = [Row(**row) for row in tomllib.loads(Path(__file__).with_name("layouts.toml").read_text())["row"]]
 
 
-def stages(parallel: dict[str, Any], train: dict[str, Any], model: dict[str, Any], exact: bool = False) -> Row:
-    """Return a pipeline. Without MTP, which gives the embedding a second gradient, it is exact."""
-    return Row(parallel, train | (UNCLIPPED if exact else {}), model, {} if exact else None, 3)
-
-
-ROWS: list[Row] = [
-    Row({"dp": 2}, alone=PARTS),
-    Row({"dp": 2}, RAMP | {"batch_size": 4, "batch_start": 2}, alone=PARTS, steps=16),
-    Row({"ep": 2}),
-    stages({"pp": 2, "schedule": "1f1b"}, FOUR, PLAIN, exact=True),
-    # slow from here on
-    Row({"dp": 2}, RAMP | {"batch_size": 16, "batch_start": 8} | FOUR, {}, {"grad_accum": 8}, 16, exact=False),
-    Row({"dp": 2}, MUON, alone=PARTS),
-    Row({"ep": 2, "dp": 2}, MUON | PARTS | {"recompute": True, "ema_decay": 0.9}),
-    Row({"ep": 4}),
-    Row({"dp": 4, "zero": 1}, PARTS),
-    Row({"dp": 4, "zero": 2}, MUON | PARTS),
-    Row({"ep": 2, "dp": 2, "zero": 3}, MUON | {"ema_decay": 0.9}),
-    Row({"ep": 4, "zero": 3}, {"recompute": True, "balance_counts": "routed"}),
-    *(Row({"dp": 2}, MUON | {"dsa_stage": stage}, SPARSE, PARTS) for stage in ("warmup", "sparse")),
-    # two steps: later a key that is picked or not for a last bit makes another run
-    Row({"ep": 2}, {"dsa_stage": "warmup"}, SPARSE, steps=2),
-    Row({"dp": 2, "zero": 3}, PARTS | {"recompute": True}, SPARSE, steps=2),
-    Row({"dp": 2}, MUON, V4_MODEL, PARTS),
-    Row({"ep": 2}, MUON | SLOW_GATES | {"recompute": True}, V4_MODEL | {"init_std": 0.1}, steps=2),
-    stages({"pp": 2}, PARTS, PLAIN | STREAMS, exact=True),
-    stages({"pp": 2, "schedule": "dualpipev"}, FOUR | SLOW_GATES, STREAMS),
-    *(stages({"pp": 2, "schedule": name}, FOUR, PLAIN, exact=True) for name in CHUNKS if name != "1f1b"),
-    stages({"pp": 2, "schedule": "zero_bubble"}, PARTS, PLAIN | FP8, exact=True),
-    stages({"pp": 2}, PARTS | {"dtype": "bfloat16"}, PLAIN | {"n_layers": 5, "n_dense_layers": 4}, exact=True),
-    *(stages({"pp": 4, "schedule": name}, {"grad_accum": 8}, {"n_layers": 8, "n_mtp_layers": 1}) for name in CHUNKS),
-    stages({"pp": 2}, PARTS | MUON | {"balance_alpha": 0.1, "ema_decay": 0.9}, {"embed_norm": True}),
-    stages({"pp": 2, "ep": 2, "schedule": "zero_bubble"}, FOUR | MUON | {"recompute": True}, DEEP),
-    stages({"pp": 2, "dp": 2, "schedule": "zbv"}, FOUR | {"recompute": True}, DEEP),
-]
+def test_layouts_have_every_schedule_of_2_and_of_4_stages() -> None:
+    for pp in (2, 4):
+        assert {row.parallel.get("schedule", "1f1b") for row in ROWS if row.parallel.get("pp") == pp} == {*CHUNKS}
 
 
 @pytest.mark.parametrize("row", [*ROWS[:4], *(pytest.param(row, marks=pytest.mark.slow) for row in ROWS[4:])], ids=str)
 def test_layout_equals_one_process(row: Row) -> None:
-    want = train(World(), None, row.model, row.train | (row.alone or {}), row.steps)
+    model = MODELS.get(row.base, {}) | row.model
+    want = train(World(), None, model, row.train | (row.alone or {}), row.steps)
     n = math.prod(row.parallel.get(name, 1) for name in ("pp", "dp", "ep"))
-    ranks = run_ranks(n, train, row.parallel, row.model, row.train, row.steps)
+    ranks = run_ranks(n, train, row.parallel, model, row.train, row.steps)
     if row.alone is None or not row.exact:
         assert_alike(ranks, want)
     else:
@@ -122,7 +80,7 @@ def test_layout_equals_one_process(row: Row) -> None:
         assert got.tokens == step.tokens
         assert (got.counts is None and step.counts is None) or torch.equal(got.counts, step.counts)  # pyright: ignore
         assert got.grad_norm == pytest.approx(step.grad_norm, rel=FP32_MODEL * STEPS)
-        assert (got.indexers is None) == (step.indexers is None) == ("index_topk" not in row.model)
+        assert (got.indexers is None) == (step.indexers is None) == (row.base not in ("dsa", "v4"))
         for name, figures in (step.indexers or {}).items():
             assert (got.indexers or {})[name] == pytest.approx(figures, rel=FP32_MODEL * STEPS), name
 

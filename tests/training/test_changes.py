@@ -1,6 +1,7 @@
 """The changes that a resumed run may make, those that other weights allow, and where each setting comes from."""
 
 import dataclasses
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,8 @@ from dsmini.training.origin import check_init, check_resume, differences
 from tests.helpers.configs import DSA, V4_MODEL, refusal
 
 OLD = RunConfig(out=Path("runs/x"))
-# another valid value for every key of the model but precision
-MODEL: dict[str, Any] = {
-    **dict(vocab_size=257, dim=96, inter_dim=96, moe_inter_dim=64, n_layers=5, n_dense_layers=2, n_heads=2),
-    **dict(attention="mqa", q_lora_rank=None, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16),
-    **dict(n_routed_experts=32, n_shared_experts=2, n_activated_experts=2, n_expert_groups=2, n_limited_groups=3),
-    **dict(score_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False, route_scale=1.0),
-    **dict(n_mtp_layers=0, mtp_input="pre_norm", max_seq_len=512, original_seq_len=128, rope_theta=5e4),
-    **dict(rope_factor=4.0, beta_fast=16.0, beta_slow=2.0, mscale=0.5, mscale_all_dim=0.5, norm_eps=1e-5),
-    **dict(init_std=0.01, zero_init=True, embed_norm=True, qk_norm=True),
-}
-SPARSE: dict[str, Any] = {
-    **dict(index_n_heads=5, index_head_dim=64, index_topk=9, indexer_rope_interleave=True, indexer_fp8=True),
-}
-GQA: dict[str, Any] = {"n_kv_heads": 1}
-V4: dict[str, Any] = {
-    **dict(head_dim=64, window_size=4, compress_ratios=(0, 4, 16), compress_rope_theta=5e4, o_groups=4, o_lora_rank=8),
-    **dict(n_hash_layers=2, swiglu_limit=1.0, hc_mult=2, hc_sinkhorn_iters=3, hc_eps=1e-3, qat=True),
-}
-OTHERS = [({}, MODEL), (DSA, SPARSE), ({"attention": "gqa", "n_kv_heads": 2}, GQA), (V4_MODEL, V4)]
-"""Models, and another value for each of some keys."""
+OTHERS = tomllib.loads(Path(__file__).with_name("other_values.toml").read_text())
+BASES: dict[str, Any] = {"toy": {}, "gqa": {"attention": "gqa", "n_kv_heads": 2}, "dsa": DSA, "v4": V4_MODEL}
 EFFECTS: list[tuple[str, dict[str, Any], list[str]]] = [
     # changes, and the lines after those of the keys
     ("data", dict(path=Path("x"), workers=2), []),
@@ -91,18 +74,16 @@ def shapes(config: ModelConfig) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
 
 
-@pytest.mark.parametrize(
-    ("base", "key", "value"), [(base, *change) for base, changes in OTHERS for change in changes.items()]
-)
-def test_another_model_takes_weights_of_its_shapes_alone(base: dict[str, Any], key: str, value: Any) -> None:
-    old = ModelConfig(**base)
-    new = dataclasses.replace(old, **{key: value})
+@pytest.mark.parametrize(("base", "key"), [(base, key) for base in BASES for key in OTHERS[base]])
+def test_another_model_takes_weights_of_its_shapes_alone(base: str, key: str) -> None:
+    value, old = OTHERS[base][key], ModelConfig(**BASES[base])
+    new = dataclasses.replace(old, **{key: None if value == "none" else value})
     assert f"model.{key} (" in refusal(check_resume, *(dataclasses.replace(OLD, model=model) for model in (old, new)))
     if shapes(new) == shapes(old):
         check_init(old, new, "runs/x")
     else:
         said = refusal(check_init, old, new, "runs/x")
-        assert f"weights of runs/x do not fit model.{key}={plain(value)} (there" in said
+        assert f"weights of runs/x do not fit model.{key}={plain(getattr(new, key))} (there" in said
 
 
 def test_a_dense_run_is_not_resumed_as_sparse() -> None:
@@ -115,7 +96,10 @@ def test_a_dense_run_is_not_resumed_as_sparse() -> None:
 
 def test_every_key_of_the_model_is_judged_here() -> None:
     """A new key must be thought about: does it change shapes?"""
-    assert {f.name for f in dataclasses.fields(ModelConfig)} == {*MODEL, *SPARSE, *GQA, *V4, "precision"}
+    assert {f.name for f in dataclasses.fields(ModelConfig)} == {
+        "precision",
+        *(key for of in OTHERS.values() for key in of),
+    }
     effects = {f.metadata["resume"] for part in (DataConfig, ParallelConfig) for f in dataclasses.fields(part)}
     assert effects <= {"refused", "rounding", "none"}
 
