@@ -11,6 +11,7 @@ from torch import Tensor
 import dsmini
 from dsmini import ModelConfig, accounting
 from dsmini.nn.attention import Context
+from dsmini.planner.published import v3
 from dsmini.reading import find_config
 
 FOLDER = Path(__file__).parent / "gallery"
@@ -23,13 +24,13 @@ V4 = {"attention": "compressed", "window_size": 8, "head_dim": 32, "o_groups": 1
 
 def draw_caches() -> Figure:
     """Draw the bytes of a million tokens with each kind of attention, as released models store them."""
-    v3 = ModelConfig.from_file(find_config(Path("deepseek-v3")))
-    twin = accounting.mha_twin(v3)
+    config = ModelConfig.from_file(find_config(Path("deepseek-v3")))
+    twin = accounting.mha_twin(config)
     gqa = dataclasses.replace(twin, attention="gqa", n_kv_heads=8)
     found = {
         "MHA, 128 heads of V3, BF16": accounting.kv_bytes_per_token(twin),
         "GQA, 8 groups of V3's heads, BF16": accounting.kv_bytes_per_token(gqa),
-        "MLA, V3, BF16": accounting.kv_bytes_per_token(v3),
+        "MLA, V3, BF16": accounting.kv_bytes_per_token(config),
     }
     for label, name in (("V3.2", "deepseek-v3.2"), ("V4-Pro", "deepseek-v4-pro"), ("V4-Flash", "deepseek-v4-flash")):
         config = ModelConfig.from_file(find_config(Path(name)))
@@ -73,7 +74,45 @@ def draw_masks() -> Figure:
     return figure
 
 
+def draw_plan() -> Figure:
+    """Draw what the plan of V3's published training and serving says of memory and time."""
+    f = v3().figures
+    memory = {
+        "weights": f["memory_weights"],
+        "gradients": f["memory_gradients"],
+        "optimizer": f["memory_optimizer"],
+        "activations": f["memory_activations"],
+        "free": f["memory_free"],
+    }
+    step = {
+        "computing": f["computing_seconds"],
+        "waiting in the pipeline": f["bubble_seconds"],
+        "rows of experts": f["dispatching_seconds"],
+        "gradients": f["exchange_seconds"],
+    }
+    decode = {
+        "memory": f["decode_memory_time"],
+        "between nodes": f["decode_slow_link_time"],
+        "products": f["decode_compute_time"],
+        "within a node": f["decode_fast_link_time"],
+    }
+    panels = (
+        (f"memory of the fullest GPU: {f['memory']} of {f['gpu_memory'] / 1e9:.1f} GB", memory, 1e9, "GB"),
+        (f"a training step, {f['step_seconds']}: the sum of its parts", step, 1, "s"),
+        (f"a decoding step, {f['decode_step_time']}: its longest part", decode, 1e-3, "ms"),
+    )
+    figure = Figure(figsize=(13, 2.6), layout="constrained")
+    for axis, (title, parts, scale, unit) in zip(figure.subplots(1, 3), panels, strict=True):
+        colours = ["#c9ccd1" if name == "free" else "#1f6f9f" for name in parts]
+        bars = axis.barh(list(parts), [float(part) / scale for part in parts.values()], color=colours)
+        axis.bar_label(bars, fmt="%.3g", padding=4)
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel=unit, xlim=(0, 1.15 * max(map(float, parts.values())) / scale))
+        axis.invert_yaxis()
+    return figure
+
+
 if __name__ == "__main__":
-    for name, draw in (("caches", draw_caches), ("masks", draw_masks)):
+    for name, draw in (("caches", draw_caches), ("masks", draw_masks), ("plan", draw_plan)):
         draw().savefig(FOLDER / f"{name}.png", dpi=110)
         print(FOLDER / f"{name}.png")
