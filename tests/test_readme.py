@@ -111,6 +111,10 @@ def test_map_names_every_package() -> None:
     assert [str(package) for package in sorted(packages) if f"`{package}/`" not in text] == []
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.search("[A-Z]+_PLACE|TODO|TBD", PAGES[0].read_text())
+
+
 @cache
 def names_of_tests() -> set[str]:
     """Return the names of all test functions and of their files."""

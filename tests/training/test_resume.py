@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from dsmini import TrainConfig
 from dsmini.training import saving
 from dsmini.training.outputs import summarise
 from dsmini.training.record import History, read_events
@@ -149,6 +150,7 @@ def test_steps_skipped_in_a_row_are_counted_across_a_stop(tmp_path: Path) -> Non
     assert not training.train()
     with pytest.raises(ArithmeticError, match="in the 2 steps up to step 5"):
         resumed(tmp_path, **options).train()
+    assert TrainConfig().max_skipped == 10
 
 
 def test_a_run_that_gave_up_keeps_what_it_can_go_back_to(tmp_path: Path) -> None:
