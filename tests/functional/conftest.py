@@ -1,4 +1,4 @@
-"""Forced backends, all declared operations, and operands of routed experts."""
+"""Forced backends, and operands on their devices."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from dsmini import ops
@@ -40,16 +39,3 @@ def moved(value: Any, device: str) -> Any:
     if isinstance(value, QuantizedTensor):
         return replace(value, codes=value.codes.to(device), scales=value.scales.to(device))
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def routed(n: int, k: int, e: int, empty: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-    """Return indices and weights of tokens that choose k random experts outside the empty ones."""
-    open_to_all = torch.tensor([i for i in range(e) if i not in empty])
-    indices = open_to_all[torch.rand(n, len(open_to_all)).argsort()[:, :k]]
-    return indices, torch.rand(n, k) + 0.5
-
-
-def tied(n: int, k: int) -> tuple[Tensor, Tensor]:
-    """Return the same for tied scores: every token chooses the first k experts with equal weights."""
-    indices = torch.arange(k).expand(n, k).contiguous()
-    return indices, torch.full((n, k), 1 / k)

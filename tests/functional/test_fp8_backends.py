@@ -11,8 +11,9 @@ from dsmini import ops
 from dsmini.measure.costs import cost_of
 from dsmini.nn.fp8 import fp8_experts, quantized_experts, quantized_linear
 from dsmini.numerics import WEIGHT_TILE, Accumulator, fp8_matmul, fp8_swiglu_matmul, quantize
-from tests.functional.conftest import SIZES, forced, routed, tied
+from tests.functional.conftest import SIZES, forced
 from tests.helpers.fp8 import varied
+from tests.helpers.operations import routed, tied
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, moved_codes, relative_error, rounding
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

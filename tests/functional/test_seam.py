@@ -14,8 +14,9 @@ from dsmini.measure.costs import COSTS
 from dsmini.measure.counting import count
 from dsmini.nn.fp8 import fp8_experts, hold_all_fp8
 from dsmini.numerics import WEIGHT_TILE, quantize
-from tests.functional.conftest import Unserved, routed
+from tests.functional.conftest import Unserved
 from tests.helpers.configs import refusal
+from tests.helpers.operations import routed
 from tests.helpers.tolerances import E4M3_UNIT, FP32_UNIT, relative_error, rounding
 
 Build = Callable[..., Transformer]

@@ -18,7 +18,7 @@ from dsmini import quantize as quantize_weight
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles, quantize_tiles, round_tiles
 from dsmini.numerics.quantization import FormatName, Scale, Tile
 from dsmini_kernels import cpu
-from dsmini_kernels.cpu import build, calls, folder, panels, tiles
+from dsmini_kernels.cpu import build, calls, folder, tiles
 from tests.helpers.gpu import gpu_device
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,6 +31,9 @@ GUARD, GARBAGE = 64, 0xA5
 NAMED = os.environ.get(build.ISA_VARIABLE) or build.isas_here()[-1]
 ISAS = [name if name == NAMED else pytest.param(name, marks=pytest.mark.slow) for name in build.ISAS]
 """Instruction sets as parameters. That of this process is this CPU's best, or another that DSMINI_CPU_ISA names."""
+
+BF16 = "dsmini.machine.multiplies_bf16"
+"""Where dsmini asks whether this CPU has units for products of BF16 numbers."""
 
 load = functools.cache(build.Library)
 
@@ -219,8 +222,12 @@ def without_gradients() -> Iterator[None]:
 
 @pytest.fixture
 def serves_all(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, without_gradients: None) -> None:
-    """Serve products of any size, without gradients, and fill outputs with NaN before a kernel writes them."""
-    monkeypatch.setattr(panels, "LEAST", 0)
+    """Serve operations of any size in both dtypes, in training too, and fill outputs with NaN beforehand."""
+    few = [f"dsmini.functional.{name}.KERNEL_FROM" for name in ("attention", "experts", "layers")]
+    for place in (*few, *(f"dsmini_kernels.cpu.{name}" for name in ("panels.LEAST", "steps.SMALL", "steps.THREADED"))):
+        monkeypatch.setattr(place, 0)
+    for place in (*(f"dsmini_kernels.cpu.{name}.has_bf16_units" for name in ("panels", "steps")), BF16):
+        monkeypatch.setattr(place, lambda: False)
 
 
 @pytest.fixture

@@ -1,0 +1,494 @@
+"""Operations in C++ agree with their references, in training too: one list of cases for all, and what is special."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsmini import ops
+from dsmini.functional.attention import TrainedAttention
+from dsmini.functional.experts import TrainedExperts
+from dsmini.nn.attention import cached_attention, causal_attention
+from dsmini.nn.dsa import index_scores, topk_attention, topk_keys
+from dsmini.nn.fp8 import quantized_experts, quantized_linear
+from dsmini.nn.layers import linear, rms_norm
+from dsmini.nn.moe import experts
+from dsmini_kernels import Unserved, cpu
+from dsmini_kernels.cpu import panels
+from tests.helpers import operations
+from tests.helpers.decoding import WEIGHTS
+from tests.helpers.operations import DTYPES, Case, assert_agrees, exact, expert_case, normal, run
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
+from tests.helpers.watching import Operations
+from tests.kernels.conftest import BF16, assert_threads_change_no_bit, weight_in
+
+pytestmark = pytest.mark.usefixtures("library", "serves_all")
+EVERY_TYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+TRAINED = {"causal_attention": "trained_attention", "experts": "trained_experts", "rms_norm": "trained_norm"}
+"""Operations that have a kernel in training too. That of rms_norm has none else."""
+SCALE = 0.3
+
+
+def heads(dtype: torch.dtype, b: int, h: int, s: int, width: int) -> Tensor:
+    """Return heads as layers have them: those of a token side by side."""
+    return normal(b, s, h, width, dtype=dtype).transpose(1, 2)
+
+
+def causal_case(dtype: torch.dtype, b: int, h: int, s: int, d: int, width: int, documents: bool = False) -> Case:
+    of = torch.randint(0, 3, (b, s)).sort(1).values if documents else None
+    return Case(causal_attention, (*(heads(dtype, b, h, s, n) for n in (d, d, width)), SCALE, of), terms=d + s)
+
+
+def topk_case(
+    dtype: torch.dtype, b: int, s: int, t: int, h: int, n: int, r: int, c: int, v: int, k: int, spread: bool = False
+) -> Case:
+    """Return attention to rows of a longer cache. Some indices are none; numbers of a sum may be apart in memory."""
+    sizes = ((b, s, h, n), (b, s, h, r), (b, t + 2, c + r))
+    q_nope, q_rope, rows = (normal(*size, dtype=dtype) for size in sizes)
+    w = normal(h, n, c, dtype=dtype, scale=n**-0.5), normal(h, c, v, dtype=dtype, scale=c**-0.5)
+    w_uk, w_uv = (x.permute(1, 2, 0).contiguous().permute(2, 0, 1) if spread else x for x in w)
+    chosen = torch.rand(b, s, t).topk(k).indices
+    chosen[..., 1:] = chosen[..., 1:].masked_fill(torch.rand(b, s, k - 1) < 0.3, -1)
+    arguments = (q_nope, q_rope, rows[:, :t], w_uk, w_uv, (c + r) ** -0.5, chosen)
+    return Case(topk_attention, arguments, terms=max(n, r, c, v, k))
+
+
+def held_case(weights: str, case: Case) -> Case:
+    """Return a case of experts whose matrices are held so, which is not trained."""
+    held = {i: weight_in(weights, *case.arguments[i].shape) for i in (3, 4, 5)}
+    return case.changed(held)._replace(operation=quantized_experts, chained=3)
+
+
+def cases(n: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield the cases of all backends, and attention to chosen keys."""
+    yield from (case for case in operations.cases(n, dtype) if case.operation.name in {*cpu.OPERATIONS, *TRAINED})
+    yield topk_case(dtype, 2, 5, n + 40, 8, 16, 8, 37, 9, 20)
+
+
+def large_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Yield sizes around the blocks of the kernels: whole ones and rests, V3's widths, one token."""
+    for documents in (False, True):
+        for shape in (
+            (2, 2, 131, 33, 17),
+            (1, 3, 70, 48, 32),
+            (1, 1, 500, 20, 64),
+            (3, 2, 1, 5, 1),
+            (1, 2, 97, 192, 128),
+        ):
+            yield causal_case(dtype, *shape, documents=documents)
+    for batches in (0, 1, 2):
+        mask = torch.rand(batches, 70, 210) < 0.5 if batches else None
+        if mask is not None:
+            mask[:, :30, 100:] = True  # blocks of keys that no query of a panel sees
+        q, k, v = (heads(dtype, 2, *size) for size in ((4, 70, 33), (2, 210, 33), (2, 210, 17)))
+        yield Case(cached_attention, (q, k, v, SCALE, mask), terms=210)
+    chained = 3 if dtype == torch.float32 else 10  # in BF16 hidden numbers are kept, and rounded twice more
+    sizes = ((1, 33, 7, 4, 2), (40, 130, 63, 8, 3), (300, 64, 65, 5, 2), (130, 257, 31, 40, 4), (7, 1, 1, 2, 1))
+    for n, *rest in (*sizes, (500, 100, 40, 2, 1)):
+        case = expert_case(n, dtype, *rest)._replace(terms=max(n, *rest[:2]), chained=chained)
+        yield from (case, *(held_case(weights, case) for weights in WEIGHTS))
+    for shape in ((3,), (63,), (5, 64), (2, 3, 37), (1, 96), (2, 1100, 19), (1100, 4, 8)):
+        x = (torch.randn(shape) * torch.rand(*shape[:-1], 1).exp2()).to(dtype)  # rows of unlike sizes
+        yield Case(
+            rms_norm, (x, torch.rand(shape[-1]) + 0.5, 0.1), terms=max(x.numel() // shape[-1], shape[-1]), chained=1
+        )
+    yield topk_case(dtype, 1, 1, 1, 1, 1, 2, 3, 4, 1)
+    yield topk_case(dtype, 2, 3, 300, 16, 64, 32, 256, 64, 130)
+    yield topk_case(dtype, 1, 2, 70, 130, 9, 4, 32, 5, 33)  # more heads than a panel has
+    yield topk_case(dtype, 2, 1, 90, 2, 4, 5, 64, 5, 63)  # rows of an odd width
+
+
+class Kernels(list[str]):
+    """The names of the kernels that ran."""
+
+    def kernel_ran(self, call: ops.Call) -> None:
+        self.append(call.name)
+
+
+def results(case: Case) -> list[Tensor]:
+    """Return the result of an operation that has a kernel for it, and in training the result and the gradients."""
+    alone = [] if case.operation is rms_norm else [case.operation(*case.arguments)]
+    trained = run(case, case.operation) if case.operation.name in TRAINED else []
+    return [t.contiguous() for t in (*alone, *trained)]
+
+
+# all cases
+
+
+@EVERY_TYPE
+@pytest.mark.parametrize("n", [63, 130, 0], ids=["63", "130", "large"])
+def test_values_and_gradients_agree(isa: str, n: int, dtype: torch.dtype) -> None:
+    for case in cases(n, dtype) if n else large_cases(dtype):
+        name, trained, kernels = case.operation.name, case.operation.name in TRAINED, Kernels()
+        with ops.use("cpu"), ops.counting(kernels):
+            got = results(case)
+        in_training = [TRAINED[name], f"{TRAINED[name]}_gradients"] if trained else []
+        assert kernels == [name] * (case.operation is not rms_norm) + in_training, "each call has a kernel"
+        want = exact(case)
+        assert_agrees(case, got, {1: want[:1], len(want): want}.get(len(got), [want[0], *want]), rows=True)
+        if case.operation is rms_norm:  # the weight's gradient is FP32, whatever x is
+            assert relative_error(got[2], want[2]) <= rounding(FP32_UNIT, terms=case.terms, chained=case.chained)
+
+
+@EVERY_TYPE
+def test_plain_versions_of_training_agree(dtype: torch.dtype) -> None:
+    """They run where there is a kernel, which does not serve the call."""
+    plain: dict[Any, Any] = {causal_attention: TrainedAttention.apply, experts: TrainedExperts.apply}
+    for case in cases(63, dtype):
+        if case.operation in plain:
+            with ops.use("reference"):
+                got = run(case, plain[case.operation])
+            assert_agrees(case, got, exact(case))
+
+
+@EVERY_TYPE
+def test_threads_change_no_bit(isa: str, dtype: torch.dtype) -> None:
+    # one head, sums whose numbers are apart, and few rows: torch's products depend on threads there
+    apart = (
+        (2, 21, 300, 8, 16, 8, 64, 16, 50),
+        (1, 129, 300, 1, 128, 8, 37, 64, 50),
+        (1, 2, 300, 2, 64, 8, 130, 37, 50),
+    )
+    more = [topk_case(dtype, *shape, spread=spread) for shape in apart for spread in (False, True)]
+    for weights in WEIGHTS:  # rows of some are converted, in memory of the thread
+        more.append(Case(quantized_linear, (normal(150, 96, dtype=dtype), weight_in(weights, 370, 96)), terms=96))
+        more.append(held_case(weights, expert_case(150, dtype, 96, 70)))
+    norm = Case(rms_norm, (normal(1100, 37, dtype=dtype), torch.rand(37), 0.1), terms=37)
+    for case in (*cases(130, dtype), *more, norm):
+        assert_threads_change_no_bit(lambda case=case: results(case))
+
+
+@EVERY_TYPE
+def test_operands_of_any_layout_agree(isa: str, dtype: torch.dtype) -> None:
+    for case in cases(63, dtype):
+        places = (0, 2) if case.operation is experts else case.floats  # torch's grouped products want whole matrices
+        want = exact(case)
+        for apart in (
+            lambda t: t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1]),
+            lambda t: t.transpose(0, t.dim() // 2).contiguous().transpose(0, t.dim() // 2),
+            lambda t: F.pad(t, (7, 3))[..., 7:-3],
+            lambda t: torch.stack((t, t), -1)[..., 0],
+        ):
+            got = results(case.changed({i: apart(case.arguments[i]) for i in places}))
+            assert_agrees(case, got[-len(want) :], want[: len(got)])
+
+
+def test_default_dtype_changes_no_bit() -> None:
+    for case in cases(63, torch.float32):
+        every = []
+        try:
+            for dtype in (torch.float64, torch.bfloat16, torch.float32):
+                torch.set_default_dtype(dtype)
+                every.append(results(case))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for parts in zip(*every, strict=True):
+            assert all(t.dtype == parts[2].dtype and torch.equal(t, parts[2]) for t in parts)
+
+
+BAD = [torch.tensor(bits, dtype=torch.int32).view(torch.float32) for bits in (0x7FFFFFFF, -1, 0x7F800000)]
+"""NaN of two signs and payloads, one of which would be zero if it were rounded to BF16 as an integer, and infinity."""
+
+
+@EVERY_TYPE
+def test_a_bad_number_is_seen_where_the_reference_sees_it(isa: str, dtype: torch.dtype) -> None:
+    """It is the first or last of a row: with an odd width the numbers after a row's last are the next row's."""
+    odd = Case(linear, (normal(60, 41, dtype=dtype), normal(21, 41)), terms=41)
+    for case in (*cases(63, dtype), odd, expert_case(60, dtype, 41, 21), causal_case(dtype, 1, 1, 80, 16, 16)):
+        attends = case.operation in (causal_attention, cached_attention, topk_attention)
+        for i, bad, at in itertools.product(case.floats, BAD, (0, -1)):
+            if (attends and i == 2) or (case.operation is rms_norm and bad.isinf()):
+                continue  # the reference multiplies a value that is not seen by zero; a norm, infinity by its inverse
+            broken = case.arguments[i].clone()
+            rows = broken.view(-1, broken.shape[-1])
+            rows[len(rows) // 2, at] = bad
+            changed = case.changed({i: broken})
+            with ops.use("reference"):
+                want = case.operation(*changed.arguments)
+            assert torch.equal(results(changed)[0].isfinite(), want.isfinite()), (case.operation.name, i, bad, at)
+
+
+# training
+
+
+def kernels_in_training(case: Case, frozen: int | None = None) -> list[str]:
+    """Return the kernels of a forward and a backward, with all floating-point operands trained, or all but one."""
+    kernels = Kernels()
+    leaves = {i: case.arguments[i].detach().requires_grad_(i != frozen) for i in case.floats}
+    with torch.enable_grad(), ops.counting(kernels):
+        case.operation(*case.changed(leaves).arguments).sum().backward()
+    return kernels
+
+
+TRAINED_CASES = {case.operation.name: case for case in [*cases(63, torch.float32)][::-1]}
+"""The first case of each operation."""
+MOST_THREADS = {"causal_attention": 6, "experts": 3, "rms_norm": 99}
+"""Threads up to which these cases are served: a head or two experts for each, as one of them is one thread's work."""
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_takes_a_kernel_only_where_it_serves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, kernels = TRAINED_CASES[name], [TRAINED[name], f"{TRAINED[name]}_gradients"]
+    assert kernels_in_training(case) == kernels
+    with ops.use("eager"):
+        assert not kernels_in_training(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not kernels_in_training(case)
+    with ops.use("cpu"):  # where no kernel is asked, a forced backend refuses nothing
+        assert not kernels_in_training(case.changed({i: case.arguments[i].double() for i in case.floats}))
+    with monkeypatch.context() as patch:
+        for module in ("attention", "experts", "layers"):
+            patch.setattr(f"dsmini.functional.{module}.KERNEL_FROM", 1 << 30)
+        assert not kernels_in_training(case), "little work"
+    for more in (0, 1):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=MOST_THREADS[name] + more: n)
+        assert kernels_in_training(case) == kernels * (not more or name == "rms_norm")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_second_derivatives_are_refused(name: str) -> None:
+    case = TRAINED_CASES[name]
+    leaves = {i: case.arguments[i].clone().requires_grad_() for i in case.floats}
+    with torch.enable_grad():
+        total = case.operation(*case.changed(leaves).arguments).sum()
+        with pytest.raises(ValueError, match="second derivatives"):
+            torch.autograd.grad(total, [*leaves.values()], create_graph=True)
+
+
+def test_frozen_and_rounded_operands_are_trained_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, routed = TRAINED_CASES["causal_attention"], TRAINED_CASES["experts"]
+    assert not kernels_in_training(attention, frozen=2) and not kernels_in_training(routed, frozen=3)
+    w1 = routed.arguments[3]
+    for w in (w1.bfloat16(), w1.mT.contiguous().mT):
+        assert not kernels_in_training(routed.changed({3: w}))
+    rounded = attention.changed({i: attention.arguments[i].bfloat16() for i in attention.floats})
+    assert kernels_in_training(rounded)
+    monkeypatch.setattr(BF16, lambda: True)
+    assert not kernels_in_training(rounded), "torch multiplies it"
+
+
+def test_backward_uses_the_forwards_backend_and_no_autocast() -> None:
+    for name in TRAINED:
+        case = TRAINED_CASES[name]
+        leaves = {i: case.arguments[i].clone().requires_grad_() for i in case.floats}
+        with torch.enable_grad(), ops.use("cpu"):
+            total = case.operation(*case.changed(leaves).arguments).sum()
+        want, kernels = torch.autograd.grad(total, [*leaves.values()], retain_graph=True), Kernels()
+        with torch.autocast("cpu", torch.bfloat16), ops.use("eager"), ops.counting(kernels):
+            got = torch.autograd.grad(total, [*leaves.values()])
+        assert kernels == [f"{TRAINED[name]}_gradients"]
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_gradients_of_attention_may_have_no_strides_and_come_at_once() -> None:
+    case = TRAINED_CASES["causal_attention"]
+    leaves = [t.clone().requires_grad_() for t in case.arguments[:3]]
+    grads = torch.randn(2, 1, 1, 1, 7).expand(2, 2, 3, 63, 7)
+    with torch.enable_grad():
+        y, plain = causal_attention(*leaves, SCALE), causal_attention.reference(*leaves, SCALE)
+    together = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        one, want = (torch.autograd.grad(result, leaves, grad, retain_graph=True) for result in (y, plain))
+        assert_agrees(case, one, want), assert_agrees(case, [each[i] for each in together], want)
+
+
+def test_compiled_training_has_no_kernel_and_no_break() -> None:
+    case = TRAINED_CASES["causal_attention"]
+    compiled = torch.compile(causal_attention.__call__, backend="eager", fullgraph=True)
+    assert_agrees(case, run(case, compiled), exact(case))
+
+
+# attention
+
+
+def test_large_logits_choose_one_key_forward_and_backward(isa: str) -> None:
+    """Logits of 1e10 are far apart, and rounding them moves each by hundreds: the largest must still have weight 1."""
+    q, k, v, grad = (heads(torch.float32, 1, 2, 150, n) for n in (32, 32, 16, 16))
+    # sums of products of integers are exact, so that the largest logit is the same one; few are equal
+    q, k = (64 * q).round() * 2.0**20, (64 * k).round()
+    case = Case(causal_attention, (q, k, v, SCALE, None), terms=16)
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    with torch.enable_grad():
+        want = causal_attention.reference(*leaves, SCALE)
+    y, lse = cpu.trained_attention(q, k, v, SCALE, None)
+    dq, dk, dv = cpu.trained_attention_gradients(grad, q, k, v, y, lse, SCALE, None)
+    mask = torch.ones(1, 150, 150, dtype=torch.bool).triu(1)
+    for got in (y, cpu.causal_attention(q, k, v, SCALE), cpu.cached_attention(q, k, v, SCALE, mask)):
+        assert_agrees(case, [got], [want], rows=True)
+    assert_agrees(case._replace(terms=150), [dv], torch.autograd.grad(want, leaves[2], grad.double()), rows=True)
+    # one weight is 1, so both are zero up to the rounding of a product of a value and a gradient
+    most = case.tolerance * v.norm(dim=-1).max() * grad.norm(dim=-1).max() * SCALE
+    assert dq.norm(dim=-1).max() <= most * k.norm(dim=-1).max()
+    assert dk.norm(dim=-1).max() <= most * 150 * q.norm(dim=-1).max()
+
+
+@EVERY_TYPE
+def test_large_logits_choose_one_row(isa: str, dtype: torch.dtype) -> None:
+    case = topk_case(dtype, 1, 4, 300, 16, 64, 32, 256, 64, 130)
+    case = case.changed({**{i: 1e10 * case.arguments[i] for i in (0, 1)}, 5: SCALE})
+    got, want = case.operation(*case.arguments), exact(case)[0]
+    assert got.isfinite().all()
+    # two logits may tie after the rounding of W_UK q: few rows of heads may differ
+    near = (got - want).flatten(0, 1).unflatten(-1, (16, 64)).norm(dim=-1) < 0.05 * want.norm() / (4 * 16) ** 0.5
+    assert near.double().mean() > 0.9
+
+
+@EVERY_TYPE
+def test_a_query_that_sees_no_key_has_nan(isa: str, dtype: torch.dtype) -> None:
+    q, blind = heads(dtype, 1, 1, 80, 16), torch.zeros(1, 80, 80, dtype=torch.bool)
+    blind[0, 7] = True
+    y = cpu.cached_attention(q, q, q, SCALE, blind)[0, 0]
+    assert y.isnan().all(-1).tolist() == y.isnan().any(-1).tolist() == blind[0, :, 0].tolist()
+    case = topk_case(dtype, 1, 2, 30, 2, 8, 4, 32, 8, 5)
+    case.arguments[6][:, 1] = -1
+    for backend in ("cpu", "eager", "reference"):
+        with ops.use(backend):
+            y = topk_attention(*case.arguments)[0]
+        assert y[1].isnan().all() and not y[0].isnan().any(), backend
+
+
+@EVERY_TYPE
+def test_the_order_of_chosen_rows_and_rows_not_chosen_do_not_matter(isa: str, dtype: torch.dtype) -> None:
+    *operands, scale, chosen = topk_case(dtype, 1, 3, 200, 5, 16, 8, 64, 16, 70).arguments
+    want = cpu.topk_attention(*operands, scale, chosen)
+    tolerance = rounding(FP32_UNIT, terms=70) + (dtype == torch.bfloat16) * rounding(BF16_UNIT)
+    assert relative_error(cpu.topk_attention(*operands, scale, chosen.flip(-1)), want) < tolerance
+    unseen = set(range(200)) - set(chosen[0, 1].tolist())
+    operands[2][0, sorted(unseen)] = torch.nan
+    got = cpu.topk_attention(*operands, scale, chosen)
+    assert torch.equal(got[0, 1], want[0, 1]) and got[0, 0].isnan().all()
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_heads_are_multiplied_in_bf16_only_where_a_cpu_has_units(monkeypatch: pytest.MonkeyPatch, units: bool) -> None:
+    monkeypatch.setattr("dsmini_kernels.cpu.topk.has_bf16_units", lambda: units)
+    case = topk_case(torch.bfloat16, 1, 2, 130, 3, 8, 6, 37, 9, 20)
+    with Operations() as seen:
+        assert cpu.topk_attention(*case.arguments).dtype == torch.bfloat16
+    products = {result.dtype for result in seen.results if "bmm" in result.operation}
+    assert products == {torch.bfloat16 if units else torch.float32}
+
+
+# the keys that an indexer chooses
+
+
+def scored(
+    b: int, s: int, t: int, h: int, width: int, topk: int, dtype: torch.dtype = torch.float32
+) -> tuple[Any, ...]:
+    """Return the arguments of topk_keys. Keys are the first of a longer cache, and some are masked."""
+    q, k = normal(b, s, h, width, dtype=dtype), normal(b, t + 3, width, dtype=dtype)[:, :t]
+    mask = torch.rand(b, s, t) < 0.3
+    mask[..., 0] = False
+    return q, k, torch.randn(b, s, h), topk, mask
+
+
+@EVERY_TYPE
+def test_chosen_keys_have_the_largest_scores(isa: str, dtype: torch.dtype) -> None:
+    """Sizes that no vector divides, all keys, and less than an item; any thread count."""
+    sizes = ((1, 1, 1, 1, 1, 1), (1, 3, 130, 3, 16, 9), (2, 21, 301, 8, 64, 40), (2, 5, 97, 5, 18, 97))
+    for shape in (*sizes, (1, 2, 2500, 1, 7, 2048), (2, 40, 300, 4, 32, 50)):
+        q, k, weights, topk, mask = call = scored(*shape, dtype)
+        (got,) = assert_threads_change_no_bit(lambda call=call: [cpu.topk_keys(*call)])
+        with ops.use("reference"):
+            scores = index_scores(q.double(), k.double(), weights.double()).masked_fill(mask, -torch.inf)
+            # terms of a score cancel, so its error is a share of what they would be together
+            size = index_scores(q.double().abs(), k.double().abs(), weights.double().abs())
+        assert got.shape == (*shape[:2], topk) and got.dtype == torch.int64
+        error = rounding(FP32_UNIT, terms=shape[3] * shape[4]) * size.max()
+        for chosen, row in zip(got.flatten(0, 1).tolist(), scores.flatten(0, 1), strict=True):
+            places = [p for p in chosen if p >= 0]
+            wanted = min(topk, int(row.isfinite().sum()))
+            assert len(places) == len(set(places)) == wanted and chosen == sorted(places) + [-1] * (topk - wanted)
+            rest = row.index_fill(0, torch.tensor(places), -torch.inf)
+            assert row[places].isfinite().all() and row[places].min() >= rest.max() - error
+
+
+def test_of_equal_scores_the_first_keys_are_chosen(isa: str) -> None:
+    q, k, weights, topk, mask = scored(2, 9, 301, 4, 8, 16)
+    weights = weights.abs()
+    q[..., 0], k[:, :250, 0], k[:, 250:, 0] = -20.0, 1.0, 0.9  # all heads are rectified
+    for order in (slice(None), slice(None, None, 2)):
+        call = (q[:, order], k, weights[:, order], topk, mask[:, order])
+        with ops.use("eager"):
+            want = topk_keys(*call)
+        assert torch.equal(cpu.topk_keys(*call), want)
+
+
+def test_a_score_of_nan_is_chosen_and_no_hidden_key_is(isa: str) -> None:
+    q, k, weights, topk, mask = scored(1, 4, 200, 3, 16, 5, torch.bfloat16)
+    k[0, 7], mask[:, :2, 7], mask[:, 2:, 7] = torch.nan, True, False
+    got = cpu.topk_keys(q, k, weights, topk, mask)[0]
+    assert [7 in row for row in got.tolist()] == [False, False, True, True]
+    assert not cpu.topk_keys(q, k, weights, topk, torch.ones_like(mask)).ge(0).any()
+
+
+# what is not served
+
+
+def test_more_tokens_than_memory_take_turns(isa: str) -> None:
+    """Beyond the memory of hidden numbers and of panels, tokens are computed in turns."""
+    linears = Case(quantized_linear, (torch.randn(700, 9000), weight_in("bfloat16", 5, 9000)), terms=9000, chained=1)
+    for case in (expert_case(2000, torch.float32, 8, 4096, 3)._replace(terms=4096, chained=3), linears):
+        assert_agrees(case, [getattr(cpu, case.operation.name)(*case.arguments)], exact(case)[:1])
+
+
+def test_weights_that_are_not_their_memory_run_in_torch() -> None:
+    x, w = torch.randn(20, 300), torch.randn(300, 300)
+    for odd in (torch._neg_view(w), w[:1].expand(300, 300)):
+        assert relative_error(linear(x, odd), x @ odd.T) < rounding(FP32_UNIT, terms=300)
+    assert not linear(torch.randn(20, 0), torch.randn(5, 0).bfloat16()).any()
+
+
+def test_what_is_not_served_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    routed, attention = TRAINED_CASES["experts"], TRAINED_CASES["causal_attention"]
+    x, _, weights, w1, w2, _ = routed.arguments
+    q, norm_x, main = attention.arguments[0], torch.randn(3, 37), topk_case(torch.float32, 1, 2, 30, 2, 8, 4, 32, 8, 5)
+    index = scored(1, 2, 30, 2, 8, 5)
+    norm, gradients = Case(cpu.trained_norm, (norm_x, torch.rand(37), 0.1), 37), cpu.trained_norm_gradients
+    keys = Case(cpu.topk_keys, index, 8)
+    for case, changes, reason in (
+        (routed, {4: torch._neg_view(w2)}, "sign"),
+        (routed, {3: w1[:, :1].expand(w1.shape)}, "strides"),
+        (routed, {3: w1.mT.contiguous().mT}, "strides"),
+        (routed, {0: x.half()}, "x of torch.float16"),
+        (routed, {2: weights.double()}, "weights of torch.float64"),
+        (attention, {i: q.double() for i in range(3)}, r"^$"),
+        (norm, {0: norm_x.double()}, "torch.float64"),
+        (norm, {0: norm_x.half()}, "torch.float16"),
+        (norm, {1: torch.rand(37).bfloat16()}, "torch.bfloat16"),
+        (norm, {0: norm_x[:0]}, r"\[0, 37\]"),
+        (norm, {0: norm_x[:, :30]}, r"\[3, 30\]"),
+        (Case(gradients, (norm_x.bfloat16(), norm_x, torch.rand(37), torch.ones(3, 1)), 1), {}, "a gradient of"),
+        (keys, {1: index[1].bfloat16()}, "tensors in torch"),
+        (keys, {2: index[2].bfloat16()}, r"weights of torch\.bfloat16"),
+        (main, {2: main.arguments[2].double()}, "tensors in torch"),
+    ):
+        function = getattr(cpu, getattr(case.operation, "name", case.operation.__name__))
+        with pytest.raises(Unserved, match=reason):
+            function(*case.changed(changes).arguments)
+    for case, place in ((routed, 3), (main, 2)):
+        with torch.enable_grad(), pytest.raises(Unserved, match="gradient"):
+            getattr(cpu, case.operation.name)(*case.changed({place: case.arguments[place].requires_grad_()}).arguments)
+    with torch.enable_grad():  # indices have none, so these are served
+        assert torch.equal(cpu.topk_keys(index[0].clone().requires_grad_(), *index[1:]), cpu.topk_keys(*index))
+    monkeypatch.setattr(panels, "has_bf16_units", lambda: True)
+    with pytest.raises(Unserved):
+        cpu.causal_attention(*[q.bfloat16()] * 3, SCALE)
+    monkeypatch.setattr(panels, "LEAST", 1 << 30)
+    for case in (routed, attention):
+        with pytest.raises(Unserved, match=r"^$"):
+            getattr(cpu, case.operation.name)(*case.arguments)
+    with pytest.raises(RuntimeError, match="size"):
+        rms_norm(norm_x.requires_grad_(), torch.rand(32), 0.1)
+
+
+@pytest.mark.parametrize("place", [30, -2, 1 << 40])
+def test_chosen_rows_outside_the_memory_are_refused(place: int) -> None:
+    case = topk_case(torch.float32, 1, 2, 30, 2, 8, 4, 32, 8, 5)
+    case.arguments[6][0, 1, 2] = place
+    with pytest.raises(RuntimeError, match="beyond their memory"):
+        cpu.topk_attention(*case.arguments)
