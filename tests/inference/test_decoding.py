@@ -262,33 +262,6 @@ def test_a_change_of_the_model_is_heeded(name: str) -> None:
     check_step(model, [9, 20], 1)
 
 
-def replaced(part: str, model: Transformer) -> None:
-    """Put another module with the same weights into the place of the head or the embedding."""
-    old = model.get_submodule(part)
-    if part == "embed":
-        inner = nn.Embedding(*old.weight.shape, dtype=old.weight.dtype)
-        new: nn.Module = nn.Sequential(inner)
-    else:
-        new = inner = nn.Linear(*reversed(old.weight.shape), bias=False, dtype=old.weight.dtype)
-    inner.weight.data.copy_(old.weight.data)
-    model.set_submodule(part, new)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("part", ["head", "embed"])
-def test_a_replaced_head_or_embedding_decodes(small_model: Model, part: str, dtype: torch.dtype) -> None:
-    model = small_model(n_mtp_layers=1).to(dtype)
-    want = [generate(model, [[5, 3, 8], [1]], 8, speculative=drafts) for drafts in (False, True)]
-    replaced(part, model)
-    assert None not in Decoder(model).blocks
-    got = [generate(model, [[5, 3, 8], [1]], 8, speculative=drafts) for drafts in (False, True)]
-    for a, b in zip(got, want, strict=True):
-        # a head in BF16 gets states in BF16, and may find another token the likeliest
-        assert a.tokens.shape == b.tokens.shape and (
-            (part == "head" and dtype != torch.float32) or torch.equal(a.tokens, b.tokens)
-        )
-
-
 def test_kernels_are_compiled_before_the_clock_runs(small_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the time of reading the prompts would be the compiler's."""
     loaded = build.Library(build.library().isa)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import struct
 import subprocess
 import sys
 import time
@@ -20,7 +19,6 @@ from dsmini.nn.layers import linear
 from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
 from dsmini_kernels import cpu
 from dsmini_kernels.cpu import build, folder
-from dsmini_kernels.cpu.structs import LAYOUTS
 from tests.helpers.commands import ROOT
 from tests.kernels.conftest import assert_same, quantize
 
@@ -110,23 +108,6 @@ def test_library_is_built_for_this_cpu_and_links_no_openmp() -> None:
         assert library.entry(name)
     for path in library.paths.values():
         assert not any(name in path.read_bytes() for name in (b"gomp", b"iomp", b"libomp"))
-
-
-def test_packed_fields_lie_where_the_compiler_reads_them(tmp_path: Path) -> None:
-    """Sizes and offsets of all structs, as a compiler of calls.h has them."""
-    packed = {name.replace("Span", "Span<char>"): layout for name, layout in LAYOUTS.items()}
-    asked = [f"sizeof({name})" for name in packed]
-    asked += [f"offsetof({name}, {field})" for name, layout in packed.items() for field in layout.fields]
-    source, program = tmp_path / "offsets.cpp", tmp_path / "offsets"
-    prints = "\n".join(f'printf("%zu ", {size});' for size in asked)
-    source.write_text(f'#include "calls.h"\n#include <cstddef>\n#include <cstdio>\nint main() {{ {prints} }}')
-    command = (*build.find_compiler(), "-w", "-std=c++17", f"-I{build.HERE}", str(source), "-o", str(program))
-    subprocess.run(command, check=True)
-    want = [layout.size for layout in packed.values()]
-    for layout in packed.values():
-        formats = list(layout.fields.values())
-        want += [struct.calcsize("=" + "".join(formats[:before])) for before in range(len(formats))]
-    assert subprocess.check_output(program, text=True).split() == [str(size) for size in want]
 
 
 @pytest.mark.parametrize(
@@ -396,15 +377,3 @@ def is_running(process: str) -> bool:
         return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
     except OSError:
         return False
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc/self/maps")
-def test_only_one_openmp_is_loaded(library: build.Library) -> None:
-    code = (
-        "import torch, dsmini.numerics as n; torch.set_num_threads(2); x = torch.randn(1024, 512); x @ x.T;"
-        "n.round_tiles(x, (1, 128), 'ue8m0', 'e4m3', 1e-4, torch.bfloat16); print(open('/proc/self/maps').read())"
-    )
-    mapped = {line.split("/")[-1] for line in output(in_process(code)).splitlines() if ".so" in line}
-    assert library.paths["training"].name in mapped
-    assert sum(any(name in path for name in ("gomp", "iomp", "libomp")) for path in mapped) == 1, mapped

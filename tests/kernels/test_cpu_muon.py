@@ -182,14 +182,13 @@ def test_what_is_not_served_says_why() -> None:
         cpu.muon_update(dataclasses.replace(given, **changes), JORDAN, **HOW, matmul_dtype=products)
 
     call()
-    with pytest.raises(Unserved, match=r"products in torch.float64"):
-        call(products=torch.float64)
-    with pytest.raises(Unserved, match=r"torch.float64 on cpu"):
-        call(dtype=torch.float64)
-    with pytest.raises(Unserved, match=r"not contiguous"):
-        call(grads=[torch.randn(6, 4).T])
-    with pytest.raises(Unserved, match=r"shape \[4, 5\] for a parameter of \[4, 6\]"):
-        call(momenta=[torch.randn(4, 5)])
     large = torch.zeros(513, 512)
-    with pytest.raises(Unserved, match=r"^$"):
-        call(params=[large], grads=[large], momenta=[large])
+    for reason, options in (
+        (r"products in torch.float64", {"products": torch.float64}),
+        (r"torch.float64 on cpu", {"dtype": torch.float64}),
+        (r"not contiguous", {"grads": [torch.randn(6, 4).T]}),
+        (r"shape \[4, 5\] for a parameter of \[4, 6\]", {"momenta": [torch.randn(4, 5)]}),
+        (r"^$", {"params": [large], "grads": [large], "momenta": [large]}),
+    ):
+        with pytest.raises(Unserved, match=reason):
+            call(**options)

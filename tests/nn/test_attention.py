@@ -10,7 +10,6 @@ from dsmini.functional import attention
 from dsmini.nn import cached_attention
 from tests import reference_model as reference
 from tests.conftest import SMALL
-from tests.helpers.configs import refusal
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, ROPE_TABLE, assert_agree, relative_error, rounding
 
 SIZES: dict[str, Any] = {"dim": 23, "n_heads": 6, "qk_nope_head_dim": 8, "v_head_dim": 5, "max_seq_len": 64}
@@ -75,7 +74,3 @@ def test_no_rows_give_no_rows(layer: Any, backend: str) -> None:
         y = y[0] if isinstance(y, tuple) else y
         assert y.shape == x.shape
         y.sum().backward()
-
-
-def test_mla_is_refused_by_name() -> None:
-    assert "attention='mla' is another module; use MLA" in refusal(Attention, attention="mla")

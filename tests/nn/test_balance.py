@@ -103,36 +103,6 @@ def test_gates_come_in_the_order_of_routing_mtp_last(small_model: Model) -> None
         assert [r.counts.sum().item() for r in routing] == [3 * B * (S - k) for k in (0, 0, 1, 2)]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_no_forward_or_backward_moves_the_bias(small_model: Model, recompute: bool) -> None:
-    model = small_model()
-    before = [gate.bias.clone() for gate in model.gates() if gate.bias is not None]
-    tokens, targets = batch()
-    model.losses(tokens, targets, recompute=recompute).total.backward()
-    model.run(tokens, mtp=True)
-    with torch.no_grad():
-        model.eval()(tokens)
-        model.losses(tokens, targets)
-    assert len(before) == 3
-    assert all(torch.equal(gate.bias, b) for gate, b in zip(model.gates(), before, strict=True))
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_counts_of_a_step_in_parts_are_those_of_the_step(small_model: Model, recompute: bool) -> None:
-    """Once a token and layer: neither the parts of a step nor a recomputed forward count twice."""
-    model = small_model()
-    tokens, targets = batch()
-    whole = model.losses(tokens, targets).routing
-    summed = [torch.zeros(8, dtype=torch.int64) for _ in whole]
-    for row in range(B):
-        losses = model.losses(tokens[row : row + 1], targets[row : row + 1], recompute=recompute)
-        losses.total.backward()
-        for total, routing in zip(summed, losses.routing, strict=True):
-            total += routing.counts
-    assert all(torch.equal(total, routing.counts) for total, routing in zip(summed, whole, strict=True))
-    assert [total.sum().item() for total in summed] == [3 * B * (S - k) for k in (0, 1, 2)]
-
-
 def test_max_violation_by_hand() -> None:
     """Only the busiest expert counts, not the idlest."""
     counts = torch.tensor([[2, 2, 2, 2], [8, 0, 0, 0], [3, 3, 2, 0]])

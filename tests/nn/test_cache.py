@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from dsmini import MLA, ModelConfig, Transformer, ops
-from dsmini.nn import Cache, Linear
+from dsmini.nn import Cache
 from dsmini.nn.mla import attention_work
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import DSA, V4_MODEL, V32, refusal, released
+from tests.helpers.models import decoded, tokens_of
 from tests.helpers.tolerances import (
     BF16_CACHE,
     BF16_UNIT,
@@ -29,10 +29,6 @@ from tests.helpers.watching import storage_bytes
 
 Model = Callable[..., Transformer]
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-
-
-def tokens_of(b: int, s: int) -> Tensor:
-    return torch.randint(0, SMALL["vocab_size"], (b, s))
 
 
 # what a cache holds
@@ -185,8 +181,7 @@ def test_cache_of_any_dtype_agrees_in_all_forms_and_chunks(
     with ops.use("eager"):
         want = model(tokens, model.new_cache(2, 24, dtype, form="expanded"))
         for form, sizes in (("absorbed", 24), *((form, (5, 6, 1, 1, 11)) for form in ("auto", "expanded", "absorbed"))):
-            cache = model.new_cache(2, 24, dtype, form=form)  # pyright: ignore[reportArgumentType]
-            got = torch.cat([model(part, cache) for part in tokens.split(sizes, 1)], 1)
+            got = decoded(model, tokens, sizes, 24, dtype, form=form)
             assert relative_error(got, want) < near
 
 
@@ -209,24 +204,16 @@ def test_a_model_made_in_inference_mode_decodes(small_config: Callable[..., Mode
             model(tokens_of(1, 2), cache)
 
 
-def test_absorbed_halves_are_prepared_again_after_a_change(small_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens, made = small_model(), tokens_of(1, 12), []
-    for block in model.layers:  # all that is made is made of this
-        monkeypatch.setattr(
-            block.attn.wkv_b, "dense", lambda dtype, a=block.attn: made.append(a) or Linear.dense(a.wkv_b, dtype)
-        )
-    cache = model.new_cache(1, 16, form="absorbed")
-    for token in tokens.split(1, 1):
-        model(token, cache)
-    assert made == [block.attn for block in model.layers]
-    with torch.no_grad():
-        model.layers[0].attn.wkv_b.weight *= 2
-    for _ in range(2):
-        model(tokens[:, :1], cache)
-    assert made[2:] == made[:1]
-    model.compute_dtype = torch.float64
-    model(tokens[:, :1], cache)
-    assert made[3:] == made[:2]
+@torch.no_grad()
+def test_absorbed_decoding_sees_a_changed_weight_and_dtype(small_model: Model) -> None:
+    """What is made of a weight is kept in the cache between calls."""
+    model, tokens = small_model(), tokens_of(1, 12)
+    cache, weight = model.new_cache(1, 16, form="absorbed"), model.layers[0].attn.wkv_b.weight
+    for change in (lambda: None, lambda: weight.mul_(2), lambda: setattr(model, "compute_dtype", torch.float64)):
+        change()
+        cache.truncate(0)
+        got = torch.cat([model(token, cache) for token in tokens.split(1, 1)], 1)
+        assert relative_error(got, model(tokens)) < FP32_MODEL
 
 
 # which form

@@ -20,26 +20,12 @@ from torch import Tensor, nn
 
 from dsmini import MLA, Attention, FeedForward, Gate, RMSNorm, Transformer, quantize
 from dsmini.nn import DSA, FP8Linear
-from tests.conftest import randomise
+from tests.conftest import SMALL, randomise
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 ROOT = Path(__file__).parents[2]
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "dim": 16,
-    "inter_dim": 40,
-    "moe_inter_dim": 8,
-    "n_layers": 2,
-    "n_heads": 2,
-    "q_lora_rank": 14,
-    "kv_lora_rank": 10,
-    "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 5,
-    "n_routed_experts": 8,
-    "n_activated_experts": 3,
-    "max_seq_len": 64,
-    "original_seq_len": 32,
+SIZES: dict[str, Any] = SMALL | {
+    **{"dim": 16, "moe_inter_dim": 8, "n_heads": 2, "n_mtp_layers": 1, "max_seq_len": 64, "original_seq_len": 32}
 }
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from dsmini import ModelConfig, Transformer, ops
 from dsmini.functional import sparse_attention
@@ -13,6 +12,7 @@ from dsmini.nn.dsa import topk_attention
 from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
 from tests.helpers import configs
+from tests.helpers.models import set_stage, tokens_of
 from tests.helpers.tolerances import ROPE_TABLE, assert_agree, relative_error
 from tests.nn.test_mla import CASES, INDEX, SIZES
 
@@ -20,10 +20,7 @@ SPARSE: dict[str, Any] = SMALL | configs.DSA
 
 
 def model_of(stage: Any = None, **changes: Any) -> Transformer:
-    model = randomise(Transformer(ModelConfig(**SPARSE | changes)))
-    for layer in dsa.dsa_layers(model):
-        layer.stage = stage
-    return model
+    return set_stage(randomise(Transformer(ModelConfig(**SPARSE | changes))), stage)
 
 
 def dense_baseline(model: Transformer) -> Transformer:
@@ -32,10 +29,6 @@ def dense_baseline(model: Transformer) -> Transformer:
     dense = Transformer(model.config, **changes)
     dense.load_state_dict({name: t for name, t in model.state_dict().items() if ".indexer." not in name})
     return dense
-
-
-def tokens_of(b: int, s: int) -> Tensor:
-    return torch.randint(0, SMALL["vocab_size"], (b, s))
 
 
 @pytest.mark.parametrize("interleave", [False, True])

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmini import MLA, MTP, Attention, Block, Gate, Linear, ModelConfig, MoE, Transformer
+from dsmini import MLA, Attention, Block, Gate, Linear, ModelConfig, MoE, Transformer
 from dsmini.inference.fused import Decoder
 from dsmini.nn import Aux, Context, LayerCache, Routing, dsa_layers, route
 from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import DSA, refusal
+from tests.helpers.models import decoded, set_stage, tokens_of
 from tests.helpers.tolerances import FP32_MODEL, MOVED, UNMOVED, relative_error
 
 WINDOW = 6
@@ -42,38 +43,6 @@ class WithoutAux(Block):
 
     def forward(self, x: Tensor, context: Context | None = None) -> Any:
         return super().forward(x, context)[0]
-
-
-class TwoStreams(Transformer):
-    """A model with two residual streams, the first step to hyper-connections (Zhu et al. 2024)."""
-
-    def expand(self, x: Tensor) -> Tensor:
-        return torch.stack((x, 2 * x), 2)
-
-    def collapse(self, x: Tensor) -> Tensor:
-        return x.mean(2)
-
-
-class StreamBlock(Block):
-    """A block that reads the mean of two streams, and writes to both with other weights."""
-
-    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Aux]:
-        weights = torch.tensor([0.5, 1.5])[:, None]
-        y, indexer_loss = self.attend(self.attn_norm(x.mean(2)), context)
-        x = x + weights * y[:, :, None]
-        y, routing = self.feed_forward(self.ffn_norm(x.mean(2)), context)
-        return x + weights * y[:, :, None], Aux(routing, indexer_loss)
-
-
-class StreamMTP(MTP):
-    """Multi-token prediction that joins the embedding with each stream of the depth before."""
-
-    def join(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        embedding = self.enorm(embedding)[:, :, None].expand_as(hidden)
-        return self.eh_proj(torch.cat((embedding, self.hnorm(hidden)), -1))
-
-    def collapse(self, x: Tensor) -> Tensor:
-        return x.mean(2)
 
 
 class TupleGate(Gate):
@@ -122,7 +91,7 @@ class SoftplusGate(Gate):
 
 def check_training_and_decoding(model: Transformer, changed: str, layers: int = ALL_LAYERS) -> None:
     """One step lowers the loss and moves the parameters of that name; a cache answers as the whole sequence does."""
-    tokens = torch.randint(0, SMALL["vocab_size"], (2, 20))
+    tokens = tokens_of(2, 20)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if changed in name}
     losses = []
@@ -134,9 +103,7 @@ def check_training_and_decoding(model: Transformer, changed: str, layers: int = 
     assert losses[1] < losses[0]
     assert len(before) >= layers
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
-    want, cache = model(tokens), model.new_cache(2)
-    got = torch.cat([model(part, cache) for part in tokens.split((7, 1, 12), 1)], 1)
-    assert relative_error(got, want) < FP32_MODEL
+    assert relative_error(decoded(model, tokens, (7, 1, 12)), model(tokens)) < FP32_MODEL
 
 
 def test_another_residual_rule_is_a_subclass_of_block() -> None:
@@ -145,7 +112,7 @@ def test_another_residual_rule_is_a_subclass_of_block() -> None:
     plain = Transformer(**SMALL)
     state = {name: t for name, t in model.state_dict().items() if not name.endswith("alpha")}
     plain.load_state_dict(state)
-    tokens = torch.randint(0, SMALL["vocab_size"], (1, 9))
+    tokens = tokens_of(1, 9)
     assert not torch.equal(plain(tokens), model(tokens))
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -156,12 +123,11 @@ def test_another_residual_rule_is_a_subclass_of_block() -> None:
 
 def test_another_residual_rule_trains_the_indexers_too() -> None:
     """Its block gets a pair from attention, whether the indexer learns or not."""
-    tokens = torch.randint(0, SMALL["vocab_size"], (2, 20))
+    tokens = tokens_of(2, 20)
     changed, plain = (randomise(Transformer(**SMALL | DSA, make_block=kind)) for kind in (ScaledResidual, Block))
     for stage in ("warmup", "sparse", None):
         for model in (changed, plain):
-            for layer in dsa_layers(model):
-                layer.stage = stage
+            set_stage(model, stage)
         ours, theirs = (model.losses(tokens[:, :-1], tokens[:, 1:]).indexers for model in (changed, plain))
         assert len(ours) == len(theirs) == (0 if stage is None else ALL_LAYERS)
         assert all(loss.kl > 0 for loss in ours)
@@ -172,7 +138,7 @@ def test_another_residual_rule_trains_the_indexers_too() -> None:
 
 def test_a_rope_of_ones_own_is_that_of_its_layer() -> None:
     """Layers may turn by different angles, as V4's do, in training and in every way to decode."""
-    model, tokens = randomise(Transformer(**SMALL)), torch.randint(0, SMALL["vocab_size"], (2, 20))
+    model, tokens = randomise(Transformer(**SMALL)), tokens_of(2, 20)
     before = model(tokens)
     layer: Any = model.layers[1].attn
     layer.rope = dataclasses.replace(layer.rope, rope_theta=50.0)
@@ -180,25 +146,6 @@ def test_a_rope_of_ones_own_is_that_of_its_layer() -> None:
     assert relative_error(want, before) > FP32_MODEL
     states = [Decoder(model).states(part, cache).normed for part in tokens.split((17, 1, 2), 1)]
     assert relative_error(model.head(torch.cat(states, 1)), want) < FP32_MODEL
-
-
-def test_residual_streams_reach_every_part_of_the_model() -> None:
-    """Two streams are trained, cached, handed to each depth of prediction, and recomputed."""
-    model = randomise(TwoStreams(**SMALL | {"mtp_input": "pre_norm"}, make_block=StreamBlock))
-    for depth in model.mtp:
-        depth.__class__ = StreamMTP
-    check_training_and_decoding(model, "attn.wkv_b")
-    tokens = torch.randint(0, SMALL["vocab_size"], (2, 20))
-    want, cache = model.run(tokens, mtp=True), model.new_cache(2, mtp=True)
-    assert model.states(tokens).given.shape == (2, 20, 2, SMALL["dim"])
-    parts = [model.run(part, cache, mtp=True) for part in tokens.split((9, 1, 10), 1)]
-    for k, ahead in enumerate(want.mtp_logits):
-        got = torch.cat([part.mtp_logits[k] for part in parts], 1)
-        assert relative_error(got[:, k + 1 :], ahead) < FP32_MODEL
-    cache.select([1, 0, 1])
-    assert cache.mtp is not None and cache.mtp.last[0].shape == (3, 2, SMALL["dim"])
-    totals = [model.losses(tokens, tokens, recompute=recompute).total for recompute in (False, True)]
-    assert torch.equal(*totals)
 
 
 def test_another_attention_class_is_handed_to_transformer() -> None:
@@ -226,7 +173,7 @@ def masked_model(layer: Any = MLA, /, **changes: Any) -> Transformer:
 def test_sliding_window_reaches_back_its_width_a_layer() -> None:
     model = masked_model()
     check_training_and_decoding(model, "attn.wkv_b")
-    model, tokens = model.double(), torch.randint(0, SMALL["vocab_size"], (1, 30))
+    model, tokens = model.double(), tokens_of(1, 30)
     other = tokens.clone()
     other[0, 0] = (other[0, 0] + 1) % SMALL["vocab_size"]
     reach = SMALL["n_layers"] * (WINDOW - 1)  # of the first token, through all layers
@@ -239,7 +186,7 @@ def test_sliding_window_reaches_back_its_width_a_layer() -> None:
 def test_mask_hides_keys_with_and_without_a_cache(attention: str, form: Any) -> None:
     gqa = {"attention": "gqa", "n_kv_heads": 1}
     model = masked_model() if attention == "mla" else masked_model(Attention, **gqa)
-    tokens = torch.randint(0, SMALL["vocab_size"], (2, 23))
+    tokens = tokens_of(2, 23)
     distance = torch.arange(23)[:, None] - torch.arange(23)
     seen = ((distance >= 0) & (distance < WINDOW))[None]
     (want, *ahead), _ = reference.model(copy.deepcopy(model).double(), tokens, model.config, seen)
@@ -289,11 +236,11 @@ def test_another_gate_is_handed_to_transformer() -> None:
     model = randomise(model_with_gate(SoftplusGate))
     assert len(model.gates()) == ALL_LAYERS - SMALL["n_dense_layers"]
     check_training_and_decoding(model, "gate.weight", ALL_LAYERS - SMALL["n_dense_layers"])
-    routing = model.run(torch.randint(0, SMALL["vocab_size"], (1, 9))).routing
+    routing = model.run(tokens_of(1, 9)).routing
     assert all((r.scores > 0).all() and (r.scores.max() > 1) for r in routing)  # beyond what a sigmoid gives
     by_config = Transformer(**SMALL, score_func=lambda logits: F.softplus(logits).sqrt())
     by_config.load_state_dict(model.state_dict())
-    tokens = torch.randint(0, SMALL["vocab_size"], (1, 9))
+    tokens = tokens_of(1, 9)
     assert torch.equal(by_config(tokens), model(tokens))
 
 

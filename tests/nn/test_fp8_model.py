@@ -17,6 +17,7 @@ from dsmini.numerics.dispatch import dispatch_quantized, sort_by_expert
 from tests.conftest import randomise
 from tests.helpers.configs import DSA, refusal
 from tests.helpers.configs import FP8_SIZES as SIZES
+from tests.helpers.models import decoded
 from tests.helpers.tolerances import E4M3_UNIT, relative_error, rounding
 
 Build = Callable[..., Transformer]
@@ -46,8 +47,7 @@ def test_sparse_model_in_fp8_trains_and_decodes(small_model: Build) -> None:
     model, tokens = small_model(**DSA, precision="fp8", indexer_fp8=True, n_mtp_layers=0), torch.randint(0, 61, (1, 20))
     model.losses(tokens[:, :-1], tokens[:, 1:]).total.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if ".indexer." not in name)
-    cache = model.new_cache(1, form="expanded")
-    got = torch.cat([model(part, cache) for part in tokens.split((7, 12, 1), 1)], 1)
+    got = decoded(model, tokens, (7, 12, 1), form="expanded")
     assert relative_error(got, model(tokens)) < E4M3_UNIT * 0.1
 
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from dsmini import MoE, Transformer, ops
 from dsmini.nn.fp8 import hold_all_fp8
 from tests.conftest import SMALL, randomise
+from tests.helpers.models import decoded, tokens_of
 from tests.helpers.tolerances import BF16_UNIT, FP32_MODEL, relative_error, rounding
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,7 @@ def model() -> Transformer:
 
 @pytest.fixture
 def tokens() -> Tensor:
-    return torch.randint(0, SMALL["vocab_size"], (2, 13))
+    return tokens_of(2, 13)
 
 
 Parameters = dict[str, Tensor]
@@ -135,8 +136,7 @@ def test_short_models_keep_norms_and_gates_in_fp32(model: Transformer, tokens: T
     losses = short.losses(tokens[:, :-1], tokens[:, 1:])
     assert losses.total.dtype == torch.float32 and losses.total.isfinite()
     assert relative_error(short(tokens), want) < rounding(unit, chained=30)
-    cache = short.new_cache(2)
-    parts = torch.cat([short(part, cache) for part in tokens.split((7, 1, 5), 1)], 1)
+    parts = decoded(short, tokens, (7, 1, 5))
     assert relative_error(parts, want) < rounding(unit, chained=30)
 
 

@@ -18,10 +18,6 @@ SIZES: dict[str, Any] = {
 }
 
 
-def context_of_ids(tokens: torch.Tensor) -> Context:
-    return Context(positions=torch.arange(tokens.shape[1])[None], tokens=tokens)
-
-
 def test_scores_are_the_root_of_softplus_with_finite_gradients() -> None:
     """Logits of -200 have a softplus of 0, whose root has an infinite derivative."""
     logits = torch.tensor([[-200.0, -30.0, 0.0, 30.0]], requires_grad=True)
@@ -29,11 +25,6 @@ def test_scores_are_the_root_of_softplus_with_finite_gradients() -> None:
     torch.testing.assert_close(routing.scores[0, 1:], logits[0, 1:].exp().log1p().sqrt())
     routing.scores.sum().backward()
     assert logits.grad is not None and bool(logits.grad.isfinite().all())
-
-
-def test_scores_stay_in_fp32_for_hidden_states_in_bf16() -> None:
-    routing = HashGate(**SIZES)(torch.randn(3, M).bfloat16(), torch.arange(3))
-    assert routing.weights.dtype == routing.scores.dtype == torch.float32
 
 
 def test_table_chooses_experts_and_scores_weigh_them() -> None:
@@ -44,6 +35,8 @@ def test_table_chooses_experts_and_scores_weigh_them() -> None:
     chosen = torch.stack([scores[i, of] for i, of in enumerate(routing.indices)])
     torch.testing.assert_close(routing.weights, 1.5 * chosen / chosen.sum(-1, keepdim=True))
     assert torch.equal(routing.counts, routing.indices.flatten().bincount(minlength=E))
+    short = gate(x.bfloat16(), tokens)
+    assert short.weights.dtype == short.scores.dtype == torch.float32
 
 
 def test_hash_layer_has_no_bias_and_no_part_in_the_balance_loss() -> None:
@@ -80,7 +73,8 @@ def test_wrong_table_is_refused(table: torch.Tensor, message: str) -> None:
 def test_hash_layer_without_ids_is_refused() -> None:
     moe = MoE(gate_class=HashGate, **SIZES)
     assert "token ids and got none" in refusal(moe, torch.randn(1, 3, M))
-    y, routing = moe(torch.randn(2, 3, M), context_of_ids(torch.arange(6).view(2, 3)))
+    context = Context(positions=torch.arange(3)[None], tokens=torch.arange(6).view(2, 3))
+    y, routing = moe(torch.randn(2, 3, M), context)
     assert y.shape == (2, 3, M) and routing.indices.shape == (6, K)
 
 

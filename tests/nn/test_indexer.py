@@ -13,7 +13,6 @@ from dsmini.nn.dsa import hadamard, index_scores, topk_keys
 from dsmini.numerics import quantize
 from tests import reference_model as reference
 from tests.conftest import randomise
-from tests.helpers.configs import refusal
 from tests.helpers.tolerances import FP32_UNIT, ROPE_TABLE, assert_agree, relative_error, rounding
 from tests.nn.test_mla import CASES, INDEX, SIZES
 
@@ -85,10 +84,6 @@ def test_norm_and_head_weights_stay_fp32(dtype: torch.dtype) -> None:
     weights = short.head_weights(x.to(dtype))
     want = x.detach().to(dtype).double() @ short.weights_proj.weight.double().T / (5 * 16) ** 0.5
     assert weights.dtype == torch.float32 and relative_error(weights, want) <= rounding(FP32_UNIT, terms=23)
-
-
-def test_a_layer_that_is_not_sparse_has_no_indexer() -> None:
-    assert refusal(Indexer, attention="mla") == "attention='mla' has no indexer; use attention='dsa'"
 
 
 # the keys that are chosen

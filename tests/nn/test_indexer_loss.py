@@ -14,9 +14,10 @@ from dsmini.nn import DSA, Context, dsa, dsa_layers
 from dsmini.nn.dsa import IndexerLoss, indexer_agreement, kl_of_scores, topk_keys
 from tests.conftest import SMALL, randomise
 from tests.helpers import configs
+from tests.helpers.models import set_stage, tokens_of
 from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, FP64_UNIT, relative_error, rounding
 from tests.helpers.watching import Operations
-from tests.nn.test_dsa import SPARSE, dense_baseline, model_of, tokens_of
+from tests.nn.test_dsa import SPARSE, dense_baseline, model_of
 from tests.nn.test_mla import CASES, INDEX, SIZES
 
 S, TOPK, SCALE = 13, 5, 0.4
@@ -164,8 +165,7 @@ def test_each_loss_moves_its_own_parameters(compressed: bool) -> None:
     model = model_of("sparse", **({} if compressed else {"q_lora_rank": None}))
     both = gradients(model)
     doubled = gradients(model, balance_alpha=0.0, mtp_weight=0.0)
-    for layer in dsa_layers(model):
-        layer.stage = None
+    set_stage(model, None)
     alone = gradients(model)
     index = {name for name in both if ".indexer." in name}
     assert len(index) == 5 * len(dsa_layers(model)) == 5 * 4
@@ -182,8 +182,7 @@ def test_warmup_attends_to_all_keys_and_evaluation_to_the_chosen() -> None:
     assert relative_error(model(tokens), dense(tokens)) <= FP32_MODEL
     model.eval()
     sparse = model(tokens)
-    for layer in dsa_layers(model):
-        layer.stage = None
+    set_stage(model, None)
     assert torch.equal(sparse, model(tokens)) and relative_error(sparse, dense(tokens)) > 1e-2
 
 
@@ -219,8 +218,7 @@ def test_losses_name_every_indexer_that_learns(monkeypatch: pytest.MonkeyPatch) 
     model(tokens)
     with pytest.raises(TypeError):
         gradients(model)
-    for layer in dsa_layers(model):
-        layer.stage = None
+    set_stage(model, None)
     assert model.losses(tokens[:, :-1], tokens[:, 1:]).indexers == []
 
 
@@ -233,8 +231,7 @@ def test_indexers_learn_in_low_precision(stage: Any, changes: dict[str, Any]) ->
     exact.load_state_dict(model.state_dict())
     tokens, found = tokens_of(2, 33), []
     for one in (model, exact):
-        for layer in dsa_layers(one):
-            layer.stage = stage
+        set_stage(one, stage)
         losses = one.losses(tokens[:, :-1], tokens[:, 1:])
         found.append(torch.stack([loss.kl for loss in losses.indexers]))
         losses.total.backward()

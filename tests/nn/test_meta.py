@@ -9,6 +9,7 @@ from torch import nn
 from dsmini import Transformer
 from tests.conftest import SMALL
 from tests.helpers.configs import DSA
+from tests.helpers.models import tokens_of
 
 MODELS: dict[str, dict[str, Any]] = {
     "mla": {"embed_norm": True, "original_seq_len": 8},
@@ -17,10 +18,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "fp8": {"precision": "fp8"},
     "dsa": DSA,
 }
-
-
-def own_tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
@@ -33,12 +30,12 @@ def test_meta_model_is_filled_by_its_modules(changes: dict[str, Any]) -> None:
             tensor.fill_(torch.nan)
     torch.manual_seed(5)
     for module in model.modules():
-        if own_tensors(module):
+        if [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
             module.reset_parameters()  # pyright: ignore[reportCallIssue]
     usual = Transformer(**SMALL | changes)
     torch.manual_seed(5)
     usual.reset_parameters()
-    tokens = torch.randint(0, SMALL["vocab_size"], (2, 13))
+    tokens = tokens_of(2, 13)
     assert torch.equal(model(tokens), usual(tokens))
     want = usual.state_dict()
     assert model.state_dict().keys() == want.keys()

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dsmini import DSA, MLA, Attention, ModelConfig, ops
-from dsmini.nn import Context, apply_rope
+from dsmini.nn import CompressedAttention, Context, Indexer, apply_rope
 from tests import reference_model as reference
-from tests.helpers.configs import refusal
+from tests.conftest import SMALL
+from tests.helpers.configs import V4, refusal
 from tests.helpers.tolerances import FP32_MODEL, ROPE_TABLE, assert_agree, relative_error
 
 SIZES: dict[str, Any] = {
@@ -143,5 +144,10 @@ def test_wrong_input_of_a_layer_is_refused_in_a_sentence() -> None:
         (refusal(unchecked, x, Context(positions=torch.arange(9)[None]), mask=wrong), "a context and mask="),
         (refusal(MLA, **SIZES, causal=False), "leave out causal, and hide keys in a call: layer(x, mask=...)"),
         (refusal(DSA, dim=64, n_heads=2), "needs index_n_heads, index_head_dim, index_topk; set them"),
+        (refusal(Indexer, attention="mla"), "attention='mla' has no indexer; use attention='dsa'"),
+        (refusal(Attention, attention="mla"), "attention='mla' is another module; use MLA"),
+        (refusal(Attention, ModelConfig(**SMALL | V4)), "use CompressedAttention, or 'mha', 'gqa' or 'mqa'"),
+        (refusal(CompressedAttention, ModelConfig(), compress_ratio=4), "use attention='compressed'"),
+        (refusal(CompressedAttention, compress_ratio=4), "attention='compressed' needs"),
     ):
         assert want in said, said

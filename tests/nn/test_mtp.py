@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dsmini import Transformer
 from dsmini.nn.transformer import IGNORE
@@ -15,15 +14,10 @@ B, S, VOCAB = 2, 13, 61
 Model = Callable[..., Transformer]
 
 
-def distinct_tokens() -> Tensor:
-    """No token twice in a row, so that a row of the embedding's gradient belongs to one position."""
-    return torch.stack([torch.randperm(VOCAB)[:S] for _ in range(B)])
-
-
 @pytest.mark.parametrize("t", [0, 1, 2, 6, S - 1])
 def test_position_i_of_depth_k_sees_tokens_up_to_i_plus_k(small_model: Model, t: int) -> None:
     model = small_model().double()
-    tokens = distinct_tokens()
+    tokens = torch.stack([torch.randperm(VOCAB)[:S] for _ in range(B)])  # no token twice in a row
     changed = tokens.clone()
     changed[0, t] = (changed[0, t] + 1) % VOCAB
     before, after = (model.run(x, mtp=True).mtp_logits for x in (tokens, changed))

@@ -1,12 +1,11 @@
-"""DeepSeek-V4's streams in whole models, MTP included: next to a second definition, and as they start."""
+"""DeepSeek-V4's streams in whole models: in MTP, as they start, and in short formats; and the limit of SwiGLU."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dsmini import FeedForward, ModelConfig, Transformer
 from dsmini.nn import Context, Experts
@@ -21,60 +20,16 @@ SIZES: dict[str, Any] = SMALL | V4_MODEL | {"hc_eps": 1e-12, "hc_sinkhorn_iters"
 TOKENS = torch.randint(61, (2, 19), generator=torch.Generator().manual_seed(0))
 
 
-def rms(x: Tensor, eps: float = 1e-6) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
-
-
-def sublayer(hc: Any, norm: Any, layer: Callable[[Tensor], Any], x: Tensor) -> Tensor:
-    """Return B X + C F(A X) as the paper writes it: B from exp, its rows and columns divided twice; no eps."""
-    n = hc.n
-    mixes = rms(x.flatten(-2)) @ hc.fn.T
-    a = (hc.scale[0] * mixes[..., :n] + hc.base[:n]).sigmoid()
-    c = 2 * (hc.scale[1] * mixes[..., n : 2 * n] + hc.base[n : 2 * n]).sigmoid()
-    m = (hc.scale[2] * mixes[..., 2 * n :] + hc.base[2 * n :]).exp().unflatten(-1, (n, n))
-    for _ in range(2):
-        m = m / m.sum(-1, keepdim=True)
-        m = m / m.sum(-2, keepdim=True)
-    y = layer(rms(torch.einsum("bsn,bsnm->bsm", a, x)) * norm.weight)
-    y = y[0] if isinstance(y, tuple) else y
-    return torch.einsum("bsjk,bsjm->bskm", m, x) + torch.einsum("bsk,bsm->bskm", c, y)
-
-
-def block(b: Any, x: Tensor, context: Context) -> Tensor:
-    x = sublayer(b.hc_attn, b.attn_norm, lambda read: b.attn(read, context), x)
-    return sublayer(b.hc_ffn, b.ffn_norm, lambda read: b.ffn(read, context), x)
-
-
-def logits(model: Any, module: Any, x: Tensor) -> Tensor:
-    """Return the logits of streams, by the hc_head and norm of the model or of a depth of MTP."""
-    head = module.hc_head
-    weights = (head.scale * (rms(x.flatten(-2)) @ head.fn.T) + head.base).sigmoid()
-    return rms(torch.einsum("bsn,bsnm->bsm", weights, x)) * module.norm.weight @ model.head.weight.T
-
-
-def second_definition(model: Any, tokens: Tensor) -> list[Tensor]:
-    """Return the logits of the next token, and of each depth of MTP."""
-    embedding = model.embed.weight[tokens]
-    x = embedding[:, :, None].repeat(1, 1, 3, 1)
-    for layer in model.layers:
-        x = block(layer, x, Context(positions=torch.arange(tokens.shape[1])[None], tokens=tokens))
-    found = [logits(model, model, x)]
-    for k, depth in enumerate(model.mtp, 1):
-        n = tokens.shape[1] - k
-        e = (rms(embedding[:, k:]) * depth.enorm.weight) @ depth.e_proj.weight.T
-        x = e[:, :, None] + (rms(x[:, :n]) * depth.hnorm.weight) @ depth.h_proj.weight.T
-        x = block(depth.block, x, Context(positions=torch.arange(n)[None], tokens=tokens[:, k:]))
-        found.append(logits(model, depth, x))
-    return found
-
-
 @pytest.mark.parametrize("mtp_input", ["post_norm", "pre_norm"])
-def test_streams_and_mtp_agree_with_a_second_definition(mtp_input: str) -> None:
-    """MTP reads all streams as the last block left them, whatever mtp_input says."""
-    model = randomise(Transformer(**SIZES, mtp_input=mtp_input)).double().eval()
-    out = model.run(TOKENS, mtp=True)
-    for got, want in zip((out.logits, *out.mtp_logits), second_definition(model, TOKENS), strict=True):
-        assert relative_error(got, want) < 1e-8
+def test_mtp_joins_the_next_embedding_with_every_stream(mtp_input: str) -> None:
+    """It reads all streams as the last block left them, whatever mtp_input says, and has a head of its own."""
+    model: Any = randomise(Transformer(**SIZES, mtp_input=mtp_input)).double().eval()
+    x, embedding = model.states(TOKENS).given, model.embed.weight[TOKENS]
+    for k, (depth, got) in enumerate(zip(model.mtp, model.run(TOKENS, mtp=True).mtp_logits, strict=True), 1):
+        n = TOKENS.shape[1] - k
+        joined = depth.e_proj(depth.enorm(embedding[:, k:]))[:, :, None] + depth.h_proj(depth.hnorm(x[:, :n]))
+        x, _ = depth.block(joined, Context(positions=torch.arange(n)[None], tokens=TOKENS[:, k:]))
+        assert relative_error(got, model.head(depth.norm(depth.hc_head(x)))) < 1e-8
 
 
 def test_starts_as_the_model_without_streams() -> None:

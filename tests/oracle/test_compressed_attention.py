@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import hf
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,6 @@ from dsmini.nn import CompressedAttention, compressed_attention
 from tests.helpers.tolerances import relative_error
 
 v4 = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
-configuration = pytest.importorskip("transformers.models.deepseek_v4.configuration_deepseek_v4")
 
 KINDS = {"window": (0, "sliding_attention"), "csa": (4, "compressed_sparse_attention")}
 KINDS |= {"hca": (8, "heavily_compressed_attention"), "hca of odd blocks": (7, "heavily_compressed_attention")}
@@ -30,36 +30,11 @@ RENAMED = {
 
 
 def theirs(kind: str, yarn: bool) -> Any:
-    """Return a random attention layer of transformers, none of whose parts is zero."""
     m, name = KINDS[kind]
-    rope = {"rope_type": "default"}
-    if yarn:
-        rope = {"rope_type": "yarn", "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0}
-        rope |= {"original_max_position_embeddings": 64}
-    sizes = {name: SIZES[name] for name in ("head_dim", "q_lora_rank", "o_groups", "o_lora_rank")}
-    config = configuration.DeepseekV4Config(
-        **sizes,
-        **{name: SIZES[name] for name in ("index_n_heads", "index_head_dim", "index_topk", "compress_rope_theta")},
-        hidden_size=SIZES["dim"],
-        num_attention_heads=SIZES["n_heads"],
-        qk_rope_head_dim=SIZES["qk_rope_head_dim"],
-        sliding_window=SIZES["window_size"],
-        num_hidden_layers=1,
-        layer_types=[name],
-        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": m},
-        rms_norm_eps=SIZES["norm_eps"],
-        max_position_embeddings=256,
-        rope_theta=SIZES["rope_theta"],
-        rope_parameters=rope,
-        attn_implementation="eager",
-    )
+    rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": m}
+    config = hf.v4_config(SIZES | {"n_layers": 1}, yarn, layer_types=[name], compress_rates=rates)
     layer = v4.DeepseekV4Attention(config, 0)
-    with torch.no_grad():
-        for key, p in layer.named_parameters():
-            if p.dim() == 1 and "norm" in key:
-                p.uniform_(0.5, 1.5)
-            else:
-                p.normal_(std=1.0 if "sinks" in key or "bias" in key else p.shape[-1] ** -0.5)
+    hf.randomise_v4(layer)
     return layer, config
 
 

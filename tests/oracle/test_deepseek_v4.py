@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import hf
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from tests.oracle.test_compressed_attention import SIZES as ATTENTION
 from tests.oracle.test_compressed_attention import YARN, their_name
 
 v4 = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
-configuration = pytest.importorskip("transformers.models.deepseek_v4.configuration_deepseek_v4")
 
 OURS: dict[str, Any] = ATTENTION | {
     **{"attention": "compressed", "n_layers": 4, "n_dense_layers": 0, "compress_ratios": (0, 4, 7, 4)},
@@ -24,45 +24,11 @@ KINDS = {0: "sliding_attention", 4: "compressed_sparse_attention", 7: "heavily_c
 
 
 def theirs(yarn: bool) -> Any:
-    """Return a random model of transformers, none of whose parts is zero."""
-    same = ("head_dim", "q_lora_rank", "o_groups", "o_lora_rank", "index_n_heads", "index_head_dim", "index_topk")
-    same += ("qk_rope_head_dim", "compress_rope_theta", "rope_theta", "vocab_size", "swiglu_limit", "hc_mult")
-    same += ("hc_sinkhorn_iters", "hc_eps")
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if yarn:
-        rope = {"rope_type": "yarn", "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0}
-        rope |= {"original_max_position_embeddings": 64}
-    config = configuration.DeepseekV4Config(
-        **{name: OURS[name] for name in same},
-        hidden_size=OURS["dim"],
-        num_attention_heads=OURS["n_heads"],
-        sliding_window=OURS["window_size"],
-        num_hidden_layers=4,
-        layer_types=[KINDS[m] for m in OURS["compress_ratios"]],
-        mlp_layer_types=["hash_moe"] * 2 + ["moe"] * 2,
-        compress_rates={KINDS[m]: m for m in (4, 7)},
-        moe_intermediate_size=OURS["moe_inter_dim"],
-        num_local_experts=OURS["n_routed_experts"],
-        num_experts_per_tok=OURS["n_activated_experts"],
-        routed_scaling_factor=OURS["route_scale"],
-        rms_norm_eps=OURS["norm_eps"],
-        max_position_embeddings=256,
-        rope_parameters=rope,
-        attn_implementation="eager",
-        experts_implementation="eager",  # grouped products want even sizes
-    )
+    kinds = [KINDS[m] for m in OURS["compress_ratios"]]
+    mlps, rates = ["hash_moe"] * 2 + ["moe"] * 2, {KINDS[m]: m for m in (4, 7)}
+    config = hf.v4_config(OURS, yarn, layer_types=kinds, mlp_layer_types=mlps, compress_rates=rates)
     model = v4.DeepseekV4ForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, t in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith("tid2eid"):
-                t.copy_(torch.rand(len(t), OURS["n_routed_experts"]).argsort(-1)[:, : t.shape[1]])
-            elif name.endswith("e_score_correction_bias"):
-                t.uniform_(-0.4, 0.1)
-            elif "norm" in name:
-                t.uniform_(0.5, 1.5)
-            elif "inv_freq" not in name:
-                free = t.dim() == 1 or "bias" in name or "embed" in name
-                t.normal_(std=1.0 if free else t.shape[-1] ** -0.5)
+    hf.randomise_v4(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Hyper-connections next to those of transformers' DeepSeek-V4, with random parameters."""
+"""Hyper-connections next to those of transformers' DeepSeek-V4, with random parameters. An eps shows its place."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ configuration = pytest.importorskip("transformers.models.deepseek_v4.configurati
 
 @pytest.mark.parametrize("iterations", [1, 2, 20])
 def test_streams_are_those_of_transformers(iterations: int) -> None:
-    config = configuration.DeepseekV4Config(hidden_size=24, hc_sinkhorn_iters=iterations, hc_eps=1e-3)
+    config = configuration.DeepseekV4Config(hidden_size=24, hc_sinkhorn_iters=iterations, hc_eps=0.05, rms_norm_eps=0.3)
     theirs, their_head = v4.DeepseekV4HyperConnection(config), v4.DeepseekV4HyperHead(config)
     with torch.no_grad():
         for p in (*theirs.parameters(), *their_head.parameters()):
             p.normal_()
-    ours = HyperConnection(24, 4, sinkhorn_iters=iterations, eps=1e-3, norm_eps=config.rms_norm_eps)
+    ours = HyperConnection(24, 4, sinkhorn_iters=iterations, eps=0.05, norm_eps=config.rms_norm_eps)
     ours.load_state_dict(theirs.state_dict())
-    head = StreamHead(24, 4, eps=1e-3, norm_eps=config.rms_norm_eps)
+    head = StreamHead(24, 4, eps=0.05, norm_eps=config.rms_norm_eps)
     head.load_state_dict({name.removeprefix("hc_"): t for name, t in their_head.state_dict().items()})
     streams, output = torch.randn(2, 3, 4, 24), torch.randn(2, 3, 24)
     post, comb, collapsed = theirs(streams)

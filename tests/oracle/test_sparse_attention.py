@@ -1,6 +1,5 @@
 """Logits, chosen keys and gradients of DSA equal those of transformers' DeepSeek-V3.2."""
 
-import json
 from typing import Any
 
 import hf
@@ -9,9 +8,7 @@ import torch
 from test_transformers import GRADIENTS, LOGITS, assert_close, tokens_for
 from torch import Tensor
 
-import dsmini
-from dsmini import ModelConfig, Transformer
-from dsmini.config.published import config_from_json
+from dsmini import Transformer
 from dsmini.nn import DSA
 from tests.helpers.hf_names import from_hf
 
@@ -29,23 +26,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def ours(model: Any) -> Transformer:
-    """Return a dsmini model from the config.json and the tensors that transformers would save."""
-    raw = json.loads(model.config.to_json_string(use_diff=True))
-    tensors = hf.tensors(model, model.config.num_hidden_layers)
-    built = Transformer(ModelConfig(**config_from_json(raw | whole_query(model), "config.json")))
-    built.load_state_dict(from_hf(renamed(model, tensors), built))
-    return built
-
-
-def whole_query(model: Any) -> dict[str, None]:
-    return {"q_lora_rank": None} if isinstance(model.model.layers[0].self_attn.q_a_proj, torch.nn.Identity) else {}
-
-
-def renamed(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.replace("q_b_proj", "q_proj") if whole_query(model) else name: t for name, t in tensors.items()}
-
-
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Return a list that gets the chosen keys of each of our layers."""
@@ -60,7 +40,7 @@ def test_logits_chosen_keys_and_gradients(chosen: list[Tensor], case: str) -> No
     theirs, their_chosen = hf.v32(3, **CASES[case]), []
     for layer in theirs.model.layers:
         layer.self_attn.indexer.register_forward_hook(lambda *args: their_chosen.append(args[2]))
-    model, tokens = ours(theirs), tokens_for(theirs)
+    model, tokens = hf.ours(theirs), tokens_for(theirs)
     want, got = theirs(tokens).logits, model(tokens)
     assert_close(got, want, LOGITS, "logits")
 
@@ -73,7 +53,7 @@ def test_logits_chosen_keys_and_gradients(chosen: list[Tensor], case: str) -> No
     target = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
     (want * target).sum().backward()
     (got * target).sum().backward()
-    grads = from_hf(renamed(theirs, hf.tensors(theirs, 3, "grad")), model)
+    grads = from_hf(hf.tensors(theirs, kind="grad"), model)
     for name, parameter in model.named_parameters():
         if ".indexer." in name:
             assert parameter.grad is None and grads[name].norm() == 0, name
@@ -82,23 +62,10 @@ def test_logits_chosen_keys_and_gradients(chosen: list[Tensor], case: str) -> No
             assert_close(parameter.grad, grads[name], GRADIENTS, f"gradient of {name}")
 
 
-@pytest.mark.parametrize(
-    "case", ["v3.2", *(pytest.param(case, marks=pytest.mark.slow) for case in ("yarn", "no query compression"))]
-)
-def test_greedy_tokens_from_the_cache(case: str) -> None:
-    theirs = hf.v32(4, max_position_embeddings=256, **CASES[case])
-    model = ours(theirs).eval()
-    for prompt in ([3, 14, 15, 92, 65, 35], [9, 79, 32, 38] * 6):
-        want = theirs.generate(
-            torch.tensor([prompt]), max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-        assert dsmini.generate(model, [torch.tensor(prompt)], 60).tokens[0].tolist() == want[0].tolist()
-
-
 def test_interleaved_pairs_are_another_model() -> None:
     """transformers has V3.2's halves alone, so that the switch must change the chosen keys."""
     theirs = hf.v32(3)
-    model = ours(theirs)
+    model = hf.ours(theirs)
     other = Transformer(model.config, indexer_rope_interleave=True)
     other.load_state_dict(model.state_dict())
     tokens = tokens_for(theirs)

@@ -1,6 +1,5 @@
 """Logits, gradients and multi-token prediction equal those of transformers."""
 
-import json
 from typing import Any
 
 import hf
@@ -8,8 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini import ModelConfig, Transformer
-from dsmini.config.published import config_from_json
 from tests.helpers.hf_names import from_hf
 
 LOGITS = 1e-5
@@ -29,15 +26,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def ours(model: Any, tensors: dict[str, Tensor], n_mtp_layers: int) -> Transformer:
-    """Return a dsmini model from the config.json and the tensors that transformers would save."""
-    raw = json.loads(model.config.to_json_string(use_diff=True)) | {"num_nextn_predict_layers": n_mtp_layers}
-    config = ModelConfig(**config_from_json(raw, "config.json"))
-    built = Transformer(config)
-    built.load_state_dict(from_hf(tensors, built))
-    return built
-
-
 def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
     """Check and print the relative error over the whole tensor; pytest -rP shows it."""
     error = ((got - want).norm() / want.norm()).item()
@@ -52,8 +40,7 @@ def tokens_for(model: Any) -> Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients(case: str) -> None:
     theirs = hf.v3(3, **CASES[case])
-    n_layers = theirs.config.num_hidden_layers
-    model = ours(theirs, hf.tensors(theirs, n_layers), 0)
+    model = hf.ours(theirs)
     tokens = tokens_for(theirs)
     want = theirs(tokens).logits
     got = model(tokens)
@@ -62,7 +49,7 @@ def test_logits_and_gradients(case: str) -> None:
     target = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
     (want * target).sum().backward()
     (got * target).sum().backward()
-    grads = from_hf(hf.tensors(theirs, n_layers, "grad"), model)
+    grads = from_hf(hf.tensors(theirs, kind="grad"), model)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         if grads[name].norm() > 0:
@@ -75,7 +62,7 @@ def test_logits_and_gradients(case: str) -> None:
 def test_v2_softmax_routing(method: str) -> None:
     groups = {"n_group": 1, "topk_group": 1} if method == "greedy" else {}
     theirs = hf.v2(4, topk_method=method, norm_topk_prob=False, routed_scaling_factor=16.0, **groups)
-    model = ours(theirs, hf.tensors(theirs, 3), 0)
+    model = hf.ours(theirs)
     tokens = tokens_for(theirs)
     assert_close(model(tokens), theirs(tokens).logits, LOGITS, "logits")
 
@@ -86,8 +73,7 @@ def test_mtp_logits(case: str, depth: int) -> None:
     theirs = hf.v3(5, **CASES[case])
     blocks = hf.mtp(theirs, depth)
     n_layers = theirs.config.num_hidden_layers
-    all_tensors = hf.tensors(theirs, n_layers) | hf.mtp_tensors(blocks, n_layers)
-    model = ours(theirs, all_tensors, depth)
+    model = hf.ours(theirs, hf.tensors(theirs) | hf.mtp_tensors(blocks, n_layers), depth)
     tokens = tokens_for(theirs)
     with torch.no_grad():
         got = model.run(tokens, mtp=True)

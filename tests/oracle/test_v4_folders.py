@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hf
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -50,14 +51,7 @@ def theirs(folder: Path, case: str) -> DeepseekV4ForCausalLM:
     torch.manual_seed(3)
     config = DeepseekV4Config.from_pretrained(folder, attn_implementation="eager")
     model: Any = DeepseekV4ForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("tid2eid"):
-                tensor.copy_(torch.stack([torch.randperm(7)[:3] for _ in range(97)]))
-            elif "norm" in name:
-                tensor.uniform_(0.5, 1.5)
-            else:
-                tensor.normal_(std=tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 0.5)
+    hf.randomise_v4(model)
     return model
 
 

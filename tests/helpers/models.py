@@ -1,0 +1,29 @@
+"""What tests do with small models: draw tokens, decode in chunks, and let indexers learn."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmini import Transformer
+from dsmini.nn import dsa_layers
+from tests.conftest import SMALL
+
+
+def tokens_of(b: int, s: int) -> Tensor:
+    """Return random tokens [b, s] of the vocabulary of SMALL."""
+    return torch.randint(0, SMALL["vocab_size"], (b, s))
+
+
+def decoded(model: Any, tokens: Tensor, sizes: int | Sequence[int], *cache: Any, **options: Any) -> Tensor:
+    """Return the logits of tokens that arrive in chunks of these sizes, with a cache of these options."""
+    new = model.new_cache(len(tokens), *cache, **options)
+    return torch.cat([model(part, new) for part in tokens.split(sizes, 1)], 1)
+
+
+def set_stage(model: Transformer, stage: Any) -> Transformer:
+    """Let the model's indexers learn in this stage, or for None not at all."""
+    for layer in dsa_layers(model):
+        layer.stage = stage
+    return model
