@@ -87,7 +87,8 @@ def test_operands_are_kept_as_they_came_and_autocast_multiplies_as_it_says(monke
         with ops.use("eager"), saved_for_backward() as saved:
             y = linear(x, weight)
         assert [t.shape for t in saved if t.dtype == torch.bfloat16] == kept and len(saved) == len(kept)
-    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert relative_error(grad, frozen.double().sum(0).expand(40, 24)) < 2 * BF16_UNIT
     with torch.autocast("cpu", torch.bfloat16):
+        (grad,), dtypes = watched(lambda: torch.autograd.grad(y, x, torch.ones_like(y)))
+        assert dtypes == {torch.float32}, "backward is as forward was"
+        assert relative_error(grad, frozen.double().sum(0).expand(40, 24)) < 2 * BF16_UNIT
         assert watched(lambda: linear(x, frozen))[1] == {torch.bfloat16}
