@@ -121,8 +121,8 @@ def test_replaced_linears_are_seen_by_all_that_reads_weights(kind: str, config: 
 def test_replaced_head_and_embedding_learn_and_decode(dtype: torch.dtype) -> None:
     model: Any = randomise(Transformer(**SMALL)).to(dtype)
     want = copy_of(model).to(dtype)
-    model.head, model.embed = nn.Linear(24, 61, bias=False), nn.Sequential(nn.Embedding(61, 24))
-    model.head.weight, model.embed[0].weight = want.head.weight, want.embed.weight
+    model.head, model.embed = nn.Sequential(nn.Linear(24, 61, bias=False)), nn.Sequential(nn.Embedding(61, 24))
+    model.head[0].weight, model.embed[0].weight = want.head.weight, want.embed.weight
     assert model.new_cache(1).nbytes == want.new_cache(1).nbytes and model.device == want.device
     if dtype == torch.float32:
         tokens, leaves = tokens_of(2, 13), [want.head.weight, want.embed.weight]
