@@ -138,7 +138,8 @@ def test_foreign_work_is_interrupted() -> None:
     before, release = signal.signal(signal.SIGINT, signal.default_int_handler), threading.Event()
 
     def work() -> bool:
-        signal.raise_signal(signal.SIGINT)
+        main = threading.main_thread().ident  # as the system does: a signal to this thread would wake nobody
+        signal.pthread_kill(main, signal.SIGINT)
         return release.wait(100)
 
     try:
