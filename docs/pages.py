@@ -137,14 +137,19 @@ def _unit(number: str) -> float:
     return 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
 
 
-def printed_by(command: str, folder: Path) -> str:
+def printed_by(command: str, folder: Path, pip: bool) -> str:
     """Run a command and return what it prints on both streams.
+
+    Args:
+        pip: True runs the dsmini that pip installed, False that of the folder.
 
     Raises: RuntimeError if it fails.
     """
     print(f"$ {command}", file=sys.stderr, flush=True)
     begun = time.monotonic()
-    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(folder / "kernels"))), "COLUMNS": str(COLUMNS)}
+    env = os.environ | {"COLUMNS": str(COLUMNS)}
+    if not pip:
+        env["PYTHONPATH"] = os.pathsep.join((str(folder), str(folder / "kernels")))
     how: dict[str, Any] = {"shell": True, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, cwd=folder, env=env, executable="/bin/bash", **how)
     print(f"  {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
@@ -184,7 +189,7 @@ def run_block(block: Code, page: Path, folder: Path, names: dict[str, Any], pip:
         commands = [line for line in commands if line and not line.startswith("#")]
         outputs = dict.fromkeys(commands, "")
         for command in commands * (3 if block.how == "bars" else 1):  # in turns: others use the machine too
-            outputs[command] += printed_by(command, folder)
+            outputs[command] += printed_by(command, folder, pip)
         return chosen(block, outputs)
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.chdir(folder):

@@ -377,3 +377,15 @@ def is_running(process: str) -> bool:
         return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc/self/maps")
+def test_only_one_openmp_is_loaded(library: build.Library) -> None:
+    code = (
+        "import torch, dsmini.numerics as n; torch.set_num_threads(2); x = torch.randn(1024, 512); x @ x.T;"
+        "n.round_tiles(x, (1, 128), 'ue8m0', 'e4m3', 1e-4, torch.bfloat16); print(open('/proc/self/maps').read())"
+    )
+    mapped = {line.split("/")[-1] for line in output(in_process(code)).splitlines() if ".so" in line}
+    assert library.paths["training"].name in mapped
+    assert sum(any(name in path for name in ("gomp", "iomp", "libomp")) for path in mapped) == 1, mapped
