@@ -24,8 +24,10 @@ import io
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import traceback
@@ -45,7 +47,7 @@ OPTIONS = ("", "about", "once")
 """Of a block of text that is output."""
 ABOUT = 0.1
 """Share of the largest number in a line by which its numbers may differ, for a training run: CPUs round differently."""
-LONGEST_BAR, COLUMNS = 40, 100
+LONGEST_BAR, COLUMNS = 40, 140
 """Widths of the longest bar and of the terminal, in characters."""
 NOT_COPIED = (".git", "runs", "results", "comparisons", "site", "api", ".venv", "__pycache__", ".*_cache", "corpus")
 
@@ -190,6 +192,8 @@ def run_block(block: Code, page: Path, folder: Path, names: dict[str, Any], pip:
         outputs = dict.fromkeys(commands, "")
         for command in commands * (3 if block.how == "bars" else 1):  # in turns: others use the machine too
             outputs[command] += printed_by(command, folder, pip)
+        if pip:
+            site.addsitedir(sysconfig.get_path("purelib"))  # python code that follows imports what pip installed
         return chosen(block, outputs)
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.chdir(folder):
@@ -237,6 +241,8 @@ def main() -> int:
         if args.fresh:
             venv.create(f"{top}/venv", with_pip=True)
             env = os.environ | {"PATH": f"{top}/venv/bin{os.pathsep}{os.environ['PATH']}"}
+            if ROOT / "README.md" not in map(Path.resolve, pages):  # whose command installs it
+                subprocess.run([f"{top}/venv/bin/pip", "install", "-q", str(ROOT)], check=True)
             flags = ["--pip", *(["--record"] if args.record else [])]
             return subprocess.run([f"{top}/venv/bin/python", __file__, *flags, *map(str, pages)], env=env).returncode
         if not args.pip:

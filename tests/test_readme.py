@@ -237,6 +237,7 @@ def cases(root: Path, asked: list[tuple[list[str], str, str]]) -> list[list[str]
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_commands_of_claims_run_all_their_cases() -> None:
     said = pytest_commands([ROOT / "README.md", ROOT / "docs" / "claims.md"])
     default = re.search(r"-m '(.*?)'", (ROOT / "pyproject.toml").read_text())[1]

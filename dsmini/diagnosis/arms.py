@@ -42,6 +42,8 @@ from dsmini.report.units import percent as percent_of
 Axis = Literal["Data", "Algorithm", "Machine"]
 Work = Literal["training", "decoding"]
 AXES: tuple[Axis, ...] = ("Data", "Algorithm", "Machine")
+LEAST = 0.10
+"""Gain that is worth an action."""
 ALARMS = 0.05
 """Largest share of diagnoses in which the lower end of some arm's interval is above the truth."""
 Step = Callable[[float], float]
@@ -133,14 +135,17 @@ class Comparison:
 def percent(gain: Estimate | float | None, decimals: int = 0) -> str:
     """Write a share in percent, with its interval if it has one; nothing for None.
 
-    A loss of more than a whole step is a factor: 3 times as long.
+    A loss of more than a whole step is a factor: 3 times as long. An end that would be rounded to LEAST has a decimal,
+    because a verdict hangs on which side of it that lies.
     """
     if gain is None:
         return ""
     if isinstance(gain, Estimate) and gain.value < -1:
         return f"{1 - gain.value:.0f} times as long"
     if isinstance(gain, Estimate) and gain.is_clear:
-        return f"{percent_of(gain.value)} ({100 * gain.low:.0f} to {100 * gain.high:.0f})"
+        ends = (100 * gain.low, 100 * gain.high)
+        low, high = (f"{end:.{int(round(end) == 100 * LEAST)}f}".removesuffix(".0") for end in ends)
+        return f"{percent_of(gain.value)} ({low} to {high})"
     return percent_of(gain.value if isinstance(gain, Estimate) else gain, decimals)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-from dsmini.diagnosis.arms import AXES, Arm, Axis, Comparison, percent
+from dsmini.diagnosis.arms import AXES, LEAST, Arm, Axis, Comparison, percent
 from dsmini.diagnosis.findings import Finding
 from dsmini.measure.price import Forecast
 from dsmini.measure.roofs import Roofs
@@ -25,8 +25,6 @@ from dsmini.measure.turns import Estimate
 from dsmini.report import Section
 from dsmini.report.units import plural
 
-LEAST = 0.10
-"""Gain that is worth an action."""
 LEAST_TRIED = 0.02
 """Gain below which nothing is worth a line."""
 MOST_ROUNDS = 200

@@ -28,10 +28,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dsmini.diagnosis.arms import Axis, percent
+from dsmini.diagnosis.arms import LEAST, Axis, percent
 from dsmini.diagnosis.contention import STOP_OTHERS, Contention
 from dsmini.diagnosis.findings import MOST_IDLE, load
-from dsmini.diagnosis.verdict import LEAST
 from dsmini.machine import cores
 from dsmini.measure.cpu_time import CpuTimes
 from dsmini.measure.turns import TAIL, Estimate, sign_interval

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsmini.diagnosis.arms import AXES, Arm, Axis, Comparison, percent
-from dsmini.diagnosis.verdict import LEAST, Diagnosis, gains_by_axis, verdict
+from dsmini.diagnosis.arms import AXES, LEAST, Arm, Axis, Comparison, percent
+from dsmini.diagnosis.verdict import Diagnosis, gains_by_axis, verdict
 from dsmini.measure.turns import Estimate, Turns
 from tests.diagnosis.conftest import idle
 
@@ -83,6 +83,12 @@ def test_few_rounds_have_no_interval_and_no_axis(arms: int, least: int, rare: bo
         if rounds < least:
             assert percent(found.gains["replay"]) == "80 %" and found.verdict.outcome == UNDETERMINED
             assert f"{rounds} rounds in the time" in found.sentence and f"--rounds {least}" in found.verdict.decides
+
+
+def test_an_end_next_to_the_least_gain_tells_its_side() -> None:
+    ends = ((0.096, 0.13), (0.104, 0.13), (0.1, 0.2), (0.05, 0.0951))
+    said = [percent(exactly(low, high)).partition(" (")[2] for low, high in ends]
+    assert said == ["9.6 to 13)", "10.4 to 13)", "10 to 20)", "5 to 9.5)"]
 
 
 def test_other_programs_never_bind_and_may_hide_what_does() -> None:

@@ -4,6 +4,8 @@ A change that keeps the behaviour keeps these values. A change of behaviour reco
 python -m tests.golden.record and gives the reason.
 """
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ import torch
 from tests.golden.fingerprint import THREADS, fingerprint
 from tests.golden.models import HASHES, LOGITS, TOKENS, measured
 from tests.golden.record import read
-from tests.golden.runs import FIGURES, GENERATE, RUNS, continued, prepared, trained
-from tests.golden.tolerances import NEAR, logits_tolerance
+from tests.golden.runs import FIGURES, GENERATE, HERE, RUNS, continued, prepared, succeed, trained
+from tests.golden.tolerances import FP32_RUN, NEAR, logits_tolerance
 
 RECORDED = read()
 REFERENCE = next(iter(RECORDED["machines"].values()))
@@ -79,3 +81,15 @@ def test_resumed_run_continues_prompts_as_recorded(name: str, folder: Path) -> N
     if not (folder / "resumed" / "summary.json").exists():
         trained("resumed", folder)
     assert continued(name, folder) == KNOWN["generate"][name]
+
+
+def test_stored_run_of_v4_continues_as_the_run_that_was_not_stopped(tmp_path: Path) -> None:
+    shutil.copytree(HERE / "old_run_v4/run", tmp_path / "run")
+    succeed("dsmini.train", f"--resume run --data.path '{HERE}/old_run/text.txt'", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    stored = [json.loads(line) for line in (HERE / "old_run_v4/later.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    for got, want in zip(rows[10:], stored, strict=True):
+        for key, most in FP32_RUN.items():
+            wanted = want[key] if want[key] is None else pytest.approx(want[key], rel=most)
+            assert got[key] == wanted, (key, want["step"])
