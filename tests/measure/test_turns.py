@@ -126,7 +126,7 @@ def test_interval_of_a_median_holds_the_truth(n: int, draw: Callable[..., np.nda
     assert sum(each.low <= truth <= each.high for each in found) >= 0.91 * 400
 
 
-@pytest.mark.parametrize("n", [9, 20])
+@pytest.mark.parametrize("n", [9, pytest.param(20, marks=pytest.mark.slow)])
 def test_best_of_five_intervals_is_corrected(n: int) -> None:
     """In 400 times five samples, at most 2.5 % and three standard errors have a lower end above the truth."""
     rng = np.random.default_rng(n)
