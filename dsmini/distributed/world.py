@@ -8,6 +8,7 @@ A rank that stops without an end is found by heartbeat.py.
 
 import contextlib
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -146,7 +147,7 @@ def _outcome(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
         return work(), None
     except Exception as error:
-        if tells_of_loss(error):  # nobody is left to ask
+        if words_of_loss(error):  # nobody is left to ask
             raise
         return None, _portable(error)
 
@@ -228,12 +229,11 @@ def joined(
     try:
         yield World(rank=rank, size=size)
     except (Exception, KeyboardInterrupt) as error:
-        lost = tells_of_loss(error)
+        lost = words_of_loss(error)
         if TOLD not in getattr(error, "__notes__", ()) and (lost or isinstance(error, dist.DistError)):
-            message = " ".join(str(error).split())
-            words = f"rank {rank}: {type(error).__name__}: {message}"
+            words = f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}"
             if lost:
-                words = f"rank {rank}: lost another process ({message}); a run of dsmini.train continues with --resume"
+                words = f"rank {rank}: lost another process ({lost}); a run of dsmini.train continues with --resume"
             print(words, file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(1)  # without the destructors that wait for, or abort after, a group that is dead
@@ -263,10 +263,15 @@ def _connect(backend: str, timeout: float, longest_wait: float) -> None:
         ) from None
 
 
-def tells_of_loss(error: BaseException) -> bool:
-    """Return whether an error tells that another rank died or stood still. gloo's and NCCL's have no types for it."""
+def words_of_loss(error: BaseException) -> str:
+    """Return what an error says of another rank that died or stood still, "" for nothing.
+
+    gloo's and NCCL's have no types for it. torch's pipeline raises an error of its own on top.
+    """
     if not isinstance(error, RuntimeError):
-        return False
-    words = str(error).lower()
-    cause = error.__cause__ or error.__context__  # torch's pipeline raises an error of its own
-    return any(part in words for part in LOST) or (cause is not None and tells_of_loss(cause))
+        return ""
+    words = " ".join(str(error).split())
+    if any(part in words.lower() for part in LOST):
+        return re.sub(r"^\[\S+\] ", "", words).partition(". This is typically")[0]  # without gloo's file and advice
+    cause = error.__cause__ or error.__context__
+    return "" if cause is None else words_of_loss(cause)

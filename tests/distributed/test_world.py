@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dsmini.distributed import world as worlds
 from dsmini.distributed.meeting import launcher
 from dsmini.distributed.mesh import unequal_replicas
-from dsmini.distributed.world import World, _joint, joined, own_share, tells_of_loss
+from dsmini.distributed.world import World, _joint, joined, own_share, words_of_loss
 from tests.distributed.ranks import new_store, outcomes, run_ranks
 
 
@@ -62,8 +62,15 @@ def test_loss_of_a_rank_is_known_by_the_words_of_gloo_nccl_and_the_store() -> No
         RuntimeError("[gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4"),
         ValueError("closed by peer"),
     ]
-    assert [error for error in lost if not tells_of_loss(error)] == []
-    assert [error for error in others if tells_of_loss(error)] == []
+    assert [error for error in lost if not words_of_loss(error)] == []
+    assert [error for error in others if words_of_loss(error)] == []
+
+
+def test_words_of_a_loss_are_the_cause_without_places_in_gloo_and_its_advice() -> None:
+    gloo = "[/gloo/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. This is typically caused by bugs."
+    pipeline = RuntimeError("[Stage 1] failed to run forward: args: ('Tensor(torch.Size([3, 16, 24]))',)")
+    pipeline.__cause__ = RuntimeError(gloo)
+    assert words_of_loss(pipeline) == "Read error [127.0.0.1]:1: Connection reset by peer"
 
 
 def failing(error: Exception, said: Path) -> None:
