@@ -241,8 +241,8 @@ def main() -> int:
         if args.fresh:
             venv.create(f"{top}/venv", with_pip=True)
             env = os.environ | {"PATH": f"{top}/venv/bin{os.pathsep}{os.environ['PATH']}"}
-            if ROOT / "README.md" not in map(Path.resolve, pages):  # whose command installs it
-                subprocess.run([f"{top}/venv/bin/pip", "install", "-q", str(ROOT)], check=True)
+            if ROOT / "README.md" not in map(Path.resolve, pages):  # whose commands install more
+                subprocess.run([f"{top}/venv/bin/pip", "install", "-q", f"{ROOT}[bpe]"], check=True)
             flags = ["--pip", *(["--record"] if args.record else [])]
             return subprocess.run([f"{top}/venv/bin/python", __file__, *flags, *map(str, pages)], env=env).returncode
         if not args.pip:
