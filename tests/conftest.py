@@ -39,10 +39,9 @@ QUICK = {"nn", "functional", "numerics", "properties", "gradients", "oracle", "t
 READ = {"quick": QUICK, "gpu": {"gpu", "kernels", "functional", "nn"}}
 """Folders and files that have tests of a tier: to read all others takes longer than to run these."""
 LONGEST = (
-    *("benchmarks/test_questions.py", "golden/test_golden.py", "distributed/test_faults.py"),
-    *("commands/test_diagnose_command.py", "inference/test_generation.py", "diagnosis/test_decoding.py"),
-    *("inference/test_generate_command.py", "training/test_resume_commands.py", "measure/test_price.py"),
-    *("training/test_resume.py", "benchmarks/test_running.py"),
+    *("training/test_resume_commands.py", "golden/test_golden.py", "training/test_resume.py"),
+    *("diagnosis/test_training.py", "inference/test_generate_command.py", "planner/test_layouts.py"),
+    *("commands/test_commands.py", "nn/test_cache.py", "training/test_watch.py", "commands/test_plan_command.py"),
 )
 """Files that take longest, which come first: a process that began one last would end long after the others."""
 PEAK_BYTES = 2 * 1024**3
