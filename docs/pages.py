@@ -4,7 +4,8 @@ Each page runs from top to bottom in a copy of the clone. A line says how long t
 names; others say where it printed something else. Without PAGE: README, the walkthrough and all tutorials.
 
     --record    write what is printed now into the page
-    --fresh     in a new environment, which the pages' own pip commands fill; else those are left out
+    --fresh     in a new environment, which README's pip commands fill, or one of '.[bpe]' without README; else pip
+                commands are left out
 
 Code in ```bash and ```python runs, and so does ```bash long, which no test runs. A block that follows is its output:
 

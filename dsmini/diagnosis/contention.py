@@ -105,7 +105,7 @@ class OtherPrograms:
         seen, threads = Contention.between(self.before, self.read()), torch.get_num_threads()
         if seen.loss < self.SHARE:
             return ""
-        # threads that spin while one of them has no core cost more than that core
-        ways = f", leave them a core with --train.threads {threads - 1}, or begin with OMP_WAIT_POLICY=passive"
-        fix = ways if threads > 1 else ""
-        return f"{seen.words}: the steps wait for a core {seen.loss:.0%} of their time; stop those programs{fix}"
+        fix = "stop those programs"
+        if threads > 1:  # those that spin while one of them has no core cost more than that core
+            fix += f", leave them a core with --train.threads {threads - 1}, or begin with OMP_WAIT_POLICY=passive"
+        return f"{seen.words}: the steps wait for a core {seen.loss:.0%} of their time; {fix}"
