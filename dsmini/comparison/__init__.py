@@ -4,7 +4,7 @@
     trial      one run of an arm with a seed, in a process of its own
     results    the file with a line for each finished run, which more seeds continue
     verdict    better, worse, equal within the margin, or undecided
-    picture    the answer as a table and as a forest plot
+    answer     a table, a forest plot, JSON
 
 Two runs of one model with other seeds differ by more than most ideas change. Two runs with the same seed see the same
 data in the same order and start from the same weights, so their difference varies less, and it alone is looked at.

@@ -42,15 +42,14 @@ def table_of(results: Results) -> Table:
                 arm,
                 str(len(losses)) + (f" and {n} diverged" if (n := results.diverged(arm)) else ""),
                 f"{statistics.fmean(losses):.4f}" if losses else "",
-                f"{d.value:+.4f}" if d and d.turns else "",
-                f"{d.low:+.4f} to {d.high:+.4f}" if d and d.is_clear else "",
+                (f"{d.value:+.4f}" if d and d.turns else "")
+                + (f" ± {d.high - d.value:.4f}" if d and d.is_clear else ""),
                 Toned(verdict.word, TONES[verdict.word]) if verdict else "base",
                 *(_mean_ratio(results, arm, figure) for figure in ("cpu_seconds", "cache_bytes")),
                 *(_mean(results, arm, figure) for figure in ("max_vio", "acceptance")),
             ]
         )
-    columns = ["arm", "seeds", "loss", "difference", "95 % interval", "verdict"]
-    columns += ["time", "cache", "MaxVio", "drafts"]
+    columns = ["arm", "seeds", "loss", "difference, 95 %", "verdict", "time", "cache", "MaxVio", "drafts"]
     used = [
         i for i, name in enumerate(columns) if any(row[i] not in ("", "1.00" if name in RATIOS else "") for row in rows)
     ]
@@ -60,7 +59,7 @@ def table_of(results: Results) -> Table:
     )
 
 
-NOT_NUMBERS = ("arm", "verdict", "95 % interval")
+NOT_NUMBERS = ("arm", "verdict")
 RATIOS = ("time", "cache")
 
 
@@ -139,15 +138,17 @@ def draw(path: Path, all_results: Sequence[Results]) -> None:
 
     rows: list[tuple[Results | None, str, Verdict | None]] = []
     for results in all_results:
-        rows += [(results, results.head["question"] or f"{results.names[0]} and others", None)]
+        asked = results.head["question"] or "What differs?"
+        rows += [(results, f"{asked}  Base: {results.names[0]}", None)]
         rows += [(results, arm, verdict) for arm, verdict in verdicts_of(results).items()]
-    figure = Figure(figsize=(9, 1.2 + 0.34 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, 1.0 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
     ticks: list[str] = []
     for y, (results, words, verdict) in enumerate(rows):
         if verdict is None or results is None:
-            axes.axhline(y, color="#e4e4e4", linewidth=14, zorder=0)
-            ticks.append(words)
+            axes.axhspan(y - 0.5, y + 0.5, color="#ececec", zorder=3)
+            axes.text(0.01, y, words, transform=axes.get_yaxis_transform(), va="center", zorder=4)
+            ticks.append("")
             continue
         margin, d = results.head["margin"], verdict.difference
         axes.fill_betweenx([y - 0.5, y + 0.5], -margin, margin, color="#9db4d0", alpha=0.25, linewidth=0)
@@ -158,13 +159,15 @@ def draw(path: Path, all_results: Sequence[Results]) -> None:
         if d.turns:
             axes.plot([d.value], [y], "o", color=colour, markersize=6)
         value = f" {d.value:+.4f}" if d.turns and math.isfinite(d.value) else ""
-        ticks.append(f"{words}   {verdict.word}{value}, {d.turns} seeds")
+        ticks.append(f"{words}:   {verdict.word}{value}, {plural(d.turns, 'seed')}")
     axes.axvline(0, color="#444444", linewidth=0.8)
     axes.set_yticks(range(len(ticks)), ticks)
+    axes.tick_params(length=0)
+    axes.locator_params(axis="x", nbins=6)
     for tick, (_, _, verdict) in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_color("black" if verdict is None else COLOURS[verdict.word])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    figure.supxlabel("difference to the base in nats a byte; left is better; the band is the margin", fontsize=10)
+    axes.set_xlabel("difference to the base in nats a byte; left is better; the band is the margin")
     axes.grid(axis="x", alpha=0.3)
     with new_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")

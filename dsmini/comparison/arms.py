@@ -25,7 +25,7 @@ SMALL = ("train.steps=200", "train.final_eval_tokens=131072")
 MARGIN = 0.01
 """Default margin in nats a byte. In a pilot two runs of the toy with the same seed differ by chance with a deviation of
 0.0125, so 20 pairs know a difference within 0.006: differences of 0.01 are found, or ruled out."""
-CLAIM = ("question", "source", "hypothesis", "margin", "base", "set", "arms")
+CLAIM = ("question", "source", "hypothesis", "margin", "base", "base_name", "set", "arms")
 """Keys of a claim's file."""
 
 
@@ -158,7 +158,7 @@ def checked(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def read_claim(path: Path, settings: Sequence[str], margin: float | None) -> Comparison:
-    """Read a claim: a TOML file with a question, its source, a hypothesis, a margin, a base and [arms].
+    """Read a claim: a TOML file with a question, its source, a hypothesis, a margin, a base, its name and [arms].
 
     Each arm is a list of settings, or the name of a config or of a function.
 
@@ -171,7 +171,7 @@ def read_claim(path: Path, settings: Sequence[str], margin: float | None) -> Com
     assert isinstance(named, Mapping)
     base = RunConfig.from_file(find_config(Path(table.get("base", "toy"))))
     common = [*table.get("set", ()), *settings]
-    arms = [arm_of([], base, common)]
+    arms = [arm_of([], base, common, str(table.get("base_name", "")))]
     for name, of in named.items():
         words = [of] if isinstance(of, str) else of
         require(isinstance(words, list) and bool(words), f"{path}: arms.{name} is {brief(of)}; want a list of settings")

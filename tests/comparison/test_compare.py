@@ -13,7 +13,7 @@ import torch
 
 from dsmini import RunConfig, Transformer
 from dsmini.comparison.arms import arms_of, read_claim
-from dsmini.comparison.results import HEAD, Results, read_results
+from dsmini.comparison.results import HEAD, Results, head_of, read_results, refuse_other
 from dsmini.comparison.trial import draw_by_name, drawn_by_name, prepared
 from dsmini.nn.gate import HashGate, hash_table
 from tests.helpers.commands import ROOT, check_refused, finish, run, start
@@ -96,7 +96,7 @@ def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
     answer = json.loads(done.stdout)
     assert answer["arms"]["base"]["runs"] == answer["arms"]["model.n_mtp_layers=0"]["runs"] == 2
     assert answer["arms"]["model.n_mtp_layers=0"]["word"] in ("better", "worse", "equal", "undecided")
-    for words in ("margin  0.01 nats a byte", "4 runs in", "95 % interval", "found.jsonl"):
+    for words in ("margin  0.01 nats a byte", "4 runs in", "difference, 95 %", "found.jsonl"):
         assert words in done.stderr, words
     assert (place / "found.png").stat().st_size > 5000
     first = lines_of(place / "found.jsonl")
@@ -162,6 +162,10 @@ def test_arms_are_equal_but_for_their_idea() -> None:
 def test_claims_of_the_docs_say_what_they_ask(path: Path) -> None:
     claim = read_claim(path, [], None)
     assert claim.question.endswith("?") and claim.hypothesis and claim.source and len(claim.arms) > 2
+    assert claim.arms[0].name != "base", "base_name says what it is"
+    if results := read_results(path.with_suffix(".jsonl")):
+        corpora = {name: arm["corpus"] for name, arm in results.head["arms"].items()}
+        refuse_other(results, head_of(claim, corpora, None, results.head["dsmini"]))
 
 
 def test_what_cannot_be_compared_is_refused(place: Path) -> None:
