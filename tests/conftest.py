@@ -36,6 +36,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 HERE = Path(__file__).parent
 QUICK = {"nn", "functional", "numerics", "properties", "gradients", "oracle", "test_end_to_end.py"}
 """Folders and files of `pytest -m quick`; their slow tests are left out."""
+TOO_LONG = {
+    *("test_compiled_equals_eager", "test_the_first_call_of_a_process_compiles_in_one_graph", "test_the_released_shapes"),
+    *("test_the_model_trains_and_generates_alone", "test_no_more_than_a_chunk_of_logits_exists", "test_conversations"),
+    *("test_random_models_follow_the_reports", "test_layers_equal_reference", "test_codes_scales_and_values_of_each_tile"),
+}
+"""Tests that `pytest -m quick` leaves out too: these few would take a third of its time."""
 READ = {"quick": QUICK, "gpu": {"gpu", "kernels", "functional", "nn"}}
 """Folders and files that have tests of a tier: to read all others takes longer than to run these."""
 LONGEST = (
@@ -81,7 +87,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.relative_to(HERE).parts[0] in QUICK and not any(map(item.get_closest_marker, ("slow", "gpu"))):
+        left_out = item.name.partition("[")[0] in TOO_LONG or any(map(item.get_closest_marker, ("slow", "gpu")))
+        if item.path.relative_to(HERE).parts[0] in QUICK and not left_out:
             item.add_marker("quick")
     place = {HERE / name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
