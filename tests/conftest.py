@@ -37,9 +37,10 @@ HERE = Path(__file__).parent
 QUICK = {"nn", "functional", "numerics", "properties", "gradients", "oracle", "test_end_to_end.py"}
 """Folders and files of `pytest -m quick`; their slow tests are left out."""
 TOO_LONG = {
-    *("test_compiled_equals_eager", "test_the_first_call_of_a_process_compiles_in_one_graph", "test_the_released_shapes"),
+    *("test_compiled_equals_eager", "test_the_first_call_of_a_process_compiles_in_one_graph"),
     *("test_the_model_trains_and_generates_alone", "test_no_more_than_a_chunk_of_logits_exists", "test_conversations"),
-    *("test_random_models_follow_the_reports", "test_layers_equal_reference", "test_codes_scales_and_values_of_each_tile"),
+    *("test_random_models_follow_the_reports", "test_codes_scales_and_values_of_each_tile", "test_the_released_shapes"),
+    "test_layers_equal_reference",
 }
 """Tests that `pytest -m quick` leaves out too: these few would take a third of its time."""
 READ = {"quick": QUICK, "gpu": {"gpu", "kernels", "functional", "nn"}}
