@@ -1,6 +1,7 @@
 """python -m dsmini.compare: is an idea better? Train pairs of runs, and say so with an interval."""
 
 import json
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -99,6 +100,10 @@ def main(args: Sequence[str]) -> int:
         base, *others = results.names
         say(console, f"compare {', '.join(others)} with {base}: {command.seeds} seeds, results in {path}")
         say(console, f"margin  {comparison.margin:g} nats a byte: a difference within it counts as none")
+        sizes = {arm.name: (arm.config.train, arm.config.seq_len) for arm in comparison.arms}
+        tokens = {name: train.steps * train.batch_size * length for name, (train, length) in sizes.items()}
+        if len({*tokens.values()}) > 1:
+            say(console, f"tokens  not equal: {', '.join(f'{name} {n:,}' for name, n in tokens.items())}")
         with Progress(console, label="runs", delay=0, stays=True) as progress:
             try:
                 done = run_missing(comparison, results, command.seeds, command.jobs, progress)
@@ -113,10 +118,13 @@ def main(args: Sequence[str]) -> int:
 
 def _refuse(command: CompareCommand, words: Sequence[str], rest: Sequence[str]) -> None:
     """Raise ValueError for flags that contradict each other, and for numbers of nothing."""
-    require(command.seeds > 0, f"--seeds {command.seeds} is not a pair; use 2 or more, 20 for a difference of 0.01")
+    require(command.seeds > 0, f"--seeds {command.seeds} is not a pair; use 2 or more, 20 for a difference of 0.02")
     require(command.margin is None or command.margin > 0, f"--margin {command.margin} is not positive; use 0.01")
     require(command.jobs is None or command.jobs > 0, f"--jobs {command.jobs} runs nothing; use 1 or more")
-    require(command.minutes is None or command.minutes > 0, f"--minutes {command.minutes} is not a time; use 1 or more")
+    finite = command.minutes is None or 0 < command.minutes < math.inf
+    require(finite, f"--minutes {command.minutes} is not a time; use 1 or more")
+    lines = command.out is None or (command.out.suffix == ".jsonl" and not command.out.is_dir())
+    require(lines, f"--out {command.out} is to have lines of JSON; let it end in .jsonl")
     twice = [flag for flag in ("--idea", "--set") if sum(arg.partition("=")[0] == flag for arg in rest) > 1]
     require(not twice, f"{' and '.join(twice)} given twice; write all after one: --idea A B, each in quotes")
     others = {arg.partition("=")[0] for arg in rest if arg.startswith("--")} - {"--report", "--json"}

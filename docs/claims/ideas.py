@@ -61,8 +61,8 @@ class _RoundGradient(torch.autograd.Function):
 
 
 def in_e4m3(x):
-    """Return the values of a tensor rounded to E4M3 with one scale."""
-    scale = x.detach().abs().amax().float().clamp(min=1e-12) / 448
+    """Return the values of a tensor rounded to E4M3 with one scale, a power of two as tiles have."""
+    scale = (x.detach().abs().amax().float().clamp(min=1e-12) / 448).log2().ceil().exp2()
     return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
 
 

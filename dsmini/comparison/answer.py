@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from dsmini.atomic import new_file
 from dsmini.comparison.results import Results
 from dsmini.comparison.verdict import Verdict, seeds_to_decide, verdicts
 from dsmini.console.messages import say
-from dsmini.measure.turns import TAIL
 from dsmini.report.figures import Table, Toned, plain
 from dsmini.report.tables import show_table
 from dsmini.report.units import number, plural
@@ -31,7 +31,7 @@ def verdicts_of(results: Results) -> dict[str, Verdict]:
 
 def table_of(results: Results) -> Table:
     """Return a row for each arm: its loss and the difference to the base in nats a byte, the verdict, time and bytes of
-    cache as shares of the base's, MaxVio, and the share of drafts that are taken."""
+    cache as shares of the base's (of the base its CPU seconds), MaxVio, and the share of drafts that are taken."""
     found, rows = verdicts_of(results), []
     for arm in results.names:
         losses = list(results.values(arm).values())
@@ -45,13 +45,16 @@ def table_of(results: Results) -> Table:
                 (f"{d.value:+.4f}" if d and d.turns else "")
                 + (f" ± {d.high - d.value:.4f}" if d and d.is_clear else ""),
                 Toned(verdict.word, TONES[verdict.word]) if verdict else "base",
-                *(_mean_ratio(results, arm, figure) for figure in ("cpu_seconds", "cache_bytes")),
+                _mean_ratio(results, arm, "cpu_seconds") if verdict else _mean(results, arm, "cpu_seconds", " s"),
+                _mean_ratio(results, arm, "cache_bytes"),
                 *(_mean(results, arm, figure) for figure in ("max_vio", "acceptance")),
             ]
         )
     columns = ["arm", "seeds", "loss", "difference, 95 %", "verdict", "time", "cache", "MaxVio", "drafts"]
     used = [
-        i for i, name in enumerate(columns) if any(row[i] not in ("", "1.00" if name in RATIOS else "") for row in rows)
+        i
+        for i, name in enumerate(columns)
+        if any(row[i] not in ("", "1.00" if name == "cache" else "") for row in rows)
     ]
     names = [columns[i] for i in used]
     return Table(
@@ -60,12 +63,11 @@ def table_of(results: Results) -> Table:
 
 
 NOT_NUMBERS = ("arm", "verdict")
-RATIOS = ("time", "cache")
 
 
-def _mean(results: Results, arm: str, figure: str) -> str:
+def _mean(results: Results, arm: str, figure: str, unit: str = "") -> str:
     values = list(results.values(arm, figure).values())
-    return number(statistics.fmean(values)) if values else ""
+    return f"{number(statistics.fmean(values))}{unit}" if values else ""
 
 
 def _mean_ratio(results: Results, arm: str, figure: str) -> str:
@@ -81,18 +83,20 @@ def sentences(results: Results) -> list[str]:
     if lost := results.diverged(base):
         told.append(f"{base} diverged in {plural(lost, 'run')}, whose pairs do not count.")
     for arm, verdict in verdicts_of(results).items():
-        d, needed = verdict.difference, _seeds_needed(results, arm, verdict)
+        d = verdict.difference
         if verdict.word == "diverged":
             told.append(f"{arm} diverged in {results.diverged(arm)} of its runs.")
+        elif verdict.word == "equal" and not any(results.differences(arm)):
+            told.append(f"{arm} gives the same losses as {base}, to the bit: the idea changes nothing.")
         elif verdict.word == "equal":
             told.append(f"{arm} is equal to {base} within the margin of {margin:g} nats a byte.")
         elif verdict.word == "undecided":
-            more = (
-                "two seeds are the least"
-                if needed is None
-                else f"about {needed:,} would decide if the rest is like this"
-            )
-            told.append(f"{arm} against {base} is undecided with {plural(d.turns, 'seed')}; {more}.")
+            needed = _seeds_needed(results, arm, verdict)
+            more = "two seeds are the least" if d.turns < 2 else "some pairs are lost"
+            if needed is not None:
+                more = f"four of five new comparisons with {needed:,} would decide, if the rest is like this"
+            chance = " (of several ideas one is this far from 0 by chance)" if d.low > 0 or d.high < 0 else ""
+            told.append(f"{arm} against {base} is undecided with {plural(d.turns, 'seed')}{chance}; {more}.")
         else:
             small = ", less than the margin" if abs(d.value) < margin else ""
             told.append(f"{arm} is {verdict.word} than {base}, by {abs(d.value):.4f} nats a byte{small}.")
@@ -100,10 +104,10 @@ def sentences(results: Results) -> list[str]:
 
 
 def _seeds_needed(results: Results, arm: str, verdict: Verdict) -> int | None:
-    """Return how many seeds would decide; None for an arm that is decided, or has fewer than two pairs."""
-    if verdict.word != "undecided":
+    """Return how many seeds would decide; None for an arm that is decided, has no two pairs, or lost some."""
+    if verdict.word != "undecided" or results.diverged(results.names[0]):
         return None
-    return seeds_to_decide(results.differences(arm), results.head["margin"], TAIL / (len(results.names) - 1))
+    return seeds_to_decide(results.differences(arm), results.head["margin"], len(results.names) - 1)
 
 
 def show(console: Console, results: Results) -> None:
@@ -123,51 +127,73 @@ def record_of(results: Results) -> dict[str, Any]:
         arm: {
             "runs": len(results.values(arm)),
             "diverged": results.diverged(arm),
-            "loss": statistics.fmean(values) if (values := list(results.values(arm).values())) else None,
+            **{
+                name: statistics.fmean(values) if (values := list(results.values(arm, figure).values())) else None
+                for name, figure in (("loss", "loss"), ("seconds", "cpu_seconds"))
+            },
             **({} if arm not in found else dataclasses.asdict(found[arm])),
             "seeds_needed": _seeds_needed(results, arm, found[arm]) if arm in found else None,
         }
         for arm in results.names
     }
-    return plain({"question": results.head["question"], "margin": results.head["margin"], "arms": arms})
+    head = {key: results.head[key] for key in ("dsmini", "question", "margin")}
+    return plain({"file": str(results.path), **head, "arms": arms})
 
 
 def draw(path: Path, all_results: Sequence[Results]) -> None:
     """Write a forest plot as PNG: for each arm the paired differences, their mean and its 95 % interval."""
     from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
+    from matplotlib.patches import Rectangle
+    from matplotlib.transforms import blended_transform_factory
 
-    rows: list[tuple[Results | None, str, Verdict | None]] = []
-    for results in all_results:
-        asked = results.head["question"] or "What differs?"
-        rows += [(results, f"{asked}  Base: {results.names[0]}", None)]
-        rows += [(results, arm, verdict) for arm, verdict in verdicts_of(results).items()]
-    figure = Figure(figsize=(9, 1.0 + 0.3 * len(rows)), layout="constrained")
+    def escaped(words: str) -> str:
+        return words.replace("$", r"\$")  # between two of them would be a formula
+
+    found = [(results, verdicts_of(results)) for results in all_results]
+    reach = _reach([verdict for _, of in found for verdict in of.values()], [each.head["margin"] for each, _ in found])
+    rows = [(results, arm, of.get(arm)) for results, of in found for arm in ("", *results.names)]
+    figure = Figure(figsize=(9, 0.8 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    ticks: list[str] = []
-    for y, (results, words, verdict) in enumerate(rows):
-        if verdict is None or results is None:
-            axes.axhspan(y - 0.5, y + 0.5, color="#ececec", zorder=3)
-            axes.text(0.01, y, words, transform=axes.get_yaxis_transform(), va="center", zorder=4)
-            ticks.append("")
+    across = blended_transform_factory(figure.transFigure, axes.transData)
+    ticks: list[tuple[str, str]] = []
+    for y, (results, arm, verdict) in enumerate(rows):
+        margin, label = results.head["margin"], textwrap.shorten(arm, 40, placeholder="...")
+        if not arm:
+            title = textwrap.shorten(results.head["question"] or results.path.stem, 110, placeholder="...")
+            band = Rectangle((0, y - 0.5), 1, 1, transform=across, color="#ececec", clip_on=False, zorder=3)
+            axes.add_patch(band).set_in_layout(False)
+            axes.text(0.01, y, escaped(title), transform=across, va="center", zorder=4).set_in_layout(False)
+            ticks.append(("", "black"))
             continue
-        margin, d = results.head["margin"], verdict.difference
         axes.fill_betweenx([y - 0.5, y + 0.5], -margin, margin, color="#9db4d0", alpha=0.25, linewidth=0)
-        colour, points = COLOURS[verdict.word], results.differences(words)
+        if verdict is None:
+            ticks.append((f"{label}:   base", "black"))
+            continue
+        d, colour = verdict.difference, COLOURS[verdict.word]
+        points = [p for p in results.differences(arm) if abs(p) <= reach]
         axes.plot(points, [y] * len(points), "|", color=colour, alpha=0.35, markersize=7)
         if d.is_clear:
-            axes.plot([d.low, d.high], [y, y], color=colour, linewidth=2)
+            axes.plot([min(max(end, -reach), reach) for end in (d.low, d.high)], [y, y], color=colour, linewidth=2)
         if d.turns:
-            axes.plot([d.value], [y], "o", color=colour, markersize=6)
+            at = min(max(d.value, -reach), reach)
+            mark = "o" if at == d.value else ">" if at > 0 else "<"
+            axes.plot([at], [y], mark, color=colour, markersize=6)
         value = f" {d.value:+.4f}" if d.turns and math.isfinite(d.value) else ""
-        ticks.append(f"{words}:   {verdict.word}{value}, {plural(d.turns, 'seed')}")
+        ticks.append((f"{label}:   {verdict.word}{value}, {plural(d.turns, 'seed')}", colour))
     axes.axvline(0, color="#444444", linewidth=0.8)
-    axes.set_yticks(range(len(ticks)), ticks)
+    axes.set_yticks(range(len(ticks)), [escaped(words) for words, _ in ticks])
     axes.tick_params(length=0)
     axes.locator_params(axis="x", nbins=6)
-    for tick, (_, _, verdict) in zip(axes.get_yticklabels(), rows, strict=True):
-        tick.set_color("black" if verdict is None else COLOURS[verdict.word])
+    for tick, (_, colour) in zip(axes.get_yticklabels(), ticks, strict=True):
+        tick.set_color(colour)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("difference to the base in nats a byte; left is better; the band is the margin")
+    figure.supxlabel("difference to the base in nats a byte; left is better; the band is the margin", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     with new_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
+
+
+def _reach(verdicts: Sequence[Verdict], margins: Sequence[float]) -> float:
+    """Return how far a plot reaches: beyond it, eight times as far as most intervals do, an arm would hide the rest."""
+    ends = [max(abs(d.low), abs(d.high)) for d in (verdict.difference for verdict in verdicts) if d.is_clear]
+    return max(8 * statistics.median(ends) if ends else math.inf, *margins)

@@ -3,11 +3,14 @@
 import dataclasses
 import hashlib
 import inspect
+import math
 import re
 import runpy
 import shlex
+import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,8 @@ EQUAL = ("train.final_eval_tokens=262144", "train.threads=1")
 """Settings of every run: each core has one, on one thread; the losses are of 262,144 tokens."""
 SMALL = ("train.steps=200", "train.final_eval_tokens=131072")
 MARGIN = 0.01
-"""Default margin in nats a byte. In a pilot two runs of the toy with the same seed differ by chance with a deviation of
-0.0125, so 20 pairs know a difference within 0.006: differences of 0.01 are found, or ruled out."""
+"""Default margin in nats a byte. Paired differences of the toy after 200 steps have deviations of 0.015 (balancing by
+other means) to 0.043 (no multi-token prediction), so 20 pairs know them within 0.007 to 0.02 (docs/claims)."""
 CLAIM = ("question", "source", "hypothesis", "margin", "base", "base_name", "set", "arms")
 """Keys of a claim's file."""
 
@@ -72,8 +75,9 @@ def make_model_of(function: str) -> Callable[[ModelConfig], Any]:
     file, _, name = function.rpartition(":")
     require(Path(file).is_file(), f"there is no file {file}; name a function as my_idea.py:make_model")
     try:
-        found = runpy.run_path(file).get(name)
-    except Exception as error:
+        with redirect_stdout(sys.stderr):  # what it prints is not the answer
+            found = runpy.run_path(file).get(name)
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{file} ended with {type(error).__name__}: {brief(str(error))}") from error
     require(callable(found), f"{file} has no function {name}; it takes a ModelConfig and returns a model")
     assert callable(found)
@@ -136,7 +140,15 @@ def arms_of(words: Sequence[str], ideas: Sequence[str], common: Sequence[str]) -
     named = bool(words) and not FUNCTION.fullmatch(words[0])
     base = RunConfig.from_file(find_config(Path(words[0]))) if named else RunConfig()
     arms = [arm_of(words[:1] if named else [], base, common)]
-    arms += [arm_of(each, base, common) for each in [*([word] for word in words[named:]), *map(shlex.split, ideas)]]
+    for idea in ideas:
+        try:
+            shlex.split(idea)
+        except ValueError as error:
+            raise ValueError(f"--idea {brief(idea)}: {str(error).lower()}; close its quotes") from None
+    for each in [*([word] for word in words[named:]), *map(shlex.split, ideas)]:
+        arm = arm_of(each, base, common)
+        taken = any(other.name == arm.name for other in arms) and bool(arm.function)
+        arms.append(replace(arm, name=f"{Path(each[0]).stem}:{arm.name}") if taken else arm)
     return checked(arms)
 
 
@@ -153,6 +165,11 @@ def checked(arms: Sequence[Arm]) -> list[Arm]:
             require(other.name != arm.name, f"two arms are called {arm.name}; give their files other names")
             same = other.config == arm.config and other.function == arm.function
             require(not same, f"{other.name} and {arm.name} differ in nothing; change one of them")
+            texts = [(each.config.data.path, each.config.data.val_fraction) for each in (other, arm)]
+            why = "losses of other texts cannot be compared; use --set for all of them"
+            require(
+                texts[0] == texts[1], f"{other.name} and {arm.name} differ in data.path or data.val_fraction: {why}"
+            )
         done.append(arm)
     return done
 
@@ -169,6 +186,11 @@ def read_claim(path: Path, settings: Sequence[str], margin: float | None) -> Com
     named = table.get("arms")
     require(isinstance(named, Mapping) and bool(named), f"{path} has no [arms]; give each a list of settings")
     assert isinstance(named, Mapping)
+    for key in ("question", "source", "hypothesis", "base", "base_name"):
+        require(isinstance(table.get(key, ""), str), f"{path}: {key} is {brief(table.get(key))}; want words in quotes")
+    stated = table.get("margin")
+    fits = stated is None or (isinstance(stated, float) and 0 < stated < math.inf)
+    require(fits, f"{path}: margin is {brief(stated)}; want nats a byte, such as 0.01")
     base = RunConfig.from_file(find_config(Path(table.get("base", "toy"))))
     common = [*table.get("set", ()), *settings]
     arms = [arm_of([], base, common, str(table.get("base_name", "")))]
@@ -176,7 +198,6 @@ def read_claim(path: Path, settings: Sequence[str], margin: float | None) -> Com
         words = [of] if isinstance(of, str) else of
         require(isinstance(words, list) and bool(words), f"{path}: arms.{name} is {brief(of)}; want a list of settings")
         arms.append(arm_of([str(word) for word in words], base, common, name, path.parent))
-    stated = table.get("margin")
     require(stated is None or margin in (None, stated), f"{path} states the margin {stated}; leave --margin out")
     return Comparison(
         name=path.stem,

@@ -25,6 +25,9 @@ Line = dict[str, Any]
 
 HEAD = {"dsmini", "question", "source", "hypothesis", "margin", "minutes", "arms"}
 """Keys of a first line."""
+START = b'{"dsmini": "'
+NUMBERS = {"loss", "cpu_seconds", "cache_bytes", "max_vio", "acceptance"}
+"""Figures of a run that an answer shows."""
 
 
 @dataclass(kw_only=True)
@@ -95,23 +98,34 @@ def head_of(comparison: Comparison, corpora: Mapping[str, str], minutes: float |
 def read_results(path: Path) -> Results | None:
     """Return what a file holds; None if there is none, or if it was killed before its first line.
 
-    Raises: ValueError for a file of something else.
+    Raises: ValueError for a file of something else, which names its first line that is not a run.
     """
     if not path.exists():
         return None
-    *whole, _cut = read_bytes(path).split(b"\n")
+    *whole, cut = read_bytes(path).split(b"\n")
     try:
-        head, *lines = map(json.loads, whole) if whole else (None,)
-        arms = None if head is None else {name: dict(arm) for name, arm in head["arms"].items()}
-        known = head is None or head.keys() >= HEAD
-        known = known and all(
-            isinstance(line["seed"], int) and line["arm"] in arms and "loss" in line for line in lines
-        )
+        head = json.loads(whole[0]) if whole else {}
+        known = head.keys() >= HEAD and all(isinstance(arm, dict) for arm in head["arms"].values())
+        known = known and isinstance(head["margin"], float) and head["margin"] > 0
     except (ValueError, KeyError, TypeError, AttributeError):
-        known, head, lines = False, None, []
+        known, head = False, {}
+    if not whole and START.startswith(cut[: len(START)]):
+        return None
     if not known:
         raise ValueError(f"{path} is not a file of a comparison; name another")
-    return None if head is None else Results(path=path, head=head, lines=lines)
+    runs: dict[tuple[str, int], Line] = {}
+    for number, text in enumerate(whole[1:], 2):
+        try:
+            line = json.loads(text)
+            numbers = [line[key] for key in line.keys() & NUMBERS if line[key] is not None]
+            fits = line["arm"] in head["arms"] and isinstance(line["seed"], int) and "loss" in line
+            fits = fits and all(isinstance(x, float | int) and math.isfinite(x) for x in numbers)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            fits, line = False, {}
+        if not fits:
+            raise ValueError(f"line {number} of {path} is not a finished run; remove it")
+        runs.setdefault((line["arm"], line["seed"]), line)
+    return Results(path=path, head=head, lines=[*runs.values()])
 
 
 @contextmanager

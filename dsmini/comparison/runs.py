@@ -37,7 +37,7 @@ class Workers:
     def ask(self, request: str, what: str) -> Any:
         """Run a request (trial.py) in a process of its own and return its result.
 
-        Raises: ValueError for what the run refuses; RuntimeError if it breaks.
+        Raises: ValueError for what the run refuses, and if it breaks.
         """
         with self.lock:
             if self.closed:
@@ -70,7 +70,7 @@ class Workers:
             if self.closed:
                 raise StoppedError
             last = ("".join(messages).strip() or f"status {process.returncode}").splitlines()[-1]
-            raise RuntimeError(f"{what} broke: {last}")
+            raise ValueError(f"{what} broke: {last}")
         finally:
             with self.lock:
                 self.running.pop(process, None)
@@ -104,7 +104,7 @@ def run_missing(comparison: Comparison, results: Results, seeds: int, jobs: int 
     Args:
         jobs: number of runs at a time; None: one for each core, on a GPU one.
 
-    Raises: ValueError and RuntimeError of a run; the others are ended.
+    Raises: ValueError of a run; the others are ended.
     """
     missing = [
         (arm, seed)
@@ -123,7 +123,7 @@ def run_missing(comparison: Comparison, results: Results, seeds: int, jobs: int 
                 request = request_of(arm, seed, cache_of(results.path))
                 running[pool.submit(processes.ask, request, f"{arm.name}, seed {seed}")] = arm, seed
             finished, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-            for future in finished:
+            for future in sorted(finished, key=lambda done: done.exception() is not None):  # what is done is kept
                 arm, seed = running.pop(future)
                 results.add({"arm": arm.name, "seed": seed, **future.result()})
             names = ", ".join(f"{arm.name} seed {seed}" for arm, seed in running.values())

@@ -13,14 +13,14 @@ import threading
 import time
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsmini import accounting
 from dsmini.comparison.arms import Arm, make_model_of
@@ -94,8 +94,9 @@ def prepared(arm: Arm, seed: int, cache: Path) -> tuple[Trainer, Corpus]:
     device = pick_device(config.train.device)
     corpus = load_corpus(config.data, config.seq_len, config.model.vocab_size, cache, 0)
     torch.manual_seed(seed)
+    make = make_model_of(arm.function) if arm.function else Transformer
     with drawn_by_name(seed):
-        model = make_model_of(arm.function)(config.model) if arm.function else Transformer(config.model)
+        model = make(config.model)
     if not isinstance(model, Transformer):
         raise ValueError(f"{arm.function} returned a {type(model).__name__}; want a dsmini.Transformer")
     for gate in model.gates():
@@ -108,25 +109,58 @@ def prepared(arm: Arm, seed: int, cache: Path) -> tuple[Trainer, Corpus]:
 
 @contextmanager
 def drawn_by_name(seed: int) -> Iterator[None]:
-    """Draw the first weights of each Transformer that is made in the block by name, before its maker changes them."""
+    """Draw the first weights of each Transformer that is made in the block by name, but those that its maker changed.
+
+    A module that was changed after it drew its weights, by an adapter that starts at zero, say, stays as it is.
+    """
+    drawn: dict[nn.Module, dict[str, Tensor]] = {}
+    every: list[Any] = [nn.Module]
+    for kind in every:
+        every.extend(kind.__subclasses__())
+    kinds = [kind for kind in dict.fromkeys(every) if "reset_parameters" in vars(kind)]
+    before = {kind: kind.reset_parameters for kind in kinds}
     plain = Transformer.__init__
+
+    def noted(reset: Callable[..., None]) -> Callable[..., None]:
+        def draw(self: nn.Module, *args: Any, **more: Any) -> None:
+            reset(self, *args, **more)
+            drawn[self] = {name: t.detach().clone() for name, t in _own(self)}
+
+        return draw
 
     def made(self: Transformer, *args: Any, **more: Any) -> None:
         plain(self, *args, **more)
-        draw_by_name(self, seed)
+        draw_by_name(self, seed, lambda module: _unchanged(module, drawn.get(module)))
 
+    for kind in kinds:
+        kind.reset_parameters = noted(before[kind])
     Transformer.__init__ = made
     try:
         yield
     finally:
         Transformer.__init__ = plain
+        for kind in kinds:
+            kind.reset_parameters = before[kind]
 
 
-def draw_by_name(model: nn.Module, seed: int) -> None:
-    """Draw each module's first weights by its name, so that all arms have the same where shapes agree."""
+def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def _unchanged(module: nn.Module, first: Mapping[str, Tensor] | None) -> bool:
+    """Return True if a module drew weights and has them still."""
+    return first is not None and all(name in first and torch.equal(t, first[name]) for name, t in _own(module))
+
+
+def draw_by_name(model: nn.Module, seed: int, which: Callable[[nn.Module], bool] = lambda module: True) -> None:
+    """Draw each module's first weights by its name, so that all arms have the same where shapes agree.
+
+    Args:
+        which: False for modules to leave as they are.
+    """
     for name, module in model.named_modules():
         reset: Any = getattr(module, "reset_parameters", None)
-        if module is not model and callable(reset):
+        if module is not model and callable(reset) and which(module):
             hashed = hashlib.sha256(f"{seed} {name}".encode()).digest()
             torch.manual_seed(int.from_bytes(hashed[:8], "big") >> 1)
             reset()

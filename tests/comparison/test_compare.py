@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini import RunConfig, Transformer
+from dsmini import Block, RunConfig, Transformer
 from dsmini.comparison.arms import arms_of, read_claim
-from dsmini.comparison.results import HEAD, Results, head_of, read_results, refuse_other
+from dsmini.comparison.results import HEAD, Results, head_of, opened, read_results, refuse_other
 from dsmini.comparison.trial import draw_by_name, drawn_by_name, prepared
 from dsmini.nn.gate import HashGate, hash_table
 from tests.helpers.commands import ROOT, check_refused, finish, run, start
@@ -34,6 +34,7 @@ def broken(config):
 NUMBER = 3
 """
 COMPARE = "dsmini.compare base.toml --idea model.n_mtp_layers=0 --seeds 2 --out found.jsonl"
+A_HEAD = {"dsmini": "1", **dict.fromkeys(HEAD, ""), "arms": {"base": {}}, "margin": 0.01}
 
 
 @pytest.fixture
@@ -42,6 +43,7 @@ def place(tmp_path: Path) -> Path:
     words = "the model reads a text and learns what comes next. "
     (tmp_path / "text.txt").write_text("".join(f"{i} {words}" for i in range(400)))
     (tmp_path / "idea.py").write_text(IDEA)
+    (tmp_path / "stop.py").write_text("raise SystemExit('bye')")
     return shutil.copytree(PLACE, tmp_path, dirs_exist_ok=True)
 
 
@@ -63,13 +65,26 @@ def test_pairs_start_with_equal_weights_where_shapes_agree() -> None:
     assert not torch.equal(ours["embed.weight"], wide.state_dict()["embed.weight"])
 
 
-def test_what_a_function_does_to_first_weights_is_kept() -> None:
+class Adapted(Block):
+    """A block with an adapter that starts at zero."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.up = torch.nn.Linear(8, 8)
+        torch.nn.init.zeros_(self.up.weight)
+        self.attn_norm.weight.data.fill_(0.5)
+
+
+def test_what_an_idea_does_to_first_weights_is_kept() -> None:
+    """Change weights while the model is made, and after."""
     with drawn_by_name(7):
-        base, zeroed = Transformer(n_layers=1), Transformer(n_layers=1)
-        zeroed.layers[0].ffn_norm.weight.data.zero_()
-    ours, theirs = base.state_dict(), zeroed.state_dict()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == ["layers.0.ffn_norm.weight"]
-    assert torch.equal(ours["embed.weight"], theirs["embed.weight"])
+        base, idea = Transformer(n_layers=1), Transformer(n_layers=1, make_block=Adapted)
+        idea.layers[0].ffn_norm.weight.data.zero_()
+    ours, theirs = base.state_dict(), idea.state_dict()
+    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert changed == {"layers.0.ffn_norm.weight"} | {n for n in ours if n.endswith("attn_norm.weight")}
+    for block in (idea.layers[0], idea.mtp[0].block):
+        assert not block.up.weight.any() and block.up.bias.any() and (block.attn_norm.weight == 0.5).all()
     assert not torch.equal(Transformer(n_layers=1).state_dict()["embed.weight"], ours["embed.weight"]), "only inside"
 
 
@@ -126,13 +141,51 @@ def test_a_claim_has_its_arms_and_keeps_its_results_beside_it(place: Path) -> No
 
 
 def test_results_that_were_removed_meanwhile_are_written_again(tmp_path: Path) -> None:
-    results = Results(path=tmp_path / "found.jsonl", head=dict.fromkeys(HEAD, "") | {"arms": {"base": {}}})
+    results = Results(path=tmp_path / "found.jsonl", head=A_HEAD)
     for seed in range(3):
         results.add({"arm": "base", "seed": seed, "loss": 1.0})
         if seed == 1:
             results.path.unlink()
     read = read_results(results.path)
     assert read is not None and (read.head, read.lines) == (results.head, results.lines)
+
+
+# what a file holds, and what is said of it; "" of one that was killed before its first line
+NO_RESULTS: dict[str, str] = {
+    **{
+        "": "",
+        '{"dsmini': "",
+        '{"notes": 1}': "is not a file of a comparison",
+        "[]\n": "is not a file of a comparison",
+    },
+    json.dumps(A_HEAD | {"margin": "0.01"}) + "\n": "is not a file of a comparison",
+    json.dumps(A_HEAD) + '\n{"arm": "base", "seed": 0, "loss": NaN}\n': "line 2 of .* is not a finished run; remove it",
+    json.dumps(A_HEAD) + '\n{"arm": "idea", "seed": 0, "loss": 1}\n': "line 2 of .* is not a finished run",
+}
+
+
+@pytest.mark.parametrize("text", NO_RESULTS)
+def test_a_file_of_something_else_is_refused_and_left(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "found.jsonl"
+    path.write_text(text)
+    if NO_RESULTS[text]:
+        with pytest.raises(ValueError, match=NO_RESULTS[text]), opened(path, A_HEAD):
+            pass
+        assert path.read_text() == text
+    else:
+        with opened(path, A_HEAD) as results:
+            assert results.lines == [] and json.loads(path.read_text()) == A_HEAD
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("margin = -1.0", "margin is -1.0"), ('margin = "0.01"', "margin is '0.01'"), ("question = 3", "question is 3")],
+)
+def test_a_claim_of_other_types_is_refused(place: Path, line: str, said: str) -> None:
+    claim = place / "wrong.toml"
+    claim.write_text(f'{line}\n[arms]\nwide = ["model.dim=64"]\n')
+    with pytest.raises(ValueError, match=said):
+        read_claim(claim, [], None)
 
 
 @pytest.mark.slow
@@ -149,6 +202,16 @@ def test_killed_at_any_moment_it_continues_to_the_same_lines(place: Path) -> Non
         file.write('{"arm": "base", "se')  # a line that the disk lost half of
     finish(command, place)
     assert lines_of(place / "killed.jsonl") == want
+
+
+def test_two_functions_of_one_name_are_called_by_their_files(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text("def make(config): ...")
+    assert [arm.name for arm in arms_of([f"{tmp_path}/{name}.py:make" for name in "ab"], [], [])] == [
+        "base",
+        "make",
+        "b:make",
+    ]
 
 
 def test_arms_are_equal_but_for_their_idea() -> None:
