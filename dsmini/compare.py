@@ -34,7 +34,8 @@ class CompareCommand:
     a TOML file with [arms]: python -m dsmini.compare docs/claims/mtp.toml.
     Runs of one seed see the same data in the same order, and start from the same weights where shapes agree. Each core
     has a run of its own, on one thread. A run that is done has its line in --out, and is never done again: the same
-    command continues a comparison that was stopped, and more --seeds continue one that is done.
+    command continues a comparison that was stopped, more --seeds continue one that is done, and runs of equal arms are
+    taken from other files of the folder.
     """
 
     idea: tuple[str, ...] = ()
@@ -86,8 +87,9 @@ def main(args: Sequence[str]) -> int:
         return _report(command, command.report, console)
 
     from dsmini import __version__
-    from dsmini.comparison.results import head_of, opened, read_results
+    from dsmini.comparison.results import WHERE, head_of, opened, read_results, reuse
     from dsmini.comparison.runs import read_corpora, run_missing, with_steps_for
+    from dsmini.machine import card, pick_device
 
     comparison, begun = _comparison(command, words), time.monotonic()
     path = command.out or _place(comparison, words)
@@ -104,6 +106,11 @@ def main(args: Sequence[str]) -> int:
         tokens = {name: train.steps * train.batch_size * length for name, (train, length) in sizes.items()}
         if len({*tokens.values()}) > 1:
             say(console, f"tokens  not equal: {', '.join(f'{name} {n:,}' for name, n in tokens.items())}")
+        here = card(pick_device(comparison.arms[0].config.train.device))
+        before = len(results.lines)
+        if files := reuse(results, command.seeds, {key: here[key] for key in WHERE}):
+            taken = plural(len(results.lines) - before, "run")
+            say(console, f"reused  {taken} of equal arms from {', '.join(map(str, files))}")
         with Progress(console, label="runs", delay=0, stays=True) as progress:
             try:
                 done = run_missing(comparison, results, command.seeds, command.jobs, progress)

@@ -5,6 +5,7 @@ continued by the same comparison alone.
 """
 
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,8 @@ Line = dict[str, Any]
 
 HEAD = {"dsmini", "question", "source", "hypothesis", "margin", "minutes", "arms"}
 """Keys of a first line."""
+WHERE = ("processor", "device", "torch", "python")
+"""Keys of a run that say where it was made, as in machine.card."""
 START = b'{"dsmini": "'
 NUMBERS = {"loss", "cpu_seconds", "cache_bytes", "max_vio", "acceptance"}
 """Figures of a run that an answer shows."""
@@ -150,6 +153,28 @@ def opened(path: Path, head: dict[str, Any]) -> Iterator[Results]:
             refuse_other(results, head)
             file.truncate(_whole_bytes(path))
         yield results
+
+
+def reuse(results: Results, seeds: int, where: Mapping[str, str]) -> list[Path]:
+    """Copy the runs of equal arms, of these seeds, from other files of the folder; return the files that had some.
+
+    Args:
+        where: processor, torch and so on, which a run must have: elsewhere the same run gives other bits.
+    """
+    path, head, found = results.path, results.head, list[Path]()
+    for other in sorted({*path.parent.glob("*.jsonl")} - {path}):
+        try:
+            theirs = read_results(other)
+        except ValueError:  # a file of something else
+            continue
+        if theirs is None or any(theirs.head[key] != head[key] for key in ("dsmini", "minutes")):
+            continue
+        lines = [line for line in theirs.lines if line["seed"] < seeds and line.items() >= where.items()]
+        for line, (name, arm) in itertools.product(lines, head["arms"].items()):
+            if theirs.head["arms"][line["arm"]] == arm and not results.done(name, line["seed"]):
+                results.add(line | {"arm": name})
+                found.append(other)
+    return list(dict.fromkeys(found))
 
 
 def refuse_other(results: Results, head: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dsmini import accounting
 from dsmini.comparison.arms import Arm, make_model_of
+from dsmini.comparison.results import WHERE
 from dsmini.config import RunConfig
 from dsmini.config.fields import build
 from dsmini.data.corpus import Corpus, load_corpus
@@ -75,7 +76,7 @@ def run_trial(arm: Arm, seed: int, cache: Path, on_part: Callable[[float], None]
         "max_vio": statistics.fmean(loads[-max(1, round(LAST * steps)) :]) if loads else None,
         "max_vio_mean": statistics.fmean(loads) if loads else None,
         "acceptance": acceptance(trainer) if len(trainer.model.mtp) else None,
-        **{key: here[key] for key in ("processor", "device", "torch", "python")},
+        **{key: here[key] for key in WHERE},
     }
 
 

@@ -115,6 +115,9 @@ def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
         assert words in done.stderr, words
     assert (place / "found.png").stat().st_size > 5000
     first = lines_of(place / "found.jsonl")
+    other = finish(COMPARE.replace("found", "other").replace("n_mtp_layers=0", "route_scale=1"), place)
+    assert "reused  2 runs of equal arms from found.jsonl" in other.stdout and "2 runs in" in other.stdout
+    assert [row for row in lines_of(place / "other.jsonl") if row["arm"] == "base"] == first[:2]
     again = finish(COMPARE.replace("--seeds 2", "--seeds 3"), place)
     assert "2 runs in" in again.stdout, "only the third seed is run"
     after = lines_of(place / "found.jsonl")
@@ -192,6 +195,7 @@ def test_a_claim_of_other_types_is_refused(place: Path, line: str, said: str) ->
 def test_killed_at_any_moment_it_continues_to_the_same_lines(place: Path) -> None:
     finish(COMPARE, place)
     want = lines_of(place / "found.jsonl")
+    (place / "found.jsonl").unlink()  # nothing is taken from it
     command = COMPARE.replace("found", "killed") + " --jobs 1"
     for seconds in (2.0, 5.0, 8.0):
         process = start(command, place)
