@@ -57,6 +57,7 @@ BESIDE = re.compile(
 TENSORS = (".safetensors", ".bin", ".pt", ".pth")
 LOST = ", which no config says: the folder would be read as another model; save model.state_dict() with your code"
 IDEAS = ("mask", "options", "scale", "eps", "rope", "topk", "interleaved", "fp8", "exchange", "pre_norm")
+IDEAS += ("window_size", "m", "qat", "groups", "limit", "sinkhorn_iters", "norm_eps")
 """Attributes of layers, besides weights, that decide what they compute."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 

@@ -106,6 +106,12 @@ def require_subclass(name: str, given: Any, base: type) -> None:
     )
 
 
+def derives(made: Any, base: type) -> bool:
+    """Return True for a class that is derived from a base, and for a partial of one."""
+    made = getattr(made, "func", made)
+    return isinstance(made, type) and issubclass(made, base)
+
+
 def refuse_unknown(given: dict[str, Any], known: list[str], source: str, prefix: str) -> None:
     """Raise ValueError for the first key that is not known, with the nearest known one."""
     for key in given:

@@ -85,7 +85,8 @@ class ModelConfig:
     o_lora_rank: int | None = setting(None, shapes=True, only=V4)
     """Width of each group's projected output (V4: 1024)."""
     qat: bool = setting(False, only=V4)
-    """Entries rounded to FP8, and the indexer's queries and keys to FP4, in training as in V4's cache."""
+    """Entries and the window's rows rounded to FP8, the indexer's queries and keys to FP4, in training as in V4's
+    cache."""
 
     n_routed_experts: int = setting(16, shapes=True)
     """Number of routed experts in a MoE layer."""
@@ -143,7 +144,7 @@ class ModelConfig:
     """Coefficient of YaRN's attention temperature for the whole logit."""
 
     norm_eps: float = setting(1e-6, above=0, most=1.0)
-    """Epsilon of RMSNorm; the two latent norms always use 1e-6, as in DeepSeek's code."""
+    """Epsilon of RMSNorm; the two latent norms of MLA always use 1e-6, as in DeepSeek's code."""
     init_std: float = setting(0.02, above=0, most=10.0)
     """Standard deviation of the initial weights (V3: 0.006)."""
     zero_init: bool = False

@@ -48,8 +48,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(hidden.dtype).to(dtype)
         need_hidden, need_weight = (with_gradients and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        summed = torch.promote_types(weight.dtype, torch.float32) if len(hidden) > chunk_rows else weight.dtype
+        grad_weight = torch.zeros_like(weight, dtype=summed) if need_weight else None  # a sum of chunks is not in BF16
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
@@ -69,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_hidden[rows] = grad_logits @ w
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ h
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return loss
 
     @staticmethod

@@ -173,7 +173,9 @@ def attention_step(
     """
     if isinstance(weights.layer, MLA):
         cache = replace(cache, form="absorbed")
-    context = Context(positions=cache.at.positions, cache=cache, angles={weights.layer.rope: cos_sin})
+    context = Context(
+        positions=cache.at.positions, cache=cache, angles={weights.layer.rope: (cache.at.positions, cos_sin)}
+    )
     return x + weights.layer(weights.norm(x), context)
 
 
@@ -280,9 +282,10 @@ class Decoder:
         before: Float[Tensor, "b s m"],
         cache: MTPCache,
         lengths: Int[Tensor, " b"] | None = None,
+        tokens: Int[Tensor, "b s"] | None = None,
     ) -> list[Float[Tensor, "b s m"]]:
         """Do what MTPChain.decode does. States are FP32 of a block that is taken apart."""
-        return self.model.mtp.decode(embedding, before, cache, lengths, run=self.mtp_depth)
+        return self.model.mtp.decode(embedding, before, cache, lengths, self.mtp_depth, tokens)
 
     def mtp_depth(
         self,
@@ -291,6 +294,7 @@ class Decoder:
         before: Float[Tensor, "b s m"],
         cache: MTPCache,
         at: CachePositions,
+        tokens: Int[Tensor, "b s"] | None = None,
     ) -> tuple[Float[Tensor, "b s m"], Float[Tensor, "b s m"]]:
         """Do what MTPChain.decode_depth does, with padding as in `states`."""
         weights, depth, chain = self.mtp_blocks[k], k + 1, self.model.mtp
@@ -299,7 +303,7 @@ class Decoder:
         short = not _absorbs(cache.form) or not _is_step(embedding, starts, cache.max_seq_len)
         with torch.no_grad():
             if weights is None or short:
-                return chain.decode_depth(k, embedding, before.to(embedding.dtype), cache, at)
+                return chain.decode_depth(k, embedding, before.to(embedding.dtype), cache, at, tokens)
             # 1. join what the depth before knows with the embedding: [b, s, m]
             joined = normed(embedding.float(), module.enorm), normed(before.float(), module.hnorm)
             x = module.eh_proj(torch.cat(joined, -1))

@@ -55,7 +55,7 @@ class Drafter:
             lengths: number of tokens in each row; None: all columns.
         """
         before = self.mtp.shift(0, given, lengths)
-        self.decoder.mtp(self.model.embedded(tokens), before, self.mtp, lengths)
+        self.decoder.mtp(self.model.embedded(tokens), before, self.mtp, lengths, tokens)
         self._unseen = None
 
     def guess(
@@ -75,7 +75,7 @@ class Drafter:
         whole = all(live) and all(n == tokens.shape[1] for n in kept)
         new = None if whole else torch.tensor(kept) * torch.tensor(live)
         has_room = int(self.cache.lengths.max()) + 1 + self.depths <= self.cache.max_seq_len
-        normed = self.decoder.mtp(self.model.embedded(tokens), before, self.mtp, new)
+        normed = self.decoder.mtp(self.model.embedded(tokens), before, self.mtp, new, tokens)
         if not has_room:
             return last[:, :0], []
         states = [last_valid(hidden, new, hidden[:, 0]) for hidden in normed]
@@ -102,9 +102,11 @@ class Drafter:
         """
         if k + 1 == self.depths:
             return
-        embedding, window, before = self.model.embedded(guess[:, None]), self.mtp.place(1, skipped=k), list(given)
+        token, window, before = guess[:, None], self.mtp.place(1, skipped=k), list(given)
+        embedding = self.model.embedded(token)
         for deeper in range(k + 1, self.depths):
-            normed, gives = self.decoder.mtp_depth(deeper, embedding, before[deeper][:, None], self.mtp, window)
+            inputs = deeper, embedding, before[deeper][:, None]
+            normed, gives = self.decoder.mtp_depth(*inputs, self.mtp, window, token)
             states[deeper] = normed[:, 0]
             if deeper + 1 < self.depths:
                 given[deeper + 1] = gives[:, 0]

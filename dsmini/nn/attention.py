@@ -29,21 +29,23 @@ class Context:
     tokens: Int[Tensor, "b s"] | None = None
     """Ids of the new tokens, for a layer that looks something up by them; None for a layer that stands alone."""
     documents: Int[Tensor, "b s"] | None = None
-    """Number of each position's document. A position sees its own document only. None: there is one."""
+    """Number of each position's document, rising along a row. A position sees its own alone. None: there is one."""
     mask: Bool[Tensor, "#b #s s"] | None = None
     """True for keys that a query may not see, in the place of the causal mask; None: those after it."""
     cache: LayerCacheView | None = None
     """The layer's part of a cache. The new tokens are appended to it and attend to all its rows."""
     train_indexers: bool = False
     """Compute the loss of indexers that learn (dsa.py). DSA then returns a pair."""
-    angles: dict[Rope, CosSin] = field(default_factory=dict, repr=False)
-    """Cosine and sine of the positions by each Rope that was asked for. All blocks share them."""
+    angles: dict[Rope, tuple[Tensor, CosSin]] = field(default_factory=dict, repr=False)
+    """Positions, cosine and sine by each Rope that was asked for. All blocks share them."""
 
     def cos_sin(self, rope: Rope) -> CosSin:
         """Return cosine and sine of the new tokens' rotary angles, computed once for all layers with an equal Rope."""
-        if rope not in self.angles:
-            self.angles[rope] = rope.cos_sin(self.positions)
-        return self.angles[rope]
+        of, cos_sin = self.angles.get(rope, (None, None))
+        if cos_sin is None or of is not self.positions:  # a layer may be given positions of its own
+            cos_sin = rope.cos_sin(self.positions)
+            self.angles[rope] = self.positions, cos_sin
+        return cos_sin
 
     def masked(
         self, hides: Mask | None, t: int, start: int = 0, stop: int | None = None

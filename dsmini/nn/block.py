@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
+from dsmini.config.fields import derives
 from dsmini.nn.attention import Attention, Context
 from dsmini.nn.cache import CacheDtype, LayerCache
 from dsmini.nn.compressed_attention import CompressedAttention
@@ -37,8 +38,10 @@ class Block(nn.Module):
 
     Args:
         attention_class: another attention, built from a config and called as MLA is; to decode it also has MLA's
-            new_cache. `functools.partial(MLA, mask=...)` is MLA with another mask.
-        moe_class: another mixture of experts, such as `functools.partial(MoE, gate_class=...)`.
+            new_cache. `functools.partial(MLA, mask=...)` is MLA with another mask. A CompressedAttention also gets the
+            layer's compress_ratio.
+        moe_class: another mixture of experts, such as `functools.partial(MoE, gate_class=...)`. In a hash layer it gets
+            HashGate as gate_class, whatever the partial says.
 
     Another residual rule is a subclass with another `forward`, which calls `attend` and `feed_forward` and returns the
     pair of x and Aux. Transformer(make_block=...) builds a model of it.
@@ -56,12 +59,11 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         c = layer_config(config, arguments)
-        classes: dict[str, type[nn.Module]] = {"mla": MLA, "dsa": DSA}
+        classes: dict[str, type[nn.Module]] = {"mla": MLA, "dsa": DSA, "compressed": CompressedAttention}
+        attention = attention_class or classes.get(c.attention, Attention)
+        ratio = {"compress_ratio": c.compress_ratio(layer)} if derives(attention, CompressedAttention) else {}
         self.attn_norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
-        if c.attention == "compressed" and attention_class is None:
-            self.attn: nn.Module = CompressedAttention(c, compress_ratio=c.compress_ratio(layer))
-        else:
-            self.attn = (attention_class or classes.get(c.attention, Attention))(c)
+        self.attn: nn.Module = attention(c, **ratio)
         self.ffn_norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
         by_table = {"gate_class": partial(HashGate, layer=layer)} if c.is_hashed(layer) else {}
         self.ffn: nn.Module = moe_class(c, **by_table) if c.is_moe(layer) else in_precision(c, FeedForward)(c)

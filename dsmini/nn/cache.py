@@ -225,6 +225,8 @@ class Cache:
         """[b], on the CPU: valid length of each row, in tokens."""
         self._longest = [0] * batch_size
         """The same with tokens that were taken back."""
+        self.slack: int | None = min((store.slack for store in stores if store.slack is not None), default=None)
+        """Number of tokens that can be taken back; None: all."""
 
     @property
     def batch_size(self) -> int:
@@ -283,6 +285,11 @@ class Cache:
                 f"the cache holds {room} tokens a sequence, and this call would make {longest}; "
                 "make it with a larger max_seq_len, or truncate it"
             )
+        if self._have_lost(starts):
+            raise ValueError(
+                f"rows of {self.lengths.tolist()} tokens were overwritten by a call for {self._longest} that did not "
+                "end; truncate to 0 and feed the tokens again"
+            )
         self._longest = [
             max(n, was) if start else n for n, was, start in zip(lengths, self._longest, starts, strict=True)
         ]
@@ -297,6 +304,11 @@ class Cache:
             is_token=None if alike else (columns < torch.tensor(new)[:, None]).to(self.device),
             lengths=torch.tensor(lengths),
         )
+
+    def _have_lost(self, lengths: list[int]) -> bool:
+        """Return True if a row of this length has lost some of its tokens to later ones."""
+        slack = self.slack
+        return slack is not None and any(0 < n < was - slack for n, was in zip(lengths, self._longest, strict=True))
 
     def views(self, at: CachePositions) -> list[LayerCacheView]:
         """Return each block's part of a call."""
@@ -316,11 +328,10 @@ class Cache:
                 f"truncate to {wanted.tolist()}, but the lengths are {have}; want 0 to as many for each row"
             )
         wanted = wanted.expand(self.batch_size).clone()
-        slack = min((store.slack for store in self.stores if store.slack is not None), default=self.max_seq_len)
-        if any(0 < n < before - slack for n, before in zip(wanted.tolist(), self._longest, strict=True)):
+        if self._have_lost(wanted.tolist()):
             raise ValueError(
                 f"truncate to {wanted.tolist()}, but rows have had {self._longest} tokens and the cache can "
-                f"take back {slack}; truncate to 0 and feed them again"
+                f"take back {self.slack}; truncate to 0 and feed them again"
             )
         if self.mtp is not None:
             self.mtp.forget_beyond(wanted)
@@ -381,6 +392,9 @@ class MTPCache(Cache):
                 f"{lengths.tolist()}; truncate to 0 and feed them again, or make the cache with mtp=False"
             )
         self.lengths = kept
+
+    def _have_lost(self, lengths: list[int]) -> bool:
+        return False  # it is placed more than once in a call, and the layers' cache has raised before
 
     def select(self, rows: Int[Tensor, " n"] | list[int]) -> None:
         super().select(rows)

@@ -48,7 +48,17 @@ from dsmini.config.model import CSA_RATIO
 from dsmini.nn.attention import Context, context_of
 from dsmini.nn.cache import CacheDtype, CachePositions, LayerCacheView
 from dsmini.nn.compressed_cache import BLOCK_FP4, BLOCK_FP8, SLACK, CompressedCache, FP4Rows, FP8Rows, Rows, stored
-from dsmini.nn.dsa import BLOCK, Indexer, IndexerLoss, hadamard, indexer_agreement, mean_loss, topk_keys, topk_mask
+from dsmini.nn.dsa import (
+    BLOCK,
+    Indexer,
+    IndexerLoss,
+    checked_stage,
+    hadamard,
+    indexer_agreement,
+    mean_loss,
+    topk_keys,
+    topk_mask,
+)
 from dsmini.nn.layers import (
     FP32Linear,
     FP32Module,
@@ -367,7 +377,7 @@ class CompressedAttention(FP32Module):
         """Attend, and compute the loss of the indexer where it learns and the context asks for it."""
         (b, s), cache = q.shape[:2], context.cache
         starts = None if context.documents is None else document_starts(context.documents)
-        stage = self.stage if self.training and cache is None else None
+        stage = checked_stage(self.stage) if self.training and cache is None else None
         learning = stage if context.train_indexers else None
         # 1. rows of the window before the new tokens, and these, [b, w + s, d]; the entries, [b, n, d]
         if cache is not None:

@@ -110,7 +110,7 @@ def topk_keys(
 def topk_mask(topk_indices: Int[Tensor, "b s k"], t: int) -> Bool[Tensor, "b s t"]:
     """Return True for those of t keys that a query did not choose. An index of -1 is none."""
     mask = torch.ones(*topk_indices.shape[:2], t + 1, dtype=torch.bool, device=topk_indices.device)
-    return mask.scatter_(-1, torch.where(topk_indices < 0, t, topk_indices), False)[..., :t]
+    return mask.scatter(-1, torch.where(topk_indices < 0, t, topk_indices), False)[..., :t]
 
 
 @ops.operation("topk_attention")
@@ -290,6 +290,13 @@ def mean_loss(sums: Float[Tensor, " 4"], queries: int) -> IndexerLoss:
     return IndexerLoss(kl / queries, recall.detach(), mass.detach() / queries)
 
 
+def checked_stage(stage: Any) -> Any:
+    """Return a stage; raise ValueError for a word that is none."""
+    if stage not in (None, "warmup", "sparse"):
+        raise ValueError(f"stage is {stage!r}; use None, 'warmup' or 'sparse'")
+    return stage
+
+
 class DSA(MLA):
     """DeepSeek Sparse Attention. From a config, or from plain arguments with the three index sizes.
 
@@ -316,7 +323,7 @@ class DSA(MLA):
         too. The loss moves the indexer alone, whose inputs are detached.
         """
         x, latent, cache, cos_sin = *inputs, context.cache, context.cos_sin(self.rope)
-        stage = self.stage if self.training and cache is None else None
+        stage = checked_stage(self.stage) if self.training and cache is None else None
         learns = stage is not None and context.train_indexers
         longest = x.shape[1] if cache is None else int(cache.at.lengths.max())
         if not learns and (stage == "warmup" or longest <= self.indexer.topk):

@@ -38,7 +38,7 @@ class Routing(NamedTuple):
     """Decision of a gate for n tokens. It travels in the output: gates store no state of a forward."""
 
     indices: Int[Tensor, "n k"]
-    """Chosen experts, best first."""
+    """Chosen experts, best first; of a hash layer in the order of its table."""
     weights: Float[Tensor, "n k"]
     """Weights of the chosen experts, FP32, from the unbiased scores."""
     scores: Float[Tensor, "n e"]
@@ -175,7 +175,7 @@ class Gate(FP32Module):
 class HashGate(Gate):
     """A gate that looks the experts of a token up by its id. The weights are made of its scores, as in any gate.
 
-    It has no selection bias, and nothing balances its load but the table: its scores have no part in the balance loss.
+    It has no selection bias, and nothing balances its load but the table: the balance loss moves none of its scores.
 
     Args:
         layer: number of the block; each has a table of its own.

@@ -32,7 +32,7 @@ from dsmini.config import ModelConfig
 from dsmini.nn.layers import FP32Module, at_least_fp32, without_autocast
 
 AWAY = 0.02
-"""Weight of each stream but its home that a sublayer reads at first."""
+"""Weight of each stream but its home that a sublayer reads at first; less with more than 26 streams."""
 GATE = 0.01
 """Scale of the part of the weights that depends on the token, at first. Source: mHC, table 5."""
 KEEP = 6.0
@@ -48,7 +48,7 @@ class Mix(NamedTuple):
 
 
 def sinkhorn(logits: Float[Tensor, "*any n n"], iterations: int, eps: float) -> Float[Tensor, "*any n n"]:
-    """Return a matrix whose rows and columns sum to 1, within about iterations * eps.
+    """Return a matrix whose columns sum to 1, within about eps, and its rows the nearer the more iterations there are.
 
     A softmax makes rows, then columns and rows are divided by their sums in turns; columns last. eps keeps a sum from
     becoming 0, forward and backward.
@@ -110,12 +110,14 @@ class HyperConnection(FP32Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Start as a pre-norm residual: nothing depends on the token yet."""
         n = self.n
-        pre = torch.full((n,), AWAY)
-        pre[self.home] = 1 - (n - 1) * AWAY
+        away = min(AWAY, 0.5 / max(1, n - 1))
+        pre = torch.full((n,), away)
+        pre[self.home] = 1 - (n - 1) * away
+        first = torch.cat(((pre - self.eps).logit(), torch.zeros(n), KEEP * torch.eye(n).flatten()))
         with torch.no_grad():
             self.fn.zero_()
             self.scale.fill_(GATE)
-            self.base.copy_(torch.cat(((pre - self.eps).logit(), torch.zeros(n), KEEP * torch.eye(n).flatten())))
+            self.base.copy_(placed_as(first, self.base))
 
     def forward(self, streams: Float[Tensor, "b s n m"]) -> tuple[Float[Tensor, "b s m"], Mix]:
         """Return what the sublayer reads, and the weights of what it will write."""
@@ -129,6 +131,16 @@ class HyperConnection(FP32Module):
     def _parts(self, mixes: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         sizes = [self.n, self.n, self.n * self.n]
         return [*zip(self.scale, mixes.split(sizes, -1), self.base.split(sizes), strict=True)]
+
+
+def placed_as(value: Tensor, like: Tensor) -> Tensor:
+    """Return a value, divided over the processes that a parameter is divided over (FSDP2)."""
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), mesh, like.placements)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def weighted_sum(streams: Float[Tensor, "b s n m"], weights: Float[Tensor, "b s n"]) -> Float[Tensor, "b s m"]:

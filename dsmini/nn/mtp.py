@@ -146,6 +146,7 @@ class MTPChain(nn.ModuleList):
         cache: MTPCache,
         lengths: Int[Tensor, " b"] | None = None,
         run: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        tokens: Int[Tensor, "b s"] | None = None,
     ) -> list[Float[Tensor, "b s m"]]:
         """Append tokens to the cache, and return each depth's normed states: after each token, of the next.
 
@@ -154,10 +155,11 @@ class MTPChain(nn.ModuleList):
             before: the main model's hidden state at the position before each new token.
             lengths: number of new tokens of each row, padded on the right; None: all columns are tokens.
             run: does what decode_depth does, in its place.
+            tokens: ids of the new tokens, for a layer that looks something up by them.
         """
         at, depths, all_normed = cache.place(embedding.shape[1], lengths), len(cache.stores), []
         for k in range(depths):
-            normed, given = (run or self.decode_depth)(k, embedding, before, cache, at)
+            normed, given = (run or self.decode_depth)(k, embedding, before, cache, at, tokens)
             all_normed.append(normed)
             if k + 1 < depths:
                 before = cache.shift(k + 1, given, lengths)
@@ -171,8 +173,10 @@ class MTPChain(nn.ModuleList):
         before: Float[Tensor, "b s *streams m"],
         cache: MTPCache,
         at: CachePositions,
+        tokens: Int[Tensor, "b s"] | None = None,
     ) -> tuple[Float[Tensor, "b s m"], Float[Tensor, "b s *streams m"]]:
         """Run block k (0, 1, ...) on new tokens; return its normed states, and what the next depth reads of them."""
         block, at = cast(MTP, self[k]), at.moved_back(k + 1)
-        x, normed, _ = block(before, embedding, Context(positions=at.positions, cache=cache.views(at)[k]))
+        context = Context(positions=at.positions, tokens=tokens, cache=cache.views(at)[k])
+        x, normed, _ = block(before, embedding, context)
         return normed, x if self.pre_norm else normed

@@ -41,7 +41,7 @@ class Losses(NamedTuple):
     total: Float[Tensor, ""]
     """main + mtp_weight * mtp + balance_alpha * balance + the sum of indexers' kl: the loss to minimise."""
     routing: list[Routing]
-    """One for each MoE layer, those of the MTP blocks last."""
+    """One for each MoE layer, those of the MTP blocks last; with a cache without theirs."""
     indexers: list[IndexerLoss]
     """One for each layer whose indexer learns, those of the MTP blocks last."""
 
@@ -206,8 +206,12 @@ class Transformer(nn.Module):
     def states_of(self, x: Float[Tensor, "b s *streams m"], found: list[Aux]) -> States:
         """Return the states after the last block, whose output is x, and what all blocks found."""
         normed = self.norm(self.collapse(x))
-        before = self.hc_head is not None or self.config.mtp_input == "pre_norm"
-        return States(normed, x if before else normed, *_listed(found))
+        return States(normed, x if self._gives_streams else normed, *_listed(found))
+
+    @property
+    def _gives_streams(self) -> bool:
+        """True if multi-token prediction reads what the last block gave, False if it reads the normed states."""
+        return self.hc_head is not None or self.config.mtp_input == "pre_norm"
 
     def expand(self, x: Float[Tensor, "b s m"]) -> Float[Tensor, "b s *streams m"]:
         """Return what the first block gets of the embeddings: themselves, or equal streams of them."""
@@ -253,7 +257,7 @@ class Transformer(nn.Module):
             if seen is not None:
                 positions = seen.place(tokens.shape[1], lengths).positions
                 before = seen.shift(0, states.given, lengths)
-                normed = self.mtp.decode(self.embedded(tokens), before, seen, lengths)
+                normed = self.mtp.decode(self.embedded(tokens), before, seen, lengths, tokens=tokens)
                 for k, h in enumerate(normed, 1):
                     mtp_logits.append(self.head(h).masked_fill((positions < k)[..., None], torch.nan))
             return Output(self.head(states.normed), states.normed, mtp_logits, states.routing)
@@ -285,7 +289,8 @@ class Transformer(nn.Module):
             stores = [depth.block.new_cache(*sizes, dtype, self.device) for depth in list[Any](self.mtp)]
             of_mtp = MTPCache(self.config, stores, *sizes, self.device, form=form)
             zeros = torch.zeros(batch_size, 1, self.config.dim, dtype=compute_dtype, device=self.device)
-            of_mtp.last = [self.expand(zeros)[:, 0].clone() for _ in stores]
+            given = self.expand(zeros) if self._gives_streams else zeros
+            of_mtp.last = [given[:, 0].clone() for _ in stores]
         stores = [block.new_cache(*sizes, dtype, self.device) for block in blocks]
         return Cache(self.config, stores, *sizes, self.device, form=form, mtp=of_mtp)
 
@@ -306,8 +311,8 @@ class Transformer(nn.Module):
 
         Args:
             targets: the token after each position; IGNORE (-100) where there is none.
-            documents: number of each position's document. A position attends to its own document alone. None: it
-                attends to all positions before it, as published.
+            documents: number of each position's document, rising along a row. A position attends to its own alone.
+                None: it attends to all positions before it, as published.
             recompute: save only each block's input, and compute the rest again in backward.
             n_targets: number of targets that the cross-entropies are divided by; None: those of this call. The parts
                 of a batch whose losses are averaged share the mean of theirs.

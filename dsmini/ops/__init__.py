@@ -335,16 +335,19 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recomputed(run: Callable[..., Any], *args: Any) -> Any:
-    """Return run(*args). Its inputs alone are saved; backward runs it again, on the backend of the forward."""
+    """Return run(*args). Its inputs alone are saved; backward runs it again, on the backend of the forward.
+
+    Backward begins at the same state of the generators, and draws the same noise.
+    """
     if torch.compiler.is_compiling():
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(run, *args, use_reentrant=False)
     backend = chosen()
 
     def on_the_same_backend(*inputs: Any) -> Any:
         with use(backend):
             return run(*inputs)
 
-    return checkpoint(on_the_same_backend, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(on_the_same_backend, *args, use_reentrant=False)
 
 
 def _is_watched(tensor: Tensor) -> bool:

@@ -157,7 +157,10 @@ def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def begin_stage(model: nn.Module, stage: Literal["warmup", "sparse"]) -> list[set[str]]:
-    """Let the parameters of a stage learn, and no others; return the names of each group that is clipped apart.
+    """Begin a stage; return the names of each group that is clipped apart.
+
+    The warm-up freezes all but the indexers, and the stage after it lets all learn again. Without a warm-up before it,
+    what is frozen stays so.
 
         warmup    attention to all keys    the indexers learn, nothing else has a gradient    1000 steps, rate 1e-3
         sparse    the chosen keys          all learns, each part from its own loss            15000 steps, 7.3e-6
@@ -168,14 +171,15 @@ def begin_stage(model: nn.Module, stage: Literal["warmup", "sparse"]) -> list[se
     Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1.1.
     """
     named, layers = dict(model.named_parameters()), dsa_layers(model)
+    thaws = stage == "sparse" and any(layer.stage == "warmup" for layer in layers)
     for layer in layers:
         layer.stage = stage
     if not layers:
         return []
     of_indexers = {name for name in named if ".indexer." in name}
     rest = named.keys() - of_indexers
-    for name in rest:
-        named[name].requires_grad_(stage == "sparse")
+    for name in rest if stage == "warmup" or thaws else ():
+        named[name].requires_grad_(thaws)
     return [rest, of_indexers] if stage == "sparse" else [of_indexers]
 
 

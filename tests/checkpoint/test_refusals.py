@@ -207,6 +207,8 @@ CHANGED: dict[str, Callable[[Transformer], object]] = {
     "layers.0.attn.scale is 1.0, which no config says": lambda m: setattr(m.layers[0].attn, "scale", 1.0),
     "norm.eps is 0.5, which no config says": lambda m: setattr(m.norm, "eps", 0.5),
     "layers.1.attn.rope is Rope": lambda m: setattr(m.layers[1].attn, "rope", Rope(dim=4, rope_theta=5.0)),
+    "layers.1.attn.norm_eps is 0.5, which no config says": lambda m: setattr(m.layers[1].attn, "norm_eps", 0.5),
+    "layers.1.ffn.experts.limit is 9.0, which no config says": lambda m: setattr(m.layers[1].ffn.experts, "limit", 9.0),
     "layers.1.ffn.exchange is <function ": lambda m: setattr(m.layers[1].ffn, "exchange", lambda *x: x[2]),
 }
 

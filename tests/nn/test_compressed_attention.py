@@ -229,6 +229,21 @@ def test_padding_is_in_no_entry(long_model: Any) -> None:
     assert relative_error(got[:, 0], torch.stack((want.logits[0, 39], want.logits[1, 29]))) < CHUNKS
 
 
+def test_a_call_that_did_not_end_leaves_no_wrong_answer(long_model: Any) -> None:
+    model, tokens, want = long_model
+    cache = model.new_cache(2)
+    model(tokens[:, :100], cache)
+    hook = model.layers[-1].register_forward_pre_hook(lambda *_: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens[:, 100:190], cache)
+    hook.remove()
+    assert cache.lengths.tolist() == [100] * 2
+    said = refusal(model, tokens[:, 100:101], cache)
+    assert "overwritten by a call for [190, 190] that did not end; truncate to 0" in said
+    cache.truncate(0)
+    assert relative_error(model(tokens[:, :50], cache), want.logits[:, :50]) < CHUNKS
+
+
 def test_taking_back_more_than_the_slack_is_refused(long_model: Any) -> None:
     model, tokens, want = long_model
     cache = model.new_cache(2)

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dsmini
 from dsmini import MLA, Attention, Block, Gate, Linear, ModelConfig, MoE, Transformer
 from dsmini.inference.fused import Decoder
-from dsmini.nn import Aux, Context, LayerCache, Routing, dsa_layers, route
+from dsmini.nn import Aux, CompressedAttention, Context, LayerCache, Routing, dsa_layers, route
+from dsmini.nn.gate import HashGate
 from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
-from tests.helpers.configs import DSA, refusal
+from tests.helpers.configs import DSA, V4, refusal
 from tests.helpers.models import decoded, set_stage, tokens_of
 from tests.helpers.tolerances import FP32_MODEL, MOVED, UNMOVED, relative_error
 
@@ -36,6 +38,14 @@ class ScaledResidual(Block):
         x = x + self.alpha[0] * y
         y, routing = self.feed_forward(self.ffn_norm(x), context)
         return x + self.alpha[1] * y, Aux(routing, indexer_loss)
+
+
+class WithoutOrder(Block):
+    """A block that takes all tokens to be at position 0."""
+
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Aux]:
+        assert context is not None
+        return super().forward(x, dataclasses.replace(context, positions=context.positions * 0))
 
 
 class WithoutAux(Block):
@@ -271,3 +281,80 @@ def test_what_is_no_part_of_a_model_is_refused() -> None:
 @pytest.mark.parametrize("change", [ScaledResidual, AttentionWithoutPositions, SoftplusGate, sliding])
 def test_each_change_takes_under_25_lines(change: Any) -> None:
     assert len(inspect.getsource(change).splitlines()) < 25
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_block_may_have_positions_of_its_own(layer: int) -> None:
+    """And leaves those of the other blocks, before and after it, as they are."""
+
+    def make(c: ModelConfig, layer_: int = 0, **options: Any) -> Block:
+        return (WithoutOrder if layer_ == layer else Block)(c, layer=layer_, **options)
+
+    plain = randomise(Transformer(**SMALL))
+    other = Transformer(ModelConfig(**SMALL), make_block=lambda c, layer: make(c, layer))
+    other.load_state_dict(plain.state_dict())
+    tokens = tokens_of(1, 9)
+    x, context = plain.embed(tokens), Context(positions=torch.arange(9)[None], tokens=tokens)
+    for i, block in enumerate(plain.layers):
+        at = context.positions * 0 if i == layer else context.positions
+        x = block(x, Context(positions=at, tokens=tokens))[0]
+    assert relative_error(other(tokens), plain.head(plain.norm(x))) <= FP32_MODEL
+    assert relative_error(other(tokens), plain(tokens)) > 1e-3
+
+
+class Counted(CompressedAttention):
+    """V4's attention in a class of its own."""
+
+
+def test_a_class_of_compressed_attention_gets_the_ratio_of_its_layer() -> None:
+    c = ModelConfig(**(SMALL | V4))
+    for kind in (Counted, functools.partial(Counted)):
+        model = Transformer(c, make_block=functools.partial(Block, attention_class=kind))
+        assert [type(block.attn) for block in model.layers] == [Counted] * c.n_layers
+        assert [block.attn.m for block in model.layers] == [block.attn.m for block in Transformer(c).layers]
+
+
+class TwoStreams(Transformer):
+    """A model whose residual is two streams of its own making, averaged at the end."""
+
+    def expand(self, x: Tensor) -> Tensor:
+        return torch.stack((x, 2 * x), -2)
+
+    def collapse(self, x: Tensor) -> Tensor:
+        return x.mean(-2)
+
+
+class OfStreams(Block):
+    """A block that runs on each stream alone."""
+
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Aux]:
+        if x.dim() == 3:
+            return super().forward(x, context)
+        y, aux = super().forward(x.mean(-2), context)
+        return x + (y - x.mean(-2))[..., None, :], aux
+
+
+def test_streams_of_a_subclass_learn_decode_and_draft() -> None:
+    model = randomise(TwoStreams(ModelConfig(**SMALL), make_block=OfStreams)).eval()
+    tokens = tokens_of(2, 9)
+    model.losses(tokens[:, :-1], tokens[:, 1:]).total.backward()
+    want = model.run(tokens, mtp=True)
+    got = model.run(tokens, model.new_cache(2, mtp=True), mtp=True)
+    assert relative_error(got.logits, want.logits) <= FP32_MODEL
+    assert relative_error(got.mtp_logits[0][:, 1:], want.mtp_logits[0]) <= FP32_MODEL
+
+
+def test_multi_token_prediction_with_a_cache_gives_gates_their_ids() -> None:
+    moe = functools.partial(MoE, gate_class=HashGate)
+    c = ModelConfig(**SMALL)
+    model = Transformer(c, make_block=functools.partial(Block, moe_class=moe)).eval()
+    tokens = tokens_of(2, 9)
+    for gate in model.gates():
+        gate.make_table(torch.ones(c.vocab_size, dtype=torch.int64))
+    want, cache = model.run(tokens, mtp=True), model.new_cache(2, mtp=True)
+    parts = [model.run(part, cache, mtp=True) for part in tokens.split((4, 1, 4), 1)]
+    for k in range(c.n_mtp_layers):
+        got = torch.cat([part.mtp_logits[k] for part in parts], 1)[:, k + 1 :]
+        assert relative_error(got, want.mtp_logits[k]) <= FP32_MODEL
+    out = dsmini.generate(model, tokens, max_new_tokens=12, speculative=True)
+    assert torch.equal(out.tokens, dsmini.generate(model, tokens, max_new_tokens=12).tokens)

@@ -12,15 +12,16 @@ from tests.conftest import randomise
 B, S, N, M = 2, 5, 4, 16
 
 
-def test_starts_as_a_pre_norm_residual() -> None:
+@pytest.mark.parametrize("n", [2, N, 64])
+def test_starts_as_a_pre_norm_residual(n: int) -> None:
     """Three sublayers with other homes: their streams stay equal to the plain residual."""
     x, layers = torch.randn(B, S, M), [nn.Linear(M, M) for _ in range(3)]
-    streams, head = expand(x, N), StreamHead(M, N)
+    streams, head = expand(x, n), StreamHead(M, n)
     for i, layer in enumerate(layers):
-        read, mix = HyperConnection(M, N, home=i)(streams)
+        read, mix = HyperConnection(M, n, home=i)(streams)
         torch.testing.assert_close(read, x, rtol=1e-5, atol=1e-5)
         streams, x = write(streams, layer(read), mix), x + layer(x)
-    torch.testing.assert_close(streams, expand(x, N), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(streams, expand(x, n), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(head(streams), x, rtol=1e-4, atol=1e-4)
 
 

@@ -64,6 +64,18 @@ def test_bf16_hidden_states_meet_fp32_weights() -> None:
     assert all(relative_error(a, b) <= rounding(BF16_UNIT, chained=3) for a, b in pairs)
 
 
+def test_bf16_weights_sum_the_gradients_of_chunks_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmini.functional.cross_entropy.CHUNK", VOCAB)  # one row at a time
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1024, 8, generator=draw).bfloat16()
+    weight = torch.randn(VOCAB, 8, generator=draw).bfloat16().requires_grad_()
+    targets = torch.randint(VOCAB, (1024,), generator=draw)
+    (got,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), weight)
+    exact = weight.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(torchs_own(hidden.double(), exact, targets), exact)
+    assert got.dtype == torch.bfloat16 and relative_error(got, want) <= rounding(BF16_UNIT)
+
+
 def test_ignored_targets_count_nothing(small_model: Model) -> None:
     hidden, weight, targets = problem()
     loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE))

@@ -99,3 +99,22 @@ def test_parallel_gradients_equal_those_of_one_process(recipe: str) -> None:
     for found in run_ranks(RANKS, errors, recipe):
         assert len(found) > 40
         assert {name: error for name, error in found.items() if not error <= FP32_MODEL} == {}
+
+
+def drawn_on_meta(world: World) -> float:
+    """Return the relative error of the logits of a model that was sharded before its weights were drawn."""
+    streams: dict[str, Any] = {"hc_mult": 2}
+    with torch.device("meta"):
+        model = Transformer(**SMALL, **streams)
+    shard(model)
+    model.to_empty(device="cpu")
+    model.reset_parameters()
+    alone = Transformer(**SMALL, **streams)
+    alone.load_state_dict({name: whole(t) for name, t in model.state_dict().items()})
+    fresh = Transformer(**SMALL, **streams).layers[0].hc_attn
+    assert fresh is not None and torch.equal(whole(model.layers[0].hc_attn.base), fresh.base)
+    return relative_error(model(batch()[0]), alone(batch()[0]))
+
+
+def test_a_model_with_streams_is_drawn_after_it_was_sharded() -> None:
+    assert max(run_ranks(RANKS, drawn_on_meta)) <= FP32_MODEL

@@ -124,6 +124,16 @@ def test_recomputation_changes_memory_and_not_one_bit(small_model: Model, change
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_recomputation_draws_the_same_noise(small_model: Model) -> None:
+    model = small_model()
+    model.layers[0].attn.wo = nn.Sequential(model.layers[0].attn.wo, nn.Dropout(0.3))
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        found.append(gradients(model, model.losses(*batch(), recompute=recompute).total))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_second_model_does_not_change_the_first(small_model: Model, small_config: Any) -> None:
     first, (tokens, targets) = small_model(), batch()
     alone = first.run(tokens, mtp=True)

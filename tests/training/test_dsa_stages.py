@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini import ModelConfig, RunConfig, TrainConfig
+from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config.run import ParallelConfig
 from dsmini.nn import IndexerLoss, dsa_layers
+from dsmini.training.optim import begin_stage
 from dsmini.training.plots import plot_run
 from dsmini.training.record import read_records
 from dsmini.training.trainer import Trainer
 from tests.conftest import SMALL
-from tests.helpers.configs import DSA, refusal
+from tests.helpers.configs import DSA, V4, refusal
+from tests.helpers.models import set_stage, tokens_of
 from tests.helpers.runs import new_run
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 from tests.training.test_trainer import state
@@ -148,3 +150,23 @@ def test_stages_that_do_not_fit_are_refused() -> None:
     assert "parallel.pp=2" in refusal(ParallelConfig(pp=2).check, sparse, TrainConfig(grad_accum=4), 2)
     assert "parallel.zero=1" in refusal(ParallelConfig(zero=1).check, sparse, warmup, 2)
     ParallelConfig(zero=1).check(sparse, TrainConfig(), 2)
+
+
+def test_what_a_user_froze_stays_frozen(new: New) -> None:
+    """Without a warm-up before it; after one all that the warm-up froze learns again."""
+    model = new().model
+    model.embed.weight.requires_grad_(False)
+    begin_stage(model, "sparse")
+    assert not model.embed.weight.requires_grad and model.head.weight.requires_grad
+    begin_stage(model, "warmup")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if ".indexer." in name
+    }
+    begin_stage(model, "sparse")
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_stage_that_is_none_is_refused() -> None:
+    for kind in (DSA, V4):
+        model = set_stage(Transformer(**(SMALL | kind)), "warm-up").train()
+        assert "stage is 'warm-up'; use None, 'warmup' or 'sparse'" in refusal(model, tokens_of(1, 20))
