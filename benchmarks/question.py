@@ -204,7 +204,6 @@ UNITS: Mapping[str, str] = {
     "bandwidth": "bytes/s",
     "flops_per_token": "FLOP",
     "distinct_experts": "experts",
-    "active_parameters": "parameters",
 }
 """Unit of each metric."""
 

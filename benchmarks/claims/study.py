@@ -1,12 +1,12 @@
 """Arms, seeds and metrics: what a claim is made of.
 
     QUESTION = study(
-        name="moe-or-dense",
-        title="Is a mixture of experts better than a dense model?",
+        name="shakespeare",
+        title="How good is a minute and a half of training?",
         about="...",
-        arms={"moe": ["--model.n-dense-layers", "0"], "dense": ["--model.n-dense-layers", "2"]},
+        arms={"sprint": ["--train.steps", "200"], "run": []},
         run=lambda trial, arm, flags: {"loss": trial.train(arm, "shakespeare", *flags)["val_loss"]},
-        pairs=[("loss", "dense", "moe")],
+        pairs=[("loss", "sprint", "run")],
     )
 
 For each seed all arms run one after the other, and a pair gives one difference: seeds are paired, and the interval is

@@ -1,6 +1,7 @@
-"""Show on real runs that a comparison names what differs, and little else.
+r"""Show on real runs that a comparison names what differs, and little else.
 
-    python -m dsmini.compare toy --idea train.muon_lr=0.006 --small --seeds 40 --out docs/claims/calibration.jsonl
+    python -m dsmini.compare shakespeare --idea train.muon_lr=0.02 --set train.steps=1000 model.n_dense_layers=0 \
+        --seeds 40 --out docs/claims/calibration.jsonl
     python docs/claims/calibration.py docs/claims/calibration.jsonl
 
 Runs of the base are cut at random into two halves, which are paired. Nothing differs, so at most 5 of 40 cuts may be
