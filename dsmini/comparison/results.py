@@ -155,13 +155,13 @@ def opened(path: Path, head: dict[str, Any]) -> Iterator[Results]:
         yield results
 
 
-def reuse(results: Results, seeds: int, where: Mapping[str, str]) -> list[Path]:
-    """Copy the runs of equal arms, of these seeds, from other files of the folder; return the files that had some.
+def reuse(results: Results, seeds: int, where: Mapping[str, str]) -> dict[Path, int]:
+    """Copy the runs of equal arms, of these seeds, from other files of the folder; return how many each file had.
 
     Args:
         where: processor, torch and so on, which a run must have: elsewhere the same run gives other bits.
     """
-    path, head, found = results.path, results.head, list[Path]()
+    path, head, found = results.path, results.head, dict[Path, int]()
     for other in sorted({*path.parent.glob("*.jsonl")} - {path}):
         try:
             theirs = read_results(other)
@@ -173,8 +173,8 @@ def reuse(results: Results, seeds: int, where: Mapping[str, str]) -> list[Path]:
         for line, (name, arm) in itertools.product(lines, head["arms"].items()):
             if theirs.head["arms"][line["arm"]] == arm and not results.done(name, line["seed"]):
                 results.add(line | {"arm": name})
-                found.append(other)
-    return list(dict.fromkeys(found))
+                found[other] = found.get(other, 0) + 1
+    return found
 
 
 def refuse_other(results: Results, head: Mapping[str, Any]) -> None:

@@ -283,20 +283,20 @@ def test_each_change_takes_under_25_lines(change: Any) -> None:
     assert len(inspect.getsource(change).splitlines()) < 25
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-def test_a_block_may_have_positions_of_its_own(layer: int) -> None:
+@pytest.mark.parametrize("changed", [0, 1])
+def test_a_block_may_have_positions_of_its_own(changed: int) -> None:
     """And leaves those of the other blocks, before and after it, as they are."""
 
-    def make(c: ModelConfig, layer_: int = 0, **options: Any) -> Block:
-        return (WithoutOrder if layer_ == layer else Block)(c, layer=layer_, **options)
+    def make_block(c: ModelConfig, layer: int) -> Block:
+        return (WithoutOrder if layer == changed else Block)(c, layer=layer)
 
     plain = randomise(Transformer(**SMALL))
-    other = Transformer(ModelConfig(**SMALL), make_block=lambda c, layer: make(c, layer))
+    other = Transformer(ModelConfig(**SMALL), make_block=make_block)
     other.load_state_dict(plain.state_dict())
     tokens = tokens_of(1, 9)
     x, context = plain.embed(tokens), Context(positions=torch.arange(9)[None], tokens=tokens)
     for i, block in enumerate(plain.layers):
-        at = context.positions * 0 if i == layer else context.positions
+        at = context.positions * 0 if i == changed else context.positions
         x = block(x, Context(positions=at, tokens=tokens))[0]
     assert relative_error(other(tokens), plain.head(plain.norm(x))) <= FP32_MODEL
     assert relative_error(other(tokens), plain(tokens)) > 1e-3
