@@ -312,6 +312,7 @@ class Pipeline:
             stages = [self._stage(index, b, s) for index in self.stages]
             kwargs: dict[str, Any] = {"loss_fn": lambda loss, target: loss, "scale_grads": False}
             kind = getattr(schedules, SCHEDULES[self.name])
+            self._schedules.clear()  # each has the buffers of its batch, and a batch that grows has many sizes
             self._schedules[b, s, n] = kind(stages[0] if self.name == "1f1b" else stages, n, **kwargs)
         return self._schedules[b, s, n]
 

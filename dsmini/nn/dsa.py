@@ -39,7 +39,7 @@ from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.attention import Context, Mask, attend, cached_attention
 from dsmini.nn.cache import CacheDtype, FP8LayerCache, LayerCache
 from dsmini.nn.gate import stable_topk
-from dsmini.nn.layers import FP32Linear, LayerNorm, Projection, at_least_fp32, make_linear, without_autocast
+from dsmini.nn.layers import FP32Linear, LayerNorm, Projection, at_least_fp32, make_linear
 from dsmini.nn.mla import MLA, absorbed_attention, form_of
 from dsmini.nn.rope import CosSin, apply_rope, apply_rope_to_halves
 from dsmini.numerics import AMAX_MIN, quantize
@@ -77,7 +77,7 @@ def index_scores(
     Source: DeepSeek-V3.2 report, equation 1.
     """
     # fp32: scores in BF16 tie, and ties choose different keys on different devices
-    with without_autocast(q):
+    with ops.without_autocast(q):
         products = einsum(at_least_fp32(q), at_least_fp32(k), "b s h d, b t d -> b s h t")
         return einsum(products.relu(), weights, "b s h t, b s h -> b s t")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
 from dsmini.config.fields import require
-from dsmini.nn.layers import FP32Module, at_least_fp32, draw_normal, linear, without_autocast
+from dsmini.nn.layers import FP32Module, at_least_fp32, draw_normal, linear
 
 ScoreFunc = Callable[[Tensor], Tensor]
 SCORE_FUNCS: Mapping[str, ScoreFunc] = MappingProxyType(
@@ -151,7 +151,7 @@ class Gate(FP32Module):
             fix = "; use x.flatten(0, -2)" if x.shape[-1:] == (m,) else ""
             raise ValueError(f"the gate got {tuple(x.shape)}; want [n, {m}], a row for each token{fix}")
         # fp32: bf16 scores tie, and ties choose different experts on different devices
-        with without_autocast(x):
+        with ops.without_autocast(x):
             logits = linear(at_least_fp32(x), self.weight)
         return route(logits, self.bias, **self.options)
 
@@ -222,7 +222,7 @@ class HashGate(Gate):
         chosen = self.tid2eid[tokens].long()
         if ops.can_read_values(chosen):
             check_table(chosen, len(self.weight))
-        with without_autocast(x):
+        with ops.without_autocast(x):
             logits = linear(at_least_fp32(x), self.weight)
         routing = route(logits, None, **self.options, chosen=chosen)
         return routing._replace(scores=routing.scores.detach())

@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsmini import ops
 from dsmini.config import ModelConfig
-from dsmini.nn.layers import FP32Module, at_least_fp32, without_autocast
+from dsmini.nn.layers import FP32Module, at_least_fp32
 
 AWAY = 0.02
 """Weight of each stream but its home that a sublayer reads at first; less with more than 26 streams."""
@@ -122,7 +123,7 @@ class HyperConnection(FP32Module):
     def forward(self, streams: Float[Tensor, "b s n m"]) -> tuple[Float[Tensor, "b s m"], Mix]:
         """Return what the sublayer reads, and the weights of what it will write."""
         n = self.n
-        with without_autocast(streams):
+        with ops.without_autocast(streams):
             mixes = F.linear(normed_streams(streams, self.norm_eps), self.fn)
             pre, post, comb = (scale * mix + base for scale, mix, base in self._parts(mixes))
             comb = sinkhorn(comb.unflatten(-1, (n, n)), self.sinkhorn_iters, self.eps)
@@ -153,7 +154,7 @@ def write(streams: Float[Tensor, "b s n m"], output: Float[Tensor, "b s m"], mix
 
     Simplified: computed in FP32, where DeepSeek's code does it in the dtype of the streams.
     """
-    with without_autocast(streams):
+    with ops.without_autocast(streams):
         mixed = mix.comb.mT @ at_least_fp32(streams)  # transposed: comb_jk is the share of the old stream j in k
         return (mix.post.unsqueeze(-1) * output.unsqueeze(-2) + mixed).to(streams.dtype)
 
@@ -193,7 +194,7 @@ class StreamHead(FP32Module):
             self.base.fill_(math.log(share / (1 - share)))
 
     def forward(self, streams: Float[Tensor, "b s n m"]) -> Float[Tensor, "b s m"]:
-        with without_autocast(streams):
+        with ops.without_autocast(streams):
             mixes = F.linear(normed_streams(streams, self.norm_eps), self.fn)
             return weighted_sum(streams, (self.scale * mixes + self.base).sigmoid() + self.eps)
 

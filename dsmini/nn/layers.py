@@ -1,7 +1,6 @@
 """The small layers: linear maps, norms and the embedding, and what keeps some of them in FP32."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -19,13 +18,6 @@ M = TypeVar("M", bound=nn.Module)
 def at_least_fp32(x: Tensor) -> Tensor:
     """Return x in FP32, or in FP64 if it is that already: the least precision of norms, softmax, gates and losses."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which torch.autocast leaves the dtypes of products alone."""
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # torch knows no autocast of meta
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
 
 
 def draw_normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
@@ -166,7 +158,7 @@ class FP32Linear(FP32Module, Matrix):
         Matrix.__init__(self, out_features, in_features, init_std, torch.float32)
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        with without_autocast(x):
+        with ops.without_autocast(x):
             return linear(at_least_fp32(x), self.weight)
 
 

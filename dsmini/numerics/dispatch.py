@@ -37,7 +37,7 @@ def sort_by_expert(indices: Int[Tensor, "n k"], e: int, align: int = 1) -> Slots
         align: multiple at which each expert starts. Above 1 the number of slots depends on the sizes alone, and the
             last expert takes all remaining slots, so that every row is written.
     """
-    (n, k), flat = indices.shape, indices.flatten()
+    (n, k), flat = indices.shape, indices.long().flatten()
     counts = flat.new_zeros(e).scatter_add(0, flat, torch.ones_like(flat))
     order = flat.argsort(stable=True)
     rows = n * k if align == 1 else -(-(n * k + e * (align - 1)) // align) * align

@@ -155,10 +155,11 @@ def fp8_fprop(
 
     Source: DeepSeek-V3 report, section 3.3.
     """
-    if recipe.accumulator is not None:
-        y = recipe.accumulator.matmul(x, w)
-    else:
-        y = F.linear(x, w) if ends is None else grouped_linear(x, w, ends)
+    with ops.without_autocast(x):
+        if recipe.accumulator is not None:
+            y = recipe.accumulator.matmul(x, w)
+        else:
+            y = F.linear(x, w) if ends is None else grouped_linear(x, w, ends)
     return y.to(recipe.out_dtype)
 
 
@@ -176,7 +177,10 @@ def fp8_wgrad(
     """Return the gradient of W: Q(dy)^T Q(x), both rounded in tiles of 128 tokens of one expert, or zeros."""
     g = round_tiles(dy, TOKEN_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, recipe.operands, ends)
     x = round_tiles(x, TOKEN_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands, ends)
-    return fp8_fprop(g.T, x.T, None, recipe) if ends is None else grouped_outer(g, x, ends).to(recipe.out_dtype)
+    if ends is None:
+        return fp8_fprop(g.T, x.T, None, recipe)
+    with ops.without_autocast(x):
+        return grouped_outer(g, x, ends).to(recipe.out_dtype)
 
 
 def fp8_matmul(
@@ -253,6 +257,9 @@ def fp8_swiglu_matmul(
     check_options(scale, grad_format=grad_format)
     check_source(gate, "gate")
     _check_operands(up, w, ends)
+    if gate.shape != up.shape or gate.device != up.device:
+        gate_is, up_is = (f"{list(t.shape)} on {t.device}" for t in (gate, up))
+        raise ValueError(f"gate is {gate_is}, up {up_is}; want equal shapes on one device")
     trained, weight = _weight_operand(w, scale)
     of_weight = (weight.shape[-1], weight.tile, weight.scale, weight.format)
     recipe = Recipe(scale, *of_weight, grad_format, "e4m3", up.dtype, None, ops.chosen())
@@ -381,6 +388,9 @@ def _check_operands(x: Tensor | QuantizedTensor, w: Tensor | QuantizedTensor, en
     for value, name in ((x, "x"), (w, "w")):
         if not isinstance(value, QuantizedTensor):
             check_source(value, name)
+    devices = {str(value.device): None for value in (x, w, ends) if value is not None}
+    if len(devices) > 1:
+        raise ValueError(f"x, w and ends are on {', '.join(devices)}; want one device: move them by .to()")
     if isinstance(x, QuantizedTensor) and x.tile != ACTIVATION_TILE:
         raise ValueError(f"x is quantized in tiles of {x.tile[0]}x{x.tile[1]}; want 1x128: quantize(x)")
     grouped = ends is not None

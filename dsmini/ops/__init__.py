@@ -31,7 +31,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, ClassVar, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, cast
@@ -315,6 +315,13 @@ def tensors_of(argument: Any) -> Sequence[Tensor]:
 def can_read_values(tensor: Tensor) -> bool:
     """Return True where a check may look at a tensor's numbers without a wait: in eager mode on a CPU."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and _transform() is None
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which torch.autocast leaves the dtypes of products alone."""
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # torch knows no autocast of meta
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -74,7 +74,8 @@ def save_pieces(
 def _plan(world: World, held: Pieces) -> tuple[dict[str, list[Entry]], Pieces]:
     """Return the entries of each file, of all ranks, and the pieces that this rank writes.
 
-    Ranks that hold the same piece take turns: the first piece is written by the first of them, and so on.
+    Ranks that hold the same piece take turns: the first piece is written by the first of them, and so on. A rank that
+    holds no rows of a tensor, of fewer experts than ranks that divide them, has no turn.
     """
     mine = {part: {name: (t.dtype, piece) for name, (piece, t) in of.items()} for part, of in held.items()}
     files: dict[str, dict[str, Entry]] = {part: {} for part in held}  # all ranks have the same parts; one may be empty
@@ -83,10 +84,11 @@ def _plan(world: World, held: Pieces) -> tuple[dict[str, list[Entry]], Pieces]:
         for part, named in of_rank.items():
             for name, (dtype, piece) in named.items():
                 files[part][name] = Entry(name, dtype, piece.shape, lambda: torch.empty(0))
-                holders.setdefault((part, name, piece.first), []).append(rank)
+                if piece.rows:
+                    holders.setdefault((part, name, piece.first), []).append(rank)
     writers = {key: ranks[turn % len(ranks)] for turn, (key, ranks) in enumerate(sorted(holders.items()))}
     my_part = {
-        part: {name: pair for name, pair in of.items() if writers[part, name, pair[0].first] == world.rank}
+        part: {n: pair for n, pair in of.items() if pair[0].rows and writers[part, n, pair[0].first] == world.rank}
         for part, of in held.items()
     }
     return {part: list(entries.values()) for part, entries in files.items()}, my_part

@@ -4,11 +4,15 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from dsmini.distributed.mesh import HeldRows
 from dsmini.distributed.world import World
+from dsmini.training.saving import _plan
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import assert_near, manifest_of_rewritten, run
 
@@ -46,6 +50,27 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]
 def test_another_layout_continues(before: int, after: int, tmp_path: Path, left: Callable[[int, int], Path]) -> None:
     shutil.copytree(left(before, 5), tmp_path / "run")
     assert_near(go(after, tmp_path / "run"), left(0, 0))
+
+
+@pytest.mark.parametrize(("experts", "ep", "dp"), [(4, 2, 3), (2, 2, 2), (8, 1, 5), (8, 2, 2)])
+def test_every_row_of_experts_is_written_once(experts: int, ep: int, dp: int) -> None:
+    """Where more ranks divide experts than there are, the last hold none, and must not write in place of others."""
+    each = experts // ep
+    rows = -(-each // dp)
+    held = []
+    for rank in range(ep * dp):
+        first = min(each, rank % dp * rows)
+        mine = max(0, min(rows, each - first))
+        piece = HeldRows(shape=(experts, 3), first=rank // dp * each + first, rows=mine)
+        held.append({"model": {"w": (piece, torch.ones(mine, 3))}})
+    meta = [{"model": {"w": (torch.float32, each["model"]["w"][0])}} for each in held]
+    written = []
+    for rank, of_rank in enumerate(held):
+        world: Any = SimpleNamespace(rank=rank, gather=lambda _: meta)
+        plan, mine = _plan(world, of_rank)
+        assert [entry.shape for entry in plan["model"]] == [(experts, 3)]
+        written += [row for piece, _ in mine["model"].values() for row in range(piece.first, piece.first + piece.rows)]
+    assert sorted(written) == list(range(experts))
 
 
 @pytest.mark.slow

@@ -195,3 +195,15 @@ def test_exchange_sends_one_row_a_token_expert_pair() -> None:
     predicted = TOKENS * K * (1 - 1 / 4)
     for pairs in remote:
         assert pairs == pytest.approx(predicted, abs=4 * math.sqrt(predicted / 4))
+
+
+def dispatched(world: World, zero: int) -> int:
+    """Return the bytes of the rows that a step of FP8 training sends to their experts."""
+    trainer = new_trainer(world, {"ep": 2, "dp": 2, "zero": zero}, MODELS["fp8"], {})
+    trainer.step()
+    return trainer.mesh.traffic["dispatch"]
+
+
+@pytest.mark.slow
+def test_rows_travel_as_codes_where_experts_are_divided_too() -> None:
+    assert run_ranks(4, dispatched, 1) == run_ranks(4, dispatched, 0)

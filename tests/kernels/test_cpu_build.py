@@ -200,7 +200,7 @@ def test_cache_is_used_and_damaged_or_planted_files_are_not(
     builds: list[Path] = []
 
     def rebuild(_compiler: Any, _flags: Any, folder: Path, key: str, _part: str, trial: bool) -> Path:
-        assert path.name.startswith(key) and folder == cache
+        assert path.name.startswith(f"{key}-") and folder == cache
         builds.append(path)
         return path
 
@@ -224,10 +224,14 @@ def test_cache_is_used_and_damaged_or_planted_files_are_not(
     assert build.find_or_build(library.isa, "training") == path and len(builds) == len(planted), (
         "it is read all the same"
     )
-    compiler = build.find_compiler()
-    key = build._key(compiler, build.FLAGS, "training")
-    assert key != build._key(compiler, (*build.FLAGS, "-g"), "training"), "flags are part of the key"
-    assert key != build._key(compiler, build.FLAGS, "decoding"), "sources are part of the key"
+    key = build._key(build.FLAGS, "training")
+    assert key != build._key((*build.FLAGS, "-g"), "training"), "flags are part of the key"
+    assert key != build._key(build.FLAGS, "decoding"), "sources are part of the key"
+    monkeypatch.setattr(build, "find_compiler", tuple)
+    assert build.find_or_build(library.isa, "training") == path, "where there is no compiler, that of any serves"
+    path.unlink()
+    with pytest.raises(build.BuildError, match="no C\\+\\+ compiler"):
+        build.find_or_build(library.isa, "training")
 
 
 def give_away(path: Path) -> None:

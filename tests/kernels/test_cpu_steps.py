@@ -398,12 +398,36 @@ def test_score_of_nan_is_chosen_and_stays_visible(isa: str) -> None:
     assert cpu.attention_step(x, attention, view, cos_sin, starts).isnan().all()
 
 
+def test_default_device_does_not_change_results() -> None:
+    model = model_of("odd", "fp8")
+    x = torch.randn(3, 24)
+    _, feed_forward, *_ = [*layers(model, filled(model, [3], torch.float32), 1)][-1]
+    keys = (
+        torch.randn(1, 2, 4, 8),
+        torch.randn(1, 30, 8),
+        torch.rand(1, 2, 4),
+        5,
+        torch.ones(1, 2, 30, dtype=torch.bool),
+    )
+
+    def outcome() -> list[Tensor]:
+        return [*cpu.feed_forward_step(x, feed_forward), cpu.topk_keys(*keys)]
+
+    want = outcome()
+    with torch.device("meta"):
+        got = outcome()
+    assert all(map(torch.equal, got, want))
+
+
 def test_what_is_not_served_says_why() -> None:
     x, one = torch.randn(1, 1, 24), norm_of(torch.ones(24), 0.0)
     model = model_of("odd", "fp8")
     attention, feed_forward, *more = next(layers(model, filled(model, [3], torch.float32), 1))
     _, grouped, view, *after = step("gqa", [3])
     _, sparse, *sparse_more = step("dsa", [3])
+    routed = [*layers(model, filled(model, [3], torch.float32), 1)][-1][1]
+    stacks = {f"experts.{name}": torch.empty(513, 1, 1) for name in ("w1", "w2", "w3")}
+    many = dataclasses.replace(routed, weights=routed.weights | stacks, prepared={})
     mixed = sparse.weights | {"indexer.wq_b": sparse.weights["indexer.wq_b"].bfloat16()}
     data = view.store.data
     large = torch.randn(300, 301)
@@ -424,6 +448,7 @@ def test_what_is_not_served_says_why() -> None:
             "weights of different types",
         ),
         (lambda: cpu.feed_forward_step(x[0].expand(33, 24), feed_forward), r"\[33, 24\] tokens"),
+        (lambda: cpu.feed_forward_step(x[0], many), "513 experts"),
         (lambda: cpu.normed(x.half(), one), "numbers of torch.float16"),
         (lambda: cpu.normed(x, norm_of(torch.ones(24).double(), 0.0)), "a norm or gate in torch.float64"),
         (lambda: cpu.linear(torch.randn(1, 301).half(), large), "x of torch.float16"),

@@ -142,6 +142,21 @@ def test_a_weight_may_have_tiles_and_a_format_of_its_own() -> None:
         assert relative_error(dx, rounded(dy, (1, 128), amax_min=SMALLEST_AMAX).float() @ values) < 2 * BF16_UNIT
 
 
+@pytest.mark.parametrize("ends", [None, torch.tensor([5, 12])])
+def test_autocast_leaves_fp32_products_alone(ends: Tensor | None) -> None:
+    """Their operands have FP32 scales, which BF16 does not hold. Backward runs inside of autocast here, too."""
+    x, w = torch.randn(12, 200, requires_grad=True), torch.randn(*([] if ends is None else [2]), 7, 200)
+
+    def outcome() -> list[Tensor]:
+        y = fp8_matmul(x, w.requires_grad_(), scale="fp32", ends=ends)
+        return [y.detach(), *torch.autograd.grad(y.sum(), (x, w))]
+
+    want = outcome()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = outcome()
+    assert all(map(torch.equal, got, want))
+
+
 def test_sizes_of_zero_and_a_vector() -> None:
     for m, n, k in ((0, 8, 128), (4, 0, 128), (4, 8, 0)):
         x, w = torch.randn(m, k, requires_grad=True), torch.randn(n, k, requires_grad=True)
@@ -168,12 +183,15 @@ def test_what_cannot_be_multiplied_is_refused() -> None:
         ("saved_format='e5m7' is unknown", (x, w), {"saved_format": "e5m7"}),
         ("x is quantized in tiles of 128x128; want 1x128: quantize(x)", (quantize(x, (128, 128)), w), {}),
         ("not with ends", (x, w[None]), {"ends": torch.tensor([4]), "accumulator": Accumulator()}),
+        *(("are on cpu, meta; want one device", (x, other), {}) for other in (w.to("meta"), quantize(w.to("meta")))),
         *(
             ("do not cut 4 rows", (x, w.expand(len(ends), -1, -1)), {"ends": torch.tensor(ends)})
             for ends in ([2, 3], [3, 2, 4], [-1, 4, 4])
         ),
     ):
         assert words in refusal(fp8_matmul, *given, **options)
+    for other in (x[:2], x.to("meta")):
+        assert "want equal shapes on one device" in refusal(fp8_swiglu_matmul, other, x, w)
     for bits, every in ((14.5, 128), (1, 128), (14, 100)):
         said = refusal(Accumulator, bits=bits, promote_every=every)
         assert said.startswith(f"promote_every={every}" if bits == 14 else f"bits={bits}")

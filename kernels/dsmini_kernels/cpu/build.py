@@ -4,7 +4,8 @@ There are two libraries, so that training need not wait for the kernels of decod
 is first wanted. Both have one instruction set: the best of this CPU, or the one that DSMINI_CPU_ISA names.
 
 A library is stored in ${XDG_CACHE_HOME:-~/.cache}/dsmini/kernels as <key>-<sha256 of the file>.so, if only this user
-can write there (folder.py). The key hashes sources, flags, compiler and machine. The library is built in a folder next
+can write there (folder.py). The key hashes sources, flags and machine, and then the compiler; where there is none, that
+of any compiler serves. The library is built in a folder next
 to its place, tried in a process of its own (trial.py), then moved. A killed build leaves nothing that counts. Processes
 that want the same library wait for the one that builds it, where the folder has locks; elsewhere each builds its own. A
 file whose content does not hash to its name is damaged, and built again.
@@ -172,13 +173,13 @@ def find_or_build(isa: str, part: str, sanitize: bool = False) -> Path:
     """
     if sys.byteorder != "little" or sys.maxsize < 2**32 or os.name != "posix":
         raise BuildError(f"the C++ is written for little-endian 64-bit POSIX systems, not {platform.platform()}")
-    compiler = find_compiler()
     flags = (*FLAGS, *ISAS[isa], *(SANITIZE if sanitize else ()))
-    key = _key(compiler, flags, part)
-    refused: list[str] = []
+    key, compiler, refused = _key(flags, part), find_compiler(), list[str]()
+    if compiler:
+        key += f"-{_version_of(compiler)}"
     for folder in _folders(refused):
         path = _find(folder, key)
-        if path is None and can_write(folder):
+        if path is None and compiler and can_write(folder):
             with alone_in(folder, BUILD_SECONDS):
                 path = _find(folder, key) or _build(compiler, flags, folder, key, part, trial=not sanitize)
         if path is not None:
@@ -187,6 +188,8 @@ def find_or_build(isa: str, part: str, sanitize: bool = False) -> Path:
                 stored = f"dsmini's compiled kernels are stored in {folder}, because {'; '.join(refused)}"
                 warnings.warn(f"{stored}; {fix} (chmod go-w)", stacklevel=2)
             return path
+    if not compiler:
+        raise BuildError("there is no C++ compiler: no CXX, and no c++, g++ or clang++ on the PATH")
     raise BuildError(f"no folder for the compiled library can be written{''.join(f'; {why}' for why in refused)}")
 
 
@@ -202,9 +205,9 @@ def _folders(refused: list[str]) -> Iterator[Path]:
 
 
 def find_compiler() -> tuple[str, ...]:
-    """Return the compiler as a command: $CXX, or else c++, g++ or clang++ on the PATH.
+    """Return the compiler as a command: $CXX, or else c++, g++ or clang++ on the PATH; empty if there is none.
 
-    Raises: BuildError.
+    Raises: BuildError for a CXX that cannot be run.
     """
     try:
         named = shlex.split(os.environ.get("CXX", ""))
@@ -214,18 +217,18 @@ def find_compiler() -> tuple[str, ...]:
         if shutil.which(named[0]) is None:
             raise BuildError(f"CXX={named[0]} is not a program; set it to a C++17 compiler")
         return tuple(named)
-    for name in ("c++", "g++", "clang++"):
-        if path := shutil.which(name):
-            return (path,)
-    raise BuildError("there is no C++ compiler: no CXX, and no c++, g++ or clang++ on the PATH")
+    return next(((path,) for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), ())
 
 
-def _key(compiler: tuple[str, ...], flags: tuple[str, ...], part: str) -> str:
+def _version_of(compiler: tuple[str, ...]) -> str:
     (version,) = _run(f"{shlex.join(compiler)} --version", [[*compiler, "--version"]], VERSION_SECONDS)
     if version.returncode != 0:
         raise BuildError(f"{shlex.join(compiler)} --version failed: {_first_error(version)}")
-    told = repr((compiler, flags, SOURCES[part]))
-    parts = [told, version.stdout, platform.machine(), _cpu_flags()]
+    return hashlib.sha256(repr((compiler, version.stdout)).encode()).hexdigest()[:8]
+
+
+def _key(flags: tuple[str, ...], part: str) -> str:
+    parts = [repr((flags, SOURCES[part])), platform.machine(), _cpu_flags()]
     files = [*sorted(HERE.glob("*.h")), *(HERE / name for name in SOURCES[part])]
     hashed = hashlib.sha256()
     for piece in [*(p.encode() for p in parts), *(file.read_bytes() for file in files)]:
@@ -246,7 +249,7 @@ def _find(folder: Path, key: str) -> Path | None:
     for path in sorted(folder.glob(f"{key}-*.so")):
         try:
             content = _read_library(path)
-            if content is not None and path.name == _name(key, content):
+            if content is not None and path.name.endswith(_name("", content)):
                 return path
             path.unlink()
         except OSError:

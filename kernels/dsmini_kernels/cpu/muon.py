@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.calls import run, span
-from dsmini_kernels.cpu.structs import LAYOUTS
+from dsmini_kernels.cpu.structs import LAYOUTS, LIMITS
 
 LARGEST = 1 << 18
 """Number of elements up to which a matrix and what is computed from it stay in a core's own cache."""
@@ -25,13 +25,15 @@ def muon_update(
         raise Unserved(f"products in {matmul_dtype}")
     if not 0 < o * i <= LARGEST:
         raise Unserved
+    if max(o, i) > LIMITS["MOST_SIDE"]:
+        raise Unserved(f"a matrix of {o} x {i}")
     pieces = bytearray()
     for p, grad, m in zip(matrices.params, matrices.grads, matrices.momenta, strict=True):
         numbers = {"p": _numbers(p, p.shape), "g": _numbers(grad, p.shape), "m": _numbers(m, p.shape)}
         sizes = {"count": p.numel() // (o * i), "rows": p.shape[-2], "columns": p.shape[-1], "stacked": p.dim() > 2}
         pieces += LAYOUTS["MuonPiece"].pack(**numbers, **sizes)
     piece = torch.frombuffer(pieces, dtype=torch.uint8)
-    coefficients = torch.tensor(steps.coefficients, dtype=torch.float64)
+    coefficients = torch.tensor(steps.coefficients, dtype=torch.float64, device="cpu")
     run(
         "muon",
         bf16=matmul_dtype == torch.bfloat16,

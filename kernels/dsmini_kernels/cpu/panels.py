@@ -149,7 +149,9 @@ def _attend(
     is_bf16, is_fp32 = q.dtype == torch.bfloat16, q.dtype == torch.float32
     alike = all(x.dtype == q.dtype for x in (*inputs, *backward)) and k.shape == (b, groups, t, d)
     fits = v.shape == (b, groups, t, width) and h % max(1, groups) == 0 and (t == s or not causal)
-    if not (alike and fits and scale > 0) or not (is_fp32 or (is_bf16 and not has_bf16_units())):
+    if not (is_fp32 or is_bf16):
+        raise Unserved(f"attention in {q.dtype}")
+    if not (alike and fits and scale > 0) or (is_bf16 and has_bf16_units()):
         raise Unserved
     if not d * width or b * h * s * t * (d + width) < LEAST:
         raise Unserved

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.calls import enter, memory, n_threads, run, span
-from dsmini_kernels.cpu.structs import CALLS, LAYOUTS
+from dsmini_kernels.cpu.structs import CALLS, LAYOUTS, LIMITS
 
-MOST_TOKENS = 32
+MOST_TOKENS = LIMITS["MOST_TOKENS"]
 """Number of tokens of a decoding step up to which a product reads each weight once and is bound by memory."""
 MOST_ROWS = 1024
 """Number of rows up to which a product is at least as fast as torch's."""
@@ -164,7 +164,7 @@ def _routings(gated: Sequence[Any], n: int) -> list[tuple[Tensor, ...]]:
         raise Unserved("blocks with different numbers of experts")
     (e, k), count = sizes.pop() if sizes else (0, 0), len(gated)
     shapes = (((n, k), torch.int64), ((n, k), torch.float32), ((n, e), torch.float32), ((e,), torch.int64))
-    of_all = [torch.empty(count, *shape, dtype=dtype) for shape, dtype in shapes]
+    of_all = [torch.empty(count, *shape, dtype=dtype, device="cpu") for shape, dtype in shapes]
     return [*zip(*(t.unbind() for t in of_all), strict=True)]
 
 
@@ -264,6 +264,8 @@ def _prepare_feed_forward(weights: Any) -> Prepared:
         raise Unserved("a score function of its own")
     experts, expert_inter = stacks[0].shape[:2] if gated else (0, 0)
     topk = options.get("n_activated_experts", 0)
+    if experts > LIMITS["MOST_EXPERTS"]:
+        raise Unserved(f"{experts} experts")
     packed = LAYOUTS["FeedForwardWeights"].pack(
         inter=0 if dense[0] is None else dense[0].shape[0],
         experts=experts,

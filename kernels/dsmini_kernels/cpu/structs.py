@@ -1,4 +1,4 @@
-"""Read from calls.h how the C++ declares its calls, so that Python packs them by the names of their fields.
+"""Read from calls.h how the C++ declares its calls and limits, so that Python packs them by the names of their fields.
 
 Python knows of no other order. A test compares sizes and offsets with a compiler's.
 """
@@ -12,6 +12,7 @@ from typing import Any
 HEADERS = ("matrix.h", "calls.h")
 STRUCT = re.compile(r"^struct (\w+)(?: : ([\w, ]+))? \{(?:\}|(.*?)^\});", re.MULTILINE | re.DOTALL)
 FIELDS = re.compile(r"^  (?:const )?(\w+)(?:<[^>]*>)?(\*?) (\w+(?:, \w+)*);", re.MULTILINE)
+LIMIT = re.compile(r"\b(MOST_\w+) = (\d+)(?: << (\d+))?[,;]")
 NUMBERS = {"int64_t": "q", "double": "d"}
 
 
@@ -48,7 +49,10 @@ def read_layouts(text: str) -> dict[str, Layout]:
     return layouts
 
 
-LAYOUTS = read_layouts("".join(Path(__file__).with_name(name).read_text() for name in HEADERS))
+_HEADERS = "".join(Path(__file__).with_name(name).read_text() for name in HEADERS)
+LAYOUTS = read_layouts(_HEADERS)
+LIMITS = {name: int(number) << int(shift or 0) for name, number, shift in LIMIT.findall(_HEADERS)}
+"""The largest sizes that the C++ takes: MOST_TOKENS and others."""
 
 CALLS = {
     re.sub("(?<=[a-z])(?=[A-Z])", "_", name.removesuffix("Call")).lower(): layout

@@ -18,7 +18,7 @@ def topk_keys(q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) ->
     with torch.no_grad():
         q, weights, mask = (detached(x).contiguous() for x in (q, weights, mask))
         k, k_span, k_stride = _batches(k)
-    topk_indices = torch.empty(b, s, topk, dtype=torch.int64)
+    topk_indices = torch.empty(b, s, topk, dtype=torch.int64, device="cpu")
     sizes = {"b": b, "s": s, "t": t, "heads": heads, "width": width, "topk": topk, "bf16": bf16}
     masked = {"mask": span(mask), "mask_batch": len(mask)}
     keys = {"k": k_span, "k_stride": k_stride}
