@@ -10,7 +10,7 @@ import torch
 from benchmarks.question import Setting
 from benchmarks.results import ROOT
 from dsmini import ModelConfig, RunConfig, Transformer, accounting
-from dsmini.data.corpus import load_corpus
+from dsmini.data.corpus import cache_next_to, load_corpus
 from dsmini.measure.workloads import ROOM, Step, StepShape, decoding_step, random_cache
 from dsmini.training.trainer import Trainer
 
@@ -23,7 +23,7 @@ WIDE: Mapping[str, int] = {
 }
 """DeepSeek's own widths of heads and latent, in a model of the same size. All groups of experts may be chosen."""
 TRAINED = ModelConfig.from_file(Path(__file__).with_name("trained.toml"))
-CORPUS = Path("runs/corpus")
+CORPUS = cache_next_to(Path("runs/new"))
 
 
 def decoded(quick: bool) -> ModelConfig:

@@ -50,7 +50,18 @@ ABOUT = 0.1
 """Share of the largest number in a line by which its numbers may differ, for a training run: CPUs round differently."""
 LONGEST_BAR, COLUMNS = 40, 140
 """Widths of the longest bar and of the terminal, in characters."""
-NOT_COPIED = (".git", "runs", "results", "comparisons", "site", "api", ".venv", "__pycache__", ".*_cache", "corpus")
+NOT_COPIED = (
+    ".git",
+    "runs",
+    "results",
+    "comparisons",
+    "site",
+    "api",
+    ".venv",
+    "__pycache__",
+    ".*_cache",
+    "corpus-cache",
+)
 
 
 @dataclass

@@ -142,9 +142,8 @@ def remove_leftovers(parent: Path, older_than: float = 0.0, of: str | None = Non
         older_than: seconds without a change; 0 only where no other process may be writing in `parent`.
         of: name of the one file or folder that was written; None: of all, in a folder that belongs to dsmini alone.
     """
-    ours = re.compile(r"\..+\.(partial|old)-.+")
-    if of is not None:
-        ours = re.compile(rf"\.{re.escape(of)}\.(partial|old)-\d+-[0-9a-f]{{8}}")
+    name = ".+" if of is None else re.escape(of)
+    ours = re.compile(rf"\.{name}\.(partial|old)-\d+-[0-9a-f]{{8}}")
     with suppress(OSError):  # a folder that is not there, or cannot be read, has none
         for path in [path for path in parent.iterdir() if ours.fullmatch(path.name)]:
             if older_than and time.time() - _changed(path) <= older_than:

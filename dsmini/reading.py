@@ -36,13 +36,16 @@ class UnreadableError(ValueError):
 def find_config(name: Path) -> Path:
     """Return the file of a config: a path as it is, or the file of a name that dsmini comes with, such as toy-dense.
 
+    A folder that holds no config does not hide a name.
+
     Raises: ValueError for a name that is neither, with near ones.
     """
-    if is_there(name):
-        return name
     installed, checkout = Path(__file__).with_name("configs"), Path(__file__).parents[1] / "configs"
     files = (installed if installed.is_dir() else checkout).glob("*.toml")
     known = {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
+    other = name.is_dir() and not any(is_there(name / file) for file in ("config.toml", "config.json"))
+    if is_there(name) and not (other and str(name) in known):
+        return name
     if str(name) in known:
         return known[str(name)]
     near = difflib.get_close_matches(name.stem if name.suffix in (".toml", ".json") else name.name, known)

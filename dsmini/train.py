@@ -146,14 +146,20 @@ def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand, bool]:
     """
     file, rest = take_file(args)
     file = file and find_config(file)
+    if file is not None and file.is_dir():
+        uses = f"--resume {file} continues a run, and --init {file} starts one from its weights"
+        raise ValueError(f"{file} is a folder, want the file of a config; {uses}")
     resume, rest = take_folder(rest, "--resume")
     init, rest = take_folder(rest, "--init")
     auto = resume == Path("auto")
     if auto:
         resume, rest = resume_automatically(rest)
+        init = None if resume else init  # it has begun from those weights
     elif resume and not init and any(word.partition("=")[0] == "--out" for word in rest):
         raise ValueError(f"--resume {resume} stays in its folder; leave --out away, or start a new run with --init")
     origin = find_origin(file, resume, init, say=partial(say, Console(stderr=True, quiet=not speaks())))
+    if auto and resume:  # the file may name another folder, as a run's config.toml does
+        origin = dataclasses.replace(origin, config=dataclasses.replace(origin.config, out=resume))
     default = TrainCommand(**_fields(origin.config), resume=resume, init=init)
     return origin, parse(TrainCommand, "dsmini.train", rest, default, HELP), auto
 

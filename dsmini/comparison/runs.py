@@ -16,7 +16,7 @@ from dsmini.comparison.arms import Arm, Comparison
 from dsmini.comparison.results import Results
 from dsmini.comparison.trial import request_of
 from dsmini.console.progress import Progress
-from dsmini.data.corpus import load_corpus
+from dsmini.data.corpus import cache_next_to, load_corpus
 from dsmini.data.documents import ProgressCallback
 from dsmini.machine import cores
 
@@ -134,7 +134,7 @@ def run_missing(comparison: Comparison, results: Results, seeds: int, jobs: int 
 
 def cache_of(path: Path) -> Path:
     """Return the folder of tokenized corpora next to a file of results."""
-    return path.parent / "corpus"
+    return cache_next_to(path)
 
 
 def read_corpora(comparison: Comparison, path: Path, progress: ProgressCallback) -> dict[str, str]:

@@ -177,6 +177,12 @@ def check_types(config: Any, prefix: str = "", whole: Bounds = Bounds(), real: B
             fix = _nearest(value, choices) or ('; use one, or "none" to leave it out' if type(None) in choices else "")
             raise ValueError(f"{name}={brief(getattr(config, f.name))} is not {want}{fix}")
         object.__setattr__(config, f.name, value)
+        if isinstance(value, str | Path):
+            try:
+                str(value).encode()
+            except UnicodeEncodeError:
+                what = f"{name}={brief(str(value))} has bytes that are not UTF-8"
+                raise ValueError(f"{what}, which no config can hold; rename it, or write it in UTF-8") from None
         if isinstance(value, Path):
             check_path(value, name)
         elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -185,7 +191,7 @@ def check_types(config: Any, prefix: str = "", whole: Bounds = Bounds(), real: B
 
 def _is_a(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
+        return any(type(value) is type(choice) and value == choice for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:  # of any number of parts of one type, as in tuple[str, ...]
         return isinstance(value, tuple) and all(_is_a(part, typing.get_args(hint)[0]) for part in value)
     if hint is float:

@@ -3,6 +3,7 @@
 No other file spells Hugging Face's keys. The keys of the second are the fields of DeepSeek's ModelArgs.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -359,7 +360,7 @@ def _in_released_spelling(raw: Mapping[str, Any], source: str) -> dict[str, Any]
     width = raw.get("head_dim")
     for factor in factors:
         if isinstance(factor, float) and isinstance(width, int):
-            said["qk_rope_head_dim"] = int(width * factor)
+            said["qk_rope_head_dim"] = int(width * factor) if math.isfinite(width * factor) else width * factor
     for key, value in said.items():
         if out.get(key) not in (None, value):
             raise ValueError(f"{source} has {key}={brief(out[key])}, and {brief(value)} in other words; keep one")
@@ -514,7 +515,8 @@ def _v4_inference_from_json(raw: Mapping[str, Any], source: str) -> dict[str, An
     out["swiglu_limit"] = out["swiglu_limit"] or None
     lengths = (out["max_seq_len"], out["original_seq_len"], out["rope_factor"])
     if all(isinstance(n, int | float) for n in lengths):  # max_seq_len is that of a cache
-        out["max_seq_len"] = max(lengths[0], int(lengths[1] * lengths[2]))
+        extended = lengths[1] * lengths[2]
+        out["max_seq_len"] = max(lengths[0], int(extended) if math.isfinite(extended) else extended)
     same = {
         "attention": V4,
         "n_dense_layers": 0,

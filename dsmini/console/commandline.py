@@ -38,26 +38,29 @@ class Help:
 
 def take_file(args: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Take a leading FILE.toml off a command line; return it and the rest."""
-    if args and not args[0].startswith("-"):
+    if args and args[0] and not args[0].startswith("-"):
         return Path(args[0]), list(args[1:])
     return None, list(args)
 
 
 def take_folder(args: Sequence[str], flag: str) -> tuple[Path | None, list[str]]:
-    """Take a flag with its folder off a command line; return the folder and the rest.
+    """Take a flag with its folder off a command line; return the last of its folders and the rest.
 
     Such a folder decides the defaults of all other flags, so it is read before them.
 
     Raises: ValueError for a flag without a folder.
     """
-    for i, word in enumerate(args):
+    found, rest, words = None, list[str](), iter(args)
+    for word in words:
         name, equals, value = word.partition("=")
-        if name == flag:
-            value = value if equals else "".join(args[i + 1 : i + 2])
-            if not value or (not equals and value.startswith("-")):
-                raise ValueError(f"{flag} needs a folder, got {value or 'nothing'}; use {flag} runs/toy-001")
-            return Path(value), [*args[:i], *args[i + (1 if equals else 2) :]]
-    return None, list(args)
+        if name != flag:
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if not value or (not equals and value.startswith("-")):
+            raise ValueError(f"{flag} needs a folder, got {value or 'nothing'}; use {flag} runs/toy-001")
+        found = Path(value)
+    return found, rest
 
 
 def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = None, help: Help | None = None) -> C:
@@ -113,7 +116,10 @@ def _checked(args: Sequence[str], kinds: Mapping[str, Any], more: str) -> list[s
         flag = typed.replace("_", "-")
         if not flag.startswith("--") or flag in ("--", "--help", "--help-all") or flag.startswith("--tyro-"):
             continue
-        hint = kinds.get(flag, kinds.get(f"--{flag.removeprefix('--no-')}"))
+        *inner, last = flag[2:].split(".")
+        hint = kinds.get(flag)
+        if hint is None and kinds.get(switched_on := "--" + ".".join([*inner, last.removeprefix("no-")])) is bool:
+            hint = kinds[switched_on]
         if hint is None:
             near = difflib.get_close_matches(flag, kinds, n=1, cutoff=0.7)
             fix = f"; did you mean {near[0]}?" if near else "."

@@ -161,6 +161,11 @@ class Loader:
             self._pool.shutdown(cancel_futures=True)
 
 
+def cache_next_to(place: Path) -> Path:
+    """Return the folder of the tokenized corpora of a run's folder or a file of results: one for all in its parent."""
+    return (place if place.name not in ("", "..") else place.resolve()).parent / "corpus-cache"
+
+
 def load_corpus(
     config: DataConfig, seq_len: int, vocab_size: int, cache: Path, seed: int = 0, progress: ProgressCallback = silent
 ) -> Corpus:
@@ -176,7 +181,7 @@ def load_corpus(
     """
     tokenizer = load_tokenizer(config.tokenizer)
     _check_vocabulary(config, tokenizer, vocab_size)
-    source = find(config.path, leave_out=cache)
+    source = find(config.path, cache, config.tokenizer)
     where = source.words
 
     def check(train: int, val: int) -> None:

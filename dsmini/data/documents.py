@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsmini.reading import is_there, listed, open_regular
+from dsmini.reading import is_there, listed, open_regular, read_bytes
 
 NAMED = 3
 """Number of files that are named where some are left out."""
@@ -61,8 +61,8 @@ class Document:
     path: Path
     stored: int
     """Bytes on disk."""
-    modified: int
-    """Time of the last change, in nanoseconds."""
+    modified: tuple[int, int]
+    """Times of the last change, in nanoseconds: the one that tools may set, and the system's own."""
     size: int = 0
     """Bytes of text, once measured."""
     utf8: bool = True
@@ -135,10 +135,13 @@ class Reader:
         self._done += piece.document.stored
 
 
-def find(path: Path | None, leave_out: Path | None = None) -> Source:
-    """Find the files of a corpus: one file, or all visible ones below a folder.
+def find(path: Path | None, leave_out: Path | None = None, tokenizer: Path | None = None) -> Source:
+    """Find the files of a corpus: one file, or all visible ones below a folder. Links are followed.
 
     Files below leave_out are skipped, and so are training runs and tokenized corpora, which change with every run.
+
+    Args:
+        tokenizer: file of the tokenizer, which is skipped too, and so are copies of it.
 
     Raises: ValueError for a path that is neither a file nor a folder, and for a folder that may not be looked into.
     """
@@ -151,13 +154,23 @@ def find(path: Path | None, leave_out: Path | None = None) -> Source:
     if not path.is_dir():
         raise ValueError(f"data.path={path} is neither a file nor a folder; name a text file or a folder of text files")
     documents = [_document(path, p) for p in _files(path, leave_out and leave_out.resolve())]
+    if tokenizer is not None:
+        content = read_bytes(tokenizer)
+        documents = [d for d in documents if d.stored != len(content) or read_bytes(d.path) != content]
     documents.sort(key=lambda document: (document.name, document.path))
     return Source(root=path, words=str(path), kind="folder", documents=documents)
 
 
 def _files(root: Path, leave_out: Path | None) -> Iterator[Path]:
-    for folder, inner, names in os.walk(root, onerror=_refuse_unreadable):
+    seen = set[tuple[int, int]]()  # a link may lead to a folder that was looked at, or to one that it lies in
+    for folder, inner, names in os.walk(root, onerror=_refuse_unreadable, followlinks=True):
         here = Path(folder)
+        place = (stat := here.stat()).st_dev, stat.st_ino
+        if place in seen:
+            inner.clear()
+            continue
+        seen.add(place)
+        inner.sort()
         if here != root and _made_by_training({*inner, *names}):
             inner.clear()
             continue
@@ -201,13 +214,14 @@ def _document(root: Path, path: Path) -> Document:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; check its permissions") from None
     name = path.relative_to(root).as_posix().removesuffix(".gz")
-    return Document(name=name, path=path, stored=stat.st_size, modified=stat.st_mtime_ns)
+    return Document(name=name, path=path, stored=stat.st_size, modified=(stat.st_mtime_ns, stat.st_ctime_ns))
 
 
 def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[Document], list[str]]:
-    """Return the documents that are text, with their sizes, and the names of the files that are not.
+    """Return the documents that are text, with their sizes, and the names of the files that are left out.
 
-    A name has the reason after it: empty, not text, damaged .gz, or UTF-16 or UTF-32 for a text of that encoding.
+    A name has the reason after it: empty, not text, damaged .gz, UTF-16 or UTF-32 for a text of that encoding, or that
+    a.txt is there, for a.txt.gz.
 
     Raises: ValueError if none is text; DamagedError for a single file that is a damaged .gz.
     """
@@ -224,7 +238,9 @@ def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[D
                 raise
             measured, fault = document, "damaged .gz"
         done += document.stored
-        if not fault:
+        if not fault and texts and texts[-1].name == document.name:
+            left_out.append(f"{document.name}.gz ({document.name} is there)")
+        elif not fault:
             texts.append(measured)
         elif source.kind == "file":
             such = f", such as iconv -f {fault} -t UTF-8 makes" if fault.startswith("UTF") else ""
@@ -250,9 +266,11 @@ def _measured(document: Document, trusted: bool, read: Callable[[int], None]) ->
     size, utf8, decoder = 0, True, codecs.getincrementaldecoder("utf-8")()
     for chunk, stored in document.chunks():
         read(stored)
+        marks = () if trusted or size else MARKS.items()  # no text in UTF-8 begins so
+        if found := next((name for name, begin in marks if chunk.startswith(begin)), None):
+            return document, found
         if not trusted and b"\0" in chunk:
-            marks = MARKS.items() if size == 0 else ()
-            return document, next((name for name, begin in marks if chunk.startswith(begin)), "not text")
+            return document, "not text"
         utf8 = utf8 and (trusted or _decodes(decoder, chunk))
         size += len(chunk)
     utf8 = utf8 and _decodes(decoder, b"", final=True)

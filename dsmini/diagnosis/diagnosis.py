@@ -20,7 +20,7 @@ from dsmini.checkpoint.load import load_pretrained
 from dsmini.checkpoint.run_folder import is_model_folder, read_summary, run_config, tokenizer_file
 from dsmini.checkpoint.training_state import checkpoint_folders, last_checkpoint, load_run
 from dsmini.config import RunConfig
-from dsmini.data.corpus import Corpus, load_corpus
+from dsmini.data.corpus import Corpus, cache_next_to, load_corpus
 from dsmini.diagnosis import evidence
 from dsmini.diagnosis.arms import Arm, measure, patched, predict
 from dsmini.diagnosis.decoding import DecodingSubject
@@ -269,9 +269,9 @@ def decoding_subject(what: Path | None, batch: int, context: int | None) -> Deco
 
 def _corpus_of(config: RunConfig, run: Path | None) -> Corpus:
     """Return the text of a config, or of a run with its own tokenizer."""
-    data, cache = config.data, Path("runs/corpus")
+    data, cache = config.data, cache_next_to(run or Path("runs/new"))
     if run is not None:
-        data, cache = dataclasses.replace(data, tokenizer=tokenizer_file(run, config)), run.parent / "corpus"
+        data = dataclasses.replace(data, tokenizer=tokenizer_file(run, config))
     return load_corpus(data, config.seq_len, config.model.vocab_size, cache, config.train.seed)
 
 

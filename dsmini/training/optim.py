@@ -124,7 +124,7 @@ def optimizers(
             weighs = WEIGHS.search(name)
             lr = config.adamw_lr if ".indexer." in name else config.table_lr
             if weighs:
-                lr = config.gate_lr or config.adamw_lr
+                lr = config.gates_lr
             kinds[lr, 0.0 if weighs or p.dim() <= 1 else config.weight_decay].append(p)
     groups = []
     for (lr, decay), params in kinds.items():

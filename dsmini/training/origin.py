@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsmini.checkpoint.run_folder import find_model, is_model_folder, read_summary, run_config, tokenizer_file
-from dsmini.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dsmini.config import DataConfig, ModelConfig, RunConfig
 from dsmini.config.fields import Effect, plain, require
 from dsmini.console.commandline import take_folder
 from dsmini.reading import is_there, read_bytes
@@ -41,6 +41,8 @@ class RunOrigin:
     """The config until now, of the run to continue or of the weights; None for drawn weights."""
     weights: Path | None = None
     """The checkpoint or the model's folder that the weights are from; None: they are drawn."""
+    folder: bool = False
+    """True for the weights of a model's folder, whose context may be longer than memory allows in training."""
     rows: "Callable[[str, slice], Tensor] | None" = None
     """Reads rows of a tensor of the weights, by its name in the model's state dict."""
     checkpoint: "Checkpoint | None" = None
@@ -60,11 +62,19 @@ class RunOrigin:
             return config
         if self.resume is None:
             check_init(self.before.model, config.model, str(self.weights))
+            if self.folder and config.train.seq_len is None:
+                seq_len = min(config.model.max_seq_len, FOLDER_SEQ_LEN)
+                config = dataclasses.replace(config, train=dataclasses.replace(config.train, seq_len=seq_len))
             return config
         used = {key: getattr(self.before.train, key) for key in ("dtype", "threads")}
+        if config.train.device == "auto":
+            from dsmini.machine import pick_device
+
+            if pick_device("auto").type == self.before.train.device.partition(":")[0]:
+                used["device"] = self.before.train.device
         auto = {key: value for key, value in used.items() if getattr(config.train, key) in ("auto", None)}
         config = dataclasses.replace(absolute(config), train=dataclasses.replace(config.train, **auto))
-        own, given = tokenizer_file(self.resume, config), config.data.tokenizer
+        own, given = tokenizer_file(self.resume, self.before), config.data.tokenizer
         if own is not None and given is not None and given != self.before.data.tokenizer:
             require(given.is_file(), f"there is no file {given}; leave --data.tokenizer out: {own} is used")
             require(
@@ -146,9 +156,9 @@ def origin_of_weights(path: Path, say: Callable[[str], None]) -> RunOrigin:
         there, tokenizer = PretrainedTensors(path), path / "tokenizer.json"
         there.check()
         own = is_there(tokenizer) and not is_byte_tokenizer(tokenizer)
-        train = TrainConfig(seq_len=min(there.config.max_seq_len, FOLDER_SEQ_LEN))
-        run = RunConfig(model=there.config, data=DataConfig(tokenizer=tokenizer if own else None), train=train)
-        return RunOrigin(config=run, name=path.resolve().name or "model", before=run, weights=path, rows=there.rows)
+        run = RunConfig(model=there.config, data=DataConfig(tokenizer=tokenizer if own else None))
+        name = path.resolve().name or "model"
+        return RunOrigin(config=run, name=name, before=run, weights=path, rows=there.rows, folder=True)
     found = model_checkpoint(path, say=say)
     data, folder = found.config.data, found.folder.resolve().parent.parent
     if data.tokenizer is not None and is_there(folder / "tokenizer.json"):  # the original may have changed, or be gone

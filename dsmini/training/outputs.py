@@ -116,23 +116,22 @@ def write_sample(run: TrainingRun) -> str:
     train, console = run.config.train, run.console
     if not train.sample_tokens:
         return ""
-    try:
-        model = run.whole_model().eval()
-    except ValueError as error:
-        say(console, f"no sample: {error}")
-        return ""
     tokenizer = run_tokenizer(run.folder, run.config)
     decoder, text = tokenizer.stream(), train.sample_prompt
+    try:
+        generation = Generation(
+            run.whole_model().eval(),
+            [tokenizer.encode(text).tolist()],
+            train.sample_tokens,
+            sampling=Sampling(temperature=TEMPERATURE),
+            generator=torch.Generator().manual_seed(train.seed),
+            slide=True,
+        )
+    except ValueError as error:  # of a model that may not be gathered, or of a prompt
+        say(console, f"no sample of train.sample_prompt: {error}")
+        return ""
     console.rule(f"a sample at temperature {TEMPERATURE}")
     console.out(printable(text), end="", highlight=False)
-    generation = Generation(
-        model,
-        [tokenizer.encode(text).tolist()],
-        train.sample_tokens,
-        sampling=Sampling(temperature=TEMPERATURE),
-        generator=torch.Generator().manual_seed(train.seed),
-        slide=True,
-    )
     try:
         for (tokens,) in generation:
             piece = decoder.decode(tokens)

@@ -331,16 +331,21 @@ class TrainingRun:
             self._save()
 
     def _why_lost(self) -> str:
-        """Return in words what happened, and where to continue with a smaller learning rate."""
+        """Return in words what happened, and where to start again with a smaller learning rate.
+
+        A skipped step changes no parameter, so what gave no finite gradient many times is that state itself: another
+        rate helps only from an earlier one.
+        """
         train, step, skipped = self.config.train, self.trainer.steps_done, self.history.skipped_in_a_row
         lower = f"--train.lr {train.table_lr / 2:g}"
         if train.optimizer == "muon":
             lower += f" --train.muon-lr {train.muon_lr / 2:g}"
         before = [folder for folder in checkpoint_folders(self.folder) if checkpoint_step(folder) < step - skipped]
-        further_back = f", or from further back with --init {before[0]} {lower}" if before else ""
+        whole = [folder for folder in before if not read_checkpoint(folder, (), verified=True).state.skipped_in_a_row]
+        again = f"from an earlier state with --init {whole[0]} {lower}" if whole else f"a new run with {lower}"
         return (
-            f"no finite gradient in the {skipped} steps up to step {step}; look at the data, or continue more "
-            f"slowly with --resume {self.folder} {lower}{further_back}"
+            f"no finite gradient in the {skipped} steps up to step {step}, of as many batches; look at the data, or "
+            f"start {again}"
         )
 
     # --- checkpoints

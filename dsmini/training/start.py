@@ -28,7 +28,7 @@ from dsmini.config import RunConfig
 from dsmini.config.fields import require
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
-from dsmini.data.corpus import Corpus, load_corpus
+from dsmini.data.corpus import Corpus, cache_next_to, load_corpus
 from dsmini.data.documents import notes
 from dsmini.distributed.heartbeat import watched
 from dsmini.distributed.meeting import launched
@@ -171,7 +171,7 @@ def _options(origin: RunOrigin, config: RunConfig) -> dict[str, object]:
 def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Corpus:
     """Read the run's corpus, tokenized once into a folder next to the run. A resumed run has its own tokenizer."""
     data = dataclasses.replace(config.data, tokenizer=tokenizer_file(resume, config)) if resume else config.data
-    cache = (config.out or Path("runs/new")).parent / "corpus"
+    cache = cache_next_to(config.out or Path("runs/new"))
     with Progress(console, label="the corpus", unit="bytes") as progress:
         return load_corpus(
             data, config.seq_len, config.model.vocab_size, cache, config.train.seed, progress=progress.stage

@@ -154,6 +154,12 @@ def test_a_ratio_that_transformers_does_not_know_is_written_in_its_words_too(tmp
     assert read(tmp_path, out) == config
 
 
+def test_numbers_beyond_any_are_a_sentence(tmp_path: Path) -> None:
+    large = {**released_json("deepseek-v4-flash.inference"), "rope_factor": 1e308, "original_seq_len": 65536}
+    with pytest.raises(ValueError, match="max_seq_len"):
+        read(tmp_path, large)
+
+
 def test_inference_json_of_v4(tmp_path: Path) -> None:
     """ModelArgs' defaults are a small model. YaRN is on at any length, so max_seq_len becomes what it is for."""
     assert read(tmp_path, released_json("deepseek-v4-flash.inference")) == released("deepseek-v4-flash")

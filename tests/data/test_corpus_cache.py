@@ -31,7 +31,14 @@ def test_corpus_is_tokenized_once(place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (entry / "meta.json").stat().st_size < 1000
 
 
+def replace_by_one_of_its_size_and_time(text: Path) -> None:
+    times = text.stat()
+    text.write_bytes(text.read_bytes().swapcase())
+    os.utime(text, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
 CHANGES: dict[str, Change] = {
+    "content alone": lambda texts: replace_by_one_of_its_size_and_time(texts / "00.txt"),
     "content": lambda texts: (texts / "00.txt").write_bytes(b"other " * 40),
     "folder": lambda texts: (texts.rename(texts.with_name("moved")), texts.symlink_to("moved")),
     "time": lambda texts: os.utime(texts / "00.txt", ns=(1, 1)),

@@ -17,7 +17,7 @@ from dsmini.config import DataConfig
 from dsmini.data import documents, tokenized
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.dialogue import NAMES, dialogues
-from dsmini.data.documents import CHUNK, Document, cut_once, lines, notes
+from dsmini.data.documents import CHUNK, Document, cut_once, find, lines, notes
 from dsmini.data.tokenized import arrange
 from dsmini.text.tokenizer import ByteTokenizer
 from tests.helpers import corpora
@@ -61,7 +61,8 @@ def test_folder_is_read_in_order_and_split_by_files(tmp_path: Path) -> None:
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 99))
 def test_cut_parts_are_the_whole_text(sizes: list[int], percent: int) -> None:
     documents = [
-        Document(name=str(i), path=Path(str(i)), stored=size, modified=0, size=size) for i, size in enumerate(sizes)
+        Document(name=str(i), path=Path(str(i)), stored=size, modified=(0, 0), size=size)
+        for i, size in enumerate(sizes)
     ]
     text = "|".join(chr(97 + i) * size for i, size in enumerate(sizes))
     parts = cut_once(documents, percent / 100, whole_characters=False)
@@ -97,9 +98,32 @@ def test_runs_and_caches_inside_the_corpus_are_left_out(tmp_path: Path) -> None:
     assert corpora.load(tmp_path, path=tmp_path / "runs/x").files == 3  # it is asked for by name
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
-def test_text_in_another_encoding_is_left_out_and_named(tmp_path: Path, encoding: str) -> None:
-    text = "Ein \u00fcbler Text. " * 50
+def test_linked_folders_are_read_once_and_a_packed_copy_is_left_out(tmp_path: Path) -> None:
+    corpora.lay_out(tmp_path, {"elsewhere/deep/a.txt": b"linked " * 50})
+    texts = corpora.lay_out(tmp_path / "texts", {"b.txt": b"text " * 50, "b.txt.gz": gzip.compress(b"text " * 50)})
+    for link in (texts / "one", texts / "two", tmp_path / "elsewhere/deep/back"):
+        link.symlink_to(tmp_path / "elsewhere")
+    corpus = corpora.load(tmp_path)
+    assert (
+        corpus.files == 2
+        and set(both(corpus)) == set(b"linked text \0")
+        and corpus.left_out == ("b.txt.gz (b.txt is there)",)
+    )
+
+
+def test_the_tokenizer_is_no_text(tmp_path: Path) -> None:
+    """python -m dsmini.tokenize writes it into the folder of the text, unless it is told otherwise."""
+    corpora.lay_out(tmp_path, {"a.txt": b"text", "tokenizer.json": b"{}", "copy.json": b"{}", "other.json": b"[]"})
+    found = find(tmp_path, tokenizer=tmp_path / "tokenizer.json")
+    assert [document.name for document in found.documents] == ["a.txt", "other.json"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [("utf-16", "Ein \u00fcbler Text. "), ("utf-32", "Ein \u00fcbler Text. "), ("utf-16", "\u4eba\u5de5\u667a\u80fd")],
+)
+def test_text_in_another_encoding_is_left_out_and_named(tmp_path: Path, encoding: str, text: str) -> None:
+    text *= 50
     name = encoding.upper()
     corpus = load(tmp_path, {f"{i}.txt": text.encode(encoding) for i in range(5)} | {"good.txt": b"text " * 50})
     assert corpus.left_out == tuple(f"{i}.txt ({name})" for i in range(5))

@@ -207,7 +207,7 @@ def test_a_tokenizer_is_trained_and_trained_with(trained: Path, tmp_path: Path) 
     summary, corpus = json.loads(done.stdout), json.loads((tmp_path / "runs/x/corpus.json").read_text())
     per_token = corpus["val_bytes"] / corpus["val_tokens"]
     assert summary["val_bits_per_byte"] == pytest.approx(summary["val_loss"] / np.log(2) / per_token)
-    assert "tokenized once into runs/corpus" in done.stderr and "1 training documents rearranged" in done.stderr
+    assert "tokenized once into runs/corpus-cache" in done.stderr and "1 training documents rearranged" in done.stderr
     (tmp_path / "my tokenizer.json").unlink()  # the run has its own
     asked = "--prompt 'def naïve' --max-new-tokens 9"
     text = json.loads(finish(f"dsmini.generate runs/x {asked} --json", tmp_path).stdout)["text"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
+from dsmini import ModelConfig, RunConfig, Transformer, load_pretrained, save_pretrained
 from dsmini.checkpoint.training_state import load_run
 from dsmini.text.tokenizer import byte_tokenizer_json
 from dsmini.training.origin import find_origin
@@ -63,11 +63,16 @@ def test_tokenizer_and_length_of_a_folder_are_used(place: Path) -> None:
     shutil.copytree(place / "float32", own)
     config = json.loads((own / "config.json").read_text())
     (own / "tokenizer.json").write_text(byte_tokenizer_json())
-    found = find_origin(None, None, own, say=pytest.fail).config
+
+    def begun() -> RunConfig:
+        origin = find_origin(None, None, own, say=pytest.fail)
+        return origin.accept(origin.config)
+
+    found = begun()
     assert found.data.tokenizer is None and found.seq_len == config["max_position_embeddings"]
     (own / "tokenizer.json").write_text(byte_tokenizer_json().replace('"version"', '"truncation": null, "version"'))
     (own / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100_000}))
-    long = find_origin(None, None, own, say=pytest.fail).config
+    long = begun()
     assert (long.data.tokenizer, long.model.max_seq_len, long.seq_len) == (own / "tokenizer.json", 100_000, 512)
 
 

@@ -53,6 +53,7 @@ def test_each_parameter_has_one_optimizer_and_a_decay(small_model: Build, optimi
         ({"gate_lr": None}, 0.03, 0.003, 0.003),
         ({"optimizer": "adamw"}, 0.003, 0.003, 0.001),
         ({"lr": 0.5, "gate_lr": None}, 0.5, 0.5, 0.5),
+        ({"lr": 1e-5}, 1e-5, 1e-5, 1e-5),
     ],
 )
 def test_default_rate_is_larger_for_tables_next_to_muon(

@@ -162,7 +162,11 @@ def test_a_run_that_gave_up_keeps_what_it_can_go_back_to(tmp_path: Path) -> None
     folders = sorted((tmp_path / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-000003", "step-000008"]
     lower = "--train.lr 0.005"
-    assert f"--resume {tmp_path} {lower}, or from further back with --init {folders[0]} {lower}" in str(error.value)
+    advice = f"start from an earlier state with --init {folders[0]} {lower}"
+    assert advice in str(error.value)
+    with pytest.raises(ArithmeticError) as error:  # its last checkpoint is of the state that gave up
+        resumed(shutil.copytree(tmp_path, tmp_path / "copy"), **options, nan_at=(8, 9, 10, 11)).train()
+    assert advice.replace(str(tmp_path), str(tmp_path / "copy")) in str(error.value)
     again = resumed(tmp_path, **options, save_every=2, nan_at=(8, 9, 10))  # as many as it had before
     assert again.train()
     assert sum(row["skipped"] for row in again.history.records) == 7

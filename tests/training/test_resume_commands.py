@@ -131,9 +131,17 @@ def test_what_cannot_go_on_is_a_sentence_and_touches_nothing(place: Path) -> Non
 
 
 def test_resume_auto_takes_a_finished_run_as_the_end(place: Path) -> None:
-    auto = ["--resume auto --out runs/x", "--out runs/x --resume=auto"]
+    auto = ["--resume auto --out runs/x", "--out runs/x --resume=auto --init runs/x"]
     answers = run_all([("dsmini.train", line) for line in auto], place)
     assert [(status, said.splitlines()) for status, said in answers] == [(0, ["runs/x is finished"])] * 2
+
+
+def test_resume_auto_stays_in_its_folder_whatever_the_file_says(place: Path) -> None:
+    shutil.copytree(place / "runs/x", place / "runs/again")
+    command = "dsmini.train runs/x/config.toml --out runs/again --resume auto --train.device auto --train.steps 13"
+    done = finish(f"{command} --train.no-tensorboard --model.norm-topk-prob", place)
+    assert "resuming after step 12 of 13" in done.stdout and "bit-identical" not in done.stdout
+    assert RunConfig.from_file(place / "runs/again/config.toml").out == Path("runs/again")
 
 
 @pytest.mark.slow
