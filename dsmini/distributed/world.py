@@ -183,13 +183,18 @@ def own_share(device: str, threads: int | None) -> torch.device:
 
     The processes of a machine share its CPUs. Each has a GPU of its own.
 
-    Raises: ValueError for several processes on Apple's GPU.
+    Raises: ValueError for several processes on Apple's GPU, and for one without a GPU of its own.
     """
     local, processes = os.environ.get("LOCAL_RANK"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     several = launched()[1] > 1
     named = device == "cuda" or (several and device.startswith("cuda:"))  # several cannot have the GPU of one number
     if local is not None and (named or device == "auto") and torch.cuda.is_available():
-        device = f"cuda:{local}"
+        device, there = f"cuda:{local}", torch.cuda.device_count()
+        if int(local) >= there:
+            raise ValueError(
+                f"LOCAL_RANK={local} has no GPU of its own: this process sees {there}; start a process for each GPU, "
+                "or, where the launcher shows each process its own alone, set LOCAL_RANK=0"
+            )
     if processes > 1:
         share = max(1, cores() // processes)
         threads = min(threads or share, share)

@@ -182,6 +182,11 @@ def test_each_process_has_a_gpu_of_its_own(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert [str(own_share(name, None)) for name in ("cuda", "cpu", "cuda:1", "auto")] == got
+    monkeypatch.setenv("LOCAL_RANK", "8")
+    with pytest.raises(
+        ValueError, match=r"LOCAL_RANK=8 has no GPU of its own: this process sees 8; .* set LOCAL_RANK=0"
+    ):
+        own_share("cuda", None)
 
 
 def test_several_processes_of_a_mac_use_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
