@@ -28,6 +28,8 @@ HEAD = {"dsmini", "question", "source", "hypothesis", "margin", "minutes", "arms
 """Keys of a first line."""
 WHERE = ("processor", "device", "torch", "python")
 """Keys of a run that say where it was made, as in machine.card."""
+TIMED = 2
+"""Number of seeds whose runs are made here even if another file has them: times of two sittings cannot be compared."""
 START = b'{"dsmini": "'
 NUMBERS = {"loss", "cpu_seconds", "cache_bytes", "max_vio", "acceptance"}
 """Figures of a run that an answer shows."""
@@ -158,6 +160,8 @@ def opened(path: Path, head: dict[str, Any]) -> Iterator[Results]:
 def reuse(results: Results, seeds: int, where: Mapping[str, str]) -> dict[Path, int]:
     """Copy the runs of equal arms, of these seeds, from other files of the folder; return how many each file had.
 
+    Copies have no times, and the first seeds are not copied.
+
     Args:
         where: processor, torch and so on, which a run must have: elsewhere the same run gives other bits.
     """
@@ -169,10 +173,10 @@ def reuse(results: Results, seeds: int, where: Mapping[str, str]) -> dict[Path, 
             continue
         if theirs is None or any(theirs.head[key] != head[key] for key in ("dsmini", "minutes")):
             continue
-        lines = [line for line in theirs.lines if line["seed"] < seeds and line.items() >= where.items()]
+        lines = [line for line in theirs.lines if TIMED <= line["seed"] < seeds and line.items() >= where.items()]
         for line, (name, arm) in itertools.product(lines, head["arms"].items()):
             if theirs.head["arms"][line["arm"]] == arm and not results.done(name, line["seed"]):
-                results.add(line | {"arm": name})
+                results.add(line | {"arm": name, "train_seconds": None, "cpu_seconds": None})
                 found[other] = found.get(other, 0) + 1
     return found
 

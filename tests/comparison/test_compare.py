@@ -115,13 +115,19 @@ def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
         assert words in done.stderr, words
     assert (place / "found.png").stat().st_size > 5000
     first = lines_of(place / "found.jsonl")
-    other = finish(COMPARE.replace("found", "other").replace("n_mtp_layers=0", "route_scale=1"), place)
-    assert "reused  2 runs of equal arms from found.jsonl" in other.stdout and "2 runs in" in other.stdout
-    assert [row for row in lines_of(place / "other.jsonl") if row["arm"] == "base"] == first[:2]
     again = finish(COMPARE.replace("--seeds 2", "--seeds 3"), place)
     assert "2 runs in" in again.stdout, "only the third seed is run"
     after = lines_of(place / "found.jsonl")
     assert [row for row in after if row["seed"] < 2] == first and len(after) == 6
+    three = COMPARE.replace("--seeds 2", "--seeds 3")
+    other = finish(three.replace("found", "other").replace("n_mtp_layers=0", "route_scale=1"), place)
+    assert "reused  1 run of equal arms from found.jsonl" in other.stdout and "5 runs in" in other.stdout
+    base = [row for row in lines_of(place / "other.jsonl") if row["arm"] == "base"]
+    assert {row["seed"]: row["loss"] for row in base} == {r["seed"]: r["loss"] for r in after if r["arm"] == "base"}
+    copies = [
+        json.loads(line) for line in (place / "other.jsonl").read_text().splitlines() if '"cpu_seconds": null' in line
+    ]
+    assert [(row["arm"], row["seed"]) for row in copies] == [("base", 2)]
     refused = run(f"{COMPARE} --set train.steps=4", place)
     assert refused.returncode == 2 and "begun with arms.base.config.train.steps 3, this has 4" in refused.stderr
     (place / "text.txt").write_text((place / "text.txt").read_text() + "more")
