@@ -50,7 +50,7 @@ from dsmini.numerics import FP4_BLOCK, WEIGHT_TILE, dequantize_fp4, dequantize_t
 from dsmini.reading import check_path, is_there, listed, read_table
 
 HELD = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-PLAIN = ("BF16", "F32", "F16")
+PLAIN = ("BF16", "F32", "F16", "F64")
 """Stored dtypes of tensors that are not FP8."""
 TABLES = ("I32", "I64")
 """Stored dtypes of V4's tables of experts."""
@@ -154,7 +154,7 @@ def load_pretrained(
 
     Args:
         folder: its path, or "toy" for the model that dsmini comes with, whose tokens are bytes.
-        dtype: dtype of matrices and embedding; None: as each is stored. Norms and gates are FP32 in any case.
+        dtype: dtype of matrices and embedding; None: as each is stored. Norms and gates are FP32, or else FP64.
         fp8: treatment of weights in FP8, and of experts in FP4. "dequantize": they are held in `dtype`, by default
             BF16. "keep": codes and scales are held, and dequantized where they are used; such a model cannot be
             trained.
@@ -410,10 +410,9 @@ def _held(model: Transformer, name: str, kinds: set[torch.dtype], dtype: torch.d
     made = getattr(layer, attribute).dtype
     if not made.is_floating_point:
         return made
-    if isinstance(layer, FP32Module):
-        return torch.float64 if dtype == torch.float64 else torch.float32
     plain = {torch.bfloat16 if kind in (FP8, FP4) else kind for kind in kinds}
-    return dtype or functools.reduce(torch.promote_types, plain)
+    wanted = dtype or functools.reduce(torch.promote_types, plain)
+    return torch.float32 if isinstance(layer, FP32Module) and wanted != torch.float64 else wanted
 
 
 def _held_shape(tensor: Tensor, held: torch.dtype) -> torch.Size:

@@ -5,6 +5,7 @@ the folder it was loaded from.
 """
 
 import dataclasses
+import os
 import re
 import shutil
 import warnings
@@ -47,7 +48,7 @@ from dsmini.numerics import (
     tile_scales,
 )
 from dsmini.numerics.quantization import Scale
-from dsmini.reading import brief, check_path
+from dsmini.reading import brief, check_path, open_regular
 
 # files of a model's folder apart from its tensors and config.json; code is copied and never run
 BESIDE = re.compile(
@@ -125,18 +126,23 @@ def save_pretrained(
     if len(shards) > 1:
         weight_map = {name: file for name, (file, _) in sorted(every.items())}
         texts[INDEX] = as_json({"metadata": {"total_size": nbytes}, "weight_map": weight_map})
+    beside = _files_beside(model)
+    target = Path(os.path.realpath(path))  # a link stays, and what it names is written
     with ExitStack() as stack:
         try:
-            folder = stack.enter_context(new_folder(path))
+            folder = stack.enter_context(new_folder(target))
         except OSError as error:
             raise ValueError(f"cannot make the folder {path}: {error.strerror}; choose another") from None
-        with Progress(Console(stderr=True), nbytes, f"writing {path.name}", unit="bytes") as progress, torch.no_grad():
+        with (
+            Progress(Console(stderr=True), nbytes, f"writing {target.name}", unit="bytes") as progress,
+            torch.no_grad(),
+        ):
             for name, entries in shards.items():
                 try:
                     write_safetensors(folder / name, entries, {"format": "pt"}, progress.add)
                 except OSError as error:  # it names no file where the disk is full
                     raise OSError(error.errno, error.strerror, str(path)) from None
-        for name, file in _files_beside(model).items():
+        for name, file in beside.items():
             shutil.copyfile(file, folder / name)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -160,7 +166,12 @@ def _shards(plan: "SavePlan", limit: int) -> dict[str, list[Entry]]:
 
 
 def _files_beside(model: Transformer) -> dict[str, Path]:
-    """Return the small files of the folder that a model was loaded from, by name. Warns: if that folder is gone."""
+    """Return the small files of the folder that a model was loaded from, by name.
+
+    Warns: if that folder is gone.
+
+    Raises: ValueError for a file that may not be read.
+    """
     origin = origin_of(model)
     if origin is None:
         return {}
@@ -169,7 +180,10 @@ def _files_beside(model: Transformer) -> dict[str, Path]:
         warnings.warn(gone, stacklevel=3)
         return {}
     files = {file.name: file for file in sorted(origin.folder.iterdir()) if file.is_file()}
-    return {name: f for name, f in files.items() if BESIDE.fullmatch(name) and f.suffix not in TENSORS}
+    beside = {name: f for name, f in files.items() if BESIDE.fullmatch(name) and f.suffix not in TENSORS}
+    for file in beside.values():
+        open_regular(file).close()
+    return beside
 
 
 class SavePlan:
@@ -337,21 +351,31 @@ def parse_size(size: int | str) -> int:
 
 
 def refuse_filled(path: Path) -> None:
-    """Raise ValueError unless `path` is a new or an empty folder that can be made."""
+    """Raise ValueError unless `path` is a new or an empty folder that can be made, or a link to one."""
     check_path(path, "folder")
     try:
-        filled = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        real = Path(os.path.realpath(path))
+        filled = real.is_symlink() or (real.exists() and (not real.is_dir() or any(real.iterdir())))
     except OSError as error:
         raise ValueError(f"cannot look into {path}: {error.strerror}; choose another folder") from None
     require(not filled, f"{path} holds files already; choose a new folder, or remove that one")
+    fix = f"choose a new folder in it, such as {path / 'model'}"
+    require(not os.path.ismount(real), f"{path} is a mount point, which cannot be replaced; {fix}")
+    here = real.exists() and real.samefile(os.curdir)  # its shell would stay in the old one
+    require(not here, f"{path} is the current folder, which is not replaced; {fix}")
 
 
 def _described(model: Transformer) -> dict[str, Any]:
-    """Return a config.json without the dtypes of tensors: the one that was loaded, if it still fits the model."""
+    """Return a config.json without the dtypes of tensors: the one that was loaded, if it still fits the model.
+
+    Otherwise its special ids alone are kept.
+    """
     origin = origin_of(model)
     if origin is not None and origin.raw:
         read = ModelConfig(**config_from_json(origin.raw, "config.json"))
         # it may have been loaded without its MTP blocks
         if dataclasses.replace(read, n_mtp_layers=model.config.n_mtp_layers) == model.config:
             return with_mtp_layers(origin.raw, model.config.n_mtp_layers)
-    return {**UNKNOWN_IDS, **config_to_json(dataclasses.asdict(model.config))}
+    raw = origin.raw if origin is not None else {}
+    ids = {key: raw[key] for key in (*UNKNOWN_IDS, "pad_token_id") if key in raw}
+    return {**UNKNOWN_IDS, **ids, **config_to_json(dataclasses.asdict(model.config))}

@@ -45,8 +45,10 @@ _V4 |= {"sliding_window": "window_size", "num_hash_layers": "n_hash_layers"}
 _V4_LISTS = {"layer_types", "mlp_layer_types", "compress_rates", "partial_rotary_factor"}
 _NOT_YARN = ("attention_factor", "partial_rotary_factor", "rope_theta")
 _LAYER_TYPES = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
-# keys of deepseek_v32 that repeat others, as transformers writes them; and GLM's switch
-_SPARSE = {*_INDEXER, "indexer_rope_interleave", "layer_types", "mlp_layer_types"}
+# keys of deepseek_v32 that are there only where they are true: GLM's, and dsmini's own
+_INDEXER_SWITCHES = ("indexer_rope_interleave", "indexer_fp8")
+# all keys of deepseek_v32; the last two repeat others, as transformers writes them
+_SPARSE = {*_INDEXER, *_INDEXER_SWITCHES, "layer_types", "mlp_layer_types"}
 _YARN = {
     "factor": "rope_factor",
     "beta_fast": "beta_fast",
@@ -137,7 +139,7 @@ def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     sizes = dict(_CONFIG)
     if sparse:
         sizes |= dict(zip(_INDEXER, _INDEXER, strict=True))
-        out |= {"attention": "dsa"} | {key: raw[key] for key in (*_INDEXER, "indexer_rope_interleave") if key in raw}
+        out |= {"attention": "dsa"} | {key: raw[key] for key in (*_INDEXER, *_INDEXER_SWITCHES) if key in raw}
     _refuse_missing(sizes, out, source)
     _refuse_unequal_layers(raw, out, source)
     return out
@@ -237,7 +239,7 @@ def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     out |= {key: values[0] for key, values in _FIXED.items()}
     out |= {key: fields[key] for key in _INDEXER if sparse}
     out |= _v4_lists(fields) if v4 else {}
-    out |= {key: True for key in ("indexer_rope_interleave", "qat") if fields[key]}
+    out |= {key: True for key in (*_INDEXER_SWITCHES, "qat") if fields[key]}
     out |= {"model_type": f"deepseek_v{version}", "architectures": [f"DeepseekV{version}ForCausalLM"]}
     out |= {
         "num_key_value_heads": 1 if v4 else fields["n_heads"],

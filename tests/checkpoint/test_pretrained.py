@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,8 @@ from tests.helpers.tolerances import FP32_MODEL, relative_error
 Build = Callable[..., Transformer]
 INDEXER = ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")
 DENSE = [({}, shards, copies) for shards in (1, 4) for copies in (True, False)]
-SPARSE = [(DSA | changes, 2, True) for changes in ({}, {"q_lora_rank": None}, {"indexer_rope_interleave": True})]
+OF_INDEXERS = ("indexer_rope_interleave", "indexer_fp8")
+SPARSE = [(DSA | changes, 2, True) for changes in ({}, {"q_lora_rank": None}, dict.fromkeys(OF_INDEXERS, True))]
 
 
 @pytest.mark.parametrize(("changes", "shards", "copies"), DENSE + SPARSE)
@@ -46,7 +48,7 @@ def test_load_then_save_changes_no_bit(
         layers = [f"model.layers.{i}.self_attn.indexer." for i in range(4)]  # two of them are MTP's
         assert tensors.keys() >= {layer + name for layer in layers for name in INDEXER}
         assert raw["model_type"] == "deepseek_v32" and raw["architectures"] == ["DeepseekV32ForCausalLM"]
-        assert ("indexer_rope_interleave" in raw) == ("indexer_rope_interleave" in changes)
+        assert [key in raw for key in OF_INDEXERS] == [key in changes for key in OF_INDEXERS]
     loaded = load_pretrained(folders.write(tmp_path / "a", tensors, raw, shards))
     assert loaded.config == model.config
     assert loaded.head.weight.dtype == dtype
@@ -106,6 +108,65 @@ def test_small_files_are_copied_along(tmp_path: Path, folder: Path) -> None:
         save_pretrained(loaded, tmp_path / "c")
 
 
+def test_small_file_that_cannot_be_read_is_noticed_first(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "tokenizer.json").touch()
+    loaded, real = load_pretrained(folder), os.open
+
+    def closed(path: Any, *args: Any, **kwargs: Any) -> int:
+        if str(path).endswith("tokenizer.json"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", closed)
+    monkeypatch.setattr("dsmini.checkpoint.save.write_safetensors", lambda *_: pytest.fail("it is written"))
+    sentence = f"cannot read {folder}/tokenizer.json: Permission denied; check its permissions"
+    assert refusal(save_pretrained, loaded, tmp_path / "b") == sentence
+    assert not (tmp_path / "b").exists()
+
+
+def test_double_precision_comes_back(tmp_path: Path, small_model: Build) -> None:
+    model = small_model().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1e-12 * torch.randn_like(parameter)
+    save_pretrained(model, tmp_path / "a")
+    loaded = load_pretrained(tmp_path / "a")
+    assert not folders.different(model.state_dict(), loaded.state_dict())
+    save_pretrained(load_pretrained("toy", dtype=torch.float64), tmp_path / "b")
+    assert load_pretrained(tmp_path / "b").head.weight.dtype == torch.bfloat16, "as it was stored"
+
+
+def test_folder_may_be_named_by_a_link(tmp_path: Path, small_model: Build) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, target in (("to a folder", "empty"), ("to nothing", "new"), ("to itself", "to itself")):
+        (tmp_path / name).symlink_to(target)
+    model = small_model()
+    for name, target in (("to a folder", "empty"), ("to nothing", "new")):
+        save_pretrained(model, tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+        assert not folders.different(folders.read(tmp_path / target), folders.tensors_of(model, torch.float32))
+    assert "holds files already" in refusal(save_pretrained, model, tmp_path / "to itself")
+
+
+def test_folder_that_cannot_be_replaced_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_model: Build
+) -> None:
+    (tmp_path / "disk").mkdir()
+    monkeypatch.chdir(tmp_path / "disk")
+    sentence = "is the current folder, which is not replaced; choose a new folder in it, such as "
+    assert refusal(save_pretrained, small_model(), ".") == f". {sentence}model"
+    here = tmp_path / "disk"
+    assert refusal(save_pretrained, small_model(), here) == f"{here} {sentence}{here}/model"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "disk")
+    (tmp_path / "link").symlink_to("disk")
+    sentence = "link is a mount point, which cannot be replaced; choose a new folder in it, such as link/model"
+    assert refusal(save_pretrained, small_model(), "link") == sentence
+    assert not list((tmp_path / "disk").iterdir())
+
+
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
     return folders.write(folder, change(folders.read(folder)), folders.config_of(folder))
 
@@ -131,6 +192,7 @@ def test_mtp_copies_that_differ_warn(folder: Path) -> None:
         {"original_seq_len": 8, "mscale": 1.0, "mscale_all_dim": 0.0},
         {"score_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False},
         {"n_shared_experts": 0},
+        DSA | {"indexer_fp8": True},
     ],
 )
 def test_config_json_round_trip(tmp_path: Path, small_model: Build, changes: dict[str, Any]) -> None:
@@ -330,12 +392,14 @@ def test_indexer_in_fp8_has_scales_for_two_matrices(tmp_path: Path, fp8_model: B
 def test_convert_adds_fresh_indexers(tmp_path: Path, small_model: Build) -> None:
     model, tokens = small_model(), torch.randint(0, 61, (2, 20))
     tensors = folders.tensors_of(model, torch.bfloat16)
-    folders.write(tmp_path / "a", tensors, folders.config_json(model.config))
+    ids = {"bos_token_id": 3, "eos_token_id": [5, 6], "pad_token_id": 7}
+    folders.write(tmp_path / "a", tensors, folders.config_json(model.config, **ids))
     done = finish("dsmini.convert a b --dsa --index-n-heads 3 --index-head-dim 32 --index-topk 8 --json", tmp_path)
     sparse = load_pretrained(tmp_path / "b", torch.float32)
     dense = load_pretrained(tmp_path / "a", torch.float32)
     assert sparse.config == ModelConfig.from_file(tmp_path / "b" / "config.json")
     assert (sparse.config.attention, sparse.config.index_topk) == ("dsa", 8)
+    assert folders.config_of(tmp_path / "b").items() >= ids.items()
     assert torch.equal(sparse(tokens[:, :8]), dense(tokens[:, :8]))
     assert not torch.equal(sparse(tokens), dense(tokens))
     saved = folders.read(tmp_path / "b")
