@@ -20,7 +20,7 @@ from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.distributed.meeting import launched, tell
-from dsmini.text.prompts import Page, read_line, read_prompts, without_surrogates
+from dsmini.text.prompts import Page, check_stops, read_line, read_prompts, without_surrogates
 
 if TYPE_CHECKING:  # they load torch, so they are imported where they are used: --help is instant
     from dsmini.inference.generation import Stats
@@ -107,24 +107,45 @@ def main(args: Sequence[str]) -> int:
     from dsmini import ops
 
     ops.check_forced()
-    if not -(2**63) <= command.seed < 2**63:
-        raise ValueError(f"--seed {command.seed} is too large; use less than 2^63")
-    if command.system is not None and not command.chat:
-        raise ValueError("--system is for a conversation; add --chat, or put it into the prompt")
+    _refuse(command, args)
     require(
         launched()[1] == 1,
         "dsmini.generate is one process, and a launcher started several; start it without torchrun, and serve a model "
         "that does not fit into one with vLLM or SGLang, from its Hugging Face folder",
     )
     talks = command.chat and not command.prompt and not command.prompt_file
+    prompts = [] if talks else list(read_prompts(command.prompt, command.prompt_file, about=command.chat))
     bar = Progress(Console(stderr=True), unit="tokens")
     with bar:
-        return (_converse if talks else _answer)(_writer(command, bar), command)
+        writer = _writer(command, bar)
+        return _converse(writer, command) if talks else _answer(writer, command, prompts)
 
 
-def _answer(writer: "Writer", command: GenerateCommand) -> int:
-    """Continue the prompts of the command line; return the exit status."""
-    prompts = list(read_prompts(command.prompt, command.prompt_file, about=command.chat))
+def _refuse(command: GenerateCommand, args: Sequence[str]) -> None:
+    """Raise ValueError for flags that contradict each other or have no meaning, before a model is read."""
+    from dsmini.inference.generation import check_new_tokens
+
+    given = [arg.partition("=")[0].replace("_", "-") for arg in args]
+    for flag in ("--prompt", "--prompt-file", "--stop"):
+        fix = f"write all after one: {flag} A B, each in quotes"
+        require(given.count(flag) < 2, f"{flag} given twice; {fix}")
+    require(-(2**63) <= command.seed < 2**63, f"--seed {command.seed} is too large; use less than 2^63")
+    require(
+        command.chat or command.system is None,
+        "--system is for a conversation; add --chat, or put it into the prompt",
+    )
+    check_new_tokens(command.max_new_tokens)
+    require(
+        command.context is None or command.context > 0,
+        f"--context {command.context} has room for no token; use 1 or more, or leave it out",
+    )
+    check_stops(command.stop)
+    if command.model is not None:  # standard input may be typed by hand, which a wrong name would waste
+        is_model_folder(find_model(command.model))
+
+
+def _answer(writer: "Writer", command: GenerateCommand, prompts: Sequence[tuple[str, str]]) -> int:
+    """Continue prompts, each with its heading; return the exit status."""
     page = None if command.json else Page([heading for heading, _ in prompts])
     answers = writer.write([writer.encode(text, command.system) for _, text in prompts], page)
     rows = [row.described(without_surrogates(text)) for (_, text), row in zip(prompts, answers.rows, strict=True)]

@@ -133,11 +133,11 @@ def run_tokenizer(path: Path, config: RunConfig) -> Tokenizer:
     """Return the tokenizer that a run was trained with: its tokenizer.json, or bytes.
 
     Args:
-        path: the run's folder, or that of one of its checkpoints.
+        path: the run's folder, or that of one of its checkpoints, or a link to either.
 
     Raises: ValueError if that file is gone.
     """
-    run = path if (path / "checkpoints").is_dir() else path.parent.parent
+    run = path if (path / "checkpoints").is_dir() else path.resolve().parent.parent
     return load_tokenizer(tokenizer_file(run, config))
 
 

@@ -181,6 +181,9 @@ def last_checkpoint(
             before = ", or move that folder away to continue from the one before" if folder != found[-1] else ""
             raise ValueError(f"cannot read {folder}: {error}; try again{before}") from None
         except ValueError as error:
+            there = checkpoint_folders(run)
+            if folder not in there and there and checkpoint_step(there[0]) > checkpoint_step(folder):
+                return last_checkpoint(run, parts, fits, say)  # training has replaced it meanwhile
             reasons.append(f"cannot read {folder}: {error}")
             continue
         for reason in reasons:
@@ -291,7 +294,7 @@ def model_checkpoint(
     if not single:
         return last_checkpoint(path, parts, fits, say)
     try:
-        checkpoint = read_checkpoint(path, parts, verified)
+        checkpoint = read_checkpoint(path.resolve(), parts, verified)
         fits(checkpoint)
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}; name another checkpoint") from None

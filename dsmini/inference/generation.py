@@ -365,6 +365,14 @@ def rows_of(prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) -> lis
     return [list(row) for row in rows]
 
 
+def check_new_tokens(max_new_tokens: int) -> None:
+    """Raise ValueError for a number of new tokens that is not whole, negative or too large."""
+    if not is_whole(max_new_tokens) or not 0 <= max_new_tokens <= MOST_NEW:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens!r} is not a whole number from 0 to {MOST_NEW:,}; use for example 64"
+        )
+
+
 def checked_room(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -379,10 +387,7 @@ def checked_room(
     Raises: ValueError for prompts or options that this model, or a cache with that room, cannot serve.
     """
     longest, context, v = max(map(len, prompts), default=0), model.config.max_seq_len, model.config.vocab_size
-    if not is_whole(max_new_tokens) or not 0 <= max_new_tokens <= MOST_NEW:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens!r} is not a whole number from 0 to {MOST_NEW:,}; use for example 64"
-        )
+    check_new_tokens(max_new_tokens)
     for i, prompt in enumerate(prompts):
         if wrong := [token for token in prompt if not 0 <= token < v]:
             raise ValueError(f"prompt {i} has token id {wrong[0]}, outside the vocabulary; want 0 to {v - 1}")

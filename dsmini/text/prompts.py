@@ -63,6 +63,12 @@ def _decoded(content: bytes) -> str:
 # --- the text of a row's new tokens as they come
 
 
+def check_stops(stops: Collection[str]) -> None:
+    """Raise ValueError for an empty stop string."""
+    if "" in stops:
+        raise ValueError("a stop string is empty; give it a character, or leave it out")
+
+
 class Continuation:
     """The text of one row's new tokens, without the end token or the stop string.
 
@@ -78,8 +84,7 @@ class Continuation:
     """
 
     def __init__(self, stream: TextStream, *, ends: Collection[int] = (), stops: Sequence[str] = ()) -> None:
-        if "" in stops:
-            raise ValueError("a stop string is empty; give it a character, or leave it out")
+        check_stops(stops)
         self.text: str = ""
         """The text so far, without the part that is held back."""
         self.n_tokens: int = 0

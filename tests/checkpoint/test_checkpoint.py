@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsmini.checkpoint import tensor_files
-from dsmini.checkpoint.training_state import MANIFEST, load_run, write_manifest
+from dsmini.atomic import remove_folders
+from dsmini.checkpoint import tensor_files, training_state
+from dsmini.checkpoint.training_state import MANIFEST, load_run, model_checkpoint, write_manifest
 from dsmini.distributed.world import World
 from dsmini.training import saving as checkpoints
 from dsmini.training.run import newest_checkpoint
@@ -154,6 +155,21 @@ def test_checkpoint_of_a_newer_version_is_not_passed_over(run: Path) -> None:
     assert refusal(resumed, run, **OPTIONS).endswith("try again"), "there is none before"
     path.write_text(path.read_text().replace('"format": 2', '"format": true'))
     assert "manifest.json is damaged" in refusal(resumed, run, **OPTIONS)
+
+
+def test_checkpoint_that_is_replaced_meanwhile_is_not_missed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With keep=1 a trainer saves step 4 and removes step 2 while that is read."""
+    first, last, real = run / "checkpoints/step-000002", run / "checkpoints/step-000004", training_state.verify
+    last.rename(run / "later")
+
+    def verify(folder: Path, listed: Iterable[str]) -> None:
+        if folder == first:
+            (run / "later").rename(last)
+            remove_folders([first])
+        real(folder, listed)
+
+    monkeypatch.setattr(training_state, "verify", verify)
+    assert model_checkpoint(run, say=pytest.fail).state.step == 4
 
 
 def test_average_is_loaded_in_place_of_parameters(run: Path) -> None:

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, save_pretrained
+from dsmini.checkpoint.training_state import write_manifest
 from dsmini.console.progress import Progress
 from dsmini.text.chat import read_text_side
 from dsmini.text.prompts import Page
 from tests.conftest import SMALL, randomise
-from tests.helpers.commands import call, check_refused, place_with_run, run, run_all, run_apart, start
+from tests.helpers.commands import call, check_refused, finish, place_with_run, run, run_all, run_apart, start
 from tests.helpers.text_folders import ASSISTANT, EOS, USER, save_text_side, save_tokenizer
 
 
@@ -189,6 +190,30 @@ def test_mistakes_are_sentences_and_status_2(place: Path) -> None:
     for mistake in ("''", "'much longer than the 32 tokens of its context'"):
         done = run(f"dsmini.generate runs/x --prompt a {mistake}", place)
         assert (done.returncode, done.stdout) == (2, ""), "no heading is shown"
+
+
+def test_mistakes_are_told_before_a_model_is_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmini.checkpoint.training_state.load_run", lambda *_, **__: pytest.fail("it is read"))
+    bad = {"--prompt-file typo.txt": "cannot read the prompt file typo.txt", "--max-new-tokens -1": "max_new_tokens=-1"}
+    bad |= {"--context 0": "has room for no token", "--stop ''": "a stop string is empty"}
+    bad |= {"--chat --stop ''": "a stop string is empty", "--prompt - -": "read only once", "--top-k 0": "top_k=0"}
+    check_refused("dsmini.generate runs/x", place, bad)
+
+
+def test_a_checkpoint_may_be_named_by_a_link_or_from_its_own_place(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "runs/x", tmp_path / "x")
+    save_tokenizer(tmp_path / "x/tokenizer.json")
+    config, last = tmp_path / "x/config.toml", tmp_path / "x/checkpoints/step-000005"
+    for file in (config, last / "config.toml"):
+        file.write_text(file.read_text().replace('tokenizer = "none"', 'tokenizer = "gone.json"'))
+    write_manifest(last, json.loads((last / "manifest.json").read_text())["files"])
+    (tmp_path / "best").symlink_to(last)
+    asked = "--prompt z --max-new-tokens 3 --temperature 0 --json"
+    want = finish(f"dsmini.generate x {asked}", tmp_path).stdout
+    for folder, name in ((tmp_path, "best"), (last.parent, last.name), (last, ".")):
+        got = finish(f"dsmini.generate {name} {asked}", folder).stdout
+        assert json.loads(got)["answers"] == json.loads(want)["answers"]
+        finish(f"dsmini.convert {name} {tmp_path}/of-{folder.name}", folder)
 
 
 class Terminal(io.StringIO):
