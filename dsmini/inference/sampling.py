@@ -63,11 +63,13 @@ class Sampling:
         Raises: ValueError for logits that are not finite.
         """
         scores = logits.float()
+        _require_finite(scores)
         if self.repetition_penalty != 1:
             assert seen is not None, "the repetition penalty needs the tokens so far"
-            r = self.repetition_penalty
-            scores = torch.where(seen, torch.where(scores > 0, scores / r, scores * r), scores)
-        _require_finite(scores)
+            floats = torch.finfo(torch.float32)
+            r = min(max(self.repetition_penalty, floats.tiny), floats.max)
+            penalised = torch.where(scores > 0, scores / r, scores * r).clamp(floats.min, floats.max)
+            scores = torch.where(seen, penalised, scores)
         if self.temperature == 0:
             likeliest = scores.argmax(-1, keepdim=True)
             return torch.zeros_like(scores).scatter_(-1, likeliest, 1.0)

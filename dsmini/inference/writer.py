@@ -205,9 +205,26 @@ class Conversation:
             tokens = self.chat.encode(messages)
         answers = self.writer.write([tokens], page)
         (row,) = answers.rows
-        said = self.chat.plain(row.text) if row.finish == "stop" else self.chat.answer(row.tokens)
-        self.messages = [*messages, Message(role="assistant", content=said)]
+        self.messages = [*messages, Message(role="assistant", content=self._said(tokens, row))]
         return answers
+
+    def _said(self, prompt: list[int], row: Answer) -> str:
+        """Return an answer as the content of a message, without its stop string and what follows that.
+
+        Tokens of the template before the stop string stay tokens.
+        """
+        if row.finish != "stop":
+            return self.chat.answer(row.tokens)
+        if isinstance(self.chat, Dialogue):
+            return self.chat.plain(row.text)
+        stream, written = self.chat.tokenizer.stream(), set(self.chat.tokenizer.markup.values())
+        stream.decode(prompt)
+        length = n_tokens = n_characters = 0  # in all, and up to the last token of the template
+        for i, token in enumerate(row.tokens, 1):
+            length += len(stream.decode([token]))
+            if token in written and length <= len(row.text):
+                n_tokens, n_characters = i, length
+        return self.chat.answer(row.tokens[:n_tokens]) + self.chat.plain(row.text[n_characters:])
 
 
 def system_turn(chat: Chat | Dialogue, system: str | None) -> list[Message]:

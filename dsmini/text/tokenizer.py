@@ -27,6 +27,8 @@ FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 NOT_A_TOKENIZER = "is not a tokenizer.json of the tokenizers library"
 LARGEST_GROWTH = 64
 """Largest factor by which a file's steps may lengthen a text; published files stay below 10."""
+IN_A_RUN = range(8, 12)
+"""Numbers of newest tokens that tell whether a run of U+FFFD continues."""
 OTHER = "name another tokenizer.json, such as DeepSeek publishes"
 
 
@@ -177,8 +179,19 @@ class BPEStream:
         out = ""
         for token in tokens:
             self._pending.append(token)
-            out += self._take(final=False)
+            if not self._continues_a_run():
+                out += self._take(final=False)
         return out + self._take(final=True) if final else out
+
+    def _continues_a_run(self) -> bool:
+        """Return True if the newest tokens are U+FFFD and nothing else, so that no more text is certain.
+
+        A run of it is not decoded again for each of its tokens. Where a character begins among them is not known, but
+        it has at most four tokens, so one of four beginnings is right.
+        """
+        if len(self._pending) <= IN_A_RUN.stop:
+            return False
+        return all(not self._tokenizer.decode(self._pending[-n:]).strip("\ufffd") for n in IN_A_RUN)
 
     def _take(self, final: bool) -> str:
         before = len(self._tokenizer.decode(self._context))

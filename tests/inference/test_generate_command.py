@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ import torch
 from dsmini import ModelConfig, Transformer, save_pretrained
 from dsmini.checkpoint.training_state import write_manifest
 from dsmini.console.progress import Progress
-from dsmini.text.chat import read_text_side
+from dsmini.inference.sampling import Sampling
+from dsmini.inference.writer import Conversation, Writer
+from dsmini.text.chat import Chat, read_text_side
 from dsmini.text.prompts import Page
 from tests.conftest import SMALL, randomise
 from tests.helpers.commands import call, check_refused, finish, place_with_run, run, run_all, run_apart, start
-from tests.helpers.text_folders import ASSISTANT, EOS, USER, save_text_side, save_tokenizer
+from tests.helpers.text_folders import ASSISTANT, BOS, EOS, USER, save_text_side, save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +342,37 @@ def test_a_conversation_is_a_line_a_turn(folder: Path) -> None:
     assert shown.returncode == 0 and re.fullmatch(
         r"2 answers, [2-8] new tokens(, [\d.]+ tokens/s)?", shown.stderr.strip()
     )
+
+
+@pytest.mark.parametrize(("stop", "said"), [("END", "It is 4 "), ("</think>It", "a </think> b"), ("</thi", "a ")])
+def test_stop_string_leaves_the_tokens_of_an_answer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, stop: str, said: str
+) -> None:
+    """The template cuts thoughts off at their token, and text that only spells it is text."""
+    side = read_text_side(folder / "m", chat=True)
+    assert isinstance(side.chat, Chat)
+    encode, thought = side.chat.tokenizer.encode, side.chat.tokenizer.added["</think>"]
+    answer = [*encode("a </think> b").tolist(), thought, *encode("It is 4 END and").tolist()]
+
+    class Scripted:
+        """A generation that writes the answer, several tokens at once."""
+
+        def __init__(self, model: object, prompts: list[list[int]], *_: object, **options: object) -> None:
+            self.rows, self.stats = [[*prompts[0], *answer]], None
+
+        def __iter__(self) -> Iterator[list[list[int]]]:
+            yield [answer]
+
+        def end(self, row: int) -> None: ...
+
+    monkeypatch.setattr("dsmini.inference.writer.Generation", Scripted)
+    model: Any = Namespace(config=ModelConfig(max_seq_len=1000))
+    writer = Writer(model=model, side=side, max_new_tokens=99, sampling=Sampling(), stops=[stop])
+    talk = Conversation(writer)
+    (row,) = talk.answer("2+2", None).rows
+    assert row.finish == "stop" and row.text.endswith(said)
+    then = side.chat.encode([*talk.messages, {"role": "user", "content": "so"}])
+    assert side.tokenizer.decode(then) == f"{BOS}{USER}2+2{ASSISTANT}{said}{EOS}{USER}so{ASSISTANT}"
 
 
 def test_figures_follow_the_answers_of_a_chat_only_on_request(place: Path) -> None:

@@ -112,6 +112,14 @@ def test_a_draw_is_that_of_torch() -> None:
         assert torch.equal(draw(weights, torch.Generator().manual_seed(seed)), want)
 
 
+def test_penalty_beyond_floats_is_as_strong_as_they_allow() -> None:
+    logits, seen = one(0.0, -1.0, 2.0, 3.0), torch.tensor([[True, True, False, True]])
+    for penalty, want in ((1e39, 2), (1e300, 2), (1e-39, 3), (1e-300, 3)):
+        for temperature in (0.0, 1e-40, 1.0):
+            got = Sampling(temperature=temperature, repetition_penalty=penalty).probabilities(logits, seen)
+            assert got.argmax().item() == want and got.sum().item() == pytest.approx(1), (penalty, temperature)
+
+
 def test_what_cannot_be_drawn_from_is_refused() -> None:
     for bad in (math.nan, math.inf, -math.inf):
         logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, bad, 3.0]])

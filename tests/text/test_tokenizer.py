@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,26 @@ def test_a_character_is_held_back_until_it_is_whole(tokenizer: Any) -> None:
     stream, (first, *tokens) = tokenizer.stream(), tokenizer.encode("a🜁").tolist()
     assert stream.decode([first]) == "a" and len(tokens) >= 3
     assert [stream.decode([token]) for token in tokens] == [*[""] * (len(tokens) - 1), "🜁"]
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "byte_fallback"], indirect=True)
+def test_a_run_of_replacement_characters_is_read_in_linear_time(
+    tokenizer: BPETokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them may be the beginning of a character."""
+    text = "ab" + "�" * 400 + "é日🙂 b"
+    tokens, decode, n = tokenizer.encode(text).tolist(), BPETokenizer.decode, 0
+
+    def counted(self: BPETokenizer, tokens: Sequence[int]) -> str:
+        nonlocal n
+        n += len(tokens)
+        return decode(self, tokens)
+
+    monkeypatch.setattr(BPETokenizer, "decode", counted)
+    stream = tokenizer.stream()
+    pieces = [stream.decode([token]) for token in tokens]
+    assert "".join(pieces) == text and pieces[-1]
+    assert n < 100 * len(tokens)
 
 
 def test_ids_of_a_model_that_are_no_bytes_are_shown_as_such() -> None:
