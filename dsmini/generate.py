@@ -117,7 +117,7 @@ def main(args: Sequence[str]) -> int:
     prompts = [] if talks else list(read_prompts(command.prompt, command.prompt_file, about=command.chat))
     bar = Progress(Console(stderr=True), unit="tokens")
     with bar:
-        writer = _writer(command, bar)
+        writer = _writer(command, [text for _, text in prompts], bar)
         return _converse(writer, command) if talks else _answer(writer, command, prompts)
 
 
@@ -153,7 +153,7 @@ def _answer(writer: "Writer", command: GenerateCommand, prompts: Sequence[tuple[
     return _end(command, only | {"answers": rows}, answers)
 
 
-def _writer(command: GenerateCommand, bar: Progress) -> "Writer":
+def _writer(command: GenerateCommand, prompts: Sequence[str], bar: Progress) -> "Writer":
     from dsmini.inference.sampling import Sampling
     from dsmini.inference.writer import Writer
 
@@ -161,7 +161,7 @@ def _writer(command: GenerateCommand, bar: Progress) -> "Writer":
     console = Console(stderr=True)
     path = _model_of(command, partial(say, console))
     with patience(console, f"reading {path}"):
-        model, side, is_run = _load(path, command, partial(say, console))
+        model, side, is_run = _load(path, command, prompts, partial(say, console))
     return Writer(
         model=model,
         side=side,
@@ -193,10 +193,13 @@ def _model_of(command: GenerateCommand, note: Callable[[str], None]) -> Path:
     return newest or TOY
 
 
-def _load(path: Path, command: GenerateCommand, note: Callable[[str], None]) -> "tuple[Transformer, TextSide, bool]":
+def _load(
+    path: Path, command: GenerateCommand, prompts: Sequence[str], note: Callable[[str], None]
+) -> "tuple[Transformer, TextSide, bool]":
     """Load the model of a path; return it, its text side, and whether it is a training run's.
 
     Args:
+        prompts: refused if one is empty and nothing begins it.
         note: told about damaged checkpoints that are passed over, and warned.
 
     Raises: ValueError for a path that is neither a run nor a folder, and for a flag of the other kind.
@@ -209,9 +212,12 @@ def _load(path: Path, command: GenerateCommand, note: Callable[[str], None]) -> 
 
     place = pick_device(command.device)
     keep_freed_memory()
+    empty = "" in prompts and not command.chat
+    nothing = "a prompt is empty; give it at least one character, or leave it out"
     if is_model_folder(path):
         require(not command.average, f"--average is for a training run, and {path} is a model's folder; leave it out")
         side = read_text_side(path, tokenizer=command.tokenizer, chat=command.chat)
+        require(not empty or bool(side.begin), nothing)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: note(str(message))
             stored = command.dtype == "auto" and path != TOY  # the toy is small: it takes what is faster, as a run does
@@ -228,6 +234,7 @@ def _load(path: Path, command: GenerateCommand, note: Callable[[str], None]) -> 
         require(
             not wanted, f"{flag} is for a DeepSeek or Hugging Face folder, and {path} is a training run; leave it out"
         )
+    require(not empty, nothing)
     model, config = load_run(path, pick_dtype(command.dtype, place), average=command.average, say=note)
     own = run_tokenizer(path, config)
     talk = {"chat": Dialogue(own), "stops": Dialogue.stops} if command.chat else {}

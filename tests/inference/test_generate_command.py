@@ -201,6 +201,7 @@ def test_mistakes_are_told_before_a_model_is_read(place: Path, monkeypatch: pyte
     bad = {"--prompt-file typo.txt": "cannot read the prompt file typo.txt", "--max-new-tokens -1": "max_new_tokens=-1"}
     bad |= {"--context 0": "has room for no token", "--stop ''": "a stop string is empty"}
     bad |= {"--chat --stop ''": "a stop string is empty", "--prompt - -": "read only once", "--top-k 0": "top_k=0"}
+    bad |= {"--prompt a ''": "a prompt is empty", "--prompt-file /dev/null": "a prompt is empty"}
     check_refused("dsmini.generate runs/x", place, bad)
 
 
@@ -277,6 +278,7 @@ def test_a_folder_begins_and_ends_texts_as_it_says(folder: Path) -> None:
     (ends / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(400))}))
     stops, goes_on = ask(folder, "--prompt hello", "--prompt hello --eos ignore", model="ends")
     assert stops["prompt_tokens"] == 3 and stops["text"] == "hello"  # the beginning, and two tokens
+    assert ask(folder, "--prompt ''", model="ends")[0]["prompt_tokens"] == 1
     assert stops["answers"][0]["finish"] == "end" and stops["new_tokens"] == 1
     assert goes_on["answers"][0]["finish"] == "length" and goes_on["new_tokens"] == 12
 
