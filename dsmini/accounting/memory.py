@@ -27,7 +27,8 @@ it. For each of n tokens, in numbers of e bytes,
     attention          queries, keys, values, its result, and one FP32 number for each query and head: what a fused
                        kernel (flash attention) needs to make the softmax again
     SwiGLU             both results of the products, silu of one, and their product
-    gate               scores, their order, the chosen weights
+    gate               scores, their order, the chosen weights; of a hash layer the choice in place of the order
+    hyper-connection   the streams in FP32, normed and as they are, the weights, and every division of Sinkhorn's
     indexer            an FP32 copy of the hidden state, for the weights of heads; in FP32 the input of the key's norm,
                        with its mean and deviation; the gradients of its loss, which are made in forward
     routed experts     a row for each visit: its input and its result
@@ -57,6 +58,7 @@ from typing import Literal
 from dsmini.accounting.tensors import (
     BLOCK,
     BLOCK_FP4,
+    HELD_FP8,
     INDEXER,
     MTP,
     OVER,
@@ -84,8 +86,10 @@ Optimizer = Literal["adamw", "muon"]
 Recompute = Literal["none", "selective", "full"]
 CacheDtype = Literal["float32", "bfloat16", "fp8"]
 """fp8: V3.2's layout of MLA's rows."""
-Part = Literal["embedding", "dense", "moe", "head", "state", "mtp"]
+Part = Literal["embedding", "dense", "moe", "hashed", "head", "state", "mtp"]
 STATE, TABLES = "residual stream and norms", "rotary tables"
+PLAIN = ("eh_proj", *HELD_FP8)
+"""Matrices between hidden states whose products are never FP8."""
 BLOCK_FP8 = 64
 """Numbers that share a scale in V4's cache."""
 
@@ -121,8 +125,8 @@ def optimizer_bytes(
     """Return the bytes that the optimizers store of FP32 parameters after a step. Exact.
 
     AdamW: two moments of every parameter, and a count of steps, 4 bytes, of every tensor. Muon: one FP32 momentum of
-    the matrices inside the blocks, MTP's projection among them; embedding, head, gates, norms and indexers are AdamW's
-    then too.
+    the matrices inside the blocks, MTP's projections among them; embedding, head, gates, norms, hyper-connections and
+    indexers are AdamW's then too.
     V3's two moments in BF16 are 4 bytes a parameter for 8 (report, section 3.3.3).
 
     Args:
@@ -134,8 +138,8 @@ def optimizer_bytes(
     require(optimizer in ("adamw", "muon"), f"optimizer={optimizer!r} is unknown; use adamw or muon")
 
     def amount(use: TensorUse) -> int:
-        inside = (use.form == "fp8" and use.kind != INDEXER) or use.name == "eh_proj"
-        if optimizer == "muon" and inside:
+        inside = use.form == "fp8" or use.name in (*PLAIN, "compressor.wkv", "compressor.wgate")
+        if optimizer == "muon" and inside and use.kind != INDEXER:
             return 4 * use.parameters
         return 2 * SIZES[moments] * use.parameters + 4 * use.times * use.owned * bool(use.shape)
 
@@ -185,7 +189,7 @@ def saved_copy(use: TensorUse, config: ModelConfig, dtype: Dtype) -> int:
     """
     if use.form == "fp8" and config.precision == "fp8":
         return use.count * use.bytes("fp8")
-    if use.kind == INDEXER or (use.form != "fp8" and use.name != "eh_proj"):  # an indexer's inputs are detached
+    if use.kind == INDEXER or (use.form != "fp8" and use.name not in PLAIN):  # an indexer's inputs are detached
         return 0
     joined = use.kind == "routed experts" and use.name != "w2"
     return use.parameters * SIZES[dtype] if joined or dtype != "float32" else 0
@@ -360,7 +364,8 @@ def activation_bytes(
             yield "one block, made again", batch_size * seq_len * saved.largest_block()
         # cosines and sines in FP32, one of each a pair
         pairs = config.qk_rope_head_dim if config.is_mla else config.qk_nope_head_dim
-        for depth in range(config.n_mtp_layers + 1):
+        depths = 1 if saved.recompute == "full" else config.n_mtp_layers + 1  # full: of the block made again
+        for depth in range(depths):
             yield TABLES, 4 * pairs * (seq_len - depth)
 
     return Bytes.of(amounts())
@@ -374,9 +379,10 @@ def _passes(c: ModelConfig, seq_len: int) -> Iterator[tuple[str, Part, int]]:
     dense, moe, mtp_dense, _ = blocks(c)
     yield "", "embedding", seq_len
     yield "", "dense", dense * seq_len
-    yield "", "moe", moe * seq_len
+    yield "", "hashed", c.n_hash_layers * seq_len
+    yield "", "moe", (moe - c.n_hash_layers) * seq_len
     yield "", "head", seq_len
-    states = c.mtp_input == "post_norm"
+    states = c.hc_mult > 1 or c.mtp_input == "post_norm"
     if c.n_mtp_layers and states:
         yield MTP, "state", seq_len
     for depth in range(c.n_mtp_layers):
@@ -403,31 +409,56 @@ class Saved:
         c, row, none = self.c, self.row(self.c.dim), self.recompute == "none"
         if part == "embedding":
             yield "tokens", 8
+            if c.hc_mult > 1 and (self.recompute == "full" or self.size == 4):  # equal streams are views of one row
+                yield ("inputs of blocks", (1 - c.hc_mult) * row) if self.recompute == "full" else (STREAMS, row)
         if part in ("embedding", "mtp") and c.embed_norm:
             yield STATE, self.normed(c.dim)
         if part == "mtp":
-            if none:  # enorm, and the inverse of hnorm
-                yield STATE, self.normed(c.dim) + 4
-            yield "projection", {"none": 2, "selective": 3, "full": 0}[self.recompute] * row
-        if part in ("head", "mtp"):
+            if none:  # enorm, and the inverse of hnorm, which norms each stream
+                yield STATE, self.normed(c.dim) + 4 * c.hc_mult
+            if self.recompute != "full":
+                yield "projection", (c.hc_mult + (1 if none else 2)) * row
+            elif c.hc_mult > 1:  # the embedding; but FP32 streams, an input too, are saved by the main model's end
+                yield "inputs of blocks", row if self.size < 4 else (1 - c.hc_mult) * row
+        if part == "head" or (part == "mtp" and self.recompute != "full"):
             yield STATE, self.normed(c.dim)
+            if c.hc_mult > 1:
+                yield STREAMS, self.collapsed()
+        if part in ("head", "mtp"):
             yield "losses", row
-        elif part == "state":
+        elif part == "state" and c.hc_mult == 1:
             yield STATE, row
-        elif part in ("dense", "moe") and self.recompute == "full":
-            yield "inputs of blocks", row
+        elif part == "state" and self.size < 4 and self.recompute != "full":  # in FP32 the end of the streams has them
+            yield STREAMS, c.hc_mult * row
+        elif part in ("dense", "moe", "hashed") and self.recompute == "full":
+            yield "inputs of blocks", c.hc_mult * row
             yield "gates", self.scores() if part == "moe" else 0
-        elif part in ("dense", "moe"):
+        elif part in ("dense", "moe", "hashed"):
             yield STATE, 2 * self.normed(c.dim)
-            if c.hc_mult > 1:  # before both sublayers the streams, normed and as they are, and what is written to them
-                copies = 2 if self.size == 4 else 4  # in FP32, of which a cast is a copy for each use
-                yield STREAMS, 2 * (4 * copies * c.hc_mult * c.dim + row)
+            if c.hc_mult > 1:  # of both sublayers
+                yield STREAMS, 2 * (self.connected() + row)
             yield from self.compressed_attention() if c.attention == "compressed" else self.attention()
-            yield from self.moe() if part == "moe" else self.dense()
+            yield from self.dense() if part == "dense" else self.moe(hashed=part == "hashed")
 
     def total(self, part: Part) -> int:
         """Return the bytes that a token saves in a part."""
         return sum(amount for _, amount in self.part(part))
+
+    def connected(self) -> int:
+        """Return the bytes of a hyper-connection without what a sublayer writes.
+
+        They are the streams in FP32, normed and as they are, and the numbers by which they are read and mixed. Each of
+        Sinkhorn's divisions saves a matrix [n, n] and n sums.
+        """
+        n, copies = self.c.hc_mult, 2 if self.size == 4 else 4  # a cast is a copy for each use
+        mixes, made = n * (2 + n), 4 * n + 2 * n * n
+        divided = (2 * self.c.hc_sinkhorn_iters - 1) * (n * n + n)
+        return 4 * (copies * n * self.c.dim + 1 + mixes + made + divided)
+
+    def collapsed(self) -> int:
+        """Return the bytes of the end of the streams, which reads them and writes none."""
+        n, copies = self.c.hc_mult, 2 if self.size == 4 else 3
+        return 4 * (copies * n * self.c.dim + 1 + 3 * n)
 
     def attention(self) -> Amounts:
         """Yield the inputs of the products, then what lies between them (report, section 2.1.1)."""
@@ -484,10 +515,10 @@ class Saved:
         yield "dense feed-forward", self.norm_result(self.c.dim)
         yield "dense feed-forward", self.swiglu(self.c.inter_dim)
 
-    def moe(self) -> Amounts:
+    def moe(self, hashed: bool = False) -> Amounts:
         """Yield the gate, the routed experts at perfect balance, and the shared ones."""
         c, none = self.c, self.recompute == "none"
-        yield "gates", self.gate()
+        yield "gates", self.gate(hashed)
         if none and (self.size < 4 or self.fp8):  # the gate reads FP32: a copy, unless experts read FP32 too
             yield "gates", 4 * c.dim
         # their inputs and results, which token a row is of, and where a visit's row is
@@ -499,13 +530,15 @@ class Saved:
         if c.n_shared_experts:
             yield "shared experts", self.swiglu(c.n_shared_experts * c.moe_inter_dim)
 
-    def gate(self) -> int:
+    def gate(self, hashed: bool) -> int:
         """Return bytes of scores, of their order, of which the choice is a part, and of the weights.
 
-        Normalised weights are saved twice, divided and undivided, with their sum.
+        Normalised weights are saved twice, divided and undivided, with their sum. A table chooses without an order, and
+        no balance loss reads its layer's scores.
         """
-        k = self.c.n_activated_experts
-        return self.scores() + 8 * self.c.n_routed_experts + (8 * k + 4 if self.c.norm_topk_prob else 4 * k)
+        e, k = self.c.n_routed_experts, self.c.n_activated_experts
+        weights = 8 * k + 4 if self.c.norm_topk_prob else 4 * k
+        return weights + (4 * e + 8 * k if hashed else self.scores() + 8 * e)
 
     def scores(self) -> int:
         """Return bytes of the scores, and of their sum, which the balance loss divides by."""
@@ -537,5 +570,5 @@ class Saved:
         """Return the bytes of a token of the block whose activations are made again in backward, the largest."""
         whole, c = dataclasses.replace(self, recompute="none"), self.c
         dense, moe, _, _ = blocks(c)
-        found = [whole.total("dense")] if dense else []
-        return max([*found, whole.total("moe")] if moe else found)
+        there: dict[Part, int] = {"dense": dense, "moe": moe - c.n_hash_layers, "hashed": c.n_hash_layers}
+        return max(whole.total(part) for part, number in there.items() if number)

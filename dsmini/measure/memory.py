@@ -38,7 +38,7 @@ class SavedBytes(NamedTuple):
     total: int
 
 
-def saved_for_backward(model: Transformer, tokens: Tensor) -> SavedBytes:
+def saved_for_backward(model: Transformer, tokens: Tensor, recompute: bool = False) -> SavedBytes:
     """Return the bytes of activations that a forward pass over tokens [b, s + 1] saves, losses included.
 
     A hook of autograd sees every saved tensor. Parameters and copies of them (casts, FP8 codes, joined matrices) are
@@ -77,7 +77,7 @@ def saved_for_backward(model: Transformer, tokens: Tensor) -> SavedBytes:
     # hooks of all modules: a Projection with a hook of its own would be computed, and saved, in another way
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model.losses(tokens[:, :-1], tokens[:, 1:])
+        model.losses(tokens[:, :-1], tokens[:, 1:], recompute=recompute)
     for hook in hooks:
         hook.remove()
     sizes = {pointer: t.untyped_storage().nbytes() for pointer, t in held.items()}

@@ -424,9 +424,9 @@ class Process:
     def __init__(self, m: ModelFigures, r: Layout, dtype: str) -> None:
         config = replace(m.config, precision="fp8" if r.precision == "fp8" else "native")
         size: dict[str, Any] = {"batch_size": 1, "seq_len": int(m.seq_len), "dtype": dtype}
+        size["recompute"] = r.recompute
         self.tables: float = activation_bytes(config, **size).by_part[TABLES]
-        how: dict[str, Any] = {"optimizer": r.optimizer, "moments": r.moments, "recompute": r.recompute}
-        self.held: Bytes = training_bytes(config, **size, **how)
+        self.held: Bytes = training_bytes(config, **size, optimizer=r.optimizer, moments=r.moments)
 
     @counted("B")
     def process_state(self) -> float:

@@ -27,14 +27,14 @@ def small(**changes: Any) -> ModelConfig:
     return sized(n_layers=2, n_routed_experts=8, **changes)
 
 
-def saved(config: ModelConfig, b: int, s: int, dtype: str, stage: Any = None) -> int:
+def saved(config: ModelConfig, b: int, s: int, dtype: str, stage: Any = None, recompute: bool = False) -> int:
     """Return the bytes that a forward saves; without a stage indexers pick and do not learn."""
     torch.manual_seed(0)  # the same routing, of which experts save rows
     model = Transformer(config, compute_dtype=DTYPES[dtype])
     if stage is not None:
         begin_stage(model, stage)
     with ops.use("eager"):
-        return saved_for_backward(model, torch.randint(0, config.vocab_size, (b, s + 1))).total
+        return saved_for_backward(model, torch.randint(0, config.vocab_size, (b, s + 1)), recompute).total
 
 
 @pytest.mark.parametrize(("precision", "dtype"), PRECISIONS)
@@ -53,6 +53,20 @@ def test_activations_are_those_saved(case: str, precision: Any, dtype: Any) -> N
         real = saved(config, b, s, dtype)
     counted = activation_bytes(config, batch_size=b, seq_len=s, dtype=dtype).total
     assert 0 <= real - (counted + repeated) < FEW
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "case", ["mla", "dense", "two depths", "hash layers", "two streams", "four streams, two depths"]
+)
+def test_full_recomputation_saves_what_goes_into_blocks(case: str, dtype: Any) -> None:
+    """With several streams all of them. In FP32 those between two depths are left out."""
+    config, b, s = small(**KINDS[case]), 2, 110
+    between = dtype == "float32" and config.hc_mult > 1 and config.n_mtp_layers == 2
+    real = saved(config, b, s, dtype, recompute=True) - between * config.hc_mult * config.dim * 4 * b * (s - 1)
+    counted = activation_bytes(config, batch_size=b, seq_len=s, dtype=dtype, recompute=True)
+    later = counted.by_part["one block, made again"] + counted.by_part["rotary tables"]
+    assert 0 <= real - (counted.total - later) < 3 * FEW
 
 
 @pytest.mark.parametrize(("inter_dim", "larger"), [(8, "moe"), (800, "dense")])
@@ -117,11 +131,12 @@ def test_activations_of_indexers_are_those_saved(q_lora_rank: int | None, precis
     assert 0 <= learning - own < FEW
 
 
+@pytest.mark.parametrize("hc_mult", [1, 2])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("precision", ["native", "fp8"])
-def test_all_that_training_keeps(precision: Any, dtype: Any) -> None:
+def test_all_that_training_keeps(precision: Any, dtype: Any, hc_mult: int) -> None:
     """Count every storage that is not a parameter's: copies of weights and the head's gradient too."""
-    config = ModelConfig(n_layers=2, v_head_dim=48, precision=precision)
+    config = ModelConfig(n_layers=2, v_head_dim=48, precision=precision, hc_mult=hc_mult)
     model, tokens = Transformer(config, compute_dtype=DTYPES[dtype]), torch.randint(0, 256, (2, 64))
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     with ops.use("eager"), attention_by(fused), watching.saved_for_backward() as held:

@@ -130,11 +130,12 @@ def test_counts_are_those_of_what_is_built(name: str) -> None:
 
 
 STAGES = [({}, "sparse"), ({"attention": "gqa", "n_kv_heads": 1}, "sparse"), (DSA, "sparse"), (DSA, "warmup")]
+STAGES += [(V4, "sparse"), ({"hc_mult": 2}, "sparse")]
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize(("attention", "stage"), STAGES, ids=["mla", "gqa", "dsa", "warm-up of dsa"])
+@pytest.mark.parametrize(("attention", "stage"), STAGES, ids=["mla", "gqa", "dsa", "warm-up of dsa", "v4", "streams"])
 def test_bytes_of_gradients_and_optimizer_are_those_of_a_step(
     attention: dict[str, Any], stage: Any, optimizer: Any, moments: Any
 ) -> None:
@@ -153,7 +154,7 @@ def test_bytes_of_gradients_and_optimizer_are_those_of_a_step(
     ).by_part
     assert counted["optimizer"] == sum(t.nbytes for t in optimizer_state(used, model.named_parameters()).values())
     assert counted["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    heads = 2 if stage == "sparse" else 0
+    heads = 1 + config.n_mtp_layers if stage == "sparse" else 0
     assert counted.get("the head's gradient", 0) == heads * 4 * 51 * 40
 
 
