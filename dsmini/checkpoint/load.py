@@ -398,7 +398,8 @@ def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Pat
         "promises; the model is loaded without them",
         stacklevel=4,
     )
-    return dataclasses.replace(config, n_mtp_layers=0)
+    dense = min(config.n_dense_layers, config.n_layers)
+    return dataclasses.replace(config, n_mtp_layers=0, n_dense_layers=dense)
 
 
 def _held(model: Transformer, name: str, kinds: set[torch.dtype], dtype: torch.dtype | None, keep: bool) -> torch.dtype:

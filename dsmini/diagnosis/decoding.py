@@ -489,7 +489,8 @@ def with_bfloat16_weights(model: Transformer) -> Transformer:
     tables = {id(t): t for t in model.buffers() if not t.is_floating_point()}  # shared: made dry, a copy has no numbers
     for name in ("embed", "layers", "norm", "head"):
         setattr(variant, name, copy.deepcopy(getattr(model, name), dict(tables)).bfloat16())
-    variant.mtp = MTPChain(replace(model.config, n_mtp_layers=0), Block)
+    c = model.config
+    variant.mtp = MTPChain(replace(c, n_mtp_layers=0, n_dense_layers=min(c.n_dense_layers, c.n_layers)), Block)
     variant.compute_dtype = torch.bfloat16
     return variant
 

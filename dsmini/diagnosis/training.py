@@ -224,7 +224,7 @@ class Subject:
         batch = self.trainer.loader.prepared((self.trainer.sequences, rows or self.rows))
         config = self.config
         if rows is not None:
-            train = dataclasses.replace(config.train, batch_size=rows, batch_start=None)
+            train = dataclasses.replace(config.train, batch_size=rows, batch_start=None, batch_ramp=0.0)
             config = dataclasses.replace(config, train=train)
         loader = SimpleNamespace(take=lambda _: batch)  # all that a trainer asks for
         with patched(self.trainer, "config", config), patched(self.trainer, "loader", loader):
@@ -329,7 +329,7 @@ class Subject:
         config = self.config
         name: StepDtype = "float32" if (dtype or config.train.dtype) == "float32" else "bfloat16"
         name = "fp8" if config.model.precision == "fp8" else name
-        sizes = {"batch": batch or self.rows, "tokens": config.seq_len}
+        sizes: Any = {"batch": batch or self.rows, "tokens": config.seq_len}
         return StepShape(work="training", config=config.model, dtype=name, train=config.train, **sizes)
 
 

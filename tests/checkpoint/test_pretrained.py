@@ -464,6 +464,15 @@ def without_mtp(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if not name.startswith(("model.layers.2.", "mtp."))}
 
 
+def test_dense_layers_that_the_folder_lacks_are_left_out(tmp_path: Path, small_model: Build) -> None:
+    """The absent block of multi-token prediction is one of those that the config counts as dense."""
+    model = small_model(n_mtp_layers=1, n_layers=2, n_dense_layers=3)
+    kept = without_mtp(folders.tensors_of(model))
+    with pytest.warns(UserWarning, match="holds nothing of the 1 multi-token prediction layers"):
+        back = load_pretrained(folders.write(tmp_path / "a", kept, folders.config_json(model.config)))
+    assert back.config == dataclasses.replace(model.config, n_mtp_layers=0, n_dense_layers=2)
+
+
 DTYPES, RANKS = ("bfloat16", "float32", "fp8"), (1, 2, 4)
 CASES = [
     # every pair of two of the three

@@ -2,6 +2,7 @@
 
 import math
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,12 @@ def test_variants_decode_the_rows_and_tokens_of_the_subject(decoding: DecodingSu
     own = decoding_step(decoding.model, decoding.cache, decoding.tokens)
     (want,), (got,) = own(), PLAIN.steps(decoding.model, point_of(decoding))()
     assert torch.equal(got.indices, want.indices) and torch.equal(got.weights, want.weights)
+
+
+def test_variant_of_dense_layers_alone_has_no_prediction() -> None:
+    model = Transformer(replace(MODEL, n_dense_layers=MODEL.n_layers + MODEL.n_mtp_layers))
+    variant = module.with_bfloat16_weights(model)
+    assert not len(variant.mtp) and variant.head.weight.dtype == torch.bfloat16
 
 
 def test_text_is_what_was_read() -> None:

@@ -155,6 +155,14 @@ def test_steps_stay_at_their_place_of_the_schedules(subject: Subject, monkeypatc
     assert subject.trainer.sequences == sequences + 3 * 4, "the data go on"
 
 
+def test_batch_that_grows_is_swept_at_its_other_sizes(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = dataclasses.replace(subject.config.train, batch_start=2, batch_ramp=0.5)
+    monkeypatch.setattr(subject.trainer, "config", dataclasses.replace(subject.config, train=train))
+    with subject.batch_of(8) as step:
+        assert subject.trainer.config.train.batch_size == 8 and step(0.0) > 0
+    assert subject.trainer.config.train == train
+
+
 def test_steps_that_time_themselves_wait_for_the_device(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the clock starts and stops when the device is done, of training and of decoding."""
     events: list[str] = []
