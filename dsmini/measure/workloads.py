@@ -41,6 +41,8 @@ class StepShape:
     """Tokens of a sequence in training, of a prompt in prefill; in decode, tokens in the cache before the step."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimizer, moments, recompute and grad_accum of training."""
+    cache: Literal["float32", "bfloat16", "fp8"] | None = None
+    """Dtype of the cache; None: the model's."""
 
     def make(self, device: torch.device, **training: Any) -> Step:
         """Return the step of a random model.
@@ -54,9 +56,13 @@ class StepShape:
             return training_step(config, self.train, compute, self.batch, self.tokens, device, **training)
         model = random_model(self.config, device, compute)
         model = hold_all_fp8(model) if self.dtype == "fp8" else model
+        cache: CacheDtype | None = None
+        if self.cache is not None:
+            cache = "fp8" if self.cache == "fp8" else getattr(torch, self.cache)
         if self.work == "prefill":
-            return prefill_step(model, self.batch, self.tokens)
-        return decoding_step(model, random_cache(model, self.batch, self.tokens, ROOM))
+            return prefill_step(model, self.batch, self.tokens, cache)
+        room = min(ROOM, self.config.max_seq_len - self.tokens)
+        return decoding_step(model, random_cache(model, self.batch, self.tokens, room, cache))
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -152,10 +158,10 @@ def training_step(
     return step
 
 
-def prefill_step(model: Transformer, batch: int, tokens: int) -> Step:
+def prefill_step(model: Transformer, batch: int, tokens: int, dtype: CacheDtype | None = None) -> Step:
     """Return a step that reads a random prompt and makes the logits of its last token."""
     prompt = random_tokens(model.config, batch, tokens, model.device)
-    cache = model.new_cache(batch, tokens)
+    cache = model.new_cache(batch, tokens, dtype=dtype)
 
     @torch.no_grad()
     def step() -> list[Routing]:

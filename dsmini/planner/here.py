@@ -68,12 +68,17 @@ def _steps(plan: Plan) -> Iterator[tuple[str, Any, "StepShape"]]:
     r: Any = plan.request
     config, run = plan.model.config, plan.model.run
     if plan.fits and r.gpus == 1 and (run is not None or r.batch * config.max_seq_len <= MOST_TOKENS):
-        train = run.train if run is not None else TrainConfig(optimizer=r.optimizer, moments=r.moments)
+        train = replace(
+            run.train if run is not None else TrainConfig(),
+            **{"optimizer": r.optimizer, "moments": r.moments, "recompute": r.recompute == "full"},
+            **{"batch_size": r.batch, "batch_start": None, "batch_ramp": 0.0, "grad_accum": r.batch // r.micro_batch},
+        )
         how: dict[str, Any] = {"work": "training", "dtype": DTYPES[r.precision], "train": train}
         yield TRAINING, plan.training.parts_seconds, StepShape(batch=r.batch, tokens=r.seq_len, config=config, **how)
     if plan.served is not None and r.weight_dtype != "fp4":
-        how = {"config": config, "dtype": r.weight_dtype}
+        cache = plan.asked.cache_dtype  # left open, the model's own
+        how = {"config": config, "dtype": r.weight_dtype, "cache": cache}
         prompt, token = plan.served.prefill_step.step_time, plan.served.decode_step.step_time
         yield "prompt", prompt, StepShape(work="prefill", batch=1, tokens=r.prompt, **how)
-        context = min(r.context, config.max_seq_len - ROOM)
+        context = min(r.context, config.max_seq_len - min(ROOM, config.max_seq_len // 2))
         yield "decoding step", token, StepShape(work="decode", batch=r.sequences, tokens=context, **how)

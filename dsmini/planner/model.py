@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from dsmini.accounting import parameters
 from dsmini.accounting.flops import LOSS, flops_per_token, is_repeated, work
-from dsmini.accounting.memory import Recompute, Saved, index_row_bytes, row_bytes
+from dsmini.accounting.memory import Recompute, Saved, index_row_bytes, layer_cache_bytes, row_bytes
 from dsmini.accounting.tensors import BLOCK, INDEXER, MTP, OVER, SCORES, SIZES, TensorUse, blocks, main_tensors, tensors
 from dsmini.config import ModelConfig
 from dsmini.config.model import CSA_RATIO
@@ -268,10 +268,11 @@ class CompressedCacheFigures(CacheFigures):
         """Cache of a token, all layers, without the window. Source: V4, section 2.3."""
         return self.csa_entries * self.cache_row + self.hca_entries * self.attention_row
 
-    @figure("B")
+    @counted("B")
     def window_cache(self) -> float:
-        """Cache of a sequence's window, all layers. Source: V4, section 2.3."""
-        return self.config.n_layers * (self.config.window_size or 0) * self.attention_row
+        """Cache of a sequence's window and of the rows that the next entry is made of, all layers."""
+        c, row, index = self.config, int(self.attention_row), int(self.index_row)
+        return sum(layer_cache_bytes(c, ratio, 0, row, index) for ratio in c.compress_ratios or ())
 
 
 def cache_figures(c: ModelConfig, dtype: Any) -> CacheFigures:

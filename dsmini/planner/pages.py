@@ -35,7 +35,7 @@ from dsmini.planner.plan import (
 from dsmini.planner.published import Published, published_figures
 from dsmini.planner.request import LAYOUT, Model, PlanRequest, is_v3, presets
 from dsmini.planner.run import Run
-from dsmini.planner.search import EVERY, Search, candidates
+from dsmini.planner.search import EVERY, Search, alone_options, candidates
 from dsmini.planner.serving import STAGES, Served
 from dsmini.report import Detail, Report, Section, Table, Toned, heat_map
 from dsmini.report.figures import plain
@@ -207,8 +207,10 @@ def _serving(plan: Plan, served: Served) -> Lines:
     decode = f"{gpus['decode']} {f['decode_sequences']} sequences of {in_words(w.context)} tokens a GPU take "
     decode += f"{f['decode_gpu_memory']} of {memory}: at most {f['decode_tokens_per_second']} each and "
     decode += f"{f['decode_gpu_tokens_per_second']} a GPU{costs['decode']}"
-    prefill = f"{gpus['prefill']} Reading {in_words(w.prompt)} tokens takes at least "
-    prefill += f"{f['prefill_time_to_first_token']}, with {f['prefill_gpu_memory']} of {memory}; at most "
+    prompts = served.prefill.d.gpus // served.prefill.d.tensor
+    prefill = f"{gpus['prefill']} Reading {in_words(w.prompt)} tokens takes at least {f['prefill_time_to_first_token']}"
+    prefill += f" ({prompts} prompts at a time)" if prompts > 1 else ""
+    prefill += f", with {f['prefill_gpu_memory']} of {memory}; at most "
     prefill += f"{f['prefill_gpu_tokens_per_second']} of prompts a GPU{costs['prefill']}"
     lines = [("decode", decode)]
     if served.drafts is not None:
@@ -419,7 +421,8 @@ def searched(plan: Plan, command: str, on_part: OnPart = quiet) -> Answer:
         precisions = ("fp32",)
     options = {**EVERY, "precision": precisions, **{name: (value,) for name, value in plan.asked.given().items()}}
     how: dict[str, Any] = {"m": plan.m, "hardware": plan.hardware, "assumed": plan.assumed}
-    found = candidates(Search(base=plan.training.layout, options=options, **how), on_part)
+    alone = {} if plan.asked.recompute else {"recompute": alone_options(None, 1)["recompute"]}
+    found = candidates(Search(base=plan.training.layout, options=options, alone=alone, **how), on_part)
     *_, fastest = found[0]
     layout = {name: getattr(fastest.layout, name) for name in LAYOUT}
     best = changed(plan, layout, plan.hardware, "the fastest of all that fit")

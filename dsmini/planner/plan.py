@@ -132,7 +132,7 @@ class Plan:
         if served is not None:
             for step in (served.decode_step, served.prefill_step):
                 parts["inference"] += [step.of, step.exchange, step]
-            parts["inference"].append(served)
+            parts["inference"] += [served.first_step, served]
             if served.drafts is not None:
                 parts["inference"] += [served.drafts.step, served.drafts]
         inputs = self.m.sizes | {name: self.inputs.of(name) for name in (*LAYOUT[:4], "micro_batch", "batch")}

@@ -58,8 +58,8 @@ class PlanRequest:
     """Hardware: a known name such as h800, your own .toml file, or this, which measures the machine at hand."""
     gpus: int | None = None
     """Number of GPUs of the training; left out: as DeepSeek-V3 was trained, or the fewest that train within --days."""
-    days: float = 90.0
-    """Longest training in days, by which the number of GPUs is chosen where you leave it out."""
+    days: float | None = None
+    """Longest training in days, by which the number of GPUs is chosen where you leave it out; left out: 90."""
     pipeline: int | None = None
     """Number of pipeline stages; left out, as all of the layout: the fastest that fits."""
     expert: int | None = None

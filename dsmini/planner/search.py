@@ -6,8 +6,10 @@
 Every allowed layout is planned by training.py: its memory, and the time of a step where that fits.
 
 Where the user leaves the layout open it is the fastest of a short list that fits. Where the number of GPUs is open too,
-it is the fewest that train within `days`: 1, 2, 4, ... up to a node, then 1, 2, 4, ... nodes. If none fits, the layout
-is the one that needs least memory, with what would fit.
+it is the fewest that train within `days`: 1, 2, 4, ... up to a node, then 1, 2, 4, ... nodes. Numbers are skipped that
+would train too slowly if twice the GPUs were twice as fast. A small number may fit in slow layouts alone, so
+the skipped ones are tried last, from the largest on. If none fits, the layout is the one that needs least memory, with
+what would fit.
 
 Estimates: the time is that of training.py. Memory is a lower bound: a layout that fills it will not run.
 """
@@ -15,10 +17,11 @@ Estimates: the time is that of training.py. Memory is a lower bound: a layout th
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from dsmini.accounting.tensors import divisors
+from dsmini.config import RunConfig
 from dsmini.planner.hardware import Hardware, OnPart, quiet
 from dsmini.planner.layout import Layout, check, rules
 from dsmini.planner.model import ModelFigures
@@ -42,6 +45,8 @@ EVERY: Options = {
 SHORT: Options = {**EVERY, "micro_batch": (1,), "schedule": ("1f1b", "dualpipe"), "zero": (0, 1, 3)}
 """Options of a layout that the user leaves open."""
 MOST_GPUS = 2**20
+DAYS = 90.0
+"""Days of the longest training, where the user leaves them open."""
 DEFAULTS: Mapping[str, Any] = {
     **{"gpus": 1, "pipeline": 1, "expert": 1, "tensor": 1, "zero": 0, "recompute": "none", "precision": "bf16"},
     **{"micro_batch": 1, "schedule": "1f1b", "optimizer": "adamw", "moments": "float32"},
@@ -70,14 +75,19 @@ class Search:
     base: Layout
     """Number of GPUs, batch, optimizer and moments; the options replace all else."""
     options: Options
+    alone: Options = field(default_factory=dict[str, Any])
+    """Options of one GPU alone, which trains as dsmini itself does, in place of those."""
 
     def every(self) -> Iterator[Training]:
         """Yield all layouts that the rules allow."""
         c, gpus, node = self.m.config, self.base.gpus, self.hardware.gpus_per_node
         self.hardware.check_links(gpus)
+        options = self.options
+        if gpus == 1:
+            options = {**options, **self.alone}
         most = {"pipeline": c.n_layers, "tensor": node, "expert": c.n_routed_experts}
-        sizes = [self.options[name] if name in self.options else divisors(gpus, most[name]) for name in SIZES]
-        ruled, free = ([self.options[name] for name in names] for names in (CHOICES[:2], CHOICES[2:]))
+        sizes = [options[name] if name in options else divisors(gpus, most[name]) for name in SIZES]
+        ruled, free = ([options[name] for name in names] for names in (CHOICES[:2], CHOICES[2:]))
         for values in itertools.product(*sizes, *ruled):
             here = replace(self.base, **dict(zip((*SIZES, *CHOICES[:2]), values, strict=True)))
             if all(holds for holds, _ in rules(here, c, node)):
@@ -161,17 +171,25 @@ def choose_layout(inputs: Inputs, model: Model, m: ModelFigures, hardware: Hardw
         but = ", ".join(f"{name}={value}" for name, value in given.items())
         try:
             found = planned(**{**state, **presets()["deepseek-v3"]["training"], **given})
-            if found.fits:
+            time = Run(found, inputs).training_time
+            in_time = r.days is None or "gpus" in given or time <= r.days * DAY
+            if found.fits and in_time:
                 return Chosen(found, f"as DeepSeek-V3 was trained{but and f', but {but}'}")
             why_not = f"it needs {human(found.memory_needed, 'B')} of {human(hardware.memory, 'B')}"
+            if found.fits:
+                why_not = f"that takes {human(time, 's')}"
         except ValueError as error:  # the given numbers allow no such layout
             why_not = str(error)
         why_not = f"; not as DeepSeek-V3 was trained: {why_not}"
     base = Layout(**{**state, **given}, batch=r.batch or 1)
     options = {**SHORT, "precision": (base.precision,), **{name: (value,) for name, value in given.items()}}
-    search = Search(m=m, hardware=hardware, assumed=assumed, base=base, options=options)
+    alone = {name: values for name, values in alone_options(run, base.batch).items() if name not in given}
+    search = Search(m=m, hardware=hardware, assumed=assumed, base=base, options=options, alone=alone)
+    if not replace(search, base=replace(base, gpus=1)).fits_any():  # one process then takes fewer sequences at a time
+        alone.pop("micro_batch", None)
     counts = _counts(search, given)
-    chosen = _by_gpus(search, counts, r.days * DAY if "gpus" not in given else math.inf, inputs)
+    longest = math.inf if "gpus" in given else DAY * (r.days or DAYS)
+    chosen = _by_gpus(search, counts, longest, inputs)
     if chosen is not None:
         return chosen._replace(how=chosen.how + why_not)
     last = replace(search, base=replace(base, gpus=counts[-1]), options=lean(options))
@@ -181,6 +199,22 @@ def choose_layout(inputs: Inputs, model: Model, m: ModelFigures, hardware: Hardw
         raise ValueError(what_would_fit(last))
     how = "no layout fits, and this one needs the least memory"
     return Chosen(smallest, how + why_not, what_would_fit(last))
+
+
+def alone_options(run: RunConfig | None, batch: int) -> dict[str, tuple[Any, ...]]:
+    """Return the options of one process: dsmini makes all blocks again or none, and divides a step as the run says.
+
+    Args:
+        run: recipe of the config's file.
+        batch: sequences of a step.
+    """
+    if run is None:
+        return {"recompute": ("none", "full")}
+    parts = run.train.grad_accum
+    return {
+        "recompute": ("full",) if run.train.recompute else ("none", "full"),
+        "micro_batch": (batch // parts if batch % parts == 0 else 1,),
+    }
 
 
 def _counts(search: Search, given: Mapping[str, Any]) -> list[int]:
@@ -194,22 +228,38 @@ def _counts(search: Search, given: Mapping[str, Any]) -> list[int]:
 
 
 def _by_gpus(search: Search, counts: list[int], longest: float, inputs: Inputs) -> Chosen | None:
-    """Return the fastest layout on the first number of GPUs that trains in time, or on the most; None if none fits."""
-    best: Training | None = None
-    wanted = 0.0
-    for gpus in counts:
+    """Return the fastest layout on the fewest GPUs that train in time, or on the most; None if none fits."""
+
+    def fastest(gpus: int) -> Training | None:
         here = replace(search, base=replace(search.base, gpus=gpus))
-        if gpus < wanted or not replace(here, options=lean(search.options)).fits_any():
-            continue
-        if found := here.fastest(1):
-            *_, best = found[0]
-            wanted = gpus * Run(best, inputs).training_time / longest  # more GPUs are at most so many times as fast
+        found = here.fastest(1) if replace(here, options=lean(search.options)).fits_any() else []
+        return found[0][-1] if found else None
+
+    def too_long(t: Training) -> float:
+        return Run(t, inputs).training_time / longest
+
+    best: Training | None = None
+    wanted, skipped = 0.0, list[int]()
+    for gpus in counts:
+        if gpus < wanted:
+            skipped.append(gpus)
+        elif found := fastest(gpus):
+            best, wanted = found, gpus * too_long(found)
             if wanted <= gpus:
                 break
     if best is None:
         return None
+    for gpus in reversed(skipped):
+        found = fastest(gpus)
+        if found is None:
+            continue
+        if too_long(found) > 1 >= too_long(best):
+            break
+        best = found
+        if too_long(best) > 1:
+            break
     how, of = "the fastest of a short list that fits", f"{human(longest, 's')} (--days)"
-    if wanted > best.layout.gpus:
+    if too_long(best) > 1:
         how += f"; no number of GPUs that was tried trains within {of}"
     elif longest < math.inf:
         how += f", on the fewest GPUs that train within {of}"

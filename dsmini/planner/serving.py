@@ -18,10 +18,13 @@ Expert parallelism gives each GPU some routed experts; redundant ones are copies
 
     decode     each sequence brings one token; MLA is absorbed; two micro-batches read the weights twice
     prefill    a prompt passes at once, half of the square of queries and keys; the head reads the last token
+    first      as prefill, in one micro-batch, with one prompt for all GPUs that share heads: the first token soonest
     drafts     1 + p + p^2 + ... + p^d tokens a step; d drafts, each a block and the head, and a step that verifies them
 
-Worked example, DeepSeek-V3 on 320 H800, two micro-batches of 30 sequences a GPU, context 4096: weights of 8.6 GB,
-with a cache of 4 * 60 sequences 77.7 GB. A step reads 16.9 GB of weights and 69.1 GB of cache in 25.7 ms, and sends
+Where multi-token prediction drafts, decoding holds the weights of its blocks and their cache too.
+
+Worked example, DeepSeek-V3 on 320 H800, two micro-batches of 30 sequences a GPU, context 4096: weights of 9.0 GB,
+with a cache of 4 * 60 sequences 79.2 GB. A step reads 16.9 GB of weights and 69.1 GB of cache in 25.7 ms, and sends
 0.66 GB to other nodes, 16.6 ms at 40 GB/s. Memory binds, 1.55 times.
 
 Left out: activations, buffers of exchanges, the runtime, and in prefill the write of the cache.
@@ -35,14 +38,21 @@ from math import floor
 from typing import TYPE_CHECKING, Literal
 
 from dsmini.accounting.flops import context_products, twice_the_keys
-from dsmini.accounting.memory import row_width, rows_read
-from dsmini.accounting.tensors import SIZES, divisors, main_tensors
+from dsmini.accounting.memory import layer_cache_bytes, row_width, rows_read
+from dsmini.accounting.tensors import SIZES, TensorUse, divisors, main_tensors, mtp_tensors
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
 from dsmini.planner.exchange import Exchange, Links
 from dsmini.planner.figure import Figure, counted, figure
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.model import CompressedCacheFigures, ModelFigures, WeightFigures, cache_figures
+from dsmini.planner.model import (
+    EXPERTS,
+    SHARED,
+    CompressedCacheFigures,
+    ModelFigures,
+    WeightFigures,
+    cache_figures,
+)
 from dsmini.planner.request import DTYPES, Assumptions, Inputs, Model, PlanRequest, presets
 from dsmini.planner.search import gpu_counts, usual_precision
 from dsmini.reading import listed
@@ -115,6 +125,7 @@ class Work:
         self.context: Figure = inputs.of("context", "token")
         self.prompt: Figure = inputs.of("prompt", "token")
         self.sequences: Figure = inputs.of("sequences")
+        self.drafted: bool = bool(m.config.n_mtp_layers and r.drafts)
 
 
 class Deployed:
@@ -135,6 +146,8 @@ class Deployed:
             Figure(f"{self.stage}{name}", getattr(d, name), "", title, d.how) for name, title in names.items()
         )
         self.tokens: Figure = w.context if d.stage == "decode" else w.prompt
+        self.drafted: bool = w.drafted and d.stage == "decode"
+        """Multi-token prediction drafts here."""
 
     @figure()
     def gpu_experts(self) -> float:
@@ -146,7 +159,28 @@ class Deployed:
         """Weights that a GPU holds. Source: V3, section 3.4."""
         w = self.w.weights
         divided = w.head_matrices_bytes + w.latent_up_bytes + 2 * w.vocabulary_bytes
-        return divided / self.tensor + self.w.m.moe_layers * self.gpu_experts * w.expert_bytes + self.whole_weights
+        main = divided / self.tensor + self.w.m.moe_layers * self.gpu_experts * w.expert_bytes + self.whole_weights
+        if self.drafted:
+            return main + self.draft_weights
+        return main
+
+    @counted("B")
+    def draft_weights(self) -> float:
+        """Weights of multi-token prediction on a GPU, divided as those of the model, where it drafts."""
+        amounts = (
+            use.times * use.bytes(self.w.weights.dtype) * self.held_share(use)
+            for use in mtp_tensors(self.w.m.config)
+            if use.owned
+        )
+        return sum(amounts) if self.drafted else 0
+
+    def held_share(self, use: TensorUse) -> float:
+        """Return the part that a GPU holds of a tensor; of a stack how many matrices."""
+        if use.kind == EXPERTS:
+            return self.gpu_experts
+        if use.kind == SHARED:
+            return 0 if self.d.shared_remote else 1
+        return 1 / self.tensor if use.split in ("heads", "up") else 1
 
     @figure("B")
     def whole_weights(self) -> float:
@@ -154,13 +188,31 @@ class Deployed:
         w = self.w.weights
         return w.whole_bytes if self.d.shared_remote else w.whole_bytes + w.shared_experts_bytes
 
+    @figure()
+    def cache_share(self) -> float:
+        """Sequences whose cache a GPU holds for each of its own. Source: V3, section 3.4."""
+        c = self.w.m.config
+        return self.tensor / min(self.tensor, c.kv_heads) if c.is_baseline else self.tensor
+
+    @counted("B/token")
+    def draft_cache(self) -> int:
+        """Cache of a token in the layers of multi-token prediction, where it drafts."""
+        c, drafted = self.w.m.config, self.drafted and self.w.m.config.compress_ratios is None
+        return int(c.n_mtp_layers * self.w.cache.cache_row) if drafted else 0
+
+    @counted("B")
+    def draft_window(self) -> int:
+        """Cache of a sequence's window in the layers of multi-token prediction, where V4 drafts."""
+        c, row = self.w.m.config, int(self.w.cache.attention_row)
+        drafted = self.drafted and c.compress_ratios is not None
+        return c.n_mtp_layers * layer_cache_bytes(c, 0, 0, row, 0) if drafted else 0
+
     @figure("B/token")
     def sequence_cache(self) -> float:
         """Cache of a sequence on a GPU, a token. Source: V3, section 3.4."""
-        c = self.w.m.config
-        if not c.is_baseline:
-            return self.w.cache.kv_cache * self.tensor
-        return self.w.cache.kv_cache * self.tensor / min(self.tensor, c.kv_heads)
+        if self.drafted:
+            return (self.w.cache.kv_cache + self.draft_cache) * self.cache_share
+        return self.w.cache.kv_cache * self.cache_share
 
     @figure()
     def sequences(self) -> float:
@@ -169,9 +221,11 @@ class Deployed:
 
     @figure("B")
     def sequence_window(self) -> float:
-        """Cache of a sequence on a GPU that its length does not change: V4's window. Source: V4, section 2.3."""
+        """Cache of a sequence on a GPU that its length does not change, in V4. Source: V4, section 2.3."""
         cache = self.w.cache
-        return cache.window_cache * self.tensor if isinstance(cache, CompressedCacheFigures) else 0
+        if not isinstance(cache, CompressedCacheFigures):
+            return 0
+        return (cache.window_cache + self.draft_window) * self.tensor
 
     @figure("B")
     def gpu_cache(self) -> float:
@@ -190,10 +244,13 @@ class Deployed:
         return floor(max(self.memory - self.gpu_weights, 0) / of_one)
 
     @figure("token")
-    def longest_context(self) -> float:
+    def longest_context(self) -> float | None:
         """Longest context of these sequences. Source: V3, section 3.4."""
         left = max(self.memory - self.gpu_weights - self.sequences * self.sequence_window, 0)
-        return floor(left / (self.sequences * self.sequence_cache))
+        longest = self.w.m.config.max_seq_len
+        if not self.sequence_cache:  # the window alone, however long a sequence is
+            return None
+        return min(longest, floor(left / (self.sequences * self.sequence_cache)))
 
     @property
     def misfit(self) -> str:
@@ -204,7 +261,7 @@ class Deployed:
         fix = f"use more {d.stage}_gpus, or hardware with more memory"
         if d.stage == "decode" and fit:
             fix = f"use sequences={fit}"
-        elif self.longest_context >= 1:
+        elif self.longest_context:
             fix = f"use {'context' if d.stage == 'decode' else 'prompt'}={self.longest_context:.0f}"
         takes = f"weights and cache take {human(self.gpu_memory, 'B')} of {human(self.memory, 'B')}"
         return f"{d.stage} on {plural(d.gpus, 'GPU')} does not fit: {takes}; {fix}"
@@ -216,11 +273,12 @@ class ServedStep:
     Raises: ValueError for hardware without units for the weights' dtype.
     """
 
-    def __init__(self, of: Deployed, h: Hardware, a: Assumptions, drafts: int = 0) -> None:
+    def __init__(self, of: Deployed, h: Hardware, a: Assumptions, drafts: int = 0, first: bool = False) -> None:
         """Take the sizes.
 
         Args:
             drafts: tokens of each decoding sequence to verify besides the last one. They share a read of its cache.
+            first: of prefill, one micro-batch in which GPUs that share heads divide one prompt among them.
         """
         self.of: Deployed = of
         self.w: Work = of.w
@@ -230,7 +288,10 @@ class ServedStep:
         self.links: Links = Links(h, a)
         self.exchange: Exchange = of.exchange
         self.positions: int = 1 + drafts
-        self.stage: str = "verify_" if drafts else of.stage
+        self.stage: str = "verify_" if drafts else "first_" if first else of.stage
+        self.first: bool = first
+        one = Figure("first_micro_batches", 1, "", "Micro-batches before a first token", "a prompt is not divided")
+        self.micro_batches: Figure = one if first else of.micro_batches
         self.decode: bool = of.d.stage == "decode"
         self.absorbed: bool = self.decode and self.w.m.config.is_mla
         h.peak(self.w.dtype)  # raises
@@ -238,6 +299,8 @@ class ServedStep:
     @figure()
     def rows(self) -> float:
         """Tokens of a GPU in a micro-batch."""
+        if self.first:
+            return self.w.prompt / self.of.tensor
         if not self.decode:
             return self.w.prompt
         return self.w.sequences * self.positions if self.positions > 1 else self.w.sequences
@@ -257,13 +320,12 @@ class ServedStep:
         divided = w.head_matrices_bytes + up + w.vocabulary_bytes
         experts = self.w.m.moe_layers * self.experts_read * w.expert_bytes
         whole = of.whole_weights - w.table_bytes if w.table_bytes else of.whole_weights
-        return of.micro_batches * (divided / of.tensor + experts + whole)
+        return self.micro_batches * (divided / of.tensor + experts + whole)
 
     @counted("B")
     def sequence_read(self) -> float:
         """Cache of a sequence that a step reads: of an indexer's keys all, of others those that are chosen."""
-        c, sharing = self.w.m.config, self.of.sequence_cache / self.w.cache.kv_cache
-        return sharing * rows_read(c, int(self.w.context), self.w.cache.dtype)
+        return self.of.cache_share * rows_read(self.w.m.config, int(self.w.context), self.w.cache.dtype)
 
     @figure("B")
     def cache_read(self) -> float:
@@ -288,19 +350,19 @@ class ServedStep:
     @figure("FLOP")
     def matrix_flops(self) -> float:
         """Operations of a GPU in a step in the weights' dtype; the fullest has more of experts than the mean."""
-        w, m, of = self.w.weights, self.w.m, self.of
+        w, m = self.w.weights, self.w.m
         matrices = w.matrix_products if self.absorbed else w.matrix_products + w.latent_up_products
         fuller = (self.a.imbalance - 1) * m.moe_layers * m.config.n_activated_experts * m.expert_parameters
-        return 2 * of.micro_batches * self.rows * (matrices + fuller)
+        return 2 * self.micro_batches * self.rows * (matrices + fuller)
 
     @figure("FLOP")
     def other_flops(self) -> float:
         """Operations of a GPU in a step on attention, gates and head. Source: 2 a multiply-add."""
-        w, c, of = self.w.weights, self.w.m.config, self.of
+        w, c = self.w.weights, self.w.m.config
         plain = w.other_products + w.latent_up_products if self.absorbed else w.other_products
-        logits = self.rows if self.decode else 1
+        logits = self.rows if self.decode else self.rows / self.w.prompt
         products = self.rows * (plain + self.pair_products) + logits * c.vocab_size * c.dim
-        return 2 * of.micro_batches * products
+        return 2 * self.micro_batches * products
 
     @figure("s")
     def compute_time(self) -> float:
@@ -311,7 +373,7 @@ class ServedStep:
     @figure("token")
     def routed_rows(self) -> float:
         """Tokens of the fullest GPU that pass a MoE layer, all layers of a step. Source: V3, section 3.4."""
-        return self.a.imbalance * self.of.micro_batches * self.rows * self.w.m.moe_layers
+        return self.a.imbalance * self.micro_batches * self.rows * self.w.m.moe_layers
 
     @figure("B")
     def slow_bytes(self) -> float:
@@ -323,7 +385,7 @@ class ServedStep:
         """Bytes that a GPU sends in its node in a step. Source: V3, section 3.4."""
         if self.d.tensor == 1:
             return self.routed_rows * self.exchange.fast_row_bytes
-        rows = self.of.micro_batches * self.rows
+        rows = self.micro_batches * self.rows
         gathered = rows * self.w.m.config.n_layers * self.gathered_row * (self.of.tensor - 1)
         return self.routed_rows * self.exchange.fast_row_bytes + gathered
 
@@ -370,8 +432,8 @@ class Served:
         self.decode, self.prefill = (Deployed(w, found[stage], h) for stage in STAGES)
         self.decode_step: ServedStep = ServedStep(self.decode, h, a)
         self.prefill_step: ServedStep = ServedStep(self.prefill, h, a)
-        drafted = m.config.n_mtp_layers and inputs.request.drafts
-        self.drafts: Drafts | None = Drafts(w, h, a, inputs, self.decode_step) if drafted else None
+        self.first_step: ServedStep = ServedStep(self.prefill, h, a, first=True)
+        self.drafts: Drafts | None = Drafts(w, h, a, inputs, self.decode_step) if w.drafted else None
 
     @property
     def waits(self) -> dict[str, dict[str, float]]:
@@ -401,7 +463,7 @@ class Served:
     @figure("s")
     def prefill_time_to_first_token(self) -> float:
         """Least time to the first token. Source: V3, section 3.4.1."""
-        return self.prefill_step.step_time
+        return self.first_step.step_time
 
     @figure("token/s")
     def prefill_gpu_tokens_per_second(self) -> float:

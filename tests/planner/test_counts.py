@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dsmini import ModelConfig
 from dsmini.accounting import (
+    cache_bytes,
     decode_bytes_per_token,
     decode_flops_per_token,
     expected_experts,
@@ -25,7 +26,7 @@ from dsmini.planner.hardware import load_hardware
 from dsmini.planner.plan import make_plan
 from dsmini.planner.request import Model, PlanRequest
 from tests.helpers.configs import released
-from tests.helpers.plans import values_of
+from tests.helpers.plans import plan_of, values_of
 from tests.helpers.strategies import model_configs
 
 H800 = load_hardware("h800")
@@ -63,6 +64,9 @@ def serving_counts(
         "mha_kv_cache": mha_kv_bytes_per_token(config, 2),
         **({"decode_experts_read": expected_experts(config, n)} if moe else {}),
         "decode_weights_read": n * (moved.weights - moved.by_part["embedding"]),
+        "decode_gpu_weights": weight_bytes(config, weight_dtype).total,
+        "decode_gpu_cache": cache_bytes(config, max_seq_len=context, batch=n, dtype=cache_dtype, mtp=True).total,
+        "prefill_gpu_weights": weight_bytes(config, weight_dtype, mtp=False).total,
         "decode_cache_read": n * moved.by_part["cache read"],
         "prefill_weights_read": prompt * (read.weights - read.by_part["embedding"]),
         "decode_flops": n * decode_flops_per_token(config, context=context).total,
@@ -106,6 +110,30 @@ def test_one_gpu_with_any_model_is_as_counted(config: ModelConfig, data: st.Data
             found[f"{stage}_flops"] = found[f"{stage}_matrix_flops"] + found[f"{stage}_other_flops"]
         wanted = serving_counts(config, **serving)
         assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_serving_of_v4_holds_what_is_counted(drafts: int, cache_dtype: Any) -> None:
+    """Window, entries, and the rows of which the next entry is made; with drafts those of multi-token prediction."""
+    plan = plan_of(f"toy-v4 drafts={drafts} cache_dtype={cache_dtype} sequences=3 context=192 decode_gpus=1")
+    assert plan.served is not None
+    config, how = plan.model.config, {"max_seq_len": 192, "batch": 3, "dtype": cache_dtype, "mtp": drafts > 0}
+    assert plan.served.decode.gpu_cache == cache_bytes(config, **how).total
+    assert plan.served.decode.gpu_weights == weight_bytes(config, "fp4", mtp=drafts > 0).total
+
+
+@pytest.mark.parametrize("name", ["toy", "shakespeare", "extend", "fp8"])
+def test_memory_of_one_gpu_is_that_of_the_files_own_training(name: str) -> None:
+    plan = plan_of(name)
+    assert plan.model.run is not None
+    train, dtype = plan.model.run.train, plan.request.precision
+    held = training_bytes(
+        dataclasses.replace(plan.model.config, precision="fp8" if dtype == "fp8" else "native"),
+        **{"batch_size": train.batch_size // train.grad_accum, "seq_len": plan.model.run.seq_len},
+        **{"optimizer": train.optimizer, "moments": train.moments, "recompute": train.recompute},
+    )
+    assert plan.training.memory_needed == pytest.approx(held.total, rel=1e-9)
 
 
 def test_gpus_together_compute_what_their_tokens_need() -> None:

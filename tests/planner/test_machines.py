@@ -90,6 +90,22 @@ def test_plan_of_this_machine_has_forecasts_of_its_steps(invented: None) -> None
     assert with_forecast(stated, steps) is stated, "the user's own holds"
 
 
+def test_forecasts_are_of_the_steps_that_were_asked_for(invented: None) -> None:
+    words = f"toy @this {SMALL} optimizer=adamw moments=bfloat16 recompute=full micro_batch=2 cache_dtype=fp8"
+    shapes = {name: forecast.shape for name, (forecast, _) in steps_here(plan_of(words)).items()}
+    train = shapes["training step"].train
+    asked = train.optimizer, train.moments, train.recompute, train.grad_accum, train.lr
+    model = plan_of(words).model
+    assert model.run is not None and asked == ("adamw", "bfloat16", True, 2, model.run.train.lr)
+    assert [shapes[name].cache for name in ("prompt", "decoding step")] == ["fp8", "fp8"]
+
+
+@pytest.mark.parametrize(("longest", "context"), [(16, 8), (64, 32), (256, 192)])
+def test_short_model_has_forecasts(longest: int, context: int, invented: None) -> None:
+    steps = steps_here(plan_of(f"toy-mha @this {SMALL} max_seq_len={longest} batch=4"))
+    assert steps["decoding step"][0].shape.tokens == context
+
+
 def test_answer_about_this_machine_shows_and_records_forecasts(invented: None) -> None:
     words = f"toy @this batch={MOST_TOKENS // 256} sequences=2 {SMALL}"
     answer = pages.planned(plan_of(words), "plan toy")

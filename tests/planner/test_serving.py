@@ -2,6 +2,7 @@
 
 import pytest
 
+from dsmini.planner.pages import lines_of
 from dsmini.planner.serving import RESOURCES
 from tests.helpers.plans import plan_of, values_of
 
@@ -18,14 +19,17 @@ def test_a_step_takes_as_long_as_its_slowest_part(words: str) -> None:
             worked = [word for word, time in times.items() if time]
             assert plan.longest(stage) == sorted(worked, key=lambda word: -times[word])
     assert found["decode_time_per_token"] == found["decode_step_time"] == 1 / found["decode_tokens_per_second"]
-    assert found["prefill_time_to_first_token"] == found["prefill_step_time"]
+    assert found["prefill_time_to_first_token"] == found["first_step_time"] <= found["prefill_step_time"]
 
 
 def test_v3_decodes_as_worked_out_by_hand() -> None:
     found = values_of("deepseek-v3")
     assert (found["decode_gpu_experts"], found["prefill_gpu_experts"]) == (1, 9)
-    assert found["decode_gpu_weights"] == pytest.approx(8.65e9, rel=1e-3)
-    assert found["decode_gpu_cache"] == 4 * 64 * 4096 * 70_272 and found["decode_sequences_that_fit"] == 67
+    assert found["decode_gpu_weights"] - found["decode_draft_weights"] == pytest.approx(8.65e9, rel=1e-3)
+    assert found["decode_gpu_cache"] == 4 * 64 * 4096 * 62 * 1152, "with the layer of multi-token prediction"
+    assert found["decode_sequences_that_fit"] == 65
+    plain = values_of("deepseek-v3 drafts=0")
+    assert plain["decode_gpu_cache"] == 4 * 64 * 4096 * 70_272 and plain["decode_sequences_that_fit"] == 67
     # 9 rows a token, of which one in forty stays in its node: 8/320
     assert found["decode_slow_bytes"] == pytest.approx(58 * 64 * 9 * 39 / 40 * (7392 + 14_336))
     inside = 58 * 64 * 9 * (1 / 40 - 1 / 320) * (7392 + 14_336)
@@ -73,3 +77,22 @@ def test_prefill_with_deepseeks_copies_of_experts() -> None:
     found = values_of("deepseek-v3 prefill_gpus=32 prefill_tensor=1 prefill_redundant=32")
     assert (found["prefill_gpu_experts"], found["prefill_tensor"]) == (9, 1)
     assert values_of("deepseek-v3 prefill_gpus=32 prefill_tensor=1")["prefill_gpu_experts"] == 8
+
+
+def test_first_token_is_that_of_one_prompt_of_each_group() -> None:
+    """More GPUs that have prompts of their own give it no later; those that share heads read one prompt together."""
+    one, two = (values_of(f"deepseek-v2-lite prefill_gpus={n}")["prefill_time_to_first_token"] for n in (1, 2))
+    assert two == pytest.approx(one, rel=0.01)
+    found = values_of("deepseek-v3")
+    assert found["prefill_time_to_first_token"] == pytest.approx(found["prefill_step_time"] / (2 * 4), rel=0.01)
+    assert "(8 prompts at a time)" in dict(lines_of(plan_of("deepseek-v3"))["inference"])["prefill"]
+    assert "at a time" not in dict(lines_of(plan_of("deepseek-v2-lite"))["inference"])["prefill"]
+
+
+def test_context_is_at_most_the_models() -> None:
+    assert values_of("toy")["decode_longest_context"] == 256
+
+
+def test_v4_with_the_window_alone_has_no_longest_context() -> None:
+    found = values_of("toy-v4 compress_ratios=(0,0,0,0)")
+    assert "decode_longest_context" not in found and found["decode_gpu_cache"] > 0
