@@ -110,6 +110,8 @@ class TensorUse(NamedTuple):
     """Number of keys above which a query chooses among them; None: it sees all."""
     ratio: int = 1
     """Tokens of a key: more than one in V4's compressed entries."""
+    groups: int = 1
+    """Parts of the result, each of which reads an input of its own, i numbers."""
     buffers: int = 0
     """Routing biases and numbers of hash layers' tables, which are state but no parameters."""
 
@@ -147,7 +149,8 @@ class TensorUse(NamedTuple):
         """Numbers in and numbers out of all products of a token."""
         if not self.shape:
             return 0, 0
-        return self.times * self.visits * self.shape[-1], self.times * self.visits * self.shape[0]
+        products = self.times * self.visits
+        return products * self.groups * self.shape[-1], products * self.shape[0]
 
     @property
     def scales(self) -> int:
@@ -310,7 +313,7 @@ def _window(c: ModelConfig) -> Iterator[TensorUse]:
     yield TensorUse(OVER, "window", per_pair=2 * h * d, most_keys=c.window_size)
     # a group's heads meet its part alone
     wo_a = _matrix("wo_a", g * (c.o_lora_rank or 0), h * d // g)
-    yield wo_a._replace(form="plain")
+    yield wo_a._replace(form="plain", groups=g)
     yield _matrix("wo_b", m, g * (c.o_lora_rank or 0))
 
 

@@ -81,4 +81,5 @@ def _steps(plan: Plan) -> Iterator[tuple[str, Any, "StepShape"]]:
         prompt, token = plan.served.prefill_step.step_time, plan.served.decode_step.step_time
         yield "prompt", prompt, StepShape(work="prefill", batch=1, tokens=r.prompt, **how)
         context = min(r.context, config.max_seq_len - min(ROOM, config.max_seq_len // 2))
-        yield "decoding step", token, StepShape(work="decode", batch=r.sequences, tokens=context, **how)
+        if config.max_seq_len > 1:  # room for a token more
+            yield "decoding step", token, StepShape(work="decode", batch=r.sequences, tokens=context, **how)

@@ -8,7 +8,7 @@ share the 256 experts, 4 on each GPU, over 8 nodes; the experts exist 128 / 64 =
 micro-batches of one sequence for each part.
 
 A group of experts fits a node, or takes equally many GPUs of several. With 72 GPUs in a node, 64 share the experts of
-V3 inside one node; the other 8 are not in the group.
+V3 inside one node; the other 8 are not in the group. Groups inside a node leave less than a quarter of it idle.
 
 Source: DeepSeek-V3 report, section 3.2.
 """
@@ -62,6 +62,11 @@ def gpus_in_node(expert: int, node: int) -> int:
     return divisors(expert, node)[-1]
 
 
+def fits_node(group: int, gpus: int, node: int) -> bool:
+    """Return whether groups of GPUs leave less than a quarter of each node idle, or there is one node alone."""
+    return gpus <= node or 4 * (node % group) < node
+
+
 def rules(r: Layout, c: ModelConfig, node: int) -> Iterator[Rule]:
     """Yield what a layout must meet: in itself, with the model, with nodes of this many GPUs, and with the batch."""
     gpus, p, e, t, m, batch = r.gpus, r.pipeline, r.expert, r.tensor, r.micro_batch, r.batch
@@ -75,7 +80,10 @@ def rules(r: Layout, c: ModelConfig, node: int) -> Iterator[Rule]:
     in_node = gpus_in_node(e, node)
     whole = e <= node or 2 * in_node > node
     yield whole, lambda: f"expert={e} takes {in_node} of the {node} GPUs of a node; use a multiple of {node}"
+    idle = f"of the {plural(node, 'GPU')} of a node idle; use one of {listed([str(n) for n in divisors(node)], 8)}"
+    yield e > node or fits_node(e, gpus, node), lambda: f"expert={e} leaves {node % e} {idle}"
     yield t <= node, lambda: f"tensor={t} is more than the {plural(node, 'GPU')} of a node; use {node} or fewer"
+    yield fits_node(t, gpus, node), lambda: f"tensor={t} leaves {node % t} {idle}"
     yield _divides("tensor", t, "n_heads", c.n_heads)
     yield _divides("tensor", t, "n_kv_heads", c.kv_heads)
     paired = p % 2 == 0 or not dual

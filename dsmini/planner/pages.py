@@ -33,7 +33,7 @@ from dsmini.planner.plan import (
     vary,
 )
 from dsmini.planner.published import Published, published_figures
-from dsmini.planner.request import LAYOUT, Model, PlanRequest, is_v3, presets
+from dsmini.planner.request import LAYOUT, SERVING, Model, PlanRequest, is_v3, presets
 from dsmini.planner.run import Run
 from dsmini.planner.search import EVERY, Search, alone_options, candidates
 from dsmini.planner.serving import STAGES, Served
@@ -283,16 +283,21 @@ def planned(plan: Plan, command: str, on_part: OnPart = quiet, *, whole: bool = 
 
 
 def plan_record(plan: Plan) -> Record:
-    """Return a plan: its layout, what is slowest, and its figures by section and name."""
+    """Return a plan: its layout, work and deployments, what is slowest, and its figures and inputs by section."""
+    served = plan.served
     return {
         "config": plan.model.source,
         "hardware": plan.hardware.name,
         "layout": plan.request.given(LAYOUT) | {"chosen": plan.sources["layout"]},
+        "work": plan.request.given(("batch", "seq_len", "tokens")),
+        "serving": plan.request.given((*SERVING, "drafts", "acceptance")) if served else {},
+        "deployments": {d.stage: asdict(d) for d in (served.decode.d, served.prefill.d)} if served else {},
         "fits": plan.fits,
         "misfit": plan.misfit,
         "unserved": plan.unserved,
+        "warnings": warnings(plan),
         "binds": {stage: plan.longest(stage)[0] for stage in plan.waits},
-        "figures": {name: figures_record(figures) for name, figures in plan.computed.items()},
+        "figures": {name: figures_record(figures) for name, figures in plan.sections.items()},
     }
 
 

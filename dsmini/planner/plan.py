@@ -24,9 +24,9 @@ cause. Only the number of sequences follows a longer context, where the user lef
 no plan, such as a pipeline that does not divide the GPUs, are left out, and the reason is told.
 """
 
-import contextlib
 import difflib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -270,11 +270,13 @@ def read_axis(text: str) -> Axis:
 
 
 def _value(word: str) -> Any:
-    """Return a word as a number, true, false or none, or as it is."""
-    with contextlib.suppress(ValueError):
+    """Return a word as a number, true, false or none, or as it is. Raises: ValueError for infinity and no number."""
+    try:
         number = float(word)
-        return int(number) if number.is_integer() else number
-    return {"true": True, "false": False, "none": None}.get(word, word)
+    except ValueError:
+        return {"true": True, "false": False, "none": None}.get(word, word)
+    require(math.isfinite(number), f"--vary got {brief(word)}, which is not a finite number; use one such as 512")
+    return int(number) if number.is_integer() else number
 
 
 def labels(values: Iterable[Any]) -> list[str]:

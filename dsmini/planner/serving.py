@@ -45,6 +45,7 @@ from dsmini.config.fields import require
 from dsmini.planner.exchange import Exchange, Links
 from dsmini.planner.figure import Figure, counted, figure
 from dsmini.planner.hardware import Hardware
+from dsmini.planner.layout import gpus_in_node
 from dsmini.planner.model import (
     EXPERTS,
     SHARED,
@@ -98,10 +99,15 @@ class Deployment:
 def check_deployment(d: Deployment, c: ModelConfig, h: Hardware) -> None:
     """Raise ValueError for a deployment that does not divide the model, or that the hardware has no links for."""
     node, title, of = h.gpus_per_node, h.title, f"{d.stage}_tensor={d.tensor}"
-    use = f"use one of {listed([str(n) for n in divisors(c.n_heads, h.node)])}"
+    in_node = gpus_in_node(d.gpus, node)
+    use = f"use one of {listed([str(n) for n in divisors(c.n_heads, h.node) if node % n == 0])}"
     require(d.gpus % d.tensor == 0, f"{of} does not divide {d.stage}_gpus={d.gpus}; use a divisor of it")
     require(d.tensor <= node, f"{of} is more than the GPUs of a node; {use}")
     require(c.n_heads % d.tensor == 0, f"{of} does not divide n_heads={c.n_heads}; {use}")
+    whole = d.gpus <= node or 2 * in_node > node
+    takes = f"{d.stage}_gpus={d.gpus} takes {in_node} of the {node} GPUs of a node"
+    require(whole, f"{takes}; use a multiple of {node}")
+    require(in_node % d.tensor == 0, f"{takes}, which {of} does not divide; use a multiple of {node}")
     experts = c.n_routed_experts + d.redundant
     many, fix = f"{d.stage}_redundant={d.redundant} makes {experts} experts", d.redundant + -experts % d.gpus
     require(experts % d.gpus == 0, f"{many}, which {d.stage}_gpus={d.gpus} do not divide; use {fix}")
@@ -137,8 +143,9 @@ class Deployed:
         self.stage = f"{d.stage}_"
         self.memory: Figure = h.memory
         c = w.m.config
+        in_node = gpus_in_node(d.gpus, h.gpus_per_node)
         one_hop = 0 if d.two_hop else c.n_activated_experts + c.n_shared_experts * d.shared_remote
-        self.exchange: Exchange = Exchange(c, d.gpus, h.gpus_per_node, w.dtype, one_hop, self.stage)
+        self.exchange: Exchange = Exchange(c, d.gpus, in_node, w.dtype, one_hop, self.stage)
         names = {"tensor": "GPUs that divide attention's heads", "micro_batches": "Micro-batches of a step"}
         self.tensor: Figure
         self.micro_batches: Figure

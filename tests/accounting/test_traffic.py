@@ -24,7 +24,7 @@ from dsmini.accounting import (
 from dsmini.nn import route
 from dsmini.nn.fp8 import hold_all_fp8
 from tests.conftest import randomise
-from tests.helpers.accounting import ATTENTIONS, DTYPES, form_of, sized
+from tests.helpers.accounting import ATTENTIONS, DTYPES, V4, form_of, sized
 from tests.helpers.configs import V32, released
 from tests.helpers.strategies import model_configs
 
@@ -232,6 +232,14 @@ def test_bytes_that_a_forward_moves(case: str) -> None:
     biases = 4 * 16 * len(routing)
     assert ours - biases == pytest.approx(products, rel=1e-12)
     assert counted.by_part["cache write"] == kv_bytes_per_token(config, 4)
+
+
+def test_groups_of_heads_read_all_heads() -> None:
+    """V4's output projection in two groups moves the same bytes as in one."""
+    one, two = (
+        prefill_bytes_per_token(sized(**(V4 | {"o_groups": g, "o_lora_rank": 24 // g})), seq_len=8) for g in (1, 2)
+    )
+    assert one.by_part["activations"] == two.by_part["activations"]
 
 
 def test_training_moves_three_forwards_of_activations() -> None:

@@ -69,6 +69,11 @@ def test_json_has_every_figure_in_base_units(place: Path) -> None:
     assert found["layout"]["pipeline"] == 16 and found["hardware"] == "h800" and found["fits"]
     assert found["binds"] == {"training": "compute", "decode": "memory traffic", "prefill": "links between nodes"}
     assert sum(map(len, found["figures"].values())) > 150
+    assert found["work"] == {"batch": 15360, "seq_len": 4096, "tokens": pytest.approx(14.8e12, rel=1e-3)}
+    assert (found["serving"]["context"], found["serving"]["sequences"], found["serving"]["drafts"]) == (4096, 32, 1)
+    assert [found["deployments"]["decode"][name] for name in ("gpus", "tensor", "redundant")] == [320, 4, 64]
+    assert found["figures"]["training"]["nodes_reached"]["value"] == pytest.approx(3.97, abs=0.01)
+    assert found["warnings"] == {"training": [], "inference": []}
     theirs = record("config.json", place)["figures"]["model"]
     assert {n: f["value"] for n, f in found["figures"]["model"].items()} == {n: f["value"] for n, f in theirs.items()}
     listed = {line.split()[0] for line in asked("deepseek-v3 --explain list", place).splitlines() if line.strip()}

@@ -96,3 +96,9 @@ def test_context_is_at_most_the_models() -> None:
 def test_v4_with_the_window_alone_has_no_longest_context() -> None:
     found = values_of("toy-v4 compress_ratios=(0,0,0,0)")
     assert "decode_longest_context" not in found and found["decode_gpu_cache"] > 0
+
+
+def test_gpus_that_fill_no_node_are_spread_evenly() -> None:
+    """Twelve on nodes of eight are six in each of two."""
+    found = values_of("deepseek-v3 decode_gpus=12")
+    assert (found["decode_expert_nodes"], found["decode_expert_in_node"]) == (2, 6)
