@@ -174,7 +174,10 @@ class ModelFigures:
         """
         saved = Saved(c=self.config, size=size, fp8=fp8, recompute=recompute)
         again = saved.largest_block() if recompute == "full" else 0
-        return {part: saved.total(part) for part in PARTS_OF_A_MODEL}, again
+        found: dict[Part, float] = {part: saved.total(part) for part in PARTS_OF_A_MODEL}
+        if hashed := self.config.n_hash_layers:  # a MoE layer has the mean of those with and without a table
+            found["moe"] += hashed / self.moe_layers * (saved.total("hashed") - saved.total("moe"))
+        return found, again
 
 
 def _module(kind: str, what: str, number: int) -> Figure:
