@@ -103,7 +103,7 @@ def test_library_is_built_for_this_cpu_and_links_no_openmp() -> None:
     assert reason is None
     library = build.library()
     assert library.isa == (os.environ.get(build.ISA_VARIABLE) or build.isas_here()[-1])
-    assert re.fullmatch(r"[0-9a-f]{24}-[0-9a-f]{32}\.so", library.paths["training"].name)
+    assert re.fullmatch(r"[0-9a-f]{24}-[0-9a-f]{8}-[0-9a-f]{32}\.so", library.paths["training"].name)
     for name in (*build.FUNCTIONS["training"], *build.FUNCTIONS["decoding"]):
         assert library.entry(name)
     for path in library.paths.values():
