@@ -43,11 +43,12 @@ def find_config(name: Path) -> Path:
     installed, checkout = Path(__file__).with_name("configs"), Path(__file__).parents[1] / "configs"
     files = (installed if installed.is_dir() else checkout).glob("*.toml")
     known = {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
-    other = name.is_dir() and not any(is_there(name / file) for file in ("config.toml", "config.json"))
-    if is_there(name) and not (other and str(name) in known):
-        return name
-    if str(name) in known:
-        return known[str(name)]
+    of_that_name = known.get(str(name))
+    if is_there(name):
+        no_config = name.is_dir() and not any(is_there(name / file) for file in ("config.toml", "config.json"))
+        return of_that_name if of_that_name and no_config else name
+    if of_that_name:
+        return of_that_name
     near = difflib.get_close_matches(name.stem if name.suffix in (".toml", ".json") else name.name, known)
     fix = f"did you mean {' or '.join(near)}?" if near else f"name a file, or one of {', '.join(known)}"
     raise ValueError(f"there is no file {name}; {fix}")

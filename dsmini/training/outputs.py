@@ -128,7 +128,7 @@ def write_sample(run: TrainingRun) -> str:
             slide=True,
         )
     except ValueError as error:  # of a model that may not be gathered, or of a prompt
-        say(console, f"no sample of train.sample_prompt: {error}")
+        say(console, f"no sample: {error}")
         return ""
     console.rule(f"a sample at temperature {TEMPERATURE}")
     console.out(printable(text), end="", highlight=False)

@@ -235,7 +235,7 @@ def test_prompt_that_leaves_no_room_is_said_and_the_run_is_whole(run: TrainingRu
     train = dataclasses.replace(run.config.train, sample_prompt="1" * 999)
     run.config = dataclasses.replace(run.config, train=train)
     assert write_sample(run) == ""
-    assert "no sample of train.sample_prompt: a prompt of 999 tokens" in run.console.file.getvalue()
+    assert "no sample: a prompt of 999 tokens" in run.console.file.getvalue()
 
 
 def test_interrupted_sample_ends_its_line(run: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
