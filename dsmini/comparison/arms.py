@@ -1,5 +1,6 @@
 """Arms: what is compared. Each is a whole RunConfig, and perhaps a Python function that makes another model of it."""
 
+import ast
 import dataclasses
 import hashlib
 import inspect
@@ -9,8 +10,8 @@ import runpy
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,27 @@ class Arm:
         found: dict[str, Any] = {"config": table}
         if self.function:
             file = Path(self.function.rpartition(":")[0])
-            found |= {"function": self.function, "sha256": hashlib.sha256(read_bytes(file)).hexdigest()}
+            found |= {"function": self.function, "sha256": hashlib.sha256(b"".join(sources(file))).hexdigest()}
         return found
+
+
+def sources(file: Path) -> Iterator[bytes]:
+    """Yield the content of a Python file, and of each file of its folder that it imports, directly or not."""
+    waiting, seen = [file], {file}
+    for path in waiting:
+        content = read_bytes(path)
+        yield content
+        with suppress(SyntaxError, ValueError):  # told when it is run
+            for node in ast.walk(ast.parse(content)):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    of = node.module or ""
+                    names = [of, *(f"{of}.{alias.name}".strip(".") for alias in node.names)]
+                for name in filter(None, names):
+                    place = file.parent.joinpath(*name.split("."))
+                    found = {place.with_suffix(".py"), place / "__init__.py"} - seen
+                    waiting += sorted(path for path in found if path.is_file())
+                    seen |= found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +94,9 @@ def make_model_of(function: str) -> Callable[[ModelConfig], Any]:
     """
     file, _, name = function.rpartition(":")
     require(Path(file).is_file(), f"there is no file {file}; name a function as my_idea.py:make_model")
+    folder = str(Path(file).resolve().parent)
+    if folder not in sys.path:  # for what it imports, as where Python runs the file
+        sys.path.insert(0, folder)
     try:
         with redirect_stdout(sys.stderr):  # what it prints is not the answer
             found = runpy.run_path(file).get(name)

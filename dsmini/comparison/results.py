@@ -184,6 +184,9 @@ def reuse(results: Results, seeds: int, where: Mapping[str, str]) -> dict[Path, 
 def refuse_other(results: Results, head: Mapping[str, Any]) -> None:
     """Raise ValueError for a file that another comparison began, with the first thing that differs."""
     fix = f"name another file with --out, or remove {results.path}"
+    was, now = results.names[0], next(iter(head["arms"]))
+    if was != now and head["arms"].keys() == results.head["arms"].keys():
+        raise ValueError(f"{results.path} was begun with the base {brief(was)}, this has {brief(now)}; {fix}")
     begun = results.head | {"arms": {name: _as_now(arm, results.path) for name, arm in results.head["arms"].items()}}
     for where, old, new in _differences("", begun, head):
         if where.endswith(".corpus"):

@@ -39,6 +39,12 @@ class Context:
     angles: dict[Rope, tuple[Tensor, CosSin]] = field(default_factory=dict, repr=False)
     """Positions, cosine and sine by each Rope that was asked for. All blocks share them."""
 
+    def __post_init__(self) -> None:
+        if self.cache is not None and (self.mask is not None or self.documents is not None):
+            raise ValueError(
+                "Context got a cache, and a mask or documents, which no cache keeps; leave out one of them"
+            )
+
     def cos_sin(self, rope: Rope) -> CosSin:
         """Return cosine and sine of the new tokens' rotary angles, computed once for all layers with an equal Rope."""
         of, cos_sin = self.angles.get(rope, (None, None))

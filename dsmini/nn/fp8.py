@@ -168,8 +168,9 @@ class FP8Weights(nn.Module):
 
     def operand(self, name: str) -> Tensor | QuantizedTensor:
         """Return the parameter `name` as products take it: itself, or its codes."""
-        weight, scales = self._parameters[name], self._buffers.get(SCALES[name])  # faster than getattr
-        assert weight is not None
+        weight, scales = self._parameters.get(name), self._buffers.get(SCALES[name])  # faster than getattr
+        if weight is None:  # it is computed, by a parametrization, or of a replica
+            weight = getattr(self, name)
         if scales is None:
             return weight
         shape, tile, format = self.layouts[name]

@@ -37,7 +37,7 @@ class FP32Module(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FP32Module":
         def keep(tensor: Tensor) -> Tensor:
             out = fn(tensor)
-            return tensor.to(out.device) if out.dtype in (torch.bfloat16, torch.float16) else out
+            return tensor.to(out.device, torch.float32) if out.dtype in (torch.bfloat16, torch.float16) else out
 
         return super()._apply(keep, recurse)
 

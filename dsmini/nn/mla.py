@@ -189,6 +189,8 @@ class MLA(nn.Module):
             )
         cache.append(new)
         q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
+        if cache.at.all_new:  # a change of a weight's .data is not counted
+            cache.store.halves = None
         return q_nope, q_rope, cache.store.read(cache.at.n_keys, q.dtype), *self.absorbed_halves(q.dtype, cache.store)
 
     def query_latent(self, x: Float[Tensor, "b s m"] | QuantizedTensor) -> Float[Tensor, "b s l"] | QuantizedTensor:
@@ -239,6 +241,8 @@ class MLA(nn.Module):
             kind = type(self.wkv_b).__name__
             raise ValueError(f"form='absorbed' reads the weight of wkv_b, here a {kind}; use form='expanded' or 'auto'")
         weight = self.wkv_b.weight
+        if weight.is_inference() or (torch.is_grad_enabled() and weight.requires_grad):
+            store = None  # nobody counts its changes, or the halves have a gradient
         key = (id(weight), weight.data_ptr(), None if weight.is_inference() else weight._version, dtype)
         if store is not None and store.halves is not None and store.halves[0] == key:
             return store.halves[1]

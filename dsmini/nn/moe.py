@@ -12,7 +12,7 @@ from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.nn.attention import Context
 from dsmini.nn.gate import Gate, HashGate, Routing
-from dsmini.nn.layers import Projection, draw_normal, in_precision, make_linear, quantize_once
+from dsmini.nn.layers import Projection, draw_normal, in_precision, is_plain, make_linear, quantize_once
 from dsmini.numerics import QuantizedTensor, swiglu
 
 
@@ -154,7 +154,7 @@ class MoE(nn.Module):
             )
         # 2. the routed experts' weighted sum, and the shared experts: [n, m]
         shared = self.shared_experts
-        readers = (shared.w1, shared.w3) if isinstance(shared, FeedForward) else (shared,)
+        readers = (shared.w1, shared.w3) if isinstance(shared, FeedForward) and is_plain(shared) else (shared,)
         tokens = quantize_once(tokens, self.experts, *readers)
         if self.exchange is not None:
             return self.exchange(self.experts, shared, tokens, routing).view(x.shape), routing

@@ -366,8 +366,8 @@ class Transformer(nn.Module):
         return next(self.embed.parameters()).device
 
     def gates(self) -> list[Gate]:
-        """Return the gates in the order of Output.routing."""
-        return [module for module in self.modules() if isinstance(module, Gate)]
+        """Return the gates in the order of Output.routing; one that several layers share is there as often."""
+        return [module for _, module in self.named_modules(remove_duplicate=False) if isinstance(module, Gate)]
 
 
 def _listed(found: list[Aux]) -> tuple[list[Routing], list[IndexerLoss]]:

@@ -14,7 +14,7 @@ from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader, Windows
 from dsmini.distributed.mesh import HeldRows, Mesh, Pieces, StepBatch, local
 from dsmini.machine import sent, synchronize
-from dsmini.nn import IndexerLoss, Transformer, max_violation
+from dsmini.nn import Gate, IndexerLoss, Transformer, max_violation
 from dsmini.nn.transformer import IGNORE, Losses
 from dsmini.training.optim import ParameterAverage, begin_stage, optimizer_state, optimizers
 
@@ -133,7 +133,10 @@ class Trainer:
             speed = train.bias_speed_at(self.steps_done)
             if loads:
                 own = loads[0] if self.pipeline is None else self.pipeline.own_counts(loads[0])
+                of_gate: dict[Gate, Tensor] = {}
                 for gate, load in zip(self.model.gates(), own, strict=True):
+                    of_gate[gate] = of_gate[gate] + load if gate in of_gate else load  # layers may share one
+                for gate, load in of_gate.items():
                     gate.update_bias(load, speed)
             if self.average is not None:
                 self.average.update(self._here().items())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini import Block, RunConfig, Transformer
-from dsmini.comparison.arms import arms_of, read_claim
+from dsmini import Block, ModelConfig, RunConfig, Transformer
+from dsmini.comparison.arms import Arm, arms_of, make_model_of, read_claim
 from dsmini.comparison.results import HEAD, Results, head_of, opened, read_results, refuse_other
 from dsmini.comparison.trial import draw_by_name, drawn_by_name, prepared
 from dsmini.nn.gate import HashGate, hash_table
@@ -52,6 +53,20 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     kept = [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in rows]
     return sorted(kept, key=lambda row: (row["arm"], row["seed"]))
+
+
+def test_what_an_idea_imports_is_a_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "idea.py").write_text("from helper_of_idea import scale\nimport json\ndef make(c): return scale(c)\n")
+    (tmp_path / "helper_of_idea.py").write_text("import deeper_of_idea as d\ndef scale(c): return d.SCALE\n")
+    (tmp_path / "deeper_of_idea.py").write_text("SCALE = 1\n")
+    (tmp_path / "other.py").write_text("")
+    arm = Arm(name="x", config=RunConfig(), function=f"{tmp_path / 'idea.py'}:make")
+    before = arm.describe()
+    assert make_model_of(arm.function)(ModelConfig()) == 1, "its folder is looked at, wherever the command runs"
+    (tmp_path / "other.py").write_text("1")
+    assert arm.describe() == before
+    (tmp_path / "deeper_of_idea.py").write_text("SCALE = 30\n")
+    assert arm.describe() != before
 
 
 def test_pairs_start_with_equal_weights_where_shapes_agree() -> None:
@@ -238,7 +253,11 @@ def test_claims_of_the_docs_say_what_they_ask(path: Path) -> None:
     assert claim.arms[0].name != "base", "base_name says what it is"
     if results := read_results(path.with_suffix(".jsonl")):
         corpora = {name: arm["corpus"] for name, arm in results.head["arms"].items()}
-        refuse_other(results, head_of(claim, corpora, None, results.head["dsmini"]))
+        head = head_of(claim, corpora, None, results.head["dsmini"])
+        refuse_other(results, head)
+        head["arms"] = dict(reversed(head["arms"].items()))
+        with pytest.raises(ValueError, match=f"was begun with the base '{re.escape(results.names[0])}', this has"):
+            refuse_other(results, head)
 
 
 def test_what_cannot_be_compared_is_refused(place: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from dsmini import MLA, ModelConfig, Transformer, ops
-from dsmini.nn import Cache
+from dsmini.nn import Cache, Context
 from dsmini.nn.mla import attention_work
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import DSA, V4_MODEL, V32, refusal, released
@@ -209,11 +209,35 @@ def test_absorbed_decoding_sees_a_changed_weight_and_dtype(small_model: Model) -
     """What is made of a weight is kept in the cache between calls."""
     model, tokens = small_model(), tokens_of(1, 12)
     cache, weight = model.new_cache(1, 16, form="absorbed"), model.layers[0].attn.wkv_b.weight
-    for change in (lambda: None, lambda: weight.mul_(2), lambda: setattr(model, "compute_dtype", torch.float64)):
+    changes: list[Callable[[], object]] = [lambda: None, lambda: weight.mul_(2), lambda: weight.data.mul_(2)]
+    for change in (*changes, lambda: setattr(model, "compute_dtype", torch.float64)):
         change()
         cache.truncate(0)
         got = torch.cat([model(token, cache) for token in tokens.split(1, 1)], 1)
         assert relative_error(got, model(tokens)) < FP32_MODEL
+
+
+def test_absorbed_decoding_after_a_prompt_without_gradients_has_all_gradients() -> None:
+    mla = MLA(dim=64, n_heads=2)
+    x, grads = torch.randn(1, 6, 64), []
+    for prompt in (torch.no_grad, torch.enable_grad):
+        store = mla.new_cache(1, 64, torch.float32, torch.device("cpu"))
+        cache = Cache(ModelConfig(), [store], 1, 64, torch.device("cpu"), form="absorbed")
+        for part, context in ((x[:, :5], prompt), (x[:, 5:], torch.enable_grad)):
+            at = cache.place(part.shape[1])
+            with context():
+                y = mla(part, Context(positions=at.positions, cache=cache.views(at)[0]))
+            cache.lengths = at.lengths
+        grads += torch.autograd.grad(y.sum(), mla.wkv_b.weight)
+    assert grads[0].norm() > 0.5 * grads[1].norm() > 0
+
+
+def test_a_cache_next_to_a_mask_or_documents_is_refused() -> None:
+    made = Transformer(small_config()).new_cache(1)
+    cache = made.views(made.place(5))[0]
+    for more in ({"mask": torch.ones(1, 5, 5, dtype=torch.bool)}, {"documents": torch.zeros(1, 5, dtype=torch.int64)}):
+        with pytest.raises(ValueError, match="a cache, and a mask or documents"):
+            Context(positions=torch.arange(5)[None], cache=cache, **more)
 
 
 # which form

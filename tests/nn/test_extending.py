@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import dsmini
 from dsmini import MLA, Attention, Block, Gate, Linear, ModelConfig, MoE, Transformer
 from dsmini.inference.fused import Decoder
 from dsmini.nn import Aux, CompressedAttention, Context, LayerCache, Routing, dsa_layers, route
+from dsmini.nn.fp8 import FP8FeedForward
 from dsmini.nn.gate import HashGate
 from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
@@ -252,6 +254,33 @@ def test_another_gate_is_handed_to_transformer() -> None:
     by_config.load_state_dict(model.state_dict())
     tokens = tokens_of(1, 9)
     assert torch.equal(by_config(tokens), model(tokens))
+
+
+class Dropping(FP8FeedForward):
+    def forward(self, x: Any, *more: Any) -> Any:
+        return super().forward(F.dropout(x, 0.1, self.training), *more)
+
+
+class Scaled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 1.5 * weight
+
+
+def test_fp8_layers_take_a_shared_expert_of_ones_own_and_computed_weights() -> None:
+    model, tokens = Transformer(n_layers=2, n_mtp_layers=0, precision="fp8"), torch.arange(8)[None]
+    model.layers[1].ffn.shared_experts = Dropping(model.config)
+    before = model(tokens)
+    register_parametrization(model.layers[0].attn.wo, "weight", Scaled())
+    model(tokens).sum().backward()
+    assert not torch.equal(model(tokens), before)
+    assert model.layers[0].attn.wo.parametrizations.weight.original.grad.abs().sum() > 0
+
+
+def test_a_block_that_two_layers_share_has_one_gate_for_both() -> None:
+    model, tokens = Transformer(n_layers=4, n_mtp_layers=0), torch.arange(8)[None]
+    model.layers[2] = model.layers[1]
+    gates = model.gates()
+    assert len(gates) == len(model.losses(tokens, tokens).routing) == 3 and gates[0] is gates[1] is not gates[2]
 
 
 def test_a_block_or_gate_that_returns_something_else_is_told_what_to_return() -> None:

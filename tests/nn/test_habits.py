@@ -151,6 +151,13 @@ def test_short_models_keep_norms_and_gates_in_fp32(model: Transformer, tokens: T
     assert relative_error(parts, want) < rounding(unit, chained=30)
 
 
+@pytest.mark.parametrize("cast", ["bfloat16", "half"])
+def test_shortened_double_models_keep_norms_and_gates_in_fp32(cast: str) -> None:
+    model = getattr(Transformer(n_layers=2, hc_mult=2, n_mtp_layers=0).double(), cast)()
+    assert model.norm.weight.dtype == torch.float32
+    model(torch.arange(8)[None])
+
+
 def test_deepcopy_and_pickle_give_an_equal_and_independent_model(model: Transformer, tokens: Tensor) -> None:
     want = model(tokens)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
