@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,9 @@ def section(question: Question, found: Sequence[Result], now: Run) -> Section:
     """Return a question with all that was measured."""
     figures = figures_of(found)
     reasons = dict.fromkeys(figure.note for figure in figures if figure.measured is None)
-    run, finding = found[-1].run, question.answer(figures) or "; ".join(reasons) or "Nothing was measured yet."
+    nothing = all(figure.measured is None for figure in figures)
+    unsaid = "Nothing was measured yet." if nothing else "The figures are below; an answer needs the other cases too."
+    run, finding = found[-1].run, question.answer(figures) or "; ".join(reasons) or unsaid
     if busy := [result.steadiness for result in found if result.unsteady]:
         finding = (
             f"Times are unreliable: the machine was busy or throttled, and reached as little as {min(busy):.0%} of "
@@ -43,6 +46,7 @@ def section(question: Question, found: Sequence[Result], now: Run) -> Section:
     if s != now.setting:
         warnings.append(f"Measured earlier than the rest: {run.date[:10]}, commit {run.commit}, {run.words}.")
     where = f"--device {s['device']} --dtype {s['dtype']} --threads {s['threads']} --fresh"
+    where += f" --text {shlex.quote(run.text)}" if question.needs_text and run.text else ""
     return Section(
         name=question.name,
         title=question.title,
@@ -70,12 +74,18 @@ def problems(found: Mapping[str, Sequence[Result]]) -> list[str]:
 def changes(path: str, before: Sequence[Result], found: Mapping[str, Sequence[Result]], now: Run) -> Section:
     """Return what changed since an older file, as factors: values now over values then.
 
-    A value changed if the two 95 % intervals do not meet; a count, if it is another one.
+    A value changed if the two 95 % intervals do not meet; a count, if it is another one. Where a value may be below 0,
+    the change is a difference.
     """
-    changed, unchanged, new, machines = list[Figure](), 0, 0, list[Mapping[str, str]]()
+    changed, unchanged, new, others = list[Figure](), 0, 0, dict[str, None]()
     for name, results in found.items():
         old = of_question(before, name, now.setting)
-        machines += [result.run.setting["machine"] for result in old]
+        for result in old:
+            s = result.run.setting
+            if s["machine"] != now.setting["machine"]:
+                others[f"{path} is of another machine."] = None
+            elif any(s[key] != now.setting[key] for key in ("device", "dtype", "threads", "quick")):
+                others[f"{path} was measured with {result.run.words}; now it is {now.words}."] = None
         then = {_key(f): f for f in figures_of(old) if f.measured}
         for f in (f for f in figures_of(results) if f.measured):
             if _key(f) not in then:
@@ -85,18 +95,25 @@ def changes(path: str, before: Sequence[Result], found: Mapping[str, Sequence[Re
             if low <= old_high and old_low <= high:
                 unchanged += 1
                 continue
-            ends: dict[str, Any] = {"low": low / old_high, "high": high / old_low, "predicted": None, "exact": False}
-            factor = (f.measured or 1.0) / (then[_key(f)].measured or 1.0)
-            case = {"question": name, **f.case}
-            changed.append(dataclasses.replace(f, case=case, unit="x", measured=factor, **ends))
-    changed.sort(key=lambda f: -abs(math.log(f.measured or 1.0)))
-    told = "; ".join(f"{words(f.metric)} of {case_words(f)} {human(f.measured, 'x')}" for f in changed[:3])
+            was, case = then[_key(f)].measured or 0.0, {"question": name, **f.case}
+            how: dict[str, Any] = {"case": case, "predicted": None, "exact": False}
+            if min(low, old_low) > 0:
+                how |= {
+                    "unit": "x",
+                    "measured": (f.measured or 0.0) / was,
+                    "low": low / old_high,
+                    "high": high / old_low,
+                }
+            else:
+                how |= {"measured": (f.measured or 0.0) - was, "low": low - old_high, "high": high - old_low}
+                how |= {"metric": f"change of {f.metric}"}
+            changed.append(dataclasses.replace(f, **how))
+    changed.sort(key=lambda f: -abs(math.log(f.measured or 1.0)) if f.unit == "x" else -abs(f.measured or 0.0))
+    told = "; ".join(f"{words(f.metric)} of {case_words(f)} {human(f.measured, f.unit)}" for f in changed[:3])
     finding = f"{plural(len(changed), 'value')} changed{', most of all ' if told else ''}{told}. "
     finding += f"{unchanged} are the same or within their intervals, {new} are not in the older file."
-    another = any(machine != now.setting["machine"] for machine in machines)
-    warnings = [f"{path} is of another machine."] if another else []
     title = f"What changed since {path}? Values now over values then"
-    return Section(name="changes", title=title, finding=spaced(finding), figures=changed, warnings=warnings)
+    return Section(name="changes", title=title, finding=spaced(finding), figures=changed, warnings=list(others))
 
 
 def _key(f: Figure) -> tuple[Any, ...]:

@@ -44,6 +44,8 @@ class Run:
     """All that a figure depends on."""
     rates: Mapping[str, str]
     """Rates of the machine, in words."""
+    text: str = ""
+    """File that --text names."""
 
     @property
     def words(self) -> str:

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import shlex
 import sys
 import time
 import traceback
@@ -93,7 +95,15 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[.
         measure: returns the rates of a device.
     """
     command = checked(parse(BenchmarksCommand, "benchmarks", args, help=HELP), known)
-    console = Console(stderr=command.json, width=None if sys.stdout.isatty() else 120)
+    console = Console(stderr=command.json)
+    if not console.is_terminal:
+        console.width = 120
+    if command.list and command.json:
+        told = [
+            {"name": q.name, "title": q.title, "needs": q.needs, "on_request": q.on_request} for q in known.values()
+        ]
+        print(json.dumps(told))
+        return 0
     if command.list:
         for name, question in known.items():
             more = f"  (cannot run here: {question.needs})" if question.needs else ""
@@ -110,7 +120,7 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[.
     done = results.start(path)
     with contextlib.redirect_stdout(sys.stderr):  # measured libraries may print
         setting = setting_of(command, device, measure or load_or_measure)
-        run = run_of(setting, " ".join(args))
+        run = run_of(setting, shlex.join(args))
         try:
             here = {name: known[name] for name in asked if name not in left_out}
             left_out |= measure_all(here, setting, run, path, [] if command.fresh else done, command.cases)
@@ -228,11 +238,14 @@ def run_of(setting: Setting, words: str) -> Run:
         "threads": torch.get_num_threads(),
         "machine": dict(setting.roofs.card),
     }
+    if setting.text is not None:
+        depends["text"] = hashlib.sha256(setting.text.read_bytes()).hexdigest()[:12]
     roofs, date = setting.roofs, datetime.now().astimezone().isoformat(timespec="seconds")
     rates = {f"matrix product, {dtype}": human(rate, "FLOP/s") for dtype, rate in roofs.peak.items()}
     rates |= {"reading memory": human(roofs.bandwidth, "bytes/s"), "copying memory": human(roofs.copy, "bytes/s")}
     command = f"python -m benchmarks {words}".rstrip()
-    return Run(date=date, command=command, commit=results.commit(), setting=depends, rates=rates)
+    more = {"rates": rates, "text": str(setting.text or "")}
+    return Run(date=date, command=command, commit=results.commit(), setting=depends, **more)
 
 
 def spent() -> float:

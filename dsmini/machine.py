@@ -195,7 +195,7 @@ def card(device: torch.device) -> dict[str, str]:
         pass
     return {
         "processor": name,
-        "cores": str(os.cpu_count()),
+        "cores": str(cores()),
         "threads": str(torch.get_num_threads()),
         "memory": f"{memory_bytes(device) / 2**30:.0f} GiB" if memory_bytes(device) else "unknown",
         "last-level cache": f"{last_level_cache(device) / 2**20:.0f} MiB",
@@ -253,16 +253,31 @@ def refuse_too_large(nbytes: int, what: str, device: torch.device) -> None:
         )
 
 
+def _memory_groups() -> Iterator[Path]:
+    """Yield the folders of the control groups that this process is in, of both versions, up to their roots."""
+    root = Path("/sys/fs/cgroup")
+    yield root
+    yield root / "memory"
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                group = Path(path.lstrip("/"))
+                yield from (root / controllers / place for place in (group, *group.parents) if place != Path())
+
+
 def _cpu_limits() -> Iterator[int]:
     with suppress(OSError, KeyError, ValueError, IndexError):
         lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
         kib = {words[0]: int(words[1]) for words in lines}
         yield 1024 * (kib["MemAvailable:"] + kib["SwapFree:"])
-    with suppress(OSError, KeyError, ValueError):  # a container's limit; pages of files count as used, and can be freed
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        yield limit - used + int(stat["inactive_file"]) + int(stat["active_file"])
+    for group in _memory_groups():
+        # a container's limit; pages of files count as used, and can be freed
+        for names, prefix in ((("max", "current"), ""), (("limit_in_bytes", "usage_in_bytes"), "total_")):
+            with suppress(OSError, KeyError, ValueError):
+                limit, used = (int((group / f"memory.{name}").read_text()) for name in names)
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                yield limit - used + int(stat[f"{prefix}inactive_file"]) + int(stat[f"{prefix}active_file"])
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         with suppress(OSError, ValueError, IndexError):

@@ -63,16 +63,17 @@ def layer_speed(setting: Setting, context: int) -> Iterator[Figure]:
 def answer(figures: list[Figure]) -> str:
     held = {(f.case["attention"], f.case["cache"]): f.measured or 0 for f in pick(figures, "bytes_per_token")}
     mla, mha, fp8 = (held.get(key) for key in (("MLA", "bfloat16"), ("MHA", "bfloat16"), ("MLA", "fp8")))
-    if not mla or not mha:
-        return ""
-    text = f"MLA stores {mla:,.0f} bytes a token in all {models.BIG.n_layers} layers"
-    text += f" ({fp8:,.0f} in FP8)" if fp8 else ""
-    text += f", {1 - mla / mha:.1%} less than MHA with the same heads ({mha:,.0f})"
-    v4 = held.get(("V4", "fp8"))
-    text += f"; V4's attention stores {v4:,.0f} in FP8" if v4 else ""
+    told = []
+    if mla and mha:
+        text = f"MLA stores {mla:,.0f} bytes a token in all {models.BIG.n_layers} layers"
+        text += f" ({fp8:,.0f} in FP8)" if fp8 else ""
+        text += f", {1 - mla / mha:.1%} less than MHA with the same heads ({mha:,.0f})"
+        v4 = held.get(("V4", "fp8"))
+        told.append(text + (f"; V4's attention stores {v4:,.0f} in FP8." if v4 else "."))
     with_heads = [f for f in pick(figures, "times_as_long") if f.case["attention"] == "MHA"]
-    slower = compared(with_heads, "context", "at context {}", key="attention")
-    return f"{text}. Time to decode a token, next to MLA: {slower}." if slower else f"{text}."
+    if slower := compared(with_heads, "context", "at context {}", key="attention"):
+        told.append(f"Time to decode a token, next to MLA: {slower}.")
+    return " ".join(told)
 
 
 QUESTION = Question(

@@ -1,6 +1,7 @@
 """Show progress: a bar in a terminal, lines at intervals in a pipe or a file."""
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -61,6 +62,8 @@ class Progress:
         self._started = self._begun = self._last_line = time.monotonic()
         self._lines: int | None = None  # number of lines that the work done so far is worth
         self._ended: float | None = None
+        # a dumb terminal shows no bar, and a file that FORCE_COLOR makes a terminal would get each of its frames
+        self._live: bool = console.is_interactive and ("FORCE_COLOR" not in os.environ or console.file.isatty())
         columns = [TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[words]}")]
         self._bar = RichProgress(
             columns[0],
@@ -68,7 +71,7 @@ class Progress:
             columns[1],
             console=console,
             refresh_per_second=refresh_per_second,
-            disable=not console.is_terminal,
+            disable=not self._live,
             transient=not stays,
         )
         self._task = self._bar.add_task(label, total=total, words="")
@@ -162,7 +165,7 @@ class Progress:
 
     def _print_line(self, line: str) -> None:
         """Print a line, where there is no bar."""
-        if not self.console.is_terminal:
+        if not self._live:
             self._last_line = time.monotonic()
             say(self.console, line)
 

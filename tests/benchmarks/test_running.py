@@ -153,7 +153,7 @@ def test_reason_of_what_was_left_out_is_the_answer(go: Go, monkeypatch: pytest.M
 
 def test_question_that_cannot_run_is_left_out_unless_named(go: Go) -> None:
     known = {"fake_decode": replace(fake.decode(), needs="it needs a GPU"), "kv-cache": fake.cache()}
-    assert "cannot run here: it needs a GPU" in go("--list", known=known).err
+    assert {q["name"]: q["needs"] for q in json.loads(go("--list", known=known).out)}["fake_decode"] == "it needs a GPU"
     ran = go(known=known)
     assert ran.status == 0 and "left out: fake_decode (it needs a GPU)" in ran.err
     with pytest.raises(ValueError, match="fake_decode cannot run here: it needs"):
@@ -195,6 +195,29 @@ def test_compare_names_what_changed_beyond_its_interval(go: Go, tmp_path: Path) 
     assert "9 are the same or within their intervals, 0 are not in the older file" in ran.said
     ran = go("--compare", old, known={"fake_decode": fake.decode(speed=1.04)}, out="near")
     assert ran.answer["changed"] == [], "intervals of 2.5 % on each side meet"
+
+
+def test_a_change_of_sign_is_a_difference_and_other_settings_are_named(go: Go, tmp_path: Path) -> None:
+    def of(value: float) -> dict[str, Question]:
+        found = Figure(question="", case={"seed": 0}, metric="difference of loss", unit="nats", measured=value)
+        return with_cases(fake.cache(), case_of(found))
+
+    go(known=of(-0.02), out="old")
+    path = tmp_path / "old" / "results.jsonl"
+    path.write_text(path.read_text().replace('"quick": false', '"quick": true'))
+    ran = go("--compare", str(path), known=of(0.02), out="new")
+    (changed,) = ran.answer["changed"]
+    assert changed["metric"] == "change of difference of loss" and changed["unit"] == "nats"
+    assert changed["measured"] == pytest.approx(0.04)
+    assert "results.jsonl was measured with bfloat16 on cpu" in ran.said
+
+
+def test_another_text_is_measured_again(go: Go, tmp_path: Path) -> None:
+    text, again = tmp_path / "text.txt", []
+    for words in ("one", "two", "two"):
+        text.write_text(words)
+        again.append("already done" in go("fake_cache", "--text", str(text)).err)
+    assert again == [False, False, True]
 
 
 # --- the command line

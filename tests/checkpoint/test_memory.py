@@ -68,6 +68,30 @@ def test_model_larger_than_the_memory_is_refused(folder: Path, monkeypatch: pyte
     )
 
 
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/user.slice/run.scope", "user.slice", ("memory.max", "memory.current", "")),
+        ("4:memory:/docker/0123", "memory/docker/0123", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")),
+    ],
+)
+def test_free_memory_is_that_of_nested_groups(
+    line: str, folder: str, names: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, used, prefix = names
+    group = f"/sys/fs/cgroup/{folder}"
+    files = {"/proc/self/cgroup": line, f"{group}/{limit}": "2000000", f"{group}/{used}": "1500000"}
+    files[f"{group}/memory.stat"] = f"{prefix}inactive_file 1000\n{prefix}active_file 200"
+
+    def read_text(path: Path, *_: object) -> str:
+        if str(path) in files:
+            return files[str(path)]
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert free_bytes(CPU) == 501_200
+
+
 @NEEDS_PROC
 def test_free_memory_is_at_most_what_there_is() -> None:
     free = free_bytes(CPU)

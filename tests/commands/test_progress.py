@@ -64,6 +64,18 @@ def test_pipe_gets(name: str, clock: list[float]) -> None:
     assert said(console).splitlines() == PIPES[name]["lines"]
 
 
+@pytest.mark.parametrize("variable", ["TERM=dumb", "FORCE_COLOR=1"])
+def test_a_terminal_without_a_cursor_and_a_file_with_colours_get_lines(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(*variable.split("="))
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
+    with Progress(console, 10, "step", delay=0, line_every=1) as bar:
+        for done in (1, 2, 3):
+            bar.update(done, "words")
+    assert [line.split()[:2] for line in console.file.getvalue().splitlines()] == [["step", "words"]] * 3
+
+
 def test_pipe_gets_lines_of_a_second_bar_every_ten_seconds(clock: list[float]) -> None:
     console = pipe()
     with Progress(console, 10, "step", line_every=5) as bar, bar.part("validation") as update:

@@ -233,7 +233,7 @@ def test_absorbed_decoding_after_a_prompt_without_gradients_has_all_gradients() 
 
 
 def test_a_cache_next_to_a_mask_or_documents_is_refused() -> None:
-    made = Transformer(small_config()).new_cache(1)
+    made = Transformer(n_layers=2, n_mtp_layers=0).new_cache(1)
     cache = made.views(made.place(5))[0]
     for more in ({"mask": torch.ones(1, 5, 5, dtype=torch.bool)}, {"documents": torch.zeros(1, 5, dtype=torch.int64)}):
         with pytest.raises(ValueError, match="a cache, and a mask or documents"):
