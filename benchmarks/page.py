@@ -45,6 +45,7 @@ def section(question: Question, found: Sequence[Result], now: Run) -> Section:
     s, warnings = run.setting, list[str]()
     if s != now.setting:
         warnings.append(f"Measured earlier than the rest: {run.date[:10]}, commit {run.commit}, {run.words}.")
+    warnings += dict.fromkeys(f"{word}; --fresh measures again." for r in found if (word := r.run.disturbed))
     where = f"--device {s['device']} --dtype {s['dtype']} --threads {s['threads']} --fresh"
     where += f" --text {shlex.quote(run.text)}" if question.needs_text and run.text else ""
     return Section(

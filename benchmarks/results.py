@@ -46,6 +46,8 @@ class Run:
     """Rates of the machine, in words."""
     text: str = ""
     """File that --text names."""
+    disturbed: str = ""
+    """Sentence about what disturbed the measurement of the rates that predictions rest on; "" for nothing."""
 
     @property
     def words(self) -> str:

@@ -271,7 +271,8 @@ def measure_all(
     if only and not any(only in case.key for cases in by_name.values() for case in cases):
         some = ", ".join(repr(case.key) for cases in by_name.values() for case in cases[:3])
         raise ValueError(f"--cases {only!r} is in no case's name; names are {some} and others")
-    there = {(r.question, r.key) for r in done if not r.error and r.run.setting == run.setting}
+    whole = [r for r in done if not r.error and not r.run.disturbed]
+    there = {(r.question, r.key) for r in whole if r.run.setting == run.setting}
     planned = {name: [case for case in cases if only in case.key] for name, cases in by_name.items()}
     todo = {name: [case for case in of if (name, case.key) not in there] for name, of in planned.items()}
     number, all_of_them = (sum(map(len, of.values())) for of in (todo, planned))
@@ -314,6 +315,8 @@ def measure_case(name: str, case: Case, setting: Setting, run: Run, path: Path) 
         steady = steadiness(setting.roofs, setting.device)
         figures = [dataclasses.replace(figure, question=name) for figure in case.run()]
         steady = min(steady, steadiness(setting.roofs, setting.device))
+        disturbed = setting.roofs.disturbed or (setting.prices.disturbed if setting.prices else "")
+        run = dataclasses.replace(run, disturbed=disturbed)
     except Exception as error:  # from the measured code; errors of writing are not caught here
         if setting.quick and isinstance(error, TimeOverError):
             raise

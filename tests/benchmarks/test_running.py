@@ -212,6 +212,16 @@ def test_a_change_of_sign_is_a_difference_and_other_settings_are_named(go: Go, t
     assert "results.jsonl was measured with bfloat16 on cpu" in ran.said
 
 
+def test_rates_of_a_busy_machine_are_said_and_measured_again(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = fake.roofs
+    monkeypatch.setattr(fake, "roofs", lambda *args, **more: replace(quiet(*args, **more), disturbed="It was busy"))
+    for _ in range(2):
+        ran = go("fake_cache")
+        assert "It was busy; --fresh measures again." in ran.said and "already done" not in ran.said
+    monkeypatch.setattr(fake, "roofs", quiet)
+    assert "It was busy" not in go("fake_cache").said and "already done" in go("fake_cache").said
+
+
 def test_another_text_is_measured_again(go: Go, tmp_path: Path) -> None:
     text, again = tmp_path / "text.txt", []
     for words in ("one", "two", "two"):
