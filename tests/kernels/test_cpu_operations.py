@@ -453,6 +453,7 @@ def test_a_score_of_nan_is_chosen_and_no_hidden_key_is(isa: str) -> None:
 # what is not served
 
 
+@pytest.mark.memory(1)
 def test_more_tokens_than_memory_take_turns(isa: str) -> None:
     """Beyond the memory of hidden numbers and of panels, tokens are computed in turns."""
     linears = Case(quantized_linear, (torch.randn(700, 9000), weight_in("bfloat16", 5, 9000)), terms=9000, chained=1)
