@@ -23,7 +23,7 @@ WIDE: Mapping[str, int] = {
 }
 """DeepSeek's own widths of heads and latent, in a model of the same size. All groups of experts may be chosen."""
 TRAINED = ModelConfig.from_file(Path(__file__).with_name("trained.toml"))
-CORPUS = cache_next_to(Path("runs/new"))
+CORPUS = cache_next_to(None)
 
 
 def decoded(quick: bool) -> ModelConfig:

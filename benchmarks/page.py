@@ -45,7 +45,7 @@ def section(question: Question, found: Sequence[Result], now: Run) -> Section:
     s, warnings = run.setting, list[str]()
     if s != now.setting:
         warnings.append(f"Measured earlier than the rest: {run.date[:10]}, commit {run.commit}, {run.words}.")
-    warnings += dict.fromkeys(f"{word}; --fresh measures again." for r in found if (word := r.run.disturbed))
+    warnings += dict.fromkeys(f"{word}; the same command measures again." for r in found if (word := r.run.disturbed))
     where = f"--device {s['device']} --dtype {s['dtype']} --threads {s['threads']} --fresh"
     where += f" --text {shlex.quote(run.text)}" if question.needs_text and run.text else ""
     return Section(
@@ -96,18 +96,14 @@ def changes(path: str, before: Sequence[Result], found: Mapping[str, Sequence[Re
             if low <= old_high and old_low <= high:
                 unchanged += 1
                 continue
-            was, case = then[_key(f)].measured or 0.0, {"question": name, **f.case}
-            how: dict[str, Any] = {"case": case, "predicted": None, "exact": False}
+            value, was = f.measured, then[_key(f)].measured
+            assert value and was, "only measured figures are compared"
+            how: dict[str, Any] = {"case": {"question": name, **f.case}, "predicted": None, "exact": False}
             if min(low, old_low) > 0:
-                how |= {
-                    "unit": "x",
-                    "measured": (f.measured or 0.0) / was,
-                    "low": low / old_high,
-                    "high": high / old_low,
-                }
+                how |= {"unit": "x", "measured": value / was, "low": low / old_high, "high": high / old_low}
             else:
-                how |= {"measured": (f.measured or 0.0) - was, "low": low - old_high, "high": high - old_low}
-                how |= {"metric": f"change of {f.metric}"}
+                how |= {"metric": f"change of {f.metric}", "measured": value - was}
+                how |= {"low": low - old_high, "high": high - old_low}
             changed.append(dataclasses.replace(f, **how))
     changed.sort(key=lambda f: -abs(math.log(f.measured or 1.0)) if f.unit == "x" else -abs(f.measured or 0.0))
     told = "; ".join(f"{words(f.metric)} of {case_words(f)} {human(f.measured, f.unit)}" for f in changed[:3])

@@ -51,16 +51,8 @@ ABOUT = 0.1
 LONGEST_BAR, COLUMNS = 40, 140
 """Widths of the longest bar and of the terminal, in characters."""
 NOT_COPIED = (
-    ".git",
-    "runs",
-    "results",
-    "comparisons",
-    "site",
-    "api",
-    ".venv",
-    "__pycache__",
-    ".*_cache",
-    "corpus-cache",
+    *(".git", "runs", "results", "comparisons", "site", "api"),
+    *(".venv", "__pycache__", ".*_cache", "corpus-cache"),
 )
 
 

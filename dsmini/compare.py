@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dsmini.config.fields import require
 from dsmini.console.command import run, speaks
-from dsmini.console.commandline import Help, parse
+from dsmini.console.commandline import Help, parse, refuse_twice
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.reading import find_config, read_toml
@@ -131,8 +131,7 @@ def _refuse(command: CompareCommand, words: Sequence[str], rest: Sequence[str]) 
     require(finite, f"--minutes {command.minutes} is not a time; use 1 or more")
     lines = command.out is None or (command.out.suffix == ".jsonl" and not command.out.is_dir())
     require(lines, f"--out {command.out} is to have lines of JSON; let it end in .jsonl")
-    twice = [flag for flag in ("--idea", "--set") if sum(arg.partition("=")[0] == flag for arg in rest) > 1]
-    require(not twice, f"{' and '.join(twice)} given twice; write all after one: --idea A B, each in quotes")
+    refuse_twice(rest, "--idea", "--set")
     others = {arg.partition("=")[0] for arg in rest if arg.startswith("--")} - {"--report", "--json"}
     alone = command.report is None or not (words or others)
     require(alone, f"--report shows results that are there, without arms and {', '.join(sorted(others)) or 'configs'}")

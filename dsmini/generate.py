@@ -16,7 +16,7 @@ from rich.console import Console
 from dsmini.checkpoint.run_folder import TOY, find_model, is_model_folder, run_tokenizer
 from dsmini.config.fields import require
 from dsmini.console.command import complain, run
-from dsmini.console.commandline import Help, parse
+from dsmini.console.commandline import Help, parse, refuse_twice
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.distributed.meeting import launched, tell
@@ -125,10 +125,7 @@ def _refuse(command: GenerateCommand, args: Sequence[str]) -> None:
     """Raise ValueError for flags that contradict each other or have no meaning, before a model is read."""
     from dsmini.inference.generation import check_new_tokens
 
-    given = [arg.partition("=")[0].replace("_", "-") for arg in args]
-    for flag in ("--prompt", "--prompt-file", "--stop"):
-        fix = f"write all after one: {flag} A B, each in quotes"
-        require(given.count(flag) < 2, f"{flag} given twice; {fix}")
+    refuse_twice(args, "--prompt", "--prompt-file", "--stop")
     require(-(2**63) <= command.seed < 2**63, f"--seed {command.seed} is too large; use less than 2^63")
     require(
         command.chat or command.system is None,

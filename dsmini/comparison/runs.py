@@ -120,7 +120,7 @@ def run_missing(comparison: Comparison, results: Results, seeds: int, jobs: int 
         while waiting or running:
             while waiting and len(running) < at_a_time:
                 arm, seed = waiting.pop(0)
-                request = request_of(arm, seed, cache_of(results.path))
+                request = request_of(arm, seed, cache_next_to(results.path))
                 running[pool.submit(processes.ask, request, f"{arm.name}, seed {seed}")] = arm, seed
             finished, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in sorted(finished, key=lambda done: done.exception() is not None):  # what is done is kept
@@ -132,11 +132,6 @@ def run_missing(comparison: Comparison, results: Results, seeds: int, jobs: int 
     return len(missing)
 
 
-def cache_of(path: Path) -> Path:
-    """Return the folder of tokenized corpora next to a file of results."""
-    return cache_next_to(path)
-
-
 def read_corpora(comparison: Comparison, path: Path, progress: ProgressCallback) -> dict[str, str]:
     """Tokenize what the arms train on, before their runs do, and return the hash of each arm's corpus.
 
@@ -145,7 +140,7 @@ def read_corpora(comparison: Comparison, path: Path, progress: ProgressCallback)
     found: dict[str, str] = {}
     for arm in comparison.arms:
         c = arm.config
-        corpus = load_corpus(c.data, c.seq_len, c.model.vocab_size, cache_of(path), 0, progress=progress)
+        corpus = load_corpus(c.data, c.seq_len, c.model.vocab_size, cache_next_to(path), 0, progress=progress)
         found[arm.name] = corpus.sha256
     return found
 
@@ -165,7 +160,7 @@ def with_steps_for(
             if before is not None and before.head["minutes"] == minutes and arm.name in before.names:
                 steps = before.head["arms"][arm.name]["config"]["train"]["steps"]
             else:
-                seconds = processes.ask(request_of(arm, None, cache_of(path)), arm.name)
+                seconds = processes.ask(request_of(arm, None, cache_next_to(path)), arm.name)
                 steps = max(1, round(minutes * 60 / seconds))
             train = replace(arm.config.train, steps=steps)
             arms.append(replace(arm, config=replace(arm.config, train=train)))

@@ -362,11 +362,19 @@ def _in_released_spelling(raw: Mapping[str, Any], source: str) -> dict[str, Any]
     width = raw.get("head_dim")
     for factor in factors:
         if isinstance(factor, float) and isinstance(width, int):
-            said["qk_rope_head_dim"] = int(width * factor) if math.isfinite(width * factor) else width * factor
+            said["qk_rope_head_dim"] = _product(width, factor)
     for key, value in said.items():
         if out.get(key) not in (None, value):
             raise ValueError(f"{source} has {key}={brief(out[key])}, and {brief(value)} in other words; keep one")
     return {key: value for key, value in (out | said).items() if key not in _V4_LISTS}
+
+
+def _product(a: Any, b: Any) -> float:
+    """Return a product in whole numbers; what is beyond any is refused later, with its key."""
+    try:
+        return int(a * b)
+    except (OverflowError, ValueError):
+        return math.inf
 
 
 def _without_mtp(ratios: Any, n_layers: Any, source: str) -> Any:
@@ -517,8 +525,7 @@ def _v4_inference_from_json(raw: Mapping[str, Any], source: str) -> dict[str, An
     out["swiglu_limit"] = out["swiglu_limit"] or None
     lengths = (out["max_seq_len"], out["original_seq_len"], out["rope_factor"])
     if all(isinstance(n, int | float) for n in lengths):  # max_seq_len is that of a cache
-        extended = lengths[1] * lengths[2]
-        out["max_seq_len"] = max(lengths[0], int(extended) if math.isfinite(extended) else extended)
+        out["max_seq_len"] = max(lengths[0], _product(*lengths[1:]))
     same = {
         "attention": V4,
         "n_dense_layers": 0,

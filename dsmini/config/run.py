@@ -39,8 +39,8 @@ class TrainConfig:
     muon_lr: float = setting(0.012, above=0)
     """Peak learning rate of Muon, for an update whose singular values are all about 1."""
     gate_lr: float | None = setting(1e-3, above=0)
-    """Largest peak learning rate of the gates (AdamW), which have a smaller lr too. Gates that learn fast fix their
-    choice too early."""
+    """Peak learning rate of the gates (AdamW), or lr where that is smaller. Gates that learn fast fix their choice too
+    early."""
     lr_schedule: tuple[str, ...] = ("warmup 0.01", "constant", "linear 0.8 to 0")
     """Phases of the learning rates: "warmup SHARE", "constant SHARE [at LEVEL]", "cosine to LEVEL", "linear to LEVEL".
     SHARE is a share of the steps, LEVEL a share of the peak. The phase without a share takes the other steps."""

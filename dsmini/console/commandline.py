@@ -63,6 +63,13 @@ def take_folder(args: Sequence[str], flag: str) -> tuple[Path | None, list[str]]
     return found, rest
 
 
+def refuse_twice(args: Sequence[str], *flags: str) -> None:
+    """Raise ValueError for a flag of several values that is given twice: the last would replace the first."""
+    given = [arg.partition("=")[0].replace("_", "-") for arg in args]
+    if twice := [flag for flag in flags if given.count(flag) > 1]:
+        raise ValueError(f"{twice[0]} given twice; write all after one: {twice[0]} A B, each in quotes")
+
+
 def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = None, help: Help | None = None) -> C:
     """Read the arguments into a dataclass; explain a wrong one and exit with status 2.
 

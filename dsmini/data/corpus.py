@@ -161,8 +161,13 @@ class Loader:
             self._pool.shutdown(cancel_futures=True)
 
 
-def cache_next_to(place: Path) -> Path:
-    """Return the folder of the tokenized corpora of a run's folder or a file of results: one for all in its parent."""
+def cache_next_to(place: Path | None) -> Path:
+    """Return the folder of the tokenized corpora of a run's folder or a file of results: one for all in its parent.
+
+    Args:
+        place: None: a new run of no name, in runs.
+    """
+    place = place or Path("runs/new")
     return (place if place.name not in ("", "..") else place.resolve()).parent / "corpus-cache"
 
 

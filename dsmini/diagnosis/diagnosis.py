@@ -269,7 +269,7 @@ def decoding_subject(what: Path | None, batch: int, context: int | None) -> Deco
 
 def _corpus_of(config: RunConfig, run: Path | None) -> Corpus:
     """Return the text of a config, or of a run with its own tokenizer."""
-    data, cache = config.data, cache_next_to(run or Path("runs/new"))
+    data, cache = config.data, cache_next_to(run)
     if run is not None:
         data = dataclasses.replace(data, tokenizer=tokenizer_file(run, config))
     return load_corpus(data, config.seq_len, config.model.vocab_size, cache, config.train.seed)

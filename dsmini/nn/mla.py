@@ -243,7 +243,7 @@ class MLA(nn.Module):
         weight = self.wkv_b.weight
         if weight.is_inference() or (torch.is_grad_enabled() and weight.requires_grad):
             store = None  # nobody counts its changes, or the halves have a gradient
-        key = (id(weight), weight.data_ptr(), None if weight.is_inference() else weight._version, dtype)
+        key = () if store is None else (id(weight), weight.data_ptr(), weight._version, dtype)
         if store is not None and store.halves is not None and store.halves[0] == key:
             return store.halves[1]
         w_uk, w_uv = rearrange(self.wkv_b.dense(dtype), "(h d) c -> h d c", h=self.n_heads).tensor_split(

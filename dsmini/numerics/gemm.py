@@ -388,9 +388,9 @@ def _check_operands(x: Tensor | QuantizedTensor, w: Tensor | QuantizedTensor, en
     for value, name in ((x, "x"), (w, "w")):
         if not isinstance(value, QuantizedTensor):
             check_source(value, name)
-    devices = {str(value.device): None for value in (x, w, ends) if value is not None}
+    devices = dict.fromkeys(value.device for value in (x, w, ends) if value is not None)
     if len(devices) > 1:
-        raise ValueError(f"x, w and ends are on {', '.join(devices)}; want one device: move them by .to()")
+        raise ValueError(f"x, w and ends are on {', '.join(map(str, devices))}; want one device: move them by .to()")
     if isinstance(x, QuantizedTensor) and x.tile != ACTIVATION_TILE:
         raise ValueError(f"x is quantized in tiles of {x.tile[0]}x{x.tile[1]}; want 1x128: quantize(x)")
     grouped = ends is not None

@@ -41,8 +41,6 @@ class RunOrigin:
     """The config until now, of the run to continue or of the weights; None for drawn weights."""
     weights: Path | None = None
     """The checkpoint or the model's folder that the weights are from; None: they are drawn."""
-    folder: bool = False
-    """True for the weights of a model's folder, whose context may be longer than memory allows in training."""
     rows: "Callable[[str, slice], Tensor] | None" = None
     """Reads rows of a tensor of the weights, by its name in the model's state dict."""
     checkpoint: "Checkpoint | None" = None
@@ -62,7 +60,8 @@ class RunOrigin:
             return config
         if self.resume is None:
             check_init(self.before.model, config.model, str(self.weights))
-            if self.folder and config.train.seq_len is None:
+            # a folder's context may be longer than memory allows in training
+            if self.weights is not None and is_model_folder(self.weights) and config.train.seq_len is None:
                 seq_len = min(config.model.max_seq_len, FOLDER_SEQ_LEN)
                 config = dataclasses.replace(config, train=dataclasses.replace(config.train, seq_len=seq_len))
             return config
@@ -158,7 +157,7 @@ def origin_of_weights(path: Path, say: Callable[[str], None]) -> RunOrigin:
         own = is_there(tokenizer) and not is_byte_tokenizer(tokenizer)
         run = RunConfig(model=there.config, data=DataConfig(tokenizer=tokenizer if own else None))
         name = path.resolve().name or "model"
-        return RunOrigin(config=run, name=name, before=run, weights=path, rows=there.rows, folder=True)
+        return RunOrigin(config=run, name=name, before=run, weights=path, rows=there.rows)
     found = model_checkpoint(path, say=say)
     data, folder = found.config.data, found.folder.resolve().parent.parent
     if data.tokenizer is not None and is_there(folder / "tokenizer.json"):  # the original may have changed, or be gone

@@ -341,7 +341,11 @@ class TrainingRun:
         if train.optimizer == "muon":
             lower += f" --train.muon-lr {train.muon_lr / 2:g}"
         before = [folder for folder in checkpoint_folders(self.folder) if checkpoint_step(folder) < step - skipped]
-        whole = [folder for folder in before if not read_checkpoint(folder, (), verified=True).state.skipped_in_a_row]
+        whole = []
+        for folder in before:
+            with suppress(ValueError):  # a damaged one is nothing to start from
+                if not read_checkpoint(folder, (), verified=True).state.skipped_in_a_row:
+                    whole.append(folder)
         again = f"from an earlier state with --init {whole[0]} {lower}" if whole else f"a new run with {lower}"
         return (
             f"no finite gradient in the {skipped} steps up to step {step}, of as many batches; look at the data, or "

@@ -171,7 +171,7 @@ def _options(origin: RunOrigin, config: RunConfig) -> dict[str, object]:
 def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Corpus:
     """Read the run's corpus, tokenized once into a folder next to the run. A resumed run has its own tokenizer."""
     data = dataclasses.replace(config.data, tokenizer=tokenizer_file(resume, config)) if resume else config.data
-    cache = cache_next_to(config.out or Path("runs/new"))
+    cache = cache_next_to(config.out)
     with Progress(console, label="the corpus", unit="bytes") as progress:
         return load_corpus(
             data, config.seq_len, config.model.vocab_size, cache, config.train.seed, progress=progress.stage

@@ -217,7 +217,7 @@ def test_rates_of_a_busy_machine_are_said_and_measured_again(go: Go, monkeypatch
     monkeypatch.setattr(fake, "roofs", lambda *args, **more: replace(quiet(*args, **more), disturbed="It was busy"))
     for _ in range(2):
         ran = go("fake_cache")
-        assert "It was busy; --fresh measures again." in ran.said and "already done" not in ran.said
+        assert "It was busy; the same command measures again." in ran.said and "already done" not in ran.said
     monkeypatch.setattr(fake, "roofs", quiet)
     assert "It was busy" not in go("fake_cache").said and "already done" in go("fake_cache").said
 

@@ -5,10 +5,10 @@ is first wanted. Both have one instruction set: the best of this CPU, or the one
 
 A library is stored in ${XDG_CACHE_HOME:-~/.cache}/dsmini/kernels as <key>-<sha256 of the file>.so, if only this user
 can write there (folder.py). The key hashes sources, flags and machine, and then the compiler; where there is none, that
-of any compiler serves. The library is built in a folder next
-to its place, tried in a process of its own (trial.py), then moved. A killed build leaves nothing that counts. Processes
-that want the same library wait for the one that builds it, where the folder has locks; elsewhere each builds its own. A
-file whose content does not hash to its name is damaged, and built again.
+of any compiler serves. The library is built in a folder next to its place, tried in a process of its own (trial.py),
+then moved. A killed build leaves nothing that counts. Processes that want the same library wait for the one that builds
+it, where the folder has locks; elsewhere each builds its own. A file whose content does not hash to its name is
+damaged, and built again.
 
 No OpenMP is linked: two runtimes in a process spin on the same cores. The library calls the runtime that torch has
 loaded, through the address of its `GOMP_parallel`. libgomp has it, and LLVM's libomp on Linux. Elsewhere kernels of
