@@ -49,7 +49,7 @@ class GenerateCommand:
     top_p: float | None = None
     """Draw from the fewest tokens whose probabilities sum to this, from 0 to 1."""
     min_p: float | None = None
-    """Draw from the tokens at least this many times as likely as the likeliest."""
+    """Draw from the tokens with at least this share of the likeliest one's probability."""
     repetition_penalty: float = 1.0
     """A number above 1 makes tokens less likely that the text already holds."""
     stop: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ class GenerateCommand:
 HELP = Help(
     usage="[RUN_OR_FOLDER] [FLAGS]",
     examples=(
-        "           # the newest run, or the toy in the box",
+        "           # the newest run, or the trained toy",
         "runs/toy-001 --prompt 'def ' 'class ' --speculative",
         "DeepSeek-V2-Lite-Chat --chat",
     ),

@@ -35,7 +35,7 @@ class PlanCommand(PlanRequest):
     config: Annotated[Path | None, tyro.conf.Positional] = None
     """The config of the model: .toml or .json, or a name."""
     all: bool = False
-    """Show the tables of all main figures, and not only ten lines."""
+    """Show the tables of all main figures, and not only a line or two for each question."""
     search: bool = False
     """Search all layouts for the GPUs of --gpus: those that fit, fastest first, each with what binds it."""
     vary: tuple[str, ...] = ()

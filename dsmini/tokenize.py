@@ -15,7 +15,7 @@ from dsmini.atomic import try_writing, write_text
 from dsmini.config import DataConfig
 from dsmini.config.fields import require
 from dsmini.console.command import interruptible, run
-from dsmini.console.commandline import parse
+from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.data.documents import find, measure, notes, read_first, read_texts, split
@@ -36,7 +36,7 @@ class TokenizeCommand:
     tokenizer.json of the tokenizers library, for --data.tokenizer.
     """
 
-    corpus: Annotated[Path | None, tyro.conf.Positional] = None
+    corpus: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE_OR_FOLDER]")] = None
     """A text file, or a folder of them, plain or .gz. Left out: the source code of Python's own standard library."""
     vocab_size: int = 4096
     """Number of token ids, with the special tokens and the 256 bytes."""
@@ -48,9 +48,16 @@ class TokenizeCommand:
     """Print the figures as a line of JSON, and everything else to the standard error."""
 
 
+HELP = Help(
+    usage="[FILE_OR_FOLDER] [FLAGS]",
+    examples=("book.txt --vocab-size 1024", "notes --out notes.json"),
+    main=("corpus", "vocab_size", "out", "val_fraction", "json"),
+)
+
+
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(TokenizeCommand, "dsmini.tokenize", args)
+    command = parse(TokenizeCommand, "dsmini.tokenize", args, help=HELP)
     console = Console(stderr=command.json)
     config = DataConfig(path=command.corpus, val_fraction=command.val_fraction)
     source = find(config.path)

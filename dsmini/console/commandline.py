@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -206,7 +206,7 @@ def short_help(kind: type, prog: str, help: Help, default: Any = None, width: in
     column = max(len(flag) for flag, _ in shown) + 2
     about = (kind.__doc__ or "").partition("\n")[0]
     lines = [f"usage: {prog} {help.usage}", *textwrap.wrap(about, width), ""]
-    whole = [example if example.startswith("torchrun") else f"{prog} {example}" for example in help.examples]
+    whole = [example if example.startswith("torchrun") else f"{prog} {example}".rstrip() for example in help.examples]
     lines += [f"  {example}" for example in whole] + [""]
     for flag, said in shown:
         sentence = said.partition(". ")[0].rstrip(".")
@@ -246,6 +246,8 @@ def field_docstrings(kind: type) -> dict[str, str]:
 def _typed(path: str, value: Any, hint: Any) -> str:
     """Return a flag as one would type it: --train.steps 1450; if None, --data.path PATH."""
     flag = "--" + path.replace("_", "-")
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
     if isinstance(value, bool):
         return f"{flag} (on)" if value else flag
     if value == ():

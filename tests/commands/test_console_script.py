@@ -4,16 +4,21 @@ import ast
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import tyro
 from rich.console import Console
 
 import dsmini
 from dsmini.__main__ import COMMANDS, main
+from dsmini.console.commandline import flags
 from dsmini.console.messages import printable, say
 from tests.conftest import SMALL
 from tests.helpers.commands import ROOT, run_all, run_apart
@@ -64,6 +69,23 @@ def test_script_lists_the_commands_and_runs_them(tmp_path: Path) -> None:
 def test_no_help_speaks_of_python(tmp_path: Path) -> None:
     for status, said in run_all([(f"dsmini.{name}", "--help-all") for name in COMMANDS if name != "explain"], tmp_path):
         assert status == 0 and "Raises" not in said and "ValueError" not in said
+
+
+def test_every_help_is_a_screen_in_the_words_of_a_reader(tmp_path: Path) -> None:
+    for status, said in run_all([(f"dsmini.{name}", "--help") for name in COMMANDS], tmp_path):
+        assert status == 0 and "{None}" not in said and re.search(r"All \d+ in full: .* --help-all\n$", said)
+        assert [line for line in said.splitlines() if line != line.rstrip()] == []
+
+
+def test_help_names_what_a_flag_of_several_values_takes() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Command:
+        """Try."""
+
+        python: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+        """Another Python."""
+
+    assert [typed for _, typed, _ in flags(Command)] == ["--python PATH ..."]
 
 
 def test_script_is_installed_as_dsmini() -> None:
