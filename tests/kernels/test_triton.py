@@ -76,6 +76,28 @@ def test_missing_triton_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.why_not() == "Triton is not installed; pip install triton"
 
 
+@wants_triton
+@pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's")
+def test_gpu_without_a_c_compiler_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton finds no compiler in the first launch, in the middle of a training step."""
+
+    def launch() -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backend, "_launch_one", launch)
+    for cached in (backend._why_no_launch, ops._load):
+        cached.cache_clear()
+    reason = "Triton cannot run a kernel on this GPU: RuntimeError: Failed to find C compiler. Please specify via CC"
+    try:
+        with pytest.warns(UserWarning, match=reason):
+            assert ops.serving("cuda") == "eager"
+        assert backend.why_not() == reason
+    finally:
+        for cached in (backend._why_no_launch, ops._load):
+            cached.cache_clear()
+
+
 @pytest.mark.slow
 @wants_triton
 @pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's")

@@ -4,6 +4,7 @@ With TRITON_INTERPRET=1 set before Triton's first import, its interpreter runs t
 in main memory too. The tests use it where there is no GPU.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 
@@ -30,7 +31,29 @@ def why_not(operation: str = "") -> str | None:
         return "TRITON_INTERPRET=1 was set after Triton's first import; set it before Python starts"
     if not tiles.interpreting() and not torch.cuda.is_available():
         return "Triton needs a GPU that torch can use, or TRITON_INTERPRET=1 in the environment from the start"
+    return None if tiles.interpreting() else _why_no_launch()
+
+
+@functools.cache
+def _why_no_launch() -> str | None:
+    """Return in one sentence why no kernel runs on this GPU; None if one does.
+
+    Triton compiles a part of each kernel with the system's C compiler, which many containers lack, and knows no GPUs
+    older than its own release supports. It says so in the first launch.
+    """
+    try:
+        with torch._C._DisableTorchDispatch():  # no counter counts it
+            _launch_one()
+    except Exception as error:  # of the compiler, of the driver, or of a missing file
+        words = (str(error).splitlines() or ["no message"])[0]
+        return f"Triton cannot run a kernel on this GPU: {type(error).__name__}: {words}"
     return None
+
+
+def _launch_one() -> None:
+    from dsmini_kernels.triton import tiles
+
+    tiles.dequantize(torch.zeros(1, 1, dtype=torch.uint8, device="cuda"), torch.ones(1, 1, device="cuda"), (1, 1))
 
 
 def prepare() -> dict[str, str | None]:
