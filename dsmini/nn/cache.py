@@ -62,9 +62,7 @@ class LayerCache:
         if (start := positions.shared_start) is not None:
             self.data[:, start : start + rows.shape[1]] = encoded
             return
-        assert positions.is_token is not None, "rows of different lengths say which columns are tokens"
-        sequence, column = positions.is_token.nonzero(as_tuple=True)
-        position = positions.positions.expand(len(rows), -1)[sequence, column]
+        sequence, column, position = positions.places()
         self.data[sequence, position] = encoded[sequence, column]
 
     def read(self, end: int, dtype: torch.dtype) -> Float[Tensor, "b {end} w"]:
@@ -151,6 +149,24 @@ class CachePositions:
             return None
         keys = torch.arange(self.n_keys, device=self.positions.device)
         return keys > self.positions[..., None]
+
+    @cached_property
+    def _places(self) -> dict[int | None, tuple[Tensor, Tensor, Tensor]]:
+        return {}
+
+    def places(self, latest: int | None = None) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Int[Tensor, " n"]]:
+        """Return sequence, column and position of each new token, or of the `latest` of each row alone.
+
+        They are found once for all layers: the host waits for the device to count them.
+        """
+        if latest not in self._places:
+            assert self.is_token is not None, "rows of different lengths say which columns are tokens"
+            counted = self.is_token
+            if latest is not None:
+                counted = counted & (self.positions >= self.lengths.to(self.positions.device)[:, None] - latest)
+            sequence, column = counted.nonzero(as_tuple=True)
+            self._places[latest] = sequence, column, self.positions.expand(len(counted), -1)[sequence, column]
+        return self._places[latest]
 
     def moved_back(self, depth: int) -> "CachePositions":
         """Return the positions for the multi-token prediction block of this depth.

@@ -63,14 +63,12 @@ class Rows(LayerCache):
         return self._decode(self.data[sequence.view(-1, *[1] * (places.dim() - 1)), places], dtype)
 
     def _store(self, encoded: Tensor, at: CachePositions) -> None:
-        size, b = self.data.shape[1], len(encoded)
+        size = self.data.shape[1]
         if at.is_token is None:
             self.data[:, at.positions[0, -size:] % size] = encoded[:, -size:]
             return
-        latest = at.positions >= at.lengths.to(self.data.device)[:, None] - size
-        sequence, column = (at.is_token & latest).nonzero(as_tuple=True)
-        place = at.positions.expand(b, -1)[sequence, column] % size
-        self.data[sequence, place] = encoded[sequence, column]
+        sequence, column, position = at.places(size)
+        self.data[sequence, position % size] = encoded[sequence, column]
 
     def _decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         return stored.to(dtype)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import MLA, ModelConfig, Transformer, ops
 from dsmini.nn import Cache, Context
@@ -155,6 +156,30 @@ def test_rows_of_unequal_length_answer_as_alone(small_model: Model, name: str, f
             rows = [rows[i] for i in kept]
 
     check()
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result has a shape that depends on numbers: there the host waits for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.nonzero.default
+        return func(*args, **(kwargs or {}))
+
+
+# of V4, rings of two sizes, and the entries of the one layer that has some
+@pytest.mark.parametrize(("name", "waits"), [("mla", 1), ("dsa", 1), ("v4", 3)])
+def test_rows_of_unequal_length_are_placed_once_for_all_layers(small_model: Model, name: str, waits: int) -> None:
+    model = small_model(**{"mla": {}, "dsa": DSA, "v4": V4_MODEL}[name]).eval()
+    cache, tokens = model.new_cache(2, 32), tokens_of(2, 20)
+    with Waits() as seen, ops.use("eager"):
+        model(tokens, cache, torch.tensor([20, 17]))
+        seen.count = 0
+        model(tokens[:, :1], cache)
+    assert seen.count == waits
 
 
 def test_truncate_forgets_the_last_tokens_of_each_row(small_model: Model) -> None:
