@@ -183,12 +183,19 @@ def own_share(device: str, threads: int | None) -> torch.device:
 
     The processes of a machine share its CPUs. Each has a GPU of its own.
 
-    Raises: ValueError for several processes on Apple's GPU, and for one without a GPU of its own.
+    Raises: ValueError for several processes on Apple's GPU, for one without a GPU of its own, and for several on GPUs
+        without LOCAL_RANK.
     """
     local, processes = os.environ.get("LOCAL_RANK"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     several = launched()[1] > 1
     named = device == "cuda" or (several and device.startswith("cuda:"))  # several cannot have the GPU of one number
-    if local is not None and (named or device == "auto") and torch.cuda.is_available():
+    on_gpu = (named or device == "auto") and torch.cuda.is_available()
+    if several and on_gpu and local is None:  # each would take the first GPU
+        raise ValueError(
+            "LOCAL_RANK is not set, so no process knows its GPU; start all with torchrun, or set it to the number of "
+            "each process on its machine, from 0"
+        )
+    if local is not None and on_gpu:
         device, there = f"cuda:{local}", torch.cuda.device_count()
         if int(local) >= there:
             raise ValueError(

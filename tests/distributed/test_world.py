@@ -189,6 +189,18 @@ def test_each_process_has_a_gpu_of_its_own(
         own_share("cuda", None)
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_processes_on_gpus_without_a_local_rank_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other launchers than torchrun, such as srun, set other variables."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match=r"LOCAL_RANK is not set, .* start all with torchrun"):
+        own_share(device, None)
+    assert own_share("cpu", None).type == "cpu"
+
+
 def test_several_processes_of_a_mac_use_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert own_share("auto", None).type == "mps"
