@@ -205,7 +205,7 @@ class HashGate(Gate):
         """Replace the table by `hash_table` of these token counts; None: all are equal."""
         if not self.tid2eid.is_meta:
             v, k = self.table_shape
-            counts = torch.ones(v, dtype=torch.int64) if counts is None else counts
+            counts = torch.ones(v, dtype=torch.int64, device="cpu") if counts is None else counts
             self.tid2eid.copy_(hash_table(counts, len(self.weight), k, self.layer))
 
     def forward(self, x: Float[Tensor, "n m"], tokens: Int[Tensor, " n"] | None = None) -> Routing:
@@ -244,18 +244,19 @@ def hash_table(counts: Int[Tensor, " v"], n_experts: int, k: int, layer: int = 0
 
     Greedy: from the most frequent token on, each gets the k experts with the least load so far, drawn by the number of
     the layer among equals. A token counts once more than it was seen, so that new ones are spread too. The result is
-    the same on every machine.
+    the same on every machine. It is made in main memory, whatever torch's default device.
 
     Args:
         counts: number of times that each token id was seen.
     """
+    counts = counts.cpu()
     draw, frequent = random.Random(layer).random, counts.argsort(descending=True, stable=True)
     experts = [(0, draw(), expert) for expert in range(n_experts)]
     heapq.heapify(experts)
-    table = torch.empty(len(counts), k, dtype=torch.int32)
+    table = torch.empty(len(counts), k, dtype=torch.int32, device="cpu")  # a GPU would be asked twice for each token
     for token, count in zip(frequent.tolist(), counts[frequent].tolist(), strict=True):
         least = [heapq.heappop(experts) for _ in range(k)]
-        table[token] = torch.tensor([expert for _, _, expert in least])
+        table[token] = torch.tensor([expert for _, _, expert in least], device="cpu")
         for load, _, expert in least:
             heapq.heappush(experts, (load + count + 1, draw(), expert))
     return table

@@ -96,3 +96,11 @@ def test_unseen_tokens_are_spread_too() -> None:
     """After four tokens of different counts two experts have the least load: not all unseen ones go there."""
     table = hash_table(torch.tensor([1000, 900, 800, 700] + [0] * 996), 8, 2)
     assert table[4:].flatten().bincount(minlength=8).max() < 2 * 996 * 2 / 8
+
+
+def test_table_is_made_in_main_memory_whatever_the_default_device() -> None:
+    """On a GPU each token would take two operations, and a vocabulary minutes. Meta tensors have no numbers at all."""
+    counts = torch.tensor([3, 0, 5, 1])
+    want = hash_table(counts, E, K)
+    with torch.device("meta"):
+        assert torch.equal(hash_table(counts, E, K), want)
