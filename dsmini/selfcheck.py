@@ -106,13 +106,14 @@ def kernels(device: str) -> str:
 
     ops.prepare()
     served, missing = list[str](), list[str]()
-    for kind in dict.fromkeys(("cpu", device.partition(":")[0])):
+    for where in dict.fromkeys(("cpu", device)):
+        kind = where.partition(":")[0]
         backend = ops.FOR_DEVICE.get(kind, "")
         library: Any = importlib.import_module(f"dsmini_kernels.{backend}") if backend else None
         if library is None or library.why_not():
             missing.append(f"{kind}: {library.why_not() if library else 'there are none'}")
             continue
-        x, results = torch.randn(130, 256, device=kind) * torch.logspace(-6, 6, 256, device=kind), []
+        x, results = torch.randn(130, 256, device=where) * torch.logspace(-6, 6, 256, device=where), []
         for name in (backend, "reference"):
             with ops.use(name):
                 codes, scales = quantize_tiles(x, (1, 128), "ue8m0", "e4m3", 1e-4)
@@ -140,13 +141,13 @@ def model(device: str) -> str:
             torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
     results: list[list[torch.Tensor]] = []
     for where, dtype, backend in ((device, torch.float32, None), ("cpu", torch.float64, "reference")):
-        net, ids = net.to(where, dtype), tokens.to(where)
+        net, ids = net.to(where).to(dtype), tokens.to(where)
         with ops.use(backend):
             total = net.losses(ids[:, :-1], ids[:, 1:]).total
             found = [*torch.autograd.grad(total, list(net.parameters()))]
             with torch.no_grad():
                 found += [net(ids), dsmini.generate(net, ids[:, :8], 8).tokens]
-        results.append([t.detach().double().cpu() for t in found])
+        results.append([t.detach().cpu().double() for t in found])  # Apple's GPUs have no FP64
     names = [*(f"the gradient of {name}" for name, _ in net.named_parameters()), "the logits", "the decoded tokens"]
     errors = [((a - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in zip(*results, strict=True)]
     worst = max(range(len(errors)), key=errors.__getitem__)
@@ -278,7 +279,11 @@ def _apart(name: str, device: str) -> Outcome:
         return Outcome(name, "failed", f"no end within {longest:g} s", longest)
     if not done.stdout:
         return Outcome(name, "failed", f"its process ended with status {done.returncode}; its last words are above")
-    return Outcome(**json.loads(done.stdout.splitlines()[-1]))
+    try:
+        return Outcome(**json.loads(done.stdout.splitlines()[-1]))
+    except (ValueError, TypeError):  # a library, such as NCCL, printed after it, or it was cut off
+        last = brief(done.stdout.splitlines()[-1])
+        return Outcome(name, "failed", f"its process ended with status {done.returncode} and the words {last}")
 
 
 def _report(outcomes: Sequence[Outcome], device: str) -> str:
@@ -288,8 +293,11 @@ def _report(outcomes: Sequence[Outcome], device: str) -> str:
     import dsmini
     from dsmini.machine import card
 
-    here, gpus = card(torch.device(device)), torch.cuda.device_count()
-    cuda = f"{gpus} x {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}" if gpus else "none"
+    try:
+        here, gpus = card(torch.device(device)), torch.cuda.device_count()
+        cuda = f"{gpus} x {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}" if gpus else "none"
+    except RuntimeError as error:  # a driver that fails must not take the report with it
+        here, cuda = card(torch.device("cpu")), f"CUDA {torch.version.cuda}, which fails: {str(error).splitlines()[0]}"
     counts = (f"{sum(o.state == state for o in outcomes)} {state}" for state in ("ok", "failed", "skipped"))
     isa = torch.backends.cpu.get_cpu_capability()
     lines = [

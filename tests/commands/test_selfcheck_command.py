@@ -2,11 +2,14 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from dsmini.selfcheck import CHECKS
+from dsmini import selfcheck
+from dsmini.selfcheck import CHECKS, Outcome
 from tests.helpers.commands import ROOT, check_refused, finish, run
 
 
@@ -41,3 +44,21 @@ def test_every_check_passes_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0 and len(done.stdout.splitlines()) == len(CHECKS) + 4, said
     states = [line.split(": ")[1] for line in done.stdout.splitlines()[3:-1]]
     assert states[1:] == ["ok"] * (len(CHECKS) - 2) + ["skipped"] and states[0] != "failed", said
+
+
+def test_report_outlives_a_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> str:
+        raise RuntimeError("CUDA error: unspecified launch failure\nmore")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", fail)
+    lines = selfcheck._report([Outcome("model", "failed", "RuntimeError: CUDA error")], "cpu").splitlines()
+    assert "which fails: CUDA error: unspecified launch failure; checked: cpu" in lines[2]
+    assert lines[3].startswith("- model: failed: RuntimeError: CUDA error")
+
+
+def test_words_of_a_library_after_an_outcome_fail_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], 0, stdout="NCCL version 2.27\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    found = selfcheck._apart("processes", "cuda")
+    assert (found.state, found.why) == ("failed", "its process ended with status 0 and the words 'NCCL version 2.27'")
