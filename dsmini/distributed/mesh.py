@@ -400,7 +400,7 @@ class Mesh:
         ]
         if counted:
             norms = torch._foreach_norm([grad for _, grad in counted])  # pyright: ignore[reportPrivateImportUsage]
-            squares[[place for place, _ in counted]] = torch.stack(list(norms)).to("cpu", torch.float64).square()
+            squares[[place for place, _ in counted]] = torch.stack(list(norms)).cpu().double().square()
         return squares
 
     # --- Muon

@@ -256,7 +256,7 @@ class Trainer:
                 counted = max(0, min(len(tokens), real - done))
                 scored = targets[:counted].to(self.device)
                 loss = self._score(tokens.to(self.device), scored, self._documents(tokens))
-                total += loss.double().cpu()
+                total += loss.cpu().double()  # Apple's GPUs have no FP64
                 done += len(tokens)
                 on_part(done / len(mine))
         finally:

@@ -253,3 +253,17 @@ def test_zero_init_zeroes_only_writers_to_the_residual_stream(small_config: Call
     ends = ("head.weight", "wo.weight", "w2.weight", "experts.w2")
     assert zero == {n for n, _ in Transformer(small_config()).named_parameters() if n.endswith(ends)}
     assert not {n for n, p in Transformer(small_config()).named_parameters() if p.abs().max() == 0}
+
+
+def test_losses_leave_the_device_before_they_are_fp64(
+    new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apple's GPUs have no FP64: torch raises a TypeError for it there."""
+
+    class OnApple:
+        def cpu(self) -> torch.Tensor:
+            return torch.tensor(2.0)
+
+    trainer = new_trainer()
+    monkeypatch.setattr(trainer, "_score", lambda *_: OnApple())
+    assert trainer.validate() > 0
