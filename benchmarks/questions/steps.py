@@ -45,7 +45,7 @@ def measure(work: Work, setting: Setting, batch: int, tokens: int) -> Iterator[F
         least = partial(accounting.decode_bytes_per_token, config, context=tokens + 1, batch=batch, dtype=dtype)
     shape = StepShape(work=work, config=config, dtype=dtype, batch=batch, tokens=tokens, train=adamw)
     step = shape.make(setting.device)
-    reset_peak()
+    reset_peak(setting.device)
     step()
     experts: list[float] = []
 

@@ -13,10 +13,10 @@ from dsmini.machine import peak_memory
 from dsmini.nn import Experts, FeedForward, Projection, Transformer
 
 
-def reset_peak() -> None:
-    """Reset the peak of memory to the current use, if the system can."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def reset_peak(device: torch.device) -> None:
+    """Reset the peak of memory, of this GPU or of this process, to the current use, if the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer
-from dsmini.measure.memory import saved_for_backward
+from dsmini.measure.memory import reset_peak, saved_for_backward
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
 from dsmini.nn.compressed_cache import CompressedCache
 from tests.helpers.configs import V4
@@ -51,3 +51,12 @@ def test_nothing_of_the_measured_graph_outlives_it() -> None:
     del model
     gc.collect()
     assert held() is None
+
+
+def test_the_peak_of_the_measured_gpu_is_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the current one, which is cuda:0 in a process that measures cuda:1."""
+    reset: list[object] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    for name in ("cpu", "cuda:1"):
+        reset_peak(torch.device(name))
+    assert reset == [torch.device("cuda:1")]
