@@ -164,8 +164,9 @@ def _round_what_they_read(experts: nn.Module) -> bool:
 def run_local(experts: nn.Module, rows: Rows, received: Int[Tensor, "ranks own"]) -> Float[Tensor, "rows m"]:
     """Return the output of this rank's experts for rows that are sorted by the rank they came from, then by expert."""
     own = torch.arange(received.shape[1], device=received.device).expand_as(received)
-    expert = own.flatten().repeat_interleave(received.flatten())
-    ones = torch.ones(len(expert), 1, dtype=torch.float32, device=received.device)
+    # the number of rows is known: without it the host would wait for the device
+    expert = own.flatten().repeat_interleave(received.flatten(), output_size=rows.shape[0])
+    ones = torch.ones(rows.shape[0], 1, dtype=torch.float32, device=received.device)
     return experts(rows, expert[:, None], ones)
 
 

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ModelConfig, Transformer
 from dsmini.config.run import CHUNKS, ParallelConfig
-from dsmini.distributed.expert_parallel import moe_layers
+from dsmini.distributed.expert_parallel import moe_layers, run_local
 from dsmini.distributed.mesh import Mesh, local
 from dsmini.distributed.world import World
 from dsmini.nn.transformer import IGNORE
@@ -207,3 +208,22 @@ def dispatched(world: World, zero: int) -> int:
 @pytest.mark.slow
 def test_rows_travel_as_codes_where_experts_are_divided_too() -> None:
     assert run_ranks(4, dispatched, 1) == run_ranks(4, dispatched, 0)
+
+
+def test_experts_of_what_came_wait_for_no_device() -> None:
+    """The number of rows is known: without it repeat_interleave asks the device for the sum of its counts."""
+    known: list[bool] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.repeat_interleave.Tensor:
+                known.append((kwargs or {}).get("output_size") is not None)
+            return func(*args, **(kwargs or {}))
+
+    class Chosen(torch.nn.Module):
+        def forward(self, rows: Tensor, experts: Tensor, ones: Tensor) -> Tensor:
+            return experts * ones.long()
+
+    with Watch():
+        chosen = run_local(Chosen(), torch.randn(6, 4), torch.tensor([[2, 0], [1, 3]]))
+    assert chosen.flatten().tolist() == [0, 0, 0, 1, 1, 1] and known == [True]

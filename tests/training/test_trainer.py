@@ -255,9 +255,7 @@ def test_zero_init_zeroes_only_writers_to_the_residual_stream(small_config: Call
     assert not {n for n, p in Transformer(small_config()).named_parameters() if p.abs().max() == 0}
 
 
-def test_losses_leave_the_device_before_they_are_fp64(
-    new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_leave_the_device_before_they_are_fp64(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Apple's GPUs have no FP64: torch raises a TypeError for it there."""
 
     class OnApple:
