@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+LARGEST, LARGEST_OFF_CPU = 2048, 8192
+"""Largest sizes of the products that are timed: a GPU makes one of size 2048 in the time that it takes to start it."""
 CLEAR_LOSS = 10
 """Ratio of rates at which FP32 wins after one turn: noise is smaller."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -85,20 +87,21 @@ def product_rates(device: torch.device) -> tuple[float, float]:
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
     """Return the best rate of a square matrix product in FLOP/s: this machine's matrix peak, measured.
 
-    The size starts at 64 and doubles as long as the time allows, up to 2048. A fixed size does not work: a product of
-    size 2048 takes 50 ms on one CPU and a minute on another.
+    The size starts at 64 and doubles as long as the time allows, up to LARGEST. A fixed size does not work: a product
+    of size 2048 takes 50 ms on one CPU and a minute on another.
 
     Args:
         seconds: time limit of all products together, without one of each size for warming up.
     """
     size, spent, best, before = 64, 0.0, 0.0, float("inf")
+    largest = LARGEST if device.type == "cpu" else LARGEST_OFF_CPU
     while True:
         run = _square_product(size, device, dtype)
         run()
         times = [once(run, device) for _ in range(3)]
         fastest = min(times)
         growth = max(1.0, fastest / before)
-        grows = size < 2048 and spent + sum(times) + 5 * growth * fastest < seconds
+        grows = size < largest and spent + sum(times) + 5 * growth * fastest < seconds
         while not grows and len(times) < 8 and spent + sum(times) + fastest < seconds:
             times.append(once(run, device))
         best = max(best, 2 * size**3 / min(times))

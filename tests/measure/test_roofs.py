@@ -69,6 +69,17 @@ def test_matmul_rate_takes_the_largest_size_within_budget(
     assert clock.now < max(2 * 0.5, 4 * 2 * 64**3 / flops + 4 * 2 * 128**3 / flops)
 
 
+def test_matmul_rate_of_a_gpu_outgrows_the_start_of_a_product(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 800 TFLOP/s makes a product of size 2048 in 21 us, and starting it and waiting takes 12 us."""
+
+    def product(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+        return lambda: clock.pay(12e-6 + 2 * size**3 / 8e14)
+
+    monkeypatch.setattr(machine, "_square_product", product)
+    for seconds in (0.01, 1.0):  # to choose a dtype, and to know the peak
+        assert matmul_rate(torch.device("meta"), BF16, seconds) == pytest.approx(8e14, rel=0.02)
+
+
 def test_matmul_rate_outgrows_a_wait_in_each_product(machine_of: Callable[..., list[int]]) -> None:
     """Simulate threads that wait for each other, where small products do not show the rate."""
     machine_of({FP32: 1e11}, wait=0.01)
