@@ -235,7 +235,13 @@ def _load(
     model, config = load_run(path, pick_dtype(command.dtype, place), average=command.average, say=note)
     own = run_tokenizer(path, config)
     talk = {"chat": Dialogue(own), "stops": Dialogue.stops} if command.chat else {}
-    return model.to(place), TextSide(tokenizer=own, ends=(own.end_of_document,), **talk), True
+    # kernels of a CPU read FP32 weights as they lie; elsewhere each step would cast all of them again, to the same bits
+    cast = place.type != "cpu" and config.model.precision == "native"
+    return (
+        model.to(place, model.compute_dtype if cast else None),
+        TextSide(tokenizer=own, ends=(own.end_of_document,), **talk),
+        True,
+    )
 
 
 def _converse(writer: "Writer", command: GenerateCommand) -> int:

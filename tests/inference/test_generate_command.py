@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini import ModelConfig, Transformer, save_pretrained
-from dsmini.checkpoint.training_state import write_manifest
+from dsmini import ModelConfig, Transformer, machine, ops, save_pretrained
+from dsmini.checkpoint.training_state import load_run, write_manifest
 from dsmini.console.progress import Progress
 from dsmini.inference.sampling import Sampling
 from dsmini.inference.writer import Conversation, Writer
@@ -41,6 +41,27 @@ def ask(place: Path, *arguments: str, model: str = "runs/x") -> list[dict[str, A
     said = run_all(commands, place)
     assert [status for status, _ in said] == [0] * len(said), said
     return [json.loads(text.splitlines()[-1]) for _, text in said]
+
+
+def test_a_gpu_gets_the_weights_of_a_run_in_the_dtype_of_products(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU gets them as they are stored. The logits have the same bits."""
+    given: list[dict[str, torch.dtype]] = []
+
+    def look(writer: Writer) -> None:
+        given.append({name: p.dtype for name, p in writer.model.named_parameters()})
+        raise ValueError("seen")
+
+    monkeypatch.setattr(Writer, "__post_init__", look)
+    for name in ("cpu", "meta"):  # a device without kernels, which takes no numbers
+        monkeypatch.setattr(machine, "pick_device", lambda _, name=name: torch.device(name))
+        ((_, said),) = run_all([("dsmini.generate", "runs/x --dtype bfloat16 --prompt a")], place)
+        assert "error: seen" in said
+    assert set(given[0].values()) == {torch.float32}
+    assert given[1]["head.weight"] == torch.bfloat16 and given[1]["norm.weight"] == torch.float32
+    (model, _), tokens = load_run(place / "runs" / "x", torch.bfloat16), torch.arange(30)[None]
+    with ops.use("eager"), torch.no_grad():
+        want = model(tokens)
+        assert torch.equal(model.to(torch.bfloat16)(tokens), want)
 
 
 def test_several_prompts_are_answered_at_once_and_each_as_alone(place: Path) -> None:
