@@ -100,11 +100,13 @@ def run_experts(x: X, indices: Tensor, weights: Tensor, e: int, expert: Callable
 
 
 def prefer_loop(x: Tensor | QuantizedTensor, indices: Tensor, e: int) -> bool:
-    """Return True where a CPU runs the chosen experts one after the other faster than a grouped product.
+    """Return True where the chosen experts one after the other are faster than a grouped product.
 
-    A grouped product spends time on experts without rows too (docs/log.md).
+    A grouped product on a CPU spends time on experts without rows too (docs/log.md). On a GPU it serves BF16 alone:
+    other products run expert by expert in any case, in all of them.
     """
-    return x.device.type == "cpu" and 2 * indices.numel() <= e
+    kind = x.device.type
+    return (kind == "cpu" or (kind != "meta" and x.dtype != torch.bfloat16)) and 2 * indices.numel() <= e
 
 
 def row_alignment(x: Tensor | QuantizedTensor, indices: Tensor, e: int) -> int:

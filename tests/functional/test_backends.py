@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsmini import ops
 from dsmini.functional.attention import trained_attention, trained_attention_gradients
 from dsmini.functional.cross_entropy import rows_at_a_time
+from dsmini.functional.experts import prefer_loop
 from dsmini.measure.costs import COSTS, cost_of
 from dsmini.nn.attention import cached_attention, causal_attention
 from dsmini.nn.dsa import topk_attention
@@ -107,3 +109,20 @@ def test_cost_counts_operands_once_and_products(n: int) -> None:
             unread = (len(matrices[0]) - len(indices.unique())) * sum(w[0].nbytes for w in matrices)
         assert cost.flops == round(counter.get_total_flops() * seen) and cost.written == y.nbytes
         assert cost.read == sum(t.nbytes for t in case.arguments if isinstance(t, Tensor)) - unread
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "loops"),
+    [
+        *(("cpu", torch.float32, True), ("cpu", torch.bfloat16, True), ("meta", torch.float32, False)),
+        *(("cuda", torch.float32, True), ("cuda", torch.bfloat16, False)),
+    ],
+)
+def test_one_token_runs_its_own_experts_alone_where_no_grouped_product_serves(
+    device: str, dtype: torch.dtype, loops: bool
+) -> None:
+    """A GPU has none in FP32, where all 256 experts of V3 would run one by one, most of them without a row."""
+    with FakeTensorMode():
+        x, indices = (torch.empty(1, n, dtype=of, device=device) for n, of in ((16, dtype), (8, torch.int64)))
+        assert prefer_loop(x, indices, 256) == loops
+        assert not prefer_loop(x, indices, 15)
