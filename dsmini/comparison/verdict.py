@@ -28,8 +28,8 @@ Word = Literal["better", "worse", "equal", "undecided", "diverged"]
 MOST_SEEDS = 100_000
 MANY = 300
 """Degrees of freedom beyond which Student's t changes by less than half a percent."""
-POWER = 0.84
-"""Deviations of a mean by which it must be clearer than needed, to decide in four of five comparisons."""
+POWER = 0.8
+"""Share of new comparisons that are to decide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +92,16 @@ def seeds_to_decide(values: Sequence[float], margin: float, arms: int = 1) -> in
     if len(values) < 2:
         return None
     mean, deviation = abs(statistics.fmean(values)), statistics.stdev(values)
+    if deviation == 0:
+        return len(values)
+    below = statistics.NormalDist().cdf
 
     def decides(n: int) -> bool:
-        ways = (mean, TAIL / arms), (margin - mean, 2 * TAIL / arms)
-        return any(
-            (students_t(min(n - 1, MANY), tail) + POWER) * deviation / math.sqrt(n) < room for room, tail in ways
-        )
+        error = deviation / math.sqrt(n)
+        beyond, within = (students_t(min(n - 1, MANY), tail / arms) for tail in (TAIL, 2 * TAIL))
+        # both ends of the interval must lie within the margin: of a mean near 0 each may fail
+        equal = below((margin - mean) / error - within) + below((margin + mean) / error - within) - 1
+        return max(below(mean / error - beyond), equal) >= POWER
 
     low, high = len(values), MOST_SEEDS
     while low < high:

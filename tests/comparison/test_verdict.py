@@ -66,3 +66,17 @@ def test_the_seeds_that_are_needed_do_decide(shift: float, margin: float) -> Non
     n = 2 * (needed // 2 + 1)
     same = [mean + side * deviation * ((n - 1) / n) ** 0.5 for side in (-1, 1) for _ in range(n // 2)]
     assert word_of(same, margin) != "undecided"
+
+
+@pytest.mark.parametrize(("mean", "arms"), [(0.0, 1), (0.0, 4), (0.002, 1), (0.015, 1)])
+def test_four_of_five_new_comparisons_decide(mean: float, arms: int) -> None:
+    """Simulate comparisons with the seeds that are said to decide; three deviations below 80 % are allowed."""
+    rng, deviation, times = random.Random(2), 0.02, 200
+    pilot = [mean + side * deviation * (5 / 6) ** 0.5 for side in (-1, 1) * 3]
+    needed = seeds_to_decide(pilot, 0.01, arms)
+    assert needed is not None
+    decided = 0
+    for _ in range(times):
+        found = {str(arm): [rng.gauss(mean, deviation) for _ in range(needed)] for arm in range(arms)}
+        decided += verdicts(found, 0.01, {})["0"].word != "undecided"
+    assert decided / times >= 0.8 - 3 * (0.8 * 0.2 / times) ** 0.5
