@@ -93,7 +93,7 @@ def main(args: Sequence[str]) -> int:
     from dsmini.machine import card, pick_device
 
     comparison, begun = _comparison(command, words), time.monotonic()
-    path = command.out or _place(comparison, words)
+    path = command.out or place_of_results(command, comparison, words)
     with Progress(console, label="the corpus", unit="bytes") as progress:
         corpora = read_corpora(comparison, path, progress.stage)
     if command.minutes is not None:
@@ -125,7 +125,8 @@ def main(args: Sequence[str]) -> int:
 def _refuse(command: CompareCommand, words: Sequence[str], rest: Sequence[str]) -> None:
     """Raise ValueError for flags that contradict each other, and for numbers of nothing."""
     require(command.seeds > 0, f"--seeds {command.seeds} is not a pair; use 2 or more, 20 for a difference of 0.02")
-    require(command.margin is None or command.margin > 0, f"--margin {command.margin} is not positive; use 0.01")
+    stated = command.margin is None or 0 < command.margin < math.inf
+    require(stated, f"--margin {command.margin} is not positive and finite; use 0.01")
     require(command.jobs is None or command.jobs > 0, f"--jobs {command.jobs} runs nothing; use 1 or more")
     finite = command.minutes is None or 0 < command.minutes < math.inf
     require(finite, f"--minutes {command.minutes} is not a time; use 1 or more")
@@ -150,8 +151,10 @@ def _comparison(command: CompareCommand, words: Sequence[str]) -> "Comparison":
     return Comparison(name=name, arms=arms, margin=command.margin or MARGIN)
 
 
-def _place(comparison: "Comparison", words: Sequence[str]) -> Path:
-    beside = Path(words[0]).parent if comparison.question and words else Path("comparisons")
+def place_of_results(command: CompareCommand, comparison: "Comparison", words: Sequence[str]) -> Path:
+    """Return the file of results of a comparison that names none."""
+    claim = len(words) == 1 and words[0].endswith(".toml") and not command.idea  # a config alone was refused
+    beside = Path(words[0]).parent if claim else Path("comparisons")
     return beside / f"{comparison.name}.jsonl"
 
 

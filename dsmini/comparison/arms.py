@@ -51,13 +51,14 @@ class Arm:
         found: dict[str, Any] = {"config": table}
         if self.function:
             file = Path(self.function.rpartition(":")[0])
-            found |= {"function": self.function, "sha256": hashlib.sha256(b"".join(sources(file))).hexdigest()}
+            content = hashlib.sha256(b"".join(sources(file))).hexdigest()
+            found |= {"function": Path(self.function).name, "sha256": content}  # the same from every folder
         return found
 
 
 def sources(file: Path) -> Iterator[bytes]:
     """Yield the content of a Python file, and of each file of its folder that it imports, directly or not."""
-    waiting, seen = [file], {file}
+    folder, waiting, seen = file.parent, [file], {file}
     for path in waiting:
         content = read_bytes(path)
         yield content
@@ -65,13 +66,22 @@ def sources(file: Path) -> Iterator[bytes]:
             for node in ast.walk(ast.parse(content)):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 if isinstance(node, ast.ImportFrom):
-                    of = node.module or ""
+                    inside = path.parent.relative_to(folder).parts if node.level else ()
+                    package = inside[: len(inside) + 1 - node.level]  # a dot is this package, each other one above
+                    of = ".".join(filter(None, (*package, node.module)))
                     names = [of, *(f"{of}.{alias.name}".strip(".") for alias in node.names)]
                 for name in filter(None, names):
-                    place = file.parent.joinpath(*name.split("."))
-                    found = {place.with_suffix(".py"), place / "__init__.py"} - seen
-                    waiting += sorted(path for path in found if path.is_file())
-                    seen |= found
+                    for place in _places(folder, name):
+                        found = {place.with_suffix(".py"), place / "__init__.py"} - seen
+                        waiting += sorted(path for path in found if path.is_file())
+                        seen |= found
+
+
+def _places(folder: Path, name: str) -> Iterator[Path]:
+    """Yield where a module and the packages that it is in would be: to import it runs them too."""
+    for part in name.split("."):
+        folder = folder / part
+        yield folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +174,7 @@ def arms_of(words: Sequence[str], ideas: Sequence[str], common: Sequence[str]) -
     base = RunConfig.from_file(find_config(Path(words[0]))) if named else RunConfig()
     arms = [arm_of(words[:1] if named else [], base, common)]
     for idea in ideas:
+        require(bool(idea.strip()), "--idea '' changes nothing; want settings, such as model.n_mtp_layers=0")
         try:
             shlex.split(idea)
         except ValueError as error:
@@ -211,11 +222,14 @@ def read_claim(path: Path, settings: Sequence[str], margin: float | None) -> Com
     assert isinstance(named, Mapping)
     for key in ("question", "source", "hypothesis", "base", "base_name"):
         require(isinstance(table.get(key, ""), str), f"{path}: {key} is {brief(table.get(key))}; want words in quotes")
+    common = table.get("set", [])
+    texts = isinstance(common, list) and all(isinstance(each, str) for each in common)
+    require(texts, f'{path}: set is {brief(common)}; want a list of settings, such as ["train.steps=200"]')
     stated = table.get("margin")
     fits = stated is None or (isinstance(stated, float) and 0 < stated < math.inf)
     require(fits, f"{path}: margin is {brief(stated)}; want nats a byte, such as 0.01")
     base = RunConfig.from_file(find_config(Path(table.get("base", "toy"))))
-    common = [*table.get("set", ()), *settings]
+    common = [*common, *settings]
     arms = [arm_of([], base, common, str(table.get("base_name", "")))]
     for name, of in named.items():
         words = [of] if isinstance(of, str) else of

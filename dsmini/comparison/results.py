@@ -196,9 +196,10 @@ def refuse_other(results: Results, head: Mapping[str, Any]) -> None:
 
 
 def _as_now(arm: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return an arm's description with the fields that configs have had since, at their defaults."""
+    """Return an arm's description as it is written now, with the fields that configs have had since."""
     config = build(RunConfig, arm["config"], str(path), "")
-    return arm | Arm(name="", config=config).describe()
+    function = {"function": Path(arm["function"]).name} if "function" in arm else {}
+    return arm | Arm(name="", config=config).describe() | function
 
 
 def _differences(where: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dsmini import Block, ModelConfig, RunConfig, Transformer
-from dsmini.comparison.arms import Arm, arms_of, make_model_of, read_claim
+from dsmini.compare import CompareCommand, place_of_results
+from dsmini.comparison.arms import Arm, Comparison, arms_of, make_model_of, read_claim
 from dsmini.comparison.results import HEAD, Results, head_of, opened, read_results, refuse_other
 from dsmini.comparison.trial import draw_by_name, drawn_by_name, prepared
 from dsmini.nn.gate import HashGate, hash_table
@@ -67,6 +68,30 @@ def test_what_an_idea_imports_is_a_part_of_it(tmp_path: Path) -> None:
     assert arm.describe() == before
     (tmp_path / "deeper_of_idea.py").write_text("SCALE = 30\n")
     assert arm.describe() != before
+
+
+@pytest.mark.parametrize("changed", ["part_of_idea/__init__.py", "part_of_idea/near.py"])
+def test_packages_that_an_idea_imports_are_parts_of_it(tmp_path: Path, changed: str) -> None:
+    (tmp_path / "part_of_idea").mkdir()
+    (tmp_path / "idea.py").write_text("import part_of_idea.sub\ndef make(c): return part_of_idea.sub.SCALE\n")
+    (tmp_path / "part_of_idea" / "__init__.py").write_text("ONE = 1\n")
+    (tmp_path / "part_of_idea" / "sub.py").write_text("from . import ONE\nfrom .near import TWO\nSCALE = ONE + TWO\n")
+    (tmp_path / "part_of_idea" / "near.py").write_text("TWO = 2\n")
+    arm = Arm(name="x", config=RunConfig(), function=f"{tmp_path / 'idea.py'}:make")
+    before = arm.describe()
+    (tmp_path / changed).write_text("ONE = 10\nTWO = 20\n")
+    assert arm.describe() != before
+
+
+def test_a_function_has_one_description_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "idea.py").write_text("def make(config): ...")
+    monkeypatch.chdir(tmp_path)
+    here, there = (arms_of([name], [], []) for name in ("idea.py:make", f"{tmp_path}/idea.py:make"))
+    assert here[1].describe() == there[1].describe()
+    head = head_of(Comparison(name="x", arms=here, margin=0.01), {"base": "", "make": ""}, None, "1")
+    older = json.loads(json.dumps(head))
+    older["arms"]["make"]["function"] = "some/folder/idea.py:make"  # as it was written once
+    refuse_other(Results(path=tmp_path / "x.jsonl", head=older), head)
 
 
 def test_pairs_start_with_equal_weights_where_shapes_agree() -> None:
@@ -154,6 +179,13 @@ def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
     assert report.returncode == 0 and len(json.loads(report.stdout)) == 1 and (place / "forest.png").exists()
 
 
+def test_a_claim_without_a_question_has_its_results_beside_it(place: Path) -> None:
+    claim = str(place / "claim.toml")
+    for words, want in (([claim], place), ([claim, "toy"], Path("comparisons")), (["toy"], Path("comparisons"))):
+        found = place_of_results(CompareCommand(), Comparison(name="claim", arms=[], margin=0.01), words)
+        assert found == want / "claim.jsonl"
+
+
 @pytest.mark.slow
 def test_a_claim_has_its_arms_and_keeps_its_results_beside_it(place: Path) -> None:
     done = finish("dsmini.compare claim.toml --seeds 1", place)
@@ -203,7 +235,14 @@ def test_a_file_of_something_else_is_refused_and_left(tmp_path: Path, text: str)
 
 @pytest.mark.parametrize(
     ("line", "said"),
-    [("margin = -1.0", "margin is -1.0"), ('margin = "0.01"', "margin is '0.01'"), ("question = 3", "question is 3")],
+    [
+        ("margin = -1.0", "margin is -1.0"),
+        ('margin = "0.01"', "margin is '0.01'"),
+        ("question = 3", "question is 3"),
+        ("set = 3", "set is 3"),
+        ("set = [3]", "set is .3."),
+        ('set = "train.steps=3"', "set is 'train.steps=3'"),
+    ],
 )
 def test_a_claim_of_other_types_is_refused(place: Path, line: str, said: str) -> None:
     claim = place / "wrong.toml"
