@@ -53,9 +53,9 @@ class Results:
         return list(self.head["arms"])
 
     def values(self, arm: str, figure: str = "loss") -> dict[int, float]:
-        """Return a figure of an arm by seed, of the runs that have it."""
-        lines = [line for line in self.lines if line["arm"] == arm and line.get(figure) is not None]
-        return {line["seed"]: line[figure] for line in lines}
+        """Return a figure of an arm by seed, of the runs that have it and ended: times of others are too short."""
+        lines = [line for line in self.lines if line["arm"] == arm and line["loss"] is not None]
+        return {line["seed"]: line[figure] for line in lines if line.get(figure) is not None}
 
     def diverged(self, arm: str) -> int:
         """Return the number of an arm's runs that have no loss."""
@@ -69,11 +69,12 @@ class Results:
     def add(self, line: Line) -> None:
         """Write a finished run to the end of the file, whole or not at all; all of them to a file that was removed."""
         new = [line] if self.path.exists() else [self.head, *self.lines, line]
-        with self.path.open("ab") as file:
+        content = b"".join(json.dumps(each).encode() + b"\n" for each in new)
+        with self.path.open("ab", buffering=0) as file:  # a buffer would write the rest when it is closed
             start = file.tell()
             try:
-                file.writelines(json.dumps(each).encode() + b"\n" for each in new)
-                file.flush()
+                while content:
+                    content = content[file.write(content) :]
                 os.fsync(file.fileno())
             except OSError:
                 os.truncate(self.path, start)
@@ -146,7 +147,7 @@ def opened(path: Path, head: dict[str, Any]) -> Iterator[Results]:
         except BlockingIOError:
             raise ValueError(f"another command is measuring into {path}; wait for it, or name another --out") from None
         results = read_results(path)
-        if results is None:
+        if results is None or not results.lines:  # without a run nothing is lost
             file.truncate(0)
             file.write(json.dumps(head).encode() + b"\n")
             file.flush()

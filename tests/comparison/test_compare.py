@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -204,6 +205,43 @@ def test_results_that_were_removed_meanwhile_are_written_again(tmp_path: Path) -
             results.path.unlink()
     read = read_results(results.path)
     assert read is not None and (read.head, read.lines) == (results.head, results.lines)
+
+
+def test_a_disk_that_is_full_within_a_line_leaves_none_of_it(tmp_path: Path) -> None:
+    """Let 20 bytes of a line be written. Those after them fit where these were, once they are gone."""
+    results = Results(path=tmp_path / "found.jsonl", head=A_HEAD)
+    results.add({"arm": "base", "seed": 0, "loss": 1.0})
+    before, limits = results.path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            results.add({"arm": "base", "seed": 1, "loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert results.path.read_bytes() == before and len(results.lines) == 1
+
+
+def test_a_file_without_runs_is_begun_again(tmp_path: Path) -> None:
+    """An idea that failed at once, and was mended, has another hash; nothing was measured with the first."""
+    path, arms = tmp_path / "found.jsonl", [Arm(name="base", config=RunConfig())]
+    one, two = (head_of(Comparison(name="x", arms=arms, margin=m), {"base": ""}, None, "1") for m in (0.01, 0.02))
+    with opened(path, one):
+        pass
+    with opened(path, two) as results:
+        results.add({"arm": "base", "seed": 0, "loss": 1.0})
+    assert json.loads(path.read_text().splitlines()[0])["margin"] == 0.02
+    kept = path.read_text()
+    with pytest.raises(ValueError, match=r"begun with margin 0\.02"), opened(path, one):
+        pass
+    assert path.read_text() == kept
+
+
+def test_times_of_runs_that_diverged_do_not_count() -> None:
+    results = Results(path=Path("x.jsonl"), head=A_HEAD | {"arms": {"base": {}, "idea": {}}})
+    for arm, losses in {"base": (1.0, 1.0), "idea": (1.0, None)}.items():
+        times = [{"loss": loss, "cpu_seconds": 8.0 if loss else 1.0} for loss in losses]
+        results.lines += [{"arm": arm, "seed": seed} | time for seed, time in enumerate(times)]
+    assert results.values("idea", "cpu_seconds") == {0: 8.0} and results.diverged("idea") == 1
 
 
 # what a file holds, and what is said of it; "" of one that was killed before its first line
