@@ -5,13 +5,14 @@ import dataclasses
 import hashlib
 import inspect
 import math
+import os
 import re
 import runpy
 import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,19 @@ class Comparison:
     hypothesis: str = ""
 
 
+@contextmanager
+def _to_stderr() -> Iterator[None]:
+    """Send what a block prints to the standard error, that of programs and libraries that it runs too."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def make_model_of(function: str) -> Callable[[ModelConfig], Any]:
     """Return the function FILE.py:FUNCTION.
 
@@ -108,7 +122,7 @@ def make_model_of(function: str) -> Callable[[ModelConfig], Any]:
     if folder not in sys.path:  # for what it imports, as where Python runs the file
         sys.path.insert(0, folder)
     try:
-        with redirect_stdout(sys.stderr):  # what it prints is not the answer
+        with _to_stderr():  # what it prints is not the answer
             found = runpy.run_path(file).get(name)
     except (Exception, SystemExit) as error:
         raise ValueError(f"{file} ended with {type(error).__name__}: {brief(str(error))}") from error

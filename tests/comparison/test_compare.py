@@ -306,6 +306,14 @@ def test_killed_at_any_moment_it_continues_to_the_same_lines(place: Path) -> Non
     assert lines_of(place / "killed.jsonl") == want
 
 
+def test_what_an_idea_prints_is_not_the_answer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "idea.py").write_text("import os\nprint('one')\nos.system('echo two')\ndef make(config): ...")
+    make_model_of(f"{tmp_path}/idea.py:make")
+    print("answer")
+    printed = capfd.readouterr()
+    assert printed.out == "answer\n" and sorted(printed.err.split()) == ["one", "two"]
+
+
 def test_two_functions_of_one_name_are_called_by_their_files(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.py").write_text("def make(config): ...")
