@@ -1,6 +1,8 @@
 """Random DeepSeek models of transformers, and their tensors under the names of a saved folder."""
 
 import json
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,31 +22,8 @@ from dsmini import ModelConfig, Transformer
 from dsmini.config.published import config_from_json
 from tests.helpers.hf_names import from_hf
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
-    "n_shared_experts": 1,
-    "n_routed_experts": 12,
-    "num_experts_per_tok": 3,
-    "n_group": 4,
-    "topk_group": 2,
-    "kv_lora_rank": 20,
-    "q_lora_rank": 28,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 10,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 2.5,
-    "max_position_embeddings": 128,
-    "num_mtp_layers": 2,
-    "rms_norm_eps": 1e-5,
-}
-
+MODELS: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_name("models.toml").read_text())
+SMALL = MODELS["small"]
 WITHOUT_MTP = {name: value for name, value in SMALL.items() if name != "num_mtp_layers"}
 INDEX = {"index_n_heads": 13, "index_head_dim": 16, "index_topk": 12}
 """Sizes of an indexer. It has this number of heads because a key that none of them likes ties with others at zero."""
@@ -106,12 +85,12 @@ def has_whole_query(model: torch.nn.Module) -> bool:
     return any(name.endswith("q_a_proj") and isinstance(m, torch.nn.Identity) for name, m in model.named_modules())
 
 
-def ours(theirs: Any, tensors_of_theirs: dict[str, Tensor] | None = None, n_mtp_layers: int = 0) -> Transformer:
-    """Return a dsmini model from the config.json and the tensors that transformers would save."""
-    raw = json.loads(theirs.config.to_json_string(use_diff=True)) | {"num_nextn_predict_layers": n_mtp_layers}
+def ours(theirs: Any) -> Transformer:
+    """Return a dsmini model from the config.json and the tensors that transformers would save, without MTP."""
+    raw = json.loads(theirs.config.to_json_string(use_diff=True)) | {"num_nextn_predict_layers": 0}
     raw |= {"q_lora_rank": None} if has_whole_query(theirs) else {}
     built = Transformer(ModelConfig(**config_from_json(raw, "config.json")))
-    built.load_state_dict(from_hf(tensors_of_theirs or tensors(theirs), built))
+    built.load_state_dict(from_hf(tensors(theirs), built))
     return built
 
 

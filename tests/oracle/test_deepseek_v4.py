@@ -1,25 +1,35 @@
-"""Whole models next to transformers' DeepSeek-V4: table and scores, clamps, streams, and attention of each kind."""
+"""Whole models next to transformers' DeepSeek-V4: table and scores, clamps, streams, each attention, choices."""
 
 from typing import Any
 
 import hf
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import ModelConfig, Transformer
+from dsmini.nn import compressed_attention
 from tests.helpers.tolerances import relative_error
-from tests.oracle.test_compressed_attention import SIZES as ATTENTION
-from tests.oracle.test_compressed_attention import YARN, their_name
 
 v4 = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
 
-OURS: dict[str, Any] = ATTENTION | {
+OURS: dict[str, Any] = {
+    **{"dim": 40, "n_heads": 6, "head_dim": 24, "qk_rope_head_dim": 10, "q_lora_rank": 28, "window_size": 9},
+    **{"o_groups": 3, "o_lora_rank": 5, "index_n_heads": 13, "index_head_dim": 16, "index_topk": 3},
+    **{"norm_eps": 1e-2, "max_seq_len": 256, "rope_theta": 100.0, "compress_rope_theta": 1600.0},
     **{"attention": "compressed", "n_layers": 4, "n_dense_layers": 0, "compress_ratios": (0, 4, 7, 4)},
     **{"vocab_size": 61, "moe_inter_dim": 13, "n_routed_experts": 9, "n_activated_experts": 3, "n_mtp_layers": 0},
     **{"n_expert_groups": 1, "n_limited_groups": 1, "n_hash_layers": 2, "score_func": "sqrtsoftplus"},
-    **{"route_scale": 1.5, "swiglu_limit": 0.7, "hc_mult": 4, "hc_sinkhorn_iters": 3, "hc_eps": 1e-3},
+    **{"route_scale": 1.5, "swiglu_limit": 0.7, "hc_mult": 4, "hc_sinkhorn_iters": 3, "hc_eps": 1e-2},
 }
+YARN: dict[str, Any] = {"original_seq_len": 64, "rope_factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0}
+RENAMED = {
+    **{"wq_a": "q_a_proj", "q_norm": "q_a_norm", "wq_b": "q_b_proj", "wkv": "kv_proj", "wo_a": "o_a_proj"},
+    **{"wo_b": "o_b_proj", "attn_sink": "sinks", "ape": "position_bias", "wgate": "gate_proj", "norm": "kv_norm"},
+    **{"weights_proj": "scorer.weights_proj", "indexer": "compressor.indexer"},
+}
+"""Parts of an attention's names."""
 KINDS = {0: "sliding_attention", 4: "compressed_sparse_attention", 7: "heavily_compressed_attention"}
 
 
@@ -30,6 +40,15 @@ def theirs(yarn: bool) -> Any:
     model = v4.DeepseekV4ForCausalLM(config).eval()
     hf.randomise_v4(model)
     return model
+
+
+def their_name(name: str) -> str:
+    """Return transformers' name of a parameter of an attention."""
+    *path, last = name.split(".")
+    parts = [RENAMED.get(part, part) for part in (*path, last)]
+    if path[:1] == ["indexer"]:  # its compressor's parts are the indexer's own
+        parts = [part for i, part in enumerate(parts) if not (part == "compressor" and i)]
+    return ".".join(parts)
 
 
 def of_theirs(name: str, given: dict[str, Tensor]) -> Tensor:
@@ -53,10 +72,27 @@ def of_theirs(name: str, given: dict[str, Tensor]) -> Tensor:
     return given[f"{path}.mlp.{renamed.get(last, last)}"]
 
 
+def chosen_sets(indices: Tensor) -> list[set[int]]:
+    """Return the entries that each query chose."""
+    return [set(row) - {-1} for row in indices.flatten(0, 1).tolist()]
+
+
 @pytest.mark.parametrize("yarn", [False, True])
-def test_logits_and_gradients(yarn: bool) -> None:
-    """At lengths around window and blocks; gradients of all that learns from the output at the longest."""
+def test_logits_choices_and_gradients(monkeypatch: pytest.MonkeyPatch, yarn: bool) -> None:
+    """At lengths around window and blocks; gradients of all that learns from the output at the longest.
+
+    Queries come in blocks of 16, the last of which is ragged. The eps of the streams is large, to show its place.
+    """
+    choices: tuple[list[Tensor], list[Tensor]] = [], []
+    topk_keys = compressed_attention.topk_keys
+    monkeypatch.setattr(compressed_attention, "BLOCK", 16)
+    monkeypatch.setattr(
+        compressed_attention, "topk_keys", lambda *args: (choices[0].append(topk_keys(*args)), choices[0][-1])[1]
+    )
     other = theirs(yarn)
+    for layer in (1, 3):
+        indexer = other.model.layers[layer].self_attn.compressor.indexer
+        indexer.register_forward_hook(lambda *args: choices[1].append(args[2]))
     mine = Transformer(ModelConfig(**OURS | (YARN if yarn else {}))).eval()
     given = {**dict(other.named_parameters()), **dict(other.named_buffers())}
     mine.load_state_dict({name: of_theirs(name, given).detach() for name in mine.state_dict()})
@@ -64,6 +100,9 @@ def test_logits_and_gradients(yarn: bool) -> None:
     for s in (1, 3, 4, 8, 9, 10, 16, 35, 70):
         got, want = mine(tokens[:, :s]), other(tokens[:, :s]).logits
         assert relative_error(got, want) < 1e-5, s
+    blocks = [F.pad(part, (0, 3 - part.shape[2]), value=-1) for part in choices[0][-10:]]  # five of each layer
+    for mine_of_layer, theirs_of_layer in zip((blocks[:5], blocks[5:]), choices[1][-2:], strict=True):
+        assert chosen_sets(torch.cat(mine_of_layer, 1)) == chosen_sets(theirs_of_layer)
     direction = torch.randn_like(want)
     (got * direction).sum().backward()
     (want * direction).sum().backward()

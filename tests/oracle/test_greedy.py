@@ -1,5 +1,7 @@
 """Greedy generation from the cache equals transformers token for token."""
 
+from typing import Any
+
 import hf
 import pytest
 import torch
@@ -8,10 +10,27 @@ from test_transformers import CASES
 
 import dsmini
 
+V2 = {"norm_topk_prob": False}
 PROMPTS = [[3, 14, 15, 92, 65, 35], [8], [9, 79, 32, 38] * 6]
 
 
-def assert_same_tokens(theirs: torch.nn.Module, new: int = 200) -> None:
+# the number of new tokens, the maker of transformers' model, and changes of it
+MODELS: dict[str, tuple[int, Any, dict[str, Any]]] = {
+    "forty of v3": (40, hf.v3, {}),
+    "sixty of v3.2": (60, hf.v32, SPARSE["v3.2"]),
+    **{f"v3, {case}": (200, hf.v3, CASES[case]) for case in ("v3", "no query compression", "yarn")},
+    "v3, one group": (200, hf.v3, CASES["one group, weights as they are"]),
+    "v2, greedy": (200, hf.v2, V2 | {"topk_method": "greedy", "n_group": 1, "topk_group": 1}),
+    "v2, groups": (200, hf.v2, V2 | {"topk_method": "group_limited_greedy"}),
+    **{f"v3.2, {case}": (60, hf.v32, SPARSE[case]) for case in ("yarn", "no query compression")},
+}
+QUICK, SLOW = [*MODELS][:2], [*MODELS][2:]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_tokens_are_those_of_transformers(name: str) -> None:
+    new, make, changes = MODELS[name]
+    theirs = make(3, max_position_embeddings=256, **changes)
     model = hf.ours(theirs).eval()
     alone = [dsmini.generate(model, [torch.tensor(prompt)], new).tokens[0].tolist() for prompt in PROMPTS]
     for prompt, got in zip(PROMPTS, alone, strict=True):
@@ -22,27 +41,3 @@ def assert_same_tokens(theirs: torch.nn.Module, new: int = 200) -> None:
     together = dsmini.generate(model, [torch.tensor(prompt) for prompt in PROMPTS], new)
     rows = zip(together.tokens.tolist(), together.lengths.tolist(), strict=True)
     assert [row[:length] for row, length in rows] == alone
-
-
-def test_forty_tokens() -> None:
-    assert_same_tokens(hf.v3(3, max_position_embeddings=256), new=40)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["v3", "no query compression", "yarn", "one group, weights as they are"])
-def test_v3(case: str) -> None:
-    assert_same_tokens(hf.v3(3, max_position_embeddings=256, **CASES[case]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
-def test_v2(method: str) -> None:
-    groups = {"n_group": 1, "topk_group": 1} if method == "greedy" else {}
-    assert_same_tokens(hf.v2(4, max_position_embeddings=256, topk_method=method, norm_topk_prob=False, **groups))
-
-
-@pytest.mark.parametrize(
-    "case", ["v3.2", *(pytest.param(case, marks=pytest.mark.slow) for case in ("yarn", "no query compression"))]
-)
-def test_v32(case: str) -> None:
-    assert_same_tokens(hf.v32(4, max_position_embeddings=256, **SPARSE[case]), new=60)

@@ -156,26 +156,6 @@ def test_saved_by_transformers_without_its_mtp_layers(tmp_path: Path) -> None:
     assert folders.config_of(tmp_path / "b")["num_nextn_predict_layers"] == 0
 
 
-# Sizes with equal blocks: transformers refuses ragged blocks or takes them for smaller equal ones.
-WHOLE_BLOCKS = {
-    "hidden_size": 256,
-    "intermediate_size": 384,
-    "moe_intermediate_size": 128,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "q_lora_rank": 256,
-    "kv_lora_rank": 96,
-    "qk_nope_head_dim": 96,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 32,
-    "n_routed_experts": 4,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_experts_per_tok": 2,
-    "num_mtp_layers": 0,
-}
-
-
 @pytest.fixture
 def their_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let transformers read FP8 without accelerate, which it requires but does not need here."""
@@ -185,7 +165,7 @@ def their_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("their_fp8")
 @pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
 def test_fp8_is_dequantised_as_transformers_does(tmp_path: Path, scale_fmt: str | None) -> None:
-    model = hf.v3(10, **WHOLE_BLOCKS)
+    model = hf.v3(10, **hf.MODELS["whole_blocks"])
     tensors, meant = folders.in_fp8(hf.tensors(model, 3))
     if scale_fmt:
         for name in [name for name in tensors if name.endswith("_scale_inv")]:
@@ -209,7 +189,7 @@ def test_fp8_is_dequantised_as_transformers_does(tmp_path: Path, scale_fmt: str 
 
 @pytest.mark.usefixtures("their_fp8")
 def test_transformers_loads_what_we_quantise(tmp_path: Path) -> None:
-    model = hf.v3(11, **WHOLE_BLOCKS)
+    model = hf.v3(11, **hf.MODELS["whole_blocks"])
     model.save_pretrained(tmp_path / "a")
     ours = dsmini.load_pretrained(tmp_path / "a")
     dsmini.save_pretrained(ours, tmp_path / "b", fp8=True)

@@ -13,22 +13,7 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
 
-SIZES: dict[str, Any] = {
-    **{"model_type": "deepseek_v4", "vocab_size": 97, "hidden_size": 40, "num_attention_heads": 6, "head_dim": 24},
-    **{"num_hidden_layers": 4, "num_key_value_heads": 1, "qk_rope_head_dim": 10, "q_lora_rank": 28, "o_groups": 3},
-    **{
-        "o_lora_rank": 5,
-        "sliding_window": 9,
-        "moe_intermediate_size": 20,
-        "n_routed_experts": 7,
-        "n_shared_experts": 1,
-    },
-    **{"num_experts_per_tok": 3, "num_hash_layers": 2, "hc_mult": 3, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6},
-    **{"compress_ratios": [0, 4, 128, 4], "compress_rope_theta": 1600.0, "rope_theta": 100.0, "swiglu_limit": 0.6},
-    **{"max_position_embeddings": 256, "num_nextn_predict_layers": 0, "rms_norm_eps": 1e-5, "index_n_heads": 13},
-    **{"index_head_dim": 16, "index_topk": 5, "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc"},
-    **{"norm_topk_prob": True, "routed_scaling_factor": 1.5, "initializer_range": 0.02, "torch_dtype": "float32"},
-}
+SIZES = hf.MODELS["v4"]
 YARN = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1}
 RATES = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 7}
 KINDS = [
