@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,46 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import dsmini
-from tests.golden.runs import hash_tensors, raw
+from tests.golden.runs import HERE, hash_tensors, raw
 
-MLA: dict[str, Any] = {
-    "vocab_size": 97,
-    "dim": 48,
-    "inter_dim": 80,
-    "moe_inter_dim": 24,
-    "n_layers": 3,
-    "n_dense_layers": 1,
-    "n_heads": 3,
-    "q_lora_rank": 28,
-    "kv_lora_rank": 20,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 10,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "n_activated_experts": 3,
-    "n_expert_groups": 4,
-    "n_limited_groups": 2,
-    "n_mtp_layers": 2,
-    "max_seq_len": 128,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "mla": MLA,
-    "gqa": MLA | {"attention": "gqa", "n_heads": 4, "n_kv_heads": 2, "n_mtp_layers": 1, "score_func": "softmax"},
-    "v2": MLA
-    | {
-        "q_lora_rank": None,
-        "score_func": "softmax",
-        "topk_method": "group_limited_greedy",
-        "norm_topk_prob": False,
-        "route_scale": 16.0,
-        "n_mtp_layers": 0,
-        "original_seq_len": 32,
-        "rope_factor": 4.0,
-        "mscale": 0.707,
-        "mscale_all_dim": 0.707,
-    },
-}
+SIZES: dict[str, dict[str, Any]] = tomllib.loads((HERE / "configs/models.toml").read_text())
+MLA = SIZES["mla"]
+MODELS = {"mla": MLA, "gqa": MLA | SIZES["gqa"], "v2": MLA | SIZES["v2"] | {"q_lora_rank": None}}
 
 
 def model_of(name: str) -> dsmini.Transformer:
@@ -96,18 +62,6 @@ def cached(name: str, **options: Any) -> Tensor:
     return torch.cat([model(part, cache=cache) for part in tokens_of(2, 70).split([33, 1, 1, 20, 15], 1)], 1)
 
 
-def unequal(name: str) -> Tensor:
-    """Feed three rows of 9, 40 and 23 tokens, then 5, 0 and 2 more; only the logits of real tokens count."""
-    model = model_of(name)
-    cache = model.new_cache(batch_size=3, max_seq_len=64)
-    seen = []
-    for columns, lengths in ((40, [9, 40, 23]), (5, [5, 0, 2])):
-        tokens = tokens_of(3, columns)
-        logits = model(tokens, cache=cache, lengths=torch.tensor(lengths))
-        seen += [logits[row, :length] for row, length in enumerate(lengths)]
-    return torch.cat(seen)
-
-
 def losses(name: str) -> Tensor:
     """Return main, MTP and balance loss, and the norm of every gradient, sorted by the name of its parameter."""
     model = model_of(name).train()
@@ -118,17 +72,10 @@ def losses(name: str) -> Tensor:
     return torch.stack([found.main, found.mtp, found.balance, found.total, *norms])
 
 
-def product(short: bool) -> Tensor:
-    """Return an FP8 product and the gradients of its factors, one after the other.
-
-    Args:
-        short: accumulate with 14 bits, a surrogate of tensor cores, and compute no gradients.
-    """
+def product() -> Tensor:
+    """Return an FP8 product and the gradients of its factors, one after the other."""
     x = ((tokens_of(40, 200) - 48) / 8).to(torch.bfloat16).requires_grad_()
     w = ((tokens_of(72, 200) - 48) / 7).requires_grad_()
-    if short:
-        accumulator = dsmini.Accumulator(bits=14, promote_every=None)
-        return dsmini.fp8_matmul(x.detach(), w.detach(), accumulator=accumulator)
     y = dsmini.fp8_matmul(dsmini.quantize(x), w)
     y.float().square().sum().backward()
     assert x.grad is not None and w.grad is not None
@@ -138,16 +85,10 @@ def product(short: bool) -> Tensor:
 LOGITS: dict[str, Callable[[], Tensor]] = {
     **{f"{name} uncached": lambda name=name: uncached(name) for name in MODELS},
     **{f"{name} cached in chunks": lambda name=name: cached(name) for name in MODELS},
-    **{f"{name} of unequal lengths": lambda name=name: unequal(name) for name in MODELS},
     **{f"{name} losses": lambda name=name: losses(name) for name in MODELS},
-    "mla expanded": lambda: cached("mla", form="expanded"),
-    "mla absorbed": lambda: cached("mla", form="absorbed"),
     "mla bf16 cache": lambda: cached("mla", dtype=torch.bfloat16),
     "mla fp8 cache": lambda: cached("mla", dtype="fp8"),
-    "mla fp8 cache absorbed": lambda: cached("mla", dtype="fp8", form="absorbed"),
-    "gqa bf16 cache": lambda: cached("gqa", dtype=torch.bfloat16),
-    "fp8 product": lambda: product(short=False),
-    "fp8 product in 14 bits": lambda: product(short=True),
+    "fp8 product": product,
 }
 """Function of each tensor by name; most tensors are logits."""
 
@@ -163,12 +104,8 @@ def written(name: str, **options: Any) -> list[list[int]]:
 
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.1}
 TOKENS: dict[str, Callable[[], list[list[int]]]] = {
-    **{f"{name} greedy": lambda name=name: written(name) for name in MODELS},
     **{f"{name} sampled": lambda name=name: written(name, **SAMPLED) for name in MODELS},
-    "mla greedy speculative": lambda: written("mla", speculative=True),
     "mla sampled speculative": lambda: written("mla", speculative=True, **SAMPLED),
-    "gqa sampled speculative": lambda: written("gqa", speculative=True, temperature=1.0),
-    "mla greedy fp8 cache": lambda: written("mla", cache_dtype="fp8"),
 }
 """Function of each generation by name."""
 

@@ -16,7 +16,7 @@ import torch
 
 from tests.golden.fingerprint import THREADS, fingerprint
 from tests.golden.models import HASHES, LOGITS, TOKENS, measured
-from tests.golden.runs import GENERATE, RUNS, continued, prepared, trained
+from tests.golden.runs import RUNS, prepared, trained
 
 VALUES = Path(__file__).parent / "values.json"
 
@@ -38,7 +38,6 @@ def record() -> None:
     with tempfile.TemporaryDirectory() as path:
         folder = prepared(Path(path))
         mine["runs"] = {name: trained(name, folder) for name in RUNS}
-        mine["generate"] = {name: continued(name, folder) for name in GENERATE}
     values["hashes"] = {name: compute() for name, compute in HASHES.items()}
     values["machines"][name] = mine
     VALUES.write_text(short_lists(json.dumps(values, indent=1)) + "\n", encoding="utf-8")

@@ -34,12 +34,6 @@ TRAIN = {
 RUNS = (*TRAIN, "resumed")
 FIGURES = ("loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "tokens", "val_loss")
 """Keys of metrics.jsonl to record: those that depend on the numbers alone."""
-GENERATE = {
-    "sampled": "--temperature 0.8 --top-p 0.9 --seed 3",
-    "greedy speculative": "--temperature 0 --speculative",
-    "averaged": "--temperature 0 --average",
-}
-"""Arguments of python -m dsmini.generate, which continues two prompts with the resumed run."""
 
 
 def prepared(folder: Path) -> Path:
@@ -52,19 +46,12 @@ def prepared(folder: Path) -> Path:
 def trained(name: str, folder: Path) -> dict[str, Any]:
     """Train a run in a prepared folder, and return its values."""
     resume = f"--resume resumed --data.path {shlex.quote(str(HERE / 'old_run/text.txt'))} --train.newton-schulz jordan"
-    succeed("dsmini.train", resume if name == "resumed" else f"{TRAIN[name]} {EVERY} --out '{name}'", folder)
+    succeed(resume if name == "resumed" else f"{TRAIN[name]} {EVERY} --out '{name}'", folder)
     return run_values(folder / name)
 
 
-def continued(name: str, folder: Path) -> list[str]:
-    """Return both prompts as the resumed run of a folder continues them."""
-    prompts = "--prompt 'the river ' 'a quiet' --json --max-new-tokens 48 --dtype float32 --device cpu"
-    said = succeed("dsmini.generate", f"resumed {prompts} {GENERATE[name]}", folder)
-    return [answer["text"] for answer in json.loads(said.splitlines()[-1])["answers"]]
-
-
-def succeed(module: str, arguments: str, folder: Path) -> str:
-    """Run a command to its end, and return what it prints on the standard output.
+def succeed(arguments: str, folder: Path) -> None:
+    """Train by the command with these arguments, to the end.
 
     A run ends by measuring the rate of large products, which takes as long as training. The largest are left out.
     Raises: RuntimeError with the output of a command that fails.
@@ -73,10 +60,9 @@ def succeed(module: str, arguments: str, folder: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "mm", lambda a, b, *, out=None: out if len(a) == 2048 else multiply(a, b, out=out))
         patch.setenv("OMP_NUM_THREADS", str(THREADS))
-        done = run(f"{module} {arguments}", folder)
+        done = run(f"dsmini.train {arguments}", folder)
     if done.returncode:
-        raise RuntimeError(f"python -m {module} {arguments} ended with {done.returncode}:\n{done.stderr}")
-    return done.stdout
+        raise RuntimeError(f"python -m dsmini.train {arguments} ended with {done.returncode}:\n{done.stderr}")
 
 
 def run_values(folder: Path) -> dict[str, Any]:
