@@ -9,33 +9,14 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
-from dsmini import MLA, MTP, Attention, Experts, FeedForward, ModelConfig, MoE, RMSNorm, Transformer
-from dsmini.nn import DSA, Rope, apply_rope, linear_cross_entropy, sequence_balance_loss
+from dsmini import MLA, MTP, Attention, FeedForward, ModelConfig, MoE, RMSNorm, Transformer
+from dsmini.nn import DSA, Rope, apply_rope
 from dsmini.nn.layers import rms_norm
 from dsmini.nn.transformer import IGNORE
-from tests.conftest import randomise
+from tests.conftest import MODELS, randomise
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
-TINY: dict[str, Any] = {
-    "vocab_size": 13,
-    "dim": 5,
-    "inter_dim": 7,
-    "moe_inter_dim": 3,
-    "n_layers": 2,
-    "n_dense_layers": 1,
-    "n_heads": 4,
-    "q_lora_rank": 5,
-    "kv_lora_rank": 3,
-    "qk_nope_head_dim": 2,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 3,
-    "n_routed_experts": 6,
-    "n_activated_experts": 2,
-    "n_expert_groups": 3,
-    "n_limited_groups": 2,
-    "n_mtp_layers": 1,
-    "max_seq_len": 64,
-}
+TINY = MODELS["finite_differences"]
 YARN: dict[str, Any] = {"original_seq_len": 8, "rope_factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.3}
 INDEX = {"index_n_heads": 2, "index_head_dim": 4, "index_topk": 3}
 
@@ -100,33 +81,6 @@ def test_gradients_of_a_layer(name: str) -> None:
     module = randomise(layer.make())
     only = [name for name, _ in module.named_parameters() if not name.startswith("indexer.")]
     check(module, [rand(*size) for size in layer.inputs], layer.output, only, layer.fast)
-
-
-def test_gradients_of_experts_with_an_empty_one() -> None:
-    indices = torch.tensor([[0, 2], [2, 5], [5, 0], [3, 2], [0, 5]])
-    assert not (indices == 1).any()
-    experts = randomise(Experts(**TINY))
-    check(experts, [rand(5, 5), indices, rand(5, 2)], lambda y: y, ("w1", "w2", "w3"), fast=False)
-
-
-@pytest.mark.parametrize("original_seq_len", [None, 8])
-def test_gradients_of_apply_rope(original_seq_len: int | None) -> None:
-    rope = Rope(dim=6, original_seq_len=original_seq_len, rope_factor=8.0, mscale=0.7)
-    table = rope.cos_sin(torch.tensor([0, 3, 11]))
-    assert gradcheck(lambda x: apply_rope(x, table), (rand(2, 3, 1, 6),))
-
-
-@pytest.mark.parametrize("rows", [1, 3, 7])
-def test_gradients_of_linear_cross_entropy(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmini.functional.cross_entropy.CHUNK", 9 * rows)
-    targets = torch.tensor([4, IGNORE, 0, 8, 8, IGNORE, 3])
-    assert gradcheck(lambda h, w: linear_cross_entropy(h, w, targets), (rand(7, 5), rand(9, 5)))
-
-
-@pytest.mark.parametrize("counts", ["published", "routed"])
-def test_gradients_of_sequence_balance_loss(counts: Any) -> None:
-    logits, indices = rand(6, 5), torch.rand(6, 5).argsort()[:, :2]
-    assert gradcheck(lambda x: sequence_balance_loss(x.sigmoid(), indices, 2, counts), (logits,))
 
 
 def test_gradients_of_the_total_loss_of_a_whole_model() -> None:
