@@ -1,5 +1,6 @@
 """The seam around whole models: the reference backend runs equations alone, and a kernel can replace any operation."""
 
+import copy
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from dsmini.nn.fp8 import fp8_experts, hold_all_fp8
 from dsmini.numerics import WEIGHT_TILE, quantize
 from tests.functional.conftest import Unserved
 from tests.helpers.configs import refusal
+from tests.helpers.models import decoded
 from tests.helpers.operations import routed
 from tests.helpers.tolerances import E4M3_UNIT, FP32_UNIT, relative_error, rounding
 
@@ -25,21 +27,8 @@ NEAR = {"native": rounding(FP32_UNIT, terms=40, chained=40), "fp8": E4M3_UNIT}
 """In FP8, sums of another order move a code to its neighbour here and there."""
 
 
-@pytest.fixture
-def only_references(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Return a function that asks for the reference backend, and fails where a tuned version runs or a part of one."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("an eager version ran")
-
-    def ask() -> None:
-        for operation in ops.Operation.declared.values():
-            monkeypatch.setattr(operation, "plain", refuse)
-        for name in ("grouped_linear", "sort_by_expert", "combine"):
-            monkeypatch.setattr(functional_experts, name, refuse)
-        monkeypatch.setenv(ops.VARIABLE, "reference")
-
-    return ask
+def refuse(*_: Any, **__: Any) -> None:
+    raise AssertionError("an eager version ran")
 
 
 def step(model: Transformer, tokens: Tensor) -> list[Tensor]:
@@ -49,31 +38,26 @@ def step(model: Transformer, tokens: Tensor) -> list[Tensor]:
 
 
 @PRECISION
-def test_reference_backend_trains_by_equations(only_references: Any, small_model: Build, precision: str) -> None:
+def test_reference_backend_trains_and_decodes_by_equations(
+    monkeypatch: pytest.MonkeyPatch, small_model: Build, precision: str
+) -> None:
+    """No tuned version runs, nor a part of one."""
     model, tokens = small_model(precision=precision), torch.randint(0, 61, (2, 20))
-    want = step(model, tokens)
-    only_references()
+    held = hold_all_fp8(copy.deepcopy(model)).eval()
+    want, logits, of_codes = step(model, tokens), model(tokens), held(tokens)
+    for operation in ops.Operation.declared.values():
+        monkeypatch.setattr(operation, "plain", refuse)
+    for name in ("grouped_linear", "sort_by_expert", "combine"):
+        monkeypatch.setattr(functional_experts, name, refuse)
+    monkeypatch.setenv(ops.VARIABLE, "reference")
     got = step(model, tokens)
     assert relative_error(got[0], want[0]) <= NEAR[precision] / 10
     wrong = torch.cat([(a - b).flatten() for a, b in zip(got, want, strict=True)]).norm()
     assert wrong <= NEAR[precision] * torch.cat([b.flatten() for b in want]).norm()
-
-
-@PRECISION
-@pytest.mark.parametrize("held", [False, True], ids=["numbers", "codes"])
-@torch.no_grad()
-def test_reference_backend_decodes_by_equations(
-    only_references: Any, small_model: Build, precision: str, held: bool
-) -> None:
-    model, tokens = small_model(precision=precision, n_mtp_layers=0), torch.randint(0, 61, (2, 20))
-    model = hold_all_fp8(model).eval() if held else model
-    want = model(tokens)
-    only_references()
-    assert relative_error(model(tokens), want) <= NEAR[precision]
+    assert relative_error(model(tokens), logits) <= NEAR[precision]
+    assert relative_error(held(tokens), of_codes) <= NEAR[precision]
     for form in ("expanded", "absorbed") if precision == "native" else ():
-        cache = model.new_cache(2, form=form)
-        parts = [model(part, cache=cache) for part in tokens.split([9, 1, 10], 1)]
-        assert relative_error(torch.cat(parts, 1), want) <= NEAR[precision]
+        assert relative_error(decoded(model, tokens, (9, 1, 10), form=form), logits) <= NEAR[precision]
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, names: set[str]) -> list[str]:

@@ -17,15 +17,9 @@ from tests.helpers.operations import Case, cases, exact, run
 from tests.helpers.tolerances import BF16_UNIT, relative_error
 from tests.helpers.watching import Operations, saved_for_backward
 
-
-@pytest.fixture
-def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Let this CPU have units for BF16, or not."""
-    monkeypatch.setattr("dsmini.machine.multiplies_bf16", lambda: request.param)
-    return request.param
-
-
-EITHER = pytest.mark.parametrize("units", [True, False], indirect=True)
+UNITS = "dsmini.machine.multiplies_bf16"
+"""Where dsmini asks whether this CPU has units for products of BF16 numbers."""
+EITHER = pytest.mark.parametrize("units", [True, False])
 
 
 def watched(call: Callable[[], Any]) -> tuple[Any, set[torch.dtype]]:
@@ -50,7 +44,8 @@ def held(case: Case) -> tuple[Case, Case]:
 
 
 @EITHER
-def test_products_are_in_bf16_only_where_a_cpu_has_units_for_it(units: bool) -> None:
+def test_products_are_in_bf16_only_where_a_cpu_has_units_for_it(monkeypatch: pytest.MonkeyPatch, units: bool) -> None:
+    monkeypatch.setattr(UNITS, lambda: units)
     every = [case for case in products() if case.operation is not linear_cross_entropy]
     with_codes = [held(case) for case in every if case.operation in (linear, experts)]
     for case, plain in (*zip(every, every, strict=True), *with_codes):
@@ -62,7 +57,8 @@ def test_products_are_in_bf16_only_where_a_cpu_has_units_for_it(units: bool) -> 
 
 
 @EITHER
-def test_training_multiplies_bf16_only_where_a_cpu_has_units_for_it(units: bool) -> None:
+def test_training_multiplies_bf16_only_where_a_cpu_has_units(monkeypatch: pytest.MonkeyPatch, units: bool) -> None:
+    monkeypatch.setattr(UNITS, lambda: units)
     for case in products():
         (y, *grads), dtypes = watched(lambda case=case: run(case, case.operation))
         assert (torch.bfloat16 in dtypes) == units, case.operation.name
@@ -74,14 +70,14 @@ def test_training_multiplies_bf16_only_where_a_cpu_has_units_for_it(units: bool)
 
 
 def test_few_rows_save_less_than_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmini.machine.multiplies_bf16", lambda: False)
+    monkeypatch.setattr(UNITS, lambda: False)
     x, weight = torch.randn(2, 24).bfloat16(), torch.randn(30, 24)
     with torch.no_grad():
         assert watched(lambda: linear(x, weight))[1] == {torch.bfloat16}
 
 
 def test_operands_are_kept_as_they_came_and_autocast_multiplies_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmini.machine.multiplies_bf16", lambda: False)
+    monkeypatch.setattr(UNITS, lambda: False)
     x, frozen = torch.randn(40, 24).bfloat16().requires_grad_(), torch.randn(30, 24).bfloat16()
     for weight, kept in ((frozen.float().requires_grad_(), [x.shape, frozen.shape]), (frozen, [frozen.shape])):
         with ops.use("eager"), saved_for_backward() as saved:
