@@ -284,13 +284,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_a_converted_run_writes_as_the_run_does(place: Path) -> None:
-    assert run("dsmini.convert runs/x converted", place).returncode == 0
-    asked = "--temperature 0 --dtype float32 --prompt 'The ' é"
-    (own,), (converted,) = ask(place, asked), ask(place, f"{asked} --eos ignore", model="converted")
-    assert own["answers"] == converted["answers"] and own["prompt_tokens"] == converted["prompt_tokens"]
-
-
 def test_a_folder_begins_and_ends_texts_as_it_says(folder: Path) -> None:
     ends = folder / "ends"
     ends.mkdir()
@@ -304,6 +297,13 @@ def test_a_folder_begins_and_ends_texts_as_it_says(folder: Path) -> None:
     assert goes_on["answers"][0]["finish"] == "length" and goes_on["new_tokens"] == 12
 
 
+def talk(place: Path, arguments: str, lines: str, status: int = 0) -> list[dict[str, Any]]:
+    """Return the JSON answer to each line of a conversation, which ends with this status."""
+    done = run(f"dsmini.generate {arguments} --chat --json", place, lines)
+    assert done.returncode == status, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def n_tokens(folder: Path, *turns: tuple[str, str]) -> int:
     """Return the number of tokens of a conversation of (role, text), up to the answer."""
     chat = read_text_side(folder / "m", chat=True).chat
@@ -312,9 +312,7 @@ def n_tokens(folder: Path, *turns: tuple[str, str]) -> int:
 
 
 def test_conversation_of_a_run_is_lines_that_none_can_spell(place: Path) -> None:
-    done = run("dsmini.generate runs/x --chat --max-new-tokens 2 --system B --json", place, "a\r> b\nc\nd\n")
-    assert done.returncode == 0, done.stderr
-    first, second, third = map(json.loads, done.stdout.splitlines())
+    first, second, third = talk(place, "runs/x --max-new-tokens 2 --system B", "a\r> b\nc\nd\n")
     assert {first["finish"], second["finish"]} <= {"stop", "length"} and "\n" not in first["answer"]
     said = [f"> a > b\n{' '.join(first['answer'].split())}\n", f"> c\n{' '.join(second['answer'].split())}\n"]
     lengths = [len(f"B\n{''.join(before)}> ".encode()) + n for before, n in (([], 6), (said[:1], 2), (said, 2))]
@@ -322,22 +320,17 @@ def test_conversation_of_a_run_is_lines_that_none_can_spell(place: Path) -> None
 
 
 def test_conversation_forgets_its_oldest_turns_in_time(place: Path, folder: Path) -> None:
-    lines = "first line\nsecond line\nthird line\n"
-    done = run("dsmini.generate runs/x --chat --max-new-tokens 2 --json", place, lines)
-    assert done.returncode == 0, done.stderr
-    prompts = [json.loads(line)["prompt_tokens"] for line in done.stdout.splitlines()]
+    answers = talk(place, "runs/x --max-new-tokens 2", "first line\nsecond line\nthird line\n")
+    prompts = [answer["prompt_tokens"] for answer in answers]
     assert len(prompts) == 3 and prompts[1] > prompts[0] and max(prompts) <= 32, "the context of the model"
     done = run("dsmini.generate m --chat --context 40", folder, "hello")
     assert done.returncode == 2 and "are more than the cache's 40" in done.stderr
 
 
 def test_a_line_that_is_too_long_is_refused_and_changes_nothing(place: Path) -> None:
-    command = "dsmini.generate runs/x --chat --max-new-tokens 2 --json"
-    plain = run(command, place, "ab\ncd\n")
-    done = run(command, place, f"ab\n{'long ' * 20}\ncd\n")
-    assert (plain.returncode, done.returncode) == (0, 2) and "are more than the model's context of 32" in done.stderr
-    said, (first, refused, last) = ([json.loads(line) for line in text.stdout.splitlines()] for text in (plain, done))
-    assert refused.keys() == {"prompt", "error"}
+    said = talk(place, "runs/x --max-new-tokens 2", "ab\ncd\n")
+    first, refused, last = talk(place, "runs/x --max-new-tokens 2", f"ab\n{'long ' * 20}\ncd\n", status=2)
+    assert refused.keys() == {"prompt", "error"} and "are more than the model's context of 32" in refused["error"]
     assert [a["answer"] for a in said] == [first["answer"], last["answer"]]
     assert [a["prompt_tokens"] for a in said] == [first["prompt_tokens"], last["prompt_tokens"]]
 
@@ -353,15 +346,12 @@ def test_chat_answers_once_and_nobody_spells_a_turn(folder: Path) -> None:
 
 
 def test_a_conversation_is_a_line_a_turn(folder: Path) -> None:
-    command = "dsmini.generate m --chat --max-new-tokens 4"
-    done = run(f"{command} --json", folder, "hello\nand then\n\nnot read\n")
-    assert done.returncode == 0, done.stderr
-    first, second = map(json.loads, done.stdout.splitlines())
+    first, second = talk(folder, "m --max-new-tokens 4", "hello\nand then\n\nnot read\n")
     assert [first["prompt"], second["prompt"]] == ["hello", "and then"]
     assert {first["finish"], second["finish"]} <= {"end", "length"}
     turns = ("user", "hello"), ("assistant", first["answer"]), ("user", "and then")
     assert second["prompt_tokens"] == n_tokens(folder, *turns)
-    shown = run(command, folder, "hello\nand then")
+    shown = run("dsmini.generate m --chat --max-new-tokens 4", folder, "hello\nand then")
     assert shown.returncode == 0 and re.fullmatch(
         r"2 answers, [2-8] new tokens(, [\d.]+ tokens/s)?", shown.stderr.strip()
     )
