@@ -1,17 +1,22 @@
-"""The C++ kernels run for the calls that they serve; all other calls run plain PyTorch."""
+"""The C++ kernels run for the calls that they serve, whatever torch's defaults are; other calls run plain PyTorch."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ops
+from dsmini.inference.fused import extract_weights
+from dsmini.numerics import dequantize_tiles
+from dsmini.training.muon import HALLEY, MuonMatrices, muon_update
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import calls
-from tests.kernels.conftest import round_to_bf16
+from tests.helpers.decoding import model_of
+from tests.kernels.conftest import quantize, round_to_bf16
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -40,18 +45,10 @@ def test_unsupported_calls_raise_unserved() -> None:
 
 
 def test_modes_transforms_and_the_compiler_see_torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, many, seen = torch.randn(4, 130), torch.randn(2, 4, 130), list[Any]()
+    x, many = torch.randn(4, 130), torch.randn(2, 4, 130)
     with ops.use("reference"):
         want, each = round_to_bf16(x), torch.stack([round_to_bf16(one) for one in many])
     monkeypatch.setattr(calls, "library", lambda: pytest.fail("a kernel ran"))
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    with Watch():
-        assert torch.equal(round_to_bf16(x), want) and seen
     with FakeTensorMode():
         assert round_to_bf16(torch.empty(4, 130)).shape == (4, 130)
     assert torch.equal(torch.func.vmap(round_to_bf16)(many), each)
@@ -59,3 +56,54 @@ def test_modes_transforms_and_the_compiler_see_torch_only(monkeypatch: pytest.Mo
     assert torch.equal(torch.compile(round_to_bf16, backend="eager")(x), want)
     with pytest.raises(pytest.fail.Exception, match="a kernel ran"):
         round_to_bf16(x)
+
+
+def tiles_call() -> Callable[[], Sequence[Tensor]]:
+    x = torch.randn(40, 512)
+    codes, scales = quantize(x)
+    return lambda: (*quantize(x), round_to_bf16(x), dequantize_tiles(codes, scales, (1, 128)))
+
+
+def step_call(weights: str) -> Callable[[], Sequence[Tensor]]:
+    model = model_of("odd", weights).requires_grad_(False)
+    x, parts = torch.randn(3, model.config.dim), extract_weights(model.layers[1], torch.float32)
+    assert parts is not None
+    return lambda: cpu.feed_forward_step(x, parts[1])
+
+
+def keys_call() -> Callable[[], Sequence[Tensor]]:
+    q, k, weights = torch.randn(1, 2, 4, 8), torch.randn(1, 30, 8), torch.rand(1, 2, 4)
+    return lambda: [cpu.topk_keys(q, k, weights, 5, torch.ones(1, 2, 30, dtype=torch.bool, device="cpu"))]
+
+
+def muon_call() -> Callable[[], Sequence[Tensor]]:
+    param, grad, momentum = torch.randn(3, 4, 6).unbind()
+
+    def update() -> list[Tensor]:
+        new = MuonMatrices(params=[param.clone()], grads=[grad], momenta=[momentum.clone()])
+        muon_update(new, HALLEY, lr=0.1, momentum=0.9, weight_decay=0.3, matmul_dtype=torch.float32)
+        return new.params
+
+    return update
+
+
+CALLS: dict[str, Callable[[], Callable[[], Sequence[Tensor]]]] = {
+    **{"tiles": tiles_call, "chosen keys": keys_call, "muon": muon_call},
+    **{f"step in {weights}": lambda weights=weights: step_call(weights) for weights in ("bfloat16", "fp8")},
+}
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", CALLS)
+def test_default_dtype_and_device_change_no_bit(name: str, default: torch.dtype) -> None:
+    call = CALLS[name]()
+    with torch.no_grad():
+        want = call()
+        torch.set_default_dtype(default)
+        try:
+            with torch.device("meta"):
+                got = call()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)

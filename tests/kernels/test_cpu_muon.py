@@ -176,14 +176,6 @@ def test_a_rest_of_momentum_moves_a_matrix_of_its_own(isa: str) -> None:
     assert moves(updated(given, JORDAN), given)[0].norm() > 0.07
 
 
-def test_default_device_does_not_change_results() -> None:
-    given = matrices_of([(4, 6)])
-    want = updated(given, HALLEY)
-    with torch.device("meta"):
-        got = updated(given, HALLEY)
-    assert torch.equal(got.params[0], want.params[0])
-
-
 def test_what_is_not_served_says_why() -> None:
     def call(dtype: torch.dtype = torch.float32, products: torch.dtype = torch.float32, **changes: Any) -> None:
         given = matrices_of([(4, 6)], dtype)

@@ -233,18 +233,6 @@ def test_blocks_that_are_not_whole_calls_are_refused() -> None:
     assert y.isfinite().all()
 
 
-def test_default_dtype_changes_nothing() -> None:
-    model = model_of("blocks", "bfloat16")
-    x, (_, part, *_) = torch.randn(3, model.config.dim), list(layers(model, model.new_cache(1, 8), 1))[1]
-    want = cpu.feed_forward_step(x, part)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        got = cpu.feed_forward_step(x, part)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
-
-
 @pytest.mark.parametrize("name", ["wide", "gqa, wide", "dsa, blocks"])
 def test_threads_change_no_bit(isa: str, name: str) -> None:
     model = model_of(name, "bfloat16")
@@ -380,43 +368,6 @@ def test_rows_after_the_end_do_not_matter(isa: str, name: str) -> None:
     for data in (view.store.data, *([view.store.index.data] if name == "dsa" else [])):
         data[0, 302:], data[1, 65:] = math.nan, math.nan
     assert torch.equal(attend(x, part, view, cos_sin, starts), want)
-
-
-def test_of_equal_scores_the_first_keys_are_chosen(isa: str) -> None:
-    x, attention, view, cos_sin, starts = step("dsa", [300])
-    attention.weights["indexer.weights_proj"].zero_()
-    want = cpu.attention_step(x, attention, view, cos_sin, starts)
-    view.store.data[:, 40:300] += 1e3  # after the first 40, which is index_topk
-    assert torch.equal(cpu.attention_step(x, attention, view, cos_sin, starts), want)
-    view.store.data[:, 39] += 1e3
-    assert not torch.equal(cpu.attention_step(x, attention, view, cos_sin, starts), want)
-
-
-def test_score_of_nan_is_chosen_and_stays_visible(isa: str) -> None:
-    x, attention, view, cos_sin, starts = step("dsa", [300])
-    view.store.data[0, 5] = view.store.index.data[0, 5] = torch.nan
-    assert cpu.attention_step(x, attention, view, cos_sin, starts).isnan().all()
-
-
-def test_default_device_does_not_change_results() -> None:
-    model = model_of("odd", "fp8")
-    x = torch.randn(3, 24)
-    _, feed_forward, *_ = [*layers(model, filled(model, [3], torch.float32), 1)][-1]
-    keys = (
-        torch.randn(1, 2, 4, 8),
-        torch.randn(1, 30, 8),
-        torch.rand(1, 2, 4),
-        5,
-        torch.ones(1, 2, 30, dtype=torch.bool),
-    )
-
-    def outcome() -> list[Tensor]:
-        return [*cpu.feed_forward_step(x, feed_forward), cpu.topk_keys(*keys)]
-
-    want = outcome()
-    with torch.device("meta"):
-        got = outcome()
-    assert all(map(torch.equal, got, want))
 
 
 def test_what_is_not_served_says_why() -> None:
