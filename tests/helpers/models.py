@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsmini import Transformer
 from dsmini.nn import dsa_layers
@@ -20,6 +20,12 @@ def decoded(model: Any, tokens: Tensor, sizes: int | Sequence[int], *cache: Any,
     """Return the logits of tokens that arrive in chunks of these sizes, with a cache of these options."""
     new = model.new_cache(len(tokens), *cache, **options)
     return torch.cat([model(part, new) for part in tokens.split(sizes, 1)], 1)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Return the gradient of every parameter by its name; zeros where there is none."""
+    named = dict(model.named_parameters())
+    return dict(zip(named, torch.autograd.grad(loss, [*named.values()], materialize_grads=True), strict=True))
 
 
 def set_stage(model: Transformer, stage: Any) -> Transformer:

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsmini import MLA, Attention, FeedForward, Gate, RMSNorm, Transformer, quantize
-from dsmini.nn import DSA, FP8Linear
+from dsmini import Transformer, quantize
+from dsmini.nn import FP8Linear
 from tests.conftest import SMALL, randomise
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
@@ -44,32 +44,6 @@ def compare(run: Callable[[], dict[str, Tensor]], module: nn.Module, **options: 
     return {name: relative_error(got[name], want[name]) for name in want}
 
 
-def layers_alone() -> dict[str, float]:
-    """Compile the layers that need no routed experts, in one graph."""
-    layers = nn.ModuleDict(
-        {
-            "norm": RMSNorm(16),
-            "mla": MLA(**SIZES),
-            "mla_without_q_lora": MLA(**SIZES | {"q_lora_rank": None}),
-            "dsa": DSA(**SIZES | {"index_n_heads": 3, "index_head_dim": 8, "index_topk": 9}),
-            "gqa": Attention(**SIZES | {"attention": "gqa", "n_kv_heads": 1}),
-            "ffn": FeedForward(**SIZES),
-            "gate": Gate(**SIZES),
-        }
-    )
-    randomise(layers)
-    x = torch.randn(2, 33, 16)
-
-    def run() -> dict[str, Tensor]:
-        out = {name: layer(x) for name, layer in layers.items() if name != "gate"}
-        routing = layers["gate"](x.flatten(0, 1))
-        out |= {"indices": routing.indices, "weights": routing.weights, "counts": routing.counts}
-        loss = torch.stack([y.float().square().mean() for y in out.values()]).sum()
-        return {"loss": loss} | out
-
-    return compare(run, layers, fullgraph=True, backend="aot_eager")
-
-
 def losses(changes: dict[str, Any], compute_dtype: torch.dtype, **options: Any) -> dict[str, float]:
     """Compile the whole model: embedding, blocks, MoE, MTP, chunked cross-entropy, balance."""
     model = randomise(Transformer(**SIZES | changes, compute_dtype=compute_dtype))
@@ -84,6 +58,17 @@ def losses(changes: dict[str, Any], compute_dtype: torch.dtype, **options: Any) 
         return named | {f"counts {i}": routing.counts for i, routing in enumerate(losses.routing)}
 
     return compare(run, model, **options)
+
+
+def dense_blocks() -> dict[str, float]:
+    """Compile a block of each attention, without routed experts, in one graph in FP32."""
+    found = {}
+    dsa = {"attention": "dsa", "index_n_heads": 3, "index_head_dim": 8, "index_topk": 9}
+    for changes in ({}, {"q_lora_rank": None}, dsa, {"attention": "gqa", "n_kv_heads": 1}):
+        torch._dynamo.reset()
+        errors = losses(DENSE_BLOCK | changes, torch.float32, fullgraph=True, backend="aot_eager")
+        found |= {f"{changes} {name}": error for name, error in errors.items()}
+    return found
 
 
 def ragged_fp8() -> dict[str, float]:
@@ -107,9 +92,10 @@ def ragged_fp8() -> dict[str, float]:
 
 
 ONE_BLOCK = {"n_layers": 1, "n_dense_layers": 0, "n_mtp_layers": 0}
+DENSE_BLOCK = ONE_BLOCK | {"n_dense_layers": 1}
 PROGRAMS: dict[str, Callable[[], dict[str, float]]] = {
     "one block in bf16": functools.partial(losses, ONE_BLOCK, torch.bfloat16, fullgraph=True, backend="aot_eager"),
-    "layers": layers_alone,
+    "dense blocks": dense_blocks,
     "losses in bf16": functools.partial(losses, {}, torch.bfloat16, fullgraph=True, backend="aot_eager"),
     "losses in fp32": functools.partial(losses, {}, torch.float32, backend="aot_eager"),
     "ragged tiles in C++": ragged_fp8,

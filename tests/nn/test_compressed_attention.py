@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import dsmini
 from dsmini import ModelConfig, Transformer, quantize
 from dsmini.nn import CompressedAttention, Context, compressed_attention, dsa_layers
 from dsmini.nn.compressed_attention import rotated
@@ -16,7 +15,7 @@ from dsmini.nn.compressed_cache import SLACK, FP4Rows, FP8Rows
 from dsmini.nn.dsa import hadamard
 from dsmini.numerics.fp4 import round_fp4
 from tests.conftest import SMALL, randomise
-from tests.helpers.configs import V4, refusal, released
+from tests.helpers.configs import V4, refusal
 from tests.helpers.models import set_stage, tokens_of
 from tests.helpers.tolerances import BF16_UNIT, E4M3_UNIT, FP32_MODEL, ROPE_TABLE, relative_error, rounding
 from tests.helpers.watching import Operations
@@ -73,8 +72,8 @@ def entries_of(of: Any, x: Tensor, c: Any) -> Tensor:
     return turn(made, 4 * torch.arange(len(made)), c)
 
 
-def by_the_report(layer: Any, c: Any, x: Tensor, stage: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output of a document [s, m], the KL divergence, and the share of attention to chosen entries.
+def by_the_report(layer: Any, c: Any, x: Tensor, stage: str) -> tuple[Tensor, Tensor]:
+    """Return the KL divergence of a document [s, m], and the share of attention to chosen entries.
 
     All heads' weights of an entry are added before they are normalised. No Hadamard transform is needed.
     """
@@ -99,18 +98,13 @@ def by_the_report(layer: Any, c: Any, x: Tensor, stage: str) -> tuple[Tensor, Te
         return torch.cat((logits, layer.attn_sink[:, None].expand(len(x), -1, 1)), -1).softmax(-1)[..., :-1]
 
     chosen = visible if stage == "warmup" else best
-    p = attention(chosen)
-    y = turn(p @ values, -t, c).flatten(1).unflatten(1, (c.o_groups, -1))
-    groups = layer.wo_a.weight.unflatten(0, (c.o_groups, -1))
-    y = torch.einsum("sgi,goi->sgo", y, groups).flatten(1) @ layer.wo_b.weight.T
-
-    target, every = (w[..., len(x) :].sum(1).detach() for w in (p, attention(visible)))
+    target, every = (attention(keys)[..., len(x) :].sum(1).detach() for keys in (chosen, visible))
     some = visible.any(1)
     target = target[some] / target[some].sum(1, keepdim=True)
     log_i = scores[some].masked_fill(~chosen[some], -torch.inf).log_softmax(1)
     kl = (torch.xlogy(target, target) - (target * log_i).nan_to_num(0)).sum()
     mass = (every * best)[some].sum(1) / every[some].sum(1)
-    return y, kl / len(x), (mass.sum() + (~some).sum()) / len(x)
+    return kl / len(x), (mass.sum() + (~some).sum()) / len(x)
 
 
 @pytest.mark.parametrize("s", [3, 30])
@@ -120,9 +114,8 @@ def test_indexer_learns_the_joint_softmax_of_all_heads(monkeypatch: pytest.Monke
     monkeypatch.setattr(compressed_attention, "BLOCK", 16)
     layer, c = layer_of("csa", stage)
     x = torch.randn(2, s, c.dim, dtype=torch.float64, requires_grad=True)
-    y, got = layer(x, Context(positions=torch.arange(s)[None], train_indexers=True))
-    want_y, kls, masses = zip(*(by_the_report(layer, c, row, stage) for row in x), strict=True)
-    assert relative_error(y, torch.stack(want_y)) < 8 * ROPE_TABLE
+    _, got = layer(x, Context(positions=torch.arange(s)[None], train_indexers=True))
+    kls, masses = zip(*(by_the_report(layer, c, row, stage) for row in x), strict=True)
     kl, indexer = sum(kls) / 2, [*layer.indexer.parameters()]
     assert relative_error(got.kl, kl) < 8 * ROPE_TABLE and abs(got.mass - sum(masses) / 2) < 1e-5
     if s > 3:
@@ -275,27 +268,11 @@ def test_rounded_caches_answer_alike_in_all_chunks(dtype: Any, qat: bool) -> Non
     assert 0 < error < rounding(unit, chained=3 * 4)
 
 
-def test_cache_takes_the_published_bytes() -> None:
-    """584 bytes an entry and 68 an indexer's, and for each layer what does not grow: window and raw rows."""
-    for name, published in (("deepseek-v4-flash", 3514.25), ("deepseek-v4-pro", 5031.4)):
-        with torch.device("meta"):
-            model = Transformer(released(name))
-            cache: Any = model.new_cache(1, 1 << 20, "fp8")
-        compressed = [store for store in cache.stores if store.entries]
-        grows = sum(each.entries.nbytes for store in compressed for each in (store, store.index) if each)
-        assert abs(grows / (1 << 20) - published) < 0.05
-        raw = {0: 0, 4: (8 + SLACK) * 4 * (2048 + 512), 128: (128 + SLACK) * 4 * 1024}
-        ratios = [layer.attn.m for layer in model.layers]
-        assert cache.nbytes - grows == sum((128 + SLACK) * 584 + raw[m] for m in ratios)
-        assert cache.nbytes_per_token == cache.nbytes / (1 << 20) < published + 40
-    cpu = torch.device("cpu")
-    for rows, width in ((FP8Rows(1, 2, 448, 64, cpu), 584), (FP4Rows(1, 2, 128, cpu), 68)):
-        assert rows.data.shape[2] == width
-
-
-def test_stored_bytes_are_the_rounded_values() -> None:
+def test_cache_takes_the_published_bytes_for_rounded_values() -> None:
+    """584 bytes an entry and 68 an indexer's; tests/accounting counts those of whole models."""
     rows, index = torch.randn(2, 5, 512), torch.randn(2, 5, 128)
     fp8, fp4 = FP8Rows(2, 9, 448, 64, rows.device), FP4Rows(2, 9, 128, rows.device)
+    assert (fp8.data.shape[2], fp4.data.shape[2]) == (584, 68)
     places = torch.arange(5).expand(2, -1)
     for store, given in ((fp8, rows), (fp4, index)):
         store.data[:, :5] = store._encode(given)
@@ -303,14 +280,6 @@ def test_stored_bytes_are_the_rounded_values() -> None:
     want = torch.cat((quantize(rows[..., :448], (1, 64)).dequantize(), rows[..., 448:].bfloat16().float()), -1)
     assert torch.equal(fp8.read(5, torch.float32), want)
     assert torch.equal(fp4.read(5, torch.float32), round_fp4(index))
-
-
-def test_speculative_decoding_gives_the_same_tokens(long_model: Any) -> None:
-    model = long_model[0]
-    prompts = [torch.randint(0, SMALL["vocab_size"], (n,)) for n in (5, 40, 1)]
-    plain = dsmini.generate(model, prompts, 15)
-    drafted = dsmini.generate(model, prompts, 15, speculative=True)
-    assert torch.equal(plain.tokens, drafted.tokens) and drafted.stats.drafted > 0
 
 
 # numbers
@@ -356,17 +325,6 @@ def test_yarn_has_no_temperature_and_the_window_alone_no_yarn() -> None:
         assert relative_error(cos.square() + sin.square(), torch.ones_like(cos)) < 1e-6
         assert layer.scale == c.head_dim**-0.5
         assert (layer.rope.rope_theta, layer.rope.original_seq_len) == ((160000.0, 16) if layer.m else (10000.0, None))
-
-
-def test_fp32_stays_where_numbers_need_it() -> None:
-    model = model_of().to(torch.bfloat16)
-    exact = {name for name, p in model.layers[1].get_submodule("attn").named_parameters() if p.dtype == torch.float32}
-    parts = ("ape", "wkv.weight", "wgate.weight", "norm.weight")
-    assert exact == {
-        *("attn_sink", "q_norm.weight", "kv_norm.weight", "indexer.weights_proj.weight"),
-        *(f"{of}compressor.{part}" for of in ("", "indexer.") for part in parts),
-    }
-    assert model(tokens_of(1, 20)).dtype == torch.bfloat16
 
 
 def test_layer_learns_in_simulated_fp8() -> None:

@@ -166,14 +166,10 @@ def test_another_attention_class_is_handed_to_transformer() -> None:
     assert all(isinstance(block.attn, AttentionWithoutPositions) for block in model.layers)
     assert all(isinstance(mtp.block.attn, AttentionWithoutPositions) for mtp in model.mtp)
     check_training_and_decoding(model, "attn.wkv")
-    assert (
-        model.new_cache(2, 16, torch.float32).nbytes_per_token
-        == 4 * SMALL["n_layers"] * model.layers[0].attn.wkv.out_features
-    )
+    width = model.layers[0].attn.wkv.out_features
+    assert model.new_cache(2, 16, torch.float32).nbytes_per_token == 4 * SMALL["n_layers"] * width
     model.layers[1].attn = nn.Identity()
-    assert refusal(model.new_cache).startswith(
-        "Identity makes no cache; give it new_cache(batch_size, max_seq_len, dtype,"
-    )
+    assert "Identity makes no cache; give it new_cache(" in refusal(model.new_cache)
 
 
 def masked_model(layer: Any = MLA, /, **changes: Any) -> Transformer:
@@ -286,9 +282,7 @@ def test_a_block_that_two_layers_share_has_one_gate_for_both() -> None:
 def test_a_block_or_gate_that_returns_something_else_is_told_what_to_return() -> None:
     tokens = torch.zeros(2, 9, dtype=torch.int64)
     said = refusal(Transformer(**SMALL, make_block=WithoutAux), tokens)
-    assert said.startswith(
-        "WithoutAux.forward returned a Tensor; a block returns the pair (x, Aux(routing, indexer_loss))"
-    )
+    assert "WithoutAux.forward returned a Tensor; a block returns the pair (x, Aux" in said
     unchecked: Any = inspect.unwrap(MoE.forward)  # without the type checks of these tests
     said = refusal(unchecked, MoE(**SMALL, gate_class=TupleGate), torch.zeros(1, 9, SMALL["dim"]))
     assert said.startswith("TupleGate.forward returned a tuple; a gate returns a Routing of indices and weights [n, k]")

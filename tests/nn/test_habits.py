@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +17,7 @@ from dsmini import MoE, Transformer, ops
 from dsmini.nn.fp8 import hold_all_fp8
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import DSA, V4_MODEL
-from tests.helpers.models import decoded, tokens_of
+from tests.helpers.models import decoded, gradients, tokens_of
 from tests.helpers.tolerances import BF16_UNIT, FP32_MODEL, relative_error, rounding
 
 ROOT = Path(__file__).parents[2]
@@ -57,18 +57,13 @@ def stateless(model: Transformer) -> tuple[Parameters, Callable[[Parameters, Ten
     return {name: p.detach() for name, p in model.named_parameters()}, loss
 
 
-def gradients(loss: Tensor, model: nn.Module) -> Parameters:
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(loss, parameters, materialize_grads=True), strict=True))
-
-
 @pytest.mark.parametrize("changes", [{}, DSA, V4_MODEL], ids=["mla", "dsa", "V4"])
 def test_vmap_of_grad_gives_a_gradient_per_sample(changes: dict[str, Any]) -> None:
     model, tokens = settled(**changes), tokens_of(2, 23)
     parameters, loss = stateless(model)
     got = vmap(grad(loss), (None, 0))(parameters, tokens)
     for i, row in enumerate(tokens):
-        want = gradients(model.losses(row[None, :-1], row[None, 1:], balance_alpha=0.1).total, model)
+        want = gradients(model, model.losses(row[None, :-1], row[None, 1:], balance_alpha=0.1).total)
         large = [name for name in want if "hc_" not in name]  # gradients of streams are sums that nearly cancel
         assert all(relative_error(got[name][i], want[name]) < FP32_MODEL for name in large)
         every = [torch.cat([g.flatten() for g in side]) for side in ([got[name][i] for name in want], want.values())]
@@ -158,28 +153,23 @@ def test_shortened_double_models_keep_norms_and_gates_in_fp32(cast: str) -> None
     model(torch.arange(8)[None])
 
 
-def test_deepcopy_and_pickle_give_an_equal_and_independent_model(model: Transformer, tokens: Tensor) -> None:
-    want = model(tokens)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+def test_copies_are_equal_and_independent(model: Transformer, tokens: Tensor) -> None:
+    want, loaded = model(tokens), Transformer(model.config)
+    loaded.load_state_dict(model.state_dict())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
         assert torch.equal(other(tokens), want)
         with torch.no_grad():
             other.head.weight.zero_()
     assert torch.equal(model(tokens), want)
 
 
-def test_state_dict_loads_into_another_model(model: Transformer, tokens: Tensor) -> None:
-    other = Transformer(model.config)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(tokens), model(tokens))
-
-
 def test_checkpointing_changes_no_gradient(model: Transformer, tokens: Tensor) -> None:
-    want = gradients(model.losses(tokens[:, :-1], tokens[:, 1:]).total, model)
-    ours = gradients(model.losses(tokens[:, :-1], tokens[:, 1:], recompute=True).total, model)
+    want = gradients(model, model.losses(tokens[:, :-1], tokens[:, 1:]).total)
+    ours = gradients(model, model.losses(tokens[:, :-1], tokens[:, 1:], recompute=True).total)
     forwards = [(block, block.forward) for block in model.layers]
     for block, forward in forwards:
         block.forward = lambda *args, f=forward: checkpoint(f, *args, use_reentrant=False)
-    theirs = gradients(model.losses(tokens[:, :-1], tokens[:, 1:]).total, model)
+    theirs = gradients(model, model.losses(tokens[:, :-1], tokens[:, 1:]).total)
     for grads in (ours, theirs):
         assert all(torch.equal(grads[name], want[name]) for name in want)
 

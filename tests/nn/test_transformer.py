@@ -17,7 +17,8 @@ from dsmini.nn import Embedding, Linear, Rope
 from dsmini.nn.layers import FP32Linear
 from tests import reference_model as reference
 from tests.conftest import randomise
-from tests.helpers.configs import refusal
+from tests.helpers.configs import DSA, FP8_SIZES, refusal
+from tests.helpers.models import gradients, set_stage
 from tests.helpers.strategies import model_configs
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, MOVED, UNMOVED, relative_error, rounding
 from tests.helpers.watching import saved_for_backward
@@ -30,11 +31,6 @@ YARN: dict[str, Any] = {"original_seq_len": 8, "rope_factor": 8.0, "mscale": 0.7
 def batch() -> tuple[Tensor, Tensor]:
     stream = torch.randint(0, VOCAB, (B, S + 1))
     return stream[:, :-1], stream[:, 1:]
-
-
-def gradients(model: Transformer, total: Tensor) -> dict[str, Tensor]:
-    named = dict(model.named_parameters())
-    return dict(zip(named, torch.autograd.grad(total, list(named.values()), materialize_grads=True), strict=True))
 
 
 # the equations
@@ -109,15 +105,26 @@ def test_total_is_main_and_the_weighted_others(small_model: Model) -> None:
     assert alone.routing == [] and alone.balance == alone.mtp == 0 and torch.equal(alone.total, alone.main)
 
 
-@pytest.mark.parametrize("changes", [{}, {"hc_mult": 2}], ids=["plain", "streams"])
-def test_recomputation_changes_memory_and_not_one_bit(small_model: Model, changes: dict[str, Any]) -> None:
-    model = small_model(**changes)
+RECOMPUTED: dict[str, tuple[dict[str, Any], Any, float]] = {
+    "plain": ({}, None, 4),
+    "streams": ({"hc_mult": 2}, None, 2),  # which are kept
+    "fp8": (FP8_SIZES, None, 4),
+    "warm-up of indexers": (DSA, "warmup", 4),
+    "indexers": (DSA, "sparse", 4),
+}
+"""Changes of a model, the stage of its indexers, and how many times less is saved."""
+
+
+@pytest.mark.parametrize("case", RECOMPUTED)
+def test_recomputation_changes_memory_and_not_one_bit(small_model: Model, case: str) -> None:
+    changes, stage, less = RECOMPUTED[case]
+    model = set_stage(small_model(**changes), stage)
     tokens, targets = batch()
     with saved_for_backward() as many:
         kept = model.losses(tokens, targets)
     with saved_for_backward() as few:
         again = model.losses(tokens, targets, recompute=True)
-    assert sum(t.nbytes for t in few) < sum(t.nbytes for t in many) / (2 if changes else 4)  # streams are kept
+    assert sum(t.nbytes for t in few) < sum(t.nbytes for t in many) / less
     assert all(torch.equal(a, b) for a, b in zip(kept[:4], again[:4], strict=True))
     assert all(torch.equal(a.counts, b.counts) for a, b in zip(kept.routing, again.routing, strict=True))
     a, b = gradients(model, kept.total), gradients(model, again.total)
