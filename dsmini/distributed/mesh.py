@@ -368,7 +368,7 @@ class Mesh:
         """Return tensors summed over all ranks, in one message of FP64: counts below 2^53 stay exact."""
         if self.size == 1:
             return list(tensors)
-        packed = torch.cat([t.detach().to("cpu", torch.float64).flatten() for t in tensors])
+        packed = torch.cat([t.detach().cpu().double().flatten() for t in tensors])
         dist.all_reduce(packed)
         split = packed.split([t.numel() for t in tensors])
         return [of.view(t.shape).to(t.device, t.dtype) for of, t in zip(split, tensors, strict=True)]

@@ -14,6 +14,7 @@ from dsmini.data.corpus import Corpus
 from dsmini.nn.transformer import IGNORE
 from dsmini.training.trainer import Trainer
 from tests.conftest import randomise
+from tests.helpers.apple import OnApple
 from tests.helpers.configs import V4_MODEL
 from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
 
@@ -186,6 +187,16 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_figures_of_apples_gpu_become_fp64_on_the_cpu(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = new_trainer()
+    trainer.forward_backward(4)
+    want = trainer.validate(), trainer.mesh.squared_norms(trainer.model).tolist()
+    score, norms = trainer._score, torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
+    monkeypatch.setattr(trainer, "_score", lambda *given: OnApple(score(*given)))
+    monkeypatch.setattr(torch, "_foreach_norm", lambda grads: [OnApple(norm) for norm in norms(grads)])
+    assert (trainer.validate(), trainer.mesh.squared_norms(trainer.model).tolist()) == want
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_step_that_is_not_finite_changes_nothing(new_trainer: NewTrainer, place: str, optimizer: str) -> None:
@@ -253,15 +264,3 @@ def test_zero_init_zeroes_only_writers_to_the_residual_stream(small_config: Call
     ends = ("head.weight", "wo.weight", "w2.weight", "experts.w2")
     assert zero == {n for n, _ in Transformer(small_config()).named_parameters() if n.endswith(ends)}
     assert not {n for n, p in Transformer(small_config()).named_parameters() if p.abs().max() == 0}
-
-
-def test_losses_leave_the_device_before_they_are_fp64(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apple's GPUs have no FP64: torch raises a TypeError for it there."""
-
-    class OnApple:
-        def cpu(self) -> torch.Tensor:
-            return torch.tensor(2.0)
-
-    trainer = new_trainer()
-    monkeypatch.setattr(trainer, "_score", lambda *_: OnApple())
-    assert trainer.validate() > 0
