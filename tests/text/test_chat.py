@@ -254,6 +254,26 @@ def test_template_without_end_is_stopped(source: str, limits: dict[str, Any], se
     assert refusal(rendered, source, **limits) == f"the chat template of t.jinja refuses the conversation: {sentence}"
 
 
+@pytest.mark.parametrize(
+    ("highest", "refused"), [("-1", "AS"), ("{CPU: 1, AS: 300 << 20}.get(limit, -1)", "none")], ids=["macOS", "ulimit"]
+)
+def test_system_with_other_limits_renders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, highest: str, refused: str
+) -> None:
+    """macOS refuses any limit of the address space. Elsewhere the user's own may be lower than ours."""
+    (tmp_path / "resource.py").write_text(f"""\
+CORE, FSIZE, AS, CPU, none = RLIMIT_CORE, RLIMIT_FSIZE, RLIMIT_AS, RLIMIT_CPU, _ = range(5)
+RLIM_INFINITY = -1
+def getrlimit(limit):
+    return -1, {highest}
+def setrlimit(limit, pair):
+    if limit == {refused} or pair[0] > pair[1] >= 0:
+        raise ValueError("current limit exceeds maximum limit")
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert rendered("{{ messages[0].content }}") == "hi"
+
+
 @pytest.mark.parametrize("content", ["a", f"\r\n\u2028{MARK}\udc80<\x00", "日🙂"])
 def test_text_of_a_message_comes_back_as_it_is(content: str) -> None:
     assert rendered("{{ messages[0].content }}", content) == content
