@@ -79,9 +79,11 @@ class Store:
 
     @classmethod
     def at(cls, path: Path | None) -> "Store":
-        """Return the store of a file; None: that in the user's cache."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cls(path or cache / "dsmini" / "roofs.json")
+        """Return the store of a file; None: that in the user's cache. A user without a home has one that stays empty."""
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if cache.startswith("~"):  # it was not expanded, and would be a folder of that name here
+            cache = os.devnull
+        return cls(path or Path(cache) / "dsmini" / "roofs.json")
 
     def contents(self) -> dict[str, Any]:
         try:

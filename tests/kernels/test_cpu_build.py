@@ -267,6 +267,14 @@ def test_cache_that_others_can_change_is_not_used(
         folder.shared_temporary()
 
 
+def test_user_without_home_gets_the_temporary_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", str)
+    monkeypatch.chdir(cache.parents[2])
+    assert [*build._folders(refused := [])] == [folder.shared_temporary()] and refused == []
+    assert not Path("~").exists()
+
+
 def test_own_folders_are_private_under_any_umask_and_behind_links(cache: Path, private_folder: Path) -> None:
     before = os.umask(0)
     try:

@@ -141,6 +141,16 @@ def test_stored_rates_are_those_of_one_machine(tmp_path: Path, monkeypatch: pyte
     assert load_or_measure(CPU, keep).card == here and len(measured) == 7, "another version measures again"
 
 
+def test_user_without_home_stores_no_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # as a container's user may be
+    monkeypatch.chdir(tmp_path)
+    store = roofs.Store.at(None)
+    store.write("here", {"rate": 1.0})
+    assert store.contents() == {} and not [*tmp_path.iterdir()]
+
+
 def test_key_names_the_instructions_that_torch_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     before = roofs.key_of(CPU)

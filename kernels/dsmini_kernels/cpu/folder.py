@@ -23,8 +23,13 @@ class UntrustedFolderError(Exception):
 
 
 def user_cache() -> Path:
-    """Return the folder where libraries are stored by default: ${XDG_CACHE_HOME:-~/.cache}/dsmini/kernels."""
+    """Return the folder where libraries are stored by default: ${XDG_CACHE_HOME:-~/.cache}/dsmini/kernels.
+
+    Raises: as `private`; FileNotFoundError for a user without a home, as a container may have.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):  # it was not expanded, and would be a folder of that name here
+        raise FileNotFoundError("this user has no home folder")
     return private(Path(os.path.abspath(base)) / "dsmini" / "kernels")
 
 
