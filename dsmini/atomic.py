@@ -4,23 +4,32 @@ The content is written under a hidden name next to the final one, forced to the 
 or a full disk at any moment leaves either the old content or the complete new one. A failed attempt removes what it
 wrote and raises the system's own OSError. A later write removes what a killed process left.
 
+A file system that cannot force a folder's entries to the disk, or has no locks, as some networks' have not, is used as
+it is.
+
 The one exception is a log that grows line by line: it is opened to append, and a reader ignores a torn last line.
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
+import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 STALE_AFTER = 3600.0
 """Seconds without a change after which a half-written file or folder belongs to nobody."""
+
+MISSING = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Errors of a file system that has no such operation."""
 
 STOPPED = (Exception, KeyboardInterrupt, SystemExit)
 """Exceptions after which an attempt cleans up."""
@@ -179,5 +188,29 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if sys.platform == "darwin":  # there fsync leaves the content in the drive's own cache
+            with suppress(OSError):  # some drives have no such command
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    except OSError as error:
+        if error.errno not in MISSING or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
+
+
+def lock(file: int | IO[Any], path: Path, *, wait: bool = False) -> None:
+    """Lock an open file against other processes until it is closed. Warn where the file system has no locks.
+
+    Args:
+        path: the file, for the warning.
+        wait: for a process that holds it.
+
+    Raises: BlockingIOError without `wait`, if another process holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in MISSING:
+            raise
+        words = f"the file system of {path} has no locks ({error.strerror})"
+        warnings.warn(f"{words}, so nothing keeps a second process out; start none there", stacklevel=3)

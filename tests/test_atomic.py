@@ -1,14 +1,18 @@
 """The atomic writers: whole or not there, whatever happens, and nothing of the user's is ever removed."""
 
+import errno
+import fcntl
 import os
 import shutil
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from dsmini.atomic import STALE_AFTER, new_file, new_folder, partial_folder, remove_folders, write_text
+from dsmini.atomic import STALE_AFTER, lock, new_file, new_folder, partial_folder, remove_folders, write_text
+from dsmini.checkpoint.run_folder import lock_run
 from dsmini.checkpoint.training_state import MANIFEST, write_manifest
 from tests.helpers.runs import Killed
 
@@ -40,6 +44,38 @@ def test_full_disk_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="No space"):
         write_text(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "old" and os.listdir(tmp_path) == ["x"]
+
+
+def test_folder_that_cannot_be_forced_to_the_disk_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is on some network drives."""
+
+    def fsync(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with new_folder(tmp_path / "y") as partial:
+        write_text(partial / "x", "new")
+    assert (tmp_path / "y" / "x").read_text() == "new"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_file_system_without_locks_gets_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(file: object, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match=r"\.lock has no locks \(.*\), so nothing keeps a second process out"):
+        lock_run(tmp_path).close()
+    monkeypatch.undo()
+    with lock_run(tmp_path), pytest.raises(ValueError, match="another process is training"):
+        lock_run(tmp_path)
+
+
+def test_broken_disk_is_not_one_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with (tmp_path / "x").open("w") as file, pytest.raises(OSError, match="Input/output"):
+        lock(file, tmp_path / "x")
 
 
 def interrupted(tmp_path: Path, error: type[BaseException]) -> None:

@@ -11,7 +11,6 @@ runs/NAME/
     summary.json, sample.txt, loss.png, expert_load.png     at the end
 """
 
-import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from dsmini.atomic import lock as lock_file
 from dsmini.atomic import write_text
 from dsmini.config import RunConfig
 from dsmini.reading import check_path, is_there, read_table
@@ -81,7 +81,7 @@ def lock_run(run: Path) -> IO[str]:
         reason = f"cannot write {path}: {error.strerror}; a run is trained in a folder that can be written"
         raise ValueError(reason) from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(lock, path)
     except BlockingIOError:
         os.close(lock)
         raise ValueError(f"another process is training in {run}; wait for it, or stop it") from None

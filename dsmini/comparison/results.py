@@ -4,7 +4,6 @@ A run that was killed has no line and is done again; a line that was cut at the 
 continued by the same comparison alone.
 """
 
-import fcntl
 import itertools
 import json
 import math
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsmini.atomic import lock
 from dsmini.comparison.arms import Arm, Comparison
 from dsmini.config import RunConfig
 from dsmini.config.fields import build
@@ -143,7 +143,7 @@ def opened(path: Path, head: dict[str, Any]) -> Iterator[Results]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, path)
         except BlockingIOError:
             raise ValueError(f"another command is measuring into {path}; wait for it, or name another --out") from None
         results = read_results(path)

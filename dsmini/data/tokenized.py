@@ -15,7 +15,6 @@ Prefix-suffix-middle (PSM), applied to whole documents before they are packed in
 Source: DeepSeek-V3 report, section 4.1, which used a rate of 0.1.
 """
 
-import fcntl
 import hashlib
 import json
 import mmap
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsmini.atomic import STALE_AFTER, as_json, finish_folder, partial_folder, remove_leftovers
+from dsmini.atomic import STALE_AFTER, as_json, finish_folder, lock, partial_folder, remove_leftovers
 from dsmini.config import DataConfig
 from dsmini.config.fields import build, check_types
 from dsmini.data.documents import CHUNK, Piece, ProgressCallback, Reader, Source, Split, lines, measure, split
@@ -170,8 +169,9 @@ class CorpusCache:
 
     def _keep(self, partial: Path) -> None:
         """Rename the finished folder to the entry, replacing a damaged one, unless another process was first."""
-        with (self.folder / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # else each of two builders might move the other's entry aside
+        path = self.folder / ".lock"
+        with path.open("a") as file:
+            lock(file, path, wait=True)  # else each of two builders might move the other's entry aside
             try:
                 self._read()
             except ValueError:

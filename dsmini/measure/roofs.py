@@ -79,7 +79,7 @@ class Store:
 
     @classmethod
     def at(cls, path: Path | None) -> "Store":
-        """Return the store of a file; None: that in the user's cache. A user without a home has one that stays empty."""
+        """Return the store of a file; None: that in the user's cache. Without a home nothing is stored."""
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         if cache.startswith("~"):  # it was not expanded, and would be a folder of that name here
             cache = os.devnull
