@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import os
 import platform
 import resource
@@ -155,8 +156,22 @@ def once(run: Callable[[], object], device: torch.device) -> float:
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use: those that it may run on, or less where a container's
+    share of their time is limited."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([allowed, *(math.ceil(share) for share in _core_limits())]))
+
+
+def _core_limits() -> Iterator[float]:
+    """Yield the cores' worth of time that each control group of this process may take, of those with a limit."""
+    for group in _control_groups("cpu"):
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = (group / "cpu.max").read_text().split()
+            yield int(quota) / int(period)
+        with suppress(OSError, ValueError, ZeroDivisionError):  # of the first version, in which -1 is no limit
+            quota, period = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            if quota > 0:
+                yield quota / period
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -256,17 +271,17 @@ def refuse_too_large(nbytes: int, what: str, device: torch.device) -> None:
         )
 
 
-def _memory_groups() -> Iterator[Path]:
+def _control_groups(controller: str) -> Iterator[Path]:
     """Yield the folders of the control groups that this process is in, of both versions, up to their roots."""
     root = Path("/sys/fs/cgroup")
     yield root
-    yield root / "memory"
+    yield root / controller
     with suppress(OSError, ValueError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers in ("", "memory"):
-                group = Path(path.lstrip("/"))
-                yield from (root / controllers / place for place in (group, *group.parents) if place != Path())
+            if controllers == "" or controller in controllers.split(","):
+                group, of = Path(path.lstrip("/")), root / (controllers and controller)
+                yield from (of / place for place in (group, *group.parents) if place != Path())
 
 
 def _cpu_limits() -> Iterator[int]:
@@ -274,7 +289,7 @@ def _cpu_limits() -> Iterator[int]:
         lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
         kib = {words[0]: int(words[1]) for words in lines}
         yield 1024 * (kib["MemAvailable:"] + kib["SwapFree:"])
-    for group in _memory_groups():
+    for group in _control_groups("memory"):
         # a container's limit; pages of files count as used, and can be freed
         for names, prefix in ((("max", "current"), ""), (("limit_in_bytes", "usage_in_bytes"), "total_")):
             with suppress(OSError, KeyError, ValueError):

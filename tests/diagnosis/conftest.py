@@ -180,6 +180,7 @@ def imagine(monkeypatch: pytest.MonkeyPatch) -> Imagine:
         monkeypatch.setattr(time, "perf_counter", lambda: world.now)
         monkeypatch.setattr(time, "thread_time", lambda: world.cpu)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(world.cores), raising=False)
+        monkeypatch.setattr("dsmini.machine._core_limits", lambda: ())
         monkeypatch.setattr(training, "fastest_dtype", lambda _: "bfloat16" if world.slow_dtype > 1 else "float32")
         monkeypatch.setattr(training, "watch", lambda *_: lambda: world.seen)
         return Imagined(world)
