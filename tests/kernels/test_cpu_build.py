@@ -1,5 +1,6 @@
 """The C++ kernels are built and cached where nobody else can change them; where that fails, plain PyTorch serves."""
 
+import ctypes
 import os
 import re
 import subprocess
@@ -265,6 +266,16 @@ def test_cache_that_others_can_change_is_not_used(
     used.chmod(0o777)
     with pytest.raises(folder.UntrustedFolderError):
         folder.shared_temporary()
+
+
+def test_runtime_of_torch_is_found_where_no_symbol_of_it_is_global(monkeypatch: pytest.MonkeyPatch) -> None:
+    want, load = build._gomp_parallel(), ctypes.CDLL
+    if not want or not build._runtimes_of_torch():
+        pytest.skip("this torch brings no libgomp")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, *how, **more: load(name, *how, **more) if name else object())
+    assert build._gomp_parallel() == want
+    monkeypatch.setattr(build, "_runtimes_of_torch", lambda: ["/nowhere/libgomp.so"])
+    assert build._gomp_parallel() == 0
 
 
 def test_user_without_home_gets_the_temporary_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -375,7 +375,16 @@ def _lines(done: Done) -> list[str]:
 
 
 def _gomp_parallel() -> int:
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
-    except AttributeError:
-        return 0
+    """Return the address of GOMP_parallel in the OpenMP runtime that torch has loaded, or 0."""
+    for library in (None, *_runtimes_of_torch()):  # on Arm no symbol of the runtime is global
+        with contextlib.suppress(OSError, AttributeError):
+            loaded = ctypes.CDLL(library, mode=ctypes.DEFAULT_MODE if library is None else os.RTLD_NOLOAD)
+            return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value or 0
+    return 0
+
+
+def _runtimes_of_torch() -> list[str]:
+    """Return the paths of the OpenMP runtimes that torch's wheel brings."""
+    torch_here = Path(torch.__file__).parent
+    folders = (torch_here / "lib", torch_here.with_name("torch.libs"))
+    return [str(path) for folder in folders for path in sorted(folder.glob("lib*omp*.so*"))]
