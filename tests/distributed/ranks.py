@@ -32,6 +32,7 @@ SECONDS = 200.0
 """Time limit of a work, against hangs alone."""
 TIMEOUT = 60.0
 """Seconds of a collective, against hangs alone."""
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 START = multiprocessing.get_context("forkserver")
 START.set_forkserver_preload(["tests.distributed.preloaded"])
 
@@ -140,7 +141,10 @@ def _rank(rank: int, n: int, port: int, attempt: int, call: bytes, pipe: Connect
     os.environ |= {
         **{"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
-        **{"GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RESTART_COUNT": str(attempt)},
+        **{
+            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+            "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        },
     }
     try:
         work, args, options, timeout = pickle.loads(call)
