@@ -57,6 +57,12 @@ def run(main: Callable[[Sequence[str]], int], tell: Callable[[str, BaseException
         else:
             tell(f"{error}; free some space or write elsewhere; what was saved is untouched", error)
             status = 1
+    except (TypeError, NotImplementedError) as error:
+        if "MPS" not in str(error):
+            raise
+        missing = str(error).partition(". ")[0].rstrip(".")  # a type such as FP8's, or an operation
+        tell(f"Apple's GPU cannot run this: {missing}; use the device cpu", error)
+        status = 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("memory|alloc|overflow", str(error)):
             raise

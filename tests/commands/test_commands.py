@@ -4,7 +4,9 @@ import dataclasses
 import importlib
 import json
 import re
+import signal
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dsmini.config.run import ParallelConfig
+from dsmini.console import command
 from dsmini.console.commandline import field_docstrings
 from tests.helpers.commands import TINY, check_refused, finish, place_with_run, run, run_all, run_apart, start
 from tests.helpers.configs import refusal
@@ -92,6 +95,29 @@ def test_model_of_absurd_depth_is_refused_before_it_is_made(monkeypatch: pytest.
     monkeypatch.setattr("dsmini.training.start.divided_model", lambda *_: pytest.fail("layers were made"))
     deep = ["--model.n-layers", "9999", "--model.dim", "8192", "--out", str(tmp_path / "x")]
     assert "training this model with such a batch needs " in refusal(importlib.import_module("dsmini.train").main, deep)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (TypeError, "Trying to convert Float8_e4m3fn to the MPS backend but it does not have support for that dtype."),
+        (NotImplementedError, "The operator 'aten::x' is not currently implemented for the MPS device. If you want"),
+        (TypeError, "'int' object is not callable"),
+    ],
+)
+def test_what_apples_gpu_lacks_is_a_sentence(
+    kind: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(args: object) -> int:
+        raise kind(words)
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back at the end
+    with pytest.raises(SystemExit if "MPS" in words else kind):
+        command.run(main)
+    said = capsys.readouterr().err
+    assert said.startswith("error: Apple's GPU cannot run this: T") == ("MPS" in words)
+    assert said.endswith("; use the device cpu\n") == ("MPS" in words) and said.count("\n") <= 1
 
 
 def test_a_config_file_comes_first_and_flags_change_it(place: Path) -> None:
