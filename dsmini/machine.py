@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -205,14 +206,8 @@ def peak_memory(device: torch.device) -> int:
 
 def card(device: torch.device) -> dict[str, str]:
     """Return the machine's card: names and values for people, which also distinguish machines."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return {
-        "processor": name,
+        "processor": processor(),
         "cores": str(cores()),
         "threads": str(torch.get_num_threads()),
         "memory": f"{memory_bytes(device) / 2**30:.0f} GiB" if memory_bytes(device) else "unknown",
@@ -222,6 +217,24 @@ def card(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "system": platform.system(),
     }
+
+
+@functools.cache
+def processor() -> str:
+    """Return the name of this machine's processor."""
+    name = platform.processor() or platform.machine()
+    if sys.platform == "darwin":  # there the name is that of the architecture, arm
+        with suppress(OSError):
+            asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or name
+    fields: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    if "CPU part" in fields:  # Arm has numbers instead of a name
+        name += f", implementer {fields.get('CPU implementer', '?')}, part {fields['CPU part']}"
+    return fields.get("model name", name)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """Roofs of invented machines: measured within a budget of time, and stored."""
 
+import subprocess
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -139,6 +140,25 @@ def test_stored_rates_are_those_of_one_machine(tmp_path: Path, monkeypatch: pyte
     assert len(measured) == 6
     monkeypatch.setattr(roofs, "VERSION", 0)
     assert load_or_measure(CPU, keep).card == here and len(measured) == 7, "another version measures again"
+
+
+@pytest.mark.parametrize(
+    ("system", "cpuinfo", "want"),
+    [
+        ("linux", "processor\t: 0\nmodel name\t: AMD EPYC 9R14\n\nmodel name\t: another", "AMD EPYC 9R14"),
+        ("linux", "CPU implementer\t: 0x41\nCPU part\t: 0xd40\n", "aarch64, implementer 0x41, part 0xd40"),
+        ("linux", "", "aarch64"),
+        ("darwin", "", "Apple M2"),
+    ],
+)
+def test_processors_are_told_apart(monkeypatch: pytest.MonkeyPatch, system: str, cpuinfo: str, want: str) -> None:
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr("platform.processor", str)
+    monkeypatch.setattr(Path, "read_text", lambda path: cpuinfo)
+    said = subprocess.CompletedProcess([], 0, "Apple M2\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: said)
+    assert machine.processor.__wrapped__() == want
 
 
 def test_user_without_home_stores_no_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
