@@ -278,6 +278,21 @@ def test_runtime_of_torch_is_found_where_no_symbol_of_it_is_global(monkeypatch: 
     assert build._gomp_parallel() == 0
 
 
+def test_folder_with_a_name_of_any_bytes_is_compiled(
+    cache: Path, compiler: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name may be no text in the locale."""
+    place = tmp_path / os.fsdecode(b"\xe9")
+    try:
+        place.symlink_to(build.HERE)
+    except OSError:
+        pytest.skip("names are UTF-8 here")
+    monkeypatch.setattr(build, "HERE", place)
+    compiler(SUCCEEDS, "exit 1")
+    with pytest.raises(build.BuildError, match="cxx failed"):
+        build.find_or_build("portable", "training")
+
+
 def test_user_without_home_gets_the_temporary_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(os.path, "expanduser", str)

@@ -276,7 +276,7 @@ def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key:
         objects = [f"{scratch}/{Path(source).stem}.o" for source in SOURCES[part]]
         # compiled once for all: a compiler looks for dots.h.gch next to dots.h, and reads dots.h if that is none
         header = Path(scratch) / PRECOMPILED
-        header.write_text(f'#include "{HERE / PRECOMPILED}"\n')
+        header.write_bytes(b'#include "%s"\n' % os.fsencode(HERE / PRECOMPILED))  # whatever the locale
         made_first = [*compiler, "-x", "c++-header", *PRODUCTS, *flags, str(header), "-o", f"{header}.gch"]
         with_header = {PRODUCTS: ("-include", str(header))}
         compiles = [
