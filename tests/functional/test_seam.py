@@ -93,7 +93,8 @@ def test_kernels_serve_inference_and_are_counted_by_cost(
 ) -> None:
     model, tokens = small_model(precision=precision, n_mtp_layers=0), torch.randint(0, 61, (2, 20))
     model = hold_all_fp8(model).eval() if held else model.eval()
-    want = model(tokens)
+    with ops.use("eager"):  # which kernels would serve depends on the CPU
+        want = model(tokens)
     ran = stand_in(monkeypatch, served)
     assert torch.equal(model(tokens), want)
     assert set(ran) == served
