@@ -387,4 +387,5 @@ def _runtimes_of_torch() -> list[str]:
     """Return the paths of the OpenMP runtimes that torch's wheel brings."""
     torch_here = Path(torch.__file__).parent
     folders = (torch_here / "lib", torch_here.with_name("torch.libs"))
-    return [str(path) for folder in folders for path in sorted(folder.glob("lib*omp*.so*"))]
+    names = ("libgomp*.so*", "libomp*.so*", "libiomp*.so*")
+    return [str(path) for folder in folders for name in names for path in sorted(folder.glob(name))]
