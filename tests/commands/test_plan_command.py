@@ -29,6 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "llama.json").write_text('{"model_type": "llama", "hidden_size": 4096}')
     (folder / "broken.toml").write_text("[model\n")
     (folder / "taken").write_text("")
+    (folder / "held" / "plan.html").mkdir(parents=True)
     (folder / "empty.toml").write_text("# nothing\n[train]\n")
     (folder / "later.json").write_text(json.dumps(HF_V3 | {"model_type": "deepseek_v41"}))
     (folder / "empty.json").write_text("{}")

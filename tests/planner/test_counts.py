@@ -7,21 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmini import ModelConfig
-from dsmini.accounting import (
-    cache_bytes,
-    decode_bytes_per_token,
-    decode_flops_per_token,
-    expected_experts,
-    flops_per_token,
-    kv_bytes_per_token,
-    mha_kv_bytes_per_token,
-    parameters,
-    prefill_bytes_per_token,
-    step_flops,
-    training_bytes,
-    weight_bytes,
-)
+from dsmini import ModelConfig, accounting
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.plan import make_plan
 from dsmini.planner.request import Model, PlanRequest
@@ -54,22 +40,24 @@ def serving_counts(
 ) -> dict[str, float]:
     """Return what one GPU holds, reads and computes. The expected number of experts is a fraction."""
     n, dtypes = sequences, {"dtype": weight_dtype, "cache_dtype": cache_dtype}
-    moved = decode_bytes_per_token(config, context=context, batch=n, **dtypes)
-    read = prefill_bytes_per_token(config, seq_len=prompt, batch=1, dtype=weight_dtype)
-    first = step_flops(config, batch_size=1, seq_len=prompt, training=False, last_logits=True)
+    moved = accounting.decode_bytes_per_token(config, context=context, batch=n, **dtypes)
+    read = accounting.prefill_bytes_per_token(config, seq_len=prompt, batch=1, dtype=weight_dtype)
+    first = accounting.step_flops(config, batch_size=1, seq_len=prompt, training=False, last_logits=True)
     moe = config.n_dense_layers < config.n_layers + config.n_mtp_layers
     return {
-        "model_bytes": weight_bytes(config, weight_dtype, mtp=False).total,
-        "kv_cache": kv_bytes_per_token(config, dtype=cache_dtype),
-        "mha_kv_cache": mha_kv_bytes_per_token(config, 2),
-        **({"decode_experts_read": expected_experts(config, n)} if moe else {}),
+        "model_bytes": accounting.weight_bytes(config, weight_dtype, mtp=False).total,
+        "kv_cache": accounting.kv_bytes_per_token(config, dtype=cache_dtype),
+        "mha_kv_cache": accounting.mha_kv_bytes_per_token(config, 2),
+        **({"decode_experts_read": accounting.expected_experts(config, n)} if moe else {}),
         "decode_weights_read": n * (moved.weights - moved.by_part["embedding"]),
-        "decode_gpu_weights": weight_bytes(config, weight_dtype).total,
-        "decode_gpu_cache": cache_bytes(config, max_seq_len=context, batch=n, dtype=cache_dtype, mtp=True).total,
-        "prefill_gpu_weights": weight_bytes(config, weight_dtype, mtp=False).total,
+        "decode_gpu_weights": accounting.weight_bytes(config, weight_dtype).total,
+        "decode_gpu_cache": accounting.cache_bytes(
+            config, max_seq_len=context, batch=n, dtype=cache_dtype, mtp=True
+        ).total,
+        "prefill_gpu_weights": accounting.weight_bytes(config, weight_dtype, mtp=False).total,
         "decode_cache_read": n * moved.by_part["cache read"],
         "prefill_weights_read": prompt * (read.weights - read.by_part["embedding"]),
-        "decode_flops": n * decode_flops_per_token(config, context=context).total,
+        "decode_flops": n * accounting.decode_flops_per_token(config, context=context).total,
         "prefill_flops": first.total,
     }
 
@@ -84,21 +72,21 @@ def test_one_gpu_with_any_model_is_as_counted(config: ModelConfig, data: st.Data
     request = PlanRequest(gpus=1, batch=12, tokens=1e9, **(work | more))
     plan = make_plan(request, Model(config=config, source="a test"), H800)
     found = {name: float(figure) for name, figure in plan.figures.items()}
-    counted = parameters(config)
+    counted = accounting.parameters(config)
     exact = {"parameters_main": counted.main, "mtp_parameters": counted.mtp, "parameters_total": counted.total}
     exact["parameters_active"] = counted.active
     assert {name: found[name] for name in exact} == exact
-    held = training_bytes(
+    held = accounting.training_bytes(
         config,
         **{name: work[name] for name in ("seq_len", "optimizer", "moments")},
         dtype="float32" if work["precision"] == "fp32" else "bfloat16",
         **{"recompute": work["recompute"] == "full", "batch_size": work["micro_batch"]},
     )
     assert found["memory_needed"] == pytest.approx(held.total, rel=1e-9)
-    learning = flops_per_token(config, work["seq_len"], training=True, mtp=False)
+    learning = accounting.flops_per_token(config, work["seq_len"], training=True, mtp=False)
     operations = {
         "training_flops": learning.total,
-        "attention_flops": flops_per_token(config, work["seq_len"]).by_module["attention over the context"],
+        "attention_flops": accounting.flops_per_token(config, work["seq_len"]).by_module["attention over the context"],
         "indexer_flops": sum(n for name, n in learning.by_module.items() if name.endswith(" of the indexer")),
     }
     # a mean of chosen keys is not a whole number, and accounting rounds three products a layer down
@@ -119,8 +107,8 @@ def test_serving_of_v4_holds_what_is_counted(drafts: int, cache_dtype: Any) -> N
     plan = plan_of(f"toy-v4 drafts={drafts} cache_dtype={cache_dtype} sequences=3 context=192 decode_gpus=1")
     assert plan.served is not None
     config, how = plan.model.config, {"max_seq_len": 192, "batch": 3, "dtype": cache_dtype, "mtp": drafts > 0}
-    assert plan.served.decode.gpu_cache == cache_bytes(config, **how).total
-    assert plan.served.decode.gpu_weights == weight_bytes(config, "fp4", mtp=drafts > 0).total
+    assert plan.served.decode.gpu_cache == accounting.cache_bytes(config, **how).total
+    assert plan.served.decode.gpu_weights == accounting.weight_bytes(config, "fp4", mtp=drafts > 0).total
 
 
 @pytest.mark.parametrize("name", ["toy", "shakespeare", "extend", "fp8"])
@@ -128,7 +116,7 @@ def test_memory_of_one_gpu_is_that_of_the_files_own_training(name: str) -> None:
     plan = plan_of(name)
     assert plan.model.run is not None
     train, dtype = plan.model.run.train, plan.request.precision
-    held = training_bytes(
+    held = accounting.training_bytes(
         dataclasses.replace(plan.model.config, precision="fp8" if dtype == "fp8" else "native"),
         **{"batch_size": train.batch_size // train.grad_accum, "seq_len": plan.model.run.seq_len},
         **{"optimizer": train.optimizer, "moments": train.moments, "recompute": train.recompute},
@@ -139,5 +127,5 @@ def test_memory_of_one_gpu_is_that_of_the_files_own_training(name: str) -> None:
 def test_gpus_together_compute_what_their_tokens_need() -> None:
     """320 GPUs with 64 sequences each: nothing is computed twice, and nothing is left out."""
     found = values_of("deepseek-v3")
-    counted = decode_flops_per_token(released("deepseek-v3"), context=4096).total
+    counted = accounting.decode_flops_per_token(released("deepseek-v3"), context=4096).total
     assert found["decode_matrix_flops"] + found["decode_other_flops"] == 64 * counted

@@ -112,14 +112,6 @@ def test_narrow_terminal_shows_whole_words() -> None:
     assert {"tokens/s", "671,026,404,352", "model"} <= {*on_terminal(planned(V3, whole=True), 44).split()}
 
 
-def test_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "taken" / "plan.html").mkdir(parents=True)
-    for name, why in (("file", "it is a file"), ("taken", "plan.html in it is a folder")):
-        with pytest.raises(ValueError, match=rf"--out .*{name} cannot be written: {why}; choose another folder"):
-            check_folder(tmp_path / name, FILES)
-
-
 # --- variations
 
 VARIED = tomllib.loads(Path(__file__).with_name("plans.toml").read_text())["varied"]

@@ -295,19 +295,3 @@ def test_share_of_the_time_agrees_with_a_simulation(gpus: int, write: float) -> 
     found, interval = made.effective_share, made.checkpoint_interval
     # rare cycles count for more: one in 1 / found failures completes any
     assert found == pytest.approx(trained(gpus, write, interval, gpus), rel=4 * SIMULATED / math.sqrt(found))
-
-
-@pytest.mark.parametrize("gpus", [1024, 131_072])
-@pytest.mark.parametrize("write", [1, 300])
-def test_interval_is_near_the_best_of_a_search(gpus: int, write: float) -> None:
-    """Young's is the first term of a series whose terms fall by the root of w / 2 M."""
-    found = failures(gpus, write).checkpoint_interval
-    tried = np.exp(np.linspace(math.log(found / 30), math.log(found * 30), 2_001))
-
-    def share(interval: float) -> float:
-        other = failures(gpus, write)
-        vars(other)["checkpoint_interval"] = interval
-        return other.effective_share
-
-    best = max(map(float, tried), key=share)
-    assert found == pytest.approx(best, rel=2 * math.sqrt(write / (2 * mean_time(gpus))) + 1e-3)
