@@ -37,6 +37,7 @@ TOML = [
     *((text, "{path} " + TOO_DEEP) for text in ("a = " + "[" * DEEP, ".".join("a" * DEEP) + " = 1")),
     (f"a = {DIGITS}", "cannot read {path}: Exceeds the limit"),
     ("a = 1\na = 2", "cannot read {path}: Cannot overwrite a value"),
+    ("\udcff", "cannot read {path}: 'utf-8' codec"),
     ("#" * 1_000_001, "cannot read {path}: it has more than 1,000,000 bytes"),
 ]
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
@@ -55,7 +56,7 @@ def test_json_that_no_caller_can_use_is_refused(text: str, sentence: str) -> Non
 @pytest.mark.parametrize(("text", "sentence"), TOML, ids=range(len(TOML)))
 def test_toml_that_no_caller_can_use_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
     path = tmp_path / "x.toml"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     assert refusal(read_toml, path).startswith(sentence.format(path=path))
 
 
