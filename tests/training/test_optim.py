@@ -62,7 +62,7 @@ def test_default_rate_is_larger_for_tables_next_to_muon(
     model = small_model(attention="dsa", index_n_heads=2, index_head_dim=16, index_topk=8)
     for name, (optimizer, lr, _) in movers(model, **given).items():
         want = gate if name.endswith("gate.weight") else indexer if ".indexer." in name else tables
-        assert optimizer is Muon or lr == want, name
+        assert lr == want or (optimizer is Muon and ".indexer." not in name), name
 
 
 def test_muon_moves_the_matrices_between_hidden_states(small_model: Build) -> None:

@@ -1,5 +1,6 @@
-"""--resume and --init as a user runs them: kill -9, Ctrl-C, a full disk, changed settings, and refusals."""
+"""--resume and --init as a user runs them: kill -9, Ctrl-C, changed settings, refusals, and folders of others."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,8 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from dsmini import RunConfig
+from dsmini import ModelConfig, RunConfig, Transformer, load_pretrained, save_pretrained
+from dsmini.checkpoint.training_state import load_run
+from dsmini.text.tokenizer import byte_tokenizer_json
+from dsmini.training.origin import find_origin
+from tests.conftest import SMALL
 from tests.helpers.commands import TINY, check_refused, finish, run, run_all, start
 from tests.helpers.corpora import lay_out
 from tests.helpers.runs import differences, untimed
@@ -178,3 +184,74 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(place: Path) -> N
         assert done.returncode == 0, said
         assert "step-000012: model.safetensors has sha256" in said and "using step-000009, the one before" in said
     assert untimed(place / "runs/damaged") == untimed(place / "runs/x")
+
+
+# --- --init with a DeepSeek or Hugging Face folder
+
+FORMS = ("float32", "bfloat16", "fp8")
+STILL = "--train.optimizer adamw --train.lr 1e-9 --train.gate-lr 1e-9 --train.bias-speed 0 --train.sample-tokens 0"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder with a text, and one model stored in three forms."""
+    folder = tmp_path_factory.mktemp("folders")
+    (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    for form in FORMS:
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig(**{**SMALL, "vocab_size": 256}))
+        save_pretrained(model.bfloat16() if form != "float32" else model, folder / form, fp8=form == "fp8")
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_origin_is_the_loaded_model_in_float32(models: Path, form: str) -> None:
+    origin = find_origin(None, None, models / form, say=pytest.fail)
+    want = load_pretrained(models / form, torch.float32)
+    assert origin.rows is not None and origin.config.model == want.config and origin.name == form
+    for name, tensor in want.state_dict().items():
+        got = origin.rows(name, slice(None))
+        assert got.dtype == torch.float32 and torch.equal(got, tensor), name
+        assert torch.equal(origin.rows(name, slice(1, 3)), tensor[1:3]), name
+
+
+def test_a_run_starts_from_a_folder_and_may_extend_its_context(models: Path) -> None:
+    longer = "--model.max-seq-len 128 --model.original-seq-len 32 --model.rope-factor 4 --train.seq-len 128"
+    train = f"--init fp8 --data.path book.txt --train.steps 2 --train.batch-size 2 {longer} {STILL}"
+    assert "weights fp8" in finish(f"dsmini.train {train}", models).stdout
+    model, config = load_run(models / "runs/fp8-001")
+    assert config.model.extended and config.seq_len == 128
+    assert json.loads((models / "runs/fp8-001/init.json").read_text()) == {"folder": str((models / "fp8").resolve())}
+    before, after = load_pretrained(models / "fp8", torch.float32).state_dict(), model.state_dict()
+    assert all(torch.allclose(after[name], before[name], rtol=0, atol=1e-6) for name in before)
+    shutil.rmtree(models / "runs/fp8-001/checkpoints")  # as if killed before the first one
+    (models / "runs/fp8-001/events.jsonl").unlink()
+    (models / "runs/fp8-001/summary.json").unlink()
+    assert "starting again from step 0 of 2" in finish("dsmini.train --resume runs/fp8-001", models).stdout
+    model, _ = load_run(models / "runs/fp8-001")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in model.state_dict().items())
+
+
+def test_tokenizer_and_length_of_a_folder_are_used(models: Path) -> None:
+    own = models / "own"
+    shutil.copytree(models / "float32", own)
+    config = json.loads((own / "config.json").read_text())
+    (own / "tokenizer.json").write_text(byte_tokenizer_json())
+
+    def begun() -> RunConfig:
+        origin = find_origin(None, None, own, say=pytest.fail)
+        return origin.accept(origin.config)
+
+    found = begun()
+    assert found.data.tokenizer is None and found.seq_len == config["max_position_embeddings"]
+    (own / "tokenizer.json").write_text(byte_tokenizer_json().replace('"version"', '"truncation": null, "version"'))
+    (own / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100_000}))
+    long = begun()
+    assert (long.data.tokenizer, long.model.max_seq_len, long.seq_len) == (own / "tokenizer.json", 100_000, 512)
+
+
+def test_a_bad_folder_gets_the_sentence_of_load_pretrained(models: Path) -> None:
+    shutil.copytree(models / "float32", models / "bad")
+    config = json.loads((models / "bad/config.json").read_text())
+    (models / "bad/config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    check_refused("dsmini.train", models, {"--init bad": "bad does not hold the model that its config describes"})

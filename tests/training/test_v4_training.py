@@ -1,4 +1,4 @@
-"""Training of V4: tables from the text, who moves what, and indexers in both stages."""
+"""Training of V4: tables from the text, and layouts. test_optim.py has who moves what, test_dsa_stages.py indexers."""
 
 import dataclasses
 from pathlib import Path
@@ -14,8 +14,7 @@ from dsmini.nn.gate import HashGate, hash_table
 from dsmini.training.origin import RunOrigin
 from dsmini.training.start import started
 from tests.conftest import SMALL
-from tests.helpers.configs import V4_MODEL, refusal
-from tests.helpers.runs import new_run
+from tests.helpers.configs import V4_MODEL
 
 MODEL: dict[str, Any] = SMALL | V4_MODEL
 
@@ -43,16 +42,6 @@ def test_tables_are_made_of_the_training_text(tmp_path: Path) -> None:
         assert torch.equal(training.trainer.model.state_dict()[name], state[name])
 
 
-def test_pipeline_and_compilation_are_refused_with_indexers() -> None:
-    model, train = ModelConfig(**MODEL), TrainConfig(seq_len=16, grad_accum=2)
-    assert "parallel.pp=2 does not go with" in refusal(ParallelConfig(pp=2).check, model, train, 2)
-    window = dataclasses.replace(model, compress_ratios=(0, 8, 8))
-    ParallelConfig(pp=2).check(window, train, 2)
-    said = refusal(RunConfig, model=window, train=dataclasses.replace(train, dsa_stage="warmup"))
-    assert "model.attention='compressed' has none" in said
-
-
-def test_metrics_name_the_layers_with_indexers(tmp_path: Path) -> None:
-    training = new_run(tmp_path, model=V4_MODEL, steps=2)
-    assert training.train()
-    assert len(training.history.records[-1]["layer_indexer_kl"]) == 1  # one layer of three is CSA
+def test_attention_without_indexers_goes_with_a_pipeline() -> None:
+    config = ModelConfig(**MODEL | {"compress_ratios": (0, 8, 8)})
+    ParallelConfig(pp=2).check(config, TrainConfig(seq_len=16, grad_accum=2), 2)

@@ -87,10 +87,8 @@ def test_watch_names(case: str) -> None:
 def test_sentence_has_the_figures_and_what_to_do() -> None:
     (change,) = watched((60, {"wait": 0.4}))
     assert change.share == pytest.approx(0.4)
-    assert change.sentence == (
-        "step 40: Data binds: a step waits 40 % (40 to 40) of its time for its batch. "
-        "Prepare batches in more threads (data.workers), or make them cheaper to read."
-    )
+    assert change.sentence.startswith("step 40: Data binds: a step waits 40 % (40 to 40) of its time for its batch. ")
+    assert "data.workers" in change.sentence
 
 
 @pytest.mark.parametrize("seed", range(5))
