@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -10,8 +11,20 @@ from dsmini import Transformer
 from tests.helpers import folders
 from tests.helpers.configs import DSA
 from tests.helpers.inference_layouts import BUILT, INFERENCE, inference_layout
+from tests.helpers.runs import new_run
 
 Build = Callable[..., Transformer]
+
+
+OPTIONS: dict[str, Any] = {"ema_decay": 0.9, "steps": 4, "eval_every": 100}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a run of a few steps on bytes, with checkpoints after steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert new_run(folder, **OPTIONS).train()
+    return folder
 
 
 @pytest.fixture

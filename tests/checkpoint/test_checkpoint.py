@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import shutil
+import tomllib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -21,21 +22,13 @@ from dsmini.checkpoint.training_state import MANIFEST, load_run, model_checkpoin
 from dsmini.distributed.world import World
 from dsmini.training import saving as checkpoints
 from dsmini.training.run import newest_checkpoint
+from tests.checkpoint.conftest import OPTIONS
 from tests.helpers import folders
 from tests.helpers.configs import refusal
 from tests.helpers.runs import new_run, resumed
 
-OPTIONS: dict[str, Any] = {"ema_decay": 0.9, "steps": 4, "eval_every": 100}
 FILES = ["model.safetensors", "optimizer.safetensors", "average.safetensors", "rng.safetensors"]
 FILES += ["config.toml", "state.json", MANIFEST]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train a run with checkpoints after steps 2 and 4."""
-    folder = tmp_path_factory.mktemp("trained")
-    assert new_run(folder, **OPTIONS).train()
-    return folder
 
 
 @pytest.fixture
@@ -85,26 +78,17 @@ def test_damaged_checkpoint_is_named_and_passed_over(run: Path, name: str) -> No
         assert name in sentence or MANIFEST in sentence
 
 
-MISFITS: list[tuple[str, dict[str, Any], str]] = [  # a file, changes as in folders.toml, and a part of the sentence
-    ("model", {"drop": ["norm.weight"]}, "model.safetensors lacks tensor norm.weight"),
-    ("model", {"add": {"new": [1]}}, "model.safetensors has an unknown tensor new"),
-    ("model", {"add": {"norm.weight": [7]}}, "float32 [7], want torch.float32 [24]"),
-    ("model", {"add": {"norm.weight": [24, "float64"]}}, "float64 [24], want torch.float32"),
-    ("optimizer", {"add": {"norm.weight/exp_avg": [7]}}, "[7], want"),
-    ("average", {"drop": ["norm.weight"]}, "average.safetensors lacks tensor norm.weight"),
-    ("rng", {"add": {"cpu": [9, "uint8"]}}, "rng.safetensors: cpu is"),
-    ("rng", {"drop": ["cpu"], "add": {"other": [9, "uint8"]}}, "rng.safetensors lacks tensor cpu"),
-]
+MISFITS = tomllib.loads(Path(__file__).with_name("folders.toml").read_text(encoding="utf-8"))["checkpoint"]
 
 
-@pytest.mark.parametrize(("part", "change", "sentence"), MISFITS, ids=[sentence for *_, sentence in MISFITS])
-def test_checkpoint_that_does_not_fit_is_refused(run: Path, part: str, change: dict[str, Any], sentence: str) -> None:
+@pytest.mark.parametrize("case", MISFITS, ids=lambda case: case["said"])
+def test_checkpoint_that_does_not_fit_is_refused(run: Path, case: dict[str, Any]) -> None:
     last = run / "checkpoints/step-000004"
-    folders.damage(last, {"rank": f"{part}.safetensors"} | change)
+    folders.damage(last, case)
     write_manifest(last, FILES[:-1])
     said: list[str] = []
     assert resumed(run, said=said, **OPTIONS).trainer.steps_done == 2
-    assert sentence in said[0]
+    assert case["said"] in said[0]
 
 
 def test_run_whose_checkpoints_are_all_damaged_is_refused(run: Path) -> None:

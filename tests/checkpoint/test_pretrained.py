@@ -26,7 +26,6 @@ from tests.helpers.commands import ROOT, check_refused, finish
 from tests.helpers.configs import DSA, refusal
 from tests.helpers.hf_names import to_hf
 from tests.helpers.inference_layouts import BUILT, INDEX, INFERENCE, inference_layout
-from tests.helpers.runs import new_run
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 Build = Callable[..., Transformer]
@@ -155,15 +154,13 @@ def test_folder_that_cannot_be_replaced_is_refused(
 ) -> None:
     (tmp_path / "disk").mkdir()
     monkeypatch.chdir(tmp_path / "disk")
-    sentence = "is the current folder, which is not replaced; choose a new folder in it, such as "
-    assert refusal(save_pretrained, small_model(), ".") == f". {sentence}model"
-    here = tmp_path / "disk"
-    assert refusal(save_pretrained, small_model(), here) == f"{here} {sentence}{here}/model"
+    for here, fix in ((".", "such as model"), (tmp_path / "disk", f"such as {tmp_path}/disk/model")):
+        said = refusal(save_pretrained, small_model(), here)
+        assert said.startswith(f"{here} is the current folder") and said.endswith(fix)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "disk")
     (tmp_path / "link").symlink_to("disk")
-    sentence = "link is a mount point, which cannot be replaced; choose a new folder in it, such as link/model"
-    assert refusal(save_pretrained, small_model(), "link") == sentence
+    assert "link is a mount point" in refusal(save_pretrained, small_model(), "link")
     assert not list((tmp_path / "disk").iterdir())
 
 
@@ -513,14 +510,6 @@ def test_files_of_deepseek_become_a_folder(tmp_path: Path, build: Any, kind: str
 
 
 # the command
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train a run of a few steps on bytes, with checkpoints after steps 2 and 4."""
-    folder = tmp_path_factory.mktemp("trained") / "x"
-    assert new_run(folder, steps=4, eval_every=100).train()
-    return folder
 
 
 def test_trained_run_becomes_a_folder(trained: Path, tmp_path: Path) -> None:
