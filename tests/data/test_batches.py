@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsmini.data.corpus import Corpus, Loader
 from dsmini.data.order import permute
-from tests.helpers.token_texts import corpus
+from tests.helpers.corpora import corpus
 
 
 def corpus_of(train: bytes = b"a" * 100, val: bytes = b"") -> Corpus:

@@ -1,9 +1,11 @@
-"""Texts as they are read for a corpus: found, left out, split, packed, damaged, changing, large."""
+"""Texts as they are read for a corpus: found, left out, split, packed, damaged, changing, large, and cached."""
 
 import gzip
+import json
 import os
 import re
 import tracemalloc
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,13 @@ from tests.helpers import corpora
 from tests.helpers.configs import refusal
 
 PACKED = gzip.compress(b"word " * 10 + bytes(np.random.default_rng(0).integers(1, 256, 5000, np.uint8)))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Return a folder with a folder of texts in it."""
+    corpora.lay_out(tmp_path / "texts", corpora.TEXTS)
+    return tmp_path
 
 
 def load(place: Path, files: dict[str, bytes], **more: Any) -> Corpus:
@@ -243,12 +252,6 @@ def test_what_may_not_be_seen_is_named(
     assert sentence.format(path=path) in refusal(corpora.load, tmp_path)
 
 
-@pytest.mark.parametrize("vocab_size", [100, 400])
-def test_vocabulary_that_is_not_of_bytes_is_refused(tmp_path: Path, vocab_size: int) -> None:
-    said = refusal(load_corpus, DataConfig(), 16, vocab_size, tmp_path)
-    assert f"vocab_size={vocab_size} is not that of bytes; use 256" in said
-
-
 def test_folder_of_the_cache_that_cannot_be_made_is_named(place: Path) -> None:
     (place / "corpus").write_text("a file")
     said = refusal(corpora.load, place)
@@ -335,12 +338,6 @@ def arranged(text: bytes, seed: int) -> tuple[bytes, bytes, bytes]:
     return prefix, suffix, middle
 
 
-@given(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=12), st.integers(0, 999))
-def test_cuts_fall_between_characters(text: str, seed: int) -> None:
-    prefix, suffix, middle = arranged(text.encode(), seed)
-    assert prefix.decode() + middle.decode() + suffix.decode() == text
-
-
 def test_cuts_are_uniform() -> None:
     seen = np.zeros(5)
     for seed in range(5000):
@@ -374,3 +371,125 @@ def test_dialogues_are_lines_of_two_that_end_with_an_empty_one() -> None:
         assert [line.startswith("> ") for line in lines] == [True, False] * (len(lines) // 2) and len(lines) >= 2
         names = {word for line in lines for word in re.findall(r"\w+", line) if word in NAMES}
         assert len(names) <= 1 and ("Your name is" not in conversation or names)
+
+
+# --- the cache of tokenized corpora: read when nothing changed, built when something did, whole or not there
+
+
+Change = Callable[[Path], object]
+
+
+def test_corpus_is_tokenized_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = corpora.load(place)
+    assert "tokenized once into" in first.cache
+    monkeypatch.setattr(ByteTokenizer, "encode_all", None)
+    second = corpora.load(place, seed=1)
+    assert "read from" in second.cache
+    assert second.describe() == first.describe()
+    assert np.array_equal(second.train, first.train) and np.array_equal(second.val, first.val)
+    assert isinstance(second.train, np.memmap) and not second.train.flags.writeable
+    (entry,) = corpora.entries(place)
+    meta = json.loads((entry / "meta.json").read_text())
+    assert meta["sha256"] == first.sha256 and meta["train_tokens"] == len(first.train)
+    assert (entry / "meta.json").stat().st_size < 1000
+
+
+def replace_by_one_of_its_size_and_time(text: Path) -> None:
+    times = text.stat()
+    text.write_bytes(text.read_bytes().swapcase())
+    os.utime(text, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+CHANGES: dict[str, Change] = {
+    "content alone": lambda texts: replace_by_one_of_its_size_and_time(texts / "00.txt"),
+    "content": lambda texts: (texts / "00.txt").write_bytes(b"other " * 40),
+    "folder": lambda texts: (texts.rename(texts.with_name("moved")), texts.symlink_to("moved")),
+    "time": lambda texts: os.utime(texts / "00.txt", ns=(1, 1)),
+    "one more": lambda texts: (texts / "new.txt").write_bytes(b"new " * 40),
+    "name": lambda texts: (texts / "00.txt").rename(texts / "000.txt"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_corpus_is_tokenized_again(place: Path, change: str) -> None:
+    corpora.load(place)
+    CHANGES[change](place / "texts")
+    assert "tokenized once" in corpora.load(place).cache and len(corpora.entries(place)) == 2
+
+
+def flip(entry: Path) -> None:
+    data = bytearray((entry / "val.bin").read_bytes())
+    data[3] ^= 1
+    (entry / "val.bin").write_bytes(data)
+
+
+DAMAGES: dict[str, Change] = {
+    "shorter": lambda entry: os.truncate(entry / "train.bin", 100),
+    "flipped": flip,
+    "lost": lambda entry: (entry / "val.bin").unlink(),
+    "garbled": lambda entry: (entry / "meta.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_entry_is_built_again_and_said(place: Path, damage: str) -> None:
+    first = corpora.load(place)
+    train, val = first.train.tobytes(), first.val.tobytes()
+    (entry,) = corpora.entries(place)
+    DAMAGES[damage](entry)
+    again = corpora.load(place)
+    assert "tokenized again into" in again.cache and str(entry) in again.cache
+    assert again.train.tobytes() == train and again.val.tobytes() == val and again.sha256 == first.sha256
+    assert "read from" in corpora.load(place).cache and corpora.entries(place) == [entry]
+
+
+def test_large_entry_is_checked_by_size_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenized, "_HASHED_ON_LOAD", 0)
+    corpora.load(place)
+    flip(corpora.entries(place)[0])
+    assert "read from" in corpora.load(place).cache
+    DAMAGES["shorter"](corpora.entries(place)[0])
+    assert "train.bin had 100 bytes, want" in corpora.load(place).cache
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_interrupted_build_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(type(error)) as caught:
+            corpora.load(place)
+    if isinstance(error, OSError):
+        assert str(caught.value) == f"cannot tokenize the corpus into {place / 'corpus'}: No space left on device"
+    assert corpora.entries(place) == []
+    assert "tokenized once" in corpora.load(place).cache
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_slower_builder_takes_what_is_there(place: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
+    """Two processes build at once; both may have found the same damaged entry."""
+    if damaged:
+        corpora.load(place)
+        DAMAGES["shorter"](corpora.entries(place)[0])
+    real = tokenized.CorpusCache._keep
+    inside: list[Corpus] = []
+
+    def meanwhile(cache: tokenized.CorpusCache, partial: Path) -> None:
+        monkeypatch.setattr(tokenized.CorpusCache, "_keep", real)
+        inside.append(corpora.load(place))
+        real(cache, partial)
+
+    monkeypatch.setattr(tokenized.CorpusCache, "_keep", meanwhile)
+    outside = corpora.load(place)
+    assert np.array_equal(outside.train, inside[0].train) and len(corpora.entries(place)) == 1
+
+
+def test_too_short_corpus_is_not_stored(place: Path) -> None:
+    with pytest.raises(ValueError, match="too short"):
+        corpora.load(place, seq_len=10**6)
+    assert not (place / "corpus").exists()
+    corpora.load(place)
+    with pytest.raises(ValueError, match="too short"):
+        corpora.load(place, seq_len=10**6)

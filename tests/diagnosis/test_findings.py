@@ -18,7 +18,7 @@ from dsmini.data.corpus import load_corpus
 from dsmini.diagnosis import findings
 from dsmini.diagnosis.findings import DUPLICATES, LEAK, duplicates, held_out_leak, padding, wrong_targets
 from dsmini.nn.transformer import IGNORE
-from tests.helpers.token_texts import batches, corpus, random_text
+from tests.helpers.corpora import batches, corpus, random_text
 
 LENGTH = 200
 """Tokens of a passage where a token is a byte."""
