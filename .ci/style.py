@@ -8,6 +8,7 @@ import graphlib
 import hashlib
 import io
 import re
+import shlex
 import sys
 import tokenize
 import tomllib
@@ -158,6 +159,13 @@ def check_page(path: Path) -> Iterator[tuple[int, str]]:
                 yield line, f"links to {link}, which is not there"
             elif heading and heading not in [re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles]:
                 yield line, f"links to the heading #{heading}, which is not there"
+        # a link [MLA.forward](../dsmini/nn/mla.py) names what that file defines
+        for label, link in re.findall(r"\[([\w.]+(?:,? (?:and )?[\w.]+)*)\]\(([^)#]*dsmini/[^)#]+\.py)\)", text):
+            names = [name for name in re.split(r",? and |, ", label) if not name.endswith(".py")]
+            source = (path.parent / link).read_text()
+            for name in names:
+                if not all(re.search(rf"\b(def|class) {part}\b", source) for part in name.split(".")):
+                    yield line, f"links to {name}, which {link} does not define"
         if path.name == "claims.md" and re.match(r"\| (?!claim \||---)", text) and "`" not in text.split("|")[-2]:
             yield line, "a claim without its command in the last column"
 
@@ -208,8 +216,51 @@ def check_docs() -> Iterator[str]:
         yield "docs/gallery.md: shows other pictures than docs/gallery has"
     if sum(path.stat().st_size for path in pictures) >= 1_500_000:
         yield "docs/gallery: 1.5 MB or more"
+    for folder in sorted(path.parent.relative_to(ROOT) for path in (ROOT / "dsmini").glob("*/**/__init__.py")):
+        if f"`{folder}/`" not in text["architecture.md"]:
+            yield f"docs/architecture.md: {folder}/ is not there"
     yield from check_names(text)
     yield from check_tutorials(docs / "tutorials")
+
+
+def check_pages(pages: list[Path]) -> Iterator[str]:
+    """Yield tests that are not there, words to fill in, tokenizers without their extra, and what stands on two pages.
+
+    A thing is said on one page, and others link to it. claims.md alone repeats what the README claims."""
+    files = list((ROOT / "tests").rglob("*.py"))
+    functions = re.findall(r"^ *def (test_\w+)\(", "\n".join(path.read_text() for path in files), re.M)
+    tests, passages = {*functions, *(path.stem for path in files)}, dict[str, Path]()
+    for page in pages:
+        where, text = page.relative_to(ROOT), page.read_text()
+        gone = [path for path in re.findall(r"\btests/[\w/]+\.py\b", text) if not (ROOT / path).exists()]
+        gone += sorted({*re.findall(r"\btest_\w+\b(?!\.py)", text)} - tests)
+        yield from (f"{where}: {name} is not there" for name in gone)
+        if page.name == "README.md" and re.search("[A-Z]+_PLACE|TODO|TBD", text):
+            yield f"{where}: something is left to fill in"
+        if re.search(r"^```bash\n(?:(?!```).)*dsmini\.tokenize", text, re.M | re.S) and "[bpe]'" not in text:
+            yield f"{where}: makes a tokenizer, and does not name the extra [bpe]"
+        words = re.findall(r"[\w.,%-]+", re.sub(r"\]\(.*?\)", "", without_code(text)))
+        for i in range(len(words) - 11 if page.name != "claims.md" else 0):
+            passage = " ".join(words[i : i + 12])
+            if passages.setdefault(passage, page) != page:
+                yield f"{where}: has twelve words of {passages[passage].relative_to(ROOT)}: {passage}"
+
+
+def check_claims(page: str) -> Iterator[str]:
+    """Yield the pytest commands of a page that would leave cases out: slow, skipped or misspelt ones."""
+    for command in re.findall(r"`(?:\w+=\w+ )*(pytest [^`]+)`", page):
+        words = shlex.split(command)
+        paths = [ROOT / word for word in words if word.startswith("tests/")]
+        files = [file for path in paths for file in ([path] if path.suffix else sorted(path.rglob("test_*.py")))]
+        code = "\n".join(file.read_text() for file in files)
+        names = " ".join([*map(str, files), *re.findall(r"^def (test_\w+)", code, re.M)])
+        chosen = words[words.index("-k") + 1].split(" or ") if "-k" in words else ["test_"]
+        if any(word not in names for word in chosen):
+            yield f"`{command}` has no case of {' or '.join(word for word in chosen if word not in names)}"
+        if "-m" not in words and re.search(r"mark\.(?:slow|gpu)\b", code):
+            yield f"`{command}` leaves slow cases out; give it -m ''"
+        if re.search(r"mark\.(?:skip|xfail)\b", code):
+            yield f"`{command}` has a case that is always skipped, or expected to fail"
 
 
 def check_names(text: dict[str, str]) -> Iterator[str]:
@@ -313,6 +364,8 @@ def main() -> int:
                     said = text[max(0, hit.start() - 40) : hit.end() + 40]
                     slow[place].append(f"{where}:{line}: {rule}: {said}")
     wrong += [*check_cycles(trees), *check_pictures("--drawn" in sys.argv), *check_docs()]
+    wrong += check_pages([page for page in pages if page.name != "CHANGELOG.md"])
+    wrong += [words for name in ("README.md", "docs/claims.md") for words in check_claims((ROOT / name).read_text())]
     for place, found in slow.items():
         wrong += found if len(found) > MOST[place] * spoken[place] else []
     print(f"{'package':32}{'files':>7}{'code':>8}{'tokens':>9}")

@@ -1,21 +1,21 @@
 """README.md and the pages of docs/ say what works and exists."""
 
 import importlib
-import json
 import re
 import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 import tomllib
-from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 import dsmini
 from dsmini.console.commandline import parse
+from dsmini.functional import attention
+from dsmini.inference import generation
+from dsmini.nn.mla import attention_work
 from tests.helpers.commands import ROOT, TINY, let_prices_be_invented, run_all
 
 NAMES = ("README.md", "CONTRIBUTING.md", "kernels/README.md")
@@ -54,11 +54,6 @@ def smaller(module: str, arguments: str) -> str:
         return re.sub(r"--train.steps \d+", "--train.steps 4", arguments)
     text = "" if "--data.path" in arguments else " --data.path book.txt"
     return f"{arguments.replace('FILE_OR_FOLDER', 'book.txt')}{text} --train.steps 2 {TINY}"
-
-
-def test_pages_that_make_a_tokenizer_name_the_extra() -> None:
-    pages = [page for page in PAGES if any("dsmini.tokenize" in block for block in blocks(page, "bash"))]
-    assert len(pages) >= 2 and [page.name for page in pages if "[bpe]'" not in page.read_text()] == []
 
 
 def test_every_command_of_a_page_has_known_flags_and_files() -> None:
@@ -104,33 +99,6 @@ def test_the_python_runs(page: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         assert printed == re.findall(r"^print\(.*#\s*(.+)$", block, re.MULTILINE)
 
 
-def test_map_names_every_package() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    packages = {path.parent.relative_to(ROOT) for path in (ROOT / "dsmini").rglob("__init__.py")} - {Path("dsmini")}
-    assert packages
-    assert [str(package) for package in sorted(packages) if f"`{package}/`" not in text] == []
-
-
-def test_nothing_is_left_to_fill_in() -> None:
-    assert not re.search("[A-Z]+_PLACE|TODO|TBD", PAGES[0].read_text())
-
-
-@cache
-def names_of_tests() -> set[str]:
-    """Return the names of all test functions and of their files."""
-    files = list((ROOT / "tests").rglob("*.py"))
-    functions = re.findall(r"^ *def (test_\w+)\(", "\n".join(path.read_text() for path in files), re.MULTILINE)
-    return {*functions, *(path.stem for path in files)}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_names_of_tests_exist(page: Path) -> None:
-    text = page.read_text()
-    paths = re.findall(r"\btests/[\w/]+\.py\b", text)
-    assert [path for path in paths if not (ROOT / path).exists()] == []
-    assert set(re.findall(r"\btest_\w+\b(?!\.py)", text)) - names_of_tests() == set()
-
-
 def test_style_names_a_dead_link_a_bare_claim_and_an_old_picture(tmp_path: Path) -> None:
     style = runpy.run_path(str(ROOT / ".ci" / "style.py"))
     page = tmp_path / "claims.md"
@@ -149,29 +117,6 @@ def test_style_names_a_dead_link_a_bare_claim_and_an_old_picture(tmp_path: Path)
     assert style["code_of"]("a.png", "page.md") == before
     (tmp_path / "page.md").write_text('```python\ng.savefig("a.png")\n```\n')
     assert style["code_of"]("a.png", "page.md") != before
-
-
-def test_no_twelve_words_stand_on_two_pages() -> None:
-    """A thing is said on one page, and others link to it. claims.md alone repeats what the README claims."""
-    found: dict[str, Path] = {}
-    for page in PAGES:
-        text = re.sub(r"^```.*?^```|\]\(.*?\)", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-        words = re.findall(r"[\w.,%-]+", text) if page.name != "claims.md" else []
-        for i in range(len(words) - 11):
-            passage = " ".join(words[i : i + 12])
-            assert found.setdefault(passage, page) == page, f"{page}, {found[passage]}: {passage}"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_linked_functions_are_in_their_files(page: Path) -> None:
-    """A link [MLA.forward](../dsmini/nn/mla.py) names what that file defines."""
-    links = re.findall(r"\[([\w.]+(?:,? (?:and )?[\w.]+)*)\]\(([^)#]*dsmini/[^)#]+\.py)\)", page.read_text())
-    for label, link in links:
-        names = [name for name in re.split(r",? and |, ", label) if re.fullmatch(r"[\w.]+(?<!\.py)", name)]
-        text = (page.parent / link).read_text()
-        for name in names:
-            for part in name.split("."):
-                assert re.search(rf"\b(def|class) {part}\b", text), (name, link)
 
 
 def test_block_diagram_has_the_counts_of_the_model() -> None:
@@ -193,58 +138,25 @@ def test_block_diagram_has_the_counts_of_the_model() -> None:
     assert [words for words in wanted if words not in re.sub("<.*?>", "", text)] == []
 
 
-# commands of claims run all their cases: none is left out or skipped
-
-COLLECT = """
-import contextlib, io, json, os, sys, pytest
-from _pytest.mark import deselect_by_keyword, deselect_by_mark
-
-commands = json.load(sys.stdin)  # each: paths, -k, -m
-
-class Selected:
-    def pytest_collection_finish(self, session):
-        session.config.hook.pytest_deselected = lambda items: None
-        self.cases = []
-        for paths, session.config.option.keyword, session.config.option.markexpr in commands:
-            items = [item for item in session.items if item.nodeid.startswith(tuple(paths))]
-            deselect_by_keyword(items, session.config)
-            deselect_by_mark(items, session.config)
-            left_out = [any(map(item.get_closest_marker, ("skip", "xfail"))) for item in items]
-            self.cases.append([f"{item.nodeid}{' (skipped)' * out}" for item, out in zip(items, left_out)])
-
-selected, paths = Selected(), {path for command in commands for path in command[0]}
-with contextlib.redirect_stdout(io.StringIO()):
-    pytest.main([*sorted(paths), "--collect-only", "-q", "-n", "0", "-m", ""], plugins=[selected])
-json.dump(selected.cases, sys.stdout)
-"""
+# --- statements about the code are true; those that need no import are checked by .ci/style.py
 
 
-def pytest_commands(pages: list[Path]) -> dict[str, tuple[list[str], str, str | None]]:
-    """Return the paths, the -k and the -m of each pytest command of some pages; -m is None where it has none."""
-    found = {}
-    for command in re.findall(r"`(?:\w+=\w+ )*(pytest [^`]+)`", "\n".join(page.read_text() for page in pages)):
-        words = shlex.split(command)
-        options = {name: words[words.index(name) + 1] for name in ("-k", "-m") if name in words}
-        found[command] = [w for w in words if w.startswith("tests/")], options.get("-k", ""), options.get("-m")
-    return found
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text()
 
 
-def cases(root: Path, asked: list[tuple[list[str], str, str]]) -> list[list[str]]:
-    """Return the names of the cases that each of these commands would run in a checkout."""
-    run = [sys.executable, "-c", COLLECT]
-    done = subprocess.run(run, input=json.dumps(asked), cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def test_everything_to_try_runs() -> None:
+    names = {"torch": torch, "dsmini": dsmini, "attention_work": attention_work, "model": dsmini.Transformer()}
+    names["x"] = torch.zeros(1, 9, dtype=torch.int64)
+    rows = re.findall(r"^\| \d+ \|.*\| (.*) \|$", page("reading.md"), re.MULTILINE)
+    code = [expression for row in rows for expression in re.findall(r"`([^`]*\([^`]*)`", row)]
+    assert len(code) == 12
+    for expression in code:
+        eval(expression, names)
 
 
-@pytest.mark.slow
-def test_commands_of_claims_run_all_their_cases() -> None:
-    said = pytest_commands([ROOT / "README.md", ROOT / "docs" / "claims.md"])
-    default = re.search(r"-m '(.*?)'", (ROOT / "pyproject.toml").read_text())[1]
-    asked = [(paths, k, default if m is None else m) for paths, k, m in said.values()]
-    every = [(paths, k, "") for paths, k, _ in said.values()]
-    found = cases(ROOT, [*asked, *every])
-    for command, some, whole in zip(said, found, found[len(said) :], strict=False):
-        assert whole, f"`{command}` runs no case"
-        assert not (skipped := [case for case in whole if case.endswith(" (skipped)")]), skipped
-        assert some == whole, f"`{command}` leaves cases out; give it -m ''"
+def test_sizes_in_the_text_are_those_of_the_code() -> None:
+    limits = (attention.EXPLICIT_UP_TO_BF16, attention.EXPLICIT_UP_TO, attention.EXPLICIT_UP_TO_COMPILED)
+    decided = "up to {} tokens in BF16 ({} in FP32, {} compiled)".format(*limits)
+    assert decided in page("decisions.md") and f"logits, {attention.BLOCK} queries at a time" in page("decisions.md")
+    assert f"{generation.PREFILL} tokens at a time" in page("architecture.md")
