@@ -417,12 +417,3 @@ def test_threads_that_are_slower_say_so_with_the_flag(imagine: Imagine) -> None:
     found = diagnosed(imagine(cores=2, crowding=104.0))
     assert found.warnings[-1].startswith("On 2 cores a step takes 5") and "as long as on 1 thread" in found.warnings[-1]
     assert "--train.threads 1" in found.warnings[-1] and "52 times as long" in on_terminal(short_report_of(found))
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("replays", "unknown change 'replays'; use one of replay, "), ("all_threads", "leave it out")],
-)
-def test_unknown_or_useless_arm_is_refused(ask: Any, name: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        ask(True, only=[name])

@@ -8,15 +8,9 @@ import os
 import re
 from html import unescape
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from rich.console import Console
-
-
-class Shown(Protocol):
-    """A report, or an answer of the planner."""
-
-    def show(self, console: Console) -> None: ...
 
 
 def check_page(stored: Path, shown: str) -> None:
@@ -27,7 +21,7 @@ def check_page(stored: Path, shown: str) -> None:
     assert shown.splitlines() == stored.read_text(encoding="utf-8").splitlines(), f"{stored} holds another page"
 
 
-def on_terminal(report: Shown, width: int = 80) -> str:
+def on_terminal(report: Any, width: int = 80) -> str:
     """Return what a terminal of this width shows."""
     out = io.StringIO()
     report.show(Console(file=out, width=width))
