@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsmini.distributed.mesh import local
-from dsmini.training import saving, start
+from dsmini.training import saving
 from dsmini.training.run import TrainingRun
 
 SAVE_CALLS = {
@@ -44,7 +44,7 @@ class Fault(NamedTuple):
     rank: int
     step: int
     phase: str
-    """forward, backward, optimizer or between; save: and a phase of SAVE_CALLS; or fill, before the first step."""
+    """forward, backward, optimizer or between; or save: and a phase of SAVE_CALLS."""
 
 
 class Faults:
@@ -134,23 +134,6 @@ def inject(training: TrainingRun, faults: Sequence[Fault]) -> None:
             return result
 
         setattr(saving, name, call)
-
-
-def inject_into_command(faults: Sequence[Fault]) -> None:
-    """Let the run of this process, which a command starts, meet faults."""
-    real_init, real_fill = TrainingRun.__init__, start.fill
-
-    def init(training: TrainingRun, *args: Any, **kwargs: Any) -> None:
-        real_init(training, *args, **kwargs)
-        inject(training, faults)
-
-    def fill(*args: Any) -> None:
-        real_fill(*args)
-        for fault in faults:
-            if fault.phase == "fill" and fault.rank == int(os.environ["RANK"]):
-                do(fault)
-
-    TrainingRun.__init__, start.fill = init, fill
 
 
 def parsed(text: str) -> list[Fault]:

@@ -3,7 +3,6 @@
 A server that has imported all that they need forks them, in a few hundredths of a second each.
 """
 
-import io
 import multiprocessing
 import os
 import pickle
@@ -13,11 +12,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,34 +83,21 @@ def outcomes(
         store: that of an earlier attempt, as a launcher holds it; None: a new one.
     """
     store, call = store or new_store(), pickle.dumps((work, args, options, timeout))
-    pipes: dict[Connection, int] = {}
-    processes: list[Any] = []
-    for rank in range(n):
-        ours, theirs = START.Pipe(duplex=False)
-        pipes[ours] = rank
-        processes.append(start(_rank, rank, n, store.port, attempt, call, theirs))
-        theirs.close()
-    answers: dict[int, dict[str, Any]] = {}
-    end = time.monotonic() + SECONDS
-    try:
-        while time.monotonic() < end:
-            unread = [pipe for pipe, rank in pipes.items() if rank not in answers]
-            living = [process for process in processes if process.exitcode is None]
-            if not living and not unread:
-                break
-            ready = wait([*unread, *(process.sentinel for process in living)], 0.2)
-            if not ready and all(map(_is_stopped, living)):
-                break
-            for pipe in set(unread) & set(ready):
-                answers[pipes[pipe]] = {}
-                with suppress(EOFError, ConnectionResetError):  # it died
-                    answers[pipes[pipe]] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
-        return [Outcome(status=process.exitcode, **answers.get(rank, {})) for rank, process in enumerate(processes)]
-    finally:
-        for process, pipe in zip(processes, pipes, strict=True):
-            process.kill()
-            process.join()
-            pipe.close()
+    with tempfile.TemporaryDirectory() as folder:
+        answers = [Path(folder, f"{rank}") for rank in range(n)]
+        processes = [start(_rank, rank, n, store.port, attempt, call, answer) for rank, answer in enumerate(answers)]
+        end = time.monotonic() + SECONDS
+        try:
+            while (living := [p for p in processes if p.exitcode is None]) and time.monotonic() < end:
+                if not wait([process.sentinel for process in living], 0.2) and all(map(_is_stopped, living)):
+                    break
+            statuses = [process.exitcode for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        said = [torch.load(answer, weights_only=False) if answer.exists() else {} for answer in answers]
+    return [Outcome(status=status, **words) for status, words in zip(statuses, said, strict=True)]
 
 
 def run_ranks(n: int, work: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
@@ -134,8 +119,8 @@ def _is_stopped(process: Any) -> bool:
         return False
 
 
-def _rank(rank: int, n: int, port: int, attempt: int, call: bytes, pipe: Connection) -> None:
-    """Be one rank: join the others, do the work, and send its result."""
+def _rank(rank: int, n: int, port: int, attempt: int, call: bytes, answer: Path) -> None:
+    """Be one rank: join the others, do the work, and write its result, which is there whole or not at all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     os.environ |= {
@@ -155,9 +140,8 @@ def _rank(rank: int, n: int, port: int, attempt: int, call: bytes, pipe: Connect
                 result = {"value": work(world, *args, **options)}
     except BaseException:
         result = {"failure": traceback.format_exc()}
-    written = io.BytesIO()
-    torch.save(result, written)  # all tensors at once; `send` would share memory that ends with this process
-    pipe.send_bytes(written.getbuffer())
+    torch.save(result, partial := answer.with_suffix(".partial"))
+    partial.rename(answer)
     if "failure" in result:
         sys.exit(1)
 
@@ -179,17 +163,17 @@ def spoken(
     name: str = "train",
     environment: Mapping[str, str] | None = None,
     store: Any = None,
-    faults: Sequence[Any] = (),
+    prepare: Callable[[], object] | None = None,
 ) -> Said:
     """Return what the processes of python -m dsmini.NAME said. A subfolder of `folder` holds pid-RANK meanwhile.
 
     Args:
         lines: the arguments of each rank; None for one that is missing.
         environment: changes of what the launcher sets.
-        faults: to inject into a run of dsmini.train.
+        prepare: called in each process before the command.
     """
     place, n = Path(tempfile.mkdtemp(dir=folder)), len(lines)
-    ends = outcomes(n, _speak, place, name, lines, environment or {}, faults, timeout=None, store=store)
+    ends = outcomes(n, _speak, place, name, lines, environment or {}, prepare, timeout=None, store=store)
     words = [[(place / f"{kind}-{rank}").read_text() for rank in range(n)] for kind in ("output", "error")]
     return Said([end.status for end in ends], *words)
 
@@ -199,7 +183,7 @@ def _speak(
     name: str,
     lines: Sequence[Sequence[str] | None],
     environment: Mapping[str, str],
-    faults: Sequence[Any],
+    prepare: Callable[[], object] | None,
 ) -> None:
     rank = int(os.environ["RANK"])
     for descriptor, kind in ((1, "output"), (2, "error")):
@@ -209,8 +193,8 @@ def _speak(
     if line is None:
         os._exit(0)
     main = import_module(f"dsmini.{name}").main
-    if faults:
-        import_module("tests.distributed.faults").inject_into_command(faults)
+    if prepare is not None:
+        prepare()
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     wait_until(lambda: len(list(folder.glob("pid-*"))) == len(lines) - lines.count(None))  # none is late on a busy CPU
     os.environ |= environment

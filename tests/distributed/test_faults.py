@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dsmini.distributed.heartbeat import STALLED, watched
+from dsmini.distributed.heartbeat import STALLED
 from dsmini.distributed.world import World
+from dsmini.training import start as training_start
 from dsmini.training.record import read_events, read_records
-from tests.distributed.faults import Fault, parsed
+from tests.distributed.faults import parsed
 from tests.distributed.ranks import START, new_store, outcomes, run_ranks, spoken, start, wait_until
-from tests.distributed.runs import CPU, KILLED, STEPS, events, new_run, run, small_config, statuses
-from tests.helpers.runs import before_each_step, differences
+from tests.distributed.runs import KILLED, STEPS, events, run, small_config, statuses
+from tests.helpers.runs import differences
 
 EP: dict[str, Any] = {"ep": 2}
 THREE: dict[str, Any] = {"dp": 3}
-WATCHED: dict[str, Any] = {"timeout": 5.0}
 EACH: dict[str, Any] = {"save_every": 1}
 LOST = {1, -signal.SIGABRT}
 """Statuses of a rank whose peer died: it leaves, or gloo aborts it."""
@@ -163,28 +163,7 @@ def test_death_while_groups_are_made_ends_the_others(layout: dict[str, Any], tmp
     assert statuses(ends) == [1, KILLED, *[1] * (n - 2)], ends
 
 
-# --- no stall, and the end of a launcher
-
-
-def paused(world: World, folder: Path) -> bool:
-    """Train; stop rank 1 for some heartbeats, less than the time-out, and let it continue."""
-    training = new_run(world, folder, WATCHED)
-    if world.rank == 1 and os.fork() == 0:  # a child that wakes its parent
-        parent = os.getppid()
-        time.sleep(0.3)
-        os.kill(parent, signal.SIGSTOP)
-        time.sleep(2.5)
-        os.kill(parent, signal.SIGCONT)
-        os._exit(0)
-    before_each_step(training, lambda: time.sleep(0.1))
-    with watched(world, WATCHED["timeout"], CPU):
-        return training.train()
-
-
-@pytest.mark.slow
-def test_a_slow_rank_is_no_stall(tmp_path: Path) -> None:
-    assert run_ranks(2, paused, tmp_path / "run") == [True, True]
-    assert [events(tmp_path / "run", "stalled", rank) for rank in (0, 1)] == [[], []]
+# --- the end of a launcher
 
 
 def hold_store(sender: Any) -> None:
@@ -222,11 +201,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_config(tmp_path_factory.mktemp("config"))
 
 
+def hang_in_fill() -> None:
+    """Let rank 1 stand still while the weights are drawn, before the first step."""
+    if os.environ["RANK"] == "1":
+        training_start.fill = lambda *_: time.sleep(3600)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("step", "phase"), [(0, "fill"), (3, "forward")])
-def test_stall_of_the_command_is_told_on_stderr(step: int, phase: str, config: Path, tmp_path: Path) -> None:
+def test_stall_of_the_command_is_told_on_stderr(config: Path, tmp_path: Path) -> None:
     """Leave the output to the line of JSON."""
     args = [str(config), "--out", str(tmp_path / "run"), "--json", "--parallel.timeout", "5"]
-    got = spoken(tmp_path, args, args, faults=[Fault("hang", 1, step, phase)])
+    got = spoken(tmp_path, args, args, prepare=hang_in_fill)
     assert got.statuses == [STALLED] * 2 and got.outputs == ["", ""]
     assert got.errors[0].count("rank 1 (pid") == 1 and "--resume" in got.errors[0]

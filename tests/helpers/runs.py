@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -131,19 +131,11 @@ def die(
 
 def asked_after(training: TrainingRun, steps: int) -> None:
     """Ask the run to stop, as by Ctrl-C, in the step after this number of steps."""
-
-    def ask() -> None:
-        if training.trainer.steps_done == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before_each_step(training, ask)
-
-
-def before_each_step(training: TrainingRun, work: Callable[[], Any]) -> None:
     real = training.trainer.step
 
     def step() -> Any:
-        work()
+        if training.trainer.steps_done == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
         return real()
 
     training.trainer.step = step
