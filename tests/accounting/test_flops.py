@@ -40,6 +40,13 @@ def test_training_flops_as_printed(config: ModelConfig, printed: float, exactly:
     assert counted * 1e9 == formula
 
 
+@pytest.mark.parametrize(("causal", "tflops"), [(True, 385), (False, 432)])
+def test_flops_that_the_printed_utilisation_implies(causal: bool, tflops: float) -> None:
+    """The same paper, table 4: TFLOPS a GPU, 272.80B tokens a day on 2048 of them."""
+    implied = tflops * 1e12 * 2048 * 86400 / 272.80e9
+    assert flops_per_token(V3, 4096, causal=causal, training=True, mtp=False).total == pytest.approx(implied, rel=0.01)
+
+
 # --- a token, against torch
 
 

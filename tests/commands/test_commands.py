@@ -195,8 +195,8 @@ def test_wrong_backend_is_refused_first(
     monkeypatch.setenv("DSMINI_BACKEND", backend)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     train = f"--data.path book.txt --out unmade/x {TINY}"
-    for command, arguments in (("train", train), ("generate", "runs/x"), ("convert", "runs/x unmade")):
-        check_refused(f"dsmini.{command}", place, {arguments: sentence})
+    for name, arguments in (("train", train), ("generate", "runs/x"), ("convert", "runs/x unmade")):
+        check_refused(f"dsmini.{name}", place, {arguments: sentence})
 
 
 def test_help_comes_from_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
