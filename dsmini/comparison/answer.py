@@ -14,11 +14,15 @@ from dsmini.atomic import new_file
 from dsmini.comparison.results import Results
 from dsmini.comparison.verdict import Verdict, seeds_to_decide, verdicts
 from dsmini.console.messages import say
+from dsmini.measure.turns import Estimate, mean_of
 from dsmini.report.figures import Table, Toned, plain
 from dsmini.report.tables import show_table
 from dsmini.report.units import number, plural
 
 COLOURS = {"better": "#2a7f3f", "worse": "#c8501e", "equal": "#1f4e8c", "undecided": "#7a7a7a", "diverged": "#c8501e"}
+LOSS, TIME = "difference to the base in nats a byte\nleft is better; the band is the margin", "CPU time\nbase = 1"
+RATIOS = (0.25, 4.0)
+"""Ratios of time beyond which a mean is an arrow."""
 TONES = {"better": "near", "equal": "near", "worse": "far", "diverged": "far", "undecided": "off"}
 
 
@@ -45,8 +49,8 @@ def table_of(results: Results) -> Table:
                 (f"{d.value:+.4f}" if d and d.turns else "")
                 + (f" ± {d.high - d.value:.4f}" if d and d.is_clear else ""),
                 Toned(verdict.word, TONES[verdict.word]) if verdict else "base",
-                _mean_ratio(results, arm, "cpu_seconds") if verdict else _mean(results, arm, "cpu_seconds", " s"),
-                _mean_ratio(results, arm, "cache_bytes"),
+                _median_ratio(results, arm, "cpu_seconds") if verdict else _mean(results, arm, "cpu_seconds", " s"),
+                _median_ratio(results, arm, "cache_bytes"),
                 *(_mean(results, arm, figure) for figure in ("max_vio", "acceptance")),
             ]
         )
@@ -70,10 +74,14 @@ def _mean(results: Results, arm: str, figure: str, unit: str = "") -> str:
     return f"{number(statistics.fmean(values))}{unit}" if values else ""
 
 
-def _mean_ratio(results: Results, arm: str, figure: str) -> str:
-    """Return the median ratio to the base over the seeds that both have."""
+def _ratios(results: Results, arm: str, figure: str) -> list[float]:
+    """Return the ratio to the base for each seed that both have."""
     mine, base = results.values(arm, figure), results.values(results.names[0], figure)
-    ratios = [mine[seed] / base[seed] for seed in mine.keys() & base.keys() if base[seed]]
+    return [mine[seed] / base[seed] for seed in sorted(mine.keys() & base.keys()) if base[seed]]
+
+
+def _median_ratio(results: Results, arm: str, figure: str) -> str:
+    ratios = _ratios(results, arm, figure)
     return f"{statistics.median(ratios):.2f}" if ratios else ""
 
 
@@ -132,6 +140,7 @@ def record_of(results: Results) -> dict[str, Any]:
                 for name, figure in (("loss", "loss"), ("seconds", "cpu_seconds"))
             },
             **({} if arm not in found else dataclasses.asdict(found[arm])),
+            **({} if arm not in found else {"seconds_difference": _seconds(results, arm)}),
             "seeds_needed": _seeds_needed(results, arm, found[arm]) if arm in found else None,
         }
         for arm in results.names
@@ -140,8 +149,15 @@ def record_of(results: Results) -> dict[str, Any]:
     return plain({"file": str(results.path), **head, "arms": arms})
 
 
+def _seconds(results: Results, arm: str) -> dict[str, Any] | None:
+    """Return the CPU seconds of an arm less the base's, paired as losses are; None without two runs that have both."""
+    found = results.differences(arm, "cpu_seconds")
+    return dataclasses.asdict(mean_of(found)) if len(found) > 1 else None
+
+
 def draw(path: Path, all_results: Sequence[Results]) -> None:
-    """Write a forest plot as PNG: for each arm the paired differences, their mean and its 95 % interval."""
+    """Write a forest plot as PNG: for each arm the paired differences, their mean and its 95 % interval; beside them
+    the ratios of CPU time."""
     from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
     from matplotlib.patches import Rectangle
     from matplotlib.transforms import blended_transform_factory
@@ -153,7 +169,7 @@ def draw(path: Path, all_results: Sequence[Results]) -> None:
     reach = _reach([verdict for _, of in found for verdict in of.values()], [each.head["margin"] for each, _ in found])
     rows = [(results, arm, of.get(arm)) for results, of in found for arm in ("", *results.names)]
     figure = Figure(figsize=(9, 0.8 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots()
+    axes, clock = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     across = blended_transform_factory(figure.transFigure, axes.transData)
     ticks: list[tuple[str, str]] = []
     for y, (results, arm, verdict) in enumerate(rows):
@@ -170,27 +186,38 @@ def draw(path: Path, all_results: Sequence[Results]) -> None:
             ticks.append((f"{label}:   base", "black"))
             continue
         d, colour = verdict.difference, COLOURS[verdict.word]
-        points = [p for p in results.differences(arm) if abs(p) <= reach]
-        axes.plot(points, [y] * len(points), "|", color=colour, alpha=0.35, markersize=7)
-        if d.is_clear:
-            axes.plot([min(max(end, -reach), reach) for end in (d.low, d.high)], [y, y], color=colour, linewidth=2)
-        if d.turns:
-            at = min(max(d.value, -reach), reach)
-            mark = "o" if at == d.value else ">" if at > 0 else "<"
-            axes.plot([at], [y], mark, color=colour, markersize=6)
+        _plot(axes, y, results.differences(arm), d, (-reach, reach), colour)
+        if ratios := _ratios(results, arm, "cpu_seconds"):
+            _plot(clock, y, ratios, mean_of(ratios), RATIOS, colour)
         value = f" {d.value:+.4f}" if d.turns and math.isfinite(d.value) else ""
         ticks.append((f"{label}:   {verdict.word}{value}, {plural(d.turns, 'seed')}", colour))
-    axes.axvline(0, color="#444444", linewidth=0.8)
+    for part, same, title in ((axes, 0, LOSS), (clock, 1, TIME)):
+        part.axvline(same, color="#444444", linewidth=0.8)
+        part.set_xlabel(title, fontsize=10)
+        part.grid(axis="x", alpha=0.3)
+        part.locator_params(axis="x", nbins=6 if part is axes else 3)
     axes.set_yticks(range(len(ticks)), [escaped(words) for words, _ in ticks])
     axes.tick_params(length=0)
-    axes.locator_params(axis="x", nbins=6)
+    clock.tick_params(length=0)
+    clock.patch.set_visible(False)
+    clock.set_zorder(-1)  # the bands of the titles lie above it
     for tick, (_, colour) in zip(axes.get_yticklabels(), ticks, strict=True):
         tick.set_color(colour)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    figure.supxlabel("difference to the base in nats a byte; left is better; the band is the margin", fontsize=10)
-    axes.grid(axis="x", alpha=0.3)
     with new_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
+
+
+def _plot(axes: Any, y: int, points: Sequence[float], d: Estimate, limits: tuple[float, float], colour: str) -> None:
+    """Draw values, their mean and its interval in a row of a forest plot; an arrow is a mean beyond the limits."""
+    low, high = limits
+    inside = [point for point in points if low <= point <= high]
+    axes.plot(inside, [y] * len(inside), "|", color=colour, alpha=0.35, markersize=7)
+    if d.is_clear:
+        axes.plot([min(max(end, low), high) for end in (d.low, d.high)], [y, y], color=colour, linewidth=2)
+    if d.turns:
+        at = min(max(d.value, low), high)
+        axes.plot([at], [y], "o" if at == d.value else ">" if at == high else "<", color=colour, markersize=6)
 
 
 def _reach(verdicts: Sequence[Verdict], margins: Sequence[float]) -> float:

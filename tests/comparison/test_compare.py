@@ -15,6 +15,7 @@ import torch
 
 from dsmini import Block, ModelConfig, RunConfig, Transformer
 from dsmini.compare import CompareCommand, place_of_results
+from dsmini.comparison.answer import draw, record_of
 from dsmini.comparison.arms import Arm, Comparison, arms_of, make_model_of, read_claim
 from dsmini.comparison.results import HEAD, Results, head_of, opened, read_results, refuse_other
 from dsmini.comparison.trial import draw_by_name, drawn_by_name, prepared
@@ -242,6 +243,21 @@ def test_times_of_runs_that_diverged_do_not_count() -> None:
         times = [{"loss": loss, "cpu_seconds": 8.0 if loss else 1.0} for loss in losses]
         results.lines += [{"arm": arm, "seed": seed} | time for seed, time in enumerate(times)]
     assert results.values("idea", "cpu_seconds") == {0: 8.0} and results.diverged("idea") == 1
+
+
+def test_seconds_are_paired_as_losses_are(tmp_path: Path) -> None:
+    """A run that was taken from another file has no time."""
+    results = Results(path=Path("x.jsonl"), head=A_HEAD | {"arms": {"base": {}, "idea": {}}})
+    for arm, times in {"base": (8.0, 9.0, 10.0, None), "idea": (9.0, 11.0, 13.0, 99.0)}.items():
+        lines = [{"loss": 1.0} | ({} if time is None else {"cpu_seconds": time}) for time in times]
+        results.lines += [{"arm": arm, "seed": seed} | line for seed, line in enumerate(lines)]
+    found = record_of(results)["arms"]["idea"]["seconds_difference"]
+    half = 4.3027 / 3**0.5  # Student's t of two degrees of freedom; the deviation of 1, 2 and 3 is 1
+    assert (found["value"], found["low"], found["turns"]) == (2.0, pytest.approx(2 - half, abs=1e-3), 3)
+    draw(tmp_path / "forest.png", [results])
+    results.lines = results.lines[3:5]
+    assert record_of(results)["arms"]["idea"]["seconds_difference"] is None
+    draw(tmp_path / "forest.png", [results])
 
 
 # what a file holds, and what is said of it; "" of one that was killed before its first line
