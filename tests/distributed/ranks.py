@@ -3,6 +3,7 @@
 A server that has imported all that they need forks them, in a few hundredths of a second each.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -92,6 +93,10 @@ def outcomes(
                 if not wait([process.sentinel for process in living], 0.2) and all(map(_is_stopped, living)):
                     break
             statuses = [process.exitcode for process in processes]
+            if living and time.monotonic() >= end:
+                for process in living:  # it says on stderr where it stands
+                    os.kill(process.pid, signal.SIGUSR1)
+                time.sleep(1.0)
         finally:
             for process in processes:
                 process.kill()
@@ -122,14 +127,12 @@ def _is_stopped(process: Any) -> bool:
 def _rank(rank: int, n: int, port: int, attempt: int, call: bytes, answer: Path) -> None:
     """Be one rank: join the others, do the work, and write its result, which is there whole or not at all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # it needs no GIL
     torch.set_num_threads(1)
     os.environ |= {
         **{"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
-        **{
-            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-            "TORCHELASTIC_RESTART_COUNT": str(attempt),
-        },
+        **{"GLOO_SOCKET_IFNAME": LOOPBACK, "TORCHELASTIC_RESTART_COUNT": str(attempt)},
     }
     try:
         work, args, options, timeout = pickle.loads(call)
