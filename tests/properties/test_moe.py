@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,7 +44,8 @@ def test_empty_experts_have_a_gradient_of_exactly_zero(m: int, f: int, n: int, d
     case = expert_case(n, dtype, m, f, routing=routed(n, 3, 6, empty=(0, 2, 5)))
     with ops.use("eager"), Operations() as seen:
         gradients = run(case, experts)[3:]
-    assert any("grouped_mm" in result.operation for result in seen.results) == (m == 24)
+    grouped = m == 24 and hasattr(F, "grouped_mm")  # torch 2.9 has none
+    assert any("grouped_mm" in result.operation for result in seen.results) == grouped
     for gradient in gradients:
         assert gradient.any(-1).any(-1).tolist() == [i not in (0, 2, 5) for i in range(6)]
 
