@@ -1,6 +1,7 @@
 """Seed tests from their names, and provide small models in which every part matters."""
 
 import ctypes
+import functools
 import gc
 import os
 import re
@@ -31,7 +32,7 @@ settings.load_profile("dsmini")
 torch.set_num_threads(1)
 
 # tests are of the CPU; the virtual Macs of GitHub's CI show a GPU that refuses every allocation
-torch.backends.mps.is_available = lambda: False
+torch.backends.mps.is_available = functools.cache(lambda: False)  # as torch's own, whose __wrapped__ torch 2.15 reads
 
 # Ctrl-C is ignored in background jobs and by some runners of CI, and what ignores it starts children that ignore it
 signal.signal(signal.SIGINT, signal.default_int_handler)
