@@ -139,8 +139,8 @@ def record_of(results: Results) -> dict[str, Any]:
                 name: statistics.fmean(values) if (values := list(results.values(arm, figure).values())) else None
                 for name, figure in (("loss", "loss"), ("seconds", "cpu_seconds"))
             },
-            **({} if arm not in found else dataclasses.asdict(found[arm])),
-            **({} if arm not in found else {"seconds_difference": _seconds(results, arm)}),
+            **(dataclasses.asdict(found[arm]) if arm in found else {}),
+            "seconds_difference": _seconds(results, arm) if arm in found else None,
             "seeds_needed": _seeds_needed(results, arm, found[arm]) if arm in found else None,
         }
         for arm in results.names

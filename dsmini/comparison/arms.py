@@ -64,25 +64,24 @@ def sources(file: Path) -> Iterator[bytes]:
         content = read_bytes(path)
         yield content
         with suppress(SyntaxError, ValueError):  # told when it is run
-            for node in ast.walk(ast.parse(content)):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                if isinstance(node, ast.ImportFrom):
-                    inside = path.parent.relative_to(folder).parts if node.level else ()
-                    package = inside[: len(inside) + 1 - node.level]  # a dot is this package, each other one above
-                    of = ".".join(filter(None, (*package, node.module)))
-                    names = [of, *(f"{of}.{alias.name}".strip(".") for alias in node.names)]
-                for name in filter(None, names):
-                    for place in _places(folder, name):
-                        found = {place.with_suffix(".py"), place / "__init__.py"} - seen
-                        waiting += sorted(path for path in found if path.is_file())
-                        seen |= found
+            for name in _imported(content, path.parent.relative_to(folder).parts):
+                parts = name.split(".")
+                for place in (folder.joinpath(*parts[:n]) for n in range(1, len(parts) + 1)):  # packages run too
+                    found = {place.with_suffix(".py"), place / "__init__.py"} - seen
+                    waiting += sorted(path for path in found if path.is_file())
+                    seen |= found
 
 
-def _places(folder: Path, name: str) -> Iterator[Path]:
-    """Yield where a module and the packages that it is in would be: to import it runs them too."""
-    for part in name.split("."):
-        folder = folder / part
-        yield folder
+def _imported(content: bytes, inside: tuple[str, ...]) -> Iterator[str]:
+    """Yield the modules that a source in these packages names in imports, and what it imports from them."""
+    for node in ast.walk(ast.parse(content)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # a dot is the source's package, each other one the package above
+            package = inside[: len(inside) + 1 - node.level] if node.level else ()
+            of = ".".join(filter(None, (*package, node.module)))
+            yield from filter(None, (of, *(f"{of}.{alias.name}".strip(".") for alias in node.names)))
 
 
 @dataclass(frozen=True, kw_only=True)
