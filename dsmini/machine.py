@@ -234,7 +234,10 @@ def processor() -> str:
             fields.setdefault(key.strip(), value.strip())
     if "CPU part" in fields:  # Arm has numbers instead of a name
         name += f", implementer {fields.get('CPU implementer', '?')}, part {fields['CPU part']}"
-    return fields.get("model name", name)
+    name = fields.get("model name", name)
+    if "cpu family" in fields and not any(map(str.isdigit, name.partition("@")[0])):  # a cloud may hide the generation
+        name += f", family {fields['cpu family']}, model {fields.get('model', '?')}"
+    return name
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -146,6 +146,12 @@ def test_stored_rates_are_those_of_one_machine(tmp_path: Path, monkeypatch: pyte
     ("system", "cpuinfo", "want"),
     [
         ("linux", "processor\t: 0\nmodel name\t: AMD EPYC 9R14\n\nmodel name\t: another", "AMD EPYC 9R14"),
+        ("linux", "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n", "AMD EPYC, family 26, model 2"),
+        (
+            "linux",
+            "cpu family\t: 6\nmodel name\t: Intel Xeon Processor @ 2.60GHz",
+            "Intel Xeon Processor @ 2.60GHz, family 6, model ?",
+        ),
         ("linux", "CPU implementer\t: 0x41\nCPU part\t: 0xd40\n", "aarch64, implementer 0x41, part 0xd40"),
         ("linux", "", "aarch64"),
         ("darwin", "", "Apple M2"),
