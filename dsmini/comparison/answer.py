@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dsmini.atomic import new_file
 from dsmini.comparison.results import Results
-from dsmini.comparison.verdict import Verdict, seeds_to_decide, verdicts
+from dsmini.comparison.verdict import MOST_SEEDS, Verdict, seeds_to_decide, verdicts
 from dsmini.console.messages import say
 from dsmini.measure.turns import Estimate, mean_of
 from dsmini.report.figures import Table, Toned, plain
@@ -102,7 +102,8 @@ def sentences(results: Results) -> list[str]:
             needed = _seeds_needed(results, arm, verdict)
             more = "two seeds are the least" if d.turns < 2 else "some pairs are lost"
             if needed is not None:
-                more = f"four of five new comparisons with {needed:,} would decide, if the rest is like this"
+                seeds = f"{needed:,}" if needed < MOST_SEEDS else f"more than {MOST_SEEDS:,}"
+                more = f"four of five new comparisons with {seeds} would decide, if the rest is like this"
             chance = " (of several ideas one is this far from 0 by chance)" if d.low > 0 or d.high < 0 else ""
             told.append(f"{arm} against {base} is undecided with {plural(d.turns, 'seed')}{chance}; {more}.")
         else:

@@ -15,7 +15,7 @@ import torch
 
 from dsmini import Block, ModelConfig, RunConfig, Transformer
 from dsmini.compare import CompareCommand, place_of_results
-from dsmini.comparison.answer import draw, record_of
+from dsmini.comparison.answer import draw, record_of, sentences
 from dsmini.comparison.arms import Arm, Comparison, arms_of, make_model_of, read_claim
 from dsmini.comparison.results import HEAD, Results, head_of, opened, read_results, refuse_other
 from dsmini.comparison.trial import draw_by_name, drawn_by_name, prepared
@@ -243,6 +243,13 @@ def test_times_of_runs_that_diverged_do_not_count() -> None:
         times = [{"loss": loss, "cpu_seconds": 8.0 if loss else 1.0} for loss in losses]
         results.lines += [{"arm": arm, "seed": seed} | time for seed, time in enumerate(times)]
     assert results.values("idea", "cpu_seconds") == {0: 8.0} and results.diverged("idea") == 1
+
+
+def test_seeds_beyond_any_reach_are_not_a_number() -> None:
+    results = Results(path=Path("x.jsonl"), head=A_HEAD | {"arms": {"base": {}, "idea": {}}, "margin": 1e-9})
+    for arm, losses in {"base": (1.0, 1.0), "idea": (1.5, 0.5001)}.items():
+        results.lines += [{"arm": arm, "seed": seed, "loss": loss} for seed, loss in enumerate(losses)]
+    assert "with more than 100,000 would decide" in sentences(results)[0]
 
 
 def test_seconds_are_paired_as_losses_are(tmp_path: Path) -> None:
