@@ -372,10 +372,9 @@ def _described(model: Transformer) -> dict[str, Any]:
     """
     origin = origin_of(model)
     if origin is not None and origin.raw:
-        read = ModelConfig(**config_from_json(origin.raw, "config.json"))
-        # it may have been loaded without its MTP blocks
-        if dataclasses.replace(read, n_mtp_layers=model.config.n_mtp_layers) == model.config:
-            return with_mtp_layers(origin.raw, model.config.n_mtp_layers)
+        raw = with_mtp_layers(origin.raw, model.config.n_mtp_layers)  # it may have been loaded without its MTP blocks
+        if ModelConfig(**config_from_json(raw, "config.json")) == model.config:
+            return raw
     raw = origin.raw if origin is not None else {}
     ids = {key: raw[key] for key in (*UNKNOWN_IDS, "pad_token_id") if key in raw}
     return {**UNKNOWN_IDS, **ids, **config_to_json(dataclasses.asdict(model.config))}

@@ -90,6 +90,7 @@ _SILENT = {
     *("torch_dtype", "dtype", "transformers_version", "num_key_value_heads", "qk_head_dim", "head_dim"),
     *("aux_loss_alpha", "seq_aux", "output_router_logits", "quantization_config", "rope_scaling", "rope_parameters"),
     *("_name_or_path", "num_local_experts", "router_aux_loss_coef"),
+    *("_attn_implementation_autoset", "unsloth_fixed", "unsloth_version"),
 }
 UNKNOWN_IDS = {"bos_token_id": None, "eos_token_id": None}
 """Special ids of a config.json whose tokenizer is not known."""
@@ -128,7 +129,8 @@ def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
         return _v4_from_json(raw, source)
     v2, sparse = kind == "deepseek_v2", kind == "deepseek_v32"
     refuse_unread(set(raw).difference(_CONFIG, _FIXED, _READ, _SILENT, _SPARSE if sparse else ()), source)
-    _refuse_other(raw, {**_FIXED, **_READ}, source)
+    # DeepSeek's V2 leaves the factor out then, transformers does not normalise, vLLM does both
+    _refuse_other(raw, {**_FIXED, **_READ} | ({"norm_topk_prob": (False,)} if v2 else {}), source)
     out: dict[str, Any] = {"score_func": "softmax" if v2 else "sigmoid", "n_mtp_layers": 0, "q_lora_rank": None}
     out |= {"topk_method": "greedy" if v2 else "noaux_tc", "norm_eps": 1e-6, "init_std": 0.02}
     out |= {ours: raw[theirs] for theirs, ours in _CONFIG.items() if theirs in raw}
@@ -142,6 +144,9 @@ def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
         out |= {"attention": "dsa"} | {key: raw[key] for key in (*_INDEXER, *_INDEXER_SWITCHES) if key in raw}
     _refuse_missing(sizes, out, source)
     _refuse_unequal_layers(raw, out, source)
+    dense, blocks, more = (out[key] for key in ("n_dense_layers", "n_layers", "n_mtp_layers"))
+    if all(isinstance(n, int) for n in (dense, blocks, more)):  # small models keep V3's 3, whatever their depth
+        out["n_dense_layers"] = min(dense, blocks + more)
     return out
 
 

@@ -468,6 +468,9 @@ def test_dense_layers_that_the_folder_lacks_are_left_out(tmp_path: Path, small_m
     with pytest.warns(UserWarning, match="holds nothing of the 1 multi-token prediction layers"):
         back = load_pretrained(folders.write(tmp_path / "a", kept, folders.config_json(model.config)))
     assert back.config == dataclasses.replace(model.config, n_mtp_layers=0, n_dense_layers=2)
+    save_pretrained(back, tmp_path / "b")
+    assert load_pretrained(tmp_path / "b").config == back.config
+    assert folders.config_of(tmp_path / "b") == folders.config_of(tmp_path / "a") | {"num_nextn_predict_layers": 0}
 
 
 DTYPES, RANKS = ("bfloat16", "float32", "fp8"), (1, 2, 4)

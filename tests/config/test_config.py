@@ -121,7 +121,7 @@ def test_wrong_run_is_refused(tmp_path: Path, toml: str) -> None:
     check(refusal(RunConfig.from_file, written(tmp_path, toml, "x.toml")), REFUSALS["run"][toml])
 
 
-BASES = {"hugging_face": HF_V3, "hugging_face_sparse": HF_V32, "v4": HF_V4}
+BASES = {"hugging_face": HF_V3, "hugging_face_v2": HF["deepseek-v2"], "hugging_face_sparse": HF_V32, "v4": HF_V4}
 
 
 @pytest.mark.parametrize(("name", "toml"), [(name, toml) for name in BASES for toml in REFUSALS[name]])
@@ -212,6 +212,18 @@ def test_missing_temperatures_take_yarn_defaults(tmp_path: Path) -> None:
     rope = {key: value for key, value in HF_V3["rope_scaling"].items() if not key.startswith("mscale")}
     config = read(tmp_path, HF_V3 | {"rope_scaling": rope})
     assert config == released("deepseek-v3", mscale=1.0, mscale_all_dim=0.0)
+
+
+def test_keys_of_other_programs_change_nothing(tmp_path: Path) -> None:
+    theirs = {"_attn_implementation_autoset": True, "unsloth_fixed": True, "unsloth_version": "2025.3.19"}
+    assert read(tmp_path, HF_V3 | theirs) == released("deepseek-v3")
+
+
+@pytest.mark.parametrize(("mtp", "dense"), [(0, 2), (1, 3)])
+def test_a_model_of_few_layers_may_be_dense_as_a_whole(tmp_path: Path, mtp: int, dense: int) -> None:
+    """Small models keep V3's first_k_dense_replace."""
+    raw = HF_V3 | {"num_hidden_layers": 2, "first_k_dense_replace": 5, "num_nextn_predict_layers": mtp}
+    assert read(tmp_path, raw).n_dense_layers == dense
 
 
 @pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers"])
