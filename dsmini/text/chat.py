@@ -287,7 +287,7 @@ def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = F
     if chat and template is None:
         raise ValueError(
             f"{folder} has no chat template, neither chat_template.jinja nor chat_template in tokenizer_config.json; "
-            "leave out --chat, and write the prompt as the model was trained on it"
+            "write one as chat_template.jinja, since no prompt can spell its tokens, or leave out --chat"
         )
     if not chat and is_byte_tokenizer(path):
         return TextSide(tokenizer=ByteTokenizer(), ends=_ends(folder, {}, {}))
