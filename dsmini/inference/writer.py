@@ -205,7 +205,8 @@ class Conversation:
             tokens = self.chat.encode(messages)
         answers = self.writer.write([tokens], page)
         (row,) = answers.rows
-        self.messages = [*messages, Message(role="assistant", content=self._said(tokens, row))]
+        said = self._said(tokens, row).lstrip(" ")  # V2's answers begin with the space that its template writes
+        self.messages = [*messages, Message(role="assistant", content=said)]
         return answers
 
     def _said(self, prompt: list[int], row: Answer) -> str:

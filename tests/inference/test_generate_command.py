@@ -18,7 +18,7 @@ from dsmini import ModelConfig, Transformer, machine, ops, save_pretrained
 from dsmini.checkpoint.training_state import load_run, write_manifest
 from dsmini.console.progress import Progress
 from dsmini.inference.sampling import Sampling
-from dsmini.inference.writer import Conversation, Writer
+from dsmini.inference.writer import Answer, Conversation, Writer
 from dsmini.text.chat import Chat, read_text_side
 from dsmini.text.prompts import Page
 from tests.conftest import SMALL, randomise
@@ -386,6 +386,23 @@ def test_stop_string_leaves_the_tokens_of_an_answer(
     assert row.finish == "stop" and row.text.endswith(said)
     then = side.chat.encode([*talk.messages, {"role": "user", "content": "so"}])
     assert side.tokenizer.decode(then) == f"{BOS}{USER}2+2{ASSISTANT}{said}{EOS}{USER}so{ASSISTANT}"
+
+
+def test_space_before_an_answer_is_written_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """V2's prompt ends with "Assistant:", its turns begin with "Assistant: ", and its answers with a space."""
+    v2 = folder / "v2"
+    shutil.copytree(folder / "m", v2)
+    roles = "{{ {'user': 'User: ', 'assistant': 'Assistant: '}[m.role] + m.content + '\\n\\n' }}"
+    (v2 / "chat_template.jinja").write_text(f"{{% for m in messages %}}{roles}{{% endfor %}}Assistant:")
+    side = read_text_side(v2, chat=True)
+    model: Any = Namespace(config=ModelConfig(max_seq_len=1000))
+    talk = Conversation(Writer(model=model, side=side, max_new_tokens=9, sampling=Sampling()))
+    answer = side.tokenizer.encode(" It is 4").tolist()
+    row = Answer(shown="", text=" It is 4", finish="end", n_tokens=len(answer), tokens=answer)
+    monkeypatch.setattr(Writer, "write", lambda *_: Namespace(rows=[row]))
+    talk.answer("2+2", None)
+    assert isinstance(side.chat, Chat)
+    assert side.tokenizer.decode(side.chat.encode(talk.messages)) == "User: 2+2\n\nAssistant: It is 4\n\nAssistant:"
 
 
 def test_figures_follow_the_answers_of_a_chat_only_on_request(place: Path) -> None:
