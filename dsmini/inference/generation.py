@@ -398,7 +398,9 @@ def checked_room(
             raise ValueError(f"eos_token_id={token} is outside the vocabulary; want 0 to {v - 1}, or None")
     if speculative and not len(model.mtp):
         raise ValueError("speculative=True, but the model has no multi-token prediction blocks; leave it out")
-    room = min(context, longest + max_new_tokens) if max_seq_len is None else max_seq_len
+    # guesses lie after a row's last token, also those of the others next to a row that has ended
+    room = longest + max_new_tokens + 2 * speculative * len(model.mtp)
+    room = min(context, room) if max_seq_len is None else max_seq_len
     # the last new token is never fed back; a row that slides needs room for its prompt and half of the cache
     fits = longest + max_new_tokens - 1 <= room or (slide and longest <= room and room > 1)
     if longest > context or not fits:

@@ -11,6 +11,7 @@ from torch import Tensor
 import dsmini
 from dsmini import Transformer
 from dsmini.inference.generation import Generation, Stats
+from dsmini.inference.sampling import Sampling
 from dsmini.inference.writer import figures_in_words
 from tests.helpers.configs import DSA, V4_MODEL, refusal
 
@@ -146,11 +147,18 @@ def test_greedy_tokens_are_the_same_with_guesses(small_model: Model, depth: int,
         assert guessed.stats.new_tokens == plain.stats.new_tokens and plain.stats.drafted == 0
         ends |= {len(row) for row in plain.rows}
         if sharing:
-            assert guessed.stats.acceptance_rate > 0.3
+            assert guessed.stats.acceptance_rate > 0.1
             assert guessed.stats.tokens_per_step > 1.2 * plain.stats.tokens_per_step == pytest.approx(1.2)
         plain, guessed = (finished(small, PROMPTS, 40, speculative=s, slide=True).rows for s in (False, True))
         assert guessed == plain
     assert len(ends) > 1, "rows should end at different steps"
+
+
+def test_rows_that_end_at_different_steps_are_guessed_to_their_ends(small_model: Model) -> None:
+    model, prompts = small_model(n_mtp_layers=2, max_seq_len=64).eval(), [[i] for i in range(1, 8)]
+    make_guesses_good(model)
+    stats = finished(model, prompts, 40, speculative=True, sampling=Sampling(temperature=1.0)).stats
+    assert stats.acceptance_rate > 0.1 and stats.drafted == 2 * stats.steps
 
 
 def test_a_guess_is_what_the_uncached_model_predicts(small_model: Model) -> None:
