@@ -360,10 +360,12 @@ def recomputed(run: Callable[..., Any], *args: Any) -> Any:
 def _is_watched(tensor: Tensor) -> bool:
     """Return True where torch must see each of its own operations, so that no kernel may run.
 
-    That holds for fake tensors, tensor subclasses, dispatch modes and derivatives in forward mode. A counter is a
-    dispatch mode too, but kernels are reported to it.
+    That holds for fake tensors, tensor subclasses, dispatch modes, traces of torch.jit and derivatives in forward mode.
+    A counter is a dispatch mode too, but kernels are reported to it.
     """
     modes = torch._C._len_torch_dispatch_stack()
+    if torch._C._is_tracing():  # a trace would keep the new memory of a result, and nothing that fills it
+        return True
     if forward_ad._current_level >= 0:  # a dual tensor has a tangent, which kernels do not see
         return True
     if _is_batched(tensor):  # is_grads_batched=True

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsmini import ops
 from dsmini.inference.fused import extract_weights
+from dsmini.nn.layers import linear
 from dsmini.numerics import dequantize_tiles
 from dsmini.training.muon import HALLEY, MuonMatrices, muon_update
 from dsmini_kernels import Unserved, cpu
@@ -54,6 +56,10 @@ def test_modes_transforms_and_the_compiler_see_torch_only(monkeypatch: pytest.Mo
     assert torch.equal(torch.func.vmap(round_to_bf16)(many), each)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(round_to_bf16, backend="eager")(x), want)
+    weight = torch.randn(3, 130).bfloat16()
+    with pytest.warns(DeprecationWarning, match="trace"):
+        traced: Any = torch.jit.trace(lambda x: linear(x, weight), many[0], check_trace=False)
+    assert torch.equal(traced(x), F.linear(x, weight.float()))
     with pytest.raises(pytest.fail.Exception, match="a kernel ran"):
         round_to_bf16(x)
 
