@@ -171,6 +171,16 @@ def test_zeros_move_nothing(isa: str) -> None:
         assert relative_error(got.momenta[0], given.momenta[0] * 0.9) <= rounding(FP32_UNIT, chained=2)
 
 
+def test_a_graph_of_old_parameters_is_refused() -> None:
+    """As after a step of torch's own optimizers: its gradient would mix old activations and new parameters."""
+    given, x = matrices_of([(4, 6)], torch.float32), torch.randn(6, requires_grad=True)
+    with torch.enable_grad():
+        y = (given.params[0].requires_grad_() @ x).sum()
+    cpu.muon_update(given, JORDAN, **HOW, matmul_dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_a_rest_of_momentum_moves_a_matrix_of_its_own(isa: str) -> None:
     given = MuonMatrices(params=[torch.randn(5, 9)], grads=[torch.zeros(5, 9)], momenta=[torch.randn(5, 9)])
     assert moves(updated(given, JORDAN), given)[0].norm() > 0.07

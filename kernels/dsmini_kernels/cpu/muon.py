@@ -46,6 +46,8 @@ def muon_update(
         momentum=momentum,
         decay=weight_decay,
     )
+    # what was made or saved of the old parameters is seen to be old
+    torch.autograd.graph.increment_version((*matrices.params, *matrices.momenta))
 
 
 def _numbers(x: Tensor, shape: torch.Size) -> bytes:
