@@ -250,6 +250,10 @@ class Decoder:
         self._cos_sin = self._rope.cos_sin(torch.arange(0)[None])
         """Cos and sin of positions 0, 1, ..., as far as they have been asked for."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a copy or a pickle be a new one: what kernels prepared holds addresses of the weights of this model."""
+        return type(self), (self.model,)
+
     def states(self, tokens: Int[Tensor, "b s"], cache: Cache, lengths: Int[Tensor, " b"] | None = None) -> States:
         """Do what Transformer.states does with a cache. normed and given are FP32 where all blocks are taken apart.
 

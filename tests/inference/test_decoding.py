@@ -1,5 +1,6 @@
 """Decoding in few calls: states, cache and texts are those of the model, and some blocks run as they are."""
 
+import copy
 import re
 from collections.abc import Callable
 from functools import partial
@@ -309,6 +310,23 @@ def test_a_moved_model_leaves_the_decoder_its_weights(small_model: Model) -> Non
     for parameter in model.layers.parameters():
         parameter.data = torch.full_like(parameter, torch.nan)
     assert torch.equal(step(), before)
+
+
+def test_a_copy_of_a_decoder_reads_its_own_weights(small_model: Model) -> None:
+    decoder, tokens = Decoder(small_model(n_mtp_layers=0)), torch.arange(8)[None]
+
+    def step(decoder: Decoder) -> torch.Tensor:
+        cache = decoder.model.new_cache(1, 16, torch.float32)
+        decoder.model(tokens[:, :2], cache)
+        return decoder.states(tokens[:, :1], cache).normed
+
+    before = step(decoder)
+    other = copy.deepcopy(decoder)
+    for model, same in ((decoder.model, True), (other.model, False)):
+        with torch.no_grad():
+            for parameter in model.layers.parameters():
+                parameter.fill_(0.1)
+        assert torch.equal(step(other), before) == same
 
 
 @pytest.mark.parametrize(
