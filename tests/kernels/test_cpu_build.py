@@ -110,6 +110,25 @@ def test_library_is_built_for_this_cpu_and_links_no_openmp() -> None:
         assert not any(name in path.read_bytes() for name in (b"gomp", b"iomp", b"libomp"))
 
 
+@pytest.mark.parametrize("system", ["", "-U__linux__"], ids=["here", "elsewhere"])
+def test_threads_of_an_idle_team_sleep(system: str, tmp_path: Path) -> None:
+    """Elsewhere than on Linux too, where they cannot wait for a change and look again and again."""
+    main = tmp_path / "main.cpp"
+    main.write_text("""#include "team.h"
+        #include <stdio.h>
+        #include <time.h>
+        int main() {
+          { Team team(2); team.each(4, [](int64_t, int64_t) {}); }
+          const timespec idle{0, 500000000};
+          nanosleep(&idle, nullptr);
+          printf("%f", double(clock()) / CLOCKS_PER_SEC);
+        }""")
+    compiler, program = build.find_compiler() or pytest.skip("there is no C++ compiler"), str(tmp_path / "team")
+    flags = ("-std=c++17", f"-I{build.HERE}", "-pthread", *filter(None, [system]))
+    subprocess.run([*compiler, *flags, str(main), str(build.HERE / "team.cpp"), "-o", program], check=True)
+    assert float(subprocess.check_output([program])) < 0.02
+
+
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [

@@ -49,8 +49,10 @@ void sleep_at(uint32_t seen) {
   syscall(SYS_futex, &phase, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);  // returns if the phase is another
   asleep.fetch_sub(1);
 #else
-  const timespec moment{0, 50'000};
-  if (phase.load() == seen) nanosleep(&moment, nullptr);
+  for (long nap = 50'000; phase.load() == seen; nap = nap < 4'000'000 ? 2 * nap : nap) {  // up to 6 ms
+    const timespec moment{0, nap};
+    nanosleep(&moment, nullptr);
+  }
 #endif
 }
 
