@@ -82,8 +82,8 @@ class StepWeights:
     that of the norm. They are detached: their memory stays, even if a module gets another."""
     dtype: torch.dtype
     """Dtype of products with codes: in BF16 a kernel may round the other operand to it, as the modules do."""
-    prepared: dict[str, Any] = field(default_factory=dict)
-    """Weights as a backend prepares them, by its name."""
+    prepared: dict[int, Any] = field(default_factory=dict)
+    """Weights as a kernel prepares them, by the address of the norm's."""
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:

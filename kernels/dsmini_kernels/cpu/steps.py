@@ -5,7 +5,7 @@ A weight is a tensor in FP32 or BF16, or E4M3 codes with FP32 scales of 128x128 
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -130,7 +130,7 @@ class _Step:
 
     def attention(self, x: bytes, y: bytes, weights: Any, cache: Any) -> tuple[str, bytes]:
         """Return the function and the call of an attention of any kind, from states at x to those at y."""
-        prepared = weights.prepared.get("cpu") or _prepare_attention(weights)
+        prepared = _prepared(weights, _prepare_attention)
         store, fields = cache.store, self.fields
         fields["x"], fields["y"], fields["room"] = x, y, store.data.shape[1]
         _set_cache(fields, "cache", store.data, 2 if prepared.function == "grouped_attention" else 3)
@@ -159,7 +159,7 @@ def _set_cache(fields: dict[str, Any], name: str, data: Tensor | None, types: in
 
 def _routings(gated: Sequence[Any], n: int) -> list[tuple[Tensor, ...]]:
     """Return memory for the indices, weights, scores and counts of n tokens, for each of these feed-forwards."""
-    sizes = {(p.experts, p.topk) for p in (w.prepared.get("cpu") or _prepare_feed_forward(w) for w in gated)}
+    sizes = {(p.experts, p.topk) for p in (_prepared(w, _prepare_feed_forward) for w in gated)}
     if len(sizes) > 1:
         raise Unserved("blocks with different numbers of experts")
     (e, k), count = sizes.pop() if sizes else (0, 0), len(gated)
@@ -172,7 +172,7 @@ def _feed_forward(
     threads: int, shape: torch.Size, x: bytes, y: bytes, weights: Any, routing: Sequence[Tensor]
 ) -> tuple[str, bytes]:
     """Return the function and the call of a feed-forward, from states [n, m] at x to those at y."""
-    prepared = weights.prepared.get("cpu") or _prepare_feed_forward(weights)
+    prepared = _prepared(weights, _prepare_feed_forward)
     indices, scales, scores, counts = map(span, routing) if routing else (b"",) * 4
     fields = {"threads": threads, "n": shape[0], "dim": shape[1], "x": x, "y": y, "indices": indices}
     fields |= {"weights": scales, "scores": scores, "counts": counts}
@@ -188,12 +188,22 @@ class Prepared(NamedTuple):
     topk: int = 0
 
 
+def _prepared(weights: Any, prepare: Callable[[Any], Prepared]) -> Prepared:
+    """Return what is prepared of weights, made again if their memory is elsewhere.
+
+    share_memory() moves all of a model within its tensors, and torch.multiprocessing calls it for what it sends.
+    """
+    place = weights.weights["norm"].data_ptr()
+    if place not in weights.prepared:
+        weights.prepared[place] = prepare(weights)
+    return weights.prepared[place]
+
+
 def _prepare_attention(weights: Any) -> Prepared:
-    """Describe an attention's weights to the C++, once."""
+    """Describe an attention's weights to the C++."""
     grouped = "wk" in weights.weights
     packed = (_grouped_weights if grouped else _mla_weights)(weights, weights.layer, weights.weights)
-    prepared = weights.prepared["cpu"] = Prepared("grouped_attention" if grouped else "attention", packed)
-    return prepared
+    return Prepared("grouped_attention" if grouped else "attention", packed)
 
 
 def _grouped_weights(weights: Any, layer: Any, w: dict[str, Any]) -> bytes:
@@ -251,7 +261,7 @@ def _indexer_weights(weights: Any, indexer: Any, w: dict[str, Any], wq_b: Any) -
 
 
 def _prepare_feed_forward(weights: Any) -> Prepared:
-    """Describe a feed-forward's weights to the C++, once."""
+    """Describe a feed-forward's weights to the C++."""
     w, gated, names = weights.weights, "gate" in weights.weights, ("w1", "w2", "w3")
     dense = [w.get(f"shared_experts.{name}" if gated else name) for name in names]
     stacks = [w.get(f"experts.{name}") for name in names]
@@ -285,8 +295,7 @@ def _prepare_feed_forward(weights: Any) -> Prepared:
         eps=weights.norm.eps,
         route_scale=options.get("route_scale", 1.0),
     )
-    prepared = weights.prepared["cpu"] = Prepared("feed_forward", packed, experts, topk)
-    return prepared
+    return Prepared("feed_forward", packed, experts, topk)
 
 
 def vector(x: Tensor | None) -> bytes:
