@@ -122,6 +122,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
             refuse_oversized_parts(model, device, world)
         # 4. the text: rank 0 tokenizes it into a file, which the others read
         corpus = world.in_turn(lambda: _read_corpus(config, origin.resume, console))
+        world.refuse_unequal({"text": f"sha256 {corpus.sha256[:12]}"})  # it may have grown since rank 0 read it
         world.first(lambda: _check_corpus(config, origin, corpus))
         # 5. the folder
         config = world.first(lambda: resolved(config, device))

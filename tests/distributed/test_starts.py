@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,23 @@ def test_one_sentence_is_said_and_all_end_with_status_2(
         sentence
     )
     assert got.outputs == [""] * len(lines) and not (tmp_path / "run").exists()
+
+
+def _in_a_folder_of_its_own(folder: Path) -> None:
+    """Stand for a machine whose file has another content, or for a file that grew while rank 0 read it."""
+    rank = os.environ["RANK"]
+    (folder / rank).mkdir()
+    (folder / rank / "text.txt").write_text(f"This is the text of rank {rank}.\n" * 99)
+    os.chdir(folder / rank)
+
+
+@pytest.mark.slow
+def test_ranks_that_read_unequal_texts_are_refused(config: Path, tmp_path: Path) -> None:
+    line = [str(config), "--data.path", "text.txt", "--out", str(tmp_path / "run")]
+    got = spoken(tmp_path, line, line, prepare=partial(_in_a_folder_of_its_own, tmp_path))
+    assert got.statuses == [2, 2] and not (tmp_path / "run").exists(), got.errors
+    (sentence,) = filter(None, got.errors)
+    assert re.match(r"error: rank 1 was started with another text \(sha256 \w{12}, not sha256 \w{12}\)", sentence)
 
 
 @pytest.mark.slow
