@@ -88,16 +88,20 @@ def state_texts(config: RunConfig, state: RunState) -> dict[str, str]:
     return {"config.toml": config.to_toml(), "state.json": as_json(dataclasses.asdict(state))}
 
 
-def prune(config: RunConfig, state: RunState) -> None:
+def prune(config: RunConfig, state: RunState, before: int | None) -> None:
     """Remove all checkpoints but the newest train.keep up to one of this state.
 
-    Later ones are removed too: they are damaged, since the run did not continue from them. While steps are skipped all
-    earlier ones stay, because the run may have to return to one of them.
+    Later ones are removed too, and those after `before`: they are damaged, since the run did not continue from them.
+    While steps are skipped all earlier ones stay, because the run may have to return to one of them.
+
+    Args:
+        before: step of the checkpoint before this one, or of the one that the run continued from; None: unknown.
     """
     assert config.out is not None
     there = checkpoint_folders(config.out)
     keep = None if state.skipped_in_a_row else config.train.keep
-    kept = [one for one in there if checkpoint_step(one) <= state.step][:keep]
+    last = state.step if before is None else before
+    kept = [one for one in there if checkpoint_step(one) <= last or checkpoint_step(one) == state.step][:keep]
     remove_folders(one for one in there if one not in kept)
 
 

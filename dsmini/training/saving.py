@@ -173,7 +173,8 @@ class Saver:
         """Write a checkpoint of these tensors, with those of the other processes; then remove old ones."""
         config, held = self.config, self.trainer.pieces(tensors)
         try:
-            world.first(lambda: sync(self.metrics))  # the lines before the state's own must not be lost after it
+            # the lines before the state's own must not be lost after it, and a file that is gone must not fail the save
+            world.first(lambda: self.metrics.exists() and sync(self.metrics))
             texts, metadata = state_texts(config, state), {"step": str(state.step)}
             save_pieces(world, checkpoint_folder(config, state.step), held, texts, metadata)
         except OSError as error:
@@ -181,11 +182,11 @@ class Saver:
             there = f"step {self.saved_at} is still there" if kept else "no earlier one is there"
             sentence = f"cannot save {config.out}'s checkpoint of step {state.step}: {error.strerror or error}; {there}"
             raise told(NotSavedError(sentence)) from None
-        self.saved_at = state.step
+        before, self.saved_at = self.saved_at, state.step
         self.on_saved(state.step)
         if world.rank == 0:
             try:
-                prune(config, state)
+                prune(config, state, before)
             except OSError as error:  # the state is saved all the same
                 reason = error.strerror or error
                 self.say(f"cannot remove old checkpoints in {config.out}: {reason}; training continues, they stay")

@@ -185,6 +185,13 @@ def test_damaged_later_checkpoint_does_not_count_as_kept(run: Path) -> None:
     assert resumed(run, **OPTIONS).trainer.steps_done == 3
 
 
+def test_damaged_checkpoint_before_the_next_one_does_not_count_as_kept(run: Path) -> None:
+    """Step 4 is damaged, and step 2, from which the run continued, must stay next to step 5."""
+    flip(run / "checkpoints/step-000004/model.safetensors", 0.5)
+    assert resumed(run, **(OPTIONS | {"keep": 2, "save_every": 5, "steps": 5})).train()
+    assert names(run) == ["step-000002", "step-000005"]
+
+
 def test_checkpoint_that_cannot_be_removed_fails_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +222,14 @@ def test_full_disk_on_the_way_loses_nothing(
     assert names(tmp_path) == ["step-000002", "step-000008"]
     said = " ".join(capsys.readouterr().out.split())
     assert "checkpoint of step 6: No space left on device; step 2 is still there; training continues" in said
+
+
+def test_run_whose_metrics_were_removed_meanwhile_is_saved(tmp_path: Path) -> None:
+    training = new_run(tmp_path, **OPTIONS)
+    training.watch = lambda step: (tmp_path / "metrics.jsonl").unlink() if step.step == 3 else None
+    assert training.train()
+    assert names(tmp_path) == ["step-000002", "step-000004"]
+    assert resumed(tmp_path, **OPTIONS).trainer.steps_done == 4
 
 
 def test_checkpoint_has_its_own_config(run: Path) -> None:
