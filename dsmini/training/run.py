@@ -482,13 +482,16 @@ class TrainingRun:
             self.log.write(event, self.trainer.steps_done if step is None else step, **fields)
 
     def plot(self) -> None:
-        """Draw the rows so far."""
+        """Draw the rows so far. A failure is only reported: a picture matters less than the run."""
         if self.world.rank:
             return
         shares = self.history.load_shares()
         loads = dict(zip(moe_layers(self.config.model), shares, strict=True)) if shares else {}
-        with patience(self.console, "drawing"):
-            plot_run(self.folder, self.history.records, loads)
+        try:
+            with patience(self.console, "drawing"):
+                plot_run(self.folder, self.history.records, loads)
+        except OSError as error:
+            self.progress.say(f"cannot draw the plots of {self.folder}: {error.strerror or error}; the old ones stay")
         self.next_plot = self.history.seconds + PLOT_EVERY
 
     # --- survival

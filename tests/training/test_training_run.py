@@ -26,6 +26,7 @@ from dsmini.checkpoint.training_state import load_run
 from dsmini.data.corpus import Corpus
 from dsmini.distributed.heartbeat import LONG_PHASES
 from dsmini.machine import peak_memory
+from dsmini.training import run as run_module
 from dsmini.training.outputs import next_command, offered_flags, summarise, summary_lines, write_sample
 from dsmini.training.plots import plot_run, smooth
 from dsmini.training.record import KEYS, History, read_events, read_records
@@ -184,6 +185,17 @@ def test_drawings_on_the_way_are_far_apart(training: TrainingRun, monkeypatch: p
         if training.history.seconds >= training.next_plot:
             training.plot()
     assert drawn == [100, 200, 300]
+
+
+def test_picture_that_cannot_be_written_ends_no_run(
+    training: TrainingRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With several processes it would end rank 0 alone, and the others without a save."""
+    monkeypatch.setattr(run_module, "plot_run", Mock(side_effect=OSError(28, "No space left on device")))
+    training.next_plot, training.console.quiet = 0.0, False
+    assert training.train()
+    assert_saved(training, 20)
+    assert f"cannot draw the plots of {training.folder}: No space left" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.filterwarnings("error")
