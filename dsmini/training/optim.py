@@ -28,12 +28,16 @@ WEIGHS = re.compile(r"(^|\.)(gate\.weight|hc_\w+\.\w+|attn_sink|ape)$")
 moves them, with the gates' learning rate."""
 
 
+LARGEST_BETA_BF16 = 0.996
+"""Largest decay of a moment in BF16 with which it can fall from every value: at most 1 - 2^-8."""
+
+
 class AdamWBF16(Optimizer):
     """AdamW whose two moments are stored in BF16 and computed in FP32, as in DeepSeek-V3: half the optimizer's memory.
 
     The stored moments are rounded, the update is not. The rounding errors, of at most u = 2^-8 each, fade as the
-    moments do: the error of the second moment is at most u / (1 - beta2), 8 % at 0.95. With beta2 above 0.998 it could
-    never fall again: a step takes away less than half a BF16 step.
+    moments do: the error of the second moment is at most u / (1 - beta2), 8 % at 0.95. With a beta above 1 - u a moment
+    stops falling: a step takes away less than half a BF16 step.
 
     Source: DeepSeek-V3 report, section 3.3.3.
     """

@@ -38,6 +38,7 @@ from dsmini.machine import DTYPES, keep_freed_memory, pick_dtype, refuse_too_lar
 from dsmini.nn import Transformer
 from dsmini.nn.gate import HashGate
 from dsmini.reading import is_there, read_bytes, read_table
+from dsmini.training.optim import LARGEST_BETA_BF16
 from dsmini.training.origin import RunOrigin, absolute, origin_of_weights
 from dsmini.training.record import read_events, require_tensorboard
 from dsmini.training.run import TrainingRun, newest_checkpoint
@@ -101,6 +102,12 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
     config.parallel.check(config.model, config.train, launched()[1])
     if config.train.tensorboard:
         require_tensorboard()
+    require(
+        config.train.moments == "float32" or max(config.train.beta1, config.train.beta2) <= LARGEST_BETA_BF16,
+        f"train.moments='bfloat16' goes with train.beta1 and train.beta2 up to {LARGEST_BETA_BF16}: a step of a larger "
+        "one takes away less than half a BF16 step, so moments do not fall; use smaller ones, or "
+        "train.moments='float32'",
+    )
     device = own_share(config.train.device, config.train.threads)
     keep_freed_memory()
     with joined(config.parallel.timeout, device, longest_wait=LONGEST_WAIT) as world, ExitStack() as stack:

@@ -12,7 +12,7 @@ from dsmini import ModelConfig, TrainConfig, Transformer
 from dsmini.measure.costs import cost_of
 from dsmini.ops import Call
 from dsmini.training.muon import HALLEY, JORDAN, MuonMatrices, NewtonSchulz, orthogonalize
-from dsmini.training.optim import AdamWBF16, Muon, ParameterAverage, optimizers
+from dsmini.training.optim import LARGEST_BETA_BF16, AdamWBF16, Muon, ParameterAverage, optimizers
 from tests.conftest import SMALL
 from tests.helpers.configs import V4_MODEL
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
@@ -262,6 +262,18 @@ def test_adamw_bf16_is_torchs_adamw_whose_moments_are_rounded_after_each_step() 
             assert stored.dtype == torch.bfloat16 and not torch.equal(stored.float(), exact)
             assert ((stored - exact).abs() <= BF16_UNIT * exact.abs() + noise).all()
             exact.copy_(stored)
+
+
+@pytest.mark.parametrize(("beta2", "falls"), [(LARGEST_BETA_BF16, True), (LARGEST_BETA_BF16 + 2e-4, False)])
+def test_largest_beta_lets_every_bf16_moment_fall(beta2: float, falls: bool) -> None:
+    p = nn.Parameter(torch.zeros(128))
+    optimizer = AdamWBF16([p], lr=0.02, betas=(0.9, beta2))
+    p.grad = torch.zeros(128)
+    optimizer.step()
+    every = optimizer.state[p]["exp_avg_sq"]
+    every.copy_(before := torch.arange(128) / 128 + 1)  # all mantissas
+    optimizer.step()
+    assert bool((every.float() < before).all()) == falls
 
 
 # The average of the parameters
