@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dsmini.reading import is_there, listed, open_regular, read_bytes
 
@@ -63,6 +64,8 @@ class Document:
     """Bytes on disk."""
     modified: tuple[int, int]
     """Times of the last change, in nanoseconds: the one that tools may set, and the system's own."""
+    inode: tuple[int, int] = (0, 0)
+    """Device and number of the file. A link has those of its target."""
     size: int = 0
     """Bytes of text, once measured."""
     utf8: bool = True
@@ -136,7 +139,7 @@ class Reader:
 
 
 def find(path: Path | None, leave_out: Path | None = None, tokenizer: Path | None = None) -> Source:
-    """Find the files of a corpus: one file, or all visible ones below a folder. Links are followed.
+    """Find the files of a corpus: one file, or all visible ones below a folder. Links are followed, each file once.
 
     Files below leave_out are skipped, and so are training runs and tokenized corpora, which change with every run.
 
@@ -157,8 +160,11 @@ def find(path: Path | None, leave_out: Path | None = None, tokenizer: Path | Non
     if tokenizer is not None:
         content = read_bytes(tokenizer)
         documents = [d for d in documents if d.stored != len(content) or read_bytes(d.path) != content]
-    documents.sort(key=lambda document: (document.name, document.path))
-    return Source(root=path, words=str(path), kind="folder", documents=documents)
+    files: dict[Any, Document] = {}
+    for document in sorted(documents, key=lambda document: (document.name, document.path)):
+        packed = document.path.name.endswith(".gz")  # of a link to a blob, its own name alone may say so
+        files.setdefault((document.inode, packed), document)  # by two names it could be trained on and held out
+    return Source(root=path, words=str(path), kind="folder", documents=list(files.values()))
 
 
 def _files(root: Path, leave_out: Path | None) -> Iterator[Path]:
@@ -214,7 +220,8 @@ def _document(root: Path, path: Path) -> Document:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; check its permissions") from None
     name = path.relative_to(root).as_posix().removesuffix(".gz")
-    return Document(name=name, path=path, stored=stat.st_size, modified=(stat.st_mtime_ns, stat.st_ctime_ns))
+    modified, inode = (stat.st_mtime_ns, stat.st_ctime_ns), (stat.st_dev, stat.st_ino)
+    return Document(name=name, path=path, stored=stat.st_size, modified=modified, inode=inode)
 
 
 def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[Document], list[str]]:

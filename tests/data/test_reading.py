@@ -120,6 +120,18 @@ def test_linked_folders_are_read_once_and_a_packed_copy_is_left_out(tmp_path: Pa
     )
 
 
+def test_links_to_a_file_are_read_once(tmp_path: Path) -> None:
+    """As a file of its own a link may be held out while its target is trained on."""
+    texts = corpora.lay_out(tmp_path / "texts", {f"b{i}.txt": bytes([65 + i]) * 50 for i in range(20)})
+    (texts / "a.txt").symlink_to(texts / "b1.txt")
+    (texts / "c.txt").hardlink_to(texts / "b2.txt")
+    (texts / "blob").write_bytes(gzip.compress(b"#" * 50))
+    (texts / "d.txt.gz").symlink_to(texts / "blob")
+    corpus = corpora.load(tmp_path)
+    assert corpus.files == 21 and corpus.left_out == ("blob (not text)",)
+    assert not set(corpus.train.tolist()) & set(corpus.val.tolist()) - {0}
+
+
 def test_the_tokenizer_is_no_text(tmp_path: Path) -> None:
     """python -m dsmini.tokenize writes it into the folder of the text, unless it is told otherwise."""
     corpora.lay_out(tmp_path, {"a.txt": b"text", "tokenizer.json": b"{}", "copy.json": b"{}", "other.json": b"[]"})
