@@ -167,8 +167,8 @@ def origin_of_weights(path: Path, say: Callable[[str], None]) -> RunOrigin:
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """Return the config with absolute paths of the text and the tokenizer."""
-    path, tokenizer = (given and given.resolve() for given in (config.data.path, config.data.tokenizer))
+    """Return the config with absolute paths of the text and the tokenizer. A link keeps its name, which is a text's."""
+    path, tokenizer = (given and given.absolute() for given in (config.data.path, config.data.tokenizer))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path, tokenizer=tokenizer))
 
 

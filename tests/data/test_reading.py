@@ -15,13 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmini.config import DataConfig
+from dsmini.config import DataConfig, RunConfig
 from dsmini.data import documents, tokenized
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.dialogue import NAMES, dialogues
 from dsmini.data.documents import CHUNK, Document, cut_once, find, lines, notes
 from dsmini.data.tokenized import arrange
 from dsmini.text.tokenizer import ByteTokenizer
+from dsmini.training.origin import absolute
 from tests.helpers import corpora
 from tests.helpers.configs import refusal
 
@@ -130,6 +131,16 @@ def test_links_to_a_file_are_read_once(tmp_path: Path) -> None:
     corpus = corpora.load(tmp_path)
     assert corpus.files == 21 and corpus.left_out == ("blob (not text)",)
     assert not set(corpus.train.tolist()) & set(corpus.val.tolist()) - {0}
+
+
+def test_linked_file_keeps_its_name_in_the_config_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name says that it is packed, and chooses it for fill-in-the-middle. A resumed run reads it again."""
+    corpora.lay_out(tmp_path, {"blob": gzip.compress(b"text " * 50)})
+    (tmp_path / "a.txt.gz").symlink_to("blob")
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig(data=DataConfig(path=Path("a.txt.gz"), fim_rate=0.5))
+    first, again = (corpora.load(tmp_path, path=c.data.path, fim_rate=0.5) for c in (config, absolute(config)))
+    assert first.sha256 == again.sha256 and absolute(config).data.path == tmp_path / "a.txt.gz"
 
 
 def test_the_tokenizer_is_no_text(tmp_path: Path) -> None:
