@@ -286,10 +286,10 @@ def cache_figures(c: ModelConfig, dtype: Any) -> CacheFigures:
 class WeightFigures:
     """Bytes and multiply-adds of the parts that a deployment divides differently.
 
-    Heads' matrices and the vocabulary are divided by tensor parallelism, routed experts by expert parallelism; all else
-    is whole on each GPU. A matrix [o, i] takes o * i multiply-adds of a token. Its bytes are 4 or 2 a number, or in FP8
-    one and an FP32 scale for each block of 128x128. `absorbed` are the two halves of wkv_b that decoding applies to
-    queries and sums: the same number, in the compute dtype.
+    Heads' matrices, the vocabulary, and in a model without experts the feed-forwards are divided by tensor parallelism,
+    routed experts by expert parallelism; all else is whole on each GPU. A matrix [o, i] takes o * i multiply-adds of a
+    token. Its bytes are 4 or 2 a number, or in FP8 one and an FP32 scale for each block of 128x128. `absorbed` are the
+    two halves of wkv_b that decoding applies to queries and sums: the same number, in the compute dtype.
     """
 
     def __init__(self, m: ModelFigures, dtype: Any) -> None:
@@ -297,6 +297,8 @@ class WeightFigures:
         self.dtype: Any = dtype
         self.size: int = SIZES[dtype]
         self.uses: list[TensorUse] = [use for use in main_tensors(m.config) if use.kind not in ("embedding", "head")]
+        self.whole: tuple[str, ...] = ("whole", "width") if m.moe_layers else ("whole",)
+        """Ways to split a matrix that tensor parallelism does not use."""
 
     def held(self, *splits: str) -> int:
         """Return the bytes of tensors that are split so, in all their blocks, without experts."""
@@ -309,8 +311,8 @@ class WeightFigures:
 
     @counted("B")
     def head_matrices_bytes(self) -> int:
-        """Bytes of the matrices of heads. Source: shapes of the released checkpoints."""
-        return self.held("heads")
+        """Bytes of the matrices of heads, and of a dense model's feed-forwards. Source: the released shapes."""
+        return self.held(*{"heads", "width"}.difference(self.whole))
 
     @counted("B")
     def latent_up_bytes(self) -> int:
@@ -330,7 +332,7 @@ class WeightFigures:
     @counted("B")
     def whole_bytes(self) -> int:
         """Bytes that every GPU holds whole: latents, dense layers, gates, norms. Source: the released shapes."""
-        return self.held("whole", "width")
+        return self.held(*self.whole)
 
     @counted("B")
     def table_bytes(self) -> int:

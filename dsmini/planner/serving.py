@@ -11,10 +11,11 @@ It takes at least as long as the slowest of these: all overlap, which two micro-
 sampling are left out. With memory_efficiency and serving_efficiency of 1, as they are unless you choose, no step is
 faster; real ones take longer.
 
-Tensor parallelism divides what belongs to attention's heads, and the vocabulary, within a group of GPUs that share
-their sequences. MLA has one latent for all heads, so every GPU of a group holds and reads the cache of the whole
-group. Each makes the latents of its own tokens, gathers those of the others over the fast link, and scatters sums.
-Expert parallelism gives each GPU some routed experts; redundant ones are copies. The rest is whole on every GPU.
+Tensor parallelism divides what belongs to attention's heads, the vocabulary, and the feed-forwards of a model without
+experts, within a group of GPUs that share their sequences. MLA has one latent for all heads, so every GPU of a group
+holds and reads the cache of the whole group. Each makes the latents of its own tokens, gathers those of the others over
+the fast link, and scatters sums. Expert parallelism gives each GPU some routed experts; redundant ones are copies. The
+rest is whole on every GPU.
 
     decode     each sequence brings one token; MLA is absorbed; two micro-batches read the weights twice
     prefill    a prompt passes at once, half of the square of queries and keys; the head reads the last token
@@ -34,7 +35,7 @@ Source: DeepSeek-V3 report, sections 3.4 and 5.4.3; INS, section 2.3.2; Leviatha
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import floor
+from math import floor, gcd
 from typing import TYPE_CHECKING, Literal
 
 from dsmini.accounting.flops import context_products, twice_the_keys
@@ -187,7 +188,7 @@ class Deployed:
             return self.gpu_experts
         if use.kind == SHARED:
             return 0 if self.d.shared_remote else 1
-        return 1 / self.tensor if use.split in ("heads", "up") else 1
+        return 1 if use.split in self.w.weights.whole else 1 / self.tensor
 
     @figure("B")
     def whole_weights(self) -> float:
@@ -399,9 +400,9 @@ class ServedStep:
     @counted("B")
     def gathered_row(self) -> int:
         """Latents and sums of a token that GPUs with the same sequences exchange, a layer. Source: V3, section 3.4."""
-        c = self.w.m.config
+        c, shared = self.w.m.config, 0 if "width" in self.w.weights.whole else 2  # in and out of a feed-forward
         queries = c.dim if c.is_baseline or c.q_lora_rank is None else c.q_lora_rank
-        return SIZES[self.w.dtype] * (queries + (0 if c.is_baseline else row_width(c)) + c.dim)
+        return SIZES[self.w.dtype] * (queries + (0 if c.is_baseline else row_width(c)) + (1 + shared) * c.dim)
 
     @figure("s")
     def slow_link_time(self) -> float:
@@ -573,7 +574,10 @@ def _deployment(r: PlanRequest, stage: StageName, w: Work, h: Hardware, publishe
         sizes = {"gpus": gpus, "tensor": tensor, "redundant": spare, "micro_batches": 1 if gpus == 1 else 2}
         return Deployment(stage=stage, **sizes, two_hop=stage == "prefill", how=how)
 
-    tried = [made(gpus, tensor or 1, "as chosen")] if gpus is not None else []
+    tried: list[Deployment] = []
+    if gpus is not None:
+        shared = 1 if w.m.moe_layers else gcd(gpus_in_node(gpus, h.gpus_per_node), w.m.config.n_heads)
+        tried = [made(gpus, tensor or shared, "as chosen")]
     if gpus is None:
         tried = [made(*each) for each in _tried(stage, tensor, w.m.config, h, published)]
     for d in tried or [made(tensor or 1, tensor or 1, "")]:

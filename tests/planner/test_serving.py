@@ -72,6 +72,18 @@ def test_own_efficiencies_and_imbalance_slow_a_step() -> None:
     assert trained["chunk_forward"] > bound["chunk_forward"], "the fullest GPU computes more"
 
 
+def test_a_dense_model_divides_its_feed_forwards() -> None:
+    words = "deepseek-v2-lite n_dense_layers=27 sequences=1 decode_gpus=8"
+    found, alone = values_of(words), values_of(f"{words} decode_tensor=1")
+    assert (found["decode_tensor"], alone["decode_tensor"]) == (8, 1), "all GPUs, where nobody says another number"
+    heads = 27 * 2 * (16 * 192 + 16 * 128) * 2048
+    assert found["head_matrices_bytes"] == heads + 27 * 2 * 3 * 2048 * 10_944
+    for amount in ("decode_gpu_weights", "decode_weights_read"):
+        assert 7 < alone[amount] / found[amount] < 8, "all but latents and norms"
+    # two tokens to seven others: hidden state, latent and sum of attention, and in and out of a feed-forward
+    assert found["decode_fast_bytes"] == 2 * 27 * 7 * 2 * (2048 + 576 + 3 * 2048)
+
+
 def test_prefill_with_deepseeks_copies_of_experts() -> None:
     """EP32 with 32 copies, without V3's own tensor parallelism: nine experts a GPU."""
     found = values_of("deepseek-v3 prefill_gpus=32 prefill_tensor=1 prefill_redundant=32")
