@@ -202,10 +202,8 @@ def training_bytes_per_token(
         # codes and their scales are read twice, and results are written in dtype
         yield "activations", moved * (2 * (1 + 4 / BLOCK) / size + 1 if fp8 and use.form == "fp8" else 3)
         if use.per_pair:
-            numbers = _fused(config, use)
-            if use.kind != SCORES:
-                numbers = 3 * numbers + config.n_heads * value_width(config)
-            yield ATTENDED, tokens * use.times * numbers * size
+            times = 1 if use.kind == SCORES else 3  # backward writes no result, and reads its gradient
+            yield ATTENDED, times * tokens * use.times * _fused(config, use) * size
 
     def amounts() -> Amounts:
         for use in tensors(config):

@@ -249,9 +249,10 @@ def test_training_moves_three_forwards_of_activations() -> None:
     forward = prefill_bytes_per_token(config, batch=4, last_logits=False, **how)
     products = forward.by_part["activations"] + forward.by_part["logits"]
     assert training.by_part["activations"] == pytest.approx(3 * products)
-    # a layer's q, k, v and sums, of 4 heads 16 and 14 wide; backward reads the sums' gradient too
+    # a layer's q, k, v and sums, of 4 heads 16 and 14 wide
     assert forward.by_part["attention operands"] == 2 * 3 * 4 * 2 * (16 + 14)
-    assert training.by_part["attention operands"] == 2 * 3 * 4 * (3 * 2 * (16 + 14) + 14)
+    read, written = 2 * (16 + 14) + 14, 2 * 16 + 14  # all four with the result's gradient; three gradients
+    assert training.by_part["attention operands"] == forward.by_part["attention operands"] + 24 * (read + written)
     once = {"embedding", "norms"}
     for name in ("attention", "dense feed-forward", "routed experts", "shared experts", "head", *once):
         assert training.by_part[name] == pytest.approx((1 if name in once else 2) * forward.by_part[name])
