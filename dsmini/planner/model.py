@@ -146,7 +146,7 @@ class ModelFigures:
         found: dict[Part, Operations] = {part: dict.fromkeys(keys, 0.0) for part in PARTS_OF_A_MODEL}
         for use in self.uses:
             again = recompute == "full" and is_repeated(self.config, use, "sparse") and use.place not in ("ends", "mtp")
-            up = self.config.is_mla and use.kind == "attention" and use.name in ("wkv_b", "wq_b")
+            up = use.kind == "attention" and use.name in ("wkv_b", "wq_b")  # in V4 the queries before their norm
             again = again or (recompute == "selective" and up)
             rate = "plain" if use.form != "fp8" else "routed" if use.kind == EXPERTS else "fp8"
             for part in _parts(use):

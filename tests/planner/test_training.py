@@ -137,6 +137,13 @@ def test_time_of_computing_follows_the_count_of_operations(name: str) -> None:
     assert computed == pytest.approx(counted, rel=1e-9)
 
 
+def test_selective_recomputation_makes_up_projections_again() -> None:
+    for words, made_again in (("toy", 2 * 96 * 4 * 48 + 2 * 64 * 4 * 64), ("toy-v4", 2 * 96 * 4 * 64)):
+        m = plan_of(words).m
+        none, selective = (m.operations(recompute)["moe"]["backward", "fp8"] for recompute in ("none", "selective"))
+        assert selective - none == made_again, words
+
+
 # --- stages
 
 SPLIT = ["deepseek-v3", "deepseek-v3 schedule=1f1b", "deepseek-v2-lite gpus=64 pipeline=4 expert=8 precision=bf16"]
