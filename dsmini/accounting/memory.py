@@ -363,7 +363,7 @@ def activation_bytes(
         if saved.recompute == "full":
             yield "one block, made again", batch_size * seq_len * saved.largest_block()
         # cosines and sines in FP32, one of each a pair
-        pairs = config.qk_rope_head_dim if config.is_mla else config.qk_nope_head_dim
+        pairs = config.qk_nope_head_dim if config.is_baseline else config.qk_rope_head_dim
         depths = 1 if saved.recompute == "full" else config.n_mtp_layers + 1  # full: of the block made again
         for depth in range(depths):
             yield TABLES, 4 * pairs * (seq_len - depth)

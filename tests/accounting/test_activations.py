@@ -147,6 +147,14 @@ def test_all_that_training_keeps(precision: Any, dtype: Any, hc_mult: int) -> No
     assert kept == pytest.approx(sizes, rel=1e-3)
 
 
+def test_rotary_tables_are_as_wide_as_what_is_rotated() -> None:
+    """In V4 a part of each head; qk_nope_head_dim has no meaning there."""
+    for more, width in (({}, "qk_rope_head_dim"), (V4, "qk_rope_head_dim"), ({"attention": "mha"}, "qk_nope_head_dim")):
+        config = sized(**(more | {"n_mtp_layers": 0}))
+        found = activation_bytes(config, batch_size=3, seq_len=20)
+        assert found.by_part["rotary tables"] == 4 * getattr(config, width) * 20
+
+
 def test_copies_of_weights_of_an_indexer_are_saved_as_codes_alone() -> None:
     """Its inputs are detached, so that no product of backward reads its weights. There are four blocks with MTP's."""
     for precision, codes in (("native", 0), ("fp8", 4 * (3 * 32 * 20 + 32 * 40 + 4 * 2))):
