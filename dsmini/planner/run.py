@@ -58,7 +58,7 @@ class Run:
 
     @figure()
     def mfu(self) -> float:
-        """Share of BF16's peak that a step reaches (MFU, causal). Source: INS, table 4."""
+        """Share of the peak that a step reaches (MFU, causal). Source: INS, table 4."""
         return self.step_flops / (self.t.layout.gpus * self.peak * self.step_seconds)
 
     @figure("token/s")
