@@ -75,7 +75,8 @@ def problems(found: Mapping[str, Sequence[Result]]) -> list[str]:
 def changes(path: str, before: Sequence[Result], found: Mapping[str, Sequence[Result]], now: Run) -> Section:
     """Return what changed since an older file, as factors: values now over values then.
 
-    A value changed if the two 95 % intervals do not meet; a count, if it is another one. Where a value may be below 0,
+    A value changed if the two 95 % intervals do not meet; a count, if it is another one; a time of too few turns for an
+    interval never. Where a value may be below 0,
     the change is a difference.
     """
     changed, unchanged, new, others = list[Figure](), 0, 0, dict[str, None]()
@@ -118,8 +119,10 @@ def _key(f: Figure) -> tuple[Any, ...]:
 
 
 def _ends(f: Figure) -> tuple[float, float]:
-    """Return the ends of the interval of a measured value; the value twice without one."""
+    """Return the ends of the interval of a measured value: of a count the value twice, of a time of few turns none."""
     assert f.measured is not None, "the caller picks measured figures"
+    if f.is_time and f.low is None:
+        return -math.inf, math.inf
     return f.measured if f.low is None else f.low, f.measured if f.high is None else f.high
 
 

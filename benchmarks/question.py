@@ -194,10 +194,11 @@ def drawing(
 
 UNITS: Mapping[str, str] = {
     **dict.fromkeys(("seconds", "step_seconds"), "s"),
-    **dict.fromkeys(("times_as_long", "times_the_error", "kept_ratio"), "x"),
     **dict.fromkeys(("bytes_per_token", "kept"), "bytes"),
     **dict.fromkeys(("peak_memory", "tensor_memory", "process_memory"), "bytes"),
-    **dict.fromkeys(("error", "bubble", "share_of_roof", "right", "gain", "recall", "answered"), ""),
+    **dict.fromkeys(("error", "times_the_error", "kept_ratio", "bubble", "share_of_roof"), ""),
+    **dict.fromkeys(("right", "gain", "recall", "answered"), ""),
+    "times_as_long": "x",
     **dict.fromkeys(("loss", "loss_as_peer"), "nats"),
     "tokens_per_s": "tokens/s",
     "flop_rate": "FLOP/s",

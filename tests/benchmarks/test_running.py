@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import results, run
-from benchmarks.question import Case, Question, Setting, left_out, seconds_of_products
+from benchmarks.question import Case, Question, Setting, figure, left_out, seconds_of_products
 from benchmarks.questions import QUESTIONS
 from benchmarks.results import figures_of, of_question, read
 from dsmini.measure import roofs as measured_roofs
@@ -195,6 +195,25 @@ def test_compare_names_what_changed_beyond_its_interval(go: Go, tmp_path: Path) 
     assert "9 are the same or within their intervals, 0 are not in the older file" in ran.said
     ran = go("--compare", old, known={"fake_decode": fake.decode(speed=1.04)}, out="near")
     assert ran.answer["changed"] == [], "intervals of 2.5 % on each side meet"
+
+
+def test_a_time_of_few_turns_is_no_change(go: Go, tmp_path: Path) -> None:
+    """It has no interval, so nobody knows where the true one lies; a count has none either, and is known."""
+
+    def of(value: float, unit: str) -> dict[str, Question]:
+        found = Figure(question="", case={"seed": 0}, metric="amount", unit=unit, measured=value)
+        return with_cases(fake.cache(), case_of(found))
+
+    for unit, number in (("s", 0), ("tokens/s", 0), ("bytes", 1)):
+        go(known=of(1.0, unit), out=f"old {number} {unit[:1]}")
+        old = str(tmp_path / f"old {number} {unit[:1]}" / "results.jsonl")
+        ran = go("--compare", old, known=of(1.3, unit), out=f"new {number} {unit[:1]}")
+        assert len(ran.answer["changed"]) == number, unit
+
+
+def test_errors_of_products_are_no_times() -> None:
+    for metric in ("times_the_error", "kept_ratio"):
+        assert not figure(metric, {}, 1.05).is_time
 
 
 def test_a_change_of_sign_is_a_difference_and_other_settings_are_named(go: Go, tmp_path: Path) -> None:
