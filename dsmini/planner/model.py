@@ -131,11 +131,12 @@ class ModelFigures:
         matrices: dict[Part, float] = dict.fromkeys(PARTS_OF_A_MODEL, 0.0)
         others = dict(matrices)
         for use in self.uses:
+            numbers = use.times * use.numbers / (1 if use.split == "whole" else tensor)
             for part in _parts(use):
                 if use.form == "fp8" and use.kind != EXPERTS:
-                    matrices[part] += use.times * use.numbers / (1 if use.split == "whole" else tensor)
+                    matrices[part] += numbers
                 elif use.form != "fp8" and use.kind not in ("embedding", "head"):
-                    others[part] += use.times * use.numbers
+                    others[part] += numbers
         return matrices, others
 
     @functools.cache  # noqa: B019
