@@ -53,10 +53,15 @@ def steps_here(plan: Plan, on_part: OnPart = quiet, fresh: bool = False) -> Step
 
 
 def with_forecast(plan: Plan, steps: Steps) -> Plan:
-    """Return a plan in which a step takes as long as its forecast, unless the user gave a utilization."""
+    """Return a plan in which a step takes as long as its forecast.
+
+    It is as it was where the user gave a utilization, and for a forecast above the peak.
+    """
     if TRAINING not in steps or plan.request.utilization is not None:
         return plan
     reached = plan.run.mfu * plan.run.step_seconds / steps[TRAINING][0].seconds
+    if reached >= 1:  # the peak was measured in a slow moment, or kernels are faster than torch's product
+        return plan
     request = replace(plan.request, utilization=reached)
     return make_plan(request, plan.model, plan.hardware, plan, "the forecast of a step")
 

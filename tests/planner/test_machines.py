@@ -3,13 +3,14 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dsmini.planner import pages
 from dsmini.planner.hardware import load_hardware
-from dsmini.planner.here import MOST_TOKENS, steps_here, with_forecast
+from dsmini.planner.here import MOST_TOKENS, TRAINING, steps_here, with_forecast
 from dsmini.planner.pages import here_section, plan_page
 from tests.helpers.commands import let_prices_be_invented
 from tests.helpers.plans import INVENTED, plan_of, values_of
@@ -88,6 +89,8 @@ def test_plan_of_this_machine_has_forecasts_of_its_steps(invented: None) -> None
     assert with_forecast(plan, steps).request.utilization is not None
     stated = plan_of(f"{words} utilization=0.9")
     assert with_forecast(stated, steps) is stated, "the user's own holds"
+    too_fast = SimpleNamespace(seconds=plan.run.mfu * plan.run.step_seconds)
+    assert with_forecast(plan, {TRAINING: (too_fast, {})}) is plan, "no step is above the peak"
 
 
 def test_forecasts_are_of_the_steps_that_were_asked_for(invented: None) -> None:
