@@ -76,8 +76,7 @@ def changes(path: str, before: Sequence[Result], found: Mapping[str, Sequence[Re
     """Return what changed since an older file, as factors: values now over values then.
 
     A value changed if the two 95 % intervals do not meet; a count, if it is another one; a time of too few turns for an
-    interval never. Where a value may be below 0,
-    the change is a difference.
+    interval never. Where a value may be below 0, the change is a difference.
     """
     changed, unchanged, new, others = list[Figure](), 0, 0, dict[str, None]()
     for name, results in found.items():
