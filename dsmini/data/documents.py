@@ -163,7 +163,8 @@ def find(path: Path | None, leave_out: Path | None = None, tokenizer: Path | Non
     files: dict[Any, Document] = {}
     for document in sorted(documents, key=lambda document: (document.name, document.path)):
         packed = document.path.name.endswith(".gz")  # of a link to a blob, its own name alone may say so
-        files.setdefault((document.inode, packed), document)  # by two names it could be trained on and held out
+        same = document.inode if document.inode[1] else document.path  # some file systems have no numbers
+        files.setdefault((same, packed), document)  # by two names it could be trained on and held out
     return Source(root=path, words=str(path), kind="folder", documents=list(files.values()))
 
 
