@@ -86,7 +86,7 @@ def p_value(values: Sequence[float]) -> float:
 def seeds_to_decide(values: Sequence[float], margin: float, arms: int = 1) -> int | None:
     """Return the seeds with which four of five new comparisons decide, if mean and deviation stay; None for one value.
 
-    100,000 stands for any larger number.
+    MOST_SEEDS stands for any larger number.
 
     Args:
         arms: number of those that are compared with the base.

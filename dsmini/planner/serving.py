@@ -400,7 +400,7 @@ class ServedStep:
     @counted("B")
     def gathered_row(self) -> int:
         """Latents and sums of a token that GPUs with the same sequences exchange, a layer. Source: V3, section 3.4."""
-        c, shared = self.w.m.config, 0 if "width" in self.w.weights.whole else 2  # in and out of a feed-forward
+        c, shared = self.w.m.config, 0 if self.w.m.moe_layers else 2  # in and out of a feed-forward
         queries = c.dim if c.is_baseline or c.q_lora_rank is None else c.q_lora_rank
         return SIZES[self.w.dtype] * (queries + (0 if c.is_baseline else row_width(c)) + (1 + shared) * c.dim)
 
@@ -574,12 +574,11 @@ def _deployment(r: PlanRequest, stage: StageName, w: Work, h: Hardware, publishe
         sizes = {"gpus": gpus, "tensor": tensor, "redundant": spare, "micro_batches": 1 if gpus == 1 else 2}
         return Deployment(stage=stage, **sizes, two_hop=stage == "prefill", how=how)
 
-    tried: list[Deployment] = []
-    if gpus is not None:
-        shared = 1 if w.m.moe_layers else gcd(gpus_in_node(gpus, h.gpus_per_node), w.m.config.n_heads)
-        tried = [made(gpus, tensor or shared, "as chosen")]
     if gpus is None:
         tried = [made(*each) for each in _tried(stage, tensor, w.m.config, h, published)]
+    else:
+        shared = 1 if w.m.moe_layers else gcd(gpus_in_node(gpus, h.gpus_per_node), w.m.config.n_heads)
+        tried = [made(gpus, tensor or shared, "as chosen")]
     for d in tried or [made(tensor or 1, tensor or 1, "")]:
         check_deployment(d, w.m.config, h)
         h.peak(w.dtype)

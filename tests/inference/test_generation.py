@@ -113,10 +113,10 @@ def make_guesses_good(model: Transformer) -> None:
     """
     with torch.no_grad():
         for block in [*model.layers, *(mtp.block for mtp in model.mtp)]:
-            (block.attn.wo_b if hasattr(block.attn, "wo_b") else block.attn.wo).weight.mul_(0.02)
+            (block.attn.wo_b if hasattr(block.attn, "wo_b") else block.attn.wo).weight.mul_(0.005)
             for name, p in block.ffn.named_parameters():
                 if name.endswith(("w2.weight", "w2")):
-                    p *= 0.02
+                    p *= 0.005
         m = model.config.dim
         for mtp in model.mtp:
             mtp.enorm.weight.fill_(1)
@@ -147,7 +147,7 @@ def test_greedy_tokens_are_the_same_with_guesses(small_model: Model, depth: int,
         assert guessed.stats.new_tokens == plain.stats.new_tokens and plain.stats.drafted == 0
         ends |= {len(row) for row in plain.rows}
         if sharing:
-            assert guessed.stats.acceptance_rate > 0.1
+            assert guessed.stats.acceptance_rate > 0.3
             assert guessed.stats.tokens_per_step > 1.2 * plain.stats.tokens_per_step == pytest.approx(1.2)
         plain, guessed = (finished(small, PROMPTS, 40, speculative=s, slide=True).rows for s in (False, True))
         assert guessed == plain

@@ -195,6 +195,7 @@ def _prepared(weights: Any, prepare: Callable[[Any], Prepared]) -> Prepared:
     """
     place = weights.weights["norm"].data_ptr()
     if place not in weights.prepared:
+        weights.prepared.clear()  # what was made of memory that is gone
         weights.prepared[place] = prepare(weights)
     return weights.prepared[place]
 
