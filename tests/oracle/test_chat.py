@@ -9,17 +9,6 @@ from transformers import PreTrainedTokenizerFast
 from dsmini.text.chat import Message, read_text_side
 from tests.helpers.text_folders import TEMPLATE, USER, save_text_side, save_tokenizer
 
-CHATML = """\
-{%- for message in messages %}
-    {%- if loop.first and messages[0]['role'] != 'system' %}
-        {{- '<|im_start|>system\\nYou are <b>.<|im_end|>\\n' }}
-    {%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' + message['content'] | trim + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n<think>\\n' }}
-{%- endif %}
-"""
 ODD = """
 {% set ns = namespace(n=0) %}
 {% for message in messages %}
@@ -31,7 +20,6 @@ ODD = """
 """
 TEMPLATES = {
     "deepseek": TEMPLATE,
-    "chatml": CHATML,
     "odd": ODD,
     "named": [{"name": "default", "template": TEMPLATE}, {"name": "x", "template": "x"}],
 }

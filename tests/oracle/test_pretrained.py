@@ -8,16 +8,16 @@ import hf
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import dsmini
-from dsmini.text.tokenizer import byte_tokenizer_json
 from tests.helpers import folders
 from tests.helpers.tolerances import relative_error
 
 LOGITS = 1e-5
-MOONLIGHT = {"q_lora_rank": None, "rms_norm_eps": 1e-5, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}
-KIMI = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "rms_norm_eps": 1e-6}
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
+MOONLIGHT = ONE_GROUP | {"q_lora_rank": None, "rms_norm_eps": 1e-5, "n_shared_experts": 2}
+KIMI = ONE_GROUP | {"routed_scaling_factor": 2.827, "rms_norm_eps": 1e-6}
 V3_CASES: dict[str, dict[str, Any]] = {
     "v3": {"rope_parameters": hf.yarn(mscale=1.0, mscale_all_dim=1.0), "rms_norm_eps": 1e-6},
     "moonlight": MOONLIGHT | {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}},
@@ -27,13 +27,7 @@ V3_CASES: dict[str, dict[str, Any]] = {
 V2 = {"n_shared_experts": 2, "rms_norm_eps": 1e-6, "norm_topk_prob": False}
 V2_YARN = hf.yarn(factor=40.0, mscale=0.707, mscale_all_dim=0.707)
 V2_CASES: dict[str, dict[str, Any]] = {
-    "v2-lite": {
-        "q_lora_rank": None,
-        "topk_method": "greedy",
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 1.0,
-    },
+    "v2-lite": ONE_GROUP | {"q_lora_rank": None, "topk_method": "greedy", "routed_scaling_factor": 1.0},
     "v2": {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
 }
 CASES = [*V3_CASES, *V2_CASES, "v32"]
@@ -44,7 +38,7 @@ def theirs(case: str) -> Any:
         return hf.v2(7, **V2, rope_parameters=V2_YARN, **V2_CASES[case])
     if case == "v32":
         return hf.v32(7, rope_parameters=hf.yarn(mscale=1.0, mscale_all_dim=1.0), rms_norm_eps=1e-6)
-    return hf.v3(7, num_mtp_layers=0, **V3_CASES[case])
+    return hf.v3(7, **V3_CASES[case])
 
 
 def saved(case: str, folder: Path, **options: Any) -> tuple[Any, Path]:
@@ -80,10 +74,13 @@ def test_logits_of_a_folder_that_transformers_saved(tmp_path: Path, case: str, s
     model, folder = saved(case, tmp_path / "a")
     if spelling == "rope_scaling":
         (folder / "config.json").write_text(json.dumps(in_the_old_spelling(folders.config_of(folder))))
-    tokens = tokens_for(model)
-    error = relative_error(dsmini.load_pretrained(folder)(tokens), their_logits(model, tokens))
+    tokens, ours = tokens_for(model), dsmini.load_pretrained(folder)
+    error = relative_error(ours(tokens), their_logits(model, tokens))
     print(f"{error:.1e} {case}")
     assert error < LOGITS
+    dsmini.save_pretrained(ours, tmp_path / "b")
+    assert not folders.different(folders.read(folder), folders.read(tmp_path / "b"))
+    assert folders.config_of(folder) == folders.config_of(tmp_path / "b")
 
 
 @pytest.mark.parametrize("case", ["v3", "moonlight", "v2-lite", "v2", "v32"])
@@ -107,28 +104,22 @@ def test_what_we_save_transformers_loads(tmp_path: Path, case: str) -> None:
     assert dsmini.ModelConfig.from_file(tmp_path / "b" / "config.json") == ours.config
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_load_and_save_changes_nothing(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
-    model, folder = saved(case, tmp_path / "a", max_shard_size="150KB")
-    model.to(dtype).save_pretrained(folder, max_shard_size="150KB")
-    (folder / "tokenizer.json").write_text("{}")
-    dsmini.save_pretrained(dsmini.load_pretrained(folder), tmp_path / "b", shard_size="150KB")
-    assert not folders.different(folders.read(folder), folders.read(tmp_path / "b"))
-    assert folders.config_of(folder) == folders.config_of(tmp_path / "b")
-    assert {p.name for p in (tmp_path / "b").iterdir()} >= {"tokenizer.json", "generation_config.json"}
-
-
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("copies", [True, False])
 def test_mtp(tmp_path: Path, depth: int, copies: bool) -> None:
-    model = hf.v3(8, **V3_CASES["v3"])
-    blocks = hf.mtp(model, depth)
-    tensors = hf.tensors(model, 3) | hf.mtp_tensors(blocks, 3)
-    if copies:
-        for k in range(depth):
-            tensors[f"model.layers.{3 + k}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
-            tensors[f"model.layers.{3 + k}.shared_head.head.weight"] = tensors["lm_head.weight"]
+    """A folder has the blocks as layers after the last one, with three norms and a projection more."""
+    deeper, model = (hf.v3(8, **V3_CASES["v3"], num_hidden_layers=n) for n in (3 + depth, 3))
+    model.load_state_dict(deeper.state_dict(), strict=False)
+    blocks: Any = hf.mtp(model, depth)
+    deeper.save_pretrained(tmp_path / "deeper")
+    tensors = folders.read(tmp_path / "deeper")
+    for k, block in enumerate(blocks.layers):
+        block.mtp_block.load_state_dict(deeper.model.layers[3 + k].state_dict())
+        added: dict[str, Any] = {"eh_proj": block.eh_proj, "enorm": block.enorm, "hnorm": block.hnorm}
+        added |= {"shared_head.norm": block.post_norm}
+        if copies:
+            added |= {"embed_tokens": model.model.embed_tokens, "shared_head.head": model.lm_head}
+        tensors |= {f"model.layers.{3 + k}.{name}.weight": module.weight.data for name, module in added.items()}
     raw = json.loads(model.config.to_json_string()) | {"num_nextn_predict_layers": depth}
     folder = folders.write(tmp_path / "a", tensors, raw, shards=3)
     ours = dsmini.load_pretrained(folder)
@@ -144,18 +135,6 @@ def test_mtp(tmp_path: Path, depth: int, copies: bool) -> None:
     assert not folders.different(tensors, folders.read(tmp_path / "b"))
 
 
-def test_saved_by_transformers_without_its_mtp_layers(tmp_path: Path) -> None:
-    model = hf.v3(9, num_mtp_layers=1)
-    model.save_pretrained(tmp_path / "a")
-    with pytest.warns(UserWarning, match="holds nothing of the 1 multi-token prediction layers"):
-        ours = dsmini.load_pretrained(tmp_path / "a")
-    assert (ours.config.n_mtp_layers, len(ours.mtp)) == (0, 0)
-    tokens = tokens_for(model)
-    assert relative_error(ours(tokens), their_logits(model, tokens)) < LOGITS
-    dsmini.save_pretrained(ours, tmp_path / "b")
-    assert folders.config_of(tmp_path / "b")["num_nextn_predict_layers"] == 0
-
-
 @pytest.fixture
 def their_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let transformers read FP8 without accelerate, which it requires but does not need here."""
@@ -166,7 +145,8 @@ def their_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
 def test_fp8_is_dequantised_as_transformers_does(tmp_path: Path, scale_fmt: str | None) -> None:
     model = hf.v3(10, **hf.MODELS["whole_blocks"])
-    tensors, meant = folders.in_fp8(hf.tensors(model, 3))
+    model.save_pretrained(tmp_path / "plain")
+    tensors, _ = folders.in_fp8(folders.read(tmp_path / "plain"))
     if scale_fmt:
         for name in [name for name in tensors if name.endswith("_scale_inv")]:
             tensors[name] = tensors[name].log2().ceil().exp2()
@@ -174,9 +154,6 @@ def test_fp8_is_dequantised_as_transformers_does(tmp_path: Path, scale_fmt: str 
     raw = json.loads(model.config.to_json_string()) | {"quantization_config": quantized, "dtype": "float32"}
     folder = folders.write(tmp_path / "a", tensors, raw)
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    if not scale_fmt:
-        weight = again.state_dict()["model.layers.0.mlp.up_proj.weight"]
-        assert torch.equal(weight, meant["model.layers.0.mlp.up_proj.weight"])
     tokens = tokens_for(model)
     want = their_logits(again, tokens)
     assert relative_error(dsmini.load_pretrained(folder, dtype=torch.float32)(tokens), want) < LOGITS
@@ -193,24 +170,7 @@ def test_transformers_loads_what_we_quantise(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "a")
     ours = dsmini.load_pretrained(tmp_path / "a")
     dsmini.save_pretrained(ours, tmp_path / "b", fp8=True)
-    written = folders.read(tmp_path / "b")
-    codes = {name for name, tensor in written.items() if tensor.dtype == folders.FP8}
-    assert codes == {name for name in folders.read(tmp_path / "a") if folders.is_matrix(name)}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32, attn_implementation="eager")
     tokens = tokens_for(model)
     got = dsmini.load_pretrained(tmp_path / "b", dtype=torch.float32)(tokens)
     assert relative_error(got, their_logits(again, tokens)) < LOGITS
-
-
-def test_tokenizer_of_a_byte_level_export(tmp_path: Path) -> None:
-    model = hf.v3(12, num_mtp_layers=0)
-    model.save_pretrained(tmp_path / "a")
-    files = {
-        "tokenizer.json": byte_tokenizer_json(),
-        "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}',
-    }
-    dsmini.save_pretrained(dsmini.load_pretrained(tmp_path / "a"), tmp_path / "b", files=files)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "b")
-    for text in ("def f(x):\n    return 'ü€😀' ", "", "\x00 , .  '  s"):
-        assert tokenizer(text).input_ids == list(text.encode())
-        assert tokenizer.decode(list(text.encode())) == text

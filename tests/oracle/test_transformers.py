@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.hf_names import from_hf
+from dsmini import Transformer
 
 LOGITS = 1e-5
 GRADIENTS = 1e-4
@@ -33,6 +33,23 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None
     assert error < tolerance, what
 
 
+def assert_equals_theirs(model: Transformer, theirs: Any) -> None:
+    """Compare logits, and the gradients of a random projection of them; indexers have none."""
+    tokens = tokens_for(theirs)
+    want, got = theirs(tokens).logits, model(tokens)
+    assert_close(got, want, LOGITS, "logits")
+    target = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
+    (want * target).sum().backward()
+    (got * target).sum().backward()
+    grads = hf.gradients(theirs)
+    for name, parameter in model.named_parameters():
+        if grads[name].norm() > 0:
+            assert parameter.grad is not None, name
+            assert_close(parameter.grad, grads[name], GRADIENTS, f"gradient of {name}")
+        else:
+            assert parameter.grad is None or parameter.grad.norm() == 0, name
+
+
 def tokens_for(model: Any) -> Tensor:
     return torch.randint(0, model.config.vocab_size, (2, 61), generator=torch.Generator().manual_seed(1))
 
@@ -40,28 +57,11 @@ def tokens_for(model: Any) -> Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients(case: str) -> None:
     theirs = hf.v3(3, **CASES[case])
-    model = hf.ours(theirs)
-    tokens = tokens_for(theirs)
-    want = theirs(tokens).logits
-    got = model(tokens)
-    assert_close(got, want, LOGITS, "logits")
-
-    target = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
-    (want * target).sum().backward()
-    (got * target).sum().backward()
-    grads = from_hf(hf.tensors(theirs, kind="grad"), model)
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        if grads[name].norm() > 0:
-            assert_close(parameter.grad, grads[name], GRADIENTS, f"gradient of {name}")
-        else:
-            assert parameter.grad.norm() == 0, name
+    assert_equals_theirs(hf.ours(theirs), theirs)
 
 
 @pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
 def test_v2_softmax_routing(method: str) -> None:
     groups = {"n_group": 1, "topk_group": 1} if method == "greedy" else {}
     theirs = hf.v2(4, topk_method=method, norm_topk_prob=False, routed_scaling_factor=16.0, **groups)
-    model = hf.ours(theirs)
-    tokens = tokens_for(theirs)
-    assert_close(model(tokens), theirs(tokens).logits, LOGITS, "logits")
+    assert_equals_theirs(hf.ours(theirs), theirs)

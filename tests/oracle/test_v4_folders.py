@@ -9,42 +9,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_transformers import LOGITS, assert_close, tokens_for
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+from transformers import DeepseekV4ForCausalLM
 
 from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
 
-SIZES = hf.MODELS["v4"]
 YARN = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1}
-RATES = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 7}
-KINDS = [
-    "heavily_compressed_attention",
-    "compressed_sparse_attention",
-    "sliding_attention",
-    "heavily_compressed_attention",
-]
 CASES: dict[str, dict[str, Any]] = {
     "window, CSA, HCA of 128": {},
     "yarn": {"rope_scaling": YARN},
-    "HCA of 7": {"compress_ratios": [7, 4, 0, 7], "layer_types": KINDS, "compress_rates": RATES, "rope_scaling": YARN},
+    "HCA of 7": hf.v4_layers(7, 4, 0, 7) | {"rope_scaling": YARN},
 }
-
-
-def theirs(folder: Path, case: str) -> DeepseekV4ForCausalLM:
-    """Return a random model of transformers, none of whose parts is zero."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(SIZES | CASES[case]))
-    torch.manual_seed(3)
-    config = DeepseekV4Config.from_pretrained(folder, attn_implementation="eager")
-    model: Any = DeepseekV4ForCausalLM(config).eval()
-    hf.randomise_v4(model)
-    return model
 
 
 @pytest.mark.parametrize("released_names", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_folders_pass_in_both_directions(tmp_path: Path, case: str, released_names: bool) -> None:
     """transformers saves its module names, or by default nearly the released ones. dsmini writes those."""
-    model = theirs(tmp_path / "config", case)
+    model = hf.v4(tmp_path / "config", **CASES[case])
     tokens = tokens_for(model)
     want = model(tokens).logits
     model.save_pretrained(tmp_path / "a", save_original_format=released_names)
@@ -65,7 +46,7 @@ def test_folders_pass_in_both_directions(tmp_path: Path, case: str, released_nam
 def test_a_new_model_with_mtp_loads_in_transformers(tmp_path: Path) -> None:
     """A config.json that dsmini makes, with a ratio that transformers does not know, and MTP that it ignores."""
     raw = tmp_path / "config.json"
-    raw.write_text(json.dumps(SIZES | CASES["HCA of 7"] | {"num_nextn_predict_layers": 1}))
+    raw.write_text(json.dumps(hf.MODELS["v4"] | CASES["HCA of 7"] | {"num_nextn_predict_layers": 1}))
     torch.manual_seed(5)
     ours = Transformer(ModelConfig.from_file(raw)).eval()
     with torch.no_grad():
