@@ -14,7 +14,6 @@ from dsmini.nn import DSA, Rope, apply_rope
 from dsmini.nn.layers import rms_norm
 from dsmini.nn.transformer import IGNORE
 from tests.conftest import MODELS, randomise
-from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 TINY = MODELS["finite_differences"]
 YARN: dict[str, Any] = {"original_seq_len": 8, "rope_factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.3}
@@ -44,11 +43,9 @@ def moe(**changes: Any) -> Layer:
 
 LAYERS = {
     "rms_norm": Layer(lambda: RMSNorm(7), [(3, 7)], fast=False),
-    **{
-        f"mla {name}{' direct query' * (rank is None)}": Layer(tiny(MLA, **rope, q_lora_rank=rank), [(2, 5, 5)])
-        for name, rope in (("", {}), ("yarn", YARN))
-        for rank in (None, 5)
-    },
+    "mla": Layer(tiny(MLA), [(2, 5, 5)]),
+    "mla direct query": Layer(tiny(MLA, q_lora_rank=None), [(2, 5, 5)]),
+    "mla yarn": Layer(tiny(MLA, **YARN), [(2, 5, 5)]),
     # no choice moves within a step; the indexer has no gradient of the output
     "dsa": Layer(tiny(DSA, **INDEX), [(2, 6, 5)]),
     "dsa direct query": Layer(tiny(DSA, **INDEX, q_lora_rank=None), [(2, 6, 5)]),
@@ -99,19 +96,6 @@ def test_gradients_of_the_total_loss_of_a_whole_model() -> None:
         *("layers.1.ffn.experts.w2", "layers.1.ffn_norm.weight", "mtp.0.eh_proj.weight", "mtp.0.block.ffn.gate.weight"),
     )
     check(Total(), [tokens, targets], lambda y: y, [f"model.{name}" for name in names])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_rms_norm_on_a_cpu_equals_torchs(dtype: torch.dtype) -> None:
-    unit = BF16_UNIT if dtype == torch.bfloat16 else FP32_UNIT
-    for size, eps in ((1.0, 1e-6), (1.0, 0.5), (1e-3, 1e-6), (1e4, 1e-6), (0.0, 1e-6)):
-        norm, x = randomise(RMSNorm(63, eps)), (size * torch.randn(2, 5, 63)).to(dtype).requires_grad_()
-        direction = torch.randn(2, 5, 63).to(dtype)
-        got, want = norm(x), rms_norm.reference(x, norm.weight, eps)
-        grads = [torch.autograd.grad((y * direction).sum(), [x, norm.weight]) for y in (got, want)]
-        for a, b in [(got, want), *zip(*grads, strict=True)]:
-            assert a.dtype == b.dtype
-            assert relative_error(a, b) <= rounding(unit, terms=63 if unit == FP32_UNIT else 1)
 
 
 def test_norms_and_rotations_of_bf16_round_only_their_result() -> None:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dsmini.numerics import E4M3, E5M2, E5M6, Format
-from dsmini.numerics.formats import next_power_of_two
 from tests.helpers.quantizer import UNIT, meant, midpoints, nearest, raw, same, stored, table
 
 EVERY = pytest.mark.parametrize("f", [E4M3, E5M2, E5M6], ids=lambda f: f.name)
@@ -72,18 +71,3 @@ def test_fp64_is_refused_since_it_would_be_rounded_twice(f: Format) -> None:
     for function in (f.encode, f.round):
         with pytest.raises(ValueError, match="FP64 would be rounded twice"):
             function(above)
-
-
-# scales in UE8M0
-
-
-def test_scales_are_rounded_up_to_powers_of_two() -> None:
-    exponents = torch.arange(-126, 128)
-    powers = torch.ldexp(torch.ones(254), exponents)
-    below, above = (torch.nextafter(powers, torch.tensor(to)) for to in (0.0, torch.inf))
-    assert (below < powers).all() and (powers < above).all()
-    assert same(next_power_of_two(powers), powers) and same(next_power_of_two(below), powers)
-    assert same(next_power_of_two(above), torch.cat([powers[1:], torch.tensor([torch.inf])]))
-    assert same(next_power_of_two(torch.tensor([1e-45, 2.0**-127, 2.0**-127 * 1.5])), [2.0**-126] * 3)
-    kept = torch.tensor([0.0, torch.inf, torch.nan, torch.tensor(-1, dtype=torch.int32).view(torch.float32)])
-    assert same(next_power_of_two(kept), kept)

@@ -65,6 +65,9 @@ def test_saved_format_e5m6_is_what_backward_reads(dtype: torch.dtype) -> None:
             (dw,) = torch.autograd.grad(product, w, dy)
             assert relative_error(dw, want) < rounding(unit) + rounding(FP32_UNIT, terms=150), format
     assert torch.equal(products[1], fp8_matmul(x, w)), "it changes backward alone"
+    with saved_for_backward() as saved:
+        fp8_matmul(x, w.detach(), saved_format="e5m6")
+    assert saved[0].dtype == torch.float8_e4m3fn, "a frozen weight has no gradient to read it"
 
 
 def test_shared_quantized_input_is_saved_once_and_gradients_add_up() -> None:
@@ -87,10 +90,8 @@ def test_shared_quantized_input_is_saved_once_and_gradients_add_up() -> None:
 
 def test_weights_with_fp32_scales_are_not_rounded_to_bf16() -> None:
     """Check that a BF16 result, and the input's gradient, is the FP32 one rounded once."""
-    x, w = (
-        varied(64, 256, dtype=torch.bfloat16).requires_grad_(),
-        quantize(varied(200, 256, seed=1), (128, 128), "fp32"),
-    )
+    x = varied(64, 256, dtype=torch.bfloat16).requires_grad_()
+    w = quantize(varied(200, 256, seed=1), (128, 128), "fp32")
     gate, up = (varied(64, 256, dtype=torch.bfloat16, seed=s) for s in (3, 4))
     y, exact = fp8_matmul(x, w), fp8_matmul(x, w, out_dtype=torch.float32)
     assert torch.equal(y, exact.bfloat16())

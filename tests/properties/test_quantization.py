@@ -80,10 +80,8 @@ def assert_agrees(case: Case) -> None:
     codes, scales = quantize_tiles(*case)
     assert (codes.dtype, scales.dtype) == (FORMATS[format].dtype, torch.float32)
     assert same(tile_scales(*case), scales)
-    back, rounded = (
-        dequantize_tiles(codes, scales, tile, format, columns=x.shape[-1]),
-        round_tiles(*case, torch.float32),
-    )
+    back = dequantize_tiles(codes, scales, tile, format, columns=x.shape[-1])
+    rounded = round_tiles(*case, torch.float32)
     of = (a.reshape(-1, *a.shape[-2:]) if a.numel() else () for a in (x, codes, scales, back, rounded))
     for matrix, code, s, *values in zip(*of, strict=True):
         want_codes, want_scales, want = quantized(matrix.float().numpy(), *case[1:])
