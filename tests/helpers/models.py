@@ -28,6 +28,13 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(named, torch.autograd.grad(loss, [*named.values()], materialize_grads=True), strict=True))
 
 
+def same_weights(model: Transformer, **changes: Any) -> Transformer:
+    """Return another model with the weights of this one, and with these changes of its config or options."""
+    other = Transformer(model.config, **changes)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
 def set_stage(model: Transformer, stage: Any) -> Transformer:
     """Let the model's indexers learn in this stage, or for None not at all."""
     for layer in dsa_layers(model):

@@ -12,7 +12,7 @@ from dsmini.nn.dsa import topk_attention
 from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
 from tests.helpers import configs
-from tests.helpers.models import set_stage, tokens_of
+from tests.helpers.models import same_weights, set_stage, tokens_of
 from tests.helpers.tolerances import ROPE_TABLE, assert_agree, relative_error
 from tests.nn.test_mla import CASES, INDEX, SIZES
 
@@ -58,9 +58,7 @@ def test_up_to_k_keys_the_model_is_v3_to_the_bit(changes: dict[str, Any]) -> Non
             sparse, want = (each(part, cache) for each, cache in zip((model, dense), caches, strict=True))
             assert torch.equal(sparse, want)
     assert relative_error(model(tokens), dense(tokens)) > 1e-2
-    whole = model_of(**changes, index_topk=20)
-    whole.load_state_dict(model.state_dict())
-    assert torch.equal(whole(tokens), dense(tokens))
+    assert torch.equal(same_weights(model, index_topk=20)(tokens), dense(tokens))
 
 
 @pytest.mark.parametrize(("b", "s", "t", "k"), [(1, 1, 1, 1), (2, 1, 63, 5), (2, 63, 130, 9), (1, 3, 130, 130)])

@@ -21,8 +21,8 @@ from dsmini.nn.gate import HashGate
 from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import DSA, V4, refusal
-from tests.helpers.models import decoded, set_stage, tokens_of
-from tests.helpers.tolerances import FP32_MODEL, MOVED, UNMOVED, relative_error
+from tests.helpers.models import decoded, same_weights, set_stage, tokens_of
+from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 WINDOW = 6
 ALL_LAYERS = SMALL["n_layers"] + SMALL["n_mtp_layers"]
@@ -135,17 +135,12 @@ def test_another_residual_rule_is_a_subclass_of_block() -> None:
 
 def test_another_residual_rule_trains_the_indexers_too() -> None:
     """Its block gets a pair from attention, whether the indexer learns or not."""
-    tokens = tokens_of(2, 20)
-    changed, plain = (randomise(Transformer(**SMALL | DSA, make_block=kind)) for kind in (ScaledResidual, Block))
-    for stage in ("warmup", "sparse", None):
-        for model in (changed, plain):
-            set_stage(model, stage)
-        ours, theirs = (model.losses(tokens[:, :-1], tokens[:, 1:]).indexers for model in (changed, plain))
-        assert len(ours) == len(theirs) == (0 if stage is None else ALL_LAYERS)
-        assert all(loss.kl > 0 for loss in ours)
-    x = torch.randn(1, 20, SMALL["dim"])
-    dsa_layers(changed)[0].stage = "sparse"
-    assert isinstance(dsa_layers(changed)[0](x), Tensor), "a loss that nobody asks for"
+    tokens, model = tokens_of(2, 20), randomise(Transformer(**SMALL | DSA, make_block=ScaledResidual))
+    for stage, layers in (("warmup", ALL_LAYERS), ("sparse", ALL_LAYERS), (None, 0)):
+        indexers = set_stage(model, stage).losses(tokens[:, :-1], tokens[:, 1:]).indexers
+        assert len(indexers) == layers and all(loss.kl > 0 for loss in indexers)
+    layer = dsa_layers(set_stage(model, "sparse"))[0]
+    assert isinstance(layer(torch.randn(1, 20, SMALL["dim"])), Tensor), "a loss that nobody asks for"
 
 
 def test_a_rope_of_ones_own_is_that_of_its_layer() -> None:
@@ -178,22 +173,11 @@ def masked_model(layer: Any = MLA, /, **changes: Any) -> Transformer:
     return randomise(Transformer(**SMALL | changes, make_block=make_block))
 
 
-def test_sliding_window_reaches_back_its_width_a_layer() -> None:
-    model = masked_model()
-    check_training_and_decoding(model, "attn.wkv_b")
-    model, tokens = model.double(), tokens_of(1, 30)
-    other = tokens.clone()
-    other[0, 0] = (other[0, 0] + 1) % SMALL["vocab_size"]
-    reach = SMALL["n_layers"] * (WINDOW - 1)  # of the first token, through all layers
-    with torch.no_grad():
-        moved = (model(tokens) - model(other)).abs().amax(-1)[0]
-    assert moved[reach + 1 :].max() < UNMOVED < MOVED < moved[: reach + 1].min()
-
-
 @pytest.mark.parametrize(("attention", "form"), [("mla", "expanded"), ("mla", "absorbed"), ("gqa", "auto")])
 def test_mask_hides_keys_with_and_without_a_cache(attention: str, form: Any) -> None:
     gqa = {"attention": "gqa", "n_kv_heads": 1}
     model = masked_model() if attention == "mla" else masked_model(Attention, **gqa)
+    check_training_and_decoding(model, "attn.wo")
     tokens = tokens_of(2, 23)
     distance = torch.arange(23)[:, None] - torch.arange(23)
     seen = ((distance >= 0) & (distance < WINDOW))[None]
@@ -246,8 +230,7 @@ def test_another_gate_is_handed_to_transformer() -> None:
     check_training_and_decoding(model, "gate.weight", ALL_LAYERS - SMALL["n_dense_layers"])
     routing = model.run(tokens_of(1, 9)).routing
     assert all((r.scores > 0).all() and (r.scores.max() > 1) for r in routing)  # beyond what a sigmoid gives
-    by_config = Transformer(**SMALL, score_func=lambda logits: F.softplus(logits).sqrt())
-    by_config.load_state_dict(model.state_dict())
+    by_config = same_weights(model, score_func=lambda logits: F.softplus(logits).sqrt())
     tokens = tokens_of(1, 9)
     assert torch.equal(by_config(tokens), model(tokens))
 
@@ -279,26 +262,18 @@ def test_a_block_that_two_layers_share_has_one_gate_for_both() -> None:
     assert len(gates) == len(model.losses(tokens, tokens).routing) == 3 and gates[0] is gates[1] is not gates[2]
 
 
-def test_a_block_or_gate_that_returns_something_else_is_told_what_to_return() -> None:
-    tokens = torch.zeros(2, 9, dtype=torch.int64)
-    said = refusal(Transformer(**SMALL, make_block=WithoutAux), tokens)
-    assert "WithoutAux.forward returned a Tensor; a block returns the pair (x, Aux" in said
-    unchecked: Any = inspect.unwrap(MoE.forward)  # without the type checks of these tests
-    said = refusal(unchecked, MoE(**SMALL, gate_class=TupleGate), torch.zeros(1, 9, SMALL["dim"]))
-    assert said.startswith("TupleGate.forward returned a tuple; a gate returns a Routing of indices and weights [n, k]")
-
-
-def test_what_is_no_part_of_a_model_is_refused() -> None:
-    want = "gate_class is Linear, want Gate, a class derived from it, or a function that makes one"
-    assert want in refusal(model_with_gate, nn.Linear)
-    for kind in (MLA, nn.Linear):
-        want = f"make_block is {kind.__name__}, want Block, a class derived from it, or"
-        assert want in refusal(Transformer, **SMALL, make_block=kind)
-    unchecked: Any = inspect.unwrap(Gate.forward)  # without the type checks of these tests
-    for shape in ((2, 5, 24), (5, 23), (24,)):
-        said = refusal(unchecked, Gate(**SMALL), torch.zeros(shape))
-        assert said.startswith("the gate got (") and "want [n, 24], a row for each token" in said
-        assert ("flatten" in said) == (shape[-1] == 24), "which does not change the width"
+def test_wrong_parts_are_refused_in_a_sentence() -> None:
+    unchecked: Any = inspect.unwrap  # a function without the type checks of these tests
+    of_moe, of_gate, shapes = unchecked(MoE.forward), unchecked(Gate.forward), ((2, 5, 24), (5, 23), (24,))
+    model, moe, gate = Transformer(**SMALL, make_block=WithoutAux), MoE(**SMALL, gate_class=TupleGate), Gate(**SMALL)
+    for words, call, *arguments in (
+        ("WithoutAux.forward returned a Tensor; a block returns the pair (x, Aux", model, tokens_of(2, 9)),
+        ("TupleGate.forward returned a tuple; a gate returns a Routing of", of_moe, moe, torch.zeros(1, 9, 24)),
+        ("gate_class is Linear, want Gate, a class derived from it, or a function", model_with_gate, nn.Linear),
+        ("make_block is MLA, want Block, a class derived from it, or", functools.partial(Transformer, make_block=MLA)),
+        *(("want [n, 24], a row for each token", of_gate, gate, torch.zeros(shape)) for shape in shapes),
+    ):
+        assert words in refusal(call, *arguments)
 
 
 @pytest.mark.parametrize("change", [ScaledResidual, AttentionWithoutPositions, SoftplusGate, sliding])
@@ -314,8 +289,7 @@ def test_a_block_may_have_positions_of_its_own(changed: int) -> None:
         return (WithoutOrder if layer == changed else Block)(c, layer=layer)
 
     plain = randomise(Transformer(**SMALL))
-    other = Transformer(ModelConfig(**SMALL), make_block=make_block)
-    other.load_state_dict(plain.state_dict())
+    other = same_weights(plain, make_block=make_block)
     tokens = tokens_of(1, 9)
     x, context = plain.embed(tokens), Context(positions=torch.arange(9)[None], tokens=tokens)
     for i, block in enumerate(plain.layers):
@@ -335,36 +309,6 @@ def test_a_class_of_compressed_attention_gets_the_ratio_of_its_layer() -> None:
         model = Transformer(c, make_block=functools.partial(Block, attention_class=kind))
         assert [type(block.attn) for block in model.layers] == [Counted] * c.n_layers
         assert [block.attn.m for block in model.layers] == [block.attn.m for block in Transformer(c).layers]
-
-
-class TwoStreams(Transformer):
-    """A model whose residual is two streams of its own making, averaged at the end."""
-
-    def expand(self, x: Tensor) -> Tensor:
-        return torch.stack((x, 2 * x), -2)
-
-    def collapse(self, x: Tensor) -> Tensor:
-        return x.mean(-2)
-
-
-class OfStreams(Block):
-    """A block that runs on each stream alone."""
-
-    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Aux]:
-        if x.dim() == 3:
-            return super().forward(x, context)
-        y, aux = super().forward(x.mean(-2), context)
-        return x + (y - x.mean(-2))[..., None, :], aux
-
-
-def test_streams_of_a_subclass_learn_decode_and_draft() -> None:
-    model = randomise(TwoStreams(ModelConfig(**SMALL), make_block=OfStreams)).eval()
-    tokens = tokens_of(2, 9)
-    model.losses(tokens[:, :-1], tokens[:, 1:]).total.backward()
-    want = model.run(tokens, mtp=True)
-    got = model.run(tokens, model.new_cache(2, mtp=True), mtp=True)
-    assert relative_error(got.logits, want.logits) <= FP32_MODEL
-    assert relative_error(got.mtp_logits[0][:, 1:], want.mtp_logits[0]) <= FP32_MODEL
 
 
 def test_multi_token_prediction_with_a_cache_gives_gates_their_ids() -> None:

@@ -1,6 +1,5 @@
 """precision="fp8": what is rounded and what stays out, that all ways through agree, and layers that hold codes."""
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from dsmini import Transformer, ops
-from dsmini.nn import Experts, Linear, MoE, Projection
+from dsmini.nn import Experts, Linear, Projection
 from dsmini.nn.fp8 import FP8Experts, FP8Linear, QuantizedLinear, hold_fp8
 from dsmini.numerics import WEIGHT_TILE, QuantizedTensor, quantize, round_tiles
 from dsmini.numerics.dispatch import dispatch_quantized, sort_by_expert
 from tests.conftest import randomise
 from tests.helpers.configs import DSA, refusal
 from tests.helpers.configs import FP8_SIZES as SIZES
-from tests.helpers.models import decoded
-from tests.helpers.tolerances import E4M3_UNIT, relative_error, rounding
+from tests.helpers.models import decoded, same_weights
+from tests.helpers.tolerances import E4M3_UNIT, relative_error
 
 Build = Callable[..., Transformer]
 
@@ -42,22 +41,11 @@ def test_only_attention_and_feed_forwards_are_rounded(small_model: Build) -> Non
         assert after_attention == {name for name in rounded if name.endswith(".wo")}
 
 
-def test_sparse_model_in_fp8_trains_and_decodes(small_model: Build) -> None:
-    """Queries and keys of the indexer read rounded inputs; the same keys are chosen with a cache."""
-    model, tokens = small_model(**DSA, precision="fp8", indexer_fp8=True, n_mtp_layers=0), torch.randint(0, 61, (1, 20))
-    model.losses(tokens[:, :-1], tokens[:, 1:]).total.backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if ".indexer." not in name)
-    got = decoded(model, tokens, (7, 12, 1), form="expanded")
-    assert relative_error(got, model(tokens)) < E4M3_UNIT * 0.1
-
-
 @pytest.mark.parametrize("attention", ["mla", "mha"])
-def test_dense_model_equals_rounded_weights_and_inputs(small_config: Any, attention: str) -> None:
+def test_dense_model_equals_rounded_weights_and_inputs(small_model: Build, attention: str) -> None:
     """The native model whose weights are rounded once, and whose Linears get rounded inputs."""
-    config = small_config(**SIZES, attention=attention, n_dense_layers=4)
-    model = randomise(Transformer(config))
-    native = Transformer(dataclasses.replace(config, precision="native"))
-    native.load_state_dict(model.state_dict())
+    model = small_model(**SIZES, attention=attention, n_dense_layers=4)
+    native = same_weights(model, precision="native")
 
     def round_input(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (round_tiles(inputs[0].detach(), (1, 128), "ue8m0", "e4m3", 1e-4, torch.float32),)
@@ -92,37 +80,20 @@ def test_dispatched_rows_are_the_tokens_and_padding_is_zero(align: int) -> None:
     assert torch.allclose(grad, direction[slots.slot].sum(1), atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["expanded", "absorbed"])
-def test_cached_equals_uncached(form: Any) -> None:
-    """Tiles lie along a token's own width, so that it is rounded alike in any company. Absorbed, the up-projection's
-    input is not rounded: it is made into no product of its own."""
-    model = randomise(Transformer(**SIZES, n_layers=2, n_dense_layers=2, n_mtp_layers=0)).eval()
-    tokens = torch.randint(0, 256, (2, 24))
-    with torch.no_grad():
-        want = model(tokens)
-        cache = model.new_cache(2, 32, form=form)
-        parts = [model(part, cache=cache) for part in tokens.split([9, 1, 1, 5, 8], 1)]
-    error = relative_error(torch.cat(parts, 1), want)
-    assert error < (E4M3_UNIT * 0.02 if form == "expanded" else rounding(E4M3_UNIT))
+SPARSE = DSA | {"precision": "fp8", "indexer_fp8": True}
 
 
 @pytest.mark.parametrize(
-    ("precision", "linears"), [("fp8", (FP8Linear, FP8Linear)), ("native", (QuantizedLinear, Linear))]
+    ("changes", "form", "near"),
+    [(SIZES, "expanded", 0.02), (SIZES, "absorbed", 4), (SPARSE, "expanded", 0.1)],
+    ids=["expanded", "absorbed", "sparse"],
 )
-@pytest.mark.parametrize("n", [1, 2, 50])
-def test_gradients_pass_what_holds_fp8_as_if_its_values_were_frozen(n: int, precision: Any, linears: Any) -> None:
-    experts = {"n_routed_experts": 8, "n_activated_experts": 3, "n_expert_groups": 1, "n_limited_groups": 1}
-    moe, (linear, frozen) = randomise(MoE(**SIZES | {"precision": precision}, **experts)), (k(128, 8) for k in linears)
-    want: Any = copy.deepcopy(moe)
-    for name in ("w1", "w2", "w3"):
-        getattr(want.experts, name).data = hold(moe, f"experts.{name}").dequantize()
-    frozen.weight.data = hold(linear).dequantize()
-    for held, dense, m in ((moe, want, SIZES["dim"]), (linear, frozen, 128)):
-        x = torch.randn(n, m, requires_grad=True)
-        ys = [y[0] if isinstance(y, tuple) else y for y in (held(x), dense(x))]
-        got, expected = (torch.autograd.grad(y.square().sum(), x)[0] for y in ys)
-        assert expected.norm() > 0 and relative_error(got, expected) < 1e-5
-    assert "codes that cannot be drawn" in refusal(linear.reset_parameters)
+def test_cached_equals_uncached(small_model: Build, changes: dict[str, Any], form: str, near: float) -> None:
+    """Tiles lie along a token's own width, so that it is rounded alike in any company. Absorbed, the up-projection's
+    input is not rounded: it is made into no product of its own. An indexer chooses the same keys."""
+    model, tokens = small_model(**changes, n_dense_layers=2, n_mtp_layers=0), torch.randint(0, 61, (2, 24))
+    got = decoded(model, tokens, (9, 1, 1, 5, 8), form=form)
+    assert relative_error(got, model(tokens)) < near * E4M3_UNIT
 
 
 def test_layers_that_hold_codes_multiply_them_and_are_plain_before() -> None:
@@ -131,6 +102,7 @@ def test_layers_that_hold_codes_multiply_them_and_are_plain_before() -> None:
     want, q = linear(x), hold(linear)
     assert torch.equal(linear(x), want)  # the codes are those that it multiplied before
     assert torch.equal(linear.dense(torch.float32), q.dequantize())
+    assert "codes that cannot be drawn" in refusal(linear.reset_parameters)
     plain.load_state_dict(quantized.state_dict())
     assert torch.equal(quantized.to(torch.float32).train()(x), plain(x))
     q = hold(quantized)

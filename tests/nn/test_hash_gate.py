@@ -55,19 +55,15 @@ def test_table_is_saved_and_stays_int32_in_bf16() -> None:
     assert again.tid2eid.dtype == torch.int32
 
 
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        (torch.zeros(V, K, dtype=torch.int32), "tid2eid names the experts [0, 0] for a token; want 2 different ones"),
-        (torch.tensor([[0, E]] * V, dtype=torch.int32), f"tid2eid names the experts [0, {E}]"),
-        (torch.tensor([[0, 1]] * (V - 1), dtype=torch.int32), f"tid2eid is [{V - 1}, 2]"),
-    ],
-    ids=["zeros", "no such expert", "another vocabulary"],
-)
-def test_wrong_table_is_refused(table: torch.Tensor, message: str) -> None:
+def test_wrong_table_is_refused() -> None:
     gate = HashGate(**SIZES)
-    gate.tid2eid = table
-    assert message in refusal(gate, torch.randn(1, M), torch.tensor([3]))
+    for table, message in (
+        ([[0, 0]] * V, "tid2eid names the experts [0, 0] for a token; want 2 different ones"),
+        ([[0, E]] * V, f"tid2eid names the experts [0, {E}]"),
+        ([[0, 1]] * (V - 1), f"tid2eid is [{V - 1}, 2]"),
+    ):
+        gate.tid2eid = torch.tensor(table, dtype=torch.int32)
+        assert message in refusal(gate, torch.randn(1, M), torch.tensor([3]))
 
 
 def test_hash_layer_without_ids_is_refused() -> None:

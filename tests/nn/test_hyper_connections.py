@@ -51,19 +51,10 @@ def test_compiled_sinkhorn_has_finite_gradients() -> None:
     logits = (40 * torch.randn(64, N, N)).requires_grad_()
     weights = torch.randn(64, N, N)
     (plain,) = torch.autograd.grad((weights * sinkhorn(logits, 20, 1e-6)).sum(), logits)
-    (compiled,) = torch.autograd.grad(
-        (weights * torch.compile(inspect.unwrap(sinkhorn))(logits, 20, 1e-6)).sum(), logits
-    )
+    fused = torch.compile(inspect.unwrap(sinkhorn))
+    (compiled,) = torch.autograd.grad((weights * fused(logits, 20, 1e-6)).sum(), logits)
     assert bool(compiled.isfinite().all())
     torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
-
-
-def test_parameters_stay_in_fp32_and_streams_keep_their_dtype() -> None:
-    connection = HyperConnection(M, N).to(torch.bfloat16)
-    assert {p.dtype for p in connection.parameters()} == {torch.float32}
-    streams = torch.randn(B, S, N, M, dtype=torch.bfloat16)
-    read, mix = connection(streams)
-    assert read.dtype == write(streams, read, mix).dtype == torch.bfloat16 and mix.comb.dtype == torch.float32
 
 
 def test_head_starts_as_the_mean() -> None:

@@ -1,6 +1,5 @@
 """The losses of the indexer against the report's equations 3 and 4, written out here, and what they may move."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from dsmini.nn import DSA, Context, dsa, dsa_layers
 from dsmini.nn.dsa import IndexerLoss, indexer_agreement, kl_of_scores, topk_keys
 from tests.conftest import SMALL, randomise
 from tests.helpers import configs
-from tests.helpers.models import set_stage, tokens_of
+from tests.helpers.models import same_weights, set_stage, tokens_of
 from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, FP64_UNIT, relative_error, rounding
 from tests.helpers.watching import Operations
 from tests.nn.test_dsa import SPARSE, dense_baseline, model_of
@@ -220,8 +219,7 @@ def test_losses_name_every_indexer_that_learns(monkeypatch: pytest.MonkeyPatch) 
 def test_indexers_learn_in_low_precision(stage: Any, changes: dict[str, Any]) -> None:
     """BF16 and FP8 change the loss by a few of their units, and pass a gradient on to every parameter."""
     model = randomise(Transformer(ModelConfig(**SPARSE | {"n_mtp_layers": 1} | changes), compute_dtype=torch.bfloat16))
-    exact = Transformer(dataclasses.replace(model.config, precision="native", indexer_fp8=False))
-    exact.load_state_dict(model.state_dict())
+    exact = same_weights(model, precision="native", indexer_fp8=False)
     tokens, found = tokens_of(2, 33), []
     for one in (model, exact):
         set_stage(one, stage)

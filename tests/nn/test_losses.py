@@ -22,8 +22,8 @@ def problem(dtype: torch.dtype = torch.float32, n: int = N) -> tuple[Tensor, Ten
     targets = torch.randint(0, VOCAB, (n,))
     targets[[0, 7, 8, n - 1]] = IGNORE
     targets[5] = VOCAB - 1
-    weight = torch.randn(VOCAB, M, dtype=torch.float64 if dtype == torch.float64 else torch.float32) / M**0.5
-    return torch.randn(n, M).to(dtype).requires_grad_(), weight.requires_grad_(), targets
+    hidden, weight = torch.randn(n, M, dtype=dtype), torch.randn(VOCAB, M, dtype=dtype) / M**0.5
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
 def torchs_own(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -51,19 +51,6 @@ def test_loss_and_gradients_are_those_of_torchs_cross_entropy(dtype: torch.dtype
     assert_agree(got, want, [hidden, weight], tolerance)
 
 
-@pytest.mark.usefixtures("chunk_rows")
-def test_bf16_hidden_states_meet_fp32_weights() -> None:
-    hidden, weight, targets = problem(torch.bfloat16)
-    got = linear_cross_entropy(hidden, weight, targets)
-    grads = torch.autograd.grad(got, [hidden, weight])
-    assert [got.dtype, *(g.dtype for g in grads)] == [torch.float32, torch.bfloat16, torch.float32]
-    exact = [hidden.detach().double().requires_grad_(), weight.detach().bfloat16().double().requires_grad_()]
-    want = torchs_own(*exact, targets)
-    # logits, then their gradient, then the product are rounded to BF16
-    pairs = [(got, want), *zip(grads, torch.autograd.grad(want, exact), strict=True)]
-    assert all(relative_error(a, b) <= rounding(BF16_UNIT, chained=3) for a, b in pairs)
-
-
 def test_bf16_weights_sum_the_gradients_of_chunks_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsmini.functional.cross_entropy.CHUNK", VOCAB)  # one row at a time
     draw = torch.Generator().manual_seed(0)
@@ -81,8 +68,6 @@ def test_ignored_targets_count_nothing(small_model: Model) -> None:
     loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE))
     grads = torch.autograd.grad(loss, [hidden, weight])
     assert loss == 0 and not any(g.any() for g in grads)
-    (grad,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), hidden)
-    assert torch.equal(grad.any(1), targets != IGNORE)
     tokens = torch.randint(0, 61, (2, 9))
     losses = small_model().losses(tokens, torch.full_like(tokens, IGNORE))
     assert losses.main == losses.mtp == 0

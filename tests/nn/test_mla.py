@@ -42,18 +42,11 @@ def test_logit_depends_only_on_the_difference_of_positions(randomise: Any, rope:
     layer = randomise(MLA(**SIZES | rope)).double()
     x = torch.randn(2, 9, 23, dtype=torch.float64)
     positions = torch.tensor([0, 1, 2, 5, 6, 11, 12, 13, 20])
-
-    def logits(at: Tensor) -> Tensor:
-        cos_sin = layer.rope.cos_sin(at)
-        q_rope = layer.queries(layer.query_latent(x), cos_sin)[..., layer.qk_nope_head_dim :]
-        return torch.einsum("b s h r, b t r -> b h s t", q_rope, layer.latents(x, cos_sin)[1])
-
-    assert relative_error(logits(positions + 20), logits(positions)) <= 8 * ROPE_TABLE
-    assert relative_error(logits(2 * positions), logits(positions)) > 0.1
     want = layer(x, Context(positions=positions[None]))
     for moved in (positions[None] + 20, torch.stack((positions, positions + 7))):
         got = layer(x, Context(positions=moved))
         assert relative_error(got, want) <= 8 * ROPE_TABLE
+    assert relative_error(layer(x, Context(positions=2 * positions[None])), want) > 0.01
 
 
 def reference_attention(layer: Any, x: Tensor, c: Any, hidden: Tensor) -> Tensor:
@@ -102,6 +95,8 @@ def test_wrong_input_of_a_layer_is_refused_in_a_sentence() -> None:
     layer, x = MLA(**SIZES), torch.zeros(2, 9, 23)
     unchecked: Any = functools.partial(inspect.unwrap(MLA.forward), layer)  # without the type checks of these tests
     float_mask, wrong, all_hidden = torch.zeros(2, 9, 9), torch.zeros(2, 1, 8).bool(), torch.ones(1, 1, 9).bool()
+    compressed = CompressedAttention(ModelConfig(**SMALL | V4), compress_ratio=4)
+    masked = Context(positions=torch.arange(9)[None], mask=float_mask.bool())
     for said, want in (
         (refusal(unchecked, x[..., :22]), "got (2, 9, 22); want [b, s, 23]"),
         (refusal(unchecked, x[0]), "got (9, 23); want [b, s, 23], sequences of hidden states; x[None] is one sequence"),
@@ -114,6 +109,8 @@ def test_wrong_input_of_a_layer_is_refused_in_a_sentence() -> None:
         (refusal(Indexer, attention="mla"), "attention='mla' has no indexer; use attention='dsa'"),
         (refusal(Attention, attention="mla"), "attention='mla' is another module; use MLA"),
         (refusal(Attention, ModelConfig(**SMALL | V4)), "use CompressedAttention, or 'mha', 'gqa' or 'mqa'"),
+        (refusal(compressed, torch.zeros(2, 9, 24), mask=float_mask.bool()), "leave it out, or give documents"),
+        (refusal(compressed, torch.zeros(2, 9, 24), masked), "leave it out, or give documents"),
         (refusal(CompressedAttention, ModelConfig(), compress_ratio=4), "use attention='compressed'"),
         (refusal(CompressedAttention, compress_ratio=4), "attention='compressed' needs"),
     ):

@@ -14,8 +14,8 @@ from dsmini.nn import FP8Linear, Linear
 from dsmini.nn.fp8 import QuantizedLinear, hold_fp8
 from dsmini.nn.layers import is_plain
 from tests.conftest import SMALL, randomise
-from tests.helpers.configs import refusal
-from tests.helpers.models import decoded, tokens_of
+from tests.helpers.configs import V4, refusal
+from tests.helpers.models import decoded, same_weights, tokens_of
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 
@@ -78,28 +78,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mla": {},
     "without q_lora": {"q_lora_rank": None},
     "gqa": {"attention": "gqa", "n_kv_heads": 1},
+    "V4": V4 | {"n_dense_layers": 1},
 }
-SLOW = [(kind, config) for kind in KINDS for config in CONFIGS if kind != "wrapper" and config != "mla"]
-
-
-def copy_of(model: Transformer) -> Transformer:
-    other = Transformer(model.config)
-    other.load_state_dict(model.state_dict())
-    return other
+SLOW = [
+    (kind, config) for kind in KINDS for config in CONFIGS if kind != "wrapper" and config in ("without q_lora", "gqa")
+]
 
 
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
         *((kind, "mla") for kind in KINDS),
-        *(("wrapper", "without q_lora"), ("wrapper", "gqa")),
+        *(("wrapper", "without q_lora"), ("wrapper", "gqa"), ("wrapper", "V4")),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
     ],
 )
 def test_replaced_linears_are_seen_by_all_that_reads_weights(kind: str, config: str) -> None:
     """Every Linear is replaced, the head included, and compared with a model of merged weights."""
     model = randomise(Transformer(**SMALL | CONFIGS[config]))
-    want = copy_of(model)
+    want = same_weights(model)
     for name in [name for name, module in model.named_modules() if type(module) is Linear]:
         base: Any = model.get_submodule(name)
         delta = torch.randn_like(base.weight) * base.weight.shape[1] ** -0.5
@@ -120,7 +117,7 @@ def test_replaced_linears_are_seen_by_all_that_reads_weights(kind: str, config: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replaced_head_and_embedding_learn_and_decode(dtype: torch.dtype) -> None:
     model: Any = randomise(Transformer(**SMALL)).to(dtype)
-    want = copy_of(model).to(dtype)
+    want = same_weights(model).to(dtype)
     model.head, model.embed = nn.Sequential(nn.Linear(24, 61, bias=False)), nn.Sequential(nn.Embedding(61, 24))
     model.head[0].weight, model.embed[0].weight = want.head.weight, want.embed.weight
     assert model.new_cache(1).nbytes == want.new_cache(1).nbytes and model.device == want.device
