@@ -9,6 +9,7 @@ import torch
 
 import dsmini
 from dsmini.checkpoint.training_state import load_run
+from tests.helpers import folders
 from tests.helpers.commands import TINY, finish
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 100
@@ -16,8 +17,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 100
 
 def finished(command: str, folder: Path) -> Any:
     """Run a command, which must succeed; return what it printed as JSON."""
-    done = finish(f"dsmini.{command} --json", folder)
-    return json.loads(done.stdout)
+    return json.loads(finish(f"dsmini.{command} --json", folder).stdout)
 
 
 def losses(run_folder: Path) -> list[float]:
@@ -40,10 +40,15 @@ def test_run_is_trained_resumed_written_with_and_converted(tmp_path: Path, monke
     asked = "--prompt 'The quick' --max-new-tokens 10 --temperature 0 --dtype float32"
     written = finished(f"generate x {asked}", tmp_path)
     assert written["text"].startswith("The quick") and written["new_tokens"] == 10
-    finished("convert x folder", tmp_path)
+    done = finish("dsmini.convert x folder --json", tmp_path)
+    assert "will list the tensors of model.layers.2 as unexpected and load the others" in done.stderr
 
     ours, _ = load_run(tmp_path / "x")
     theirs = dsmini.load_pretrained(tmp_path / "folder", torch.float32)
+    figures, stored = json.loads(done.stdout), folders.read(tmp_path / "folder")
+    assert figures["files"] == ["model.safetensors"]
+    assert figures["bytes_written"] == sum(tensor.nbytes for tensor in stored.values())
+    assert theirs.config.n_mtp_layers == 1 and folders.config_of(tmp_path / "folder")["eos_token_id"] == 0
     tokens = torch.tensor([list(TEXT[:32].encode())])
     with torch.no_grad():
         assert torch.equal(theirs.eval()(tokens), ours.eval()(tokens))

@@ -23,6 +23,7 @@ from dsmini.distributed.world import World
 from dsmini.training import saving as checkpoints
 from dsmini.training.run import newest_checkpoint
 from tests.checkpoint.conftest import OPTIONS
+from tests.distributed.faults import Fault, inject
 from tests.helpers import folders
 from tests.helpers.configs import refusal
 from tests.helpers.runs import new_run, resumed
@@ -38,9 +39,9 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def flip(path: Path, where: float, mask: int = 0xFF) -> None:
+def flip(path: Path, where: float) -> None:
     data = bytearray(path.read_bytes())
-    data[int(where * (len(data) - 1))] ^= mask
+    data[int(where * (len(data) - 1))] ^= 1
     path.write_bytes(data)
 
 
@@ -50,7 +51,7 @@ def cut(path: Path, where: float) -> None:
 
 PLACES = (0.0, 0.3, 1.0)
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    **{f"a bit flipped at {where}": partial(flip, where=where, mask=1) for where in PLACES},
+    **{f"a bit flipped at {where}": partial(flip, where=where) for where in PLACES},
     **{f"cut off at {where}": partial(cut, where=where) for where in PLACES},
     "missing": Path.unlink,
     "of another checkpoint": lambda path: shutil.copy(path.parents[1] / "step-000002" / path.name, path),
@@ -204,19 +205,10 @@ def test_checkpoint_that_cannot_be_removed_fails_no_run(
     assert "cannot remove old checkpoints" in said and "cannot save" not in said
 
 
-def test_full_disk_on_the_way_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The checkpoints of steps 4 and 6 do not fit; a part of them is written."""
-    training, real = new_run(tmp_path, **(OPTIONS | {"steps": 8})), checkpoints._write_all
-
-    def write_all(folder: Path, *rest: Any) -> None:
-        real(folder, *rest)
-        if training.trainer.steps_done in (4, 6):
-            cut(folder / "optimizer.safetensors", 0.5)
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoints, "_write_all", write_all)
+def test_full_disk_on_the_way_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The disk is full when the checkpoints of steps 4 and 6 are written."""
+    training = new_run(tmp_path, **(OPTIONS | {"steps": 8}))
+    inject(training, [Fault("full_disk", 0, step, "save:written") for step in (4, 6)])
     training.console.quiet = False
     assert training.train()
     assert names(tmp_path) == ["step-000002", "step-000008"]

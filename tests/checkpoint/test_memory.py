@@ -1,12 +1,13 @@
-"""Memory of a load: what it takes, and models that are refused because it is not there."""
+"""Memory of a load: what it takes, and models that are refused because it is not there; shares of a container."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
-from dsmini.machine import free_bytes, refuse_too_large
+from dsmini.machine import cores, free_bytes, refuse_too_large
 from tests.helpers import commands
 from tests.helpers.configs import refusal
 
@@ -66,6 +67,20 @@ def test_model_larger_than_the_memory_is_refused(folder: Path, monkeypatch: pyte
     assert said in refusal(load_pretrained, folder)
 
 
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Return the texts of all files that can be read, by path, for a test to fill."""
+    texts: dict[str, str] = {}
+
+    def read_text(path: Path, *_: object) -> str:
+        if str(path) in texts:
+            return texts[str(path)]
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    return texts
+
+
 @pytest.mark.parametrize(
     ("line", "folder", "names"),
     [
@@ -74,20 +89,32 @@ def test_model_larger_than_the_memory_is_refused(folder: Path, monkeypatch: pyte
     ],
 )
 def test_free_memory_is_that_of_nested_groups(
-    line: str, folder: str, names: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+    line: str, folder: str, names: tuple[str, str, str], there: dict[str, str]
 ) -> None:
     limit, used, prefix = names
     group = f"/sys/fs/cgroup/{folder}"
-    files = {"/proc/self/cgroup": line, f"{group}/{limit}": "2000000", f"{group}/{used}": "1500000"}
-    files[f"{group}/memory.stat"] = f"{prefix}inactive_file 1000\n{prefix}active_file 200"
-
-    def read_text(path: Path, *_: object) -> str:
-        if str(path) in files:
-            return files[str(path)]
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(Path, "read_text", read_text)
+    there |= {"/proc/self/cgroup": line, f"{group}/{limit}": "2000000", f"{group}/{used}": "1500000"}
+    there[f"{group}/memory.stat"] = f"{prefix}inactive_file 1000\n{prefix}active_file 200"
     assert free_bytes(CPU) == 501_200
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "want"),
+    [
+        ("0::/a/b", {"cpu.max": "max 100000", "a/cpu.max": "150000 100000", "a/b/cpu.max": "900000 100000"}, 2),
+        ("0::/", {"cpu.max": "20000 100000"}, 1),
+        ("4:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 3),
+        ("4:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 6),
+        ("4:cpuset:/a", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 6),
+        ("0::/", {"cpu.max": "6400000 100000"}, 6),
+    ],
+)
+def test_cores_are_at_most_the_share_of_a_container(
+    monkeypatch: pytest.MonkeyPatch, there: dict[str, str], line: str, files: dict[str, str], want: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    there |= {f"/sys/fs/cgroup/{name}": text for name, text in files.items()} | {"/proc/self/cgroup": line}
+    assert cores() == want
 
 
 @NEEDS_PROC

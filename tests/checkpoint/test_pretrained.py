@@ -29,10 +29,9 @@ from tests.helpers.inference_layouts import BUILT, INDEX, INFERENCE, inference_l
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 Build = Callable[..., Transformer]
-INDEXER = ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")
 DENSE = [({}, shards, copies) for shards in (1, 4) for copies in (True, False)]
-OF_INDEXERS = ("indexer_rope_interleave", "indexer_fp8")
-SPARSE = [(DSA | changes, 2, True) for changes in ({}, {"q_lora_rank": None}, dict.fromkeys(OF_INDEXERS, True))]
+KEYS = {"indexer_rope_interleave": True, "indexer_fp8": True}
+SPARSE = [(DSA | changes, 2, True) for changes in ({}, {"q_lora_rank": None}, KEYS)]
 
 
 @pytest.mark.parametrize(("changes", "shards", "copies"), DENSE + SPARSE)
@@ -43,11 +42,6 @@ def test_load_then_save_changes_no_bit(
     model = small_model(**changes)
     tensors = folders.tensors_of(model, dtype, copies)
     raw = folders.config_json(model.config, bos_token_id=3, torch_dtype=str(dtype).removeprefix("torch."))
-    if changes:
-        layers = [f"model.layers.{i}.self_attn.indexer." for i in range(4)]  # two of them are MTP's
-        assert tensors.keys() >= {layer + name for layer in layers for name in INDEXER}
-        assert raw["model_type"] == "deepseek_v32" and raw["architectures"] == ["DeepseekV32ForCausalLM"]
-        assert [key in raw for key in OF_INDEXERS] == [key in changes for key in OF_INDEXERS]
     loaded = load_pretrained(folders.write(tmp_path / "a", tensors, raw, shards))
     assert loaded.config == model.config
     assert loaded.head.weight.dtype == dtype
@@ -59,6 +53,7 @@ def test_load_then_save_changes_no_bit(
     if shards > 1:
         index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
         assert index["weight_map"].keys() == tensors.keys()
+        assert {*index["weight_map"].values()} == {file.name for file in files} and len(files) > 2
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
         assert all(file.stat().st_size < 20_000 + 10_000 for file in files)  # and the header
     else:
@@ -164,16 +159,13 @@ def test_folder_that_cannot_be_replaced_is_refused(
     assert not list((tmp_path / "disk").iterdir())
 
 
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
-    return folders.write(folder, change(folders.read(folder)), folders.config_of(folder))
-
-
 def test_rotary_frequencies_of_old_folders_are_ignored(folder: Path) -> None:
-    load_pretrained(edit(folder, lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
+    folders.change(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
+    load_pretrained(folder)
 
 
 def test_mtp_copies_that_differ_warn(folder: Path) -> None:
-    edit(folder, lambda t: t | {"model.layers.3.shared_head.head.weight": t["lm_head.weight"] + 1})
+    folders.change(folder, lambda t: t.update({"model.layers.3.shared_head.head.weight": t["lm_head.weight"] + 1}))
     with pytest.warns(UserWarning, match="has model.layers.3.shared_head.head.weight other than the model's own"):
         load_pretrained(folder)
 
@@ -181,7 +173,6 @@ def test_mtp_copies_that_differ_warn(folder: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"n_mtp_layers": 0, "n_dense_layers": 2},
         {"q_lora_rank": None, "rope_theta": 5e4, "norm_eps": 1e-5},
         {"original_seq_len": 8, "beta_fast": 1.0, "rope_factor": 32.0},
@@ -189,7 +180,6 @@ def test_mtp_copies_that_differ_warn(folder: Path) -> None:
         {"original_seq_len": 8, "mscale": 1.0, "mscale_all_dim": 0.0},
         {"score_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False},
         {"n_shared_experts": 0},
-        DSA | {"indexer_fp8": True},
     ],
 )
 def test_config_json_round_trip(tmp_path: Path, small_model: Build, changes: dict[str, Any]) -> None:
@@ -257,20 +247,10 @@ def test_ragged_fp8_dequantizes_block_by_block(fp8_folder: tuple[Path, dict[str,
     )
 
 
-def test_kept_fp8_computes_the_dequantized_logits(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
-    folder, _ = fp8_folder
-    tokens = torch.randint(0, 61, (2, 20))
-    kept, exact = load_pretrained(folder, fp8="keep"), load_pretrained(folder, dtype=torch.float32)
-    got, want = kept.run(tokens, mtp=True), exact.run(tokens, mtp=True)
-    assert relative_error(got.logits, want.logits) < 1e-5
-    assert relative_error(got.mtp_logits[0], want.mtp_logits[0]) < 1e-5
-    held, dequantised = (sum(t.nbytes for t in m.state_dict().values()) for m in (kept, exact))
-    assert held < 0.35 * dequantised
-
-
 def test_kept_fp8_survives_casts(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
     kept = load_pretrained(fp8_folder[0], fp8="keep")
     before = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
+    assert sum(t.nbytes for t in before.values()) < 0.35 * sum(4 * t.numel() for t in before.values())
     tokens = torch.randint(0, 61, (2, 20))
     for cast in (torch.bfloat16, torch.float64):
         model = copy.deepcopy(kept).to(cast)
@@ -312,8 +292,6 @@ def test_kept_fp8_is_saved_bit_by_bit(
     assert folders.config_of(tmp_path / "b") == raw
     save_pretrained(load_pretrained(folder, fp8="keep"), tmp_path / "c", dtype=torch.bfloat16)
     save_pretrained(load_pretrained(folder), tmp_path / "d")
-    save_pretrained(load_pretrained(folder), tmp_path / "e", fp8=True)
-    assert folders.config_of(tmp_path / "e")["quantization_config"] == folders.QUANTIZED
     for path in (tmp_path / "c", tmp_path / "d"):
         written = folders.read(path)
         assert "quantization_config" not in folders.config_of(path)
@@ -342,7 +320,6 @@ def test_save_in_fp8_quantizes_matrices_alone(tmp_path: Path, fp8_model: Build) 
 # of DeepSeek-V3.2, and made from a dense model
 
 PREFIX = "model.layers.{}.self_attn.indexer."
-NAMES = ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")
 
 
 def test_norms_and_head_weights_of_a_bf16_folder_are_held_in_fp32(tmp_path: Path, small_model: Build) -> None:
@@ -352,7 +329,7 @@ def test_norms_and_head_weights_of_a_bf16_folder_are_held_in_fp32(tmp_path: Path
     source = folders.write(tmp_path / "a", tensors | norms, folders.config_json(model.config))
     loaded = load_pretrained(source)
     fp32 = {name for name, t in loaded.layers[0].attn.indexer.state_dict().items() if t.dtype == torch.float32}
-    assert fp32 == set(NAMES) - {"wq_b.weight", "wk.weight"}
+    assert fp32 == {"k_norm.weight", "k_norm.bias", "weights_proj.weight"}
     save_pretrained(loaded, tmp_path / "b")
     assert not folders.different(tensors | norms, folders.read(tmp_path / "b"))
 
@@ -362,16 +339,17 @@ def test_indexer_in_fp8_has_scales_for_two_matrices(tmp_path: Path, fp8_model: B
     """As released: wq_b and wk are codes with weight_scale_inv, weights_proj and k_norm are not."""
     model = fp8_model(**DSA | {"index_n_heads": 5, "q_lora_rank": 130})
     tensors, meant = folders.in_fp8(folders.tensors_of(model, torch.bfloat16))
-    index = {name.removeprefix(PREFIX.format(0)): t for name, t in tensors.items() if name.startswith(PREFIX.format(0))}
-    scales = {"wq_b.weight_scale_inv", "wk.weight_scale_inv"}
-    assert index.keys() == {*NAMES, *scales} and index["wq_b.weight_scale_inv"].shape == (2, 2)
+    scales = {name for name in tensors if ".0.self_attn.indexer." in name and name.endswith("_scale_inv")}
+    assert scales == {PREFIX.format(0) + f"{name}.weight_scale_inv" for name in ("wq_b", "wk")}
     raw = folders.config_json(model.config, quantization_config=folders.QUANTIZED | {"scale_fmt": "ue8m0"})
     source = folders.write(tmp_path / "a", tensors, raw)
     loaded = load_pretrained(source, dtype=torch.float32, fp8=fp8)
     exact = Transformer(model.config)
     exact.load_state_dict(load_pretrained(folders.write(tmp_path / "x", meant, raw), torch.float32).state_dict())
     tokens = torch.randint(0, 61, (1, 20))
-    assert relative_error(loaded(tokens), exact(tokens)) < FP32_MODEL
+    got, want = loaded.run(tokens, mtp=True), exact.run(tokens, mtp=True)
+    assert relative_error(got.logits, want.logits) < FP32_MODEL
+    assert relative_error(got.mtp_logits[0], want.mtp_logits[0]) < FP32_MODEL
     if fp8 == "keep":
         assert loaded.layers[0].attn.indexer.wk.weight.dtype == folders.FP8
         save_pretrained(loaded, tmp_path / "b")
@@ -513,21 +491,6 @@ def test_files_of_deepseek_become_a_folder(tmp_path: Path, build: Any, kind: str
 
 
 # the command
-
-
-def test_trained_run_becomes_a_folder(trained: Path, tmp_path: Path) -> None:
-    done = finish(f"dsmini.convert {trained} exported --json", tmp_path)
-    figures = json.loads(done.stdout)
-    assert figures["files"] == ["model.safetensors"]
-    assert "will list the tensors of model.layers.2, model.layers.3 as unexpected and load the others" in done.stderr
-    model, config = load_run(trained)
-    loaded = load_pretrained(tmp_path / "exported")
-    assert not folders.different(model.state_dict(), loaded.state_dict())
-    tokens = torch.randint(0, 61, (2, 30))
-    assert torch.equal(loaded(tokens), model(tokens))
-    assert loaded.config.n_mtp_layers == config.model.n_mtp_layers == 2
-    assert folders.config_of(tmp_path / "exported")["eos_token_id"] == 0
-    assert figures["bytes_written"] == sum(t.nbytes for t in folders.read(tmp_path / "exported").values())
 
 
 def test_checkpoint_is_written_in_fp8_and_bf16(trained: Path, tmp_path: Path) -> None:

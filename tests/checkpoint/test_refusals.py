@@ -19,35 +19,25 @@ from dsmini.checkpoint.save import parse_size
 from dsmini.nn import Rope
 from dsmini.training.origin import find_origin
 from tests.helpers import folders
-from tests.helpers.configs import refusal, written
+from tests.helpers.configs import V4_MODEL, refusal, written
 
-FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILE = "model.safetensors"
 NORM, BIAS = "model.norm.weight", "model.layers.1.mlp.gate.e_score_correction_bias"
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 SCALE = f"{EXPERT}_scale_inv"
 TABLES = tomllib.loads(Path(__file__).with_name("folders.toml").read_text(encoding="utf-8"))
-CASES = [
-    (start, case) for start, cases in TABLES.items() for case in cases if start not in ("config", "v4", "checkpoint")
-]
+CASES = [(start, case) for start, cases in TABLES.items() for case in cases if start not in ("v4", "checkpoint")]
 
 
 @pytest.mark.parametrize(("start", "case"), CASES, ids=[case["said"][-50:] for _, case in CASES])
 def test_folder_is_refused(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, start: str, case: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("dsmini.checkpoint.load._allocate", lambda *_: pytest.fail("memory was taken"))
+    before = case.get("before", "_allocate")
+    monkeypatch.setattr(f"dsmini.checkpoint.load.{before}", lambda *_: pytest.fail(f"{before} was called"))
     folder = request.getfixturevalue(start)
     folders.damage(folder, case)
     assert case["said"].format(folder=folder) in refusal(load_pretrained, folder)
-
-
-@pytest.mark.parametrize("case", TABLES["config"], ids=lambda case: case["said"][-50:])
-def test_config_is_refused_before_a_model_is_made(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
-) -> None:
-    monkeypatch.setattr("dsmini.checkpoint.load.Transformer", lambda *_: pytest.fail("a model was made"))
-    folders.damage(folder, case)
-    assert case["said"] in refusal(load_pretrained, folder)
 
 
 def test_header_that_names_a_tensor_twice_is_refused(folder: Path) -> None:
@@ -108,6 +98,9 @@ MODELS: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # changes of a mod
     ({"topk_method": "group_limited_greedy"}, {}, "a model with topk_method='group_limited_greedy' has no d"),
     (SOFTMAX, {}, "a model with norm_topk_prob=True has no deepseek_v2 folder; want False"),
     ({"original_seq_len": 8, "mscale": 0.0}, {}, "mscale=0.0 with mscale_all_dim=1.0 has no spelling in config.json"),
+    (V4_MODEL | {"hc_mult": 1}, {}, "a model with hc_mult=1 has no deepseek_v4 folder"),
+    (V4_MODEL, {"fp4": True}, "experts have rows of dim=24 and moe_inter_dim=12"),
+    ({}, {"fp4": True}, "FP4 is the format of DeepSeek-V4's experts"),
 ]
 
 
@@ -188,13 +181,11 @@ class OtherResidual(Block):
 
 other_gate = partial(Block, moe_class=partial(MoE, gate_class=OtherGate))
 other_mask = partial(Block, attention_class=partial(MLA, mask=lambda q, k: q - k > 4))
-BUILT_OTHERWISE: dict[str, Callable[[ModelConfig], Transformer]] = {
-    "layers.1.ffn.gate is a OtherGate with code of its own, which no config says: ": (
-        lambda c: Transformer(c, make_block=other_gate)
-    ),
-    "a model with score_func=<built-in method exp ": lambda c: Transformer(c, score_func=torch.exp),
-    "layers.0.attn.mask is <function ": lambda c: Transformer(c, make_block=other_mask),
-    "layers.0 is a OtherResidual with code of its own": lambda c: Transformer(c, make_block=OtherResidual),
+BUILT_OTHERWISE: dict[str, dict[str, Any]] = {
+    "layers.1.ffn.gate is a OtherGate with code of its own, which no config says: ": {"make_block": other_gate},
+    "a model with score_func=<built-in method exp ": {"score_func": torch.exp},
+    "layers.0.attn.mask is <function ": {"make_block": other_mask},
+    "layers.0 is a OtherResidual with code of its own": {"make_block": OtherResidual},
 }
 CHANGED: dict[str, Callable[[Transformer], object]] = {
     "layers.0.attn_norm is a RMSNorm with code of its own": (
@@ -217,7 +208,7 @@ CHANGED: dict[str, Callable[[Transformer], object]] = {
 
 @pytest.mark.parametrize("sentence", [*BUILT_OTHERWISE, *CHANGED])
 def test_changed_idea_is_refused_by_name(tmp_path: Path, small_config: Any, sentence: str) -> None:
-    model = BUILT_OTHERWISE.get(sentence, Transformer)(small_config())
+    model = Transformer(small_config(), **BUILT_OTHERWISE.get(sentence, {}))
     CHANGED.get(sentence, lambda model: None)(model)
     assert refusal(save_pretrained, model, tmp_path / "x").startswith(sentence)
     assert not (tmp_path / "x").exists()
