@@ -28,8 +28,6 @@ from tests.distributed.runs import KILLED, STEPS, events, run, small_config, sta
 from tests.helpers.runs import differences
 
 EP: dict[str, Any] = {"ep": 2}
-THREE: dict[str, Any] = {"dp": 3}
-EACH: dict[str, Any] = {"save_every": 1}
 LOST = {1, -signal.SIGABRT}
 """Statuses of a rank whose peer died: it leaves, or gloo aborts it."""
 ENDS: dict[str, tuple[set[int | None], set[int | None]]] = {
@@ -105,7 +103,7 @@ def test_fault_ends_as_the_table_says(name: str, tmp_path: Path, whole: Callable
 
 
 def test_failed_last_save_raises_on_all_ranks(tmp_path: Path) -> None:
-    ends = outcomes(3, run, tmp_path / "run", THREE, parsed(f"full_disk:2:{STEPS}:save:written"))
+    ends = outcomes(3, run, tmp_path / "run", {"dp": 3}, parsed(f"full_disk:2:{STEPS}:save:written"))
     said = f"step {STEPS}: rank 2: No space left on device; step 6 is still there"
     assert all(end.status == 1 and said in end.failure for end in ends), ends
 
@@ -114,7 +112,7 @@ def test_failed_last_save_raises_on_all_ranks(tmp_path: Path) -> None:
 
 RUNS = int(os.environ.get("DSMINI_KILLED_RUNS", "2"))
 """Number of runs that are killed at random moments."""
-LONGER: dict[str, Any] = {"steps": 12, "eval_every": 5, "grad_accum": 2, **EACH}
+LONGER: dict[str, Any] = {"steps": 12, "eval_every": 5, "grad_accum": 2, "save_every": 1}
 
 
 def killed_at_random(world: World, folder: Path, seconds: float, rank: int, layout: dict[str, Any]) -> bool:

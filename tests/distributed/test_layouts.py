@@ -13,16 +13,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ModelConfig, TrainConfig, Transformer
 from dsmini.config.run import CHUNKS, ParallelConfig, ScheduleName
 from dsmini.distributed.expert_parallel import moe_layers, run_local
-from dsmini.distributed.mesh import Mesh, local, unequal_replicas
-from dsmini.distributed.pipeline import Pipeline, StageLayout, divided
+from dsmini.distributed.mesh import Mesh, unequal_replicas
+from dsmini.distributed.pipeline import divided
 from dsmini.distributed.world import World
 from dsmini.nn.transformer import IGNORE
-from dsmini.training.optim import optimizer_state
 from tests.conftest import MODELS, SMALL
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import Trained, exactly, far_apart, held_pieces, new_trainer, train, up_to_sums
@@ -117,70 +115,45 @@ def test_fp8_rows_are_sent_exactly() -> None:
     assert got.steps[0].grad_norm == pytest.approx(want.steps[0].grad_norm, rel=FP32_MODEL)
 
 
-def lonely(world: World, parallel: dict[str, Any], avoided: list[int]) -> dict[str, Any]:
-    """Take two steps in which no token goes to some experts; return this rank's gradients of experts, and moments."""
-    trainer = new_trainer(world, parallel, {"n_limited_groups": 4}, {"optimizer": "adamw"})
-    gates = list(trainer.model.gates())
-    grads: dict[str, Any] = {}
+AVOIDED = [1, 4, 5, 6, 7]
+"""Experts that no token goes to: one of rank 0, and all of rank 1."""
 
-    def phase(name: str) -> None:
-        if name == "optimizer":
-            for p_name, p in trainer.model.named_parameters():
-                if ".experts." in p_name:
-                    grads[p_name] = None if p.grad is None else local(p.grad).clone()
 
-    trainer.phase = phase
+def lonely(world: World, parallel: dict[str, Any]) -> Trained:
+    """Take two steps in which no token goes to some experts."""
+    trainer, steps = new_trainer(world, parallel, {"n_limited_groups": 4}, {"optimizer": "adamw"}), []
     for _ in range(2):
-        for gate in gates:
-            gate.bias[avoided] = -1e4
-        result = trainer.step()
-        assert result.counts is not None and not result.counts[:, avoided].any() and result.counts.sum() > 0
-    state = optimizer_state(trainer.optimizers, trainer.model.named_parameters())
-    steps = {name: t.item() for name, t in state.items() if name.endswith("/step")}
-    moments = {name: local(t).clone() for name, t in state.items() if "exp_avg" in name}
-    return {"grads": grads, "steps": steps, "moments": moments, "bias": [gate.bias.clone() for gate in gates]}
+        for gate in trainer.model.gates():
+            gate.bias[AVOIDED] = -1e4
+        steps.append(trainer.step())
+    return Trained(steps, held_pieces(trainer))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 3])
 def test_experts_without_a_token_have_zero_gradients_and_stay_in_step(zero: int) -> None:
-    avoided = [1, 4, 5, 6, 7]  # one of rank 0, and all of rank 1
-    whole = lonely(World(), {}, avoided)
-    for rank, got in enumerate(run_ranks(2, lonely, {"ep": 2, "zero": zero}, avoided)):
-        assert got["grads"].keys() == whole["grads"].keys()
-        for name, grad in got["grads"].items():
-            assert grad is not None, name
-            empty = [number for number in range(4) if rank * 4 + number in avoided]
-            assert not grad[empty].any() and (rank == 1 or grad[0].any())
-        assert got["steps"] == whole["steps"] and set(got["steps"].values()) == {2.0}
-        for name, moment in got["moments"].items():
-            if ".experts." in name:
-                torch.testing.assert_close(moment, whole["moments"][name][4 * rank : 4 * rank + 4])
-        assert all(torch.equal(a, b) for a, b in zip(got["bias"], whole["bias"], strict=True))
+    """AdamW counts the steps of a parameter whose gradient is zero, and not those of one that has none."""
+    whole = lonely(World(), {})
+    assert not any(step.counts[:, AVOIDED].any() for step in whole.steps if step.counts is not None)
+    counts = {name: int(tensor) for name, tensor in whole.tensors.items() if name.endswith(".w1/step")}
+    assert counts and set(counts.values()) == {2}
+    assert_alike(run_ranks(2, lonely, {"ep": 2, "zero": zero}), whole)
 
 
 # --- bytes that the expert exchange sends: counted, and worked out from the routing
 
-TOKENS, E, K = 1500, 8, 2
-EVEN: dict[str, Any] = SMALL | {
-    **{"dim": 128, "inter_dim": 128, "moe_inter_dim": 128, "n_routed_experts": E, "n_activated_experts": K},
-    **{"n_expert_groups": 2, "n_limited_groups": 2, "n_mtp_layers": 0, "precision": "fp8"},
-}
-
 
 def exchange(world: World) -> tuple[Counter[str], int]:
-    """Run a MoE layer forward and backward on evenly drawn tokens; return what was sent, and the pairs elsewhere."""
+    """Run a MoE layer forward and backward on tokens; return what was sent, and the token-expert pairs elsewhere."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**EVEN))
+    model = Transformer(ModelConfig(**SMALL | FP8 | {"n_mtp_layers": 0}))
     ranks = Mesh(ParallelConfig(ep=world.size), torch.device("cpu"))
     ranks.divide(model)
     (moe,) = moe_layers(model)
-    torch.nn.init.orthogonal_(moe.gate.weight)  # independent scores: all experts are equally likely
     torch.manual_seed(1 + world.rank)
-    x = torch.randn(TOKENS, 128, requires_grad=True)
-    y, routing = moe(x)
+    y, routing = moe(torch.randn(50, 128, requires_grad=True))
     y.sum().backward()
-    return ranks.traffic, int((routing.indices // (E // world.size) != world.rank).sum())
+    return ranks.traffic, int((routing.indices // (8 // world.size) != world.rank).sum())
 
 
 BYTES = {"dispatch": 128 + 4, "combine": 4 * 128, "dispatch_gradients": 4 * 128, "combine_gradients": 4 * 128}
@@ -190,15 +163,11 @@ BYTES = {"dispatch": 128 + 4, "combine": 4 * 128, "dispatch_gradients": 4 * 128,
 @pytest.mark.slow
 def test_exchange_sends_one_row_a_token_expert_pair() -> None:
     every = run_ranks(4, exchange)
-    remote = [pairs for _, pairs in every]
     for sent, pairs in every:
         for what in ("dispatch", "combine_gradients"):  # leave with the token
             assert sent[what] == pairs * BYTES[what]
     for what in ("combine", "dispatch_gradients"):  # come back to it, so they leave from all others
-        assert sum(sent[what] for sent, _ in every) == sum(remote) * BYTES[what]
-    predicted = TOKENS * K * (1 - 1 / 4)
-    for pairs in remote:
-        assert pairs == pytest.approx(predicted, abs=4 * math.sqrt(predicted / 4))
+        assert sum(sent[what] for sent, _ in every) == sum(pairs for _, pairs in every) * BYTES[what]
 
 
 def dispatched(world: World, zero: int) -> int:
@@ -214,22 +183,11 @@ def test_rows_travel_as_codes_where_experts_are_divided_too() -> None:
 
 
 def test_experts_of_what_came_wait_for_no_device() -> None:
-    """The number of rows is known: without it repeat_interleave asks the device for the sum of its counts."""
-    known: list[bool] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.aten.repeat_interleave.Tensor:
-                known.append((kwargs or {}).get("output_size") is not None)
-            return func(*args, **(kwargs or {}))
-
-    class Chosen(torch.nn.Module):
-        def forward(self, rows: Tensor, experts: Tensor, ones: Tensor) -> Tensor:
-            return experts * ones.long()
-
-    with Watch():
-        chosen = run_local(Chosen(), torch.randn(6, 4), torch.tensor([[2, 0], [1, 3]]))
-    assert chosen.flatten().tolist() == [0, 0, 0, 1, 1, 1] and known == [True]
+    """The number of rows is known. On the meta device there are no counts that could be added up to it."""
+    chosen: Any = lambda rows, experts, ones: experts * ones.long()  # noqa: E731
+    counts = torch.tensor([[2, 0], [1, 3]])
+    assert run_local(chosen, torch.randn(6, 4), counts).flatten().tolist() == [0, 0, 0, 1, 1, 1]
+    assert run_local(chosen, torch.randn(6, 4, device="meta"), counts.to("meta")).shape == (6, 1)
 
 
 # --- the stages of a pipeline: what they do besides training, and their layers
@@ -244,18 +202,16 @@ def steps_and_rest(world: World) -> dict[str, Any]:
     for name in CHUNKS:
         options = {"grad_accum": 4, "eval_tokens": 64}
         trainer = new_trainer(world, {"pp": 2, "schedule": name}, {"n_layers": 4}, options)
-        assert isinstance(trainer.pipeline, Pipeline)
-        trainer.step()
         phases: list[str] = []
         trainer.phase = phases.append
-        trainer.step()
+        for _ in range(2):
+            trainer.step()
         found[name] = {
             "phases": phases,
             "unequal": unequal_replicas(world, trainer.held_alike()),
-            "compared": {holders: list(named) for holders, named in trainer.held_alike().items()},
+            "compared": {tensor for named in trainer.held_alike().values() for tensor in named},
             "validation": [trainer.validate(tokens_at_a_time=n) for n in (48, 8192)],
-            "embedding": trainer.model.state_dict().get("embed.weight"),
-            "names": [n for n, _ in trainer.model.named_parameters()],
+            "names": {n for n, _ in trainer.model.named_parameters()},
         }
     return found
 
@@ -277,13 +233,12 @@ def test_stages_validate_as_one_and_share_the_embedding(name: ScheduleName, rest
         assert found["validation"] == pytest.approx([want, want], rel=1e-6)
         assert {"forward", "backward"} <= set(found["phases"])
         assert found["unequal"] == ([], "")
-    first, last = (set(found["names"]) for found in ranks)
+    first, last = (found["names"] for found in ranks)
     assert first | last == {n for n, _ in trainer.model.named_parameters()}
     assert first & last == (set() if name in ("zbv", "dualpipev") else {"embed.weight"})
     if first & last:
-        assert torch.equal(*(found["embedding"] for found in ranks))
-        compared = {f"{part}embed.weight{key}" for part, key in (("model/", ""), ("optimizer/", "/exp_avg"))}
-        assert all(compared <= set(found["compared"][0, 1]) for found in ranks)
+        of_embedding = {"model/embed.weight", "optimizer/embed.weight/exp_avg"}
+        assert all(of_embedding <= found["compared"] for found in ranks)
 
 
 # Config and layout
@@ -298,10 +253,6 @@ def test_config_refuses_what_a_pipeline_cannot_do(case: dict[str, Any]) -> None:
 
 
 def test_layers_are_divided_where_the_largest_cost_is_smallest() -> None:
-    assert divided([1, 1, 1, 1], 2) == (range(0, 2), range(2, 4))
-    assert divided([1, 1, 1, 4], 2) == (range(0, 3), range(3, 4))
-    assert divided([5, 1, 1, 1, 1, 1], 3) == (range(0, 1), range(1, 3), range(3, 6))
-    assert divided([3, 1], 2) == (range(0, 1), range(1, 2))
     for costs in itertools.product((1, 2, 5), repeat=5):
         for n in range(1, 6):
             got = divided(costs, n)
@@ -310,15 +261,3 @@ def test_layers_are_divided_where_the_largest_cost_is_smallest() -> None:
             best = min(max(sum(costs[i] for i in layers) for layers in way) for way in ways)
             assert max(sum(costs[i] for i in layers) for layers in got) == best
             assert [i for layers in got for i in layers] == list(range(5)) and all(map(len, got))
-
-
-@pytest.mark.parametrize(
-    ("schedule", "ranks"), [("1f1b", (0, 1)), ("interleaved1f1b", (0, 1, 0, 1)), ("dualpipev", (0, 1, 1, 0))]
-)
-def test_stages_are_on_the_ranks_of_their_schedule(schedule: Any, ranks: tuple[int, ...]) -> None:
-    model = Transformer(ModelConfig(**{**SMALL, "n_layers": 6}))
-    layout = StageLayout.of(model, ParallelConfig(pp=2, schedule=schedule))
-    assert layout.ranks == ranks
-    assert sum(map(len, layout.layers)) == 6
-    assert sorted(layout.rows(0) + layout.rows(1)) == list(range(7))  # 5 layers and 2 of MTP have experts
-    assert layout.moe_before(1) == len(layout.layers[0]) - 1

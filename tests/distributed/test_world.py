@@ -15,7 +15,7 @@ from dsmini import machine
 from dsmini.distributed import world as worlds
 from dsmini.distributed.meeting import launcher
 from dsmini.distributed.mesh import unequal_replicas
-from dsmini.distributed.world import World, _joint, joined, own_share, words_of_loss
+from dsmini.distributed.world import World, joined, own_share, words_of_loss
 from tests.distributed.ranks import new_store, outcomes, run_ranks
 
 
@@ -42,12 +42,6 @@ def errors() -> list[tuple[Exception, str, str]]:
         (undecodable, "ValueError", "can't decode byte 0xff"),
         (UnsendableError("beyond the limit", 3), "ValueError", "beyond the limit"),
     ]
-
-
-def test_ranks_with_equal_words_are_named_together() -> None:
-    a, b = ValueError("a"), OSError(errno.EIO, "b")
-    assert str(_joint([a, b, a])) == "ranks 0, 2: a; rank 1: b"
-    assert str(_joint([a, a])) == "a"
 
 
 def test_loss_of_a_rank_is_known_by_the_words_of_gloo_nccl_and_the_store() -> None:
@@ -229,32 +223,6 @@ def test_processes_share_the_cores_that_they_may_use(monkeypatch: pytest.MonkeyP
     for given in (None, 2, 64):
         own_share("cpu", given)
     assert threads == [3, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("line", "files", "want"),
-    [
-        ("0::/a/b", {"cpu.max": "max 100000", "a/cpu.max": "150000 100000", "a/b/cpu.max": "900000 100000"}, 2),
-        ("0::/", {"cpu.max": "20000 100000"}, 1),
-        ("4:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 3),
-        ("4:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 6),
-        ("4:cpuset:/a", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 6),
-        ("0::/", {"cpu.max": "6400000 100000"}, 6),
-    ],
-)
-def test_cores_are_at_most_the_share_of_a_container(
-    monkeypatch: pytest.MonkeyPatch, line: str, files: dict[str, str], want: int
-) -> None:
-    there = {f"/sys/fs/cgroup/{name}": text for name, text in files.items()} | {"/proc/self/cgroup": line}
-
-    def read_text(path: Path, *_: object) -> str:
-        if str(path) in there:
-            return there[str(path)]
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    monkeypatch.setattr(Path, "read_text", read_text)
-    assert machine.cores() == want
 
 
 def test_gpus_are_chosen_before_nccl_and_gloo_sends_what_is_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
