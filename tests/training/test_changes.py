@@ -1,6 +1,7 @@
 """The changes that a resumed run may make, those that other weights allow, and where each setting comes from."""
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,20 @@ import torch
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config.fields import plain
 from dsmini.config.run import ParallelConfig
-from dsmini.training.origin import check_init, check_resume, differences
+from dsmini.training.origin import check_init, check_resume
 from tests.helpers.configs import DSA, V4_MODEL, refusal
 
 OLD = RunConfig(out=Path("runs/x"))
 OTHERS = tomllib.loads(Path(__file__).with_name("other_values.toml").read_text())
 BASES: dict[str, Any] = {"toy": {}, "gqa": {"attention": "gqa", "n_kv_heads": 2}, "dsa": DSA, "v4": V4_MODEL}
-EFFECTS: list[tuple[str, dict[str, Any], list[str]]] = [
-    # changes, and the lines after those of the keys
-    ("data", dict(path=Path("x"), workers=2), []),
-    (
-        "train",
-        dict(max_skipped=3, max_rewinds=3, eval_every=3, eval_tokens=3, eval_context=9, save_every=3, keep=3),
-        [],
-    ),
-    ("train", dict(save_in_background=True, tensorboard=True, diagnose=True, sample_tokens=3, sample_prompt="x"), []),
-    ("train", dict(threads=3, dtype="float32"), ["the result is no longer bit-identical to an unstopped run's"]),
-    ("train", dict(recompute=True, compile=True), ["the result is no longer bit-identical to an unstopped run's"]),
-    ("parallel", dict(ep=2, zero=1), ["the result is no longer bit-identical to an unstopped run's"]),
-    ("train", dict(steps=9, lr=1.0, batch_size=8, mtp_weight=1.0), ["the schedule changes from here on"]),
+OTHER_BITS = "the result is no longer bit-identical to an unstopped run's"
+EFFECTS: list[tuple[str, dict[str, Any], str]] = [  # changes, and what follows the lines of the keys
+    ("data", dict(path=Path("x"), workers=2), ""),
+    ("train", dict(max_skipped=3, max_rewinds=3, save_every=3, keep=3, save_in_background=True, tensorboard=True), ""),
+    ("train", dict(eval_every=3, eval_tokens=3, eval_context=9, diagnose=True, sample_tokens=3, sample_prompt="x"), ""),
+    ("train", dict(threads=3, dtype="float32", recompute=True, compile=True), OTHER_BITS),
+    ("parallel", dict(ep=2, zero=1), OTHER_BITS),
+    ("train", dict(steps=9, lr=1.0, batch_size=8, mtp_weight=1.0), "the schedule changes from here on"),
 ]
 REFUSED: dict[str, dict[str, Any]] = {
     "data": dict(val_fraction=0.2, fim_rate=0.5, document_mask=True, tokenizer=Path("x")),
@@ -42,14 +38,11 @@ def changed(part: str, old: RunConfig = OLD, **changes: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize(("part", "changes", "words"), EFFECTS)
-def test_what_a_resumed_run_may_change(part: str, changes: dict[str, Any], words: list[str]) -> None:
-    new = changed(part, **changes)
-    assert {change.key for change in differences(OLD, new)} == {f"{part}.{key}" for key in changes}
-    lines = check_resume(OLD, new)
+def test_what_a_resumed_run_may_change(part: str, changes: dict[str, Any], words: str) -> None:
+    lines = check_resume(OLD, changed(part, **changes))
     assert {line.split(": ")[0] for line in lines[: len(changes)]} == {f"{part}.{key}" for key in changes}
-    assert [line.startswith("with another ") and line.endswith(words[0]) for line in lines[len(changes) :]] == [
-        True
-    ] * len(words)
+    effect = lines[len(changes) :]
+    assert len(effect) == bool(words) and all(re.match(f"with another .* {words}$", line) for line in effect)
 
 
 @pytest.mark.parametrize("part", REFUSED)

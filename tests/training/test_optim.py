@@ -39,28 +39,23 @@ def is_plain(name: str) -> bool:
     return "norm" in name or "gate" in name
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_each_parameter_has_one_optimizer_and_a_decay(small_model: Build, optimizer: str, moments: str) -> None:
-    for name, (_, _, decay) in movers(small_model(), optimizer=optimizer, moments=moments, weight_decay=0.1).items():
-        assert decay == (0.0 if is_plain(name) else 0.1), name
-
-
 @pytest.mark.parametrize(
     ("given", "tables", "indexer", "gate"),
     [
         ({}, 0.03, 0.003, 0.001),
         ({"gate_lr": None}, 0.03, 0.003, 0.003),
         ({"optimizer": "adamw"}, 0.003, 0.003, 0.001),
+        ({"optimizer": "adamw", "moments": "bfloat16"}, 0.003, 0.003, 0.001),
         ({"lr": 0.5, "gate_lr": None}, 0.5, 0.5, 0.5),
         ({"lr": 1e-5}, 1e-5, 1e-5, 1e-5),
     ],
 )
-def test_default_rate_is_larger_for_tables_next_to_muon(
+def test_default_rates_and_decays_of_each_parameter(
     small_model: Build, given: dict[str, Any], tables: float, indexer: float, gate: float
 ) -> None:
     model = small_model(attention="dsa", index_n_heads=2, index_head_dim=16, index_topk=8)
-    for name, (optimizer, lr, _) in movers(model, **given).items():
+    for name, (optimizer, lr, decay) in movers(model, weight_decay=0.1, **given).items():
+        assert decay == (0.0 if is_plain(name) else 0.1), name
         want = gate if name.endswith("gate.weight") else indexer if ".indexer." in name else tables
         assert lr == want or (optimizer is Muon and ".indexer." not in name), name
 
@@ -76,15 +71,9 @@ def test_muon_moves_the_matrices_between_hidden_states(small_model: Build) -> No
 def test_adamw_moves_what_weighs_in_v4_at_the_rate_of_gates() -> None:
     model = Transformer(ModelConfig(**SMALL | V4_MODEL))
     found = movers(model, optimizer="muon", lr=0.5, gate_lr=0.25, weight_decay=0.1)
-    for name in ("hc_attn.fn", "hc_ffn.base", "hc_ffn.scale", "ffn.gate.weight", "attn.attn_sink"):
-        assert found[f"layers.1.{name}"][1:] == (0.25, 0.0), name
-    for name in (
-        "hc_head.fn",
-        "mtp.0.hc_head.fn",
-        "layers.2.attn.compressor.ape",
-        "layers.1.attn.indexer.compressor.ape",
-    ):
-        assert found[name][1:] == (0.25, 0.0), name
+    for end in ("hc_attn.fn", "hc_ffn.base", "hc_ffn.scale", "hc_head.fn", ".gate.weight", "attn_sink", "ape"):
+        weighing = {name: found[name][1:] for name in found if name.endswith(end)}
+        assert weighing == dict.fromkeys(weighing, (0.25, 0.0)) and weighing, end
     assert found["layers.1.attn.indexer.wq_b.weight"][1:] == (0.5, 0.1) and found["norm.weight"][1:] == (0.5, 0.0)
     for name in ("layers.2.attn.compressor.wgate.weight", "mtp.0.e_proj.weight", "mtp.0.h_proj.weight"):
         assert found[name][0] is Muon, name
@@ -176,19 +165,6 @@ def test_expert_that_lost_its_tokens_keeps_its_momentum() -> None:
 # Muon's iterations, which bring singular values near 1
 
 
-def test_each_halley_step_is_the_best_on_what_the_one_before_leaves() -> None:
-    """It maps the interval [low, 1] onto [new low, 1], touches 1 inside, and ends at 1."""
-    low = 1e-3
-    for a, b, c in HALLEY.coefficients:
-        x = torch.logspace(math.log10(low), 0, 100_001, dtype=torch.float64)
-        y = x * (a + b * x**2) / (1 + c * x**2)
-        assert y.max() <= 1 + 1e-9 and abs(y[-1] - 1) < 1e-9
-        assert y[:50_000].max() > 1 - 1e-6
-        assert abs(y.min() - y[0]) < 1e-9, "the ends of the interval are its worst places"
-        low = y[0].item()
-    assert low > 0.96
-
-
 def spectrum(steps: NewtonSchulz, values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return the singular values that the steps make of these."""
     n = len(values)
@@ -199,7 +175,7 @@ def spectrum(steps: NewtonSchulz, values: Tensor, dtype: torch.dtype = torch.flo
 
 def test_steps_bring_singular_values_near_1() -> None:
     """Two of Halley's steps come closer than five of Jordan's, for singular values whose squares add up to 1."""
-    for steps, low, least in ((JORDAN, 0.0021, 0.68), (JORDAN, 0.003, 0.68), (HALLEY, 0.001, 0.96)):
+    for steps, low, least in ((JORDAN, 0.0021, 0.68), (JORDAN, 0.003, 0.68), (HALLEY, 0.001, 0.9629)):
         small = torch.logspace(math.log10(low), -1, 39, dtype=torch.float64)
         values = spectrum(steps, torch.cat([small, (1 - small.square().sum()).sqrt()[None]]))
         assert values.min() >= least and values.max() <= (1.21 if steps is JORDAN else 1 + 1e-9)

@@ -8,7 +8,7 @@ import os
 import random
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,15 @@ from rich.console import Console
 from dsmini import DataConfig
 from dsmini.checkpoint.run_folder import new_run_folder
 from dsmini.checkpoint.training_state import load_run
-from dsmini.data.corpus import Corpus
 from dsmini.distributed.heartbeat import LONG_PHASES
 from dsmini.machine import peak_memory
-from dsmini.training import run as run_module
 from dsmini.training.outputs import next_command, offered_flags, summarise, summary_lines, write_sample
 from dsmini.training.plots import plot_run, smooth
 from dsmini.training.record import KEYS, History, read_events, read_records
 from dsmini.training.run import TrainingRun
 from tests.conftest import Clock
 from tests.distributed.faults import Fault, inject
+from tests.helpers.configs import DSA
 from tests.helpers.runs import die, differences, new_run, resumed
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -61,23 +60,25 @@ def hangups_count() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("place", "call", "done", "numbers", "options"),
+    ("place", "call", "done", "numbers"),
     [
-        *(("trainer.step", 0, 1, numbers, {}) for numbers in ((INT,), (TERM, INT))),
-        *(("trainer.validate", 0, 3, numbers, {}) for numbers in ((INT,), (TERM, TERM))),
-        *(("_keep", 0, 1, numbers, {}) for numbers in ((HUP, HUP), (INT, TERM, HUP))),
+        ("trainer.step", 0, 1, (TERM, INT)),
+        ("trainer.validate", 0, 3, (INT,)),
+        ("_keep", 0, 1, (HUP, HUP)),
         # the first block of a validation: on the way, at the end, and with the average; a resumed run scores all
-        *(("trainer._score", call, done, (TERM,), {}) for call, done in ((0, 3), (24, 20))),
-        ("trainer._score", 30, 20, (TERM,), {"ema_decay": 0.9}),
+        ("trainer._score", 0, 3, (TERM,)),
+        ("trainer._score", 24, 20, (TERM,)),
+        ("trainer._score", 30, 20, (TERM,)),
     ],
     ids=str,
 )
 @pytest.mark.usefixtures("hangups_count")
 def test_signals_at_any_moment_stop_after_a_step_and_save(
-    tmp_path: Path, place: str, call: int, done: int, numbers: tuple[int, ...], options: dict[str, Any]
+    tmp_path: Path, place: str, call: int, done: int, numbers: tuple[int, ...]
 ) -> None:
     """They come as a function is called, after this many calls of it."""
-    training, count = new_run(tmp_path, steps=20, batch_size=2, save_every=400, **options), itertools.count()
+    training = new_run(tmp_path, steps=20, batch_size=2, save_every=400, ema_decay=0.9)
+    count = itertools.count()
     training.trainer.validate = partial(training.trainer.validate, tokens_at_a_time=16)
     path, _, name = place.rpartition(".")
     owner: Any = getattr(training, path) if path else training
@@ -122,55 +123,47 @@ def test_default_folders_are_numbered_and_never_shared(tmp_path: Path) -> None:
     assert new_run_folder(None, "toy", tmp_path).name == "toy-018"
 
 
-def test_validation_at_the_end_is_capped_on_request(tmp_path: Path) -> None:
-    training = new_run(tmp_path, steps=1, final_eval_tokens=48, eval_context=8, ema_decay=0.5)
+def test_validation_is_repeated_at_a_longer_context_and_capped_at_the_end(tmp_path: Path) -> None:
+    training = new_run(tmp_path, steps=4, final_eval_tokens=64, eval_context=32)
     training.console = Console(file=io.StringIO(), width=200)
-    training.train()
-    row, windows = training.history.records[-1], training.trainer.corpus.windows
-    assert windows(16, 48).tokens == windows(8, 48).tokens == 48
-    assert row["val_loss"] == pytest.approx(training.trainer.validate(windows(16, 48)), rel=1e-6)
-    assert row["val_loss_at_eval_context"] == pytest.approx(training.trainer.validate(windows(8, 48)), rel=1e-6)
-    said = training.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert "validating on 48 of 96 held-out tokens, spread evenly (all of them: --train.final-eval-tokens 96)" in said
-    summary = summarise(training)
-    assert (summary["val_tokens"], summary["held_out_tokens"]) == (48, 96)
-    assert "48 of 96 held-out tokens, in windows of 16" in dict(summary_lines(summary))["validation"]
-
-
-def test_each_validation_is_repeated_at_a_context_beyond_that_of_training(tmp_path: Path) -> None:
-    training = new_run(tmp_path, steps=4, eval_context=32)
     assert training.train()
-    rows, windows = read_records(tmp_path), training.trainer.corpus.windows(32)
+    rows, windows = read_records(tmp_path), training.trainer.corpus.windows
     assert [row["step"] for row in rows if row["val_loss_at_eval_context"] is not None] == [3, 4]
-    assert rows[-1]["val_loss_at_eval_context"] == pytest.approx(training.trainer.validate(windows), rel=1e-6)
+    for key, length in (("val_loss", 16), ("val_loss_at_eval_context", 32)):
+        assert windows(length, 64).tokens == 64
+        assert rows[-1][key] == pytest.approx(training.trainer.validate(windows(length, 64)), rel=1e-6)
     assert rows[-1]["val_loss_at_eval_context"] != rows[-1]["val_loss"]
-    assert "nats in windows of 32" in dict(summary_lines(summarise(training)))["at context"]
+    said = training.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "validating on 64 of 96 held-out tokens, spread evenly (all of them: --train.final-eval-tokens 96)" in said
+    summary = summarise(training)
+    assert (summary["val_tokens"], summary["held_out_tokens"]) == (64, 96)
+    lines = dict(summary_lines(summary))
+    assert "64 of 96 held-out tokens, in windows of 16" in lines["validation"]
+    assert "nats in windows of 32" in lines["at context"]
 
 
 @pytest.mark.parametrize(("trained", "tokens"), [(1_638_400, 819_200), (2048, 131_072)])
-def test_final_validation_takes_half_the_trained_tokens(
-    training: TrainingRun, monkeypatch: pytest.MonkeyPatch, trained: int, tokens: int
-) -> None:
-    taken, trainer = Mock(), training.trainer
-    monkeypatch.setattr(Corpus, "windows", taken)
+def test_final_validation_takes_half_the_trained_tokens(training: TrainingRun, trained: int, tokens: int) -> None:
+    trainer = training.trainer
+    trainer.corpus = dataclasses.replace(trainer.corpus, val=np.zeros(1_000_000, np.uint8))
     trainer.sequences = trained // trainer.config.seq_len
-    trainer.final_windows()
-    taken.assert_called_once_with(trainer.config.seq_len, tokens)
+    assert trainer.final_windows().tokens == tokens
 
 
 def test_record_has_data_wait_and_memory_of_the_step(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step takes 2 s, of which it waits half a second for its batch."""
     clock, trainer = Clock(monkeypatch), training.trainer
+    take = trainer.loader.take
 
-    def after(seconds: float, real: Callable[..., Any]) -> Callable[..., Any]:
-        def slow(*args: Any) -> Any:
-            clock.now += seconds
-            return real(*args)
+    def slow_take(requests: Any) -> Any:
+        clock.pay(0.5)
+        return take(requests)
 
-        return slow
+    def phase(name: str) -> None:
+        clock.pay(1.5 if name == "optimizer" else 0.0)
 
-    monkeypatch.setattr(trainer, "train_parts", after(1.5, trainer.train_parts))
-    monkeypatch.setattr(trainer.loader, "take", after(0.5, trainer.loader.take))
+    monkeypatch.setattr(trainer.loader, "take", slow_take)
+    trainer.phase = phase
     training._keep(trainer.step())
     row = training.history.records[-1]
     assert (row["seconds"], row["data_wait"]) == (2.0, 0.25)
@@ -190,31 +183,25 @@ def test_drawings_on_the_way_are_far_apart(training: TrainingRun, monkeypatch: p
 def test_picture_that_cannot_be_written_ends_no_run(
     training: TrainingRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With several processes it would end rank 0 alone, and the others without a save."""
-    monkeypatch.setattr(run_module, "plot_run", Mock(side_effect=OSError(28, "No space left on device")))
+    """With several processes it would end rank 0 alone, and the others without a save. The old picture stays."""
+
+    def half(self: Figure, path: Path, **_: object) -> None:
+        path.write_bytes(b"\x89PNG")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    (training.folder / "loss.png").write_text("old")
     training.next_plot, training.console.quiet = 0.0, False
     assert training.train()
     assert_saved(training, 20)
     assert f"cannot draw the plots of {training.folder}: No space left" in " ".join(capsys.readouterr().out.split())
+    assert [path.read_text() for path in training.folder.glob("*.png*")] == ["old"]
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_picture_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a run without a finite figure."""
-    row = dict.fromkeys(KEYS) | {"step": 1, "lr": 1e38}
-    plot_run(tmp_path, [row], {"block 1": [1.0, 1.0]})
-    before = (tmp_path / "loss.png").read_bytes()
-    assert before.startswith(b"\x89PNG")
-
-    def half(self: Figure, path: Path, **_: object) -> None:
-        path.write_bytes(b"\x89PNG")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Figure, "savefig", half)
-    with pytest.raises(OSError, match="no space"):
-        plot_run(tmp_path, [row], {})
-    assert (tmp_path / "loss.png").read_bytes() == before
-    assert not list(tmp_path.glob("*.partial*"))
+def test_run_without_a_finite_figure_has_a_picture(tmp_path: Path) -> None:
+    plot_run(tmp_path, [dict.fromkeys(KEYS) | {"step": 1, "lr": 1e38}], {"block 1": [1.0, 1.0]})
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_smoothed_curve_does_not_lag() -> None:
@@ -253,18 +240,10 @@ def test_prompt_that_leaves_no_room_is_said_and_the_run_is_whole(run: TrainingRu
 
 
 def test_interrupted_sample_ends_its_line(run: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = run.console.out, []
-
-    def interrupted(*args: object, **kwargs: Any) -> None:
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        real(*args, **kwargs)
-
-    monkeypatch.setattr(run.console, "out", interrupted)
+    monkeypatch.setattr(run.console, "out", Mock(side_effect=[None, KeyboardInterrupt]))
     with pytest.raises(KeyboardInterrupt):
         write_sample(run)
-    assert run.console.file.getvalue().endswith(f"\n{'─' * 80}\n")
+    assert run.console.file.getvalue().endswith(f"\n\n{'─' * 80}\n")
 
 
 @pytest.mark.parametrize(
@@ -290,12 +269,9 @@ def test_next_command_fits_the_stage_and_the_end_of_the_run(run: TrainingRun) ->
     run.trainer.corpus = dataclasses.replace(run.trainer.corpus, val=np.zeros(200, np.uint8))
     run.history.records.append({"loss": 1.0})
     assert next_command(run) == f"python -m dsmini.generate {folder}"
-    sparse = {"attention": "dsa", "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
-    run.config = dataclasses.replace(
-        run.config,
-        model=dataclasses.replace(run.config.model, **sparse),
-        train=dataclasses.replace(run.config.train, dsa_stage="warmup"),
-    )
+    model, train = run.config.model, run.config.train
+    sparse = {"model": dataclasses.replace(model, **DSA), "train": dataclasses.replace(train, dsa_stage="warmup")}
+    run.config = dataclasses.replace(run.config, **sparse)
     assert next_command(run) == f"python -m dsmini.train --init {folder}"
     run.history.records.append({"loss": None})
     assert next_command(run) == f"python -m dsmini.diagnose {folder}"
