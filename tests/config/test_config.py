@@ -35,22 +35,13 @@ def test_every_config_is_found_by_name_and_builds(path: Path, tmp_path: Path, mo
 
 SHARE, ABOVE_0, PARTS = st.floats(0, 1), st.floats(1e-9, 1e9), st.integers(1, 4)
 PATHS = st.none() | st.sampled_from(["book.txt", "a b/ü.txt", ".", 'quo"te\\', "[x]"]).map(Path)
-TRAIN: dict[str, st.SearchStrategy[Any]] = {
-    "steps": st.integers(1, 10**9),
+TRAIN: dict[str, st.SearchStrategy[Any]] = {  # one or two fields of each type
     "seq_len": st.none() | st.just(3),
     "lr": st.none() | ABOVE_0,
     "lr_schedule": st.tuples(SHARE.map("warmup {}".format), SHARE.map("cosine to {}".format)),
-    "beta1": st.floats(0, 0.999),
-    "beta2": st.floats(0, 0.999),
-    "weight_decay": st.just(0.0) | ABOVE_0,
-    "grad_clip": ABOVE_0,
-    "bias_speed": st.just(0.0) | ABOVE_0,
-    "balance_counts": st.sampled_from(["published", "routed"]),
     "recompute": st.booleans(),
     "sample_prompt": st.text(min_size=1, max_size=9),
     "seed": st.integers(0, 2**63 - 1),
-    "device": st.sampled_from(["auto", "cpu", "cuda:1"]),
-    "dtype": st.sampled_from(["auto", "float32", "bfloat16"]),
     "threads": st.none() | PARTS,
 }
 
@@ -148,7 +139,6 @@ RATIOS = HF_V4["compress_ratios"]
         ({"layer_types": ["mamba"] * 43}, "cannot honour; want sliding_attention"),
         ({"mlp_layer_types": ["moe"] * 42 + ["hash_moe"]}, "want hash_moe for the first layers"),
         ({"mlp_layer_types": ["moe"] * 43}, "num_hash_layers=3, and 0 in other words"),
-        ({"layer_types": [CSA] * 43, "compress_rates": {CSA: 8, HCA: 128}}, "a rate of 4 for the second"),
         ({"layer_types": [CSA] * 43, "compress_rates": {CSA: 4, HCA: 4}}, "a rate of 4 for the second"),
     ],
 )
@@ -207,30 +197,10 @@ def test_missing_method_goes_by_the_model_type(tmp_path: Path) -> None:
         assert read(tmp_path, raw) == released(name)
 
 
-def test_missing_temperatures_take_yarn_defaults(tmp_path: Path) -> None:
-    """YaRN then has its default, 0.1 ln(factor) + 1 on cos and sin, and none on the logit as a whole."""
-    rope = {key: value for key, value in HF_V3["rope_scaling"].items() if not key.startswith("mscale")}
-    config = read(tmp_path, HF_V3 | {"rope_scaling": rope})
-    assert config == released("deepseek-v3", mscale=1.0, mscale_all_dim=0.0)
-
-
-def test_keys_of_other_programs_change_nothing(tmp_path: Path) -> None:
-    theirs = {"_attn_implementation_autoset": True, "unsloth_fixed": True, "unsloth_version": "2025.3.19"}
-    assert read(tmp_path, HF_V3 | theirs) == released("deepseek-v3")
-
-
-@pytest.mark.parametrize(("mtp", "dense"), [(0, 2), (1, 3)])
-def test_a_model_of_few_layers_may_be_dense_as_a_whole(tmp_path: Path, mtp: int, dense: int) -> None:
-    """Small models keep V3's first_k_dense_replace."""
-    raw = HF_V3 | {"num_hidden_layers": 2, "first_k_dense_replace": 5, "num_nextn_predict_layers": mtp}
-    assert read(tmp_path, raw).n_dense_layers == dense
-
-
-@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers"])
-def test_mtp_layers_are_read_from_either_key(tmp_path: Path, key: str) -> None:
-    raw = {k: v for k, v in HF_V3.items() if k != "num_nextn_predict_layers"}
-    assert read(tmp_path, raw).n_mtp_layers == 0
-    assert read(tmp_path, raw | {key: 2}).n_mtp_layers == 2
+@pytest.mark.parametrize("case", CASES["hugging_face"], ids=str)
+def test_keys_of_config_json_are_honoured(tmp_path: Path, case: dict[str, Changes]) -> None:
+    raw = {key: value for key, value in (HF_V3 | case["raw"]).items() if value != "left out"}
+    assert read(tmp_path, raw) == released("deepseek-v3", **case["want"])
 
 
 # DeepSeek's inference JSON
@@ -266,15 +236,15 @@ HF_FLASH, HF_PRO = released_json("deepseek-v4-flash"), released_json("deepseek-v
 RELEASED = pytest.mark.parametrize(("name", "raw"), [("deepseek-v4-flash", HF_FLASH), ("deepseek-v4-pro", HF_PRO)])
 
 
-def as_transformers_writes(raw: Changes, hca: int = 128) -> Changes:
+def as_transformers_writes(raw: Changes) -> Changes:
     """Spell out the kind of each layer, and nest both kinds of rotary tables, as save_pretrained of 5.24 does."""
     n, hashed = raw["num_hidden_layers"], raw["num_hash_layers"]
-    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention", hca: "heavily_compressed_attention"}
+    kinds = {0: "sliding_attention", 4: CSA, 128: HCA}
     part, yarn = {"partial_rotary_factor": 0.125}, dict(raw["rope_scaling"])
     left_out = ("compress_ratios", "num_hash_layers", "rope_scaling", "quantization_config", "torch_dtype")
     return {key: value for key, value in raw.items() if key not in left_out} | {
         "layer_types": [kinds[ratio] for ratio in raw["compress_ratios"][:n]],
-        "compress_rates": {kinds[4]: 4, kinds[hca]: hca},
+        "compress_rates": {CSA: 4, HCA: 128},
         "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (n - hashed),
         "rope_parameters": {
             "main": {"rope_type": "default", "rope_theta": 10000, **part},
@@ -314,7 +284,7 @@ def test_a_ratio_that_transformers_does_not_know_is_written_in_its_words_too(tmp
     ratios = (0, 4, 16, *[4] * 40)
     config = released("deepseek-v4-flash", compress_ratios=ratios, original_seq_len=None, rope_factor=40.0)
     out = config_to_json(dataclasses.asdict(config))
-    assert out["compress_rates"] == {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16}
+    assert out["compress_rates"] == {CSA: 4, HCA: 16}
     assert read(tmp_path, out) == config
     del out["compress_ratios"]
     assert read(tmp_path, out) == config
