@@ -156,7 +156,7 @@ def randomise(module: M) -> M:
                 tensor.uniform_(-0.4, 0.1)
             elif tensor.dim() == 1:
                 tensor.uniform_(0.5, 1.5)
-            elif tensor.is_floating_point():  # not a table of experts
+            else:
                 tensor.normal_(std=tensor.shape[-1] ** -0.5)
     return module
 

@@ -5,7 +5,6 @@ import re
 import runpy
 import shlex
 import shutil
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,25 +34,25 @@ def commands() -> list[tuple[str, str]]:
     return [tuple(command.partition(" ")[::2]) for command in dict.fromkeys(found)]
 
 
+FEW = {
+    "dsmini.generate": "--max-new-tokens 4",
+    "dsmini.compare": "--seeds 1 --set data.path=book.txt train.steps=1 train.final_eval_tokens=256",
+}
+"""Flags that let a command do little."""
+
+
 def smaller(module: str, arguments: str) -> str:
-    if "--help" in arguments:
-        return arguments
-    if module == "dsmini.generate":
-        return f"{arguments} --max-new-tokens 4"
-    if module == "dsmini.tokenize":
-        return arguments.replace("FILE_OR_FOLDER", "book.txt")
+    arguments = arguments.replace("FILE_OR_FOLDER", "book.txt")
     if module == "dsmini.diagnose":
         return "small.toml --quick --rounds 5 --only replay"
-    if module == "dsmini.compare":
-        return f"{arguments} --seeds 1 --set data.path=book.txt train.steps=1 train.final_eval_tokens=256"
-    if module in ("dsmini.convert", "dsmini.explain", "dsmini.plan"):
-        return arguments
+    if module != "dsmini.train" or "--help" in arguments:
+        return f"{arguments} {FEW.get(module, '')}"
     if "--train.eval-context" in arguments:  # lengths in the same proportion
         arguments = arguments.replace("1024", "32").replace("256", "8")
     if "--resume" in arguments:  # the only setting that differs from the run it goes on with
         return re.sub(r"--train.steps \d+", "--train.steps 4", arguments)
     text = "" if "--data.path" in arguments else " --data.path book.txt"
-    return f"{arguments.replace('FILE_OR_FOLDER', 'book.txt')}{text} --train.steps 2 {TINY}"
+    return f"{arguments}{text} --train.steps 2 {TINY}"
 
 
 def test_every_command_of_a_page_has_known_flags_and_files() -> None:
@@ -99,7 +98,7 @@ def test_the_python_runs(page: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         assert printed == re.findall(r"^print\(.*#\s*(.+)$", block, re.MULTILINE)
 
 
-def test_style_names_a_dead_link_a_bare_claim_and_an_old_picture(tmp_path: Path) -> None:
+def test_style_names_a_dead_link_and_a_bare_claim(tmp_path: Path) -> None:
     style = runpy.run_path(str(ROOT / ".ci" / "style.py"))
     page = tmp_path / "claims.md"
     table = "| claim | command |\n| --- | --- |\n| it is fast | try |\n"
@@ -107,16 +106,6 @@ def test_style_names_a_dead_link_a_bare_claim_and_an_old_picture(tmp_path: Path)
     named = ["heading #two", "none.md", "without its command"]
     found = [words for _, words in style["check_page"](page)]
     assert len(found) == 3 and all(name in words for name, words in zip(named, found, strict=True))
-    for picture, (script, drawn) in tomllib.loads((ROOT / "docs" / "pictures.toml").read_text()).items():
-        assert (ROOT / picture).exists() and style["code_of"](picture, script) == drawn
-    code = style["code_of"].__globals__
-    code["ROOT"] = tmp_path
-    (tmp_path / "page.md").write_text('```python\nf.savefig("a.png")\n```\n')
-    before = style["code_of"]("a.png", "page.md")
-    (tmp_path / "page.md").write_text('Words.\n```python\nf.savefig("a.png")  # a comment\n```\n')
-    assert style["code_of"]("a.png", "page.md") == before
-    (tmp_path / "page.md").write_text('```python\ng.savefig("a.png")\n```\n')
-    assert style["code_of"]("a.png", "page.md") != before
 
 
 def test_block_diagram_has_the_counts_of_the_model() -> None:

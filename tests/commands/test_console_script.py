@@ -1,6 +1,5 @@
 """What all commands share: `dsmini COMMAND`, quick imports, printable words, one word after Ctrl-C; and explain."""
 
-import ast
 import importlib
 import json
 import os
@@ -103,9 +102,6 @@ def test_explain_command_prints_a_table_or_json(tmp_path: Path, monkeypatch: pyt
     assert said.keys() >= {"quantize", "linear", "blocks_step", "muon_update", "topk_attention"}
     assert said["experts"] == {"backend": "eager", "why": "forced"}
     assert said["quantize"] == {"backend": "reference", "why": "no eager version"}
-    monkeypatch.setenv("DSMINI_BACKEND", "gpu")
-    ((status, refused),) = run_all([("dsmini.explain", "--json")], tmp_path)
-    assert status == 2 and refused.startswith("error: DSMINI_BACKEND='gpu' is unknown; ") and refused.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -142,7 +138,6 @@ def test_lines_errors_and_warnings_are_printable(capsys: pytest.CaptureFixture[s
     done = subprocess.run([sys.executable, "-c", program, HOSTILE], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == f"warning: {SHOWN}\nerror: {SHOWN}\n"
-    assert "\x1b" not in done.stderr
 
 
 # heavy libraries are loaded where they are used
@@ -160,19 +155,6 @@ def test_help_and_plans_load_no_heavy_library() -> None:
     loaded = json.loads(printed_by(f"HEAVY, LIGHT = {HEAVY!r}, {LIGHT!r}\n{PROGRAM}"))
     assert set(loaded.pop(PLAN)) <= {"jinja2"}, "importing torch alone takes longer than a plan may"
     assert loaded == {line: [] for line in ["import dsmini", *LIGHT[:-1]]}
-
-
-def test_lazy_names_are_those_that_type_checkers_see() -> None:
-    tree = ast.parse(Path(dsmini.__file__).read_text())
-    (block,) = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
-    seen = {
-        node.module: {alias.name for alias in node.names} for node in block.body if isinstance(node, ast.ImportFrom)
-    }
-    packages = seen.pop("dsmini")
-    assert seen == {home: set(names) for home, names in dsmini.HOMES.items()}
-    assert packages <= set(dsmini.PACKAGES)
-    assert set(dsmini.__all__) == {"__version__"} | packages | {name for names in seen.values() for name in names}
-    assert set(dsmini.__all__) <= set(dir(dsmini)) and not hasattr(dsmini, "Nothing")
 
 
 def test_layers_and_loading_load_no_compiler(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 from dsmini.console.progress import Progress
 from dsmini.report.units import human
 from tests.helpers.commands import ROOT, check_refused, run, run_all
-from tests.helpers.configs import CONFIGS
+from tests.helpers.configs import CONFIGS, written
+from tests.helpers.corpora import lay_out
 from tests.helpers.released_configs import HF_V3
 
 V3 = CONFIGS / "deepseek-v3.toml"
@@ -25,15 +26,12 @@ SAYS = tomllib.loads(Path(__file__).with_name("plan_says.toml").read_text())
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
-    (folder / "config.json").write_text(json.dumps(HF_V3))
-    (folder / "llama.json").write_text('{"model_type": "llama", "hidden_size": 4096}')
-    (folder / "broken.toml").write_text("[model\n")
-    (folder / "taken").write_text("")
+    lay_out(folder, {"broken.toml": b"[model\n", "empty.toml": b"# nothing\n[train]\n", "taken": b"", "notes.md": b""})
+    written(folder, HF_V3, "config.json")
+    written(folder, HF_V3 | {"model_type": "deepseek_v41"}, "later.json")
+    written(folder, {"model_type": "llama", "hidden_size": 4096}, "llama.json")
+    written(folder, {}, "empty.json")
     (folder / "held" / "plan.html").mkdir(parents=True)
-    (folder / "empty.toml").write_text("# nothing\n[train]\n")
-    (folder / "later.json").write_text(json.dumps(HF_V3 | {"model_type": "deepseek_v41"}))
-    (folder / "empty.json").write_text("{}")
-    (folder / "notes.md").write_text("# Notes\n")
     shutil.copy(Path(__file__).with_name("place") / "mine.toml", folder)
     return folder
 
@@ -69,11 +67,8 @@ def test_json_has_every_figure_in_base_units(place: Path) -> None:
     }
     assert found["layout"]["pipeline"] == 16 and found["hardware"] == "h800" and found["fits"]
     assert found["binds"] == {"training": "compute", "decode": "memory traffic", "prefill": "links between nodes"}
-    assert sum(map(len, found["figures"].values())) > 150
     assert found["work"] == {"batch": 15360, "seq_len": 4096, "tokens": pytest.approx(14.8e12, rel=1e-3)}
-    assert (found["serving"]["context"], found["serving"]["sequences"], found["serving"]["drafts"]) == (4096, 32, 1)
-    assert [found["deployments"]["decode"][name] for name in ("gpus", "tensor", "redundant")] == [320, 4, 64]
-    assert found["figures"]["training"]["nodes_reached"]["value"] == pytest.approx(3.97, abs=0.01)
+    assert (found["serving"]["context"], found["deployments"]["decode"]["gpus"]) == (4096, 320)
     assert found["warnings"] == {"training": [], "inference": []}
     theirs = record("config.json", place)["figures"]["model"]
     assert {n: f["value"] for n, f in found["figures"]["model"].items()} == {n: f["value"] for n, f in theirs.items()}
@@ -92,30 +87,18 @@ def test_json_of_published_figures_variations_and_searches(place: Path) -> None:
     assert [(p["kv_lora_rank"], p["hardware"], p["kv_cache"]) for p in pairs] == [
         (rank, hardware, cache) for rank, cache in ((128, 23_424), (512, 70_272)) for hardware in ("h100", "h800")
     ]
-    layouts = record("deepseek-v3 --gpus 256 --schedule 1f1b --recompute full --search", place)["layouts"]
+    layouts = record("deepseek-v3 --gpus 256 --schedule 1f1b --recompute full --search --out found", place)["layouts"]
     times = [layout["step_seconds"] for layout in layouts]
     assert times == sorted(times) and all(layout["gpus"] == 256 and layout["binds"] for layout in layouts)
-    assert all(layout["memory"] <= 80 * 2**30 for layout in layouts)
+    assert json.loads((place / "found/plan.json").read_text())["layouts"] == layouts
+    page = re.sub("<[^>]+>", "", (place / "found/plan.html").read_text())
+    assert f"The fullest GPU needs {human(layouts[0]['memory'], 'B')} of" in page, "the page plans the fastest"
     own = record("toy --hardware mine.toml", place)
     assert own["hardware"] == "mine" and own["layout"]["gpus"] == 1
 
 
-def test_page_of_a_search_plans_the_fastest(place: Path) -> None:
-    command = "deepseek-v3 --gpus 256 --schedule 1f1b --recompute full --search --out found"
-    ((status, _),) = run_all([("dsmini.plan", command)], place)
-    fastest = json.loads((place / "found/plan.json").read_text())["layouts"][0]
-    page = (place / "found/plan.html").read_text()
-    assert status == 0 and f"The fullest GPU needs {human(fastest['memory'], 'B')} of" in re.sub("<[^>]+>", "", page)
-
-
 def test_mistake_is_a_sentence_and_status_2(place: Path) -> None:
     check_refused("dsmini.plan", place)
-
-
-def test_help_names_the_choices_of_a_flag_without_a_default(place: Path) -> None:
-    ((status, output),) = run_all([("dsmini.plan", "--help")], place, columns=120)
-    assert status == 0 and "--recompute none|selective|full" in output and "--zero 0|1|2|3" in output
-    assert "--gpus INT" in output and "LITERAL" not in output
 
 
 def test_full_output_is_no_fault_of_a_folder() -> None:

@@ -109,16 +109,6 @@ def test_terminal_shows_label_words_and_time_left() -> None:
     assert "a line [above] the bar" in shown and "validation" in shown
 
 
-def test_terminal_shows_no_bar_for_short_work(clock: list[float]) -> None:
-    console = terminal()
-    with Progress(console, 100, "reading", unit="bytes") as bar:
-        bar.add(60)
-        assert said(console) == ""
-        clock[0] += 2
-        bar.add(40)
-    assert "reading" in said(console) and (bar.done, bar.seconds) == (100, 2)
-
-
 def test_stages_follow_each_other_and_leave_no_bar(clock: list[float]) -> None:
     shown = run_bar(console := terminal(), clock, PIPES["stages of tokens"])
     assert shown[0] == "" and "2,000 of 2,000 tokens" in shown[1] == shown[2] and "2 of 9 tokens" in shown[3]

@@ -58,20 +58,19 @@ class Chromium:
         """Send a command of the protocol and return its result."""
         self._sent += 1
         message: dict[str, Any] = {"id": self._sent, "method": method, "params": parameters}
-        os.write(
-            self._out, json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0"
-        )
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
         while (answer := self._receive()).get("id") != self._sent:
             self.events.append(answer)
         assert "error" not in answer, (method, answer["error"])
         return answer["result"]
 
-    def open(self, page: Path, width: int = 1280, height: int = 900, **media: str) -> None:
-        """Show a page in a window of this size, with media such as prefers_color_scheme="dark"."""
+    def open(self, page: Path, width: int = 1280, **media: str) -> None:
+        """Show a page in a window of this width, with media such as prefers_color_scheme="dark"."""
         self.events.clear()
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
-        )
+        size: dict[str, Any] = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
         features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
         self.call("Emulation.setEmulatedMedia", features=features)
         self.call("Page.navigate", url=page.resolve().as_uri())
