@@ -114,11 +114,8 @@ def test_linked_folders_are_read_once_and_a_packed_copy_is_left_out(tmp_path: Pa
     for link in (texts / "one", texts / "two", tmp_path / "elsewhere/deep/back"):
         link.symlink_to(tmp_path / "elsewhere")
     corpus = corpora.load(tmp_path)
-    assert (
-        corpus.files == 2
-        and set(both(corpus)) == set(b"linked text \0")
-        and corpus.left_out == ("b.txt.gz (b.txt is there)",)
-    )
+    assert corpus.files == 2 and set(both(corpus)) == set(b"linked text \0")
+    assert corpus.left_out == ("b.txt.gz (b.txt is there)",)
 
 
 def test_links_to_a_file_are_read_once(tmp_path: Path) -> None:
@@ -351,20 +348,13 @@ def test_rearrangement_depends_on_seed_and_name_alone(place: Path) -> None:
     assert sum(other[text] == before[text] for text in other.keys() & before.keys()) < 5
 
 
-def arranged(text: bytes, seed: int) -> tuple[bytes, bytes, bytes]:
-    """Return prefix, suffix and middle of a document that is rearranged."""
-    parts = arrange(text, "name", 1.0, seed, ByteTokenizer())
-    assert parts is not None
-    (begin, prefix, hole, suffix, end, middle) = parts
-    assert (begin, hole, end) == (BEGIN, HOLE, END)
-    assert isinstance(prefix, bytes) and isinstance(middle, bytes) and isinstance(suffix, bytes)
-    return prefix, suffix, middle
-
-
 def test_cuts_are_uniform() -> None:
     seen = np.zeros(5)
     for seed in range(5000):
-        prefix, _, middle = arranged("äöüß".encode(), seed)
+        parts = arrange("äöüß".encode(), "name", 1.0, seed, ByteTokenizer())
+        assert parts is not None
+        _, prefix, _, _, _, middle = parts
+        assert isinstance(prefix, bytes) and isinstance(middle, bytes)
         for at in (len(prefix), len(prefix) + len(middle)):
             seen[at // 2] += 1
     assert np.abs(seen - 2000).max() < 5 * 40  # binomial of 10000 at a fifth
@@ -405,6 +395,7 @@ Change = Callable[[Path], object]
 def test_corpus_is_tokenized_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = corpora.load(place)
     assert "tokenized once into" in first.cache
+    assert "too short" in refusal(corpora.load, place, seq_len=10**6), "whatever is in the cache"
     monkeypatch.setattr(ByteTokenizer, "encode_all", None)
     second = corpora.load(place, seed=1)
     assert "read from" in second.cache
@@ -507,12 +498,3 @@ def test_slower_builder_takes_what_is_there(place: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(tokenized.CorpusCache, "_keep", meanwhile)
     outside = corpora.load(place)
     assert np.array_equal(outside.train, inside[0].train) and len(corpora.entries(place)) == 1
-
-
-def test_too_short_corpus_is_not_stored(place: Path) -> None:
-    with pytest.raises(ValueError, match="too short"):
-        corpora.load(place, seq_len=10**6)
-    assert not (place / "corpus").exists()
-    corpora.load(place)
-    with pytest.raises(ValueError, match="too short"):
-        corpora.load(place, seq_len=10**6)

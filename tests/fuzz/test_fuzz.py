@@ -138,16 +138,6 @@ def run_folder(place: Path) -> Target:
     return Target(files, use, [*files, *["config.toml"] * 3], least=0.1)
 
 
-def derived_files(place: Path) -> Target:
-    """Return the files of a run that are never in the way."""
-
-    def use(run: Path) -> None:
-        assert read_summary(run) is not None
-        assert len(read_records(run)) <= 5
-
-    return Target(run_files(place), use, ["summary.json", "metrics.jsonl"], least=0)
-
-
 def checkpoint_whose_checksums_are_right(place: Path) -> Target:
     """Return a checkpoint with damage older than its manifest, so that the readers meet it; the earlier one serves."""
 
@@ -158,11 +148,8 @@ def checkpoint_whose_checksums_are_right(place: Path) -> Target:
         load_run(last, say=lambda line: None)
 
     files = run_files(place)
-    return Target(
-        files,
-        use,
-        [name for name in files if "step-000004" in name and not name.endswith((MANIFEST, "optimizer.safetensors"))],
-    )
+    left_out = (MANIFEST, "optimizer.safetensors")
+    return Target(files, use, [name for name in files if "step-000004" in name and not name.endswith(left_out)])
 
 
 def corpus_meta(place: Path) -> Target:
@@ -181,7 +168,7 @@ def corpus_meta(place: Path) -> Target:
 
 SEEDS: dict[Callable[[Path], Target], int] = {
     **{published_folder: 100, sharded_fp8_folder: 50, inference_json: 60, text_side: 50, chat_template: 12},
-    **{tokenizer: 40, small_tokenizer: 200, run_toml: 120, run_folder: 30, derived_files: 40},
+    **{tokenizer: 40, small_tokenizer: 200, run_toml: 120, run_folder: 30},
     **{checkpoint_whose_checksums_are_right: 24, corpus_meta: 40},
 }
 FEW = 12
@@ -332,9 +319,8 @@ def edited_toml(content: bytes, draw: random.Random) -> bytes:
     elif kind == 1:
         lines.insert(draw.randrange(len(lines)), lines[i])
     elif kind == 2:
-        lines.insert(
-            i, draw.choice(["[" * 2000, "a." * 90000 + "a = 1", "a = " + "[" * 100_000, "[a]\n" * 9, "=", "["])
-        )
+        new = ["[" * 2000, "a." * 90000 + "a = 1", "a = " + "[" * 100_000, "[a]\n" * 9, "=", "["]
+        lines.insert(i, draw.choice(new))
     else:
         texts = [*RAW, "inf", "nan", "0x" + "f" * 5000, "1979-05-27", *map(json.dumps, VALUES)]
         lines[i] = f"{lines[i].partition('=')[0]} = {draw.choice(texts)}"
