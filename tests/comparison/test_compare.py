@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dsmini.comparison.results import HEAD, Results, head_of, opened, read_resul
 from dsmini.comparison.trial import draw_by_name, drawn_by_name, prepared
 from dsmini.nn.gate import HashGate, hash_table
 from tests.helpers.commands import ROOT, check_refused, finish, run, start
+from tests.helpers.configs import refusal, written
 
 PLACE = Path(__file__).with_name("place")
 IDEA = """\
@@ -59,30 +61,27 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_what_an_idea_imports_is_a_part_of_it(tmp_path: Path) -> None:
-    (tmp_path / "idea.py").write_text("from helper_of_idea import scale\nimport json\ndef make(c): return scale(c)\n")
-    (tmp_path / "helper_of_idea.py").write_text("import deeper_of_idea as d\ndef scale(c): return d.SCALE\n")
-    (tmp_path / "deeper_of_idea.py").write_text("SCALE = 1\n")
-    (tmp_path / "other.py").write_text("")
+    """A package begins with its __init__.py, and imports its modules by a dot."""
+    (tmp_path / "part_of_idea").mkdir()
+    sources = {
+        "idea.py": "from helper_of_idea import scale\nimport json, part_of_idea.sub\ndef make(c): return scale(c)\n",
+        "helper_of_idea.py": "import deeper_of_idea as d\ndef scale(c): return d.SCALE\n",
+        "deeper_of_idea.py": "SCALE = 1\n",
+        "part_of_idea/__init__.py": "ONE = 1\n",
+        "part_of_idea/sub.py": "from . import ONE\nfrom .near import TWO\n",
+        "part_of_idea/near.py": "TWO = 2\n",
+    }
+    for name, source in sources.items():
+        (tmp_path / name).write_text(source)
     arm = Arm(name="x", config=RunConfig(), function=f"{tmp_path / 'idea.py'}:make")
-    before = arm.describe()
+    seen = [arm.describe()]
     assert make_model_of(arm.function)(ModelConfig()) == 1, "its folder is looked at, wherever the command runs"
     (tmp_path / "other.py").write_text("1")
-    assert arm.describe() == before
-    (tmp_path / "deeper_of_idea.py").write_text("SCALE = 30\n")
-    assert arm.describe() != before
-
-
-@pytest.mark.parametrize("changed", ["part_of_idea/__init__.py", "part_of_idea/near.py"])
-def test_packages_that_an_idea_imports_are_parts_of_it(tmp_path: Path, changed: str) -> None:
-    (tmp_path / "part_of_idea").mkdir()
-    (tmp_path / "idea.py").write_text("import part_of_idea.sub\ndef make(c): return part_of_idea.sub.SCALE\n")
-    (tmp_path / "part_of_idea" / "__init__.py").write_text("ONE = 1\n")
-    (tmp_path / "part_of_idea" / "sub.py").write_text("from . import ONE\nfrom .near import TWO\nSCALE = ONE + TWO\n")
-    (tmp_path / "part_of_idea" / "near.py").write_text("TWO = 2\n")
-    arm = Arm(name="x", config=RunConfig(), function=f"{tmp_path / 'idea.py'}:make")
-    before = arm.describe()
-    (tmp_path / changed).write_text("ONE = 10\nTWO = 20\n")
-    assert arm.describe() != before
+    assert arm.describe() == seen[0]
+    for name in ("deeper_of_idea.py", "part_of_idea/__init__.py", "part_of_idea/near.py"):
+        (tmp_path / name).write_text(f"{sources[name]}MORE = 1\n")
+        assert arm.describe() not in seen, name
+        seen.append(arm.describe())
 
 
 def test_a_function_has_one_description_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,20 +130,13 @@ def test_what_an_idea_does_to_first_weights_is_kept() -> None:
 
 
 def test_tables_of_experts_are_those_of_training(place: Path) -> None:
-    (place / "hashed.toml").write_text(
-        (PLACE / "base.toml")
-        .read_text()
-        .replace("[data]", "n_hash_layers = 1\nn_mtp_layers = 0\n[data]")
-        .replace("n_dense_layers = 1", "n_dense_layers = 0")
-        .replace("text.txt", str(place / "text.txt"))
-    )
-    base, _ = arms_of([str(place / "hashed.toml")], ["train.lr=0.1"], [])
-    trainer, corpus = prepared(base, 0, place / "corpus")
-    gate = next(gate for gate in trainer.model.gates() if isinstance(gate, HashGate))
+    hashed = "model.n_hash_layers=1 model.n_mtp_layers=0 model.n_dense_layers=0"
+    _, arm = arms_of([str(place / "base.toml")], [hashed], [f"data.path={place}/text.txt"])
+    trainer, corpus = prepared(arm, 0, place / "corpus")
+    (gate, *_) = (gate for gate in trainer.model.gates() if isinstance(gate, HashGate))
     counts = torch.from_numpy(corpus.token_counts(256))
-    assert torch.equal(gate.tid2eid, hash_table(counts, 8, 4, 0)) and not torch.equal(
-        gate.tid2eid, hash_table(torch.ones_like(counts), 8, 4, 0)
-    )
+    assert torch.equal(gate.tid2eid, hash_table(counts, 8, 4, 0))
+    assert not torch.equal(gate.tid2eid, hash_table(torch.ones_like(counts), 8, 4, 0))
 
 
 @pytest.mark.slow
@@ -166,10 +158,8 @@ def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
     assert "reused  1 run of equal arms from found.jsonl" in other.stdout and "5 runs in" in other.stdout
     base = [row for row in lines_of(place / "other.jsonl") if row["arm"] == "base"]
     assert {row["seed"]: row["loss"] for row in base} == {r["seed"]: r["loss"] for r in after if r["arm"] == "base"}
-    copies = [
-        json.loads(line) for line in (place / "other.jsonl").read_text().splitlines() if '"cpu_seconds": null' in line
-    ]
-    assert [(row["arm"], row["seed"]) for row in copies] == [("base", 2)]
+    copies = [line for line in (place / "other.jsonl").read_text().splitlines() if '"cpu_seconds": null' in line]
+    assert [json.loads(line)["seed"] for line in copies] == [2]
     refused = run(f"{COMPARE} --set train.steps=4", place)
     assert refused.returncode == 2 and "begun with arms.base.config.train.steps 3, this has 4" in refused.stderr
     (place / "text.txt").write_text((place / "text.txt").read_text() + "more")
@@ -237,27 +227,29 @@ def test_a_file_without_runs_is_begun_again(tmp_path: Path) -> None:
     assert path.read_text() == kept
 
 
+def results_of(runs: Mapping[str, Sequence[tuple[float | None, float | None]]], margin: float = 0.01) -> Results:
+    """Return results of arms whose runs have these losses and seconds."""
+    results = Results(path=Path("x.jsonl"), head=A_HEAD | {"arms": {arm: {} for arm in runs}, "margin": margin})
+    for arm, each in runs.items():
+        lines = [{"loss": loss, "cpu_seconds": seconds} for loss, seconds in each]
+        results.lines += [{"arm": arm, "seed": seed} | line for seed, line in enumerate(lines)]
+    return results
+
+
 def test_times_of_runs_that_diverged_do_not_count() -> None:
-    results = Results(path=Path("x.jsonl"), head=A_HEAD | {"arms": {"base": {}, "idea": {}}})
-    for arm, losses in {"base": (1.0, 1.0), "idea": (1.0, None)}.items():
-        times = [{"loss": loss, "cpu_seconds": 8.0 if loss else 1.0} for loss in losses]
-        results.lines += [{"arm": arm, "seed": seed} | time for seed, time in enumerate(times)]
+    results = results_of({"base": [(1.0, 8.0), (1.0, 8.0)], "idea": [(1.0, 8.0), (None, 1.0)]})
     assert results.values("idea", "cpu_seconds") == {0: 8.0} and results.diverged("idea") == 1
 
 
 def test_seeds_beyond_any_reach_are_not_a_number() -> None:
-    results = Results(path=Path("x.jsonl"), head=A_HEAD | {"arms": {"base": {}, "idea": {}}, "margin": 1e-9})
-    for arm, losses in {"base": (1.0, 1.0), "idea": (1.5, 0.5001)}.items():
-        results.lines += [{"arm": arm, "seed": seed, "loss": loss} for seed, loss in enumerate(losses)]
+    results = results_of({"base": [(1.0, None)] * 2, "idea": [(1.5, None), (0.5001, None)]}, margin=1e-9)
     assert "with more than 100,000 would decide" in sentences(results)[0]
 
 
 def test_seconds_are_paired_as_losses_are(tmp_path: Path) -> None:
     """A run that was taken from another file has no time."""
-    results = Results(path=Path("x.jsonl"), head=A_HEAD | {"arms": {"base": {}, "idea": {}}})
-    for arm, times in {"base": (8.0, 9.0, 10.0, None), "idea": (9.0, 11.0, 13.0, 99.0)}.items():
-        lines = [{"loss": 1.0} | ({} if time is None else {"cpu_seconds": time}) for time in times]
-        results.lines += [{"arm": arm, "seed": seed} | line for seed, line in enumerate(lines)]
+    times = {"base": (8.0, 9.0, 10.0, None), "idea": (9.0, 11.0, 13.0, 99.0)}
+    results = results_of({arm: [(1.0, seconds) for seconds in of] for arm, of in times.items()})
     found = record_of(results)["arms"]["idea"]["seconds_difference"]
     half = 4.3027 / 3**0.5  # Student's t of two degrees of freedom; the deviation of 1, 2 and 3 is 1
     assert (found["value"], found["low"], found["turns"]) == (2.0, pytest.approx(2 - half, abs=1e-3), 3)
@@ -269,12 +261,7 @@ def test_seconds_are_paired_as_losses_are(tmp_path: Path) -> None:
 
 # what a file holds, and what is said of it; "" of one that was killed before its first line
 NO_RESULTS: dict[str, str] = {
-    **{
-        "": "",
-        '{"dsmini': "",
-        '{"notes": 1}': "is not a file of a comparison",
-        "[]\n": "is not a file of a comparison",
-    },
+    **{"": "", '{"dsmini': "", '{"notes": 1}': "is not a file of a comparison"},
     json.dumps(A_HEAD | {"margin": "0.01"}) + "\n": "is not a file of a comparison",
     json.dumps(A_HEAD) + '\n{"arm": "base", "seed": 0, "loss": NaN}\n': "line 2 of .* is not a finished run; remove it",
     json.dumps(A_HEAD) + '\n{"arm": "idea", "seed": 0, "loss": 1}\n': "line 2 of .* is not a finished run",
@@ -295,21 +282,12 @@ def test_a_file_of_something_else_is_refused_and_left(tmp_path: Path, text: str)
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("margin = -1.0", "margin is -1.0"),
-        ('margin = "0.01"', "margin is '0.01'"),
-        ("question = 3", "question is 3"),
-        ("set = 3", "set is 3"),
-        ("set = [3]", "set is .3."),
-        ('set = "train.steps=3"', "set is 'train.steps=3'"),
-    ],
+    "line",
+    ["margin = -1.0", "margin = '0.01'", "question = 3", "set = 3", "set = [3]", "set = 'train.steps=3'"],
 )
-def test_a_claim_of_other_types_is_refused(place: Path, line: str, said: str) -> None:
-    claim = place / "wrong.toml"
-    claim.write_text(f'{line}\n[arms]\nwide = ["model.dim=64"]\n')
-    with pytest.raises(ValueError, match=said):
-        read_claim(claim, [], None)
+def test_a_claim_of_other_types_is_refused(tmp_path: Path, line: str) -> None:
+    claim = written(tmp_path, f'{line}\n[arms]\nwide = ["model.dim=64"]\n', "wrong.toml")
+    assert line.replace("=", "is", 1) in refusal(read_claim, claim, [], None)
 
 
 @pytest.mark.slow
@@ -340,17 +318,14 @@ def test_what_an_idea_prints_is_not_the_answer(tmp_path: Path, capfd: pytest.Cap
 def test_two_functions_of_one_name_are_called_by_their_files(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.py").write_text("def make(config): ...")
-    assert [arm.name for arm in arms_of([f"{tmp_path}/{name}.py:make" for name in "ab"], [], [])] == [
-        "base",
-        "make",
-        "b:make",
-    ]
+    arms = arms_of([f"{tmp_path}/{name}.py:make" for name in "ab"], [], [])
+    assert [arm.name for arm in arms] == ["base", "make", "b:make"]
 
 
 def test_arms_are_equal_but_for_their_idea() -> None:
     base, idea = arms_of([], ["model.dim=64 train.lr=0.01"], ["train.steps=5"])
-    assert base.config == RunConfig() or base.config.train.steps == idea.config.train.steps == 5
-    assert idea.config.model.dim == 64 and idea.config.train.lr == 0.01 and base.config.model.dim == 192
+    assert (base.config.model.dim, idea.config.model.dim, idea.config.train.lr) == (192, 64, 0.01)
+    assert base.config.train.steps == idea.config.train.steps == 5
     assert base.config.train.threads == idea.config.train.threads == 1
 
 
@@ -374,7 +349,6 @@ def test_what_cannot_be_compared_is_refused(place: Path) -> None:
 
 @pytest.mark.slow
 def test_a_function_that_returns_no_model_is_refused(place: Path) -> None:
-    done = run("dsmini.compare base.toml idea.py:plain --seeds 1 --out x.jsonl", place)
-    assert done.returncode == 2 and "returned a Linear; want a dsmini.Transformer" in done.stderr
-    done = run("dsmini.compare base.toml idea.py:broken --seeds 1 --out y.jsonl", place)
-    assert done.returncode == 2 and "KeyError: 'boom' (line 11 of idea.py)" in done.stderr, done.stderr
+    for function, said in {"plain": "returned a Linear; want a", "broken": "KeyError: 'boom' (line 11 of"}.items():
+        done = run(f"dsmini.compare base.toml idea.py:{function} --seeds 1 --out {function}.jsonl", place)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
