@@ -16,7 +16,7 @@ import torch
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config import DataConfig
 from dsmini.diagnosis import training
-from dsmini.diagnosis.arms import Step
+from dsmini.diagnosis.arms import Arm, Step
 from dsmini.diagnosis.contention import Contention
 from dsmini.diagnosis.decoding import DecodingSubject
 from dsmini.diagnosis.findings import Finding
@@ -51,6 +51,10 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
 def prices() -> Prices:
     """Return an invented machine whose process takes 1,000 bytes besides its tensors."""
     return InventedPrices(process=1000)
+
+
+def arm_of(subject: Subject | DecodingSubject, name: str) -> Arm:
+    return next(arm for arm in subject.arms(None) if arm.name == name)
 
 
 def decoding_subject(batch: int = 1, context: int = 64, **changes: Any) -> DecodingSubject:

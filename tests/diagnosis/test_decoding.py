@@ -13,7 +13,7 @@ from torch import Tensor
 from dsmini import ModelConfig, Transformer, ops
 from dsmini.diagnosis import decoding as module
 from dsmini.diagnosis import evidence
-from dsmini.diagnosis.arms import Arm, predict
+from dsmini.diagnosis.arms import predict
 from dsmini.diagnosis.decoding import (
     PLAIN,
     VARIANTS,
@@ -33,7 +33,7 @@ from dsmini.measure.workloads import decoding_step
 from dsmini.nn import MLA, FeedForward, MoE
 from dsmini.report import Report
 from tests.conftest import Clock
-from tests.diagnosis.conftest import MODEL, QUIET, SIZES, decoding_subject
+from tests.diagnosis.conftest import MODEL, QUIET, SIZES, arm_of, decoding_subject
 from tests.helpers.configs import V4
 from tests.helpers.questions import InventedPrices, invented_roofs
 
@@ -50,10 +50,6 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 def decoding() -> DecodingSubject:
     """Return a subject of the small model that decodes 2 sequences after 64 tokens; every test leaves it as it was."""
     return decoding_subject(batch=2)
-
-
-def arm_of(subject: DecodingSubject, name: str) -> Arm:
-    return next(arm for arm in subject.arms(None) if arm.name == name)
 
 
 def point_of(subject: DecodingSubject) -> Point:
@@ -229,13 +225,12 @@ def test_slowed_cached_attention_is_found(clock: Clock, monkeypatch: pytest.Monk
 # --- evidence
 
 
-@pytest.mark.parametrize("with_prices", [True, False])
-def test_evidence_of_decoding(decoding: DecodingSubject, monkeypatch: pytest.MonkeyPatch, with_prices: bool) -> None:
+def test_evidence_of_decoding(decoding: DecodingSubject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check figures, finding and JSON, and that cache and threads are as before."""
     monkeypatch.setattr(evidence, "MOST_TURNS", 1)
     monkeypatch.setattr(module, "BATCHES", (1, 2, 4))
     monkeypatch.setattr(evidence, "cores", lambda: 2)
-    decoding.arms(InventedPrices() if with_prices else None)
+    decoding.arms(InventedPrices())
     made = [each for each in all_evidence(decoding, 0.001) if not each.why_not]
     assert [each.name for each in made] == ["batches", "threads"]
     found: list[Any] = []
@@ -243,5 +238,5 @@ def test_evidence_of_decoding(decoding: DecodingSubject, monkeypatch: pytest.Mon
     for section, compared in found:
         assert section.finding.endswith(".") and section.plots[0].series
         assert set(compared.turns.seconds) == {arm.name for arm in compared.arms}
-        assert bool(compared.predicted) == with_prices
+        assert compared.predicted
         assert section.title in Report(title="A", sections=[section]).html()

@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import math
-import time
 import tomllib
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dsmini.diagnosis import contention, evidence, training
 from dsmini.diagnosis import diagnosis as whole
+from dsmini.diagnosis import evidence, training
 from dsmini.diagnosis.arms import Arm, Comparison, measure
 from dsmini.diagnosis.contention import Contention
 from dsmini.diagnosis.decoding import timed
@@ -26,13 +24,12 @@ from dsmini.diagnosis.findings import Finding
 from dsmini.diagnosis.pages import record_of, report_of, short_report_of
 from dsmini.diagnosis.training import Subject, dense_baseline, routed_blocks
 from dsmini.diagnosis.verdict import Diagnosis
-from dsmini.measure.cpu_time import CpuTimes
 from dsmini.measure.price import Forecast, Part, Prices
 from dsmini.measure.turns import TimeOverError, Turns
 from dsmini.measure.workloads import StepShape
 from dsmini.nn import FeedForward, MoE
 from dsmini.report import Section
-from tests.diagnosis.conftest import Imagine, Imagined
+from tests.diagnosis.conftest import Imagine, World, arm_of
 from tests.helpers.pages import check_page, on_terminal, text_of
 from tests.helpers.questions import InventedPrices
 
@@ -42,10 +39,6 @@ NAMES = ("replay", "dense_active", "all_threads", "fastest_dtype")
 
 def diagnosed(subject: Subject, rounds: int = 8, seconds: float = math.inf) -> Diagnosis:
     return diagnose(subject, Plan(rounds=rounds, seconds=seconds), None)
-
-
-def arm_of(subject: Subject, name: str) -> Arm:
-    return next(arm for arm in subject.arms(None) if arm.name == name)
 
 
 # --- faults
@@ -63,15 +56,6 @@ def test_fault_put_into_a_run_is_named(imagine: Imagine, fault: str) -> None:
     if "replay" in of:
         gain, within = of["replay"]
         assert found.gains["replay"].value == pytest.approx(gain, abs=within)
-
-
-def test_others_are_what_is_busy_and_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check 3 busy seconds in 2 seconds, of which 1.5 are ours: others keep 0.75 of a core busy."""
-    assert CpuTimes.now().own == pytest.approx(time.process_time(), abs=0.1)
-    times = [CpuTimes(at=10.0, busy=100.0, own=6.0, delayed=0.0), CpuTimes(at=12.0, busy=103.0, own=7.5, delayed=0.0)]
-    left = iter(times)
-    monkeypatch.setattr(contention.CpuTimes, "now", lambda: next(left))
-    assert contention.watch(None, torch.device("cpu"))().others == 0.75
 
 
 # --- turns
@@ -116,10 +100,9 @@ def losses_and_routing(subject: Subject) -> list[Tensor]:
     return [found.total.detach(), *(r.indices for r in found.routing), *(r.weights.detach() for r in found.routing)]
 
 
-def saw(monkeypatch: pytest.MonkeyPatch, subject: Subject, **turn: float) -> None:
-    """Let a subject have seen a turn of plain steps with these figures."""
-    figures = {"seconds": 1.0, "waited": 0.0, "preparing": 0.0, **turn}
-    monkeypatch.setattr(subject, "turns", [SimpleNamespace(**figures)])
+def saw_plain_steps(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+    """Let a subject have seen a turn of plain steps that waited for nothing."""
+    monkeypatch.setattr(subject, "turns", [SimpleNamespace(seconds=1.0, waited=0.0, preparing=0.0)])
 
 
 @pytest.mark.parametrize("name", ["plain", *NAMES])
@@ -127,7 +110,7 @@ def test_change_is_taken_back(subject: Subject, name: str, monkeypatch: pytest.M
     """Check that modules, loader, threads and what a forward gives are as before, also after an error."""
     monkeypatch.setattr(training, "cores", lambda: torch.get_num_threads() + 1)
     monkeypatch.setattr(training, "fastest_dtype", lambda _: "bfloat16")
-    saw(monkeypatch, subject)
+    saw_plain_steps(monkeypatch, subject)
     arm, model = arm_of(subject, name), subject.trainer.model
     threads, loader, modules = torch.get_num_threads(), subject.trainer.loader, list(model.modules())
     before = losses_and_routing(subject)
@@ -180,7 +163,7 @@ def test_dense_baseline_has_as_many_active_parameters(subject: Subject, monkeypa
     """Check the width of what stands in: two chosen experts and the shared one; nothing is left for the next step."""
     seen: list[Any] = []
     note = lambda part, *_: seen.append(part.w1.weight.shape) if isinstance(part, FeedForward) else None  # noqa: E731
-    saw(monkeypatch, subject)
+    saw_plain_steps(monkeypatch, subject)
     with subject.dense() as step, register_module_forward_pre_hook(note):
         assert step(1.0) < 2.0
     assert seen.count((3 * 16, 32)) == 2 and dense_baseline(subject.config.model).w1.weight.shape == (3 * 16, 32)
@@ -188,25 +171,15 @@ def test_dense_baseline_has_as_many_active_parameters(subject: Subject, monkeypa
     assert all(p.grad is None for p in subject.trainer.model.parameters())
 
 
-# an arm, the seconds of its steps, those of a plain step, its wait for a batch, and the seconds that the arm reports
-BOUNDED = [
-    # replay saves what was waited, and at most that and the 20 ms of preparing
-    *(("replay", [0.05], 0.1, 0.01, 0.07), ("replay", [0.08], 0.1, 0.01, 0.08), ("replay", [0.2], 0.1, 0.01, 0.09)),
-    # dense saves half of what is not waited, as without experts a pass takes 0.2 s of 0.4
-    *(("dense_active", [0.4, 0.2], 1.0, 0.0, 0.8), ("dense_active", [0.4, 0.2], 0.3, 0.0, 0.15)),
-    ("dense_active", [0.4, 0.2], 1.0, 0.9, 0.95),
-]
-
-
-@pytest.mark.parametrize(("name", "taken", "base", "waited", "want"), BOUNDED)
-def test_gain_is_bounded_by_what_plain_steps_saw(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, name: str, taken: Any, base: float, waited: float, want: float
+@pytest.mark.parametrize(("base", "waited", "want"), [(1.0, 0.0, 0.8), (0.3, 0.0, 0.15), (1.0, 0.9, 0.95)])
+def test_dense_saves_at_most_what_plain_steps_computed(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, base: float, waited: float, want: float
 ) -> None:
-    seconds = iter(taken)
-    saw(monkeypatch, subject, seconds=base, waited=waited, preparing=0.02)
-    monkeypatch.setattr(subject, "batch_of", lambda: nullcontext(lambda _: next(seconds)))
+    """Without experts a pass takes 0.2 s of 0.4, so half of what is not waited is saved, and half of 0.4 s at most."""
+    seconds = iter([0.4, 0.2])
+    monkeypatch.setattr(subject, "turns", [SimpleNamespace(waited=waited)])
     monkeypatch.setattr(subject, "forward_backward", lambda: next(seconds))
-    with arm_of(subject, name).apply() as step:
+    with arm_of(subject, "dense_active").apply() as step:
         assert step(base) == pytest.approx(want)
 
 
@@ -289,11 +262,8 @@ def test_whole_diagnosis_of_a_real_run(subject: Subject, prices: Prices, monkeyp
     assert found.compared.turns.count == len(subject.turns) - 1 == 5 and len(subject.turns[1].steps) == 2
     assert all(found.compared.predicted_gain(arm) is not None for arm in found.compared.measured)
     assert shares == sorted(shares) and shares[-1] == 1.0
-    named = [each.name for each in found.findings]
-    assert {"idle_experts", "other_programs", "duplicates", "padding"} <= {*named}
-    assert len({*named}) == len(named)
-    record = json.loads(json.dumps(record_of(found), allow_nan=False))
-    assert record["gains"]["replay"]["rounds"] == 5 and record["outcome"]
+    assert {each.name for each in found.findings} >= {"idle_experts", "other_programs", "duplicates", "padding"}
+    json.dumps(record_of(found), allow_nan=False)
 
 
 def add_evidence(found: Diagnosis, *_: Any) -> None:
@@ -313,7 +283,7 @@ def add_evidence(found: Diagnosis, *_: Any) -> None:
 def test_pages_of_a_diagnosis(imagine: Imagine, prices: Prices, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare terminal and page with those that are stored: verdict, gains, what to try, and what is wrong."""
     subject = imagine(batch=0.16, routing=0.01, counts=[[5, 5, 6, 4]])
-    parts = [Part("experts", 4, 0.06, 0.03, 10**9, 10**7), Part("product", 9, 0.04, 0.04, 10**9, 10**8)]
+    parts = [Part("experts", 4, 0.06, 0.03, 10**9, 10**7), Part("product", 9, 0.04, 0.04, 10**9, 10**9)]
     forecast = Forecast(shape=subject.shape(), parts=[*parts, Part("calls", 50, 0.01)], peak=0)
     for name, value in {"forecast": lambda *_: forecast, "wait": 0.04, "routing": lambda: 0.01}.items():
         monkeypatch.setitem(vars(subject), name, value)
@@ -330,66 +300,42 @@ def test_pages_of_a_diagnosis(imagine: Imagine, prices: Prices, monkeypatch: pyt
 
 # --- the answer of the command
 
-Ask = Callable[..., tuple[Diagnosis, list[float], Imagined]]
-
 
 @pytest.fixture
-def gathered(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Let evidence be invented, and return the seconds that it gets in each call."""
-    calls: list[float] = []
+def ask(imagine: Imagine, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what answers the command about a world of its own: the diagnosis, the seconds for evidence, the world."""
     monkeypatch.setattr(Prices, "stored", lambda: None)
     monkeypatch.setattr(Prices, "here", lambda **_: None)
-    monkeypatch.setattr(evidence, "gather", lambda found, *more: (calls.append(more[1]), add_evidence(found)))
-    return calls
 
-
-@pytest.fixture
-def ask(imagine: Imagine, gathered: list[float], monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """Return what answers the command about a world of its own: the diagnosis, its progress, and its subject.
-
-    The progress is the shares that were done and the seconds that were left, or those of another on_part.
-    """
-
-    def ask(quick: bool, on_part: Any = None, costs: Any = None, **more: Any) -> tuple[Diagnosis, list[Any], Imagined]:
-        subject, parts = imagine(**costs or {}), list[tuple[float, float]]()
+    def ask(quick: bool, costs: Any = None, **more: Any) -> tuple[Diagnosis, list[float], World]:
+        subject, given = imagine(**costs or {}), list[float]()
         monkeypatch.setattr(whole, "training_subject", lambda _: subject)
-        note = on_part or (lambda share, what, left: parts.append((share, left)))
-        return answer(None, quick=quick, on_part=note, **{"rounds": 6, **more}), parts, subject
+        monkeypatch.setattr(evidence, "gather", lambda found, *more: (given.append(more[1]), add_evidence(found)))
+        found = answer(None, quick=quick, on_part=lambda *_: None, **{"rounds": 6, **more})
+        return found, given, subject.world
 
     return ask
 
 
-def test_evidence_gets_what_is_left_of_the_time(ask: Any, gathered: Sequence[float]) -> None:
-    found, parts, _ = ask(False)
-    shares = [share for share, _ in parts]
+def test_evidence_gets_what_is_left_of_the_time(ask: Any) -> None:
+    """Rounds that take minutes leave none, and not less."""
+    found, given, _ = ask(False)
     # 7 rounds of 6 steps of 0.1 s, and 3 pairs of passes
-    assert gathered == [pytest.approx(whole.TOTAL_SECONDS - 7 * 12 * 0.1, abs=1.0)]
-    assert shares == sorted(shares) and max(shares) <= whole.ROUNDS, "the rest is for evidence"
+    assert given == [pytest.approx(whole.TOTAL_SECONDS - 7 * 12 * 0.1, abs=1.0)]
     record = json.loads(json.dumps(record_of(found)))
     assert record["evidence"]["batches"]["batch x 4"]["measured"] == pytest.approx(0.5, abs=0.02)
-    assert record["outcome"] == "nothing binds"
     assert record["not_tried"]["threads"] == "this process may use one core only"
-    assert "batch x 4" in report_of(found).html()
-    assert "batch x 4" in short_report_of(found).sections[2].finding, "the largest gain is first"
+    assert ask(False, costs={"computing": 100.0}, rounds=None)[1] == [0.0]
 
 
-def test_quick_diagnosis_gathers_none_and_ends_with_its_time(ask: Any, gathered: Sequence[float]) -> None:
+def test_quick_diagnosis_gathers_none_and_ends_with_its_time(ask: Any) -> None:
     """Check also steps of 10 s in the 25 s of a quick diagnosis."""
-    found, *_ = ask(True)
-    assert not gathered and record_of(found)["evidence"] == {} and not found.stopped
+    found, given, _ = ask(True)
+    assert not given and record_of(found)["evidence"] == {} and not found.stopped
     assert "rates are not known; without --quick they are measured" in found.warnings[-1]
-    found, _, subject = ask(True, costs={"computing": 10.0}, rounds=None)
+    found, _, world = ask(True, costs={"computing": 10.0}, rounds=None)
     record = record_of(found)
-    assert subject.world.now < 100 and record["outcome"] == "undetermined" and record["step_seconds"] > 9
-
-
-def test_time_left_is_that_of_the_plan(ask: Any, gathered: Sequence[float]) -> None:
-    """Check 20 s of predicting and 25 of rounds, and that nobody says how long a number of rounds takes."""
-    known = [seconds for _, seconds in ask(True, rounds=None)[1] if seconds < math.inf]
-    assert (known[0], known[-1]) == (45.0, 0.0) and known == sorted(known, reverse=True)
-    ask(False, costs={"computing": 100.0}, rounds=None)
-    assert gathered == [0.0], "rounds that take minutes leave no time for evidence, and not less"
-    assert not any(seconds < math.inf for _, seconds in ask(True)[1])
+    assert world.now < 100 and record["outcome"] == "undetermined" and record["step_seconds"] > 9
 
 
 @pytest.mark.parametrize(("quick", "fresh", "want"), [(True, False, []), (True, True, [True]), (False, False, [False])])
@@ -398,18 +344,6 @@ def test_fresh_prices_are_measured_again(ask: Any, monkeypatch: Any, quick: bool
     monkeypatch.setattr(Prices, "here", lambda *, fresh, **_: made.append(fresh))
     ask(quick, fresh=fresh)
     assert made == want
-
-
-@pytest.mark.parametrize("last", [5, 7])
-def test_interruption_keeps_whole_rounds_if_they_are_enough(ask: Any, gathered: Sequence[float], last: int) -> None:
-    def stop(share: float, what: str, left: float) -> None:
-        if what == f"round {last}":
-            raise KeyboardInterrupt
-
-    with nullcontext() if last == 7 else pytest.raises(KeyboardInterrupt):
-        found, *_ = ask(False, stop, rounds=50)
-        assert {len(taken) for taken in found.compared.turns.seconds.values()} == {6} and not gathered
-        assert record_of(found)["stopped"] and "until then" in report_of(found).warnings[0]
 
 
 def test_threads_that_are_slower_say_so_with_the_flag(imagine: Imagine) -> None:

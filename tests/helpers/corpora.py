@@ -42,5 +42,5 @@ def random_text(n: int, kinds: int = 256, seed: int = 0) -> NDArray[np.uint32]:
     return np.random.default_rng(seed).integers(0, kinds, n, dtype=np.uint32)
 
 
-def batches(text: Corpus, rows: int = 512, seq_len: int = 256) -> list[tuple[Tensor, Tensor]]:
-    return [text.batch(first, 8, seq_len, 0) for first in range(0, rows, 8)]
+def batches(text: Corpus, rows: int = 512) -> list[tuple[Tensor, Tensor]]:
+    return [text.batch(first, 8, 256, 0) for first in range(0, rows, 8)]
