@@ -28,6 +28,7 @@ def test_streams_part_as_they_learn() -> None:
     """The gradients of pre differ between a home and the others, and those of fn are not zero."""
     connection = HyperConnection(M, N, home=2)
     assert connection.base[:N].argmax() == 2
+    assert connection.scale.tolist() == pytest.approx([0.01] * 3), "mHC, table 5"
     streams = torch.randn(B, S, N, M)
     read, mix = connection(streams)
     write(streams, read.tanh(), mix).square().sum().backward()
