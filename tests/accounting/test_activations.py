@@ -115,12 +115,7 @@ def test_activations_are_a_lower_bound(case: str) -> None:
 
 @pytest.mark.parametrize(
     ("q_lora_rank", "precision", "dtype"),
-    [
-        (20, "native", "bfloat16"),
-        (20, "fp8", "float32"),
-        (None, "native", "float32"),
-        (None, "fp8", "bfloat16"),
-    ],
+    [(20, "native", "bfloat16"), (20, "fp8", "float32"), (None, "fp8", "bfloat16")],
 )
 def test_activations_of_indexers_are_those_saved(q_lora_rank: int | None, precision: Any, dtype: Any) -> None:
     """Compare the sparse stage with the same model whose indexers do not learn."""

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,21 +16,11 @@ from tests.helpers.plans import INVENTED, plan_of, values_of
 from tests.helpers.questions import invented_roofs
 
 
-def test_numbers_of_an_own_file_are_in_base_units(tmp_path: Path) -> None:
-    """Twice a number in the file is twice one figure."""
-    text = INVENTED.read_text(encoding="utf-8")
-    before = load_hardware(INVENTED)
+def test_numbers_of_an_own_file_are_in_base_units() -> None:
     wanted = {"gpu_memory": 96 * 2**30, "memory_bandwidth": 2e12, "gpus_per_node": 8, "fast_link": 100e9}
     wanted |= {"slow_link": 25e9, "gpu_price": 3 / 3600}
     wanted |= {"peak_float32": 50e12, "peak_bfloat16": 500e12, "peak_fp8": 1e15}
-    assert {name: float(value) for name, value in before.numbers.items()} == pytest.approx(wanted)
-    for i, found in enumerate(re.finditer(r"value = ([\d.e+-]+)", text)):
-        path = tmp_path / f"{i}.toml"
-        path.write_text(f"{text[: found.start(1)]}{2 * float(found[1])}{text[found.end(1) :]}")
-        after = load_hardware(path)
-        differs = [key for key in wanted if after.numbers[key] != before.numbers[key]]
-        assert len(differs) == 1, differs
-        assert all(after.numbers[key] == pytest.approx(2 * before.numbers[key]) for key in differs)
+    assert {name: float(value) for name, value in load_hardware(INVENTED).numbers.items()} == pytest.approx(wanted)
 
 
 # --- the machine at hand
@@ -112,9 +101,7 @@ def test_short_model_has_forecasts(longest: int, context: int, invented: None) -
 def test_answer_about_this_machine_shows_and_records_forecasts(invented: None) -> None:
     words = f"toy @this batch={MOST_TOKENS // 256} sequences=2 {SMALL}"
     answer = pages.planned(plan_of(words), "plan toy")
-    assert answer.page is not None
     assert answer.sections[-1].title == "What will this machine take?"
-    assert "here_section" in [section.name for section in answer.page().sections]
     training, prompt = (answer.record["here"][name] for name in ("training step", "prompt"))
     assert prompt["process_bytes"] == prompt["tensor_bytes"] + (5 << 20)
     figures = answer.record["figures"]["training"]

@@ -84,13 +84,6 @@ def test_a_dense_model_divides_its_feed_forwards() -> None:
     assert found["decode_fast_bytes"] == 2 * 27 * 7 * 2 * (2048 + 576 + 3 * 2048)
 
 
-def test_prefill_with_deepseeks_copies_of_experts() -> None:
-    """EP32 with 32 copies, without V3's own tensor parallelism: nine experts a GPU."""
-    found = values_of("deepseek-v3 prefill_gpus=32 prefill_tensor=1 prefill_redundant=32")
-    assert (found["prefill_gpu_experts"], found["prefill_tensor"]) == (9, 1)
-    assert values_of("deepseek-v3 prefill_gpus=32 prefill_tensor=1")["prefill_gpu_experts"] == 8
-
-
 def test_first_token_is_that_of_one_prompt_of_each_group() -> None:
     """More GPUs that have prompts of their own give it no later; those that share heads read one prompt together."""
     one, two = (values_of(f"deepseek-v2-lite prefill_gpus={n}")["prefill_time_to_first_token"] for n in (1, 2))

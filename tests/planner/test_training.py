@@ -1,6 +1,5 @@
-"""Training: what GPUs hold together, steps against the report, rows against the gate, and the optimizer."""
+"""Training: what GPUs hold together, steps against the report, and rows against the gate."""
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsmini.accounting import activation_bytes, flops_per_token, parameters
+from dsmini.accounting import flops_per_token, parameters
 from dsmini.nn import route
 from dsmini.planner.exchange import places_hit
 from dsmini.planner.pages import lines_of
@@ -42,29 +41,6 @@ def test_gpus_together_hold_the_model(name: str, schedule: Any, tensor: int, exp
     assert rest * tensor == counted.total - experts * expert + copy + (tensor - 1) * repeated
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("name", ["deepseek-v3", "toy", "toy-dense", "toy-v4"])
-def test_activations_of_one_stage_are_those_of_one_process(recompute: Any, name: str) -> None:
-    """Apart are the shorter sequences of multi-token prediction, RoPE's tables, and states between its depths."""
-    made = plan_of(f"{name} gpus=1 batch=8")
-    config, length = made.model.config, made.request.seq_len
-    assert length is not None
-    how: dict[str, Any] = {"gpus": 4, "pipeline": 1, "expert": 1, "micro_batch": 2, "zero": 0, "schedule": "1f1b"}
-    four = in_layout(made, **how, recompute=recompute)
-    dtype, precision = made.request.precision, "fp8" if made.request.precision == "fp8" else "native"
-    counted = activation_bytes(
-        dataclasses.replace(config, precision=precision),
-        **{"batch_size": 2, "seq_len": length, "dtype": "float32" if dtype == "fp32" else "bfloat16"},
-        recompute=recompute,
-    )
-    size = 4 if dtype == "fp32" else 2
-    between = 2 * length * config.hc_mult * config.dim * size * config.n_mtp_layers
-    if recompute == "full" and config.hc_mult > 1:  # they are inputs of blocks
-        between = 0
-    found = four["memory_activations"]
-    assert found == pytest.approx(counted.total - between - counted.by_part["rotary tables"], rel=1 / length)
-
-
 def test_zero_divides_one_part_after_the_other() -> None:
     parts = ("weights", "gradients", "optimizer")
 
@@ -80,14 +56,6 @@ def test_zero_divides_one_part_after_the_other() -> None:
     gpu = t.gpus["middle"]
     owned = (gpu.gpu_matrices + gpu.gpu_others) / (2 * t.data) + gpu.gpu_experts / (2 * t.expert_data)
     assert gpu.memory_optimizer == pytest.approx(owned * t.state_optimizer)
-
-
-@pytest.mark.parametrize("name", ["kimi-k2", "deepseek-v2", "toy", "deepseek-v3"])
-def test_optimizer_that_was_chosen_is_planned(name: str) -> None:
-    """Muon has one FP32 moment of a matrix where AdamW has two."""
-    adamw, muon = (values_of(f"{name} gpus=1024 optimizer={optimizer} batch=4096") for optimizer in ("adamw", "muon"))
-    assert muon["state_optimizer"] == 8 and adamw["state_optimizer"] in (8, 12)
-    assert muon["update_seconds"] <= adamw["update_seconds"]
 
 
 # --- rows of experts
