@@ -96,7 +96,7 @@ def test_every_way_of_drawing_is_heeded_and_a_seed_repeats_it(place: Path) -> No
 
 
 def test_speculation_and_small_caches_say_what_they_cost(place: Path) -> None:
-    options = ("", "--speculative", "--cache-dtype bfloat16 --context 16", "--cache-dtype fp8")
+    options = ("", "--speculative", "--cache-dtype bfloat16 --context 16", "--cache-dtype fp8 --speculative")
     given = (f"--temperature 0 --dtype float32 --prompt 'The ' {option}" for option in options)
     plain, drafted, low, fp8 = ask(place, *given)
     assert plain["text"] == drafted["text"]
@@ -114,14 +114,6 @@ def test_a_stop_string_ends_an_answer_and_is_no_part_of_it(place: Path) -> None:
     (answer,) = cut["answers"]
     assert answer["answer"] == whole[: whole.index(stop)] and answer["finish"] == "stop"
     assert answer["new_tokens"] == cut["new_tokens"] < 12
-
-
-def test_answers_of_one_token_or_none_have_no_speed(place: Path) -> None:
-    anything = " ".join(f"'{chr(code)}'" for code in range(1, 127) if chr(code) not in "'\n") + " �"
-    for given, new in ((f"--max-new-tokens 9 --stop {anything}", 1), ("--max-new-tokens 0", 0)):
-        ((status, said),) = run_all([("dsmini.generate", f"runs/x --prompt T {given}")], place)
-        assert status == 0 and said.splitlines()[-1] == f"{new} new tokens"
-        assert "prompt 1 tokens" in said and "bytes a token" in said
 
 
 def test_an_answer_that_nobody_sees_coming_says_how_far_it_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +145,7 @@ def test_texts_stream_under_headings_and_figures_come_last(place: Path) -> None:
     assert answer["text"].startswith("The qu") and streamed.stdout.rstrip("\n") == answer["text"].rstrip("\n")
 
 
-def test_without_a_name_the_newest_run_writes_and_before_there_is_one_the_toy(
+def test_without_a_name_the_newest_run_or_the_toy_writes(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DSMINI_BACKEND", "eager")
@@ -219,10 +211,9 @@ def test_mistakes_are_sentences_and_status_2(place: Path) -> None:
 
 def test_mistakes_are_told_before_a_model_is_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsmini.checkpoint.training_state.load_run", lambda *_, **__: pytest.fail("it is read"))
-    bad = {"--prompt-file typo.txt": "cannot read the prompt file typo.txt", "--max-new-tokens -1": "max_new_tokens=-1"}
-    bad |= {"--context 0": "has room for no token", "--stop ''": "a stop string is empty"}
-    bad |= {"--chat --stop ''": "a stop string is empty", "--prompt - -": "read only once", "--top-k 0": "top_k=0"}
-    bad |= {"--prompt a ''": "a prompt is empty", "--prompt-file /dev/null": "a prompt is empty"}
+    bad = {"--prompt-file typo.txt": "cannot read the prompt file typo.txt", "--context 0": "has room for no token"}
+    bad |= {"--chat --stop ''": "a stop string is empty", "--top-k 0": "top_k=0"}
+    bad |= {"--prompt-file /dev/null": "a prompt is empty"}
     check_refused("dsmini.generate runs/x", place, bad)
 
 
