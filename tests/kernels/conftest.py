@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsmini import ops
 from dsmini import quantize as quantize_weight
+from dsmini.diagnosis.contention import on_threads
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles, quantize_tiles, round_tiles
 from dsmini.numerics.quantization import FormatName, Scale, Tile
 from dsmini_kernels import cpu
@@ -99,13 +100,7 @@ class Kernels(NamedTuple):
             assert_same(got, want, nan=self.backend != "cpu" or place == 0)
 
     def check_all(
-        self,
-        x: Tensor,
-        tile: Tile,
-        scale: Any,
-        format: Any,
-        amax_min: float = AMAX_MIN,
-        dtypes: Sequence[torch.dtype] = TYPES,
+        self, x: Tensor, tile: Tile, scale: Any, format: Any, amax_min: float = AMAX_MIN, dtypes: Sequence[Any] = TYPES
     ) -> None:
         """Compare all three operations on x, with values of these dtypes."""
         self.check(quantize_tiles, x, tile, scale, format, amax_min)
@@ -136,13 +131,10 @@ def round_to_bf16(x: Tensor) -> Tensor:
 
 def assert_threads_change_no_bit(run: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
     """Return the results of a call, which must have the same bits with one, two and three threads."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 2, 3):
+        with on_threads(threads):
             results.append(list(run()))
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         for got, want in zip(other, results[0], strict=True):
             assert_same(got, want)

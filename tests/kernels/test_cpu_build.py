@@ -33,12 +33,6 @@ def in_process(code: str) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes)
 
 
-def output(process: "subprocess.Popen[str]") -> str:
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    return said
-
-
 def wait_for(condition: Callable[[], Any]) -> None:
     """Wait for what must come, also on a machine that is busy with something else."""
     for _ in range(10_000):
@@ -231,9 +225,6 @@ def test_cache_is_used_and_damaged_or_planted_files_are_not(
     assert key != build._key(build.FLAGS, "decoding"), "sources are part of the key"
     monkeypatch.setattr(build, "find_compiler", tuple)
     assert build.find_or_build(library.isa, "training") == path, "where there is no compiler, that of any serves"
-    path.unlink()
-    with pytest.raises(build.BuildError, match="no C\\+\\+ compiler"):
-        build.find_or_build(library.isa, "training")
 
 
 def give_away(path: Path) -> None:
@@ -258,16 +249,12 @@ UNTRUSTED: dict[str, tuple[str, Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize(("place", "change", "reason"), UNTRUSTED.values(), ids=list(UNTRUSTED))
+@pytest.mark.parametrize("name", UNTRUSTED)
 def test_cache_that_others_can_change_is_not_used(
-    cache: Path,
-    private_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    place: str,
-    change: Callable[[Path], object],
-    reason: str,
+    cache: Path, private_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """A private folder for temporary files serves instead, and a warning says so."""
+    place, change, reason = UNTRUSTED[name]
     folder.user_cache()
     (private_folder / "cache" / "open").mkdir()
     (private_folder / "cache" / "open").chmod(0o777)
@@ -359,7 +346,7 @@ def test_processes_that_want_a_library_at_once_compile_it_once(
     wait_for(lambda: len(folders()) > 1 and all(path.exists() for path in ready))
     assert not list(cache.glob("*.so"))
     go.touch()
-    (path,) = {Path(output(process).splitlines()[-1]) for process in others}
+    (path,) = {Path(process.communicate()[0].splitlines()[-1]) for process in others}
     assert {p.name for p in cache.iterdir()} == {Path(left).name, path.name}
     assert path.stat().st_mode & 0o777 == 0o700
     del (found := folders())[left]
@@ -373,25 +360,19 @@ BROKEN = {
     "no such function": ("int f;", "it cannot be loaded: "),
     "wrong values": ('const char* dsmini_try() { return "tiles"; }', "a call failed: tiles"),
     "no end": ("const char* dsmini_try() { for (;;); }", "did not end within 1 s"),
-    "no file": (None, "does not work here: it cannot be loaded: "),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("source", "reason"), BROKEN.values(), ids=list(BROKEN))
+@pytest.mark.parametrize("name", BROKEN)
 def test_new_library_is_tried_in_another_process(
-    tmp_path: Path,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    compiler: Callable[..., Path],
-    source: str | None,
-    reason: str,
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, compiler: Callable[..., Path], name: str
 ) -> None:
+    source, reason = BROKEN[name]
     broken = tmp_path / "broken.so"
-    if source is not None:
-        (tmp_path / "broken.cpp").write_text(f'extern "C" {{ {source} }}')
-        subprocess.run([*build.find_compiler(), "-shared", "-fPIC", "-o", broken, tmp_path / "broken.cpp"], check=True)
-    compiler(*(gives(broken) if source else ("exit 0",)))
+    (tmp_path / "broken.cpp").write_text(f'extern "C" {{ {source} }}')
+    subprocess.run([*build.find_compiler(), "-shared", "-fPIC", "-o", broken, tmp_path / "broken.cpp"], check=True)
+    compiler(*gives(broken))
     if reason.startswith("did not end"):
         monkeypatch.setattr(build, "TRIAL_SECONDS", 1.0)
     assert_plain_code_serves(reason)

@@ -32,12 +32,9 @@ def test_unsupported_calls_raise_unserved() -> None:
         *((cpu.quantize, usual | {"x": x, name: odd}) for name, odd in (("tile", (0, 128)), ("format", "e3m4"))),
         *((cpu.quantize, usual | {"x": x, name: odd}) for name, odd in (("scale", "int8"), ("amax_min", math.nan))),
         (cpu.quantize_dequantize, both | {"x": x, "dtype": torch.float64}),
-        *(
-            (cpu.quantize_dequantize, both | {"x": x, "ends": torch.tensor(e)})
-            for e in ([3], [3, 2, 4], [-1, 4], [9, 4])
-        ),
+        *((cpu.quantize_dequantize, both | {"x": x, "ends": torch.tensor(e)}) for e in ([3], [3, 2, 4], [-1, 4])),
         (cpu.quantize_dequantize, both | {"x": x[None], "ends": torch.tensor([4])}),
-        *((cpu.dequantize, {"codes": x, "scales": torch.ones(4, n), "tile": (1, 128)}) for n in (2, 1)),
+        (cpu.dequantize, {"codes": x, "scales": torch.ones(4, 2), "tile": (1, 128)}),
         (cpu.dequantize, {"codes": codes, "scales": torch.ones(4, 1), "tile": (1, 128)}),
         (cpu.dequantize, {"codes": codes, "scales": torch.ones(4, 2), "tile": (1, 128), "format": "e5m2"}),
     ]

@@ -48,21 +48,17 @@ def copy_of(given: MuonMatrices, dtype: torch.dtype | None = None) -> MuonMatric
 
 
 def updated(
-    given: MuonMatrices,
-    steps: NewtonSchulz,
-    backend: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    of: torch.dtype | None = None,
+    given: MuonMatrices, steps: NewtonSchulz, backend: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> MuonMatrices:
-    """Return the matrices after one update, in products of `dtype` and numbers of `of`."""
-    new = copy_of(given, of)
+    """Return the matrices after one update, in products of this dtype."""
+    new = copy_of(given)
     with ops.use(backend):
         muon_update(new, steps, **HOW, matmul_dtype=dtype)
     return new
 
 
 def exactly(given: MuonMatrices, steps: NewtonSchulz) -> MuonMatrices:
-    return updated(given, steps, "reference", torch.float64, of=torch.float64)
+    return updated(copy_of(given, torch.float64), steps, "reference", torch.float64)
 
 
 def moves(after: MuonMatrices, before: MuonMatrices) -> list[Tensor]:

@@ -250,8 +250,6 @@ def kernels_in_training(case: Case, frozen: int | None = None) -> list[str]:
 
 TRAINED_CASES = {case.operation.name: case for case in [*cases(63, torch.float32)][::-1]}
 """The first case of each operation."""
-MOST_THREADS = {"causal_attention": 6, "experts": 3, "rms_norm": 99}
-"""Threads up to which these cases are served: a head or two experts for each, as one of them is one thread's work."""
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -268,9 +266,9 @@ def test_training_takes_a_kernel_only_where_it_serves(name: str, monkeypatch: py
         for module in ("attention", "experts", "layers"):
             patch.setattr(f"dsmini.functional.{module}.KERNEL_FROM", 1 << 30)
         assert not kernels_in_training(case), "little work"
-    for more in (0, 1):
-        monkeypatch.setattr(torch, "get_num_threads", lambda n=MOST_THREADS[name] + more: n)
-        assert kernels_in_training(case) == kernels * (not more or name == "rms_norm")
+    if name != "rms_norm":  # a head, or two experts, are one thread's work
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+        assert not kernels_in_training(case), "more threads than work"
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -369,10 +367,8 @@ def test_a_query_that_sees_no_key_has_nan(isa: str, dtype: torch.dtype) -> None:
     assert y.isnan().all(-1).tolist() == y.isnan().any(-1).tolist() == blind[0, :, 0].tolist()
     case = topk_case(dtype, 1, 2, 30, 2, 8, 4, 32, 8, 5)
     case.arguments[6][:, 1] = -1
-    for backend in ("cpu", "eager", "reference"):
-        with ops.use(backend):
-            y = topk_attention(*case.arguments)[0]
-        assert y[1].isnan().all() and not y[0].isnan().any(), backend
+    y = cpu.topk_attention(*case.arguments)[0]
+    assert y[1].isnan().all() and not y[0].isnan().any()
 
 
 @EVERY_TYPE
@@ -470,25 +466,20 @@ def test_weights_that_are_not_their_memory_run_in_torch() -> None:
 
 def test_what_is_not_served_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     routed, attention = TRAINED_CASES["experts"], TRAINED_CASES["causal_attention"]
-    x, _, weights, w1, w2, _ = routed.arguments
+    x, _, weights, *_ = routed.arguments
     q, norm_x, main = attention.arguments[0], torch.randn(3, 37), topk_case(torch.float32, 1, 2, 30, 2, 8, 4, 32, 8, 5)
     index = scored(1, 2, 30, 2, 8, 5)
     norm, gradients = Case(cpu.trained_norm, (norm_x, torch.rand(37), 0.1), 37), cpu.trained_norm_gradients
     keys = Case(cpu.topk_keys, index, 8)
     for case, changes, reason in (
-        (routed, {4: torch._neg_view(w2)}, "sign"),
-        (routed, {3: w1[:, :1].expand(w1.shape)}, "strides"),
-        (routed, {3: w1.mT.contiguous().mT}, "strides"),
         (routed, {0: x.half()}, "x of torch.float16"),
         (routed, {2: weights.double()}, "weights of torch.float64"),
         (attention, {i: q.double() for i in range(3)}, "attention in torch.float64"),
         (norm, {0: norm_x.double()}, "torch.float64"),
-        (norm, {0: norm_x.half()}, "torch.float16"),
         (norm, {1: torch.rand(37).bfloat16()}, "torch.bfloat16"),
         (norm, {0: norm_x[:0]}, r"\[0, 37\]"),
         (norm, {0: norm_x[:, :30]}, r"\[3, 30\]"),
         (Case(gradients, (norm_x.bfloat16(), norm_x, torch.rand(37), torch.ones(3, 1)), 1), {}, "a gradient of"),
-        (keys, {1: index[1].bfloat16()}, "tensors in torch"),
         (keys, {2: index[2].bfloat16()}, r"weights of torch\.bfloat16"),
         (main, {2: main.arguments[2].double()}, "tensors in torch"),
     ):
