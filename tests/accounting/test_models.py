@@ -77,11 +77,10 @@ def test_counts_of_v4_are_those_of_its_files_and_report(name: str) -> None:
     assert counted.main + counted.buffers - tables - of_mtp == files
     assert counted.active - counted.by_module["head"] == pytest.approx(active, rel=1e-5)
     assert kv_bytes_per_token(c, dtype="fp8") == cache
-    entries = (
-        {ratio: c.compress_ratios.count(ratio) * 2**20 // ratio for ratio in (4, 128)} if c.compress_ratios else {}
-    )
+    ratios = c.compress_ratios or ()
+    entries = {ratio: ratios.count(ratio) * 2**20 // ratio for ratio in (4, 128)}
     chosen = c.n_layers * 128 * 584 + entries[128] * 584 + entries[4] * 68
-    assert rows_read(c, 2**20, "fp8") == chosen + c.compress_ratios.count(4) * (c.index_topk or 0) * 584  # pyright: ignore
+    assert rows_read(c, 2**20, "fp8") == chosen + ratios.count(4) * (c.index_topk or 0) * 584
     assert counted.active_by_module["mtp projection"] == (1 + 4) * c.dim**2, "h_proj is multiplied with each stream"
     fp4 = weight_bytes(c, "fp4", mtp=False).by_part
     assert fp4["routed experts"] == counted.by_module["routed experts"] / 2

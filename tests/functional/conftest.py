@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from dsmini import ops
-from dsmini.numerics import QuantizedTensor
+from dsmini import ops, quantize
+from dsmini.nn.fp8 import quantized_experts, quantized_linear
+from dsmini.nn.layers import linear
+from dsmini.numerics import WEIGHT_TILE, QuantizedTensor
 from tests.conftest import require_cpu_kernels
 from tests.helpers.gpu import gpu_device
+from tests.helpers.operations import Case
 
 SIZES = (1, 63, 130)
 BACKENDS = [pytest.param(name, marks=pytest.mark.gpu) if name == "triton" else name for name in ops.BACKENDS]
@@ -30,6 +33,13 @@ def forced(backend: str) -> Iterator[str]:
         if backend == "cpu":
             require_cpu_kernels()
         yield device
+
+
+def held(case: Case) -> Case:
+    """Return a case of linear or experts with codes for weights."""
+    places, operation = ((1,), quantized_linear) if case.operation is linear else ((3, 4, 5), quantized_experts)
+    codes = {i: quantize(case.arguments[i], WEIGHT_TILE, "fp32") for i in places}
+    return case.changed(codes)._replace(operation=operation)
 
 
 def moved(value: Any, device: str) -> Any:

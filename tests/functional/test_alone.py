@@ -13,6 +13,7 @@ from tests.helpers.tolerances import FP32_MODEL, relative_error
 SIZES = (
     "dim=64, n_layers=2, n_heads=2, inter_dim=96, moe_inter_dim=32, n_routed_experts=8, vocab_size=97, max_seq_len=64"
 )
+WITH_ALL = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
 SCRIPT = f"""
 import importlib.util, sys, torch, dsmini
 assert importlib.util.find_spec("dsmini.functional") is None
@@ -43,8 +44,7 @@ def test_the_model_trains_and_generates_alone(tmp_path: Path) -> None:
     alone = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", SCRIPT, tmp_path / "alone.pt"], env=alone, cwd=tmp_path, check=True)
     script = SCRIPT.replace("is None", "is not None")
-    with_all = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    subprocess.run([sys.executable, "-c", script, tmp_path / "all.pt"], env=with_all, cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", script, tmp_path / "all.pt"], env=WITH_ALL, cwd=ROOT, check=True)
     got, want = torch.load(tmp_path / "alone.pt"), torch.load(tmp_path / "all.pt")
     assert all(relative_error(a, b) <= FP32_MODEL for a, b in zip(got[:9], want[:9], strict=True))
     assert relative_error(got[9], want[9]) <= 1e-3  # in FP8 sums of another order move codes to their neighbours
@@ -55,6 +55,5 @@ def test_the_first_call_of_a_process_compiles_in_one_graph() -> None:
         f"import torch, dsmini; model = dsmini.Transformer({SIZES}, compute_dtype=torch.bfloat16)\n"
         "torch.compile(model, fullgraph=True, backend='eager')(torch.zeros(1, 32, dtype=torch.int64))"
     )
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], env=WITH_ALL, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsmini import ops
 from dsmini.functional.attention import trained_attention, trained_attention_gradients
-from dsmini.functional.cross_entropy import rows_at_a_time
 from dsmini.functional.experts import prefer_loop
 from dsmini.measure.costs import COSTS, cost_of
 from dsmini.nn.attention import cached_attention, causal_attention
@@ -15,8 +13,7 @@ from dsmini.nn.dsa import topk_attention
 from dsmini.nn.fp8 import quantized_experts
 from dsmini.nn.layers import linear
 from dsmini.nn.moe import experts
-from dsmini.numerics import WEIGHT_TILE, quantize
-from tests.functional.conftest import BACKENDS, SIZES, forced, moved
+from tests.functional.conftest import BACKENDS, SIZES, forced, held, moved
 from tests.helpers.operations import DTYPES, assert_agrees, cases, exact, expert_case, run
 from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
 
@@ -63,25 +60,17 @@ def test_a_query_that_chose_no_key_has_nan_and_no_other_has(backend: str, k: int
     assert y[1, 2].isnan().all() and bool(y.isnan().any(-1).sum() == (1 if k else 10))
 
 
-def test_logits_of_a_chunk_fill_a_gpus_products_and_a_cpus_cache() -> None:
-    """With V3's vocabulary: 4,096 rows make the weight's gradient twice on a GPU, 128 times on a CPU."""
-    for device, products in (("meta", 2), ("cpu", 128)):
-        weight = torch.empty(129_280, 1, device=device)
-        assert -(-4096 // rows_at_a_time(weight)) == products
-
-
 @pytest.mark.parametrize("version", ["plain", "static"])
 def test_every_version_of_experts_heeds_the_limit_of_swiglu(version: str) -> None:
     case = expert_case(63, torch.float32)
     case = case._replace(arguments=(*case.arguments, 0.5))
-    codes = {i: quantize(case.arguments[i], WEIGHT_TILE) for i in (3, 4, 5)}
-    alone = case._replace(terms=36, chained=1)  # 24 units
-    held, want = alone.changed(codes)._replace(operation=quantized_experts), exact(case)
+    alone, want = case._replace(terms=36, chained=1), exact(case)  # 24 units
+    with_codes = held(alone)
     assert_agrees(case, run(case, getattr(experts, version)), want)
     with torch.no_grad():
         assert_agrees(alone, [getattr(experts, version)(*case.arguments)], want[:1])
         for run_held in (quantized_experts.reference, quantized_experts.plain):
-            assert_agrees(held, [run_held(*held.arguments)], exact(held)[:1])
+            assert_agrees(with_codes, [run_held(*with_codes.arguments)], exact(with_codes)[:1])
     assert relative_error(want[0], exact(case._replace(arguments=case.arguments[:6]))[0]) > 0.01
     with forced("cpu"), torch.no_grad(), pytest.raises(ValueError, match="a limit of SwiGLU"):
         experts(*case.arguments)
@@ -89,26 +78,27 @@ def test_every_version_of_experts_heeds_the_limit_of_swiglu(version: str) -> Non
 
 @pytest.mark.parametrize("n", [5, 130])
 def test_cost_counts_operands_once_and_products(n: int) -> None:
-    """Every tensor of a call is read once, its result written once, FLOPs are those of torch's own counter."""
+    """Every tensor of a call is read once, codes as codes, its result written once. FLOPs are as torch counts."""
     from torch.utils.flop_counter import FlopCounterMode
 
     of_kernels = [case for case in cases(n, torch.float32) if case.operation.name in COSTS]
     assert {case.operation for case in of_kernels} == {linear, experts, causal_attention, cached_attention}
-    for case in of_kernels:
+    with_codes = [held(case) for case in of_kernels if case.operation in (linear, experts)]
+    for case in of_kernels + with_codes:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             y = case.operation.reference(*case.arguments)
         cost = cost_of(ops.Call(case.operation.name, case.arguments, {}, y))
-        unread, seen = 0, 1.0
+        read, seen = [sum(t.nbytes for t in ops.tensors_of(a)) for a in case.arguments], 1.0
         if case.operation is causal_attention:
             of = [[0] * n] if case.arguments[4] is None else case.arguments[4][:1].tolist()
             seen = sum(of[0][i] == of[0][j] for i in range(n) for j in range(i + 1)) / n**2
         if case.operation is cached_attention and case.arguments[4] is not None:
             seen = 1 - case.arguments[4].double().mean().item()
-        if case.operation is experts:  # those that no token chose are not read
-            indices, matrices = case.arguments[1], case.arguments[3:]
-            unread = (len(matrices[0]) - len(indices.unique())) * sum(w[0].nbytes for w in matrices)
+        if case.operation in (experts, quantized_experts):  # those that no token chose are not read
+            chosen, there = len(case.arguments[1].unique()), case.arguments[3].shape[0]
+            read[3:] = [n * chosen // there for n in read[3:]]
         assert cost.flops == round(counter.get_total_flops() * seen) and cost.written == y.nbytes
-        assert cost.read == sum(t.nbytes for t in case.arguments if isinstance(t, Tensor)) - unread
+        assert cost.read == sum(read)
 
 
 @pytest.mark.parametrize(
@@ -118,10 +108,8 @@ def test_cost_counts_operands_once_and_products(n: int) -> None:
         *(("cuda", torch.float32, True), ("cuda", torch.bfloat16, False)),
     ],
 )
-def test_one_token_runs_its_own_experts_alone_where_no_grouped_product_serves(
-    device: str, dtype: torch.dtype, loops: bool
-) -> None:
-    """A GPU has none in FP32, where all 256 experts of V3 would run one by one, most of them without a row."""
+def test_one_token_loops_over_its_experts(device: str, dtype: torch.dtype, loops: bool) -> None:
+    """Where no grouped product serves, as on a GPU in FP32: else all 256 experts of V3 would run one by one."""
     with FakeTensorMode():
         x, indices = (torch.empty(1, n, dtype=of, device=device) for n, of in ((16, dtype), (8, torch.int64)))
         assert prefer_loop(x, indices, 256) == loops

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.measure.costs import cost_of
 from dsmini.nn.fp8 import fp8_experts, quantized_experts, quantized_linear
 from dsmini.numerics import WEIGHT_TILE, Accumulator, fp8_matmul, fp8_swiglu_matmul, quantize
 from tests.functional.conftest import SIZES, forced
@@ -127,19 +126,3 @@ def test_layers_equal_reference(dtype: torch.dtype, n: int, backend: str) -> Non
             error = relative_error(a, b) * (b.norm() / max(b.norm(), want[0].norm())).item() ** cancels
             assert error <= layer.tolerance, f"{layer.name}, part {part}: {error:.1e} > {layer.tolerance:.1e}"
         assert relative_error(got_without, want[0]) <= layer.tolerance, layer.name
-
-
-def test_experts_and_linear_cost_their_operands_once() -> None:
-    """Experts that nobody chose are not read; codes count as codes."""
-    indices, weights = routed(130, 2, 6, empty=(0, 3))
-    matrices, x = stacked(), torch.randn(130, 200).bfloat16()
-    held = [quantize(w, WEIGHT_TILE, "fp32") for w in matrices]
-    pairs, codes, scales = 260, 136 * 200, 4 * (2 * 2)
-    routing = indices.nbytes + weights.nbytes
-    flops = 6 * pairs * 136 * 200
-    held_read = 4 * 3 * (codes + scales)
-    cost = cost_of(ops.Call("quantized_experts", (x, indices, weights, *held), {}, None))
-    assert cost[:3] == (x.nbytes + routing + held_read, x.nbytes, flops)
-    linear = quantize(matrices[0][0], WEIGHT_TILE, "fp32")
-    cost = cost_of(ops.Call("quantized_linear", (x, linear), {}, x.new_empty(130, 136)))
-    assert cost[:3] == (x.nbytes + codes + scales, 130 * 136 * 2, 2 * 130 * 136 * 200)

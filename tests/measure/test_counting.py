@@ -120,9 +120,7 @@ def test_a_cache_keeps_what_was_used_last() -> None:
 
 
 @pytest.mark.parametrize(("n", "first", "again"), [(1000, 4000, 0), (3000, 24_000, 24_000)])
-def test_a_kernel_finds_in_the_cache_what_was_used_last(
-    monkeypatch: pytest.MonkeyPatch, n: int, first: int, again: int
-) -> None:
+def test_a_kernel_finds_what_it_used_last(monkeypatch: pytest.MonkeyPatch, n: int, first: int, again: int) -> None:
     """Count a kernel that changes a tensor in place: one that a cache of 8,100 bytes holds, and a larger one."""
     counter, x = Count(8100), torch.rand(n)
     monkeypatch.setattr(counting, "cost_of", lambda *_: Cost(x.nbytes, x.nbytes, 0))
@@ -153,9 +151,7 @@ def ran(counted: Count) -> list[tuple[str, str, int, torch.dtype]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8"])
 @pytest.mark.parametrize("given", SHAPES, ids=lambda given: given[0])
-def test_dry_step_counts_the_operations_of_a_real_one(
-    given: tuple[Work, ModelConfig, int, int], dtype: StepDtype
-) -> None:
+def test_dry_step_counts_what_a_real_one_runs(given: tuple[Work, ModelConfig, int, int], dtype: StepDtype) -> None:
     shape = shape_of(*given, dtype)
     real = counted_twice(lambda: shape.make(CPU), Count())
     dry = dry_count(lambda: shape.make(CPU))

@@ -19,6 +19,7 @@ from tests.helpers.questions import invented_roofs
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
 Rates = dict[torch.dtype, float]
+Machine = Callable[..., list[int]]
 
 # --- one call
 
@@ -38,7 +39,7 @@ def test_seconds_of_is_the_median_of_its_rounds(clock: Clock) -> None:
 
 
 @pytest.fixture
-def machine_of(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+def machine_of(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Return the maker of a machine of this many FLOP/s, with a wait in each product; it returns the sizes seen."""
 
     def make(rates: Rates, wait: float = 0.0) -> list[int]:
@@ -60,9 +61,7 @@ def machine_of(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
 @pytest.mark.parametrize(
     ("flops", "largest"), [(3e6, 64), (3e8, 128), (3e9, 512), (1e11, 1024), (1e13, 2048)]
 )  # fmt: skip
-def test_matmul_rate_takes_the_largest_size_within_budget(
-    clock: Clock, machine_of: Callable[..., list[int]], flops: float, largest: int
-) -> None:
+def test_matmul_rate_takes_the_largest_size(clock: Clock, machine_of: Machine, flops: float, largest: int) -> None:
     sizes = machine_of({FP32: flops})
     assert matmul_rate(CPU, FP32, seconds=0.5) == pytest.approx(flops)
     assert max(sizes) == largest
@@ -81,7 +80,7 @@ def test_matmul_rate_of_a_gpu_outgrows_the_start_of_a_product(clock: Clock, monk
         assert matmul_rate(torch.device("meta"), BF16, seconds) == pytest.approx(8e14, rel=0.02)
 
 
-def test_matmul_rate_outgrows_a_wait_in_each_product(machine_of: Callable[..., list[int]]) -> None:
+def test_matmul_rate_outgrows_a_wait_in_each_product(machine_of: Machine) -> None:
     """Simulate threads that wait for each other, where small products do not show the rate."""
     machine_of({FP32: 1e11}, wait=0.01)
     assert matmul_rate(CPU, FP32) > 0.3e11
@@ -96,9 +95,7 @@ def test_matmul_rate_outgrows_a_wait_in_each_product(machine_of: Callable[..., l
         ({FP32: 1e11}, FP32),
     ],
 )
-def test_dtype_follows_the_rates(
-    clock: Clock, machine_of: Callable[..., list[int]], rates: Rates, dtype: torch.dtype
-) -> None:
+def test_dtype_follows_the_rates(clock: Clock, machine_of: Machine, rates: Rates, dtype: torch.dtype) -> None:
     machine_of(rates)
     assert pick_dtype("auto", CPU) == dtype
     if rates.get(BF16) == 3e8:  # a clear loss ends the trial: one turn each, with four products of the smallest size
@@ -147,11 +144,6 @@ def test_stored_rates_are_those_of_one_machine(tmp_path: Path, monkeypatch: pyte
     [
         ("linux", "processor\t: 0\nmodel name\t: AMD EPYC 9R14\n\nmodel name\t: another", "AMD EPYC 9R14"),
         ("linux", "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n", "AMD EPYC, family 26, model 2"),
-        (
-            "linux",
-            "cpu family\t: 6\nmodel name\t: Intel Xeon Processor @ 2.60GHz",
-            "Intel Xeon Processor @ 2.60GHz, family 6, model ?",
-        ),
         ("linux", "CPU implementer\t: 0x41\nCPU part\t: 0xd40\n", "aarch64, implementer 0x41, part 0xd40"),
         ("linux", "", "aarch64"),
         ("darwin", "", "Apple M2"),

@@ -96,10 +96,6 @@ SEARCHED = [
 ]
 
 
-def found(words: str) -> list[dict[str, Any]]:
-    return pages.searched(plan_of(words), words).record["layouts"]
-
-
 def every_layout(words: str) -> Iterator[dict[str, Any]]:
     """Yield all layouts that the choices of a request allow, and some that no model has."""
     request = read(words)[2]
@@ -130,7 +126,7 @@ def test_search_finds_the_best_of_all_plans(words: str) -> None:
         if one["memory_free"] >= 0:
             sizes = (r.pipeline, r.tensor, r.expert, r.micro_batch)
             best[sizes] = min(best.get(sizes, (math.inf, 0.0, "")), (one["parts_seconds"], one["memory_needed"], binds))
-    layouts = found(words)
+    layouts = pages.searched(plan, words).record["layouts"]
     assert count > 50 and 1 < len(layouts) == min(len(best), 12)
     assert [one["step_seconds"] for one in layouts] == pytest.approx(sorted(step for step, _, _ in best.values())[:12])
     for one in layouts:

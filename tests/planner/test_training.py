@@ -116,10 +116,8 @@ def test_gpus_that_share_heads_divide_v4s_output_projections() -> None:
     m = plan_of("toy-v4").m
     (whole, other), (shared, others) = (m.local(tensor) for tensor in (1, 2))
     c = m.config
-    grouped, last = (
-        (c.o_lora_rank or 0) * c.n_heads * (c.head_dim or 0),
-        (c.o_groups or 0) * (c.o_lora_rank or 0) * c.dim,
-    )
+    grouped = (c.o_lora_rank or 0) * c.n_heads * (c.head_dim or 0)
+    last = (c.o_groups or 0) * (c.o_lora_rank or 0) * c.dim
     queries = c.n_heads * (c.head_dim or 0) * (c.q_lora_rank or 0)
     feed_forward = 3 * c.dim * c.n_shared_experts * c.moe_inter_dim
     assert other["moe"] - others["moe"] == grouped / 2
