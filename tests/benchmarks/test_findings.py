@@ -117,6 +117,8 @@ def test_figures_of_a_step_are_over_its_bytes_and_flops(monkeypatch: pytest.Monk
     rate = figures["tokens_per_s"]
     assert rate.measured == pytest.approx(2 / (moved / 9e9)) and rate.predicted == 4
     assert figures["flops_per_token"].predicted == 50 and figures["bytes_per_token"].predicted == 8
+    with pytest.raises(ValueError, match="above the roof"):
+        list(steps.step_figures({}, counted, [moved / 13e9] * 5, None, here, 2, 1.0, 50.0, 8.0))
 
 
 @pytest.mark.parametrize(

@@ -311,10 +311,19 @@ def ask(imagine: Imagine, monkeypatch: pytest.MonkeyPatch) -> Any:
         subject, given = imagine(**costs or {}), list[float]()
         monkeypatch.setattr(whole, "training_subject", lambda _: subject)
         monkeypatch.setattr(evidence, "gather", lambda found, *more: (given.append(more[1]), add_evidence(found)))
-        found = answer(None, quick=quick, on_part=lambda *_: None, **{"rounds": 6, **more})
+        found = answer(None, quick=quick, **{"rounds": 6, "on_part": lambda *_: None, **more})
         return found, given, subject.world
 
     return ask
+
+
+def test_interruption_before_enough_rounds_gives_no_diagnosis(ask: Any) -> None:
+    def stop(share: float, what: str, left: float) -> None:
+        if what == "round 5":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(False, on_part=stop, rounds=50)
 
 
 def test_evidence_gets_what_is_left_of_the_time(ask: Any) -> None:
