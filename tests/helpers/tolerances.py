@@ -59,7 +59,10 @@ def calc_diff(got: Tensor, want: Tensor) -> float:
 # Two correct ways through a whole small model in FP32: sums of at most 48 terms, some 20 of them chained in each of its
 # two blocks and up to two of multi-token prediction.
 FP32_MODEL = rounding(FP32_UNIT, terms=48, chained=80)
+# One layer reading a cache that was rounded once: its keys move the softmax, its values the sum.
+BF16_CACHE = rounding(BF16_UNIT, chained=2)
 E4M3_UNIT = 2.0**-4
+E4M3_CACHE = rounding(E4M3_UNIT, chained=2)
 
 
 def moved_codes(difference: float) -> float:

@@ -15,7 +15,7 @@ from dsmini.nn import Cache, Context
 from dsmini.nn.mla import attention_work
 from tests.helpers.configs import DSA, V4_MODEL, V32, refusal, released
 from tests.helpers.models import decoded, tokens_of
-from tests.helpers.tolerances import BF16_UNIT, FP32_MODEL, relative_error
+from tests.helpers.tolerances import BF16_CACHE, BF16_UNIT, E4M3_CACHE, FP32_MODEL, relative_error
 from tests.helpers.watching import Operations
 
 Model = Callable[..., Transformer]
@@ -156,6 +156,17 @@ def test_cache_of_any_dtype_agrees_in_all_forms_and_chunks(
         for form, sizes in (("absorbed", 24), *((form, (5, 6, 1, 1, 11)) for form in ("auto", "expanded", "absorbed"))):
             got = decoded(model, tokens, sizes, 24, dtype, form=form)
             assert relative_error(got, want) < near
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, BF16_CACHE), ("fp8", E4M3_CACHE)])
+def test_low_precision_cache_errs_by_its_rounding(small_model: Model, dtype: Any, tolerance: float) -> None:
+    """One layer, whose output is linear in what it reads but for the softmax."""
+    model, tokens = small_model(n_layers=1, n_dense_layers=1, n_mtp_layers=0), tokens_of(2, 20)
+    exact, short = model.new_cache(2, 20), model.new_cache(2, 20, dtype)
+    for cache in (exact, short):
+        model(tokens[:, :19], cache)
+    want, got = (model.states(tokens[:, 19:], cache).normed for cache in (exact, short))
+    assert 0 < relative_error(got, want) < tolerance
 
 
 def test_a_model_made_in_inference_mode_decodes(small_config: Callable[..., ModelConfig]) -> None:
