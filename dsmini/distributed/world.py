@@ -246,7 +246,7 @@ def joined(
             words = f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}"
             if lost:
                 words = f"rank {rank}: lost another process ({lost}); a run of dsmini.train continues with --resume"
-            print(words, file=sys.stderr, flush=True)
+            print(words + "\n", end="", file=sys.stderr, flush=True)  # in one write: other ranks write to it too
             sys.stdout.flush()
             os._exit(1)  # without the destructors that wait for, or abort after, a group that is dead
         raise

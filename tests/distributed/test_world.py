@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,7 @@ def test_words_of_a_loss_are_the_cause_without_places_in_gloo_and_its_advice() -
 def failing(error: Exception, said: Path) -> None:
     with said.open("a") as file:
         os.dup2(file.fileno(), 2)
+    sys.stderr.reconfigure(write_through=True)  # as PYTHONUNBUFFERED does, where lines of two ranks mixed
     with joined(20.0):
         raise error
 
