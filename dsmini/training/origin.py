@@ -229,6 +229,8 @@ def check_init(old: ModelConfig, new: ModelConfig, source: str) -> None:
     """Refuse a model that the weights of another do not fit, by its keys."""
     _refuse_missing_indexers(old, new, source)
     shapes = {f.name for f in dataclasses.fields(ModelConfig) if f.metadata.get("shapes")}
+    if new.n_hash_layers:
+        shapes.add("n_activated_experts")  # columns of the table of a hash layer
     got = [
         f"model.{change.key}={plain(change.after)} (there {plain(change.before)})"
         for change in differences(old, new)
