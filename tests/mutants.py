@@ -3,9 +3,9 @@
     python -m tests.mutants SEED NUMBER [FOLDER ...]    # folders of dsmini or kernels to draw from; needs pytest-cov
 
 First all tests but slow ones run once, to know those of each line (.mutants/map.json). A bug, in a copy of the
-checkout, meets the tests of its line, those of its own package first, until one fails, then all tests of its package,
-slow ones too. Lines of C++ meet those of kernels/ and inference/. Results are in .mutants/SEED.jsonl; the same command
-continues where it was stopped.
+checkout, meets the tests of its line (of its file, if no test runs the line: it runs at import), those of its own
+package first, until one fails, then all tests of its package, slow ones too. Lines of C++ meet those of kernels/ and
+inference/. Results are in .mutants/SEED.jsonl; the same command continues where it was stopped.
 """
 
 import io
@@ -136,7 +136,9 @@ def main(seed: str, number: str, *folders: str) -> None:
             shutil.rmtree(tree, ignore_errors=True)
             shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".mutants", "runs", "__pycache__"))
             (tree / where).write_text(with_bug(*bug))
-            done[said] = verdict(tree, where, known.get(where, {}).get(str(line), []))
+            of_file = known.get(where, {})
+            tests = of_file.get(str(line)) or sorted({*itertools.chain(*of_file.values())})
+            done[said] = verdict(tree, where, tests)
             with results.open("a") as file:
                 file.write(json.dumps([said, done[said]]) + "\n")
         print(done[said], flush=True)
