@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+from dsmini import RunConfig
 from dsmini.console.progress import Progress
+from dsmini.diagnosis.diagnosis import training_subject
+from dsmini.training.start import resolved
+from tests.conftest import CPU
 from tests.helpers.commands import check_refused, finish, let_prices_be_invented, run, run_all
 from tests.helpers.configs import written
 
@@ -84,6 +88,10 @@ def test_training_is_diagnosed_by_a_run_or_a_config(place: Path) -> None:
     assert "after step 1" in check_all(place, "found_finished", of_finished, "replay"), "its own weights"
     assert "<svg" in check_all(place, "found", of_run, TRAINING)
     assert of_config["gains"].keys() == {"replay"}
+
+
+def test_the_default_run_is_diagnosed_without_a_path() -> None:
+    assert training_subject(None).config == resolved(RunConfig(), CPU)
 
 
 def test_decoding_is_diagnosed_by_a_config_a_run_or_a_folder(place: Path) -> None:

@@ -146,6 +146,15 @@ def test_predictions_share_the_colour_of_their_series() -> None:
     assert legend([series("batch 1")], plot) == ["batch 1"]
 
 
+@pytest.mark.parametrize(
+    ("top", "ticks"), [(20.0, ["1", "2", "5", "10", "20"]), (1e5, ["1", "10", "100", "1,000", "10k", "100k"])]
+)
+def test_ticks_of_a_wide_scale_are_powers_of_ten(top: float, ticks: list[str]) -> None:
+    one = Series(label="a", x=[7, 8], y=[1.0, top])
+    drawn = svg(Plot(title="Speed", x="context", y="bytes", log_y=True, series=[one]), "speed")
+    assert re.findall(r">([^<>]+)</text>", drawn) == ["7", "8", "context", *ticks, "bytes", "a"]
+
+
 # --- figures in words: units, and tones of predictions
 
 
