@@ -239,6 +239,12 @@ def test_prompt_that_leaves_no_room_is_said_and_the_run_is_whole(run: TrainingRu
     assert "no sample: a prompt of 999 tokens" in run.console.file.getvalue()
 
 
+def test_a_model_without_finite_logits_has_no_sample_and_says_so(run: TrainingRun) -> None:
+    torch.nn.init.constant_(run.trainer.model.head.weight, math.nan)
+    write_sample(run)
+    assert "no sample: " in run.console.file.getvalue()
+
+
 def test_interrupted_sample_ends_its_line(run: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.console, "out", Mock(side_effect=[None, KeyboardInterrupt]))
     with pytest.raises(KeyboardInterrupt):
