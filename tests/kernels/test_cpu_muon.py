@@ -167,6 +167,14 @@ def test_zeros_move_nothing(isa: str) -> None:
         assert relative_error(got.momenta[0], given.momenta[0] * 0.9) <= rounding(FP32_UNIT, chained=2)
 
 
+def test_without_running_nothing_moves() -> None:
+    """Steps are counted so, for a forecast."""
+    given = matrices_of([(4, 6)])
+    with cpu.without_running():
+        assert torch.equal(updated(given, JORDAN).params[0], given.params[0])
+    assert not torch.equal(updated(given, JORDAN).params[0], given.params[0])
+
+
 def test_a_graph_of_old_parameters_is_refused() -> None:
     """As after a step of torch's own optimizers: its gradient would mix old activations and new parameters."""
     given, x = matrices_of([(4, 6)], torch.float32), torch.randn(6, requires_grad=True)
