@@ -173,6 +173,11 @@ def test_values_are_shown_in_readable_units(value: float | None, unit: str, said
     assert units.human(671_026_404_352, "", exact=True) == "671,026,404,352"
 
 
+def test_ticks_are_short() -> None:
+    ticks = {512: "512", 2048: "2,048", 1e4: "10k", 1.5e6: "1.5M", 0.02: "0.02", 0.001: "0.001", 0.0002: "2e-4"}
+    assert {value: units.short(value) for value in ticks} == ticks
+
+
 @pytest.mark.parametrize("case", TABLES["tones"])
 def test_tone_says_how_far_a_prediction_was_off(case: dict[str, Any]) -> None:
     tone = case["tone"]
