@@ -281,7 +281,7 @@ def test_folder_of_the_cache_that_cannot_be_made_is_named(place: Path) -> None:
 # text made into tokens: where it is cut, and what fill-in-the-middle rearranges
 
 BEGIN, HOLE, END = ByteTokenizer.fim
-WORDS = [b"word ", b"line\n", b"\n", b" ", "é".encode(), "日".encode(), b"x" * 50]
+WORDS = [b"word ", b"line\n", b"\n", b" ", "é".encode(), ("日é" * 7).encode(), b"x" * 50]
 
 
 def single(text: bytes, separator: bytes) -> set[int]:

@@ -111,6 +111,12 @@ def test_text_is_what_was_read() -> None:
         torch.testing.assert_close(got, want.data)
 
 
+def test_a_cache_larger_than_memory_is_refused() -> None:
+    model = Transformer(replace(MODEL, max_seq_len=10**9))
+    with pytest.raises(ValueError, match=r"^a cache of 1024 x 1000000000 tokens needs "):
+        DecodingSubject(model, batch=1024, context=10**9 - 1)
+
+
 def test_alternatives_decode_what_they_say(decoding: DecodingSubject) -> None:
     """Check the kinds of layers and the dtypes of each variant, and that the rest is shared."""
     model = decoding.model
