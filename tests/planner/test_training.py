@@ -1,5 +1,6 @@
 """Training: what GPUs hold together, steps against the report, and rows against the gate."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsmini.accounting import flops_per_token, parameters
+from dsmini.accounting import activation_bytes, flops_per_token, parameters
 from dsmini.nn import route
 from dsmini.planner.exchange import places_hit
 from dsmini.planner.pages import lines_of
@@ -39,6 +40,25 @@ def test_gpus_together_hold_the_model(name: str, schedule: Any, tensor: int, exp
     copy = 0 if schedule == "dualpipe" else of["embedding"]
     rest = sum(gpu.gpu_matrices + gpu.gpu_others for gpu in gpus)
     assert rest * tensor == counted.total - experts * expert + copy + (tensor - 1) * repeated
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", ["deepseek-v3", "toy-v4"])
+def test_activations_of_one_stage_are_those_of_one_process(recompute: Any, name: str) -> None:
+    """Apart are the shorter sequences of multi-token prediction, RoPE's tables, and states between its depths."""
+    made = plan_of(f"{name} gpus=1 batch=8")
+    config, length = made.model.config, made.request.seq_len
+    assert length is not None
+    how: dict[str, Any] = {"gpus": 4, "pipeline": 1, "expert": 1, "micro_batch": 2, "zero": 0, "schedule": "1f1b"}
+    four = in_layout(made, **how, recompute=recompute)
+    precision = "fp8" if made.request.precision == "fp8" else "native"
+    one = dataclasses.replace(config, precision=precision)
+    counted = activation_bytes(one, batch_size=2, seq_len=length, dtype="bfloat16", recompute=recompute)
+    between = 2 * length * config.hc_mult * config.dim * 2 * config.n_mtp_layers
+    if recompute == "full" and config.hc_mult > 1:  # they are inputs of blocks
+        between = 0
+    found = four["memory_activations"]
+    assert found == pytest.approx(counted.total - between - counted.by_part["rotary tables"], rel=1 / length)
 
 
 def test_zero_divides_one_part_after_the_other() -> None:
