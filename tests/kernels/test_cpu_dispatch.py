@@ -37,6 +37,7 @@ def test_unsupported_calls_raise_unserved() -> None:
         (cpu.dequantize, {"codes": x, "scales": torch.ones(4, 2), "tile": (1, 128)}),
         (cpu.dequantize, {"codes": codes, "scales": torch.ones(4, 1), "tile": (1, 128)}),
         (cpu.dequantize, {"codes": codes, "scales": torch.ones(4, 2), "tile": (1, 128), "format": "e5m2"}),
+        (cpu.dequantize, {"codes": codes, "scales": torch.ones(4, 2), "tile": (1, 128), "columns": 129}),
     ]
     for function, arguments in unserved:
         with pytest.raises(Unserved):
