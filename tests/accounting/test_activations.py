@@ -113,6 +113,15 @@ def test_activations_are_a_lower_bound(case: str) -> None:
         assert 1 <= saved(config, b, s, dtype) / counted < most
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_of_v4_grow_as_its_latents_and_outputs(dtype: Any) -> None:
+    one = sized(**V4 | {"hc_mult": 1}, max_seq_len=256)
+    for wider in (dataclasses.replace(one, o_groups=4), dataclasses.replace(one, q_lora_rank=48)):
+        counted = [activation_bytes(c, batch_size=2, seq_len=140, dtype=dtype).total for c in (one, wider)]
+        real = [saved(c, 2, 140, dtype) for c in (one, wider)]
+        assert counted[1] - counted[0] == real[1] - real[0]
+
+
 @pytest.mark.parametrize(
     ("q_lora_rank", "precision", "dtype"),
     [(20, "native", "bfloat16"), (20, "fp8", "float32"), (None, "fp8", "bfloat16")],
