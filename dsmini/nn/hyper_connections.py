@@ -124,7 +124,8 @@ class HyperConnection(FP32Module):
         """Return what the sublayer reads, and the weights of what it will write."""
         n = self.n
         with ops.without_autocast(streams):
-            mixes = F.linear(normed_streams(streams, self.norm_eps), self.fn)
+            flat = normed_streams(streams, self.norm_eps)
+            mixes = F.linear(flat, self.fn.to(flat.dtype))
             pre, post, comb = (scale * mix + base for scale, mix, base in self._parts(mixes))
             comb = sinkhorn(comb.unflatten(-1, (n, n)), self.sinkhorn_iters, self.eps)
             return weighted_sum(streams, pre.sigmoid() + self.eps), Mix(2 * post.sigmoid(), comb)
@@ -195,7 +196,8 @@ class StreamHead(FP32Module):
 
     def forward(self, streams: Float[Tensor, "b s n m"]) -> Float[Tensor, "b s m"]:
         with ops.without_autocast(streams):
-            mixes = F.linear(normed_streams(streams, self.norm_eps), self.fn)
+            flat = normed_streams(streams, self.norm_eps)
+            mixes = F.linear(flat, self.fn.to(flat.dtype))
             return weighted_sum(streams, (self.scale * mixes + self.base).sigmoid() + self.eps)
 
 

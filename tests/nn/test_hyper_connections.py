@@ -37,6 +37,16 @@ def test_streams_part_as_they_learn() -> None:
     assert len({round(float(g), 6) for g in grads[:N]}) == N
 
 
+def test_streams_of_fp64_meet_weights_of_fp32() -> None:
+    """As with compute_dtype=torch.float64, or torch's default dtype."""
+    streams = torch.randn(B, S, N, M)
+    for module in (HyperConnection(M, N), StreamHead(M, N)):
+        want, got = module(streams), module(streams.double())
+        want, got = (want, got) if isinstance(module, StreamHead) else (want[0], got[0])
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got.float(), want)
+
+
 @pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
 def test_mixing_is_doubly_stochastic(spread: float) -> None:
     comb = sinkhorn(spread * torch.randn(50, N, N), 20, 1e-6)
