@@ -247,7 +247,7 @@ class Decoder:
             self.why = "layers have different RoPE"
             self.blocks[:], self.mtp_blocks[:] = [None] * len(self.blocks), [None] * len(self.mtp_blocks)
         self._rope = next(iter(ropes), Rope.from_config(model.config))
-        self._cos_sin = self._rope.cos_sin(torch.arange(0)[None])
+        self._cos_sin = self._rope.cos_sin(torch.arange(0, device=model.device)[None])
         """Cos and sin of positions 0, 1, ..., as far as they have been asked for."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -322,7 +322,7 @@ class Decoder:
         positions, start = place.positions, place.shared_start
         end = int(positions.max()) + 1 if start is None else start + positions.shape[1]
         if end > self._cos_sin[0].shape[1]:
-            self._cos_sin = self._rope.cos_sin(torch.arange(max(256, 2 * end))[None])
+            self._cos_sin = self._rope.cos_sin(torch.arange(max(256, 2 * end), device=positions.device)[None])
         cos, sin = self._cos_sin
         if start is None:
             return cos[0, positions], sin[0, positions]

@@ -243,7 +243,7 @@ class Generation:
             tokens = torch.cat((tokens, guesses), 1)
         # 2. the model's logits after each of them: [b, s, v]
         start = self.cache.lengths
-        new = None if all(live) else torch.tensor(live) * tokens.shape[1]
+        new = None if all(live) else torch.tensor(live, device="cpu") * tokens.shape[1]
         states = self.decoder.states(tokens, self.cache, new)
         logits = self.decoder.logits(states.normed)
         # 3. the accepted guesses of each row, and one more token
@@ -254,7 +254,7 @@ class Generation:
             chosen = [accept(guesses[i].tolist(), [d[i] for d in q], p[i], self.generator) for i in range(len(p))]
         if self.drafter is not None:
             kept = [len(tokens) * is_live for tokens, is_live in zip(chosen, live, strict=True)]
-            self.drafter.drop_rejected(start, padded(chosen).to(self._device), kept, states.given)
+            self.drafter.drop_rejected(start, padded(chosen, self._device), kept, states.given)
             self.stats.drafted += guesses.shape[1] * sum(live)
             self.stats.accepted += sum(kept) - sum(live)
         self.stats.steps += sum(live)
@@ -273,7 +273,7 @@ class Generation:
         """Return a mask of the tokens that each row holds; None if the sampling needs none."""
         if self.sampling.repetition_penalty == 1:
             return None
-        seen = torch.zeros(len(self._active), self.model.config.vocab_size, dtype=torch.bool)
+        seen = torch.zeros(len(self._active), self.model.config.vocab_size, dtype=torch.bool, device="cpu")
         for i, row in enumerate(self._active):
             seen[i, self.rows[row]] = True
         return seen.to(self._device)
@@ -301,7 +301,7 @@ class Generation:
         full = [is_live and n >= room for is_live, n in zip(self._live(), self.cache.lengths.tolist(), strict=True)]
         if not any(full):
             return
-        again = torch.tensor(full) | (self.drafter is not None)
+        again = torch.tensor(full, device="cpu") | (self.drafter is not None)
         self.cache.truncate(torch.where(again, 0, self.cache.lengths))
         contexts: list[list[int]] = []
         for i, row in enumerate(self._active):
@@ -327,12 +327,12 @@ def prefill(
         watch: called after each part with the number of tokens read so far and that of all.
     """
     device = model.device
-    lengths = torch.tensor([len(context) for context in contexts])
+    lengths = torch.tensor([len(context) for context in contexts], device="cpu")
     last: Tensor | None = None
     for start in range(0, max(map(len, contexts)), PREFILL):
         # 1. right-padded rows of new tokens: [b, s]
         new = (lengths - start).clamp(0, PREFILL)
-        tokens = padded([context[start : start + PREFILL] for context in contexts]).to(device)
+        tokens = padded([context[start : start + PREFILL] for context in contexts], device)
         uneven = None if bool((new == tokens.shape[1]).all()) else new
         # 2. hidden states of all of them, of which the last in each row are needed: [b, m]
         states = model.states(tokens, cache, uneven)
@@ -345,10 +345,10 @@ def prefill(
     return model.head(last)
 
 
-def padded(rows: list[list[int]]) -> Tensor:
-    """Return rows of token ids as a tensor [b, longest], padded with 0 on the right."""
+def padded(rows: list[list[int]], device: torch.device | None = None) -> Tensor:
+    """Return rows of token ids as a tensor [b, longest], padded with 0 on the right; by default on torch's device."""
     longest = max(map(len, rows))
-    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64)
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64, device=device)
 
 
 def rows_of(prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) -> list[list[int]]:

@@ -73,7 +73,7 @@ class Drafter:
         # 1. show the certain tokens to all depths; each then has a state for the next token: [b, m]
         tokens, before, kept = self._unseen or (last, self.mtp.last[0][:, None], [1] * len(last))
         whole = all(live) and all(n == tokens.shape[1] for n in kept)
-        new = None if whole else torch.tensor(kept) * torch.tensor(live)
+        new = None if whole else torch.tensor(kept, device="cpu") * torch.tensor(live, device="cpu")
         has_room = int(self.cache.lengths.max()) + 1 + self.depths <= self.cache.max_seq_len
         normed = self.decoder.mtp(self.model.embedded(tokens), before, self.mtp, new, tokens)
         if not has_room:
@@ -127,7 +127,7 @@ class Drafter:
             given: the model's hidden states at the last token and the guesses, States.given.
         """
         if any(0 < n < given.shape[1] for n in kept):
-            self.cache.truncate(start + torch.tensor(kept))
+            self.cache.truncate(start + torch.tensor(kept, device="cpu"))
         self._unseen = (tokens, given[:, : tokens.shape[1]], kept)
 
     def select(self, rows: list[int]) -> None:

@@ -237,7 +237,7 @@ class Cache:
         self.device: torch.device = device
         self.form: Form | FormPolicy = form
         self.mtp = mtp
-        self.lengths: Tensor = torch.zeros(batch_size, dtype=torch.int64)
+        self.lengths: Tensor = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
         """[b], on the CPU: valid length of each row, in tokens."""
         self._longest = [0] * batch_size
         """The same with tokens that were taken back."""
@@ -310,15 +310,16 @@ class Cache:
             max(n, was) if start else n for n, was, start in zip(lengths, self._longest, starts, strict=True)
         ]
         alike = min(starts) == max(starts) and min(new) == s
-        columns = torch.arange(starts[0], starts[0] + s)[None] if alike else torch.arange(s)
+        first = starts[0] if alike else 0
+        columns = torch.arange(first, first + s, device="cpu")[None]  # whatever torch's default device is
         return CachePositions(
-            positions=(columns if alike else torch.tensor(starts)[:, None] + columns).to(self.device),
+            positions=(columns if alike else torch.tensor(starts, device="cpu")[:, None] + columns).to(self.device),
             shared_start=starts[0] if alike else None,
             all_new=not any(starts),
             # a CPU prepares a BF16 product again for each number of rows, so that number grows in steps (docs/log.md)
             n_keys=min(room, -(-longest // KEY_STEP) * KEY_STEP),
-            is_token=None if alike else (columns < torch.tensor(new)[:, None]).to(self.device),
-            lengths=torch.tensor(lengths),
+            is_token=None if alike else (columns < torch.tensor(new, device="cpu")[:, None]).to(self.device),
+            lengths=torch.tensor(lengths, device="cpu"),
         )
 
     def _have_lost(self, lengths: list[int]) -> bool:

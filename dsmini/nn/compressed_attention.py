@@ -164,7 +164,7 @@ def blocks_of(context: Context, m: int, starts: Int[Tensor, "b s"] | None) -> Bl
         all_new=at is None or at.all_new,
         n_keys=n if at is None else at.n_keys // m,
         is_token=None if alike else is_last.gather(1, ends),
-        lengths=torch.full((len(is_last),), n) if at is None else at.lengths // m,
+        lengths=torch.full((len(is_last),), n, device="cpu") if at is None else at.lengths // m,
     )
     return Blocks(ends, place)
 

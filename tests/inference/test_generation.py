@@ -64,6 +64,16 @@ def test_row_that_fills_the_cache_continues_from_newer_half(small_model: Model) 
         assert row == want
 
 
+@pytest.mark.parametrize("changes", [{}, V4_MODEL], ids=["mla", "V4"])
+def test_lengths_stay_in_main_memory_whatever_the_default_device(small_model: Model, changes: dict[str, Any]) -> None:
+    """After torch.set_default_device("cuda") they would be there, next to others that are not. Meta has no numbers."""
+    model = small_model(**changes, max_seq_len=16).eval()
+    options: dict[str, Any] = {"speculative": True, "slide": True, "sampling": Sampling(repetition_penalty=1.2)}
+    want = finished(model, PROMPTS, 20, **options).rows
+    with torch.device("meta"):
+        assert finished(model, PROMPTS, 20, **options).rows == want
+
+
 def test_a_long_prompt_is_read_in_parts(small_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model().eval()
     prompts = [torch.randint(0, 61, (n,)) for n in (20, 3, 11)]
