@@ -204,7 +204,10 @@ class Generation:
         if not self._started:
             self._started = True
             logits = prefill(self.model, self.cache, self.rows, self.drafter, self._watch)
-            first = draw(self.sampling.probabilities(logits, self._seen()), self.generator)
+            if self.sampling.greedy:
+                first = likeliest(logits)
+            else:
+                first = draw(self.sampling.probabilities(logits, self._seen()), self.generator)
             chosen = [[token] for token in first.tolist()]
             self.stats.prefill_seconds += time.perf_counter() - start
         else:

@@ -64,6 +64,12 @@ def test_row_that_fills_the_cache_continues_from_newer_half(small_model: Model) 
         assert row == want
 
 
+def test_greedy_decoding_draws_no_random_number(small_model: Model) -> None:
+    model, before = small_model().eval(), torch.get_rng_state()
+    dsmini.generate(model, PROMPTS, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("changes", [{}, V4_MODEL], ids=["mla", "V4"])
 def test_lengths_stay_in_main_memory_whatever_the_default_device(small_model: Model, changes: dict[str, Any]) -> None:
     """After torch.set_default_device("cuda") they would be there, next to others that are not. Meta has no numbers."""
