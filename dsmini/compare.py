@@ -103,8 +103,7 @@ def main(args: Sequence[str]) -> int:
         base, *others = results.names
         say(console, f"compare {', '.join(others)} with {base}: {command.seeds} seeds, results in {path}")
         say(console, f"margin  {comparison.margin:g} nats a byte: a difference within it counts as none")
-        sizes = {arm.name: (arm.config.train, arm.config.seq_len) for arm in comparison.arms}
-        tokens = {name: train.steps * train.batch_size * length for name, (train, length) in sizes.items()}
+        tokens = {arm.name: arm.tokens for arm in comparison.arms}
         if len({*tokens.values()}) > 1:
             say(console, f"tokens  not equal: {', '.join(f'{name} {n:,}' for name, n in tokens.items())}")
         here = card(pick_device(comparison.arms[0].config.train.device))

@@ -43,6 +43,11 @@ class Arm:
     function: str = ""
     """FILE.py:FUNCTION that makes the model from a ModelConfig; "" for dsmini.Transformer."""
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that all its steps train on, also where the batch grows."""
+        return self.config.seq_len * sum(map(self.config.train.batch_size_at, range(self.config.train.steps)))
+
     def describe(self) -> dict[str, Any]:
         """Return what decides this arm's runs but the seed and the text, as JSON has it."""
         table = plain(dataclasses.asdict(self.config))

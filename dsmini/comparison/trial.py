@@ -81,8 +81,14 @@ def run_trial(arm: Arm, seed: int, cache: Path, on_part: Callable[[float], None]
 
 
 def pace(arm: Arm, cache: Path) -> float:
-    """Return the median seconds of a step after the first ones; on a CPU of its own thread, without its waits."""
-    trainer, _ = prepared(arm, 0, cache)
+    """Return the median seconds of a step after the first ones; on a CPU of its own thread, without its waits.
+
+    The steps of a batch that grows are those of its mean size: a step takes some time, and some for each sequence.
+    """
+    train = arm.config.train
+    rows = max(1, round(arm.tokens / (train.steps * arm.config.seq_len * train.grad_accum))) * train.grad_accum
+    train = replace(train, batch_size=rows, batch_start=None, batch_ramp=0.0)
+    trainer, _ = prepared(replace(arm, config=replace(arm.config, train=train)), 0, cache)
     clock, times = time.process_time if trainer.device.type == "cpu" else time.perf_counter, list[float]()
     for _ in range(PACE_STEPS):
         begun = clock()

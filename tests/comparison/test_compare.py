@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from dsmini import Block, ModelConfig, RunConfig, Transformer
 from dsmini.compare import CompareCommand, place_of_results
+from dsmini.comparison import trial
 from dsmini.comparison.answer import draw, record_of, sentences
 from dsmini.comparison.arms import Arm, Comparison, arms_of, make_model_of, read_claim
 from dsmini.comparison.results import HEAD, Results, head_of, opened, read_results, refuse_other
@@ -327,6 +329,18 @@ def test_arms_are_equal_but_for_their_idea() -> None:
     assert (base.config.model.dim, idea.config.model.dim, idea.config.train.lr) == (192, 64, 0.01)
     assert base.config.train.steps == idea.config.train.steps == 5
     assert base.config.train.threads == idea.config.train.threads == 1
+
+
+def test_a_batch_that_grows_counts_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four steps of 4 sequences of 256, or of 2, 3, 4 and 4: tokens that are told, and steps that are timed."""
+    base, idea = arms_of([], ["train.batch_start=2 train.batch_ramp=0.5"], ["train.steps=4"])
+    assert (base.tokens, idea.tokens) == (256 * 16, 256 * 13)
+    timed: list[RunConfig] = []
+    trainer = SimpleNamespace(device=torch.device("cpu"), step=lambda: None)
+    monkeypatch.setattr(trial, "prepared", lambda arm, *_: timed.append(arm.config) or (trainer, None))
+    for arm in (base, idea):
+        trial.pace(arm, Path())
+    assert [{config.train.batch_size_at(step) for step in range(9)} for config in timed] == [{4}, {3}]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "claims").glob("*.toml")), ids=lambda path: path.stem)
