@@ -19,6 +19,7 @@ from typing import Any
 
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.config.fields import build, plain, refuse_unknown, require
+from dsmini.config.run import ParallelConfig
 from dsmini.machine import pick_device
 from dsmini.reading import brief, find_config, read_bytes, read_toml
 
@@ -215,8 +216,8 @@ def checked(arms: Sequence[Arm]) -> list[Arm]:
         arm = replace(arm, config=replace(arm.config, train=train, out=None))
         for other in done:
             require(other.name != arm.name, f"two arms are called {arm.name}; give their files other names")
-            same = other.config == arm.config and other.function == arm.function
-            require(not same, f"{other.name} and {arm.name} differ in nothing; change one of them")
+            same = _measured(other) == _measured(arm)
+            require(not same, f"{other.name} and {arm.name} differ in nothing that a run measures; change one of them")
             texts = [(each.config.data.path, each.config.data.val_fraction) for each in (other, arm)]
             why = "losses of other texts cannot be compared; use --set for all of them"
             require(
@@ -224,6 +225,12 @@ def checked(arms: Sequence[Arm]) -> list[Arm]:
             )
         done.append(arm)
     return done
+
+
+def _measured(arm: Arm) -> tuple[RunConfig, str]:
+    """Return what the loss of a run follows from: one process, the parameters and not their average, no rewind."""
+    train = replace(arm.config.train, ema_decay=None, max_rewinds=0)
+    return replace(arm.config, train=train, parallel=ParallelConfig()), arm.function
 
 
 def read_claim(path: Path, settings: Sequence[str], margin: float | None) -> Comparison:
