@@ -432,7 +432,7 @@ def _allocate(model: Transformer, held: Mapping[str, torch.dtype], device: torch
     for name, tensor in codes.items():
         if tensor.dtype == FP8:
             blocks = (*tensor.shape[:-2], *blocks_of(tensor.shape[-2:]))
-            hold_fp8(model, name, tensor, torch.empty(blocks, device=device))
+            hold_fp8(model, name, tensor, torch.empty(blocks, dtype=torch.float32, device=device))
         else:
             blocks = (*tensor.shape[:-1], 2 * tensor.shape[-1] // FP4_BLOCK)
             scales = torch.empty(blocks, dtype=torch.float8_e8m0fnu, device=device)

@@ -112,7 +112,7 @@ class HyperConnection(FP32Module):
         """Start as a pre-norm residual: nothing depends on the token yet."""
         n = self.n
         away = min(AWAY, 0.5 / max(1, n - 1))
-        pre = torch.full((n,), away)
+        pre = torch.full((n,), away, dtype=torch.float32)
         pre[self.home] = 1 - (n - 1) * away
         first = torch.cat(((pre - self.eps).logit(), torch.zeros(n), KEEP * torch.eye(n).flatten()))
         with torch.no_grad():

@@ -265,6 +265,17 @@ def test_kept_fp8_survives_casts(fp8_folder: tuple[Path, dict[str, Tensor]]) -> 
         model(tokens)
 
 
+def test_kept_fp8_does_not_depend_on_the_default_dtype(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
+    """DeepSeek's own code sets it to BF16, which would round the scales."""
+    want = load_pretrained(fp8_folder[0], fp8="keep").state_dict()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = load_pretrained(fp8_folder[0], fp8="keep").state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not folders.different(want, got)
+
+
 def test_kept_fp8_refuses_training(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
     kept = load_pretrained(fp8_folder[0], fp8="keep")
     tokens = torch.randint(0, 61, (1, 9))
