@@ -10,7 +10,7 @@ from typing import Literal
 import tomli_w
 
 from dsmini.config.fields import build, check_types, plain, require, require_multiple, setting
-from dsmini.config.model import ModelConfig
+from dsmini.config.model import CSA_RATIO, ModelConfig
 from dsmini.config.schedule import rate_share, read_phases
 from dsmini.reading import find_config, read_toml
 
@@ -362,6 +362,11 @@ class RunConfig:
             sparse or self.train.dsa_stage != "warmup",
             f"train.dsa_stage='warmup' trains indexers, and model.attention='{self.model.attention}' has none; leave "
             "it out, or start from a model that python -m dsmini.convert RUN OUT --dsa has made",
+        )
+        require(
+            self.train.dsa_stage != "warmup" or self.model.attention != "compressed" or self.seq_len >= CSA_RATIO,
+            f"a sequence of {self.seq_len} tokens has no entry for the indexers of train.dsa_stage='warmup' to learn "
+            f"from; use at least {CSA_RATIO}",
         )
         require(
             not (sparse and self.train.compile),
