@@ -60,7 +60,9 @@ def refuse_oversized(config: RunConfig, device: torch.device) -> None:
         recompute=train.recompute,
         dsa_stage=train.dsa_stage,
     )
-    refuse_too_large(int(needed.total), WHAT, device)
+    # token ids of whole batches, also of those that are prepared meanwhile
+    ids = 8 * train.batch_size * (config.seq_len + 1) * (1 + config.data.workers)
+    refuse_too_large(int(needed.total) + ids, WHAT, device)
 
 
 def refuse_oversized_parts(model: Transformer, device: torch.device, world: World) -> None:

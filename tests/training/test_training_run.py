@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from dsmini import DataConfig
+from dsmini import DataConfig, RunConfig, TrainConfig
 from dsmini.checkpoint.run_folder import new_run_folder
 from dsmini.checkpoint.training_state import load_run
 from dsmini.distributed.heartbeat import LONG_PHASES
@@ -29,9 +29,10 @@ from dsmini.training.outputs import next_command, offered_flags, summarise, summ
 from dsmini.training.plots import plot_run, smooth
 from dsmini.training.record import KEYS, History, read_events, read_records
 from dsmini.training.run import TrainingRun
+from dsmini.training.start import refuse_oversized
 from tests.conftest import Clock
 from tests.distributed.faults import Fault, inject
-from tests.helpers.configs import DSA
+from tests.helpers.configs import DSA, refusal
 from tests.helpers.runs import die, differences, new_run, resumed
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -114,6 +115,11 @@ def test_wait_for_a_batch_counts_as_no_long_phase(training: TrainingRun, monkeyp
     monkeypatch.setattr(training.trainer.loader, "take", lambda of: waits.add(phases[-1]) or take(of))
     assert training.train() and "validating" in phases
     assert waits == {"batch"} and not waits & {*LONG_PHASES}
+
+
+def test_token_ids_of_a_batch_in_many_parts_count_as_memory() -> None:
+    config = RunConfig(train=TrainConfig(batch_size=10**9, grad_accum=10**9))
+    assert "training this model with such a batch needs 4," in refusal(refuse_oversized, config, torch.device("cpu"))
 
 
 def test_default_folders_are_numbered_and_never_shared(tmp_path: Path) -> None:
