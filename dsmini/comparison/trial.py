@@ -156,7 +156,8 @@ def drawn_by_name(seed: int) -> Iterator[None]:
 
 
 def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return [(name, t) for name, t in own if t.is_floating_point()]  # the table of a hash layer is not drawn
 
 
 def _unchanged(module: nn.Module, first: Mapping[str, Tensor] | None) -> bool:

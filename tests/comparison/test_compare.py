@@ -131,6 +131,14 @@ def test_what_an_idea_does_to_first_weights_is_kept() -> None:
     assert not torch.equal(Transformer(n_layers=1).state_dict()["embed.weight"], ours["embed.weight"]), "only inside"
 
 
+def test_gates_of_hash_layers_start_equal_too() -> None:
+    sizes: dict[str, Any] = {"n_layers": 1, "n_dense_layers": 0, "n_hash_layers": 1}
+    with drawn_by_name(7):
+        base, idea = Transformer(**sizes), Transformer(**sizes, q_lora_rank=48)
+    name = "layers.0.ffn.gate.weight"
+    assert torch.equal(base.state_dict()[name], idea.state_dict()[name])
+
+
 def test_tables_of_experts_are_those_of_training(place: Path) -> None:
     hashed = "model.n_hash_layers=1 model.n_mtp_layers=0 model.n_dense_layers=0"
     _, arm = arms_of([str(place / "base.toml")], [hashed], [f"data.path={place}/text.txt"])
