@@ -208,11 +208,11 @@ class DecodingSubject:
     def arms(self, prices: Prices | None) -> list[Arm]:
         """Return all arms, the plain steps first. Without prices nothing is predicted."""
         self.prices, c, mtp = prices, self.config, len(self.model.mtp)
-        no_mha = no_guess = None
+        no_mha, no_guess, width = None, None, c.head_dim or c.qk_nope_head_dim
         if c.attention == "mha":
             no_mha = "the attention is multi-head attention already"
-        elif c.qk_nope_head_dim % 2:
-            no_mha = f"heads of qk_nope_head_dim={c.qk_nope_head_dim} cannot be rotated in pairs"
+        elif width % 2:
+            no_mha = f"heads of {'head_dim' if c.head_dim else 'qk_nope_head_dim'}={width} cannot be rotated in pairs"
         if not mtp:
             no_guess = "the model has no multi-token prediction"
         elif self.context + 1 + mtp > c.max_seq_len:
