@@ -30,7 +30,7 @@ from dsmini.config.fields import build
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.machine import DTYPES, card, keep_freed_memory, pick_device
 from dsmini.nn import Transformer
-from dsmini.nn.gate import HashGate
+from dsmini.nn.gate import make_tables
 from dsmini.training.trainer import StepResult, Trainer
 
 LAST = 0.1
@@ -111,9 +111,8 @@ def prepared(arm: Arm, seed: int, cache: Path) -> tuple[Trainer, Corpus]:
         model = make(config.model)
     if not isinstance(model, Transformer):
         raise ValueError(f"{arm.function} returned a {type(model).__name__}; want a dsmini.Transformer")
-    for gate in model.gates():
-        if isinstance(gate, HashGate):
-            gate.make_table(torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
+    if model.config.n_hash_layers:
+        make_tables(model.gates(), torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
     model.compute_dtype = DTYPES[config.train.dtype]
     torch.manual_seed(seed)
     return Trainer(model.to(device), corpus, config, device), corpus

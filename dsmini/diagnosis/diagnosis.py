@@ -31,6 +31,7 @@ from dsmini.machine import DTYPES, card, cores, pick_device, pick_dtype, refuse_
 from dsmini.measure.price import Prices
 from dsmini.measure.turns import median_of
 from dsmini.nn import Transformer
+from dsmini.nn.gate import make_tables
 from dsmini.report.units import plural
 from dsmini.training.run import check_state
 from dsmini.training.start import refuse_oversized, resolved
@@ -223,6 +224,8 @@ def training_subject(what: Path | None) -> Subject:
     corpus = _corpus_of(config, run)
     torch.manual_seed(config.train.seed)
     model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype]).to(device)
+    if config.model.n_hash_layers:
+        make_tables(model.gates(), torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
     trainer = Trainer(model, corpus, config, device)
     if run is not None and checkpoint_folders(run):
         parts, notes = ["model", "optimizer", *([] if trainer.average is None else ["average"])], list[str]()

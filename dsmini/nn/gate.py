@@ -2,7 +2,7 @@
 
 import heapq
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -226,6 +226,13 @@ class HashGate(Gate):
             logits = linear(at_least_fp32(x), self.weight)
         routing = route(logits, None, **self.options, chosen=chosen)
         return routing._replace(scores=routing.scores.detach())
+
+
+def make_tables(gates: Iterable[Gate], counts: Int[Tensor, " v"]) -> None:
+    """Make the tables of all hash layers of the token counts of a text, as training does."""
+    for gate in gates:
+        if isinstance(gate, HashGate):
+            gate.make_table(counts)
 
 
 def check_table(experts: Int[Tensor, "n k"], n_experts: int) -> None:

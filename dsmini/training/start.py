@@ -36,7 +36,7 @@ from dsmini.distributed.mesh import Mesh, divided_model, fill, local
 from dsmini.distributed.world import World, joined, own_share
 from dsmini.machine import DTYPES, keep_freed_memory, pick_dtype, refuse_too_large
 from dsmini.nn import Transformer
-from dsmini.nn.gate import HashGate
+from dsmini.nn.gate import make_tables
 from dsmini.reading import is_there, read_bytes, read_table
 from dsmini.training.optim import LARGEST_BETA_BF16
 from dsmini.training.origin import RunOrigin, absolute, origin_of_weights
@@ -147,8 +147,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
             fill(model, mesh, device, origin.rows)
             if origin.rows is None and config.model.n_hash_layers:
                 counts = world.first(lambda: torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
-                for gate in (gate for gate in model.gates() if isinstance(gate, HashGate)):
-                    gate.make_table(counts)
+                make_tables(model.gates(), counts)
         if config.train.optimizer == "muon":  # its kernel may have to be compiled
             world.beat(0, "compiling")
             with patience(console, "preparing kernels"):

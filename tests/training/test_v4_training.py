@@ -10,6 +10,7 @@ from rich.console import Console
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config.run import ParallelConfig
+from dsmini.diagnosis.diagnosis import training_subject
 from dsmini.nn.gate import HashGate, hash_table
 from dsmini.training.origin import RunOrigin
 from dsmini.training.start import started
@@ -30,8 +31,10 @@ def test_tables_are_made_of_the_training_text(tmp_path: Path) -> None:
         counts = torch.from_numpy(np.bincount(training.trainer.corpus.train, minlength=256))
         first = training.trainer.model
     assert counts.sum() == int(0.9 * 4500)
-    for layer, gate in enumerate(first.gates()[:2]):
-        assert isinstance(gate, HashGate)
+    diagnosed = training_subject(tmp_path / "x").trainer.model
+    for layer, (gate, of_diagnosis) in enumerate(zip(first.gates()[:2], diagnosed.gates(), strict=False)):
+        assert isinstance(gate, HashGate) and isinstance(of_diagnosis, HashGate)
+        assert torch.equal(of_diagnosis.tid2eid, gate.tid2eid)
         e, k = len(gate.weight), gate.tid2eid.shape[1]
         assert torch.equal(gate.tid2eid, hash_table(counts, e, k, layer))
     state = Transformer(model).state_dict()
