@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,19 @@ def test_every_check_passes_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0 and len(done.stdout.splitlines()) == len(CHECKS) + 4, said
     states = [line.split(": ")[1] for line in done.stdout.splitlines()[3:-1]]
     assert states[1:] == ["ok"] * (len(CHECKS) - 2) + ["skipped"] and states[0] != "failed", said
+
+
+def test_a_dependency_that_is_too_old_or_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for needs, words in (
+        (
+            ["einops>=0.7", "torch>=99", "no-such-thing; extra == 'x'"],
+            r"^dsmini wants torch>=99, here are einops [\d.]+",
+        ),
+        (["no-such-thing>=1"], "no-such-thing"),
+    ):
+        monkeypatch.setattr(selfcheck.metadata, "requires", lambda _, needs=needs: needs)
+        with pytest.raises((ValueError, PackageNotFoundError), match=words):
+            selfcheck.versions("cpu")
 
 
 def test_report_outlives_a_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
