@@ -21,6 +21,7 @@ from dsmini.comparison import trial
 from dsmini.comparison.answer import draw, record_of, sentences
 from dsmini.comparison.arms import Arm, Comparison, arms_of, make_model_of, read_claim
 from dsmini.comparison.results import HEAD, Results, head_of, opened, read_results, refuse_other
+from dsmini.comparison.runs import Workers
 from dsmini.comparison.trial import draw_by_name, drawn_by_name, prepared
 from dsmini.nn.gate import HashGate, hash_table
 from tests.helpers.commands import ROOT, check_refused, finish, run, start
@@ -315,6 +316,10 @@ def test_killed_at_any_moment_it_continues_to_the_same_lines(place: Path) -> Non
         file.write('{"arm": "base", "se')  # a line that the disk lost half of
     finish(command, place)
     assert lines_of(place / "killed.jsonl") == want
+
+
+def test_a_run_that_breaks_is_told_by_its_last_words() -> None:
+    assert refusal(Workers().ask, "no request", "seed 3").startswith("seed 3 broke: json.decoder.JSONDecodeError: ")
 
 
 def test_what_an_idea_prints_is_not_the_answer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
