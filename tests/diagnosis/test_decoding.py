@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini import ModelConfig, Transformer, ops
+from dsmini import ModelConfig, Transformer, accounting, ops
 from dsmini.diagnosis import decoding as module
 from dsmini.diagnosis import evidence
 from dsmini.diagnosis.arms import predict
@@ -115,6 +115,14 @@ def test_a_cache_larger_than_memory_is_refused() -> None:
     model = Transformer(replace(MODEL, max_seq_len=10**9))
     with pytest.raises(ValueError, match=r"^a cache of 1024 x 1000000000 tokens needs "):
         DecodingSubject(model, batch=1024, context=10**9 - 1)
+
+
+def test_batches_to_try_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = DecodingSubject(Transformer(MODEL).eval(), batch=2)
+    assert subject.batch_sizes() == [2, *(n for n in module.BATCHES if n != 2)]
+    row = accounting.kv_bytes_per_token(MODEL, 4) * subject.context
+    monkeypatch.setattr(module, "memory_bytes", lambda _: 4 * row / module.MOST_MEMORY)
+    assert subject.batch_sizes() == [2, 1]
 
 
 def test_alternatives_decode_what_they_say(decoding: DecodingSubject) -> None:

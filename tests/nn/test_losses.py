@@ -73,6 +73,14 @@ def test_ignored_targets_count_nothing(small_model: Model) -> None:
     assert losses.main == losses.mtp == 0
 
 
+def test_loss_of_a_single_target_is_its_own(small_model: Model) -> None:
+    model, tokens = small_model(n_mtp_layers=0), torch.randint(0, 61, (2, 9))
+    targets = torch.full_like(tokens, IGNORE)
+    targets[1, 3] = 7
+    want = F.cross_entropy(model(tokens)[1, 3], targets[1, 3])
+    torch.testing.assert_close(model.losses(tokens, targets).main, want)
+
+
 def test_no_more_than_a_chunk_of_logits_exists(
     small_model: Model, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
