@@ -110,6 +110,13 @@ def test_export_with_any_length(model: Transformer, tokens: Tensor) -> None:
         assert relative_error(exported(tokens[:, :s]), model(tokens[:, :s])) < FP32_MODEL
 
 
+@pytest.mark.slow
+def test_export_of_v4_with_the_length_of_the_example() -> None:
+    model, tokens = settled(**V4_MODEL), tokens_of(2, 23)
+    exported = torch.export.export(model, (tokens,)).module()
+    assert relative_error(exported(tokens), model(tokens)) < FP32_MODEL
+
+
 @pytest.mark.parametrize("held", [False, True])
 def test_export_of_fp8_experts_is_refused(held: bool) -> None:
     model = hold_all_fp8(MoE(**SMALL).eval()) if held else MoE(**SMALL, precision="fp8")
