@@ -385,7 +385,7 @@ class CompressedAttention(FP32Module):
         entries = self.entries(x, latent, context, starts, stage)
         # 2. some queries at a time
         y, sums = [], torch.zeros(4, device=q.device)
-        for start in range(0, s, BLOCK):
+        for start in range(0, max(1, s), BLOCK):  # no token at all is one empty part
             part = slice(start, min(start + BLOCK, s))
             some, (near, masked) = q[:, part], self.window(kv, part, context, starts)
             # 3. the entries that a query may not see, [#b, s, n], and those that it reads, [b, s, k]

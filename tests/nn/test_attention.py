@@ -7,9 +7,10 @@ import torch
 
 from dsmini import MLA, Attention, FeedForward, ModelConfig, MoE, ops
 from dsmini.functional import attention
-from dsmini.nn import cached_attention
+from dsmini.nn import CompressedAttention, cached_attention
 from tests import reference_model as reference
 from tests.conftest import SMALL
+from tests.helpers.configs import V4
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, ROPE_TABLE, assert_agree, relative_error, rounding
 
 SIZES: dict[str, Any] = {"dim": 23, "n_heads": 6, "qk_nope_head_dim": 8, "v_head_dim": 5, "max_seq_len": 64}
@@ -64,9 +65,13 @@ def test_parts_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "reference"])
-@pytest.mark.parametrize("layer", [MLA, Attention, MoE, FeedForward])
+@pytest.mark.parametrize("layer", [MLA, Attention, CompressedAttention, MoE, FeedForward])
 def test_no_rows_give_no_rows(layer: Any, backend: str) -> None:
-    module = layer(**SMALL | ({"attention": "gqa", "n_kv_heads": 1} if layer is Attention else {}))
+    of_kind: dict[Any, dict[str, Any]] = {
+        Attention: {"attention": "gqa", "n_kv_heads": 1},
+        CompressedAttention: V4 | {"n_layers": 1, "compress_ratios": (4,), "compress_ratio": 4},
+    }
+    module = layer(**SMALL | of_kind.get(layer, {}))
     for shape in ((0, 5), (2, 0), (0, 0)):
         x = torch.zeros(*shape, 24, requires_grad=True)
         with ops.use(backend):
