@@ -18,7 +18,7 @@ from dsmini.nn import Routing, Transformer
 from dsmini.nn.cache import Cache, CacheDtype, FP8LayerCache, LayerCache
 from dsmini.nn.compressed_cache import CompressedCache, FP4Rows, FP8Rows
 from dsmini.nn.fp8 import hold_all_fp8
-from dsmini.training.optim import optimizers
+from dsmini.training.optim import begin_stage, optimizers
 
 Step = Callable[[], list[Routing]]
 """One step, which returns its routing."""
@@ -139,6 +139,7 @@ def training_step(
     with torch.device(device):
         model = Transformer(config, compute_dtype=dtype)
     change(model)
+    begin_stage(model, train.dsa_stage)
     moving = optimizers(model, train, dtype)
     text = random_tokens(config, batch, seq_len + 1, device)
 

@@ -17,7 +17,7 @@ from dsmini.measure import counting
 from dsmini.measure.costs import Cost
 from dsmini.measure.counting import Count, CountedOperation, count, counted_twice
 from dsmini.measure.dry import Dry, dry_count, idle_kernels
-from dsmini.measure.workloads import StepDtype, StepShape, Work
+from dsmini.measure.workloads import StepDtype, StepShape, Work, training_step
 from tests.conftest import randomise
 from tests.helpers.questions import TINY
 
@@ -170,6 +170,16 @@ def test_dry_step_counts_each_optimizer(optimizer: Any) -> None:
     shape = dataclasses.replace(shape_of("training", config, 2, 16, "bfloat16"), train=train)
     real = counted_twice(lambda: shape.make(CPU), Count())
     assert ran(dry_count(lambda: shape.make(CPU))) == ran(real)
+
+
+def test_indexers_learn_in_a_training_step() -> None:
+    sparse = dataclasses.replace(TINY, attention="dsa", index_n_heads=2, index_head_dim=64, index_topk=16)
+    models: list[Transformer] = []
+    step = training_step(sparse, TrainConfig(), torch.float32, 2, 40, CPU, change=models.append)
+    weights = [p for name, p in models[0].named_parameters() if name.endswith("indexer.wk.weight")]
+    before = [p.detach().clone() for p in weights]
+    step()
+    assert weights and not any(torch.equal(p, was) for p, was in zip(weights, before, strict=True))
 
 
 @pytest.mark.parametrize("backend", [None, "eager"])
