@@ -358,10 +358,13 @@ class RunConfig:
             f"set train.seq_len={self.seq_len} to train as before",
         )
         sparse = self.model.has_indexers
+        which = f"model.attention='{self.model.attention}'"
+        fix = "start from a model that python -m dsmini.convert RUN OUT --dsa has made"
+        if self.model.attention == "compressed":
+            which, fix = "a model without a ratio of 4 in model.compress_ratios", "set one"
         require(
             sparse or self.train.dsa_stage != "warmup",
-            f"train.dsa_stage='warmup' trains indexers, and model.attention='{self.model.attention}' has none; leave "
-            "it out, or start from a model that python -m dsmini.convert RUN OUT --dsa has made",
+            f"train.dsa_stage='warmup' trains indexers, and {which} has none; leave it out, or {fix}",
         )
         require(
             self.train.dsa_stage != "warmup" or self.model.attention != "compressed" or self.seq_len >= CSA_RATIO,
