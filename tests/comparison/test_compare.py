@@ -158,6 +158,7 @@ def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
     assert answer["arms"]["model.n_mtp_layers=0"]["word"] in ("better", "worse", "equal", "undecided")
     for words in ("margin  0.01 nats a byte", "4 runs in", "difference, 95 %", "found.jsonl"):
         assert words in done.stderr, words
+    assert "not equal" not in done.stderr, "of their tokens"
     assert (place / "found.png").stat().st_size > 5000
     first = lines_of(place / "found.jsonl")
     again = finish(COMPARE.replace("--seeds 2", "--seeds 3"), place)

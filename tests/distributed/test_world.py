@@ -36,9 +36,9 @@ def errors() -> list[tuple[Exception, str, str]]:
         undecodable = error
     return [
         (ValueError("no such value"), "ValueError", "no such value"),
-        (KeyError("layers.3"), "RuntimeError", "layers.3"),
+        (KeyError("layers.3"), "RuntimeError", "KeyError: 'layers.3'"),
         (MemoryError("no memory is left"), "MemoryError", "no memory is left"),
-        (torch.OutOfMemoryError("too much"), "RuntimeError", "too much"),
+        (torch.OutOfMemoryError("too much"), "RuntimeError", "OutOfMemoryError: too much"),
         (OSError(errno.ENOSPC, "No space left on device"), "OSError", "No space left on device"),
         (undecodable, "ValueError", "can't decode byte 0xff"),
         (UnsendableError("beyond the limit", 3), "ValueError", "beyond the limit"),
