@@ -224,8 +224,6 @@ def training_subject(what: Path | None) -> Subject:
     corpus = _corpus_of(config, run)
     torch.manual_seed(config.train.seed)
     model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype]).to(device)
-    if config.model.n_hash_layers:
-        make_tables(model.gates(), torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
     trainer = Trainer(model, corpus, config, device)
     if run is not None and checkpoint_folders(run):
         parts, notes = ["model", "optimizer", *([] if trainer.average is None else ["average"])], list[str]()
@@ -234,6 +232,8 @@ def training_subject(what: Path | None) -> Subject:
         state, done = checkpoint.state, min(checkpoint.state.step, trainer.config.train.steps - 1)
         rest = {"sequences": state.sequences, "average_updates": state.average_updates}
         trainer.load(checkpoint.tensors, steps_done=done, **rest)
+    elif config.model.n_hash_layers:
+        make_tables(model.gates(), torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
     return Subject(trainer)
 
 
