@@ -61,7 +61,7 @@ class Drafter:
     def guess(
         self, last: Int[Tensor, "b 1"], live: list[bool], seen: Bool[Tensor, "b v"] | None
     ) -> tuple[Int[Tensor, "b depths"], list[Float[Tensor, "b v"]]]:
-        """Return a guess of each depth and the distributions of the guesses; no guess if the cache has no room.
+        """Return a guess of each depth and the distributions of the guesses; no guess if the cache is full.
 
         There are no distributions in greedy decoding.
 

@@ -23,6 +23,8 @@ from dsmini.nn.layers import Embedding, Linear, Matrix, Norm, RMSNorm, at_least_
 from dsmini.nn.moe import Experts
 from dsmini.nn.mtp import MTPChain
 
+INTEGERS = (torch.int64, torch.int32)
+"""Dtypes of token ids and of the numbers of documents."""
 IGNORE = -100
 """Target of a row that the loss leaves out, as in torch's cross_entropy."""
 CHUNK = 1 << 22
@@ -139,6 +141,7 @@ class Transformer(nn.Module):
         lengths: Int[Tensor, " b"] | None = None,
         *,
         targets: Int[Tensor, "b s"] | None = None,
+        documents: Int[Tensor, "b s"] | None = None,
         **options: Any,
     ) -> Float[Tensor, "b s v"] | Losses:
         """Return the logits of the next token at every position, in the compute dtype, or the losses.
@@ -146,6 +149,7 @@ class Transformer(nn.Module):
         Args:
             cache: of what came before; the tokens are appended to it. No gradients are made then.
             lengths: number of new tokens of each row, which is padded on the right; None: all columns are tokens.
+            documents: as in losses.
             targets, options: as in `losses`, whose result is returned where there are targets. Wrappers such as DDP and
                 FSDP know forward alone.
 
@@ -154,16 +158,16 @@ class Transformer(nn.Module):
         if targets is not None:
             if cache is not None or lengths is not None:
                 raise ValueError("targets do not go with a cache or lengths; leave them out, or the targets")
-            return self.losses(tokens, targets, **options)
+            return self.losses(tokens, targets, documents=documents, **options)
         if options:
             if unknown := options.keys() - inspect.signature(Transformer.losses).parameters.keys():
                 raise ValueError(
-                    f"the model takes no {', '.join(sorted(unknown))}; it takes tokens, cache and lengths. Pad rows on "
-                    "the right, where no token before sees the padding, and set its targets to -100"
+                    f"the model takes no {', '.join(sorted(unknown))}; it takes tokens, cache, lengths and documents. "
+                    "Pad rows on the right, where no token before sees the padding, and set its targets to -100"
                 )
             raise ValueError(f"{', '.join(options)}: these are options of the losses; give targets too")
         with nullcontext() if cache is None else torch.no_grad():
-            return self.head(self.states(tokens, cache, lengths).normed)
+            return self.head(self.states(tokens, cache, lengths, documents).normed)
 
     def states(
         self,
@@ -185,6 +189,8 @@ class Transformer(nn.Module):
             raise ValueError("lengths are of rows in a cache; give one, or leave them out")
         if cache is not None and documents is not None:
             raise ValueError("documents do not go with a cache, which holds one document a row; leave out one of them")
+        if documents is not None:
+            check_documents(documents, tokens)
         with nullcontext() if cache is None else torch.no_grad():
             # 1. token ids to hidden states: [b, s, m], or as many streams of them as `expand` makes
             x = self.expand(self.embedded(tokens))
@@ -226,7 +232,7 @@ class Transformer(nn.Module):
 
         Raises: ValueError as forward does.
         """
-        if tokens.dim() != 2 or not tokens.shape[1] or tokens.dtype not in (torch.int64, torch.int32):
+        if tokens.dim() != 2 or not tokens.shape[1] or tokens.dtype not in INTEGERS:
             got = f"{tokens.dtype} {tuple(tokens.shape)}"
             raise ValueError(f"tokens are {got}; want int64 [batch, sequence], one token or more")
         if tokens.shape[1] > self.config.max_seq_len:
@@ -244,16 +250,21 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         mtp: bool = False,
         lengths: Int[Tensor, " b"] | None = None,
+        documents: Int[Tensor, "b s"] | None = None,
     ) -> Output:
-        """Return forward's logits, hidden states and routing; with mtp also multi-token prediction's logits."""
+        """Return forward's logits, hidden states and routing; with mtp also multi-token prediction's logits.
+
+        With documents, logits of depth k mean nothing at the last k positions of a document: token i + k is of the
+        next.
+        """
         if cache is None:
-            states = self.states(tokens, None, lengths)
-            normed, found = self.mtp(tokens, states.given, self.embedded) if mtp else ([], [])
+            states = self.states(tokens, None, lengths, documents)
+            normed, found = self.mtp(tokens, states.given, self.embedded, documents) if mtp else ([], [])
             mtp_logits = [self.head(h) for h in normed]
             return Output(self.head(states.normed), states.normed, mtp_logits, states.routing + _listed(found)[0])
         with torch.no_grad():
             seen = cache.checked_mtp() if mtp else None
-            states, mtp_logits = self.states(tokens, cache, lengths), []
+            states, mtp_logits = self.states(tokens, cache, lengths, documents), []
             if seen is not None:
                 positions = seen.place(tokens.shape[1], lengths).positions
                 before = seen.shift(0, states.given, lengths)
@@ -311,8 +322,8 @@ class Transformer(nn.Module):
 
         Args:
             targets: the token after each position; IGNORE (-100) where there is none.
-            documents: number of each position's document, rising along a row. A position attends to its own alone.
-                None: it attends to all positions before it, as published.
+            documents: number of each position's document. A position attends to its own alone: a run of equal numbers,
+                which rise along a row. None: it attends to all positions before it, as published.
             recompute: save only each block's input, and compute the rest again in backward.
             n_targets: number of targets that the cross-entropies are divided by; None: those of this call. The parts
                 of a batch whose losses are averaged share the mean of theirs.
@@ -374,3 +385,22 @@ def _listed(found: list[Aux]) -> tuple[list[Routing], list[IndexerLoss]]:
     """Return the routing of all MoE layers, and the losses of all indexers, of what blocks found."""
     routing = [aux.routing for aux in found if aux.routing is not None]
     return routing, [aux.indexer_loss for aux in found if aux.indexer_loss is not None]
+
+
+def check_documents(documents: Any, tokens: Int[Tensor, "b s"]) -> None:
+    """Raise ValueError unless there is a number for each token, and in eager mode on a CPU for numbers that fall.
+
+    A number that came back would be the same document in a mask of keys, and another one in blocks of tokens.
+    """
+    if not isinstance(documents, Tensor) or documents.shape != tokens.shape or documents.dtype not in INTEGERS:
+        got = type(documents).__name__
+        if isinstance(documents, Tensor):
+            got = f"{documents.dtype} {list(documents.shape)}"
+        raise ValueError(f"documents are {got}; want int64 {list(tokens.shape)}, the number of each token's document")
+    if ops.can_read_values(documents) and bool((falls := documents.diff() < 0).any()):
+        row, before = (int(i) for i in falls.nonzero()[0])
+        last, number = (int(i) for i in documents[row, before : before + 2])
+        raise ValueError(
+            f"documents go back from {last} to {number} at position {before + 1} of row {row}; a document is a run of "
+            "equal numbers, and the next has a larger one: number them 0, 1, 2, ..."
+        )

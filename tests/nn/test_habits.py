@@ -181,7 +181,7 @@ def test_options_of_losses_need_targets(model: Transformer, tokens: Tensor) -> N
     assert torch.equal(got.total, want.total)
     with pytest.raises(ValueError, match="mtp_weight: these are options of the losses; give targets too"):
         model(tokens, mtp_weight=0.1)
-    with pytest.raises(ValueError, match="takes no attention_mask; it takes tokens, cache and lengths"):
+    with pytest.raises(ValueError, match="takes no attention_mask; it takes tokens, cache, lengths and documents"):
         model(tokens, attention_mask=torch.ones_like(tokens))
     with pytest.raises(ValueError, match="targets do not go with a cache or lengths"):
         model(tokens, model.new_cache(2), targets=tokens)
