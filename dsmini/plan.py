@@ -174,8 +174,7 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Ans
     if command.vary:
         with progress("varying the plan") as bar:
             return pages.varied(plan, command.vary, command.of, line, bar.update)
-    with progress("forecasting steps") as bar:
-        return pages.planned(plan, line, bar.update, whole=command.all, fresh=command.fresh)
+    return pages.planned(plan, line, whole=command.all)
 
 
 def _named(name: str) -> Path:

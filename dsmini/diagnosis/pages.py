@@ -4,7 +4,7 @@ Every comparison of arms, that of the verdict and those of the evidence, has the
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from dsmini.diagnosis import roofline
@@ -107,6 +107,7 @@ def record_of(found: Diagnosis) -> dict[str, Any]:
         "findings": [asdict(finding) | {"is_fault": finding.is_fault} for finding in found.findings],
         "stopped": found.stopped,
         "parts": {} if found.forecast is None else found.forecast.by_class,
+        "tensor_bytes": None if found.forecast is None else found.forecast.peak,
         "evidence": {name: record_of_arms(sweep) for name, sweep in found.sweeps.items()},
     }
     return plain(record)  # an open interval has no ends
@@ -122,8 +123,7 @@ def report_of(found: Diagnosis, command: str = "") -> Report:
         finding=f"{plural(len(rows), 'experiment')} did not apply, or did not fit into the time.",
         tables=[Table(columns=("not tried", "why"), rows=rows)],
     )
-    step = [] if found.forecast is None or found.roofs is None else [roofline.section(found.forecast, found.roofs)]
-    sections = [_verdict(found), _gains(found), _to_try(found), _findings(found), *step, *found.sections]
+    sections = [_verdict(found), _gains(found), _to_try(found), _findings(found), *_step(found), *found.sections]
     return Report(
         title=f"Diagnosis of {found.of}",
         lead=found.sentence,
@@ -137,8 +137,9 @@ def report_of(found: Diagnosis, command: str = "") -> Report:
 
 
 def short_report_of(found: Diagnosis) -> Report:
-    """Return what a terminal shows: the verdict, gains, what to try, and faults."""
-    sections = [_verdict(found), _gains(found, BRIEF), _to_try(found), _faults(found)]
+    """Return what a terminal shows: the verdict, gains, what to try, faults, and the forecast of a step in words."""
+    step = [replace(section, tables=()) for section in _step(found)]
+    sections = [_verdict(found), _gains(found, BRIEF), _to_try(found), _faults(found), *step]
     return Report(title=f"Diagnosis of {found.of}", sections=sections, warnings=found.warnings)
 
 
@@ -166,6 +167,11 @@ def _gains(found: Diagnosis, columns: Sequence[str] = ()) -> Section:
         f"{compared.least_turns} rounds). Where a gain is negative, the current choice is faster.",
         **shown,
     )
+
+
+def _step(found: Diagnosis) -> list[Section]:
+    """Return the section on the forecast of a step; none without one."""
+    return [] if found.forecast is None or found.roofs is None else [roofline.section(found.forecast, found.roofs)]
 
 
 def _to_try(found: Diagnosis) -> Section:

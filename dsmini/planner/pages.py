@@ -17,7 +17,6 @@ from dsmini.config.fields import require
 from dsmini.console.messages import say
 from dsmini.planner.figure import Figures, explain, needed, step_of, text
 from dsmini.planner.hardware import OnPart, load_hardware, quiet
-from dsmini.planner.here import Steps, steps_here, with_forecast
 from dsmini.planner.layout import Layout
 from dsmini.planner.plan import (
     WORKLOAD,
@@ -264,21 +263,14 @@ def warnings(plan: Plan) -> dict[str, list[str]]:
 # --- a plan
 
 
-def planned(plan: Plan, command: str, on_part: OnPart = quiet, *, whole: bool = False, fresh: bool = False) -> Answer:
-    """Return the plan in ten lines, or with all tables; of this machine, with forecasts of its steps.
-
-    Raises: ValueError if neither training nor serving fits.
-    """
+def planned(plan: Plan, command: str, *, whole: bool = False) -> Answer:
+    """Return the plan in ten lines, or with all tables. Raises: ValueError if neither training nor serving fits."""
     require(not plan.refused, plan.refused)
-    more, extra = list[Section](), Record()
-    if plan.hardware.name == "this" and (steps := steps_here(plan, on_part, fresh)):
-        more, extra = [here_section(steps)], {"here": {name: row for name, (_, row) in steps.items()}}
-        plan = with_forecast(plan, steps)
     return Answer(
-        record=plan_record(plan) | extra,
+        record=plan_record(plan),
         lines=ten_lines(plan),
-        sections=[*(sections(plan) if whole else ()), *more],
-        page=lambda: plan_page(plan, command, more),
+        sections=sections(plan) if whole else [],
+        page=lambda: plan_page(plan, command, []),
     )
 
 
@@ -361,26 +353,6 @@ def plan_page(plan: Plan, command: str, more: Sequence[Section]) -> Report:
         facts_title="What is planned",
         facts={"Training": {name: str(value) for name, value in plan.request.given().items()}},
         command=command,
-    )
-
-
-def here_section(steps: Steps) -> Section:
-    """Return the forecasts of this machine as a section: each step next to its roofs, and what takes longest."""
-    columns, rows = ("step", "of", "forecast", "by roofs", "tensors", "process", "longest"), list[tuple[str, ...]]()
-    for name, (found, row) in steps.items():
-        longest = [f"{kind} {100 * s / found.seconds:.0f} %" for kind, s in list(found.by_class.items())[:3]]
-        size = f"{found.shape.batch} x {found.shape.tokens:,} tokens, {found.shape.dtype}"
-        amounts = (human(value, "s" if "seconds" in key else "B") for key, value in row.items())
-        rows.append((name, size, *amounts, ", ".join(longest)))
-    first = rows[0]
-    return Section(
-        name="here_section",
-        title="What will this machine take?",
-        finding=f"{first[0].capitalize()}: {first[2]}; by roofs alone {first[3]}.",
-        about="Forecast from the operations that the step would run here, each of which was timed alone on random "
-        "numbers; the step has not run. Memory is at the peak of a step. python -m benchmarks plan compares such "
-        "forecasts with what is then measured.",
-        tables=[Table(columns=columns, rows=rows, numeric=columns[2:6])],
     )
 
 

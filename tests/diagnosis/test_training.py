@@ -295,7 +295,7 @@ def test_pages_of_a_diagnosis(imagine: Imagine, prices: Prices, monkeypatch: pyt
     check_page(PAGES / "diagnosis.terminal.txt", on_terminal(short_report_of(found)))
     report = report_of(found, "command")
     check_page(PAGES / "diagnosis.page.txt", text_of(report.html()))
-    assert report.html().count("<svg") == 3, "gains, parts of a step, and the roof"
+    assert report.html().count("<svg") == 2, "gains, and parts of a step"
 
 
 # --- the answer of the command
