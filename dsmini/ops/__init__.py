@@ -277,6 +277,13 @@ def prepare() -> str:
     return text
 
 
+def expect(device: str, *names: str) -> None:
+    """Say which operations this process will want on a device type: one run of the compiler then makes them all."""
+    backend = FOR_DEVICE.get(device)
+    if backend is not None and _operations(backend) is not None:
+        importlib.import_module(f"dsmini_kernels.{backend}").expect(*names)
+
+
 @functools.cache
 def _operations(backend: str) -> tuple[str, ...] | None:
     """Return the names of a backend's operations, even if it cannot run here, or None if there is no such backend."""

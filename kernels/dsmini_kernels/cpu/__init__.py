@@ -1,7 +1,7 @@
 """Kernels in C++ for tensors in main memory, compiled on first use."""
 
 from dsmini_kernels import Unserved as Unserved
-from dsmini_kernels.cpu.build import BuildError, library
+from dsmini_kernels.cpu.build import FUNCTIONS, BuildError, library
 from dsmini_kernels.cpu.calls import without_running as without_running
 from dsmini_kernels.cpu.muon import muon_update as muon_update
 from dsmini_kernels.cpu.norms import normed as normed
@@ -46,8 +46,12 @@ def why_not(operation: str = "quantize") -> str | None:
 
     Raises: ValueError if DSMINI_CPU_ISA is unknown or names instructions that this CPU lacks.
     """
+    return _why_not(OPERATIONS[operation])
+
+
+def _why_not(function: str) -> str | None:
     try:
-        library().entry(OPERATIONS[operation])
+        library().entry(function)
     except BuildError as error:
         return str(error)
     return None
@@ -68,4 +72,10 @@ def describe() -> str:
 
 def prepare() -> dict[str, str | None]:
     """Compile and load all libraries; return for each why that failed, or None."""
-    return {"training": why_not("quantize"), "decoding": why_not("linear")}
+    library().expect(OPERATIONS.values())
+    return {part: _why_not(names[0]) for part, names in FUNCTIONS.items()}
+
+
+def expect(*operations: str) -> None:
+    """Say which operations this process will want, so that one run of the compiler makes them all."""
+    library().expect(OPERATIONS[name] for name in operations)

@@ -1,7 +1,8 @@
 """Compile the C++ once, and load it.
 
-There are two libraries, so that training need not wait for the kernels of decoding: each is built when an entry of it
-is first wanted. Both have one instruction set: the best of this CPU, or the one that DSMINI_CPU_ISA names.
+There are four libraries, so that nothing waits for kernels that it does not need: each is built when an entry of it is
+first wanted, in one run of the compiler with those that the process expects to want (`Library.expect`). All have one
+instruction set: the best of this CPU, or the one that DSMINI_CPU_ISA names.
 
 A library is stored in ${XDG_CACHE_HOME:-~/.cache}/dsmini/kernels as <key>-<sha256 of the file>.so, if only this user
 can write there (folder.py). The key hashes sources, flags and machine, and then the compiler; where there is none, that
@@ -31,7 +32,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +55,29 @@ PRECOMPILED = "dots.h"
 """Header of all sources with the flags of PRODUCTS."""
 SHARED = dict.fromkeys(("scratch.cpp", "team.cpp"), ROUNDING)
 SOURCES = {
+    "prompts": {
+        **SHARED,
+        **dict.fromkeys(("library.cpp", "tiles.cpp", "trial_of_prompts.cpp"), ROUNDING),
+        **dict.fromkeys(("experts.cpp", "heads_attention.cpp", "panels.cpp"), PRODUCTS),
+    },
     "training": {
         **SHARED,
-        **dict.fromkeys(("library.cpp", "tiles.cpp", "trial_of_training.cpp"), ROUNDING),
-        **dict.fromkeys(("experts.cpp", "muon.cpp"), PRODUCTS),
-        **dict.fromkeys(("heads_attention.cpp", "trained_norm.cpp", "panels.cpp", "trained_experts.cpp"), PRODUCTS),
+        "trial_of_training.cpp": ROUNDING,
+        **dict.fromkeys(("trained_experts.cpp", "trained_norm.cpp", "muon.cpp", "panels.cpp"), PRODUCTS),
     },
     "decoding": {
         **SHARED,
         **dict.fromkeys(("blocks.cpp", "trial_of_decoding.cpp"), ROUNDING),
         **dict.fromkeys(("attention.cpp", "grouped_attention.cpp", "feed_forward.cpp", "linear.cpp"), PRODUCTS),
-        **dict.fromkeys(
-            ("norms.cpp", "topk_attention.cpp", "topk_keys.cpp", "products.cpp", "panels.cpp", "attend.cpp"), PRODUCTS
-        ),
+        **dict.fromkeys(("norms.cpp", "products.cpp", "panels.cpp", "attend.cpp"), PRODUCTS),
+    },
+    "sparse attention": {
+        **SHARED,
+        "trial_of_sparse_attention.cpp": ROUNDING,
+        **dict.fromkeys(("topk_attention.cpp", "topk_keys.cpp", "panels.cpp", "attend.cpp"), PRODUCTS),
     },
 }
-"""Sources of each library, and their flags. Headers are all *.h."""
+"""Sources of each library, and their flags. Headers are all *.h. Prompts have what training and decoding share."""
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 ISAS = {
@@ -80,11 +88,10 @@ ISAS = {
 """Instruction sets and their flags. A CPU that has one has those before it."""
 ISA_VARIABLE = "DSMINI_CPU_ISA"
 FUNCTIONS = {
-    "training": ("tiles", "experts", "trained_experts", "heads_attention", "trained_norm", "muon"),
-    "decoding": (
-        *("linear", "norms", "attention", "grouped_attention", "feed_forward", "blocks"),
-        *("topk_keys", "topk_attention"),
-    ),
+    "prompts": ("tiles", "experts", "heads_attention"),
+    "training": ("trained_experts", "trained_norm", "muon"),
+    "decoding": ("linear", "norms", "attention", "grouped_attention", "feed_forward", "blocks"),
+    "sparse attention": ("topk_keys", "topk_attention"),
 }
 """Functions of each library. Each takes its struct of calls.h, but `blocks`, which takes the calls of many steps."""
 ENTRY = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
@@ -114,6 +121,11 @@ class Library:
         self.parallel = _gomp_parallel()
         """Address of GOMP_parallel, or 0."""
         self.entries, self._failed = dict[str, Any](), dict[str, BuildError]()
+        self._expected = set[str]()
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Build the libraries of these functions in one run of the compiler, when the first of them is wanted."""
+        self._expected |= {_part_of(name) for name in names}
 
     def entry(self, name: str) -> Any:
         """Return a function of FUNCTIONS. The first that is wanted of a library loads it, or builds it.
@@ -121,14 +133,14 @@ class Library:
         Raises: BuildError.
         """
         if name not in self.entries:
-            self._load("training" if name in FUNCTIONS["training"] else "decoding")
+            self._load(_part_of(name))
         return self.entries[name]
 
     def _load(self, part: str) -> None:
         if part in self._failed:  # to compile takes seconds
             raise self._failed[part]
         try:
-            path = find_or_build(self.isa, part)
+            path = find_or_build(self.isa, part, others=self._expected - {part})
             loaded = ctypes.CDLL(str(path))
             self.entries |= {name: ENTRY((f"dsmini_{name}", loaded)) for name in FUNCTIONS[part]}
             BORROW(("dsmini_borrow", loaded))(self.parallel or None)
@@ -137,6 +149,10 @@ class Library:
             cannot = f"the compiled library cannot be loaded: {error}"  # from a folder from which no code may be run
             self._failed[part] = error if isinstance(error, BuildError) else BuildError(cannot)
             raise self._failed[part] from None
+
+
+def _part_of(function: str) -> str:
+    return next(part for part, names in FUNCTIONS.items() if function in names)
 
 
 @functools.cache
@@ -161,27 +177,32 @@ def isas_here() -> list[str]:
     return list(itertools.takewhile(has.__getitem__, ISAS))
 
 
-def find_or_build(isa: str, part: str, sanitize: bool = False) -> Path:
+def find_or_build(isa: str, part: str, sanitize: bool = False, others: Collection[str] = ()) -> Path:
     """Return the path of a library, of SOURCES, for an instruction set, built now if it is not in a cache.
 
     A cache that others can change is not used, and a warning says so; one that cannot be written is read all the same.
 
     Args:
         sanitize: build a library that ends the process at the first wrong access.
+        others: libraries that are built in the same run of the compiler, if this one is and they are not in that cache.
+            They fail alone, when they are wanted.
 
     Raises: BuildError.
     """
     if sys.byteorder != "little" or sys.maxsize < 2**32 or os.name != "posix":
         raise BuildError(f"the C++ is written for little-endian 64-bit POSIX systems, not {platform.platform()}")
     flags = (*FLAGS, *ISAS[isa], *(SANITIZE if sanitize else ()))
-    key, compiler, refused = _key(flags, part), find_compiler(), list[str]()
-    if compiler:
-        key += f"-{_version_of(compiler)}"
+    compiler, refused = find_compiler(), list[str]()
+    version = f"-{_version_of(compiler)}" if compiler else ""
+    key = _key(flags, part) + version
     for folder in _folders(refused):
         path = _find(folder, key)
         if path is None and compiler and can_write(folder):
             with alone_in(folder, BUILD_SECONDS):
-                path = _find(folder, key) or _build(compiler, flags, folder, key, part, trial=not sanitize)
+                path = _find(folder, key)
+                wanted = {name: _key(flags, name) + version for name in others if path is None}
+                together = {part: key} | {name: at for name, at in wanted.items() if _find(folder, at) is None}
+                path = path or _build(compiler, flags, folder, together, trial=not sanitize)[part]
         if path is not None:
             if refused:
                 fix = "let XDG_CACHE_HOME be a folder that you alone can write to, or take that right from others"
@@ -268,36 +289,70 @@ def _name(key: str, content: bytes) -> str:
     return f"{key}-{hashlib.sha256(content).hexdigest()[:32]}.so"
 
 
-def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key: str, part: str, trial: bool) -> Path:
-    _note(f"compiling the kernels for {part} in C++, once on this machine: about 10 s of a free core")
-    began = time.monotonic()
+def _build(
+    compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, keys: dict[str, str], trial: bool
+) -> dict[str, Path]:
+    """Build libraries, the first of which must succeed; return their paths.
+
+    Args:
+        keys: of each library, by its name.
+    """
+    parts, (first, *others) = " and ".join(keys), keys
+    _note(f"compiling the kernels for {parts} in C++, once on this machine: about {5 * len(keys)} s of a free core")
+    began, built = time.monotonic(), dict[str, Path]()
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
-        built = Path(scratch) / "library.so"
-        objects = [f"{scratch}/{Path(source).stem}.o" for source in SOURCES[part]]
-        # compiled once for all: a compiler looks for dots.h.gch next to dots.h, and reads dots.h if that is none
-        header = Path(scratch) / PRECOMPILED
-        header.write_bytes(b'#include "%s"\n' % os.fsencode(HERE / PRECOMPILED))  # whatever the locale
-        made_first = [*compiler, "-x", "c++-header", *PRODUCTS, *flags, str(header), "-o", f"{header}.gch"]
-        with_header = {PRODUCTS: ("-include", str(header))}
-        compiles = [
-            [*compiler, "-c", *more, *flags, *with_header.get(more, ()), str(HERE / source), "-o", made]
-            for (source, more), made in zip(SOURCES[part].items(), objects, strict=True)
-        ]
-        what = shlex.join(compiler)
-        for done in [*_run(what, [made_first], BUILD_SECONDS), *_run(what, compiles, BUILD_SECONDS)]:
-            if done.returncode != 0:
-                raise BuildError(f"{shlex.join(compiler)} failed: {_first_error(done)}")
-        link = [*compiler, *flags, "-shared", *objects, "-o", str(built)]
-        (linked,) = _run(shlex.join(compiler), [link], BUILD_SECONDS)
-        if linked.returncode != 0:
-            raise BuildError(f"{shlex.join(compiler)} failed to link: {_first_error(linked)}")
-        if trial:
-            _try(built, compiler)
-        built.chmod(0o700)  # whatever the umask: nobody else may write into it
-        path = folder / _name(key, built.read_bytes())
-        _note(f"compiled the kernels for {part} in {time.monotonic() - began:.0f} s")
-        os.replace(built, path)  # not forced to the disk: the name holds the content's hash, so a torn file is found
-    return path
+        try:
+            _compile(compiler, flags, [source for part in keys for source in SOURCES[part].items()], scratch)
+        except BuildError:
+            if not others:
+                raise
+            return _build(compiler, flags, folder, {first: keys[first]}, trial)
+        for part, key in keys.items():
+            try:
+                made = _link(compiler, flags, part, scratch, trial)
+            except BuildError:
+                if part == first:
+                    raise
+                continue
+            built[part] = folder / _name(key, made.read_bytes())
+            os.replace(made, built[part])  # not forced to the disk: the name holds the content's hash
+    _note(f"compiled the kernels for {parts} in {time.monotonic() - began:.0f} s")
+    return built
+
+
+def _compile(
+    compiler: tuple[str, ...], flags: tuple[str, ...], sources: Sequence[tuple[str, tuple[str, ...]]], scratch: str
+) -> None:
+    # compiled once for all: a compiler looks for dots.h.gch next to dots.h, and reads dots.h if that is none
+    header = Path(scratch) / PRECOMPILED
+    header.write_bytes(b'#include "%s"\n' % os.fsencode(HERE / PRECOMPILED))  # whatever the locale
+    made_first = [*compiler, "-x", "c++-header", *PRODUCTS, *flags, str(header), "-o", f"{header}.gch"]
+    with_header: dict[tuple[str, ...], tuple[str, ...]] = {PRODUCTS: ("-include", str(header))}
+    compiles = dict[str, list[str]]()  # a source of two libraries is compiled once
+    for source, more in sources:
+        to = ["-o", _object(scratch, source)]
+        compiles[source] = [*compiler, "-c", *more, *flags, *with_header.get(more, ()), str(HERE / source), *to]
+    what = shlex.join(compiler)
+    for done in [*_run(what, [made_first], BUILD_SECONDS), *_run(what, [*compiles.values()], BUILD_SECONDS)]:
+        if done.returncode != 0:
+            raise BuildError(f"{shlex.join(compiler)} failed: {_first_error(done)}")
+
+
+def _object(scratch: str, source: str) -> str:
+    return f"{scratch}/{Path(source).stem}.o"
+
+
+def _link(compiler: tuple[str, ...], flags: tuple[str, ...], part: str, scratch: str, trial: bool) -> Path:
+    """Link a library of compiled sources, and try it."""
+    built = Path(scratch) / f"{part}.so"
+    objects = [_object(scratch, source) for source in SOURCES[part]]
+    (linked,) = _run(shlex.join(compiler), [[*compiler, *flags, "-shared", *objects, "-o", str(built)]], BUILD_SECONDS)
+    if linked.returncode != 0:
+        raise BuildError(f"{shlex.join(compiler)} failed to link: {_first_error(linked)}")
+    if trial:
+        _try(built, compiler)
+    built.chmod(0o700)  # whatever the umask: nobody else may write into it
+    return built
 
 
 def _try(library: Path, compiler: tuple[str, ...]) -> None:

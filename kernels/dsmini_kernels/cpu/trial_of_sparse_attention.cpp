@@ -1,0 +1,46 @@
+// The trial of the library for sparse attention.
+
+#include "trial.h"
+
+extern "C" int64_t dsmini_topk_keys(const TopkKeysCall*, int64_t);
+extern "C" int64_t dsmini_topk_attention(const TopkAttentionCall*, int64_t);
+
+namespace {
+
+void try_topk_keys(Trial& trial, int64_t b, int64_t s, int64_t bf16, int64_t topk) {
+  const int64_t size = bf16 ? 2 : 4;
+  Memory memory;
+  TopkKeysCall c{};
+  c.threads = 1, c.b = b, c.s = s, c.t = 150, c.heads = 5, c.width = 18, c.topk = topk, c.bf16 = bf16, c.mask_batch = 1;
+  c.q = memory.bytes(b * s * c.heads * c.width * size), c.k = memory.bytes(b * c.t * c.width * size);
+  c.k_stride = c.t * c.width * size;
+  c.weights = memory.bytes(b * s * c.heads * 4), c.mask = memory.bytes(s * c.t), c.topk_indices = memory.bytes(b * s * topk * 8);
+  trial.run("topk_keys", dsmini_topk_keys, c);
+}
+
+void try_topk_attention(Trial& trial, int64_t b, int64_t s, int64_t bf16, int64_t heads, int64_t latent) {
+  const int64_t size = bf16 ? 2 : 4;
+  Memory memory;
+  TopkAttentionCall c{};
+  c.threads = 1, c.b = b, c.s = s, c.t = 150, c.heads = heads, c.width = latent + 6, c.latent = latent, c.k = 71, c.bf16 = bf16;
+  c.scale = 0.1, c.rows_stride = c.t * c.width * size;
+  c.q = memory.bytes(b * s * heads * c.width * size), c.rows = memory.bytes(b * c.rows_stride);
+  const Lent indices = memory.bytes(b * s * c.k * 8);
+  for (int64_t i = 0; i < b * s * c.k; ++i)
+    static_cast<int64_t*>(indices.data)[i] = i % 9 == 4 ? -1 : (2 * i + i / c.k) % c.t;
+  c.topk_indices = indices, c.out = memory.bytes(b * s * heads * latent * size);
+  trial.run("topk_attention", dsmini_topk_attention, c);
+}
+
+}  // namespace
+
+const char* dsmini_try() {
+  Trial trial;
+  constexpr int64_t TOKENS[][2] = {{1, 1}, {2, 3}}, WIDTHS[][2] = {{3, 37}, {19, 64}, {130, 32}};
+  for (const int64_t bf16 : {0, 1}) {
+    for (const int64_t topk : {7, 150}) try_topk_keys(trial, 1, 1, bf16, topk), try_topk_keys(trial, 2, 11, bf16, topk);
+    for (const auto& [b, s] : TOKENS)
+      for (const auto& [heads, latent] : WIDTHS) try_topk_attention(trial, b, s, bf16, heads, latent);
+  }
+  return trial.failed;
+}
