@@ -7,7 +7,6 @@ result y and, of each query, lse = log sum exp(scale q.k). With the gradient dy 
 """
 
 import functools
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +34,8 @@ def causal_attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, docume
     """Compute causal_attention of short sequences on a CPU with explicit logits, else by torch's flash attention."""
     if not q.numel():
         return ops.find("causal_attention").reference(q, k, v, scale, documents)
-    if torch.is_grad_enabled() and (y := train_attention(q, k, v, scale, documents)) is not None:
-        return y
+    if torch.is_grad_enabled() and trains_by_kernel(q, k, v):
+        return train_attention(q, k, v, scale, documents)
     slow = is_slow_bf16(q)
     if slow and torch.is_grad_enabled():  # flash attention multiplies in FP32, but its backward in BF16
         return causal_attention_eager(q.float(), k.float(), v.float(), scale, documents).to(v.dtype)
@@ -106,39 +105,31 @@ def trained_attention_gradients(
     return ds @ k, ds.mT @ q, p.mT @ grad
 
 
-class TrainedAttention(torch.autograd.Function):
-    """`causal_attention` by the two operations. First derivatives only."""
+def train_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor:
+    """Compute causal_attention by the two operations, in FP32. First derivatives only."""
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor:
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         y, lse = trained_attention(q.float(), k.float(), v.float(), scale, documents)
         y = y.to(q.dtype)
-        ctx.save_for_backward(q, k, v, y, lse, documents)
-        ctx.backend, ctx.scale = ops.chosen(), scale
-        return y
+        return y, (q, k, v, y, lse, documents)
 
-    @staticmethod
-    @ops.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dtype, (*saved, lse, documents) = grad.dtype, ctx.saved_tensors
-        grad, q, k, v, y = (t.float() for t in (grad, *saved))
-        # forward ran outside of autocast, or another version would have
-        with ops.use(ctx.backend), torch.autocast(grad.device.type, enabled=False):
-            grads = trained_attention_gradients(grad, q, k, v, y, lse, ctx.scale, documents)
-        return *(g.to(dtype) for g in grads), None, None
+    def gradients(grad: Tensor, *saved: Tensor) -> list[Tensor]:
+        *short, lse, documents = saved
+        dy, q, k, v, y = (t.float() for t in (grad, *short))
+        return [g.to(grad.dtype) for g in trained_attention_gradients(dy, q, k, v, y, lse, scale, documents)]
+
+    return ops.trained(forward, gradients, q, k, v)
 
 
-def train_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor | None:
-    """Return causal_attention by a kernel with a backward of its own, or None where none serves this call."""
+def trains_by_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return True where a kernel with a backward of its own serves causal_attention."""
     if torch.compiler.is_compiling() or q.numel() * q.shape[2] < KERNEL_FROM:
-        return None
+        return False
     if not all((t.dtype == torch.float32 or is_slow_bf16(t)) and t.requires_grad for t in (q, k, v)):
-        return None
-    if q.shape[0] * q.shape[1] < torch.get_num_threads() or not ops.serves("trained_attention", q):
-        return None  # a head is computed by one thread
-    if torch.is_autocast_enabled(q.device.type):
-        return None
-    return cast(Tensor, TrainedAttention.apply(q, k, v, scale, documents))
+        return False
+    heads = q.shape[0] * q.shape[1]  # a head is computed by one thread
+    enough = heads >= torch.get_num_threads() and not torch.is_autocast_enabled(q.device.type)
+    return enough and ops.serves("trained_attention", q)
 
 
 def _mask(documents: Tensor | None, s: int, device: torch.device) -> Bool[Tensor, "..."]:

@@ -14,7 +14,7 @@ dx is summed over a token's pairs, the weights' gradients over an expert's.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +52,8 @@ def experts_eager(
     if not torch.is_grad_enabled() and (slow or prefer_loop(x, indices, w1.shape[0])):
         expert = lambda i, rows: _expert(rows, w1[i], w2[i], w3[i], limit)  # noqa: E731
         return run_experts(x, indices, weights, w1.shape[0], expert)
-    if limit is None and torch.is_grad_enabled() and (y := train_experts(x, indices, weights, w1, w2, w3)) is not None:
-        return y
+    if limit is None and torch.is_grad_enabled() and trains_by_kernel(x, indices, weights, w1, w2, w3):
+        return train_experts(x, indices, weights, w1, w2, w3)
     given, dtype = x.dtype, product_dtype(x)
     if dtype != given:  # weights are rounded as x is, and then widened
         x, w1, w2, w3 = (t.to(given).to(dtype) for t in (x, w1, w2, w3))
@@ -179,35 +179,24 @@ def trained_experts_gradients(
         return torch.autograd.grad(y, leaves, grad)
 
 
-class TrainedExperts(torch.autograd.Function):
-    """`experts` by the two operations. First derivatives only."""
+def train_experts(x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """Compute `experts` by the two operations. First derivatives only."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-        y, gate, up = trained_experts(x, indices, weights, w1, w2, w3)
-        ctx.save_for_backward(x, indices, weights, gate, up, w1, w2, w3)
-        ctx.backend = ops.chosen()
-        return y
+    def forward(x: Tensor, *numbers: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, gate, up = trained_experts(x, indices, *numbers)
+        weights, *matrices = numbers
+        return y, (x, indices, weights, gate, up, *matrices)
 
-    @staticmethod
-    @ops.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # forward ran outside of autocast, or another version would have
-        with ops.use(ctx.backend), torch.autocast(grad.device.type, enabled=False):
-            dx, dp, dw1, dw2, dw3 = trained_experts_gradients(grad, *ctx.saved_tensors)
-        return dx, None, dp, dw1, dw2, dw3
+    return ops.trained(forward, trained_experts_gradients, x, weights, w1, w2, w3)
 
 
-def train_experts(x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor | None:
-    """Return `experts` by a kernel with a backward of its own, or None where none serves this call."""
-    matrices, forward = (w1, w2, w3), 3 * indices.numel() * w1[0].numel()
+def trains_by_kernel(x: Tensor, indices: Tensor, weights: Tensor, *matrices: Tensor) -> bool:
+    """Return True where a kernel with a backward of its own serves `experts`."""
+    if torch.compiler.is_compiling() or 3 * indices.numel() * matrices[0][0].numel() < KERNEL_FROM:
+        return False
     plain = all(w.dtype == torch.float32 and w.is_contiguous() for w in matrices)
     known = plain and weights.dtype == torch.float32 and x.dtype in (torch.float32, torch.bfloat16)
-    if not known or forward < KERNEL_FROM or not all(w.requires_grad for w in matrices):
-        return None
-    # an expert is computed by one thread; frozen ones want no gradients, which the kernel would make
-    if w1.shape[0] < 2 * torch.get_num_threads() or not ops.serves("trained_experts", x):
-        return None
-    if torch.is_autocast_enabled(x.device.type):
-        return None
-    return cast(Tensor, TrainedExperts.apply(x, indices, weights, w1, w2, w3))
+    # frozen ones want no gradients, which the kernel would make; an expert is computed by one thread
+    if not known or not all(w.requires_grad for w in matrices) or len(matrices[0]) < 2 * torch.get_num_threads():
+        return False
+    return not torch.is_autocast_enabled(x.device.type) and ops.serves("trained_experts", x)

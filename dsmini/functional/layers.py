@@ -5,8 +5,6 @@ as such units do. For their gradients linears keep operands in BF16; attention a
 copies. RMSNorm has a backward of its own.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -26,7 +24,7 @@ def linear_eager(x: Tensor, weight: Tensor) -> Tensor:
     dtype = product_dtype(x) if x.dtype == torch.bfloat16 else x.dtype
     weight = weight.to(x.dtype)
     if dtype != x.dtype and torch.is_grad_enabled():
-        return _WideLinear.apply(x, weight)  # pyright: ignore[reportReturnType]
+        return _wide_linear(x, weight)
     return F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
 
 
@@ -49,33 +47,31 @@ def is_slow_bf16(x: Tensor) -> bool:
     return here and not machine.multiplies_bf16() and not torch.is_autocast_enabled("cpu")
 
 
-class _WideLinear(torch.autograd.Function):
-    """A linear of BF16 rows whose products are made in FP32. First derivatives only."""
+def _wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute a linear of BF16 rows whose products are made in FP32. First derivatives only."""
+    of_x, of_weight = x.requires_grad, weight.requires_grad
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        of_x, of_weight = ctx.needs_input_grad
-        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
-        return F.linear(x.float(), weight.float()).to(x.dtype)
+    def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        y = F.linear(x.float(), weight.float()).to(x.dtype)
+        return y, (x if of_weight else None, weight if of_x else None)
 
-    @staticmethod
-    @ops.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x, weight), wide, dx, dw = ctx.saved_tensors, grad.float(), None, None
-        with torch.autocast("cpu", enabled=False):  # as in forward
-            if weight is not None:
-                dx = (wide @ weight.float()).to(grad.dtype)
-            if x is not None:
-                rows = x.reshape(-1, x.shape[-1]).float()
-                dw = (wide.reshape(-1, wide.shape[-1]).T @ rows).to(grad.dtype)
-        return dx, dw
+    def gradients(grad: Tensor, x: Tensor | None, weight: Tensor | None) -> list[Tensor | None]:
+        wide, dx, dw = grad.float(), None, None
+        if weight is not None:
+            dx = (wide @ weight.float()).to(grad.dtype)
+        if x is not None:
+            rows = x.reshape(-1, x.shape[-1]).float()
+            dw = (wide.reshape(-1, wide.shape[-1]).T @ rows).to(grad.dtype)
+        return [dx, dw]
+
+    return ops.trained(forward, gradients, x, weight)
 
 
 @ops.eager("rms_norm")
 def rms_norm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute rms_norm with torch's operation, or in training on a CPU with a faster one."""
     if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
+        return _trained_rms_norm(x, weight, eps)
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.rms_norm(y, weight.shape, weight.to(y.dtype), eps).to(x.dtype)
 
@@ -107,27 +103,19 @@ def trained_norm_gradients(
     return grad_x.to(x.dtype), product.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """rms_norm for training on a CPU, where torch composes it of slow operations: means over short rows, mixed dtypes.
+def _trained_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute rms_norm by the two operations. First derivatives only.
 
-    It takes half to two thirds of the time of torch's, less by a kernel (docs/log.md), and keeps x instead of FP32
-    copies.
+    torch composes it of slow operations: means over short rows, mixed dtypes. This takes half to two thirds of the
+    time, less by a kernel (docs/log.md), and keeps x instead of FP32 copies.
     """
+    known = x.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32
+    served = known and x.numel() >= KERNEL_FROM and weight.shape == x.shape[-1:]
+    served = served and not torch.is_autocast_enabled("cpu")
+    norm, gradients = trained_norm, trained_norm_gradients
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        known = x.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32
-        ctx.served = (
-            known and x.numel() >= KERNEL_FROM and weight.shape == x.shape[-1:] and not torch.is_autocast_enabled("cpu")
-        )
-        y, inverse = (trained_norm if ctx.served else trained_norm.plain)(x, weight, eps)
-        ctx.save_for_backward(x, weight, inverse)
-        ctx.backend = ops.chosen()
-        return y
+    def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, inverse = (norm if served else norm.plain)(x, weight, eps)
+        return y, (x, weight, inverse)
 
-    @staticmethod
-    @ops.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        gradients = trained_norm_gradients if ctx.served else trained_norm_gradients.plain
-        with ops.use(ctx.backend), torch.autocast(grad.device.type, enabled=False):
-            return *gradients(grad, *ctx.saved_tensors), None
+    return ops.trained(forward, gradients if served else gradients.plain, x, weight)

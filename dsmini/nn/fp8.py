@@ -114,7 +114,9 @@ def hold_fp8(
     tile: Tile = WEIGHT_TILE,
     format: FormatName = "e4m3",
 ) -> None:
-    """Let the parameter of that name be these codes, with FP32 scales of its last two dimensions' tiles.
+    """Let the parameter of that name be these codes, with the scales of its last two dimensions' tiles.
+
+    Scales are FP32 or, next to FP4 codes, E8M0, of which the chosen experts' alone are converted. Kernels want FP32.
 
     A layer of a class that holds codes takes the place of a plain one.
 
@@ -176,7 +178,7 @@ class FP8Weights(nn.Module):
         shape, tile, format = self.layouts[name]
         return QuantizedTensor(
             codes=weight,
-            scales=scales.float(),
+            scales=scales,
             shape=shape,
             tile=tile,
             scale="fp32",  # a power of two is one too

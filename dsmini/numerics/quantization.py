@@ -212,7 +212,7 @@ class QuantizedTensor:
     """Codes in the format's dtype and the original shape; packed ones as uint8, e5m6's [..., 12 ceil(c / 8)] and e2m1's
     [..., ceil(c / 2)]."""
     scales: Float[Tensor, "*tiles"]
-    """Scales of tiles, FP32, [..., rt, ct]."""
+    """Scales of tiles, FP32 or E8M0, [..., rt, ct]."""
     shape: torch.Size
     tile: Tile
     scale: Scale

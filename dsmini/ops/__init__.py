@@ -348,6 +348,39 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+class _Trained(torch.autograd.Function):
+    """The result of a forward, with the gradients of its own backward. First derivatives only."""
+
+    @staticmethod
+    def forward(ctx: Any, forward: Callable[..., Any], gradients: Callable[..., Any], *inputs: Tensor) -> Tensor:
+        y, saved = forward(*inputs)
+        ctx.save_for_backward(*saved)
+        ctx.gradients, ctx.backend = gradients, chosen()
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with use(ctx.backend), torch.autocast(grad.device.type, enabled=False):
+            return None, None, *ctx.gradients(grad, *ctx.saved_tensors)
+
+
+def trained(
+    forward: Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]],
+    gradients: Callable[..., Sequence[Tensor | None]],
+    *inputs: Tensor,
+) -> Tensor:
+    """Return the result of forward(*inputs), with gradients by a backward of its own. First derivatives only.
+
+    Both run with gradients off, so that kernels serve them, and backward on forward's backend, outside of autocast.
+
+    Args:
+        forward: returns the result, and the tensors that backward reads.
+        gradients: returns a gradient of each input, given that of the result and those tensors.
+    """
+    return cast(Tensor, _Trained.apply(forward, gradients, *inputs))
+
+
 def recomputed(run: Callable[..., Any], *args: Any) -> Any:
     """Return run(*args). Its inputs alone are saved; backward runs it again, on the backend of the forward.
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.attention import TrainedAttention
-from dsmini.functional.experts import TrainedExperts
+from dsmini.functional.attention import train_attention
+from dsmini.functional.experts import train_experts
 from dsmini.nn.attention import cached_attention, causal_attention
 from dsmini.nn.dsa import index_scores, topk_attention, topk_keys
 from dsmini.nn.fp8 import quantized_experts, quantized_linear
@@ -159,7 +159,7 @@ def test_values_and_gradients_agree(isa: str, n: int, dtype: torch.dtype) -> Non
 @EVERY_TYPE
 def test_plain_versions_of_training_agree(dtype: torch.dtype) -> None:
     """They run where there is a kernel, which does not serve the call."""
-    plain: dict[Any, Any] = {causal_attention: TrainedAttention.apply, experts: TrainedExperts.apply}
+    plain: dict[Any, Any] = {causal_attention: train_attention, experts: train_experts}
     for case in cases(63, dtype):
         if case.operation in plain:
             with ops.use("reference"):

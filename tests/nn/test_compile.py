@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 SIZES: dict[str, Any] = SMALL | {
     **{"dim": 16, "moe_inter_dim": 8, "n_heads": 2, "n_mtp_layers": 1, "max_seq_len": 64, "original_seq_len": 32}
 }
+REAL: dict[str, dict[str, Any]] = {"README": {"dim": 128, "n_heads": 4}, "default": {}}
+"""Sizes at which training without torch.compile runs kernels."""
 
 
 def gradients_and_values(run: Callable[[], dict[str, Tensor]], module: nn.Module) -> dict[str, Tensor]:
@@ -44,13 +46,13 @@ def compare(run: Callable[[], dict[str, Tensor]], module: nn.Module, **options: 
     return {name: relative_error(got[name], want[name]) for name in want}
 
 
-def losses(changes: dict[str, Any], compute_dtype: torch.dtype, **options: Any) -> dict[str, float]:
+def losses(sizes: dict[str, Any], compute_dtype: torch.dtype, length: int = 33, **options: Any) -> dict[str, float]:
     """Compile the whole model: embedding, blocks, MoE, MTP, chunked cross-entropy, balance."""
-    model = randomise(Transformer(**SIZES | changes, compute_dtype=compute_dtype))
+    model = randomise(Transformer(**sizes, compute_dtype=compute_dtype))
     for gate in model.gates():
         # no scores so close that another rounding would pick another expert
-        gate.bias.copy_(2.0 * torch.randperm(8))  # pyright: ignore[reportOptionalMemberAccess]
-    tokens, targets = torch.randint(0, 61, (2, 2, 33)).unbind()
+        gate.bias.copy_(2.0 * torch.randperm(len(gate.weight)))  # pyright: ignore[reportOptionalMemberAccess]
+    tokens, targets = torch.randint(0, 61, (2, 2, length)).unbind()
 
     def run() -> dict[str, Tensor]:
         losses = model.losses(tokens, targets, balance_alpha=0.1)
@@ -91,17 +93,21 @@ def ragged_fp8() -> dict[str, float]:
     return {f"bits {name}": float((off != 0).sum() + off.isnan().sum()) for name, off in out.items()}
 
 
-ONE_BLOCK = {"n_layers": 1, "n_dense_layers": 0, "n_mtp_layers": 0}
+ONE_BLOCK = SIZES | {"n_layers": 1, "n_dense_layers": 0, "n_mtp_layers": 0}
 DENSE_BLOCK = ONE_BLOCK | {"n_dense_layers": 1}
 PROGRAMS: dict[str, Callable[[], dict[str, float]]] = {
     "one block in bf16": functools.partial(losses, ONE_BLOCK, torch.bfloat16, fullgraph=True, backend="aot_eager"),
     "dense blocks": dense_blocks,
-    "losses in bf16": functools.partial(losses, {}, torch.bfloat16, fullgraph=True, backend="aot_eager"),
-    "losses in fp32": functools.partial(losses, {}, torch.float32, backend="aot_eager"),
+    "losses in bf16": functools.partial(losses, SIZES, torch.bfloat16, fullgraph=True, backend="aot_eager"),
+    "losses in fp32": functools.partial(losses, SIZES, torch.float32, backend="aot_eager"),
     "ragged tiles in C++": ragged_fp8,
+    **{
+        f"{name} sizes in bf16": functools.partial(losses, sizes, torch.bfloat16, 64, fullgraph=True, backend="eager")
+        for name, sizes in REAL.items()
+    },
     "one block in C++": functools.partial(losses, ONE_BLOCK, torch.bfloat16, fullgraph=True),
 }
-IN_BF16 = ("one block in bf16", "losses in bf16", "one block in C++")
+IN_BF16 = [case for case in PROGRAMS if "bf16" in case or case == "one block in C++"]
 CHEAPEST, *OTHERS = PROGRAMS
 
 

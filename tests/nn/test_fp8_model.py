@@ -18,6 +18,7 @@ from tests.helpers.configs import DSA, refusal
 from tests.helpers.configs import FP8_SIZES as SIZES
 from tests.helpers.models import decoded, same_weights
 from tests.helpers.tolerances import E4M3_UNIT, relative_error
+from tests.helpers.watching import Operations
 
 Build = Callable[..., Transformer]
 
@@ -108,6 +109,22 @@ def test_layers_that_hold_codes_multiply_them_and_are_plain_before() -> None:
     q = hold(quantized)
     with ops.use("eager"):  # a kernel adds in another order
         assert torch.equal(quantized.eval()(x), torch.nn.functional.linear(x, q.dequantize()))
+
+
+def test_fp4_experts_convert_the_scales_of_the_chosen_alone() -> None:
+    chosen, block, c = 2, 32, {"dim": 64, "moe_inter_dim": 96, "n_routed_experts": 16}
+    model = nn.Sequential(Experts(**c))
+    for name in ("w1", "w2", "w3"):
+        weight = model.get_parameter(f"0.{name}").detach()
+        q = quantize(weight, (1, block), "ue8m0", "e2m1")
+        scales = q.scales.to(torch.float8_e8m0fnu)
+        hold_fp8(model, f"0.{name}", q.codes, scales, tile=(1, block), format="e2m1")
+    x, indices = torch.randn(1, c["dim"]), torch.tensor([[3, 11]])
+    with torch.no_grad(), Operations() as watched:
+        model[0](x, indices, torch.ones(1, chosen))
+    of_a_matrix = c["dim"] * c["moe_inter_dim"]
+    converted = [r for r in watched.results if r.operation == "_to_copy" and r.numel < of_a_matrix]
+    assert sum(r.numel for r in converted) == 3 * chosen * of_a_matrix // block
 
 
 def test_holding_fp8_keeps_a_subclass_from_losing_its_forward() -> None:
