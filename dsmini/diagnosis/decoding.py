@@ -1,15 +1,14 @@
 """Decoding as the work that is diagnosed: steps that are the same work, variants of the model, arms and predictions.
 
     free_cache         Machine    1 cached token in place of all: the gain is the share of cached attention
-    mha_baseline       Algorithm  multi-head attention with the same heads, which caches the keys and values of each
-    dense_active       Algorithm  a dense feed-forward with the same active parameters: the cost of routing
     drafts             Algorithm  multi-token prediction guesses, at the share of guesses that is accepted
     bfloat16_weights   Machine    weights of 2 bytes
     fp8_weights        Machine    weights of 1 byte, with scales
     all_threads        Machine    products run on all cores
 
-Where a gain is negative, the current choice is faster: with mha_baseline at -50 % a step takes half as long again. A
-step is what generation does: embed the last token, run the blocks with the cache, make logits.
+Where a gain is negative, the current choice is faster. Other attention and dense feed-forwards are compared by
+`python -m benchmarks kv_cache experts`, each with the kernels that it would have. A step is what generation does: embed
+the last token, run the blocks with the cache, make logits.
 
     cached tokens         0 1 2 ... context-1 | new token        the new token's row is written, and attends to all
     after the step        0 1 2 ... context-1 |                  the cache is cut back to where it was
@@ -38,19 +37,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsmini import accounting, ops
-from dsmini.accounting import mha_twin
 from dsmini.config import ModelConfig
 from dsmini.diagnosis.arms import Arm, Step, Work, percent
 from dsmini.diagnosis.contention import Contention, on_threads, watch
 from dsmini.diagnosis.findings import Finding
-from dsmini.diagnosis.training import all_threads, dense_baseline
+from dsmini.diagnosis.training import all_threads
 from dsmini.inference import Generation
 from dsmini.inference.fused import Decoder
 from dsmini.inference.generation import prefill
@@ -69,8 +67,7 @@ from dsmini.measure.workloads import (
     random_tokens,
     rows_of,
 )
-from dsmini.nn import Block, Cache, MoE, Transformer
-from dsmini.nn.attention import Attention
+from dsmini.nn import Block, Cache, Transformer
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.nn.mtp import MTPChain
 
@@ -85,7 +82,6 @@ PROMPT, NEW_TOKENS, SECONDS = 64, 96, 4.0
 TURN, MOST_STEPS = 0.02, 256
 """Least seconds of the steps that are timed together, as a single one of a small model is shorter than a clock's noise,
 and their largest number."""
-M = TypeVar("M", bound=nn.Module)
 
 
 class Acceptance(NamedTuple):
@@ -208,11 +204,7 @@ class DecodingSubject:
     def arms(self, prices: Prices | None) -> list[Arm]:
         """Return all arms, the plain steps first. Without prices nothing is predicted."""
         self.prices, c, mtp = prices, self.config, len(self.model.mtp)
-        no_mha, no_guess, width = None, None, c.head_dim or c.qk_nope_head_dim
-        if c.attention == "mha":
-            no_mha = "the attention is multi-head attention already"
-        elif width % 2:
-            no_mha = f"heads of {'head_dim' if c.head_dim else 'qk_nope_head_dim'}={width} cannot be rotated in pairs"
+        no_guess = None
         if not mtp:
             no_guess = "the model has no multi-token prediction"
         elif self.context + 1 + mtp > c.max_seq_len:
@@ -231,20 +223,6 @@ class DecodingSubject:
                 why_not=None if self.context > 1 else "there is only 1 cached token",
                 words="1 cached token in place of all: the rest is not attended to",
                 advice="Shorten the contexts, or make the cache smaller: a smaller kv_lora_rank, --cache-dtype fp8.",
-            ),
-            self.arm(
-                "mha_baseline",
-                axis="Algorithm",
-                why_not=no_mha,
-                words="multi-head attention with the same number of heads, which caches keys and values of each",
-                advice='Set model.attention = "mha" where contexts stay this short: larger cache, fewer projections.',
-            ),
-            self.arm(
-                "dense_active",
-                axis="Algorithm",
-                why_not="the model has no routed experts" if c.n_dense_layers >= c.n_layers else None,
-                words="a dense feed-forward with the same number of active parameters replaces the experts",
-                advice="Make fewer and wider experts: routing and small products cost more than they save here.",
             ),
             self.arm(
                 "drafts",
@@ -417,12 +395,9 @@ def filled_cache(model: Transformer, point: Point) -> Cache:
     room = min(ROOM, model.config.max_seq_len - point.context)
     cache = random_cache(model, point.batch, point.context, room)
     if point.rows is not None:
-        layers = zip(cache.stores, point.rows.stores, strict=True)
-        # a baseline has no indexers
-        pairs = [pair for both in layers for pair in zip(*map(rows_of, both), strict=False)]
-        for store, given in pairs:
-            n = min(point.context, store.data.shape[1])
-            if store.data.shape[2] == given.data.shape[2] and given.data.shape[1] >= n:
+        for both in zip(cache.stores, point.rows.stores, strict=True):
+            for store, given in zip(*map(rows_of, both), strict=True):
+                n = min(point.context, store.data.shape[1], given.data.shape[1])
                 store.data[:, :n] = given.data[:, :n].to(store.data.dtype)
     return cache
 
@@ -443,49 +418,11 @@ def timed(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
 # --- variants of a model
 
 
-def shallow(module: M) -> M:
-    """Return a copy that shares parameters and inner modules, of which each may be replaced."""
-    made = copy.copy(module)
-    for part in ("_modules", "_parameters", "_buffers"):
-        made.__dict__[part] = dict(module.__dict__[part])
-    return made
-
-
-def with_blocks(model: Transformer, change: Callable[[Block], None]) -> Transformer:
-    """Return a variant of which `change` gets a copy of each block, to put other modules into."""
-    variant, blocks = shallow(model), [shallow(block) for block in model.layers if isinstance(block, Block)]
-    for block in blocks:
-        change(block)
-    variant.layers = nn.ModuleList(blocks)
-    return variant
-
-
-def with_mha(model: Transformer) -> Transformer:
-    """Return a variant with multi-head attention of the same heads and widths, and random weights in it."""
-    config, like = mha_twin(model.config), model.embed.weight
-
-    def change(block: Block) -> None:
-        block.attn = Attention(config).to(like.device, like.dtype)
-
-    variant = with_blocks(model, change)
-    variant.config = config
-    return variant
-
-
-def with_dense(model: Transformer) -> Transformer:
-    """Return a variant with a dense feed-forward for each mixture of experts, with the same active parameters."""
-    like = model.embed.weight
-
-    def change(block: Block) -> None:
-        if isinstance(block.ffn, MoE):
-            block.ffn = dense_baseline(model.config).to(like.device, like.dtype)
-
-    return with_blocks(model, change)
-
-
 def with_bfloat16_weights(model: Transformer) -> Transformer:
     """Return a variant whose matrices are held, and multiplied, in BF16; without multi-token prediction."""
-    variant = shallow(model)
+    variant = copy.copy(model)
+    for part in ("_modules", "_parameters", "_buffers"):  # its own, so that the model keeps its parts
+        variant.__dict__[part] = dict(model.__dict__[part])
     tables = {id(t): t for t in model.buffers() if not t.is_floating_point()}  # shared: made dry, a copy has no numbers
     for name in ("embed", "layers", "norm", "head"):
         setattr(variant, name, copy.deepcopy(getattr(model, name), dict(tables)).bfloat16())
@@ -519,8 +456,6 @@ class Variant:
 PLAIN = Variant()
 VARIANTS = {
     "free_cache": Variant(context=1),
-    "mha_baseline": Variant(change=with_mha),
-    "dense_active": Variant(change=with_dense),
     "drafts": Variant(make=guessing_steps),
     "bfloat16_weights": Variant(change=with_bfloat16_weights, dtype="bfloat16"),
     "fp8_weights": Variant(change=with_fp8_weights, dtype="fp8"),

@@ -105,12 +105,8 @@ def answer(
     )
     if not quick and not found.stopped:
         left = max(0.0, TOTAL_SECONDS - (time.perf_counter() - start))
-        evidence.gather(
-            found,
-            subject,
-            left,
-            lambda share, part: on_part(end + (1 - end) * share, part, left * (1 - share)),
-        )
+        on_part(end, evidence.NAME, left)
+        evidence.gather(found, subject, left)
     found.of = f"{'decoding, ' if work == 'decode' else ''}{what or 'the default run'}"
     found.facts, found.machine = subject.facts, card(device)
     if prices is not None and (disturbed := prices.roofs.disturbed or prices.disturbed):

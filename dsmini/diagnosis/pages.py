@@ -63,12 +63,16 @@ def plot_of(compared: Comparison, title: str, x: str) -> Plot:
 
 
 def sentence_of(compared: Comparison) -> str:
-    """Return which arm is fastest, and by how much."""
+    """Return which arm is fastest, by how much, and if that may be chance."""
     gains = compared.gains
-    best = max(gains, key=lambda name: gains[name].value, default="")
+    best = max(gains, key=lambda name: (gains[name].low, gains[name].value), default="")
     if not best or gains[best].value <= 0:
-        return f"Nothing is faster than {compared.plain}, as it is."
-    return f"With {best} a token takes {percent(gains[best])} less time than with {compared.plain}."
+        return f"Nothing was faster than {compared.plain}, as it is."
+    gain = gains[best]
+    words = f"With {best} a token took {percent(gain)} less time than with {compared.plain}"
+    if not gain.is_clear:
+        return f"{words}. That may be chance: it rests on {plural(gain.turns, 'round')}."
+    return f"{words}{'.' if gain.low > 0 else ', which may be chance.'}"
 
 
 def record_of_arms(compared: Comparison) -> dict[str, Any]:

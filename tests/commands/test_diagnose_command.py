@@ -17,7 +17,7 @@ from tests.helpers.commands import check_refused, finish, let_prices_be_invented
 from tests.helpers.configs import written
 
 TRAINING = "replay dense_active all_threads fastest_dtype"
-DECODING = "free_cache mha_baseline dense_active drafts all_threads fp8_weights"
+DECODING = "free_cache drafts all_threads bfloat16_weights fp8_weights"
 SMALL = (Path(__file__).parent / "place" / "small.toml").read_text()
 
 
@@ -50,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invent the machine's rates, and let it have one core: two threads crawl where another program takes a core."""
     let_prices_be_invented(monkeypatch)
-    for module in ("contention", "diagnosis", "training", "evidence"):
+    for module in ("contention", "diagnosis", "training"):
         monkeypatch.setattr(f"dsmini.diagnosis.{module}.cores", lambda: 1)
 
 
@@ -98,16 +98,16 @@ def test_decoding_is_diagnosed_by_a_config_a_run_or_a_folder(place: Path) -> Non
     (said, of_config), (_, of_run), (_, of_folder) = diagnoses(
         place,
         "small.toml --work decode --out found_decoding",
-        "finished --work decode --only mha_baseline --context 16 --batch 2",
+        "finished --work decode --only drafts --context 16 --batch 2",
         "folder --work decode --only free_cache",
     )
-    for words in ("free_cache", "mha_baseline", "dense_active", "5 rounds in turns", "change"):
+    for words in ("free_cache", "drafts", "5 rounds in turns", "change"):
         assert words in said, words
     page = check_all(place, "found_decoding", of_config, DECODING)
     for words in ("<svg", "random weights", "24 tokens in the cache of each", "decoding waits for no data"):
         assert words in page, words
     assert "accepted_guesses" in {finding["name"] for finding in of_config["findings"]}
-    assert of_run["gains"].keys() == {"mha_baseline"}
+    assert of_run["gains"].keys() == {"drafts"}
     assert of_folder["gains"].keys() == {"free_cache"}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dsmini import ModelConfig, Transformer, accounting, ops
 from dsmini.diagnosis import decoding as module
 from dsmini.diagnosis import evidence
-from dsmini.diagnosis.arms import predict
+from dsmini.diagnosis.arms import Arm, Comparison, predict
 from dsmini.diagnosis.decoding import (
     PLAIN,
     VARIANTS,
@@ -21,16 +21,15 @@ from dsmini.diagnosis.decoding import (
     DecodingSubject,
     Point,
     accepted_guesses,
-    filled_cache,
     guessing_steps,
 )
 from dsmini.diagnosis.diagnosis import Plan, diagnose
-from dsmini.diagnosis.evidence import all_evidence
+from dsmini.diagnosis.verdict import Diagnosis
 from dsmini.inference.fused import Decoder
 from dsmini.inference.speculative import Drafter
 from dsmini.measure.price import Prices
+from dsmini.measure.turns import Turns
 from dsmini.measure.workloads import decoding_step
-from dsmini.nn import MLA, FeedForward, MoE
 from dsmini.report import Report
 from tests.conftest import Clock
 from tests.diagnosis.conftest import MODEL, QUIET, SIZES, arm_of, decoding_subject
@@ -126,16 +125,10 @@ def test_batches_to_try_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_alternatives_decode_what_they_say(decoding: DecodingSubject) -> None:
-    """Check the kinds of layers and the dtypes of each variant, and that the rest is shared."""
+    """Check the dtypes of each variant, and that the model keeps its own."""
     model = decoding.model
     made = {name: variant.change(model) for name, variant in VARIANTS.items()}
-    mha, dense = made["mha_baseline"], made["dense_active"]
-    heads = MODEL.n_heads * (MODEL.qk_nope_head_dim + MODEL.v_head_dim)
-    assert filled_cache(mha, point_of(decoding)).stores[0].data.shape[2] == heads
-    assert mha.embed is model.embed and mha.layers[1].ffn is model.layers[1].ffn
-    assert isinstance(model.layers[1].ffn, MoE) and isinstance(model.layers[0].attn, MLA)
-    assert isinstance(dense.layers[1].ffn, FeedForward) and dense.layers[1].ffn.w1.weight.shape == (3 * 16, 32)
-    assert dense.layers[0].ffn is model.layers[0].ffn
+    assert made["free_cache"] is made["drafts"] is model
     assert made["bfloat16_weights"].embed.weight.dtype == torch.bfloat16
     assert torch.float8_e4m3fn in {t.dtype for t in made["fp8_weights"].layers.state_dict().values()}
     assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
@@ -243,14 +236,12 @@ def test_evidence_of_decoding(decoding: DecodingSubject, monkeypatch: pytest.Mon
     """Check figures, finding and JSON, and that cache and threads are as before."""
     monkeypatch.setattr(evidence, "MOST_TURNS", 1)
     monkeypatch.setattr(module, "BATCHES", (1, 2, 4))
-    monkeypatch.setattr(evidence, "cores", lambda: 2)
     decoding.arms(InventedPrices())
-    made = [each for each in all_evidence(decoding, 0.001) if not each.why_not]
-    assert [each.name for each in made] == ["batches", "threads"]
-    found: list[Any] = []
-    check_unchanged(decoding, lambda: found.extend(each.run(1e6) for each in made))
-    for section, compared in found:
-        assert section.finding.endswith(".") and section.plots[0].series
-        assert set(compared.turns.seconds) == {arm.name for arm in compared.arms}
-        assert compared.predicted
-        assert section.title in Report(title="A", sections=[section]).html()
+    arms = [Arm(name="plain", apply=decoding.plain)]
+    found = Diagnosis(compared=Comparison(arms=arms, turns=Turns({"plain": [0.001]})), findings=[])
+    check_unchanged(decoding, lambda: evidence.gather(found, decoding, 1e6))
+    (section,), compared = found.sections, found.sweeps["batches"]
+    assert section.finding.endswith(".") and section.plots[0].series
+    assert set(compared.turns.seconds) == {arm.name for arm in compared.arms} == {"batch 2", "batch x 0.5", "batch x 2"}
+    assert compared.predicted
+    assert section.title in Report(title="A", sections=[section]).html()

@@ -1,4 +1,4 @@
-"""Evidence next to the verdict: sweeps on steps of known times, and real ones that leave the run as it was."""
+"""Evidence next to the verdict: a sweep over batches of known times, and a real one that leaves the run as it was."""
 
 from typing import Any
 
@@ -7,13 +7,12 @@ import torch
 
 from dsmini.diagnosis import evidence, training
 from dsmini.diagnosis.arms import Arm, Comparison
-from dsmini.diagnosis.evidence import Evidence, all_evidence, gather
-from dsmini.diagnosis.pages import record_of
+from dsmini.diagnosis.evidence import gather
+from dsmini.diagnosis.pages import record_of, sentence_of
 from dsmini.diagnosis.training import PlainTurn, Subject
 from dsmini.diagnosis.verdict import Diagnosis
 from dsmini.measure.price import Prices
 from dsmini.measure.turns import Turns
-from dsmini.report import Section
 from tests.diagnosis.conftest import QUIET, Imagine, idle, step_of
 
 SEEN = PlainTurn(steps=[step_of()], contention=QUIET, preparing=0.0)
@@ -34,48 +33,44 @@ def state_of(subject: Subject) -> list[object]:
 
 @pytest.fixture
 def few(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Subject:
-    """Return the subject on a machine of two cores, with two batches to try, in one turn."""
+    """Return the subject with two batches to try, in one turn."""
     monkeypatch.setattr(evidence, "MOST_TURNS", 1)
-    monkeypatch.setattr(evidence, "cores", lambda: 2)
     monkeypatch.setattr(training, "FACTORS", (2.0,))
     monkeypatch.setattr(subject, "turns", [SEEN])
     return subject
 
 
 @pytest.mark.parametrize("with_prices", [True, False])
-def test_experiments_predict_measure_and_leave_the_subject(few: Subject, prices: Prices, with_prices: bool) -> None:
-    """Check tables and plots of all, and modules, loader, threads and dtype after each."""
+def test_sweep_predicts_measures_and_leaves_the_subject(few: Subject, prices: Prices, with_prices: bool) -> None:
+    """Check table and plot, and modules, loader, threads and dtype after it."""
     few.arms(prices if with_prices else None)
     before, found = state_of(few), nothing_yet()
-
-    def on_part(share: float, what: str) -> None:
-        assert state_of(few) == before, f"before {what}"
-
-    gather(found, few, 1e6, on_part)
-    assert [section.name for section in found.sections] == ["batches", "threads"] and found.not_tried == {}
-    for section in found.sections:
-        assert section.finding.endswith(".") and section.plots[0].series and section.tables[0].rows, section.name
-    for name, sweep in found.sweeps.items():
-        assert bool(sweep.predicted) == with_prices and set(sweep.turns.seconds) >= set(sweep.predicted), name
-    assert [(arm.at, arm.axis) for arm in found.sweeps["batches"].arms] == [(4, None), (8, None)]
-    assert {arm.axis for arm in found.sweeps["threads"].arms} == {"Machine"}
+    gather(found, few, 1e6)
+    assert state_of(few) == before and found.not_tried == {}
+    (section,), sweep = found.sections, found.sweeps["batches"]
+    assert section.finding.endswith(".") and section.plots[0].series and section.tables[0].rows
+    assert set(sweep.turns.seconds) == {arm.name for arm in sweep.arms}
+    assert [(arm.at, arm.axis) for arm in sweep.arms] == [(4, None), (8, None)]
+    assert bool(sweep.predicted) == with_prices
     if with_prices:
-        steps = found.sweeps["batches"].predicted
-        assert 0 < steps["batch 4"] < steps["batch x 2"]
+        assert 0 < sweep.predicted["batch 4"] < sweep.predicted["batch x 2"]
 
 
-@pytest.mark.parametrize(
-    ("name", "costs", "words"),
-    [
-        ("batches", {"computing": 0.06, "row": 0.015}, "With batch x 2 a token takes 25 % (25 to 25) less time than"),
-        ("threads", {"cores": 2}, "With 2 threads a token takes 50 % (50 to 50) less time than with 1 thread."),
-    ],
-)
-def test_experiment_finds_what_steps_cost(imagine: Imagine, name: str, costs: Any, words: str) -> None:
-    subject = imagine(jitter=0.0, **costs)
+def test_sweep_finds_what_steps_cost(imagine: Imagine) -> None:
+    subject = imagine(jitter=0.0, computing=0.06, row=0.015)
     subject.turns.append(SEEN)
-    section, _ = next(each for each in all_evidence(subject, 0.01) if each.name == name).run(1e6)
-    assert words in section.finding and (name != "batches" or "The knee is at 4.0 sequences." in section.finding)
+    gather(found := nothing_yet(), subject, 1e6)
+    words = "The knee is at 4.0 sequences. With batch x 2 a token took 25 % (25 to 25) less time than with batch 4."
+    assert found.sections[0].finding == words
+
+
+def test_sweep_in_a_short_time_has_fewer_batches(imagine: Imagine) -> None:
+    """Check steps of 1 s for a sequence: in 25 s there is time for three turns of 4, 1 and 2 sequences."""
+    subject = imagine(jitter=0.0, computing=0.0, row=0.25)
+    subject.turns.append(SEEN)
+    found = Diagnosis(compared=compared({"plain": 1.0}), findings=[])
+    gather(found, subject, 6.0)
+    assert [arm.at for arm in found.sweeps["batches"].arms] == [4, 1, 2]
 
 
 def test_batches_fit_into_memory(subject: Subject, prices: Prices, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,38 +105,44 @@ def test_what_to_try_ranks_gains_of_all_experiments() -> None:
     assert [(arm.name, round(gain.value, 3)) for arm, gain, _ in tries] == [("batch x 4", 0.5), ("waiting", 0.4)]
 
 
+@pytest.mark.parametrize(
+    ("turns", "words"),
+    [
+        ([0.5, 0.5], "With b a token took 50 % less time than with a. That may be chance: it rests on 2 rounds."),
+        (
+            [0.9, 0.9, 0.9, 1.1, 0.9, 0.9, 0.9],
+            "With b a token took 10 % (-10 to 10) less time than with a, which may be",
+        ),
+        ([0.9] * 7, "With b a token took 10 % (10 to 10) less time than with a."),
+        ([1.1] * 7, "Nothing was faster than a, as it is."),
+    ],
+)
+def test_best_of_few_rounds_is_not_a_fact(turns: list[float], words: str) -> None:
+    arms = [Arm(name=name, apply=idle) for name in "ab"]
+    found = Comparison(arms=arms, turns=Turns({"a": [1.0] * len(turns), "b": turns}))
+    assert sentence_of(found).startswith(words)
+
+
 # --- gathering
 
 
-def fake(name: str, error: BaseException | None = None, why: str | None = None) -> Evidence:
-    def section(seconds: float) -> tuple[Section, Comparison]:
-        if error is not None:
-            raise error
-        return Section(name=name, title="?", finding=f"{seconds:.1f}"), compared({"plain": 1.0})
+@pytest.mark.parametrize(
+    ("error", "seconds", "why"),
+    [
+        (RuntimeError("no memory\nfor it"), 60.0, "it failed: no memory"),
+        (MemoryError(), 60.0, "it failed: MemoryError"),
+        (KeyboardInterrupt(), 60.0, "it was interrupted"),
+        (None, 0.0, "the time was over"),
+    ],
+)
+def test_what_is_not_gathered_says_why(
+    imagine: Imagine, error: Any, seconds: float, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Comparison:
+        raise error
 
-    return Evidence(name=name, why_not=why, run=section)
-
-
-# experiments, and seconds that there are; the seconds that each of those has which are made, and why the others are not
-GATHERED: dict[str, tuple[list[Evidence], float, dict[str, str], dict[str, str]]] = {
-    "shares of what is left": ([fake("a"), fake("b"), fake("c")], 600, {"a": "200.0", "b": "300.0", "c": "600.0"}, {}),
-    "what fails or does not apply": (
-        [fake("a"), fake("b", RuntimeError("no memory\nfor it")), fake("c", why="no experts"), fake("e")],
-        *(60, {"a": "20.0", "e": "60.0"}, {"b": "it failed: no memory", "c": "no experts"}),
-    ),
-    "no time": ([fake("a")], 0, {}, {"a": "the time was over"}),
-    "an interruption": (
-        [fake("a"), fake("b", KeyboardInterrupt()), fake("c")],
-        *(60, {"a": "20.0"}, {"b": "it was interrupted", "c": "it was interrupted"}),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", GATHERED)
-def test_what_is_not_gathered_says_why(imagine: Imagine, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    every, seconds, made, not_tried = GATHERED[case]
-    monkeypatch.setattr(evidence, "all_evidence", lambda *_: every)
+    monkeypatch.setattr(evidence, "sweep", fail)
     gather(found := nothing_yet(), imagine(), seconds)
-    assert {section.name: section.finding for section in found.sections} == made and found.not_tried == not_tried
-    assert found.stopped == record_of(found)["stopped"] == (case == "an interruption")
+    assert found.sections == [] and found.not_tried == {"batches": why}
+    assert found.stopped == record_of(found)["stopped"] == isinstance(error, KeyboardInterrupt)
     assert ("some evidence is missing" in "".join(found.warnings)) == found.stopped

@@ -245,7 +245,7 @@ def test_predictions_end_with_their_time(imagine: Imagine, prices: Prices, monke
     assert found.warnings[0].startswith("Some changes have no prediction")
     evidence.gather(found, subject, 100.0)
     assert [arm.at for arm in found.sweeps["batches"].arms] == [4, 1, 2], "what fits is not known of others"
-    assert "threads" in text_of(report_of(found).html())
+    assert "batch x 0.5" in text_of(report_of(found).html())
 
 
 # --- whole diagnoses, and what is shown
