@@ -2,15 +2,16 @@
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from dsmini.inference.fused import Decoder
-from dsmini.inference.sampling import Sampling, draw, is_whole, likeliest
+from dsmini.inference.sampling import Sampling, draw, is_whole, likeliest, log_probabilities
 from dsmini.inference.speculative import Drafter, accept, accept_greedy
 from dsmini.nn import Cache, Transformer
 from dsmini.nn.cache import CacheDtype, last_valid
@@ -87,6 +88,9 @@ class Generated(NamedTuple):
     lengths: Tensor
     """[b]: number of tokens of each row, prompt included."""
     stats: Stats
+    logprobs: Tensor
+    """[b, most new tokens]: logarithm of the probability of each new token in nats, FP32, by the model's own
+    distribution, before penalty, temperature and filters. Padding is 0, so that a row's sum is that of its text."""
 
 
 def generate(
@@ -101,6 +105,7 @@ def generate(
     repetition_penalty: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     speculative: bool = False,
+    seed: int | None = None,
     generator: torch.Generator | None = None,
     cache_dtype: CacheDtype | None = None,
 ) -> Generated:
@@ -109,139 +114,164 @@ def generate(
     Args:
         prompts: [b, s], or a list of rows of any lengths, tensors or lists.
         temperature, top_k, top_p, min_p, repetition_penalty: see Sampling.
-        eos_token_id: a row ends after this token, or one of these; None never ends early.
-        speculative: let multi-token prediction guess ahead; the tokens have the same distribution, in fewer steps.
-        generator: source of the random draws.
-        cache_dtype: None: the model's compute dtype; or "fp8".
+        eos_token_id, speculative, generator, cache_dtype: see Generation.
+        seed: makes the same draws again, from a generator of its own; None: torch's draws, or those of `generator`.
 
     Raises: ValueError for no prompt, an empty one, a token or an end token outside the vocabulary, or more tokens than
         the context.
     """
-    sampling = Sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
-    )
     generation = Generation(
         model,
         rows_of(prompts),
         max_new_tokens,
-        sampling=sampling,
+        sampling=Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        ),
         eos_token_id=eos_token_id,
         speculative=speculative,
-        generator=generator,
+        generator=generator if seed is None else seeded(seed, generator),
         cache_dtype=cache_dtype,
     )
     for _ in generation:
         pass
     lengths = torch.tensor([len(row) for row in generation.rows])
-    return Generated(padded(generation.rows), lengths, generation.stats)
+    return Generated(
+        padded(generation.rows), lengths, generation.stats, padded(generation.logprobs, dtype=torch.float32)
+    )
 
 
+@dataclass(kw_only=True, eq=False)
+class Row:
+    """One text of a generation."""
+
+    tokens: list[int]
+    """The prompt and its continuation so far."""
+    left: int
+    """Number of tokens that may still be added; 0 once the row has ended."""
+    begin: int = 0
+    """First token that is in the cache."""
+    new: list[int] = field(default_factory=list)
+    """Tokens that the last step added."""
+    logprobs: list[float] = field(default_factory=list)
+    """Log-probability of each token after the prompt, as in Generated."""
+
+    def take(self, tokens: list[int], logprobs: list[float], ends: Collection[int]) -> None:
+        """Add the tokens of a step, up to an end token or the limit."""
+        self.new = tokens[: self.left]
+        stop = next((i for i, token in enumerate(self.new, 1) if token in ends), None)
+        self.new = self.new[:stop]
+        self.left = self.left - len(self.new) if stop is None else 0
+        self.tokens += self.new
+        self.logprobs += logprobs[: len(self.new)]
+
+
+@dataclass(eq=False, repr=False)
 class Generation:
-    """Streaming generate: an iterator that yields one list of new tokens per row and step, [] for finished rows.
+    """Streaming generate: an iterator that yields one list of new tokens per row and step, [] for finished rows."""
 
-    Args:
-        max_seq_len: number of tokens of a row that the cache has room for; None: the length of the longest row.
-        slide: when a row fills the cache, forget its older half and read the rest again. Without it, such a request
-            is an error at the start.
-        watch: called while the prompts are read, with the number of tokens read so far and that of all.
-        The others are as in generate.
-    """
+    model: Transformer
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    _: KW_ONLY
+    sampling: Sampling = field(default_factory=Sampling)
+    eos_token_id: int | Sequence[int] | None = None
+    """A row ends after this token, or one of these; None never ends early."""
+    speculative: bool = False
+    """Let multi-token prediction guess ahead; the tokens have the same distribution, in fewer steps."""
+    generator: torch.Generator | None = None
+    """Source of the random draws; None: torch's own."""
+    cache_dtype: CacheDtype | None = None
+    """Dtype of the cache, or "fp8"; None: the model's compute dtype."""
+    max_seq_len: int | None = None
+    """Number of tokens of a row that the cache has room for; None: the length of the longest row."""
+    slide: bool = False
+    """When a row fills the cache, forget its older half and read the rest again. Without it, such a request is an error
+    at the start."""
+    watch: Callable[[int, int], None] | None = None
+    """Called while the prompts are read, with the number of tokens read so far and that of all."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        sampling: Sampling | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        speculative: bool = False,
-        generator: torch.Generator | None = None,
-        cache_dtype: CacheDtype | None = None,
-        max_seq_len: int | None = None,
-        slide: bool = False,
-        watch: Callable[[int, int], None] | None = None,
-    ) -> None:
-        ends = [] if eos_token_id is None else eos_token_id
-        ends = ends if isinstance(ends, Collection) else [ends]
-        room = checked_room(model, prompts, max_new_tokens, ends, max_seq_len, slide, speculative)
-        self.model: Transformer = model
-        self.sampling: Sampling = sampling or Sampling()
-        self.generator: torch.Generator | None = generator
-        self.rows: list[list[int]] = [list(prompt) for prompt in prompts]
-        """Each row's prompt and continuation so far."""
-        self._ends, self._watch = set(ends), watch
-        self._left = [max_new_tokens] * len(prompts)
-        self._begin = [0] * len(prompts)  # first token of each row that is in the cache
-        self.cache: Cache = model.new_cache(len(prompts), room, cache_dtype, mtp=speculative)
-        self.decoder: Decoder = Decoder(model)
-        self.drafter: Drafter | None = (
-            Drafter(self.decoder, self.cache, self.sampling, generator) if speculative else None
+    def __post_init__(self) -> None:
+        model, ends = self.model, self.eos_token_id
+        if ends is None or not isinstance(ends, Collection):
+            ends = [] if ends is None else [ends]
+        room = checked_room(
+            model, self.prompts, self.max_new_tokens, ends, self.max_seq_len, self.slide, self.speculative
         )
-        self._active = list(range(len(prompts)))
+        self._ends: set[int] = set(ends)
+        self._rows: list[Row] = [Row(tokens=list(prompt), left=self.max_new_tokens) for prompt in self.prompts]
+        self._active: list[Row] = list(self._rows)
         """The row that each sequence of the cache belongs to."""
         self._device, self._started = model.device, False
+        self.cache: Cache = model.new_cache(len(self.prompts), room, self.cache_dtype, mtp=self.speculative)
+        self.decoder: Decoder = Decoder(model)
+        self.drafter: Drafter | None = None
+        if self.speculative:
+            self.drafter = Drafter(self.decoder, self.cache, self.sampling, self.generator)
         self.stats: Stats = Stats(
-            prompt_tokens=sum(map(len, prompts)),
-            rows=len(prompts),
+            prompt_tokens=sum(map(len, self.prompts)),
+            rows=len(self.prompts),
             cache_bytes=self.cache.nbytes + self.cache.mtp_nbytes,
             cache_bytes_per_token=self.cache.nbytes_per_token,
         )
         """Counts and times so far."""
 
+    @property
+    def rows(self) -> list[list[int]]:
+        """Each row's prompt and continuation so far."""
+        return [row.tokens for row in self._rows]
+
+    @property
+    def logprobs(self) -> list[list[float]]:
+        """The log-probability of each new token so far, as in Generated; in a row that slides of what is left of it."""
+        return [row.logprobs for row in self._rows]
+
     def end(self, row: int) -> None:
         """End this row early."""
-        self._left[row] = 0
+        self._rows[row].left = 0
 
     def __iter__(self) -> "Generation":
         return self
 
     @torch.inference_mode()
     def __next__(self) -> list[list[int]]:
-        if not any(self._left):
+        if not any(row.left for row in self._rows):
             raise StopIteration
         start = time.perf_counter()
         if not self._started:
             self._started = True
-            logits = prefill(self.model, self.cache, self.rows, self.drafter, self._watch)
+            logits = prefill(self.model, self.cache, self.rows, self.drafter, self.watch)
             if self.sampling.greedy:
-                first = likeliest(logits)
+                first = likeliest(self.sampling.penalised(logits, self._seen()))
             else:
                 first = draw(self.sampling.probabilities(logits, self._seen()), self.generator)
-            chosen = [[token] for token in first.tolist()]
+            self._take(first[:, None].tolist(), logits[:, None])
             self.stats.prefill_seconds += time.perf_counter() - start
         else:
             self._drop_ended()
             self._forget()
-            chosen = self._step()
+            self._take(*self._step())
             self.stats.seconds += time.perf_counter() - start
-        new: list[list[int]] = [[] for _ in self.rows]
-        for row, tokens in zip(self._active, chosen, strict=True):
-            new[row] = self._take(row, tokens)
-        return new
+        return [row.new for row in self._rows]
 
-    def _take(self, row: int, tokens: list[int]) -> list[int]:
-        """Append new tokens to a row, up to its end token or its limit; return those that were appended."""
-        taken: list[int] = []
-        for token in tokens[: self._left[row]]:
-            taken.append(token)
-            if token in self._ends:
-                break
-        ended = bool(taken) and taken[-1] in self._ends
-        self._left[row] = 0 if ended else self._left[row] - len(taken)
-        self.rows[row] += taken
-        self.stats.new_tokens += len(taken)
-        return taken
+    def _take(self, chosen: list[list[int]], logits: Float[Tensor, "b s v"]) -> None:
+        """Add new tokens to the rows, each drawn after the logits of its column."""
+        tokens = padded(chosen, self._device)
+        logprobs = log_probabilities(logits[:, : tokens.shape[1]], tokens).tolist()
+        for row in self._rows:
+            row.new = []
+        for row, new, of in zip(self._active, chosen, logprobs, strict=True):
+            row.take(new, of, self._ends)
+            self.stats.new_tokens += len(row.new)
 
-    def _step(self) -> list[list[int]]:
-        """Run one decoding step of all rows; return the new tokens of each."""
-        tokens = torch.tensor([self.rows[row][-1:] for row in self._active], device=self._device)
-        live = self._live()
+    def _step(self) -> tuple[list[list[int]], Float[Tensor, "b s v"]]:
+        """Run one decoding step of all rows; return the new tokens of each, and the logits that they are drawn from."""
+        tokens = torch.tensor([row.tokens[-1:] for row in self._active], device=self._device)
+        live, seen = [row.left > 0 for row in self._active], self._seen()
         # 1. the last token of each row and its guesses: [b, s]
         guesses, q = tokens[:, :0], []
         if self.drafter is not None:
             began = time.perf_counter()
-            guesses, q = self.drafter.guess(tokens, live, self._seen())
+            guesses, q = self.drafter.guess(tokens, live, seen)
             self.stats.draft_seconds += time.perf_counter() - began
             tokens = torch.cat((tokens, guesses), 1)
         # 2. the model's logits after each of them: [b, s, v]
@@ -250,10 +280,14 @@ class Generation:
         states = self.decoder.states(tokens, self.cache, new)
         logits = self.decoder.logits(states.normed)
         # 3. the accepted guesses of each row, and one more token
+        if seen is not None:  # and the guesses before each column
+            held = F.one_hot(guesses, logits.shape[-1]).cumsum(1).bool()
+            seen = seen[:, None] | F.pad(held, (0, 0, 1, 0))
         if self.sampling.greedy:
-            chosen = [accept_greedy(*row) for row in zip(guesses.tolist(), likeliest(logits).tolist(), strict=True)]
+            best = likeliest(self.sampling.penalised(logits, seen))
+            chosen = [accept_greedy(*row) for row in zip(guesses.tolist(), best.tolist(), strict=True)]
         else:
-            p = self._probabilities(logits, guesses)
+            p = self.sampling.probabilities(logits, seen)
             chosen = [accept(guesses[i].tolist(), [d[i] for d in q], p[i], self.generator) for i in range(len(p))]
         if self.drafter is not None:
             kept = [len(tokens) * is_live for tokens, is_live in zip(chosen, live, strict=True)]
@@ -261,16 +295,7 @@ class Generation:
             self.stats.drafted += guesses.shape[1] * sum(live)
             self.stats.accepted += sum(kept) - sum(live)
         self.stats.steps += sum(live)
-        return chosen
-
-    def _probabilities(self, logits: Float[Tensor, "b s v"], guesses: Int[Tensor, "b n"]) -> Float[Tensor, "b s v"]:
-        """Return the distribution of the next token after each column."""
-        seen, parts = self._seen(), []
-        for column in range(logits.shape[1]):
-            if column and seen is not None:
-                seen.scatter_(1, guesses[:, column - 1, None], True)
-            parts.append(self.sampling.probabilities(logits[:, column], seen))
-        return torch.stack(parts, 1)
+        return chosen, logits
 
     def _seen(self) -> Bool[Tensor, "b v"] | None:
         """Return a mask of the tokens that each row holds; None if the sampling needs none."""
@@ -278,16 +303,12 @@ class Generation:
             return None
         seen = torch.zeros(len(self._active), self.model.config.vocab_size, dtype=torch.bool, device="cpu")
         for i, row in enumerate(self._active):
-            seen[i, self.rows[row]] = True
+            seen[i, row.tokens] = True
         return seen.to(self._device)
-
-    def _live(self) -> list[bool]:
-        """Return which sequences of the cache have not ended."""
-        return [self._left[row] > 0 for row in self._active]
 
     def _drop_ended(self) -> None:
         """Free the cache of the rows that have ended, once they are at least half of all rows."""
-        live = [i for i, row in enumerate(self._active) if self._left[row]]
+        live = [i for i, row in enumerate(self._active) if row.left]
         if 2 * len(live) > len(self._active):
             return
         self.cache.select(live)
@@ -300,18 +321,17 @@ class Generation:
 
         The cache of multi-token prediction can only start again for all rows, so then all rows are read again.
         """
-        room = self.cache.max_seq_len
-        full = [is_live and n >= room for is_live, n in zip(self._live(), self.cache.lengths.tolist(), strict=True)]
+        room, lengths = self.cache.max_seq_len, self.cache.lengths.tolist()
+        full = [row.left > 0 and n >= room for row, n in zip(self._active, lengths, strict=True)]
         if not any(full):
             return
         again = torch.tensor(full, device="cpu") | (self.drafter is not None)
         self.cache.truncate(torch.where(again, 0, self.cache.lengths))
         contexts: list[list[int]] = []
-        for i, row in enumerate(self._active):
-            if full[i]:
-                self._begin[row] = len(self.rows[row]) - 1 - room // 2
-            read = bool(again[i]) and self._left[row] > 0
-            contexts.append(self.rows[row][self._begin[row] : -1] if read else [])
+        for row, is_full, read in zip(self._active, full, again.tolist(), strict=True):
+            if is_full:
+                row.begin = len(row.tokens) - 1 - room // 2
+            contexts.append(row.tokens[row.begin : -1] if read and row.left else [])
         prefill(self.model, self.cache, contexts, self.drafter)
 
 
@@ -348,10 +368,12 @@ def prefill(
     return model.head(last)
 
 
-def padded(rows: list[list[int]], device: torch.device | None = None) -> Tensor:
-    """Return rows of token ids as a tensor [b, longest], padded with 0 on the right; by default on torch's device."""
+def padded(
+    rows: Sequence[Sequence[float]], device: torch.device | None = None, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Return rows of numbers as a tensor [b, longest], padded with 0 on the right; by default on torch's device."""
     longest = max(map(len, rows))
-    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64, device=device)
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=dtype, device=device)
 
 
 def rows_of(prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) -> list[list[int]]:
@@ -366,6 +388,18 @@ def rows_of(prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) -> lis
                 f"prompt {i} is not a row of whole numbers; want prompts [b, s], or a list of rows of token ids"
             )
     return [list(row) for row in rows]
+
+
+def seeded(seed: int, generator: torch.Generator | None = None) -> torch.Generator:
+    """Return a generator of this seed.
+
+    Raises: ValueError for a seed that is none, and next to a generator.
+    """
+    if generator is not None:
+        raise ValueError(f"seed={seed} and a generator: the draws have one source; leave out one of them")
+    if not is_whole(seed) or not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed={seed!r} is not a whole number from 0 to 2^63 - 1; use 0, say")
+    return torch.Generator().manual_seed(seed)
 
 
 def check_new_tokens(max_new_tokens: int) -> None:

@@ -49,27 +49,35 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """True where the likeliest token is taken, whatever the row holds."""
-        return self.temperature == 0 and self.repetition_penalty == 1
+        """True where the likeliest token is taken, so that nothing is drawn."""
+        return self.temperature == 0
 
-    def probabilities(self, logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"] | None = None) -> Tensor:
-        """Return the FP32 distribution [b, v] of the next token of each row.
+    def penalised(self, logits: Float[Tensor, "*b v"], seen: Bool[Tensor, "*b v"] | None = None) -> Tensor:
+        """Return the logits after the repetition penalty, in FP32 if there is one.
+
+        Args:
+            seen: mask of the tokens that each row holds; needed only for the penalty.
+
+        Raises: ValueError for logits that are not finite.
+        """
+        _require_finite(logits)
+        if self.repetition_penalty == 1:
+            return logits
+        assert seen is not None, "the repetition penalty needs the tokens so far"
+        scores, floats = logits.float(), torch.finfo(torch.float32)
+        r = min(max(self.repetition_penalty, floats.tiny), floats.max)
+        penalised = torch.where(scores > 0, scores / r, scores * r).clamp(floats.min, floats.max)
+        return torch.where(seen, penalised, scores)
+
+    def probabilities(self, logits: Float[Tensor, "*b v"], seen: Bool[Tensor, "*b v"] | None = None) -> Tensor:
+        """Return the FP32 distribution [*b, v] of the next token of each row.
 
         At temperature 0 all probability lies on one token.
 
         Args:
-            seen: mask of the tokens that each row holds; needed only for the repetition penalty.
-
-        Raises: ValueError for logits that are not finite.
+            seen: as in penalised, which raises for logits that are not finite.
         """
-        scores = logits.float()
-        _require_finite(scores)
-        if self.repetition_penalty != 1:
-            assert seen is not None, "the repetition penalty needs the tokens so far"
-            floats = torch.finfo(torch.float32)
-            r = min(max(self.repetition_penalty, floats.tiny), floats.max)
-            penalised = torch.where(scores > 0, scores / r, scores * r).clamp(floats.min, floats.max)
-            scores = torch.where(seen, penalised, scores)
+        scores = self.penalised(logits, seen).float()
         if self.temperature == 0:
             likeliest = scores.argmax(-1, keepdim=True)
             return torch.zeros_like(scores).scatter_(-1, likeliest, 1.0)
@@ -93,6 +101,11 @@ def likeliest(logits: Float[Tensor, "*b v"]) -> Int[Tensor, "*b"]:
     return logits.argmax(-1)
 
 
+def log_probabilities(logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """Return the logarithm of each token's probability in the softmax of its logits, in nats, FP32."""
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
 def draw(probabilities: Float[Tensor, "b v"], generator: torch.Generator | None = None) -> Int[Tensor, " b"]:
     """Draw one token for each row with a probability proportional to its weight.
 
@@ -107,7 +120,7 @@ def draw(probabilities: Float[Tensor, "b v"], generator: torch.Generator | None 
 
 def _top_k(scores: Tensor, k: int) -> Tensor:
     """Return a mask of the k highest scores of each row."""
-    return _highest(scores, k, scores.topk(k, -1).values[:, -1:])
+    return _highest(scores, k, scores.topk(k, -1).values[..., -1:])
 
 
 def _top_p(probabilities: Tensor, p: float) -> Tensor:
@@ -117,9 +130,9 @@ def _top_p(probabilities: Tensor, p: float) -> Tensor:
     for count in (max(1, size), probabilities.shape[-1]):
         likeliest = probabilities.topk(count, -1).values
         sums = likeliest.cumsum(-1)
-        if bool((sums[:, -1] >= p).all()):
+        if bool((sums[..., -1] >= p).all()):
             break
-    n = (F.pad(sums[:, :-1], (1, 0)) < p).sum(-1, keepdim=True).clamp(min=1)
+    n = (F.pad(sums[..., :-1], (1, 0)) < p).sum(-1, keepdim=True).clamp(min=1)
     return _highest(probabilities, n, likeliest.gather(-1, n - 1))
 
 

@@ -6,7 +6,7 @@ first one that is rejected is drawn again from max(p - q, 0), normalised. The re
 In greedy decoding, p and q lie on one token each, and the tokens are the same.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,17 @@ from dsmini.nn.cache import MTPCache, last_valid
 
 if TYPE_CHECKING:
     from dsmini.nn.transformer import Transformer
+
+
+class Unseen(NamedTuple):
+    """Tokens of the last step, which the blocks of multi-token prediction have not seen."""
+
+    tokens: Int[Tensor, "b n"]
+    """Padded on the right."""
+    before: Float[Tensor, "b n *streams m"]
+    """The model's hidden state at the position before each token, States.given."""
+    counts: list[int]
+    """Number of tokens of each row; 0 in rows that have ended."""
 
 
 class Drafter:
@@ -41,9 +52,8 @@ class Drafter:
         self.cache: Cache = cache
         self.mtp: MTPCache = cache.mtp
         self.depths: int = len(self.model.mtp)
-        self._unseen: tuple[Tensor, Tensor, list[int]] | None = None
-        """Tokens that the blocks have not seen [b, n], the hidden state before each [b, n, m], and their number in each
-        row [b]. None stands for the one token after those that were read."""
+        self._unseen: Unseen | None = None
+        """None: the one token after those that were read."""
 
     def read(
         self, tokens: Int[Tensor, "b s"], given: Float[Tensor, "b s m"], lengths: Int[Tensor, " b"] | None
@@ -68,12 +78,12 @@ class Drafter:
         Args:
             last: the last token of each row.
             live: rows that have not ended.
-            seen: tokens that each row holds, for the repetition penalty; the guesses are added.
+            seen: tokens that each row holds, for the repetition penalty.
         """
         # 1. show the certain tokens to all depths; each then has a state for the next token: [b, m]
-        tokens, before, kept = self._unseen or (last, self.mtp.last[0][:, None], [1] * len(last))
-        whole = all(live) and all(n == tokens.shape[1] for n in kept)
-        new = None if whole else torch.tensor(kept, device="cpu") * torch.tensor(live, device="cpu")
+        tokens, before, counts = self._unseen or Unseen(last, self.mtp.last[0][:, None], [1] * len(last))
+        whole = all(live) and all(n == tokens.shape[1] for n in counts)
+        new = None if whole else torch.tensor(counts, device="cpu") * torch.tensor(live, device="cpu")
         has_room = int(self.cache.lengths.max()) + 1 + self.depths <= self.cache.max_seq_len
         normed = self.decoder.mtp(self.model.embedded(tokens), before, self.mtp, new, tokens)
         if not has_room:
@@ -91,7 +101,7 @@ class Drafter:
                 distributions.append(self.sampling.probabilities(logits, seen))
                 guesses.append(draw(distributions[k], self.generator))
             if seen is not None:
-                seen.scatter_(1, guesses[k][:, None], True)
+                seen = seen.scatter(1, guesses[k][:, None], True)
             self._show(k, guesses[k], states, given)
         return torch.stack(guesses, 1), distributions
 
@@ -115,7 +125,7 @@ class Drafter:
         self,
         start: Int[Tensor, " b"],
         tokens: Int[Tensor, "b n"],
-        kept: list[int],
+        counts: list[int],
         given: Float[Tensor, "b s m"],
     ) -> None:
         """Drop the rejected guesses from the cache, and store the tokens that the blocks see next.
@@ -123,18 +133,18 @@ class Drafter:
         Args:
             start: valid length of each row before the step.
             tokens: the new tokens of each row, padded on the right.
-            kept: number of new tokens of each row; 0 in rows that have ended.
+            counts: number of new tokens of each row; 0 in rows that have ended.
             given: the model's hidden states at the last token and the guesses, States.given.
         """
-        if any(0 < n < given.shape[1] for n in kept):
-            self.cache.truncate(start + torch.tensor(kept, device="cpu"))
-        self._unseen = (tokens, given[:, : tokens.shape[1]], kept)
+        if any(0 < n < given.shape[1] for n in counts):
+            self.cache.truncate(start + torch.tensor(counts, device="cpu"))
+        self._unseen = Unseen(tokens, given[:, : tokens.shape[1]], counts)
 
     def select(self, rows: list[int]) -> None:
         """Select these rows, in this order. The cache's owner selects the rows of the cache."""
         if self._unseen is not None:
-            tokens, before, new = self._unseen
-            self._unseen = (tokens[rows], before[rows], [new[row] for row in rows])
+            tokens, before, counts = self._unseen
+            self._unseen = Unseen(tokens[rows], before[rows], [counts[row] for row in rows])
 
 
 def accept_greedy(guesses: list[int], likeliest: list[int]) -> list[int]:

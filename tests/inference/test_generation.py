@@ -64,10 +64,19 @@ def test_row_that_fills_the_cache_continues_from_newer_half(small_model: Model) 
         assert row == want
 
 
-def test_greedy_decoding_draws_no_random_number(small_model: Model) -> None:
+@pytest.mark.parametrize("speculative", [False, True])
+def test_greedy_decoding_draws_no_random_number(small_model: Model, speculative: bool) -> None:
     model, before = small_model().eval(), torch.get_rng_state()
-    dsmini.generate(model, PROMPTS, 4)
-    assert torch.equal(torch.get_rng_state(), before)
+    for penalty in (1.0, 1.3):
+        dsmini.generate(model, PROMPTS, 4, repetition_penalty=penalty, speculative=speculative)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_seed_draws_as_a_generator_of_that_seed(small_model: Model) -> None:
+    model = small_model().eval()
+    seeded = [dsmini.generate(model, PROMPTS, 9, temperature=1.0, seed=seed).tokens for seed in (5, 5, 6)]
+    want = dsmini.generate(model, PROMPTS, 9, temperature=1.0, generator=torch.Generator().manual_seed(5)).tokens
+    assert torch.equal(seeded[0], want) and torch.equal(seeded[1], want) and not torch.equal(seeded[2], want)
 
 
 @pytest.mark.parametrize("changes", [{}, V4_MODEL], ids=["mla", "V4"])
@@ -98,6 +107,60 @@ def test_a_row_ends_where_the_caller_says(small_model: Model) -> None:
     steps += list(generation)
     assert [len(row) - len(prompt) for row, prompt in zip(generation.rows, PROMPTS, strict=True)] == [20, 3, 20]
     assert all(step[1] == [] for step in steps[3:])
+
+
+# log-probabilities
+
+
+def forward_logprobs(model: Transformer, row: list[int]) -> Tensor:
+    """Return the log-probability of each token of a row but the first, of one forward."""
+    logprobs = model(torch.tensor([row[:-1]]))[0].log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+
+
+LOGPROBS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "penalty": {"repetition_penalty": 1.4},
+    "sampled": {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2},
+    "ends": {"temperature": 1.5, "eos_token_id": list(range(0, 61, 7))},
+}
+
+
+@pytest.mark.parametrize("speculative", [False, True], ids=["plain", "speculative"])
+@pytest.mark.parametrize("case", LOGPROBS)
+@pytest.mark.parametrize("changes", [{}, DSA, V4_MODEL], ids=["mla", "dsa", "V4"])
+def test_logprobs_are_those_of_a_forward(
+    small_model: Model, case: str, changes: dict[str, Any], speculative: bool
+) -> None:
+    """Before temperature, filters and penalties, in rows of unequal length that end at different steps."""
+    model = small_model(**changes, max_seq_len=64, n_mtp_layers=2).eval()
+    make_guesses_good(model)
+    options = LOGPROBS[case] | {"generator": torch.Generator().manual_seed(3), "speculative": speculative}
+    out = dsmini.generate(model, PROMPTS, 30, **options)
+    assert not speculative or out.stats.accepted > 0
+    new = out.lengths - torch.tensor([len(prompt) for prompt in PROMPTS])
+    assert out.logprobs.dtype == torch.float32 and out.logprobs.shape == (3, int(new.max()))
+    assert len({*new.tolist()}) > 1 or case != "ends"
+    rows = zip(out.tokens.tolist(), out.lengths.tolist(), out.logprobs, new.tolist(), strict=True)
+    for tokens, length, got, n in rows:
+        torch.testing.assert_close(got[:n], forward_logprobs(model, tokens[:length])[-n:], rtol=1e-5, atol=1e-5)
+        assert not got[n:].any(), "padding adds nothing to a sum"
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_logprobs_of_a_sliding_row_are_of_what_it_still_reads(small_model: Model, speculative: bool) -> None:
+    model, room = small_model(max_seq_len=8).eval(), 8
+    row = finished(model, [[3, 1, 4]], 20, slide=True, speculative=speculative)
+    context, (tokens,), (logprobs,) = [3, 1, 4], row.rows, row.logprobs
+    assert len(logprobs) == 20
+    for token, got in zip(tokens[3:], logprobs, strict=True):
+        context = context[-1 - room // 2 :] if len(context) > room else context
+        assert got == pytest.approx(forward_logprobs(model, [*context, token])[-1].item(), abs=1e-5)
+        context.append(token)
+
+
+def test_no_new_tokens_have_no_logprobs(small_model: Model) -> None:
+    assert dsmini.generate(small_model().eval(), PROMPTS, 0).logprobs.shape == (3, 0)
 
 
 # with guesses
@@ -223,6 +286,9 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ([[1]], {"eos_token_id": 61}, "eos_token_id=61 is outside the vocabulary; want 0 to 60, or None"),
     ([[1]], {"eos_token_id": [3, -1]}, "eos_token_id=-1 is outside the vocabulary"),
     ([[1]], {"top_k": 0}, "top_k=0 is not a whole number"),
+    ([[1]], {"seed": 0, "generator": torch.Generator()}, "seed=0 and a generator: the draws have one"),
+    ([[1]], {"seed": 0.5}, "seed=0.5 is not a whole number"),
+    ([[1]], {"seed": 1 << 63}, "seed=9223372036854775808 is not a whole number"),
     ([[1]], {"speculative": True}, "no multi-token prediction blocks"),
     ([[1] * 33], {}, "a prompt of 33 tokens and 4 new ones are more than the model's context of 32"),
     ([[1] * 30], {}, "30 tokens and 4 new ones are more than the model's context of 32; ask for 3 or fewer"),
