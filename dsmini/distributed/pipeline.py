@@ -36,7 +36,6 @@ from dsmini.nn.moe import MoE
 
 if TYPE_CHECKING:
     from dsmini.distributed.mesh import StepBatch
-    from dsmini.nn.hyper_connections import StreamHead
     from dsmini.nn.layers import Embedding, Linear, RMSNorm
     from dsmini.nn.mtp import MTPChain
 
@@ -86,11 +85,13 @@ class StageLayout:
         for layer in set(range(len(model.layers))) - own:
             model.layers[layer] = nn.Identity()
         away = [] if first or (last and len(model.mtp)) else ["embed", "embed_norm"]
-        away += [] if last else ["hc_head", "norm", "head"]
+        away += [] if last else ["norm", "head"]
         for name in away:
             setattr(model, name, nn.Identity())
         if not last:
             del model.mtp[:]
+            for name, _ in list(model.hc_head.named_parameters()):
+                setattr(model.hc_head, name, None)  # the first stage expands without them
 
 
 def ranks_of_stages(config: ParallelConfig) -> tuple[int, ...]:
@@ -142,7 +143,7 @@ class ModelStage(nn.Module):
             self.embed: Embedding = model.embed
             self.embed_norm: RMSNorm | None = model.embed_norm
         if self.last:
-            self.hc_head: StreamHead | None = model.hc_head
+            self.hc_head: nn.Module = model.hc_head
             self.norm: RMSNorm = model.norm
             self.head: Linear = model.head
             self.mtp: MTPChain = model.mtp

@@ -45,12 +45,13 @@ from dsmini.nn.cache import CachePositions, Form, FormPolicy, LayerCacheView, MT
 from dsmini.nn.fp8 import FP8Weights
 from dsmini.nn.layers import FP32Linear, LayerNorm, is_plain
 from dsmini.nn.mtp import MTPChain
+from dsmini.nn.residual import PlainResidual
 from dsmini.nn.rope import CosSin, Rope
 from dsmini.nn.transformer import States
 from dsmini.numerics import Weight
 
 KNOWN = (
-    *(Block, MTP, RMSNorm, LayerNorm, Linear, FP32Linear, QuantizedLinear),
+    *(Block, MTP, PlainResidual, RMSNorm, LayerNorm, Linear, FP32Linear, QuantizedLinear),
     *(MLA, DSA, Indexer, Attention, FeedForward, MoE, Gate, Experts, QuantizedExperts),
 )
 """Classes whose equations the kernels have."""
@@ -59,6 +60,8 @@ ROLES: dict[str, tuple[type, ...]] = {
     "attn": (MLA, DSA, Attention),
     "ffn_norm": (RMSNorm,),
     "ffn": (FeedForward, MoE),
+    "hc_attn": (PlainResidual,),
+    "hc_ffn": (PlainResidual,),
 }
 """Classes of the children of a block."""
 SCORE_FUNCS = ("sigmoid", "softmax")
@@ -274,7 +277,7 @@ class Decoder:
             # 4. the final norm: [b, s, m]
             last = model.collapse(x)
             states = normed(last, model.norm) if self._plain_norm else model.norm(last.to(self._dtype))
-            return States(states, x if model.config.mtp_input == "pre_norm" else states, routing, [])
+            return States(states, x if model.mtp.pre_norm else states, routing, [])
 
     def logits(self, states: Float[Tensor, "*b m"]) -> Float[Tensor, "*b v"]:
         """Return the head's logits. A head that is not dsmini's, such as LoRA's wrapper, gets the compute dtype."""

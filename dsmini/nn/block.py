@@ -16,10 +16,10 @@ from dsmini.nn.cache import CacheDtype, LayerCache
 from dsmini.nn.compressed_attention import CompressedAttention
 from dsmini.nn.dsa import DSA, IndexerLoss
 from dsmini.nn.gate import HashGate, Routing
-from dsmini.nn.hyper_connections import HyperConnection, connection_of, write
 from dsmini.nn.layers import RMSNorm, in_precision
 from dsmini.nn.mla import MLA
 from dsmini.nn.moe import FeedForward, MoE
+from dsmini.nn.residual import residual_of
 
 
 class Aux(NamedTuple):
@@ -34,7 +34,8 @@ class Aux(NamedTuple):
 class Block(nn.Module):
     """Block number `layer` of a model: attention as config.attention says, experts from layer n_dense_layers on.
 
-    With hc_mult of more than 1 it reads and writes that many residual streams, [b, s, n, m], by hyper-connections.
+    With hc_mult of more than 1 it reads and writes that many residual streams, [b, s, n, m], by hyper-connections. A
+    block alone also takes x [b, s, m], of which it makes equal streams.
 
     Args:
         attention_class: another attention, built from a config and called as MLA is; to decode it also has MLA's
@@ -43,8 +44,8 @@ class Block(nn.Module):
         moe_class: another mixture of experts, such as `functools.partial(MoE, gate_class=...)`. In a hash layer it gets
             HashGate as gate_class, whatever the partial says.
 
-    Another residual rule is a subclass with another `forward`, which calls `attend` and `feed_forward` and returns the
-    pair of x and Aux. Transformer(make_block=...) builds a model of it.
+    Another residual rule is a subclass with another `forward`, which reads and writes as this one does, calls `attend`
+    and `feed_forward`, and returns the pair of x and Aux. Transformer(make_block=...) builds a model of it.
     """
 
     def __init__(
@@ -67,29 +68,33 @@ class Block(nn.Module):
         self.ffn_norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
         by_table = {"gate_class": partial(HashGate, layer=layer)} if c.is_hashed(layer) else {}
         self.ffn: nn.Module = moe_class(c, **by_table) if c.is_moe(layer) else in_precision(c, FeedForward)(c)
-        self.hc_attn: HyperConnection | None = connection_of(c, 2 * layer)
-        self.hc_ffn: HyperConnection | None = connection_of(c, 2 * layer + 1)
+        self.hc_attn: Any = residual_of(c, 2 * layer)
+        self.hc_ffn: Any = residual_of(c, 2 * layer + 1)
 
     def forward(
         self, x: Float[Tensor, "b s *streams m"], context: Context | None = None
-    ) -> tuple[Float[Tensor, "b s *streams m"], Aux]:
+    ) -> tuple[Float[Tensor, "b s *all m"], Aux]:
         """Return the block's output, and what it found on the way."""
-        if self.hc_attn is None or self.hc_ffn is None:
-            y, indexer_loss = self.attend(self.attn_norm(x), context)
-            x = x + y
-            y, routing = self.feed_forward(self.ffn_norm(x), context)
-            return x + y, Aux(routing, indexer_loss)
-        read, mix = self.hc_attn(x)
+        x = self.hc_attn.expand(x)
+        read, mix = self.hc_attn.read(x)
         y, indexer_loss = self.attend(self.attn_norm(read), context)
-        x = write(x, y, mix)
-        read, mix = self.hc_ffn(x)
+        x = self.hc_attn.write(x, y, mix)
+        read, mix = self.hc_ffn.read(x)
         y, routing = self.feed_forward(self.ffn_norm(read), context)
-        return write(x, y, mix), Aux(routing, indexer_loss)
+        return self.hc_ffn.write(x, y, mix), Aux(routing, indexer_loss)
 
     def attend(
-        self, x: Float[Tensor, "b s m"], context: Context | None = None
+        self, x: Float[Tensor, "b s *none m"], context: Context | None = None
     ) -> tuple[Float[Tensor, "b s m"], IndexerLoss | None]:
-        """Return the attention's output, and the loss of its indexer if that learns."""
+        """Return the attention's output, and the loss of its indexer if that learns.
+
+        Raises: ValueError for several residual streams.
+        """
+        if x.dim() == 4:
+            raise ValueError(
+                f"attend got {list(x.shape)}, residual streams; want [b, s, m], what one sublayer reads of them: "
+                "x, mix = self.hc_attn.read(streams), and later self.hc_attn.write(streams, y, mix)"
+            )
         y = self.attn(x, context)
         return y if isinstance(y, tuple) else (y, None)
 
@@ -118,12 +123,17 @@ class Block(nn.Module):
 def run_block(block: nn.Module, x: Tensor, context: Context | None, recompute: bool = False) -> tuple[Tensor, Aux]:
     """Return block(x, context), whose backward computes it again with `recompute`.
 
-    Raises: ValueError for a block that returns anything but a pair of x and Aux.
+    Raises: ValueError for a block that returns anything but a pair of x, in its shape, and Aux.
     """
     result = ops.recomputed(block, x, context) if recompute else block(x, context)
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Aux):
         raise ValueError(
             f"{type(block).__name__}.forward returned a {type(result).__name__}; a block returns the pair (x, "
             "Aux(routing, indexer_loss)): what Block.feed_forward and Block.attend return besides their outputs"
+        )
+    if result[0].shape != x.shape:
+        raise ValueError(
+            f"{type(block).__name__}.forward returned hidden states {list(result[0].shape)} for {list(x.shape)}; "
+            "return the same shape: all residual streams of a model that has several"
         )
     return result

@@ -68,7 +68,6 @@ from dsmini.nn.layers import (
     at_least_fp32,
     is_plain,
     make_linear,
-    output_linear,
     quantize_once,
     rms_norm,
 )
@@ -297,7 +296,7 @@ class CompressedAttention(FP32Module):
         self.wo_a: Linear = Linear(
             c.n_heads * c.head_dim // c.o_groups, c.o_groups * c.o_lora_rank, init_std=c.init_std
         )
-        self.wo_b: Projection = output_linear(c, c.o_groups * c.o_lora_rank)
+        self.wo_b: Projection = make_linear(c, c.o_groups * c.o_lora_rank, c.dim, c.output_init_std)
         self.compressor: Compressor | None = None
         self.indexer: EntryIndexer | None = None
         if compress_ratio:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
 from dsmini.config.fields import require
+from dsmini.nn.attention import Context
 from dsmini.nn.layers import FP32Module, at_least_fp32, draw_normal, linear
 
 ScoreFunc = Callable[[Tensor], Tensor]
@@ -141,10 +142,21 @@ class Gate(FP32Module):
         (e, m), k = self.weight.shape, self.options["n_activated_experts"]
         return f"{m}, {k} of {e} experts, {groups}, {self.options['score_func']}"
 
+    def asks(self, context: Context | None) -> tuple[Any, ...]:
+        """Return what forward takes besides x: of a gate that chooses by scores, nothing."""
+        return ()
+
     def forward(self, x: Float[Tensor, "n m"]) -> Routing:
         """Choose experts for each token.
 
         Raises: ValueError for an x that is not [n, dim].
+        """
+        return route(self.logits(x), self.bias, **self.options)
+
+    def logits(self, x: Float[Tensor, "n m"]) -> Float[Tensor, "n e"]:
+        """Return a logit for each token and expert, in FP32.
+
+        Raises: ValueError as forward does.
         """
         m = self.weight.shape[1]
         if x.dim() != 2 or x.shape[1] != m:
@@ -152,8 +164,7 @@ class Gate(FP32Module):
             raise ValueError(f"the gate got {tuple(x.shape)}; want [n, {m}], a row for each token{fix}")
         # fp32: bf16 scores tie, and ties choose different experts on different devices
         with ops.without_autocast(x):
-            logits = linear(at_least_fp32(x), self.weight)
-        return route(logits, self.bias, **self.options)
+            return linear(at_least_fp32(x), self.weight)
 
     def update_bias(self, counts: Int[Tensor, " e"], speed: float) -> None:
         """Move the bias by `speed` towards the experts with less than the mean load; nothing to do without a bias.
@@ -208,13 +219,19 @@ class HashGate(Gate):
             counts = torch.ones(v, dtype=torch.int64, device="cpu") if counts is None else counts
             self.tid2eid.copy_(hash_table(counts, len(self.weight), k, self.layer))
 
+    def asks(self, context: Context | None) -> tuple[Any, ...]:
+        """Return the ids of the tokens."""
+        tokens = None if context is None else context.tokens
+        return () if tokens is None else (tokens.flatten(),)
+
     def forward(self, x: Float[Tensor, "n m"], tokens: Int[Tensor, " n"] | None = None) -> Routing:
         """Weigh the experts of each token.
 
         Args:
             tokens: ids of the rows of x.
 
-        Raises: ValueError without ids, for a table of another vocabulary, and for one that `check_table` refuses.
+        Raises: ValueError without ids, for a table of another vocabulary, for one that `check_table` refuses, and for
+            an x that is not [n, dim].
         """
         got, want = tuple(self.tid2eid.shape), self.table_shape
         require(tokens is not None, "a hash layer chooses experts by token ids and got none; give Context(tokens=...)")
@@ -222,9 +239,7 @@ class HashGate(Gate):
         chosen = self.tid2eid[tokens].long()
         if ops.can_read_values(chosen):
             check_table(chosen, len(self.weight))
-        with ops.without_autocast(x):
-            logits = linear(at_least_fp32(x), self.weight)
-        routing = route(logits, None, **self.options, chosen=chosen)
+        routing = route(self.logits(x), None, **self.options, chosen=chosen)
         return routing._replace(scores=routing.scores.detach())
 
 
@@ -260,13 +275,13 @@ def hash_table(counts: Int[Tensor, " v"], n_experts: int, k: int, layer: int = 0
     draw, frequent = random.Random(layer).random, counts.argsort(descending=True, stable=True)
     experts = [(0, draw(), expert) for expert in range(n_experts)]
     heapq.heapify(experts)
-    table = torch.empty(len(counts), k, dtype=torch.int32, device="cpu")  # a GPU would be asked twice for each token
+    table: list[list[int]] = [[]] * len(counts)
     for token, count in zip(frequent.tolist(), counts[frequent].tolist(), strict=True):
         least = [heapq.heappop(experts) for _ in range(k)]
-        table[token] = torch.tensor([expert for _, _, expert in least], device="cpu")
+        table[token] = [expert for _, _, expert in least]
         for load, _, expert in least:
             heapq.heappush(experts, (load + count + 1, draw(), expert))
-    return table
+    return torch.tensor(table, dtype=torch.int32, device="cpu")
 
 
 def bias_after(bias: Float[Tensor, " e"], counts: Int[Tensor, " e"], speed: float) -> Float[Tensor, " e"]:

@@ -29,7 +29,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsmini import ops
-from dsmini.config import ModelConfig
 from dsmini.nn.layers import FP32Module, at_least_fp32
 
 AWAY = 0.02
@@ -48,6 +47,7 @@ class Mix(NamedTuple):
     """Share of the old stream (first n) in the new one (second n)."""
 
 
+@ops.operation("sinkhorn")
 def sinkhorn(logits: Float[Tensor, "*any n n"], iterations: int, eps: float) -> Float[Tensor, "*any n n"]:
     """Return a matrix whose columns sum to 1, within about eps, and its rows the nearer the more iterations there are.
 
@@ -120,7 +120,11 @@ class HyperConnection(FP32Module):
             self.scale.fill_(GATE)
             self.base.copy_(placed_as(first, self.base))
 
-    def forward(self, streams: Float[Tensor, "b s n m"]) -> tuple[Float[Tensor, "b s m"], Mix]:
+    def expand(self, x: Float[Tensor, "b s *streams m"]) -> Float[Tensor, "b s n m"]:
+        """Return equal streams of x; x itself where it is streams."""
+        return expand(x, self.n)
+
+    def read(self, streams: Float[Tensor, "b s n m"]) -> tuple[Float[Tensor, "b s m"], Mix]:
         """Return what the sublayer reads, and the weights of what it will write."""
         n = self.n
         with ops.without_autocast(streams):
@@ -129,6 +133,14 @@ class HyperConnection(FP32Module):
             pre, post, comb = (scale * mix + base for scale, mix, base in self._parts(mixes))
             comb = sinkhorn(comb.unflatten(-1, (n, n)), self.sinkhorn_iters, self.eps)
             return weighted_sum(streams, pre.sigmoid() + self.eps), Mix(2 * post.sigmoid(), comb)
+
+    def write(
+        self, streams: Float[Tensor, "b s n m"], output: Float[Tensor, "b s m"], mix: Mix
+    ) -> Float[Tensor, "b s n m"]:
+        """Return the new streams: a sublayer's output, and the old streams mixed. Computed in FP32 at least."""
+        with ops.without_autocast(streams):
+            mixed = mix.comb.mT @ at_least_fp32(streams)  # transposed: comb_jk is the share of the old stream j in k
+            return (mix.post.unsqueeze(-1) * output.unsqueeze(-2) + mixed).to(streams.dtype)
 
     def _parts(self, mixes: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         sizes = [self.n, self.n, self.n * self.n]
@@ -150,29 +162,15 @@ def weighted_sum(streams: Float[Tensor, "b s n m"], weights: Float[Tensor, "b s 
     return (weights.unsqueeze(-1) * at_least_fp32(streams)).sum(-2).to(streams.dtype)
 
 
-def write(streams: Float[Tensor, "b s n m"], output: Float[Tensor, "b s m"], mix: Mix) -> Float[Tensor, "b s n m"]:
-    """Return the new streams: a sublayer's output, and the old streams mixed.
-
-    Simplified: computed in FP32, where DeepSeek's code does it in the dtype of the streams.
-    """
-    with ops.without_autocast(streams):
-        mixed = mix.comb.mT @ at_least_fp32(streams)  # transposed: comb_jk is the share of the old stream j in k
-        return (mix.post.unsqueeze(-1) * output.unsqueeze(-2) + mixed).to(streams.dtype)
-
-
-def connection_of(c: ModelConfig, sublayer: int) -> HyperConnection | None:
-    """Return the hyper-connection of a sublayer, two of which are in a block; None where there is one stream."""
-    options = {"sinkhorn_iters": c.hc_sinkhorn_iters, "eps": c.hc_eps, "norm_eps": c.norm_eps, "home": sublayer}
-    return HyperConnection(c.dim, c.hc_mult, **options) if c.hc_mult > 1 else None
-
-
-def head_of(c: ModelConfig) -> "StreamHead | None":
-    """Return the end of the streams; None where there is one."""
-    return StreamHead(c.dim, c.hc_mult, eps=c.hc_eps, norm_eps=c.norm_eps) if c.hc_mult > 1 else None
+def expand(x: Float[Tensor, "b s *streams m"], n_streams: int) -> Float[Tensor, "b s n m"]:
+    """Return equal streams of x; x itself where it is streams."""
+    return x if x.dim() == 4 else x.unsqueeze(-2).expand(*x.shape[:-1], n_streams, x.shape[-1])
 
 
 class StreamHead(FP32Module):
-    """The end of the streams: one weighted sum of them, before the last norm. It starts as their mean.
+    """The ends of the streams: equal streams of an embedding, and their weighted sum before the last norm.
+
+    The sum starts as the mean.
 
     Args:
         dim, n_streams, eps, norm_eps: as those of a HyperConnection.
@@ -180,6 +178,7 @@ class StreamHead(FP32Module):
 
     def __init__(self, dim: int, n_streams: int = 4, *, eps: float = 1e-6, norm_eps: float = 1e-6) -> None:
         super().__init__()
+        self.n: int = n_streams
         self.eps: float = eps
         self.norm_eps: float = norm_eps
         self.fn: nn.Parameter = nn.Parameter(torch.empty(n_streams, n_streams * dim, dtype=torch.float32))
@@ -194,13 +193,13 @@ class StreamHead(FP32Module):
             share = 1 / len(self.base) - self.eps
             self.base.fill_(math.log(share / (1 - share)))
 
-    def forward(self, streams: Float[Tensor, "b s n m"]) -> Float[Tensor, "b s m"]:
+    def expand(self, x: Float[Tensor, "b s m"]) -> Float[Tensor, "b s n m"]:
+        """Return equal streams."""
+        return expand(x, self.n)
+
+    def collapse(self, streams: Float[Tensor, "b s n m"]) -> Float[Tensor, "b s m"]:
+        """Return one hidden state of each position's streams."""
         with ops.without_autocast(streams):
             flat = normed_streams(streams, self.norm_eps)
             mixes = F.linear(flat, self.fn.to(flat.dtype))
             return weighted_sum(streams, (self.scale * mixes + self.base).sigmoid() + self.eps)
-
-
-def expand(x: Float[Tensor, "b s m"], n_streams: int) -> Float[Tensor, "b s n m"]:
-    """Return equal streams."""
-    return x.unsqueeze(-2).expand(*x.shape[:-1], n_streams, x.shape[-1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.nn.attention import Context
-from dsmini.nn.gate import Gate, HashGate, Routing
+from dsmini.nn.gate import Gate, Routing
 from dsmini.nn.layers import Projection, draw_normal, in_precision, is_plain, make_linear, quantize_once
 from dsmini.numerics import QuantizedTensor, swiglu
 
@@ -141,11 +141,7 @@ class MoE(nn.Module):
         """
         # 1. experts and their weights for each token: [n, k]
         tokens = x.flatten(0, -2)
-        if isinstance(self.gate, HashGate):
-            ids = None if context is None else context.tokens
-            routing = self.gate(tokens, ids if ids is None else ids.flatten())
-        else:
-            routing = self.gate(tokens)
+        routing = self.gate(tokens, *self.gate.asks(context))
         if not isinstance(routing, Routing):
             gate, got = type(self.gate).__name__, type(routing).__name__
             raise ValueError(

@@ -20,21 +20,21 @@ from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.attention import Context
 from dsmini.nn.block import Aux, Block, run_block
 from dsmini.nn.cache import CachePositions, MTPCache
-from dsmini.nn.hyper_connections import StreamHead, head_of
 from dsmini.nn.layers import Linear, RMSNorm
+from dsmini.nn.residual import head_of
 
 
 class MTP(nn.Module):
     """One depth of multi-token prediction: eh_proj(concat(enorm(embedding), hnorm(hidden))), then a whole block.
 
-    The embedding comes first in the concatenation, as the released weights need it and the reverse of equation 21. With
-    several residual streams each gets e_proj(enorm(embedding)) + h_proj(hnorm(stream)).
+    The embedding comes first in the concatenation, as the released weights need it and the reverse of equation 21. A
+    model of several residual streams has a StreamMTP.
 
     Args:
         depth: 0 for the first MTP block; it is block n_layers + depth of the model.
         make_block: as in Transformer.
 
-    Source: DeepSeek-V3 report, section 2.2, equations 21 to 23; streams: DeepSeek-V4's inference code.
+    Source: DeepSeek-V3 report, section 2.2, equations 21 to 23.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class MTP(nn.Module):
         c = layer_config(config, arguments)
         self.enorm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
         self.hnorm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
-        if c.hc_mult > 1:
-            self.e_proj: Linear = Linear(c.dim, c.dim, init_std=c.init_std)
-            self.h_proj: Linear = Linear(c.dim, c.dim, init_std=c.init_std)
-        else:
-            self.eh_proj: Linear = Linear(2 * c.dim, c.dim, init_std=c.init_std)
+        self.add_projections(c)
         self.block: nn.Module = make_block(c, layer=c.n_layers + depth)
-        self.hc_head: StreamHead | None = head_of(c)
+        self.hc_head: Any = head_of(c)
         self.norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
+
+    def add_projections(self, c: ModelConfig) -> None:
+        """Make the layers that join a hidden state and an embedding."""
+        self.eh_proj: Linear = Linear(2 * c.dim, c.dim, init_std=c.init_std)
 
     def forward(
         self,
@@ -78,21 +78,35 @@ class MTP(nn.Module):
         self, hidden: Float[Tensor, "b s *streams m"], embedding: Float[Tensor, "b s m"]
     ) -> Float[Tensor, "b s *streams m"]:
         """Return the block's input."""
-        if self.hc_head is not None:
-            return self.e_proj(self.enorm(embedding)).unsqueeze(-2) + self.h_proj(self.hnorm(hidden))
         return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
 
     def collapse(self, x: Float[Tensor, "b s *streams m"]) -> Float[Tensor, "b s m"]:
         """Return one hidden state for each position, as Transformer.collapse does."""
-        return x if self.hc_head is None else self.hc_head(x)
+        return self.hc_head.collapse(x)
+
+
+class StreamMTP(MTP):
+    """One depth of a model of several residual streams: each gets e_proj(enorm(embedding)) + h_proj(hnorm(stream)).
+
+    Source: DeepSeek-V4's inference code.
+    """
+
+    def add_projections(self, c: ModelConfig) -> None:
+        self.e_proj: Linear = Linear(c.dim, c.dim, init_std=c.init_std)
+        self.h_proj: Linear = Linear(c.dim, c.dim, init_std=c.init_std)
+
+    def join(self, hidden: Float[Tensor, "b s n m"], embedding: Float[Tensor, "b s m"]) -> Float[Tensor, "b s n m"]:
+        return self.e_proj(self.enorm(embedding)).unsqueeze(-2) + self.h_proj(self.hnorm(hidden))
 
 
 class MTPChain(nn.ModuleList):
     """The MTP blocks of all depths, each of which reads the hidden states of the depth before."""
 
     def __init__(self, config: ModelConfig, make_block: Callable[..., nn.Module] = Block) -> None:
-        super().__init__(MTP(config, depth=k, make_block=make_block) for k in range(config.n_mtp_layers))
+        depth = StreamMTP if config.hc_mult > 1 else MTP
+        super().__init__(depth(config, depth=k, make_block=make_block) for k in range(config.n_mtp_layers))
         self.pre_norm: bool = config.mtp_input == "pre_norm" or config.hc_mult > 1
+        """True if a depth reads what the last block gave, False if it reads the normed states."""
 
     def __getitem__(self, index: Any) -> Any:
         """Return a block, or a plain ModuleList of several: a chain is made from a config."""

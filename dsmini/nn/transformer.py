@@ -18,10 +18,11 @@ from dsmini.nn.block import Aux, Block, run_block
 from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy, MTPCache, check_cache
 from dsmini.nn.dsa import IndexerLoss
 from dsmini.nn.gate import Gate, Routing, sequence_balance_loss
-from dsmini.nn.hyper_connections import HyperConnection, StreamHead, expand, head_of
+from dsmini.nn.hyper_connections import HyperConnection, StreamHead
 from dsmini.nn.layers import Embedding, Linear, Matrix, Norm, RMSNorm, at_least_fp32, check_ids, is_plain
 from dsmini.nn.moe import Experts
 from dsmini.nn.mtp import MTPChain
+from dsmini.nn.residual import head_of
 
 INTEGERS = (torch.int64, torch.int32)
 """Dtypes of token ids and of the numbers of documents."""
@@ -118,7 +119,7 @@ class Transformer(nn.Module):
         self.embed: Embedding = Embedding(c.vocab_size, c.dim, init_std=c.init_std)
         self.embed_norm: RMSNorm | None = RMSNorm(c.dim, c.norm_eps) if c.embed_norm else None
         self.layers: nn.ModuleList = nn.ModuleList(make_block(c, layer=i) for i in range(c.n_layers))
-        self.hc_head: StreamHead | None = head_of(c)
+        self.hc_head: Any = head_of(c)
         self.norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
         self.head: Linear = Linear(c.dim, c.vocab_size, init_std=c.output_init_std)
         self.mtp: MTPChain = MTPChain(c, make_block)
@@ -212,20 +213,15 @@ class Transformer(nn.Module):
     def states_of(self, x: Float[Tensor, "b s *streams m"], found: list[Aux]) -> States:
         """Return the states after the last block, whose output is x, and what all blocks found."""
         normed = self.norm(self.collapse(x))
-        return States(normed, x if self._gives_streams else normed, *_listed(found))
-
-    @property
-    def _gives_streams(self) -> bool:
-        """True if multi-token prediction reads what the last block gave, False if it reads the normed states."""
-        return self.hc_head is not None or self.config.mtp_input == "pre_norm"
+        return States(normed, x if self.mtp.pre_norm else normed, *_listed(found))
 
     def expand(self, x: Float[Tensor, "b s m"]) -> Float[Tensor, "b s *streams m"]:
         """Return what the first block gets of the embeddings: themselves, or equal streams of them."""
-        return expand(x, self.config.hc_mult) if self.config.hc_mult > 1 else x
+        return self.hc_head.expand(x)
 
     def collapse(self, x: Float[Tensor, "b s *streams m"]) -> Float[Tensor, "b s m"]:
         """Return one hidden state for each position of what the last block gave: that itself, or a sum of streams."""
-        return x if self.hc_head is None else self.hc_head(x)
+        return self.hc_head.collapse(x)
 
     def embedded(self, tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s m"]:
         """Return the embeddings of token ids, in the compute dtype.
@@ -300,8 +296,7 @@ class Transformer(nn.Module):
             stores = [depth.block.new_cache(*sizes, dtype, self.device) for depth in list[Any](self.mtp)]
             of_mtp = MTPCache(self.config, stores, *sizes, self.device, form=form)
             zeros = torch.zeros(batch_size, 1, self.config.dim, dtype=compute_dtype, device=self.device)
-            given = self.expand(zeros) if self._gives_streams else zeros
-            of_mtp.last = [given[:, 0].clone() for _ in stores]
+            of_mtp.last = [self.expand(zeros)[:, 0].clone() for _ in stores]
         stores = [block.new_cache(*sizes, dtype, self.device) for block in blocks]
         return Cache(self.config, stores, *sizes, self.device, form=form, mtp=of_mtp)
 

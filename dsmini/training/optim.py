@@ -25,7 +25,7 @@ Named = Iterable[tuple[str, Tensor]]
 
 WEIGHS = re.compile(r"(^|\.)(gate\.weight|hc_\w+\.\w+|attn_sink|ape)$")
 """Names of the parameters that weigh or choose: gates, hyper-connections, and V4's sinks and position biases. AdamW
-moves them, with the gates' learning rate."""
+moves them, with the gates' learning rate, or in an indexer with the indexers'."""
 
 
 LARGEST_BETA_BF16 = 0.996
@@ -126,9 +126,9 @@ def optimizers(
     for name, p in named:
         if name not in by_muon:
             weighs = WEIGHS.search(name)
-            lr = config.adamw_lr if ".indexer." in name else config.table_lr
-            if weighs:
-                lr = config.gates_lr
+            lr = config.gates_lr if weighs else config.table_lr
+            if ".indexer." in name:
+                lr = config.adamw_lr
             kinds[lr, 0.0 if weighs or p.dim() <= 1 else config.weight_decay].append(p)
     groups = []
     for (lr, decay), params in kinds.items():

@@ -20,7 +20,7 @@ from dsmini.nn.fp8 import FP8FeedForward
 from dsmini.nn.gate import HashGate
 from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
-from tests.helpers.configs import DSA, V4, refusal
+from tests.helpers.configs import DSA, V4, V4_MODEL, refusal
 from tests.helpers.models import decoded, same_weights, set_stage, tokens_of
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
@@ -36,10 +36,28 @@ class ScaledResidual(Block):
         self.alpha = nn.Parameter(torch.full((2,), 0.5))
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Aux]:
-        y, indexer_loss = self.attend(self.attn_norm(x), context)
-        x = x + self.alpha[0] * y
-        y, routing = self.feed_forward(self.ffn_norm(x), context)
-        return x + self.alpha[1] * y, Aux(routing, indexer_loss)
+        read, mix = self.hc_attn.read(x)
+        y, indexer_loss = self.attend(self.attn_norm(read), context)
+        x = self.hc_attn.write(x, self.alpha[0] * y, mix)
+        read, mix = self.hc_ffn.read(x)
+        y, routing = self.feed_forward(self.ffn_norm(read), context)
+        return self.hc_ffn.write(x, self.alpha[1] * y, mix), Aux(routing, indexer_loss)
+
+
+class OneStream(Block):
+    """A block that knows one residual stream."""
+
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Aux]:
+        x = x + self.attend(self.attn_norm(x), context)[0]
+        return x + self.feed_forward(self.ffn_norm(x), context)[0], Aux()
+
+
+class Collapsing(Block):
+    """A block that gives one of the streams that it gets."""
+
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Aux]:
+        x, aux = super().forward(x, context)
+        return x[:, :, 0], aux
 
 
 class WithoutOrder(Block):
@@ -118,10 +136,11 @@ def check_training_and_decoding(model: Transformer, changed: str, layers: int = 
     assert relative_error(decoded(model, tokens, (7, 1, 12)), model(tokens)) < FP32_MODEL
 
 
-def test_another_residual_rule_is_a_subclass_of_block() -> None:
-    model = randomise(Transformer(**SMALL, make_block=ScaledResidual))
+@pytest.mark.parametrize("parts", [{}, V4_MODEL], ids=["one stream", "V4"])
+def test_another_residual_rule_is_a_subclass_of_block(parts: dict[str, Any]) -> None:
+    model = randomise(Transformer(**SMALL | parts, make_block=ScaledResidual))
     check_training_and_decoding(model, "alpha")
-    plain = Transformer(**SMALL)
+    plain = Transformer(**SMALL | parts)
     state = {name: t for name, t in model.state_dict().items() if not name.endswith("alpha")}
     plain.load_state_dict(state)
     tokens = tokens_of(1, 9)
@@ -262,14 +281,31 @@ def test_a_block_that_two_layers_share_has_one_gate_for_both() -> None:
     assert len(gates) == len(model.losses(tokens, tokens).routing) == 3 and gates[0] is gates[1] is not gates[2]
 
 
+def model_of_v4(make_block: Any) -> Transformer:
+    return Transformer(**SMALL | V4_MODEL, make_block=make_block)
+
+
+def test_a_block_of_v4_alone_begins_equal_streams() -> None:
+    c = ModelConfig(**SMALL | V4_MODEL)
+    block, x = randomise(Block(c, layer=1)), torch.randn(2, 9, c.dim)
+    y, aux = block(x)
+    assert aux.routing is not None and torch.equal(y, block(x[:, :, None].expand(-1, -1, c.hc_mult, -1))[0])
+
+
 def test_wrong_parts_are_refused_in_a_sentence() -> None:
     unchecked: Any = inspect.unwrap  # a function without the type checks of these tests
-    of_moe, of_gate, shapes = unchecked(MoE.forward), unchecked(Gate.forward), ((2, 5, 24), (5, 23), (24,))
+    of_moe, of_gate, shapes = unchecked(MoE.forward), unchecked(Gate.logits), ((2, 5, 24), (5, 23), (24,))
     model, moe, gate = Transformer(**SMALL, make_block=WithoutAux), MoE(**SMALL, gate_class=TupleGate), Gate(**SMALL)
     for words, call, *arguments in (
         ("WithoutAux.forward returned a Tensor; a block returns the pair (x, Aux", model, tokens_of(2, 9)),
         ("TupleGate.forward returned a tuple; a gate returns a Routing of", of_moe, moe, torch.zeros(1, 9, 24)),
         ("gate_class is Linear, want Gate, a class derived from it, or a function", model_with_gate, nn.Linear),
+        ("attend got [2, 9, 4, 24], residual streams; want [b, s, m]", model_of_v4(OneStream), tokens_of(2, 9)),
+        (
+            "Collapsing.forward returned hidden states [2, 9, 24] for [2, 9, 4, 24]",
+            model_of_v4(Collapsing),
+            tokens_of(2, 9),
+        ),
         ("make_block is MLA, want Block, a class derived from it, or", functools.partial(Transformer, make_block=MLA)),
         *(("want [n, 24], a row for each token", of_gate, gate, torch.zeros(shape)) for shape in shapes),
     ):

@@ -14,7 +14,7 @@ from dsmini.nn.fp8 import FP8Experts, FP8Linear, QuantizedLinear, hold_fp8
 from dsmini.numerics import WEIGHT_TILE, QuantizedTensor, quantize, round_tiles
 from dsmini.numerics.dispatch import dispatch_quantized, sort_by_expert
 from tests.conftest import randomise
-from tests.helpers.configs import DSA, refusal
+from tests.helpers.configs import DSA, V4, refusal
 from tests.helpers.configs import FP8_SIZES as SIZES
 from tests.helpers.models import decoded, same_weights
 from tests.helpers.tolerances import E4M3_UNIT, relative_error
@@ -40,6 +40,12 @@ def test_only_attention_and_feed_forwards_are_rounded(small_model: Build) -> Non
         assert all(".attn." in f".{name}." or ".ffn." in f".{name}." for name in rounded)
         after_attention = {name for name, m in model.named_modules() if getattr(m, "saved_format", "") == "e5m6"}
         assert after_attention == {name for name in rounded if name.endswith(".wo")}
+
+
+def test_no_layer_of_v4_reads_what_attention_gave(small_model: Build) -> None:
+    """wo_a lies between attention and wo_b, so that no input is saved in 12 bits."""
+    model = small_model(precision="fp8", **V4)
+    assert {m.saved_format for m in model.modules() if isinstance(m, FP8Linear)} == {"e4m3"}
 
 
 @pytest.mark.parametrize("attention", ["mla", "mha"])

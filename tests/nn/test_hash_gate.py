@@ -1,5 +1,6 @@
 """V4's gates: the score function, experts looked up by token ids, and the table's making."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -53,6 +54,17 @@ def test_table_is_saved_and_stays_int32_in_bf16() -> None:
     again.load_state_dict(gate.state_dict())
     assert torch.equal(again.bfloat16().tid2eid, gate.tid2eid)
     assert again.tid2eid.dtype == torch.int32
+
+
+def test_table_of_a_large_vocabulary_is_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, real = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **options: (made.append(1), real(*args, **options))[1])
+    assert hash_table(torch.arange(500), 8, 3).shape == (500, 3) and len(made) == 1
+
+
+def test_hash_gate_refuses_another_width() -> None:
+    forward: Any = inspect.unwrap(HashGate.logits)
+    assert f"want [n, {M}], a row for each token" in refusal(forward, HashGate(**SIZES), torch.zeros(3, M - 1))
 
 
 def test_wrong_table_is_refused() -> None:

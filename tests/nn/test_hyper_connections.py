@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dsmini.nn.hyper_connections import HyperConnection, StreamHead, expand, sinkhorn, write
+from dsmini.nn.hyper_connections import HyperConnection, StreamHead, expand, sinkhorn
 
 B, S, N, M = 2, 5, 4, 16
 
@@ -17,11 +17,12 @@ def test_starts_as_a_pre_norm_residual(n: int) -> None:
     x, layers = torch.randn(B, S, M), [nn.Linear(M, M) for _ in range(3)]
     streams, head = expand(x, n), StreamHead(M, n)
     for i, layer in enumerate(layers):
-        read, mix = HyperConnection(M, n, home=i)(streams)
+        connection = HyperConnection(M, n, home=i)
+        read, mix = connection.read(streams)
         torch.testing.assert_close(read, x, rtol=1e-5, atol=1e-5)
-        streams, x = write(streams, layer(read), mix), x + layer(x)
+        streams, x = connection.write(streams, layer(read), mix), x + layer(x)
     torch.testing.assert_close(streams, expand(x, n), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(head(streams), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(head.collapse(streams), x, rtol=1e-4, atol=1e-4)
 
 
 def test_streams_part_as_they_learn() -> None:
@@ -30,8 +31,8 @@ def test_streams_part_as_they_learn() -> None:
     assert connection.base[:N].argmax() == 2
     assert connection.scale.tolist() == pytest.approx([0.01] * 3), "mHC, table 5"
     streams = torch.randn(B, S, N, M)
-    read, mix = connection(streams)
-    write(streams, read.tanh(), mix).square().sum().backward()
+    read, mix = connection.read(streams)
+    connection.write(streams, read.tanh(), mix).square().sum().backward()
     grads = connection.base.grad
     assert grads is not None and connection.fn.grad is not None and connection.fn.grad.abs().max() > 0
     assert len({round(float(g), 6) for g in grads[:N]}) == N
@@ -40,9 +41,9 @@ def test_streams_part_as_they_learn() -> None:
 def test_streams_of_fp64_meet_weights_of_fp32() -> None:
     """As with compute_dtype=torch.float64, or torch's default dtype."""
     streams = torch.randn(B, S, N, M)
-    for module in (HyperConnection(M, N), StreamHead(M, N)):
-        want, got = module(streams), module(streams.double())
-        want, got = (want, got) if isinstance(module, StreamHead) else (want[0], got[0])
+    connection = HyperConnection(M, N)
+    for read in (lambda x: connection.read(x)[0], StreamHead(M, N).collapse):
+        want, got = read(streams), read(streams.double())
         assert got.dtype == torch.float64
         torch.testing.assert_close(got.float(), want)
 
@@ -70,4 +71,4 @@ def test_compiled_sinkhorn_has_finite_gradients() -> None:
 
 def test_head_starts_as_the_mean() -> None:
     streams = torch.randn(B, S, N, M)
-    torch.testing.assert_close(StreamHead(M, N)(streams), streams.mean(-2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(StreamHead(M, N).collapse(streams), streams.mean(-2), rtol=1e-5, atol=1e-6)

@@ -28,7 +28,7 @@ def test_mtp_joins_the_next_embedding_with_every_stream(mtp_input: str) -> None:
         n = TOKENS.shape[1] - k
         joined = depth.e_proj(depth.enorm(embedding[:, k:]))[:, :, None] + depth.h_proj(depth.hnorm(x[:, :n]))
         x, _ = depth.block(joined, Context(positions=torch.arange(n)[None], tokens=TOKENS[:, k:]))
-        assert relative_error(got, model.head(depth.norm(depth.hc_head(x)))) < 1e-8
+        assert relative_error(got, model.head(depth.norm(depth.hc_head.collapse(x)))) < 1e-8
 
 
 def test_starts_as_the_model_without_streams() -> None:

@@ -72,8 +72,9 @@ def test_adamw_moves_what_weighs_in_v4_at_the_rate_of_gates() -> None:
     model = Transformer(ModelConfig(**SMALL | V4_MODEL))
     found = movers(model, optimizer="muon", lr=0.5, gate_lr=0.25, weight_decay=0.1)
     for end in ("hc_attn.fn", "hc_ffn.base", "hc_ffn.scale", "hc_head.fn", ".gate.weight", "attn_sink", "ape"):
-        weighing = {name: found[name][1:] for name in found if name.endswith(end)}
+        weighing = {name: found[name][1:] for name in found if name.endswith(end) and ".indexer." not in name}
         assert weighing == dict.fromkeys(weighing, (0.25, 0.0)) and weighing, end
+    assert found["layers.1.attn.indexer.compressor.ape"][1:] == (0.5, 0.0), "indexers have a rate of their own"
     assert found["layers.1.attn.indexer.wq_b.weight"][1:] == (0.5, 0.1) and found["norm.weight"][1:] == (0.5, 0.0)
     for name in ("layers.2.attn.compressor.wgate.weight", "mtp.0.e_proj.weight", "mtp.0.h_proj.weight"):
         assert found[name][0] is Muon, name
