@@ -3,7 +3,6 @@
 python -m dsmini.comparison.trial < REQUEST     prints a JSON line for each step, and one with the result
 """
 
-import hashlib
 import json
 import math
 import os
@@ -13,14 +12,13 @@ import threading
 import time
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from dsmini import accounting
 from dsmini.comparison.arms import Arm, make_model_of
@@ -100,15 +98,16 @@ def pace(arm: Arm, cache: Path) -> float:
 def prepared(arm: Arm, seed: int, cache: Path) -> tuple[Trainer, Corpus]:
     """Return a trainer of an arm's model with the weights of a seed, and its corpus.
 
+    Models of one seed have the same first values where names and shapes agree (nn/first_values.py).
+
     Raises: ValueError for a function that returns no model, and for what load_corpus refuses.
     """
     config = replace(arm.config, train=replace(arm.config.train, seed=seed))
     device = pick_device(config.train.device)
     corpus = load_corpus(config.data, config.seq_len, config.model.vocab_size, cache, 0)
-    torch.manual_seed(seed)
     make = make_model_of(arm.function) if arm.function else Transformer
-    with drawn_by_name(seed):
-        model = make(config.model)
+    torch.manual_seed(seed)
+    model = make(config.model)
     if not isinstance(model, Transformer):
         raise ValueError(f"{arm.function} returned a {type(model).__name__}; want a dsmini.Transformer")
     if model.config.n_hash_layers:
@@ -116,67 +115,6 @@ def prepared(arm: Arm, seed: int, cache: Path) -> tuple[Trainer, Corpus]:
     model.compute_dtype = DTYPES[config.train.dtype]
     torch.manual_seed(seed)
     return Trainer(model.to(device), corpus, config, device), corpus
-
-
-@contextmanager
-def drawn_by_name(seed: int) -> Iterator[None]:
-    """Draw the first weights of each Transformer that is made in the block by name, but those that its maker changed.
-
-    A module that was changed after it drew its weights, by an adapter that starts at zero, say, stays as it is.
-    """
-    drawn: dict[nn.Module, dict[str, Tensor]] = {}
-    every: list[Any] = [nn.Module]
-    for kind in every:
-        every.extend(kind.__subclasses__())
-    kinds = [kind for kind in dict.fromkeys(every) if "reset_parameters" in vars(kind)]
-    before = {kind: kind.reset_parameters for kind in kinds}
-    plain = Transformer.__init__
-
-    def noted(reset: Callable[..., None]) -> Callable[..., None]:
-        def draw(self: nn.Module, *args: Any, **more: Any) -> None:
-            reset(self, *args, **more)
-            drawn[self] = {name: t.detach().clone() for name, t in _own(self)}
-
-        return draw
-
-    def made(self: Transformer, *args: Any, **more: Any) -> None:
-        plain(self, *args, **more)
-        draw_by_name(self, seed, lambda module: _unchanged(module, drawn.get(module)))
-
-    for kind in kinds:
-        kind.reset_parameters = noted(before[kind])
-    Transformer.__init__ = made
-    try:
-        yield
-    finally:
-        Transformer.__init__ = plain
-        for kind in kinds:
-            kind.reset_parameters = before[kind]
-
-
-def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return [(name, t) for name, t in own if t.is_floating_point()]  # the table of a hash layer is not drawn
-
-
-def _unchanged(module: nn.Module, first: Mapping[str, Tensor] | None) -> bool:
-    """Return True if a module drew weights and has them still."""
-    return first is not None and all(name in first and torch.equal(t, first[name]) for name, t in _own(module))
-
-
-def draw_by_name(model: nn.Module, seed: int, which: Callable[[nn.Module], bool] = lambda module: True) -> None:
-    """Draw each module's first weights by its name, so that all arms have the same where shapes agree.
-
-    Args:
-        which: False for modules to leave as they are.
-    """
-    for name, module in model.named_modules():
-        reset: Any = getattr(module, "reset_parameters", None)
-        if module is not model and callable(reset) and which(module):
-            hashed = hashlib.sha256(f"{seed} {name}".encode()).digest()
-            torch.manual_seed(int.from_bytes(hashed[:8], "big") >> 1)
-            reset()
-    torch.manual_seed(seed)
 
 
 @torch.no_grad()

@@ -280,14 +280,12 @@ class Mesh:
             self._keep_stages(model)
         if self.config.ep > 1:
             n = model.config.n_routed_experts // self.config.ep
-            own, exchange = (
-                slice(self.ep_index * n, self.ep_index * n + n),
-                ExpertExchange(self.groups["ep"], self.traffic),
-            )
+            first, exchange = self.ep_index * n, ExpertExchange(self.groups["ep"], self.traffic)
             for moe in moe_layers(model):
                 moe.exchange = exchange
+                moe.experts.first = first
                 for name, stacked in list(moe.experts.named_parameters()):
-                    setattr(moe.experts, name, nn.Parameter(stacked.detach()[own].clone()))
+                    setattr(moe.experts, name, nn.Parameter(stacked.detach()[first : first + n].clone()))
         if self.zero:
             dp = self.meshes["dp"] if self.config.ep > 1 else None
             shard(model, [*model.layers, *model.mtp], self.zero, self.meshes["parts"], dp)
@@ -460,50 +458,29 @@ def divided_model(config: ModelConfig, mesh: Mesh) -> Transformer:
 
 @torch.no_grad()
 def fill(model: Transformer, mesh: Mesh, device: torch.device, rows: Rows | None = None) -> None:
-    """Allocate the memory of a rank's part of a model and give it values, without ever holding the whole.
+    """Allocate the memory of a rank's part of a model and give it values, without ever holding more.
 
-    Without rows to read, every rank draws every tensor, one after the other, in the order of a single process: whole,
-    to copy its own rows and free it. So the generators agree afterwards, and the bits are those of a single process.
-    The peak is the own part and one tensor.
+    Without rows to read, a rank draws its own. The bits are those of a single process, and so is the state of torch's
+    generator afterwards.
 
     Args:
-        rows: reads them, and only the own. None: they are drawn from torch's own generator.
+        rows: reads them, and only the own. None: they are drawn, by one number of torch's own generator.
     """
     model.to_empty(device=device)
     mesh.note(model)
-    held = {name: (local(t), mesh.piece(t)) for name, t in _tensors(model, recurse=True)}
-    if rows is not None:
-        for name, (tensor, piece) in held.items():
-            if piece.rows:
-                tensor.copy_(rows(name, slice(piece.first, piece.first + piece.rows)))
+    if rows is None:
+        model.reset_parameters()
         return
-    for path, module in meta_model(model.config).named_modules():
-        for name, _ in _tensors(module):
-            whole = _drawn(module, name)
-            if f"{path}.{name}" in held:
-                tensor, piece = held[f"{path}.{name}"]
-                tensor.copy_(piece.of(whole))
-            del whole  # before the next one is drawn
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        piece = mesh.piece(tensor)
+        if piece.rows:
+            local(tensor).copy_(rows(name, slice(piece.first, piece.first + piece.rows)))
 
 
 def meta_model(config: ModelConfig) -> Transformer:
     """Return a model that has shapes and no memory."""
     with torch.device("meta"):
         return Transformer(config)
-
-
-def _tensors(module: nn.Module, recurse: bool = False) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
-
-
-def _drawn(module: nn.Module, name: str) -> Tensor:
-    """Return the first value of a tensor of a module on the meta device."""
-    meta = dict(_tensors(module))[name]
-    tensor = torch.empty_like(meta, device="cpu")
-    module.load_state_dict({name: tensor}, strict=False, assign=True)
-    module.reset_parameters()  # pyright: ignore[reportCallIssue] # nothing is drawn for the others, which are on meta
-    module.load_state_dict({name: meta}, strict=False, assign=True)
-    return tensor
 
 
 # --- silent corruption

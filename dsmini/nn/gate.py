@@ -16,7 +16,8 @@ from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
 from dsmini.config.fields import require
 from dsmini.nn.attention import Context
-from dsmini.nn.layers import FP32Module, at_least_fp32, draw_normal, linear
+from dsmini.nn.first_values import draw_first, draw_normal
+from dsmini.nn.layers import FP32Module, at_least_fp32, linear
 
 ScoreFunc = Callable[[Tensor], Tensor]
 SCORE_FUNCS: Mapping[str, ScoreFunc] = MappingProxyType(
@@ -129,7 +130,7 @@ class Gate(FP32Module):
         self.register_buffer("bias", bias)
         self.options: dict[str, Any] = {name: getattr(c, name) for name in OPTIONS}
         self.init_std: float = c.init_std
-        self.reset_parameters()
+        draw_first(self)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weight from a normal distribution; the bias starts at zero."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig
+from dsmini.nn.first_values import draw_first, draw_normal
 from dsmini.numerics import QuantizedTensor, quantize
 
 M = TypeVar("M", bound=nn.Module)
@@ -18,13 +19,6 @@ M = TypeVar("M", bound=nn.Module)
 def at_least_fp32(x: Tensor) -> Tensor:
     """Return x in FP32, or in FP64 if it is that already: the least precision of norms, softmax, gates and losses."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def draw_normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
-    """Draw a weight from a normal distribution. On the meta device there are no numbers to draw."""
-    # the first random number on meta would load torch's compiler, which takes more than a second
-    if not weight.is_meta:
-        nn.init.normal_(weight, std=std, generator=generator)
 
 
 class FP32Module(nn.Module):
@@ -49,7 +43,7 @@ class Matrix(nn.Module):
         nn.Module.__init__(self)
         self.weight: Tensor = nn.Parameter(torch.empty(rows, columns, dtype=dtype))
         self.init_std = init_std
-        self.reset_parameters()
+        draw_first(self)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weight from a normal distribution with the standard deviation init_std."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.nn.attention import Context
+from dsmini.nn.first_values import draw_first, draw_normal
 from dsmini.nn.gate import Gate, Routing
-from dsmini.nn.layers import Projection, draw_normal, in_precision, is_plain, make_linear, quantize_once
+from dsmini.nn.layers import Projection, in_precision, is_plain, make_linear, quantize_once
 from dsmini.numerics import QuantizedTensor, swiglu
 
 
@@ -84,12 +85,14 @@ class Experts(nn.Module):
         self.init_std: float = c.init_std
         self.output_init_std: float = c.output_init_std
         self.limit: float | None = c.swiglu_limit
-        self.reset_parameters()
+        self.first: int = 0
+        """Number of the first expert that is here, where processes share the layer's experts."""
+        draw_first(self)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weights from a normal distribution."""
         for weight, std in ((self.w1, self.init_std), (self.w2, self.output_init_std), (self.w3, self.init_std)):
-            draw_normal(weight, std, generator)
+            draw_normal(weight, std, generator, self.first)
 
     def forward(
         self,

@@ -17,10 +17,9 @@ from dsmini.nn.attention import Context
 from dsmini.nn.block import Aux, Block, run_block
 from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy, MTPCache, check_cache
 from dsmini.nn.dsa import IndexerLoss
+from dsmini.nn.first_values import drawn_by_name, reset_by_name
 from dsmini.nn.gate import Gate, Routing, sequence_balance_loss
-from dsmini.nn.hyper_connections import HyperConnection, StreamHead
-from dsmini.nn.layers import Embedding, Linear, Matrix, Norm, RMSNorm, at_least_fp32, check_ids, is_plain
-from dsmini.nn.moe import Experts
+from dsmini.nn.layers import Embedding, Linear, RMSNorm, at_least_fp32, check_ids, is_plain
 from dsmini.nn.mtp import MTPChain
 from dsmini.nn.residual import head_of
 
@@ -102,6 +101,7 @@ class Transformer(nn.Module):
     Source: DeepSeek-V3 report, section 2.
     """
 
+    @drawn_by_name
     def __init__(
         self,
         config: ModelConfig | None = None,
@@ -125,15 +125,11 @@ class Transformer(nn.Module):
         self.mtp: MTPChain = MTPChain(c, make_block)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all matrices again, in the order of named_modules, and set norms to 1 and biases to 0.
+        """Draw all matrices again, by one number of the generator and their names, and set norms to 1, biases to 0.
 
-        A module that is not dsmini's, such as nn.Linear, draws from torch's own generator.
+        That is what a new model has: first_values.py.
         """
-        for module in self.modules():
-            if isinstance(module, Matrix | Norm | Experts | Gate | HyperConnection | StreamHead):
-                module.reset_parameters(generator)
-            elif module is not self and callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
+        reset_by_name(self, generator)
 
     def forward(
         self,

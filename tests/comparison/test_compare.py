@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini import Block, ModelConfig, RunConfig, Transformer
+from dsmini import ModelConfig, RunConfig
 from dsmini.compare import CompareCommand, place_of_results
 from dsmini.comparison import trial
 from dsmini.comparison.answer import draw, record_of, sentences
 from dsmini.comparison.arms import Arm, Comparison, arms_of, make_model_of, read_claim
 from dsmini.comparison.results import HEAD, Results, head_of, opened, read_results, refuse_other
 from dsmini.comparison.runs import Workers
-from dsmini.comparison.trial import draw_by_name, drawn_by_name, prepared
+from dsmini.comparison.trial import prepared
 from dsmini.nn.gate import HashGate, hash_table
 from tests.helpers.commands import ROOT, check_refused, finish, run, start
 from tests.helpers.configs import refusal, written
@@ -41,6 +41,13 @@ def broken(config):
     print('{"done": 2}', end="")
     raise KeyError("boom")
 NUMBER = 3
+"""
+OWN = """\
+import dsmini
+def zero_head(config):
+    model = dsmini.Transformer(config)
+    model.head.weight.data.zero_()
+    return model
 """
 COMPARE = "dsmini.compare base.toml --idea model.n_mtp_layers=0 --seeds 2 --out found.jsonl"
 A_HEAD = {"dsmini": "1", **dict.fromkeys(HEAD, ""), "arms": {"base": {}}, "margin": 0.01}
@@ -98,46 +105,19 @@ def test_a_function_has_one_description_from_every_folder(tmp_path: Path, monkey
     refuse_other(Results(path=tmp_path / "x.jsonl", head=older), head)
 
 
-def test_pairs_start_with_equal_weights_where_shapes_agree() -> None:
-    base, wide = Transformer(moe_inter_dim=16, n_layers=2), Transformer(moe_inter_dim=32, n_layers=3, n_mtp_layers=0)
-    for model in (base, wide):
-        draw_by_name(model, 7)
-    ours, theirs = base.state_dict(), wide.state_dict()
+def test_pairs_start_with_equal_weights_where_shapes_agree(place: Path) -> None:
+    """All layers of both, but the experts, which are wider; an idea's own weights are kept."""
+    (place / "own.py").write_text(OWN)
+    wide = "model.moe_inter_dim=48 model.n_layers=3 model.n_mtp_layers=0"
+    arms = arms_of([str(place / "base.toml"), f"{place}/own.py:zero_head"], [wide], [f"data.path={place}/text.txt"])
+    (base, *_), (idea, *_), (larger, *_) = (prepared(arm, 3, place / "corpus") for arm in arms)
+    ours, own, theirs = (each.model.state_dict() for each in (base, idea, larger))
     alike = {name for name in ours.keys() & theirs.keys() if ours[name].shape == theirs[name].shape}
     assert len(alike) > 20 and all(torch.equal(ours[name], theirs[name]) for name in alike)
-    draw_by_name(wide, 8)
-    assert not torch.equal(ours["embed.weight"], wide.state_dict()["embed.weight"])
-
-
-class Adapted(Block):
-    """A block with an adapter that starts at zero."""
-
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.up = torch.nn.Linear(8, 8)
-        torch.nn.init.zeros_(self.up.weight)
-        self.attn_norm.weight.data.fill_(0.5)
-
-
-def test_what_an_idea_does_to_first_weights_is_kept() -> None:
-    """Change weights while the model is made, and after."""
-    with drawn_by_name(7):
-        base, idea = Transformer(n_layers=1), Transformer(n_layers=1, make_block=Adapted)
-        idea.layers[0].ffn_norm.weight.data.zero_()
-    ours, theirs = base.state_dict(), idea.state_dict()
-    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
-    assert changed == {"layers.0.ffn_norm.weight"} | {n for n in ours if n.endswith("attn_norm.weight")}
-    for block in (idea.layers[0], idea.mtp[0].block):
-        assert not block.up.weight.any() and block.up.bias.any() and (block.attn_norm.weight == 0.5).all()
-    assert not torch.equal(Transformer(n_layers=1).state_dict()["embed.weight"], ours["embed.weight"]), "only inside"
-
-
-def test_gates_of_hash_layers_start_equal_too() -> None:
-    sizes: dict[str, Any] = {"n_layers": 1, "n_dense_layers": 0, "n_hash_layers": 1}
-    with drawn_by_name(7):
-        base, idea = Transformer(**sizes), Transformer(**sizes, q_lora_rank=48)
-    name = "layers.0.ffn.gate.weight"
-    assert torch.equal(base.state_dict()[name], idea.state_dict()[name])
+    assert {name for name in ours if not torch.equal(ours[name], own[name])} == {"head.weight"}
+    assert not own["head.weight"].any()
+    other, _ = prepared(arms[0], 4, place / "corpus")
+    assert not torch.equal(other.model.embed.weight, base.model.embed.weight)
 
 
 def test_tables_of_experts_are_those_of_training(place: Path) -> None:

@@ -63,7 +63,7 @@ def test_drawn_parts_are_those_of_one_process_and_take_their_memory_alone(parall
 @settings(max_examples=20)
 @given(model_configs())
 @example(ModelConfig(**SMALL | {"precision": "fp8", "dim": 23}))
-def test_one_process_draws_in_the_order_of_its_modules(config: ModelConfig) -> None:
+def test_one_process_fills_what_a_constructor_draws(config: ModelConfig) -> None:
     torch.manual_seed(1)
     model = divided_model(config, mesh := Mesh())
     fill(model, mesh, CPU)
