@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsmini.console.command import run
-from dsmini.distributed.meeting import tell
+from dsmini.distributed.failure import tell
 
 COMMANDS = ("train", "generate", "compare", "tokenize", "convert", "explain", "plan", "diagnose", "selfcheck")
 

@@ -19,7 +19,8 @@ from dsmini.console.command import complain, run
 from dsmini.console.commandline import Help, parse, refuse_twice
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
-from dsmini.distributed.meeting import launched, tell
+from dsmini.distributed.failure import tell
+from dsmini.distributed.meeting import launched
 from dsmini.text.prompts import Page, check_stops, read_line, read_prompts, without_surrogates
 
 if TYPE_CHECKING:  # they load torch, so they are imported where they are used: --help is instant

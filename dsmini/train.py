@@ -17,7 +17,8 @@ from dsmini.config import RunConfig
 from dsmini.console.command import run, speaks
 from dsmini.console.commandline import Help, parse, take_file, take_folder
 from dsmini.console.messages import say
-from dsmini.distributed.meeting import launcher, tell
+from dsmini.distributed.failure import tell
+from dsmini.distributed.meeting import launcher
 from dsmini.reading import find_config
 from dsmini.training.origin import RunOrigin, find_origin, resume_automatically
 

@@ -13,17 +13,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from dsmini.console.messages import printable
 from dsmini.reading import brief
 
 T = TypeVar("T")
+NO_MEMORY = re.compile("out of memory|not enough memory|allocate|allocation|overflow")
+"""Words of torch's errors for what does not fit: not those of a kernel that reads where it must not."""
 
 
 def _tell(sentence: str, error: BaseException) -> None:
     if speaks():
-        complain(sentence)
+        complain(sentence, error)
 
 
 def run(main: Callable[[Sequence[str]], int], tell: Callable[[str, BaseException], None] = _tell) -> None:
@@ -41,42 +43,48 @@ def run(main: Callable[[Sequence[str]], int], tell: Callable[[str, BaseException
     warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
     try:
         status = main(sys.argv[1:])
-    except ValueError as error:
-        tell(str(error), error)
-        status = 2
-    except ArithmeticError as error:
-        tell(str(error), error)
-        status = 1
-    except BrokenPipeError:  # the reader of the output has ended, as in `| head`
-        sys.stderr.close()
-        status = 1
-    except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            tell(f"{brief(str(error.filename))} is not usable as a path: {error.strerror}; use a shorter one", error)
-            status = 2
-        else:
-            tell(f"{error}; free some space or write elsewhere; what was saved is untouched", error)
-            status = 1
-    except (TypeError, NotImplementedError) as error:
-        if "MPS" not in str(error):
+    except (Exception, KeyboardInterrupt) as error:
+        sentence, status = outcome_of(error)
+        if sentence is None:
             raise
-        missing = str(error).partition(". ")[0].rstrip(".")  # a type such as FP8's, or an operation
-        tell(f"Apple's GPU cannot run this: {missing}; use the device cpu", error)
-        status = 1
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("memory|alloc|overflow", str(error)):
-            raise
-        first = (str(error).splitlines() or ["no memory is left"])[0]
-        tell(f"too large for this machine: {first}; use a smaller model or batch", error)
-        status = 1
-    except KeyboardInterrupt:
-        if speaks():
-            print("stopped", file=sys.stderr)
-        status = 130
-    _exit(status)
+        if isinstance(error, BrokenPipeError):  # the reader of the output has ended, as in `| head`
+            sys.stderr.close()
+        if sentence:
+            tell(sentence, error)
+    leave(status)
 
 
-def _exit(status: int) -> None:
+def outcome_of(error: BaseException) -> tuple[str | None, int]:
+    """Return the sentence about an error that ends a command, and the exit status.
+
+    The sentence is "" where nothing is to be said, and None for an error that only its trace can explain.
+    """
+    match error:
+        case KeyboardInterrupt():
+            return "stopped", 130
+        case SystemExit():
+            return "", error.code if isinstance(error.code, int) else 1
+        case BrokenPipeError():
+            return "", 1
+        case ValueError():
+            return str(error), 2
+        case ArithmeticError():
+            return str(error), 1
+        case OSError() if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return f"{brief(str(error.filename))} is not usable as a path: {error.strerror}; use a shorter one", 2
+        case OSError():
+            return f"{error}; free some space or write elsewhere; what was saved is untouched", 1
+        case TypeError() | NotImplementedError() if "MPS" in str(error):
+            missing = str(error).partition(". ")[0].rstrip(".")  # a type such as FP8's, or an operation
+            return f"Apple's GPU cannot run this: {missing}; use the device cpu", 1
+        case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+            first = (str(error).splitlines() or ["no memory is left"])[0]
+            return f"too large for this machine: {first}; use a smaller model or batch", 1
+        case _:
+            return None, 1
+
+
+def leave(status: int) -> NoReturn:
     """End this process. Among several, threads of connections are alive: Python would now and then abort."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         for out in (sys.stdout, sys.stderr):
@@ -126,6 +134,7 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def complain(sentence: str) -> None:
-    """Print an error."""
-    print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
+def complain(sentence: str, error: BaseException | None = None) -> None:
+    """Print what is wrong, or that a signal stopped the command."""
+    kind = "" if isinstance(error, KeyboardInterrupt) else "error: "
+    print(f"{kind}{printable(sentence)}", file=sys.stderr, flush=True)

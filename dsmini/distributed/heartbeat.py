@@ -7,12 +7,13 @@ heartbeat into the store: the step, the phase, and the line that its main thread
     all ranks stand still     rank 0 notices. The culprit is a rank that waits for no other, if there is one; else the
                               one with the fewest steps, then the one whose place in the code is the rarest
 
-A main thread moves if it enters a phase, or if its stack has changed since the last heartbeat. So the watch needs no
-help from reading, validating or saving, and a phase may take as long as it likes: a single call may not. As long as one
-rank moves there is no alarm.
+A rank moves if its main thread enters a phase, or if the stack of that thread, or of the one that saves, has changed
+since the last heartbeat. So the watch needs no help from reading, validating or saving, and a phase may take as long as
+it likes: a single call may not. As long as one rank moves there is no alarm.
 
-Then every process ends by os._exit, so that torchrun can start all again: no exception can end a main thread that waits
-in C++. Times are durations that each process measures on its own: clocks of different hosts are never compared.
+Then every process prints its stacks and ends by os._exit, so that torchrun can start all again: no exception can end a
+main thread that waits in C++. Nor does one hear there that another rank has failed, so its heartbeat ends it too.
+Times are durations that each process measures on its own: clocks of different hosts are never compared.
 """
 
 import json
@@ -22,26 +23,28 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 
 from dsmini.console.command import interruptible
-from dsmini.distributed.meeting import held_by_launcher, store_client
+from dsmini.distributed.failure import STALLED, say_lost, write
+from dsmini.distributed.meeting import GRACE, held_by_launcher, is_told, store_client
 from dsmini.distributed.world import World
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
-STALLED = 75
-"""Exit status of every process of a run that stood still: a temporary failure, as sysexits.h has it."""
 LONG_PHASES, LONG = ("compiling", "saving"), 900.0
 """Phases with single calls that take long: a compiler, and a file that is forced to the disk. They may take this
 number of seconds, or the time-out if that is more."""
+SAVING = "saving"
+"""Name of the thread that writes a checkpoint while the main thread takes steps."""
 ENDED = "ended"
 """Phase of a rank that does not watch any more."""
 
@@ -110,6 +113,8 @@ class Heartbeat:
         self.silent: float = 0.0
         self.last: Beat | None = None
         """The newest message of the rank before this one."""
+        self.lost: float = 0.0
+        """Seconds since another rank has failed."""
         self.main: int | None = threading.main_thread().ident
         self.closed: threading.Event = threading.Event()
         self.thread: threading.Thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -130,6 +135,8 @@ class Heartbeat:
         with suppress(RuntimeError):  # the store has ended
             if error is not None and self.store.check(["stall"]):  # another process has ended for it just before
                 os._exit(STALLED)
+            if error is not None and not is_told(error) and not self.store.check(["failed"]):
+                self.store.set("failed", f"rank {self.rank} has failed")
         self.thread.join(timeout=5 * self.period)
 
     def _run(self) -> None:
@@ -145,20 +152,26 @@ class Heartbeat:
         except TimeoutError:
             words = f"the store, held by rank 0 or the launcher, has not answered for {self.timeout:.0f} s"
             self.on_stall(0, self.timeout, f"{words}; its process was stopped, or is cut off")
-            os._exit(STALLED)
+            self._leave()
         except RuntimeError:
             if not self.closed.is_set():
                 self.on_lost()
 
     def exchange(self, passed: float) -> None:
         """Publish a heartbeat, read those of others, and end all processes of a run that stands still."""
-        seen = self.moves, stack_of(self.main)
+        seen = self.moves, stack_of(self.main), *map(stack_of, threads_of(SAVING))
         self.still = 0.0 if seen != self.seen else self.still + passed
         self.seen = seen
         self._publish(self.phase)
         if self.store.check(["stall"]):
             self.store.add("heard", 1)
-            os._exit(STALLED)
+            self._leave()
+        if self.store.check(["failed"]):
+            self.lost += passed
+            if self.lost > GRACE:  # else the main thread has met it, and ended this process
+                say_lost(self.rank, self.store.get("failed").decode())
+                os._exit(1)
+            return
         before = (self.rank - 1) % self.size
         beat = self._read(before)
         self.silent = 0.0 if beat != self.last else self.silent + passed
@@ -206,7 +219,17 @@ class Heartbeat:
                 while time.monotonic() < end and self.store.add("heard", 0) < self.size - 1:
                     time.sleep(0.05)
         finally:
-            os._exit(STALLED)
+            self._leave()
+
+    def _leave(self) -> NoReturn:
+        """Show where all threads of this rank are, and end its process."""
+        threads = {thread.ident: thread.name for thread in threading.enumerate()}
+        stacks = [
+            f"{threads.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+            for ident, frame in sys._current_frames().items()
+        ]
+        write(f"stacks of rank {self.rank}, innermost last\n{''.join(stacks)}")
+        os._exit(STALLED)
 
 
 @contextmanager
@@ -214,7 +237,7 @@ def watched(world: World, timeout: float, device: torch.device) -> Iterator[None
     """Watch over the processes of a run inside the block; a single one has nobody to watch.
 
     A stall is told on the standard error, and to `world.on_stall`. Once the launcher has ended, this process is asked
-    to stop.
+    to stop; once rank 0 has, where that held the store, it ends too.
 
     Args:
         timeout: as that of a Heartbeat.
@@ -227,13 +250,16 @@ def watched(world: World, timeout: float, device: torch.device) -> Iterator[None
     def on_stall(rank: int, seconds: float, sentence: str) -> None:
         world.on_stall(rank, seconds, sentence)
         more = "the run continues from its last checkpoint with --resume; --parallel.timeout allows more time"
-        os.write(sys.stderr.fileno(), f"{sentence}; {more}\n".encode())  # the main thread may hold the lock of print
+        write(f"{sentence}; {more}")
 
     def on_lost() -> None:
         if held_by_launcher():
             if world.rank == 0:
                 print("the launcher has ended, so the run is saved and stops", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
+        elif not heartbeat.closed.wait(GRACE):  # else the main thread has met it, and ended this process
+            say_lost(world.rank, "rank 0, which held the store, has ended")
+            os._exit(1)
 
     def computed() -> bool:
         try:
@@ -245,6 +271,11 @@ def watched(world: World, timeout: float, device: torch.device) -> Iterator[None
     with Heartbeat(world.rank, world.size, store, timeout, on_stall, on_lost, computed) as heartbeat:
         world.beat = heartbeat.beat
         yield
+
+
+def threads_of(name: str) -> list[int | None]:
+    """Return the threads of this process whose names begin so."""
+    return [thread.ident for thread in threading.enumerate() if thread.name.startswith(name)]
 
 
 def stack_of(thread: int | None) -> tuple[tuple[str, str, int, str, int], ...]:

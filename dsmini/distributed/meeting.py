@@ -1,19 +1,17 @@
-"""The meeting of a command's processes before they have a group, and the one sentence about what went wrong.
+"""The launcher, and the meeting of a command's processes before they have a group.
 
 They meet in the launcher's store. Each sets a key of its own, so those that came can say who is missing. A process that
-made a mistake before it came sets its key to its sentence, and the others do not wait for it. `tell` prints one
-sentence, whoever failed, before any process ends: torchrun ends all once one has ended.
+made a mistake before it came sets its key to its sentence (failure.py), and the others do not wait for it.
 """
 
 import os
 import socket
 import time
-from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING
 
-from dsmini.console.command import complain, interruptible
+from dsmini.console.command import interruptible
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
@@ -55,6 +53,11 @@ def told(error: Exception) -> Exception:
     return error
 
 
+def is_told(error: BaseException) -> bool:
+    """Return whether all ranks raise an error."""
+    return TOLD in getattr(error, "__notes__", ())
+
+
 def meet(seconds: float) -> None:
     """Wait until all processes have come. Each sets a key of its own: to nothing, or to what is wrong.
 
@@ -65,7 +68,7 @@ def meet(seconds: float) -> None:
     keys = [f"rank {other}" for other in range(size)]
     try:
         store.set(keys[rank], "")
-        _wait(store, keys, seconds)
+        wait_for(store, keys, seconds)
         missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
         wrong = [words for key in keys if store.check([key]) and (words := store.get(key).decode())]
     except RuntimeError as error:
@@ -80,37 +83,7 @@ def meet(seconds: float) -> None:
         raise told(ValueError(wrong[0]))
 
 
-def tell(sentence: str, error: BaseException) -> None:
-    """Print what is wrong, unless another process of the command does.
-
-    Args:
-        error: one that was `told` is raised by all ranks.
-    """
-    rank, size = launched()
-    own = f"rank {rank}: {sentence}" if rank else sentence
-    try:
-        if size == 1 or isinstance(error, UnreachableError):
-            raise UnreachableError
-        store = store_client("meeting", GRACE)
-    except UnreachableError:
-        complain(own)
-        return
-    words = sentence if TOLD in getattr(error, "__notes__", ()) else own
-    # KeyboardInterrupt: torchrun ends all once one has ended; RuntimeError: rank 0 held the store, and has ended
-    with suppress(KeyboardInterrupt, RuntimeError):
-        store.set(f"rank {rank}", words)
-        if rank:  # rank 0 may be about to say the same
-            _wait(store, ["said"], GRACE / 4)
-        if store.add("speakers", 1) == 1:
-            complain(words)
-            store.set("said", "")
-        _wait(store, ["said"], GRACE)
-        store.set(f"heard {rank}", "")
-        if rank == 0 and not held_by_launcher():
-            _wait(store, [f"heard {other}" for other in range(size)], GRACE)
-
-
-def _wait(store: "Store", keys: list[str], seconds: float) -> None:
+def wait_for(store: "Store", keys: list[str], seconds: float) -> None:
     """Wait some seconds for keys. The store's own wait hears no signal, and prints warnings of a time-out."""
     end = time.monotonic() + seconds
     while not store.check(keys) and time.monotonic() < end:
@@ -124,7 +97,7 @@ def store_client(prefix: str, seconds: float) -> "Store":
     """
     from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    host, end = os.environ.get("MASTER_ADDR", ""), time.monotonic() + seconds
+    host, begin = os.environ.get("MASTER_ADDR", ""), time.monotonic()
 
     def connected() -> TCPStore:
         port = int(os.environ.get("MASTER_PORT", ""))
@@ -134,8 +107,14 @@ def store_client(prefix: str, seconds: float) -> "Store":
             try:
                 socket.create_connection((host, port), timeout=5).close()
                 return TCPStore(host, port, None, False, timedelta(seconds=seconds), wait_for_workers=False)
-            except OSError:
-                if time.monotonic() > end:
+            except OSError as error:
+                if (
+                    held_by_launcher()
+                    and isinstance(error, ConnectionRefusedError)
+                    and time.monotonic() > begin + GRACE
+                ):
+                    raise ValueError("its launcher has ended") from None  # whose store was there before this process
+                if time.monotonic() > begin + seconds:
                     raise ValueError(f"nobody answers within {seconds:g} s") from None
                 time.sleep(0.1)
 

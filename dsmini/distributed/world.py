@@ -2,15 +2,13 @@
 
 An error that all ranks would report is reported once: meeting.py. One that only some meet (a full disk on one machine)
 is raised by all of them together, and names the ranks. A rank that dies takes the others with it: no group of gloo or
-NCCL survives the loss of a member. Each ends with status 1, and whoever started them starts them all again.
-A rank that stops without an end is found by heartbeat.py.
+NCCL survives the loss of a member. Whoever started them starts them all again. failure.py says how a process ends, and
+heartbeat.py finds one that stops without an end.
 """
 
 import contextlib
 import os
-import re
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,16 +22,12 @@ import torch.distributed as dist
 
 from dsmini.config.fields import plain
 from dsmini.console.command import interruptible
-from dsmini.distributed.meeting import TOLD, launched, meet, store_client, told
+from dsmini.distributed.failure import fail, words_of_loss
+from dsmini.distributed.meeting import is_told, launched, meet, store_client, told
 from dsmini.machine import cores, pick_device
 from dsmini.reading import UnreadableError
 
 T = TypeVar("T")
-LOST = (
-    *("closed by peer", "reset by peer", "broken pipe", "timed out", "application timeout", "wait timeout after"),
-    *("got 0 bytes", "remote process exit", "operation timeout", "communicator was aborted"),
-)
-"""Parts of the messages of gloo, NCCL and the store about a rank that died or stood still, in small letters."""
 SHARED_WITHIN = 20.0
 """Seconds in which a new file must be seen on all machines."""
 KINDS = (OSError, UnreadableError, ValueError, ArithmeticError, MemoryError)
@@ -226,7 +220,7 @@ def joined(
         device: of this process; on a GPU, tensors on it are sent by NCCL, and those on the CPU by gloo.
         longest_wait: seconds after which a collective fails in which another rank is missing; None: timeout.
 
-    Raises: ValueError if one does not come, or cannot be reached. A rank that loses another ends here, with status 1.
+    Raises: ValueError if one does not come, or cannot be reached. A rank with an error of its own ends here.
     """
     rank, size = launched()
     if size == 1:
@@ -240,15 +234,9 @@ def joined(
     _connect(backend, timeout, longest_wait or timeout)
     try:
         yield World(rank=rank, size=size)
-    except (Exception, KeyboardInterrupt) as error:
-        lost = words_of_loss(error)
-        if TOLD not in getattr(error, "__notes__", ()) and (lost or isinstance(error, dist.DistError)):
-            words = f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}"
-            if lost:
-                words = f"rank {rank}: lost another process ({lost}); a run of dsmini.train continues with --resume"
-            print(words + "\n", end="", file=sys.stderr, flush=True)  # in one write: other ranks write to it too
-            sys.stdout.flush()
-            os._exit(1)  # without the destructors that wait for, or abort after, a group that is dead
+    except BaseException as error:
+        if not is_told(error):
+            fail(error)  # this process ends here
         raise
     finally:
         if dist.is_initialized():
@@ -273,17 +261,3 @@ def _connect(backend: str, timeout: float, longest_wait: float) -> None:
             f"the {size} processes met, but cannot connect to each other: {reason}; check that the network lets them "
             "through, and name its interface with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
         ) from None
-
-
-def words_of_loss(error: BaseException) -> str:
-    """Return what an error says of another rank that died or stood still, "" for nothing.
-
-    gloo's and NCCL's have no types for it. torch's pipeline raises an error of its own on top.
-    """
-    if not isinstance(error, RuntimeError):
-        return ""
-    words = " ".join(str(error).split())
-    if any(part in words.lower() for part in LOST):
-        return re.sub(r"^\[\S+\] ", "", words).partition(". This is typically")[0]  # without gloo's file and advice
-    cause = error.__cause__ or error.__context__
-    return "" if cause is None else words_of_loss(cause)

@@ -33,6 +33,7 @@ from dsmini.config.fields import require
 from dsmini.console.messages import say
 from dsmini.console.progress import LEAST_SECONDS, Progress, patience
 from dsmini.data.corpus import Windows
+from dsmini.distributed.failure import say_failure
 from dsmini.distributed.meeting import told
 from dsmini.distributed.mesh import meta_model, unequal_replicas
 from dsmini.distributed.world import World
@@ -262,6 +263,7 @@ class TrainingRun:
             if self.failure is not None:
                 raise self.failure
         except BaseException as error:
+            say_failure(error)  # before anything that waits for another rank
             self._save_what_is_whole(error)
             raise
         finally:
@@ -355,13 +357,18 @@ class TrainingRun:
     # --- checkpoints
 
     def _save(self, *, background: bool = False) -> None:
-        self._tell_failure(self.saver.finish)
+        self._finish_saving()
         if self.saver.saved_at == self.trainer.steps_done:
             return
         self.phase("saving")
         with patience(self.console, "saving"):
             self._compare_replicas()  # a flipped bit must not be saved
             self.saver.save(background=background)
+
+    def _finish_saving(self) -> None:
+        """Wait for the save in the background, which may take as long as one in the foreground."""
+        self.phase("saving")
+        self._tell_failure(self.saver.finish)
 
     def _tell_failure(self, save: Callable[[], None]) -> None:
         """Do something for a checkpoint on the way. A failure is only reported: nothing is lost yet."""
@@ -372,6 +379,7 @@ class TrainingRun:
 
     def _save_what_is_whole(self, error: BaseException) -> None:
         """Note that a run ends by an error; save it where only a file of its figures could not be written."""
+        self.phase("saving")
         with suppress(Exception):  # the first error is the one to tell
             self.saver.finish()
         stopped = isinstance(error, KeyboardInterrupt)
@@ -419,7 +427,7 @@ class TrainingRun:
         Raises: ArithmeticError after train.max_rewinds of them.
         """
         rewinds, most, place = self.history.rewinds, self.config.train.max_rewinds, self.trainer.sequences
-        self._tell_failure(self.saver.finish)
+        self._finish_saving()
         if not self.world.first(lambda: bool(checkpoint_folders(self.folder))):
             self.progress.say(f"step {step.step}: the loss is a spike; there is no checkpoint to return to")
             return False

@@ -28,6 +28,7 @@ from dsmini.checkpoint.training_state import (
     write_manifest,
 )
 from dsmini.config import RunConfig
+from dsmini.distributed.heartbeat import SAVING
 from dsmini.distributed.meeting import told
 from dsmini.distributed.mesh import Pieces
 from dsmini.distributed.world import World
@@ -143,7 +144,7 @@ class Saver:
         self.saved_at: int | None = None
         """Step of the last checkpoint."""
         self._behind: World | None = None
-        self._thread = ThreadPoolExecutor(1, "saving")
+        self._thread = ThreadPoolExecutor(1, SAVING)
         self._writing: Future[None] | None = None
 
     def save(self, *, background: bool = False) -> None:

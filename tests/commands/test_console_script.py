@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+import torch
 import tyro
 from rich.console import Console
 
 import dsmini
 from dsmini.__main__ import COMMANDS, main
+from dsmini.console.command import outcome_of
 from dsmini.console.commandline import flags
 from dsmini.console.messages import printable, say
 from tests.conftest import SMALL
@@ -138,6 +140,26 @@ def test_lines_errors_and_warnings_are_printable(capsys: pytest.CaptureFixture[s
     done = subprocess.run([sys.executable, "-c", program, HOSTILE], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == f"warning: {SHOWN}\nerror: {SHOWN}\n"
+
+
+# what a command says of an error that is not the user's
+
+
+def test_only_what_does_not_fit_is_too_large_for_this_machine() -> None:
+    for size in ((1 << 52,), (1 << 40, 1 << 40)):
+        with pytest.raises(RuntimeError) as met:
+            torch.empty(size)
+        assert outcome_of(met.value)[0].startswith("too large for this machine: ")  # pyright: ignore[reportOptionalMemberAccess]
+    for words in (
+        *("CUDA out of memory. Tried to allocate 2.00 GiB.", "MPS backend out of memory (MPS allocated: 8 GB)"),
+        *("CUDA error: out of memory", "not enough memory: you tried to allocate 8 bytes"),
+    ):
+        assert "too large" in (outcome_of(RuntimeError(words))[0] or ""), words
+    for words in (
+        *("CUDA error: an illegal memory access was encountered", "CUDA error: misaligned address"),
+        *("pin_memory needs a CUDA device", "Expected a tensor in contiguous memory format"),
+    ):
+        assert outcome_of(RuntimeError(words)) == (None, 1), words
 
 
 # heavy libraries are loaded where they are used

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from dsmini.console.command import run
-from dsmini.distributed.meeting import tell
+from dsmini.distributed.failure import tell, words_of_loss
 from dsmini.distributed.world import joined
 
 SECONDS = 200.0
@@ -134,19 +134,23 @@ def _rank(rank: int, n: int, port: int, attempt: int, call: bytes, answer: Path)
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
         **{"GLOO_SOCKET_IFNAME": LOOPBACK, "TORCHELASTIC_RESTART_COUNT": str(attempt)},
     }
-    try:
-        work, args, options, timeout = pickle.loads(call)
-        if timeout is None:
-            result = {"value": work(*args, **options)}
-        else:
-            with joined(timeout) as world:
-                result = {"value": work(world, *args, **options)}
-    except BaseException:
-        result = {"failure": traceback.format_exc()}
-    torch.save(result, partial := answer.with_suffix(".partial"))
-    partial.rename(answer)
-    if "failure" in result:
-        sys.exit(1)
+
+    def tell_it(**result: Any) -> None:
+        torch.save(result, partial := answer.with_suffix(".partial"))
+        partial.rename(answer)
+
+    work, args, options, timeout = pickle.loads(call)
+    if timeout is None:
+        tell_it(value=work(*args, **options))
+        return
+    with joined(timeout) as world:
+        try:
+            value = work(world, *args, **options)
+        except BaseException as error:
+            if not words_of_loss(error):  # an error of its own, for which `joined` ends this process
+                tell_it(failure=traceback.format_exc())
+            raise
+    tell_it(value=value)
 
 
 # --- commands

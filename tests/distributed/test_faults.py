@@ -4,6 +4,7 @@ A run that is started again ends with the bits of one that met no fault. A row w
 started again after each of them.
 """
 
+import itertools
 import math
 import os
 import random
@@ -12,13 +13,16 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from dsmini.distributed.heartbeat import STALLED
+from dsmini.distributed.failure import STALLED
 from dsmini.distributed.world import World
 from dsmini.training import start as training_start
 from dsmini.training.record import read_events, read_records
@@ -161,6 +165,57 @@ def test_death_while_groups_are_made_ends_the_others(layout: dict[str, Any], tmp
     assert statuses(ends) == [1, KILLED, *[1] * (n - 2)], ends
 
 
+# --- a rank that fails
+
+
+def fail_where_destroying_waits(where: str) -> None:
+    """Let rank 1 fail in the second step, with a group that is destroyed as NCCL's is: it waits for the others."""
+    dist.destroy_process_group = lambda: time.sleep(3600)
+    of: Any = torch.Tensor if where == "backward" else dist
+    real, calls = getattr(of, where), itertools.count()
+
+    def call(*args: Any, **options: Any) -> Any:
+        if next(calls) == 1:
+            if where == "backward":
+                raise RuntimeError("a fault of this rank")
+            args = (torch.zeros(3, dtype=torch.float8_e4m3fn),)  # gloo sums no FP8
+        return real(*args, **options)
+
+    if os.environ["RANK"] == "1":
+        setattr(of, where, call)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "words"), [("backward", "RuntimeError: a fault of this rank"), ("all_reduce", "Error: ")]
+)
+def test_rank_that_fails_says_so_first_and_all_end(where: str, words: str, config: Path, tmp_path: Path) -> None:
+    line = [str(config), "--out", str(tmp_path / "run"), "--parallel.ep", "2"]
+    begin = time.monotonic()
+    got = spoken(tmp_path, line, line, prepare=partial(fail_where_destroying_waits, where))
+    assert got.statuses == [1, 1] and time.monotonic() - begin < 100, got.errors
+    assert "Traceback" in got.errors[1] and words in got.errors[1] and "rank 1 failed" in got.errors[1]
+    assert "lost another process" in got.errors[0] and "Traceback" not in got.errors[0], got.errors[0]
+
+
+def saved_slowly(world: World, folder: Path, seconds: float, **changes: Any) -> bool:
+    """Train with saves in the background, of which the first takes some seconds to reach the disk on rank 1."""
+    real, calls = os.fsync, itertools.count()
+
+    def fsync(file: int) -> None:
+        if world.rank == 1 and threading.current_thread().name.startswith("saving") and next(calls) == 0:
+            time.sleep(seconds)
+        real(file)
+
+    os.fsync = fsync
+    return run(world, folder, EP | {"timeout": 5.0}, save_every=1, save_in_background=True)
+
+
+@pytest.mark.slow
+def test_slow_disk_behind_a_run_is_no_stall(tmp_path: Path) -> None:
+    assert run_ranks(2, saved_slowly, tmp_path / "run", 12.0) == [True, True]
+
+
 # --- the end of a launcher
 
 
@@ -212,3 +267,6 @@ def test_stall_of_the_command_is_told_on_stderr(config: Path, tmp_path: Path) ->
     got = spoken(tmp_path, args, args, prepare=hang_in_fill)
     assert got.statuses == [STALLED] * 2 and got.outputs == ["", ""]
     assert got.errors[0].count("rank 1 (pid") == 1 and "--resume" in got.errors[0]
+    for rank, error in enumerate(got.errors):
+        assert f"stacks of rank {rank}" in error and "MainThread:" in error
+    assert "in hang_in_fill" not in got.errors[0] and "time.sleep(3600)" in got.errors[1]

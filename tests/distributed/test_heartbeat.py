@@ -12,7 +12,8 @@ from unittest.mock import Mock
 import pytest
 import torch.distributed as dist
 
-from dsmini.distributed.heartbeat import ENDED, STALLED, Heartbeat, place_of
+from dsmini.distributed.failure import STALLED
+from dsmini.distributed.heartbeat import ENDED, Heartbeat, place_of
 
 
 class Ended(BaseException):
@@ -80,6 +81,23 @@ def test_stall_is_found_and_ends_all(
         return
     assert statuses == dict.fromkeys(living, STALLED) and said.keys() == {speaker}
     assert said[speaker][0] == culprit and re.match(words, said[speaker][2])
+
+
+def test_rank_that_failed_ends_those_that_do_not_hear_of_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On NCCL a main thread waits in a collective for a rank that has ended, and no error comes."""
+    monkeypatch.setattr(os, "_exit", end)
+    store: Any = dist.HashStore()
+    first, other = (Heartbeat(rank, 2, store, 3.0, Mock()) for rank in range(2))
+    with pytest.raises(KeyError), other:
+        raise KeyError("a fault")
+    for _ in range(10):
+        first.exchange(1.0)
+    with pytest.raises(Ended, match="1"):
+        first.exchange(1.0)
+    assert "rank 0: lost another process (rank 1 has failed)" in capfd.readouterr().err
+    first.on_stall.assert_not_called()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from dsmini import machine
 from dsmini.distributed import world as worlds
+from dsmini.distributed.failure import words_of_loss
 from dsmini.distributed.meeting import launcher
 from dsmini.distributed.mesh import unequal_replicas
-from dsmini.distributed.world import World, joined, own_share, words_of_loss
+from dsmini.distributed.world import World, joined, own_share
 from tests.distributed.ranks import new_store, outcomes, run_ranks
 
 
