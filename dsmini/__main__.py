@@ -11,7 +11,10 @@ from pathlib import Path
 from dsmini.console.command import run
 from dsmini.distributed.failure import tell
 
-COMMANDS = ("train", "generate", "compare", "tokenize", "convert", "explain", "plan", "diagnose", "selfcheck")
+COMMANDS = (
+    *("train", "generate", "compare", "tokenize", "convert", "vectors"),
+    *("explain", "plan", "diagnose", "selfcheck"),
+)
 
 
 def main() -> None:

@@ -1,0 +1,172 @@
+"""transformers' classes make the tensors of the vectors from the same folders, and the checker finds no difference."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hf
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.modeling_layers import MtpModel
+from transformers.models.deepseek_v4 import modeling_deepseek_v4
+
+from dsmini.checkpoint.check_vectors import compare
+from dsmini.checkpoint.load import parts_of
+from dsmini.checkpoint.vectors import GENERATIONS, rising, write
+
+POINTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_a_layernorm": "attn.q_norm",
+    "self_attn.q_a_norm": "attn.q_norm",
+    "self_attn.kv_a_layernorm": "attn.latent",
+    "self_attn": "attn",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp": "ffn",
+}
+"""transformers' names of modules of a block whose results are in the vectors, and the names there."""
+LACKS = {"v3": (), "v3.2": ("mtp.",), "v4": ("mtp.",)}
+"""Beginnings of the names that transformers has no code for."""
+
+
+def computed(model: Any, inputs: dict[str, Tensor], patch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """Return the tensors that transformers makes, under the names of the vectors."""
+    out: dict[str, Tensor] = {}
+    tokens, s = inputs["tokens"], inputs["tokens"].shape[1]
+    hooks = []
+
+    def on(module: Any, note: Any) -> None:
+        hooks.append(module.register_forward_hook(lambda _, __, result: out.update(note(result))))
+
+    for i, layer in enumerate(model.model.layers):
+        on(layer, lambda x, i=i: {f"layers.{i}": x})
+        for name, module in layer.named_modules():
+            at = f"layers.{i}."
+            if name in POINTS:
+                one = f"{at}{POINTS[name]}"
+                on(module, lambda x, one=one: {one: x[0] if isinstance(x, tuple) else x})
+            elif name.endswith("_hc"):
+                one = f"{at}hc_{name[:-3]}."
+                on(module, lambda x, one=one: {f"{one}post": x[0], f"{one}comb": x[1], f"{one}read": x[2]})
+            elif name == "mlp.gate":
+                on(
+                    module,
+                    lambda x, one=f"{at}ffn.gate.", gate=module: routed(
+                        one, x, getattr(gate, "score_fn", torch.sigmoid)
+                    ),
+                )
+            elif name == "self_attn.compressor":
+                on(module, lambda x, one=f"{at}attn.entries": {one: x[0][:, 0]})
+            elif name.endswith("indexer"):
+                on(
+                    module,
+                    lambda x, one=f"{at}attn.topk": {one: chosen(x, s if "v32" in model.config.model_type else 0)},
+                )
+    on(model.model.embed_tokens, lambda x: {"embed": x})
+    on(model.model.norm, lambda x: {"norm": x})
+    if hasattr(model.model, "hc_head"):
+        on(model.model.hc_head, lambda x: {"hc_head": x})
+        attend, windows = modeling_deepseek_v4.eager_attention_forward, list[Tensor]()
+        patch.setattr(
+            modeling_deepseek_v4,
+            "eager_attention_forward",
+            lambda of, q, k, *rest, **more: (windows.append(k[:, 0, s - 8 : s]), attend(of, q, k, *rest, **more))[1],
+        )
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        hidden = model.model(tokens, cache=cache).last_hidden_state
+    for i, layer in enumerate(cache.layers):
+        if hasattr(model.model, "hc_head"):
+            out[f"layers.{i}.attn.window"] = windows[i]
+            if "indexer" in getattr(layer, "compressed_kv", {}):
+                out[f"layers.{i}.attn.index_keys"] = layer.compressed_kv["indexer"]
+        else:  # even numbers of the rotary key come first, then odd ones
+            out[f"layers.{i}.attn.k_rope"] = rearrange(layer.values[:, 0], "b s (two p) -> b s (p two)", two=2)
+            if getattr(layer, "indexer_keys", None) is not None:
+                out[f"layers.{i}.attn.index_keys"] = layer.indexer_keys
+    for hook in hooks:
+        hook.remove()
+    logits = out["logits"] = model(tokens).logits
+    out["loss"] = F.cross_entropy(logits.flatten(0, 1), inputs["targets"].flatten())
+    out["loss"].backward()
+    rows = [continued(model, prompt[None, :n]) for prompt, n in zip(inputs["prompts"], inputs["lengths"], strict=True)]
+    out["decode.logits"] = torch.cat(rows)
+    out["decode.tokens"] = out["decode.logits"].argmax(-1).int()
+    out["hidden"] = hidden
+    return {name: value.detach().contiguous() for name, value in out.items()}
+
+
+def routed(name: str, result: Any, score: Any) -> dict[str, Tensor]:
+    logits, weights, indices = result
+    every = torch.zeros_like(logits).scatter(1, indices, weights)
+    parts = {"scores": score(logits), "experts": rising(indices), "weights": every}
+    return {f"{name}{part}": value[None] for part, value in parts.items()}
+
+
+def chosen(indices: Tensor, s: int) -> Tensor:
+    """Return chosen keys in rising order; V3.2's come with keys that the mask hides, where a query sees few."""
+    seen = indices if not s else torch.where(indices <= torch.arange(s)[:, None], indices, -1)
+    return rising(seen)
+
+
+@torch.no_grad()
+def continued(model: Any, prompt: Tensor) -> Tensor:
+    cache = DynamicCache(config=model.config)
+    logits = [model(prompt, cache=cache).logits[:, -1]]
+    while len(logits) < 8:
+        logits.append(model(logits[-1].argmax(-1, keepdim=True), cache=cache).logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+def multi_token_prediction(model: Any, folder: Path, hidden: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """Return the block of V3's multi-token prediction, and its logits."""
+    blocks: Any = MtpModel(model, 1).eval()
+    prefix, n = f"model.layers.{len(model.model.layers)}.", tokens.shape[1] - 1
+    tensors = {
+        k.removeprefix(prefix): t for k, t in load_file(folder / "model.safetensors").items() if k.startswith(prefix)
+    }
+    layer = blocks.layers[0]
+    for name in ("enorm", "hnorm", "eh_proj"):
+        getattr(layer, name).weight.data = tensors[f"{name}.weight"]
+    layer.post_norm.weight.data = tensors["shared_head.norm.weight"]
+    for name, parameter in layer.mtp_block.state_dict().items():
+        if ".experts." in name:
+            e, kinds = range(len(parameter)), ("gate_proj", "up_proj") if "gate_up" in name else ("down_proj",)
+            each = [torch.cat([tensors[f"mlp.experts.{i}.{kind}.weight"] for kind in kinds]) for i in e]
+            parameter.copy_(torch.stack(each))
+        else:
+            parameter.copy_(tensors[name])
+    out: dict[str, Tensor] = {}
+    layer.mtp_block.register_forward_hook(lambda _, __, x: out.update({"mtp.0.block": x}))
+    with torch.no_grad():
+        normed = blocks.forward_layer(0, hidden[:, :n], torch.arange(n)[None], None, input_ids=tokens[:, 1:])
+        out["mtp.0.logits"] = model.lm_head(normed)
+    return out
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_transformers_makes_the_same_tensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, generation: str) -> None:
+    folder = tmp_path / "vectors"
+    write(folder, generation)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    inputs = load_file(folder / "inputs.safetensors")
+    mine = computed(model, inputs, monkeypatch)
+    hidden = mine.pop("hidden")
+    if generation == "v3":
+        mine |= multi_token_prediction(model, folder, hidden, inputs["tokens"])
+    gradients = hf.gradients(model)
+    index = json.loads((folder / "index.json").read_text())
+    names = [entry["name"] for entry in index["tensors"]]
+    for part in parts_of(hf.ours(model)):
+        if f"grad.{part.name}" in names:
+            whole = gradients[part.ours]
+            mine[f"grad.{part.name}"] = whole if part.expert is None else whole[part.expert]
+    lacking = [name for name in names if name not in mine]
+    assert all(name.startswith(LACKS[generation]) for name in lacking), lacking
+    expected = {name: t.numpy() for name, t in load_file(folder / "expected.safetensors").items()}
+    found = compare(index, expected, {name: t.numpy() for name, t in mine.items()})
+    assert found == len(names) - len(lacking), found
