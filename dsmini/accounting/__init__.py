@@ -3,7 +3,7 @@
     parameters     parameters
     FLOPs          flops_per_token, decode_flops_per_token, step_flops
     bytes held     weight_bytes, gradient_bytes, optimizer_bytes, activation_bytes, training_bytes, cache_bytes,
-                   kv_bytes_per_token
+                   kv_bytes_per_token, fixed_cache_bytes
     bytes moved    decode_bytes_per_token, prefill_bytes_per_token, training_bytes_per_token
 
 Each is exact, or a lower bound that says so: what must be held or moved. dsmini.measure counts what was.
@@ -21,6 +21,7 @@ from dsmini.accounting.flops import Flops, decode_flops_per_token, flops_per_tok
 from dsmini.accounting.memory import (
     activation_bytes,
     cache_bytes,
+    fixed_cache_bytes,
     gradient_bytes,
     kv_bytes_per_token,
     mha_kv_bytes_per_token,
@@ -48,6 +49,7 @@ __all__ = [
     "decode_bytes_per_token",
     "decode_flops_per_token",
     "expected_experts",
+    "fixed_cache_bytes",
     "flops_per_token",
     "gradient_bytes",
     "kv_bytes_per_token",

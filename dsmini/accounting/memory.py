@@ -264,12 +264,26 @@ def layer_cache_bytes(c: ModelConfig, ratio: int, tokens: int, row: int, index: 
     Args:
         row, index: bytes of a row, and of an indexer's.
     """
-    window = ((c.window_size or 0) + SLACK) * row
-    if not ratio:
-        return window
+    entries = tokens // ratio if ratio else 0
+    return fixed_layer_bytes(c, ratio, row, tokens) + entries * (row + index * (ratio == CSA_RATIO))
+
+
+def fixed_layer_bytes(c: ModelConfig, ratio: int, row: int, tokens: int | None = None) -> int:
+    """Return the bytes of a layer's window, and of the FP32 rows of which an entry is made: not of its entries.
+
+    Args:
+        tokens: room of the sequence; None: more than the window has.
+    """
     series, widths = (2, (c.head_dim or 0) + (c.index_head_dim or 0)) if ratio == CSA_RATIO else (1, c.head_dim or 0)
-    raw = (series * ratio + SLACK) * 2 * series * widths * 4
-    return window + raw + tokens // ratio * (row + index * (ratio == CSA_RATIO))
+    window, raw = (c.window_size or 0) + SLACK, series * ratio + SLACK
+    if tokens is not None:
+        window, raw = min(window, tokens), min(raw, tokens)
+    return window * row + (raw * 2 * series * widths * 4 if ratio else 0)
+
+
+def fixed_cache_bytes(config: ModelConfig, dtype: CacheDtype = "bfloat16") -> int:
+    """Return the bytes of cache of a sequence besides kv_bytes_per_token of each token: V4's windows; 0 of others."""
+    return sum(fixed_layer_bytes(config, ratio, row_bytes(config, dtype)) for ratio in config.compress_ratios or ())
 
 
 def rows_read(c: ModelConfig, context: int, dtype: CacheDtype, chosen: bool = True) -> float:

@@ -65,7 +65,6 @@ from dsmini.measure.workloads import (
     dtype_name,
     random_cache,
     random_tokens,
-    rows_of,
 )
 from dsmini.nn import Block, Cache, Transformer
 from dsmini.nn.fp8 import hold_all_fp8
@@ -396,7 +395,7 @@ def filled_cache(model: Transformer, point: Point) -> Cache:
     cache = random_cache(model, point.batch, point.context, room)
     if point.rows is not None:
         for both in zip(cache.stores, point.rows.stores, strict=True):
-            for store, given in zip(*map(rows_of, both), strict=True):
+            for store, given in zip(*(store.parts for store in both), strict=True):
                 n = min(point.context, store.data.shape[1], given.data.shape[1])
                 store.data[:, :n] = given.data[:, :n].to(store.data.dtype)
     return cache

@@ -32,7 +32,9 @@ class Stats:
     cache_bytes: int
     """Size of the whole cache in bytes, measured from its storage when it is made."""
     cache_bytes_per_token: float
-    """Size of one token in all layers in bytes, measured from the storage, without multi-token prediction."""
+    """Bytes that each further token adds in all layers, measured from the storage, without multi-token prediction."""
+    cache_fixed_bytes: int = 0
+    """Bytes of each row besides, whatever its length: V4's windows."""
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     """Time of reading the prompts, in seconds."""
@@ -212,6 +214,7 @@ class Generation:
             rows=len(self.prompts),
             cache_bytes=self.cache.nbytes + self.cache.mtp_nbytes,
             cache_bytes_per_token=self.cache.nbytes_per_token,
+            cache_fixed_bytes=self.cache.fixed_nbytes,
         )
         """Counts and times so far."""
 

@@ -236,7 +236,7 @@ def system_turn(chat: Chat | Dialogue, system: str | None) -> list[Message]:
 def figures(stats: Stats, speculative: bool) -> dict[str, Any]:
     """Return the counts and times of a generation by name: times in seconds, sizes in bytes."""
     names = ["prompt_tokens", "new_tokens", "tokens_per_s", "seconds", "prefill_seconds"]
-    names += ["cache_bytes_per_token", "cache_bytes"]
+    names += ["cache_bytes_per_token", "cache_fixed_bytes", "cache_bytes"]
     names += (
         ["steps", "drafted", "accepted", "acceptance_rate", "tokens_per_step", "draft_seconds"] if speculative else []
     )
@@ -252,9 +252,10 @@ def turns_in_words(turns: Sequence[Stats]) -> str:
 
 def figures_in_words(stats: Stats, speculative: bool) -> str:
     """Return the figures of a generation in lines of at most 80 columns. The last has the tokens and their rate."""
+    fixed = f" + {_size(stats.cache_fixed_bytes)}" if stats.cache_fixed_bytes else ""
     lines = [
         f"prompt {stats.prompt_tokens} tokens, {stats.prefill_seconds:.2f} s; "
-        f"cache {stats.cache_bytes_per_token:,.0f} bytes a token, {_size(stats.cache_bytes)} in all"
+        f"cache {stats.cache_bytes_per_token:,.0f} bytes a token{fixed}, {_size(stats.cache_bytes)} in all"
     ]
     if speculative and stats.drafted:
         lines.append(f"{stats.acceptance_rate:.0%} of drafts accepted, {stats.tokens_per_step:.2f} tokens a step")

@@ -15,8 +15,7 @@ from torch import Tensor
 from dsmini.config import ModelConfig, TrainConfig
 from dsmini.inference.fused import Decoder
 from dsmini.nn import Routing, Transformer
-from dsmini.nn.cache import Cache, CacheDtype, FP8LayerCache, LayerCache
-from dsmini.nn.compressed_cache import CompressedCache, FP4Rows, FP8Rows
+from dsmini.nn.cache import Cache, CacheDtype, Rows
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.training.optim import begin_stage, optimizers
 
@@ -83,28 +82,17 @@ def random_cache(
     cache = model.new_cache(batch, context + room, dtype=dtype, mtp=mtp)
     generator = torch.Generator(cache.device).manual_seed(0)
     for store in [*cache.stores, *(cache.mtp.stores if cache.mtp else ())]:
-        for rows in rows_of(store):
+        for rows in store.parts:
             _fill(rows, context, generator)
     cache.lengths = torch.full((batch,), context)
     return cache
 
 
-def rows_of(store: LayerCache) -> list[LayerCache]:
-    """Return what a layer's cache is made of, each a store of rows: its own, and those of its indexer."""
-    parts = store.parts if isinstance(store, CompressedCache) else [store.index] if store.index is not None else []
-    inner = [rows for part in parts for rows in rows_of(part)]
-    return inner if isinstance(store, CompressedCache) else [store, *inner]
-
-
-def _fill(store: LayerCache, context: int, generator: torch.Generator) -> None:
-    """Write random numbers into the first rows of a store, encoded like real ones."""
-    data = store.data[:, :context]
-    if data.is_floating_point():
-        data.normal_(generator=generator)
-        return
-    assert isinstance(store, FP8LayerCache | FP8Rows | FP4Rows), "numbers, or bytes of these"
-    rows = torch.randn(*data.shape[:2], store.numbers, generator=generator, device=data.device)
-    data.copy_(store._encode(rows))
+def _fill(rows: Rows, context: int, generator: torch.Generator) -> None:
+    """Write random numbers into the first rows, encoded like real ones."""
+    data = rows.data[:, :context]
+    numbers = torch.empty(*data.shape[:2], rows.codec.numbers, device=data.device).normal_(generator=generator)
+    data.copy_(rows.codec.encode(numbers))
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
 from dsmini.config.fields import derives
 from dsmini.nn.attention import Attention, Context
-from dsmini.nn.cache import CacheDtype, LayerCache
+from dsmini.nn.cache import CacheDtype
 from dsmini.nn.compressed_attention import CompressedAttention
 from dsmini.nn.dsa import DSA, IndexerLoss
 from dsmini.nn.gate import HashGate, Routing
@@ -105,7 +105,7 @@ class Block(nn.Module):
         y = self.ffn(x, context)
         return y if isinstance(y, tuple) else (y, None)
 
-    def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> LayerCache:
+    def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> Any:
         """Return the empty cache of the attention, which may be inside a wrapper.
 
         Raises: ValueError for an attention that makes none.

@@ -4,18 +4,16 @@ MLA stores one row [c_kv | k_rope] for all heads together: kv_lora_rank + qk_rop
 Its baselines MHA, GQA and MQA store [k | v] of every key-value head. DSA stores MLA's row, and the indexer's key in a
 LayerCache of its own. V4's compressed attention stores other rows (compressed_cache.py).
 
-In FP8 a row of MLA is a run of bytes, as in DeepSeek-V3.2: the latent in E4M3, an FP32 scale for each 128 of its
-numbers, and the rotary key in BF16. At V3's sizes that is 512 + 4 * 4 + 2 * 64 = 656 bytes, compared with 1152 in BF16.
-The indexer's key is 128 codes and a scale, a power of two: 132 bytes, compared with 256.
+A row is stored in a format (codec.py): as numbers, or in FP8 as a run of bytes, at V3's sizes 656 compared with 1152.
 
-Each attention makes its own LayerCache (`new_cache`), and alone knows what is in it. `Cache` knows how many tokens each
-sequence has. All memory is allocated when a cache is made, max_seq_len rows for each sequence. The rows of a batch may
-have different valid lengths. `CachePositions` says where the new tokens of a call go, `LayerCacheView` is what a layer
-gets of it.
+Each attention makes its own store of Rows (`new_cache`), and alone knows what is in it. `Cache` knows how many tokens
+each sequence has. All memory is allocated when a cache is made, max_seq_len rows for each sequence. The rows of a batch
+may have different valid lengths. `CachePositions` says where the new tokens of a call go, `LayerCacheView` is what a
+layer gets of it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -24,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dsmini.config import ModelConfig
-from dsmini.numerics import SMALLEST_AMAX, dequantize_tiles, quantize_tiles
+from dsmini.nn.codec import Codec, Numbers
 
 CacheDtype = torch.dtype | Literal["fp8"]
 ChosenForm = Literal["expanded", "absorbed"]
@@ -36,93 +34,98 @@ FormPolicy = Callable[[Any, int, Any], ChosenForm]
 
 KEY_STEP = 64
 """Step in which the number of keys grows that attention reads."""
-TILE = 128
 
 
-class LayerCache:
-    """The stored rows of one layer, [b, max_seq_len, width], as numbers.
+class Rows:
+    """Stored rows of one layer, [b, size, width], in a format. The row of position p is in place p mod size.
 
-    A layer that stores something else derives from it: Cache asks for `select`, `nbytes` and `slack` alone.
+    Args:
+        tokens: number of tokens that a row stands for; None: rows of the latest tokens, however long a sequence is.
     """
 
+    index: Any = None
+    """The store of an indexer's keys, whose rows have the same places; None without an indexer."""
     slack: int | None = None
     """Number of latest tokens that may be taken back; None: all."""
 
-    def __init__(self, batch_size: int, max_seq_len: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, batch_size: int, size: int, codec: Codec, device: torch.device, tokens: int | None = 1) -> None:
         # zeros: a row that was never written has weight 0 in the softmax, and 0 * NaN would be NaN
-        self.data: Tensor = torch.zeros(batch_size, max_seq_len, width, dtype=dtype, device=device)
-        self.index: LayerCache | None = None
-        """The indexer's keys, which have the same places; None without an indexer."""
-        self.halves: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
-        """MLA.absorbed_halves, with what they were made of: they are of use only while something is decoded."""
+        self.data: Tensor = torch.zeros(batch_size, size, codec.width, dtype=codec.dtype, device=device)
+        self.codec: Codec = codec
+        self.tokens: int | None = tokens
 
-    def write(self, rows: Float[Tensor, "b s w"], positions: "CachePositions") -> None:
-        """Store the rows of new tokens in their places, and those of padding nowhere."""
-        encoded = self._encode(rows)
-        if (start := positions.shared_start) is not None:
-            self.data[:, start : start + rows.shape[1]] = encoded
-            return
-        sequence, column, position = positions.places()
-        self.data[sequence, position] = encoded[sequence, column]
+    @property
+    def parts(self) -> "list[Rows]":
+        """All rows of a layer: these, and those of its indexer."""
+        return [self] if self.index is None else [self, *self.index.parts]
+
+    def write(self, rows: Float[Tensor, "b s w"], at: "CachePositions") -> None:
+        """Store the rows of new tokens in their places, the last of those that share one, and padding nowhere."""
+        self._store(self.codec.encode(rows), at)
 
     def read(self, end: int, dtype: torch.dtype) -> Float[Tensor, "b {end} w"]:
         """Return the first `end` rows of every sequence as numbers of dtype."""
-        return self.data[:, :end].to(dtype)
+        return self.codec.decode(self.data[:, :end], dtype)
 
-    def _encode(self, rows: Tensor) -> Tensor:
-        return rows.to(self.data.dtype)
+    def read_at(self, places: Int[Tensor, "#b *n"], dtype: torch.dtype) -> Float[Tensor, "b *n w"]:
+        """Return the rows in these places."""
+        sequence = torch.arange(len(self.data), device=self.data.device)
+        return self.codec.decode(self.data[sequence.view(-1, *[1] * (places.dim() - 1)), places], dtype)
+
+    def extend(
+        self, rows: Float[Tensor, "b s w"], at: "CachePositions", n: int, dtype: torch.dtype
+    ) -> Float[Tensor, "b t w"]:
+        """Write, and return the n rows before the new ones and these, as they are stored; of a fresh cache these alone.
+
+        Rows before position 0 are any numbers.
+        """
+        encoded, n = self.codec.encode(rows), 0 if at.all_new else n
+        columns = torch.arange(-n, 0, device=self.data.device)
+        before = self.read_at((at.positions[:, :1] + columns) % self.data.shape[1], dtype)
+        self._store(encoded, at)
+        return torch.cat((before.expand(len(rows), -1, -1), self.codec.decode(encoded, dtype)), 1)
+
+    def _store(self, encoded: Tensor, at: "CachePositions") -> None:
+        (_, size, _), s = self.data.shape, encoded.shape[1]
+        if at.shared_start is None:
+            sequence, column, position = at.places(size if s > size else None)
+            self.data[sequence, position % size] = encoded[sequence, column]
+            return
+        skipped = max(0, s - size)
+        place = (at.shared_start + skipped) % size
+        straight = min(s - skipped, size - place)  # rows up to the end of the ring; the others begin it again
+        self.data[:, place : place + straight] = encoded[:, skipped : skipped + straight]
+        if skipped + straight < s:
+            self.data[:, : s - skipped - straight] = encoded[:, skipped + straight :]
 
     def select(self, index: Int[Tensor, " n"]) -> None:
         """Keep the rows of these sequences, in this order."""
         self.data = self.data[index.to(self.data.device)]
-        if self.index is not None:
-            self.index.select(index)
+
+    def clear(self, index: Int[Tensor, " n"]) -> None:
+        """Forget what these sequences had: a NaN has an effect also where its weight is 0."""
+        self.data[index.to(self.data.device)] = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storage, used or not, with that of the indexer's keys."""
-        return self.data.untyped_storage().nbytes() + (0 if self.index is None else self.index.nbytes)
+        """Bytes of the storage, used or not."""
+        return self.data.untyped_storage().nbytes()
+
+    @property
+    def nbytes_per_token(self) -> float:
+        """Bytes that each further token adds."""
+        return 0.0 if self.tokens is None else self.data.shape[2] * self.data.itemsize / self.tokens
 
 
-class FP8LayerCache(LayerCache):
-    """Rows as bytes: c numbers as E4M3 codes with an FP32 scale for each 128, then r numbers in BF16.
+class LayerCache(Rows):
+    """The stored rows of one layer as numbers: a row for each token.
 
-    Args:
-        scale, amax_min: as in quantize; DeepSeek-V3.2 has powers of two for the indexer's key alone.
+    A layer that stores something else returns Rows in another format, or an object with `parts`, a list of its Rows,
+    with `slack`, and with `index`.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        max_seq_len: int,
-        c: int,
-        r: int,
-        device: torch.device,
-        scale: Literal["fp32", "ue8m0"] = "fp32",
-        amax_min: float = SMALLEST_AMAX,
-    ) -> None:
-        tiles = -(-c // TILE)
-        self.widths: tuple[int, int, int] = (c, 4 * tiles, 2 * r)
-        self.numbers: int = c + r
-        """Number of numbers in a row."""
-        self.scale: Literal["fp32", "ue8m0"] = scale
-        self.amax_min = amax_min
-        super().__init__(batch_size, max_seq_len, sum(self.widths), torch.uint8, device)
-
-    def _encode(self, rows: Tensor) -> Tensor:
-        latent, k_rope = rows.split((self.widths[0], self.widths[2] // 2), -1)
-        codes, scales = quantize_tiles(latent.float(), (1, TILE), self.scale, "e4m3", self.amax_min)
-        parts = (codes, scales.contiguous(), k_rope.to(torch.bfloat16).contiguous())
-        return torch.cat([part.view(torch.uint8) for part in parts], -1)
-
-    def read(self, end: int, dtype: torch.dtype) -> Tensor:
-        # copies: a view as wider numbers needs an aligned start
-        codes, scales, k_rope = (
-            part.clone(memory_format=torch.contiguous_format) for part in self.data[:, :end].split(self.widths, -1)
-        )
-        codes, scales = codes.view(torch.float8_e4m3fn), scales.view(torch.float32)
-        latent = dequantize_tiles(codes, scales, (1, TILE), "e4m3", dtype)
-        return torch.cat((latent, k_rope.view(torch.bfloat16).to(dtype)), -1) if self.widths[2] else latent
+    def __init__(self, batch_size: int, max_seq_len: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(batch_size, max_seq_len, Numbers(width, dtype), device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +190,11 @@ class CachePositions:
 class LayerCacheView:
     """One layer's part of a call with a cache."""
 
-    store: LayerCache
+    store: Any
+    """Rows, or the object that a layer's new_cache returned."""
     at: CachePositions
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What the layer makes of its weights and has use for while this cache lives."""
     form: Form | FormPolicy = "auto"
     """The way MLA attends to the store, or what chooses it; auto is the one with less work (`mla.form_of`)."""
 
@@ -212,7 +218,7 @@ class LayerCacheView:
 
 
 class Cache:
-    """The LayerCaches of all blocks, and the valid length of every row. Made by Transformer.new_cache.
+    """The stores of all blocks, and the valid length of every row. Made by Transformer.new_cache.
 
     Args:
         config: of the model, whose tokens alone it takes.
@@ -223,7 +229,7 @@ class Cache:
     def __init__(
         self,
         config: ModelConfig,
-        stores: list[LayerCache],
+        stores: list[Any],
         batch_size: int,
         max_seq_len: int,
         device: torch.device,
@@ -232,7 +238,9 @@ class Cache:
         mtp: "MTPCache | None" = None,
     ) -> None:
         self.config: ModelConfig = config
-        self.stores: list[LayerCache] = stores
+        self.stores: list[Any] = stores
+        self.memos: list[dict[str, Any]] = [{} for _ in stores]
+        """LayerCacheView.memo of each block."""
         self.max_seq_len: int = max_seq_len
         self.device: torch.device = device
         self.form: Form | FormPolicy = form
@@ -252,7 +260,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes of the storage, used or not, without that of the multi-token prediction blocks."""
-        return sum(store.nbytes for store in self.stores)
+        return sum(rows.nbytes for rows in self.rows)
 
     @property
     def mtp_nbytes(self) -> int:
@@ -261,11 +269,21 @@ class Cache:
 
     @property
     def nbytes_per_token(self) -> float:
-        """Bytes of a token in all layers, measured from the storage."""
-        return self.nbytes / (self.batch_size * self.max_seq_len)
+        """Bytes that each further token adds in all layers, measured from the storage."""
+        return sum(rows.nbytes_per_token for rows in self.rows)
 
     @property
-    def index_stores(self) -> list[LayerCache]:
+    def fixed_nbytes(self) -> int:
+        """Bytes of each sequence besides, whatever its length: V4's window, and rows of which an entry is made."""
+        return sum(rows.nbytes for rows in self.rows if rows.tokens is None) // self.batch_size
+
+    @property
+    def rows(self) -> list[Rows]:
+        """All rows of all layers."""
+        return [rows for store in self.stores for rows in store.parts]
+
+    @property
+    def index_stores(self) -> list[Any]:
         """Keys of each layer's indexer; empty without one."""
         return [store.index for store in self.stores if store.index is not None]
 
@@ -329,7 +347,8 @@ class Cache:
 
     def views(self, at: CachePositions) -> list[LayerCacheView]:
         """Return each block's part of a call."""
-        return [LayerCacheView(store=store, at=at, form=self.form) for store in self.stores]
+        each = zip(self.stores, self.memos, strict=True)
+        return [LayerCacheView(store=store, at=at, memo=memo, form=self.form) for store, memo in each]
 
     def truncate(self, lengths: Int[Tensor, " b"] | int) -> None:
         """Forget all but the first tokens of each row. Multi-token prediction must not have seen more.
@@ -352,7 +371,14 @@ class Cache:
             )
         if self.mtp is not None:
             self.mtp.forget_beyond(wanted)
-        self.lengths = wanted
+        self._forget(wanted)
+
+    def _forget(self, lengths: Int[Tensor, " b"]) -> None:
+        """Take these as the valid lengths; of a row that begins again nothing stays."""
+        if len(again := (lengths == 0).nonzero().flatten()):
+            for rows in self.rows:
+                rows.clear(again)
+        self.lengths = lengths
 
     def select(self, rows: Int[Tensor, " n"] | list[int]) -> None:
         """Keep these rows, in this order. A row may be taken more than once.
@@ -366,8 +392,8 @@ class Cache:
             raise ValueError(refusal)
         self.lengths = self.lengths[index]
         self._longest = [self._longest[row] for row in index.tolist()]
-        for store in self.stores:
-            store.select(index)
+        for stored in self.rows:
+            stored.select(index)
         if self.mtp is not None:
             self.mtp.select(index)
 
@@ -408,7 +434,7 @@ class MTPCache(Cache):
                 f"multi-token prediction has taken in {self.lengths.tolist()} tokens and cannot go back to "
                 f"{lengths.tolist()}; truncate to 0 and feed them again, or make the cache with mtp=False"
             )
-        self.lengths = kept
+        self._forget(kept)
 
     def _have_lost(self, lengths: list[int]) -> bool:
         return False  # it is placed more than once in a call, and the layers' cache has raised before
@@ -450,6 +476,8 @@ def check_cache(config: ModelConfig, batch_size: int, max_seq_len: int, dtype: C
         raise ValueError(f"dtype={dtype!r} holds no rows of a cache; use torch.float32, torch.bfloat16 or 'fp8'")
     if form not in ("auto", "expanded", "absorbed") and not callable(form):
         raise ValueError(f"form={form!r} is unknown; use auto, expanded, absorbed, or a function that chooses")
+    if form != "auto" and config.attention == "compressed":
+        raise ValueError(f"form={form!r} chooses between the two of MLA; V4's attention has one, so leave it out")
     if form == "absorbed" and (not config.is_mla or config.qk_norm):
         raise ValueError("form='absorbed' is MLA's without qk_norm; use expanded")
 

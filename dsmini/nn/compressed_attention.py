@@ -46,8 +46,9 @@ from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
 from dsmini.config.model import CSA_RATIO
 from dsmini.nn.attention import Context, context_of
-from dsmini.nn.cache import CacheDtype, CachePositions, LayerCacheView
-from dsmini.nn.compressed_cache import BLOCK_FP4, BLOCK_FP8, SLACK, CompressedCache, FP4Rows, FP8Rows, Rows, stored
+from dsmini.nn.cache import CacheDtype, CachePositions, LayerCacheView, Rows
+from dsmini.nn.codec import BLOCK_FP4, BLOCK_FP8, FP4Row, Numbers, key_row
+from dsmini.nn.compressed_cache import SLACK, CompressedCache, stored
 from dsmini.nn.dsa import (
     BLOCK,
     Indexer,
@@ -528,26 +529,19 @@ class CompressedAttention(FP32Module):
 
     def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> CompressedCache:
         """Return the layer's empty cache."""
-        b, n, m, compressor = batch_size, max_seq_len, self.m, self.compressor
-
-        def rows(size: int, d: int) -> Rows:
-            if isinstance(dtype, torch.dtype):
-                return Rows(b, size, d, dtype, device)
-            return FP8Rows(b, size, d - self.rope.dim, self.rope.dim, device)
+        b, n, m, compressor, indexer = batch_size, max_seq_len, self.m, self.compressor, self.indexer
+        numbers = isinstance(dtype, torch.dtype)
+        key = Numbers(self.head_dim, dtype) if numbers else key_row(self.head_dim - self.rope.dim, self.rope.dim)
 
         def raw(of: Compressor) -> Rows:
-            exact = torch.float64 if dtype == torch.float64 else torch.float32
-            return Rows(b, of.series * m + SLACK, 2 * of.series * of.d, exact, device)
+            exact = Numbers(2 * of.series * of.d, torch.float64 if dtype == torch.float64 else torch.float32)
+            return Rows(b, min(of.series * m + SLACK, n), exact, device, None)
 
-        window = rows(self.window_size + SLACK, self.head_dim)
+        window = Rows(b, min(self.window_size + SLACK, n), key, device, None)
         if compressor is None:
             return CompressedCache(window)
-        cache = CompressedCache(window, rows(n // m, self.head_dim), raw(compressor))
-        if self.indexer is not None:
-            d = self.indexer.head_dim
-            if isinstance(dtype, torch.dtype):
-                keys = Rows(b, n // m, d, dtype, device)
-            else:
-                keys = FP4Rows(b, n // m, d, device)
-            cache.index = CompressedCache(None, keys, raw(self.indexer.compressor))
-        return cache
+        index = None
+        if indexer is not None:
+            index_key = Numbers(indexer.head_dim, dtype) if numbers else FP4Row(indexer.head_dim)
+            index = CompressedCache(None, Rows(b, n // m, index_key, device, m), raw(indexer.compressor))
+        return CompressedCache(window, Rows(b, n // m, key, device, m), raw(compressor), index)

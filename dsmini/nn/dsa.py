@@ -37,12 +37,13 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.attention import Context, Mask, attend, cached_attention
-from dsmini.nn.cache import CacheDtype, FP8LayerCache, LayerCache
+from dsmini.nn.cache import CacheDtype, LayerCache, Rows
+from dsmini.nn.codec import index_row
 from dsmini.nn.gate import stable_topk
 from dsmini.nn.layers import FP32Linear, LayerNorm, Projection, at_least_fp32, make_linear
 from dsmini.nn.mla import MLA, absorbed_attention, form_of
 from dsmini.nn.rope import CosSin, apply_rope, apply_rope_to_halves
-from dsmini.numerics import AMAX_MIN, quantize
+from dsmini.numerics import quantize
 
 BLOCK = 128
 """Queries that are masked, scored and attended together: of a long context no tensor of all pairs exists."""
@@ -348,11 +349,11 @@ class DSA(MLA):
             y = self.masked(q, k, v, topk_indices, context)
         return rearrange(y, "b h s v -> b s (h v)"), loss
 
-    def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> LayerCache:
+    def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> Rows:
         """Return MLA's cache with another one for the indexer's keys, whose scales in FP8 are powers of two."""
         cache, d = super().new_cache(batch_size, max_seq_len, dtype, device), self.indexer.head_dim
         if dtype == "fp8":
-            cache.index = FP8LayerCache(batch_size, max_seq_len, d, 0, device, "ue8m0", AMAX_MIN)
+            cache.index = Rows(batch_size, max_seq_len, index_row(d), device)
         else:
             cache.index = LayerCache(batch_size, max_seq_len, d, dtype, device)
         return cache

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, mask_function
 from dsmini.nn.attention import Context, Mask, attend, context_of
-from dsmini.nn.cache import CacheDtype, ChosenForm, FP8LayerCache, LayerCache, LayerCacheView
+from dsmini.nn.cache import CacheDtype, ChosenForm, LayerCache, LayerCacheView, Rows
+from dsmini.nn.codec import latent_row
 from dsmini.nn.layers import Projection, RMSNorm, at_least_fp32, is_plain, make_linear, output_linear, quantize_once
 from dsmini.nn.rope import CosSin, Rope, apply_rope
 from dsmini.numerics import QuantizedTensor
@@ -190,8 +191,8 @@ class MLA(nn.Module):
         cache.append(new)
         q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
         if cache.at.all_new:  # a change of a weight's .data is not counted
-            cache.store.halves = None
-        return q_nope, q_rope, cache.store.read(cache.at.n_keys, q.dtype), *self.absorbed_halves(q.dtype, cache.store)
+            cache.memo.clear()
+        return q_nope, q_rope, cache.store.read(cache.at.n_keys, q.dtype), *self.absorbed_halves(q.dtype, cache.memo)
 
     def query_latent(self, x: Float[Tensor, "b s m"] | QuantizedTensor) -> Float[Tensor, "b s l"] | QuantizedTensor:
         """Return the normed compressed query; x itself where the query is not compressed."""
@@ -220,20 +221,20 @@ class MLA(nn.Module):
         k_nope, v = kv.tensor_split((self.qk_nope_head_dim,), -1)
         return torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, self.n_heads, -1)), -1), v
 
-    def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> LayerCache:
+    def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> Rows:
         """Return the layer's empty cache: a row holds the latent and the rotary key."""
         c, r = self.kv_lora_rank, self.rope.dim
         if dtype == "fp8":
-            return FP8LayerCache(batch_size, max_seq_len, c, r, device)
+            return Rows(batch_size, max_seq_len, latent_row(c, r), device)
         return LayerCache(batch_size, max_seq_len, c + r, dtype, device)
 
     def absorbed_halves(
-        self, dtype: torch.dtype, store: LayerCache | None = None
+        self, dtype: torch.dtype, memo: dict[str, Any] | None = None
     ) -> tuple[Float[Tensor, "h n c"], Float[Tensor, "h c v"]]:
         """Take wkv_b apart for the absorbed form: W_UK and W_UV of every head, in dtype.
 
         Args:
-            store: keeps them, until a step, a load or a move changes the weight.
+            memo: keeps them, until a step, a load or a move changes the weight.
 
         Raises: ValueError for a module in the place of wkv_b, such as a LoRA wrapper, whose weight nobody can read.
         """
@@ -242,16 +243,16 @@ class MLA(nn.Module):
             raise ValueError(f"form='absorbed' reads the weight of wkv_b, here a {kind}; use form='expanded' or 'auto'")
         weight = self.wkv_b.weight
         if weight.is_inference() or (torch.is_grad_enabled() and weight.requires_grad):
-            store = None  # nobody counts its changes, or the halves have a gradient
-        key = () if store is None else (id(weight), weight.data_ptr(), weight._version, dtype)
-        if store is not None and store.halves is not None and store.halves[0] == key:
-            return store.halves[1]
+            memo = None  # nobody counts its changes, or the halves have a gradient
+        key = () if memo is None else (id(weight), weight.data_ptr(), weight._version, dtype)
+        if memo and memo["halves of"] == key:
+            return memo["halves"]
         w_uk, w_uv = rearrange(self.wkv_b.dense(dtype), "(h d) c -> h d c", h=self.n_heads).tensor_split(
             (self.qk_nope_head_dim,), 1
         )
         halves = w_uk.contiguous(), w_uv.transpose(1, 2).contiguous()
-        if store is not None:
-            store.halves = (key, halves)
+        if memo is not None:
+            memo.update({"halves of": key, "halves": halves})
         return halves
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from dsmini.accounting import parameters
 from dsmini.accounting.flops import LOSS, flops_per_token, is_repeated, work
-from dsmini.accounting.memory import Recompute, Saved, index_row_bytes, layer_cache_bytes, row_bytes
+from dsmini.accounting.memory import Recompute, Saved, fixed_layer_bytes, index_row_bytes, row_bytes
 from dsmini.accounting.tensors import BLOCK, INDEXER, MTP, OVER, SCORES, SIZES, TensorUse, blocks, main_tensors, tensors
 from dsmini.config import ModelConfig
 from dsmini.config.model import CSA_RATIO
@@ -275,8 +275,8 @@ class CompressedCacheFigures(CacheFigures):
     @counted("B")
     def window_cache(self) -> float:
         """Cache of a sequence's window and of the rows that the next entry is made of, all layers."""
-        c, row, index = self.config, int(self.attention_row), int(self.index_row)
-        return sum(layer_cache_bytes(c, ratio, 0, row, index) for ratio in c.compress_ratios or ())
+        row = int(self.attention_row)
+        return sum(fixed_layer_bytes(self.config, ratio, row) for ratio in self.config.compress_ratios or ())
 
 
 def cache_figures(c: ModelConfig, dtype: Any) -> CacheFigures:

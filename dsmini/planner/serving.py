@@ -39,7 +39,7 @@ from math import floor, gcd
 from typing import TYPE_CHECKING, Literal
 
 from dsmini.accounting.flops import context_products, twice_the_keys
-from dsmini.accounting.memory import layer_cache_bytes, row_width, rows_read
+from dsmini.accounting.memory import fixed_layer_bytes, row_width, rows_read
 from dsmini.accounting.tensors import SIZES, TensorUse, divisors, main_tensors, mtp_tensors
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
@@ -213,7 +213,7 @@ class Deployed:
         """Cache of a sequence's window in the layers of multi-token prediction, where V4 drafts."""
         c, row = self.w.m.config, int(self.w.cache.attention_row)
         drafted = self.drafted and c.compress_ratios is not None
-        return c.n_mtp_layers * layer_cache_bytes(c, 0, 0, row, 0) if drafted else 0
+        return c.n_mtp_layers * fixed_layer_bytes(c, 0, row) if drafted else 0
 
     @figure("B/token")
     def sequence_cache(self) -> float:

@@ -30,6 +30,7 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
     tokens = sum(row["tokens"] for row in history.records)  # not those of steps that a rewind took back
     rate = tokens / history.seconds
     flops = accounting.flops_per_token(model, config.seq_len, training=True, dsa_stage=train.dsa_stage).total
+    dtype_name = "float32" if itemsize == 4 else "bfloat16"
     cache, mha_cache = (
         bytes_of(model, itemsize) for bytes_of in (accounting.kv_bytes_per_token, accounting.mha_kv_bytes_per_token)
     )
@@ -62,6 +63,7 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "peak_memory": peak_memory(trainer.device),
         "cache_bytes_per_token": cache,
+        "cache_fixed_bytes": accounting.fixed_cache_bytes(model, dtype_name),
         "mha_cache_bytes_per_token": mha_cache,
         "cache_saved": 1 - cache / mha_cache,
         "max_vio": sum(vio) / len(vio) if vio else None,
@@ -93,13 +95,17 @@ def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
         lines += [("at context", f"{nats:.4f} nats in windows of {s['eval_context']}")]
     if (nats := s["val_loss_ema"]) is not None:
         lines += [("average", f"{nats:.4f} nats with the parameters' average over the steps")]
-    cache = f"{s['cache_bytes_per_token']:,} bytes a token in {dtype}; {s['mha_cache_bytes_per_token']:,} with the same"
+    fixed = f", and {s['cache_fixed_bytes']:,} of each sequence," if s["cache_fixed_bytes"] else ""
+    cache = f"{s['cache_bytes_per_token']:,} bytes a token{fixed} in {dtype}"
     lines += [
         ("parameters", f"{s['parameters']:,}, of which {s['active_parameters']:,} are active for a token"),
         ("training", f"{s['tokens']:,} tokens in {s['train_seconds']:.0f} s: {s['tokens_per_s']:,.0f} tokens/s"),
         ("speed", f"{s['flops_per_s'] / 1e9:.1f} GFLOP/s in {dtype}"),
         ("memory", f"{s['peak_memory'] / 2**20:,.0f} MiB at the peak"),
-        ("cache", f"{cache} heads as MHA, {s['cache_saved']:.1%} less"),
+        (
+            "cache",
+            f"{cache}; {s['mha_cache_bytes_per_token']:,} with the same heads as MHA, {s['cache_saved']:.1%} less",
+        ),
     ]
     if s["max_vio"] is not None:
         lines += [("balance", f"MaxVio {s['max_vio']:.2f}, mean over the layers and the last tenth of the steps")]

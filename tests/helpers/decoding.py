@@ -61,9 +61,9 @@ def filled(model: Transformer, lengths: list[int], dtype: Any) -> Cache:
     width = c.kv_lora_rank + c.qk_rope_head_dim if c.is_mla else grouped
     numbers = torch.randn(len(model.layers), len(lengths), ROOM, width)
     for store, rows in zip(cache.stores, numbers, strict=True):
-        store.data.copy_(store._encode(rows))
+        store.data.copy_(store.codec.encode(rows))
     for store in cache.index_stores:
-        store.data.copy_(store._encode(torch.randn(len(lengths), ROOM, c.index_head_dim or 0)))
+        store.data.copy_(store.codec.encode(torch.randn(len(lengths), ROOM, c.index_head_dim or 0)))
     cache.lengths = torch.tensor(lengths)
     return cache
 

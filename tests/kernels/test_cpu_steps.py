@@ -263,7 +263,7 @@ def test_stored_rows_have_the_bits_of_the_cache(isa: str, name: str) -> None:
         for part, _, *more in layers(model, cache, 2):
             attend(x, part, *more)
         for store, rows in zip(cache.stores, exact, strict=True):
-            assert torch.equal(store.data[:, 7:9].view(torch.uint8), store._encode(rows[:, 7:9]).view(torch.uint8))
+            assert torch.equal(store.data[:, 7:9].view(torch.uint8), store.codec.encode(rows[:, 7:9]).view(torch.uint8))
 
 
 def test_tiny_numbers_keep_the_eps_and_the_scales(isa: str) -> None:

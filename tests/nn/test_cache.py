@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dsmini import MLA, ModelConfig, Transformer, ops
 from dsmini.nn import Cache, Context
 from dsmini.nn.mla import attention_work
-from tests.helpers.configs import DSA, V4_MODEL, V32, refusal, released
+from tests.helpers.configs import DSA, V4, V4_MODEL, V32, refusal, released
 from tests.helpers.models import decoded, tokens_of
 from tests.helpers.tolerances import BF16_CACHE, BF16_UNIT, E4M3_CACHE, FP32_MODEL, relative_error
 from tests.helpers.watching import Operations
@@ -288,6 +288,34 @@ def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -
     assert all(torch.equal(store.data, old) for store, old in zip(cache.stores, before, strict=True))
 
 
+@pytest.mark.parametrize("parts", [{}, DSA, V4], ids=["mla", "dsa", "v4"])
+@torch.no_grad()
+def test_a_row_that_begins_again_forgets_a_nan(small_model: Model, parts: dict[str, Any]) -> None:
+    """0 times NaN is NaN: a row's old numbers have an effect although no token sees them."""
+    model, tokens = small_model(**parts), tokens_of(2, 9)
+    cache = model.new_cache(2, 32)
+    want = decoded(model, tokens, (4, 1, 4))
+    model(tokens, cache)
+    for stored in cache.rows:
+        stored.data[1] = torch.nan
+    cache.truncate(torch.tensor([9, 0]))
+    got = [model(part, cache, torch.tensor([0, part.shape[1]])) for part in tokens.split((4, 1, 4), 1)]
+    assert relative_error(torch.cat(got, 1)[1], want[1]) < FP32_MODEL
+
+
+@pytest.mark.parametrize("parts", [{}, DSA, V4], ids=["mla", "dsa", "v4"])
+def test_bytes_that_each_further_token_adds_and_fixed_ones(small_model: Model, parts: dict[str, Any]) -> None:
+    """V4's window is as long as the context, where that is shorter."""
+    model = small_model(**parts, max_seq_len=256)
+    caches = [model.new_cache(2, n) for n in (8, 128, 256)]
+    (added,) = {cache.nbytes_per_token for cache in caches}
+    assert caches[2].nbytes - caches[1].nbytes == 2 * 128 * added
+    for cache, n in zip(caches[1:], (128, 256), strict=True):
+        assert cache.nbytes == 2 * (cache.fixed_nbytes + n * added)
+    assert (caches[1].fixed_nbytes > 0) == bool(parts is V4) and caches[0].fixed_nbytes <= caches[1].fixed_nbytes
+    assert all(stored.data.shape[1] <= 8 for stored in caches[0].rows)
+
+
 def test_impossible_cache_raises(small_model: Model) -> None:
     for changes, options, words in (
         ({}, {"max_seq_len": 33}, "33 tokens a sequence is longer than the model's max_seq_len=32"),
@@ -297,6 +325,7 @@ def test_impossible_cache_raises(small_model: Model) -> None:
         ({"attention": "mha"}, {"dtype": "fp8"}, "the layout of MLA's latent, not of keys and values of heads"),
         ({"attention": "mha"}, {"form": "absorbed"}, "form='absorbed' is MLA's"),
         ({"qk_norm": True}, {"form": "absorbed"}, "form='absorbed' is MLA's without qk_norm"),
+        (V4, {"form": "expanded"}, "form='expanded' chooses between the two of MLA; V4's attention has one"),
         ({"n_mtp_layers": 0}, {"mtp": True}, "no multi-token prediction blocks"),
     ):
         assert words in refusal(small_model(**changes).new_cache, **options)

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from dsmini import ModelConfig, Transformer, quantize
 from dsmini.nn import CompressedAttention, Context, compressed_attention, dsa_layers
+from dsmini.nn.cache import Rows
+from dsmini.nn.codec import FP4Row, key_row
 from dsmini.nn.compressed_attention import rotated
-from dsmini.nn.compressed_cache import SLACK, FP4Rows, FP8Rows
+from dsmini.nn.compressed_cache import SLACK
 from dsmini.nn.dsa import hadamard
 from dsmini.numerics.fp4 import round_fp4
 from tests.conftest import SMALL, randomise
@@ -266,11 +268,11 @@ def test_rounded_caches_answer_alike_in_all_chunks(dtype: Any, qat: bool) -> Non
 def test_cache_takes_the_published_bytes_for_rounded_values() -> None:
     """584 bytes an entry and 68 an indexer's; tests/accounting counts those of whole models."""
     rows, index = torch.randn(2, 5, 512), torch.randn(2, 5, 128)
-    fp8, fp4 = FP8Rows(2, 9, 448, 64, rows.device), FP4Rows(2, 9, 128, rows.device)
+    fp8, fp4 = (Rows(2, 9, codec, rows.device) for codec in (key_row(448, 64), FP4Row(128)))
     assert (fp8.data.shape[2], fp4.data.shape[2]) == (584, 68)
     places = torch.arange(5).expand(2, -1)
     for store, given in ((fp8, rows), (fp4, index)):
-        store.data[:, :5] = store._encode(given)
+        store.data[:, :5] = store.codec.encode(given)
         assert torch.equal(store.read(5, torch.float32), store.read_at(places, torch.float32))
     want = torch.cat((quantize(rows[..., :448], (1, 64)).dequantize(), rows[..., 448:].bfloat16().float()), -1)
     assert torch.equal(fp8.read(5, torch.float32), want)
