@@ -5,7 +5,7 @@
     1. sort the pairs by expert, so that those of a rank are together             `dispatch` of functional/
     2. tell each rank how many rows it gets for each of its experts               all-to-all of counts, [ep, e/ep]
     3. send the rows: codes and scales in FP8, else in the compute dtype          all-to-all, shared experts meanwhile
-    4. run the own experts on what came: a row is one pair, of weight 1
+    4. run the own experts on what came: a row is one pair, of weight 1 or, of V4's, with the weight that came with it
     5. send the results back, in the compute dtype                                all-to-all
     6. weight and sum them by token                                               `combine` of functional/
 
@@ -37,7 +37,7 @@ from dsmini import ops
 from dsmini.nn.gate import Routing
 from dsmini.nn.moe import MoE
 from dsmini.numerics import QuantizedTensor, quantize
-from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
+from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert, weights_of_slots
 
 Rows = Any
 """Rows [n, m]: a tensor, or a QuantizedTensor."""
@@ -52,7 +52,7 @@ class Route:
     receive: Sequence[int]
     traffic: Counter[str]
     """Bytes that this rank sent to other ranks, by what they were: dispatch (rows on the way to their experts), combine
-    (results of the experts), the gradients of both as NAME_gradients, and counts."""
+    (results of the experts), weights (of V4's rows), the gradients of both as NAME_gradients, and counts."""
 
     @property
     def back(self) -> "Route":
@@ -146,11 +146,15 @@ class ExpertExchange:
         as_numbers = isinstance(x, Tensor) and _round_what_they_read(experts)
         sent = quantize(x) if as_numbers else x
         rows = dispatch_quantized(sent, slots) if isinstance(sent, QuantizedTensor) else dispatch(sent, slots)
+        # V4's experts weigh before their last product: the weights go with the rows
+        weighed, share = getattr(experts, "limit", None) is not None, None
+        if weighed:
+            share = route.exchange(weights_of_slots(routing.weights, slots), "weights")()
         arrived = route.exchange(rows, "dispatch")
         y_shared = None if shared is None else shared(x)
         came = arrived()
-        y = run_local(experts, came.dequantize(sent.dtype) if as_numbers else came, received)
-        y = combine(route.back.exchange(y, "combine")(), routing.weights, slots)
+        y = run_local(experts, came.dequantize(sent.dtype) if as_numbers else came, received, share).to(x.dtype)
+        y = combine(route.back.exchange(y, "combine")(), routing.weights, slots, weighed)
         return y if y_shared is None else y + y_shared
 
 
@@ -161,13 +165,19 @@ def _round_what_they_read(experts: nn.Module) -> bool:
     return plain and isinstance(experts, FSDPModule) and getattr(experts, "precision", None) == "fp8"
 
 
-def run_local(experts: nn.Module, rows: Rows, received: Int[Tensor, "ranks own"]) -> Float[Tensor, "rows m"]:
-    """Return the output of this rank's experts for rows that are sorted by the rank they came from, then by expert."""
+def run_local(
+    experts: nn.Module, rows: Rows, received: Int[Tensor, "ranks own"], weights: Float[Tensor, "rows 1"] | None = None
+) -> Float[Tensor, "rows m"]:
+    """Return the output of this rank's experts for rows that are sorted by the rank they came from, then by expert.
+
+    Args:
+        weights: of V4's experts; None: 1.
+    """
     own = torch.arange(received.shape[1], device=received.device).expand_as(received)
     # the number of rows is known: without it the host would wait for the device
     expert = own.flatten().repeat_interleave(received.flatten(), output_size=rows.shape[0])
     ones = torch.ones(rows.shape[0], 1, dtype=torch.float32, device=received.device)
-    return experts(rows, expert[:, None], ones)
+    return experts(rows, expert[:, None], ones if weights is None else weights)
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:

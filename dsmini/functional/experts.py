@@ -34,7 +34,7 @@ from dsmini.numerics import (
     rows_of,
     swiglu,
 )
-from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
+from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert, weights_of_slots
 from dsmini.numerics.quantization import group_sizes
 
 X = TypeVar("X", Tensor, QuantizedTensor)
@@ -50,16 +50,18 @@ def experts_eager(
 ) -> Tensor:
     slow = x.dtype == torch.bfloat16 and product_dtype(x) != x.dtype
     if not torch.is_grad_enabled() and (slow or prefer_loop(x, indices, w1.shape[0])):
-        expert = lambda i, rows: _expert(rows, w1[i], w2[i], w3[i], limit)  # noqa: E731
-        return run_experts(x, indices, weights, w1.shape[0], expert)
+        expert = lambda i, rows, share: _expert(rows, w1[i], w2[i], w3[i], limit, share)  # noqa: E731
+        return run_experts(x, indices, weights, w1.shape[0], expert, limit)
     if limit is None and torch.is_grad_enabled() and trains_by_kernel(x, indices, weights, w1, w2, w3):
         return train_experts(x, indices, weights, w1, w2, w3)
     given, dtype = x.dtype, product_dtype(x)
     if dtype != given:  # weights are rounded as x is, and then widened
         x, w1, w2, w3 = (t.to(given).to(dtype) for t in (x, w1, w2, w3))
     slots = sort_by_expert(indices, w1.shape[0], row_alignment(x, indices, w1.shape[0]))
-    y = _grouped_experts(dispatch(x, slots), w1, w2, w3, slots.ends, limit)
-    return combine(y, weights, slots).to(given)
+    share = None if limit is None else weights_of_slots(weights, slots)
+    y = _grouped_experts(dispatch(x, slots), w1, w2, w3, slots.ends, limit, share)
+    y = combine(y, weights, slots, limit is not None)
+    return y.to(given) if limit is None else y
 
 
 @ops.eager("quantized_experts")
@@ -67,36 +69,57 @@ def quantized_experts_eager(
     x: Tensor, indices: Tensor, weights: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None = None
 ) -> Tensor:
     # only chosen experts are dequantized, one after the other
-    expert = lambda i, rows: _expert(rows, *(matrix_of(w, i) for w in (w1, w2, w3)), limit=limit)  # noqa: E731
-    return run_experts(x, indices, weights, w1.shape[0], expert)
+    def expert(i: int, rows: Tensor, share: Tensor | None) -> Tensor:
+        return _expert(rows, matrix_of(w1, i), matrix_of(w2, i), matrix_of(w3, i), limit, share)
+
+    return run_experts(x, indices, weights, w1.shape[0], expert, limit)
 
 
 @ops.eager("fp8_experts")
 def fp8_experts_eager(
     x: QuantizedTensor, indices: Tensor, weights: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None = None
 ) -> Tensor:
-    def expert(i: int, rows: QuantizedTensor) -> Tensor:
-        return _fp8_experts(rows, matrix_of(w1, i), matrix_of(w2, i), matrix_of(w3, i), None, limit)
+    def expert(i: int, rows: QuantizedTensor, share: Tensor | None) -> Tensor:
+        return _fp8_experts(rows, matrix_of(w1, i), matrix_of(w2, i), matrix_of(w3, i), None, limit, share)
 
     coded = any(isinstance(w, QuantizedTensor) for w in (w1, w2, w3))
     if coded or (not torch.is_grad_enabled() and prefer_loop(x, indices, w1.shape[0])):
-        return run_experts(x, indices, weights, w1.shape[0], expert)
+        return run_experts(x, indices, weights, w1.shape[0], expert, limit)
     slots = sort_by_expert(indices, w1.shape[0], row_alignment(x, indices, w1.shape[0]))
-    y = _fp8_experts(dispatch_quantized(x, slots), w1, w2, w3, slots.ends, limit)
-    return combine(y, weights, slots)
+    share = None if limit is None else weights_of_slots(weights, slots)
+    y = _fp8_experts(dispatch_quantized(x, slots), w1, w2, w3, slots.ends, limit, share)
+    return combine(y, weights, slots, limit is not None)
 
 
-def run_experts(x: X, indices: Tensor, weights: Tensor, e: int, expert: Callable[[int, X], Tensor]) -> Tensor:
-    """Run the chosen experts one after the other. expert(i, rows) returns expert i's output for its rows."""
+def run_experts(
+    x: X,
+    indices: Tensor,
+    weights: Tensor,
+    e: int,
+    expert: Callable[[int, X, Tensor | None], Tensor],
+    limit: float | None,
+) -> Tensor:
+    """Run the chosen experts one after the other.
+
+    Args:
+        expert: expert(i, rows, share) returns expert i's output for its rows. With a limit, share [rows, 1] has their
+            weights, which it multiplies before w2.
+    """
+    weighed = limit is not None
     if x.shape[0] == 1:  # decoding: nothing to sort
-        return weights.to(x.dtype) @ torch.cat([expert(i, x) for i in indices[0].tolist()])
+        shares = weights.view(-1, 1, 1) if weighed else [None] * indices.shape[1]
+        y = torch.cat([expert(i, x, share) for i, share in zip(indices[0].tolist(), shares, strict=True)])
+        wide = torch.promote_types(y.dtype, torch.float32)
+        return y.sum(0, keepdim=True, dtype=wide) if weighed else weights.to(x.dtype) @ y
     slots = sort_by_expert(indices, e)
+    sizes = group_sizes(slots.ends).tolist()
+    shares = weights_of_slots(weights, slots).split(sizes) if weighed else [None] * e
     out: list[Tensor] = []
-    for i, tokens in enumerate(slots.token.split(group_sizes(slots.ends).tolist())):
+    for i, (tokens, share) in enumerate(zip(slots.token.split(sizes), shares, strict=True)):
         if len(tokens):
-            out.append(expert(i, rows_of(x, tokens)))
+            out.append(expert(i, rows_of(x, tokens), share))
     y = torch.cat(out) if out else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    return combine(y, weights, slots)
+    return combine(y, weights, slots, weighed)
 
 
 def prefer_loop(x: Tensor | QuantizedTensor, indices: Tensor, e: int) -> bool:
@@ -118,27 +141,35 @@ def row_alignment(x: Tensor | QuantizedTensor, indices: Tensor, e: int) -> int:
     return 64 if enough and x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
 
 
-def _expert(rows: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None) -> Tensor:
+def _expert(rows: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None, share: Tensor | None) -> Tensor:
     dtype = product_dtype(rows)
     x, *matrices = rows.to(dtype), *(dense(w, rows.dtype).to(dtype) for w in (w1, w2, w3))
-    hidden = swiglu(F.linear(x, matrices[0]), F.linear(x, matrices[2]), limit)
+    hidden = swiglu(F.linear(x, matrices[0]), F.linear(x, matrices[2]), limit, share)
     return F.linear(hidden, matrices[1]).to(rows.dtype)
 
 
-def _grouped_experts(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ends: Tensor, limit: float | None) -> Tensor:
+def _grouped_experts(
+    rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ends: Tensor, limit: float | None, share: Tensor | None
+) -> Tensor:
     if torch.is_grad_enabled():
         w13 = torch.cat((w1.to(rows.dtype), w3.to(rows.dtype)), 1)  # one product reads the rows once
         gate, up = grouped_linear(rows, w13, ends).chunk(2, -1)
     else:  # joining them costs more than it saves where the step has no backward
         gate, up = grouped_linear(rows, w1, ends), grouped_linear(rows, w3, ends)
-    return grouped_linear(swiglu(gate, up, limit), w2, ends)
+    return grouped_linear(swiglu(gate, up, limit, share), w2, ends)
 
 
 def _fp8_experts(
-    rows: QuantizedTensor, w1: Weight, w2: Weight, w3: Weight, ends: Tensor | None, limit: float | None
+    rows: QuantizedTensor,
+    w1: Weight,
+    w2: Weight,
+    w3: Weight,
+    ends: Tensor | None,
+    limit: float | None,
+    share: Tensor | None,
 ) -> Tensor:
     gate, up = (fp8_matmul(rows, w, ends=ends) for w in (w1, w3))
-    return fp8_swiglu_matmul(gate, up, w2, ends=ends, limit=limit)
+    return fp8_swiglu_matmul(gate, up, w2, ends=ends, limit=limit, weights=share)
 
 
 @ops.operation("trained_experts")

@@ -216,7 +216,8 @@ class Compressor(FP32Module):
                 z = z.masked_fill((blocks.at.positions == 0)[..., None, None], -torch.inf)
             contents.append(c)
             weights.append(z)
-        return self.norm((torch.cat(weights, 2).softmax(2) * torch.cat(contents, 2)).sum(2)).to(x.dtype)
+        row = (torch.cat(weights, 2).softmax(2) * torch.cat(contents, 2)).sum(2)
+        return self.norm(row.to(x.dtype))  # rounded before the norm too, as in DeepSeek's code
 
 
 class EntryIndexer(Indexer):

@@ -81,13 +81,15 @@ def fp8_experts(
 
     Source: DeepSeek-V3 report, section 3.3.
     """
-    y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = torch.zeros(x.shape, dtype=x.dtype if limit is None else wide, device=x.device)
     for i in indices.unique().tolist():
         token, choice = (indices == i).nonzero(as_tuple=True)
-        rows = rows_of(x, token)
+        rows, share = rows_of(x, token), weights[token, choice, None]
         gate, up = fp8_matmul(rows, matrix_of(w1, i)), fp8_matmul(rows, matrix_of(w3, i))
-        out = fp8_swiglu_matmul(gate, up, matrix_of(w2, i), limit=limit)
-        y = y.index_add(0, token, weights[token, choice, None].to(x.dtype) * out)
+        before = None if limit is None else share
+        out = fp8_swiglu_matmul(gate, up, matrix_of(w2, i), limit=limit, weights=before)
+        y = y.index_add(0, token, share.to(x.dtype) * out if limit is None else out.to(wide))
     return y
 
 

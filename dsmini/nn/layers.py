@@ -89,6 +89,14 @@ class Linear(Projection, nn.Linear):
         return linear(x, self.weight)
 
 
+class FP32Product(Linear):
+    """A Linear whose product and result are FP32, whatever dtypes x and the weight have: V4's head."""
+
+    def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        with ops.without_autocast(x):
+            return linear(at_least_fp32(x), self.weight)
+
+
 def in_precision(c: ModelConfig, plain: type[M]) -> type[M]:
     """Return the class that multiplies in config.precision: `plain`, or what fp8.py derives from it."""
     if c.precision == "native":

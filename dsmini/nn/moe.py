@@ -13,7 +13,7 @@ from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.nn.attention import Context
 from dsmini.nn.first_values import draw_first, draw_normal
 from dsmini.nn.gate import Gate, Routing
-from dsmini.nn.layers import Projection, in_precision, is_plain, make_linear, quantize_once
+from dsmini.nn.layers import Projection, at_least_fp32, in_precision, is_plain, make_linear, quantize_once
 from dsmini.numerics import QuantizedTensor, swiglu
 
 
@@ -49,13 +49,20 @@ def experts(
     """Return the weighted sum of each token's chosen experts' outputs. The products run in x's dtype.
 
     y_n = sum over k of weights[n, k] * w2[i] swiglu(w1[i] x_n, w3[i] x_n, limit),  i = indices[n, k]
+
+    Experts with a limit are V4's: the weight multiplies before w2, and results are added in FP32, which is returned.
+    Without one they are V3's: results are weighted and added in x's dtype.
+
+    Source: the released code of both; in FP32 they are the same.
     """
-    y = torch.zeros_like(x)
+    y = x.new_zeros(x.shape, dtype=x.dtype if limit is None else at_least_fp32(x).dtype)
     for i in indices.unique().tolist():
         token, choice = (indices == i).nonzero(as_tuple=True)
-        rows = x[token]
-        inner = swiglu(rows @ w1[i].to(x.dtype).T, rows @ w3[i].to(x.dtype).T, limit)
-        y = y.index_add(0, token, weights[token, choice, None].to(x.dtype) * (inner @ w2[i].to(x.dtype).T))
+        rows, share = x[token], weights[token, choice, None]
+        gate, up = (rows @ w[i].to(x.dtype).T for w in (w1, w3))
+        inner = swiglu(gate, up, limit, None if limit is None else share)
+        out = inner @ w2[i].to(x.dtype).T
+        y = y.index_add(0, token, share.to(x.dtype) * out if limit is None else out.to(y.dtype))
     return y
 
 
@@ -65,9 +72,11 @@ def experts_for_transforms(
 ) -> Tensor:
     w1, w2, w3 = (w.to(x.dtype) for w in (w1, w2, w3))
     # every expert runs every token, with weight 0 where it was not chosen: [n, e] and [n, e, f]
-    share = weights.new_zeros(x.shape[0], w1.shape[0]).scatter(1, indices, weights).to(x.dtype)
+    share = weights.new_zeros(x.shape[0], w1.shape[0]).scatter(1, indices, weights).unsqueeze(-1)
     gate, up = (einsum(x, w, "n m, e f m -> n e f") for w in (w1, w3))
-    return einsum(share.unsqueeze(-1) * swiglu(gate, up, limit), w2, "n e f, e m f -> n m")
+    if limit is None:
+        return einsum(share.to(x.dtype) * swiglu(gate, up), w2, "n e f, e m f -> n m")
+    return at_least_fp32(einsum(swiglu(gate, up, limit, share), w2, "n e f, e m f -> n m"))
 
 
 class Experts(nn.Module):
@@ -100,7 +109,7 @@ class Experts(nn.Module):
         indices: Int[Tensor, "n k"],
         weights: Float[Tensor, "n k"],
     ) -> Float[Tensor, "n m"]:
-        """Return the sum of each token's chosen experts' outputs times their weights."""
+        """Return the sum of each token's chosen experts' outputs times their weights; with a limit in FP32."""
         return experts(x, indices, weights, self.w1, self.w2, self.w3, self.limit)
 
     def extra_repr(self) -> str:
@@ -156,8 +165,8 @@ class MoE(nn.Module):
         readers = (shared.w1, shared.w3) if isinstance(shared, FeedForward) and is_plain(shared) else (shared,)
         tokens = quantize_once(tokens, self.experts, *readers)
         if self.exchange is not None:
-            return self.exchange(self.experts, shared, tokens, routing).view(x.shape), routing
-        y = self.experts(tokens, routing.indices, routing.weights)
-        if shared is not None:
-            y = y + shared(tokens)
-        return y.view(x.shape), routing
+            y = self.exchange(self.experts, shared, tokens, routing)
+        else:
+            y = self.experts(tokens, routing.indices, routing.weights)
+            y = y if shared is None else y + shared(tokens)
+        return y.to(x.dtype).view(x.shape), routing

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
+from dsmini.config.model import V4
 from dsmini.nn.attention import Context
 from dsmini.nn.block import Aux, Block, run_block
 from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy, MTPCache, check_cache
 from dsmini.nn.dsa import IndexerLoss
 from dsmini.nn.first_values import drawn_by_name, reset_by_name
 from dsmini.nn.gate import Gate, Routing, sequence_balance_loss
-from dsmini.nn.layers import Embedding, Linear, RMSNorm, at_least_fp32, check_ids, is_plain
+from dsmini.nn.layers import Embedding, FP32Product, Linear, RMSNorm, at_least_fp32, check_ids, is_plain
 from dsmini.nn.mtp import MTPChain
 from dsmini.nn.residual import head_of
 
@@ -121,7 +122,8 @@ class Transformer(nn.Module):
         self.layers: nn.ModuleList = nn.ModuleList(make_block(c, layer=i) for i in range(c.n_layers))
         self.hc_head: Any = head_of(c)
         self.norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
-        self.head: Linear = Linear(c.dim, c.vocab_size, init_std=c.output_init_std)
+        head = FP32Product if c.attention in V4 else Linear  # as in DeepSeek's code
+        self.head: Linear = head(c.dim, c.vocab_size, init_std=c.output_init_std)
         self.mtp: MTPChain = MTPChain(c, make_block)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -141,7 +143,9 @@ class Transformer(nn.Module):
         documents: Int[Tensor, "b s"] | None = None,
         **options: Any,
     ) -> Float[Tensor, "b s v"] | Losses:
-        """Return the logits of the next token at every position, in the compute dtype, or the losses.
+        """Return the logits of the next token at every position, or the losses.
+
+        Logits have the compute dtype; V4's are FP32, as the product of its head.
 
         Args:
             cache: of what came before; the tokens are appended to it. No gradients are made then.
@@ -353,6 +357,7 @@ class Transformer(nn.Module):
     def cross_entropy(self, hidden: Float[Tensor, "*b m"], targets: Int[Tensor, "*b"]) -> Float[Tensor, ""]:
         """Return the sum over rows of the head's cross-entropy, in nats, FP32, without a tensor [*b, vocab]."""
         hidden, targets = hidden.flatten(0, -2), targets.flatten()
+        hidden = at_least_fp32(hidden) if isinstance(self.head, FP32Product) else hidden
         if is_plain(self.head):
             return linear_cross_entropy(hidden, self.head.weight, targets)
 

@@ -56,9 +56,22 @@ def dispatch(x: Float[Tensor, "n m"], slots: Slots) -> Float[Tensor, "rows m"]:
     return cast(Tensor, _Dispatch.apply(x, slots.token, slots.slot))
 
 
-def combine(rows: Float[Tensor, "rows m"], weights: Float[Tensor, "n k"], slots: Slots) -> Float[Tensor, "n m"]:
-    """Return sum over k of weights[n, k] * rows[slot[n, k]], added in order of k. First derivatives only."""
+def combine(
+    rows: Float[Tensor, "rows m"], weights: Float[Tensor, "n k"], slots: Slots, weighed: bool = False
+) -> Float[Tensor, "n m"]:
+    """Return sum over k of weights[n, k] * rows[slot[n, k]], added in order of k. First derivatives only.
+
+    Args:
+        weighed: rows are V4's, with their weights already; they are added in FP32, and the result is FP32.
+    """
+    if weighed:
+        rows, weights = rows.to(torch.promote_types(rows.dtype, torch.float32)), torch.ones_like(weights)
     return cast(Tensor, _Combine.apply(rows, weights, slots.token, slots.slot))
+
+
+def weights_of_slots(weights: Float[Tensor, "n k"], slots: Slots) -> Float[Tensor, "rows 1"]:
+    """Return the weight of each slot's pair; 0 in padding."""
+    return weights.new_zeros(len(slots.token), 1).index_put((slots.slot.flatten(),), weights.flatten()[:, None])
 
 
 def dispatch_quantized(x: QuantizedTensor, slots: Slots) -> QuantizedTensor:
@@ -114,11 +127,13 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     @ops.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         rows, weights, token, slot = ctx.saved_tensors
         grad_rows = grad.index_select(0, token)
-        per_slot = (rows * grad_rows) @ rows.new_ones(rows.shape[1])  # a row's sum, as a fast product
-        grad_weights = per_slot[slot].to(weights.dtype)
+        grad_weights = None
+        if ctx.needs_input_grad[1]:
+            per_slot = (rows * grad_rows) @ rows.new_ones(rows.shape[1])  # a row's sum, as a fast product
+            grad_weights = per_slot[slot].to(weights.dtype)
         of_slot = rows.new_zeros(rows.shape[0]).scatter(0, slot.flatten(), weights.flatten().to(rows.dtype))
         return grad_rows.mul_(of_slot[:, None]), grad_weights, None, None
 

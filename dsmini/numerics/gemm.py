@@ -247,8 +247,11 @@ def fp8_swiglu_matmul(
     grad_format: Literal["e4m3", "e5m2"] = "e4m3",
     ends: Int[Tensor, " e"] | None = None,
     limit: float | None = None,
+    weights: Float[Tensor, "*batch 1"] | None = None,
 ) -> Float[Tensor, "*batch o"]:
-    """Compute fp8_matmul(swiglu(gate, up, limit), w); save gate and up as FP8, and compute the rest again in backward.
+    """Compute fp8_matmul(swiglu(gate, up, limit, weights), w), of which gate and up are saved, as FP8.
+
+    The rest is computed again in backward.
 
     Forward uses gate and up as they are. Backward uses the saved FP8 values, also for the derivative of silu.
 
@@ -263,7 +266,7 @@ def fp8_swiglu_matmul(
     trained, weight = _weight_operand(w, scale)
     of_weight = (weight.shape[-1], weight.tile, weight.scale, weight.format)
     recipe = Recipe(scale, *of_weight, grad_format, "e4m3", up.dtype, None, ops.chosen())
-    return cast(Tensor, _SwiGLUMatmul.apply(gate, up, trained, *weight.parts, ends, recipe, limit))
+    return cast(Tensor, _SwiGLUMatmul.apply(gate, up, weights, trained, *weight.parts, ends, recipe, limit))
 
 
 def _operand(
@@ -328,6 +331,7 @@ class _SwiGLUMatmul(torch.autograd.Function):
         ctx: Any,
         gate: Tensor,
         up: Tensor,
+        weights: Tensor | None,
         w: Tensor | None,
         w_codes: Tensor,
         w_scales: Tensor,
@@ -337,9 +341,9 @@ class _SwiGLUMatmul(torch.autograd.Function):
     ) -> Tensor:
         if any(ctx.needs_input_grad):
             kept = [quantize_tiles(_rows(t), ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN) for t in (gate, up)]
-            ctx.save_for_backward(*kept[0], *kept[1], w_codes, w_scales, ends)
+            ctx.save_for_backward(*kept[0], *kept[1], weights, w_codes, w_scales, ends)
         ctx.recipe, ctx.limit, ctx.dtypes = recipe, limit, (gate.dtype, None if w is None else w.dtype)
-        hidden = swiglu(_rows(gate), _rows(up), limit)
+        hidden = swiglu(_rows(gate), _rows(up), limit, None if weights is None else _rows(weights))
         x = round_tiles(hidden, ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands)
         y = fp8_fprop(x, recipe.weight(w_codes, w_scales), ends, recipe)
         return y.view(*gate.shape[:-1], y.shape[-1])
@@ -347,18 +351,24 @@ class _SwiGLUMatmul(torch.autograd.Function):
     @staticmethod
     @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        *kept, w_codes, w_scales, ends = ctx.saved_tensors
-        recipe, wanted = ctx.recipe, (any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2])
+        *kept, weights, w_codes, w_scales, ends = ctx.saved_tensors
+        recipe, wanted = ctx.recipe, (any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3])
+        weights = None if weights is None else _rows(weights)
         with ops.use(recipe.backend):
             gate, up = (
                 dequantize_tiles(kept[i], kept[i + 1], ACTIVATION_TILE, "e4m3", recipe.out_dtype, recipe.k)
                 for i in (0, 2)
             )
-            hidden = lambda: swiglu(gate, up, ctx.limit)  # noqa: E731
+            hidden = lambda: swiglu(gate, up, ctx.limit, weights)  # noqa: E731
             dh, dw = _gradients(ctx, grad, wanted, hidden, w_codes, w_scales, ends)
+            d_weights = None
+            if dh is not None and weights is not None:
+                d_weights = (dh * swiglu(gate, up, ctx.limit)).sum(-1, dtype=weights.dtype).view(*grad.shape[:-1], 1)
+                dh = (dh * weights).to(dh.dtype)
             grads = [None, None] if dh is None else swiglu_gradients(dh, gate, up, ctx.limit)
         shape = (*grad.shape[:-1], recipe.k)
-        return *(None if g is None else g.view(shape).to(ctx.dtypes[0]) for g in grads), dw, *[None] * 5
+        of_inputs = (None if g is None else g.view(shape).to(ctx.dtypes[0]) for g in grads)
+        return *of_inputs, d_weights, dw, *[None] * 5
 
 
 def _gradients(

@@ -1,9 +1,10 @@
 """SwiGLU, the activation of every feed-forward and expert: silu(gate) * up, with silu(x) = x sigmoid(x).
 
 gate and up are what w1 and w3 make of the input. V4 clamps them before: with limit l, gate to at most l, and up to
-[-l, l]. Their gradients are then zero outside.
+[-l, l]. Their gradients are then zero outside. All of V4's is FP32, the expert's weight too, and is rounded once; V3
+rounds each result, and weighs what the expert returns.
 
-Source: Shazeer 2020; DeepSeek-V4 (swiglu_limit 10).
+Source: Shazeer 2020; the released code of DeepSeek-V3 and of DeepSeek-V4 (swiglu_limit 10).
 """
 
 import torch
@@ -13,16 +14,23 @@ from torch import Tensor
 
 
 def swiglu(
-    gate: Float[Tensor, "*any f"], up: Float[Tensor, "*any f"], limit: float | None = None
+    gate: Float[Tensor, "*any f"],
+    up: Float[Tensor, "*any f"],
+    limit: float | None = None,
+    weights: Float[Tensor, "*any 1"] | None = None,
 ) -> Float[Tensor, "*any f"]:
-    """Return silu(gate) * up.
+    """Return silu(gate) * up, in their dtype.
 
     Args:
-        limit: clamp gate to at most this, and up to at most this magnitude. None: clamp nothing.
+        limit: V4's: clamp gate to at most this, and up to at most this magnitude, in FP32. None: V3's, without a clamp.
+        weights: factor of each row, for V4's.
     """
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return F.silu(gate) * up
+    if limit is None:
+        assert weights is None, "V3 weighs what an expert returns"
+        return F.silu(gate) * up
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    hidden = F.silu(gate.to(wide).clamp(max=limit)) * up.to(wide).clamp(-limit, limit)
+    return (hidden if weights is None else weights * hidden).to(gate.dtype)
 
 
 def swiglu_gradients(

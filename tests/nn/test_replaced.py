@@ -97,7 +97,7 @@ def test_replaced_linears_are_seen_by_all_that_reads_weights(kind: str, config: 
     """Every Linear is replaced, the head included, and compared with a model of merged weights."""
     model = randomise(Transformer(**SMALL | CONFIGS[config]))
     want = same_weights(model)
-    for name in [name for name, module in model.named_modules() if type(module) is Linear]:
+    for name in [name for name, module in model.named_modules() if isinstance(module, Linear)]:
         base: Any = model.get_submodule(name)
         delta = torch.randn_like(base.weight) * base.weight.shape[1] ** -0.5
         want.get_submodule(name).weight = nn.Parameter((base.weight + delta).detach())

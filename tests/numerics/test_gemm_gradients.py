@@ -154,12 +154,15 @@ def test_swiglu_is_recomputed_from_its_saved_inputs(
     dy = varied(150, 100, dtype=dtype, seed=3)
 
     def activate(g: Tensor, u: Tensor) -> Tensor:
-        g, u = (g, u) if limit is None else (g.clamp(max=limit), u.clamp(-limit, limit))
-        return F.silu(g) * u
+        if limit is None:
+            return F.silu(g) * u
+        wide = F.silu(g.float().clamp(max=limit)) * u.float().clamp(-limit, limit)  # V4's, which is rounded once
+        return (wide * weighed[0]).to(dtype)
 
-    y = fp8_swiglu_matmul(gate, up, w, ends=at, limit=limit)
+    weighed = [] if limit is None else [torch.rand(150, 1).requires_grad_()]
+    y = fp8_swiglu_matmul(gate, up, w, ends=at, limit=limit, weights=weighed[0] if weighed else None)
     assert torch.equal(y, fp8_matmul(activate(gate, up), w, ends=at))
-    got = torch.autograd.grad(y, [gate, up, w], dy)
+    got = torch.autograd.grad(y, [gate, up, w, *weighed], dy)
 
     sizes = [150] if ends is None else torch.tensor(ends).diff(prepend=torch.zeros(1)).int().tolist()
     weights = [w] if ends is None else list(w)
@@ -168,12 +171,12 @@ def test_swiglu_is_recomputed_from_its_saved_inputs(
         g, u = (rounded(t, (1, 128)).to(dtype).requires_grad_() for t in (g0, u0))
         hidden = activate(g, u)
         dh = rounded(d0, (1, 128), amax_min=SMALLEST_AMAX) @ rounded(w0, (128, 128))
-        dg, du = torch.autograd.grad(hidden, [g, u], dh.to(dtype))
+        dg, du, *of_shares = torch.autograd.grad(hidden, [g, u, *weighed], dh.to(dtype))
         dw = rounded(d0, (128, 1), amax_min=SMALLEST_AMAX).T @ rounded(hidden, (128, 1))
-        want.append([dg, du, dw])
+        want.append([dg, du, dw, *of_shares])
     dgate, dup = (torch.cat([part[i] for part in want]) for i in (0, 1))
     dw = want[0][2] if ends is None else torch.stack([part[2] for part in want])
     unit = FP32_UNIT if dtype == torch.float32 else BF16_UNIT
     tolerance = rounding(unit, chained=4) + rounding(FP32_UNIT, terms=256)
-    for a, b in zip(got, (dgate, dup, dw), strict=True):
+    for a, b in zip(got, (dgate, dup, dw, *want[0][3:]), strict=True):
         assert relative_error(a, b) < tolerance
