@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Every package of dsmini, from below, with those that it may import besides SHARED. It may import only what is above it
 # here, so there is no cycle. Commands import anything, and no package imports a command.
 MAY_IMPORT = {
-    **{"atomic": "", "machine": "", "reading": "", "ops": "", "config": "", "console": ""},
+    **{"atomic": "", "machine": "", "reading": "", "sources": "", "ops": "", "config": "", "console": ""},
     "report": "console",
     "accounting": "config",
     "numerics": "ops",
@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "diagnosis": "accounting checkpoint config data inference measure nn numerics ops planner report text training",
     "comparison": "accounting config console data measure nn report training",
 }
-SHARED = ("atomic", "machine", "reading")
+SHARED = ("atomic", "machine", "reading", "sources")
 IMPORTERS = ("import_module", "importorskip")
 """Functions that import by a string."""
 COMMANDS = [

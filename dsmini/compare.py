@@ -35,7 +35,8 @@ class CompareCommand:
     Runs of one seed see the same data in the same order, and start from the same weights where shapes agree. Each core
     has a run of its own, on one thread. A run that is done has its line in --out, and is never done again: the same
     command continues a comparison that was stopped, more --seeds continue one that is done, and runs of equal arms are
-    taken from other files of the folder.
+    taken from other files of the folder. All are made by the same sources of dsmini on the same kind of machine: a file
+    with others is refused, and what differs is named.
     """
 
     idea: tuple[str, ...] = ()
@@ -48,14 +49,12 @@ class CompareCommand:
     small: bool = False
     """Runs of 200 steps, a minute or two on one core each. Paired differences vary by 0.01 to 0.04 nats so early;
     experts less dense by 0.006 with the base shakespeare and --set train.steps=1000, which takes as long."""
-    minutes: float | None = None
-    """Minutes of each run on one core: equal time instead of equal tokens."""
     set: tuple[str, ...] = ()
     """Settings of all arms, such as data.path=book.txt or train.steps=400."""
     jobs: int | None = None
     """Number of runs at a time; left out: one for each core."""
     out: Path | None = None
-    """File of the results, NAME.jsonl; left out: next to a claim, else in comparisons/. NAME.png is the picture."""
+    """File of the results, NAME.jsonl; left out: in comparisons/. NAME.png is the picture."""
     report: Path | None = None
     """Folder of results to show again, without a run; draws one picture of all, forest.png."""
     json: bool = False
@@ -71,7 +70,7 @@ HELP = Help(
         "docs/claims/mtp.toml --seeds 20",
         "--report docs/claims",
     ),
-    main=("idea", "seeds", "margin", "small", "minutes", "set", "jobs", "out", "report", "json"),
+    main=("idea", "seeds", "margin", "small", "set", "jobs", "out", "report", "json"),
 )
 
 
@@ -88,30 +87,27 @@ def main(args: Sequence[str]) -> int:
         return _report(command, command.report, console)
 
     from dsmini import __version__
-    from dsmini.comparison.results import WHERE, head_of, opened, read_results, reuse
-    from dsmini.comparison.runs import read_corpora, run_missing, with_steps_for
-    from dsmini.machine import card, pick_device
+    from dsmini.comparison.results import head_of, made_here, opened, reuse
+    from dsmini.comparison.runs import read_corpora, run_missing
+    from dsmini.machine import pick_device
 
     comparison, begun = _comparison(command, words), time.monotonic()
-    path = command.out or place_of_results(command, comparison, words)
+    path = command.out or Path("comparisons", f"{comparison.name}.jsonl")
     with Progress(console, label="the corpus", unit="bytes") as progress:
         corpora = read_corpora(comparison, path, progress.stage)
-    if command.minutes is not None:
-        with Progress(console, 1.0, "timing") as progress:
-            comparison = with_steps_for(comparison, command.minutes, path, read_results(path), progress)
-    with opened(path, head_of(comparison, corpora, command.minutes, __version__)) as results:
+    made = made_here(pick_device(comparison.arms[0].config.train.device))
+    with opened(path, head_of(comparison, corpora, __version__), made) as results:
         base, *others = results.names
         say(console, f"compare {', '.join(others)} with {base}: {command.seeds} seeds, results in {path}")
         say(console, f"margin  {comparison.margin:g} nats a byte: a difference within it counts as none")
         tokens = {arm.name: arm.tokens for arm in comparison.arms}
         if len({*tokens.values()}) > 1:
             say(console, f"tokens  not equal: {', '.join(f'{name} {n:,}' for name, n in tokens.items())}")
-        here = card(pick_device(comparison.arms[0].config.train.device))
-        for other, n in reuse(results, command.seeds, {key: here[key] for key in WHERE}).items():
+        for other, n in reuse(results, command.seeds, made).items():
             say(console, f"reused  {plural(n, 'run')} of equal arms from {other}")
         with Progress(console, label="runs", delay=0, stays=True) as progress:
             try:
-                done = run_missing(comparison, results, command.seeds, command.jobs, progress)
+                done = run_missing(comparison, results, command.seeds, command.jobs, made, progress)
             except KeyboardInterrupt:
                 say(console, f"stopped; {len(results.lines)} runs are kept in {path}; the same command continues")
                 return 130
@@ -127,8 +123,6 @@ def _refuse(command: CompareCommand, words: Sequence[str], rest: Sequence[str]) 
     stated = command.margin is None or 0 < command.margin < math.inf
     require(stated, f"--margin {command.margin} is not positive and finite; use 0.01")
     require(command.jobs is None or command.jobs > 0, f"--jobs {command.jobs} runs nothing; use 1 or more")
-    finite = command.minutes is None or 0 < command.minutes < math.inf
-    require(finite, f"--minutes {command.minutes} is not a time; use 1 or more")
     lines = command.out is None or (command.out.suffix == ".jsonl" and not command.out.is_dir())
     require(lines, f"--out {command.out} is to have lines of JSON; let it end in .jsonl")
     refuse_twice(rest, "--idea", "--set")
@@ -148,13 +142,6 @@ def _comparison(command: CompareCommand, words: Sequence[str]) -> "Comparison":
     arms = arms_of(words, command.idea, settings)
     name = "-".join(re.sub(r"\W+", "-", arm.name).strip("-") for arm in arms)[:80]
     return Comparison(name=name, arms=arms, margin=command.margin or MARGIN)
-
-
-def place_of_results(command: CompareCommand, comparison: "Comparison", words: Sequence[str]) -> Path:
-    """Return the file of results of a comparison that names none."""
-    claim = len(words) == 1 and words[0].endswith(".toml") and not command.idea  # a config alone was refused
-    beside = Path(words[0]).parent if claim else Path("comparisons")
-    return beside / f"{comparison.name}.jsonl"
 
 
 def _report(command: CompareCommand, folder: Path, console: Console) -> int:

@@ -1,6 +1,5 @@
 """Arms: what is compared. Each is a whole RunConfig, and perhaps a Python function that makes another model of it."""
 
-import ast
 import dataclasses
 import hashlib
 import inspect
@@ -14,6 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -55,39 +55,27 @@ class Arm:
         table.pop("out", None)
         table["train"].pop("seed")
         table["data"].pop("path")
+        tokenizer = self.config.data.tokenizer
+        table["data"]["tokenizer"] = "bytes" if tokenizer is None else _hash(read_bytes(tokenizer))
         found: dict[str, Any] = {"config": table}
         if self.function:
             file = Path(self.function.rpartition(":")[0])
-            content = hashlib.sha256(b"".join(sources(file))).hexdigest()
+            content = _hash(b"".join(sources(file)))
             found |= {"function": Path(self.function).name, "sha256": content}  # the same from every folder
         return found
 
 
-def sources(file: Path) -> Iterator[bytes]:
-    """Yield the content of a Python file, and of each file of its folder that it imports, directly or not."""
-    folder, waiting, seen = file.parent, [file], {file}
-    for path in waiting:
-        content = read_bytes(path)
-        yield content
-        with suppress(SyntaxError, ValueError):  # told when it is run
-            for name in _imported(content, path.parent.relative_to(folder).parts):
-                parts = name.split(".")
-                for place in (folder.joinpath(*parts[:n]) for n in range(1, len(parts) + 1)):  # packages run too
-                    found = {place.with_suffix(".py"), place / "__init__.py"} - seen
-                    waiting += sorted(path for path in found if path.is_file())
-                    seen |= found
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
-def _imported(content: bytes, inside: tuple[str, ...]) -> Iterator[str]:
-    """Yield the modules that a source in these packages names in imports, and what it imports from them."""
-    for node in ast.walk(ast.parse(content)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            # a dot is the source's package, each other one the package above
-            package = inside[: len(inside) + 1 - node.level] if node.level else ()
-            of = ".".join(filter(None, (*package, node.module)))
-            yield from filter(None, (of, *(f"{of}.{alias.name}".strip(".") for alias in node.names)))
+def sources(file: Path) -> list[bytes]:
+    """Return the content of a Python file, and of each file of its folder that it imports, directly or not."""
+    finder = ModuleFinder([str(file.parent)])
+    with suppress(SyntaxError, ValueError):  # told when it is run
+        finder.run_script(str(file))
+    files: list[str | None] = [vars(module)["__file__"] for module in finder.modules.values()]
+    return [read_bytes(path) for path in (file, *sorted({Path(name) for name in files if name} - {file}))]
 
 
 @dataclass(frozen=True, kw_only=True)

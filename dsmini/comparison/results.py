@@ -1,7 +1,7 @@
 """The file of a comparison: a first line that says what is compared, then one for each finished run.
 
 A run that was killed has no line and is done again; a line that was cut at the end of the file is dropped. A file is
-continued by the same comparison alone.
+continued by the same comparison alone, and all its runs are made by the same sources, on the same kind of machine.
 """
 
 import itertools
@@ -14,20 +14,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dsmini.atomic import lock
-from dsmini.comparison.arms import Arm, Comparison
-from dsmini.config import RunConfig
-from dsmini.config.fields import build
+from dsmini.comparison.arms import Comparison
+from dsmini.machine import card
 from dsmini.reading import brief, read_bytes
+from dsmini.sources import own_sources
 
 Line = dict[str, Any]
 """Arm, seed, and the figures of trial.run_trial."""
 
 
-HEAD = {"dsmini", "question", "source", "hypothesis", "margin", "minutes", "arms"}
+HEAD = {"dsmini", "question", "source", "hypothesis", "margin", "arms"}
 """Keys of a first line."""
-WHERE = ("processor", "device", "torch", "python")
-"""Keys of a run that say where it was made, as in machine.card."""
+MADE_BY = {
+    "sources": "other sources",
+    "processor": "another processor",
+    "device": "another device",
+    "torch": "another version of torch",
+}
+"""Keys of a run that say what made it, and what a run with another value is of."""
 TIMED = 2
 """Number of seeds whose runs are made here even if another file has them: times of two sittings cannot be compared."""
 START = b'{"dsmini": "'
@@ -82,12 +89,25 @@ class Results:
         self.lines.append(line)
 
 
-def head_of(comparison: Comparison, corpora: Mapping[str, str], minutes: float | None, version: str) -> dict[str, Any]:
+def made_here(device: torch.device) -> dict[str, str]:
+    """Return what makes a run now: these sources of dsmini, on this machine."""
+    here = card(device)
+    return {"sources": own_sources(), **{key: here[key] for key in ("processor", "device", "torch", "python")}}
+
+
+def made_otherwise(line: Line, made: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield what made a run and differs from what is wanted: in words, its value, and the one that is wanted."""
+    for key, words in MADE_BY.items():
+        if line.get(key) != made.get(key):
+            unknown = f"commit {line['commit']}" if "commit" in line else "unknown"
+            yield words, str(line.get(key) or unknown), str(made.get(key))
+
+
+def head_of(comparison: Comparison, corpora: Mapping[str, str], version: str) -> dict[str, Any]:
     """Return the first line of a comparison's file.
 
     Args:
         corpora: hash of the corpus of each arm.
-        minutes: time of each run; None: all have equally many tokens.
         version: of dsmini.
     """
     return {
@@ -96,7 +116,6 @@ def head_of(comparison: Comparison, corpora: Mapping[str, str], minutes: float |
         "source": comparison.source,
         "hypothesis": comparison.hypothesis,
         "margin": comparison.margin,
-        "minutes": minutes,
         "arms": {arm.name: arm.describe() | {"corpus": corpora[arm.name]} for arm in comparison.arms},
     }
 
@@ -130,15 +149,22 @@ def read_results(path: Path) -> Results | None:
             fits, line = False, {}
         if not fits:
             raise ValueError(f"line {number} of {path} is not a finished run; remove it")
+        first = next(iter(runs.values()), line)
+        for what, theirs, ours in made_otherwise(line, first):
+            raise ValueError(f"line {number} of {path} is of {what}, {theirs} where others have {ours}; part them")
         runs.setdefault((line["arm"], line["seed"]), line)
     return Results(path=path, head=head, lines=[*runs.values()])
 
 
 @contextmanager
-def opened(path: Path, head: dict[str, Any]) -> Iterator[Results]:
+def opened(path: Path, head: dict[str, Any], made: Mapping[str, Any]) -> Iterator[Results]:
     """Yield the results of a file, new or continued, and keep other commands out of it meanwhile.
 
-    Raises: ValueError for a file of another comparison, version or corpus, and for one that is in use.
+    Args:
+        made: what makes its next runs, as in made_here.
+
+    Raises: ValueError for a file of another comparison or corpus, with runs that other sources or another machine made,
+        and for one that is in use.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
@@ -153,18 +179,18 @@ def opened(path: Path, head: dict[str, Any]) -> Iterator[Results]:
             file.flush()
             results = Results(path=path, head=head)
         else:
-            refuse_other(results, head)
+            refuse_other(results, head, made)
             file.truncate(_whole_bytes(path))
         yield results
 
 
-def reuse(results: Results, seeds: int, where: Mapping[str, str]) -> dict[Path, int]:
+def reuse(results: Results, seeds: int, made: Mapping[str, Any]) -> dict[Path, int]:
     """Copy the runs of equal arms, of these seeds, from other files of the folder; return how many each file had.
 
     Copies have no times, and the first seeds are not copied.
 
     Args:
-        where: processor, torch and so on, which a run must have: elsewhere the same run gives other bits.
+        made: as in opened; by other sources or elsewhere the same run gives other bits.
     """
     path, head, found = results.path, results.head, dict[Path, int]()
     for other in sorted({*path.parent.glob("*.jsonl")} - {path}):
@@ -172,9 +198,9 @@ def reuse(results: Results, seeds: int, where: Mapping[str, str]) -> dict[Path, 
             theirs = read_results(other)
         except ValueError:  # a file of something else
             continue
-        if theirs is None or any(theirs.head[key] != head[key] for key in ("dsmini", "minutes")):
+        if theirs is None:
             continue
-        lines = [line for line in theirs.lines if TIMED <= line["seed"] < seeds and line.items() >= where.items()]
+        lines = [line for line in theirs.lines if TIMED <= line["seed"] < seeds and not [*made_otherwise(line, made)]]
         for line, (name, arm) in itertools.product(lines, head["arms"].items()):
             if theirs.head["arms"][line["arm"]] == arm and not results.done(name, line["seed"]):
                 results.add(line | {"arm": name, "train_seconds": None, "cpu_seconds": None})
@@ -182,25 +208,19 @@ def reuse(results: Results, seeds: int, where: Mapping[str, str]) -> dict[Path, 
     return found
 
 
-def refuse_other(results: Results, head: Mapping[str, Any]) -> None:
-    """Raise ValueError for a file that another comparison began, with the first thing that differs."""
+def refuse_other(results: Results, head: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    """Raise ValueError for a file of another comparison, or made otherwise, with the first thing that differs."""
     fix = f"name another file with --out, or remove {results.path}"
     was, now = results.names[0], next(iter(head["arms"]))
+    for what, theirs, ours in made_otherwise(results.lines[0], made):
+        raise ValueError(f"{results.path} has runs of {what}, {theirs}; this would add those of {ours}; {fix}")
     if was != now and head["arms"].keys() == results.head["arms"].keys():
         raise ValueError(f"{results.path} was begun with the base {brief(was)}, this has {brief(now)}; {fix}")
-    begun = results.head | {"arms": {name: _as_now(arm, results.path) for name, arm in results.head["arms"].items()}}
-    for where, old, new in _differences("", begun, head):
+    for where, old, new in _differences("", results.head, head):
         if where.endswith(".corpus"):
             default = "the default one is the library of the Python that runs, so use the same Python"
             raise ValueError(f"{results.path} was begun on another text; {default}, or {fix}")
         raise ValueError(f"{results.path} was begun with {where or 'it'} {brief(old)}, this has {brief(new)}; {fix}")
-
-
-def _as_now(arm: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return an arm's description as it is written now, with the fields that configs have had since."""
-    config = build(RunConfig, arm["config"], str(path), "")
-    function = {"function": Path(arm["function"]).name} if "function" in arm else {}
-    return arm | Arm(name="", config=config).describe() | function
 
 
 def _differences(where: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

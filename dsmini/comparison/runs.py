@@ -5,15 +5,14 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dsmini.comparison.arms import Arm, Comparison
-from dsmini.comparison.results import Results
+from dsmini.comparison.results import Results, made_otherwise
 from dsmini.comparison.trial import request_of
 from dsmini.console.progress import Progress
 from dsmini.data.corpus import cache_next_to, load_corpus
@@ -96,15 +95,23 @@ def workers(number: int) -> Iterator[tuple[Workers, ThreadPoolExecutor]]:
         pool.shutdown(cancel_futures=True)
 
 
-def run_missing(comparison: Comparison, results: Results, seeds: int, jobs: int | None, progress: Progress) -> int:
+def run_missing(
+    comparison: Comparison,
+    results: Results,
+    seeds: int,
+    jobs: int | None,
+    made: Mapping[str, Any],
+    progress: Progress,
+) -> int:
     """Do the runs of the seeds 0 to seeds - 1 that have no line yet, and return how many there were.
 
     Seed by seed, so that pairs become complete. A finished run is in the file at once.
 
     Args:
         jobs: number of runs at a time; None: one for each core, on a GPU one.
+        made: as in results.opened.
 
-    Raises: ValueError of a run; the others are ended.
+    Raises: ValueError of a run, and where its sources were changed meanwhile; the others are ended.
     """
     missing = [
         (arm, seed)
@@ -125,7 +132,10 @@ def run_missing(comparison: Comparison, results: Results, seeds: int, jobs: int 
             finished, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in sorted(finished, key=lambda done: done.exception() is not None):  # what is done is kept
                 arm, seed = running.pop(future)
-                results.add({"arm": arm.name, "seed": seed, **future.result()})
+                line = {"arm": arm.name, "seed": seed, **future.result()}
+                for what, theirs, ours in made_otherwise(line, made):
+                    raise ValueError(f"{arm.name}, seed {seed} is of {what}, {theirs}, not {ours}; start again")
+                results.add(line)
             names = ", ".join(f"{arm.name} seed {seed}" for arm, seed in running.values())
             whole = len(missing) - len(waiting) - len(running)
             progress.update(whole + sum(processes.running.values()), f"{whole}/{len(missing)} runs  {names}")
@@ -143,25 +153,3 @@ def read_corpora(comparison: Comparison, path: Path, progress: ProgressCallback)
         corpus = load_corpus(c.data, c.seq_len, c.model.vocab_size, cache_next_to(path), 0, progress=progress)
         found[arm.name] = corpus.sha256
     return found
-
-
-def with_steps_for(
-    comparison: Comparison, minutes: float, path: Path, before: Results | None, progress: Progress
-) -> Comparison:
-    """Return a comparison whose arms have the number of steps that they take in these minutes on one thread.
-
-    Args:
-        before: results that are continued, whose steps hold.
-    """
-    arms = []
-    with workers(1) as (processes, _):
-        for i, arm in enumerate(comparison.arms):
-            progress.update(i / len(comparison.arms), f"how long a step of {arm.name} takes")
-            if before is not None and before.head["minutes"] == minutes and arm.name in before.names:
-                steps = before.head["arms"][arm.name]["config"]["train"]["steps"]
-            else:
-                seconds = processes.ask(request_of(arm, None, cache_next_to(path)), arm.name)
-                steps = max(1, round(minutes * 60 / seconds))
-            train = replace(arm.config.train, steps=steps)
-            arms.append(replace(arm, config=replace(arm.config, train=train)))
-    return replace(comparison, arms=arms)

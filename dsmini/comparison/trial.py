@@ -22,18 +22,18 @@ import torch
 
 from dsmini import accounting
 from dsmini.comparison.arms import Arm, make_model_of
-from dsmini.comparison.results import WHERE
+from dsmini.comparison.results import made_here
 from dsmini.config import RunConfig
 from dsmini.config.fields import build
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.machine import DTYPES, card, keep_freed_memory, pick_device
+from dsmini.machine import DTYPES, keep_freed_memory, pick_device
 from dsmini.nn import Transformer
 from dsmini.nn.gate import make_tables
+from dsmini.sources import own_sources
 from dsmini.training.trainer import StepResult, Trainer
 
 LAST = 0.1
 """Share of the steps, at the end, over which loads are averaged."""
-PACE_STEPS = 8
 ACCEPTED_TOKENS = 16384
 """Held-out tokens on which drafts are compared with the next token."""
 
@@ -47,7 +47,7 @@ def run_trial(arm: Arm, seed: int, cache: Path, on_part: Callable[[float], None]
 
     Returns: loss in nats a byte (None if the run diverged), train_seconds and cpu_seconds of all steps, steps, tokens,
         parameters, active (None of a function's model), cache_bytes a token, max_vio at the end and over all steps,
-        acceptance of drafts, and where it ran: processor, device, torch and python.
+        acceptance of drafts, and what made it, as in results.made_here.
     """
     trainer, corpus = prepared(arm, seed, cache)
     config, steps = trainer.config, trainer.config.train.steps
@@ -61,7 +61,7 @@ def run_trial(arm: Arm, seed: int, cache: Path, on_part: Callable[[float], None]
     loss = (
         trainer.validate(trainer.final_windows()) / corpus.bytes_per_token if trainer.steps_done == steps else math.nan
     )
-    loads, here = [step.max_vio for step in done if step.max_vio is not None], card(trainer.device)
+    loads = [step.max_vio for step in done if step.max_vio is not None]
     return {
         "loss": loss if math.isfinite(loss) else None,
         "train_seconds": round(sum(step.seconds for step in done), 3),
@@ -74,25 +74,8 @@ def run_trial(arm: Arm, seed: int, cache: Path, on_part: Callable[[float], None]
         "max_vio": statistics.fmean(loads[-max(1, round(LAST * steps)) :]) if loads else None,
         "max_vio_mean": statistics.fmean(loads) if loads else None,
         "acceptance": acceptance(trainer) if len(trainer.model.mtp) else None,
-        **{key: here[key] for key in WHERE},
+        **made_here(trainer.device),
     }
-
-
-def pace(arm: Arm, cache: Path) -> float:
-    """Return the median seconds of a step after the first ones; on a CPU of its own thread, without its waits.
-
-    The steps of a batch that grows are those of its mean size: a step takes some time, and some for each sequence.
-    """
-    train = arm.config.train
-    rows = max(1, round(arm.tokens / (train.steps * arm.config.seq_len * train.grad_accum))) * train.grad_accum
-    train = replace(train, batch_size=rows, batch_start=None, batch_ramp=0.0)
-    trainer, _ = prepared(replace(arm, config=replace(arm.config, train=train)), 0, cache)
-    clock, times = time.process_time if trainer.device.type == "cpu" else time.perf_counter, list[float]()
-    for _ in range(PACE_STEPS):
-        begun = clock()
-        trainer.step()
-        times.append(clock() - begun)
-    return statistics.median(times[2:])
 
 
 def prepared(arm: Arm, seed: int, cache: Path) -> tuple[Trainer, Corpus]:
@@ -139,8 +122,8 @@ def _cache_bytes(trainer: Trainer) -> float | None:
 # --- the process
 
 
-def request_of(arm: Arm, seed: int | None, cache: Path) -> str:
-    """Return the line that asks a process for a run; for an arm's pace without a seed."""
+def request_of(arm: Arm, seed: int, cache: Path) -> str:
+    """Return the line that asks a process for a run."""
     said = {"name": arm.name, "function": arm.function, "seed": seed, "cache": str(cache)}
     return json.dumps(said | {"config": arm.config.to_toml()})
 
@@ -152,6 +135,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a user's function may print, but not into the answer
     keep_freed_memory()
+    own_sources()  # now, before somebody edits them
 
     def say(what: dict[str, Any]) -> None:
         print(json.dumps(what), file=answers, flush=True)
@@ -160,10 +144,7 @@ def main() -> None:
         config = build(RunConfig, tomllib.loads(asked["config"]), asked["name"], "")
         torch.set_num_threads(config.train.threads or 1)
         arm, cache = Arm(name=asked["name"], config=config, function=asked["function"]), Path(asked["cache"])
-        if asked["seed"] is None:
-            say({"result": pace(arm, cache)})
-        else:
-            say({"result": run_trial(arm, asked["seed"], cache, lambda done: say({"done": done}))})
+        say({"result": run_trial(arm, asked["seed"], cache, lambda done: say({"done": done}))})
     except (Exception, SystemExit) as error:
         say({"error": sentence_of(error, asked["function"])})
 

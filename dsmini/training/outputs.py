@@ -16,6 +16,7 @@ from dsmini.console.messages import printable, say
 from dsmini.inference.generation import Generation
 from dsmini.inference.sampling import Sampling
 from dsmini.machine import DTYPES, peak_memory
+from dsmini.sources import own_sources
 from dsmini.training.run import TrainingRun
 
 TEMPERATURE = 0.8
@@ -69,6 +70,7 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "max_vio": sum(vio) / len(vio) if vio else None,
         "skipped": sum(row["skipped"] for row in history.records),
         "corpus_sha256": trainer.corpus.sha256,
+        "sources": own_sources(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -38,6 +38,7 @@ from dsmini.machine import DTYPES, keep_freed_memory, pick_dtype, refuse_too_lar
 from dsmini.nn import Transformer
 from dsmini.nn.gate import make_tables
 from dsmini.reading import is_there, read_bytes, read_table
+from dsmini.sources import own_sources
 from dsmini.training.optim import LARGEST_BETA_BF16
 from dsmini.training.origin import RunOrigin, absolute, origin_of_weights
 from dsmini.training.record import read_events, require_tensorboard
@@ -202,7 +203,7 @@ def _begin(config: RunConfig, corpus: Corpus, weights: Path | None) -> None:
     folder = config.out
     assert folder is not None
     refuse_taken(folder)  # another run may have begun in it since it was looked at
-    write_json(folder / "corpus.json", corpus.describe())
+    write_json(folder / "corpus.json", corpus.describe() | {"sources": own_sources()})
     if config.data.tokenizer is not None:
         write_bytes(folder / "tokenizer.json", read_bytes(config.data.tokenizer))
     if weights is not None:
@@ -278,6 +279,7 @@ def _continue(config: RunConfig, origin: RunOrigin) -> None:
     assert config.out is not None
     assert origin.before is not None
     remove_leftovers(config.out / "checkpoints")
+    own_sources()  # as they are now, for the summary
     replace_config(config.out, origin.before, config, origin.step)
 
 

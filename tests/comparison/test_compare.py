@@ -15,14 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini import ModelConfig, RunConfig
-from dsmini.compare import CompareCommand, place_of_results
-from dsmini.comparison import trial
+from dsmini import ModelConfig, RunConfig, sources
 from dsmini.comparison.answer import draw, record_of, sentences
 from dsmini.comparison.arms import Arm, Comparison, arms_of, make_model_of, read_claim
-from dsmini.comparison.results import HEAD, Results, head_of, opened, read_results, refuse_other
+from dsmini.comparison.results import HEAD, Results, head_of, opened, read_results, refuse_other, reuse
 from dsmini.comparison.runs import Workers
 from dsmini.comparison.trial import prepared
+from dsmini.config.fields import build
 from dsmini.nn.gate import HashGate, hash_table
 from tests.helpers.commands import ROOT, check_refused, finish, run, start
 from tests.helpers.configs import refusal, written
@@ -50,6 +49,7 @@ def zero_head(config):
     return model
 """
 COMPARE = "dsmini.compare base.toml --idea model.n_mtp_layers=0 --seeds 2 --out found.jsonl"
+MADE = {"sources": "0123", "processor": "EPYC", "device": "cpu", "torch": "2.13.0", "python": "3.11.7"}
 A_HEAD = {"dsmini": "1", **dict.fromkeys(HEAD, ""), "arms": {"base": {}}, "margin": 0.01}
 
 
@@ -99,10 +99,6 @@ def test_a_function_has_one_description_from_every_folder(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     here, there = (arms_of([name], [], []) for name in ("idea.py:make", f"{tmp_path}/idea.py:make"))
     assert here[1].describe() == there[1].describe()
-    head = head_of(Comparison(name="x", arms=here, margin=0.01), {"base": "", "make": ""}, None, "1")
-    older = json.loads(json.dumps(head))
-    older["arms"]["make"]["function"] = "some/folder/idea.py:make"  # as it was written once
-    refuse_other(Results(path=tmp_path / "x.jsonl", head=older), head)
 
 
 def test_pairs_start_with_equal_weights_where_shapes_agree(place: Path) -> None:
@@ -163,19 +159,12 @@ def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
     assert report.returncode == 0 and len(json.loads(report.stdout)) == 1 and (place / "forest.png").exists()
 
 
-def test_a_claim_without_a_question_has_its_results_beside_it(place: Path) -> None:
-    claim = str(place / "claim.toml")
-    for words, want in (([claim], place), ([claim, "toy"], Path("comparisons")), (["toy"], Path("comparisons"))):
-        found = place_of_results(CompareCommand(), Comparison(name="claim", arms=[], margin=0.01), words)
-        assert found == want / "claim.jsonl"
-
-
 @pytest.mark.slow
-def test_a_claim_has_its_arms_and_keeps_its_results_beside_it(place: Path) -> None:
+def test_a_claim_has_its_arms_and_says_who_made_it(place: Path) -> None:
     done = finish("dsmini.compare claim.toml --seeds 1", place)
-    head = json.loads((place / "claim.jsonl").read_text().splitlines()[0])
+    head = json.loads((place / "comparisons/claim.jsonl").read_text().splitlines()[0])
     assert list(head["arms"]) == ["base", "no mtp", "relu"] and head["margin"] == 0.5
-    losses = {row["arm"]: row["loss"] for row in lines_of(place / "claim.jsonl")}
+    losses = {row["arm"]: row["loss"] for row in lines_of(place / "comparisons/claim.jsonl")}
     assert len(set(losses.values())) == 3, "three models"
     assert "source: V3 report, 4.5.1\n" in done.stdout and "hypothesis" not in done.stdout, "what the claim says"
 
@@ -207,14 +196,14 @@ def test_a_disk_that_is_full_within_a_line_leaves_none_of_it(tmp_path: Path) -> 
 def test_a_file_without_runs_is_begun_again(tmp_path: Path) -> None:
     """An idea that failed at once, and was mended, has another hash; nothing was measured with the first."""
     path, arms = tmp_path / "found.jsonl", [Arm(name="base", config=RunConfig())]
-    one, two = (head_of(Comparison(name="x", arms=arms, margin=m), {"base": ""}, None, "1") for m in (0.01, 0.02))
-    with opened(path, one):
+    one, two = (head_of(Comparison(name="x", arms=arms, margin=m), {"base": ""}, "1") for m in (0.01, 0.02))
+    with opened(path, one, MADE):
         pass
-    with opened(path, two) as results:
-        results.add({"arm": "base", "seed": 0, "loss": 1.0})
+    with opened(path, two, MADE) as results:
+        results.add({"arm": "base", "seed": 0, "loss": 1.0} | MADE)
     assert json.loads(path.read_text().splitlines()[0])["margin"] == 0.02
     kept = path.read_text()
-    with pytest.raises(ValueError, match=r"begun with margin 0\.02"), opened(path, one):
+    with pytest.raises(ValueError, match=r"begun with margin 0\.02"), opened(path, one, MADE):
         pass
     assert path.read_text() == kept
 
@@ -265,11 +254,11 @@ def test_a_file_of_something_else_is_refused_and_left(tmp_path: Path, text: str)
     path = tmp_path / "found.jsonl"
     path.write_text(text)
     if NO_RESULTS[text]:
-        with pytest.raises(ValueError, match=NO_RESULTS[text]), opened(path, A_HEAD):
+        with pytest.raises(ValueError, match=NO_RESULTS[text]), opened(path, A_HEAD, MADE):
             pass
         assert path.read_text() == text
     else:
-        with opened(path, A_HEAD) as results:
+        with opened(path, A_HEAD, MADE) as results:
             assert results.lines == [] and json.loads(path.read_text()) == A_HEAD
 
 
@@ -325,16 +314,10 @@ def test_arms_are_equal_but_for_their_idea() -> None:
     assert base.config.train.threads == idea.config.train.threads == 1
 
 
-def test_a_batch_that_grows_counts_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four steps of 4 sequences of 256, or of 2, 3, 4 and 4: tokens that are told, and steps that are timed."""
+def test_a_batch_that_grows_counts_as_it_is() -> None:
+    """Four steps of 4 sequences of 256, or of 2, 3, 4 and 4."""
     base, idea = arms_of([], ["train.batch_start=2 train.batch_ramp=0.5"], ["train.steps=4"])
     assert (base.tokens, idea.tokens) == (256 * 16, 256 * 13)
-    timed: list[RunConfig] = []
-    trainer = SimpleNamespace(device=torch.device("cpu"), step=lambda: None)
-    monkeypatch.setattr(trial, "prepared", lambda arm, *_: timed.append(arm.config) or (trainer, None))
-    for arm in (base, idea):
-        trial.pace(arm, Path())
-    assert [{config.train.batch_size_at(step) for step in range(9)} for config in timed] == [{4}, {3}]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "claims").glob("*.toml")), ids=lambda path: path.stem)
@@ -343,12 +326,90 @@ def test_claims_of_the_docs_say_what_they_ask(path: Path) -> None:
     assert claim.question.endswith("?") and claim.hypothesis and claim.source and len(claim.arms) > 1
     assert claim.arms[0].name != "base", "base_name says what it is"
     if results := read_results(path.with_suffix(".jsonl")):
-        corpora = {name: arm["corpus"] for name, arm in results.head["arms"].items()}
-        head = head_of(claim, corpora, None, results.head["dsmini"])
-        refuse_other(results, head)
-        head["arms"] = dict(reversed(head["arms"].items()))
-        with pytest.raises(ValueError, match=f"was begun with the base '{re.escape(results.names[0])}', this has"):
-            refuse_other(results, head)
+        stored = {name: (as_now(arm), arm.get("sha256")) for name, arm in results.head["arms"].items()}
+        described = {arm.name: (arm.describe()["config"], arm.describe().get("sha256")) for arm in claim.arms}
+        assert stored == described and list(stored) == list(described)
+        assert results.head["margin"] == claim.margin
+        assert all(re.fullmatch("[0-9a-f]{8}", line["commit"]) for line in results.lines)
+        want = f"has runs of other sources, commit {results.lines[0]['commit']}; this would add those of 0123"
+        assert want in refusal(refuse_other, results, results.head, MADE)
+
+
+def as_now(arm: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of an arm as it is written now, with the fields that configs have had since."""
+    return Arm(name="", config=build(RunConfig, arm["config"], "stored", "")).describe()["config"]
+
+
+def test_what_another_base_began_is_refused(tmp_path: Path) -> None:
+    results = Results(path=tmp_path / "x.jsonl", head=A_HEAD | {"arms": {"a": {}, "b": {}}})
+    results.lines = [{"arm": "a", "seed": 0, "loss": 1.0} | MADE]
+    head = A_HEAD | {"arms": {"b": {}, "a": {}}}
+    assert "was begun with the base 'a', this has 'b'" in refusal(refuse_other, results, head, MADE)
+
+
+# what changed since a file was begun, and what is said
+OTHERS = {
+    "sources": ({"sources": "4567"}, "has runs of other sources, 0123; this would add those of 4567"),
+    "machine": ({"processor": "Xeon"}, "has runs of another processor, EPYC; this would add those of Xeon"),
+    "device": ({"device": "H100"}, "has runs of another device, cpu"),
+    "torch": ({"torch": "2.9.1"}, "has runs of another version of torch, 2.13.0; this would add those of 2.9.1"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_runs_that_something_else_made_are_not_mixed(tmp_path: Path, what: str) -> None:
+    """They are not continued, not taken from other files, and not read from one file."""
+    other, said = OTHERS[what]
+    path, run = tmp_path / "found.jsonl", {"arm": "base", "seed": 2, "loss": 1.0}
+    with opened(path, A_HEAD, MADE) as results:
+        results.add(run | MADE)
+    kept = path.read_text()
+    with pytest.raises(ValueError, match=re.escape(said)), opened(path, A_HEAD, MADE | other):
+        pass
+    with opened(path, A_HEAD, MADE | {"python": "3.13.1"}) as results:  # changes no bit
+        assert len(results.lines) == 1 and path.read_text() == kept
+    for made, count in ((MADE, 1), (MADE | other, 0)):
+        copy = Results(path=tmp_path / "copy.jsonl", head=A_HEAD)
+        assert sum(reuse(copy, 5, made).values()) == count
+        copy.path.unlink(missing_ok=True)
+    path.write_text(kept + json.dumps(run | MADE | other | {"seed": 3}) + "\n")
+    assert "line 3 of" in refusal(read_results, path) and "part them" in refusal(read_results, path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("model.max_seq_len=64", "arms.base.config.model.max_seq_len 32, this has 64"),
+        ("data.tokenizer=b.json", "arms.base.config.data.tokenizer 'bytes', this has '"),
+    ],
+)
+def test_another_context_or_tokenizer_is_named(place: Path, settings: str, said: str) -> None:
+    (place / "b.json").write_text("{}")
+    heads = []
+    for changes in ("train.steps=3", settings.replace("b.json", f"{place}/b.json")):
+        arm, _ = arms_of([str(place / "base.toml")], ["model.n_mtp_layers=0"], [changes])
+        heads.append(head_of(Comparison(name="x", arms=[arm], margin=0.01), {"base": "1"}, "1"))
+    results = Results(path=Path("x.jsonl"), head=heads[0], lines=[MADE])
+    assert said in refusal(refuse_other, results, heads[1], MADE)
+
+
+def test_a_changed_source_has_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the package, and of the C++ of the kernels."""
+    seen = {sources.own_sources.__wrapped__()}
+    for name in ("dsmini/nn/mtp.py", "dsmini_kernels/cpu/a.h"):
+        (tmp_path / name).parent.mkdir(parents=True)
+    for place in (tmp_path / "dsmini", tmp_path / "dsmini_kernels"):
+        (place / "__init__.py").write_text("")
+    (tmp_path / "dsmini/sources.py").write_text(Path(sources.__file__).read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sources, "__file__", str(tmp_path / "dsmini/sources.py"))
+    where = SimpleNamespace(submodule_search_locations=[str(tmp_path / "dsmini_kernels")])
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: where)
+    for file in ("dsmini/nn/mtp.py", "dsmini_kernels/cpu/a.h", "dsmini/nn/other.py"):
+        seen.add(sources.own_sources.__wrapped__())
+        (tmp_path / file).write_text("1")
+        seen.add(sources.own_sources.__wrapped__())
+    assert len(seen) == 5 and all(re.fullmatch("[0-9a-f]{16}", each) for each in seen)
 
 
 def test_what_cannot_be_compared_is_refused(place: Path) -> None:
