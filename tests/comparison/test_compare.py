@@ -180,7 +180,7 @@ def test_results_that_were_removed_meanwhile_are_written_again(tmp_path: Path) -
 
 
 def test_a_disk_that_is_full_within_a_line_leaves_none_of_it(tmp_path: Path) -> None:
-    """Let 20 bytes of a line be written. Those after them fit where these were, once they are gone."""
+    """Let 20 bytes of a line be written. Their place is free again once they are gone."""
     results = Results(path=tmp_path / "found.jsonl", head=A_HEAD)
     results.add({"arm": "base", "seed": 0, "loss": 1.0})
     before, limits = results.path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -394,7 +394,7 @@ def test_another_context_or_tokenizer_is_named(place: Path, settings: str, said:
 
 
 def test_a_changed_source_has_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the package, and of the C++ of the kernels."""
+    """Change a file of the package, one in C++ of the kernels, and add a file."""
     seen = {sources.own_sources.__wrapped__()}
     for name in ("dsmini/nn/mtp.py", "dsmini_kernels/cpu/a.h"):
         (tmp_path / name).parent.mkdir(parents=True)
