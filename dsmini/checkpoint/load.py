@@ -146,6 +146,7 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     fp8: Treatment = "dequantize",
     device: str | torch.device = "cpu",
+    qat: bool | None = None,
 ) -> Transformer:
     """Return the model of a DeepSeek or Hugging Face folder (deepseek_v2 to deepseek_v4, kimi_k2).
 
@@ -157,11 +158,13 @@ def load_pretrained(
         dtype: dtype of matrices and embedding; None: as each is stored. Norms and gates are FP32, or else FP64.
         fp8: treatment of weights in FP8, and of experts in FP4. "dequantize": they are held in `dtype`, by default
             BF16. "keep": codes and scales are held, and dequantized where they are used; such a model cannot be
-            trained.
+            trained. Experts of a layer that are stored in several ways are dequantized.
+        qat: V4's rounding of entries and of the indexer, as ModelConfig.qat; None: as the config says. DeepSeek's code
+            always rounds, so its own inference JSON says yes, and a Hugging Face folder no.
 
-    Warns: if config.json promises multi-token prediction blocks of which the folder holds nothing (transformers
-        leaves them out when it saves a model); the model has none then. If those blocks' copies of embedding and
-        head are not what the model's are, which are used.
+    Warns: of experts that are dequantized though codes are to be kept. If config.json promises multi-token prediction
+        blocks of which the folder holds nothing (transformers leaves them out when it saves a model); the model has
+        none then. If those blocks' copies of embedding and head are not what the model's are, which are used.
 
     Raises: ValueError for a folder that does not hold the model its config describes, with all that is wrong, for a
         config that cannot be honoured, and for a damaged file, before memory for the model is taken; for tensors with
@@ -171,12 +174,13 @@ def load_pretrained(
     require(fp8 in ("dequantize", "keep"), f"fp8={fp8!r} is unknown; use 'dequantize' or 'keep'")
     check_dtype(dtype)
     place = pick_device(str(device))
-    there = PretrainedTensors(find_model(Path(folder)))
+    there = PretrainedTensors(find_model(Path(folder)), qat)
     model, kinds = there.model, there.kinds()
-    if fp8 == "keep":
-        mixed = [name for name, of in kinds.items() if of & {FP8, FP4} and len(of) > 1]
-        fix = f"in {listed(mixed)}; load it with fp8='dequantize'"
-        require(not mixed, f"{there.folder} has some experts in FP8 or FP4 and others not, {fix}")
+    mixed = [name for name, of in kinds.items() if of & {FP8, FP4} and len(of) > 1]
+    if fp8 == "keep" and mixed:
+        warnings.warn(
+            f"{there.folder} has experts in several formats, which are dequantized: {listed(mixed)}", stacklevel=2
+        )
     held = {name: _held(model, name, of, dtype, fp8 == "keep") for name, of in kinds.items()}
     nbytes = sum(_held_shape(t, held[name]).numel() * held[name].itemsize for name, t in model.state_dict().items())
     refuse_too_large(nbytes, f"the model of {there.folder}", place)
@@ -195,13 +199,17 @@ def load_pretrained(
 class PretrainedTensors:
     """The tensors of a folder, each with its place in the model that the folder's config describes.
 
+    Args:
+        qat: as in load_pretrained.
+
     Warns and raises: as load_pretrained, for headers and config, when it is made. No tensor is read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, qat: bool | None = None) -> None:
         self.folder = folder
         self.raw: dict[str, Any]
         self.raw, config = _read_config(folder)
+        config = config if qat is None else dataclasses.replace(config, qat=qat)
         """Content of the config file."""
         self._reader = SafetensorsReader(folder)
         if is_v4(config):
@@ -404,7 +412,7 @@ def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Pat
 
 def _held(model: Transformer, name: str, kinds: set[torch.dtype], dtype: torch.dtype | None, keep: bool) -> torch.dtype:
     """Return the dtype in which a tensor is held that was stored in these."""
-    if keep and kinds & {FP8, FP4}:
+    if keep and kinds & {FP8, FP4} and len(kinds) == 1:
         return next(iter(kinds))
     path, _, attribute = name.rpartition(".")
     layer = model.get_submodule(path)

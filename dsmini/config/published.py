@@ -349,6 +349,11 @@ def _in_released_spelling(raw: Mapping[str, Any], source: str) -> dict[str, Any]
             raise ValueError(f"{source} has rope_parameters={brief(ropes)}; want a table 'main' and a table 'compress'")
         _refuse_other(main, {"rope_type": ("default",), "type": ("default",)}, source, "rope_parameters.main.")
         _refuse_other(compress, {"attention_factor": (1.0,)}, source, "rope_parameters.compress.")
+        if "yarn" in (compress.get("rope_type"), compress.get("type")) and compress.get("attention_factor") is None:
+            raise ValueError(
+                f"{source} has YaRN in rope_parameters.compress without attention_factor, for which transformers takes "
+                "0.1 ln(factor) + 1, and DeepSeek's code 1; say attention_factor=1.0 there"
+            )
         said = {"rope_theta": main.get("rope_theta"), "compress_rope_theta": compress.get("rope_theta")}
         factors += [main.get("partial_rotary_factor"), compress.get("partial_rotary_factor")]
         del out["rope_parameters"]
@@ -520,10 +525,13 @@ def inference_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _v4_inference_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return ModelConfig fields from a JSON file of V4's inference code, which has YaRN at every length or at none."""
+    """Return ModelConfig fields from a JSON file of V4's inference code, which has YaRN at every length or at none.
+
+    That code rounds entries at every call, so "qat" is on; dsmini's own key turns it off.
+    """
     accepted = _ACCEPTED | {"scale_dtype", "expert_dtype"}
-    refuse_unread(set(raw) - set(_V4_ARGS) - accepted, source)
-    out = {**_V4_ARGS, **{key: value for key, value in raw.items() if key not in accepted}}
+    refuse_unread(set(raw) - set(_V4_ARGS) - accepted - {"qat"}, source)
+    out = {"qat": True, **_V4_ARGS, **{key: value for key, value in raw.items() if key not in accepted}}
     out["compress_ratios"] = _without_mtp(out["compress_ratios"], out["n_layers"], source)
     out["qk_rope_head_dim"] = out.pop("rope_head_dim")
     out["original_seq_len"] = out["original_seq_len"] or None

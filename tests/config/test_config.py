@@ -298,7 +298,9 @@ def test_numbers_beyond_any_are_a_sentence(tmp_path: Path) -> None:
 
 def test_inference_json_of_v4(tmp_path: Path) -> None:
     """ModelArgs' defaults are a small model. YaRN is on at any length, so max_seq_len becomes what it is for."""
-    assert read(tmp_path, released_json("deepseek-v4-flash.inference")) == released("deepseek-v4-flash")
+    flash = released_json("deepseek-v4-flash.inference")  # whose code rounds entries at every call
+    assert read(tmp_path, flash) == released("deepseek-v4-flash", qat=True)
+    assert read(tmp_path, flash | {"qat": False}) == released("deepseek-v4-flash")
     small = read(tmp_path, {"n_hash_layers": 0})
     assert (small.dim, small.n_layers, small.compress_ratios) == (4096, 7, (0, 0, 4, 128, 4, 128, 4))
     assert (small.compress_rope_theta, small.original_seq_len, small.swiglu_limit) == (40000.0, None, None)
@@ -311,3 +313,10 @@ def test_attention_factor_of_transformers_spelling_is_refused(tmp_path: Path) ->
     raw["rope_parameters"]["compress"]["attention_factor"] = 1.277
     said = refusal(read, tmp_path, raw)
     assert "attention_factor=1.277, which dsmini cannot honour; want 1.0" in said
+    del raw["rope_parameters"]["compress"]["attention_factor"]  # transformers then takes 1.277 too
+    said = refusal(read, tmp_path, raw)
+    assert "YaRN in rope_parameters.compress without attention_factor" in said and "say attention_factor=1.0" in said
+    raw["rope_parameters"]["compress"]["rope_type"] = "default"  # no YaRN needs none
+    for key in ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "type"):
+        raw["rope_parameters"]["compress"].pop(key, None)
+    assert read(tmp_path, raw).original_seq_len is None
