@@ -1,6 +1,8 @@
 """Tools for nn.Linear find the layers that hold numbers, and no layer that holds FP8 codes."""
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from dsmini import Transformer
 from dsmini.nn import FP8Linear, QuantizedLinear
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.nn.layers import is_plain
+from tests.helpers.configs import DSA, V4_MODEL
 from tests.helpers.tolerances import relative_error
 
 Build = Callable[..., Transformer]
@@ -42,6 +45,32 @@ def test_lora_by_peft_trains_adapters_and_merges(small_model: Build) -> None:
     assert adapted.losses(tokens[:, :-1], tokens[:, 1:]).total < first
     merged = adapted.merge_and_unload()
     assert type(merged) is Transformer and relative_error(merged(tokens), trained) < 1e-5
+
+
+ATTENTION = r".*\.attn\.w\w+"
+"""The recipe of docs/pytorch-habits.md: matrices of attention itself, not of an indexer or a compressor in it."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"q_lora_rank": None}, {"attention": "gqa", "n_kv_heads": 1}, DSA, V4_MODEL],
+    ids=["mla", "direct query", "gqa", "dsa", "V4"],
+)
+def test_one_recipe_of_lora_fits_every_attention(small_model: Build, changes: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft", reason="needs the peft library")
+    model, tokens = small_model(**changes).eval(), torch.randint(0, 61, (2, 12))
+    want = [name for name, _ in model.named_modules() if re.fullmatch(ATTENTION, name)]
+    attentions = [*model.layers, *(depth.block for depth in model.mtp)]
+    assert len(want) == sum(isinstance(part, nn.Linear) for block in attentions for part in block.attn.children())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=ATTENTION, init_lora_weights=False))
+    adapted.losses(tokens[:, :-1], tokens[:, 1:]).total.backward()
+    grads = [p.grad for name, p in adapted.named_parameters() if "lora_" in name]
+    assert len(grads) == 2 * len(want) and all(grad is not None and grad.any() for grad in grads)
+    trained, rows = adapted(tokens), dsmini.generate(model, tokens, 6).tokens
+    merged = adapted.merge_and_unload()
+    assert relative_error(merged(tokens), trained) < 1e-5 and torch.equal(
+        dsmini.generate(merged, tokens, 6).tokens, rows
+    )
 
 
 def test_peft_refuses_layers_in_fp8(small_model: Build) -> None:
