@@ -59,7 +59,7 @@ COMMANDS = [
 FORBIDDEN = (
     (rf"dsmini\.({'|'.join(COMMANDS)})\b", "dsmini/.*/"),
     (r"dsmini\.generate\.", ""),  # it would hide the function dsmini.generate
-    (r"transformers\b", "dsmini|kernels|tests/(?!oracle)"),
+    (r"transformers\b", "dsmini/(?!checkpoint/inspection)|kernels|tests/(?!oracle)"),
     (r"(dsmini|benchmarks)\b", "kernels"),
     (r"(tests|benchmarks)\b", "dsmini|kernels"),
 )

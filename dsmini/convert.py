@@ -1,7 +1,9 @@
 """python -m dsmini.convert: write a trained or a published model as a folder that others load."""
 
 import json
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +20,7 @@ from dsmini.config.fields import require
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
+from dsmini.console.progress import Progress
 from dsmini.reading import read_text
 from dsmini.text.tokenizer import BPETokenizer, byte_tokenizer_json
 
@@ -37,8 +40,12 @@ class ConvertCommand:
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """The model to read."""
-    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = None
     """The folder to write, which must be new or empty."""
+    check: bool = False
+    """Write no folder: check SRC, a DeepSeek or Hugging Face folder, layer by layer in the memory of one layer."""
+    report: Path | None = None
+    """A file for the findings of --check, with which the same command continues after an interruption."""
     fp8: bool = False
     """Write the matrices of attention and feed-forwards in FP8: E4M3 codes, an FP32 scale for each 128x128 block."""
     fp4: bool = False
@@ -62,14 +69,15 @@ class ConvertCommand:
 
 
 HELP = Help(
-    usage="SRC DST [FLAGS]",
+    usage="SRC DST [FLAGS], or SRC --check",
     examples=(
         "runs/toy-001 exported",
         "runs/toy-001/checkpoints/step-001450 exported --dtype bfloat16",
         "DeepSeek-V2-Lite v2-lite-fp8 --fp8 --shard-size 2GB",
         "runs/toy-001 sparse --dsa",
+        "DeepSeek-V3 --check --report v3.json",
     ),
-    main=("src", "dst", "fp8", "dtype", "shard_size", "average", "dsa", "json"),
+    main=("src", "dst", "check", "report", "fp8", "dtype", "shard_size", "average", "dsa", "json"),
 )
 
 
@@ -86,6 +94,12 @@ def main(args: Sequence[str]) -> int:
 
     ops.check_forced()
     tell = partial(say, Console(stderr=command.json))
+    require(command.check or command.report is None, "--report is for --check; add that, or leave it out")
+    if command.check:
+        require(command.dst is None, f"--check writes no folder; leave {command.dst} out")
+        return _check(command)
+    require(command.dst is not None, "an argument is missing: DST, the folder to write; or use --check")
+    assert command.dst is not None
     refuse_filled(command.dst)
     parse_size(command.shard_size)
     sizes = _indexer_sizes(command)
@@ -124,6 +138,53 @@ def main(args: Sequence[str]) -> int:
         figures = {"parameters": n_parameters, "bytes_written": saved.nbytes, "files": saved.files}
         print(json.dumps({"src": str(command.src), "dst": str(command.dst), **figures}))
     return 0
+
+
+def _check(command: ConvertCommand) -> int:
+    """Check SRC, print the report, and return 1 if it names a fault, else 0."""
+    import torch
+
+    import dsmini
+    from dsmini import accounting
+    from dsmini.checkpoint.inspection import Inspection
+    from dsmini.machine import peak_memory, processor
+
+    start, dtype = time.perf_counter(), torch.bfloat16 if command.dtype == "bfloat16" else torch.float32
+    inspection = Inspection(command.src, dtype, command.report)
+    there, layers = inspection.there, []
+    counted = accounting.parameters(there.config).total
+    faults = [] if counted == there.n_parameters else [f"{there.n_parameters:,} parameters, accounting {counted:,}"]
+    with Progress(Console(stderr=True), len(inspection.names), f"checking {command.src.name}") as progress:
+        for layer in inspection:
+            layers.append(layer)
+            progress.update(len(layers), layer.name)
+    stored = Counter(tensor.dtype for tensor in there.reader.tensors.values())
+    lines = [
+        f"{command.src.name}, {there.raw.get('model_type', 'inference layout')}: {inspection.files} files, "
+        f"{counted:,} parameters; tensors: {', '.join(f'{n:,} {name}' for name, n in sorted(stored.items()))}"
+    ]
+    for kind in dict.fromkeys(layer.kind for layer in layers):
+        same = [layer for layer in layers if layer.kind == kind]
+        errors, scales = (
+            [x for x in of if x is not None] for of in zip(*((y.error, y.scales) for y in same), strict=True)
+        )
+        halves = [layer.upper_half for layer in same if layer.upper_half is not None]
+        words = [f"{sum(not layer.faults for layer in same)} of {len(same)} sound"]
+        words += [f"scales {min(s[0] for s in scales):.2g} to {max(s[1] for s in scales):.2g}"] if scales else []
+        words += [f"blocks in FP4 with a number of 3 or more: {min(halves):.0%}"] if halves else []
+        words += [f"error {max(errors):.1g} at most"] if errors else []
+        lines.append(f"{kind}: {', '.join(words)}")
+    faults += [fault for layer in layers for fault in layer.faults]
+    more = [f"{len(faults) - 10} more faults, which --report FILE has"] if len(faults) > 10 else []
+    lines += [f"FAULT {fault}" for fault in faults[:10]] + more
+    seconds, memory = time.perf_counter() - start, peak_memory(torch.device("cpu"))
+    lines += [
+        f"blocks compared in {str(dtype).removeprefix('torch.')} with: {inspection.why_not}",
+        f"dsmini {dsmini.__version__}, torch {torch.__version__}, {processor()}; {memory / 2**30:.1f} GiB of memory at "
+        f"most, {seconds:.0f} s",
+    ]
+    print("\n".join(["### dsmini.convert --check", *(f"- {line}" for line in lines)]))
+    return int(bool(faults))
 
 
 def _indexer_sizes(command: ConvertCommand) -> dict[str, int]:

@@ -7,6 +7,7 @@ unpickled, and no code is run.
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -211,10 +212,10 @@ class PretrainedTensors:
         self.raw, config = _read_config(folder)
         config = config if qat is None else dataclasses.replace(config, qat=qat)
         """Content of the config file."""
-        self._reader = SafetensorsReader(folder)
+        self.reader = SafetensorsReader(folder)
         if is_v4(config):
-            self._reader.tensors = in_released_names(self._reader.tensors)
-        tensors = {name: stored for name, stored in self._reader.tensors.items() if not is_derived(name)}
+            self.reader.tensors = in_released_names(self.reader.tensors)
+        tensors = {name: stored for name, stored in self.reader.tensors.items() if not is_derived(name)}
         self.config: ModelConfig = _without_absent_mtp(config, tensors, folder)
         """Config of the model, without multi-token prediction blocks that the folder does not hold."""
         refuse_more_parts(self.config, len(tensors), str(folder))
@@ -277,9 +278,16 @@ class PretrainedTensors:
             "fetch its files again, or mend the config",
         )
 
+    @property
+    def n_parameters(self) -> int:
+        """Number of parameters in the folder, numbers in FP4 one by one, without scales, tables and copies."""
+        tensors, learned = self.reader.tensors, {name for name, _ in self.model.named_parameters()}
+        parts = [part for ours, of in self.parts.items() if ours in learned for part in of]
+        return sum(math.prod(tensors[part.name].shape) * (1 + (self.stored(part.name) == FP4)) for part in parts)
+
     def stored(self, name: str) -> torch.dtype:
         """Return the stored dtype of a tensor of the folder; FP4 for codes of two numbers a byte."""
-        dtype = self._reader.tensors[name].dtype
+        dtype = self.reader.tensors[name].dtype
         return FP4 if dtype == "I8" else DTYPES[dtype]
 
     def kinds(self) -> dict[str, set[torch.dtype]]:
@@ -301,7 +309,7 @@ class PretrainedTensors:
 
     def _sound(self, name: str) -> Tensor:
         """Return a tensor as it is stored. Raises: ValueError for values without a meaning."""
-        value = self._reader.read(name)
+        value = self.reader.read(name)
         if fault := fault_of(name, value):
             raise ValueError(f"{self.folder}: {name} holds {fault}; fetch the file again")
         if name.endswith("tid2eid"):
@@ -324,7 +332,7 @@ class PretrainedTensors:
         for parts in self.parts.values():
             for one in chain(*(part.tensors for part in parts)):
                 self._sound(one.name)
-            self._reader.release()
+            self.reader.release()
         self._warn_of_copies({ours: self.rows(ours) for ours in self.copies.values()})
 
     def _warn_of_copies(self, originals: Mapping[str, Tensor]) -> None:
@@ -338,9 +346,9 @@ class PretrainedTensors:
 
     def fill(self, model: Transformer, bar: Progress) -> None:
         """Copy tensors into a model in the order of the files, and let go of each file's memory on the way."""
-        state, order = model.state_dict(), {name: number for number, name in enumerate(self._reader.tensors)}
+        state, order = model.state_dict(), {name: number for number, name in enumerate(self.reader.tensors)}
         parts = sorted(chain(*self.parts.values()), key=lambda part: order[part.name])
-        bar.total = sum(self._reader.tensors[one.name].nbytes for part in parts for one in part.tensors)
+        bar.total = sum(self.reader.tensors[one.name].nbytes for part in parts for one in part.tensors)
         released = 0.0
         for part in parts:
             for one in part.tensors:
@@ -349,12 +357,12 @@ class PretrainedTensors:
                     if part.expert is not None:
                         target = target[part.expert]
                     target.copy_(self.read(one, target.dtype))
-                bar.add(self._reader.tensors[one.name].nbytes)
+                bar.add(self.reader.tensors[one.name].nbytes)
             if bar.done - released > RELEASED:
-                self._reader.release()
+                self.reader.release()
                 released = bar.done
         self._warn_of_copies(state)
-        self._reader.release()
+        self.reader.release()
 
 
 def refuse_more_parts(config: ModelConfig, n_tensors: int, source: str) -> None:

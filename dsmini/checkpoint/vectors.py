@@ -7,7 +7,6 @@ import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,8 @@ NEW = 8
 """Number of tokens by which each prompt is continued."""
 PARTS = ("attn_norm", "attn.q_norm", "attn", "ffn_norm", "ffn.gate", "ffn", "hc_attn", "hc_ffn")
 """Modules of a block whose results are recorded."""
+METHODS = {"hc_attn": "read", "hc_ffn": "read", "hc_head": "collapse"}
+"""Methods of modules that are recorded, where that is not forward."""
 
 
 def write(folder: Path, name: str) -> int:
@@ -144,7 +145,7 @@ def recorded(model: Transformer, cached: Mapping[str, Tensor]) -> Iterator[dict[
     topk_keys, chosen = ops.find("topk_keys"), list[Tensor]()
     plain = topk_keys.reference
 
-    def note(name: str, _: Any, __: Any, result: Any) -> None:
+    def note(name: str, result: Any) -> Any:
         if name.endswith(".attn"):
             out.update({key: rows for key, rows in cached.items() if key.startswith(f"{name}.")})
             if chosen:  # some queries at a time
@@ -154,16 +155,21 @@ def recorded(model: Transformer, cached: Mapping[str, Tensor]) -> Iterator[dict[
                 chosen.clear()
         if name not in out:  # the embedding is asked again, by multi-token prediction
             out.update(tensors_of(name, result))
+        return result
 
-    modules = [(name, module) for name, module in model.named_modules() if name in wanted]
-    hooks = [module.register_forward_hook(partial(note, name)) for name, module in modules]
+    # a module without parameters is the residual of one stream
+    modules = [(name, m) for name, m in model.named_modules() if name in wanted and any(True for _ in m.parameters())]
+    calls = [(name, module, METHODS.get(name.rpartition(".")[2], "forward")) for name, module in modules]
+    for name, module, method in calls:
+        real = getattr(module, method)
+        setattr(module, method, lambda *args, name=name, real=real: note(name, real(*args)))
     topk_keys.reference = lambda *args: (chosen.append(plain(*args)), chosen[-1])[1]
     try:
         yield out
     finally:
         topk_keys.reference = plain
-        for hook in hooks:
-            hook.remove()
+        for _, module, method in calls:
+            delattr(module, method)
 
 
 def tensors_of(name: str, result: Any) -> dict[str, Tensor]:

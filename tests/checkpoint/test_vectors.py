@@ -18,11 +18,12 @@ from dsmini import Transformer, load_pretrained, ops
 from dsmini.checkpoint import vectors
 from dsmini.checkpoint.check_vectors import Difference, compare
 from dsmini.checkpoint.vectors import GENERATIONS, computed, config_of, drawn, inputs_of
-from dsmini.nn import block, compressed_attention, gate, hyper_connections, mla
+from dsmini.nn import compressed_attention, gate, hyper_connections, mla
 from dsmini.nn.cache import Cache
 from dsmini.nn.dsa import Indexer, hadamard
 from dsmini.nn.gate import Gate, HashGate
-from dsmini.nn.mtp import MTP
+from dsmini.nn.hyper_connections import HyperConnection
+from dsmini.nn.mtp import StreamMTP
 from dsmini.nn.rope import Rope, apply_rope_to_halves
 from tests.helpers.commands import check_refused, finish, run
 
@@ -204,7 +205,9 @@ FAULTS = {
     "comb not transposed": Fault(
         "v4",
         "layers.0",  # attention writes to equal streams, which any doubly stochastic matrix leaves alone
-        plant=around(block, "write", lambda real, x, y, mix: real(x, y, mix._replace(comb=mix.comb.mT))),
+        plant=around(
+            HyperConnection, "write", lambda real, of, x, y, mix: real(of, x, y, mix._replace(comb=mix.comb.mT))
+        ),
     ),
     "Sinkhorn ends with rows": Fault(
         "v4",
@@ -225,7 +228,7 @@ FAULTS = {
     "one stream given to multi-token prediction": Fault(
         "v4",
         "mtp.0.block",
-        plant=around(MTP, "join", lambda real, of, x, e: real(of, x.mean(-2, keepdim=True).expand_as(x), e)),
+        plant=around(StreamMTP, "join", lambda real, of, x, e: real(of, x.mean(-2, keepdim=True).expand_as(x), e)),
     ),
 }
 

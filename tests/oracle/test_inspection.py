@@ -1,0 +1,43 @@
+"""The check of a folder runs transformers' blocks, names the layer that differs, and says what it does not know."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsmini import save_pretrained
+from dsmini.checkpoint.inspection import Inspection
+from dsmini.checkpoint.vectors import config_of, drawn
+from dsmini.nn.layers import RMSNorm
+
+
+def saved(folder: Path, generation: str) -> Path:
+    model = drawn(dataclasses.replace(config_of(generation), dim=64, moe_inter_dim=32))
+    save_pretrained(model, folder, fp8=True, fp4=generation == "v4")
+    return folder
+
+
+@pytest.mark.parametrize("generation", ["v3", "v3.2", "v4"])
+def test_each_block_equals_transformers(tmp_path: Path, generation: str) -> None:
+    checked = list(Inspection(saved(tmp_path / "a", generation)))
+    assert not [fault for layer in checked for fault in layer.faults]
+    errors = [layer.error for layer in checked if layer.name.startswith("layers")]
+    assert len(errors) == 3 and all(error is not None and error < 1e-5 for error in errors), errors
+
+
+def test_a_block_that_differs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, forward = saved(tmp_path / "a", "v3"), RMSNorm.forward
+    monkeypatch.setattr(RMSNorm, "forward", lambda of, x: forward(of, x) * 1.001)
+    faults = [fault for layer in Inspection(folder) for fault in layer.faults]
+    assert faults and all("transformers' block differs by 0.0" in fault for fault in faults), faults
+
+
+def test_a_model_that_transformers_does_not_know_says_so(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", "v3")
+    raw: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"model_type": "kimi_k2"}))
+    inspection = Inspection(folder)
+    assert inspection.why_not.startswith("transformers has no such model")
+    assert [layer.error for layer in inspection] == [None] * 5
