@@ -142,8 +142,8 @@ def synchronize(device: torch.device) -> None:
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor of the CPU on a device. A GPU copies it while this process continues."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda":  # rows of a larger tensor would be copied once more, into memory that is not pinned
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 

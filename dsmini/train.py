@@ -6,7 +6,6 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +157,7 @@ def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand, bool]:
         init = None if resume else init  # it has begun from those weights
     elif resume and not init and any(word.partition("=")[0] == "--out" for word in rest):
         raise ValueError(f"--resume {resume} stays in its folder; leave --out away, or start a new run with --init")
-    origin = find_origin(file, resume, init, say=partial(say, Console(stderr=True, quiet=not speaks())))
+    origin = find_origin(file, resume, init)
     if auto and resume:  # the file may name another folder, as a run's config.toml does
         origin = dataclasses.replace(origin, config=dataclasses.replace(origin.config, out=resume))
     default = TrainCommand(**_fields(origin.config), resume=resume, init=init)

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from dsmini.config.retired import without_retired
 from dsmini.reading import brief, check_path, listed
 
 C = TypeVar("C")
@@ -131,7 +132,7 @@ def build(cls: type[C], values: dict[str, Any], source: str, prefix: str, base: 
     """
     table = prefix.rstrip(".")
     require(isinstance(values, dict), f"'{table}' in {source} is {brief(values)}, want a table [{table}]")
-    hints = _hints(cls)
+    hints, values = _hints(cls), without_retired(cls, values, source, prefix)
     refuse_unknown(values, [f.name for f in dataclasses.fields(cls)], source, prefix)  # pyright: ignore[reportArgumentType]
     given = {}
     for key, value in values.items():

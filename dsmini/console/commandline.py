@@ -136,6 +136,9 @@ def _checked(args: Sequence[str], kinds: Mapping[str, Any], more: str) -> list[s
             continue
         if value is None or (not equals and value.startswith("--")):
             raise ValueError(f"{typed} needs a value, got {value or 'nothing'}; give it one, or leave the flag out")
+        if value == "none" and type(None) in _choices(hint):  # as in a config
+            value = "None"
+            checked[i if equals else i + 1] = f"{typed}=None" if equals else value
         if int in _choices(hint) and (digits := _in_digits(value)):
             value = digits
             checked[i if equals else i + 1] = f"{typed}={digits}" if equals else digits
@@ -143,6 +146,7 @@ def _checked(args: Sequence[str], kinds: Mapping[str, Any], more: str) -> list[s
         values = itertools.takewhile(lambda v: not v.startswith("--"), args[i + 1 :]) if several else [value]
         for value in values:
             if want := _wanted(value, hint):
+                want += " or none" if type(None) in _choices(hint) else ""
                 raise ValueError(f"{typed} {brief(value)} is not {want}; change it, or leave the flag out")
     return checked
 

@@ -33,7 +33,7 @@ from dsmini.measure.turns import median_of
 from dsmini.nn import Transformer
 from dsmini.nn.gate import make_tables
 from dsmini.report.units import plural
-from dsmini.training.run import check_state
+from dsmini.training.saving import check_state
 from dsmini.training.start import refuse_oversized, resolved
 from dsmini.training.trainer import Trainer
 

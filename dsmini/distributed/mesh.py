@@ -72,6 +72,10 @@ Pieces = Mapping[str, Mapping[str, tuple[HeldRows, Tensor]]]
 """The tensors that a rank holds of each part of a run, by name, with their place in the whole."""
 
 
+BUCKET = 1 << 23
+"""Most numbers in a message of several gradients or matrices."""
+
+
 # --- divided state
 
 
@@ -163,17 +167,29 @@ def owners_of(params: Sequence[Tensor], n: int) -> list[list[Any]]:
 
 @torch.no_grad()
 def in_messages(tensors: Sequence[Sequence[Tensor]], send: Callable[[Tensor, int], Any]) -> None:
-    """Send lists of tensors, each list as one message; the tensors get the values that come.
+    """Send lists of tensors in messages of up to BUCKET numbers of one dtype; the tensors get the values that come.
 
     Args:
         send: sends a message, which it changes; it is told the number of the list. It waits inside of torch, where a
             heartbeat sees that this rank waits for others.
     """
-    for i, of in ((i, of) for i, of in enumerate(tensors) if of):
-        message = torch.cat([t.flatten() for t in of])
+    for i, bucket in ((i, bucket) for i, of in enumerate(tensors) for bucket in buckets(of)):
+        message = torch.cat([t.flatten() for t in bucket])
         send(message, i)
-        for t, values in zip(of, message.split([t.numel() for t in of]), strict=True):
+        for t, values in zip(bucket, message.split([t.numel() for t in bucket]), strict=True):
             t.copy_(values.view_as(t))
+
+
+def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Return tensors in lists of up to BUCKET numbers of one dtype; a larger tensor is alone."""
+    found: list[list[Tensor]] = []
+    for tensor in tensors:
+        last = found[-1] if found else []
+        if last and last[0].dtype == tensor.dtype and sum(t.numel() for t in last) + tensor.numel() <= BUCKET:
+            last.append(tensor)
+        else:
+            found.append([tensor])
+    return found
 
 
 def broadcast(tensors: Sequence[Sequence[Tensor]], group: Any) -> None:
@@ -213,8 +229,6 @@ class StepBatch:
 
 
 T = TypeVar("T")
-BUCKET = 1 << 23
-"""Numbers of gradients that are summed in one message."""
 
 
 class Mesh:
@@ -379,9 +393,9 @@ class Mesh:
             sum_to_owners(by_owner, group)
         for_all = [p for p in parameters if p.grad is not None and p not in self.owner]
         for held_alike, group in self._by_holders(for_all):
-            sum_in_buckets([p.grad for p in held_alike], group)
+            sum_all_gradients([p.grad for p in held_alike], group)
         if self.ends is not None:
-            sum_in_buckets([p.grad for p in for_all if p in self.shared_by_ends], self.ends)
+            sum_all_gradients([p.grad for p in for_all if p in self.shared_by_ends], self.ends)
 
     @torch.no_grad()
     def squared_norms(self, model: nn.Module) -> Tensor:
@@ -427,19 +441,10 @@ class Mesh:
             broadcast(by_owner, group)
 
 
-def sum_in_buckets(gradients: Sequence[Tensor | None], group: Any) -> None:
-    """Replace tensors by their sums over a group, in messages of up to BUCKET numbers of one dtype."""
-    if dist.get_world_size(group) == 1:
-        return
-    buckets: list[list[Tensor]] = []
-    for grad in (grad for grad in gradients if grad is not None):
-        last = buckets[-1] if buckets else []
-        fits = last and last[0].dtype == grad.dtype and sum(t.numel() for t in last) + grad.numel() <= BUCKET
-        if fits:
-            last.append(grad)
-        else:
-            buckets.append([grad])
-    in_messages(buckets, lambda flat, _: dist.all_reduce(flat, group=group))
+def sum_all_gradients(gradients: Sequence[Tensor | None], group: Any) -> None:
+    """Replace tensors by their sums over a group."""
+    if dist.get_world_size(group) > 1:
+        in_messages([[g for g in gradients if g is not None]], lambda flat, _: dist.all_reduce(flat, group=group))
 
 
 # --- the own part of a new model
@@ -466,8 +471,7 @@ def fill(model: Transformer, mesh: Mesh, device: torch.device, rows: Rows | None
     Args:
         rows: reads them, and only the own. None: they are drawn, by one number of torch's own generator.
     """
-    model.to_empty(device=device)
-    mesh.note(model)
+    allocate(model, mesh, device)
     if rows is None:
         model.reset_parameters()
         return
@@ -475,6 +479,12 @@ def fill(model: Transformer, mesh: Mesh, device: torch.device, rows: Rows | None
         piece = mesh.piece(tensor)
         if piece.rows:
             local(tensor).copy_(rows(name, slice(piece.first, piece.first + piece.rows)))
+
+
+def allocate(model: Transformer, mesh: Mesh, device: torch.device) -> None:
+    """Give a rank's part of a model its memory, without values."""
+    model.to_empty(device=device)
+    mesh.note(model)
 
 
 def meta_model(config: ModelConfig) -> Transformer:
@@ -518,5 +528,8 @@ def unequal_replicas(world: World, held: Mapping[tuple[int, ...], Mapping[str, T
 
 
 def hashed(tensor: Tensor) -> str:
-    """Return a hash of a tensor's bits."""
+    """Return a hash of a tensor's bits: on a GPU the XOR of its numbers, which one bit that flips changes."""
+    if tensor.is_cuda and tensor.numel() and hasattr(torch, "hash_tensor"):  # torch 2.9 may lack it
+        bits = tensor.detach().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+        return str(torch.hash_tensor(bits).item())
     return hashlib.sha256(bytes_of(tensor)).hexdigest()

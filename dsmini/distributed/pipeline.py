@@ -90,8 +90,10 @@ class StageLayout:
             setattr(model, name, nn.Identity())
         if not last:
             del model.mtp[:]
-            for name, _ in list(model.hc_head.named_parameters()):
-                setattr(model.hc_head, name, None)  # the first stage expands without them
+            head: Any = model.hc_head  # the first stage expands without its tensors
+            for name, _ in list(head.named_parameters()):
+                setattr(head, name, None)
+            head.reset_parameters = lambda: None
 
 
 def ranks_of_stages(config: ParallelConfig) -> tuple[int, ...]:

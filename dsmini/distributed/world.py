@@ -28,8 +28,8 @@ from dsmini.machine import cores, pick_device
 from dsmini.reading import UnreadableError
 
 T = TypeVar("T")
-SHARED_WITHIN = 20.0
-"""Seconds in which a new file must be seen on all machines."""
+SHARED_WITHIN = 90.0
+"""Seconds in which a new file must be seen on all machines: NFS may take a minute to look again."""
 KINDS = (OSError, UnreadableError, ValueError, ArithmeticError, MemoryError)
 """Errors that keep their type on the way to other ranks; any other becomes a RuntimeError."""
 
@@ -110,16 +110,44 @@ class World:
                 )
                 raise told(ValueError(sentence))
 
+    def share_cores(self, threads: int | None) -> None:
+        """Set the number of threads of this process, at most its share of the cores that others may use too.
+
+        Args:
+            threads: the number that was asked for; None: torch's choice for a single process, else the share.
+        """
+        if self.size > 1:
+            allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+            mine = socket.gethostname(), allowed  # a launcher may have given each process cores of its own
+            share = max(1, cores() // self.gather(mine).count(mine))
+            threads = min(threads or share, share)
+        if threads is not None:
+            torch.set_num_threads(threads)
+
     def refuse_unshared(self, folder: Path) -> None:
         """Refuse processes that do not see one folder: rank 0 writes a file into it, and all look for it.
+
+        Args:
+            folder: folder of the run; where it is still to be made, the nearest one above it is tried.
 
         Raises: ValueError on all, naming those that do not find it.
         """
         if self.size == 1:
             return
-        seen = self.first(lambda: Path(tempfile.mkstemp(prefix=".seen-by-all-", dir=folder)[1]))
+
+        places = (folder, *folder.parents)
+
+        def leave_a_file() -> tuple[int, Path]:
+            level = next(level for level, place in enumerate(places) if place.is_dir())
+            try:
+                return level, Path(tempfile.mkstemp(prefix=".seen-by-all-", dir=places[level])[1])
+            except OSError as error:
+                words = f"cannot write into {places[level]}: {error.strerror}; choose another with --out"
+                raise ValueError(words) from None
+
+        level, seen = self.first(leave_a_file)
         end = time.monotonic() + SHARED_WITHIN
-        while not (found := (folder / seen.name).exists()) and time.monotonic() < end:
+        while not (found := (places[level] / seen.name).exists()) and time.monotonic() < end:
             time.sleep(0.1)
         where = self.gather(None if found else socket.gethostname())
         self.first(seen.unlink)
@@ -172,15 +200,13 @@ def _joint(errors: Sequence[Exception | None]) -> Exception:
     return _portable(first, "; ".join(named))
 
 
-def own_share(device: str, threads: int | None) -> torch.device:
-    """Return the device of this process, and set the number of its threads; None: torch's choice.
-
-    The processes of a machine share its CPUs. Each has a GPU of its own.
+def own_device(device: str) -> torch.device:
+    """Return the device of this process. Each of several has a GPU of its own.
 
     Raises: ValueError for several processes on Apple's GPU, for one without a GPU of its own, and for several on GPUs
         without LOCAL_RANK.
     """
-    local, processes = os.environ.get("LOCAL_RANK"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = os.environ.get("LOCAL_RANK")
     several = launched()[1] > 1
     named = device == "cuda" or (several and device.startswith("cuda:"))  # several cannot have the GPU of one number
     on_gpu = (named or device == "auto") and torch.cuda.is_available()
@@ -196,11 +222,6 @@ def own_share(device: str, threads: int | None) -> torch.device:
                 f"LOCAL_RANK={local} has no GPU of its own: this process sees {there}; start a process for each GPU, "
                 "or, where the launcher shows each process its own alone, set LOCAL_RANK=0"
             )
-    if processes > 1:
-        share = max(1, cores() // processes)
-        threads = min(threads or share, share)
-    if threads is not None:
-        torch.set_num_threads(threads)
     found = pick_device(device)
     if several and found.type == "mps":
         if device != "auto":

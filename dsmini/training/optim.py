@@ -215,16 +215,17 @@ def optimizer_state(optimizers: Iterable[Optimizer], named: Named) -> dict[str, 
 
 
 class ParameterAverage:
-    """An exponential moving average of a model's parameters, on the CPU in FP32.
+    """An exponential moving average of a model's parameters in FP32, next to them on their device.
 
-    V3 has one to estimate the model after the decay of the learning rate (report, section 3.2.3). It starts as a copy
-    of the parameters. Its decay grows from 0.1 as min(decay, (1 + t) / (10 + t)), so the start is soon forgotten.
+    V3 has one to estimate the model after the decay of the learning rate, in main memory (report, section 3.2.3), to
+    which every parameter would travel in each step. It starts as a copy of the parameters. Its decay grows from 0.1 as
+    min(decay, (1 + t) / (10 + t)), so the start is soon forgotten.
     """
 
     def __init__(self, named: Named, decay: float) -> None:
         self.decay = decay
         self.updates: int = 0
-        self.tensors: dict[str, Tensor] = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in named}
+        self.tensors: dict[str, Tensor] = {name: p.detach().to(torch.float32, copy=True) for name, p in named}
 
     @torch.no_grad()
     def update(self, named: Named) -> None:
@@ -232,4 +233,4 @@ class ParameterAverage:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         for name, p in named:
-            self.tensors[name].lerp_(p.detach().to("cpu", torch.float32), 1 - decay)
+            self.tensors[name].lerp_(p.detach().float(), 1 - decay)

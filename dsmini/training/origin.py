@@ -1,14 +1,15 @@
 """The origin of a run: nothing, another run's weights (--init), or where it stopped (--resume).
 
-The origin has the values that the command line may change, and decides which of the changes are allowed.
+The origin has the values that the command line may change, and decides which of the changes are allowed. It reads
+configs alone; start.py reads weights, once the processes have met.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from dsmini.checkpoint.run_folder import find_model, is_model_folder, read_summary, run_config, tokenizer_file
 from dsmini.config import DataConfig, ModelConfig, RunConfig
@@ -16,11 +17,6 @@ from dsmini.config.fields import Effect, plain, require
 from dsmini.console.commandline import take_folder
 from dsmini.reading import is_there, read_bytes
 from dsmini.text.tokenizer import is_byte_tokenizer
-
-if TYPE_CHECKING:  # what reads weights loads torch, so it is imported where it is used: --help is instant
-    from torch import Tensor
-
-    from dsmini.checkpoint.training_state import Checkpoint
 
 FOLDER_SEQ_LEN = 512
 """Default of train.seq_len for a model's folder with a longer context: published ones would fill the memory."""
@@ -39,17 +35,8 @@ class RunOrigin:
     """The folder of the run to continue."""
     before: RunConfig | None = None
     """The config until now, of the run to continue or of the weights; None for drawn weights."""
-    weights: Path | None = None
-    """The checkpoint or the model's folder that the weights are from; None: they are drawn."""
-    rows: "Callable[[str, slice], Tensor] | None" = None
-    """Reads rows of a tensor of the weights, by its name in the model's state dict."""
-    checkpoint: "Checkpoint | None" = None
-    """The last whole one of the run to continue, once its folder is locked. None before its first one."""
-
-    @property
-    def step(self) -> int:
-        """Number of steps that the run to continue has done."""
-        return 0 if self.checkpoint is None else self.checkpoint.state.step
+    init: Path | None = None
+    """The run, the checkpoint or the model's folder that the weights are from; None: they are drawn, or the run's."""
 
     def accept(self, config: RunConfig) -> RunConfig:
         """Return the config that this origin allows, after all flags, with absolute paths to compare.
@@ -59,9 +46,9 @@ class RunOrigin:
         if self.before is None:
             return config
         if self.resume is None:
-            check_init(self.before.model, config.model, str(self.weights))
+            check_init(self.before.model, config.model, str(self.init))
             # a folder's context may be longer than memory allows in training
-            if self.weights is not None and is_model_folder(self.weights) and config.train.seq_len is None:
+            if config.train.seq_len is None and self.init is not None and is_model_folder(self.init):
                 seq_len = min(config.model.max_seq_len, FOLDER_SEQ_LEN)
                 config = dataclasses.replace(config, train=dataclasses.replace(config.train, seq_len=seq_len))
             return config
@@ -87,29 +74,31 @@ class RunOrigin:
         """Return True if the run to continue has done this many steps, and all that follows them."""
         return self.resume is not None and read_summary(self.resume).get("steps") == steps
 
-    def describe(self, config: RunConfig) -> list[str]:
+    def describe(self, config: RunConfig, found: Path | None, step: int) -> list[str]:
         """Return in lines where the run starts, and what one to continue does differently from here on.
+
+        Args:
+            found: the weights or the checkpoint that it starts from.
+            step: number of steps done; 0 without a checkpoint.
 
         Raises: ValueError for changes that are not allowed, and for a run that has nothing left to do.
         """
         if self.resume is None or self.before is None:
-            return [] if self.weights is None else [f"weights {self.weights}"]
-        step, steps = self.step, config.train.steps
-        changes = check_resume(self.before, config)
+            return [] if found is None else [f"weights {found}"]
+        steps, changes = config.train.steps, check_resume(self.before, config)
         require(step <= steps, f"{self.resume} has done {step} steps, train.steps={steps} is fewer; use more")
-        if self.checkpoint is None:
+        if step == 0:
             return [*changes, f"starting again from step 0 of {steps}: there is no checkpoint yet"]
         finished = step == steps and self.is_finished(steps)
         require(not finished, f"{self.resume} is finished: {step} of {steps} steps; to continue raise --train.steps")
-        return [*changes, f"resuming after step {step} of {steps} from {self.checkpoint.folder}"]
+        return [*changes, f"resuming after step {step} of {steps} from {found}"]
 
 
-def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: Callable[[str], None]) -> RunOrigin:
+def find_origin(file: Path | None, resume: Path | None, init: Path | None) -> RunOrigin:
     """Find where a run comes from.
 
     Args:
         file: config file, whose values take precedence over those of the run that is named.
-        say: told about each damaged checkpoint that is skipped.
 
     Raises: ValueError for what cannot go together, or is not a run.
     """
@@ -127,7 +116,7 @@ def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: 
         before = dataclasses.replace(run_config(resume), out=resume)
         origin = RunOrigin(config=before, resume=resume, before=before)
     elif init:
-        origin = origin_of_weights(init, say)
+        origin = _origin_of_weights(init)
     if file is None:
         return origin
     return dataclasses.replace(origin, config=RunConfig.from_file(file, origin.config), name=file.stem)
@@ -145,25 +134,23 @@ def resume_automatically(args: Sequence[str]) -> tuple[Path | None, list[str]]:
     return (out, rest) if begun else (None, [*rest, "--out", str(out)])
 
 
-def origin_of_weights(path: Path, say: Callable[[str], None]) -> RunOrigin:
+def _origin_of_weights(path: Path) -> RunOrigin:
     """Return the origin of a run with the weights of a run, a checkpoint, or a DeepSeek or Hugging Face folder."""
-    from dsmini.checkpoint.load import PretrainedTensors
-    from dsmini.checkpoint.training_state import model_checkpoint
-
     path = find_model(path)
     if is_model_folder(path):
-        there, tokenizer = PretrainedTensors(path), path / "tokenizer.json"
-        there.check()
+        from dsmini.checkpoint.load import PretrainedTensors
+
+        tokenizer = path / "tokenizer.json"
         own = is_there(tokenizer) and not is_byte_tokenizer(tokenizer)
-        run = RunConfig(model=there.config, data=DataConfig(tokenizer=tokenizer if own else None))
-        name = path.resolve().name or "model"
-        return RunOrigin(config=run, name=name, before=run, weights=path, rows=there.rows)
-    found = model_checkpoint(path, say=say)
-    data, folder = found.config.data, found.folder.resolve().parent.parent
+        run = RunConfig(model=PretrainedTensors(path).config, data=DataConfig(tokenizer=tokenizer if own else None))
+        return RunOrigin(config=run, name=path.resolve().name or "model", before=run, init=path)
+    found, folder = run_config(path), path.resolve()
+    folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    data = found.data
     if data.tokenizer is not None and is_there(folder / "tokenizer.json"):  # the original may have changed, or be gone
         data = dataclasses.replace(data, tokenizer=folder / "tokenizer.json")
-    run, name = RunConfig(model=found.config.model, data=data), re.sub(r"-\d+$", "", folder.name)
-    return RunOrigin(config=run, name=name or "model", before=run, weights=found.folder, rows=found.rows)
+    run, name = RunConfig(model=found.model, data=data), re.sub(r"-\d+$", "", folder.name)
+    return RunOrigin(config=run, name=name or "model", before=run, init=path)
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -231,6 +218,10 @@ def check_init(old: ModelConfig, new: ModelConfig, source: str) -> None:
     shapes = {f.name for f in dataclasses.fields(ModelConfig) if f.metadata.get("shapes")}
     if new.n_hash_layers:
         shapes.add("n_activated_experts")  # columns of the table of a hash layer
+    if new.attention == old.attention == "compressed":  # without such tensors
+        shapes -= {"kv_lora_rank", "qk_nope_head_dim", "v_head_dim"}
+    if new.n_dense_layers == old.n_dense_layers == 0:
+        shapes.remove("inter_dim")
     got = [
         f"model.{change.key}={plain(change.after)} (there {plain(change.before)})"
         for change in differences(old, new)

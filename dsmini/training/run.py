@@ -10,36 +10,30 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
 
-import torch
 from rich.console import Console
 
 from dsmini.checkpoint.training_state import (
     Checkpoint,
-    check_tensors,
     checkpoint_folder,
     checkpoint_folders,
     checkpoint_step,
-    last_checkpoint,
     load_run,
     read_checkpoint,
 )
 from dsmini.config import ModelConfig, RunConfig
-from dsmini.config.fields import require
 from dsmini.console.messages import say
 from dsmini.console.progress import LEAST_SECONDS, Progress, patience
 from dsmini.data.corpus import Windows
 from dsmini.distributed.failure import say_failure
 from dsmini.distributed.meeting import told
-from dsmini.distributed.mesh import meta_model, unequal_replicas
+from dsmini.distributed.mesh import unequal_replicas
 from dsmini.distributed.world import World
-from dsmini.machine import peak_memory, random_state, refuse_too_large, set_random_state
+from dsmini.machine import peak_memory, refuse_too_large, set_random_state
 from dsmini.nn import Transformer
-from dsmini.training.optim import begin_stage, optimizer_state, optimizers
 from dsmini.training.plots import plot_run
 from dsmini.training.record import (
     METRICS,
@@ -48,12 +42,11 @@ from dsmini.training.record import (
     TensorBoard,
     drop_rows,
     finite,
-    is_whole,
     log_path,
     row_of,
     rows_of,
 )
-from dsmini.training.saving import NotSavedError, Saver
+from dsmini.training.saving import NotSavedError, Saver, newest_checkpoint
 from dsmini.training.signals import StopAskedError, StopSignals
 from dsmini.training.trainer import StepResult, Trainer
 
@@ -142,47 +135,6 @@ def validate(trainer: Trainer, progress: TrainingProgress, asked: StopSignals) -
             of = f"{windows.tokens:,} held-out tokens, context {length}"
             progress.say(f"step {step}: validation {nats:.3f} nats ({of})")
     return scores
-
-
-# --- where to continue
-
-
-CPU = torch.device("cpu")
-
-
-def newest_checkpoint(
-    config: RunConfig, world: World, say: Callable[[str], None], device: torch.device = CPU
-) -> Checkpoint:
-    """Return the newest checkpoint of a run that is whole and fits its config. Rank 0 finds it, and all read it.
-
-    Args:
-        config: config with the run's folder `out`.
-        say: told on rank 0 about each newer checkpoint, with what is wrong with it.
-
-    Raises: ValueError if there is none, and for one that cannot be read now.
-    """
-    assert config.out is not None
-    run, parts = config.out, ["model", "optimizer", "rng"]
-    parts += [] if config.train.ema_decay is None else ["average"]
-    found = world.first(lambda: last_checkpoint(run, parts, partial(check_state, device=device), say).folder)
-    return world.together(lambda: read_checkpoint(found, parts, verified=True))
-
-
-def check_state(checkpoint: Checkpoint, device: torch.device = CPU) -> None:
-    """Refuse a checkpoint from which no run with its config can continue; ValueError says why."""
-    train, model = checkpoint.config.train, meta_model(checkpoint.config.model)
-    begin_stage(model, train.dsa_stage)
-    named = dict(model.named_parameters())
-    want = {"model": model.state_dict(), "optimizer": optimizer_state(optimizers(model, train), named.items())}
-    want["average"] = {name: p.float() for name, p in named.items()}
-    got = dict(checkpoint.tensors)
-    if "rng" in got:
-        states = random_state(device)
-        there = (states.keys() & got["rng"].keys()) | {"cpu"}  # another kind of device than before has no state in it
-        got["rng"], want["rng"] = ({n: t for n, t in of.items() if n in there} for of in (got["rng"], states))
-    for part, tensors in got.items():
-        check_tensors(tensors, want[part], f"{part}.safetensors")
-    require(is_whole(checkpoint.state.row), "the row of the last step in state.json lacks a figure")
 
 
 # --- the run

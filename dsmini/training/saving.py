@@ -1,40 +1,54 @@
-"""Save the state of a run in checkpoints. All ranks write their pieces into the same files.
+"""Save the state of a run in checkpoints, and find the one to continue from. All ranks write into the same files.
 
     rank 0    makes the hidden folder, and in it each file: its header, and room for all tensors
     all       write their own rows at their place in the file
-    rank 0    computes the checksums, writes the manifest, renames the folder, removes old checkpoints
+    rank 0    finds in the files what each rank had in memory, computes the checksums, writes the manifest, renames the
+              folder, removes old checkpoints
 
 No rank holds more than its own pieces. The files are those that one process would write, bit for bit, so any layout
 of ranks, and one process, reads them. All ranks must see the same folder. An error of one rank is raised by all, and
 then the folder is removed.
 """
 
+import errno
 import os
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from dsmini.atomic import finish_folder, partial_folder, remove_leftovers, sync
 from dsmini.checkpoint.tensor_files import Entry, begin_safetensors, bytes_of, write_at
 from dsmini.checkpoint.training_state import (
+    Checkpoint,
     RunState,
     Tensors,
+    check_tensors,
     checkpoint_folder,
+    last_checkpoint,
     prune,
+    read_checkpoint,
     state_texts,
     write_manifest,
 )
 from dsmini.config import RunConfig
+from dsmini.config.fields import require
 from dsmini.distributed.heartbeat import SAVING
 from dsmini.distributed.meeting import told
-from dsmini.distributed.mesh import Pieces
+from dsmini.distributed.mesh import Pieces, meta_model
 from dsmini.distributed.world import World
 from dsmini.machine import random_state
-from dsmini.training.record import METRICS, History
+from dsmini.training.optim import begin_stage, optimizer_state, optimizers
+from dsmini.training.record import METRICS, History, is_whole
 from dsmini.training.trainer import Trainer
+
+CPU = torch.device("cpu")
 
 
 def save_pieces(
@@ -64,11 +78,12 @@ def save_pieces(
             return partial, {part: begin_safetensors(files[part], plan[part], metadata) for part in plan}
 
         def finish() -> None:
+            _refuse_lost(partial, written)
             write_manifest(partial, [*(f"{part}.safetensors" for part in plan), *texts])
             finish_folder(partial, folder, replace=True)
 
         partial, places = world.first(begin)
-        world.together(lambda: _write_all(partial, my_part, places))
+        written = world.gather(world.together(lambda: _write_all(partial, my_part, places)))
         world.first(finish)
 
 
@@ -95,16 +110,38 @@ def _plan(world: World, held: Pieces) -> tuple[dict[str, list[Entry]], Pieces]:
     return {part: list(entries.values()) for part, entries in files.items()}, my_part
 
 
-def _write_all(folder: Path, held: Pieces, places: Mapping[str, Mapping[str, int]]) -> None:
+class Written(NamedTuple):
+    """A piece as a rank had it in memory: its file, first byte, number of bytes, and CRC-32."""
+
+    part: str
+    first: int
+    nbytes: int
+    crc: int
+
+
+def _write_all(folder: Path, held: Pieces, places: Mapping[str, Mapping[str, int]]) -> list[Written]:
     """Write pieces into files that are there, and force them to the disk."""
+    written = []
     for part, named in held.items():
         file = os.open(folder / f"{part}.safetensors", os.O_WRONLY)
         try:
             for name, (piece, tensor) in named.items():
-                write_at(file, bytes_of(tensor), places[part][name] + piece.elements[0] * tensor.element_size())
+                data, first = bytes_of(tensor), places[part][name] + piece.elements[0] * tensor.element_size()
+                write_at(file, data, first)
+                written.append(Written(part, first, data.nbytes, zlib.crc32(data)))
             os.fsync(file)
         finally:
             os.close(file)
+    return written
+
+
+def _refuse_lost(folder: Path, written: Sequence[Sequence[Written]]) -> None:
+    """Raise OSError for a piece that a network file system has lost: its rows would be zeros with a valid checksum."""
+    for rank, of_rank in enumerate(written):
+        for part, first, nbytes, crc in of_rank if len(written) > 1 else ():
+            name = f"{part}.safetensors"
+            if nbytes and zlib.crc32(np.memmap(folder / name, mode="r", offset=first, shape=nbytes).data) != crc:
+                raise OSError(errno.EIO, f"the file system has lost what rank {rank} wrote into {name}")
 
 
 # --- the state of a run
@@ -203,3 +240,41 @@ class Saver:
             corpus_sha256=trainer.corpus.sha256,
             row=dict(history.records[-1]),
         )
+
+
+# --- where to continue
+
+
+def newest_checkpoint(
+    config: RunConfig, world: World, say: Callable[[str], None], device: torch.device = CPU
+) -> Checkpoint:
+    """Return the newest checkpoint of a run that is whole and fits its config. Rank 0 finds it, and all read it.
+
+    Args:
+        config: config with the run's folder `out`.
+        say: told on rank 0 about each newer checkpoint, with what is wrong with it.
+
+    Raises: ValueError if there is none, and for one that cannot be read now.
+    """
+    assert config.out is not None
+    run, parts = config.out, ["model", "optimizer", "rng"]
+    parts += [] if config.train.ema_decay is None else ["average"]
+    found = world.first(lambda: last_checkpoint(run, parts, partial(check_state, device=device), say).folder)
+    return world.together(lambda: read_checkpoint(found, parts, verified=True))
+
+
+def check_state(checkpoint: Checkpoint, device: torch.device = CPU) -> None:
+    """Refuse a checkpoint from which no run with its config can continue; ValueError says why."""
+    train, model = checkpoint.config.train, meta_model(checkpoint.config.model)
+    begin_stage(model, train.dsa_stage)
+    named = dict(model.named_parameters())
+    want = {"model": model.state_dict(), "optimizer": optimizer_state(optimizers(model, train), named.items())}
+    want["average"] = {name: p.float() for name, p in named.items()}
+    got = dict(checkpoint.tensors)
+    if "rng" in got:
+        states = random_state(device)
+        there = (states.keys() & got["rng"].keys()) | {"cpu"}  # another kind of device than before has no state in it
+        got["rng"], want["rng"] = ({n: t for n, t in of.items() if n in there} for of in (got["rng"], states))
+    for part, tensors in got.items():
+        check_tensors(tensors, want[part], f"{part}.safetensors")
+    require(is_whole(checkpoint.state.row), "the row of the last step in state.json lacks a figure")

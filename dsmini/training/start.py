@@ -4,9 +4,10 @@ One that cannot fit into memory is refused before its model has any.
 """
 
 import dataclasses
-import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from rich.console import Console
 
 from dsmini import accounting, ops
 from dsmini.atomic import remove_leftovers, write_bytes, write_json, write_text
+from dsmini.checkpoint.load import PretrainedTensors
 from dsmini.checkpoint.run_folder import (
+    is_model_folder,
     lock_run,
     new_run_folder,
     refuse_taken,
     replace_config,
     tokenizer_file,
 )
-from dsmini.checkpoint.training_state import checkpoint_folders
+from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folders, model_checkpoint, read_checkpoint
 from dsmini.config import RunConfig
 from dsmini.config.fields import require
 from dsmini.console.messages import say
@@ -31,18 +34,19 @@ from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, cache_next_to, load_corpus
 from dsmini.data.documents import notes
 from dsmini.distributed.heartbeat import watched
-from dsmini.distributed.meeting import launched
-from dsmini.distributed.mesh import Mesh, divided_model, fill, local
-from dsmini.distributed.world import World, joined, own_share
+from dsmini.distributed.meeting import launched, told
+from dsmini.distributed.mesh import Mesh, Rows, allocate, divided_model, fill, local
+from dsmini.distributed.world import World, joined, own_device
 from dsmini.machine import DTYPES, keep_freed_memory, pick_dtype, refuse_too_large
 from dsmini.nn import Transformer
 from dsmini.nn.gate import make_tables
 from dsmini.reading import is_there, read_bytes, read_table
 from dsmini.sources import own_sources
 from dsmini.training.optim import LARGEST_BETA_BF16
-from dsmini.training.origin import RunOrigin, absolute, origin_of_weights
+from dsmini.training.origin import RunOrigin, absolute
 from dsmini.training.record import read_events, require_tensorboard
-from dsmini.training.run import TrainingRun, newest_checkpoint
+from dsmini.training.run import TrainingRun
+from dsmini.training.saving import newest_checkpoint
 from dsmini.training.trainer import Trainer
 
 WHAT = "training this model with such a batch"
@@ -74,10 +78,9 @@ def refuse_oversized_parts(model: Transformer, device: torch.device, world: Worl
     Args:
         model: this rank's part; may be on the meta device.
     """
-    needed = world.gather(2 * sum(local(p).nbytes for p in model.parameters()))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    first = world.rank // here * here
-    world.together(lambda: refuse_too_large(sum(needed[first : first + here]), WHAT, device))
+    own, host = 2 * sum(local(p).nbytes for p in model.parameters()), socket.gethostname()
+    here = sum(nbytes for nbytes, of in world.gather((own, host)) if of == host)
+    world.together(lambda: refuse_too_large(here if device.type == "cpu" else own, WHAT, device))
 
 
 # --- the start
@@ -111,18 +114,20 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         "one takes away less than half a BF16 step, so moments do not fall; use smaller ones, or "
         "train.moments='float32'",
     )
-    device = own_share(config.train.device, config.train.threads)
+    device = own_device(config.train.device)
     keep_freed_memory()
     with joined(config.parallel.timeout, device, longest_wait=LONGEST_WAIT) as world, ExitStack() as stack:
         stack.enter_context(watched(world, config.parallel.timeout, device))
+        world.share_cores(config.train.threads)
         world.refuse_unequal(_options(origin, config))
+        world.refuse_unshared(origin.resume or config.out or Path("runs"))
         # 2. a new run has a free folder, one to continue stopped somewhere
         if origin.resume is None:
             world.first(lambda: refuse_taken(config.out))
         else:
             stack.enter_context(_locked(origin.resume, world))
-            origin = _where_it_stopped(origin, device, world, console)
-        lines = world.first(lambda: origin.describe(config))
+        origin, found = _found(origin, device, world, console)
+        lines = world.first(lambda: origin.describe(config, found.folder, found.step))
         # 3. the model fits into the memory; it has none yet
         if world.size == 1:  # first, for even without memory the layers of an absurd model take long to make
             refuse_oversized(config, device)
@@ -133,23 +138,25 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         # 4. the text: rank 0 tokenizes it into a file, which the others read
         corpus = world.in_turn(lambda: _read_corpus(config, origin.resume, console))
         world.refuse_unequal({"text": f"sha256 {corpus.sha256[:12]}"})  # it may have grown since rank 0 read it
-        world.first(lambda: _check_corpus(config, origin, corpus))
+        before = None if found.checkpoint is None else found.checkpoint.state.corpus_sha256
+        world.first(lambda: _check_corpus(config, origin.resume, before, corpus))
         # 5. the folder
         config = world.first(lambda: resolved(config, device))
         out = origin.resume or world.first(lambda: new_run_folder(config.out, origin.name))
-        world.refuse_unshared(out)
         config = dataclasses.replace(config, out=out)
         if origin.resume is None:
             stack.enter_context(_locked(out, world))
-        # 6. the model, with its first values or those of the checkpoint, which the Trainer's average starts from too
+        # 6. the model, with its first values; those of a checkpoint come once its optimizers have room for theirs too
         torch.manual_seed(config.train.seed)
         model.compute_dtype = DTYPES[config.train.dtype]
         with patience(console, "making the model"):
-            fill(model, mesh, device, origin.rows)
-            if origin.rows is None and config.model.n_hash_layers:
+            if found.checkpoint is None:
+                fill(model, mesh, device, found.rows)
+            else:
+                allocate(model, mesh, device)
+            if found.folder is None and config.model.n_hash_layers:
                 counts = world.first(lambda: torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
                 make_tables(model.gates(), counts)
-        ops.expect(device.type, "quantize", "trained_norm")
         if config.train.optimizer == "muon":  # its kernel may have to be compiled
             world.beat(0, "compiling")
             with patience(console, "preparing kernels"):
@@ -158,12 +165,13 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         for line in [*_introduction(config, corpus), *lines]:
             say(console, line)
         # 7. the state of the checkpoint, or the first files of a new folder
-        if origin.checkpoint is not None:
-            training.resume(origin.checkpoint)
+        if found.checkpoint is not None:
+            training.resume(found.checkpoint)
         if origin.resume is None:
-            world.first(lambda: _begin(config, corpus, origin.weights))
+            world.first(lambda: _begin(config, corpus, found.folder))
         else:
-            world.first(lambda: _continue(config, origin))
+            world.first(lambda: _continue(config, origin, found.step))
+        found = Found()  # the mapped files: they would count as memory, and a checkpoint that is removed as space
         yield training
 
 
@@ -176,7 +184,7 @@ def _options(origin: RunOrigin, config: RunConfig) -> dict[str, object]:
     """Return the options that all processes of a run must be started with."""
     parts = {name: of for name, of in dataclasses.asdict(config).items() if isinstance(of, dict)}
     keys = {f"{part}.{key}": value for part, of in parts.items() for key, value in of.items()}
-    return {"--resume": origin.resume, "--init": origin.weights, **keys}
+    return {"--resume": origin.resume, "--init": origin.init, **keys}
 
 
 def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Corpus:
@@ -194,7 +202,8 @@ def resolved(config: RunConfig, device: torch.device) -> RunConfig:
     dtype = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
     # a number that was not asked for is of this start: the run may continue with more processes
     name = config.train.device if launched()[1] == 1 and ":" in config.train.device else device.type
-    train = dataclasses.replace(config.train, device=name, dtype=dtype, threads=torch.get_num_threads())
+    threads = torch.get_num_threads() if launched()[1] == 1 else config.train.threads
+    train = dataclasses.replace(config.train, device=name, dtype=dtype, threads=threads)
     return dataclasses.replace(absolute(config), train=train)
 
 
@@ -211,37 +220,59 @@ def _begin(config: RunConfig, corpus: Corpus, weights: Path | None) -> None:
     write_text(folder / "config.toml", config.to_toml())
 
 
-# --- a run to continue
+# --- what it starts from
 
 
-def _where_it_stopped(origin: RunOrigin, device: torch.device, world: World, console: Console) -> RunOrigin:
-    """Return the origin with the last whole checkpoint, or without any, with the weights that the run started from.
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Weights that a run starts from, in files that are read where they are used; none for a model that is drawn."""
+
+    folder: Path | None = None
+    """The checkpoint, or the model's folder."""
+    rows: Rows | None = None
+    """Reads rows of a tensor of the weights."""
+    checkpoint: Checkpoint | None = None
+    """The last whole one of the run to continue. None before its first one, and for other weights."""
+
+    @property
+    def step(self) -> int:
+        """Number of steps that the run to continue has done."""
+        return 0 if self.checkpoint is None else self.checkpoint.state.step
+
+
+def _found(origin: RunOrigin, device: torch.device, world: World, console: Console) -> tuple[RunOrigin, Found]:
+    """Find what a run starts from; of one to continue, return the config of its last checkpoint too.
 
     Raises: ValueError for a run whose checkpoints are gone or damaged, and for weights that cannot be read.
     """
     run, before, say_it = origin.resume, origin.before, partial(say, console)
-    assert run is not None
+    if run is None:
+        return origin, Found() if origin.init is None else _weights(origin.init, world, say_it)
     assert before is not None
     if world.first(lambda: bool(checkpoint_folders(run))):
         with patience(console, "reading the checkpoint"):
             last = newest_checkpoint(before, world, say_it, device)
-        config = dataclasses.replace(last.config, out=run)  # it may have been moved
-        return dataclasses.replace(origin, before=config, checkpoint=last, weights=last.folder, rows=last.rows)
+        before = dataclasses.replace(last.config, out=run)  # it may have been moved
+        return dataclasses.replace(origin, before=before), Found(folder=last.folder, rows=last.rows, checkpoint=last)
     world.first(lambda: _refuse_lost_checkpoints(run))
     if not is_there(run / "init.json"):
-        return origin
-    first = world.together(lambda: _first_weights(run, say_it))
-    return dataclasses.replace(origin, weights=first.weights, rows=first.rows)
-
-
-def _first_weights(run: Path, say: Callable[[str], None]) -> RunOrigin:
-    """Find the weights that a run without a checkpoint started from."""
+        return origin, Found()
     table = read_table(run / "init.json")
     try:
-        return origin_of_weights(Path(str(table.get("checkpoint", table.get("folder")))), say)
+        return origin, _weights(Path(str(table.get("checkpoint", table.get("folder")))), world, say_it)
     except ValueError as error:
-        sentence = f"{run} has no checkpoint, and the weights it started from cannot be read: {error}"
-        raise ValueError(sentence) from None
+        words = f"{run} has no checkpoint, and the weights it started from cannot be read: {error}"
+        raise told(ValueError(words)) from None
+
+
+def _weights(path: Path, world: World, say: Callable[[str], None]) -> Found:
+    """Find the weights of a run, a checkpoint or a model's folder. Rank 0 checks them, and all read them."""
+    if is_model_folder(path):
+        there = world.together(lambda: PretrainedTensors(path))
+        world.first(there.check)
+        return Found(folder=path, rows=there.rows)
+    folder = world.first(lambda: model_checkpoint(path, say=say).folder)
+    return Found(folder=folder, rows=world.together(lambda: read_checkpoint(folder, ["model"], verified=True)).rows)
 
 
 def _refuse_lost_checkpoints(run: Path) -> None:
@@ -253,19 +284,20 @@ def _refuse_lost_checkpoints(run: Path) -> None:
         )
 
 
-def _check_corpus(config: RunConfig, origin: RunOrigin, corpus: Corpus) -> None:
-    """Raise ValueError for another corpus than before, and for one that is too short for train.eval_context."""
+def _check_corpus(config: RunConfig, resume: Path | None, before: str | None, corpus: Corpus) -> None:
+    """Raise ValueError for another corpus than before, and for one that is too short for train.eval_context.
+
+    Args:
+        before: hash of the corpus until the checkpoint of a run to continue; None without one.
+    """
     context = config.train.eval_context
     require(
         context is None or len(corpus.windows(context)) > 0,
         f"train.eval_context={context} is longer than the {len(corpus.val):,} held-out tokens; use less or more text",
     )
-    before = None
-    if origin.checkpoint is not None:
-        before = origin.checkpoint.state.corpus_sha256
-    elif origin.resume is not None:
+    if before is None and resume is not None:
         with suppress(ValueError):  # the file is damaged
-            before = read_table(origin.resume / "corpus.json").get("sha256")
+            before = read_table(resume / "corpus.json").get("sha256")
     require(
         before in (None, corpus.sha256),
         f"{config.out} was trained on a corpus with sha256 {before}, {corpus.source} now has {corpus.sha256}; restore "
@@ -274,13 +306,13 @@ def _check_corpus(config: RunConfig, origin: RunOrigin, corpus: Corpus) -> None:
     )
 
 
-def _continue(config: RunConfig, origin: RunOrigin) -> None:
+def _continue(config: RunConfig, origin: RunOrigin, step: int) -> None:
     """Store the config that holds from here on, and remove what a save left that was killed."""
     assert config.out is not None
     assert origin.before is not None
     remove_leftovers(config.out / "checkpoints")
     own_sources()  # as they are now, for the summary
-    replace_config(config.out, origin.before, config, origin.step)
+    replace_config(config.out, origin.before, config, step)
 
 
 def _introduction(config: RunConfig, corpus: Corpus) -> list[str]:
@@ -297,5 +329,5 @@ def _introduction(config: RunConfig, corpus: Corpus) -> list[str]:
         f"corpus  {corpus.source}, {corpus.files:,} file{'s' * (corpus.files != 1)}",
         *(f"        {line}" for line in [*about, kind, f"sha256 {corpus.sha256}", corpus.cache]),
         f"model   {parameters.total:,} parameters{mtp}, {parameters.active:,} active for a token",
-        f"run     {config.out}, {config.train.dtype} on {config.train.device}, threads: {config.train.threads}",
+        f"run     {config.out}, {config.train.dtype} on {config.train.device}, threads: {torch.get_num_threads()}",
     ]

@@ -48,7 +48,8 @@ class StepResult:
     indexers: Mapping[str, list[float]] | None = None
     """Figures of IndexerLoss by name, of each layer whose indexer learns; None without any."""
     work: tuple[float, ...] = ()
-    """CPU seconds of each part of the batch in forward and backward, without waiting; empty for a single process."""
+    """CPU seconds of each part of the batch in forward and backward, without waiting; empty for a single process, and
+    on GPUs, whose work this thread only starts."""
     stopping: bool = False
     """A process of the run was asked to stop, as all agree."""
 
@@ -159,7 +160,7 @@ class Trainer:
             counts=loads[0].cpu() if loads else None,
             skipped=not finite,
             indexers={name: fits[i::3] for i, name in enumerate(IndexerLoss._fields)} if fits else None,
-            work=tuple(work.tolist()) if mesh.parts > 1 else (),
+            work=tuple(work.tolist()) if mesh.parts > 1 and self.device.type == "cpu" else (),
             stopping=bool(stopping),
         )
 

@@ -19,7 +19,7 @@ from rich.console import Console
 import dsmini
 from dsmini.__main__ import COMMANDS, main
 from dsmini.console.command import outcome_of
-from dsmini.console.commandline import flags
+from dsmini.console.commandline import flags, parse
 from dsmini.console.messages import printable, say
 from tests.conftest import SMALL
 from tests.helpers.commands import ROOT, run_all, run_apart
@@ -87,6 +87,20 @@ def test_help_names_what_a_flag_of_several_values_takes() -> None:
         """Another Python."""
 
     assert [typed for _, typed, _ in flags(Command)] == ["--python PATH ..."]
+
+
+def test_flags_leave_a_value_out_by_the_word_of_configs() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Command:
+        """Try."""
+
+        threads: int | None = 3
+        """Number of threads."""
+        rate: float | None = 0.5
+        """Rate."""
+
+    for words in (["--threads", "none", "--rate=none"], ["--threads=None", "--rate", "None"]):
+        assert parse(Command, "try", words, Command()) == Command(threads=None, rate=None)
 
 
 def test_script_is_installed_as_dsmini() -> None:

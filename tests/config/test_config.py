@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini.checkpoint.run_folder import run_config
 from dsmini.config.published import config_to_json
+from dsmini.config.retired import Retired
 from dsmini.config.schedule import SPELLINGS
 from dsmini.reading import find_config
 from tests.helpers.configs import CONFIGS, DSA, V4, V32, refusal, released, written
@@ -22,6 +24,26 @@ from tests.helpers.strategies import model_configs
 HF_V4 = released_json("deepseek-v4-flash")
 CASES = tomllib.loads((Path(__file__).parent / "cases.toml").read_text())
 REFUSALS = tomllib.loads((Path(__file__).parent / "refusals.toml").read_text(encoding="utf-8"))
+
+
+def test_retired_key_is_read_at_its_old_default_and_else_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_train = {"warmup": Retired(0, "use train.lr_schedule"), "decay": Retired("none", "use train.ema_decay")}
+    monkeypatch.setattr("dsmini.config.retired.RETIRED", {"TrainConfig": of_train})
+    (tmp_path / "config.toml").write_text('[train]\nwarmup = 0\nsteps = 7\ndecay = "none"\n')
+    with pytest.warns(UserWarning, match="which this version has no longer: it does") as notes:
+        assert run_config(tmp_path) == RunConfig(train=TrainConfig(steps=7))
+    assert [str(note.message).partition(",")[0] for note in notes] == [
+        "config.toml has train.warmup=0",
+        "config.toml has train.decay='none'",
+    ]
+    for text in ("train.warmup = 20", "train.warmup = false", "train.warmup = 'none'"):
+        (tmp_path / "config.toml").write_text(text)
+        said = refusal(run_config, tmp_path)
+        assert "config.toml has train.warmup=" in said and "has no longer; use train.lr_schedule, or read it" in said
+    (tmp_path / "config.toml").write_text("model.warmup = 0")
+    assert "unknown key 'model.warmup'" in refusal(run_config, tmp_path)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)

@@ -12,6 +12,7 @@ import torch
 
 from dsmini.distributed.mesh import HeldRows
 from dsmini.distributed.world import World
+from dsmini.training import saving
 from dsmini.training.saving import _plan
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import assert_near, manifest_of_rewritten, run
@@ -50,6 +51,23 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]
 def test_another_layout_continues(before: int, after: int, tmp_path: Path, left: Callable[[int, int], Path]) -> None:
     shutil.copytree(left(before, 5), tmp_path / "run")
     assert_near(go(after, tmp_path / "run"), left(0, 0))
+
+
+def lost_by_the_disk(world: World, folder: Path) -> str:
+    """Train with a network file system that loses what rank 1 writes, and returns no error."""
+    if world.rank == 1:
+        saving.write_at = lambda *_: None
+    try:
+        run(world, folder, {"ep": 2}, save_every=100)
+    except saving.NotSavedError as error:
+        return str(error)
+    return ""
+
+
+def test_rows_that_a_file_system_loses_are_not_saved_as_zeros(tmp_path: Path) -> None:
+    (words,) = {*run_ranks(2, lost_by_the_disk, tmp_path / "run")}
+    assert "the file system has lost what rank 1 wrote into model.safetensors; no earlier one" in words
+    assert not [*(tmp_path / "run").glob("checkpoints/*")]
 
 
 @pytest.mark.parametrize(("experts", "ep", "dp"), [(4, 2, 3), (2, 2, 2), (8, 1, 5), (8, 2, 2)])

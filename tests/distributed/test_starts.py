@@ -116,6 +116,13 @@ def test_sigterm_ends_a_process_that_waits_for_another(config: Path, tmp_path: P
     assert (got.statuses, got.errors) == ([130, 0], ["stopped\n", ""])
 
 
+def test_share_of_the_cores_is_not_stored_for_a_lone_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig(train=TrainConfig(dtype="float32"), out=tmp_path)
+    assert resolved(config, torch.device("cpu")).train.threads == torch.get_num_threads()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resolved(config, torch.device("cpu")).train.threads is None
+
+
 def test_gpu_of_one_process_is_stored_without_its_number_and_auto_is_picked_again(tmp_path: Path) -> None:
     config = RunConfig(train=TrainConfig(dtype="float32"), out=tmp_path)
     stored = resolved(config, torch.device("cuda:0"))

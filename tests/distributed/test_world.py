@@ -2,11 +2,12 @@
 
 import errno
 import os
+import socket
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from dsmini import machine
 from dsmini.distributed import world as worlds
 from dsmini.distributed.failure import words_of_loss
 from dsmini.distributed.meeting import launcher
-from dsmini.distributed.mesh import unequal_replicas
-from dsmini.distributed.world import World, joined, own_share
+from dsmini.distributed.mesh import hashed, unequal_replicas
+from dsmini.distributed.world import World, joined, own_device
 from tests.distributed.ranks import new_store, outcomes, run_ranks
 
 
@@ -97,7 +98,7 @@ def unshared(world: World, folder: Path) -> str:
     own = folder / f"{min(world.rank, 1)}"
     own.mkdir(exist_ok=True)
     try:
-        world.refuse_unshared(own)
+        world.refuse_unshared(own / "runs" / "new")  # before it is made
     except ValueError as error:
         return str(error)
     return ""
@@ -107,6 +108,16 @@ def test_folder_that_is_not_on_all_machines_is_refused(tmp_path: Path) -> None:
     (words,) = {*run_ranks(3, unshared, tmp_path)}
     assert " of rank 0 is not there for rank 1 (on " in words and ", 2 (on " in words and "--out" in words
     assert not [*tmp_path.glob("*/.seen*")]
+
+
+def test_hash_of_a_gpu_changes_with_each_bit() -> None:
+    """Hash on the device, not in main memory."""
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        tensor = torch.arange(130).to(dtype)
+        on_gpu = SimpleNamespace(is_cuda=True, numel=tensor.numel, detach=lambda t=tensor: t, itemsize=tensor.itemsize)
+        before = hashed(cast(Any, on_gpu))
+        tensor.view(torch.uint8)[17] ^= 4
+        assert hashed(cast(Any, on_gpu)) != before
 
 
 def caught(world: World) -> list[tuple[str, str, str, bool]]:
@@ -179,12 +190,12 @@ def test_each_process_has_a_gpu_of_its_own(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert [str(own_share(name, None)) for name in ("cuda", "cpu", "cuda:1", "auto")] == got
+    assert [str(own_device(name)) for name in ("cuda", "cpu", "cuda:1", "auto")] == got
     monkeypatch.setenv("LOCAL_RANK", "8")
     with pytest.raises(
         ValueError, match=r"LOCAL_RANK=8 has no GPU of its own: this process sees 8; .* set LOCAL_RANK=0"
     ):
-        own_share("cuda", None)
+        own_device("cuda")
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
@@ -195,17 +206,17 @@ def test_processes_on_gpus_without_a_local_rank_are_refused(device: str, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(ValueError, match=r"LOCAL_RANK is not set, .* start all with torchrun"):
-        own_share(device, None)
-    assert own_share("cpu", None).type == "cpu"
+        own_device(device)
+    assert own_device("cpu").type == "cpu"
 
 
 def test_several_processes_of_a_mac_use_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert own_share("auto", None).type == "mps"
+    assert own_device("auto").type == "mps"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert own_share("auto", None).type == "cpu"
+    assert own_device("auto").type == "cpu"
     with pytest.raises(ValueError, match="several processes cannot train on mps"):
-        own_share("mps", None)
+        own_device("mps")
 
 
 @pytest.mark.parametrize(
@@ -218,14 +229,20 @@ def test_rank_that_is_alone_is_named_and_both_of_two(bits: str, words: str) -> N
 
 
 def test_processes_share_the_cores_that_they_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other launchers than torchrun do not say how many processes a machine has, and may give each its own cores."""
     threads: list[int] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     monkeypatch.setattr(machine, "_core_limits", lambda: ())
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    mine, elsewhere, apart = ("here", [*range(6)]), ("there", [*range(6)]), ("here", [6, 7])
+    monkeypatch.setattr(socket, "gethostname", lambda: "here")
+    monkeypatch.setattr(World, "gather", lambda self, value: [mine, elsewhere, mine, apart][: self.size])
     for given in (None, 2, 64):
-        own_share("cpu", given)
-    assert threads == [3, 2, 3]
+        World(size=4).share_cores(given)
+    World(size=2).share_cores(None)
+    World().share_cores(5)
+    World().share_cores(None)
+    assert threads == [3, 2, 3, 6, 5]
 
 
 def test_gpus_are_chosen_before_nccl_and_gloo_sends_what_is_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """A run that was stopped anywhere and resumed is the run that was never stopped, bit for bit; and what it saves."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -14,12 +15,17 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from rich.console import Console
 
-from dsmini import TrainConfig
+from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dsmini.checkpoint.training_state import Checkpoint
 from dsmini.training import saving
+from dsmini.training.origin import RunOrigin, find_origin
 from dsmini.training.outputs import summarise
 from dsmini.training.record import History, read_events
 from dsmini.training.run import TrainingRun
+from dsmini.training.start import started
+from tests.conftest import SMALL
 from tests.helpers.configs import DSA, V4_MODEL
 from tests.helpers.runs import RICH, asked_after, die, differences, new_run, resumed, saved
 
@@ -240,3 +246,27 @@ def test_thread_of_a_save_does_not_say_that_the_steps_move(behind: TrainingRun) 
 def test_failure_of_a_save_does_not_hide_the_first_error(behind: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "save_pieces", Mock(side_effect=RuntimeError("the second")))
     assert die(behind, behind.trainer, "forward_backward", 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not say which files are mapped")
+def test_checkpoint_is_read_once_and_unmapped_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapped file counts as memory, and one that is removed still takes its space."""
+    (tmp_path / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    train = TrainConfig(seq_len=16, device="cpu", dtype="float32", steps=2, save_every=1, final_eval_tokens=64)
+    data, out = DataConfig(path=tmp_path / "book.txt"), tmp_path / "run"
+    config = RunConfig(model=ModelConfig(**SMALL | {"vocab_size": 256}), train=train, data=data, out=out)
+    quiet = Console(quiet=True)
+    with started(RunOrigin(config=config), config, quiet) as training:
+        training.train()
+    read: list[str] = []
+    rows = Checkpoint.rows
+    monkeypatch.setattr(Checkpoint, "rows", lambda self, name, part: (read.append(name), rows(self, name, part))[1])
+    for origin, by_rows in ((find_origin(None, out, None), False), (find_origin(None, None, out), True)):
+        more = dataclasses.replace(origin.config.train, steps=3, seq_len=16, device="cpu", final_eval_tokens=64)
+        name = out if origin.resume else tmp_path / "other"
+        config = dataclasses.replace(origin.config, train=more, out=name, data=data)
+        with started(origin, config, quiet):
+            maps = Path("/proc/self/maps").read_text()
+            assert "model.safetensors" not in maps and bool(read) == by_rows

@@ -214,7 +214,7 @@ def test_tokenizer_and_length_of_a_folder_are_used(models: Path) -> None:
     (own / "tokenizer.json").write_text(byte_tokenizer_json())
 
     def begun() -> RunConfig:
-        origin = find_origin(None, None, own, say=pytest.fail)
+        origin = find_origin(None, None, own)
         return origin.accept(origin.config)
 
     found = begun()

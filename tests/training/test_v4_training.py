@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from rich.console import Console
 
@@ -12,6 +13,7 @@ from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config.run import ParallelConfig
 from dsmini.diagnosis.diagnosis import training_subject
 from dsmini.nn.gate import HashGate, hash_table
+from dsmini.training import start
 from dsmini.training.origin import RunOrigin
 from dsmini.training.start import started
 from tests.conftest import SMALL
@@ -20,7 +22,7 @@ from tests.helpers.configs import V4_MODEL
 MODEL: dict[str, Any] = SMALL | V4_MODEL
 
 
-def test_tables_are_made_of_the_training_text(tmp_path: Path) -> None:
+def test_tables_are_made_of_the_training_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One from weights keeps theirs, whatever its text."""
     (tmp_path / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
     sizes: dict[str, Any] = {"vocab_size": 256, "n_hash_layers": 2}
@@ -38,7 +40,9 @@ def test_tables_are_made_of_the_training_text(tmp_path: Path) -> None:
         e, k = len(gate.weight), gate.tid2eid.shape[1]
         assert torch.equal(gate.tid2eid, hash_table(counts, e, k, layer))
     state = Transformer(model).state_dict()
-    weights = RunOrigin(config=config, before=config, rows=lambda name, rows: state[name][rows])
+    found = start.Found(folder=tmp_path, rows=lambda name, rows: state[name][rows])
+    monkeypatch.setattr(start, "_weights", lambda *_: found)
+    weights = RunOrigin(config=config, before=config, init=tmp_path)
     again = dataclasses.replace(config, out=tmp_path / "y")
     with started(weights, again, Console(quiet=True)) as training:
         name = "layers.0.ffn.gate.tid2eid"
