@@ -70,20 +70,8 @@ __all__ = [
     "save_pretrained",
 ]
 
-# module -> names that the package takes from it, as the imports for type checkers above
-HOMES: dict[str, tuple[str, ...]] = {
-    "dsmini.checkpoint.save": ("save_pretrained",),
-    "dsmini.checkpoint.load": ("load_pretrained",),
-    "dsmini.config": ("DataConfig", "ModelConfig", "RunConfig", "TrainConfig"),
-    "dsmini.inference": ("generate",),
-    "dsmini.nn": (
-        *("DSA", "MLA", "MTP", "Attention", "Block", "Experts", "FeedForward", "Gate", "Indexer", "Linear", "MoE"),
-        "RMSNorm",
-        "Transformer",
-    ),
-    "dsmini.numerics": ("Accumulator", "QuantizedTensor", "fp8_matmul", "quantize"),
-    "dsmini.ops": ("prepare",),
-}
+HOMES = ("config", "ops", "numerics", "nn", "inference", "checkpoint.load", "checkpoint.save")
+"""Modules that the names are from, each after those that it imports itself: the first that has a name is its home."""
 PACKAGES = (
     *("accounting", "checkpoint", "config", "functional", "inference", "machine", "measure", "nn", "numerics", "ops"),
     "text",
@@ -95,9 +83,9 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     if name in PACKAGES:
         return import_module(f"dsmini.{name}")
-    for home, names in HOMES.items():
-        if name in names:
-            value = globals()[name] = getattr(import_module(home), name)
+    for module in (import_module(f"dsmini.{home}") for home in HOMES if name in __all__):
+        if hasattr(module, name):
+            value = globals()[name] = getattr(module, name)
             return value
     raise AttributeError(f"module 'dsmini' has no attribute {name!r}")
 

@@ -209,25 +209,6 @@ def sum_to_owners(by_owner: Sequence[Sequence[Tensor]], group: Any) -> None:
 # --- the mesh
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepBatch:
-    """This rank's part of a step's batch, and what its losses are made of."""
-
-    tokens: Tensor
-    targets: Tensor
-    documents: Tensor | None
-    accumulate: int
-    """Number of parts that it is cut into, one forward and backward each."""
-    parts: float
-    """Number that the losses are divided by: of such parts of the whole step, on all ranks."""
-    phase: Callable[[str], None]
-    """Told where a forward and a backward begin."""
-    n_targets: Tensor
-    """Mean number of targets of a part."""
-    options: dict[str, Any]
-    """Further options of Transformer.losses."""
-
-
 T = TypeVar("T")
 
 

@@ -35,9 +35,27 @@ from dsmini.nn.gate import sequence_balance_loss
 from dsmini.nn.moe import MoE
 
 if TYPE_CHECKING:
-    from dsmini.distributed.mesh import StepBatch
     from dsmini.nn.layers import Embedding, Linear, RMSNorm
     from dsmini.nn.mtp import MTPChain
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """This rank's part of a step's batch, and what its losses are made of."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor | None
+    accumulate: int
+    """Number of parts that it is cut into, one forward and backward each."""
+    parts: float
+    """Number that the losses are divided by: of such parts of the whole step, on all ranks."""
+    phase: Callable[[str], None]
+    """Told where a forward and a backward begin."""
+    n_targets: Tensor
+    """Mean number of targets of a part."""
+    options: dict[str, Any]
+    """Further options of Transformer.losses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +168,11 @@ class ModelStage(nn.Module):
             self.head: Linear = model.head
             self.mtp: MTPChain = model.mtp
         self._model: Callable[[], Transformer] = lambda: model  # not a submodule: the parameters are those above
-        self.batch: "StepBatch"
+        self.batch: StepBatch
         self.sums: Tensor
         self.counts: Tensor | None
 
-    def begin(self, batch: "StepBatch") -> None:
+    def begin(self, batch: StepBatch) -> None:
         """Begin a step."""
         self.batch, self.sums, self.counts = batch, torch.zeros(3, device=batch.tokens.device), None
 
@@ -252,7 +270,7 @@ class Pipeline:
         }
         self._schedules: dict[tuple[int, ...], Any] = {}
 
-    def train(self, batch: "StepBatch") -> tuple[Tensor, Tensor | None]:
+    def train(self, batch: StepBatch) -> tuple[Tensor, Tensor | None]:
         """Add up the gradients of the mean loss over the batch, for the parameters of this rank.
 
         Return this rank's part of the mean losses and of the loads of all MoE layers; those of all ranks add up.

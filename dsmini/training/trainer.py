@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dsmini.checkpoint.training_state import Tensors
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader, Windows
-from dsmini.distributed.mesh import HeldRows, Mesh, Pieces, StepBatch, local
+from dsmini.distributed.mesh import HeldRows, Mesh, Pieces, local
+from dsmini.distributed.pipeline import StepBatch
 from dsmini.machine import sent, synchronize
 from dsmini.nn import Gate, IndexerLoss, Transformer, max_violation
 from dsmini.nn.transformer import IGNORE, Losses
