@@ -45,7 +45,7 @@ class DiagnoseCommand:
     batch: int | None = None
     """Sequences that are decoded together, for --work decode; left out: 1."""
     quick: bool = False
-    """Look for half a minute instead of three, at the verdict alone. Predict only where roofs are stored, for 20 s."""
+    """Look for less than a minute instead of three, at the verdict alone. Predict for at most 20 s."""
     fresh: bool = False
     """Measure this machine's rates and prices again, in place of those that are stored."""
     rounds: int | None = None

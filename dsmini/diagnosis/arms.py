@@ -110,6 +110,12 @@ class Comparison:
         return least_turns(self.tail)
 
     @property
+    def round_seconds(self) -> float:
+        """Seconds of a round, by the steps of its arms."""
+        arms = [arm for arm in self.arms if arm.name in self.turns.seconds]
+        return sum((arm.uncounted + arm.counted) * self.turns.median(arm.name) for arm in arms)
+
+    @property
     def gains(self) -> dict[str, Estimate]:
         """Share of a token's time that each arm saves."""
         found: dict[str, Estimate] = {}

@@ -7,7 +7,7 @@
     all_threads        Machine    products run on all cores
 
 Where a gain is negative, the current choice is faster. Other attention and dense feed-forwards are compared by
-`python -m benchmarks kv_cache experts`, each with the kernels that it would have. A step is what generation does: embed
+`python -m benchmarks kv-cache moe`, each with the kernels that it would have. A step is what generation does: embed
 the last token, run the blocks with the cache, make logits.
 
     cached tokens         0 1 2 ... context-1 | new token        the new token's row is written, and attends to all

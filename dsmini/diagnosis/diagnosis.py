@@ -90,9 +90,7 @@ def answer(
     on_part(0.0, "reading", math.inf)
     subject = training_subject(what) if work == "train" else decoding_subject(what, batch or 1, context)
     device, prices = subject.device, None
-    if device.type == "cpu" and quick and not fresh:
-        prices = Prices.stored()
-    elif device.type == "cpu":
+    if device.type == "cpu":
         prices = Prices.here(on_part=lambda _, part: on_part(0.0, f"measuring {part}", math.inf), fresh=fresh)
     plan = Plan(seconds=SECONDS[work][quick], predicting=PREDICTING[quick], only=only)
     if rounds is not None:
@@ -111,10 +109,6 @@ def answer(
     found.facts, found.machine = subject.facts, card(device)
     if prices is not None and (disturbed := prices.roofs.disturbed or prices.disturbed):
         found.warnings.append(f"{disturbed[0].upper()}{disturbed[1:]}.")
-    if prices is None and device.type == "cpu":
-        found.warnings.append(
-            "Nothing was predicted: this machine's rates are not known; without --quick they are measured."
-        )
     return found
 
 

@@ -123,7 +123,7 @@ def other_programs(turns: Sequence[Contention], loss: Estimate, work: Work) -> F
         name="other_programs",
         value=loss.value,
         sentence=sentence,
-        fix=fix if loss.low > MUCH else "",
+        fix=fix if (loss.low if loss.is_clear else loss.value) > MUCH else "",
     )
 
 

@@ -23,7 +23,7 @@ from dsmini.measure.price import Forecast
 from dsmini.measure.roofs import Roofs
 from dsmini.measure.turns import Estimate
 from dsmini.report import Section
-from dsmini.report.units import plural
+from dsmini.report.units import human, plural
 
 LEAST_TRIED = 0.02
 """Gain below which nothing is worth a line."""
@@ -64,15 +64,21 @@ def gains_by_axis(compared: Comparison) -> dict[Axis, Estimate]:
     return found
 
 
-def verdict(gains: Mapping[Axis, Estimate], others: Estimate | None = None, least_turns: int = 0) -> Verdict:
+def verdict(
+    gains: Mapping[Axis, Estimate],
+    others: Estimate | None = None,
+    least_turns: int = 0,
+    round_seconds: float = 0.0,
+) -> Verdict:
     """Return the verdict of the gains of all axes that could be tried.
 
     Args:
         others: share of a step that other programs cost, which is computed.
         least_turns: number of rounds that intervals need.
+        round_seconds: time of a round.
     """
     if not gains or not all(gain.is_clear for gain in gains.values()):
-        return _too_early(gains, least_turns)
+        return _too_early(gains, least_turns, round_seconds)
     ranked: list[tuple[str, Estimate]] = sorted(gains.items(), key=lambda item: -item[1].low)
     every = ranked if others is None else [*ranked, (OTHERS, others)]
     axis, best = max(gains.items(), key=lambda item: item[1].low)
@@ -92,30 +98,40 @@ def verdict(gains: Mapping[Axis, Estimate], others: Estimate | None = None, leas
         most = max(every, key=lambda item: item[1].high)
         words = f"Nothing binds: no change shortens a step by more than {percent(LEAST)}. The most is {_named([most])}."
         return Verdict(outcome="nothing binds", sentence=words)
-    outcome, decides = "undetermined", _more_rounds(gains)
+    outcome, decides = "undetermined", _more_rounds(gains, round_seconds)
+    if OTHERS in dict([*near, *across]):
+        decides = QUIET_MACHINE
     if len(clear) > 1:
         outcome, words = "mixed", f"Mixed: {_named(clear)}. Their intervals overlap, so neither comes first."
     elif clear:
         words = f"Undetermined: {axis} leads with {percent(best)} of a step, and {_named(near)} may be as much."
     else:
-        words = f"Undetermined: {_named(across)} of a step may be above or below {percent(LEAST)}, the least that pays."
+        open_ones = _named(across) if near else f"{axis} costs most, and {percent(best)}"
+        words = f"Undetermined: {open_ones} of a step may be above or below {percent(LEAST)}, the least that pays."
     return Verdict(outcome=outcome, sentence=words, decides=decides)
 
 
-def _named(gains: Sequence[tuple[str, Estimate]]) -> str:
-    return " and ".join(f"{axis} {percent(gain)}" for axis, gain in gains)
+def _named(gains: Sequence[tuple[str, Estimate]], between: str = " ") -> str:
+    return " and ".join(f"{axis}{between}{percent(gain)}" for axis, gain in gains)
 
 
-def _too_early(gains: Mapping[Axis, Estimate], least: int) -> Verdict:
+def _too_early(gains: Mapping[Axis, Estimate], least: int, round_seconds: float) -> Verdict:
     """Return the verdict where the time was over before there were rounds enough."""
     rounds = min((gain.turns for gain in gains.values()), default=0)
     words = f"Undetermined: {plural(rounds, 'round')} in the time, and a verdict on these changes needs {least}."
-    if gains:
-        words += f" So far: {_named([*gains.items()])} of a step."
-    return Verdict(outcome="undetermined", sentence=words, decides=f"More time would decide it (--rounds {least}).")
+    saved = [(axis, gain) for axis, gain in gains.items() if gain.value >= LEAST_TRIED]
+    if saved:
+        words += f" So far a step without the cost of {_named(saved, ' is shorter by ')}, which may be chance."
+    elif gains:
+        words += " So far no change shortens a step."
+    return Verdict(outcome="undetermined", sentence=words, decides=_rounds_that_decide(least, round_seconds))
 
 
-def _more_rounds(gains: Mapping[Axis, Estimate]) -> str:
+def _rounds_that_decide(rounds: int, round_seconds: float) -> str:
+    return f"About {rounds} rounds, {human(rounds * round_seconds, 's')}, would decide it (--rounds {rounds})."
+
+
+def _more_rounds(gains: Mapping[Axis, Estimate], round_seconds: float) -> str:
     """Return how many rounds would separate the intervals, which narrow with the root of the rounds."""
     ends = sorted(gains.values(), key=lambda g: -g.low)
     between = abs(ends[0].value - ends[1].value) if len(ends) > 1 else math.inf
@@ -123,9 +139,7 @@ def _more_rounds(gains: Mapping[Axis, Estimate]) -> str:
     width = max((g.high - g.low) / 2 for g in gains.values())
     rounds = max(g.turns for g in gains.values())
     needed = math.ceil(rounds * (2 * width / apart) ** 2) if apart > 0 else math.inf
-    if needed <= MOST_ROUNDS:
-        return f"About {needed} rounds instead of {rounds} would decide it (--rounds {needed})."
-    return QUIET_MACHINE
+    return _rounds_that_decide(needed, round_seconds) if needed <= MOST_ROUNDS else QUIET_MACHINE
 
 
 @dataclass(kw_only=True)
@@ -159,7 +173,8 @@ class Diagnosis:
 
     @cached_property
     def verdict(self) -> Verdict:
-        return verdict(gains_by_axis(self.compared), self.others, self.compared.least_turns)
+        compared = self.compared
+        return verdict(gains_by_axis(compared), self.others, compared.least_turns, compared.round_seconds)
 
     @property
     def gains(self) -> dict[str, Estimate]:

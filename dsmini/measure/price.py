@@ -121,8 +121,6 @@ class Prices:
     """Moment of time.perf_counter after which nothing is timed."""
     known: dict[str, float] = field(default_factory=dict)
     """Seconds by the hash of a call and the number of threads."""
-    kept: dict[str, float] = field(default_factory=dict)
-    """Prices that the file has."""
     pending: dict[str, float] = field(default_factory=dict)
     """Prices that were measured since it was written."""
     forecasts: dict[Any, Forecast] = field(default_factory=dict)
@@ -138,13 +136,7 @@ class Prices:
         """Return the prices of a machine with these roofs: those that are stored, unless fresh ones are asked for."""
         store = Store.at(keep)
         known = {} if fresh else store.read(_key(), _of_these_kernels) or {}
-        return cls(roofs=roofs, store=store, on_part=on_part, known=dict(known), kept=known)
-
-    @classmethod
-    def stored(cls, keep: Path | None = None) -> "Prices | None":
-        """Return this machine's prices if its roofs are stored, else None. Measures nothing."""
-        roofs = Store.at(keep).read(key_of(CPU), lambda raw: Roofs(**raw))
-        return None if roofs is None else cls.under(roofs, keep)
+        return cls(roofs=roofs, store=store, on_part=on_part, known=known)
 
     def forecast(
         self, shape: StepShape, make: Callable[[], Callable[[], object]] | None = None, name: str = ""
@@ -184,8 +176,9 @@ class Prices:
             warnings.warn(disturbed, stacklevel=3)
             self.disturbed = disturbed
         if new and not disturbed and self.store is not None:
-            self.kept |= new
-            self.store.write(_key(), {"kernels": _sources(), "seconds": self.kept})
+            store, key = self.store, _key()
+            before = lambda: store.read(key, _of_these_kernels) or {}  # noqa: E731
+            store.write(key, lambda: {"kernels": _sources(), "seconds": before() | new})
 
     def _parts(self, counted: Dry, shape: StepShape) -> list[Part]:
         """Return the distinct calls of a step, and what is between them."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 
-from dsmini.atomic import write_text
+from dsmini.atomic import lock, write_text
 from dsmini.machine import DTYPES, card, last_level_cache, matmul_rate
 from dsmini.measure.cpu_time import watched
 from dsmini.measure.turns import in_turns
@@ -97,11 +97,13 @@ class Store:
             return parse(self.contents()[key])
         return None
 
-    def write(self, key: str, value: Mapping[str, Any]) -> None:
-        """Store rates under a key."""
+    def write(self, key: str, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Store rates under a key. No other process writes while `make` makes them of what is stored."""
         with suppress(OSError):  # measured again next time
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, json.dumps({**self.contents(), key: value}))
+            with self.path.with_suffix(".lock").open("w") as held:
+                lock(held, self.path, wait=True)
+                write_text(self.path, json.dumps({**self.contents(), key: make()}))
 
 
 def disturbance(busy: float, steady: float = 1.0) -> str:
@@ -156,7 +158,7 @@ def load_or_measure(
     if roofs.disturbed:
         warnings.warn(roofs.disturbed, stacklevel=2)
     else:
-        store.write(key, asdict(roofs))
+        store.write(key, lambda: asdict(roofs))
     return roofs
 
 

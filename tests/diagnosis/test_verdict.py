@@ -1,5 +1,6 @@
 """The verdict that gains of arms allow, and how rarely noise makes one."""
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from dsmini.diagnosis.arms import AXES, LEAST, Arm, Axis, Comparison, percent
+from dsmini.diagnosis.contention import Contention
+from dsmini.diagnosis.findings import other_programs
 from dsmini.diagnosis.verdict import Diagnosis, gains_by_axis, verdict
 from dsmini.measure.turns import Estimate, Turns
 from tests.diagnosis.conftest import idle
@@ -67,6 +70,14 @@ def test_few_rounds_have_no_interval_and_no_axis(arms: int, least: int, rare: bo
         if rounds < least:
             assert percent(found.gains["replay"]) == "80 %" and found.verdict.outcome == UNDETERMINED
             assert f"{rounds} rounds in the time" in found.sentence and f"--rounds {least}" in found.verdict.decides
+            assert "So far a step without the cost of Data is shorter by 80 %, which may be chance." in found.sentence
+
+
+def test_too_few_rounds_say_what_is_known_and_how_long_a_verdict_takes() -> None:
+    """Check changes that lengthen a step, with 3 steps of 2 s and of 12 s in a round."""
+    found = diagnosis(compare({"plain": [2.0], "replay": [2.0], "all_threads": [12.0]}, "Machine"))
+    assert found.sentence.endswith("needs 6. So far no change shortens a step.")
+    assert found.verdict.decides == "About 6 rounds, 4.80 min, would decide it (--rounds 6)."
 
 
 def test_an_end_next_to_the_least_gain_tells_its_side() -> None:
@@ -81,11 +92,20 @@ def test_other_programs_never_bind_and_may_hide_what_does() -> None:
     def found(others: float, measured: float, most: float | None = None) -> Diagnosis:
         return diagnosis(compare({"plain": [1.0] * 20, "a": [1 - measured] * 20}), others=exactly(others, most))
 
-    first, as_much = found(0.4, 0.2), found(0.1, 0.3, 0.5)
+    first, as_much, hidden = found(0.4, 0.2), found(0.1, 0.3, 0.5), found(0.01, 0.3, 0.35)
+    assert hidden.verdict.outcome == UNDETERMINED and "quiet machine" in hidden.verdict.decides, "no rounds would"
     assert first.verdict.outcome == UNDETERMINED and not first.named and "quiet machine" in first.verdict.decides
     assert "computed" in first.sentence and "Algorithm 20 %" in first.sentence
     assert not as_much.named and "other programs (computed) 30 % (10 to 50) may be as much" in as_much.sentence
     assert found(0.2, 0.4).named == "Algorithm" and found(0.05, 0.05).verdict.outcome == NOTHING
+
+
+def test_others_that_cost_much_are_a_fault_after_few_rounds_too() -> None:
+    """Check a cost of 40 % without an interval, which is known, and one of 5 %."""
+    for loss, is_fault in ((0.4, True), (0.05, False)):
+        once = Estimate(value=loss, low=-math.inf, high=math.inf, turns=1)
+        found = other_programs([Contention(others=1.5, delayed=loss)], once, "training")
+        assert found.is_fault == is_fault and f"Others cost about {percent(loss)} of a step" in found.sentence
 
 
 # --- verdicts
@@ -114,6 +134,7 @@ def test_rounds_that_would_decide_grow_with_noise() -> None:
         hopeless = verdict({DATA: exactly(low, high, rounds), ALGORITHM: exactly(0.0)})
         assert "of a step may be above or below 10 %, the least that pays" in hopeless.sentence
         assert "quiet machine" in hopeless.decides
+        assert ("Data costs most" in hopeless.sentence) == (low > 0), "only where nothing else may be as much"
     assert verdict({}).outcome == UNDETERMINED, "the time was over"
 
 

@@ -160,7 +160,6 @@ def let_prices_be_invented(monkeypatch: pytest.MonkeyPatch, **given: Any) -> Non
     prices = InventedPrices(**given)
     monkeypatch.setattr("dsmini.measure.roofs.load_or_measure", lambda *_, **__: prices.roofs)
     monkeypatch.setattr(Prices, "here", lambda **_: prices)
-    monkeypatch.setattr(Prices, "stored", lambda: None)  # whatever this user's cache has
 
 
 def place_with_run(folder: Path) -> "subprocess.CompletedProcess[str]":

@@ -1,6 +1,7 @@
 """Roofs of invented machines: measured within a budget of time, and stored."""
 
 import subprocess
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -165,7 +166,7 @@ def test_user_without_home_stores_no_rates(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # as a container's user may be
     monkeypatch.chdir(tmp_path)
     store = roofs.Store.at(None)
-    store.write("here", {"rate": 1.0})
+    store.write("here", lambda: {"rate": 1.0})
     assert store.contents() == {} and not [*tmp_path.iterdir()]
 
 
@@ -174,6 +175,23 @@ def test_key_names_the_instructions_that_torch_may_use(monkeypatch: pytest.Monke
     before = roofs.key_of(CPU)
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     assert roofs.key_of(CPU) != before
+
+
+def test_rates_that_two_processes_store_at_once_all_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a second writer begin while the first one has read the file and not yet written it."""
+    store, real = roofs.Store(tmp_path / "roofs.json"), roofs.write_text
+    second = threading.Thread(target=lambda: store.write("b", lambda: {"rate": 2.0}))
+
+    def write(path: Path, text: str) -> None:
+        if second.ident is None:
+            second.start()
+            second.join(0.2)
+        real(path, text)
+
+    monkeypatch.setattr(roofs, "write_text", write)
+    store.write("a", lambda: {"rate": 1.0})
+    second.join()
+    assert store.contents().keys() == {"a", "b"}
 
 
 @pytest.mark.parametrize(
