@@ -138,8 +138,9 @@ def _more_rounds(gains: Mapping[Axis, Estimate], round_seconds: float) -> str:
     apart = min([between, *(abs(g.value - LEAST) for g in gains.values())])
     width = max((g.high - g.low) / 2 for g in gains.values())
     rounds = max(g.turns for g in gains.values())
-    needed = math.ceil(rounds * (2 * width / apart) ** 2) if apart > 0 else math.inf
-    return _rounds_that_decide(needed, round_seconds) if needed <= MOST_ROUNDS else QUIET_MACHINE
+    if rounds * (2 * width) ** 2 >= MOST_ROUNDS * apart**2:
+        return QUIET_MACHINE
+    return _rounds_that_decide(math.ceil(rounds * (2 * width / apart) ** 2), round_seconds)
 
 
 @dataclass(kw_only=True)

@@ -65,9 +65,9 @@ def expected() -> bool:
 def describe() -> str:
     """Return the instruction set, the threads and the paths of the libraries in use."""
     loaded = library()
-    tiles = "torch's own threads" if loaded.parallel else "one thread, as torch has no GOMP_parallel here"
+    large = "torch's threads" if loaded.parallel else "one thread, as torch has no GOMP_parallel here"
     paths = ", ".join(map(str, loaded.paths.values()))
-    return f"{loaded.isa}, tiles and many rows on {tiles}, steps on a team of their own, {paths}"
+    return f"{loaded.isa}, many rows on {large}, decoding steps on threads of their own, built as {paths}"
 
 
 def prepare() -> dict[str, str | None]:
