@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "nn": "config functional numerics ops",
     "text": "config console",
     "data": "config text",
-    "inference": "config nn numerics ops text",
+    "inference": "config nn numerics ops report text",
     "checkpoint": "config console nn numerics ops text",
     "distributed": "checkpoint config console nn numerics ops report",
     "training": "accounting checkpoint config console data distributed inference nn numerics ops text",

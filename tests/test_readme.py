@@ -98,6 +98,15 @@ def test_the_python_runs(page: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         assert printed == re.findall(r"^print\(.*#\s*(.+)$", block, re.MULTILINE)
 
 
+def test_the_sample_is_what_the_first_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """In FP32; the kernels give the same text in BF16."""
+    (sample,) = blocks(ROOT / "README.md", "text sample")
+    (command,) = [arguments for module, arguments in commands()[:1] if module == "dsmini.generate"]
+    main = importlib.import_module("dsmini.generate").main
+    assert not main([*shlex.split(command), "--dtype", "float32", "--max-new-tokens", str(len(sample))])
+    assert capsys.readouterr().out.startswith(sample)
+
+
 def test_style_names_a_dead_link_and_a_bare_claim(tmp_path: Path) -> None:
     style = runpy.run_path(str(ROOT / ".ci" / "style.py"))
     page = tmp_path / "claims.md"

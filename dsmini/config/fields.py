@@ -20,6 +20,8 @@ from dsmini.config.retired import without_retired
 from dsmini.reading import brief, check_path, listed
 
 C = TypeVar("C")
+MOST_NAMED = 16
+"""Number of known keys up to which a refusal of an unknown one names all."""
 
 Effect = Literal["refused", "recipe", "rounding", "none"]
 """Effect of another value on a run that resumes: it would not be the same run; the schedule or the recipe changes from
@@ -85,7 +87,7 @@ def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> 
     """Raise ValueError unless the value is a multiple of the divisor, with the nearest multiples."""
     below = value // divisor * divisor
     choice = f"{below} or {below + divisor}" if below else divisor
-    require(below == value, f"{name}={value} is not divisible by {divisor_name}={divisor}; use {choice}")
+    require(below == value, f"{name}={value} is not divisible by {divisor_name}={divisor}; use {name}={choice}")
 
 
 def mask_function(given: C) -> C:
@@ -119,6 +121,9 @@ def refuse_unknown(given: dict[str, Any], known: list[str], source: str, prefix:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             fix = f"did you mean '{prefix}{near[0]}'?" if near else f"known are {', '.join(known)}"
+            if not near and len(known) > MOST_NAMED:
+                nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.0)
+                fix = f"the nearest of {len(known)} that are known are {', '.join(nearest)}"
             raise ValueError(f"unknown key {brief(prefix + key)} in {source}; {fix}")
 
 

@@ -22,6 +22,12 @@ CSA_RATIO = 4
 V4 = ("compressed",)
 INDEXED = ("dsa", *V4)
 """Kinds of attention with an indexer."""
+EXAMPLES = {
+    "gqa": "such as n_kv_heads=2",
+    "dsa": "as in ModelConfig.from_file('toy-dsa')",
+    "compressed": "as in ModelConfig.from_file('toy-v4')",
+}
+"""Values of the fields that a kind of attention needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +197,8 @@ class ModelConfig:
         missing = [f.name for f in chosen if kind in f.metadata["only"] and getattr(self, f.name) is None]
         require(
             not missing,
-            f"attention='{kind}' needs {', '.join(missing)}; set {'it' if len(missing) == 1 else 'them'}",
+            f"attention='{kind}' needs {', '.join(missing)}; set {'it' if len(missing) == 1 else 'them'}, "
+            f"{EXAMPLES.get(kind)}, or take 'mla', 'mha' or 'mqa', which need no more",
         )
         for f in chosen:
             value, only = getattr(self, f.name), f.metadata["only"]
@@ -326,6 +333,8 @@ class ModelConfig:
         Raises: ValueError naming the key that is unknown, cannot be honoured, or has a wrong value.
         """
         path = find_config(Path(path))
+        file = path / "config.json"
+        require(not path.is_dir(), f"{path} is a folder; name the config in it, such as {file}")
         if path.suffix == ".json":
             raw = read_table(path)
             return build(cls, config_from_json(raw, str(path)), path.name, "")

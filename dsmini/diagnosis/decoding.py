@@ -83,6 +83,17 @@ TURN, MOST_STEPS = 0.02, 256
 and their largest number."""
 
 
+SMALLER_CACHE = {
+    "mla": "a smaller kv_lora_rank, --cache-dtype fp8",
+    "dsa": "a smaller kv_lora_rank, --cache-dtype fp8",
+    "compressed": "larger compress_ratios, --cache-dtype fp8",
+    "mha": "attention gqa or mla",
+    "gqa": "a smaller n_kv_heads",
+    "mqa": "narrower heads",
+}
+"""Changes that make the cache of each kind of attention smaller."""
+
+
 class Acceptance(NamedTuple):
     """Guesses that were made and accepted, and the new tokens of a sequence in a step."""
 
@@ -221,7 +232,7 @@ class DecodingSubject:
                 axis="Machine",
                 why_not=None if self.context > 1 else "there is only 1 cached token",
                 words="1 cached token in place of all: the rest is not attended to",
-                advice="Shorten the contexts, or make the cache smaller: a smaller kv_lora_rank, --cache-dtype fp8.",
+                advice=f"Shorten the contexts, or make the cache smaller: {SMALLER_CACHE[c.attention]}.",
             ),
             self.arm(
                 "drafts",

@@ -105,7 +105,7 @@ def load(steps: Sequence[StepResult]) -> Finding | None:
         f"{percent(idle)} of the experts get less than a tenth of the mean load; "
         f"the fullest gets {1 + vio:.1f} times the mean (MaxVio {vio:.2f})."
     )
-    fix = "Reset the routing bias, or raise train.bias_speed: idle experts learn nothing." if idle > MOST_IDLE else ""
+    fix = "Reset the routing bias, or raise train.bias_speed; a hash layer has no bias." if idle > MOST_IDLE else ""
     return Finding(axis="Algorithm", name="idle_experts", value=idle, sentence=sentence, fix=fix)
 
 

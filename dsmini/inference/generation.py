@@ -441,10 +441,12 @@ def checked_room(
     # guesses lie after a row's last token, also those of the others next to a row that has ended
     room = longest + max_new_tokens + 2 * speculative * len(model.mtp)
     room = min(context, room) if max_seq_len is None else max_seq_len
+    if room > context:
+        raise ValueError(f"a cache of {room} tokens is longer than the model's context of {context}; use {context}")
     # the last new token is never fed back; a row that slides needs room for its prompt and half of the cache
     fits = longest + max_new_tokens - 1 <= room or (slide and longest <= room and room > 1)
     if longest > context or not fits:
-        limit = f"the model's context of {context}" if room >= context else f"the cache's {room}"
+        limit = f"the model's context of {context}" if room == context else f"the cache's {room}"
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than {limit}; "
             + (

@@ -14,6 +14,7 @@ from dsmini.inference.generation import Generation, Stats
 from dsmini.inference.sampling import Sampling
 from dsmini.nn import Transformer
 from dsmini.nn.cache import CacheDtype
+from dsmini.report.units import human
 from dsmini.text.chat import Chat, Dialogue, Message, TextSide
 from dsmini.text.prompts import Continuation, Page
 
@@ -252,10 +253,10 @@ def turns_in_words(turns: Sequence[Stats]) -> str:
 
 def figures_in_words(stats: Stats, speculative: bool) -> str:
     """Return the figures of a generation in lines of at most 80 columns. The last has the tokens and their rate."""
-    fixed = f" + {_size(stats.cache_fixed_bytes)}" if stats.cache_fixed_bytes else ""
+    fixed = f" + {human(stats.cache_fixed_bytes, 'B')}" if stats.cache_fixed_bytes else ""
     lines = [
         f"prompt {stats.prompt_tokens} tokens, {stats.prefill_seconds:.2f} s; "
-        f"cache {stats.cache_bytes_per_token:,.0f} bytes a token{fixed}, {_size(stats.cache_bytes)} in all"
+        f"cache {stats.cache_bytes_per_token:,.0f} bytes a token{fixed}, {human(stats.cache_bytes, 'B')} in all"
     ]
     if speculative and stats.drafted:
         lines.append(f"{stats.acceptance_rate:.0%} of drafts accepted, {stats.tokens_per_step:.2f} tokens a step")
@@ -267,15 +268,4 @@ def figures_in_words(stats: Stats, speculative: bool) -> str:
 
 
 def _rate(tokens_per_s: float) -> str:
-    if not tokens_per_s:
-        return ""
-    return f", {tokens_per_s:.0f} tokens/s" if tokens_per_s >= 10 else f", {tokens_per_s:.2g} tokens/s"
-
-
-def _size(nbytes: float) -> str:
-    """Return bytes in three digits."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= 0.9995 * size:
-            value = nbytes / size
-            return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
-    return f"{nbytes:.0f} bytes"
+    return f", {human(tokens_per_s, 'token/s')}" if tokens_per_s else ""

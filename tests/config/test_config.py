@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.checkpoint.run_folder import run_config
+from dsmini.config.model import layer_config
 from dsmini.config.published import config_to_json
 from dsmini.config.retired import Retired
 from dsmini.config.schedule import SPELLINGS
@@ -342,3 +343,10 @@ def test_attention_factor_of_transformers_spelling_is_refused(tmp_path: Path) ->
     for key in ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "type"):
         raw["rope_parameters"]["compress"].pop(key, None)
     assert read(tmp_path, raw).original_seq_len is None
+
+
+def test_a_folder_and_an_unlike_argument_are_refused_in_a_short_sentence(tmp_path: Path) -> None:
+    want = f"{tmp_path} is a folder; name the config in it, such as {tmp_path / 'config.json'}"
+    assert refusal(ModelConfig.from_file, tmp_path) == want
+    said = refusal(layer_config, None, {"mask": None})
+    assert said.startswith("unknown key 'mask' in the arguments; the nearest of ") and len(said) < 140

@@ -138,7 +138,7 @@ def test_texts_stream_under_headings_and_figures_come_last(place: Path) -> None:
     places = [done.stdout.index(heading) for heading in headings]
     assert places == sorted(places) and places[0] == 0
     last = done.stderr.splitlines()[-1]
-    assert re.fullmatch(r"15 new tokens, [\d.]+ tokens/s", last)
+    assert re.fullmatch(r"15 new tokens, [\d.,]+ tokens/s", last)
     asked = "--prompt 'The qu' --max-new-tokens 12 --seed 3"
     (answer,) = ask(place, asked)
     streamed = run(f"dsmini.generate runs/x/checkpoints/step-000005 {asked}", place)
@@ -344,7 +344,7 @@ def test_a_conversation_is_a_line_a_turn(folder: Path) -> None:
     assert second["prompt_tokens"] == n_tokens(folder, *turns)
     shown = run("dsmini.generate m --chat --max-new-tokens 4", folder, "hello\nand then")
     assert shown.returncode == 0 and re.fullmatch(
-        r"2 answers, [2-8] new tokens(, [\d.]+ tokens/s)?", shown.stderr.strip()
+        r"2 answers, [2-8] new tokens(, [\d.,]+ tokens/s)?", shown.stderr.strip()
     )
 
 

@@ -299,6 +299,8 @@ def test_bad_request_raises(small_model: Model) -> None:
     model, generate = small_model(n_mtp_layers=0), getattr(dsmini.generate, "__wrapped__", dsmini.generate)
     for prompts, options, words in BAD:
         assert words in refusal(generate, model, prompts, **{"max_new_tokens": 4, **options})
+    want = "a cache of 33 tokens is longer than the model's context of 32; use 32"
+    assert refusal(Generation, model, [[1]], 40, max_seq_len=33) == want
 
 
 def test_figures_fit_80_columns_and_end_with_the_rate_of_tokens() -> None:
