@@ -27,6 +27,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -72,58 +73,45 @@ class Beat(NamedTuple):
         return f"step {self.step}, {self.phase}, in {self.where}"
 
 
+@dataclass(eq=False)
 class Heartbeat:
-    """The watch of one rank over the others. Its thread runs inside `with`.
+    """The watch of one rank over the others. Its thread runs inside `with`."""
 
-    Args:
-        store: a client that nobody else uses, for a call in it may wait.
-        timeout: seconds without a sign of life, or without a move, that are a stall.
-        on_stall: told of a stall by the rank that found it: the culprit, its seconds, and a sentence for people.
-        on_lost: told that the process that holds the store has ended.
-        computed: says whether the GPU of this process has finished its work, with that of other ranks in it.
-        period: seconds between two heartbeats.
-    """
+    rank: int
+    size: int
+    store: "Store"
+    """A client that nobody else uses, for a call in it may wait."""
+    timeout: float
+    """Seconds without a sign of life, or without a move, that are a stall."""
+    on_stall: Callable[[int, float, str], None]
+    """Told of a stall by the rank that found it: the culprit, its seconds, and a sentence for people."""
+    on_lost: Callable[[], None] = lambda: None
+    """Told that the process that holds the store has ended."""
+    computed: Callable[[], bool] = lambda: True
+    """Says whether the GPU of this process has finished its work, with that of other ranks in it."""
+    period: float = 1.0
+    """Seconds between two heartbeats."""
+    step: int = 0
+    phase: str = "starting"
+    moves: int = 0
+    seen: object = None
+    """Number of moves and stack of the main thread at the last heartbeat."""
+    count: int = 0
+    still: float = 0.0
+    silent: float = 0.0
+    last: Beat | None = None
+    """The newest message of the rank before this one."""
+    lost: float = 0.0
+    """Seconds since another rank has failed."""
 
-    def __init__(
-        self,
-        rank: int,
-        size: int,
-        store: "Store",
-        timeout: float,
-        on_stall: Callable[[int, float, str], None],
-        on_lost: Callable[[], None] = lambda: None,
-        computed: Callable[[], bool] = lambda: True,
-        period: float = 1.0,
-    ) -> None:
-        self.rank: int = rank
-        self.size: int = size
-        self.store: Store = store
-        self.timeout: float = timeout
-        self.period: float = period
-        self.on_stall: Callable[[int, float, str], None] = on_stall
-        self.on_lost: Callable[[], None] = on_lost
-        self.computed: Callable[[], bool] = computed
-        self.step: int = 0
-        self.phase: str = "starting"
-        self.moves: int = 0
-        self.seen: object = None
-        """Number of moves and stack of the main thread at the last heartbeat."""
-        self.count: int = 0
-        self.still: float = 0.0
-        self.silent: float = 0.0
-        self.last: Beat | None = None
-        """The newest message of the rank before this one."""
-        self.lost: float = 0.0
-        """Seconds since another rank has failed."""
+    def __post_init__(self) -> None:
         self.main: int | None = threading.main_thread().ident
         self.closed: threading.Event = threading.Event()
         self.thread: threading.Thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def beat(self, step: int, phase: str) -> None:
         """Tell that the main thread has moved, and to which step and phase."""
-        self.step = step
-        self.phase = phase
-        self.moves += 1
+        self.step, self.phase, self.moves = step, phase, self.moves + 1
 
     def __enter__(self) -> "Heartbeat":
         self._publish(self.phase)  # from the start, so that a rank that is stopped at once is known

@@ -199,10 +199,10 @@ class History:
         """Number of times that the run went back to a checkpoint after a spike of the loss."""
 
     def add(self, row: Row) -> None:
-        """Append the row of a step, and drop the loads of one that is not recent. They are in metrics.jsonl."""
+        """Append the row of a step, and drop figures of experts of one that is not recent: metrics.jsonl has them."""
         self.records.append(row)
         if len(self.records) > self.window:
-            self.records[-1 - self.window]["loads"] = None
+            self.records[-1 - self.window] |= {"loads": None, "layer_max_vio": None}
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
 
     def restore(self, state: RunState, recorded: Iterable[Row], *, complete: bool) -> int:

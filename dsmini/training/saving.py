@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -151,38 +152,27 @@ class NotSavedError(OSError):
     """A checkpoint could not be written; the earlier ones are still there."""
 
 
+@dataclass(eq=False)
 class Saver:
-    """Saves the state of a run: its Trainer, its History and the random number generators.
+    """Saves the state of a run: its Trainer, its History and the random number generators."""
 
-    Args:
-        config: config with the run's folder `out`.
-        world: the processes of the run, which save together.
-        on_saved: told the step of each checkpoint, once its files are on the disk.
-        say: told of old checkpoints that could not be removed.
-    """
+    config: RunConfig
+    """With the run's folder `out`."""
+    trainer: Trainer
+    history: History
+    world: World
+    """The processes of the run, which save together."""
+    on_saved: Callable[[int], None] = lambda step: None
+    """Told the step of each checkpoint, once its files are on the disk."""
+    say: Callable[[str], None] = lambda line: None
+    """Told of old checkpoints that could not be removed."""
+    saved_at: int | None = None
+    """Step of the last checkpoint."""
+    _behind: World | None = None
+    _writing: Future[None] | None = None
 
-    def __init__(
-        self,
-        config: RunConfig,
-        trainer: Trainer,
-        history: History,
-        world: World,
-        on_saved: Callable[[int], None] = lambda step: None,
-        say: Callable[[str], None] = lambda line: None,
-    ) -> None:
-        assert config.out is not None
-        self.config: RunConfig = config
-        self.trainer: Trainer = trainer
-        self.history: History = history
-        self.world: World = world
-        self.metrics: Path = config.out / METRICS
-        self.on_saved: Callable[[int], None] = on_saved
-        self.say: Callable[[str], None] = say
-        self.saved_at: int | None = None
-        """Step of the last checkpoint."""
-        self._behind: World | None = None
+    def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, SAVING)
-        self._writing: Future[None] | None = None
 
     def save(self, *, background: bool = False) -> None:
         """Save the state after the last step; NotSavedError names the newest checkpoint. No save is in the background.
@@ -210,9 +200,11 @@ class Saver:
     def _write(self, tensors: Tensors, state: RunState, world: World) -> None:
         """Write a checkpoint of these tensors, with those of the other processes; then remove old ones."""
         config, held = self.config, self.trainer.pieces(tensors)
+        assert config.out is not None
+        metrics = config.out / METRICS
         try:
             # the lines before the state's own must not be lost after it, and a file that is gone must not fail the save
-            world.first(lambda: self.metrics.exists() and sync(self.metrics))
+            world.first(lambda: metrics.exists() and sync(metrics))
             texts, metadata = state_texts(config, state), {"step": str(state.step)}
             save_pieces(world, checkpoint_folder(config, state.step), held, texts, metadata)
         except OSError as error:

@@ -68,7 +68,7 @@ def new_trainer(
     config.parallel.check(config.model, config.train, world.size)
     text = np.frombuffer(bytes(7 * i * i % 61 for i in range(3000)), np.uint8)
     corpus = Corpus(train=text[:2700], val=text[2700:], source="", files=1, split="", sha256="")
-    torch.manual_seed(0)
+    torch.manual_seed(config.train.seed)
     dtype = getattr(torch, config.train.dtype)
     if world.size == 1:
         return Trainer(Transformer(config.model, compute_dtype=dtype), corpus, config, CPU)

@@ -10,14 +10,16 @@ import threading
 import tomllib
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from rich.console import Console
 
 from dsmini import RunConfig, TrainConfig
-from dsmini.distributed.world import joined
+from dsmini.distributed.world import World, joined
+from dsmini.training import start
 from dsmini.training.origin import RunOrigin
-from dsmini.training.start import resolved
 from tests.distributed.ranks import new_store, spoken, wait_until
 from tests.distributed.runs import small_config
 
@@ -116,16 +118,28 @@ def test_sigterm_ends_a_process_that_waits_for_another(config: Path, tmp_path: P
     assert (got.statuses, got.errors) == ([130, 0], ["stopped\n", ""])
 
 
+def test_folder_is_tried_before_the_text_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tokenizing may take hours."""
+    config = RunConfig(train=TrainConfig(dtype="float32", device="cpu"), out=tmp_path / "runs" / "new")
+    monkeypatch.setattr(World, "refuse_unshared", Mock(side_effect=ValueError("is not there for rank 1")))
+    monkeypatch.setattr(start, "load_corpus", Mock(side_effect=AssertionError))
+    with (
+        pytest.raises(ValueError, match="is not there for rank 1"),
+        start.started(RunOrigin(config=config), config, Console(quiet=True)),
+    ):
+        pass
+
+
 def test_share_of_the_cores_is_not_stored_for_a_lone_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig(train=TrainConfig(dtype="float32"), out=tmp_path)
-    assert resolved(config, torch.device("cpu")).train.threads == torch.get_num_threads()
+    assert start.resolved(config, torch.device("cpu")).train.threads == torch.get_num_threads()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert resolved(config, torch.device("cpu")).train.threads is None
+    assert start.resolved(config, torch.device("cpu")).train.threads is None
 
 
 def test_gpu_of_one_process_is_stored_without_its_number_and_auto_is_picked_again(tmp_path: Path) -> None:
     config = RunConfig(train=TrainConfig(dtype="float32"), out=tmp_path)
-    stored = resolved(config, torch.device("cuda:0"))
+    stored = start.resolved(config, torch.device("cuda:0"))
     assert stored.train.device == "cuda"
     before = dataclasses.replace(stored, train=dataclasses.replace(stored.train, device="cuda:0"))
     again = dataclasses.replace(before, train=dataclasses.replace(before.train, device="auto", dtype="auto"))

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dsmini import machine
+from dsmini.distributed import mesh
 from dsmini.distributed import world as worlds
 from dsmini.distributed.failure import words_of_loss
 from dsmini.distributed.meeting import launcher
@@ -118,6 +119,20 @@ def test_hash_of_a_gpu_changes_with_each_bit() -> None:
         before = hashed(cast(Any, on_gpu))
         tensor.view(torch.uint8)[17] ^= 4
         assert hashed(cast(Any, on_gpu)) != before
+
+
+def test_messages_have_a_limited_size_and_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh, "BUCKET", 10)
+    sent: list[tuple[int, int]] = []
+
+    def doubled(message: torch.Tensor, number: int) -> None:
+        sent.append((number, message.numel()))
+        message *= 2
+
+    tensors = [[torch.ones(2, 3), torch.ones(6), torch.ones(3), torch.ones(40)], [], [torch.ones(1).bfloat16()]]
+    mesh.in_messages(tensors, doubled)
+    assert sent == [(0, 6), (0, 9), (0, 40), (2, 1)]
+    assert all((t == 2).all() for of in tensors for t in of)
 
 
 def caught(world: World) -> list[tuple[str, str, str, bool]]:
