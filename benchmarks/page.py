@@ -14,12 +14,13 @@ from dsmini.report.tables import case_words
 from dsmini.report.units import human, plural, words
 
 
-def report(sections: list[Section], run: Run) -> Report:
+def report(sections: list[Section], run: Run, warnings: Sequence[str] = ()) -> Report:
     """Return the page of sections."""
     return Report(
         title="dsmini benchmarks",
         lead="What was measured, next to what was predicted from counts and from this machine's own rates.",
         sections=sections,
+        warnings=warnings,
         facts={
             "The machine": {words(key): str(value) for key, value in run.setting["machine"].items()},
             "Its measured rates": run.rates,
@@ -45,7 +46,6 @@ def section(question: Question, found: Sequence[Result], now: Run) -> Section:
     s, warnings = run.setting, list[str]()
     if s != now.setting:
         warnings.append(f"Measured earlier than the rest: {run.date[:10]}, commit {run.commit}, {run.words}.")
-    warnings += dict.fromkeys(f"{word}; the same command measures again." for r in found if (word := r.run.disturbed))
     where = f"--device {s['device']} --dtype {s['dtype']} --threads {s['threads']} --fresh"
     where += f" --text {shlex.quote(run.text)}" if question.needs_text and run.text else ""
     return Section(
@@ -59,6 +59,12 @@ def section(question: Question, found: Sequence[Result], now: Run) -> Section:
         warnings=warnings,
         errors=[(result.key, result.error) for result in found if result.error],
     )
+
+
+def disturbed(found: Mapping[str, Sequence[Result]]) -> list[str]:
+    """Return in one sentence what disturbed the rates that predictions rest on; none if nothing did."""
+    words = [result.run.disturbed for results in found.values() for result in results if result.run.disturbed]
+    return [f"{word}; the same command measures again." for word in words[-1:]]
 
 
 def problems(found: Mapping[str, Sequence[Result]]) -> list[str]:

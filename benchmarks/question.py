@@ -210,17 +210,23 @@ UNITS: Mapping[str, str] = {
 
 
 def figure(
-    metric: str, case: Mapping[str, Value], measured: float | Estimate | Sequence[float] | None = None, **more: Any
+    metric: str,
+    case: Mapping[str, Value],
+    measured: float | Estimate | Sequence[float] | None = None,
+    *,
+    of: str = "",
+    **more: Any,
 ) -> Figure:
-    """Return a figure; of several independent values the median, with its 95 % interval.
+    """Return a figure; of several independent values the median, with its 95 % interval. The runner names the question.
 
-    The unit is that of the metric's last word, such as "difference of loss". The runner names the question.
+    Args:
+        of: metric whose unit it has, for one that UNITS does not list, such as a difference.
     """
     found = median_of(measured) if isinstance(measured, Sequence) else measured
     if isinstance(found, Estimate):
         more = {"low": found.low if found.is_clear else None, "high": found.high if found.is_clear else None, **more}
         found = found.value
-    return Figure(question="", case=case, metric=metric, unit=UNITS[metric.split()[-1]], measured=found, **more)
+    return Figure(question="", case=case, metric=metric, unit=UNITS[of or metric], measured=found, **more)
 
 
 def left_out(metric: str, case: Mapping[str, Value], reason: str) -> Figure:

@@ -140,6 +140,8 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[.
         names = [name for name, why in left_out.items() if why == reason]
         say(console, f"left out: {', '.join(names)} ({reason})", style="dim")
     problems = page.problems(mine)
+    for warning in page.disturbed(mine):
+        say(console, warning, style="yellow")
     for problem in problems:
         say(console, problem, style="bold red")
     if command.json:
@@ -147,7 +149,7 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[.
     if interrupted:
         say(console, f"stopped; finished cases are saved in {path}, and the same command without --fresh continues")
     everything = [*sections.values(), *filter(None, [changes])]
-    write_text(command.out / "report.html", page.report(everything, run).html())
+    write_text(command.out / "report.html", page.report(everything, run, page.disturbed(found)).html())
     say(console, f"report  {command.out / 'report.html'}")
     return 130 if interrupted else int(bool(problems))
 

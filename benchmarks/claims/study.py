@@ -118,7 +118,7 @@ def study(
                 yield figure(metric, {"seed": seed, "arm": arm}, value)
         for metric, arm, less in pairs:
             case = {"seed": seed, "arm": arm, "less": less}
-            yield figure(f"difference of {metric}", case, found[arm][metric] - found[less][metric])
+            yield figure(f"difference of {metric}", case, found[arm][metric] - found[less][metric], of=metric)
 
     return Question(
         about=f"{about} Each seed gives one difference; the interval is Student's t over the seeds.",

@@ -121,6 +121,11 @@ def _cached_attention(result: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: fl
     return 2 * h * pairs * (d + v.shape[3])
 
 
+def _sink_attention(result: Tensor, q: Tensor, kv: Tensor, mask: Tensor, *_: Any) -> int:
+    pairs = int((~mask).sum()) * (len(q) // len(mask))
+    return 4 * pairs * math.prod(q.shape[2:])
+
+
 def _trained_attention_gradients(
     result: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float, documents: Any
 ) -> int:
@@ -202,7 +207,7 @@ def _feed_forward_step(result: Sequence[Tensor], x: Tensor, part: Any) -> Cost:
 COSTS: MappingProxyType[str, Callable[..., int | Cost]] = MappingProxyType(
     {
         **dict.fromkeys(("quantize", "dequantize", "quantize_dequantize"), _no_products),
-        **dict.fromkeys(("trained_norm", "trained_norm_gradients"), _no_products),
+        **dict.fromkeys(("trained_norm", "trained_norm_gradients", "sinkhorn"), _no_products),
         "linear": _linear,
         "quantized_linear": _linear,
         "experts": _experts,
@@ -212,6 +217,7 @@ COSTS: MappingProxyType[str, Callable[..., int | Cost]] = MappingProxyType(
         "muon_update": _muon,
         "causal_attention": _causal_attention,
         "cached_attention": _cached_attention,
+        "sink_attention": _sink_attention,
         "trained_attention": _causal_attention,
         "trained_attention_gradients": _trained_attention_gradients,
         "topk_keys": _topk_keys,

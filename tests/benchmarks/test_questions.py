@@ -195,7 +195,7 @@ def test_study_pairs_its_arms_by_seed(tmp_path: Path) -> None:
 def test_study_says_whether_a_difference_is_within_its_margin(margin: float, said: str) -> None:
     """Three seeds give 0.10, 0.12 and 0.16, whose interval ends at 0.05 and 0.20."""
     case = {"arm": "sparse", "less": "dense"}
-    found = [figure("difference of loss", case, value) for value in (0.10, 0.12, 0.16)]
+    found = [figure("difference of loss", case, value, of="loss") for value in (0.10, 0.12, 0.16)]
     found += [figure("loss", {"arm": arm}, 1.0) for arm in case.values()]
     told = study.answer([("loss", "sparse", "dense")], {"loss": margin}, found)
     assert f"margin {margin:+g}: {said}" in told
