@@ -52,9 +52,9 @@ class TrainConfig:
     """Dtype in which AdamW's moments are stored (V3: bfloat16)."""
     muon_momentum: float = setting(0.9, least=0, below=1)
     """Decay of Muon's momentum per step (Nesterov)."""
-    newton_schulz: Literal["jordan", "halley"] = "halley"
-    """Iterations of Muon: Jordan's five of Newton and Schulz, or two of Halley, which are closer to the nearest
-    orthogonal matrix, and faster on a CPU."""
+    newton_schulz: Literal["jordan", "halley", "v4"] = "halley"
+    """Iterations of Muon: Jordan's five of Newton and Schulz, V4's ten, or two of Halley, which are closer to the
+    nearest orthogonal matrix than Jordan's, and faster on a CPU."""
     weight_decay: float = setting(0.01, least=0)
     """Coefficient of the decoupled weight decay, on matrices only (V3: 0.1)."""
     grad_clip: float = setting(1.0, above=0)

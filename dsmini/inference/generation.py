@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +15,7 @@ from dsmini.inference.sampling import Sampling, draw, is_whole, likeliest, log_p
 from dsmini.inference.speculative import Drafter, accept, accept_greedy
 from dsmini.nn import Cache, Transformer
 from dsmini.nn.cache import CacheDtype, last_valid
+from dsmini.nn.gate import Routing
 
 PREFILL = 2048
 """Number of tokens of each prompt that are read at a time."""
@@ -93,6 +94,9 @@ class Generated(NamedTuple):
     logprobs: Tensor
     """[b, most new tokens]: logarithm of the probability of each new token in nats, FP32, by the model's own
     distribution, before penalty, temperature and filters. Padding is 0, so that a row's sum is that of its text."""
+    routing: list[Tensor] | None = None
+    """[b, longest - 1, k] for each MoE layer without those of multi-token prediction: the experts of each token that
+    the model has read, -1 in padding, for `losses(..., routing=)`; None where they are not asked for."""
 
 
 def generate(
@@ -110,13 +114,14 @@ def generate(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     cache_dtype: CacheDtype | None = None,
+    routing: bool = False,
 ) -> Generated:
     """Continue each prompt by up to max_new_tokens tokens.
 
     Args:
         prompts: [b, s], or a list of rows of any lengths, tensors or lists.
         temperature, top_k, top_p, min_p, repetition_penalty: see Sampling.
-        eos_token_id, speculative, generator, cache_dtype: see Generation.
+        eos_token_id, speculative, generator, cache_dtype, routing: see Generation.
         seed: makes the same draws again, from a generator of its own; None: torch's draws, or those of `generator`.
 
     Raises: ValueError for no prompt, an empty one, a token or an end token outside the vocabulary, or more tokens than
@@ -133,13 +138,18 @@ def generate(
         speculative=speculative,
         generator=generator if seed is None else seeded(seed, generator),
         cache_dtype=cache_dtype,
+        routing=routing,
     )
     for _ in generation:
         pass
     lengths = torch.tensor([len(row) for row in generation.rows])
-    return Generated(
-        padded(generation.rows), lengths, generation.stats, padded(generation.logprobs, dtype=torch.float32)
-    )
+    logprobs = padded(generation.logprobs, dtype=torch.float32)
+    experts = None
+    if routing:  # of guesses after the end of a row there may be some
+        longest = max(1, int(lengths.max()))
+        unread = torch.arange(longest - 1)[None, :, None] >= lengths[:, None, None] - 1
+        experts = [layer[:, : longest - 1].masked_fill(unread.to(layer.device), -1) for layer in generation.experts]
+    return Generated(padded(generation.rows), lengths, generation.stats, logprobs, experts)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -189,6 +199,8 @@ class Generation:
     slide: bool = False
     """When a row fills the cache, forget its older half and read the rest again. Without it, such a request is an error
     at the start."""
+    routing: bool = False
+    """Record the experts of each token that the model reads; not with slide."""
     watch: Callable[[int, int], None] | None = None
     """Called while the prompts are read, with the number of tokens read so far and that of all."""
 
@@ -205,6 +217,12 @@ class Generation:
         """The row that each sequence of the cache belongs to."""
         self._device, self._started = model.device, False
         self.cache: Cache = model.new_cache(len(self.prompts), room, self.cache_dtype, mtp=self.speculative)
+        self.experts: list[Tensor] = []
+        """The experts of each position in each MoE layer, [rows, room, k], -1 where nothing was read."""
+        if self.routing and self.slide:
+            raise ValueError(
+                "routing is recorded of whole rows, and slide forgets a part of them; leave out one of them"
+            )
         self.decoder: Decoder = Decoder(model)
         self.drafter: Drafter | None = None
         if self.speculative:
@@ -242,7 +260,7 @@ class Generation:
         start = time.perf_counter()
         if not self._started:
             self._started = True
-            logits = prefill(self.model, self.cache, self.rows, self.drafter, self.watch)
+            logits = prefill(self.model, self.cache, self.rows, self.drafter, self.watch, self._record)
             if self.sampling.greedy:
                 first = likeliest(self.sampling.penalised(logits, self._seen()))
             else:
@@ -281,6 +299,7 @@ class Generation:
         start = self.cache.lengths
         new = None if all(live) else torch.tensor(live, device="cpu") * tokens.shape[1]
         states = self.decoder.states(tokens, self.cache, new)
+        self._record(states.routing, start, new)
         logits = self.decoder.logits(states.normed)
         # 3. the accepted guesses of each row, and one more token
         if seen is not None:  # and the guesses before each column
@@ -299,6 +318,25 @@ class Generation:
             self.stats.accepted += sum(kept) - sum(live)
         self.stats.steps += sum(live)
         return chosen, logits
+
+    def _record(self, routing: list[Routing], starts: Int[Tensor, " b"], new: Int[Tensor, " b"] | None) -> None:
+        """Note the experts of the new tokens of the rows in the cache; of guesses until others take their places.
+
+        Args:
+            starts: number of tokens of each row before them.
+            new: number of new tokens of each row; None: they are all that were routed.
+        """
+        if not self.routing:
+            return
+        b, sizes = len(self._active), (len(self._rows), self.cache.max_seq_len)
+        rows = [next(i for i, row in enumerate(self._rows) if row is active) for active in self._active]
+        if not self.experts:
+            self.experts = [of.indices.new_full((*sizes, of.indices.shape[1]), -1) for of in routing]
+        for store, of in zip(self.experts, routing, strict=True):
+            indices = of.indices.unflatten(0, (b, -1))
+            counts = [indices.shape[1]] * b if new is None else new.tolist()
+            for i, (row, start, n) in enumerate(zip(rows, starts.tolist(), counts, strict=True)):
+                store[row, start : start + n] = indices[i, :n]
 
     def _seen(self) -> Bool[Tensor, "b v"] | None:
         """Return a mask of the tokens that each row holds; None if the sampling needs none."""
@@ -344,6 +382,7 @@ def prefill(
     contexts: list[list[int]],
     drafter: Drafter | None = None,
     watch: Callable[[int, int], None] | None = None,
+    record: Callable[[list[Routing], Tensor, Tensor | None], None] | None = None,
 ) -> Float[Tensor, "b v"]:
     """Append the tokens of each row to the cache, PREFILL at a time; return the logits after each row's last.
 
@@ -351,6 +390,7 @@ def prefill(
         contexts: one list of token ids for each row of the cache; an empty one appends nothing.
         drafter: is shown the same tokens.
         watch: called after each part with the number of tokens read so far and that of all.
+        record: called after each part with the routing, the valid lengths before, and the numbers of new tokens.
     """
     device = model.device
     lengths = torch.tensor([len(context) for context in contexts], device="cpu")
@@ -361,7 +401,10 @@ def prefill(
         tokens = padded([context[start : start + PREFILL] for context in contexts], device)
         uneven = None if bool((new == tokens.shape[1]).all()) else new
         # 2. hidden states of all of them, of which the last in each row are needed: [b, m]
+        starts = cache.lengths
         states = model.states(tokens, cache, uneven)
+        if record is not None:
+            record(states.routing, starts, uneven)
         if drafter is not None:
             drafter.read(tokens, states.given, uneven)
         last = last_valid(states.normed, uneven, states.normed[:, 0] if last is None else last)

@@ -34,6 +34,8 @@ class Context:
     """True for keys that a query may not see, in the place of the causal mask; None: those after it."""
     cache: LayerCacheView | None = None
     """The layer's part of a cache. The new tokens are appended to it and attend to all its rows."""
+    experts: Int[Tensor, "b s k"] | None = None
+    """Experts of the new tokens that the layer's gate gets imposed, -1 where it chooses; None: it chooses all."""
     train_indexers: bool = False
     """Compute the loss of indexers that learn (dsa.py). DSA then returns a pair."""
     angles: dict[Rope, tuple[Tensor, CosSin]] = field(default_factory=dict, repr=False)

@@ -144,15 +144,24 @@ class Gate(FP32Module):
         return f"{m}, {k} of {e} experts, {groups}, {self.options['score_func']}"
 
     def asks(self, context: Context | None) -> tuple[Any, ...]:
-        """Return what forward takes besides x: of a gate that chooses by scores, nothing."""
-        return ()
+        """Return what forward takes besides x: of a gate that chooses by scores, the experts that are imposed."""
+        experts = None if context is None else context.experts
+        return () if experts is None else (experts.flatten(0, -2),)
 
-    def forward(self, x: Float[Tensor, "n m"]) -> Routing:
+    def forward(self, x: Float[Tensor, "n m"], chosen: Int[Tensor, "n k"] | None = None) -> Routing:
         """Choose experts for each token.
+
+        Args:
+            chosen: experts that were recorded before, and are imposed; -1: the gate chooses. Scores and weights are
+                computed in any case, so that the gate learns. Source: rollout routing replay (arXiv 2510.11370).
 
         Raises: ValueError for an x that is not [n, dim].
         """
-        return route(self.logits(x), self.bias, **self.options)
+        logits = self.logits(x)
+        routing = route(logits, self.bias, **self.options)
+        if chosen is None:
+            return routing
+        return route(logits, None, **self.options, chosen=chosen.where(chosen >= 0, routing.indices))
 
     def logits(self, x: Float[Tensor, "n m"]) -> Float[Tensor, "n e"]:
         """Return a logit for each token and expert, in FP32.

@@ -1,7 +1,7 @@
 """The whole model: embedding, blocks, norm, head, the multi-token prediction blocks after them, and the losses."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -178,14 +178,16 @@ class Transformer(nn.Module):
         documents: Int[Tensor, "b s"] | None = None,
         recompute: bool = False,
         train_indexers: bool = False,
+        routing: Sequence[Tensor] | None = None,
     ) -> States:
         """Return the hidden states from which the head makes logits.
 
         Args:
             cache, lengths: as in forward.
-            documents, recompute: as in losses; not with a cache, whose rows are one document each.
+            documents, recompute, routing: as in losses; documents not with a cache, whose rows are one document each.
             train_indexers: as in Context.
         """
+        imposed = [None] * len(self.layers) if routing is None else self._imposed(routing, tokens)
         if cache is None and lengths is not None:
             raise ValueError("lengths are of rows in a cache; give one, or leave them out")
         if cache is not None and documents is not None:
@@ -202,13 +204,33 @@ class Transformer(nn.Module):
             # 3. the blocks, each with its layer's part of the cache: [b, s, m]
             views = [None] * len(self.layers) if cache is None or at is None else cache.views(at)
             found: list[Aux] = []
-            for block, view in zip(self.layers, views, strict=True):
-                x, aux = run_block(block, x, context if view is None else replace(context, cache=view), recompute)
+            for block, view, experts in zip(self.layers, views, imposed, strict=True):
+                plain = view is None and experts is None
+                own = context if plain else replace(context, cache=view, experts=experts)
+                x, aux = run_block(block, x, own, recompute)
                 found.append(aux)
             if cache is not None and at is not None:
                 cache.lengths = at.lengths
             # 4. the final norm: [b, s, m]
             return self.states_of(x, found)
+
+    def _imposed(self, routing: Sequence[Tensor], tokens: Int[Tensor, "b s"]) -> list[Tensor | None]:
+        """Return the experts that each block gets imposed. Raises: ValueError for a replay of another shape."""
+        c = self.config
+        moe, shape = [i for i in range(c.n_layers) if c.is_moe(i)], (*tokens.shape, c.n_activated_experts)
+        got = [tuple(experts.shape) for experts in routing]
+        if got != [shape] * len(moe):
+            raise ValueError(
+                f"routing has {len(got)} layers of {got[0] if got else ()}; want {len(moe)} of {shape}, the experts of "
+                "each token in each MoE layer, as generate(routing=True) records them of the same tokens"
+            )
+        for experts in routing:
+            if ops.can_read_values(experts) and int(experts.max()) >= c.n_routed_experts:
+                raise ValueError(
+                    f"routing names expert {int(experts.max())} of {c.n_routed_experts}; it is that of another model"
+                )
+        by_layer = dict(zip(moe, routing, strict=True))
+        return [by_layer.get(i) for i in range(c.n_layers)]
 
     def states_of(self, x: Float[Tensor, "b s *streams m"], found: list[Aux]) -> States:
         """Return the states after the last block, whose output is x, and what all blocks found."""
@@ -312,6 +334,7 @@ class Transformer(nn.Module):
         recompute: bool = False,
         n_targets: Float[Tensor, ""] | None = None,
         states: States | None = None,
+        routing: Sequence[Tensor] | None = None,
     ) -> Losses:
         """Compute the training losses without a tensor [b, s, vocab].
 
@@ -323,6 +346,9 @@ class Transformer(nn.Module):
             n_targets: number of targets that the cross-entropies are divided by; None: those of this call. The parts
                 of a batch whose losses are averaged share the mean of theirs.
             states: the states of the tokens, where another stage of a pipeline computed them; None: `states` of them.
+            routing: experts [b, s, k] that each MoE layer gets imposed, without those of MTP, -1 where the gate
+                chooses. `generate(routing=True)` records them: training then uses the experts of the generation, whose
+                numbers differ in their last bits. Scores and weights are computed again, so that gates learn.
 
         A depth k of MTP is scored at s - k positions and, as published, divided by the number of targets of the main
         loss. Source: DeepSeek-V3 report, equations 17 to 20 (balance), 24 and 25 (MTP); DeepSeek-V3.2
@@ -332,8 +358,12 @@ class Transformer(nn.Module):
             got = f"targets are {tuple(targets.shape)}, tokens {tuple(tokens.shape)}"
             raise ValueError(f"{got}; want a token or more, and a target for each: losses(x[:, :-1], x[:, 1:])")
         check_ids("target", targets.masked_fill(targets == IGNORE, 0), self.config.vocab_size)
+        if states is not None and routing is not None:
+            raise ValueError(
+                "routing is imposed where states are computed, and states are given; leave out one of them"
+            )
         if states is None:
-            states = self.states(tokens, documents=documents, recompute=recompute, train_indexers=True)
+            states = self.states(tokens, None, None, documents, recompute, train_indexers=True, routing=routing)
         counted = (targets != IGNORE).sum().clamp(min=1) if n_targets is None else n_targets
         # 1. the next token, from hidden states [b, s, m]
         main = self.cross_entropy(states.normed, targets) / counted
@@ -345,14 +375,14 @@ class Transformer(nn.Module):
             mtp = torch.stack(depths).mean()
         # 3. the balance of each MoE layer, from its scores [b * s, e]
         of_mtp, indexers_of_mtp = _listed(found)
-        routing, indexers = states.routing + of_mtp, states.indexers + indexers_of_mtp
-        if routing:
+        every, indexers = states.routing + of_mtp, states.indexers + indexers_of_mtp
+        if every:
             sizes = (tokens.shape[0], balance_counts)
-            balances = [sequence_balance_loss(r.scores, r.indices, *sizes) for r in routing]
+            balances = [sequence_balance_loss(r.scores, r.indices, *sizes) for r in every]
             balance = torch.stack(balances).sum().to(main.dtype)
         # 4. what each indexer missed of attention, which moves its own parameters alone
         total = sum((loss.kl for loss in indexers), main + mtp_weight * mtp + balance_alpha * balance)
-        return Losses(main, mtp, balance, total, routing, indexers)
+        return Losses(main, mtp, balance, total, every, indexers)
 
     def cross_entropy(self, hidden: Float[Tensor, "*b m"], targets: Int[Tensor, "*b"]) -> Float[Tensor, ""]:
         """Return the sum over rows of the head's cross-entropy, in nats, FP32, without a tensor [*b, vocab]."""

@@ -1,0 +1,119 @@
+"""Experts that a generation recorded are imposed in training: gates choose the same, and learn."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsmini import ModelConfig, Transformer, generate, load_pretrained
+from tests.conftest import SMALL
+from tests.helpers.configs import V4_MODEL
+
+CASES: dict[str, dict[str, Any]] = {"v3": {}, "recomputed": {}, "v4": V4_MODEL}
+PROMPTS = [[5, 9, 11, 3, 2], [7, 1]]
+
+
+def model_of(**changes: Any) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SMALL | changes))
+    for name, p in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    return model
+
+
+def disturbed(model: Transformer) -> Transformer:
+    """Change the gates so much that they would choose others."""
+    for gate in model.gates():
+        with torch.no_grad():
+            gate.weight.copy_(gate.weight.flip(0))
+    return model
+
+
+def recorded(model: Transformer, **options: Any) -> tuple[Tensor, list[Tensor]]:
+    out = generate(model, PROMPTS, 9, routing=True, **options)
+    assert out.routing is not None
+    return out.tokens, out.routing
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gates_choose_what_the_generation_chose(case: str) -> None:
+    model = model_of(**CASES[case])
+    tokens, routing = recorded(model.eval())
+    read = tokens[:, :-1]
+    assert all(layer.shape == (*read.shape, model.config.n_activated_experts) for layer in routing)
+    # the second row is shorter: nothing was read after it
+    assert all(
+        (layer[1, 10:] == -1).all() and (layer[0] >= 0).all() and (layer[1, :10] >= 0).all() for layer in routing
+    )
+    plain = [r.indices.view_as(layer) for r, layer in zip(model.run(read).routing, routing, strict=True)]
+    assert all(torch.equal(a[layer >= 0], layer[layer >= 0]) for a, layer in zip(plain, routing, strict=True))
+    disturbed(model)
+    losses = model.losses(read, tokens[:, 1:], routing=routing, recompute=case == "recomputed")
+    for got, layer in zip(losses.routing, routing, strict=False):
+        indices = got.indices.view_as(layer)
+        assert torch.equal(indices[layer >= 0], layer[layer >= 0]) and (indices >= 0).all()
+        assert int(got.counts.sum()) == indices.numel()
+    losses.total.backward()
+    for gate in model.gates():
+        assert gate.weight.grad is not None and gate.weight.grad.norm() > 0, "the gate learns"
+
+
+def test_weights_are_computed_again_from_the_gates_own_scores() -> None:
+    model = model_of(n_mtp_layers=0).eval()
+    tokens, routing = recorded(model)
+    free = model.losses(tokens[:, :-1], tokens[:, 1:])
+    imposed = model.losses(tokens[:, :-1], tokens[:, 1:], routing=routing)
+    assert torch.equal(free.total, imposed.total), "where gates would choose the same, nothing changes"
+    disturbed(model)
+    layer = model.losses(tokens[:, :-1], tokens[:, 1:], routing=routing).routing[0]
+    weights = layer.scores.gather(1, layer.indices)
+    torch.testing.assert_close(layer.weights, 2.5 * weights / weights.sum(-1, keepdim=True))
+
+
+def test_guesses_that_are_rejected_leave_no_trace() -> None:
+    model = model_of().eval()
+    tokens, routing = recorded(model, speculative=True)
+    alone, plain = recorded(model)
+    assert torch.equal(tokens, alone)
+    for a, b in zip(routing, plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_replay_of_another_shape_is_refused() -> None:
+    model = model_of().eval()
+    tokens, routing = recorded(model)
+    for wrong, said in (
+        ([layer[:, 1:] for layer in routing], "want 1 of (2, 13, 3)"),
+        ([], "routing has 0 layers"),
+        ([*routing, *routing], "routing has 2 layers"),
+        ([layer + 8 for layer in routing], "of another model"),
+    ):
+        with pytest.raises(ValueError, match="routing") as error:
+            model.losses(tokens[:, :-1], tokens[:, 1:], routing=wrong)
+        assert said in str(error.value)
+    states = model.states(tokens[:, :-1])
+    with pytest.raises(ValueError, match="leave out one"):
+        model.losses(tokens[:, :-1], tokens[:, 1:], routing=routing, states=states)
+    assert generate(model, PROMPTS, 2).routing is None
+
+
+def test_without_replay_some_tokens_of_the_toy_differ_in_bf16() -> None:
+    """docs/training.md has the share. With replay none differs."""
+    model = load_pretrained("toy", dtype=torch.bfloat16)
+    out = generate(model, [list(b"def "), list(b"import ")], 96, routing=True, temperature=1.0, seed=0)
+    assert out.routing is not None
+    read, differ, total = out.tokens[:, :-1], torch.zeros(()), 0
+    with torch.no_grad():
+        free = model.run(read).routing
+        imposed = model.states(read, routing=out.routing).routing
+    any_layer = torch.zeros(read.shape, dtype=torch.bool)
+    for layer, a, b in zip(out.routing, free, imposed, strict=True):
+        known = (layer >= 0).all(-1)
+        here = (a.indices.view_as(layer).sort(-1).values != layer.sort(-1).values).any(-1) & known
+        assert torch.equal(b.indices.view_as(layer)[known], layer[known])
+        any_layer |= here
+        differ, total = differ + here.sum(), total + int(known.sum())
+    print(f"{float(differ) / total:.1%} of choices, {float(any_layer.sum()) / int(known.sum()):.1%} of tokens")
+    assert 0 < float(any_layer.sum()) / int(known.sum()) < 0.5
