@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "measure": "config inference nn numerics ops training",
     "planner": "accounting config console measure report",
     "diagnosis": "accounting checkpoint config data inference measure nn numerics ops planner report text training",
-    "comparison": "accounting config console data measure nn report training",
+    "comparison": "accounting config console data measure nn report text training",
 }
 SHARED = ("atomic", "machine", "reading", "sources")
 IMPORTERS = ("import_module", "importorskip")

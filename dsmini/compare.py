@@ -94,7 +94,7 @@ def main(args: Sequence[str]) -> int:
     comparison, begun = _comparison(command, words), time.monotonic()
     path = command.out or Path("comparisons", f"{comparison.name}.jsonl")
     with Progress(console, label="the corpus", unit="bytes") as progress:
-        corpora = read_corpora(comparison, path, progress.stage)
+        corpora, ranges = read_corpora(comparison, path, progress.stage)
     made = made_here(pick_device(comparison.arms[0].config.train.device))
     with opened(path, head_of(comparison, corpora, __version__), made) as results:
         base, *others = results.names
@@ -107,7 +107,7 @@ def main(args: Sequence[str]) -> int:
             say(console, f"reused  {plural(n, 'run')} of equal arms from {other}")
         with Progress(console, label="runs", delay=0, stays=True) as progress:
             try:
-                done = run_missing(comparison, results, command.seeds, command.jobs, made, progress)
+                done = run_missing(comparison, results, command.seeds, command.jobs, made, ranges, progress)
             except KeyboardInterrupt:
                 say(console, f"stopped; {len(results.lines)} runs are kept in {path}; the same command continues")
                 return 130

@@ -2,6 +2,7 @@
 
     arms       what is compared: configs, flags, or functions that make a model
     trial      one run of an arm with a seed, in a process of its own
+    scoring    the bytes that all arms are scored on
     results    the file with a line for each finished run, which more seeds continue
     verdict    better, worse, equal within the margin, or undecided
     answer     a table, a forest plot, JSON

@@ -26,7 +26,7 @@ from dsmini.reading import brief, find_config, read_bytes, read_toml
 FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)")
 """An arm in Python: FILE.py:FUNCTION."""
 EQUAL = ("train.final_eval_tokens=262144", "train.threads=1")
-"""Settings of every run: each core has one, on one thread; the losses are of 262,144 tokens."""
+"""Settings of every run: each core has one, on one thread; the losses are of about 262,144 bytes."""
 SMALL = ("train.steps=200", "train.final_eval_tokens=131072")
 MARGIN = 0.01
 """Default margin in nats a byte. Paired differences have deviations of 0.006 (a small model whose training ends) to
@@ -206,11 +206,13 @@ def checked(arms: Sequence[Arm]) -> list[Arm]:
             require(other.name != arm.name, f"two arms are called {arm.name}; give their files other names")
             same = _measured(other) == _measured(arm)
             require(not same, f"{other.name} and {arm.name} differ in nothing that a run measures; change one of them")
-            texts = [(each.config.data.path, each.config.data.val_fraction) for each in (other, arm)]
+            of = "data.path, data.val_fraction or train.final_eval_tokens"
+            texts = [
+                (each.config.data.path, each.config.data.val_fraction, each.config.train.final_eval_tokens)
+                for each in (other, arm)
+            ]
             why = "losses of other texts cannot be compared; use --set for all of them"
-            require(
-                texts[0] == texts[1], f"{other.name} and {arm.name} differ in data.path or data.val_fraction: {why}"
-            )
+            require(texts[0] == texts[1], f"{other.name} and {arm.name} differ in {of}: {why}")
         done.append(arm)
     return done
 

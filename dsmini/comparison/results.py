@@ -152,6 +152,8 @@ def read_results(path: Path) -> Results | None:
         first = next(iter(runs.values()), line)
         for what, theirs, ours in made_otherwise(line, first):
             raise ValueError(f"line {number} of {path} is of {what}, {theirs} where others have {ours}; part them")
+        if line.get("scored") != first.get("scored"):
+            raise ValueError(f"line {number} of {path} is scored on other bytes of the text than others; part them")
         runs.setdefault((line["arm"], line["seed"]), line)
     return Results(path=path, head=head, lines=[*runs.values()])
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from dsmini.comparison.arms import Arm, Comparison
 from dsmini.comparison.results import Results, made_otherwise
+from dsmini.comparison.scoring import Ranges, choose_ranges, held_out
 from dsmini.comparison.trial import request_of
 from dsmini.console.progress import Progress
 from dsmini.data.corpus import cache_next_to, load_corpus
@@ -101,6 +102,7 @@ def run_missing(
     seeds: int,
     jobs: int | None,
     made: Mapping[str, Any],
+    ranges: Ranges,
     progress: Progress,
 ) -> int:
     """Do the runs of the seeds 0 to seeds - 1 that have no line yet, and return how many there were.
@@ -110,6 +112,7 @@ def run_missing(
     Args:
         jobs: number of runs at a time; None: one for each core, on a GPU one.
         made: as in results.opened.
+        ranges: bytes of the held-out text on which all runs are scored.
 
     Raises: ValueError of a run, and where its sources were changed meanwhile; the others are ended.
     """
@@ -127,7 +130,7 @@ def run_missing(
         while waiting or running:
             while waiting and len(running) < at_a_time:
                 arm, seed = waiting.pop(0)
-                request = request_of(arm, seed, cache_next_to(results.path))
+                request = request_of(arm, seed, ranges, cache_next_to(results.path))
                 running[pool.submit(processes.ask, request, f"{arm.name}, seed {seed}")] = arm, seed
             finished, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in sorted(finished, key=lambda done: done.exception() is not None):  # what is done is kept
@@ -142,8 +145,10 @@ def run_missing(
     return len(missing)
 
 
-def read_corpora(comparison: Comparison, path: Path, progress: ProgressCallback) -> dict[str, str]:
-    """Tokenize what the arms train on, before their runs do, and return the hash of each arm's corpus.
+def read_corpora(comparison: Comparison, path: Path, progress: ProgressCallback) -> tuple[dict[str, str], Ranges]:
+    """Tokenize what the arms train on, before their runs do.
+
+    Return the hash of each arm's corpus, and the bytes of the held-out text on which all are scored.
 
     Raises: ValueError for a text that is too short.
     """
@@ -152,4 +157,5 @@ def read_corpora(comparison: Comparison, path: Path, progress: ProgressCallback)
         c = arm.config
         corpus = load_corpus(c.data, c.seq_len, c.model.vocab_size, cache_next_to(path), 0, progress=progress)
         found[arm.name] = corpus.sha256
-    return found
+    c = comparison.arms[0].config
+    return found, choose_ranges(held_out(c.data, cache_next_to(path), progress), c.train.final_eval_tokens or 0)

@@ -23,13 +23,15 @@ import torch
 from dsmini import accounting
 from dsmini.comparison.arms import Arm, make_model_of
 from dsmini.comparison.results import made_here
+from dsmini.comparison.scoring import Ranges, held_out, windows_of
 from dsmini.config import RunConfig
 from dsmini.config.fields import build
-from dsmini.data.corpus import Corpus, load_corpus
+from dsmini.data.corpus import Corpus, Windows, load_corpus
 from dsmini.machine import DTYPES, keep_freed_memory, pick_device
 from dsmini.nn import Transformer
 from dsmini.nn.gate import make_tables
 from dsmini.sources import own_sources
+from dsmini.text.tokenizer import load_tokenizer
 from dsmini.training.trainer import StepResult, Trainer
 
 LAST = 0.1
@@ -38,18 +40,21 @@ ACCEPTED_TOKENS = 16384
 """Held-out tokens on which drafts are compared with the next token."""
 
 
-def run_trial(arm: Arm, seed: int, cache: Path, on_part: Callable[[float], None] = lambda done: None) -> dict[str, Any]:
+def run_trial(
+    arm: Arm, seed: int, ranges: Ranges, cache: Path, on_part: Callable[[float], None] = lambda done: None
+) -> dict[str, Any]:
     """Train an arm with a seed, and return its figures.
 
     Args:
+        ranges: bytes of the held-out text that are scored.
         cache: folder of tokenized corpora.
         on_part: told the share of the steps that is done.
 
-    Returns: loss in nats a byte (None if the run diverged), train_seconds and cpu_seconds of all steps, steps, tokens,
-        parameters, active (None of a function's model), cache_bytes a token, max_vio at the end and over all steps,
-        acceptance of drafts, and what made it, as in results.made_here.
+    Returns: loss in nats a byte (None if the run diverged), the ranges and their bytes a token, train_seconds and
+        cpu_seconds of all steps, steps, tokens, parameters, active (None of a function's model), cache_bytes a token,
+        max_vio at the end and over all steps, acceptance of drafts, and what made it, as in results.made_here.
     """
-    trainer, corpus = prepared(arm, seed, cache)
+    trainer, _ = prepared(arm, seed, cache)
     config, steps = trainer.config, trainer.config.train.steps
     done: list[StepResult] = []
     skipped, cpu = 0, time.process_time()
@@ -58,12 +63,14 @@ def run_trial(arm: Arm, seed: int, cache: Path, on_part: Callable[[float], None]
         skipped = skipped + 1 if done[-1].skipped else 0
         on_part(len(done) / steps)
     cpu = time.process_time() - cpu
-    loss = (
-        trainer.validate(trainer.final_windows()) / corpus.bytes_per_token if trainer.steps_done == steps else math.nan
-    )
+    windows = windows_of(held_out(config.data, cache), ranges, load_tokenizer(config.data.tokenizer), config.seq_len)
+    bytes_per_token = sum(end - first for first, end in ranges) / windows.tokens
+    loss = trainer.validate(windows) / bytes_per_token if trainer.steps_done == steps else math.nan
     loads = [step.max_vio for step in done if step.max_vio is not None]
     return {
         "loss": loss if math.isfinite(loss) else None,
+        "scored": ranges,
+        "bytes_per_token": bytes_per_token,
         "train_seconds": round(sum(step.seconds for step in done), 3),
         "cpu_seconds": round(cpu, 3),
         "steps": len(done),
@@ -73,7 +80,7 @@ def run_trial(arm: Arm, seed: int, cache: Path, on_part: Callable[[float], None]
         "cache_bytes": _cache_bytes(trainer),
         "max_vio": statistics.fmean(loads[-max(1, round(LAST * steps)) :]) if loads else None,
         "max_vio_mean": statistics.fmean(loads) if loads else None,
-        "acceptance": acceptance(trainer) if len(trainer.model.mtp) else None,
+        "acceptance": acceptance(trainer, windows) if len(trainer.model.mtp) else None,
         **made_here(trainer.device),
     }
 
@@ -101,11 +108,12 @@ def prepared(arm: Arm, seed: int, cache: Path) -> tuple[Trainer, Corpus]:
 
 
 @torch.no_grad()
-def acceptance(trainer: Trainer) -> float:
+def acceptance(trainer: Trainer, windows: Windows) -> float:
     """Return how often the first draft is the token that the model itself would write, on held-out text."""
     equal, asked = 0, 0
     trainer.model.eval()
-    for tokens, _ in trainer.corpus.windows(trainer.config.seq_len, ACCEPTED_TOKENS).blocks(8):
+    every = max(1, len(windows) * windows.seq_len // ACCEPTED_TOKENS)
+    for tokens, _ in Windows(text=windows.text, starts=windows.starts[::every], seq_len=windows.seq_len).blocks(8):
         out = trainer.model.run(tokens.to(trainer.device), mtp=True)
         drafts, wanted = out.mtp_logits[0].argmax(-1), out.logits.argmax(-1)[:, 1:]
         equal, asked = equal + int((drafts == wanted).sum()), asked + drafts.numel()
@@ -122,9 +130,9 @@ def _cache_bytes(trainer: Trainer) -> float | None:
 # --- the process
 
 
-def request_of(arm: Arm, seed: int, cache: Path) -> str:
+def request_of(arm: Arm, seed: int, ranges: Ranges, cache: Path) -> str:
     """Return the line that asks a process for a run."""
-    said = {"name": arm.name, "function": arm.function, "seed": seed, "cache": str(cache)}
+    said = {"name": arm.name, "function": arm.function, "seed": seed, "ranges": ranges, "cache": str(cache)}
     return json.dumps(said | {"config": arm.config.to_toml()})
 
 
@@ -144,7 +152,7 @@ def main() -> None:
         config = build(RunConfig, tomllib.loads(asked["config"]), asked["name"], "")
         torch.set_num_threads(config.train.threads or 1)
         arm, cache = Arm(name=asked["name"], config=config, function=asked["function"]), Path(asked["cache"])
-        say({"result": run_trial(arm, asked["seed"], cache, lambda done: say({"done": done}))})
+        say({"result": run_trial(arm, asked["seed"], asked["ranges"], cache, lambda done: say({"done": done}))})
     except (Exception, SystemExit) as error:
         say({"error": sentence_of(error, asked["function"])})
 
