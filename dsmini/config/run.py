@@ -55,6 +55,9 @@ class TrainConfig:
     newton_schulz: Literal["jordan", "halley", "v4"] = "halley"
     """Iterations of Muon: Jordan's five of Newton and Schulz, V4's ten, or two of Halley, which are closer to the
     nearest orthogonal matrix than Jordan's, and faster on a CPU."""
+    qk_clip: float | None = setting(None, above=0)
+    """Largest attention logit of a head, above which a step scales its projections down (Kimi K2: 100); None: any.
+    For MLA in one process."""
     weight_decay: float = setting(0.01, least=0)
     """Coefficient of the decoupled weight decay, on matrices only (V3: 0.1)."""
     grad_clip: float = setting(1.0, above=0)
@@ -262,6 +265,7 @@ class ParallelConfig:
         )
         if world_size == 1:
             return
+        require(train.qk_clip is None, "train.qk_clip needs the largest logit of one process; leave it out")
         rows = parts * train.grad_accum
         for name in ("batch_size", "batch_start"):
             value = getattr(train, name)
@@ -370,6 +374,11 @@ class RunConfig:
             self.train.dsa_stage != "warmup" or self.model.attention != "compressed" or self.seq_len >= CSA_RATIO,
             f"a sequence of {self.seq_len} tokens has no entry for the indexers of train.dsa_stage='warmup' to learn "
             f"from; use at least {CSA_RATIO}",
+        )
+        require(
+            self.train.qk_clip is None or (self.model.is_mla and not self.model.qk_norm and not self.train.compile),
+            "train.qk_clip looks at the logits of uncompiled MLA whose heads have no norm; leave it out, or "
+            "model.qk_norm, train.compile and other attention",
         )
         require(
             not (sparse and self.train.compile),

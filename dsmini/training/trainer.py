@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from dsmini.machine import sent, synchronize
 from dsmini.nn import Gate, IndexerLoss, Transformer, max_violation
 from dsmini.nn.transformer import IGNORE, Losses
 from dsmini.training.optim import ParameterAverage, begin_stage, optimizer_state, optimizers
+from dsmini.training.qk_clip import clip_logits, largest_logits
 
 LEAST_AT_THE_END = 131_072
 """Held-out tokens that the default of train.final_eval_tokens takes even after a short training."""
@@ -111,7 +112,8 @@ class Trainer:
         rows = train.batch_size_at(self.steps_done, mesh.parts)
         # 1. this rank's gradients, and its share of the losses and the loads
         begin = time.thread_time()
-        sums, counts, waited = self.forward_backward(rows)
+        with nullcontext({}) if train.qk_clip is None else largest_logits(self.model) as logits:
+            sums, counts, waited = self.forward_backward(rows)
         work = torch.zeros(mesh.parts, dtype=torch.float64)
         work[mesh.part] = time.thread_time() - begin
         # 2. the sums over all ranks: gradients, then all figures in one message
@@ -131,6 +133,7 @@ class Trainer:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * share
                 optimizer.step()
+            clip_logits(self.model, logits, train.qk_clip or 0.0)
             mesh.exchange_moved()
             speed = train.bias_speed_at(self.steps_done)
             if loads:

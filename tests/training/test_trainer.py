@@ -216,3 +216,14 @@ def test_zero_init_zeroes_only_writers_to_the_residual_stream(small_config: Call
     ends = ("head.weight", "wo.weight", "w2.weight", "experts.w2")
     assert zero == {n for n, _ in Transformer(small_config()).named_parameters() if n.endswith(ends)}
     assert not {n for n, p in Transformer(small_config()).named_parameters() if p.abs().max() == 0}
+
+
+def test_qk_clip_holds_its_threshold_after_each_step() -> None:
+    """A threshold that no logit reaches changes no bit."""
+    plain, free = new_trainer(), new_trainer(qk_clip=1e6)
+    clipped = new_trainer(qk_clip=1e-3)
+    for trainer in (plain, free, clipped):
+        trainer.step()
+    assert same(state(plain), state(free)) and not same(state(plain), state(clipped))
+    moved = {name for name, t in state(plain).items() if not torch.equal(t, state(clipped)[name])}
+    assert {name.rpartition(".attn.")[2] for name in moved if "attn" in name} == {"wq_b.weight", "wkv_b.weight"}
