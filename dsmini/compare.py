@@ -119,7 +119,8 @@ def main(args: Sequence[str]) -> int:
 
 def _refuse(command: CompareCommand, words: Sequence[str], rest: Sequence[str]) -> None:
     """Raise ValueError for flags that contradict each other, and for numbers of nothing."""
-    require(command.seeds > 0, f"--seeds {command.seeds} is not a pair; use 2 or more, 20 for a difference of 0.02")
+    few = f"--seeds {command.seeds} is too few for an interval; use 5 or more to decide, 20 for a difference of 0.02"
+    require(command.seeds > 1, few)
     stated = command.margin is None or 0 < command.margin < math.inf
     require(stated, f"--margin {command.margin} is not positive and finite; use 0.01")
     require(command.jobs is None or command.jobs > 0, f"--jobs {command.jobs} runs nothing; use 1 or more")

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dsmini.atomic import new_file
 from dsmini.comparison.results import Results
-from dsmini.comparison.verdict import MOST_SEEDS, Verdict, seeds_to_decide, verdicts
+from dsmini.comparison.verdict import LEAST_PAIRS, MOST_SEEDS, Verdict, by_flips, seeds_to_decide, skewness, verdicts
 from dsmini.console.messages import say
 from dsmini.measure.turns import Estimate, mean_of
 from dsmini.report.figures import Table, Toned, plain
@@ -20,7 +20,7 @@ from dsmini.report.tables import show_table
 from dsmini.report.units import number, plural
 
 COLOURS = {"better": "#2a7f3f", "worse": "#c8501e", "equal": "#1f4e8c", "undecided": "#7a7a7a", "diverged": "#c8501e"}
-LOSS, TIME = "difference to the base in nats a byte\nleft is better; the band is the margin", "CPU time\nbase = 1"
+LOSS, TIME = "difference to the base in nats a byte\nleft is better; the band is the margin", "time\nbase = 1"
 RATIOS = (0.25, 4.0)
 """Ratios of time beyond which a mean is an arrow."""
 TONES = {"better": "near", "equal": "near", "worse": "far", "diverged": "far", "undecided": "off"}
@@ -35,7 +35,7 @@ def verdicts_of(results: Results) -> dict[str, Verdict]:
 
 def table_of(results: Results) -> Table:
     """Return a row for each arm: its loss and the difference to the base in nats a byte, the verdict, time and bytes of
-    cache as shares of the base's (of the base its CPU seconds), MaxVio, and the share of drafts that are taken."""
+    cache as shares of the base's (of the base its seconds), MaxVio, and the share of drafts that are taken."""
     found, rows = verdicts_of(results), []
     for arm in results.names:
         losses = list(results.values(arm).values())
@@ -49,7 +49,7 @@ def table_of(results: Results) -> Table:
                 (f"{d.value:+.4f}" if d and d.turns else "")
                 + (f" ± {d.high - d.value:.4f}" if d and d.is_clear else ""),
                 Toned(verdict.word, TONES[verdict.word]) if verdict else "base",
-                _median_ratio(results, arm, "cpu_seconds") if verdict else _mean(results, arm, "cpu_seconds", " s"),
+                _median_ratio(results, arm, results.clock) if verdict else _mean(results, arm, results.clock, " s"),
                 _median_ratio(results, arm, "cache_bytes"),
                 *(_mean(results, arm, figure) for figure in ("max_vio", "acceptance")),
             ]
@@ -100,8 +100,8 @@ def sentences(results: Results) -> list[str]:
             told.append(f"{arm} is equal to {base} within the margin of {margin:g} nats a byte.")
         elif verdict.word == "undecided":
             needed = _seeds_needed(results, arm, verdict)
-            more = "two seeds are the least" if d.turns < 2 else "some pairs are lost"
-            if needed is not None:
+            more = f"{LEAST_PAIRS} pairs are the least" if d.turns < LEAST_PAIRS else "some pairs are lost"
+            if d.turns >= LEAST_PAIRS and needed is not None:
                 seeds = f"{needed:,}" if needed < MOST_SEEDS else f"more than {MOST_SEEDS:,}"
                 more = f"four of five new comparisons with {seeds} would decide, if the rest is like this"
             chance = " (of several ideas one is this far from 0 by chance)" if d.low > 0 or d.high < 0 else ""
@@ -109,6 +109,13 @@ def sentences(results: Results) -> list[str]:
         else:
             small = ", less than the margin" if abs(d.value) < margin else ""
             told.append(f"{arm} is {verdict.word} than {base}, by {abs(d.value):.4f} nats a byte{small}.")
+        values = results.differences(arm)
+        if (skew := skewness(values)) is not None:
+            low, high = by_flips(values)
+            told.append(
+                f"{arm}: its differences are skewed ({skew:+.1f}), so Student's interval errs more often than in 5 %; "
+                f"by flips of signs it is {low:+.4f} to {high:+.4f}."
+            )
     return told
 
 
@@ -138,7 +145,7 @@ def record_of(results: Results) -> dict[str, Any]:
             "diverged": results.diverged(arm),
             **{
                 name: statistics.fmean(values) if (values := list(results.values(arm, figure).values())) else None
-                for name, figure in (("loss", "loss"), ("seconds", "cpu_seconds"))
+                for name, figure in (("loss", "loss"), ("seconds", results.clock))
             },
             **(dataclasses.asdict(found[arm]) if arm in found else {}),
             "seconds_difference": _seconds(results, arm) if arm in found else None,
@@ -151,8 +158,8 @@ def record_of(results: Results) -> dict[str, Any]:
 
 
 def _seconds(results: Results, arm: str) -> dict[str, Any] | None:
-    """Return the CPU seconds of an arm less the base's, paired as losses are; None without two runs that have both."""
-    found = results.differences(arm, "cpu_seconds")
+    """Return the seconds of an arm less the base's, paired as losses are; None without two runs that have both."""
+    found = results.differences(arm, results.clock)
     return dataclasses.asdict(mean_of(found)) if len(found) > 1 else None
 
 
@@ -188,7 +195,7 @@ def draw(path: Path, all_results: Sequence[Results]) -> None:
             continue
         d, colour = verdict.difference, COLOURS[verdict.word]
         _plot(axes, y, results.differences(arm), d, (-reach, reach), colour)
-        if ratios := _ratios(results, arm, "cpu_seconds"):
+        if ratios := _ratios(results, arm, results.clock):
             _plot(clock, y, ratios, mean_of(ratios), RATIOS, colour)
         value = f" {d.value:+.4f}" if d.turns and math.isfinite(d.value) else ""
         ticks.append((f"{label}:   {verdict.word}{value}, {plural(d.turns, 'seed')}", colour))

@@ -17,7 +17,7 @@ from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
-from dsmini.config import ModelConfig, RunConfig
+from dsmini.config import ModelConfig, RunConfig, TrainConfig
 from dsmini.config.fields import build, plain, refuse_unknown, require
 from dsmini.config.run import ParallelConfig
 from dsmini.machine import pick_device
@@ -54,6 +54,7 @@ class Arm:
         table = plain(dataclasses.asdict(self.config))
         table.pop("out", None)
         table["train"].pop("seed")
+        table["train"]["device"] = table["train"]["device"].partition(":")[0]  # its number changes nothing
         table["data"].pop("path")
         tokenizer = self.config.data.tokenizer
         table["data"]["tokenizer"] = "bytes" if tokenizer is None else _hash(read_bytes(tokenizer))
@@ -137,7 +138,9 @@ def changed(config: RunConfig, settings: Sequence[str], source: str) -> RunConfi
     for setting in settings:
         key, equals, text = setting.partition("=")
         section, dot, name = key.strip().partition(".")
-        require(bool(equals and dot), f"{source} has {brief(setting)}; want KEY=VALUE, such as model.n_mtp_layers=0")
+        homes = [part for part in ("model", "data", "train") if hasattr(getattr(config, part), key.strip())]
+        example = f"{homes[0]}.{setting}" if homes and equals else "model.n_mtp_layers=0"
+        require(bool(equals and dot), f"{source} has {brief(setting)}; want SECTION.KEY=VALUE, such as {example}")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
@@ -159,6 +162,8 @@ def arm_of(words: Sequence[str], base: RunConfig, common: Sequence[str], name: s
         if FUNCTION.fullmatch(word):
             function = str(folder / word)
             make_model_of(function)
+        elif word.endswith(".py"):
+            raise ValueError(f"{word} is Python; name the function in it that makes a model: {word}:make_model")
         elif "=" in word:
             settings.append(word)
         else:
@@ -200,7 +205,7 @@ def checked(arms: Sequence[Arm]) -> list[Arm]:
     for arm in arms:
         train, device = arm.config.train, pick_device(arm.config.train.device)
         dtype = "float32" if train.dtype == "auto" else train.dtype  # the same on all machines
-        train = replace(train, device=device.type, dtype=dtype, seed=0)
+        train = replace(train, device=str(device), dtype=dtype, seed=0)
         arm = replace(arm, config=replace(arm.config, train=train, out=None))
         for other in done:
             require(other.name != arm.name, f"two arms are called {arm.name}; give their files other names")
@@ -218,8 +223,10 @@ def checked(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def _measured(arm: Arm) -> tuple[RunConfig, str]:
-    """Return what the loss of a run follows from: one process, the parameters and not their average, no rewind."""
-    train = replace(arm.config.train, ema_decay=None, max_rewinds=0)
+    """Return what a run measures follows from: one process, no average, rewind, checkpoint, sample or validation."""
+    plain = TrainConfig()
+    apart = [name for name in TrainConfig.__dataclass_fields__ if name.startswith(("save_", "sample_", "eval_"))]
+    train = replace(arm.config.train, ema_decay=None, max_rewinds=0, **{name: getattr(plain, name) for name in apart})
     return replace(arm.config, train=train, parallel=ParallelConfig()), arm.function
 
 

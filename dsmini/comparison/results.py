@@ -28,6 +28,8 @@ Line = dict[str, Any]
 
 HEAD = {"dsmini", "question", "source", "hypothesis", "margin", "arms"}
 """Keys of a first line."""
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""Errors of a line of something else, or nested too deeply."""
 MADE_BY = {
     "sources": "other sources",
     "processor": "another processor",
@@ -38,7 +40,7 @@ MADE_BY = {
 TIMED = 2
 """Number of seeds whose runs are made here even if another file has them: times of two sittings cannot be compared."""
 START = b'{"dsmini": "'
-NUMBERS = {"loss", "cpu_seconds", "cache_bytes", "max_vio", "acceptance"}
+NUMBERS = {"loss", "cpu_seconds", "train_seconds", "cache_bytes", "max_vio", "acceptance"}
 """Figures of a run that an answer shows."""
 
 
@@ -58,6 +60,11 @@ class Results:
     def names(self) -> list[str]:
         """Names of the arms, the base first."""
         return list(self.head["arms"])
+
+    @property
+    def clock(self) -> str:
+        """The figure of a run's time: its CPU seconds; on a GPU, where the process waits, those that passed."""
+        return "cpu_seconds" if all(line.get("device", "cpu") == "cpu" for line in self.lines) else "train_seconds"
 
     def values(self, arm: str, figure: str = "loss") -> dict[int, float]:
         """Return a figure of an arm by seed, of the runs that have it and ended: times of others are too short."""
@@ -132,7 +139,7 @@ def read_results(path: Path) -> Results | None:
         head = json.loads(whole[0]) if whole else {}
         known = head.keys() >= HEAD and all(isinstance(arm, dict) for arm in head["arms"].values())
         known = known and isinstance(head["margin"], float) and head["margin"] > 0
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except BROKEN:
         known, head = False, {}
     if not whole and START.startswith(cut[: len(START)]):
         return None
@@ -145,7 +152,7 @@ def read_results(path: Path) -> Results | None:
             numbers = [line[key] for key in line.keys() & NUMBERS if line[key] is not None]
             fits = line["arm"] in head["arms"] and isinstance(line["seed"], int) and "loss" in line
             fits = fits and all(isinstance(x, float | int) and math.isfinite(x) for x in numbers)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except BROKEN:
             fits, line = False, {}
         if not fits:
             raise ValueError(f"line {number} of {path} is not a finished run; remove it")

@@ -127,6 +127,7 @@ def run_missing(
     at_a_time = jobs or (cores() if comparison.arms[0].config.train.device == "cpu" else 1)
     with workers(at_a_time) as (processes, pool):
         running: dict[Future[Any], tuple[Arm, int]] = {}
+        shown = -1.0
         while waiting or running:
             while waiting and len(running) < at_a_time:
                 arm, seed = waiting.pop(0)
@@ -141,7 +142,10 @@ def run_missing(
                 results.add(line)
             names = ", ".join(f"{arm.name} seed {seed}" for arm, seed in running.values())
             whole = len(missing) - len(waiting) - len(running)
-            progress.update(whole + sum(processes.running.values()), f"{whole}/{len(missing)} runs  {names}")
+            share = whole + sum(processes.running.values())
+            if share != shown:  # else a file would repeat the line while the last runs are scored
+                progress.update(share, f"{whole}/{len(missing)} runs  {names}")
+            shown = share
     return len(missing)
 
 

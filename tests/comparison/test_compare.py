@@ -161,7 +161,7 @@ def test_a_comparison_answers_continues_and_is_drawn(place: Path) -> None:
 
 @pytest.mark.slow
 def test_a_claim_has_its_arms_and_says_who_made_it(place: Path) -> None:
-    done = finish("dsmini.compare claim.toml --seeds 1", place)
+    done = finish("dsmini.compare claim.toml --seeds 2", place)
     head = json.loads((place / "comparisons/claim.jsonl").read_text().splitlines()[0])
     assert list(head["arms"]) == ["base", "no mtp", "relu"] and head["margin"] == 0.5
     losses = {row["arm"]: row["loss"] for row in lines_of(place / "comparisons/claim.jsonl")}
@@ -223,7 +223,7 @@ def test_times_of_runs_that_diverged_do_not_count() -> None:
 
 
 def test_seeds_beyond_any_reach_are_not_a_number() -> None:
-    results = results_of({"base": [(1.0, None)] * 2, "idea": [(1.5, None), (0.5001, None)]}, margin=1e-9)
+    results = results_of({"base": [(1.0, None)] * 6, "idea": [(1.5, None), (0.5001, None)] * 3}, margin=1e-9)
     assert "with more than 100,000 would decide" in sentences(results)[0]
 
 
@@ -240,12 +240,35 @@ def test_seconds_are_paired_as_losses_are(tmp_path: Path) -> None:
     draw(tmp_path / "forest.png", [results])
 
 
+def test_times_on_a_gpu_are_those_that_passed() -> None:
+    results = results_of({"base": [(1.0, 8.0)], "idea": [(1.0, 8.0)]})
+    assert results.clock == "cpu_seconds"
+    results.lines = [line | {"device": "NVIDIA H100", "train_seconds": 2.0 + line["seed"]} for line in results.lines]
+    assert results.clock == "train_seconds" and record_of(results)["arms"]["idea"]["seconds"] == 2.0
+
+
+def test_a_skewed_arm_is_said_to_be() -> None:
+    losses = [1 + 0.01 * (2**i) / 100 for i in range(12)]
+    results = results_of({"base": [(1.0, None)] * 12, "idea": [(loss, None) for loss in losses]})
+    assert any("its differences are skewed (+" in line and "by flips of signs" in line for line in sentences(results))
+
+
+def test_a_gpu_keeps_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmini.comparison.arms.pick_device", torch.device)
+    arms = arms_of([], ["model.n_mtp_layers=0"], ["train.device=cuda:1"])
+    assert [arm.config.train.device for arm in arms] == ["cuda:1"] * 2
+    others = arms_of([], ["model.n_mtp_layers=0"], ["train.device=cuda"])
+    assert [arm.describe() for arm in arms] == [arm.describe() for arm in others]
+
+
 # what a file holds, and what is said of it; "" of one that was killed before its first line
 NO_RESULTS: dict[str, str] = {
     **{"": "", '{"dsmini': "", '{"notes": 1}': "is not a file of a comparison"},
     json.dumps(A_HEAD | {"margin": "0.01"}) + "\n": "is not a file of a comparison",
     json.dumps(A_HEAD) + '\n{"arm": "base", "seed": 0, "loss": NaN}\n': "line 2 of .* is not a finished run; remove it",
     json.dumps(A_HEAD) + '\n{"arm": "idea", "seed": 0, "loss": 1}\n': "line 2 of .* is not a finished run",
+    json.dumps(A_HEAD) + "\n" + "[" * 200_000 + "\n": "line 2 of .* is not a finished run",
+    "[" * 200_000 + "\n": "is not a file of a comparison",
 }
 
 
@@ -419,5 +442,5 @@ def test_what_cannot_be_compared_is_refused(place: Path) -> None:
 @pytest.mark.slow
 def test_a_function_that_returns_no_model_is_refused(place: Path) -> None:
     for function, said in {"plain": "returned a Linear; want a", "broken": "KeyError: 'boom' (line 11 of"}.items():
-        done = run(f"dsmini.compare base.toml idea.py:{function} --seeds 1 --out {function}.jsonl", place)
+        done = run(f"dsmini.compare base.toml idea.py:{function} --seeds 2 --out {function}.jsonl", place)
         assert done.returncode == 2 and said in done.stderr, done.stderr
