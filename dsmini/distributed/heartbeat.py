@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 import torch
 
 from dsmini.console.command import interruptible
-from dsmini.distributed.failure import STALLED, say_lost, write
+from dsmini.distributed.failure import STALLED, say_failure, say_lost, write
 from dsmini.distributed.meeting import GRACE, held_by_launcher, is_told, store_client
 from dsmini.distributed.world import World
 
@@ -120,6 +120,8 @@ class Heartbeat:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.closed.set()
+        if error is not None:
+            say_failure(error)  # before the store, which may not answer
         with suppress(RuntimeError):  # the store has ended
             if error is not None and self.store.check(["stall"]):  # another process has ended for it just before
                 os._exit(STALLED)

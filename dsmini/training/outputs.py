@@ -85,35 +85,36 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     console.print(table)
 
 
+LINES = (
+    ("validation", "val_loss", "{val_loss:.4f} nats, {val_bits_per_byte:.4f} bits a byte ({where} of {seq_len})"),
+    ("at context", "val_loss_at_eval_context", "{val_loss_at_eval_context:.4f} nats in windows of {eval_context}"),
+    ("average", "val_loss_ema", "{val_loss_ema:.4f} nats with the parameters' average over the steps"),
+    ("parameters", "parameters", "{parameters:,}, of which {active_parameters:,} are active for a token"),
+    ("training", "tokens", "{tokens:,} tokens in {train_seconds:.0f} s: {tokens_per_s:,.0f} tokens/s"),
+    ("speed", "speed", "{speed:.1f} GFLOP/s in {dtype}"),
+    ("memory", "memory", "{memory:,.0f} MiB at the peak"),
+    (
+        "cache",
+        "cache_saved",
+        "{cache}; {mha_cache_bytes_per_token:,} with the same heads as MHA, {cache_saved:.1%} less",
+    ),
+    ("balance", "max_vio", "MaxVio {max_vio:.2f}, mean over the layers and the last tenth of the steps"),
+    ("skipped", "skipped", "{skipped} steps, for a gradient that was not finite"),
+)
+"""Names of the lines, the figure without which there is no such line, and the words."""
+
+
 def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
     """Return a summary's figures in words."""
-    lines, dtype = [], s["dtype"]
-    if s["val_loss"] is not None:
-        where = f"{s['val_tokens']:,} held-out tokens: all whole windows of {s['seq_len']}"
-        if s["val_tokens"] < s["held_out_tokens"]:
-            where = f"{s['val_tokens']:,} of {s['held_out_tokens']:,} held-out tokens, in windows of {s['seq_len']}"
-        lines += [("validation", f"{s['val_loss']:.4f} nats, {s['val_bits_per_byte']:.4f} bits a byte ({where})")]
-    if (nats := s["val_loss_at_eval_context"]) is not None:
-        lines += [("at context", f"{nats:.4f} nats in windows of {s['eval_context']}")]
-    if (nats := s["val_loss_ema"]) is not None:
-        lines += [("average", f"{nats:.4f} nats with the parameters' average over the steps")]
-    fixed = f", and {s['cache_fixed_bytes']:,} of each sequence," if s["cache_fixed_bytes"] else ""
-    cache = f"{s['cache_bytes_per_token']:,} bytes a token{fixed} in {dtype}"
-    lines += [
-        ("parameters", f"{s['parameters']:,}, of which {s['active_parameters']:,} are active for a token"),
-        ("training", f"{s['tokens']:,} tokens in {s['train_seconds']:.0f} s: {s['tokens_per_s']:,.0f} tokens/s"),
-        ("speed", f"{s['flops_per_s'] / 1e9:.1f} GFLOP/s in {dtype}"),
-        ("memory", f"{s['peak_memory'] / 2**20:,.0f} MiB at the peak"),
-        (
-            "cache",
-            f"{cache}; {s['mha_cache_bytes_per_token']:,} with the same heads as MHA, {s['cache_saved']:.1%} less",
-        ),
-    ]
-    if s["max_vio"] is not None:
-        lines += [("balance", f"MaxVio {s['max_vio']:.2f}, mean over the layers and the last tenth of the steps")]
-    if s["skipped"]:
-        lines += [("skipped", f"{s['skipped']} steps, for a gradient that was not finite")]
-    return lines
+    where = "{val_tokens:,} held-out tokens: all whole windows"
+    if s["val_tokens"] < s["held_out_tokens"]:
+        where = "{val_tokens:,} of {held_out_tokens:,} held-out tokens, in windows"
+    cache = "{cache_bytes_per_token:,} bytes a token in {dtype}"
+    if s["cache_fixed_bytes"]:
+        cache = "{cache_bytes_per_token:,} bytes a token, and {cache_fixed_bytes:,} of each sequence, in {dtype}"
+    said = s | {"where": where.format_map(s), "cache": cache.format_map(s), "skipped": s["skipped"] or None}
+    said |= {"speed": s["flops_per_s"] / 1e9, "memory": s["peak_memory"] / 2**20}
+    return [(name, words.format_map(said)) for name, key, words in LINES if said[key] is not None]
 
 
 def write_sample(run: TrainingRun) -> str:

@@ -169,14 +169,14 @@ def test_death_while_groups_are_made_ends_the_others(layout: dict[str, Any], tmp
 
 
 def fail_where_destroying_waits(where: str) -> None:
-    """Let rank 1 fail in the second step, with a group that is destroyed as NCCL's is: it waits for the others."""
+    """Let rank 1 fail, with a group that is destroyed as NCCL's is: it waits for the others."""
     dist.destroy_process_group = lambda: time.sleep(3600)
-    of: Any = torch.Tensor if where == "backward" else dist
+    of: Any = {"fill": training_start, "backward": torch.Tensor, "all_reduce": dist}[where]
     real, calls = getattr(of, where), itertools.count()
 
     def call(*args: Any, **options: Any) -> Any:
-        if next(calls) == 1:
-            if where == "backward":
+        if next(calls) == (where != "fill"):
+            if where != "all_reduce":
                 raise RuntimeError("a fault of this rank")
             args = (torch.zeros(3, dtype=torch.float8_e4m3fn),)  # gloo sums no FP8
         return real(*args, **options)
@@ -187,7 +187,8 @@ def fail_where_destroying_waits(where: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("where", "words"), [("backward", "RuntimeError: a fault of this rank"), ("all_reduce", "Error: ")]
+    ("where", "words"),
+    [("fill", "Error: a fault of this rank"), ("backward", "Error: a fault of this rank"), ("all_reduce", "Error: ")],
 )
 def test_rank_that_fails_says_so_first_and_all_end(where: str, words: str, config: Path, tmp_path: Path) -> None:
     line = [str(config), "--out", str(tmp_path / "run"), "--parallel.ep", "2"]
