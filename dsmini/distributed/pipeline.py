@@ -217,7 +217,8 @@ class ModelStage(nn.Module):
         if self.first:
             x = model.expand(model.embedded(x))
         positions = torch.arange(x.shape[1], device=x.device)[None]
-        context = Context(positions=positions, tokens=tokens, documents=documents)
+        stage = model.stage_for(train_indexers=False)
+        context = Context(positions=positions, tokens=tokens, documents=documents, stage=stage)
         found: list[Aux] = []
         for block in self.blocks:
             x, aux = run_block(block, x, context, recompute)

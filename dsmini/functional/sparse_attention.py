@@ -75,6 +75,28 @@ def topk_attention_eager(
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
 
+@ops.eager("entry_attention")
+def entry_attention_eager(
+    q: Tensor,
+    near: Tensor,
+    masked: Tensor,
+    entries: Any,
+    hidden: Tensor,
+    chosen: Tensor | None,
+    sink: Tensor,
+    scale: float,
+) -> Tensor:
+    """Gather the chosen entries where they are fewer than all: each query then is a sequence of its own."""
+    (b, s), n = q.shape[:2], hidden.shape[2]
+    if chosen is None or s * chosen.shape[2] >= n:
+        return ops.find("entry_attention").reference(q, near, masked, entries, hidden, chosen, sink, scale)
+    gather = ops.find("rows_at")
+    some = gather(entries, chosen) if isinstance(entries, Tensor) else entries.read_at(chosen.clamp(0), q.dtype)
+    keys = torch.cat((near[:, None].expand(-1, s, -1, -1), some), 2).flatten(0, 1)
+    mask = torch.cat((masked.expand(b, -1, -1), chosen < 0), 2).flatten(0, 1)[:, None]
+    return ops.find("sink_attention")(q.flatten(0, 1)[:, None], keys, mask, sink, scale).view_as(q)
+
+
 @ops.eager("indexer_agreement")
 def indexer_agreement_eager(
     q: Tensor,
@@ -88,12 +110,10 @@ def indexer_agreement_eager(
     stage: str,
     start: int = 0,
     other_lse: Tensor | None = None,
+    tokens: int = 1,
 ) -> Tensor:
     assert start == 0, "whole sequences are compared"
-    if other_lse is not None:
-        plain = ops.find("indexer_agreement").reference
-        return plain(q, k, weights, main_q, main_k, scale, topk_indices, mask, stage, start, other_lse)
-    options = (main_q, main_k, scale, topk_indices, mask, stage, torch.is_grad_enabled())
+    options = (main_q, main_k, scale, topk_indices, mask, stage, other_lse, tokens, torch.is_grad_enabled())
     return cast(Tensor, _IndexerAgreement.apply(q, k, weights, *options))
 
 
@@ -117,20 +137,25 @@ class _IndexerAgreement(torch.autograd.Function):
         topk_indices: Tensor,
         mask: Callable[[int, int], Tensor],
         stage: str,
+        other_lse: Tensor | None,
+        tokens: int,
         with_gradients: bool,
     ) -> Tensor:
         (b, s), heads = q.shape[:2], max(q.shape[2], main_q.shape[2])
-        rows = queries_at_a_time(q, 4 * b * heads * s)
+        rows = queries_at_a_time(q, 4 * b * heads * k.shape[1])
         with_gradients = with_gradients and any(ctx.needs_input_grad)
         # fp32: all blocks add to the gradient of a key
         grads = [torch.zeros_like(x, dtype=weights.dtype) for x in (q, k, weights)] if with_gradients else []
         sums = torch.zeros(4, dtype=weights.dtype, device=q.device)
         for start in range(0, s, rows):
-            part, seen = slice(start, start + rows), slice(0, min(s, start + rows))
+            part, seen = slice(start, start + rows), slice(0, min(s, start + rows) // tokens)
+            others = None if other_lse is None else other_lse[:, :, part]
+            if seen.stop == 0:
+                continue
             with torch.set_grad_enabled(with_gradients), saved_tensors_hooks(_as_it_is, _as_it_is):
                 own = [x.detach().requires_grad_(with_gradients) for x in (q[:, part], k[:, seen], weights[:, part])]
-                main = (main_q[:, part], main_k[:, seen], scale)
-                found = ops.find("indexer_agreement").reference(*own, *main, topk_indices[:, part], mask, stage, start)
+                main = (main_q[:, part], main_k[:, seen], scale, topk_indices[:, part], mask, stage, start)
+                found = ops.find("indexer_agreement").reference(*own, *main, others, tokens)
                 kl = found[0]
             sums += found.detach()
             if with_gradients:
@@ -146,4 +171,4 @@ class _IndexerAgreement(torch.autograd.Function):
     @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_inputs = [g * grad[0].to(g.dtype) for g in ctx.saved_tensors] or [None] * 3
-        return (*of_inputs, *[None] * 7)
+        return (*of_inputs, *[None] * 9)

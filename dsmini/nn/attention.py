@@ -36,12 +36,15 @@ class Context:
     """The layer's part of a cache. The new tokens are appended to it and attend to all its rows."""
     experts: Int[Tensor, "b s k"] | None = None
     """Experts of the new tokens that the layer's gate gets imposed, -1 where it chooses; None: it chooses all."""
-    train_indexers: bool = False
-    """Compute the loss of indexers that learn (dsa.py). DSA then returns a pair."""
+    stage: Any = None
+    """Stage in which indexers learn in this call (dsa.py), warmup or sparse: attention then returns a pair, their loss
+    too. None: they do not learn."""
     angles: dict[Rope, tuple[Tensor, CosSin]] = field(default_factory=dict, repr=False)
     """Positions, cosine and sine by each Rope that was asked for. All blocks share them."""
 
     def __post_init__(self) -> None:
+        if self.stage not in (None, "warmup", "sparse"):
+            raise ValueError(f"stage is {self.stage!r}; use None, 'warmup' or 'sparse'")
         if self.cache is not None and (self.mask is not None or self.documents is not None):
             raise ValueError(
                 "Context got a cache, and a mask or documents, which no cache keeps; leave out one of them"

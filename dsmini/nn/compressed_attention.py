@@ -24,6 +24,9 @@ and has no value:
 Layers with entries rotate everything by compress_rope_theta and YaRN, without its temperature; a layer with the window
 alone (compress_ratio 0) by rope_theta and no YaRN.
 
+A layer is of one of three kinds, which share all but the entries: Window has none, HCA makes them, CSA chooses among
+them. It projects (`forward`), chooses (`Index.choose`) and attends (`entry_attention`), some queries at a time.
+
 The choice of entries is a constant. The indexer learns by the loss of dsa.py, in the same two stages. Its target is the
 attention of all heads to entries. Window and sink take part in each head's softmax, so that a head that looks there
 counts for less.
@@ -34,7 +37,9 @@ training too.
 Source: DeepSeek-V4 report (arXiv 2606.19348), section 2.3, equations 9 to 23; DeepSeek's released inference code.
 """
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,13 +52,12 @@ from dsmini.config import ModelConfig, layer_config
 from dsmini.config.model import CSA_RATIO
 from dsmini.nn.attention import Context, context_of
 from dsmini.nn.cache import CacheDtype, CachePositions, LayerCacheView, Rows
-from dsmini.nn.codec import BLOCK_FP4, BLOCK_FP8, FP4Row, Numbers, key_row
+from dsmini.nn.codec import BLOCK_FP4, BLOCK_FP8, Codec, FP4Row, Numbers, key_row
 from dsmini.nn.compressed_cache import SLACK, CompressedCache, stored
 from dsmini.nn.dsa import (
     BLOCK,
     Indexer,
     IndexerLoss,
-    checked_stage,
     hadamard,
     indexer_agreement,
     mean_loss,
@@ -110,12 +114,52 @@ def sink_attention(
     return einsum(weights.to(kv.dtype), kv, "b s h t, b t d -> b s h d")
 
 
+@ops.operation("entry_attention")
+def entry_attention(
+    q: Float[Tensor, "b s h d"],
+    near: Float[Tensor, "b w d"],
+    masked: Bool[Tensor, "#b s w"],
+    entries: Any,
+    hidden: Bool[Tensor, "#b s n"],
+    chosen: Int[Tensor, "b s k"] | None,
+    sink: Float[Tensor, " h"],
+    scale: float,
+) -> Float[Tensor, "b s h d"]:
+    """Return sink_attention to the window, and to the chosen entries or, for None, to all that are not hidden.
+
+    The plain version masks the other entries; fast ones gather, and read k entries a query.
+
+    Args:
+        near, masked: rows of the window, and True for those that a query may not see.
+        entries: [b, n or more, d], or Rows of a cache, of which fast versions read the chosen ones alone.
+        hidden: True for entries that a query may not see.
+        chosen: distinct entries of each query; -1 is none.
+    """
+    (b, _), n = q.shape[:2], hidden.shape[2]
+    some = entries[:, :n] if isinstance(entries, Tensor) else entries.read(n, q.dtype)
+    hidden = hidden if chosen is None else topk_mask(chosen, n)
+    mask = torch.cat([part.expand(b, -1, -1) for part in (masked, hidden)], 2)
+    return sink_attention(q, torch.cat((near, some), 1), mask, sink, scale)
+
+
+def reads_few(queries: int, topk: int, n: int) -> bool:
+    """Return True if the chosen entries of these queries are fewer than all n entries."""
+    return queries * topk < n
+
+
+@torch.no_grad()
+def lse_of_others(q: Tensor, near: Tensor, masked: Tensor, sink: Tensor, scale: float) -> Float[Tensor, "b h s"]:
+    """Return the log-sum-exp of each head's logits of window and sink."""
+    return sink_logits(q, near, masked, sink, scale).logsumexp(-1).transpose(1, 2)
+
+
 def rotated(x: Float[Tensor, "b s h d"], cos_sin: CosSin) -> Float[Tensor, "b s h d"]:
     """Rotate the last numbers of x, adjacent pairs of them."""
     nope, rope = x.tensor_split((x.shape[-1] - 2 * cos_sin[0].shape[-1],), -1)
     return torch.cat((nope, apply_rope(rope, cos_sin)), -1)
 
 
+@ops.operation("rows_at")
 def rows_at(rows: Float[Tensor, "b t d"], places: Int[Tensor, "#b *n"]) -> Float[Tensor, "b *n d"]:
     """Return the rows of each sequence in these places; any row for a negative place."""
     b, t, _ = rows.shape
@@ -219,6 +263,11 @@ class Compressor(FP32Module):
         row = (torch.cat(weights, 2).softmax(2) * torch.cat(contents, 2)).sum(2)
         return self.norm(row.to(x.dtype))  # rounded before the norm too, as in DeepSeek's code
 
+    def new_rows(self, window: Rows, n: int, numbers: torch.dtype | None) -> Rows:
+        """Return the FP32 rows of the latest tokens, of which the next row is made, for a cache with this window."""
+        codec = Numbers(2 * self.series * self.d, torch.float64 if numbers == torch.float64 else torch.float32)
+        return Rows(len(window.data), min(self.series * self.m + SLACK, n), codec, window.data.device, None)
+
 
 class EntryIndexer(Indexer):
     """The indexer of CSA, whose keys are entries of its own compressor."""
@@ -231,11 +280,49 @@ class EntryIndexer(Indexer):
         x = hadamard(rotated(x, cos_sin))
         return round_fp4(x, min(BLOCK_FP4, self.head_dim)) if self.qat else x
 
-    def entry_keys(
-        self, x: Float[Tensor, "b t m"], blocks: Blocks, cos_sin: CosSin, cache: LayerCacheView | None = None
-    ) -> Float[Tensor, "b s d"]:
-        """Return the key of each block that ends among the tokens x. The arguments are those of the compressor."""
-        return self._rotated(self.compressor(x, blocks, cache).unsqueeze(2), cos_sin).squeeze(2)
+    def keys(
+        self,
+        x: Float[Tensor, "b t m"],
+        cos_sin: CosSin,
+        blocks: Blocks | None = None,
+        cache: LayerCacheView | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Return the key of each block that ends among the tokens x; with a cache of all blocks, to which it appends.
+
+        Args:
+            cos_sin: of the first token of each block.
+            blocks: None: those of whole sequences x.
+        """
+        if blocks is None:
+            blocks = blocks_of(context_of(x, x.shape[-1], None, None), CSA_RATIO, None)
+        keys = self._rotated(self.compressor(x, blocks, cache).unsqueeze(2), cos_sin).squeeze(2)
+        if cache is None:
+            return keys
+        rows = stored(cache).entries
+        rows.write(keys, blocks.at)
+        return rows.read(blocks.at.n_keys, x.dtype)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b s m"],
+        latent: Float[Tensor, "b s l"],
+        cos_sin: CosSin,
+        of_blocks: Any = None,
+        blocks: Blocks | None = None,
+        cache: LayerCacheView | None = None,
+    ) -> "Index":
+        """Return queries, keys of blocks and head weights of tokens, of which index_scores makes I[t, i].
+
+        Args:
+            cos_sin: of the tokens.
+            of_blocks: the same of the first token of each block; None: the blocks of whole sequences x.
+            blocks, cache: as in keys.
+        """
+        if of_blocks is None:
+            n = x.shape[1] // CSA_RATIO
+            of_blocks = tuple(angles[:, : n * CSA_RATIO : CSA_RATIO] for angles in cos_sin)  # pyright: ignore
+        keys = self.keys(x, of_blocks, blocks, cache)
+        return Index(self.queries(latent, cos_sin), keys, self.head_weights(x))
 
 
 class Index(NamedTuple):
@@ -244,6 +331,11 @@ class Index(NamedTuple):
     q: Float[Tensor, "b s i d"]
     keys: Float[Tensor, "b n d"]
     weights: Float[Tensor, "b s i"]
+
+    def choose(self, part: slice, topk: int, hidden: Bool[Tensor, "#b q n"]) -> Int[Tensor, "b q k"]:
+        """Return topk_keys of the queries in these columns, among the first n entries."""
+        n = hidden.shape[2]
+        return topk_keys(self.q[:, part], self.keys[:, :n], self.weights[:, part], min(topk, n), hidden)
 
 
 class Entries(NamedTuple):
@@ -257,6 +349,130 @@ class Entries(NamedTuple):
     """Choice among them; None: a query sees all up to its own position."""
 
 
+class Window:
+    """A layer of the window alone: there are no entries."""
+
+    def add_parts(self, layer: "CompressedAttention", c: ModelConfig) -> None:
+        """Make the modules of a layer of this kind."""
+        layer.compressor, layer.indexer = None, None
+
+    def entries(
+        self,
+        layer: "CompressedAttention",
+        x: Float[Tensor, "b s m"],
+        latent: Float[Tensor, "b s l"],
+        context: Context,
+        starts: Int[Tensor, "b s"] | None,
+    ) -> Entries:
+        """Return the entries of the new tokens or, with a cache, append them to it and return all."""
+        return Entries(x.new_zeros(len(x), 0, layer.head_dim), context.positions[:, :0], None)
+
+    def new_cache(
+        self, layer: "CompressedAttention", window: Rows, n: int, key: Codec, numbers: Any
+    ) -> CompressedCache:
+        """Return an empty cache with this window and with the rows of entries.
+
+        Args:
+            n: number of tokens that it has room for.
+            key: format of an entry.
+            numbers: dtype of an indexer's keys; None: FP4.
+        """
+        return CompressedCache(window)
+
+
+class HCA(Window):
+    """Heavily compressed attention: a query sees all entries of whole blocks before it."""
+
+    overlap = False
+
+    def add_parts(self, layer: "CompressedAttention", c: ModelConfig) -> None:
+        layer.compressor = Compressor(c, layer.m, layer.head_dim, overlap=self.overlap)
+        layer.indexer = None
+
+    def entries(
+        self,
+        layer: "CompressedAttention",
+        x: Float[Tensor, "b s m"],
+        latent: Float[Tensor, "b s l"],
+        context: Context,
+        starts: Int[Tensor, "b s"] | None,
+    ) -> Entries:
+        blocks = blocks_of(context, layer.m, starts)
+        first = context.positions.expand(len(blocks.ends), -1).gather(1, blocks.ends) + 1 - layer.m
+        cos_sin = layer.rope.cos_sin(first)
+        # 1. the indexer's, which the output does not move
+        index = self.index(layer, x.detach(), latent.detach(), context, blocks, cos_sin)
+        # 2. and those that are read
+        rows = layer.key_value(layer.compressor(x, blocks, context.cache), cos_sin)
+        if context.cache is None:
+            is_block = blocks.at.is_token
+            return Entries(rows, blocks.ends if is_block is None else blocks.ends.where(is_block, x.shape[1]), index)
+        store, n = stored(context.cache).entries, blocks.at.n_keys
+        store.write(rows, blocks.at)
+        few = index is not None and reads_few(min(x.shape[1], BLOCK), layer.indexer.topk, n)
+        ends = (torch.arange(n, device=x.device)[None] + 1) * layer.m - 1
+        return Entries(store if few else store.read(n, x.dtype), ends, index)
+
+    def index(
+        self,
+        layer: "CompressedAttention",
+        x: Float[Tensor, "b t m"],
+        latent: Float[Tensor, "b t l"],
+        context: Context,
+        blocks: Blocks,
+        cos_sin: CosSin,
+    ) -> Index | None:
+        """Return what an indexer chooses by; None: a query sees all."""
+        return None
+
+    def new_cache(
+        self, layer: "CompressedAttention", window: Rows, n: int, key: Codec, numbers: Any
+    ) -> CompressedCache:
+        entries = Rows(len(window.data), n // layer.m, key, window.data.device, layer.m)
+        return CompressedCache(window, entries, layer.compressor.new_rows(window, n, numbers))
+
+
+class CSA(HCA):
+    """Compressed sparse attention: entries overlap, and an indexer chooses among them."""
+
+    overlap = True
+
+    def add_parts(self, layer: "CompressedAttention", c: ModelConfig) -> None:
+        super().add_parts(layer, c)
+        layer.indexer = EntryIndexer(c)
+
+    def index(
+        self,
+        layer: "CompressedAttention",
+        x: Float[Tensor, "b t m"],
+        latent: Float[Tensor, "b t l"],
+        context: Context,
+        blocks: Blocks,
+        cos_sin: CosSin,
+    ) -> Index | None:
+        cache, indexer, stage = context.cache and context.cache.index, layer.indexer, context.stage
+        longest = blocks.at.n_keys if cache is None else int(blocks.at.lengths.max())
+        with torch.set_grad_enabled(stage is not None and torch.is_grad_enabled()):
+            if stage is not None or longest > indexer.topk:
+                return indexer(x, latent, context.cos_sin(layer.rope), cos_sin, blocks, cache)
+            if cache is not None:  # keys for later queries
+                indexer.keys(x, cos_sin, blocks, cache)
+        return None
+
+    def new_cache(
+        self, layer: "CompressedAttention", window: Rows, n: int, key: Codec, numbers: Any
+    ) -> CompressedCache:
+        cache, d = super().new_cache(layer, window, n, key, numbers), layer.indexer.head_dim
+        keys = FP4Row(d) if numbers is None else Numbers(d, numbers)
+        rows = Rows(len(window.data), n // layer.m, keys, window.data.device, layer.m)
+        cache.index = CompressedCache(None, rows, layer.indexer.compressor.new_rows(window, n, numbers))
+        return cache
+
+
+KINDS: Mapping[int, type[Window]] = MappingProxyType({0: Window, CSA_RATIO: CSA})
+"""Kinds of layers by their compress_ratio; any other is HCA."""
+
+
 class CompressedAttention(FP32Module):
     """The attention of a layer of DeepSeek-V4. From a config, or from plain arguments.
 
@@ -265,8 +481,8 @@ class CompressedAttention(FP32Module):
             any other: HCA.
     """
 
-    stage: Literal["warmup", "sparse"] | None = None
-    """Stage in which the indexer learns, in training mode; None: it does not."""
+    compressor: Any
+    indexer: Any
 
     def __init__(self, config: ModelConfig | None = None, /, *, compress_ratio: int, **arguments: Any) -> None:
         super().__init__()
@@ -299,12 +515,8 @@ class CompressedAttention(FP32Module):
             c.n_heads * c.head_dim // c.o_groups, c.o_groups * c.o_lora_rank, init_std=c.init_std
         )
         self.wo_b: Projection = make_linear(c, c.o_groups * c.o_lora_rank, c.dim, c.output_init_std)
-        self.compressor: Compressor | None = None
-        self.indexer: EntryIndexer | None = None
-        if compress_ratio:
-            self.compressor = Compressor(c, compress_ratio, c.head_dim, overlap=compress_ratio == CSA_RATIO)
-        if compress_ratio == CSA_RATIO:
-            self.indexer = EntryIndexer(c)
+        self.kind: Window = KINDS.get(compress_ratio, HCA)()
+        self.kind.add_parts(self, c)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CompressedAttention":
         for part in self.children() if recurse else ():
@@ -324,7 +536,7 @@ class CompressedAttention(FP32Module):
     ) -> Any:
         """Attend to the window and to the entries that a query sees, or that the indexer chooses.
 
-        Return the output [b, s, m]. A context with train_indexers asks a layer with an indexer for a pair, as DSA's.
+        Return the output [b, s, m]; while the indexer learns, the pair of that and its IndexerLoss.
 
         Raises: ValueError for an x of another shape, and for a mask: an entry is made of tokens that it may hide.
         """
@@ -345,9 +557,8 @@ class CompressedAttention(FP32Module):
         # 2. attention: [b, s, h, d]
         y, loss = self.attention(q, kv, x, latent, context)
         # 3. the output of each group of heads, and of all: [b, s, g r] and [b, s, m]
-        y = self.grouped(rotated(y, (cos, -sin)))
-        y = self.wo_b(y)
-        return (y, loss) if context.train_indexers and self.indexer is not None else y
+        y = self.wo_b(self.grouped(rotated(y, (cos, -sin))))
+        return y if loss is None else (y, loss)
 
     def key_value(self, rows: Float[Tensor, "b s d"], cos_sin: CosSin) -> Float[Tensor, "b s d"]:
         """Return rows as attention reads them: rotated, and in quantization-aware training as FP8 stores them."""
@@ -375,78 +586,64 @@ class CompressedAttention(FP32Module):
         latent: Float[Tensor, "b s l"],
         context: Context,
     ) -> tuple[Float[Tensor, "b s h d"], IndexerLoss | None]:
-        """Attend, and compute the loss of the indexer where it learns and the context asks for it."""
+        """Attend; return the loss of the indexer too while it learns."""
         (b, s), cache = q.shape[:2], context.cache
         starts = None if context.documents is None else document_starts(context.documents)
-        stage = checked_stage(self.stage) if self.training and cache is None else None
-        learning = stage if context.train_indexers else None
         # 1. rows of the window before the new tokens, and these, [b, w + s, d]; the entries, [b, n, d]
         if cache is not None:
             kv = stored(cache).window.extend(kv, cache.at, self.window_size - 1, kv.dtype)
-        entries = self.entries(x, latent, context, starts, stage)
+        entries = self.kind.entries(self, x, latent, context, starts)
         # 2. some queries at a time
-        y, sums = [], torch.zeros(4, device=q.device)
+        y, choices, others, blind = [], [], [], torch.zeros((), device=q.device)
         for start in range(0, max(1, s), BLOCK):  # no token at all is one empty part
             part = slice(start, min(start + BLOCK, s))
             some, (near, masked) = q[:, part], self.window(kv, part, context, starts)
             # 3. the entries that a query may not see, [#b, s, n], and those that it reads, [b, s, k]
-            n = entries.ends.shape[1]
-            if self.m and (cache is None or cache.at.all_new):  # those that end later are of no use to these queries
-                n = min(n, part.stop // self.m)
-            hidden, chosen = self.hidden(entries.ends[:, :n], part, context, starts), None
-            if learning is not None:  # a query that sees none agrees: no KL divergence, and mass 1
-                sums = sums + hidden.all(-1).expand(b, -1).sum() * torch.eye(4, device=q.device)[1]
-            if self.indexer is not None and entries.index is not None and n:
-                own = entries.index.q[:, part], entries.index.keys[:, :n], entries.index.weights[:, part]
-                chosen = topk_keys(*own, min(self.indexer.topk, n), hidden)
-                if learning is not None:
-                    others = sink_logits(some, near, masked, self.attn_sink, self.scale).logsumexp(-1)
-                    sums = sums + self.agreement(own, some, entries.rows[:, :n], others, chosen, hidden, learning)
-            y.append(self.attend(some, near, masked, entries.rows, hidden, None if stage == "warmup" else chosen))
-        return torch.cat(y, 1), None if learning is None or self.indexer is None else mean_loss(sums, b * s)
+            hidden, chosen = self.hidden(entries.ends, part, context, starts), None
+            if self.indexer is not None and entries.index is not None and hidden.shape[2]:
+                chosen = entries.index.choose(part, self.indexer.topk, hidden)
+            if context.stage is not None and self.indexer is not None:
+                blind = blind + hidden.all(-1).expand(b, -1).sum()
+                others.append(lse_of_others(some, near, masked, self.attn_sink, self.scale))
+                choices.append(chosen)
+            read = None if context.stage == "warmup" else chosen
+            y.append(entry_attention(some, near, masked, entries.rows, hidden, read, self.attn_sink, self.scale))
+        return torch.cat(y, 1), self.loss(q, entries, choices, others, blind, context, starts) if others else None
 
-    def entries(
+    def loss(
         self,
-        x: Float[Tensor, "b s m"],
-        latent: Float[Tensor, "b s l"],
+        q: Float[Tensor, "b s h d"],
+        entries: Entries,
+        choices: list[Any],
+        others: list[Any],
+        blind: Float[Tensor, ""],
         context: Context,
         starts: Int[Tensor, "b s"] | None,
-        stage: Literal["warmup", "sparse"] | None,
-    ) -> Entries:
-        """Return the entries of the new tokens or, with a cache, append them to it and return all."""
-        cache, indexer, index = context.cache, self.indexer, None
-        if self.compressor is None:
-            return Entries(x.new_zeros(len(x), 0, self.head_dim), context.positions[:, :0], None)
-        blocks = blocks_of(context, self.m, starts)
-        first = context.positions.expand(len(blocks.ends), -1).gather(1, blocks.ends) + 1 - self.m
-        cos_sin, n = self.rope.cos_sin(first), blocks.at.n_keys
-        # 1. the indexer's, which the output does not move
-        learns = stage is not None and context.train_indexers
-        longest = n if cache is None else int(blocks.at.lengths.max())
-        chooses = indexer is not None and (learns or (longest > indexer.topk and stage != "warmup"))
-        if indexer is not None and (chooses or cache is not None):
-            with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-                keys = indexer.entry_keys(x.detach(), blocks, cos_sin, cache and cache.index)
-                if cache is not None:
-                    stored(cache.index).entries.write(keys, blocks.at)
-                    keys = stored(cache.index).entries.read(n, x.dtype)
-                if chooses:
-                    queries = indexer.queries(latent.detach(), context.cos_sin(self.rope))
-                    index = Index(queries, keys, indexer.head_weights(x.detach()))
-        # 2. and those that are read
-        rows = self.key_value(self.compressor(x, blocks, cache), cos_sin)
-        if cache is None:
-            is_block = blocks.at.is_token
-            return Entries(rows, blocks.ends if is_block is None else blocks.ends.where(is_block, x.shape[1]), index)
-        store = stored(cache).entries
-        store.write(rows, blocks.at)
-        few = index is not None and self.reads_few(x.shape[1], n)
-        ends = (torch.arange(n, device=x.device)[None] + 1) * self.m - 1
-        return Entries(store if few else store.read(n, x.dtype), ends, index)
+    ) -> IndexerLoss:
+        """Compare the indexer with attention.
 
-    def reads_few(self, queries: int, n: int) -> bool:
-        """Return True if the chosen entries of these queries, or of a block of them, are fewer than all n entries."""
-        return self.indexer is not None and min(queries, BLOCK) * self.indexer.topk < n
+        Args:
+            choices, others: of each block of queries the chosen entries [b, q, k] or None, and the log-sum-exp of each
+                head's logits of window and sink, [b, h, q].
+            blind: number of queries that see no entry. Each agrees: no KL divergence, and mass 1.
+        """
+        (b, s), n = q.shape[:2], min(entries.ends.shape[1], q.shape[1] // self.m)
+        sums = blind * torch.eye(4, device=q.device)[1]
+        if n and entries.index is not None and context.stage is not None:
+            most, none = min(self.indexer.topk, n), torch.full((b, 0, 0), -1, device=q.device)
+            whole = [
+                none.new_full((b, o.shape[2], 0), -1) if c is None else c for c, o in zip(choices, others, strict=True)
+            ]
+            chosen = torch.cat([F.pad(c, (0, most - c.shape[2]), value=-1) for c in whole], 1)
+            index = entries.index._replace(keys=entries.index.keys[:, :n])
+            main = q.detach(), entries.rows[:, :n].detach().unsqueeze(2), self.scale, chosen
+
+            def hidden(start: int, stop: int) -> Any:
+                return self.hidden(entries.ends, slice(start, stop), context, starts)
+
+            lse = torch.cat(others, 2)
+            sums = sums + indexer_agreement(*index, *main, hidden, context.stage, 0, lse, self.m)
+        return mean_loss(sums, b * s)
 
     def window(
         self, rows: Float[Tensor, "b t d"], part: slice, context: Context, starts: Int[Tensor, "b s"] | None
@@ -473,11 +670,14 @@ class CompressedAttention(FP32Module):
 
     def hidden(
         self, ends: Int[Tensor, "#b n"], part: slice, context: Context, starts: Int[Tensor, "b s"] | None
-    ) -> Bool[Tensor, "#b q n"]:
+    ) -> Bool[Tensor, "#b q some"]:
         """Return True for the entries that the queries in these columns may not see: those with a later token.
 
-        An entry is seen from its last token on. It is of the query's document if that token is.
+        An entry is seen from its last token on. It is of the query's document if that token is. Entries that end after
+        all these queries are left out, as far as shapes alone tell.
         """
+        if context.cache is None or context.cache.at.all_new:
+            ends = ends[:, : part.stop // max(1, self.m)]
         if context.cache is None:
             positions = torch.arange(part.start, part.stop, device=ends.device)[None]
         else:
@@ -485,64 +685,10 @@ class CompressedAttention(FP32Module):
         hidden = ends[:, None] > positions[..., None]
         return hidden if starts is None else hidden | (ends[:, None] < starts[:, part, None])
 
-    def attend(
-        self,
-        q: Float[Tensor, "b s h d"],
-        kv: Float[Tensor, "b w d"],
-        masked: Bool[Tensor, "#b s w"],
-        entries: Float[Tensor, "b all d"] | Rows,
-        hidden: Bool[Tensor, "#b s n"],
-        chosen: Int[Tensor, "b s k"] | None,
-    ) -> Float[Tensor, "b s h d"]:
-        """Attend to the window, and to the chosen entries or, for None, to all that are not hidden."""
-        (b, s), n = q.shape[:2], hidden.shape[2]
-        if chosen is None or not self.reads_few(s, n):
-            some = entries[:, :n] if isinstance(entries, Tensor) else entries.read(n, q.dtype)
-            hidden = hidden if chosen is None else topk_mask(chosen, n)
-            masks = [mask.expand(b, -1, -1) for mask in (masked, hidden)]
-            return sink_attention(q, torch.cat((kv, some), 1), torch.cat(masks, 2), self.attn_sink, self.scale)
-        # each query is a sequence of its own, of which few entries are gathered
-        some = rows_at(entries, chosen) if isinstance(entries, Tensor) else entries.read_at(chosen.clamp(0), q.dtype)
-        keys = torch.cat((kv[:, None].expand(-1, s, -1, -1), some), 2).flatten(0, 1)
-        mask = torch.cat((masked.expand(b, -1, -1), chosen < 0), 2).flatten(0, 1)[:, None]
-        y = sink_attention(q.flatten(0, 1)[:, None], keys, mask, self.attn_sink, self.scale)
-        return y.view_as(q)
-
-    def agreement(
-        self,
-        index: tuple[Tensor, Tensor, Tensor],
-        q: Float[Tensor, "b s h d"],
-        entries: Float[Tensor, "b n d"],
-        others: Float[Tensor, "b s h"],
-        chosen: Int[Tensor, "b s k"],
-        hidden: Bool[Tensor, "#b s n"],
-        stage: Literal["warmup", "sparse"],
-    ) -> Float[Tensor, " 4"]:
-        """Return indexer_agreement of some queries.
-
-        Args:
-            index: the indexer's queries, keys and head weights.
-            others: log-sum-exp of each head's logits of window and sink.
-        """
-        keys = entries.detach()[:, :, None].expand(-1, -1, self.n_heads, -1)
-        main = q.detach(), keys, self.scale, chosen, lambda *_: hidden, stage
-        return indexer_agreement(*index, *main, other_lse=others.detach().transpose(1, 2))
-
     def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> CompressedCache:
         """Return the layer's empty cache."""
-        b, n, m, compressor, indexer = batch_size, max_seq_len, self.m, self.compressor, self.indexer
-        numbers = isinstance(dtype, torch.dtype)
-        key = Numbers(self.head_dim, dtype) if numbers else key_row(self.head_dim - self.rope.dim, self.rope.dim)
-
-        def raw(of: Compressor) -> Rows:
-            exact = Numbers(2 * of.series * of.d, torch.float64 if dtype == torch.float64 else torch.float32)
-            return Rows(b, min(of.series * m + SLACK, n), exact, device, None)
-
-        window = Rows(b, min(self.window_size + SLACK, n), key, device, None)
-        if compressor is None:
-            return CompressedCache(window)
-        index = None
-        if indexer is not None:
-            index_key = Numbers(indexer.head_dim, dtype) if numbers else FP4Row(indexer.head_dim)
-            index = CompressedCache(None, Rows(b, n // m, index_key, device, m), raw(indexer.compressor))
-        return CompressedCache(window, Rows(b, n // m, key, device, m), raw(compressor), index)
+        numbers = dtype if isinstance(dtype, torch.dtype) else None
+        key = key_row(self.head_dim - self.rope.dim, self.rope.dim)
+        key = key if numbers is None else Numbers(self.head_dim, numbers)
+        window = Rows(batch_size, min(self.window_size + SLACK, max_seq_len), key, device, None)
+        return self.kind.new_cache(self, window, max_seq_len, key, numbers)

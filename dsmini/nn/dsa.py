@@ -241,13 +241,14 @@ def indexer_agreement(
     k: Float[Tensor, "b t d"],
     weights: Float[Tensor, "b s h"],
     main_q: Float[Tensor, "b s heads width"],
-    main_k: Float[Tensor, "b t heads width"],
+    main_k: Float[Tensor, "b t groups width"],
     scale: float,
     topk_indices: Int[Tensor, "b s k"],
     mask: Callable[[int, int], Bool[Tensor, "#b s t"]],
     stage: Literal["warmup", "sparse"],
     start: int = 0,
     other_lse: Float[Tensor, "b heads s"] | None = None,
+    tokens: int = 1,
 ) -> Float[Tensor, " 4"]:
     """Compare an indexer's scores with the main model's attention, for the queries from `start` on.
 
@@ -256,10 +257,11 @@ def indexer_agreement(
         sparse stage     KL(p[t, S_t] || softmax I[t, S_t])        the chosen S_t, p normalised over them
 
     Args:
-        q, k, weights: of the indexer, as in index_scores; t is start + s.
-        main_q, main_k: queries and keys of the main model, detached.
-        mask: returns for queries start to stop True for those of the keys 0 to stop that they may not see.
+        q, k, weights: of the indexer, as in index_scores; t is (start + s) // tokens.
+        main_q, main_k: queries and keys of the main model, detached. A key may serve several heads.
+        mask: returns for queries start to stop True for those of the keys 0 to stop // tokens that they may not see.
         other_lse: as in head_sum.
+        tokens: number of tokens that a key stands for.
 
     Returns:
         Sums over queries: the KL divergence, which alone has a gradient; the share of attention that went to chosen
@@ -270,8 +272,9 @@ def indexer_agreement(
     """
     t, topk = k.shape[1], topk_indices.shape[2]
     # 1. the attention of the main model to all keys: [b, s, t]
-    masked, left_out = mask(start, t), topk_mask(topk_indices, t)
-    logits = at_least_fp32(einsum(main_q, main_k, "b s h d, b t h d -> b h s t")) * scale
+    masked, left_out = mask(start, start + q.shape[1]), topk_mask(topk_indices, t)
+    groups = main_q.unflatten(2, (main_k.shape[2], -1))
+    logits = at_least_fp32(einsum(groups, main_k, "b s g h d, b t g d -> b g h s t").flatten(1, 2)) * scale
     attention = head_sum(logits, masked, other_lse)
     # 2. the indexer's scores next to it, of the keys that are compared
     target, compared = (head_sum(logits, left_out, other_lse), left_out) if stage == "sparse" else (attention, masked)
@@ -291,13 +294,6 @@ def mean_loss(sums: Float[Tensor, " 4"], queries: int) -> IndexerLoss:
     return IndexerLoss(kl / queries, recall.detach(), mass.detach() / queries)
 
 
-def checked_stage(stage: Any) -> Any:
-    """Return a stage; raise ValueError for a word that is none."""
-    if stage not in (None, "warmup", "sparse"):
-        raise ValueError(f"stage is {stage!r}; use None, 'warmup' or 'sparse'")
-    return stage
-
-
 class DSA(MLA):
     """DeepSeek Sparse Attention. From a config, or from plain arguments with the three index sizes.
 
@@ -306,9 +302,6 @@ class DSA(MLA):
 
     Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1.
     """
-
-    stage: Literal["warmup", "sparse"] | None = None
-    """Stage in which the indexer learns, in training mode; None: it does not."""
 
     def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
         c = layer_config(config, arguments if config else {"attention": "dsa", **arguments})
@@ -320,19 +313,17 @@ class DSA(MLA):
     ) -> tuple[Float[Tensor, "b s hv"], IndexerLoss | None]:
         """Attend to the keys that the indexer chooses; to all where there are no more than index_topk.
 
-        The indexer's keys are cached in any case. While it learns, and the context asks for its loss, that is returned
-        too. The loss moves the indexer alone, whose inputs are detached.
+        The indexer's keys are cached in any case. While it learns, its loss is returned too. It moves the indexer
+        alone, whose inputs are detached.
         """
-        x, latent, cache, cos_sin = *inputs, context.cache, context.cos_sin(self.rope)
-        stage = checked_stage(self.stage) if self.training and cache is None else None
-        learns = stage is not None and context.train_indexers
+        x, latent, cache, cos_sin, stage = *inputs, context.cache, context.cos_sin(self.rope), context.stage
         longest = x.shape[1] if cache is None else int(cache.at.lengths.max())
-        if not learns and (stage == "warmup" or longest <= self.indexer.topk):
+        if stage is None and longest <= self.indexer.topk:
             if cache is not None:
                 cache.index.append((self.indexer.keys(x, cos_sin),))
             return super().attention(q, new, context, inputs)
         # 1. the keys of each query: [b, s, k]
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(stage is not None and torch.is_grad_enabled()):
             index = self.indexer(x.detach(), latent.detach(), cos_sin)
         topk_indices = self.select_topk(index, context)
         # 2. attention to the chosen rows of the cache, absorbed: [b, s, h v]
@@ -341,7 +332,7 @@ class DSA(MLA):
             return topk_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, topk_indices), None
         # 3. or to keys and values of every head, all but the chosen ones masked: [b, h, s, v]
         k, v = self.keys_and_values(*(new if cache is None else cache.extend(new, q.dtype)))
-        loss = self.indexer_loss(index, q, k, topk_indices, context, stage) if learns and stage else None
+        loss = None if stage is None else self.indexer_loss(index, q, k, topk_indices, context, stage)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if stage == "warmup":
             y = attend(q, k, v, self.scale, context, self.mask)
@@ -396,7 +387,7 @@ class DSA(MLA):
         Raises: ValueError for a context with a mask: an indexer learns from causal attention.
         """
         if context.mask is not None:
-            raise ValueError("an indexer that learns got a mask of keys; leave it out, or train_indexers")
+            raise ValueError("an indexer that learns got a mask of keys; leave it out, or let none learn")
 
         def mask(start: int, stop: int) -> Any:
             return context.masked(self.mask, stop, start, stop)
@@ -423,7 +414,7 @@ class DSA(MLA):
 def dsa_layers(model: nn.Module) -> list[Any]:
     """Return the attention layers with an indexer in the order of a model, those of MTP blocks last.
 
-    They are DSA, or V4's CompressedAttention. `stage` says how their indexer learns.
+    They are DSA, or V4's CompressedAttention.
     """
     return [module for module in model.modules() if isinstance(getattr(module, "indexer", None), Indexer)]
 

@@ -114,8 +114,7 @@ class MLA(nn.Module):
     ) -> Any:
         """Attend causally: to the sequence or, with a cache in the context, to all its rows in one of the forms.
 
-        Return the output [b, s, m]. A context with train_indexers asks DSA for a pair: the output, and an IndexerLoss
-        or None while the indexer does not learn.
+        Return the output [b, s, m]; while DSA's indexer learns, the pair of that and its IndexerLoss.
 
         Args:
             mask: of a layer that stands alone, [b or 1, s or 1, s]: True for keys that a query may not see, as in
@@ -136,7 +135,7 @@ class MLA(nn.Module):
         # 3. attention: [b, s, h v]
         y, loss = self.attention(q, new, context, (x, latent if isinstance(latent, Tensor) else x))
         y = self.wo(y)
-        return (y, loss) if context.train_indexers and self.indexer is not None else y
+        return y if loss is None else (y, loss)
 
     def attention(
         self, q: Float[Tensor, "b s h d"], new: tuple[Tensor, Tensor], context: Context, inputs: tuple[Tensor, Tensor]

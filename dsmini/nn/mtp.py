@@ -119,7 +119,7 @@ class MTPChain(nn.ModuleList):
         embed: Callable[[Tensor], Tensor],
         documents: Int[Tensor, "b s"] | None = None,
         recompute: bool = False,
-        train_indexers: bool = False,
+        stage: Any = None,
     ) -> tuple[list[Tensor], list[Aux]]:
         """Return the normed hidden states of each depth k = 1, 2, ..., [b, s - k, m], and what each block found.
 
@@ -127,7 +127,7 @@ class MTPChain(nn.ModuleList):
             hidden: the main model's hidden states, States.given.
             embed: makes embeddings of token ids.
             documents, recompute: as in Transformer.losses.
-            train_indexers: as in Context.
+            stage: as in Context.
         """
         all_normed: list[Tensor] = []
         found: list[Aux] = []
@@ -142,7 +142,7 @@ class MTPChain(nn.ModuleList):
                 positions=torch.arange(n, device=tokens.device)[None],
                 tokens=tokens[:, k:],
                 documents=None if documents is None else documents[:, :n],
-                train_indexers=train_indexers,
+                stage=stage,
             )
             # 2. run the block: [b, s - k, m]
             inputs = (hidden, embedding, context)

@@ -102,6 +102,9 @@ class Transformer(nn.Module):
     Source: DeepSeek-V3 report, section 2.
     """
 
+    indexer_stage: Literal["warmup", "sparse"] | None = None
+    """Stage in which the indexers learn, in training mode; None: they do not."""
+
     @drawn_by_name
     def __init__(
         self,
@@ -185,7 +188,7 @@ class Transformer(nn.Module):
         Args:
             cache, lengths: as in forward.
             documents, recompute, routing: as in losses; documents not with a cache, whose rows are one document each.
-            train_indexers: as in Context.
+            train_indexers: compute the loss of indexers that learn.
         """
         imposed = [None] * len(self.layers) if routing is None else self._imposed(routing, tokens)
         if cache is None and lengths is not None:
@@ -200,7 +203,8 @@ class Transformer(nn.Module):
             # 2. positions: 0, 1, ... in all rows, or after what is cached in each: [#b, s]
             at = None if cache is None else cache.place_tokens(self.config, tokens, lengths)
             positions = torch.arange(tokens.shape[1], device=x.device)[None] if at is None else at.positions
-            context = Context(positions=positions, tokens=tokens, documents=documents, train_indexers=train_indexers)
+            stage = self.stage_for(train_indexers) if cache is None else None
+            context = Context(positions=positions, tokens=tokens, documents=documents, stage=stage)
             # 3. the blocks, each with its layer's part of the cache: [b, s, m]
             views = [None] * len(self.layers) if cache is None or at is None else cache.views(at)
             found: list[Aux] = []
@@ -231,6 +235,11 @@ class Transformer(nn.Module):
                 )
         by_layer = dict(zip(moe, routing, strict=True))
         return [by_layer.get(i) for i in range(c.n_layers)]
+
+    def stage_for(self, train_indexers: bool) -> Any:
+        """Return Context.stage: the warm-up's attention reads all keys, also where nobody asks for a loss."""
+        stage = self.indexer_stage if self.training else None
+        return stage if train_indexers or stage != "sparse" else None
 
     def states_of(self, x: Float[Tensor, "b s *streams m"], found: list[Aux]) -> States:
         """Return the states after the last block, whose output is x, and what all blocks found."""
@@ -277,7 +286,10 @@ class Transformer(nn.Module):
         """
         if cache is None:
             states = self.states(tokens, None, lengths, documents)
-            normed, found = self.mtp(tokens, states.given, self.embedded, documents) if mtp else ([], [])
+            stage = self.stage_for(train_indexers=False)
+            normed, found = [], []
+            if mtp:
+                normed, found = self.mtp(tokens, states.given, self.embedded, documents, stage=stage)
             mtp_logits = [self.head(h) for h in normed]
             return Output(self.head(states.normed), states.normed, mtp_logits, states.routing + _listed(found)[0])
         with torch.no_grad():
@@ -368,7 +380,7 @@ class Transformer(nn.Module):
         # 1. the next token, from hidden states [b, s, m]
         main = self.cross_entropy(states.normed, targets) / counted
         # 2. the tokens after it, from those of each depth k, [b, s - k, m]
-        normed, found = self.mtp(tokens, states.given, self.embedded, documents, recompute, train_indexers=True)
+        normed, found = self.mtp(tokens, states.given, self.embedded, documents, recompute, self.stage_for(True))
         mtp = balance = torch.zeros_like(main)
         if normed:
             depths = [self.cross_entropy(h, targets[:, k:]) / counted for k, h in enumerate(normed, 1)]

@@ -160,7 +160,7 @@ def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and not outer
 
 
-def begin_stage(model: nn.Module, stage: Literal["warmup", "sparse"]) -> list[set[str]]:
+def begin_stage(model: Any, stage: Literal["warmup", "sparse"]) -> list[set[str]]:
     """Begin a stage; return the names of each group that is clipped apart.
 
     The warm-up freezes all but the indexers, and the stage after it lets all learn again. Without a warm-up before it,
@@ -175,11 +175,10 @@ def begin_stage(model: nn.Module, stage: Literal["warmup", "sparse"]) -> list[se
     Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1.1.
     """
     named, layers = dict(model.named_parameters()), dsa_layers(model)
-    thaws = stage == "sparse" and any(layer.stage == "warmup" for layer in layers)
-    for layer in layers:
-        layer.stage = stage
     if not layers:
         return []
+    thaws = stage == "sparse" and getattr(model, "indexer_stage", None) == "warmup"
+    model.indexer_stage = stage
     of_indexers = {name for name in named if ".indexer." in name}
     rest = named.keys() - of_indexers
     for name in rest if stage == "warmup" or thaws else ():

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from dsmini import Transformer
-from dsmini.nn import dsa_layers
 from tests.conftest import SMALL
 
 
@@ -37,6 +36,5 @@ def same_weights(model: Transformer, **changes: Any) -> Transformer:
 
 def set_stage(model: Transformer, stage: Any) -> Transformer:
     """Let the model's indexers learn in this stage, or for None not at all."""
-    for layer in dsa_layers(model):
-        layer.stage = stage
+    model.indexer_stage = stage
     return model

@@ -1,5 +1,6 @@
 """V4's attention against its equations, token by token, and its cache against one pass."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -31,11 +32,10 @@ def config_of(changes: dict[str, Any]) -> Any:
     return ModelConfig(**{**SMALL, **V4, **changes})
 
 
-def layer_of(kind: str, stage: Any = None, **changes: Any) -> tuple[Any, Any]:
+def layer_of(kind: str, **changes: Any) -> tuple[Any, Any]:
     m = KINDS[kind]
     c = config_of({"n_layers": 1, "compress_ratios": (m,), "norm_eps": 1e-5, **changes})
     layer = randomise(CompressedAttention(c, compress_ratio=m)).double()
-    layer.stage = stage
     return layer, c
 
 
@@ -110,9 +110,9 @@ def by_the_report(layer: Any, c: Any, x: Tensor, stage: str) -> tuple[Tensor, Te
 def test_indexer_learns_the_joint_softmax_of_all_heads(monkeypatch: pytest.MonkeyPatch, stage: Any, s: int) -> None:
     """The target has window and sink in each head's softmax; the loss moves the indexer alone."""
     monkeypatch.setattr(compressed_attention, "BLOCK", 16)
-    layer, c = layer_of("csa", stage)
+    layer, c = layer_of("csa")
     x = torch.randn(2, s, c.dim, dtype=torch.float64, requires_grad=True)
-    _, got = layer(x, Context(positions=torch.arange(s)[None], train_indexers=True))
+    _, got = layer(x, Context(positions=torch.arange(s)[None], stage=stage))
     kls, masses = zip(*(by_the_report(layer, c, row, stage) for row in x), strict=True)
     kl, indexer = sum(kls) / 2, [*layer.indexer.parameters()]
     assert relative_error(got.kl, kl) < 8 * ROPE_TABLE and abs(got.mass - sum(masses) / 2) < 1e-5
@@ -121,6 +121,44 @@ def test_indexer_learns_the_joint_softmax_of_all_heads(monkeypatch: pytest.Monke
         assert all(relative_error(a, b) < 16 * ROPE_TABLE for a, b in zip(*grads, strict=True))
         got.kl.backward()
         assert x.grad is None and [p.grad for p in layer.parameters()].count(None) == len([*layer.parameters()]) - 6
+
+
+def saved_bytes(run: Any) -> int:
+    """Return the bytes that a call saves for its backward."""
+    found: dict[int, int] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        kept = run()
+    del kept
+    return sum(found.values())
+
+
+def test_the_loss_of_an_indexer_saves_what_grows_with_the_length_alone() -> None:
+    """Not the scores of all pairs."""
+    layer, c = layer_of("csa")
+
+    def added(s: int) -> int:
+        x, positions = torch.randn(1, s, c.dim, dtype=torch.float64), torch.arange(s)[None]
+        both = (Context(positions=positions, stage=stage) for stage in ("sparse", None))
+        with_loss, without = (saved_bytes(functools.partial(layer, x, context)) for context in both)
+        return with_loss - without
+
+    assert added(1024) < 5 * added(256)
+
+
+def test_indexer_of_entries_runs_alone() -> None:
+    c = config_of({})
+    indexer, x = compressed_attention.EntryIndexer(c), torch.randn(2, 11, c.dim)
+    rope = CompressedAttention(c, compress_ratio=4).rope
+    cos_sin = rope.cos_sin(torch.arange(11)[None])
+    q, keys, weights = indexer(x, torch.randn(2, 11, c.q_lora_rank), cos_sin)
+    assert q.shape[:2] == weights.shape[:2] == (2, 11) and keys.shape[:2] == (2, 2)
+    blocks = compressed_attention.blocks_of(Context(positions=torch.arange(11)[None]), 4, None)
+    assert torch.equal(keys, indexer.keys(x, rope.cos_sin(torch.tensor([[0, 4]])), blocks))
 
 
 def test_losses_train_every_parameter_and_warm_up_reads_all_entries() -> None:
@@ -285,15 +323,14 @@ def test_cache_takes_the_published_bytes_for_rounded_values() -> None:
 def test_qat_rounds_entries_and_both_sides_of_the_indexer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding passes gradients on. The Hadamard transform, on both sides, changes no score but for the rounding."""
     sizes: dict[str, Any] = {"head_dim": 128, "qk_rope_head_dim": 16, "index_head_dim": 64, "qat": True}
-    layer, _ = layer_of("csa", "sparse", **sizes)
+    layer, _ = layer_of("csa", **sizes)
     layer = layer.float()
     plain: Any = CompressedAttention(config_of({**sizes, "qat": False}), compress_ratio=4)
     plain.load_state_dict(layer.state_dict())
-    plain.stage = "sparse"
     x, seen = torch.randn(2, 24, SMALL["dim"]), []
     real = compressed_attention.topk_keys
     monkeypatch.setattr(compressed_attention, "topk_keys", lambda *args: (seen.append(args), real(*args))[1])
-    context = Context(positions=torch.arange(24)[None], train_indexers=True)
+    context = Context(positions=torch.arange(24)[None], stage="sparse")
     (y, loss), (exact, _) = layer(x, context), plain(x, context)
     (y.sum() + loss.kl).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())

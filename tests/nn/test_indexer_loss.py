@@ -131,7 +131,6 @@ def test_a_layer_compares_its_own_attention(stage: Any, case: str) -> None:
     """The target is the attention that the layer really computes: it is read out with values that are unit vectors."""
     c: dict[str, Any] = SIZES | CASES[case] | INDEX | {"n_heads": 3, "v_head_dim": 16}
     layer = randomise(DSA(**c)).double()
-    layer.stage = stage
     s, seen, read = 16, [], []
     head_sum, wo, wkv_b = dsa.head_sum, layer.wo.forward, layer.wkv_b.forward
 
@@ -141,7 +140,7 @@ def test_a_layer_compares_its_own_attention(stage: Any, case: str) -> None:
         return heads.flatten(-2)
 
     x = torch.randn(1, s, SIZES["dim"], dtype=torch.float64)
-    context = Context(positions=torch.arange(s)[None], train_indexers=True)
+    context = Context(positions=torch.arange(s)[None], stage=stage)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dsa, "head_sum", lambda *args: (seen.append(head_sum(*args)), seen[-1])[1])
         patch.setattr(layer.wkv_b, "forward", unit_values)
