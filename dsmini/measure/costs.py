@@ -126,6 +126,21 @@ def _sink_attention(result: Tensor, q: Tensor, kv: Tensor, mask: Tensor, *_: Any
     return 4 * pairs * math.prod(q.shape[2:])
 
 
+def _entry_attention(
+    result: Tensor,
+    q: Tensor,
+    near: Tensor,
+    masked: Tensor,
+    entries: Any,
+    hidden: Tensor,
+    chosen: Tensor | None,
+    *_: Any,
+) -> int:
+    seen = hidden.logical_not() if chosen is None else chosen >= 0
+    pairs = sum(int(part.sum()) * (len(q) // len(part)) for part in (~masked, seen))
+    return 4 * pairs * math.prod(q.shape[2:])
+
+
 def _trained_attention_gradients(
     result: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float, documents: Any
 ) -> int:
@@ -207,7 +222,7 @@ def _feed_forward_step(result: Sequence[Tensor], x: Tensor, part: Any) -> Cost:
 COSTS: MappingProxyType[str, Callable[..., int | Cost]] = MappingProxyType(
     {
         **dict.fromkeys(("quantize", "dequantize", "quantize_dequantize"), _no_products),
-        **dict.fromkeys(("trained_norm", "trained_norm_gradients", "sinkhorn"), _no_products),
+        **dict.fromkeys(("trained_norm", "trained_norm_gradients", "sinkhorn", "rows_at"), _no_products),
         "linear": _linear,
         "quantized_linear": _linear,
         "experts": _experts,
@@ -218,6 +233,7 @@ COSTS: MappingProxyType[str, Callable[..., int | Cost]] = MappingProxyType(
         "causal_attention": _causal_attention,
         "cached_attention": _cached_attention,
         "sink_attention": _sink_attention,
+        "entry_attention": _entry_attention,
         "trained_attention": _causal_attention,
         "trained_attention_gradients": _trained_attention_gradients,
         "topk_keys": _topk_keys,
