@@ -100,8 +100,7 @@ def prepared(arm: Arm, seed: int, cache: Path) -> tuple[Trainer, Corpus]:
     model = make(config.model)
     if not isinstance(model, Transformer):
         raise ValueError(f"{arm.function} returned a {type(model).__name__}; want a dsmini.Transformer")
-    if model.config.n_hash_layers:
-        make_tables(model.gates(), torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
+    make_tables(model.gates(), torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
     model.compute_dtype = DTYPES[config.train.dtype]
     torch.manual_seed(seed)
     return Trainer(model.to(device), corpus, config, device), corpus

@@ -100,3 +100,12 @@ def test_held_out_bytes_are_the_same_for_every_tokenizer(tmp_path: Path) -> None
     plain = DataConfig(path=tmp_path / "text.txt")
     other = DataConfig(path=tmp_path / "text.txt", tokenizer=tmp_path / "b.json")
     assert np.array_equal(held_out(plain, tmp_path / "c"), held_out(other, tmp_path / "c"))
+
+
+def test_the_last_window_of_a_range_shows_what_comes_before() -> None:
+    """It reaches back to be whole: over the bytes that the window before it scored, or the text before the range."""
+    ranges = choose_ranges(TEXT, 2 * SPAN)
+    for seq_len in (100, 2 * SPAN):
+        windows = windows_of(TEXT, ranges[1:], ByteTokenizer(), seq_len)
+        first, end = windows.counted[-1].tolist()
+        assert end == seq_len and first == seq_len - ((ranges[1][1] - ranges[1][0]) % seq_len)
