@@ -151,7 +151,7 @@ def grouped_linear(
 
         return grouped_linear_uncompiled(x, weight, ends)
     weight = weight.to(x.dtype)
-    if _grouped_mm_serves(x, weight.shape[1:]):
+    if _grouped_mm_serves(x, weight.shape[1:]) and _aligned(weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
     return grouped_linear_by_expert(x, weight, ends)
 
@@ -185,7 +185,13 @@ def _breaks_the_graph(x: Tensor) -> bool:
 
 
 def _grouped_mm_serves(x: Tensor, sizes: Sequence[int]) -> bool:
-    """Return True if grouped_mm serves: it wants 16-byte strides and BF16, or FP32 on a CPU."""
+    """Return True if grouped_mm serves rows: it wants 16-byte strides and BF16, or FP32 on a CPU."""
     aligned = all(size * x.element_size() % 16 == 0 for size in sizes)
     kinds = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}.get(x.device.type, ())
     return aligned and x.dtype in kinds and hasattr(F, "grouped_mm")
+
+
+def _aligned(weight: Float[Tensor, "e o i"]) -> bool:
+    """Return True where rows or columns lie in one piece each, at multiples of 16 bytes, as grouped_mm wants them."""
+    of_stack, *others = weight.stride()
+    return min(others) == 1 and all(step * weight.element_size() % 16 == 0 for step in (of_stack, max(others)))

@@ -147,11 +147,11 @@ def _halley(x: Float[Tensor, "b o i"], steps: NewtonSchulz) -> Float[Tensor, "b 
 def _inverse_root(square: Float[Tensor, "b o o"]) -> Float[Tensor, "b o o"]:
     """Return L^-1 of the Cholesky factor L of each positive definite matrix, L L^T.
 
-    Larger matrices are cut in halves, and their parts multiplied: torch factors the matrices of a stack one by one,
-    but multiplies all of them at once.
+    On a CPU larger matrices are cut in halves, and their parts multiplied: torch factors the matrices of a stack there
+    one by one, but multiplies all of them at once. Elsewhere each call is one for the whole stack.
     """
     half = square.shape[1] // 2
-    if half < 16:
+    if half < 16 or not square.is_cpu:
         one = torch.eye(square.shape[1], dtype=square.dtype, device=square.device)
         return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(square)[0], one, upper=False)
     first = _inverse_root(square[:, :half, :half])

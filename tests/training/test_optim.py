@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from dsmini import ModelConfig, TrainConfig, Transformer
 from dsmini.measure.costs import cost_of
 from dsmini.ops import Call
+from dsmini.training import muon
 from dsmini.training.muon import HALLEY, JORDAN, NEWTON_SCHULZ, V4, MuonMatrices, NewtonSchulz, orthogonalize
 from dsmini.training.optim import LARGEST_BETA_BF16, AdamWBF16, Muon, ParameterAverage, optimizers
 from tests.conftest import SMALL
 from tests.helpers.configs import V4_MODEL
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
+from tests.helpers.watching import Operations
 
 Build = Callable[..., Transformer]
 
@@ -277,3 +279,14 @@ def test_the_average_is_the_one_by_hand() -> None:
         average.update([("w", w)])
         assert relative_error(average.tensors["w"], want) <= rounding(FP32_UNIT, chained=3 * average.updates)
     assert average.tensors["w"].dtype == torch.float32 and not average.tensors["w"].requires_grad
+
+
+def test_inverse_roots_off_the_cpu_are_of_the_whole_stack_at_once() -> None:
+    """A GPU would start a kernel for each operation; a CPU cuts matrices in halves, hundreds of operations."""
+    counts = {}
+    for device in ("meta", "cpu"):
+        square = torch.eye(256, device=device).expand(2, -1, -1)
+        with Operations() as watched:
+            assert muon._inverse_root(square).shape == square.shape
+        counts[device] = len(watched.results)
+    assert counts["meta"] < 10 < counts["cpu"]
