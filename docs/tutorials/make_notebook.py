@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGES = ("mla", "look_inside", "change_one_idea")
+PAGES = ("mla", "look_inside", "change_one_idea", "million_tokens")
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text(?: about)?\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 
