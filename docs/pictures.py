@@ -11,7 +11,9 @@ from torch import Tensor
 import dsmini
 from dsmini import ModelConfig, accounting
 from dsmini.nn.attention import Context
-from dsmini.planner.published import v3
+from dsmini.planner.hardware import load_hardware
+from dsmini.planner.plan import make_plan
+from dsmini.planner.request import Model, PlanRequest
 from dsmini.reading import find_config
 
 FOLDER = Path(__file__).parent / "gallery"
@@ -76,7 +78,8 @@ def draw_masks() -> Figure:
 
 def draw_plan() -> Figure:
     """Draw what the plan of V3's published training and serving says of memory and time."""
-    f = v3().figures
+    model = Model.from_file(find_config(Path("deepseek-v3")))
+    f = make_plan(PlanRequest(), model, load_hardware("h800")).figures
     memory = {
         "weights": f["memory_weights"],
         "gradients": f["memory_gradients"],
@@ -91,15 +94,16 @@ def draw_plan() -> Figure:
         "gradients": f["exchange_seconds"],
     }
     decode = {
-        "memory": f["decode_memory_time"],
-        "between nodes": f["decode_slow_link_time"],
-        "products": f["decode_compute_time"],
-        "within a node": f["decode_fast_link_time"],
+        "links": f["decode_links_time"],
+        "attention": f["decode_attention_time"],
+        "experts": f["decode_experts_time"],
+        "matrices": f["decode_matrices_time"],
+        "launches": f["decode_latency_time"],
     }
     panels = (
         (f"memory of the fullest GPU: {f['memory']} of {f['gpu_memory'] / 1e9:.1f} GB", memory, 1e9, "GB"),
         (f"a training step, {f['step_seconds']}: the sum of its parts", step, 1, "s"),
-        (f"a decoding step, {f['decode_step_time']}: its longest part", decode, 1e-3, "ms"),
+        (f"a decoding step, {f['decode_estimate_time']}: work next to links", decode, 1e-3, "ms"),
     )
     figure = Figure(figsize=(13, 2.6), layout="constrained")
     for axis, (title, parts, scale, unit) in zip(figure.subplots(1, 3), panels, strict=True):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,9 @@ class PlanCommand(PlanRequest):
     """Predict memory, time, traffic, cost and failures of a model on hardware, from its config alone.
 
     CONFIG is a TOML file, Hugging Face's config.json, DeepSeek's inference JSON, or a name such as deepseek-v3. Nothing
-    is built or measured. Training or serving that does not fit the memory is told, with what would fit; it is an error
-    if neither fits.
+    is built or measured. Deployments of serving are searched: the cheapest in time, the cheapest and the fastest are
+    told, each with a bound and an estimate. Misfits of the memory come first, with a fix, and the
+    exit status is 2.
     """
 
     config: Annotated[Path | None, tyro.conf.Positional] = None
@@ -48,8 +50,6 @@ class PlanCommand(PlanRequest):
     """Number of formulas that --explain goes down; left out: to the inputs."""
     compare: tuple[str, ...] = ()
     """Configs to plan side by side on equally many GPUs, with CONFIG if there is one; --gpus left out: 2048."""
-    published: bool = False
-    """Show published figures next to ours, with residuals; needs no CONFIG."""
     out: Path | None = None
     """Folder for plan.html, a page to read offline with all figures, and plan.json."""
     fresh: bool = False
@@ -66,7 +66,6 @@ HELP = Help(
         "configs/deepseek-v3.toml --vary kv_lora_rank=128,256,512 hardware=h100,h800 --out plan",
         "configs/toy.toml --hardware this --explain list",
         "--compare deepseek-v3 deepseek-v3.2 kimi-k2 --gpus 2048",
-        "--published",
     ),
     main=(
         *(
@@ -82,8 +81,8 @@ HELP = Help(
             "batch",
             "seq_len",
         ),
-        *("tokens", "context", "sequences", "weight_dtype", "cache_dtype", "decode_gpus", "all", "search", "vary"),
-        *("explain", "depth", "compare", "published", "fresh", "out", "json"),
+        *("tokens", "context", "tpot", "ttft", "weight_dtype", "cache_dtype", "decode_gpus", "all", "search", "vary"),
+        *("explain", "depth", "compare", "fresh", "out", "json"),
     ),
 )
 
@@ -91,7 +90,9 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     command = parse(PlanCommand, "dsmini.plan", args, help=HELP)
-    if command.config is not None and not command.published:
+    if sys.flags.optimize > 1:
+        raise ValueError("a plan explains figures by docstrings, which python -OO leaves out; run it without -OO")
+    if command.config is not None:
         command = dataclasses.replace(command, config=find_config(command.config))
     _refuse(command, args)
     console = Console(stderr=command.json)
@@ -102,23 +103,20 @@ def main(args: Sequence[str]) -> int:
             say(console, f"written  {path}")
     if command.json:
         print(json.dumps(answer.record))
-    return 0
+    return answer.status
 
 
 def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
     """Raise ValueError for questions that contradict each other."""
     if sum(arg.partition("=")[0] == "--vary" for arg in args) > 1:
         raise ValueError("--vary is given twice; write both after one: --vary kv_lora_rank=256,512 hardware=h100,h800")
-    alone = [n for n in ("explain", "search", "vary", "compare", "published", "all") if getattr(command, n)]
+    alone = [n for n in ("explain", "search", "vary", "compare", "all") if getattr(command, n)]
     if len(alone) > 1:
         raise ValueError(f"{' and '.join(f'--{name}' for name in alone)} are different questions; ask them one by one")
-    if command.config is None and not command.published and not command.compare:
+    if command.config is None and not command.compare:
         raise ValueError("a plan needs a config; name a .toml or .json, such as configs/deepseek-v3.toml")
     if command.config is not None:
-        _refuse_config(command.config, command.published)
-    given = {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
-    if command.published and (others := sorted(given - {"--published", "--json", "--out"})):
-        raise ValueError(f"--published compares published runs alone, without {', '.join(others)}; leave that out")
+        _refuse_config(command.config)
     if command.of and not command.vary:
         raise ValueError("--of names the figures that --vary compares; add --vary, or --explain one figure")
     if command.depth is not None and command.explain is None:
@@ -131,10 +129,8 @@ def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
         raise ValueError("--explain prints one figure, and --out writes a page of all; leave one of them out")
 
 
-def _refuse_config(config: Path, published: bool) -> None:
-    """Raise ValueError for a config next to --published, and for a path that is not a config."""
-    if published:
-        raise ValueError(f"--published compares published runs, and takes no config; leave out {config} or --published")
+def _refuse_config(config: Path) -> None:
+    """Raise ValueError for a path that is not a config."""
     if config.is_dir():
         raise ValueError(f"{config} is a folder; name the config in it, such as {config / 'config.json'}")
     if config.suffix not in (".toml", ".json"):
@@ -145,7 +141,7 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Ans
     # what loads numpy and jinja2 is imported after --help
     from dsmini.planner import pages
     from dsmini.planner.hardware import load_hardware
-    from dsmini.planner.plan import make_plan
+    from dsmini.planner.plan import make_plan, model_alone
     from dsmini.planner.request import Model
 
     def progress(label: str) -> Progress:
@@ -153,8 +149,6 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Ans
 
     if command.out is not None:
         check_folder(command.out, pages.FILES)
-    if command.published:
-        return pages.published()
     line = shlex.join(["python", "-m", "dsmini.plan", *args])
     if command.compare:
         configs = [*filter(None, [command.config]), *(find_config(_named(name)) for name in command.compare)]
@@ -162,12 +156,16 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Ans
             return pages.compare(command, [Model.from_file(path) for path in configs], line, bar.update)
     assert command.config is not None, "a plan without a config is refused"
     model = Model.from_file(command.config)
+    if command.explain not in (None, "list"):  # a model's own figures need no plan
+        alone = model_alone(command, model)
+        if command.explain in alone:
+            return pages.explained(alone, command.explain, console.width, command.depth)
     with progress("measuring this machine") as bar:
         hardware = load_hardware(command.hardware, bar.update, command.fresh)
     with progress("choosing a layout"):
         plan = make_plan(command, model, hardware)
     if command.explain is not None:
-        return pages.explained(plan, command.explain, console.width, command.depth)
+        return pages.explained(plan.figures, command.explain, console.width, command.depth)
     if command.search:
         with progress("searching layouts") as bar:
             return pages.searched(plan, line, bar.update)
@@ -179,7 +177,9 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Ans
 
 def _named(name: str) -> Path:
     """Return the path of a config, or its name, which may leave out deepseek-."""
-    return Path(f"deepseek-{name}" if name in ("v2", "v2-lite", "v3", "v3.2") else name)
+    from dsmini.planner.request import known_config
+
+    return known_config(f"deepseek-{name}") or Path(name)
 
 
 if __name__ == "__main__":

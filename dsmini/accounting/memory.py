@@ -106,7 +106,7 @@ def weight_bytes(config: ModelConfig, dtype: WeightDtype = "bfloat16", mtp: bool
 
     Source: the shapes and dtypes of the released checkpoints.
     """
-    check_dtype(dtype, ("float32", "bfloat16", "fp8", "fp4"))
+    check_dtype(dtype, tuple(SIZES))
     uses = (use for use in tensors(config) if mtp or not use.mtp)
     return Bytes.of((name, use.count * amount) for use in uses for name, amount in use.held(dtype))
 

@@ -51,16 +51,17 @@ HELD_FP8 = ("wo_a", "e_proj", "h_proj")
 
 Dtype = Literal["float32", "bfloat16"]
 """Dtype of numbers that are computed with."""
-WeightDtype = Literal["float32", "bfloat16", "fp8", "fp4"]
+WeightDtype = Literal["float32", "bfloat16", "fp8", "fp4", "int8", "int4"]
 """fp8: the matrices of attention and feed-forwards as E4M3 codes with an FP32 scale for each block of 128x128. fp4: as
-V4 is served, the same but for routed experts, which have E2M1 codes with a scale of one byte for 32 of them."""
+V4 is served, the same but for routed experts, which have E2M1 codes with a scale of one byte for 32 of them. int8: the
+bytes of fp8. int4: routed experts as codes of 4 bits with a BF16 scale for 32 of them, all else in BF16."""
 Stage = Literal["warmup", "sparse"]
 """Stage in which indexers learn: as train.dsa_stage. In the warm-up nothing else does."""
 Place = Literal["ends", "mtp", "block", "dense", "moe", "scored", "hashed", "compressed"]
 """Blocks that have a tensor: none, as the ends of the model and of a depth; all; those that are dense; with experts,
 chosen by scores, or by a table; those of V4 with entries."""
-SIZES = {"float32": 4, "bfloat16": 2, "fp8": 2, "fp4": 2}
-"""Bytes of a number of a model in a dtype; in FP8 and FP4 of what is BF16 there."""
+SIZES = {"float32": 4, "bfloat16": 2, "fp8": 2, "fp4": 2, "int8": 2, "int4": 2}
+"""Bytes of a number of a model in a dtype; in narrow ones of what is BF16 there."""
 BLOCK_FP4 = 32
 """Numbers of FP4 that share a scale."""
 BLOCK = 128
@@ -159,11 +160,11 @@ class TensorUse(NamedTuple):
 
     def held(self, dtype: str) -> Iterator[tuple[str, int]]:
         """Yield the bytes of one matrix or norm that is held in a dtype, then of its scales and routing biases."""
-        if dtype == "fp4" and self.kind == "routed experts":
+        if dtype in ("fp4", "int4") and self.kind == "routed experts":
             yield self.module, self.numbers // 2
-            yield "scales", self.numbers // BLOCK_FP4
+            yield "scales", self.numbers // BLOCK_FP4 * (2 if dtype == "int4" else 1)
             return
-        fp8 = dtype in ("fp8", "fp4") and (self.form == "fp8" or self.name in HELD_FP8)
+        fp8 = dtype in ("fp8", "fp4", "int8") and (self.form == "fp8" or self.name in HELD_FP8)
         yield self.module, self.numbers * (4 if self.form == "fp32" else 1 if fp8 else SIZES[dtype])
         yield "scales", 4 * self.scales if fp8 else 0
         yield "routing biases", 4 * self.buffers

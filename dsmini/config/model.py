@@ -9,7 +9,7 @@ from dsmini.config.fields import Bounds, build, check_types, refuse_unknown, req
 from dsmini.config.published import config_from_json
 from dsmini.reading import brief, find_config, read_table, read_toml
 
-SECTIONS = ["model", "data", "train", "parallel", "out"]
+SECTIONS = ["model", "data", "train", "parallel", "out", "serving"]
 """Top-level keys of a TOML file."""
 LARGEST_SIZE = 2**31 - 1
 """Maximum value of a whole number of a model."""

@@ -402,7 +402,8 @@ class RunConfig:
         """
         path = find_config(Path(path))
         require(path.suffix == ".toml" or not path.is_file(), f"{path} is not TOML; name a file that ends in .toml")
-        return build(cls, read_toml(path), path.name, "", base)
+        sections = {name: section for name, section in read_toml(path).items() if name != "serving"}  # a plan reads it
+        return build(cls, sections, path.name, "", base)
 
     def to_toml(self) -> str:
         """Return the whole config, defaults included, as the text of a TOML file that from_file reads."""

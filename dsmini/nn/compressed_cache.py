@@ -37,8 +37,7 @@ class CompressedCache:
         raw: Rows | None = None,
         index: "CompressedCache | None" = None,
     ) -> None:
-        self.window, self.entries, self.raw = window, entries, raw
-        self.index: CompressedCache | None = index
+        self.window, self.entries, self.raw, self.index = window, entries, raw, index
 
     @property
     def parts(self) -> list[Rows]:

@@ -27,11 +27,11 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from dsmini.accounting.tensors import BLOCK, SIZES
+from dsmini.accounting.tensors import BLOCK, BLOCK_FP4, SIZES
 from dsmini.config import ModelConfig
 from dsmini.planner.figure import counted, figure
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.request import Assumptions
+from dsmini.planner.request import Inputs
 
 TOKENS = 8192
 """Random tokens that are routed where groups are limited."""
@@ -67,41 +67,51 @@ def _routed(experts: int, chosen: int, groups: int, limited: int, best: int) -> 
 
 
 class Links:
-    """Rates of the links that are reached; 0 without a link."""
+    """Rates of the links that training reaches; 0 without a link."""
 
-    def __init__(self, h: Hardware, a: Assumptions) -> None:
+    def __init__(self, h: Hardware, a: Inputs) -> None:
         self.h: Hardware = h
-        self.a: Assumptions = a
+        self.a: Inputs = a
 
     @figure("B/s")
     def fast_rate(self) -> float:
         """Rate to others of the node that is reached. Source: INS, section 4.3."""
-        return self.h.fast_link * self.a.link_efficiency if self.h.linked else 0
+        return self.h.fast_link * self.a["link_efficiency"] if self.h.linked else 0
 
     @figure("B/s")
     def slow_rate(self) -> float:
         """Rate to other nodes that is reached. Source: INS, section 4.3."""
-        return self.h.slow_link * self.a.link_efficiency if self.h.networked else 0
+        return self.h.slow_link * self.a["link_efficiency"] if self.h.networked else 0
 
 
 class Exchange:
     """Bytes of a token in a MoE layer that cross the slow and the fast link, both ways."""
 
-    def __init__(self, c: ModelConfig, gpus: int, in_node: int, dtype: str, one_hop: int = 0, stage: str = "") -> None:
+    def __init__(
+        self,
+        c: ModelConfig,
+        gpus: int,
+        in_node: int,
+        dtype: str,
+        one_hop: int = 0,
+        stage: str = "",
+        narrow: bool = False,
+    ) -> None:
         """Take the sizes.
 
         Args:
             gpus, in_node: GPUs that share the experts, and how many of them are in a node.
             dtype: of rows on their way to the experts, in FP8 codes with a scale for each tile.
-            one_hop: experts of a token, each of which gets a row of its own, with shared ones that are reached like
-                routed ones; 0: two hops.
+            one_hop: experts of a token, each of which gets a row of its own; 0: two hops.
             stage: beginning of the names of figures, such as "decode_".
+            narrow: results come back as narrow as rows go.
         """
         self.c: ModelConfig = c
         self.gpus: int = gpus
         self.in_node: int = in_node
         self.dtype: str = dtype
-        self.one_hop: int | None = one_hop
+        self.one_hop: int = one_hop
+        self.narrow: bool = narrow
         self.stage: str = stage
 
     def reached(self, places: float) -> float:
@@ -150,16 +160,18 @@ class Exchange:
         return self.gpus_reached * (1 - 1 / min(self.expert_parallel, self.expert_in_node))
 
     @figure("B")
-    def combine_row(self) -> int:
+    def combine_row(self) -> float:
         """Row on its way back. Source: V3, section 3.3.3."""
-        return SIZES[self.dtype] * self.c.dim
+        return self.dispatch_row if self.narrow else SIZES[self.dtype] * self.c.dim
 
     @figure("B")
-    def dispatch_row(self) -> int:
+    def dispatch_row(self) -> float:
         """Row on its way to an expert. Source: V3, section 3.3.3."""
-        if self.dtype == "fp8":
+        if self.dtype in ("fp8", "int8"):
             return self.c.dim + 4 * math.ceil(self.c.dim / BLOCK)
-        return self.combine_row
+        if self.dtype in ("fp4", "int4"):
+            return self.c.dim / 2 + math.ceil(self.c.dim / BLOCK_FP4)
+        return SIZES[self.dtype] * self.c.dim
 
     @figure("B/token")
     def slow_row_bytes(self) -> float:

@@ -25,7 +25,7 @@ def quiet(done: float, what: str) -> None:
 
 
 USER = "the command line"
-DTYPES = ("float32", "bfloat16", "fp8")
+DTYPES = ("float32", "bfloat16", "fp8", "fp4", "int8")
 PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 BYTES = {f"{p}B": size for p, size in PREFIXES.items()} | {f"{p}iB": 1024.0**i for i, p in enumerate("KMGT", 1)}
 RATES = {f"{p}B/s": size for p, size in PREFIXES.items()} | {f"{p}b/s": size / 8 for p, size in PREFIXES.items()}
@@ -39,7 +39,8 @@ NUMBERS: Mapping[str, tuple[str, str, Mapping[str, float]]] = {
     "gpus_per_node": ("gpus_per_node", "Accelerators that the fast link connects", COUNT),
     "fast_link": ("fast_link", "Peak rate to others of the node, one direction", RATES),
     "slow_link": ("slow_link", "Peak rate to other nodes, one direction", RATES),
-    "price": ("gpu_price", "Rent of an accelerator", {"$/s": 1.0, "$/h": 1 / 3600}),
+    "price": ("gpu_price", "Rent of an accelerator, the low end", {"$/s": 1.0, "$/h": 1 / 3600}),
+    "price.most": ("gpu_price_most", "Rent of an accelerator, the high end", {"$/s": 1.0, "$/h": 1 / 3600}),
 }
 """Numbers of a file: the figure that each gives, its title, and the units that it may have, the base unit first."""
 FIGURES = {name: (title, next(iter(units))) for name, title, units in NUMBERS.values()}
@@ -79,7 +80,8 @@ class Hardware:
         self.most_gpus: float = math.inf if self.networked else self.node
         """Number of accelerators that the links connect."""
         self.price: Figure | None = numbers.get("gpu_price")
-        """Dollars a second of an accelerator; None where nobody published one."""
+        """Least dollars a second of an accelerator; None where nobody published one."""
+        self.price_most: Figure | None = numbers.get("gpu_price_most", self.price)
 
     def check_links(self, gpus: int) -> None:
         """Raise ValueError for more accelerators than the links connect."""
@@ -93,12 +95,18 @@ class Hardware:
             raise ValueError(f"{self.title} has no {dtype} units; use a precision that it has: {', '.join(self.peaks)}")
         return self.numbers[f"peak_{dtype}"]
 
+    def rate(self, *dtypes: str) -> Figure:
+        """Return the peak of the first of some dtypes that there are units for. Raises: ValueError, as peak."""
+        return self.peak(next((dtype for dtype in dtypes if dtype in self.peaks), dtypes[-1]))
+
     def having(self, source: str, numbers: Mapping[str, Any]) -> "Hardware":
         """Return hardware with other numbers in base units, also such as it lacks.
 
         Raises: ValueError for what no file may have.
         """
         found = dict(self.numbers)
+        if "gpu_price" in numbers:
+            numbers = {"gpu_price_most": numbers["gpu_price"], **numbers}
         for figure, title, units in NUMBERS.values():
             if figure in numbers:
                 table = {"value": numbers[figure], "unit": next(iter(units)), "source": source}
@@ -143,6 +151,8 @@ class Number:
     value: float = setting(0.0, above=0, most=1e290)
     unit: str = ""
     source: str = ""
+    date: str = ""
+    """Month of a price."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -152,13 +162,16 @@ class Number:
 def read(raw: dict[str, Any], name: str, file: str) -> Hardware:
     """Return hardware from the tables of a file. Raises: ValueError naming what is wrong."""
     title, peaks = raw.get("title"), raw.get("peaks", {})
-    refuse_unknown(raw, ["title", "peaks", *NUMBERS], file, "")
+    refuse_unknown(raw, ["title", "peaks", *(key for key in NUMBERS if "." not in key)], file, "")
     if not isinstance(title, str) or not title.strip():
         raise ValueError(f"{file} has no title; add title = the name of the hardware")
     for key in ("peaks", "memory", "memory_bandwidth", "gpus_per_node"):
         require(isinstance(raw.get(key), dict) and bool(raw[key]), f"{file} has no {key}; add a table [{key}]")
     refuse_unknown(peaks, list(DTYPES), file, "peaks.")
     there = raw | {f"peaks.{dtype}": table for dtype, table in peaks.items()}
+    if isinstance(price := there.get("price"), dict):
+        one = {key: value for key, value in price.items() if key != "most"}
+        there |= {"price": one, "price.most": {**one, "value": price.get("most", price.get("value"))}}
     kinds = {key: kind for key, kind in NUMBERS.items() if key in there}
     numbers = {kind[0]: _number(there[key], kind, file, f"{key}.") for key, kind in kinds.items()}
     return Hardware(name, title, numbers)
@@ -171,7 +184,7 @@ def _number(table: Any, kind: tuple[str, str, Mapping[str, float]], file: str, k
     require(number.unit in units, f"{key}unit in {file} is {brief(number.unit)}, want {want}")
     scaled = number.value * units[number.unit]
     require(scaled.is_integer() or units is not COUNT, f"{key}value in {file} is {number.value}, want a whole number")
-    return Figure(name, scaled, next(iter(units)), title, number.source)
+    return Figure(name, scaled, next(iter(units)), title, ", ".join(filter(None, (number.source, number.date))))
 
 
 def this_machine(on_part: OnPart, fresh: bool) -> Hardware:

@@ -1,7 +1,8 @@
 """Layout: how a training run is divided over GPUs, and the rules that it must meet.
 
-    gpus = pipeline * data * tensor       each GPU is in one pipeline stage, one part of the batch, one part of matrices
-    experts: data * tensor GPUs of a stage are divided into groups of `expert`, each of which holds all experts once
+    gpus = pipeline * data * context_parallel * tensor
+        each GPU is in one pipeline stage, one part of the batch, one part of sequences, one part of matrices
+    experts: all other GPUs of a stage are divided into groups of `expert`, each of which holds all experts once
 
 Worked example, DeepSeek-V3: 2048 GPUs, 16 stages, no tensor parallelism: 2048 / 16 = 128 parts of the batch. 64 of them
 share the 256 experts, 4 on each GPU, over 8 nodes; the experts exist 128 / 64 = 2 times. 15360 sequences a step are 120
@@ -41,11 +42,18 @@ class Layout:
     moments: Dtype
     batch: int
     """Sequences of an optimizer step."""
+    context_parallel: int = 1
+    """Parts of each sequence, on GPUs that gather the keys of all."""
 
     @property
     def data(self) -> int:
         """Parts of the batch."""
-        return self.gpus // (self.pipeline * self.tensor)
+        return self.gpus // (self.pipeline * self.tensor * self.context_parallel)
+
+    @property
+    def holders(self) -> int:
+        """GPUs that hold the same matrices, but those of a pipeline's other half."""
+        return self.data * self.context_parallel
 
     @property
     def copies(self) -> int:
@@ -71,8 +79,10 @@ def rules(r: Layout, c: ModelConfig, node: int) -> Iterator[Rule]:
     """Yield what a layout must meet: in itself, with the model, with nodes of this many GPUs, and with the batch."""
     gpus, p, e, t, m, batch = r.gpus, r.pipeline, r.expert, r.tensor, r.micro_batch, r.batch
     moe, dual = c.n_dense_layers < c.n_layers + c.n_mtp_layers, r.schedule == "dualpipe"
-    divided = gpus % (p * t) == 0
-    yield divided, lambda: f"pipeline={p} and tensor={t} do not divide gpus={gpus}; change one of the three"
+    parts = r.context_parallel
+    divided, named = gpus % (p * t * parts) == 0, f", tensor={t} and context_parallel={parts}"
+    named = f" and tensor={t}" if parts == 1 else named
+    yield divided, lambda: f"pipeline={p}{named} do not divide gpus={gpus}; change one of them"
     yield _divides("expert", e, "gpus/pipeline", gpus // p)
     yield p <= c.n_layers, lambda: f"pipeline={p} is more than n_layers={c.n_layers}; use {c.n_layers} or fewer stages"
     yield e == 1 or moe, lambda: f"expert={e} but the model has no MoE layers; use expert=1"
@@ -88,19 +98,20 @@ def rules(r: Layout, c: ModelConfig, node: int) -> Iterator[Rule]:
     yield _divides("tensor", t, "n_kv_heads", c.kv_heads)
     paired = p % 2 == 0 or not dual
     yield paired, lambda: f"schedule='dualpipe' pairs stages, got pipeline={p}; use an even number, or 1f1b"
-    shared = r.data * r.copies > 1 or r.zero == 0
+    shared = r.holders * r.copies > 1 or r.zero == 0
     alone = "divides the state over data-parallel GPUs, of which there is one"
     yield shared, lambda: f"zero={r.zero} {alone}; use zero=0"
     yield _divides("micro_batch", m, "batch", batch)
     rows = max(1, r.data * m)
     number, near = batch // rows, max(rows, batch // rows * rows)
-    parts = f"data={r.data} parts of micro_batch={m}; use a batch of {near}"
-    yield batch % rows == 0, lambda: f"a step of batch={batch} sequences is not divisible by {parts}"
-    fix = "use a larger batch, a smaller micro_batch or fewer stages"
+    fix = f"data={r.data} parts of micro_batch={m}; use a batch of {near}"
+    fix += f", or context_parallel={r.data // batch * parts}" if batch < r.data and r.data % batch == 0 else ""
+    yield batch % rows == 0, lambda: f"a step of batch={batch} sequences is not divisible by {fix}"
+    more = "use a larger batch, a smaller micro_batch or fewer stages"
     even = number >= 2 * p and number % 2 == 0
     want = f"an even number of micro-batches from {2 * p}"
-    yield even or not dual, lambda: f"schedule='dualpipe' with pipeline={p} needs {want}, got {number}; {fix}"
-    yield number >= p, lambda: f"pipeline={p} needs at least {p} micro-batches a step, got {number}; {fix}"
+    yield even or not dual, lambda: f"schedule='dualpipe' with pipeline={p} needs {want}, got {number}; {more}"
+    yield number >= p, lambda: f"pipeline={p} needs at least {p} micro-batches a step, got {number}; {more}"
 
 
 def _divides(name: str, part: int, of: str, whole: int) -> Rule:

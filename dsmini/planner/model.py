@@ -10,20 +10,38 @@ Source: DeepSeek-V3 report, section 4.2; "Insights into DeepSeek-V3" (INS, arXiv
 
 import functools
 import itertools
-from collections.abc import Mapping
-from math import ceil
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from dsmini.accounting import parameters
 from dsmini.accounting.flops import LOSS, flops_per_token, is_repeated, work
-from dsmini.accounting.memory import Recompute, Saved, fixed_layer_bytes, index_row_bytes, row_bytes
-from dsmini.accounting.tensors import BLOCK, INDEXER, MTP, OVER, SCORES, SIZES, TensorUse, blocks, main_tensors, tensors
+from dsmini.accounting.memory import (
+    CacheDtype,
+    Recompute,
+    Saved,
+    fixed_cache_bytes,
+    index_row_bytes,
+    mha_kv_bytes_per_token,
+    row_bytes,
+)
+from dsmini.accounting.tensors import (
+    INDEXER,
+    MTP,
+    OVER,
+    SCORES,
+    SIZES,
+    TensorUse,
+    WeightDtype,
+    blocks,
+    main_tensors,
+    tensors,
+)
 from dsmini.config import ModelConfig
 from dsmini.config.model import CSA_RATIO
 from dsmini.planner import request
-from dsmini.planner.figure import COUNTED, Figure, counted, figure
+from dsmini.planner.figure import COUNTED, Figure, counted, figure, figures_of
 
-EXPERTS, SHARED = "routed experts", "shared experts"
+EXPERTS = "routed experts"
 Part = Literal["embedding", "dense", "moe", "head", "mtp"]
 PARTS_OF_A_MODEL: tuple[Part, ...] = ("embedding", "dense", "moe", "head", "mtp")
 Contents = Mapping[Part, float]
@@ -96,6 +114,11 @@ class ModelFigures:
     def parameters_active(self) -> float:
         """Active parameters, without embedding. Source: V3, section 4.2."""
         return sum(self.active_modules)
+
+    @counted()
+    def parameters_narrow(self) -> float:
+        """Active parameters of matrices that may be FP8. Source: V3, section 3.3."""
+        return sum(use.per_token for use in main_tensors(self.config) if use.form == "fp8")
 
     @counted("FLOP/token")
     def attention_flops(self) -> float:
@@ -201,44 +224,61 @@ def _parts(use: TensorUse) -> list[Part]:
 class CacheFigures:
     """Cache of a token. Raises: ValueError for "fp8" where attention is not MLA."""
 
-    def __init__(self, c: ModelConfig, dtype: Any) -> None:
+    def __init__(self, c: ModelConfig, dtype: CacheDtype) -> None:
         self.config: ModelConfig = c
-        self.dtype: Any = dtype
+        self.dtype: CacheDtype = dtype
         self.size: int = SIZES[dtype]
         row_bytes(c, dtype)  # raises
 
     @counted("B")
-    def index_row(self) -> int:
-        """Indexer's key of a token, one layer. Source: V2, table 1; INS, table 1."""
-        return index_row_bytes(self.config, self.dtype)
+    def index_row(self) -> int | None:
+        """Indexer's key of a token, one layer. Source: V3.2, section 2.1; V4, section 2.3."""
+        return index_row_bytes(self.config, self.dtype) or None
 
     @figure("B")
     def attention_row(self) -> int:
         """Row of attention's cache: of a token, and in V4 of an entry. Source: V2, table 1; V4, section 2.3."""
         c = self.config
-        if self.dtype == "fp8":
-            return c.kv_lora_rank + 4 * ceil(c.kv_lora_rank / BLOCK) + 2 * c.qk_rope_head_dim
-        if c.is_mla:
+        if c.is_mla and self.dtype != "fp8":
             return self.size * (c.kv_lora_rank + c.qk_rope_head_dim)
-        return self.size * (c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim))
+        return row_bytes(c, self.dtype)
 
     @figure("B")
     def cache_row(self) -> int:
         """Cache of a token in one layer. Source: V2, table 1; INS, table 1."""
-        return self.attention_row + self.index_row
+        return self.attention_row + self.index_row if self.index_row else self.attention_row
+
+    @counted()
+    def csa_entries(self) -> float | None:
+        """Entries of a token in the layers of CSA. Source: compress_ratios of the config."""
+        return self.entries(lambda ratio: ratio == CSA_RATIO)
+
+    @counted()
+    def hca_entries(self) -> float | None:
+        """Entries of a token in the layers of HCA. Source: compress_ratios of the config."""
+        return self.entries(lambda ratio: ratio not in (0, CSA_RATIO))
+
+    def entries(self, kind: Callable[[int], bool]) -> float | None:
+        """Return the entries of a token in V4's layers of a kind."""
+        ratios = self.config.compress_ratios
+        return None if ratios is None else sum(1 / ratio for ratio in ratios if kind(ratio))
 
     @figure("B/token")
     def kv_cache(self) -> float:
-        """Cache of a token, all layers. Source: V2, table 1; INS, table 1."""
+        """Cache of a token, all layers; V4's without the window. Source: V2, table 1; INS, table 1; V4, section 2.3."""
+        if self.csa_entries is not None and self.hca_entries is not None:
+            return self.csa_entries * self.cache_row + self.hca_entries * self.attention_row
         return self.config.n_layers * self.cache_row
 
-    @figure("B/token")
+    @counted("B")
+    def window_cache(self) -> float | None:
+        """Cache of a sequence's window and of the rows that the next entry is made of, all layers."""
+        return None if self.config.compress_ratios is None else fixed_cache_bytes(self.config, self.dtype)
+
+    @counted("B/token")
     def mha_kv_cache(self) -> float:
         """Cache of a token with MHA, all layers. Source: V2, table 1; INS, table 1."""
-        c = self.config
-        if c.head_dim is not None:
-            return c.n_layers * c.n_heads * (2 * c.head_dim) * self.size
-        return c.n_layers * c.n_heads * (c.qk_nope_head_dim + c.v_head_dim) * self.size
+        return mha_kv_bytes_per_token(self.config, self.size)
 
     @figure()
     def cache_saving(self) -> float:
@@ -246,104 +286,50 @@ class CacheFigures:
         return 1 - self.kv_cache / self.mha_kv_cache
 
 
-class CompressedCacheFigures(CacheFigures):
-    """Cache of V4: its entries grow with a sequence, its window does not."""
-
-    @figure("B")
-    def attention_row(self) -> int:
-        """Row of attention's cache: of a token in the window, or of an entry. Source: V4, section 2.3."""
-        d, rope = self.config.head_dim or 0, self.config.qk_rope_head_dim
-        if self.dtype == "fp8":  # a scale for 64 codes, and whole words of 8 bytes
-            return 8 * ceil((d - rope + 2 * rope + ceil((d - rope) / 64)) / 8)
-        return self.size * d
-
-    @counted()
-    def csa_entries(self) -> float:
-        """Entries of a token in the layers of CSA. Source: compress_ratios of the config."""
-        return sum(1 / ratio for ratio in self.config.compress_ratios or () if ratio == CSA_RATIO)
-
-    @counted()
-    def hca_entries(self) -> float:
-        """Entries of a token in the layers of HCA. Source: compress_ratios of the config."""
-        return sum(1 / ratio for ratio in self.config.compress_ratios or () if ratio not in (0, CSA_RATIO))
-
-    @figure("B/token")
-    def kv_cache(self) -> float:
-        """Cache of a token, all layers, without the window. Source: V4, section 2.3."""
-        return self.csa_entries * self.cache_row + self.hca_entries * self.attention_row
-
-    @counted("B")
-    def window_cache(self) -> float:
-        """Cache of a sequence's window and of the rows that the next entry is made of, all layers."""
-        row = int(self.attention_row)
-        return sum(fixed_layer_bytes(self.config, ratio, row) for ratio in self.config.compress_ratios or ())
-
-
-def cache_figures(c: ModelConfig, dtype: Any) -> CacheFigures:
-    """Return the cache of a token in a dtype."""
-    return CacheFigures(c, dtype) if c.compress_ratios is None else CompressedCacheFigures(c, dtype)
-
-
 class WeightFigures:
     """Bytes and multiply-adds of the parts that a deployment divides differently.
 
-    Heads' matrices, the vocabulary, and in a model without experts the feed-forwards are divided by tensor parallelism,
-    routed experts by expert parallelism; all else is whole on each GPU. A matrix [o, i] takes o * i multiply-adds of a
-    token. Its bytes are 4 or 2 a number, or in FP8 one and an FP32 scale for each block of 128x128. `absorbed` are the
-    two halves of wkv_b that decoding applies to queries and sums: the same number, in the compute dtype.
+    Tensor parallelism divides heads' matrices, the vocabulary and feed-forwards, expert parallelism routed experts;
+    all else is whole on each GPU. A matrix [o, i] takes o * i multiply-adds of a token. Its bytes are 4 or 2 a number,
+    or in FP8 one and an FP32 scale for each block of 128x128. `absorbed` are the two halves of wkv_b that decoding
+    applies to queries and sums: the same number, in the compute dtype.
     """
 
-    def __init__(self, m: ModelFigures, dtype: Any) -> None:
+    def __init__(self, m: "ModelFigures", dtype: WeightDtype) -> None:
         self.m: ModelFigures = m
-        self.dtype: Any = dtype
+        self.dtype: WeightDtype = dtype
         self.size: int = SIZES[dtype]
         self.uses: list[TensorUse] = [use for use in main_tensors(m.config) if use.kind not in ("embedding", "head")]
-        self.whole: tuple[str, ...] = ("whole", "width") if m.moe_layers else ("whole",)
-        """Ways to split a matrix that tensor parallelism does not use."""
 
     def held(self, *splits: str) -> int:
-        """Return the bytes of tensors that are split so, in all their blocks, without experts."""
-        found = [use for use in self.uses if use.split in splits and use.kind not in (EXPERTS, SHARED)]
+        """Return the bytes of tensors that are split so, in all their blocks, without routed experts."""
+        found = [use for use in self.uses if use.split in splits and use.kind != EXPERTS]
         return sum(use.times * use.bytes(self.dtype) for use in found)
 
-    def products(self, *forms: str) -> int:
-        """Return the multiply-adds of a token with matrices of these forms, but those out of the latent."""
-        return sum(use.per_token for use in self.uses if use.form in forms and use.split != "up")
-
     @counted("B")
-    def head_matrices_bytes(self) -> int:
-        """Bytes of the matrices of heads, and of a dense model's feed-forwards. Source: the released shapes."""
-        return self.held(*{"heads", "width"}.difference(self.whole))
+    def divided_bytes(self) -> int:
+        """Bytes of the matrices of heads and of feed-forwards but routed experts. Source: the released shapes."""
+        return self.held("heads", "up", "width")
 
     @counted("B")
     def latent_up_bytes(self) -> int:
         """Bytes of the projections out of the latent. Source: shapes of the released checkpoints."""
         return self.held("up")
 
-    @counted()
-    def latent_up_products(self) -> int:
-        """Multiply-adds of a token with the projections out of the latent. Source: every matrix once."""
-        return sum(use.per_token for use in self.uses if use.split == "up")
-
-    @figure("B")
+    @counted("B")
     def absorbed_bytes(self) -> int:
         """Bytes of the projections out of the latent in two halves. Source: V2, section 2.1.2."""
-        return self.size * self.latent_up_products
+        return self.size * sum(use.per_token for use in self.uses if use.split == "up")
 
     @counted("B")
     def whole_bytes(self) -> int:
-        """Bytes that every GPU holds whole: latents, dense layers, gates, norms. Source: the released shapes."""
-        return self.held(*self.whole)
+        """Bytes that every GPU holds whole: latents, gates, norms. Source: the released shapes."""
+        return self.held("whole")
 
     @counted("B")
     def table_bytes(self) -> int:
         """Bytes of the tables of hash layers, of which a token reads a row. Source: the released shapes."""
         return sum(use.times * use.bytes(self.dtype) for use in self.uses if use.name == "tid2eid")
-
-    @counted("B")
-    def shared_experts_bytes(self) -> int:
-        """Bytes of the shared experts. Source: shapes of the released checkpoints."""
-        return sum(use.times * use.bytes(self.dtype) for use in self.uses if use.kind == SHARED)
 
     @counted("B")
     def expert_bytes(self) -> int:
@@ -356,22 +342,28 @@ class WeightFigures:
         return self.m.config.vocab_size * self.m.config.dim * self.size
 
     @figure("B")
-    def layers_bytes(self) -> float:
-        """Bytes of all layers but routed experts. Source: shapes of the released checkpoints."""
-        return self.head_matrices_bytes + self.latent_up_bytes + self.shared_experts_bytes + self.whole_bytes
-
-    @figure("B")
     def model_bytes(self) -> float:
         """Weights of the model without MTP. Source: shapes of the released checkpoints."""
-        m, c = self.m, self.m.config
-        return self.layers_bytes + m.moe_layers * c.n_routed_experts * self.expert_bytes + 2 * self.vocabulary_bytes
+        experts = self.m.moe_layers * self.m.config.n_routed_experts * self.expert_bytes
+        return self.divided_bytes + self.whole_bytes + experts + 2 * self.vocabulary_bytes
 
     @counted()
     def matrix_products(self) -> int:
-        """Multiply-adds of a token with matrices that may be FP8, latents' apart. Source: every matrix once."""
-        return self.products("fp8")
+        """Multiply-adds of a token with matrices that may be FP8, without routed experts. Source: every matrix once."""
+        return sum(use.per_token for use in self.uses if use.form == "fp8" and use.kind != EXPERTS)
+
+    @counted()
+    def expert_products(self) -> int:
+        """Multiply-adds of a token with routed experts. Source: every matrix once."""
+        return sum(use.per_token for use in self.uses if use.kind == EXPERTS)
 
     @counted()
     def other_products(self) -> int:
         """Multiply-adds of a token with gates and other plain matrices. Source: every matrix once."""
-        return self.products("fp32", "plain")
+        return sum(use.per_token for use in self.uses if use.form != "fp8")
+
+
+def model_figures(m: ModelFigures, weight_dtype: WeightDtype, cache_dtype: CacheDtype) -> dict[str, Figure]:
+    """Return all figures of a model alone, with weights and a cache in these dtypes."""
+    parts = (m, CacheFigures(m.config, cache_dtype), WeightFigures(m, weight_dtype))
+    return {name: found for part in parts for name, found in figures_of(part, m.sizes).items()}

@@ -4,13 +4,11 @@
     >>> plan.run.training_cost
 
 The order is: request, layout and deployments, figures, sentences, page. A value that a user leaves open comes from
-the first that has it: the file's section [train], DeepSeek-V3's published run (presets.toml), what search.py and
-serving.py choose. A complete request is planned as it is. So another plan is a complete request with a change.
+the first that has it: the file's sections [train] and [serving], DeepSeek-V3's published run (presets.toml), what
+search.py and deployments.py choose. A complete request is planned as it is. So another plan is one with a change.
 
 Bottlenecks. The parts of a training step run one after the other: the longest one binds, and its share of the step
-says how much. The parts of serving overlap, so a step takes as long as the slowest one. Making it faster gains at
-most its ratio to the second, which then binds: with 14 ms on links, 7 ms in memory and 2 ms of compute, links bind,
-2 times the memory's time.
+says how much. So do those of an estimate of serving; those of its bound overlap (serving.py).
 
 Variation.
 
@@ -19,9 +17,9 @@ Variation.
     slow_link=50e9,100e9            a number of the hardware, in base units, by the name of its figure
     gpus=512,1024,2048              a field of the request: layout, workload, serving, efficiencies, failures
 
-Everything else stays as the plan has it: with other hardware the layout is the same one. So a difference has one
-cause. Only the number of sequences follows a longer context, where the user left it open. Values for which there is
-no plan, such as a pipeline that does not divide the GPUs, are left out, and the reason is told.
+The layout of training stays as the plan has it, so a difference has one cause. Deployments are searched again for each
+value, on equal terms, where the user left them open. Values for which there is no plan, such as a pipeline that does
+not divide the GPUs, are left out, and the reason is told.
 """
 
 import difflib
@@ -34,13 +32,14 @@ from typing import Any
 
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
+from dsmini.planner.deployments import Found, resolve, search
 from dsmini.planner.figure import Figure, Figures, check_name, figures_of
 from dsmini.planner.hardware import FIGURES, USER, Hardware, OnPart, load_hardware, quiet
-from dsmini.planner.model import ModelFigures, WeightFigures, cache_figures
-from dsmini.planner.request import LAYOUT, SERVING, Assumptions, Inputs, Model, PlanRequest, is_v3, presets
+from dsmini.planner.model import ModelFigures, model_figures
+from dsmini.planner.request import LAYOUT, SERVING, Inputs, Model, PlanRequest, presets
 from dsmini.planner.run import Failures, Run
 from dsmini.planner.search import Chosen, choose_layout
-from dsmini.planner.serving import Served, choose_serving
+from dsmini.planner.serving import PHASES, Phase, Served, Service
 from dsmini.planner.training import Training
 from dsmini.reading import brief
 
@@ -56,18 +55,34 @@ class Plan:
     asked: PlanRequest
     """Request as it was before it was completed."""
     inputs: Inputs
-    """Complete request, and the sources of its fields. Where serving has no plan, decode_gpus is open."""
-    published: bool
-    """Deployments of DeepSeek-V3's sizes send rows as its own do: it is the model, or one that is varied from it."""
-    assumed: Assumptions
+    """Complete request but for deployments, which are searched again where they are open, and sources of its fields."""
     m: ModelFigures
     chosen: Chosen
     run: Run
     failures: Failures | None
     """None where training does not fit."""
-    served: Served | None
-    unserved: str
-    """Reason why serving has no plan, in one sentence; "" if it has one."""
+    service: Service | None
+    unusable: str
+    """Reason why there is no service, in one sentence; "" if there is one."""
+
+    @cached_property
+    def _found(self) -> tuple[Mapping[Phase, Found], str]:
+        if self.service is None:
+            return {}, self.unusable
+        try:
+            return {phase: search(self.service, self.request, phase) for phase in PHASES}, ""
+        except ValueError as error:
+            return {}, str(error)
+
+    @property
+    def found(self) -> Mapping[Phase, Found]:
+        """Deployments of both phases, searched when they are first asked for; none where serving has no plan."""
+        return self._found[0]
+
+    @property
+    def unserved(self) -> str:
+        """Reason why serving has no plan, in one sentence; "" if it has one."""
+        return self._found[1]
 
     @property
     def request(self) -> PlanRequest:
@@ -85,28 +100,35 @@ class Plan:
         return self.chosen.training
 
     @property
+    def served(self) -> dict[Phase, Served]:
+        """Main deployments of the phases that have one."""
+        return {phase: each.main for phase, each in self.found.items() if each.every}
+
+    @property
     def fits(self) -> bool:
-        """True if every GPU has the memory for training. The need is a lower bound, so leave room."""
+        """True if every GPU has the memory for training."""
         return self.training.fits
 
     @property
     def misfit(self) -> dict[str, str]:
         """Sentences about what does not fit, with what would: of training, decode and prefill."""
         training = {"training": self.chosen.misfit} if self.chosen.misfit else {}
-        return training | (self.served.misfit if self.served else {})
+        return training | {phase: each.misfit for phase, each in self.found.items() if each.misfit}
 
     @property
     def refused(self) -> str:
         """Sentence about a plan in which nothing fits; "" if training or serving does."""
-        serving = self.unserved or (next(iter(self.served.misfit.values()), "") if self.served else "")
-        if not self.chosen.misfit or not serving:
+        if not self.chosen.misfit:
+            return ""
+        serving = self.unserved or next((each.misfit for each in self.found.values() if each.misfit), "")
+        if not serving:
             return ""
         return f"neither training nor serving fits: {self.chosen.misfit}. Serving: {serving}"
 
     @property
     def waits(self) -> dict[str, dict[str, float]]:
         """Seconds of the parts of a step by their words: of training, and of decode and prefill."""
-        return {"training": self.training.parts} | (self.served.waits if self.served else {})
+        return {"training": self.training.parts} | {phase: each.step.waits for phase, each in self.served.items()}
 
     def longest(self, stage: str) -> list[str]:
         """Return the parts of a step, the longest first, which binds."""
@@ -120,26 +142,20 @@ class Plan:
     @cached_property
     def sections(self) -> dict[str, dict[str, Figure]]:
         """Figures by section and name, and the inputs that they need."""
-        t, served = self.training, self.served
-        weights = served.w.weights if served else WeightFigures(self.m, "bfloat16")
-        cache = served.w.cache if served else cache_figures(self.m.config, "bfloat16")
-        parts: dict[str, list[object]] = {
-            "model": [self.m, cache, weights],
-            "training": [t, t.links, t.exchange, self.run, t.process if t.layout.gpus == 1 else t.fullest],
-            "reliability": [self.failures] if self.failures else [],
-            "inference": [],
+        t, r = self.training, self.request
+        training = [t, t.links, t.exchange, self.run, t.process if t.layout.gpus == 1 else t.fullest]
+        sizes = self.m.sizes | {name: self.inputs[name] for name in (*LAYOUT[:5], "micro_batch", "batch")}
+        reliability = figures_of(self.failures, sizes) if self.failures else {}
+        found = {
+            "model": model_figures(self.m, r.weight_dtype or "bfloat16", r.cache_dtype or "bfloat16"),
+            "training": {n: figure for part in training for n, figure in figures_of(part, sizes).items()},
+            "reliability": reliability,
         }
-        if served is not None:
-            for step in (served.decode_step, served.prefill_step):
-                parts["inference"] += [step.of, step.exchange, step]
-            parts["inference"] += [served.first_step, served]
-            if served.drafts is not None:
-                parts["inference"] += [served.drafts.step, served.drafts]
-        inputs = self.m.sizes | {name: self.inputs.of(name) for name in (*LAYOUT[:4], "micro_batch", "batch")}
-        return {
-            name: {n: figure for part in found for n, figure in figures_of(part, inputs).items()}
-            for name, found in parts.items()
-        }
+        for phase, each in self.served.items():
+            step, sizes = each.step, self.m.sizes | dict(each.d.figures)
+            parts = (step.memory, step.exchange, step.least, step, each)
+            found[phase] = {n: figure for part in parts for n, figure in figures_of(part, sizes).items()}
+        return found
 
     @property
     def computed(self) -> dict[str, dict[str, Figure]]:
@@ -147,15 +163,12 @@ class Plan:
         return {name: {n: f for n, f in found.items() if f.formula} for name, found in self.sections.items()}
 
     def unfit(self, name: str) -> bool:
-        """Return whether a figure is of training or of a deployment that the memory of a GPU does not hold."""
-        section = next((section for section, found in self.computed.items() if name in found), "")
-        if section == "inference":
-            return ("prefill" if name.startswith("prefill") else "decode") in self.misfit
-        return section in ("training", "reliability") and not self.fits
+        """Return whether a figure is of training that the memory of a GPU does not hold."""
+        return not self.fits and any(name in self.computed[section] for section in ("training", "reliability"))
 
     def in_precision(self, precision: Any) -> float | None:
         """Return the time of the run in the same layout with another precision; None if it does not fit."""
-        training = Training(self.m, self.hardware, self.assumed, replace(self.training.layout, precision=precision))
+        training = Training(self.m, self.hardware, self.inputs, replace(self.training.layout, precision=precision))
         return Run(training, self.inputs).training_time if training.fits else None
 
 
@@ -179,29 +192,35 @@ def make_plan(
     if request.price is not None:
         hardware = hardware.having(sources["price"], {"gpu_price": request.price / 3600})
     inputs = _worked(Inputs(request=request, sources=sources), model)
-    assumed = Assumptions(inputs)
-    m = ModelFigures(model.config, inputs.of("seq_len", "token"), sources.get("model", model.source))
-    chosen = choose_layout(inputs, model, m, hardware, assumed)
+    m = ModelFigures(model.config, inputs["seq_len"], sources.get("model", model.source))
+    chosen = choose_layout(inputs, model, m, hardware)
     layout, how = chosen.training.layout, sources.get("layout", chosen.how)
     inputs = inputs.filled(how, **{name: getattr(layout, name) for name in LAYOUT})
     inputs.sources["layout"] = how
     run = Run(chosen.training, inputs)
     failures = Failures(inputs, layout.gpus, run) if chosen.training.fits else None
-    published = is_v3(model.config) if before is None else before.published
-    served, unserved = None, ""
+    service, unusable = None, ""
     try:
-        served = choose_serving(inputs, model, m, hardware, assumed, published)
-        inputs = served.inputs
+        inputs = resolve(inputs, model, hardware)
+        service = Service(m, inputs, hardware)
     except ValueError as error:
-        if before is None and request.given(SERVING):
-            raise
-        unserved = str(error)
-        inputs = replace(inputs, request=replace(inputs.request, decode_gpus=None, prefill_gpus=None))
-    return Plan(
-        **{"model": model, "hardware": hardware, "asked": before.asked if before is not None else request},
-        **{"inputs": inputs, "published": published, "assumed": assumed, "m": m, "chosen": chosen, "run": run},
-        **{"failures": failures, "served": served, "unserved": unserved},
+        unusable = str(error)
+    asked = before.asked if before is not None else request
+    plan = Plan(
+        **{"model": model, "hardware": hardware, "asked": asked, "inputs": inputs, "m": m, "chosen": chosen},
+        **{"run": run, "failures": failures, "service": service, "unusable": unusable},
     )
+    of_serving = (*SERVING, "tpot", "ttft")
+    require(before is not None or not request.given(of_serving) or not plan.unserved, plan.unserved)
+    return plan
+
+
+def model_alone(request: PlanRequest, model: Model) -> Figures:
+    """Return the figures of a model, which need neither hardware nor a layout."""
+    inputs, released = _worked(Inputs(request=request, sources={}), model), model.released
+    weights, cache = request.weight_dtype or released.weights, request.cache_dtype or released.cache
+    m = ModelFigures(model.config, inputs["seq_len"], model.source)
+    return model_figures(m, weights or "bfloat16", cache or "bfloat16")
 
 
 def _worked(inputs: Inputs, model: Model) -> Inputs:
@@ -221,7 +240,7 @@ def _worked(inputs: Inputs, model: Model) -> Inputs:
 def changed(before: Plan, changes: Mapping[str, Any], hardware: Hardware, source: str = "--vary") -> Plan:
     """Return the plan with some changes of the request, of the model's sizes or of the hardware, all else as it is.
 
-    A longer context leaves room for fewer sequences, unless the user chose their number.
+    The layout of training stays. Deployments are searched again, where the user left them open.
 
     Raises: ValueError for changes that the model or the hardware cannot have.
     """
@@ -233,7 +252,7 @@ def changed(before: Plan, changes: Mapping[str, Any], hardware: Hardware, source
         model = replace(model, config=replace(model.config, **of_model))
         sources = {**before.sources, "model": f"{source} and {model.source}"}
         old = replace(before, inputs=replace(before.inputs, sources=sources))
-    again: dict[str, Any] = {"sequences": None} if "context" in changes and before.asked.sequences is None else {}
+    again = {name: getattr(before.asked, name) for name in SERVING}  # searched again where they are open
     request = replace(before.request, **{**again, **of_request})
     return make_plan(request, model, hardware.having(source, of_hardware), old, source)
 
@@ -244,8 +263,9 @@ MOST_VALUES = 400
 """Most plans of a variation."""
 COMPARED = (
     *("parameters_main", "parameters_active", "kv_cache", "memory_needed", "step_seconds", "mfu", "training_time"),
-    *("training_cost", "decode_sequences", "decode_time_per_token", "decode_gpu_tokens_per_second"),
-    *("decode_sequences_that_fit", "decode_cost", "speculation_gain", "prefill_time_to_first_token", "elapsed_time"),
+    *("training_cost", "elapsed_time", "model_bytes"),
+    *(f"decode_{name}" for name in ("gpus", "tensor", "batch", "micro_batches", "drafts", "time", "least_time")),
+    *(f"{phase}_{n}" for phase in PHASES for n in ("gpu_tokens_per_second", "most_gpu_tokens_per_second", "cost")),
 )
 """Figures that are compared where a plan is varied."""
 Axis = tuple[str, tuple[Any, ...]]

@@ -8,7 +8,7 @@ shares of the peaks are reached, and how often the machines fail.
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +27,24 @@ DTYPES: Mapping[Precision, WeightDtype] = {"fp32": "float32", "bf16": "bfloat16"
 """Dtype of weights and of the products' peak, by precision."""
 Schedule = Literal["1f1b", "zb1p", "dualpipe"]
 LAYOUT = (
-    *("gpus", "pipeline", "expert", "tensor", "zero", "recompute", "precision", "micro_batch", "schedule"),
+    *(
+        "gpus",
+        "pipeline",
+        "expert",
+        "tensor",
+        "context_parallel",
+        "zero",
+        "recompute",
+        "precision",
+        "micro_batch",
+        "schedule",
+    ),
     *("optimizer", "moments"),
 )
 """Fields of a request that are the layout of a training run."""
 SERVING = (
-    *("context", "sequences", "prompt", "weight_dtype", "cache_dtype", "decode_gpus", "decode_tensor"),
-    *("decode_redundant", "prefill_gpus", "prefill_tensor", "prefill_redundant"),
+    *("context", "sequences", "prompt", "weight_dtype", "cache_dtype", "indexer_dtype", "decode_gpus", "decode_tensor"),
+    *("prefill_gpus", "prefill_tensor", "micro_batches", "drafts"),
 )
 """Fields of a request that ask for serving."""
 SIZES = (
@@ -43,6 +54,11 @@ SIZES = (
     *("n_expert_groups", "n_limited_groups", "n_mtp_layers"),
 )
 """Fields of a model that are sizes."""
+UNITS = {
+    **dict.fromkeys(("seq_len", "tokens", "context", "prompt"), "token"),
+    **dict.fromkeys(("restart_time", "checkpoint_halt"), "s"),
+}
+"""Units of the fields of a request that have one."""
 SMALLEST, LARGEST = 1e-9, 10**18
 """Ends of every number, so that products and differences of some of them are floats."""
 
@@ -66,6 +82,8 @@ class PlanRequest:
     """Number of GPUs that share the routed experts of a layer."""
     tensor: int | None = None
     """Number of GPUs that share each matrix, and with sequence parallelism the activations; experts are not divided."""
+    context_parallel: int | None = None
+    """Number of GPUs that divide each sequence, which gather its keys; left out: 1, or more where nothing else fits."""
     zero: Zero | None = setting(None, least=0)
     """Stage of ZeRO: 1 divides the optimizer's state over the data-parallel GPUs, 2 gradients too, 3 weights too."""
     recompute: Recompute | None = None
@@ -97,39 +115,41 @@ class PlanRequest:
     """Share of a GPU that carries rows of experts in place of computing; left out: 0.15, as DeepSeek-V3."""
     link_efficiency: float | None = setting(None, above=0, most=1)
     """Share of a link's data-sheet rate that is reached; left out: 0.8, measured on H800."""
-    serving_efficiency: float | None = setting(None, above=0, most=1)
-    """Share of the peaks that products reach in serving; left out: 1, which makes serving a bound."""
-    memory_efficiency: float | None = setting(None, above=0, most=1)
-    """Share of the memory's bandwidth that is reached in serving; left out: 1, which makes serving a bound."""
     imbalance: float | None = setting(None, least=1)
-    """Tokens of the fullest GPU's experts over the mean; left out: 1, perfect balance."""
+    """Tokens of the fullest GPU's experts over the mean, in training; left out: 1, perfect balance."""
+    memory_share: float | None = setting(None, above=0, most=1)
+    """Share of a GPU's memory that a plan may fill; left out: 0.9."""
 
     context: int | None = None
     """Number of tokens that a decoding sequence holds; left out: 4096, or as many as the model takes."""
     sequences: int | None = None
-    """Number of sequences that a GPU decodes in a micro-batch; left out: as many as fit, at most 32."""
+    """Number of sequences that a GPU decodes; left out, as all of a deployment: searched."""
     prompt: int | None = None
     """Number of tokens of a prompt; left out: as context."""
     weight_dtype: WeightDtype | None = None
-    """Dtype of weights in serving."""
+    """Dtype of weights in serving; left out: the narrowest that the config says and the hardware multiplies."""
     cache_dtype: CacheDtype | None = None
-    """Dtype of the cache in serving; left out: bfloat16. fp8 is for MLA."""
+    """Dtype of the cache in serving; left out: the config's, else bfloat16. fp8 is for MLA and V4."""
+    indexer_dtype: WeightDtype | None = None
+    """Dtype of an indexer's scores in serving; left out: the config's, else bfloat16."""
     decode_gpus: int | None = None
-    """Number of GPUs that decode together; left out: as DeepSeek-V3 was served, or the fewest that fit."""
+    """Number of GPUs that decode together."""
     decode_tensor: int | None = None
-    """Number of GPUs that share attention's heads in decoding."""
-    decode_redundant: int | None = setting(None, least=0)
-    """Number of copies of experts beyond one of each in decoding; left out: the fewest that divide evenly."""
+    """Number of GPUs that share heads and sequences in decoding."""
     prefill_gpus: int | None = None
     """Number of GPUs that read prompts together."""
     prefill_tensor: int | None = None
-    """Number of GPUs that share attention's heads in reading prompts."""
-    prefill_redundant: int | None = setting(None, least=0)
-    """Number of copies of experts beyond one of each in reading prompts, such as DeepSeek's 32."""
-    drafts: int = setting(1, least=0)
+    """Number of GPUs that share heads and prompts in reading prompts."""
+    micro_batches: int | None = None
+    """Number of parts of a served batch, 1 or 2, of which one communicates while another computes."""
+    drafts: int | None = setting(None, least=0)
     """Number of tokens that multi-token prediction drafts in a step; 0: plain decoding."""
     acceptance: float = setting(0.85, above=0, below=1)
     """Probability that a draft is accepted, if those before it were (V3: 0.85 to 0.9)."""
+    tpot: float | None = None
+    """Longest time of an output token in milliseconds, that the main deployment keeps; left out: 50."""
+    ttft: float | None = None
+    """Longest time of reading a prompt in seconds, that the main deployment keeps; left out: any."""
 
     failures_per_node_day: float | None = None
     """Number of failures of a node of eight GPUs in a day; left out: Meta's 0.0065."""
@@ -160,34 +180,26 @@ class Inputs:
 
     request: PlanRequest
     sources: dict[str, str]
-    """Source of fields of the request, in words; of the layout, and of the GPUs of decode and prefill, how they were
-    chosen."""
+    """Source of fields of the request, in words; of the layout, how it was chosen."""
+    known: dict[str, Figure] = field(default_factory=dict[str, Figure])
+    """Figures that were asked for."""
 
-    def of(self, name: str, unit: str = "") -> Figure:
-        """Return a field of the request; what is left open is assumed."""
-        value, source = getattr(self.request, name), self.sources.get(name, "")
-        if value is None:
-            value, source = presets()["assumed"][name]
-        return Figure(name, value, unit, titles_of(PlanRequest)[name], source)
+    def __getitem__(self, name: str) -> Figure:
+        """Return a number of the request; what is left open is assumed."""
+        if name not in self.known:
+            value, source = getattr(self.request, name, None), self.sources.get(name, "")
+            title, unit = titles_of(PlanRequest).get(name, ""), UNITS.get(name, "")
+            if value is None:
+                value, source, *more = presets()["assumed"][name]
+                title, unit = [*more, unit][:2] if more else (title, unit)
+            self.known[name] = Figure(name, value, unit, title, source)
+        return self.known[name]
 
     def filled(self, source: str, **values: Any) -> "Inputs":
-        """Return the same with values for the fields that are open. What has a source keeps it."""
+        """Return the same with values for the fields that are open. Fields with a source keep it."""
         open_ = {name: value for name, value in values.items() if getattr(self.request, name) is None}
         sources = {**dict.fromkeys(values, source), **self.sources}
         return Inputs(request=replace(self.request, **open_), sources=sources)
-
-
-class Assumptions:
-    """Shares of the peaks that are reached, and imbalance."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self.bf16_efficiency: Figure = inputs.of("bf16_efficiency")
-        self.fp8_efficiency: Figure = inputs.of("fp8_efficiency")
-        self.communication_share: Figure = inputs.of("communication_share")
-        self.link_efficiency: Figure = inputs.of("link_efficiency")
-        self.serving_efficiency: Figure = inputs.of("serving_efficiency")
-        self.memory_efficiency: Figure = inputs.of("memory_efficiency")
-        self.imbalance: Figure = inputs.of("imbalance")
 
 
 # --- models
@@ -222,8 +234,20 @@ def is_v3(config: ModelConfig, indexer: bool = False) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Released:
+    """Dtypes that a model is released and served in: the section [serving] of its config."""
+
+    weights: WeightDtype | None = None
+    cache: CacheDtype | None = None
+    indexer: WeightDtype | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A config and what its file says of training."""
+    """A config and what its file says of training and serving."""
 
     config: ModelConfig
     source: str
@@ -232,6 +256,9 @@ class Model:
     """Recipe, where the file has the section [train]."""
     fp8: bool = False
     """The file says that the products or the weights are FP8."""
+    released: Released = Released()
+    defaults: tuple[str, ...] = ()
+    """Sizes that an own TOML file leaves to dsmini's defaults."""
 
     @property
     def name(self) -> str:
@@ -241,11 +268,31 @@ class Model:
 
     @classmethod
     def from_file(cls, path: Path) -> "Model":
-        """Read a TOML file, DeepSeek's inference JSON, or Hugging Face's config.json."""
+        """Read a TOML file, DeepSeek's inference JSON, or Hugging Face's config.json.
+
+        Raises: ValueError for a file without sizes, and quantization that dsmini cannot honour, by its name.
+        """
         config, is_toml = ModelConfig.from_file(path), path.suffix == ".toml"
         raw = read_toml(path) if is_toml else read_table(path)
-        if not (raw.get("model") if is_toml else raw):
+        given = raw.get("model") if is_toml else raw
+        if not given:
             raise ValueError(f"{path} has no size of a model; write some, or name a config, such as configs/toy.toml")
         run = RunConfig.from_file(path) if is_toml and "train" in raw else None
         fp8 = config.precision == "fp8" or raw.get("dtype") == "fp8" or bool(raw.get("quantization_config"))
-        return cls(config=config, source=str(path), run=run, fp8=fp8)
+        said = raw.get("serving", {}) if is_toml else {}
+        if fp8 and "weights" not in said:
+            said = {**said, "weights": "fp4" if raw.get("expert_dtype") == "fp4" else "fp8"}
+        if config.compress_ratios is not None and "cache" not in said and fp8:
+            said = {**said, "cache": "fp8", "indexer": "fp4"}
+        own = is_toml and path != known_config(path.stem)
+        left = tuple(n for n in SIZES if own and n not in given and getattr(config, n) is not None)
+        released = build(Released, said, path.name, "serving.")
+        return cls(config=config, source=str(path), run=run, fp8=fp8, released=released, defaults=left)
+
+
+def known_config(name: str) -> Path | None:
+    """Return the file of a config that dsmini comes with; None for any other name."""
+    try:
+        return find_config(Path(name))
+    except ValueError:
+        return None

@@ -20,7 +20,7 @@ from math import exp, sqrt
 
 from dsmini.config.fields import require
 from dsmini.planner.figure import Figure, figure
-from dsmini.planner.request import Inputs
+from dsmini.planner.request import DTYPES, Inputs
 from dsmini.planner.training import Training
 from dsmini.report.units import human
 
@@ -36,8 +36,8 @@ class Run:
     def __init__(self, t: Training, inputs: Inputs) -> None:
         self.t: Training = t
         self.peak: Figure = t.h.peak(t.dtype)
-        self.tokens: Figure = inputs.of("tokens", "token")
-        self.utilization: Figure | None = inputs.of("utilization") if inputs.request.utilization is not None else None
+        self.tokens: Figure = inputs["tokens"]
+        self.utilization: Figure | None = inputs["utilization"] if inputs.request.utilization is not None else None
 
     @figure("token")
     def step_tokens(self) -> float:
@@ -55,6 +55,18 @@ class Run:
         if self.utilization is not None:
             return self.step_flops / (self.t.layout.gpus * self.peak * self.utilization)
         return self.t.parts_seconds
+
+    @figure("s")
+    def least_step_seconds(self) -> float:
+        """Least time of a step: all products at their peaks, nothing computed again, all else hidden."""
+        narrow, peak = 6 * self.t.m.parameters_narrow, self.t.h.peak(DTYPES[self.t.layout.precision])
+        token = narrow / peak + (self.t.m.training_flops - narrow) / self.peak
+        return self.step_tokens * token / self.t.layout.gpus
+
+    @figure("s")
+    def least_training_time(self) -> float:
+        """Least time of the whole run without failures."""
+        return self.tokens / self.step_tokens * self.least_step_seconds
 
     @figure()
     def mfu(self) -> float:
@@ -90,9 +102,9 @@ class Failures:
     def __init__(self, inputs: Inputs, gpus: float, run: Run | None = None) -> None:
         self.gpus: float = gpus
         self.run: Run | None = run
-        self.failures_per_node_day: Figure = inputs.of("failures_per_node_day")
-        self.restart: Figure = inputs.of("restart_time", "s")
-        self.halt: Figure = inputs.of("checkpoint_halt", "s")
+        self.failures_per_node_day: Figure = inputs["failures_per_node_day"]
+        self.restart: Figure = inputs["restart_time"]
+        self.halt: Figure = inputs["checkpoint_halt"]
         mean = self.mean_time_to_failure
         said = f"a failure every {human(mean, 's')} leaves no time to train, with {self.restart} "
         said += f"for a restart and {self.halt} for a checkpoint; lower one of the three"

@@ -11,7 +11,8 @@ would train too slowly if twice the GPUs were twice as fast. A small number may 
 the skipped ones are tried last, from the largest on. If none fits, the layout is the one that needs least memory, with
 what would fit.
 
-Estimates: the time is that of training.py. Memory is a lower bound: a layout that fills it will not run.
+Estimates: the time is that of training.py. Memory is a lower bound, so a layout may fill memory_share of it. Sequences
+are divided into parts (context_parallel) where no layout with whole ones fits.
 """
 
 import itertools
@@ -25,17 +26,20 @@ from dsmini.config import RunConfig
 from dsmini.planner.hardware import Hardware, OnPart, quiet
 from dsmini.planner.layout import Layout, check, rules
 from dsmini.planner.model import ModelFigures
-from dsmini.planner.request import LAYOUT, Assumptions, Inputs, Model, Precision, is_v3, presets
+from dsmini.planner.request import LAYOUT, Inputs, Model, Precision, is_v3, presets
 from dsmini.planner.run import Run
 from dsmini.planner.training import Training
 from dsmini.report.units import DAY, human, plural
 
-SIZES = ("pipeline", "tensor", "expert", "micro_batch")
+SIZES = ("pipeline", "tensor", "expert", "context_parallel", "micro_batch")
+PARTS = (2, 4, 8, 16, 32, 64)
+"""Parts of a sequence that are tried where whole ones do not fit."""
 CHOICES = ("schedule", "zero", "recompute", "precision")
 Options = Mapping[str, tuple[Any, ...]]
 """Values of the fields of a layout that may be taken, those first that need more memory; of a size that is not in it,
 all that divide the GPUs."""
 EVERY: Options = {
+    "context_parallel": (1,),
     "micro_batch": (1, 2, 4),
     "schedule": ("1f1b", "zb1p", "dualpipe"),
     "zero": (0, 1, 2, 3),
@@ -48,7 +52,16 @@ MOST_GPUS = 2**20
 DAYS = 90.0
 """Days of the longest training, where the user leaves them open."""
 DEFAULTS: Mapping[str, Any] = {
-    **{"gpus": 1, "pipeline": 1, "expert": 1, "tensor": 1, "zero": 0, "recompute": "none", "precision": "bf16"},
+    **{
+        "gpus": 1,
+        "pipeline": 1,
+        "expert": 1,
+        "tensor": 1,
+        "context_parallel": 1,
+        "zero": 0,
+        "recompute": "none",
+        "precision": "bf16",
+    },
     **{"micro_batch": 1, "schedule": "1f1b", "optimizer": "adamw", "moments": "float32"},
 }
 """Layout of one process."""
@@ -71,7 +84,7 @@ class Search:
 
     m: ModelFigures
     hardware: Hardware
-    assumed: Assumptions
+    assumed: Inputs
     base: Layout
     """Number of GPUs, batch, optimizer and moments; the options replace all else."""
     options: Options
@@ -146,7 +159,7 @@ def usual_precision(model: Model, hardware: Hardware) -> Precision:
     return "bf16" if "bfloat16" in hardware.peaks else "fp32"
 
 
-def choose_layout(inputs: Inputs, model: Model, m: ModelFigures, hardware: Hardware, assumed: Assumptions) -> Chosen:
+def choose_layout(inputs: Inputs, model: Model, m: ModelFigures, hardware: Hardware) -> Chosen:
     """Return a complete layout for a request with its batch, and how what is left open was chosen.
 
     Raises: ValueError for a layout that contradicts itself, the model, the nodes or the batch.
@@ -157,7 +170,7 @@ def choose_layout(inputs: Inputs, model: Model, m: ModelFigures, hardware: Hardw
     def planned(**layout: Any) -> Training:
         made = Layout(**layout, batch=r.batch or 1)
         check(rules(made, model.config, hardware.gpus_per_node))
-        return Training(m, hardware, assumed, made)
+        return Training(m, hardware, inputs, made)
 
     if len(given) == len(LAYOUT):
         found = planned(**given)
@@ -184,12 +197,15 @@ def choose_layout(inputs: Inputs, model: Model, m: ModelFigures, hardware: Hardw
     base = Layout(**{**state, **given}, batch=r.batch or 1)
     options = {**SHORT, "precision": (base.precision,), **{name: (value,) for name, value in given.items()}}
     alone = {name: values for name, values in alone_options(run, base.batch).items() if name not in given}
-    search = Search(m=m, hardware=hardware, assumed=assumed, base=base, options=options, alone=alone)
+    search = Search(m=m, hardware=hardware, assumed=inputs, base=base, options=options, alone=alone)
     if not replace(search, base=replace(base, gpus=1)).fits_any():  # one process then takes fewer sequences at a time
         alone.pop("micro_batch", None)
     counts = _counts(search, given)
     longest = math.inf if "gpus" in given else DAY * (r.days or DAYS)
     chosen = _by_gpus(search, counts, longest, inputs)
+    if chosen is None and "context_parallel" not in given and r.seq_len != 1:
+        search = replace(search, options={**options, "context_parallel": PARTS})
+        chosen = _by_gpus(search, counts, longest, inputs)
     if chosen is not None:
         return chosen._replace(how=chosen.how + why_not)
     last = replace(search, base=replace(base, gpus=counts[-1]), options=lean(options))
@@ -266,10 +282,12 @@ def _by_gpus(search: Search, counts: list[int], longest: float, inputs: Inputs) 
     return Chosen(best, how)
 
 
-def gpu_counts(node: int) -> list[int]:
-    """Return numbers of GPUs to try: 1, 2, 4, ... of a node, then 1, 2, 4, ... nodes."""
-    few = [2**i for i in range(node.bit_length()) if 2**i < node]
-    return few + [node * 2**i for i in range(MOST_GPUS.bit_length())]
+def gpu_counts(node: int, most: int = MOST_GPUS, factors: tuple[int, ...] = (1,)) -> list[int]:
+    """Return numbers of GPUs to try: 1, 2, 4, ... of a node, then 1, 2, 4, ... nodes, and some times as many."""
+    few = {n for i in range(node.bit_length()) for f in factors if (n := f * 2**i) < node}
+    return sorted(
+        few | {n for i in range(most.bit_length()) for f in factors if (n := f * 2**i * node) <= most or n == node}
+    )
 
 
 def what_would_fit(found: Search) -> str:
@@ -288,7 +306,8 @@ def what_would_fit(found: Search) -> str:
             break
     least = smallest.layout
     sizes = ", ".join(f"{n}={getattr(least, n)!r}" for n in ("pipeline", "tensor", "expert", *CHOICES[1:]))
+    share = f"{100 * found.assumed['memory_share']:.3g} % of {human(found.hardware.memory, 'B')}"
     return (
-        f"no layout on gpus={gpus} fits {human(found.hardware.memory, 'B')} a GPU: "
+        f"no layout on gpus={gpus} fits {share} a GPU: "
         f"the smallest needs {human(smallest.memory_needed, 'B')}, with {sizes}; {fix}"
     )

@@ -1,602 +1,604 @@
-"""Serving: memory of a GPU of a deployment, the time of its step, and what drafts gain.
+"""Serving: memory of a GPU of a deployment, and the time of its step twice, as a bound and as an estimate.
 
-A step reads the weights that its tokens use, reads the cache of its sequences, computes, and exchanges rows of
-experts:
+    memory(service, hardware, deployment)    what a GPU holds
+    step(service, hardware, deployment)      how long a step takes, in decoding or in reading prompts
+    serve(step)                              what that gives: tokens a second of a user and of a GPU, and their price
 
-    memory     (weights read + cache read) / (memory bandwidth * memory_efficiency)
-    compute    (FLOPs in the weights' dtype / its peak + the other FLOPs / their peak) / serving_efficiency
-    links      imbalance * bytes sent / (the link's rate * link_efficiency), each link for itself
+Bound. No engine is faster with these weights, caches and accepted drafts on these GPUs. Weights are read once, at the
+width of their dtype; what drafts are verified by costs one reading; all products run at their peaks; a row crosses a
+link once for each node, in the weights' dtype both ways; and all of these overlap, so the slowest counts:
 
-It takes at least as long as the slowest of these: all overlap, which two micro-batches are for, and launches, norms and
-sampling are left out. With memory_efficiency and serving_efficiency of 1, as they are unless you choose, no step is
-faster; real ones take longer.
+    bound_time = max(bound_memory_time, bound_compute_time, bound_slow_time, bound_fast_time)
 
-Tensor parallelism divides what belongs to attention's heads, the vocabulary, and the feed-forwards of a model without
-experts, within a group of GPUs that share their sequences. MLA has one latent for all heads, so every GPU of a group
-holds and reads the cache of the whole group. Each makes the latents of its own tokens, gathers those of the others over
-the fast link, and scatters sums. Expert parallelism gives each GPU some routed experts; redundant ones are copies. The
-rest is whole on every GPU.
+It assumes that routing is even, and that rows go to experts: weights do not come to rows.
 
-    decode     each sequence brings one token; MLA is absorbed; two micro-batches read the weights twice
-    prefill    a prompt passes at once, half of the square of queries and keys; the head reads the last token
-    first      as prefill, in one micro-batch, with one prompt for all GPUs that share heads: the first token soonest
-    drafts     1 + p + p^2 + ... + p^d tokens a step; d drafts, each a block and the head, and a step that verifies them
+Estimate. Each kind of operation reaches a share of its peak or of the bandwidth, a layer's kernels wait for each other,
+and an exchange waits for all GPUs. The shares and latencies are measured ones, in presets.toml with their sources. In
+one micro-batch work and links take turns; in two they overlap, and each reads the weights that its tokens use. With
+drafts d a step verifies d + 1 tokens of a sequence, and 1 + p + ... + p^d of them count; each draft takes a block and the
+head besides.
 
-Where multi-token prediction drafts, decoding holds the weights of its blocks and their cache too.
+Tensor parallelism divides heads, the vocabulary and the feed-forwards but routed experts in a group of GPUs that
+share their sequences. MLA has one latent for all heads, so every GPU of a group holds and reads the cache of all its
+sequences. Expert parallelism gives each GPU some routed experts, with the fewest copies that divide evenly. The rest
+is whole on every GPU. A batch may be smaller than the number of groups: then some have no sequence.
 
-Worked example, DeepSeek-V3 on 320 H800, two micro-batches of 30 sequences a GPU, context 4096: weights of 9.0 GB,
-with a cache of 4 * 60 sequences 79.2 GB. A step reads 16.9 GB of weights and 69.1 GB of cache in 25.7 ms, and sends
-0.66 GB to other nodes, 16.6 ms at 40 GB/s. Memory binds, 1.55 times.
-
-Left out: activations, buffers of exchanges, the runtime, and in prefill the write of the cache.
+Worked example, DeepSeek-V3 in FP8 on 144 H800, 128 sequences a GPU of 4,989 tokens: weights of 17 GB and a cache of 45 GB.
+A step reads both in 18.6 ms at the peak, its products take 10 ms, and its rows 8.2 ms: memory bounds it.
 
 Source: DeepSeek-V3 report, sections 3.4 and 5.4.3; INS, section 2.3.2; Leviathan et al., arXiv 2211.17192 (drafts).
-"""
+"""  # noqa: E501
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from math import floor, gcd
-from typing import TYPE_CHECKING, Literal
+import functools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import floor
+from typing import Literal
 
 from dsmini.accounting.flops import context_products, twice_the_keys
-from dsmini.accounting.memory import fixed_layer_bytes, row_width, rows_read
-from dsmini.accounting.tensors import SIZES, TensorUse, divisors, main_tensors, mtp_tensors
+from dsmini.accounting.memory import fixed_layer_bytes, rows_read
+from dsmini.accounting.tensors import SCORES, WeightDtype, divisors, main_tensors, mtp_tensors
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
-from dsmini.planner.exchange import Exchange, Links
+from dsmini.planner.exchange import Exchange
 from dsmini.planner.figure import Figure, counted, figure
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.layout import gpus_in_node
-from dsmini.planner.model import (
-    EXPERTS,
-    SHARED,
-    CompressedCacheFigures,
-    ModelFigures,
-    WeightFigures,
-    cache_figures,
-)
-from dsmini.planner.request import DTYPES, Assumptions, Inputs, Model, PlanRequest, presets
-from dsmini.planner.search import gpu_counts, usual_precision
+from dsmini.planner.model import EXPERTS, CacheFigures, ModelFigures, WeightFigures
+from dsmini.planner.request import Inputs
 from dsmini.reading import listed
 from dsmini.report.units import human, plural
 
-if TYPE_CHECKING:
-    from dsmini.planner.model import CacheFigures
-
-StageName = Literal["decode", "prefill"]
-STAGES: tuple[StageName, ...] = ("decode", "prefill")
-RESOURCES = {
-    "memory_time": "memory traffic",
-    "compute_time": "compute",
-    "slow_link_time": "links between nodes",
-    "fast_link_time": "links within a node",
+Phase = Literal["decode", "prefill"]
+PHASES: tuple[Phase, ...] = ("decode", "prefill")
+PRODUCTS = {
+    "float32": ("float32",),
+    "bfloat16": ("bfloat16",),
+    "fp8": ("fp8",),
+    "fp4": ("fp4", "fp8"),  # FP8 holds each FP4 weight exactly
+    "int8": ("int8",),
+    "int4": ("bfloat16",),
 }
-"""Times that overlap in a step, with the words of a verdict."""
-CONTEXT, SEQUENCES = 4096, 32
-"""Tokens of a decoding sequence, and the most sequences of a GPU in a micro-batch, where the user leaves them open."""
+"""Units that multiply numbers of a dtype, the best first."""
+BOUNDS = {
+    "bound_memory_time": "memory traffic",
+    "bound_compute_time": "compute",
+    "bound_slow_time": "links between nodes",
+    "bound_fast_time": "links within a node",
+}
+"""Times that overlap in a bound, with the words of a verdict."""
+PARTS = {
+    "matrices_time": "matrices",
+    "experts_time": "experts",
+    "attention_time": "attention",
+    "latency_time": "launches",
+    "links_time": "links",
+    "draft_time": "drafts",
+}
+"""Parts of an estimate, with the words of a verdict."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Deployment:
-    """GPUs that serve one copy of a model."""
+    """GPUs that serve one copy of a model, and the batch of a step."""
 
-    stage: StageName
+    phase: Phase
     gpus: int
     """GPUs that divide the routed experts: all of the deployment."""
-    tensor: int
-    """GPUs that divide attention's heads and share their sequences."""
-    redundant: int
-    """Copies of experts beyond one of each; in V3's decoding also places of shared experts."""
-    micro_batches: int
-    """Parts of a step's batch, of which one communicates while another computes."""
-    shared_remote: bool = False
-    """Shared experts are reached like routed ones, instead of being on every GPU."""
-    two_hop: bool = False
-    """A token is sent to each chosen node once, and within it to each chosen GPU once; else once for each expert."""
-    how: str = ""
-    """Reason why it was chosen."""
+    tensor: int = 1
+    """GPUs that divide heads and share their sequences."""
+    batch: int = 1
+    """Sequences of a step, or prompts, of all GPUs."""
+    micro_batches: int = 1
+    """Parts of a batch, of which one communicates while another computes."""
+    drafts: int = 0
+    """Tokens that multi-token prediction drafts for each sequence of a step."""
+    redundant: int = 0
+    """Copies of experts beyond one of each."""
+    label: str = ""
+    """Source of a published deployment; "" for one of a search."""
+
+    @property
+    def words(self) -> str:
+        """Deployment in words."""
+        name, drafts = ("sequences", "prompts")[self.phase == "prefill"], plural(self.drafts, "draft")
+        parts = [plural(self.gpus, "GPU"), f"tensor {self.tensor}", f"{self.batch:,} {name}"]
+        parts += [f"{self.micro_batches} micro-batches"] if self.micro_batches > 1 else []
+        return ", ".join([*parts, drafts] if self.drafts else parts)
+
+    @property
+    def figures(self) -> Mapping[str, Figure]:
+        """Sizes that formulas name."""
+        titles = {
+            "gpus": "GPUs of the deployment",
+            "tensor": "GPUs that share sequences",
+            "batch": "Sequences of a step",
+        }
+        titles |= {
+            "micro_batches": "Parts of a batch",
+            "drafts": "Drafts of a sequence",
+            "redundant": "Copies of experts",
+        }
+        why = self.label or "chosen"
+        made = {n: Figure(f"{self.phase}_{n}", getattr(self, n), "", title, why) for n, title in titles.items()}
+        return made
 
 
-def check_deployment(d: Deployment, c: ModelConfig, h: Hardware) -> None:
-    """Raise ValueError for a deployment that does not divide the model, or that the hardware has no links for."""
-    node, title, of = h.gpus_per_node, h.title, f"{d.stage}_tensor={d.tensor}"
-    in_node = gpus_in_node(d.gpus, node)
+def misfit(d: Deployment, c: ModelConfig, h: Hardware) -> str:
+    """Return why a model or the links do not allow a deployment, in one sentence; "" if they do."""
+    node, of, gpus = h.gpus_per_node, f"{d.phase}_tensor={d.tensor}", f"{d.phase}_gpus={d.gpus}"
+    in_node, experts, moe = gpus_in_node(d.gpus, node), c.n_routed_experts + d.redundant, c.n_dense_layers < c.n_layers
     use = f"use one of {listed([str(n) for n in divisors(c.n_heads, h.node) if node % n == 0])}"
-    require(d.gpus % d.tensor == 0, f"{of} does not divide {d.stage}_gpus={d.gpus}; use a divisor of it")
-    require(d.tensor <= node, f"{of} is more than the GPUs of a node; {use}")
-    require(c.n_heads % d.tensor == 0, f"{of} does not divide n_heads={c.n_heads}; {use}")
+    takes = f"{gpus} takes {in_node} of the {node} GPUs of a node"
     whole = d.gpus <= node or 2 * in_node > node
-    takes = f"{d.stage}_gpus={d.gpus} takes {in_node} of the {node} GPUs of a node"
-    require(whole, f"{takes}; use a multiple of {node}")
-    require(in_node % d.tensor == 0, f"{takes}, which {of} does not divide; use a multiple of {node}")
-    experts = c.n_routed_experts + d.redundant
-    many, fix = f"{d.stage}_redundant={d.redundant} makes {experts} experts", d.redundant + -experts % d.gpus
-    require(experts % d.gpus == 0, f"{many}, which {d.stage}_gpus={d.gpus} do not divide; use {fix}")
-    require(h.networked or d.gpus <= node, f"{title} has no slow link, want one for several nodes; plan one node")
-    require(h.linked or d.gpus == 1, f"{title} has no fast link, want one for several GPUs in a node; plan one GPU")
-    expanded = c.is_mla and c.qk_norm and d.stage == "decode"
-    require(not expanded, "qk_norm=True has no absorbed form, which decoding is planned in; use qk_norm=False")
+    expanded = c.is_mla and c.qk_norm and d.phase == "decode"
+    rules = (
+        (d.gpus % d.tensor == 0, f"{of} does not divide {gpus}; use a divisor of it"),
+        (d.tensor <= node, f"{of} is more than the GPUs of a node; {use}"),
+        (c.n_heads % d.tensor == 0, f"{of} does not divide n_heads={c.n_heads}; {use}"),
+        (whole, f"{takes}; use a multiple of {node}"),
+        (in_node % d.tensor == 0, f"{takes}, which {of} does not divide; use a multiple of {node}"),
+        (not moe or experts % d.gpus == 0, f"{gpus} do not divide {experts} experts; use fewer"),
+        (moe or d.gpus == d.tensor, f"{gpus} share no experts; use {d.phase}_tensor={d.gpus}, or a copy a group"),
+        (h.networked or d.gpus <= node, f"{h.title} has no slow link, want one for several nodes; plan one node"),
+        (h.linked or d.gpus == 1, f"{h.title} has no fast link, want one for several GPUs in a node; plan one GPU"),
+        (not expanded, "qk_norm=True has no absorbed form, which decoding is planned in; use qk_norm=False"),
+    )
+    return next((sentence for holds, sentence in rules if not holds), "")
 
 
-class Work:
-    """Requests that are served, and the model in its dtypes. Raises: ValueError for a cache that it cannot have."""
+class Service:
+    """Model in the dtypes that it is served in, and the tokens of its users.
 
-    def __init__(self, m: ModelFigures, inputs: Inputs) -> None:
-        r = inputs.request
-        assert r.weight_dtype is not None
+    Raises: ValueError for a cache that the model cannot have, and for hardware without units for a dtype.
+    """
+
+    def __init__(self, m: ModelFigures, inputs: Inputs, h: Hardware) -> None:
+        r, c = inputs.request, m.config
+        assert r.weight_dtype is not None and r.cache_dtype is not None
         self.m: ModelFigures = m
+        self.c: ModelConfig = c
+        self.h: Hardware = h
+        self.a: Inputs = inputs
         self.weights: WeightFigures = WeightFigures(m, r.weight_dtype)
-        self.cache: CacheFigures = cache_figures(m.config, r.cache_dtype)
-        # of the products: FP4 weights are multiplied as FP8, which holds each of them exactly
-        self.dtype = "fp8" if r.weight_dtype == "fp4" else r.weight_dtype
-        self.context: Figure = inputs.of("context", "token")
-        self.prompt: Figure = inputs.of("prompt", "token")
-        self.sequences: Figure = inputs.of("sequences")
-        self.drafted: bool = bool(m.config.n_mtp_layers and r.drafts)
+        self.cache: CacheFigures = CacheFigures(c, r.cache_dtype)
+        self.dtype: WeightDtype = r.weight_dtype
+        self.tokens: Mapping[Phase, Figure] = {"decode": inputs["context"], "prefill": inputs["prompt"]}
+        narrow: WeightDtype = "fp8" if r.weight_dtype == "fp4" else r.weight_dtype  # all but experts
+        plain = "float32" if r.weight_dtype == "float32" else "bfloat16"
+        attended = (r.cache_dtype, plain) if r.cache_dtype == "fp8" else (plain,)
+        self.matrix_peak: Figure = h.rate(*PRODUCTS[narrow])
+        self.expert_peak: Figure = h.rate(*PRODUCTS[r.weight_dtype])
+        self.plain_peak: Figure = h.rate(plain)
+        self.attention_peak: Figure = h.rate(*attended)
+        fp4, fp8 = self.expert_peak.name == "peak_fp4", self.attention_peak.name == "peak_fp8"
+        self.expert_share: str = "expert_fp4_compute" if fp4 else "expert_compute"
+        self.attention_share: str = "attention_fp8_compute" if fp8 else "attention_compute"
+        self.index_peak: Figure = h.rate(*PRODUCTS[r.indexer_dtype or plain], plain)
+        self.products: Mapping[Phase, tuple[float, float]] = {phase: self._products(phase) for phase in PHASES}
+        """Multiply-adds of a token with its context, all layers: attention's, and an indexer's."""
+        self.draft_bytes: tuple[float, float, float] = self._drafts()
+        """Bytes of multi-token prediction: of one expert, of all that tensor parallelism divides, and of the rest."""
+        self.rows_read: float = rows_read(c, int(self.tokens["decode"]), self.cache.dtype)
+
+    def _drafts(self) -> tuple[float, float, float]:
+        found = Counter[str]()
+        for use in (use for use in mtp_tensors(self.c) if use.owned):
+            kind = "expert" if use.kind == EXPERTS else "whole" if use.split == "whole" else "divided"
+            found[kind] += use.times * use.bytes(self.dtype)
+        return found["expert"], found["divided"], found["whole"]
+
+    @functools.cache  # noqa: B019 (a plan has one service)
+    def rows(self, phase: Phase, gpus: int) -> tuple[Exchange, Exchange]:
+        """Return the rows of experts on this many GPUs: of an estimate, and the least."""
+        in_node, stage = gpus_in_node(gpus, self.h.gpus_per_node), f"{phase}_"
+        narrow = {"fp4": "fp8", "int8": "fp8", "int4": "bfloat16"}.get(self.dtype, self.dtype)
+        # decoding across nodes sends a row for each expert, which takes least time to arrive
+        one_hop = self.c.n_activated_experts if phase == "decode" and gpus > self.h.gpus_per_node else 0
+        least = Exchange(self.c, gpus, in_node, self.dtype, stage=f"{stage}bound_", narrow=True)
+        return Exchange(self.c, gpus, in_node, narrow, one_hop, stage), least
+
+    def _products(self, phase: Phase) -> tuple[float, float]:
+        found = {True: 0.0, False: 0.0}
+        for use in main_tensors(self.c):
+            tokens = int(self.tokens[phase])
+            if phase == "decode":
+                pairs = context_products(self.c, use, tokens, absorbed=True) if use.per_pair else 0
+            else:  # half of the square
+                pairs = float(twice_the_keys(use.most_keys, tokens, ratio=use.ratio)) / 2 * use.per_pair
+            found[use.kind == SCORES] += use.times * pairs
+        return found[False], found[True]
 
 
-class Deployed:
-    """Sizes and memory of a deployment."""
+class ServingMemory:
+    """Weights and cache of a GPU of a deployment."""
 
-    def __init__(self, w: Work, d: Deployment, h: Hardware) -> None:
-        self.w: Work = w
+    def __init__(self, s: Service, d: Deployment) -> None:
+        self.s: Service = s
         self.d: Deployment = d
-        self.stage = f"{d.stage}_"
-        self.memory: Figure = h.memory
-        c = w.m.config
-        in_node = gpus_in_node(d.gpus, h.gpus_per_node)
-        one_hop = 0 if d.two_hop else c.n_activated_experts + c.n_shared_experts * d.shared_remote
-        self.exchange: Exchange = Exchange(c, d.gpus, in_node, w.dtype, one_hop, self.stage)
-        names = {"tensor": "GPUs that divide attention's heads", "micro_batches": "Micro-batches of a step"}
-        self.tensor: Figure
-        self.micro_batches: Figure
-        self.tensor, self.micro_batches = (
-            Figure(f"{self.stage}{name}", getattr(d, name), "", title, d.how) for name, title in names.items()
-        )
-        self.tokens: Figure = w.context if d.stage == "decode" else w.prompt
-        self.drafted: bool = w.drafted and d.stage == "decode"
-        """Multi-token prediction drafts here."""
+        self.stage: str = f"{d.phase}_"
+        self.tokens: Figure = s.tokens[d.phase]
 
     @figure()
     def gpu_experts(self) -> float:
         """Experts in each block that a GPU holds, with copies. Source: V3, section 3.4."""
-        return (self.w.m.config.n_routed_experts + self.d.redundant) / self.exchange.expert_parallel
+        return (self.s.c.n_routed_experts + self.d.redundant) / self.d.gpus
+
+    @figure()
+    def group_sequences(self) -> float:
+        """Sequences of GPUs that share theirs. Source: the batch, in equal parts."""
+        return max(1, self.d.batch * self.d.tensor / self.d.gpus)
 
     @figure("B")
     def gpu_weights(self) -> float:
         """Weights that a GPU holds. Source: V3, section 3.4."""
-        w = self.w.weights
-        divided = w.head_matrices_bytes + w.latent_up_bytes + 2 * w.vocabulary_bytes
-        main = divided / self.tensor + self.w.m.moe_layers * self.gpu_experts * w.expert_bytes + self.whole_weights
-        if self.drafted:
-            return main + self.draft_weights
-        return main
+        w = self.s.weights
+        main = (w.divided_bytes + 2 * w.vocabulary_bytes) / self.d.tensor + w.whole_bytes
+        main_and_experts = main + self.s.m.moe_layers * self.gpu_experts * w.expert_bytes
+        return main_and_experts + self.draft_weights if self.d.drafts else main_and_experts
 
     @counted("B")
     def draft_weights(self) -> float:
         """Weights of multi-token prediction on a GPU, divided as those of the model, where it drafts."""
-        amounts = (
-            use.times * use.bytes(self.w.weights.dtype) * self.held_share(use)
-            for use in mtp_tensors(self.w.m.config)
-            if use.owned
-        )
-        return sum(amounts) if self.drafted else 0
+        return self.drafted(self.gpu_experts)
 
-    def held_share(self, use: TensorUse) -> float:
-        """Return the part that a GPU holds of a tensor; of a stack how many matrices."""
-        if use.kind == EXPERTS:
-            return self.gpu_experts
-        if use.kind == SHARED:
-            return 0 if self.d.shared_remote else 1
-        return 1 if use.split in self.w.weights.whole else 1 / self.tensor
-
-    @figure("B")
-    def whole_weights(self) -> float:
-        """Weights that each GPU holds whole. Source: V3, section 3.4."""
-        w = self.w.weights
-        return w.whole_bytes if self.d.shared_remote else w.whole_bytes + w.shared_experts_bytes
+    def drafted(self, experts: float) -> float:
+        """Return the bytes of multi-token prediction on a GPU with this many experts of its block."""
+        expert, divided, whole = self.s.draft_bytes if self.d.drafts else (0, 0, 0)
+        return experts * expert + divided / self.d.tensor + whole
 
     @figure()
-    def cache_share(self) -> float:
-        """Sequences whose cache a GPU holds for each of its own. Source: V3, section 3.4."""
-        c = self.w.m.config
-        return self.tensor / min(self.tensor, c.kv_heads) if c.is_baseline else self.tensor
+    def cache_parts(self) -> float:
+        """Parts of a sequence's cache that GPUs of a group divide. Source: V3, section 3.4: MLA has one for all."""
+        c = self.s.c
+        return min(self.d.tensor, c.kv_heads) if c.is_baseline else 1
 
     @counted("B/token")
     def draft_cache(self) -> int:
         """Cache of a token in the layers of multi-token prediction, where it drafts."""
-        c, drafted = self.w.m.config, self.drafted and self.w.m.config.compress_ratios is None
-        return int(c.n_mtp_layers * self.w.cache.cache_row) if drafted else 0
+        c = self.s.c
+        return int(c.n_mtp_layers * self.s.cache.cache_row) if self.d.drafts and c.compress_ratios is None else 0
 
     @counted("B")
-    def draft_window(self) -> int:
-        """Cache of a sequence's window in the layers of multi-token prediction, where V4 drafts."""
-        c, row = self.w.m.config, int(self.w.cache.attention_row)
-        drafted = self.drafted and c.compress_ratios is not None
-        return c.n_mtp_layers * fixed_layer_bytes(c, 0, row) if drafted else 0
-
-    @figure("B/token")
-    def sequence_cache(self) -> float:
-        """Cache of a sequence on a GPU, a token. Source: V3, section 3.4."""
-        if self.drafted:
-            return (self.w.cache.kv_cache + self.draft_cache) * self.cache_share
-        return self.w.cache.kv_cache * self.cache_share
-
-    @figure()
-    def sequences(self) -> float:
-        """Sequences of a GPU, a step."""
-        return self.micro_batches * self.w.sequences if self.d.stage == "decode" else self.micro_batches
+    def sequence_window(self) -> float:
+        """Cache of a sequence that its length does not change, in V4, with that of drafts. Source: V4, section 2.3."""
+        c, cache = self.s.c, self.s.cache
+        if c.compress_ratios is None:
+            return 0
+        drafts = c.n_mtp_layers * fixed_layer_bytes(c, 0, int(cache.attention_row)) if self.d.drafts else 0
+        return (cache.window_cache or 0) + drafts
 
     @figure("B")
-    def sequence_window(self) -> float:
-        """Cache of a sequence on a GPU that its length does not change, in V4. Source: V4, section 2.3."""
-        cache = self.w.cache
-        if not isinstance(cache, CompressedCacheFigures):
-            return 0
-        return (cache.window_cache + self.draft_window) * self.tensor
+    def sequence_cache(self) -> float:
+        """Cache of a sequence on a GPU. Source: V3, section 3.4."""
+        cache = self.s.cache.kv_cache + self.draft_cache if self.draft_cache else self.s.cache.kv_cache
+        return (self.tokens * cache + self.sequence_window) / self.cache_parts
 
     @figure("B")
     def gpu_cache(self) -> float:
         """Cache that a GPU holds. Source: V3, section 3.4."""
-        return self.sequences * (self.tokens * self.sequence_cache + self.sequence_window)
+        return self.group_sequences * self.sequence_cache
 
     @figure("B")
     def gpu_memory(self) -> float:
         """Weights and cache that a GPU holds. Source: V3, section 3.4."""
         return self.gpu_weights + self.gpu_cache
 
+    @figure("B")
+    def usable_memory(self) -> float:
+        """Memory of a GPU that weights and cache may take."""
+        return self.s.h.memory * self.s.a["memory_share"]
+
     @figure()
     def sequences_that_fit(self) -> float:
-        """Sequences of this length that fit. Source: V3, section 3.4."""
-        of_one = self.tokens * self.sequence_cache + self.sequence_window
-        return floor(max(self.memory - self.gpu_weights, 0) / of_one)
-
-    @figure("token")
-    def longest_context(self) -> float | None:
-        """Longest context of these sequences. Source: V3, section 3.4."""
-        left = max(self.memory - self.gpu_weights - self.sequences * self.sequence_window, 0)
-        longest = self.w.m.config.max_seq_len
-        if not self.sequence_cache:  # the window alone, however long a sequence is
-            return None
-        return min(longest, floor(left / (self.sequences * self.sequence_cache)))
+        """Sequences of this length that fit, of all GPUs. Source: V3, section 3.4."""
+        of_group = floor(max(self.usable_memory - self.gpu_weights, 0) / self.sequence_cache)
+        return of_group * self.d.gpus / self.d.tensor
 
     @property
     def misfit(self) -> str:
         """Sentence about a GPU that does not hold weights and cache, with what would; "" if it does."""
-        d, fit = self.d, int(self.sequences_that_fit / self.micro_batches)
-        if self.gpu_memory <= self.memory:
+        d, fit = self.d, int(self.sequences_that_fit)
+        if self.gpu_memory <= self.usable_memory:
             return ""
-        fix = f"use more {d.stage}_gpus, or hardware with more memory"
-        if d.stage == "decode" and fit:
-            fix = f"use sequences={fit}"
-        elif self.longest_context:
-            fix = f"use {'context' if d.stage == 'decode' else 'prompt'}={self.longest_context:.0f}"
-        takes = f"weights and cache take {human(self.gpu_memory, 'B')} of {human(self.memory, 'B')}"
-        return f"{d.stage} on {plural(d.gpus, 'GPU')} does not fit: {takes}; {fix}"
+        fix = f"use more {d.phase}_gpus, or hardware with more memory"
+        if fit and d.phase == "decode":
+            fix = f"use sequences={max(1, fit // d.gpus)}"
+        dtypes = f"{self.s.dtype} weights and {self.s.cache.dtype} cache take {human(self.gpu_memory, 'B')}"
+        share = f"{100 * self.s.a['memory_share']:.3g} % of {human(self.s.h.memory, 'B')}"
+        return f"{d.phase} on {plural(d.gpus, 'GPU')} does not fit: {dtypes}, more than {share}; {fix}"
 
 
-class ServedStep:
-    """Times of a step of a deployment, and what they are computed from.
+class ServingStep:
+    """Time of a step of a deployment: a bound, and an estimate."""
 
-    Raises: ValueError for hardware without units for the weights' dtype.
-    """
+    def __init__(self, memory: ServingMemory) -> None:
+        s, d = memory.s, memory.d
+        self.memory: ServingMemory = memory
+        self.s: Service = s
+        self.d: Deployment = d
+        self.a: Inputs = s.a
+        self.h: Hardware = s.h
+        self.stage: str = memory.stage
+        self.decode: bool = d.phase == "decode"
+        self.exchange: Exchange
+        self.least: Exchange
+        self.exchange, self.least = s.rows(d.phase, d.gpus)
+        self.exchanges: int = s.m.moe_layers if d.gpus > d.tensor else 0
+        """Layers whose rows cross a link: GPUs that all share their sequences have them."""
 
-    def __init__(self, of: Deployed, h: Hardware, a: Assumptions, drafts: int = 0, first: bool = False) -> None:
-        """Take the sizes.
+    # --- tokens and operations
 
-        Args:
-            drafts: tokens of each decoding sequence to verify besides the last one. They share a read of its cache.
-            first: of prefill, one micro-batch in which GPUs that share heads divide one prompt among them.
-        """
-        self.of: Deployed = of
-        self.w: Work = of.w
-        self.d: Deployment = of.d
-        self.h: Hardware = h
-        self.a: Assumptions = a
-        self.links: Links = Links(h, a)
-        self.exchange: Exchange = of.exchange
-        self.positions: int = 1 + drafts
-        self.stage: str = "verify_" if drafts else "first_" if first else of.stage
-        self.first: bool = first
-        one = Figure("first_micro_batches", 1, "", "Micro-batches before a first token", "a prompt is not divided")
-        self.micro_batches: Figure = one if first else of.micro_batches
-        self.decode: bool = of.d.stage == "decode"
-        self.absorbed: bool = self.decode and self.w.m.config.is_mla
-        h.peak(self.w.dtype)  # raises
+    @figure("token")
+    def positions(self) -> float:
+        """Tokens of a sequence in a step."""
+        return 1 + self.d.drafts if self.decode else self.memory.tokens
 
-    @figure()
-    def rows(self) -> float:
-        """Tokens of a GPU in a micro-batch."""
-        if self.first:
-            return self.w.prompt / self.of.tensor
-        if not self.decode:
-            return self.w.prompt
-        return self.w.sequences * self.positions if self.positions > 1 else self.w.sequences
+    @figure("token")
+    def gpu_tokens(self) -> float:
+        """Tokens of a GPU in a step, the mean."""
+        return self.d.batch * self.positions / self.d.gpus
 
-    @figure()
-    def experts_read(self) -> float:
-        """Experts in each block that a GPU reads in a micro-batch. Source: even routing."""
-        c = self.w.m.config
-        missed = (1 - c.n_activated_experts / c.n_routed_experts) ** (self.rows * self.exchange.expert_parallel)
-        return self.of.gpu_experts * (1 - missed)
+    @figure("FLOP")
+    def matrix_flops(self) -> float:
+        """Operations of a GPU in a step with matrices but routed experts. Source: 2 a multiply-add."""
+        return 2 * self.gpu_tokens * self.s.weights.matrix_products
 
-    @figure("B")
-    def weights_read(self) -> float:
-        """Weights that a GPU reads in a step. Source: every chosen matrix once."""
-        w, of = self.w.weights, self.of
-        up = w.absorbed_bytes if self.absorbed else w.latent_up_bytes
-        divided = w.head_matrices_bytes + up + w.vocabulary_bytes
-        experts = self.w.m.moe_layers * self.experts_read * w.expert_bytes
-        whole = of.whole_weights - w.table_bytes if w.table_bytes else of.whole_weights
-        return self.micro_batches * (divided / of.tensor + experts + whole)
+    @figure("FLOP")
+    def expert_flops(self) -> float:
+        """Operations of a GPU in a step with routed experts. Source: 2 a multiply-add."""
+        return 2 * self.gpu_tokens * self.s.weights.expert_products
+
+    @figure("FLOP")
+    def plain_flops(self) -> float:
+        """Operations of a GPU in a step with gates and the head, which a prompt's last token alone meets."""
+        logits = self.gpu_tokens if self.decode else self.gpu_tokens / self.positions
+        return 2 * (self.gpu_tokens * self.s.weights.other_products + logits * self.s.c.vocab_size * self.s.c.dim)
+
+    @counted()
+    def attention_products(self) -> float:
+        """Multiply-adds of a token's attention to its context. Source: accounting's context_products."""
+        return self.s.products[self.d.phase][0]
+
+    @counted()
+    def index_products(self) -> float:
+        """Multiply-adds of a token's indexers with its context. Source: accounting's context_products."""
+        return self.s.products[self.d.phase][1]
+
+    @figure("s")
+    def attended_time(self) -> float:
+        """Time of a step in attention and indexers, at the peaks."""
+        attended = 2 * self.gpu_tokens * self.attention_products / self.s.attention_peak
+        if not self.index_products:
+            return attended
+        return attended + 2 * self.gpu_tokens * self.index_products / self.s.index_peak
 
     @counted("B")
     def sequence_read(self) -> float:
         """Cache of a sequence that a step reads: of an indexer's keys all, of others those that are chosen."""
-        return self.of.cache_share * rows_read(self.w.m.config, int(self.w.context), self.w.cache.dtype)
+        return self.s.rows_read
 
     @figure("B")
     def cache_read(self) -> float:
         """Cache that a GPU reads in a step. Source: every row of its sequences once."""
-        return self.of.sequences * self.sequence_read if self.decode else 0
+        return self.memory.group_sequences * self.sequence_read / self.memory.cache_parts if self.decode else 0
 
-    @figure("s")
-    def memory_time(self) -> float:
-        """Time of a step in memory traffic. Source: amount over rate."""
-        return (self.weights_read + self.cache_read) / (self.h.memory_bandwidth * self.a.memory_efficiency)
+    def missed(self, tokens: float) -> float:
+        """Return the share of the experts that these tokens do not choose."""
+        c = self.s.c
+        return (1 - c.n_activated_experts / c.n_routed_experts) ** tokens
 
-    @counted()
-    def pair_products(self) -> float:
-        """Multiply-adds of a token with its context, all layers. Source: accounting's context_products."""
-        c, prompt = self.w.m.config, int(self.w.prompt)
-        over = [use for use in main_tensors(c) if use.per_pair]
-        if self.decode:
-            return sum(use.times * context_products(c, use, int(self.w.context), absorbed=True) for use in over)
-        halves = (use.times * twice_the_keys(use.most_keys, prompt, ratio=use.ratio) / 2 * use.per_pair for use in over)
-        return float(sum(halves))
+    # --- the bound
 
-    @figure("FLOP")
-    def matrix_flops(self) -> float:
-        """Operations of a GPU in a step in the weights' dtype; the fullest has more of experts than the mean."""
-        w, m = self.w.weights, self.w.m
-        matrices = w.matrix_products if self.absorbed else w.matrix_products + w.latent_up_products
-        fuller = (self.a.imbalance - 1) * m.moe_layers * m.config.n_activated_experts * m.expert_parameters
-        return 2 * self.micro_batches * self.rows * (matrices + fuller)
-
-    @figure("FLOP")
-    def other_flops(self) -> float:
-        """Operations of a GPU in a step on attention, gates and head. Source: 2 a multiply-add."""
-        w, c = self.w.weights, self.w.m.config
-        plain = w.other_products + w.latent_up_products if self.absorbed else w.other_products
-        logits = self.rows if self.decode else self.rows / self.w.prompt
-        products = self.rows * (plain + self.pair_products) + logits * c.vocab_size * c.dim
-        return 2 * self.micro_batches * products
-
-    @figure("s")
-    def compute_time(self) -> float:
-        """Time of a step in matrix products. Source: amount over rate."""
-        other = self.h.peak("float32" if self.w.dtype == "float32" else "bfloat16")
-        return (self.matrix_flops / self.h.peak(self.w.dtype) + self.other_flops / other) / self.a.serving_efficiency
-
-    @figure("token")
-    def routed_rows(self) -> float:
-        """Tokens of the fullest GPU that pass a MoE layer, all layers of a step. Source: V3, section 3.4."""
-        return self.a.imbalance * self.micro_batches * self.rows * self.w.m.moe_layers
+    @figure()
+    def bound_experts_read(self) -> float:
+        """Experts in each block that a GPU reads, if all tokens of a sequence choose the same. Source: even routing."""
+        return self.memory.gpu_experts * (1 - self.missed(self.d.batch * (1 if self.decode else self.positions)))
 
     @figure("B")
-    def slow_bytes(self) -> float:
-        """Bytes to other nodes, a step. Source: V3, section 3.4."""
-        return self.routed_rows * self.exchange.slow_row_bytes
+    def bound_weights_read(self) -> float:
+        """Weights that a GPU reads in a step, each once. Source: every chosen matrix once."""
+        w, d = self.s.weights, self.d
+        experts = self.s.m.moe_layers * self.bound_experts_read * w.expert_bytes
+        main = (w.divided_bytes + w.vocabulary_bytes) / d.tensor + experts + w.whole_bytes - w.table_bytes
+        return main + self.memory.drafted(self.bound_experts_read) if d.drafts else main
+
+    @figure("s")
+    def bound_memory_time(self) -> float:
+        """Least time of a step in memory traffic. Source: amount over rate."""
+        return (self.bound_weights_read + self.cache_read) / self.h.memory_bandwidth
+
+    @figure("s")
+    def bound_compute_time(self) -> float:
+        """Least time of a step in matrix products. Source: amount over rate."""
+        s = self.s
+        products = self.matrix_flops / s.matrix_peak + self.expert_flops / s.expert_peak
+        return products + self.plain_flops / s.plain_peak + self.attended_time
+
+    @figure("s")
+    def bound_slow_time(self) -> float:
+        """Least time of a step between nodes. Source: amount over rate."""
+        if not (self.exchanges and self.h.networked):
+            return 0
+        return self.gpu_tokens * self.exchanges * self.least.slow_row_bytes / self.h.slow_link
+
+    @figure("s")
+    def bound_fast_time(self) -> float:
+        """Least time of a step within a node. Source: amount over rate."""
+        if not (self.exchanges and self.h.linked):
+            return 0
+        return self.gpu_tokens * self.exchanges * self.least.fast_row_bytes / self.h.fast_link
+
+    @figure("s")
+    def bound_time(self) -> float:
+        """Least time of a step: of its slowest part, since all overlap."""
+        return max(self.bound_memory_time, self.bound_compute_time, self.bound_slow_time, self.bound_fast_time)
+
+    # --- the estimate
+
+    @figure()
+    def experts_read(self) -> float:
+        """Experts in each block that a GPU reads in a micro-batch. Source: even routing."""
+        return self.memory.gpu_experts * (1 - self.missed(self.d.batch * self.positions / self.d.micro_batches))
 
     @figure("B")
-    def fast_bytes(self) -> float:
-        """Bytes that a GPU sends in its node in a step. Source: V3, section 3.4."""
+    def weights_read(self) -> float:
+        """Weights but routed experts that a GPU reads in a micro-batch. Source: every matrix once."""
+        w, whole = self.s.weights, self.s.weights.whole_bytes - self.s.weights.table_bytes
+        divided = w.divided_bytes + w.vocabulary_bytes
+        if self.decode and self.s.c.is_mla:
+            return (divided + w.absorbed_bytes - w.latent_up_bytes) / self.d.tensor + whole
+        return divided / self.d.tensor + whole
+
+    @figure("s")
+    def matrices_time(self) -> float:
+        """Time of a step with matrices but routed experts. Source: the slower of reading and computing."""
+        a, products = self.a, self.matrix_flops / self.s.matrix_peak + self.plain_flops / self.s.plain_peak
+        read = self.d.micro_batches * self.weights_read / self.h.memory_bandwidth
+        return max(read / a["matrix_bandwidth"], products / a["matrix_compute"])
+
+    @figure("s")
+    def experts_time(self) -> float:
+        """Time of a step with routed experts, of the fullest GPU. Source: the slower of reading and computing."""
+        a, w = self.a, self.s.weights
+        read = self.d.micro_batches * self.s.m.moe_layers * self.experts_read * w.expert_bytes / self.h.memory_bandwidth
+        computed = a["expert_imbalance"] * self.expert_flops / self.s.expert_peak
+        return max(read / a["expert_bandwidth"], computed / a[self.s.expert_share])
+
+    @figure("s")
+    def attention_time(self) -> float:
+        """Time of a step in attention, of a GPU with sequences. Source: the slower of reading and computing."""
+        a, group = self.a, self.memory.group_sequences * self.d.gpus / (self.d.batch * self.d.tensor)
+        read = self.cache_read / self.h.memory_bandwidth / a["attention_bandwidth"]
+        return max(read, group * self.attended_time / a[self.s.attention_share])
+
+    @figure("s")
+    def latency_time(self) -> float:
+        """Time of a step in which kernels wait for each other. Source: a latency a layer and step."""
+        return self.d.micro_batches * self.s.c.n_layers * self.a["layer_latency"] + self.a["step_latency"]
+
+    @figure("s")
+    def rows_time(self) -> float:
+        """Time of a step in rows of experts, of the fullest GPU. Source: the slower link, and a latency each way."""
+        if not self.exchanges:
+            return 0
+        a, slow, fast = self.a, self.exchange.slow_row_bytes, self.exchange.fast_row_bytes
+        links = max(slow / self.h.slow_link if self.h.networked else 0, fast / self.h.fast_link)
+        sent = a["expert_imbalance"] * self.gpu_tokens * self.exchanges * links / a["link_efficiency"]
+        return sent + 2 * self.d.micro_batches * self.exchanges * a["exchange_latency"]
+
+    @figure("s")
+    def links_time(self) -> float:
+        """Time of a step on links: rows of experts, and two sums a layer of GPUs that share sequences."""
         if self.d.tensor == 1:
-            return self.routed_rows * self.exchange.fast_row_bytes
-        rows = self.micro_batches * self.rows
-        gathered = rows * self.w.m.config.n_layers * self.gathered_row * (self.of.tensor - 1)
-        return self.routed_rows * self.exchange.fast_row_bytes + gathered
-
-    @counted("B")
-    def gathered_row(self) -> int:
-        """Latents and sums of a token that GPUs with the same sequences exchange, a layer. Source: V3, section 3.4."""
-        c, shared = self.w.m.config, 0 if self.w.m.moe_layers else 2  # in and out of a feed-forward
-        queries = c.dim if c.is_baseline or c.q_lora_rank is None else c.q_lora_rank
-        return SIZES[self.w.dtype] * (queries + (0 if c.is_baseline else row_width(c)) + (1 + shared) * c.dim)
+            return self.rows_time
+        group = self.gpu_tokens * 4 * self.s.c.dim * (self.d.tensor - 1) / self.h.fast_link / self.a["link_efficiency"]
+        return self.rows_time + 2 * self.s.c.n_layers * (group + self.d.micro_batches * self.a["reduce_latency"])
 
     @figure("s")
-    def slow_link_time(self) -> float:
-        """Time of a step between nodes. Source: amount over rate."""
-        return self.slow_bytes / self.links.slow_rate if self.slow_bytes else 0
-
-    @figure("s")
-    def fast_link_time(self) -> float:
-        """Time of a step within a node. Source: amount over rate."""
-        return self.fast_bytes / self.links.fast_rate if self.fast_bytes else 0
-
-    @figure("s")
-    def step_time(self) -> float:
-        """Time of a step whose parts all overlap. Source: the slowest part: at least this."""
-        return max(self.memory_time, self.compute_time, self.slow_link_time, self.fast_link_time)
-
-    @property
-    def waits(self) -> dict[str, float]:
-        """Seconds of the parts of a step by their words."""
-        return {words: time for name, words in RESOURCES.items() if (time := getattr(self, name))}
-
-
-class Served:
-    """Times of decoding, of prompts, and of drafts where there are some, of deployments."""
-
-    def __init__(
-        self, m: ModelFigures, h: Hardware, a: Assumptions, inputs: Inputs, found: Mapping[StageName, Deployment]
-    ) -> None:
-        w = Work(m, inputs)
-        self.w: Work = w
-        self.h: Hardware = h
-        self.inputs: Inputs = inputs
-        self.decode: Deployed
-        self.prefill: Deployed
-        self.decode, self.prefill = (Deployed(w, found[stage], h) for stage in STAGES)
-        self.decode_step: ServedStep = ServedStep(self.decode, h, a)
-        self.prefill_step: ServedStep = ServedStep(self.prefill, h, a)
-        self.first_step: ServedStep = ServedStep(self.prefill, h, a, first=True)
-        self.drafts: Drafts | None = Drafts(w, h, a, inputs, self.decode_step) if w.drafted else None
-
-    @property
-    def waits(self) -> dict[str, dict[str, float]]:
-        """Seconds of the parts of a step by their words, of decode and prefill."""
-        return {"decode": self.decode_step.waits, "prefill": self.prefill_step.waits}
-
-    @property
-    def misfit(self) -> dict[str, str]:
-        """Sentences about deployments that do not hold weights and cache, by stage."""
-        return {d.d.stage: d.misfit for d in (self.decode, self.prefill) if d.misfit}
-
-    @figure("s/token")
-    def decode_time_per_token(self) -> float:
-        """Least time of an output token. Source: INS, section 2.3.2."""
-        return self.decode_step.step_time
-
-    @figure("token/s")
-    def decode_tokens_per_second(self) -> float:
-        """Most tokens/s of a sequence. Source: INS, section 2.3.2."""
-        return 1 / self.decode_step.step_time
-
-    @figure("token/s")
-    def decode_gpu_tokens_per_second(self) -> float:
-        """Most tokens/s of a GPU. Source: INS, section 2.3.2."""
-        return self.decode.sequences / self.decode_step.step_time
-
-    @figure("s")
-    def prefill_time_to_first_token(self) -> float:
-        """Least time to the first token. Source: V3, section 3.4.1."""
-        return self.first_step.step_time
-
-    @figure("token/s")
-    def prefill_gpu_tokens_per_second(self) -> float:
-        """Most prompt tokens/s of a GPU. Source: V3, section 3.4.1."""
-        return self.prefill.micro_batches * self.w.prompt / self.prefill_step.step_time
-
-    @figure("$/token")
-    def decode_cost(self) -> float | None:
-        """Least rent of an output token."""
-        return self.h.price / self.decode_gpu_tokens_per_second if self.h.price is not None else None
-
-    @figure("$/token")
-    def prefill_cost(self) -> float | None:
-        """Least rent of a prompt token."""
-        return self.h.price / self.prefill_gpu_tokens_per_second if self.h.price is not None else None
-
-
-class Drafts:
-    """Gain of tokens that multi-token prediction drafts. A draft is one more block, and reads the head."""
-
-    def __init__(self, w: Work, h: Hardware, a: Assumptions, inputs: Inputs, plain: ServedStep) -> None:
-        self.w: Work = w
-        self.h: Hardware = h
-        self.a: Assumptions = a
-        self.plain: ServedStep = plain
-        self.drafts: Figure = inputs.of("drafts")
-        self.acceptance: Figure = inputs.of("acceptance")
-        self.step: ServedStep = ServedStep(plain.of, h, a, drafts=inputs.request.drafts)
+    def main_time(self) -> float:
+        """Time of a step without drafts: work and links take turns, or overlap in two micro-batches."""
+        work = self.matrices_time + self.experts_time + self.attention_time + self.latency_time
+        return max(work, self.links_time) if self.d.micro_batches > 1 else work + self.links_time
 
     @figure("s")
     def draft_time(self) -> float:
-        """Time of a draft: a block and the head. Source: V3, section 5.4.3."""
-        of, bandwidth = self.plain.of, self.h.memory_bandwidth * self.a.memory_efficiency
-        head = of.micro_batches * self.w.weights.vocabulary_bytes / of.tensor
-        return self.plain.step_time / self.w.m.config.n_layers + head / bandwidth
+        """Time of all drafts, each a block and the head. Source: V3, section 5.4.3."""
+        head = self.s.weights.vocabulary_bytes / self.d.tensor / self.h.memory_bandwidth
+        return self.d.drafts * (self.main_time / self.s.c.n_layers + head / self.a["matrix_bandwidth"])
+
+    @figure("s")
+    def estimate_time(self) -> float:
+        """Time of a step. Source: the sum of its parts."""
+        return self.main_time + self.draft_time if self.d.drafts else self.main_time
+
+    @property
+    def waits(self) -> dict[str, float]:
+        """Seconds of the parts of a step by their words: of the estimate."""
+        return {words: time for name, words in PARTS.items() if (time := getattr(self, name))}
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Seconds of the parts of the bound by their words."""
+        return {words: time for name, words in BOUNDS.items() if (time := getattr(self, name))}
+
+
+class Served:
+    """Tokens that a deployment gives, by the bound and by the estimate, and their price."""
+
+    def __init__(self, step: ServingStep) -> None:
+        self.step: ServingStep = step
+        self.d: Deployment = step.d
+        self.h: Hardware = step.h
+        self.stage: str = step.stage
+        self.decode: bool = step.decode
+        self.acceptance: Figure = step.a["acceptance"]
 
     @figure()
     def tokens_per_step(self) -> float:
-        """Tokens of a step, before overhead. Source: V3, section 5.4.3."""
-        return (1 - self.acceptance ** (self.drafts + 1)) / (1 - self.acceptance)
+        """Tokens of a sequence that a step gives. Source: Leviathan et al.: 1 + p + ... + p^d."""
+        if self.decode:
+            return (1 - self.acceptance ** (self.d.drafts + 1)) / (1 - self.acceptance) if self.d.drafts else 1
+        return self.step.positions
 
     @figure("s")
-    def speculative_step(self) -> float:
-        """Time of all drafts and of the step that verifies them. Source: V3, section 5.4.3."""
-        return self.step.step_time + self.drafts * self.draft_time
+    def time(self) -> float:
+        """Time of an output token, or to the first one, an estimate."""
+        return self.step.estimate_time / self.tokens_per_step if self.decode else self.step.estimate_time
 
-    @figure()
-    def speculation_gain(self) -> float:
-        """Speedup by drafts. Source: V3, section 5.4.3."""
-        return self.tokens_per_step * self.plain.step_time / self.speculative_step
+    @figure("s")
+    def least_time(self) -> float:
+        """Least time of an output token, or to the first one."""
+        return self.step.bound_time / self.tokens_per_step if self.decode else self.step.bound_time
 
+    @figure("token/s")
+    def tokens_per_second(self) -> float:
+        """Tokens/s of a sequence, an estimate."""
+        return self.tokens_per_step / self.step.estimate_time
 
-# --- what a user leaves open
+    @figure("token/s")
+    def most_tokens_per_second(self) -> float:
+        """Most tokens/s of a sequence."""
+        return self.tokens_per_step / self.step.bound_time
 
+    @figure("token/s")
+    def gpu_tokens_per_second(self) -> float:
+        """Tokens/s of a GPU, an estimate."""
+        return self.d.batch * self.tokens_per_second / self.d.gpus
 
-def choose_serving(
-    inputs: Inputs, model: Model, m: ModelFigures, h: Hardware, a: Assumptions, published: bool
-) -> Served:
-    """Return both deployments, with as many sequences as fit where the user leaves them open.
+    @figure("token/s")
+    def most_gpu_tokens_per_second(self) -> float:
+        """Most tokens/s of a GPU."""
+        return self.d.batch * self.most_tokens_per_second / self.d.gpus
 
-    Args:
-        published: the model has DeepSeek-V3's sizes, or is varied from it.
+    @figure("$/token")
+    def cost(self) -> float | None:
+        """Rent of a token at the low end, an estimate."""
+        return self.h.price / self.gpu_tokens_per_second if self.h.price is not None else None
 
-    Raises: ValueError for what the model or the hardware cannot have.
-    """
-    r, longest = inputs.request, m.config.max_seq_len
-    for name in ("context", "prompt"):
-        tokens = getattr(r, name) or 1
-        require(tokens <= longest, f"{name}={tokens} is longer than the model's max_seq_len={longest}; shorten it")
-    context = r.context or min(CONTEXT, longest)
-    precision = usual_precision(model, h)  # however training multiplies
-    is_v4 = precision == "fp8" and m.config.attention == "compressed"
-    dtype = "fp4" if is_v4 else DTYPES[precision]
-    inputs = inputs.filled("chosen", context=context, prompt=context, weight_dtype=dtype, cache_dtype="bfloat16")
-    least = Work(m, inputs.filled("chosen", sequences=1))
-    found: dict[StageName, Deployment] = {}
-    for stage in STAGES:
-        found[stage] = _deployment(inputs.request, stage, least, h, published)
-    fit = int(Deployed(least, found["decode"], h).sequences_that_fit / found["decode"].micro_batches)
-    inputs = inputs.filled("chosen", sequences=max(1, min(SEQUENCES, fit)))
-    for stage, d in found.items():
-        inputs = inputs.filled(d.how, **{f"{stage}_gpus": d.gpus, f"{stage}_tensor": d.tensor})
-        inputs.sources.setdefault(stage, d.how)
-    return Served(m, h, a, inputs, found)
+    @figure("$/token")
+    def cost_most(self) -> float | None:
+        """Rent of a token at the high end, an estimate."""
+        return self.h.price_most / self.gpu_tokens_per_second if self.h.price_most is not None else None
 
-
-def _deployment(r: PlanRequest, stage: StageName, w: Work, h: Hardware, published: bool) -> Deployment:
-    """Return a deployment: the given numbers, and what is best for the others.
-
-    Raises: ValueError for a deployment that does not divide the model or that the hardware has no links or units for.
-    """
-    gpus, tensor, redundant = (getattr(r, f"{stage}_{name}") for name in ("gpus", "tensor", "redundant"))
-    preset, experts = presets()["deepseek-v3"][stage], w.m.config.n_routed_experts
-
-    def made(gpus: int, tensor: int, how: str) -> Deployment:
-        own = published and (gpus, tensor) == (preset["gpus"], preset["tensor"])
-        if own and redundant in (None, preset["redundant"]) and (experts + preset["redundant"]) % gpus == 0:
-            return Deployment(stage=stage, how=how, **preset)
-        spare = -experts % gpus if redundant is None else redundant
-        sizes = {"gpus": gpus, "tensor": tensor, "redundant": spare, "micro_batches": 1 if gpus == 1 else 2}
-        return Deployment(stage=stage, **sizes, two_hop=stage == "prefill", how=how)
-
-    if gpus is None:
-        tried = [made(*each) for each in _tried(stage, tensor, w.m.config, h, published)]
-    else:
-        shared = 1 if w.m.moe_layers else gcd(gpus_in_node(gpus, h.gpus_per_node), w.m.config.n_heads)
-        tried = [made(gpus, tensor or shared, "as chosen")]
-    for d in tried or [made(tensor or 1, tensor or 1, "")]:
-        check_deployment(d, w.m.config, h)
-        h.peak(w.dtype)
-        if Deployed(w, d, h).gpu_memory <= h.memory:
-            return d
-    return tried[-1] if gpus is not None else replace(tried[-1], how="the most GPUs that can share it")
+    @figure("$/token")
+    def least_cost(self) -> float | None:
+        """Least rent of a token, at the low end."""
+        return self.h.price / self.most_gpu_tokens_per_second if self.h.price is not None else None
 
 
-def _tried(
-    stage: StageName, tensor: int | None, c: ModelConfig, h: Hardware, published: bool
-) -> Iterator[tuple[int, int, str]]:
-    """Yield GPUs to try, how many of them share heads, and how they are chosen: with experts one, else all."""
-    preset, node = presets()["deepseek-v3"][stage], h.gpus_per_node
-    if published and h.networked and tensor is None:
-        yield preset["gpus"], preset["tensor"], "as DeepSeek-V3 is served"
-    moe = c.n_dense_layers < c.n_layers
-    most = max(node, c.n_routed_experts) if moe and h.networked else h.node
-    for count in gpu_counts(node):
-        shared = tensor or (1 if moe else count)
-        if count <= most and count % shared == 0 and shared <= node and c.n_heads % shared == 0:
-            yield count, shared, "the fewest GPUs that hold weights and cache"
+def memory(service: Service, d: Deployment) -> ServingMemory:
+    """Return what a GPU of a deployment holds. Raises: ValueError for a deployment that cannot be."""
+    require(not (said := misfit(d, service.c, service.h)), said)
+    return ServingMemory(service, d)
+
+
+def step(service: Service, d: Deployment) -> ServingStep:
+    """Return the time of a step of a deployment, as a bound and as an estimate; it may not fit."""
+    return ServingStep(memory(service, d))
+
+
+def serve(service: Service, d: Deployment) -> Served:
+    """Return the tokens that a deployment gives, as a bound and as an estimate, and their price; it may not fit."""
+    return Served(step(service, d))

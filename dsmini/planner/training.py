@@ -16,7 +16,8 @@ Ranks are numbered tensor first, then data, then pipeline: so gradients stay in 
 
 Estimates: two all-reduces a layer of matrices that `tensor` GPUs share are not hidden. ZeRO 0 and 1 exchange once a
 step, not hidden; ZeRO 2 and 3 in every micro-batch, hidden by computing. Activations between stages are hidden. All
-weights are sent as wide as those of matrices.
+weights are sent as wide as those of matrices. Parts of a sequence gather the keys and values of all its layers in
+each pass, not hidden; the work of a causal mask is divided evenly.
 
 Source: DeepSeek-V3 report, sections 3.2 and 3.3, table 2; ZeRO (arXiv 1910.02054); INS, table 4.
 """
@@ -25,14 +26,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dsmini.accounting.memory import TABLES, activation_bytes, training_bytes
+from dsmini.accounting.memory import TABLES, activation_bytes, kv_bytes_per_token, training_bytes
 from dsmini.accounting.tensors import BLOCK, SIZES
 from dsmini.planner.exchange import Exchange, Links
 from dsmini.planner.figure import counted, figure
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.layout import Layout, gpus_in_node
 from dsmini.planner.model import ModelFigures
-from dsmini.planner.request import DTYPES, Assumptions
+from dsmini.planner.request import DTYPES, Inputs
 from dsmini.planner.stages import Pipeline, Place, fastest_pipeline
 
 if TYPE_CHECKING:
@@ -54,10 +55,10 @@ PARTS = {
 class Training:
     """Memory and time of a step in a layout. Raises: ValueError for a precision or a link that the hardware lacks."""
 
-    def __init__(self, m: ModelFigures, h: Hardware, a: Assumptions, r: Layout) -> None:
+    def __init__(self, m: ModelFigures, h: Hardware, a: Inputs, r: Layout) -> None:
         self.m: ModelFigures = m
         self.h: Hardware = h
-        self.a: Assumptions = a
+        self.a: Inputs = a
         self.layout: Layout = r
         self.links: Links = Links(h, a)
         in_node = gpus_in_node(r.expert, h.gpus_per_node)
@@ -65,7 +66,7 @@ class Training:
         self.dtype = "float32" if r.precision == "fp32" else "bfloat16"
         self.master = 0 if r.precision == "fp32" else 4
         """Bytes of a master weight."""
-        self.communication = a.communication_share if r.expert > 1 else 0
+        self.communication = a["communication_share"] if r.expert > 1 else 0
         """Share of a GPU that carries rows of experts."""
         self.local_experts: float = m.config.n_routed_experts / r.expert * m.expert_parameters
         """Numbers of the routed experts of a layer on a GPU."""
@@ -77,12 +78,15 @@ class Training:
     @figure()
     def data(self) -> float:
         """Parts of the batch (data parallelism). Source: V3, section 3.2."""
-        return self.layout.gpus / (self.layout.pipeline * self.layout.tensor)
+        r = self.layout
+        if r.context_parallel > 1:
+            return r.gpus / (r.pipeline * r.tensor * r.context_parallel)
+        return r.gpus / (r.pipeline * r.tensor)
 
     @figure()
     def expert_data(self) -> float:
         """Copies of the experts of a stage. Source: V3, section 3.2."""
-        return self.data * self.layout.tensor / self.layout.expert
+        return self.layout.gpus / self.layout.pipeline / self.layout.expert
 
     @figure()
     def micro_batches(self) -> float:
@@ -92,6 +96,8 @@ class Training:
     @figure("token")
     def micro_batch_tokens(self) -> float:
         """Tokens of a micro-batch on a GPU."""
+        if self.layout.context_parallel > 1:
+            return self.layout.micro_batch * self.m.seq_len / self.layout.tensor / self.layout.context_parallel
         return self.layout.micro_batch * self.m.seq_len / self.layout.tensor
 
     # --- bytes of a parameter of a matrix
@@ -123,19 +129,19 @@ class Training:
     @figure("FLOP/s")
     def plain_rate(self) -> float:
         """Rate of other products."""
-        return self.h.peak(self.dtype) * self.a.bf16_efficiency * (1 - self.communication)
+        return self.h.peak(self.dtype) * self.a["bf16_efficiency"] * (1 - self.communication)
 
     @figure("FLOP/s")
     def fp8_rate(self) -> float:
         """Rate of products of attention and feed-forwards."""
         if self.layout.precision == "fp8":
-            return self.h.peak("fp8") * self.a.fp8_efficiency * (1 - self.communication)
+            return self.h.peak("fp8") * self.a["fp8_efficiency"] * (1 - self.communication)
         return self.plain_rate
 
     @cached_property
     def pipeline(self) -> Pipeline:
         """Stages whose slowest GPU is fastest, forward and backward."""
-        seconds = self.m.seconds(self.layout.recompute, self.fp8_rate, self.plain_rate, self.a.imbalance)
+        seconds = self.m.seconds(self.layout.recompute, self.fp8_rate, self.plain_rate, self.a["imbalance"])
         return fastest_pipeline(self.m, self.layout.pipeline, self.layout.schedule, seconds)
 
     def slowest_stage(self, phase: str) -> tuple[float, ...]:
@@ -184,8 +190,8 @@ class Training:
 
     @property
     def fits(self) -> bool:
-        """True if every GPU has the memory. The need is a lower bound, so leave room."""
-        return self.memory_free >= 0
+        """True if every GPU has the memory, of which memory_share may be filled: the need is a lower bound."""
+        return self.memory_needed <= self.h.memory * self.a["memory_share"]
 
     # --- parts of a step
 
@@ -193,19 +199,25 @@ class Training:
     def chunk_forward(self) -> float:
         """Computing, forward, of a micro-batch in the slowest stage."""
         fp8, routed, plain = self.slowest_stage("forward")
-        return self.micro_batch_tokens * ((fp8 + self.a.imbalance * routed) / self.fp8_rate + plain / self.plain_rate)
+        return self.micro_batch_tokens * (
+            (fp8 + self.a["imbalance"] * routed) / self.fp8_rate + plain / self.plain_rate
+        )
 
     @figure("s")
     def chunk_backward(self) -> float:
         """Computing, backward, of a micro-batch in the slowest stage."""
         fp8, routed, plain = self.slowest_stage("backward")
-        return self.micro_batch_tokens * ((fp8 + self.a.imbalance * routed) / self.fp8_rate + plain / self.plain_rate)
+        return self.micro_batch_tokens * (
+            (fp8 + self.a["imbalance"] * routed) / self.fp8_rate + plain / self.plain_rate
+        )
 
     @figure("s")
     def chunk_weights(self) -> float:
         """Gradients of weights of a micro-batch in the slowest stage."""
         fp8, routed, plain = self.slowest_stage("weights")
-        return self.micro_batch_tokens * ((fp8 + self.a.imbalance * routed) / self.fp8_rate + plain / self.plain_rate)
+        return self.micro_batch_tokens * (
+            (fp8 + self.a["imbalance"] * routed) / self.fp8_rate + plain / self.plain_rate
+        )
 
     @figure("s")
     def computing_seconds(self) -> float:
@@ -225,7 +237,7 @@ class Training:
     @figure("s/token")
     def dispatch_seconds(self) -> float:
         """Time of a token's rows, a layer and pass. Source: V3, section 3.2.2."""
-        return self.a.imbalance * max(self.slow_row_seconds, self.fast_row_seconds)
+        return self.a["imbalance"] * max(self.slow_row_seconds, self.fast_row_seconds)
 
     @figure("s")
     def chunk_dispatch(self) -> float:
@@ -234,11 +246,31 @@ class Training:
 
     @figure("s")
     def chunk_tensor(self) -> float:
-        """All-reduces of a micro-batch, the fullest stage and pass."""
-        if self.layout.tensor == 1:
+        """All-reduces of a micro-batch, and keys of other parts of a sequence, the fullest stage and pass."""
+        if self.layout.tensor == 1 and self.layout.context_parallel == 1:
             return 0
         sent = SIZES[self.dtype] * self.m.config.dim * self.micro_batch_tokens * 4 * (self.layout.tensor - 1)
-        return sent * self.pipeline.most_layers / self.links.fast_rate
+        reduced = sent * self.pipeline.most_layers / self.links.fast_rate if self.layout.tensor > 1 else 0
+        if self.layout.context_parallel == 1:
+            return sent * self.pipeline.most_layers / self.links.fast_rate
+        return reduced + self.gathered_keys * self.pipeline.most_layers / self.ring_rate
+
+    @figure("B")
+    def gathered_keys(self) -> float:
+        """Keys of the other parts of a sequence that a GPU gathers in a layer, in training. Source: ring attention."""
+        r = self.layout
+        return r.micro_batch * self.m.seq_len * (1 - 1 / r.context_parallel) * self.key_bytes
+
+    @counted("B/token")
+    def key_bytes(self) -> float:
+        """Keys and values of a token, the mean of all layers. Source: accounting's kv_bytes_per_token."""
+        return kv_bytes_per_token(self.m.config, SIZES[self.dtype]) / self.m.config.n_layers
+
+    @figure("B/s")
+    def ring_rate(self) -> float:
+        """Rate between the parts of a sequence."""
+        inside = self.layout.tensor * self.layout.context_parallel <= self.h.gpus_per_node
+        return self.links.fast_rate if inside else self.links.slow_rate
 
     @figure("s")
     def chunk_pair(self) -> float:
@@ -305,7 +337,7 @@ class Training:
             return 0
         r, node = self.layout, self.h.gpus_per_node
         # GPUs that hold the same are in one node; but DualPipe's other copy is at the pipeline's other end
-        in_node = r.gpus <= node or (r.data * r.tensor <= node and r.copies == 1)
+        in_node = r.gpus <= node or (r.holders * r.tensor <= node and r.copies == 1)
         return self.sent_state / (self.links.fast_rate if in_node else self.links.slow_rate)
 
     @figure("s")
@@ -344,7 +376,7 @@ class Gpu:
         self.t: Training = t
         self.place: Place = place
         self.numbers: tuple[float, float] = place.numbers(t.m, t.layout.tensor)
-        self.holders: float = t.data * t.layout.copies
+        self.holders: float = t.layout.holders * t.layout.copies
         self.expert_holders: float = t.expert_data * t.layout.copies
 
     def divided(self, since: int) -> tuple[float, float]:

@@ -62,14 +62,17 @@ def test_json_has_every_figure_in_base_units(place: Path) -> None:
     assert found["figures"]["model"]["kv_cache"] == {
         "value": 70272,
         "unit": "B/token",
-        "title": "Cache of a token, all layers",
-        "source": "V2, table 1; INS, table 1",
+        "title": "Cache of a token, all layers; V4's without the window",
+        "source": "V2, table 1; INS, table 1; V4, section 2.3",
     }
     assert found["layout"]["pipeline"] == 16 and found["hardware"] == "h800" and found["fits"]
-    assert found["binds"] == {"training": "compute", "decode": "memory traffic", "prefill": "links between nodes"}
+    assert found["binds"]["training"] == "compute" and set(found["binds"]) == {"training", "decode", "prefill"}
     assert found["work"] == {"batch": 15360, "seq_len": 4096, "tokens": pytest.approx(14.8e12, rel=1e-3)}
-    assert (found["serving"]["context"], found["deployments"]["decode"]["gpus"]) == (4096, 320)
-    assert found["warnings"] == {"training": [], "inference": []}
+    decode = found["deployments"]["decode"]
+    assert found["serving"]["context"] == 4096 and {"cheapest", "in time", "fastest"} == set(decode["points"])
+    rates = [each["gpu_tokens_per_second"] for each in decode["front"]]
+    assert rates == sorted(rates) and [e["time"] for e in decode["front"]] == sorted(e["time"] for e in decode["front"])
+    assert decode["bound"]["gpu_tokens_per_second"] >= max(rates) and decode["left_out"]
     theirs = record("config.json", place)["figures"]["model"]
     assert {n: f["value"] for n, f in found["figures"]["model"].items()} == {n: f["value"] for n, f in theirs.items()}
     listed = {line.split()[0] for line in asked("deepseek-v3 --explain list", place).splitlines() if line.strip()}
@@ -79,10 +82,24 @@ def test_json_has_every_figure_in_base_units(place: Path) -> None:
     assert "kv_lora_rank" in {line["name"] for line in explained["inputs"]}
 
 
-def test_json_of_published_figures_variations_and_searches(place: Path) -> None:
-    rows = {row["name"]: row for row in record("--published", place)}
-    assert rows["v3_parameters"]["ours"] == 671_026_404_352
-    assert rows["v3_bubble"]["status"] == "missed" and rows["v3_bubble"]["residual"] == pytest.approx(-0.5109, abs=1e-4)
+def test_what_does_not_fit_comes_first_without_a_price_and_with_status_2(place: Path) -> None:
+    ((status, said),) = run_all([("dsmini.plan", "deepseek-v2-lite --hardware h100 --gpus 1")], place, columns=120)
+    _, first, *rest = said.splitlines()
+    assert status == 2 and first.startswith("training   does not fit: no layout on gpus=1 fits 90 % of 85.9 GB")
+    assert not [line for line in rest if line.startswith("training") and "$" in line] and "tokens/s a GPU" in said
+    ((status, said),) = run_all([("dsmini.plan", "deepseek-v3 --gpus 2048 --sequences 100000")], place, columns=120)
+    assert status == 2 and "decode     does not fit: decode on" in said.splitlines()[1]
+    assert not [line for line in said.splitlines() if line.startswith("decode") and "$" in line]
+
+
+def test_own_config_lists_the_sizes_that_it_leaves_to_defaults(place: Path) -> None:
+    (place / "few.toml").write_text("[model]\ndim = 512\nn_layers = 8\n")
+    said = asked("few.toml", place)
+    assert "sizes that its file leaves to dsmini's defaults: vocab_size=256" in said.replace("\n", " ")
+    assert "defaults:" not in asked("kimi-k2", place)
+
+
+def test_json_of_variations_and_searches(place: Path) -> None:
     pairs = record("deepseek-v3 --vary kv_lora_rank=128,512 hardware=h100,h800 --of kv_cache", place)["plans"]
     assert [(p["kv_lora_rank"], p["hardware"], p["kv_cache"]) for p in pairs] == [
         (rank, hardware, cache) for rank, cache in ((128, 23_424), (512, 70_272)) for hardware in ("h100", "h800")

@@ -20,7 +20,7 @@ from tests.helpers.configs import CONFIGS
 INVENTED = Path(__file__).parents[1] / "planner" / "invented.toml"
 CHOICES = {field.name for field in dataclasses.fields(PlanRequest)}
 FIGURES = {"memory": "gpu_memory", "price": "gpu_price"}
-FIGURES |= {dtype: f"peak_{dtype}" for dtype in ("float32", "bfloat16", "fp8")}
+FIGURES |= {dtype: f"peak_{dtype}" for dtype in ("float32", "bfloat16", "fp8", "fp4", "int8")}
 
 
 def hardware_of(words: str) -> Hardware:
@@ -78,7 +78,7 @@ def trained_in(plan: Plan, **layout: Any) -> Training:
     """Return the training of a plan in another layout. Raises: ValueError for one that it cannot have."""
     other = dataclasses.replace(plan.training.layout, **layout)
     check(rules(other, plan.model.config, plan.hardware.gpus_per_node))
-    return Training(plan.m, plan.hardware, plan.assumed, other)
+    return Training(plan.m, plan.hardware, plan.inputs, other)
 
 
 def in_layout(plan: Plan, **layout: Any) -> dict[str, float]:

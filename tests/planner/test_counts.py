@@ -11,8 +11,9 @@ from dsmini import ModelConfig, accounting
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.plan import make_plan
 from dsmini.planner.request import Model, PlanRequest
+from dsmini.planner.serving import Deployment, Service, ServingMemory, ServingStep
 from tests.helpers.configs import released
-from tests.helpers.plans import plan_of, values_of
+from tests.helpers.plans import plan_of
 from tests.helpers.strategies import model_configs
 
 H800 = load_hardware("h800")
@@ -43,23 +44,35 @@ def serving_counts(
     moved = accounting.decode_bytes_per_token(config, context=context, batch=n, **dtypes)
     read = accounting.prefill_bytes_per_token(config, seq_len=prompt, batch=1, dtype=weight_dtype)
     first = accounting.step_flops(config, batch_size=1, seq_len=prompt, training=False, last_logits=True)
-    moe = config.n_dense_layers < config.n_layers + config.n_mtp_layers
+    held = accounting.cache_bytes(config, max_seq_len=context, batch=n, dtype=cache_dtype, mtp=True)
     return {
-        "model_bytes": accounting.weight_bytes(config, weight_dtype, mtp=False).total,
-        "kv_cache": accounting.kv_bytes_per_token(config, dtype=cache_dtype),
-        "mha_kv_cache": accounting.mha_kv_bytes_per_token(config, 2),
-        **({"decode_experts_read": accounting.expected_experts(config, n)} if moe else {}),
-        "decode_weights_read": n * (moved.weights - moved.by_part["embedding"]),
-        "decode_gpu_weights": accounting.weight_bytes(config, weight_dtype).total,
-        "decode_gpu_cache": accounting.cache_bytes(
-            config, max_seq_len=context, batch=n, dtype=cache_dtype, mtp=True
-        ).total,
-        "prefill_gpu_weights": accounting.weight_bytes(config, weight_dtype, mtp=False).total,
-        "decode_cache_read": n * moved.by_part["cache read"],
-        "prefill_weights_read": prompt * (read.weights - read.by_part["embedding"]),
-        "decode_flops": n * accounting.decode_flops_per_token(config, context=context).total,
-        "prefill_flops": first.total,
+        "decode weights read": n * (moved.weights - moved.by_part["embedding"]),
+        "decode weights": accounting.weight_bytes(config, weight_dtype).total,
+        "decode cache": held.total,
+        "prefill weights": accounting.weight_bytes(config, weight_dtype, mtp=False).total,
+        "decode cache read": n * moved.by_part["cache read"],
+        "prefill weights read": prompt * (read.weights - read.by_part["embedding"]),
+        "decode flops": n * accounting.decode_flops_per_token(config, context=context).total,
+        "prefill flops": first.total,
     }
+
+
+def serving_planned(service: Service, sequences: int) -> dict[str, float]:
+    """Return the same of steps of one GPU, plain ones, and of the memory with drafts."""
+    found: dict[str, float] = {}
+    for phase, batch, drafts in (("decode", sequences, 1), ("prefill", 1, 0)):
+        memory = ServingMemory(service, Deployment(phase=phase, gpus=1, batch=batch, drafts=drafts))
+        one = ServingStep(ServingMemory(service, Deployment(phase=phase, gpus=1, batch=batch)))
+        experts = service.m.moe_layers * one.experts_read * service.weights.expert_bytes
+        over = 2 * one.gpu_tokens * (one.attention_products + one.index_products)
+        found |= {
+            f"{phase} weights read": one.weights_read + experts,
+            f"{phase} weights": memory.gpu_weights,
+            f"{phase} flops": one.matrix_flops + one.expert_flops + one.plain_flops + over,
+        }
+        if phase == "decode":
+            found |= {"decode cache": memory.gpu_cache, "decode cache read": one.cache_read}
+    return found
 
 
 @given(config=model_configs(), data=st.data())
@@ -68,8 +81,7 @@ def test_one_gpu_with_any_model_is_as_counted(config: ModelConfig, data: st.Data
     config = dataclasses.replace(config, precision="fp8" if work["precision"] == "fp8" else "native")
     serving = {name: work[name] for name in ("context", "prompt", "sequences", "weight_dtype", "cache_dtype")}
     served = not (config.is_mla and config.qk_norm)
-    more = {"decode_gpus": 1, "prefill_gpus": 1} if served else dict.fromkeys(serving)
-    request = PlanRequest(gpus=1, batch=12, tokens=1e9, **(work | more))
+    request = PlanRequest(gpus=1, batch=12, tokens=1e9, **(work | ({} if served else dict.fromkeys(serving))))
     plan = make_plan(request, Model(config=config, source="a test"), H800)
     found = {name: float(figure) for name, figure in plan.figures.items()}
     counted = accounting.parameters(config)
@@ -94,21 +106,23 @@ def test_one_gpu_with_any_model_is_as_counted(config: ModelConfig, data: st.Data
     for name, value in operations.items():
         assert found.get(name, 0) == pytest.approx(value, rel=1e-12, abs=rounded), name
     if served:
-        for stage in ("decode", "prefill"):
-            found[f"{stage}_flops"] = found[f"{stage}_matrix_flops"] + found[f"{stage}_other_flops"]
+        assert found["model_bytes"] == accounting.weight_bytes(config, work["weight_dtype"], mtp=False).total
+        assert found["kv_cache"] == accounting.kv_bytes_per_token(config, dtype=work["cache_dtype"])
+        assert plan.service is not None
         wanted = serving_counts(config, **serving)
-        assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-12)
+        assert serving_planned(plan.service, work["sequences"]) == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "fp8"])
 @pytest.mark.parametrize("drafts", [0, 1])
 def test_serving_of_v4_holds_what_is_counted(drafts: int, cache_dtype: Any) -> None:
     """Window, entries, and the rows of which the next entry is made; with drafts those of multi-token prediction."""
-    plan = plan_of(f"toy-v4 drafts={drafts} cache_dtype={cache_dtype} sequences=3 context=192 decode_gpus=1")
-    assert plan.served is not None
+    plan = plan_of(f"toy-v4 cache_dtype={cache_dtype} context=192 weight_dtype=fp4")
+    assert plan.service is not None
+    memory = ServingMemory(plan.service, Deployment(phase="decode", gpus=1, batch=3, drafts=drafts))
     config, how = plan.model.config, {"max_seq_len": 192, "batch": 3, "dtype": cache_dtype, "mtp": drafts > 0}
-    assert plan.served.decode.gpu_cache == accounting.cache_bytes(config, **how).total
-    assert plan.served.decode.gpu_weights == accounting.weight_bytes(config, "fp4", mtp=drafts > 0).total
+    assert memory.gpu_cache == accounting.cache_bytes(config, **how).total
+    assert memory.gpu_weights == accounting.weight_bytes(config, "fp4", mtp=drafts > 0).total
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -123,6 +137,10 @@ def test_training_of_v4_holds_what_is_counted(recompute: Any) -> None:
 
 def test_gpus_together_compute_what_their_tokens_need() -> None:
     """320 GPUs with 64 sequences each: nothing is computed twice, and nothing is left out."""
-    found = values_of("deepseek-v3")
+    service = plan_of("deepseek-v3").service
+    assert service is not None
+    d = Deployment(phase="decode", gpus=320, tensor=4, redundant=64, batch=64 * 320)
+    one = ServingStep(ServingMemory(service, d))
     counted = accounting.decode_flops_per_token(released("deepseek-v3"), context=4096).total
-    assert found["decode_matrix_flops"] + found["decode_other_flops"] == 64 * counted
+    over = 2 * one.gpu_tokens * one.attention_products
+    assert one.matrix_flops + one.expert_flops + one.plain_flops + over == 64 * counted

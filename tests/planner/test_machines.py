@@ -14,9 +14,17 @@ from tests.helpers.questions import invented_roofs
 
 def test_numbers_of_an_own_file_are_in_base_units() -> None:
     wanted = {"gpu_memory": 96 * 2**30, "memory_bandwidth": 2e12, "gpus_per_node": 8, "fast_link": 100e9}
-    wanted |= {"slow_link": 25e9, "gpu_price": 3 / 3600}
+    wanted |= {"slow_link": 25e9, "gpu_price": 3 / 3600, "gpu_price_most": 3 / 3600}
     wanted |= {"peak_float32": 50e12, "peak_bfloat16": 500e12, "peak_fp8": 1e15}
     assert {name: float(value) for name, value in load_hardware(INVENTED).numbers.items()} == pytest.approx(wanted)
+
+
+def test_prices_are_ranges_with_a_month() -> None:
+    h200 = load_hardware("h200")
+    assert h200.price is not None and h200.price_most is not None
+    assert (h200.price * 3600, h200.price_most * 3600) == pytest.approx((2.5, 7)) and "2026-06" in h200.price.source
+    own = h200.having("a test", {"gpu_price": 1 / 3600})
+    assert own.price == own.price_most == pytest.approx(1 / 3600)
 
 
 # --- the machine at hand

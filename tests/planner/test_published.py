@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmini.planner.published import published_figures, rounding
+from tests.helpers.published import PAGE, page, published_figures, rounding
 
 FIGURES = {figure.name: figure for figure in published_figures()}
 
@@ -44,3 +44,7 @@ def test_status_follows_the_residual() -> None:
     assert status(hold=0.001) == "missed" == status(expected="fitted", hold=0.001)
     assert status(hold=0.001, expected="misprint") == "misprint"
     assert status(expected="missed") == "reproduced", "the residual decides, not the file"
+
+
+def test_page_of_the_documentation_is_as_computed() -> None:
+    assert PAGE.read_text() == page(), "python -m tests.helpers.published writes it again"

@@ -1,109 +1,221 @@
-"""Serving: what binds a step, what a GPU sends and holds, drafts, and indexers."""
+"""Serving: bounds and estimates by hand, what they may depend on, and the search against all deployments there are."""
+
+import dataclasses
+import itertools
+from typing import Any
 
 import pytest
 
-from dsmini.planner.pages import lines_of
-from dsmini.planner.serving import RESOURCES
+from dsmini.planner.deployments import CHEAPEST, FASTEST, IN_TIME, Found, search
+from dsmini.planner.request import PlanRequest
+from dsmini.planner.serving import BOUNDS, PARTS, PHASES, Deployment, Served, Service, ServingMemory, serve
+from tests.helpers.configs import refusal
 from tests.helpers.plans import plan_of, values_of
 
 SERVED = ["deepseek-v3", "deepseek-v3 context=32768 drafts=3", "deepseek-v2-lite decode_gpus=4", "toy-mha @laptop"]
 
 
+def service_of(words: str) -> Service:
+    service = plan_of(words).service
+    assert service is not None
+    return service
+
+
+def served(words: str, **d: Any) -> Served:
+    service = service_of(words)
+    spare = -service.c.n_routed_experts % d["gpus"]
+    return serve(service, Deployment(**({"phase": "decode", "redundant": spare} | d)))
+
+
+def found_of(words: str, phase: Any = "decode") -> Found:
+    return plan_of(words).found[phase]
+
+
 @pytest.mark.parametrize("words", SERVED)
-def test_a_step_takes_as_long_as_its_slowest_part(words: str) -> None:
+def test_bound_is_the_slowest_part_and_estimate_the_sum(words: str) -> None:
     found, plan = values_of(words), plan_of(words)
-    for stage in ("decode", "prefill", *(["verify"] if "verify_step_time" in found else [])):
-        times = {word: found[key] for part, word in RESOURCES.items() if (key := f"{stage}_{part}") in found}
-        assert found[f"{stage}_step_time"] == max(times.values())
-        if stage in plan.waits:
-            worked = [word for word, time in times.items() if time]
-            assert plan.longest(stage) == sorted(worked, key=lambda word: -times[word])
-    assert found["decode_time_per_token"] == found["decode_step_time"] == 1 / found["decode_tokens_per_second"]
-    assert found["prefill_time_to_first_token"] == found["first_step_time"] <= found["prefill_step_time"]
+    for phase in PHASES:
+        part = {name: found[f"{phase}_{name}"] for name in (*BOUNDS, *PARTS)}
+        assert found[f"{phase}_bound_time"] == max(part[name] for name in BOUNDS)
+        links = part.pop("links_time")
+        work = sum(part[name] for name in PARTS if name not in ("links_time", "draft_time"))
+        main = max(work, links) if plan.served[phase].d.micro_batches == 2 else work + links
+        assert found[f"{phase}_estimate_time"] == pytest.approx(main + part["draft_time"])
+        assert found[f"{phase}_bound_time"] < found[f"{phase}_estimate_time"]
+        assert plan.longest(phase)[0] == max(plan.waits[phase], key=lambda word: plan.waits[phase][word])
 
 
 def test_v3_decodes_as_worked_out_by_hand() -> None:
-    found = values_of("deepseek-v3")
-    assert (found["decode_gpu_experts"], found["prefill_gpu_experts"]) == (1, 9)
-    assert found["decode_gpu_weights"] - found["decode_draft_weights"] == pytest.approx(8.65e9, rel=1e-3)
-    assert found["decode_gpu_cache"] == 4 * 64 * 4096 * 62 * 1152, "with the layer of multi-token prediction"
-    assert found["decode_sequences_that_fit"] == 65
-    plain = values_of("deepseek-v3 drafts=0")
-    assert plain["decode_gpu_cache"] == 4 * 64 * 4096 * 70_272 and plain["decode_sequences_that_fit"] == 67
-    # 9 rows a token, of which one in forty stays in its node: 8/320
-    assert found["decode_slow_bytes"] == pytest.approx(58 * 64 * 9 * 39 / 40 * (7392 + 14_336))
-    inside = 58 * 64 * 9 * (1 / 40 - 1 / 320) * (7392 + 14_336)
-    gathered = 61 * 64 * 3 * 2 * (1536 + 512 + 64 + 7168)  # latents in, sums out, for three others of the group
-    assert found["decode_fast_bytes"] == pytest.approx(inside + gathered)
+    """On 144 H800, two experts and 64 sequences a GPU, without drafts."""
+    found = served("deepseek-v3 context=4989", gpus=144, batch=64 * 144)
+    step, memory = found.step, found.step.memory
+    assert memory.gpu_experts == 2 and memory.group_sequences == 64 and memory.draft_weights == 0
+    assert memory.gpu_cache == 64 * 4989 * 70_272
+    assert step.cache_read == 64 * 4989 * 70_272
+    experts = 58 * 2 * 3 * (7168 * 2048 + 4 * 16 * 56)
+    assert step.memory.s.m.moe_layers * step.memory.gpu_experts * step.s.weights.expert_bytes == experts
+    assert step.bound_memory_time == pytest.approx((step.bound_weights_read + step.cache_read) / 3.35e12)
+    # absorbed, 128 heads of 576 and 512 numbers; dense products in FP8, head and gates in BF16
+    assert step.attention_products == 61 * 4989 * 128 * (576 + 512)
+    matrices = 2 * 64 * (step.s.weights.matrix_products + step.s.weights.expert_products) / 1978.9e12
+    plain = 2 * 64 * (step.s.weights.other_products + 129280 * 7168) / 989.4e12
+    assert step.bound_compute_time == pytest.approx(matrices + plain + 2 * 64 * step.attention_products / 989.4e12)
+    # a row in FP8 both ways to each node that the gate's rule reaches, and 8 rows of the estimate, back in BF16
+    assert step.least.slow_row_bytes == step.least.nodes_reached * (1 - 1 / 18) * 2 * 7392
+    assert step.exchange.slow_row_bytes == pytest.approx(8 * (1 - 1 / 18) * (7392 + 14_336))
+    assert step.bound_slow_time == pytest.approx(64 * 58 * step.least.slow_row_bytes / 50e9)
+    assert found.gpu_tokens_per_second == pytest.approx(64 / step.estimate_time)
 
 
-@pytest.mark.parametrize("figure", ["fast_row_bytes", "chunk_tensor", "decode_fast_bytes"])
-def test_fp32_sends_twice_the_bytes_of_bf16(figure: str) -> None:
-    fixed = "deepseek-v2-lite gpus=16 batch=96 expert=8 tensor=2 decode_gpus=8 decode_tensor=2"
-    narrow, wide = (f"{fixed} precision={p} weight_dtype={d}" for p, d in (("bf16", "bfloat16"), ("fp32", "float32")))
-    assert values_of(wide)[figure] == pytest.approx(2 * values_of(narrow)[figure])
+def test_bound_takes_no_choice_of_ours() -> None:
+    """Micro-batches, efficiencies, latencies and imbalance change the estimate alone."""
+    one, two = (served("deepseek-v3", gpus=64, batch=4096, micro_batches=n) for n in (1, 2))
+    assert one.least_time == two.least_time and one.time != two.time
+    assert two.step.latency_time > one.step.latency_time
+    slow = served("deepseek-v3 link_efficiency=0.4", gpus=64, batch=4096)
+    assert slow.least_time == one.least_time and slow.step.rows_time > 1.5 * one.step.rows_time
 
 
-def test_gain_of_drafts_is_that_of_plans_with_more_tokens() -> None:
-    """A step that verifies d drafts is one of d + 1 times the tokens, which share the cache of the same sequences."""
-    for words in ("deepseek-v3", "deepseek-v3 sequences=1 decode_gpus=1"):
-        found, none = values_of(f"{words} drafts=2"), values_of(f"{words} drafts=0")
-        assert found["tokens_per_step"] == pytest.approx(1 + 0.85 + 0.85**2)
-        step = found["verify_step_time"] + 2 * found["draft_time"]
-        assert found["speculation_gain"] == pytest.approx(found["tokens_per_step"] * none["decode_step_time"] / step)
-        assert found["verify_cache_read"] == found["decode_cache_read"]
-        assert found["verify_matrix_flops"] == 3 * found["decode_matrix_flops"]
-        assert found["decode_weights_read"] <= found["verify_weights_read"]
-        assert not {"speculation_gain", "drafts"} & none.keys(), "plain decoding"
+def test_drafts_share_a_reading_of_the_weights() -> None:
+    """In the bound d + 1 tokens of a sequence choose the same experts; in the estimate their own."""
+    none, three = (served("deepseek-v3", gpus=8, tensor=8, batch=1, drafts=d) for d in (0, 3))
+    assert three.step.bound_experts_read == none.step.bound_experts_read < three.step.experts_read
+    assert three.step.cache_read == none.step.cache_read
+    assert three.step.matrix_flops == 4 * none.step.matrix_flops
+    assert three.tokens_per_step == pytest.approx(1 + 0.85 + 0.85**2 + 0.85**3) and none.tokens_per_step == 1
+    assert three.step.draft_time > 0 == none.step.draft_time
+    assert three.step.memory.gpu_weights > none.step.memory.gpu_weights
 
 
-def test_own_efficiencies_and_imbalance_slow_a_step() -> None:
-    words = "deepseek-v3 decode_gpus=144 decode_redundant=32 context=4989"
-    bound = values_of(words)
-    assert bound["decode_gpu_experts"] == 2, "of 256 and 32 copies"
-    less = values_of(f"{words} memory_efficiency=0.5 serving_efficiency=0.5 link_efficiency=0.4 imbalance=1.5")
-    for part, factor in (("memory_time", 2), ("slow_link_time", 3)):
-        assert less[f"decode_{part}"] == pytest.approx(factor * bound[f"decode_{part}"])
-    more = 2 * 64 * 0.5 * 58 * 8 * bound["expert_parameters"]  # of 64 tokens half as many again in the fullest GPU
-    assert less["decode_matrix_flops"] == pytest.approx(bound["decode_matrix_flops"] + more)
-    assert less["decode_compute_time"] == pytest.approx(2 * bound["decode_compute_time"] + 2 * more / 1978.9e12)
-    trained = values_of("deepseek-v3 imbalance=1.5")
-    assert trained["dispatch_seconds"] == pytest.approx(1.5 * bound["dispatch_seconds"])
-    assert trained["chunk_forward"] > bound["chunk_forward"], "the fullest GPU computes more"
+def test_batch_may_be_smaller_than_the_number_of_gpus() -> None:
+    """One sequence on eight GPUs that share it: each reads an eighth of heads and vocabulary, and no row crosses."""
+    one = served("deepseek-v3", gpus=8, tensor=8, batch=1)
+    apart = served("deepseek-v3", gpus=8, tensor=1, batch=1)
+    assert one.step.gpu_tokens == apart.step.gpu_tokens == 1 / 8 and apart.step.memory.group_sequences == 1
+    assert one.step.exchanges == 0 < apart.step.exchanges
+    assert one.least_time < apart.least_time and one.gpu_tokens_per_second == one.tokens_per_second / 8
 
 
-def test_a_dense_model_divides_its_feed_forwards() -> None:
-    words = "deepseek-v2-lite n_dense_layers=27 sequences=1 decode_gpus=8"
-    found, alone = values_of(words), values_of(f"{words} decode_tensor=1")
-    assert (found["decode_tensor"], alone["decode_tensor"]) == (8, 1), "all GPUs, where nobody says another number"
-    heads = 27 * 2 * (16 * 192 + 16 * 128) * 2048
-    assert found["head_matrices_bytes"] == heads + 27 * 2 * 3 * 2048 * 10_944
-    for amount in ("decode_gpu_weights", "decode_weights_read"):
-        assert 7 < alone[amount] / found[amount] < 8, "all but latents and norms"
-    # two tokens to seven others: hidden state, latent and sum of attention, and in and out of a feed-forward
-    assert found["decode_fast_bytes"] == 2 * 27 * 7 * 2 * (2048 + 576 + 3 * 2048)
+@pytest.mark.parametrize(
+    ("words", "matrices", "experts", "attention", "index"),
+    [
+        ("deepseek-v3", "fp8", "fp8", "bfloat16", "bfloat16"),
+        ("deepseek-v3.2", "fp8", "fp8", "fp8", "fp8"),
+        ("deepseek-v4-flash", "fp8", "fp8", "fp8", "fp8"),
+        ("deepseek-v4-flash @gb200-nvl72", "fp8", "fp4", "fp8", "fp4"),
+        ("kimi-k2", "fp8", "fp8", "bfloat16", "bfloat16"),
+        ("kimi-k2 weight_dtype=int4", "bfloat16", "bfloat16", "bfloat16", "bfloat16"),
+        ("deepseek-v3 @ascend-910c weight_dtype=int8", "int8", "int8", "bfloat16", "bfloat16"),
+        ("deepseek-v3 @a100-sxm", "bfloat16", "bfloat16", "bfloat16", "bfloat16"),
+    ],
+)
+def test_products_run_at_the_peak_of_what_is_served(
+    words: str, matrices: str, experts: str, attention: str, index: str
+) -> None:
+    s = service_of(words)
+    found = s.matrix_peak, s.expert_peak, s.attention_peak, s.index_peak
+    assert [peak.name for peak in found] == [f"peak_{name}" for name in (matrices, experts, attention, index)]
 
 
-def test_first_token_is_that_of_one_prompt_of_each_group() -> None:
-    """More GPUs that have prompts of their own give it no later; those that share heads read one prompt together."""
-    one, two = (values_of(f"deepseek-v2-lite prefill_gpus={n}")["prefill_time_to_first_token"] for n in (1, 2))
-    assert two == pytest.approx(one, rel=0.01)
-    found = values_of("deepseek-v3")
-    assert found["prefill_time_to_first_token"] == pytest.approx(found["prefill_step_time"] / (2 * 4), rel=0.01)
-    assert "(8 prompts at a time)" in dict(lines_of(plan_of("deepseek-v3"))["inference"])["prefill"]
-    assert "at a time" not in dict(lines_of(plan_of("deepseek-v2-lite"))["inference"])["prefill"]
+def test_dense_model_divides_its_feed_forwards() -> None:
+    words = "deepseek-v2-lite n_dense_layers=27"
+    eight, one = (served(words, gpus=n, tensor=n, batch=1) for n in (8, 1))
+    assert 7 < one.step.weights_read / eight.step.weights_read < 8, "all but latents and norms"
+    assert "share no experts" in refusal(plan_of, f"{words} decode_gpus=4 decode_tensor=2")
+    assert {each.d.gpus for each in found_of(words).every} == {each.d.tensor for each in found_of(words).every}
 
 
-def test_context_is_at_most_the_models() -> None:
-    assert values_of("toy")["decode_longest_context"] == 256
+def test_gpus_that_share_heads_divide_what_grouped_heads_cache() -> None:
+    four, one = (served("toy attention=gqa n_kv_heads=2", gpus=n, tensor=n, batch=8) for n in (4, 1))
+    assert four.step.memory.cache_parts == 2 and four.step.cache_read == one.step.cache_read / 2
+    mla = [served("toy", gpus=n, tensor=n, batch=8).step.cache_read for n in (4, 1)]
+    assert mla[0] == mla[1], "one latent for all heads"
 
 
-def test_v4_with_the_window_alone_has_no_longest_context() -> None:
+# --- the search
+
+SPACES = ["deepseek-v2-lite", "deepseek-v3 memory_share=0.95", "toy-v4 @h20"]
+
+
+def every_one(s: Service, phase: Any, gpus: int) -> list[Served]:
+    """Return each deployment of these GPUs that fits: all batches that a search may try, without its order."""
+    spare, found = -s.c.n_routed_experts % gpus, list[Served]()
+    drafts = range(4) if phase == "decode" and s.c.n_mtp_layers else [0]
+    for tensor, micro, draft in itertools.product([n for n in range(1, 17) if gpus % n == 0], (1, 2), drafts):
+        groups = gpus // tensor
+        shape = Deployment(phase=phase, gpus=gpus, tensor=tensor, redundant=spare, drafts=draft)
+        fit = int(ServingMemory(s, shape).sequences_that_fit)
+        fit = min(fit, 64 * groups) if phase == "prefill" else fit
+        sizes = {2**i for i in range(20) if 2**i <= groups} | {groups * 2**i for i in range(40)} | {fit}
+        if tensor & (tensor - 1) or s.c.n_heads % tensor or tensor > s.h.node:
+            continue
+        for batch in (n for n in sizes if n <= max(fit, groups)):
+            d = dataclasses.replace(shape, batch=max(batch, 1), micro_batches=micro)
+            if micro == 2 and (gpus == 1 or batch < 2 * groups):
+                continue
+            one = serve(s, d)
+            if one.step.memory.gpu_memory <= s.h.memory * s.a["memory_share"]:
+                found.append(one)
+    return found
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("words", SPACES)
+def test_search_finds_the_front_of_all_deployments(words: str, phase: Any) -> None:
+    s = service_of(words)
+    gpus = 48 if "v3" in words else 8
+    every = every_one(s, phase, gpus)
+    found = search(s, PlanRequest(decode_gpus=gpus, prefill_gpus=gpus), phase)
+    points = {(one.time, one.gpu_tokens_per_second) for one in every}
+    front = {(t, g) for t, g in points if not any((t2 <= t and g2 > g) or (t2 < t and g2 >= g) for t2, g2 in points)}
+    assert len(every) > 20 and {(one.time, one.gpu_tokens_per_second) for one in found.front} == front
+    assert found.points[CHEAPEST].gpu_tokens_per_second == max(g for _, g in points)
+    assert found.points[FASTEST].time == min(t for t, _ in points)
+    assert found.least_time == min(one.least_time for one in every)
+    assert found.most == max(one.most_gpu_tokens_per_second for one in every)
+    if IN_TIME in found.points and found.limit is not None:
+        timely = [g for t, g in points if t <= found.limit]
+        assert found.main.gpu_tokens_per_second == max(timely)
+
+
+@pytest.mark.parametrize("words", ["deepseek-v3", "deepseek-v4-flash @gb200-nvl72", "kimi-k2 @mi300x"])
+def test_all_that_is_chosen_fits_nine_tenths_of_the_memory(words: str) -> None:
+    for phase in PHASES:
+        found = found_of(words, phase)
+        assert all(one.step.memory.gpu_memory <= 0.9 * plan_of(words).hardware.memory for one in found.every)
+
+
+def test_times_that_no_deployment_keeps_name_the_nearest() -> None:
+    for words, said in (
+        ("tpot=1", "gives an output token in 1 ms"),
+        ("ttft=0.0001", "a prompt of 4,096 tokens in 100"),
+    ):
+        refused = refusal(plan_of, f"deepseek-v3 {words}")
+        assert said in refused and "the nearest, " in refused, refused
+
+
+def test_deployment_of_its_own_is_one_candidate_with_a_label() -> None:
+    found = found_of("deepseek-v3")
+    assert "320 GPUs, tensor 4" in found.own and "times as many" in found.own
+    assert not found_of("kimi-k2").own
+
+
+def test_flash_is_cheaper_than_v3_whatever_the_deployment() -> None:
+    """At each one's cheapest, at 50 ms, and on equal GPUs: a token of Flash takes a third of the operations."""
+    v3, flash = (found_of(f"{name} @h200") for name in ("deepseek-v3", "deepseek-v4-flash"))
+    for point in (CHEAPEST, IN_TIME):
+        assert flash.points[point].gpu_tokens_per_second > 2 * v3.points[point].gpu_tokens_per_second
+    for gpus in (16, 64):
+        a, b = (found_of(f"{name} @h200 decode_gpus={gpus}") for name in ("deepseek-v3", "deepseek-v4-flash"))
+        assert b.main.gpu_tokens_per_second > 2 * a.main.gpu_tokens_per_second
+
+
+def test_other_hardware_is_searched_again() -> None:
+    """An H200 holds more sequences than an H800, so each is served by its own best."""
+    h800, h200 = (found_of(f"deepseek-v3 @{name} decode_gpus=48").points[CHEAPEST].d for name in ("h800", "h200"))
+    assert h200.batch > 1.5 * h800.batch
+
+
+def test_v4_with_the_window_alone_holds_it() -> None:
     found = values_of("toy-v4 compress_ratios=(0,0,0,0)")
-    assert "decode_longest_context" not in found and found["decode_gpu_cache"] > 0
-
-
-def test_gpus_that_fill_no_node_are_spread_evenly() -> None:
-    """Twelve on nodes of eight are six in each of two."""
-    found = values_of("deepseek-v3 decode_gpus=12")
-    assert (found["decode_expert_nodes"], found["decode_expert_in_node"]) == (2, 6)
+    assert found["decode_gpu_cache"] > 0 and found["kv_cache"] == 0

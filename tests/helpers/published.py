@@ -1,5 +1,7 @@
 """Published figures next to what the planner gives, each with its residual: ours over printed, less one.
 
+python -m tests.helpers.published writes docs/published.md.
+
     reproduced       within the error to hold: what a figure says, or half a unit of its last printed digit
     follows          the same, but by one sum, ratio or formula of other printed figures
     fitted           the same, by a constant that was chosen so that it agrees
@@ -11,6 +13,7 @@ reproduced.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,14 +22,18 @@ from typing import Any, Literal
 from dsmini.accounting import decode_flops_per_token, kv_bytes_per_token, parameters
 from dsmini.accounting.flops import flops_per_token
 from dsmini.accounting.tensors import MTP, OVER, SCORES
+from dsmini.planner.exchange import Exchange
 from dsmini.planner.figure import Figure, Figures, figures_of
 from dsmini.planner.hardware import load_hardware
-from dsmini.planner.model import ModelFigures, cache_figures
+from dsmini.planner.model import CacheFigures, ModelFigures
 from dsmini.planner.plan import Plan, make_plan
 from dsmini.planner.request import Inputs, Model, PlanRequest, reference
 from dsmini.planner.run import Failures
 from dsmini.reading import read_toml
+from dsmini.report.units import human, in_words
 
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "published.md"
 Status = Literal["reproduced", "follows", "fitted", "missed", "misprint"]
 V2_BITS = 6
 """Bits of a number of V2's cache (V2, section 3.2.2)."""
@@ -87,11 +94,10 @@ def rounding(printed: str) -> float:
 
 
 @functools.cache
-def v3(hardware: str = "h800", gpus_per_node: int = 8, **choices: Any) -> Plan:
-    """Return a plan of DeepSeek-V3."""
+def v3(**choices: Any) -> Plan:
+    """Return a plan of DeepSeek-V3 on H800."""
     model = Model(config=reference("deepseek-v3"), source="deepseek-v3")
-    machine = load_hardware(hardware).having("a reckoning", {"gpus_per_node": gpus_per_node})
-    return make_plan(PlanRequest(hardware=hardware, **choices), model, machine)
+    return make_plan(PlanRequest(**choices), model, load_hardware("h800"))
 
 
 def figures_of_row(model: str = "", gpus: int = 0) -> Figures:
@@ -101,7 +107,7 @@ def figures_of_row(model: str = "", gpus: int = 0) -> Figures:
     if not model:
         return v3().figures
     counts = ModelFigures(reference(model), Figure("seq_len", 4096, "token", "", ""), model)
-    return figures_of(counts, {}) | figures_of(cache_figures(reference(model), "bfloat16"), {})
+    return figures_of(counts, {}) | figures_of(CacheFigures(reference(model), "bfloat16"), {})
 
 
 def v3_mtp(active: bool = False) -> float:
@@ -116,7 +122,7 @@ def extension_hours() -> float:
     """Return the GPU-hours of V3's context extension, at the utilization of its pre-training."""
     plan, extended = v3(), replace(reference("deepseek-v3"), max_seq_len=163840)
     work = sum(flops_per_token(extended, n, training=True, mtp=False).total * 1000 * rows * n for n, rows in EXTENSION)
-    return work / (plan.m.training_flops * plan.inputs.of("tokens")) * plan.run.training_gpu_hours
+    return work / (plan.m.training_flops * plan.inputs["tokens"]) * plan.run.training_gpu_hours
 
 
 def v2_cache_saving() -> float:
@@ -138,16 +144,19 @@ def fp8_work(name: str) -> float:
     return sum(flops * slower.get(module, 1) for module, flops in work.items())
 
 
+def rows_of_experts(in_node: int) -> Exchange:
+    """Return the rows of nine experts of a token on 320 GPUs, each one's own, as V3 decodes (report, section 3.4)."""
+    return Exchange(reference("deepseek-v3"), 320, in_node, "fp8", one_hop=9)
+
+
 def link_seconds() -> float:
     """Return the time of an output token that InfiniBand's peak allows, with two micro-batches of 32 a GPU."""
-    return v3("h100", sequences=32, link_efficiency=1.0).figures["decode_slow_link_time"]
+    return 58 * 2 * 32 * rows_of_experts(8).slow_row_bytes / load_hardware("h100").slow_link
 
 
 def nvlink_seconds() -> float:
-    """Return the same where NVLink connects all GPUs: only the rows of experts, without attention's."""
-    plan = v3("gb200-nvl72", 320, sequences=32, link_efficiency=1.0)
-    rows = plan.figures["decode_fast_row_bytes"] * plan.m.moe_layers * 2 * 32
-    return rows / plan.hardware.fast_link
+    """Return the same where NVLink connects all GPUs."""
+    return 58 * 2 * 32 * rows_of_experts(320).fast_row_bytes / load_hardware("gb200-nvl72").fast_link
 
 
 COMPUTED: Mapping[str, Callable[[], float]] = {
@@ -159,6 +168,7 @@ COMPUTED: Mapping[str, Callable[[], float]] = {
     "v4_flash_work": lambda: fp8_work("deepseek-v4-flash") / fp8_work("deepseek-v3.2"),
     "v4_pro_work": lambda: fp8_work("deepseek-v4-pro") / fp8_work("deepseek-v3.2"),
     "v3_extension_hours": extension_hours,
+    "v3_speculation": lambda: v3(drafts=1).figures["decode_tokens_per_step"],
     "v2_cache_saving": v2_cache_saving,
     "v3_link_time": link_seconds,
     "v3_link_rate": lambda: 1 / link_seconds(),
@@ -171,9 +181,40 @@ COMPUTED: Mapping[str, Callable[[], float]] = {
 def published_figures() -> list[Published]:
     """Return all figures of published.toml, in its order."""
     found: list[Published] = []
-    for name, row in read_toml(Path(__file__).with_name("published.toml")).items():
+    for name, row in read_toml(ROOT / "tests" / "planner" / "published.toml").items():
         of = {key: row.pop(key) for key in ("model", "gpus") if key in row}
         figure = row.pop("figure", None)
         ours = COMPUTED[name]() if figure is None else figures_of_row(**of)[figure]
         found.append(Published(name=name, ours=float(ours), **row))
     return found
+
+
+def page() -> str:
+    """Return docs/published.md: each figure next to ours."""
+    figures = published_figures()
+    n = Counter(figure.status for figure in figures)
+    lines = [
+        "# Figures that others printed, and ours",
+        "",
+        "Written by `python -m tests.helpers.published` from `tests/planner/published.toml`. A test holds each",
+        f"verdict. Of {len(figures)} figures {n['reproduced']} are reproduced from sizes of models and machines,",
+        f"{n['follows']} follow from other printed figures, {n['fitted']} are fitted by one constant,",
+        f"{n['missed']} are missed, and {n['misprint']} contradict their own source.",
+        "The error is of unrounded values. It stands next to the error to hold: half a unit of the last printed digit,",
+        "where no note says otherwise.",
+        "",
+        "| figure | published | ours | error, % | within | verdict | source | note |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for f in figures:
+        printed, ours = (
+            in_words(value, True) if not f.unit and value >= 1e6 else human(value, f.unit, given=True)
+            for value in (float(f.printed), float(f"{f.ours:.4g}"))
+        )
+        cells = (f.what, printed, ours, f"{100 * f.residual:+.2f}", f"{100 * f.within:.2g}", f.status, f.source, f.note)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,206 @@
+"""Search of deployments: all that fit, of which none is better at once for a user and for the price; and three points.
+
+    gpus            1, 2, 4, ... and 3 times these, of a node, then of nodes, up to one for each routed expert
+    tensor          1, 2, 4, ... up to MOST_TENSOR that divide heads and GPUs
+    batch           1, 2, 4, ... up to what fits in memory_share of the memory, smaller than the number of GPUs too
+    micro_batches   1, or 2 where each GPU has a sequence for both
+    drafts          0 to MOST_DRAFTS in decoding, where the model has multi-token prediction
+
+Each is served as serving.py says. A choice is by its estimate; its bound stands next to it. The front has the deployments
+of which no other gives a user and a GPU more tokens a second. The points are the cheapest one, which gives a GPU most
+tokens; the cheapest one in time (tpot, ttft); and the fastest one for a user. `most` are bounds of all that were searched.
+
+Rejected ones are counted by their reason. DeepSeek's own deployment (V3 report, section 3.4) is one candidate of V3 and V3.2.
+"""  # noqa: E501
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dsmini.config.fields import require
+from dsmini.planner.hardware import Hardware
+from dsmini.planner.request import Inputs, Model, PlanRequest, is_v3, presets
+from dsmini.planner.search import gpu_counts
+from dsmini.planner.serving import (
+    PRODUCTS,
+    Deployment,
+    Phase,
+    Served,
+    Service,
+    ServingMemory,
+    ServingStep,
+    misfit,
+)
+from dsmini.report.units import human, plural
+
+MOST_TENSOR, MOST_DRAFTS = 16, 3
+MOST_PROMPTS = 64
+"""Most prompts of a group of GPUs in a step."""
+CHEAPEST, IN_TIME, FASTEST, OWN = "cheapest", "in time", "fastest", "DeepSeek's own"
+CONTEXT = 4096
+"""Tokens of a decoding sequence, where a user leaves them open."""
+TPOT = 50.0
+"""Milliseconds of an output token that the main deployment keeps, where a user leaves them open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Deployments of a phase that fit, and what was chosen among them."""
+
+    phase: Phase
+    limit: float | None
+    """Seconds of an output token, or to the first one, that the main deployment keeps; None: any."""
+    every: Sequence[Served]
+    points: Mapping[str, Served]
+    """Chosen ones by their name; the first is the main one."""
+    rejected: Mapping[str, int]
+    """Number of candidates by the reason why they were left out."""
+    own: str
+    """Sentence about DeepSeek's own deployment; "" where there is none."""
+    misfit: str
+    """Sentence about what does not fit, where nothing does; "" elsewhere."""
+
+    @property
+    def main(self) -> Served:
+        """Deployment that a plan has: the cheapest in time, else the fastest."""
+        return self.points.get(IN_TIME) or self.points[FASTEST]
+
+    @property
+    def front(self) -> list[Served]:
+        """Deployments of which no other gives a user and a GPU more, the fastest for a user first."""
+        best, found = 0.0, list[Served]()
+        for each in sorted(self.every, key=lambda each: (each.time, -each.gpu_tokens_per_second)):
+            if each.gpu_tokens_per_second > best:
+                best = each.gpu_tokens_per_second
+                found.append(each)
+        return found
+
+    @property
+    def least_time(self) -> float:
+        """Bound of all: least time of an output token, or to the first one."""
+        return min(each.least_time for each in self.every)
+
+    @property
+    def most(self) -> float:
+        """Bound of all: most tokens/s of a GPU."""
+        return max(each.most_gpu_tokens_per_second for each in self.every)
+
+
+def resolve(inputs: Inputs, model: Model, h: Hardware) -> Inputs:
+    """Return the inputs with lengths and dtypes: of the request, as the model is released, or what hardware allows.
+
+    Raises: ValueError for more tokens than the model takes.
+    """
+    r, longest, known = inputs.request, model.config.max_seq_len, model.released
+    for name in ("context", "prompt"):
+        tokens = getattr(r, name) or 1
+        require(tokens <= longest, f"{name}={tokens} is longer than the model's max_seq_len={longest}; shorten it")
+    context = r.context or min(CONTEXT, longest)
+    inputs = inputs.filled("chosen", context=context, prompt=context)
+    inputs = inputs.filled(f"[serving] of {model.name}", cache_dtype=known.cache, indexer_dtype=known.indexer)
+    able = known.weights if known.weights and set(PRODUCTS[known.weights]) & set(h.peaks) else None
+    inputs = inputs.filled("as released", weight_dtype=able)
+    plain = "bfloat16" if "bfloat16" in h.peaks else "float32"
+    return inputs.filled("chosen", weight_dtype=plain, cache_dtype="bfloat16", indexer_dtype="bfloat16")
+
+
+def search(s: Service, r: PlanRequest, phase: Phase) -> Found:
+    """Return all deployments of a phase that a request leaves open.
+
+    Raises: ValueError for numbers that no deployment can have, and for a time that none keeps, with the nearest.
+    """
+    rejected, every, refused = Counter[str](), list[Served](), ""
+    unfit: tuple[float, str] = math.inf, ""
+    for gpus, tensor in _groups(s, r, phase):
+        shape = Deployment(phase=phase, gpus=gpus, tensor=tensor, redundant=-s.c.n_routed_experts % gpus)
+        if said := misfit(shape, s.c, s.h):
+            refused = refused or said
+            rejected["not divisible"] += 1
+            continue
+        for drafts in _drafts(s, r, phase):
+            room = ServingMemory(s, replace(shape, drafts=drafts))
+            for d in _batches(room, r):
+                held = ServingMemory(s, d)
+                if held.misfit:
+                    unfit = min(unfit, (held.gpu_memory, held.misfit))
+                    rejected["more than the memory"] += 1
+                else:
+                    every.append(Served(ServingStep(held)))
+    limit = r.ttft if phase == "prefill" else (r.tpot or TPOT) / 1000
+    how: dict[str, Any] = {"phase": phase, "limit": limit, "rejected": rejected}
+    if not every:
+        require(not refused or bool(unfit[1]), refused)
+        return Found(**how, every=[], points={}, own="", misfit=unfit[1])
+    fastest = min(every, key=lambda each: each.time)
+    timely = [each for each in every if limit is None or each.time <= limit]
+    rejected["too slow"] = len(every) - len(timely)
+    asked = r.ttft if phase == "prefill" else r.tpot
+    what = "an output token" if phase == "decode" else f"a prompt of {s.tokens[phase]:,.0f} tokens"
+    near = f"the nearest, {fastest.d.words}, takes {human(fastest.time, 's')}"
+    require(bool(timely) or asked is None, f"no deployment gives {what} in {human(limit or 0, 's')}; {near}")
+
+    def rate(each: Served) -> float:
+        return each.gpu_tokens_per_second
+
+    points = {IN_TIME: max(timely, key=rate)} if timely else {}
+    points |= {CHEAPEST: max(every, key=rate), FASTEST: fastest}
+    found = Found(**how, every=every, points=points, own="", misfit="")
+    return replace(found, own=_own(s, found))
+
+
+def _groups(s: Service, r: PlanRequest, phase: Phase) -> Iterator[tuple[int, int]]:
+    """Yield numbers of GPUs, and of those that share sequences."""
+    gpus, tensor = (r.decode_gpus, r.decode_tensor) if phase == "decode" else (r.prefill_gpus, r.prefill_tensor)
+    moe, h = s.m.moe_layers > 0, s.h
+    most = max(h.node, s.c.n_routed_experts) if moe and h.networked else h.node
+    counts = [gpus] if gpus else [n for n in gpu_counts(h.node, most, (1, 3)) if n % (tensor or 1) == 0]
+    for count in counts or [tensor or 1]:
+        shared = [tensor] if tensor else [2**i for i in range(MOST_TENSOR.bit_length()) if 2**i <= min(count, h.node)]
+        for each in shared if moe or tensor else [count]:
+            yield count, each
+
+
+def _drafts(s: Service, r: PlanRequest, phase: Phase) -> list[int]:
+    """Return numbers of drafts to try."""
+    if phase == "prefill" or not s.c.n_mtp_layers:
+        return [0]
+    return list(range(MOST_DRAFTS + 1)) if r.drafts is None else [r.drafts]
+
+
+def _batches(room: ServingMemory, r: PlanRequest) -> Iterator[Deployment]:
+    """Yield a deployment with each batch that fits, or the smallest if none does, in one and two micro-batches."""
+    d, groups = room.d, room.d.gpus // room.d.tensor
+    most = int(room.sequences_that_fit)
+    if d.phase == "prefill":
+        most = min(most, MOST_PROMPTS * groups)
+    sizes = [2**i for i in range(max(most, 1).bit_length())]
+    sizes = [n for n in sizes if n <= groups] + [groups * n for n in sizes if groups * n <= most] + [most]
+    if r.sequences is not None and d.phase == "decode":
+        sizes = [r.sequences * d.gpus]
+    for batch in sorted({max(1, n) for n in sizes}):
+        for parts in (1, 2) if r.micro_batches is None else (r.micro_batches,):
+            if parts == 1 or (d.gpus > 1 and batch >= parts * groups) or r.micro_batches:
+                yield replace(d, batch=batch, micro_batches=parts)
+
+
+def _own(s: Service, found: Found) -> str:
+    """Return a sentence about DeepSeek's own deployment next to the main one."""
+    if not (is_v3(s.c, indexer=True) and s.h.networked):
+        return ""
+    d = Deployment(
+        **presets()["deepseek-v3"][found.phase], phase=found.phase, label="DeepSeek's: V3 report, section 3.4"
+    )
+    if said := misfit(d, s.c, s.h):
+        return f"{plural(d.gpus, 'GPU')}, tensor {d.tensor} (V3 report, section 3.4) cannot be here: {said}."
+    served = [Served(ServingStep(held)) for each in _batches(ServingMemory(s, d), PlanRequest(micro_batches=2))
+              if not (held := ServingMemory(s, each)).misfit]  # fmt: skip
+    if not served:
+        return f"{d.words} (V3 report, section 3.4) does not fit."
+    best = max(served, key=lambda each: (found.limit is None or each.time <= found.limit, each.gpu_tokens_per_second))
+    said = f"{best.d.words} (V3 report, section 3.4): {human(best.gpu_tokens_per_second, 'token/s')} a GPU"
+    said += f" at {human(best.time, 's')}"
+    return (
+        f"{said}; the main one gives {found.main.gpu_tokens_per_second / best.gpu_tokens_per_second:.3g} times as many."
+    )

@@ -1,0 +1,192 @@
+"""Measured systems next to bounds and estimates: python -m tests.helpers.measured writes docs/measured.md."""
+
+import functools
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsmini.planner.deployments import resolve, search
+from dsmini.planner.figure import Figure
+from dsmini.planner.hardware import load_hardware
+from dsmini.planner.model import ModelFigures
+from dsmini.planner.plan import make_plan
+from dsmini.planner.request import Inputs, Model, PlanRequest, known_config
+from dsmini.planner.serving import Deployment, Phase, Served, Service, serve
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "measured.md"
+COLUMNS = (
+    *("system", "model", "hardware", "phase", "measured", "bound, own layout", "bound, any", "estimate"),
+    *("over measured", "half"),
+)
+LOW, HIGH = 0.7, 1.4
+"""Estimate over measured that needs no explanation."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Row:
+    """A measured system, as tests/planner/measured.toml says."""
+
+    name: str
+    what: str
+    source: str
+    model: str
+    hardware: str
+    phase: Any
+    gpu: float | None = None
+    user: float | None = None
+    gpus: int | None = None
+    tensor: int | None = None
+    batch: int | None = None
+    total: int | None = None
+    """Sequences of all GPUs."""
+    tokens: int = 4096
+    prompt: int | None = None
+    output: int | None = None
+    weights: Any = None
+    cache: Any = None
+    micro_batches: int = 1
+    drafts: int = 0
+    length: float = 1.0
+    precision: Any = None
+    half: str = ""
+    apart: str = ""
+
+    @property
+    def measured(self) -> float:
+        return self.gpu or self.user or 0.0
+
+    @functools.cached_property
+    def service(self) -> Service:
+        path = known_config(self.model)
+        assert path is not None
+        prompt = self.tokens if self.phase == "prefill" else self.prompt or self.tokens
+        acceptance = accepted(self.length, self.drafts)
+        how: dict[str, Any] = {"weight_dtype": self.weights, "cache_dtype": self.cache, "memory_share": 1.0}
+        request = PlanRequest(context=self.tokens, prompt=prompt, acceptance=acceptance, **how)
+        model, hardware = Model.from_file(path), load_hardware(self.hardware)
+        inputs = resolve(Inputs(request=request, sources={}), model, hardware)
+        m = ModelFigures(model.config, Figure("seq_len", 4096, "token", "", ""), self.model)
+        return Service(m, inputs, hardware)
+
+    def asked(self, phase: Phase, own: bool) -> PlanRequest:
+        """Return the request of the row's own layout, or of any."""
+        gpus, tensor = (self.gpus, self.tensor or 1) if own and self.gpus else (None, None)
+        sizes: dict[str, Any] = {f"{phase}_gpus": gpus, f"{phase}_tensor": tensor}
+        return PlanRequest(**sizes, drafts=self.drafts if self.service.c.n_mtp_layers else None)
+
+    def served(self, phase: Phase, own: bool) -> list[Served]:
+        """Return the deployments of the row's own layout, or all of any."""
+        batch = self.total or (self.batch or 0) * (self.gpus or 0)
+        if own and batch and self.gpus:
+            spare = -self.service.c.n_routed_experts % self.gpus
+            d = Deployment(phase=phase, gpus=self.gpus, tensor=self.tensor or 1, redundant=spare, batch=batch,
+                           micro_batches=self.micro_batches, drafts=self.drafts)  # fmt: skip
+            return [serve(self.service, d)]
+        return list(search(self.service, self.asked(phase, own), phase).every)
+
+
+def accepted(length: float, drafts: int) -> float:
+    """Return the probability with which this many drafts give this length, by halving."""
+    low, high = 1e-6, 1 - 1e-6
+    for _ in range(60):
+        p = (low + high) / 2
+        low, high = (p, high) if sum(p**i for i in range(drafts + 1)) < length else (low, p)
+    return p if drafts else 0.85
+
+
+def together(row: Row, decode: float, prefill: float) -> float:
+    """Return the tokens/s of a GPU that reads prompts and decodes; of a decode row those of answers alone."""
+    if row.prompt is None or row.output is None:
+        return decode
+    counted = row.output if row.phase == "decode" else row.prompt + row.output
+    return counted / (row.prompt / prefill + row.output / decode)
+
+
+def bound(row: Row, own: bool) -> float:
+    """Return the most that a row's own layout gives, or any."""
+    if row.phase == "training":
+        return trained(row)["bound"]
+    if row.user is not None:
+        return max(each.most_tokens_per_second for each in row.served("decode", own))
+
+    def most(phase: Phase) -> float:
+        return max(each.most_gpu_tokens_per_second for each in row.served(phase, own))
+
+    if row.phase == "prefill":
+        return most("prefill")
+    return together(row, most("decode"), most("prefill") if row.prompt else 1.0)
+
+
+def estimate(row: Row) -> float | None:
+    """Return the estimate of the row's own layout; None where it states none."""
+    if not row.half:
+        return None
+    if row.phase == "training":
+        return trained(row)["estimate"]
+    (one,) = row.served(row.phase, True)
+    if row.user is not None:
+        return one.tokens_per_second
+    prefill = 1.0
+    if row.prompt is not None and row.gpus:
+        spare, groups = -row.service.c.n_routed_experts % row.gpus, row.gpus // (row.tensor or 1)
+        d = Deployment(phase="prefill", gpus=row.gpus, tensor=row.tensor or 1, redundant=spare, batch=2 * groups)
+        prefill = serve(row.service, d).gpu_tokens_per_second
+    return together(row, one.gpu_tokens_per_second, prefill)
+
+
+def trained(row: Row) -> dict[str, float]:
+    """Return tokens/s of a GPU in training, by bound and by estimate."""
+    path = known_config(row.model)
+    assert path is not None
+    request = PlanRequest(hardware=row.hardware, gpus=row.gpus, precision=row.precision, batch=15360)
+    found = make_plan(request, Model.from_file(path), load_hardware(row.hardware)).figures
+    tokens = found["step_tokens"] / (row.gpus or 1)
+    return {"bound": tokens / found["least_step_seconds"], "estimate": tokens / found["step_seconds"]}
+
+
+def rows() -> list[Row]:
+    """Return all measured systems."""
+    found = tomllib.loads((ROOT / "tests" / "planner" / "measured.toml").read_text())
+    return [Row(name=name, **row) for name, row in found.items()]
+
+
+def page() -> str:
+    """Return docs/measured.md: each system next to the bounds of its own layout and of any, and the estimate."""
+    lines = [
+        "# Measured systems, bounds and estimates",
+        "",
+        "Written by `python -m tests.helpers.measured` from `tests/planner/measured.toml`. A test holds that no bound",
+        "is below what was measured: of the system's own layout, and of the best of any. The efficiencies of the",
+        "estimates were chosen by the fitted rows; the kept ones had no part in it. All is in tokens/s of a GPU, or of",
+        "one user.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    ratios: dict[str, list[float]] = {"fitted": [], "kept": []}
+    for row in rows():
+        guess = estimate(row)
+        own, best = bound(row, own=True), bound(row, own=False)
+        ours = "", ""
+        if guess is not None:
+            ours = f"{guess:,.0f}", f"{guess / row.measured:.2f}"
+            ratios[row.half].append(guess / row.measured)
+        unit = " a user" if row.user else ""
+        numbers = f"{row.measured:,.0f}{unit}", f"{own:,.0f}", f"{best:,.0f}", *ours
+        cells = (f"[{row.what}] {row.source}", row.model, row.hardware, row.phase, *numbers, row.half)
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for half, found in ratios.items():
+        good, middle = sum(LOW <= ratio <= HIGH for ratio in found), sorted(found)[len(found) // 2]
+        lines.append(
+            f"{half.capitalize()} rows: {good} of {len(found)} between {LOW} and {HIGH}, the median {middle:.2f}."
+        )
+    lines += ["Why others are apart:", ""]
+    lines += [f"- {row.what} ({row.model}, {row.hardware}): {row.apart}." for row in rows() if row.apart]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
