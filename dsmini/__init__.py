@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 if sys.platform == "win32":
     raise ImportError("dsmini locks files as Linux and macOS do, and cannot run on Windows; use WSL")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DSA",
     "MLA",
