@@ -159,8 +159,10 @@ def page() -> str:
         "",
         "Written by `python -m tests.helpers.measured` from `tests/planner/measured.toml`. A test holds that no bound",
         "is below what was measured: of the system's own layout, and of the best of any. The efficiencies of the",
-        "estimates were chosen by the fitted rows; the kept ones had no part in it. All is in tokens/s of a GPU, or of",
-        "one user.",
+        "estimates were chosen by hand, by the fitted rows, while the kept ones were printed next to them: both halves",
+        "show how well one set of constants describes all systems, and neither predicts a system that was not seen.",
+        "Where a source states no batch, context, accepted length or dtype of the cache, a usual one is assumed. All is",
+        "in tokens/s of a GPU, or of one user.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -183,7 +185,7 @@ def page() -> str:
         lines.append(
             f"{half.capitalize()} rows: {good} of {len(found)} between {LOW} and {HIGH}, the median {middle:.2f}."
         )
-    lines += ["Why others are apart:", ""]
+    lines += ["Why others may be apart, by what their sources say of them or by our reading:", ""]
     lines += [f"- {row.what} ({row.model}, {row.hardware}): {row.apart}." for row in rows() if row.apart]
     return "\n".join(lines) + "\n"
 
