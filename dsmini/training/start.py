@@ -157,6 +157,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
             if found.folder is None and config.model.n_hash_layers:
                 counts = world.first(lambda: torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
                 make_tables(model.gates(), counts)
+        ops.expect(device.type, "quantize", "trained_norm")
         if config.train.optimizer == "muon":  # its kernel may have to be compiled
             world.beat(0, "compiling")
             with patience(console, "preparing kernels"):
