@@ -85,6 +85,8 @@ class Inspection:
                 f"{report} is the report of other files or another dtype; remove it, or choose a new name",
             )
             self.done = stored["layers"]
+        self.peer: Peer | None
+        self.why_not: str
         self.peer, self.why_not = peer_of(folder, self.there.config, dtype)
 
     @property
@@ -217,7 +219,8 @@ class Peer:
         with torch.device("meta"):
             self.model: Any = transformers.AutoModel.from_config(config, attn_implementation="eager", dtype=dtype)
         self.model.eval()
-        self.config, self.v4 = config, v4
+        self.config: Any = config
+        self.v4: bool = v4
         self.blocks: Any = self.model.layers
         self.model.embed_tokens, self.model.norm = Constant(config.hidden_size, dtype), nn.Identity()
         if hasattr(self.model, "hc_head"):
@@ -261,7 +264,8 @@ class Constant(nn.Module):
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.width, self.dtype = width, dtype
+        self.width: int = width
+        self.dtype: torch.dtype = dtype
 
     def forward(self, tokens: Tensor) -> Tensor:
         return torch.zeros(*tokens.shape, self.width, dtype=self.dtype)

@@ -209,10 +209,10 @@ class PretrainedTensors:
     def __init__(self, folder: Path, qat: bool | None = None) -> None:
         self.folder = folder
         self.raw: dict[str, Any]
+        """Content of the config file."""
         self.raw, config = _read_config(folder)
         config = config if qat is None else dataclasses.replace(config, qat=qat)
-        """Content of the config file."""
-        self.reader = SafetensorsReader(folder)
+        self.reader: SafetensorsReader = SafetensorsReader(folder)
         if is_v4(config):
             self.reader.tensors = in_released_names(self.reader.tensors)
         tensors = {name: stored for name, stored in self.reader.tensors.items() if not is_derived(name)}

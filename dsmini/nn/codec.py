@@ -63,7 +63,7 @@ class FP8Row:
     """Dtype of a stored scale."""
     multiple: int = 1
     """Number of bytes of which a row is a multiple."""
-    dtype = torch.uint8
+    dtype: torch.dtype = torch.uint8
 
     @property
     def numbers(self) -> int:
@@ -100,7 +100,7 @@ class FP4Row:
     """Numbers in FP4, two a byte, and their scales."""
 
     numbers: int
-    dtype = torch.uint8
+    dtype: torch.dtype = torch.uint8
 
     @property
     def block(self) -> int:

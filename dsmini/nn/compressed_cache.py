@@ -37,7 +37,8 @@ class CompressedCache:
         raw: Rows | None = None,
         index: "CompressedCache | None" = None,
     ) -> None:
-        self.window, self.entries, self.raw, self.index = window, entries, raw, index
+        self.window, self.entries, self.raw = window, entries, raw
+        self.index: CompressedCache | None = index
 
     @property
     def parts(self) -> list[Rows]:
