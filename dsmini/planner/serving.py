@@ -52,7 +52,7 @@ from dsmini.report.units import human, plural
 
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
-PRODUCTS = {
+PRODUCTS: dict[str, tuple[str, ...]] = {
     "float32": ("float32",),
     "bfloat16": ("bfloat16",),
     "fp8": ("fp8",),
