@@ -623,18 +623,15 @@ class CompressedAttention(FP32Module):
         """Compare the indexer with attention.
 
         Args:
-            choices, others: of each block of queries the chosen entries [b, q, k] or None, and the log-sum-exp of each
-                head's logits of window and sink, [b, h, q].
+            choices, others: of each block of queries the chosen entries [b, q, k], and the log-sum-exp of each head's
+                logits of window and sink, [b, h, q].
             blind: number of queries that see no entry. Each agrees: no KL divergence, and mass 1.
         """
         (b, s), n = q.shape[:2], min(entries.ends.shape[1], q.shape[1] // self.m)
         sums = blind * torch.eye(4, device=q.device)[1]
         if n and entries.index is not None and context.stage is not None:
-            most, none = min(self.indexer.topk, n), torch.full((b, 0, 0), -1, device=q.device)
-            whole = [
-                none.new_full((b, o.shape[2], 0), -1) if c is None else c for c, o in zip(choices, others, strict=True)
-            ]
-            chosen = torch.cat([F.pad(c, (0, most - c.shape[2]), value=-1) for c in whole], 1)
+            most = min(self.indexer.topk, n)
+            chosen = torch.cat([F.pad(c, (0, most - c.shape[2]), value=-1) for c in choices], 1)
             index = entries.index._replace(keys=entries.index.keys[:, :n])
             main = q.detach(), entries.rows[:, :n].detach().unsqueeze(2), self.scale, chosen
 
