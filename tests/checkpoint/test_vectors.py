@@ -1,4 +1,4 @@
-"""Vectors for other engines: 30 faults that others shipped are each named by the first tensor they change."""
+"""Vectors for other engines: faults that others shipped are each named by the first tensor they change."""
 
 import dataclasses
 import functools
