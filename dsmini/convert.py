@@ -165,12 +165,11 @@ def _check(command: ConvertCommand) -> int:
     ]
     for kind in dict.fromkeys(layer.kind for layer in layers):
         same = [layer for layer in layers if layer.kind == kind]
-        errors, scales = (
-            [x for x in of if x is not None] for of in zip(*((y.error, y.scales) for y in same), strict=True)
-        )
+        errors = [layer.error for layer in same if layer.error is not None]
+        scales = [scale for layer in same for scale in layer.scales]
         halves = [layer.upper_half for layer in same if layer.upper_half is not None]
         words = [f"{sum(not layer.faults for layer in same)} of {len(same)} sound"]
-        words += [f"scales {min(s[0] for s in scales):.2g} to {max(s[1] for s in scales):.2g}"] if scales else []
+        words += [f"scales {min(scales):.2g} to {max(scales):.2g}"] if scales else []
         words += [f"blocks in FP4 with a number of 3 or more: {min(halves):.0%}"] if halves else []
         words += [f"error {max(errors):.1g} at most"] if errors else []
         lines.append(f"{kind}: {', '.join(words)}")

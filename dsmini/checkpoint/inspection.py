@@ -12,7 +12,7 @@ original is: this check has none.
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -50,8 +50,8 @@ class Checked:
     faults: list[str] = field(default_factory=list)
     error: float | None = None
     """Difference from transformers' block, as a share; None: it was not asked."""
-    scales: list[float] | None = None
-    """Smallest and largest scale of quantized matrices."""
+    scales: list[float] = field(default_factory=list)
+    """Smallest and largest scale of quantized matrices; empty where none is."""
     upper_half: float | None = None
     """Share of the blocks in FP4 with a number of 3 or more, of 6 at most: a scale made of the block's largest number
     leaves all of them so."""
@@ -135,7 +135,7 @@ class Inspection:
         if not bool(out.isfinite().all()):
             checked.faults.append(f"{checked.name}: the block's output has infinities or NaN")
         elif self.peer is not None and layer is not None and layer < c.n_layers:
-            theirs = self.peer.run(layer, states, tokens, lambda part: there.read(part, self.dtype), parts)
+            theirs = self.peer.run(layer, states, tokens, there, parts)
             checked.error = float((out.float() - theirs.float()).norm() / (theirs - states).float().norm())
             if not checked.error < AGREES[self.dtype]:
                 checked.faults.append(f"{checked.name}: transformers' block differs by {checked.error:.2g}")
@@ -176,8 +176,8 @@ class Inspection:
             return
         scales = self.there.read(part.scales, torch.float32).float()
         least, most, median = float(scales.min()), float(scales.max()), float(scales.median())
-        before = checked.scales or [least, most]
-        checked.scales = [min(before[0], least), max(before[1], most)]
+        every = [*checked.scales, least, most]
+        checked.scales = [min(every), max(every)]
         if (place := odd_scale(scales)) is not None:
             words = f"{float(scales[tuple(place)]):.3g} at {place}, next to a median of {median:.3g}"
             raise ValueError(f"{part.scales.name} holds {words}; fetch the file again")
@@ -185,7 +185,7 @@ class Inspection:
             codes = self.there.read(part, FP4).view(torch.uint8)
             sizes = torch.stack((codes & 7, codes >> 4 & 7), -1).flatten(-2).unflatten(-1, (scales.shape[-1], -1))
             share = float((sizes.amax(-1) >= 5).float().mean())
-            checked.upper_half = min(share, 1.0 if checked.upper_half is None else checked.upper_half)
+            checked.upper_half = share if checked.upper_half is None else min(share, checked.upper_half)
 
 
 def odd_scale(scales: Tensor) -> list[int] | None:
@@ -219,7 +219,6 @@ class Peer:
         with torch.device("meta"):
             self.model: Any = transformers.AutoModel.from_config(config, attn_implementation="eager", dtype=dtype)
         self.model.eval()
-        self.config: Any = config
         self.v4: bool = v4
         self.blocks: Any = self.model.layers
         self.model.embed_tokens, self.model.norm = Constant(config.hidden_size, dtype), nn.Identity()
@@ -231,20 +230,15 @@ class Peer:
 
     @torch.no_grad()
     def run(
-        self,
-        layer: int,
-        states: Tensor,
-        tokens: Tensor,
-        read: Callable[[Part], Tensor],
-        parts: Mapping[str, list[Part]],
+        self, layer: int, states: Tensor, tokens: Tensor, there: PretrainedTensors, parts: Mapping[str, list[Part]]
     ) -> Tensor:
-        """Return a block's output. Args: read: returns the numbers of a part."""
+        """Return a block's output. Args: parts: those of the block, of what is `there`."""
         block, by_name = self.blocks[layer], {part.name: part for of in parts.values() for part in of}
         weights: dict[str, Tensor] = {}
         for name, meta in block.state_dict().items():
             weights[name] = torch.empty(meta.shape, dtype=meta.dtype)
             for theirs, place in pieces(f"model.layers.{layer}.{name}", tuple(meta.shape), self.v4).items():
-                weights[name][place] = read(by_name[theirs])
+                weights[name][place] = there.read(by_name[theirs], meta.dtype)
         block.load_state_dict(weights, assign=True)
         weights.clear()
         self.model.layers, outputs = nn.ModuleList([block]), []
