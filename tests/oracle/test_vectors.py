@@ -125,21 +125,14 @@ def continued(model: Any, prompt: Tensor) -> Tensor:
 def multi_token_prediction(model: Any, folder: Path, hidden: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """Return the block of V3's multi-token prediction, and its logits."""
     blocks: Any = MtpModel(model, 1).eval()
-    prefix, n = f"model.layers.{len(model.model.layers)}.", tokens.shape[1] - 1
-    tensors = {
-        k.removeprefix(prefix): t for k, t in load_file(folder / "model.safetensors").items() if k.startswith(prefix)
-    }
-    layer = blocks.layers[0]
-    for name in ("enorm", "hnorm", "eh_proj"):
-        getattr(layer, name).weight.data = tensors[f"{name}.weight"]
-    layer.post_norm.weight.data = tensors["shared_head.norm.weight"]
-    for name, parameter in layer.mtp_block.state_dict().items():
-        if ".experts." in name:
-            e, kinds = range(len(parameter)), ("gate_proj", "up_proj") if "gate_up" in name else ("down_proj",)
-            each = [torch.cat([tensors[f"mlp.experts.{i}.{kind}.weight"] for kind in kinds]) for i in e]
-            parameter.copy_(torch.stack(each))
-        else:
-            parameter.copy_(tensors[name])
+    depth, n = len(model.model.layers), tokens.shape[1] - 1
+    tensors, layer = load_file(folder / "model.safetensors"), blocks.layers[0]
+    added = {"enorm": layer.enorm, "hnorm": layer.hnorm, "eh_proj": layer.eh_proj, "shared_head.norm": layer.post_norm}
+    for name, module in added.items():
+        module.weight.data = tensors[f"model.layers.{depth}.{name}.weight"]
+    # the block is a layer of a model that is deeper by one
+    deeper: Any = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=depth + 1, dtype=torch.float32)
+    layer.mtp_block.load_state_dict(deeper.model.layers[depth].state_dict())
     out: dict[str, Tensor] = {}
     layer.mtp_block.register_forward_hook(lambda _, __, x: out.update({"mtp.0.block": x}))
     with torch.no_grad():
