@@ -91,6 +91,8 @@ class Rows:
             sequence, column, position = at.places(size if s > size else None)
             self.data[sequence, position % size] = encoded[sequence, column]
             return
+        if s == 0:  # no entry is complete, and a short cache has room for none
+            return
         skipped = max(0, s - size)
         place = (at.shared_start + skipped) % size
         straight = min(s - skipped, size - place)  # rows up to the end of the ring; the others begin it again

@@ -216,6 +216,18 @@ def test_chunks_answer_as_one_pass(long_model: Any, size: int, length: int) -> N
         assert relative_error(got[:, k + 1 :], mtp_logits) < CHUNKS
 
 
+@pytest.mark.parametrize("lengths", [None, [1, 3]])
+def test_a_cache_shorter_than_a_block_answers_as_one_pass(long_model: Any, lengths: list[int] | None) -> None:
+    """It has room for no entry."""
+    model, tokens, want = long_model
+    cache, new = model.new_cache(2, 6), None if lengths is None else torch.tensor(lengths)
+    model(tokens[:, :3], cache, lengths=new)
+    rows, at = torch.arange(2), cache.lengths
+    for k in range(3):
+        got = model(tokens[rows, at + k, None], cache)[:, 0]
+        assert relative_error(got, want.logits[rows, at + k]) < CHUNKS
+
+
 def test_rows_of_unequal_length_taken_back_and_selected(long_model: Any) -> None:
     """Rows stop within blocks, wait, lose rejected tokens that completed blocks, begin again, and change places."""
     model, tokens, want = long_model
