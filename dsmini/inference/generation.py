@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsmini.inference.fused import Decoder
-from dsmini.inference.sampling import Sampling, draw, is_whole, likeliest, log_probabilities
+from dsmini.inference.sampling import Sampling, draw, is_whole, log_probabilities
 from dsmini.inference.speculative import Drafter, accept, accept_greedy
 from dsmini.nn import Cache, Transformer
 from dsmini.nn.cache import CacheDtype, last_valid
@@ -262,7 +262,7 @@ class Generation:
             self._started = True
             logits = prefill(self.model, self.cache, self.rows, self.drafter, self.watch, self._record)
             if self.sampling.greedy:
-                first = likeliest(self.sampling.penalised(logits, self._seen()))
+                first = self.sampling.penalised(logits, self._seen()).argmax(-1)
             else:
                 first = draw(self.sampling.probabilities(logits, self._seen()), self.generator)
             self._take(first[:, None].tolist(), logits[:, None])
@@ -306,7 +306,7 @@ class Generation:
             held = F.one_hot(guesses, logits.shape[-1]).cumsum(1).bool()
             seen = seen[:, None] | F.pad(held, (0, 0, 1, 0))
         if self.sampling.greedy:
-            best = likeliest(self.sampling.penalised(logits, seen))
+            best = self.sampling.penalised(logits, seen).argmax(-1)
             chosen = [accept_greedy(*row) for row in zip(guesses.tolist(), best.tolist(), strict=True)]
         else:
             p = self.sampling.probabilities(logits, seen)
