@@ -263,10 +263,13 @@ class Compressor(FP32Module):
         row = (torch.cat(weights, 2).softmax(2) * torch.cat(contents, 2)).sum(2)
         return self.norm(row.to(x.dtype))  # rounded before the norm too, as in DeepSeek's code
 
-    def new_rows(self, window: Rows, n: int, numbers: torch.dtype | None) -> Rows:
-        """Return the FP32 rows of the latest tokens, of which the next row is made, for a cache with this window."""
-        codec = Numbers(2 * self.series * self.d, torch.float64 if numbers == torch.float64 else torch.float32)
-        return Rows(len(window.data), min(self.series * self.m + SLACK, n), codec, window.data.device, None)
+    def new_rows(self, window: Rows, n: int, codec: Codec) -> tuple[Rows, Rows]:
+        """Return empty rows for a cache with this window: of n tokens, and FP32 ones of which the next is made."""
+        b, device = len(window.data), window.data.device
+        exact = torch.float64 if codec.dtype == torch.float64 else torch.float32
+        raw = Numbers(2 * self.series * self.d, exact)
+        latest = Rows(b, min(self.series * self.m + SLACK, n), raw, device, None)
+        return Rows(b, n // self.m, codec, device, self.m), latest
 
 
 class EntryIndexer(Indexer):
@@ -324,6 +327,25 @@ class EntryIndexer(Indexer):
         keys = self.keys(x, of_blocks, blocks, cache)
         return Index(self.queries(latent, cos_sin), keys, self.head_weights(x))
 
+    def index(
+        self,
+        x: Float[Tensor, "b s m"],
+        latent: Float[Tensor, "b s l"],
+        context: Context,
+        rope: Rope,
+        of_blocks: Any,
+        blocks: Blocks,
+    ) -> "Index | None":
+        """Return what chooses entries, or None where each query sees all; with a cache append the keys to it."""
+        cache, stage = context.cache and context.cache.index, context.stage
+        longest = blocks.at.n_keys if cache is None else int(blocks.at.lengths.max())
+        with torch.set_grad_enabled(stage is not None and torch.is_grad_enabled()):
+            if stage is not None or longest > self.topk:
+                return self(x, latent, context.cos_sin(rope), of_blocks, blocks, cache)
+            if cache is not None:  # keys for later queries
+                self.keys(x, of_blocks, blocks, cache)
+        return None
+
 
 class Index(NamedTuple):
     """The indexer's part of a call, of which index_scores makes I[t, s]."""
@@ -367,18 +389,6 @@ class Window:
         """Return the entries of the new tokens or, with a cache, append them to it and return all."""
         return Entries(x.new_zeros(len(x), 0, layer.head_dim), context.positions[:, :0], None)
 
-    def new_cache(
-        self, layer: "CompressedAttention", window: Rows, n: int, key: Codec, numbers: Any
-    ) -> CompressedCache:
-        """Return an empty cache with this window and with the rows of entries.
-
-        Args:
-            n: number of tokens that it has room for.
-            key: format of an entry.
-            numbers: dtype of an indexer's keys; None: FP4.
-        """
-        return CompressedCache(window)
-
 
 class HCA(Window):
     """Heavily compressed attention: a query sees all entries of whole blocks before it."""
@@ -401,7 +411,9 @@ class HCA(Window):
         first = context.positions.expand(len(blocks.ends), -1).gather(1, blocks.ends) + 1 - layer.m
         cos_sin = layer.rope.cos_sin(first)
         # 1. the indexer's, which the output does not move
-        index = self.index(layer, x.detach(), latent.detach(), context, blocks, cos_sin)
+        index = None
+        if layer.indexer is not None:
+            index = layer.indexer.index(x.detach(), latent.detach(), context, layer.rope, cos_sin, blocks)
         # 2. and those that are read
         rows = layer.key_value(layer.compressor(x, blocks, context.cache), cos_sin)
         if context.cache is None:
@@ -413,24 +425,6 @@ class HCA(Window):
         ends = (torch.arange(n, device=x.device)[None] + 1) * layer.m - 1
         return Entries(store if few else store.read(n, x.dtype), ends, index)
 
-    def index(
-        self,
-        layer: "CompressedAttention",
-        x: Float[Tensor, "b t m"],
-        latent: Float[Tensor, "b t l"],
-        context: Context,
-        blocks: Blocks,
-        cos_sin: CosSin,
-    ) -> Index | None:
-        """Return what an indexer chooses by; None: a query sees all."""
-        return None
-
-    def new_cache(
-        self, layer: "CompressedAttention", window: Rows, n: int, key: Codec, numbers: Any
-    ) -> CompressedCache:
-        entries = Rows(len(window.data), n // layer.m, key, window.data.device, layer.m)
-        return CompressedCache(window, entries, layer.compressor.new_rows(window, n, numbers))
-
 
 class CSA(HCA):
     """Compressed sparse attention: entries overlap, and an indexer chooses among them."""
@@ -440,33 +434,6 @@ class CSA(HCA):
     def add_parts(self, layer: "CompressedAttention", c: ModelConfig) -> None:
         super().add_parts(layer, c)
         layer.indexer = EntryIndexer(c)
-
-    def index(
-        self,
-        layer: "CompressedAttention",
-        x: Float[Tensor, "b t m"],
-        latent: Float[Tensor, "b t l"],
-        context: Context,
-        blocks: Blocks,
-        cos_sin: CosSin,
-    ) -> Index | None:
-        cache, indexer, stage = context.cache and context.cache.index, layer.indexer, context.stage
-        longest = blocks.at.n_keys if cache is None else int(blocks.at.lengths.max())
-        with torch.set_grad_enabled(stage is not None and torch.is_grad_enabled()):
-            if stage is not None or longest > indexer.topk:
-                return indexer(x, latent, context.cos_sin(layer.rope), cos_sin, blocks, cache)
-            if cache is not None:  # keys for later queries
-                indexer.keys(x, cos_sin, blocks, cache)
-        return None
-
-    def new_cache(
-        self, layer: "CompressedAttention", window: Rows, n: int, key: Codec, numbers: Any
-    ) -> CompressedCache:
-        cache, d = super().new_cache(layer, window, n, key, numbers), layer.indexer.head_dim
-        keys = FP4Row(d) if numbers is None else Numbers(d, numbers)
-        rows = Rows(len(window.data), n // layer.m, keys, window.data.device, layer.m)
-        cache.index = CompressedCache(None, rows, layer.indexer.compressor.new_rows(window, n, numbers))
-        return cache
 
 
 KINDS: Mapping[int, type[Window]] = MappingProxyType({0: Window, CSA_RATIO: CSA})
@@ -688,4 +655,11 @@ class CompressedAttention(FP32Module):
         key = key_row(self.head_dim - self.rope.dim, self.rope.dim)
         key = key if numbers is None else Numbers(self.head_dim, numbers)
         window = Rows(batch_size, min(self.window_size + SLACK, max_seq_len), key, device, None)
-        return self.kind.new_cache(self, window, max_seq_len, key, numbers)
+        if self.compressor is None:
+            return CompressedCache(window)
+        cache = CompressedCache(window, *self.compressor.new_rows(window, max_seq_len, key))
+        if self.indexer is not None:
+            d = self.indexer.head_dim
+            keys = FP4Row(d) if numbers is None else Numbers(d, numbers)
+            cache.index = CompressedCache(None, *self.indexer.compressor.new_rows(window, max_seq_len, keys))
+        return cache

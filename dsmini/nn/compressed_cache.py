@@ -30,15 +30,9 @@ class CompressedCache:
     entries: Any
     raw: Any
 
-    def __init__(
-        self,
-        window: Rows | None,
-        entries: Rows | None = None,
-        raw: Rows | None = None,
-        index: "CompressedCache | None" = None,
-    ) -> None:
+    def __init__(self, window: Rows | None, entries: Rows | None = None, raw: Rows | None = None) -> None:
         self.window, self.entries, self.raw = window, entries, raw
-        self.index: CompressedCache | None = index
+        self.index: CompressedCache | None = None
 
     @property
     def parts(self) -> list[Rows]:
