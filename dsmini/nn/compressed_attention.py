@@ -142,11 +142,6 @@ def entry_attention(
     return sink_attention(q, torch.cat((near, some), 1), mask, sink, scale)
 
 
-def reads_few(queries: int, topk: int, n: int) -> bool:
-    """Return True if the chosen entries of these queries are fewer than all n entries."""
-    return queries * topk < n
-
-
 @torch.no_grad()
 def lse_of_others(q: Tensor, near: Tensor, masked: Tensor, sink: Tensor, scale: float) -> Float[Tensor, "b h s"]:
     """Return the log-sum-exp of each head's logits of window and sink."""
@@ -364,7 +359,7 @@ class Entries(NamedTuple):
     """The entries that the queries of a call may see."""
 
     rows: Any
-    """[b, n, d], or Rows of a cache of which queries read the chosen ones alone."""
+    """[b, n, d], or for one block of queries Rows of a cache, of which they read the chosen ones alone if few."""
     ends: Int[Tensor, "#b n"]
     """Position of the last token of each; without a cache, its column. Beyond all queries where there is no entry."""
     index: Index | None
@@ -421,9 +416,9 @@ class HCA(Window):
             return Entries(rows, blocks.ends if is_block is None else blocks.ends.where(is_block, x.shape[1]), index)
         store, n = stored(context.cache).entries, blocks.at.n_keys
         store.write(rows, blocks.at)
-        few = index is not None and reads_few(min(x.shape[1], BLOCK), layer.indexer.topk, n)
         ends = (torch.arange(n, device=x.device)[None] + 1) * layer.m - 1
-        return Entries(store if few else store.read(n, x.dtype), ends, index)
+        # one block of queries reads what it needs; several of them read the same entries
+        return Entries(store if x.shape[1] <= BLOCK else store.read(n, x.dtype), ends, index)
 
 
 class CSA(HCA):
