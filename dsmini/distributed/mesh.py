@@ -182,13 +182,13 @@ def in_messages(tensors: Sequence[Sequence[Tensor]], send: Callable[[Tensor, int
 
 def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """Return tensors in lists of up to BUCKET numbers of one dtype; a larger tensor is alone."""
-    found: list[list[Tensor]] = []
+    found, room = list[list[Tensor]](), 0
     for tensor in tensors:
-        last = found[-1] if found else []
-        if last and last[0].dtype == tensor.dtype and sum(t.numel() for t in last) + tensor.numel() <= BUCKET:
-            last.append(tensor)
-        else:
-            found.append([tensor])
+        if not found or found[-1][0].dtype != tensor.dtype or tensor.numel() > room:
+            found.append([])
+            room = BUCKET
+        found[-1].append(tensor)
+        room -= tensor.numel()
     return found
 
 
