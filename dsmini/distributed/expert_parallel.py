@@ -176,8 +176,9 @@ def run_local(
     own = torch.arange(received.shape[1], device=received.device).expand_as(received)
     # the number of rows is known: without it the host would wait for the device
     expert = own.flatten().repeat_interleave(received.flatten(), output_size=rows.shape[0])
-    ones = torch.ones(rows.shape[0], 1, dtype=torch.float32, device=received.device)
-    return experts(rows, expert[:, None], ones if weights is None else weights)
+    if weights is None:
+        weights = torch.ones(rows.shape[0], 1, dtype=torch.float32, device=received.device)
+    return experts(rows, expert[:, None], weights)
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:
