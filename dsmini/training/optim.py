@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dsmini.config import TrainConfig
-from dsmini.nn import dsa_layers
+from dsmini.nn import Transformer, dsa_layers
 from dsmini.training.muon import HALLEY, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz, muon_update_divided
 
 Named = Iterable[tuple[str, Tensor]]
@@ -160,7 +160,7 @@ def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and not outer
 
 
-def begin_stage(model: Any, stage: Literal["warmup", "sparse"]) -> list[set[str]]:
+def begin_stage(model: Transformer, stage: Literal["warmup", "sparse"]) -> list[set[str]]:
     """Begin a stage; return the names of each group that is clipped apart.
 
     The warm-up freezes all but the indexers, and the stage after it lets all learn again. Without a warm-up before it,
@@ -174,11 +174,11 @@ def begin_stage(model: Any, stage: Literal["warmup", "sparse"]) -> list[set[str]
 
     Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1.1.
     """
-    named, layers = dict(model.named_parameters()), dsa_layers(model)
-    if not layers:
+    if not dsa_layers(model):
         return []
-    thaws = stage == "sparse" and getattr(model, "indexer_stage", None) == "warmup"
+    thaws = stage == "sparse" and model.indexer_stage == "warmup"
     model.indexer_stage = stage
+    named = dict(model.named_parameters())
     of_indexers = {name for name in named if ".indexer." in name}
     rest = named.keys() - of_indexers
     for name in rest if stage == "warmup" or thaws else ():
