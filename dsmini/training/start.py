@@ -231,7 +231,7 @@ class Found:
     folder: Path | None = None
     """The checkpoint, or the model's folder."""
     rows: Rows | None = None
-    """Reads rows of a tensor of the weights."""
+    """Reads rows of a tensor of the weights. None with a checkpoint, which is read whole."""
     checkpoint: Checkpoint | None = None
     """The last whole one of the run to continue. None before its first one, and for other weights."""
 
@@ -254,7 +254,7 @@ def _found(origin: RunOrigin, device: torch.device, world: World, console: Conso
         with patience(console, "reading the checkpoint"):
             last = newest_checkpoint(before, world, say_it, device)
         before = dataclasses.replace(last.config, out=run)  # it may have been moved
-        return dataclasses.replace(origin, before=before), Found(folder=last.folder, rows=last.rows, checkpoint=last)
+        return dataclasses.replace(origin, before=before), Found(folder=last.folder, checkpoint=last)
     world.first(lambda: _refuse_lost_checkpoints(run))
     if not is_there(run / "init.json"):
         return origin, Found()
