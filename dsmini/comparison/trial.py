@@ -26,7 +26,7 @@ from dsmini.comparison.results import made_here
 from dsmini.comparison.scoring import Ranges, held_out, windows_of
 from dsmini.config import RunConfig
 from dsmini.config.fields import build
-from dsmini.data.corpus import Corpus, Windows, load_corpus
+from dsmini.data.corpus import Windows, load_corpus
 from dsmini.machine import DTYPES, keep_freed_memory, pick_device
 from dsmini.nn import Transformer
 from dsmini.nn.gate import make_tables
@@ -54,7 +54,7 @@ def run_trial(
         cpu_seconds of all steps, steps, tokens, parameters, active (None of a function's model), cache_bytes a token,
         max_vio at the end and over all steps, acceptance of drafts, and what made it, as in results.made_here.
     """
-    trainer, _ = prepared(arm, seed, cache)
+    trainer = prepared(arm, seed, cache)
     config, steps = trainer.config, trainer.config.train.steps
     done: list[StepResult] = []
     skipped, cpu = 0, time.process_time()
@@ -85,8 +85,8 @@ def run_trial(
     }
 
 
-def prepared(arm: Arm, seed: int, cache: Path) -> tuple[Trainer, Corpus]:
-    """Return a trainer of an arm's model with the weights of a seed, and its corpus.
+def prepared(arm: Arm, seed: int, cache: Path) -> Trainer:
+    """Return a trainer of an arm's model with the weights of a seed.
 
     Models of one seed have the same first values where names and shapes agree (nn/first_values.py).
 
@@ -100,10 +100,11 @@ def prepared(arm: Arm, seed: int, cache: Path) -> tuple[Trainer, Corpus]:
     model = make(config.model)
     if not isinstance(model, Transformer):
         raise ValueError(f"{arm.function} returned a {type(model).__name__}; want a dsmini.Transformer")
-    make_tables(model.gates(), torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
+    if model.config.n_hash_layers:  # to count tokens is to read the whole text
+        make_tables(model.gates(), torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
     model.compute_dtype = DTYPES[config.train.dtype]
     torch.manual_seed(seed)
-    return Trainer(model.to(device), corpus, config, device), corpus
+    return Trainer(model.to(device), corpus, config, device)
 
 
 @torch.no_grad()

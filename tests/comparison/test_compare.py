@@ -106,22 +106,22 @@ def test_pairs_start_with_equal_weights_where_shapes_agree(place: Path) -> None:
     (place / "own.py").write_text(OWN)
     wide = "model.moe_inter_dim=48 model.n_layers=3 model.n_mtp_layers=0"
     arms = arms_of([str(place / "base.toml"), f"{place}/own.py:zero_head"], [wide], [f"data.path={place}/text.txt"])
-    (base, *_), (idea, *_), (larger, *_) = (prepared(arm, 3, place / "corpus") for arm in arms)
+    base, idea, larger = (prepared(arm, 3, place / "corpus") for arm in arms)
     ours, own, theirs = (each.model.state_dict() for each in (base, idea, larger))
     alike = {name for name in ours.keys() & theirs.keys() if ours[name].shape == theirs[name].shape}
     assert len(alike) > 20 and all(torch.equal(ours[name], theirs[name]) for name in alike)
     assert {name for name in ours if not torch.equal(ours[name], own[name])} == {"head.weight"}
     assert not own["head.weight"].any()
-    other, _ = prepared(arms[0], 4, place / "corpus")
+    other = prepared(arms[0], 4, place / "corpus")
     assert not torch.equal(other.model.embed.weight, base.model.embed.weight)
 
 
 def test_tables_of_experts_are_those_of_training(place: Path) -> None:
     hashed = "model.n_hash_layers=1 model.n_mtp_layers=0 model.n_dense_layers=0"
     _, arm = arms_of([str(place / "base.toml")], [hashed], [f"data.path={place}/text.txt"])
-    trainer, corpus = prepared(arm, 0, place / "corpus")
+    trainer = prepared(arm, 0, place / "corpus")
     (gate, *_) = (gate for gate in trainer.model.gates() if isinstance(gate, HashGate))
-    counts = torch.from_numpy(corpus.token_counts(256))
+    counts = torch.from_numpy(trainer.corpus.token_counts(256))
     assert torch.equal(gate.tid2eid, hash_table(counts, 8, 4, 0))
     assert not torch.equal(gate.tid2eid, hash_table(torch.ones_like(counts), 8, 4, 0))
 
