@@ -165,7 +165,7 @@ def _seconds(results: Results, arm: str) -> dict[str, Any] | None:
 
 def draw(path: Path, all_results: Sequence[Results]) -> None:
     """Write a forest plot as PNG: for each arm the paired differences, their mean and its 95 % interval; next to them
-    the ratios of CPU time."""
+    the ratios of time."""
     from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
     from matplotlib.patches import Rectangle
     from matplotlib.transforms import blended_transform_factory

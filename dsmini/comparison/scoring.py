@@ -47,8 +47,10 @@ def choose_ranges(text: NDArray[np.uint8], n: int) -> list[tuple[int, int]]:
 def _line_at(text: NDArray[np.uint8], at: int) -> int:
     """Return the first byte of a line or document from `at` on, where one is near; else of a character."""
     near = text[at - 1 : at + NEAR]
-    lines, characters = (np.flatnonzero(found) for found in ((near == 10) | (near == 0), near[1:] & 0xC0 != 0x80))
-    return at + int(lines[0]) if len(lines) else at + int(characters[0]) if len(characters) else min(at, len(text))
+    for begins in ((near == 10) | (near == 0), near[1:] & 0xC0 != 0x80):
+        if begins.any():
+            return at + int(begins.argmax())
+    return min(at, len(text))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,7 @@ equality two one-sided tests at 5 % / m must hold: the interval at the level 1 -
 
 The levels hold for a number of seeds that was chosen before, and for differences that are as often far above their mean
 as far below it. Skewed ones are named wrongly more often; `skewness` tells, and `by_flips` gives an interval of another
-kind to compare with. Who looks after each seed and stops at the first verdict
-is wrong more often.
+kind to compare with. Who looks after each seed and stops at the first verdict is wrong more often.
 
 Source: Holm 1979, A simple sequentially rejective multiple test procedure; Schuirmann 1987 for equality.
 """
@@ -123,9 +122,10 @@ def seeds_to_decide(values: Sequence[float], margin: float, arms: int = 1) -> in
 
 def skewness(values: Sequence[float]) -> float | None:
     """Return the skewness of values, where it is more than twice its error under a normal distribution; else None."""
-    n, x = len(values), np.asarray(values) - np.mean(values) if len(values) else np.zeros(0)
-    if n < LEAST_PAIRS or not x.any():
+    n, x = len(values), np.asarray(values)
+    if n < LEAST_PAIRS or not np.ptp(x):
         return None
+    x = x - x.mean()
     found = float((x**3).mean() / (x**2).mean() ** 1.5)
     error = math.sqrt(6 * n * (n - 1) / ((n - 2) * (n + 1) * (n + 3)))
     return found if abs(found) > 2 * error else None
