@@ -1,7 +1,4 @@
-"""Contents of a report: figures, plots of series, tables, and heat maps, which are tables whose cells are shaded.
-
-The page shades cells by style sheet, so that a heat map is light and dark, prints, and can be read and copied as text.
-"""
+"""Contents of a report: figures, plots of series, tables, and details."""
 
 import dataclasses
 import math
@@ -9,10 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dsmini.report.units import NOTHING, Value
-
-LIGHTEST, DARKEST = 0.05, 0.47
-"""Shade of the smallest and of the largest value, of 1. The text stays readable on it, in light and dark."""
+from dsmini.report.units import Value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +89,14 @@ class Plot:
 
 
 class Toned(str):
-    """A cell with a colour, by name, a bar behind a ratio (its start and length in percent), or a shade from 0 to 1."""
+    """A cell with a colour, by name, and a bar behind a ratio: its start and length in percent."""
 
     tone: str
     bar: tuple[float, float] | None
-    shade: float | None
 
-    def __new__(
-        cls, text: str, tone: str = "", bar: tuple[float, float] | None = None, shade: float | None = None
-    ) -> "Toned":
+    def __new__(cls, text: str, tone: str = "", bar: tuple[float, float] | None = None) -> "Toned":
         made = super().__new__(cls, text)
-        made.tone, made.bar, made.shade = tone, bar, shade
+        made.tone, made.bar = tone, bar
         return made
 
 
@@ -119,31 +110,6 @@ class Table:
     """Columns that are aligned on the right."""
     common: str = ""
     """Line above: words that all rows share."""
-    heat: str = ""
-    """Title of a heat map; "" for another table."""
-
-
-def heat_map(
-    title: str, corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[tuple[str, float | None]]]
-) -> Table:
-    """Return values over two axes of labels as a table: on a logarithmic scale where they span more than ten times.
-
-    Args:
-        corner: names of the axes.
-        rows: cells in words, each with its value, by the label of the row; None where there is none.
-    """
-    found = [v for row in rows.values() for _, v in row if v is not None and math.isfinite(v)]
-    log = bool(found) and min(found) > 0 and max(found) > 10 * min(found)
-    low, high = (math.log(end(found)) if log else end(found) for end in (min, max)) if found else (0.0, 0.0)
-
-    def shaded(word: str, value: float | None) -> str:
-        if value is None or not math.isfinite(value):
-            return word or NOTHING
-        part = ((math.log(value) if log else value) - low) / (high - low) if high > low else 0.5
-        return Toned(word, shade=round(LIGHTEST + part * (DARKEST - LIGHTEST), 3))
-
-    lines = [[label, *(shaded(*cell) for cell in row)] for label, row in rows.items()]
-    return Table(columns=(corner, *columns), rows=lines, numeric=columns, heat=title)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ class Section:
     folded: Mapping[str, Sequence[Detail]] = field(default_factory=dict)
     """More of them, that a page shows after a click on their heading, and a terminal not at all."""
     tables: Sequence[Table] = ()
-    """Tables of anything that is not a figure, and heat maps."""
+    """Tables of anything that is not a figure."""
     about: str = ""
     """Two or three sentences about the measurement, with all that is simulated."""
     command: str = ""

@@ -126,7 +126,6 @@ def show_details(console: Console, title: str, details: Sequence[Detail]) -> Non
 
 def show_table(console: Console, table: Table, title: str = "") -> None:
     """Print a table of words, in parts if it is too wide, with the colours of its cells."""
-    title = title or table.heat
     heading = Text(title, style="bold") if title else Text(table.common, style="dim")
     for columns in _parts(table, console.width):
         console.print()

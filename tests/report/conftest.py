@@ -7,18 +7,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
-from dsmini.report import Detail, Figure, Plot, Report, Section, Series, Table, Toned, heat_map
+from dsmini.report import Detail, Figure, Plot, Report, Section, Series, Table, Toned, units
 from tests.helpers import fake_questions as fake
 
 
-def heated(values: list[list[float | None]]) -> Table:
-    rows = {f"row {i}": [("" if v is None else f"{v:g} ms", v) for v in row] for i, row in enumerate(values)}
-    columns = [f"<column {i}>" for i in range(len(values[0]))]
-    return heat_map("Time of a step", "kv_lora_rank \\ hardware", columns, rows)
-
-
 def planned() -> Report:
-    """Return a report with figures, plot, table, details, heat map, a warning and a failed case."""
+    """Return a report with figures, plot, table, details, a warning and a failed case."""
     figures = [
         Figure(question="fit", case={"gpus": n}, metric="bytes_per_gpu", unit="bytes", predicted=80e9 / n, note="BF16")
         for n in (1, 2, 4)
@@ -44,12 +38,14 @@ def planned() -> Report:
         warnings=["Activations are a lower bound."],
         errors=[("gpus 8", "ValueError: there are only 4")],
     )
+    names, machines = "kv_lora_rank \\ hardware", ["<column 0>", "<column 1>"]
+    rows = [("row 0", "1 ms", "2 ms"), ("row 1", units.NOTHING, "3 ms")]
     memory = Section(
         name="memory",
         title="How much?",
         finding="Little.",
         details={"Cache": [cache, Detail(name="row", title="Row of a <layer>", value="1152 B")]},
-        tables=[heated([[1.0, 2.0], [None, 3.0]])],
+        tables=[Table(columns=(names, *machines), rows=rows, numeric=machines, common="Time of a step")],
     )
     facts = {"The machine": {"processor": "a <laptop>"}}
     numbers = [("70 kB", "a token")]

@@ -3,20 +3,17 @@
 import re
 import textwrap
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.colors import to_rgb
 from rich.console import Console
 
 from dsmini.report import Figure, Plot, Report, Series, units
-from dsmini.report.figures import DARKEST, LIGHTEST
 from dsmini.report.plots import THEMES, _ends, colours_of, legend, svg
 from dsmini.report.tables import ratio
 from tests.helpers.pages import check_page, on_terminal, text_of
-from tests.report.conftest import heated, planned
+from tests.report.conftest import planned
 
 PAGES = Path(__file__).parent / "pages"
 
@@ -31,7 +28,6 @@ def test_terminal_and_page_of_a_plan(plan: Path) -> None:
     for part in (
         '<a href="#row">row</a>, n_layers',
         '<div id="kv_cache">',
-        '"--shade: 0.47">3 ms<',
         ".missed { color: var(--bad)",
     ):
         assert part in plan.read_text()
@@ -80,37 +76,7 @@ def test_example_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.Monke
         assert said in page and said in printed
 
 
-# --- heat maps and plots
-
-
-def luminance(colour: Iterable[float]) -> float:
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def test_text_of_shaded_cells_is_readable(plan: Path) -> None:
-    """Compare luminances: text and shade differ by 4.5 to 1 as WCAG asks for, in light and dark."""
-    accents = re.findall(r"--accent: (#\w{6})", plan.read_text())  # the third is that of a printed page
-    for (name, theme), accent in zip(THEMES.items(), accents[:2], strict=True):
-        ink, over, under = (to_rgb(colour) for colour in (theme["ink"], accent, theme["card"]))
-        for shade in (LIGHTEST, DARKEST):
-            mixed = [shade * x + (1 - shade) * y for x, y in zip(over, under, strict=True)]
-            low, high = sorted((luminance(ink), luminance(mixed)))
-            assert (high + 0.05) / (low + 0.05) > 4.5, (name, shade)
-
-
-@pytest.mark.parametrize(
-    ("values", "shades"),
-    [
-        ([[1.0, 2.0], [None, 3.0]], [[LIGHTEST, 0.26], [None, DARKEST]]),
-        ([[5.0, 5.0]], [[0.26, 0.26]]),  # equal values are in the middle
-        ([[None]], [[None]]),
-        ([[1.0, 10.0, 100.0]], [[LIGHTEST, 0.26, DARKEST]]),  # logarithmic over more than a factor of ten
-        ([[0.0, 50.0, 100.0]], [[LIGHTEST, 0.26, DARKEST]]),  # zero has no logarithm
-    ],
-)
-def test_shades_go_from_lightest_to_darkest(values: Any, shades: Any) -> None:
-    assert [[getattr(cell, "shade", None) for cell in row[1:]] for row in heated(values).rows] == shades
+# --- plots
 
 
 def test_whiskers_reach_from_the_low_end_to_the_high_one() -> None:
