@@ -68,21 +68,9 @@ HELP = Help(
         "--compare deepseek-v3 deepseek-v3.2 kimi-k2 --gpus 2048",
     ),
     main=(
-        *(
-            "hardware",
-            "gpus",
-            "days",
-            "pipeline",
-            "expert",
-            "tensor",
-            "zero",
-            "recompute",
-            "precision",
-            "batch",
-            "seq_len",
-        ),
-        *("tokens", "context", "tpot", "ttft", "weight_dtype", "cache_dtype", "decode_gpus", "all", "search", "vary"),
-        *("explain", "depth", "compare", "fresh", "out", "json"),
+        *("hardware", "gpus", "days", "pipeline", "expert", "tensor", "zero", "recompute", "precision"),
+        *("batch", "seq_len", "tokens", "context", "tpot", "ttft", "weight_dtype", "cache_dtype", "decode_gpus"),
+        *("all", "search", "vary", "explain", "depth", "compare", "fresh", "out", "json"),
     ),
 )
 

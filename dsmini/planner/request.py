@@ -27,19 +27,8 @@ DTYPES: Mapping[Precision, WeightDtype] = {"fp32": "float32", "bf16": "bfloat16"
 """Dtype of weights and of the products' peak, by precision."""
 Schedule = Literal["1f1b", "zb1p", "dualpipe"]
 LAYOUT = (
-    *(
-        "gpus",
-        "pipeline",
-        "expert",
-        "tensor",
-        "context_parallel",
-        "zero",
-        "recompute",
-        "precision",
-        "micro_batch",
-        "schedule",
-    ),
-    *("optimizer", "moments"),
+    *("gpus", "pipeline", "expert", "tensor", "context_parallel", "zero", "recompute", "precision"),
+    *("micro_batch", "schedule", "optimizer", "moments"),
 )
 """Fields of a request that are the layout of a training run."""
 SERVING = (

@@ -52,17 +52,9 @@ MOST_GPUS = 2**20
 DAYS = 90.0
 """Days of the longest training, where the user leaves them open."""
 DEFAULTS: Mapping[str, Any] = {
-    **{
-        "gpus": 1,
-        "pipeline": 1,
-        "expert": 1,
-        "tensor": 1,
-        "context_parallel": 1,
-        "zero": 0,
-        "recompute": "none",
-        "precision": "bf16",
-    },
-    **{"micro_batch": 1, "schedule": "1f1b", "optimizer": "adamw", "moments": "float32"},
+    **dict.fromkeys(("gpus", *SIZES), 1),
+    **{"zero": 0, "recompute": "none", "precision": "bf16", "schedule": "1f1b", "optimizer": "adamw"},
+    "moments": "float32",
 }
 """Layout of one process."""
 

@@ -61,13 +61,6 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
     "int4": ("bfloat16",),
 }
 """Units that multiply numbers of a dtype, the best first."""
-BOUNDS = {
-    "bound_memory_time": "memory traffic",
-    "bound_compute_time": "compute",
-    "bound_slow_time": "links between nodes",
-    "bound_fast_time": "links within a node",
-}
-"""Times that overlap in a bound, with the words of a verdict."""
 PARTS = {
     "matrices_time": "matrices",
     "experts_time": "experts",
@@ -114,15 +107,12 @@ class Deployment:
             "gpus": "GPUs of the deployment",
             "tensor": "GPUs that share sequences",
             "batch": "Sequences of a step",
-        }
-        titles |= {
             "micro_batches": "Parts of a batch",
             "drafts": "Drafts of a sequence",
             "redundant": "Copies of experts",
         }
         why = self.label or "chosen"
-        made = {n: Figure(f"{self.phase}_{n}", getattr(self, n), "", title, why) for n, title in titles.items()}
-        return made
+        return {n: Figure(f"{self.phase}_{n}", getattr(self, n), "", title, why) for n, title in titles.items()}
 
 
 def misfit(d: Deployment, c: ModelConfig, h: Hardware) -> str:
@@ -517,11 +507,6 @@ class ServingStep:
     def waits(self) -> dict[str, float]:
         """Seconds of the parts of a step by their words: of the estimate."""
         return {words: time for name, words in PARTS.items() if (time := getattr(self, name))}
-
-    @property
-    def bounds(self) -> dict[str, float]:
-        """Seconds of the parts of the bound by their words."""
-        return {words: time for name, words in BOUNDS.items() if (time := getattr(self, name))}
 
 
 class Served:

@@ -8,10 +8,11 @@ import pytest
 
 from dsmini.planner.deployments import CHEAPEST, FASTEST, IN_TIME, Found, search
 from dsmini.planner.request import PlanRequest
-from dsmini.planner.serving import BOUNDS, PARTS, PHASES, Deployment, Served, Service, ServingMemory, serve
+from dsmini.planner.serving import PARTS, PHASES, Deployment, Served, Service, ServingMemory, serve
 from tests.helpers.configs import refusal
 from tests.helpers.plans import plan_of, values_of
 
+BOUNDS = tuple(f"bound_{name}_time" for name in ("memory", "compute", "slow", "fast"))
 SERVED = ["deepseek-v3", "deepseek-v3 context=32768 drafts=3", "deepseek-v2-lite decode_gpus=4", "toy-mha @laptop"]
 
 
