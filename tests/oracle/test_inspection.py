@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dsmini import save_pretrained
 from dsmini.checkpoint.inspection import Inspection
@@ -25,6 +26,12 @@ def test_each_block_equals_transformers(tmp_path: Path, generation: str) -> None
     assert not [fault for layer in checked for fault in layer.faults]
     errors = [layer.error for layer in checked if layer.name.startswith("layers")]
     assert len(errors) == 3 and all(error is not None and error < 1e-5 for error in errors), errors
+
+
+@pytest.mark.parametrize("generation", ["v3", "v3.2", "v4"])
+def test_other_choices_of_single_tokens_in_bf16_are_no_fault(tmp_path: Path, generation: str) -> None:
+    checked = list(Inspection(saved(tmp_path / "a", generation), torch.bfloat16))
+    assert not [fault for layer in checked for fault in layer.faults]
 
 
 def test_a_block_that_differs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
