@@ -138,6 +138,7 @@ def generate(
         speculative=speculative,
         generator=generator if seed is None else seeded(seed, generator),
         cache_dtype=cache_dtype,
+        record_logprobs=True,
         routing=routing,
     )
     for _ in generation:
@@ -201,6 +202,8 @@ class Generation:
     at the start."""
     routing: bool = False
     """Record the experts of each token that the model reads; not with slide."""
+    record_logprobs: bool = False
+    """Record the log-probability of each new token."""
     watch: Callable[[int, int], None] | None = None
     """Called while the prompts are read, with the number of tokens read so far and that of all."""
 
@@ -243,7 +246,10 @@ class Generation:
 
     @property
     def logprobs(self) -> list[list[float]]:
-        """The log-probability of each new token so far, as in Generated; in a row that slides of what is left of it."""
+        """The log-probability of each new token so far, as in Generated; in a row that slides of what is left of it.
+
+        They are recorded with record_logprobs alone.
+        """
         return [row.logprobs for row in self._rows]
 
     def end(self, row: int) -> None:
@@ -262,7 +268,7 @@ class Generation:
             self._started = True
             logits = prefill(self.model, self.cache, self.rows, self.drafter, self.watch, self._record)
             if self.sampling.greedy:
-                first = self.sampling.penalised(logits, self._seen()).argmax(-1)
+                first = self.sampling.likeliest(logits, self._seen())
             else:
                 first = draw(self.sampling.probabilities(logits, self._seen()), self.generator)
             self._take(first[:, None].tolist(), logits[:, None])
@@ -276,8 +282,10 @@ class Generation:
 
     def _take(self, chosen: list[list[int]], logits: Float[Tensor, "b s v"]) -> None:
         """Add new tokens to the rows, each drawn after the logits of its column."""
-        tokens = padded(chosen, self._device)
-        logprobs = log_probabilities(logits[:, : tokens.shape[1]], tokens).tolist()
+        logprobs: list[list[float]] = [[] for _ in chosen]
+        if self.record_logprobs:
+            tokens = padded(chosen, self._device)
+            logprobs = log_probabilities(logits[:, : tokens.shape[1]], tokens).tolist()
         for row in self._rows:
             row.new = []
         for row, new, of in zip(self._active, chosen, logprobs, strict=True):
@@ -306,7 +314,7 @@ class Generation:
             held = F.one_hot(guesses, logits.shape[-1]).cumsum(1).bool()
             seen = seen[:, None] | F.pad(held, (0, 0, 1, 0))
         if self.sampling.greedy:
-            best = self.sampling.penalised(logits, seen).argmax(-1)
+            best = self.sampling.likeliest(logits, seen)
             chosen = [accept_greedy(*row) for row in zip(guesses.tolist(), best.tolist(), strict=True)]
         else:
             p = self.sampling.probabilities(logits, seen)

@@ -69,6 +69,14 @@ class Sampling:
         penalised = torch.where(scores > 0, scores / r, scores * r).clamp(floats.min, floats.max)
         return torch.where(seen, penalised, scores)
 
+    def likeliest(self, logits: Float[Tensor, "*b v"], seen: Bool[Tensor, "*b v"] | None = None) -> Int[Tensor, "*b"]:
+        """Return the token of the largest logit after the penalty, the lowest id among equals.
+
+        Args:
+            seen: as in penalised, which raises for logits that are not finite.
+        """
+        return self.penalised(logits, seen).argmax(-1)
+
     def probabilities(self, logits: Float[Tensor, "*b v"], seen: Bool[Tensor, "*b v"] | None = None) -> Tensor:
         """Return the FP32 distribution [*b, v] of the next token of each row.
 
@@ -90,15 +98,6 @@ class Sampling:
         if self.min_p is not None:
             scores = scores.masked_fill(scores.exp() < self.min_p, -torch.inf)
         return scores.softmax(-1)
-
-
-def likeliest(logits: Float[Tensor, "*b v"]) -> Int[Tensor, "*b"]:
-    """Return the token of the largest logit, the lowest id among equals.
-
-    Raises: ValueError for logits that are not finite.
-    """
-    _require_finite(logits)
-    return logits.argmax(-1)
 
 
 def log_probabilities(logits: Float[Tensor, "*b v"], tokens: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:

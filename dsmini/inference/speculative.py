@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dsmini.inference.fused import Decoder
-from dsmini.inference.sampling import Sampling, draw, likeliest
+from dsmini.inference.sampling import Sampling, draw
 from dsmini.nn import Cache
 from dsmini.nn.cache import MTPCache, last_valid
 
@@ -96,7 +96,7 @@ class Drafter:
         for k in range(self.depths):
             logits = self.decoder.logits(states[k])
             if self.sampling.greedy:
-                guesses.append(likeliest(logits))
+                guesses.append(self.sampling.likeliest(logits, seen))
             else:
                 distributions.append(self.sampling.probabilities(logits, seen))
                 guesses.append(draw(distributions[k], self.generator))

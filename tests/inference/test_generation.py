@@ -150,7 +150,7 @@ def test_logprobs_are_those_of_a_forward(
 @pytest.mark.parametrize("speculative", [False, True])
 def test_logprobs_of_a_sliding_row_are_of_what_it_still_reads(small_model: Model, speculative: bool) -> None:
     model, room = small_model(max_seq_len=8).eval(), 8
-    row = finished(model, [[3, 1, 4]], 20, slide=True, speculative=speculative)
+    row = finished(model, [[3, 1, 4]], 20, slide=True, speculative=speculative, record_logprobs=True)
     context, (tokens,), (logprobs,) = [3, 1, 4], row.rows, row.logprobs
     assert len(logprobs) == 20
     for token, got in zip(tokens[3:], logprobs, strict=True):

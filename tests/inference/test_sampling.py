@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsmini.inference.sampling import Sampling, draw, likeliest
+from dsmini.inference.sampling import Sampling, draw
 from tests.helpers.configs import refusal
 
 # few levels, so that equal logits are common
@@ -124,7 +124,7 @@ def test_what_cannot_be_drawn_from_is_refused() -> None:
     for bad in (math.nan, math.inf, -math.inf):
         logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, bad, 3.0]])
         want = f"token 1 the logit {bad}, which is not finite; its weights are damaged, or too large"
-        for call in (Sampling().probabilities, Sampling(temperature=1.0, top_k=2).probabilities, likeliest):
+        for call in (Sampling().probabilities, Sampling(temperature=1.0, top_k=2).probabilities, Sampling().likeliest):
             said = refusal(call, logits)
             assert said.startswith("row 1: ") and want in said
     assert Sampling(temperature=np.float32(0.5), top_k=np.int64(2)).top_k == 2  # pyright: ignore[reportArgumentType]
