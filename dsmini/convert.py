@@ -68,6 +68,9 @@ class ConvertCommand:
     """Print the figures as a line of JSON, and everything else on the standard error."""
 
 
+WRITING = ("fp8", "fp4", "shard_size", "average", "dsa", "index_n_heads", "index_head_dim", "index_topk", "json")
+"""Fields that have no meaning with --check."""
+
 HELP = Help(
     usage="SRC DST [FLAGS], or SRC --check",
     examples=(
@@ -97,6 +100,11 @@ def main(args: Sequence[str]) -> int:
     require(command.check or command.report is None, "--report is for --check; add that, or leave it out")
     if command.check:
         require(command.dst is None, f"--check writes no folder; leave {command.dst} out")
+        plain = ConvertCommand(src=command.src)
+        idle = [name for name in WRITING if getattr(command, name) != getattr(plain, name)]
+        idle = [f"--{name.replace('_', '-')}" for name in idle]
+        idle += [] if command.dtype != "float16" else ["--dtype float16"]
+        require(not idle, f"{', '.join(idle)}: --check does not know it; leave it out")
         return _check(command)
     require(command.dst is not None, "an argument is missing: DST, the folder to write; or use --check")
     assert command.dst is not None

@@ -67,7 +67,8 @@ def refuse_oversized(config: RunConfig, device: torch.device) -> None:
     )
     # token ids of whole batches, also of those that are prepared meanwhile
     ids = 8 * train.batch_size * (config.seq_len + 1) * (1 + config.data.workers)
-    refuse_too_large(int(needed.total) + ids, WHAT, device)
+    average = 0 if train.ema_decay is None else int(needed.by_part["parameters"])
+    refuse_too_large(int(needed.total) + ids + average, WHAT, device)
 
 
 def refuse_oversized_parts(model: Transformer, device: torch.device, world: World) -> None:

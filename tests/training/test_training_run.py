@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from dsmini import DataConfig, RunConfig, TrainConfig
+from dsmini import DataConfig, RunConfig, TrainConfig, accounting
 from dsmini.checkpoint.run_folder import new_run_folder
 from dsmini.checkpoint.training_state import load_run
 from dsmini.distributed.heartbeat import LONG_PHASES
@@ -115,6 +115,14 @@ def test_wait_for_a_batch_counts_as_no_long_phase(training: TrainingRun, monkeyp
     monkeypatch.setattr(training.trainer.loader, "take", lambda of: waits.add(phases[-1]) or take(of))
     assert training.train() and "validating" in phases
     assert waits == {"batch"} and not waits & {*LONG_PHASES}
+
+
+def test_average_of_the_parameters_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("dsmini.training.start.refuse_too_large", lambda nbytes, *_: asked.append(nbytes))
+    for decay in (None, 0.99):
+        refuse_oversized(RunConfig(train=TrainConfig(ema_decay=decay)), torch.device("cpu"))
+    assert asked[1] - asked[0] == accounting.weight_bytes(RunConfig().model, "float32").total
 
 
 def test_token_ids_of_a_batch_in_many_parts_count_as_memory() -> None:
