@@ -14,8 +14,8 @@ Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3 (Philox,
 import functools
 import hashlib
 import math
-import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -26,12 +26,18 @@ from torch import Tensor, nn
 
 P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
-Marks = dict[str, int]
-"""A hash of each tensor of a module, by name."""
+Marks = dict[str, tuple[int, int]]
+"""A mark of each tensor of a module, by name."""
 
 BLOCK = 1 << 16
 """Numbers of a tensor that one stream gives."""
-_drawn: ContextVar[dict[nn.Module, Marks] | None] = ContextVar("drawn", default=None)
+SEVERAL = 4
+"""Number of blocks from which threads share them."""
+Drawn = dict[nn.Module, Marks | None]
+"""The modules that a model in the making draws, with the marks of their first values; None: they have none yet."""
+_drawn: ContextVar[Drawn | None] = ContextVar("drawn", default=None)
+_at_once: ContextVar[bool] = ContextVar("at_once", default=True)
+"""False while a model is made of which nobody sees a weight before its layers have names."""
 
 
 def draw_normal(weight: Tensor, std: float, generator: torch.Generator | None, first_row: int = 0) -> None:
@@ -65,11 +71,20 @@ def _fill(rows: Tensor, std: float, seed: int, first: int) -> None:
         flat.zero_()
         return
     end = first + flat.numel()
-    for begin in range(first - first % BLOCK, end, BLOCK):
+
+    def fill_block(begin: int) -> None:
         stream = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, begin // BLOCK, 0]))
         values = torch.from_numpy(stream.standard_normal(min(BLOCK, end - begin), dtype=np.float32)).mul_(std)
         skipped = max(0, first - begin)
         flat[begin + skipped - first : begin + len(values) - first].copy_(values[skipped:])
+
+    begins = range(first - first % BLOCK, end, BLOCK)
+    if len(begins) < SEVERAL:
+        for begin in begins:
+            fill_block(begin)
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy draws outside of Python's lock
+        list(pool.map(fill_block, begins))
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -86,10 +101,16 @@ def _number(generator: torch.Generator | None) -> int:
 
 
 def draw_first(module: nn.Module) -> None:
-    """Give a new module its first values. In a Transformer they are drawn again by name, if they still are as here."""
+    """Give a new module its first values. In a Transformer they are drawn by name, if they still are as here.
+
+    A block that somebody else wrote may read them, and change them, so there they are drawn here too.
+    """
+    drawn = _drawn.get()
+    if drawn is not None and not _at_once.get():
+        drawn[module] = None
+        return
     reset: Any = module.reset_parameters
     reset()
-    drawn = _drawn.get()
     if drawn is not None:
         drawn[module] = {name: _mark(tensor) for name, tensor in _own(module)}
 
@@ -103,13 +124,14 @@ def drawn_by_name(init: Callable[Concatenate[M, P], None]) -> Callable[Concatena
 
     @functools.wraps(init)
     def made(model: M, *args: P.args, **options: P.kwargs) -> None:
-        before, token = torch.get_rng_state(), _drawn.set({})
+        drawn: Drawn = {}
+        before, token, when = torch.get_rng_state(), _drawn.set(drawn), _at_once.set("make_block" in options)
         try:
             init(model, *args, **options)
-            drawn = _drawn.get() or {}
         finally:
             _drawn.reset(token)
-        if any(drawn.values()):
+            _at_once.reset(when)
+        if any(_own(module) for module in drawn):
             torch.set_rng_state(before)
             reset_by_name(model, None, drawn)
 
@@ -117,9 +139,7 @@ def drawn_by_name(init: Callable[Concatenate[M, P], None]) -> Callable[Concatena
 
 
 @torch.no_grad()
-def reset_by_name(
-    model: nn.Module, generator: torch.Generator | None, drawn: dict[nn.Module, Marks] | None = None
-) -> None:
+def reset_by_name(model: nn.Module, generator: torch.Generator | None, drawn: Drawn | None = None) -> None:
     """Reset each module of a model by its name, those of other libraries too.
 
     Args:
@@ -133,10 +153,13 @@ def reset_by_name(
             continue
         added: list[tuple[Tensor, Tensor]] = []
         if drawn is not None:
-            known, own = drawn.get(module, {}), dict(_own(module))
-            if not known or any(known[key] != _mark(own[key]) for key in known.keys() & own.keys()):
+            if module not in drawn:
                 continue
-            added = [(own[key], own[key].clone()) for key in own.keys() - known.keys()]
+            known, own = drawn[module], dict(_own(module))
+            if known is not None:
+                if any(known[key] != _mark(own[key]) for key in known.keys() & own.keys()):
+                    continue
+                added = [(own[key], own[key].clone()) for key in own.keys() - known.keys()]
         with _seeded(seed, name):
             reset()
         for tensor, value in added:  # by a subclass
@@ -159,5 +182,8 @@ def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, t) for name, t in own if _has_memory(t)]
 
 
-def _mark(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    """Return what shows a change in place, and one of .data, which nobody counts: the sum of all bits, as integers."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    sums = flat[: flat.numel() // 8 * 8].view(torch.int64).sum() + flat[flat.numel() // 8 * 8 :].sum()
+    return (0 if tensor.is_inference() else tensor._version), int(sums)
