@@ -52,7 +52,7 @@ from dsmini.diagnosis.training import all_threads
 from dsmini.inference import Generation
 from dsmini.inference.fused import Decoder
 from dsmini.inference.generation import prefill
-from dsmini.inference.sampling import Sampling, likeliest
+from dsmini.inference.sampling import Sampling
 from dsmini.inference.speculative import Drafter, accept_greedy
 from dsmini.machine import memory_bytes, refuse_too_large
 from dsmini.measure.price import Forecast, Prices
@@ -137,7 +137,7 @@ class DecodingSubject:
         """Token ids in the cache, by sequence."""
         self.cache: Cache = self.model.new_cache(batch, room)
         with torch.no_grad():
-            self.tokens: Tensor = likeliest(prefill(self.model, self.cache, self.rows))[:, None]
+            self.tokens: Tensor = Sampling().likeliest(prefill(self.model, self.cache, self.rows))[:, None]
         """First token of each sequence that is decoded, [b, 1]."""
         step = decoding_step(self.model, self.cache, self.tokens)
         self._timed = {(PLAIN, batch): timed(step, self.device)}
@@ -394,7 +394,7 @@ def guessing_steps(model: Transformer, point: Point) -> Callable[[], Any]:
         cache.lengths, mtp.lengths, mtp.last = lengths.clone(), lengths.clone(), list(hidden)
         guesses, _ = Drafter(decoder, cache, Sampling()).guess(tokens, live, None)
         states = decoder.states(torch.cat((tokens, guesses), 1), cache)
-        best = likeliest(model.head(states.normed))
+        best = Sampling().likeliest(model.head(states.normed))
         return [accept_greedy(*row) for row in zip(guesses.tolist(), best.tolist(), strict=True)]
 
     return step
