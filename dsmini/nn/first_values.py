@@ -78,13 +78,19 @@ def _fill(rows: Tensor, std: float, seed: int, first: int) -> None:
         skipped = max(0, first - begin)
         flat[begin + skipped - first : begin + len(values) - first].copy_(values[skipped:])
 
+    inferring = torch.is_inference_mode_enabled()  # a thread's own state
+
+    def fill_in_thread(begin: int) -> None:
+        with torch.inference_mode(inferring):
+            fill_block(begin)
+
     begins = range(first - first % BLOCK, end, BLOCK)
     if len(begins) < SEVERAL:
         for begin in begins:
             fill_block(begin)
         return
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy draws outside of Python's lock
-        list(pool.map(fill_block, begins))
+        list(pool.map(fill_in_thread, begins))
 
 
 def _has_memory(tensor: Tensor) -> bool:

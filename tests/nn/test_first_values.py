@@ -218,6 +218,12 @@ def test_another_dtype_has_the_rounded_values() -> None:
     assert torch.equal(drawn(dtype=torch.float64), drawn().double())
 
 
+def test_under_inference_mode_the_values_are_the_same() -> None:
+    with torch.inference_mode():
+        inferring = drawn()
+    assert torch.equal(inferring, drawn())
+
+
 def divided(world: World) -> list[bool]:
     """Return whether divided tensors are drawn as the whole is: by uneven rows, by columns, alike."""
     mesh, found = init_device_mesh("cpu", (world.size,)), list[bool]()
