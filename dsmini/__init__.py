@@ -70,8 +70,10 @@ __all__ = [
     "save_pretrained",
 ]
 
-HOMES = ("config", "ops", "numerics", "nn", "inference", "checkpoint.load", "checkpoint.save")
+HOMES = ("config", "ops", "numerics", "nn")
 """Modules that the names are from, each after those that it imports itself: the first that has a name is its home."""
+HOME_OF = {"generate": "inference", "load_pretrained": "checkpoint.load", "save_pretrained": "checkpoint.save"}
+"""The homes of the others."""
 PACKAGES = (
     *("accounting", "checkpoint", "config", "functional", "inference", "machine", "measure", "nn", "numerics", "ops"),
     "text",
@@ -83,7 +85,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     if name in PACKAGES:
         return import_module(f"dsmini.{name}")
-    for module in (import_module(f"dsmini.{home}") for home in HOMES if name in __all__):
+    homes = [HOME_OF[name]] if name in HOME_OF else HOMES
+    for module in (import_module(f"dsmini.{home}") for home in homes if name in __all__):
         if hasattr(module, name):
             value = globals()[name] = getattr(module, name)
             return value

@@ -95,7 +95,7 @@ def main(args: Sequence[str]) -> int:
     path = command.out or Path("comparisons", f"{comparison.name}.jsonl")
     with Progress(console, label="the corpus", unit="bytes") as progress:
         corpora, ranges = read_corpora(comparison, path, progress.stage)
-    made = made_here(pick_device(comparison.arms[0].config.train.device))
+    made = made_here(pick_device(comparison.arms[0].config.train.device)) | {"scored": [*map(list, ranges)]}
     with opened(path, head_of(comparison, corpora, __version__), made) as results:
         base, *others = results.names
         say(console, f"compare {', '.join(others)} with {base}: {command.seeds} seeds, results in {path}")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -54,6 +54,17 @@ def faster_dtype(fp32: float, bf16: float) -> torch.dtype:
     return torch.bfloat16 if bf16 > 1.2 * fp32 else torch.float32
 
 
+@contextmanager
+def on_threads(number: int) -> Iterator[None]:
+    """Let products run on a number of cores, and afterwards on as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @functools.cache
 def multiplies_bf16() -> bool:
     """Return True if this CPU has units for BF16 products that torch uses; without them FP32 products are faster."""
@@ -71,18 +82,15 @@ def product_rates(device: torch.device) -> tuple[float, float]:
     machine threads wait for one another longer than such a product takes. The first clear loss of BF16 ends it.
     """
     fp32 = bf16 = 0.0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with on_threads(1):
         for _ in range(6):
             fp32 = max(fp32, matmul_rate(device, torch.float32, seconds=0.01))
-            bf16 = max(bf16, matmul_rate(device, torch.bfloat16, seconds=0.01))
+            try:
+                bf16 = max(bf16, matmul_rate(device, torch.bfloat16, seconds=0.01))
+            except RuntimeError:  # a device without BF16
+                return fp32, 0.0
             if fp32 > CLEAR_LOSS * bf16:
                 break
-    except RuntimeError:  # a device without BF16
-        return fp32, 0.0
-    finally:
-        torch.set_num_threads(threads)
     return fp32, bf16
 
 

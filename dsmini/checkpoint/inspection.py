@@ -162,8 +162,9 @@ class Inspection:
         tensor, since = torch.empty(whole.shape, dtype=dtype), 0
         for part in parts:
             try:
-                self._look_at(part, checked)
-                (tensor if part.expert is None else tensor[part.expert]).copy_(self.there.read(part, dtype))
+                held = self.there.held(part)
+                self._look_at(part, held, checked)
+                (tensor if part.expert is None else tensor[part.expert]).copy_(self.there.decoded(held, dtype))
             except ValueError as error:
                 checked.faults.append(str(error).removeprefix(f"{self.there.folder}: "))
                 return None
@@ -173,11 +174,11 @@ class Inspection:
                 since = 0
         return tensor
 
-    def _look_at(self, part: Part, checked: Checked) -> None:
+    def _look_at(self, part: Part, held: list[Tensor], checked: Checked) -> None:
         """Note the range of a matrix' scales and of its codes in FP4. Raises: ValueError for a scale out of line."""
         if part.scales is None:
             return
-        scales = self.there.read(part.scales, torch.float32).float()
+        codes, scales = held[0], held[1].float()
         least, most, median = float(scales.min()), float(scales.max()), float(scales.median())
         every = [*checked.scales, least, most]
         checked.scales = [min(every), max(every)]
@@ -185,7 +186,7 @@ class Inspection:
             words = f"{float(scales[tuple(place)]):.3g} at {place}, next to a median of {median:.3g}"
             raise ValueError(f"{part.scales.name} holds {words}; fetch the file again")
         if self.there.stored(part.name) == FP4:
-            codes = self.there.read(part, FP4).view(torch.uint8)
+            codes = codes.view(torch.uint8)
             sizes = torch.stack((codes & 7, codes >> 4 & 7), -1).flatten(-2).unflatten(-1, (scales.shape[-1], -1))
             share = float((sizes.amax(-1) >= 5).float().mean())
             checked.upper_half = share if checked.upper_half is None else min(share, checked.upper_half)

@@ -302,7 +302,16 @@ class PretrainedTensors:
 
     def read(self, part: Part, dtype: torch.dtype) -> Tensor:
         """Return the tensor of a part. Codes are dequantized to a dtype that is not theirs; others may differ."""
-        value, *scales = (self._sound(one.name) for one in (part.tensors if dtype not in (FP8, FP4) else [part]))
+        return self.decoded(self.held(part) if dtype not in (FP8, FP4) else [self._sound(part.name)], dtype)
+
+    def held(self, part: Part) -> list[Tensor]:
+        """Return a part, and its scales if it has some, as they are stored. Raises: ValueError as _sound does."""
+        return [self._sound(one.name) for one in part.tensors]
+
+    @staticmethod
+    def decoded(held: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the numbers of a part that is held so."""
+        value, *scales = held
         if value.dtype == torch.int8:
             return dequantize_fp4(value, scales[0], dtype) if scales else value.view(FP4)
         return dequantize_tiles(value, scales[0].float(), WEIGHT_TILE, "e4m3", dtype) if scales else value

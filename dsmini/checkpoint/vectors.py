@@ -20,6 +20,7 @@ from dsmini.atomic import write_json
 from dsmini.checkpoint.load import parts_of
 from dsmini.checkpoint.save import save_pretrained
 from dsmini.config import ModelConfig
+from dsmini.machine import on_threads
 from dsmini.nn import Transformer
 from dsmini.nn.compressed_cache import CompressedCache
 from dsmini.nn.dsa import hadamard
@@ -108,7 +109,7 @@ def computed(
 
     The result of a module has the module's name.
     """
-    with ops.use("reference"), one_thread():
+    with ops.use("reference"), on_threads(1):  # the bits do not depend on the number of cores
         with torch.no_grad(), recorded(model, cached_rows(model, tokens)) as out:
             run = model.run(tokens, mtp=bool(len(model.mtp)))
         out["logits"] = run.logits
@@ -122,17 +123,6 @@ def computed(
             out[f"grad.{part.name}"] = whole if part.expert is None else whole[part.expert]
         out.update(continued(model, prompts, lengths))
     return {name: value.detach().clone().contiguous() for name, value in out.items()}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let one thread compute meanwhile: the bits do not depend on the number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

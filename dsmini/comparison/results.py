@@ -19,7 +19,7 @@ import torch
 from dsmini.atomic import lock
 from dsmini.comparison.arms import Comparison
 from dsmini.machine import card
-from dsmini.reading import brief, read_bytes
+from dsmini.reading import brief, read_bytes, readable
 from dsmini.sources import own_sources
 
 Line = dict[str, Any]
@@ -35,8 +35,9 @@ MADE_BY = {
     "processor": "another processor",
     "device": "another device",
     "torch": "another version of torch",
+    "scored": "other bytes of the text",
 }
-"""Keys of a run that say what made it, and what a run with another value is of."""
+"""Keys of a run that say what made it or scored it, and what a run with another value is of."""
 TIMED = 2
 """Number of seeds whose runs are made here even if another file has them: times of two sittings cannot be compared."""
 START = b'{"dsmini": "'
@@ -96,7 +97,7 @@ class Results:
         self.lines.append(line)
 
 
-def made_here(device: torch.device) -> dict[str, str]:
+def made_here(device: torch.device) -> dict[str, Any]:
     """Return what makes a run now: these sources of dsmini, on this machine."""
     here = card(device)
     return {"sources": own_sources(), **{key: here[key] for key in ("processor", "device", "torch", "python")}}
@@ -107,7 +108,7 @@ def made_otherwise(line: Line, made: Mapping[str, Any]) -> Iterator[tuple[str, s
     for key, words in MADE_BY.items():
         if line.get(key) != made.get(key):
             unknown = f"commit {line['commit']}" if "commit" in line else "unknown"
-            yield words, str(line.get(key) or unknown), str(made.get(key))
+            yield words, readable(str(line.get(key) or unknown)), readable(str(made.get(key)))
 
 
 def head_of(comparison: Comparison, corpora: Mapping[str, str], version: str) -> dict[str, Any]:
@@ -159,8 +160,6 @@ def read_results(path: Path) -> Results | None:
         first = next(iter(runs.values()), line)
         for what, theirs, ours in made_otherwise(line, first):
             raise ValueError(f"line {number} of {path} is of {what}, {theirs} where others have {ours}; part them")
-        if line.get("scored") != first.get("scored"):
-            raise ValueError(f"line {number} of {path} is scored on other bytes of the text than others; part them")
         runs.setdefault((line["arm"], line["seed"]), line)
     return Results(path=path, head=head, lines=[*runs.values()])
 
@@ -170,7 +169,7 @@ def opened(path: Path, head: dict[str, Any], made: Mapping[str, Any]) -> Iterato
     """Yield the results of a file, new or continued, and keep other commands out of it meanwhile.
 
     Args:
-        made: what makes its next runs, as in made_here.
+        made: what makes its next runs, as in made_here, and the bytes on which they are scored.
 
     Raises: ValueError for a file of another comparison or corpus, with runs that other sources or another machine made,
         and for one that is in use.

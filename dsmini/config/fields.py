@@ -57,7 +57,6 @@ def setting(
     *,
     resume: Effect = "recipe",
     none_stays: bool = False,
-    shapes: bool = False,
     function: bool = False,
     only: tuple[str, ...] | None = None,
     **bounds: float,
@@ -67,14 +66,12 @@ def setting(
     Args:
         resume: the effect of another value on a run that resumes.
         none_stays: a run that resumes may neither begin nor end to have a value.
-        shapes: it decides which tensors a model has, and their shapes.
         function: in Python it may be a function too. Its type stays that of files and flags.
         only: the kinds of attention that have it; needed there if the default is None, and left out elsewhere.
         bounds: least or above, most or below; see Bounds.
     """
-    said: dict[str, Any] = {"resume": resume, "none_stays": none_stays, "shapes": shapes, "function": function}
-    said |= {"only": only, "bounds": Bounds(**bounds) if bounds else None}
-    return dataclasses.field(default=default, metadata=said)
+    said = {"resume": resume, "none_stays": none_stays, "function": function, "only": only}
+    return dataclasses.field(default=default, metadata={**said, "bounds": Bounds(**bounds) if bounds else None})
 
 
 def require(condition: bool, message: str) -> None:

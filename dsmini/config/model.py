@@ -34,40 +34,40 @@ EXAMPLES = {
 class ModelConfig:
     """Sizes and choices of a transformer in the style of DeepSeek-V2, V3, V3.2 or V4."""
 
-    vocab_size: int = setting(256, shapes=True)
+    vocab_size: int = 256
     """Number of token ids; 256 for bytes."""
-    dim: int = setting(192, shapes=True)
+    dim: int = 192
     """Width of the residual stream."""
-    inter_dim: int = setting(512, shapes=True)
+    inter_dim: int = 512
     """Hidden width of the dense feed-forward layers."""
-    moe_inter_dim: int = setting(128, shapes=True)
+    moe_inter_dim: int = 128
     """Hidden width of one routed expert; the shared experts are n_shared_experts times as wide."""
-    n_layers: int = setting(4, least=1, most=10_000, shapes=True)
+    n_layers: int = setting(4, least=1, most=10_000)
     """Number of blocks, without those of multi-token prediction."""
-    n_dense_layers: int = setting(1, least=0, most=10_000, shapes=True)
+    n_dense_layers: int = setting(1, least=0, most=10_000)
     """Number of leading blocks with a dense feed-forward; n_layers + n_mtp_layers makes the whole model dense."""
-    n_heads: int = setting(4, shapes=True)
+    n_heads: int = 4
     """Number of attention heads."""
 
-    attention: Literal["mla", "dsa", "compressed", "mha", "gqa", "mqa"] = setting("mla", shapes=True)
+    attention: Literal["mla", "dsa", "compressed", "mha", "gqa", "mqa"] = "mla"
     """Kind of attention: MLA; DSA, V3.2's MLA that reads only the keys its indexer chooses; compressed, V4's window of
     tokens with compressed entries of those before; or a baseline with keys of qk_nope_head_dim and values of
     v_head_dim."""
-    n_kv_heads: int | None = setting(None, shapes=True, only=("gqa",))
+    n_kv_heads: int | None = setting(None, only=("gqa",))
     """Number of key-value heads; only for attention "gqa"."""
-    q_lora_rank: int | None = setting(96, shapes=True)
+    q_lora_rank: int | None = 96
     """Width of the compressed query; None projects the query directly, but not in V4."""
-    kv_lora_rank: int = setting(64, shapes=True)
+    kv_lora_rank: int = 64
     """Width of the compressed key-value latent c_kv, which is what MLA caches."""
-    qk_nope_head_dim: int = setting(32, shapes=True)
+    qk_nope_head_dim: int = 32
     """Width of a query or key head without position."""
-    qk_rope_head_dim: int = setting(16, shapes=True)
+    qk_rope_head_dim: int = 16
     """Width of the rotary part of a query head, and of the rotary key that all heads share."""
-    v_head_dim: int = setting(32, shapes=True)
+    v_head_dim: int = 32
     """Width of a value head."""
-    index_n_heads: int | None = setting(None, shapes=True, only=INDEXED)
+    index_n_heads: int | None = setting(None, only=INDEXED)
     """Number of the indexer's heads (V3.2, V4: 64); only for attention "dsa" and "compressed"."""
-    index_head_dim: int | None = setting(None, shapes=True, only=INDEXED)
+    index_head_dim: int | None = setting(None, only=INDEXED)
     """Width of an indexer's head and of its key (V3.2, V4: 128), a power of two."""
     index_topk: int | None = setting(None, only=INDEXED)
     """Number of keys that a query attends to (V3.2: 2048), in V4 of compressed entries (Flash: 512, Pro: 1024)."""
@@ -76,27 +76,27 @@ class ModelConfig:
     indexer_fp8: bool = setting(False, only=("dsa",))
     """Simulated FP8 in the indexer: queries and keys are rounded to E4M3 with a scale for each 128 numbers."""
 
-    head_dim: int | None = setting(None, shapes=True, only=V4)
+    head_dim: int | None = setting(None, only=V4)
     """Width of a head of V4, of which the last qk_rope_head_dim numbers are rotated. One key, its value too, serves all
     heads (512)."""
     window_size: int | None = setting(None, only=V4)
     """Number of latest tokens, the query's own among them, that a query sees uncompressed (V4: 128)."""
-    compress_ratios: tuple[int, ...] | None = setting(None, shapes=True, only=V4)
+    compress_ratios: tuple[int, ...] | None = setting(None, only=V4)
     """Number of tokens in a compressed entry, for each of n_layers blocks. 4: CSA, whose entries overlap and whose
     indexer chooses among them; 0: the window alone, as in MTP blocks; any other, such as 128: HCA."""
     compress_rope_theta: float = setting(160000.0, only=V4)
     """Base of the rotary frequencies in layers with compressed entries, which alone have YaRN."""
-    o_groups: int | None = setting(None, shapes=True, only=V4)
+    o_groups: int | None = setting(None, only=V4)
     """Number of groups of heads whose outputs are projected apart (Flash: 8, Pro: 16)."""
-    o_lora_rank: int | None = setting(None, shapes=True, only=V4)
+    o_lora_rank: int | None = setting(None, only=V4)
     """Width of each group's projected output (V4: 1024)."""
     qat: bool = setting(False, only=V4)
     """Entries and the window's rows rounded to FP8, the indexer's queries and keys to FP4, in training as in V4's
     cache."""
 
-    n_routed_experts: int = setting(16, shapes=True)
+    n_routed_experts: int = 16
     """Number of routed experts in a MoE layer."""
-    n_shared_experts: int = setting(1, least=0, most=LARGEST_SIZE, shapes=True)
+    n_shared_experts: int = setting(1, least=0, most=LARGEST_SIZE)
     """Number of shared experts, which every token uses; 0 for none."""
     n_activated_experts: int = 4
     """Number of routed experts that a token uses (top-k)."""
@@ -107,26 +107,26 @@ class ModelConfig:
     score_func: Literal["sigmoid", "softmax", "sqrtsoftplus"] = setting("sigmoid", function=True)
     """Function that turns the gate's logits into scores: softmax in V2, sigmoid in V3, sqrt(softplus) in V4. In Python
     also a function, from logits [n, e] to scores, which no file can hold."""
-    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = setting("noaux_tc", shapes=True)
+    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
     """Method of selecting experts. noaux_tc (V3): with a bias, groups scored by their best two experts;
     group_limited_greedy (V2): no bias, groups scored by their best one; greedy (V2-Lite): no bias, no groups."""
     norm_topk_prob: bool = True
     """Normalization of a token's expert weights to a sum of 1."""
     route_scale: float = 2.5
     """Factor on the weights of the routed experts."""
-    n_hash_layers: int = setting(0, least=0, most=10_000, shapes=True)
+    n_hash_layers: int = setting(0, least=0, most=10_000)
     """Number of leading blocks that choose experts by a table from token ids, not by scores (V4: 3)."""
     swiglu_limit: float | None = None
     """Largest value of SwiGLU's two inputs, and negative the smallest of `up` (V4: 10); None: any."""
 
-    hc_mult: int = setting(1, least=1, most=64, shapes=True)
+    hc_mult: int = setting(1, least=1, most=64)
     """Number of residual streams, which manifold-constrained hyper-connections mix (V4: 4); 1: a plain residual."""
     hc_sinkhorn_iters: int = setting(20, least=1, most=1000)
     """Number of times that rows and columns of a mixing matrix are divided by their sums."""
     hc_eps: float = setting(1e-6, above=0, most=0.01)
     """Number that is added to weights and sums of hyper-connections."""
 
-    n_mtp_layers: int = setting(1, least=0, most=10_000, shapes=True)
+    n_mtp_layers: int = setting(1, least=0, most=10_000)
     """Number of extra blocks for multi-token prediction, each of which predicts one token further."""
     mtp_input: Literal["post_norm", "pre_norm"] = "post_norm"
     """Hidden state given to the MTP blocks: the one after or before the final norm. The sources disagree. Several
@@ -155,9 +155,9 @@ class ModelConfig:
     """Standard deviation of the initial weights (V3: 0.006)."""
     zero_init: bool = False
     """Zeros as initial weights of the head and of every matrix that writes into the residual stream. Not DeepSeek's."""
-    embed_norm: bool = setting(False, shapes=True)
+    embed_norm: bool = False
     """RMSNorm of the embedding before the first block. Not DeepSeek's."""
-    qk_norm: bool = setting(False, shapes=True)
+    qk_norm: bool = False
     """RMSNorm of each head's whole query and key. DeepSeek norms the latents instead; excludes the absorbed form."""
     precision: Literal["native", "fp8"] = "native"
     """Precision of matrix products. native: the compute dtype; fp8: simulated FP8 in attention and feed-forwards."""

@@ -9,8 +9,7 @@ measured. Others may hold a core without slowing a step, and a probe may be slow
 It is an estimate: other programs cannot be stopped to see.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,17 +62,6 @@ def watch(roofs: Roofs | None, device: torch.device) -> Callable[[], Contention]
         return Contention.between(before, now, None if roofs is None else min(1.0, steadiness(roofs, device)))
 
     return end
-
-
-@contextmanager
-def on_threads(number: int) -> Iterator[None]:
-    """Let products run on a number of cores, and afterwards on as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class OtherPrograms:

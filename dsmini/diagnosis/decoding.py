@@ -46,7 +46,7 @@ from torch import Tensor
 from dsmini import accounting, ops
 from dsmini.config import ModelConfig
 from dsmini.diagnosis.arms import Arm, Step, Work, percent
-from dsmini.diagnosis.contention import Contention, on_threads, watch
+from dsmini.diagnosis.contention import Contention, watch
 from dsmini.diagnosis.findings import Finding
 from dsmini.diagnosis.training import all_threads
 from dsmini.inference import Generation
@@ -54,7 +54,7 @@ from dsmini.inference.fused import Decoder
 from dsmini.inference.generation import prefill
 from dsmini.inference.sampling import Sampling
 from dsmini.inference.speculative import Drafter, accept_greedy
-from dsmini.machine import memory_bytes, refuse_too_large
+from dsmini.machine import memory_bytes, on_threads, refuse_too_large
 from dsmini.measure.price import Forecast, Prices
 from dsmini.measure.turns import stopwatch
 from dsmini.measure.workloads import (

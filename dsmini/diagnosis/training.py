@@ -41,9 +41,9 @@ from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.diagnosis.arms import Arm, Step, Work, patched
-from dsmini.diagnosis.contention import Contention, on_threads, watch
+from dsmini.diagnosis.contention import Contention, watch
 from dsmini.diagnosis.findings import Finding, duplicates, held_out_leak, load, padding, wrong_targets
-from dsmini.machine import DTYPES, cores, memory_bytes, once, pick_dtype
+from dsmini.machine import DTYPES, cores, memory_bytes, on_threads, once, pick_dtype
 from dsmini.measure.price import Forecast, Prices
 from dsmini.measure.turns import TimeOverError
 from dsmini.measure.workloads import StepDtype, StepShape

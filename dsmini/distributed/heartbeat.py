@@ -106,6 +106,7 @@ class Heartbeat:
 
     def __post_init__(self) -> None:
         self.main: int | None = threading.main_thread().ident
+        self.who: str = f"rank {self.rank} (pid {os.getpid()} on {socket.gethostname()})"
         self.closed: threading.Event = threading.Event()
         self.thread: threading.Thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -176,9 +177,8 @@ class Heartbeat:
     def _publish(self, phase: str) -> None:
         where, waits = place_of(self.main)
         self.count += 1
-        who = f"rank {self.rank} (pid {os.getpid()} on {socket.gethostname()})"
         waits = waits or not self.computed()  # NCCL's collectives are only started; a later copy waits for them
-        beat = Beat(self.rank, who, self.count, self.step, phase, self.still, waits, where)
+        beat = Beat(self.rank, self.who, self.count, self.step, phase, self.still, waits, where)
         self.store.set(str(self.rank), json.dumps(beat))
 
     def _read(self, rank: int) -> Beat | None:

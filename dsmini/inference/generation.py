@@ -337,7 +337,8 @@ class Generation:
         if not self.routing:
             return
         b, sizes = len(self._active), (len(self._rows), self.cache.max_seq_len)
-        rows = [next(i for i, row in enumerate(self._rows) if row is active) for active in self._active]
+        places = {id(row): i for i, row in enumerate(self._rows)}
+        rows = [places[id(active)] for active in self._active]
         if not self.experts:
             self.experts = [of.indices.new_full((*sizes, of.indices.shape[1]), -1) for of in routing]
         for store, of in zip(self.experts, routing, strict=True):

@@ -213,26 +213,32 @@ def check_resume(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def check_init(old: ModelConfig, new: ModelConfig, source: str) -> None:
-    """Refuse a model that the weights of another do not fit, by its keys."""
+    """Refuse a model whose tensors the weights of another do not fit, by the keys that change them."""
     _refuse_missing_indexers(old, new, source)
-    shapes = {f.name for f in dataclasses.fields(ModelConfig) if f.metadata.get("shapes")}
-    if new.n_hash_layers:
-        shapes.add("n_activated_experts")  # columns of the table of a hash layer
-    if new.attention == old.attention == "compressed":  # without such tensors
-        shapes -= {"kv_lora_rank", "qk_nope_head_dim", "v_head_dim"}
-    if new.n_dense_layers == old.n_dense_layers == 0:
-        shapes.remove("inter_dim")
-    got = [
-        f"model.{change.key}={plain(change.after)} (there {plain(change.before)})"
-        for change in differences(old, new)
-        if change.key in shapes
-    ]
-    require(
-        not got,
+    if _shapes(new) == _shapes(old):
+        return
+    changes = list(differences(old, new))
+    several = [change for change in changes if _changes_shapes(old, change)] or changes  # or those only together
+    got = [f"model.{change.key}={plain(change.after)} (there {plain(change.before)})" for change in several]
+    raise ValueError(
         f"the weights of {source} do not fit {', '.join(got)}; leave out what changes shapes. The context may "
         "change: max_seq_len, original_seq_len, rope_theta, rope_factor, beta_fast, beta_slow, mscale and "
-        "mscale_all_dim",
+        "mscale_all_dim"
     )
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    from dsmini.distributed.mesh import meta_model  # it loads torch: --help is instant
+
+    return {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
+
+
+def _changes_shapes(old: ModelConfig, change: Change) -> bool:
+    """Return whether a key changes the tensors of a model, or belongs to another one."""
+    try:
+        return _shapes(dataclasses.replace(old, **{change.key: change.after})) != _shapes(old)
+    except ValueError:
+        return True
 
 
 def _refuse_missing_indexers(old: ModelConfig, new: ModelConfig, source: str) -> None:

@@ -22,10 +22,11 @@ from dsmini.nn.mla import MLA
 
 
 @contextmanager
-def largest_logits(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def largest_logits(model: nn.Module, *, wanted: bool = True) -> Iterator[dict[str, Tensor]]:
     """Yield a dict that gets the largest scaled logit of each head [h] in all forwards meanwhile, by its attention.
 
-    Queries and keys are computed a second time, all keys that a query sees are looked at, and no gradient is made.
+    Queries and keys are computed a second time, all keys that a query sees are looked at, and no gradient is made. The
+    dict stays empty, and nothing is computed, unless it is wanted.
     """
     most: dict[str, Tensor] = {}
 
@@ -42,7 +43,7 @@ def largest_logits(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             here = logits.masked_fill(unseen[:, None], -torch.inf).amax((0, 2, 3))
             most[name] = torch.maximum(most[name], here) if name in most else here
 
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MLA)]
+    layers = [(name, module) for name, module in model.named_modules() if wanted and isinstance(module, MLA)]
     hooks = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers]
     try:
         yield most

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,7 @@ class Trainer:
         rows = train.batch_size_at(self.steps_done, mesh.parts)
         # 1. this rank's gradients, and its share of the losses and the loads
         begin = time.thread_time()
-        with nullcontext({}) if train.qk_clip is None else largest_logits(self.model) as logits:
+        with largest_logits(self.model, wanted=train.qk_clip is not None) as logits:
             sums, counts, waited = self.forward_backward(rows)
         work = torch.zeros(mesh.parts, dtype=torch.float64)
         work[mesh.part] = time.thread_time() - begin

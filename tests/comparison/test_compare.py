@@ -49,7 +49,8 @@ def zero_head(config):
     return model
 """
 COMPARE = "dsmini.compare base.toml --idea model.n_mtp_layers=0 --seeds 2 --out found.jsonl"
-MADE = {"sources": "0123", "processor": "EPYC", "device": "cpu", "torch": "2.13.0", "python": "3.11.7"}
+MADE_HERE = {"sources": "0123", "processor": "EPYC", "device": "cpu", "torch": "2.13.0", "python": "3.11.7"}
+MADE: dict[str, Any] = MADE_HERE | {"scored": [[1, 9]]}
 A_HEAD = {"dsmini": "1", **dict.fromkeys(HEAD, ""), "arms": {"base": {}}, "margin": 0.01}
 
 
@@ -376,6 +377,7 @@ OTHERS = {
     "sources": ({"sources": "4567"}, "has runs of other sources, 0123; this would add those of 4567"),
     "machine": ({"processor": "Xeon"}, "has runs of another processor, EPYC; this would add those of Xeon"),
     "device": ({"device": "H100"}, "has runs of another device, cpu"),
+    "scored": ({"scored": [[1, 7]]}, "has runs of other bytes of the text, [[1, 9]]; this would add those of [[1, 7]]"),
     "torch": ({"torch": "2.9.1"}, "has runs of another version of torch, 2.13.0; this would add those of 2.9.1"),
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsmini import ops
 from dsmini import quantize as quantize_weight
-from dsmini.diagnosis.contention import on_threads
+from dsmini.machine import on_threads
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles, quantize_tiles, round_tiles
 from dsmini.numerics.quantization import FormatName, Scale, Tile
 from dsmini_kernels import cpu

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from dsmini import Transformer, ops
-from dsmini.diagnosis.contention import on_threads
 from dsmini.inference.fused import (
     attention_step,
     extract_weights,
     feed_forward_step,
     normed,
 )
+from dsmini.machine import on_threads
 from dsmini.nn import Cache, RMSNorm, Rope
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build, steps

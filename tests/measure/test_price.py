@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, TrainConfig, Transformer, ops
-from dsmini.diagnosis.contention import on_threads
+from dsmini.machine import on_threads
 from dsmini.measure import price
 from dsmini.measure.calls import BLOCKS, INDEX_DTYPES, Call, Operands
 from dsmini.measure.dry import Dry, dry_count
