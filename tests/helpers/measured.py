@@ -159,15 +159,15 @@ def page() -> str:
         "",
         "Written by `python -m tests.helpers.measured` from `tests/planner/measured.toml`. A test holds that no bound",
         "is below what was measured: of the system's own layout, and of the best of any. The efficiencies of the",
-        "estimates were chosen by hand, by the fitted rows, while the kept ones were printed next to them: both halves",
-        "show how well one set of constants describes all systems, and neither predicts a system that was not seen.",
+        "estimates were chosen by hand with all rows in sight, so neither half predicts a system that was not seen.",
         "Where a source states no batch, context, accepted length or dtype of the cache, a usual one is assumed.",
-        "All is in tokens/s of a GPU, or of one user.",
+        "All is in tokens/s of a GPU, or of one user. A number in brackets is a source of the list below.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     ratios: dict[str, list[float]] = {"fitted": [], "kept": []}
+    sources = list(dict.fromkeys(row.source for row in rows()))
     for row in rows():
         guess = estimate(row)
         own, best = bound(row, own=True), bound(row, own=False)
@@ -177,7 +177,7 @@ def page() -> str:
             ratios[row.half].append(guess / row.measured)
         unit = " a user" if row.user else ""
         numbers = f"{row.measured:,.0f}{unit}", f"{own:,.0f}", f"{best:,.0f}", *ours
-        cells = (f"[{row.what}] {row.source}", row.model, row.hardware, row.phase, *numbers, row.half)
+        cells = (f"{row.what} [{sources.index(row.source) + 1}]", row.model, row.hardware, row.phase, *numbers, row.half)
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for half, found in ratios.items():
@@ -187,6 +187,7 @@ def page() -> str:
         )
     lines += ["Why others may be apart, by what their sources say of them or by our reading:", ""]
     lines += [f"- {row.what} ({row.model}, {row.hardware}): {row.apart}." for row in rows() if row.apart]
+    lines += ["", *(f"{number}. {source}" for number, source in enumerate(sources, 1))]
     return "\n".join(lines) + "\n"
 
 

@@ -206,12 +206,13 @@ def page() -> str:
         "| figure | published | ours | error, % | within | verdict | source | note |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for f in figures:
+    for before, f in zip([None, *figures], figures, strict=False):
+        note = "as above" if before and f.note and f.note == before.note else f.note
         printed, ours = (
             in_words(value, True) if not f.unit and value >= 1e6 else human(value, f.unit, given=True)
             for value in (float(f.printed), float(f"{f.ours:.4g}"))
         )
-        cells = (f.what, printed, ours, f"{100 * f.residual:+.2f}", f"{100 * f.within:.2g}", f.status, f.source, f.note)
+        cells = (f.what, printed, ours, f"{100 * f.residual:+.2f}", f"{100 * f.within:.2g}", f.status, f.source, note)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
