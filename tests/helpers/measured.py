@@ -177,7 +177,8 @@ def page() -> str:
             ratios[row.half].append(guess / row.measured)
         unit = " a user" if row.user else ""
         numbers = f"{row.measured:,.0f}{unit}", f"{own:,.0f}", f"{best:,.0f}", *ours
-        cells = (f"{row.what} [{sources.index(row.source) + 1}]", row.model, row.hardware, row.phase, *numbers, row.half)
+        what = f"{row.what} [{sources.index(row.source) + 1}]"
+        cells = (what, row.model, row.hardware, row.phase, *numbers, row.half)
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for half, found in ratios.items():
