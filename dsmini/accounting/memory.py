@@ -465,6 +465,8 @@ class Saved:
         Sinkhorn's divisions saves a matrix [n, n] and n sums.
         """
         n, copies = self.c.hc_mult, 2 if self.size == 4 else 4  # a cast is a copy for each use
+        if self.c.hc_kind == "identity":  # nothing multiplies the streams when they are written
+            return 4 * ((2 if self.size == 4 else 3) * n * self.c.dim + 1 + 6 * n)
         mixes, made = n * (2 + n), 4 * n + 2 * n * n
         divided = (2 * self.c.hc_sinkhorn_iters - 1) * (n * n + n)
         return 4 * (copies * n * self.c.dim + 1 + mixes + made + divided)

@@ -243,7 +243,8 @@ def _block(c: ModelConfig) -> Iterator[TensorUse]:
     yield from _window(c) if c.attention == "compressed" else _attention(c)
     yield _norm("ffn_norm", c.dim)
     for name in ("hc_attn", "hc_ffn"):
-        yield from _hyper_connection(c, name, c.hc_mult * (2 + c.hc_mult), 3)
+        rows = c.hc_mult * (2 if c.hc_kind == "identity" else 2 + c.hc_mult)
+        yield from _hyper_connection(c, name, rows, 2 if c.hc_kind == "identity" else 3)
 
 
 def _hyper_connection(c: ModelConfig, name: str, rows: int, gates: int) -> Iterator[TensorUse]:

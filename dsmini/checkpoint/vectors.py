@@ -169,7 +169,8 @@ def tensors_of(name: str, result: Any) -> dict[str, Tensor]:
         parts = {"scores": result.scores, "experts": rising(result.indices), "weights": weights}
         return {f"{name}.{part}": value[None] for part, value in parts.items()}
     if isinstance(result, tuple) and isinstance(result[1], Mix):
-        return {f"{name}.read": result[0], f"{name}.post": result[1].post, f"{name}.comb": result[1].comb}
+        parts = {"read": result[0], "post": result[1].post, "comb": result[1].comb}
+        return {f"{name}.{part}": value for part, value in parts.items() if value is not None}
     return {name: result[0] if isinstance(result, tuple) else result}
 
 

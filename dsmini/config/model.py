@@ -121,6 +121,9 @@ class ModelConfig:
 
     hc_mult: int = setting(1, least=1, most=64)
     """Number of residual streams, which manifold-constrained hyper-connections mix (V4: 4); 1: a plain residual."""
+    hc_kind: Literal["sinkhorn", "identity"] = "sinkhorn"
+    """Kind of hyper-connections. sinkhorn (V4): the streams are mixed by doubly stochastic matrices; identity (Hunyuan
+    V4): they are not mixed. Only with hc_mult of more than 1."""
     hc_sinkhorn_iters: int = setting(20, least=1, most=1000)
     """Number of times that rows and columns of a mixing matrix are divided by their sums."""
     hc_eps: float = setting(1e-6, above=0, most=0.01)
@@ -181,6 +184,10 @@ class ModelConfig:
             largest <= LARGEST_MATRIX,
             f"dim={self.dim}, inter_dim={self.inter_dim}, n_heads={self.n_heads} and the other sizes make a matrix of "
             f"{largest:,} numbers; use smaller ones, which make at most {LARGEST_MATRIX:,}",
+        )
+        require(
+            self.hc_mult > 1 or self.hc_kind == "sinkhorn",
+            f"hc_kind='{self.hc_kind}' has no meaning with one residual stream; leave it out, or use hc_mult=4",
         )
         deepest = self.n_layers + self.n_mtp_layers
         require(

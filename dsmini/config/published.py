@@ -318,6 +318,7 @@ _V4_WANTED: Allowed = {
     "norm_topk_prob": (True,),
     "embed_norm": (False,),
     "qk_norm": (False,),
+    "hc_kind": ("sinkhorn",),
 }
 
 

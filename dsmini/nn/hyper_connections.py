@@ -43,8 +43,8 @@ class Mix(NamedTuple):
     """Weights by which a sublayer's output and the old streams become the new ones."""
 
     post: Float[Tensor, "b s n"]
-    comb: Float[Tensor, "b s n n"]
-    """Share of the old stream (first n) in the new one (second n)."""
+    comb: Float[Tensor, "b s n n"] | None = None
+    """Share of the old stream (first n) in the new one (second n); None: each stream stays as it is."""
 
 
 @ops.operation("sinkhorn")
@@ -101,12 +101,17 @@ class HyperConnection(FP32Module):
         self.eps: float = eps
         self.norm_eps: float = norm_eps
         self.home: int = home % n_streams
-        rows = n_streams * (2 + n_streams)
+        self.rows: list[int] = self.rows_of(n_streams)
+        rows = sum(self.rows)
         self.fn: nn.Parameter = nn.Parameter(torch.empty(rows, n_streams * dim, dtype=torch.float32))
-        """Rows for pre, for post, and for comb row by row."""
         self.base: nn.Parameter = nn.Parameter(torch.empty(rows, dtype=torch.float32))
-        self.scale: nn.Parameter = nn.Parameter(torch.empty(3, dtype=torch.float32))
+        self.scale: nn.Parameter = nn.Parameter(torch.empty(len(self.rows), dtype=torch.float32))
         self.reset_parameters()
+
+    @staticmethod
+    def rows_of(n: int) -> list[int]:
+        """Return the number of rows of fn for each scale: for pre, for post, and for comb row by row."""
+        return [n, n, n * n]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Start as a pre-norm residual: nothing depends on the token yet."""
@@ -118,7 +123,7 @@ class HyperConnection(FP32Module):
         with torch.no_grad():
             self.fn.zero_()
             self.scale.fill_(GATE)
-            self.base.copy_(placed_as(first, self.base))
+            self.base.copy_(placed_as(first[: len(self.base)], self.base))
 
     def expand(self, x: Float[Tensor, "b s *streams m"]) -> Float[Tensor, "b s n m"]:
         """Return equal streams of x; x itself where it is streams."""
@@ -126,25 +131,48 @@ class HyperConnection(FP32Module):
 
     def read(self, streams: Float[Tensor, "b s n m"]) -> tuple[Float[Tensor, "b s m"], Mix]:
         """Return what the sublayer reads, and the weights of what it will write."""
-        n = self.n
         with ops.without_autocast(streams):
             flat = normed_streams(streams, self.norm_eps)
-            mixes = F.linear(flat, self.fn.to(flat.dtype))
-            pre, post, comb = (scale * mix + base for scale, mix, base in self._parts(mixes))
-            comb = sinkhorn(comb.unflatten(-1, (n, n)), self.sinkhorn_iters, self.eps)
-            return weighted_sum(streams, pre.sigmoid() + self.eps), Mix(2 * post.sigmoid(), comb)
+            mixes = F.linear(flat, self.fn.to(flat.dtype)).split(self.rows, -1)
+            parts = zip(self.scale, mixes, self.base.split(self.rows), strict=True)
+            pre, *rest = (scale * mix + base for scale, mix, base in parts)
+            return weighted_sum(streams, pre.sigmoid() + self.eps), self.mix_of(*rest)
+
+    def mix_of(self, post: Float[Tensor, "b s n"], comb: Float[Tensor, "b s nn"]) -> Mix:
+        """Return the weights of what the sublayer will write, from their logits."""
+        comb = comb.unflatten(-1, (self.n, self.n))
+        return Mix(2 * post.sigmoid(), sinkhorn(comb, self.sinkhorn_iters, self.eps))
 
     def write(
         self, streams: Float[Tensor, "b s n m"], output: Float[Tensor, "b s m"], mix: Mix
     ) -> Float[Tensor, "b s n m"]:
         """Return the new streams: a sublayer's output, and the old streams mixed. Computed in FP32 at least."""
         with ops.without_autocast(streams):
-            mixed = mix.comb.mT @ at_least_fp32(streams)  # transposed: comb_jk is the share of the old stream j in k
+            mixed = at_least_fp32(streams)
+            if mix.comb is not None:
+                mixed = mix.comb.mT @ mixed  # transposed: comb_jk is the share of the old stream j in k
             return (mix.post.unsqueeze(-1) * output.unsqueeze(-2) + mixed).to(streams.dtype)
 
-    def _parts(self, mixes: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        sizes = [self.n, self.n, self.n * self.n]
-        return [*zip(self.scale, mixes.split(sizes, -1), self.base.split(sizes), strict=True)]
+
+class IdentityConnection(HyperConnection):
+    """The connection of Hunyuan V4: the streams are not mixed, so that no part of fn and no Sinkhorn makes comb.
+
+        post = 2 sigmoid(scale_1 mixes + base) + eps              V4 adds no eps
+        X'_k = post_k F(norm(x)) + X_k
+
+    Streams meet only in what a sublayer reads. No product of matrices can grow, whatever the depth. It starts as
+    HyperConnection does; Hunyuan V4 itself reads 1/n of each stream at first, from rows of fn that are not zero.
+
+    Source: transformers' hy_v4, HYV4HyperConnection, with its hc_magnitude of 2.
+    """
+
+    @staticmethod
+    def rows_of(n: int) -> list[int]:
+        """Return the number of rows of fn for each scale: for pre and for post."""
+        return [n, n]
+
+    def mix_of(self, post: Float[Tensor, "b s n"]) -> Mix:
+        return Mix(2 * post.sigmoid() + self.eps)
 
 
 def placed_as(value: Tensor, like: Tensor) -> Tensor:

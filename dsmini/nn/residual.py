@@ -6,14 +6,20 @@ A sublayer F (attention or feed-forward) does not know how many residual streams
     states = residual.write(states, F(norm(x)), mix)
 
 A model expands its embeddings to states before the first block, and collapses them before the last norm. Here is the
-residual of one stream. V4's has several: hyper_connections.py. Another one is a class with the same four methods.
+residual of one stream. Those of V4 and Hunyuan V4 have several: hyper_connections.py. Another one is a class with the
+same four methods, and a name in CONNECTIONS.
 """
+
+from types import MappingProxyType
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig
-from dsmini.nn.hyper_connections import HyperConnection, StreamHead
+from dsmini.nn.hyper_connections import HyperConnection, IdentityConnection, StreamHead
+
+CONNECTIONS = MappingProxyType({"sinkhorn": HyperConnection, "identity": IdentityConnection})
+"""Connections of a sublayer to several streams, by config.hc_kind."""
 
 
 class PlainResidual(nn.Module):
@@ -35,7 +41,7 @@ class PlainResidual(nn.Module):
 def residual_of(c: ModelConfig, sublayer: int) -> PlainResidual | HyperConnection:
     """Return the residual of a sublayer, two of which are in a block."""
     options = {"sinkhorn_iters": c.hc_sinkhorn_iters, "eps": c.hc_eps, "norm_eps": c.norm_eps, "home": sublayer}
-    return HyperConnection(c.dim, c.hc_mult, **options) if c.hc_mult > 1 else PlainResidual()
+    return CONNECTIONS[c.hc_kind](c.dim, c.hc_mult, **options) if c.hc_mult > 1 else PlainResidual()
 
 
 def head_of(c: ModelConfig) -> PlainResidual | StreamHead:

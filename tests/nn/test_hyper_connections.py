@@ -7,17 +7,19 @@ import torch
 from torch import nn
 
 from dsmini.nn.hyper_connections import HyperConnection, StreamHead, expand, sinkhorn
+from dsmini.nn.residual import CONNECTIONS
 
 B, S, N, M = 2, 5, 4, 16
 
 
+@pytest.mark.parametrize("kind", CONNECTIONS)
 @pytest.mark.parametrize("n", [2, N, 64])
-def test_starts_as_a_pre_norm_residual(n: int) -> None:
+def test_starts_as_a_pre_norm_residual(n: int, kind: str) -> None:
     """Three sublayers with other homes: their streams stay equal to the plain residual."""
     x, layers = torch.randn(B, S, M), [nn.Linear(M, M) for _ in range(3)]
     streams, head = expand(x, n), StreamHead(M, n)
     for i, layer in enumerate(layers):
-        connection = HyperConnection(M, n, home=i)
+        connection = CONNECTIONS[kind](M, n, home=i)
         read, mix = connection.read(streams)
         torch.testing.assert_close(read, x, rtol=1e-5, atol=1e-5)
         streams, x = connection.write(streams, layer(read), mix), x + layer(x)
@@ -25,11 +27,12 @@ def test_starts_as_a_pre_norm_residual(n: int) -> None:
     torch.testing.assert_close(head.collapse(streams), x, rtol=1e-4, atol=1e-4)
 
 
-def test_streams_part_as_they_learn() -> None:
+@pytest.mark.parametrize(("kind", "scales"), [("sinkhorn", 3), ("identity", 2)])
+def test_streams_part_as_they_learn(kind: str, scales: int) -> None:
     """The gradients of pre differ between a home and the others, and those of fn are not zero."""
-    connection = HyperConnection(M, N, home=2)
+    connection = CONNECTIONS[kind](M, N, home=2)
     assert connection.base[:N].argmax() == 2
-    assert connection.scale.tolist() == pytest.approx([0.01] * 3), "mHC, table 5"
+    assert connection.scale.tolist() == pytest.approx([0.01] * scales), "mHC, table 5"
     streams = torch.randn(B, S, N, M)
     read, mix = connection.read(streams)
     connection.write(streams, read.tanh(), mix).square().sum().backward()

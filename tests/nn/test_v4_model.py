@@ -11,6 +11,7 @@ from dsmini import FeedForward, ModelConfig, Transformer
 from dsmini.nn import Context, Experts
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.nn.layers import in_precision
+from dsmini.nn.residual import CONNECTIONS
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import V4_MODEL
 from tests.helpers.tolerances import E4M3_UNIT, relative_error
@@ -31,10 +32,11 @@ def test_mtp_joins_the_next_embedding_with_every_stream(mtp_input: str) -> None:
         assert relative_error(got, model.head(depth.norm(depth.hc_head.collapse(x)))) < 1e-8
 
 
-def test_starts_as_the_model_without_streams() -> None:
+@pytest.mark.parametrize("kind", CONNECTIONS)
+def test_starts_as_the_model_without_streams(kind: Any) -> None:
     """With the same other weights the losses agree, MTP's too: its block then reads states before the norm."""
     plain = ModelConfig(**SMALL | V4_MODEL | {"hc_mult": 1, "mtp_input": "pre_norm"})
-    one, four = Transformer(plain), Transformer(dataclasses.replace(plain, hc_mult=4))
+    one, four = Transformer(plain), Transformer(dataclasses.replace(plain, hc_mult=4, hc_kind=kind))
     state = one.state_dict()
     for name in [name for name in state if name.endswith("eh_proj.weight")]:
         e, h = state.pop(name).chunk(2, 1)
