@@ -283,8 +283,9 @@ def check_tutorials(folder: Path) -> Iterator[str]:
         title, minutes = re.match(r"# (.+)\n\n\*(\d+ minutes)[.,]", source).groups()
         if not re.search(rf"\[{re.escape(title)}\]\({page.name}\).*\b{minutes}\b", index):
             yield f"docs/tutorials/README.md: {page.name} is not there with its title and its {minutes}"
-    if sum(definitions(code["mla"]).values()) > 60:
-        yield "docs/tutorials/mla.md: MLA takes more than 60 lines"
+    for name, most in (("mla", 60), ("gate", 40)):
+        if sum(definitions(code[name]).values()) > most:
+            yield f"docs/tutorials/{name}.md: more than {most} lines"
     written, page = definitions(code["change_one_idea"]), folder / "change_one_idea.md"
     for row in re.findall(r"^\| [\w ]+ \| (\[.*) \| (\d+) \| (`.*`) \| (\d+) \|$", page.read_text(), re.M):
         links = re.findall(r"\[(.+?)\]\((.+?)\)", row[0])

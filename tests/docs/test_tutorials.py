@@ -19,7 +19,7 @@ from docs.tutorials.make_notebook import PAGES as NOTEBOOKS
 from docs.tutorials.make_notebook import notebook
 from tests.helpers.commands import ROOT, let_prices_be_invented
 
-CHEAP = ("mla", "v4", "fp8_by_hand", "own_loop")
+CHEAP = ("mla", "gate", "v4", "fp8_by_hand", "own_loop")
 PAGES = sorted(path for path in TUTORIALS.glob("*.md") if path.name != "README.md")
 WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
 SMALL_TRAIN = "--train.seq-len 32 --train.batch-size 4 --train.eval-tokens 64 --train.sample-tokens 8 --train.threads 1"
