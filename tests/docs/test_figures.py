@@ -22,6 +22,8 @@ BATCH, NEW, CACHED = 2, 3, 19
 # no two axes have the same length, nor do their sums
 SIZES = SMALL | {"n_layers": 1, "n_dense_layers": 0, "n_mtp_layers": 0, "max_seq_len": CACHED}
 SIZES |= {"n_heads": 5, "kv_lora_rank": 13, "v_head_dim": 9}
+V4 = {"attention": "compressed", "n_heads": 10, "head_dim": 34, "window_size": 8, "o_groups": 5, "o_lora_rank": 21}
+V4 |= {"index_n_heads": 11, "index_head_dim": 16, "index_topk": 3}
 INDEXER = {"attention": "dsa", "index_n_heads": 11, "index_head_dim": 16, "index_topk": 7}
 
 
@@ -47,8 +49,15 @@ def shapes_by_name() -> Iterator[Shapes]:
 
 @torch.no_grad()
 def shapes_in_decoding(backend: str, forms: tuple[Any, ...], **changes: Any) -> Shapes:
-    """Return the shapes by name while a small model reads NEW tokens after others, in each form of attention."""
+    """Return the shapes by name while a small model reads NEW tokens after others, in each form of attention.
+
+    Without a form it reads all tokens at once, without a cache.
+    """
     model, tokens = Transformer(**SIZES | changes), torch.zeros(BATCH, CACHED, dtype=torch.int64)
+    if not forms:
+        with ops.use(backend), shapes_by_name() as shapes:
+            model(tokens)
+        return shapes
     caches = [model.new_cache(BATCH, form=form) for form in forms]
     with ops.use(backend):
         for cache in caches:
@@ -65,6 +74,8 @@ def shapes_in_decoding(backend: str, forms: tuple[Any, ...], **changes: Any) -> 
         ("mla", "reference", ("expanded", "absorbed"), {}),
         ("moe", "eager", ("auto",), {}),
         ("dsa", "eager", ("absorbed",), INDEXER),
+        ("csa", "reference", (), V4 | {"compress_ratios": (4,)}),
+        ("hca", "reference", (), V4 | {"compress_ratios": (6,)}),
     ],
 )
 def test_shapes_in_a_figure_are_those_of_a_model(
@@ -72,7 +83,9 @@ def test_shapes_in_a_figure_are_those_of_a_model(
 ) -> None:
     figure, config = FIGURES[name], Transformer(**SIZES | changes).config
     sizes = {axis: getattr(config, field) for axis, field in figure["axes"].items()}
-    sizes = {"b": BATCH, "s": NEW, "t": CACHED, "n": BATCH * NEW} | sizes
+    (block,) = config.compress_ratios or (1,)
+    entries = CACHED // block if config.compress_ratios else BATCH * NEW
+    sizes = {"b": BATCH, "s": NEW if forms else CACHED, "t": CACHED, "n": entries, "p": block} | sizes
     shapes = shapes_in_decoding(backend, forms, **changes)
     drawn = {box.where: {tuple(int(length(axis, sizes)) for axis in box.axes.split())} for box in boxes_of(figure)}
     assert {where: shapes.get(where) for where in drawn} == drawn
