@@ -195,7 +195,7 @@ def drawing(
 UNITS: Mapping[str, str] = {
     **dict.fromkeys(("seconds", "step_seconds"), "s"),
     **dict.fromkeys(("bytes_per_token", "kept"), "bytes"),
-    **dict.fromkeys(("peak_memory", "tensor_memory", "process_memory"), "bytes"),
+    **dict.fromkeys(("peak_memory", "tensor_memory"), "bytes"),
     **dict.fromkeys(("error", "times_the_error", "kept_ratio", "bubble", "share_of_roof"), ""),
     **dict.fromkeys(("right", "gain", "recall", "answered"), ""),
     "times_as_long": "x",

@@ -1,14 +1,17 @@
 """Configs as others publish them: Hugging Face's config.json, and the JSON of DeepSeek's inference code.
 
-No other file spells Hugging Face's keys. The keys of the second are the fields of DeepSeek's ModelArgs.
+No other file spells Hugging Face's keys. The keys of the second are the fields of DeepSeek's ModelArgs, whose defaults
+are in model_args.toml.
 """
 
+import functools
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dsmini.config.fields import refuse_unread, token_ids
-from dsmini.reading import brief, listed
+from dsmini.reading import brief, listed, read_toml
 
 Allowed = Mapping[str, tuple[Any, ...]]
 """The values that each key may have, the usual one first."""
@@ -435,75 +438,13 @@ def _refuse_plain(fields: Mapping[str, Any]) -> None:
 # --- DeepSeek's inference code
 
 
-# defaults of ModelArgs, for keys that a file leaves out
-_MODEL_ARGS = {
-    "vocab_size": 102400,
-    "dim": 2048,
-    "inter_dim": 10944,
-    "moe_inter_dim": 1408,
-    "n_layers": 27,
-    "n_dense_layers": 1,
-    "n_heads": 16,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "n_activated_experts": 6,
-    "n_expert_groups": 1,
-    "n_limited_groups": 1,
-    "score_func": "softmax",
-    "route_scale": 1.0,
-    "q_lora_rank": 0,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "max_seq_len": 16384,
-    "original_seq_len": 4096,
-    "rope_theta": 10000.0,
-    "rope_factor": 40.0,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-}
-# those of V3.2's ModelArgs, where a file has any of them
-_INDEX_ARGS = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
-# those of V4's ModelArgs, a small model, not the released ones
-_V4_ARGS = {
-    "vocab_size": 129280,
-    "dim": 4096,
-    "moe_inter_dim": 4096,
-    "n_layers": 7,
-    "n_hash_layers": 0,
-    "n_mtp_layers": 1,
-    "n_heads": 64,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "n_activated_experts": 2,
-    "score_func": "sqrtsoftplus",
-    "route_scale": 1.0,
-    "swiglu_limit": 0.0,
-    "q_lora_rank": 1024,
-    "head_dim": 512,
-    "rope_head_dim": 64,
-    "norm_eps": 1e-6,
-    "o_groups": 8,
-    "o_lora_rank": 1024,
-    "window_size": 128,
-    "compress_ratios": [0, 0, 4, 128, 4, 128, 4, 0],
-    "max_seq_len": 4096,
-    "compress_rope_theta": 40000.0,
-    "original_seq_len": 0,
-    "rope_theta": 10000.0,
-    "rope_factor": 40,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "index_n_heads": 64,
-    "index_head_dim": 128,
-    "index_topk": 512,
-    "hc_mult": 4,
-    "hc_sinkhorn_iters": 20,
-    "hc_eps": 1e-6,
-}
 _ACCEPTED = {"dtype", "scale_fmt", "max_batch_size"}
+
+
+@functools.cache
+def _model_args() -> dict[str, dict[str, Any]]:
+    """Return the defaults of ModelArgs by generation."""
+    return read_toml(Path(__file__).with_name("model_args.toml"))
 
 
 def inference_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -511,11 +452,12 @@ def inference_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 
     Raises: ValueError for a key that ModelArgs does not have.
     """
-    if (_V4_ARGS.keys() - _MODEL_ARGS.keys() - _INDEX_ARGS.keys()) & raw.keys():
+    v3, index, v4 = _model_args().values()
+    if (v4.keys() - v3.keys() - index.keys()) & raw.keys():
         return _v4_inference_from_json(raw, source)
-    sparse = {"attention": "dsa", **_INDEX_ARGS} if _INDEX_ARGS.keys() & raw.keys() else {}
-    refuse_unread(set(raw) - set(_MODEL_ARGS) - set(_INDEX_ARGS) - _ACCEPTED, source)
-    out = {**_MODEL_ARGS, **sparse, **{key: value for key, value in raw.items() if key not in _ACCEPTED}}
+    sparse = {"attention": "dsa", **index} if index.keys() & raw.keys() else {}
+    refuse_unread(set(raw).difference(v3, index, _ACCEPTED), source)
+    out = {**v3, **sparse, **{key: value for key, value in raw.items() if key not in _ACCEPTED}}
     sigmoid = out["score_func"] == "sigmoid"
     out["q_lora_rank"] = out["q_lora_rank"] or None
     out["mscale_all_dim"] = out["mscale"]
@@ -530,9 +472,9 @@ def _v4_inference_from_json(raw: Mapping[str, Any], source: str) -> dict[str, An
 
     That code rounds entries at every call, so "qat" is on; dsmini's own key turns it off.
     """
-    accepted = _ACCEPTED | {"scale_dtype", "expert_dtype"}
-    refuse_unread(set(raw) - set(_V4_ARGS) - accepted - {"qat"}, source)
-    out = {"qat": True, **_V4_ARGS, **{key: value for key, value in raw.items() if key not in accepted}}
+    accepted, defaults = _ACCEPTED | {"scale_dtype", "expert_dtype"}, _model_args()["v4"]
+    refuse_unread(set(raw).difference(defaults, accepted, {"qat"}), source)
+    out = {"qat": True, **defaults, **{key: value for key, value in raw.items() if key not in accepted}}
     out["compress_ratios"] = _without_mtp(out["compress_ratios"], out["n_layers"], source)
     out["qk_rope_head_dim"] = out.pop("rope_head_dim")
     out["original_seq_len"] = out["original_seq_len"] or None

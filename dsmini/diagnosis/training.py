@@ -144,7 +144,7 @@ class Subject:
             if n <= self.rows or self.prices is None:
                 return n <= 2 * self.rows
             with suppress(TimeOverError):
-                return self.forecast(n).peak + self.prices.process < MOST_MEMORY * memory_bytes(self.device)
+                return self.forecast(n).peak < MOST_MEMORY * memory_bytes(self.device)
             return False
 
         parts = self.config.train.grad_accum

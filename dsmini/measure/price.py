@@ -37,7 +37,6 @@ from dsmini.machine import once
 from dsmini.measure.calls import Call, Operands
 from dsmini.measure.cpu_time import watched
 from dsmini.measure.dry import Dry, dry_count
-from dsmini.measure.process import peak_of_process
 from dsmini.measure.roofs import Roofs, Store, disturbance, key_of, load_or_measure, seconds_of, steadiness
 from dsmini.measure.turns import TimeOverError
 from dsmini.measure.workloads import StepShape
@@ -210,17 +209,6 @@ class Prices:
     @cached_property
     def operands(self) -> Operands:
         return Operands(self.roofs.cache_bytes)
-
-    @property
-    def process(self) -> int:
-        """Bytes that a process takes besides the tensors of its steps: Python, torch, buffers of products."""
-
-        def measure() -> float:
-            config = narrow(ModelConfig())
-            shape = StepShape(work="training", config=config, dtype="float32", batch=4, tokens=TOKENS)
-            return float(peak_of_process(shape) - dry_count(lambda: shape.make(CPU), self.roofs.cache_bytes).peak)
-
-        return int(self._once("process", measure))
 
     def _once(self, what: str, measure: Callable[[], float]) -> float:
         key = hashlib.sha1(f"{torch.get_num_threads()} {what}".encode()).hexdigest()

@@ -147,9 +147,9 @@ def grouped_linear(
         ends: the row after each group's last; the last of them is the number of rows. Groups may be empty.
     """
     if _breaks_the_graph(x):
-        from dsmini.numerics.uncompiled import grouped_linear_uncompiled
+        from dsmini.numerics.uncompiled import uncompiled
 
-        return grouped_linear_uncompiled(x, weight, ends)
+        return uncompiled(grouped_linear, x, weight, ends)
     weight = weight.to(x.dtype)
     if _grouped_mm_serves(x, weight.shape[1:]) and _aligned(weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
@@ -169,9 +169,9 @@ def grouped_outer(
 ) -> Float[Tensor, "e o i"]:
     """Compute g_j^T x_j for each group of rows, the gradient of grouped_linear's weight. An empty group gives zeros."""
     if _breaks_the_graph(x):
-        from dsmini.numerics.uncompiled import grouped_outer_uncompiled
+        from dsmini.numerics.uncompiled import uncompiled
 
-        return grouped_outer_uncompiled(g, x, ends)
+        return uncompiled(grouped_outer, g, x, ends)
     sizes = (g.shape[1], x.shape[1])
     if _grouped_mm_serves(x, sizes):
         return F.grouped_mm(g.T, x, offs=ends.int())

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import question
 from benchmarks.question import check_bandwidth, compared, drawing, figure, race, times
-from benchmarks.questions import kernels, pipeline, plan, sparse, steps
+from benchmarks.questions import kernels, pipeline, sparse, steps
 from benchmarks.questions.fp8 import Gemm, errors_of, operand_error, product_error, record
 from benchmarks.questions.pipeline import RANKS, Passes, Size, bubble_share, formula
 from dsmini import Transformer
@@ -77,10 +77,10 @@ def test_sparse_attention_pays_between_two_cases() -> None:
 
 def test_plan_says_how_far_its_forecasts_were() -> None:
     found = [figure("seconds", {"step": str(i)}, 1.0, predicted=p) for i, p in enumerate((1.1, 0.9, 1.29))]
-    assert plan.answer(found) == "3 steps, forecast before they ran: error of the time 10% in the median, 29% at worst."
-    memory = {"process_memory": 112.0, "tensor_memory": 101.0}
-    found += [figure(metric, {}, 100.0, predicted=predicted) for metric, predicted in memory.items()]
-    assert plan.answer(found).endswith("; of a process's peak memory at most 12%; of the tensors' at most 1.0%.")
+    said = "3 steps, forecast before they ran: error of the time 10% in the median, 29% at worst."
+    assert steps.forecast_answer(found) == said
+    found.append(figure("tensor_memory", {}, 100.0, predicted=101.0))
+    assert steps.forecast_answer(found).endswith("; of the memory of tensors at most 1.0%.")
 
 
 # --- bandwidth above the roof

@@ -14,7 +14,7 @@ from benchmarks import models
 from benchmarks.claims import nanogpt, shakespeare, sparse_training, study
 from benchmarks.claims.study import Trial
 from benchmarks.question import Question, Setting, figure
-from benchmarks.questions import QUESTIONS, diagnose, fp8, kernels, peers, pipeline, plan
+from benchmarks.questions import QUESTIONS, diagnose, fp8, kernels, peers, pipeline, steps
 from dsmini import RunConfig, TrainConfig, Transformer
 from dsmini.config.run import CHUNKS
 from dsmini.diagnosis import training
@@ -54,8 +54,7 @@ def small_sizes(corpus: Path) -> list[tuple[Any, str, Any]]:
         (peers, "QUICK", peers.Size((16, 24), (16,), turns=2, batch=1)),
         (kernels, "STEPS", few),
         *((diagnose, "FAULTS", {"small": run}), (diagnose, "ROUNDS", 8), (training, "cores", lambda: 1)),
-        *((plan, "held_out", lambda quick: forecast), (plan, "SECONDS", 0.0)),
-        (plan, "peak_of_process", lambda shape: 400 << 20),
+        *((steps, "held_out", lambda quick: forecast), (steps, "SECONDS", 0.0)),
         *((shakespeare, "run_module", lambda *_: '{"loss": 2.0}'), (Trial, "train", fake_train)),
         (pipeline, "why_not", lambda: ""),
         (pipeline, "train_in_turns", lambda folder, size: dict.fromkeys(CHUNKS, [(0.04, 30.3)] * 3)),

@@ -49,8 +49,8 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
 
 @pytest.fixture(scope="session")
 def prices() -> Prices:
-    """Return an invented machine whose process takes 1,000 bytes besides its tensors."""
-    return InventedPrices(process=1000)
+    """Return an invented machine."""
+    return InventedPrices()
 
 
 def arm_of(subject: Subject | DecodingSubject, name: str) -> Arm:

@@ -24,25 +24,16 @@ def invented_roofs(**given: Any) -> Roofs:
 
 
 class InventedPrices(Prices):
-    """A machine that takes 1 ns for a byte from memory, and multiplies at 1 GFLOP/s, or 2 in BF16; a call takes 1 us.
+    """A machine that takes 1 ns for a byte from memory, and multiplies at 1 GFLOP/s, in BF16 2; a call takes 1 us."""
 
-    Args:
-        process: bytes of a process besides its tensors.
-    """
-
-    def __init__(self, process: int = 300 << 20, **given: Any) -> None:
+    def __init__(self, **given: Any) -> None:
         super().__init__(roofs=invented_roofs(**given))
-        self.known["process"] = process
 
     def alone(self, call: Call) -> float:
         return 1e-9 * call.cold + call.flops / (2e9 if b"bfloat16" in call.arguments else 1e9)
 
     def between(self, shape: StepShape) -> float:
         return 1e-6
-
-    @property
-    def process(self) -> int:
-        return int(self.known["process"])
 
 
 def setting(**given: Any) -> Setting:
