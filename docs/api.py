@@ -1,7 +1,7 @@
 """Write the API pages, every class and function with its shapes: python docs/api.py FOLDER
 
 The pages of dsmini.nn are the annotated model: the code of each function is open, below the equations that
-docs/equations.md has for it. The pages need no network.
+docs/equations.md has for it, as MathML where docs/equations.toml has them as LaTeX. The pages need no network.
 
 Needs pdoc: pip install -e '.[docs]'. Exits with status 1 if pdoc warns of anything.
 """
@@ -9,11 +9,13 @@ Needs pdoc: pip install -e '.[docs]'. Exits with status 1 if pdoc warns of anyth
 import pkgutil
 import re
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 from types import ModuleType
 
 import pdoc
+from latex2mathml.converter import convert
 from markupsafe import Markup
 from pdoc.render_helpers import to_html
 
@@ -57,6 +59,16 @@ def equations_by_function() -> dict[tuple[str, str], list[str]]:
     return found
 
 
+def rendered_equations() -> dict[tuple[str, str], Markup]:
+    """Return the equations of equations.toml as MathML, by the module and the qualified name of a function."""
+    files = tomllib.loads((Path(__file__).parent / "equations.toml").read_text())
+    return {
+        (f"dsmini.nn.{file}", name): Markup("".join(convert(formula, display="block") for formula in formulas))
+        for file, functions in files.items()
+        for name, formulas in functions.items()
+    }
+
+
 def linked_equations() -> str:
     """Return equations.md with links to pages of the API, and without those to other files."""
     pages = re.sub(r"\]\(\.\./(dsmini/[\w/]+)\.py\)", r"](\1.html)", EQUATIONS)
@@ -75,8 +87,9 @@ def write_pages(folder: Path) -> list[str]:
         re.sub(r"(<span class=\"n\">)?jaxtyping(</span>)?<span class=\"o\">\.</span>", "", signature(sig, colon))
     )
     pdoc.render.configure(docformat="google", template_directory=Path(__file__).parent / "api_template")
-    equations = equations_by_function()
-    pdoc.render.env.filters["equations"] = lambda doc: "\n\n".join(equations.get((doc.modulename, doc.qualname), ()))
+    equations = {place: to_html("\n\n".join(found)) for place, found in equations_by_function().items()}
+    equations |= rendered_equations()
+    pdoc.render.env.filters["equations"] = lambda doc: equations.get((doc.modulename, doc.qualname))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pdoc.pdoc("dsmini", output_directory=folder)
