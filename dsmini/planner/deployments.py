@@ -8,7 +8,8 @@
 
 Each is served as serving.py says. A choice is by its estimate; its bound stands next to it. The front has the deployments
 of which no other gives a user and a GPU more tokens a second. The points are the cheapest one, which gives a GPU most
-tokens; the cheapest one in time (tpot, ttft); and the fastest one for a user. `most` are bounds of all that were searched.
+tokens; the cheapest one in time (tpot, ttft), with the largest batch that is; and the fastest one for a user. `most` are
+bounds of all that were searched.
 
 Rejected ones are counted by their reason. DeepSeek's own deployment (V3 report, section 3.4) is one candidate of V3 and V3.2.
 """  # noqa: E501
@@ -23,17 +24,8 @@ from dsmini.config.fields import require
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.request import Inputs, Model, PlanRequest, is_v3, presets
 from dsmini.planner.search import gpu_counts
-from dsmini.planner.serving import (
-    PRODUCTS,
-    Deployment,
-    Phase,
-    Served,
-    Service,
-    ServingMemory,
-    ServingStep,
-    misfit,
-)
-from dsmini.report.units import human, plural
+from dsmini.planner.serving import PRODUCTS, Deployment, Phase, Served, Service, ServingMemory, misfit
+from dsmini.report.units import human
 
 MOST_TENSOR, MOST_DRAFTS = 16, 3
 MOST_PROMPTS = 64
@@ -43,6 +35,8 @@ CONTEXT = 4096
 """Tokens of a decoding sequence, where a user leaves them open."""
 TPOT = 50.0
 """Milliseconds of an output token that the main deployment keeps, where a user leaves them open."""
+TTFT = 5.0
+"""Seconds to the first token, the same: SGLang's took 2 to 5 (LMSYS, 2025-05-05)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +44,13 @@ class Found:
     """Deployments of a phase that fit, and what was chosen among them."""
 
     phase: Phase
-    limit: float | None
-    """Seconds of an output token, or to the first one, that the main deployment keeps; None: any."""
+    limit: float
+    """Seconds of an output token, or to the first one, that the main deployment keeps."""
     every: Sequence[Served]
     points: Mapping[str, Served]
     """Chosen ones by their name; the first is the main one."""
     rejected: Mapping[str, int]
     """Number of candidates by the reason why they were left out."""
-    own: str
-    """Sentence about DeepSeek's own deployment; "" where there is none."""
     misfit: str
     """Sentence about what does not fit, where nothing does; "" elsewhere."""
 
@@ -127,27 +119,33 @@ def search(s: Service, r: PlanRequest, phase: Phase) -> Found:
                     unfit = min(unfit, (held.gpu_memory, held.misfit))
                     rejected["more than the memory"] += 1
                 else:
-                    every.append(Served(ServingStep(held)))
-    limit = r.ttft if phase == "prefill" else (r.tpot or TPOT) / 1000
+                    every.append(Served(held))
+    limit = (r.ttft or TTFT) if phase == "prefill" else (r.tpot or TPOT) / 1000
     how: dict[str, Any] = {"phase": phase, "limit": limit, "rejected": rejected}
     if not every:
         require(not refused or bool(unfit[1]), refused)
-        return Found(**how, every=[], points={}, own="", misfit=unfit[1])
+        return Found(**how, every=[], points={}, misfit=unfit[1])
     fastest = min(every, key=lambda each: each.time)
-    timely = [each for each in every if limit is None or each.time <= limit]
+    timely = [each for each in every if each.time <= limit]
     rejected["too slow"] = len(every) - len(timely)
     asked = r.ttft if phase == "prefill" else r.tpot
     what = "an output token" if phase == "decode" else f"a prompt of {s.tokens[phase]:,.0f} tokens"
     near = f"the nearest, {fastest.d.words}, takes {human(fastest.time, 's')}"
-    require(bool(timely) or asked is None, f"no deployment gives {what} in {human(limit or 0, 's')}; {near}")
+    require(bool(timely) or asked is None, f"no deployment gives {what} in {human(limit, 's')}; {near}")
 
     def rate(each: Served) -> float:
         return each.gpu_tokens_per_second
 
+    if r.sequences is None and phase == "decode":
+        timely += [_fuller(each, limit) for each in timely if rate(each) > max(map(rate, timely)) / 2]
     points = {IN_TIME: max(timely, key=rate)} if timely else {}
+    every += [each for each in points.values() if each not in every]
     points |= {CHEAPEST: max(every, key=rate), FASTEST: fastest}
-    found = Found(**how, every=every, points=points, own="", misfit="")
-    return replace(found, own=_own(s, found))
+    if is_v3(s.c, indexer=True) and s.h.networked:
+        own, why_not = _own(s, phase)
+        rejected[f"{OWN}, {why_not}"] = not own
+        points |= {OWN: max(own, key=lambda each: (each.time <= limit, rate(each)))} if own else {}
+    return Found(**how, every=every, points=points, misfit="")
 
 
 def _groups(s: Service, r: PlanRequest, phase: Phase) -> Iterator[tuple[int, int]]:
@@ -185,22 +183,25 @@ def _batches(room: ServingMemory, r: PlanRequest) -> Iterator[Deployment]:
                 yield replace(d, batch=batch, micro_batches=parts)
 
 
-def _own(s: Service, found: Found) -> str:
-    """Return a sentence about DeepSeek's own deployment next to the main one."""
-    if not (is_v3(s.c, indexer=True) and s.h.networked):
-        return ""
-    d = Deployment(
-        **presets()["deepseek-v3"][found.phase], phase=found.phase, label="DeepSeek's: V3 report, section 3.4"
-    )
+def _fuller(served: Served, limit: float) -> Served:
+    """Return a deployment in time with its largest batch in time, below twice the one that it has."""
+    groups = served.d.gpus // served.d.tensor
+    low, high = served.d.batch // groups, 2 * served.d.batch // groups
+    while high - low > 1:
+        middle = (low + high) // 2
+        held = ServingMemory(served.s, replace(served.d, batch=middle * groups))
+        more = Served(held)
+        if held.misfit or more.time > limit:
+            high = middle
+        else:
+            low, served = middle, more
+    return served
+
+
+def _own(s: Service, phase: Phase) -> tuple[list[Served], str]:
+    """Return DeepSeek's own deployment with each batch that fits, or why it cannot be."""
+    d = Deployment(**presets()["deepseek-v3"][phase], phase=phase, label="V3 report, section 3.4")
     if said := misfit(d, s.c, s.h):
-        return f"{plural(d.gpus, 'GPU')}, tensor {d.tensor} (V3 report, section 3.4) cannot be here: {said}."
-    served = [Served(ServingStep(held)) for each in _batches(ServingMemory(s, d), PlanRequest(micro_batches=2))
-              if not (held := ServingMemory(s, each)).misfit]  # fmt: skip
-    if not served:
-        return f"{d.words} (V3 report, section 3.4) does not fit."
-    best = max(served, key=lambda each: (found.limit is None or each.time <= found.limit, each.gpu_tokens_per_second))
-    said = f"{best.d.words} (V3 report, section 3.4): {human(best.gpu_tokens_per_second, 'token/s')} a GPU"
-    said += f" at {human(best.time, 's')}"
-    return (
-        f"{said}; the main one gives {found.main.gpu_tokens_per_second / best.gpu_tokens_per_second:.3g} times as many."
-    )
+        return [], said
+    memories = [ServingMemory(s, each) for each in _batches(ServingMemory(s, d), PlanRequest(micro_batches=2))]
+    return [Served(held) for held in memories if not held.misfit], "which does not fit"

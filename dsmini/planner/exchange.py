@@ -23,6 +23,7 @@ Source: DeepSeek-V3 report, sections 2.1.2, 3.2.2 and 3.4; INS, section 2.3.2.
 
 import functools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +31,6 @@ import numpy.typing as npt
 from dsmini.accounting.tensors import BLOCK, BLOCK_FP4, SIZES
 from dsmini.config import ModelConfig
 from dsmini.planner.figure import counted, figure
-from dsmini.planner.hardware import Hardware
-from dsmini.planner.request import Inputs
 
 TOKENS = 8192
 """Random tokens that are routed where groups are limited."""
@@ -66,53 +65,23 @@ def _routed(experts: int, chosen: int, groups: int, limited: int, best: int) -> 
     return np.argpartition(allowed, -chosen, axis=1)[:, -chosen:]
 
 
-class Links:
-    """Rates of the links that training reaches; 0 without a link."""
-
-    def __init__(self, h: Hardware, a: Inputs) -> None:
-        self.h: Hardware = h
-        self.a: Inputs = a
-
-    @figure("B/s")
-    def fast_rate(self) -> float:
-        """Rate to others of the node that is reached. Source: INS, section 4.3."""
-        return self.h.fast_link * self.a["link_efficiency"] if self.h.linked else 0
-
-    @figure("B/s")
-    def slow_rate(self) -> float:
-        """Rate to other nodes that is reached. Source: INS, section 4.3."""
-        return self.h.slow_link * self.a["link_efficiency"] if self.h.networked else 0
-
-
+@dataclass(frozen=True, eq=False)
 class Exchange:
     """Bytes of a token in a MoE layer that cross the slow and the fast link, both ways."""
 
-    def __init__(
-        self,
-        c: ModelConfig,
-        gpus: int,
-        in_node: int,
-        dtype: str,
-        one_hop: int = 0,
-        stage: str = "",
-        narrow: bool = False,
-    ) -> None:
-        """Take the sizes.
-
-        Args:
-            gpus, in_node: GPUs that share the experts, and how many of them are in a node.
-            dtype: of rows on their way to the experts, in FP8 codes with a scale for each tile.
-            one_hop: experts of a token, each of which gets a row of its own; 0: two hops.
-            stage: beginning of the names of figures, such as "decode_".
-            narrow: results come back as narrow as rows go.
-        """
-        self.c: ModelConfig = c
-        self.gpus: int = gpus
-        self.in_node: int = in_node
-        self.dtype: str = dtype
-        self.one_hop: int = one_hop
-        self.narrow: bool = narrow
-        self.stage: str = stage
+    c: ModelConfig
+    gpus: int
+    """GPUs that share the experts."""
+    in_node: int
+    """Those of them that are in a node."""
+    dtype: str
+    """Dtype of rows on their way to the experts, in FP8 codes with a scale for each tile."""
+    one_hop: int = 0
+    """Experts of a token, each of which gets a row of its own; 0: two hops."""
+    stage: str = ""
+    """Beginning of the names of figures, such as "decode_"."""
+    narrow: bool = False
+    """Results come back as narrow as rows go."""
 
     def reached(self, places: float) -> float:
         """Return how many of these places a token's rows reach."""

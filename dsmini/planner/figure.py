@@ -49,16 +49,20 @@ COUNTED = "counted by dsmini.accounting"
 class Figure(float):
     """Number that knows its name, its unit, its formula in names, its title and its source; an input has no formula."""
 
-    __slots__ = ("formula", "name", "source", "title", "unit")
     name: str
     unit: str
     title: str
     source: str
     formula: str
+    main: bool
+    """True: a terminal shows it with --all, and a page first."""
 
-    def __new__(cls, name: str, value: float, unit: str, title: str, source: str, formula: str = "") -> "Figure":
+    def __new__(
+        cls, name: str, value: float, unit: str, title: str, source: str, formula: str = "", main: bool = False
+    ) -> "Figure":
         made = super().__new__(cls, value)
-        made.name, made.unit, made.title, made.source, made.formula = name, unit, title, source, formula
+        made.name, made.unit, made.title, made.source = name, unit, title, source
+        made.formula, made.main = formula, main
         return made
 
     @property
@@ -89,10 +93,11 @@ Figures = Mapping[str, Figure]
 class Explained(Generic[T]):
     """Property that is computed once, and knows how."""
 
-    def __init__(self, method: Callable[[Any], T], unit: str, counted: bool) -> None:
+    def __init__(self, method: Callable[[Any], T], unit: str, counted: bool, main: bool) -> None:
         self.method: Callable[[Any], T] = method
         self.unit: str = unit
         self.counted: bool = counted
+        self.main: bool = main
         self.title: str
         self.source: str
         self.title, _, self.source = " ".join((method.__doc__ or "").split()).rstrip(".").partition(". Source: ")
@@ -111,14 +116,14 @@ class Explained(Generic[T]):
         return found
 
 
-def figure(unit: str = "") -> Callable[[Callable[[Any], T]], Explained[T]]:
+def figure(unit: str = "", main: bool = False) -> Callable[[Callable[[Any], T]], Explained[T]]:
     """Make a method a figure: it returns one expression, or one in each branch. Where it is None there is no figure."""
-    return lambda method: Explained(method, unit, counted=False)
+    return lambda method: Explained(method, unit, False, main)
 
 
-def counted(unit: str = "") -> Callable[[Callable[[Any], T]], Explained[T]]:
+def counted(unit: str = "", main: bool = False) -> Callable[[Callable[[Any], T]], Explained[T]]:
     """Make a method a figure that formulas name and that has none."""
-    return lambda method: Explained(method, unit, counted=True)
+    return lambda method: Explained(method, unit, True, main)
 
 
 def figures_of(found: object, inputs: Figures) -> dict[str, Figure]:
@@ -136,7 +141,7 @@ def figures_of(found: object, inputs: Figures) -> dict[str, Figure]:
             name, writer = _whole_name(found, each.name), _Writer(found, each.method, inputs)
             formula = "" if each.counted else writer.formula()
             source = each.source or (COUNTED if each.counted else "")
-            figures |= {name: Figure(name, value, each.unit, each.title, source, formula)}
+            figures |= {name: Figure(name, value, each.unit, each.title, source, formula, each.main)}
             figures |= writer.met
     return figures
 

@@ -10,7 +10,7 @@ Source: DeepSeek-V3 report, section 4.2; "Insights into DeepSeek-V3" (INS, arXiv
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from dsmini.accounting import parameters
@@ -95,12 +95,12 @@ class ModelFigures:
         """One routed expert. Source: V3, section 4.2."""
         return self.numbers(EXPERTS)
 
-    @figure()
+    @figure(main=True)
     def parameters_main(self) -> float:
         """Parameters without MTP. Source: V3, section 4.2."""
         return sum(self.main_modules)
 
-    @figure()
+    @figure(main=True)
     def mtp_parameters(self) -> float:
         """MTP: parameters of its own. Source: V3, section 2.2."""
         return sum(self.mtp_modules)
@@ -110,7 +110,7 @@ class ModelFigures:
         """All parameters, with MTP. Source: V3, section 4.2."""
         return self.parameters_main + self.mtp_parameters
 
-    @figure()
+    @figure(main=True)
     def parameters_active(self) -> float:
         """Active parameters, without embedding. Source: V3, section 4.2."""
         return sum(self.active_modules)
@@ -130,7 +130,7 @@ class ModelFigures:
         """Operations of indexers over the context in training, causal. Source: V3.2, section 2.1."""
         return self.training.get(SCORES, 0) + self.training.get(LOSS, 0)
 
-    @figure("FLOP/token")
+    @figure("FLOP/token", main=True)
     def training_flops(self) -> float:
         """Operations of a token in training. Source: INS, table 2."""
         if not self.indexer_flops:
@@ -263,7 +263,7 @@ class CacheFigures:
         ratios = self.config.compress_ratios
         return None if ratios is None else sum(1 / ratio for ratio in ratios if kind(ratio))
 
-    @figure("B/token")
+    @figure("B/token", main=True)
     def kv_cache(self) -> float:
         """Cache of a token, all layers; V4's without the window. Source: V2, table 1; INS, table 1; V4, section 2.3."""
         if self.csa_entries is not None and self.hca_entries is not None:
@@ -275,12 +275,12 @@ class CacheFigures:
         """Cache of a sequence's window and of the rows that the next entry is made of, all layers."""
         return None if self.config.compress_ratios is None else fixed_cache_bytes(self.config, self.dtype)
 
-    @counted("B/token")
+    @counted("B/token", main=True)
     def mha_kv_cache(self) -> float:
         """Cache of a token with MHA, all layers. Source: V2, table 1; INS, table 1."""
         return mha_kv_bytes_per_token(self.config, self.size)
 
-    @figure()
+    @figure(main=True)
     def cache_saving(self) -> float:
         """Share of MHA's cache that is saved. Source: V2, table 1; INS, table 1."""
         return 1 - self.kv_cache / self.mha_kv_cache
@@ -295,11 +295,11 @@ class WeightFigures:
     applies to queries and sums: the same number, in the compute dtype.
     """
 
-    def __init__(self, m: "ModelFigures", dtype: WeightDtype) -> None:
+    def __init__(self, m: "ModelFigures", dtype: WeightDtype, uses: Iterable[TensorUse]) -> None:
         self.m: ModelFigures = m
         self.dtype: WeightDtype = dtype
         self.size: int = SIZES[dtype]
-        self.uses: list[TensorUse] = [use for use in main_tensors(m.config) if use.kind not in ("embedding", "head")]
+        self.uses: list[TensorUse] = [use for use in uses if use.kind not in ("embedding", "head")]
 
     def held(self, *splits: str) -> int:
         """Return the bytes of tensors that are split so, in all their blocks, without routed experts."""
@@ -341,7 +341,7 @@ class WeightFigures:
         """Bytes of the embedding, or the head. Source: shapes of the released checkpoints."""
         return self.m.config.vocab_size * self.m.config.dim * self.size
 
-    @figure("B")
+    @figure("B", main=True)
     def model_bytes(self) -> float:
         """Weights of the model without MTP. Source: shapes of the released checkpoints."""
         experts = self.m.moe_layers * self.m.config.n_routed_experts * self.expert_bytes
@@ -365,5 +365,5 @@ class WeightFigures:
 
 def model_figures(m: ModelFigures, weight_dtype: WeightDtype, cache_dtype: CacheDtype) -> dict[str, Figure]:
     """Return all figures of a model alone, with weights and a cache in these dtypes."""
-    parts = (m, CacheFigures(m.config, cache_dtype), WeightFigures(m, weight_dtype))
+    parts = (m, CacheFigures(m.config, cache_dtype), WeightFigures(m, weight_dtype, main_tensors(m.config)))
     return {name: found for part in parts for name, found in figures_of(part, m.sizes).items()}

@@ -16,51 +16,23 @@ from rich.console import Console
 from dsmini.atomic import write_json, write_text
 from dsmini.config.fields import require
 from dsmini.console.messages import say
-from dsmini.planner.deployments import CHEAPEST, FASTEST, IN_TIME, Found
+from dsmini.planner.deployments import IN_TIME, Found
 from dsmini.planner.figure import Figures, explain, needed, step_of, text
 from dsmini.planner.hardware import OnPart, load_hardware, quiet
 from dsmini.planner.layout import Layout
 from dsmini.planner.plan import WORKLOAD, Plan, Variant, changed, compared, make_plan, read_axis, side_by_side, vary
 from dsmini.planner.request import LAYOUT, SERVING, Model, PlanRequest, is_v3, presets
 from dsmini.planner.run import Run
-from dsmini.planner.search import EVERY, Search, alone_options, candidates
+from dsmini.planner.search import EVERY, Search, what_would_fit
 from dsmini.planner.serving import PHASES, Served
 from dsmini.report import Detail, Plot, Report, Section, Series, Table
 from dsmini.report.figures import plain
-from dsmini.report.units import DAY, human, in_words, plural
+from dsmini.report.units import human, in_words, plural
 
 Record = dict[str, Any]
 FILES = ("plan.html", "plan.json")
 UNFIT = "! "
 """Mark of a figure whose plan does not fit."""
-TITLES = {
-    "model": "What is the model?",
-    "training": "What does training take?",
-    "reliability": "What do failures cost?",
-    "decode": "What does decoding take?",
-    "prefill": "What does reading prompts take?",
-}
-SERVED = (
-    *("gpu_weights", "gpu_cache", "gpu_memory", "sequences_that_fit", "time", "least_time", "tokens_per_second"),
-    *("most_tokens_per_second", "gpu_tokens_per_second", "most_gpu_tokens_per_second", "matrices_time", "experts_time"),
-    *("attention_time", "latency_time", "links_time", "draft_time", "bound_memory_time", "bound_compute_time"),
-    *("bound_slow_time", "bound_fast_time", "cost", "cost_most", "least_cost"),
-)
-FIRST: dict[str, tuple[str, ...]] = {
-    "model": (
-        *("parameters_main", "mtp_parameters", "parameters_active", "training_flops", "kv_cache", "mha_kv_cache"),
-        *("cache_saving", "model_bytes"),
-    ),
-    "training": (
-        *("memory_needed", "memory_free", "state_parameter", "step_seconds", "computing_seconds"),
-        *("dispatching_seconds", "reducing_seconds", "bubble_seconds", "exchange_seconds", "update_seconds", "mfu"),
-        *("dispatch_seconds", "slow_row_bytes", "nodes_reached", "training_tokens_per_second", "training_gpu_hours"),
-        *("training_time", "training_cost"),
-    ),
-    "reliability": ("mean_time_to_failure", "checkpoint_interval", "effective_share", "elapsed_time", "elapsed_cost"),
-    **{phase: tuple(f"{phase}_{name}" for name in SERVED) for phase in PHASES},
-}
-"""Figures that a terminal shows of each section, and a page first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +76,6 @@ def heading(plan: Plan) -> str:
 def lines_of(plan: Plan) -> dict[str, list[str]]:
     """Return the sentences of each section that has any."""
     found = {"model": _model(plan), "training": _training(plan)}
-    if plan.failures:
-        found["reliability"] = [_failures(plan)]
     if plan.unserved:
         return {**found, "decode": [f"not planned: {plan.unserved}."]}
     return found | {phase: _served(plan, each) for phase, each in plan.found.items() if each.every}
@@ -134,11 +104,13 @@ def _training(plan: Plan) -> list[str]:
         f"steps of {r.batch:,} sequences of {r.seq_len:,} tokens, {workload}.",
     ]
     one = layout.gpus == 1
-    fullest = f"{'It' if one else 'The fullest GPU'} needs {f['memory_needed']} of {_memory(plan)}."
+    fullest = f"{'It' if one else 'The fullest GPU'} needs {f['memory_needed']} of {human(plan.hardware.memory, 'B')}."
     if not plan.fits:
         return [*lines, fullest]
-    if precision := _precision(plan):
-        lines.append(precision)
+    if plan.asked.precision is None and r.precision == "bf16" and "fp8" in plan.hardware.peaks:
+        lines.append("BF16, since the config does not ask for FP8; --vary precision=bf16,fp8 shows what that takes.")
+    share = f"{100 * f['effective_share']:.3g} % of the time is training, {f['elapsed_time']} in all."
+    lines.append(f"a failure every {f['mean_time_to_failure']}: {share}")
     cost = ""
     if "training_cost" in f:
         most = f["training_cost"] * (plan.hardware.price_most or 0) / (plan.hardware.price or 1)
@@ -154,50 +126,24 @@ def _training(plan: Plan) -> list[str]:
     return [said, *lines, f"slowest: {first}, {share:.0f} % of a step; next: {second}, {rest:.0f} %."]
 
 
-def _memory(plan: Plan) -> str:
-    return human(plan.hardware.memory, "B")
-
-
-def _precision(plan: Plan) -> str:
-    """Return why training is in BF16 where FP8 could be had, and what FP8 gains; "" elsewhere."""
-    open_ = plan.asked.precision is None and plan.request.precision == "bf16"
-    able = "fp8" in plan.hardware.peaks and plan.fits and plan.request.utilization is None
-    if not open_ or not able or plan.run.training_time < DAY:
-        return ""
-    time = plan.in_precision("fp8")
-    said = "BF16, since the config does not ask for FP8; with --precision fp8 this layout"
-    if time is None:
-        return f"{said} does not fit."
-    return f"{said} takes {human(time, 's')} in place of {plan.figures['training_time']}."
-
-
 def _layout(r: Layout) -> str:
     """Return the choices of a layout that divide something or say how training computes."""
-    worth = {"pipeline": 2, "expert": 2, "tensor": 2, "context_parallel": 2, "zero": 1}
+    worth = {"pipeline": 2, "expert": 2, "tensor": 2, "context_parallel": 2, "zero": 1, "micro_batch": 2}
     found = [f"{name} {value}" for name, least in worth.items() if (value := getattr(r, name)) >= least]
     found += [f"recompute {r.recompute}"] if r.recompute != "none" else []
     found += [r.precision, r.optimizer]
     return ", ".join([*found, r.schedule] if r.pipeline > 1 else found)
 
 
-def _failures(plan: Plan) -> str:
-    f = plan.figures
-    said = f"a failure every {f['mean_time_to_failure']}: {100 * f['effective_share']:.3g} % of the time is training, "
-    return f"{said}with a checkpoint every {f['checkpoint_interval']}. The whole run takes {f['elapsed_time']}."
-
-
 def _served(plan: Plan, found: Found) -> list[str]:
     """Return the points of a search, its bound, and why other deployments were left out."""
-    r, phase, service = plan.request, found.phase, found.main.step.s
-    limit = "any time" if found.limit is None else human(found.limit, "s")
-    names = {IN_TIME: f"cheapest in {limit}", CHEAPEST: "cheapest", FASTEST: "fastest"}
-    points = [(names[name], each) for name, each in found.points.items()]
+    r, phase, service = plan.request, found.phase, found.main.s
+    limit = human(found.limit, "s")
+    points = [(f"cheapest in {limit}" if name == IN_TIME else name, each) for name, each in found.points.items()]
     lines = [f"{' and '.join(n for n, other in points if other is each)}: {_point(each)}" for _, each in points]
     lines = list(dict.fromkeys(lines))
     if IN_TIME not in found.points:
         lines.insert(0, f"no deployment gives a token in {limit}.")
-    if found.own:
-        lines.append(f"DeepSeek's own: {found.own}")
     what = f"{in_words(service.tokens[phase])} tokens, {service.dtype} weights, {service.cache.dtype} cache"
     if phase == "decode" and service.c.n_mtp_layers:
         what += f", drafts accepted with {100 * r.acceptance:.3g} %"
@@ -213,22 +159,18 @@ def _point(each: Served) -> str:
     user = f"{human(each.tokens_per_second, 'token/s')} a user (at most {human(each.most_tokens_per_second, '')})"
     if not each.decode:
         user = f"{human(each.time, 's')} to the first token (at least {human(each.least_time, 's')})"
-    most, waits = human(each.most_gpu_tokens_per_second, ""), each.step.waits
+    most, waits = human(each.most_gpu_tokens_per_second, ""), each.waits
     said = f"{each.d.words}: {user}, {human(each.gpu_tokens_per_second, 'token/s')} a GPU (at most {most})"
     if each.cost is not None and each.cost_most is not None:
         low, high = human(each.cost, "$/token"), human(each.cost_most, "$/token")
         said += f", {low}" if low == high else f", {low.split()[0]} to {high}"
-    return (
-        f"{said}. {human(each.step.memory.gpu_memory, 'B')} a GPU; slowest: {max(waits, key=lambda part: waits[part])}."
-    )
+    return f"{said}. {human(each.memory.gpu_memory, 'B')} a GPU; slowest: {max(waits, key=lambda part: waits[part])}."
 
 
 def ten_lines(plan: Plan) -> list[str]:
     """Return the plan in a few lines: what does not fit, the model, time, cost, what is slowest, what to ask next."""
     lines = [(name, f"does not fit: {said}.") for name, said in plan.misfit.items()]
-    lines += [
-        ("training" if name == "reliability" else name, said) for name, of in lines_of(plan).items() for said in of
-    ]
+    lines += [(name, said) for name, of in lines_of(plan).items() for said in of]
     asks = "--explain kv_cache (or list), --all for the tables, --out plan for a page, --search, "
     lines.append(("next", f"{asks}--vary hardware=h100,b200, --compare kimi-k2"))
     return [heading(plan), *(f"{label:10} {said}" for label, said in lines)]
@@ -294,14 +236,15 @@ def sections(plan: Plan) -> list[Section]:
     """Return the sections of a plan: a terminal shows the first figures, a page all of them with their formulas."""
     found: list[Section] = []
     for name, (main, *lines) in lines_of(plan).items():
-        first = FIRST[name][: None if name != "training" or plan.fits else 3]  # of what does not fit, only the memory
         of = plan.sections.get(name, {})
-        shown = [key for key in first if of.get(key)]
-        others = [key for key in plan.computed.get(name, {}) if key not in shown]
+        shown = [key for key, f in of.items() if f.main and f]
+        if name == "training" and not plan.fits:
+            shown = [key for key in shown if "memory" in key]
+        others = [key for key, f in of.items() if f.formula and key not in shown]
         front = next((found for phase, found in plan.found.items() if phase == name), None)
         section = Section(
             name=f"{name}_section",
-            title=TITLES[name],
+            title="What is the model?" if name == "model" else f"What does {name} take?",
             finding=main,
             about=" ".join(lines),
             details={"": _details(plan, shown)} if shown else {},
@@ -322,7 +265,7 @@ def front_table(found: Found) -> Table:
         gpu = each.gpu_tokens_per_second, each.most_gpu_tokens_per_second
         unit = "token/s" if each.decode else "s"
         cells = (f"{human(a, u)} ({human(b, u)})" for (a, b), u in ((user, unit), (gpu, "token/s")))
-        rows.append((each.d.words, *cells, human(each.cost, "$/token"), human(each.step.memory.gpu_memory, "B")))
+        rows.append((each.d.words, *cells, human(each.cost, "$/token"), human(each.memory.gpu_memory, "B")))
     columns = ("deployment", "a user" if found.phase == "decode" else "first token", "a GPU", "price", "memory")
     return Table(
         columns=columns, rows=rows, numeric=columns[1:], common="Front: none gives both a user and a GPU more."
@@ -355,8 +298,7 @@ def _details(plan: Plan, names: Sequence[str]) -> list[Detail]:
 def plan_page(plan: Plan, command: str, more: Sequence[Section]) -> Report:
     """Return the page of a plan; sections of what was asked besides, such as a variation, come first."""
     figures = plan.figures
-    main = {name for names in FIRST.values() for name in names}
-    inputs = [name for name, f in figures.items() if not f.formula and name not in main]
+    inputs = [name for name, f in figures.items() if not (f.formula or f.main)]
     last = Section(
         name="inputs_section",
         title="What is it computed from?",
@@ -413,8 +355,10 @@ def searched(plan: Plan, command: str, on_part: OnPart = quiet) -> Answer:
         precisions = ("fp32",)
     options = {**EVERY, "precision": precisions, **{name: (value,) for name, value in plan.asked.given().items()}}
     how: dict[str, Any] = {"m": plan.m, "hardware": plan.hardware, "assumed": plan.inputs}
-    alone = {} if plan.asked.recompute else {"recompute": alone_options(None, 1)["recompute"]}
-    found = candidates(Search(base=plan.training.layout, options=options, alone=alone, **how), on_part)
+    search = Search(base=plan.training.layout, options=options, **how)
+    found = search.fastest(12, on_part)
+    if not found:
+        raise ValueError(what_would_fit(search))
     *_, fastest = found[0]
     layout = {name: getattr(fastest.layout, name) for name in LAYOUT}
     best = changed(plan, layout, plan.hardware, "the fastest of all that fit")
@@ -426,9 +370,8 @@ def searched(plan: Plan, command: str, on_part: OnPart = quiet) -> Answer:
         c = {name: getattr(t.layout, name) for name in LAYOUT}
         mfu, binds = Run(t, by_parts).mfu, max(t.parts, key=lambda part: t.parts[part])
         records.append({**c, "memory": memory, "step_seconds": seconds, "mfu": mfu, "binds": binds})
-        words = f"pipeline {c['pipeline']}, expert {c['expert']}, tensor {c['tensor']}, zero {c['zero']}, "
-        words += f"micro-batch {c['micro_batch']}, {c['schedule']}, {c['recompute']}, {c['precision']}"
-        rows.append((str(len(records)), human(seconds, "s"), binds, human(memory, "B"), f"{mfu:.3f}", words))
+        cells = human(seconds, "s"), binds, human(memory, "B"), f"{mfu:.3f}", _layout(t.layout)
+        rows.append((str(len(records)), *cells))
     columns = ("", "step", "slowest", "memory", "MFU", "layout")
     _, step, binds, memory, *_ = rows[0]
     section = Section(

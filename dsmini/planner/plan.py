@@ -25,7 +25,7 @@ not divide the GPUs, are left out, and the reason is told.
 import difflib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
@@ -37,7 +37,7 @@ from dsmini.planner.figure import Figure, Figures, check_name, figures_of
 from dsmini.planner.hardware import FIGURES, USER, Hardware, OnPart, load_hardware, quiet
 from dsmini.planner.model import ModelFigures, model_figures
 from dsmini.planner.request import LAYOUT, SERVING, Inputs, Model, PlanRequest, presets
-from dsmini.planner.run import Failures, Run
+from dsmini.planner.run import Run
 from dsmini.planner.search import Chosen, choose_layout
 from dsmini.planner.serving import PHASES, Phase, Served, Service
 from dsmini.planner.training import Training
@@ -59,8 +59,6 @@ class Plan:
     m: ModelFigures
     chosen: Chosen
     run: Run
-    failures: Failures | None
-    """None where training does not fit."""
     service: Service | None
     unusable: str
     """Reason why there is no service, in one sentence; "" if there is one."""
@@ -128,7 +126,7 @@ class Plan:
     @property
     def waits(self) -> dict[str, dict[str, float]]:
         """Seconds of the parts of a step by their words: of training, and of decode and prefill."""
-        return {"training": self.training.parts} | {phase: each.step.waits for phase, each in self.served.items()}
+        return {"training": self.training.parts} | {phase: each.waits for phase, each in self.served.items()}
 
     def longest(self, stage: str) -> list[str]:
         """Return the parts of a step, the longest first, which binds."""
@@ -143,33 +141,21 @@ class Plan:
     def sections(self) -> dict[str, dict[str, Figure]]:
         """Figures by section and name, and the inputs that they need."""
         t, r = self.training, self.request
-        training = [t, t.links, t.exchange, self.run, t.process if t.layout.gpus == 1 else t.fullest]
+        training = [t, t.exchange, self.run, t.fullest, *([self.run.failures] if t.fits else [])]
         sizes = self.m.sizes | {name: self.inputs[name] for name in (*LAYOUT[:5], "micro_batch", "batch")}
-        reliability = figures_of(self.failures, sizes) if self.failures else {}
         found = {
             "model": model_figures(self.m, r.weight_dtype or "bfloat16", r.cache_dtype or "bfloat16"),
             "training": {n: figure for part in training for n, figure in figures_of(part, sizes).items()},
-            "reliability": reliability,
         }
         for phase, each in self.served.items():
-            step, sizes = each.step, self.m.sizes | dict(each.d.figures)
-            parts = (step.memory, step.exchange, step.least, step, each)
+            parts, sizes = (each.memory, each.exchange, each.least, each), self.m.sizes | dict(each.d.figures)
             found[phase] = {n: figure for part in parts for n, figure in figures_of(part, sizes).items()}
         return found
 
-    @property
-    def computed(self) -> dict[str, dict[str, Figure]]:
-        """Figures by section and name that have a formula."""
-        return {name: {n: f for n, f in found.items() if f.formula} for name, found in self.sections.items()}
-
     def unfit(self, name: str) -> bool:
         """Return whether a figure is of training that the memory of a GPU does not hold."""
-        return not self.fits and any(name in self.computed[section] for section in ("training", "reliability"))
-
-    def in_precision(self, precision: Any) -> float | None:
-        """Return the time of the run in the same layout with another precision; None if it does not fit."""
-        training = Training(self.m, self.hardware, self.inputs, replace(self.training.layout, precision=precision))
-        return Run(training, self.inputs).training_time if training.fits else None
+        of = self.sections["training"]
+        return not self.fits and name in of and bool(of[name].formula)
 
 
 def make_plan(
@@ -198,7 +184,7 @@ def make_plan(
     inputs = inputs.filled(how, **{name: getattr(layout, name) for name in LAYOUT})
     inputs.sources["layout"] = how
     run = Run(chosen.training, inputs)
-    failures = Failures(inputs, layout.gpus, run) if chosen.training.fits else None
+    assert not chosen.training.fits or run.failures  # raises
     service, unusable = None, ""
     try:
         inputs = resolve(inputs, model, hardware)
@@ -208,7 +194,7 @@ def make_plan(
     asked = before.asked if before is not None else request
     plan = Plan(
         **{"model": model, "hardware": hardware, "asked": asked, "inputs": inputs, "m": m, "chosen": chosen},
-        **{"run": run, "failures": failures, "service": service, "unusable": unusable},
+        **{"run": run, "service": service, "unusable": unusable},
     )
     of_serving = (*SERVING, "tpot", "ttft")
     require(before is not None or not request.given(of_serving) or not plan.unserved, plan.unserved)
@@ -299,11 +285,6 @@ def _value(word: str) -> Any:
     return int(number) if number.is_integer() else number
 
 
-def labels(values: Iterable[Any]) -> list[str]:
-    """Return values of axes in words."""
-    return [f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v) for v in values]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
     """Plan of one value of each axis, or the reason why there is none."""
@@ -316,8 +297,7 @@ class Variant:
     @property
     def at(self) -> str:
         """Names and values, in words."""
-        words = zip(self.values, labels(self.values.values()), strict=True)
-        return ", ".join(f"{name}={value}" for name, value in words)
+        return ", ".join(f"{n}={v:,}" if type(v) is int else f"{n}={v}" for n, v in self.values.items())
 
     def figure(self, name: str) -> Figure | None:
         """Return a figure of the plan; None where there is none."""

@@ -138,7 +138,7 @@ class PlanRequest:
     tpot: float | None = None
     """Longest time of an output token in milliseconds, that the main deployment keeps; left out: 50."""
     ttft: float | None = None
-    """Longest time of reading a prompt in seconds, that the main deployment keeps; left out: any."""
+    """Longest time of reading a prompt in seconds, that the main deployment keeps; left out: 5."""
 
     failures_per_node_day: float | None = None
     """Number of failures of a node of eight GPUs in a day; left out: Meta's 0.0065."""

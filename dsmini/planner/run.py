@@ -16,6 +16,7 @@ of the time.
 Source: Kokolis et al. (arXiv 2410.21680), Young (1974) and Daly (2006) for failures.
 """
 
+import functools
 from math import exp, sqrt
 
 from dsmini.config.fields import require
@@ -37,7 +38,13 @@ class Run:
         self.t: Training = t
         self.peak: Figure = t.h.peak(t.dtype)
         self.tokens: Figure = inputs["tokens"]
+        self.inputs: Inputs = inputs
         self.utilization: Figure | None = inputs["utilization"] if inputs.request.utilization is not None else None
+
+    @functools.cached_property
+    def failures(self) -> "Failures":
+        """What failures take of the time."""
+        return Failures(self.inputs, self.t.layout.gpus)
 
     @figure("token")
     def step_tokens(self) -> float:
@@ -49,7 +56,7 @@ class Run:
         """Operations of a step. Source: INS, table 2."""
         return self.t.m.training_flops * self.step_tokens
 
-    @figure("s")
+    @figure("s", main=True)
     def step_seconds(self) -> float:
         """Time of a step."""
         if self.utilization is not None:
@@ -68,40 +75,44 @@ class Run:
         """Least time of the whole run without failures."""
         return self.tokens / self.step_tokens * self.least_step_seconds
 
-    @figure()
+    @figure(main=True)
     def mfu(self) -> float:
         """Share of the peak that a step reaches (MFU, causal). Source: INS, table 4."""
         return self.step_flops / (self.t.layout.gpus * self.peak * self.step_seconds)
 
-    @figure("token/s")
+    @figure("token/s", main=True)
     def training_tokens_per_second(self) -> float:
         """Tokens a second, all GPUs."""
         return self.step_tokens / self.step_seconds
 
-    @figure("s")
+    @figure("s", main=True)
     def training_time(self) -> float:
         """Time of the whole run without failures."""
         return self.tokens / self.training_tokens_per_second
 
-    @figure()
+    @figure(main=True)
     def training_gpu_hours(self) -> float:
         """GPU-hours of the whole run. Source: V3, table 1."""
         return self.t.layout.gpus * self.training_time / 3600
 
-    @figure("$")
+    @figure("$", main=True)
     def training_cost(self) -> float | None:
         """Rent of the whole run. Source: V3, table 1."""
         if self.t.h.price is None:
             return None
         return self.training_gpu_hours * 3600 * self.t.h.price
 
+    @figure("s", main=True)
+    def elapsed_time(self) -> float | None:
+        """Time of the run with failures. Source: Kokolis et al. (arXiv 2410.21680)."""
+        return self.training_time / self.failures.effective_share if self.t.fits else None
+
 
 class Failures:
-    """Cost of failures to a run, or to GPUs alone. Raises: ValueError for more of them than a run survives."""
+    """Share of the time of GPUs that failures take. Raises: ValueError for more of them than a run survives."""
 
-    def __init__(self, inputs: Inputs, gpus: float, run: Run | None = None) -> None:
+    def __init__(self, inputs: Inputs, gpus: float) -> None:
         self.gpus: float = gpus
-        self.run: Run | None = run
         self.failures_per_node_day: Figure = inputs["failures_per_node_day"]
         self.restart: Figure = inputs["restart_time"]
         self.halt: Figure = inputs["checkpoint_halt"]
@@ -110,7 +121,7 @@ class Failures:
         said += f"for a restart and {self.halt} for a checkpoint; lower one of the three"
         require(self.restart + self.halt + self.checkpoint_interval <= MOST_LOST * mean, said)
 
-    @figure("s")
+    @figure("s", main=True)
     def mean_time_to_failure(self) -> float:
         """Mean time between failures. Source: Kokolis et al. (arXiv 2410.21680)."""
         return 86400 / (self.gpus / GPUS_OF_A_FAILURE * self.failures_per_node_day)
@@ -120,21 +131,9 @@ class Failures:
         """Time between checkpoints, best to first order. Source: Young (1974): sqrt(2 w M)."""
         return sqrt(2 * self.halt * self.mean_time_to_failure)
 
-    @figure()
+    @figure(main=True)
     def effective_share(self) -> float:
         """Share of the time that trains. Source: Daly (2006): the complete cost function."""
         mean = self.mean_time_to_failure
         lost = exp((self.checkpoint_interval + self.halt) / mean) - 1
         return self.checkpoint_interval / (mean * exp(self.restart / mean) * lost)
-
-    @figure("s")
-    def elapsed_time(self) -> float | None:
-        """Time of the run with failures. Source: Kokolis et al. (arXiv 2410.21680)."""
-        return self.run.training_time / self.effective_share if self.run else None
-
-    @figure("$")
-    def elapsed_cost(self) -> float | None:
-        """Rent of the run with failures."""
-        if self.run is None or self.run.training_cost is None:
-            return None
-        return self.run.training_cost / self.effective_share

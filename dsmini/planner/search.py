@@ -7,22 +7,21 @@ Every allowed layout is planned by training.py: its memory, and the time of a st
 
 Where the user leaves the layout open it is the fastest of a short list that fits. Where the number of GPUs is open too,
 it is the fewest that train within `days`: 1, 2, 4, ... up to a node, then 1, 2, 4, ... nodes. Numbers are skipped that
-would train too slowly if twice the GPUs were twice as fast. A small number may fit in slow layouts alone, so
-the skipped ones are tried last, from the largest on. If none fits, the layout is the one that needs least memory, with
-what would fit.
+would train too slowly if they divided the work of one GPU evenly. They are tried last, from the largest on, where
+no other fits. If none fits, the layout is the one that needs least memory, with what would fit.
 
 Estimates: the time is that of training.py. Memory is a lower bound, so a layout may fill memory_share of it. Sequences
 are divided into parts (context_parallel) where no layout with whole ones fits.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from dsmini.accounting.tensors import divisors
-from dsmini.config import RunConfig
 from dsmini.planner.hardware import Hardware, OnPart, quiet
 from dsmini.planner.layout import Layout, check, rules
 from dsmini.planner.model import ModelFigures
@@ -59,13 +58,6 @@ DEFAULTS: Mapping[str, Any] = {
 """Layout of one process."""
 
 
-def lean(options: Options) -> Options:
-    """Return the options that need least memory; ZeRO also 0, since 1 to 3 divide a batch."""
-    zeros = tuple(dict.fromkeys((options["zero"][0], options["zero"][-1])))
-    last = {name: options[name][-1:] for name in ("recompute", "precision")}
-    return {**options, "schedule": options["schedule"][:1], "zero": zeros, **last}
-
-
 Found = tuple[float, float, int, Training]
 """Layout that was planned: seconds of a step, memory, and place among all of the options, by which they are sorted."""
 
@@ -80,16 +72,12 @@ class Search:
     base: Layout
     """Number of GPUs, batch, optimizer and moments; the options replace all else."""
     options: Options
-    alone: Options = field(default_factory=dict[str, Any])
-    """Options of one GPU alone, which trains as dsmini itself does, in place of those."""
 
     def every(self) -> Iterator[Training]:
         """Yield all layouts that the rules allow."""
         c, gpus, node = self.m.config, self.base.gpus, self.hardware.gpus_per_node
         self.hardware.check_links(gpus)
         options = self.options
-        if gpus == 1:
-            options = {**options, **self.alone}
         most = {"pipeline": c.n_layers, "tensor": node, "expert": c.n_routed_experts}
         sizes = [options[name] if name in options else divisors(gpus, most[name]) for name in SIZES]
         ruled, free = ([options[name] for name in names] for names in (CHOICES[:2], CHOICES[2:]))
@@ -115,20 +103,14 @@ class Search:
         return sorted(best.values())[:most]
 
     def smallest(self) -> Training | None:
-        """Return the layout of least memory, then the first one of the options; None if there is none."""
-        return min(self.every(), key=lambda t: t.memory_needed, default=None)
+        """Return the layout of least memory, then the first one of the options; None if there is none.
 
-    def fits_any(self) -> bool:
-        """Return whether some layout fits."""
-        return any(t.fits for t in self.every())
-
-
-def candidates(search: Search, on_part: OnPart = quiet, most: int = 12) -> list[Found]:
-    """Return the fastest layouts that fit. Raises: ValueError if no layout fits, with what would fit."""
-    found = search.fastest(most, on_part)
-    if not found:
-        raise ValueError(what_would_fit(search))
-    return found
+        ZeRO is also tried at its first option, since 1 to 3 divide a batch.
+        """
+        schedules, zeros = self.options["schedule"], self.options["zero"]
+        options = {**self.options, "schedule": schedules[:1], "zero": tuple(dict.fromkeys((zeros[0], zeros[-1])))}
+        options |= {name: self.options[name][-1:] for name in ("recompute", "precision")}
+        return min(replace(self, options=options).every(), key=lambda t: t.memory_needed, default=None)
 
 
 # --- the layout that a user leaves open
@@ -171,27 +153,16 @@ def choose_layout(inputs: Inputs, model: Model, m: ModelFigures, hardware: Hardw
     if run is not None:
         state |= {"optimizer": run.train.optimizer, "moments": run.train.moments}
         state |= {"precision": "fp32"} if run.train.dtype == "float32" else {}
-    why_not = ""
     if is_v3(model.config) and hardware.networked:
         but = ", ".join(f"{name}={value}" for name, value in given.items())
-        try:
+        with contextlib.suppress(ValueError):  # the given numbers may allow no such layout
             found = planned(**{**state, **presets()["deepseek-v3"]["training"], **given})
-            time = Run(found, inputs).training_time
-            in_time = r.days is None or "gpus" in given or time <= r.days * DAY
-            if found.fits and in_time:
+            any_time = r.days is None or "gpus" in given
+            if found.fits and (any_time or Run(found, inputs).training_time <= (r.days or DAYS) * DAY):
                 return Chosen(found, f"as DeepSeek-V3 was trained{but and f', but {but}'}")
-            why_not = f"it needs {human(found.memory_needed, 'B')} of {human(hardware.memory, 'B')}"
-            if found.fits:
-                why_not = f"that takes {human(time, 's')}"
-        except ValueError as error:  # the given numbers allow no such layout
-            why_not = str(error)
-        why_not = f"; not as DeepSeek-V3 was trained: {why_not}"
     base = Layout(**{**state, **given}, batch=r.batch or 1)
     options = {**SHORT, "precision": (base.precision,), **{name: (value,) for name, value in given.items()}}
-    alone = {name: values for name, values in alone_options(run, base.batch).items() if name not in given}
-    search = Search(m=m, hardware=hardware, assumed=inputs, base=base, options=options, alone=alone)
-    if not replace(search, base=replace(base, gpus=1)).fits_any():  # one process then takes fewer sequences at a time
-        alone.pop("micro_batch", None)
+    search = Search(m=m, hardware=hardware, assumed=inputs, base=base, options=options)
     counts = _counts(search, given)
     longest = math.inf if "gpus" in given else DAY * (r.days or DAYS)
     chosen = _by_gpus(search, counts, longest, inputs)
@@ -199,30 +170,13 @@ def choose_layout(inputs: Inputs, model: Model, m: ModelFigures, hardware: Hardw
         search = replace(search, options={**options, "context_parallel": PARTS})
         chosen = _by_gpus(search, counts, longest, inputs)
     if chosen is not None:
-        return chosen._replace(how=chosen.how + why_not)
-    last = replace(search, base=replace(base, gpus=counts[-1]), options=lean(options))
+        return chosen
+    last = replace(search, base=replace(base, gpus=counts[-1]), options=options)
     smallest = last.smallest()
     if smallest is None:
         check(rules(replace(base, gpus=counts[0]), model.config, hardware.gpus_per_node))  # raises what contradicts
         raise ValueError(what_would_fit(last))
-    how = "no layout fits, and this one needs the least memory"
-    return Chosen(smallest, how + why_not, what_would_fit(last))
-
-
-def alone_options(run: RunConfig | None, batch: int) -> dict[str, tuple[Any, ...]]:
-    """Return the options of one process: dsmini makes all blocks again or none, and divides a step as the run says.
-
-    Args:
-        run: recipe of the config's file.
-        batch: sequences of a step.
-    """
-    if run is None:
-        return {"recompute": ("none", "full")}
-    parts = run.train.grad_accum
-    return {
-        "recompute": ("full",) if run.train.recompute else ("none", "full"),
-        "micro_batch": (batch // parts if batch % parts == 0 else 1,),
-    }
+    return Chosen(smallest, "no layout fits, and this one needs the least memory", what_would_fit(last))
 
 
 def _counts(search: Search, given: Mapping[str, Any]) -> list[int]:
@@ -236,38 +190,22 @@ def _counts(search: Search, given: Mapping[str, Any]) -> list[int]:
 
 
 def _by_gpus(search: Search, counts: list[int], longest: float, inputs: Inputs) -> Chosen | None:
-    """Return the fastest layout on the fewest GPUs that train in time, or on the most; None if none fits."""
-
-    def fastest(gpus: int) -> Training | None:
-        here = replace(search, base=replace(search.base, gpus=gpus))
-        found = here.fastest(1) if replace(here, options=lean(search.options)).fits_any() else []
-        return found[0][-1] if found else None
-
-    def too_long(t: Training) -> float:
-        return Run(t, inputs).training_time / longest
-
+    """Return the fastest layout on the fewest GPUs that train in time, else on the most that fit; None if none fits."""
+    one = Training(search.m, search.hardware, inputs, replace(search.base, **dict.fromkeys(("gpus", *SIZES[:4]), 1)))
+    least = Run(one, inputs).training_time  # of one GPU that would hold all: no layout divides it better than evenly
+    able = [gpus for gpus in counts if least <= gpus * longest]
     best: Training | None = None
-    wanted, skipped = 0.0, list[int]()
-    for gpus in counts:
-        if gpus < wanted:
-            skipped.append(gpus)
-        elif found := fastest(gpus):
-            best, wanted = found, gpus * too_long(found)
-            if wanted <= gpus:
-                break
+    for gpus in [*able, *(gpus for gpus in reversed(counts) if gpus not in able)]:
+        if best is not None and gpus not in able:
+            break
+        found = replace(search, base=replace(search.base, gpus=gpus)).fastest(1)
+        best = found[0][-1] if found else best
+        if found and Run(found[0][-1], inputs).training_time <= longest:
+            break
     if best is None:
         return None
-    for gpus in reversed(skipped):
-        found = fastest(gpus)
-        if found is None:
-            continue
-        if too_long(found) > 1 >= too_long(best):
-            break
-        best = found
-        if too_long(best) > 1:
-            break
     how, of = "the fastest of a short list that fits", f"{human(longest, 's')} (--days)"
-    if too_long(best) > 1:
+    if Run(best, inputs).training_time > longest:
         how += f"; no number of GPUs that was tried trains within {of}"
     elif longest < math.inf:
         how += f", on the fewest GPUs that train within {of}"
@@ -285,7 +223,7 @@ def gpu_counts(node: int, most: int = MOST_GPUS, factors: tuple[int, ...] = (1,)
 def what_would_fit(found: Search) -> str:
     """Return one sentence for a search that no layout fits: the least memory there is, and how many GPUs would do."""
     gpus, batch = found.base.gpus, found.base.batch
-    smallest = replace(found, options=lean(found.options)).smallest()
+    smallest = found.smallest()
     if smallest is None:
         return f"gpus={gpus} allow no layout for a step of batch={batch} sequences; use a batch that they divide"
     fix = "use hardware with more memory, or leave out a choice"
@@ -293,7 +231,8 @@ def what_would_fit(found: Search) -> str:
     more = [(f, 1) for f in factors if f <= batch * found.m.config.n_layers / gpus] + [(f, f) for f in factors]
     for f, rows in more:
         base = replace(found.base, gpus=f * gpus, batch=rows * batch)
-        if replace(found, base=base, options=lean(found.options)).fits_any():
+        larger = replace(found, base=base).smallest()
+        if larger is not None and larger.fits:
             fix = f"use gpus={f * gpus}" + (f" and batch={rows * batch}" if rows > 1 else "")
             break
     least = smallest.layout

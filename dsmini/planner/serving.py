@@ -1,8 +1,7 @@
 """Serving: memory of a GPU of a deployment, and the time of its step twice, as a bound and as an estimate.
 
-    memory(service, hardware, deployment)    what a GPU holds
-    step(service, hardware, deployment)      how long a step takes, in decoding or in reading prompts
-    serve(step)                              what that gives: tokens a second of a user and of a GPU, and their price
+    ServingMemory    what a GPU of a deployment holds
+    Served           how long a step takes, and what it gives: tokens a second of a user and of a GPU, and their price
 
 Bound. No engine is faster with these weights, caches and accepted drafts on these GPUs. Weights are read once, at the
 width of their dtype; what drafts are verified by costs one reading; all products run at their peaks; a row crosses a
@@ -30,7 +29,6 @@ Source: DeepSeek-V3 report, sections 3.4 and 5.4.3; INS, section 2.3.2; Leviatha
 """  # noqa: E501
 
 import functools
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import floor
@@ -38,15 +36,15 @@ from typing import Literal
 
 from dsmini.accounting.flops import context_products, twice_the_keys
 from dsmini.accounting.memory import fixed_layer_bytes, rows_read
-from dsmini.accounting.tensors import SCORES, WeightDtype, divisors, main_tensors, mtp_tensors
+from dsmini.accounting.tensors import SCORES, WeightDtype, blocks, divisors, main_tensors, mtp_tensors
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
 from dsmini.planner.exchange import Exchange
 from dsmini.planner.figure import Figure, counted, figure
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.layout import gpus_in_node
-from dsmini.planner.model import EXPERTS, CacheFigures, ModelFigures, WeightFigures
-from dsmini.planner.request import Inputs
+from dsmini.planner.model import CacheFigures, ModelFigures, WeightFigures
+from dsmini.planner.request import Inputs, titles_of
 from dsmini.reading import listed
 from dsmini.report.units import human, plural
 
@@ -61,15 +59,8 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
     "int4": ("bfloat16",),
 }
 """Units that multiply numbers of a dtype, the best first."""
-PARTS = {
-    "matrices_time": "matrices",
-    "experts_time": "experts",
-    "attention_time": "attention",
-    "latency_time": "launches",
-    "links_time": "links",
-    "draft_time": "drafts",
-}
-"""Parts of an estimate, with the words of a verdict."""
+PARTS = ("matrices_time", "experts_time", "attention_time", "latency_time", "links_time", "draft_time")
+"""Parts of an estimate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,16 +94,9 @@ class Deployment:
     @property
     def figures(self) -> Mapping[str, Figure]:
         """Sizes that formulas name."""
-        titles = {
-            "gpus": "GPUs of the deployment",
-            "tensor": "GPUs that share sequences",
-            "batch": "Sequences of a step",
-            "micro_batches": "Parts of a batch",
-            "drafts": "Drafts of a sequence",
-            "redundant": "Copies of experts",
-        }
-        why = self.label or "chosen"
-        return {n: Figure(f"{self.phase}_{n}", getattr(self, n), "", title, why) for n, title in titles.items()}
+        titles, why = titles_of(Deployment), self.label or "chosen"
+        sizes = ("gpus", "tensor", "batch", "micro_batches", "drafts", "redundant")
+        return {n: Figure(f"{self.phase}_{n}", getattr(self, n), "", titles[n], why) for n in sizes}
 
 
 def misfit(d: Deployment, c: ModelConfig, h: Hardware) -> str:
@@ -151,7 +135,7 @@ class Service:
         self.c: ModelConfig = c
         self.h: Hardware = h
         self.a: Inputs = inputs
-        self.weights: WeightFigures = WeightFigures(m, r.weight_dtype)
+        self.weights: WeightFigures = WeightFigures(m, r.weight_dtype, main_tensors(c))
         self.cache: CacheFigures = CacheFigures(c, r.cache_dtype)
         self.dtype: WeightDtype = r.weight_dtype
         self.tokens: Mapping[Phase, Figure] = {"decode": inputs["context"], "prefill": inputs["prompt"]}
@@ -168,16 +152,9 @@ class Service:
         self.index_peak: Figure = h.rate(*PRODUCTS[r.indexer_dtype or plain], plain)
         self.products: Mapping[Phase, tuple[float, float]] = {phase: self._products(phase) for phase in PHASES}
         """Multiply-adds of a token with its context, all layers: attention's, and an indexer's."""
-        self.draft_bytes: tuple[float, float, float] = self._drafts()
-        """Bytes of multi-token prediction: of one expert, of all that tensor parallelism divides, and of the rest."""
+        self.draft_weights: WeightFigures = WeightFigures(m, r.weight_dtype, mtp_tensors(c))
+        """Weights of multi-token prediction."""
         self.rows_read: float = rows_read(c, int(self.tokens["decode"]), self.cache.dtype)
-
-    def _drafts(self) -> tuple[float, float, float]:
-        found = Counter[str]()
-        for use in (use for use in mtp_tensors(self.c) if use.owned):
-            kind = "expert" if use.kind == EXPERTS else "whole" if use.split == "whole" else "divided"
-            found[kind] += use.times * use.bytes(self.dtype)
-        return found["expert"], found["divided"], found["whole"]
 
     @functools.cache  # noqa: B019 (a plan has one service)
     def rows(self, phase: Phase, gpus: int) -> tuple[Exchange, Exchange]:
@@ -220,7 +197,7 @@ class ServingMemory:
         """Sequences of GPUs that share theirs. Source: the batch, in equal parts."""
         return max(1, self.d.batch * self.d.tensor / self.d.gpus)
 
-    @figure("B")
+    @figure("B", main=True)
     def gpu_weights(self) -> float:
         """Weights that a GPU holds. Source: V3, section 3.4."""
         w = self.s.weights
@@ -235,8 +212,8 @@ class ServingMemory:
 
     def drafted(self, experts: float) -> float:
         """Return the bytes of multi-token prediction on a GPU with this many experts of its block."""
-        expert, divided, whole = self.s.draft_bytes if self.d.drafts else (0, 0, 0)
-        return experts * expert + divided / self.d.tensor + whole
+        w, moe = self.s.draft_weights, blocks(self.s.c)[3]
+        return moe * experts * w.expert_bytes + w.divided_bytes / self.d.tensor + w.whole_bytes if self.d.drafts else 0
 
     @figure()
     def cache_parts(self) -> float:
@@ -265,12 +242,12 @@ class ServingMemory:
         cache = self.s.cache.kv_cache + self.draft_cache if self.draft_cache else self.s.cache.kv_cache
         return (self.tokens * cache + self.sequence_window) / self.cache_parts
 
-    @figure("B")
+    @figure("B", main=True)
     def gpu_cache(self) -> float:
         """Cache that a GPU holds. Source: V3, section 3.4."""
         return self.group_sequences * self.sequence_cache
 
-    @figure("B")
+    @figure("B", main=True)
     def gpu_memory(self) -> float:
         """Weights and cache that a GPU holds. Source: V3, section 3.4."""
         return self.gpu_weights + self.gpu_cache
@@ -280,7 +257,7 @@ class ServingMemory:
         """Memory of a GPU that weights and cache may take."""
         return self.s.h.memory * self.s.a["memory_share"]
 
-    @figure()
+    @figure(main=True)
     def sequences_that_fit(self) -> float:
         """Sequences of this length that fit, of all GPUs. Source: V3, section 3.4."""
         of_group = floor(max(self.usable_memory - self.gpu_weights, 0) / self.sequence_cache)
@@ -300,20 +277,17 @@ class ServingMemory:
         return f"{d.phase} on {plural(d.gpus, 'GPU')} does not fit: {dtypes}, more than {share}; {fix}"
 
 
-class ServingStep:
-    """Time of a step of a deployment: a bound, and an estimate."""
+class Served:
+    """Step of a deployment: its time, the tokens that it gives and their price, as a bound and as an estimate."""
 
     def __init__(self, memory: ServingMemory) -> None:
         s, d = memory.s, memory.d
         self.memory: ServingMemory = memory
         self.s: Service = s
         self.d: Deployment = d
-        self.a: Inputs = s.a
-        self.h: Hardware = s.h
         self.stage: str = memory.stage
         self.decode: bool = d.phase == "decode"
-        self.exchange: Exchange
-        self.least: Exchange
+        self.acceptance: Figure = s.a["acceptance"]
         self.exchange, self.least = s.rows(d.phase, d.gpus)
         self.exchanges: int = s.m.moe_layers if d.gpus > d.tensor else 0
         """Layers whose rows cross a link: GPUs that all share their sequences have them."""
@@ -394,31 +368,31 @@ class ServingStep:
         main = (w.divided_bytes + w.vocabulary_bytes) / d.tensor + experts + w.whole_bytes - w.table_bytes
         return main + self.memory.drafted(self.bound_experts_read) if d.drafts else main
 
-    @figure("s")
+    @figure("s", main=True)
     def bound_memory_time(self) -> float:
         """Least time of a step in memory traffic. Source: amount over rate."""
-        return (self.bound_weights_read + self.cache_read) / self.h.memory_bandwidth
+        return (self.bound_weights_read + self.cache_read) / self.s.h.memory_bandwidth
 
-    @figure("s")
+    @figure("s", main=True)
     def bound_compute_time(self) -> float:
         """Least time of a step in matrix products. Source: amount over rate."""
         s = self.s
         products = self.matrix_flops / s.matrix_peak + self.expert_flops / s.expert_peak
         return products + self.plain_flops / s.plain_peak + self.attended_time
 
-    @figure("s")
+    @figure("s", main=True)
     def bound_slow_time(self) -> float:
         """Least time of a step between nodes. Source: amount over rate."""
-        if not (self.exchanges and self.h.networked):
+        if not (self.exchanges and self.s.h.networked):
             return 0
-        return self.gpu_tokens * self.exchanges * self.least.slow_row_bytes / self.h.slow_link
+        return self.gpu_tokens * self.exchanges * self.least.slow_row_bytes / self.s.h.slow_link
 
-    @figure("s")
+    @figure("s", main=True)
     def bound_fast_time(self) -> float:
         """Least time of a step within a node. Source: amount over rate."""
-        if not (self.exchanges and self.h.linked):
+        if not (self.exchanges and self.s.h.linked):
             return 0
-        return self.gpu_tokens * self.exchanges * self.least.fast_row_bytes / self.h.fast_link
+        return self.gpu_tokens * self.exchanges * self.least.fast_row_bytes / self.s.h.fast_link
 
     @figure("s")
     def bound_time(self) -> float:
@@ -441,50 +415,51 @@ class ServingStep:
             return (divided + w.absorbed_bytes - w.latent_up_bytes) / self.d.tensor + whole
         return divided / self.d.tensor + whole
 
-    @figure("s")
+    @figure("s", main=True)
     def matrices_time(self) -> float:
         """Time of a step with matrices but routed experts. Source: the slower of reading and computing."""
-        a, products = self.a, self.matrix_flops / self.s.matrix_peak + self.plain_flops / self.s.plain_peak
-        read = self.d.micro_batches * self.weights_read / self.h.memory_bandwidth
+        a, products = self.s.a, self.matrix_flops / self.s.matrix_peak + self.plain_flops / self.s.plain_peak
+        read = self.d.micro_batches * self.weights_read / self.s.h.memory_bandwidth
         return max(read / a["matrix_bandwidth"], products / a["matrix_compute"])
 
-    @figure("s")
+    @figure("s", main=True)
     def experts_time(self) -> float:
         """Time of a step with routed experts, of the fullest GPU. Source: the slower of reading and computing."""
-        a, w = self.a, self.s.weights
-        read = self.d.micro_batches * self.s.m.moe_layers * self.experts_read * w.expert_bytes / self.h.memory_bandwidth
+        a, w = self.s.a, self.s.weights
+        read = self.d.micro_batches * self.s.m.moe_layers * self.experts_read * w.expert_bytes
         computed = a["expert_imbalance"] * self.expert_flops / self.s.expert_peak
-        return max(read / a["expert_bandwidth"], computed / a[self.s.expert_share])
+        return max(read / self.s.h.memory_bandwidth / a["expert_bandwidth"], computed / a[self.s.expert_share])
 
-    @figure("s")
+    @figure("s", main=True)
     def attention_time(self) -> float:
         """Time of a step in attention, of a GPU with sequences. Source: the slower of reading and computing."""
-        a, group = self.a, self.memory.group_sequences * self.d.gpus / (self.d.batch * self.d.tensor)
-        read = self.cache_read / self.h.memory_bandwidth / a["attention_bandwidth"]
+        a, group = self.s.a, self.memory.group_sequences * self.d.gpus / (self.d.batch * self.d.tensor)
+        read = self.cache_read / self.s.h.memory_bandwidth / a["attention_bandwidth"]
         return max(read, group * self.attended_time / a[self.s.attention_share])
 
-    @figure("s")
+    @figure("s", main=True)
     def latency_time(self) -> float:
         """Time of a step in which kernels wait for each other. Source: a latency a layer and step."""
-        return self.d.micro_batches * self.s.c.n_layers * self.a["layer_latency"] + self.a["step_latency"]
+        return self.d.micro_batches * self.s.c.n_layers * self.s.a["layer_latency"] + self.s.a["step_latency"]
 
     @figure("s")
     def rows_time(self) -> float:
         """Time of a step in rows of experts, of the fullest GPU. Source: the slower link, and a latency each way."""
         if not self.exchanges:
             return 0
-        a, slow, fast = self.a, self.exchange.slow_row_bytes, self.exchange.fast_row_bytes
-        links = max(slow / self.h.slow_link if self.h.networked else 0, fast / self.h.fast_link)
+        a, slow, fast = self.s.a, self.exchange.slow_row_bytes, self.exchange.fast_row_bytes
+        links = max(slow / self.s.h.slow_link if self.s.h.networked else 0, fast / self.s.h.fast_link)
         sent = a["expert_imbalance"] * self.gpu_tokens * self.exchanges * links / a["link_efficiency"]
         return sent + 2 * self.d.micro_batches * self.exchanges * a["exchange_latency"]
 
-    @figure("s")
+    @figure("s", main=True)
     def links_time(self) -> float:
         """Time of a step on links: rows of experts, and two sums a layer of GPUs that share sequences."""
         if self.d.tensor == 1:
             return self.rows_time
-        group = self.gpu_tokens * 4 * self.s.c.dim * (self.d.tensor - 1) / self.h.fast_link / self.a["link_efficiency"]
-        return self.rows_time + 2 * self.s.c.n_layers * (group + self.d.micro_batches * self.a["reduce_latency"])
+        a, sent = self.s.a, self.gpu_tokens * 4 * self.s.c.dim * (self.d.tensor - 1)
+        group = sent / self.s.h.fast_link / a["link_efficiency"] + self.d.micro_batches * a["reduce_latency"]
+        return self.rows_time + 2 * self.s.c.n_layers * group
 
     @figure("s")
     def main_time(self) -> float:
@@ -492,11 +467,11 @@ class ServingStep:
         work = self.matrices_time + self.experts_time + self.attention_time + self.latency_time
         return max(work, self.links_time) if self.d.micro_batches > 1 else work + self.links_time
 
-    @figure("s")
+    @figure("s", main=True)
     def draft_time(self) -> float:
         """Time of all drafts, each a block and the head. Source: V3, section 5.4.3."""
-        head = self.s.weights.vocabulary_bytes / self.d.tensor / self.h.memory_bandwidth
-        return self.d.drafts * (self.main_time / self.s.c.n_layers + head / self.a["matrix_bandwidth"])
+        head = self.s.weights.vocabulary_bytes / self.d.tensor / self.s.h.memory_bandwidth
+        return self.d.drafts * (self.main_time / self.s.c.n_layers + head / self.s.a["matrix_bandwidth"])
 
     @figure("s")
     def estimate_time(self) -> float:
@@ -506,84 +481,59 @@ class ServingStep:
     @property
     def waits(self) -> dict[str, float]:
         """Seconds of the parts of a step by their words: of the estimate."""
-        return {words: time for name, words in PARTS.items() if (time := getattr(self, name))}
+        return {name.removesuffix("_time"): time for name in PARTS if (time := getattr(self, name))}
 
-
-class Served:
-    """Tokens that a deployment gives, by the bound and by the estimate, and their price."""
-
-    def __init__(self, step: ServingStep) -> None:
-        self.step: ServingStep = step
-        self.d: Deployment = step.d
-        self.h: Hardware = step.h
-        self.stage: str = step.stage
-        self.decode: bool = step.decode
-        self.acceptance: Figure = step.a["acceptance"]
+    # --- what a step gives
 
     @figure()
     def tokens_per_step(self) -> float:
         """Tokens of a sequence that a step gives. Source: Leviathan et al.: 1 + p + ... + p^d."""
         if self.decode:
             return (1 - self.acceptance ** (self.d.drafts + 1)) / (1 - self.acceptance) if self.d.drafts else 1
-        return self.step.positions
+        return self.positions
 
-    @figure("s")
+    @figure("s", main=True)
     def time(self) -> float:
         """Time of an output token, or to the first one, an estimate."""
-        return self.step.estimate_time / self.tokens_per_step if self.decode else self.step.estimate_time
+        return self.estimate_time / self.tokens_per_step if self.decode else self.estimate_time
 
-    @figure("s")
+    @figure("s", main=True)
     def least_time(self) -> float:
         """Least time of an output token, or to the first one."""
-        return self.step.bound_time / self.tokens_per_step if self.decode else self.step.bound_time
+        return self.bound_time / self.tokens_per_step if self.decode else self.bound_time
 
-    @figure("token/s")
+    @figure("token/s", main=True)
     def tokens_per_second(self) -> float:
         """Tokens/s of a sequence, an estimate."""
-        return self.tokens_per_step / self.step.estimate_time
+        return self.tokens_per_step / self.estimate_time
 
-    @figure("token/s")
+    @figure("token/s", main=True)
     def most_tokens_per_second(self) -> float:
         """Most tokens/s of a sequence."""
-        return self.tokens_per_step / self.step.bound_time
+        return self.tokens_per_step / self.bound_time
 
-    @figure("token/s")
+    @figure("token/s", main=True)
     def gpu_tokens_per_second(self) -> float:
         """Tokens/s of a GPU, an estimate."""
         return self.d.batch * self.tokens_per_second / self.d.gpus
 
-    @figure("token/s")
+    @figure("token/s", main=True)
     def most_gpu_tokens_per_second(self) -> float:
         """Most tokens/s of a GPU."""
         return self.d.batch * self.most_tokens_per_second / self.d.gpus
 
-    @figure("$/token")
+    @figure("$/token", main=True)
     def cost(self) -> float | None:
         """Rent of a token at the low end, an estimate."""
-        return self.h.price / self.gpu_tokens_per_second if self.h.price is not None else None
+        return self.s.h.price / self.gpu_tokens_per_second if self.s.h.price is not None else None
 
-    @figure("$/token")
+    @figure("$/token", main=True)
     def cost_most(self) -> float | None:
         """Rent of a token at the high end, an estimate."""
-        return self.h.price_most / self.gpu_tokens_per_second if self.h.price_most is not None else None
-
-    @figure("$/token")
-    def least_cost(self) -> float | None:
-        """Least rent of a token, at the low end."""
-        return self.h.price / self.most_gpu_tokens_per_second if self.h.price is not None else None
-
-
-def memory(service: Service, d: Deployment) -> ServingMemory:
-    """Return what a GPU of a deployment holds. Raises: ValueError for a deployment that cannot be."""
-    require(not (said := misfit(d, service.c, service.h)), said)
-    return ServingMemory(service, d)
-
-
-def step(service: Service, d: Deployment) -> ServingStep:
-    """Return the time of a step of a deployment, as a bound and as an estimate; it may not fit."""
-    return ServingStep(memory(service, d))
+        return self.s.h.price_most / self.gpu_tokens_per_second if self.s.h.price_most is not None else None
 
 
 def serve(service: Service, d: Deployment) -> Served:
-    """Return the tokens that a deployment gives, as a bound and as an estimate, and their price; it may not fit."""
-    return Served(step(service, d))
+    """Return what a deployment gives; it may not fit. Raises: ValueError for a deployment that cannot be."""
+    require(not (said := misfit(d, service.c, service.h)), said)
+    return Served(ServingMemory(service, d))

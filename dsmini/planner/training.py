@@ -4,7 +4,7 @@ Memory. A parameter of a matrix takes 2 + 4 + 4 + 8 = 18 bytes in BF16 (weight, 
 moments), and 1 + 4 + 4 + 4 = 13 with FP8 and BF16 moments. ZeRO divides them over the GPUs that hold the same: `data`
 of them for a matrix, data * tensor / expert for an expert, twice as many with DualPipe, whose halves hold the same
 stages. Activations are those of the micro-batches in flight. It is a lower bound: buffers of communication and
-temporary results are left out. One GPU alone is planned as dsmini itself trains, by accounting's training_bytes.
+temporary results are left out.
 
 Time. The slowest stage (stages.py) sets the pace of all. It computes at the peaks times the shares that are reached
 while computing; where experts are shared, a share of each GPU carries their rows in place of computing. Rows of experts
@@ -22,22 +22,17 @@ each pass, not hidden; the work of a causal mask is divided evenly.
 Source: DeepSeek-V3 report, sections 3.2 and 3.3, table 2; ZeRO (arXiv 1910.02054); INS, table 4.
 """
 
-from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
-from dsmini.accounting.memory import TABLES, activation_bytes, kv_bytes_per_token, training_bytes
+from dsmini.accounting.memory import kv_bytes_per_token
 from dsmini.accounting.tensors import BLOCK, SIZES
-from dsmini.planner.exchange import Exchange, Links
+from dsmini.planner.exchange import Exchange
 from dsmini.planner.figure import counted, figure
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.layout import Layout, gpus_in_node
 from dsmini.planner.model import ModelFigures
 from dsmini.planner.request import DTYPES, Inputs
 from dsmini.planner.stages import Pipeline, Place, fastest_pipeline
-
-if TYPE_CHECKING:
-    from dsmini.accounting.tensors import Bytes
 
 ZERO3_GATHERED = 2
 """Layers whose weights ZeRO 3 holds whole: the one at work and the one that is fetched."""
@@ -60,7 +55,6 @@ class Training:
         self.h: Hardware = h
         self.a: Inputs = a
         self.layout: Layout = r
-        self.links: Links = Links(h, a)
         in_node = gpus_in_node(r.expert, h.gpus_per_node)
         self.exchange: Exchange = Exchange(m.config, r.expert, in_node, DTYPES[r.precision])
         self.dtype = "float32" if r.precision == "fp32" else "bfloat16"
@@ -79,9 +73,7 @@ class Training:
     def data(self) -> float:
         """Parts of the batch (data parallelism). Source: V3, section 3.2."""
         r = self.layout
-        if r.context_parallel > 1:
-            return r.gpus / (r.pipeline * r.tensor * r.context_parallel)
-        return r.gpus / (r.pipeline * r.tensor)
+        return r.gpus / (r.pipeline * r.tensor * r.context_parallel)
 
     @figure()
     def expert_data(self) -> float:
@@ -96,9 +88,7 @@ class Training:
     @figure("token")
     def micro_batch_tokens(self) -> float:
         """Tokens of a micro-batch on a GPU."""
-        if self.layout.context_parallel > 1:
-            return self.layout.micro_batch * self.m.seq_len / self.layout.tensor / self.layout.context_parallel
-        return self.layout.micro_batch * self.m.seq_len / self.layout.tensor
+        return self.layout.micro_batch * self.m.seq_len / self.layout.tensor / self.layout.context_parallel
 
     # --- bytes of a parameter of a matrix
 
@@ -119,7 +109,7 @@ class Training:
         """Master weight and moments of a parameter; FP32 needs no master. Source: V3, section 3.3.3."""
         return self.master + (2 * SIZES[self.layout.moments] if self.layout.optimizer == "adamw" else 4)
 
-    @figure("B")
+    @figure("B", main=True)
     def state_parameter(self) -> float:
         """Training state of a parameter. Source: V3, section 3.3.3."""
         return self.state_weight + self.state_gradient + self.state_optimizer
@@ -171,19 +161,12 @@ class Training:
         widest = max(matrices["dense"], matrices["moe"] + self.local_experts)
         return again * self.micro_batch_tokens + ZERO3_GATHERED * widest * self.state_weight
 
-    @cached_property
-    def process(self) -> "Process":
-        """The training as one process."""
-        return Process(self.m, self.layout, self.dtype)
-
-    @figure("B")
+    @figure("B", main=True)
     def memory_needed(self) -> float:
         """Memory of the GPU that holds most. Source: V3, section 3.2."""
-        if self.layout.gpus == 1:
-            return self.process.process_state + self.layout.micro_batch * self.process.process_activations
         return self.fullest.memory
 
-    @figure("B")
+    @figure("B", main=True)
     def memory_free(self) -> float:
         """Memory of a GPU that is left."""
         return self.h.memory - self.memory_needed
@@ -194,6 +177,16 @@ class Training:
         return self.memory_needed <= self.h.memory * self.a["memory_share"]
 
     # --- parts of a step
+
+    @figure("B/s")
+    def fast_rate(self) -> float:
+        """Rate to others of the node that is reached. Source: INS, section 4.3."""
+        return self.h.fast_link * self.a["link_efficiency"] if self.h.linked else 0
+
+    @figure("B/s")
+    def slow_rate(self) -> float:
+        """Rate to other nodes that is reached. Source: INS, section 4.3."""
+        return self.h.slow_link * self.a["link_efficiency"] if self.h.networked else 0
 
     @figure("s")
     def chunk_forward(self) -> float:
@@ -219,7 +212,7 @@ class Training:
             (fp8 + self.a["imbalance"] * routed) / self.fp8_rate + plain / self.plain_rate
         )
 
-    @figure("s")
+    @figure("s", main=True)
     def computing_seconds(self) -> float:
         """Computing, a step. Source: V3, section 3.2."""
         return self.micro_batches * (self.chunk_forward + self.chunk_backward)
@@ -227,14 +220,14 @@ class Training:
     @figure("s/token")
     def slow_row_seconds(self) -> float:
         """Slow link: time of a token's rows, a layer and pass."""
-        return self.exchange.slow_row_bytes / self.links.slow_rate if self.h.networked else 0
+        return self.exchange.slow_row_bytes / self.slow_rate if self.h.networked else 0
 
     @figure("s/token")
     def fast_row_seconds(self) -> float:
         """Fast link: time of a token's rows, a layer and pass."""
-        return self.exchange.fast_row_bytes / self.links.fast_rate if self.h.linked else 0
+        return self.exchange.fast_row_bytes / self.fast_rate if self.h.linked else 0
 
-    @figure("s/token")
+    @figure("s/token", main=True)
     def dispatch_seconds(self) -> float:
         """Time of a token's rows, a layer and pass. Source: V3, section 3.2.2."""
         return self.a["imbalance"] * max(self.slow_row_seconds, self.fast_row_seconds)
@@ -250,9 +243,9 @@ class Training:
         if self.layout.tensor == 1 and self.layout.context_parallel == 1:
             return 0
         sent = SIZES[self.dtype] * self.m.config.dim * self.micro_batch_tokens * 4 * (self.layout.tensor - 1)
-        reduced = sent * self.pipeline.most_layers / self.links.fast_rate if self.layout.tensor > 1 else 0
+        reduced = sent * self.pipeline.most_layers / self.fast_rate if self.layout.tensor > 1 else 0
         if self.layout.context_parallel == 1:
-            return sent * self.pipeline.most_layers / self.links.fast_rate
+            return reduced
         return reduced + self.gathered_keys * self.pipeline.most_layers / self.ring_rate
 
     @figure("B")
@@ -270,7 +263,7 @@ class Training:
     def ring_rate(self) -> float:
         """Rate between the parts of a sequence."""
         inside = self.layout.tensor * self.layout.context_parallel <= self.h.gpus_per_node
-        return self.links.fast_rate if inside else self.links.slow_rate
+        return self.fast_rate if inside else self.slow_rate
 
     @figure("s")
     def chunk_pair(self) -> float:
@@ -279,7 +272,7 @@ class Training:
             return max(self.chunk_forward + self.chunk_backward, 2 * self.chunk_dispatch)
         return self.chunk_forward + self.chunk_backward + 2 * self.chunk_dispatch
 
-    @figure("s")
+    @figure("s", main=True)
     def dispatching_seconds(self) -> float:
         """Rows of experts, not hidden. Source: V3, section 3.2."""
         rows = self.micro_batches * 2 * self.chunk_dispatch
@@ -288,12 +281,12 @@ class Training:
             return rows - (self.micro_batches - self.layout.pipeline) * (alone - self.chunk_pair)
         return rows
 
-    @figure("s")
+    @figure("s", main=True)
     def reducing_seconds(self) -> float:
         """All-reduces of shared matrices, a step."""
         return self.micro_batches * 2 * self.chunk_tensor
 
-    @figure("s")
+    @figure("s", main=True)
     def bubble_seconds(self) -> float:
         """Waiting in the pipeline, a step. Source: V3, table 2."""
         r = self.layout
@@ -338,9 +331,9 @@ class Training:
         r, node = self.layout, self.h.gpus_per_node
         # GPUs that hold the same are in one node; but DualPipe's other copy is at the pipeline's other end
         in_node = r.gpus <= node or (r.holders * r.tensor <= node and r.copies == 1)
-        return self.sent_state / (self.links.fast_rate if in_node else self.links.slow_rate)
+        return self.sent_state / (self.fast_rate if in_node else self.slow_rate)
 
-    @figure("s")
+    @figure("s", main=True)
     def exchange_seconds(self) -> float:
         """Gradients, weights, not hidden. Source: ZeRO, section 7."""
         return max(0, self.state_seconds - self.computing_seconds) if self.layout.zero >= 2 else self.state_seconds
@@ -350,7 +343,7 @@ class Training:
         """Parameters that the GPU with most updates."""
         return max(gpu.owned_numbers for gpu in self.gpus.values())
 
-    @figure("s")
+    @figure("s", main=True)
     def update_seconds(self) -> float:
         """Update of the weights by the optimizer. Source: V3, section 3.3.3."""
         read = 2 if self.layout.precision == "fp32" else 1
@@ -448,24 +441,3 @@ class Gpu:
         """Numbers that the GPU updates."""
         of, of_expert = self.divided(since=1)
         return (self.gpu_matrices + self.gpu_others) / of + self.gpu_experts / of_expert
-
-
-class Process:
-    """Bytes that one process holds at the end of a forward, as dsmini itself trains."""
-
-    def __init__(self, m: ModelFigures, r: Layout, dtype: str) -> None:
-        config = replace(m.config, precision="fp8" if r.precision == "fp8" else "native")
-        size: dict[str, Any] = {"batch_size": 1, "seq_len": int(m.seq_len), "dtype": dtype}
-        size["recompute"] = r.recompute
-        self.tables: float = activation_bytes(config, **size).by_part[TABLES]
-        self.held: Bytes = training_bytes(config, **size, optimizer=r.optimizer, moments=r.moments)
-
-    @counted("B")
-    def process_state(self) -> float:
-        """One process: parameters, gradients, optimizer, copies, tables. Source: dsmini.accounting.training_bytes."""
-        return self.held.total - self.process_activations
-
-    @counted("B")
-    def process_activations(self) -> float:
-        """One process: activations of a sequence, without tables. Source: dsmini.accounting.training_bytes."""
-        return self.held.by_part["activations"] - self.tables

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini import ModelConfig, accounting
+from dsmini.accounting.memory import TABLES
+from dsmini.accounting.tensors import SIZES
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.plan import make_plan
 from dsmini.planner.request import Model, PlanRequest
-from dsmini.planner.serving import Deployment, Service, ServingMemory, ServingStep
+from dsmini.planner.serving import Deployment, Served, Service, ServingMemory
 from tests.helpers.configs import released
 from tests.helpers.plans import plan_of
 from tests.helpers.strategies import model_configs
@@ -62,7 +64,7 @@ def serving_planned(service: Service, sequences: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for phase, batch, drafts in (("decode", sequences, 1), ("prefill", 1, 0)):
         memory = ServingMemory(service, Deployment(phase=phase, gpus=1, batch=batch, drafts=drafts))
-        one = ServingStep(ServingMemory(service, Deployment(phase=phase, gpus=1, batch=batch)))
+        one = Served(ServingMemory(service, Deployment(phase=phase, gpus=1, batch=batch)))
         experts = service.m.moe_layers * one.experts_read * service.weights.expert_bytes
         over = 2 * one.gpu_tokens * (one.attention_products + one.index_products)
         found |= {
@@ -88,13 +90,19 @@ def test_one_gpu_with_any_model_is_as_counted(config: ModelConfig, data: st.Data
     exact = {"parameters_main": counted.main, "mtp_parameters": counted.mtp, "parameters_total": counted.total}
     exact["parameters_active"] = counted.active
     assert {name: found[name] for name in exact} == exact
-    held = accounting.training_bytes(
+    assert found["gpu_matrices"] + found["gpu_others"] + found["gpu_experts"] == counted.total
+    assert found["memory_gradients"] == accounting.gradient_bytes(config).total
+    if work["optimizer"] == "adamw":
+        state = (0 if work["precision"] == "fp32" else 4) + 2 * SIZES[work["moments"]]
+        assert found["memory_optimizer"] == state * counted.total
+    held = accounting.activation_bytes(
         config,
-        **{name: work[name] for name in ("seq_len", "optimizer", "moments")},
+        **{name: work[name] for name in ("seq_len", "recompute")},
         dtype="float32" if work["precision"] == "fp32" else "bfloat16",
-        **{"recompute": work["recompute"], "batch_size": work["micro_batch"]},
+        batch_size=work["micro_batch"],
     )
-    assert found["memory_needed"] == pytest.approx(held.total, rel=1e-9)
+    if not config.n_mtp_layers:  # whose depths have shorter sequences
+        assert found["memory_activations"] == pytest.approx(held.total - held.by_part[TABLES], rel=1e-9)
     learning = accounting.flops_per_token(config, work["seq_len"], training=True, mtp=False)
     operations = {
         "training_flops": learning.total,
@@ -128,11 +136,10 @@ def test_serving_of_v4_holds_what_is_counted(drafts: int, cache_dtype: Any) -> N
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_training_of_v4_holds_what_is_counted(recompute: Any) -> None:
     """Compressed attention and several streams, which model_configs does not draw."""
-    plan = plan_of(f"toy-v4 gpus=1 batch=8 micro_batch=2 recompute={recompute}")
+    plan = plan_of(f"toy-v4 gpus=1 batch=8 micro_batch=2 recompute={recompute} n_mtp_layers=0")
     config = dataclasses.replace(plan.model.config, precision=plan.request.precision)
-    how: dict[str, Any] = {"seq_len": plan.request.seq_len, "optimizer": plan.request.optimizer}
-    held = accounting.training_bytes(config, batch_size=2, recompute=recompute, **how)
-    assert plan.training.memory_needed == pytest.approx(held.total, rel=1e-9)
+    held = accounting.activation_bytes(config, batch_size=2, seq_len=int(plan.m.seq_len), recompute=recompute)
+    assert plan.training.fullest.memory_activations == pytest.approx(held.total - held.by_part[TABLES], rel=1e-9)
 
 
 def test_gpus_together_compute_what_their_tokens_need() -> None:
@@ -140,7 +147,7 @@ def test_gpus_together_compute_what_their_tokens_need() -> None:
     service = plan_of("deepseek-v3").service
     assert service is not None
     d = Deployment(phase="decode", gpus=320, tensor=4, redundant=64, batch=64 * 320)
-    one = ServingStep(ServingMemory(service, d))
+    one = Served(ServingMemory(service, d))
     counted = accounting.decode_flops_per_token(released("deepseek-v3"), context=4096).total
     over = 2 * one.gpu_tokens * one.attention_products
     assert one.matrix_flops + one.expert_flops + one.plain_flops + over == 64 * counted

@@ -4,6 +4,8 @@ from collections import Counter
 
 import pytest
 
+from dsmini.planner.request import presets
+from tests.helpers.fitted import RANGES, fit, halves
 from tests.helpers.measured import HIGH, LOW, PAGE, bound, estimate, page, rows
 
 ROWS = {row.name: row for row in rows()}
@@ -15,6 +17,8 @@ def test_no_bound_is_below_what_was_measured(name: str) -> None:
     own, best = bound(row, own=True), bound(row, own=False)
     assert row.measured <= own and row.measured <= best
     assert row.source and row.measured > 0
+    said = [*row.stated, *row.assumed]
+    assert set(said) == row.inputs and len(said) == len(row.inputs), "each input is stated or assumed"
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.half])
@@ -29,6 +33,11 @@ def test_halves_are_about_equal_and_have_every_phase() -> None:
     halves = Counter(row.half for row in ROWS.values() if row.half)
     assert len(ROWS) >= 20 and abs(halves["fitted"] - halves["kept"]) < 8
     assert {row.phase for row in ROWS.values()} == {"decode", "prefill", "both", "training"}
+
+
+def test_efficiencies_are_those_of_the_fit_to_one_half() -> None:
+    ours = {name: presets()["assumed"][name][0] for name in RANGES}
+    assert fit(halves()["fitted"]) == pytest.approx(ours)
 
 
 @pytest.mark.slow

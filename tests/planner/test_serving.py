@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dsmini.planner.deployments import CHEAPEST, FASTEST, IN_TIME, Found, search
+from dsmini.planner.deployments import CHEAPEST, FASTEST, IN_TIME, OWN, Found, search
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.serving import PARTS, PHASES, Deployment, Served, Service, ServingMemory, serve
 from tests.helpers.configs import refusal
@@ -49,7 +49,7 @@ def test_bound_is_the_slowest_part_and_estimate_the_sum(words: str) -> None:
 def test_v3_decodes_as_worked_out_by_hand() -> None:
     """On 144 H800, two experts and 64 sequences a GPU, without drafts."""
     found = served("deepseek-v3 context=4989", gpus=144, batch=64 * 144)
-    step, memory = found.step, found.step.memory
+    step, memory = found, found.memory
     assert memory.gpu_experts == 2 and memory.group_sequences == 64 and memory.draft_weights == 0
     assert memory.gpu_cache == 64 * 4989 * 70_272
     assert step.cache_read == 64 * 4989 * 70_272
@@ -72,28 +72,28 @@ def test_bound_takes_no_choice_of_ours() -> None:
     """Micro-batches, efficiencies, latencies and imbalance change the estimate alone."""
     one, two = (served("deepseek-v3", gpus=64, batch=4096, micro_batches=n) for n in (1, 2))
     assert one.least_time == two.least_time and one.time != two.time
-    assert two.step.latency_time > one.step.latency_time
+    assert two.latency_time > one.latency_time
     slow = served("deepseek-v3 link_efficiency=0.4", gpus=64, batch=4096)
-    assert slow.least_time == one.least_time and slow.step.rows_time > 1.5 * one.step.rows_time
+    assert slow.least_time == one.least_time and slow.rows_time > 1.5 * one.rows_time
 
 
 def test_drafts_share_a_reading_of_the_weights() -> None:
     """In the bound d + 1 tokens of a sequence choose the same experts; in the estimate their own."""
     none, three = (served("deepseek-v3", gpus=8, tensor=8, batch=1, drafts=d) for d in (0, 3))
-    assert three.step.bound_experts_read == none.step.bound_experts_read < three.step.experts_read
-    assert three.step.cache_read == none.step.cache_read
-    assert three.step.matrix_flops == 4 * none.step.matrix_flops
+    assert three.bound_experts_read == none.bound_experts_read < three.experts_read
+    assert three.cache_read == none.cache_read
+    assert three.matrix_flops == 4 * none.matrix_flops
     assert three.tokens_per_step == pytest.approx(1 + 0.85 + 0.85**2 + 0.85**3) and none.tokens_per_step == 1
-    assert three.step.draft_time > 0 == none.step.draft_time
-    assert three.step.memory.gpu_weights > none.step.memory.gpu_weights
+    assert three.draft_time > 0 == none.draft_time
+    assert three.memory.gpu_weights > none.memory.gpu_weights
 
 
 def test_batch_may_be_smaller_than_the_number_of_gpus() -> None:
     """One sequence on eight GPUs that share it: each reads an eighth of heads and vocabulary, and no row crosses."""
     one = served("deepseek-v3", gpus=8, tensor=8, batch=1)
     apart = served("deepseek-v3", gpus=8, tensor=1, batch=1)
-    assert one.step.gpu_tokens == apart.step.gpu_tokens == 1 / 8 and apart.step.memory.group_sequences == 1
-    assert one.step.exchanges == 0 < apart.step.exchanges
+    assert one.gpu_tokens == apart.gpu_tokens == 1 / 8 and apart.memory.group_sequences == 1
+    assert one.exchanges == 0 < apart.exchanges
     assert one.least_time < apart.least_time and one.gpu_tokens_per_second == one.tokens_per_second / 8
 
 
@@ -121,15 +121,15 @@ def test_products_run_at_the_peak_of_what_is_served(
 def test_dense_model_divides_its_feed_forwards() -> None:
     words = "deepseek-v2-lite n_dense_layers=27"
     eight, one = (served(words, gpus=n, tensor=n, batch=1) for n in (8, 1))
-    assert 7 < one.step.weights_read / eight.step.weights_read < 8, "all but latents and norms"
+    assert 7 < one.weights_read / eight.weights_read < 8, "all but latents and norms"
     assert "share no experts" in refusal(plan_of, f"{words} decode_gpus=4 decode_tensor=2")
     assert {each.d.gpus for each in found_of(words).every} == {each.d.tensor for each in found_of(words).every}
 
 
 def test_gpus_that_share_heads_divide_what_grouped_heads_cache() -> None:
     four, one = (served("toy attention=gqa n_kv_heads=2", gpus=n, tensor=n, batch=8) for n in (4, 1))
-    assert four.step.memory.cache_parts == 2 and four.step.cache_read == one.step.cache_read / 2
-    mla = [served("toy", gpus=n, tensor=n, batch=8).step.cache_read for n in (4, 1)]
+    assert four.memory.cache_parts == 2 and four.cache_read == one.cache_read / 2
+    mla = [served("toy", gpus=n, tensor=n, batch=8).cache_read for n in (4, 1)]
     assert mla[0] == mla[1], "one latent for all heads"
 
 
@@ -155,7 +155,7 @@ def every_one(s: Service, phase: Any, gpus: int) -> list[Served]:
             if micro == 2 and (gpus == 1 or batch < 2 * groups):
                 continue
             one = serve(s, d)
-            if one.step.memory.gpu_memory <= s.h.memory * s.a["memory_share"]:
+            if one.memory.gpu_memory <= s.h.memory * s.a["memory_share"]:
                 found.append(one)
     return found
 
@@ -168,22 +168,25 @@ def test_search_finds_the_front_of_all_deployments(words: str, phase: Any) -> No
     every = every_one(s, phase, gpus)
     found = search(s, PlanRequest(decode_gpus=gpus, prefill_gpus=gpus), phase)
     points = {(one.time, one.gpu_tokens_per_second) for one in every}
+    points |= {(found.main.time, found.main.gpu_tokens_per_second)}  # with the largest batch in time
     front = {(t, g) for t, g in points if not any((t2 <= t and g2 > g) or (t2 < t and g2 >= g) for t2, g2 in points)}
     assert len(every) > 20 and {(one.time, one.gpu_tokens_per_second) for one in found.front} == front
     assert found.points[CHEAPEST].gpu_tokens_per_second == max(g for _, g in points)
     assert found.points[FASTEST].time == min(t for t, _ in points)
     assert found.least_time == min(one.least_time for one in every)
-    assert found.most == max(one.most_gpu_tokens_per_second for one in every)
-    if IN_TIME in found.points and found.limit is not None:
-        timely = [g for t, g in points if t <= found.limit]
-        assert found.main.gpu_tokens_per_second == max(timely)
+    assert found.most == max(one.most_gpu_tokens_per_second for one in [*every, found.main])
+    if IN_TIME in found.points:
+        main, groups = found.main, found.main.d.gpus // found.main.d.tensor
+        assert main.time <= found.limit and main.gpu_tokens_per_second == max(g for t, g in points if t <= found.limit)
+        more = ServingMemory(s, dataclasses.replace(main.d, batch=main.d.batch // groups * groups + groups))
+        assert phase == "prefill" or more.misfit or Served(more).time > found.limit
 
 
 @pytest.mark.parametrize("words", ["deepseek-v3", "deepseek-v4-flash @gb200-nvl72", "kimi-k2 @mi300x"])
 def test_all_that_is_chosen_fits_nine_tenths_of_the_memory(words: str) -> None:
     for phase in PHASES:
         found = found_of(words, phase)
-        assert all(one.step.memory.gpu_memory <= 0.9 * plan_of(words).hardware.memory for one in found.every)
+        assert all(one.memory.gpu_memory <= 0.9 * plan_of(words).hardware.memory for one in found.every)
 
 
 def test_times_that_no_deployment_keeps_name_the_nearest() -> None:
@@ -197,8 +200,10 @@ def test_times_that_no_deployment_keeps_name_the_nearest() -> None:
 
 def test_deployment_of_its_own_is_one_candidate_with_a_label() -> None:
     found = found_of("deepseek-v3")
-    assert "320 GPUs, tensor 4" in found.own and "times as many" in found.own
-    assert not found_of("kimi-k2").own
+    own = found.points[OWN]
+    assert (own.d.gpus, own.d.tensor) == (320, 4) and "V3 report, section 3.4" in own.d.label
+    assert OWN not in found_of("kimi-k2").points
+    assert any(OWN in why for why in found_of("deepseek-v3 @gb200-nvl72").rejected)
 
 
 def test_flash_is_cheaper_than_v3_whatever_the_deployment() -> None:
