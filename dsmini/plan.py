@@ -144,8 +144,8 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Ans
             return pages.compare(command, [Model.from_file(path) for path in configs], line, bar.update)
     assert command.config is not None, "a plan without a config is refused"
     model = Model.from_file(command.config)
-    if command.explain not in (None, "list"):  # a model's own figures need no plan
-        alone = model_alone(command, model)
+    if command.explain is not None and command.explain != "list":  # a model's own figures need no plan
+        alone = model_alone(command, model, command.explain)
         if command.explain in alone:
             return pages.explained(alone, command.explain, console.width, command.depth)
     with progress("measuring this machine") as bar:

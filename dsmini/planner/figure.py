@@ -152,7 +152,11 @@ def _whole_name(owner: object, name: str) -> str:
 
 @functools.cache
 def _body(method: Callable[..., Any]) -> list[ast.stmt]:
-    (made,) = ast.parse(textwrap.dedent(inspect.getsource(method))).body
+    try:
+        source = inspect.getsource(method)
+    except OSError:
+        raise ValueError("formulas are read from dsmini's source files, which are not here; install them") from None
+    (made,) = ast.parse(textwrap.dedent(source)).body
     assert isinstance(made, ast.FunctionDef)
     return made.body
 

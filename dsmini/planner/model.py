@@ -63,6 +63,12 @@ def one_of_each(c: ModelConfig) -> list[TensorUse]:
     return list(found.values())
 
 
+def sizes_of(c: ModelConfig, source: str) -> dict[str, Figure]:
+    """Return the sizes of a model as inputs of figures."""
+    titles, sizes = request.titles_of(ModelConfig), {name: getattr(c, name) for name in request.SIZES}
+    return {n: Figure(n, size, "", titles[n], source) for n, size in sizes.items() if size is not None}
+
+
 class ModelFigures:
     """Parameters and operations of a model. DSA is counted in the sparse stage of its training."""
 
@@ -70,11 +76,7 @@ class ModelFigures:
         self.config: ModelConfig = c
         self.seq_len: Figure = seq_len
         self.uses: list[TensorUse] = one_of_each(c)
-        self.sizes: dict[str, Figure] = {
-            name: Figure(name, value, "", request.titles_of(ModelConfig)[name], source)
-            for name in request.SIZES
-            if (value := getattr(c, name)) is not None
-        }
+        self.sizes: dict[str, Figure] = sizes_of(c, source)
         of = parameters(c)
         every = [_module(name, "parameters", n) for name, n in of.by_module.items()]
         self.main_modules: list[Figure] = [module for module in every if not module.name.startswith("mtp_")]

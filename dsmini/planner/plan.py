@@ -35,7 +35,7 @@ from dsmini.config.fields import require
 from dsmini.planner.deployments import Found, resolve, search
 from dsmini.planner.figure import Figure, Figures, check_name, figures_of
 from dsmini.planner.hardware import FIGURES, USER, Hardware, OnPart, load_hardware, quiet
-from dsmini.planner.model import ModelFigures, model_figures
+from dsmini.planner.model import CacheFigures, ModelFigures, model_figures, sizes_of
 from dsmini.planner.request import LAYOUT, SERVING, Inputs, Model, PlanRequest, presets
 from dsmini.planner.run import Run
 from dsmini.planner.search import Chosen, choose_layout
@@ -201,12 +201,14 @@ def make_plan(
     return plan
 
 
-def model_alone(request: PlanRequest, model: Model) -> Figures:
-    """Return the figures of a model, which need neither hardware nor a layout."""
-    inputs, released = _worked(Inputs(request=request, sources={}), model), model.released
-    weights, cache = request.weight_dtype or released.weights, request.cache_dtype or released.cache
-    m = ModelFigures(model.config, inputs["seq_len"], model.source)
-    return model_figures(m, weights or "bfloat16", cache or "bfloat16")
+def model_alone(request: PlanRequest, model: Model, name: str) -> Figures:
+    """Return the figures of a model, or of its cache where one has this name: they need no hardware and no layout."""
+    weights = request.weight_dtype or model.released.weights or "bfloat16"
+    cache = request.cache_dtype or model.released.cache or "bfloat16"
+    if hasattr(CacheFigures, name):
+        return figures_of(CacheFigures(model.config, cache), sizes_of(model.config, model.source))
+    inputs = _worked(Inputs(request=request, sources={}), model)
+    return model_figures(ModelFigures(model.config, inputs["seq_len"], model.source), weights, cache)
 
 
 def _worked(inputs: Inputs, model: Model) -> Inputs:

@@ -1,6 +1,17 @@
 """Figures: numbers that are explained. The laws of all real ones are in test_formulas.py, and pages/ shows some."""
 
+import inspect
+import sys
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
 from dsmini.planner.figure import Figure, figure, figures_of
+from dsmini.planner.pages import explained
+from dsmini.planner.plan import model_alone
+from dsmini.planner.request import Model, PlanRequest
+from dsmini.reading import find_config
 
 
 class Cache:
@@ -18,3 +29,36 @@ def test_number_has_the_name_of_an_input_only_where_it_is_that_input() -> None:
     for layers, formula in ((61, "n_layers * 1152"), (60, "61 * 1152")):
         found = figures_of(Cache(), {"n_layers": Figure("n_layers", layers, "", "Layers", "a file")})
         assert found["kv_cache"].formula == formula
+
+
+def test_formula_without_source_files_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bare:
+        @figure()
+        def one(self) -> float:
+            """One."""
+            return 1
+
+    def missing(method: object) -> str:
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(inspect, "getsource", missing)
+    with pytest.raises(ValueError, match="formulas are read from dsmini's source files, which are not here"):
+        figures_of(Bare(), {})
+
+
+def test_explaining_the_cache_enters_six_files() -> None:
+    """A model's cache needs neither hardware nor a layout, nor a count of its tensors."""
+    entered, model = set[str](), Model.from_file(find_config(Path("deepseek-v3")))
+
+    def enter(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.parent.name in ("planner", "accounting") and frame.f_code.co_name[0] != "<":
+            entered.add(path.stem)
+
+    sys.setprofile(enter)
+    try:
+        answer = explained(model_alone(PlanRequest(), model, "kv_cache"), "kv_cache", 100)
+    finally:
+        sys.setprofile(None)
+    assert answer.record["steps"][0]["exact"] == "70,272 B/token"
+    assert entered == {"request", "plan", "figure", "model", "memory", "pages"}
