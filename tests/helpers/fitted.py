@@ -1,9 +1,10 @@
 """Efficiencies of serving, fitted to the half of measured.toml that is named there: python -m tests.helpers.fitted.
 
-The rule. Each efficiency stays in the range that kernels reach alone, by the sources next to it in presets.toml. Start
-in the middle of all ranges. Set one after the other to the best of STEPS equal steps of its range, all others held,
-until a round changes none. Best is the least sum of squares of log(estimate / measured) over the fitted rows of
-serving. The value nearest to the middle wins a tie, so what no row depends on stays there. No kept row is read.
+The rule. Each efficiency stays in the range that kernels reach alone, by the sources next to it in presets.toml.
+Assumed are the lower end of attention_bandwidth, and the ranges of expert_imbalance and step_latency. Start in the
+middle of all ranges. Set one after the other to the best of STEPS equal steps of its range, all others held, until a
+round changes none. Best is the least sum of squares of log(estimate / measured) over the fitted rows of serving. The
+value nearest to the middle wins a tie, so what no row depends on stays there. No kept row is read.
 """
 
 import math
