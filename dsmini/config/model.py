@@ -66,7 +66,7 @@ class ModelConfig:
     v_head_dim: int = 32
     """Width of a value head."""
     index_n_heads: int | None = setting(None, only=INDEXED)
-    """Number of the indexer's heads (V3.2, V4: 64); only for attention "dsa" and "compressed"."""
+    """Number of the indexer's heads (V3.2, V4: 64); only for attention "dsa" and, with a ratio of 4, "compressed"."""
     index_head_dim: int | None = setting(None, only=INDEXED)
     """Width of an indexer's head and of its key (V3.2, V4: 128), a power of two."""
     index_topk: int | None = setting(None, only=INDEXED)
@@ -201,7 +201,10 @@ class ModelConfig:
         width, kind = getattr(self, rotary), self.attention
         require(width % 2 == 0, f"{rotary}={width} is odd; RoPE turns pairs, use {width + 1}")
         chosen = [f for f in dataclasses.fields(self) if f.metadata.get("only")]
-        missing = [f.name for f in chosen if kind in f.metadata["only"] and getattr(self, f.name) is None]
+        needed = [f.name for f in chosen if kind in f.metadata["only"]]
+        if kind in V4 and CSA_RATIO not in (self.compress_ratios or (CSA_RATIO,)):  # no layer has an indexer
+            needed = [name for name in needed if not name.startswith("index_")]
+        missing = [name for name in needed if getattr(self, name) is None]
         require(
             not missing,
             f"attention='{kind}' needs {', '.join(missing)}; set {'it' if len(missing) == 1 else 'them'}, "

@@ -1,13 +1,14 @@
 """DeepSeek-V4's streams in whole models: in MTP, as they start, and in short formats; and the limit of SwiGLU."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dsmini import FeedForward, ModelConfig, Transformer
+from dsmini import FeedForward, ModelConfig, Transformer, load_pretrained, save_pretrained
 from dsmini.nn import Context, Experts
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.nn.layers import in_precision
@@ -45,6 +46,20 @@ def test_starts_as_the_model_without_streams(kind: Any) -> None:
     assert not unknown and all("hc_" in name for name in missing)
     for got, want in zip(four.losses(TOKENS, TOKENS)[:3], one.losses(TOKENS, TOKENS)[:3], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_layer_that_chooses_no_size_of_an_indexer_is_needed(tmp_path: Path) -> None:
+    ratios = tuple(8 if ratio == 4 else ratio for ratio in SIZES["compress_ratios"])
+    sizes = {name: value for name, value in SIZES.items() if not name.startswith("index_")}
+    model = randomise(Transformer(**sizes | {"compress_ratios": ratios})).eval()
+    assert model.config.index_topk is None
+    whole, cache = model(TOKENS), model.new_cache(2)
+    model(TOKENS[:, :9], cache)
+    assert relative_error(model(TOKENS[:, 9:], cache), whole[:, 9:]) < 1e-5
+    save_pretrained(model, tmp_path / "folder")
+    assert torch.equal(load_pretrained(tmp_path / "folder").eval()(TOKENS), whole)
+    with pytest.raises(ValueError, match="needs index_n_heads, index_head_dim, index_topk"):
+        ModelConfig(**sizes)
 
 
 def test_bf16_leaves_what_weighs_in_fp32_and_trains() -> None:
