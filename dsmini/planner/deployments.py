@@ -105,13 +105,16 @@ def search(s: Service, r: PlanRequest, phase: Phase) -> Found:
     """
     rejected, every, refused = Counter[str](), list[Served](), ""
     unfit: tuple[float, str] = math.inf, ""
+    every_draft = range(MOST_DRAFTS + 1) if r.drafts is None else [r.drafts]
+    if phase == "prefill" or not s.c.n_mtp_layers:
+        every_draft = [0]
     for gpus, tensor in _groups(s, r, phase):
         shape = Deployment(phase=phase, gpus=gpus, tensor=tensor, redundant=-s.c.n_routed_experts % gpus)
         if said := misfit(shape, s.c, s.h):
             refused = refused or said
             rejected["not divisible"] += 1
             continue
-        for drafts in _drafts(s, r, phase):
+        for drafts in every_draft:
             room = ServingMemory(s, replace(shape, drafts=drafts))
             for d in _batches(room, r):
                 held = ServingMemory(s, d)
@@ -137,7 +140,9 @@ def search(s: Service, r: PlanRequest, phase: Phase) -> Found:
         return each.gpu_tokens_per_second
 
     if r.sequences is None and phase == "decode":
-        timely += [_fuller(each, limit) for each in timely if rate(each) > max(map(rate, timely)) / 2]
+        largest = {replace(each.d, batch=1): each for each in timely}.values()  # batches are in order
+        most = max(map(rate, timely), default=0.0)
+        timely += [_fuller(each, limit) for each in largest if rate(each) > most / 2]
     points = {IN_TIME: max(timely, key=rate)} if timely else {}
     every += [each for each in points.values() if each not in every]
     points |= {CHEAPEST: max(every, key=rate), FASTEST: fastest}
@@ -158,13 +163,6 @@ def _groups(s: Service, r: PlanRequest, phase: Phase) -> Iterator[tuple[int, int
         shared = [tensor] if tensor else [2**i for i in range(MOST_TENSOR.bit_length()) if 2**i <= min(count, h.node)]
         for each in shared if moe or tensor else [count]:
             yield count, each
-
-
-def _drafts(s: Service, r: PlanRequest, phase: Phase) -> list[int]:
-    """Return numbers of drafts to try."""
-    if phase == "prefill" or not s.c.n_mtp_layers:
-        return [0]
-    return list(range(MOST_DRAFTS + 1)) if r.drafts is None else [r.drafts]
 
 
 def _batches(room: ServingMemory, r: PlanRequest) -> Iterator[Deployment]:

@@ -428,7 +428,8 @@ def _comparison(
 
     def cell(plan: Plan, name: str) -> str:
         found = plan.figures.get(name)
-        return "" if found is None else f"{UNFIT if plan.unfit(name) else ''}{found}"
+        misfit = found is not None and found.formula and not plan.fits and name in plan.sections["training"]
+        return "" if found is None else f"{UNFIT if misfit else ''}{found}"
 
     titles = [next(f.title for _, p in made if (f := p.figures.get(name)) is not None) for name in names]
     titles = [
@@ -460,6 +461,6 @@ def variation_record(variants: Sequence[Variant], names: Sequence[str]) -> Recor
         found: Record = {**each.values, "problem": each.problem or None}
         if each.plan is not None:
             found["fits"] = each.plan.fits
-            found |= {name: f.plain for name in names if (f := each.figure(name)) is not None}
+            found |= {name: f.plain for name in names if (f := each.plan.figures.get(name)) is not None}
         plans.append(found)
     return {"plans": plans}

@@ -152,11 +152,6 @@ class Plan:
             found[phase] = {n: figure for part in parts for n, figure in figures_of(part, sizes).items()}
         return found
 
-    def unfit(self, name: str) -> bool:
-        """Return whether a figure is of training that the memory of a GPU does not hold."""
-        of = self.sections["training"]
-        return not self.fits and name in of and bool(of[name].formula)
-
 
 def make_plan(
     request: PlanRequest, model: Model, hardware: Hardware, before: Plan | None = None, source: str = USER
@@ -301,10 +296,6 @@ class Variant:
         """Names and values, in words."""
         return ", ".join(f"{n}={v:,}" if type(v) is int else f"{n}={v}" for n, v in self.values.items())
 
-    def figure(self, name: str) -> Figure | None:
-        """Return a figure of the plan; None where there is none."""
-        return None if self.plan is None else self.plan.figures.get(name)
-
 
 def vary(
     before: Plan, axes: Sequence[Axis], names: Sequence[str] = (), on_part: OnPart = quiet
@@ -355,6 +346,6 @@ def compared(variants: Sequence[Variant], names: Sequence[str] = ()) -> list[str
     known = {name for each in plans for name in each.figures}
     for name in names:
         check_name(known, name)
-    values_of = {name: {float(f) for each in variants if (f := each.figure(name)) is not None} for name in COMPARED}
+    values_of = {name: {float(each.figures[name]) for each in plans if name in each.figures} for name in COMPARED}
     differ = [name for name in COMPARED if len(values_of[name]) > 1]
     return list(names) or differ or [name for name in COMPARED if values_of[name]]
