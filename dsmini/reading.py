@@ -150,14 +150,9 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
         raise ValueError(f"cannot read {path}: {error}; want a text in UTF-8") from None
 
 
-def read_json(path: Path) -> Any:
-    """Return the value of a JSON file. Raises: ValueError naming the file and what is wrong with it."""
-    return parse_json(read_text(path), str(path))
-
-
 def read_table(path: Path) -> dict[str, Any]:
     """Return the keys of a JSON file. Raises: ValueError for one that cannot be read, or holds something else."""
-    value = read_json(path)
+    value = parse_json(read_text(path), str(path))
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, want a table of keys")
     return value

@@ -161,7 +161,7 @@ def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand, bool]:
     if auto and resume:  # the file may name another folder, as a run's config.toml does
         origin = dataclasses.replace(origin, config=dataclasses.replace(origin.config, out=resume))
     default = TrainCommand(**_fields(origin.config), resume=resume, init=init)
-    return origin, parse(TrainCommand, "dsmini.train", rest, default, HELP), auto
+    return origin, parse(TrainCommand, "dsmini.train", rest, HELP, default), auto
 
 
 def _fields(config: RunConfig) -> dict[str, Any]:

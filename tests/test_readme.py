@@ -66,9 +66,9 @@ def test_every_command_of_a_page_has_known_flags_and_files() -> None:
     for name, arguments in dict.fromkeys(named):
         words = [word for word in shlex.split(arguments) if word not in ("-h", "--help", "--help-all")]
         wrong += [word for word in words if word.startswith("configs/") and not (ROOT / word).exists()]
-        kind = getattr(importlib.import_module(f"dsmini.{name}"), f"{name.capitalize()}Command")
+        module = importlib.import_module(f"dsmini.{name}")
         try:
-            parse(kind, name, words)
+            parse(getattr(module, f"{name.capitalize()}Command"), name, words, module.HELP)
         except ValueError as error:
             if "unknown flag" in str(error):
                 wrong.append(f"{name} {arguments}: {error}")

@@ -2,7 +2,8 @@
 
 Our names are those of DeepSeek's inference code with two differences: the experts of a layer are stacked into one
 tensor, and the multi-token prediction blocks are mtp.0, mtp.1, ... (in a folder they follow the last layer as layers N,
-N+1, ...). Hugging Face's names are in no other file. A folder of V4 has the names of its inference code.
+N+1, ...). Hugging Face's names are in names.toml, which no other file reads. A folder of V4 has the names of its
+inference code.
 
 The safetensors library reads and checks them. Nothing else is opened: a pickle can run code when it is read. Files are
 written here, because the library wants all tensors of a file at once, and several processes write rows of one file.
@@ -26,55 +27,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsmini.config import ModelConfig
-from dsmini.reading import UnreadableError, brief, is_there, listed, open_regular, parse_json, read_table, readable
+from dsmini.reading import (
+    UnreadableError,
+    brief,
+    is_there,
+    listed,
+    open_regular,
+    parse_json,
+    read_table,
+    read_toml,
+    readable,
+)
 
-# parts of a name, ours -> theirs; as in DeepSeek's convert.py, the other way round
-_HUGGING_FACE = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn": "self_attn",
-    "wq": "q_proj",
-    "wq_a": "q_a_proj",
-    "q_norm": "q_a_layernorm",
-    "wq_b": "q_b_proj",
-    "wkv_a": "kv_a_proj_with_mqa",
-    "kv_norm": "kv_a_layernorm",
-    "wkv_b": "kv_b_proj",
-    "wo": "o_proj",
-    "ffn": "mlp",
-    "w1": "gate_proj",
-    "w2": "down_proj",
-    "w3": "up_proj",
-    "scale": "weight_scale_inv",
-}
+_HUGGING_FACE, _V4_PARTS = read_toml(Path(__file__).with_name("names.toml")).values()
 # parts that have the same name there, and the modules outside attention and feed-forward
 _SAME = {*("weight", "bias", "gate", "experts", "shared_experts"), *("enorm", "hnorm", "eh_proj")}
 _TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _INDEXER = {"wq_b", "wk", "k_norm", "weights_proj"}
 _STACKED = re.compile(r"(.+ffn\.experts)\.(w[123])(_scale)?")
 _BLOCK = re.compile(r"(layers|mtp)\.(\d+)\.(?:block\.)?(.+)")
-# parts of a name that transformers gives a tensor of V4 -> the released one
-_V4_PARTS = {
-    "embed_tokens": "embed",
-    "lm_head": "head",
-    "self_attn": "attn",
-    "mlp": "ffn",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "sinks": "attn_sink",
-    "position_bias": "ape",
-    "q_a_proj": "wq_a",
-    "q_a_norm": "q_norm",
-    "q_b_proj": "wq_b",
-    "kv_proj": "wkv",
-    "o_a_proj": "wo_a",
-    "o_b_proj": "wo_b",
-    "down_proj": "w2",
-    "up_proj": "w3",
-    "e_score_correction_bias": "bias",
-    "weight_scale_inv": "scale",
-}
-# what is left to rename then, one after the other
+# what is left to rename in a name that transformers gives a tensor of V4, one after the other
 _V4_RULES = (
     (r"\.(attn|ffn)_hc\.", r".hc_\1_"),
     (r"^hc_head\.hc_", "hc_head_"),

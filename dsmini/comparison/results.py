@@ -188,7 +188,7 @@ def opened(path: Path, head: dict[str, Any], made: Mapping[str, Any]) -> Iterato
             results = Results(path=path, head=head)
         else:
             refuse_other(results, head, made)
-            file.truncate(_whole_bytes(path))
+            file.truncate(read_bytes(path).rfind(b"\n") + 1)
         yield results
 
 
@@ -237,7 +237,3 @@ def _differences(where: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any
             yield from _differences(f"{where}.{key}".lstrip("."), old.get(key), new.get(key))
     elif old != new and not (isinstance(old, float) and isinstance(new, float) and math.isclose(old, new)):
         yield where, old, new
-
-
-def _whole_bytes(path: Path) -> int:
-    return read_bytes(path).rfind(b"\n") + 1

@@ -70,22 +70,22 @@ def refuse_twice(args: Sequence[str], *flags: str) -> None:
         raise ValueError(f"{twice[0]} given twice; write all after one: {twice[0]} A B, each in quotes")
 
 
-def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = None, help: Help | None = None) -> C:
+def parse(kind: type[C], name: str, args: Sequence[str], help: Help, default: C | None = None) -> C:
     """Read the arguments into a dataclass; explain a wrong one and exit with status 2.
 
     Args:
         name: the command module, as in python -m NAME.
+        help: the screen for --help; --help-all explains every flag.
         default: the values that flags change; None: the dataclass's own defaults.
-        help: the screen for --help; None: --help explains every flag, as --help-all does.
     """
     prog = f"python -m {name}"
-    if help is not None and {"-h", "--help"} & set(args):
+    if {"-h", "--help"} & set(args):
         if speaks():
             print(short_help(kind, prog, help, default))
         sys.exit(0)
     if args[:1] == [""]:
         raise ValueError(f"the first argument is empty; see {prog} --help")
-    args = _checked(args, dict(_types(kind)), f"Every flag: {prog} {'--help' if help is None else '--help-all'}")
+    args = _checked(args, dict(_types(kind)), f"Every flag: {prog} --help-all")
     options: dict[str, Any] = {} if default is None else {"default": default}
     args = ["--help" if arg == "--help-all" else arg for arg in args]
     try:
@@ -94,7 +94,7 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
     except SystemExit as stop:
         if not stop.code:
             raise
-        usage = f"an argument is missing or wrong; want {prog} {help.usage if help else '[FLAGS]'}"
+        usage = f"an argument is missing or wrong; want {prog} {help.usage}"
         raise ValueError(_said_by_a_check(stop) or usage) from None
     if extra:
         raise ValueError(f"unexpected {brief(extra[0])}; leave it out, or see {prog} --help")

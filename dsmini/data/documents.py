@@ -404,7 +404,8 @@ def split(documents: Sequence[Document], val_fraction: float, whole_characters: 
     budget = int(val_fraction * sum(document.size + 1 for document in documents))
     held_out: set[int] = set()
     size = 0
-    for i in sorted(range(len(documents)), key=lambda i: _name_hash(documents[i].name)):
+    hashes = [hashlib.sha256(each.name.encode("utf-8", "surrogateescape")).digest() for each in documents]
+    for i in sorted(range(len(documents)), key=hashes.__getitem__):
         if size + documents[i].size + 1 <= budget:
             held_out.add(i)
             size += documents[i].size + 1
@@ -416,10 +417,6 @@ def split(documents: Sequence[Document], val_fraction: float, whole_characters: 
             words=f"{len(held_out)} whole files",
         )
     return cut_once(documents, val_fraction, whole_characters)
-
-
-def _name_hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
 
 
 def cut_once(documents: Sequence[Document], val_fraction: float, whole_characters: bool) -> Split:

@@ -66,22 +66,6 @@ class World:
             raise told(error)
         return result
 
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """Run work on rank 0, and then on the others, which find what it left; return each rank's own result."""
-        if self.size == 1:
-            return work()
-        if self.rank:
-            self.first(lambda: None)
-            return work()
-        result, error = _outcome(work)
-
-        def tell() -> None:
-            if error is not None:
-                raise error
-
-        self.first(tell)
-        return result
-
     def together(self, work: Callable[[], T]) -> T:
         """Run work on all ranks; an error of some is raised by all, and names them."""
         if self.size == 1:

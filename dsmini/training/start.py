@@ -137,7 +137,10 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         if world.size > 1:
             refuse_oversized_parts(model, device, world)
         # 4. the text: rank 0 tokenizes it into a file, which the others read
-        corpus = world.in_turn(lambda: _read_corpus(config, origin.resume, console))
+        read = partial(_read_corpus, config, origin.resume, console)
+        if world.size > 1:
+            world.first(lambda: read() and None)
+        corpus = world.together(read)
         world.refuse_unequal({"text": f"sha256 {corpus.sha256[:12]}"})  # it may have grown since rank 0 read it
         before = None if found.checkpoint is None else found.checkpoint.state.corpus_sha256
         world.first(lambda: _check_corpus(config, origin.resume, before, corpus))
