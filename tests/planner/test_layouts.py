@@ -110,6 +110,7 @@ def every_layout(words: str) -> Iterator[dict[str, Any]]:
         yield dict(zip(names, values, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", SEARCHED)
 def test_search_finds_the_best_of_all_plans(words: str) -> None:
     """And what binds: the longest part of a step."""
