@@ -288,7 +288,9 @@ class Served:
         self.stage: str = memory.stage
         self.decode: bool = d.phase == "decode"
         self.acceptance: Figure = s.a["acceptance"]
-        self.exchange, self.least = s.rows(d.phase, d.gpus)
+        rows = s.rows(d.phase, d.gpus)
+        self.exchange: Exchange = rows[0]
+        self.least: Exchange = rows[1]
         self.exchanges: int = s.m.moe_layers if d.gpus > d.tensor else 0
         """Layers whose rows cross a link: GPUs that all share their sequences have them."""
 
