@@ -134,11 +134,17 @@ def _entry_attention(
     entries: Any,
     hidden: Tensor,
     chosen: Tensor | None,
-    *_: Any,
-) -> int:
+    sink: Tensor,
+    scale: float,
+) -> Cost:
     seen = hidden.logical_not() if chosen is None else chosen >= 0
     pairs = sum(int(part.sum()) * (len(q) // len(part)) for part in (~masked, seen))
-    return 4 * pairs * math.prod(q.shape[2:])
+    # queries that see all entries share them, others read what they chose
+    rows = int(seen.any(1).sum()) * (len(q) // len(seen)) if chosen is None else int(seen.sum())
+    data = entries if isinstance(entries, Tensor) else entries.data
+    read = _nbytes(q, near, masked, sink, hidden if chosen is None else chosen)
+    read += rows * data.shape[2] * data.element_size()
+    return Cost(read, result.nbytes, 4 * pairs * math.prod(q.shape[2:]))
 
 
 def _trained_attention_gradients(

@@ -13,6 +13,7 @@ from torch import Tensor
 from dsmini_kernels.cpu import build, steps
 from dsmini_kernels.cpu.calls import ERRORS, memory, span
 from dsmini_kernels.cpu.structs import CALLS, LAYOUTS
+from dsmini_kernels.cpu.topk import key_rows
 
 HUGE = 2**62
 # GCC aligns the stack of detect_stack_use_after_return to 32 bytes, and vectors of AVX-512 want 64
@@ -58,6 +59,15 @@ def wrong_values(x: Any) -> tuple[Any, ...]:
     return (-1, HUGE, *larger) if isinstance(x, int) else ()
 
 
+NEAR, ENTRIES, KEY_SIZES = torch.zeros(2, 5, 8), torch.zeros(2, 8, 8), ("type", "count", "batch", "row", "codes")
+
+
+def entries(**changes: Any) -> bytes:
+    """Return seven entries in FP8 of a call, with some fields changed."""
+    fields = {"data": span(ENTRIES), "type": 2, "count": 7, "batch": 256, "row": 32, "codes": 6, "tile": 4}
+    return LAYOUTS["KeyRows"].pack(**fields | changes)
+
+
 VALID: dict[str, dict[str, Any]] = {
     "tiles": {
         **{"operation": 2, "threads": 1, "in_type": 0, "out_type": 0, "format": 0, "powers_of_two": 0},
@@ -78,6 +88,16 @@ VALID: dict[str, dict[str, Any]] = {
         **{"threads": 1, "b": 2, "h": 3, "groups": 3, "s": 4, "t": 4, "d": 5, "v": 6, "bf16": 0, "backward": 1},
         **{"causal": 1, "lse": torch.zeros(2, 3, 4), "mask": b"", "mask_batch": 0, "scale": 0.1},
         **{name: rows(x) for name, x in HEADS.items()},
+    },
+    "entry_attention": {
+        **{"threads": 1, "b": 2, "s": 2, "heads": 3, "width": 8, "bf16": 0, "scale": 0.1, "k": 2},
+        **{"q": torch.zeros(2, 2, 3, 8), "out": torch.zeros(2, 2, 3, 8), "sink": torch.zeros(3), "masked_batch": 1},
+        **{
+            "near": key_rows(NEAR, 5)[1],
+            "entries": key_rows(ENTRIES, 7)[1],
+            "chosen": torch.tensor([[[0, 6]] * 2] * 2),
+        },
+        **{"masked": torch.zeros(1, 2, 5, dtype=torch.bool), "hidden": b"", "hidden_batch": 1},
     },
     "trained_norm": {  # rows are 40 bytes apart
         **{"threads": 1, "n": 3, "dim": 8, "bf16": 0, "backward": 1, "x": torch.zeros(28), "x_stride": 40},
@@ -110,6 +130,11 @@ WRONG: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("heads_attention", "", [{"mask": MASK, "mask_batch": n} for n in (3, -1, 2)]),
     ("heads_attention", "", [{"h": 4, "groups": 4}, {"groups": 1}, {"groups": 2, "backward": 0}, {"d": 0}]),
     ("heads_attention", "", [{"bf16": 1}, {"backward": 2}, {"causal": 2}]),
+    ("entry_attention", "", [{"chosen": torch.tensor([[[0, bad]] * 2] * 2)} for bad in (-2, 7)]),
+    ("entry_attention", "beyond", [{"near": key_rows(ENTRIES, 6)[1]}, {"entries": key_rows(ENTRIES, 6)[1]}]),
+    ("entry_attention", "beyond", [{"entries": entries(**{name: n})} for name in KEY_SIZES for n in (-1, HUGE)]),
+    ("entry_attention", "beyond", [{"entries": entries(**bad)} for bad in ({"row": 11}, {"type": 4}, {"tile": 0})]),
+    ("entry_attention", "beyond", [{"entries": entries(data=bad)} for bad in wrong_spans(ENTRIES.view(-1)[:115])]),
     ("trained_norm", "beyond", [{"x_stride": 28}, {"n": HUGE // 2**23, "backward": 0}]),
     ("trained_norm", "", [{"n": 0}, {"dim": 0}, {"bf16": 2}, {"backward": 3}]),
 ]
@@ -133,6 +158,7 @@ def test_wrong_calls_are_refused_before_memory_is_touched() -> None:
         for changes in wrong:
             error = answer(function, changes)
             assert error and word in ERRORS[error], (function, changes, error)
+    assert answer("entry_attention", {"entries": entries()}) == 0
     assert answer("tiles", GROUPS) == answer("heads_attention", {"mask": MASK, "mask_batch": 1, "causal": 0}) == 0
 
 

@@ -23,6 +23,7 @@ from dsmini_kernels.cpu.steps import quantized_linear as quantized_linear
 from dsmini_kernels.cpu.tiles import dequantize as dequantize
 from dsmini_kernels.cpu.tiles import quantize as quantize
 from dsmini_kernels.cpu.tiles import quantize_dequantize as quantize_dequantize
+from dsmini_kernels.cpu.topk import entry_attention as entry_attention
 from dsmini_kernels.cpu.topk import topk_attention as topk_attention
 from dsmini_kernels.cpu.topk import topk_keys as topk_keys
 
@@ -36,7 +37,7 @@ OPERATIONS = {
     **dict.fromkeys(("trained_attention", "trained_attention_gradients"), "heads_attention"),
     **{"attention_step": "attention", "feed_forward_step": "feed_forward", "blocks_step": "blocks"},
     **{"normed": "norms", "muon_update": "muon"},
-    **{"topk_keys": "topk_keys", "topk_attention": "topk_attention"},
+    **{"topk_keys": "topk_keys", "topk_attention": "topk_attention", "entry_attention": "entry_attention"},
 }
 """Operations, and the function of a library that runs each."""
 

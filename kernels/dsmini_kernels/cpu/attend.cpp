@@ -76,7 +76,7 @@ inline void add_values(const float* weights, const float* keep, int64_t n, const
 
 // The weights of `some` keys from `at` on, in the place of their logits, and what the sums so far must be multiplied by.
 inline void weights_of(float* logits, int64_t n, int64_t at, int64_t some, const int64_t* last, float* high, float* total,
-                       float* keep) {
+                       float* keep, const uint8_t* hidden) {
   for (int64_t r = 0; r < n; ++r) {
     float* row = logits + r * KEYS;
     const int64_t seen = least(some, last[r] + 1 - at);
@@ -86,6 +86,7 @@ inline void weights_of(float* logits, int64_t n, int64_t at, int64_t some, const
       continue;
     }
     for (int64_t t = seen; t < KEYS; ++t) row[t] = -INFINITY;
+    for (int64_t t = 0; hidden != nullptr && t < seen; ++t) row[t] = hidden[t] ? -INFINITY : row[t];
     F tops = splat(high[r]);
     for (int64_t t = 0; t < KEYS; t += LANES) tops = larger(load<F>(row + t), tops);
     float top = tops[0];
@@ -106,7 +107,7 @@ inline void weights_of(float* logits, int64_t n, int64_t at, int64_t some, const
 
 void attend_block(int64_t at, int64_t some, Decode decode, const float* keys, int64_t stride, const float* values,
                          int64_t v_stride, int64_t value, const float* q, int64_t n, const int64_t* last, float* high,
-                         float* total, float* out, int64_t out_stride, float* logits, float* keep) {
+                         float* total, float* out, int64_t out_stride, float* logits, float* keep, const uint8_t* hidden) {
   for (int64_t from = 0; from < some; from += NEAR_KEYS)
     each_group(n, [&](auto count, int64_t r) {
       constexpr int Q = decltype(count)::value;
@@ -119,7 +120,7 @@ void attend_block(int64_t at, int64_t some, Decode decode, const float* keys, in
           logits_of<Q, 1>(q + r * stride, keys + t * stride, stride, logits + r * KEYS + t);
       }
     });
-  weights_of(logits, n, at, some, last, high, total, keep);
+  weights_of(logits, n, at, some, last, high, total, keep, hidden);
   add_values(logits, keep, n, values, v_stride, some, value, out, out_stride);
 }
 

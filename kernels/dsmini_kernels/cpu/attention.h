@@ -91,7 +91,9 @@ inline void merge_parts(const float* high, const float* total, const float* out,
     if (total[p * stride] == 0) continue;  // this row sees no key of the part
     const float share = expf(high[p * stride] - top);
     sum_of_all += share * total[p * stride];
-    for (int64_t i = 0; i < n; ++i) result[i] += share * out[p * out_stride + i];
+    each_vector(out + p * out_stride, n, [&](F v, int64_t i) {
+      store_some(result + i, load_some(result + i, n - i) + splat(share) * v, n - i);
+    });
   }
   for (int64_t i = 0; i < n; ++i) result[i] /= sum_of_all;
 }
@@ -109,13 +111,13 @@ Decode decoding(const Body& body) {
 }
 
 // What `n` query rows of one sequence see of the keys [at, at + some), some <= KEYS. Row r sees keys up to last[r],
-// included. Key `at + t` and its value are decoded just before they are used.
+// included, but for those where `hidden` is 1. Key `at + t` and its value are decoded just before they are used.
 // q: rows of `stride` numbers, scaled, zero after their width, as keys are; values: rows of `v_stride` numbers, of which
 // `value` count. high, total: [n]; out: [n, out_stride]. All strides are multiples of UNIT. logits: n * KEYS numbers;
 // keep: n numbers.
 void attend_block(int64_t at, int64_t some, Decode decode, const float* keys, int64_t stride, const float* values,
                   int64_t v_stride, int64_t value, const float* q, int64_t n, const int64_t* last, float* high, float* total,
-                  float* out, int64_t out_stride, float* logits, float* keep);
+                  float* out, int64_t out_stride, float* logits, float* keep, const uint8_t* hidden = nullptr);
 
 // The part of the context [from, to) for `n` query rows of one sequence, whose keys are rows of latents and whose values
 // are the latents; with `list`, the rows list[from] to list[to - 1]. Arguments as of attend_block. Scratch: scratch_for(n, q_stride) numbers.

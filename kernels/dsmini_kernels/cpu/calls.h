@@ -6,7 +6,7 @@
 
 #include "matrix.h"
 
-constexpr int64_t MOST_TOKENS = 32, MOST_EXPERTS = 512, MOST_STACK = 1 << 16, MOST_SIDE = 1 << 16;
+constexpr int64_t MOST_TOKENS = 32, MOST_WIDTH = 1024, MOST_EXPERTS = 512, MOST_STACK = 1 << 16, MOST_SIDE = 1 << 16;
 
 // A rounding of tiles. x [batch, rows, columns] has strides in elements; out and scales are contiguous. For dequantize x
 // holds codes and its strides are bytes.
@@ -52,6 +52,32 @@ struct TopkAttentionCall {
   int64_t rows_stride;
   Span<const int64_t> topk_indices;  // [b, s, k]
   Span<char> out;                    // [b, s, heads, latent]
+  double scale;
+};
+
+enum KeyType : int64_t { KEYS_FP32, KEYS_BF16, KEYS_FP8, KEYS_FP4, KEY_TYPES };
+
+// Rows of a cache, `count` of each sequence, in a type of key_rows.h. `batch` and `row` are the bytes from one to the next.
+struct KeyRows {
+  Span<const char> data;
+  int64_t type, count, batch, row;
+  int64_t codes, tile;  // numbers with codes, and how many of them share a scale; both 0 for FP32 and BF16
+};
+
+// softmax([scale q . rows ; sink]) rows, without the sink's part, over the rows of a window and some entries, for each query
+// and all its heads. A row is key and value. q and out are FP32 or BF16; all but rows is contiguous.
+struct EntryAttentionCall {
+  int64_t threads, b, s, heads, width, bf16;
+  Span<const char> q;  // [b, s, heads, width]
+  KeyRows near, entries;
+  Span<const uint8_t> masked;  // [masked_batch, s, near.count], 1 for rows that a query does not see; masked_batch is b or 1
+  int64_t masked_batch;
+  Span<const uint8_t> hidden;  // the same of entries
+  int64_t hidden_batch;
+  Span<const int64_t> chosen;  // [b, s, k] places of entries, -1 for none, in place of `hidden`; null: all that are not hidden
+  int64_t k;
+  Span<const float> sink;  // [heads]
+  Span<char> out;          // [b, s, heads, width]
   double scale;
 };
 

@@ -1,21 +1,12 @@
 // Absorbed attention of each query to the rows of a cache that it chose, for any number of queries.
 //
-// All heads of a query read the same rows. A CPU that multiplies BF16 numbers takes rows in BF16 as they are: for the
-// logits with the heads as the tokens of a panel, for the values with the weights of two keys as a word. The result of a
-// block of keys is added to FP32 sums, relative to the largest logit so far (Milakov and Gimelshein 2018). All else is
-// computed as in a decoding step, in FP32.
+// All heads of a query read the same rows. A CPU that multiplies BF16 numbers takes rows in BF16 as they are (pairs.h). All
+// else is computed as in a decoding step, in FP32.
 
-#include "attention.h"
-#include "panels.h"
+#include "pairs.h"
 #include "entry.h"
 
 namespace {
-
-#if BF16_UNITS
-constexpr int64_t SOME = 64;              // keys of a block
-constexpr int64_t CHUNK = 2 * LANES;      // numbers of a row in a vector
-constexpr int64_t HEADS_AT_ONCE = 8;      // whose sums stay in registers
-#endif
 
 bool in_pairs(const TopkAttentionCall& c) {
 #if BF16_UNITS
@@ -88,96 +79,19 @@ void attend_in_fp32(const TopkAttentionCall& c, const Own& own, const char* q, c
 }
 
 #if BF16_UNITS
-// The weights of `some` keys in the place of their logits: for each two keys a vector of words, of the heads.
-void weights_of_block(const Own& own, int64_t some, float scale) {
-  const int64_t heads = own.heads;
-  for (int64_t v = 0; v < own.vectors; ++v) {
-    const F before = load<F>(own.high + v * LANES);
-    F top = before;
-    for (int64_t t = 0; t < some; ++t) {
-      const F logit = load<F>(own.logits + t * heads + v * LANES) * splat(scale);
-      top = logit > top ? logit : top;
-    }
-    F total{};
-    for (int64_t t = 0; t < SOME; t += 2) {
-      F p[2];
-      UNROLL for (int j = 0; j < 2; ++j) {
-        const F logit = rounded_product(load<F>(own.logits + (t + j) * heads + v * LANES), splat(scale));
-        p[j] = t + j < some ? exponential(logit - top) : F{};
-        total += p[j];
-      }
-      store(own.logits + t / 2 * heads + v * LANES, word_of(p[0], p[1]));
-    }
-    const F keep = exponential(before - top);
-    store(own.high + v * LANES, top), store(own.keep + v * LANES, keep);
-    store(own.total + v * LANES, load<F>(own.total + v * LANES) * keep + total);
-  }
-}
-
-// sums = sums * keep + weights times values, for HEADS_AT_ONCE heads and all columns.
-__attribute__((target("avx512bf16"))) void add_block(const Own& own, int64_t first, int64_t pairs, int64_t columns) {
-  for (int64_t at = 0; at < columns; at += CHUNK) {
-    F total[HEADS_AT_ONCE][2];
-    UNROLL for (int h = 0; h < HEADS_AT_ONCE; ++h) UNROLL for (int k = 0; k < 2; ++k)
-      total[h][k] = load<F>(own.sums + (first + h) * columns + at + k * LANES) * splat(own.keep[first + h]);
-    const float *values = own.values + at, *weights = own.logits + first;
-    for (int64_t pair = 0; pair < pairs; ++pair, values += columns, weights += own.heads) {
-      const __m512bh v[2] = {(__m512bh)load<__m512i>(values), (__m512bh)load<__m512i>(values + LANES)};
-      UNROLL for (int h = 0; h < HEADS_AT_ONCE; ++h) {
-        const __m512bh weight = (__m512bh)_mm512_set1_epi32(load<int32_t>(weights + h));
-        UNROLL for (int k = 0; k < 2; ++k) total[h][k] = (F)_mm512_dpbf16_ps((__m512)total[h][k], weight, v[k]);
-      }
-    }
-    UNROLL for (int h = 0; h < HEADS_AT_ONCE; ++h) UNROLL for (int k = 0; k < 2; ++k)
-      store(own.sums + (first + h) * columns + at + k * LANES, total[h][k]);
-  }
-}
-
-// Heads [first, first + count) of a query, with as many vectors as they need. Columns of the sums stay in the order in
-// which two rows are interleaved: of 32 numbers, four and four of each eighth go to two vectors.
-void attend_heads(const TopkAttentionCall& c, const Own& whole, const char* q, const char* rows, int64_t n, int64_t first,
+// Heads [first, first + count) of a query, with as many vectors as they need.
+void attend_heads(const TopkAttentionCall& c, const Own& own, const char* q, const char* rows, int64_t n, int64_t first,
                   int64_t count, char* out) {
-  Own own = whole;
-  own.vectors = divide_up(count, LANES);
-  const int64_t heads = own.heads = own.vectors * LANES;
-  const int64_t stride = 2 * c.width;
-  pack<Bf16Words>(true, c.width, count, own.vectors, [&](int64_t h) { return q + (first + h) * stride; }, own.q);
-  memset(own.sums, 0, heads * c.latent * 4);
-  for (int64_t h = 0; h < heads; ++h) own.high[h] = -INFINITY, own.total[h] = 0;
-  const auto row_at = [&](int64_t i) { return rows + own.list[least(i, n - 1)] * stride; };
+  const int64_t vectors = divide_up(count, LANES), heads = vectors * LANES, stride = 2 * c.width;
+  pack<Bf16Words>(true, c.width, count, vectors, [&](int64_t h) { return q + (first + h) * stride; }, own.q);
+  begin_part(heads, own.high, own.total, own.sums, c.latent);
+  const PanelOfHeads panel{vectors, heads, c.width, c.latent, own.q, own.logits, own.values, own.keep, own.sums, own.high, own.total};
   for (int64_t at = 0; at < n; at += SOME) {
-    const int64_t some = least(SOME, n - at), pairs = divide_up(some, 2);
-    for (int64_t t = 0; t < some; t += ROWS_AT_ONCE) {
-      const char* four[ROWS_AT_ONCE];
-      for (int64_t r = 0; r < ROWS_AT_ONCE; ++r) {
-        four[r] = row_at(at + t + r);
-        prefetch(row_at(at + SOME + t + r), stride);
-      }
-      multiply<Bf16Words>(four, own.q, own.vectors, c.width, 0, own.logits + t * heads);
-    }
-    weights_of_block(own, some, float(c.scale));
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      const char *a = row_at(at + 2 * pair), *b = row_at(at + 2 * pair + 1);
-      float* to = own.values + pair * c.latent;
-      for (int64_t i = 0; i < c.latent; i += CHUNK) {
-        const __m512i one = load<__m512i>(a + 2 * i), two = load<__m512i>(b + 2 * i);
-        store(to + i, _mm512_unpacklo_epi16(one, two)), store(to + i + LANES, _mm512_unpackhi_epi16(one, two));
-      }
-    }
-    for (int64_t h = 0; h < count; h += HEADS_AT_ONCE) add_block(own, h, pairs, c.latent);
+    const auto row_at = [&](int64_t t) { return rows + own.list[least(at + t, n - 1)] * stride; };
+    add_keys(panel, row_at, least(SOME, n - at), SOME, float(c.scale), count);
   }
-  for (int64_t h = 0; h < count; ++h) {
-    const F total = splat(own.total[h]);
-    for (int64_t at = 0; at < c.latent; at += CHUNK) {
-      const float* sums = own.sums + h * c.latent + at;
-      const __m512 low = (__m512)(load<F>(sums) / total), high = (__m512)(load<F>(sums + LANES) / total);
-      const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-      const __m512i back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-      char* to = out + 2 * ((first + h) * c.latent + at);
-      put(true, (F)_mm512_permutex2var_ps(low, front, high), LANES, to);
-      put(true, (F)_mm512_permutex2var_ps(low, back, high), LANES, to + 2 * LANES);
-    }
-  }
+  for (int64_t h = 0; h < count; ++h)
+    put_mean(own.sums + h * c.latent, own.total[h], c.latent, out + 2 * (first + h) * c.latent);
 }
 
 void attend_in_pairs(const TopkAttentionCall& c, const Own& own, const char* q, const char* rows, int64_t n, char* out) {

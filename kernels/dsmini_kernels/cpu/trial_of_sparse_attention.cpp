@@ -4,6 +4,7 @@
 
 extern "C" int64_t dsmini_topk_keys(const TopkKeysCall*, int64_t);
 extern "C" int64_t dsmini_topk_attention(const TopkAttentionCall*, int64_t);
+extern "C" int64_t dsmini_entry_attention(const EntryAttentionCall*, int64_t);
 
 namespace {
 
@@ -32,6 +33,35 @@ void try_topk_attention(Trial& trial, int64_t b, int64_t s, int64_t bf16, int64_
   trial.run("topk_attention", dsmini_topk_attention, c);
 }
 
+// Rows of a cache of `room` rows, of which `count` count.
+KeyRows key_rows(Memory& memory, int64_t b, int64_t count, int64_t room, int64_t type, int64_t width) {
+  const int64_t codes = type == KEYS_FP8 ? width - 5 : type == KEYS_FP4 ? width : 0, tile = codes ? 22 : 0;
+  const int64_t scales = codes ? divide_up(codes, tile) : 0;
+  const int64_t rows[] = {4 * width, 2 * width, codes + scales + 2 * (width - codes) + 3, codes / 2 + scales};
+  return {memory.bytes(b * room * rows[type]), type, count, room * rows[type], rows[type], codes, tile};
+}
+
+void try_entry_attention(Trial& trial, int64_t b, int64_t s, int64_t bf16, int64_t heads, int64_t width, int64_t type, int64_t k) {
+  const int64_t size = bf16 ? 2 : 4;
+  Memory memory;
+  EntryAttentionCall c{};
+  c.threads = 1, c.b = b, c.s = s, c.heads = heads, c.width = width, c.bf16 = bf16, c.scale = 0.1, c.k = k;
+  c.q = memory.bytes(b * s * heads * width * size), c.out = memory.bytes(b * s * heads * width * size);
+  c.near = key_rows(memory, b, 37, 37, bf16 ? KEYS_BF16 : KEYS_FP32, width), c.entries = key_rows(memory, b, 150, 151, type, width);
+  c.masked = memory.bytes(s * 37), c.masked_batch = c.hidden_batch = 1;
+  c.sink = memory.bytes(heads * 4);
+  if (k) {
+    const Lent chosen = memory.bytes(b * s * k * 8);
+    for (int64_t i = 0; i < b * s * k; ++i) static_cast<int64_t*>(chosen.data)[i] = i % 9 == 4 ? -1 : (2 * i + i / k) % 150;
+    c.chosen = chosen;
+  } else {
+    const Lent hidden = memory.bytes(b * s * 150);
+    for (int64_t i = 0; i < b * s * 150; ++i) static_cast<uint8_t*>(hidden.data)[i] = i % 7 > 3 || i % 150 > 90;
+    c.hidden = hidden, c.hidden_batch = b;
+  }
+  trial.run("entry_attention", dsmini_entry_attention, c);
+}
+
 }  // namespace
 
 const char* dsmini_try() {
@@ -40,7 +70,11 @@ const char* dsmini_try() {
   for (const int64_t bf16 : {0, 1}) {
     for (const int64_t topk : {7, 150}) try_topk_keys(trial, 1, 1, bf16, topk), try_topk_keys(trial, 2, 11, bf16, topk);
     for (const auto& [b, s] : TOKENS)
-      for (const auto& [heads, latent] : WIDTHS) try_topk_attention(trial, b, s, bf16, heads, latent);
+      for (const auto& [heads, latent] : WIDTHS) {
+        try_topk_attention(trial, b, s, bf16, heads, latent);
+        for (const int64_t type : {KEYS_FP32, KEYS_BF16, KEYS_FP8, KEYS_FP4})
+          for (const int64_t k : {0, 71}) try_entry_attention(trial, b, s, bf16, heads, latent + (type == KEYS_FP4) * latent % 2, type, k);
+      }
   }
   return trial.failed;
 }
