@@ -46,6 +46,7 @@ STEPS: Mapping[str, dict[str, Any]] = {
     "sparse prompt": {"work": "prefill", "batch": 1, "tokens": 512, "attention": "dsa"},
     "sparse decoding": {"work": "decode", "batch": 1, "tokens": 1024, "attention": "dsa"},
     "MHA decoding": {"work": "decode", "batch": 1, "tokens": 1024, "attention": "mha"},
+    "V4 decoding": {"work": "decode", "batch": 1, "tokens": 1024, "attention": "compressed"},
 }
 
 
@@ -89,7 +90,9 @@ def calls_of(setting: Setting, step: str, dtype: Any) -> dict[str, list[Call]]:
     config, attention = models.decoded(setting.quick), how.pop("attention", None)
     if how["work"] == "training":
         config, how["tokens"] = models.TRAINED, min(how["tokens"], models.TRAINED.max_seq_len)
-    if attention is not None:
+    if attention == "compressed":
+        config = models.compressed(config)
+    elif attention is not None:
         config = models.sparse(config, TOPK) if attention == "dsa" else dataclasses.replace(config, attention=attention)
     shape = StepShape(config=config, dtype=dtype, **how)
     found: dict[str, list[Call]] = {}
