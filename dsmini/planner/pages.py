@@ -115,7 +115,7 @@ def _training(plan: Plan) -> list[str]:
     if "training_cost" in f:
         most = f["training_cost"] * (plan.hardware.price_most or 0) / (plan.hardware.price or 1)
         cost = f" and {f['training_cost']}" + (f" to {human(most, '$')}" if most > f["training_cost"] else "")
-    by = "by the parts of a step" if r.utilization is None else f"as {how['utilization']} says"
+    by = "from the predicted parts of a step" if r.utilization is None else f"as {how['utilization']} says"
     cost = f" (at least {f['least_training_time']}){cost}"
     said = f"{gpus} {'takes' if one else 'take'} {f['training_time']}{cost} for {in_words(plan.run.tokens)} tokens, "
     said += f"at an MFU of {f['mfu']:.3g} {by}. {fullest}"

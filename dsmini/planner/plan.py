@@ -215,7 +215,8 @@ def _worked(inputs: Inputs, model: Model) -> Inputs:
         train = run.train
         fewer = (train.batch_size - (train.batch_start or train.batch_size)) / 2 * train.batch_ramp  # in equal steps
         tokens = train.steps * (train.batch_size - fewer) * run.seq_len
-        return inputs.filled(f"[train] of {model.name}", seq_len=run.seq_len, batch=train.batch_size, tokens=tokens)
+        sizes = {"seq_len": run.seq_len, "batch": train.batch_size, "tokens": tokens}
+        return inputs.filled(f"the recipe [train] in {model.name}'s file", **sizes)
     work = presets()["deepseek-v3"]["workload"]
     return inputs.filled(WORKLOAD, **(work | {"seq_len": min(work["seq_len"], longest)}))
 

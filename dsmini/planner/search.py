@@ -5,10 +5,10 @@
 
 Every allowed layout is planned by training.py: its memory, and the time of a step where that fits.
 
-Where the user leaves the layout open it is the fastest of a short list that fits. Where the number of GPUs is open too,
-it is the fewest that train within `days`: 1, 2, 4, ... up to a node, then 1, 2, 4, ... nodes. Numbers are skipped that
-would train too slowly if they divided the work of one GPU evenly. They are tried last, from the largest on, where
-no other fits. If none fits, the layout is the one that needs least memory, with what would fit.
+Where the user leaves the layout open it is the fastest of the usual layouts that fit. Where the number of GPUs is
+open too, it is the fewest that train within `days`: 1, 2, 4, ... up to a node, then 1, 2, 4, ... nodes. Numbers are
+skipped that would train too slowly if they divided the work of one GPU evenly. They are tried last, from the largest
+on, where no other fits. If none fits, the layout is the one that needs least memory, with what would fit.
 
 Estimates: the time is that of training.py. Memory is a lower bound, so a layout may fill memory_share of it. Sequences
 are divided into parts (context_parallel) where no layout with whole ones fits.
@@ -204,7 +204,7 @@ def _by_gpus(search: Search, counts: list[int], longest: float, inputs: Inputs) 
             break
     if best is None:
         return None
-    how, of = "the fastest of a short list that fits", f"{human(longest, 's')} (--days)"
+    how, of = "the fastest of the usual layouts that fit", f"{human(longest, 's')} (--days)"
     if Run(best, inputs).training_time > longest:
         how += f"; no number of GPUs that was tried trains within {of}"
     elif longest < math.inf:
