@@ -48,8 +48,12 @@ def rotate(x: Tensor, c: Any, halves: bool = False) -> Tensor:
     return (turned.mT if halves else turned).flatten(-2)
 
 
-def attention(m: Any, x: Tensor, c: Any, seen: Tensor | None = None) -> Tensor:
-    """V3, equations 1 to 11, expanded. DSA sees the best keys of its indexer; MHA, GQA and MQA are MLA's baselines."""
+def attention(m: Any, x: Tensor, c: Any, seen: Tensor | None = None, chosen: list[Tensor] | None = None) -> Tensor:
+    """V3, equations 1 to 11, expanded. DSA sees the best keys of its indexer; MHA, GQA and MQA are MLA's baselines.
+
+    A layer of DSA adds what it chose to `chosen`; one without an indexer sees what was added last.
+    """
+    chosen = [] if chosen is None else chosen
     h, nope = c.n_heads, c.qk_nope_head_dim
     seen = torch.ones(1, x.shape[1], x.shape[1]).tril().bool() if seen is None else seen
     if c.is_mla:
@@ -61,9 +65,11 @@ def attention(m: Any, x: Tensor, c: Any, seen: Tensor | None = None) -> Tensor:
         k_rope = rotate(k_rope.unsqueeze(2), c).expand(-1, -1, h, -1)
         k, v = torch.cat((kv[..., :nope], k_rope), -1), kv[..., nope:]
         if c.attention == "dsa":
-            scores = index_scores(m.indexer, x, latent, c).masked_fill(~seen, -torch.inf)
-            best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : c.index_topk]
-            seen = seen & torch.zeros_like(scores).scatter(-1, best, 1.0).bool()
+            if m.indexer is not None:
+                scores = index_scores(m.indexer, x, latent, c).masked_fill(~seen, -torch.inf)
+                best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : c.index_topk]
+                chosen.append(torch.zeros_like(scores).scatter(-1, best, 1.0).bool())
+            seen = seen & chosen[-1]
     else:
         groups = {"mha": h, "gqa": c.n_kv_heads, "mqa": 1}[c.attention]
         q, k, v = (linear(x, w).unflatten(-1, (n, -1)) for w, n in ((m.wq, h), (m.wk, groups), (m.wv, groups)))
@@ -129,22 +135,22 @@ def feed_forward(m: Any, x: Tensor, c: Any, routing: list[Any]) -> Tensor:
     return y if m.shared_experts is None else y + feed_forward(m.shared_experts, x, c, [])
 
 
-def block(m: Any, x: Tensor, c: Any, seen: Tensor | None, routing: list[Any]) -> Tensor:
-    x = x + attention(m.attn, rms_norm(x, m.attn_norm, c.norm_eps), c, seen)
+def block(m: Any, x: Tensor, c: Any, seen: Tensor | None, routing: list[Any], chosen: list[Tensor]) -> Tensor:
+    x = x + attention(m.attn, rms_norm(x, m.attn_norm, c.norm_eps), c, seen, chosen)
     return x + feed_forward(m.ffn, rms_norm(x, m.ffn_norm, c.norm_eps), c, routing)
 
 
 def model(m: Any, tokens: Tensor, c: Any, seen: Tensor | None = None) -> tuple[list[Tensor], list[Any]]:
     """Return the logits of the next token and of each depth of MTP (V3, equations 21 to 23), and all routing."""
-    embedding, routing = m.embed.weight[tokens], []
+    embedding, routing, chosen = m.embed.weight[tokens], [], []
     x = embedding = rms_norm(embedding, m.embed_norm, c.norm_eps) if c.embed_norm else embedding
     for layer in m.layers:
-        x = block(layer, x, c, seen, routing)
+        x = block(layer, x, c, seen, routing, chosen)
     logits = [linear(normed := rms_norm(x, m.norm, c.norm_eps), m.head)]
     for k, depth in enumerate(m.mtp, 1):
         n, hidden = tokens.shape[1] - k, x if c.mtp_input == "pre_norm" else normed
         pair = rms_norm(embedding[:, k:], depth.enorm, c.norm_eps), rms_norm(hidden[:, :n], depth.hnorm, c.norm_eps)
         within = seen if seen is None else seen[:, :n, :n]
-        x = block(depth.block, linear(torch.cat(pair, -1), depth.eh_proj), c, within, routing)
+        x = block(depth.block, linear(torch.cat(pair, -1), depth.eh_proj), c, within, routing, chosen)
         logits.append(linear(normed := rms_norm(x, depth.norm, c.norm_eps), m.head))
     return logits, routing

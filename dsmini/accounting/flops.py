@@ -41,6 +41,7 @@ from dsmini.accounting.tensors import (
     check_depths,
     check_sizes,
     collect,
+    full_layers,
     key_width,
     main_tensors,
     tensors,
@@ -190,7 +191,10 @@ def work(c: ModelConfig, use: TensorUse, s: int, n: int, causal: bool, stage: St
     if stage and use.kind == SCORES:  # scores with their backward, and the target's logits of all keys
         compared = twice_the_keys(c.index_topk, s, causal, stage, use.ratio)
         loss = 3 * compared * use.per_pair + all_ * (c.n_heads * key_width(c))
-        yield Work(use.module.replace(SCORES, LOSS), use.times * int(n * loss), 0)
+        learnt = use.times
+        if c.indexer_target == "served" and not use.mtp:  # all layers; of a planner's mean block one
+            learnt = round(use.times * c.n_layers / full_layers(c))
+        yield Work(use.module.replace(SCORES, LOSS), learnt * int(n * loss), 0)
 
 
 def is_repeated(c: ModelConfig, use: TensorUse, stage: Stage) -> bool:

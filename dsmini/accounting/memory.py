@@ -74,6 +74,7 @@ from dsmini.accounting.tensors import (
     check_depths,
     check_dtype,
     check_sizes,
+    full_layers,
     key_width,
     tensors,
 )
@@ -86,7 +87,7 @@ Optimizer = Literal["adamw", "muon"]
 Recompute = Literal["none", "selective", "full"]
 CacheDtype = Literal["float32", "bfloat16", "fp8"]
 """fp8: V3.2's layout of MLA's rows."""
-Part = Literal["embedding", "dense", "moe", "hashed", "head", "state", "mtp"]
+Part = Literal["embedding", "indexed", "dense", "moe", "hashed", "head", "state", "mtp"]
 STATE, TABLES = "residual stream and norms", "rotary tables"
 PLAIN = ("eh_proj", *HELD_FP8)
 """Matrices between hidden states whose products are never FP8."""
@@ -216,7 +217,7 @@ def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2, dtype: Ca
     if dtype is not None:
         row, index = row_bytes(config, dtype), index_row_bytes(config, dtype)
     if config.compress_ratios is None:
-        return config.n_layers * (row + index)
+        return config.n_layers * row + full_layers(config) * index
     return sum((row + index * (ratio == CSA_RATIO)) / ratio for ratio in config.compress_ratios if ratio)
 
 
@@ -251,7 +252,8 @@ def cache_bytes(
     """
     check_sizes(max_seq_len=max_seq_len, batch=batch)
     c, row, index = config, row_bytes(config, dtype), index_row_bytes(config, dtype)
-    main, of_mtp = c.n_layers * max_seq_len * (row + index), c.n_mtp_layers * max_seq_len * (row + index)
+    main = max_seq_len * (c.n_layers * row + full_layers(c) * index)
+    of_mtp = c.n_mtp_layers * max_seq_len * (row + index)
     if c.compress_ratios is not None:
         of_layer = (layer_cache_bytes(c, ratio, max_seq_len, row, index) for ratio in c.compress_ratios)
         main, of_mtp = sum(of_layer), c.n_mtp_layers * layer_cache_bytes(c, 0, max_seq_len, row, index)
@@ -294,7 +296,8 @@ def rows_read(c: ModelConfig, context: int, dtype: CacheDtype, chosen: bool = Tr
     """
     row, index = row_bytes(c, dtype), index_row_bytes(c, dtype)
     if c.compress_ratios is None:
-        return c.n_layers * ((min(context, c.index_topk or context) if chosen else context) * row + context * index)
+        attended = min(context, c.index_topk or context) if chosen else context
+        return c.n_layers * attended * row + full_layers(c) * context * index
     read = float(c.n_layers * min(context, c.window_size or context) * row)
     for ratio in filter(None, c.compress_ratios):
         entries = context // ratio
@@ -392,6 +395,7 @@ def _passes(c: ModelConfig, seq_len: int) -> Iterator[tuple[str, Part, int]]:
     """
     dense, moe, mtp_dense, _ = blocks(c)
     yield "", "embedding", seq_len
+    yield "", "indexed", full_layers(c) * seq_len
     yield "", "dense", dense * seq_len
     yield "", "hashed", c.n_hash_layers * seq_len
     yield "", "moe", (moe - c.n_hash_layers) * seq_len
@@ -402,6 +406,7 @@ def _passes(c: ModelConfig, seq_len: int) -> Iterator[tuple[str, Part, int]]:
     for depth in range(c.n_mtp_layers):
         positions = seq_len - (depth + 1)
         yield MTP, "mtp", positions
+        yield MTP, "indexed", positions
         yield MTP, "moe" if depth >= mtp_dense else "dense", positions
         if states and depth + 1 < c.n_mtp_layers:
             yield MTP, "state", positions
@@ -444,6 +449,8 @@ class Saved:
             yield STATE, row
         elif part == "state" and self.size < 4 and self.recompute != "full":  # in FP32 the end of the streams has them
             yield STREAMS, c.hc_mult * row
+        elif part == "indexed" and c.attention == "dsa" and self.recompute != "full":
+            yield from self.indexer()
         elif part in ("dense", "moe", "hashed") and self.recompute == "full":
             yield "inputs of blocks", c.hc_mult * row
             yield "gates", self.scores() if part == "moe" else 0
@@ -500,8 +507,6 @@ class Saved:
         yield OVER, h * 4
         if self.fp8:  # wo reads the result in E5M6, 12 bits a number (report, section 3.3.3)
             yield "attention", 12 * ceiling(h * v, 8) + 4 * ceiling(h * v, BLOCK)
-        if c.attention == "dsa":
-            yield from self.indexer()
 
     def compressed_attention(self) -> Amounts:
         """Yield V4's: of entries the mean of all layers, since their kinds take turns. A lower bound, as if fused."""
@@ -587,4 +592,4 @@ class Saved:
         whole, c = dataclasses.replace(self, recompute="none"), self.c
         dense, moe, _, _ = blocks(c)
         there: dict[Part, int] = {"dense": dense, "moe": moe - c.n_hash_layers, "hashed": c.n_hash_layers}
-        return max(whole.total(part) for part, number in there.items() if number)
+        return whole.total("indexed") + max(whole.total(part) for part, number in there.items() if number)

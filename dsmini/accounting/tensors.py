@@ -57,9 +57,9 @@ V4 is served, the same but for routed experts, which have E2M1 codes with a scal
 bytes of fp8. int4: routed experts as codes of 4 bits with a BF16 scale for 32 of them, all else in BF16."""
 Stage = Literal["warmup", "sparse"]
 """Stage in which indexers learn: as train.dsa_stage. In the warm-up nothing else does."""
-Place = Literal["ends", "mtp", "block", "dense", "moe", "scored", "hashed", "compressed"]
-"""Blocks that have a tensor: none, as the ends of the model and of a depth; all; those that are dense; with experts,
-chosen by scores, or by a table; those of V4 with entries."""
+Place = Literal["ends", "mtp", "block", "indexed", "dense", "moe", "scored", "hashed", "compressed"]
+"""Blocks that have a tensor: none, as the ends of the model and of a depth; all; those of DSA with an indexer; those
+that are dense; with experts, chosen by scores, or by a table; those of V4 with entries."""
 SIZES = {"float32": 4, "bfloat16": 2, "fp8": 2, "fp4": 2, "int8": 2, "int4": 2}
 """Bytes of a number of a model in a dtype; in narrow ones of what is BF16 there."""
 BLOCK_FP4 = 32
@@ -181,6 +181,11 @@ def blocks(c: ModelConfig) -> tuple[int, int, int, int]:
     return dense, c.n_layers - dense, mtp_dense, c.n_mtp_layers - mtp_dense
 
 
+def full_layers(c: ModelConfig) -> int:
+    """Return the number of layers without those that take another one's choice of keys."""
+    return c.n_layers - c.indexer_types.count("shared")
+
+
 def tensors(c: ModelConfig) -> Iterator[TensorUse]:
     """Yield all tensors of Transformer(c)."""
     yield from main_tensors(c)
@@ -194,7 +199,9 @@ def main_tensors(c: ModelConfig) -> Iterator[TensorUse]:
         yield _norm("embed_norm", c.dim)
     dense, moe, _, _ = blocks(c)
     hashed = c.n_hash_layers
-    yield from _placed(c, {"block": c.n_layers, "dense": dense, "moe": moe, "scored": moe - hashed, "hashed": hashed})
+    times: dict[Place, int] = {"block": c.n_layers, "indexed": full_layers(c), "dense": dense, "moe": moe}
+    times["scored"], times["hashed"] = moe - hashed, hashed
+    yield from _placed(c, times)
     for ratio, layers in Counter(c.compress_ratios or ()).items():
         for use in _compressed(c, ratio) if ratio else ():
             yield use._replace(place="compressed", times=layers, ratio=ratio)
@@ -218,7 +225,8 @@ def mtp_tensors(c: ModelConfig) -> Iterator[TensorUse]:
     uses.append(TensorUse("head", "head", (c.vocab_size, c.dim), visits=1, owned=False))
     for use in uses:
         yield use._replace(mtp=True, place="mtp", times=c.n_mtp_layers)
-    for use in _placed(c, {"block": c.n_mtp_layers, "dense": dense, "moe": moe, "scored": moe}):
+    every = c.n_mtp_layers
+    for use in _placed(c, {"block": every, "indexed": every, "dense": dense, "moe": moe, "scored": moe}):
         yield use._replace(mtp=True, first=dense if use.place in ("moe", "scored") else 0)
 
 
@@ -226,6 +234,7 @@ def _placed(c: ModelConfig, times: dict[Place, int]) -> Iterator[TensorUse]:
     """Yield the tensors of all blocks, with the number of blocks that have them."""
     of: dict[Place, Callable[[ModelConfig], Iterable[TensorUse]]] = {
         "block": _block,
+        "indexed": _indexer,
         "dense": lambda c: _swiglu("dense feed-forward", c.dim, c.inter_dim),
         "moe": _moe,
         "scored": lambda c: [TensorUse("gates", "bias", buffers=c.n_routed_experts)],
@@ -299,8 +308,6 @@ def _attention(c: ModelConfig) -> Iterator[TensorUse]:
         yield _norm("k_head_norm", d)
     yield TensorUse(OVER, "", per_pair=h * (d + v), most_keys=c.index_topk)
     yield _matrix("wo", m, h * v)
-    if c.index_n_heads is not None and c.index_head_dim is not None:
-        yield from _indexer(c.index_n_heads, c.index_head_dim, m, m if c.q_lora_rank is None else c.q_lora_rank)
 
 
 def _window(c: ModelConfig) -> Iterator[TensorUse]:
@@ -341,8 +348,11 @@ def _compressor(kind: str, m: int, d: int, ratio: int, series: int) -> Iterator[
     yield TensorUse(kind, "compressor.norm", (d,), form="fp32")
 
 
-def _indexer(h: int, d: int, m: int, width: int) -> Iterator[TensorUse]:
-    """Yield an indexer: 13,959,424 parameters in a layer of V3.2, its norm's 256 among them."""
+def _indexer(c: ModelConfig) -> Iterator[TensorUse]:
+    """Yield DSA's indexer: 13,959,424 parameters in a layer of V3.2, its norm's 256 among them."""
+    if c.attention != "dsa":
+        return
+    h, d, m, width = c.index_n_heads or 0, c.index_head_dim or 0, c.dim, c.q_lora_rank or c.dim
     yield TensorUse(INDEXER, "wq_b", (h * d, width), visits=1, form="fp8")
     yield TensorUse(INDEXER, "wk", (d, m), visits=1, form="fp8")
     yield from (_norm(name, d) for name in ("k_norm.weight", "k_norm.bias"))

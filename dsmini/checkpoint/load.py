@@ -149,7 +149,7 @@ def load_pretrained(
     device: str | torch.device = "cpu",
     qat: bool | None = None,
 ) -> Transformer:
-    """Return the model of a DeepSeek or Hugging Face folder (deepseek_v2 to deepseek_v4, kimi_k2).
+    """Return the model of a DeepSeek or Hugging Face folder (deepseek_v2 to deepseek_v4, kimi_k2, glm_moe_dsa).
 
     Folders in DeepSeek's inference layout work too: the files of all ranks next to their config JSON. The model is
     ready to be evaluated. A long load shows a bar on the standard error.
@@ -165,7 +165,8 @@ def load_pretrained(
 
     Warns: of experts that are dequantized though codes are to be kept. If config.json promises multi-token prediction
         blocks of which the folder holds nothing (transformers leaves them out when it saves a model); the model has
-        none then. If those blocks' copies of embedding and head are not what the model's are, which are used.
+        none then. If those blocks' copies of embedding and head are not what the model's are, which are used. If
+        layers that take another one's choice have indexers there, which are dropped.
 
     Raises: ValueError for a folder that does not hold the model its config describes, with all that is wrong, for a
         config that cannot be honoured, and for a damaged file, before memory for the model is taken; for tensors with
@@ -215,6 +216,7 @@ class PretrainedTensors:
         self.reader: SafetensorsReader = SafetensorsReader(folder)
         if is_v4(config):
             self.reader.tensors = in_released_names(self.reader.tensors)
+        self.reader.tensors = _without_shared_indexers(config, self.reader.tensors, folder)
         tensors = {name: stored for name, stored in self.reader.tensors.items() if not is_derived(name)}
         self.config: ModelConfig = _without_absent_mtp(config, tensors, folder)
         """Config of the model, without multi-token prediction blocks that the folder does not hold."""
@@ -409,9 +411,21 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     raw = read_table(path)
     require(
         inference or is_hugging_face(raw),
-        f"{path} has no model_type; want the config.json of a deepseek_v2, v3, v32 or v4 or of a kimi_k2 model",
+        f"{path} has no model_type; want the config.json of a deepseek_v2, v3, v32 or v4, kimi_k2 or glm_moe_dsa model",
     )
     return raw, ModelConfig.from_file(path)
+
+
+def _without_shared_indexers(config: ModelConfig, tensors: dict[str, Stored], folder: Path) -> dict[str, Stored]:
+    """Leave out the indexers of shared layers, which some writers store: the config decides who has one."""
+    shared = [i for i in range(config.n_layers) if config.index_source(i) != i]
+    prefixes = tuple(f"model.layers.{i}.self_attn.indexer." for i in shared)
+    if dropped := [name for name in tensors if name.startswith(prefixes)]:
+        warnings.warn(
+            f"{folder} has indexers in layers that take another layer's choice, which are dropped: {listed(dropped)}",
+            stacklevel=4,
+        )
+    return {name: stored for name, stored in tensors.items() if not name.startswith(prefixes)}
 
 
 def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Path) -> ModelConfig:

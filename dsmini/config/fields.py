@@ -207,7 +207,11 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", Path: "a path"}
-    return words.get(hint, "a list of whole numbers" if int in typing.get_args(hint) else "a list of texts")
+    if hint in words:
+        return words[hint]
+    part = next(iter(typing.get_args(hint)), str)
+    several = {int: "whole numbers", str: "texts"}
+    return f"a list of {several.get(part) or ' and '.join(map(repr, typing.get_args(part)))}"
 
 
 def _nearest(value: Any, choices: tuple[Any, ...]) -> str:

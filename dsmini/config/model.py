@@ -73,6 +73,11 @@ class ModelConfig:
     """Number of keys that a query attends to (V3.2: 2048), in V4 of compressed entries (Flash: 512, Pro: 1024)."""
     indexer_rope_interleave: bool = setting(False, only=("dsa",))
     """Adjacent pairs in the indexer's RoPE, as in GLM; off: pairs of the two halves, as in V3.2."""
+    indexer_types: tuple[Literal["full", "shared"], ...] = setting((), only=("dsa",))
+    """Kind of each of n_layers layers (GLM-5.2): a "full" one chooses keys by its indexer; a "shared" one has none, and
+    takes the choice of the last full layer before it. MTP blocks are full. Empty: all are, and a folder is V3.2's."""
+    indexer_target: Literal["own", "served"] = setting("own", only=("dsa",))
+    """Attention that an indexer learns to predict: of its own layer, or the mean of all layers that take its choice."""
     indexer_fp8: bool = setting(False, only=("dsa",))
     """Simulated FP8 in the indexer: queries and keys are rounded to E4M3 with a scale for each 128 numbers."""
 
@@ -221,6 +226,16 @@ class ModelConfig:
             require_multiple("n_heads", self.n_heads, "n_kv_heads", self.n_kv_heads)
         if self.index_head_dim is not None:
             self._check_indexer(self.index_head_dim, self.qk_rope_head_dim)
+        if types := self.indexer_types:
+            n = self.n_layers
+            require(
+                len(types) == n,
+                f"indexer_types has {len(types)} names, n_layers={n}; give one for each layer (MTP blocks are full)",
+            )
+            require(
+                types[0] == "full",
+                "indexer_types begins with 'shared', and no layer before it chooses keys; begin with 'full'",
+            )
         if self.compress_ratios is not None:
             self._check_compressed(self.compress_ratios, self.head_dim or 0, self.o_groups or 1)
         for name in ("rope_theta", "compress_rope_theta"):
@@ -322,6 +337,12 @@ class ModelConfig:
     def compress_ratio(self, layer: int) -> int:
         """Return the number of tokens in a compressed entry of block `layer`; 0 without any, as in MTP blocks."""
         return self.compress_ratios[layer] if self.compress_ratios and layer < self.n_layers else 0
+
+    def index_source(self, layer: int) -> int:
+        """Return the block whose indexer chooses the keys of block `layer`: itself, or the last full one before it."""
+        while self.indexer_types and layer < self.n_layers and self.indexer_types[layer] == "shared":
+            layer -= 1
+        return layer
 
     @property
     def has_indexers(self) -> bool:

@@ -52,6 +52,11 @@ _LAYER_TYPES = ("sliding_attention", "compressed_sparse_attention", "heavily_com
 _INDEXER_SWITCHES = ("indexer_rope_interleave", "indexer_fp8")
 # all keys of deepseek_v32; the last two repeat others, as transformers writes them
 _SPARSE = {*_INDEXER, *_INDEXER_SWITCHES, "layer_types", "mlp_layer_types"}
+# keys of glm_moe_dsa: three spellings of indexer_types; and the reuse of a choice by an MTP block that drafts again,
+# where dsmini has a block for each draft
+_GLM = {"indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"}
+_GLM |= {"index_share_for_mtp_iteration"}
+_GLM_READ: Allowed = {"indexer_rope_interleave": (True,), "scoring_func": ("sigmoid",)}
 _YARN = {
     "factor": "rope_factor",
     "beta_fast": "beta_fast",
@@ -95,6 +100,8 @@ _SILENT = {
     *("_name_or_path", "num_local_experts", "router_aux_loss_coef"),
     *("_attn_implementation_autoset", "unsloth_fixed", "unsloth_version"),
 }
+LARGEST_DEPTH = 10_000
+"""Number of layers up to which a list of them is made."""
 UNKNOWN_IDS = {"bos_token_id": None, "eos_token_id": None}
 """Special ids of a config.json whose tokenizer is not known."""
 
@@ -117,10 +124,10 @@ def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     if not is_hugging_face(raw):
         return inference_from_json(raw, source)
     kind = raw["model_type"]
-    if kind not in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "deepseek_v4"):
+    if kind not in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa", "deepseek_v4"):
         raise ValueError(
-            f"{source} has model_type={brief(kind)}; dsmini reads deepseek_v2, deepseek_v3, deepseek_v32, kimi_k2 and "
-            "deepseek_v4"
+            f"{source} has model_type={brief(kind)}; dsmini reads deepseek_v2, deepseek_v3, deepseek_v32, kimi_k2, "
+            "glm_moe_dsa and deepseek_v4"
         )
     quantized = raw.get("quantization_config")
     if quantized and not isinstance(quantized, dict):
@@ -130,8 +137,10 @@ def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
         token_ids(raw["eos_token_id"], raw.get("vocab_size"), f"eos_token_id in {source}")
     if kind == "deepseek_v4":
         return _v4_from_json(raw, source)
-    v2, sparse = kind == "deepseek_v2", kind == "deepseek_v32"
-    refuse_unread(set(raw).difference(_CONFIG, _FIXED, _READ, _SILENT, _SPARSE if sparse else ()), source)
+    v2, glm = kind == "deepseek_v2", kind == "glm_moe_dsa"
+    sparse = glm or kind == "deepseek_v32"
+    more_keys = _SPARSE | _GLM if glm else _SPARSE if sparse else set[str]()
+    refuse_unread(set(raw).difference(_CONFIG, _FIXED, _READ, _SILENT, more_keys), source)
     # DeepSeek's V2 leaves the factor out then, transformers does not normalise, vLLM does both
     _refuse_other(raw, {**_FIXED, **_READ} | ({"norm_topk_prob": (False,)} if v2 else {}), source)
     out: dict[str, Any] = {"score_func": "softmax" if v2 else "sigmoid", "n_mtp_layers": 0, "q_lora_rank": None}
@@ -145,12 +154,41 @@ def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     if sparse:
         sizes |= dict(zip(_INDEXER, _INDEXER, strict=True))
         out |= {"attention": "dsa"} | {key: raw[key] for key in (*_INDEXER, *_INDEXER_SWITCHES) if key in raw}
+    if glm:
+        _refuse_other(raw, _GLM_READ, source)
+        out |= {"indexer_rope_interleave": True, "indexer_types": _indexer_types(raw, source)}
     _refuse_missing(sizes, out, source)
     _refuse_unequal_layers(raw, out, source)
     dense, blocks, more = (out[key] for key in ("n_dense_layers", "n_layers", "n_mtp_layers"))
     if all(isinstance(n, int) for n in (dense, blocks, more)):  # small models keep V3's 3, whatever their depth
         out["n_dense_layers"] = min(dense, blocks + more)
     return out
+
+
+def _indexer_types(raw: Mapping[str, Any], source: str) -> Any:
+    """Return the kind of each layer of glm_moe_dsa, which three spellings may say; without any, all are full."""
+    n, pattern = raw.get("num_hidden_layers"), raw.get("index_topk_pattern")
+    said = {"indexer_types": raw.get("indexer_types"), "index_topk_pattern": pattern, "index_topk_freq": None}
+    if isinstance(pattern, str):
+        said["index_topk_pattern"] = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in pattern]
+    freq, offset = raw.get("index_topk_freq"), raw.get("index_skip_topk_offset")
+    freq, offset = 1 if freq is None else freq, 2 if offset is None else offset
+    if not (isinstance(freq, int) and freq > 0 and isinstance(offset, int)):
+        raise ValueError(
+            f"{source} has index_topk_freq={brief(freq)} with index_skip_topk_offset={brief(offset)}; want whole "
+            "numbers, the first above 0"
+        )
+    by_number = []
+    if isinstance(n, int) and n <= LARGEST_DEPTH:
+        by_number = ["shared" if max(layer - offset + 1, 0) % freq else "full" for layer in range(n)]
+    if raw.get("index_topk_freq") is not None:
+        said["index_topk_freq"] = by_number
+    stated = {key: kinds for key, kinds in said.items() if kinds is not None}
+    kinds = next(iter(stated.values()), by_number)
+    for key, other in stated.items():
+        if other != kinds:
+            raise ValueError(f"{source} has {key}={brief(raw[key])}, and {brief(kinds)} in other words; keep one")
+    return kinds
 
 
 def _refuse_missing(sizes: Mapping[str, str], out: Mapping[str, Any], source: str) -> None:
@@ -223,10 +261,11 @@ def _yarn(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config.json of a ModelConfig's fields, spelled as in released ones, without dtype and token ids.
 
-    Raises: ValueError for a model that none of deepseek_v2, deepseek_v3, deepseek_v32 and deepseek_v4 describes, naming
-        the field.
+    Raises: ValueError for a model that none of deepseek_v2, deepseek_v3, deepseek_v32, glm_moe_dsa and deepseek_v4
+        describes, naming the field.
     """
     v2, sparse, v4 = fields["score_func"] == "softmax", fields["attention"] == "dsa", fields["attention"] == V4
+    glm = bool(fields["indexer_types"])
     wanted = {"attention": ("mla", "dsa", V4), "topk_method": ("noaux_tc",), "score_func": ("sigmoid", "softmax")}
     wanted |= {"embed_norm": (False,), "qk_norm": (False,), "hc_mult": (1,), "swiglu_limit": (None,)}
     wanted |= {"n_hash_layers": (0,)}
@@ -237,23 +276,32 @@ def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
         wanted |= {"attention": ("mla",), "topk_method": ("greedy", "group_limited_greedy"), "norm_topk_prob": (False,)}
     if fields["n_mtp_layers"] and fields["hc_mult"] == 1:
         wanted["mtp_input"] = ("post_norm",)
+    if glm:
+        wanted |= {"indexer_rope_interleave": (True,), "score_func": ("sigmoid",)}
     version = {"dsa": "32", V4: "4"}.get(fields["attention"], "2" if v2 else "3")
+    kind, architecture = f"deepseek_v{version}", f"DeepseekV{version}ForCausalLM"
+    if glm:
+        kind, architecture = "glm_moe_dsa", "GlmMoeDsaForCausalLM"
     for key, allowed in wanted.items():
         if fields[key] not in allowed:
             want = " or ".join(map(repr, allowed))
-            raise ValueError(f"a model with {key}={fields[key]!r} has no deepseek_v{version} folder; want {want}")
+            raise ValueError(f"a model with {key}={fields[key]!r} has no {kind} folder; want {want}")
     keys = _V4 if v4 else _CONFIG
     out: dict[str, Any] = {theirs: fields[ours] for theirs, ours in keys.items() if theirs != "num_mtp_layers"}
     out |= {key: values[0] for key, values in _FIXED.items()}
     out |= {key: fields[key] for key in _INDEXER if sparse}
     out |= _v4_lists(fields) if v4 else {}
     out |= {key: True for key in (*_INDEXER_SWITCHES, "qat") if fields[key]}
-    out |= {"model_type": f"deepseek_v{version}", "architectures": [f"DeepseekV{version}ForCausalLM"]}
+    out |= {"model_type": kind, "architectures": [architecture]}
     out |= {
         "num_key_value_heads": 1 if v4 else fields["n_heads"],
         "rope_scaling": _yarn_to_json(fields),
         "use_cache": True,
     }
+    if glm:  # whose theta is inside
+        rope = out.pop("rope_scaling") or {"type": "default"}
+        out["rope_parameters"] = {"rope_theta": out.pop("rope_theta"), "rope_type": rope.pop("type"), **rope}
+        out["indexer_types"] = list(fields["indexer_types"])
     return dict(sorted(out.items()))
 
 

@@ -5,8 +5,9 @@ block. You can skip this file: without it, or where a layer is not plain, the mo
 
 A model is taken apart into its weights once for each generation: bare tensors, with their sizes and options.
 Only a block whose modules are all dsmini's own is: with a subclass, a hook, a mask, normed heads, simulated FP8,
-experts on other processes, a wrapper such as LoRA, or what V4 adds, it runs as a module, and then all blocks do. A
-multi-token prediction block that is not plain runs as it is. The plain versions of the operations run the modules.
+experts on other processes, a wrapper such as LoRA, keys that another layer chose, or what V4 adds, it runs as a
+module, and then all blocks do. A multi-token prediction block that is not plain runs as it is. The plain versions of
+the operations run the modules.
 
 Numbers between operations are FP32. Weights and the cache stay as they are stored.
 """
@@ -116,6 +117,8 @@ def why_not_known(module: nn.Module, *classes: type[nn.Module]) -> str:
         for option in ("mask", "q_head_norm", "exchange", "limit"):
             if getattr(part, option, None) is not None:
                 return f"{name} has a {option}"
+        if isinstance(part, DSA) and part.indexer is None:
+            return f"{name} takes the keys that layer {part.source} chose"
         if isinstance(part, Gate) and part.options["score_func"] not in SCORE_FUNCS:
             return f"{name} has score_func={part.options['score_func']!r}"
     return ""

@@ -1,5 +1,6 @@
 """Causal attention, what it needs besides its input, and MHA, GQA and MQA: the baselines of MLA."""
 
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,9 @@ class Context:
     stage: Any = None
     """Stage in which indexers learn in this call (dsa.py), warmup or sparse: attention then returns a pair, their loss
     too. None: they do not learn."""
+    choices: UserDict[int, Any] = field(default_factory=UserDict, repr=False)
+    """The Choice (dsa.py) of each layer that later ones without an indexer take, by its number. All blocks share them.
+    A block that is computed again finds what it found before. FSDP gives each block a copy of a dict, not of this."""
     angles: dict[Rope, tuple[Tensor, CosSin]] = field(default_factory=dict, repr=False)
     """Positions, cosine and sine by each Rope that was asked for. All blocks share them."""
 

@@ -40,7 +40,7 @@ class Block(nn.Module):
     Args:
         attention_class: another attention, built from a config and called as MLA is; to decode it also has MLA's
             new_cache. `functools.partial(MLA, mask=...)` is MLA with another mask. A CompressedAttention also gets the
-            layer's compress_ratio.
+            layer's compress_ratio, and a DSA the number `layer`.
         moe_class: another mixture of experts, such as `functools.partial(MoE, gate_class=...)`. In a hash layer it gets
             HashGate as gate_class, whatever the partial says.
 
@@ -62,9 +62,10 @@ class Block(nn.Module):
         c = layer_config(config, arguments)
         classes: dict[str, type[nn.Module]] = {"mla": MLA, "dsa": DSA, "compressed": CompressedAttention}
         attention = attention_class or classes.get(c.attention, Attention)
-        ratio = {"compress_ratio": c.compress_ratio(layer)} if derives(attention, CompressedAttention) else {}
+        place = {"compress_ratio": c.compress_ratio(layer)} if derives(attention, CompressedAttention) else {}
+        place |= {"layer": layer} if derives(attention, DSA) else {}
         self.attn_norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
-        self.attn: nn.Module = attention(c, **ratio)
+        self.attn: nn.Module = attention(c, **place)
         self.ffn_norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
         by_table = {"gate_class": partial(HashGate, layer=layer)} if c.is_hashed(layer) else {}
         self.ffn: nn.Module = moe_class(c, **by_table) if c.is_moe(layer) else in_precision(c, FeedForward)(c)

@@ -22,6 +22,12 @@ The choice is a constant: no gradient of the output reaches the indexer, which l
 training there are two stages (section 2.1.1). In the dense warm-up attention reads all keys, and the indexer learns to
 predict it; in the sparse stage attention reads the chosen keys, and the indexer learns to predict it among them.
 
+In GLM-5.2 three of four layers have no indexer. They take the keys that the last layer before them with one chose, its
+`source`, and attend to their own latents of these tokens. The choice goes through the layers in Context.choices. An
+indexer learns to predict its own layer's attention, or the mean p of all g layers that take its choice. For these each
+layer j adds KL(p_j || softmax(I)) / g. The sum has the gradient of KL(p || softmax(I)), which is softmax(I) - p, and
+differs from it by a constant.
+
 Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1; DeepSeek's released inference code.
 """
 
@@ -294,45 +300,65 @@ def mean_loss(sums: Float[Tensor, " 4"], queries: int) -> IndexerLoss:
     return IndexerLoss(kl / queries, recall.detach(), mass.detach() / queries)
 
 
+class Choice(NamedTuple):
+    """The keys that the queries of a call attend to in one layer, or in several."""
+
+    topk_indices: Int[Tensor, "b s k"] | None
+    """Positions of the keys; -1 is none. None: a query attends to all keys that it sees."""
+    index: tuple[Float[Tensor, "b s i d"], Float[Tensor, "b s d"], Float[Tensor, "b s i"]] | None = None
+    """Queries, keys and head weights of the indexer, where it learns from a layer that attends to these keys."""
+
+
 class DSA(MLA):
     """DeepSeek Sparse Attention. From a config, or from plain arguments with the three index sizes.
 
     Args:
+        layer: number of the block in its model. One that config.indexer_types calls shared has no indexer.
         mask: as in MLA; the indexer chooses among the keys that it leaves.
 
-    Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1.
+    Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1; GLM-5.2's config and transformers' glm_moe_dsa for
+    shared layers.
     """
 
-    def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
+    source: int = 0
+    """Number of the layer whose indexer chooses: its own, or the last one before it that has an indexer."""
+    is_shared: bool = False
+    """True if later layers take its choice."""
+    target: str = "own"
+    """Attention that the indexer learns to predict, as ModelConfig.indexer_target."""
+
+    def __init__(
+        self, config: ModelConfig | None = None, /, layer: int = 0, *, mask: Mask | None = None, **arguments: Any
+    ) -> None:
         c = layer_config(config, arguments if config else {"attention": "dsa", **arguments})
         super().__init__(c, mask=mask)
-        self.indexer: Any = Indexer(c)
+        self.source = c.index_source(layer)
+        self.is_shared = c.index_source(layer + 1) == layer
+        self.target = c.indexer_target
+        self.indexer: Any = Indexer(c) if self.source == layer else None
 
     def attention(
         self, q: Float[Tensor, "b s h d"], new: tuple[Tensor, Tensor], context: Context, inputs: tuple[Tensor, Tensor]
     ) -> tuple[Float[Tensor, "b s hv"], IndexerLoss | None]:
-        """Attend to the keys that the indexer chooses; to all where there are no more than index_topk.
+        """Attend to the keys that an indexer chooses; to all where there are no more than index_topk.
 
-        The indexer's keys are cached in any case. While it learns, its loss is returned too. It moves the indexer
-        alone, whose inputs are detached.
+        While an indexer learns from this layer, its loss is returned too. It moves the indexer alone, whose inputs are
+        detached.
         """
-        x, latent, cache, cos_sin, stage = *inputs, context.cache, context.cos_sin(self.rope), context.stage
-        longest = x.shape[1] if cache is None else int(cache.at.lengths.max())
-        if stage is None and longest <= self.indexer.topk:
-            if cache is not None:
-                cache.index.append((self.indexer.keys(x, cos_sin),))
-            return super().attention(q, new, context, inputs)
+        cache, stage = context.cache, context.stage
         # 1. the keys of each query: [b, s, k]
-        with torch.set_grad_enabled(stage is not None and torch.is_grad_enabled()):
-            index = self.indexer(x.detach(), latent.detach(), cos_sin)
-        topk_indices = self.select_topk(index, context)
+        topk_indices, index = self.choose(context, inputs)
+        if topk_indices is None:
+            return super().attention(q, new, context, inputs)
         # 2. attention to the chosen rows of the cache, absorbed: [b, s, h v]
-        if cache is not None and form_of(self, q.shape[1], cache) == "absorbed":
+        if cache is not None and form_of(self, q.shape[1], cache, topk_indices.shape[2]) == "absorbed":
             q_nope, q_rope, rows, w_uk, w_uv = self.absorbed_operands(q, new, cache)
             return topk_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, topk_indices), None
         # 3. or to keys and values of every head, all but the chosen ones masked: [b, h, s, v]
         k, v = self.keys_and_values(*(new if cache is None else cache.extend(new, q.dtype)))
-        loss = None if stage is None else self.indexer_loss(index, q, k, topk_indices, context, stage)
+        loss = None
+        if index is not None and stage is not None:
+            loss = self.indexer_loss(index, q, k, topk_indices, context, stage)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if stage == "warmup":
             y = attend(q, k, v, self.scale, context, self.mask)
@@ -340,9 +366,42 @@ class DSA(MLA):
             y = self.masked(q, k, v, topk_indices, context)
         return rearrange(y, "b h s v -> b s (h v)"), loss
 
+    def choose(self, context: Context, inputs: tuple[Float[Tensor, "b s m"], Float[Tensor, "b s l"]]) -> Choice:
+        """Return the keys of the new tokens: the indexer's choice, or in a shared layer that of its source.
+
+        The indexer's keys are cached in any case.
+
+        Args:
+            inputs: as in `attention`.
+
+        Raises: ValueError for a shared layer in a call without its source.
+        """
+        if self.indexer is None:
+            if self.source not in context.choices:
+                raise ValueError(
+                    f"a shared layer takes the keys that layer {self.source} chose, and this call has none; run that "
+                    "layer before it, with the same Context"
+                )
+            return context.choices[self.source]
+        (x, latent), cache, cos_sin, stage = inputs, context.cache, context.cos_sin(self.rope), context.stage
+        longest = x.shape[1] if cache is None else int(cache.at.lengths.max())
+        choice = Choice(None)
+        if stage is not None or longest > self.indexer.topk:
+            with torch.set_grad_enabled(stage is not None and torch.is_grad_enabled()):
+                index = self.indexer(x.detach(), latent.detach(), cos_sin)
+            choice = Choice(self.select_topk(index, context), None if stage is None else index)
+        elif cache is not None:
+            cache.index.append((self.indexer.keys(x, cos_sin),))
+        if self.is_shared:
+            context.choices[self.source] = choice if self.target == "served" else Choice(choice.topk_indices)
+        return choice
+
     def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> Rows:
         """Return MLA's cache with another one for the indexer's keys, whose scales in FP8 are powers of two."""
-        cache, d = super().new_cache(batch_size, max_seq_len, dtype, device), self.indexer.head_dim
+        cache = super().new_cache(batch_size, max_seq_len, dtype, device)
+        if self.indexer is None:
+            return cache
+        d = self.indexer.head_dim
         if dtype == "fp8":
             cache.index = Rows(batch_size, max_seq_len, index_row(d), device)
         else:

@@ -282,13 +282,16 @@ def attention_work(layer: MLA, queries: int, keys: int, gathered: int | None = N
     return AttentionWork(expanded, 2 * queries * h * c * (n + v) + 2 * queries * read * h * (c + r + c))
 
 
-def form_of(layer: MLA, queries: int, cache: LayerCacheView) -> ChosenForm:
+def form_of(layer: MLA, queries: int, cache: LayerCacheView, chosen: int | None = None) -> ChosenForm:
     """Return the form in which a layer attends to a cache: what the cache asks for, or the one with less work.
 
     This is a policy, not a part of the layer: `new_cache(form=...)` takes another function in the place of auto.
     It is absorbed for the keys that an indexer chose, where a kernel gathers them: attention with a mask takes longer
     than the gather, also where it needs fewer operations (docs/log.md). Normed heads have no absorbed form, nor has a
     module in the place of wkv_b, such as a LoRA wrapper.
+
+    Args:
+        chosen: number of keys that an indexer chose for each query; None: it attends to all.
 
     Raises: ValueError for a policy that returns anything else.
     """
@@ -299,9 +302,6 @@ def form_of(layer: MLA, queries: int, cache: LayerCacheView) -> ChosenForm:
         return form
     if layer.q_head_norm is not None or not is_plain(layer.wkv_b):
         return "expanded"
-    indexer = layer.indexer
-    topk = None if indexer is None or int(cache.at.lengths.max()) <= indexer.topk else indexer.topk
-    if topk is not None and ops.serves("topk_attention", layer.wkv_b.weight):
+    if chosen is not None and ops.serves("topk_attention", layer.wkv_b.weight):
         return "absorbed"
-    keys = cache.at.n_keys
-    return attention_work(layer, queries, keys, None if topk is None else min(keys, topk)).cheaper
+    return attention_work(layer, queries, cache.at.n_keys, chosen).cheaper

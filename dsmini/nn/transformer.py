@@ -46,7 +46,7 @@ class Losses(NamedTuple):
     routing: list[Routing]
     """One for each MoE layer, those of the MTP blocks last; with a cache without theirs."""
     indexers: list[IndexerLoss]
-    """One for each layer whose indexer learns, those of the MTP blocks last."""
+    """One for each indexer that learns, the mean of the layers that it learns from; those of the MTP blocks last."""
 
 
 @ops.operation("linear_cross_entropy")
@@ -244,7 +244,7 @@ class Transformer(nn.Module):
     def states_of(self, x: Float[Tensor, "b s *streams m"], found: list[Aux]) -> States:
         """Return the states after the last block, whose output is x, and what all blocks found."""
         normed = self.norm(self.collapse(x))
-        return States(normed, x if self.mtp.pre_norm else normed, *_listed(found))
+        return States(normed, x if self.mtp.pre_norm else normed, *_listed(found, self.config))
 
     def expand(self, x: Float[Tensor, "b s m"]) -> Float[Tensor, "b s *streams m"]:
         """Return what the first block gets of the embeddings: themselves, or equal streams of them."""
@@ -291,7 +291,12 @@ class Transformer(nn.Module):
             if mtp:
                 normed, found = self.mtp(tokens, states.given, self.embedded, documents, stage=stage)
             mtp_logits = [self.head(h) for h in normed]
-            return Output(self.head(states.normed), states.normed, mtp_logits, states.routing + _listed(found)[0])
+            return Output(
+                self.head(states.normed),
+                states.normed,
+                mtp_logits,
+                states.routing + _listed(found, self.config, self.config.n_layers)[0],
+            )
         with torch.no_grad():
             seen = cache.checked_mtp() if mtp else None
             states, mtp_logits = self.states(tokens, cache, lengths, documents), []
@@ -386,7 +391,7 @@ class Transformer(nn.Module):
             depths = [self.cross_entropy(h, targets[:, k:]) / counted for k, h in enumerate(normed, 1)]
             mtp = torch.stack(depths).mean()
         # 3. the balance of each MoE layer, from its scores [b * s, e]
-        of_mtp, indexers_of_mtp = _listed(found)
+        of_mtp, indexers_of_mtp = _listed(found, self.config, self.config.n_layers)
         every, indexers = states.routing + of_mtp, states.indexers + indexers_of_mtp
         if every:
             sizes = (tokens.shape[0], balance_counts)
@@ -419,10 +424,19 @@ class Transformer(nn.Module):
         return [module for _, module in self.named_modules(remove_duplicate=False) if isinstance(module, Gate)]
 
 
-def _listed(found: list[Aux]) -> tuple[list[Routing], list[IndexerLoss]]:
-    """Return the routing of all MoE layers, and the losses of all indexers, of what blocks found."""
-    routing = [aux.routing for aux in found if aux.routing is not None]
-    return routing, [aux.indexer_loss for aux in found if aux.indexer_loss is not None]
+def _listed(found: list[Aux], c: ModelConfig, first: int = 0) -> tuple[list[Routing], list[IndexerLoss]]:
+    """Return the routing of all MoE layers, and the losses of all indexers, of what blocks from `first` on found.
+
+    The loss of an indexer is the mean over the layers that it learns from.
+    """
+    by_source: dict[int, list[IndexerLoss]] = {}
+    for layer, aux in enumerate(found, first):
+        if aux.indexer_loss is not None:
+            by_source.setdefault(c.index_source(layer), []).append(aux.indexer_loss)
+    means = [
+        IndexerLoss(*(torch.stack(figures).mean() for figures in zip(*of, strict=True))) for of in by_source.values()
+    ]
+    return [aux.routing for aux in found if aux.routing is not None], means
 
 
 def check_documents(documents: Any, tokens: Int[Tensor, "b s"]) -> None:

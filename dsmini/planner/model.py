@@ -33,6 +33,7 @@ from dsmini.accounting.tensors import (
     TensorUse,
     WeightDtype,
     blocks,
+    full_layers,
     main_tensors,
     tensors,
 )
@@ -53,14 +54,19 @@ Operations = dict[tuple[str, str], float]
 def one_of_each(c: ModelConfig) -> list[TensorUse]:
     """Return the tensors of one block of each kind and of the ends, of the main model or else of MTP.
 
-    V4's kinds of attention take turns, so each block has the mean of what makes and chooses entries.
+    V4's kinds of attention take turns, so each block has the mean of what makes and chooses entries. So it is with
+    indexers where layers share the choice of keys; the ends of an MTP depth have what its block lacks of one.
     """
+    share: Any = full_layers(c) / c.n_layers if "shared" in c.indexer_types else 1
     found: dict[tuple[str, str, str, int], TensorUse] = {}
     for use in tensors(c):
-        times: Any = use.times / c.n_layers if use.place == "compressed" else 1
+        times: Any = {"compressed": use.times / c.n_layers, "indexed": share}.get(use.place, 1)
         one = use._replace(times=times, mtp=use.mtp and use.place == "mtp")
         found.setdefault((use.place, use.kind, use.name, use.ratio), one)
-    return list(found.values())
+    uses = list(found.values())
+    if share == 1:
+        return uses
+    return uses + [use._replace(place="mtp", times=1 - share) for use in uses if use.place == "indexed"]
 
 
 def sizes_of(c: ModelConfig, source: str) -> dict[str, Figure]:
@@ -141,7 +147,8 @@ class ModelFigures:
 
     def not_learned(self) -> int:
         """Return the operations of gradients that indexers do not have: what they read has none."""
-        return self.config.n_layers * sum(2 * use.per_token for use in self.uses if use.kind == INDEXER)
+        of_blocks = (use for use in self.uses if use.kind == INDEXER and use.place != "mtp")
+        return self.config.n_layers * sum(2 * use.per_token for use in of_blocks)
 
     def numbers(self, kind: str, place: str = "") -> int:
         """Return the numbers of one block's tensors of a kind, one of each stack."""
@@ -201,6 +208,10 @@ class ModelFigures:
         saved = Saved(c=self.config, size=size, fp8=fp8, recompute=recompute)
         again = saved.largest_block() if recompute == "full" else 0
         found: dict[Part, float] = {part: saved.total(part) for part in PARTS_OF_A_MODEL}
+        share = full_layers(self.config) / self.config.n_layers
+        shares: dict[Part, float] = {"dense": share, "moe": share, "mtp": 1 - share}  # as in one_of_each
+        for part, number in shares.items():
+            found[part] += number * saved.total("indexed")
         if hashed := self.config.n_hash_layers:  # a MoE layer has the mean of those with and without a table
             found["moe"] += hashed / self.moe_layers * (saved.total("hashed") - saved.total("moe"))
         return found, again
@@ -214,7 +225,7 @@ def _module(kind: str, what: str, number: int) -> Figure:
 
 def _parts(use: TensorUse) -> list[Part]:
     """Return the parts of a model that have a tensor."""
-    if use.place in ("block", "compressed"):
+    if use.place in ("block", "compressed", "indexed"):
         return ["dense", "moe"]
     if use.place in ("scored", "hashed"):
         return ["moe"]
@@ -265,11 +276,18 @@ class CacheFigures:
         ratios = self.config.compress_ratios
         return None if ratios is None else sum(1 / ratio for ratio in ratios if kind(ratio))
 
+    @counted()
+    def index_layers(self) -> int | None:
+        """Layers with an indexer's keys. Source: indexer_types of the config."""
+        return full_layers(self.config) if self.config.indexer_types else None
+
     @figure("B/token", main=True)
     def kv_cache(self) -> float:
         """Cache of a token, all layers; V4's without the window. Source: V2, table 1; INS, table 1; V4, section 2.3."""
         if self.csa_entries is not None and self.hca_entries is not None:
             return self.csa_entries * self.cache_row + self.hca_entries * self.attention_row
+        if self.index_row and self.index_layers is not None:
+            return self.config.n_layers * self.attention_row + self.index_layers * self.index_row
         return self.config.n_layers * self.cache_row
 
     @counted("B")

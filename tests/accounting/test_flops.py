@@ -11,7 +11,7 @@ from dsmini import ModelConfig, Transformer, ops
 from dsmini.accounting import decode_flops_per_token, flops_per_token, parameters, step_flops
 from dsmini.nn.mla import attention_work
 from dsmini.training.optim import begin_stage
-from tests.helpers.accounting import ATTENTIONS, DTYPES, GROUPED, WHOLE, attention_by, explicit, form_of, sized
+from tests.helpers.accounting import ATTENTIONS, DTYPES, GROUPED, SHARED, WHOLE, attention_by, explicit, form_of, sized
 from tests.helpers.configs import DSA, released
 from tests.helpers.configs import V32 as V32_INDEXER
 from tests.helpers.strategies import model_configs
@@ -166,6 +166,16 @@ def test_operations_of_decoding_against_torch(context: int) -> None:
     unused = 2 * 3 * heads * (32 * (context + 20) + 40)  # queries, their weights and scores where there is no choice
     ran = decoded(config, context, "absorbed", context)
     assert ran == (least + sums if context > 8 else least - unused)
+
+
+@pytest.mark.parametrize("target", ["own", "served"])
+def test_operations_of_shared_choices_against_torch(target: str) -> None:
+    """One of three layers has no indexer. It computes a loss only where the indexer learns from it."""
+    config = sized(**SHARED | {"indexer_target": target, "n_mtp_layers": 1, "n_routed_experts": 4})
+    ours = step_flops(config, batch_size=2, seq_len=60, causal=False, dsa_stage="sparse")
+    main, losses = 2, 2 if target == "own" else 3
+    sums = 2 * 2 * SHARED["index_n_heads"] * (main * 60**2 + 59**2 + 3 * (losses * 60**2 + 59**2))
+    assert counted(config, 2, 60, stage="sparse", training=True) == ours.total + sums
 
 
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])

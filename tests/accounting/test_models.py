@@ -27,7 +27,7 @@ from dsmini.accounting.memory import rows_read
 from dsmini.config.model import SLACK
 from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.training.optim import begin_stage, optimizer_state, optimizers
-from tests.helpers.accounting import DTYPES, V4, sized
+from tests.helpers.accounting import DTYPES, SHARED, V4, sized
 from tests.helpers.commands import ROOT
 from tests.helpers.configs import CONFIGS, DSA, released
 from tests.helpers.strategies import model_configs
@@ -136,12 +136,13 @@ def test_counts_are_those_of_what_is_built(name: str) -> None:
 
 
 STAGES = [({}, "sparse"), ({"attention": "gqa", "n_kv_heads": 1}, "sparse"), (DSA, "sparse"), (DSA, "warmup")]
-STAGES += [(V4, "sparse"), ({"hc_mult": 2}, "sparse")]
+STAGES += [(V4, "sparse"), ({"hc_mult": 2}, "sparse"), (SHARED, "sparse"), (SHARED, "warmup")]
+STAGE_NAMES = ["mla", "gqa", "dsa", "warm-up of dsa", "v4", "streams", "shared", "warm-up of shared"]
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize(("attention", "stage"), STAGES, ids=["mla", "gqa", "dsa", "warm-up of dsa", "v4", "streams"])
+@pytest.mark.parametrize(("attention", "stage"), STAGES, ids=STAGE_NAMES)
 def test_bytes_of_gradients_and_optimizer_are_those_of_a_step(
     attention: dict[str, Any], stage: Any, optimizer: Any, moments: Any
 ) -> None:

@@ -19,7 +19,7 @@ from dsmini.config.retired import Retired
 from dsmini.config.schedule import SPELLINGS
 from dsmini.reading import find_config
 from tests.helpers.configs import CONFIGS, DSA, V4, V32, refusal, released, written
-from tests.helpers.released_configs import HF, HF_V3, HF_V32, INDEXER, released_json
+from tests.helpers.released_configs import HF, HF_GLM, HF_V3, HF_V32, INDEXER, released_json
 from tests.helpers.strategies import model_configs
 
 HF_V4 = released_json("deepseek-v4-flash")
@@ -136,6 +136,35 @@ def test_wrong_run_is_refused(tmp_path: Path, toml: str) -> None:
 
 
 BASES = {"hugging_face": HF_V3, "hugging_face_v2": HF["deepseek-v2"], "hugging_face_sparse": HF_V32, "v4": HF_V4}
+BASES["glm"] = HF_GLM | {"num_hidden_layers": 4, "indexer_types": ["full", "full", "full", "shared"]}
+del BASES["glm"]["index_topk_freq"]  # so that the list alone says it
+
+
+GLM_SPELLINGS: dict[str, dict[str, Any]] = {
+    "freq": {},
+    "pattern": {"index_topk_pattern": "FF" + 19 * "FSSS", "index_topk_freq": None},
+    "list": {"indexer_types": (["full"] * 2 + 19 * ["full", "shared", "shared", "shared"])},
+    "all": {
+        "indexer_types": (["full"] * 2 + 19 * ["full", "shared", "shared", "shared"]),
+        "index_topk_pattern": "FF" + 19 * "FSSS",
+    },
+}
+
+
+@pytest.mark.parametrize("spelling", GLM_SPELLINGS)
+def test_spellings_of_shared_layers_say_the_same(tmp_path: Path, spelling: str) -> None:
+    """So does configs/glm-5.2.toml, whose rope_theta is that of rope_parameters."""
+    got = ModelConfig.from_file(written(tmp_path, HF_GLM | GLM_SPELLINGS[spelling], "config.json"))
+    assert got == ModelConfig.from_file("glm-5.2")
+    full = [layer for layer in range(78) if got.index_source(layer) == layer]
+    assert full == [0, 1, 2, *range(6, 75, 4)]
+    assert [got.index_source(layer) for layer in (3, 5, 9, 77, 78)] == [2, 2, 6, 74, 78]
+
+
+def test_without_a_list_all_layers_of_glm_are_full(tmp_path: Path) -> None:
+    """As GLM-5 and 5.1."""
+    raw = {key: value for key, value in HF_GLM.items() if not key.startswith(("index_topk_f", "index_skip"))}
+    assert ModelConfig.from_file(written(tmp_path, raw, "config.json")).indexer_types == ("full",) * 78
 
 
 @pytest.mark.parametrize(("name", "toml"), [(name, toml) for name in BASES for toml in REFUSALS[name]])

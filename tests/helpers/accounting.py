@@ -18,6 +18,8 @@ WHOLE = 1 << 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 SIZES, V4 = MODELS["accounting"], MODELS["accounting_v4"]
+SHARED: dict[str, Any] = MODELS["dsa"] | {"indexer_types": ("full", "shared", "full"), "indexer_target": "served"}
+"""Changes of it: DSA in which a layer takes another one's choice, and teaches its indexer."""
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "absorbed": {},
     "expanded": {},

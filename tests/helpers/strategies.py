@@ -63,5 +63,9 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
             "index_topk": size(1, 40),
             "indexer_rope_interleave": draw(st.booleans()),
             "indexer_fp8": draw(st.booleans()),
+            "indexer_target": draw(st.sampled_from(["own", "served"])),
         }
+        if draw(st.booleans()):
+            later = st.lists(st.sampled_from(["full", "shared"]), min_size=n_layers - 1, max_size=n_layers - 1)
+            values["indexer_types"] = ("full", *draw(later))
     return ModelConfig(**values)

@@ -13,7 +13,7 @@ from dsmini import Transformer
 from dsmini.inference.generation import Generation, Stats
 from dsmini.inference.sampling import Sampling
 from dsmini.inference.writer import figures_in_words
-from tests.helpers.configs import DSA, V4_MODEL, refusal
+from tests.helpers.configs import DSA, GLM, V4_MODEL, refusal
 
 Model = Callable[..., Transformer]
 PROMPTS = [[5], [7, 8, 9, 10, 11], [1, 2]]
@@ -36,8 +36,8 @@ def finished(model: Transformer, prompts: list[list[int]], n: int, **options: An
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, DSA, {"swiglu_limit": 0.1}, {"n_hash_layers": 2, "n_dense_layers": 0}, {"hc_mult": 2}],
-    ids=["mla", "dsa", "clamped", "table", "streams"],
+    [{}, DSA, GLM, {"swiglu_limit": 0.1}, {"n_hash_layers": 2, "n_dense_layers": 0}, {"hc_mult": 2}],
+    ids=["mla", "dsa", "glm", "clamped", "table", "streams"],
 )
 def test_each_row_takes_its_likeliest_tokens_up_to_an_end(small_model: Model, changes: dict[str, Any]) -> None:
     model = small_model(**changes).eval()
@@ -192,8 +192,8 @@ def make_guesses_good(model: Transformer) -> None:
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"mtp_input": "pre_norm"}, DSA, pytest.param(V4_MODEL, marks=pytest.mark.slow)],
-    ids=["mla", "pre_norm", "dsa", "V4"],
+    [{}, {"mtp_input": "pre_norm"}, DSA, GLM, pytest.param(V4_MODEL, marks=pytest.mark.slow)],
+    ids=["mla", "pre_norm", "dsa", "glm", "V4"],
 )
 def test_greedy_tokens_are_the_same_with_guesses(small_model: Model, depth: int, changes: dict[str, Any]) -> None:
     """Random models agree with few guesses, so another model's are made to agree. Rows end and outgrow the cache."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dsmini import MLA, ModelConfig, Transformer, ops
 from dsmini.nn import Cache, Context
 from dsmini.nn.mla import attention_work
-from tests.helpers.configs import DSA, V4, V4_MODEL, V32, refusal, released
+from tests.helpers.configs import DSA, GLM, V4, V4_MODEL, V32, refusal, released
 from tests.helpers.models import decoded, tokens_of
 from tests.helpers.tolerances import BF16_CACHE, BF16_UNIT, E4M3_CACHE, FP32_MODEL, relative_error
 from tests.helpers.watching import Operations
@@ -44,6 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "yarn": {"original_seq_len": 16, "mscale": 0.7, "mscale_all_dim": 1.2},
     "pre_norm": {"mtp_input": "pre_norm", "n_mtp_layers": 3},
     "dsa": DSA | {"q_lora_rank": None, "original_seq_len": 16},
+    "glm": GLM,
     "gqa of one": {"attention": "gqa", "n_kv_heads": 1},
     "gqa": {"attention": "gqa", "n_heads": 4, "n_kv_heads": 2},
     "qk_norm": {"qk_norm": True},
@@ -53,9 +54,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 FORMED = [
     *((name, "auto") for name in MODELS),
-    *((name, "absorbed") for name in [*MODELS][:5]),
-    *(("mla", "expanded"), ("dsa", "expanded")),
-    *(slow(name, "expanded") for name in MODELS if name not in ("mla", "dsa", "V4")),  # V4 has one form
+    *((name, "absorbed") for name in [*MODELS][:6]),
+    *(("mla", "expanded"), ("dsa", "expanded"), ("glm", "expanded")),
+    *(slow(name, "expanded") for name in MODELS if name not in ("mla", "dsa", "glm", "V4")),  # V4 has one form
 ]
 CUTS = ((20,), (7, 8, 9, 16, 20), (1, 2, 3, 20), (19, 20))
 
@@ -80,7 +81,7 @@ def test_chunks_answer_as_the_whole_sequence(small_model: Model, name: str, form
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        *(("mla", "auto"), ("mla", "absorbed"), ("dsa", "auto")),
+        *(("mla", "auto"), ("mla", "absorbed"), ("dsa", "auto"), ("glm", "auto")),
         *(slow("mla", "expanded"), slow("dsa", "expanded"), slow("dsa", "absorbed")),
         *(slow("streams", "auto"), slow("V4", "auto")),
     ],
@@ -130,8 +131,9 @@ def test_rows_of_unequal_length_are_placed_once_for_all_layers(small_model: Mode
     assert sum(result.operation == "nonzero" for result in seen.results) == waits
 
 
-def test_truncate_forgets_the_last_tokens_of_each_row(small_model: Model) -> None:
-    model, tokens, more = small_model(), tokens_of(3, 12), tokens_of(3, 3)
+@pytest.mark.parametrize("changes", [{}, DSA, GLM], ids=["mla", "dsa", "glm"])
+def test_truncate_forgets_the_last_tokens_of_each_row(small_model: Model, changes: dict[str, Any]) -> None:
+    model, tokens, more = small_model(**changes), tokens_of(3, 12), tokens_of(3, 3)
     cache = model.new_cache(3, 16)
     model(tokens, cache)
     cache.truncate(torch.tensor([12, 5, 9]))
@@ -142,7 +144,9 @@ def test_truncate_forgets_the_last_tokens_of_each_row(small_model: Model) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "fp8"])
-@pytest.mark.parametrize("changes", [{}, DSA, DSA | {"indexer_fp8": True}], ids=["mla", "dsa", "dsa in fp8"])
+@pytest.mark.parametrize(
+    "changes", [{}, DSA, DSA | {"indexer_fp8": True}, GLM], ids=["mla", "dsa", "dsa in fp8", "glm"]
+)
 def test_cache_of_any_dtype_agrees_in_all_forms_and_chunks(
     small_model: Model, monkeypatch: pytest.MonkeyPatch, dtype: Any, changes: Any
 ) -> None:

@@ -17,6 +17,8 @@ from transformers import (
     DeepseekV4ForCausalLM,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
 )
 from transformers.modeling_layers import MtpModel
 
@@ -51,6 +53,14 @@ def v2(seed: int, **changes: Any) -> DeepseekV2ForCausalLM:
 
 def v32(seed: int, **changes: Any) -> DeepseekV32ForCausalLM:
     return made(DeepseekV32ForCausalLM, DeepseekV32Config, seed, SMALL | INDEX | changes)
+
+
+def glm(seed: int, types: str = "FFSSF", **changes: Any) -> GlmMoeDsaForCausalLM:
+    """Return a model whose layers are full (F) or shared (S)."""
+    sizes = SMALL | INDEX | {"index_n_heads": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    kinds = [{"F": "full", "S": "shared"}[kind] for kind in types]
+    sizes |= {"num_hidden_layers": len(types), "indexer_types": kinds, "n_group": 1, "topk_group": 1}
+    return made(GlmMoeDsaForCausalLM, GlmMoeDsaConfig, seed, sizes | changes)
 
 
 def mtp(model: DeepseekV3ForCausalLM, depth: int) -> MtpModel:

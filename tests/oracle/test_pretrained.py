@@ -30,12 +30,14 @@ V2_CASES: dict[str, dict[str, Any]] = {
     "v2-lite": ONE_GROUP | {"q_lora_rank": None, "topk_method": "greedy", "routed_scaling_factor": 1.0},
     "v2": {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
 }
-CASES = [*V3_CASES, *V2_CASES, "v32"]
+CASES = [*V3_CASES, *V2_CASES, "v32", "glm"]
 
 
 def theirs(case: str) -> Any:
     if case in V2_CASES:
         return hf.v2(7, **V2, rope_parameters=V2_YARN, **V2_CASES[case])
+    if case == "glm":
+        return hf.glm(7, "FSSFS")
     if case == "v32":
         return hf.v32(7, rope_parameters=hf.yarn(mscale=1.0, mscale_all_dim=1.0), rms_norm_eps=1e-6)
     return hf.v3(7, **V3_CASES[case])
@@ -83,7 +85,7 @@ def test_logits_of_a_folder_that_transformers_saved(tmp_path: Path, case: str, s
     assert folders.config_of(folder) == folders.config_of(tmp_path / "b")
 
 
-@pytest.mark.parametrize("case", ["v3", "moonlight", "v2-lite", "v2", "v32"])
+@pytest.mark.parametrize("case", ["v3", "moonlight", "v2-lite", "v2", "v32", "glm"])
 def test_what_we_save_transformers_loads(tmp_path: Path, case: str) -> None:
     """Save our own model, whose config we write too."""
     model, folder = saved(case, tmp_path / "a", max_shard_size="100KB")
@@ -102,6 +104,22 @@ def test_what_we_save_transformers_loads(tmp_path: Path, case: str) -> None:
     print(f"{error:.1e} {case}")
     assert error < LOGITS
     assert dsmini.ModelConfig.from_file(tmp_path / "b" / "config.json") == ours.config
+
+
+def test_indexers_of_shared_layers_are_named_and_dropped(tmp_path: Path) -> None:
+    """The config decides who has one, as in transformers, whatever the folder holds."""
+    hf.glm(7, "FFFF").save_pretrained(tmp_path)
+    raw = folders.config_of(tmp_path) | {"indexer_types": ["full", "shared", "shared", "full"]}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.warns(
+        UserWarning, match=r"has indexers in layers that take another layer's choice, .* dropped"
+    ) as seen:
+        ours = dsmini.load_pretrained(tmp_path)
+    said = str(seen[0].message)
+    assert "model.layers.1.self_attn.indexer.wk.weight" in said and "layers.0." not in said and "layers.3." not in said
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    tokens = tokens_for(model)
+    assert relative_error(ours(tokens), their_logits(model, tokens)) < LOGITS
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -1,4 +1,4 @@
-"""Logits, chosen keys and gradients of DSA equal those of transformers' DeepSeek-V3.2."""
+"""Logits, chosen keys and gradients of DSA equal those of transformers' DeepSeek-V3.2, and of its GLM-5."""
 
 from typing import Any
 
@@ -19,6 +19,17 @@ CASES: dict[str, dict[str, Any]] = {
     "all dense": {"first_k_dense_replace": 3, "index_n_heads": 64},
 }
 
+GLM_CASES: dict[str, dict[str, Any]] = {
+    "all full, as GLM-5": {"types": "FFF"},
+    "shared": {"types": "FFSSF"},
+    "all but the first": {"types": "FSSS"},
+    "every second": {"types": "FSFSFS", "index_topk": 1},
+    "shared in dense layers": {"types": "FSSFS", "first_k_dense_replace": 3, "index_topk": 60},
+    "one is served last": {"types": "FFFS", "first_k_dense_replace": 4},
+    "all keys": {"types": "FSS", "index_topk": 61},
+    "the head all rotary": {"types": "FSFS", "index_head_dim": 8},
+}
+
 
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -31,11 +42,23 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_chosen_keys_and_gradients(chosen: list[Tensor], case: str) -> None:
-    theirs, their_chosen = hf.v32(3, **CASES[case]), []
+    equal_theirs(hf.v32(3, **CASES[case]), 3, chosen)
+
+
+@pytest.mark.parametrize("case", GLM_CASES)
+def test_layers_share_the_choice_of_keys(chosen: list[Tensor], case: str) -> None:
+    types = GLM_CASES[case]["types"]
+    equal_theirs(hf.glm(3, **GLM_CASES[case]), types.count("F"), chosen)
+
+
+def equal_theirs(theirs: Any, indexers: int, chosen: list[Tensor]) -> None:
+    """Compare logits and gradients, and the chosen keys of each indexer as sets."""
+    their_chosen: list[Tensor] = []
     for layer in theirs.model.layers:
-        layer.self_attn.indexer.register_forward_hook(lambda *args: their_chosen.append(args[2]))
+        if layer.self_attn.indexer is not None:
+            layer.self_attn.indexer.register_forward_hook(lambda *args: their_chosen.append(args[2]))
     assert_equals_theirs(hf.ours(theirs), theirs)
-    assert len(chosen) == (0 if theirs.config.index_topk >= 61 else 3)
+    assert len(chosen) == (0 if theirs.config.index_topk >= 61 else indexers)
     for mine, other in zip(chosen, their_chosen, strict=False):
         for t in range(61):
             for a, b in zip(mine[:, t].tolist(), other[:, t].tolist(), strict=True):

@@ -26,7 +26,7 @@ from dsmini.training.record import History, read_events
 from dsmini.training.run import TrainingRun
 from dsmini.training.start import started
 from tests.conftest import SMALL
-from tests.helpers.configs import DSA, V4_MODEL
+from tests.helpers.configs import DSA, GLM, V4_MODEL
 from tests.helpers.runs import RICH, asked_after, die, differences, new_run, resumed, saved
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "recompute": {"recompute": True},
     "warm-up of indexers": {"model": DSA, "dsa_stage": "warmup", "optimizer": "muon", "ema_decay": 0.9},
     "sparse attention": {"model": DSA, "optimizer": "muon", "recompute": True, "grad_accum": 2},
+    "shared choices": {"model": GLM | {"indexer_target": "served"}, "optimizer": "muon", "recompute": True},
     "V4": {"model": V4_MODEL, "optimizer": "muon", "grad_accum": 2, "ema_decay": 0.9},
     "rich": RICH,
 }

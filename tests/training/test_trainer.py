@@ -15,8 +15,10 @@ from dsmini.training.trainer import Trainer
 from tests.conftest import randomise
 from tests.distributed import runs
 from tests.helpers.apple import OnApple
-from tests.helpers.configs import DSA, V4_MODEL
+from tests.helpers.configs import DSA, GLM, V4_MODEL
 from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
+
+SERVED = GLM | {"indexer_target": "served"}
 
 
 def new_trainer(model: dict[str, Any] | None = None, document_mask: bool = False, **train: Any) -> Trainer:
@@ -64,7 +66,9 @@ def test_bias_moves_once_a_step_by_counts_of_all(grad_accum: int, recompute: boo
         assert gate.bias.abs().max() > 0
 
 
-@pytest.mark.parametrize(("model", "stage"), [({}, "sparse"), (V4_MODEL, "warmup"), (V4_MODEL, "sparse")], ids=str)
+@pytest.mark.parametrize(
+    ("model", "stage"), [({}, "sparse"), (SERVED, "sparse"), (V4_MODEL, "warmup"), (V4_MODEL, "sparse")], ids=str
+)
 def test_accumulated_gradients_are_those_of_the_whole_batch(model: dict[str, Any], stage: str) -> None:
     """The KL divergence of indexers is a mean over the micro-batches, and its gradient too."""
     whole, parts = (new_trainer(model, grad_accum=n, dsa_stage=stage, seq_len=32) for n in (1, 4))
