@@ -82,6 +82,8 @@ class Exchange:
     """Beginning of the names of figures, such as "decode_"."""
     narrow: bool = False
     """Results come back as narrow as rows go."""
+    sharing: int = 1
+    """GPUs of a node that have the same tokens, to which no row goes."""
 
     def reached(self, places: float) -> float:
         """Return how many of these places a token's rows reach."""
@@ -125,8 +127,8 @@ class Exchange:
     def fast_copies(self) -> float:
         """Rows of a token over the fast link. Source: V3, sections 3.2.2 and 3.4."""
         if self.one_hop:
-            return self.gpus_reached * (1 / self.expert_nodes - 1 / self.expert_parallel)
-        return self.gpus_reached * (1 - 1 / min(self.expert_parallel, self.expert_in_node))
+            return self.gpus_reached * (1 / self.expert_nodes - self.sharing / self.expert_parallel)
+        return self.gpus_reached * (1 - self.sharing / min(self.expert_parallel, self.expert_in_node))
 
     @figure("B")
     def combine_row(self) -> float:

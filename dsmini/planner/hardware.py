@@ -174,6 +174,8 @@ def read(raw: dict[str, Any], name: str, file: str) -> Hardware:
         there |= {"price": one, "price.most": {**one, "value": price.get("most", price.get("value"))}}
     kinds = {key: kind for key, kind in NUMBERS.items() if key in there}
     numbers = {kind[0]: _number(there[key], kind, file, f"{key}.") for key, kind in kinds.items()}
+    low, high = (numbers.get(name, 0) for name in ("gpu_price", "gpu_price_most"))
+    require(low <= high, f"price.most in {file} is less than its value; swap the two ends of the range")
     return Hardware(name, title, numbers)
 
 

@@ -332,6 +332,11 @@ class WeightFigures:
         return self.held("heads", "up", "width")
 
     @counted("B")
+    def width_bytes(self) -> int:
+        """Bytes of feed-forwards but routed experts. Source: shapes of the released checkpoints."""
+        return self.held("width")
+
+    @counted("B")
     def latent_up_bytes(self) -> int:
         """Bytes of the projections out of the latent. Source: shapes of the released checkpoints."""
         return self.held("up")

@@ -112,7 +112,7 @@ def _training(plan: Plan) -> list[str]:
     share = f"{100 * f['effective_share']:.3g} % of the time is training, {f['elapsed_time']} in all."
     lines.append(f"a failure every {f['mean_time_to_failure']}: {share}")
     cost = ""
-    if "training_cost" in f:
+    if plan.priced and "training_cost" in f:
         most = f["training_cost"] * (plan.hardware.price_most or 0) / (plan.hardware.price or 1)
         cost = f" and {f['training_cost']}" + (f" to {human(most, '$')}" if most > f["training_cost"] else "")
     by = "from the predicted parts of a step" if r.utilization is None else f"as {how['utilization']} says"
@@ -140,10 +140,11 @@ def _served(plan: Plan, found: Found) -> list[str]:
     r, phase, service = plan.request, found.phase, found.main.s
     limit = human(found.limit, "s")
     points = [(f"cheapest in {limit}" if name == IN_TIME else name, each) for name, each in found.points.items()]
-    lines = [f"{' and '.join(n for n, other in points if other is each)}: {_point(each)}" for _, each in points]
+    names = [(" and ".join(name for name, other in points if other is each), each) for _, each in points]
+    lines = [f"{name}: {_point(each, plan.priced)}" for name, each in names]
     lines = list(dict.fromkeys(lines))
     if IN_TIME not in found.points:
-        lines.insert(0, f"no deployment gives a token in {limit}.")
+        lines.insert(0, f"no deployment {'gives a token' if phase == 'decode' else 'reads a prompt'} in {limit}.")
     what = f"{in_words(service.tokens[phase])} tokens, {service.dtype} weights, {service.cache.dtype} cache"
     if phase == "decode" and service.c.n_mtp_layers:
         what += f", drafts accepted with {100 * r.acceptance:.3g} %"
@@ -154,14 +155,14 @@ def _served(plan: Plan, found: Found) -> list[str]:
     return [*lines, said + human(found.most, "token/s") + (f". Left out: {out}." if out else ".")]
 
 
-def _point(each: Served) -> str:
-    """Return a deployment with its estimates, bounds, memory, and what takes longest."""
+def _point(each: Served, priced: bool) -> str:
+    """Return a deployment with its estimates, bounds, price, memory, and what takes longest."""
     user = f"{human(each.tokens_per_second, 'token/s')} a user (at most {human(each.most_tokens_per_second, '')})"
     if not each.decode:
         user = f"{human(each.time, 's')} to the first token (at least {human(each.least_time, 's')})"
     most, waits = human(each.most_gpu_tokens_per_second, ""), each.waits
     said = f"{each.d.words}: {user}, {human(each.gpu_tokens_per_second, 'token/s')} a GPU (at most {most})"
-    if each.cost is not None and each.cost_most is not None:
+    if priced and each.cost is not None and each.cost_most is not None:
         low, high = human(each.cost, "$/token"), human(each.cost_most, "$/token")
         said += f", {low}" if low == high else f", {low.split()[0]} to {high}"
     return f"{said}. {human(each.memory.gpu_memory, 'B')} a GPU; slowest: {max(waits, key=lambda part: waits[part])}."
@@ -237,7 +238,7 @@ def sections(plan: Plan) -> list[Section]:
     found: list[Section] = []
     for name, (main, *lines) in lines_of(plan).items():
         of = plan.sections.get(name, {})
-        shown = [key for key, f in of.items() if f.main and f]
+        shown = [key for key, f in of.items() if f.main and f and (plan.priced or not f.unit.startswith("$"))]
         if name == "training" and not plan.fits:
             shown = [key for key in shown if "memory" in key]
         others = [key for key, f in of.items() if f.formula and key not in shown]
@@ -249,7 +250,7 @@ def sections(plan: Plan) -> list[Section]:
             about=" ".join(lines),
             details={"": _details(plan, shown)} if shown else {},
             folded={plural(len(others), "other figure"): _details(plan, others)} if others else {},
-            tables=[front_table(front)] if front else [],
+            tables=[front_table(front, plan.priced)] if front else [],
             plots=[front_plot(front)] if front else [],
             warnings=[f"does not fit: {plan.misfit[name]}"] if name in plan.misfit else [],
         )
@@ -257,7 +258,7 @@ def sections(plan: Plan) -> list[Section]:
     return found
 
 
-def front_table(found: Found) -> Table:
+def front_table(found: Found, priced: bool) -> Table:
     """Return the deployments of the front, the fastest for a user first: the estimate, then the bound in brackets."""
     rows: list[tuple[str, ...]] = []
     for each in found.front:
@@ -265,7 +266,8 @@ def front_table(found: Found) -> Table:
         gpu = each.gpu_tokens_per_second, each.most_gpu_tokens_per_second
         unit = "token/s" if each.decode else "s"
         cells = (f"{human(a, u)} ({human(b, u)})" for (a, b), u in ((user, unit), (gpu, "token/s")))
-        rows.append((each.d.words, *cells, human(each.cost, "$/token"), human(each.memory.gpu_memory, "B")))
+        price = human(each.cost if priced else None, "$/token")
+        rows.append((each.d.words, *cells, price, human(each.memory.gpu_memory, "B")))
     columns = ("deployment", "a user" if found.phase == "decode" else "first token", "a GPU", "price", "memory")
     return Table(
         columns=columns, rows=rows, numeric=columns[1:], common="Front: none gives both a user and a GPU more."

@@ -114,6 +114,11 @@ class Plan:
         return training | {phase: each.misfit for phase, each in self.found.items() if each.misfit}
 
     @property
+    def priced(self) -> bool:
+        """True where all fits: a price next to a misfit could be read as the price of what was asked."""
+        return not self.misfit
+
+    @property
     def refused(self) -> str:
         """Sentence about a plan in which nothing fits; "" if training or serving does."""
         if not self.chosen.misfit:

@@ -4,18 +4,20 @@
     Served           how long a step takes, and what it gives: tokens a second of a user and of a GPU, and their price
 
 Bound. No engine is faster with these weights, caches and accepted drafts on these GPUs. Weights are read once, at the
-width of their dtype; what drafts are verified by costs one reading; all products run at their peaks; a row crosses a
-link once for each node, in the weights' dtype both ways; and all of these overlap, so the slowest counts:
+width of their dtype. Caches, feed-forwards and the vocabulary are divided by all GPUs, and read once by one of them. The
+tokens that verify drafts cost one reading; all products run at their peaks; a row crosses a link once for each node, in
+the weights' dtype both ways; and all of these overlap, so the slowest counts:
 
     bound_time = max(bound_memory_time, bound_compute_time, bound_slow_time, bound_fast_time)
 
-It assumes that routing is even, and that rows go to experts: weights do not come to rows.
+It assumes that routing is even, and that rows go to experts: weights do not come to rows. The deployment says how many
+GPUs divide the matrices of heads.
 
 Estimate. Each kind of operation reaches a share of its peak or of the bandwidth, a layer's kernels wait for each other,
 and an exchange waits for all GPUs. The shares and latencies are measured ones, in presets.toml with their sources. In
 one micro-batch work and links take turns; in two they overlap, and each reads the weights that its tokens use. With
 drafts d a step verifies d + 1 tokens of a sequence, and 1 + p + ... + p^d of them count; each draft takes a block and the
-head besides.
+head besides. GPUs without a sequence help with the experts alone.
 
 Tensor parallelism divides heads, the vocabulary and the feed-forwards but routed experts in a group of GPUs that
 share their sequences. MLA has one latent for all heads, so every GPU of a group holds and reads the cache of all its
@@ -23,7 +25,7 @@ sequences. Expert parallelism gives each GPU some routed experts, with the fewes
 is whole on every GPU. A batch may be smaller than the number of groups: then some have no sequence.
 
 Worked example, DeepSeek-V3 in FP8 on 144 H800, 128 sequences a GPU of 4,989 tokens: weights of 17 GB and a cache of 45 GB.
-A step reads both in 18.6 ms at the peak, its products take 10 ms, and its rows 8.2 ms: memory bounds it.
+A step reads both in 18.5 ms at the peak, its products take 15.8 ms, and its rows 12.6 ms: memory bounds it.
 
 Source: DeepSeek-V3 report, sections 3.4 and 5.4.3; INS, section 2.3.2; Leviathan et al., arXiv 2211.17192 (drafts).
 """  # noqa: E501
@@ -86,10 +88,10 @@ class Deployment:
     @property
     def words(self) -> str:
         """Deployment in words."""
-        name, drafts = ("sequences", "prompts")[self.phase == "prefill"], plural(self.drafts, "draft")
-        parts = [plural(self.gpus, "GPU"), f"tensor {self.tensor}", f"{self.batch:,} {name}"]
+        batch, drafts = plural(self.batch, {"decode": "sequence", "prefill": "prompt"}[self.phase]), self.drafts
+        parts = [plural(self.gpus, "GPU"), f"tensor {self.tensor}", batch]
         parts += [f"{self.micro_batches} micro-batches"] if self.micro_batches > 1 else []
-        return ", ".join([*parts, drafts] if self.drafts else parts)
+        return ", ".join([*parts, plural(drafts, "draft")] if drafts else parts)
 
     @property
     def figures(self) -> Mapping[str, Figure]:
@@ -157,14 +159,14 @@ class Service:
         self.rows_read: float = rows_read(c, int(self.tokens["decode"]), self.cache.dtype)
 
     @functools.cache  # noqa: B019 (a plan has one service)
-    def rows(self, phase: Phase, gpus: int) -> tuple[Exchange, Exchange]:
-        """Return the rows of experts on this many GPUs: of an estimate, and the least."""
+    def rows(self, phase: Phase, gpus: int, tensor: int) -> tuple[Exchange, Exchange]:
+        """Return the rows of experts on GPUs of which some share sequences: of an estimate, and the least."""
         in_node, stage = gpus_in_node(gpus, self.h.gpus_per_node), f"{phase}_"
         narrow = {"fp4": "fp8", "int8": "fp8", "int4": "bfloat16"}.get(self.dtype, self.dtype)
         # decoding across nodes sends a row for each expert, which takes least time to arrive
         one_hop = self.c.n_activated_experts if phase == "decode" and gpus > self.h.gpus_per_node else 0
-        least = Exchange(self.c, gpus, in_node, self.dtype, stage=f"{stage}bound_", narrow=True)
-        return Exchange(self.c, gpus, in_node, narrow, one_hop, stage), least
+        least = Exchange(self.c, gpus, in_node, self.dtype, stage=f"{stage}bound_", narrow=True, sharing=tensor)
+        return Exchange(self.c, gpus, in_node, narrow, one_hop, stage, sharing=tensor), least
 
     def _products(self, phase: Phase) -> tuple[float, float]:
         found = {True: 0.0, False: 0.0}
@@ -208,12 +210,15 @@ class ServingMemory:
     @counted("B")
     def draft_weights(self) -> float:
         """Weights of multi-token prediction on a GPU, divided as those of the model, where it drafts."""
-        return self.drafted(self.gpu_experts)
+        return self.drafted(self.gpu_experts, self.d.tensor)
 
-    def drafted(self, experts: float) -> float:
-        """Return the bytes of multi-token prediction on a GPU with this many experts of its block."""
+    def drafted(self, experts: float, parts: int) -> float:
+        """Return the bytes of multi-token prediction on a GPU with this many experts, and parts of a feed-forward."""
+        if not self.d.drafts:
+            return 0
         w, moe = self.s.draft_weights, blocks(self.s.c)[3]
-        return moe * experts * w.expert_bytes + w.divided_bytes / self.d.tensor + w.whole_bytes if self.d.drafts else 0
+        heads = (w.divided_bytes - w.width_bytes) / self.d.tensor
+        return moe * experts * w.expert_bytes + heads + w.width_bytes / parts + w.whole_bytes
 
     @figure()
     def cache_parts(self) -> float:
@@ -272,9 +277,9 @@ class ServingMemory:
         fix = f"use more {d.phase}_gpus, or hardware with more memory"
         if fit and d.phase == "decode":
             fix = f"use sequences={max(1, fit // d.gpus)}"
-        dtypes = f"{self.s.dtype} weights and {self.s.cache.dtype} cache take {human(self.gpu_memory, 'B')}"
+        takes = f"{human(self.gpu_memory, 'B')} of {self.s.dtype} weights and {self.s.cache.dtype} cache"
         share = f"{100 * self.s.a['memory_share']:.3g} % of {human(self.s.h.memory, 'B')}"
-        return f"{d.phase} on {plural(d.gpus, 'GPU')} does not fit: {dtypes}, more than {share}; {fix}"
+        return f"{d.phase} on {plural(d.gpus, 'GPU')} takes {takes}, more than {share}; {fix}"
 
 
 class Served:
@@ -288,7 +293,7 @@ class Served:
         self.stage: str = memory.stage
         self.decode: bool = d.phase == "decode"
         self.acceptance: Figure = s.a["acceptance"]
-        rows = s.rows(d.phase, d.gpus)
+        rows = s.rows(d.phase, d.gpus, d.tensor)
         self.exchange: Exchange = rows[0]
         self.least: Exchange = rows[1]
         self.exchanges: int = s.m.moe_layers if d.gpus > d.tensor else 0
@@ -364,16 +369,22 @@ class Served:
 
     @figure("B")
     def bound_weights_read(self) -> float:
-        """Weights that a GPU reads in a step, each once. Source: every chosen matrix once."""
+        """Least weights that a GPU reads in a step. Source: every chosen matrix once, those of heads by each group."""
         w, d = self.s.weights, self.d
+        heads, shared = (w.divided_bytes - w.width_bytes) / d.tensor, (w.width_bytes + w.vocabulary_bytes) / d.gpus
         experts = self.s.m.moe_layers * self.bound_experts_read * w.expert_bytes
-        main = (w.divided_bytes + w.vocabulary_bytes) / d.tensor + experts + w.whole_bytes - w.table_bytes
-        return main + self.memory.drafted(self.bound_experts_read) if d.drafts else main
+        main = heads + shared + experts + w.whole_bytes - w.table_bytes
+        return main + self.memory.drafted(self.bound_experts_read, d.gpus) if d.drafts else main
+
+    @figure("B")
+    def bound_cache_read(self) -> float:
+        """Least cache that a GPU reads in a step. Source: every row once, by one of the GPUs."""
+        return self.d.batch * self.sequence_read / self.d.gpus if self.decode else 0
 
     @figure("s", main=True)
     def bound_memory_time(self) -> float:
         """Least time of a step in memory traffic. Source: amount over rate."""
-        return (self.bound_weights_read + self.cache_read) / self.s.h.memory_bandwidth
+        return (self.bound_weights_read + self.bound_cache_read) / self.s.h.memory_bandwidth
 
     @figure("s", main=True)
     def bound_compute_time(self) -> float:
@@ -404,6 +415,11 @@ class Served:
     # --- the estimate
 
     @figure()
+    def fullest(self) -> float:
+        """Tokens of a GPU with sequences over the mean of all."""
+        return self.memory.group_sequences * self.d.gpus / (self.d.batch * self.d.tensor)
+
+    @figure()
     def experts_read(self) -> float:
         """Experts in each block that a GPU reads in a micro-batch. Source: even routing."""
         return self.memory.gpu_experts * (1 - self.missed(self.d.batch * self.positions / self.d.micro_batches))
@@ -422,7 +438,7 @@ class Served:
         """Time of a step with matrices but routed experts. Source: the slower of reading and computing."""
         a, products = self.s.a, self.matrix_flops / self.s.matrix_peak + self.plain_flops / self.s.plain_peak
         read = self.d.micro_batches * self.weights_read / self.s.h.memory_bandwidth
-        return max(read / a["matrix_bandwidth"], products / a["matrix_compute"])
+        return max(read / a["matrix_bandwidth"], self.fullest * products / a["matrix_compute"])
 
     @figure("s", main=True)
     def experts_time(self) -> float:
@@ -435,9 +451,8 @@ class Served:
     @figure("s", main=True)
     def attention_time(self) -> float:
         """Time of a step in attention, of a GPU with sequences. Source: the slower of reading and computing."""
-        a, group = self.s.a, self.memory.group_sequences * self.d.gpus / (self.d.batch * self.d.tensor)
-        read = self.cache_read / self.s.h.memory_bandwidth / a["attention_bandwidth"]
-        return max(read, group * self.attended_time / a[self.s.attention_share])
+        a, read = self.s.a, self.cache_read / self.s.h.memory_bandwidth
+        return max(read / a["attention_bandwidth"], self.fullest * self.attended_time / a[self.s.attention_share])
 
     @figure("s", main=True)
     def latency_time(self) -> float:
@@ -451,7 +466,8 @@ class Served:
             return 0
         a, slow, fast = self.s.a, self.exchange.slow_row_bytes, self.exchange.fast_row_bytes
         links = max(slow / self.s.h.slow_link if self.s.h.networked else 0, fast / self.s.h.fast_link)
-        sent = a["expert_imbalance"] * self.gpu_tokens * self.exchanges * links / a["link_efficiency"]
+        most = max(a["expert_imbalance"], self.fullest)
+        sent = most * self.gpu_tokens * self.exchanges * links / a["link_efficiency"]
         return sent + 2 * self.d.micro_batches * self.exchanges * a["exchange_latency"]
 
     @figure("s", main=True)
@@ -459,7 +475,7 @@ class Served:
         """Time of a step on links: rows of experts, and two sums a layer of GPUs that share sequences."""
         if self.d.tensor == 1:
             return self.rows_time
-        a, sent = self.s.a, self.gpu_tokens * 4 * self.s.c.dim * (self.d.tensor - 1)
+        a, sent = self.s.a, self.fullest * self.gpu_tokens * 4 * self.s.c.dim * (self.d.tensor - 1)
         group = sent / self.s.h.fast_link / a["link_efficiency"] + self.d.micro_batches * a["reduce_latency"]
         return self.rows_time + 2 * self.s.c.n_layers * group
 

@@ -150,3 +150,9 @@ def test_variation_by_the_plans_own_value_changes_nothing(axis: str) -> None:
     assert {name: float(f) for name, f in each.plan.figures.items()} == pytest.approx(
         values_of("deepseek-v3"), rel=1e-12
     )
+
+
+def test_sentences_of_serving_count_and_name_what_is_served() -> None:
+    lines = [line for line in ten_lines(plan_of("deepseek-v3 @h200 context=131072")) if "prefill" in line]
+    assert lines[0] == "prefill    no deployment reads a prompt in 5 s."
+    assert ", 1 prompt:" in " ".join(lines)

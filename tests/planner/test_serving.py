@@ -97,6 +97,39 @@ def test_batch_may_be_smaller_than_the_number_of_gpus() -> None:
     assert one.least_time < apart.least_time and one.gpu_tokens_per_second == one.tokens_per_second / 8
 
 
+def test_gpus_without_a_sequence_help_with_experts_alone() -> None:
+    """A prompt on eight of 64 GPUs: these eight compute its matrices and attention, and send all of its rows."""
+    few, many = (served("deepseek-v3", phase="prefill", gpus=n, tensor=8, batch=1) for n in (8, 64))
+    assert many.matrices_time == few.matrices_time and many.attention_time == few.attention_time
+    assert many.expert_flops == few.expert_flops / 8 and many.experts_time < few.experts_time
+    full = served("deepseek-v3", phase="prefill", gpus=64, tensor=8, batch=8)
+    a = full.s.a
+    sent = [one.rows_time - 2 * one.exchanges * a["exchange_latency"] for one in (many, full)]
+    assert sent[0] == pytest.approx(sent[1] / a["expert_imbalance"])
+    assert many.least_time < few.least_time, "the bound lets all compute"
+
+
+def test_bound_divides_all_that_engines_divide() -> None:
+    """The cache (context parallelism), feed-forwards and the vocabulary, also where each GPU has its own sequences."""
+    apart = served("deepseek-v3", gpus=8, batch=8)
+    w = apart.s.weights
+    experts = apart.s.m.moe_layers * apart.bound_experts_read * w.expert_bytes
+    shared = w.width_bytes + w.vocabulary_bytes
+    assert w.width_bytes == 3 * (3 * 7168 * 18432 + 4 * 3 * 56 * 144) + w.expert_bytes * 58
+    read = w.divided_bytes - w.width_bytes + w.whole_bytes + experts + shared / 8
+    assert apart.bound_weights_read == pytest.approx(read)
+    one = served("deepseek-v3", gpus=8, tensor=8, batch=1)
+    assert one.cache_read == 4096 * 70_272
+    assert one.bound_memory_time == pytest.approx((one.bound_weights_read + one.cache_read / 8) / 3.35e12)
+
+
+def test_rows_for_gpus_that_have_the_sequences_cross_no_link() -> None:
+    """All GPUs of a node that share their sequences have each row; with four of eight half of the others get one."""
+    copies = [served("deepseek-v3", gpus=8, tensor=n, batch=8).least.fast_copies for n in (1, 2, 4)]
+    assert copies == pytest.approx([copies[0] * part / 7 for part in (7, 6, 4)])
+    assert served("deepseek-v3", gpus=16, tensor=8, batch=8).least.fast_row_bytes == 0
+
+
 @pytest.mark.parametrize(
     ("words", "matrices", "experts", "attention", "index"),
     [
