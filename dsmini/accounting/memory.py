@@ -28,7 +28,7 @@ it. For each of n tokens, in numbers of e bytes,
                        kernel (flash attention) needs to make the softmax again
     SwiGLU             both results of the products, silu of one, and their product
     gate               scores, their order, the chosen weights; of a hash layer the choice in place of the order
-    hyper-connection   the streams in FP32, normed and as they are, the weights, and every division of Sinkhorn's
+    hyper-connection   the streams, the inverse of their root mean square, and the weights, Sinkhorn's also before it
     indexer            an FP32 copy of the hidden state, for the weights of heads; in FP32 the input of the key's norm,
                        with its mean and deviation; the gradients of its loss, which are made in forward
     routed experts     a row for each visit: its input and its result
@@ -401,7 +401,7 @@ def _passes(c: ModelConfig, seq_len: int) -> Iterator[tuple[str, Part, int]]:
     yield "", "moe", (moe - c.n_hash_layers) * seq_len
     yield "", "head", seq_len
     states = c.hc_mult > 1 or c.mtp_input == "post_norm"
-    if c.n_mtp_layers and states:
+    if c.n_mtp_layers and c.mtp_input == "post_norm" and c.hc_mult == 1:  # the head saves streams
         yield MTP, "state", seq_len
     for depth in range(c.n_mtp_layers):
         positions = seq_len - (depth + 1)
@@ -428,8 +428,8 @@ class Saved:
         c, row, none = self.c, self.row(self.c.dim), self.recompute == "none"
         if part == "embedding":
             yield "tokens", 8
-            if c.hc_mult > 1 and (self.recompute == "full" or self.size == 4):  # equal streams are views of one row
-                yield ("inputs of blocks", (1 - c.hc_mult) * row) if self.recompute == "full" else (STREAMS, row)
+            if c.hc_mult > 1:  # equal streams are views of one row
+                yield "inputs of blocks" if self.recompute == "full" else STREAMS, (1 - c.hc_mult) * row
         if part in ("embedding", "mtp") and c.embed_norm:
             yield STATE, self.normed(c.dim)
         if part == "mtp":
@@ -437,8 +437,8 @@ class Saved:
                 yield STATE, self.normed(c.dim) + 4 * c.hc_mult
             if self.recompute != "full":
                 yield "projection", (c.hc_mult + (1 if none else 2)) * row
-            elif c.hc_mult > 1:  # the embedding; but FP32 streams, an input too, are saved by the main model's end
-                yield "inputs of blocks", row if self.size < 4 else (1 - c.hc_mult) * row
+            elif c.hc_mult > 1:  # the embedding; but streams, an input too, are saved by the main model's end
+                yield "inputs of blocks", (1 - c.hc_mult) * row
         if part == "head" or (part == "mtp" and self.recompute != "full"):
             yield STATE, self.normed(c.dim)
             if c.hc_mult > 1:
@@ -447,8 +447,8 @@ class Saved:
             yield "losses", row
         elif part == "state" and c.hc_mult == 1:
             yield STATE, row
-        elif part == "state" and self.size < 4 and self.recompute != "full":  # in FP32 the end of the streams has them
-            yield STREAMS, c.hc_mult * row
+        elif part == "state" and self.recompute == "full":
+            yield "inputs of blocks", c.hc_mult * row
         elif part == "indexed" and c.attention == "dsa" and self.recompute != "full":
             yield from self.indexer()
         elif part in ("dense", "moe", "hashed") and self.recompute == "full":
@@ -468,20 +468,15 @@ class Saved:
     def connected(self) -> int:
         """Return the bytes of a hyper-connection without what a sublayer writes.
 
-        They are the streams in FP32, normed and as they are, and the numbers by which they are read and mixed. Each of
-        Sinkhorn's divisions saves a matrix [n, n] and n sums.
+        They are the streams, and the numbers by which they are read and mixed: Sinkhorn's are logits, twice, and comb.
         """
-        n, copies = self.c.hc_mult, 2 if self.size == 4 else 4  # a cast is a copy for each use
-        if self.c.hc_kind == "identity":  # nothing multiplies the streams when they are written
-            return 4 * ((2 if self.size == 4 else 3) * n * self.c.dim + 1 + 6 * n)
-        mixes, made = n * (2 + n), 4 * n + 2 * n * n
-        divided = (2 * self.c.hc_sinkhorn_iters - 1) * (n * n + n)
-        return 4 * (copies * n * self.c.dim + 1 + mixes + made + divided)
+        n, row = self.c.hc_mult, self.row(self.c.dim)
+        return n * row + 4 * (1 + 6 * n + (0 if self.c.hc_kind == "identity" else 3 * n * n))
 
     def collapsed(self) -> int:
         """Return the bytes of the end of the streams, which reads them and writes none."""
-        n, copies = self.c.hc_mult, 2 if self.size == 4 else 3
-        return 4 * (copies * n * self.c.dim + 1 + 3 * n)
+        n, row = self.c.hc_mult, self.row(self.c.dim)
+        return n * row + 4 * (1 + 3 * n)
 
     def attention(self) -> Amounts:
         """Yield the inputs of the products, then what lies between them (report, section 2.1.1)."""

@@ -3,6 +3,6 @@
 The model, training and generation run without this package, slower. No other package looks into it.
 """
 
-from dsmini.functional import attention, cross_entropy, experts, layers, sparse_attention
+from dsmini.functional import attention, cross_entropy, experts, layers, sparse_attention, streams
 
-__all__ = ["attention", "cross_entropy", "experts", "layers", "sparse_attention"]
+__all__ = ["attention", "cross_entropy", "experts", "layers", "sparse_attention", "streams"]

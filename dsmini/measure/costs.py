@@ -97,6 +97,14 @@ def _muon(result: Any, matrices: Any, steps: Any, **_: object) -> Cost:
     return Cost(3 * moved, 2 * moved, flops)
 
 
+def _write_streams(result: Any, streams: Tensor, *_: Any) -> int:
+    return 2 * streams.numel() * streams.shape[-2]  # the streams, mixed
+
+
+def _write_streams_gradients(result: Any, grad: Tensor, *_: Any) -> int:
+    return 2 * _write_streams(result, grad)
+
+
 # attention to the keys of every head
 
 
@@ -228,7 +236,10 @@ def _feed_forward_step(result: Sequence[Tensor], x: Tensor, part: Any) -> Cost:
 COSTS: MappingProxyType[str, Callable[..., int | Cost]] = MappingProxyType(
     {
         **dict.fromkeys(("quantize", "dequantize", "quantize_dequantize"), _no_products),
-        **dict.fromkeys(("trained_norm", "trained_norm_gradients", "sinkhorn", "rows_at"), _no_products),
+        **dict.fromkeys(("trained_norm", "trained_norm_gradients", "rows_at"), _no_products),
+        **dict.fromkeys(("sinkhorn", "sinkhorn_gradients", "read_streams", "read_streams_gradients"), _no_products),
+        "write_streams": _write_streams,
+        "write_streams_gradients": _write_streams_gradients,
         "linear": _linear,
         "quantized_linear": _linear,
         "experts": _experts,

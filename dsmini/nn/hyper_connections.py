@@ -64,10 +64,31 @@ def sinkhorn(logits: Float[Tensor, "*any n n"], iterations: int, eps: float) -> 
     return comb
 
 
-def normed_streams(streams: Float[Tensor, "b s n m"], eps: float) -> Float[Tensor, "b s nm"]:
-    """Return the streams of a token as one vector, divided by its root mean square, in FP32 at least."""
+@ops.operation("read_streams")
+def read_streams(streams: Float[Tensor, "*b n m"], weights: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
+    """Return the sum of the streams by weights, computed in FP32 at least, in the dtype of the streams."""
+    return (weights.unsqueeze(-1) * at_least_fp32(streams)).sum(-2).to(streams.dtype)
+
+
+@ops.operation("write_streams")
+def write_streams(
+    streams: Float[Tensor, "*b n m"],
+    output: Float[Tensor, "*b m"],
+    post: Float[Tensor, "*b n"],
+    comb: Float[Tensor, "*b n n"] | None = None,
+) -> Float[Tensor, "*b n m"]:
+    """Return the sum of a sublayer's output by post, and of the old streams by comb, computed in FP32 at least."""
+    mixed = at_least_fp32(streams)
+    if comb is not None:
+        mixed = comb.mT @ mixed  # transposed: comb_jk is the share of the old stream j in k
+    return (post.unsqueeze(-1) * output.unsqueeze(-2) + mixed).to(streams.dtype)
+
+
+@ops.operation("stream_mixes")
+def stream_mixes(streams: Float[Tensor, "*b n m"], fn: Float[Tensor, "r nm"], eps: float) -> Float[Tensor, "*b r"]:
+    """Return the product of fn with the streams of a token as one vector, by its root mean square, in FP32 at least."""
     flat = at_least_fp32(streams).flatten(-2)
-    return flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+    return F.linear(flat, fn.to(flat.dtype)) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
 
 
 class HyperConnection(FP32Module):
@@ -132,11 +153,10 @@ class HyperConnection(FP32Module):
     def read(self, streams: Float[Tensor, "b s n m"]) -> tuple[Float[Tensor, "b s m"], Mix]:
         """Return what the sublayer reads, and the weights of what it will write."""
         with ops.without_autocast(streams):
-            flat = normed_streams(streams, self.norm_eps)
-            mixes = F.linear(flat, self.fn.to(flat.dtype)).split(self.rows, -1)
+            mixes = stream_mixes(streams, self.fn, self.norm_eps).split(self.rows, -1)
             parts = zip(self.scale, mixes, self.base.split(self.rows), strict=True)
             pre, *rest = (scale * mix + base for scale, mix, base in parts)
-            return weighted_sum(streams, pre.sigmoid() + self.eps), self.mix_of(*rest)
+            return read_streams(streams, pre.sigmoid() + self.eps), self.mix_of(*rest)
 
     def mix_of(self, post: Float[Tensor, "b s n"], comb: Float[Tensor, "b s nn"]) -> Mix:
         """Return the weights of what the sublayer will write, from their logits."""
@@ -146,12 +166,9 @@ class HyperConnection(FP32Module):
     def write(
         self, streams: Float[Tensor, "b s n m"], output: Float[Tensor, "b s m"], mix: Mix
     ) -> Float[Tensor, "b s n m"]:
-        """Return the new streams: a sublayer's output, and the old streams mixed. Computed in FP32 at least."""
+        """Return the new streams: a sublayer's output, and the old streams mixed."""
         with ops.without_autocast(streams):
-            mixed = at_least_fp32(streams)
-            if mix.comb is not None:
-                mixed = mix.comb.mT @ mixed  # transposed: comb_jk is the share of the old stream j in k
-            return (mix.post.unsqueeze(-1) * output.unsqueeze(-2) + mixed).to(streams.dtype)
+            return write_streams(streams, output, mix.post, mix.comb)
 
 
 class IdentityConnection(HyperConnection):
@@ -183,11 +200,6 @@ def placed_as(value: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(like.device), mesh, like.placements)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def weighted_sum(streams: Float[Tensor, "b s n m"], weights: Float[Tensor, "b s n"]) -> Float[Tensor, "b s m"]:
-    """Return the sum of the streams by weights, computed in FP32 at least, in the dtype of the streams."""
-    return (weights.unsqueeze(-1) * at_least_fp32(streams)).sum(-2).to(streams.dtype)
 
 
 def expand(x: Float[Tensor, "b s *streams m"], n_streams: int) -> Float[Tensor, "b s n m"]:
@@ -228,6 +240,5 @@ class StreamHead(FP32Module):
     def collapse(self, streams: Float[Tensor, "b s n m"]) -> Float[Tensor, "b s m"]:
         """Return one hidden state of each position's streams."""
         with ops.without_autocast(streams):
-            flat = normed_streams(streams, self.norm_eps)
-            mixes = F.linear(flat, self.fn.to(flat.dtype))
-            return weighted_sum(streams, (self.scale * mixes + self.base).sigmoid() + self.eps)
+            mixes = stream_mixes(streams, self.fn, self.norm_eps)
+            return read_streams(streams, (self.scale * mixes + self.base).sigmoid() + self.eps)

@@ -11,6 +11,7 @@ from dsmini.measure.costs import COSTS, cost_of
 from dsmini.nn.attention import cached_attention, causal_attention
 from dsmini.nn.dsa import topk_attention
 from dsmini.nn.fp8 import quantized_experts
+from dsmini.nn.hyper_connections import read_streams, sinkhorn, write_streams
 from dsmini.nn.layers import linear
 from dsmini.nn.moe import experts
 from tests.functional.conftest import BACKENDS, SIZES, forced, held, moved
@@ -82,7 +83,9 @@ def test_cost_counts_operands_once_and_products(n: int) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     of_kernels = [case for case in cases(n, torch.float32) if case.operation.name in COSTS]
-    assert {case.operation for case in of_kernels} == {linear, experts, causal_attention, cached_attention}
+    of_streams = {read_streams, write_streams, sinkhorn}
+    of_attention = {causal_attention, cached_attention}
+    assert {case.operation for case in of_kernels} == {linear, experts, *of_attention, *of_streams}
     with_codes = [held(case) for case in of_kernels if case.operation in (linear, experts)]
     for case in of_kernels + with_codes:
         with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -9,6 +9,7 @@ from torch import Tensor
 from dsmini import ops
 from dsmini.nn.attention import cached_attention, causal_attention
 from dsmini.nn.fp8 import quantized_experts, quantized_linear
+from dsmini.nn.hyper_connections import read_streams, sinkhorn, stream_mixes, write_streams
 from dsmini.nn.layers import linear, rms_norm
 from dsmini.nn.mla import absorbed_attention
 from dsmini.nn.moe import experts
@@ -99,6 +100,14 @@ def cases(n: int, dtype: torch.dtype) -> Iterator[Case]:
     yield expert_case(n, dtype, routing=routed(n, 1, 6, empty=(0, 1, 2, 3, 5)))  # all tokens to one expert
     yield expert_case(n, dtype, routing=tied(n, 2))
     yield expert_case(n, dtype, e=40, k=3)  # of one token, without gradients: fewer than half are asked, in turn
+    streams, post, comb = x(2, n, 3, 37), normal(2, n, 3), normal(2, n, 3, 3)
+    yield Case(stream_mixes, (streams, normal(9, 111), 1e-6), terms=111)
+    yield Case(read_streams, (streams, post), terms=37)
+    yield Case(write_streams, (streams, x(2, n, 37), post, comb), terms=37)
+    if dtype == torch.float32:
+        for width, iterations in ((4, 20), (3, 1), (1, 2), (7, 5)):
+            logits = normal(2, n, width, width, scale=3.0)
+            yield Case(sinkhorn, (logits, iterations, 1e-6), terms=width, chained=4 * iterations)
     targets = torch.randint(0, 61, (n,)).masked_fill(torch.rand(n) < 0.3, IGNORE)
     yield Case(linear_cross_entropy, (x(n, 24), normal(61, 24), targets), terms=max(n, 61))
 

@@ -215,7 +215,7 @@ def without_gradients() -> Iterator[None]:
 @pytest.fixture
 def serves_all(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, without_gradients: None) -> None:
     """Serve operations of any size in both dtypes, in training too, and fill outputs with NaN beforehand."""
-    few = [f"dsmini.functional.{name}.KERNEL_FROM" for name in ("attention", "experts", "layers")]
+    few = [f"dsmini.functional.{name}.KERNEL_FROM" for name in ("attention", "experts", "layers", "streams")]
     for place in (*few, *(f"dsmini_kernels.cpu.{name}" for name in ("panels.LEAST", "steps.SMALL", "steps.THREADED"))):
         monkeypatch.setattr(place, 0)
     for place in (*(f"dsmini_kernels.cpu.{name}.has_bf16_units" for name in ("panels", "steps")), BF16):

@@ -104,11 +104,26 @@ VALID: dict[str, dict[str, Any]] = {
         **{"weight": torch.zeros(8), "inverse": torch.zeros(3), "y": torch.zeros(24), "dy": torch.zeros(24)},
         **{"dw": torch.zeros(8), "eps": 0.1},
     },
+    "streams": {
+        **{"threads": 1, "n": 5, "streams": 3, "outputs": 3, "dim": 7, "bf16": 0, "backward": 1},
+        **{name: torch.zeros(5, 3, 7) for name in ("x", "y", "dy", "dx")},
+        **{name: torch.zeros(5, 7) for name in ("output", "doutput")},
+        **{name: torch.zeros(5, 3, 3) for name in ("mix", "dmix")},
+        **{name: torch.zeros(5, 3) for name in ("post", "dpost")},
+    },
+    "sinkhorn": {
+        **{"threads": 1, "n": 5, "n_streams": 3, "iterations": 4, "backward": 1, "eps": 1e-6},
+        **{name: torch.zeros(5, 3, 3) for name in ("logits", "dy", "y")},
+    },
 }
 GROUPS = {"ends": ENDS, "groups": 2}
 MASK = torch.zeros(1, 4, 4, dtype=torch.uint8)
-FREE = ("threads", "tile_rows", "tile_columns", "batch_stride", "powers_of_two", "parallel", "groups")
-"""Integers of tiles that may be larger, or that this call does not read."""
+FREE = {
+    "tiles": ("threads", "tile_rows", "tile_columns", "batch_stride", "powers_of_two", "parallel", "groups"),
+    "sinkhorn": ("iterations",),
+    "streams": ("y", "output"),
+}
+"""Numbers that may be larger, and what this call does not read."""
 WRONG: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("tiles", "malformed", [{"operation": 3}, {"in_type": 3}, {"format": 3}, {"threads": 0}]),
     ("tiles", "size", [{"tile_rows": 0}, {"tile_columns": -1}]),
@@ -137,6 +152,9 @@ WRONG: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("entry_attention", "beyond", [{"entries": entries(data=bad)} for bad in wrong_spans(ENTRIES.view(-1)[:115])]),
     ("trained_norm", "beyond", [{"x_stride": 28}, {"n": HUGE // 2**23, "backward": 0}]),
     ("trained_norm", "", [{"n": 0}, {"dim": 0}, {"bf16": 2}, {"backward": 3}]),
+    ("streams", "", [{"streams": 0}, {"outputs": 0}, {"dim": 0}, {"bf16": 2}, {"backward": 2}]),
+    ("streams", "beyond", [{"output": wrong_spans(torch.zeros(5, 7))[0]}]),
+    ("sinkhorn", "", [{"n_streams": 0}, {"n_streams": 17}, {"iterations": 0}, {"backward": 2}]),
 ]
 
 
@@ -152,7 +170,7 @@ def test_wrong_calls_are_refused_before_memory_is_touched() -> None:
     for function, fields in VALID.items():
         assert answer(function, {}) == 0
         for name, x in fields.items():
-            for bad in () if function == "tiles" and name in FREE else wrong_values(x):
+            for bad in () if name in FREE.get(function, ()) else wrong_values(x):
                 assert answer(function, {name: bad}) != 0, (function, name, bad)
     for function, word, wrong in WRONG:
         for changes in wrong:

@@ -28,7 +28,9 @@ from tests.kernels.conftest import BF16, assert_threads_change_no_bit, weight_in
 
 pytestmark = pytest.mark.usefixtures("library", "serves_all")
 EVERY_TYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+STREAMS = ("read_streams", "write_streams", "sinkhorn")
 TRAINED = {"causal_attention": "trained_attention", "experts": "trained_experts", "rms_norm": "trained_norm"}
+TRAINED |= dict(zip(STREAMS, STREAMS, strict=True))
 """Operations that have a kernel in training too. That of rms_norm has none else."""
 SCALE = 0.3
 
@@ -263,10 +265,10 @@ def test_training_takes_a_kernel_only_where_it_serves(name: str, monkeypatch: py
     with ops.use("cpu"):  # where no kernel is asked, a forced backend refuses nothing
         assert not kernels_in_training(case.changed({i: case.arguments[i].double() for i in case.floats}))
     with monkeypatch.context() as patch:
-        for module in ("attention", "experts", "layers"):
+        for module in ("attention", "experts", "layers", "streams"):
             patch.setattr(f"dsmini.functional.{module}.KERNEL_FROM", 1 << 30)
         assert not kernels_in_training(case), "little work"
-    if name != "rms_norm":  # a head, or two experts, are one thread's work
+    if name not in ("rms_norm", *STREAMS):  # a head, or two experts, are one thread's work
         monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
         assert not kernels_in_training(case), "more threads than work"
 

@@ -20,6 +20,12 @@ from dsmini_kernels.cpu.steps import blocks_step as blocks_step
 from dsmini_kernels.cpu.steps import feed_forward_step as feed_forward_step
 from dsmini_kernels.cpu.steps import linear as linear
 from dsmini_kernels.cpu.steps import quantized_linear as quantized_linear
+from dsmini_kernels.cpu.streams import read_streams as read_streams
+from dsmini_kernels.cpu.streams import read_streams_gradients as read_streams_gradients
+from dsmini_kernels.cpu.streams import sinkhorn as sinkhorn
+from dsmini_kernels.cpu.streams import sinkhorn_gradients as sinkhorn_gradients
+from dsmini_kernels.cpu.streams import write_streams as write_streams
+from dsmini_kernels.cpu.streams import write_streams_gradients as write_streams_gradients
 from dsmini_kernels.cpu.tiles import dequantize as dequantize
 from dsmini_kernels.cpu.tiles import quantize as quantize
 from dsmini_kernels.cpu.tiles import quantize_dequantize as quantize_dequantize
@@ -37,6 +43,9 @@ OPERATIONS = {
     **dict.fromkeys(("trained_attention", "trained_attention_gradients"), "heads_attention"),
     **{"attention_step": "attention", "feed_forward_step": "feed_forward", "blocks_step": "blocks"},
     **{"normed": "norms", "muon_update": "muon"},
+    **dict.fromkeys(("read_streams", "read_streams_gradients"), "streams"),
+    **dict.fromkeys(("write_streams", "write_streams_gradients"), "streams"),
+    **dict.fromkeys(("sinkhorn", "sinkhorn_gradients"), "sinkhorn"),
     **{"topk_keys": "topk_keys", "topk_attention": "topk_attention", "entry_attention": "entry_attention"},
 }
 """Operations, and the function of a library that runs each."""

@@ -75,7 +75,7 @@ SOURCES = {
         **SHARED,
         "trial_of_sparse_attention.cpp": ROUNDING,
         **dict.fromkeys(("entry_attention.cpp", "topk_attention.cpp", "topk_keys.cpp"), PRODUCTS),
-        **dict.fromkeys(("panels.cpp", "attend.cpp"), PRODUCTS),
+        **dict.fromkeys(("panels.cpp", "attend.cpp", "streams.cpp"), PRODUCTS),
     },
 }
 """Sources of each library, and their flags. Headers are all *.h. Prompts have what training and decoding share."""
@@ -92,7 +92,7 @@ FUNCTIONS = {
     "prompts": ("tiles", "experts", "heads_attention"),
     "training": ("trained_experts", "trained_norm", "muon"),
     "decoding": ("linear", "norms", "attention", "grouped_attention", "feed_forward", "blocks"),
-    "sparse attention": ("topk_keys", "topk_attention", "entry_attention"),
+    "sparse attention": ("topk_keys", "topk_attention", "entry_attention", "streams", "sinkhorn"),
 }
 """Functions of each library. Each takes its struct of calls.h, but `blocks`, which takes the calls of many steps."""
 ENTRY = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)

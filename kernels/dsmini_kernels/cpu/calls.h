@@ -7,6 +7,7 @@
 #include "matrix.h"
 
 constexpr int64_t MOST_TOKENS = 32, MOST_WIDTH = 1024, MOST_EXPERTS = 512, MOST_STACK = 1 << 16, MOST_SIDE = 1 << 16;
+constexpr int64_t MOST_STREAMS = 16;
 
 // A rounding of tiles. x [batch, rows, columns] has strides in elements; out and scales are contiguous. For dequantize x
 // holds codes and its strides are bytes.
@@ -100,6 +101,29 @@ struct TrainedNormCall {
   Span<char> y;
   Span<const char> dy;
   Span<float> dw;
+  double eps;
+};
+
+// Sums of residual streams by weights of each of n tokens: y_k = sum_j mix_jk x_j, + post_k output where there is an output of
+// a sublayer. Backward reads dy and writes the other gradients. Rows are FP32 or BF16, all is contiguous.
+struct StreamsCall {
+  int64_t threads, n, streams, outputs, dim, bf16, backward;
+  Span<const char> x;       // [n, streams, dim]
+  Span<const char> output;  // [n, dim]; null: none, and no post
+  Span<const float> mix;    // [n, streams, outputs]
+  Span<const float> post;   // [n, outputs]
+  Span<char> y;             // [n, outputs, dim]
+  Span<const char> dy;
+  Span<char> dx, doutput;
+  Span<float> dmix, dpost;
+};
+
+// Sinkhorn's matrices of n tokens, from logits [n, n_streams, n_streams]. Backward reads dy and writes the gradient of the
+// logits to y.
+struct SinkhornCall {
+  int64_t threads, n, n_streams, iterations, backward;
+  Span<const float> logits, dy;
+  Span<float> y;
   double eps;
 };
 

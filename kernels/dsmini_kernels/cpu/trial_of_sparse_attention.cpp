@@ -5,6 +5,8 @@
 extern "C" int64_t dsmini_topk_keys(const TopkKeysCall*, int64_t);
 extern "C" int64_t dsmini_topk_attention(const TopkAttentionCall*, int64_t);
 extern "C" int64_t dsmini_entry_attention(const EntryAttentionCall*, int64_t);
+extern "C" int64_t dsmini_streams(const StreamsCall*, int64_t);
+extern "C" int64_t dsmini_sinkhorn(const SinkhornCall*, int64_t);
 
 namespace {
 
@@ -62,10 +64,36 @@ void try_entry_attention(Trial& trial, int64_t b, int64_t s, int64_t bf16, int64
   trial.run("entry_attention", dsmini_entry_attention, c);
 }
 
+void try_streams(Trial& trial, int64_t bf16, int64_t backward, int64_t outputs) {
+  const int64_t n = 35, streams = 3, dim = 37, size = bf16 ? 2 : 4, output = outputs > 1;
+  Memory memory;
+  StreamsCall c{};
+  c.threads = 1, c.n = n, c.streams = streams, c.outputs = outputs, c.dim = dim, c.bf16 = bf16, c.backward = backward;
+  c.x = memory.bytes(n * streams * dim * size), c.output = memory.bytes(output * n * dim * size);
+  c.mix = memory.bytes(n * streams * outputs * 4), c.post = memory.bytes(output * n * outputs * 4);
+  c.y = memory.bytes(n * outputs * dim * size), c.dy = memory.bytes(backward * n * outputs * dim * size);
+  c.dx = memory.bytes(backward * n * streams * dim * size), c.doutput = memory.bytes(backward * output * n * dim * size);
+  c.dmix = memory.bytes(backward * n * streams * outputs * 4), c.dpost = memory.bytes(backward * output * n * outputs * 4);
+  trial.run("streams", dsmini_streams, c);
+}
+
+void try_sinkhorn(Trial& trial, int64_t streams, int64_t backward) {
+  const int64_t bytes = 35 * streams * streams * 4;
+  Memory memory;
+  SinkhornCall c{};
+  c.threads = 1, c.n = 35, c.n_streams = streams, c.iterations = 5, c.backward = backward, c.eps = 1e-6;
+  c.logits = memory.bytes(bytes), c.dy = memory.bytes(backward * bytes), c.y = memory.bytes(bytes);
+  trial.run("sinkhorn", dsmini_sinkhorn, c);
+}
+
 }  // namespace
 
 const char* dsmini_try() {
   Trial trial;
+  for (const int64_t backward : {0, 1}) {
+    for (const int64_t bf16 : {0, 1}) try_streams(trial, bf16, backward, 1), try_streams(trial, bf16, backward, 3);
+    for (const int64_t streams : {1, 4, 7}) try_sinkhorn(trial, streams, backward);
+  }
   constexpr int64_t TOKENS[][2] = {{1, 1}, {2, 3}}, WIDTHS[][2] = {{3, 37}, {19, 64}, {130, 32}};
   for (const int64_t bf16 : {0, 1}) {
     for (const int64_t topk : {7, 150}) try_topk_keys(trial, 1, 1, bf16, topk), try_topk_keys(trial, 2, 11, bf16, topk);
