@@ -10,7 +10,8 @@ u. For a pair with weight p and the gradient dy of its token:
     h  = silu(g) u,    dh = p w2^T dy,    dg = dh u silu'(g),    du = dh silu(g)
     dp = h (w2^T dy),  dx = w1^T dg + w3^T du,  dw1 = dg x^T,  dw3 = du x^T,  dw2 = p dy h^T
 
-dx is summed over a token's pairs, the weights' gradients over an expert's.
+dx is summed over a token's pairs, the weights' gradients over an expert's. With a limit h is of g and u
+cut to it, and dg and du are 0 outside of it.
 """
 
 from collections.abc import Callable
@@ -52,8 +53,8 @@ def experts_eager(
     if not torch.is_grad_enabled() and (slow or prefer_loop(x, indices, w1.shape[0])):
         expert = lambda i, rows, share: _expert(rows, w1[i], w2[i], w3[i], limit, share)  # noqa: E731
         return run_experts(x, indices, weights, w1.shape[0], expert, limit)
-    if limit is None and torch.is_grad_enabled() and trains_by_kernel(x, indices, weights, w1, w2, w3):
-        return train_experts(x, indices, weights, w1, w2, w3)
+    if torch.is_grad_enabled() and trains_by_kernel(x, indices, weights, w1, w2, w3):
+        return train_experts(x, indices, weights, w1, w2, w3, limit)
     given, dtype = x.dtype, product_dtype(x)
     if dtype != given:  # weights are rounded as x is, and then widened
         x, w1, w2, w3 = (t.to(given).to(dtype) for t in (x, w1, w2, w3))
@@ -180,12 +181,13 @@ def trained_experts(
     w1: W1,
     w2: W2,
     w3: W1,
+    limit: float | None = None,
 ) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n*k f"], Float[Tensor, "n*k f"]]:
     """Return y, and g and u of each token-expert pair, in the order of experts, and of tokens within an expert."""
     slots = sort_by_expert(indices, w1.shape[0])
     rows = x[slots.token]
     gate, up = grouped_linear(rows, w1, slots.ends), grouped_linear(rows, w3, slots.ends)
-    return ops.find("experts").reference(x, indices, weights, w1, w2, w3), gate, up
+    return ops.find("experts").reference(x, indices, weights, w1, w2, w3, limit), gate, up
 
 
 @ops.operation("trained_experts_gradients")
@@ -199,6 +201,7 @@ def trained_experts_gradients(
     w1: W1,
     w2: W2,
     w3: W1,
+    limit: float | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, weights, w1, w2 and w3. An expert that nobody chose has gradients of zero.
 
@@ -206,19 +209,25 @@ def trained_experts_gradients(
     """
     with torch.enable_grad():
         x, weights, w1, w2, w3 = leaves = [t.detach().requires_grad_() for t in (x, weights, w1, w2, w3)]
-        y = ops.find("experts").reference(x, indices, weights, w1, w2, w3)
-        return torch.autograd.grad(y, leaves, grad)
+        y = ops.find("experts").reference(x, indices, weights, w1, w2, w3, limit)
+        return torch.autograd.grad(y, leaves, grad.to(y.dtype))
 
 
-def train_experts(x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+def train_experts(
+    x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, limit: float | None = None
+) -> Tensor:
     """Compute `experts` by the two operations. First derivatives only."""
 
-    def forward(x: Tensor, *numbers: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        y, gate, up = trained_experts(x, indices, *numbers)
-        weights, *matrices = numbers
-        return y, (x, indices, weights, gate, up, *matrices)
+    def forward(x: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, gate, up = trained_experts(x, indices, weights, w1, w2, w3, limit)
+        return y, (x, indices, weights, gate, up, w1, w2, w3)
 
-    return ops.trained(forward, trained_experts_gradients, x, weights, w1, w2, w3)
+    def gradients(grad: Tensor, x: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+        indices, weights, gate, up, w1, w2, w3 = saved
+        # V4's is FP32, and that of each result has x's dtype
+        return trained_experts_gradients(grad.to(x.dtype), x, indices, weights, gate, up, w1, w2, w3, limit)
+
+    return ops.trained(forward, gradients, x, weights, w1, w2, w3)
 
 
 def trains_by_kernel(x: Tensor, indices: Tensor, weights: Tensor, *matrices: Tensor) -> bool:

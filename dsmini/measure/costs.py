@@ -76,12 +76,12 @@ def _experts(
     return Cost(read, math.prod(x.shape) * x.dtype.itemsize, 6 * indices.numel() * f * m)
 
 
-def _trained_experts(result: Any, x: Tensor, indices: Tensor, weights: Tensor, *matrices: Tensor) -> int:
-    return 6 * indices.numel() * matrices[0][0].numel()
+def _trained_experts(result: Any, x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, *_: Any) -> int:
+    return 6 * indices.numel() * w1[0].numel()
 
 
-def _trained_experts_gradients(result: Any, grad: Tensor, x: Tensor, indices: Tensor, *rest: Tensor) -> int:
-    return 12 * indices.numel() * rest[-1][0].numel()
+def _trained_experts_gradients(result: Any, grad: Tensor, x: Tensor, indices: Tensor, *rest: Any) -> int:
+    return 12 * indices.numel() * rest[3][0].numel()  # an expert's w1
 
 
 def _muon(result: Any, matrices: Any, steps: Any, **_: object) -> Cost:

@@ -71,6 +71,11 @@ def cases(n: int, dtype: torch.dtype) -> Iterator[Case]:
     yield topk_case(dtype, 2, 5, n + 40, 8, 16, 8, 37, 9, 20)
 
 
+def limited(case: Case) -> Case:
+    """Return a case of experts with a limit of SwiGLU that many numbers pass, which has a kernel in training alone."""
+    return case._replace(arguments=(*case.arguments, 0.5))
+
+
 def large_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Yield sizes around the blocks of the kernels: whole ones and rests, V3's widths, one token."""
     for documents in (False, True):
@@ -156,6 +161,31 @@ def test_values_and_gradients_agree(isa: str, n: int, dtype: torch.dtype) -> Non
             assert torch.equal(got[0], got[1]), "in inference and in training"
         if case.operation is rms_norm:  # the weight's gradient is FP32, whatever x is
             assert relative_error(got[2], want[2]) <= rounding(FP32_UNIT, terms=case.terms, chained=case.chained)
+
+
+@EVERY_TYPE
+def test_experts_with_a_limit_are_trained(isa: str, dtype: torch.dtype) -> None:
+    """A result is FP32. BF16 decides which numbers within half a step of the limit have a gradient.
+
+    w1 x and w3 x are normal, so that 0.4 * 2 * 0.5 of a unit of them are there. An error is the root of such a share.
+    """
+    flipped = 0.0 if dtype == torch.float32 else rounding((0.4 * BF16_UNIT) ** 0.5)
+    small, large = (
+        [limited(c) for c in some if c.operation is experts] for some in (cases(63, dtype), large_cases(dtype))
+    )
+    for case in small + large:
+        kernels, want = Kernels(), exact(case)
+        with ops.use("cpu"), ops.counting(kernels):
+            got = run(case, experts)
+        assert kernels == ["trained_experts", "trained_experts_gradients"]
+        assert got[0].dtype == torch.float32
+        with ops.use("reference"):
+            plain = run(case, train_experts)
+        for results_ in (got, plain):
+            for a, b in zip(results_, want, strict=True):
+                assert relative_error(a, b) <= case.tolerance + flipped
+    for case in small:
+        assert_threads_change_no_bit(lambda case=case: [t.contiguous() for t in run(case, experts)])
 
 
 @EVERY_TYPE

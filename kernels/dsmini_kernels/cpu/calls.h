@@ -208,7 +208,8 @@ struct ExpertsCall {
 };
 
 // The same for training. Forward writes y, gate and up; backward reads dy, gate and up, and writes all gradients. x, y,
-// dy, dx, gate and up are FP32 or BF16; gate and up are [n k, inter], sorted by expert. Everything is contiguous.
+// dy, dx, gate and up are FP32 or BF16; gate and up are [n k, inter], sorted by expert. Everything is contiguous. With a limit,
+// silu and w3 x are of numbers of at most that size, and y is FP32.
 struct TrainedExpertsCall {
   int64_t threads, n, dim, inter, experts, k, bf16, backward;
   Span<const char> x;
@@ -219,6 +220,7 @@ struct TrainedExpertsCall {
   Span<char> gate, up, dx;
   Span<float> dweights, dw1, dw2, dw3;
   Matrix w1, w2, w3;  // FP32
+  double limit;       // infinite where there is none
 };
 
 // Rows of heads, [b, h, rows, numbers]. Strides are in bytes.

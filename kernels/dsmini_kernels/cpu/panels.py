@@ -1,5 +1,6 @@
 """Routed experts and attention for any number of tokens: checks, and the calls of the C++."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,12 +39,12 @@ quantized_experts = experts
 
 
 def trained_experts(
-    x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
+    x: Tensor, indices: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, limit: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `experts`, and the results of w1 and w3 for each token-expert pair, sorted by expert."""
-    made = {"y": torch.empty_like(x, memory_format=torch.contiguous_format)}
+    made = {"y": x.new_empty(x.shape, dtype=x.dtype if limit is None else torch.float32)}
     made |= {name: x.new_empty(indices.numel(), w1.shape[1]) for name in ("gate", "up")}
-    _train(x, indices, weights, (w1, w2, w3), made)
+    _train(x, indices, weights, (w1, w2, w3), limit, made)
     return made["y"], made["gate"], made["up"]
 
 
@@ -57,6 +58,7 @@ def trained_experts_gradients(
     w1: Tensor,
     w2: Tensor,
     w3: Tensor,
+    limit: float | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, weights, w1, w2 and w3."""
     if grad.dtype != x.dtype or grad.shape != x.shape:
@@ -64,17 +66,23 @@ def trained_experts_gradients(
     given = {name: detached(t).contiguous() for name, t in (("dy", grad), ("gate", gate), ("up", up))}
     leaves = {"dx": x, "dweights": weights, "dw1": w1, "dw2": w2, "dw3": w3}
     made = {name: torch.empty_like(t, memory_format=torch.contiguous_format) for name, t in leaves.items()}
-    _train(x, indices, weights, (w1, w2, w3), given | made)
+    _train(x, indices, weights, (w1, w2, w3), limit, given | made)
     return tuple(made.values())
 
 
 def _train(
-    x: Tensor, indices: Tensor, weights: Tensor, matrices: tuple[Tensor, Tensor, Tensor], others: dict[str, Tensor]
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    matrices: tuple[Tensor, Tensor, Tensor],
+    limit: float | None,
+    others: dict[str, Tensor],
 ) -> None:
     """Run forward, or with `dy` among the other tensors backward."""
     if any(w.dtype != torch.float32 or not w.is_contiguous() for w in matrices):
         raise Unserved("matrices that are not contiguous FP32")
     fields = _sizes(x, indices, weights, matrices) | {"backward": "dy" in others}
+    fields["limit"] = math.inf if limit is None else limit
     fields |= dict.fromkeys(("y", "dy", "dx", "dweights", "dw1", "dw2", "dw3"), b"")
     others["x"], others["weights"] = detached(x).contiguous(), detached(weights).contiguous()
     others["indices"] = indices.to(torch.int64).contiguous()

@@ -6,6 +6,8 @@
 //
 //     dp = (w2^T dy) h,  dh = p w2^T dy,  du = dh s,  dg = dh u silu'(g),  dx = w1^T dg + w3^T du
 //     dw1 = dg x^T,  dw3 = du x^T,  dw2 = p dy h^T,  each summed over the expert's tokens
+//
+// Where there is a limit, s is of the smaller of g and the limit, and h of u cut to it. dg and du are 0 outside of it.
 
 #include "activations.h"
 #include "panels.h"
@@ -59,8 +61,8 @@ int64_t most_tokens(const TrainedExpertsCall& c, int64_t* counts) {
 }
 
 // The sum of each token's rows, in the order of its choices, with or without weights, to where it stays.
-void combine(const TrainedExpertsCall& c, const Slots& s, Team& team, bool weighted, char* out) {
-  const int64_t size = c.bf16 ? 2 : 4;
+void combine(const TrainedExpertsCall& c, const Slots& s, Team& team, bool weighted, bool bf16, char* out) {
+  const int64_t size = bf16 ? 2 : 4;
   constexpr int64_t TOKENS = 16;
   team.each(divide_up(c.n, TOKENS), [&](int64_t item, int64_t) {
     for (int64_t t = item * TOKENS; t < least(c.n, (item + 1) * TOKENS); ++t)
@@ -70,10 +72,12 @@ void combine(const TrainedExpertsCall& c, const Slots& s, Team& team, bool weigh
           const F row = load_some(s.rows + s.slot[t * c.k + j] * c.dim + i, c.dim - i);
           sum += weighted ? row * splat(c.weights[t * c.k + j]) : row;
         }
-        put(c.bf16, sum, least(LANES, c.dim - i), out + (t * c.dim + i) * size);
+        put(bf16, sum, least(LANES, c.dim - i), out + (t * c.dim + i) * size);
       }
   });
 }
+
+bool rounds(const TrainedExpertsCall& c) { return c.bf16 && c.limit == INFINITY; }  // its result to BF16
 
 // A thread's work on one expert.
 template <class Words>
@@ -177,6 +181,10 @@ struct Expert {
     }
   }
 
+  // Numbers of at most the limit; NaN stays NaN.
+  F at_most(F x) const { return x > splat(float(c.limit)) ? splat(float(c.limit)) : x; }
+  F of_size(F x) const { return at_most(x < splat(-float(c.limit)) ? splat(-float(c.limit)) : x); }
+
   void forward(int64_t e) const {
     const int64_t from = s.first[e], tokens = s.first[e + 1] - from, size = c.bf16 ? 2 : 4;
     if (tokens == 0) return;
@@ -191,7 +199,7 @@ struct Expert {
         for (int64_t v = 0; v < vectors; ++v) {
           F hidden_rows[LANES], block[LANES];
           for (int64_t r = 0; r < LANES; ++r)
-            hidden_rows[r] = silu(load<F>(g + (r * vectors + v) * LANES)) * load<F>(u + (r * vectors + v) * LANES);
+            hidden_rows[r] = silu(at_most(load<F>(g + (r * vectors + v) * LANES))) * of_size(load<F>(u + (r * vectors + v) * LANES));
           put_words(hidden_rows, hidden, row, vectors, v);
           for (const auto& kept : {std::pair<const float*, char*>(g, c.gate), {u, c.up}}) {
             turn(kept.first, vectors, v, block);
@@ -254,10 +262,12 @@ struct Expert {
         const F weight = load_some(s.weight + first, some);
         for (int64_t r = 0; r < LANES; ++r) {
           const F dy = load<F>(result + (r * vectors + v) * LANES), one = splat(1.0f);
-          const F share = one / (one + exponential(-g[r])), swish = g[r] * share, product = swish * u[r];
+          const F low = at_most(g[r]), middle = of_size(u[r]), limit = splat(float(c.limit));
+          const F share = one / (one + exponential(-low)), swish = low * share, product = swish * middle;
           dp[v] += dy * product;
           const F dh = weight * dy;
-          grad_u[r] = dh * swish, grad_g[r] = dh * u[r] * (share + swish * (one - share));
+          grad_u[r] = u[r] > limit ? F{} : u[r] < -limit ? F{} : dh * swish;
+          grad_g[r] = g[r] > limit ? F{} : dh * middle * (share + swish * (one - share));
           const int64_t to = ((row + r) * t_row + at + v * LANES) * SIZE;
           put_numbers(dg + to, grad_g[r]), put_numbers(du + to, grad_u[r]), put_numbers(h + to, product);
         }
@@ -344,7 +354,7 @@ bool run_all(const TrainedExpertsCall& c) {
     const Expert<Words> expert(c, s, most, memory + sizes.all + thread * each);
     c.backward ? expert.backward(e) : expert.forward(e);
   });
-  combine(c, s, team, !c.backward, c.backward ? c.dx : c.y);
+  combine(c, s, team, !c.backward, c.backward ? c.bf16 : rounds(c), c.backward ? c.dx : c.y);
   if (c.backward)
     for (int64_t i = 0; i < c.n * c.k; ++i) c.dweights[i] = s.dp[s.slot[i]];
   return true;
@@ -360,7 +370,7 @@ bool trained_experts(const TrainedExpertsCall& c) {
 int64_t check(const TrainedExpertsCall& c) {
   if (!sizes({c.n, c.dim, c.inter, c.experts, c.k}) || c.dim < 1 || c.inter < 1 || c.k < 1 || c.experts > MOST_STACK)
     return BAD_SHAPE;
-  if (c.bf16 < 0 || c.bf16 > 1 || c.backward < 0 || c.backward > 1) return BAD_CALL;
+  if (c.bf16 < 0 || c.bf16 > 1 || c.backward < 0 || c.backward > 1 || !(c.limit > 0)) return BAD_CALL;
   for (const Matrix* w : {&c.w1, &c.w2, &c.w3})
     if (w->type != WEIGHT_FP32 || w->stride != 4 * w->columns) return BAD_CALL;
   if (!c.w1.fits_stack(c.experts, c.inter, c.dim) || !c.w3.fits_stack(c.experts, c.inter, c.dim) ||
@@ -376,7 +386,7 @@ int64_t check(const TrainedExpertsCall& c) {
                        !within(c.dw1, 4, c.experts, c.inter, c.dim) ||
                        !within(c.dw2, 4, c.experts, c.inter, c.dim) ||
                        !within(c.dw3, 4, c.experts, c.inter, c.dim)
-                 : !within(c.y, size, c.n, c.dim))
+                 : !within(c.y, rounds(c) ? 2 : 4, c.n, c.dim))
     return OUT_OF_BOUNDS;
   return indices_fit(c.indices, c.n * c.k, c.experts) ? FINE : OUT_OF_BOUNDS;
 }

@@ -2,19 +2,22 @@
 
 #include "trial.h"
 
+#include <math.h>
+
 extern "C" int64_t dsmini_trained_experts(const TrainedExpertsCall*, int64_t);
 extern "C" int64_t dsmini_trained_norm(const TrainedNormCall*, int64_t);
 extern "C" int64_t dsmini_muon(const MuonCall*, int64_t);
 
 namespace {
 
-void try_trained_experts(Trial& trial, int64_t bf16, int64_t backward) {
+void try_trained_experts(Trial& trial, int64_t bf16, int64_t backward, double limit) {
   const int64_t n = 143, size = bf16 ? 2 : 4;
   Memory memory;
   TrainedExpertsCall c{};
   c.threads = 1, c.n = n, c.dim = 45, c.inter = 37, c.experts = 4, c.k = 2, c.bf16 = bf16, c.backward = backward;
+  c.limit = limit;
   const int64_t rows = n * c.dim * size, kept = n * c.k * c.inter * size, matrix = c.experts * c.inter * c.dim * 4;
-  c.x = memory.bytes(rows), c.y = memory.bytes(rows), c.dy = memory.bytes(rows), c.dx = memory.bytes(rows);
+  c.x = memory.bytes(rows), c.y = memory.bytes(limit < INFINITY ? n * c.dim * 4 : rows), c.dy = memory.bytes(rows), c.dx = memory.bytes(rows);
   c.indices = memory.chosen(n * c.k, c.experts), c.weights = memory.bytes(n * c.k * 4);
   c.gate = memory.bytes(kept), c.up = memory.bytes(kept), c.dweights = memory.bytes(n * c.k * 4);
   c.dw1 = memory.bytes(matrix), c.dw2 = memory.bytes(matrix), c.dw3 = memory.bytes(matrix);
@@ -62,6 +65,6 @@ const char* dsmini_try() {
   Trial trial;
   for (const int64_t bf16 : {0, 1})
     for (const int64_t flag : {0, 1})
-      try_trained_experts(trial, bf16, flag), try_trained_norm(trial, bf16, flag), try_muon(trial, bf16, flag);
+      try_trained_experts(trial, bf16, flag, INFINITY), try_trained_experts(trial, bf16, flag, 0.5), try_trained_norm(trial, bf16, flag), try_muon(trial, bf16, flag);
   return trial.failed;
 }
