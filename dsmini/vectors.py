@@ -32,7 +32,7 @@ class VectorsCommand:
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The folder to write, which must be new or empty."""
     config: tuple[str, ...] = ()
-    """Generations, of v3, v3.2 and v4; left out: all."""
+    """Generations, of v3, v3.2, v4 and glm-5.2; left out: all."""
 
 
 HELP = Help(

@@ -28,6 +28,7 @@ from dsmini.config import ModelConfig
 from dsmini.config.fields import require
 from dsmini.machine import refuse_too_large
 from dsmini.nn import Context, Indexer
+from dsmini.nn.dsa import Choice
 from dsmini.nn.layers import FP32Module
 from dsmini.reading import is_there, read_table
 
@@ -129,13 +130,16 @@ class Inspection:
         weights.clear()
         for indexer in (part for part in block.modules() if isinstance(part, Indexer)):
             indexer.topk = TOPK[c.attention]
+        context, chosen = Context(positions=torch.arange(TOKENS)[None], tokens=tokens), random_choice()
+        if layer is not None and (source := c.index_source(layer)) != layer:
+            context.choices[source] = Choice(chosen)
         with torch.no_grad():
-            out = block(states, Context(positions=torch.arange(TOKENS)[None], tokens=tokens))[0]
+            out = block(states, context)[0]
         block.to("meta")
         if not bool(out.isfinite().all()):
             checked.faults.append(f"{checked.name}: the block's output has infinities or NaN")
         elif self.peer is not None and layer is not None and layer < c.n_layers:
-            theirs = self.peer.run(layer, states, tokens, there, parts)
+            theirs = self.peer.run(layer, states, tokens, chosen, there, parts)
             # the median: by rounding, tokens near a tie choose another expert or key
             pairs = ((out, theirs), (theirs, states))
             difference, added = ((x.float() - y.float()).flatten(2).norm(dim=-1) for x, y in pairs)
@@ -192,6 +196,12 @@ class Inspection:
             checked.upper_half = share if checked.upper_half is None else min(share, checked.upper_half)
 
 
+def random_choice() -> Tensor:
+    """Return keys [1, s, k] that each query sees, for a block that takes another one's choice; -1 is none."""
+    best = torch.rand(1, TOKENS, TOKENS, generator=torch.Generator().manual_seed(1)).tril().topk(TOPK["dsa"], -1)
+    return best.indices.masked_fill(best.values == 0, -1)
+
+
 def odd_scale(scales: Tensor) -> list[int] | None:
     """Return the place of a scale that is far from the median, or not a power of two where nearly all others are."""
     median = scales.median()
@@ -208,6 +218,7 @@ def kind_of(c: ModelConfig, layer: int | None) -> str:
         return "embedding, norm, head"
     ratio = {0: "window", 4: "CSA"}.get(c.compress_ratio(layer), "HCA")
     attention = {"mla": "MLA", "dsa": "DSA", "compressed": ratio}.get(c.attention, c.attention)
+    attention += " by another layer's choice" if c.index_source(layer) != layer else ""
     experts = "experts by table" if c.is_hashed(layer) else "experts"
     mtp = "multi-token prediction, " if layer >= c.n_layers else ""
     return f"{mtp}{attention}, {experts if c.is_moe(layer) else 'dense'}"
@@ -234,9 +245,15 @@ class Peer:
 
     @torch.no_grad()
     def run(
-        self, layer: int, states: Tensor, tokens: Tensor, there: PretrainedTensors, parts: Mapping[str, list[Part]]
+        self,
+        layer: int,
+        states: Tensor,
+        tokens: Tensor,
+        chosen: Tensor,
+        there: PretrainedTensors,
+        parts: Mapping[str, list[Part]],
     ) -> Tensor:
-        """Return a block's output. Args: parts: those of the block, of what is `there`."""
+        """Return a block's output. Args: chosen: keys for a block without indexer; parts: the block's, of `there`."""
         block, by_name = self.blocks[layer], {part.name: part for of in parts.values() for part in of}
         weights: dict[str, Tensor] = {}
         for name, meta in block.state_dict().items():
@@ -246,8 +263,14 @@ class Peer:
         block.load_state_dict(weights, assign=True)
         weights.clear()
         self.model.layers, outputs = nn.ModuleList([block]), []
+        # no index of theirs is -1; a query that sees few keys sees key 0
+        given = {"prev_topk_indices": chosen.clamp(min=0)}
+
+        def changed(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+            return (states, *args[1:]), options | {name: value for name, value in given.items() if name in options}
+
         hooks = [
-            block.register_forward_pre_hook(lambda _, args: (states, *args[1:])),
+            block.register_forward_pre_hook(changed, with_kwargs=True),
             block.register_forward_hook(lambda _, __, result: outputs.append(result)),
         ]
         self.model(input_ids=tokens, use_cache=False)

@@ -59,9 +59,8 @@ def write(folder: Path, name: str) -> int:
 
 def config_of(name: str) -> ModelConfig:
     """Return the config of a generation's tiny model."""
-    sizes: dict[str, Any] = DATA["config"]["common"] | DATA["config"][name]
-    if "compress_ratios" in sizes:
-        sizes["compress_ratios"] = tuple(sizes["compress_ratios"])
+    read: dict[str, Any] = DATA["config"]["common"] | DATA["config"][name]
+    sizes: dict[str, Any] = {key: tuple(size) if isinstance(size, list) else size for key, size in read.items()}
     return ModelConfig(**sizes)
 
 

@@ -28,7 +28,8 @@ indexer learns to predict its own layer's attention, or the mean p of all g laye
 layer j adds KL(p_j || softmax(I)) / g. The sum has the gradient of KL(p || softmax(I)), which is softmax(I) - p, and
 differs from it by a constant.
 
-Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1; DeepSeek's released inference code.
+Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1; DeepSeek's released inference code; IndexCache (arXiv
+2603.12201) for the objective of several layers.
 """
 
 from collections.abc import Callable

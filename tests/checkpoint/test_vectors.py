@@ -20,7 +20,7 @@ from dsmini.checkpoint.check_vectors import Difference, compare
 from dsmini.checkpoint.vectors import GENERATIONS, computed, config_of, drawn, inputs_of
 from dsmini.nn import compressed_attention, gate, hyper_connections, mla
 from dsmini.nn.cache import Cache
-from dsmini.nn.dsa import Indexer, hadamard
+from dsmini.nn.dsa import Choice, Indexer, hadamard
 from dsmini.nn.gate import Gate, HashGate
 from dsmini.nn.hyper_connections import HyperConnection
 from dsmini.nn.mtp import StreamMTP
@@ -137,6 +137,22 @@ def main_theta(layer: Any) -> None:
     layer.attn.rope = Rope(dim=8)
 
 
+def takes_all(layer: Any) -> None:
+    layer.attn.choose = lambda *_: Choice(None)
+
+
+def takes_the_first(layer: Any) -> None:
+    layer.attn.source, layer.attn.is_shared = 0, True
+
+
+def starts_shared(_: Patch, model: Transformer) -> None:
+    """Let the MTP block take what the last full layer chose."""
+    last, attn, seen = model.layers[4].attn, model.mtp[0].block.attn, list[Any]()
+    real = last.choose
+    last.choose = lambda *args: (seen.append(real(*args)), seen[-1])[1]
+    attn.choose = lambda context, inputs: Choice(seen[-1].topk_indices[:, : inputs[0].shape[1]])
+
+
 def swapped(_: Patch, model: Transformer) -> None:
     eh_proj: Any = model.mtp[0].eh_proj.weight
     eh_proj.data = eh_proj.data.roll(24, 1)
@@ -182,6 +198,11 @@ FAULTS = {
     "Hadamard on keys alone": Fault(
         "v3.2", "layers.0.attn.topk", plant=around(Indexer, "queries", lambda real, *args: hadamard(real(*args)))
     ),
+    "shared choices ignored": Fault("glm-5.2", "layers.2.attn", plant=in_layers(takes_all, 2, 3)),
+    "one choice for the whole model": Fault("glm-5.2", "layers.2.attn", plant=in_layers(takes_the_first, 0, 2, 3)),
+    "theta outside rope_parameters": Fault("glm-5.2", "layers.0.attn.k_rope", {"rope_theta": 10000.0}),
+    "GLM's indexer rotated by halves": Fault("glm-5.2", "layers.0.attn.index_keys", {"indexer_rope_interleave": False}),
+    "multi-token prediction takes the last choice": Fault("glm-5.2", "mtp.0.block", plant=starts_shared),
     "no inverse rotation": Fault("v4", "layers.0.attn", plant=around(compressed_attention, "rotated", not_turned_back)),
     "no norm of query heads": Fault(
         "v4", "layers.0.attn", plant=around(compressed_attention, "rms_norm", lambda _, x, *rest: x)

@@ -10,7 +10,7 @@ import torch
 
 from dsmini import save_pretrained
 from dsmini.checkpoint.inspection import Inspection
-from dsmini.checkpoint.vectors import config_of, drawn
+from dsmini.checkpoint.vectors import GENERATIONS, config_of, drawn
 from dsmini.nn.layers import RMSNorm
 
 
@@ -20,15 +20,17 @@ def saved(folder: Path, generation: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("generation", ["v3", "v3.2", "v4"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_each_block_equals_transformers(tmp_path: Path, generation: str) -> None:
     checked = list(Inspection(saved(tmp_path / "a", generation)))
     assert not [fault for layer in checked for fault in layer.faults]
     errors = [layer.error for layer in checked if layer.name.startswith("layers")]
-    assert len(errors) == 3 and all(error is not None and error < 1e-5 for error in errors), errors
+    assert len(errors) == config_of(generation).n_layers and all(
+        error is not None and error < 1e-5 for error in errors
+    ), errors
 
 
-@pytest.mark.parametrize("generation", ["v3", "v3.2", "v4"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_other_choices_of_single_tokens_in_bf16_are_no_fault(tmp_path: Path, generation: str) -> None:
     checked = list(Inspection(saved(tmp_path / "a", generation), torch.bfloat16))
     assert not [fault for layer in checked for fault in layer.faults]

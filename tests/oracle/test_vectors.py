@@ -29,7 +29,7 @@ POINTS = {
     "mlp": "ffn",
 }
 """transformers' names of modules of a block whose results are in the vectors, and the names there."""
-LACKS = {"v3": (), "v3.2": ("mtp.",), "v4": ("mtp.",)}
+LACKS = {"v3": ()} | dict.fromkeys(("v3.2", "v4", "glm-5.2"), ("mtp.",))
 """Beginnings of the names that transformers has no code for."""
 
 
@@ -43,7 +43,7 @@ def computed(model: Any, inputs: dict[str, Tensor], patch: pytest.MonkeyPatch) -
         hooks.append(module.register_forward_hook(lambda _, __, result: out.update(note(result))))
 
     for i, layer in enumerate(model.model.layers):
-        on(layer, lambda x, i=i: {f"layers.{i}": x})
+        on(layer, lambda x, i=i: {f"layers.{i}": x[0] if isinstance(x, tuple) else x})
         for name, module in layer.named_modules():
             at = f"layers.{i}."
             if name in POINTS:
@@ -64,7 +64,9 @@ def computed(model: Any, inputs: dict[str, Tensor], patch: pytest.MonkeyPatch) -
             elif name.endswith("indexer"):
                 on(
                     module,
-                    lambda x, one=f"{at}attn.topk": {one: chosen(x, s if "v32" in model.config.model_type else 0)},
+                    lambda x, one=f"{at}attn.topk": {
+                        one: chosen(x, 0 if model.config.model_type == "deepseek_v4" else s)
+                    },
                 )
     on(model.model.embed_tokens, lambda x: {"embed": x})
     on(model.model.norm, lambda x: {"norm": x})
@@ -84,10 +86,12 @@ def computed(model: Any, inputs: dict[str, Tensor], patch: pytest.MonkeyPatch) -
             out[f"layers.{i}.attn.window"] = windows[i]
             if "indexer" in getattr(layer, "compressed_kv", {}):
                 out[f"layers.{i}.attn.index_keys"] = layer.compressed_kv["indexer"]
-        else:  # even numbers of the rotary key come first, then odd ones
-            out[f"layers.{i}.attn.k_rope"] = rearrange(layer.values[:, 0], "b s (two p) -> b s (p two)", two=2)
+        else:
+            out[f"layers.{i}.attn.k_rope"] = neighbours(layer.values[:, 0])
             if getattr(layer, "indexer_keys", None) is not None:
-                out[f"layers.{i}.attn.index_keys"] = layer.indexer_keys
+                rope, nope = layer.indexer_keys.split(8, -1)
+                in_pairs = model.config.model_type == "glm_moe_dsa"
+                out[f"layers.{i}.attn.index_keys"] = torch.cat((neighbours(rope) if in_pairs else rope, nope), -1)
     for hook in hooks:
         hook.remove()
     logits = out["logits"] = model(tokens).logits
@@ -100,6 +104,11 @@ def computed(model: Any, inputs: dict[str, Tensor], patch: pytest.MonkeyPatch) -
     return {name: value.detach().contiguous() for name, value in out.items()}
 
 
+def neighbours(rotated: Tensor) -> Tensor:
+    """Return pairs next to each other: transformers puts their first numbers before all second ones."""
+    return rearrange(rotated, "b s (two p) -> b s (p two)", two=2)
+
+
 def routed(name: str, result: Any, score: Any) -> dict[str, Tensor]:
     logits, weights, indices = result
     every = torch.zeros_like(logits).scatter(1, indices, weights)
@@ -108,7 +117,7 @@ def routed(name: str, result: Any, score: Any) -> dict[str, Tensor]:
 
 
 def chosen(indices: Tensor, s: int) -> Tensor:
-    """Return chosen keys in rising order; V3.2's come with keys that the mask hides, where a query sees few."""
+    """Return chosen keys in rising order; but for V4's they come with hidden ones, where a query sees few."""
     seen = indices if not s else torch.where(indices <= torch.arange(s)[:, None], indices, -1)
     return rising(seen)
 
