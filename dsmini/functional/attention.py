@@ -4,6 +4,12 @@ In training there are two more operations with a backward of their own, which ke
 result y and, of each query, lse = log sum exp(scale q.k). With the gradient dy of y, a pair of query and key adds
 
     p  = exp(scale q.k - lse),  ds = scale p (dy.v - dy.y),  dq += ds k,  dk += ds q,  dv += p dy
+
+A sink is one more logit of a head, without a value. So it makes lse' = log(exp(lse) + exp(sink)) of lse, and of y
+
+    y' = exp(lse - lse') y,  dsink -= exp(sink - lse') dy.y'
+
+With y' and lse' in place of y and lse, the gradients above stay as they are.
 """
 
 import functools
@@ -11,7 +17,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dsmini import ops
@@ -76,13 +82,17 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents:
 @ops.operation("trained_attention")
 def trained_attention(
     q: Float[Tensor, "b h s d"],
-    k: Float[Tensor, "b h s d"],
-    v: Float[Tensor, "b h s v"],
+    k: Float[Tensor, "b h t d"],
+    v: Float[Tensor, "b h t v"],
     scale: float,
-    documents: Int[Tensor, "b s"] | None,
+    mask: Bool[Tensor, "#b s t"] | None,
 ) -> tuple[Float[Tensor, "b h s v"], Float[Tensor, "b h s"]]:
-    """Return causal_attention, and the logarithm of each query's sum of exponentials."""
-    logits = (q @ k.mT * scale).masked_fill(_mask(documents, q.shape[2], q.device), -torch.inf)
+    """Return attention, and the logarithm of each query's sum of exponentials.
+
+    Args:
+        mask: True for keys that a query may not see; None: those after its own.
+    """
+    logits = _masked_logits(q, k, scale, mask)
     return logits.softmax(-1) @ v, logits.logsumexp(-1)
 
 
@@ -90,39 +100,79 @@ def trained_attention(
 def trained_attention_gradients(
     grad: Float[Tensor, "b h s v"],
     q: Float[Tensor, "b h s d"],
-    k: Float[Tensor, "b h s d"],
-    v: Float[Tensor, "b h s v"],
+    k: Float[Tensor, "b h t d"],
+    v: Float[Tensor, "b h t v"],
     y: Float[Tensor, "b h s v"],
     lse: Float[Tensor, "b h s"],
     scale: float,
-    documents: Int[Tensor, "b s"] | None,
+    mask: Bool[Tensor, "#b s t"] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
     # masked before exp: the logit of a masked key may be so large that exp is infinite
-    logits = (q @ k.mT * scale).masked_fill(_mask(documents, q.shape[2], q.device), -torch.inf)
-    p = (logits - lse[..., None]).exp()
+    p = (_masked_logits(q, k, scale, mask) - lse[..., None]).exp()
     ds = scale * p * (grad @ v.mT - (grad * y).sum(-1, keepdim=True))
     return ds @ k, ds.mT @ q, p.mT @ grad
+
+
+def _masked_logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    hidden = _mask(None, q.shape[2], q.device) if mask is None else mask[:, None]
+    return (q @ k.mT * scale).masked_fill(hidden, -torch.inf)
 
 
 def train_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor:
     """Compute causal_attention by the two operations, in FP32. First derivatives only."""
 
+    def mask_of(documents: Tensor | None) -> Tensor | None:
+        return None if documents is None else _mask(documents, q.shape[2], q.device).squeeze(1)
+
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        y, lse = trained_attention(q.float(), k.float(), v.float(), scale, documents)
+        y, lse = trained_attention(q.float(), k.float(), v.float(), scale, mask_of(documents))
         y = y.to(q.dtype)
         return y, (q, k, v, y, lse, documents)
 
     def gradients(grad: Tensor, *saved: Tensor) -> list[Tensor]:
         *short, lse, documents = saved
         dy, q, k, v, y = (t.float() for t in (grad, *short))
-        return [g.to(grad.dtype) for g in trained_attention_gradients(dy, q, k, v, y, lse, scale, documents)]
+        of_inputs = trained_attention_gradients(dy, q, k, v, y, lse, scale, mask_of(documents))
+        return [g.to(grad.dtype) for g in of_inputs]
 
     return ops.trained(forward, gradients, q, k, v)
 
 
+@ops.eager("sink_attention")
+def sink_attention_eager(q: Tensor, kv: Tensor, mask: Tensor, sink: Tensor, scale: float) -> Tensor:
+    if torch.is_grad_enabled() and sink.dtype == torch.float32 and trains_by_kernel(q.transpose(1, 2), kv, kv):
+        return train_sink_attention(q, kv, mask, sink, scale)
+    return ops.find("sink_attention").reference(q, kv, mask, sink, scale)
+
+
+def train_sink_attention(q: Tensor, kv: Tensor, mask: Tensor, sink: Tensor, scale: float) -> Tensor:
+    """Compute sink_attention, whose heads share keys and values, by the two operations. First derivatives only."""
+
+    def of_heads(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+        return q.transpose(1, 2).float(), kv.float()[:, None].expand(-1, q.shape[2], -1, -1)
+
+    def forward(q: Tensor, kv: Tensor, sink: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        heads, keys = of_heads(q, kv)
+        y, lse = trained_attention(heads, keys, keys, scale, mask)
+        total = torch.logaddexp(lse, sink[:, None])
+        share = (lse - total).exp()[..., None]
+        y = (y * share).masked_fill(share == 0, 0).transpose(1, 2).to(q.dtype)  # without any key y is NaN
+        return y, (q, kv, mask, sink, y, total)
+
+    def gradients(
+        grad: Tensor, q: Tensor, kv: Tensor, mask: Tensor, sink: Tensor, y: Tensor, total: Tensor
+    ) -> list[Tensor]:
+        (heads, keys), (dy, y) = of_heads(q, kv), (t.transpose(1, 2).float() for t in (grad, y))
+        dq, dk, dv = trained_attention_gradients(dy, heads, keys, keys, y, total, scale, mask)
+        dsink = (torch.exp(sink[:, None] - total) * (dy * y).sum(-1)).sum((0, 2)).neg()
+        return [dq.transpose(1, 2).to(q.dtype), (dk + dv).sum(1).to(kv.dtype), dsink]
+
+    return ops.trained(forward, gradients, q, kv, sink)
+
+
 def trains_by_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Return True where a kernel with a backward of its own serves causal_attention."""
+    """Return True where a kernel with a backward of its own serves attention."""
     if torch.compiler.is_compiling() or q.numel() * q.shape[2] < KERNEL_FROM:
         return False
     if not all((t.dtype == torch.float32 or is_slow_bf16(t)) and t.requires_grad for t in (q, k, v)):

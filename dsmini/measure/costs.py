@@ -155,10 +155,18 @@ def _entry_attention(
     return Cost(read, result.nbytes, 4 * pairs * math.prod(q.shape[2:]))
 
 
+def _trained_pairs(q: Tensor, mask: Tensor | None) -> int:
+    return _pairs(q, None) if mask is None else int((~mask).sum()) * (len(q) // len(mask)) * q.shape[1]
+
+
+def _trained_attention(result: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> int:
+    return 2 * _trained_pairs(q, mask) * (q.shape[3] + v.shape[3])
+
+
 def _trained_attention_gradients(
-    result: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float, documents: Any
+    result: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float, mask: Any
 ) -> int:
-    return 2 * _pairs(q, documents) * (3 * q.shape[3] + 2 * v.shape[3])
+    return 2 * _trained_pairs(q, mask) * (3 * q.shape[3] + 2 * v.shape[3])
 
 
 # attention to the keys that an indexer chose
@@ -251,7 +259,7 @@ COSTS: MappingProxyType[str, Callable[..., int | Cost]] = MappingProxyType(
         "cached_attention": _cached_attention,
         "sink_attention": _sink_attention,
         "entry_attention": _entry_attention,
-        "trained_attention": _causal_attention,
+        "trained_attention": _trained_attention,
         "trained_attention_gradients": _trained_attention_gradients,
         "topk_keys": _topk_keys,
         "topk_attention": _topk_attention,

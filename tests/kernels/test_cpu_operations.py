@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.attention import train_attention
+from dsmini.functional.attention import train_attention, train_sink_attention
 from dsmini.functional.experts import train_experts
 from dsmini.nn.attention import cached_attention, causal_attention
+from dsmini.nn.compressed_attention import sink_attention
 from dsmini.nn.dsa import index_scores, topk_attention, topk_keys
 from dsmini.nn.fp8 import quantized_experts, quantized_linear
 from dsmini.nn.layers import linear, rms_norm
@@ -161,6 +162,28 @@ def test_values_and_gradients_agree(isa: str, n: int, dtype: torch.dtype) -> Non
             assert torch.equal(got[0], got[1]), "in inference and in training"
         if case.operation is rms_norm:  # the weight's gradient is FP32, whatever x is
             assert relative_error(got[2], want[2]) <= rounding(FP32_UNIT, terms=case.terms, chained=case.chained)
+
+
+@EVERY_TYPE
+@pytest.mark.parametrize("size", [(2, 70, 3, 33, 210), (1, 5, 2, 8, 3), (2, 130, 4, 64, 200)])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_attention_with_a_sink_is_trained(isa: str, dtype: torch.dtype, size: tuple[int, ...], batches: int) -> None:
+    """All heads share keys and values. The first query sees none, and its result is 0."""
+    b, s, h, d, t = size
+    mask = torch.rand(min(b, batches), s, t) < 0.5
+    mask[:, 0] = True
+    operands = (normal(b, s, h, d, dtype=dtype), normal(b, t, d, dtype=dtype), mask, normal(h), SCALE)
+    case = Case(sink_attention, operands, terms=d + t)
+    kernels, want = Kernels(), exact(case)
+    with ops.use("cpu"), ops.counting(kernels):
+        got = run(case, sink_attention)
+    assert kernels == ["trained_attention", "trained_attention_gradients"]
+    assert not got[0][:, 0].any() and not got[1][:, 0].any()
+    assert_agrees(case, got, want)
+    with ops.use("reference"):
+        assert_agrees(case, run(case, train_sink_attention), want)
+    if b * h > 2:  # else three threads take torch's operations
+        assert_threads_change_no_bit(lambda: [part.contiguous() for part in run(case, sink_attention)])
 
 
 @EVERY_TYPE

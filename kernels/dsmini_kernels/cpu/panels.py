@@ -116,10 +116,10 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor
     return _attend((q, k, v), (), None, scale, mask, causal=False)
 
 
-def trained_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return causal_attention, and the logarithm of each query's sum of exponentials."""
+def trained_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return attention, causal without a mask, and the logarithm of each query's sum of exponentials."""
     lse = q.new_empty(q.shape[:3])
-    return _attend((q, k, v), (), lse, scale, documents, causal=True), lse
+    return _attend((q, k, v), (), lse, scale, mask, causal=mask is None), lse
 
 
 def trained_attention_gradients(
@@ -130,11 +130,11 @@ def trained_attention_gradients(
     y: Tensor,
     lse: Tensor,
     scale: float,
-    documents: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
     out = _heads(q, q.shape[3]), _heads(k, k.shape[3]), _heads(v, v.shape[3])
-    _attend((q, k, v), (y, grad, *out), lse, scale, documents, causal=True)
+    _attend((q, k, v), (y, grad, *out), lse, scale, mask, causal=mask is None)
     return out
 
 
@@ -150,7 +150,7 @@ def _attend(
 
     Args:
         backward: the result, its gradient, and where the gradients of the inputs go.
-        mask: documents [b, s] if causal, else a mask [#b, s, t].
+        mask: documents [b, s] if causal, else a mask [#b, s, t], or None.
     """
     q, k, v = inputs
     (b, h, s, d), (groups, t), width = q.shape, k.shape[1:3], v.shape[3]
