@@ -58,6 +58,7 @@ from typing import Literal
 from dsmini.accounting.tensors import (
     BLOCK,
     BLOCK_FP4,
+    ENGRAM,
     HELD_FP8,
     INDEXER,
     MTP,
@@ -74,6 +75,7 @@ from dsmini.accounting.tensors import (
     check_depths,
     check_dtype,
     check_sizes,
+    engram_width,
     full_layers,
     key_width,
     tensors,
@@ -257,6 +259,7 @@ def cache_bytes(
     if c.compress_ratios is not None:
         of_layer = (layer_cache_bytes(c, ratio, max_seq_len, row, index) for ratio in c.compress_ratios)
         main, of_mtp = sum(of_layer), c.n_mtp_layers * layer_cache_bytes(c, 0, max_seq_len, row, index)
+    main += engram_cache_bytes(c, dtype, max_seq_len)
     return Bytes.of([("cache", batch * main), (MTP + "cache", batch * of_mtp if mtp else 0)])
 
 
@@ -284,8 +287,22 @@ def fixed_layer_bytes(c: ModelConfig, ratio: int, row: int, tokens: int | None =
 
 
 def fixed_cache_bytes(config: ModelConfig, dtype: CacheDtype = "bfloat16") -> int:
-    """Return the bytes of cache of a sequence besides kv_bytes_per_token of each token: V4's windows; 0 of others."""
-    return sum(fixed_layer_bytes(config, ratio, row_bytes(config, dtype)) for ratio in config.compress_ratios or ())
+    """Return the bytes of cache of a sequence besides kv_bytes_per_token of each token: V4's windows, and Engram's."""
+    windows = (fixed_layer_bytes(config, ratio, row_bytes(config, dtype)) for ratio in config.compress_ratios or ())
+    return sum(windows) + engram_cache_bytes(config, dtype)
+
+
+def engram_cache_bytes(c: ModelConfig, dtype: CacheDtype, tokens: int | None = None) -> int:
+    """Return the bytes of a sequence that Engrams store: the ids of the latest tokens, and inputs of the convolution.
+
+    Args:
+        tokens: room of the sequence; None: more than they need.
+    """
+    ids, inputs = c.engram_max_ngram_size - 1 + SLACK, c.engram_reach + SLACK if c.engram_reach else 0
+    if tokens is not None:
+        ids, inputs = min(ids, tokens), min(inputs, tokens)
+    row = c.hc_mult * c.dim * (4 if dtype == "float32" else 2)
+    return len(c.engram_layer_ids or ()) * (4 * ids + inputs * row)
 
 
 def rows_read(c: ModelConfig, context: int, dtype: CacheDtype, chosen: bool = True) -> float:
@@ -458,8 +475,16 @@ class Saved:
             yield STATE, 2 * self.normed(c.dim)
             if c.hc_mult > 1:  # of both sublayers
                 yield STREAMS, 2 * (self.connected() + row)
+            yield from self.engram()
             yield from self.compressed_attention() if c.attention == "compressed" else self.attention()
             yield from self.dense() if part == "dense" else self.moe(hashed=part == "hashed")
+
+    def engram(self) -> Amounts:
+        """Yield the mean of all blocks: rows of the tables, key and value, and streams in FP32, normed and gated."""
+        c, width = self.c, engram_width(self.c)
+        streams, rows = c.hc_mult * c.dim, (c.engram_max_ngram_size - 1) * c.engram_n_heads
+        saved = 8 * rows + self.read(width) + self.row(streams + c.dim) + 3 * 4 * streams
+        yield ENGRAM, len(c.engram_layer_ids or ()) * saved // c.n_layers
 
     def total(self, part: Part) -> int:
         """Return the bytes that a token saves in a part."""

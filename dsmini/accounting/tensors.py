@@ -45,6 +45,8 @@ INDEXER, SCORES = "indexer", "scores of the indexer"
 """DSA's and CSA's indexer, and its products of queries with keys, which grow with the context too."""
 
 STREAMS = "hyper-connections"
+ENGRAM, ENGRAM_TABLES = "engram", "engram tables"
+"""Engram's matrices and small weights, and its tables, of which a token reads a few rows."""
 
 HELD_FP8 = ("wo_a", "e_proj", "h_proj")
 """Matrices of V4 that are FP8 in memory, and BF16 in products."""
@@ -57,9 +59,9 @@ V4 is served, the same but for routed experts, which have E2M1 codes with a scal
 bytes of fp8. int4: routed experts as codes of 4 bits with a BF16 scale for 32 of them, all else in BF16."""
 Stage = Literal["warmup", "sparse"]
 """Stage in which indexers learn: as train.dsa_stage. In the warm-up nothing else does."""
-Place = Literal["ends", "mtp", "block", "indexed", "dense", "moe", "scored", "hashed", "compressed"]
+Place = Literal["ends", "mtp", "block", "indexed", "dense", "moe", "scored", "hashed", "compressed", "engram"]
 """Blocks that have a tensor: none, as the ends of the model and of a depth; all; those of DSA with an indexer; those
-that are dense; with experts, chosen by scores, or by a table; those of V4 with entries."""
+that are dense; with experts, chosen by scores, or by a table; those of V4 with entries; those with an Engram."""
 SIZES = {"float32": 4, "bfloat16": 2, "fp8": 2, "fp4": 2, "int8": 2, "int4": 2}
 """Bytes of a number of a model in a dtype; in narrow ones of what is BF16 there."""
 BLOCK_FP4 = 32
@@ -205,6 +207,9 @@ def main_tensors(c: ModelConfig) -> Iterator[TensorUse]:
     for ratio, layers in Counter(c.compress_ratios or ()).items():
         for use in _compressed(c, ratio) if ratio else ():
             yield use._replace(place="compressed", times=layers, ratio=ratio)
+    for layer in c.engram_layer_ids or ():
+        for use in _engram(c, layer):
+            yield use._replace(name=f"{layer}.engram.{use.name}", place="engram")  # tables differ
     yield from _hyper_connection(c, "hc_head", c.hc_mult, 1)
     yield _norm("norm", c.dim)
     yield TensorUse("head", "head", (c.vocab_size, c.dim), visits=1)
@@ -262,6 +267,24 @@ def _hyper_connection(c: ModelConfig, name: str, rows: int, gates: int) -> Itera
         yield TensorUse(STREAMS, f"{name}.fn", (rows, c.hc_mult * c.dim), visits=1, form="fp32")
         for part, width in (("base", rows), ("scale", gates)):
             yield TensorUse(STREAMS, f"{name}.{part}", (width,), form="fp32")
+
+
+def engram_width(c: ModelConfig) -> int:
+    """Return the numbers of the rows that a token reads in the tables of a block with an Engram."""
+    return (c.engram_max_ngram_size - 1) * c.engram_n_heads * c.engram_head_dim
+
+
+def _engram(c: ModelConfig, layer: int) -> Iterator[TensorUse]:
+    primes, width, streams = c.engram_primes(layer), engram_width(c), c.hc_mult * c.dim
+    yield TensorUse(ENGRAM_TABLES, "embed", (sum(map(sum, primes)), c.engram_head_dim))
+    yield TensorUse(ENGRAM, "wk", (streams, width), visits=1, form="fp8")
+    yield TensorUse(ENGRAM, "wv", (c.dim, width), visits=1, form="fp8")
+    norms = ("q_norm", "k_norm") if c.engram_conv_size is None else ("q_norm", "k_norm", "conv_norm")
+    yield from (TensorUse(ENGRAM, name, (streams,), form="fp32") for name in norms)
+    if c.engram_conv_size is not None:
+        yield TensorUse(ENGRAM, "conv", (c.engram_conv_size, streams), form="fp32")
+    hashes = c.vocab_size + c.engram_max_ngram_size + sum(map(len, primes))  # compressed ids, multipliers, primes
+    yield TensorUse(ENGRAM, "hash", buffers=hashes)
 
 
 def _moe(c: ModelConfig) -> Iterator[TensorUse]:

@@ -33,6 +33,7 @@ from dsmini.accounting.memory import (
 )
 from dsmini.accounting.tensors import (
     BLOCK,
+    ENGRAM_TABLES,
     SCORES,
     SIZES,
     Bytes,
@@ -44,6 +45,7 @@ from dsmini.accounting.tensors import (
     check_dtype,
     check_sizes,
     collect,
+    engram_width,
     key_heads,
     key_width,
     main_tensors,
@@ -241,6 +243,8 @@ class _Products:
         """Return the bytes read of a weight, with scales and routing biases."""
         if use.name == "embed":
             return self.n * self.config.dim * self.size
+        if use.kind == ENGRAM_TABLES:
+            return self.n * engram_width(self.config) * self.size
         if use.name == "tid2eid":  # of a hash layer's table a token reads a row of some bytes, which is left out
             return 0
         read = self.experts if use.kind == "routed experts" else 1

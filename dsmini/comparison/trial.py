@@ -29,9 +29,9 @@ from dsmini.config.fields import build
 from dsmini.data.corpus import Windows, load_corpus
 from dsmini.machine import DTYPES, keep_freed_memory, pick_device
 from dsmini.nn import Transformer
-from dsmini.nn.gate import make_tables
 from dsmini.sources import own_sources
 from dsmini.text.tokenizer import load_tokenizer
+from dsmini.training.lookups import make_lookups
 from dsmini.training.trainer import StepResult, Trainer
 
 LAST = 0.1
@@ -100,8 +100,7 @@ def prepared(arm: Arm, seed: int, cache: Path) -> Trainer:
     model = make(config.model)
     if not isinstance(model, Transformer):
         raise ValueError(f"{arm.function} returned a {type(model).__name__}; want a dsmini.Transformer")
-    if model.config.n_hash_layers:  # to count tokens is to read the whole text
-        make_tables(model.gates(), torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
+    make_lookups(model, config, corpus)
     model.compute_dtype = DTYPES[config.train.dtype]
     torch.manual_seed(seed)
     return Trainer(model.to(device), corpus, config, device)

@@ -1,6 +1,9 @@
 """The config of a model, in the spelling of DeepSeek's released inference code."""
 
 import dataclasses
+import functools
+import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -134,6 +137,23 @@ class ModelConfig:
     hc_eps: float = setting(1e-6, above=0, most=0.01)
     """Number that is added to weights and sums of hyper-connections."""
 
+    engram_layer_ids: tuple[int, ...] | None = None
+    """Numbers of the blocks, from 0, that look n-grams up in tables before their attention; none: no Engram."""
+    engram_max_ngram_size: int = setting(3, least=2, most=64)
+    """Largest order of an n-gram; all orders from 2 on are looked up (V4.1: 4)."""
+    engram_n_heads: int = 4
+    """Number of rows that are looked up for each order (V4.1: 8)."""
+    engram_head_dim: int = 16
+    """Width of a row of a table (V4.1: 256)."""
+    engram_vocab_size: int = setting(4096, least=2, most=LARGEST_SIZE)
+    """Least number of rows of each head: each takes the next prime that no other has (V4.1: 16 million)."""
+    engram_conv_size: int | None = setting(4, least=1, most=64)
+    """Number of tokens that the convolution after the tables reads; none (V4.1): no convolution."""
+    engram_pad_token_id: int = setting(2, least=0, most=LARGEST_SIZE)
+    """Token that stands for those before the start of a sequence."""
+    engram_seed: int = setting(0, least=0, below=2**63)
+    """Seed of the multipliers of the hash."""
+
     n_mtp_layers: int = setting(1, least=0, most=10_000)
     """Number of extra blocks for multi-token prediction, each of which predicts one token further."""
     mtp_input: Literal["post_norm", "pre_norm"] = "post_norm"
@@ -176,6 +196,8 @@ class ModelConfig:
         self._check_sizes()
         self._check_attention()
         self._check_experts()
+        if self.engram_layer_ids is not None:
+            self._check_engram(self.engram_layer_ids)
 
     def _check_sizes(self) -> None:
         """Refuse sizes that no machine holds, before torch meets them."""
@@ -304,6 +326,49 @@ class ModelConfig:
             f"noaux_tc scores a group by its best two, got groups of {e // g}; use fewer groups",
         )
 
+    def _check_engram(self, layers: tuple[int, ...]) -> None:
+        n, last = self.engram_max_ngram_size, self.n_layers - 1
+        require(
+            len(layers) > 0 and list(layers) == sorted(set(layers)) and layers[0] >= 0 and layers[-1] <= last,
+            f"engram_layer_ids={brief(list(layers))}; want rising numbers of blocks from 0 to {last}",
+        )
+        require(
+            n <= self.max_seq_len,
+            f"engram_max_ngram_size={n} is more than max_seq_len={self.max_seq_len}, which no n-gram can be; use fewer",
+        )
+        pad, most = self.engram_pad_token_id, self.vocab_size - 1
+        require(
+            most < 2**24, f"vocab_size={self.vocab_size} is more ids than Engram's hash takes; use {2**24} or fewer"
+        )
+        require(pad <= most, f"engram_pad_token_id={pad} is outside the vocabulary; want 0 to {most}")
+        require(
+            self.n_mtp_layers <= SLACK,
+            f"n_mtp_layers={self.n_mtp_layers} guesses with an Engram, whose cache can take back {SLACK} tokens; use "
+            f"{SLACK} or fewer",
+        )
+        heads = self.engram_n_heads * (n - 1)
+        largest = heads * self.engram_head_dim * max(self.engram_vocab_size, self.hc_mult * self.dim)
+        require(
+            largest <= LARGEST_MATRIX,
+            f"engram_vocab_size={self.engram_vocab_size} and the other sizes make a table of {largest:,} numbers; use "
+            f"smaller ones, which make at most {LARGEST_MATRIX:,}",
+        )
+
+    def engram_primes(self, layer: int) -> tuple[tuple[int, ...], ...]:
+        """Return the rows of each head of each order, from 2 on, of block `layer`.
+
+        All heads of all layers have different primes: the first ones from engram_vocab_size on.
+        """
+        layers, heads, orders = self.engram_layer_ids or (), self.engram_n_heads, self.engram_max_ngram_size - 1
+        primes = primes_from(self.engram_vocab_size, len(layers) * orders * heads)
+        first = layers.index(layer) * orders
+        return tuple(primes[i * heads : (i + 1) * heads] for i in range(first, first + orders))
+
+    @property
+    def engram_reach(self) -> int:
+        """Return the number of tokens before a token that Engram's convolution reads."""
+        return self.engram_max_ngram_size * ((self.engram_conv_size or 1) - 1)
+
     @property
     def extended(self) -> bool:
         """Return True if YaRN applies: the context is longer than the one trained at."""
@@ -372,6 +437,13 @@ class ModelConfig:
         sections = read_toml(path)
         refuse_unknown(sections, SECTIONS, path.name, "")
         return build(cls, sections.get("model", {}), path.name, "model.")
+
+
+@functools.cache
+def primes_from(least: int, number: int) -> tuple[int, ...]:
+    """Return this many primes, the first ones that are not less than `least`."""
+    candidates = (n for n in itertools.count(max(least, 2)) if all(n % d for d in range(2, math.isqrt(n) + 1)))
+    return tuple(itertools.islice(candidates, number))
 
 
 def layer_config(config: ModelConfig | None, arguments: dict[str, Any]) -> ModelConfig:

@@ -268,7 +268,7 @@ def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     glm = bool(fields["indexer_types"])
     wanted = {"attention": ("mla", "dsa", V4), "topk_method": ("noaux_tc",), "score_func": ("sigmoid", "softmax")}
     wanted |= {"embed_norm": (False,), "qk_norm": (False,), "hc_mult": (1,), "swiglu_limit": (None,)}
-    wanted |= {"n_hash_layers": (0,)}
+    wanted |= {"n_hash_layers": (0,), "engram_layer_ids": (None,)}
     if v4:
         wanted = dict(_V4_WANTED)
         _refuse_plain(fields)
@@ -370,6 +370,7 @@ _V4_WANTED: Allowed = {
     "embed_norm": (False,),
     "qk_norm": (False,),
     "hc_kind": ("sinkhorn",),
+    "engram_layer_ids": (None,),
 }
 
 

@@ -41,6 +41,8 @@ class TrainConfig:
     gate_lr: float | None = setting(1e-3, above=0)
     """Peak learning rate of the gates (AdamW), or lr where that is smaller. Gates that learn fast fix their choice too
     early."""
+    engram_lr: float | None = setting(None, above=0)
+    """Peak learning rate of Engram's tables (AdamW, without weight decay); left out: 5 times AdamW's, as published."""
     lr_schedule: tuple[str, ...] = ("warmup 0.01", "constant", "linear 0.8 to 0")
     """Phases of the learning rates: "warmup SHARE", "constant SHARE [at LEVEL]", "cosine to LEVEL", "linear to LEVEL".
     SHARE is a share of the steps, LEVEL a share of the peak. The phase without a share takes the other steps."""
@@ -145,6 +147,11 @@ class TrainConfig:
     def gates_lr(self) -> float:
         """Peak learning rate of the gates and the small weights of V4."""
         return min(self.gate_lr or self.adamw_lr, self.adamw_lr)
+
+    @property
+    def engram_tables_lr(self) -> float:
+        """Peak learning rate of Engram's tables."""
+        return self.engram_lr or 5 * self.adamw_lr
 
     @property
     def table_lr(self) -> float:

@@ -31,8 +31,8 @@ from dsmini.machine import DTYPES, card, cores, pick_device, pick_dtype, refuse_
 from dsmini.measure.price import Prices
 from dsmini.measure.turns import median_of
 from dsmini.nn import Transformer
-from dsmini.nn.gate import make_tables
 from dsmini.report.units import plural
+from dsmini.training.lookups import make_lookups
 from dsmini.training.saving import check_state
 from dsmini.training.start import refuse_oversized, resolved
 from dsmini.training.trainer import Trainer
@@ -222,8 +222,8 @@ def training_subject(what: Path | None) -> Subject:
         state, done = checkpoint.state, min(checkpoint.state.step, trainer.config.train.steps - 1)
         rest = {"sequences": state.sequences, "average_updates": state.average_updates}
         trainer.load(checkpoint.tensors, steps_done=done, **rest)
-    elif config.model.n_hash_layers:
-        make_tables(model.gates(), torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
+    else:
+        make_lookups(model, config, corpus)
     return Subject(trainer)
 
 

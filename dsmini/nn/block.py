@@ -15,6 +15,7 @@ from dsmini.nn.attention import Attention, Context
 from dsmini.nn.cache import CacheDtype
 from dsmini.nn.compressed_attention import CompressedAttention
 from dsmini.nn.dsa import DSA, IndexerLoss
+from dsmini.nn.engram import Engram
 from dsmini.nn.gate import HashGate, Routing
 from dsmini.nn.layers import RMSNorm, in_precision
 from dsmini.nn.mla import MLA
@@ -64,6 +65,7 @@ class Block(nn.Module):
         attention = attention_class or classes.get(c.attention, Attention)
         place = {"compress_ratio": c.compress_ratio(layer)} if derives(attention, CompressedAttention) else {}
         place |= {"layer": layer} if derives(attention, DSA) else {}
+        self.engram: Engram | None = Engram(c, layer=layer) if layer in (c.engram_layer_ids or ()) else None
         self.attn_norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
         self.attn: nn.Module = attention(c, **place)
         self.ffn_norm: RMSNorm = RMSNorm(c.dim, c.norm_eps)
@@ -77,6 +79,8 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "b s *all m"], Aux]:
         """Return the block's output, and what it found on the way."""
         x = self.hc_attn.expand(x)
+        if self.engram is not None:
+            x, context = self.engram(x, context)
         read, mix = self.hc_attn.read(x)
         y, indexer_loss = self.attend(self.attn_norm(read), context)
         x = self.hc_attn.write(x, y, mix)
@@ -107,14 +111,16 @@ class Block(nn.Module):
         return y if isinstance(y, tuple) else (y, None)
 
     def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> Any:
-        """Return the empty cache of the attention, which may be inside a wrapper.
+        """Return the empty cache of the attention, which may be inside a wrapper, and of Engram where there is one.
 
         Raises: ValueError for an attention that makes none.
         """
         for module in self.attn.modules():
             make: Any = getattr(module, "new_cache", None)
             if make is not None:
-                return make(batch_size, max_seq_len, dtype, device)
+                store = make(batch_size, max_seq_len, dtype, device)
+                engram = self.engram
+                return store if engram is None else engram.new_cache(store, batch_size, max_seq_len, dtype, device)
         raise ValueError(
             f"{type(self.attn).__name__} makes no cache; give it new_cache(batch_size, max_seq_len, dtype, device), "
             "which returns a dsmini.nn.LayerCache for the rows that it appends"

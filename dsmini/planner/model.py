@@ -55,12 +55,14 @@ def one_of_each(c: ModelConfig) -> list[TensorUse]:
     """Return the tensors of one block of each kind and of the ends, of the main model or else of MTP.
 
     V4's kinds of attention take turns, so each block has the mean of what makes and chooses entries. So it is with
-    indexers where layers share the choice of keys; the ends of an MTP depth have what its block lacks of one.
+    Engrams, and with indexers where layers share the choice of keys; the ends of an MTP depth have what its block lacks
+    of one.
     """
     share: Any = full_layers(c) / c.n_layers if "shared" in c.indexer_types else 1
     found: dict[tuple[str, str, str, int], TensorUse] = {}
     for use in tensors(c):
-        times: Any = {"compressed": use.times / c.n_layers, "indexed": share}.get(use.place, 1)
+        mean = use.times / c.n_layers
+        times: Any = {"compressed": mean, "engram": mean, "indexed": share}.get(use.place, 1)
         one = use._replace(times=times, mtp=use.mtp and use.place == "mtp")
         found.setdefault((use.place, use.kind, use.name, use.ratio), one)
     uses = list(found.values())
@@ -225,7 +227,7 @@ def _module(kind: str, what: str, number: int) -> Figure:
 
 def _parts(use: TensorUse) -> list[Part]:
     """Return the parts of a model that have a tensor."""
-    if use.place in ("block", "compressed", "indexed"):
+    if use.place in ("block", "compressed", "indexed", "engram"):
         return ["dense", "moe"]
     if use.place in ("scored", "hashed"):
         return ["moe"]
@@ -292,8 +294,8 @@ class CacheFigures:
 
     @counted("B")
     def window_cache(self) -> float | None:
-        """Cache of a sequence's window and of the rows that the next entry is made of, all layers."""
-        return None if self.config.compress_ratios is None else fixed_cache_bytes(self.config, self.dtype)
+        """Cache of a sequence's window and of the rows that the next entry is made of, or of Engram, all layers."""
+        return fixed_cache_bytes(self.config, self.dtype) or None
 
     @counted("B/token", main=True)
     def mha_kv_cache(self) -> float:

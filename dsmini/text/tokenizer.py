@@ -8,6 +8,7 @@ import codecs
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,6 +158,10 @@ class BPETokenizer:
         with _named(self.path, "fails on token ids"):
             return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
+    def name_of(self, token: int) -> str:
+        """Return the entry of the vocabulary with this id; "" if there is none."""
+        return self._tokenizer.id_to_token(token) or ""
+
     def stream(self) -> "BPEStream":
         return BPEStream(self)
 
@@ -283,6 +288,30 @@ def load_tokenizer(path: Path | None) -> Tokenizer:
     tokenizer = ByteTokenizer() if path is None else BPETokenizer(path)
     _ = tokenizer.end_of_document  # refused now, not when the corpus is half read
     return tokenizer
+
+
+def compressed_ids(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.int64]:
+    """Return an id for each token, one for all texts that differ in case, accents, width or spaces alone.
+
+    Ids count texts in the order of first appearance. A token that is a part of a character has its own name as text.
+    Bytes stay as they are.
+
+    Source: Engram (arXiv 2601.07372), section 2.2; the paper's demo.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        return np.arange(vocab_size, dtype=np.int64)
+    seen: dict[str, int] = {}
+    keys = (_compressed(tokenizer.decode([token]), tokenizer.name_of(token)) for token in range(vocab_size))
+    return np.array([seen.setdefault(key, len(seen)) for key in keys], dtype=np.int64)
+
+
+def _compressed(text: str, name: str) -> str:
+    if "\ufffd" in text:
+        return name
+    plain = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
+    letters = (letter.lower() for letter in plain if not unicodedata.category(letter).startswith("M"))
+    plain = re.sub(r"[ \t\r\n]+", " ", "".join(letters))
+    return (plain if plain == " " else plain.strip()) or text
 
 
 def byte_tokenizer_json() -> str:

@@ -23,9 +23,11 @@ Named = Iterable[tuple[str, Tensor]]
 """Parameters with their names."""
 
 
-WEIGHS = re.compile(r"(^|\.)(gate\.weight|hc_\w+\.\w+|attn_sink|ape)$")
-"""Names of the parameters that weigh or choose: gates, hyper-connections, and V4's sinks and position biases. AdamW
-moves them, with the gates' learning rate, or in an indexer with the indexers'."""
+WEIGHS = re.compile(r"(^|\.)(gate\.weight|hc_\w+\.\w+|attn_sink|ape|engram\.(q_norm|k_norm|conv|conv_norm)\.weight)$")
+"""Names of the parameters that weigh or choose: gates, hyper-connections, V4's sinks and position biases, and Engram's
+norms and convolution. AdamW moves them, with the gates' learning rate, or in an indexer with the indexers'."""
+ENGRAM_TABLE = ".engram.embed."
+"""Part of the names of Engram's tables. AdamW moves them with train.engram_lr, and without weight decay."""
 
 
 LARGEST_BETA_BF16 = 0.996
@@ -129,7 +131,10 @@ def optimizers(
             lr = config.gates_lr if weighs else config.table_lr
             if ".indexer." in name:
                 lr = config.adamw_lr
-            kinds[lr, 0.0 if weighs or p.dim() <= 1 else config.weight_decay].append(p)
+            if ENGRAM_TABLE in name:
+                lr = config.engram_tables_lr
+            undecayed = weighs or p.dim() <= 1 or ENGRAM_TABLE in name
+            kinds[lr, 0.0 if undecayed else config.weight_decay].append(p)
     groups = []
     for (lr, decay), params in kinds.items():
         # the parameters of a group are of one class: divided among processes, or whole
@@ -153,10 +158,11 @@ def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Return whether Muon moves a parameter.
 
     It moves matrices, and stacks of experts' matrices, that map hidden states to hidden states: not the embedding, the
-    head, the gates and what else weighs, and the indexers, which choose as gates do and have V3.2's optimizer and
-    learning rate.
+    head, Engram's tables, the gates and what else weighs, and the indexers, which choose as gates do and have V3.2's
+    optimizer and learning rate.
     """
     outer = name in ("embed.weight", "head.weight") or WEIGHS.search(name) or ".indexer." in name
+    outer = outer or ENGRAM_TABLE in name
     return parameter.dim() > 1 and not outer
 
 

@@ -39,9 +39,9 @@ from dsmini.distributed.mesh import Mesh, Rows, allocate, divided_model, fill, l
 from dsmini.distributed.world import World, joined, own_device
 from dsmini.machine import DTYPES, keep_freed_memory, pick_dtype, refuse_too_large
 from dsmini.nn import Transformer
-from dsmini.nn.gate import make_tables
 from dsmini.reading import is_there, read_bytes, read_table
 from dsmini.sources import own_sources
+from dsmini.training.lookups import make_lookups
 from dsmini.training.optim import LARGEST_BETA_BF16
 from dsmini.training.origin import RunOrigin, absolute
 from dsmini.training.record import read_events, require_tensorboard
@@ -158,9 +158,8 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
                 fill(model, mesh, device, found.rows)
             else:
                 allocate(model, mesh, device)
-            if found.folder is None and config.model.n_hash_layers:
-                counts = world.first(lambda: torch.from_numpy(corpus.token_counts(config.model.vocab_size)))
-                make_tables(model.gates(), counts)
+            if found.checkpoint is None:
+                make_lookups(model, config, corpus, trained=found.folder is not None, first=world.first)
         ops.expect(device.type, "quantize", "trained_norm")
         if config.train.optimizer == "muon":  # its kernel may have to be compiled
             world.beat(0, "compiling")

@@ -18,6 +18,7 @@ from tests.helpers.configs import DSA, V4_MODEL, refusal
 OLD = RunConfig(out=Path("runs/x"))
 OTHERS = tomllib.loads(Path(__file__).with_name("other_values.toml").read_text())
 BASES: dict[str, Any] = {"toy": {}, "gqa": {"attention": "gqa", "n_kv_heads": 2}, "dsa": DSA, "v4": V4_MODEL}
+BASES["engram"] = {"engram_layer_ids": (1, 2)}
 OTHER_BITS = "the result is no longer bit-identical to an unstopped run's"
 EFFECTS: list[tuple[str, dict[str, Any], str]] = [  # changes, and what follows the lines of the keys
     ("data", dict(path=Path("x"), workers=2), ""),

@@ -41,6 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sparse attention": {"model": DSA, "optimizer": "muon", "recompute": True, "grad_accum": 2},
     "shared choices": {"model": GLM | {"indexer_target": "served"}, "optimizer": "muon", "recompute": True},
     "V4": {"model": V4_MODEL, "optimizer": "muon", "grad_accum": 2, "ema_decay": 0.9},
+    "Engram": {"model": {"engram_layer_ids": (0, 1), "engram_vocab_size": 50}, "optimizer": "muon", "grad_accum": 2},
     "rich": RICH,
 }
 PLACES: dict[str, tuple[int, Callable[[TrainingRun], bool]]] = {
