@@ -51,6 +51,14 @@ def test_layers_share_the_choice_of_keys(chosen: list[Tensor], case: str) -> Non
     equal_theirs(hf.glm(3, **GLM_CASES[case]), types.count("F"), chosen)
 
 
+def test_small_keys_show_the_epsilon_of_their_norm(chosen: list[Tensor]) -> None:
+    theirs = hf.glm(3)
+    for layer in theirs.model.layers:
+        if layer.self_attn.indexer is not None:
+            layer.self_attn.indexer.wk.weight.data.mul_(1e-3)
+    equal_theirs(theirs, 3, chosen)
+
+
 def equal_theirs(theirs: Any, indexers: int, chosen: list[Tensor]) -> None:
     """Compare logits and gradients, and the chosen keys of each indexer as sets."""
     their_chosen: list[Tensor] = []
