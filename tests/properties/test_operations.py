@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsmini import ops
 from dsmini.nn.dsa import index_scores, topk_attention
+from dsmini.nn.hyper_connections import read_streams, sinkhorn, write_streams
 from dsmini.nn.layers import linear, rms_norm
 from dsmini.nn.mla import absorbed_attention
 from dsmini.nn.transformer import IGNORE, linear_cross_entropy
@@ -172,3 +173,30 @@ def test_linear_cross_entropy(make: Any, dtype: torch.dtype, n: int, m: int, v: 
     of_targets = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="sum")
     bound = (2 * SAFETY * moved).sum() + n * FP32_UNIT * 8
     check(linear_cross_entropy, (hidden, weight, targets), of_targets, bound)
+
+
+@SETTINGS
+@given(layouts(), DTYPES, SIZES, st.integers(1, 6), SIZES, POWERS, POWERS)
+def test_sums_of_streams(make: Any, dtype: torch.dtype, t: int, n: int, m: int, of_rows: int, of_weights: int) -> None:
+    streams, output = make(of_rows, t, n, m, dtype=dtype), make(of_rows, t, m, dtype=dtype)
+    post, comb = make(of_weights, t, n), make(of_weights, t, n, n)
+    for operation, arguments, weights in (
+        (read_streams, (streams, post), post.unsqueeze(-1)),
+        (write_streams, (streams, output, post, comb), torch.cat((comb, post.unsqueeze(-2)), -2)),
+    ):
+        rows = streams if operation is read_streams else torch.cat((streams, output.unsqueeze(-2)), -2)
+        want, sums = (
+            w.mT @ r for w, r in ((weights.double(), rows.double()), (weights.double().abs(), rows.double().abs()))
+        )
+        want, sums = (y.view(t, -1, m).squeeze(1) if operation is read_streams else y for y in (want, sums))
+        bound = SAFETY * (FP32_UNIT * (n + 1) ** 0.5 * sums + UNITS[dtype] * want.abs()) + 8 * FLUSHED
+        check(operation, arguments, want, bound)
+
+
+@SETTINGS
+@given(layouts(), SIZES, st.integers(1, 7), st.integers(1, 8), POWERS)
+def test_sinkhorn(make: Any, t: int, n: int, iterations: int, power: int) -> None:
+    """A division by sums brings positive matrices no further apart, so the relative errors of all of them add up."""
+    logits = make(power, t, n, n)
+    want = sinkhorn.reference(logits.double(), iterations, 1e-6)
+    check(sinkhorn, (logits, iterations, 1e-6), want, SAFETY * FP32_UNIT * (8 + 2 * iterations * (n + 2)) * want)
