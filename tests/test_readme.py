@@ -148,7 +148,7 @@ def test_everything_to_try_runs() -> None:
     names["x"] = torch.zeros(1, 9, dtype=torch.int64)
     rows = re.findall(r"^\| \d+ \|.*\| (.*) \|$", page("reading.md"), re.MULTILINE)
     code = [expression for row in rows for expression in re.findall(r"`([^`]*\([^`]*)`", row)]
-    assert len(code) == 15
+    assert len(code) == 16
     for expression in code:
         eval(expression, names)
 
