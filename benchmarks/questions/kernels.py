@@ -41,6 +41,7 @@ TOPK = 256
 """Keys that a query of sparse attention chooses."""
 STEPS: Mapping[str, dict[str, Any]] = {
     "training": {"work": "training", "batch": 4, "tokens": 256},
+    "V4 training": {"work": "training", "batch": 4, "tokens": 256, "attention": "compressed"},
     "prompt": {"work": "prefill", "batch": 1, "tokens": 512},
     "decoding": {"work": "decode", "batch": 1, "tokens": 1024},
     "sparse prompt": {"work": "prefill", "batch": 1, "tokens": 512, "attention": "dsa"},
@@ -48,6 +49,8 @@ STEPS: Mapping[str, dict[str, Any]] = {
     "MHA decoding": {"work": "decode", "batch": 1, "tokens": 1024, "attention": "mha"},
     "V4 decoding": {"work": "decode", "batch": 1, "tokens": 1024, "attention": "compressed"},
 }
+OWN = ("attention", "topk", "streams", "sinkhorn")
+"""Words of kernels that another attention than MLA, or V4, has."""
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -91,13 +94,13 @@ def calls_of(setting: Setting, step: str, dtype: Any) -> dict[str, list[Call]]:
     if how["work"] == "training":
         config, how["tokens"] = models.TRAINED, min(how["tokens"], models.TRAINED.max_seq_len)
     if attention == "compressed":
-        config = models.compressed(config)
+        config = dataclasses.replace(models.compressed(config), hc_mult=4)
     elif attention is not None:
         config = models.sparse(config, TOPK) if attention == "dsa" else dataclasses.replace(config, attention=attention)
     shape = StepShape(config=config, dtype=dtype, **how)
     found: dict[str, list[Call]] = {}
     for call, _ in dry_count(lambda: shape.make(setting.device), setting.roofs.cache_bytes).calls.values():
-        own = attention is None or "attention" in call.kind or "topk" in call.kind
+        own = attention is None or any(word in call.kind for word in OWN)
         if isinstance(call.run, ops.Operation) and own:
             found.setdefault(call.kind, []).append(call)
     return found

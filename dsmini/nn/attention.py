@@ -40,7 +40,7 @@ class Context:
     stage: Any = None
     """Stage in which indexers learn in this call (dsa.py), warmup or sparse: attention then returns a pair, their loss
     too. None: they do not learn."""
-    choices: UserDict[int, Any] = field(default_factory=UserDict, repr=False)
+    choices: UserDict[int, Any] = field(default_factory=lambda: UserDict(), repr=False)  # the compiler knows a lambda
     """The Choice (dsa.py) of each layer that later ones without an indexer take, by its number. All blocks share them.
     A block that is computed again finds what it found before. FSDP gives each block a copy of a dict, not of this."""
     angles: dict[Rope, tuple[Tensor, CosSin]] = field(default_factory=dict, repr=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
+from dsmini import ModelConfig, Transformer, load_pretrained, ops, save_pretrained
 from dsmini.checkpoint.load import PretrainedTensors
 from dsmini.checkpoint.save import SavePlan
 from dsmini.convert import main
@@ -147,9 +147,11 @@ def test_codes_mean_what_they_say(folder: Path, tensors: dict[str, Tensor], tmp_
     model = load_pretrained(folder, dtype=FP32, fp8=fp8)
     exact = load_pretrained(folders.write(tmp_path / "x", values(tensors), folders.config_json(config())), dtype=FP32)
     tokens = torch.randint(0, 61, (2, 23))
-    assert torch.equal(model(tokens), exact(tokens))
-    for a, b in zip(model.run(tokens, mtp=True).mtp_logits, exact.run(tokens, mtp=True).mtp_logits, strict=True):
-        assert torch.equal(a, b)
+    with ops.use("eager"):
+        assert torch.equal(model(tokens), exact(tokens))
+        for a, b in zip(model.run(tokens, mtp=True).mtp_logits, exact.run(tokens, mtp=True).mtp_logits, strict=True):
+            assert torch.equal(a, b)
+    torch.testing.assert_close(model(tokens), exact(tokens), rtol=0, atol=1e-5)  # kernels add in another order
     if fp8 == "dequantize":
         save_pretrained(model, tmp_path / "b")
         again = folders.read(tmp_path / "b")
