@@ -220,14 +220,15 @@ def refuse_other(results: Results, head: Mapping[str, Any], made: Mapping[str, A
     """Raise ValueError for a file of another comparison, or made otherwise, with the first thing that differs."""
     fix = f"name another file with --out, or remove {results.path}"
     was, now = results.names[0], next(iter(head["arms"]))
+    differences = [*_differences("", results.head, head)]
+    if any(where.endswith(".corpus") for where, _, _ in differences):
+        default = "the default one is the library of the Python that runs, so use the same Python"
+        raise ValueError(f"{results.path} was begun on another text; {default}, or {fix}")
     for what, theirs, ours in made_otherwise(results.lines[0], made):
         raise ValueError(f"{results.path} has runs of {what}, {theirs}; this would add those of {ours}; {fix}")
     if was != now and head["arms"].keys() == results.head["arms"].keys():
         raise ValueError(f"{results.path} was begun with the base {brief(was)}, this has {brief(now)}; {fix}")
-    for where, old, new in _differences("", results.head, head):
-        if where.endswith(".corpus"):
-            default = "the default one is the library of the Python that runs, so use the same Python"
-            raise ValueError(f"{results.path} was begun on another text; {default}, or {fix}")
+    for where, old, new in differences:
         raise ValueError(f"{results.path} was begun with {where or 'it'} {brief(old)}, this has {brief(new)}; {fix}")
 
 
