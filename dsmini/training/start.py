@@ -137,10 +137,9 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         if world.size > 1:
             refuse_oversized_parts(model, device, world)
         # 4. the text: rank 0 tokenizes it into a file, which the others read
-        read = partial(_read_corpus, config, origin.resume, console)
-        if world.size > 1:
-            world.first(lambda: read() and None)
-        corpus = world.together(read)
+        read, mine = partial(_read_corpus, config, origin.resume, console), list[Corpus]()
+        world.first(lambda: mine.append(read()))
+        corpus = world.together(lambda: mine[0] if mine else read())
         world.refuse_unequal({"text": f"sha256 {corpus.sha256[:12]}"})  # it may have grown since rank 0 read it
         before = None if found.checkpoint is None else found.checkpoint.state.corpus_sha256
         world.first(lambda: _check_corpus(config, origin.resume, before, corpus))

@@ -103,6 +103,14 @@ def test_ranks_that_read_unequal_texts_are_refused(config: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_only_the_first_of_two_runs_says_that_it_tokenized_the_text(config: Path, tmp_path: Path) -> None:
+    lines = [[str(config), "--train.steps", "1", "--out", str(tmp_path / name)] for name in ("first", "second")]
+    first, second = (spoken(tmp_path, line, line) for line in lines)
+    assert first.statuses == second.statuses == [0, 0], first.errors
+    assert "tokenized once into" in first.outputs[0] and "where it was tokenized before" in second.outputs[0]
+
+
+@pytest.mark.slow
 def test_sigterm_ends_a_process_that_waits_for_another(config: Path, tmp_path: Path) -> None:
     store = new_store()
 
