@@ -100,9 +100,10 @@ def _tokens_first(x: Float[Tensor, "n n tokens"], like: Tensor) -> Tensor:
 
 @ops.eager("read_streams")
 def read_streams_eager(streams: Tensor, weights: Tensor) -> Tensor:
-    read, served = ops.find("read_streams"), _served(streams, weights)
+    read = ops.find("read_streams")
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return read.reference(streams, weights)
+    served = _served(streams, weights)
 
     def forward(streams: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return (read if served else read.reference)(streams, weights), (streams, weights)
@@ -123,9 +124,10 @@ def read_streams_gradients(
 
 @ops.eager("write_streams")
 def write_streams_eager(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor | None = None) -> Tensor:
-    write, served = ops.find("write_streams"), comb is not None and _served(streams, post, output)
+    write = ops.find("write_streams")
     if comb is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return write.reference(streams, output, post, comb)
+    served = _served(streams, post, output)
 
     def forward(*inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return (write if served else write.reference)(*inputs), inputs
