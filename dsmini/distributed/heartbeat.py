@@ -125,7 +125,8 @@ class Heartbeat:
             say_failure(error)  # before the store, which may not answer
         with suppress(RuntimeError):  # the store has ended
             if error is not None and self.store.check(["stall"]):  # another process has ended for it just before
-                os._exit(STALLED)
+                self.thread.join(timeout=10 * self.period)  # it may be about to show the stacks
+                self._leave()
             if error is not None and not is_told(error) and not self.store.check(["failed"]):
                 self.store.set("failed", f"rank {self.rank} has failed")
         self.thread.join(timeout=5 * self.period)

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dsmini.distributed import heartbeat
 from dsmini.distributed.failure import STALLED
 from dsmini.distributed.world import World
 from dsmini.training import start as training_start
@@ -258,9 +259,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hang_in_fill() -> None:
-    """Let rank 1 stand still while the weights are drawn, before the first step."""
+    """Let rank 1 stand still while the weights are drawn, and rank 0 be slow to end: it sees rank 1 end before."""
     if os.environ["RANK"] == "1":
         training_start.fill = lambda *_: time.sleep(3600)
+    else:
+        heartbeat.time = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: time.sleep(2))
 
 
 @pytest.mark.slow

@@ -247,12 +247,16 @@ def test_a_step_by_other_code_is_priced_as_what_it_runs() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("work", ["training", "prefill", "decode"])
 def test_forecast_is_near_what_a_step_takes(work: Work) -> None:
-    """Allow a factor of two: above the fastest step, which no other program slows, and below the median.
+    """Allow a factor of two between the fastest of each, in turns and on one thread: tests of other processes run too.
 
-    Prices are measured now: stored ones are of a quiet hour, and here tests of other processes run too.
+    Prices are measured now: stored ones are of a quiet hour.
     """
     config = dataclasses.replace(TINY, dim=512, inter_dim=1024, moe_inter_dim=256, max_seq_len=256)
     shape = shape_of(work, config, tokens=192)
-    expected = Prices.under(load_or_measure(CPU), fresh=True).forecast(shape).seconds
-    turns = in_turns({"step": shape.make(CPU)}, count=200 if work == "decode" else 25)
-    assert min(turns.seconds["step"]) / 2 < expected < 2 * turns.median("step")
+    expected, taken = [], []
+    with on_threads(1):
+        for _ in range(2 if work == "training" else 4):
+            expected.append(Prices.under(load_or_measure(CPU), fresh=True).forecast(shape).seconds)
+            turns = in_turns({"step": shape.make(CPU)}, count=100 if work == "decode" else 8)
+            taken += turns.seconds["step"]
+    assert min(taken) / 2 < min(expected) < 2 * min(taken)
