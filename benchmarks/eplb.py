@@ -1,4 +1,4 @@
-"""Place experts and redundant copies on GPUs by their loads, with the balance before and after: DeepSeek's EPLB.
+"""Place experts and redundant copies on GPUs by their loads, and measure their balance: DeepSeek's EPLB.
 
 Some experts receive more tokens than others, and all GPUs wait for the one with the most. DeepSeek's load balancer
 gives the busiest experts more than one copy, and spreads the copies over the GPUs. It has two policies.
@@ -14,8 +14,6 @@ To pack is to take the heaviest item first, and put it into the lightest pack th
 
 Source: github.com/deepseek-ai/EPLB and the DeepSeek-V3 report, sections 3.4.1 and 3.4.2.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Real
@@ -89,15 +87,6 @@ def _pack(weights: np.ndarray, n_packs: int) -> list[list[int]]:
     return packs
 
 
-class GpuBalance(NamedTuple):
-    """Largest load of a GPU over the mean in each layer. 1 is perfect; the time of a step grows with it."""
-
-    before: Float[np.ndarray, " layers"]
-    """With one copy of each expert, in the order of their numbers."""
-    after: Float[np.ndarray, " layers"]
-    """As placed. Each copy of an expert is taken to receive an equal share."""
-
-
 def copies_of(experts: Int[np.ndarray, "layers replicas"], n_experts: int) -> Int[np.ndarray, "layers e"]:
     """Return the number of copies of each expert in a placement."""
     return np.array([np.bincount(row, minlength=n_experts) for row in experts])
@@ -105,17 +94,16 @@ def copies_of(experts: Int[np.ndarray, "layers replicas"], n_experts: int) -> In
 
 def balance(
     loads: Real[np.ndarray, "layers e"], experts: Int[np.ndarray, "layers replicas"], n_gpus: int
-) -> GpuBalance:
-    """Return the balance before and after a placement.
+) -> Float[np.ndarray, " layers"]:
+    """Return the largest load of a GPU over the mean in each layer. 1 is perfect; the time of a step grows with it.
 
-    The loads may be others than those that the placement was made from, such as those of later steps. Before, where
-    the GPUs do not divide the experts, the first GPUs have one expert more.
+    Each copy of an expert is taken to receive an equal share. Without copies, and with experts in the order of their
+    numbers, `experts` is np.arange(e) in each layer. The loads may be others than those that the placement was made
+    from, such as those of later steps.
     """
     weights = np.asarray(loads, dtype=np.float64)
-    before = np.stack([part.sum(1) for part in np.array_split(weights, n_gpus, axis=1)], axis=1)
     shares = np.take_along_axis(weights / copies_of(experts, weights.shape[1]), experts, axis=1)
-    after = shares.reshape(len(weights), n_gpus, -1).sum(2)
-    mean = before.mean(1)
-    even = np.ones_like(mean)  # a layer without any load counts as balanced
-    largest = [np.divide(loads.max(1), mean, out=even.copy(), where=mean > 0) for loads in (before, after)]
-    return GpuBalance(before=largest[0], after=largest[1])
+    of_gpus = shares.reshape(len(weights), n_gpus, -1).sum(2)
+    mean = of_gpus.mean(1)
+    # a layer without any load counts as balanced
+    return np.divide(of_gpus.max(1), mean, out=np.ones_like(mean), where=mean > 0)

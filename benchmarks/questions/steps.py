@@ -7,7 +7,7 @@ what kernels can still save.
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import get_args
 
@@ -32,7 +32,6 @@ from dsmini.measure.memory import peak_since_reset, reset_peak
 from dsmini.measure.roofs import why_unusable
 from dsmini.measure.turns import in_turns
 from dsmini.measure.workloads import StepDtype, StepShape, Work
-from dsmini.report import Value
 
 DRAWN = 8
 """Number of decoding steps, each of other tokens, whose bytes and experts are averaged."""
@@ -42,7 +41,13 @@ COLD = "measured: bytes from memory, not from a cache; predicted: the roof"
 
 
 def measure(work: Work, setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
-    """Yield the figures of a step. tokens: those of a sequence; in decoding, those in the cache."""
+    """Yield speed, bytes and FLOPs of a step, with their bounds, roofs and predictions, and its memory.
+
+    Args:
+        tokens: number of tokens of a sequence; in decoding, of those in the cache.
+
+    Raises: ValueError for a bandwidth far above the roof.
+    """
     dtype, each = setting.dtype_name, batch if work == "decode" else batch * tokens
     adamw = TrainConfig(optimizer="adamw")
     config = models.decoded(setting.quick)
@@ -69,46 +74,19 @@ def measure(work: Work, setting: Setting, batch: int, tokens: int) -> Iterator[F
 
     counts = [count(counted_step, setting.roofs.cache_bytes) for _ in range(DRAWN if work == "decode" else 1)]
     seconds = in_turns({"step": step}, setting.device, **setting.turns).seconds["step"]
-    moved = statistics.fmean(one.bytes for one in counts) / each
-    bounds = flops, least(experts=statistics.fmean(experts)).total
-    expected = setting.predicted({"step": shape}).get("step")
+    # bytes and FLOPs of a token with their lower bounds, and the rates with the roofs
+    cold, peak = sum(op.cold for op in counts[0].operations), setting.roofs.peak[dtype]
     case = {"batch": batch, "context" if work == "decode" else "tokens": tokens}
-    yield from step_figures(case, counts[0], seconds, expected, setting, each, moved, *bounds)
-
-
-def step_figures(
-    case: Mapping[str, Value],
-    counted: Count,
-    seconds: Sequence[float],
-    expected: float | None,
-    setting: Setting,
-    tokens: int,
-    moved: float,
-    least_flops: float,
-    least_bytes: float,
-) -> Iterator[Figure]:
-    """Yield the figures of a step: speed, bytes and FLOPs of a token with their lower bounds, and the roofs.
-
-    Args:
-        seconds: of each turn.
-        expected: predicted seconds.
-        tokens: number of tokens in a step.
-        moved: bytes of a token.
-
-    Raises: ValueError for a bandwidth far above the roof.
-    """
-
-    def rate(amount: float) -> list[float]:
-        return [amount / each for each in seconds]
-
-    cold = sum(op.cold for op in counted.operations)
-    memory = check_bandwidth(f"a step of {dict(case)}", statistics.median(rate(cold)), setting)
-    peak, flops = setting.roofs.peak[setting.dtype_name], counted.flops / tokens
-    yield figure("tokens_per_s", case, rate(tokens), predicted=None if expected is None else tokens / expected)
+    memory = check_bandwidth(f"a step of {case}", statistics.median(cold / one for one in seconds), setting)
+    moved, found = statistics.fmean(one.bytes for one in counts) / each, counts[0].flops
+    least_bytes = least(experts=statistics.fmean(experts)).total
+    expected = {name: each / one for name, one in setting.predicted({"step": shape}).items()}.get("step")
+    yield figure("tokens_per_s", case, [each / one for one in seconds], predicted=expected)
     yield figure("bytes_per_token", case, moved, predicted=least_bytes, bound=True, note=LEAST)
-    yield figure("flops_per_token", case, flops, predicted=least_flops, bound=True, note=LEAST_FLOPS)
-    yield figure("bandwidth", case, rate(cold), predicted=memory, bound=True, note=COLD)
-    yield figure("flop_rate", case, rate(counted.flops), predicted=peak, bound=True, note="predicted: the roof")
+    yield figure("flops_per_token", case, found / each, predicted=flops, bound=True, note=LEAST_FLOPS)
+    yield figure("bandwidth", case, [cold / one for one in seconds], predicted=memory, bound=True, note=COLD)
+    rates = [found / one for one in seconds]
+    yield figure("flop_rate", case, rates, predicted=peak, bound=True, note="predicted: the roof")
     whole = "whole process, torch and other libraries included" if setting.device.type == "cpu" else ""
     yield figure("peak_memory", case, float(peak_since_reset(setting.device)), note=whole)
 

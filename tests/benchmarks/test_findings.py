@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import question
+from benchmarks import models, question
 from benchmarks.question import check_bandwidth, compared, drawing, figure, race, times
 from benchmarks.questions import kernels, pipeline, sparse, steps
 from benchmarks.questions.fp8 import Gemm, errors_of, operand_error, product_error, record
 from benchmarks.questions.pipeline import RANKS, Passes, Size, bubble_share, formula
 from dsmini import Transformer
 from dsmini.config.run import CHUNKS
-from dsmini.measure.counting import count
+from dsmini.measure.counting import Count, count
 from dsmini.nn.fp8 import fp8_weights
 from dsmini.numerics import E4M3, E5M2, round_tiles
 from dsmini.report import pick
@@ -108,17 +108,28 @@ def test_a_bandwidth_far_above_the_roof_is_an_error(
 
 
 def test_figures_of_a_step_are_over_its_bytes_and_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read two prompts of eight tokens at a given rate of memory."""
+    counted: list[Count] = []
     monkeypatch.setattr(question, "read_bandwidth", lambda device: 9e9)
-    counted, here = count(lambda: torch.rand(1 << 16) * 2, 1 << 10), setting(**ROOF)
-    moved = sum(op.cold for op in counted.operations)
-    found = list(steps.step_figures({}, counted, [moved / 9e9] * 5, 0.5, here, 2, counted.bytes / 2, 50.0, 8.0))
-    figures = {f.metric: f for f in found}
+    monkeypatch.setattr(models, "QUICK", TINY)
+    monkeypatch.setattr(steps, "count", lambda *args: (counted.append(count(*args)), counted[-1])[1])
+
+    def measured_at(rate: float) -> dict[str, question.Figure]:
+        def seconds() -> list[float]:
+            return [sum(op.cold for op in counted[-1].operations) / rate] * 5
+
+        monkeypatch.setattr(steps, "in_turns", lambda *_, **__: SimpleNamespace(seconds={"step": seconds()}))
+        return {f.metric: f for f in steps.measure("prefill", setting(**ROOF, cache_bytes=1 << 10), 2, 8)}
+
+    figures = measured_at(9e9)
     assert figures["bandwidth"].measured == pytest.approx(9e9) and figures["bandwidth"].bound
-    rate = figures["tokens_per_s"]
-    assert rate.measured == pytest.approx(2 / (moved / 9e9)) and rate.predicted == 4
-    assert figures["flops_per_token"].predicted == 50 and figures["bytes_per_token"].predicted == 8
+    moved = sum(op.cold for op in counted[-1].operations)
+    assert figures["tokens_per_s"].measured == pytest.approx(16 / (moved / 9e9)) and figures["tokens_per_s"].predicted
+    for metric, total in (("bytes_per_token", counted[-1].bytes), ("flops_per_token", counted[-1].flops)):
+        least = figures[metric].predicted
+        assert figures[metric].measured == pytest.approx(total / 16) and least and least <= total / 16
     with pytest.raises(ValueError, match="above the roof"):
-        list(steps.step_figures({}, counted, [moved / 13e9] * 5, None, here, 2, 1.0, 50.0, 8.0))
+        measured_at(13e9)
 
 
 @pytest.mark.parametrize(
