@@ -88,11 +88,10 @@ def changes(path: str, before: Sequence[Result], found: Mapping[str, Sequence[Re
     for name, results in found.items():
         old = of_question(before, name, now.setting)
         for result in old:
-            s = result.run.setting
-            if s["machine"] != now.setting["machine"]:
-                others[f"{path} is of another machine."] = None
-            elif any(s[key] != now.setting[key] for key in ("device", "dtype", "threads", "quick")):
-                others[f"{path} was measured with {result.run.words}; now it is {now.words}."] = None
+            keys = ("machine", "device", "dtype", "threads", "quick")
+            if unequal := [key for key in keys if result.run.setting[key] != now.setting[key]]:
+                was = f"was measured with another {', '.join(unequal)}: {result.run.words}"
+                others[f"{path} {was}; now it is {now.words}."] = None
         then = {_key(f): f for f in figures_of(old) if f.measured}
         for f in (f for f in figures_of(results) if f.measured):
             if _key(f) not in then:

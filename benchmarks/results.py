@@ -9,7 +9,6 @@ device, dtype, threads, sizes, machine, versions and sources.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import platform
 import subprocess
@@ -25,6 +24,7 @@ import dsmini
 from dsmini.reading import is_there, parse_json, read_bytes
 from dsmini.report.figures import Figure, plain
 from dsmini.report.units import plural
+from dsmini.sources import hash_of
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("dsmini", "kernels", "benchmarks", "configs")
@@ -101,11 +101,7 @@ def commit() -> str:
 
 def code() -> str:
     """Return a hash of the sources that figures depend on."""
-    found = hashlib.sha256()
-    for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*")):
-        if path.suffix in (".py", ".cpp", ".h", ".toml"):
-            found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return found.hexdigest()[:12]
+    return hash_of([ROOT / folder for folder in SOURCES], {".py", ".cpp", ".h", ".toml"})
 
 
 def versions() -> dict[str, str]:

@@ -162,28 +162,24 @@ def _inverse_root(square: Float[Tensor, "b o o"]) -> Float[Tensor, "b o o"]:
 
 
 @torch.no_grad()
-def muon_update_divided(
-    matrices: MuonMatrices,
-    steps: NewtonSchulz,
-    *,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    matmul_dtype: torch.dtype,
-) -> None:
-    """Compute `muon_update` of matrices that FSDP2 may divide. All ranks that share one call it together."""
+def muon_update_divided(matrices: MuonMatrices, steps: NewtonSchulz, **options: Any) -> None:
+    """Compute `muon_update` of matrices that FSDP2 may divide. All ranks that share one call it together.
+
+    Args:
+        options: those of muon_update.
+    """
     every = list(zip(matrices.params, matrices.grads, matrices.momenta, strict=True))
     divided = [of for of in every if isinstance(of[0], DTensor) and of[0].dim() == 2]
     here = [tuple(map(local, of)) for of in every if not isinstance(of[0], DTensor) or of[0].dim() > 2]
     if here := [of for of in here if of[0].numel()]:
         params, grads, momenta = (list(of) for of in zip(*here, strict=True))
         whole = MuonMatrices(params=params, grads=grads, momenta=momenta)
-        muon_update(whole, steps, lr=lr, momentum=momentum, weight_decay=weight_decay, matmul_dtype=matmul_dtype)
+        muon_update(whole, steps, **options)
     if not divided:
         return
     # 1. Nesterov's mean of the own rows, and of all rows from all ranks
     first_one: Any = divided[0][0]
-    wholes, group = [], first_one.device_mesh.get_group()
+    wholes, group, momentum = [], first_one.device_mesh.get_group(), options["momentum"]
     for p, grad, m in divided:
         local(m).lerp_(local(grad), 1 - momentum)
         wholes.append(gathered(local(grad).lerp(local(m), momentum), p))
@@ -194,9 +190,10 @@ def muon_update_divided(
         scratch = MuonMatrices(
             params=[moves[whole] for whole in own], grads=own, momenta=[torch.zeros_like(whole) for whole in own]
         )
-        muon_update(scratch, steps, lr=lr, momentum=0.0, weight_decay=0.0, matmul_dtype=matmul_dtype)
+        alone: dict[str, Any] = options | {"momentum": 0.0, "weight_decay": 0.0}
+        muon_update(scratch, steps, **alone)
     broadcast([[moves[whole] for whole in of] for of in owned], group)
     # 3. the own rows of each step
     for (p, _, _), whole in zip(divided, wholes, strict=True):
         first, rows = first_row(p), local(p)
-        rows.mul_(1 - lr * weight_decay).add_(moves[whole][first : first + len(rows)])
+        rows.mul_(1 - options["lr"] * options["weight_decay"]).add_(moves[whole][first : first + len(rows)])

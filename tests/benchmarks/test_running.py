@@ -218,7 +218,7 @@ def test_a_change_of_sign_is_a_difference_and_other_settings_are_named(go: Go, t
     ran = go("--compare", str(path), known=with_value("difference of loss", "nats", 0.02), out="new")
     (changed,) = ran.answer["changed"]
     assert changed["unit"] == "nats" and changed["measured"] == pytest.approx(0.04)
-    assert "results.jsonl was measured with bfloat16 on cpu" in ran.err
+    assert "results.jsonl was measured with another quick: bfloat16 on cpu" in ran.err
 
 
 def test_rates_of_a_busy_machine_are_said_and_measured_again(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """python -m dsmini.convert SRC --check: folders are checked layer by layer, and damage is named."""
 
-import dataclasses
 import json
 import struct
 from collections.abc import Callable
@@ -11,13 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsmini import save_pretrained
 from dsmini.checkpoint import inspection
 from dsmini.checkpoint.inspection import Inspection
-from dsmini.checkpoint.vectors import config_of, drawn
 from tests.helpers.commands import finish, run
+from tests.helpers.folders import inspected
 
-WIDE = {"dim": 64, "moe_inter_dim": 32}
 SCALE = {
     "v3": "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv",
     "v3.2": "model.layers.1.self_attn.indexer.wq_b.weight_scale_inv",
@@ -33,18 +30,6 @@ def _without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ImportError(name)
 
     monkeypatch.setattr(inspection, "import_module", missing)
-
-
-def saved(folder: Path, generation: str) -> Path:
-    """Write a small model in FP8, V4's experts in FP4, in several files."""
-    model = drawn(dataclasses.replace(config_of(generation), **WIDE))
-    with torch.no_grad():  # as small as those of large models, whose scales are far from 1
-        for name, p in model.named_parameters():
-            if ".experts." in name:
-                p /= 64
-    save_pretrained(model, folder, fp8=True, fp4=generation == "v4", shard_size="60KB")
-    assert len(list(folder.glob("*.safetensors"))) > 2
-    return folder
 
 
 def file_of(folder: Path, tensor: str) -> Path:
@@ -70,7 +55,7 @@ def rewrite(folder: Path, tensor: str, change: Callable[[dict[str, Any]], None])
 
 @pytest.mark.parametrize("generation", SCALE)
 def test_a_sound_folder_is_reported_in_one_screen(tmp_path: Path, generation: str) -> None:
-    folder = saved(tmp_path / "model", generation)
+    folder = inspected(tmp_path / "model", generation)
     files = sorted(folder.iterdir())
     done = finish("dsmini.convert model --check", tmp_path)
     lines = done.stdout.splitlines()
@@ -83,7 +68,7 @@ def test_a_sound_folder_is_reported_in_one_screen(tmp_path: Path, generation: st
 
 @pytest.mark.parametrize("generation", SCALE)
 def test_a_flipped_byte_of_a_scale_is_named(tmp_path: Path, generation: str) -> None:
-    folder = saved(tmp_path / "model", generation)
+    folder = inspected(tmp_path / "model", generation)
     flip(folder, SCALE[generation], 0 if generation == "v4" else 3)
     done = run("dsmini.convert model --check", tmp_path)
     assert done.returncode == 1, done
@@ -93,7 +78,7 @@ def test_a_flipped_byte_of_a_scale_is_named(tmp_path: Path, generation: str) -> 
 
 def test_a_scale_that_alone_is_no_power_of_two_is_named(tmp_path: Path) -> None:
     """As where a byte of its fraction is flipped."""
-    folder = saved(tmp_path / "model", "v3")
+    folder = inspected(tmp_path / "model", "v3")
     rewrite(folder, SCALE["v3"], lambda tensors: tensors[SCALE["v3"]].fill_(2.0**-9))
     assert not [fault for layer in Inspection(folder) for fault in layer.faults]
     flip(folder, SCALE["v3"], 2)
@@ -114,7 +99,7 @@ def test_damaged_headers_are_one_sentence_of_status_2(tmp_path: Path) -> None:
         tensors[name] = tensors[name].view(torch.uint8).T.contiguous().view(torch.float8_e4m3fn)
 
     for change, said in ((transpose, f"{name} is [64, 20], want [20, 64]"), (lose, "not in the files that")):
-        folder = saved(tmp_path / change.__name__, "v3")
+        folder = inspected(tmp_path / change.__name__, "v3")
         rewrite(folder, name, change)
         done = run(f"dsmini.convert {folder.name} --check", tmp_path)
         assert done.returncode == 2 and said in done.stderr and name in done.stderr, done
@@ -122,7 +107,7 @@ def test_damaged_headers_are_one_sentence_of_status_2(tmp_path: Path) -> None:
 
 
 def test_a_code_without_a_meaning_and_a_weight_that_is_not_finite(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "model", "v3")
+    folder = inspected(tmp_path / "model", "v3")
     name = "model.layers.1.self_attn.o_proj.weight"
     rewrite(folder, name, lambda tensors: tensors[name].view(torch.uint8).fill_(0x7F))
     norm = "model.norm.weight"
@@ -135,7 +120,7 @@ def test_a_code_without_a_meaning_and_a_weight_that_is_not_finite(tmp_path: Path
 
 
 def test_a_report_continues_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, report = saved(tmp_path / "model", "v3"), tmp_path / "x.json"
+    folder, report = inspected(tmp_path / "model", "v3"), tmp_path / "x.json"
     layers = iter(Inspection(folder, report=report))
     first = [next(layers), next(layers)]
     checked: list[str] = []
@@ -143,13 +128,13 @@ def test_a_report_continues_where_it_was_interrupted(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Inspection, "_check", lambda of, name: (checked.append(name), check(of, name))[1])
     every = list(Inspection(folder, report=report))
     assert checked == ["layers.1.", "layers.2.", "mtp.0."] and every[:2] == first
-    other = saved(tmp_path / "other", "v4")
+    other = inspected(tmp_path / "other", "v4")
     with pytest.raises(ValueError, match="is the report of other files"):
         Inspection(other, report=report)
 
 
 def test_wrong_arguments_are_one_sentence(tmp_path: Path) -> None:
-    saved(tmp_path / "model", "v3")
+    inspected(tmp_path / "model", "v3")
     wanted = {
         "model x --check": "--check writes no folder; leave x out",
         "model x --report y.json": "--report is for --check",

@@ -12,8 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsmini import ModelConfig, Transformer
+from dsmini import ModelConfig, Transformer, save_pretrained
 from dsmini.checkpoint.tensor_files import mtp_copies
+from dsmini.checkpoint.vectors import config_of as config_of_generation
+from dsmini.checkpoint.vectors import drawn
 from dsmini.config.published import config_to_json
 from tests.helpers.configs import written
 from tests.helpers.hf_names import to_hf
@@ -144,3 +146,15 @@ def damage(folder: Path, case: dict[str, Any]) -> None:
         save_file(held, folder / case["rank"])
     elif {"drop", "add"} & case.keys():
         change(folder, how)
+
+
+def inspected(folder: Path, generation: str) -> Path:
+    """Write a small model in FP8, V4's experts in FP4, in several files."""
+    model = drawn(dataclasses.replace(config_of_generation(generation), dim=64, moe_inter_dim=32))
+    with torch.no_grad():  # as small as those of large models, whose scales are far from 1
+        for name, p in model.named_parameters():
+            if ".experts." in name:
+                p /= 64
+    save_pretrained(model, folder, fp8=True, fp4=generation == "v4", shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder

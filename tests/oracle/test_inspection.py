@@ -1,6 +1,5 @@
 """The check of a folder runs transformers' blocks, names the layer that differs, and says what it does not know."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,21 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini import save_pretrained
 from dsmini.checkpoint.inspection import Inspection
-from dsmini.checkpoint.vectors import GENERATIONS, config_of, drawn
+from dsmini.checkpoint.vectors import GENERATIONS, config_of
 from dsmini.nn.layers import RMSNorm
-
-
-def saved(folder: Path, generation: str) -> Path:
-    model = drawn(dataclasses.replace(config_of(generation), dim=64, moe_inter_dim=32))
-    save_pretrained(model, folder, fp8=True, fp4=generation == "v4")
-    return folder
+from tests.helpers.folders import inspected
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_each_block_equals_transformers(tmp_path: Path, generation: str) -> None:
-    checked = list(Inspection(saved(tmp_path / "a", generation)))
+    checked = list(Inspection(inspected(tmp_path / "a", generation)))
     assert not [fault for layer in checked for fault in layer.faults]
     errors = [layer.error for layer in checked if layer.name.startswith("layers")]
     assert len(errors) == config_of(generation).n_layers and all(
@@ -32,19 +25,19 @@ def test_each_block_equals_transformers(tmp_path: Path, generation: str) -> None
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_other_choices_of_single_tokens_in_bf16_are_no_fault(tmp_path: Path, generation: str) -> None:
-    checked = list(Inspection(saved(tmp_path / "a", generation), torch.bfloat16))
+    checked = list(Inspection(inspected(tmp_path / "a", generation), torch.bfloat16))
     assert not [fault for layer in checked for fault in layer.faults]
 
 
 def test_a_block_that_differs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, forward = saved(tmp_path / "a", "v3"), RMSNorm.forward
+    folder, forward = inspected(tmp_path / "a", "v3"), RMSNorm.forward
     monkeypatch.setattr(RMSNorm, "forward", lambda of, x: forward(of, x) * 1.001)
     faults = [fault for layer in Inspection(folder) for fault in layer.faults]
     assert faults and all("transformers' block differs by 0.0" in fault for fault in faults), faults
 
 
 def test_a_model_that_transformers_does_not_know_says_so(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "a", "v3")
+    folder = inspected(tmp_path / "a", "v3")
     raw: dict[str, Any] = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"model_type": "kimi_k2"}))
     inspection = Inspection(folder)
