@@ -314,7 +314,7 @@ class PretrainedTensors:
     def decoded(held: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Return the numbers of a part that is held so."""
         value, *scales = held
-        if value.dtype == torch.int8:
+        if value.dtype in (torch.int8, FP4):
             return dequantize_fp4(value, scales[0], dtype) if scales else value.view(FP4)
         return dequantize_tiles(value, scales[0].float(), WEIGHT_TILE, "e4m3", dtype) if scales else value
 

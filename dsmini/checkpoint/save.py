@@ -5,6 +5,7 @@ the folder it was loaded from.
 """
 
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dsmini.atomic import as_json, new_folder
-from dsmini.checkpoint.load import FP4, FP8, Part, check_dtype, origin_of, parts_of
+from dsmini.checkpoint.load import FP4, FP8, Part, PretrainedTensors, check_dtype, origin_of, parts_of
 from dsmini.checkpoint.tensor_files import INDEX, ONE_FILE, Entry, folder_name, is_v4, mtp_copies, write_safetensors
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
@@ -40,8 +41,6 @@ from dsmini.numerics import (
     FP4_BLOCK,
     SMALLEST_AMAX,
     WEIGHT_TILE,
-    dequantize_fp4,
-    dequantize_tiles,
     encode_tiles,
     fp4_to_fp8,
     quantize_fp4,
@@ -224,6 +223,8 @@ class SavePlan:
         self.quantizes: bool = fp8 and not all(held)
         self.has_fp8: bool = bool(held) and (fp8 or (dtype is None and any(held)))
         """True if some tensors are written as codes."""
+        self.quantized: Callable[[Part], tuple[Tensor, Tensor]] = functools.lru_cache(maxsize=1)(self._quantized)
+        """Codes and scales of a matrix, made once for both tensors of a folder."""
         self.has_fp4: bool = fp4 or (not fp8 and dtype is None and any(t.dtype == FP4 for t in self.state.values()))
 
     def parts(self) -> Iterator[Part]:
@@ -237,23 +238,19 @@ class SavePlan:
         """Yield the entries in the order of the model, a weight and its scales together."""
         for part in self.parts():
             scales, held = part.scales, self.state[part.ours].dtype
-            as_codes = scales is not None and (self.fp8 or (held in (FP8, FP4) and self.dtype is None))
-            if scales is None or not as_codes:
-                yield [_entry(part, self._dtype_of(part, held), self._plain)]
-            elif self.has_fp4 and part.expert is not None:
-                four = part.in_fp4()
-                assert four.scales is not None
-                yield [
-                    _entry(four, torch.int8, lambda of: self._fp4(of)[0].view(torch.int8), part),
-                    _entry(four.scales, torch.float8_e8m0fnu, lambda of: self._fp4(of)[1], part),
-                ]
+            if scales is None or not (self.fp8 or (held in (FP8, FP4) and self.dtype is None)):
+                yield [_entry(part, self._dtype_of(part, held), lambda of: self._numbers(of, self.dtype))]
+                continue
+            written, of_codes, of_scales = part, FP8, self.scale_dtype
+            if self._in_fp4(part):
+                written, of_codes, of_scales = part.in_fp4(), torch.int8, torch.float8_e8m0fnu
             elif held == FP8:
-                yield [
-                    _entry(part, FP8, self.value),
-                    _entry(scales, self._stored_as(scales, self.scale_dtype), self.value),
-                ]
-            else:
-                yield [_entry(part, FP8, self._codes), _entry(scales, self.scale_dtype, self._scales, part)]
+                of_scales = self._stored_as(scales, self.scale_dtype)
+            assert written.scales is not None
+            yield [
+                _entry(written, of_codes, lambda of: self.quantized(of)[0], part),
+                _entry(written.scales, of_scales, lambda of: self.quantized(of)[1], part),
+            ]
 
     def value(self, part: Part) -> Tensor:
         """Return the values of a part of the model, as they are held."""
@@ -274,43 +271,38 @@ class SavePlan:
             return torch.float32 if fp32 else self.dtype
         return held if stored in (FP8, FP4) else stored  # dequantized since
 
-    def _plain(self, part: Part) -> Tensor:
+    def _numbers(self, part: Part, dtype: torch.dtype | None) -> Tensor:
+        """Return the numbers of a part, as they are held; those of codes are dequantized to a dtype."""
         value = self.value(part)
         if value.dtype not in (FP8, FP4) or part.scales is None:
             return value
-        assert self.dtype is not None, "codes are written as they are where no dtype is asked for"
-        if value.dtype == FP4:
-            return dequantize_fp4(value, self.value(part.scales), self.dtype)
-        return dequantize_tiles(value, self.value(part.scales).float(), WEIGHT_TILE, "e4m3", self.dtype)
+        assert dtype is not None, "codes are written as they are where no dtype is asked for"
+        return PretrainedTensors.decoded([value, self.value(part.scales)], dtype)
 
-    def _scales(self, part: Part) -> Tensor:
-        value = self.value(part)
-        if value.dtype == FP4:
-            return self._as_fp8(part)[1]
-        return tile_scales(value, WEIGHT_TILE, self.scale, "e4m3", SMALLEST_AMAX)
+    def _in_fp4(self, part: Part) -> bool:
+        """Return whether a matrix that is written as codes is written in FP4."""
+        return self.has_fp4 and part.expert is not None
 
-    def _codes(self, part: Part) -> Tensor:
-        if self.value(part).dtype == FP4:
-            return self._as_fp8(part)[0]
-        return encode_tiles(self.value(part), self._scales(part), WEIGHT_TILE)
+    def _quantized(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Return codes and scales of a matrix as they are written: as they are held, or made from other numbers.
 
-    def _as_fp8(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Return codes and scales in FP8 of a part that is held in FP4. Raises: ValueError if FP8 cannot hold them."""
-        assert part.scales is not None
-        try:
-            return fp4_to_fp8(self.value(part), self.value(part.scales))
-        except ValueError as error:
-            raise ValueError(f"{part.name}: {error}") from None
-
-    def _fp4(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Return codes and scales in FP4, as they are held or made from other numbers."""
-        value = self.value(part)
-        if value.dtype == FP4 and part.scales is not None:
-            return value, self.value(part.scales)
-        if value.dtype == FP8 and part.scales is not None:
-            value = dequantize_tiles(value, self.value(part.scales).float(), WEIGHT_TILE)
-        codes, scales = quantize_fp4(value)
-        return codes, scales.view(torch.float8_e8m0fnu)
+        Raises: ValueError for FP4 that FP8 cannot hold.
+        """
+        value, in_fp4 = self.value(part), self._in_fp4(part)
+        assert part.scales is not None, "only matrices are written as codes"
+        if value.dtype == (FP4 if in_fp4 else FP8):
+            codes, scales = value, self.value(part.scales)
+        elif in_fp4:
+            codes, scales = quantize_fp4(self._numbers(part, torch.float32))
+        elif value.dtype == FP4:
+            try:
+                codes, scales = fp4_to_fp8(value, self.value(part.scales))
+            except ValueError as error:
+                raise ValueError(f"{part.name}: {error}") from None
+        else:
+            scales = tile_scales(value, WEIGHT_TILE, self.scale, "e4m3", SMALLEST_AMAX)
+            codes = encode_tiles(value, scales, WEIGHT_TILE)
+        return (codes.view(torch.int8), scales.view(torch.float8_e8m0fnu)) if in_fp4 else (codes, scales)
 
 
 def _entry(part: Part, dtype: torch.dtype, make: Callable[[Part], Tensor], of: Part | None = None) -> Entry:
