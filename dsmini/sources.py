@@ -18,8 +18,13 @@ def hash_of(folders: Iterable[Path], suffixes: Collection[str] = SUFFIXES) -> st
     return digest.hexdigest()[:16]
 
 
+def kernel_folders() -> list[Path]:
+    """Return the folder of the kernels' sources; none without kernels."""
+    kernels = importlib.util.find_spec("dsmini_kernels")
+    return [*map(Path, (kernels and kernels.submodule_search_locations) or ())]
+
+
 @functools.cache
 def own_sources() -> str:
     """Return a hash of the files of dsmini and of its kernels, as they were when it was first asked for."""
-    kernels = importlib.util.find_spec("dsmini_kernels")
-    return hash_of([Path(__file__).parent, *map(Path, (kernels and kernels.submodule_search_locations) or ())])
+    return hash_of([Path(__file__).parent, *kernel_folders()])

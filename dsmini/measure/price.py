@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +39,7 @@ from dsmini.measure.dry import Dry, dry_count
 from dsmini.measure.roofs import Roofs, Store, disturbance, key_of, load_or_measure, seconds_of, steadiness
 from dsmini.measure.turns import TimeOverError
 from dsmini.measure.workloads import StepShape
+from dsmini.sources import hash_of, kernel_folders
 
 VERSION = 2
 """Version of the measurement; prices stored by another version are measured again."""
@@ -177,7 +177,7 @@ class Prices:
         if new and not disturbed and self.store is not None:
             store, key = self.store, _key()
             before = lambda: store.read(key, _of_these_kernels) or {}  # noqa: E731
-            store.write(key, lambda: {"kernels": _sources(), "seconds": before() | new})
+            store.write(key, lambda: {"kernels": hash_of(kernel_folders()), "seconds": before() | new})
 
     def _parts(self, counted: Dry, shape: StepShape) -> list[Part]:
         """Return the distinct calls of a step, and what is between them."""
@@ -225,18 +225,7 @@ def _key() -> str:
 
 def _of_these_kernels(raw: Any) -> dict[str, float]:
     """Return stored prices; none if the kernels had other sources."""
-    return {str(k): float(v) for k, v in raw["seconds"].items()} if raw["kernels"] == _sources() else {}
-
-
-def _sources() -> str:
-    """Return the hash of the kernels' sources; "" without kernels."""
-    kernels = find_spec("dsmini_kernels")
-    hashed = hashlib.sha1()
-    for folder in kernels.submodule_search_locations or () if kernels else ():
-        for path in sorted(Path(folder).rglob("*.*")):
-            if path.suffix in (".cpp", ".h", ".py"):
-                hashed.update(path.read_bytes())
-    return hashed.hexdigest()
+    return {str(k): float(v) for k, v in raw["seconds"].items()} if raw["kernels"] == hash_of(kernel_folders()) else {}
 
 
 @torch.no_grad()

@@ -171,11 +171,6 @@ def rows_of(run: Path) -> Iterator[Row]:
     return filter(is_whole, read_rows(run / METRICS))
 
 
-def read_records(run: Path) -> list[Row]:
-    """Return the rows of metrics.jsonl, which take much memory after a long run."""
-    return list(rows_of(run))
-
-
 def drop_rows(run: Path, step: int) -> None:
     """Leave the rows of earlier steps in metrics.jsonl: the others come again."""
     with new_file(run / METRICS) as partial, partial.open("w", encoding="utf-8") as file:

@@ -26,11 +26,11 @@ from dsmini.distributed import heartbeat
 from dsmini.distributed.failure import STALLED
 from dsmini.distributed.world import World
 from dsmini.training import start as training_start
-from dsmini.training.record import read_events, read_records
+from dsmini.training.record import read_events
 from tests.distributed.faults import parsed
 from tests.distributed.ranks import START, new_store, outcomes, run_ranks, spoken, start, wait_until
 from tests.distributed.runs import KILLED, STEPS, events, run, small_config, statuses
-from tests.helpers.runs import differences
+from tests.helpers.runs import differences, read_records
 
 EP: dict[str, Any] = {"ep": 2}
 LOST = {1, -signal.SIGABRT}

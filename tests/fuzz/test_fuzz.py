@@ -26,12 +26,11 @@ from dsmini.data.documents import Source
 from dsmini.data.tokenized import CorpusCache
 from dsmini.text.chat import read_text_side
 from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer
-from dsmini.training.record import read_records
 from tests.conftest import MODELS, randomise
 from tests.helpers import folders
 from tests.helpers.configs import refusal
 from tests.helpers.corpora import Files, lay_out
-from tests.helpers.runs import new_run
+from tests.helpers.runs import new_run, read_records
 from tests.helpers.text_folders import save_text_side, save_tokenizer
 
 SIZES = MODELS["tiny"]

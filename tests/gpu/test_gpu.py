@@ -22,12 +22,13 @@ from dsmini.distributed.mesh import Mesh, divided_model, fill
 from dsmini.distributed.world import World
 from dsmini.nn.cache import CacheDtype
 from dsmini.train import main
-from dsmini.training.record import Row, read_records
+from dsmini.training.record import Row
 from dsmini.training.trainer import Trainer
 from tests.conftest import SMALL, randomise
 from tests.helpers import folders
 from tests.helpers.commands import ROOT, TINY
 from tests.helpers.configs import FP8_SIZES
+from tests.helpers.runs import read_records
 from tests.helpers.tolerances import BF16_UNIT, E4M3_UNIT, FP32_UNIT, relative_error, rounding
 
 pytestmark = pytest.mark.gpu

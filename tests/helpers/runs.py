@@ -20,7 +20,7 @@ from torch import Tensor
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data.corpus import Corpus
 from dsmini.distributed.world import World
-from dsmini.training.record import read_records
+from dsmini.training.record import Row, rows_of
 from dsmini.training.run import TrainingRun, newest_checkpoint
 from dsmini.training.trainer import Trainer
 from tests.conftest import MODELS, SMALL
@@ -67,6 +67,11 @@ def resumed(folder: Path, said: list[str] | None = None, **options: Any) -> Trai
     say = (lambda line: None) if said is None else said.append
     training.resume(newest_checkpoint(training.config, World(), say))
     return training
+
+
+def read_records(folder: Path) -> list[Row]:
+    """Return the rows of metrics.jsonl."""
+    return [*rows_of(folder)]
 
 
 def untimed(folder: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Prices: calls of a step made again alone, the Python between them, what is kept, and forecasts of whole steps."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -223,8 +222,8 @@ def test_prices_of_other_kernels_are_not_used(timing: Timing, monkeypatch: pytes
     n = timing.calls()
     monkeypatch.setenv("DSMINI_CPU_ISA", "avx2")
     assert timing.calls() == n
-    assert price._sources() != hashlib.sha1().hexdigest(), "it is a hash of files"
-    monkeypatch.setattr(price, "_sources", lambda: "other")
+    assert price.kernel_folders(), "it is a hash of files"
+    monkeypatch.setattr(price, "hash_of", lambda folders: "other")
     assert timing.calls() == n
 
 

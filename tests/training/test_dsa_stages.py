@@ -13,12 +13,11 @@ from dsmini import Transformer
 from dsmini.nn import IndexerLoss, dsa_layers
 from dsmini.training.optim import begin_stage
 from dsmini.training.plots import plot_run
-from dsmini.training.record import read_records
 from dsmini.training.trainer import Trainer
 from tests.conftest import SMALL
 from tests.helpers.configs import DSA, V4, V4_MODEL, refusal
 from tests.helpers.models import set_stage, tokens_of
-from tests.helpers.runs import new_run
+from tests.helpers.runs import new_run, read_records
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 from tests.training.test_trainer import state
 

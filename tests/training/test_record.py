@@ -17,12 +17,12 @@ from rich.console import Console
 from dsmini.distributed.world import World
 from dsmini.train import main
 from dsmini.training import record
-from dsmini.training.record import EventLog, TensorBoard, finite, log_path, read_events, read_records, row_of
+from dsmini.training.record import EventLog, TensorBoard, finite, log_path, read_events, row_of
 from dsmini.training.run import newest_checkpoint
 from dsmini.training.trainer import StepResult
 from tests.helpers.commands import TINY
 from tests.helpers.configs import refusal
-from tests.helpers.runs import RICH, die, new_run, resumed
+from tests.helpers.runs import RICH, die, new_run, read_records, resumed
 
 KEYS = (
     *("step", "loss", "val_loss", "lr", "tokens_per_s", "max_vio", "skipped", "mtp_loss", "balance_loss", "grad_norm"),

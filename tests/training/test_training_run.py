@@ -27,13 +27,13 @@ from dsmini.distributed.heartbeat import LONG_PHASES
 from dsmini.machine import peak_memory
 from dsmini.training.outputs import next_command, offered_flags, summarise, summary_lines, write_sample
 from dsmini.training.plots import plot_run, smooth
-from dsmini.training.record import KEYS, History, read_events, read_records
+from dsmini.training.record import KEYS, History, read_events
 from dsmini.training.run import TrainingRun
 from dsmini.training.start import refuse_oversized
 from tests.conftest import Clock
 from tests.distributed.faults import Fault, inject
 from tests.helpers.configs import DSA, refusal
-from tests.helpers.runs import die, differences, new_run, resumed
+from tests.helpers.runs import die, differences, new_run, read_records, resumed
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 

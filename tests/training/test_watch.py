@@ -15,10 +15,9 @@ from rich.console import Console
 from dsmini.diagnosis.contention import OtherPrograms
 from dsmini.diagnosis.watch import RunWatch
 from dsmini.measure.cpu_time import CpuTimes
-from dsmini.training.record import read_records
 from dsmini.training.run import BindingChange
 from dsmini.training.trainer import StepResult
-from tests.helpers.runs import RICH, die, differences, new_run, resumed
+from tests.helpers.runs import RICH, die, differences, new_run, read_records, resumed
 
 CPU = torch.device("cpu")
 SECONDS = 0.25
