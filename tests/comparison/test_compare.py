@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini import ModelConfig, RunConfig, sources
+from dsmini import ModelConfig, RunConfig, accounting, sources
 from dsmini.comparison.answer import draw, record_of, sentences
 from dsmini.comparison.arms import Arm, Comparison, arms_of, make_model_of, read_claim
 from dsmini.comparison.results import HEAD, Results, head_of, opened, read_results, refuse_other, reuse
@@ -358,6 +358,14 @@ def test_claims_of_the_docs_say_what_they_ask(path: Path) -> None:
         assert all(re.fullmatch("[0-9a-f]{8}", line["commit"]) for line in results.lines)
         want = f"has runs of other sources, commit {results.lines[0]['commit']}; this would add those of 0123"
         assert want in refusal(refuse_other, results, results.head, MADE)
+
+
+@pytest.mark.parametrize("name", ["streams", "hash_layers", "muon_iterations"])
+def test_arms_of_a_claim_have_equal_active_parameters(name: str) -> None:
+    arms = read_claim(ROOT / "docs" / "claims" / f"{name}.toml", [], None).arms
+    base, *others = [accounting.parameters(arm.config.model).active for arm in arms]
+    assert others == [pytest.approx(base, rel=0.002)] * len(others)
+    assert len({arm.tokens for arm in arms}) == 1
 
 
 def as_now(arm: dict[str, Any]) -> dict[str, Any]:
