@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.eplb import balance, copies_of, place_experts
+from docs.tutorials.eplb import balance, copies_of, place_experts
 from tests.helpers.configs import refusal
 
 README = np.array(
