@@ -1,4 +1,14 @@
-"""python -m benchmarks: choose questions, measure their cases, and show answers, a page, or JSON."""
+"""python -m benchmarks: choose questions, measure their cases, and show answers, a page, or JSON.
+
+Usage, then examples:
+
+    python -m benchmarks [NAME ...] [FLAGS]
+
+    python -m benchmarks --quick
+    python -m benchmarks decode moe
+    python -m benchmarks --list
+    python -m benchmarks peers --peer-python other/bin/python
+"""
 
 import contextlib
 import dataclasses
@@ -23,7 +33,7 @@ from benchmarks.question import Case, Question, Setting
 from benchmarks.results import Result, Run, figures_of, of_question
 from dsmini import ops
 from dsmini.atomic import write_text
-from dsmini.console.commandline import Help, parse
+from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.machine import faster_dtype, pick_device, pick_dtype
@@ -80,13 +90,6 @@ class BenchmarksCommand:
     """Print one line of JSON, and the rest to the standard error."""
 
 
-HELP = Help(
-    usage="[NAME ...] [FLAGS]",
-    examples=("--quick", "decode moe", "--list", "peers --peer-python other/bin/python"),
-    main=tuple(field.name for field in dataclasses.fields(BenchmarksCommand)),
-)
-
-
 def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[..., Roofs] | None = None) -> int:
     """Run the command. Return its exit status.
 
@@ -94,7 +97,7 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Callable[.
         known: the questions by name.
         measure: returns the rates of a device.
     """
-    command = checked(parse(BenchmarksCommand, "benchmarks", args, help=HELP), known)
+    command = checked(parse(BenchmarksCommand, "benchmarks", args), known)
     console = Console(stderr=command.json)
     if not console.is_terminal:
         console.width = 120

@@ -1,4 +1,15 @@
-"""python -m dsmini.compare: is an idea better? Train pairs of runs, and say so with an interval."""
+"""python -m dsmini.compare: is an idea better? Train pairs of runs, and say so with an interval.
+
+Usage, then examples:
+
+    python -m dsmini.compare [BASE] [IDEA ...] [FLAGS]
+
+    python -m dsmini.compare --idea "model.n_mtp_layers=0" --small        # the toy without multi-token prediction
+    python -m dsmini.compare toy toy-mha --seeds 20
+    python -m dsmini.compare my_base.toml my_idea.py:make_model --seeds 10
+    python -m dsmini.compare docs/claims/mtp.toml --seeds 20
+    python -m dsmini.compare --report docs/claims
+"""
 
 import json
 import math
@@ -14,7 +25,7 @@ from rich.console import Console
 
 from dsmini.config.fields import require
 from dsmini.console.command import run, speaks
-from dsmini.console.commandline import Help, parse, refuse_twice
+from dsmini.console.commandline import parse, refuse_twice
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.reading import find_config, read_toml
@@ -61,26 +72,13 @@ class CompareCommand:
     """Print the answer as a line of JSON, and all else to the standard error."""
 
 
-HELP = Help(
-    usage="[BASE] [IDEA ...] [FLAGS]",
-    examples=(
-        '--idea "model.n_mtp_layers=0" --small        # the toy without multi-token prediction',
-        "toy toy-mha --seeds 20",
-        "my_base.toml my_idea.py:make_model --seeds 10",
-        "docs/claims/mtp.toml --seeds 20",
-        "--report docs/claims",
-    ),
-    main=("idea", "seeds", "margin", "small", "set", "jobs", "out", "report", "json"),
-)
-
-
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     words: list[str] = []
     rest = list(args)
     while rest and not rest[0].startswith("-"):
         words.append(rest.pop(0))
-    command = parse(CompareCommand, "dsmini.compare", rest, help=HELP)
+    command = parse(CompareCommand, "dsmini.compare", rest)
     console = Console(stderr=command.json, quiet=not speaks())
     _refuse(command, words, rest)
     if command.report is not None:

@@ -1,4 +1,15 @@
-"""python -m dsmini.convert: write a trained or a published model as a folder that others load."""
+"""python -m dsmini.convert: write a trained or a published model as a folder that others load.
+
+Usage, then examples:
+
+    python -m dsmini.convert SRC DST [FLAGS], or SRC --check
+
+    python -m dsmini.convert runs/toy-001 exported
+    python -m dsmini.convert runs/toy-001/checkpoints/step-001450 exported --dtype bfloat16
+    python -m dsmini.convert DeepSeek-V2-Lite v2-lite-fp8 --fp8 --shard-size 2GB
+    python -m dsmini.convert runs/toy-001 sparse --dsa
+    python -m dsmini.convert DeepSeek-V3 --check --report v3.json
+"""
 
 import json
 import time
@@ -18,7 +29,7 @@ from dsmini.checkpoint.run_folder import find_model, is_model_folder, run_tokeni
 from dsmini.config import RunConfig
 from dsmini.config.fields import require
 from dsmini.console.command import run
-from dsmini.console.commandline import Help, parse
+from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.reading import read_text
@@ -71,22 +82,13 @@ class ConvertCommand:
 WRITING = ("fp8", "fp4", "shard_size", "average", "dsa", "index_n_heads", "index_head_dim", "index_topk", "json")
 """Fields that have no meaning with --check."""
 
-HELP = Help(
-    usage="SRC DST [FLAGS], or SRC --check",
-    examples=(
-        "runs/toy-001 exported",
-        "runs/toy-001/checkpoints/step-001450 exported --dtype bfloat16",
-        "DeepSeek-V2-Lite v2-lite-fp8 --fp8 --shard-size 2GB",
-        "runs/toy-001 sparse --dsa",
-        "DeepSeek-V3 --check --report v3.json",
-    ),
-    main=("src", "dst", "check", "report", "fp8", "dtype", "shard_size", "average", "dsa", "json"),
-)
+MAIN = ("src", "dst", "check", "report", "fp8", "dtype", "shard_size", "average", "dsa", "json")
+"""Fields that --help lists."""
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(ConvertCommand, "dsmini.convert", args, help=HELP)
+    command = parse(ConvertCommand, "dsmini.convert", args, main=MAIN)
     # what loads torch is imported after --help
     import torch
 

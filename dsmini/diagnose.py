@@ -1,4 +1,14 @@
-"""python -m dsmini.diagnose: is data, the algorithm or the machine the bottleneck? Predicted, then measured."""
+"""python -m dsmini.diagnose: is data, the algorithm or the machine the bottleneck? Predicted, then measured.
+
+Usage, then examples:
+
+    python -m dsmini.diagnose [FILE.toml | RUN] [FLAGS]
+
+    python -m dsmini.diagnose                         # training by the default run
+    python -m dsmini.diagnose configs/toy.toml --quick
+    python -m dsmini.diagnose runs/toy-001 --out diagnosis
+    python -m dsmini.diagnose runs/toy-001 --work decode --context 128 --batch 4
+"""
 
 import dataclasses
 import json
@@ -13,7 +23,7 @@ from rich.console import Console
 
 from dsmini.atomic import check_folder, write_json, write_text
 from dsmini.console.command import run
-from dsmini.console.commandline import Help, parse
+from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.reading import find_config
@@ -67,21 +77,13 @@ class DiagnoseCommand:
             raise ValueError(f"--batch {self.batch} is not from 1 to {MOST_BATCH}; use for example 8")
 
 
-HELP = Help(
-    usage="[FILE.toml | RUN] [FLAGS]",
-    examples=(
-        "                        # training by the default run",
-        "configs/toy.toml --quick",
-        "runs/toy-001 --out diagnosis",
-        "runs/toy-001 --work decode --context 128 --batch 4",
-    ),
-    main=("work", "context", "batch", "quick", "fresh", "rounds", "only", "out", "json"),
-)
+MAIN = ("work", "context", "batch", "quick", "fresh", "rounds", "only", "out", "json")
+"""Fields that --help lists."""
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(DiagnoseCommand, "dsmini.diagnose", args, help=HELP)
+    command = parse(DiagnoseCommand, "dsmini.diagnose", args, main=MAIN)
     from dsmini import ops
 
     ops.check_forced()

@@ -1,11 +1,18 @@
-"""python -m dsmini.explain: show which backend runs each operation on this machine, and why no kernel does."""
+"""python -m dsmini.explain: show which backend runs each operation on this machine, and why no kernel does.
+
+Usage, then examples:
+
+    python -m dsmini.explain [FLAGS]
+
+    python -m dsmini.explain
+"""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsmini.console.command import run
-from dsmini.console.commandline import Help, parse
+from dsmini.console.commandline import parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +26,9 @@ class ExplainCommand:
     """Print a line of JSON instead: for each operation its backend, and the reason if that is not a kernel."""
 
 
-HELP = Help(usage="[FLAGS]", examples=("",), main=("json",))
-
-
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(ExplainCommand, "dsmini.explain", args, help=HELP)
+    command = parse(ExplainCommand, "dsmini.explain", args)
     # these three declare all operations
     import dsmini.inference.fused
     import dsmini.nn

@@ -1,4 +1,13 @@
-"""python -m dsmini.generate: continue texts, or hold a conversation, with a trained or a published model."""
+"""python -m dsmini.generate: continue texts, or hold a conversation, with a trained or a published model.
+
+Usage, then examples:
+
+    python -m dsmini.generate [RUN_OR_FOLDER] [FLAGS]
+
+    python -m dsmini.generate            # the newest run, or the trained toy
+    python -m dsmini.generate runs/toy-001 --prompt 'def ' 'class ' --speculative
+    python -m dsmini.generate DeepSeek-V2-Lite-Chat --chat
+"""
 
 import json
 import sys
@@ -16,7 +25,7 @@ from rich.console import Console
 from dsmini.checkpoint.run_folder import TOY, find_model, is_model_folder, run_tokenizer
 from dsmini.config.fields import require
 from dsmini.console.command import complain, run
-from dsmini.console.commandline import Help, parse, refuse_twice
+from dsmini.console.commandline import parse, refuse_twice
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.distributed.failure import tell
@@ -88,23 +97,16 @@ class GenerateCommand:
     """Also after the answers of --chat: print the tokens, the time and the size of the cache in two lines."""
 
 
-HELP = Help(
-    usage="[RUN_OR_FOLDER] [FLAGS]",
-    examples=(
-        "           # the newest run, or the trained toy",
-        "runs/toy-001 --prompt 'def ' 'class ' --speculative",
-        "DeepSeek-V2-Lite-Chat --chat",
-    ),
-    main=(
-        *("model", "prompt", "prompt_file", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop"),
-        *("seed", "speculative", "chat", "system", "context", "json"),
-    ),
+MAIN = (
+    *("model", "prompt", "prompt_file", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop"),
+    *("seed", "speculative", "chat", "system", "context", "json"),
 )
+"""Fields that --help lists."""
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(GenerateCommand, "dsmini.generate", args, help=HELP)
+    command = parse(GenerateCommand, "dsmini.generate", args, main=MAIN)
     from dsmini import ops
 
     ops.check_forced()

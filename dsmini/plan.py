@@ -1,4 +1,15 @@
-"""python -m dsmini.plan: predict memory, time, traffic, cost and failures of a model, and explain each figure."""
+"""python -m dsmini.plan: predict memory, time, traffic, cost and failures of a model, and explain each figure.
+
+Usage, then examples:
+
+    python -m dsmini.plan CONFIG [FLAGS]
+
+    python -m dsmini.plan deepseek-v3 --hardware h800
+    python -m dsmini.plan configs/deepseek-v3.toml --gpus 1024 --search
+    python -m dsmini.plan configs/deepseek-v3.toml --vary kv_lora_rank=128,256,512 hardware=h100,h800 --out plan
+    python -m dsmini.plan configs/toy.toml --hardware this --explain list
+    python -m dsmini.plan --compare deepseek-v3 deepseek-v3.2 kimi-k2 --gpus 2048
+"""
 
 import dataclasses
 import json
@@ -14,7 +25,7 @@ from rich.console import Console
 
 from dsmini.atomic import check_folder
 from dsmini.console.command import run
-from dsmini.console.commandline import Help, parse
+from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.planner.request import PlanRequest
@@ -58,26 +69,17 @@ class PlanCommand(PlanRequest):
     """Print the figures as a line of JSON, and everything else on the standard error."""
 
 
-HELP = Help(
-    usage="CONFIG [FLAGS]",
-    examples=(
-        "deepseek-v3 --hardware h800",
-        "configs/deepseek-v3.toml --gpus 1024 --search",
-        "configs/deepseek-v3.toml --vary kv_lora_rank=128,256,512 hardware=h100,h800 --out plan",
-        "configs/toy.toml --hardware this --explain list",
-        "--compare deepseek-v3 deepseek-v3.2 kimi-k2 --gpus 2048",
-    ),
-    main=(
-        *("hardware", "gpus", "days", "pipeline", "expert", "tensor", "zero", "recompute", "precision"),
-        *("batch", "seq_len", "tokens", "context", "tpot", "ttft", "weight_dtype", "cache_dtype", "decode_gpus"),
-        *("all", "search", "vary", "explain", "depth", "compare", "fresh", "out", "json"),
-    ),
+MAIN = (
+    *("hardware", "gpus", "days", "pipeline", "expert", "tensor", "zero", "recompute", "precision"),
+    *("batch", "seq_len", "tokens", "context", "tpot", "ttft", "weight_dtype", "cache_dtype", "decode_gpus"),
+    *("all", "search", "vary", "explain", "depth", "compare", "fresh", "out", "json"),
 )
+"""Fields that --help lists."""
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(PlanCommand, "dsmini.plan", args, help=HELP)
+    command = parse(PlanCommand, "dsmini.plan", args, main=MAIN)
     if sys.flags.optimize > 1:
         raise ValueError("a plan explains figures by docstrings, which python -OO leaves out; run it without -OO")
     if command.config is not None:

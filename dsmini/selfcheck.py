@@ -1,4 +1,13 @@
-"""python -m dsmini.selfcheck: try dsmini on this machine, and print a report to paste into an issue."""
+"""python -m dsmini.selfcheck: try dsmini on this machine, and print a report to paste into an issue.
+
+Usage, then examples:
+
+    python -m dsmini.selfcheck [FLAGS]
+
+    python -m dsmini.selfcheck
+    python -m dsmini.selfcheck --only kernels model
+    python -m dsmini.selfcheck --device cpu
+"""
 
 import contextlib
 import importlib
@@ -21,7 +30,7 @@ from rich.console import Console
 
 from dsmini.config.fields import require
 from dsmini.console.command import run
-from dsmini.console.commandline import Help, parse
+from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import patience
 from dsmini.reading import brief
@@ -53,11 +62,6 @@ class SelfcheckCommand:
     """Run the checks in this process, where a crash ends them all."""
     json: bool = False
     """Print a line of JSON for each check instead of the report."""
-
-
-HELP = Help(
-    usage="[FLAGS]", examples=("", "--only kernels model", "--device cpu"), main=("only", "device", "here", "json")
-)
 
 
 class SkippedError(Exception):
@@ -236,7 +240,7 @@ def _trained(launch: list[str], device: str, flags: str) -> list[dict[str, Any]]
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(SelfcheckCommand, "dsmini.selfcheck", args, help=HELP)
+    command = parse(SelfcheckCommand, "dsmini.selfcheck", args)
     for name in command.only:
         if name not in CHECKS:
             raise ValueError(f"unknown check {brief(name)}; there are {', '.join(CHECKS)}")

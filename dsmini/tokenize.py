@@ -1,4 +1,12 @@
-"""python -m dsmini.tokenize: train a byte-pair encoding on a corpus."""
+"""python -m dsmini.tokenize: train a byte-pair encoding on a corpus.
+
+Usage, then examples:
+
+    python -m dsmini.tokenize [FILE_OR_FOLDER] [FLAGS]
+
+    python -m dsmini.tokenize book.txt --vocab-size 1024
+    python -m dsmini.tokenize notes --out notes.json
+"""
 
 import json
 import shlex
@@ -15,7 +23,7 @@ from dsmini.atomic import try_writing, write_text
 from dsmini.config import DataConfig
 from dsmini.config.fields import require
 from dsmini.console.command import interruptible, run
-from dsmini.console.commandline import Help, parse
+from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.data.documents import find, measure, notes, read_first, read_texts, split
@@ -48,16 +56,9 @@ class TokenizeCommand:
     """Print the figures as a line of JSON, and everything else to the standard error."""
 
 
-HELP = Help(
-    usage="[FILE_OR_FOLDER] [FLAGS]",
-    examples=("book.txt --vocab-size 1024", "notes --out notes.json"),
-    main=("corpus", "vocab_size", "out", "val_fraction", "json"),
-)
-
-
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(TokenizeCommand, "dsmini.tokenize", args, help=HELP)
+    command = parse(TokenizeCommand, "dsmini.tokenize", args)
     console = Console(stderr=command.json)
     config = DataConfig(path=command.corpus, val_fraction=command.val_fraction)
     source = find(config.path)

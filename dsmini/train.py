@@ -1,4 +1,15 @@
-"""python -m dsmini.train: train a model on a text and show what it learned."""
+"""python -m dsmini.train: train a model on a text and show what it learned.
+
+Usage, then examples:
+
+    python -m dsmini.train [FILE.toml] [FLAGS]
+
+    python -m dsmini.train                  # a small model, about 7 minutes
+    python -m dsmini.train --data.path book.txt --train.optimizer muon
+    python -m dsmini.train configs/toy-mha.toml --model.n-layers 6
+    python -m dsmini.train --out runs/mine --resume auto --train.tensorboard
+    torchrun --nproc-per-node 4 -m dsmini.train --parallel.ep 2
+"""
 
 import dataclasses
 import json
@@ -14,7 +25,7 @@ from rich.console import Console
 from dsmini.atomic import write_json, write_text
 from dsmini.config import RunConfig
 from dsmini.console.command import run, speaks
-from dsmini.console.commandline import Help, parse, take_file, take_folder
+from dsmini.console.commandline import parse, take_file, take_folder
 from dsmini.console.messages import say
 from dsmini.distributed.failure import tell
 from dsmini.distributed.meeting import launcher
@@ -47,31 +58,22 @@ class TrainCommand(RunConfig):
     """Print the final figures as a line of JSON, and all else to the standard error."""
 
 
-HELP = Help(
-    usage="[FILE.toml] [FLAGS]",
-    examples=(
-        "                 # a small model, about 7 minutes",
-        "--data.path book.txt --train.optimizer muon",
-        "configs/toy-mha.toml --model.n-layers 6",
-        "--out runs/mine --resume auto --train.tensorboard",
-        "torchrun --nproc-per-node 4 -m dsmini.train --parallel.ep 2",
-    ),
-    main=(
-        "data.path",
-        "out",
-        "model.dim",
-        "train.steps",
-        "train.batch_size",
-        "train.optimizer",
-        "train.lr",
-        "train.compile",
-        "train.device",
-        "parallel.pp",
-        "parallel.ep",
-        "resume",
-        "init",
-    ),
+MAIN = (
+    "data.path",
+    "out",
+    "model.dim",
+    "train.steps",
+    "train.batch_size",
+    "train.optimizer",
+    "train.lr",
+    "train.compile",
+    "train.device",
+    "parallel.pp",
+    "parallel.ep",
+    "resume",
+    "init",
 )
+"""Fields that --help lists."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -161,7 +163,7 @@ def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand, bool]:
     if auto and resume:  # the file may name another folder, as a run's config.toml does
         origin = dataclasses.replace(origin, config=dataclasses.replace(origin.config, out=resume))
     default = TrainCommand(**_fields(origin.config), resume=resume, init=init)
-    return origin, parse(TrainCommand, "dsmini.train", rest, HELP, default), auto
+    return origin, parse(TrainCommand, "dsmini.train", rest, main=MAIN, default=default), auto
 
 
 def _fields(config: RunConfig) -> dict[str, Any]:

@@ -1,5 +1,13 @@
 """python -m dsmini.vectors: write tiny models with all that they compute, to test another engine by.
 
+Usage, then examples:
+
+    python -m dsmini.vectors OUT [FLAGS]
+
+    python -m dsmini.vectors vectors
+    python -m dsmini.vectors vectors --config v4
+    python -m dsmini.vectors vectors && python vectors/v4/check.py mine.safetensors
+
 Each generation gets a folder: a random model in the official layout, inputs, and what the plain equations of nn/ make
 of them, tensor by tensor in the order of computation. A checker goes with it, which needs numpy and safetensors alone.
 """
@@ -15,7 +23,7 @@ from rich.console import Console
 from dsmini.atomic import new_folder
 from dsmini.config.fields import require
 from dsmini.console.command import run
-from dsmini.console.commandline import Help, parse
+from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.reading import brief
@@ -35,16 +43,9 @@ class VectorsCommand:
     """Generations, of v3, v3.2, v4 and glm-5.2; left out: all."""
 
 
-HELP = Help(
-    usage="OUT [FLAGS]",
-    examples=("vectors", "vectors --config v4", "vectors && python vectors/v4/check.py mine.safetensors"),
-    main=("out", "config"),
-)
-
-
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    command = parse(VectorsCommand, "dsmini.vectors", args, help=HELP)
+    command = parse(VectorsCommand, "dsmini.vectors", args)
     # what loads torch is imported after --help
     from dsmini.checkpoint.save import refuse_filled
     from dsmini.checkpoint.vectors import GENERATIONS, write

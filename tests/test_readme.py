@@ -68,7 +68,7 @@ def test_every_command_of_a_page_has_known_flags_and_files() -> None:
         wrong += [word for word in words if word.startswith("configs/") and not (ROOT / word).exists()]
         module = importlib.import_module(f"dsmini.{name}")
         try:
-            parse(getattr(module, f"{name.capitalize()}Command"), name, words, module.HELP)
+            parse(getattr(module, f"{name.capitalize()}Command"), name, words)
         except ValueError as error:
             if "unknown flag" in str(error):
                 wrong.append(f"{name} {arguments}: {error}")

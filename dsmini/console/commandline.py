@@ -12,7 +12,6 @@ import sys
 import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -22,18 +21,6 @@ from dsmini.console.command import speaks
 from dsmini.reading import brief
 
 C = TypeVar("C")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Help:
-    """The screen of --help for a command with more flags than fit one; --help-all shows all flags."""
-
-    usage: str
-    """Words after python -m dsmini.NAME."""
-    examples: tuple[str, ...]
-    """Command lines after python -m dsmini.NAME, or whole ones that begin with torchrun; a comment may follow."""
-    main: tuple[str, ...]
-    """Fields to list, such as "train.steps"; their docstrings explain them."""
 
 
 def take_file(args: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -70,18 +57,20 @@ def refuse_twice(args: Sequence[str], *flags: str) -> None:
         raise ValueError(f"{twice[0]} given twice; write all after one: {twice[0]} A B, each in quotes")
 
 
-def parse(kind: type[C], name: str, args: Sequence[str], help: Help, default: C | None = None) -> C:
+def parse(
+    kind: type[C], name: str, args: Sequence[str], *, main: Sequence[str] | None = None, default: C | None = None
+) -> C:
     """Read the arguments into a dataclass; explain a wrong one and exit with status 2.
 
     Args:
         name: the command module, as in python -m NAME.
-        help: the screen for --help; --help-all explains every flag.
+        main: fields that --help lists, such as "train.steps"; None: all. --help-all explains every flag.
         default: the values that flags change; None: the dataclass's own defaults.
     """
     prog = f"python -m {name}"
     if {"-h", "--help"} & set(args):
         if speaks():
-            print(short_help(kind, prog, help, default))
+            print(short_help(kind, prog, main, default))
         sys.exit(0)
     if args[:1] == [""]:
         raise ValueError(f"the first argument is empty; see {prog} --help")
@@ -94,7 +83,7 @@ def parse(kind: type[C], name: str, args: Sequence[str], help: Help, default: C 
     except SystemExit as stop:
         if not stop.code:
             raise
-        usage = f"an argument is missing or wrong; want {prog} {help.usage}"
+        usage = f"an argument is missing or wrong; want {calls_of(kind, prog)[0]}"
         raise ValueError(_said_by_a_check(stop) or usage) from None
     if extra:
         raise ValueError(f"unexpected {brief(extra[0])}; leave it out, or see {prog} --help")
@@ -198,24 +187,25 @@ def _is_positional(hint: Any) -> bool:
     return tyro.conf.Positional in getattr(hint, "__metadata__", ())
 
 
-def short_help(kind: type, prog: str, help: Help, default: Any = None, width: int | None = None) -> str:
-    """Return a screen of help: usage, examples, and the main flags as one would type them, each with its default.
-
-    Args:
-        width: columns of the screen; None: the terminal's.
-    """
-    width = width or min(shutil.get_terminal_size().columns, 120)
+def short_help(kind: type, prog: str, main: Sequence[str] | None = None, default: Any = None) -> str:
+    """Return a screen of help: usage, examples, and the main flags as one would type them, each with its default."""
+    width = min(shutil.get_terminal_size().columns, 120)
     fields = {path: (flag, said) for path, flag, said in flags(kind, default)}
-    shown = [fields[path] for path in help.main]
+    shown = [fields[path] for path in main or fields]
     column = max(len(flag) for flag, _ in shown) + 2
     about = (kind.__doc__ or "").partition("\n")[0]
-    lines = [f"usage: {prog} {help.usage}", *textwrap.wrap(about, width), ""]
-    whole = [example if example.startswith("torchrun") else f"{prog} {example}".rstrip() for example in help.examples]
-    lines += [f"  {example}" for example in whole] + [""]
+    usage, *examples = calls_of(kind, prog)
+    lines = [f"usage: {usage}", *textwrap.wrap(about, width), "", *(f"  {example}" for example in examples), ""]
     for flag, said in shown:
         sentence = said.partition(". ")[0].rstrip(".")
         lines.append(f"  {flag:{column}}{textwrap.shorten(sentence, max(width - column - 2, 10), placeholder='...')}")
     return "\n".join([*lines, f"All {len(fields)} in full: {prog} --help-all"])
+
+
+def calls_of(kind: type, prog: str) -> list[str]:
+    """Return the usage of a command, then its examples: the indented lines of its module's docstring, of its source."""
+    said = ast.get_docstring(ast.parse(inspect.getsource(sys.modules[kind.__module__])), clean=False) or ""
+    return [line.strip() for line in said.splitlines() if line.startswith(" ")] or [f"{prog} [FLAGS]"]
 
 
 def flags(kind: type, default: Any = None, prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -19,7 +19,7 @@ from rich.console import Console
 import dsmini
 from dsmini.__main__ import COMMANDS, main
 from dsmini.console.command import outcome_of
-from dsmini.console.commandline import Help, flags, parse
+from dsmini.console.commandline import flags, parse
 from dsmini.console.messages import printable, say
 from tests.conftest import SMALL
 from tests.helpers.commands import ROOT, run_all, run_apart
@@ -99,9 +99,8 @@ def test_flags_leave_a_value_out_by_the_word_of_configs() -> None:
         rate: float | None = 0.5
         """Rate."""
 
-    nothing = Help(usage="", examples=(), main=())
     for words in (["--threads", "none", "--rate=none"], ["--threads=None", "--rate", "None"]):
-        assert parse(Command, "try", words, nothing, Command()) == Command(threads=None, rate=None)
+        assert parse(Command, "try", words, default=Command()) == Command(threads=None, rate=None)
 
 
 def test_script_is_installed_as_dsmini() -> None:
