@@ -246,16 +246,18 @@ def test_a_step_by_other_code_is_priced_as_what_it_runs() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("work", ["training", "prefill", "decode"])
 def test_forecast_is_near_what_a_step_takes(work: Work) -> None:
-    """Allow a factor of two between the fastest of each, in turns and on one thread: tests of other processes run too.
+    """Allow a factor of two between the fastest of each, in turns and on one thread, until they agree or 12 rounds end.
 
-    Prices are measured now: stored ones are of a quiet hour.
+    Prices are measured now: stored ones are of a quiet hour, and here tests of other processes run too.
     """
     config = dataclasses.replace(TINY, dim=512, inter_dim=1024, moe_inter_dim=256, max_seq_len=256)
     shape = shape_of(work, config, tokens=192)
     expected, taken = [], []
     with on_threads(1):
-        for _ in range(2 if work == "training" else 4):
+        for _ in range(12):
             expected.append(Prices.under(load_or_measure(CPU), fresh=True).forecast(shape).seconds)
             turns = in_turns({"step": shape.make(CPU)}, count=100 if work == "decode" else 8)
             taken += turns.seconds["step"]
+            if min(taken) / 2 < min(expected) < 2 * min(taken):
+                break
     assert min(taken) / 2 < min(expected) < 2 * min(taken)
