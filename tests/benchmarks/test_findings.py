@@ -112,6 +112,7 @@ def test_figures_of_a_step_are_over_its_bytes_and_flops(monkeypatch: pytest.Monk
     counted: list[Count] = []
     monkeypatch.setattr(question, "read_bandwidth", lambda device: 9e9)
     monkeypatch.setattr(models, "QUICK", TINY)
+    monkeypatch.setattr(question.Setting, "predicted", lambda *_: {"step": 0.5})
     monkeypatch.setattr(steps, "count", lambda *args: (counted.append(count(*args)), counted[-1])[1])
 
     def measured_at(rate: float) -> dict[str, question.Figure]:
@@ -124,7 +125,8 @@ def test_figures_of_a_step_are_over_its_bytes_and_flops(monkeypatch: pytest.Monk
     figures = measured_at(9e9)
     assert figures["bandwidth"].measured == pytest.approx(9e9) and figures["bandwidth"].bound
     moved = sum(op.cold for op in counted[-1].operations)
-    assert figures["tokens_per_s"].measured == pytest.approx(16 / (moved / 9e9)) and figures["tokens_per_s"].predicted
+    rate = figures["tokens_per_s"]
+    assert rate.measured == pytest.approx(16 / (moved / 9e9)) and rate.predicted == 32
     for metric, total in (("bytes_per_token", counted[-1].bytes), ("flops_per_token", counted[-1].flops)):
         least = figures[metric].predicted
         assert figures[metric].measured == pytest.approx(total / 16) and least and least <= total / 16
