@@ -155,7 +155,7 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Ans
     with progress("choosing a layout"):
         plan = make_plan(command, model, hardware)
     if command.explain is not None:
-        return pages.explained(plan.figures, command.explain, console.width, command.depth)
+        return pages.explained(plan, command.explain, console.width, command.depth)
     if command.search:
         with progress("searching layouts") as bar:
             return pages.searched(plan, line, bar.update)

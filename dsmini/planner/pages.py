@@ -31,8 +31,6 @@ from dsmini.report.units import human, in_words, plural
 
 Record = dict[str, Any]
 FILES = ("plan.html", "plan.json")
-UNFIT = "! "
-"""Mark of a figure whose plan does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +110,7 @@ def _training(plan: Plan) -> list[str]:
     share = f"{100 * f['effective_share']:.3g} % of the time is training, {f['elapsed_time']} in all."
     lines.append(f"a failure every {f['mean_time_to_failure']}: {share}")
     cost = ""
-    if plan.priced and "training_cost" in f:
+    if "training_cost" in f:
         most = f["training_cost"] * (plan.hardware.price_most or 0) / (plan.hardware.price or 1)
         cost = f" and {f['training_cost']}" + (f" to {human(most, '$')}" if most > f["training_cost"] else "")
     by = "from the predicted parts of a step" if r.utilization is None else f"as {how['utilization']} says"
@@ -206,8 +204,8 @@ def plan_record(plan: Plan) -> Record:
         "serving": plan.request.given((*SERVING, "acceptance")) if found else {},
         "deployments": {
             phase: {
-                "points": {name: point_record(each) for name, each in of.points.items()},
-                "front": [point_record(each) for each in of.front],
+                "points": {name: point_record(each, plan.priced) for name, each in of.points.items()},
+                "front": [point_record(each, plan.priced) for each in of.front],
                 "bound": {"least_time": of.least_time, "gpu_tokens_per_second": of.most},
                 "left_out": dict(of.rejected),
             }
@@ -222,10 +220,11 @@ def plan_record(plan: Plan) -> Record:
     }
 
 
-def point_record(each: Served) -> Record:
+def point_record(each: Served, priced: bool) -> Record:
     """Return a deployment with what it gives, in base units."""
-    names = ("time", "least_time", "gpu_tokens_per_second", "most_gpu_tokens_per_second", "cost", "cost_most")
-    return plain(asdict(each.d) | {name: getattr(each, name) for name in names})
+    names = ("time", "least_time", "gpu_tokens_per_second", "most_gpu_tokens_per_second")
+    costs = {name: getattr(each, name) if priced else None for name in ("cost", "cost_most")}
+    return plain(asdict(each.d) | {name: getattr(each, name) for name in names} | costs)
 
 
 def figures_record(figures: Figures) -> Record:
@@ -238,9 +237,7 @@ def sections(plan: Plan) -> list[Section]:
     found: list[Section] = []
     for name, (main, *lines) in lines_of(plan).items():
         of = plan.sections.get(name, {})
-        shown = [key for key, f in of.items() if f.main and f and (plan.priced or not f.unit.startswith("$"))]
-        if name == "training" and not plan.fits:
-            shown = [key for key in shown if "memory" in key]
+        shown = [key for key, f in of.items() if f.main and f]
         others = [key for key, f in of.items() if f.formula and key not in shown]
         front = next((found for phase, found in plan.found.items() if phase == name), None)
         section = Section(
@@ -323,14 +320,18 @@ def plan_page(plan: Plan, command: str, more: Sequence[Section]) -> Report:
 # --- one figure
 
 
-def explained(figures: Figures, name: str, width: int, depth: int | None = None) -> Answer:
+def explained(of: Plan | Figures, name: str, width: int, depth: int | None = None) -> Answer:
     """Return the explanation of a figure, or all names for "list".
 
     Args:
+        of: plan, or figures of a model alone.
         depth: most formulas between a figure and this one.
 
-    Raises: ValueError for an unknown figure, with the nearest known ones.
+    Raises: ValueError for an unknown figure, with the nearest known ones, and for one of what does not fit.
     """
+    figures = of.figures if isinstance(of, Plan) else of
+    if isinstance(of, Plan) and name not in figures and any(name in every for every in of.every.values()):
+        raise ValueError(f"{name} has no value: {next(iter(of.misfit.values()))}")
     if name == "list":
         lines = [f"{key:32} {figure!s:>24}  {figure.title}" for key, figure in figures.items()]
         return Answer(record=figures_record(figures), lines=[f"{len(figures)} figures and inputs", *lines])
@@ -393,7 +394,7 @@ def varied(plan: Plan, texts: Sequence[str], names: Sequence[str], command: str,
     title = f"What changes with {', '.join(name for name, _ in axes)}?"
     finding = "The layout of training stays; deployments are searched again for each, where you left them open."
     section = _comparison(title, finding, variants, names, plan.unserved)
-    return _side(variation_record(variants, names), [heading(plan)], section, plan, command)
+    return _side(variation_record(variants, names), [heading(plan)], section, plan, command, _status(variants))
 
 
 def compare(request: PlanRequest, models: Sequence[Model], command: str, on_part: OnPart = quiet) -> Answer:
@@ -409,13 +410,18 @@ def compare(request: PlanRequest, models: Sequence[Model], command: str, on_part
     finding += "config, or --tokens for all. Deployments are the cheapest in time of a search for each."
     section = _comparison(title, finding, variants, names)
     first = next(each.plan for each in variants if each.plan is not None)
-    return _side(variation_record(variants, names), [], section, first, command)
+    return _side(variation_record(variants, names), [], section, first, command, _status(variants))
 
 
-def _side(record: Record, lines: Sequence[str], section: Section, plan: Plan, command: str) -> Answer:
+def _status(variants: Sequence[Variant]) -> int:
+    """Return 0 where a variant fits, else 2."""
+    return 0 if any(each.plan is not None and not each.plan.misfit for each in variants) else 2
+
+
+def _side(record: Record, lines: Sequence[str], section: Section, plan: Plan, command: str, status: int = 0) -> Answer:
     """Return an answer that is a section next to a plan's page."""
     page = functools.partial(plan_page, plan, command, [section])
-    return Answer(record=record, lines=lines, sections=[section], page=page)
+    return Answer(record=record, lines=lines, sections=[section], page=page, status=status)
 
 
 def _comparison(
@@ -428,30 +434,20 @@ def _comparison(
     """
     made = [(each, each.plan) for each in variants if each.plan is not None]
 
-    def cell(plan: Plan, name: str) -> str:
-        found = plan.figures.get(name)
-        misfit = found is not None and found.formula and not plan.fits and name in plan.sections["training"]
-        return "" if found is None else f"{UNFIT if misfit else ''}{found}"
-
-    titles = [next(f.title for _, p in made if (f := p.figures.get(name)) is not None) for name in names]
-    titles = [
-        f"{name.partition('_')[0]}: {t}" if name.startswith(PHASES) else t
-        for name, t in zip(names, titles, strict=True)
-    ]
-    columns = [each.at for each, _ in made]
-    rows = [(said, *(cell(p, name) for _, p in made)) for said, name in zip(titles, names, strict=True)]
+    columns, rows = [each.at for each, _ in made], list[tuple[str, ...]]()
+    for name in names:
+        of = [p.figures.get(name) for _, p in made]
+        said = next((f.title for f in of if f is not None), None)  # None: of nothing that fits
+        phase = f"{name.partition('_')[0]}: " if name.startswith(PHASES) else ""
+        rows += [(f"{phase}{said}", *("" if f is None else str(f) for f in of))] if said else []
     warnings = [f"{each.at}: {each.problem}" for each in variants if each.problem]
     warnings += [
         f"{each.at}: serving is not planned: {p.unserved}" for each, p in made if p.unserved not in ("", unserved)
     ]
-    warnings += [
-        f"{each.at}: does not fit: {said}" for each, p in made for n, said in p.misfit.items() if n != "training"
-    ]
+    warnings += [f"{each.at}: {n} does not fit: {said}" for each, p in made for n, said in p.misfit.items()]
     unpriced = sorted({p.hardware.name for _, p in made if p.hardware.price is None})
     if unpriced and any(p.hardware.price for _, p in made):
         warnings.append(f"no price of {', '.join(unpriced)} is published; --price, in dollars an hour, adds costs")
-    if any(cell.startswith(UNFIT) for row in rows for cell in row):
-        warnings.append("! does not fit into the memory of a GPU")
     table = Table(columns=("", *columns), rows=rows, numeric=columns)
     return Section(name="variation_section", title=title, finding=finding, tables=[table], warnings=warnings)
 
@@ -462,7 +458,7 @@ def variation_record(variants: Sequence[Variant], names: Sequence[str]) -> Recor
     for each in variants:
         found: Record = {**each.values, "problem": each.problem or None}
         if each.plan is not None:
-            found["fits"] = each.plan.fits
+            found |= {"fits": each.plan.fits, "misfit": each.plan.misfit}
             found |= {name: f.plain for name in names if (f := each.plan.figures.get(name)) is not None}
         plans.append(found)
     return {"plans": plans}

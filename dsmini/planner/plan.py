@@ -33,7 +33,7 @@ from typing import Any
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
 from dsmini.planner.deployments import Found, resolve, search
-from dsmini.planner.figure import Figure, Figures, check_name, figures_of
+from dsmini.planner.figure import Figure, Figures, check_name, figures_of, needed
 from dsmini.planner.hardware import FIGURES, USER, Hardware, OnPart, load_hardware, quiet
 from dsmini.planner.model import CacheFigures, ModelFigures, model_figures, sizes_of
 from dsmini.planner.request import LAYOUT, SERVING, Inputs, Model, PlanRequest, presets
@@ -130,8 +130,9 @@ class Plan:
 
     @property
     def waits(self) -> dict[str, dict[str, float]]:
-        """Seconds of the parts of a step by their words: of training, and of decode and prefill."""
-        return {"training": self.training.parts} | {phase: each.waits for phase, each in self.served.items()}
+        """Seconds of the parts of a step by their words: of training, decode and prefill, as far as they fit."""
+        training = {"training": self.training.parts} if self.fits else {}
+        return training | {phase: each.waits for phase, each in self.served.items()}
 
     def longest(self, stage: str) -> list[str]:
         """Return the parts of a step, the longest first, which binds."""
@@ -139,12 +140,27 @@ class Plan:
 
     @cached_property
     def figures(self) -> Figures:
-        """All figures by name, and all inputs that they need."""
+        """Figures of all sections by name, and the inputs that they need."""
         return {name: figure for section in self.sections.values() for name, figure in section.items()}
 
     @cached_property
     def sections(self) -> dict[str, dict[str, Figure]]:
-        """Figures by section and name, and the inputs that they need."""
+        """Figures by section and name, and the inputs that they need.
+
+        Training that does not fit has those of its memory alone, and where anything does not fit nothing has a price.
+        """
+        found = self.every
+        if not self.fits:
+            of = found["training"]
+            names = [n for name in ("memory_needed", "memory_free") for n in needed(of, name)]
+            found = {**found, "training": {name: of[name] for name in names}}
+        if self.priced:
+            return found
+        return {name: {n: f for n, f in of.items() if f.unit[:1] != "$"} for name, of in found.items()}
+
+    @cached_property
+    def every(self) -> dict[str, dict[str, Figure]]:
+        """Figures by section and name, and the inputs that they need, also where their plan does not fit."""
         t, r = self.training, self.request
         training = [t, t.exchange, self.run, t.fullest, *([self.run.failures] if t.fits else [])]
         sizes = self.m.sizes | {name: self.inputs[name] for name in (*LAYOUT[:5], "micro_batch", "batch")}
@@ -349,7 +365,7 @@ def compared(variants: Sequence[Variant], names: Sequence[str] = ()) -> list[str
     """Return the names of the figures to compare. Raises: ValueError for unknown ones, and if nothing has a plan."""
     plans = [each.plan for each in variants if each.plan is not None]
     require(bool(plans), variants[0].problem)
-    known = {name for each in plans for name in each.figures}
+    known = {name for each in plans for of in each.every.values() for name in of}
     for name in names:
         check_name(known, name)
     values_of = {name: {float(each.figures[name]) for each in plans if name in each.figures} for name in COMPARED}

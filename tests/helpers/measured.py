@@ -13,6 +13,7 @@ from dsmini.planner.model import ModelFigures
 from dsmini.planner.plan import make_plan
 from dsmini.planner.request import Inputs, Model, PlanRequest, known_config
 from dsmini.planner.serving import Deployment, Phase, Served, Service, serve
+from tests.helpers.plans import every_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "measured.md"
@@ -155,7 +156,7 @@ def trained(row: Row) -> dict[str, float]:
     path = known_config(row.model)
     assert path is not None
     request = PlanRequest(hardware=row.hardware, gpus=row.gpus, precision=row.precision, batch=15360)
-    found = make_plan(request, Model.from_file(path), load_hardware(row.hardware)).figures
+    found = every_of(make_plan(request, Model.from_file(path), load_hardware(row.hardware)))
     tokens = found["step_tokens"] / (row.gpus or 1)
     return {"bound": tokens / found["least_step_seconds"], "estimate": tokens / found["step_seconds"]}
 

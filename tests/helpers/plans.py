@@ -68,10 +68,15 @@ def plan_of(words: str) -> Plan:
     return make_plan(request, model, hardware)
 
 
+def every_of(plan: Plan) -> dict[str, Figure]:
+    """Return the figures of a plan, and all inputs that they are computed from, by name, also where it does not fit."""
+    return {name: figure for of in plan.every.values() for name, figure in of.items()}
+
+
 @functools.cache
 def values_of(words: str) -> dict[str, float]:
-    """Return the figures of a plan, and all inputs that they are computed from, by name."""
-    return {name: float(figure) for name, figure in plan_of(words).figures.items()}
+    """Return the values of every_of."""
+    return {name: float(figure) for name, figure in every_of(plan_of(words)).items()}
 
 
 def trained_in(plan: Plan, **layout: Any) -> Training:
@@ -84,7 +89,7 @@ def trained_in(plan: Plan, **layout: Any) -> Training:
 def in_layout(plan: Plan, **layout: Any) -> dict[str, float]:
     """Return the training figures of a plan in another layout, as trained_in."""
     found = dataclasses.replace(plan, chosen=Chosen(trained_in(plan, **layout), "a test"))
-    return {name: float(figure) for name, figure in found.sections["training"].items()}
+    return {name: float(figure) for name, figure in found.every["training"].items()}
 
 
 FUNCTIONS = {"max": max, "min": min, "exp": math.exp, "sqrt": math.sqrt, "ceil": math.ceil, "floor": math.floor}

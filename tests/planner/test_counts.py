@@ -15,7 +15,7 @@ from dsmini.planner.plan import make_plan
 from dsmini.planner.request import Model, PlanRequest
 from dsmini.planner.serving import Deployment, Served, Service, ServingMemory
 from tests.helpers.configs import released
-from tests.helpers.plans import plan_of
+from tests.helpers.plans import every_of, plan_of
 from tests.helpers.strategies import model_configs
 
 H800 = load_hardware("h800")
@@ -85,7 +85,7 @@ def test_one_gpu_with_any_model_is_as_counted(config: ModelConfig, data: st.Data
     served = not (config.is_mla and config.qk_norm)
     request = PlanRequest(gpus=1, batch=12, tokens=1e9, **(work | ({} if served else dict.fromkeys(serving))))
     plan = make_plan(request, Model(config=config, source="a test"), H800)
-    found = {name: float(figure) for name, figure in plan.figures.items()}
+    found = {name: float(figure) for name, figure in every_of(plan).items()}
     counted = accounting.parameters(config)
     exact = {"parameters_main": counted.main, "mtp_parameters": counted.mtp, "parameters_total": counted.total}
     exact["parameters_active"] = counted.active

@@ -8,7 +8,7 @@ import pytest
 
 from dsmini.planner.figure import Figures
 from dsmini.planner.plan import COMPARED, changed, read_axis
-from tests.helpers.plans import computed, plan_of
+from tests.helpers.plans import computed, every_of, plan_of
 
 
 def written_out(words: str) -> str:
@@ -29,7 +29,7 @@ def test_each_formula_gives_its_figure(words: str) -> None:
     if words in CASES:
         changes = {name: value for name, (value,) in map(read_axis, CASES[words].split())}
         plans.append(changed(plans[0], changes, plans[0].hardware))
-    for figures in (plan.figures for plan in plans):
+    for figures in map(every_of, plans):
         values = {name: float(figure) for name, figure in figures.items()}
         named = {name: figure for name, figure in figures.items() if figure.formula}
         found = {name: computed(figure.formula, values) for name, figure in named.items()}
@@ -77,7 +77,7 @@ def of_formula(node: ast.AST, figures: Figures) -> dict[str, float] | None:
 @pytest.mark.parametrize("words", [*CASES, "deepseek-v3"])
 def test_units_of_formulas_are_those_of_figures(words: str) -> None:
     """Sums add like to like, and an amount over a rate is a time."""
-    figures = plan_of(words).figures
+    figures = every_of(plan_of(words))
     for name, figure in figures.items():
         if figure.formula and name not in SECONDS and figure:
             found = of_formula(ast.parse(figure.formula, mode="eval").body, figures)
@@ -85,7 +85,7 @@ def test_units_of_formulas_are_those_of_figures(words: str) -> None:
 
 
 def test_headlines_are_figures_of_some_plan() -> None:
-    every = [figure for words in KINDS for figure in plan_of(words).figures.values()]
+    every = [figure for words in KINDS for figure in every_of(plan_of(words)).values()]
     assert set(COMPARED) <= {figure.name for figure in every}
     main = {figure.name for figure in every if figure.main}
     assert {"kv_cache", "memory_needed", "training_cost", "decode_time", "prefill_cost"} <= main and len(main) > 60

@@ -17,7 +17,7 @@ from dsmini.planner.hardware import known_hardware
 from dsmini.planner.pages import FILES, Answer, ten_lines
 from dsmini.planner.plan import read_axis, vary
 from tests.helpers.pages import check_page, on_terminal
-from tests.helpers.plans import plan_of, values_of
+from tests.helpers.plans import every_of, plan_of, values_of
 
 V3 = "deepseek-v3 @invented"
 SMALL = "deepseek-v2-lite @invented gpus=8 batch=96 schedule=1f1b precision=bf16 micro_batch=1 zero=1"
@@ -95,11 +95,14 @@ def test_every_figure_is_on_the_page_with_its_formula_and_each_link_leads_to_one
 
 
 def test_page_of_two_axes_has_a_column_for_each_pair() -> None:
-    """A plan that does not fit is marked, and a pair without one has no column."""
+    """A plan that does not fit has its memory alone and says what would fit; a pair without a plan has no column."""
     answer = varied("precision=fp8,bf16", "zero=0,1", of=("memory_needed", "training_time"), words=f"{V3} memory*0.93")
     (table,) = answer.sections[0].tables
     assert list(table.columns[1:]) == [f"precision={p}, zero={z}" for p in ("fp8", "bf16") for z in (0, 1)]
-    assert [cell.startswith("! ") for cell in table.rows[0][1:]] == [True, False, True, True]
+    needed, time = table.rows
+    assert all(needed) and [cell != "" for cell in time[1:]] == [False, True, False, False]
+    unfit = [said.partition(": training does not fit: use more GPUs")[0] for said in answer.sections[0].warnings]
+    assert unfit == [table.columns[i] for i in (1, 3, 4)]
     assert len(varied("pipeline=7,8", "hardware=h100,h800", of=("training_cost",)).sections[0].tables[0].columns) == 3
 
 
@@ -118,7 +121,7 @@ OWN += " cache_dtype=bfloat16 weight_dtype=fp8 precision=fp8"
 def test_variation_moves_a_figure_as_it_must(axis: str, figure: str, wanted: str) -> None:
     made = plan_of("deepseek-v3")
     found, names = vary(made, [read_axis(axis)], (figure,))
-    values = [float(each.plan.figures[figure]) for each in found if each.plan is not None]
+    values = [float(every_of(each.plan)[figure]) for each in found if each.plan is not None]
     assert len(values) == len(axis.split(",")) and names == [figure]
     if wanted in ("grows", "falls"):
         assert values == sorted(set(values), reverse=wanted == "falls")
@@ -147,7 +150,7 @@ def test_variation_by_a_link_that_the_hardware_lacks() -> None:
 def test_variation_by_the_plans_own_value_changes_nothing(axis: str) -> None:
     ((each,), _) = vary(plan_of("deepseek-v3"), [read_axis(axis)])
     assert each.plan is not None
-    assert {name: float(f) for name, f in each.plan.figures.items()} == pytest.approx(
+    assert {name: float(f) for name, f in every_of(each.plan).items()} == pytest.approx(
         values_of("deepseek-v3"), rel=1e-12
     )
 

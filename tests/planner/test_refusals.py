@@ -1,6 +1,7 @@
 """Refusals: every mistake of a user is one sentence, of which refusals.toml has a part."""
 
 import dataclasses
+import json
 import re
 import tomllib
 from collections.abc import Callable
@@ -11,7 +12,8 @@ import pytest
 from dsmini.planner import pages
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.plan import make_plan
-from tests.helpers.configs import refusal
+from dsmini.planner.request import Model, PlanRequest
+from tests.helpers.configs import CONFIGS, refusal
 from tests.helpers.plans import INVENTED, plan_of, read
 
 REFUSED = tomllib.loads(Path(__file__).with_name("refusals.toml").read_text())
@@ -44,6 +46,9 @@ def hardware(words: str, folder: Path) -> None:
     load_hardware(words)
 
 
+PRICES = {"training_cost", "decode_cost", "decode_cost_most", "prefill_cost", "prefill_cost_most", "gpu_price"}
+
+
 KINDS: dict[str, Callable[[str, Path], None]] = {
     "plan": planned,
     "search": searched,
@@ -58,6 +63,42 @@ def test_mistake_is_one_sentence(kind: str, words: str, tmp_path: Path) -> None:
         KINDS[kind](words, tmp_path)
     said = str(error.value).replace(f"{tmp_path}/", "")
     assert REFUSED[kind][words] in said and "\n" not in said
+
+
+def test_what_does_not_fit_has_figures_of_its_memory_alone_and_no_price() -> None:
+    """In the record, on the page and in a comparison; what fits next to it has its figures, without a price."""
+    plan = plan_of("deepseek-v2-lite @h100 gpus=1")
+    record = pages.plan_record(plan)
+    training = record["figures"]["training"]
+    assert training["memory_needed"]["value"] > 2.8e11 and {f["unit"] for f in training.values()} == {
+        "",
+        "B",
+        "B/token",
+        "token",
+    }
+    assert not {"mfu", "training_gpu_hours", "imbalance"} & set(training)
+    assert "decode_time" in record["figures"]["decode"] and "training" not in record["binds"]
+    page = pages.plan_page(plan, "", []).html()
+    assert "decode_time" in page and "memory_needed" in page
+    assert not [name for name in PRICES for said in (json.dumps(record["figures"]), page) if name in said]
+    points = [each for of in record["deployments"].values() for each in (*of["points"].values(), *of["front"])]
+    assert points and all(each["cost"] is each["cost_most"] is None for each in points)
+    request = PlanRequest(hardware="h100", gpus=1)
+    models = [Model.from_file(CONFIGS / f"{name}.toml") for name in ("deepseek-v2-lite", "toy")]
+    unfit, fit = pages.compare(request, models[:1], ""), pages.compare(request, models, "")
+    assert (unfit.status, fit.status) == (2, 0)
+    (lite,) = unfit.record["plans"]
+    assert not lite["fits"] and "no layout on gpus=1 fits" in lite["misfit"]["training"]
+    assert lite["memory_needed"] > 2.8e11 and "training_time" not in lite and not PRICES & set(lite)
+    assert any(
+        said.startswith("model=deepseek-v2-lite: training does not fit: no") for said in fit.sections[0].warnings
+    )
+
+
+@pytest.mark.parametrize("name", ["training_cost", "training_time", "decode_cost"])
+def test_explained_figure_of_what_does_not_fit_is_refused(name: str) -> None:
+    said = refusal(pages.explained, plan_of("deepseek-v2-lite @h100 gpus=1"), name, 100)
+    assert said.startswith(f"{name} has no value: no layout on gpus=1 fits 90 % of 85.9 GB a GPU")
 
 
 def test_warm_up_of_indexers_has_no_plan() -> None:

@@ -18,7 +18,7 @@ from dsmini.planner.request import Inputs, Model, PlanRequest, reference
 from dsmini.planner.run import Failures
 from dsmini.planner.search import DEFAULTS
 from dsmini.planner.training import PARTS
-from tests.helpers.plans import hardware_of, in_layout, plan_of, trained_in, values_of
+from tests.helpers.plans import every_of, hardware_of, in_layout, plan_of, trained_in, values_of
 
 # --- what GPUs hold
 
@@ -107,7 +107,7 @@ def test_efficiencies_give_the_printed_runs() -> None:
     model = Model(config=reference("llama-3.1-405b"), source="a test")
     sizes: dict[str, Any] = {**DEFAULTS, "gpus": 8192, "pipeline": 16, "tensor": 8, "zero": 1}
     plan = make_plan(PlanRequest(**sizes, batch=2048, seq_len=8192), model, hardware_of("h100"))
-    s = {name: float(figure) for name, figure in plan.figures.items()}
+    s = {name: float(figure) for name, figure in every_of(plan).items()}
     whole = (s["computing_seconds"] + s["reducing_seconds"]) * (1 + 15 / (8 * s["micro_batches"]))
     assert s["training_flops"] * 2048 * 8192 / whole / (8192 * 989.4e12) == pytest.approx(0.43, rel=0.01)
     v3 = values_of("deepseek-v3")
@@ -152,7 +152,7 @@ SPLIT = ["deepseek-v3", "deepseek-v3 schedule=1f1b", "deepseek-v2-lite gpus=64 p
 def test_slowest_stage_has_its_own_layers_and_the_head(words: str) -> None:
     """By the operations of each kind of layer at the rates of the plan, worked out here."""
     plan = plan_of(words)
-    c, r, found = plan.model.config, plan.training.layout, plan.figures
+    c, r, found = plan.model.config, plan.training.layout, every_of(plan)
     n = plan.m.numbers
     over = c.n_heads * (c.qk_head_dim + c.v_head_dim) * plan.m.seq_len / found["plain_rate"]
     gate = 2 * n("gates") / found["plain_rate"]
@@ -309,7 +309,7 @@ def test_share_of_the_time_agrees_with_a_simulation(gpus: int, write: float) -> 
 def test_parts_of_a_sequence_plan_the_extension_of_v4_to_a_million_tokens() -> None:
     """72 sequences on 1,152 GPUs of 141 GB: no GPU has a whole one."""
     plan = plan_of("deepseek-v4-flash @h200 seq_len=1048576 batch=72 gpus=1152")
-    r, found = plan.training.layout, plan.figures
+    r, found = plan.training.layout, every_of(plan)
     assert plan.fits and r.context_parallel > 1 and r.gpus == 1152
     assert r.pipeline * r.data * r.tensor * r.context_parallel == 1152 and 72 % r.data == 0
     assert found["micro_batch_tokens"] == 1048576 / r.tensor / r.context_parallel
