@@ -285,11 +285,6 @@ class ParallelConfig:
 
     def _check_pipeline(self, model: ModelConfig, train: TrainConfig) -> None:
         """Raise ValueError for layers or parts of a batch that a pipeline does not take."""
-        require(
-            not model.has_indexers,
-            f"parallel.pp={self.pp} does not go with model.attention='{model.attention}', whose indexers' losses no "
-            "stage passes on; use parallel.dp or parallel.ep",
-        )
         name, parts = self.schedule, train.grad_accum
         stages = self.pp * CHUNKS[name]
         require(

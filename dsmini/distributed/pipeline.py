@@ -9,16 +9,24 @@ A stage has consecutive layers of a model, the embedding with the first, norm, h
 Stages are cut where the largest cost is smallest. Simplified: the cost of a layer is the number of its matrices'
 parameters that a token uses. Attention to other tokens is not in it, since most layers have the same.
 
-A stage gives to the next its hidden states [b, s, m], or all streams [b, s, n, m], and the balance losses of all MoE
-layers so far, [layers]. The last stage makes the losses of them, as one process does. MTP reads the embedding too.
-Where first and last stage are on two ranks, both have it. Their gradients are summed, so that both stay equal.
+A stage gives to the next its hidden states [b, s, m], or all streams [b, s, n, m], and a vector of FP32 numbers:
+
+    the balance losses of all MoE layers so far, and the sum of the losses of all indexers so far
+    where the next stage begins with a layer that has no indexer, the keys that its source chose, [b, s, k]
+    where that source learns from all layers that take its choice, also its queries, keys and head weights
+
+Positions of keys are exact in FP32 below 2^24. A layer adds its share of an indexer's loss where it is; its gradient
+comes back with the vector's. The last stage makes the losses, as one process does. MTP reads the embedding too. Where
+first and last stage are on two ranks, both have it. Their gradients are summed, so that both stay equal.
 
 torch.distributed.pipelining has the schedules and runs them. Each part's loss is divided once, by what the whole step
 has of targets, so gradients are summed and never scaled. Its default, scale_grads=True, would divide a parameter twice
 that two stages of one rank share.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter, UserDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -27,10 +35,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dsmini.config import ModelConfig
 from dsmini.config.run import CHUNKS, ParallelConfig, ScheduleName
-from dsmini.nn import Routing, Transformer
+from dsmini.nn import IndexerLoss, Routing, Transformer, dsa_layers
 from dsmini.nn.attention import Context
 from dsmini.nn.block import Aux, run_block
+from dsmini.nn.dsa import Choice
 from dsmini.nn.gate import sequence_balance_loss
 from dsmini.nn.moe import MoE
 
@@ -66,18 +76,27 @@ class StageLayout:
     ranks: tuple[int, ...]
     moe: tuple[bool, ...]
     """For each layer, MTP blocks last, True if it is a MoE layer."""
+    indexers: Mapping[int, int]
+    """Number of layers that an indexer learns from, by the number of its layer; MTP blocks last."""
+    config: ModelConfig
+    """Config of the model."""
 
     @classmethod
     def of(cls, model: Transformer, config: ParallelConfig) -> "StageLayout":
         """Divide a whole model."""
+        c = model.config
         costs = [_cost(block, model) for block in model.layers]
         head = model.head.weight.numel()
         costs[-1] += head + sum(head + _cost(block, model) for block in model.mtp)
         blocks = [*model.layers, *model.mtp]
+        served = Counter(c.index_source(layer) for layer in range(len(blocks)))
+        indexers = [layer for layer, block in enumerate(blocks) if dsa_layers(block)]
         return cls(
             layers=divided(costs, config.pp * CHUNKS[config.schedule]),
             ranks=ranks_of_stages(config),
             moe=tuple(any(isinstance(m, MoE) for m in block.modules()) for block in blocks),
+            indexers={layer: served[layer] if c.indexer_target == "served" else 1 for layer in indexers},
+            config=c,
         )
 
     def stages(self, rank: int) -> list[int]:
@@ -94,6 +113,22 @@ class StageLayout:
     def moe_before(self, stage: int) -> int:
         """Return the number of MoE layers before a stage."""
         return sum(self.moe[: self.layers[stage].start])
+
+    def source(self, stage: int) -> int | None:
+        """Return the layer before a stage whose choice of keys the stage begins with; None: its first layer chooses."""
+        first = self.layers[stage].start
+        source = self.config.index_source(first)
+        return None if source == first else source
+
+    def carried(self, stage: int, b: int, s: int) -> list[tuple[int, ...]]:
+        """Return the shapes of what the vector that a stage takes in training has: losses, and a Choice."""
+        c = self.config
+        shapes: list[tuple[int, ...]] = [(self.moe_before(stage) + bool(self.indexers),)]
+        if self.source(stage) is not None and c.index_n_heads and c.index_head_dim and c.index_topk:
+            shapes.append((b, s, min(c.index_topk, s)))
+            if c.indexer_target == "served":
+                shapes += [(b, s, c.index_n_heads, c.index_head_dim), (b, s, c.index_head_dim), (b, s, c.index_n_heads)]
+        return shapes
 
     def keep(self, model: Transformer, rank: int) -> None:
         """Leave of a whole model the modules of a rank's stages, with their names."""
@@ -170,16 +205,19 @@ class ModelStage(nn.Module):
         self._model: Callable[[], Transformer] = lambda: model  # not a submodule: the parameters are those above
         self.batch: StepBatch
         self.sums: Tensor
+        self.fits: Tensor
         self.counts: Tensor | None
 
     def begin(self, batch: StepBatch) -> None:
         """Begin a step."""
-        self.batch, self.sums, self.counts = batch, torch.zeros(3, device=batch.tokens.device), None
+        device = batch.tokens.device
+        self.batch, self.sums, self.counts = batch, torch.zeros(3, device=device), None
+        self.fits = torch.zeros(len(self.layout.indexers), len(IndexerLoss._fields), device=device)
 
     def forward(
         self,
         x: Tensor,
-        before: Tensor | None = None,
+        carried: Tensor | None = None,
         *,
         tokens: Tensor,
         targets: Tensor,
@@ -189,47 +227,97 @@ class ModelStage(nn.Module):
 
         Args:
             x: hidden states; the first stage takes token ids.
-            before: balance losses of the MoE layers before this stage, [layers].
+            carried: the vector that comes with them.
         """
-        batch, model = self.batch, self._model()
-        x, found = self.hidden(x, tokens, documents, batch.options["recompute"])
+        batch, model, first = self.batch, self._model(), self.layout.layers[self.index].start
+        # 1. balance losses of the MoE layers before this stage, the sum of the indexers' losses, and what is chosen
+        balances, kl, choices = self._taken(carried, x, tokens)
+        # 2. the blocks
+        x, found = self.hidden(x, tokens, documents, choices, batch.options["recompute"], train=True)
+        kl = kl + self._learnt(found, first)
         if not self.last:
             routing = [aux.routing for aux in found if aux.routing is not None]
             self._count(routing)
-            balances = self._balances(before, routing, tokens)
-            return (x, torch.stack(balances)) if balances else x
-        options = {"documents": documents, "n_targets": batch.n_targets, "states": model.states_of(x, found)}
+            return self._given(x, [*balances, *self._balances(routing, tokens)], kl, choices)
+        # 3. all losses, added in the order of one process
+        states = model.states_of(x, found)._replace(indexers=[])
+        options = {"documents": documents, "n_targets": batch.n_targets, "states": states}
         losses = model.losses(tokens, targets, **options, **batch.options)
         self._count(losses.routing)
-        # the balance losses of all layers, added in the order of one process
-        balance, weight = losses.balance, batch.options
-        if before is not None:
-            balance = torch.stack(self._balances(before, losses.routing, tokens)).sum().to(losses.main.dtype)
-        total = losses.main + weight["mtp_weight"] * losses.mtp + weight["balance_alpha"] * balance
+        kl = kl + self._learnt([Aux(None, loss) for loss in losses.indexers], len(model.layers))
+        balances = [*balances, *self._balances(losses.routing, tokens)]
+        balance = torch.stack(balances).sum().to(losses.main.dtype) if balances else losses.balance
+        weight = batch.options
+        total = losses.main + weight["mtp_weight"] * losses.mtp + weight["balance_alpha"] * balance + kl
         self.sums += torch.stack([losses.main, losses.mtp, balance]).detach() / batch.parts
         return total / batch.parts
 
     def hidden(
-        self, x: Tensor, tokens: Tensor, documents: Tensor | None, recompute: bool = False
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        documents: Tensor | None,
+        choices: UserDict[int, Choice],
+        recompute: bool = False,
+        train: bool = False,
     ) -> tuple[Tensor, list[Aux]]:
-        """Return the output of the last block, and what all blocks found."""
+        """Return the output of the last block, and what all blocks found.
+
+        Args:
+            choices: as in Context; those of this stage are added.
+            train: compute the losses of indexers that learn.
+        """
         model = self._model()
         if self.first:
             x = model.expand(model.embedded(x))
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        stage = model.stage_for(train_indexers=False)
-        context = Context(positions=positions, tokens=tokens, documents=documents, stage=stage)
+        positions, stage = torch.arange(x.shape[1], device=x.device)[None], model.stage_for(train)
+        context = Context(positions=positions, tokens=tokens, documents=documents, stage=stage, choices=choices)
         found: list[Aux] = []
         for block in self.blocks:
             x, aux = run_block(block, x, context, recompute)
             found.append(aux)
         return x, found
 
-    def _balances(self, before: Tensor | None, routing: Sequence[Routing], tokens: Tensor) -> list[Tensor]:
-        """Return the balance losses of the MoE layers before this stage, and of its own."""
+    def _taken(
+        self, carried: Tensor | None, x: Tensor, tokens: Tensor
+    ) -> tuple[list[Tensor], Tensor, UserDict[int, Choice]]:
+        """Return the balance losses, the sum of the indexers' losses and the choices in the vector that came with x."""
+        losses, choices = list[Tensor](), UserDict[int, Choice]()
+        if carried is not None:
+            shapes = self.layout.carried(self.index, *tokens.shape)
+            parts = carried.split([math.prod(shape) for shape in shapes])
+            numbers, *choice = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+            losses = list(numbers.unbind())
+            if (source := self.layout.source(self.index)) is not None:
+                topk_indices, *index = choice
+                for_learning = (index[0].to(x.dtype), index[1].to(x.dtype), index[2]) if index else None
+                choices[source] = Choice(topk_indices.long(), for_learning)
+        kl = losses.pop() if losses and self.layout.indexers else torch.zeros((), device=tokens.device)
+        return losses, kl, choices
+
+    def _given(self, x: Tensor, balances: list[Tensor], kl: Tensor, choices: UserDict[int, Choice]) -> Any:
+        """Return x, and the vector that goes with it if there is anything in it."""
+        parts: list[Any] = [*balances, kl] if self.layout.indexers else balances
+        if (source := self.layout.source(self.index + 1)) is not None:
+            choice = choices[source]
+            parts = [*parts, choice.topk_indices, *(choice.index or ())]
+        return (x, torch.cat([part.float().flatten() for part in parts])) if parts else x
+
+    def _learnt(self, found: Sequence[Aux], first: int) -> Tensor:
+        """Note the figures of the indexers that learn from blocks `first` and later; return the sum of their losses."""
+        total, rows = torch.zeros((), device=self.fits.device), list(self.layout.indexers)
+        for layer, aux in enumerate(found, first):
+            if aux.indexer_loss is not None:
+                source = self.layout.config.index_source(layer)
+                share = torch.stack(aux.indexer_loss) / self.layout.indexers[source]
+                self.fits[rows.index(source)] += share.detach() / self.batch.parts
+                total = total + share[0]
+        return total
+
+    def _balances(self, routing: Sequence[Routing], tokens: Tensor) -> list[Tensor]:
+        """Return the balance losses of MoE layers."""
         rows, counts = tokens.shape[0], self.batch.options["balance_counts"]
-        own = [sequence_balance_loss(r.scores, r.indices, rows, counts) for r in routing]
-        return [*(() if before is None else before.unbind()), *own]
+        return [sequence_balance_loss(r.scores, r.indices, rows, counts) for r in routing]
 
     def _count(self, routing: list[Routing]) -> None:
         if routing:
@@ -274,7 +362,8 @@ class Pipeline:
     def train(self, batch: StepBatch) -> tuple[Tensor, Tensor | None]:
         """Add up the gradients of the mean loss over the batch, for the parameters of this rank.
 
-        Return this rank's part of the mean losses and of the loads of all MoE layers; those of all ranks add up.
+        Return this rank's part of the mean losses, with the figures of each indexer after them, and of the loads of all
+        MoE layers; those of all ranks add up.
         """
         device, layout = batch.tokens.device, self.layout
         for stage in self.stages.values():
@@ -290,7 +379,7 @@ class Pipeline:
             # a weight's backward of its own leaves views, whose strides the fused AdamW takes for those of p
             if p.grad is not None and p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
-        sums = torch.stack([stage.sums for stage in self.stages.values()]).sum(0)
+        sums = torch.stack([torch.cat((stage.sums, stage.fits.flatten())) for stage in self.stages.values()]).sum(0)
         if not any(layout.moe):
             return sums, None
         counts = torch.zeros(sum(layout.moe), self.model.config.n_routed_experts, dtype=torch.int64, device=device)
@@ -304,18 +393,31 @@ class Pipeline:
 
     def score(self, tokens: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
         """Return the sum of the cross-entropy of the first rows, which have targets; 0 without the last stage."""
-        x, total = tokens, torch.zeros((), device=tokens.device)
+        x, total, choices = tokens, torch.zeros((), device=tokens.device), UserDict[int, Choice]()
+        topk = self.model.config.index_topk or 0
         for index, stage in self.stages.items():
             if not stage.first and index - 1 not in self.stages:
-                x = torch.empty(*tokens.shape, *self._streams, dtype=self.dtype, device=tokens.device)
-                dist.recv(x, self._global_rank(index - 1), group=self.group)
-            x, found = stage.hidden(x, tokens, documents)
+                x = self._received(index - 1, (*tokens.shape, *self._streams), self.dtype)
+                if (source := self.layout.source(index)) is not None:
+                    chosen = (*tokens.shape, topk)
+                    some = tokens.shape[1] > topk
+                    choices[source] = Choice(self._received(index - 1, chosen, torch.int64) if some else None)
+            x, found = stage.hidden(x, tokens, documents, choices)
             if stage.last:
                 hidden = self.model.states_of(x, found).normed
                 total = self.model.cross_entropy(hidden[: len(targets)].flatten(0, 1), targets.flatten())
             elif index + 1 not in self.stages:
-                dist.send(x.contiguous(), self._global_rank(index + 1), group=self.group)
+                source = self.layout.source(index + 1)
+                for part in (x, None if source is None else choices[source].topk_indices):
+                    if part is not None:
+                        dist.send(part.contiguous(), self._global_rank(index + 1), group=self.group)
         return total
+
+    def _received(self, stage: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor that another stage sends."""
+        tensor = torch.empty(shape, dtype=dtype, device=next(self.model.parameters()).device)
+        dist.recv(tensor, self._global_rank(stage), group=self.group)
+        return tensor
 
     @property
     def _streams(self) -> tuple[int, ...]:
@@ -346,9 +448,9 @@ class Pipeline:
 
         def between(stage: int) -> tuple[Tensor, ...]:
             x = torch.empty(b, s, *self._streams, dtype=self.dtype, device="meta", requires_grad=True)
-            n = self.layout.moe_before(stage)
-            balances = torch.empty(n, device="meta", requires_grad=True)
-            return (x, balances) if n else (x,)
+            n = sum(map(math.prod, self.layout.carried(stage, b, s)))
+            carried = torch.empty(n, device="meta", requires_grad=True)
+            return (x, carried) if n else (x,)
 
         stage = self.stages[index]
         takes = (torch.empty(b, s, dtype=torch.int64, device="meta"),) if stage.first else between(index)

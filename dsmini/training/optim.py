@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dsmini.config import TrainConfig
-from dsmini.nn import Transformer, dsa_layers
+from dsmini.nn import Transformer
 from dsmini.training.muon import HALLEY, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz, muon_update_divided
 
 Named = Iterable[tuple[str, Tensor]]
@@ -141,17 +141,16 @@ def optimizers(
         for divided in dict.fromkeys(type(p.data) for p in params):
             alike = [p for p in params if type(p.data) is divided]
             groups.append({"params": alike, "weight_decay": decay, "peak_lr": lr})
-    betas = (config.beta1, config.beta2)
-    adamw: Optimizer
-    if config.moments == "bfloat16":
-        adamw = AdamWBF16(groups, lr=config.adamw_lr, betas=betas)
-    else:
-        adamw = torch.optim.AdamW(groups, lr=config.adamw_lr, betas=betas, fused=True)
-    if not muon:
-        return [adamw]
-    inner = {"params": muon, "peak_lr": config.muon_lr, "weight_decay": config.weight_decay}
-    steps = NEWTON_SCHULZ[config.newton_schulz]
-    return [Muon([inner], config.muon_lr, config.muon_momentum, matmul_dtype, steps), adamw]
+    betas, made = (config.beta1, config.beta2), list[Optimizer]()
+    if muon:
+        inner = {"params": muon, "peak_lr": config.muon_lr, "weight_decay": config.weight_decay}
+        steps = NEWTON_SCHULZ[config.newton_schulz]
+        made.append(Muon([inner], config.muon_lr, config.muon_momentum, matmul_dtype, steps))
+    if groups and config.moments == "bfloat16":
+        made.append(AdamWBF16(groups, lr=config.adamw_lr, betas=betas))
+    elif groups:  # a stage of a pipeline may have nothing that learns
+        made.append(torch.optim.AdamW(groups, lr=config.adamw_lr, betas=betas, fused=True))
+    return made
 
 
 def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -166,7 +165,7 @@ def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and not outer
 
 
-def begin_stage(model: Transformer, stage: Literal["warmup", "sparse"]) -> list[set[str]]:
+def begin_stage(model: Transformer, stage: Literal["warmup", "sparse"], names: Iterable[str] = ()) -> list[set[str]]:
     """Begin a stage; return the names of each group that is clipped apart.
 
     The warm-up freezes all but the indexers, and the stage after it lets all learn again. Without a warm-up before it,
@@ -178,16 +177,20 @@ def begin_stage(model: Transformer, stage: Literal["warmup", "sparse"]) -> list[
     The indexers are a group of their own: the main model moves as far as it would without their loss. There are no
     groups in a model without indexers: it is clipped as a whole, whatever the stage.
 
+    Args:
+        names: names of all parameters of the whole model, of which this one may be a stage; empty: those of this one.
+
     Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1.1.
     """
-    if not dsa_layers(model):
+    named = dict(model.named_parameters())
+    names = set(names) or {*named}
+    of_indexers = {name for name in names if ".indexer." in name}
+    if not of_indexers:
         return []
     thaws = stage == "sparse" and model.indexer_stage == "warmup"
     model.indexer_stage = stage
-    named = dict(model.named_parameters())
-    of_indexers = {name for name in named if ".indexer." in name}
-    rest = named.keys() - of_indexers
-    for name in rest if stage == "warmup" or thaws else ():
+    rest = names - of_indexers
+    for name in rest & named.keys() if stage == "warmup" or thaws else ():
         named[name].requires_grad_(thaws)
     return [rest, of_indexers] if stage == "sparse" else [of_indexers]
 

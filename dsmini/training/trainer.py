@@ -84,7 +84,7 @@ class Trainer:
         self.config: RunConfig = config
         self.device: torch.device = device
         self.named: dict[str, nn.Parameter] = dict(model.named_parameters())
-        groups = begin_stage(model, config.train.dsa_stage) or [set(self.mesh.names)]
+        groups = begin_stage(model, config.train.dsa_stage, self.mesh.names) or [set(self.mesh.names)]
         self.clipped: list[list[int]] = [
             [place for place, name in enumerate(self.mesh.names) if name in group] for group in groups
         ]

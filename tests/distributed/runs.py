@@ -134,10 +134,15 @@ def up_to_sums(steps: int) -> Callable[[Tensor], float]:
 
 
 def new_run(
-    world: World, folder: Path, parallel: dict[str, Any] | None = None, faults: Sequence[Fault] = (), **changes: Any
+    world: World,
+    folder: Path,
+    parallel: dict[str, Any] | None = None,
+    faults: Sequence[Fault] = (),
+    model: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> TrainingRun:
     """Make a run in a folder, and restore it if it has a checkpoint; faults that have come do not come again."""
-    trainer = new_trainer(world, parallel or {}, {}, RECIPE | changes, folder)
+    trainer = new_trainer(world, parallel or {}, model or {}, RECIPE | changes, folder)
     folder.mkdir(exist_ok=True)
     if world.rank == 0:
         (folder / "config.toml").write_text(trainer.config.to_toml())

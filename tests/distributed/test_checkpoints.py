@@ -14,8 +14,10 @@ from dsmini.distributed.mesh import HeldRows
 from dsmini.distributed.world import World
 from dsmini.training import saving
 from dsmini.training.saving import _plan
+from tests.conftest import MODELS
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import assert_near, manifest_of_rewritten, run
+from tests.helpers.runs import saved, untimed
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
@@ -51,6 +53,24 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]
 def test_another_layout_continues(before: int, after: int, tmp_path: Path, left: Callable[[int, int], Path]) -> None:
     shutil.copytree(left(before, 5), tmp_path / "run")
     assert_near(go(after, tmp_path / "run"), left(0, 0))
+
+
+STAGED: dict[str, dict[str, Any]] = {
+    "glm": {"indexer_types": ("full", "shared", "shared", "shared"), "indexer_target": "served"},
+    "v4": {"hc_mult": 4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", STAGED)
+def test_stages_with_indexers_resume_to_the_bit(base: str, tmp_path: Path) -> None:
+    model = MODELS[base] | STAGED[base] | {"init_std": 0.1}
+    for name, until in (("whole", 0), ("stopped", 5), ("stopped", 0)):
+        run_ranks(2, run, tmp_path / name, {"pp": 2}, model=model, until=until, recompute=True, **BATCH)
+    got, want = saved(tmp_path / "stopped"), saved(tmp_path / "whole")
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+    rows = untimed(tmp_path / "whole")
+    assert untimed(tmp_path / "stopped") == rows and all("indexer_kl" in row for row in rows)
 
 
 def lost_by_the_disk(world: World, folder: Path) -> str:

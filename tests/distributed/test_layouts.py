@@ -18,7 +18,7 @@ from dsmini import ModelConfig, TrainConfig, Transformer
 from dsmini.config.run import CHUNKS, ParallelConfig, ScheduleName
 from dsmini.distributed.expert_parallel import moe_layers, run_local
 from dsmini.distributed.mesh import Mesh, unequal_replicas
-from dsmini.distributed.pipeline import divided
+from dsmini.distributed.pipeline import StageLayout, divided
 from dsmini.distributed.world import World
 from dsmini.nn.transformer import IGNORE
 from tests.conftest import MODELS, SMALL
@@ -239,6 +239,38 @@ def test_stages_validate_as_one_and_share_the_embedding(name: ScheduleName, rest
     if first & last:
         of_embedding = {"model/embed.weight", "optimizer/embed.weight/exp_avg"}
         assert all(of_embedding <= found["compared"] for found in ranks)
+
+
+SHARED = MODELS["glm"] | {"indexer_types": ("full", "shared", "shared", "shared"), "n_mtp_layers": 0}
+
+
+def scored(world: World, parallel: dict[str, Any], index_topk: int) -> float:
+    model = SHARED | {"index_topk": index_topk, "init_std": 0.3}
+    return new_trainer(world, parallel, model, {"grad_accum": 4, "eval_tokens": 64}).validate(tokens_at_a_time=48)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+@pytest.mark.parametrize("index_topk", [4, 16])
+def test_stages_that_begin_with_a_shared_layer_validate_as_one(schedule: str, index_topk: int) -> None:
+    """With a top-k of 16 all keys of 16 tokens are read, and no choice is sent."""
+    want = scored(World(), {}, index_topk)
+    got = run_ranks(2, scored, {"pp": 2, "schedule": schedule}, index_topk)
+    assert got == pytest.approx([want, want], rel=1e-6)
+    assert abs(want - scored(World(), {}, 20 - index_topk)) > 1e-4, "the choice shows"
+
+
+def test_a_stage_takes_the_choice_that_its_first_layer_needs() -> None:
+    """Only there, and only with an objective of several layers what the indexer learns by."""
+    for types, target, want in (
+        (("full", "shared", "full", "shared"), "own", []),
+        (("full", "shared", "shared", "shared"), "own", [(3, 16, 8)]),
+        (("full", "shared", "shared", "full"), "served", [(3, 16, 8), (3, 16, 5, 32), (3, 16, 32), (3, 16, 5)]),
+    ):
+        model = Transformer(ModelConfig(**SMALL | SHARED | {"indexer_types": types, "indexer_target": target}))
+        layout = StageLayout.of(model, ParallelConfig(pp=2))
+        assert layout.layers[1] == range(2, 4)
+        assert layout.carried(1, 3, 16) == [(2,), *want]  # one MoE layer before, and the indexers' loss
 
 
 # Config and layout
