@@ -7,15 +7,17 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import dsmini
 from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
 from dsmini.checkpoint.load import add_indexers, fresh_sizes
+from dsmini.checkpoint.run_folder import TOY, find_model
 from dsmini.checkpoint.tensor_files import Entry, SafetensorsReader, write_safetensors
 from dsmini.checkpoint.training_state import load_run
 from dsmini.convert import main
@@ -532,3 +534,35 @@ def test_full_disk_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '.*/b'$"):
         save_pretrained(small_model(), tmp_path / "b")
     assert not list(tmp_path.iterdir())
+
+
+# --- the model that dsmini comes with, which every later version has to load
+
+RECORDED = json.loads(Path(__file__).with_name("toy_logits.json").read_text())
+TOLERANCE = 1e-4
+"""Largest relative difference of logits in FP32, whose sums are in another order on another CPU."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "fp8"), [("reference", "dequantize"), ("eager", "keep"), (None, "dequantize"), (None, "keep")]
+)
+def test_toy_has_the_logits_that_were_recorded(backend: str | None, fp8: Literal["dequantize", "keep"]) -> None:
+    tokens, wanted = torch.tensor([list(RECORDED["prompt"].encode())]), torch.tensor(RECORDED["logits"])
+    with dsmini.ops.use(backend), torch.no_grad():
+        model = dsmini.load_pretrained("toy", torch.float32, fp8)
+        logits = model(tokens)[0]
+        cache = model.new_cache(max_seq_len=tokens.shape[1])
+        parts = tokens.split([tokens.shape[1] - 4, 1, 1, 1, 1], 1)
+        steps = torch.cat([model(part, cache=cache)[0] for part in parts])
+    for got in (logits, steps):
+        got = got[RECORDED["positions"]][:, RECORDED["bytes"]]
+        assert ((got - wanted).norm() / wanted.norm()).item() < TOLERANCE
+    assert bytes(logits.argmax(-1).tolist()).decode() == RECORDED["guesses"]
+
+
+def test_toy_is_small_and_a_folder_of_its_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum(file.stat().st_size for file in TOY.iterdir()) < 7_000_000
+    monkeypatch.chdir(tmp_path)
+    assert find_model(Path("toy")) == TOY
+    (tmp_path / "toy").mkdir()
+    assert find_model(Path("toy")) == Path("toy")

@@ -7,14 +7,12 @@ from typing import Any
 import hf
 import pytest
 import torch
-from torch import Tensor
+from test_transformers import LOGITS, assert_close, tokens_for
 from transformers import AutoModelForCausalLM
 
 import dsmini
 from tests.helpers import folders
-from tests.helpers.tolerances import relative_error
 
-LOGITS = 1e-5
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
 MOONLIGHT = ONE_GROUP | {"q_lora_rank": None, "rms_norm_eps": 1e-5, "n_shared_experts": 2}
 KIMI = ONE_GROUP | {"routed_scaling_factor": 2.827, "rms_norm_eps": 1e-6}
@@ -52,15 +50,6 @@ def saved(case: str, folder: Path, **options: Any) -> tuple[Any, Path]:
     return model, folder
 
 
-def tokens_for(model: Any) -> Tensor:
-    return torch.randint(0, model.config.vocab_size, (2, 61))
-
-
-@torch.no_grad()
-def their_logits(model: Any, tokens: Tensor) -> Tensor:
-    return model(tokens).logits
-
-
 def in_the_old_spelling(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the config in the spelling of the released files."""
     rope = dict(raw["rope_parameters"])
@@ -77,9 +66,7 @@ def test_logits_of_a_folder_that_transformers_saved(tmp_path: Path, case: str, s
     if spelling == "rope_scaling":
         (folder / "config.json").write_text(json.dumps(in_the_old_spelling(folders.config_of(folder))))
     tokens, ours = tokens_for(model), dsmini.load_pretrained(folder)
-    error = relative_error(ours(tokens), their_logits(model, tokens))
-    print(f"{error:.1e} {case}")
-    assert error < LOGITS
+    assert_close(ours(tokens), model(tokens).logits, LOGITS, case)
     dsmini.save_pretrained(ours, tmp_path / "b")
     assert not folders.different(folders.read(folder), folders.read(tmp_path / "b"))
     assert folders.config_of(folder) == folders.config_of(tmp_path / "b")
@@ -100,9 +87,7 @@ def test_what_we_save_transformers_loads(tmp_path: Path, case: str) -> None:
     assert not info["missing_keys"] | info["unexpected_keys"]
     assert not info["mismatched_keys"]
     tokens = tokens_for(model)
-    error = relative_error(their_logits(again, tokens), fresh(tokens))
-    print(f"{error:.1e} {case}")
-    assert error < LOGITS
+    assert_close(again(tokens).logits, fresh(tokens), LOGITS, case)
     assert dsmini.ModelConfig.from_file(tmp_path / "b" / "config.json") == ours.config
 
 
@@ -119,7 +104,7 @@ def test_indexers_of_shared_layers_are_named_and_dropped(tmp_path: Path) -> None
     assert "model.layers.1.self_attn.indexer.wk.weight" in said and "layers.0." not in said and "layers.3." not in said
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     tokens = tokens_for(model)
-    assert relative_error(ours(tokens), their_logits(model, tokens)) < LOGITS
+    assert_close(ours(tokens), model(tokens).logits, LOGITS, "logits")
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -148,7 +133,7 @@ def test_mtp(tmp_path: Path, depth: int, copies: bool) -> None:
         for k in range(1, depth + 1):
             s = tokens.shape[1] - k
             hidden = blocks.forward_layer(k - 1, hidden[:, :s], torch.arange(s)[None], None, input_ids=tokens[:, k:])
-            assert relative_error(got.mtp_logits[k - 1], model.lm_head(hidden)) < LOGITS
+            assert_close(got.mtp_logits[k - 1], model.lm_head(hidden), LOGITS, f"depth {k}")
     dsmini.save_pretrained(ours, tmp_path / "b")
     assert not folders.different(tensors, folders.read(tmp_path / "b"))
 
@@ -173,10 +158,10 @@ def test_fp8_is_dequantised_as_transformers_does(tmp_path: Path, scale_fmt: str 
     folder = folders.write(tmp_path / "a", tensors, raw)
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tokens = tokens_for(model)
-    want = their_logits(again, tokens)
-    assert relative_error(dsmini.load_pretrained(folder, dtype=torch.float32)(tokens), want) < LOGITS
+    want = again(tokens).logits
+    assert_close(dsmini.load_pretrained(folder, dtype=torch.float32)(tokens), want, LOGITS, "dequantized")
     kept = dsmini.load_pretrained(folder, fp8="keep")
-    assert relative_error(kept(tokens), want) < LOGITS
+    assert_close(kept(tokens), want, LOGITS, "kept")
     dsmini.save_pretrained(kept, tmp_path / "b")
     assert not folders.different(tensors, folders.read(tmp_path / "b"))
     assert folders.config_of(tmp_path / "b") == raw
@@ -191,4 +176,4 @@ def test_transformers_loads_what_we_quantise(tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32, attn_implementation="eager")
     tokens = tokens_for(model)
     got = dsmini.load_pretrained(tmp_path / "b", dtype=torch.float32)(tokens)
-    assert relative_error(got, their_logits(again, tokens)) < LOGITS
+    assert_close(got, again(tokens).logits, LOGITS, "quantised")
