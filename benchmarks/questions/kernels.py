@@ -47,6 +47,7 @@ STEPS: Mapping[str, dict[str, Any]] = {
     "sparse prompt": {"work": "prefill", "batch": 1, "tokens": 512, "attention": "dsa"},
     "sparse decoding": {"work": "decode", "batch": 1, "tokens": 1024, "attention": "dsa"},
     "MHA decoding": {"work": "decode", "batch": 1, "tokens": 1024, "attention": "mha"},
+    "short V4 prompt": {"work": "prefill", "batch": 1, "tokens": 32, "attention": "compressed"},
     "V4 decoding": {"work": "decode", "batch": 1, "tokens": 1024, "attention": "compressed"},
 }
 OWN = ("attention", "topk", "streams", "sinkhorn")

@@ -2,7 +2,7 @@
 
 Bytes are those that a token more takes in all layers, and must equal the formula. The time is that of one layer with a
 small feed-forward, decoding from a cache of random rows; the kinds of attention take turns. GQA has a quarter of the
-heads, DSA attends to 2,048 keys, and V4 has layers of CSA and HCA in turn, in plain PyTorch.
+heads, DSA attends to 2,048 keys, and V4 has layers of CSA and HCA in turn.
 """
 
 import dataclasses

@@ -5,14 +5,14 @@ block. You can skip this file: without it, or where a layer is not plain, the mo
 
 A model is taken apart into its weights once for each generation: bare tensors, with their sizes and options.
 Only a block whose modules are all dsmini's own is: with a subclass, a hook, a mask, normed heads, simulated FP8,
-experts on other processes, a wrapper such as LoRA, keys that another layer chose, or what V4 adds, it runs as a
-module, and then all blocks do. A multi-token prediction block that is not plain runs as it is. The plain versions of
-the operations run the modules.
+experts on other processes, FP4 weights, a wrapper such as LoRA, or keys that another layer chose it runs as a module,
+and then all blocks do. A multi-token prediction block that is not plain runs as it is. The plain versions of the
+operations run the modules.
 
 Numbers between operations are FP32. Weights and the cache stay as they are stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from dsmini.nn import (
     Attention,
     Block,
     Cache,
+    CompressedAttention,
     Context,
     Experts,
     FeedForward,
@@ -43,7 +44,10 @@ from dsmini.nn import (
     Transformer,
 )
 from dsmini.nn.cache import CachePositions, Form, FormPolicy, LayerCacheView, MTPCache
+from dsmini.nn.compressed_attention import Compressor, EntryIndexer
 from dsmini.nn.fp8 import FP8Weights
+from dsmini.nn.gate import HashGate
+from dsmini.nn.hyper_connections import HyperConnection, IdentityConnection
 from dsmini.nn.layers import FP32Linear, LayerNorm, is_plain
 from dsmini.nn.mtp import MTPChain
 from dsmini.nn.residual import PlainResidual
@@ -54,33 +58,37 @@ from dsmini.numerics import Weight
 KNOWN = (
     *(Block, MTP, PlainResidual, RMSNorm, LayerNorm, Linear, FP32Linear, QuantizedLinear),
     *(MLA, DSA, Indexer, Attention, FeedForward, MoE, Gate, Experts, QuantizedExperts),
+    *(CompressedAttention, Compressor, EntryIndexer, HashGate, HyperConnection, IdentityConnection),
 )
 """Classes whose equations the kernels have."""
 ROLES: dict[str, tuple[type, ...]] = {
     "attn_norm": (RMSNorm,),
-    "attn": (MLA, DSA, Attention),
+    "attn": (MLA, DSA, Attention, CompressedAttention),
     "ffn_norm": (RMSNorm,),
     "ffn": (FeedForward, MoE),
-    "hc_attn": (PlainResidual,),
-    "hc_ffn": (PlainResidual,),
+    "hc_attn": (PlainResidual, HyperConnection, IdentityConnection),
+    "hc_ffn": (PlainResidual, HyperConnection, IdentityConnection),
 }
 """Classes of the children of a block."""
-SCORE_FUNCS = ("sigmoid", "softmax")
+SCORE_FUNCS = ("sigmoid", "softmax", "sqrtsoftplus")
 """Score functions that the kernels have."""
-MOST_TOKENS = 32
-"""Number of tokens in a step up to which the steps' kernels serve."""
+MOST_TOKENS, MOST_WIDTH, MOST_STREAMS = 32, 1024, 8
+"""Number of tokens in a step, of numbers in a row of V4's attention, and of streams, up to which kernels serve."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepWeights:
-    """One half of a block, x + layer(norm(x)): its modules, which the plain version of a step runs, and their weights.
+    """One half of a block: its modules, which the plain version of a step runs, and their weights.
+
+    It is x + layer(norm(x)), or reads from several residual streams and writes to them.
 
     A kernel reads sizes and options from the layer, which stay, and numbers from the weights.
     """
 
     norm: RMSNorm
     layer: Any
-    """MLA, DSA or Attention; FeedForward or MoE."""
+    """MLA, DSA, Attention or CompressedAttention; FeedForward or MoE."""
+    residual: Any
     weights: dict[str, Weight]
     """Weights as products take them, by their names in the layer, such as "wq_a" and "indexer.k_norm.bias"; "norm" is
     that of the norm. They are detached: their memory stays, even if a module gets another."""
@@ -114,11 +122,19 @@ def why_not_known(module: nn.Module, *classes: type[nn.Module]) -> str:
             return f"{name} has a hook or a method of its own"
         if getattr(part, "precision", "native") != "native" or getattr(part, "fp8", False):
             return f"{name} simulates FP8"
-        for option in ("mask", "q_head_norm", "exchange", "limit"):
+        for option in ("mask", "q_head_norm", "exchange"):
             if getattr(part, option, None) is not None:
                 return f"{name} has a {option}"
         if isinstance(part, DSA) and part.indexer is None:
             return f"{name} takes the keys that layer {part.source} chose"
+        if isinstance(part, FP8Weights) and any(of[1:] != ((128, 128), "e4m3") for of in part.layouts.values()):
+            return f"{name} holds codes in another format than E4M3 with a scale for each 128x128 block"
+        if isinstance(part, HyperConnection) and part.n > MOST_STREAMS:
+            return f"{name} has {part.n} streams"
+        if isinstance(part, CompressedAttention) and part.head_dim > MOST_WIDTH:
+            return f"{name} has heads of {part.head_dim} numbers"
+        if isinstance(part, MoE) and getattr(part.shared_experts, "limit", part.experts.limit) != part.experts.limit:
+            return f"{name} has another limit of SwiGLU in its shared experts"
         if isinstance(part, Gate) and part.options["score_func"] not in SCORE_FUNCS:
             return f"{name} has score_func={part.options['score_func']!r}"
     return ""
@@ -131,7 +147,9 @@ def why_as_module(block: nn.Module) -> str:
     wrong = (
         f"{name} is a {type(part).__name__}" for name, part in block.named_children() if type(part) not in ROLES[name]
     )
-    return next(wrong, "")
+    streams = f"hc_attn is a {type(block.hc_attn).__name__} of other attention than V4's"
+    one = type(block.hc_attn) is PlainResidual or type(block.attn) is CompressedAttention
+    return next(wrong, "" if one else streams)
 
 
 def extract_weights(block: nn.Module, dtype: torch.dtype) -> BlockWeights | None:
@@ -139,18 +157,21 @@ def extract_weights(block: nn.Module, dtype: torch.dtype) -> BlockWeights | None
     if why_as_module(block):
         return None
     assert isinstance(block, Block)
-    return BlockWeights(_half(block.attn_norm, block.attn, dtype), _half(block.ffn_norm, block.ffn, dtype))
+    attention = _half(block.attn_norm, block.attn, block.hc_attn, dtype)
+    return BlockWeights(attention, _half(block.ffn_norm, block.ffn, block.hc_ffn, dtype))
 
 
-def _half(norm: Any, layer: nn.Module, dtype: torch.dtype) -> StepWeights:
+def _half(norm: Any, layer: nn.Module, residual: Any, dtype: torch.dtype) -> StepWeights:
     weights: dict[str, Weight] = {"norm": norm.weight.detach()}
     for path, module in layer.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(path, recurse=False):
             weight = module.operand(name.rpartition(".")[2]) if isinstance(module, FP8Weights) else parameter
             weights[name.removesuffix(".weight")] = weight.detach() if isinstance(weight, Tensor) else weight
-    if isinstance(layer, MoE) and layer.gate.bias is not None:
-        weights["gate.bias"] = layer.gate.bias.detach()
-    return StepWeights(norm=norm, layer=layer, weights=weights, dtype=dtype)
+    for name, buffer in layer.gate.named_buffers() if isinstance(layer, MoE) else ():
+        weights[f"gate.{name}"] = buffer.detach()
+    for name, parameter in residual.named_parameters():
+        weights[f"hc.{name}"] = parameter.detach()
+    return StepWeights(norm=norm, layer=layer, residual=residual, weights=weights, dtype=dtype)
 
 
 @ops.operation("normed")
@@ -161,61 +182,83 @@ def normed(x: Float[Tensor, "*b m"], norm: RMSNorm) -> Float[Tensor, "*b m"]:
 
 @ops.operation("attention_step")
 def attention_step(
-    x: Float[Tensor, "b s m"],
+    x: Float[Tensor, "b s *streams m"],
     weights: StepWeights,
     cache: LayerCacheView,
     cos_sin: CosSin,
     starts: Int[Tensor, " b"],
-) -> Float[Tensor, "b s m"]:
-    """Return x + attention(norm(x)) for new tokens, and append their rows to the cache: MLA absorbed, MHA, GQA and MQA.
+) -> Float[Tensor, "b s *streams m"]:
+    """Return x with attention(norm(x)) added to it, and append rows to the cache: MLA absorbed, MHA, GQA, MQA and V4's.
 
     With an indexer a token attends to the keys that it chooses, where some token sees more than topk.
 
     Args:
-        cache: the layer's part of the cache. All its new columns are tokens.
+        cache: the layer's part of the cache. All its new columns are tokens, or padding that is not stored in V4's.
+        cos_sin: of the new tokens; for V4's attention of all positions from 0 on, as entries are of earlier tokens.
         starts: position of each sequence's first new token.
 
-    Source: DeepSeek-V2 report, section 2.1.2; DeepSeek-V3.2 report, section 2.1.
+    Source: DeepSeek-V2 report, section 2.1.2; DeepSeek-V3.2 report, section 2.1; DeepSeek-V4 report, section 2.3.
     """
-    if isinstance(weights.layer, MLA):
+    layer, positions, angles = weights.layer, cache.at.positions, dict[Rope, Any]()
+    if isinstance(layer, MLA):
         cache = replace(cache, form="absorbed")
-    context = Context(
-        positions=cache.at.positions, cache=cache, angles={weights.layer.rope: (cache.at.positions, cos_sin)}
-    )
-    return x + weights.layer(weights.norm(x), context)
+    if not isinstance(layer, CompressedAttention):  # which makes those that it wants
+        angles = {layer.rope: (positions, cos_sin)}
+    read, mix = weights.residual.read(x)
+    y = layer(weights.norm(read), Context(positions=positions, cache=cache, angles=angles))
+    return weights.residual.write(x, y, mix)
 
 
 @ops.operation("feed_forward_step")
-def feed_forward_step(x: Float[Tensor, "n m"], weights: StepWeights) -> tuple[Tensor, ...]:
-    """Return x + FFN(norm(x)), and the routing: indices and weights [n, k], scores [n, e] and counts [e].
+def feed_forward_step(
+    x: Float[Tensor, "n *streams m"], weights: StepWeights, tokens: Int[Tensor, " n"] | None = None
+) -> tuple[Tensor, ...]:
+    """Return x with FFN(norm(x)) added, and the routing: indices and weights [n, k], scores [n, e] and counts [e].
 
     Without a gate the four tensors of the routing are empty.
+
+    Args:
+        tokens: ids, for a gate that looks experts up by them.
     """
-    y = weights.layer(weights.norm(x))
-    if isinstance(y, Tensor):
-        return x + y, x.new_empty(0, 0, dtype=torch.int64), x.new_empty(0, 0), x.new_empty(0, 0), x.new_empty(0)
-    return x + y[0], *y[1]
+    x = x.unsqueeze(0)
+    read, mix = weights.residual.read(x)
+    tokens = None if tokens is None else tokens.unsqueeze(0)
+    y = weights.layer(
+        weights.norm(read), Context(positions=torch.arange(x.shape[1], device=x.device)[None], tokens=tokens)
+    )
+    routing: tuple[Tensor, ...] = (
+        x.new_empty(0, 0, dtype=torch.int64),
+        x.new_empty(0, 0),
+        x.new_empty(0, 0),
+        x.new_empty(0),
+    )
+    if not isinstance(y, Tensor):
+        y, routing = y
+    return weights.residual.write(x, y, mix).squeeze(0), *routing
 
 
 @ops.operation("blocks_step")
 def blocks_step(
-    x: Float[Tensor, "b s m"],
+    x: Float[Tensor, "b s *streams m"],
     blocks: Sequence[BlockWeights],
     caches: Sequence[LayerCacheView],
-    cos_sin: CosSin,
+    angles: Mapping[Rope, CosSin],
     starts: Int[Tensor, " b"],
+    tokens: Int[Tensor, "b s"] | None = None,
 ) -> tuple[Tensor, ...]:
     """Return x after all blocks, then the four tensors of feed_forward_step's routing for each block with a gate.
 
     Args:
         caches: each layer's part of the cache.
-        starts: as in attention_step.
+        angles: cos_sin of attention_step, for each rotary embedding.
+        starts, tokens: as in attention_step and feed_forward_step.
     """
     routing: list[Tensor] = []
+    ids = None if tokens is None else tokens.flatten()
     for (attention, feed_forward), cache in zip(blocks, caches, strict=True):
-        y = attention_step(x, attention, cache, cos_sin, starts)
-        z, *routing_of_block = feed_forward_step(y.flatten(0, 1), feed_forward)
-        x = z.view(x.shape)
+        x = attention_step(x, attention, cache, angles[attention.layer.rope], starts)
+        y, *routing_of_block = feed_forward_step(x.flatten(0, 1), feed_forward, ids)
+        x = y.view(x.shape)
         routing += routing_of_block if isinstance(feed_forward.layer, MoE) else []
     return (x, *routing)
 
@@ -248,13 +291,12 @@ class Decoder:
         reasons = (f"layers.{i}: {why}" for i, block in enumerate(model.layers) if (why := why_as_module(block)))
         self.why: str = next(reasons, "") if fast else "no kernels of decoding steps run here, or in this dtype"
         """The reason why the blocks run as modules, or "" where they are taken apart."""
+        self._by_position = model.config.attention == "compressed"
+        """True where attention wants cos and sin of all positions, not those of the new tokens."""
         ropes = {weights.attention.layer.rope for weights in [*self.blocks, *self.mtp_blocks] if weights}
-        if len(ropes) > 1:  # one pair of cos and sin serves a step of all blocks
-            self.why = "layers have different RoPE"
-            self.blocks[:], self.mtp_blocks[:] = [None] * len(self.blocks), [None] * len(self.mtp_blocks)
-        self._rope = next(iter(ropes), Rope.from_config(model.config))
-        self._cos_sin = self._rope.cos_sin(torch.arange(0, device=model.device)[None])
-        """Cos and sin of positions 0, 1, ..., as far as they have been asked for."""
+        nothing = torch.arange(0, device=model.device)[None]
+        self._cos_sin: dict[Rope, CosSin] = {rope: rope.cos_sin(nothing) for rope in ropes}
+        """Cos and sin of positions 0, 1, ..., as far as they have been asked for, of each rotary embedding."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let a copy or a pickle be a new one: what kernels prepared holds addresses of the weights of this model."""
@@ -273,9 +315,10 @@ class Decoder:
             x = model.expand(model.embedded(tokens)).float()
             # 2. positions, and the place in the cache
             at = cache.place_tokens(model.config, tokens, lengths)
-            cos_sin = self._angles(at)
+            angles = self._angles(at)
             # 3. the blocks, in one call
-            x, routing = _run(x, [block for block in self.blocks if block], cache.views(at), cos_sin, starts)
+            blocks = [block for block in self.blocks if block]
+            x, routing = _run(x, blocks, cache.views(at), angles, starts, tokens)
             cache.lengths = at.lengths
             # 4. the final norm: [b, s, m]
             last = model.collapse(x)
@@ -319,32 +362,34 @@ class Decoder:
             x = module.eh_proj(torch.cat(joined, -1))
             # 2. the block and its norm
             at = at.moved_back(depth)
-            x, _ = _run(x, [weights], [cache.views(at)[k]], self._angles(at), starts)
+            x, _ = _run(x, [weights], [cache.views(at)[k]], self._angles(at), starts, tokens)
             states = normed(x, module.norm)
             return states, x if chain.pre_norm else states
 
-    def _angles(self, place: CachePositions) -> CosSin:
-        """Return cos and sin of the angles of new tokens: [#b, s, pairs]."""
+    def _angles(self, place: CachePositions) -> dict[Rope, CosSin]:
+        """Return the cos and sin that a step wants: of new tokens [#b, s, pairs], or of all positions."""
         positions, start = place.positions, place.shared_start
         end = int(positions.max()) + 1 if start is None else start + positions.shape[1]
-        if end > self._cos_sin[0].shape[1]:
-            self._cos_sin = self._rope.cos_sin(torch.arange(max(256, 2 * end), device=positions.device)[None])
-        cos, sin = self._cos_sin
-        if start is None:
-            return cos[0, positions], sin[0, positions]
-        return cos[:, start:end], sin[:, start:end]
+        for rope, (cos, _) in self._cos_sin.items():
+            if end > cos.shape[1]:
+                self._cos_sin[rope] = rope.cos_sin(torch.arange(max(256, 2 * end), device=positions.device)[None])
+        if self._by_position:
+            return self._cos_sin
+        of = (0, positions) if start is None else (slice(None), slice(start, end))
+        return {rope: (cos[of], sin[of]) for rope, (cos, sin) in self._cos_sin.items()}
 
 
 def _run(
-    x: Float[Tensor, "b s m"],
+    x: Float[Tensor, "b s *streams m"],
     blocks: list[BlockWeights],
     caches: Sequence[LayerCacheView],
-    cos_sin: CosSin,
+    angles: Mapping[Rope, CosSin],
     starts: Int[Tensor, " b"],
-) -> tuple[Float[Tensor, "b s m"], list[Routing]]:
+    tokens: Int[Tensor, "b s"] | None,
+) -> tuple[Float[Tensor, "b s *streams m"], list[Routing]]:
     """Run blocks that are taken apart. A counter of work sees each operation of theirs."""
     run = blocks_step.reference if ops.is_counting() else blocks_step
-    x, *routing = run(x, blocks, caches, cos_sin, starts)
+    x, *routing = run(x, blocks, caches, angles, starts, tokens)
     return x, [Routing(*routing[i : i + 4]) for i in range(0, len(routing), 4)]
 
 

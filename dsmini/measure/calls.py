@@ -93,11 +93,11 @@ class _Pickler(pickle.Pickler):
         if not isinstance(obj, StepWeights):
             return NotImplemented
         # what a backend prepared are addresses
-        return _remade, (obj.norm, obj.layer, obj.weights, obj.dtype)
+        return _remade, (obj.norm, obj.layer, obj.residual, obj.weights, obj.dtype)
 
 
-def _remade(norm: Any, layer: Any, weights: Any, dtype: torch.dtype) -> StepWeights:
-    return StepWeights(norm=norm, layer=layer, weights=weights, dtype=dtype)
+def _remade(norm: Any, layer: Any, residual: Any, weights: Any, dtype: torch.dtype) -> StepWeights:
+    return StepWeights(norm=norm, layer=layer, residual=residual, weights=weights, dtype=dtype)
 
 
 class Operands:

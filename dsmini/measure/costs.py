@@ -195,6 +195,8 @@ def _normed(result: Any, x: Tensor, norm: Any) -> Cost:
 def _attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any, starts: Tensor) -> Cost:
     if "wk" in part.weights:
         return _grouped_attention_step(x, part, cache, starts)
+    if "attn_sink" in part.weights:
+        return _compressed_attention_step(x, part, cache, starts)
     (b, s, _), layer, w = x.shape, part.layer, part.weights
     keys, data = int(starts.sum()) + b * s, cache.store.data
     row = data.shape[2] * data.element_size()
@@ -215,6 +217,39 @@ def _attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any,
     return Cost(read, written, flops)
 
 
+def _compressed_attention_step(x: Tensor, part: Any, cache: Any, starts: Tensor) -> Cost:
+    (b, s), layer, store = x.shape[:2], part.layer, cache.store
+    index: Any = layer.indexer
+    lengths = [start + s for start in starts.tolist()]
+    weights, m, topk = dict(part.weights), layer.m, getattr(index, "topk", 0)
+    entries = [length // m if m else 0 for length in lengths]
+    scores = bool(topk) and max(entries) > topk
+    if topk and not scores:
+        del weights["indexer.wq_b"]
+    # 1. rows that are read: of windows, of entries, which queries share unless they choose, and of keys
+    rows = sum(min(length, layer.window_size + s - 1) for length in lengths)
+    read = _nbytes(x, *weights.values()) + rows * _row_bytes(store.window)
+    chosen = [s * topk if scores else n for n in entries]
+    written = x.nbytes + b * s * _row_bytes(store.window)
+    for of, seen in ((store, chosen), (store.index, entries if scores else [0])):
+        if of is not None and of.raw is not None:
+            made = sum(length // m - (length - s) // m for length in lengths)
+            read += sum(seen) * _row_bytes(of.entries) + made * layer.compressor.series * m * _row_bytes(of.raw)
+            written += made * _row_bytes(of.entries) + b * s * _row_bytes(of.raw)
+    # 2. products of each token with all matrices, and of queries with rows
+    pairs = sum(s * min(length, layer.window_size) for length in lengths)
+    pairs += sum(s * min(n, topk) if scores else s * n for n in entries)
+    flops = 2 * b * s * _numbers(*(w for name, w in weights.items() if len(w.shape) == 2 and not name.endswith("ape")))
+    flops += 4 * pairs * layer.n_heads * layer.head_dim
+    if scores:
+        flops += 2 * s * sum(entries) * index.n_heads * index.head_dim
+    return Cost(read, written, flops)
+
+
+def _row_bytes(rows: Any) -> int:
+    return rows.data.shape[2] * rows.data.element_size()
+
+
 def _grouped_attention_step(x: Tensor, part: Any, cache: Any, starts: Tensor) -> Cost:
     (b, s, _), w = x.shape, part.weights
     keys, data = int(starts.sum()) + b * s, cache.store.data
@@ -226,11 +261,12 @@ def _grouped_attention_step(x: Tensor, part: Any, cache: Any, starts: Tensor) ->
     return Cost(read, x.nbytes + b * s * row, flops)
 
 
-def _feed_forward_step(result: Sequence[Tensor], x: Tensor, part: Any) -> Cost:
+def _feed_forward_step(result: Sequence[Tensor], x: Tensor, part: Any, tokens: Tensor | None = None) -> Cost:
     w, gate = part.weights, part.weights.get("gate")
     dense = [w.get(name if gate is None else f"shared_experts.{name}") for name in ("w1", "w2", "w3")]
-    read = _nbytes(x, w["norm"], *dense)
-    products = _numbers(*dense)
+    streams = [w.get(f"hc.{name}") for name in ("fn", "base", "scale")]
+    read = _nbytes(x, w["norm"], *dense, *streams)
+    products = _numbers(*dense, streams[0])
     if gate is not None:
         routed = [w[f"experts.{name}"] for name in ("w1", "w2", "w3")]
         e, k = gate.shape[0], part.layer.gate.options["n_activated_experts"]

@@ -42,11 +42,24 @@ SPARSE: dict[str, dict[str, Any]] = {
 }
 """Models of DSA."""
 
+COMPRESSED: dict[str, dict[str, Any]] = {
+    "v4": ODD | SIZES["v4"] | {"n_hash_layers": 1, "swiglu_limit": 0.5, "hc_mult": 4},
+    "v4, rounded": ODD | SIZES["v4"] | {"qat": True, "hc_mult": 2, "hc_kind": "identity"},
+    "v4, all entries": ODD | SIZES["v4"] | {"index_topk": 200, "window_size": 3},
+    "v4, blocks": BLOCKS
+    | SIZES["v4"]
+    | {"head_dim": 130, "qk_rope_head_dim": 10, "n_heads": 6, "o_groups": 3, "o_lora_rank": 37, "q_lora_rank": 144}
+    | {"index_n_heads": 5, "index_head_dim": 64, "index_topk": 9, "window_size": 20, "compress_ratios": [128, 4, 0]},
+}
+"""Models of V4's attention."""
+
 
 def model_of(name: str, weights: str = "float32", **changes: Any) -> Transformer:
     """Make a model, with changes of its config, whose matrices are held so; it computes in FP32."""
     model = randomise(
-        Transformer(ModelConfig(**((MODELS | GROUPED | SPARSE)[name] | changes)), compute_dtype=torch.float32)
+        Transformer(
+            ModelConfig(**((MODELS | GROUPED | SPARSE | COMPRESSED)[name] | changes)), compute_dtype=torch.float32
+        )
     ).eval()
     if weights == "bfloat16":
         return model.to(torch.bfloat16)

@@ -68,6 +68,29 @@ def entries(**changes: Any) -> bytes:
     return LAYOUTS["KeyRows"].pack(**fields | changes)
 
 
+def matrix(rows: int, columns: int, **changes: Any) -> bytes:
+    """Return a matrix in FP32."""
+    HELD.append(torch.zeros(rows, columns))
+    fields = {"data": span(HELD[-1]), "type": 0, "rows": rows, "columns": columns, "stride": 4 * columns, "scales": b""}
+    return LAYOUTS["Matrix"].pack(**fields | changes)
+
+
+def block_rows(width: int, **changes: Any) -> bytes:
+    """Return what a layer stores of blocks: seven rows, and a ring of raw rows for two series of four."""
+    HELD.extend([torch.zeros(2, 7, width), torch.zeros(2, 9, 4 * width)])
+    fields = {"made": key_rows(HELD[-2], 7)[1], "raw": span(HELD[-1]), "raw_places": 9}
+    return LAYOUTS["BlockRows"].pack(**fields | changes)
+
+
+def compressor(width: int, **changes: Any) -> bytes:
+    """Return a compressor's weights, from eight numbers."""
+    HELD.extend([torch.zeros(4, 2 * width), torch.zeros(width)])
+    fields: dict[str, Any] = {"numbers": width, "bias": span(HELD[-2]), "weight": span(HELD[-1]), "epsilon": 0.1}
+    fields |= {name: matrix(2 * width, 8) for name in ("wkv", "wgate")}
+    return LAYOUTS["CompressorWeights"].pack(**fields | changes)
+
+
+LATEST = torch.zeros(2, 4, 8)
 VALID: dict[str, dict[str, Any]] = {
     "tiles": {
         **{"operation": 2, "threads": 1, "in_type": 0, "out_type": 0, "format": 0, "powers_of_two": 0},
@@ -98,6 +121,23 @@ VALID: dict[str, dict[str, Any]] = {
             "chosen": torch.tensor([[[0, 6]] * 2] * 2),
         },
         **{"masked": torch.zeros(1, 2, 5, dtype=torch.bool), "hidden": b"", "hidden_batch": 1},
+    },
+    "compressed_attention": {
+        **{"threads": 1, "b": 2, "s": 2, "dim": 8, "bf16": 0, "added": 1, "positions": 20, "heads": 2, "width": 8},
+        **{"rope": 2, "q_rank": 4, "groups": 2, "rank": 3, "window": 3, "ratio": 4, "series": 2, "rounded": 0},
+        **{"index_heads": 2, "topk": 1, "x": torch.zeros(2, 2, 8), "y": torch.zeros(2, 2, 8)},
+        **{"cos": torch.zeros(20, 1), "sin": torch.zeros(20, 1), "starts": torch.tensor([18, 9])},
+        **{"counts": torch.tensor([2, 1]), "latest": key_rows(LATEST, 4)[1], "entries": block_rows(8)},
+        **{"keys": block_rows(4), "norm": torch.zeros(8), "q_norm": torch.zeros(4), "kv_norm": torch.zeros(8)},
+        **{"sink": torch.zeros(2), "wq_a": matrix(4, 8), "wq_b": matrix(16, 4), "wkv": matrix(8, 8)},
+        **{"wo_a": matrix(6, 8), "wo_b": matrix(8, 6), "compressor": compressor(8), "key_compressor": compressor(4)},
+        **{"index_wq": matrix(8, 4), "index_weights": matrix(2, 8), "scale": 0.1},
+        **dict.fromkeys(("eps", "q_eps", "kv_eps", "head_eps"), 0.1),
+    },
+    "stream_step": {
+        **{"threads": 1, "n": 3, "dim": 5, "streams": 4, "iterations": 1, "write": 0, "x": torch.zeros(3, 4, 5)},
+        **{"y": torch.zeros(3, 5), "post": torch.zeros(3, 4), "comb": torch.zeros(3, 4, 4), "fn": torch.zeros(24, 20)},
+        **{"base": torch.zeros(24), "scale": torch.zeros(3), **dict.fromkeys(("eps", "post_eps", "norm_eps"), 0.1)},
     },
     "trained_norm": {  # rows are 40 bytes apart
         **{"threads": 1, "n": 3, "dim": 8, "bf16": 0, "backward": 1, "x": torch.zeros(28), "x_stride": 40},
@@ -150,6 +190,21 @@ WRONG: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("entry_attention", "beyond", [{"entries": entries(**{name: n})} for name in KEY_SIZES for n in (-1, HUGE)]),
     ("entry_attention", "beyond", [{"entries": entries(**bad)} for bad in ({"row": 11}, {"type": 4}, {"tile": 0})]),
     ("entry_attention", "beyond", [{"entries": entries(data=bad)} for bad in wrong_spans(ENTRIES.view(-1)[:115])]),
+    ("compressed_attention", "beyond", [{"starts": torch.tensor([bad, 9])} for bad in (-1, 19, HUGE)]),
+    ("compressed_attention", "beyond", [{"counts": torch.tensor([2, bad])} for bad in (-1, 3, HUGE)]),
+    ("compressed_attention", "beyond", [{"latest": key_rows(LATEST, 3)[1]}]),
+    ("compressed_attention", "beyond", [{"entries": block_rows(8, raw_places=n)} for n in (0, 8, 10)]),
+    ("compressed_attention", "size", [{"entries": block_rows(8, raw_places=n)} for n in (-1, HUGE)]),
+    ("compressed_attention", "beyond", [{"keys": block_rows(4, made=key_rows(LATEST, 4)[1])}, {"keys": b""}]),
+    ("compressed_attention", "beyond", [{"compressor": compressor(8, wkv=matrix(15, 8))}, {"wo_a": matrix(5, 8)}]),
+    ("compressed_attention", "beyond", [{"key_compressor": compressor(4, bias=b"")}, {"index_wq": matrix(8, 3)}]),
+    (
+        "compressed_attention",
+        "",
+        [{"compressor": b""}, {"key_compressor": b""}, {"index_weights": matrix(2, 8, type=1)}],
+    ),
+    ("compressed_attention", "", [{"key_compressor": compressor(3)}, {"groups": 3}, {"rope": 10}, {"bf16": 2}]),
+    ("stream_step", "", [{"streams": 9}, {"write": 2}, {"n": 33}, {"iterations": 0, "scale": torch.zeros(1)}]),
     ("trained_norm", "beyond", [{"x_stride": 28}, {"n": HUGE // 2**23, "backward": 0}]),
     ("trained_norm", "", [{"n": 0}, {"dim": 0}, {"bf16": 2}, {"backward": 3}]),
     ("streams", "", [{"streams": 0}, {"outputs": 0}, {"dim": 0}, {"bf16": 2}, {"backward": 2}]),

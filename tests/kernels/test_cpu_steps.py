@@ -199,14 +199,14 @@ def test_every_code_is_decoded(isa: str, rows: int, width: int, at: int) -> None
 def test_blocks_that_are_not_whole_calls_are_refused() -> None:
     run = build.library().entry("blocks")
     x, part, view, cos_sin, starts = step("wide", [9])
-    call, y = steps._Step(x, cos_sin, starts), torch.empty(x.shape)  # whose memory the call reads and writes
-    function, packed = call.attention(span(call.x), span(y), part, view)
+    call, y = steps._Step(x, starts, x.shape[:2]), torch.empty(x.shape)  # whose memory the call reads and writes
+    function, packed = call.attention(span(call.x), span(y), True, part, view, cos_sin)
     header, head = steps.STEP_HEADERS[function], LAYOUTS["StepHeader"]
     whole = header + packed
     assert run(whole, len(whole)) == 0 and run(b"", 0) == 0
     for wrong in (whole[:-1], whole[:7], whole + b"x", whole + header, header):
         assert run(wrong, len(wrong)) != 0
-    for number, size in ((-1, len(packed)), (1, len(packed)), (3, len(packed)), (0, len(packed) - 8), (0, -1)):
+    for number, size in ((-1, len(packed)), *((n, len(packed)) for n in (1, 3, 5)), (0, len(packed) - 8), (0, -1)):
         assert run(head.pack(kind=number, bytes=size) + packed, len(whole)) != 0
     assert y.isfinite().all()
 

@@ -20,7 +20,8 @@ from dsmini.measure.dry import Dry, dry_count, idle_kernels
 from dsmini.measure.workloads import StepDtype, StepShape, Work, training_step
 from dsmini.nn.compressed_attention import sink_attention
 from dsmini.nn.hyper_connections import sinkhorn
-from tests.conftest import randomise
+from tests.conftest import SMALL, randomise
+from tests.helpers.configs import V4_MODEL
 from tests.helpers.questions import TINY
 
 F4, I8 = 4, 8
@@ -155,6 +156,7 @@ SHAPES: list[tuple[Work, ModelConfig, int, int]] = [
     ("training", LARGER, 3, 96),
     ("prefill", LARGER, 2, 63),
     ("decode", TINY, 3, 40),
+    ("decode", ModelConfig(**SMALL | V4_MODEL | {"n_mtp_layers": 0, "max_seq_len": 64}), 3, 40),
 ]
 
 

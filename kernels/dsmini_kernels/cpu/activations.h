@@ -34,7 +34,7 @@ inline void each_vector(const float* x, int64_t n, Body body) {
   if (i < n) body(load_some(x + i, n - i), i);
 }
 
-// out = x / sqrt(mean(x^2) + eps) * weight; x and out may be the same.
+// out = x / sqrt(mean(x^2) + eps) * weight; x and out may be the same. A weight of null is ones.
 inline void rms_norm(const float* x, const float* weight, int64_t n, double eps, float* out) {
   F squares{};
   each_vector(x, n, [&](F v, int64_t) { squares += v * v; });
@@ -44,7 +44,7 @@ inline void rms_norm(const float* x, const float* weight, int64_t n, double eps,
   for (float one : all) total += one;
   const F inverse = splat(float(1 / sqrt(total / n + eps)));
   each_vector(x, n, [&](F v, int64_t i) {
-    store_some(out + i, v * inverse * load_some(weight + i, n - i), n - i);
+    store_some(out + i, weight == nullptr ? v * inverse : v * inverse * load_some(weight + i, n - i), n - i);
   });
 }
 
@@ -53,6 +53,12 @@ inline void rotate(float* x, int64_t pairs, const float* cos, const float* sin) 
   for (int64_t j = 0; j < pairs; ++j) {
     const float a = x[2 * j], b = x[2 * j + 1];
     x[2 * j] = a * cos[j] - b * sin[j], x[2 * j + 1] = b * cos[j] + a * sin[j];
+  }
+}
+inline void rotate_back(float* x, int64_t pairs, const float* cos, const float* sin) {
+  for (int64_t j = 0; j < pairs; ++j) {
+    const float a = x[2 * j], b = x[2 * j + 1];
+    x[2 * j] = a * cos[j] + b * sin[j], x[2 * j + 1] = b * cos[j] - a * sin[j];
   }
 }
 

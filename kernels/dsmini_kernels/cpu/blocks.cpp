@@ -7,6 +7,8 @@
 
 extern "C" int64_t dsmini_attention(const AttentionCall*, int64_t bytes);
 extern "C" int64_t dsmini_grouped_attention(const GroupedAttentionCall*, int64_t bytes);
+extern "C" int64_t dsmini_compressed_attention(const CompressedAttentionCall*, int64_t bytes);
+extern "C" int64_t dsmini_stream_step(const StreamStepCall*, int64_t bytes);
 extern "C" int64_t dsmini_feed_forward(const FeedForwardCall*, int64_t bytes);
 
 extern "C" __attribute__((visibility("default"))) int64_t dsmini_blocks(const char* calls, int64_t bytes) {
@@ -22,10 +24,12 @@ extern "C" __attribute__((visibility("default"))) int64_t dsmini_blocks(const ch
     const auto run = [&](auto call, auto function) -> int64_t {
       return header.bytes == sizeof call && take(&call) ? function(&call, sizeof call) : int64_t{BAD_CALL};
     };
-    const int64_t error = header.kind == ATTENTION           ? run(AttentionCall(), dsmini_attention)
-                          : header.kind == GROUPED_ATTENTION ? run(GroupedAttentionCall(), dsmini_grouped_attention)
-                          : header.kind == FEED_FORWARD      ? run(FeedForwardCall(), dsmini_feed_forward)
-                                                             : int64_t{BAD_CALL};
+    const int64_t error = header.kind == ATTENTION              ? run(AttentionCall(), dsmini_attention)
+                          : header.kind == GROUPED_ATTENTION    ? run(GroupedAttentionCall(), dsmini_grouped_attention)
+                          : header.kind == FEED_FORWARD         ? run(FeedForwardCall(), dsmini_feed_forward)
+                          : header.kind == COMPRESSED_ATTENTION ? run(CompressedAttentionCall(), dsmini_compressed_attention)
+                          : header.kind == STREAM_STEP            ? run(StreamStepCall(), dsmini_stream_step)
+                                                                : int64_t{BAD_CALL};
     if (error) return error;
   }
   return FINE;

@@ -70,6 +70,7 @@ SOURCES = {
         **dict.fromkeys(("blocks.cpp", "trial_of_decoding.cpp"), ROUNDING),
         **dict.fromkeys(("attention.cpp", "grouped_attention.cpp", "feed_forward.cpp", "linear.cpp"), PRODUCTS),
         **dict.fromkeys(("norms.cpp", "products.cpp", "panels.cpp", "attend.cpp"), PRODUCTS),
+        **dict.fromkeys(("compressed_attention.cpp", "stream_step.cpp"), PRODUCTS),
     },
     "sparse attention": {
         **SHARED,
@@ -91,7 +92,10 @@ ISA_VARIABLE = "DSMINI_CPU_ISA"
 FUNCTIONS = {
     "prompts": ("tiles", "experts", "heads_attention"),
     "training": ("trained_experts", "trained_norm", "muon"),
-    "decoding": ("linear", "norms", "attention", "grouped_attention", "feed_forward", "blocks"),
+    "decoding": (
+        *("linear", "norms", "attention", "grouped_attention", "compressed_attention", "feed_forward", "stream_step"),
+        "blocks",
+    ),
     "sparse attention": ("topk_keys", "topk_attention", "entry_attention", "streams", "sinkhorn"),
 }
 """Functions of each library. Each takes its struct of calls.h, but `blocks`, which takes the calls of many steps."""

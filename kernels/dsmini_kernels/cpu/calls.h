@@ -7,7 +7,7 @@
 #include "matrix.h"
 
 constexpr int64_t MOST_TOKENS = 32, MOST_WIDTH = 1024, MOST_EXPERTS = 512, MOST_STACK = 1 << 16, MOST_SIDE = 1 << 16;
-constexpr int64_t MOST_STREAMS = 16;
+constexpr int64_t MOST_STREAMS = 16, MOST_STEP_STREAMS = 8;
 
 // A rounding of tiles. x [batch, rows, columns] has strides in elements; out and scales are contiguous. For dequantize x
 // holds codes and its strides are bytes.
@@ -60,7 +60,7 @@ enum KeyType : int64_t { KEYS_FP32, KEYS_BF16, KEYS_FP8, KEYS_FP4, KEY_TYPES };
 
 // Rows of a cache, `count` of each sequence, in a type of key_rows.h. `batch` and `row` are the bytes from one to the next.
 struct KeyRows {
-  Span<const char> data;
+  Span<char> data;
   int64_t type, count, batch, row;
   int64_t codes, tile;  // numbers with codes, and how many of them share a scale; both 0 for FP32 and BF16
 };
@@ -170,29 +170,80 @@ struct GroupedWeights {
 };
 struct GroupedAttentionCall : AttentionStep, GroupedWeights {};
 
-enum Score : int64_t { SIGMOID, SOFTMAX, SCORES };
+// Makes a row of each whole block of tokens: matrices and norms of V4's compressor. `numbers` is the row's width, 0 for none.
+struct CompressorWeights {
+  int64_t numbers;
+  Matrix wkv, wgate;        // [series * numbers, dim], FP32
+  Span<const float> bias;   // [ratio, series * numbers]
+  Span<const float> weight;  // of the norm
+  double epsilon;
+};
+
+// What a layer or its indexer stores of blocks: the rows that its compressor made, and the raw rows of the latest tokens.
+struct BlockRows {
+  KeyRows made;     // count: places of each sequence
+  Span<float> raw;  // [b, raw_places, 2 * series * numbers]; a token's place is its position modulo raw_places
+  int64_t raw_places;
+};
+
+// V4's attention in a decoding step. `counts` of a sequence's s columns are tokens, the others padding, which is not stored.
+struct CompressedStep {
+  int64_t threads, b, s, dim, bf16, added;  // bf16: attention may round to it; added: y has x added to it
+  Span<const float> x;
+  Span<float> y;
+  Span<const float> cos, sin;  // [positions, pairs], of all positions from 0 on
+  int64_t positions;
+  Span<const int64_t> starts, counts;  // [b]
+  KeyRows latest;                      // of the window: a token's place is its position modulo latest.count
+  BlockRows entries, keys;             // keys: of the indexer
+};
+struct CompressedWeights {
+  int64_t heads, width, rope, q_rank, groups, rank, window, ratio, series, rounded;  // rounded: rows as FP8 and FP4 have them
+  Span<const float> norm, q_norm, kv_norm, sink;
+  Matrix wq_a, wq_b, wkv, wo_a, wo_b;  // wo_a: [groups * rank, heads / groups * width]
+  double scale, eps, q_eps, kv_eps, head_eps;
+  CompressorWeights compressor, key_compressor;
+  int64_t index_heads, topk;
+  Matrix index_wq, index_weights;
+};
+struct CompressedAttentionCall : CompressedStep, CompressedWeights {};
+
+enum Score : int64_t { SIGMOID, SOFTMAX, SQRT_SOFTPLUS, SCORES };
 
 // x + FFN(norm(x)) for n tokens: the dense or shared experts (w1, w2, w3; none if inter is 0), and where `experts` is
 // not 0 the routed ones. Routing comes back in indices, weights [n, k], scores [n, experts] and counts [experts].
 struct FeedForwardStep {
-  int64_t threads, n, dim;
+  int64_t threads, n, dim, added;  // added: y has x added to it
   Span<const float> x;
   Span<float> y;
+  Span<const int64_t> tokens;  // [n] ids, for a table
   Span<int64_t> indices;
   Span<float> weights, scores;
   Span<int64_t> counts;
 };
 struct FeedForwardWeights {
-  int64_t inter, experts, expert_inter, k, groups, kept_groups, score, normed;
+  int64_t inter, experts, expert_inter, k, groups, kept_groups, score, normed, vocabulary;
   Span<const float> norm, gate, bias;  // bias may be null
+  Span<const int32_t> table;           // [vocabulary, k] experts of each token id, in place of the largest scores; or null
   Matrix w1, w2, w3;
   Matrix e1, e2, e3;  // e1 and e3: [experts * expert_inter, dim]; e2: [experts * dim, expert_inter]
-  double eps, route_scale;
+  double eps, route_scale, limit;  // limit: the largest gate and magnitude in SwiGLU, or infinity
 };
 struct FeedForwardCall : FeedForwardStep, FeedForwardWeights {};
 
+// What a layer reads of the residual streams of n tokens, and the weights by which its output is written to them; or, with
+// `write`, the new streams in the place of the old ones. Without iterations of Sinkhorn the streams are not mixed.
+struct StreamStepCall {
+  int64_t threads, n, dim, streams, iterations, write;
+  Span<float> x;                      // [n, streams, dim]
+  Span<float> y;                      // [n, dim]: what the layer reads, or its output
+  Span<float> post, comb;             // [n, streams], [n, streams, streams]: share of the old stream (first) in the new one
+  Span<const float> fn, base, scale;  // rows for what is read, for post, and for comb
+  double eps, post_eps, norm_eps;
+};
+
 // A step of many blocks is a series of calls, each after a header.
-enum StepKind : int64_t { ATTENTION, GROUPED_ATTENTION, FEED_FORWARD };
+enum StepKind : int64_t { ATTENTION, GROUPED_ATTENTION, FEED_FORWARD, COMPRESSED_ATTENTION, STREAM_STEP };
 struct StepHeader {
   int64_t kind, bytes;  // of the call
 };

@@ -53,11 +53,16 @@ void top(const float* x, int64_t n, int64_t k, bool* taken, int64_t* out) {
   }
 }
 
-// Chooses a token's experts from its logits, which lie in `scores` and become scores.
-void route(const FeedForwardCall& c, float* scores, int64_t* indices, float* weights) {
+// Chooses a token's experts from its logits, which lie in `scores` and become scores, or from the table.
+void route(const FeedForwardCall& c, int64_t token, float* scores, int64_t* indices, float* weights) {
   const int64_t e = c.experts, size = e / c.groups;
   if (c.score == SIGMOID) {
     for (int64_t i = 0; i < e; ++i) scores[i] = 1 / (1 + expf(-scores[i]));
+  } else if (c.score == SQRT_SOFTPLUS) {
+    for (int64_t i = 0; i < e; ++i) {
+      const float x = scores[i], soft = x > 20 ? x : log1pf(expf(x));
+      scores[i] = sqrtf(soft < 0x1p-126f ? 0x1p-126f : soft);
+    }
   } else {
     float high = -INFINITY, total = 0;
     for (int64_t i = 0; i < e; ++i) high = scores[i] > high ? scores[i] : high;
@@ -80,7 +85,10 @@ void route(const FeedForwardCall& c, float* scores, int64_t* indices, float* wei
     top(group, c.groups, c.kept_groups, in, kept);
     for (int64_t i = 0; i < e; ++i) taken[i] = !in[i / size];
   }
-  top(choice, e, c.k, taken, indices);
+  if (c.table == nullptr)
+    top(choice, e, c.k, taken, indices);
+  else
+    for (int64_t j = 0; j < c.k; ++j) indices[j] = c.table[c.tokens[token] * c.k + j];
   float total = 0;
   for (int64_t j = 0; j < c.k; ++j) weights[j] = scores[indices[j]], total += weights[j];
   for (int64_t j = 0; j < c.k; ++j) {
@@ -105,9 +113,9 @@ void sort_pairs(const FeedForwardCall& c, const Buffers& m) {
   m.first_slot[c.experts] = slot;
 }
 
-// out = silu(w1 x) * (w3 x) for rows [from, to) of both weights and n rows of x.
-void gate_and_up(const Matrix& w1, const Matrix& w3, int64_t from, int64_t to, const float* x, int64_t stride, int64_t n,
-                 float* out) {
+// out = silu(w1 x) * (w3 x) for rows [from, to) of both weights and n rows of x, both products within the limit.
+void gate_and_up(const Matrix& w1, const Matrix& w3, double limit, int64_t from, int64_t to, const float* x, int64_t stride,
+                 int64_t n, float* out) {
   const int64_t rows = to - from;
   alignas(64) float gate[MOST_TOKENS * MOST_ROWS], up[MOST_TOKENS * MOST_ROWS];
   const auto multiply = [&](const Matrix& w, float* y) {
@@ -115,7 +123,12 @@ void gate_and_up(const Matrix& w1, const Matrix& w3, int64_t from, int64_t to, c
     for (int64_t i = n * rows; i % LANES; ++i) y[i] = 0;
   };
   multiply(w1, gate), multiply(w3, up);
-  for (int64_t i = 0; i < n * rows; i += LANES) store(gate + i, silu(load<F>(gate + i)) * load<F>(up + i));
+  const F high = splat(float(limit)), low = -high;
+  for (int64_t i = 0; i < n * rows; i += LANES) {
+    F g = load<F>(gate + i), u = load<F>(up + i);
+    g = g > high ? high : g, u = u > high ? high : u < low ? low : u;  // NaN stays
+    store(gate + i, silu(g) * u);
+  }
   for (int64_t k = 0; k < n; ++k) memcpy(out + k * w1.rows + from, gate + k * rows, rows * 4);
 }
 
@@ -139,13 +152,13 @@ void step(const FeedForwardCall& c, const Buffers& m) {
       product(gate, from, to, m.for_gate, m.wide, c.n, c.scores + from, c.experts);
     } else {
       const int64_t from = (item - gate_items) * some;
-      gate_and_up(c.w1, c.w3, from, least(c.inter, from + some), m.for_dense, m.wide, c.n, m.gated);
+      gate_and_up(c.w1, c.w3, c.limit, from, least(c.inter, from + some), m.for_dense, m.wide, c.n, m.gated);
     }
   });
   if (c.experts) {
     // 3. the experts of each token, and the slots of all pairs
     team.each(1, [&](int64_t, int64_t) {
-      for (int64_t i = 0; i < c.n; ++i) route(c, c.scores + i * c.experts, c.indices + i * c.k, c.weights + i * c.k);
+      for (int64_t i = 0; i < c.n; ++i) route(c, i, c.scores + i * c.experts, c.indices + i * c.k, c.weights + i * c.k);
       sort_pairs(c, m);
     });
     team.each(m.slots, [&](int64_t slot, int64_t) {
@@ -155,7 +168,7 @@ void step(const FeedForwardCall& c, const Buffers& m) {
     const int64_t rows = rows_of_item(*m.n_chosen * c.expert_inter, c.threads), across = divide_up(c.expert_inter, rows);
     team.each(*m.n_chosen * across, [&](int64_t item, int64_t) {
       const int64_t e = m.chosen[item / across], slot = m.first_slot[e], from = item % across * rows;
-      gate_and_up(part_of(c.e1, e, c.expert_inter), part_of(c.e3, e, c.expert_inter), from, least(c.expert_inter, from + rows),
+      gate_and_up(part_of(c.e1, e, c.expert_inter), part_of(c.e3, e, c.expert_inter), c.limit, from, least(c.expert_inter, from + rows),
                   m.rows + slot * m.wide, m.wide, c.counts[e], m.expert_gated + slot * c.expert_inter);
     });
   }
@@ -171,7 +184,12 @@ void step(const FeedForwardCall& c, const Buffers& m) {
   team.each(divide_up(c.dim, rows), [&](int64_t item, int64_t) {
     const int64_t from = item * rows, to = least(c.dim, from + rows);
     float total[MOST_TOKENS * MOST_ROWS], part[MOST_TOKENS * MOST_ROWS];
-    for (int64_t n = 0; n < c.n; ++n) memcpy(total + n * rows, c.x + n * c.dim + from, (to - from) * 4);
+    for (int64_t n = 0; n < c.n; ++n) {
+      if (c.added)
+        memcpy(total + n * rows, c.x + n * c.dim + from, (to - from) * 4);
+      else
+        memset(total + n * rows, 0, (to - from) * 4);
+    }
     if (c.inter) product(c.w2, from, to, m.hidden, m.inter, c.n, total, rows, total);
     for (int64_t v = 0; c.experts && v < *m.n_chosen; ++v) {
       const int64_t e = m.chosen[v], slot = m.first_slot[e];
@@ -191,7 +209,7 @@ bool feed_forward(const FeedForwardCall& c) { return with_memory<Buffers>(c, ste
 int64_t check(const FeedForwardCall& c) {
   if (!sizes({c.n, c.dim, c.inter, c.experts, c.expert_inter, c.k, c.groups, c.kept_groups})) return BAD_SHAPE;
   if (c.n < 1 || c.n > MOST_TOKENS || c.dim < 1 || c.experts > MOST_EXPERTS) return BAD_SHAPE;
-  if (c.score < 0 || c.score >= SCORES) return BAD_CALL;
+  if (c.score < 0 || c.score >= SCORES || c.added < 0 || c.added > 1 || !(c.limit > 0)) return BAD_CALL;
   if (c.w1.type != c.w3.type) return BAD_CALL;
   if (c.inter ? !c.w1.fits(c.inter, c.dim) || !c.w3.fits(c.inter, c.dim) || !c.w2.fits(c.dim, c.inter)
               : !c.w1.none() || !c.w2.none() || !c.w3.none())
@@ -211,6 +229,13 @@ int64_t check(const FeedForwardCall& c) {
       !within(c.indices, 8, c.n, c.k) || !within(c.weights, 4, c.n, c.k) ||
       !within(c.scores, 4, c.n, c.experts) || !within(c.counts, 8, c.experts))
     return OUT_OF_BOUNDS;
+  if (c.table == nullptr) return FINE;
+  if (!within(c.tokens, 8, c.n) || !within(c.table, 4, c.vocabulary, c.k)) return OUT_OF_BOUNDS;
+  for (int64_t i = 0; i < c.n; ++i) {
+    if (c.tokens[i] < 0 || c.tokens[i] >= c.vocabulary) return OUT_OF_BOUNDS;
+    for (int64_t j = 0; j < c.k; ++j)
+      if (const int64_t e = c.table[c.tokens[i] * c.k + j]; e < 0 || e >= c.experts) return OUT_OF_BOUNDS;
+  }
   return FINE;
 }
 

@@ -65,6 +65,34 @@ inline void decode_key_in_bf16(const KeyRows& rows, const char* p, int64_t width
   each_of_row(rows, p, width, [&](F v, int64_t i, int64_t n) { put(true, v, n, out + 2 * i); });
 }
 
+// Writes the numbers of a row, rounded as the codecs of dsmini/nn/codec.py do: a scale is the smallest power of two that
+// cuts no number of its tile off.
+inline void encode_key(const KeyRows& rows, const float* x, int64_t width, char* to) {
+  if (rows.type == KEYS_FP32 || rows.type == KEYS_BF16) return encode_numbers(rows.type, x, width, to);
+  constexpr Format E2M1 = {4, 1, 1, 6.0f, 0.5f, 0, 8, -1};
+  const bool fp4 = rows.type == KEYS_FP4;
+  const Format& format = fp4 ? E2M1 : FORMATS[0];
+  const Grid grid(format);
+  char* scales = to + (fp4 ? rows.codes / 2 : rows.codes);
+  for (int64_t at = 0; at < rows.codes; at += rows.tile) {
+    const int64_t n = least(rows.tile, rows.codes - at);
+    const int32_t top = largest_magnitude(x + at, n);
+    const float least_amax = fp4 ? 6 * 0x1p-126f : 1e-4f, amax = larger(load<float>(&top), least_amax) / format.max;
+    const int32_t bits = top >= EXPONENT ? EXPONENT : (load<int32_t>(&amax) + 0x7FFFFF) & EXPONENT;
+    *scales++ = char(bits >> 23);
+    const F scale = splat(power_of_two(uint8_t(bits >> 23)));
+    each_vector(x + at, n, [&](F v, int64_t i) {
+      const F y = v / scale;
+      const I code = (y != y ? grid.nan : grid.code(grid.limit(y))) | (I)(((U)y & uint32_t(SIGN)) >> grid.sign);
+      const B bytes = narrow(code, uint8_t());
+      const uint8_t* codes = reinterpret_cast<const uint8_t*>(&bytes);
+      if (!fp4) return void(memcpy(to + at + i, codes, least(LANES, n - i)));
+      for (int64_t k = 0; k < least(LANES, n - i); k += 2) to[(at + i + k) / 2] = char(codes[k] | codes[k + 1] << 4);
+    });
+  }
+  encode_numbers(KEYS_BF16, x + rows.codes, width - rows.codes, scales);
+}
+
 // True if the rows of `b` sequences lie within their memory.
 INLINE bool key_rows_fit(const KeyRows& rows, int64_t b, int64_t width) {
   const bool codes = rows.type == KEYS_FP8 || rows.type == KEYS_FP4;

@@ -4,14 +4,15 @@ A weight is a tensor in FP32 or BF16, or E4M3 codes with FP32 scales of 128x128 
 """
 
 import functools
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsmini_kernels import Unserved
+from dsmini_kernels import Unserved, entry_of
 from dsmini_kernels.cpu.calls import enter, memory, n_threads, run, span
 from dsmini_kernels.cpu.structs import CALLS, LAYOUTS, LIMITS
 
@@ -28,13 +29,17 @@ WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
 CODES_IN_BF16 = 3
 """Type of codes whose products are in BF16."""
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
-SCORES = {"sigmoid": 0, "softmax": 1}
-STEPS = ("attention", "grouped_attention", "feed_forward")
+KEY_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+FP8_KEYS, FP4_KEYS = 2, 3
+"""Types of rows that stand for keys, in key_rows.h."""
+SCORES = {"sigmoid": 0, "softmax": 1, "sqrtsoftplus": 2}
+STEPS = ("attention", "grouped_attention", "feed_forward", "compressed_attention", "stream_step")
 STEP_HEADERS = {
     function: LAYOUTS["StepHeader"].pack(kind=kind, bytes=CALLS[function].size) for kind, function in enumerate(STEPS)
 }
 """Functions that `blocks` calls, and what stands there before their calls. Kinds are StepKind's, in calls.h."""
 ATTENTION_STEP, FEED_FORWARD_STEP = LAYOUTS["AttentionStep"], LAYOUTS["FeedForwardStep"]
+COMPRESSED_STEP = LAYOUTS["CompressedStep"]
 """The part of these calls that differs from step to step."""
 
 
@@ -81,61 +86,183 @@ def has_bf16_units() -> bool:
 
 
 def attention_step(x: Tensor, weights: Any, cache: Any, cos_sin: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
-    """Return x + attention(norm(x)), and append the new rows to the cache: absorbed MLA, or MHA, GQA or MQA."""
-    step = _Step(x, cos_sin, starts)
-    y = torch.empty_like(step.x)
-    enter(*step.attention(span(step.x), span(y), weights, cache))
-    return y
+    """Return what attention(norm(x)) adds to x, added, and append the new rows to the cache."""
+    step = _Step(x, starts, x.shape[:2])
+    step.half(step.attention, weights, cache, cos_sin)
+    return step.run()
 
 
-def feed_forward_step(x: Tensor, weights: Any) -> tuple[Tensor, ...]:
-    """Return x + FFN(norm(x)), and the indices, weights, scores and counts of the routing."""
-    x = _states(x, len(x))
-    y, (routing,) = torch.empty_like(x), _routings([weights], len(x))
-    enter(*_feed_forward(n_threads(), x.shape, span(x), span(y), weights, routing))
-    return (y, *routing)
+def feed_forward_step(x: Tensor, weights: Any, tokens: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return what FFN(norm(x)) adds to x, added, and the indices, weights, scores and counts of the routing."""
+    step, (routing,) = _Step(x, None, (1, len(x))), _routings([weights], len(x))
+    step.half(step.feed_forward, weights, routing, tokens)
+    return (step.run(), *routing)
 
 
 def blocks_step(
-    x: Tensor, blocks: Sequence[Any], caches: Sequence[Any], cos_sin: tuple[Tensor, Tensor], starts: Tensor
+    x: Tensor,
+    blocks: Sequence[Any],
+    caches: Sequence[Any],
+    angles: Mapping[Any, tuple[Tensor, Tensor]],
+    starts: Tensor,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Return x after all blocks, and the four tensors of the routing of each block with a gate."""
-    step, calls = _Step(x, cos_sin, starts), list[tuple[str, bytes]]()
-    shape = torch.Size((x.shape[:-1].numel(), x.shape[-1]))
-    between, y = step.x.new_empty(2, *shape), torch.empty_like(step.x)
-    before, middle, after = span(step.x), span(between[0]), span(between[1])
-    routings = _routings([feed_forward for _, feed_forward in blocks if "gate" in feed_forward.weights], shape[0])
-    unused = iter(routings)
-    for i, ((attention, feed_forward), cache) in enumerate(zip(blocks, caches, strict=True)):
-        after = span(y) if i + 1 == len(blocks) else after
+    step, n = _Step(x, starts, x.shape[:2]), x.shape[:2].numel()
+    routings = _routings([feed_forward for _, feed_forward in blocks if "gate" in feed_forward.weights], n)
+    unused, ids = iter(routings), None if tokens is None else tokens.flatten().to(torch.int64)
+    for (attention, feed_forward), cache in zip(blocks, caches, strict=True):
         routing = next(unused) if "gate" in feed_forward.weights else ()
-        calls.append(step.attention(before, middle, attention, cache))
-        calls.append(_feed_forward(step.fields["threads"], shape, middle, after, feed_forward, routing))
-        before = after
-    enter("blocks", b"".join(STEP_HEADERS[function] + call for function, call in calls))
-    return (y, *(t for routing in routings for t in routing))
+        step.half(step.attention, attention, cache, angles[attention.layer.rope])
+        step.half(step.feed_forward, feed_forward, routing, ids)
+    return (step.run(), *(t for routing in routings for t in routing))
 
 
 class _Step:
-    """The tokens of a step, [b, s, m], with their angles and starts. It holds the tensors that calls read."""
+    """The calls of a step for tokens [b, s, *streams, m]. It holds the tensors that they read and write."""
 
-    def __init__(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], starts: Tensor) -> None:
-        b, s, dim = x.shape
-        self.x = _states(x, b * s)
-        self.cos, self.sin = (t.float().contiguous() for t in cos_sin)
-        self.starts = starts.to(torch.int64).contiguous()
+    def __init__(self, x: Tensor, starts: Tensor | None, shape: Sequence[int]) -> None:
+        (b, s), dim = shape, x.shape[-1]
+        self.tokens = b * s
+        self.x = _states(x, self.tokens)
+        self.starts = None if starts is None else starts.to(torch.int64).contiguous()
+        self.held, self.angles, self.calls = list[Any](), None, list[tuple[str, bytes]]()
         self.fields: dict[str, Any] = {"threads": n_threads(), "b": b, "s": s, "dim": dim, "starts": span(self.starts)}
-        self.fields |= {"cos": span(self.cos), "sin": span(self.sin)}
-        self.fields["cos_sin_batch"] = self.cos.shape[0] if self.cos.dim() == 3 else 1
+        # states of one stream go from one half of a block to the next in turns; several streams stay where they are
+        several = self.x.numel() > self.tokens * dim
+        self.states = self.x.clone() if several else self.x.new_empty(2, *self.x.shape)
+        self.between = self.x.new_empty(2, b * s, dim) if several else self.states
+        self.spans = [span(t) for t in self.between]
+        self.streams = self.described_streams(b * s, x.shape[-2], dim) if several else None
 
-    def attention(self, x: bytes, y: bytes, weights: Any, cache: Any) -> tuple[str, bytes]:
+    def run(self) -> Tensor:
+        """Run all calls, one after another, and return the states after them."""
+        if len(self.calls) == 1:
+            enter(*self.calls[0])
+        else:
+            enter("blocks", b"".join(STEP_HEADERS[function] + call for function, call in self.calls))
+        return self.states if self.streams else self.states[(len(self.calls) - 1) % 2]
+
+    def half(self, describe: Callable[..., tuple[str, bytes]], weights: Any, *others: Any) -> None:
+        """Add the calls of half a block: of a layer, and those that read residual streams and write to them."""
+        if self.streams is None:
+            after = self.spans[len(self.calls) % 2]
+            before = self.spans[(len(self.calls) - 1) % 2] if self.calls else span(self.x)
+            return self.calls.append(describe(before, after, True, weights, *others))
+        residual, mixed = weights.residual, len(weights.weights["hc.scale"]) == 3
+        fields = self.streams | {name: vector(weights.weights[f"hc.{name}"]) for name in ("fn", "base", "scale")}
+        fields |= {"iterations": residual.sinkhorn_iters if mixed else 0, "norm_eps": residual.norm_eps}
+        fields |= {"eps": residual.eps, "post_eps": 0.0 if mixed else residual.eps}
+        of_layer = describe(*self.spans, False, weights, *others)
+        pack = CALLS["stream_step"].pack
+        around = [pack(**fields, y=y, write=write) for write, y in enumerate(self.spans)]
+        self.calls += [("stream_step", around[0]), of_layer, ("stream_step", around[1])]
+        return None
+
+    def described_streams(self, n: int, streams: int, dim: int) -> dict[str, Any]:
+        """Return the fields of residual streams that all layers have in common."""
+        if streams > LIMITS["MOST_STEP_STREAMS"]:
+            raise Unserved(f"{streams} residual streams")
+        self.held += [self.x.new_empty(n, streams), self.x.new_empty(n, streams, streams)]
+        post, comb = map(span, self.held)
+        sizes = {"threads": self.fields["threads"], "n": n, "dim": dim, "streams": streams}
+        return {**sizes, "x": span(self.states), "post": post, "comb": comb}
+
+    def attention(
+        self, x: bytes, y: bytes, added: bool, weights: Any, cache: Any, cos_sin: tuple[Tensor, Tensor]
+    ) -> tuple[str, bytes]:
         """Return the function and the call of an attention of any kind, from states at x to those at y."""
         prepared = _prepared(weights, _prepare_attention)
         store, fields = cache.store, self.fields
-        fields["x"], fields["y"], fields["room"] = x, y, store.data.shape[1]
+        fields["x"], fields["y"] = x, y
+        cos, _ = self.set_angles(cos_sin)
+        if prepared.function == "compressed_attention":
+            fields |= self.compressed(cache, cos.shape[-2]) | {"bf16": weights.dtype == torch.bfloat16, "added": added}
+            return prepared.function, COMPRESSED_STEP.pack_all(fields) + prepared.weights
+        fields["room"], fields["cos_sin_batch"] = store.data.shape[1], cos.shape[0] if cos.dim() == 3 else 1
         _set_cache(fields, "cache", store.data, 2 if prepared.function == "grouped_attention" else 3)
         _set_cache(fields, "index_cache", None if store.index is None else store.index.data, 2)
         return prepared.function, ATTENTION_STEP.pack_all(fields) + prepared.weights
+
+    def feed_forward(
+        self, x: bytes, y: bytes, added: bool, weights: Any, routing: Sequence[Tensor], tokens: Tensor | None
+    ) -> tuple[str, bytes]:
+        """Return the function and the call of a feed-forward, from states [n, m] at x to those at y."""
+        prepared = _prepared(weights, _prepare_feed_forward)
+        ids = None if tokens is None else tokens.to(torch.int64).contiguous()
+        self.held.append(ids)
+        indices, scales, scores, counts = map(span, routing) if routing else (b"",) * 4
+        fields = {"threads": self.fields["threads"], "n": self.tokens, "dim": self.fields["dim"], "x": x, "y": y}
+        fields |= {"indices": indices, "weights": scales, "scores": scores, "counts": counts}
+        fields |= {"tokens": span(ids), "added": added}
+        return prepared.function, FEED_FORWARD_STEP.pack_all(fields) + prepared.weights
+
+    def set_angles(self, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Set the fields of cos and sin, which most layers share."""
+        if self.angles is None or self.angles[0] is not cos_sin:
+            cos, sin = (t.float().contiguous() for t in cos_sin)
+            self.angles = cos_sin, cos, sin
+            self.held.append(self.angles)
+            self.fields["cos"], self.fields["sin"] = span(cos), span(sin)
+        return self.angles[1:]
+
+    def compressed(self, cache: Any, positions: int) -> dict[str, Any]:
+        """Return the fields of V4's attention: its stores, and the number of tokens among the columns of each row."""
+        counts = cache.at.lengths.to(torch.int64) - self.starts
+        self.held.append(counts)
+        stores = {"entries": cache.store, "keys": cache.store.index}
+        return {
+            **{"positions": positions, "counts": span(counts), "latest": _ring(cache.store.window)},
+            **{name: _block_rows(store) for name, store in stores.items()},
+        }
+
+
+def _ring(rows: Any) -> bytes:
+    """Describe the rows of a cache that a step writes."""
+    held, described = key_rows(rows, rows.data.shape[1])
+    if held is not rows.data:
+        raise Unserved(f"a cache with strides {list(rows.data.stride())}")
+    return described
+
+
+def _block_rows(store: Any) -> bytes:
+    """Describe what a layer or its indexer stores of blocks."""
+    if store is None or store.raw is None:
+        return b""
+    raw = store.raw.data
+    if raw.dtype != torch.float32 or not raw.is_contiguous():
+        raise Unserved(f"raw rows of {raw.dtype}")
+    return LAYOUTS["BlockRows"].pack(made=_ring(store.entries), raw=span(raw), raw_places=raw.shape[1])
+
+
+def key_rows(rows: Any, n: int) -> tuple[Tensor, bytes]:
+    """Describe the first n rows of each sequence of a tensor [b, t, width], or of a cache, and return what holds them.
+
+    Raises: Unserved for numbers in another format.
+    """
+    data = detached(rows if isinstance(rows, Tensor) else rows.data)
+    if data.dim() != 3 or data.stride(2) != 1 or min(data.stride()[:2]) < 0:
+        data = data.contiguous()
+    codes = tile = 0
+    if data.dtype != torch.uint8 or isinstance(rows, Tensor):
+        kind = entry_of(KEY_TYPES, data.dtype, "rows of")
+    else:
+        kind, codes, tile = _codes_of(rows.codec)
+    size = data.element_size()
+    batch, row = (size * data.stride(i) if data.shape[i] > 1 else 0 for i in (0, 1))
+    row = row or size * data.shape[2]
+    nbytes = max(0, (len(data) - 1) * batch + (n - 1) * row + size * data.shape[2]) if n else 0
+    at = memory(data.data_ptr(), nbytes)
+    return data, LAYOUTS["KeyRows"].pack(data=at, type=kind, count=n, batch=batch, row=row, codes=codes, tile=tile)
+
+
+def _codes_of(codec: Any) -> tuple[int, int, int]:
+    """Return the type of rows of bytes, their numbers with codes, and how many of these share a scale."""
+    if hasattr(codec, "block"):
+        return FP4_KEYS, codec.numbers, codec.block
+    if codec.stored != torch.float8_e8m0fnu:
+        raise Unserved(f"rows in FP8 with scales in {codec.stored}")
+    return FP8_KEYS, codec.unrotated, codec.tile
 
 
 def _states(x: Tensor, tokens: int) -> Tensor:
@@ -168,17 +295,6 @@ def _routings(gated: Sequence[Any], n: int) -> list[tuple[Tensor, ...]]:
     return [*zip(*(t.unbind() for t in of_all), strict=True)]
 
 
-def _feed_forward(
-    threads: int, shape: torch.Size, x: bytes, y: bytes, weights: Any, routing: Sequence[Tensor]
-) -> tuple[str, bytes]:
-    """Return the function and the call of a feed-forward, from states [n, m] at x to those at y."""
-    prepared = _prepared(weights, _prepare_feed_forward)
-    indices, scales, scores, counts = map(span, routing) if routing else (b"",) * 4
-    fields = {"threads": threads, "n": shape[0], "dim": shape[1], "x": x, "y": y, "indices": indices}
-    fields |= {"weights": scales, "scores": scores, "counts": counts}
-    return prepared.function, FEED_FORWARD_STEP.pack_all(fields) + prepared.weights
-
-
 class Prepared(NamedTuple):
     """The part of a call that is the same in all steps. StepWeights keep the tensors where they are."""
 
@@ -202,9 +318,12 @@ def _prepared(weights: Any, prepare: Callable[[Any], Prepared]) -> Prepared:
 
 def _prepare_attention(weights: Any) -> Prepared:
     """Describe an attention's weights to the C++."""
-    grouped = "wk" in weights.weights
-    packed = (_grouped_weights if grouped else _mla_weights)(weights, weights.layer, weights.weights)
-    return Prepared("grouped_attention" if grouped else "attention", packed)
+    kind, describe = "attention", _mla_weights
+    if "wk" in weights.weights:
+        kind, describe = "grouped_attention", _grouped_weights
+    elif "wkv" in weights.weights:
+        kind, describe = "compressed_attention", _compressed_weights
+    return Prepared(kind, describe(weights, weights.layer, weights.weights))
 
 
 def _grouped_weights(weights: Any, layer: Any, w: dict[str, Any]) -> bytes:
@@ -261,6 +380,51 @@ def _indexer_weights(weights: Any, indexer: Any, w: dict[str, Any], wq_b: Any) -
     )
 
 
+def _compressed_weights(weights: Any, layer: Any, w: dict[str, Any]) -> bytes:
+    index = layer.indexer
+    if index is not None and _weight_type(w["indexer.wq_b"], weights.dtype) != _weight_type(w["wq_b"], weights.dtype):
+        raise Unserved("queries of attention and of its indexer from weights of different types")
+    return LAYOUTS["CompressedWeights"].pack(
+        heads=layer.n_heads,
+        width=layer.head_dim,
+        rope=layer.rope.dim,
+        q_rank=w["wq_a"].shape[0],
+        groups=layer.groups,
+        rank=w["wo_a"].shape[0] // layer.groups,
+        window=layer.window_size,
+        ratio=layer.m,
+        series=1 if layer.compressor is None else layer.compressor.series,
+        rounded=layer.qat,
+        **{name: vector(w[name]) for name in ("norm", "q_norm", "kv_norm")},
+        sink=vector(w["attn_sink"]),
+        **{name: matrix(w[name], weights.dtype) for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")},
+        scale=layer.scale,
+        eps=weights.norm.eps,
+        q_eps=layer.q_norm.eps,
+        kv_eps=layer.kv_norm.eps,
+        head_eps=layer.eps,
+        compressor=_compressor_weights(layer.compressor, "compressor", w),
+        key_compressor=b"" if index is None else _compressor_weights(index.compressor, "indexer.compressor", w),
+        index_heads=0 if index is None else index.n_heads,
+        topk=0 if index is None else index.topk,
+        index_wq=matrix(w.get("indexer.wq_b"), weights.dtype),
+        index_weights=matrix(w.get("indexer.weights_proj")),
+    )
+
+
+def _compressor_weights(compressor: Any, name: str, w: dict[str, Any]) -> bytes:
+    if compressor is None:
+        return b""
+    return LAYOUTS["CompressorWeights"].pack(
+        numbers=compressor.d,
+        wkv=matrix(w[f"{name}.wkv"]),
+        wgate=matrix(w[f"{name}.wgate"]),
+        bias=vector(w[f"{name}.ape"]),
+        weight=vector(w[f"{name}.norm"]),
+        epsilon=compressor.norm.eps,
+    )
+
+
 def _prepare_feed_forward(weights: Any) -> Prepared:
     """Describe a feed-forward's weights to the C++."""
     w, gated, names = weights.weights, "gate" in weights.weights, ("w1", "w2", "w3")
@@ -269,7 +433,8 @@ def _prepare_feed_forward(weights: Any) -> Prepared:
     for first, _, third in (dense, stacks):
         if type(first) is not type(third) or (first is not None and first.dtype != third.dtype):
             raise Unserved("w1 and w3 of different types")
-    options = weights.layer.gate.options if gated else {}
+    options, table = weights.layer.gate.options if gated else {}, w.get("gate.tid2eid")
+    limit = (weights.layer.experts if gated else weights.layer).limit
     score = SCORES.get(options.get("score_func", "sigmoid"))
     if score is None:
         raise Unserved("a score function of its own")
@@ -289,12 +454,15 @@ def _prepare_feed_forward(weights: Any) -> Prepared:
         norm=vector(w["norm"]),
         gate=vector(w.get("gate")),
         bias=vector(w.get("gate.bias")),
+        vocabulary=0 if table is None else len(table),
+        table=span(table),
         **{
             name: matrix(x, weights.dtype)
             for name, x in zip(("w1", "w2", "w3", "e1", "e2", "e3"), (*dense, *stacks), strict=True)
         },
         eps=weights.norm.eps,
         route_scale=options.get("route_scale", 1.0),
+        limit=math.inf if limit is None else limit,
     )
     return Prepared("feed_forward", packed, experts, topk)
 

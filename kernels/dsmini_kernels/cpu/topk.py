@@ -5,14 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsmini_kernels import Unserved, entry_of
+from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.calls import memory, n_threads, run, span
-from dsmini_kernels.cpu.steps import MOST_TOKENS, THREADED, detached, has_bf16_units, quantized_linear
-from dsmini_kernels.cpu.structs import LAYOUTS, LIMITS
-
-KEY_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-FP8_KEYS, FP4_KEYS = 2, 3
-"""Types of rows that stand for keys, in key_rows.h."""
+from dsmini_kernels.cpu.steps import MOST_TOKENS, THREADED, detached, has_bf16_units, key_rows, quantized_linear
+from dsmini_kernels.cpu.structs import LIMITS
 
 
 def topk_keys(q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) -> Tensor:
@@ -86,36 +82,6 @@ def entry_attention(
         **{"q": span(q), "chosen": span(chosen), "sink": span(sink), "out": span(out), "scale": scale},
     )
     return out
-
-
-def key_rows(rows: Any, n: int) -> tuple[Tensor, bytes]:
-    """Describe the first n rows of each sequence of a tensor [b, t, width], or of a cache, and return what holds them.
-
-    Raises: Unserved for numbers in another format.
-    """
-    data = detached(rows if isinstance(rows, Tensor) else rows.data)
-    if data.dim() != 3 or data.stride(2) != 1 or min(data.stride()[:2]) < 0:
-        data = data.contiguous()
-    codes = tile = 0
-    if data.dtype != torch.uint8 or isinstance(rows, Tensor):
-        kind = entry_of(KEY_TYPES, data.dtype, "rows of")
-    else:
-        kind, codes, tile = _codes_of(rows.codec)
-    size = data.element_size()
-    batch, row = (size * data.stride(i) if data.shape[i] > 1 else 0 for i in (0, 1))
-    row = row or size * data.shape[2]
-    nbytes = max(0, (len(data) - 1) * batch + (n - 1) * row + size * data.shape[2]) if n else 0
-    at = memory(data.data_ptr(), nbytes)
-    return data, LAYOUTS["KeyRows"].pack(data=at, type=kind, count=n, batch=batch, row=row, codes=codes, tile=tile)
-
-
-def _codes_of(codec: Any) -> tuple[int, int, int]:
-    """Return the type of rows of bytes, their numbers with codes, and how many of these share a scale."""
-    if hasattr(codec, "block"):
-        return FP4_KEYS, codec.numbers, codec.block
-    if codec.stored != torch.float8_e8m0fnu:
-        raise Unserved(f"rows in FP8 with scales in {codec.stored}")
-    return FP8_KEYS, codec.unrotated, codec.tile
 
 
 def _of_each_head(x: Tensor, w: Tensor) -> Tensor:
