@@ -412,7 +412,13 @@ class ModelConfig:
     @property
     def has_indexers(self) -> bool:
         """Return True if some layer chooses keys or compressed entries by an indexer."""
-        return self.attention == "dsa" or CSA_RATIO in (self.compress_ratios or ())
+        return any(map(self.has_indexer, range(self.n_layers)))
+
+    def has_indexer(self, layer: int) -> bool:
+        """Return True if block `layer` has an indexer of its own."""
+        if self.attention == "dsa":
+            return self.index_source(layer) == layer
+        return self.compress_ratio(layer) == CSA_RATIO
 
     def is_hashed(self, layer: int) -> bool:
         """Return True if block `layer` chooses experts by a table from token ids."""

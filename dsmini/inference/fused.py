@@ -302,12 +302,23 @@ class Decoder:
         """Let a copy or a pickle be a new one: what kernels prepared holds addresses of the weights of this model."""
         return type(self), (self.model,)
 
-    def states(self, tokens: Int[Tensor, "b s"], cache: Cache, lengths: Int[Tensor, " b"] | None = None) -> States:
+    def states(
+        self,
+        tokens: Int[Tensor, "b s"],
+        cache: Cache,
+        lengths: Int[Tensor, " b"] | None = None,
+        chosen: list[Any] | None = None,
+    ) -> States:
         """Do what Transformer.states does with a cache. normed and given are FP32 where all blocks are taken apart.
 
         Padding is computed too. Its entries lie after the end of their row, and are overwritten later.
+
+        Args:
+            chosen: as in Context. Kernels do not tell the keys that they choose, so modules run in their place.
         """
         model, starts = self.model, cache.lengths
+        if chosen is not None and model.config.has_indexers:
+            return model.states(tokens, cache, lengths, chosen=chosen)
         if None in self.blocks or not _is_step(tokens, starts, cache.max_seq_len) or not _absorbs(cache.form):
             return model.states(tokens, cache, lengths)
         with torch.no_grad():

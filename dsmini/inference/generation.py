@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsmini.config.model import CSA_RATIO, V4
 from dsmini.inference.fused import Decoder
 from dsmini.inference.sampling import Sampling, draw, is_whole, log_probabilities
 from dsmini.inference.speculative import Drafter, accept, accept_greedy
@@ -97,6 +98,10 @@ class Generated(NamedTuple):
     routing: list[Tensor] | None = None
     """[b, longest - 1, k] for each MoE layer without those of multi-token prediction: the experts of each token that
     the model has read, -1 in padding, for `losses(..., routing=)`; None where they are not asked for."""
+    keys: list[Tensor] | None = None
+    """[b, longest - 1, k] for each indexer without those of multi-token prediction: the keys, in V4 the entries, that
+    each token attends to, -1 where there are fewer. A row of -1 is padding, or a token that attends to all. For
+    `losses(..., keys=)`; None where routing is."""
 
 
 def generate(
@@ -145,12 +150,16 @@ def generate(
         pass
     lengths = torch.tensor([len(row) for row in generation.rows])
     logprobs = padded(generation.logprobs, dtype=torch.float32)
-    experts = None
+    experts = keys = None
     if routing:  # of guesses after the end of a row there may be some
         longest = max(1, int(lengths.max()))
+        most = (longest - 1) // (CSA_RATIO if model.config.attention in V4 else 1)
         unread = torch.arange(longest - 1)[None, :, None] >= lengths[:, None, None] - 1
-        experts = [layer[:, : longest - 1].masked_fill(unread.to(layer.device), -1) for layer in generation.experts]
-    return Generated(padded(generation.rows), lengths, generation.stats, logprobs, experts)
+        experts, keys = (
+            [layer[:, : longest - 1].masked_fill(unread.to(layer.device), -1) for layer in layers]
+            for layers in (generation.experts, [layer[..., :most] for layer in generation.keys])
+        )
+    return Generated(padded(generation.rows), lengths, generation.stats, logprobs, experts, keys)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -201,7 +210,8 @@ class Generation:
     """When a row fills the cache, forget its older half and read the rest again. Without it, such a request is an error
     at the start."""
     routing: bool = False
-    """Record the experts of each token that the model reads; not with slide."""
+    """Record the experts and the chosen keys of each token that the model reads; not with slide. Where there are
+    indexers, modules decode in the place of kernels."""
     record_logprobs: bool = False
     """Record the log-probability of each new token."""
     watch: Callable[[int, int], None] | None = None
@@ -222,6 +232,8 @@ class Generation:
         self.cache: Cache = model.new_cache(len(self.prompts), room, self.cache_dtype, mtp=self.speculative)
         self.experts: list[Tensor] = []
         """The experts of each position in each MoE layer, [rows, room, k], -1 where nothing was read."""
+        self.keys: list[Tensor] = []
+        """The same of the keys of each indexer."""
         if self.routing and self.slide:
             raise ValueError(
                 "routing is recorded of whole rows, and slide forgets a part of them; leave out one of them"
@@ -266,7 +278,9 @@ class Generation:
         start = time.perf_counter()
         if not self._started:
             self._started = True
-            logits = prefill(self.model, self.cache, self.rows, self.drafter, self.watch, self._record)
+            logits = prefill(
+                self.model, self.cache, self.rows, self.drafter, self.watch, self._record if self.routing else None
+            )
             if self.sampling.greedy:
                 first = self.sampling.likeliest(logits, self._seen())
             else:
@@ -306,8 +320,9 @@ class Generation:
         # 2. the model's logits after each of them: [b, s, v]
         start = self.cache.lengths
         new = None if all(live) else torch.tensor(live, device="cpu") * tokens.shape[1]
-        states = self.decoder.states(tokens, self.cache, new)
-        self._record(states.routing, start, new)
+        chosen: list[Any] | None = [] if self.routing else None
+        states = self.decoder.states(tokens, self.cache, new, chosen)
+        self._record(states.routing, chosen, start, new)
         logits = self.decoder.logits(states.normed)
         # 3. the accepted guesses of each row, and one more token
         if seen is not None:  # and the guesses before each column
@@ -327,25 +342,32 @@ class Generation:
         self.stats.steps += sum(live)
         return chosen, logits
 
-    def _record(self, routing: list[Routing], starts: Int[Tensor, " b"], new: Int[Tensor, " b"] | None) -> None:
-        """Note the experts of the new tokens of the rows in the cache; of guesses until others take their places.
+    def _record(
+        self, routing: list[Routing], chosen: list[Any] | None, starts: Int[Tensor, " b"], new: Int[Tensor, " b"] | None
+    ) -> None:
+        """Note experts and keys of the new tokens of the rows in the cache; of guesses until others take their places.
 
         Args:
+            chosen: keys that each indexer chose; None: nothing is noted.
             starts: number of tokens of each row before them.
             new: number of new tokens of each row; None: they are all that were routed.
         """
-        if not self.routing:
+        if chosen is None:
             return
-        b, sizes = len(self._active), (len(self._rows), self.cache.max_seq_len)
+        b, sizes, topk = len(self._active), (len(self._rows), self.cache.max_seq_len), self.model.config.index_topk or 0
         places = {id(row): i for i, row in enumerate(self._rows)}
         rows = [places[id(active)] for active in self._active]
-        if not self.experts:
+        if not self.experts and not self.keys:
             self.experts = [of.indices.new_full((*sizes, of.indices.shape[1]), -1) for of in routing]
-        for store, of in zip(self.experts, routing, strict=True):
-            indices = of.indices.unflatten(0, (b, -1))
-            counts = [indices.shape[1]] * b if new is None else new.tolist()
+            self.keys = [torch.full((*sizes, topk), -1, device=self._device) for _ in chosen]
+        experts = [of.indices.unflatten(0, (b, -1)) for of in routing]
+        for store, indices in zip([*self.experts, *self.keys], [*experts, *chosen], strict=True):
+            if indices is None:  # all keys are read, as where nothing is noted
+                continue
+            s, k = indices.shape[1:]
+            counts = [s] * b if new is None else new.tolist()
             for i, (row, start, n) in enumerate(zip(rows, starts.tolist(), counts, strict=True)):
-                store[row, start : start + n] = indices[i, :n]
+                store[row, start : start + n] = F.pad(indices[i, :n], (0, store.shape[2] - k), value=-1)
 
     def _seen(self) -> Bool[Tensor, "b v"] | None:
         """Return a mask of the tokens that each row holds; None if the sampling needs none."""
@@ -391,7 +413,7 @@ def prefill(
     contexts: list[list[int]],
     drafter: Drafter | None = None,
     watch: Callable[[int, int], None] | None = None,
-    record: Callable[[list[Routing], Tensor, Tensor | None], None] | None = None,
+    record: Callable[[list[Routing], list[Any], Tensor, Tensor | None], None] | None = None,
 ) -> Float[Tensor, "b v"]:
     """Append the tokens of each row to the cache, PREFILL at a time; return the logits after each row's last.
 
@@ -399,7 +421,8 @@ def prefill(
         contexts: one list of token ids for each row of the cache; an empty one appends nothing.
         drafter: is shown the same tokens.
         watch: called after each part with the number of tokens read so far and that of all.
-        record: called after each part with the routing, the valid lengths before, and the numbers of new tokens.
+        record: called after each part with the routing, the chosen keys, the valid lengths before, and the numbers of
+            new tokens.
     """
     device = model.device
     lengths = torch.tensor([len(context) for context in contexts], device="cpu")
@@ -410,10 +433,10 @@ def prefill(
         tokens = padded([context[start : start + PREFILL] for context in contexts], device)
         uneven = None if bool((new == tokens.shape[1]).all()) else new
         # 2. hidden states of all of them, of which the last in each row are needed: [b, m]
-        starts = cache.lengths
-        states = model.states(tokens, cache, uneven)
-        if record is not None:
-            record(states.routing, starts, uneven)
+        starts, chosen = cache.lengths, None if record is None else list[Any]()
+        states = model.states(tokens, cache, uneven, chosen=chosen)
+        if record is not None and chosen is not None:
+            record(states.routing, chosen, starts, uneven)
         if drafter is not None:
             drafter.read(tokens, states.given, uneven)
         last = last_valid(states.normed, uneven, states.normed[:, 0] if last is None else last)

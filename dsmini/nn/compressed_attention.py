@@ -59,6 +59,7 @@ from dsmini.nn.dsa import (
     Indexer,
     IndexerLoss,
     hadamard,
+    imposed,
     indexer_agreement,
     mean_loss,
     topk_keys,
@@ -355,6 +356,13 @@ class Index(NamedTuple):
         return topk_keys(self.q[:, part], self.keys[:, :n], self.weights[:, part], min(topk, n), hidden)
 
 
+def joined(choices: list[Any]) -> Int[Tensor, "b s k"] | None:
+    """Return the choices [b, q, k] of blocks of queries as one of all; None where nothing is chosen."""
+    found = [chosen for chosen in choices if chosen is not None]
+    most = max((chosen.shape[2] for chosen in found), default=0)
+    return torch.cat([F.pad(chosen, (0, most - chosen.shape[2]), value=-1) for chosen in found], 1) if found else None
+
+
 class Entries(NamedTuple):
     """The entries that the queries of a call may see."""
 
@@ -563,13 +571,15 @@ class CompressedAttention(FP32Module):
             # 3. the entries that a query may not see, [#b, s, n], and those that it reads, [b, s, k]
             hidden, chosen = self.hidden(entries.ends, part, context, starts), None
             if self.indexer is not None and entries.index is not None and hidden.shape[2]:
-                chosen = entries.index.choose(part, self.indexer.topk, hidden)
+                chosen = imposed(entries.index.choose(part, self.indexer.topk, hidden), context, start)
+            choices.append(chosen)
             if context.stage is not None and self.indexer is not None:
                 blind = blind + hidden.all(-1).expand(b, -1).sum()
                 others.append(lse_of_others(some, near, masked, self.attn_sink, self.scale))
-                choices.append(chosen)
             read = None if context.stage == "warmup" else chosen
             y.append(entry_attention(some, near, masked, entries.rows, hidden, read, self.attn_sink, self.scale))
+        if context.chosen is not None and self.indexer is not None:
+            context.chosen.append(joined(choices))
         return torch.cat(y, 1), self.loss(q, entries, choices, others, blind, context, starts) if others else None
 
     def loss(
@@ -591,9 +601,8 @@ class CompressedAttention(FP32Module):
         """
         (b, s), n = q.shape[:2], min(entries.ends.shape[1], q.shape[1] // self.m)
         sums = blind * torch.eye(4, device=q.device)[1]
-        if n and entries.index is not None and context.stage is not None:
-            most = min(self.indexer.topk, n)
-            chosen = torch.cat([F.pad(c, (0, most - c.shape[2]), value=-1) for c in choices], 1)
+        chosen = joined(choices)
+        if n and entries.index is not None and context.stage is not None and chosen is not None:
             index = entries.index._replace(keys=entries.index.keys[:, :n])
             main = q.detach(), entries.rows[:, :n].detach().unsqueeze(2), self.scale, chosen
 

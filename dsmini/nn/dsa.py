@@ -145,6 +145,18 @@ def topk_attention(
     return absorbed_attention.reference(q_nope, q_rope, rows, w_uk, w_uv, scale, mask)
 
 
+def imposed(topk_indices: Int[Tensor, "b s k"], context: Context, start: int = 0) -> Int[Tensor, "b s k"]:
+    """Return the keys that the context imposes on the queries from `start` on, and where it imposes none the chosen.
+
+    Scores are computed in any case, so that the indexer learns. Source: as of experts, gate.py.
+    """
+    if context.keys is None:
+        return topk_indices
+    keys = context.keys[:, start : start + topk_indices.shape[1]]
+    topk_indices = F.pad(topk_indices, (0, keys.shape[2] - topk_indices.shape[2]), value=-1)
+    return keys.where((keys >= 0).any(-1, keepdim=True), topk_indices)
+
+
 class Indexer(nn.Module):
     """The indexer of a layer. From a config, or from plain arguments with the three index sizes."""
 
@@ -390,9 +402,11 @@ class DSA(MLA):
         if stage is not None or longest > self.indexer.topk:
             with torch.set_grad_enabled(stage is not None and torch.is_grad_enabled()):
                 index = self.indexer(x.detach(), latent.detach(), cos_sin)
-            choice = Choice(self.select_topk(index, context), None if stage is None else index)
+            choice = Choice(imposed(self.select_topk(index, context), context), None if stage is None else index)
         elif cache is not None:
             cache.index.append((self.indexer.keys(x, cos_sin),))
+        if context.chosen is not None:
+            context.chosen.append(choice.topk_indices)
         if self.is_shared:
             context.choices[self.source] = choice if self.target == "served" else Choice(choice.topk_indices)
         return choice

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
-from dsmini.config.model import V4
+from dsmini.config.model import CSA_RATIO, V4
 from dsmini.nn.attention import Context
 from dsmini.nn.block import Aux, Block, run_block
 from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy, MTPCache, check_cache
@@ -182,15 +182,18 @@ class Transformer(nn.Module):
         recompute: bool = False,
         train_indexers: bool = False,
         routing: Sequence[Tensor] | None = None,
+        keys: Sequence[Tensor] | None = None,
+        chosen: list[Any] | None = None,
     ) -> States:
         """Return the hidden states from which the head makes logits.
 
         Args:
             cache, lengths: as in forward.
-            documents, recompute, routing: as in losses; documents not with a cache, whose rows are one document each.
+            documents, recompute, routing, keys: as in losses; documents not with a cache, whose rows are one each.
             train_indexers: compute the loss of indexers that learn.
+            chosen: as in Context.
         """
-        imposed = [None] * len(self.layers) if routing is None else self._imposed(routing, tokens)
+        imposed = self._imposed(routing, keys, tokens)
         if cache is None and lengths is not None:
             raise ValueError("lengths are of rows in a cache; give one, or leave them out")
         if cache is not None and documents is not None:
@@ -204,13 +207,12 @@ class Transformer(nn.Module):
             at = None if cache is None else cache.place_tokens(self.config, tokens, lengths)
             positions = torch.arange(tokens.shape[1], device=x.device)[None] if at is None else at.positions
             stage = self.stage_for(train_indexers) if cache is None else None
-            context = Context(positions=positions, tokens=tokens, documents=documents, stage=stage)
+            context = Context(positions=positions, tokens=tokens, documents=documents, stage=stage, chosen=chosen)
             # 3. the blocks, each with its layer's part of the cache: [b, s, m]
             views = [None] * len(self.layers) if cache is None or at is None else cache.views(at)
             found: list[Aux] = []
-            for block, view, experts in zip(self.layers, views, imposed, strict=True):
-                plain = view is None and experts is None
-                own = context if plain else replace(context, cache=view, experts=experts)
+            for block, view, given in zip(self.layers, views, imposed, strict=True):
+                own = context if view is None and not given else replace(context, cache=view, **given)
                 x, aux = run_block(block, x, own, recompute)
                 found.append(aux)
             if cache is not None and at is not None:
@@ -218,23 +220,38 @@ class Transformer(nn.Module):
             # 4. the final norm: [b, s, m]
             return self.states_of(x, found)
 
-    def _imposed(self, routing: Sequence[Tensor], tokens: Int[Tensor, "b s"]) -> list[Tensor | None]:
-        """Return the experts that each block gets imposed. Raises: ValueError for a replay of another shape."""
-        c = self.config
-        moe, shape = [i for i in range(c.n_layers) if c.is_moe(i)], (*tokens.shape, c.n_activated_experts)
-        got = [tuple(experts.shape) for experts in routing]
-        if got != [shape] * len(moe):
-            raise ValueError(
-                f"routing has {len(got)} layers of {got[0] if got else ()}; want {len(moe)} of {shape}, the experts of "
-                "each token in each MoE layer, as generate(routing=True) records them of the same tokens"
-            )
-        for experts in routing:
-            if ops.can_read_values(experts) and int(experts.max()) >= c.n_routed_experts:
+    def _imposed(
+        self, routing: Sequence[Tensor] | None, keys: Sequence[Tensor] | None, tokens: Int[Tensor, "b s"]
+    ) -> list[dict[str, Any]]:
+        """Return what each block gets imposed, as fields of Context.
+
+        Raises: ValueError for a replay of another shape, an expert that does not exist, and a key after its query.
+        """
+        c, s, found = self.config, tokens.shape[-1], list[dict[str, Any]]({} for _ in self.layers)
+        m = CSA_RATIO if c.attention in V4 else 1
+        seen: Any = (torch.arange(s, device=tokens.device)[:, None] + 1) // m
+        kinds = (
+            ("routing", "experts", routing, "MoE layer", c.is_moe, c.n_activated_experts, c.n_routed_experts),
+            ("keys", "keys", keys, "layer with an indexer", c.has_indexer, min(c.index_topk or 0, s // m), seen),
+        )
+        for name, field, given, kind, has, k, limit in kinds:
+            if given is None:
+                continue
+            layers, shape = [i for i in range(c.n_layers) if has(i)], (*tokens.shape, k)
+            got = [tuple(indices.shape) for indices in given]
+            if got != [shape] * len(layers):
                 raise ValueError(
-                    f"routing names expert {int(experts.max())} of {c.n_routed_experts}; it is that of another model"
+                    f"{name} has {len(got)} layers of {got[0] if got else ()}; want {len(layers)} of {shape}, the "
+                    f"{field} of each token in each {kind}, as generate(routing=True) records them of the same tokens"
                 )
-        by_layer = dict(zip(moe, routing, strict=True))
-        return [by_layer.get(i) for i in range(c.n_layers)]
+            for layer, indices in zip(layers, given, strict=True):
+                if ops.can_read_values(indices) and bool((indices >= limit).any()):
+                    raise ValueError(
+                        f"{name} names {field} up to {int(indices.max())}, which some token cannot choose; it is that "
+                        "of another model or of other tokens: record it again"
+                    )
+                found[layer][field] = indices
+        return found
 
     def stage_for(self, train_indexers: bool) -> Any:
         """Return Context.stage: the warm-up's attention reads all keys, also where nobody asks for a loss."""
@@ -352,6 +369,7 @@ class Transformer(nn.Module):
         n_targets: Float[Tensor, ""] | None = None,
         states: States | None = None,
         routing: Sequence[Tensor] | None = None,
+        keys: Sequence[Tensor] | None = None,
     ) -> Losses:
         """Compute the training losses without a tensor [b, s, vocab].
 
@@ -366,6 +384,8 @@ class Transformer(nn.Module):
             routing: experts [b, s, k] that each MoE layer gets imposed, without those of MTP, -1 where the gate
                 chooses. `generate(routing=True)` records them: training then uses the experts of the generation, whose
                 numbers differ in their last bits. Scores and weights are computed again, so that gates learn.
+            keys: keys [b, s, k] that each indexer gets imposed, without those of MTP, recorded with the experts. In a
+                row of -1 the indexer chooses. In V4 they are compressed entries.
 
         A depth k of MTP is scored at s - k positions and, as published, divided by the number of targets of the main
         loss. Source: DeepSeek-V3 report, equations 17 to 20 (balance), 24 and 25 (MTP); DeepSeek-V3.2
@@ -375,12 +395,12 @@ class Transformer(nn.Module):
             got = f"targets are {tuple(targets.shape)}, tokens {tuple(tokens.shape)}"
             raise ValueError(f"{got}; want a token or more, and a target for each: losses(x[:, :-1], x[:, 1:])")
         check_ids("target", targets.masked_fill(targets == IGNORE, 0), self.config.vocab_size)
-        if states is not None and routing is not None:
+        if states is not None and (routing is not None or keys is not None):
             raise ValueError(
-                "routing is imposed where states are computed, and states are given; leave out one of them"
+                "routing and keys are imposed where states are computed, and states are given; leave out one of them"
             )
         if states is None:
-            states = self.states(tokens, None, None, documents, recompute, train_indexers=True, routing=routing)
+            states = self.states(tokens, None, None, documents, recompute, True, routing, keys)
         counted = (targets != IGNORE).sum().clamp(min=1) if n_targets is None else n_targets
         # 1. the next token, from hidden states [b, s, m]
         main = self.cross_entropy(states.normed, targets) / counted

@@ -1,4 +1,4 @@
-"""Experts that a generation recorded are imposed in training: gates choose the same, and learn."""
+"""Experts and keys of a generation are imposed in training: gates and indexers choose the same, and learn."""
 
 from typing import Any
 
@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from dsmini import ModelConfig, Transformer, generate, load_pretrained
+from dsmini.nn import dsa_layers
 from tests.conftest import SMALL
-from tests.helpers.configs import V4_MODEL
+from tests.helpers.configs import DSA, GLM, V4, V4_MODEL, refusal
+from tests.helpers.models import set_stage
 
 CASES: dict[str, dict[str, Any]] = {"v3": {}, "recomputed": {}, "v4": V4_MODEL}
 PROMPTS = [[5, 9, 11, 3, 2], [7, 1]]
@@ -97,6 +99,107 @@ def test_a_replay_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="leave out one"):
         model.losses(tokens[:, :-1], tokens[:, 1:], routing=routing, states=states)
     assert generate(model, PROMPTS, 2).routing is None
+
+
+# keys that indexers chose
+
+INDEXED: dict[str, dict[str, Any]] = {
+    "dsa": DSA | {"n_layers": 3},
+    "glm": GLM,
+    "v4": V4 | {"n_layers": 4, "compress_ratios": (4, 0, 8, 4), "index_topk": 2},
+}
+
+
+def chosen_by(model: Transformer, tokens: Tensor, **options: Any) -> list[Tensor]:
+    """Return the keys that each indexer chooses in one pass over whole rows."""
+    chosen: list[Any] = []
+    model.states(tokens, chosen=chosen, **options)
+    return chosen
+
+
+def sets_of(keys: Tensor) -> Tensor:
+    return keys.sort(-1).values
+
+
+def keys_recorded(case: str, **options: Any) -> tuple[Transformer, Tensor, list[Tensor]]:
+    model = model_of(**INDEXED[case]).eval()
+    out = generate(model, [list(range(5, 17)), [7, 1, 44]], 15, routing=True, **options)
+    assert out.keys is not None
+    return model, out.tokens, out.keys
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("case", INDEXED)
+def test_indexers_choose_what_the_generation_chose(case: str, speculative: bool) -> None:
+    model, tokens, keys = keys_recorded(case, speculative=speculative)
+    read = tokens[:, :-1]
+    plain = chosen_by(model, read)
+    assert len(keys) == len(plain) == sum(map(model.config.has_indexer, range(model.config.n_layers)))
+    for layer, free in zip(keys, plain, strict=True):
+        known = (layer >= 0).any(-1)
+        assert known[0].sum() > 8 and not known[1, 17:].any(), "nothing was read after the second row"
+        assert torch.equal(sets_of(layer)[known], sets_of(free)[known]), "a cache changes no choice in FP32"
+    for layer in dsa_layers(model):
+        with torch.no_grad():
+            layer.indexer.weights_proj.weight.neg_()
+    changed = chosen_by(model, read)
+    imposed = chosen_by(model, read, keys=keys)
+    for layer, free, got in zip(keys, changed, imposed, strict=True):
+        known = (layer >= 0).any(-1)
+        assert not torch.equal(sets_of(free)[known], sets_of(layer)[known])
+        assert torch.equal(got[known], layer[known])
+    assert torch.equal(imposed[0][1, 17:], changed[0][1, 17:]), "where nothing is recorded the indexer chooses"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("case", INDEXED)
+def test_indexers_learn_from_the_keys_that_are_imposed(case: str, recompute: bool) -> None:
+    """The loss compares scores and attention among them, and the main model attends to them."""
+    model, tokens, keys = keys_recorded(case)
+    set_stage(model, "sparse").train()
+    free = model.losses(tokens[:, :-1], tokens[:, 1:], recompute=recompute)
+    same = model.losses(tokens[:, :-1], tokens[:, 1:], keys=keys, recompute=recompute)
+    torch.testing.assert_close(same.total, free.total)
+    first = torch.arange(keys[0].shape[2])
+    other = [first.where((layer >= 0).all(-1, keepdim=True), -1) for layer in keys]
+    moved = model.losses(tokens[:, :-1], tokens[:, 1:], keys=other, recompute=recompute)
+    assert (moved.main - free.main).abs() > 1e-6 and (moved.indexers[0].kl - free.indexers[0].kl).abs() > 1e-6
+    moved.total.backward()
+    for layer in dsa_layers(model):
+        assert all(p.grad is not None and p.grad.norm() > 0 for p in layer.indexer.parameters())
+
+
+@pytest.mark.parametrize("case", INDEXED)
+def test_a_replay_of_other_keys_is_refused(case: str) -> None:
+    model, tokens, keys = keys_recorded(case)
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    of = f"of {tuple(keys[0].shape)}, the keys of each token in each layer with an indexer"
+    assert of in refusal(model.losses, x, y, keys=[layer[:, 1:] for layer in keys])
+    assert f"keys has 0 layers of (); want {len(keys)} {of}" in refusal(model.losses, x, y, keys=[])
+    later = [layer.where(layer != 2, 20) for layer in keys]
+    assert "keys names keys up to 2" in refusal(model.losses, x, y, keys=later)
+    assert "leave out one" in refusal(model.losses, x, y, keys=keys, states=model.states(x))
+    dense = model_of().eval()
+    assert "want 0 of" in refusal(dense.losses, x, y, keys=keys)
+
+
+def test_without_replay_some_keys_of_the_toy_differ_in_bf16() -> None:
+    """docs/training.md has the share. With replay none differs."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig.from_file("configs/toy-glm.toml"), compute_dtype=torch.bfloat16).eval()
+    out = generate(model, [list(b"def "), list(b"import ")], 128, routing=True, temperature=1.0, seed=0)
+    assert out.keys is not None
+    read = out.tokens[:, :-1]
+    with torch.no_grad():
+        free, imposed = chosen_by(model, read), chosen_by(model, read, keys=out.keys)
+    differ = total = 0
+    for layer, a, b in zip(out.keys, free, imposed, strict=True):
+        known = (layer >= 0).any(-1)
+        assert torch.equal(b[known], layer[known])
+        differ += int((sets_of(a) != sets_of(layer)).any(-1)[known].sum())
+        total += int(known.sum())
+    print(f"{differ / total:.1%} of the tokens' sets, each of {model.config.index_topk} keys")
+    assert 0 < differ / total < 1
 
 
 def test_without_replay_some_tokens_of_the_toy_differ_in_bf16() -> None:
