@@ -13,6 +13,7 @@ from dsmini.functional.attention import trained_attention, trained_attention_gra
 from dsmini.functional.experts import prefer_loop
 from dsmini.measure.costs import COSTS, cost_of
 from dsmini.nn.attention import cached_attention, causal_attention
+from dsmini.nn.compressed_attention import sink_attention
 from dsmini.nn.dsa import topk_attention
 from dsmini.nn.fp8 import fp8_experts, quantized_experts, quantized_linear
 from dsmini.nn.hyper_connections import read_streams, sinkhorn, write_streams
@@ -21,7 +22,7 @@ from dsmini.nn.moe import experts
 from dsmini.numerics import WEIGHT_TILE, Accumulator, fp8_matmul, fp8_swiglu_matmul, quantize
 from tests.functional.conftest import BACKENDS, SIZES, forced, held, moved
 from tests.helpers.fp8 import varied
-from tests.helpers.operations import DTYPES, assert_agrees, cases, exact, expert_case, routed, run, tied
+from tests.helpers.operations import DTYPES, Case, assert_agrees, cases, exact, expert_case, mask_of, routed, run, tied
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, moved_codes, relative_error, rounding
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
@@ -94,6 +95,8 @@ def test_cost_counts_operands_once_and_products(n: int) -> None:
     of_streams = {read_streams, write_streams, sinkhorn}
     of_attention = {causal_attention, cached_attention}
     assert {case.operation for case in of_kernels} == {linear, experts, *of_attention, *of_streams}
+    rows, sink = (torch.randn(3, n, 2, 8), torch.randn(3, n + 2, 8)), torch.zeros(2)
+    of_kernels += [Case(sink_attention, (*rows, mask_of(n, n + 2, b), sink, 0.3), terms=n + 2) for b in (1, 3)]
     with_codes = [held(case) for case in of_kernels if case.operation in (linear, experts)]
     for case in of_kernels + with_codes:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -103,8 +106,8 @@ def test_cost_counts_operands_once_and_products(n: int) -> None:
         if case.operation is causal_attention:
             of = [[0] * n] if case.arguments[4] is None else case.arguments[4][:1].tolist()
             seen = sum(of[0][i] == of[0][j] for i in range(n) for j in range(i + 1)) / n**2
-        if case.operation is cached_attention and case.arguments[4] is not None:
-            seen = 1 - case.arguments[4].double().mean().item()
+        for mask in (a for a in case.arguments if isinstance(a, Tensor) and a.dtype == torch.bool):
+            seen = 1 - mask.double().mean().item()
         if case.operation in (experts, quantized_experts):  # those that no token chose are not read
             chosen, there = len(case.arguments[1].unique()), case.arguments[3].shape[0]
             read[3:] = [n * chosen // there for n in read[3:]]

@@ -17,6 +17,7 @@ from tests.helpers.configs import DSA, GLM, V4, V4_MODEL, V32, refusal, released
 from tests.helpers.models import decoded, tokens_of
 from tests.helpers.tolerances import BF16_CACHE, BF16_UNIT, E4M3_CACHE, FP32_MODEL, relative_error
 from tests.helpers.watching import Operations
+from tests.nn.test_engram import CONFIGS as ENGRAMS
 
 Model = Callable[..., Transformer]
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -58,6 +59,8 @@ FORMED = [
     *(("mla", "expanded"), ("dsa", "expanded"), ("glm", "expanded")),
     *(slow(name, "expanded") for name in MODELS if name not in ("mla", "dsa", "glm", "V4")),  # V4 has one form
 ]
+MODELS |= {f"engram, {name}": changes for name, changes in ENGRAMS.items()}
+FORMED += [(f"engram, {name}", "auto") for name in ENGRAMS]
 CUTS = ((20,), (7, 8, 9, 16, 20), (1, 2, 3, 20), (19, 20))
 
 
@@ -84,6 +87,8 @@ def test_chunks_answer_as_the_whole_sequence(small_model: Model, name: str, form
         *(("mla", "auto"), ("mla", "absorbed"), ("dsa", "auto"), ("glm", "auto")),
         *(slow("mla", "expanded"), slow("dsa", "expanded"), slow("dsa", "absorbed")),
         *(slow("streams", "auto"), slow("V4", "auto")),
+        *((f"engram, {name}", "auto") for name in ENGRAMS if "convolution" in name or "order" in name),
+        *(slow(f"engram, {name}", "auto") for name in ENGRAMS if "convolution" not in name and "order" not in name),
     ],
 )
 def test_rows_of_unequal_length_answer_as_alone(small_model: Model, name: str, form: Any) -> None:
@@ -131,7 +136,7 @@ def test_rows_of_unequal_length_are_placed_once_for_all_layers(small_model: Mode
     assert sum(result.operation == "nonzero" for result in seen.results) == waits
 
 
-@pytest.mark.parametrize("changes", [{}, DSA, GLM], ids=["mla", "dsa", "glm"])
+@pytest.mark.parametrize("changes", [{}, DSA, GLM, *ENGRAMS.values()], ids=["mla", "dsa", "glm", *ENGRAMS])
 def test_truncate_forgets_the_last_tokens_of_each_row(small_model: Model, changes: dict[str, Any]) -> None:
     model, tokens, more = small_model(**changes), tokens_of(3, 12), tokens_of(3, 3)
     cache = model.new_cache(3, 16)

@@ -22,6 +22,7 @@ from tests.helpers.models import same_weights, set_stage, tokens_of
 from tests.helpers.tolerances import BF16_UNIT, E4M3_UNIT, FP32_MODEL, ROPE_TABLE, relative_error, rounding
 from tests.helpers.watching import Operations
 from tests.reference_model import rms_norm
+from tests.reference_v4 import entries, turn
 
 KINDS = {"window": 0, "csa": 4, "hca": 8}
 CHUNKS = 1e-5
@@ -46,44 +47,22 @@ def model_of(stage: Any = None, **changes: Any) -> Transformer:
 # CSA's equations, for one document
 
 
-def turn(x: Tensor, positions: Tensor, c: Any) -> Tensor:
-    """Rotate the last numbers of vectors [s, ..., d] by their positions, as complex numbers."""
-    r = c.qk_rope_head_dim
-    angles = positions[:, None] * c.compress_rope_theta ** (-torch.arange(0, r, 2, dtype=torch.float64) / r)
-    angles = angles.view(len(x), *[1] * (x.dim() - 2), r // 2)
-    pairs = torch.view_as_complex(x[..., -r:].unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
-    return torch.cat((x[..., :-r], turned), -1)
-
-
-def entries_of(of: Any, x: Tensor, c: Any) -> Tensor:
-    """Equations 9 to 12, block by block."""
-    contents, weights, d = x @ of.wkv.weight.T, x @ of.wgate.weight.T, of.norm.weight.shape[0]
-    entries = []
-    for start in range(0, len(x) - 3, 4):
-        own, before = slice(start, start + 4), slice(max(start - 4, 0), start)
-        values = torch.cat((contents[own, d:], contents[before, :d]))
-        logits = torch.cat((weights[own, d:] + of.ape[:, d:], weights[before, :d] + of.ape[: 4 if start else 0, :d]))
-        entries.append(rms_norm((logits.softmax(0) * values).sum(0), of.norm, c.norm_eps))
-    made = torch.stack(entries) if entries else x.new_zeros(0, d)
-    return turn(made, 4 * torch.arange(len(made)), c)
-
-
 def by_the_report(layer: Any, c: Any, x: Tensor, stage: str) -> tuple[Tensor, Tensor]:
     """Return the KL divergence of a document [s, m], and the share of attention to chosen entries.
 
     All heads' weights of an entry are added before they are normalised. No Hadamard transform is needed.
     """
     indexer, t = layer.indexer, torch.arange(len(x))
+    turned = functools.partial(turn, positions=t, theta=c.compress_rope_theta, width=c.qk_rope_head_dim)
     latent = rms_norm(x @ layer.wq_a.weight.T, layer.q_norm, c.norm_eps)
     heads = (latent @ layer.wq_b.weight.T).unflatten(-1, (c.n_heads, -1))
-    q = turn(F.rms_norm(heads, heads.shape[-1:], eps=c.norm_eps), t, c)
-    entries, keys = entries_of(layer.compressor, x, c), entries_of(indexer.compressor, x, c)
-    values = torch.cat((turn(rms_norm(x @ layer.wkv.weight.T, layer.kv_norm, c.norm_eps), t, c), entries))
+    q = turned(F.rms_norm(heads, heads.shape[-1:], eps=c.norm_eps))
+    made, keys = (entries(of.compressor, x, 4, c) for of in (layer, indexer))
+    values = torch.cat((turned(rms_norm(x @ layer.wkv.weight.T, layer.kv_norm, c.norm_eps)), made))
     near = (t <= t[:, None]) & (t > t[:, None] - layer.window_size)
-    visible = 4 * torch.arange(len(entries)) + 3 <= t[:, None]
+    visible = 4 * torch.arange(len(made)) + 3 <= t[:, None]
     # equations 13 to 16
-    q_index = turn((latent @ indexer.wq_b.weight.T).unflatten(-1, (c.index_n_heads, -1)), t, c)
+    q_index = turned((latent @ indexer.wq_b.weight.T).unflatten(-1, (c.index_n_heads, -1)))
     weights = x @ indexer.weights_proj.weight.T * (c.index_head_dim * c.index_n_heads) ** -0.5
     scores = torch.einsum("sh,sht->st", weights, torch.einsum("shd,td->sht", q_index, keys).clamp(min=0))
     order = scores.masked_fill(~visible, -torch.inf).sort(descending=True, stable=True).indices[:, : c.index_topk]

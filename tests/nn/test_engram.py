@@ -1,4 +1,4 @@
-"""Engram: the hash to the last bit, its read written down a second time, caches, documents, gradients, bad input."""
+"""Engram: the hash to the last bit, its read written down a second time, gradients, bad input."""
 
 import dataclasses
 from typing import Any
@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsmini import ModelConfig, TrainConfig, Transformer, generate
+from dsmini import ModelConfig, Transformer, generate
 from dsmini.config.model import SLACK
 from dsmini.nn import Context
 from dsmini.nn.engram import Engram, multipliers
-from dsmini.training.optim import Muon, optimizers
+from dsmini.training.optim import Muon
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import DSA, V4_MODEL
 from tests.helpers.tolerances import relative_error
+from tests.training.test_optim import movers
 
 ENGRAM: dict[str, Any] = {
     "engram_layer_ids": (0, 1),
@@ -24,19 +25,18 @@ ENGRAM: dict[str, Any] = {
     "engram_vocab_size": 40,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
-    "V3": SMALL | ENGRAM,
-    "V3, a large order": SMALL | ENGRAM | {"engram_max_ngram_size": 5, "engram_conv_size": 2},
-    "V4": SMALL | V4_MODEL | ENGRAM | {"engram_conv_size": None, "engram_max_ngram_size": 4},
-    "V4 with a convolution": SMALL | V4_MODEL | ENGRAM,
-    "GLM-5.2": SMALL | DSA | ENGRAM | {"indexer_types": ("full", "shared"), "engram_layer_ids": (1,)},
+    "V3": ENGRAM,
+    "V3, a large order": ENGRAM | {"engram_max_ngram_size": 5, "engram_conv_size": 2},
+    "V4": V4_MODEL | ENGRAM | {"engram_conv_size": None, "engram_max_ngram_size": 4},
+    "V4 with a convolution": V4_MODEL | ENGRAM,
+    "GLM-5.2": DSA | ENGRAM | {"indexer_types": ("full", "shared"), "engram_layer_ids": (1,)},
 }
 CASES = pytest.mark.parametrize("case", CONFIGS)
-NEAR = 1e-5
 
 
 def model_of(case: str, **changes: Any) -> Transformer:
     """Make a model with random weights and compressed ids: tables and convolutions of size, to show an error."""
-    model: Any = randomise(Transformer(ModelConfig(**CONFIGS[case] | changes))).eval()
+    model: Any = randomise(Transformer(ModelConfig(**SMALL | CONFIGS[case] | changes))).eval()
     for engram in (module for module in model.modules() if isinstance(module, Engram)):
         engram.make_hash(torch.arange(model.config.vocab_size) * 2 // 3)
         engram.embed.weight.data.normal_()
@@ -115,41 +115,6 @@ def test_read_is_what_the_equations_say(case: str) -> None:
 # --- caches
 
 
-@CASES
-def test_chunks_and_unequal_rows_equal_one_pass(case: str) -> None:
-    """Chunks shorter and longer than what the cache remembers; then rows of unequal length, padded on the right."""
-    model = model_of(case)
-    tokens = tokens_of(model, 3, 32)
-    want, cache = model(tokens), model.new_cache(3, 32, torch.float32)
-    parts = [model(part, cache) for part in tokens.split([1, 2, 1, 7, 13, 1, 7], 1)]
-    assert relative_error(torch.cat(parts, 1), want) < NEAR
-    cache = model.new_cache(3, 32, torch.float32)
-    for lengths in ([9, 0, 4], [2, 11, 0], [1, 3, 1], [12, 2, 0], [3, 9, 1]):
-        before, new = cache.lengths.tolist(), torch.tensor(lengths)
-        rows = [
-            F.pad(tokens[i, n : n + k], (0, max(lengths) - k))
-            for i, (n, k) in enumerate(zip(before, lengths, strict=True))
-        ]
-        got = model(torch.stack(rows), cache, new)
-        for i, (n, k) in enumerate(zip(before, lengths, strict=True)):
-            assert not k or relative_error(got[i, :k], want[i, n : n + k]) < NEAR
-
-
-@CASES
-def test_truncated_and_selected_caches_equal_one_pass(case: str) -> None:
-    model = model_of(case)
-    tokens = tokens_of(model, 2, 32)
-    want, cache = model(tokens), model.new_cache(2, 32, torch.float32)
-    model(torch.cat((tokens[:, :15], tokens_of(model, 2, 7)), 1), cache)
-    cache.truncate(torch.tensor([15, 13]))
-    got = model(F.pad(torch.stack((tokens[0, 15:20], tokens[1, 13:18])), (0, 2)), cache, torch.tensor([5, 5]))
-    assert relative_error(got[0, :5], want[0, 15:20]) < NEAR and relative_error(got[1, :5], want[1, 13:18]) < NEAR
-    cache.select([1])
-    assert relative_error(model(tokens[1:, 18:], cache), want[1:, 18:]) < NEAR
-    cache.truncate(0)
-    assert relative_error(model(tokens[:1], cache), want[:1]) < NEAR
-
-
 def test_cache_takes_back_no_more_than_it_remembers() -> None:
     model = model_of("V3", max_seq_len=64)
     cache = model.new_cache(1, 64)
@@ -164,16 +129,6 @@ def test_guesses_change_no_token(case: str) -> None:
     prompts = [tokens_of(model, 1, n)[0] for n in (3, 9, 1)]
     plain, guessed = (generate(model, prompts, 15, speculative=speculative) for speculative in (False, True))
     assert torch.equal(plain.tokens, guessed.tokens) and guessed.stats.drafted
-
-
-@CASES
-def test_documents_are_sequences_of_their_own(case: str) -> None:
-    """No n-gram and no convolution reaches into the document before."""
-    model = model_of(case)
-    tokens, documents = tokens_of(model, 1, 30), torch.tensor([[0] * 11 + [1] * 2 + [2] * 17])
-    got = model(tokens, documents=documents)
-    want = torch.cat([model(part) for part in tokens.split([11, 2, 17], 1)], 1)
-    assert relative_error(got, want) < NEAR
 
 
 # --- training
@@ -200,14 +155,7 @@ def test_gradients_of_repeated_rows_are_summed_in_a_fixed_order() -> None:
 
 def test_tables_have_adam_five_times_its_rate_and_no_decay() -> None:
     model = Transformer(**SMALL | ENGRAM)
-    config = TrainConfig(optimizer="muon", lr=1e-3, weight_decay=0.1)
-    names = {p: name for name, p in model.named_parameters()}
-    rates = {
-        names[p]: (type(optimizer), group["peak_lr"], group["weight_decay"])
-        for optimizer in optimizers(model, config)
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
+    rates = movers(model, optimizer="muon", lr=1e-3, weight_decay=0.1)
     kind, lr, decay = rates["layers.1.engram.embed.weight"]
     assert (kind is not Muon, lr, decay) == (True, 5e-3, 0.0)
     assert rates["layers.1.engram.wk.weight"][0] is Muon

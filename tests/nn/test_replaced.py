@@ -1,5 +1,6 @@
-"""Children of a model replaced by wrappers such as LoRA's, by nn.Linear, and by subclasses: all readers see them."""
+"""Children of a model replaced by wrappers, peft's LoRA, nn.Linear and subclasses: all readers of weights see them."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch.nn.utils import parametrize
 import dsmini
 from dsmini import Transformer
 from dsmini.nn import FP8Linear, Linear
-from dsmini.nn.fp8 import QuantizedLinear, hold_fp8
+from dsmini.nn.fp8 import QuantizedLinear, hold_all_fp8, hold_fp8
 from dsmini.nn.layers import is_plain
 from tests.conftest import SMALL, randomise
-from tests.helpers.configs import V4, refusal
+from tests.helpers.configs import DSA, V4, V4_MODEL, refusal
 from tests.helpers.models import decoded, same_weights, tokens_of
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
@@ -191,3 +192,49 @@ def test_backward_hook_of_a_linear_is_called(precision: str) -> None:
         model.get_submodule(name).register_full_backward_hook(lambda *_, name=name: seen.add(name))
     model.losses(tokens[:, :-1], tokens[:, 1:]).total.backward()
     assert seen == set(names)
+
+
+# --- tools for nn.Linear find the layers that hold numbers, and no layer that holds FP8 codes
+
+Build = Callable[..., Transformer]
+
+
+def test_linear_is_torchs_and_layers_in_fp8_are_not() -> None:
+    linear = dsmini.Linear(5, 3)
+    assert isinstance(linear, nn.Linear) and linear.bias is None and [*linear.state_dict()] == ["weight"]
+    assert not isinstance(FP8Linear(5, 3), nn.Linear) and not isinstance(QuantizedLinear(5, 3), nn.Linear)
+    assert all(map(is_plain, (linear, FP8Linear(5, 3), QuantizedLinear(5, 3))))
+    (held,) = hold_all_fp8(nn.Sequential(linear))
+    assert not isinstance(held, nn.Linear) and isinstance(held, QuantizedLinear) and held.holds_fp8
+
+
+ATTENTION = r".*\.attn\.w\w+"
+"""The recipe of docs/pytorch-habits.md: matrices of attention itself, not of an indexer or a compressor in it."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"q_lora_rank": None}, {"attention": "gqa", "n_kv_heads": 1}, DSA, V4_MODEL],
+    ids=["mla", "direct query", "gqa", "dsa", "V4"],
+)
+def test_one_recipe_of_lora_fits_every_attention(small_model: Build, changes: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft", reason="needs the peft library")
+    model, tokens = small_model(**changes).eval(), torch.randint(0, 61, (2, 12))
+    want = [name for name, _ in model.named_modules() if re.fullmatch(ATTENTION, name)]
+    attentions = [*model.layers, *(depth.block for depth in model.mtp)]
+    assert len(want) == sum(isinstance(part, nn.Linear) for block in attentions for part in block.attn.children())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=ATTENTION, init_lora_weights=False))
+    adapted.losses(tokens[:, :-1], tokens[:, 1:]).total.backward()
+    grads = [p.grad for name, p in adapted.named_parameters() if "lora_" in name]
+    assert len(grads) == 2 * len(want) and all(grad is not None and grad.any() for grad in grads)
+    trained, rows = adapted(tokens), dsmini.generate(model, tokens, 6).tokens
+    merged = adapted.merge_and_unload()
+    assert relative_error(merged(tokens), trained) < 1e-5 and torch.equal(
+        dsmini.generate(merged, tokens, 6).tokens, rows
+    )
+
+
+def test_peft_refuses_layers_in_fp8(small_model: Build) -> None:
+    peft = pytest.importorskip("peft", reason="needs the peft library")
+    with pytest.raises(ValueError, match=r"FP8Linear.*is not supported"):
+        peft.get_peft_model(small_model(precision="fp8"), peft.LoraConfig(target_modules=["wkv_b"]))

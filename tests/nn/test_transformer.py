@@ -1,7 +1,9 @@
-"""The whole model: equations, causality, losses, dtypes, and that two models or two runs leave each other alone."""
+"""The whole model: equations, causality, losses, dtypes, documents, MTP, and that no model or run disturbs another."""
 
 import dataclasses
+import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +17,15 @@ from torch import Tensor, nn
 from dsmini import MLA, MTP, Attention, Block, Experts, FeedForward, Gate, ModelConfig, MoE, RMSNorm, Transformer, ops
 from dsmini.nn import Embedding, Linear, Rope
 from dsmini.nn.layers import FP32Linear
+from dsmini.nn.transformer import IGNORE
 from tests import reference_model as reference
-from tests.conftest import randomise
-from tests.helpers.configs import DSA, FP8_SIZES, refusal
-from tests.helpers.models import gradients, same_weights, set_stage
+from tests.conftest import SMALL, randomise
+from tests.helpers.configs import DSA, FP8_SIZES, GLM, V4_MODEL, refusal
+from tests.helpers.models import gradients, same_weights, set_stage, tokens_of
 from tests.helpers.strategies import model_configs
-from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, MOVED, UNMOVED, relative_error, rounding
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, MOVED, UNMOVED, relative_error, rounding
 from tests.helpers.watching import saved_for_backward
+from tests.nn.test_engram import CONFIGS as ENGRAMS
 
 B, S, VOCAB = 2, 17, 61
 Model = Callable[..., Transformer]
@@ -111,6 +115,11 @@ RECOMPUTED: dict[str, tuple[dict[str, Any], Any, float]] = {
     "fp8": (FP8_SIZES, None, 4),
     "warm-up of indexers": (DSA, "warmup", 4),
     "indexers": (DSA, "sparse", 4),
+    # a source is computed again after the layers that it serves
+    **{
+        f"choices that are shared, {target}, {stage}": (GLM | {"indexer_target": target}, stage, 4)
+        for target, stage in itertools.product(("own", "served"), ("warmup", "sparse"))
+    },
 }
 """Changes of a model, the stage of its indexers, and how many times less is saved."""
 
@@ -219,3 +228,111 @@ def test_routing_bias_is_saved_and_never_optimised(small_model: Model) -> None:
     assert biases == {f"{block}.ffn.gate.bias" for block in ("layers.1", "mtp.0.block", "mtp.1.block")}
     assert set(model.state_dict()) == biases | {name for name, _ in model.named_parameters()}
     assert not biases & {name for name, _ in model.named_parameters()}
+
+
+# --- documents packed into a row: logits as of separate sequences, and what is refused
+
+LENGTHS = [9, 3, 4, 17, 7]
+ERROR = 1e-6
+"""Between packed and separate sequences in FP32, whose rotary angles are of other positions."""
+MODELS = {"v3": {}, "v3.2": DSA | {"indexer_fp8": False}, "v4": V4_MODEL, **ENGRAMS}
+
+
+def documents_of(lengths: list[int], rows: int = 2) -> Any:
+    return torch.repeat_interleave(torch.tensor(lengths)).expand(rows, -1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_logits_equal_those_of_separate_sequences(name: str) -> None:
+    """All heads of multi-token prediction too, at the positions whose later tokens are of the same document."""
+    model = randomise(Transformer(**SMALL | MODELS[name] | {"n_mtp_layers": 2, "max_seq_len": 64}))
+    tokens, documents = tokens_of(2, sum(LENGTHS)), documents_of(LENGTHS)
+    out = model.run(tokens, documents=documents, mtp=True)
+    assert torch.equal(model(tokens, documents=documents), out.logits)
+    assert relative_error(model(tokens), out.logits) > 1e-2
+    start = 0
+    for part in tokens.split(LENGTHS, 1):
+        want = model.run(part, mtp=True)
+        columns = slice(start, start + part.shape[1])
+        assert relative_error(out.logits[:, columns], want.logits) < ERROR
+        assert relative_error(out.hidden[:, columns], want.hidden) < ERROR
+        for got, alone in zip(out.mtp_logits, want.mtp_logits, strict=True):
+            assert relative_error(got[:, start : start + alone.shape[1]], alone) < ERROR
+        start += part.shape[1]
+
+
+def test_documents_in_forward_reach_the_losses() -> None:
+    """A wrapper calls forward alone."""
+    model = randomise(Transformer(**SMALL))
+    tokens, documents = tokens_of(2, 12), documents_of([5, 7])
+    assert torch.equal(
+        model(tokens, targets=tokens, documents=documents).total,
+        model.losses(tokens, tokens, documents=documents).total,
+    )
+
+
+def test_documents_that_are_none_are_refused_in_a_sentence() -> None:
+    model, tokens = Transformer(**SMALL), tokens_of(2, 12)
+    good = documents_of([5, 7])
+    unchecked: Any = functools.partial(inspect.unwrap(Transformer.states), model)  # without type checks
+    for wrong, got in (
+        (good[:, :11], "torch.int64 [2, 11]"),
+        (good[:1], "torch.int64 [1, 12]"),
+        (good[0], "torch.int64 [12]"),
+        (good.float(), "torch.float32 [2, 12]"),
+        (good > 0, "torch.bool [2, 12]"),
+        (good.tolist(), "list"),
+    ):
+        want = f"documents are {got}; want int64 [2, 12], the number of each token's document"
+        assert refusal(unchecked, tokens, documents=wrong) == want
+    back = good.clone()
+    back[1, 9:] = 0
+    want = (
+        "documents go back from 1 to 0 at position 9 of row 1; a document is a run of equal numbers, and the next has "
+        "a larger one: number them 0, 1, 2, ..."
+    )
+    for call in (model, model.run, functools.partial(model.losses, targets=tokens)):
+        assert refusal(call, tokens, documents=back) == want
+    assert model(tokens, documents=(3 * good - 1).int()).shape == (2, 12, SMALL["vocab_size"])
+    assert "documents do not go with a cache" in refusal(model, tokens, model.new_cache(2), documents=good)
+
+
+# --- multi-token prediction: what each depth sees, and what it is scored on
+
+
+@pytest.mark.parametrize("t", [0, 1, 2, 6, S - 1])
+def test_position_i_of_depth_k_sees_tokens_up_to_i_plus_k(small_model: Model, t: int) -> None:
+    model = small_model().double()
+    tokens = torch.stack([torch.randperm(VOCAB)[:S] for _ in range(B)])  # no token twice in a row
+    changed = tokens.clone()
+    changed[0, t] = (changed[0, t] + 1) % VOCAB
+    before, after = (model.run(x, mtp=True).mtp_logits for x in (tokens, changed))
+    assert [logits.shape for logits in before] == [(B, S - 1, VOCAB), (B, S - 2, VOCAB)]
+    for k, (a, b) in enumerate(zip(after, before, strict=True), 1):
+        first = max(t - k, 0)
+        assert relative_error(a[:, :first], b[:, :first]) < UNMOVED
+        assert relative_error(a[1], b[1]) < UNMOVED
+        for i in range(first, S - k):
+            assert relative_error(a[0, i], b[0, i]) > MOVED, f"depth {k} at position {i} is blind to token {t}"
+
+
+@pytest.mark.parametrize("ignored", [0, 4])
+def test_mtp_loss_divides_by_the_count_of_the_main_loss(small_model: Model, ignored: int) -> None:
+    """Report, equation 24: depth k is scored on token i + k + 1 at s - k positions, and divided by all s."""
+    model = small_model().double()
+    stream = torch.randint(0, VOCAB, (B, S + 1))
+    tokens, targets = stream[:, :-1], stream[:, 1:].clone()
+    targets.view(-1)[:ignored] = IGNORE
+    want = 0.0
+    for k, logits in enumerate(model.run(tokens, mtp=True).mtp_logits, 1):
+        for i in range(S - k):
+            want += F.cross_entropy(logits[:, i], targets[:, i + k], ignore_index=IGNORE, reduction="sum").item()
+    got = model.losses(tokens, targets).mtp.item()
+    assert got == pytest.approx(want / 2 / (B * S - ignored), rel=rounding(FP64_UNIT, terms=B * S * VOCAB))
+
+
+def test_sequence_too_short_for_mtp_depth_raises(small_model: Model) -> None:
+    model = small_model()
+    assert len(model.run(torch.zeros(1, 3, dtype=torch.int64), mtp=True).mtp_logits) == 2
+    with pytest.raises(ValueError, match="a sequence of 2 tokens is too short for MTP depth 2; want 3"):
+        model.run(torch.zeros(1, 2, dtype=torch.int64), mtp=True)

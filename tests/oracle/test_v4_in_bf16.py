@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-import v4_in_bf16
 
 from dsmini import Transformer, ops
 from dsmini.nn import Context
+from tests import reference_v4
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import V4_MODEL
 from tests.helpers.tolerances import FP32_MODEL, relative_error
@@ -31,7 +31,7 @@ def test_bf16_is_as_near_to_the_exact_model_as_deepseeks_order(qat: bool) -> Non
     errors = []
     for _ in range(4):
         model, tokens = model_of(qat), torch.randint(0, SMALL["vocab_size"], (64,))
-        exact, theirs = (v4_in_bf16.logits(model, tokens, dtype) for dtype in (torch.float64, torch.bfloat16))
+        exact, theirs = (reference_v4.logits(model, tokens, dtype) for dtype in (torch.float64, torch.bfloat16))
         mine = []
         for backend in ("reference", None):
             with ops.use(backend):
@@ -53,8 +53,8 @@ def test_experts_and_streams_round_where_deepseek_does(layer: int, s: int) -> No
     x, streams = torch.randn(s, c.dim).bfloat16(), torch.randn(s, c.hc_mult, c.dim).bfloat16()
     context = Context(positions=torch.arange(s)[None], tokens=tokens[None])
     written = block.hc_attn.write(streams[None], x[None], block.hc_attn.read(streams[None])[1])[0]
-    expected = v4_in_bf16.sublayer(streams, block.hc_attn, block.attn_norm, lambda _: x, c)
-    experts = block.ffn(x, context)[0], v4_in_bf16.moe(block.ffn, x, tokens, c)
+    expected = reference_v4.sublayer(streams, block.hc_attn, block.attn_norm, lambda _: x, c)
+    experts = block.ffn(x, context)[0], reference_v4.moe(block.ffn, x, tokens, c)
     for got, want in (experts, (written, expected)):
         assert got.dtype == want.dtype == torch.bfloat16
         assert (got != want).float().mean() < 0.01
@@ -63,4 +63,4 @@ def test_experts_and_streams_round_where_deepseek_does(layer: int, s: int) -> No
 @torch.no_grad()
 def test_the_definition_is_the_model_in_fp32() -> None:
     model, tokens = model_of(qat=False).float(), torch.randint(0, SMALL["vocab_size"], (64,))
-    assert relative_error(model(tokens[None])[0], v4_in_bf16.logits(model, tokens, torch.float64)) <= FP32_MODEL
+    assert relative_error(model(tokens[None])[0], reference_v4.logits(model, tokens, torch.float64)) <= FP32_MODEL

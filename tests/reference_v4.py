@@ -53,7 +53,7 @@ def as_cached(rows: Tensor, c: Any) -> Tensor:
 
 def entries(of: Any, x: Tensor, m: int, c: Any) -> Tensor:
     """Compress each whole block of m tokens to a row; with m = 4 the block before takes part, with its own series."""
-    d, overlap = c.head_dim, m == 4
+    d, overlap = len(of.norm.weight), m == 4
     contents, weights = (project(wide(x), part.weight) for part in (of.wkv, of.wgate))
     rows = []
     for start in range(0, len(x) - m + 1, m):
