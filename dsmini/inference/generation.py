@@ -320,9 +320,9 @@ class Generation:
         # 2. the model's logits after each of them: [b, s, v]
         start = self.cache.lengths
         new = None if all(live) else torch.tensor(live, device="cpu") * tokens.shape[1]
-        chosen: list[Any] | None = [] if self.routing else None
-        states = self.decoder.states(tokens, self.cache, new, chosen)
-        self._record(states.routing, chosen, start, new)
+        keys: list[Any] | None = [] if self.routing else None
+        states = self.decoder.states(tokens, self.cache, new, keys)
+        self._record(states.routing, keys, start, new)
         logits = self.decoder.logits(states.normed)
         # 3. the accepted guesses of each row, and one more token
         if seen is not None:  # and the guesses before each column
@@ -343,25 +343,25 @@ class Generation:
         return chosen, logits
 
     def _record(
-        self, routing: list[Routing], chosen: list[Any] | None, starts: Int[Tensor, " b"], new: Int[Tensor, " b"] | None
+        self, routing: list[Routing], keys: list[Any] | None, starts: Int[Tensor, " b"], new: Int[Tensor, " b"] | None
     ) -> None:
         """Note experts and keys of the new tokens of the rows in the cache; of guesses until others take their places.
 
         Args:
-            chosen: keys that each indexer chose; None: nothing is noted.
+            keys: those that each indexer chose; None: nothing is noted.
             starts: number of tokens of each row before them.
             new: number of new tokens of each row; None: they are all that were routed.
         """
-        if chosen is None:
+        if keys is None:
             return
         b, sizes, topk = len(self._active), (len(self._rows), self.cache.max_seq_len), self.model.config.index_topk or 0
         places = {id(row): i for i, row in enumerate(self._rows)}
         rows = [places[id(active)] for active in self._active]
         if not self.experts and not self.keys:
             self.experts = [of.indices.new_full((*sizes, of.indices.shape[1]), -1) for of in routing]
-            self.keys = [torch.full((*sizes, topk), -1, device=self._device) for _ in chosen]
+            self.keys = [torch.full((*sizes, topk), -1, device=self._device) for _ in keys]
         experts = [of.indices.unflatten(0, (b, -1)) for of in routing]
-        for store, indices in zip([*self.experts, *self.keys], [*experts, *chosen], strict=True):
+        for store, indices in zip([*self.experts, *self.keys], [*experts, *keys], strict=True):
             if indices is None:  # all keys are read, as where nothing is noted
                 continue
             s, k = indices.shape[1:]
@@ -433,10 +433,10 @@ def prefill(
         tokens = padded([context[start : start + PREFILL] for context in contexts], device)
         uneven = None if bool((new == tokens.shape[1]).all()) else new
         # 2. hidden states of all of them, of which the last in each row are needed: [b, m]
-        starts, chosen = cache.lengths, None if record is None else list[Any]()
-        states = model.states(tokens, cache, uneven, chosen=chosen)
-        if record is not None and chosen is not None:
-            record(states.routing, chosen, starts, uneven)
+        starts, keys = cache.lengths, None if record is None else list[Any]()
+        states = model.states(tokens, cache, uneven, chosen=keys)
+        if record is not None and keys is not None:
+            record(states.routing, keys, starts, uneven)
         if drafter is not None:
             drafter.read(tokens, states.given, uneven)
         last = last_valid(states.normed, uneven, states.normed[:, 0] if last is None else last)

@@ -572,7 +572,8 @@ class CompressedAttention(FP32Module):
             hidden, chosen = self.hidden(entries.ends, part, context, starts), None
             if self.indexer is not None and entries.index is not None and hidden.shape[2]:
                 chosen = imposed(entries.index.choose(part, self.indexer.topk, hidden), context, start)
-            choices.append(chosen)
+            if context.stage is not None or context.chosen is not None:
+                choices.append(chosen)
             if context.stage is not None and self.indexer is not None:
                 blind = blind + hidden.all(-1).expand(b, -1).sum()
                 others.append(lse_of_others(some, near, masked, self.attn_sink, self.scale))

@@ -227,8 +227,10 @@ class Transformer(nn.Module):
 
         Raises: ValueError for a replay of another shape, an expert that does not exist, and a key after its query.
         """
-        c, s = self.config, tokens.shape[-1]
         found: list[dict[str, Any]] = [{} for _ in self.layers]
+        if routing is None and keys is None:  # as in every step of decoding
+            return found
+        c, s = self.config, tokens.shape[-1]
         m = CSA_RATIO if c.attention in V4 else 1
         seen: Any = (torch.arange(s, device=tokens.device)[:, None] + 1) // m
         kinds = (

@@ -234,6 +234,25 @@ def test_one_recipe_of_lora_fits_every_attention(small_model: Build, changes: di
     )
 
 
+def test_lora_by_peft_trains_adapters_and_merges(small_model: Build) -> None:
+    peft = pytest.importorskip("peft", reason="needs the peft library")
+    model, tokens = small_model(), torch.randint(0, 61, (2, 12))
+    want = model(tokens)
+    names = ["wq_b", "wkv_a", "wkv_b", "wo", "w1", "w2", "w3"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, init_lora_weights=True))
+    assert relative_error(adapted(tokens), want) < 1e-6
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    first = adapted.losses(tokens[:, :-1], tokens[:, 1:]).total
+    for _ in range(5):
+        optimizer.zero_grad()
+        adapted.losses(tokens[:, :-1], tokens[:, 1:]).total.backward()
+        optimizer.step()
+    trained = adapted(tokens)
+    assert adapted.losses(tokens[:, :-1], tokens[:, 1:]).total < first
+    merged = adapted.merge_and_unload()
+    assert type(merged) is Transformer and relative_error(merged(tokens), trained) < 1e-5
+
+
 def test_peft_refuses_layers_in_fp8(small_model: Build) -> None:
     peft = pytest.importorskip("peft", reason="needs the peft library")
     with pytest.raises(ValueError, match=r"FP8Linear.*is not supported"):
