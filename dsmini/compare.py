@@ -67,7 +67,8 @@ class CompareCommand:
     out: Path | None = None
     """File of the results, NAME.jsonl; left out: in comparisons/. NAME.png is the picture."""
     report: Path | None = None
-    """Folder of results to show again, without a run; draws one picture of all, forest.png."""
+    """Folder of results to show again, without a run; draws one picture of all, forest.png. Comparisons of one question
+    at several sizes also get a trend for each arm, and trends.png."""
     json: bool = False
     """Print the answer as a line of JSON, and all else to the standard error."""
 
@@ -157,20 +158,29 @@ def _report(command: CompareCommand, folder: Path, console: Console) -> int:
             continue
         found += [results] if results is not None and results.lines else []
     require(bool(found), f"{folder} has no results of comparisons (*.jsonl); run one, see --help")
-    _answer(command, found, folder / "forest.png", console)
+    _answer(command, found, folder / "forest.png", console, folder)
     return 0
 
 
-def _answer(command: CompareCommand, found: "list[Results]", picture: Path, console: Console) -> None:
-    """Show answers in the terminal, as a picture, and as JSON."""
+def _answer(
+    command: CompareCommand, found: "list[Results]", picture: Path, console: Console, folder: Path | None = None
+) -> None:
+    """Show answers in the terminal, as a picture, and as JSON; those of a folder with their trends."""
+    from dsmini.comparison import trend
     from dsmini.comparison.answer import draw, record_of, show
 
     for results in found:
         show(console, results)
     draw(picture, found)
     say(console, f"picture {picture}")
+    ladders = [] if folder is None else trend.ladders_of(found)
+    if folder is not None and ladders:
+        for ladder in ladders:
+            trend.show(console, ladder, folder)
+        trend.draw(folder / "trends.png", ladders)
+        say(console, f"picture {folder / 'trends.png'}")
     if command.json:
-        records = [record_of(results) for results in found]
+        records = [*map(record_of, found), *map(trend.record_of, ladders)]
         print(json.dumps(records if command.report else records[0]))
 
 

@@ -6,6 +6,7 @@
     results    the file with a line for each finished run, which more seeds continue
     verdict    better, worse, equal within the margin, or undecided
     answer     a table, a forest plot, JSON
+    trend      comparisons of one question at several sizes: does a difference hold as models grow?
 
 Two runs of one model with other seeds differ by more than most ideas change. Two runs with the same seed see the same
 data in the same order and start from the same weights, so their difference varies less, and it alone is looked at.

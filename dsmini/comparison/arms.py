@@ -21,7 +21,7 @@ from dsmini.config import ModelConfig, RunConfig, TrainConfig
 from dsmini.config.fields import build, plain, refuse_unknown, require
 from dsmini.config.run import ParallelConfig
 from dsmini.machine import pick_device
-from dsmini.reading import brief, find_config, read_bytes, read_toml
+from dsmini.reading import TOO_DEEP, brief, find_config, read_bytes, read_toml
 
 FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)")
 """An arm in Python: FILE.py:FUNCTION."""
@@ -145,6 +145,8 @@ def changed(config: RunConfig, settings: Sequence[str], source: str) -> RunConfi
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text.strip()  # a word, such as dense, needs no quotes
+        except RecursionError:
+            raise ValueError(f"{brief(setting)} {TOO_DEEP}") from None
         table.setdefault(section, {})[name.replace("-", "_")] = value
     return build(RunConfig, table, source, "", config)
 

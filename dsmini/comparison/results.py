@@ -41,7 +41,7 @@ MADE_BY = {
 TIMED = 2
 """Number of seeds whose runs are made here even if another file has them: times of two sittings cannot be compared."""
 START = b'{"dsmini": "'
-NUMBERS = {"loss", "cpu_seconds", "train_seconds", "cache_bytes", "max_vio", "acceptance"}
+NUMBERS = {"loss", "active", "cpu_seconds", "train_seconds", "cache_bytes", "max_vio", "acceptance"}
 """Figures of a run that an answer shows."""
 
 
