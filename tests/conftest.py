@@ -50,9 +50,9 @@ TOO_LONG = {
 READ = {"quick": QUICK, "gpu": {"gpu", "kernels", "functional", "nn"}}
 """Folders and files that have tests of a tier: to read all others takes longer than to run these."""
 LONGEST = (
-    *("training/test_resume_commands.py", "golden/test_golden.py", "training/test_resume.py"),
+    *("training/test_resume.py", "golden/test_golden.py"),
     *("diagnosis/test_training.py", "inference/test_generate_command.py", "planner/test_layouts.py"),
-    *("commands/test_commands.py", "nn/test_cache.py", "training/test_watch.py", "commands/test_plan_command.py"),
+    *("commands/test_commands.py", "nn/test_cache.py", "training/test_record.py", "commands/test_plan_command.py"),
 )
 """Files that take longest, which come first: a process that began one last would end long after the others."""
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ from dsmini.numerics import quantize_tiles
 from tests.helpers import folders
 from tests.helpers.commands import ROOT, check_refused, finish
 from tests.helpers.configs import DSA, refusal
-from tests.helpers.hf_names import to_hf
+from tests.helpers.folders import to_hf
 from tests.helpers.inference_layouts import BUILT, INDEX, INFERENCE, inference_layout
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 

@@ -201,17 +201,10 @@ def test_reasons_not_to_try(imagine: Imagine) -> None:
 # --- predictions
 
 
-@pytest.mark.parametrize(
-    ("workers", "seconds", "cpu", "cores", "wait"),
-    [
-        (0, 0.3, 0.3, 1, 0.3),  # nobody prepares ahead
-        (1, 0.3, 0.0, 1, 0.2),  # sleeps longer than a step
-        (1, 0.05, 0.0, 1, 0.0),  # hidden behind it
-        (4, 0.3, 0.0, 1, 0.0),  # four at a time
-        (1, 0.05, 0.05, 1, 0.05),  # hidden, but it takes a core from the products
-        (1, 0.05, 0.05, 2, 0.0),  # which leave it one
-    ],
-)
+WAITS = tomllib.loads(Path(__file__).with_name("cases.toml").read_text())["waits"]
+
+
+@pytest.mark.parametrize(("workers", "seconds", "cpu", "cores", "wait"), WAITS)
 def test_predicted_wait(workers: int, seconds: float, cpu: float, cores: int, wait: float, monkeypatch: Any) -> None:
     monkeypatch.setattr(training, "cores", lambda: cores * torch.get_num_threads())
     assert training.waiting_seconds(seconds, cpu, 0.1, workers) == pytest.approx(wait)

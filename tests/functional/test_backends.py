@@ -1,29 +1,42 @@
 """Every implementation of every operation, FP8 products and held codes among them, against its reference."""
 
+import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsmini import ops
+from dsmini import Transformer, ops
+from dsmini.functional import experts as functional_experts
 from dsmini.functional.attention import trained_attention, trained_attention_gradients
 from dsmini.functional.experts import prefer_loop
 from dsmini.measure.costs import COSTS, cost_of
+from dsmini.measure.counting import count
 from dsmini.nn.attention import cached_attention, causal_attention
 from dsmini.nn.compressed_attention import sink_attention
 from dsmini.nn.dsa import topk_attention
-from dsmini.nn.fp8 import fp8_experts, quantized_experts, quantized_linear
-from dsmini.nn.hyper_connections import read_streams, sinkhorn, write_streams
-from dsmini.nn.layers import linear
+from dsmini.nn.fp8 import fp8_experts, hold_all_fp8, quantized_experts, quantized_linear
+from dsmini.nn.hyper_connections import read_streams, sinkhorn, stream_mixes, write_streams
+from dsmini.nn.layers import linear, rms_norm
 from dsmini.nn.moe import experts
-from dsmini.numerics import WEIGHT_TILE, Accumulator, fp8_matmul, fp8_swiglu_matmul, quantize
-from tests.functional.conftest import BACKENDS, SIZES, forced, held, moved
+from dsmini.nn.transformer import linear_cross_entropy
+from dsmini.numerics import WEIGHT_TILE, Accumulator, QuantizedTensor, fp8_matmul, fp8_swiglu_matmul, quantize
+from tests.functional.conftest import BACKENDS, SIZES, Unserved, forced, held, moved
+from tests.helpers.commands import ROOT
+from tests.helpers.configs import refusal
 from tests.helpers.fp8 import varied
+from tests.helpers.models import decoded
 from tests.helpers.operations import DTYPES, Case, assert_agrees, cases, exact, expert_case, mask_of, routed, run, tied
-from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, moved_codes, relative_error, rounding
+from tests.helpers.tolerances import BF16_UNIT, E4M3_UNIT, FP32_MODEL, FP32_UNIT, moved_codes, relative_error, rounding
+from tests.helpers.watching import Operations, saved_for_backward
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 
@@ -241,3 +254,228 @@ def test_layers_equal_reference(dtype: torch.dtype, n: int, backend: str) -> Non
             error = relative_error(a, b) * (b.norm() / max(b.norm(), want[0].norm())).item() ** cancels
             assert error <= layer.tolerance, f"{layer.name}, part {part}: {error:.1e} > {layer.tolerance:.1e}"
         assert relative_error(got_without, want[0]) <= layer.tolerance, layer.name
+
+
+# --- on CPUs without BF16 units, rows of BF16 numbers are multiplied in FP32
+
+UNITS = "dsmini.machine.multiplies_bf16"
+"""Where dsmini asks whether this CPU has units for products of BF16 numbers."""
+EITHER = pytest.mark.parametrize("units", [True, False])
+
+
+def watched(call: Callable[[], Any]) -> tuple[Any, set[torch.dtype]]:
+    """Return a result of plain PyTorch, and the dtypes in which matrices are multiplied."""
+    with ops.use("eager"), Operations() as seen:
+        result = call()
+    products = ("bmm", "baddbmm", "mm", "_grouped_mm")
+    return result, {each.dtype for each in seen.results if each.operation in products}
+
+
+def products() -> list[Case]:
+    without = (rms_norm, read_streams, write_streams, stream_mixes)  # all of them FP32
+    return [case for case in cases(200, torch.bfloat16) if case.operation not in without]
+
+
+def plain(case: Case) -> Case:
+    """Return the case with the values of codes, rounded as they are multiplied."""
+    values = {i: q.dequantize(torch.bfloat16) for i, q in enumerate(case.arguments) if isinstance(q, QuantizedTensor)}
+    return case.changed(values)
+
+
+@EITHER
+def test_products_are_in_bf16_only_where_a_cpu_has_units_for_it(monkeypatch: pytest.MonkeyPatch, units: bool) -> None:
+    monkeypatch.setattr(UNITS, lambda: units)
+    every = [case for case in products() if case.operation is not linear_cross_entropy]
+    with_codes = [held(case) for case in every if case.operation in (linear, experts)]
+    for case in (*every, *with_codes):
+        with torch.no_grad():
+            got, dtypes = watched(lambda case=case: case.operation(*case.arguments))
+        assert dtypes <= {torch.bfloat16 if units else torch.float32}, case.operation.name
+        assert dtypes or case.operation is causal_attention, "torch's flash attention is one operation"
+        assert relative_error(got, exact(plain(case))[0]) < (4 if units else 1) * BF16_UNIT, case.operation.name
+
+
+@EITHER
+def test_training_multiplies_bf16_only_where_a_cpu_has_units(monkeypatch: pytest.MonkeyPatch, units: bool) -> None:
+    monkeypatch.setattr(UNITS, lambda: units)
+    for case in products():
+        (y, *grads), dtypes = watched(lambda case=case: run(case, case.operation))
+        assert (torch.bfloat16 in dtypes) == units, case.operation.name
+        want, *wanted = exact(case)
+        assert relative_error(y, want) < (4 if units else 1) * BF16_UNIT
+        for grad, exactly, place in zip(grads, wanted, case.floats, strict=True):
+            assert grad.dtype == case.arguments[place].dtype
+            assert relative_error(grad, exactly) < (12 if units else 3) * BF16_UNIT, case.operation.name
+
+
+def test_few_rows_save_less_than_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UNITS, lambda: False)
+    x, weight = torch.randn(2, 24).bfloat16(), torch.randn(30, 24)
+    with torch.no_grad():
+        assert watched(lambda: linear(x, weight))[1] == {torch.bfloat16}
+
+
+def test_operands_are_kept_as_they_came_and_autocast_multiplies_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UNITS, lambda: False)
+    x, frozen = torch.randn(40, 24).bfloat16().requires_grad_(), torch.randn(30, 24).bfloat16()
+    for weight, kept in ((frozen.float().requires_grad_(), [x.shape, frozen.shape]), (frozen, [frozen.shape])):
+        with ops.use("eager"), saved_for_backward() as saved:
+            y = linear(x, weight)
+        assert [t.shape for t in saved if t.dtype == torch.bfloat16] == kept and len(saved) == len(kept)
+    with torch.autocast("cpu", torch.bfloat16):
+        (grad,), dtypes = watched(lambda: torch.autograd.grad(y, x, torch.ones_like(y)))
+        assert dtypes == {torch.float32}, "backward is as forward was"
+        assert relative_error(grad, frozen.double().sum(0).expand(40, 24)) < 2 * BF16_UNIT
+        assert watched(lambda: linear(x, frozen))[1] == {torch.bfloat16}
+
+
+# --- the seam around whole models: the reference backend runs equations alone, and a kernel can replace any operation
+
+Build = Callable[..., Transformer]
+PRECISION = pytest.mark.parametrize("precision", ["native", "fp8"])
+NEAR = {"native": rounding(FP32_UNIT, terms=40, chained=40), "fp8": E4M3_UNIT}
+"""In FP8, sums of another order move a code to its neighbour here and there."""
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise AssertionError("an eager version ran")
+
+
+def step(model: Transformer, tokens: Tensor) -> list[Tensor]:
+    """Return the loss and the gradients."""
+    loss = model.losses(tokens[:, :-1], tokens[:, 1:]).total
+    return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
+
+
+@PRECISION
+def test_reference_backend_trains_and_decodes_by_equations(
+    monkeypatch: pytest.MonkeyPatch, small_model: Build, precision: str
+) -> None:
+    """No tuned version runs, nor a part of one."""
+    model, tokens = small_model(precision=precision), torch.randint(0, 61, (2, 20))
+    held = hold_all_fp8(copy.deepcopy(model)).eval()
+    want, logits, of_codes = step(model, tokens), model(tokens), held(tokens)
+    for operation in ops.Operation.declared.values():
+        monkeypatch.setattr(operation, "plain", refuse)
+    for name in ("grouped_linear", "sort_by_expert", "combine"):
+        monkeypatch.setattr(functional_experts, name, refuse)
+    monkeypatch.setenv(ops.VARIABLE, "reference")
+    got = step(model, tokens)
+    assert relative_error(got[0], want[0]) <= NEAR[precision] / 10
+    wrong = torch.cat([(a - b).flatten() for a, b in zip(got, want, strict=True)]).norm()
+    assert wrong <= NEAR[precision] * torch.cat([b.flatten() for b in want]).norm()
+    assert relative_error(model(tokens), logits) <= NEAR[precision]
+    assert relative_error(held(tokens), of_codes) <= NEAR[precision]
+    for form in ("expanded", "absorbed") if precision == "native" else ():
+        assert relative_error(decoded(model, tokens, (9, 1, 10), form=form), logits) <= NEAR[precision]
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, names: set[str]) -> list[str]:
+    """Let a backend for this device have a kernel for each of these operations; return what ran, in order."""
+    kernels: Any = ModuleType("stand-in")
+    ran: list[str] = []
+    kernels.OPERATIONS, kernels.Unserved, kernels.why_not = tuple(names), Unserved, lambda _: None
+    for name, operation in ops.Operation.declared.items():
+
+        def kernel(*args: Any, run: Any = operation.plain, name: str = name, **options: Any) -> Any:
+            ran.append(name)
+            with ops.use("eager"):
+                return run(*args, **options)
+
+        setattr(kernels, name, kernel)
+    monkeypatch.delenv(ops.VARIABLE, raising=False)
+    monkeypatch.setattr(ops, "_operations", lambda name: kernels.OPERATIONS if name == "cpu" else None)
+    monkeypatch.setattr(ops, "_load", lambda name: kernels if name == "cpu" else "not here")
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("precision", "held", "served"),
+    [
+        ("native", False, {"experts", "linear"}),
+        ("native", True, {"quantized_experts", "quantized_linear"}),
+        ("fp8", False, {"fp8_experts"}),
+    ],
+)
+@torch.no_grad()
+def test_kernels_serve_inference_and_are_counted_by_cost(
+    monkeypatch: pytest.MonkeyPatch, small_model: Build, precision: str, held: bool, served: set[str]
+) -> None:
+    model, tokens = small_model(precision=precision, n_mtp_layers=0), torch.randint(0, 61, (2, 20))
+    model = hold_all_fp8(model).eval() if held else model.eval()
+    with ops.use("eager"):  # which kernels would serve depends on the CPU
+        want = model(tokens)
+    ran = stand_in(monkeypatch, served)
+    assert torch.equal(model(tokens), want)
+    assert set(ran) == served
+    ran.clear()
+    if not served <= COSTS.keys():
+        assert "has no cost, so it cannot be counted" in refusal(count, lambda: model(tokens))
+        return
+    counted = count(lambda: model(tokens))
+    # kernels alone are counted under their names, each by the cost of its operation
+    assert sorted(op.name for op in counted.operations if op.name in served) == sorted(ran)
+    assert all(op.flops and op.read and op.written for op in counted.operations if op.name in served)
+
+
+def test_gradient_of_quantized_input_keeps_kernels_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes have no gradient: the tensor that they stand for is asked."""
+    x, (indices, weights) = torch.randn(5, 24, requires_grad=True), routed(5, 2, 4)
+    held = [quantize(torch.randn(4, *size), WEIGHT_TILE, "fp32") for size in ((12, 24), (24, 12), (12, 24))]
+    ran = stand_in(monkeypatch, {"fp8_experts"})
+    y = fp8_experts(quantize(x), indices, weights, *held)
+    assert not ran
+    assert torch.autograd.grad(y.sum(), x)[0].norm() > 0
+    fp8_experts(quantize(x.detach()), indices, weights, *held)
+    assert ran == ["fp8_experts"]
+
+
+# --- the model without its fast versions, in a process of its own, and as the first call of a process
+
+ALONE = (
+    "dim=64, n_layers=2, n_heads=2, inter_dim=96, moe_inter_dim=32, n_routed_experts=8, vocab_size=97, max_seq_len=64"
+)
+WITH_ALL = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+SCRIPT = f"""
+import importlib.util, sys, torch, dsmini
+assert importlib.util.find_spec("dsmini.functional") is None
+results = []
+for more in (
+    dict(attention="mla"),
+    dict(attention="gqa", n_kv_heads=1),
+    dict(attention="dsa", index_n_heads=2, index_head_dim=32, index_topk=16),
+    dict(precision="fp8"),
+):
+    torch.manual_seed(0)
+    model = dsmini.Transformer({ALONE}, **more)
+    tokens = torch.randint(0, 97, (2, 49))
+    losses = model.losses(tokens[:, :-1], tokens[:, 1:])
+    losses.total.backward()
+    grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    results += [losses.total.detach(), grads.norm(), dsmini.generate(model, tokens[:, :20], 8).tokens]
+torch.save(results, sys.argv[1])
+"""
+
+
+def test_the_model_trains_and_generates_alone(tmp_path: Path) -> None:
+    (tmp_path / "dsmini").mkdir()
+    for child in (ROOT / "dsmini").iterdir():
+        if child.name not in ("functional", "__pycache__"):
+            (tmp_path / "dsmini" / child.name).symlink_to(child)
+    (tmp_path / "dsmini_kernels.py").write_text("raise ImportError('there are none')")
+    alone = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([sys.executable, "-c", SCRIPT, tmp_path / "alone.pt"], env=alone, cwd=tmp_path, check=True)
+    script = SCRIPT.replace("is None", "is not None")
+    subprocess.run([sys.executable, "-c", script, tmp_path / "all.pt"], env=WITH_ALL, cwd=ROOT, check=True)
+    got, want = torch.load(tmp_path / "alone.pt"), torch.load(tmp_path / "all.pt")
+    assert all(relative_error(a, b) <= FP32_MODEL for a, b in zip(got[:9], want[:9], strict=True))
+    assert relative_error(got[9], want[9]) <= 1e-3  # in FP8 sums of another order move codes to their neighbours
+
+
+def test_the_first_call_of_a_process_compiles_in_one_graph() -> None:
+    script = (
+        f"import torch, dsmini; model = dsmini.Transformer({ALONE}, compute_dtype=torch.bfloat16)\n"
+        "torch.compile(model, fullgraph=True, backend='eager')(torch.zeros(1, 32, dtype=torch.int64))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=WITH_ALL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -11,7 +11,7 @@ from dsmini import ModelConfig
 from tests.conftest import MODELS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-DSA, GLM, V4, FP8_SIZES = (MODELS[name] for name in ("dsa", "glm", "v4", "fp8"))
+DSA, GLM, V4, FP8_SIZES, ENGRAM = (MODELS[name] for name in ("dsa", "glm", "v4", "fp8", "engram"))
 V4_MODEL: dict[str, Any] = V4 | {"n_hash_layers": 1, "swiglu_limit": 0.5, "hc_mult": 4}
 """V4's attention with all of V4's parts."""
 V32: dict[str, Any] = {"attention": "dsa", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}

@@ -1,5 +1,9 @@
 """Models for decoding steps, whose weights are held in FP32, BF16 or FP8 codes, and their caches."""
 
+import functools
+import operator
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,43 +19,20 @@ WEIGHTS = ("float32", "bfloat16", "fp8")
 CACHES = (torch.float32, torch.bfloat16, "fp8")
 ROOM = 400
 ODD = SMALL | {"n_mtp_layers": 0, "max_seq_len": ROOM}
-"""Sizes that no vector divides."""
-BLOCKS = ODD | SIZES["blocks"]
-GREEDY = {"score_func": "softmax", "topk_method": "greedy", "n_expert_groups": 1, "n_limited_groups": 1}
-MODELS: dict[str, dict[str, Any]] = {
-    "odd": ODD,
-    "blocks": BLOCKS,
-    "direct query, no shared experts": ODD | {"q_lora_rank": None, "n_shared_experts": 0},
-    "softmax, greedy": ODD | GREEDY | {"norm_topk_prob": False},
-    "every expert": ODD | {"n_expert_groups": 1, "n_limited_groups": 1, "n_activated_experts": 8},
-    "wide": ODD | {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "n_heads": 5},
-}
-GROUPED: dict[str, dict[str, Any]] = {
-    "mha": ODD | {"attention": "mha"},
-    "gqa": ODD | {"attention": "gqa", "n_heads": 6, "n_kv_heads": 2},
-    "mqa": ODD | {"attention": "mqa", "n_heads": 5},
-    "gqa, blocks": BLOCKS | {"attention": "gqa", "n_heads": 9, "n_kv_heads": 3},
-    "gqa, wide": ODD | {"attention": "gqa", "n_heads": 8, "n_kv_heads": 2, "qk_nope_head_dim": 128, "v_head_dim": 64},
-}
-"""Models of MHA, GQA and MQA."""
-INDEX = {"attention": "dsa", "index_n_heads": 3, "index_head_dim": 32, "index_topk": 40}
-SPARSE: dict[str, dict[str, Any]] = {
-    "dsa": ODD | INDEX,
-    "dsa, direct query": ODD | INDEX | {"q_lora_rank": None, "indexer_rope_interleave": True},
-    "dsa, blocks": BLOCKS | INDEX | {"index_n_heads": 6, "index_head_dim": 64, "index_topk": 65},
-}
-"""Models of DSA."""
 
-COMPRESSED: dict[str, dict[str, Any]] = {
-    "v4": ODD | SIZES["v4"] | {"n_hash_layers": 1, "swiglu_limit": 0.5, "hc_mult": 4},
-    "v4, rounded": ODD | SIZES["v4"] | {"qat": True, "hc_mult": 2, "hc_kind": "identity"},
-    "v4, all entries": ODD | SIZES["v4"] | {"index_topk": 200, "window_size": 3},
-    "v4, blocks": BLOCKS
-    | SIZES["v4"]
-    | {"head_dim": 130, "qk_rope_head_dim": 10, "n_heads": 6, "o_groups": 3, "o_lora_rank": 37, "q_lora_rank": 144}
-    | {"index_n_heads": 5, "index_head_dim": 64, "index_topk": 9, "window_size": 20, "compress_ratios": [128, 4, 0]},
-}
-"""Models of V4's attention."""
+
+def _models(kind: str) -> dict[str, dict[str, Any]]:
+    """Return the models of a kind in decoding.toml by name."""
+    rows = tomllib.loads(Path(__file__).with_name("decoding.toml").read_text())[kind]
+    for row in rows.values():
+        bases = [SIZES[base] for base in row.pop("of", ())]
+        own = {key: None if value == "none" else value for key, value in row.items()}
+        row |= functools.reduce(operator.or_, [ODD, *bases, own])
+    return rows
+
+
+MODELS, GROUPED, SPARSE, COMPRESSED = map(_models, ("models", "grouped", "sparse", "compressed"))
+"""Models of MLA; of MHA, GQA and MQA; of DSA; and of V4's attention."""
 
 
 def model_of(name: str, weights: str = "float32", **changes: Any) -> Transformer:

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsmini import ModelConfig, Transformer, save_pretrained
+from dsmini.checkpoint.load import parts_of
 from dsmini.checkpoint.tensor_files import mtp_copies
 from dsmini.checkpoint.vectors import config_of as config_of_generation
 from dsmini.checkpoint.vectors import drawn
 from dsmini.config.published import config_to_json
 from tests.helpers.configs import written
-from tests.helpers.hf_names import to_hf
 from tests.helpers.quantizer import tiles
 
 FP8 = torch.float8_e4m3fn
@@ -92,6 +92,14 @@ def in_fp8(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         out |= {name: codes, name.replace(".weight", ".weight_scale_inv"): scales}
         meant[name] = exact
     return out, meant
+
+
+def to_hf(model: Transformer) -> dict[str, Tensor]:
+    """Return a model's tensors as a folder stores them: experts one by one, with the MTP blocks' copies."""
+    state = model.state_dict()
+    every = [one for part in parts_of(model) for one in (part, part.scales) if one is not None and one.ours in state]
+    out = {part.name: state[part.ours] if part.expert is None else state[part.ours][part.expert] for part in every}
+    return out | {theirs: state[ours] for theirs, ours in mtp_copies(model.config).items()}
 
 
 def tensors_of(model: Transformer, dtype: torch.dtype = torch.float32, copies: bool = True) -> dict[str, Tensor]:

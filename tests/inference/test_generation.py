@@ -1,7 +1,9 @@
 """Continuing a text: greedy and sampled, rows of unequal length, ends, and what is refused."""
 
 import dataclasses
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,19 +51,6 @@ def test_each_row_takes_its_likeliest_tokens_up_to_an_end(small_model: Model, ch
     end = rows[2][6]
     (cut,) = dsmini.generate(model, torch.tensor([[1, 2]]), 10, eos_token_id=end).tokens.tolist()
     assert cut == rows[2][: rows[2].index(end, 2) + 1]
-
-
-def test_row_that_fills_the_cache_continues_from_newer_half(small_model: Model) -> None:
-    model = small_model(max_seq_len=8).eval()
-    prompts = [[3, 1, 4], [5]]
-    for prompt, row in zip(prompts, finished(model, prompts, 20, slide=True).rows, strict=True):
-        want, context = list(prompt), list(prompt)
-        for _ in range(20):
-            if len(context) > 8:
-                context = context[-5:]  # four that are read again, and the newest
-            want.append(int(model(torch.tensor([context]))[0, -1].argmax()))
-            context.append(want[-1])
-        assert row == want
 
 
 @pytest.mark.parametrize("speculative", [False, True])
@@ -148,15 +137,19 @@ def test_logprobs_are_those_of_a_forward(
 
 
 @pytest.mark.parametrize("speculative", [False, True])
-def test_logprobs_of_a_sliding_row_are_of_what_it_still_reads(small_model: Model, speculative: bool) -> None:
+def test_row_that_fills_the_cache_continues_from_its_newer_half(small_model: Model, speculative: bool) -> None:
+    """It takes the likeliest token of what it still reads, whose log-probability it is."""
     model, room = small_model(max_seq_len=8).eval(), 8
-    row = finished(model, [[3, 1, 4]], 20, slide=True, speculative=speculative, record_logprobs=True)
-    context, (tokens,), (logprobs,) = [3, 1, 4], row.rows, row.logprobs
-    assert len(logprobs) == 20
-    for token, got in zip(tokens[3:], logprobs, strict=True):
-        context = context[-1 - room // 2 :] if len(context) > room else context
-        assert got == pytest.approx(forward_logprobs(model, [*context, token])[-1].item(), abs=1e-5)
-        context.append(token)
+    prompts = [[3, 1, 4], [5]]
+    found = finished(model, prompts, 20, slide=True, speculative=speculative, record_logprobs=True)
+    for prompt, tokens, logprobs in zip(prompts, found.rows, found.logprobs, strict=True):
+        context = list(prompt)
+        for token, got in zip(tokens[len(prompt) :], logprobs, strict=True):
+            if len(context) > room:
+                context = context[-1 - room // 2 :]  # four that are read again, and the newest
+            logprob, likeliest = model(torch.tensor([context]))[0, -1].log_softmax(-1).max(-1)
+            assert token == likeliest and got == pytest.approx(logprob.item(), abs=1e-5)
+            context.append(token)
 
 
 def test_no_new_tokens_have_no_logprobs(small_model: Model) -> None:
@@ -248,7 +241,7 @@ def test_a_guess_is_what_the_uncached_model_predicts(small_model: Model) -> None
 def test_sampled_rows_are_distributed_as_without_guesses(small_model: Model) -> None:
     """Compare the joint frequencies of three tokens after a prompt with the exact probabilities, by chi-square.
 
-    This shows that p, q and guesses belong together; test_acceptance.py tests the rule itself, far more finely.
+    This shows that p, q and guesses belong together; test_sampling.py tests the rule itself, far more finely.
     """
     model, n = small_model(vocab_size=5, n_mtp_layers=1).eval(), 6000
     with torch.no_grad():
@@ -275,30 +268,17 @@ def test_a_penalty_counts_the_guesses_before_a_token_too(small_model: Model) -> 
     assert not torch.equal(plain.tokens, dsmini.generate(model, torch.tensor([[1, 2]]), 40).tokens)
 
 
-BAD: list[tuple[Any, dict[str, Any], str]] = [
-    ([], {}, "a prompt is empty, or there is none"),
-    ([torch.tensor([], dtype=torch.int64)], {}, "a prompt is empty"),
-    ([[1], [61]], {}, "prompt 1 has token id 61, outside the vocabulary; want 0 to 60"),
-    ([[-1]], {}, "token id -1"),
-    ([[1.5]], {}, "prompt 0 is not a row of whole numbers"),
-    ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1 is not a whole number from 0 to 1,000,000,000"),
-    ([[1]], {"max_new_tokens": "2"}, "max_new_tokens='2' is not a whole number"),
-    ([[1]], {"eos_token_id": 61}, "eos_token_id=61 is outside the vocabulary; want 0 to 60, or None"),
-    ([[1]], {"eos_token_id": [3, -1]}, "eos_token_id=-1 is outside the vocabulary"),
-    ([[1]], {"top_k": 0}, "top_k=0 is not a whole number"),
-    ([[1]], {"seed": 0, "generator": torch.Generator()}, "seed=0 and a generator: the draws have one"),
-    ([[1]], {"seed": 0.5}, "seed=0.5 is not a whole number"),
-    ([[1]], {"seed": 1 << 63}, "seed=9223372036854775808 is not a whole number"),
-    ([[1]], {"speculative": True}, "no multi-token prediction blocks"),
-    ([[1] * 33], {}, "a prompt of 33 tokens and 4 new ones are more than the model's context of 32"),
-    ([[1] * 30], {}, "30 tokens and 4 new ones are more than the model's context of 32; ask for 3 or fewer"),
-]
+BAD = tomllib.loads(Path(__file__).with_name("refusals.toml").read_text())["call"]
 
 
 def test_bad_request_raises(small_model: Model) -> None:
     model, generate = small_model(n_mtp_layers=0), getattr(dsmini.generate, "__wrapped__", dsmini.generate)
-    for prompts, options, words in BAD:
-        assert words in refusal(generate, model, prompts, **{"max_new_tokens": 4, **options})
+    for case in BAD:
+        options = {"max_new_tokens": 4, **case.get("options", {})}
+        assert case["said"] in refusal(generate, model, case.get("prompts", [[1]]), **options)
+    both = refusal(generate, model, [[1]], 4, seed=0, generator=torch.Generator())
+    assert "seed=0 and a generator: the draws have one" in both
+    assert "seed=9223372036854775808 is not a whole number" in refusal(generate, model, [[1]], 4, seed=1 << 63)
     want = "a cache of 33 tokens is longer than the model's context of 32; use 32"
     assert refusal(Generation, model, [[1]], 40, max_seq_len=33) == want
 

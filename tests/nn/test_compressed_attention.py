@@ -20,7 +20,7 @@ from tests.conftest import SMALL, randomise
 from tests.helpers.configs import V4, refusal
 from tests.helpers.models import same_weights, set_stage, tokens_of
 from tests.helpers.tolerances import BF16_UNIT, E4M3_UNIT, FP32_MODEL, ROPE_TABLE, relative_error, rounding
-from tests.helpers.watching import Operations
+from tests.helpers.watching import Operations, saved_for_backward, storage_bytes
 from tests.reference_model import rms_norm
 from tests.reference_v4 import entries, turn
 
@@ -102,29 +102,18 @@ def test_indexer_learns_the_joint_softmax_of_all_heads(monkeypatch: pytest.Monke
         assert x.grad is None and [p.grad for p in layer.parameters()].count(None) == len([*layer.parameters()]) - 6
 
 
-def saved_bytes(run: Any) -> int:
-    """Return the bytes that a call saves for its backward."""
-    found: dict[int, int] = {}
-
-    def save(tensor: Tensor) -> Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        kept = run()
-    del kept
-    return sum(found.values())
-
-
 def test_the_loss_of_an_indexer_saves_what_grows_with_the_length_alone() -> None:
     """Not the scores of all pairs."""
     layer, c = layer_of("csa")
 
     def added(s: int) -> int:
         x, positions = torch.randn(1, s, c.dim, dtype=torch.float64), torch.arange(s)[None]
-        both = (Context(positions=positions, stage=stage) for stage in ("sparse", None))
-        with_loss, without = (saved_bytes(functools.partial(layer, x, context)) for context in both)
-        return with_loss - without
+        nbytes = []
+        for stage in ("sparse", None):
+            with saved_for_backward() as saved:
+                layer(x, Context(positions=positions, stage=stage))
+            nbytes.append(sum(storage_bytes(saved)))
+        return nbytes[0] - nbytes[1]
 
     assert added(1024) < 5 * added(256)
 
@@ -338,16 +327,6 @@ def test_qat_rounds_entries_and_both_sides_of_the_indexer(monkeypatch: pytest.Mo
     assert torch.equal(rounded[..., :112], quantize(rows.detach()[..., :112], (1, 64)).dequantize())
     grads = [torch.autograd.grad((each * direction).sum(), rows)[0] for each in (rounded, whole)]
     assert torch.equal(*grads)
-
-
-def test_yarn_has_no_temperature_and_the_window_alone_no_yarn() -> None:
-    yarn: dict[str, Any] = {"original_seq_len": 16, "rope_factor": 16.0, "mscale": 1.0, "mscale_all_dim": 0.5}
-    for kind in KINDS:
-        layer, c = layer_of(kind, **yarn)
-        cos, sin = layer.rope.cos_sin(torch.arange(30)[None])
-        assert relative_error(cos.square() + sin.square(), torch.ones_like(cos)) < 1e-6
-        assert layer.scale == c.head_dim**-0.5
-        assert (layer.rope.rope_theta, layer.rope.original_seq_len) == ((160000.0, 16) if layer.m else (10000.0, None))
 
 
 def test_layer_learns_in_simulated_fp8() -> None:

@@ -16,7 +16,7 @@ from dsmini.nn.hyper_connections import HyperConnection, StreamHead, expand, sin
 from dsmini.nn.layers import in_precision
 from dsmini.nn.residual import CONNECTIONS
 from tests.conftest import SMALL, randomise
-from tests.helpers.configs import V4_MODEL
+from tests.helpers.configs import ENGRAM, V4_MODEL
 from tests.helpers.tolerances import E4M3_UNIT, relative_error
 
 B, S, N, M = 2, 5, 4, 16
@@ -134,12 +134,16 @@ def test_without_a_layer_that_chooses_no_size_of_an_indexer_is_needed(tmp_path: 
         ModelConfig(**sizes)
 
 
-def test_bf16_leaves_what_weighs_in_fp32_and_trains() -> None:
-    model = Transformer(ModelConfig(**SMALL | V4_MODEL)).bfloat16()
-    exact = ("hc_", "gate.", "norm", "attn_sink", "compressor.", "weights_proj")
+V4_EXACT = ("hc_", "gate.", "norm", "attn_sink", "compressor.", "weights_proj")
+
+
+@pytest.mark.parametrize(("parts", "exact"), [(V4_MODEL, V4_EXACT), (ENGRAM, ("gate.", "norm", "conv"))], ids=len)
+def test_bf16_leaves_what_weighs_in_fp32_and_trains(parts: dict[str, Any], exact: tuple[str, ...]) -> None:
+    model = Transformer(ModelConfig(**SMALL | parts)).bfloat16()
     for name, p in model.named_parameters():
         assert (p.dtype == torch.float32) == any(part in name for part in exact), name
-    assert model(TOKENS).dtype == torch.float32, "the head multiplies in FP32, as in DeepSeek's code"
+    in_fp32 = parts is V4_MODEL  # the head's product, as in DeepSeek's code
+    assert model(TOKENS).dtype == (torch.float32 if in_fp32 else torch.bfloat16)
     losses = model.losses(TOKENS, TOKENS)
     losses.total.backward()
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)

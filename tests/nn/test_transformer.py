@@ -81,17 +81,22 @@ def test_random_models_follow_the_reports(monkeypatch: pytest.MonkeyPatch, examp
     check()
 
 
-@pytest.mark.parametrize("t", [0, 5, S - 1])
+@pytest.mark.parametrize("t", [0, 1, 2, 6, S - 1])
 @pytest.mark.parametrize("changes", [{}, YARN, {"attention": "gqa", "n_kv_heads": 1}], ids=["mla", "yarn", "gqa"])
 def test_a_changed_token_moves_nothing_before_it(small_model: Model, changes: dict[str, Any], t: int) -> None:
+    """At depth k of multi-token prediction, position i sees the tokens up to i + k."""
     model = small_model(**changes).double()
-    tokens, _ = batch()
+    tokens = torch.stack([torch.randperm(VOCAB)[:S] for _ in range(B)])  # no token twice in a row
     changed = tokens.clone()
     changed[0, t] = (changed[0, t] + 1) % VOCAB
-    before, after = model(tokens), model(changed)
-    assert relative_error(after[:, :t], before[:, :t]) < UNMOVED
-    assert relative_error(after[1], before[1]) < UNMOVED
-    assert all(relative_error(after[0, i], before[0, i]) > MOVED for i in range(t, S))
+    before, after = ([out.logits, *out.mtp_logits] for out in (model.run(x, mtp=True) for x in (tokens, changed)))
+    assert [logits.shape for logits in before] == [(B, S - k, VOCAB) for k in range(3)]
+    for k, (a, b) in enumerate(zip(after, before, strict=True)):
+        first = max(t - k, 0)
+        assert relative_error(a[:, :first], b[:, :first]) < UNMOVED
+        assert relative_error(a[1], b[1]) < UNMOVED
+        for i in range(first, S - k):
+            assert relative_error(a[0, i], b[0, i]) > MOVED, f"depth {k} at position {i} is blind to token {t}"
 
 
 # losses
@@ -297,23 +302,7 @@ def test_documents_that_are_none_are_refused_in_a_sentence() -> None:
     assert "documents do not go with a cache" in refusal(model, tokens, model.new_cache(2), documents=good)
 
 
-# --- multi-token prediction: what each depth sees, and what it is scored on
-
-
-@pytest.mark.parametrize("t", [0, 1, 2, 6, S - 1])
-def test_position_i_of_depth_k_sees_tokens_up_to_i_plus_k(small_model: Model, t: int) -> None:
-    model = small_model().double()
-    tokens = torch.stack([torch.randperm(VOCAB)[:S] for _ in range(B)])  # no token twice in a row
-    changed = tokens.clone()
-    changed[0, t] = (changed[0, t] + 1) % VOCAB
-    before, after = (model.run(x, mtp=True).mtp_logits for x in (tokens, changed))
-    assert [logits.shape for logits in before] == [(B, S - 1, VOCAB), (B, S - 2, VOCAB)]
-    for k, (a, b) in enumerate(zip(after, before, strict=True), 1):
-        first = max(t - k, 0)
-        assert relative_error(a[:, :first], b[:, :first]) < UNMOVED
-        assert relative_error(a[1], b[1]) < UNMOVED
-        for i in range(first, S - k):
-            assert relative_error(a[0, i], b[0, i]) > MOVED, f"depth {k} at position {i} is blind to token {t}"
+# --- multi-token prediction: what each depth is scored on
 
 
 @pytest.mark.parametrize("ignored", [0, 4])

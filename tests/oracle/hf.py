@@ -36,6 +36,15 @@ def yarn(**changes: Any) -> dict[str, Any]:
     return values | {"mscale": 0.707, "mscale_all_dim": 1.2, "original_max_position_embeddings": 16} | changes
 
 
+def cases(kind: str) -> dict[str, dict[str, Any]]:
+    """Return the cases of a kind in cases.toml."""
+    found: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_name("cases.toml").read_text())[kind]
+    for name, row in found.items():
+        extended = {"rope_parameters": yarn(**row.pop("yarn"))} if "yarn" in row else {}
+        found[name] = extended | {key: None if value == "none" else value for key, value in row.items()}
+    return found
+
+
 def made(model_class: Any, config_class: Any, seed: int, sizes: dict[str, Any]) -> Any:
     torch.manual_seed(seed)
     model = model_class(config_class(**sizes, attn_implementation="eager")).eval()

@@ -13,27 +13,13 @@ from transformers import AutoModelForCausalLM
 import dsmini
 from tests.helpers import folders
 
-ONE_GROUP = {"n_group": 1, "topk_group": 1}
-MOONLIGHT = ONE_GROUP | {"q_lora_rank": None, "rms_norm_eps": 1e-5, "n_shared_experts": 2}
-KIMI = ONE_GROUP | {"routed_scaling_factor": 2.827, "rms_norm_eps": 1e-6}
-V3_CASES: dict[str, dict[str, Any]] = {
-    "v3": {"rope_parameters": hf.yarn(mscale=1.0, mscale_all_dim=1.0), "rms_norm_eps": 1e-6},
-    "moonlight": MOONLIGHT | {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}},
-    "kimi_k2": KIMI
-    | {"rope_parameters": hf.yarn(beta_fast=1, rope_theta=5e4, factor=32.0, mscale=1, mscale_all_dim=1)},
-}
-V2 = {"n_shared_experts": 2, "rms_norm_eps": 1e-6, "norm_topk_prob": False}
-V2_YARN = hf.yarn(factor=40.0, mscale=0.707, mscale_all_dim=0.707)
-V2_CASES: dict[str, dict[str, Any]] = {
-    "v2-lite": ONE_GROUP | {"q_lora_rank": None, "topk_method": "greedy", "routed_scaling_factor": 1.0},
-    "v2": {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
-}
+V3_CASES, V2_CASES = hf.cases("v3_folders"), hf.cases("v2_folders")
 CASES = [*V3_CASES, *V2_CASES, "v32", "glm"]
 
 
 def theirs(case: str) -> Any:
     if case in V2_CASES:
-        return hf.v2(7, **V2, rope_parameters=V2_YARN, **V2_CASES[case])
+        return hf.v2(7, **V2_CASES[case])
     if case == "glm":
         return hf.glm(7, "FSSFS")
     if case == "v32":

@@ -9,26 +9,7 @@ from torch import Tensor
 
 from dsmini.nn import DSA
 
-CASES: dict[str, dict[str, Any]] = {
-    "v3.2": {},
-    "yarn": {"rope_parameters": hf.yarn()},
-    "one key": {"index_topk": 1},
-    "one less than all keys": {"index_topk": 60},
-    "all keys": {"index_topk": 61},
-    "the head all rotary": {"index_head_dim": 8},
-    "all dense": {"first_k_dense_replace": 3, "index_n_heads": 64},
-}
-
-GLM_CASES: dict[str, dict[str, Any]] = {
-    "all full, as GLM-5": {"types": "FFF"},
-    "shared": {"types": "FFSSF"},
-    "all but the first": {"types": "FSSS"},
-    "every second": {"types": "FSFSFS", "index_topk": 1},
-    "shared in dense layers": {"types": "FSSFS", "first_k_dense_replace": 3, "index_topk": 60},
-    "one is served last": {"types": "FFFS", "first_k_dense_replace": 4},
-    "all keys": {"types": "FSS", "index_topk": 61},
-    "the head all rotary": {"types": "FSFS", "index_head_dim": 8},
-}
+CASES, GLM_CASES = hf.cases("v32"), hf.cases("glm")
 
 
 @pytest.fixture
